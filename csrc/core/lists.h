@@ -1,0 +1,35 @@
+// Sorted, sign-split index lists: the packed format of a sparse ternary matrix, by rows or by columns.
+//
+//   line q:  +1 at index[offset[2q]     .. offset[2q + 1])   ascending
+//            -1 at index[offset[2q + 1] .. offset[2q + 2])   ascending
+//
+// Splitting by sign means that no kernel ever decodes a sign: it adds one run and subtracts the next.
+#pragma once
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace randlora {
+
+template <class Index>  // uint16_t where every position fits, else uint32_t
+struct Lists {
+  const int64_t* offset;
+  const Index* index;
+
+  RANDLORA_HD_MEMBER int64_t plus(int64_t q) const { return offset[2 * q]; }
+  RANDLORA_HD_MEMBER int64_t minus(int64_t q) const { return offset[2 * q + 1]; }
+  RANDLORA_HD_MEMBER int64_t end(int64_t q) const { return offset[2 * q + 2]; }
+};
+
+// The same with the index type left open, as it travels through the operator structs.
+struct AnyLists {
+  const int64_t* offset = nullptr;
+  const void* index = nullptr;
+
+  template <class Index>
+  RANDLORA_HD_MEMBER Lists<Index> as() const {
+    return {offset, static_cast<const Index*>(index)};
+  }
+};
+
+}  // namespace randlora

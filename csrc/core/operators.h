@@ -1,0 +1,116 @@
+// The operators of the extension as plain structs: raw pointers, 64-bit sizes, nothing of torch.
+// Everything here was validated above (csrc/torch); a kernel may trust it.
+//
+// Letters (docs/math.md): T tokens, D = max(in, out), d = min(in, out), r rank, n bases, K = r * n.
+// Column c of B belongs to rank index j = c / n and base i = c % n.
+#pragma once
+#include <cstdint>
+
+#include "dtype.h"
+#include "lists.h"
+#include "planes.h"
+#include "runtime.h"
+
+namespace randlora {
+
+// A packed pair of bases. A always travels as lists by row; B as lists by row and by column where
+// `b_planes` is empty, as bit planes otherwise.
+struct Basis {
+  int64_t D = 0, d = 0, r = 0, n = 0;
+  bool wide = false;  // list positions are uint32, not uint16
+  AnyLists a;         // r lines over d
+  AnyLists b_rows;    // D lines over K
+  AnyLists b_cols;    // K lines over D
+  Planes b_planes;    // (D, K)
+
+  RANDLORA_HD_MEMBER int64_t K() const { return r * n; }
+  RANDLORA_HD_MEMBER bool has_planes() const { return b_planes.plus != nullptr; }
+};
+
+// planes[., q, .] = elements (role, row_start + q, col_start ...) of the specification.
+struct FillPlanes {
+  uint64_t seed;
+  uint32_t role, threshold;
+  int64_t row_start, rows, col_start, cols;
+  uint64_t *plus, *minus;  // (rows, words_of(cols))
+};
+
+// out[c, k] = lam[j, i] * A[j, k] * gam[i, k]
+struct ScaledBasis {
+  int64_t r, n, d;
+  const void *A, *lam, *gam;  // (r, d), (r, n), (n, d) in the compute type
+  void* out;                  // (K, d) in `dtype`
+  DType dtype;
+};
+
+// dlam[j, i] = sum_k grad A gam;  dgam[i, k] = sum_j grad A lam
+struct ScaledBasisBackward {
+  int64_t r, n, d;
+  const void *A, *lam, *gam;
+  const void* grad;   // (K, d) in `dtype`
+  void *dlam, *dgam;  // compute type
+  DType dtype;
+};
+
+// out = base + scale * B @ A'  (D, d), or its transpose (d, D) when `transposed`.
+struct DeltaWeight {
+  Basis basis;
+  const void *lam, *gam;  // (r, n), (n, d) in the compute type
+  const void* base;       // like out, or null for none; added before the one rounding
+  void* out;
+  DType dtype;
+  double scale;
+  bool transposed;
+};
+
+struct DeltaWeightBackward {
+  Basis basis;
+  const void *lam, *gam;
+  const void* grad;  // (D, d), or (d, D) when `transposed`
+  DType dtype;
+  double scale;
+  bool transposed;
+  void *dlam, *dgam;  // compute type
+};
+
+// y (T, out) += scale * x (T, in) dW^T, or y = ... when not `accumulate`.
+//   expand  (d == in):  V = x A'^T (T, K);  y += scale * V B^T
+//   reduce  (d == out): U = x B    (T, K);  y += scale * U A'
+struct Linear {
+  Basis basis;
+  const void *lam, *gam;
+  const void* x;
+  void* y;
+  DType dtype;
+  int64_t T;
+  double scale;
+  bool expand, accumulate;
+};
+
+// Gradients of the above from dy (T, out) and x (T, in). dx (T, in) is added to when
+// `accumulate`; null where it is not wanted. dlam and dgam are both null or both wanted.
+struct LinearBackward {
+  Basis basis;
+  const void *lam, *gam;
+  const void *x, *dy;
+  void* dx;
+  DType dtype;
+  int64_t T;
+  double scale;
+  bool expand, accumulate;
+  void *dlam, *dgam;  // compute type
+};
+
+// One set of kernels, compiled for one instruction set.
+struct Kernels {
+  const char* isa;
+  void (*fill_planes)(const FillPlanes&, Runtime&);
+  void (*scaled_basis)(const ScaledBasis&, Runtime&);
+  void (*scaled_basis_backward)(const ScaledBasisBackward&, Runtime&);
+  void (*delta_weight)(const DeltaWeight&, Runtime&);
+  void (*delta_weight_backward)(const DeltaWeightBackward&, Runtime&);
+  void (*linear)(const Linear&, Runtime&);
+  void (*linear_backward)(const LinearBackward&, Runtime&);
+};
+
+}  // namespace randlora

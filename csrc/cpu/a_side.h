@@ -1,0 +1,139 @@
+// The A side of the factored path, structured: A is shared by all n bases, so for a rank index j all
+// of them have the same support S_j = {k : A[j, k] != 0}, and every product is a small dense one on
+// gathered rows. Token-block layout throughout: z is (d, TB), v and u are (K, TB).
+//
+// gT is gamma transposed, (d, ldg) with ldg >= n zero-padded: one support position k gives the n
+// gammas of all bases side by side.
+#pragma once
+#include "../core/operators.h"
+#include "token_block.h"
+
+namespace randlora {
+namespace RANDLORA_ISA {
+
+// Rows of a register tile. With NV = 2 a tile holds 2 * kTile accumulators: half of AVX-512's 32
+// registers, half of AVX2's 16.
+constexpr int kTile = kVectorBytes == 64 ? 8 : 4;
+
+// Calls fn(integral_constant<rows>, first) over [0, count) in tiles of kTile, then 4, 2 and 1.
+template <int Rows = kTile, class F>
+RANDLORA_INLINE void tiles(int64_t first, int64_t count, const F& fn) {
+  for (; first + Rows <= count; first += Rows) fn(std::integral_constant<int, Rows>{}, first);
+  if constexpr (Rows > 1) tiles<Rows / 2>(first, count, fn);
+}
+
+// v[j * n + i] = lam[j, i] * sum_{k in S_j} A[j, k] gamma[i, k] z[k]
+template <class B, class Index>
+void a_up(const Lists<Index>& a, int64_t r, int64_t n, const typename B::C* lam,
+          const typename B::C* gT, int64_t ldg, const typename B::C* z, typename B::C* v) {
+  using C = typename B::C;
+  using V = typename B::V;
+  for (int64_t j = 0; j < r; ++j) {
+    const int64_t plus = a.plus(j), minus = a.minus(j), end = a.end(j);
+    tiles(0, n, [&](auto rows, int64_t i) {
+      V acc[rows][B::NV] = {};
+      for (int64_t p = plus; p < minus; ++p) {
+        const C *g = gT + a.index[p] * ldg + i, *zk = z + int64_t(a.index[p]) * B::TB;
+        unrolled<rows>([&](auto m) {
+          for (int q = 0; q < B::NV; ++q) acc[m][q] += g[m] * load<V>(zk + q * B::L);
+        });
+      }
+      for (int64_t p = minus; p < end; ++p) {
+        const C *g = gT + a.index[p] * ldg + i, *zk = z + int64_t(a.index[p]) * B::TB;
+        unrolled<rows>([&](auto m) {
+          for (int q = 0; q < B::NV; ++q) acc[m][q] -= g[m] * load<V>(zk + q * B::L);
+        });
+      }
+      const int64_t c = j * n + i;
+      unrolled<rows>([&](auto m) {
+        for (int q = 0; q < B::NV; ++q)
+          store(v + (c + m) * B::TB + q * B::L, acc[m][q] * lam[c + m]);
+      });
+    });
+  }
+}
+
+// z[k] += sum_j sum_i A[j, k] gamma[i, k] lam[j, i] u[j * n + i];  `scaled` is (n, TB) of scratch.
+template <class B, class Index>
+void a_down(const Lists<Index>& a, int64_t r, int64_t n, const typename B::C* lam,
+            const typename B::C* gT, int64_t ldg, const typename B::C* u, typename B::C* scaled,
+            typename B::C* z) {
+  using C = typename B::C;
+  using V = typename B::V;
+  for (int64_t j = 0; j < r; ++j) {
+    for (int64_t i = 0; i < n; ++i)
+      for (int q = 0; q < B::NV; ++q)
+        store(scaled + i * B::TB + q * B::L,
+              load<V>(u + (j * n + i) * B::TB + q * B::L) * lam[j * n + i]);
+    const auto scatter = [&](int64_t first, int64_t last, C sign) {
+      tiles(first, last, [&](auto rows, int64_t p) {
+        V acc[rows][B::NV] = {};
+        const C* g[rows];
+        unrolled<rows>([&](auto m) { g[m] = gT + a.index[p + m] * ldg; });
+        for (int64_t i = 0; i < n; ++i) {
+          unrolled<rows>([&](auto m) {
+            for (int q = 0; q < B::NV; ++q)
+              acc[m][q] += g[m][i] * load<V>(scaled + i * B::TB + q * B::L);
+          });
+        }
+        unrolled<rows>([&](auto m) {
+          for (int q = 0; q < B::NV; ++q) {
+            C* to = z + int64_t(a.index[p + m]) * B::TB + q * B::L;
+            store(to, load<V>(to) + sign * acc[m][q]);
+          }
+        });
+      });
+    };
+    scatter(a.plus(j), a.minus(j), C(1));
+    scatter(a.minus(j), a.end(j), C(-1));
+  }
+}
+
+// ut[t][i] = u[i][t] for the n rows of one rank index; ut is (TB, ldg), zero-padded in i.
+template <class B>
+void transpose_bases(const typename B::C* u, int64_t n, int64_t ldg, typename B::C* ut) {
+  using V = typename B::V;
+  for (int64_t i = 0; i < ldg; i += B::L)
+    for (int q = 0; q < B::NV; ++q) {
+      V m[B::L];
+      unrolled<B::L>(
+          [&](auto l) { m[l] = i + l < n ? load<V>(u + (i + l) * B::TB + q * B::L) : V{}; });
+      transpose<B::L>(m);
+      unrolled<B::L>([&](auto l) { store(ut + (q * B::L + l) * ldg + i, m[l]); });
+    }
+}
+
+// P[p][i] += sum_t z[index[p]][t] * ut[t][i] for the `support` positions of one rank index: rank-one
+// updates over tokens, vectors over bases. Tokens are added one after the other, so the result does
+// not depend on how they were cut into blocks.
+template <class B, class Index>
+void a_grad(const Index* index, int64_t support, int64_t ldg, int64_t tokens,
+            const typename B::C* z, const typename B::C* ut, typename B::C* P) {
+  using C = typename B::C;
+  using V = Vec<C>;
+  constexpr int L = kVectorBytes / int(sizeof(C));
+  const auto columns = [&](auto vectors, int64_t i) {
+    tiles(0, support, [&](auto rows, int64_t p) {
+      V acc[rows][vectors];
+      const C* zk[rows];
+      unrolled<rows>([&](auto m) {
+        zk[m] = z + int64_t(index[p + m]) * B::TB;
+        for (int q = 0; q < vectors; ++q) acc[m][q] = load<V>(P + (p + m) * ldg + i + q * L);
+      });
+      for (int64_t t = 0; t < tokens; ++t)
+        unrolled<rows>([&](auto m) {
+          for (int q = 0; q < vectors; ++q)
+            acc[m][q] += zk[m][t] * load<V>(ut + t * ldg + i + q * L);
+        });
+      unrolled<rows>([&](auto m) {
+        for (int q = 0; q < vectors; ++q) store(P + (p + m) * ldg + i + q * L, acc[m][q]);
+      });
+    });
+  };
+  int64_t i = 0;
+  for (; i + 2 * L <= ldg; i += 2 * L) columns(std::integral_constant<int, 2>{}, i);
+  if (i < ldg) columns(std::integral_constant<int, 1>{}, i);
+}
+
+}  // namespace RANDLORA_ISA
+}  // namespace randlora

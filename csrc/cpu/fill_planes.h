@@ -1,0 +1,81 @@
+// Generation of bit planes from the specification: 64 columns are 16 counters with 4 output words
+// each, so one word of both planes is four 16-lane compares. Rows and columns may start anywhere.
+#pragma once
+#include "../core/operators.h"
+#include "../core/ternary_spec.h"
+#include "simd.h"
+
+namespace randlora {
+namespace RANDLORA_ISA {
+
+// Bit l is set where lanes[l] < bound.
+RANDLORA_INLINE uint64_t below(const uint32_t (&lanes)[16], uint32_t bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmplt_epu32_mask(_mm512_loadu_si512(lanes), _mm512_set1_epi32(int(bound)));
+#else
+  uint64_t mask = 0;
+  for (int l = 0; l < 16; ++l) mask |= uint64_t{lanes[l] < bound} << l;
+  return mask;
+#endif
+}
+
+// Both plane words of aligned group `group` (columns 64 * group ...) of one row. The same ten rounds
+// as core/philox.h, on 16 counters side by side so that compilers turn each line into vectors.
+RANDLORA_INLINE void group_words(uint64_t seed, uint32_t role, uint32_t row, uint32_t group,
+                                 uint32_t threshold, uint64_t* plus, uint64_t* minus) {
+  uint32_t c[4][16];
+  for (uint32_t l = 0; l < 16; ++l) {
+    const Counter4 start = counter_of(role, row, group * kCountersPerGroup + l);
+    for (int w = 0; w < 4; ++w) c[w][l] = start.v[w];
+  }
+  uint32_t key0 = key0_of(seed), key1 = key1_of(seed);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    for (int l = 0; l < 16; ++l) {
+      const uint64_t p0 = uint64_t{kPhiloxMul0} * c[0][l], p1 = uint64_t{kPhiloxMul1} * c[2][l];
+      const uint32_t c1 = c[1][l], c3 = c[3][l];
+      c[0][l] = uint32_t(p1 >> 32) ^ c1 ^ key0;
+      c[1][l] = uint32_t(p1);
+      c[2][l] = uint32_t(p0 >> 32) ^ c3 ^ key1;
+      c[3][l] = uint32_t(p0);
+    }
+    key0 += kPhiloxWeyl0;
+    key1 += kPhiloxWeyl1;
+  }
+  *plus = *minus = 0;
+  for (int w = 0; w < 4; ++w) {
+    *plus |= below(c[w], threshold) << (16 * w);
+    for (int l = 0; l < 16; ++l) c[w][l] -= threshold;  // wraps, see is_minus in ternary_spec.h
+    *minus |= below(c[w], threshold) << (16 * w);
+  }
+}
+
+inline void fill_planes(const FillPlanes& p, Runtime& rt) {
+  const int64_t words = words_of(p.cols), shift = p.col_start & 63, group = p.col_start >> 6;
+  const uint64_t tail = p.cols % 64 ? (uint64_t{1} << (p.cols % 64)) - 1 : ~uint64_t{0};
+  rt.split(p.rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t q = begin; q < end; ++q) {
+      const uint32_t row = uint32_t(p.row_start + q);
+      uint64_t next[2] = {0, 0};
+      if (shift) group_words(p.seed, p.role, row, uint32_t(group), p.threshold, next, next + 1);
+      for (int64_t w = 0; w < words; ++w) {
+        uint64_t word[2] = {next[0], next[1]};
+        if (shift) {
+          // The last word may need nothing from the group after it, which may not exist.
+          const bool more = 64 * w + 64 - shift < p.cols;
+          next[0] = next[1] = 0;
+          if (more)
+            group_words(p.seed, p.role, row, uint32_t(group + w + 1), p.threshold, next, next + 1);
+          for (int s = 0; s < 2; ++s) word[s] = word[s] >> shift | next[s] << (64 - shift);
+        } else {
+          group_words(p.seed, p.role, row, uint32_t(group + w), p.threshold, word, word + 1);
+        }
+        const uint64_t keep = w + 1 == words ? tail : ~uint64_t{0};
+        p.plus[q * words + w] = word[0] & keep;
+        p.minus[q * words + w] = word[1] & keep;
+      }
+    }
+  });
+}
+
+}  // namespace RANDLORA_ISA
+}  // namespace randlora

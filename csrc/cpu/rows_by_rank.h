@@ -1,0 +1,89 @@
+// Walks rows of B one rank index at a time: for row o and rank index j, the bases i for which
+// B[o, j * n + i] is +1 and those for which it is -1. delta_weight and its adjoint are written on it.
+#pragma once
+#include "b_side.h"
+
+namespace randlora {
+namespace RANDLORA_ISA {
+
+template <int Rows>
+class RowsByRank {
+ public:
+  RowsByRank(const Basis& b, Arena& arena) : b_(b) {
+    // append_bits may write 8 entries past the end, and works in steps of a word.
+    plus_ = arena.take<uint16_t>(b.has_planes() ? b.n + 72 : 0);
+    minus_ = arena.take<uint16_t>(b.has_planes() ? b.n + 72 : 0);
+  }
+
+  // Rows [first, first + rows), to be visited with ascending j from `j` on.
+  void start(int64_t first, int rows, int64_t j) {
+    first_ = first;
+    if (b_.has_planes()) return;
+    for (int q = 0; q < rows; ++q)
+      b_.wide ? place(b_.b_rows.as<uint32_t>(), q, j * b_.n)
+              : place(b_.b_rows.as<uint16_t>(), q, j * b_.n);
+  }
+
+  // fn(plus, n_plus, minus, n_minus, origin): base i is entry - origin.
+  template <class F>
+  RANDLORA_HD_MEMBER void visit(int q, int64_t j, const F& fn) {
+    if (b_.has_planes()) {
+      const int64_t row = (first_ + q) * b_.b_planes.words;
+      const uint16_t* plus_end = decode(b_.b_planes.plus + row, j, plus_);
+      const uint16_t* minus_end = decode(b_.b_planes.minus + row, j, minus_);
+      fn(plus_, plus_end - plus_, minus_, minus_end - minus_, 0);
+    } else if (b_.wide) {
+      advance(b_.b_rows.as<uint32_t>(), q, j, fn);
+    } else {
+      advance(b_.b_rows.as<uint16_t>(), q, j, fn);
+    }
+  }
+
+ private:
+  const uint16_t* decode(const uint64_t* row, int64_t j, uint16_t* out) const {
+    for (int64_t i = 0; i < b_.n; i += 64) {
+      const int64_t count = b_.n - i < 64 ? b_.n - i : 64;
+      out = append_bits(Planes::bits(row, j * b_.n + i, count), int(i), out);
+    }
+    return out;
+  }
+
+  template <class Index>
+  void place(const Lists<Index>& rows, int q, int64_t column) {
+    const int64_t o = first_ + q;
+    cursor_[q][0] = lower_bound(rows.index, rows.plus(o), rows.minus(o), column);
+    cursor_[q][1] = lower_bound(rows.index, rows.minus(o), rows.end(o), column);
+  }
+
+  template <class Index>
+  static int64_t lower_bound(const Index* index, int64_t begin, int64_t end, int64_t column) {
+    while (begin < end) {
+      const int64_t middle = (begin + end) / 2;
+      if (index[middle] < column)
+        begin = middle + 1;
+      else
+        end = middle;
+    }
+    return begin;
+  }
+
+  template <class Index, class F>
+  RANDLORA_HD_MEMBER void advance(const Lists<Index>& rows, int q, int64_t j, const F& fn) {
+    const int64_t o = first_ + q, stop = (j + 1) * b_.n;
+    const int64_t p = cursor_[q][0], m = cursor_[q][1];
+    int64_t p_end = p, m_end = m;
+    while (p_end < rows.minus(o) && rows.index[p_end] < stop) ++p_end;
+    while (m_end < rows.end(o) && rows.index[m_end] < stop) ++m_end;
+    cursor_[q][0] = p_end;
+    cursor_[q][1] = m_end;
+    fn(rows.index + p, p_end - p, rows.index + m, m_end - m, j * b_.n);
+  }
+
+  const Basis& b_;
+  int64_t first_ = 0;
+  int64_t cursor_[Rows][2];
+  uint16_t *plus_, *minus_;
+};
+
+}  // namespace RANDLORA_ISA
+}  // namespace randlora

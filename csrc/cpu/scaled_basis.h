@@ -1,0 +1,81 @@
+// A'[j * n + i, k] = lam[j, i] * A[j, k] * gam[i, k], and its gradients: PEFT's UniqueBaseGrad as one
+// pass over the (K, d) matrix each way, with nothing else of that size.
+#pragma once
+#include "../core/operators.h"
+#include "token_block.h"
+
+namespace randlora {
+namespace RANDLORA_ISA {
+
+template <class S>
+void scaled_basis_as(const ScaledBasis& p, Runtime& rt) {
+  using C = typename ComputeOf<S>::type;
+  const C *A = static_cast<const C*>(p.A), *lam = static_cast<const C*>(p.lam),
+          *gam = static_cast<const C*>(p.gam);
+  S* out = static_cast<S*>(p.out);
+  rt.split(p.r * p.n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const C *a = A + c / p.n * p.d, *g = gam + c % p.n * p.d, l = lam[c];
+      S* row = out + c * p.d;
+      for (int64_t k = 0; k < p.d; ++k) narrow(l * a[k] * g[k], row + k);
+    }
+  });
+}
+
+template <class S>
+void scaled_basis_backward_as(const ScaledBasisBackward& p, Runtime& rt) {
+  using C = typename ComputeOf<S>::type;
+  using V = Vec<C>;
+  constexpr int L = kVectorBytes / int(sizeof(C));
+  const C *A = static_cast<const C*>(p.A), *lam = static_cast<const C*>(p.lam),
+          *gam = static_cast<const C*>(p.gam);
+  const S* grad = static_cast<const S*>(p.grad);
+  C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
+  // By base: it owns a row of dgam and a column of dlam, and reads each of its rows of grad once.
+  rt.split(p.n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const C* g = gam + i * p.d;
+      C* dg = dgam + i * p.d;
+      __builtin_memset(dg, 0, size_t(p.d) * sizeof(C));
+      for (int64_t j = 0; j < p.r; ++j) {
+        const S* G = grad + (j * p.n + i) * p.d;
+        const C *a = A + j * p.d, l = lam[j * p.n + i];
+        V sum{};
+        C rest = 0;
+        int64_t k = 0;
+        for (; k + L <= p.d; k += L) {
+          const V GA = load_as<V>(G + k) * load<V>(a + k);
+          sum += GA * load<V>(g + k);
+          store(dg + k, load<V>(dg + k) + GA * l);
+        }
+        for (; k < p.d; ++k) {
+          const C GA = widen(G[k]) * a[k];
+          rest += GA * g[k];
+          dg[k] += GA * l;
+        }
+        for (int q = 0; q < L; ++q) rest += sum[q];
+        dlam[j * p.n + i] = rest;
+      }
+    }
+  });
+}
+
+template <class F>
+RANDLORA_INLINE void with_dtype(DType dtype, const F& fn) {
+  switch (dtype) {
+    case DType::f32: return fn(float{});
+    case DType::f64: return fn(double{});
+    case DType::bf16: return fn(bf16{});
+    case DType::f16: return fn(f16{});
+  }
+}
+
+inline void scaled_basis(const ScaledBasis& p, Runtime& rt) {
+  with_dtype(p.dtype, [&](auto s) { scaled_basis_as<decltype(s)>(p, rt); });
+}
+inline void scaled_basis_backward(const ScaledBasisBackward& p, Runtime& rt) {
+  with_dtype(p.dtype, [&](auto s) { scaled_basis_backward_as<decltype(s)>(p, rt); });
+}
+
+}  // namespace RANDLORA_ISA
+}  // namespace randlora

@@ -1,0 +1,184 @@
+// Vectors of one instruction set, written with the compilers' own vector extensions so that one
+// source serves AVX-512, AVX2, SSE2 and NEON. Compiled once per set: see isa_*.cpp.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "../core/dtype.h"
+#include "../core/host_device.h"
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#ifndef RANDLORA_ISA
+#error "define RANDLORA_ISA and RANDLORA_VECTOR_BYTES before including a kernel header"
+#endif
+
+#define RANDLORA_INLINE RANDLORA_HD
+namespace randlora {
+namespace RANDLORA_ISA {
+
+constexpr int kVectorBytes = RANDLORA_VECTOR_BYTES;
+
+// fn(integral_constant<0>), ..., fn(integral_constant<N - 1>): a loop that is unrolled for certain,
+// so that arrays of vectors indexed by it live in registers.
+template <class F, int... I>
+RANDLORA_INLINE void unrolled(const F& fn, std::integer_sequence<int, I...>) {
+  (fn(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+RANDLORA_INLINE void unrolled(const F& fn) {
+  unrolled(fn, std::make_integer_sequence<int, N>{});
+}
+
+template <class C, int Bytes>
+struct VecOf {
+  typedef C type __attribute__((vector_size(Bytes)));
+};
+template <class C, int Bytes = kVectorBytes>
+using Vec = typename VecOf<C, Bytes>::type;
+
+template <class V, class T>
+RANDLORA_INLINE V load(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V, class T>
+RANDLORA_INLINE void store(T* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+// ---- storage types: `lanes` consecutive elements widened to the compute type, and back ----------
+
+RANDLORA_INLINE float widen(float v) { return v; }
+RANDLORA_INLINE double widen(double v) { return v; }
+RANDLORA_INLINE float widen(bf16 v) {
+  const uint32_t bits = uint32_t{v.bits} << 16;
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+RANDLORA_INLINE float widen(f16 v) {
+#if defined(__F16C__)
+  return _cvtsh_ss(v.bits);
+#else
+  // Shift exponent and mantissa into place, then let one multiplication by 2^112 rebias the
+  // exponent; it also normalises subnormals. Only inf and NaN need their exponent set by hand.
+  const uint32_t sign = uint32_t{v.bits & 0x8000u} << 16;
+  uint32_t bits = uint32_t{v.bits & 0x7fffu} << 13;
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  f *= 0x1p112f;
+  __builtin_memcpy(&bits, &f, 4);
+  if ((v.bits & 0x7c00u) == 0x7c00u) bits |= 0x7f800000u;
+  bits |= sign;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+#endif
+}
+
+RANDLORA_INLINE void narrow(float v, float* to) { *to = v; }
+RANDLORA_INLINE void narrow(double v, double* to) { *to = v; }
+RANDLORA_INLINE void narrow(float v, bf16* to) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &v, 4);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to->bits = static_cast<uint16_t>(v != v ? (bits >> 16) | 0x40u : rounded);
+}
+RANDLORA_INLINE void narrow(float v, f16* to) {
+#if defined(__F16C__)
+  to->bits = static_cast<uint16_t>(_cvtss_sh(v, 0));
+#else
+  uint32_t bits;
+  __builtin_memcpy(&bits, &v, 4);
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  bits &= 0x7fffffffu;
+  if (bits >= 0x47800000u) {  // 2^16 and more, inf, NaN
+    to->bits = static_cast<uint16_t>(sign | (bits > 0x7f800000u ? 0x7e00u : 0x7c00u));
+    return;
+  }
+  if (bits < 0x38800000u) {  // subnormal: adding 0.5 makes the FPU round at the right place
+    float magnitude;
+    __builtin_memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    __builtin_memcpy(&bits, &magnitude, 4);
+    to->bits = static_cast<uint16_t>(sign | (bits - 0x3f000000u));
+    return;
+  }
+  bits += 0xc8000fffu + (bits >> 13 & 1u);  // rebias, round to nearest even; may carry to inf
+  to->bits = static_cast<uint16_t>(sign | bits >> 13);
+#endif
+}
+
+template <class V, class S>
+RANDLORA_INLINE V load_as(const S* p) {
+  using C = typename ComputeOf<S>::type;
+  constexpr int lanes = sizeof(V) / sizeof(C);
+  if constexpr (sizeof(S) == sizeof(C)) {
+    return load<V>(p);
+#if defined(__AVX512F__)
+  } else if constexpr (std::is_same_v<S, f16> && lanes == 16) {
+    return (V)_mm512_cvtph_ps(load<__m256i>(p));
+#endif
+#if defined(__F16C__)
+  } else if constexpr (std::is_same_v<S, f16> && lanes == 8) {
+    return (V)_mm256_cvtph_ps(load<__m128i>(p));
+#endif
+  } else {
+    C wide[lanes];
+    for (int l = 0; l < lanes; ++l) wide[l] = widen(p[l]);
+    return load<V>(wide);
+  }
+}
+
+template <class V, class S>
+RANDLORA_INLINE void store_as(S* p, V v) {
+  using C = typename ComputeOf<S>::type;
+  constexpr int lanes = sizeof(V) / sizeof(C);
+  if constexpr (sizeof(S) == sizeof(C)) {
+    store(p, v);
+#if defined(__AVX512F__)
+  } else if constexpr (std::is_same_v<S, f16> && lanes == 16) {
+    store(p, _mm512_cvtps_ph((__m512)v, 0));
+#endif
+#if defined(__F16C__)
+  } else if constexpr (std::is_same_v<S, f16> && lanes == 8) {
+    store(p, _mm256_cvtps_ph((__m256)v, 0));
+#endif
+  } else {
+    C wide[lanes];
+    store(wide, v);
+    for (int l = 0; l < lanes; ++l) narrow(wide[l], p + l);
+  }
+}
+
+// ---- transposing an L x L square held in L vectors ----------------------------------------------
+
+template <int S, int L, class V, size_t... I>
+RANDLORA_INLINE void exchange(V& a, V& b, std::index_sequence<I...>) {
+  // Lanes with bit S clear stay in a and take b's partner lane beside them, and the other way round.
+#if defined(__clang__)
+  const V lo = __builtin_shufflevector(a, b, (int(I) & S ? L + int(I) - S : int(I))...);
+  const V hi = __builtin_shufflevector(a, b, (int(I) & S ? L + int(I) : int(I) + S)...);
+#else
+  using M = Vec<std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>, sizeof(V)>;
+  const V lo = __builtin_shuffle(a, b, M{(int(I) & S ? L + int(I) - S : int(I))...});
+  const V hi = __builtin_shuffle(a, b, M{(int(I) & S ? L + int(I) : int(I) + S)...});
+#endif
+  a = lo;
+  b = hi;
+}
+
+template <int L, class V, int S = 1>
+RANDLORA_INLINE void transpose(V (&m)[L]) {
+  unrolled<L>([&](auto r) {
+    if constexpr ((r & S) == 0) exchange<S, L>(m[r], m[r + S], std::make_index_sequence<L>{});
+  });
+  if constexpr (2 * S < L) transpose<L, V, 2 * S>(m);
+}
+
+}  // namespace RANDLORA_ISA
+}  // namespace randlora

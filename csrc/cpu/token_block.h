@@ -1,0 +1,115 @@
+// Token blocks: the layout in which the factored kernels compute.
+//
+// A block holds TB tokens of F features as [feature][token], so that one feature of all its tokens
+// is NV whole vectors. Every product of the factored path then is "vectors times scalars": nothing
+// is reduced across lanes, and a token's result does not depend on its block or on TB.
+#pragma once
+#include "simd.h"
+
+namespace randlora {
+namespace RANDLORA_ISA {
+
+template <class C_, int Bytes, int NV_>
+struct Block {
+  using C = C_;
+  using V = Vec<C, Bytes>;
+  static constexpr int L = Bytes / int(sizeof(C));
+  static constexpr int NV = NV_;
+  static constexpr int TB = L * NV;
+};
+
+// Calls fn(Block<...>{}) with the widest block that still gives every thread a block of its own.
+template <class C, class F>
+RANDLORA_INLINE void with_block(int64_t tokens, int threads, const F& fn) {
+  constexpr int lanes = kVectorBytes / int(sizeof(C));
+  const int64_t share = (tokens + threads - 1) / threads;
+  if (share > lanes) return fn(Block<C, kVectorBytes, 2>{});
+  if constexpr (kVectorBytes >= 32) {
+    if (share <= lanes / 2) return fn(Block<C, kVectorBytes / 2, 1>{});
+  }
+  fn(Block<C, kVectorBytes, 1>{});
+}
+
+// z[f][t] = x[t][f] for `tokens` <= TB rows of x (row stride `ld`); absent tokens become zero.
+template <class B, class S>
+void load_block_from(const S* x, int64_t ld, int64_t tokens, int64_t features, typename B::C* z) {
+  using C = typename B::C;
+  using V = typename B::V;
+  for (int v = 0; v < B::NV; ++v) {
+    const int64_t first = v * B::L;
+    const int64_t have = tokens - first;
+    int64_t f = 0;
+    for (; f + B::L <= features; f += B::L) {
+      V m[B::L];
+      unrolled<B::L>(
+          [&](auto t) { m[t] = t < have ? load_as<V>(x + (first + t) * ld + f) : V{}; });
+      transpose<B::L>(m);
+      unrolled<B::L>([&](auto t) { store(z + (f + t) * B::TB + first, m[t]); });
+    }
+    for (; f < features; ++f)
+      for (int t = 0; t < B::L; ++t)
+        z[f * B::TB + first + t] = t < have ? C(widen(x[(first + t) * ld + f])) : C(0);
+  }
+}
+
+// y[t][f] = scale * z[f][t], added to what y holds when `accumulate`; one rounding.
+template <class B, class S>
+void store_block_to(const typename B::C* z, typename B::C scale, bool accumulate, int64_t tokens,
+                    int64_t features, S* y, int64_t ld) {
+  using C = typename B::C;
+  using V = typename B::V;
+  for (int v = 0; v < B::NV; ++v) {
+    const int64_t first = v * B::L;
+    const int64_t have = tokens - first < B::L ? tokens - first : B::L;
+    int64_t f = 0;
+    for (; f + B::L <= features; f += B::L) {
+      V m[B::L];
+      unrolled<B::L>([&](auto t) { m[t] = load<V>(z + (f + t) * B::TB + first) * scale; });
+      transpose<B::L>(m);
+      unrolled<B::L>([&](auto t) {
+        S* to = y + (first + t) * ld + f;
+        if (t < have) store_as(to, accumulate ? load_as<V>(to) + m[t] : m[t]);
+      });
+    }
+    for (; f < features; ++f)
+      for (int64_t t = 0; t < have; ++t) {
+        S* to = y + (first + t) * ld + f;
+        const C value = z[f * B::TB + first + t] * scale;
+        narrow(accumulate ? C(widen(*to)) + value : value, to);
+      }
+  }
+}
+
+// Calls fn with a typed pointer; only the storage types that compute in C are possible.
+template <class C, class F>
+RANDLORA_INLINE void with_storage(DType dtype, const void* p, const F& fn) {
+  void* q = const_cast<void*>(p);
+  if constexpr (sizeof(C) == 8) {
+    fn(static_cast<double*>(q));
+  } else if (dtype == DType::bf16) {
+    fn(static_cast<bf16*>(q));
+  } else if (dtype == DType::f16) {
+    fn(static_cast<f16*>(q));
+  } else {
+    fn(static_cast<float*>(q));
+  }
+}
+
+// The same two for a (T, ld) matrix of run-time type, from token `t` and feature `f` on.
+template <class B>
+RANDLORA_INLINE void load_block(const void* x, DType dtype, int64_t t, int64_t ld, int64_t tokens,
+                                typename B::C* z) {
+  with_storage<typename B::C>(
+      dtype, x, [&](auto* p) { load_block_from<B>(p + t * ld, ld, tokens, ld, z); });
+}
+template <class B>
+RANDLORA_INLINE void store_block(const typename B::C* z, typename B::C scale, bool accumulate,
+                                 int64_t tokens, int64_t features, void* y, DType dtype, int64_t t,
+                                 int64_t ld, int64_t f) {
+  with_storage<typename B::C>(dtype, y, [&](auto* p) {
+    store_block_to<B>(z, scale, accumulate, tokens, features, p + t * ld + f, ld);
+  });
+}
+
+}  // namespace RANDLORA_ISA
+}  // namespace randlora

@@ -1,0 +1,49 @@
+// randlora_ext._C: loads the operators, tells how they were built, and opens the host-side
+// specification functions to tests. Everything else goes through torch.ops.randlora.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "../core/ternary_spec.h"
+#include "../cpu/dispatch.h"
+
+#if defined(__clang__)
+#define RANDLORA_COMPILER "clang " __clang_version__
+#else
+#define RANDLORA_COMPILER "g++ " __VERSION__
+#endif
+#ifndef RANDLORA_VERSION
+#define RANDLORA_VERSION "unknown"
+#endif
+
+namespace py = pybind11;
+using Words4 = std::array<uint32_t, 4>;
+using Words2 = std::array<uint32_t, 2>;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled part of randlora_ext: operators, build information, specification functions.";
+  m.def("build_info", [] {
+    py::dict info;
+    info["version"] = RANDLORA_VERSION;
+    info["compiler"] = RANDLORA_COMPILER;
+    info["spec_version"] = randlora::kSpecVersion;
+    info["built_isas"] = randlora::built_isas();
+    return info;
+  });
+  m.def("available_isas", &randlora::available_isas,
+        "Kernel sets of this build that this processor can run, best first.");
+  m.def("isa", [] { return std::string(randlora::cpu_kernels().isa); },
+        "The kernel set in use. Raises RuntimeError where RANDLORA_ISA names one that cannot run.");
+  m.def("philox4x32_10", [](Words4 counter, Words2 key) {
+    const auto out = randlora::philox4x32_10({{counter[0], counter[1], counter[2], counter[3]}},
+                                             key[0], key[1]);
+    return std::make_tuple(out.v[0], out.v[1], out.v[2], out.v[3]);
+  });
+  m.def("threshold", [](double density) { return randlora::threshold(density); },
+        "Integer threshold of a density; 0 where it is outside (0, 1].");
+  m.def("element", [](uint64_t seed, uint32_t role, uint32_t row, uint32_t col,
+                      uint32_t threshold) {
+    return randlora::element(seed, role, row, col, threshold);
+  });
+}

@@ -1,0 +1,158 @@
+// torch.ops.randlora: generation, packing and expansion of ternary bases.
+#include "../core/ternary_spec.h"
+#include "../cpu/dispatch.h"
+#include "../cpu/packing.h"
+#include "common.h"
+
+namespace randlora {
+namespace {
+
+constexpr int64_t kIndexLimit = int64_t{1} << 32;  // rows and columns of the specification
+
+struct PlaneShape {
+  int64_t rows, words;
+};
+
+PlaneShape check_planes(const Tensor& planes, int64_t cols) {
+  RANDLORA_CHECK(planes.scalar_type() == ScalarType::Long && planes.dim() == 3 &&
+                     planes.size(0) == 2 && planes.is_contiguous(),
+                 "planes must be a contiguous int64 tensor (2, rows, words), got ",
+                 describe(planes));
+  RANDLORA_CHECK(cols >= 0 && planes.size(2) == words_of(cols), "cols = ", cols, " needs ",
+                 words_of(cols < 0 ? 0 : cols), " words a row and may not be negative; planes is ",
+                 describe(planes));
+  return {planes.size(1), planes.size(2)};
+}
+
+Planes view(const Tensor& planes) {
+  const auto* plus = static_cast<const uint64_t*>(planes.const_data_ptr());
+  return {plus, plus + planes.size(1) * planes.size(2), planes.size(2)};
+}
+
+void check_role(int64_t role) {
+  RANDLORA_CHECK(role == kRoleA || role == kRoleB, "role must be 0 (A) or 1 (B), got ", role);
+}
+
+void fill_planes_(Tensor planes, int64_t seed, int64_t role, int64_t row_start, int64_t col_start,
+                  int64_t cols, int64_t threshold) {
+  const PlaneShape shape = check_planes(planes, cols);
+  check_role(role);
+  RANDLORA_CHECK(row_start >= 0 && row_start + shape.rows <= kIndexLimit, "row_start = ", row_start,
+                 " with ", shape.rows, " rows leaves the allowed range [0, 2^32)");
+  RANDLORA_CHECK(col_start >= 0 && col_start + cols <= kIndexLimit, "col_start = ", col_start,
+                 " with ", cols, " columns leaves the allowed range [0, 2^32)");
+  RANDLORA_CHECK(threshold >= 1 && threshold <= int64_t{1} << 31, "threshold must be in [1, 2^31], got ",
+                 threshold);
+  auto* plus = static_cast<uint64_t*>(planes.mutable_data_ptr());
+  TorchRuntime runtime;
+  cpu_kernels().fill_planes({static_cast<uint64_t>(seed), static_cast<uint32_t>(role),
+                             static_cast<uint32_t>(threshold), row_start, shape.rows, col_start,
+                             cols, plus, plus + shape.rows * shape.words},
+                            runtime);
+}
+
+std::tuple<Tensor, Tensor> pack_dense_op(Tensor dense) {
+  RANDLORA_CHECK(dense.dim() == 2 && dense.numel() > 0, "dense must be (rows, cols) and not empty, got ",
+                 describe(dense));
+  const DType dtype = activation_dtype(dense, "dense");
+  const Tensor x = torch::stable::contiguous(dense);
+  const int64_t rows = x.size(0), cols = x.size(1), words = words_of(cols);
+  Tensor planes = torch::stable::new_empty(x, {2, rows, words}, ScalarType::Long);
+  Tensor value = torch::stable::new_empty(x, {}, ScalarType::Double);
+  auto* plus = static_cast<uint64_t*>(planes.mutable_data_ptr());
+  TorchRuntime runtime;
+  int64_t bad = -1;
+  const double a = pack_dense(x.const_data_ptr(), dtype, rows, cols, plus,
+                                        plus + rows * words, &bad, runtime);
+  RANDLORA_CHECK(a >= 0, "dense is not ternary: element (", bad / cols, ", ", bad % cols,
+                 ") is none of -a, 0, +a, where a is the magnitude of its first element that is not zero");
+  *value.mutable_data_ptr<double>() = a;
+  return {planes, value};
+}
+
+std::tuple<Tensor, Tensor> planes_to_lists(Tensor planes, int64_t cols, bool by_column, bool wide) {
+  const PlaneShape shape = check_planes(planes, cols);
+  const int64_t lines = by_column ? cols : shape.rows, longest = by_column ? shape.rows : cols;
+  RANDLORA_CHECK(wide ? longest <= kIndexLimit : longest <= 65536, "wide = ", wide,
+                 " cannot hold positions up to ", longest - 1, "; 16-bit lists end at 65535");
+  Tensor offset = torch::stable::new_empty(planes, {2 * lines + 1}, ScalarType::Long);
+  auto* at = offset.mutable_data_ptr<int64_t>();
+  TorchRuntime runtime;
+  const int64_t total = count_lists(view(planes), shape.rows, cols, by_column, at, runtime);
+  Tensor index =
+      torch::stable::new_empty(planes, {total}, wide ? ScalarType::Int : ScalarType::Short);
+  fill_lists(view(planes), shape.rows, cols, by_column, at, wide, index.mutable_data_ptr(),
+             runtime);
+  return {offset, index};
+}
+
+DType dense_dtype(ScalarType t) {
+  RANDLORA_CHECK(t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::BFloat16 ||
+                     t == ScalarType::Half,
+                 "dtype must be float32, float64, bfloat16 or float16");
+  return t == ScalarType::Float      ? DType::f32
+         : t == ScalarType::Double   ? DType::f64
+         : t == ScalarType::BFloat16 ? DType::bf16
+                                     : DType::f16;
+}
+
+Tensor planes_to_dense_op(Tensor planes, int64_t cols, double value, ScalarType dtype) {
+  const PlaneShape shape = check_planes(planes, cols);
+  const DType type = dense_dtype(dtype);
+  Tensor out = torch::stable::new_empty(planes, {shape.rows, cols}, dtype);
+  TorchRuntime runtime;
+  planes_to_dense(view(planes), shape.rows, cols, value, out.mutable_data_ptr(), type,
+                            runtime);
+  return out;
+}
+
+Tensor lists_to_dense_op(Tensor offset, Tensor index, int64_t cols, double value, ScalarType dtype) {
+  const DType type = dense_dtype(dtype);
+  RANDLORA_CHECK(offset.scalar_type() == ScalarType::Long && offset.dim() == 1 &&
+                     offset.size(0) % 2 == 1 && offset.is_contiguous(),
+                 "offset must be a contiguous int64 tensor of 2 * rows + 1 entries, got ",
+                 describe(offset));
+  RANDLORA_CHECK((index.scalar_type() == ScalarType::Short || index.scalar_type() == ScalarType::Int) &&
+                     index.dim() == 1 && index.is_contiguous(),
+                 "index must be a contiguous int16 or int32 tensor, got ", describe(index));
+  const int64_t rows = offset.size(0) / 2;
+  const auto* at = offset.const_data_ptr<int64_t>();
+  RANDLORA_CHECK(at[0] == 0 && at[2 * rows] == index.size(0), "offset must run from 0 to ",
+                 index.size(0), ", the length of index, but runs from ", at[0], " to ", at[2 * rows]);
+  const bool wide = index.scalar_type() == ScalarType::Int;
+  for (int64_t q = 0; q < 2 * rows; ++q)
+    RANDLORA_CHECK(at[q] <= at[q + 1], "offset must not decrease, but entry ", q, " is ", at[q],
+                   " and the next ", at[q + 1]);
+  for (int64_t p = 0; p < index.size(0); ++p) {
+    const int64_t col = wide ? static_cast<const uint32_t*>(index.const_data_ptr())[p]
+                             : static_cast<const uint16_t*>(index.const_data_ptr())[p];
+    RANDLORA_CHECK(col < cols, "index[", p, "] is ", col, ", but there are only ", cols, " columns");
+  }
+  Tensor out = torch::stable::new_empty(offset, {rows, cols}, dtype);
+  TorchRuntime runtime;
+  lists_to_dense({at, index.const_data_ptr()}, wide, rows, cols, value,
+                           out.mutable_data_ptr(), type, runtime);
+  return out;
+}
+
+}  // namespace
+}  // namespace randlora
+
+STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
+  m.def(
+      "fill_planes_(Tensor(a!) planes, int seed, int role, int row_start, int col_start, int cols, "
+      "int threshold) -> ()");
+  m.def("pack_dense(Tensor dense) -> (Tensor, Tensor)");
+  m.def("planes_to_lists(Tensor planes, int cols, bool by_column, bool wide) -> (Tensor, Tensor)");
+  m.def("planes_to_dense(Tensor planes, int cols, float value, ScalarType dtype) -> Tensor");
+  m.def(
+      "lists_to_dense(Tensor offset, Tensor index, int cols, float value, ScalarType dtype) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) {
+  m.impl("fill_planes_", TORCH_BOX(&randlora::fill_planes_));
+  m.impl("pack_dense", TORCH_BOX(&randlora::pack_dense_op));
+  m.impl("planes_to_lists", TORCH_BOX(&randlora::planes_to_lists));
+  m.impl("planes_to_dense", TORCH_BOX(&randlora::planes_to_dense_op));
+  m.impl("lists_to_dense", TORCH_BOX(&randlora::lists_to_dense_op));
+}

@@ -1,0 +1,142 @@
+#include <sstream>
+
+#include "common.h"
+
+namespace randlora {
+namespace {
+
+const char* name_of(ScalarType t) {
+  switch (t) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    default: return "another dtype";
+  }
+}
+
+bool is_floating(ScalarType t) {
+  return t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::BFloat16 ||
+         t == ScalarType::Half;
+}
+
+void check_offsets(const Tensor& offset, const Tensor& index, int64_t lines, const char* name) {
+  RANDLORA_CHECK(offset.scalar_type() == ScalarType::Long && offset.is_contiguous() &&
+                     offset.dim() == 1 && offset.size(0) == 2 * lines + 1,
+                 "packed: ", name, "_offset must be a contiguous int64 tensor of ", 2 * lines + 1,
+                 " entries (2 * lines + 1), got ", describe(offset));
+  const ScalarType t = index.scalar_type();
+  RANDLORA_CHECK((t == ScalarType::Short || t == ScalarType::Int) && index.is_contiguous() &&
+                     index.dim() == 1,
+                 "packed: ", name, "_index must be a contiguous int16 or int32 tensor, got ",
+                 describe(index));
+  if (offset.is_cpu()) {
+    const int64_t last = offset.const_data_ptr<int64_t>()[2 * lines];
+    RANDLORA_CHECK(last == index.size(0), "packed: ", name, "_offset ends at ", last, " but ", name,
+                   "_index has ", index.size(0), " entries; they must be equal");
+  }
+}
+
+AnyLists lists_of(const Tensor& offset, const Tensor& index) {
+  return {offset.const_data_ptr<int64_t>(), index.const_data_ptr()};
+}
+
+}  // namespace
+
+std::string describe(const Tensor& t) {
+  std::ostringstream s;
+  s << "(";
+  for (int64_t i = 0; i < t.dim(); ++i) s << (i ? ", " : "") << t.size(i);
+  s << ") " << name_of(t.scalar_type()) << (t.is_cpu() ? " on cpu" : " on cuda");
+  return s.str();
+}
+
+DType activation_dtype(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default:
+      RANDLORA_CHECK(false, name, " must be float32, float64, bfloat16 or float16, got ",
+                     describe(t));
+  }
+}
+
+ScalarType scalar_type(DType t) {
+  switch (t) {
+    case DType::f64: return ScalarType::Double;
+    case DType::bf16: return ScalarType::BFloat16;
+    case DType::f16: return ScalarType::Half;
+    default: return ScalarType::Float;
+  }
+}
+
+ScalarType compute_type(DType t) { return t == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+
+void check_floating(const Tensor& t, const char* name) {
+  RANDLORA_CHECK(is_floating(t.scalar_type()), name,
+                 " must be float32, float64, bfloat16 or float16, got ", describe(t));
+}
+
+void check_same_device(const Tensor& t, const char* name, const Tensor& as, const char* as_name) {
+  RANDLORA_CHECK(t.device() == as.device(), name, " is ", describe(t), " but ", as_name, " is ",
+                 describe(as), "; they must be on one device");
+}
+
+Tensor compute_copy(const Tensor& t, DType dtype) {
+  const ScalarType wanted = compute_type(dtype);
+  return torch::stable::contiguous(t.scalar_type() == wanted ? t : torch::stable::to(t, wanted));
+}
+
+Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
+               int64_t in_features, int64_t out_features) {
+  RANDLORA_CHECK(lam.dim() == 2 && lam.size(0) > 0, "lam must be (r, n), got ", describe(lam));
+  check_floating(lam, "lam");
+  check_floating(gam, "gam");
+  check_same_device(gam, "gam", lam, "lam");
+  RANDLORA_CHECK(in_features > 0 && out_features > 0, "in_features and out_features must be positive, got ",
+                 in_features, " and ", out_features);
+  Basis b;
+  b.r = lam.size(0);
+  b.n = lam.size(1);
+  b.d = in_features < out_features ? in_features : out_features;
+  b.D = in_features < out_features ? out_features : in_features;
+  RANDLORA_CHECK(b.n == (b.d + b.r - 1) / b.r, "lam is ", describe(lam), ", so r = ", b.r,
+                 ", and a layer of ", in_features, " to ", out_features, " features needs n = ",
+                 (b.d + b.r - 1) / b.r, " bases");
+  RANDLORA_CHECK(gam.dim() == 2 && gam.size(0) == b.n && gam.size(1) == b.d, "gam must be (n, d) = (",
+                 b.n, ", ", b.d, "), got ", describe(gam));
+  RANDLORA_CHECK(packed.size() == 6 || packed.size() == 3,
+                 "packed must hold 6 tensors (lists) or 3 (bit planes), got ", packed.size(),
+                 "; take it from TernaryBasis.packed(device)");
+  for (const Tensor& t : packed) check_same_device(t, "packed", lam, "lam");
+  check_offsets(packed[0], packed[1], b.r, "a");
+  b.a = lists_of(packed[0], packed[1]);
+  b.wide = packed[1].scalar_type() == ScalarType::Int;
+  if (packed.size() == 3) {
+    const Tensor& p = packed[2];
+    const int64_t words = words_of(b.K());
+    RANDLORA_CHECK(p.scalar_type() == ScalarType::Long && p.is_contiguous() && p.dim() == 3 &&
+                       p.size(0) == 2 && p.size(1) == b.D && p.size(2) == words,
+                   "packed: b_planes must be a contiguous int64 tensor (2, D, ceil(K / 64)) = (2, ",
+                   b.D, ", ", words, "), got ", describe(p));
+    const auto* plus = static_cast<const uint64_t*>(p.const_data_ptr());
+    b.b_planes = {plus, plus + b.D * words, words};
+    return b;
+  }
+  check_offsets(packed[2], packed[3], b.D, "b_row");
+  check_offsets(packed[4], packed[5], b.K(), "b_col");
+  for (int i = 3; i <= 5; i += 2)
+    RANDLORA_CHECK(packed[i].scalar_type() == packed[1].scalar_type(),
+                   "packed: all index tensors must have one dtype, got ", describe(packed[1]),
+                   " and ", describe(packed[i]));
+  b.b_rows = lists_of(packed[2], packed[3]);
+  b.b_cols = lists_of(packed[4], packed[5]);
+  return b;
+}
+
+}  // namespace randlora

@@ -1,0 +1,51 @@
+// What every operator file needs of torch's stable ABI: checks, the runtime, typed views.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../core/operators.h"
+
+namespace randlora {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+#define RANDLORA_CHECK(condition, ...) STD_TORCH_CHECK(condition, "randlora: ", __VA_ARGS__)
+
+// torch's intra-op pool and allocator.
+class TorchRuntime : public Runtime {
+ public:
+  int threads() const override { return static_cast<int>(torch::stable::get_num_threads()); }
+  void run(int slots, void (*task)(void*, int), void* arg) override;
+  void* scratch(size_t bytes) override;
+
+ private:
+  std::vector<Tensor> held_;
+};
+
+// ---- checks (check.cpp); each message names the argument, what it was and what is allowed --------
+
+std::string describe(const Tensor& t);  // "(2, 3) float32 on cpu"
+DType activation_dtype(const Tensor& t, const char* name);
+ScalarType scalar_type(DType t);
+void check_floating(const Tensor& t, const char* name);
+void check_same_device(const Tensor& t, const char* name, const Tensor& as, const char* as_name);
+
+// A contiguous copy or view of `t` in the type that `dtype` computes in.
+Tensor compute_copy(const Tensor& t, DType dtype);
+ScalarType compute_type(DType dtype);
+
+// The packed basis of a layer with these diagonals; refuses any disagreement of shapes.
+//   lists   [a_offset, a_index, b_row_offset, b_row_index, b_col_offset, b_col_index]
+//   planes  [a_offset, a_index, b_planes]
+Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
+               int64_t in_features, int64_t out_features);
+
+}  // namespace randlora

@@ -1,0 +1,68 @@
+// torch.ops.randlora.delta_weight: scale * B @ A', oriented as a Linear's weight (out, in).
+#include "delta_weight.h"
+
+#include "../cpu/dispatch.h"
+
+namespace randlora {
+
+Tensor form_delta(const Basis& b, const Tensor& lam, const Tensor& gam, const OptionalTensor& base,
+                  double scale, int64_t out_features, int64_t in_features, DType dtype) {
+  const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
+  Tensor out = torch::stable::new_empty(lam, {out_features, in_features}, scalar_type(dtype));
+  const OptionalTensor w =
+      base ? OptionalTensor(torch::stable::contiguous(*base)) : OptionalTensor();
+  TorchRuntime runtime;
+  cpu_kernels().delta_weight(
+      {b, l.const_data_ptr(), g.const_data_ptr(), w ? w->const_data_ptr() : nullptr,
+       out.mutable_data_ptr(), dtype, scale, /*transposed=*/b.d != in_features},
+      runtime);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> contract_delta(const Basis& b, const Tensor& grad, const Tensor& lam,
+                                          const Tensor& gam, double scale) {
+  const DType dtype = activation_dtype(grad, "grad");
+  const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
+  const Tensor G = torch::stable::contiguous(grad);
+  Tensor dlam = torch::stable::empty_like(l), dgam = torch::stable::empty_like(g);
+  TorchRuntime runtime;
+  cpu_kernels().delta_weight_backward(
+      {b, l.const_data_ptr(), g.const_data_ptr(), G.const_data_ptr(), dtype, scale,
+       /*transposed=*/b.d != G.size(1), dlam.mutable_data_ptr(), dgam.mutable_data_ptr()},
+      runtime);
+  return {torch::stable::to(dlam, lam.scalar_type()), torch::stable::to(dgam, gam.scalar_type())};
+}
+
+namespace {
+
+Tensor delta_weight(Tensor lam, Tensor gam, std::vector<Tensor> packed, double scale,
+                    int64_t out_features, int64_t in_features) {
+  const Basis b = basis_of(packed, lam, gam, in_features, out_features);
+  return form_delta(b, lam, gam, {}, scale, out_features, in_features,
+                    activation_dtype(lam, "lam"));
+}
+
+std::tuple<Tensor, Tensor> delta_weight_backward(Tensor grad, Tensor lam, Tensor gam,
+                                                 std::vector<Tensor> packed, double scale) {
+  RANDLORA_CHECK(grad.dim() == 2, "grad must be (out, in), got ", describe(grad));
+  check_same_device(grad, "grad", lam, "lam");
+  const Basis b = basis_of(packed, lam, gam, grad.size(1), grad.size(0));
+  return contract_delta(b, grad, lam, gam, scale);
+}
+
+}  // namespace
+}  // namespace randlora
+
+STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
+  m.def(
+      "delta_weight(Tensor lam, Tensor gam, Tensor[] packed, float scale, SymInt out_features, "
+      "SymInt in_features) -> Tensor");
+  m.def(
+      "delta_weight_backward(Tensor grad, Tensor lam, Tensor gam, Tensor[] packed, float scale) -> "
+      "(Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) {
+  m.impl("delta_weight", TORCH_BOX(&randlora::delta_weight));
+  m.impl("delta_weight_backward", TORCH_BOX(&randlora::delta_weight_backward));
+}

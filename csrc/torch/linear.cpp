@@ -1,0 +1,165 @@
+// torch.ops.randlora.linear: y = x W^T + bias + scale * x dW^T by one of three paths.
+//
+//   factored  both sides of the basis applied to x; dW never exists
+//   delta     dW is formed, then two GEMMs; the base output is untouched
+//   merged    W + dW is formed, then one GEMM
+//
+// Without a weight the result is the adapter's part alone, for base layers of any kind.
+#include "../cpu/dispatch.h"
+#include "delta_weight.h"
+
+namespace randlora {
+namespace {
+
+enum class Path { factored, delta, merged };
+
+Path path_of(const std::string& path, bool has_weight) {
+  if (path == "factored") return Path::factored;
+  if (path == "delta") return Path::delta;
+  RANDLORA_CHECK(path == "merged", "path must be 'factored', 'delta' or 'merged', got '", path, "'");
+  RANDLORA_CHECK(has_weight, "path 'merged' adds to the weight, but weight is None");
+  return Path::merged;
+}
+
+Tensor torch_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
+                                    torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// a + b; the stable ABI has no add, but a subtraction with a factor.
+Tensor sum_of(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1.0); }
+
+struct Sizes {
+  int64_t T, in, out;
+  std::vector<int64_t> y_shape;
+};
+
+Sizes check(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+            const Tensor& lam, int64_t out_features) {
+  activation_dtype(x, "x");
+  RANDLORA_CHECK(x.dim() >= 1, "x must be (..., in_features), got ", describe(x));
+  check_same_device(x, "x", lam, "lam");
+  Sizes s{1, x.size(-1), out_features, {}};
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) {
+    s.T *= x.size(i);
+    s.y_shape.push_back(x.size(i));
+  }
+  s.y_shape.push_back(out_features);
+  if (weight) {
+    check_same_device(*weight, "weight", x, "x");
+    RANDLORA_CHECK(weight->dim() == 2 && weight->size(0) == s.out && weight->size(1) == s.in,
+                   "weight must be (out, in) = (", s.out, ", ", s.in, ") for x ", describe(x),
+                   ", got ", describe(*weight));
+    RANDLORA_CHECK(weight->scalar_type() == x.scalar_type(), "weight is ", describe(*weight),
+                   " but x is ", describe(x), "; they must have one dtype");
+  }
+  if (bias) {
+    RANDLORA_CHECK(weight.has_value(), "bias was given without a weight; add it to the base output");
+    check_same_device(*bias, "bias", x, "x");
+    RANDLORA_CHECK(bias->dim() == 1 && bias->size(0) == s.out &&
+                       bias->scalar_type() == x.scalar_type(),
+                   "bias must be (", s.out, ") in the dtype of x, got ", describe(*bias));
+  }
+  return s;
+}
+
+Tensor linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor lam, Tensor gam,
+              std::vector<Tensor> packed, double scale, int64_t out_features, std::string path) {
+  const Path p = path_of(path, weight.has_value());
+  const Sizes s = check(x, weight, bias, lam, out_features);
+  const Basis b = basis_of(packed, lam, gam, s.in, s.out);
+  const DType dtype = activation_dtype(x, "x");
+  const Tensor x2 = torch::stable::contiguous(torch::stable::reshape(x, {s.T, s.in}));
+
+  Tensor y;
+  if (p == Path::merged) {
+    y = torch_linear(x2, form_delta(b, lam, gam, weight, scale, s.out, s.in, dtype), bias);
+  } else if (p == Path::delta) {
+    y = torch_linear(x2, form_delta(b, lam, gam, {}, scale, s.out, s.in, dtype), {});
+    if (weight) y = sum_of(torch_linear(x2, *weight, bias), y);
+  } else {
+    y = weight ? torch::stable::contiguous(torch_linear(x2, *weight, bias))
+               : torch::stable::new_empty(x, {s.T, s.out});
+    const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
+    TorchRuntime runtime;
+    cpu_kernels().linear({b, l.const_data_ptr(), g.const_data_ptr(), x2.const_data_ptr(),
+                          y.mutable_data_ptr(), dtype, s.T, scale, /*expand=*/b.d == s.in,
+                          /*accumulate=*/weight.has_value()},
+                         runtime);
+  }
+  return torch::stable::view(y, s.y_shape);
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, OptionalTensor weight,
+                                                   Tensor lam, Tensor gam,
+                                                   std::vector<Tensor> packed, double scale,
+                                                   std::string path, bool need_x,
+                                                   bool need_diagonals) {
+  const Path p = path_of(path, weight.has_value());
+  RANDLORA_CHECK(dy.dim() == x.dim() && dy.scalar_type() == x.scalar_type(), "dy is ", describe(dy),
+                 ", which does not fit x ", describe(x));
+  const Sizes s = check(x, weight, {}, lam, dy.size(-1));
+  check_same_device(dy, "dy", x, "x");
+  for (int64_t i = 0; i + 1 < x.dim(); ++i)
+    RANDLORA_CHECK(dy.size(i) == x.size(i), "dy is ", describe(dy), ", which does not fit x ",
+                   describe(x));
+  const Basis b = basis_of(packed, lam, gam, s.in, s.out);
+  const DType dtype = activation_dtype(x, "x");
+  const Tensor x2 = torch::stable::contiguous(torch::stable::reshape(x, {s.T, s.in}));
+  const Tensor dy2 = torch::stable::contiguous(torch::stable::reshape(dy, {s.T, s.out}));
+  const std::vector<int64_t> x_shape(x.sizes().begin(), x.sizes().end());
+
+  Tensor dx = torch::stable::new_empty(x, {0}), dlam = torch::stable::new_empty(lam, {0}),
+         dgam = torch::stable::new_empty(gam, {0});
+  if (p == Path::factored) {
+    const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
+    if (need_x)
+      dx = weight ? torch::stable::contiguous(torch::stable::matmul(dy2, *weight))
+                  : torch::stable::new_empty(x, {s.T, s.in});
+    if (need_diagonals) dlam = torch::stable::empty_like(l), dgam = torch::stable::empty_like(g);
+    TorchRuntime runtime;
+    if (need_x || need_diagonals)
+      cpu_kernels().linear_backward(
+          {b, l.const_data_ptr(), g.const_data_ptr(), x2.const_data_ptr(), dy2.const_data_ptr(),
+           need_x ? dx.mutable_data_ptr() : nullptr, dtype, s.T, scale, /*expand=*/b.d == s.in,
+           /*accumulate=*/weight.has_value(), need_diagonals ? dlam.mutable_data_ptr() : nullptr,
+           need_diagonals ? dgam.mutable_data_ptr() : nullptr},
+          runtime);
+    dlam = torch::stable::to(dlam, lam.scalar_type());
+    dgam = torch::stable::to(dgam, gam.scalar_type());
+  } else {
+    if (need_x) {
+      const OptionalTensor base = p == Path::merged ? weight : OptionalTensor();
+      dx = torch::stable::matmul(dy2, form_delta(b, lam, gam, base, scale, s.out, s.in, dtype));
+      if (p == Path::delta && weight) dx = sum_of(torch::stable::matmul(dy2, *weight), dx);
+    }
+    if (need_diagonals) {
+      const Tensor G = torch::stable::matmul(torch::stable::transpose(dy2, 0, 1), x2);
+      std::tie(dlam, dgam) = contract_delta(b, G, lam, gam, scale);
+    }
+  }
+  if (need_x) dx = torch::stable::view(dx, x_shape);
+  return {dx, dlam, dgam};
+}
+
+}  // namespace
+}  // namespace randlora
+
+STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
+  m.def(
+      "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor lam, Tensor gam, Tensor[] packed, "
+      "float scale, SymInt out_features, str path) -> Tensor");
+  m.def(
+      "linear_backward(Tensor dy, Tensor x, Tensor? weight, Tensor lam, Tensor gam, "
+      "Tensor[] packed, float scale, str path, bool need_x, bool need_diagonals) -> "
+      "(Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) {
+  m.impl("linear", TORCH_BOX(&randlora::linear));
+  m.impl("linear_backward", TORCH_BOX(&randlora::linear_backward));
+}

@@ -1,0 +1,66 @@
+// torch.ops.randlora.scaled_basis: A'[j * n + i, k] = lam[j, i] * A[j, k] * gam[i, k].
+#include "../cpu/dispatch.h"
+#include "common.h"
+
+namespace randlora {
+namespace {
+
+struct Sizes {
+  int64_t r, n, d;
+};
+
+Sizes check(const Tensor& A, const Tensor& lam, const Tensor& gam) {
+  check_floating(A, "A");
+  check_floating(lam, "lam");
+  check_floating(gam, "gam");
+  check_same_device(lam, "lam", A, "A");
+  check_same_device(gam, "gam", A, "A");
+  RANDLORA_CHECK(A.dim() == 2, "A must be (r, d), got ", describe(A));
+  RANDLORA_CHECK(lam.dim() == 2 && lam.size(0) == A.size(0), "lam must be (r, n) with r = ",
+                 A.size(0), ", got ", describe(lam));
+  RANDLORA_CHECK(gam.dim() == 2 && gam.size(0) == lam.size(1) && gam.size(1) == A.size(1),
+                 "gam must be (n, d) = (", lam.size(1), ", ", A.size(1), "), got ", describe(gam));
+  return {A.size(0), lam.size(1), A.size(1)};
+}
+
+Tensor scaled_basis(Tensor A, Tensor lam, Tensor gam) {
+  const Sizes s = check(A, lam, gam);
+  const DType dtype = activation_dtype(A, "A");
+  const Tensor a = compute_copy(A, dtype), l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
+  Tensor out = torch::stable::new_empty(A, {s.r * s.n, s.d});
+  TorchRuntime runtime;
+  cpu_kernels().scaled_basis({s.r, s.n, s.d, a.const_data_ptr(), l.const_data_ptr(),
+                              g.const_data_ptr(), out.mutable_data_ptr(), dtype},
+                             runtime);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> scaled_basis_backward(Tensor grad, Tensor A, Tensor lam, Tensor gam) {
+  const Sizes s = check(A, lam, gam);
+  RANDLORA_CHECK(grad.dim() == 2 && grad.size(0) == s.r * s.n && grad.size(1) == s.d,
+                 "grad must be (K, d) = (", s.r * s.n, ", ", s.d, "), got ", describe(grad));
+  check_same_device(grad, "grad", A, "A");
+  const DType dtype = activation_dtype(grad, "grad");
+  const Tensor a = compute_copy(A, dtype), l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
+  const Tensor G = torch::stable::contiguous(grad);
+  Tensor dlam = torch::stable::empty_like(l), dgam = torch::stable::empty_like(g);
+  TorchRuntime runtime;
+  cpu_kernels().scaled_basis_backward(
+      {s.r, s.n, s.d, a.const_data_ptr(), l.const_data_ptr(), g.const_data_ptr(),
+       G.const_data_ptr(), dlam.mutable_data_ptr(), dgam.mutable_data_ptr(), dtype},
+      runtime);
+  return {torch::stable::to(dlam, lam.scalar_type()), torch::stable::to(dgam, gam.scalar_type())};
+}
+
+}  // namespace
+}  // namespace randlora
+
+STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
+  m.def("scaled_basis(Tensor A, Tensor lam, Tensor gam) -> Tensor");
+  m.def("scaled_basis_backward(Tensor grad, Tensor A, Tensor lam, Tensor gam) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) {
+  m.impl("scaled_basis", TORCH_BOX(&randlora::scaled_basis));
+  m.impl("scaled_basis_backward", TORCH_BOX(&randlora::scaled_basis_backward));
+}

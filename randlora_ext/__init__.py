@@ -1,0 +1,41 @@
+"""Full-rank fine-tuning at LoRA's price: compiled RandLoRA kernels for PyTorch and PEFT.
+
+`y = x W^T + bias + scaling * x (B (lambda * A * gamma))^T` with fixed random ternary bases A and B
+and trained diagonals lambda and gamma. See README.md, docs/math.md and docs/ops.md.
+"""
+
+import importlib.util
+from pathlib import Path
+
+if importlib.util.find_spec("randlora_ext._C") is None:
+    raise ImportError(
+        f"randlora_ext was found at {Path(__file__).parent}, but its compiled part was not. In a "
+        "checkout of the sources either install with `pip install --no-build-isolation -e .`, or "
+        "run from another folder than the checkout so that the installed package is found."
+    )
+
+from . import ops as _operators  # noqa: F401  (registers fake kernels and autograd)
+from ._C import build_info as _build_info
+from ._C import isa as _isa
+from .basis import TernaryBasis
+from .cost import PathChoice, explain
+from .functional import delta_weight, linear, scaled_basis
+
+__version__: str = _build_info()["version"]
+
+
+def build_info() -> dict:
+    """How the compiled part was built, and which kernel set this process uses."""
+    return {**_build_info(), "isa": _isa()}
+
+
+__all__ = [
+    "PathChoice",
+    "TernaryBasis",
+    "__version__",
+    "build_info",
+    "delta_weight",
+    "explain",
+    "linear",
+    "scaled_basis",
+]

@@ -1,0 +1,309 @@
+"""`TernaryBasis`: which random matrices A and B a layer uses, and their packed form on a device."""
+
+import math
+import threading
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import _C
+
+# Above this density B is kept as bit planes (2 bits an element), at or below it as index lists by
+# row and by column (32 * density bits an element): equal memory at 1/16. docs/formats.md.
+PLANES_ABOVE_DENSITY = 1 / 16
+
+_ops = torch.ops.randlora
+
+
+@dataclass(frozen=True)
+class _Shape:
+    in_features: int
+    out_features: int
+    r: int
+
+    @property
+    def d(self) -> int:
+        return min(self.in_features, self.out_features)
+
+    @property
+    def D(self) -> int:
+        return max(self.in_features, self.out_features)
+
+    @property
+    def n(self) -> int:
+        return -(-self.d // self.r)
+
+    @property
+    def K(self) -> int:
+        return self.n * self.r
+
+    @property
+    def wide(self) -> bool:
+        """Whether list positions need 32 bits."""
+        return max(self.D, self.K) > 65536
+
+
+def _check_count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a positive integer, got {value!r}")
+    if value <= 0:
+        raise ValueError(f"{name} must be a positive integer, got {value}")
+    return value
+
+
+class TernaryBasis:
+    """The pair of fixed ternary bases of one layer shape: a description, packed on first use.
+
+    A (r, d) and B (D, K) have the values ``{-1, 0, +1} / sqrt(density)``, each sign with
+    probability ``density / 2``. They are a pure function of the seed (docs/basis-spec.md): equal on
+    every device, and layers of different shapes see slices of the same infinite matrices.
+
+    Args:
+        in_features, out_features: of the base layer; d = min, D = max of them.
+        r: rank of one base; n = ceil(d / r) bases, K = n * r.
+        density: expected share of non-zeros, in (0, 1]. 1/3 is PEFT's ``sparse``.
+        seed: 0 <= seed < 2**64; PEFT's ``projection_prng_key``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what is allowed.
+
+    Equality and hash are those of the description; pickling and copying move no matrix.
+    Source: paper section 4.3 (sparse bases) and PEFT's ``_init_randlora_A_randlora_B_sparse``.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, r: int, density: float, seed: int = 0
+    ) -> None:
+        shape = _Shape(
+            _check_count("in_features", in_features),
+            _check_count("out_features", out_features),
+            _check_count("r", r),
+        )
+        if isinstance(density, bool) or not isinstance(density, (int, float)):
+            raise TypeError(f"density must be a number in (0, 1], got {density!r}")
+        if not 0.0 < density <= 1.0:
+            raise ValueError(f"density must be in (0, 1], got {density}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an integer in [0, 2**64), got {seed!r}")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+        self._shape = shape
+        self.density = float(density)
+        self.seed = seed
+        self._imported: _Imported | None = None
+
+    @classmethod
+    def from_dense(
+        cls, A: Tensor, B: Tensor, in_features: int, out_features: int
+    ) -> "TernaryBasis":
+        """Imports dense bases exactly, as PEFT holds them.
+
+        Args:
+            A: (r, >= d) or (r, 1, >= d), values in {-a, 0, +a}.
+            B: (>= D, >= n, r) or (D, K), values in {-b, 0, +b}. PEFT's memory order is kept:
+               flat column c belongs to rank index c // n and base c % n.
+
+        Raises:
+            ValueError: where a shape is too small, or a matrix is not ternary (PEFT's default
+                bases are uniform; they have no packed form).
+        """
+        self = cls.__new__(cls)
+        A = A.detach().flatten(1) if A.dim() == 3 and A.shape[1] == 1 else A.detach()
+        if A.dim() != 2:
+            raise ValueError(f"A must be (r, d) or (r, 1, d), got {tuple(A.shape)}")
+        shape = self._shape = _Shape(
+            _check_count("in_features", in_features),
+            _check_count("out_features", out_features),
+            _check_count("r of A", A.shape[0]),
+        )
+        if A.shape[1] < shape.d:
+            raise ValueError(f"A must have at least d = {shape.d} columns, got {tuple(A.shape)}")
+        B = B.detach()
+        if B.dim() == 3:
+            if B.shape[0] < shape.D or B.shape[1] < shape.n or B.shape[2] != shape.r:
+                raise ValueError(
+                    f"B must be (>= D, >= n, r) = (>= {shape.D}, >= {shape.n}, {shape.r}), "
+                    f"got {tuple(B.shape)}"
+                )
+            B = B[: shape.D, : shape.n].flatten(1)
+        elif tuple(B.shape) != (shape.D, shape.K):
+            raise ValueError(
+                f"B must be (D, K) = ({shape.D}, {shape.K}) or (D, n, r), got {tuple(B.shape)}"
+            )
+        self._imported = _Imported(*_pack_dense("A", A[:, : shape.d]), *_pack_dense("B", B))
+        self.density = self._imported.density(shape)
+        self.seed = None
+        return self
+
+    in_features = property(lambda self: self._shape.in_features)
+    out_features = property(lambda self: self._shape.out_features)
+    r = property(lambda self: self._shape.r)
+    n = property(lambda self: self._shape.n)
+    K = property(lambda self: self._shape.K)
+    d = property(lambda self: self._shape.d)
+    D = property(lambda self: self._shape.D)
+
+    @property
+    def scale(self) -> float:
+        """(scale of A) * (scale of B): what the integer product must be multiplied by."""
+        if self._imported is not None:
+            return self._imported.a_value * self._imported.b_value
+        return 1.0 / self.density
+
+    @property
+    def format(self) -> str:
+        """How B is packed: ``"lists"`` or ``"planes"``."""
+        return "planes" if self.density > PLANES_ABOVE_DENSITY else "lists"
+
+    def packed(self, device: torch.device | str = "cpu") -> list[Tensor]:
+        """The tensors that ``torch.ops.randlora`` takes as ``packed``.
+
+        Lists: ``[a_offset, a_index, b_row_offset, b_row_index, b_col_offset, b_col_index]``;
+        planes: ``[a_offset, a_index, b_planes]`` (docs/formats.md). Made on first use, then shared
+        by all layers of equal description on that device, for as long as one of them lives.
+        """
+        mine = self.__dict__.setdefault("_packed", {})
+        device = _with_index(torch.device(device))
+        if device not in mine:
+            mine[device] = _shared(self, device)
+        return mine[device].tensors
+
+    def packed_bytes(self, device: torch.device | str = "cpu") -> int:
+        """Bytes of the packed form on that device."""
+        return sum(t.numel() * t.element_size() for t in self.packed(device))
+
+    def dense(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """The scaled dense bases A (r, d) and B (D, K), newly made: for tests, export and study."""
+        a_planes, b_planes = self._planes(torch.device(device))
+        a, b = self._values()
+        return (
+            _ops.planes_to_dense(a_planes, self.d, a, dtype),
+            _ops.planes_to_dense(b_planes, self.K, b, dtype),
+        )
+
+    def dense_a(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+        """A (r, d) alone, scaled."""
+        offset, index = self.packed(device)[:2]
+        return _ops.lists_to_dense(offset, index, self.d, self._values()[0], dtype)
+
+    def _values(self) -> tuple[float, float]:
+        if self._imported is not None:
+            return self._imported.a_value, self._imported.b_value
+        value = 1.0 / math.sqrt(self.density)
+        return value, value
+
+    def _planes(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._imported is not None:
+            return self._imported.a_planes.to(device), self._imported.b_planes.to(device)
+        return (
+            generate_planes(self.seed, 0, 0, self.r, 0, self.d, self.density, device),
+            generate_planes(self.seed, 1, 0, self.D, 0, self.K, self.density, device),
+        )
+
+    def _pack(self, device: torch.device) -> list[Tensor]:
+        a_planes, b_planes = self._planes(device)
+        wide = self._shape.wide
+        tensors = list(_ops.planes_to_lists(a_planes, self.d, False, wide))
+        if self.format == "planes":
+            return [*tensors, b_planes]
+        tensors += _ops.planes_to_lists(b_planes, self.K, False, wide)
+        tensors += _ops.planes_to_lists(b_planes, self.K, True, wide)
+        return tensors
+
+    def _key(self) -> tuple:
+        if self._imported is not None:
+            return (self._shape, self._imported)
+        return (self._shape, self.density, self.seed)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TernaryBasis) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k != "_packed"}
+
+    def __repr__(self) -> str:
+        origin = "imported" if self._imported is not None else f"seed={self.seed}"
+        return (
+            f"TernaryBasis({self.in_features}, {self.out_features}, r={self.r}, "
+            f"density={self.density:.6g}, {origin}, format={self.format!r})"
+        )
+
+
+@dataclass(frozen=True, eq=False)  # identity: comparing megabytes would be no cheap `==`
+class _Imported:
+    a_planes: Tensor
+    a_value: float
+    b_planes: Tensor
+    b_value: float
+
+    def density(self, shape: _Shape) -> float:
+        """Share of non-zeros of B; it only decides the packed format and the predicted cost."""
+        bits = self.b_planes.view(torch.uint8)
+        table = torch.tensor([bin(byte).count("1") for byte in range(256)])
+        ones = sum(int(table[row.long()].sum()) for row in bits.flatten(1).unbind(0))
+        return max(ones / (shape.D * shape.K), 2.0**-31)
+
+
+def _pack_dense(name: str, matrix: Tensor) -> tuple[Tensor, float]:
+    if not matrix.is_floating_point():
+        raise ValueError(f"{name} must be a floating point matrix, got {matrix.dtype}")
+    try:
+        planes, value = _ops.pack_dense(matrix.cpu())
+    except RuntimeError as error:
+        message = str(error).splitlines()[0].split("randlora: ")[-1]
+        raise ValueError(f"{name} cannot be packed: {message}") from error
+    return planes, float(value)
+
+
+def generate_planes(
+    seed: int,
+    role: int,
+    row_start: int,
+    rows: int,
+    col_start: int,
+    cols: int,
+    density: float,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Bit planes (2, rows, ceil(cols / 64)) of any slice of basis `role` (0 = A, 1 = B).
+
+    Equivalent to slicing the infinite matrix of docs/basis-spec.md; independent of layer shapes.
+    """
+    planes = torch.empty((2, rows, -(-cols // 64)), dtype=torch.int64, device=device)
+    signed = seed - 2**64 if seed >= 2**63 else seed  # the op's `int` is signed
+    _ops.fill_planes_(planes, signed, role, row_start, col_start, cols, _C.threshold(density))
+    return planes
+
+
+class _Packed:
+    """Holds the tensors so that a weak reference can tell when the last layer let go of them."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+
+
+_cache: "weakref.WeakValueDictionary[tuple, _Packed]" = weakref.WeakValueDictionary()
+_cache_lock = threading.Lock()
+
+
+def _shared(basis: TernaryBasis, device: torch.device) -> _Packed:
+    key = (basis._key(), device)
+    with _cache_lock:
+        packed = _cache.get(key)
+        if packed is None:
+            with torch.no_grad():
+                packed = _cache[key] = _Packed(basis._pack(device))
+        return packed
+
+
+def _with_index(device: torch.device) -> torch.device:
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

@@ -1,0 +1,98 @@
+"""Which path a call takes, and why: a small model of the work each one does.
+
+The unit is T * D * d multiply-adds at the speed of a dense GEMM; a frozen linear layer trains at 2
+units (forward and dx). The terms are those of docs/math.md, the constants below were measured with
+`benchmarks/layer.py` and are rough on purpose: they only have to rank three paths.
+"""
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+
+from . import _C
+from .basis import TernaryBasis
+
+PATHS = ("factored", "delta", "merged")
+
+# Cost of one multiply-add (or signed add) of ours, in multiply-adds of a dense GEMM.
+A_SIDE = 1.1  # structured products on gathered rows
+B_SIDE = 0.8  # signed adds of whole token vectors; no multiplication, but less reuse
+FORM = 1.0  # signed adds of compact rows while dW is formed or contracted
+FORM_ENTRY = 24.0  # per entry of dW: scatter, conversion, memory
+
+
+@dataclass(frozen=True)
+class PathChoice:
+    """The path of a call, the reason, and the predicted units of each path."""
+
+    path: str
+    reason: str
+    isa: str
+    costs: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        costs = ", ".join(f"{p} {c:.2f}" for p, c in self.costs.items())
+        return (
+            f"path {self.path} on {self.isa} kernels: {self.reason} "
+            f"(predicted units beside the frozen layer's 2: {costs})"
+        )
+
+
+def predicted_costs(basis: TernaryBasis, tokens: int, has_weight: bool) -> dict[str, float]:
+    """Training units (forward, dx, dlam, dgam) of each path beside the base layer's 2."""
+    density, K, d, D = basis.density, basis.K, basis.d, basis.D
+    a_products, b_products = (3, 2) if d == basis.in_features else (3, 3)
+    factored = (a_products * A_SIDE * d / D + b_products * B_SIDE) * density * K / d
+    # dW is formed in forward and again in backward, and its gradient contracted once.
+    formation = 3 * (FORM * density * density * K + FORM_ENTRY) / max(tokens, 1)
+    costs = {"factored": factored, "delta": 3 + formation}
+    if has_weight:
+        costs["merged"] = 1 + formation
+    return costs
+
+
+def explain(
+    basis: TernaryBasis,
+    tokens: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    has_weight: bool = True,
+    dropout: float = 0.0,
+) -> PathChoice:
+    """The path that `linear(..., path="auto")` takes for `tokens` rows of x, and why.
+
+    With dropout the adapter sees another x than the base layer, so weight and adapter cannot be
+    one product and `merged` is out. In 16 bits `merged` is out too: |dW| below half an ulp of W
+    vanishes in W + dW. The environment variable RANDLORA_PATH overrides the choice.
+
+    Raises ValueError where RANDLORA_PATH is none of auto, factored, delta, merged.
+    """
+    mergeable = has_weight and dropout == 0.0
+    costs = predicted_costs(basis, tokens, mergeable)
+    isa = _C.isa() if torch.device(device).type == "cpu" else torch.device(device).type
+    forced = os.environ.get("RANDLORA_PATH", "auto") or "auto"
+    if forced != "auto":
+        if forced not in PATHS:
+            raise ValueError(
+                f"RANDLORA_PATH must be auto, {', '.join(PATHS[:-1])} or {PATHS[-1]}, got {forced!r}"
+            )
+        if forced in costs:
+            return PathChoice(forced, "RANDLORA_PATH asks for it", isa, costs)
+        return PathChoice(
+            "delta", "RANDLORA_PATH asks for merged, but weight and adapter are apart", isa, costs
+        )
+    allowed = dict(costs)
+    note = ""
+    if "merged" in allowed and dtype in (torch.bfloat16, torch.float16):
+        del allowed["merged"]
+        note = ", merged excluded because W + dW would lose small changes in 16 bits"
+    path = min(allowed, key=allowed.__getitem__)
+    return PathChoice(path, f"cheapest predicted{note}", isa, costs)
+
+
+def choose_path(
+    basis: TernaryBasis, tokens: int, dtype: torch.dtype, device: torch.device, has_weight: bool
+) -> str:
+    """`explain(...).path`, as `linear` asks for it at every call."""
+    return explain(basis, tokens, dtype, device, has_weight).path

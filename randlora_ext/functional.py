@@ -1,0 +1,115 @@
+"""The operators as functions of a `TernaryBasis`: what layers and users call.
+
+Each is differentiable with respect to lam, gam (and x); the bases are constants.
+"""
+
+import torch
+from torch import Tensor
+
+from .basis import TernaryBasis
+from .cost import choose_path
+
+_ops = torch.ops.randlora
+
+
+def _check_diagonals(basis: TernaryBasis, lam: Tensor, gam: Tensor) -> None:
+    for name, value, shape, letters in (
+        ("lam", lam, (basis.r, basis.n), "(r, n)"),
+        ("gam", gam, (basis.n, basis.d), "(n, d)"),
+    ):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor {letters} = {shape}, got {type(value)}")
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{name} must be {letters} = {shape}, got {tuple(value.shape)}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be a floating point tensor, got {value.dtype}")
+    if lam.device != gam.device:
+        raise ValueError(f"lam is on {lam.device} but gam on {gam.device}; they must be together")
+
+
+def scaled_basis(basis_or_A: TernaryBasis | Tensor, lam: Tensor, gam: Tensor) -> Tensor:
+    """A' (K, d): ``(lam[:, :, None] * A[:, None] * gam[None]).flatten(0, 1)``.
+
+    Args:
+        basis_or_A: a basis (its scaled A is used), or a dense A (r, d) of any floating type.
+        lam: (r, n).  gam: (n, d).
+
+    Returns:
+        (K, d) in the dtype of A; for a basis in the dtype of lam. Row c = j * n + i.
+
+    One pass forward, and one backward for lam and gam; neither makes another (K, d) tensor.
+    Source: PEFT's ``UniqueBaseGrad``. Raises ValueError, TypeError or RuntimeError on shapes.
+    """
+    if isinstance(basis_or_A, TernaryBasis):
+        _check_diagonals(basis_or_A, lam, gam)
+        basis_or_A = basis_or_A.dense_a(lam.device, lam.dtype)
+    return _ops.scaled_basis(basis_or_A, lam, gam)
+
+
+def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float = 1.0) -> Tensor:
+    """dW (out, in): ``scaling * B @ scaled_basis(A, lam, gam)``, transposed where d == out < in.
+
+    In the dtype of lam; accumulated in float32 (float64 for float64). Neither A' nor a dense B is
+    made. Source: PEFT's ``get_delta_weight``; paper equation 3.
+    """
+    _check_diagonals(basis, lam, gam)
+    return _ops.delta_weight(
+        lam,
+        gam,
+        basis.packed(lam.device),
+        scaling * basis.scale,
+        basis.out_features,
+        basis.in_features,
+    )
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    basis: TernaryBasis,
+    lam: Tensor,
+    gam: Tensor,
+    scaling: float = 1.0,
+    path: str = "auto",
+) -> Tensor:
+    """``F.linear(x, weight, bias) + scaling * F.linear(x, B @ A')`` (B @ A' oriented as weight).
+
+    Args:
+        x: (..., in) in float32, float64, bfloat16 or float16.
+        weight, bias: (out, in) and (out,) in the dtype of x; weight None gives the adapter's part
+            alone, for base layers of any kind.
+        lam, gam: (r, n) and (n, d), floating; float32 whatever x is, by default.
+        path: "factored", "delta", "merged" or "auto" (`randlora_ext.explain` tells which, and why).
+
+    Backward keeps x, lam and gam. Under autocast x, weight and bias are cast as F.linear casts them.
+
+    Raises:
+        ValueError, TypeError: naming the argument. RuntimeError: from the operator's own checks.
+    """
+    _check_diagonals(basis, lam, gam)
+    if not x.is_floating_point():
+        raise TypeError(f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    if x.dim() == 0 or x.shape[-1] != basis.in_features:
+        raise ValueError(
+            f"x must be (..., in_features) with in_features = {basis.in_features}, "
+            f"got {tuple(x.shape)}"
+        )
+    if x.device != lam.device:
+        raise ValueError(f"x is on {x.device} but lam on {lam.device}; they must be together")
+    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
+    if path == "auto":
+        path = choose_path(basis, x.numel() // x.shape[-1], x.dtype, x.device, weight is not None)
+    return _ops.linear(
+        x,
+        weight,
+        bias,
+        lam,
+        gam,
+        basis.packed(x.device),
+        scaling * basis.scale,
+        basis.out_features,
+        path,
+    )

@@ -1,0 +1,157 @@
+"""Fake kernels and autograd of `torch.ops.randlora`, beside each other, one op after the other.
+
+The kernels and their checks are C++ (csrc/torch). The gradients are those of lambda, gamma and x
+only; forward keeps x, lambda and gamma, and nothing of size (K, d), (T, K) or (D, d).
+"""
+
+import torch
+
+from . import _C  # noqa: F401  (loading it registers the operators)
+
+_ops = torch.ops.randlora
+
+
+def _register(name: str):
+    """Decorator: the fake kernel of randlora::name."""
+    return torch.library.register_fake(f"randlora::{name}")
+
+
+def _autograd(name: str, backward, setup_context) -> None:
+    torch.library.register_autograd(f"randlora::{name}", backward, setup_context=setup_context)
+
+
+# ---- generation and packing: integers, no gradients ----------------------------------------------
+
+
+@_register("fill_planes_")
+def _(planes, seed, role, row_start, col_start, cols, threshold):
+    return None
+
+
+@_register("pack_dense")
+def _(dense):
+    rows, cols = dense.shape
+    return (
+        dense.new_empty((2, rows, (cols + 63) // 64), dtype=torch.int64),
+        dense.new_empty((), dtype=torch.float64),
+    )
+
+
+@_register("planes_to_lists")
+def _(planes, cols, by_column, wide):
+    lines = cols if by_column else planes.shape[1]
+    entries = torch.library.get_ctx().new_dynamic_size()
+    return (
+        planes.new_empty((2 * lines + 1,), dtype=torch.int64),
+        planes.new_empty((entries,), dtype=torch.int32 if wide else torch.int16),
+    )
+
+
+@_register("planes_to_dense")
+def _(planes, cols, value, dtype):
+    return planes.new_empty((planes.shape[1], cols), dtype=dtype)
+
+
+@_register("lists_to_dense")
+def _(offset, index, cols, value, dtype):
+    return offset.new_empty((offset.shape[0] // 2, cols), dtype=dtype)
+
+
+# ---- scaled_basis --------------------------------------------------------------------------------
+
+
+@_register("scaled_basis")
+def _(A, lam, gam):
+    return A.new_empty((lam.shape[0] * lam.shape[1], A.shape[1]))
+
+
+@_register("scaled_basis_backward")
+def _(grad, A, lam, gam):
+    return torch.empty_like(lam), torch.empty_like(gam)
+
+
+def _scaled_basis_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _scaled_basis_backward(ctx, grad):
+    dlam, dgam = _ops.scaled_basis_backward(grad, *ctx.saved_tensors)
+    return None, dlam, dgam
+
+
+_autograd("scaled_basis", _scaled_basis_backward, _scaled_basis_context)
+
+
+# ---- delta_weight --------------------------------------------------------------------------------
+
+
+@_register("delta_weight")
+def _(lam, gam, packed, scale, out_features, in_features):
+    return lam.new_empty((out_features, in_features))
+
+
+@_register("delta_weight_backward")
+def _(grad, lam, gam, packed, scale):
+    return torch.empty_like(lam), torch.empty_like(gam)
+
+
+def _delta_weight_context(ctx, inputs, output):
+    lam, gam, packed, ctx.scale, _, _ = inputs
+    ctx.save_for_backward(lam, gam, *packed)
+
+
+def _delta_weight_backward(ctx, grad):
+    lam, gam, *packed = ctx.saved_tensors
+    dlam, dgam = _ops.delta_weight_backward(grad, lam, gam, packed, ctx.scale)
+    return dlam, dgam, [None] * len(packed), None, None, None
+
+
+_autograd("delta_weight", _delta_weight_backward, _delta_weight_context)
+
+
+# ---- linear --------------------------------------------------------------------------------------
+
+
+@_register("linear")
+def _(x, weight, bias, lam, gam, packed, scale, out_features, path):
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@_register("linear_backward")
+def _(dy, x, weight, lam, gam, packed, scale, path, need_x, need_diagonals):
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        lam.new_empty(lam.shape if need_diagonals else (0,)),
+        gam.new_empty(gam.shape if need_diagonals else (0,)),
+    )
+
+
+def _linear_context(ctx, inputs, output):
+    x, weight, bias, lam, gam, packed, ctx.scale, _, ctx.path = inputs
+    ctx.save_for_backward(x, weight, lam, gam, *packed)
+
+
+def _linear_backward(ctx, dy):
+    x, weight, lam, gam, *packed = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    need_diagonals = need[3] or need[4]
+    dx, dlam, dgam = _ops.linear_backward(
+        dy, x, weight, lam, gam, packed, ctx.scale, ctx.path, need[0], need_diagonals
+    )
+    # A base that trains beside the adapter (PEFT's bias="all", say) gets its ordinary gradients.
+    flat = dy.reshape(-1, dy.shape[-1]) if need[1] or need[2] else None
+    return (
+        dx if need[0] else None,
+        flat.T @ x.reshape(-1, x.shape[-1]) if need[1] else None,
+        flat.sum(0) if need[2] else None,
+        dlam if need[3] else None,
+        dgam if need[4] else None,
+        [None] * len(packed),
+        None,
+        None,
+        None,
+    )
+
+
+_autograd("linear", _linear_backward, _linear_context)
+

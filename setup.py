@@ -1,0 +1,81 @@
+"""Builds randlora_ext._C: torch-free kernel libraries, one per instruction set, and the binding.
+
+The kernels are compiled several times with different -m flags; setuptools' `libraries` (build_clib)
+is what allows flags per source set. The binding uses torch's stable ABI, so that one built file
+loads under torch 2.11 and later.
+
+RANDLORA_DEBUG=1 builds with -O0 -g.
+"""
+
+import os
+import platform
+from pathlib import Path
+
+import pybind11
+from setuptools import setup
+from setuptools.command.build_clib import build_clib
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+HERE = Path(__file__).resolve().parent
+VERSION = (HERE / "VERSION").read_text().strip()
+OPTIMISE = ["-O0", "-g"] if os.environ.get("RANDLORA_DEBUG") == "1" else ["-O3", "-g0"]
+COMMON = ["-std=c++17", "-fvisibility=hidden", "-fPIC", "-Wall", *OPTIMISE]
+
+# The same flags stand in CMakeLists.txt.
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
+ISA_FLAGS = {"portable": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    ISA_FLAGS["avx2"] = AVX2
+    ISA_FLAGS["avx512"] = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+
+KERNEL_HEADERS = sorted(
+    str(p.relative_to(HERE)) for d in ("core", "cpu") for p in (HERE / "csrc" / d).glob("*.h")
+)
+
+
+def kernel_library(isa: str) -> tuple[str, dict]:
+    source = f"csrc/cpu/isa_{isa}.cpp"
+    return f"randlora_{isa}", {
+        "sources": [source],
+        "obj_deps": {"": KERNEL_HEADERS, source: []},
+        "cflags": [*COMMON, *ISA_FLAGS[isa]],
+    }
+
+
+class BuildKernelsFirst(BuildExtension):
+    """`build_ext --inplace` and editable installs do not run build_clib by themselves."""
+
+    def run(self):
+        self.run_command("build_clib")
+        super().run()
+        print(
+            f"randlora_ext {VERSION}: built CPU kernels for {', '.join(ISA_FLAGS)}; "
+            "CUDA kernels are not part of this version"
+        )
+
+
+def extension():
+    sources = ["csrc/cpu/dispatch.cpp", "csrc/cpu/packing.cpp", "csrc/python/module.cpp"]
+    sources += sorted(str(p.relative_to(HERE)) for p in (HERE / "csrc" / "torch").glob("*.cpp"))
+    ext = CppExtension(
+        "randlora_ext._C",
+        sources,
+        include_dirs=[pybind11.get_include()],
+        depends=[*KERNEL_HEADERS, "csrc/torch/common.h", "csrc/torch/delta_weight.h"],
+        extra_compile_args=[
+            *COMMON,
+            "-DTORCH_TARGET_VERSION=0x020b000000000000",  # 2.11, the oldest that is supported
+            f'-DRANDLORA_VERSION="{VERSION}"',
+        ],
+    )
+    # Nothing of torch's Python binding is used; without it the file depends on the stable ABI alone.
+    ext.libraries = [name for name in ext.libraries if name != "torch_python"]
+    return ext
+
+
+setup(
+    version=VERSION,
+    libraries=[kernel_library(isa) for isa in ISA_FLAGS],
+    ext_modules=[extension()],
+    cmdclass={"build_clib": build_clib, "build_ext": BuildKernelsFirst},
+)

@@ -1,0 +1,48 @@
+"""Basis specification, version 1, in NumPy: docs/basis-spec.md as code.
+
+Written for reading, not speed: every element runs its own Philox call. Everything else that makes a
+basis (compiled CPU kernels, CUDA kernels) must agree with `ternary` bit for bit.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+SPEC_VERSION = 1
+ROLE_A, ROLE_B = 0, 1
+MASK, SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
+
+
+def philox4x32_10(counter: ArrayLike, key: tuple[int, int]) -> NDArray[np.uint32]:
+    """Philox4x32-10 (Salmon et al., SC'11): counters (..., 4) and one key to words (..., 4)."""
+    c0, c1, c2, c3 = np.moveaxis(np.asarray(counter, dtype=np.uint64), -1, 0)
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2  # 64-bit products
+        c0, c1 = (p1 >> SHIFT) ^ c1 ^ np.uint64(k0), p1 & MASK
+        c2, c3 = (p0 >> SHIFT) ^ c3 ^ np.uint64(k1), p0 & MASK
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
+
+
+def threshold(density: float) -> int:
+    """Number of 32-bit words (out of 2^32) that give +1, and as many that give -1."""
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"density is {density}; it must be in (0, 1]")
+    return max(1, math.floor(density * 2.0**31 + 0.5))
+
+
+def ternary(
+    seed: int, role: int, rows: ArrayLike, cols: ArrayLike, density: float
+) -> NDArray[np.int8]:
+    """Elements -1, 0, +1 at `rows` and `cols`, two index arrays that broadcast."""
+    row, col = np.broadcast_arrays(*(np.asarray(index, dtype=np.uint64) for index in (rows, cols)))
+    block = (col >> np.uint64(6)) * np.uint64(16) + (col & np.uint64(15))
+    constant = np.ones_like(row)
+    counter = np.stack([block, row, constant * np.uint64(role), constant * SPEC_VERSION], axis=-1)
+    words = philox4x32_10(counter, (seed & 0xFFFFFFFF, seed >> 32))
+    word = (col >> np.uint64(4)) & np.uint64(3)
+    u = np.take_along_axis(words, word[..., None].astype(np.int64), axis=-1)[..., 0]
+    t = np.uint32(threshold(density))
+    return (u < t).astype(np.int8) - (u - t < t).astype(np.int8)  # uint32 subtraction wraps

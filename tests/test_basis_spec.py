@@ -1,0 +1,253 @@
+"""Basis specification, version 1: vectors, NumPy reference and compiled code agree bit for bit."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from basis_reference import MASK, philox4x32_10, ternary, threshold
+from basis_vectors import (
+    VECTOR_FILE,
+    from_planes,
+    planes_digest,
+    read_vectors,
+    to_lists,
+    to_planes,
+    to_signs,
+)
+from make_basis_vectors import DENSITIES, render, slice_values
+
+from randlora_ext import _C
+
+VECTORS = read_vectors()
+LIMIT = 2**32
+
+# seed, role, row, col, rows, cols, density: odd on purpose (edges inside a 64-column group, one
+# column, one row, a last word that is nearly empty or full, the corner of the index range).
+ODD_SLICES = [
+    (0, 0, 0, 0, 1, 1, 1 / 3),
+    (1, 1, 0, 0, 3, 64, 1 / 3),
+    (1, 1, 0, 0, 3, 65, 1 / 3),
+    (1, 1, 5, 1, 3, 63, 1 / 3),
+    (1, 1, 5, 63, 2, 2, 1.0),
+    (2**32, 1, 9, 37, 300, 1001, 1 / 3),
+    (2**63, 0, 1, 16, 7, 48, 0.07),
+    (2**64 - 1, 1, 4095, 130, 65, 1, 1 / 3),
+    (2**64 - 1, 0, 31, 4000, 1, 5000, 1 / 64),
+    (123456789, 1, 77, 15, 33, 130, 0.5),
+    (7, 1, LIMIT - 3, LIMIT - 131, 3, 131, 1 / 3),
+]
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def signed(seed: int) -> int:
+    """The unsigned 64-bit seed as the signed integer that an op's schema can carry."""
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def fill(seed, role, row, col, rows, cols, density):
+    """The slice from the compiled op; the planes start full, so that every bit must be written."""
+    planes = torch.full((2, rows, -(-cols // 64)), -1, dtype=torch.int64)
+    torch.ops.randlora.fill_planes_(planes, signed(seed), role, row, col, cols, threshold(density))
+    return planes.numpy()
+
+
+def parse_slice(fields):
+    return (*map(int, fields[:6]), float(fields[6]))
+
+
+def scalar_philox(counter, key):
+    """Philox in Random123's own order, on Python integers: the key is bumped between rounds."""
+    (a, b, c, d), (k, m) = counter, key
+    for number in range(10):
+        if number:
+            k, m = (k + 0x9E3779B9) % LIMIT, (m + 0xBB67AE85) % LIMIT
+        high, low = divmod(0xD2511F53 * a, LIMIT)
+        high2, low2 = divmod(0xCD9E8D57 * c, LIMIT)
+        a, b, c, d = high2 ^ b ^ k, low2, high ^ d ^ m, low
+    return a, b, c, d
+
+
+# ---- the vector file and the NumPy reference
+
+
+def test_vector_file_regenerates_byte_for_byte():
+    assert VECTOR_FILE.read_bytes() == render().encode("ascii")
+
+
+def test_vector_file_has_every_kind_of_record():
+    assert sorted(VECTORS) == ["counts", "elements", "lists", "philox", "planes", "threshold"]
+
+
+@pytest.mark.parametrize("record", VECTORS["philox"], ids=" ".join)
+def test_philox_vectors(record):
+    words = tuple(int(word, 16) for word in record)
+    counter, key, output = words[:4], words[4:6], words[6:]
+    assert tuple(philox4x32_10(counter, key).tolist()) == output
+    assert scalar_philox(counter, key) == output
+    assert tuple(_C.philox4x32_10(counter, key)) == output
+
+
+def test_philox_on_random_input():
+    words = np.random.default_rng(0).integers(0, LIMIT, (50, 6), dtype=np.uint64)
+    for row in words.tolist():
+        counter, key = tuple(row[:4]), tuple(row[4:])
+        expected = scalar_philox(counter, key)
+        assert tuple(philox4x32_10(counter, key).tolist()) == expected
+        assert tuple(_C.philox4x32_10(counter, key)) == expected
+
+
+def test_philox_reference_is_vectorised():
+    counters = np.arange(24, dtype=np.uint32).reshape(2, 3, 4)
+    words = philox4x32_10(counters, (1, 2))
+    assert words.shape == (2, 3, 4) and words.dtype == np.uint32
+    assert np.array_equal(words[1, 2], philox4x32_10(counters[1, 2], (1, 2)))
+
+
+@pytest.mark.parametrize("density, expected", VECTORS["threshold"])
+def test_threshold_vectors(density, expected):
+    assert threshold(float(density)) == int(expected)
+    assert _C.threshold(float(density)) == int(expected)
+
+
+def test_threshold_is_exact_rounding():
+    # Rounding half up of the exact product; the fp64 formula never rounds a second time.
+    drawn = np.random.default_rng(1).random(2000)
+    near_half = [(k + 0.5) * 2.0**-31 for k in (0, 1, 2, 3, 2**20 - 1, 2**30 - 1, 2**30)]
+    near = [math.nextafter(x, limit) for x in near_half for limit in (0.0, 1.0)]
+    for density in [*DENSITIES, *drawn, *drawn * 2.0**-31, *near_half, *near]:
+        exact = max(1, math.floor(Fraction(float(density)) * 2**31 + Fraction(1, 2)))
+        assert threshold(density) == exact
+        assert _C.threshold(density) == exact
+
+
+@pytest.mark.parametrize("density", [0.0, -0.5, math.nextafter(1.0, 2.0), math.inf, math.nan])
+def test_threshold_refuses(density):
+    with pytest.raises(ValueError, match="density"):
+        threshold(density)
+    assert _C.threshold(density) == 0  # never a threshold
+
+
+@pytest.mark.parametrize("record", VECTORS["elements"], ids=lambda r: " ".join(r[:6]))
+def test_element_vectors(record):
+    *place, density, signs = record
+    seed, role, row, col, count = map(int, place)
+    density = float(density)
+    assert to_signs(slice_values(seed, role, row, col, 1, count, density)[0]) == signs
+    assert to_signs(from_planes(fill(seed, role, row, col, 1, count, density), count)[0]) == signs
+    single = [_C.element(seed, role, row, c, threshold(density)) for c in range(col, col + count)]
+    assert to_signs(np.array(single)) == signs
+
+
+def test_elements_are_the_value_rule_on_the_right_word():
+    # The layout of the text, spelled out on Python integers, against the vectorised reference.
+    t = threshold(1 / 3)
+    seed, row = 0xFEDCBA9876543210, 12345
+    for col in [0, 1, 15, 16, 31, 47, 48, 63, 64, 79, 100, 127, 128, 2**20 + 33, LIMIT - 1]:
+        group, within = divmod(col, 64)
+        word, lane = divmod(within, 16)
+        u = scalar_philox((group * 16 + lane, row, 1, 1), (seed % LIMIT, seed // LIMIT))[word]
+        expected = 1 if u < t else -1 if u < 2 * t else 0
+        assert ternary(seed, 1, row, col, 1 / 3) == expected
+        assert _C.element(seed, 1, row, col, t) == expected
+
+
+def test_reference_broadcasts():
+    rows, cols = np.array([[3], [LIMIT - 1]]), np.array([0, 700, 64])
+    values = ternary(5, 0, rows, cols, 0.5)
+    assert values.shape == (2, 3) and values.dtype == np.int8
+    assert values[1, 2] == ternary(5, 0, LIMIT - 1, 64, 0.5)
+    assert int(MASK) == LIMIT - 1
+
+
+# ---- the compiled op
+
+
+@pytest.mark.parametrize("record", VECTORS["planes"], ids=lambda r: " ".join(r[:7]))
+def test_planes_vectors(record, threads):
+    assert planes_digest(to_planes(slice_values(*parse_slice(record)))) == record[7]
+    assert planes_digest(fill(*parse_slice(record))) == record[7]
+
+
+@pytest.mark.parametrize("record", VECTORS["counts"], ids=lambda r: " ".join(r[:7]))
+def test_count_vectors(record):
+    planes = fill(*parse_slice(record))
+    set_bits = np.unpackbits(planes.view(np.uint8), axis=-1).sum(axis=(1, 2))
+    assert set_bits.tolist() == [int(record[7]), int(record[8])]
+
+
+@pytest.mark.parametrize("record", VECTORS["lists"], ids=lambda r: " ".join(r[:8]))
+def test_list_vectors(record):
+    place, (by, *expected) = parse_slice(record), record[7:]
+    offset, index = to_lists(slice_values(*place), by == "column")
+    assert [",".join(map(str, part)) for part in (offset, index)] == expected
+    planes = torch.from_numpy(fill(*place))
+    offset, index = torch.ops.randlora.planes_to_lists(planes, place[5], by == "column", False)
+    assert offset.dtype == torch.int64 and index.dtype == torch.int16
+    assert [",".join(map(str, part.tolist())) for part in (offset, index)] == expected
+
+
+@pytest.mark.parametrize("place", ODD_SLICES, ids=str)
+def test_fill_planes_equals_reference(place, threads):
+    assert np.array_equal(fill(*place), to_planes(slice_values(*place)))
+
+
+def test_fill_planes_slices_agree_with_the_whole(threads):
+    seed, role, density = 99, 1, 1 / 3
+    whole = from_planes(fill(seed, role, 0, 0, 200, 400, density), 400)
+    for row, col, rows, cols in np.random.default_rng(2).integers(0, 200, (40, 4)).tolist():
+        rows, cols = 1 + rows % (200 - row), 1 + cols
+        part = from_planes(fill(seed, role, row, col, rows, cols, density), cols)
+        assert np.array_equal(part, whole[row : row + rows, col : col + cols])
+
+
+def test_seed_roles_and_halves_of_the_seed_matter():
+    first = fill(1, 0, 0, 0, 8, 640, 1 / 3)
+    others = [(1, 1), (0, 0), (2, 0), (2**32 + 1, 0), (2**63 + 1, 0), (2**32, 0)]
+    for seed, role in others:
+        assert not np.array_equal(first, fill(seed, role, 0, 0, 8, 640, 1 / 3))
+
+
+@pytest.mark.parametrize("shape, cols", [((2, 0, 1), 5), ((2, 3, 0), 0), ((2, 0, 0), 0)])
+def test_fill_planes_empty(shape, cols):
+    planes = torch.empty(shape, dtype=torch.int64)
+    torch.ops.randlora.fill_planes_(planes, 0, 0, 0, 0, cols, 1)
+    assert planes.shape == shape
+
+
+@pytest.mark.parametrize(
+    "argument, change",
+    [
+        ("role", {"role": 2}),
+        ("role", {"role": -1}),
+        ("row_start", {"row_start": -1}),
+        ("row_start", {"row_start": LIMIT - 1}),
+        ("col_start", {"col_start": -1}),
+        ("col_start", {"col_start": LIMIT - 69}),
+        ("cols", {"cols": 64}),
+        ("cols", {"cols": 129}),
+        ("cols", {"cols": -1}),
+        ("threshold", {"threshold": 0}),
+        ("threshold", {"threshold": 2**31 + 1}),
+        ("planes", {"planes": torch.zeros(2, 2, 2, dtype=torch.int32)}),
+        ("planes", {"planes": torch.zeros(3, 2, 2, dtype=torch.int64)}),
+        ("planes", {"planes": torch.zeros(2, 2, dtype=torch.int64)}),
+    ],
+)
+def test_fill_planes_refuses_and_names_the_argument(argument, change):
+    good = {
+        "planes": torch.zeros(2, 2, 2, dtype=torch.int64), "seed": 0, "role": 0, "row_start": 0,
+        "col_start": 0, "cols": 70, "threshold": 5,
+    }  # fmt: skip
+    arguments = {**good, **change}
+    with pytest.raises((RuntimeError, ValueError), match=argument):
+        torch.ops.randlora.fill_planes_(**arguments)
+    assert not arguments["planes"].any()  # nothing is changed
