@@ -17,9 +17,11 @@ if importlib.util.find_spec("randlora_ext._C") is None:
 from . import ops as _operators  # noqa: F401  (registers fake kernels and autograd)
 from ._C import build_info as _build_info
 from ._C import isa as _isa
+from .apply import apply_randlora
 from .basis import TernaryBasis
 from .cost import PathChoice, explain
 from .functional import delta_weight, linear, scaled_basis
+from .layer import RandLoraLinear
 
 __version__: str = _build_info()["version"]
 
@@ -31,8 +33,10 @@ def build_info() -> dict:
 
 __all__ = [
     "PathChoice",
+    "RandLoraLinear",
     "TernaryBasis",
     "__version__",
+    "apply_randlora",
     "build_info",
     "delta_weight",
     "explain",

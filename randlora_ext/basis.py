@@ -12,7 +12,7 @@ from . import _C
 
 # Above this density B is kept as bit planes (2 bits an element), at or below it as index lists by
 # row and by column (32 * density bits an element): equal memory at 1/16. docs/formats.md.
-PLANES_ABOVE_DENSITY = 1 / 16
+PLANES_ABOVE_DENSITY = 1 / 8
 
 _ops = torch.ops.randlora
 

@@ -1,8 +1,8 @@
 """Which path a call takes, and why: a small model of the work each one does.
 
 The unit is T * D * d multiply-adds at the speed of a dense GEMM; a frozen linear layer trains at 2
-units (forward and dx). The terms are those of docs/math.md, the constants below were measured with
-`benchmarks/layer.py` and are rough on purpose: they only have to rank three paths.
+units (forward and dx). The constants were measured on one AVX-512 machine (2 cores) and are rough on
+purpose: they only have to rank three paths. `python benchmarks/layer.py --paths` shows how well.
 """
 
 import os
@@ -15,11 +15,16 @@ from .basis import TernaryBasis
 
 PATHS = ("factored", "delta", "merged")
 
-# Cost of one multiply-add (or signed add) of ours, in multiply-adds of a dense GEMM.
-A_SIDE = 1.1  # structured products on gathered rows
-B_SIDE = 0.8  # signed adds of whole token vectors; no multiplication, but less reuse
-FORM = 1.0  # signed adds of compact rows while dW is formed or contracted
-FORM_ENTRY = 24.0  # per entry of dW: scatter, conversion, memory
+# Cost of one multiply-add or signed add of ours, in multiply-adds of a dense GEMM.
+A_SIDE = 1.0  # structured products on gathered rows: as fast as a GEMM
+B_LISTS = 1.6  # signed adds of whole token vectors from L2
+B_PLANES = 1.9  # the same, and the decoding of the planes
+# Forming dW, per entry: adds of compact rows, their scatter, and conversion with memory traffic.
+FORM_ADD = 2.3
+FORM_SCATTER = 17.0
+FORM_ENTRY = 45.0
+# In a training step dW is formed twice and its gradient contracted once, at twice the cost.
+FORMATIONS = 4
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,12 @@ class PathChoice:
 def predicted_costs(basis: TernaryBasis, tokens: int, has_weight: bool) -> dict[str, float]:
     """Training units (forward, dx, dlam, dgam) of each path beside the base layer's 2."""
     density, K, d, D = basis.density, basis.K, basis.d, basis.D
+    # Backward recomputes U: for d == in it needs it anyway, for d == out it is one product more.
     a_products, b_products = (3, 2) if d == basis.in_features else (3, 3)
-    factored = (a_products * A_SIDE * d / D + b_products * B_SIDE) * density * K / d
-    # dW is formed in forward and again in backward, and its gradient contracted once.
-    formation = 3 * (FORM * density * density * K + FORM_ENTRY) / max(tokens, 1)
+    b_side = B_PLANES if basis.format == "planes" else B_LISTS
+    factored = density * K * (a_products * A_SIDE / D + b_products * b_side / d)
+    form = FORM_ADD * density**2 * K + FORM_SCATTER * density * basis.r + FORM_ENTRY
+    formation = FORMATIONS * form / max(tokens, 1)
     costs = {"factored": factored, "delta": 3 + formation}
     if has_weight:
         costs["merged"] = 1 + formation

@@ -24,7 +24,7 @@ RANDLORA_INLINE void tiles(int64_t first, int64_t count, const F& fn) {
 
 // v[j * n + i] = lam[j, i] * sum_{k in S_j} A[j, k] gamma[i, k] z[k]
 template <class B, class Index>
-void a_up(const Lists<Index>& a, int64_t r, int64_t n, const typename B::C* lam,
+void a_up_lists(const Lists<Index>& a, int64_t r, int64_t n, const typename B::C* lam,
           const typename B::C* gT, int64_t ldg, const typename B::C* z, typename B::C* v) {
   using C = typename B::C;
   using V = typename B::V;
@@ -53,40 +53,38 @@ void a_up(const Lists<Index>& a, int64_t r, int64_t n, const typename B::C* lam,
   }
 }
 
-// z[k] += sum_j sum_i A[j, k] gamma[i, k] lam[j, i] u[j * n + i];  `scaled` is (n, TB) of scratch.
+// z[k] += sum_i A[j, k] gamma[i, k] lam[i] u[i] for one rank index j: u is (n, TB), lam its row of
+// lambda; `scaled` is (n, TB) of scratch.
 template <class B, class Index>
-void a_down(const Lists<Index>& a, int64_t r, int64_t n, const typename B::C* lam,
-            const typename B::C* gT, int64_t ldg, const typename B::C* u, typename B::C* scaled,
-            typename B::C* z) {
+void a_down_lists(const Lists<Index>& a, int64_t j, int64_t n, const typename B::C* lam,
+                  const typename B::C* gT, int64_t ldg, const typename B::C* u,
+                  typename B::C* scaled, typename B::C* z) {
   using C = typename B::C;
   using V = typename B::V;
-  for (int64_t j = 0; j < r; ++j) {
-    for (int64_t i = 0; i < n; ++i)
-      for (int q = 0; q < B::NV; ++q)
-        store(scaled + i * B::TB + q * B::L,
-              load<V>(u + (j * n + i) * B::TB + q * B::L) * lam[j * n + i]);
-    const auto scatter = [&](int64_t first, int64_t last, C sign) {
-      tiles(first, last, [&](auto rows, int64_t p) {
-        V acc[rows][B::NV] = {};
-        const C* g[rows];
-        unrolled<rows>([&](auto m) { g[m] = gT + a.index[p + m] * ldg; });
-        for (int64_t i = 0; i < n; ++i) {
-          unrolled<rows>([&](auto m) {
-            for (int q = 0; q < B::NV; ++q)
-              acc[m][q] += g[m][i] * load<V>(scaled + i * B::TB + q * B::L);
-          });
-        }
+  for (int64_t i = 0; i < n; ++i)
+    for (int q = 0; q < B::NV; ++q)
+      store(scaled + i * B::TB + q * B::L, load<V>(u + i * B::TB + q * B::L) * lam[i]);
+  const auto scatter = [&](int64_t first, int64_t last, C sign) {
+    tiles(first, last, [&](auto rows, int64_t p) {
+      V acc[rows][B::NV] = {};
+      const C* g[rows];
+      unrolled<rows>([&](auto m) { g[m] = gT + a.index[p + m] * ldg; });
+      for (int64_t i = 0; i < n; ++i) {
         unrolled<rows>([&](auto m) {
-          for (int q = 0; q < B::NV; ++q) {
-            C* to = z + int64_t(a.index[p + m]) * B::TB + q * B::L;
-            store(to, load<V>(to) + sign * acc[m][q]);
-          }
+          for (int q = 0; q < B::NV; ++q)
+            acc[m][q] += g[m][i] * load<V>(scaled + i * B::TB + q * B::L);
         });
+      }
+      unrolled<rows>([&](auto m) {
+        for (int q = 0; q < B::NV; ++q) {
+          C* to = z + int64_t(a.index[p + m]) * B::TB + q * B::L;
+          store(to, load<V>(to) + sign * acc[m][q]);
+        }
       });
-    };
-    scatter(a.plus(j), a.minus(j), C(1));
-    scatter(a.minus(j), a.end(j), C(-1));
-  }
+    });
+  };
+  scatter(a.plus(j), a.minus(j), C(1));
+  scatter(a.minus(j), a.end(j), C(-1));
 }
 
 // ut[t][i] = u[i][t] for the n rows of one rank index; ut is (TB, ldg), zero-padded in i.
@@ -107,7 +105,7 @@ void transpose_bases(const typename B::C* u, int64_t n, int64_t ldg, typename B:
 // updates over tokens, vectors over bases. Tokens are added one after the other, so the result does
 // not depend on how they were cut into blocks.
 template <class B, class Index>
-void a_grad(const Index* index, int64_t support, int64_t ldg, int64_t tokens,
+void a_grad_lists(const Index* index, int64_t support, int64_t ldg, int64_t tokens,
             const typename B::C* z, const typename B::C* ut, typename B::C* P) {
   using C = typename B::C;
   using V = Vec<C>;
@@ -133,6 +131,34 @@ void a_grad(const Index* index, int64_t support, int64_t ldg, int64_t tokens,
   int64_t i = 0;
   for (; i + 2 * L <= ldg; i += 2 * L) columns(std::integral_constant<int, 2>{}, i);
   if (i < ldg) columns(std::integral_constant<int, 1>{}, i);
+}
+
+// ---- the same, for a basis of either index type --------------------------------------------------
+
+template <class B>
+void a_up(const Basis& b, const typename B::C* lam, const typename B::C* gT, int64_t ldg,
+          const typename B::C* z, typename B::C* v) {
+  b.wide ? a_up_lists<B>(b.a.as<uint32_t>(), b.r, b.n, lam, gT, ldg, z, v)
+         : a_up_lists<B>(b.a.as<uint16_t>(), b.r, b.n, lam, gT, ldg, z, v);
+}
+
+template <class B>
+void a_down(const Basis& b, int64_t j, const typename B::C* lam, const typename B::C* gT,
+            int64_t ldg, const typename B::C* u, typename B::C* scaled, typename B::C* z) {
+  b.wide ? a_down_lists<B>(b.a.as<uint32_t>(), j, b.n, lam, gT, ldg, u, scaled, z)
+         : a_down_lists<B>(b.a.as<uint16_t>(), j, b.n, lam, gT, ldg, u, scaled, z);
+}
+
+// P and ut are those of all rank indices: P (positions, ldg), ut (r, TB, ldg).
+template <class B>
+void a_grad(const Basis& b, int64_t j, int64_t ldg, int64_t tokens, const typename B::C* z,
+            const typename B::C* ut, typename B::C* P) {
+  const auto run = [&](const auto& a) {
+    const int64_t first = a.plus(j), support = a.end(j) - first;
+    a_grad_lists<B>(a.index + first, support, ldg, tokens, z, ut + j * B::TB * ldg,
+                    P + first * ldg);
+  };
+  b.wide ? run(b.a.as<uint32_t>()) : run(b.a.as<uint16_t>());
 }
 
 }  // namespace RANDLORA_ISA

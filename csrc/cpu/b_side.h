@@ -55,25 +55,25 @@ void sum_lists(const Lists<Index>& lists, int64_t begin, int64_t end, const type
 
 constexpr int kChunk = 512;  // source lines decoded at a time: 8 words
 
-// For each byte the positions of its set bits, so that decoding never branches on a bit.
+// For each byte the positions of its set bits and their number, so that decoding never branches
+// on a bit: it writes eight entries and advances by the number of bits.
 struct BitTable {
-  uint8_t position[256][8];
-  constexpr BitTable() : position() {
-    for (int byte = 0; byte < 256; ++byte) {
-      int count = 0;
+  uint16_t position[256][8];
+  uint8_t count[256];
+  constexpr BitTable() : position(), count() {
+    for (int byte = 0; byte < 256; ++byte)
       for (int bit = 0; bit < 8; ++bit)
-        if (byte >> bit & 1) position[byte][count++] = static_cast<uint8_t>(bit);
-    }
+        if (byte >> bit & 1) position[byte][count[byte]++] = static_cast<uint16_t>(bit);
   }
 };
 static constexpr BitTable kBits;
 
 // Appends base + (positions of the set bits of m) at `out`, writing up to 8 entries past the end.
 RANDLORA_INLINE uint16_t* append_bits(uint64_t m, int base, uint16_t* out) {
+  using V = Vec<uint16_t, 16>;
   for (int byte = 0; byte < 8; ++byte, m >>= 8, base += 8) {
-    const uint8_t* position = kBits.position[m & 255];
-    for (int b = 0; b < 8; ++b) out[b] = static_cast<uint16_t>(base + position[b]);
-    out += __builtin_popcount(static_cast<unsigned>(m & 255));
+    store(out, load<V>(kBits.position[m & 255]) + static_cast<uint16_t>(base));
+    out += kBits.count[m & 255];
   }
   return out;
 }
@@ -139,40 +139,64 @@ void sum_chunk(const DecodedChunk& chunk, int first, int last, const typename B:
 
 // ---- the two products ----------------------------------------------------------------------------
 
+// Token blocks side by side: planes are decoded once for all of them.
+template <class C>
+struct Blocks {
+  int count;
+  const C* src;
+  int64_t src_step;
+  C* dst;
+  int64_t dst_step;
+};
+
 // Lines [begin, end) of B's rows; `chunk` is scratch, used for planes only.
 template <class B>
-void b_up(const Basis& b, int64_t begin, int64_t end, const typename B::C* src,
-          typename B::C* dst, DecodedChunk* chunk) {
-  if (!b.has_planes())
-    return b.wide ? sum_lists<B>(b.b_rows.as<uint32_t>(), begin, end, src, dst)
-                  : sum_lists<B>(b.b_rows.as<uint16_t>(), begin, end, src, dst);
+void b_up(const Basis& b, int64_t begin, int64_t end, const Blocks<typename B::C>& on,
+          DecodedChunk* chunk) {
+  if (!b.has_planes()) {
+    for (int g = 0; g < on.count; ++g) {
+      const auto* src = on.src + g * on.src_step;
+      auto* dst = on.dst + g * on.dst_step;
+      b.wide ? sum_lists<B>(b.b_rows.as<uint32_t>(), begin, end, src, dst)
+             : sum_lists<B>(b.b_rows.as<uint16_t>(), begin, end, src, dst);
+    }
+    return;
+  }
   for (int64_t line = begin; line < end; line += 64) {
     const int lines = int(end - line < 64 ? end - line : 64);
     for (int64_t word = 0; word < b.b_planes.words; word += kChunk / 64) {
       const int64_t left = b.b_planes.words - word;
       decode_rows(b.b_planes, line, lines, word, int(left < kChunk / 64 ? left : kChunk / 64),
                   *chunk);
-      sum_chunk<B>(*chunk, 0, lines, src + word * 64 * B::TB, dst + (line - begin) * B::TB,
-                   word == 0);
+      for (int g = 0; g < on.count; ++g)
+        sum_chunk<B>(*chunk, 0, lines, on.src + g * on.src_step + word * 64 * B::TB,
+                     on.dst + g * on.dst_step + (line - begin) * B::TB, word == 0);
     }
   }
 }
 
 // Lines [begin, end) of B's columns.
 template <class B>
-void b_down(const Basis& b, int64_t begin, int64_t end, const typename B::C* src,
-            typename B::C* dst, DecodedChunk* chunk) {
-  if (!b.has_planes())
-    return b.wide ? sum_lists<B>(b.b_cols.as<uint32_t>(), begin, end, src, dst)
-                  : sum_lists<B>(b.b_cols.as<uint16_t>(), begin, end, src, dst);
+void b_down(const Basis& b, int64_t begin, int64_t end, const Blocks<typename B::C>& on,
+            DecodedChunk* chunk) {
+  if (!b.has_planes()) {
+    for (int g = 0; g < on.count; ++g) {
+      const auto* src = on.src + g * on.src_step;
+      auto* dst = on.dst + g * on.dst_step;
+      b.wide ? sum_lists<B>(b.b_cols.as<uint32_t>(), begin, end, src, dst)
+             : sum_lists<B>(b.b_cols.as<uint16_t>(), begin, end, src, dst);
+    }
+    return;
+  }
   for (int64_t word = begin / 64; word * 64 < end; ++word) {
     const int first = int(begin > word * 64 ? begin - word * 64 : 0);
     const int last = int(end - word * 64 < 64 ? end - word * 64 : 64);
     for (int64_t row = 0; row < b.D; row += kChunk) {
       const int64_t count = b.D - row < kChunk ? b.D - row : kChunk;
       decode_columns(b.b_planes, word, row, count, *chunk);
-      sum_chunk<B>(*chunk, first, last, src + row * B::TB,
-                   dst + (word * 64 + first - begin) * B::TB, row == 0);
+      for (int g = 0; g < on.count; ++g)
+        sum_chunk<B>(*chunk, first, last, on.src + g * on.src_step + row * B::TB,
+                     on.dst + g * on.dst_step + (word * 64 + first - begin) * B::TB, row == 0);
     }
   }
 }

@@ -1,13 +1,9 @@
-// The factored path, forward and backward (equations in docs/math.md):
+// The factored path, forward (equations in docs/math.md):
 //
-//   expand (d == in)                              reduce (d == out)
-//     forward   V = x A'^T,  y += s V B^T           U = x B,   y += s U A'
-//     backward  U = dy B                            V = dy A'^T,  dx += s V B^T
-//               dx += s U A'                        U = x B
-//               P_j = U_j^T x[:, S_j]               P_j = U_j^T dy[:, S_j]
-//     dlam[j, i] = s sum_k A gam P    dgam[i, k] = s sum_j A lam P
+//   expand (d == in)    V = x A'^T,  y += s V B^T
+//   reduce (d == out)   U = x B,     y += s U A'
 //
-// V, U and P live in scratch for a bounded number of tokens at a time; nothing is kept in between.
+// V and U live in scratch for a group of token blocks at a time; nothing is kept for backward.
 #pragma once
 #include "a_side.h"
 #include "b_side.h"
@@ -15,75 +11,84 @@
 namespace randlora {
 namespace RANDLORA_ISA {
 
-// Lines of B per tile of output: 64, so that planes are decoded by whole words.
-constexpr int kLines = 64;
+constexpr int kLines = 64;  // lines of B per tile of output: planes are decoded by whole words
+constexpr int kGroup = 4;   // blocks that share one decoding of planes
 
-// gamma as the A side reads it: (d, ldg), the bases of one support position side by side.
+// gamma transposed as the A side reads it has rows of n, padded to whole vectors.
 template <class C>
-struct Gamma {
-  static int64_t stride(int64_t n) {
-    constexpr int64_t lanes = kVectorBytes / int(sizeof(C));
-    return (n + lanes - 1) / lanes * lanes;
+RANDLORA_INLINE int64_t gamma_stride(const Basis& b) {
+  constexpr int64_t lanes = kVectorBytes / int(sizeof(C));
+  return (b.n + lanes - 1) / lanes * lanes;
+}
+
+template <class C>
+void transpose_gamma(const Basis& b, const void* gam, C* gT, Runtime& rt) {
+  const int64_t ldg = gamma_stride<C>(b);
+  rt.split(b.d, 64, [&](int64_t begin, int64_t end) {
+    transpose_matrix(static_cast<const C*>(gam) + begin, b.d, b.n, end - begin, gT + begin * ldg,
+                     ldg);
+  });
+}
+
+// How T tokens are cut: blocks of TB, taken by slots in groups.
+struct Cut {
+  int64_t T, TB, blocks, group;
+  int slots;
+
+  Cut(const Basis& b, int64_t tokens, int block, int threads) : T(tokens), TB(block) {
+    blocks = (T + TB - 1) / TB;
+    slots = int(blocks < threads ? blocks : threads);
+    const int64_t share = slots ? (blocks + slots - 1) / slots : 1;
+    group = !b.has_planes() ? 1 : share < kGroup ? share : int64_t{kGroup};
   }
-  static void transpose_into(const Basis& b, const void* gam, C* gT, Runtime& rt) {
-    const int64_t ldg = stride(b.n), n = b.n, d = b.d;
-    const C* g = static_cast<const C*>(gam);
-    rt.split(d, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t k0 = begin; k0 < end; k0 += 16) {  // 16 columns: one cache line of every row
-        const int64_t k1 = k0 + 16 < end ? k0 + 16 : end;
-        for (int64_t i = 0; i < n; ++i)
-          for (int64_t k = k0; k < k1; ++k) gT[k * ldg + i] = g[i * d + k];
-        for (int64_t k = k0; k < k1; ++k)
-          for (int64_t i = n; i < ldg; ++i) gT[k * ldg + i] = C(0);
-      }
-    });
-  }
+  int64_t tokens(int64_t block) const { return T - block * TB < TB ? T - block * TB : TB; }
 };
 
-template <class B>
-void run_a_up(const Basis& b, const void* lam, const typename B::C* gT, const typename B::C* z,
-              typename B::C* v) {
-  const auto* l = static_cast<const typename B::C*>(lam);
-  const int64_t ldg = Gamma<typename B::C>::stride(b.n);
-  b.wide ? a_up<B>(b.a.as<uint32_t>(), b.r, b.n, l, gT, ldg, z, v)
-         : a_up<B>(b.a.as<uint16_t>(), b.r, b.n, l, gT, ldg, z, v);
-}
-
-template <class B>
-void run_a_down(const Basis& b, const void* lam, const typename B::C* gT, const typename B::C* u,
-                typename B::C* scaled, typename B::C* z) {
-  const auto* l = static_cast<const typename B::C*>(lam);
-  const int64_t ldg = Gamma<typename B::C>::stride(b.n);
-  __builtin_memset(z, 0, size_t(b.d) * B::TB * sizeof(*z));
-  b.wide ? a_down<B>(b.a.as<uint32_t>(), b.r, b.n, l, gT, ldg, u, scaled, z)
-         : a_down<B>(b.a.as<uint16_t>(), b.r, b.n, l, gT, ldg, u, scaled, z);
-}
-
-// What one slot needs to push a token block through both sides.
+// What one slot needs to push a group of blocks through both sides.
 template <class B>
 struct Slot {
   using C = typename B::C;
-  C *small, *large, *mid, *scaled;  // (d, TB), (D, TB), (K, TB), (n, TB)
-  C* lines;                         // (kLines, TB)
+  C *small, *large, *mid;   // (group, d, TB), (group, D, TB), (group, K, TB)
+  C *lines, *scaled;        // (group, kLines, TB), (n, TB)
   DecodedChunk* chunk;
+  int64_t small_step, large_step, mid_step;
 
-  Slot(const Basis& b, Arena& arena)
-      : small(arena.take<C>(b.d * B::TB)),
-        large(arena.take<C>(b.D * B::TB)),
-        mid(arena.take<C>(b.K() * B::TB)),
+  Slot(const Basis& b, int64_t group, Arena& arena)
+      : small(arena.take<C>(group * b.d * B::TB)),
+        large(arena.take<C>(group * b.D * B::TB)),
+        mid(arena.take<C>(group * b.K() * B::TB)),
+        lines(arena.take<C>(group * kLines * B::TB)),
         scaled(arena.take<C>(b.n * B::TB)),
-        lines(arena.take<C>(kLines * B::TB)),
-        chunk(arena.take<DecodedChunk>(b.has_planes() ? 1 : 0)) {}
+        chunk(arena.take<DecodedChunk>(b.has_planes() ? 1 : 0)),
+        small_step(b.d * B::TB),
+        large_step(b.D * B::TB),
+        mid_step(b.K() * B::TB) {}
 };
 
-// out (T, D) (+)= scale * v B^T for one block, 64 features at a time.
+// out (T, D) (+)= scale * v B^T for blocks [first, first + count), kLines features at a time.
 template <class B>
-void emit_up(const Basis& b, Slot<B>& s, double scale, bool accumulate, int64_t tokens, void* out,
-             DType dtype, int64_t t) {
+void emit_up(const Basis& b, const Cut& cut, Slot<B>& s, int64_t first, int count, double scale,
+             bool accumulate, void* out, DType dtype) {
+  constexpr int64_t step = int64_t{kLines} * B::TB;
   for (int64_t o = 0; o < b.D; o += kLines) {
     const int64_t lines = b.D - o < kLines ? b.D - o : kLines;
-    b_up<B>(b, o, o + lines, s.mid, s.lines, s.chunk);
-    store_block<B>(s.lines, typename B::C(scale), accumulate, tokens, lines, out, dtype, t, b.D, o);
+    b_up<B>(b, o, o + lines, {count, s.mid, s.mid_step, s.lines, step}, s.chunk);
+    for (int g = 0; g < count; ++g)
+      store_block<B>(s.lines + g * step, typename B::C(scale), accumulate, cut.tokens(first + g),
+                     lines, out, dtype, (first + g) * B::TB, b.D, o);
+  }
+}
+
+// u = columns of B times s.large, then per block and rank index fn(g, j, u of j). With lists one
+// rank index at a time, so that its u is still in the L1 cache when fn reads it.
+template <class B, class F>
+void down(const Basis& b, Slot<B>& s, int count, const F& fn) {
+  const int64_t step = b.has_planes() ? b.r : 1;
+  for (int64_t j = 0; j < b.r; j += step) {
+    auto* u = s.mid + j * b.n * B::TB;
+    b_down<B>(b, j * b.n, (j + step) * b.n, {count, s.large, s.large_step, u, s.mid_step}, s.chunk);
+    for (int g = 0; g < count; ++g)
+      for (int64_t q = j; q < j + step; ++q) fn(g, q, s.mid + g * s.mid_step + q * b.n * B::TB);
   }
 }
 
@@ -91,43 +96,53 @@ template <class B>
 void linear_blocks(const Linear& p, Runtime& rt) {
   using C = typename B::C;
   const Basis& b = p.basis;
-  const int64_t blocks = (p.T + B::TB - 1) / B::TB;
-  const int slots = int(blocks < rt.threads() ? blocks : rt.threads());
-  const auto layout = [&](Arena& arena) { return arena.take<C>(b.d * Gamma<C>::stride(b.n)); };
-  Arena measure;
-  layout(measure);
-  const size_t shared = measure.used();
-  Arena per_slot;
-  Slot<B>(b, per_slot);
-  char* memory = static_cast<char*>(rt.scratch(shared + slots * per_slot.used()));
-  Arena arena(memory);
-  C* gT = layout(arena);
-  Gamma<C>::transpose_into(b, p.gam, gT, rt);
+  const Cut cut(b, p.T, B::TB, rt.threads());
+  const int64_t ldg = gamma_stride<C>(b);
+  const C* lam = static_cast<const C*>(p.lam);
+  Arena shared, per_slot;
+  shared.take<C>(b.d * ldg);
+  Slot<B>(b, cut.group, per_slot);
+  char* memory = static_cast<char*>(rt.scratch(shared.used() + cut.slots * per_slot.used()));
+  C* gT = Arena(memory).take<C>(b.d * ldg);
+  transpose_gamma(b, p.gam, gT, rt);
 
-  rt.each_slot(slots, [&](int slot) {
-    Arena own(memory + shared + slot * per_slot.used());
-    Slot<B> s(b, own);
-    for (int64_t block = slot; block < blocks; block += slots) {
-      const int64_t t = block * B::TB, tokens = p.T - t < B::TB ? p.T - t : B::TB;
+  rt.each_slot(cut.slots, [&](int slot) {
+    Arena own(memory + shared.used() + slot * per_slot.used());
+    Slot<B> s(b, cut.group, own);
+    for (int64_t first = slot * cut.group; first < cut.blocks; first += cut.slots * cut.group) {
+      const int count = int(cut.blocks - first < cut.group ? cut.blocks - first : cut.group);
+      const auto each = [&](const auto& fn) {
+        for (int g = 0; g < count; ++g) fn(g, (first + g) * B::TB, cut.tokens(first + g));
+      };
       if (p.expand) {
-        load_block<B>(p.x, p.dtype, t, b.d, tokens, s.small);
-        run_a_up<B>(b, p.lam, gT, s.small, s.mid);
-        emit_up<B>(b, s, p.scale, p.accumulate, tokens, p.y, p.dtype, t);
+        each([&](int g, int64_t t, int64_t tokens) {
+          load_block<B>(p.x, p.dtype, t, b.d, tokens, s.small);
+          a_up<B>(b, lam, gT, ldg, s.small, s.mid + g * s.mid_step);
+        });
+        emit_up<B>(b, cut, s, first, count, p.scale, p.accumulate, p.y, p.dtype);
       } else {
-        load_block<B>(p.x, p.dtype, t, b.D, tokens, s.large);
-        b_down<B>(b, 0, b.K(), s.large, s.mid, s.chunk);
-        run_a_down<B>(b, p.lam, gT, s.mid, s.scaled, s.small);
-        store_block<B>(s.small, C(p.scale), p.accumulate, tokens, b.d, p.y, p.dtype, t, b.d, 0);
+        each([&](int g, int64_t t, int64_t tokens) {
+          load_block<B>(p.x, p.dtype, t, b.D, tokens, s.large + g * s.large_step);
+        });
+        __builtin_memset(s.small, 0, size_t(count * s.small_step) * sizeof(C));
+        down<B>(b, s, count, [&](int g, int64_t j, const C* u) {
+          a_down<B>(b, j, lam + j * b.n, gT, ldg, u, s.scaled, s.small + g * s.small_step);
+        });
+        each([&](int g, int64_t t, int64_t tokens) {
+          store_block<B>(s.small + g * s.small_step, C(p.scale), p.accumulate, tokens, b.d, p.y,
+                         p.dtype, t, b.d, 0);
+        });
       }
     }
   });
 }
 
 inline void linear(const Linear& p, Runtime& rt) {
+  const auto run = [&](auto b) { linear_blocks<decltype(b)>(p, rt); };
   if (p.dtype == DType::f64)
-    with_block<double>(p.T, rt.threads(), [&](auto b) { linear_blocks<decltype(b)>(p, rt); });
+    with_block<double>(p.T, rt.threads(), run);
   else
-    with_block<float>(p.T, rt.threads(), [&](auto b) { linear_blocks<decltype(b)>(p, rt); });
+    with_block<float>(p.T, rt.threads(), run);
 }
 
 }  // namespace RANDLORA_ISA

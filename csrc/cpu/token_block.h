@@ -80,6 +80,25 @@ void store_block_to(const typename B::C* z, typename B::C scale, bool accumulate
   }
 }
 
+// to (cols, ldt) = from (rows, ldf) transposed, zero in columns [rows, ldt); both in C.
+template <class C>
+void transpose_matrix(const C* from, int64_t ldf, int64_t rows, int64_t cols, C* to, int64_t ldt) {
+  using B = Block<C, kVectorBytes, 1>;
+  using V = typename B::V;
+  for (int64_t q = 0; q < ldt; q += B::L) {
+    int64_t c = 0;
+    for (; c + B::L <= cols && q + B::L <= ldt; c += B::L) {
+      V m[B::L];
+      unrolled<B::L>([&](auto l) { m[l] = q + l < rows ? load<V>(from + (q + l) * ldf + c) : V{}; });
+      transpose<B::L>(m);
+      unrolled<B::L>([&](auto l) { store(to + (c + l) * ldt + q, m[l]); });
+    }
+    for (; c < cols; ++c)
+      for (int64_t l = q; l < q + B::L && l < ldt; ++l)
+        to[c * ldt + l] = l < rows ? from[l * ldf + c] : C(0);
+  }
+}
+
 // Calls fn with a typed pointer; only the storage types that compute in C are possible.
 template <class C, class F>
 RANDLORA_INLINE void with_storage(DType dtype, const void* p, const F& fn) {

@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     say("saving the adapter, and reloading it on a fresh base model ...")
     adapter_bytes = model.save_adapter(tuned, out / "adapter")
     expected = evaluate.check_logits(tuned, tokenizer, answered, device)
-    fresh = model.load_base_model(source, device, config=base.config)
+    fresh = model.load_base_model(source, device)
     bare = evaluate.check_logits(fresh, tokenizer, answered, device)
     reloaded = model.reload_adapter(fresh, out / "adapter")
     actual = evaluate.check_logits(reloaded, tokenizer, answered, device)
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
         "model": str(source),
         "data": str(data_path),
         "machine": report.describe_machine(device),
-        "kernels": model.describe_kernels(tuned, adapter, history.tokens_a_step, device),
+        "kernels": model.describe_kernels(tuned, history.tokens_a_step),
         "examples": {"train": len(training), "held_out": len(held_out), "answered": len(answered)},
         "parameters": {"trained": trained, "total": total},
         "held_out_loss": [loss_before, loss_after],

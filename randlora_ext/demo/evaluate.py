@@ -15,7 +15,7 @@ from .batch import (
     make_batch,
     make_prompts,
 )
-from .data import Example, sort_by_length
+from .data import Example
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,8 +34,10 @@ def held_out_loss(
     """Mean cross entropy over all answer tokens of ``examples``, each token counted once."""
     model.eval()
     total, count = 0.0, 0
-    for part in _parts(examples):
-        batch = make_batch(tokenizer, part, device)
+    # Rows of similar length together: less padding to compute.
+    ordered = sorted(examples, key=lambda example: len(example.prompt) + len(example.answer))
+    for start in range(0, len(ordered), _BATCH):
+        batch = make_batch(tokenizer, ordered[start : start + _BATCH], device)
         total += answer_loss(model, batch, reduction="sum").item()
         count += int((batch.labels != IGNORED_LABEL).sum())
     return total / count
@@ -74,11 +76,6 @@ def check_logits(
     """Answer logits of ``examples`` in one batch, to compare two models."""
     model.eval()
     return answer_logits(model, make_batch(tokenizer, examples, device))
-
-
-def _parts(examples: Sequence[Example]) -> list[list[Example]]:
-    ordered = sort_by_length(examples)
-    return [ordered[i : i + _BATCH] for i in range(0, len(ordered), _BATCH)]
 
 
 def exact_matches(examples: Sequence[Example], answers: Sequence[str]) -> int:

@@ -1,6 +1,7 @@
 """Loading the model, attaching the RandLoRA adapter, saving and reloading it.
 
-``describe_kernels`` and ``_randlora_config`` are the only places that touch randlora_ext itself.
+``describe_kernels`` and ``_randlora_config`` are the only places that touch randlora_ext itself:
+the adapter goes through PEFT, which ``randlora_ext.peft.enable()`` puts on the compiled kernels.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .errors import DemoError
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BACKENDS = ("randlora_ext", "stock")
 _ALPHA_PER_RANK = 20  # the ratio that PEFT's documentation recommends
@@ -48,14 +49,11 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base_model(
-    source: ModelSource, device: torch.device, config: PretrainedConfig | None = None
-) -> PreTrainedModel:
-    """A fresh fp32 copy of the base model. ``config`` spares parsing a GGUF header again."""
+def load_base_model(source: ModelSource, device: torch.device) -> PreTrainedModel:
+    """A fresh fp32 copy of the base model."""
     from transformers import AutoModelForCausalLM
 
-    extra = {} if config is None else {"config": config}
-    return _from_pretrained(AutoModelForCausalLM, source, **extra).to(device, torch.float32)
+    return _from_pretrained(AutoModelForCausalLM, source).to(device, torch.float32)
 
 
 def attach_adapter(model: PreTrainedModel, options: AdapterOptions) -> PeftModel:
@@ -90,58 +88,38 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
 
-def adapted_shapes(model: PeftModel) -> dict[tuple[int, int], int]:
-    """{(in_features, out_features): number of layers} of the layers that carry the adapter."""
-    shapes: dict[tuple[int, int], int] = {}
-    for module in model.modules():
-        if hasattr(module, "randlora_lambda") and hasattr(module, "in_features"):
-            shape = (module.in_features, module.out_features)
-            shapes[shape] = shapes.get(shape, 0) + 1
-    return shapes
+def describe_kernels(model: PeftModel, tokens: int) -> list[str]:
+    """Lines that tell which code computed the adapter for batches of ``tokens`` tokens, and how
+    that code was built."""
+    import randlora_ext.peft
 
-
-def describe_kernels(
-    model: PeftModel, options: AdapterOptions, tokens: int, device: torch.device
-) -> list[str]:
-    """Lines that tell which code computed the adapter for a batch of ``tokens`` tokens."""
-    shapes = adapted_shapes(model)
-    if options.backend == "stock":
-        layers = sum(shapes.values())
-        return [f"stock PEFT: dense fp32 bases and torch matmuls in {layers} layers on {device}"]
-    import randlora_ext
-
-    lines = [f"build: {randlora_ext.build_info()}"]
-    for (in_features, out_features), layers in sorted(shapes.items()):
-        basis = randlora_ext.TernaryBasis(
-            in_features, out_features, options.rank, options.density, options.seed
-        )
-        choice = randlora_ext.explain(basis, tokens, dtype=torch.float32, device=device)
-        lines.append(f"{layers} layers {in_features} -> {out_features}: {choice}")
-    return lines
+    build = ", ".join(f"{key} {value}" for key, value in randlora_ext.build_info().items())
+    return [randlora_ext.peft.kernel_summary(model, tokens), f"randlora_ext: {build}"]
 
 
 def _randlora_config(options: AdapterOptions) -> Any:
-    fields: dict[str, Any] = {
-        "r": options.rank,
-        "randlora_alpha": _ALPHA_PER_RANK * options.rank,
-        "target_modules": list(options.target_modules),
-        "projection_prng_key": options.seed,
-        "save_projection": False,
-        "task_type": "CAUSAL_LM",
-    }
-    if options.backend == "stock":
-        from peft import RandLoraConfig
+    import randlora_ext.peft
 
+    density: dict[str, Any] = {"density": options.density}
+    if options.backend == "stock":
+        randlora_ext.peft.disable()
         if abs(options.density - 1 / 3) > 1e-6:
             raise DemoError(
                 f"--density {options.density:g}: stock PEFT has no density setting; with "
                 "--backend stock it must be 1/3 (PEFT's sparse=True)"
             )
-        return RandLoraConfig(**fields, sparse=True)
-    import randlora_ext.peft
-
-    randlora_ext.peft.enable()
-    return randlora_ext.peft.RandLoraConfig(**fields, density=options.density)
+        density = {"sparse": True}
+    else:
+        randlora_ext.peft.enable()
+    return randlora_ext.peft.RandLoraConfig(
+        r=options.rank,
+        randlora_alpha=_ALPHA_PER_RANK * options.rank,
+        target_modules=list(options.target_modules),
+        projection_prng_key=options.seed,
+        save_projection=False,
+        task_type="CAUSAL_LM",
+        **density,
+    )
 
 
 def _from_pretrained(factory: Any, source: ModelSource, **options: Any) -> Any:

@@ -1,0 +1,60 @@
+"""What a RandLoRA layer has to know about the frozen layer under it."""
+
+import sys
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.parameter import is_lazy
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D: a linear layer that stores its weight as (in, out)."""
+    # transformers need not be installed; where it was never imported nothing can be its Conv1D.
+    utils = sys.modules.get("transformers.pytorch_utils")
+    return utils is not None and isinstance(module, utils.Conv1D)
+
+
+def check_base_layer(module: nn.Module, argument: str) -> None:
+    """Raises TypeError, naming `argument`, unless it is an nn.Linear or Conv1D with a weight."""
+    if not (isinstance(module, nn.Linear) or is_conv1d(module)) or is_lazy(module.weight):
+        kind = type(module)
+        raise TypeError(
+            f"{argument} must be an nn.Linear or a transformers Conv1D with a weight, got "
+            f"{kind.__module__}.{kind.__qualname__}"
+        )
+
+
+def features(base_layer: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of an nn.Linear or a Conv1D."""
+    if is_conv1d(base_layer):
+        in_features, out_features = base_layer.weight.shape
+        return in_features, out_features
+    return base_layer.in_features, base_layer.out_features
+
+
+def can_fuse(base_layer: nn.Module, x: Tensor) -> bool:
+    """Whether base_layer(x) is F.linear(x, weight, bias) and nothing else.
+
+    Then base and adapter may be one operator. A subclass, a hook, a replaced forward (accelerate's
+    offloading) or a weight that is no ordinary tensor (quantized, distributed) must be called.
+    """
+    if type(base_layer) is not nn.Linear or "forward" in base_layer.__dict__:
+        return False
+    if _has_any_global_hook() or any(
+        getattr(base_layer, hooks)
+        for hooks in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+        )
+    ):
+        return False
+    weight = base_layer.weight
+    if type(weight) not in (Tensor, nn.Parameter) or x.device != weight.device:
+        return False
+    # Another dtype is an error unless autocast brings both to one; float64 it leaves alone.
+    return x.dtype == weight.dtype or (
+        torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+    )

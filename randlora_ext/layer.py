@@ -1,0 +1,278 @@
+"""`RandLoraLinear`: a frozen linear layer with one or more RandLoRA adapters, without PEFT."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .base_layer import can_fuse, check_base_layer, features, is_conv1d
+from .basis import TernaryBasis
+from .cost import explain
+from .merging import Mergeable, wide
+
+_REPR_TOKENS = 512  # for which `extra_repr` tells the path
+
+
+class RandLoraLinear(Mergeable, nn.Module):
+    """``base_layer(x) + sum over active adapters of scaling * dropout(x) @ (B @ A')^T``.
+
+    B @ A' oriented as the weight; A' (K, d) is A scaled by lambda and gamma, as in
+    `randlora_ext.delta_weight`. Drop-in for the base layer, which is frozen and kept, uncopied, as
+    ``base_layer``. x (..., in) -> (..., out), in the dtype that the base layer gives.
+
+    Args:
+        base_layer: nn.Linear or transformers' Conv1D (which stores its weight as (in, out)).
+        r: rank of one base; n = ceil(d / r).
+        randlora_alpha: scaling = randlora_alpha / r.
+        density: share of non-zeros in the ternary bases, in (0, 1]; 1/3 is PEFT's ``sparse``.
+        projection_prng_key: the bases' seed, 0 <= key < 2**64. The bases are those of
+            docs/basis-spec.md, generated and never saved; PEFT draws others from the same key.
+        randlora_dropout: probability in [0, 1) of dropping an input of the adapter.
+        adapter_name: of the first adapter; `update_layer` adds more.
+
+    Attributes, by adapter name: ``randlora_lambda`` (r, n), zero at first, so that a fresh adapter
+    changes nothing; ``randlora_gamma`` (n, d), 1 / max(n, d) at first; ``num_bases`` (n);
+    ``scaling``; ``r``; ``bases`` (the `TernaryBasis`; equal ones share their packed form).
+
+    Dtypes: lambda and gamma are made float32 (float64 on a float64 base) whatever the base has.
+    ``.to(dtype)``, ``.half()`` and the like cast them along with the base, as for any parameter;
+    to train a 16-bit base with float32 adapters cast the base first, then wrap it. Every mixture
+    works: the operators accumulate in float32 or better. As with nn.Linear, x must have the
+    weight's dtype (or be under autocast).
+
+    ``state_dict`` holds the base layer, lambda and gamma; no basis. Copying and pickling move a
+    basis as its description.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is allowed.
+
+    Source: PEFT's ``randlora.layer.Linear``, whose names these are.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        r: int = 32,
+        randlora_alpha: float = 640,
+        density: float = 1 / 3,
+        projection_prng_key: int = 0,
+        randlora_dropout: float = 0.0,
+        adapter_name: str = "default",
+    ) -> None:
+        super().__init__()
+        check_base_layer(base_layer, "base_layer")
+        self.in_features, self.out_features = features(base_layer)
+        self.fan_in_fan_out = is_conv1d(base_layer)
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.num_bases: dict[str, int] = {}
+        self.bases: dict[str, TernaryBasis] = {}
+        self.merged_adapters: list[str] = []
+        self._original_weight: Tensor | None = None  # see merge(keep_original=True)
+        self._active: list[str] = [adapter_name]
+        self._disabled = False
+        self.base_layer = base_layer
+        self.randlora_dropout = nn.ModuleDict()
+        self.randlora_lambda = nn.ParameterDict()
+        self.randlora_gamma = nn.ParameterDict()
+        self.update_layer(
+            adapter_name, r, randlora_alpha, density, projection_prng_key, randlora_dropout
+        )
+        base_layer.requires_grad_(False)
+        self.train(base_layer.training)
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        r: int = 32,
+        randlora_alpha: float = 640,
+        density: float = 1 / 3,
+        projection_prng_key: int = 0,
+        randlora_dropout: float = 0.0,
+    ) -> None:
+        """Adds an adapter, or makes one anew; arguments as of the class.
+
+        An added adapter is neither active nor trained until `set_adapter` names it.
+        """
+        _check_adapter_name(adapter_name)
+        if adapter_name in self.merged_adapters:
+            raise ValueError(
+                f"adapter_name {adapter_name!r} is merged and cannot be made anew; unmerge() first"
+            )
+        _check_options(randlora_alpha, projection_prng_key, randlora_dropout)
+        basis = TernaryBasis(self.in_features, self.out_features, r, density, projection_prng_key)
+
+        weight = self.base_layer.weight
+        make = {"device": weight.device, "dtype": wide(weight.dtype)}
+        lam = torch.zeros(basis.r, basis.n, **make)
+        gam = torch.full((basis.n, basis.d), 1 / max(basis.n, basis.d), **make)
+        dropout = nn.Dropout(randlora_dropout) if randlora_dropout else nn.Identity()
+
+        self.bases[adapter_name] = basis
+        self.r[adapter_name] = r
+        self.num_bases[adapter_name] = basis.n
+        self.scaling[adapter_name] = randlora_alpha / r
+        self.randlora_dropout[adapter_name] = dropout.train(self.training)
+        self.randlora_lambda[adapter_name] = nn.Parameter(lam)
+        self.randlora_gamma[adapter_name] = nn.Parameter(gam)
+        self._mark_trained()
+
+    # ---- which adapters take part ------------------------------------------------------------
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters whose parts are added."""
+        return list(self._active)
+
+    @property
+    def disabled(self) -> bool:
+        return self._disabled
+
+    def set_adapter(self, adapter_names: str | Sequence[str]) -> None:
+        """Makes these adapters the active ones: their parts add up, they are trained, others not.
+
+        Raises ValueError for an unknown or repeated name. A merged adapter stays merged.
+        """
+        self._active = self._known("adapter_names", adapter_names)
+        self._mark_trained()
+
+    def disable(self) -> None:
+        """The layer computes base_layer(x) alone until `enable`; a merged adapter is unmerged."""
+        if self.merged:
+            self.unmerge()
+        self._disabled = True
+        self._mark_trained()
+
+    def enable(self) -> None:
+        """Undoes `disable`: the active adapters take part, and are trained, again."""
+        self._disabled = False
+        self._mark_trained()
+
+    def adapter_parameters(self) -> Iterator[nn.Parameter]:
+        """Lambda and gamma of all adapters, active or not."""
+        yield from self.randlora_lambda.values()
+        yield from self.randlora_gamma.values()
+
+    def _mark_trained(self) -> None:
+        for diagonals in (self.randlora_lambda, self.randlora_gamma):
+            for name, parameter in diagonals.items():
+                parameter.requires_grad_(name in self._active and not self._disabled)
+
+    # ---- the computation ---------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise TypeError(f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"x must be (..., in_features) with in_features = {self.in_features}, "
+                f"got {tuple(x.shape)}"
+            )
+        names = [] if self._disabled else [a for a in self._active if a not in self.merged_adapters]
+        base = self.base_layer
+        if len(names) == 1 and not self._drops(names[0]) and can_fuse(base, x):
+            return self._part(names[0], x, base.weight, base.bias)
+        y = base(x)
+        for name in names:
+            y = y + self._part(name, self.randlora_dropout[name](x), None, None)
+        return y
+
+    def _drops(self, name: str) -> bool:
+        dropout = self.randlora_dropout[name]
+        return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+
+    def _part(self, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        lam, gam = self.randlora_lambda[name], self.randlora_gamma[name]
+        return functional.linear(x, weight, bias, self.bases[name], lam, gam, self.scaling[name])
+
+    def get_scaled_bases(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """The dense factors (P, Q) in the order in which x meets them, in the dtype of lambda.
+
+        ``scaling * F.linear(F.linear(x, P), Q)`` is the adapter's part: (A', B) where d == in,
+        otherwise (B^T, A'^T). For study and export; forward makes neither. Source: PEFT's method.
+        """
+        self._known("adapter", adapter)
+        lam, gam = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
+        basis = self.bases[adapter]
+        scaled = functional.scaled_basis(basis, lam, gam)
+        B = basis.dense(lam.device, lam.dtype)[1]
+        return (scaled, B) if basis.d == basis.in_features else (B.T, scaled.T)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """``scaling * B @ A'`` in the shape of the base layer's weight and the dtype of lambda.
+
+        Differentiable for lambda and gamma. Raises ValueError for an unknown adapter.
+        """
+        self._known("adapter", adapter)
+        return self._delta(adapter, self.randlora_lambda[adapter].dtype)
+
+    def _delta(self, name: str, dtype: torch.dtype) -> Tensor:
+        lam, gam = self.randlora_lambda[name].to(dtype), self.randlora_gamma[name].to(dtype)
+        delta = functional.delta_weight(self.bases[name], lam, gam, self.scaling[name])
+        return delta.T if self.fan_in_fan_out else delta
+
+    # ---- conveniences ------------------------------------------------------------------------
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, for code that reads ``layer.weight`` of a linear layer."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    def _known(self, argument: str, names: str | Sequence[str]) -> list[str]:
+        names = [names] if isinstance(names, str) else list(names)
+        for name in names:
+            if name not in self.bases:
+                raise ValueError(f"{argument}: unknown adapter {name!r}; known are {[*self.bases]}")
+        if len(set(names)) != len(names):
+            raise ValueError(f"{argument} must not repeat a name, got {names}")
+        return names
+
+    def extra_repr(self) -> str:
+        parts = [f"in_features={self.in_features}, out_features={self.out_features}"]
+        for name, basis in self.bases.items():
+            dropout = self.randlora_dropout[name]
+            weight = self.base_layer.weight
+            p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
+            plain = type(self.base_layer) is nn.Linear
+            path = explain(basis, _REPR_TOKENS, weight.dtype, weight.device, plain, p).path
+            state = "merged" if name in self.merged_adapters else "inactive"
+            if name in self._active and name not in self.merged_adapters:
+                state = "disabled" if self._disabled else "active"
+            parts.append(
+                f"{name}: r={basis.r}, density={basis.density:.4g}, {state}, "
+                f"path {path} at {_REPR_TOKENS} tokens"
+            )
+        return "; ".join(parts)
+
+
+def _check_adapter_name(name: str) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name must be a string, got {name!r}")
+    # torch keeps the entries of its dictionaries as attributes
+    taken = hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name)
+    if not name or "." in name or taken:
+        raise ValueError(
+            f"adapter_name must be non-empty, without '.', and no attribute of nn.ModuleDict or "
+            f"nn.ParameterDict, got {name!r}"
+        )
+
+
+def _check_options(alpha: float, key: int, dropout: float) -> None:
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise TypeError(f"randlora_alpha must be a finite number, got {alpha!r}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"randlora_alpha must be a finite number, got {alpha}")
+    if isinstance(key, bool) or not isinstance(key, int):
+        raise TypeError(f"projection_prng_key must be an integer in [0, 2**64), got {key!r}")
+    if not 0 <= key < 2**64:
+        raise ValueError(f"projection_prng_key must be in [0, 2**64), got {key}")
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+        raise TypeError(f"randlora_dropout must be a number in [0, 1), got {dropout!r}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"randlora_dropout must be in [0, 1), got {dropout}")

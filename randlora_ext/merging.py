@@ -1,0 +1,104 @@
+"""Merging adapters into the frozen weight of `RandLoraLinear`, and taking them out again."""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a weight of `dtype` is changed, before one rounding."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Mergeable:
+    """The part of `RandLoraLinear` that writes to the base layer's weight."""
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    @torch.no_grad()
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: str | Sequence[str] | None = None,
+        keep_original: bool = False,
+    ) -> None:
+        """Adds the adapters' weight changes to the base weight, in place.
+
+        The sum W + dW is made in float32 (float64 for a float64 base) and rounded once to the
+        dtype of W. In a 16-bit W a change below half an ulp is lost.
+
+        Args:
+            safe_merge: raise rather than write where the sum holds NaN or inf.
+            adapter_names: which adapters; None means the active ones.
+            keep_original: keep a copy of W in CPU memory, so that `unmerge` restores every bit.
+
+        Raises:
+            ValueError: for an unknown, repeated or already merged adapter, and by safe_merge.
+            TypeError: where the weight is not floating point (quantized).
+            RuntimeError: on a disabled layer. After any of these nothing has changed.
+        """
+        chosen = self._active if adapter_names is None else adapter_names
+        names = self._known("adapter_names", chosen)
+        for name in names:
+            if name in self.merged_adapters:
+                rest = [a for a in self.bases if a not in self.merged_adapters]
+                raise ValueError(
+                    f"adapter_names: {name!r} is merged already; unmerge() first, or choose "
+                    f"from {rest}"
+                )
+        if self._disabled:
+            raise RuntimeError("merge() on a disabled layer; call enable() first")
+        if keep_original and self.merged:
+            raise ValueError(
+                f"keep_original must be given at the first merge; {self.merged_adapters} are in "
+                "the weight already, unmerge() first"
+            )
+        weight = self._mergeable_weight()
+        total = self._weight_plus(names, +1)
+        if safe_merge and not bool(torch.isfinite(total).all()):
+            raise ValueError(
+                f"adapter_names {names}: the merged weight would hold NaN or inf, and safe_merge "
+                "allows only finite values; nothing was changed"
+            )
+        if keep_original:
+            self._original_weight = weight.detach().to("cpu", copy=True)
+        weight.copy_(total)
+        self.merged_adapters += names
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Takes all merged adapters out of the base weight again.
+
+        After ``merge(keep_original=True)`` W is restored bit for bit. Otherwise dW is computed anew
+        and subtracted in float32 (float64 for a float64 base), with one rounding: two roundings
+        in all, so W returns to within about one ulp of the larger of W and W + dW, not always
+        exactly. Lambda and gamma must still be those that were merged.
+
+        Warns, as PEFT does, where nothing is merged.
+        """
+        if not self.merged:
+            warnings.warn("unmerge(): no adapter is merged, nothing to do", stacklevel=2)
+            return
+        if self._original_weight is not None:
+            self.base_layer.weight.copy_(self._original_weight)
+        else:
+            self._mergeable_weight().copy_(self._weight_plus(self.merged_adapters, -1))
+        self._original_weight = None
+        self.merged_adapters = []
+
+    def _weight_plus(self, names: list[str], sign: int) -> Tensor:
+        weight = self.base_layer.weight
+        total = weight.to(wide(weight.dtype), copy=True)
+        for name in names:
+            total.add_(self._delta(name, total.dtype), alpha=sign)
+        return total.to(weight.dtype)
+
+    def _mergeable_weight(self) -> Tensor:
+        weight = self.base_layer.weight
+        if not weight.is_floating_point():
+            raise TypeError(f"base_layer.weight must be floating point, got {weight.dtype}")
+        return weight

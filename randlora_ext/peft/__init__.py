@@ -1,0 +1,23 @@
+"""RandLoRA of Hugging Face PEFT on the compiled kernels.
+
+::
+
+    import peft, randlora_ext.peft
+    randlora_ext.peft.enable()
+    model = peft.get_peft_model(model, peft.RandLoraConfig(sparse=True, target_modules=...))
+
+After `enable` every RandLoRA model that PEFT makes or loads computes its layers with
+`torch.ops.randlora`, with the numbers of stock PEFT up to rounding, as long as its bases are
+ternary (``sparse``, ``very_sparse``, or the ``density`` of `RandLoraConfig`). PEFT keeps its own
+dense bases beside the packed ones.
+"""
+
+from ._require import check_peft
+
+check_peft()
+
+from .config import RandLoraConfig  # noqa: E402  (needs the check above)
+from .summary import kernel_summary  # noqa: E402
+from .switch import disable, enable  # noqa: E402
+
+__all__ = ["RandLoraConfig", "disable", "enable", "kernel_summary"]
