@@ -1,0 +1,63 @@
+// The few lines of a test framework that these tests need.
+#pragma once
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "core/operators.h"
+#include "cpu/packing.h"
+
+namespace randlora {
+
+inline int failures = 0;
+
+#define EXPECT(condition, ...)                                          \
+  do {                                                                  \
+    if (!(condition)) {                                                 \
+      ++::randlora::failures;                                           \
+      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition);       \
+      std::printf(__VA_ARGS__);                                         \
+      std::printf("\n");                                                \
+    }                                                                   \
+  } while (0)
+
+// A random ternary matrix with its packed forms.
+struct Ternary {
+  int64_t rows, cols;
+  std::vector<double> dense;
+  std::vector<uint64_t> bits;
+  Planes planes;
+  struct OwnedLists {
+    std::vector<int64_t> offset;
+    std::vector<uint16_t> narrow;
+    std::vector<uint32_t> wide;
+    AnyLists view(bool as_wide) const {
+      return {offset.data(), as_wide ? static_cast<const void*>(wide.data()) : narrow.data()};
+    }
+  } by_row, by_column;
+
+  Ternary(int64_t r, int64_t c, double density, unsigned seed, Runtime& rt)
+      : rows(r), cols(c), dense(r * c), bits(2 * r * words_of(c)) {
+    std::mt19937 random(seed);
+    std::uniform_real_distribution<double> uniform;
+    for (double& v : dense) {
+      const double u = uniform(random);
+      v = u < density / 2 ? 1 : u < density ? -1 : 0;
+    }
+    int64_t bad;
+    pack_dense(dense.data(), DType::f64, rows, cols, bits.data(),
+               bits.data() + rows * words_of(cols), &bad, rt);
+    planes = {bits.data(), bits.data() + rows * words_of(cols), words_of(cols)};
+    for (bool column : {false, true}) {
+      OwnedLists& l = column ? by_column : by_row;
+      l.offset.resize(2 * (column ? cols : rows) + 1);
+      const int64_t total = count_lists(planes, rows, cols, column, l.offset.data(), rt);
+      l.narrow.resize(total + 1);
+      l.wide.resize(total + 1);
+      fill_lists(planes, rows, cols, column, l.offset.data(), false, l.narrow.data(), rt);
+      fill_lists(planes, rows, cols, column, l.offset.data(), true, l.wide.data(), rt);
+    }
+  }
+};
+
+}  // namespace randlora
