@@ -1,14 +1,12 @@
 """`TernaryBasis`: which random matrices A and B a layer uses, and their packed form on a device."""
 
 import math
-import threading
-import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import _C
+from .packing import Imported, Packed, generate_planes, shared, with_index
 
 # Above this density B is kept as bit planes (2 bits an element), at or below it as index lists by
 # row and by column (32 * density bits an element): equal memory at 1/16. docs/formats.md.
@@ -92,7 +90,7 @@ class TernaryBasis:
         self._shape = shape
         self.density = float(density)
         self.seed = seed
-        self._imported: _Imported | None = None
+        self._imported: Imported | None = None
 
     @classmethod
     def from_dense(
@@ -132,8 +130,9 @@ class TernaryBasis:
             raise ValueError(
                 f"B must be (D, K) = ({shape.D}, {shape.K}) or (D, n, r), got {tuple(B.shape)}"
             )
-        self._imported = _Imported(*_pack_dense("A", A[:, : shape.d]), *_pack_dense("B", B))
-        self.density = self._imported.density(shape)
+        self._imported = Imported.of(A[:, : shape.d], B)
+        # The share of non-zeros of B decides the packed format and the predicted cost.
+        self.density = max(int(torch.count_nonzero(B)) / B.numel(), 2.0**-31)
         self.seed = None
         return self
 
@@ -164,10 +163,10 @@ class TernaryBasis:
         planes: ``[a_offset, a_index, b_planes]`` (docs/formats.md). Made on first use, then shared
         by all layers of equal description on that device, for as long as one of them lives.
         """
-        mine = self.__dict__.setdefault("_packed", {})
-        device = _with_index(torch.device(device))
+        mine: dict[torch.device, Packed] = self.__dict__.setdefault("_packed", {})
+        device = with_index(torch.device(device))
         if device not in mine:
-            mine[device] = _shared(self, device)
+            mine[device] = shared((self._key(), device), lambda: self._pack(device))
         return mine[device].tensors
 
     def packed_bytes(self, device: torch.device | str = "cpu") -> int:
@@ -234,76 +233,3 @@ class TernaryBasis:
             f"TernaryBasis({self.in_features}, {self.out_features}, r={self.r}, "
             f"density={self.density:.6g}, {origin}, format={self.format!r})"
         )
-
-
-@dataclass(frozen=True, eq=False)  # identity: comparing megabytes would be no cheap `==`
-class _Imported:
-    a_planes: Tensor
-    a_value: float
-    b_planes: Tensor
-    b_value: float
-
-    def density(self, shape: _Shape) -> float:
-        """Share of non-zeros of B; it only decides the packed format and the predicted cost."""
-        bits = self.b_planes.view(torch.uint8)
-        table = torch.tensor([bin(byte).count("1") for byte in range(256)])
-        ones = sum(int(table[row.long()].sum()) for row in bits.flatten(1).unbind(0))
-        return max(ones / (shape.D * shape.K), 2.0**-31)
-
-
-def _pack_dense(name: str, matrix: Tensor) -> tuple[Tensor, float]:
-    if not matrix.is_floating_point():
-        raise ValueError(f"{name} must be a floating point matrix, got {matrix.dtype}")
-    try:
-        planes, value = _ops.pack_dense(matrix.cpu())
-    except RuntimeError as error:
-        message = str(error).splitlines()[0].split("randlora: ")[-1]
-        raise ValueError(f"{name} cannot be packed: {message}") from error
-    return planes, float(value)
-
-
-def generate_planes(
-    seed: int,
-    role: int,
-    row_start: int,
-    rows: int,
-    col_start: int,
-    cols: int,
-    density: float,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Bit planes (2, rows, ceil(cols / 64)) of any slice of basis `role` (0 = A, 1 = B).
-
-    Equivalent to slicing the infinite matrix of docs/basis-spec.md; independent of layer shapes.
-    """
-    planes = torch.empty((2, rows, -(-cols // 64)), dtype=torch.int64, device=device)
-    signed = seed - 2**64 if seed >= 2**63 else seed  # the op's `int` is signed
-    _ops.fill_planes_(planes, signed, role, row_start, col_start, cols, _C.threshold(density))
-    return planes
-
-
-class _Packed:
-    """Holds the tensors so that a weak reference can tell when the last layer let go of them."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self.tensors = tensors
-
-
-_cache: "weakref.WeakValueDictionary[tuple, _Packed]" = weakref.WeakValueDictionary()
-_cache_lock = threading.Lock()
-
-
-def _shared(basis: TernaryBasis, device: torch.device) -> _Packed:
-    key = (basis._key(), device)
-    with _cache_lock:
-        packed = _cache.get(key)
-        if packed is None:
-            with torch.no_grad():
-                packed = _cache[key] = _Packed(basis._pack(device))
-        return packed
-
-
-def _with_index(device: torch.device) -> torch.device:
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device

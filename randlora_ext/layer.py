@@ -10,7 +10,7 @@ from . import functional
 from .base_layer import can_fuse, check_base_layer, features, is_conv1d
 from .basis import TernaryBasis
 from .cost import explain
-from .merging import Mergeable, wide
+from .merging import Mergeable, adapter_dtype
 
 _REPR_TOKENS = 512  # for which `extra_repr` tells the path
 
@@ -105,7 +105,7 @@ class RandLoraLinear(Mergeable, nn.Module):
         basis = TernaryBasis(self.in_features, self.out_features, r, density, projection_prng_key)
 
         weight = self.base_layer.weight
-        make = {"device": weight.device, "dtype": wide(weight.dtype)}
+        make = {"device": weight.device, "dtype": adapter_dtype(weight.dtype)}
         lam = torch.zeros(basis.r, basis.n, **make)
         gam = torch.full((basis.n, basis.d), 1 / max(basis.n, basis.d), **make)
         dropout = nn.Dropout(randlora_dropout) if randlora_dropout else nn.Identity()

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a weight of `dtype` is changed, before one rounding."""
+def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of lambda, gamma and dW beside a weight of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -28,8 +28,8 @@ class Mergeable:
     ) -> None:
         """Adds the adapters' weight changes to the base weight, in place.
 
-        The sum W + dW is made in float32 (float64 for a float64 base) and rounded once to the
-        dtype of W. In a 16-bit W a change below half an ulp is lost.
+        dW is computed in float32 (float64 for a float64 base), the sum W + dW in the next wider
+        dtype than that of W, and rounded once. In a 16-bit W a change below half an ulp is lost.
 
         Args:
             safe_merge: raise rather than write where the sum holds NaN or inf.
@@ -73,10 +73,10 @@ class Mergeable:
     def unmerge(self) -> None:
         """Takes all merged adapters out of the base weight again.
 
-        After ``merge(keep_original=True)`` W is restored bit for bit. Otherwise dW is computed anew
-        and subtracted in float32 (float64 for a float64 base), with one rounding: two roundings
-        in all, so W returns to within about one ulp of the larger of W and W + dW, not always
-        exactly. Lambda and gamma must still be those that were merged.
+        After ``merge(keep_original=True)`` W is restored bit for bit. Otherwise dW is computed
+        anew and subtracted as `merge` added it. That makes two roundings in all: W returns to
+        within one ulp of the larger of W and W + dW, but not always exactly, which takes a copy.
+        Lambda and gamma must still be those that were merged.
 
         Warns, as PEFT does, where nothing is merged.
         """
@@ -92,9 +92,11 @@ class Mergeable:
 
     def _weight_plus(self, names: list[str], sign: int) -> Tensor:
         weight = self.base_layer.weight
-        total = weight.to(wide(weight.dtype), copy=True)
+        # Wider than the weight, so that it is rounded once however many adapters there are.
+        wide = torch.float32 if weight.itemsize < 4 else torch.float64
+        total = weight.to(wide, copy=True)
         for name in names:
-            total.add_(self._delta(name, total.dtype), alpha=sign)
+            total.add_(self._delta(name, adapter_dtype(weight.dtype)), alpha=sign)
         return total.to(weight.dtype)
 
     def _mergeable_weight(self) -> Tensor:

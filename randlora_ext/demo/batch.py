@@ -71,8 +71,11 @@ def make_prompts(
 
 def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits that predict each column of ``batch.labels``: (rows, answer columns, vocabulary)."""
-    # One column earlier: the last prompt token predicts the first answer token.
-    return model(**batch.inputs, logits_to_keep=batch.labels.shape[1] + 1).logits[:, :-1]
+    end = batch.inputs["input_ids"].shape[1]
+    # One column earlier: the last prompt token predicts the first answer token. Indices, where a
+    # count would do, because a slice is not contiguous, and torch then multiplies row by row.
+    columns = torch.arange(end - batch.labels.shape[1] - 1, end - 1, device=batch.labels.device)
+    return model(**batch.inputs, logits_to_keep=columns).logits
 
 
 def answer_loss(model: nn.Module, batch: Batch, reduction: str = "mean") -> Tensor:

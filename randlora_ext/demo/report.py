@@ -82,7 +82,12 @@ def plot_loss(path: Path, results: Mapping[str, Any]) -> None:
         axes.annotate(f"{y:.2f}", (x, y), textcoords="offset points", xytext=(6, 6))
     options = results["options"]
     title = f"RandLoRA, rank {options['rank']}, density {options['density']:.3g}"
-    axes.set(xlabel="step", ylabel="loss per answer token", title=title, ylim=(0, None))
+    axes.set(
+        xlabel="step",
+        ylabel="loss per answer token",
+        title=title,
+        ylim=(0, 1.1 * max([*losses, *held_out])),
+    )
     axes.margins(x=0.08)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -61,7 +61,8 @@ def ternary_basis(
 
 def _import(A: Tensor, B: Tensor, in_features: int, out_features: int, r: int):
     try:
-        with torch.no_grad():
+        # Made under inference_mode the packed tensors could not serve a later training step.
+        with torch.inference_mode(False), torch.no_grad():
             return TernaryBasis.from_dense(A[:r], B[:, :, :r], in_features, out_features), ""
     except ValueError as error:
         return None, str(error)

@@ -1,0 +1,88 @@
+"""From dense or generated ternary matrices to packed tensors, and the cache that layers share."""
+
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import _C
+
+_ops = torch.ops.randlora
+
+
+def generate_planes(
+    seed: int,
+    role: int,
+    row_start: int,
+    rows: int,
+    col_start: int,
+    cols: int,
+    density: float,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Bit planes (2, rows, ceil(cols / 64)) of any slice of basis `role` (0 = A, 1 = B).
+
+    Equivalent to slicing the infinite matrix of docs/basis-spec.md; independent of layer shapes.
+    """
+    planes = torch.empty((2, rows, -(-cols // 64)), dtype=torch.int64, device=device)
+    signed = seed - 2**64 if seed >= 2**63 else seed  # the op's `int` is signed
+    _ops.fill_planes_(planes, signed, role, row_start, col_start, cols, _C.threshold(density))
+    return planes
+
+
+@dataclass(frozen=True, eq=False)  # identity: comparing megabytes would be no cheap `==`
+class Imported:
+    """Dense ternary bases of somebody else, as bit planes with the value of their +1."""
+
+    a_planes: Tensor
+    a_value: float
+    b_planes: Tensor
+    b_value: float
+
+    @classmethod
+    def of(cls, A: Tensor, B: Tensor) -> "Imported":
+        """Packs A (r, d) and B (D, K); ValueError names the one that is not ternary."""
+        return cls(*_pack_dense("A", A), *_pack_dense("B", B))
+
+
+def _pack_dense(name: str, matrix: Tensor) -> tuple[Tensor, float]:
+    if not matrix.is_floating_point():
+        raise ValueError(f"{name} must be a floating point matrix, got {matrix.dtype}")
+    try:
+        planes, value = _ops.pack_dense(matrix.cpu())
+    except RuntimeError as error:
+        message = str(error).splitlines()[0].split("randlora: ")[-1]
+        raise ValueError(f"{name} cannot be packed: {message}") from error
+    return planes, float(value)
+
+
+class Packed:
+    """Holds packed tensors, so that a weak reference can tell when the last layer let go."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+
+
+_cache: "weakref.WeakValueDictionary[tuple, Packed]" = weakref.WeakValueDictionary()
+_cache_lock = threading.Lock()
+
+
+def shared(key: tuple, make: Callable[[], list[Tensor]]) -> Packed:
+    """The packed tensors under `key`, made once for as long as anybody holds them."""
+    with _cache_lock:
+        packed = _cache.get(key)
+        if packed is None:
+            # Made under inference_mode they could not be saved for a later backward.
+            with torch.inference_mode(False), torch.no_grad():
+                packed = _cache[key] = Packed(make())
+        return packed
+
+
+def with_index(device: torch.device) -> torch.device:
+    """`device` with its index spelled out, so that "cuda" and "cuda:0" share."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

@@ -1,0 +1,23 @@
+"""Fixtures that several test files use."""
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def one_thread():
+    """For tiny shapes: a second thread would only wait for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def stock_peft():
+    """Starts from stock PEFT and leaves it behind, whatever the test enables."""
+    from randlora_ext.peft import disable
+
+    disable()
+    yield
+    disable()

@@ -1,0 +1,116 @@
+"""Layers of random diagonals, and the same numbers by the plain PyTorch reference."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from randlora_ext import RandLoraLinear
+from randlora_ext.reference import linear_reference
+
+# (in, out, r): square, wide, tall, overhanging last base, r > d, r = d, r = 1, a single feature
+SHAPES = [
+    (16, 16, 4),
+    (24, 40, 4),
+    (40, 24, 4),
+    (24, 40, 5),
+    (40, 24, 7),
+    (20, 20, 6),
+    (6, 10, 8),
+    (10, 6, 9),
+    (64, 64, 64),
+    (33, 65, 1),
+    (130, 70, 32),
+    (70, 130, 3),
+    (1, 9, 2),
+    (9, 1, 2),
+]
+
+STATE = {
+    "base_layer.weight",
+    "base_layer.bias",
+    "randlora_lambda.default",
+    "randlora_gamma.default",
+}
+
+
+def make_base(in_features, out_features, kind="linear", bias=True, dtype=torch.float32):
+    torch.manual_seed(in_features * 1000 + out_features)
+    if kind == "conv1d":
+        Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
+        base = Conv1D(out_features, in_features)
+        nn.init.normal_(base.bias)
+    elif kind == "subclass":
+        base = type("Special", (nn.Linear,), {})(in_features, out_features, bias=bias)
+    else:
+        base = nn.Linear(in_features, out_features, bias=bias)
+    return base.to(dtype)
+
+
+def randomize(layer, seed=0):
+    """Diagonals of a size that lets adapter and base matter alike; exact in bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, basis in layer.bases.items():
+            factor = basis.density * (basis.K * basis.density) ** -0.5 / layer.scaling[name]
+            for parameter, size in (
+                (layer.randlora_lambda[name], factor),
+                (layer.randlora_gamma[name], 1.0),
+            ):
+                value = torch.randn(parameter.shape, generator=generator) * size
+                parameter.copy_(value.bfloat16())
+    return layer
+
+
+def oracle(layer, x, dtype=torch.float64, names=None):
+    """The layer's output by the reference, from leaves (x, lam, gam, ...) that record gradients."""
+    base = layer.base_layer
+    weight = base.weight.T if layer.fan_in_fan_out else base.weight
+    bias = None if base.bias is None else base.bias.to(dtype)
+    leaves = [x.detach().to(dtype).requires_grad_()]
+    y = F.linear(leaves[0], weight.to(dtype), bias)
+    for name in names or layer.active_adapters:
+        A, B = layer.bases[name].dense(dtype=dtype)
+        lam = layer.randlora_lambda[name].detach().to(dtype).requires_grad_()
+        gam = layer.randlora_gamma[name].detach().to(dtype).requires_grad_()
+        leaves += [lam, gam]
+        y = y + linear_reference(leaves[0], None, None, A, B, lam, gam, layer.scaling[name])
+    return y, leaves
+
+
+def relative(value, expected):
+    expected = expected.double()
+    error = (value.double() - expected).norm() / expected.norm().clamp_min(1e-300)
+    return error.item()
+
+
+def run(layer, x, dy):
+    """y, dx and the gradients of lambda and gamma of every active adapter."""
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    parameters = []
+    for name in layer.active_adapters:
+        parameters += [layer.randlora_lambda[name], layer.randlora_gamma[name]]
+    return [y, *torch.autograd.grad(y, [x, *parameters], dy)]
+
+
+def run_oracle(layer, x, dy, dtype=torch.float64):
+    y, leaves = oracle(layer, x, dtype)
+    return [y, *torch.autograd.grad(y, leaves, dy.to(dtype))]
+
+
+def assert_close(results, expected, tolerance):
+    for result, wanted in zip(results, expected, strict=True):
+        assert relative(result, wanted) < tolerance
+
+
+def inputs(layer, *lead, dtype=torch.float32, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*lead, layer.in_features, generator=generator).to(dtype)
+    return x, torch.randn(*lead, layer.out_features, generator=generator).to(dtype)
+
+
+def two_adapters(dtype=torch.float64):
+    layer = RandLoraLinear(make_base(24, 40, dtype=dtype), r=5, projection_prng_key=1)
+    layer.update_layer("two", r=7, randlora_alpha=70, density=0.2, projection_prng_key=2**64 - 1)
+    return randomize(layer)

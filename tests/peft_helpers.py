@@ -1,0 +1,134 @@
+"""Small models on stock PEFT and on randlora_ext, equal in all numbers."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+peft = pytest.importorskip("peft")
+
+import randlora_ext.peft as accelerated  # noqa: E402
+from randlora_ext.peft.layer import AcceleratedLinear  # noqa: E402
+
+StockLinear = peft.tuners.randlora.layer.Linear
+RANDLORA = peft.PeftType.RANDLORA
+
+# (in, out, r): square, wide, tall, overhanging last base, r > d, r = d, r = 1
+SHAPES = [
+    (16, 16, 4),
+    (24, 40, 4),
+    (40, 24, 4),
+    (24, 40, 5),
+    (40, 24, 7),
+    (20, 20, 6),
+    (6, 10, 8),
+    (10, 6, 9),
+    (32, 32, 32),
+    (33, 65, 2),
+    (70, 50, 32),
+    (50, 70, 3),
+]
+KINDS = ["sparse", "very_sparse"]
+
+
+class Net(nn.Module):
+    """Two targeted layers of other shapes beside it make PEFT's shared bases larger than needed."""
+
+    def __init__(self, in_features, out_features, kind=nn.Linear):
+        super().__init__()
+        torch.manual_seed(in_features * 1000 + out_features)
+        make = (lambda i, o: kind(o, i)) if kind is not nn.Linear else nn.Linear
+        self.lin = make(in_features, out_features)
+        self.back = make(out_features, in_features)
+        self.big = nn.Linear(72, 80)
+
+    def forward(self, x):
+        return self.lin(x)
+
+
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(24, 40), nn.Linear(40, 24), nn.Linear(24, 40)
+
+    def forward(self, x):
+        return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+def config(r=4, cls=None, targets=("lin", "back", "big"), **options):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Specified to not save basis_A")
+        return (cls or peft.RandLoraConfig)(r=r, target_modules=list(targets), **options)
+
+
+def deep_config(r=4, cls=None, **options):
+    return config(r, cls, ("a", "b", "c"), **options)
+
+
+def randomize(model, seed=0):
+    """Diagonals of a size that lets adapter and base matter alike."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "randlora_lambda" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 1e-3)
+            elif "randlora_gamma" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def pair(base, make_config, **options):
+    """(stock PEFT's model, ours), equal in all numbers."""
+    accelerated.disable()
+    stock = randomize(peft.get_peft_model(copy.deepcopy(base), make_config(), **options))
+    accelerated.enable()
+    ours = randomize(peft.get_peft_model(copy.deepcopy(base), make_config(), **options))
+    return stock, ours
+
+
+def layers(model):
+    return [m for m in model.modules() if isinstance(m, StockLinear)]
+
+
+def runs_on_kernels(model):
+    return all(type(m) is AcceleratedLinear for m in layers(model)) and not any(
+        m.basis_of(name, torch.device("cpu"))[1]
+        for m in layers(model)
+        for name in m.active_adapters
+    )
+
+
+def relative(value, expected):
+    expected = expected.detach().double()
+    error = (value.detach().double() - expected).norm() / expected.norm().clamp_min(1e-300)
+    return error.item()
+
+
+def run(model, x, dy):
+    """y, dx and every gradient of lambda and gamma that the model gives."""
+    model.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    y = model(x)
+    y.backward(dy)
+    return [y, x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def assert_close(results, expected, tolerance):
+    assert len(results) == len(expected)
+    for result, wanted in zip(results, expected, strict=True):
+        assert result.dtype == wanted.dtype
+        assert relative(result, wanted) < tolerance
+
+
+def inputs(in_features, out_features, dtype=torch.float32, tokens=12):
+    torch.manual_seed(1)
+    return torch.randn(2, tokens, in_features).to(dtype), torch.randn(2, tokens, out_features).to(
+        dtype
+    )
+
+
+def basis_of(layer):
+    return layer.basis_of("default", torch.device("cpu"))[0]

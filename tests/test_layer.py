@@ -1,0 +1,182 @@
+"""RandLoraLinear against the plain PyTorch reference on dense bases."""
+
+import pytest
+import torch
+from layer_helpers import (
+    SHAPES,
+    assert_close,
+    inputs,
+    make_base,
+    oracle,
+    randomize,
+    relative,
+    run,
+    run_oracle,
+    two_adapters,
+)
+from torch import nn
+from torch.nn import functional as F
+
+from randlora_ext import RandLoraLinear, TernaryBasis
+from randlora_ext.reference import delta_weight_reference
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("density", [1 / 3, 0.07, 1.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_agrees_with_reference(shape, density, dtype, tolerance):
+    in_features, out_features, r = shape
+    base = make_base(in_features, out_features, dtype=dtype)
+    layer = randomize(RandLoraLinear(base, r=r, density=density, projection_prng_key=5))
+    x, dy = inputs(layer, 3, 7, dtype=dtype)
+    assert layer(x).dtype == dtype
+    assert_close(run(layer, x, dy), run_oracle(layer, x, dy), tolerance)
+
+
+@pytest.mark.parametrize("path", ["factored", "delta", "merged"])
+@pytest.mark.parametrize("kind", ["linear", "no bias", "subclass", "hook", "conv1d"])
+def test_every_kind_of_base_on_every_path(monkeypatch, kind, path):
+    monkeypatch.setenv("RANDLORA_PATH", path)
+    base = make_base(24, 40, kind, bias=kind != "no bias", dtype=torch.float64)
+    calls = []
+    if kind == "hook":
+        base.register_forward_hook(lambda *_: calls.append(1))
+    layer = randomize(RandLoraLinear(base, r=5))
+    x, dy = inputs(layer, 11, dtype=torch.float64)
+    assert_close(run(layer, x, dy), run_oracle(layer, x, dy), 1e-10)
+    assert len(calls) == (kind == "hook")
+
+
+def test_replaced_forward_is_called():
+    base = make_base(8, 6)
+    layer = RandLoraLinear(base, r=2)
+    base.forward = lambda x: x.new_full((*x.shape[:-1], 6), 7.0)  # as accelerate's offloading does
+    assert torch.equal(layer(torch.zeros(3, 8)), torch.full((3, 6), 7.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(64, 96, 8), (96, 64, 8), (64, 64, 12)], ids=str)
+def test_16_bit_error_at_most_twice_the_plain_expression(shape, dtype):
+    in_features, out_features, r = shape
+    base = make_base(in_features, out_features, dtype=dtype)
+    # 1 / sqrt(1/4) is exact, so that the plain expression does not start from rounded bases
+    layer = randomize(RandLoraLinear(base, r=r, density=1 / 4))
+    assert layer.randlora_lambda["default"].dtype == torch.float32
+    x, dy = inputs(layer, 64, dtype=dtype)
+    exact = run_oracle(layer, x, dy)
+    plain = run_oracle(layer, x, dy, dtype)
+    for ours, theirs, wanted in zip(run(layer, x, dy), plain, exact, strict=True):
+        assert relative(ours, wanted) <= 2 * relative(theirs, wanted)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_a_fresh_adapter_changes_nothing(kind):
+    base = make_base(24, 40, kind)
+    x = torch.randn(5, 24)
+    before = base(x)
+    layer = RandLoraLinear(base, r=5)
+    torch.testing.assert_close(layer(x), before, rtol=0, atol=0)
+    assert not layer.get_delta_weight("default").any()
+
+
+def test_initial_values_and_attributes():
+    layer = RandLoraLinear(nn.Linear(24, 40), r=5, randlora_alpha=100, adapter_name="mine")
+    assert layer.active_adapters == ["mine"]
+    assert layer.num_bases == {"mine": 5} and layer.r == {"mine": 5}
+    assert layer.scaling == {"mine": 20.0}
+    assert not layer.randlora_lambda["mine"].any()
+    assert torch.equal(layer.randlora_gamma["mine"], torch.full((5, 24), 1 / 24))
+    assert (layer.weight, layer.bias) == (layer.base_layer.weight, layer.base_layer.bias)
+    trained = {n for n, p in layer.named_parameters() if p.requires_grad}
+    assert trained == {"randlora_lambda.mine", "randlora_gamma.mine"}
+
+
+def test_unusual_inputs():
+    layer = randomize(RandLoraLinear(nn.Linear(24, 40), r=5))
+    x = torch.randn(24)
+    assert relative(layer(x), oracle(layer, x)[0]) < 1e-5
+    assert layer(torch.zeros(0, 24)).shape == (0, 40)
+    assert layer(torch.zeros(2, 0, 24)).shape == (2, 0, 40)
+    x = torch.randn(24, 7).T
+    assert relative(layer(x), oracle(layer, x)[0]) < 1e-5
+
+
+def test_scaled_bases_and_delta_weight():
+    for kind in ("linear", "conv1d"):
+        for in_features, out_features in ((24, 40), (40, 24)):
+            base = make_base(in_features, out_features, kind, dtype=torch.float64)
+            layer = randomize(RandLoraLinear(base, r=5))
+            lam, gam = layer.randlora_lambda["default"], layer.randlora_gamma["default"]
+            A, B = layer.bases["default"].dense(dtype=torch.float64)
+            expected = delta_weight_reference(A, B, lam, gam, 128.0, out_features, in_features)
+            delta = layer.get_delta_weight("default")
+            assert delta.shape == base.weight.shape
+            assert relative(delta.T if kind == "conv1d" else delta, expected) < 1e-12
+            first, second = layer.get_scaled_bases("default")
+            x = torch.randn(3, in_features, dtype=torch.float64)
+            part = 128.0 * F.linear(F.linear(x, first), second)
+            assert relative(part, F.linear(x, expected)) < 1e-12
+            (gradient,) = torch.autograd.grad(delta.sum(), lam)
+            (wanted,) = torch.autograd.grad(expected.sum(), lam)
+            assert relative(gradient, wanted) < 1e-12
+
+
+def test_two_adapters_add_up():
+    layer = two_adapters()
+    assert layer.active_adapters == ["default"]
+    assert not layer.randlora_lambda["two"].requires_grad
+    x, dy = inputs(layer, 9, dtype=torch.float64)
+    for names in ("default", ["two"], ["default", "two"]):
+        layer.set_adapter(names)
+        assert_close(run(layer, x, dy), run_oracle(layer, x, dy), 1e-10)
+    layer.set_adapter("two")
+    trained = {n for n, p in layer.named_parameters() if p.requires_grad}
+    assert trained == {"randlora_lambda.two", "randlora_gamma.two"}
+    layer.set_adapter([])
+    assert torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_disable_and_enable():
+    layer = two_adapters()
+    x, _ = inputs(layer, 9, dtype=torch.float64)
+    base, adapted = layer.base_layer(x), layer(x)
+    layer.disable()
+    assert layer.disabled and torch.equal(layer(x), base)
+    assert not any(p.requires_grad for p in layer.parameters())
+    with pytest.raises(RuntimeError, match="disabled"):
+        layer.merge()
+    layer.enable()
+    assert torch.equal(layer(x), adapted)
+    assert layer.randlora_lambda["default"].requires_grad
+    layer.merge()
+    layer.disable()
+    torch.testing.assert_close(layer(x), base)
+
+
+def test_dropout():
+    layer = randomize(RandLoraLinear(make_base(24, 40), r=5, randlora_dropout=0.5))
+    x = torch.randn(64, 24)
+    torch.manual_seed(3)
+    y = layer(x)
+    torch.manual_seed(3)
+    dropped = F.dropout(x, 0.5)
+    wanted = layer.base_layer(x) + oracle(layer, dropped)[0] - layer.base_layer(dropped)
+    assert relative(y, wanted) < 1e-5
+    layer.eval()
+    assert relative(layer(x), oracle(layer, x)[0]) < 1e-5
+    assert not RandLoraLinear(nn.Linear(4, 4).eval(), randlora_dropout=0.5).training
+
+
+def test_inference_mode_first_then_training():
+    layer = randomize(RandLoraLinear(nn.Linear(23, 41), r=5, projection_prng_key=77))
+    x, dy = inputs(layer, 9)
+    with torch.inference_mode():
+        layer(x)
+    assert_close(run(layer, x, dy), run_oracle(layer, x, dy), 1e-5)
+
+
+def test_bases_are_those_of_the_specification():
+    layer = RandLoraLinear(nn.Linear(24, 40), r=5, density=0.2, projection_prng_key=9)
+    assert layer.bases["default"] == TernaryBasis(24, 40, 5, 0.2, seed=9)

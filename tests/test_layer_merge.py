@@ -1,0 +1,110 @@
+"""RandLoraLinear: merging into the base weight, and out of it again."""
+
+import copy
+
+import pytest
+import torch
+from layer_helpers import (
+    STATE,
+    inputs,
+    make_base,
+    oracle,
+    randomize,
+    relative,
+    two_adapters,
+)
+from torch import nn
+
+from randlora_ext import RandLoraLinear
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_merge_rounds_once_and_unmerge_restores(kind, dtype):
+    base = make_base(24, 40, kind, dtype=dtype)
+    layer = randomize(RandLoraLinear(base, r=5))
+    layer.update_layer("two", r=6, density=0.1)
+    randomize(layer)
+    layer.set_adapter(["default", "two"])
+    x, _ = inputs(layer, 9, dtype=dtype)
+    before, adapted = base.weight.detach().clone(), oracle(layer, x)[0]
+    total = before.to(torch.float32 if dtype == torch.bfloat16 else torch.float64)
+    for name in ("default", "two"):
+        total = total + layer.get_delta_weight(name).detach()
+    layer.merge(safe_merge=True)
+    assert layer.merged and layer.merged_adapters == ["default", "two"]
+    assert torch.equal(base.weight, total.to(dtype))
+    assert torch.equal(layer(x), base(x))
+    assert relative(layer(x), adapted) < 4 * torch.finfo(dtype).eps
+    layer.unmerge()
+    assert not layer.merged
+    largest = torch.maximum(before.abs(), total.abs().to(dtype))
+    if dtype == torch.float64:  # no wider dtype to add two adapters in
+        largest = largest.max()
+    assert bool(((base.weight - before).abs() <= torch.finfo(dtype).eps * largest).all())
+    assert relative(layer(x), adapted) < 4 * torch.finfo(dtype).eps
+
+
+def test_merge_keeps_the_original_when_asked():
+    layer = randomize(RandLoraLinear(make_base(24, 40, dtype=torch.bfloat16), r=5))
+    before = layer.weight.clone()
+    layer.merge(keep_original=True)
+    assert not torch.equal(layer.weight, before)
+    assert set(layer.state_dict()) == STATE
+    layer.unmerge()
+    assert torch.equal(layer.weight, before)
+
+
+def test_merge_of_one_adapter_leaves_the_other_added():
+    layer = two_adapters()
+    layer.set_adapter(["default", "two"])
+    x, _ = inputs(layer, 9, dtype=torch.float64)
+    adapted = layer(x)
+    layer.merge(adapter_names="two")
+    assert relative(layer(x), adapted) < 1e-12
+    layer.merge(adapter_names=["default"])
+    assert relative(layer(x), adapted) < 1e-12
+
+
+def test_merging_errors_change_nothing():
+    layer = two_adapters(torch.float32)
+    layer.merge(adapter_names=["default"])
+    before = copy.deepcopy(layer.state_dict())
+
+    def unchanged():
+        assert layer.merged_adapters == ["default"]
+        for key, value in layer.state_dict().items():
+            torch.testing.assert_close(value, before[key], rtol=0, atol=0, equal_nan=True)
+
+    for names in (None, ["default"], ["two", "default"]):
+        with pytest.raises(ValueError, match=r"'default' is merged already.*'two'"):
+            layer.merge(adapter_names=names)
+        unchanged()
+    with pytest.raises(ValueError, match=r"adapter_names: unknown adapter 'x'.*default.*two"):
+        layer.merge(adapter_names=["two", "x"])
+    with pytest.raises(ValueError, match="must not repeat"):
+        layer.merge(adapter_names=["two", "two"])
+    with pytest.raises(ValueError, match="keep_original"):
+        layer.merge(adapter_names=["two"], keep_original=True)
+    with pytest.raises(ValueError, match="'default' is merged"):
+        layer.update_layer("default")
+    unchanged()
+    with torch.no_grad():
+        layer.randlora_lambda["two"][0, 0] = float("nan")
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError, match=r"'two'.*NaN"):
+        layer.merge(safe_merge=True, adapter_names=["two"])
+    unchanged()
+    layer.unmerge()
+    with pytest.warns(UserWarning, match="nothing to do"):
+        layer.unmerge()
+
+
+def test_merge_needs_a_floating_point_weight():
+    base = nn.Linear(8, 8)
+    layer = RandLoraLinear(base, r=2)
+    base.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match="int8"):
+        layer.merge()

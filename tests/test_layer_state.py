@@ -1,0 +1,170 @@
+"""RandLoraLinear: dtypes, copies, state, and what it says to bad input."""
+
+import copy
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+from layer_helpers import (
+    STATE,
+    assert_close,
+    inputs,
+    make_base,
+    oracle,
+    randomize,
+    relative,
+    run,
+    run_oracle,
+    two_adapters,
+)
+from torch import nn
+
+from randlora_ext import RandLoraLinear
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_dtype_moves():
+    layer = randomize(RandLoraLinear(make_base(24, 40, dtype=torch.bfloat16), r=5))
+    lam = layer.randlora_lambda["default"]
+    assert (layer.weight.dtype, lam.dtype) == (torch.bfloat16, torch.float32)
+    x, dy = inputs(layer, 9, dtype=torch.bfloat16)
+    exact = run_oracle(layer, x, dy)
+    y, dx, dlam, dgam = run(layer, x, dy)
+    assert (y.dtype, dx.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert (dlam.dtype, dgam.dtype) == (torch.float32, torch.float32)
+    assert relative(y, exact[0]) < 0.01
+
+    layer.to(torch.float16)  # as documented: a cast of the module casts lambda and gamma too
+    assert {p.dtype for p in layer.parameters()} == {torch.float16}
+    results = run(layer, x.half(), dy.half())
+    assert {t.dtype for t in results} == {torch.float16}
+    assert_close(results, run_oracle(layer, x.half(), dy.half()), 0.01)
+
+    layer.double()
+    assert layer.randlora_lambda["default"].dtype == torch.float64
+    assert_close(run(layer, x.double(), dy.double()), run_oracle(layer, x, dy), 1e-10)
+    wrapped_later = RandLoraLinear(layer.base_layer)
+    assert wrapped_later.randlora_lambda["default"].dtype == torch.float64
+    with pytest.raises(RuntimeError):  # as nn.Linear
+        layer(x)
+
+
+def test_autocast_casts_as_linear_does():
+    layer = randomize(RandLoraLinear(nn.Linear(24, 40), r=5))
+    x, _ = inputs(layer, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        (gradient,) = torch.autograd.grad(y.float().sum(), layer.randlora_lambda["default"])
+    assert y.dtype == torch.bfloat16 and gradient.dtype == torch.float32
+    assert relative(y, oracle(layer, x)[0]) < 0.01
+
+
+def test_state_dict_round_trip_without_bases():
+    layer = randomize(RandLoraLinear(make_base(24, 40), r=5))
+    state = layer.state_dict()
+    assert set(state) == STATE
+    fresh = RandLoraLinear(nn.Linear(24, 40), r=5)
+    fresh.load_state_dict(state)
+    x, _ = inputs(layer, 9)
+    assert torch.equal(fresh(x), layer(x))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_share_the_packed_basis(how):
+    layer = two_adapters()
+    layer.set_adapter(["default", "two"])
+    x, _ = inputs(layer, 9, dtype=torch.float64)
+    y = layer(x)
+    if how == "deepcopy":
+        other = copy.deepcopy(layer)
+    else:
+        stream = io.BytesIO()
+        torch.save(layer, stream)
+        assert stream.tell() < 30_000
+        stream.seek(0)
+        other = torch.load(stream, weights_only=False)
+    assert torch.equal(other(x), y)
+    assert other.weight is not layer.weight
+    for name, basis in layer.bases.items():
+        assert other.bases[name].packed()[0] is basis.packed()[0]
+
+
+def test_repr_tells_rank_density_and_path():
+    text = repr(RandLoraLinear(nn.Linear(24, 40), r=5, density=0.07))
+    assert "in_features=24, out_features=40" in text
+    assert "default: r=5, density=0.07, active, path " in text
+
+
+def test_core_needs_torch_alone():
+    code = (
+        "import sys, randlora_ext; print({'peft', 'transformers', 'numpy.f2py'} & {*sys.modules})"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "set()"
+
+
+BAD_OPTIONS = [
+    ({"r": 0}, ValueError, r"r must be a positive integer, got 0"),
+    ({"r": -3}, ValueError, r"r must be a positive integer, got -3"),
+    ({"r": 2.0}, TypeError, r"r must be .*2\.0"),
+    ({"density": 0.0}, ValueError, r"density must be in \(0, 1\], got 0\.0"),
+    ({"density": 1.5}, ValueError, r"density must be in \(0, 1\], got 1\.5"),
+    ({"density": float("nan")}, ValueError, r"density must be .*nan"),
+    ({"density": "1"}, TypeError, r"density must be .*'1'"),
+    ({"projection_prng_key": -1}, ValueError, r"projection_prng_key must be in \[0, 2\*\*64\).*-1"),
+    ({"projection_prng_key": 2**64}, ValueError, r"projection_prng_key .*18446744073709551616"),
+    ({"projection_prng_key": 0.5}, TypeError, r"projection_prng_key .*0\.5"),
+    ({"randlora_dropout": 1.0}, ValueError, r"randlora_dropout must be in \[0, 1\), got 1\.0"),
+    ({"randlora_dropout": -0.1}, ValueError, r"randlora_dropout .*-0\.1"),
+    ({"randlora_dropout": "x"}, TypeError, r"randlora_dropout .*'x'"),
+    ({"randlora_alpha": float("inf")}, ValueError, r"randlora_alpha must be a finite .*inf"),
+    ({"randlora_alpha": None}, TypeError, r"randlora_alpha .*None"),
+    ({"adapter_name": ""}, ValueError, r"adapter_name .*''"),
+    ({"adapter_name": "a.b"}, ValueError, r"adapter_name .*'a\.b'"),
+    ({"adapter_name": "keys"}, ValueError, r"adapter_name .*'keys'"),
+    ({"adapter_name": 3}, TypeError, r"adapter_name .*3"),
+]
+
+
+@pytest.mark.parametrize("options,error,message", BAD_OPTIONS, ids=lambda v: str(v)[:40])
+def test_bad_options_change_nothing(options, error, message):
+    base = nn.Linear(8, 8)
+    with pytest.raises(error, match=message):
+        RandLoraLinear(base, **options)
+    assert base.weight.requires_grad
+    layer = RandLoraLinear(base, r=2)
+    keys = set(layer.state_dict())
+    with pytest.raises(error, match=message):
+        layer.update_layer(**{"adapter_name": "other", **options})
+    assert set(layer.state_dict()) == keys and list(layer.bases) == ["default"]
+
+
+def test_bad_inputs_and_names():
+    layer = RandLoraLinear(nn.Linear(8, 6), r=2)
+    with pytest.raises(TypeError, match="x must be .*int64"):
+        layer(torch.zeros(3, 8, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"in_features = 8, got \(3, 7\)"):
+        layer(torch.zeros(3, 7))
+    with pytest.raises(ValueError, match=r"in_features = 8, got \(\)"):
+        layer(torch.zeros(()))
+    for call in (layer.set_adapter, layer.get_delta_weight, layer.get_scaled_bases):
+        with pytest.raises(ValueError, match=r"unknown adapter 'x'; known are \['default'\]"):
+            call("x")
+    with pytest.raises(ValueError, match="must not repeat"):
+        layer.set_adapter(["default", "default"])
+    assert layer.active_adapters == ["default"]
+    for module in (nn.Conv1d(4, 4, 1), nn.Embedding(3, 3), layer, nn.LazyLinear(4), None):
+        with pytest.raises(TypeError, match="base_layer must be an nn.Linear or a transformers"):
+            RandLoraLinear(module)
+
+
+def test_nan_propagates():
+    layer = randomize(RandLoraLinear(nn.Linear(24, 40), r=5))
+    x, _ = inputs(layer, 4)
+    x[1, 3] = float("nan")
+    assert layer(x).isnan().any(1).tolist() == [False, True, False, False]

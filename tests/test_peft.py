@@ -1,0 +1,132 @@
+"""randlora_ext.peft: the numbers of stock PEFT, forward and backward."""
+
+import copy
+
+import pytest
+import torch
+from peft_helpers import (
+    KINDS,
+    SHAPES,
+    Net,
+    assert_close,
+    config,
+    inputs,
+    layers,
+    pair,
+    relative,
+    run,
+    runs_on_kernels,
+)
+from torch import nn
+
+pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_same_numbers_as_stock(shape, kind, dtype, tolerance):
+    in_features, out_features, r = shape
+    base = Net(in_features, out_features).to(dtype)
+    stock, ours = pair(base, lambda: config(r, **{kind: True}))
+    assert runs_on_kernels(ours)
+    x, dy = inputs(in_features, out_features, dtype)
+    assert_close(run(ours, x, dy), run(stock, x, dy), tolerance)
+    for ours_layer, stock_layer in zip(layers(ours), layers(stock), strict=True):
+        delta, wanted = (m.get_delta_weight("default") for m in (ours_layer, stock_layer))
+        assert delta.dtype == wanted.dtype and relative(delta, wanted) < tolerance
+
+
+@pytest.mark.parametrize("autocast_adapter", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(48, 64, 8), (64, 48, 8), (64, 64, 12)], ids=str)
+def test_16_bit_error_at_most_twice_that_of_stock(shape, dtype, autocast_adapter):
+    in_features, out_features, r = shape
+    base = Net(in_features, out_features).to(dtype)
+    stock, ours = pair(
+        base, lambda: config(r, sparse=True), autocast_adapter_dtype=autocast_adapter
+    )
+    x, dy = inputs(in_features, out_features, dtype, tokens=64)
+    exact = run(copy.deepcopy(stock).double(), x.double(), dy.double())
+    results, theirs = run(ours, x, dy), run(stock, x, dy)
+    for mine, stocks, wanted in zip(results, theirs, exact, strict=True):
+        assert mine.dtype == stocks.dtype
+        assert relative(mine, wanted) <= 2 * relative(stocks, wanted)
+
+
+@pytest.mark.parametrize("path", ["factored", "delta", "merged"])
+@pytest.mark.parametrize("kind", ["conv1d", "hook", "subclass"])
+def test_other_base_layers(monkeypatch, kind, path):
+    monkeypatch.setenv("RANDLORA_PATH", path)
+    from transformers.pytorch_utils import Conv1D
+
+    base = Net(24, 40, Conv1D if kind == "conv1d" else nn.Linear).double()
+    if kind == "conv1d":
+        nn.init.normal_(base.lin.bias)
+    if kind == "subclass":
+        base.lin.__class__ = type("Special", (nn.Linear,), {})
+    calls = []
+    if kind == "hook":
+        base.lin.register_forward_hook(lambda *_: calls.append(1))
+    targets = ("lin",) if kind == "conv1d" else ("lin", "back", "big")
+    options = {"fan_in_fan_out": kind == "conv1d", "sparse": True}
+    stock, ours = pair(base, lambda: config(5, targets=targets, **options))
+    calls.clear()
+    x, dy = inputs(24, 40, torch.float64)
+    assert_close(run(ours, x, dy), run(stock, x, dy), 1e-10)
+    assert len(calls) == 2 * (kind == "hook")
+    mine, theirs = (m.base_model.model.lin.get_delta_weight("default") for m in (ours, stock))
+    assert mine.shape == base.lin.weight.shape and relative(mine, theirs) < 1e-10
+
+
+def test_dropout_draws_as_stock():
+    stock, ours = pair(Net(24, 40), lambda: config(5, sparse=True, randlora_dropout=0.4))
+    x, dy = inputs(24, 40)
+    results = []
+    for model in (ours, stock):
+        torch.manual_seed(5)
+        results.append(run(model, x, dy))
+    assert_close(*results, 1e-5)
+    assert relative(ours(x), stock.eval()(x)) > 0.01
+    assert relative(ours.eval()(x), stock(x)) < 1e-5
+
+
+def test_autocast_and_dtype_of_the_result():
+    stock, ours = pair(Net(24, 40), lambda: config(5, sparse=True))
+    x, _ = inputs(24, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine, theirs = ours(x), stock(x)
+    assert mine.dtype == theirs.dtype == torch.float32
+    assert relative(mine, theirs) < 0.01
+    for model in (ours, stock):
+        with pytest.raises(RuntimeError):
+            model(x.double())
+
+
+def test_a_small_llama_trains_as_with_stock():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50}
+    base = LlamaForCausalLM(LlamaConfig(**shape, **heads))
+    targets = ("q_proj", "v_proj", "down_proj")
+    options = {"sparse": True, "task_type": "CAUSAL_LM", "randlora_alpha": 40}
+    stock, ours = pair(base, lambda: config(8, targets=targets, **options))
+    tokens = torch.randint(0, 50, (3, 12))
+    losses = []
+    for model in (stock, ours):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses.append([])
+        for _ in range(4):
+            loss = model(input_ids=tokens, labels=tokens).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[1][-1] < losses[1][0]
+    with torch.inference_mode():
+        answer = ours.generate(input_ids=tokens[:, :4], max_new_tokens=3, do_sample=False)
+    assert answer.shape == (3, 7)
+    ours(input_ids=tokens, labels=tokens).loss.backward()

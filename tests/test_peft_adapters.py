@@ -1,0 +1,136 @@
+"""randlora_ext.peft: several adapters, merging, copying, casting."""
+
+import copy
+
+import pytest
+import torch
+from peft_helpers import (
+    Deep,
+    StockLinear,
+    accelerated,
+    assert_close,
+    deep_config,
+    layers,
+    pair,
+    peft,
+    randomize,
+    relative,
+    run,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
+
+
+def test_two_adapters_as_stock():
+    stock, ours = pair(Deep().double(), lambda: deep_config(5, sparse=True))
+    x = torch.randn(6, 24, dtype=torch.float64)
+    for model in (stock, ours):
+        model.add_adapter("two", deep_config(5, sparse=True, randlora_alpha=100))
+        randomize(model, seed=4)
+    for names in ("default", "two", ["default", "two"]):
+        for model in (stock, ours):
+            model.base_model.set_adapter(names)
+        assert_close(run(ours, x, ours(x)), run(stock, x, stock(x)), 1e-10)
+    with ours.disable_adapter(), stock.disable_adapter():
+        assert torch.equal(ours(x), stock(x))
+    ours.delete_adapter("default")
+    assert relative(ours(x), stock(x)) > 1e-3
+    stock.delete_adapter("default")
+    assert relative(ours(x), stock(x)) < 1e-10
+
+
+@pytest.mark.parametrize("r", [3, 11])
+@pytest.mark.parametrize("density", [None, 0.2])
+def test_an_adapter_of_another_rank_or_density_is_what_it_is_alone(tmp_path, r, density):
+    accelerated.enable()
+    kind = {"sparse": True} if density is None else {"density": density}
+
+    def second():
+        return deep_config(r, accelerated.RandLoraConfig, **kind)
+
+    model = peft.get_peft_model(Deep(), deep_config(5, sparse=True))
+    model.add_adapter("two", second())
+    model.add_adapter("three", second())
+    randomize(model)
+    A = model.base_model.randlora_A
+    assert A["two"] is A["three"] and A["two"] is not A["default"]
+    x = torch.randn(6, 24)
+    outputs = {}
+    for name in ("default", "two"):
+        model.set_adapter(name)
+        outputs[name] = model(x)
+    model.base_model.set_adapter(["default", "two"])
+    assert model(x).isfinite().all()
+    model.save_pretrained(tmp_path)
+    alone = peft.PeftModel.from_pretrained(Deep(), tmp_path / "two")
+    assert torch.equal(alone(x), outputs["two"])
+    both = peft.PeftModel.from_pretrained(Deep(), tmp_path)
+    both.load_adapter(tmp_path / "two", "two")
+    for name, wanted in outputs.items():
+        both.set_adapter(name)
+        assert torch.equal(both(x), wanted)
+
+
+def test_uniform_second_adapter_of_another_rank_runs():
+    accelerated.enable()
+    model = peft.get_peft_model(Deep(), deep_config(5, sparse=True))
+    model.add_adapter("two", deep_config(3))
+    randomize(model)
+    x = torch.randn(6, 24)
+    model.set_adapter("two")
+    with pytest.warns(UserWarning, match="run on PEFT's own code"):
+        model(x)
+    model.base_model.set_adapter(["default", "two"])
+    mine = model(x)
+    for layer in layers(model):
+        assert torch.equal(
+            layer.get_delta_weight("two"), StockLinear.get_delta_weight(layer, "two")
+        )
+    assert mine.isfinite().all()
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_merge_and_unmerge(safe):
+    stock, ours = pair(Deep(), lambda: deep_config(5, sparse=True))
+    x = torch.randn(6, 24)
+    before, weight = ours(x), layers(ours)[0].weight.clone()
+    for model in (stock, ours):
+        model.merge_adapter(safe_merge=safe)
+    assert all(layer.merged for layer in layers(ours))
+    assert relative(ours(x), before) < 1e-5
+    for mine, theirs in zip(layers(ours), layers(stock), strict=True):
+        assert relative(mine.weight, theirs.weight) < 1e-6
+    ours.unmerge_adapter()
+    torch.testing.assert_close(layers(ours)[0].weight, weight)
+    assert relative(ours(x), before) < 1e-5
+    ours.merge_adapter()
+    with ours.disable_adapter():  # PEFT unmerges
+        assert relative(ours(x), Deep()(x)) < 1e-5
+    plain = ours.merge_and_unload()
+    assert not layers(plain) and relative(plain(x), before) < 1e-5
+
+
+def test_safe_merge_refuses_nan():
+    accelerated.enable()
+    model = peft.get_peft_model(Deep(), deep_config(5, sparse=True))
+    with torch.no_grad():
+        layers(model)[0].randlora_lambda["default"][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_adapter(safe_merge=True)
+    assert not layers(model)[0].merged and layers(model)[0].weight.isfinite().all()
+
+
+def test_copy_pickle_and_cast(tmp_path):
+    accelerated.enable()
+    model = randomize(peft.get_peft_model(Deep(), deep_config(5, sparse=True)))
+    x = torch.randn(6, 24)
+    y = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), y)
+    torch.save(model, tmp_path / "model.pt")
+    assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=False)(x), y)
+    double = model.double()
+    assert double(x.double()).dtype == torch.float64
+    assert relative(double(x.double()), y) < 1e-5
+    half = model.to(torch.bfloat16)
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+    assert relative(half(x.bfloat16()), y) < 0.05

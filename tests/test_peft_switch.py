@@ -1,0 +1,170 @@
+"""randlora_ext.peft: packed bases, enable and disable, configuration, summary."""
+
+import copy
+import gc
+import sys
+
+import pytest
+import torch
+from peft_helpers import (
+    RANDLORA,
+    Deep,
+    StockLinear,
+    accelerated,
+    basis_of,
+    deep_config,
+    layers,
+    pair,
+    peft,
+    relative,
+    runs_on_kernels,
+)
+from torch import nn
+
+from randlora_ext.peft import _require, bases
+
+pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
+
+
+def test_layers_of_one_shape_share_one_basis():
+    accelerated.enable()
+    model = peft.get_peft_model(Deep(), deep_config(5, sparse=True))
+    a, b, c = layers(model)
+    assert basis_of(a) is basis_of(c) and basis_of(a) is not basis_of(b)
+    model.add_adapter("two", deep_config(5, sparse=True))
+    assert a.basis_of("two", torch.device("cpu"))[0] is basis_of(a)
+
+
+def test_changed_bases_are_noticed():
+    stock, ours = pair(Deep(), lambda: deep_config(5, sparse=True))
+    x = torch.randn(6, 24)
+    ours(x)
+    state = {
+        key: value.flip(0) * 0.5 if "randlora_A" in key or "randlora_B" in key else value
+        for key, value in stock.state_dict().items()
+    }
+    for model in (stock, ours):
+        model.load_state_dict(state)  # written to
+    assert relative(ours(x), stock(x)) < 1e-5
+    B = stock.base_model.randlora_B["default"].flip(1)
+    for model in (stock, ours):
+        model.base_model.randlora_B["default"] = B.clone()  # replaced
+    assert relative(ours(x), stock(x)) < 1e-5
+    other = copy.deepcopy(stock.state_dict())
+    for model in (stock, ours):
+        model.load_state_dict({k: v.flip(0) for k, v in other.items()}, assign=True)
+    assert relative(ours(x), stock(x)) < 1e-5
+    for model in (stock, ours):
+        model.double()  # cast
+    assert relative(ours(x.double()), stock(x.double())) < 1e-10
+
+
+def test_bases_go_with_their_model():
+    accelerated.enable()
+    gc.collect()
+    before = len(bases._imports)
+    model = peft.get_peft_model(Deep(), deep_config(5, sparse=True))
+    model(torch.randn(2, 24))
+    assert len(bases._imports) == before + 1
+    del model
+    gc.collect()
+    assert len(bases._imports) == before
+
+
+def test_too_small_bases_are_an_error():
+    accelerated.enable()
+    model = peft.get_peft_model(Deep(), deep_config(5, sparse=True))
+    model.base_model.randlora_B["default"] = model.base_model.randlora_B["default"][:, :2]
+    with pytest.raises(ValueError, match=r"randlora_B \(40, 2, 5\) are too small .*24 -> 40 .*r=5"):
+        model(torch.randn(2, 24))
+
+
+def test_uniform_bases_stay_with_stock_and_say_so_once():
+    stock, ours = pair(Deep(), lambda: deep_config(5))
+    x = torch.randn(6, 24)
+    with pytest.warns(UserWarning, match="run on PEFT's own code: A .* not ternary") as record:
+        y = ours(x)
+        ours(x)
+    assert len(record) == 1
+    assert torch.equal(y, stock(x))
+    assert "3 layers on PEFT's own code: A cannot be packed" in accelerated.kernel_summary(ours)
+
+
+def tables():
+    mapping = peft.mapping
+    return (
+        mapping.PEFT_TYPE_TO_CONFIG_MAPPING[RANDLORA],
+        mapping.PEFT_TYPE_TO_TUNER_MAPPING[RANDLORA],
+    )
+
+
+def test_enable_twice_and_disable():
+    stock = tables()
+    assert stock == (peft.RandLoraConfig, peft.tuners.randlora.RandLoraModel)
+    accelerated.disable()
+    accelerated.enable()
+    accelerated.enable()
+    inside = peft.get_peft_model(Deep(), deep_config(5, sparse=True))
+    accelerated.disable()
+    assert tables() == stock
+    outside = peft.get_peft_model(Deep(), deep_config(5, sparse=True))
+    assert type(outside.base_model) is peft.tuners.randlora.RandLoraModel
+    assert {type(layer) for layer in layers(outside)} == {StockLinear}
+    inside.add_adapter("two", deep_config(5, sparse=True))
+    assert runs_on_kernels(inside)
+
+
+def test_inject_adapter_in_model():
+    accelerated.enable()
+    model = peft.inject_adapter_in_model(deep_config(5, sparse=True), Deep())
+    assert runs_on_kernels(model)
+
+
+@pytest.mark.parametrize(
+    "options,error,message",
+    [
+        ({"density": 0.0}, ValueError, r"density must be None or in \(0, 1\], got 0\.0"),
+        ({"density": 1.1}, ValueError, r"density .*1\.1"),
+        ({"density": "0.1"}, TypeError, r"density .*'0\.1'"),
+        ({"density": True}, TypeError, r"density .*True"),
+        ({"density": 0.1, "sparse": True}, ValueError, r"density=0\.1 contradicts sparse=True"),
+        ({"density": 1 / 3, "very_sparse": True}, ValueError, r"contradicts .*very_sparse=True"),
+    ],
+    ids=str,
+)
+def test_bad_density(options, error, message):
+    accelerated.enable()
+    with pytest.raises(error, match=message):
+        deep_config(5, accelerated.RandLoraConfig, **options)
+
+
+def test_density_before_enable_and_density_without_a_value_in_it():
+    with pytest.raises(RuntimeError, match=r"density=0\.1 needs randlora_ext\.peft\.enable\(\)"):
+        deep_config(5, accelerated.RandLoraConfig, density=0.1)
+    accelerated.enable()
+    with pytest.raises(ValueError, match=r"density=1e-07 leaves no non-zero in randlora_A"):
+        peft.get_peft_model(Deep(), deep_config(5, accelerated.RandLoraConfig, density=1e-7))
+
+
+@pytest.mark.parametrize(
+    "installed,message", [(None, "not installed"), ("0.17.1", r"found 0\.17\.1")]
+)
+def test_missing_or_old_peft(monkeypatch, installed, message):
+    if installed is None:
+        monkeypatch.setitem(sys.modules, "peft", None)
+    else:
+        monkeypatch.setattr(peft, "__version__", installed)
+    with pytest.raises(ImportError, match=rf"{message}.*pip install.*peft>=0\.18"):
+        _require.check_peft()
+
+
+def test_kernel_summary(monkeypatch):
+    monkeypatch.setenv("RANDLORA_PATH", "factored")
+    stock, ours = pair(Deep(), lambda: deep_config(5, sparse=True))
+    text = accelerated.kernel_summary(ours, tokens=64)
+    assert "\n" not in text
+    assert text.startswith("3 RandLoRA layers on randlora_ext's ")
+    assert "at 64 tokens: 2x 24->40 r=5 density 0.3" in text and "1x 40->24" in text
+    assert text.count("factored") == 2
+    assert "3 layers on PEFT's own code: made without" in accelerated.kernel_summary(stock)
+    assert accelerated.kernel_summary(nn.Linear(2, 2)) == "no RandLoRA layers"
