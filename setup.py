@@ -68,7 +68,7 @@ def extension():
             f'-DRANDLORA_VERSION="{VERSION}"',
         ],
     )
-    # Nothing of torch's Python binding is used; without it the file depends on the stable ABI alone.
+    # Nothing of torch's Python binding is used: the file depends on the stable ABI alone.
     ext.libraries = [name for name in ext.libraries if name != "torch_python"]
     return ext
 

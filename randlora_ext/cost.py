@@ -1,8 +1,9 @@
 """Which path a call takes, and why: a small model of the work each one does.
 
 The unit is T * D * d multiply-adds at the speed of a dense GEMM; a frozen linear layer trains at 2
-units (forward and dx). The constants were measured on one AVX-512 machine (2 cores) and are rough on
-purpose: they only have to rank three paths. `python benchmarks/layer.py --paths` shows how well.
+units (forward and dx). The constants were measured on one AVX-512 machine (2 cores) and are
+rough on purpose: they only have to rank three paths, and `python benchmarks/layer.py --paths`
+shows how well they do.
 """
 
 import os
@@ -75,31 +76,33 @@ def explain(
 
     Raises ValueError where RANDLORA_PATH is none of auto, factored, delta, merged.
     """
-    mergeable = has_weight and dropout == 0.0
-    costs = predicted_costs(basis, tokens, mergeable)
+    has_weight = has_weight and dropout == 0.0
+    path, reason = _decide(basis, tokens, dtype, has_weight, os.environ.get("RANDLORA_PATH"))
     isa = _C.isa() if torch.device(device).type == "cpu" else torch.device(device).type
-    forced = os.environ.get("RANDLORA_PATH", "auto") or "auto"
-    if forced != "auto":
+    return PathChoice(path, reason, isa, predicted_costs(basis, tokens, has_weight))
+
+
+def choose_path(basis: TernaryBasis, tokens: int, dtype: torch.dtype, has_weight: bool) -> str:
+    """`explain(...).path`, as `linear` asks for it at every call."""
+    return _decide(basis, tokens, dtype, has_weight, os.environ.get("RANDLORA_PATH"))[0]
+
+
+def _decide(
+    basis: TernaryBasis, tokens: int, dtype: torch.dtype, has_weight: bool, forced: str | None
+) -> tuple[str, str]:
+    """(path, reason)."""
+    if forced and forced != "auto":
         if forced not in PATHS:
             raise ValueError(
-                f"RANDLORA_PATH must be auto, {', '.join(PATHS[:-1])} or {PATHS[-1]}, got {forced!r}"
+                f"RANDLORA_PATH must be auto, {', '.join(PATHS[:-1])} or {PATHS[-1]}, "
+                f"got {forced!r}"
             )
-        if forced in costs:
-            return PathChoice(forced, "RANDLORA_PATH asks for it", isa, costs)
-        return PathChoice(
-            "delta", "RANDLORA_PATH asks for merged, but weight and adapter are apart", isa, costs
-        )
-    allowed = dict(costs)
+        if forced == "merged" and not has_weight:
+            return "delta", "RANDLORA_PATH asks for merged, but weight and adapter are apart"
+        return forced, "RANDLORA_PATH asks for it"
+    costs = predicted_costs(basis, tokens, has_weight)
     note = ""
-    if "merged" in allowed and dtype in (torch.bfloat16, torch.float16):
-        del allowed["merged"]
+    if has_weight and dtype in (torch.bfloat16, torch.float16):
+        del costs["merged"]
         note = ", merged excluded because W + dW would lose small changes in 16 bits"
-    path = min(allowed, key=allowed.__getitem__)
-    return PathChoice(path, f"cheapest predicted{note}", isa, costs)
-
-
-def choose_path(
-    basis: TernaryBasis, tokens: int, dtype: torch.dtype, device: torch.device, has_weight: bool
-) -> str:
-    """`explain(...).path`, as `linear` asks for it at every call."""
-    return explain(basis, tokens, dtype, device, has_weight).path
+    return min(costs, key=costs.__getitem__), f"cheapest predicted{note}"

@@ -6,6 +6,7 @@ Each is differentiable with respect to lam, gam (and x); the bases are constants
 import torch
 from torch import Tensor
 
+from . import ops
 from .basis import TernaryBasis
 from .cost import choose_path
 
@@ -80,9 +81,9 @@ def linear(
         weight, bias: (out, in) and (out,) in the dtype of x; weight None gives the adapter's part
             alone, for base layers of any kind.
         lam, gam: (r, n) and (n, d), floating; float32 whatever x is, by default.
-        path: "factored", "delta", "merged" or "auto" (`randlora_ext.explain` tells which, and why).
+        path: "factored", "delta", "merged" or "auto"; `randlora_ext.explain` tells which and why.
 
-    Backward keeps x, lam and gam. Under autocast x, weight and bias are cast as F.linear casts them.
+    Backward keeps x, lam and gam. Under autocast x, weight and bias are cast as by F.linear.
 
     Raises:
         ValueError, TypeError: naming the argument. RuntimeError: from the operator's own checks.
@@ -97,12 +98,14 @@ def linear(
         )
     if x.device != lam.device:
         raise ValueError(f"x is on {x.device} but lam on {lam.device}; they must be together")
+    if x.device.type not in ("cpu", "meta"):
+        raise ValueError(f"x is on {x.device}; this version has kernels for the CPU only")
     if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
     if path == "auto":
-        path = choose_path(basis, x.numel() // x.shape[-1], x.dtype, x.device, weight is not None)
-    return _ops.linear(
+        path = choose_path(basis, x.shape[:-1].numel(), x.dtype, weight is not None)
+    return ops.linear(
         x,
         weight,
         bias,

@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> pack_dense_op(Tensor dense) {
   RANDLORA_CHECK(dense.dim() == 2 && dense.numel() > 0, "dense must be (rows, cols) and not empty, got ",
                  describe(dense));
   const DType dtype = activation_dtype(dense, "dense");
-  const Tensor x = torch::stable::contiguous(dense);
+  const Tensor x = as_contiguous(dense);
   const int64_t rows = x.size(0), cols = x.size(1), words = words_of(cols);
   Tensor planes = torch::stable::new_empty(x, {2, rows, words}, ScalarType::Long);
   Tensor value = torch::stable::new_empty(x, {}, ScalarType::Double);

@@ -88,8 +88,7 @@ void check_same_device(const Tensor& t, const char* name, const Tensor& as, cons
 }
 
 Tensor compute_copy(const Tensor& t, DType dtype) {
-  const ScalarType wanted = compute_type(dtype);
-  return torch::stable::contiguous(t.scalar_type() == wanted ? t : torch::stable::to(t, wanted));
+  return as_contiguous(cast(t, compute_type(dtype)));
 }
 
 Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,

@@ -38,7 +38,14 @@ ScalarType scalar_type(DType t);
 void check_floating(const Tensor& t, const char* name);
 void check_same_device(const Tensor& t, const char* name, const Tensor& as, const char* as_name);
 
-// A contiguous copy or view of `t` in the type that `dtype` computes in.
+// Calls into torch cost a microsecond or two each, so these two skip what is not needed.
+inline Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+inline Tensor cast(const Tensor& t, ScalarType type) {
+  return t.scalar_type() == type ? t : torch::stable::to(t, type);
+}
+// `t` contiguous in the type that `dtype` computes in.
 Tensor compute_copy(const Tensor& t, DType dtype);
 ScalarType compute_type(DType dtype);
 

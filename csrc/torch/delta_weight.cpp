@@ -9,11 +9,10 @@ Tensor form_delta(const Basis& b, const Tensor& lam, const Tensor& gam, const Op
                   double scale, int64_t out_features, int64_t in_features, DType dtype) {
   const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
   Tensor out = torch::stable::new_empty(lam, {out_features, in_features}, scalar_type(dtype));
-  const OptionalTensor w =
-      base ? OptionalTensor(torch::stable::contiguous(*base)) : OptionalTensor();
+  const Tensor w = base ? as_contiguous(*base) : out;  // `out` only keeps w from being empty
   TorchRuntime runtime;
   cpu_kernels().delta_weight(
-      {b, l.const_data_ptr(), g.const_data_ptr(), w ? w->const_data_ptr() : nullptr,
+      {b, l.const_data_ptr(), g.const_data_ptr(), base ? w.const_data_ptr() : nullptr,
        out.mutable_data_ptr(), dtype, scale, /*transposed=*/b.d != in_features},
       runtime);
   return out;
@@ -23,14 +22,14 @@ std::tuple<Tensor, Tensor> contract_delta(const Basis& b, const Tensor& grad, co
                                           const Tensor& gam, double scale) {
   const DType dtype = activation_dtype(grad, "grad");
   const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
-  const Tensor G = torch::stable::contiguous(grad);
+  const Tensor G = as_contiguous(grad);
   Tensor dlam = torch::stable::empty_like(l), dgam = torch::stable::empty_like(g);
   TorchRuntime runtime;
   cpu_kernels().delta_weight_backward(
       {b, l.const_data_ptr(), g.const_data_ptr(), G.const_data_ptr(), dtype, scale,
        /*transposed=*/b.d != G.size(1), dlam.mutable_data_ptr(), dgam.mutable_data_ptr()},
       runtime);
-  return {torch::stable::to(dlam, lam.scalar_type()), torch::stable::to(dgam, gam.scalar_type())};
+  return {cast(dlam, lam.scalar_type()), cast(dgam, gam.scalar_type())};
 }
 
 namespace {

@@ -35,20 +35,20 @@ Tensor sum_of(const Tensor& a, const Tensor& b) { return torch::stable::subtract
 
 struct Sizes {
   int64_t T, in, out;
-  std::vector<int64_t> y_shape;
 };
+
+// (..., features) as (T, features).
+Tensor rows(const Tensor& t, const Sizes& s, int64_t features) {
+  return t.dim() == 2 ? t : torch::stable::view(t, {s.T, features});
+}
 
 Sizes check(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
             const Tensor& lam, int64_t out_features) {
   activation_dtype(x, "x");
   RANDLORA_CHECK(x.dim() >= 1, "x must be (..., in_features), got ", describe(x));
   check_same_device(x, "x", lam, "lam");
-  Sizes s{1, x.size(-1), out_features, {}};
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) {
-    s.T *= x.size(i);
-    s.y_shape.push_back(x.size(i));
-  }
-  s.y_shape.push_back(out_features);
+  Sizes s{1, x.size(-1), out_features};
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) s.T *= x.size(i);
   if (weight) {
     check_same_device(*weight, "weight", x, "x");
     RANDLORA_CHECK(weight->dim() == 2 && weight->size(0) == s.out && weight->size(1) == s.in,
@@ -73,25 +73,29 @@ Tensor linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor lam, 
   const Sizes s = check(x, weight, bias, lam, out_features);
   const Basis b = basis_of(packed, lam, gam, s.in, s.out);
   const DType dtype = activation_dtype(x, "x");
-  const Tensor x2 = torch::stable::contiguous(torch::stable::reshape(x, {s.T, s.in}));
+  const Tensor xc = as_contiguous(x);
 
   Tensor y;
-  if (p == Path::merged) {
-    y = torch_linear(x2, form_delta(b, lam, gam, weight, scale, s.out, s.in, dtype), bias);
-  } else if (p == Path::delta) {
-    y = torch_linear(x2, form_delta(b, lam, gam, {}, scale, s.out, s.in, dtype), {});
-    if (weight) y = sum_of(torch_linear(x2, *weight, bias), y);
-  } else {
-    y = weight ? torch::stable::contiguous(torch_linear(x2, *weight, bias))
-               : torch::stable::new_empty(x, {s.T, s.out});
-    const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
-    TorchRuntime runtime;
-    cpu_kernels().linear({b, l.const_data_ptr(), g.const_data_ptr(), x2.const_data_ptr(),
-                          y.mutable_data_ptr(), dtype, s.T, scale, /*expand=*/b.d == s.in,
-                          /*accumulate=*/weight.has_value()},
-                         runtime);
+  if (p == Path::merged)
+    return torch_linear(xc, form_delta(b, lam, gam, weight, scale, s.out, s.in, dtype), bias);
+  if (p == Path::delta) {
+    y = torch_linear(xc, form_delta(b, lam, gam, {}, scale, s.out, s.in, dtype), {});
+    return weight ? sum_of(torch_linear(xc, *weight, bias), y) : y;
   }
-  return torch::stable::view(y, s.y_shape);
+  if (weight) {
+    y = as_contiguous(torch_linear(xc, *weight, bias));
+  } else {
+    std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+    shape.back() = s.out;
+    y = torch::stable::new_empty(x, shape);
+  }
+  const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
+  TorchRuntime runtime;
+  cpu_kernels().linear({b, l.const_data_ptr(), g.const_data_ptr(), xc.const_data_ptr(),
+                        y.mutable_data_ptr(), dtype, s.T, scale, /*expand=*/b.d == s.in,
+                        /*accumulate=*/weight.has_value()},
+                       runtime);
+  return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, OptionalTensor weight,
@@ -109,40 +113,37 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Optional
                    describe(x));
   const Basis b = basis_of(packed, lam, gam, s.in, s.out);
   const DType dtype = activation_dtype(x, "x");
-  const Tensor x2 = torch::stable::contiguous(torch::stable::reshape(x, {s.T, s.in}));
-  const Tensor dy2 = torch::stable::contiguous(torch::stable::reshape(dy, {s.T, s.out}));
-  const std::vector<int64_t> x_shape(x.sizes().begin(), x.sizes().end());
+  const Tensor xc = as_contiguous(x), dyc = as_contiguous(dy);
+  Tensor dx, dlam, dgam;
+  if (!need_x) dx = torch::stable::new_empty(x, {0});
+  if (!need_diagonals)
+    dlam = torch::stable::new_empty(lam, {0}), dgam = torch::stable::new_empty(gam, {0});
+  if (!need_x && !need_diagonals) return {dx, dlam, dgam};
 
-  Tensor dx = torch::stable::new_empty(x, {0}), dlam = torch::stable::new_empty(lam, {0}),
-         dgam = torch::stable::new_empty(gam, {0});
   if (p == Path::factored) {
     const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
     if (need_x)
-      dx = weight ? torch::stable::contiguous(torch::stable::matmul(dy2, *weight))
-                  : torch::stable::new_empty(x, {s.T, s.in});
+      dx = weight ? as_contiguous(torch::stable::matmul(dyc, *weight)) : torch::stable::empty_like(xc);
     if (need_diagonals) dlam = torch::stable::empty_like(l), dgam = torch::stable::empty_like(g);
     TorchRuntime runtime;
-    if (need_x || need_diagonals)
-      cpu_kernels().linear_backward(
-          {b, l.const_data_ptr(), g.const_data_ptr(), x2.const_data_ptr(), dy2.const_data_ptr(),
-           need_x ? dx.mutable_data_ptr() : nullptr, dtype, s.T, scale, /*expand=*/b.d == s.in,
-           /*accumulate=*/weight.has_value(), need_diagonals ? dlam.mutable_data_ptr() : nullptr,
-           need_diagonals ? dgam.mutable_data_ptr() : nullptr},
-          runtime);
-    dlam = torch::stable::to(dlam, lam.scalar_type());
-    dgam = torch::stable::to(dgam, gam.scalar_type());
-  } else {
-    if (need_x) {
-      const OptionalTensor base = p == Path::merged ? weight : OptionalTensor();
-      dx = torch::stable::matmul(dy2, form_delta(b, lam, gam, base, scale, s.out, s.in, dtype));
-      if (p == Path::delta && weight) dx = sum_of(torch::stable::matmul(dy2, *weight), dx);
-    }
-    if (need_diagonals) {
-      const Tensor G = torch::stable::matmul(torch::stable::transpose(dy2, 0, 1), x2);
-      std::tie(dlam, dgam) = contract_delta(b, G, lam, gam, scale);
-    }
+    cpu_kernels().linear_backward(
+        {b, l.const_data_ptr(), g.const_data_ptr(), xc.const_data_ptr(), dyc.const_data_ptr(),
+         need_x ? dx.mutable_data_ptr() : nullptr, dtype, s.T, scale, /*expand=*/b.d == s.in,
+         /*accumulate=*/weight.has_value(), need_diagonals ? dlam.mutable_data_ptr() : nullptr,
+         need_diagonals ? dgam.mutable_data_ptr() : nullptr},
+        runtime);
+    return {dx, cast(dlam, lam.scalar_type()), cast(dgam, gam.scalar_type())};
   }
-  if (need_x) dx = torch::stable::view(dx, x_shape);
+  if (need_x) {
+    const OptionalTensor base = p == Path::merged ? weight : OptionalTensor();
+    dx = torch::stable::matmul(dyc, form_delta(b, lam, gam, base, scale, s.out, s.in, dtype));
+    if (p == Path::delta && weight) dx = sum_of(torch::stable::matmul(dyc, *weight), dx);
+  }
+  if (need_diagonals) {
+    const Tensor dyT = torch::stable::transpose(rows(dyc, s, s.out), 0, 1);
+    const Tensor G = torch::stable::matmul(dyT, rows(xc, s, s.in));
+    std::tie(dlam, dgam) = contract_delta(b, G, lam, gam, scale);
+  }
   return {dx, dlam, dgam};
 }
 

@@ -42,14 +42,14 @@ std::tuple<Tensor, Tensor> scaled_basis_backward(Tensor grad, Tensor A, Tensor l
   check_same_device(grad, "grad", A, "A");
   const DType dtype = activation_dtype(grad, "grad");
   const Tensor a = compute_copy(A, dtype), l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
-  const Tensor G = torch::stable::contiguous(grad);
+  const Tensor G = as_contiguous(grad);
   Tensor dlam = torch::stable::empty_like(l), dgam = torch::stable::empty_like(g);
   TorchRuntime runtime;
   cpu_kernels().scaled_basis_backward(
       {s.r, s.n, s.d, a.const_data_ptr(), l.const_data_ptr(), g.const_data_ptr(),
        G.const_data_ptr(), dlam.mutable_data_ptr(), dgam.mutable_data_ptr(), dtype},
       runtime);
-  return {torch::stable::to(dlam, lam.scalar_type()), torch::stable::to(dgam, gam.scalar_type())};
+  return {cast(dlam, lam.scalar_type()), cast(dgam, gam.scalar_type())};
 }
 
 }  // namespace

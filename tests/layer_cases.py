@@ -1,0 +1,143 @@
+"""Random layers, the three ways to run them, and the error rule that operator tests share."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from randlora_ext import TernaryBasis, linear
+from randlora_ext.reference import linear_reference
+
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+# in, out, r: square, wide, tall, d not a multiple of r (the last base overhangs), r > d, r == d,
+# r == 1 (n > 64: several words of planes a rank index), one feature, sizes about vector lengths.
+SHAPES = [
+    (64, 64, 8),
+    (48, 80, 8),
+    (80, 48, 8),
+    (50, 37, 7),
+    (37, 50, 7),
+    (20, 24, 32),
+    (24, 24, 24),
+    (101, 67, 1),
+    (1, 1, 1),
+    (5, 1, 2),
+    (33, 130, 16),
+]
+DENSITIES = [1.0, 1 / 3, 0.07, 1 / 64]  # the first two are packed as planes, the others as lists
+
+
+@dataclass
+class Layer:
+    """What one call of `linear` needs, and the gradient that comes back to it."""
+
+    basis: TernaryBasis
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    lam: Tensor
+    gam: Tensor
+    dy: Tensor
+    scaling: float = 0.75
+
+    def cast(self, dtype: torch.dtype) -> "Layer":
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **{k: v.to(dtype) for k, v in tensors.items()})
+
+    def without_weight(self) -> "Layer":
+        return replace(self, weight=None, bias=None)
+
+
+def make_layer(
+    in_features: int,
+    out_features: int,
+    r: int,
+    density: float,
+    tokens: int,
+    dtype: torch.dtype = torch.float64,
+    lead: tuple[int, ...] = (),
+) -> Layer:
+    """Unit-variance x and dy, W of variance 1 / in; diagonals in float32, float64 for float64."""
+    basis = TernaryBasis(in_features, out_features, r, density, seed=3)
+    diagonals = torch.promote_types(dtype, torch.float32)
+    make = torch.Generator().manual_seed(1000 * in_features + 10 * out_features + r + tokens)
+
+    def normal(*shape, like=dtype, std=1.0):
+        return (torch.randn(shape, generator=make, dtype=torch.float64) * std).to(like)
+
+    return Layer(
+        basis,
+        normal(*lead, tokens, in_features),
+        normal(out_features, in_features, std=in_features**-0.5),
+        normal(out_features),
+        normal(basis.r, basis.n, like=diagonals, std=basis.r**-0.5),
+        normal(basis.n, basis.d, like=diagonals, std=basis.d**-0.5),
+        normal(*lead, tokens, out_features),
+    )
+
+
+def forward_backward(function, layer: Layer) -> dict[str, Tensor]:
+    """y, dx, dlam and dgam of function(x, lam, gam)."""
+    leaves = [t.detach().clone().requires_grad_() for t in (layer.x, layer.lam, layer.gam)]
+    y = function(*leaves)
+    gradients = torch.autograd.grad(y, leaves, layer.dy.to(y.dtype))
+    return dict(zip(("y", "dx", "dlam", "dgam"), (y.detach(), *gradients), strict=True))
+
+
+def ours(layer: Layer, path: str) -> dict[str, Tensor]:
+    return forward_backward(
+        lambda x, lam, gam: linear(
+            x, layer.weight, layer.bias, layer.basis, lam, gam, layer.scaling, path
+        ),
+        layer,
+    )
+
+
+def plain(layer: Layer) -> dict[str, Tensor]:
+    """The plain PyTorch expression, everything in the dtype of x, gradients included."""
+    layer = layer.cast(layer.x.dtype)
+    A, B = layer.basis.dense(dtype=layer.x.dtype)
+    return forward_backward(
+        lambda x, lam, gam: linear_reference(
+            x, layer.weight, layer.bias, A, B, lam, gam, layer.scaling
+        ),
+        layer,
+    )
+
+
+def exact(layer: Layer) -> dict[str, Tensor]:
+    """The oracle: the same numbers, computed in float64."""
+    return plain(layer.cast(torch.float64))
+
+
+def rms_error(value: Tensor, oracle: Tensor) -> float:
+    """||value - oracle|| / ||oracle||; infinite where a zero oracle is missed."""
+    difference, size = (value - oracle).double().norm().item(), oracle.double().norm().item()
+    return difference / size if size else (math.inf if difference else 0.0)
+
+
+def largest_error(value: Tensor, oracle: Tensor) -> float:
+    """Largest difference as a share of the oracle's largest element: sees one wrong element."""
+    if oracle.numel() == 0:
+        return 0.0
+    difference, size = (value - oracle).abs().max().item(), oracle.abs().max().item()
+    return difference / size if size else (math.inf if difference else 0.0)
+
+
+def assert_rule(
+    results: dict[str, Tensor],
+    simple: dict[str, Tensor],
+    oracle: dict[str, Tensor],
+    dtype: torch.dtype,
+    floor: float = 1.0,
+) -> None:
+    """Every result errs at most twice as much as plain PyTorch does, plus `floor` eps of dtype.
+
+    The floor is for sizes at which PyTorch happens to round hardly at all.
+    """
+    for name, value in results.items():
+        error, allowed = rms_error(value, oracle[name]), rms_error(simple[name], oracle[name])
+        bound = 2 * allowed + floor * torch.finfo(dtype).eps
+        assert error <= bound, f"{name} errs by {error:.3g}, PyTorch by {allowed:.3g} in {dtype}"

@@ -1,0 +1,265 @@
+"""Autograd of the operators: opcheck, gradcheck, what is kept for backward, double backward."""
+
+import pytest
+import torch
+from layer_cases import make_layer
+
+from randlora_ext import TernaryBasis, delta_weight, linear, scaled_basis
+
+ops = torch.ops.randlora
+PATHS = ["factored", "delta", "merged"]
+# in, out, r, density: both packed forms in both orientations, and 32-bit positions (D > 65536).
+BASES = {
+    "lists": (9, 5, 2, 0.12),
+    "lists reduce": (5, 9, 2, 0.12),
+    "planes": (9, 5, 2, 1 / 3),
+    "planes reduce": (5, 9, 2, 1 / 3),
+    "wide lists": (65537, 2, 2, 0.01),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Hundreds of tiny calls: waking a pool for each would take longer than all the rest."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tensors(name, dtype=torch.float32):
+    basis = TernaryBasis(*BASES[name], seed=2)
+    make = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=make, dtype=torch.float64).to(dtype).requires_grad_()
+
+    return {
+        "basis": basis,
+        "packed": basis.packed("cpu"),
+        "x": normal(1, 3, basis.in_features),
+        "weight": normal(basis.out_features, basis.in_features),
+        "bias": normal(basis.out_features),
+        "lam": normal(basis.r, basis.n),
+        "gam": normal(basis.n, basis.d),
+        "dy": normal(1, 3, basis.out_features),
+    }
+
+
+# ---- opcheck: schema, fake kernel, autograd registration, AOT dispatch with dynamic shapes
+
+
+def check(op, *arguments):
+    torch.library.opcheck(op.default, arguments)
+
+
+def plain_values(tensors_):
+    return {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in tensors_.items()}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", BASES)
+def test_opcheck_linear(name, path):
+    t = tensors(name)
+    rest = (t["lam"], t["gam"], t["packed"], 0.5, t["basis"].out_features, path)
+    check(ops.linear, t["x"], t["weight"], t["bias"], *rest)
+    if path != "merged":
+        check(ops.linear, t["x"].detach(), None, None, *rest)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", BASES)
+def test_opcheck_linear_backward(name, path):
+    t = plain_values(tensors(name))
+    wanted = [(True, True), (True, False), (False, True)]
+    for need_x, need_diagonals in wanted[:1] if name == "wide lists" else wanted:
+        check(
+            ops.linear_backward, t["dy"], t["x"], t["weight"], t["lam"], t["gam"], t["packed"],
+            0.5, path, need_x, need_diagonals,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_opcheck_delta_weight(name):
+    t = tensors(name)
+    sizes = t["basis"].out_features, t["basis"].in_features
+    check(ops.delta_weight, t["lam"], t["gam"], t["packed"], 0.5, *sizes)
+    t = plain_values(t)
+    check(ops.delta_weight_backward, torch.ones(sizes), t["lam"], t["gam"], t["packed"], 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_scaled_basis(dtype):
+    t = tensors("planes")
+    A = t["basis"].dense(dtype=dtype)[0]
+    check(ops.scaled_basis, A, t["lam"], t["gam"])
+    grad = torch.ones(t["basis"].K, t["basis"].d, dtype=dtype)
+    check(ops.scaled_basis_backward, grad, A, t["lam"].detach(), t["gam"].detach())
+
+
+@pytest.mark.parametrize("op", ["linear", "linear_backward", "delta_weight_backward", "scaled"])
+def test_opcheck_with_strided_inputs(op):
+    t = plain_values(tensors("lists"))
+    lam, gam, dy, x = (t[k].transpose(-1, -2).contiguous().mT for k in ("lam", "gam", "dy", "x"))
+    if op == "linear":
+        check(ops.linear, x, None, None, lam, gam, t["packed"], 0.5, 5, "factored")
+    elif op == "linear_backward":
+        check(ops.linear_backward, dy, x, None, lam, gam, t["packed"], 0.5, "factored", True, True)
+        check(ops.linear_backward, dy, x, None, lam, gam, t["packed"], 0.5, "delta", True, True)
+    elif op == "delta_weight_backward":
+        check(ops.delta_weight_backward, torch.ones(5, 9), lam, gam, t["packed"], 0.5)
+    else:
+        A = torch.ones(5, 2).T
+        check(ops.scaled_basis, A, lam, gam)
+        check(ops.scaled_basis_backward, torch.ones(6, 5), A, lam, gam)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("by_column", [False, True])
+def test_opcheck_packing(by_column, wide):
+    basis = TernaryBasis(11, 70, 3, 1 / 3)
+    planes = basis.packed("cpu")[2]
+    check(ops.planes_to_lists, planes, basis.K, by_column, wide)
+    check(ops.planes_to_dense, planes, basis.K, 0.5, torch.float16)
+    offset, index = ops.planes_to_lists(planes, basis.K, False, wide)
+    check(ops.lists_to_dense, offset, index, basis.K, 0.5, torch.float32)
+    check(ops.pack_dense, basis.dense()[1])
+    check(ops.fill_planes_, torch.zeros_like(planes), 1, 1, 0, 0, basis.K, 5)
+
+
+def test_every_operator_is_checked_here():
+    names = {n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names()
+             if n.startswith("randlora::")}  # fmt: skip
+    assert names == {
+        "fill_planes_", "pack_dense", "planes_to_lists", "planes_to_dense", "lists_to_dense",
+        "scaled_basis", "scaled_basis_backward", "delta_weight", "delta_weight_backward",
+        "linear", "linear_backward",
+    }  # fmt: skip
+
+
+# ---- gradcheck
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", list(BASES)[:4])
+def test_gradcheck_linear(name, path):
+    t = tensors(name, torch.float64)
+
+    def function(x, weight, bias, lam, gam):
+        return linear(x, weight, bias, t["basis"], lam, gam, 0.5, path)
+
+    leaves = [t[k] for k in ("x", "weight", "bias", "lam", "gam")]
+    assert torch.autograd.gradcheck(function, leaves)
+    if path != "merged":
+        assert torch.autograd.gradcheck(
+            lambda x, lam, gam: linear(x, None, None, t["basis"], lam, gam, 0.5, path),
+            [t[k] for k in ("x", "lam", "gam")],
+        )
+
+
+@pytest.mark.parametrize("name", list(BASES)[:4])
+def test_gradcheck_delta_weight_and_scaled_basis(name):
+    t = tensors(name, torch.float64)
+    diagonals = t["lam"], t["gam"]
+    assert torch.autograd.gradcheck(lambda *a: delta_weight(t["basis"], *a, 0.5), diagonals)
+    assert torch.autograd.gradcheck(lambda *a: scaled_basis(t["basis"], *a), diagonals)
+    A = torch.randn(2, 5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *a: scaled_basis(A, *a), diagonals)
+
+
+# ---- what is kept for backward
+
+
+def kept_by(function):
+    """Every tensor that autograd saves while function runs, and its result."""
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    return kept, result
+
+
+def storage(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("density", [1 / 3, 0.07])
+@pytest.mark.parametrize("shape", [(50, 37, 7), (37, 50, 7)], ids=str)
+def test_linear_keeps_nothing_new(shape, density, path, dtype):
+    layer = make_layer(*shape, density, 20, dtype)
+    basis, x, lam, gam = layer.basis, layer.x, layer.lam, layer.gam
+    packed = basis.packed("cpu")
+    for leaf in (x, lam, gam):
+        leaf.requires_grad_()
+    kept, y = kept_by(lambda: linear(x, layer.weight, layer.bias, basis, lam, gam, 0.5, path))
+    allowed = {storage(t) for t in (x, layer.weight, lam, gam, *packed)}
+    assert kept and all(storage(t) in allowed for t in kept)
+    forbidden = {basis.K * basis.d, 20 * basis.K, basis.D * basis.d}
+    own = [t for t in kept if storage(t) not in {storage(layer.weight), *map(storage, packed)}]
+    assert forbidden.isdisjoint(t.numel() for t in own)
+    y.backward(layer.dy)  # and it suffices
+    assert lam.grad.any() and gam.grad.any() and x.grad.any()
+
+
+@pytest.mark.parametrize("density", [1 / 3, 0.07])
+def test_delta_weight_and_scaled_basis_keep_nothing_new(density):
+    layer = make_layer(50, 37, 7, density, 1, torch.float32)
+    basis, lam, gam = layer.basis, layer.lam.requires_grad_(), layer.gam.requires_grad_()
+    kept, _ = kept_by(lambda: delta_weight(basis, lam, gam))
+    allowed = {storage(t) for t in (lam, gam, *basis.packed("cpu"))}
+    assert kept and all(storage(t) in allowed for t in kept)
+    A = basis.dense()[0]
+    kept, _ = kept_by(lambda: scaled_basis(A, lam, gam))
+    assert kept and {storage(t) for t in kept} <= {storage(t) for t in (A, lam, gam)}
+
+
+def test_nothing_is_kept_without_gradients():
+    layer = make_layer(50, 37, 7, 0.07, 20, torch.float32)
+    arguments = (layer.x, layer.weight, None, layer.basis, layer.lam, layer.gam)
+    assert kept_by(lambda: linear(*arguments))[0] == []
+    layer.lam.requires_grad_()
+    with torch.no_grad():
+        kept, y = kept_by(lambda: linear(*arguments))
+    assert kept == [] and not y.requires_grad
+
+
+# ---- limits that must not be silent
+
+
+@pytest.mark.parametrize("function", ["linear", "delta_weight", "scaled_basis"])
+def test_double_backward_is_refused(function):
+    t = tensors("planes", torch.float64)
+    basis, x, lam, gam = (t[k] for k in ("basis", "x", "lam", "gam"))
+    y = {
+        "linear": lambda: linear(x, None, None, basis, lam, gam, path="factored"),
+        "delta_weight": lambda: delta_weight(basis, lam, gam),
+        "scaled_basis": lambda: scaled_basis(basis, lam, gam),
+    }[function]()
+    with pytest.raises(RuntimeError, match="twice|double|second|differentia"):
+        (dlam,) = torch.autograd.grad(y.pow(2).sum(), lam, create_graph=True)
+        (y.sum() + dlam.pow(2).sum()).backward()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_backward_twice_through_a_kept_graph(path):
+    layer = make_layer(50, 37, 7, 0.07, 20)
+    lam = layer.lam.requires_grad_()
+    y = linear(layer.x, layer.weight, None, layer.basis, lam, layer.gam, 0.5, path)
+    first = torch.autograd.grad(y, lam, layer.dy, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(y, lam, layer.dy)[0], first)
+
+
+def test_an_input_changed_in_place_is_noticed():
+    layer = make_layer(50, 37, 7, 0.07, 20)
+    gam = layer.gam.requires_grad_()
+    lam = layer.lam.clone()
+    y = linear(layer.x, layer.weight, None, layer.basis, lam, gam, path="factored")
+    lam.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

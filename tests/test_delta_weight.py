@@ -1,0 +1,191 @@
+"""`delta_weight` against the plain PyTorch reference: float64 exactly, others by the error rule."""
+
+import pytest
+import torch
+from layer_cases import (
+    DENSITIES,
+    SHAPES,
+    SIXTEEN_BITS,
+    assert_rule,
+    largest_error,
+    make_layer,
+)
+
+from randlora_ext import TernaryBasis, delta_weight
+from randlora_ext.reference import delta_weight_reference
+
+SCALING = 0.75
+FP64 = 1e-12  # relative; about 1e-13 is seen
+
+
+def gradient_of(basis, dtype=torch.float64):
+    make = torch.Generator().manual_seed(basis.D + basis.d)
+    shape = basis.out_features, basis.in_features
+    return torch.randn(shape, generator=make, dtype=torch.float64).to(dtype)
+
+
+def run(function, lam, gam, grad):
+    leaves = [t.detach().clone().requires_grad_() for t in (lam, gam)]
+    dW = function(*leaves)
+    gradients = torch.autograd.grad(dW, leaves, grad.to(dW.dtype))
+    return dict(zip(("dW", "dlam", "dgam"), (dW.detach(), *gradients), strict=True))
+
+
+def ours(basis, lam, gam, grad, scaling=SCALING):
+    return run(lambda lam_, gam_: delta_weight(basis, lam_, gam_, scaling), lam, gam, grad)
+
+
+def plain(basis, lam, gam, grad, dtype, scaling=SCALING):
+    A, B = basis.dense(dtype=dtype)
+    sizes = basis.out_features, basis.in_features
+    return run(
+        lambda lam_, gam_: delta_weight_reference(A, B, lam_, gam_, scaling, *sizes),
+        lam.to(dtype), gam.to(dtype), grad,
+    )  # fmt: skip
+
+
+def diagonals(shape, density, dtype=torch.float64):
+    layer = make_layer(*shape, density, 1)
+    return layer.basis, layer.lam.to(dtype), layer.gam.to(dtype)
+
+
+@pytest.mark.parametrize("density", [*DENSITIES, 0.12, 0.13])
+@pytest.mark.parametrize("shape", [*SHAPES, (530, 640, 16), (1000, 129, 2)], ids=str)
+def test_float64(shape, density):
+    basis, lam, gam = diagonals(shape, density)
+    grad = gradient_of(basis)
+    oracle, results = plain(basis, lam, gam, grad, torch.float64), ours(basis, lam, gam, grad)
+    assert results["dW"].shape == (shape[1], shape[0])
+    for name, value in results.items():
+        assert value.dtype == torch.float64 and value.shape == oracle[name].shape
+        assert largest_error(value, oracle[name]) <= FP64, name
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BITS], ids=str)
+@pytest.mark.parametrize("shape", [(64, 64, 8), (50, 37, 7), (37, 130, 16), (20, 24, 32)], ids=str)
+def test_error_rule(shape, dtype, density):
+    basis, lam, gam = diagonals(shape, density, dtype)
+    grad = gradient_of(basis, dtype)
+    results = ours(basis, lam, gam, grad)
+    assert {value.dtype for value in results.values()} == {dtype}
+    oracle = plain(basis, lam, gam, grad, torch.float64)
+    assert_rule(results, plain(basis, lam, gam, grad, dtype), oracle, dtype)
+
+
+@pytest.mark.parametrize("shape", [(70, 48, 8), (48, 70, 8)], ids=str)
+@pytest.mark.parametrize("density", [1 / 3, 0.07])
+def test_layout_of_the_gradient_does_not_matter(shape, density):
+    basis, lam, gam = diagonals(shape, density, torch.float32)
+    grad = gradient_of(basis, torch.float32)
+    expected = ours(basis, lam, gam, grad)
+    spread = torch.full((2 * grad.shape[0], 3 * grad.shape[1]), torch.nan)
+    spread[::2, ::3] = grad
+    for view in (grad.T.contiguous().T, spread[::2, ::3]):
+        results = ours(basis, lam, gam, view)
+        assert all(torch.equal(results[name], expected[name]) for name in expected)
+    leaves = lam.clone().requires_grad_(), gam.clone().requires_grad_()
+    delta_weight(basis, *leaves, SCALING).sum().backward()  # an expanded scalar
+    ones = ours(basis, lam, gam, torch.ones_like(grad))
+    assert torch.equal(leaves[0].grad, ones["dlam"])
+    assert torch.equal(leaves[1].grad, ones["dgam"])
+
+
+@pytest.mark.parametrize("density", [1 / 3, 0.07])
+def test_layout_of_the_diagonals_does_not_matter(density):
+    basis, lam, gam = diagonals((50, 37, 7), density, torch.float32)
+    expected = delta_weight(basis, lam, gam)
+    lam_view = lam.T.contiguous().T
+    gam_view = torch.stack([gam, gam * torch.nan], -1)[..., 0]
+    assert not lam_view.is_contiguous() and not gam_view.is_contiguous()
+    assert torch.equal(delta_weight(basis, lam_view, gam_view), expected)
+
+
+@pytest.mark.parametrize("wanted", ["lam", "gam"])
+@pytest.mark.parametrize("density", [1 / 3, 0.07])
+def test_only_what_is_asked_for_gets_a_gradient(density, wanted):
+    basis, lam, gam = diagonals((50, 37, 7), density)
+    grad = gradient_of(basis)
+    expected = ours(basis, lam, gam, grad)
+    lam.requires_grad_(wanted == "lam")
+    gam.requires_grad_(wanted == "gam")
+    delta_weight(basis, lam, gam, SCALING).backward(grad)
+    for name, leaf in (("lam", lam), ("gam", gam)):
+        assert (leaf.grad is not None) == (name == wanted)
+        if name == wanted:
+            assert torch.equal(leaf.grad, expected[f"d{name}"])
+    assert not delta_weight(basis, lam.detach(), gam.detach()).requires_grad
+
+
+def test_diagonals_of_two_types_give_the_type_of_lam():
+    basis, lam, gam = diagonals((50, 37, 7), 0.07, torch.float32)
+    lam = lam.bfloat16()
+    results = ours(basis, lam, gam, gradient_of(basis))
+    assert results["dW"].dtype == results["dlam"].dtype == torch.bfloat16
+    assert results["dgam"].dtype == torch.float32
+    assert torch.equal(results["dW"], delta_weight(basis, lam.float(), gam, SCALING).bfloat16())
+
+
+@pytest.mark.parametrize("density", [1 / 3, 0.07])
+def test_16_bit_results_are_rounded_once(density):
+    for dtype in SIXTEEN_BITS:
+        basis, lam, gam = diagonals((50, 37, 7), density, dtype)
+        wide = delta_weight(basis, lam.float(), gam.float(), SCALING)
+        assert torch.equal(delta_weight(basis, lam, gam, SCALING), wide.to(dtype))
+
+
+def test_scaling_multiplies():
+    basis, lam, gam = diagonals((50, 37, 7), 0.07)
+    grad = gradient_of(basis)
+    once, twice = ours(basis, lam, gam, grad, 1.0), ours(basis, lam, gam, grad, 2.0)
+    assert all(torch.equal(2 * once[name], twice[name]) for name in once)
+    none = ours(basis, lam, gam, grad, 0.0)
+    assert not any(value.any() for value in none.values())
+    assert torch.equal(delta_weight(basis, lam, gam), once["dW"])
+
+
+@pytest.mark.parametrize("shape", [(50, 37, 7), (37, 50, 7)], ids=str)
+def test_fresh_adapter_is_zero(shape):
+    basis, lam, gam = diagonals(shape, 1 / 3, torch.float32)
+    dW = delta_weight(basis, torch.zeros_like(lam), gam)
+    assert dW.shape == (shape[1], shape[0]) and not dW.any()
+
+
+@pytest.mark.parametrize("density", [1 / 3, 0.07])
+def test_bound_of_the_sum_at_every_entry(density):
+    # One wrong index among thousands would hide in a norm: compare entry by entry.
+    basis, lam, gam = diagonals((333, 257, 20), density, torch.float32)
+    A, B = basis.dense(dtype=torch.float64)
+    wide = delta_weight_reference(A, B, lam.double(), gam.double(), SCALING, 257, 333)
+    sizes = delta_weight_reference(
+        A.abs(), B.abs(), lam.double().abs(), gam.double().abs(), SCALING, 257, 333
+    )
+    terms = 4 + basis.K * density  # the first-order bound of a sum, with room for its spread
+    error = (delta_weight(basis, lam, gam, SCALING) - wide).abs()
+    assert (error <= terms * torch.finfo(torch.float32).eps * sizes).all()
+
+
+@pytest.mark.parametrize("density", [1 / 3, 0.07])
+def test_raw_operators(density):
+    basis, lam, gam = diagonals((50, 37, 7), density, torch.float32)
+    grad, scale = gradient_of(basis, torch.float32), SCALING * basis.scale
+    expected, packed = ours(basis, lam, gam, grad), basis.packed("cpu")
+    dW = torch.ops.randlora.delta_weight(lam, gam, packed, scale, 37, 50)
+    assert torch.equal(dW, expected["dW"])
+    dlam, dgam = torch.ops.randlora.delta_weight_backward(grad, lam, gam, packed, scale)
+    assert torch.equal(dlam, expected["dlam"]) and torch.equal(dgam, expected["dgam"])
+    # A gradient in 16 bits: contracted in float32, returned in the types of lam and gam.
+    low = torch.ops.randlora.delta_weight_backward(grad.bfloat16(), lam, gam, packed, scale)
+    wide = ours(basis, lam, gam, grad.bfloat16().float())
+    assert low[0].dtype == low[1].dtype == torch.float32
+    assert torch.equal(low[0], wide["dlam"]) and torch.equal(low[1], wide["dgam"])
+
+
+def test_basis_of_an_imported_model():
+    generated = TernaryBasis(50, 37, 7, 0.07, seed=5)
+    imported = TernaryBasis.from_dense(*generated.dense(dtype=torch.float64), 50, 37)
+    _, lam, gam = diagonals((50, 37, 7), 0.07)
+    grad = gradient_of(imported)
+    results = ours(imported, lam, gam, grad)
+    for name, value in ours(generated, lam, gam, grad).items():
+        assert largest_error(results[name], value) <= FP64

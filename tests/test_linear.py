@@ -1,0 +1,275 @@
+"""`linear` against the plain PyTorch reference: float64 exactly, other types by the error rule."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layer_cases import (
+    DENSITIES,
+    SHAPES,
+    SIXTEEN_BITS,
+    assert_rule,
+    exact,
+    largest_error,
+    make_layer,
+    ours,
+    plain,
+    rms_error,
+)
+
+from randlora_ext import TernaryBasis, linear
+from randlora_ext.reference import delta_weight_reference
+
+TOKENS = [0, 1, 3, 16, 33, 100, 257]  # 257 needs a second super-block of the backward on 2 threads
+PATHS = ["factored", "delta", "merged"]
+NAMES = ("y", "dx", "dlam", "dgam")
+FP64 = 1e-12  # relative; about 1e-13 is seen
+
+
+def assert_exact(layer, paths=PATHS):
+    oracle = exact(layer)
+    for path in paths:
+        if path == "merged" and layer.weight is None:
+            continue
+        results = ours(layer, path)
+        for name in NAMES:
+            assert results[name].shape == oracle[name].shape, (path, name)
+            assert results[name].dtype == oracle[name].dtype, (path, name)
+            error = largest_error(results[name], oracle[name])
+            assert error <= FP64, f"{name} by {path} is off by {error:.3g}"
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_float64(shape, density):
+    for tokens in TOKENS:
+        layer = make_layer(*shape, density, tokens)
+        assert_exact(layer)
+        assert_exact(layer.without_weight())
+
+
+@pytest.mark.parametrize("shape", [(530, 640, 16), (640, 530, 16), (1030, 520, 64)], ids=str)
+@pytest.mark.parametrize("density", [1 / 3, 0.05])
+def test_float64_beyond_one_chunk_of_planes(shape, density):
+    # Planes are decoded 512 lines at a time, and 64 lines of output make a tile.
+    assert_exact(make_layer(*shape, density, 33), ["factored", "delta"])
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    in_features=st.integers(1, 90),
+    out_features=st.integers(1, 90),
+    r=st.integers(1, 40),
+    density=st.floats(0.005, 1.0),
+    tokens=st.integers(0, 70),
+    path=st.sampled_from(PATHS),
+    has_weight=st.booleans(),
+)
+def test_float64_property(in_features, out_features, r, density, tokens, path, has_weight):
+    layer = make_layer(in_features, out_features, r, density, tokens)
+    assert_exact(layer if has_weight else layer.without_weight(), [path])
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BITS], ids=str)
+@pytest.mark.parametrize("shape", [(64, 64, 8), (50, 37, 7), (37, 130, 16), (20, 24, 32)], ids=str)
+def test_error_rule(shape, dtype, density):
+    for tokens in (1, 33, 257):
+        whole = make_layer(*shape, density, tokens, dtype)
+        for layer in (whole, whole.without_weight()):
+            oracle, simple = exact(layer), plain(layer)
+            for path in ("factored", "delta"):
+                results = ours(layer, path)
+                assert [results[n].dtype for n in NAMES] == [dtype, dtype, *[torch.float32] * 2]
+                assert_rule(results, simple, oracle, dtype)
+        if dtype is torch.float32:
+            # One GEMM on the sum rounds otherwise than the sum of two: one eps more.
+            assert_rule(ours(whole, "merged"), plain(whole), exact(whole), dtype, floor=2)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_error_rule_with_many_tokens(path):
+    # A running float32 sum over T tokens would err by sqrt(T) roundings.
+    layer = make_layer(64, 64, 8, 0.07, 8192, torch.float32)
+    assert_rule(ours(layer, path), plain(layer), exact(layer), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+@pytest.mark.parametrize("shape", [(64, 64, 8), (50, 37, 7), (37, 130, 16)], ids=str)
+def test_merged_in_16_bits_is_as_exact_as_the_once_rounded_sum(shape, dtype):
+    # W + dW is summed in float32 and rounded once, so y and dx equal torch's on the rounded sum
+    # but for the order of the GEMM's own sums: at most one eps apart (rms).
+    layer = make_layer(*shape, 1 / 3, 33, dtype)
+    A, B = layer.basis.dense(dtype=torch.float64)
+    wide = layer.cast(torch.float64)
+    sizes = layer.basis.out_features, layer.basis.in_features
+    delta = delta_weight_reference(A, B, wide.lam, wide.gam, layer.scaling, *sizes)
+    merged = (wide.weight + delta).to(dtype)
+    results = ours(layer, "merged")
+    eps = torch.finfo(dtype).eps
+    assert rms_error(results["y"], F.linear(layer.x, merged, layer.bias)) <= eps
+    assert rms_error(results["dx"], layer.dy @ merged) <= eps
+    # The gradients of the diagonals never see the merged weight: dy^T x is rounded, then exact.
+    gradients = {n: results[n] for n in ("dlam", "dgam")}
+    assert_rule(gradients, plain(layer), exact(layer), dtype)
+
+
+def test_merged_in_16_bits_loses_small_changes_and_the_others_do_not():
+    basis = TernaryBasis(64, 64, 8, 1 / 3)
+    x, weight = torch.ones(4, 64).bfloat16(), torch.ones(64, 64).bfloat16()
+    lam, gam = torch.full((8, 8), 1e-3), torch.full((8, 64), 1e-2)
+    base = F.linear(x, weight)
+    assert torch.equal(linear(x, weight, None, basis, lam, gam, path="merged"), base)
+    for path in ("factored", "delta"):
+        assert (linear(x, None, None, basis, lam, gam, path=path) != 0).any()
+
+
+def variants_of_x(layer):
+    """Views with the values of layer.x (6, in) that are not contiguous, or have other shapes."""
+    x = layer.x
+    spread = torch.full((12, 2 * x.shape[1]), torch.nan, dtype=x.dtype)
+    spread[::2, ::2] = x
+    yield "transposed", x.T.contiguous().T, layer.dy
+    yield "strided", spread[::2, ::2], layer.dy
+    yield "columns", torch.cat([spread[:6], x], 1)[:, -x.shape[1] :], layer.dy
+    yield "3d", x.view(2, 3, -1), layer.dy.view(2, 3, -1)
+    yield (
+        "permuted",
+        x.view(3, 2, -1).transpose(0, 1).contiguous().transpose(0, 1),
+        layer.dy.view(3, 2, -1),
+    )
+    yield "4d", x.view(1, 2, 3, -1), layer.dy.view(1, 2, 3, -1)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("density", [1 / 3, 0.07])
+@pytest.mark.parametrize("shape", [(50, 37, 7), (37, 50, 7)], ids=str)
+def test_views_and_leading_dimensions_change_nothing(shape, density, path):
+    layer = make_layer(*shape, density, 6, torch.float32)
+    expected = ours(layer, path)
+    for name, x, dy in variants_of_x(layer):
+        x = x.detach().requires_grad_()
+        diagonals = [t.clone().requires_grad_() for t in (layer.lam, layer.gam)]
+        y = linear(x, layer.weight, layer.bias, layer.basis, *diagonals, layer.scaling, path)
+        assert y.shape == (*x.shape[:-1], shape[1]), name
+        gradients = torch.autograd.grad(y, [x, *diagonals], dy)
+        for key, value in zip(NAMES, (y, *gradients), strict=True):
+            assert torch.equal(value.reshape(expected[key].shape), expected[key]), (name, key)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_one_dimensional_x_is_one_token(path):
+    layer = make_layer(50, 37, 7, 0.07, 1)
+    arguments = (layer.weight, layer.bias, layer.basis, layer.lam, layer.gam, 0.5, path)
+    y = linear(layer.x[0], *arguments)
+    assert y.shape == (37,) and torch.equal(y, linear(layer.x, *arguments)[0])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("density", [1 / 3, 0.07])
+def test_expanded_and_transposed_dy(density, path):
+    layer = make_layer(50, 37, 7, density, 9, torch.float32)
+    layer.dy = torch.ones_like(layer.dy)
+    expected = ours(layer, path)
+    x, lam, gam = (t.clone().requires_grad_() for t in (layer.x, layer.lam, layer.gam))
+    y = linear(x, layer.weight, layer.bias, layer.basis, lam, gam, layer.scaling, path)
+    y.sum().backward()  # an expanded scalar: all strides are zero
+    for name, leaf in zip(NAMES[1:], (x, lam, gam), strict=True):
+        assert torch.equal(leaf.grad, expected[name]), name
+
+    layer = make_layer(50, 37, 7, density, 9, torch.float32)
+    expected = ours(layer, path)
+    layer.dy = layer.dy.T.contiguous().T
+    results = ours(layer, path)
+    assert all(torch.equal(results[name], expected[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("shape", [(50, 37, 7), (37, 50, 7)], ids=str)
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_diagonals_of_another_type(kind, shape, path):
+    layer = make_layer(*shape, 0.2, 20, torch.float32)
+    layer.lam, layer.gam = layer.lam.to(kind), layer.gam.T.contiguous().T.to(kind)
+    oracle, simple = exact(layer), plain(layer)
+    results = ours(layer, path)
+    assert results["y"].dtype == results["dx"].dtype == torch.float32
+    assert results["dlam"].dtype == results["dgam"].dtype == kind
+    activations = {n: results.pop(n) for n in ("y", "dx")}
+    assert_rule(activations, simple, oracle, torch.float32, floor=2)
+    rounding = max(torch.float32, kind, key=lambda t: torch.finfo(t).eps)
+    assert_rule(results, simple, oracle, rounding)
+
+
+def test_float64_x_with_float32_diagonals():
+    layer = make_layer(50, 37, 7, 0.2, 20)
+    layer.lam, layer.gam = layer.lam.float(), layer.gam.float()
+    oracle, results = exact(layer), ours(layer, "factored")
+    assert largest_error(results["y"], oracle["y"]) <= FP64
+    assert results["dlam"].dtype == torch.float32
+    assert torch.equal(results["dlam"], oracle["dlam"].float())
+
+
+@pytest.mark.parametrize("path", [*PATHS, "auto"])
+@pytest.mark.parametrize("wanted", [{"x"}, {"lam", "gam"}, {"lam"}, {"gam"}, {"x", "gam"}], ids=str)
+def test_only_what_is_asked_for_gets_a_gradient(wanted, path):
+    for density in (1 / 3, 0.07):
+        layer = make_layer(37, 50, 7, density, 20)
+        oracle = exact(layer)
+        leaves = {k: getattr(layer, k).clone().requires_grad_(k in wanted) for k in ("x", "lam")}
+        leaves["gam"] = layer.gam.clone().requires_grad_("gam" in wanted)
+        weight, bias = layer.weight, layer.bias
+        x, lam, gam = leaves.values()
+        linear(x, weight, bias, layer.basis, lam, gam, 0.75, path).backward(layer.dy)
+        assert weight.grad is None and bias.grad is None
+        for name, leaf in leaves.items():
+            assert (leaf.grad is not None) == (name in wanted), name
+            if name in wanted:
+                assert largest_error(leaf.grad, oracle[f"d{name}"]) <= FP64, name
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("which", ["weight", "bias", "both"])
+def test_a_base_that_trains_gets_its_gradients(which, path):
+    layer = make_layer(37, 50, 7, 0.07, 6, lead=(3,))
+    layer.weight.requires_grad_(which != "bias")
+    layer.bias.requires_grad_(which != "weight")
+    linear(
+        layer.x, layer.weight, layer.bias, layer.basis, layer.lam, layer.gam, 0.75, path
+    ).backward(layer.dy)
+    dy, x = layer.dy.flatten(0, 1), layer.x.flatten(0, 1)
+    if which != "bias":
+        torch.testing.assert_close(layer.weight.grad, dy.T @ x)
+    if which != "weight":
+        torch.testing.assert_close(layer.bias.grad, dy.sum(0))
+    assert (layer.weight.grad is None) == (which == "bias")
+    assert (layer.bias.grad is None) == (which == "weight")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_bias_none(path):
+    layer = make_layer(50, 37, 7, 0.07, 20)
+    layer.bias = None
+    assert_exact(layer, [path])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_raw_operator_is_what_linear_calls(path):
+    layer = make_layer(50, 37, 7, 0.07, 20, torch.float32)
+    basis = layer.basis
+    y = torch.ops.randlora.linear(
+        layer.x, layer.weight, layer.bias, layer.lam, layer.gam,
+        basis.packed("cpu"), 0.75 * basis.scale, basis.out_features, path,
+    )  # fmt: skip
+    assert torch.equal(y, ours(layer, path)["y"])
+
+
+@pytest.mark.parametrize("path", [*PATHS, "auto"])
+def test_autocast_casts_as_linear_does(path):
+    layer = make_layer(50, 37, 7, 0.07, 20, torch.float32)
+    low = make_layer(50, 37, 7, 0.07, 20, torch.float32).cast(torch.bfloat16)
+    arguments = (layer.basis, layer.lam, layer.gam, 0.75, path)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(layer.x, layer.weight, layer.bias, *arguments)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, linear(low.x, low.weight, low.bias, *arguments))
