@@ -19,6 +19,12 @@ def _register(name: str):
 def _autograd(name: str, backward, setup_context) -> None:
     torch.library.register_autograd(f"randlora::{name}", backward, setup_context=setup_context)
 
+    # Without this a second derivative would silently be that of a constant.
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"randlora::{name} cannot be differentiated twice")
+
+    torch.library.register_autograd(f"randlora::{name}_backward", refuse)
+
 
 # ---- generation and packing: integers, no gradients ----------------------------------------------
 
@@ -67,7 +73,7 @@ def _(A, lam, gam):
 
 @_register("scaled_basis_backward")
 def _(grad, A, lam, gam):
-    return torch.empty_like(lam), torch.empty_like(gam)
+    return lam.new_empty(lam.shape), gam.new_empty(gam.shape)
 
 
 def _scaled_basis_context(ctx, inputs, output):
@@ -92,7 +98,7 @@ def _(lam, gam, packed, scale, out_features, in_features):
 
 @_register("delta_weight_backward")
 def _(grad, lam, gam, packed, scale):
-    return torch.empty_like(lam), torch.empty_like(gam)
+    return lam.new_empty(lam.shape), gam.new_empty(gam.shape)
 
 
 def _delta_weight_context(ctx, inputs, output):

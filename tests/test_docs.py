@@ -26,7 +26,8 @@ def blocks(text: str) -> list[tuple[int, str]]:
 @pytest.fixture
 def torch_settings():
     """Pages may set threads, seed and default dtype; the next test gets them back."""
-    threads, dtype, state = torch.get_num_threads(), torch.get_default_dtype(), torch.get_rng_state()
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    state = torch.get_rng_state()
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)

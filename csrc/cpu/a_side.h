@@ -102,8 +102,8 @@ void transpose_bases(const typename B::C* u, int64_t n, int64_t ldg, typename B:
 }
 
 // P[p][i] += sum_t z[index[p]][t] * ut[t][i] for the `support` positions of one rank index: rank-one
-// updates over tokens, vectors over bases. Tokens are added one after the other, so the result does
-// not depend on how they were cut into blocks.
+// updates over tokens, vectors over bases. A block is summed by itself before it is added, so that
+// rounding grows with sqrt(TB + T / TB) and not with sqrt(T).
 template <class B, class Index>
 void a_grad_lists(const Index* index, int64_t support, int64_t ldg, int64_t tokens,
             const typename B::C* z, const typename B::C* ut, typename B::C* P) {
@@ -112,19 +112,19 @@ void a_grad_lists(const Index* index, int64_t support, int64_t ldg, int64_t toke
   constexpr int L = kVectorBytes / int(sizeof(C));
   const auto columns = [&](auto vectors, int64_t i) {
     tiles(0, support, [&](auto rows, int64_t p) {
-      V acc[rows][vectors];
+      V acc[rows][vectors] = {};
       const C* zk[rows];
-      unrolled<rows>([&](auto m) {
-        zk[m] = z + int64_t(index[p + m]) * B::TB;
-        for (int q = 0; q < vectors; ++q) acc[m][q] = load<V>(P + (p + m) * ldg + i + q * L);
-      });
+      unrolled<rows>([&](auto m) { zk[m] = z + int64_t(index[p + m]) * B::TB; });
       for (int64_t t = 0; t < tokens; ++t)
         unrolled<rows>([&](auto m) {
           for (int q = 0; q < vectors; ++q)
             acc[m][q] += zk[m][t] * load<V>(ut + t * ldg + i + q * L);
         });
       unrolled<rows>([&](auto m) {
-        for (int q = 0; q < vectors; ++q) store(P + (p + m) * ldg + i + q * L, acc[m][q]);
+        for (int q = 0; q < vectors; ++q) {
+          C* to = P + (p + m) * ldg + i + q * L;
+          store(to, load<V>(to) + acc[m][q]);
+        }
       });
     });
   };

@@ -140,9 +140,9 @@ void linear_blocks(const Linear& p, Runtime& rt) {
 inline void linear(const Linear& p, Runtime& rt) {
   const auto run = [&](auto b) { linear_blocks<decltype(b)>(p, rt); };
   if (p.dtype == DType::f64)
-    with_block<double>(p.T, rt.threads(), run);
+    with_block<double>(p.T, run);
   else
-    with_block<float>(p.T, rt.threads(), run);
+    with_block<float>(p.T, run);
 }
 
 }  // namespace RANDLORA_ISA

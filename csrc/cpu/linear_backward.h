@@ -6,7 +6,7 @@
 //
 // Tokens are taken in super-blocks of a few blocks a thread:
 //   phase 1, blocks per slot          dx; keeps z (the d-side operand) and U of the super-block
-//   phase 2, rank indices per slot    P_j += U_j^T z[:, S_j], token after token
+//   phase 2, rank indices per slot    P_j += U_j^T z[:, S_j], block after block
 //   at the end                        dlam and dgam from P, bases per slot
 // so no sum is ever split between threads, and scratch is bounded whatever T is.
 #pragma once
@@ -152,9 +152,9 @@ void linear_backward_blocks(const LinearBackward& p, Runtime& rt) {
 inline void linear_backward(const LinearBackward& p, Runtime& rt) {
   const auto run = [&](auto b) { linear_backward_blocks<decltype(b)>(p, rt); };
   if (p.dtype == DType::f64)
-    with_block<double>(p.T, rt.threads(), run);
+    with_block<double>(p.T, run);
   else
-    with_block<float>(p.T, rt.threads(), run);
+    with_block<float>(p.T, run);
 }
 
 }  // namespace RANDLORA_ISA

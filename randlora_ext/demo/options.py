@@ -34,7 +34,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "prompt<TAB>answer a line (default: the CMU dictionary, from the package pocketsphinx)",
     )
     add("--steps", type=_whole(1), default=60, help="optimizer steps (default: %(default)s)")
-    add("--batch-size", type=_whole(1), default=12, help="examples a step (default: %(default)s)")
+    add("--batch-size", type=_whole(1), default=16, help="examples a step (default: %(default)s)")
     add("--lr", type=_positive, default=1e-3, help="peak learning rate (default: %(default)s)")
     add(
         "--rank",

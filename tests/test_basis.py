@@ -1,0 +1,257 @@
+"""`TernaryBasis` as a description: sizes, values, equality, copies, import, bad arguments."""
+
+import copy
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from basis_reference import ternary
+
+from randlora_ext import TernaryBasis, delta_weight, linear
+
+DENSITIES = [1.0, 1 / 3, 0.07, 1 / 64]
+
+
+def test_sizes():
+    basis = TernaryBasis(50, 37, 7, 0.07, seed=9)
+    assert (basis.in_features, basis.out_features, basis.r) == (50, 37, 7)
+    assert (basis.d, basis.D, basis.n, basis.K) == (37, 50, 6, 42)
+    assert (basis.density, basis.seed) == (0.07, 9)
+    turned = TernaryBasis(37, 50, 7, 0.07, seed=9)
+    assert (turned.d, turned.D, turned.n, turned.K) == (37, 50, 6, 42)
+    assert TernaryBasis(3, 5, 8, 1).n == 1  # r > d: one base
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_dense_is_the_specification_times_its_scale(density, dtype):
+    basis = TernaryBasis(70, 37, 7, density, seed=2**64 - 1)
+    A, B = basis.dense(dtype=dtype)
+    assert A.shape == (7, 37) and B.shape == (70, 42) and A.dtype == B.dtype == dtype
+    value = torch.tensor(1 / math.sqrt(density), dtype=torch.float64).to(dtype)
+    for role, matrix in enumerate((A, B)):
+        rows, cols = np.arange(matrix.shape[0])[:, None], np.arange(matrix.shape[1])
+        signs = torch.from_numpy(ternary(2**64 - 1, role, rows, cols, density))
+        assert torch.equal(matrix, signs.to(dtype) * value)
+    assert torch.equal(basis.dense_a("cpu", dtype), A)
+    assert basis.scale == pytest.approx(1 / density, rel=1e-15)
+
+
+def test_dense_is_fresh_every_time():
+    basis = TernaryBasis(20, 20, 4, 0.5)
+    first = basis.dense()[0].fill_(9)
+    assert not torch.equal(basis.dense()[0], first)
+
+
+@pytest.mark.parametrize("density", [1 / 3, 0.07])
+def test_a_smaller_layer_sees_a_slice_of_a_bigger_one(density):
+    big = TernaryBasis(300, 200, 24, density, seed=6)
+    A, B = big.dense()
+    for in_features, out_features, r in [(100, 90, 24), (90, 100, 5), (299, 3, 2), (1, 1, 1)]:
+        small = TernaryBasis(in_features, out_features, r, density, seed=6)
+        a, b = small.dense()
+        assert torch.equal(a, A[:r, : small.d])
+        assert torch.equal(b, B[: small.D, : small.K])
+    assert not torch.equal(TernaryBasis(300, 200, 24, density, seed=7).dense()[1], B)
+
+
+# ---- equality, hash, copies
+
+
+def test_equality_and_hash_are_those_of_the_description():
+    basis = TernaryBasis(50, 37, 7, 0.07, seed=9)
+    same = TernaryBasis(50, 37, 7, 0.07, seed=9)
+    others = [
+        TernaryBasis(37, 50, 7, 0.07, seed=9),
+        TernaryBasis(50, 36, 7, 0.07, seed=9),
+        TernaryBasis(50, 37, 6, 0.07, seed=9),
+        TernaryBasis(50, 37, 7, 0.08, seed=9),
+        TernaryBasis(50, 37, 7, 0.07, seed=8),
+    ]
+    assert basis == same and hash(basis) == hash(same) and len({basis, same, *others}) == 6
+    assert all(basis != other for other in others)
+    assert basis != "a basis" and (basis == 1) is False
+
+
+@pytest.mark.parametrize(
+    "twin", [copy.copy, copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))]
+)
+def test_a_copy_is_equal_and_shares_the_packed_tensors(twin):
+    basis = TernaryBasis(500, 370, 7, 0.07, seed=2**64 - 1)
+    packed = basis.packed("cpu")
+    other = twin(basis)
+    assert other == basis and hash(other) == hash(basis) and repr(other) == repr(basis)
+    assert [t.data_ptr() for t in other.packed("cpu")] == [t.data_ptr() for t in packed]
+
+
+def test_pickle_moves_no_matrix():
+    basis = TernaryBasis(5000, 3700, 7, 0.07)
+    assert basis.packed_bytes("cpu") > 2**20
+    assert len(pickle.dumps(basis)) < 1000
+
+
+def test_repr():
+    text = repr(TernaryBasis(50, 37, 7, 1 / 3, seed=9))
+    assert text == "TernaryBasis(50, 37, r=7, density=0.333333, seed=9, format='planes')"
+    imported = TernaryBasis.from_dense(torch.eye(2, 4), torch.ones(4, 4), 4, 4)
+    assert "imported" in repr(imported) and "seed" not in repr(imported)
+
+
+# ---- import
+
+
+def peft_layout(basis, dtype, room):
+    """A (r, 1, >= d) and B (>= D, >= n, r) as PEFT shares them, with `room` of other values."""
+    A, B = basis.dense(dtype=dtype)
+    big_A = torch.full((basis.r, 1, basis.d + room), torch.nan, dtype=dtype)
+    big_A[:, 0, : basis.d] = A
+    big_B = torch.full((basis.D + room, basis.n + room, basis.r), torch.nan, dtype=dtype)
+    big_B[: basis.D, : basis.n] = B.view(basis.D, basis.n, basis.r)
+    return big_A, big_B
+
+
+@pytest.mark.parametrize("room", [0, 5])
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize("shape", [(50, 37, 7), (37, 50, 7), (20, 24, 32)], ids=str)
+def test_import_of_peft_is_exact(shape, dtype, density, room):
+    generated = TernaryBasis(*shape, density, seed=1)
+    A, B = peft_layout(generated, dtype, room)
+    imported = TernaryBasis.from_dense(A, B, *shape[:2])
+    for value, expected in zip(
+        imported.dense(dtype=dtype), generated.dense(dtype=dtype), strict=True
+    ):
+        assert torch.equal(value, expected)
+    value = float(torch.tensor(1 / math.sqrt(density), dtype=torch.float64).to(dtype))
+    assert imported.scale == value * value
+    assert (imported.r, imported.n, imported.seed) == (generated.r, generated.n, None)
+    share = (generated.dense()[1] != 0).double().mean().item()
+    assert imported.density == pytest.approx(share, rel=1e-12)
+
+
+def test_import_of_flat_matrices_and_of_different_magnitudes():
+    A, B = TernaryBasis(50, 37, 7, 0.3).dense(dtype=torch.float64)
+    imported = TernaryBasis.from_dense(A.sign() * 0.1, B.sign() * 7.0, 50, 37)
+    assert imported.scale == 0.1 * 7.0
+    a, b = imported.dense(dtype=torch.float64)
+    assert torch.equal(a, A.sign() * 0.1) and torch.equal(b, B.sign() * 7.0)
+
+
+def test_import_takes_parameters_and_views_and_keeps_its_own_copy():
+    A, B = TernaryBasis(50, 37, 7, 0.3).dense()
+    left, right = torch.nn.Parameter(A.clone()), B.T.contiguous().T.requires_grad_()
+    imported = TernaryBasis.from_dense(left, right, 50, 37)
+    with torch.no_grad():
+        left.zero_()
+    assert torch.equal(imported.dense()[0], A) and not imported.dense()[0].requires_grad
+
+
+def test_a_basis_of_zeros():
+    A, B = torch.zeros(3, 10), torch.zeros(12, 12)
+    for a, b in ((A, B), (A, torch.ones(12, 12)), (torch.ones(3, 10), B)):
+        basis = TernaryBasis.from_dense(a, b, 12, 10)
+        assert torch.equal(basis.dense()[0], a) and torch.equal(basis.dense()[1], b)
+        lam, gam = torch.randn(3, 4).requires_grad_(), torch.randn(4, 10).requires_grad_()
+        assert not delta_weight(basis, lam, gam).any()
+        for path in ("factored", "delta"):
+            y = linear(torch.randn(5, 12), None, None, basis, lam, gam, path=path)
+            assert y.shape == (5, 10) and not y.any()
+            gradients = torch.autograd.grad(y.sum(), (lam, gam))
+            assert not any(g.any() for g in gradients)
+
+
+def test_imported_bases_are_equal_by_identity():
+    A, B = TernaryBasis(50, 37, 7, 0.3).dense()
+    first, second = (TernaryBasis.from_dense(A, B, 50, 37) for _ in range(2))
+    assert first == first and first == copy.copy(first) and first != second
+    assert first != TernaryBasis(50, 37, 7, 0.3)
+    loaded = pickle.loads(pickle.dumps(first))
+    assert all(torch.equal(a, b) for a, b in zip(loaded.dense(), first.dense(), strict=True))
+
+
+def test_deepcopy_of_an_imported_basis_shares_its_tensors():
+    # A model of many layers is deepcopied with one basis, not with one per copy.
+    basis = TernaryBasis.from_dense(*TernaryBasis(50, 37, 7, 0.3).dense(), 50, 37)
+    packed, other = basis.packed("cpu"), copy.deepcopy(basis)
+    assert other == basis
+    assert [t.data_ptr() for t in other.packed("cpu")] == [t.data_ptr() for t in packed]
+
+
+# ---- errors
+
+GOOD = {"in_features": 50, "out_features": 37, "r": 7, "density": 0.07, "seed": 0}
+
+
+@pytest.mark.parametrize(
+    "argument, value, error",
+    [
+        *((name, 0, ValueError) for name in ("in_features", "out_features", "r")),
+        *((name, -3, ValueError) for name in ("in_features", "out_features", "r")),
+        *((name, 2.0, TypeError) for name in ("in_features", "out_features", "r", "seed")),
+        *((name, "7", TypeError) for name in GOOD),
+        *((name, True, TypeError) for name in GOOD),
+        *((name, None, TypeError) for name in GOOD),
+        *(("density", value, ValueError) for value in (0, -0.1, 1.5, math.nan, math.inf)),
+        *(("seed", value, ValueError) for value in (-1, 2**64)),
+    ],
+)
+def test_bad_arguments(argument, value, error):
+    with pytest.raises(error) as raised:
+        TernaryBasis(**{**GOOD, argument: value})
+    message = str(raised.value)
+    assert message.startswith(argument) and str(value) in message
+    assert {"density": "(0, 1]", "seed": "[0, 2**64)"}.get(argument, "positive integer") in message
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("density", [1, 1.0, 2.0**-31, 1e-12])
+def test_limits_of_the_allowed_range(seed, density):
+    A, B = TernaryBasis(9, 8, 3, density, seed).dense(dtype=torch.float64)
+    assert A.isfinite().all() and (density < 1 or (A != 0).all() and (B != 0).all())
+
+
+def dense_pair(**change):
+    A, B = TernaryBasis(50, 37, 7, 0.3).dense()
+    return {"A": A, "B": B, "in_features": 50, "out_features": 37, **change}
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("A", {"A": torch.randn(7, 37)}),
+        ("A", {"A": torch.full((7, 37), torch.nan)}),
+        ("A", {"A": torch.full((7, 37), torch.inf)}),
+        ("A", {"A": torch.ones(7, 36)}),
+        ("A", {"A": torch.ones(37)}),
+        ("A", {"A": torch.ones(7, 2, 37)}),
+        ("A", {"A": torch.ones(0, 37)}),
+        ("A", {"A": torch.ones(7, 37, dtype=torch.int64)}),
+        ("B", {"B": torch.randn(50, 42)}),
+        ("B", {"B": torch.rand(50, 6, 7)}),
+        ("B", {"B": torch.ones(49, 42)}),
+        ("B", {"B": torch.ones(50, 41)}),
+        ("B", {"B": torch.ones(49, 6, 7)}),
+        ("B", {"B": torch.ones(50, 5, 7)}),
+        ("B", {"B": torch.ones(50, 6, 8)}),
+        ("B", {"B": torch.ones(50, 42, dtype=torch.bool)}),
+        ("in_features", {"in_features": 0}),
+        ("out_features", {"out_features": -37}),
+    ],
+)
+def test_bad_dense_bases(name, change):
+    with pytest.raises(ValueError, match=rf"\b{name}\b"):
+        TernaryBasis.from_dense(**dense_pair(**change))
+
+
+@pytest.mark.parametrize("which, place", [("A", (6, 36)), ("B", (49, 41))])
+@pytest.mark.parametrize("value", [0.1, math.nan, -math.inf])
+def test_one_wrong_element_is_found_and_located(which, place, value):
+    pair = dense_pair()
+    pair[which][place] = value
+    with pytest.raises(ValueError, match=which) as raised:
+        TernaryBasis.from_dense(**pair)
+    assert f"({place[0]}, {place[1]})" in str(raised.value)

@@ -1,0 +1,135 @@
+"""`explain` and the choice of a path."""
+
+import pytest
+import torch
+from layer_cases import make_layer
+
+from randlora_ext import _C, TernaryBasis, explain, linear
+from randlora_ext.cost import PATHS, PathChoice, choose_path
+
+SPARSE, DENSE = TernaryBasis(512, 512, 32, 1 / 22), TernaryBasis(512, 512, 32, 1.0)
+SIXTEEN_BITS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def no_override(monkeypatch):
+    monkeypatch.delenv("RANDLORA_PATH", raising=False)
+
+
+def test_structure():
+    choice = explain(SPARSE, 1024)
+    assert isinstance(choice, PathChoice)
+    assert choice.path in PATHS and choice.isa == _C.isa() and choice.reason
+    assert sorted(choice.costs) == sorted(PATHS)
+    assert all(isinstance(c, float) and c > 0 for c in choice.costs.values())
+    assert choice.path == min(choice.costs, key=choice.costs.get)
+    text = str(choice)
+    assert choice.path in text and choice.isa in text and choice.reason in text
+    assert all(f"{path} {cost:.2f}" in text for path, cost in choice.costs.items())
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 16, 1024, 10**7])
+@pytest.mark.parametrize("basis", [SPARSE, DENSE], ids=repr)
+def test_any_number_of_tokens(basis, tokens):
+    choice = explain(basis, tokens)
+    assert choice.costs[choice.path] == min(choice.costs.values())
+
+
+def test_the_model_ranks_what_is_plain():
+    # Few tokens never pay for forming dW; a sparse basis is never multiplied out; a dense one is,
+    # once there are tokens enough.
+    assert explain(SPARSE, 1).path == explain(DENSE, 1).path == "factored"
+    assert explain(SPARSE, 10**6).path == "factored"
+    assert explain(DENSE, 10**6).path == "merged"
+    assert explain(DENSE, 10**6, has_weight=False).path == "delta"
+    costs = [explain(DENSE, tokens).costs for tokens in (16, 256, 4096)]
+    assert costs[0]["delta"] > costs[1]["delta"] > costs[2]["delta"]
+    assert explain(SPARSE, 16).costs["factored"] < explain(DENSE, 16).costs["factored"]
+
+
+@SIXTEEN_BITS
+def test_16_bits_exclude_merged(dtype):
+    choice = explain(DENSE, 10**6, dtype)
+    assert choice.path == "delta" and "16 bits" in choice.reason
+    assert choose_path(DENSE, 10**6, dtype, True) == "delta"
+
+
+def test_dropout_and_a_missing_weight_exclude_merged():
+    for options in ({"dropout": 0.1}, {"has_weight": False}):
+        choice = explain(DENSE, 10**6, **options)
+        assert choice.path == "delta" and "merged" not in choice.costs
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_environment_overrides(path, monkeypatch):
+    monkeypatch.setenv("RANDLORA_PATH", path)
+    for basis, tokens in ((SPARSE, 1), (DENSE, 10**6)):
+        choice = explain(basis, tokens)
+        assert choice.path == path and "RANDLORA_PATH" in choice.reason
+        assert choose_path(basis, tokens, torch.float32, True) == path
+        assert explain(basis, tokens, torch.bfloat16).path == path  # asked for is asked for
+
+
+@pytest.mark.parametrize("value", ["auto", ""])
+def test_environment_that_leaves_the_choice(value, monkeypatch):
+    expected = explain(DENSE, 10**6)
+    monkeypatch.setenv("RANDLORA_PATH", value)
+    assert explain(DENSE, 10**6) == expected
+
+
+def test_environment_asks_for_merged_where_it_cannot_be(monkeypatch):
+    monkeypatch.setenv("RANDLORA_PATH", "merged")
+    for options in ({"dropout": 0.1}, {"has_weight": False}):
+        choice = explain(DENSE, 16, **options)
+        assert choice.path == "delta" and "apart" in choice.reason
+
+
+@pytest.mark.parametrize("value", ["fast", "Merged", "factored,delta"])
+def test_unknown_environment_path(value, monkeypatch):
+    monkeypatch.setenv("RANDLORA_PATH", value)
+    for call in (lambda: explain(SPARSE, 1), lambda: choose_path(SPARSE, 1, torch.float32, True)):
+        with pytest.raises(ValueError, match="RANDLORA_PATH.*auto.*factored.*delta.*merged"):
+            call()
+
+
+def test_device_is_named():
+    assert explain(SPARSE, 16, device="cpu").isa == _C.isa()
+    assert explain(SPARSE, 16, device=torch.device("cuda", 0)).isa == "cuda"
+
+
+# ---- linear(path="auto") takes the path that explain names
+
+
+@pytest.mark.parametrize("density, tokens", [(1.0, 3), (1.0, 4000), (0.05, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("has_weight", [True, False])
+def test_auto_is_what_explain_says(density, tokens, dtype, has_weight):
+    layer = make_layer(64, 64, 8, density, tokens, dtype, lead=(1,))
+    if not has_weight:
+        layer = layer.without_weight()
+    arguments = (layer.x, layer.weight, layer.bias, layer.basis, layer.lam, layer.gam, 1.0)
+    choice = explain(layer.basis, tokens, dtype, has_weight=has_weight)
+    assert torch.equal(linear(*arguments), linear(*arguments, path=choice.path))
+
+
+def test_auto_hands_the_chosen_path_to_the_operator(monkeypatch):
+    seen = []
+    original = linear.__globals__["choose_path"]
+
+    def record(*arguments):
+        seen.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setitem(linear.__globals__, "choose_path", record)
+    layer = make_layer(64, 64, 8, 1.0, 5, torch.float32, lead=(2, 3))
+    arguments = (layer.x, layer.weight, layer.bias, layer.basis, layer.lam, layer.gam, 1.0)
+    linear(*arguments)
+    assert seen == [(layer.basis, 30, torch.float32, True)]
+    results = {path: linear(*arguments, path=path) for path in PATHS}
+    assert len(seen) == 1  # an explicit path is not questioned
+    for path in PATHS:
+        monkeypatch.setenv("RANDLORA_PATH", path)
+        assert torch.equal(linear(*arguments), results[path])
+    monkeypatch.setenv("RANDLORA_PATH", "delta")
+    assert torch.equal(linear(*arguments, path="factored"), results["factored"])
+    assert not torch.equal(results["factored"], results["delta"])  # the test can tell them apart

@@ -1,0 +1,192 @@
+"""Same bits for 1 and 2 threads, from run to run, and for a token whatever its batch."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from layer_cases import make_layer, ours
+
+from randlora_ext import TernaryBasis, delta_weight, linear, scaled_basis
+
+ops = torch.ops.randlora
+PATHS = ["factored", "delta", "merged"]
+FORMATS = pytest.mark.parametrize("density", [1 / 3, 0.07], ids=["planes", "lists"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+# Neither a multiple of a vector (4, 8, 16) nor of a tile of lines (64); several slots everywhere.
+SHAPES = pytest.mark.parametrize("shape", [(157, 93, 9), (93, 157, 9), (108, 88, 6)], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def restore_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def same_for_any_threads(function):
+    """function() gives a list of tensors; runs it with 1, 2 and 3 threads, and 2 again."""
+    results = []
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        results.append(function())
+    for other in results[1:]:
+        assert len(other) == len(results[0])
+        for k, (a, b) in enumerate(zip(results[0], other, strict=True)):
+            assert torch.equal(a, b), f"result {k}: {(a != b).sum()} of {a.numel()} differ"
+
+
+@FORMATS
+@pytest.mark.parametrize("wide", [False, True])
+def test_generation_and_packing(density, wide):
+    basis = TernaryBasis(301, 203, 17, density)
+    dense = basis.dense()[1]
+
+    def run():
+        planes = torch.empty(2, 301, -(-basis.K // 64), dtype=torch.int64)
+        ops.fill_planes_(planes, 5, 1, 3, 7, basis.K, int(density * 2**31))
+        by_row = ops.planes_to_lists(planes, basis.K, False, wide)
+        by_column = ops.planes_to_lists(planes, basis.K, True, wide)
+        return [
+            planes, *by_row, *by_column, *ops.pack_dense(dense),
+            ops.planes_to_dense(planes, basis.K, 0.5, torch.bfloat16),
+            ops.lists_to_dense(*by_row, basis.K, 0.5, torch.float32),
+        ]  # fmt: skip
+
+    same_for_any_threads(run)
+
+
+@DTYPES
+def test_scaled_basis(dtype):
+    layer = make_layer(157, 93, 9, 1 / 3, 1, dtype)
+    A, lam, gam = layer.basis.dense(dtype=dtype)[0], layer.lam, layer.gam
+    grad = torch.randn(layer.basis.K, layer.basis.d, dtype=dtype)
+    same_for_any_threads(
+        lambda: [scaled_basis(A, lam, gam), *ops.scaled_basis_backward(grad, A, lam, gam)]
+    )
+
+
+@SHAPES
+@FORMATS
+@DTYPES
+def test_delta_weight(shape, density, dtype):
+    layer = make_layer(*shape, density, 1, dtype)
+    basis, lam, gam = layer.basis, layer.lam, layer.gam
+    grad = torch.randn(layer.weight.shape, dtype=torch.float64).to(dtype)
+    packed, scale = basis.packed("cpu"), basis.scale
+    same_for_any_threads(
+        lambda: [
+            delta_weight(basis, lam.to(dtype), gam),
+            *ops.delta_weight_backward(grad, lam, gam, packed, scale),
+        ]
+    )
+
+
+@SHAPES
+@FORMATS
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("tokens", [1, 16, 24, 40, 300])
+def test_linear(shape, density, path, tokens):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        layer = make_layer(*shape, density, tokens, dtype)
+        for case in (layer, layer.without_weight()):
+            if case.weight is not None or path != "merged":
+                same_for_any_threads(lambda case=case: list(ours(case, path).values()))
+
+
+@SHAPES
+@FORMATS
+def test_linear_backward_of_one_part_equals_that_of_all(shape, density):
+    layer = make_layer(*shape, density, 40, torch.float32)
+    basis = layer.basis
+
+    def backward(*needs):
+        return ops.linear_backward(
+            layer.dy, layer.x, layer.weight, layer.lam, layer.gam, basis.packed("cpu"),
+            basis.scale, "factored", *needs,
+        )  # fmt: skip
+
+    dx, dlam, dgam = backward(True, True)
+    assert torch.equal(backward(True, False)[0], dx)
+    only = backward(False, True)
+    assert torch.equal(only[1], dlam) and torch.equal(only[2], dgam)
+    assert only[0].numel() == backward(True, False)[1].numel() == 0
+
+
+def token_rows(layer, rows):
+    """The layer with some of its tokens only."""
+    return replace(layer, x=layer.x[rows], dy=layer.dy[rows])
+
+
+BATCHES = [slice(0, 1), slice(0, 5), slice(0, 16), slice(0, 33), slice(0, 150), slice(171, 300)]
+
+
+@SHAPES
+@FORMATS
+@DTYPES
+def test_a_token_does_not_depend_on_its_batch(shape, density, dtype):
+    # Blocks of 4 to 32 tokens, tails, groups of blocks that share decoded planes: never visible.
+    layer = make_layer(*shape, density, 300, dtype).without_weight()
+    whole = ours(layer, "factored")
+    for rows in BATCHES:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            part = ours(token_rows(layer, rows), "factored")
+            assert torch.equal(part["y"], whole["y"][rows]), (rows, threads)
+            assert torch.equal(part["dx"], whole["dx"][rows]), (rows, threads)
+
+
+@SHAPES
+@FORMATS
+@DTYPES
+def test_adding_to_the_base_output_does_not_depend_on_the_batch(shape, density, dtype):
+    # With a zero weight the base output is the bias whatever GEMM made it, so that a difference
+    # could only come from how the adapter's part is added.
+    layer = make_layer(*shape, density, 300, dtype)
+    layer.weight.zero_()
+    whole = ours(layer, "factored")["y"]
+    for rows in BATCHES:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            part = ours(token_rows(layer, rows), "factored")["y"]
+            assert torch.equal(part, whole[rows]), (rows, threads)
+
+
+@FORMATS
+def test_gradients_add_up_token_after_token(density):
+    # Zero tokens before, between and after change no bit of dlam and dgam.
+    layer = make_layer(157, 93, 9, density, 70, torch.float32).without_weight()
+    expected = ours(layer, "factored")
+    for padding in (1, 3, 32, 200):
+        grown = replace(
+            layer,
+            x=torch.cat([layer.x[:50], torch.zeros(padding, 157), layer.x[50:]]),
+            dy=torch.cat([layer.dy[:50], torch.zeros(padding, 93), layer.dy[50:]]),
+        )
+        results = ours(grown, "factored")
+        assert torch.equal(results["dlam"], expected["dlam"])
+        assert torch.equal(results["dgam"], expected["dgam"])
+
+
+def test_scratch_is_never_read_before_it_is_written():
+    # Freed memory full of NaN is what the next scratch is made of.
+    layer = make_layer(157, 93, 9, 0.07, 40, torch.float32)
+    expected = {path: ours(layer, path) for path in PATHS}
+    for _ in range(3):
+        poison = [torch.full((size,), torch.nan) for size in (1 << 12, 1 << 15, 1 << 18, 1 << 20)]
+        del poison
+        for path in PATHS:
+            results = ours(layer, path)
+            assert all(torch.equal(results[name], expected[path][name]) for name in results)
+
+
+def test_results_do_not_depend_on_the_random_state():
+    layer = make_layer(157, 93, 9, 0.07, 16, torch.float32)
+    first = TernaryBasis(157, 93, 9, 0.07, seed=1).dense()
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    linear(layer.x, layer.weight, None, layer.basis, layer.lam, layer.gam)
+    second = TernaryBasis(157, 93, 9, 0.07, seed=1).dense()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -1,0 +1,282 @@
+"""Bad input raises an exception that names the argument, what it was and what is allowed."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from layer_cases import make_layer
+
+from randlora_ext import TernaryBasis, delta_weight, linear, scaled_basis
+
+ops = torch.ops.randlora
+ERRORS = (ValueError, TypeError, RuntimeError)
+# in = 8, out = 6, r = 3: d = 6, D = 8, n = 2, K = 6
+LISTS, PLANES = (TernaryBasis(8, 6, 3, density) for density in (0.1, 0.5))
+
+
+def arguments(basis=LISTS):
+    layer = make_layer(8, 6, 3, basis.density, 4, torch.float32)
+    return {
+        "x": layer.x,
+        "weight": layer.weight,
+        "bias": layer.bias,
+        "basis": basis,
+        "lam": layer.lam,
+        "gam": layer.gam,
+    }
+
+
+def refuses(function, arguments_, *expected):
+    """function raises a message that contains every expected text; no tensor is changed."""
+    tensors = [t for t in arguments_.values() if isinstance(t, torch.Tensor)]
+    before = [t.clone() for t in tensors if not t.is_meta]
+    with pytest.raises(ERRORS) as raised:
+        function(**arguments_)
+    message = str(raised.value)
+    for text in expected:
+        assert text in message, f"{text!r} is not in: {message}"
+    for tensor, copy in zip((t for t in tensors if not t.is_meta), before, strict=True):
+        assert torch.equal(tensor, copy)
+
+
+DIAGONALS = [
+    ({"lam": torch.ones(2, 3)}, ["lam", "(2, 3)", "(3, 2)"]),
+    ({"lam": torch.ones(3)}, ["lam", "(3,)", "(3, 2)"]),
+    ({"lam": torch.ones(3, 2, 1)}, ["lam", "(3, 2, 1)", "(3, 2)"]),
+    ({"lam": torch.ones(3, 2, dtype=torch.int64)}, ["lam", "int64", "floating"]),
+    ({"lam": [1.0]}, ["lam", "list", "tensor"]),
+    ({"gam": torch.ones(2, 8)}, ["gam", "(2, 8)", "(2, 6)"]),
+    ({"gam": torch.ones(6, 2)}, ["gam", "(6, 2)", "(2, 6)"]),
+    ({"gam": torch.ones(2, 6, dtype=torch.bool)}, ["gam", "bool", "floating"]),
+    ({"gam": None}, ["gam", "NoneType", "tensor"]),
+    ({"gam": torch.ones(2, 6, device="meta")}, ["gam", "meta", "cpu"]),
+]
+
+
+@pytest.mark.parametrize("basis", [LISTS, PLANES], ids=["lists", "planes"])
+@pytest.mark.parametrize("change, expected", DIAGONALS)
+def test_diagonals(basis, change, expected):
+    good = {**arguments(basis), **change}
+    refuses(linear, good, *expected)
+    refuses(delta_weight, {k: good[k] for k in ("basis", "lam", "gam")}, *expected)
+    refuses(scaled_basis, {"basis_or_A": basis, "lam": good["lam"], "gam": good["gam"]}, *expected)
+
+
+@pytest.mark.parametrize("path", ["factored", "delta", "merged", "auto"])
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"x": torch.ones(4, 8, dtype=torch.int64)}, ["x", "int64", "float32", "bfloat16"]),
+        ({"x": torch.ones(4, 8, dtype=torch.complex64)}, ["x", "complex64", "float32"]),
+        ({"x": torch.ones(4, 7)}, ["x", "(4, 7)", "in_features", "8"]),
+        ({"x": torch.ones(())}, ["x", "()", "in_features", "8"]),
+        ({"x": torch.ones(8, 4)}, ["x", "(8, 4)", "in_features", "8"]),
+        ({"x": [1.0]}, ["x", "list", "tensor"]),
+        ({"x": torch.ones(4, 8, device="meta")}, ["x", "meta", "cpu"]),
+        ({"weight": torch.ones(8, 6)}, ["weight", "(8, 6)", "(6, 8)"]),
+        ({"weight": torch.ones(6)}, ["weight", "(6)", "(6, 8)"]),
+        ({"weight": torch.ones(6, 8).double()}, ["weight", "float64", "float32"]),
+        ({"weight": torch.ones(6, 8).bfloat16()}, ["weight", "bfloat16", "float32"]),
+        ({"weight": torch.ones(6, 8, device="meta")}, ["weight", "meta", "cpu"]),
+        ({"bias": torch.ones(8)}, ["bias", "(8)", "(6)"]),
+        ({"bias": torch.ones(6, 1)}, ["bias", "(6, 1)", "(6)"]),
+        ({"bias": torch.ones(6).half()}, ["bias", "float16"]),
+        ({"bias": torch.ones(6, device="meta")}, ["bias", "meta", "cpu"]),
+        ({"weight": None}, ["weight"]),  # a bias of its own has no base output to go to
+    ],
+)
+def test_linear(change, expected, path):
+    refuses(linear, {**arguments(), **change, "path": path}, *expected)
+
+
+@pytest.mark.parametrize("path", ["fast", "", "Factored", "factored "])
+def test_unknown_path(path):
+    names = ["'factored'", "'delta'", "'merged'"]
+    refuses(linear, {**arguments(), "path": path}, "path", f"'{path}'", *names)
+
+
+def test_merged_without_a_weight():
+    change = {"weight": None, "bias": None, "path": "merged"}
+    refuses(linear, {**arguments(), **change}, "merged", "weight", "None")
+
+
+@pytest.mark.parametrize("value", ["fast", "FACTORED", "merged,delta"])
+def test_environment_path(value, monkeypatch):
+    monkeypatch.setenv("RANDLORA_PATH", value)
+    refuses(linear, arguments(), "RANDLORA_PATH", value, "auto", "factored", "delta", "merged")
+    linear(**arguments(), path="delta")  # an explicit path does not ask the environment
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"A": torch.ones(3, 6, dtype=torch.int32)}, ["A", "int32", "float32"]),
+        ({"A": torch.ones(3, 6, dtype=torch.bool)}, ["A", "bool", "float32"]),
+        ({"A": torch.ones(3, 6, dtype=torch.complex64)}, ["A", "complex64", "float32"]),
+        ({"A": torch.ones(3, 1, 6)}, ["A", "(3, 1, 6)", "(r, d)"]),
+        ({"A": torch.ones(3, 7)}, ["gam", "(2, 6)", "(2, 7)"]),
+        ({"A": torch.ones(4, 6)}, ["lam", "(3, 2)", "r = 4"]),
+        ({"lam": torch.ones(3, 3)}, ["gam", "(2, 6)", "(3, 6)"]),
+        ({"lam": torch.ones(3, 2, dtype=torch.int64)}, ["lam", "int64", "float32"]),
+        ({"gam": torch.ones(2, 5)}, ["gam", "(2, 5)", "(2, 6)"]),
+        ({"gam": torch.ones(12)}, ["gam", "(12)", "(2, 6)"]),
+        ({"A": torch.ones(3, 6, device="meta")}, ["A", "meta", "cpu"]),
+        ({"lam": torch.ones(3, 2, device="meta")}, ["lam", "meta", "cpu"]),
+    ],
+)
+def test_scaled_basis_of_a_dense_matrix(change, expected):
+    good = {"A": torch.ones(3, 6), "lam": torch.ones(3, 2), "gam": torch.ones(2, 6), **change}
+    refuses(ops.scaled_basis, good, *expected)
+    refuses(ops.scaled_basis_backward, {**good, "grad": torch.ones(6, 6)}, *expected)
+
+
+# ---- raw operators: packed tensors that are not those of a basis
+
+
+def replaced(packed, position, tensor):
+    return [tensor if k == position else t for k, t in enumerate(packed)]
+
+
+def shifted(offset, position, by):
+    offset = offset.clone()
+    offset[position] += by
+    return offset
+
+
+def malformed():
+    lists, planes = LISTS.packed("cpu"), PLANES.packed("cpu")
+    yield lists[:5], ["packed", "5", "6", "3"]
+    yield [], ["packed", "0", "6", "3"]
+    yield lists + planes, ["packed", "9", "6", "3"]
+    for position, name in ((0, "a_offset"), (2, "b_row_offset"), (4, "b_col_offset")):
+        offset = lists[position]
+        yield replaced(lists, position, offset.int()), ["packed", name, "int32", "int64"]
+        yield replaced(lists, position, offset[:-1]), ["packed", name, f"({len(offset) - 1})"]
+        yield replaced(lists, position, offset[None]), ["packed", name, f"(1, {len(offset)})"]
+        yield replaced(lists, position, shifted(offset, -1, -1)), ["packed", name, "equal"]
+        yield replaced(lists, position, shifted(offset, 0, 1)), ["packed", name, "0", "1"]
+    for position, name in ((1, "a_index"), (3, "b_row_index"), (5, "b_col_index")):
+        index = lists[position]
+        yield replaced(lists, position, index.long()), ["packed", name, "int64", "int16"]
+        yield replaced(lists, position, index[:-1]), ["packed", name, str(len(index) - 1)]
+        yield replaced(lists, position, index.int()), ["packed", "int32", "int16"]
+        yield replaced(lists, position, index.to("meta")), ["packed", "meta", "cpu"]
+        strided = torch.stack([index, index], 1)[:, 0]
+        yield replaced(lists, position, strided), ["packed", name, "contiguous"]
+    yield replaced(planes, 2, planes[2].int()), ["packed", "b_planes", "int32", "(2, 8, 1)"]
+    yield replaced(planes, 2, planes[2][:, :7].contiguous()), ["packed", "b_planes", "(2, 7, 1)"]
+    yield replaced(planes, 2, planes[2][0]), ["packed", "b_planes", "(8, 1)"]
+
+
+CASES = list(malformed())
+
+
+@pytest.mark.parametrize("packed, expected", CASES, ids=[", ".join(c[1]) for c in CASES])
+def test_malformed_packed(packed, expected):
+    lam, gam, x, dy = torch.ones(3, 2), torch.ones(2, 6), torch.ones(4, 8), torch.ones(4, 6)
+    calls = {
+        ops.delta_weight: (lam, gam, packed, 1.0, 6, 8),
+        ops.delta_weight_backward: (torch.ones(6, 8), lam, gam, packed, 1.0),
+        ops.linear: (x, None, None, lam, gam, packed, 1.0, 6, "factored"),
+        ops.linear_backward: (dy, x, None, lam, gam, packed, 1.0, "factored", True, True),
+    }
+    for op, values in calls.items():
+        refuses(lambda op=op, values=values: op(*values), {}, *expected)
+
+
+# In a process of its own: without the check these offsets lead out of memory.
+DECREASING = """
+import torch
+from randlora_ext import TernaryBasis
+ops = torch.ops.randlora
+lists = TernaryBasis(8, 6, 3, 0.1).packed("cpu")
+lam, gam, x = torch.ones(3, 2), torch.ones(2, 6), torch.ones(4, 8)
+for position, name in ((0, "a_offset"), (2, "b_row_offset"), (4, "b_col_offset")):
+    offset = lists[position].clone()
+    offset[1:-1] = offset[-1] + torch.arange(len(offset) - 2).flip(0)
+    packed = [*lists[:position], offset, *lists[position + 1:]]
+    for call in (
+        lambda: ops.delta_weight(lam, gam, packed, 1.0, 6, 8),
+        lambda: ops.delta_weight_backward(torch.ones(6, 8), lam, gam, packed, 1.0),
+        lambda: ops.linear(x, None, None, lam, gam, packed, 1.0, 6, "factored"),
+        lambda: ops.linear_backward(
+            torch.ones(4, 6), x, None, lam, gam, packed, 1.0, "factored", True, True),
+    ):
+        try:
+            call()
+        except RuntimeError as error:
+            assert name in str(error), error
+        else:
+            raise SystemExit(name + " was taken as it is")
+"""
+
+
+def test_decreasing_offsets():
+    done = subprocess.run([sys.executable, "-c", DECREASING], capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+
+
+@pytest.mark.parametrize(
+    "op, values, expected",
+    [
+        ("delta_weight", (5, 8), ["gam", "(2, 6)", "(2, 5)"]),
+        ("delta_weight", (9, 9), ["lam", "(3, 2)", "n = 3"]),
+        ("delta_weight", (6, 9), ["packed"]),
+        ("delta_weight", (0, 8), ["out_features", "positive", "0"]),
+        ("delta_weight", (6, -8), ["in_features", "positive", "-8"]),
+    ],
+)
+def test_wrong_sizes(op, values, expected):
+    call = (torch.ones(3, 2), torch.ones(2, 6), LISTS.packed("cpu"), 1.0, *values)
+    refuses(lambda: getattr(ops, op)(*call), {}, *expected)
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"dy": torch.ones(4, 5)}, ["weight", "(6, 8)"]),
+        ({"dy": torch.ones(3, 6)}, ["dy", "(3, 6)", "(4, 8)"]),
+        ({"dy": torch.ones(6)}, ["dy", "(6)", "(4, 8)"]),
+        ({"dy": torch.ones(4, 6).double()}, ["dy", "float64", "float32"]),
+        ({"x": torch.ones(4, 8, dtype=torch.int64)}, ["x", "int64"]),
+        ({"weight": torch.ones(6, 7)}, ["weight", "(6, 7)", "(6, 8)"]),
+        ({"path": "none"}, ["path", "none", "factored", "delta", "merged"]),
+        ({"weight": None, "path": "merged"}, ["merged", "weight", "None"]),
+    ],
+)
+def test_linear_backward(change, expected):
+    good = {
+        "dy": torch.ones(4, 6), "x": torch.ones(4, 8), "weight": torch.ones(6, 8),
+        "lam": torch.ones(3, 2), "gam": torch.ones(2, 6), "packed": LISTS.packed("cpu"),
+        "scale": 1.0, "path": "factored", "need_x": True, "need_diagonals": True,
+    }  # fmt: skip
+    refuses(ops.linear_backward, {**good, **change}, *expected)
+
+
+@pytest.mark.parametrize(
+    "op, values, expected",
+    [
+        ("pack_dense", (torch.randn(3, 3),), ["dense", "ternary", "(0, 1)"]),
+        ("pack_dense", (torch.ones(3),), ["dense", "(3)", "(rows, cols)"]),
+        ("pack_dense", (torch.ones(0, 3),), ["dense", "(0, 3)", "empty"]),
+        ("pack_dense", (torch.ones(3, 3, dtype=torch.int64),), ["dense", "int64", "float32"]),
+        ("planes_to_lists", (torch.zeros(2, 1, 1025).long(), 65537, False, False), ["65536"]),
+        ("planes_to_lists", (torch.zeros(2, 1, 1).long(), 65, False, False), ["cols", "65"]),
+        ("planes_to_lists", (torch.zeros(1, 1, 1).long(), 5, True, True), ["planes", "(1, 1, 1)"]),
+        ("planes_to_dense", (torch.zeros(2, 1, 1).long(), 5, 1.0, torch.int32), ["dtype"]),
+        ("planes_to_dense", (torch.zeros(2, 1, 1).long(), -1, 1.0, torch.half), ["cols", "-1"]),
+        ("lists_to_dense", (torch.tensor([0, 1]), torch.zeros(1).short(), 3, 1.0, torch.half),
+         ["offset", "(2)"]),
+        ("lists_to_dense", (torch.tensor([0, 1, 1]), torch.zeros(2).short(), 3, 1.0, torch.half),
+         ["offset", "2", "1"]),
+        ("lists_to_dense", (torch.tensor([0, 2, 1]), torch.zeros(1).short(), 3, 1.0, torch.half),
+         ["offset", "decrease", "2"]),
+        ("lists_to_dense", (torch.tensor([0, 1, 1]), torch.ones(1).short() * 3, 3, 1.0, torch.half),
+         ["index", "3"]),
+        ("lists_to_dense", (torch.tensor([0, 1, 1]), torch.zeros(1).long(), 3, 1.0, torch.half),
+         ["index", "int64", "int16"]),
+    ],
+)  # fmt: skip
+def test_packing_operators(op, values, expected):
+    refuses(lambda: getattr(ops, op)(*values), {}, *expected)

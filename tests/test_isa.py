@@ -1,0 +1,119 @@
+"""Every kernel set that this processor can run gives right results; an unknown one is refused.
+
+The set is chosen once a process by RANDLORA_ISA, so each runs in a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from randlora_ext import _C, build_info
+
+CHECK = """
+import numpy as np, torch
+from basis_reference import ternary
+from basis_vectors import from_planes
+from layer_cases import assert_rule, exact, largest_error, make_layer, ours, plain
+from randlora_ext import TernaryBasis, _C, delta_weight, explain, scaled_basis
+from randlora_ext.reference import delta_weight_reference, scaled_basis_reference
+
+for density in (1 / 3, 0.07):
+    basis = TernaryBasis(157, 93, 9, density, seed=5)
+    B = ternary(5, 1, np.arange(157)[:, None], np.arange(basis.K), density)
+    assert torch.equal(basis.dense()[1].sign(), torch.from_numpy(B).float())
+    for shape in ((157, 93, 9), (93, 157, 9), (20, 24, 32), (600, 530, 16)):
+        for tokens in (1, 7, 33, 100):
+            layer = make_layer(*shape, density, tokens)
+            oracle = exact(layer)
+            for path in ("factored", "delta", "merged"):
+                for name, value in ours(layer, path).items():
+                    assert largest_error(value, oracle[name]) <= 1e-12, (shape, tokens, path, name)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            layer = make_layer(*shape, density, 33, dtype)
+            for path in ("factored", "delta"):
+                assert_rule(ours(layer, path), plain(layer), exact(layer), dtype)
+    A, B = basis.dense(dtype=torch.float64)
+    layer = make_layer(157, 93, 9, density, 1)
+    dW = delta_weight(basis, layer.lam, layer.gam)
+    wide = delta_weight_reference(A, B, layer.lam, layer.gam, 1.0, 93, 157)
+    assert largest_error(dW, wide) <= 1e-12
+    scaled = scaled_basis(A.half(), layer.lam.float(), layer.gam.float())
+    wide = scaled_basis_reference(A.half().float(), layer.lam.float(), layer.gam.float())
+    assert torch.equal(scaled, wide.half())
+# Conversions to 16 bits: ties, subnormals, overflow, infinities and NaN as torch rounds them.
+values = torch.cat([torch.randn(4000) * 2.0 ** torch.randint(-30, 20, (4000,)), torch.tensor(
+    [0.0, -0.0, 65504.0, 65519.0, 65520.0, 1e9, -1e9, 2.0**-24, 2.0**-25, 3 * 2.0**-25, 6e-5,
+     float("inf"), -float("inf"), float("nan"), 1 + 2.0**-11, 1 + 3 * 2.0**-11, 3.4e38])])
+one = torch.ones(1, 1)
+for dtype in (torch.float16, torch.bfloat16):
+    got = scaled_basis(torch.ones(1, len(values), dtype=dtype), one, values[None])[0]
+    torch.testing.assert_close(got, values.to(dtype), rtol=0, atol=0, equal_nan=True)
+    low = values.to(dtype)
+    back = torch.ops.randlora.scaled_basis_backward(
+        low[None], torch.ones(1, len(values)), one, torch.ones(1, len(values)))[1][0]
+    torch.testing.assert_close(back, low.float(), rtol=0, atol=0, equal_nan=True)
+print(_C.isa(), explain(basis, 4).isa)
+"""
+
+WRONG = """
+import torch
+import randlora_ext
+from randlora_ext import _C
+planes = torch.zeros(2, 1, 1, dtype=torch.int64)
+for call in (
+    _C.isa,
+    randlora_ext.build_info,
+    lambda: torch.ops.randlora.fill_planes_(planes, 0, 0, 0, 0, 64, 2**31),
+    lambda: randlora_ext.TernaryBasis(4, 4, 2, 0.5).packed(),
+):
+    try:
+        call()
+    except RuntimeError as error:
+        print(error)
+assert not planes.any()
+"""
+
+
+def run(code, isa):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment.pop("RANDLORA_ISA", None)
+    environment.pop("RANDLORA_PATH", None)
+    if isa is not None:
+        environment["RANDLORA_ISA"] = isa
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_kernel_set(isa):
+    if isa not in _C.available_isas():
+        pytest.skip(f"{isa} kernels: not in this build or not on this processor")
+    done = run(CHECK, isa)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [isa, isa]
+
+
+def test_portable_kernels_are_always_there_and_the_best_come_first():
+    available, built = _C.available_isas(), build_info()["built_isas"]
+    assert available[-1] == "portable" and set(available) <= set(built)
+    assert available == [isa for isa in ("avx512", "avx2", "portable") if isa in available]
+    if "RANDLORA_ISA" not in os.environ:
+        assert _C.isa() == build_info()["isa"] == available[0]
+
+
+@pytest.mark.parametrize("isa", ["sse9", "AVX2"])
+def test_unknown_kernel_set_is_refused(isa):
+    done = run(WRONG, isa)
+    assert done.returncode == 0, done.stderr
+    messages = [line for line in done.stdout.splitlines() if "RANDLORA_ISA" in line]
+    assert len(messages) == 4
+    assert all(f"'{isa}'" in m and ", ".join(_C.available_isas()) in m for m in messages)
+
+
+def test_empty_means_the_default():
+    done = run("from randlora_ext import _C; print(_C.isa())", "")
+    assert done.stdout.strip() == _C.available_isas()[0]

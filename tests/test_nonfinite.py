@@ -1,0 +1,131 @@
+"""NaN and inf reach what they touch, as in PyTorch, and nothing else."""
+
+import math
+
+import pytest
+import torch
+from layer_cases import make_layer, ours
+
+from randlora_ext import delta_weight, linear, scaled_basis
+from randlora_ext.reference import scaled_basis_reference
+
+PATHS = ["factored", "delta", "merged"]
+FORMATS = pytest.mark.parametrize("density", [1 / 3, 0.07], ids=["planes", "lists"])
+SHAPES = pytest.mark.parametrize("shape", [(50, 37, 7), (37, 50, 7)], ids=str)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+VALUES = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+
+
+def call(layer, path, **change):
+    values = {**vars(layer), **change}
+    return linear(
+        **{k: values[k] for k in ("x", "weight", "bias", "basis", "lam", "gam")}, path=path
+    )
+
+
+@SHAPES
+@FORMATS
+@DTYPES
+@VALUES
+@pytest.mark.parametrize("path", PATHS)
+def test_a_token_spoils_itself_only(shape, density, dtype, value, path):
+    layer = make_layer(*shape, density, 40, dtype)
+    clean = call(layer, path)
+    for row in (0, 17, 39):
+        x = layer.x.clone()
+        x[row, 3] = value
+        y = call(layer, path, x=x)
+        assert not y[row].isfinite().any()  # W has no zeros: as of F.linear, whatever the path
+        if math.isnan(value):
+            assert y[row].isnan().all()
+        others = torch.arange(40) != row
+        assert torch.equal(y[others], clean[others])
+
+
+@SHAPES
+@FORMATS
+@pytest.mark.parametrize("path", PATHS)
+def test_weight_and_bias(shape, density, path):
+    layer = make_layer(*shape, density, 20, torch.float32)
+    clean = call(layer, path)
+    weight, bias = layer.weight.clone(), layer.bias.clone()
+    weight[5, 7], bias[6] = math.nan, math.inf
+    y = call(layer, path, weight=weight, bias=bias)
+    assert y[:, 5].isnan().all() and (y[:, 6] == math.inf).all()
+    others = [o for o in range(shape[1]) if o not in (5, 6)]
+    assert torch.equal(y[:, others], clean[:, others])
+
+
+@SHAPES
+@FORMATS
+@VALUES
+@pytest.mark.parametrize("path", ["factored", "delta"])
+@pytest.mark.parametrize("which", ["lam", "gam"])
+def test_diagonals_spoil_what_they_are_connected_to(shape, density, value, path, which):
+    # Zeros of a sparse matrix are absent, not multiplied: an infinite lam[j, i] reaches the
+    # outputs that base (j, i) is connected to. A dense product would spoil all (inf * 0).
+    layer = make_layer(*shape, density, 20, torch.float64).without_weight()
+    basis = layer.basis
+    clean = call(layer, path)
+    A, B = basis.dense(dtype=torch.float64)
+    j, k = (A != 0).nonzero()[0].tolist()
+    bases = (B.view(basis.D, basis.r, basis.n)[:, j] != 0).nonzero()
+    i = bases[0, 1].item()
+    diagonal = getattr(layer, which).clone()
+    diagonal[(j, i) if which == "lam" else (i, k)] = value
+    mask = torch.zeros(basis.r, basis.n, basis.d, dtype=torch.bool)
+    if which == "lam":
+        mask[j, i] = A[j] != 0
+    else:
+        mask[:, i, k] = A[:, k] != 0
+    reached = (B != 0).double() @ mask.flatten(0, 1).double() > 0  # entries of dW, (D, d)
+    outputs = reached.any(1) if basis.d == shape[0] else reached.any(0)
+    y = call(layer, path, **{which: diagonal})
+    assert outputs.any() and not y[:, outputs].isfinite().any()
+    assert torch.equal(y[:, ~outputs], clean[:, ~outputs])
+    dW = delta_weight(basis, layer.lam if which == "gam" else diagonal,
+                      layer.gam if which == "lam" else diagonal)  # fmt: skip
+    oriented = reached if basis.d == shape[0] else reached.T
+    assert torch.equal(~dW.isfinite(), oriented)
+
+
+@pytest.mark.parametrize("which", ["A", "lam", "gam"])
+@VALUES
+def test_scaled_basis_is_dense_and_equals_the_reference(which, value):
+    make = torch.Generator().manual_seed(0)
+    t = {k: torch.randn(s, generator=make) for k, s in
+         (("A", (5, 33)), ("lam", (5, 7)), ("gam", (7, 33)))}  # fmt: skip
+    t["A"][0, :5] = 0
+    t[which][0, 1] = value
+    expected = scaled_basis_reference(*t.values())
+    torch.testing.assert_close(scaled_basis(*t.values()), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@SHAPES
+@FORMATS
+@pytest.mark.parametrize("path", PATHS)
+def test_gradients(shape, density, path):
+    layer = make_layer(*shape, density, 40, torch.float32)
+    clean = ours(layer, path)
+    layer.dy[17, 3] = math.nan
+    results = ours(layer, path)
+    others = torch.arange(40) != 17
+    assert results["dx"][17].isnan().all()
+    assert torch.equal(results["dx"][others], clean["dx"][others])
+    # An optimiser step must see it: both gradients are spoiled, though not everywhere.
+    assert results["dlam"].isnan().any() and results["dgam"].isnan().any()
+
+
+@FORMATS
+@pytest.mark.parametrize("path", PATHS)
+def test_scaling(density, path):
+    layer = make_layer(50, 37, 7, density, 4, torch.float32)
+    y = linear(layer.x, layer.weight, None, layer.basis, layer.lam, layer.gam, math.nan, path)
+    assert y.isnan().all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_overflow_of_float16_is_infinite(path):
+    layer = make_layer(50, 37, 7, 1.0, 4, torch.float16)
+    y = call(layer, path, lam=layer.lam * 1e8)
+    assert not y.isfinite().any()

@@ -1,0 +1,221 @@
+"""The packed tensors of a basis: equal to the dense matrices, shared, and freed in time."""
+
+import gc
+import threading
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from basis_vectors import from_planes, to_lists, to_planes
+from layer_cases import exact, largest_error, make_layer, ours
+
+from randlora_ext import TernaryBasis, delta_weight, linear
+from randlora_ext.basis import PLANES_ABOVE_DENSITY
+from randlora_ext.packing import _cache
+from randlora_ext.reference import delta_weight_reference
+
+ops = torch.ops.randlora
+SHAPES = [
+    (64, 64, 8),
+    (50, 37, 7),
+    (37, 50, 7),
+    (20, 24, 32),
+    (1, 1, 1),
+    (130, 200, 1),
+    (3, 700, 2),
+]
+
+
+def signs(basis):
+    return [m.sign().to(torch.int8).numpy() for m in basis.dense(dtype=torch.float64)]
+
+
+def from_lists(offset, index, lines, length):
+    """A dense matrix (lines, length) of -1, 0, +1 from lists, position by position."""
+    unsigned = index.numpy().view({2: np.uint16, 4: np.uint32}[index.element_size()])
+    dense = np.zeros((lines, length), dtype=np.int8)
+    assert offset.shape == (2 * lines + 1,) and offset[0] == 0 and offset[-1] == len(unsigned)
+    for q in range(2 * lines):
+        run = unsigned[offset[q] : offset[q + 1]]
+        assert (np.diff(run.astype(np.int64)) > 0).all()  # ascending, no position twice
+        dense[q // 2, run] += -1 if q % 2 else 1
+    return dense
+
+
+@pytest.mark.parametrize("imported", [False, True], ids=["generated", "imported"])
+@pytest.mark.parametrize("density", [1.0, 1 / 3, 0.07, 1 / 64])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_packed_equals_dense(shape, density, imported):
+    basis = TernaryBasis(*shape, density, seed=8)
+    if imported:
+        basis = TernaryBasis.from_dense(*basis.dense(), *shape[:2])
+    A, B = signs(basis)
+    packed = basis.packed("cpu")
+    assert [t.dtype for t in packed[:2]] == [torch.int64, torch.int16]
+    assert np.array_equal(from_lists(*packed[:2], basis.r, basis.d), A)
+    if basis.format == "planes":
+        assert len(packed) == 3 and packed[2].dtype == torch.int64
+        assert packed[2].shape == (2, basis.D, -(-basis.K // 64))
+        assert np.array_equal(from_planes(packed[2].numpy(), basis.K), B)
+        assert np.array_equal(packed[2].numpy(), to_planes(B))  # also the bits past the end
+    else:
+        assert len(packed) == 6
+        assert np.array_equal(from_lists(*packed[2:4], basis.D, basis.K), B)
+        assert np.array_equal(from_lists(*packed[4:6], basis.K, basis.D), B.T)
+        for by_column in (False, True):
+            offset, index = to_lists(B, by_column)
+            got = packed[2 + 2 * by_column : 4 + 2 * by_column]
+            assert np.array_equal(got[0].numpy(), offset)
+            assert np.array_equal(got[1].numpy().view(np.uint16), index)
+    assert all(t.is_contiguous() and not t.requires_grad for t in packed)
+    assert basis.packed_bytes("cpu") == sum(t.nbytes for t in packed)
+
+
+def test_format_threshold():
+    assert TernaryBasis(50, 37, 7, PLANES_ABOVE_DENSITY).format == "lists"
+    above = TernaryBasis(50, 37, 7, np.nextafter(PLANES_ABOVE_DENSITY, 1))
+    assert above.format == "planes" and len(above.packed("cpu")) == 3
+    B = torch.zeros(50, 42)
+    B.view(-1)[: 50 * 42 // 8] = 1
+    assert TernaryBasis.from_dense(torch.ones(7, 37), B, 50, 37).format == "lists"
+    B.view(-1)[50 * 42 // 8] = 1
+    assert TernaryBasis.from_dense(torch.ones(7, 37), B, 50, 37).format == "planes"
+
+
+# ---- sizes at which 16-bit positions end
+
+
+@pytest.mark.parametrize("shape", [(65536, 2, 1), (65537, 2, 1), (3, 65540, 2)], ids=str)
+@pytest.mark.parametrize("density", [1 / 3, 0.05])
+def test_wide_lists(shape, density):
+    layer = make_layer(*shape, density, 3)
+    basis = layer.basis
+    wide = max(shape) > 65536
+    packed = basis.packed("cpu")
+    kind = torch.int32 if wide else torch.int16
+    assert (
+        {t.dtype for t in packed[1::2]} == {kind} if len(packed) == 6 else packed[1].dtype == kind
+    )
+    oracle = exact(layer)
+    for path in ("factored", "delta", "merged"):
+        results = ours(layer, path)
+        for name, value in results.items():
+            assert largest_error(value, oracle[name]) <= 1e-12, (path, name)
+    A, B = basis.dense(dtype=torch.float64)
+    arguments = (A, B, layer.lam, layer.gam, 0.5, shape[1], shape[0])
+    dW = delta_weight(basis, layer.lam, layer.gam, 0.5)
+    assert largest_error(dW, delta_weight_reference(*arguments)) <= 1e-12
+    if density < PLANES_ABOVE_DENSITY:  # the last rows and columns are really used
+        columns = packed[5].numpy().view(np.uint32 if wide else np.uint16)
+        assert columns.max() > 65000
+
+
+def test_wide_lists_of_a_narrow_basis_give_the_same_bits():
+    layer = make_layer(50, 37, 7, 0.07, 20, torch.float32)
+    packed = layer.basis.packed("cpu")
+    wide = [t if t.dtype == torch.int64 else t.to(torch.int32) for t in packed]
+    results = [
+        ops.linear(layer.x, None, None, layer.lam, layer.gam, p, 1.0, 37, "factored")
+        for p in (packed, wide)
+    ]
+    assert torch.equal(*results)
+
+
+# ---- one copy for all who share a description
+
+
+def pointers(basis):
+    return [t.data_ptr() for t in basis.packed("cpu")]
+
+
+@pytest.mark.parametrize("density", [1 / 3, 0.07])
+def test_equal_bases_share_one_copy_which_dies_with_the_last(density):
+    before = len(_cache)
+    first, second = (TernaryBasis(500, 370, 7, density, seed=77) for _ in range(2))
+    watched = [weakref.ref(t) for t in first.packed("cpu")]
+    assert pointers(first) == pointers(second)
+    assert len(_cache) == before + 1
+    other = TernaryBasis(500, 370, 7, density, seed=78)
+    assert set(pointers(other)).isdisjoint(pointers(first))
+    del first, other
+    gc.collect()
+    assert all(ref() is not None for ref in watched)
+    third = TernaryBasis(500, 370, 7, density, seed=77)
+    assert third.packed("cpu")[0] is watched[0]()
+    del second, third
+    gc.collect()
+    assert all(ref() is None for ref in watched) and len(_cache) == before
+
+
+def test_a_graph_keeps_its_packed_tensors_and_no_longer():
+    basis = TernaryBasis(50, 37, 7, 0.07, seed=79)
+    lam, gam = torch.randn(7, 6).requires_grad_(), torch.randn(6, 37)
+    y = linear(torch.randn(4, 50), None, None, basis, lam, gam, path="factored")
+    watched = weakref.ref(basis.packed("cpu")[2])
+    del basis
+    y.sum().backward()  # still right after the basis itself is gone
+    assert lam.grad.isfinite().all()
+    del y
+    gc.collect()
+    assert watched() is None
+
+
+def test_device_names_of_one_device_share():
+    basis = TernaryBasis(50, 37, 7, 0.07)
+    assert basis.packed() is basis.packed("cpu") is basis.packed(torch.device("cpu"))
+
+
+def test_packing_from_many_threads_gives_one_copy():
+    found, start = [], threading.Barrier(4)
+
+    def use():
+        basis = TernaryBasis(800, 700, 9, 0.07, seed=80)
+        start.wait()
+        found.append((basis, pointers(basis)))
+
+    workers = [threading.Thread(target=use) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(found) == 4 and all(p == found[0][1] for _, p in found)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_packed_in_any_grad_mode_serves_training_later(mode):
+    basis = TernaryBasis(50, 37, 7, 0.07, seed=81)  # packed anew: the one before is gone
+    lam, gam, x = torch.randn(7, 6), torch.randn(6, 37), torch.randn(4, 50)
+    with mode():
+        linear(x, None, None, basis, lam, gam, path="factored")
+    lam.requires_grad_()
+    linear(x, None, None, basis, lam, gam, path="factored").sum().backward()
+    assert lam.grad is not None
+
+
+# ---- the packing operators on their own
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (3, 64), (64, 3), (65, 127), (200, 1), (1, 200)], ids=str
+)
+def test_pack_dense_and_back(shape):
+    values = np.random.default_rng(0).integers(-1, 2, shape).astype(np.int8)
+    values[0, 0] = -1
+    dense = torch.from_numpy(values).double() * 0.3
+    for view in (dense, dense.T.contiguous().T):
+        planes, value = ops.pack_dense(view)
+        assert value.item() == 0.3 and value.dtype == torch.float64
+        assert np.array_equal(planes.numpy(), to_planes(values))
+        assert torch.equal(ops.planes_to_dense(planes, shape[1], 0.3, torch.float64), dense)
+        for wide in (False, True):
+            lists = ops.planes_to_lists(planes, shape[1], False, wide)
+            assert torch.equal(ops.lists_to_dense(*lists, shape[1], 0.3, torch.float64), dense)
+            lists = ops.planes_to_lists(planes, shape[1], True, wide)
+            assert torch.equal(ops.lists_to_dense(*lists, shape[0], 0.3, torch.float64), dense.T)
+
+
+def test_zeros_of_either_sign_are_zeros():
+    planes, value = ops.pack_dense(torch.tensor([[0.0, -0.0, 2.0, -2.0]]))
+    assert value.item() == 2.0 and planes[:, 0, 0].tolist() == [0b0100, 0b1000]
+    assert ops.planes_to_dense(planes, 4, 2.0, torch.float32).signbit().tolist() == [[0, 0, 0, 1]]
