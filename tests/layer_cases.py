@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -27,6 +28,17 @@ SHAPES = [
     (33, 130, 16),
 ]
 DENSITIES = [1.0, 1 / 3, 0.07, 1 / 64]  # the first two are packed as planes, the others as lists
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For modules that import it: thousands of tiny calls, for each of which waking a second
+    thread would take longer than the work. test_determinism.py tells that it changes no bit.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layer_cases import make_layer
+from layer_cases import make_layer, one_thread  # noqa: F401
 
 from randlora_ext import TernaryBasis, delta_weight, linear, scaled_basis
 
@@ -16,15 +16,6 @@ BASES = {
     "planes reduce": (5, 9, 2, 1 / 3),
     "wide lists": (65537, 2, 2, 0.01),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Hundreds of tiny calls: waking a pool for each would take longer than all the rest."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tensors(name, dtype=torch.float32):

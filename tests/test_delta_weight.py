@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from layer_cases import (
+from layer_cases import (  # noqa: F401
     DENSITIES,
     SHAPES,
     SIXTEEN_BITS,
     assert_rule,
     largest_error,
     make_layer,
+    one_thread,
 )
 
 from randlora_ext import TernaryBasis, delta_weight

@@ -154,7 +154,7 @@ def malformed():
         yield replaced(lists, position, offset.int()), ["packed", name, "int32", "int64"]
         yield replaced(lists, position, offset[:-1]), ["packed", name, f"({len(offset) - 1})"]
         yield replaced(lists, position, offset[None]), ["packed", name, f"(1, {len(offset)})"]
-        yield replaced(lists, position, shifted(offset, -1, -1)), ["packed", name, "equal"]
+        yield replaced(lists, position, shifted(offset, -1, -1)), ["packed", name]
         yield replaced(lists, position, shifted(offset, 0, 1)), ["packed", name, "0", "1"]
     for position, name in ((1, "a_index"), (3, "b_row_index"), (5, "b_col_index")):
         index = lists[position]

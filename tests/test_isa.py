@@ -78,7 +78,10 @@ assert not planes.any()
 
 
 def run(code, isa):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    # One thread: test_determinism.py tells that the number changes nothing.
+    environment = {
+        **os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
     environment.pop("RANDLORA_ISA", None)
     environment.pop("RANDLORA_PATH", None)
     if isa is not None:

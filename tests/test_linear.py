@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layer_cases import (
+from layer_cases import (  # noqa: F401
     DENSITIES,
     SHAPES,
     SIXTEEN_BITS,
@@ -13,6 +13,7 @@ from layer_cases import (
     exact,
     largest_error,
     make_layer,
+    one_thread,
     ours,
     plain,
     rms_error,

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from layer_cases import make_layer, ours
+from layer_cases import make_layer, one_thread, ours  # noqa: F401
 
 from randlora_ext import delta_weight, linear, scaled_basis
 from randlora_ext.reference import scaled_basis_reference

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from basis_vectors import from_planes, to_lists, to_planes
-from layer_cases import exact, largest_error, make_layer, ours
+from layer_cases import exact, largest_error, make_layer, one_thread, ours  # noqa: F401
 
 from randlora_ext import TernaryBasis, delta_weight, linear
 from randlora_ext.basis import PLANES_ABOVE_DENSITY

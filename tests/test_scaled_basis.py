@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layer_cases import SIXTEEN_BITS, assert_rule, largest_error
+from layer_cases import SIXTEEN_BITS, assert_rule, largest_error, one_thread  # noqa: F401
 
 from randlora_ext import TernaryBasis, scaled_basis
 from randlora_ext.reference import scaled_basis_reference

@@ -23,8 +23,6 @@ struct ComputeOf<double> {
   using type = double;
 };
 
-inline int64_t bytes_of(DType t) {
-  return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2;
-}
+inline int64_t bytes_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
 }  // namespace randlora

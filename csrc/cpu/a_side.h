@@ -25,27 +25,29 @@ RANDLORA_INLINE void tiles(int64_t first, int64_t count, const F& fn) {
 // v[j * n + i] = lam[j, i] * sum_{k in S_j} A[j, k] gamma[i, k] z[k]
 template <class B, class Index>
 void a_up_lists(const Lists<Index>& a, int64_t r, int64_t n, const typename B::C* lam,
-          const typename B::C* gT, int64_t ldg, const typename B::C* z, typename B::C* v) {
+                const typename B::C* gT, int64_t ldg, const typename B::C* z, typename B::C* v) {
   using C = typename B::C;
   using V = typename B::V;
   for (int64_t j = 0; j < r; ++j) {
     const int64_t plus = a.plus(j), minus = a.minus(j), end = a.end(j);
-    tiles(0, n, [&](auto rows, int64_t i) {
+    tiles(0, n, [&](auto rows, int64_t i) RANDLORA_INLINED {
       V acc[rows][B::NV] = {};
       for (int64_t p = plus; p < minus; ++p) {
         const C *g = gT + a.index[p] * ldg + i, *zk = z + int64_t(a.index[p]) * B::TB;
-        unrolled<rows>([&](auto m) {
-          for (int q = 0; q < B::NV; ++q) acc[m][q] += g[m] * load<V>(zk + q * B::L);
+        unrolled<rows>([&](auto m) RANDLORA_INLINED {
+          for (int q = 0; q < B::NV; ++q)
+            acc[m][q] = add_product(acc[m][q], g[m], load<V>(zk + q * B::L));
         });
       }
       for (int64_t p = minus; p < end; ++p) {
         const C *g = gT + a.index[p] * ldg + i, *zk = z + int64_t(a.index[p]) * B::TB;
-        unrolled<rows>([&](auto m) {
-          for (int q = 0; q < B::NV; ++q) acc[m][q] -= g[m] * load<V>(zk + q * B::L);
+        unrolled<rows>([&](auto m) RANDLORA_INLINED {
+          for (int q = 0; q < B::NV; ++q)
+            acc[m][q] = subtract_product(acc[m][q], g[m], load<V>(zk + q * B::L));
         });
       }
       const int64_t c = j * n + i;
-      unrolled<rows>([&](auto m) {
+      unrolled<rows>([&](auto m) RANDLORA_INLINED {
         for (int q = 0; q < B::NV; ++q)
           store(v + (c + m) * B::TB + q * B::L, acc[m][q] * lam[c + m]);
       });
@@ -65,17 +67,17 @@ void a_down_lists(const Lists<Index>& a, int64_t j, int64_t n, const typename B:
     for (int q = 0; q < B::NV; ++q)
       store(scaled + i * B::TB + q * B::L, load<V>(u + i * B::TB + q * B::L) * lam[i]);
   const auto scatter = [&](int64_t first, int64_t last, C sign) {
-    tiles(first, last, [&](auto rows, int64_t p) {
+    tiles(first, last, [&](auto rows, int64_t p) RANDLORA_INLINED {
       V acc[rows][B::NV] = {};
       const C* g[rows];
-      unrolled<rows>([&](auto m) { g[m] = gT + a.index[p + m] * ldg; });
+      unrolled<rows>([&](auto m) RANDLORA_INLINED { g[m] = gT + a.index[p + m] * ldg; });
       for (int64_t i = 0; i < n; ++i) {
-        unrolled<rows>([&](auto m) {
+        unrolled<rows>([&](auto m) RANDLORA_INLINED {
           for (int q = 0; q < B::NV; ++q)
-            acc[m][q] += g[m][i] * load<V>(scaled + i * B::TB + q * B::L);
+            acc[m][q] = add_product(acc[m][q], g[m][i], load<V>(scaled + i * B::TB + q * B::L));
         });
       }
-      unrolled<rows>([&](auto m) {
+      unrolled<rows>([&](auto m) RANDLORA_INLINED {
         for (int q = 0; q < B::NV; ++q) {
           C* to = z + int64_t(a.index[p + m]) * B::TB + q * B::L;
           store(to, load<V>(to) + sign * acc[m][q]);
@@ -94,10 +96,11 @@ void transpose_bases(const typename B::C* u, int64_t n, int64_t ldg, typename B:
   for (int64_t i = 0; i < ldg; i += B::L)
     for (int q = 0; q < B::NV; ++q) {
       V m[B::L];
-      unrolled<B::L>(
-          [&](auto l) { m[l] = i + l < n ? load<V>(u + (i + l) * B::TB + q * B::L) : V{}; });
+      unrolled<B::L>([&](auto l) RANDLORA_INLINED {
+        m[l] = i + l < n ? load<V>(u + (i + l) * B::TB + q * B::L) : V{};
+      });
       transpose<B::L>(m);
-      unrolled<B::L>([&](auto l) { store(ut + (q * B::L + l) * ldg + i, m[l]); });
+      unrolled<B::L>([&](auto l) RANDLORA_INLINED { store(ut + (q * B::L + l) * ldg + i, m[l]); });
     }
 }
 
@@ -106,21 +109,21 @@ void transpose_bases(const typename B::C* u, int64_t n, int64_t ldg, typename B:
 // rounding grows with sqrt(TB + T / TB) and not with sqrt(T).
 template <class B, class Index>
 void a_grad_lists(const Index* index, int64_t support, int64_t ldg, int64_t tokens,
-            const typename B::C* z, const typename B::C* ut, typename B::C* P) {
+                  const typename B::C* z, const typename B::C* ut, typename B::C* P) {
   using C = typename B::C;
   using V = Vec<C>;
   constexpr int L = kVectorBytes / int(sizeof(C));
-  const auto columns = [&](auto vectors, int64_t i) {
-    tiles(0, support, [&](auto rows, int64_t p) {
+  const auto columns = [&](auto vectors, int64_t i) RANDLORA_INLINED {
+    tiles(0, support, [&](auto rows, int64_t p) RANDLORA_INLINED {
       V acc[rows][vectors] = {};
       const C* zk[rows];
-      unrolled<rows>([&](auto m) { zk[m] = z + int64_t(index[p + m]) * B::TB; });
+      unrolled<rows>([&](auto m) RANDLORA_INLINED { zk[m] = z + int64_t(index[p + m]) * B::TB; });
       for (int64_t t = 0; t < tokens; ++t)
-        unrolled<rows>([&](auto m) {
+        unrolled<rows>([&](auto m) RANDLORA_INLINED {
           for (int q = 0; q < vectors; ++q)
-            acc[m][q] += zk[m][t] * load<V>(ut + t * ldg + i + q * L);
+            acc[m][q] = add_product(acc[m][q], zk[m][t], load<V>(ut + t * ldg + i + q * L));
         });
-      unrolled<rows>([&](auto m) {
+      unrolled<rows>([&](auto m) RANDLORA_INLINED {
         for (int q = 0; q < vectors; ++q) {
           C* to = P + (p + m) * ldg + i + q * L;
           store(to, load<V>(to) + acc[m][q]);

@@ -120,13 +120,13 @@ void delta_weight_as(const DeltaWeight& p, Runtime& rt) {
         const int64_t first = at.first(j), support = at.support(j), stride = at.stride(j);
         const C* compact = value + at.start(j);
         for (int q = 0; q < rows; ++q)
-          s.walk.visit(q, j, [&](auto* plus, int64_t n_plus, auto* minus, int64_t n_minus,
-                                 int64_t origin) {
-            if (n_plus + n_minus == 0) return;
-            sum_compact(compact, stride, plus, n_plus, minus, n_minus, origin, s.sum);
-            C* row = s.rows + q * b.d;
-            for (int64_t e = 0; e < support; ++e) row[at.position(first + e)] += s.sum[e];
-          });
+          s.walk.visit(
+              q, j, [&](auto* plus, int64_t n_plus, auto* minus, int64_t n_minus, int64_t origin) {
+                if (n_plus + n_minus == 0) return;
+                sum_compact(compact, stride, plus, n_plus, minus, n_minus, origin, s.sum);
+                C* row = s.rows + q * b.d;
+                for (int64_t e = 0; e < support; ++e) row[at.position(first + e)] += s.sum[e];
+              });
       }
       if (p.transposed) {
         load_block_from<B>(s.rows, b.d, rows, b.d, s.turned);
@@ -187,20 +187,20 @@ void delta_weight_backward_as(const DeltaWeightBackward& p, Runtime& rt) {
         }
         C* compact = Z + at.start(j);
         for (int q = 0; q < rows; ++q)
-          s.walk.visit(q, j, [&](auto* plus, int64_t n_plus, auto* minus, int64_t n_minus,
-                                 int64_t origin) {
-            const C* g = s.grad + q * stride;
-            for (int64_t e = 0; e < n_plus; ++e)
-              for (int64_t x = 0; x < stride; x += L) {
-                C* to = compact + (plus[e] - origin) * stride + x;
-                store(to, load<V>(to) + load<V>(g + x));
-              }
-            for (int64_t e = 0; e < n_minus; ++e)
-              for (int64_t x = 0; x < stride; x += L) {
-                C* to = compact + (minus[e] - origin) * stride + x;
-                store(to, load<V>(to) - load<V>(g + x));
-              }
-          });
+          s.walk.visit(
+              q, j, [&](auto* plus, int64_t n_plus, auto* minus, int64_t n_minus, int64_t origin) {
+                const C* g = s.grad + q * stride;
+                for (int64_t e = 0; e < n_plus; ++e)
+                  for (int64_t x = 0; x < stride; x += L) {
+                    C* to = compact + (plus[e] - origin) * stride + x;
+                    store(to, load<V>(to) + load<V>(g + x));
+                  }
+                for (int64_t e = 0; e < n_minus; ++e)
+                  for (int64_t x = 0; x < stride; x += L) {
+                    C* to = compact + (minus[e] - origin) * stride + x;
+                    store(to, load<V>(to) - load<V>(g + x));
+                  }
+              });
       }
     }
   });

@@ -48,8 +48,8 @@ struct Cut {
 template <class B>
 struct Slot {
   using C = typename B::C;
-  C *small, *large, *mid;   // (group, d, TB), (group, D, TB), (group, K, TB)
-  C *lines, *scaled;        // (group, kLines, TB), (n, TB)
+  C *small, *large, *mid;  // (group, d, TB), (group, D, TB), (group, K, TB)
+  C *lines, *scaled;       // (group, kLines, TB), (n, TB)
   DecodedChunk* chunk;
   int64_t small_step, large_step, mid_step;
 

@@ -147,7 +147,8 @@ void lists_to_dense(const AnyLists& lists, bool wide, int64_t rows, int64_t cols
     S* to = static_cast<S*>(out);
     const auto expand = [&](const auto& l) {
       rt.split(rows, 1, [&](int64_t begin, int64_t end) {
-        std::memset(static_cast<void*>(to + begin * cols), 0, size_t((end - begin) * cols) * sizeof(S));
+        std::memset(static_cast<void*>(to + begin * cols), 0,
+                    size_t((end - begin) * cols) * sizeof(S));
         for (int64_t row = begin; row < end; ++row) {
           for (int64_t p = l.plus(row); p < l.minus(row); ++p) to[row * cols + l.index[p]] = plus;
           for (int64_t p = l.minus(row); p < l.end(row); ++p) to[row * cols + l.index[p]] = minus;

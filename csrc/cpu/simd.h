@@ -8,7 +8,7 @@
 
 #include "../core/dtype.h"
 #include "../core/host_device.h"
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__FMA__)  // AVX2 and up
 #include <immintrin.h>
 #endif
 
@@ -17,6 +17,8 @@
 #endif
 
 #define RANDLORA_INLINE RANDLORA_HD
+// On lambdas of hot loops: one that is not inlined would keep its accumulators in memory.
+#define RANDLORA_INLINED __attribute__((always_inline))
 namespace randlora {
 namespace RANDLORA_ISA {
 
@@ -49,6 +51,44 @@ RANDLORA_INLINE V load(const T* p) {
 template <class V, class T>
 RANDLORA_INLINE void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
+}
+
+// c + a * b and c - a * b, rounded once where the set has fused instructions. Spelled out because
+// compilers decide loop by loop whether to fuse: then a token's last bit would depend on the tile
+// and on the block width that computed it.
+#if defined(__FMA__)
+template <class V>
+RANDLORA_INLINE V fused(V a, V b, V c) {
+  constexpr bool is_double = sizeof(c[0]) == 8;
+  if constexpr (sizeof(V) == 16 && is_double)
+    return (V)_mm_fmadd_pd((__m128d)a, (__m128d)b, (__m128d)c);
+  if constexpr (sizeof(V) == 16 && !is_double)
+    return (V)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)c);
+  if constexpr (sizeof(V) == 32 && is_double)
+    return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+  if constexpr (sizeof(V) == 32 && !is_double)
+    return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64 && is_double)
+    return (V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+  if constexpr (sizeof(V) == 64 && !is_double)
+    return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#endif
+}
+#else
+template <class V>
+RANDLORA_INLINE V fused(V a, V b, V c) {
+  return c + a * b;
+}
+#endif
+// a times the scalar s, added to or subtracted from c.
+template <class V, class C>
+RANDLORA_INLINE V add_product(V c, C s, V a) {
+  return fused(s - V{}, a, c);  // s - 0: broadcast without an addition that -0 would forbid to drop
+}
+template <class V, class C>
+RANDLORA_INLINE V subtract_product(V c, C s, V a) {
+  return fused(-(s - V{}), a, c);
 }
 
 // ---- storage types: `lanes` consecutive elements widened to the compute type, and back ----------

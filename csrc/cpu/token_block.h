@@ -42,8 +42,7 @@ void load_block_from(const S* x, int64_t ld, int64_t tokens, int64_t features, t
     int64_t f = 0;
     for (; f + B::L <= features; f += B::L) {
       V m[B::L];
-      unrolled<B::L>(
-          [&](auto t) { m[t] = t < have ? load_as<V>(x + (first + t) * ld + f) : V{}; });
+      unrolled<B::L>([&](auto t) { m[t] = t < have ? load_as<V>(x + (first + t) * ld + f) : V{}; });
       transpose<B::L>(m);
       unrolled<B::L>([&](auto t) { store(z + (f + t) * B::TB + first, m[t]); });
     }
@@ -62,22 +61,22 @@ void store_block_to(const typename B::C* z, typename B::C scale, bool accumulate
   for (int v = 0; v < B::NV; ++v) {
     const int64_t first = v * B::L;
     const int64_t have = tokens - first < B::L ? tokens - first : B::L;
-    int64_t f = 0;
-    for (; f + B::L <= features; f += B::L) {
+    for (int64_t f = 0; f < features; f += B::L) {
+      const int64_t here = features - f < B::L ? features - f : B::L;
       V m[B::L];
-      unrolled<B::L>([&](auto t) { m[t] = load<V>(z + (f + t) * B::TB + first) * scale; });
+      unrolled<B::L>(
+          [&](auto l) { m[l] = l < here ? load<V>(z + (f + l) * B::TB + first) * scale : V{}; });
       transpose<B::L>(m);
       unrolled<B::L>([&](auto t) {
         S* to = y + (first + t) * ld + f;
-        if (t < have) store_as(to, accumulate ? load_as<V>(to) + m[t] : m[t]);
+        if (t >= have) return;
+        if (here == B::L) return store_as(to, accumulate ? load_as<V>(to) + m[t] : m[t]);
+        // The same product and sum as above, not one fused operation: a feature's last bit must not
+        // depend on whether L divides the number of features.
+        for (int64_t l = 0; l < here; ++l)
+          narrow(accumulate ? C(widen(to[l])) + m[t][l] : m[t][l], to + l);
       });
     }
-    for (; f < features; ++f)
-      for (int64_t t = 0; t < have; ++t) {
-        S* to = y + (first + t) * ld + f;
-        const C value = z[f * B::TB + first + t] * scale;
-        narrow(accumulate ? C(widen(*to)) + value : value, to);
-      }
   }
 }
 
@@ -90,7 +89,8 @@ void transpose_matrix(const C* from, int64_t ldf, int64_t rows, int64_t cols, C*
     int64_t c = 0;
     for (; c + B::L <= cols && q + B::L <= ldt; c += B::L) {
       V m[B::L];
-      unrolled<B::L>([&](auto l) { m[l] = q + l < rows ? load<V>(from + (q + l) * ldf + c) : V{}; });
+      unrolled<B::L>(
+          [&](auto l) { m[l] = q + l < rows ? load<V>(from + (q + l) * ldf + c) : V{}; });
       transpose<B::L>(m);
       unrolled<B::L>([&](auto l) { store(to + (c + l) * ldt + q, m[l]); });
     }
@@ -119,8 +119,8 @@ RANDLORA_INLINE void with_storage(DType dtype, const void* p, const F& fn) {
 template <class B>
 RANDLORA_INLINE void load_block(const void* x, DType dtype, int64_t t, int64_t ld, int64_t tokens,
                                 typename B::C* z) {
-  with_storage<typename B::C>(
-      dtype, x, [&](auto* p) { load_block_from<B>(p + t * ld, ld, tokens, ld, z); });
+  with_storage<typename B::C>(dtype, x,
+                              [&](auto* p) { load_block_from<B>(p + t * ld, ld, tokens, ld, z); });
 }
 template <class B>
 RANDLORA_INLINE void store_block(const typename B::C* z, typename B::C scale, bool accumulate,

@@ -33,17 +33,19 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("available_isas", &randlora::available_isas,
         "Kernel sets of this build that this processor can run, best first.");
-  m.def("isa", [] { return std::string(randlora::cpu_kernels().isa); },
-        "The kernel set in use. Raises RuntimeError where RANDLORA_ISA names one that cannot run.");
+  m.def(
+      "isa", [] { return std::string(randlora::cpu_kernels().isa); },
+      "The kernel set in use. Raises RuntimeError where RANDLORA_ISA names one that cannot run.");
   m.def("philox4x32_10", [](Words4 counter, Words2 key) {
-    const auto out = randlora::philox4x32_10({{counter[0], counter[1], counter[2], counter[3]}},
-                                             key[0], key[1]);
+    const auto out =
+        randlora::philox4x32_10({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
     return std::make_tuple(out.v[0], out.v[1], out.v[2], out.v[3]);
   });
-  m.def("threshold", [](double density) { return randlora::threshold(density); },
-        "Integer threshold of a density; 0 where it is outside (0, 1].");
-  m.def("element", [](uint64_t seed, uint32_t role, uint32_t row, uint32_t col,
-                      uint32_t threshold) {
-    return randlora::element(seed, role, row, col, threshold);
-  });
+  m.def(
+      "threshold", [](double density) { return randlora::threshold(density); },
+      "Integer threshold of a density; 0 where it is outside (0, 1].");
+  m.def("element",
+        [](uint64_t seed, uint32_t role, uint32_t row, uint32_t col, uint32_t threshold) {
+          return randlora::element(seed, role, row, col, threshold);
+        });
 }

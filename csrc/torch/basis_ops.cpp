@@ -41,19 +41,19 @@ void fill_planes_(Tensor planes, int64_t seed, int64_t role, int64_t row_start, 
                  " with ", shape.rows, " rows leaves the allowed range [0, 2^32)");
   RANDLORA_CHECK(col_start >= 0 && col_start + cols <= kIndexLimit, "col_start = ", col_start,
                  " with ", cols, " columns leaves the allowed range [0, 2^32)");
-  RANDLORA_CHECK(threshold >= 1 && threshold <= int64_t{1} << 31, "threshold must be in [1, 2^31], got ",
-                 threshold);
+  RANDLORA_CHECK(threshold >= 1 && threshold <= int64_t{1} << 31,
+                 "threshold must be in [1, 2^31], got ", threshold);
   auto* plus = static_cast<uint64_t*>(planes.mutable_data_ptr());
   TorchRuntime runtime;
-  cpu_kernels().fill_planes({static_cast<uint64_t>(seed), static_cast<uint32_t>(role),
-                             static_cast<uint32_t>(threshold), row_start, shape.rows, col_start,
-                             cols, plus, plus + shape.rows * shape.words},
-                            runtime);
+  cpu_kernels().fill_planes(
+      {static_cast<uint64_t>(seed), static_cast<uint32_t>(role), static_cast<uint32_t>(threshold),
+       row_start, shape.rows, col_start, cols, plus, plus + shape.rows * shape.words},
+      runtime);
 }
 
 std::tuple<Tensor, Tensor> pack_dense_op(Tensor dense) {
-  RANDLORA_CHECK(dense.dim() == 2 && dense.numel() > 0, "dense must be (rows, cols) and not empty, got ",
-                 describe(dense));
+  RANDLORA_CHECK(dense.dim() == 2 && dense.numel() > 0,
+                 "dense must be (rows, cols) and not empty, got ", describe(dense));
   const DType dtype = activation_dtype(dense, "dense");
   const Tensor x = as_contiguous(dense);
   const int64_t rows = x.size(0), cols = x.size(1), words = words_of(cols);
@@ -62,10 +62,11 @@ std::tuple<Tensor, Tensor> pack_dense_op(Tensor dense) {
   auto* plus = static_cast<uint64_t*>(planes.mutable_data_ptr());
   TorchRuntime runtime;
   int64_t bad = -1;
-  const double a = pack_dense(x.const_data_ptr(), dtype, rows, cols, plus,
-                                        plus + rows * words, &bad, runtime);
-  RANDLORA_CHECK(a >= 0, "dense is not ternary: element (", bad / cols, ", ", bad % cols,
-                 ") is none of -a, 0, +a, where a is the magnitude of its first element that is not zero");
+  const double a =
+      pack_dense(x.const_data_ptr(), dtype, rows, cols, plus, plus + rows * words, &bad, runtime);
+  RANDLORA_CHECK(
+      a >= 0, "dense is not ternary: element (", bad / cols, ", ", bad % cols,
+      ") is none of -a, 0, +a, where a is the magnitude of its first element that is not zero");
   *value.mutable_data_ptr<double>() = a;
   return {planes, value};
 }
@@ -101,24 +102,26 @@ Tensor planes_to_dense_op(Tensor planes, int64_t cols, double value, ScalarType 
   const DType type = dense_dtype(dtype);
   Tensor out = torch::stable::new_empty(planes, {shape.rows, cols}, dtype);
   TorchRuntime runtime;
-  planes_to_dense(view(planes), shape.rows, cols, value, out.mutable_data_ptr(), type,
-                            runtime);
+  planes_to_dense(view(planes), shape.rows, cols, value, out.mutable_data_ptr(), type, runtime);
   return out;
 }
 
-Tensor lists_to_dense_op(Tensor offset, Tensor index, int64_t cols, double value, ScalarType dtype) {
+Tensor lists_to_dense_op(Tensor offset, Tensor index, int64_t cols, double value,
+                         ScalarType dtype) {
   const DType type = dense_dtype(dtype);
   RANDLORA_CHECK(offset.scalar_type() == ScalarType::Long && offset.dim() == 1 &&
                      offset.size(0) % 2 == 1 && offset.is_contiguous(),
                  "offset must be a contiguous int64 tensor of 2 * rows + 1 entries, got ",
                  describe(offset));
-  RANDLORA_CHECK((index.scalar_type() == ScalarType::Short || index.scalar_type() == ScalarType::Int) &&
-                     index.dim() == 1 && index.is_contiguous(),
-                 "index must be a contiguous int16 or int32 tensor, got ", describe(index));
+  RANDLORA_CHECK(
+      (index.scalar_type() == ScalarType::Short || index.scalar_type() == ScalarType::Int) &&
+          index.dim() == 1 && index.is_contiguous(),
+      "index must be a contiguous int16 or int32 tensor, got ", describe(index));
   const int64_t rows = offset.size(0) / 2;
   const auto* at = offset.const_data_ptr<int64_t>();
   RANDLORA_CHECK(at[0] == 0 && at[2 * rows] == index.size(0), "offset must run from 0 to ",
-                 index.size(0), ", the length of index, but runs from ", at[0], " to ", at[2 * rows]);
+                 index.size(0), ", the length of index, but runs from ", at[0], " to ",
+                 at[2 * rows]);
   const bool wide = index.scalar_type() == ScalarType::Int;
   for (int64_t q = 0; q < 2 * rows; ++q)
     RANDLORA_CHECK(at[q] <= at[q + 1], "offset must not decrease, but entry ", q, " is ", at[q],
@@ -126,12 +129,13 @@ Tensor lists_to_dense_op(Tensor offset, Tensor index, int64_t cols, double value
   for (int64_t p = 0; p < index.size(0); ++p) {
     const int64_t col = wide ? static_cast<const uint32_t*>(index.const_data_ptr())[p]
                              : static_cast<const uint16_t*>(index.const_data_ptr())[p];
-    RANDLORA_CHECK(col < cols, "index[", p, "] is ", col, ", but there are only ", cols, " columns");
+    RANDLORA_CHECK(col < cols, "index[", p, "] is ", col, ", but there are only ", cols,
+                   " columns");
   }
   Tensor out = torch::stable::new_empty(offset, {rows, cols}, dtype);
   TorchRuntime runtime;
-  lists_to_dense({at, index.const_data_ptr()}, wide, rows, cols, value,
-                           out.mutable_data_ptr(), type, runtime);
+  lists_to_dense({at, index.const_data_ptr()}, wide, rows, cols, value, out.mutable_data_ptr(),
+                 type, runtime);
   return out;
 }
 
@@ -146,7 +150,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
   m.def("planes_to_lists(Tensor planes, int cols, bool by_column, bool wide) -> (Tensor, Tensor)");
   m.def("planes_to_dense(Tensor planes, int cols, float value, ScalarType dtype) -> Tensor");
   m.def(
-      "lists_to_dense(Tensor offset, Tensor index, int cols, float value, ScalarType dtype) -> Tensor");
+      "lists_to_dense(Tensor offset, Tensor index, int cols, float value, ScalarType dtype) -> "
+      "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) {

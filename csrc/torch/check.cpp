@@ -29,10 +29,9 @@ void check_offsets(const Tensor& offset, const Tensor& index, int64_t lines, con
                  "packed: ", name, "_offset must be a contiguous int64 tensor of ", 2 * lines + 1,
                  " entries (2 * lines + 1), got ", describe(offset));
   const ScalarType t = index.scalar_type();
-  RANDLORA_CHECK((t == ScalarType::Short || t == ScalarType::Int) && index.is_contiguous() &&
-                     index.dim() == 1,
-                 "packed: ", name, "_index must be a contiguous int16 or int32 tensor, got ",
-                 describe(index));
+  RANDLORA_CHECK(
+      (t == ScalarType::Short || t == ScalarType::Int) && index.is_contiguous() && index.dim() == 1,
+      "packed: ", name, "_index must be a contiguous int16 or int32 tensor, got ", describe(index));
   if (offset.is_cpu()) {
     const int64_t last = offset.const_data_ptr<int64_t>()[2 * lines];
     RANDLORA_CHECK(last == index.size(0), "packed: ", name, "_offset ends at ", last, " but ", name,
@@ -75,7 +74,9 @@ ScalarType scalar_type(DType t) {
   }
 }
 
-ScalarType compute_type(DType t) { return t == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+ScalarType compute_type(DType t) {
+  return t == DType::f64 ? ScalarType::Double : ScalarType::Float;
+}
 
 void check_floating(const Tensor& t, const char* name) {
   RANDLORA_CHECK(is_floating(t.scalar_type()), name,
@@ -97,18 +98,19 @@ Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tenso
   check_floating(lam, "lam");
   check_floating(gam, "gam");
   check_same_device(gam, "gam", lam, "lam");
-  RANDLORA_CHECK(in_features > 0 && out_features > 0, "in_features and out_features must be positive, got ",
-                 in_features, " and ", out_features);
+  RANDLORA_CHECK(in_features > 0 && out_features > 0,
+                 "in_features and out_features must be positive, got ", in_features, " and ",
+                 out_features);
   Basis b;
   b.r = lam.size(0);
   b.n = lam.size(1);
   b.d = in_features < out_features ? in_features : out_features;
   b.D = in_features < out_features ? out_features : in_features;
   RANDLORA_CHECK(b.n == (b.d + b.r - 1) / b.r, "lam is ", describe(lam), ", so r = ", b.r,
-                 ", and a layer of ", in_features, " to ", out_features, " features needs n = ",
-                 (b.d + b.r - 1) / b.r, " bases");
-  RANDLORA_CHECK(gam.dim() == 2 && gam.size(0) == b.n && gam.size(1) == b.d, "gam must be (n, d) = (",
-                 b.n, ", ", b.d, "), got ", describe(gam));
+                 ", and a layer of ", in_features, " to ", out_features,
+                 " features needs n = ", (b.d + b.r - 1) / b.r, " bases");
+  RANDLORA_CHECK(gam.dim() == 2 && gam.size(0) == b.n && gam.size(1) == b.d,
+                 "gam must be (n, d) = (", b.n, ", ", b.d, "), got ", describe(gam));
   RANDLORA_CHECK(packed.size() == 6 || packed.size() == 3,
                  "packed must hold 6 tensors (lists) or 3 (bit planes), got ", packed.size(),
                  "; take it from TernaryBasis.packed(device)");

@@ -16,7 +16,8 @@ enum class Path { factored, delta, merged };
 Path path_of(const std::string& path, bool has_weight) {
   if (path == "factored") return Path::factored;
   if (path == "delta") return Path::delta;
-  RANDLORA_CHECK(path == "merged", "path must be 'factored', 'delta' or 'merged', got '", path, "'");
+  RANDLORA_CHECK(path == "merged", "path must be 'factored', 'delta' or 'merged', got '", path,
+                 "'");
   RANDLORA_CHECK(has_weight, "path 'merged' adds to the weight, but weight is None");
   return Path::merged;
 }
@@ -58,11 +59,12 @@ Sizes check(const Tensor& x, const OptionalTensor& weight, const OptionalTensor&
                    " but x is ", describe(x), "; they must have one dtype");
   }
   if (bias) {
-    RANDLORA_CHECK(weight.has_value(), "bias was given without a weight; add it to the base output");
+    RANDLORA_CHECK(weight.has_value(),
+                   "bias was given without a weight; add it to the base output");
     check_same_device(*bias, "bias", x, "x");
-    RANDLORA_CHECK(bias->dim() == 1 && bias->size(0) == s.out &&
-                       bias->scalar_type() == x.scalar_type(),
-                   "bias must be (", s.out, ") in the dtype of x, got ", describe(*bias));
+    RANDLORA_CHECK(
+        bias->dim() == 1 && bias->size(0) == s.out && bias->scalar_type() == x.scalar_type(),
+        "bias must be (", s.out, ") in the dtype of x, got ", describe(*bias));
   }
   return s;
 }
@@ -123,7 +125,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Optional
   if (p == Path::factored) {
     const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
     if (need_x)
-      dx = weight ? as_contiguous(torch::stable::matmul(dyc, *weight)) : torch::stable::empty_like(xc);
+      dx = weight ? as_contiguous(torch::stable::matmul(dyc, *weight))
+                  : torch::stable::empty_like(xc);
     if (need_diagonals) dlam = torch::stable::empty_like(l), dgam = torch::stable::empty_like(g);
     TorchRuntime runtime;
     cpu_kernels().linear_backward(

@@ -16,8 +16,8 @@ Sizes check(const Tensor& A, const Tensor& lam, const Tensor& gam) {
   check_same_device(lam, "lam", A, "A");
   check_same_device(gam, "gam", A, "A");
   RANDLORA_CHECK(A.dim() == 2, "A must be (r, d), got ", describe(A));
-  RANDLORA_CHECK(lam.dim() == 2 && lam.size(0) == A.size(0), "lam must be (r, n) with r = ",
-                 A.size(0), ", got ", describe(lam));
+  RANDLORA_CHECK(lam.dim() == 2 && lam.size(0) == A.size(0),
+                 "lam must be (r, n) with r = ", A.size(0), ", got ", describe(lam));
   RANDLORA_CHECK(gam.dim() == 2 && gam.size(0) == lam.size(1) && gam.size(1) == A.size(1),
                  "gam must be (n, d) = (", lam.size(1), ", ", A.size(1), "), got ", describe(gam));
   return {A.size(0), lam.size(1), A.size(1)};
@@ -26,7 +26,8 @@ Sizes check(const Tensor& A, const Tensor& lam, const Tensor& gam) {
 Tensor scaled_basis(Tensor A, Tensor lam, Tensor gam) {
   const Sizes s = check(A, lam, gam);
   const DType dtype = activation_dtype(A, "A");
-  const Tensor a = compute_copy(A, dtype), l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
+  const Tensor a = compute_copy(A, dtype), l = compute_copy(lam, dtype),
+               g = compute_copy(gam, dtype);
   Tensor out = torch::stable::new_empty(A, {s.r * s.n, s.d});
   TorchRuntime runtime;
   cpu_kernels().scaled_basis({s.r, s.n, s.d, a.const_data_ptr(), l.const_data_ptr(),
@@ -41,7 +42,8 @@ std::tuple<Tensor, Tensor> scaled_basis_backward(Tensor grad, Tensor A, Tensor l
                  "grad must be (K, d) = (", s.r * s.n, ", ", s.d, "), got ", describe(grad));
   check_same_device(grad, "grad", A, "A");
   const DType dtype = activation_dtype(grad, "grad");
-  const Tensor a = compute_copy(A, dtype), l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
+  const Tensor a = compute_copy(A, dtype), l = compute_copy(lam, dtype),
+               g = compute_copy(gam, dtype);
   const Tensor G = as_contiguous(grad);
   Tensor dlam = torch::stable::empty_like(l), dgam = torch::stable::empty_like(g);
   TorchRuntime runtime;

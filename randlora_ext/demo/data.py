@@ -73,7 +73,7 @@ def plan_batches(
 ) -> list[list[Example]]:
     """``steps`` random batches of ``batch_size``; none comes twice before all have come once.
 
-    Batches of equal lengths would need less padding, but learned measurably worse.
+    Batches of equal lengths need a fifth fewer tokens, but learned less a step.
     """
     order = random.Random(seed)
     drawn: list[Example] = []

@@ -11,14 +11,14 @@ namespace randlora {
 
 inline int failures = 0;
 
-#define EXPECT(condition, ...)                                          \
-  do {                                                                  \
-    if (!(condition)) {                                                 \
-      ++::randlora::failures;                                           \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition);       \
-      std::printf(__VA_ARGS__);                                         \
-      std::printf("\n");                                                \
-    }                                                                   \
+#define EXPECT(condition, ...)                                    \
+  do {                                                            \
+    if (!(condition)) {                                           \
+      ++::randlora::failures;                                     \
+      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                   \
+      std::printf("\n");                                          \
+    }                                                             \
   } while (0)
 
 // A random ternary matrix with its packed forms.

@@ -24,8 +24,15 @@ struct Problem {
   std::vector<double> lam, gam, x, dy, y, dx, dlam, dgam, dW, dA;
 
   Problem(int64_t in, int64_t out, int64_t rank, int64_t tokens, double density)
-      : D(std::max(in, out)), d(std::min(in, out)), r(rank), n((d + r - 1) / r), K(r * n),
-        T(tokens), expand(d == in), A(r, d, density, 1, setup), B(D, K, density, 2, setup) {
+      : D(std::max(in, out)),
+        d(std::min(in, out)),
+        r(rank),
+        n((d + r - 1) / r),
+        K(r * n),
+        T(tokens),
+        expand(d == in),
+        A(r, d, density, 1, setup),
+        B(D, K, density, 2, setup) {
     std::mt19937 random(3);
     std::normal_distribution<double> normal;
     const auto fill = [&](std::vector<double>& v, int64_t count) {
@@ -110,7 +117,8 @@ void run(const Problem& p, bool planes, bool wide, int threads) {
   std::vector<C> y(p.y.size(), C(NAN)), dx(p.dx.size(), C(NAN)), dlam(p.K, C(NAN)),
       dgam(p.n * p.d, C(NAN)), dW(p.D * p.d, C(NAN));
 
-  k.linear({b, lam.data(), gam.data(), x.data(), y.data(), dtype, p.T, p.scale, p.expand, false}, rt);
+  k.linear({b, lam.data(), gam.data(), x.data(), y.data(), dtype, p.T, p.scale, p.expand, false},
+           rt);
   compare("y", y, p.y, tolerance, p);
   k.linear_backward({b, lam.data(), gam.data(), x.data(), dy.data(), dx.data(), dtype, p.T, p.scale,
                      p.expand, false, dlam.data(), dgam.data()},
@@ -122,16 +130,17 @@ void run(const Problem& p, bool planes, bool wide, int threads) {
   k.delta_weight({b, lam.data(), gam.data(), nullptr, dW.data(), dtype, p.scale, !p.expand}, rt);
   compare("dW", dW, p.dW, tolerance, p);
   const auto base = dW;
-  k.delta_weight({b, lam.data(), gam.data(), base.data(), dW.data(), dtype, p.scale, !p.expand}, rt);
+  k.delta_weight({b, lam.data(), gam.data(), base.data(), dW.data(), dtype, p.scale, !p.expand},
+                 rt);
   auto twice = p.dW;
   for (double& v : twice) v *= 2;
   compare("W + dW", dW, twice, tolerance, p);
 
   Problem contracted = p;
   contracted.contract(p.dW);
-  k.delta_weight_backward({b, lam.data(), gam.data(), base.data(), dtype, p.scale, !p.expand,
-                           dlam.data(), dgam.data()},
-                          rt);
+  k.delta_weight_backward(
+      {b, lam.data(), gam.data(), base.data(), dtype, p.scale, !p.expand, dlam.data(), dgam.data()},
+      rt);
   compare("delta dlam", dlam, contracted.dlam, 3 * tolerance, p);
   compare("delta dgam", dgam, contracted.dgam, 3 * tolerance, p);
 
@@ -157,8 +166,10 @@ void generation() {
           const int got = int(planes[word] >> (col & 63) & 1) -
                           int(planes[rows * words + word] >> (col & 63) & 1);
           const int want =
-              col < cols ? element(77, kRoleB, uint32_t(5 + row), uint32_t(col_start + col), limit) : 0;
-          EXPECT(got == want, "row %ld col %ld of start %ld", long(row), long(col), long(col_start));
+              col < cols ? element(77, kRoleB, uint32_t(5 + row), uint32_t(col_start + col), limit)
+                         : 0;
+          EXPECT(got == want, "row %ld col %ld of start %ld", long(row), long(col),
+                 long(col_start));
         }
     }
 }

@@ -34,10 +34,12 @@ static void not_ternary() {
   std::vector<float> m = {0.f, .5f, -.5f, 0.f, .5f, .25f};
   std::vector<uint64_t> bits(4);
   int64_t bad = -1;
-  EXPECT(pack_dense(m.data(), DType::f32, 2, 3, bits.data(), bits.data() + 2, &bad, rt) < 0, "accepted");
+  EXPECT(pack_dense(m.data(), DType::f32, 2, 3, bits.data(), bits.data() + 2, &bad, rt) < 0,
+         "accepted");
   EXPECT(bad == 5, "bad element %ld", long(bad));
   m[5] = -.5f;
-  EXPECT(pack_dense(m.data(), DType::f32, 2, 3, bits.data(), bits.data() + 2, &bad, rt) == .5, "refused");
+  EXPECT(pack_dense(m.data(), DType::f32, 2, 3, bits.data(), bits.data() + 2, &bad, rt) == .5,
+         "refused");
   m[0] = NAN;
   EXPECT(pack_dense(m.data(), DType::f32, 2, 3, bits.data(), bits.data() + 2, &bad, rt) < 0, "NaN");
 }
