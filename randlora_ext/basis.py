@@ -67,7 +67,8 @@ class TernaryBasis:
     Raises:
         TypeError, ValueError: naming the argument, what it was and what is allowed.
 
-    Equality and hash are those of the description; pickling and copying move no matrix.
+    Equality and hash are those of the description; a copy is the same object. Pickling moves no
+    matrix, but for an imported basis (`from_dense`), which is its matrices.
     Source: paper section 4.3 (sparse bases) and PEFT's ``_init_randlora_A_randlora_B_sparse``.
     """
 
@@ -154,7 +155,9 @@ class TernaryBasis:
     @property
     def format(self) -> str:
         """How B is packed: ``"lists"`` or ``"planes"``."""
-        return "planes" if self.density > PLANES_ABOVE_DENSITY else "lists"
+        # Planes are decoded by bases of 16-bit number.
+        planes = self.density > PLANES_ABOVE_DENSITY and self.n <= 65536
+        return "planes" if planes else "lists"
 
     def packed(self, device: torch.device | str = "cpu") -> list[Tensor]:
         """The tensors that ``torch.ops.randlora`` takes as ``packed``.
@@ -223,6 +226,9 @@ class TernaryBasis:
 
     def __hash__(self) -> int:
         return hash(self._key())
+
+    def __deepcopy__(self, memo: dict) -> "TernaryBasis":
+        return self  # it never changes, and copies must go on sharing what it packs
 
     def __getstate__(self) -> dict:
         return {k: v for k, v in self.__dict__.items() if k != "_packed"}

@@ -89,6 +89,8 @@ def linear(
         ValueError, TypeError: naming the argument. RuntimeError: from the operator's own checks.
     """
     _check_diagonals(basis, lam, gam)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor (..., in_features), got {type(x)}")
     if not x.is_floating_point():
         raise TypeError(f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] != basis.in_features:

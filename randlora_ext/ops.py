@@ -26,6 +26,23 @@ def _autograd(name: str, backward, setup_context) -> None:
     torch.library.register_autograd(f"randlora::{name}_backward", refuse)
 
 
+def _together(**tensors) -> None:
+    """What csrc/torch/check.cpp says of mixed devices, where a meta tensor leads here instead."""
+    named = [
+        (name, t)
+        for name, value in tensors.items()
+        for t in (value if isinstance(value, (list, tuple)) else [value])
+        if t is not None
+    ]
+    first, reference = named[0]
+    for name, t in named[1:]:
+        if t.device != reference.device:
+            raise RuntimeError(
+                f"randlora: {name} is on {t.device} but {first} on {reference.device}; they must "
+                "be on one device"
+            )
+
+
 # ---- generation and packing: integers, no gradients ----------------------------------------------
 
 
@@ -68,11 +85,13 @@ def _(offset, index, cols, value, dtype):
 
 @_register("scaled_basis")
 def _(A, lam, gam):
+    _together(A=A, lam=lam, gam=gam)
     return A.new_empty((lam.shape[0] * lam.shape[1], A.shape[1]))
 
 
 @_register("scaled_basis_backward")
 def _(grad, A, lam, gam):
+    _together(A=A, lam=lam, gam=gam, grad=grad)
     return lam.new_empty(lam.shape), gam.new_empty(gam.shape)
 
 
@@ -93,11 +112,13 @@ _autograd("scaled_basis", _scaled_basis_backward, _scaled_basis_context)
 
 @_register("delta_weight")
 def _(lam, gam, packed, scale, out_features, in_features):
+    _together(lam=lam, gam=gam, packed=packed)
     return lam.new_empty((out_features, in_features))
 
 
 @_register("delta_weight_backward")
 def _(grad, lam, gam, packed, scale):
+    _together(lam=lam, gam=gam, packed=packed, grad=grad)
     return lam.new_empty(lam.shape), gam.new_empty(gam.shape)
 
 
@@ -119,11 +140,13 @@ _autograd("delta_weight", _delta_weight_backward, _delta_weight_context)
 
 @_register("linear")
 def _(x, weight, bias, lam, gam, packed, scale, out_features, path):
+    _together(x=x, lam=lam, gam=gam, packed=packed, weight=weight, bias=bias)
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 @_register("linear_backward")
 def _(dy, x, weight, lam, gam, packed, scale, path, need_x, need_diagonals):
+    _together(x=x, lam=lam, gam=gam, packed=packed, weight=weight, dy=dy)
     return (
         x.new_empty(x.shape if need_x else (0,)),
         lam.new_empty(lam.shape if need_diagonals else (0,)),
@@ -182,6 +205,9 @@ class _EagerLinear(torch.autograd.Function):
 
 def linear(*inputs):
     """`torch.ops.randlora.linear`, by the shorter way where autograd alone is at work."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
+        # register_autograd has no rule for them: jvp would return zeros, the others fail obscurely.
+        raise NotImplementedError("randlora_ext.linear does not work under torch.func transforms")
+    if torch.compiler.is_compiling():
         return _ops.linear(*inputs)
     return _EagerLinear.apply(*inputs)

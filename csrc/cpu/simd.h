@@ -10,6 +10,8 @@
 #include "../core/host_device.h"
 #if defined(__FMA__)  // AVX2 and up
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #ifndef RANDLORA_ISA
@@ -75,7 +77,15 @@ RANDLORA_INLINE V fused(V a, V b, V c) {
     return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #endif
 }
-#else
+#elif defined(__aarch64__)
+template <class V>
+RANDLORA_INLINE V fused(V a, V b, V c) {
+  if constexpr (sizeof(c[0]) == 8)
+    return (V)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+  else
+    return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+#else  // no fused instruction, so nothing to decide
 template <class V>
 RANDLORA_INLINE V fused(V a, V b, V c) {
   return c + a * b;

@@ -122,6 +122,7 @@ Tensor lists_to_dense_op(Tensor offset, Tensor index, int64_t cols, double value
   RANDLORA_CHECK(at[0] == 0 && at[2 * rows] == index.size(0), "offset must run from 0 to ",
                  index.size(0), ", the length of index, but runs from ", at[0], " to ",
                  at[2 * rows]);
+  RANDLORA_CHECK(cols >= 0, "cols may not be negative, got ", cols);
   const bool wide = index.scalar_type() == ScalarType::Int;
   for (int64_t q = 0; q < 2 * rows; ++q)
     RANDLORA_CHECK(at[q] <= at[q + 1], "offset must not decrease, but entry ", q, " is ", at[q],

@@ -14,6 +14,11 @@ const char* name_of(ScalarType t) {
     case ScalarType::Short: return "int16";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
     default: return "another dtype";
   }
 }
@@ -32,11 +37,15 @@ void check_offsets(const Tensor& offset, const Tensor& index, int64_t lines, con
   RANDLORA_CHECK(
       (t == ScalarType::Short || t == ScalarType::Int) && index.is_contiguous() && index.dim() == 1,
       "packed: ", name, "_index must be a contiguous int16 or int32 tensor, got ", describe(index));
-  if (offset.is_cpu()) {
-    const int64_t last = offset.const_data_ptr<int64_t>()[2 * lines];
-    RANDLORA_CHECK(last == index.size(0), "packed: ", name, "_offset ends at ", last, " but ", name,
-                   "_index has ", index.size(0), " entries; they must be equal");
-  }
+  if (!offset.is_cpu()) return;
+  // Positions are trusted (only a pass over all of them could check them), where they lie is not.
+  const int64_t* at = offset.const_data_ptr<int64_t>();
+  RANDLORA_CHECK(at[0] == 0 && at[2 * lines] == index.size(0), "packed: ", name,
+                 "_offset must run from 0 to ", index.size(0), ", the length of ", name,
+                 "_index, but runs from ", at[0], " to ", at[2 * lines]);
+  bool ascends = true;
+  for (int64_t q = 0; q < 2 * lines; ++q) ascends &= at[q] <= at[q + 1];
+  RANDLORA_CHECK(ascends, "packed: ", name, "_offset must not decrease");
 }
 
 AnyLists lists_of(const Tensor& offset, const Tensor& index) {
@@ -118,7 +127,10 @@ Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tenso
   check_offsets(packed[0], packed[1], b.r, "a");
   b.a = lists_of(packed[0], packed[1]);
   b.wide = packed[1].scalar_type() == ScalarType::Int;
+  RANDLORA_CHECK(b.wide || (b.D <= 65536 && b.K() <= 65536),
+                 "packed: int16 positions end at 65535, but D = ", b.D, " and K = ", b.K());
   if (packed.size() == 3) {
+    RANDLORA_CHECK(b.n <= 65536, "packed: bit planes serve up to n = 65536 bases, got n = ", b.n);
     const Tensor& p = packed[2];
     const int64_t words = words_of(b.K());
     RANDLORA_CHECK(p.scalar_type() == ScalarType::Long && p.is_contiguous() && p.dim() == 3 &&
