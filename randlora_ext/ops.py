@@ -163,9 +163,13 @@ def _linear_gradients(ctx, dy):
     """Gradients of x, weight, bias, lam, gam."""
     x, weight, lam, gam = ctx.saved_tensors
     need = ctx.needs_input_grad
-    dx, dlam, dgam = _ops.linear_backward(
-        dy, x, weight, lam, gam, ctx.packed, ctx.scale, ctx.path, need[0], need[3] or need[4]
-    )
+    arguments = (dy, x, weight, lam, gam, ctx.packed, ctx.scale, ctx.path)
+    arguments += (need[0], need[3] or need[4])
+    if torch.is_grad_enabled():  # create_graph=True: the op must be able to refuse
+        dx, dlam, dgam = _ops.linear_backward.default(*arguments)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            dx, dlam, dgam = _ops.linear_backward.default(*arguments)
     # A base that trains beside the adapter (PEFT's bias="all", say) gets its ordinary gradients.
     flat = dy.reshape(-1, dy.shape[-1]) if need[1] or need[2] else None
     return (

@@ -188,6 +188,7 @@ def test_packed_in_any_grad_mode_serves_training_later(mode):
     lam, gam, x = torch.randn(7, 6), torch.randn(6, 37), torch.randn(4, 50)
     with mode():
         linear(x, None, None, basis, lam, gam, path="factored")
+    assert not any(t.is_inference() for t in basis.packed("cpu"))
     lam.requires_grad_()
     linear(x, None, None, basis, lam, gam, path="factored").sum().backward()
     assert lam.grad is not None

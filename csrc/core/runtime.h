@@ -40,6 +40,21 @@ class Runtime {
   }
 };
 
+// The same host with one thread: for calls too small to share. Handing 16 tokens' worth of work
+// from one core's cache to another's takes longer than doing it.
+class SingleThread : public Runtime {
+ public:
+  RANDLORA_HD_MEMBER explicit SingleThread(Runtime& host) : host_(host) {}
+  int threads() const override { return 1; }
+  void run(int slots, void (*task)(void*, int), void* arg) override {
+    for (int s = 0; s < slots; ++s) task(arg, s);
+  }
+  void* scratch(size_t bytes) override { return host_.scratch(bytes); }
+
+ private:
+  Runtime& host_;
+};
+
 // Carves aligned arrays out of one scratch block: first pass with base = nullptr measures.
 class Arena {
  public:

@@ -137,8 +137,19 @@ void linear_blocks(const Linear& p, Runtime& rt) {
   });
 }
 
+// fn(runtime): of one thread where all tokens are in one block.
+template <class B, class F>
+void with_threads_for(int64_t tokens, Runtime& rt, const F& fn) {
+  if (tokens > B::TB) return fn(rt);
+  SingleThread single(rt);
+  fn(single);
+}
+
 inline void linear(const Linear& p, Runtime& rt) {
-  const auto run = [&](auto b) { linear_blocks<decltype(b)>(p, rt); };
+  const auto run = [&](auto b) {
+    using B = decltype(b);
+    with_threads_for<B>(p.T, rt, [&](Runtime& few) { linear_blocks<B>(p, few); });
+  };
   if (p.dtype == DType::f64)
     with_block<double>(p.T, run);
   else

@@ -150,7 +150,10 @@ void linear_backward_blocks(const LinearBackward& p, Runtime& rt) {
 }
 
 inline void linear_backward(const LinearBackward& p, Runtime& rt) {
-  const auto run = [&](auto b) { linear_backward_blocks<decltype(b)>(p, rt); };
+  const auto run = [&](auto b) {
+    using B = decltype(b);
+    with_threads_for<B>(p.T, rt, [&](Runtime& few) { linear_backward_blocks<B>(p, few); });
+  };
   if (p.dtype == DType::f64)
     with_block<double>(p.T, run);
   else

@@ -18,15 +18,14 @@ struct Block {
   static constexpr int TB = L * NV;
 };
 
-// Calls fn(Block<...>{}): narrow blocks for few tokens, so that two threads share 16 of them. The
-// choice depends on T alone, since the gradients sum block by block: another thread count must not
-// change them.
+// Calls fn(Block<...>{}) with a block for T tokens. The choice depends on T alone, since the
+// gradients sum block by block: another thread count must not change them.
 template <class C, class F>
 RANDLORA_INLINE void with_block(int64_t tokens, const F& fn) {
   constexpr int lanes = kVectorBytes / int(sizeof(C));
   if (tokens > 4 * lanes) return fn(Block<C, kVectorBytes, 2>{});
   if constexpr (kVectorBytes >= 32) {
-    if (tokens <= lanes) return fn(Block<C, kVectorBytes / 2, 1>{});
+    if (tokens <= lanes / 2) return fn(Block<C, kVectorBytes / 2, 1>{});
   }
   fn(Block<C, kVectorBytes, 1>{});
 }
