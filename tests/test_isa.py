@@ -46,7 +46,8 @@ for density in (1 / 3, 0.07):
 # Conversions to 16 bits: ties, subnormals, overflow, infinities and NaN as torch rounds them.
 values = torch.cat([torch.randn(4000) * 2.0 ** torch.randint(-30, 20, (4000,)), torch.tensor(
     [0.0, -0.0, 65504.0, 65519.0, 65520.0, 1e9, -1e9, 2.0**-24, 2.0**-25, 3 * 2.0**-25, 6e-5,
-     float("inf"), -float("inf"), float("nan"), 1 + 2.0**-11, 1 + 3 * 2.0**-11, 3.4e38])])
+     float("inf"), -float("inf"), float("nan"), 1 + 2.0**-11, 1 + 3 * 2.0**-11, 3.4e38]),
+    torch.tensor([0x7FC00001, 0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)])  # NaN
 one = torch.ones(1, 1)
 for dtype in (torch.float16, torch.bfloat16):
     got = scaled_basis(torch.ones(1, len(values), dtype=dtype), one, values[None])[0]
