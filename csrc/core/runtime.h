@@ -17,6 +17,11 @@ class Runtime {
   // 64-byte aligned, not initialised, valid until the operator returns.
   virtual void* scratch(size_t bytes) = 0;
 
+  // Threads to use in this call: one where a kernel has said so. Handing 16 tokens' worth of work
+  // from one core's cache to another's takes longer than doing it.
+  RANDLORA_HD_MEMBER int width() const { return single_ ? 1 : threads(); }
+  RANDLORA_HD_MEMBER void set_single(bool single) { single_ = single; }
+
   // fn(slot) for every slot. A slot owns its share of the work whatever thread runs it, and no
   // sum is split between slots, so results do not depend on the number of threads.
   template <class F>
@@ -30,7 +35,7 @@ class Runtime {
   template <class F>
   RANDLORA_HD_MEMBER void split(int64_t count, int64_t grain, const F& fn) {
     const int64_t grains = (count + grain - 1) / grain;
-    const int64_t slots = grains < threads() ? grains : threads();
+    const int64_t slots = grains < width() ? grains : width();
     if (slots <= 0) return;
     each_slot(static_cast<int>(slots), [&](int s) {
       const int64_t begin = grains * s / slots * grain;
@@ -38,21 +43,9 @@ class Runtime {
       fn(begin, end < count ? end : count);
     });
   }
-};
-
-// The same host with one thread: for calls too small to share. Handing 16 tokens' worth of work
-// from one core's cache to another's takes longer than doing it.
-class SingleThread : public Runtime {
- public:
-  RANDLORA_HD_MEMBER explicit SingleThread(Runtime& host) : host_(host) {}
-  int threads() const override { return 1; }
-  void run(int slots, void (*task)(void*, int), void* arg) override {
-    for (int s = 0; s < slots; ++s) task(arg, s);
-  }
-  void* scratch(size_t bytes) override { return host_.scratch(bytes); }
 
  private:
-  Runtime& host_;
+  bool single_ = false;
 };
 
 // Carves aligned arrays out of one scratch block: first pass with base = nullptr measures.

@@ -96,7 +96,7 @@ template <class B>
 void linear_blocks(const Linear& p, Runtime& rt) {
   using C = typename B::C;
   const Basis& b = p.basis;
-  const Cut cut(b, p.T, B::TB, rt.threads());
+  const Cut cut(b, p.T, B::TB, rt.width());
   const int64_t ldg = gamma_stride<C>(b);
   const C* lam = static_cast<const C*>(p.lam);
   Arena shared, per_slot;
@@ -137,18 +137,11 @@ void linear_blocks(const Linear& p, Runtime& rt) {
   });
 }
 
-// fn(runtime): of one thread where all tokens are in one block.
-template <class B, class F>
-void with_threads_for(int64_t tokens, Runtime& rt, const F& fn) {
-  if (tokens > B::TB) return fn(rt);
-  SingleThread single(rt);
-  fn(single);
-}
-
 inline void linear(const Linear& p, Runtime& rt) {
   const auto run = [&](auto b) {
     using B = decltype(b);
-    with_threads_for<B>(p.T, rt, [&](Runtime& few) { linear_blocks<B>(p, few); });
+    rt.set_single(p.T <= B::TB);
+    linear_blocks<B>(p, rt);
   };
   if (p.dtype == DType::f64)
     with_block<double>(p.T, run);

@@ -110,8 +110,8 @@ void linear_backward_blocks(const LinearBackward& p, Runtime& rt) {
   using C = typename B::C;
   const Basis& b = p.basis;
   const bool grads = p.dlam != nullptr;
-  const Cut cut(b, p.T, B::TB, rt.threads());
-  const int64_t most = int64_t{kGroup} * rt.threads();
+  const Cut cut(b, p.T, B::TB, rt.width());
+  const int64_t most = int64_t{kGroup} * rt.width();
   const int64_t super = cut.blocks < most ? cut.blocks : most;
   const int64_t ldg = gamma_stride<C>(b);
 
@@ -152,7 +152,8 @@ void linear_backward_blocks(const LinearBackward& p, Runtime& rt) {
 inline void linear_backward(const LinearBackward& p, Runtime& rt) {
   const auto run = [&](auto b) {
     using B = decltype(b);
-    with_threads_for<B>(p.T, rt, [&](Runtime& few) { linear_backward_blocks<B>(p, few); });
+    rt.set_single(p.T <= B::TB);
+    linear_backward_blocks<B>(p, rt);
   };
   if (p.dtype == DType::f64)
     with_block<double>(p.T, run);
