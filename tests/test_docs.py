@@ -38,7 +38,7 @@ def torch_settings():
 def test_python_blocks_run(page, tmp_path, monkeypatch, torch_settings):
     path = ROOT / page
     if not path.exists():
-        pytest.skip(f"{page} is not written yet")
+        pytest.fail(f"{page} does not exist")
     found = blocks(path.read_text())
     if page != "README.md":
         assert found, f"{page} has no Python block"
