@@ -21,3 +21,10 @@
 #else
 #define RANDLORA_HD_MEMBER inline __attribute__((always_inline))
 #endif
+
+// And for members that only the host calls.
+#if defined(_MSC_VER) && !defined(__clang__)
+#define RANDLORA_HOST_MEMBER __forceinline
+#else
+#define RANDLORA_HOST_MEMBER inline __attribute__((always_inline))
+#endif

@@ -25,6 +25,7 @@ struct Lists {
 struct AnyLists {
   const int64_t* offset = nullptr;
   const void* index = nullptr;
+  int64_t count = 0;  // entries in all, for a host that cannot read `offset` (CUDA)
 
   template <class Index>
   RANDLORA_HD_MEMBER Lists<Index> as() const {

@@ -22,6 +22,8 @@ struct Basis {
   AnyLists b_rows;    // D lines over K
   AnyLists b_cols;    // K lines over D
   Planes b_planes;    // (D, K)
+  // CUDA, optional: B (D, K) unpacked and unscaled in the dtype of x, so that its products are GEMMs.
+  const void* b_dense = nullptr;
 
   RANDLORA_HD_MEMBER int64_t K() const { return r * n; }
   RANDLORA_HD_MEMBER bool has_planes() const { return b_planes.plus != nullptr; }
@@ -61,6 +63,9 @@ struct DeltaWeight {
   DType dtype;
   double scale;
   bool transposed;
+  // 16-bit outputs: round stochastically (core/stochastic.h) instead of to nearest.
+  bool stochastic = false;
+  uint64_t rounding_seed = 0;
 };
 
 struct DeltaWeightBackward {

@@ -19,13 +19,13 @@ class Runtime {
 
   // Threads to use in this call: one where a kernel has said so. Handing 16 tokens' worth of work
   // from one core's cache to another's takes longer than doing it.
-  RANDLORA_HD_MEMBER int width() const { return single_ ? 1 : threads(); }
-  RANDLORA_HD_MEMBER void set_single(bool single) { single_ = single; }
+  RANDLORA_HOST_MEMBER int width() const { return single_ ? 1 : threads(); }
+  RANDLORA_HOST_MEMBER void set_single(bool single) { single_ = single; }
 
   // fn(slot) for every slot. A slot owns its share of the work whatever thread runs it, and no
   // sum is split between slots, so results do not depend on the number of threads.
   template <class F>
-  RANDLORA_HD_MEMBER void each_slot(int slots, const F& fn) {
+  RANDLORA_HOST_MEMBER void each_slot(int slots, const F& fn) {
     auto task = [](void* arg, int slot) { (*static_cast<const F*>(arg))(slot); };
     run(slots, task, const_cast<void*>(static_cast<const void*>(&fn)));
   }
@@ -33,7 +33,7 @@ class Runtime {
   // fn(begin, end) over consecutive shares of [0, count), each share a multiple of `grain` long
   // (but for the last).
   template <class F>
-  RANDLORA_HD_MEMBER void split(int64_t count, int64_t grain, const F& fn) {
+  RANDLORA_HOST_MEMBER void split(int64_t count, int64_t grain, const F& fn) {
     const int64_t grains = (count + grain - 1) / grain;
     const int64_t slots = grains < width() ? grains : width();
     if (slots <= 0) return;
@@ -51,14 +51,14 @@ class Runtime {
 // Carves aligned arrays out of one scratch block: first pass with base = nullptr measures.
 class Arena {
  public:
-  RANDLORA_HD_MEMBER explicit Arena(void* base = nullptr) : base_(static_cast<char*>(base)) {}
+  RANDLORA_HOST_MEMBER explicit Arena(void* base = nullptr) : base_(static_cast<char*>(base)) {}
   template <class T>
-  RANDLORA_HD_MEMBER T* take(int64_t count) {
+  RANDLORA_HOST_MEMBER T* take(int64_t count) {
     char* at = base_ + used_;
     used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
     return reinterpret_cast<T*>(at);
   }
-  RANDLORA_HD_MEMBER size_t used() const { return used_; }
+  RANDLORA_HOST_MEMBER size_t used() const { return used_; }
 
  private:
   char* base_;

@@ -49,7 +49,7 @@ void check_offsets(const Tensor& offset, const Tensor& index, int64_t lines, con
 }
 
 AnyLists lists_of(const Tensor& offset, const Tensor& index) {
-  return {offset.const_data_ptr<int64_t>(), index.const_data_ptr()};
+  return {offset.const_data_ptr<int64_t>(), index.const_data_ptr(), index.size(0)};
 }
 
 }  // namespace

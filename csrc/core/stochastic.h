@@ -1,0 +1,62 @@
+// Stochastic rounding to 16 bits, reproducible: element e of a tensor draws word e % 4 of Philox
+// block e / 4 under the caller's seed. One source for CPU and CUDA, so both round alike.
+//
+// x lies between two neighbours of the 16-bit type, down (towards zero) and up; it becomes up with
+// probability (|x| - |down|) / (|up| - |down|), so the expected result is x itself.
+#pragma once
+#include <cstring>
+
+#include "dtype.h"
+#include "ternary_spec.h"
+
+namespace randlora {
+
+constexpr uint32_t kRoleRounding = 2;  // the third counter word; A and B are 0 and 1
+
+RANDLORA_HD uint32_t rounding_word(uint64_t seed, uint64_t e) {
+  const Counter4 out =
+      philox4x32_10(Counter4{{static_cast<uint32_t>(e >> 2), static_cast<uint32_t>(e >> 34),
+                              kRoleRounding, kSpecVersion}},
+                    key0_of(seed), key1_of(seed));
+  return out.v[e & 3];
+}
+
+RANDLORA_HD float float_of_bits(uint32_t bits) {
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+RANDLORA_HD uint32_t bits_of_float(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  return bits;
+}
+
+// `u` is the random word. NaN and infinity stay what they are; |x| beyond the largest finite value
+// becomes infinity, as it does in rounding to nearest.
+RANDLORA_HD bf16 round_stochastic(float x, uint32_t u, bf16) {
+  const uint32_t bits = bits_of_float(x), magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return bf16{static_cast<uint16_t>((bits >> 16) | 0x0040u)};
+  if (magnitude == 0x7f800000u) return bf16{static_cast<uint16_t>(bits >> 16)};
+  // The neighbours differ by 2^16 in the bits of a float, subnormal or not.
+  return bf16{static_cast<uint16_t>((bits + (u >> 16)) >> 16)};
+}
+
+RANDLORA_HD f16 round_stochastic(float x, uint32_t u, f16) {
+  const uint32_t bits = bits_of_float(x), magnitude = bits & 0x7fffffffu;
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  if (magnitude > 0x7f800000u) return f16{static_cast<uint16_t>(sign | 0x7e00u)};
+  if (magnitude >= 0x477fe000u + 0x2000u) return f16{static_cast<uint16_t>(sign | 0x7c00u)};
+  if (magnitude >= 0x38800000u) {  // normal in f16: ten mantissa bits, exponent re-biased
+    const uint32_t rounded = magnitude + (u >> 19);
+    return f16{static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
+  }
+  // Subnormal in f16: a multiple of 2^-24. |x| * 2^24 < 1024 is exact in a float.
+  const float scaled = float_of_bits(magnitude) * 16777216.0f;
+  const uint32_t down = static_cast<uint32_t>(scaled);
+  const float rest = scaled - static_cast<float>(down);
+  const bool up = static_cast<float>(u >> 8) * (1.0f / 16777216.0f) < rest;
+  return f16{static_cast<uint16_t>(sign | (down + up))};
+}
+
+}  // namespace randlora

@@ -1,0 +1,71 @@
+// Every launcher of the CUDA library, one concept a file of the same name. They take the structs of
+// core/operators.h with device pointers in them and enqueue on device.stream; nothing here waits for
+// the card, but for count_lists, whose result the host needs. Offsets of lists lie on the card, so
+// the host knows only how many entries there are (AnyLists::count).
+#pragma once
+#include "../core/operators.h"
+#include "device.h"
+
+namespace randlora {
+namespace cuda {
+
+// generation and packing (fill_planes.cu, lists.cu, dense.cu): as csrc/cpu/packing.h, bit for bit
+void fill_planes(const FillPlanes& p, Device& device);
+int64_t count_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column,
+                    int64_t* offset, Device& device);
+void fill_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column,
+                const int64_t* offset, bool wide, void* index, Device& device);
+void planes_to_dense(const Planes& planes, int64_t rows, int64_t cols, double value, void* out,
+                     DType dtype, Device& device);
+void lists_to_dense(const AnyLists& lists, bool wide, int64_t rows, int64_t cols, double value,
+                    void* out, DType dtype, Device& device);
+// found[0] = a, or -1 where the matrix is not ternary; found[1] = the first offending element.
+void pack_dense(const void* dense, DType dtype, int64_t rows, int64_t cols, uint64_t* plus,
+                uint64_t* minus, double* found, Device& device);
+
+// scaled_basis.cu
+void scaled_basis(const ScaledBasis& p, Device& device);
+void scaled_basis_backward(const ScaledBasisBackward& p, Device& device);
+
+// delta_weight.cu chooses delta_lists.cu or delta_planes.cu by the format of B
+void delta_weight(const DeltaWeight& p, Device& device);
+void delta_weight_backward(const DeltaWeightBackward& p, Device& device);
+
+// linear.cu: compositions of the products below
+void linear(const Linear& p, Device& device);
+void linear_backward(const LinearBackward& p, Device& device);
+
+// ---- the products of the factored path, all matrices row-major in `dtype` ------------------------
+
+// a_side.cu    up:    V (T, K) = z (T, d) A'^T
+//              down:  out (T, d) = scale * U (T, K) A' [+ out]
+//              grad:  dlam, dgam of scale * sum over T of U and z (docs/math.md, P_j = U_j^T z[:, S_j])
+struct ASide {
+  const Basis& basis;
+  const void *lam, *gam;  // (r, n), (n, d) in the compute type
+  DType dtype;
+  int64_t T;
+};
+void a_up(const ASide& p, const void* z, void* V, Device& device);
+void a_down(const ASide& p, const void* U, void* out, double scale, bool accumulate,
+            Device& device);
+void a_grad(const ASide& p, const void* U, const void* z, double scale, void* dlam, void* dgam,
+            Device& device);
+
+// b_lists.cu (B as lists) and b_planes.cu (B as planes)
+//              up:    y (T, D) = scale * V (T, K) B^T [+ y]
+//              down:  U (T, K) = x (T, D) B
+struct BSide {
+  const Basis& basis;
+  DType dtype;
+  int64_t T;
+};
+void b_up_lists(const BSide& p, const void* V, void* y, double scale, bool accumulate,
+                Device& device);
+void b_down_lists(const BSide& p, const void* x, void* U, Device& device);
+void b_up_planes(const BSide& p, const void* V, void* y, double scale, bool accumulate,
+                 Device& device);
+void b_down_planes(const BSide& p, const void* x, void* U, Device& device);
+
+}  // namespace cuda
+}  // namespace randlora

@@ -1,0 +1,57 @@
+// Starting a kernel: one place that raises the shared-memory limit, launches and checks.
+//
+//   launch(device, "fill_planes", fill_planes_kernel, grid, threads, shared_bytes, arguments...)
+//
+// All shared memory is dynamic: a kernel reaches it by shared_memory() and carves it up itself.
+#pragma once
+#include <stdexcept>
+#include <string>
+
+#include "device.h"
+
+namespace randlora {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#if defined(__CUDACC__)
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("randlora: CUDA error in ") + what + ": " +
+                             cudaGetErrorString(error));
+}
+
+template <class... P, class... A>
+void launch(const Device& device, const char* name, void (*kernel)(P...), dim3 grid, int threads,
+            int64_t shared_bytes, A... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (shared_bytes > 48 << 10)
+    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_bytes)),
+               name);
+  kernel<<<grid, threads, static_cast<size_t>(shared_bytes), device.stream>>>(
+      static_cast<P>(arguments)...);
+  check_cuda(cudaGetLastError(), name);
+}
+
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char randlora_shared[];
+  return randlora_shared;
+}
+
+#else
+
+template <class... P, class... A>
+void launch(const Device&, const char* name, void (*kernel)(P...), dim3 grid, int threads,
+            int64_t shared_bytes, A... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  cuda_on_cpu::run(name, grid, threads, static_cast<size_t>(shared_bytes),
+                   [&] { kernel(static_cast<P>(arguments)...); });
+}
+
+inline unsigned char* shared_memory() { return cuda_on_cpu::shared(); }
+
+#endif
+
+}  // namespace randlora

@@ -1,0 +1,155 @@
+// A warp's share of a matrix product, out of shared memory: C (16 MI, 8 NI) += A (16 MI, k) B (k, 8 NI).
+//
+// Three engines with one interface and one accumulator layout, that of mma's C fragment (ptx.h), so
+// that a kernel is written once for every dtype:
+//   bf16, f16   mma m16n8k16, operands by ldmatrix
+//   float       FMA, or mma m16n8k8 in tf32 when Tf32
+//   double      FMA
+//
+// Operands lie in shared memory in one of two orders:
+//   by_line   element (line, k) at p[line * stride + k]   (line: row of A, column of B)
+//   by_k      element (line, k) at p[k * stride + line]
+// For 16-bit types p and stride * sizeof(S) must be 16-byte aligned; a stride of 8 modulo 64 elements
+// keeps ldmatrix free of bank conflicts.
+#pragma once
+#include "element.h"
+#include "ptx.h"
+
+namespace randlora {
+
+enum class Order { by_line, by_k };
+
+template <class S, int MI, int NI, bool Tf32 = false>
+struct WarpTile {
+  using C = typename ComputeOf<S>::type;
+  static constexpr int kStep = 16;  // k advances by this; callers pad k with zeros
+  C acc[MI][NI][4];
+
+  __device__ __forceinline__ void zero() {
+#pragma unroll
+    for (int m = 0; m < MI; ++m)
+#pragma unroll
+      for (int n = 0; n < NI; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) acc[m][n][e] = C(0);
+  }
+
+  // Row and column within the warp's tile of acc[m][n][e].
+  static __device__ __forceinline__ int row(int m, int e) {
+    return m * 16 + (threadIdx.x % 32) / 4 + (e / 2) * 8;
+  }
+  static __device__ __forceinline__ int col(int n, int e) {
+    return n * 8 + (threadIdx.x % 4) * 2 + e % 2;
+  }
+
+  // One step of kStep. a points at line 0, k 0 of the warp's lines of A; b likewise.
+  template <Order OA, Order OB>
+  __device__ __forceinline__ void step(const S* a, int a_stride, const S* b, int b_stride) {
+    if constexpr (sizeof(S) == 2) {
+      uint32_t fb[NI][2];
+      load_b<OB>(fb, b, b_stride);
+#pragma unroll
+      for (int m = 0; m < MI; ++m) {
+        uint32_t fa[4];
+        load_a<OA>(fa, a, a_stride, m * 16);
+#pragma unroll
+        for (int n = 0; n < NI; ++n) mma(acc[m][n], fa, fb[n], S{});
+      }
+    } else if constexpr (Tf32) {
+      tf32_step<OA, OB>(a, a_stride, b, b_stride);
+    } else {
+      fma_step<OA, OB>(a, a_stride, b, b_stride);
+    }
+  }
+
+  // The same with the 16-bit fragments of A already in registers (decoded, say): fa[m].
+  template <Order OB>
+  __device__ __forceinline__ void step_with(const uint32_t (&fa)[MI][4], const S* b, int b_stride) {
+    uint32_t fb[NI][2];
+    load_b<OB>(fb, b, b_stride);
+#pragma unroll
+    for (int m = 0; m < MI; ++m)
+#pragma unroll
+      for (int n = 0; n < NI; ++n) mma(acc[m][n], fa[m], fb[n], S{});
+  }
+
+ private:
+  template <Order O>
+  static __device__ __forceinline__ S at(const S* p, int stride, int line, int k) {
+    return O == Order::by_line ? p[line * stride + k] : p[k * stride + line];
+  }
+
+  template <Order O>
+  static __device__ __forceinline__ void load_a(uint32_t (&fa)[4], const S* a, int stride,
+                                                int line) {
+    const int l = threadIdx.x % 32;
+    if constexpr (O == Order::by_line)
+      ldmatrix_x4(fa, a + (line + l % 16) * stride + l / 16 * 8);
+    else  // matrices: lines 0-7 k 0-7, lines 8-15 k 0-7, lines 0-7 k 8-15, lines 8-15 k 8-15
+      ldmatrix_x4_trans(fa, a + (l % 8 + l / 16 * 8) * stride + line + l / 8 % 2 * 8);
+  }
+
+  template <Order O>
+  static __device__ __forceinline__ void load_b(uint32_t (&fb)[NI][2], const S* b, int stride) {
+    static_assert(NI % 2 == 0, "ldmatrix x4 loads two column tiles");
+    const int l = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < NI; n += 2) {
+      uint32_t r[4];  // k 0-7 and k 8-15 of columns 8n.., then of columns 8n+8..
+      if constexpr (O == Order::by_line)
+        ldmatrix_x4(r, b + (n * 8 + l % 8 + l / 16 * 8) * stride + l / 8 % 2 * 8);
+      else
+        ldmatrix_x4_trans(r, b + (l % 16) * stride + n * 8 + l / 16 * 8);
+      fb[n][0] = r[0], fb[n][1] = r[1], fb[n + 1][0] = r[2], fb[n + 1][1] = r[3];
+    }
+  }
+
+  template <Order OA, Order OB>
+  __device__ __forceinline__ void tf32_step(const S* a, int a_stride, const S* b, int b_stride) {
+    const int g = (threadIdx.x % 32) / 4, q = threadIdx.x % 4;
+#pragma unroll
+    for (int k = 0; k < kStep; k += 8) {
+      uint32_t fb[NI][2];
+#pragma unroll
+      for (int n = 0; n < NI; ++n)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          fb[n][h] = round_tf32(at<OB>(b, b_stride, n * 8 + g, k + q + 4 * h));
+#pragma unroll
+      for (int m = 0; m < MI; ++m) {
+        uint32_t fa[4];
+#pragma unroll
+        for (int h = 0; h < 4; ++h)
+          fa[h] = round_tf32(at<OA>(a, a_stride, m * 16 + g + h % 2 * 8, k + q + h / 2 * 4));
+#pragma unroll
+        for (int n = 0; n < NI; ++n) mma_tf32(acc[m][n], fa, fb[n]);
+      }
+    }
+  }
+
+  template <Order OA, Order OB>
+  __device__ __forceinline__ void fma_step(const S* a, int a_stride, const S* b, int b_stride) {
+    const int g = (threadIdx.x % 32) / 4, q = threadIdx.x % 4;
+#pragma unroll 4
+    for (int k = 0; k < kStep; ++k) {
+      S vb[NI][2];
+#pragma unroll
+      for (int n = 0; n < NI; ++n)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) vb[n][h] = at<OB>(b, b_stride, n * 8 + q * 2 + h, k);
+#pragma unroll
+      for (int m = 0; m < MI; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const S va = at<OA>(a, a_stride, m * 16 + g + h * 8, k);
+#pragma unroll
+          for (int n = 0; n < NI; ++n) {
+            acc[m][n][2 * h] += va * vb[n][0];
+            acc[m][n][2 * h + 1] += va * vb[n][1];
+          }
+        }
+    }
+  }
+};
+
+}  // namespace randlora
