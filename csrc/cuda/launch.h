@@ -30,8 +30,8 @@ void launch(const Device& device, const char* name, void (*kernel)(P...), dim3 g
                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared_bytes)),
                name);
-  kernel<<<grid, threads, static_cast<size_t>(shared_bytes), device.stream>>>(
-      static_cast<P>(arguments)...);
+  kernel<<<grid, threads, static_cast<size_t>(shared_bytes),
+           static_cast<cudaStream_t>(device.stream)>>>(static_cast<P>(arguments)...);
   check_cuda(cudaGetLastError(), name);
 }
 
