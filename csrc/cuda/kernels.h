@@ -4,7 +4,7 @@
 // the host knows only how many entries there are (AnyLists::count).
 #pragma once
 #include "../core/operators.h"
-#include "device.h"
+#include "../core/device.h"
 
 namespace randlora {
 namespace cuda {
