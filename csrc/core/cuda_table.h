@@ -1,0 +1,80 @@
+// The CUDA library as the binding sees it: one exported symbol that gives a table of functions.
+//
+// The library (csrc/cuda, built by nvcc) knows nothing of torch, and the binding nothing of CUDA's
+// headers. The binding opens the library at run time where torch has CUDA, and compares `interface`
+// before it reads anything else.
+#pragma once
+#include <initializer_list>
+
+#include "device.h"
+#include "operators.h"
+
+namespace randlora {
+
+struct CudaKernels {
+  uint64_t interface;   // kCudaInterface of the headers that the library was compiled with
+  const char* version;  // of the package
+  const char* build;    // compiler and architectures: "nvcc 13.0.88: sm_80 sm_90 compute_90"
+
+  // multiprocessors and shared_bytes of card `index`.
+  void (*describe)(int index, Device& device);
+  // Makes card `index` current for this thread and returns the one that was.
+  int (*make_current)(int index);
+
+  // The operators: csrc/cuda/kernels.h.
+  void (*fill_planes)(const FillPlanes&, Device&);
+  int64_t (*count_lists)(const Planes&, int64_t rows, int64_t cols, bool by_column, int64_t* offset,
+                         Device&);
+  void (*fill_lists)(const Planes&, int64_t rows, int64_t cols, bool by_column,
+                     const int64_t* offset, bool wide, void* index, Device&);
+  void (*planes_to_dense)(const Planes&, int64_t rows, int64_t cols, double value, void* out, DType,
+                          Device&);
+  void (*lists_to_dense)(const AnyLists&, bool wide, int64_t rows, int64_t cols, double value,
+                         void* out, DType, Device&);
+  void (*pack_dense)(const void* dense, DType, int64_t rows, int64_t cols, uint64_t* plus,
+                     uint64_t* minus, double* found, Device&);
+  void (*scaled_basis)(const ScaledBasis&, Device&);
+  void (*scaled_basis_backward)(const ScaledBasisBackward&, Device&);
+  void (*delta_weight)(const DeltaWeight&, Device&);
+  void (*delta_weight_backward)(const DeltaWeightBackward&, Device&);
+  void (*linear)(const Linear&, Device&);
+  void (*linear_backward)(const LinearBackward&, Device&);
+};
+
+// What must be equal on both sides. Sizes of structs catch most changes by themselves; one that
+// leaves every size as it was (an order of fields, a meaning) must raise the first number.
+constexpr uint64_t cuda_interface() {
+  uint64_t hash = 1;
+  for (uint64_t size :
+       {sizeof(CudaKernels), sizeof(Device), sizeof(Gemm), sizeof(Basis), sizeof(FillPlanes),
+        sizeof(ScaledBasis), sizeof(ScaledBasisBackward), sizeof(DeltaWeight),
+        sizeof(DeltaWeightBackward), sizeof(Linear), sizeof(LinearBackward)})
+    hash = hash * 1000003 + size;
+  return hash;
+}
+constexpr uint64_t kCudaInterface = cuda_interface();
+
+constexpr const char* kCudaLibrary = "librandlora_cuda.so";
+constexpr const char* kCudaSymbol = "randlora_cuda_kernels";
+using CudaKernelsFunction = const CudaKernels* (*)();
+
+// Card `index` is current while this lives.
+class CurrentCard {
+ public:
+  CurrentCard(const CudaKernels& kernels, int index)
+      : kernels_(kernels), previous_(kernels.make_current(index)) {}
+  CurrentCard(const CurrentCard&) = delete;
+  CurrentCard& operator=(const CurrentCard&) = delete;
+  ~CurrentCard() {
+    try {
+      kernels_.make_current(previous_);
+    } catch (...) {  // the error that matters is already on its way
+    }
+  }
+
+ private:
+  const CudaKernels& kernels_;
+  int previous_;
+};
+
+}  // namespace randlora

@@ -1,0 +1,57 @@
+// The CUDA runtime is linked into this library statically. It shares the driver's notion of the
+// current card with the runtime that torch uses, so a card that torch has made current is current
+// here too, and make_current changes nothing then.
+#include "context.h"
+
+#include <cuda_runtime_api.h>
+
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace randlora {
+namespace cuda {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // not for the next launch to find
+  throw std::runtime_error(std::string("randlora: ") + what + ": " + cudaGetErrorString(error));
+}
+
+int attribute(cudaDeviceAttr attr, int index) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attr, index), "facts about the card");
+  return value;
+}
+
+struct Facts {
+  int multiprocessors = 0, shared_bytes = 0;
+};
+
+}  // namespace
+
+void describe(int index, Device& device) {
+  static std::mutex mutex;
+  static std::vector<Facts> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (index >= static_cast<int>(known.size())) known.resize(index + 1);
+  Facts& facts = known[index];
+  if (facts.multiprocessors == 0) {
+    facts.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    facts.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
+  }
+  device.multiprocessors = facts.multiprocessors;
+  device.shared_bytes = facts.shared_bytes;
+}
+
+int make_current(int index) {
+  int current = 0;
+  check(cudaGetDevice(&current), "the current card");
+  if (current != index) check(cudaSetDevice(index), "making a card current");
+  return current;
+}
+
+}  // namespace cuda
+}  // namespace randlora
