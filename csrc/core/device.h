@@ -27,6 +27,8 @@ class Device {
   // operator returns.
   virtual void* scratch(size_t bytes) = 0;
   virtual void gemm(const Gemm& g) = 0;
+  // A value in device memory once everything on the stream is done: the one place that waits.
+  virtual int64_t read(const int64_t* device_value) = 0;
 
   void* stream = nullptr;  // a cudaStream_t
   int multiprocessors = 1;

@@ -75,6 +75,17 @@ __device__ __forceinline__ uint32_t pack<bf16>(float low, float high) {
 }
 #endif
 
+// fn(S{}) for the storage type S of a dtype: where a launcher picks its kernel.
+template <class F>
+void with_dtype(DType dtype, const F& fn) {
+  switch (dtype) {
+    case DType::f32: return fn(float{});
+    case DType::f64: return fn(double{});
+    case DType::bf16: return fn(bf16{});
+    case DType::f16: return fn(f16{});
+  }
+}
+
 // +1 in a 16-bit type: a ternary element is this, this with the sign bit, or zero.
 template <class S>
 struct One;
