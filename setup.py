@@ -1,22 +1,30 @@
-"""Builds randlora_ext._C: torch-free kernel libraries, one per instruction set, and the binding.
+"""Builds randlora_ext._C, which is torch-free kernel libraries, one per instruction set, and the
+binding; and beside it librandlora_cuda.so (csrc/cuda/nvcc.py), where nvcc is found.
 
 The kernels are compiled several times with different -m flags; setuptools' `libraries` (build_clib)
 is what allows flags per source set. The binding uses torch's stable ABI, so that one built file
 loads under torch 2.11 and later.
 
 RANDLORA_DEBUG=1 builds with -O0 -g.
+RANDLORA_CUDA=1 requires the CUDA kernels, 0 leaves them out; TORCH_CUDA_ARCH_LIST chooses cards.
 """
 
 import os
 import platform
+import shutil
+import sys
 from pathlib import Path
 
 import pybind11
+import torch
 from setuptools import setup
 from setuptools.command.build_clib import build_clib
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "csrc" / "cuda"))
+import nvcc  # noqa: E402
+
 VERSION = (HERE / "VERSION").read_text().strip()
 OPTIMISE = ["-O0", "-g"] if os.environ.get("RANDLORA_DEBUG") == "1" else ["-O3", "-g0"]
 COMMON = ["-std=c++17", "-fvisibility=hidden", "-fPIC", "-Wall", *OPTIMISE]
@@ -42,16 +50,49 @@ def kernel_library(isa: str) -> tuple[str, dict]:
     }
 
 
-class BuildKernelsFirst(BuildExtension):
-    """`build_ext --inplace` and editable installs do not run build_clib by themselves."""
+def cuda_library() -> tuple[Path | None, str]:
+    """The built CUDA library, None where there is none, and a few words about it."""
+    build_dir = HERE / "build" / "nvcc"  # stays, so that the next build compiles what has changed
+    wanted = os.environ.get("RANDLORA_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"randlora_ext: RANDLORA_CUDA={wanted!r} must be 0, 1 or unset")
+    if wanted == "0":
+        return None, "no CUDA kernels, as RANDLORA_CUDA=0 says"
+    compiler = nvcc.find_nvcc()
+    if compiler is None:
+        missing = "nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda)"
+        if wanted == "1":
+            raise SystemExit(f"randlora_ext: RANDLORA_CUDA=1, but {missing}")
+        return None, f"no CUDA kernels: {missing}"
+    # With a torch that cannot use a card, the kernels are built only to show that they can be.
+    torch_has_cuda = torch.version.cuda is not None
+    library = build_dir / nvcc.LIBRARY
+    try:
+        archs = nvcc.architectures(compiler, nvcc.ALL if torch_has_cuda else nvcc.FEW)
+        built = nvcc.build(compiler, library, build_dir, archs)
+    except nvcc.BuildError as error:
+        hint = "RANDLORA_CUDA=0 builds without CUDA kernels"
+        if wanted == "1" or torch_has_cuda:
+            raise SystemExit(f"randlora_ext: {compiler} failed ({hint}):\n{error}") from None
+        return None, f"no CUDA kernels, which this torch could not use: {compiler} failed:\n{error}"
+    return library, f"CUDA kernels by {built}"
 
+
+class BuildKernels(BuildExtension):
     def run(self):
+        # `build_ext --inplace` and editable installs do not run build_clib by themselves.
         self.run_command("build_clib")
         super().run()
-        print(
-            f"randlora_ext {VERSION}: built CPU kernels for {', '.join(ISA_FLAGS)}; "
-            "CUDA kernels are not part of this version"
-        )
+        library, about = cuda_library()
+        in_package = f"randlora_ext/{nvcc.LIBRARY}"
+        targets = [Path(self.build_lib) / in_package]
+        if self.inplace:
+            targets.append(HERE / in_package)
+        for target in targets:
+            target.unlink(missing_ok=True)  # one of an earlier build would not fit this binding
+            if library is not None:
+                shutil.copy2(library, target)
+        print(f"randlora_ext {VERSION}: built CPU kernels for {', '.join(ISA_FLAGS)}; {about}")
 
 
 def extension():
@@ -66,6 +107,7 @@ def extension():
             *COMMON,
             "-DTORCH_TARGET_VERSION=0x020b000000000000",  # 2.11, the oldest that is supported
             f'-DRANDLORA_VERSION="{VERSION}"',
+            nvcc.interface(),
         ],
     )
     # Nothing of torch's Python binding is used: the file depends on the stable ABI alone.
@@ -77,5 +119,5 @@ setup(
     version=VERSION,
     libraries=[kernel_library(isa) for isa in ISA_FLAGS],
     ext_modules=[extension()],
-    cmdclass={"build_clib": build_clib, "build_ext": BuildKernelsFirst},
+    cmdclass={"build_clib": build_clib, "build_ext": BuildKernels},
 )

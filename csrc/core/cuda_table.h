@@ -4,15 +4,13 @@
 // headers. The binding opens the library at run time where torch has CUDA, and compares `interface`
 // before it reads anything else.
 #pragma once
-#include <initializer_list>
-
 #include "device.h"
 #include "operators.h"
 
 namespace randlora {
 
 struct CudaKernels {
-  uint64_t interface;   // kCudaInterface of the headers that the library was compiled with
+  uint64_t interface;   // kCudaInterface as the library was compiled with it
   const char* version;  // of the package
   const char* build;    // compiler and architectures: "nvcc 13.0.88: sm_80 sm_90 compute_90"
 
@@ -41,18 +39,12 @@ struct CudaKernels {
   void (*linear_backward)(const LinearBackward&, Device&);
 };
 
-// What must be equal on both sides. Sizes of structs catch most changes by themselves; one that
-// leaves every size as it was (an order of fields, a meaning) must raise the first number.
-constexpr uint64_t cuda_interface() {
-  uint64_t hash = 1;
-  for (uint64_t size :
-       {sizeof(CudaKernels), sizeof(Device), sizeof(Gemm), sizeof(Basis), sizeof(FillPlanes),
-        sizeof(ScaledBasis), sizeof(ScaledBasisBackward), sizeof(DeltaWeight),
-        sizeof(DeltaWeightBackward), sizeof(Linear), sizeof(LinearBackward)})
-    hash = hash * 1000003 + size;
-  return hash;
-}
-constexpr uint64_t kCudaInterface = cuda_interface();
+// What must be equal on both sides: the build's hash of csrc/core/*.h (csrc/cuda/nvcc.py), for the
+// structs and classes there cross the border by their layout alone.
+#if !defined(RANDLORA_CUDA_INTERFACE)
+#error "the build defines RANDLORA_CUDA_INTERFACE"
+#endif
+constexpr uint64_t kCudaInterface = RANDLORA_CUDA_INTERFACE;
 
 constexpr const char* kCudaLibrary = "librandlora_cuda.so";
 constexpr const char* kCudaSymbol = "randlora_cuda_kernels";
