@@ -42,11 +42,17 @@ __device__ __forceinline__ double narrow<double>(double x) {
 }
 template <>
 __device__ __forceinline__ bf16 narrow<bf16>(float x) {
+#if defined(__CUDA_ARCH__)
+  bf16 r;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r.bits) : "f"(x));
+  return r;
+#else
   uint32_t bits;
   memcpy(&bits, &x, 4);
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return bf16{static_cast<uint16_t>(nan ? 0x7fc0u : rounded)};
+#endif
 }
 template <>
 __device__ __forceinline__ f16 narrow<f16>(float x) {
