@@ -1,0 +1,30 @@
+# The execution gate (docs/cuda-on-cpu.md): csrc/cuda/*.cu compiled by the C++ compiler, and every
+# tests/cuda/test_NAME.cpp as a test cuda_NAME that runs them on the CPU.
+file(GLOB cuda_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/*.cu)
+file(GLOB cuda_tests CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/tests/cuda/test_*.cpp)
+set_source_files_properties(${cuda_sources} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++")
+
+add_library(cuda_on_cpu INTERFACE)
+target_include_directories(cuda_on_cpu INTERFACE csrc tests/cuda_on_cpu tests/cpp tests/cuda)
+target_compile_options(cuda_on_cpu INTERFACE -O1 -Wno-unknown-pragmas)
+
+# A library, so that a test links the kernels it calls and no others.
+if(cuda_sources)
+  add_library(randlora_cuda_on_cpu STATIC ${cuda_sources})
+  target_link_libraries(randlora_cuda_on_cpu PUBLIC cuda_on_cpu)
+endif()
+
+function(randlora_cuda_test NAME)
+  add_executable(test_cuda_${NAME} tests/cuda/test_${NAME}.cpp)
+  target_link_libraries(test_cuda_${NAME} PRIVATE cuda_on_cpu randlora_kernels Threads::Threads)
+  if(TARGET randlora_cuda_on_cpu)
+    target_link_libraries(test_cuda_${NAME} PRIVATE randlora_cuda_on_cpu)
+  endif()
+  add_test(NAME cuda_${NAME} COMMAND test_cuda_${NAME})
+endfunction()
+
+foreach(source ${cuda_tests})
+  get_filename_component(name ${source} NAME_WE)
+  string(REGEX REPLACE "^test_" "" name ${name})
+  randlora_cuda_test(${name})
+endforeach()

@@ -1,0 +1,206 @@
+// CUDA's language, as far as csrc/cuda speaks it, for g++: the very same .cu files run on the CPU,
+// one fiber a CUDA thread, so that sanitizers and checks see them. docs/cuda-on-cpu.md says what it
+// can see and what it cannot. This file has the language; engine.h runs the threads of a block.
+#pragma once
+#include <math.h>
+#include <string.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "engine.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+
+using cudaStream_t = struct CUstream_st*;
+
+// ---- vectors, aligned as on the card (UBSan checks it) -------------------------------------------
+
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) double2 {
+  double x, y;
+};
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline double2 make_double2(double x, double y) { return {x, y}; }
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+// ---- arithmetic ----------------------------------------------------------------------------------
+
+template <class A, class B>
+constexpr std::common_type_t<A, B> min(A a, B b) {
+  using T = std::common_type_t<A, B>;
+  if constexpr (std::is_floating_point_v<T>)
+    return fmin(T(a), T(b));
+  else
+    return T(b) < T(a) ? T(b) : T(a);
+}
+template <class A, class B>
+constexpr std::common_type_t<A, B> max(A a, B b) {
+  using T = std::common_type_t<A, B>;
+  if constexpr (std::is_floating_point_v<T>)
+    return fmax(T(a), T(b));
+  else
+    return T(a) < T(b) ? T(b) : T(a);
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
+inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
+inline int __clzll(long long x) {
+  return x ? __builtin_clzll(static_cast<unsigned long long>(x)) : 64;
+}
+inline unsigned __brev(unsigned x) {
+  unsigned r = 0;
+  for (int b = 0; b < 32; ++b) r |= (x >> b & 1u) << (31 - b);
+  return r;
+}
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
+}
+
+// ---- memory --------------------------------------------------------------------------------------
+
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+
+// Relaxed, as on the card: an atomic orders nothing but itself.
+template <class T>
+T atomicAdd(T* p, std::common_type_t<T> v) {
+  static_assert(std::is_integral_v<T>, "float atomics make results depend on the order of threads");
+  return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
+}
+template <class T>
+T atomicMin(T* p, std::common_type_t<T> v) {
+  T old = __atomic_load_n(p, __ATOMIC_RELAXED);
+  while (v < old &&
+         !__atomic_compare_exchange_n(p, &old, v, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return old;
+}
+template <class T>
+T atomicMax(T* p, std::common_type_t<T> v) {
+  T old = __atomic_load_n(p, __ATOMIC_RELAXED);
+  while (old < v &&
+         !__atomic_compare_exchange_n(p, &old, v, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return old;
+}
+
+// ---- barriers and warp collectives ---------------------------------------------------------------
+
+#define CUDA_ON_CPU_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+inline void __syncthreads(CUDA_ON_CPU_SITE) { cuda_on_cpu::barrier({"__syncthreads", file, line}); }
+
+inline void __syncwarp(unsigned mask = 0xffffffffu, CUDA_ON_CPU_SITE) {
+  cuda_on_cpu::collective({"__syncwarp", file, line}, mask, nullptr, nullptr, true);
+}
+
+namespace cuda_on_cpu {
+
+struct Shuffle {
+  uint64_t in, out;
+  int source;
+};
+CUDA_ON_CPU_UNSEEN inline void shuffle_lanes(void* const* lane, unsigned mask) {
+  for (int l = 0; l < 32; ++l) {
+    if (!(mask >> l & 1)) continue;
+    Shuffle* s = static_cast<Shuffle*>(lane[l]);
+    const bool defined = mask >> s->source & 1;  // a lane outside the mask has nothing to give
+    s->out = defined ? static_cast<Shuffle*>(lane[s->source])->in : ~uint64_t{0};
+  }
+}
+
+template <class T>
+T shuffle(Site site, unsigned mask, T value, int source, int width, bool out_of_segment) {
+  static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "no such shuffle");
+  require(width > 0 && width <= 32 && (width & (width - 1)) == 0, site, "width is no power of two");
+  Shuffle s{0, 0, out_of_segment ? lane() : source};
+  memcpy(&s.in, &value, sizeof(T));
+  collective(site, mask, &s, shuffle_lanes);
+  memcpy(&value, &s.out, sizeof(T));
+  return value;
+}
+
+struct Vote {
+  bool yes;
+  unsigned ballot;
+};
+CUDA_ON_CPU_UNSEEN inline void count_votes(void* const* lane, unsigned mask) {
+  unsigned ballot = 0;
+  for (int l = 0; l < 32; ++l)
+    if ((mask >> l & 1) && static_cast<Vote*>(lane[l])->yes) ballot |= 1u << l;
+  for (int l = 0; l < 32; ++l)
+    if (mask >> l & 1) static_cast<Vote*>(lane[l])->ballot = ballot;
+}
+inline unsigned vote(Site site, unsigned mask, bool yes) {
+  Vote v{yes, 0};
+  collective(site, mask, &v, count_votes);
+  return v.ballot;
+}
+
+}  // namespace cuda_on_cpu
+
+template <class T>
+T __shfl_sync(unsigned mask, T v, int source, int width = 32, CUDA_ON_CPU_SITE) {
+  const int l = cuda_on_cpu::lane();
+  return cuda_on_cpu::shuffle({"__shfl_sync", file, line}, mask, v,
+                              (l & ~(width - 1)) | (source & (width - 1)), width, false);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T v, unsigned delta, int width = 32, CUDA_ON_CPU_SITE) {
+  const int l = cuda_on_cpu::lane(), from = l - static_cast<int>(delta);
+  return cuda_on_cpu::shuffle({"__shfl_up_sync", file, line}, mask, v, from, width,
+                              from < (l & ~(width - 1)));
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T v, unsigned delta, int width = 32, CUDA_ON_CPU_SITE) {
+  const int l = cuda_on_cpu::lane(), from = l + static_cast<int>(delta);
+  return cuda_on_cpu::shuffle({"__shfl_down_sync", file, line}, mask, v, from, width,
+                              from > (l | (width - 1)));
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T v, int lane_mask, int width = 32, CUDA_ON_CPU_SITE) {
+  const int l = cuda_on_cpu::lane(), from = l ^ lane_mask;
+  return cuda_on_cpu::shuffle({"__shfl_xor_sync", file, line}, mask, v, from, width,
+                              from > (l | (width - 1)));
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate, CUDA_ON_CPU_SITE) {
+  return cuda_on_cpu::vote({"__ballot_sync", file, line}, mask, predicate != 0);
+}
+inline int __any_sync(unsigned mask, int predicate, CUDA_ON_CPU_SITE) {
+  return cuda_on_cpu::vote({"__any_sync", file, line}, mask, predicate != 0) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate, CUDA_ON_CPU_SITE) {
+  return cuda_on_cpu::vote({"__all_sync", file, line}, mask, predicate != 0) == mask;
+}
