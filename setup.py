@@ -102,7 +102,10 @@ def extension():
         "randlora_ext._C",
         sources,
         include_dirs=[pybind11.get_include()],
-        depends=[*KERNEL_HEADERS, "csrc/torch/common.h", "csrc/torch/delta_weight.h"],
+        depends=[
+            *KERNEL_HEADERS,
+            *(f"csrc/torch/{h}.h" for h in ("backend", "common", "delta_weight")),
+        ],
         extra_compile_args=[
             *COMMON,
             "-DTORCH_TARGET_VERSION=0x020b000000000000",  # 2.11, the oldest that is supported

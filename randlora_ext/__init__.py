@@ -14,6 +14,7 @@ if importlib.util.find_spec("randlora_ext._C") is None:
         "run from another folder than the checkout so that the installed package is found."
     )
 
+from . import cuda as _cuda
 from . import ops as _operators  # noqa: F401  (registers fake kernels and autograd)
 from ._C import build_info as _build_info
 from ._C import isa as _isa
@@ -27,8 +28,8 @@ __version__: str = _build_info()["version"]
 
 
 def build_info() -> dict:
-    """How the compiled part was built, and which kernel set this process uses."""
-    return {**_build_info(), "isa": _isa()}
+    """How the compiled part was built, and which kernels serve the CPU and CUDA here."""
+    return {**_build_info(), "isa": _isa(), "cuda": _cuda.STATUS}
 
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,23 +22,23 @@ class _Shape:
     out_features: int
     r: int
 
-    @property
+    @cached_property
     def d(self) -> int:
         return min(self.in_features, self.out_features)
 
-    @property
+    @cached_property
     def D(self) -> int:
         return max(self.in_features, self.out_features)
 
-    @property
+    @cached_property
     def n(self) -> int:
         return -(-self.d // self.r)
 
-    @property
+    @cached_property
     def K(self) -> int:
         return self.n * self.r
 
-    @property
+    @cached_property
     def wide(self) -> bool:
         """Whether list positions need 32 bits."""
         return max(self.D, self.K) > 65536
@@ -172,6 +173,20 @@ class TernaryBasis:
             mine[device] = shared((self._key(), device), lambda: self._pack(device))
         return mine[device].tensors
 
+    def dense_b(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+        """B (D, K) unscaled (-1, 0, +1), made once and shared like `packed`: for GEMMs on CUDA."""
+        mine: dict[tuple, Packed] = self.__dict__.setdefault("_packed", {})
+        key = (with_index(torch.device(device)), dtype)
+        if key not in mine:
+            mine[key] = shared((self._key(), *key), lambda: [self._dense_b(*key)])
+        return mine[key].tensors[0]
+
+    def _dense_b(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        if self.format == "planes":
+            return _ops.planes_to_dense(self.packed(device)[2], self.K, 1.0, dtype)
+        offset, index = self.packed(device)[2:4]
+        return _ops.lists_to_dense(offset, index, self.K, 1.0, dtype)
+
     def packed_bytes(self, device: torch.device | str = "cpu") -> int:
         """Bytes of the packed form on that device."""
         return sum(t.numel() * t.element_size() for t in self.packed(device))
@@ -231,7 +246,7 @@ class TernaryBasis:
         return self  # it never changes, and copies must go on sharing what it packs
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k != "_packed"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_packed", "_paths")}
 
     def __repr__(self) -> str:
         origin = "imported" if self._imported is not None else f"seed={self.seed}"

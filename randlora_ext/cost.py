@@ -1,9 +1,8 @@
 """Which path a call takes, and why: a small model of the work each one does.
 
 The unit is T * D * d multiply-adds at the speed of a dense GEMM; a frozen linear layer trains at 2
-units (forward and dx). The constants were measured on one AVX-512 machine (2 cores) and are
-rough on purpose: they only have to rank three paths, and `python benchmarks/layer.py --paths`
-shows how well they do.
+units (forward and dx). The constants are rough on purpose: they only have to rank three paths, and
+`python benchmarks/layer.py --paths` shows how well they do.
 """
 
 import os
@@ -15,17 +14,35 @@ from . import _C
 from .basis import TernaryBasis
 
 PATHS = ("factored", "delta", "merged")
+B_SIDES = ("packed", "dense")
 
-# Cost of one multiply-add or signed add of ours, in multiply-adds of a dense GEMM.
-A_SIDE = 1.0  # structured products on gathered rows: as fast as a GEMM
-B_LISTS = 1.6  # signed adds of whole token vectors from L2
-B_PLANES = 1.9  # the same, and the decoding of the planes
-# Forming dW, per entry: adds of compact rows, their scatter, and conversion with memory traffic.
-FORM_ADD = 2.3
-FORM_SCATTER = 17.0
-FORM_ENTRY = 45.0
-# In a training step dW is formed twice and its gradient contracted once, at twice the cost.
-FORMATIONS = 4
+
+@dataclass(frozen=True)
+class Rates:
+    """Cost of our work on one kind of device, in multiply-adds of a dense GEMM there."""
+
+    a_side: float  # a multiply-add of the structured products on gathered rows
+    b_lists: float  # a signed add of the B side from lists
+    b_planes: float  # the same from bit planes, decoding included; times density
+    # Forming dW, per entry: adds of compact rows (density^2 * K of them), their scatter
+    # (density * r), one term of a tensor-core product (K), and conversion with memory traffic.
+    form_add: float
+    form_scatter: float
+    form_term: float
+    form_entry: float
+    # In a training step dW is formed twice and its gradient contracted once, at twice the cost.
+    formations: float = 4.0
+
+
+# Measured on 2 cores of an AVX-512 machine (EPYC, Zen 4).
+CPU_LISTS = CPU_PLANES = Rates(1.0, 1.6, 1.9, 2.3, 17.0, 0.0, 45.0)
+# Not measured: from the floors in csrc/cuda/*.cu for an H100 in bf16, where a GEMM does 325 T
+# multiply-adds/s. A signed add gathers from L2; dW at low density is written at memory speed (25 us
+# for 4096 x 4096), at high density it is a product by mma.sync, half as fast as a GEMM.
+CUDA_LISTS = Rates(2.0, 60.0, 0.0, 0.0, 0.0, 0.0, 480.0)
+CUDA_PLANES = Rates(2.0, 0.0, 2.0 * 3, 0.0, 0.0, 2.0, 480.0)
+# Up to here a CUDA call is bound by reading the basis, and the packed one is the smallest.
+PACKED_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -36,28 +53,62 @@ class PathChoice:
     reason: str
     isa: str
     costs: dict[str, float] = field(default_factory=dict)
+    b_side: str = "packed"  # of the factored path: from the packed B, or a GEMM on a dense B
 
     def __str__(self) -> str:
         costs = ", ".join(f"{p} {c:.2f}" for p, c in self.costs.items())
+        b_side = ", B side by GEMM on a dense B" if self.b_side == "dense" else ""
         return (
             f"path {self.path} on {self.isa} kernels: {self.reason} "
-            f"(predicted units beside the frozen layer's 2: {costs})"
+            f"(predicted units beside the frozen layer's 2: {costs}{b_side})"
         )
 
 
-def predicted_costs(basis: TernaryBasis, tokens: int, has_weight: bool) -> dict[str, float]:
+def _rates(basis: TernaryBasis, device_type: str) -> Rates:
+    if device_type == "cuda":
+        return CUDA_PLANES if basis.format == "planes" else CUDA_LISTS
+    return CPU_PLANES if basis.format == "planes" else CPU_LISTS
+
+
+def predicted_costs(
+    basis: TernaryBasis, tokens: int, has_weight: bool, device_type: str = "cpu"
+) -> dict[str, float]:
     """Training units (forward, dx, dlam, dgam) of each path beside the base layer's 2."""
     density, K, d, D = basis.density, basis.K, basis.d, basis.D
+    rates = _rates(basis, device_type)
     # Backward recomputes U: for d == in it needs it anyway, for d == out it is one product more.
     a_products, b_products = (3, 2) if d == basis.in_features else (3, 3)
-    b_side = B_PLANES if basis.format == "planes" else B_LISTS
-    factored = density * K * (a_products * A_SIDE / D + b_products * b_side / d)
-    form = FORM_ADD * density**2 * K + FORM_SCATTER * density * basis.r + FORM_ENTRY
-    formation = FORMATIONS * form / max(tokens, 1)
+    b_add = density * (rates.b_planes if basis.format == "planes" else rates.b_lists)
+    if choose_b_side(basis, tokens, device_type) == "dense":
+        b_add = 1.0
+    factored = K * (a_products * density * rates.a_side / D + b_products * b_add / d)
+    form = (
+        rates.form_add * density**2 * K
+        + rates.form_scatter * density * basis.r
+        + rates.form_term * K
+        + rates.form_entry
+    )
+    formation = rates.formations * form / max(tokens, 1)
     costs = {"factored": factored, "delta": 3 + formation}
     if has_weight:
         costs["merged"] = 1 + formation
     return costs
+
+
+def choose_b_side(basis: TernaryBasis, tokens: int, device_type: str) -> str:
+    """How the factored path multiplies by B: "packed" or, on CUDA, "dense" (a GEMM).
+
+    A dense B (D, K) in the dtype of x is made once and shared by all layers of the shape. The
+    environment variable RANDLORA_B_SIDE (packed, dense) overrides the choice on CUDA.
+    """
+    if device_type != "cuda":
+        return "packed"
+    forced = os.environ.get("RANDLORA_B_SIDE")
+    if forced and forced != "auto":
+        if forced not in B_SIDES:
+            raise ValueError(f"RANDLORA_B_SIDE must be auto, packed or dense, got {forced!r}")
+        return forced
+    return "packed" if tokens <= PACKED_TOKENS else "dense"
 
 
 def explain(
@@ -77,18 +128,35 @@ def explain(
     Raises ValueError where RANDLORA_PATH is none of auto, factored, delta, merged.
     """
     has_weight = has_weight and dropout == 0.0
-    path, reason = _decide(basis, tokens, dtype, has_weight, os.environ.get("RANDLORA_PATH"))
-    isa = _C.isa() if torch.device(device).type == "cpu" else torch.device(device).type
-    return PathChoice(path, reason, isa, predicted_costs(basis, tokens, has_weight))
+    kind = torch.device(device).type
+    path, reason = _decide(basis, tokens, dtype, has_weight, kind, os.environ.get("RANDLORA_PATH"))
+    return PathChoice(
+        path,
+        reason,
+        _C.isa() if kind == "cpu" else kind,
+        predicted_costs(basis, tokens, has_weight, kind),
+        choose_b_side(basis, tokens, kind),
+    )
 
 
-def choose_path(basis: TernaryBasis, tokens: int, dtype: torch.dtype, has_weight: bool) -> str:
-    """`explain(...).path`, as `linear` asks for it at every call."""
-    return _decide(basis, tokens, dtype, has_weight, os.environ.get("RANDLORA_PATH"))[0]
+def choose_path(
+    basis: TernaryBasis, tokens: int, dtype: torch.dtype, has_weight: bool, device_type: str = "cpu"
+) -> str:
+    """`explain(...).path`, as `linear` asks for it at every call: decided once per size."""
+    key = (tokens, dtype, has_weight, device_type, os.environ.get("RANDLORA_PATH"))
+    decided: dict[tuple, str] = basis.__dict__.setdefault("_paths", {})
+    if key not in decided:
+        decided[key] = _decide(basis, *key)[0]
+    return decided[key]
 
 
 def _decide(
-    basis: TernaryBasis, tokens: int, dtype: torch.dtype, has_weight: bool, forced: str | None
+    basis: TernaryBasis,
+    tokens: int,
+    dtype: torch.dtype,
+    has_weight: bool,
+    device_type: str,
+    forced: str | None,
 ) -> tuple[str, str]:
     """(path, reason)."""
     if forced and forced != "auto":
@@ -100,7 +168,7 @@ def _decide(
         if forced == "merged" and not has_weight:
             return "delta", "RANDLORA_PATH asks for merged, but weight and adapter are apart"
         return forced, "RANDLORA_PATH asks for it"
-    costs = predicted_costs(basis, tokens, has_weight)
+    costs = predicted_costs(basis, tokens, has_weight, device_type)
     note = ""
     if has_weight and dtype in (torch.bfloat16, torch.float16):
         del costs["merged"]

@@ -8,12 +8,22 @@ from torch import Tensor
 
 from . import ops
 from .basis import TernaryBasis
-from .cost import choose_path
+from .cost import choose_b_side, choose_path
 
 _ops = torch.ops.randlora
 
 
 def _check_diagonals(basis: TernaryBasis, lam: Tensor, gam: Tensor) -> None:
+    if (  # the one question of a layer in training, which comes thousands of times a second
+        isinstance(lam, Tensor)
+        and isinstance(gam, Tensor)
+        and lam.shape == (basis.r, basis.n)
+        and gam.shape == (basis.n, basis.d)
+        and lam.is_floating_point()
+        and gam.is_floating_point()
+        and lam.device == gam.device
+    ):
+        return
     for name, value, shape, letters in (
         ("lam", lam, (basis.r, basis.n), "(r, n)"),
         ("gam", gam, (basis.n, basis.d), "(n, d)"),
@@ -100,20 +110,25 @@ def linear(
         )
     if x.device != lam.device:
         raise ValueError(f"x is on {x.device} but lam on {lam.device}; they must be together")
-    if x.device.type not in ("cpu", "meta"):
-        raise ValueError(f"x is on {x.device}; this version has kernels for the CPU only")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    kind = x.device.type
+    if kind not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"x is on {x.device}; there are kernels for cpu and cuda only")
+    if torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
+    tokens = x.shape[:-1].numel()
     if path == "auto":
-        path = choose_path(basis, x.shape[:-1].numel(), x.dtype, weight is not None)
+        path = choose_path(basis, tokens, x.dtype, weight is not None, kind)
+    packed = basis.packed(x.device)
+    if path == "factored" and choose_b_side(basis, tokens, kind) == "dense":
+        packed = [*packed, basis.dense_b(x.device, x.dtype)]
     return ops.linear(
         x,
         weight,
         bias,
         lam,
         gam,
-        basis.packed(x.device),
+        packed,
         scaling * basis.scale,
         basis.out_features,
         path,

@@ -124,7 +124,7 @@ def test_auto_hands_the_chosen_path_to_the_operator(monkeypatch):
     layer = make_layer(64, 64, 8, 1.0, 5, torch.float32, lead=(2, 3))
     arguments = (layer.x, layer.weight, layer.bias, layer.basis, layer.lam, layer.gam, 1.0)
     linear(*arguments)
-    assert seen == [(layer.basis, 30, torch.float32, True)]
+    assert seen == [(layer.basis, 30, torch.float32, True, "cpu")]
     results = {path: linear(*arguments, path=path) for path in PATHS}
     assert len(seen) == 1  # an explicit path is not questioned
     for path in PATHS:

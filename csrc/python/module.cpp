@@ -7,6 +7,7 @@
 
 #include "../core/ternary_spec.h"
 #include "../cpu/dispatch.h"
+#include "../torch/backend.h"
 
 #if defined(__clang__)
 #define RANDLORA_COMPILER "clang " __clang_version__
@@ -36,6 +37,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "isa", [] { return std::string(randlora::cpu_kernels().isa); },
       "The kernel set in use. Raises RuntimeError where RANDLORA_ISA names one that cannot run.");
+  m.def("load_cuda", &randlora::load_cuda, py::arg("path"), py::arg("serve_cpu_tensors") = false,
+        "Loads the CUDA kernels. Raises RuntimeError with the reason where that cannot be.");
+  m.def("cuda_build", &randlora::cuda_build, "Compiler and architectures; empty: not loaded.");
   m.def("philox4x32_10", [](Words4 counter, Words2 key) {
     const auto out =
         randlora::philox4x32_10({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);

@@ -1,8 +1,7 @@
 // torch.ops.randlora: generation, packing and expansion of ternary bases.
 #include "../core/ternary_spec.h"
-#include "../cpu/dispatch.h"
 #include "../cpu/packing.h"
-#include "common.h"
+#include "backend.h"
 
 namespace randlora {
 namespace {
@@ -44,11 +43,9 @@ void fill_planes_(Tensor planes, int64_t seed, int64_t role, int64_t row_start, 
   RANDLORA_CHECK(threshold >= 1 && threshold <= int64_t{1} << 31,
                  "threshold must be in [1, 2^31], got ", threshold);
   auto* plus = static_cast<uint64_t*>(planes.mutable_data_ptr());
-  TorchRuntime runtime;
-  cpu_kernels().fill_planes(
+  run(planes, &Kernels::fill_planes, &CudaKernels::fill_planes,
       {static_cast<uint64_t>(seed), static_cast<uint32_t>(role), static_cast<uint32_t>(threshold),
-       row_start, shape.rows, col_start, cols, plus, plus + shape.rows * shape.words},
-      runtime);
+       row_start, shape.rows, col_start, cols, plus, plus + shape.rows * shape.words});
 }
 
 std::tuple<Tensor, Tensor> pack_dense_op(Tensor dense) {
@@ -58,12 +55,25 @@ std::tuple<Tensor, Tensor> pack_dense_op(Tensor dense) {
   const Tensor x = as_contiguous(dense);
   const int64_t rows = x.size(0), cols = x.size(1), words = words_of(cols);
   Tensor planes = torch::stable::new_empty(x, {2, rows, words}, ScalarType::Long);
-  Tensor value = torch::stable::new_empty(x, {}, ScalarType::Double);
+  Tensor value = torch::stable::empty({}, ScalarType::Double);
   auto* plus = static_cast<uint64_t*>(planes.mutable_data_ptr());
-  TorchRuntime runtime;
   int64_t bad = -1;
-  const double a =
-      pack_dense(x.const_data_ptr(), dtype, rows, cols, plus, plus + rows * words, &bad, runtime);
+  double a;
+  if (runs_on_cuda(x)) {
+    const Tensor found = torch::stable::new_empty(x, {2}, ScalarType::Double);
+    {
+      TorchDevice device(x);
+      cuda_kernels().pack_dense(x.const_data_ptr(), dtype, rows, cols, plus, plus + rows * words,
+                                found.mutable_data_ptr<double>(), device);
+    }
+    const Tensor here =
+        torch::stable::to(found, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+    a = here.const_data_ptr<double>()[0];
+    bad = static_cast<int64_t>(here.const_data_ptr<double>()[1]);
+  } else {
+    TorchRuntime runtime;
+    a = pack_dense(x.const_data_ptr(), dtype, rows, cols, plus, plus + rows * words, &bad, runtime);
+  }
   RANDLORA_CHECK(
       a >= 0, "dense is not ternary: element (", bad / cols, ", ", bad % cols,
       ") is none of -a, 0, +a, where a is the magnitude of its first element that is not zero");
@@ -78,12 +88,22 @@ std::tuple<Tensor, Tensor> planes_to_lists(Tensor planes, int64_t cols, bool by_
                  " cannot hold positions up to ", longest - 1, "; 16-bit lists end at 65535");
   Tensor offset = torch::stable::new_empty(planes, {2 * lines + 1}, ScalarType::Long);
   auto* at = offset.mutable_data_ptr<int64_t>();
-  TorchRuntime runtime;
-  const int64_t total = count_lists(view(planes), shape.rows, cols, by_column, at, runtime);
-  Tensor index =
-      torch::stable::new_empty(planes, {total}, wide ? ScalarType::Int : ScalarType::Short);
-  fill_lists(view(planes), shape.rows, cols, by_column, at, wide, index.mutable_data_ptr(),
-             runtime);
+  const auto index_of = [&](int64_t total) {
+    return torch::stable::new_empty(planes, {total}, wide ? ScalarType::Int : ScalarType::Short);
+  };
+  Tensor index;
+  if (runs_on_cuda(planes)) {
+    TorchDevice device(planes);
+    const CudaKernels& cuda = cuda_kernels();
+    index = index_of(cuda.count_lists(view(planes), shape.rows, cols, by_column, at, device));
+    cuda.fill_lists(view(planes), shape.rows, cols, by_column, at, wide, index.mutable_data_ptr(),
+                    device);
+  } else {
+    TorchRuntime runtime;
+    index = index_of(count_lists(view(planes), shape.rows, cols, by_column, at, runtime));
+    fill_lists(view(planes), shape.rows, cols, by_column, at, wide, index.mutable_data_ptr(),
+               runtime);
+  }
   return {offset, index};
 }
 
@@ -101,8 +121,14 @@ Tensor planes_to_dense_op(Tensor planes, int64_t cols, double value, ScalarType 
   const PlaneShape shape = check_planes(planes, cols);
   const DType type = dense_dtype(dtype);
   Tensor out = torch::stable::new_empty(planes, {shape.rows, cols}, dtype);
-  TorchRuntime runtime;
-  planes_to_dense(view(planes), shape.rows, cols, value, out.mutable_data_ptr(), type, runtime);
+  if (runs_on_cuda(planes)) {
+    TorchDevice device(planes);
+    cuda_kernels().planes_to_dense(view(planes), shape.rows, cols, value, out.mutable_data_ptr(),
+                                   type, device);
+  } else {
+    TorchRuntime runtime;
+    planes_to_dense(view(planes), shape.rows, cols, value, out.mutable_data_ptr(), type, runtime);
+  }
   return out;
 }
 
@@ -117,13 +143,21 @@ Tensor lists_to_dense_op(Tensor offset, Tensor index, int64_t cols, double value
       (index.scalar_type() == ScalarType::Short || index.scalar_type() == ScalarType::Int) &&
           index.dim() == 1 && index.is_contiguous(),
       "index must be a contiguous int16 or int32 tensor, got ", describe(index));
+  check_same_device(index, "index", offset, "offset");
+  RANDLORA_CHECK(cols >= 0, "cols may not be negative, got ", cols);
   const int64_t rows = offset.size(0) / 2;
   const auto* at = offset.const_data_ptr<int64_t>();
+  const bool wide = index.scalar_type() == ScalarType::Int;
+  Tensor out = torch::stable::new_empty(offset, {rows, cols}, dtype);
+  if (runs_on_cuda(offset)) {  // entries are trusted there: a look would make the host wait
+    TorchDevice device(offset);
+    cuda_kernels().lists_to_dense({at, index.const_data_ptr(), index.size(0)}, wide, rows, cols,
+                                  value, out.mutable_data_ptr(), type, device);
+    return out;
+  }
   RANDLORA_CHECK(at[0] == 0 && at[2 * rows] == index.size(0), "offset must run from 0 to ",
                  index.size(0), ", the length of index, but runs from ", at[0], " to ",
                  at[2 * rows]);
-  RANDLORA_CHECK(cols >= 0, "cols may not be negative, got ", cols);
-  const bool wide = index.scalar_type() == ScalarType::Int;
   for (int64_t q = 0; q < 2 * rows; ++q)
     RANDLORA_CHECK(at[q] <= at[q + 1], "offset must not decrease, but entry ", q, " is ", at[q],
                    " and the next ", at[q + 1]);
@@ -133,11 +167,19 @@ Tensor lists_to_dense_op(Tensor offset, Tensor index, int64_t cols, double value
     RANDLORA_CHECK(col < cols, "index[", p, "] is ", col, ", but there are only ", cols,
                    " columns");
   }
-  Tensor out = torch::stable::new_empty(offset, {rows, cols}, dtype);
   TorchRuntime runtime;
-  lists_to_dense({at, index.const_data_ptr()}, wide, rows, cols, value, out.mutable_data_ptr(),
-                 type, runtime);
+  lists_to_dense({at, index.const_data_ptr(), index.size(0)}, wide, rows, cols, value,
+                 out.mutable_data_ptr(), type, runtime);
   return out;
+}
+
+template <class Library>
+void implement(Library& m) {
+  m.impl("fill_planes_", TORCH_BOX(&fill_planes_));
+  m.impl("pack_dense", TORCH_BOX(&pack_dense_op));
+  m.impl("planes_to_lists", TORCH_BOX(&planes_to_lists));
+  m.impl("planes_to_dense", TORCH_BOX(&planes_to_dense_op));
+  m.impl("lists_to_dense", TORCH_BOX(&lists_to_dense_op));
 }
 
 }  // namespace
@@ -155,10 +197,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
       "Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) {
-  m.impl("fill_planes_", TORCH_BOX(&randlora::fill_planes_));
-  m.impl("pack_dense", TORCH_BOX(&randlora::pack_dense_op));
-  m.impl("planes_to_lists", TORCH_BOX(&randlora::planes_to_lists));
-  m.impl("planes_to_dense", TORCH_BOX(&randlora::planes_to_dense_op));
-  m.impl("lists_to_dense", TORCH_BOX(&randlora::lists_to_dense_op));
-}
+STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) { randlora::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(randlora, CUDA, m) { randlora::implement(m); }

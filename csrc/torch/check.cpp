@@ -28,7 +28,8 @@ bool is_floating(ScalarType t) {
          t == ScalarType::Half;
 }
 
-void check_offsets(const Tensor& offset, const Tensor& index, int64_t lines, const char* name) {
+void check_offsets(const Tensor& offset, const Tensor& index, int64_t lines, const char* name,
+                   bool on_cpu) {
   RANDLORA_CHECK(offset.scalar_type() == ScalarType::Long && offset.is_contiguous() &&
                      offset.dim() == 1 && offset.size(0) == 2 * lines + 1,
                  "packed: ", name, "_offset must be a contiguous int64 tensor of ", 2 * lines + 1,
@@ -37,7 +38,7 @@ void check_offsets(const Tensor& offset, const Tensor& index, int64_t lines, con
   RANDLORA_CHECK(
       (t == ScalarType::Short || t == ScalarType::Int) && index.is_contiguous() && index.dim() == 1,
       "packed: ", name, "_index must be a contiguous int16 or int32 tensor, got ", describe(index));
-  if (!offset.is_cpu()) return;
+  if (!on_cpu) return;  // a look would make the host wait for the card
   // Positions are trusted (only a pass over all of them could check them), where they lie is not.
   const int64_t* at = offset.const_data_ptr<int64_t>();
   RANDLORA_CHECK(at[0] == 0 && at[2 * lines] == index.size(0), "packed: ", name,
@@ -58,7 +59,8 @@ std::string describe(const Tensor& t) {
   std::ostringstream s;
   s << "(";
   for (int64_t i = 0; i < t.dim(); ++i) s << (i ? ", " : "") << t.size(i);
-  s << ") " << name_of(t.scalar_type()) << (t.is_cpu() ? " on cpu" : " on cuda");
+  s << ") " << name_of(t.scalar_type());
+  t.is_cpu() ? s << " on cpu" : s << " on cuda:" << t.get_device_index();
   return s.str();
 }
 
@@ -120,16 +122,30 @@ Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tenso
                  " features needs n = ", (b.d + b.r - 1) / b.r, " bases");
   RANDLORA_CHECK(gam.dim() == 2 && gam.size(0) == b.n && gam.size(1) == b.d,
                  "gam must be (n, d) = (", b.n, ", ", b.d, "), got ", describe(gam));
-  RANDLORA_CHECK(packed.size() == 6 || packed.size() == 3,
-                 "packed must hold 6 tensors (lists) or 3 (bit planes), got ", packed.size(),
-                 "; take it from TernaryBasis.packed(device)");
-  for (const Tensor& t : packed) check_same_device(t, "packed", lam, "lam");
-  check_offsets(packed[0], packed[1], b.r, "a");
+  size_t count = packed.size();
+  const bool dense = count > 0 && is_floating(packed[count - 1].scalar_type());
+  count -= dense;
+  RANDLORA_CHECK(
+      count == 6 || count == 3,
+      "packed must hold 6 tensors (lists) or 3 (bit planes), and on CUDA perhaps a dense "
+      "B after them, got ",
+      packed.size(), "; take it from TernaryBasis.packed(device)");
+  const bool on_cpu = lam.is_cpu();
+  for (const Tensor& t : packed)
+    if (!on_cpu || !t.is_cpu()) check_same_device(t, "packed", lam, "lam");
+  check_offsets(packed[0], packed[1], b.r, "a", on_cpu);
   b.a = lists_of(packed[0], packed[1]);
   b.wide = packed[1].scalar_type() == ScalarType::Int;
   RANDLORA_CHECK(b.wide || (b.D <= 65536 && b.K() <= 65536),
                  "packed: int16 positions end at 65535, but D = ", b.D, " and K = ", b.K());
-  if (packed.size() == 3) {
+  if (dense) {
+    const Tensor& B = packed[count];
+    RANDLORA_CHECK(B.dim() == 2 && B.size(0) == b.D && B.size(1) == b.K() && B.is_contiguous(),
+                   "packed: the dense B must be a contiguous (D, K) = (", b.D, ", ", b.K(),
+                   "), got ", describe(B));
+    b.b_dense = B.const_data_ptr();
+  }
+  if (count == 3) {
     RANDLORA_CHECK(b.n <= 65536, "packed: bit planes serve up to n = 65536 bases, got n = ", b.n);
     const Tensor& p = packed[2];
     const int64_t words = words_of(b.K());
@@ -141,8 +157,8 @@ Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tenso
     b.b_planes = {plus, plus + b.D * words, words};
     return b;
   }
-  check_offsets(packed[2], packed[3], b.D, "b_row");
-  check_offsets(packed[4], packed[5], b.K(), "b_col");
+  check_offsets(packed[2], packed[3], b.D, "b_row", on_cpu);
+  check_offsets(packed[4], packed[5], b.K(), "b_col", on_cpu);
   for (int i = 3; i <= 5; i += 2)
     RANDLORA_CHECK(packed[i].scalar_type() == packed[1].scalar_type(),
                    "packed: all index tensors must have one dtype, got ", describe(packed[1]),

@@ -52,6 +52,7 @@ ScalarType compute_type(DType dtype);
 // The packed basis of a layer with these diagonals; refuses any disagreement of shapes.
 //   lists   [a_offset, a_index, b_row_offset, b_row_index, b_col_offset, b_col_index]
 //   planes  [a_offset, a_index, b_planes]
+// and after either, for CUDA, perhaps B itself, dense, unscaled and in the dtype of x.
 Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
                int64_t in_features, int64_t out_features);
 

@@ -1,7 +1,7 @@
 // torch.ops.randlora.delta_weight: scale * B @ A', oriented as a Linear's weight (out, in).
 #include "delta_weight.h"
 
-#include "../cpu/dispatch.h"
+#include "backend.h"
 
 namespace randlora {
 
@@ -10,11 +10,9 @@ Tensor form_delta(const Basis& b, const Tensor& lam, const Tensor& gam, const Op
   const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
   Tensor out = torch::stable::new_empty(lam, {out_features, in_features}, scalar_type(dtype));
   const Tensor w = base ? as_contiguous(*base) : out;  // `out` only keeps w from being empty
-  TorchRuntime runtime;
-  cpu_kernels().delta_weight(
+  run(lam, &Kernels::delta_weight, &CudaKernels::delta_weight,
       {b, l.const_data_ptr(), g.const_data_ptr(), base ? w.const_data_ptr() : nullptr,
-       out.mutable_data_ptr(), dtype, scale, /*transposed=*/b.d != in_features},
-      runtime);
+       out.mutable_data_ptr(), dtype, scale, /*transposed=*/b.d != in_features});
   return out;
 }
 
@@ -24,11 +22,9 @@ std::tuple<Tensor, Tensor> contract_delta(const Basis& b, const Tensor& grad, co
   const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
   const Tensor G = as_contiguous(grad);
   Tensor dlam = torch::stable::empty_like(l), dgam = torch::stable::empty_like(g);
-  TorchRuntime runtime;
-  cpu_kernels().delta_weight_backward(
+  run(lam, &Kernels::delta_weight_backward, &CudaKernels::delta_weight_backward,
       {b, l.const_data_ptr(), g.const_data_ptr(), G.const_data_ptr(), dtype, scale,
-       /*transposed=*/b.d != G.size(1), dlam.mutable_data_ptr(), dgam.mutable_data_ptr()},
-      runtime);
+       /*transposed=*/b.d != G.size(1), dlam.mutable_data_ptr(), dgam.mutable_data_ptr()});
   return {cast(dlam, lam.scalar_type()), cast(dgam, gam.scalar_type())};
 }
 
@@ -49,6 +45,12 @@ std::tuple<Tensor, Tensor> delta_weight_backward(Tensor grad, Tensor lam, Tensor
   return contract_delta(b, grad, lam, gam, scale);
 }
 
+template <class Library>
+void implement(Library& m) {
+  m.impl("delta_weight", TORCH_BOX(&delta_weight));
+  m.impl("delta_weight_backward", TORCH_BOX(&delta_weight_backward));
+}
+
 }  // namespace
 }  // namespace randlora
 
@@ -61,7 +63,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
       "(Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) {
-  m.impl("delta_weight", TORCH_BOX(&randlora::delta_weight));
-  m.impl("delta_weight_backward", TORCH_BOX(&randlora::delta_weight_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) { randlora::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(randlora, CUDA, m) { randlora::implement(m); }

@@ -5,7 +5,7 @@
 //   merged    W + dW is formed, then one GEMM
 //
 // Without a weight the result is the adapter's part alone, for base layers of any kind.
-#include "../cpu/dispatch.h"
+#include "backend.h"
 #include "delta_weight.h"
 
 namespace randlora {
@@ -69,11 +69,21 @@ Sizes check(const Tensor& x, const OptionalTensor& weight, const OptionalTensor&
   return s;
 }
 
+// A dense B is an operand of GEMMs with x.
+void check_dense(const Basis& b, const std::vector<Tensor>& packed, const Tensor& x) {
+  if (!b.b_dense) return;
+  RANDLORA_CHECK(runs_on_cuda(x), "packed holds a dense B, which only the CUDA kernels use; x is ",
+                 describe(x));
+  RANDLORA_CHECK(packed.back().scalar_type() == x.scalar_type(), "packed: the dense B is ",
+                 describe(packed.back()), " but x is ", describe(x), "; they must have one dtype");
+}
+
 Tensor linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor lam, Tensor gam,
               std::vector<Tensor> packed, double scale, int64_t out_features, std::string path) {
   const Path p = path_of(path, weight.has_value());
   const Sizes s = check(x, weight, bias, lam, out_features);
   const Basis b = basis_of(packed, lam, gam, s.in, s.out);
+  check_dense(b, packed, x);
   const DType dtype = activation_dtype(x, "x");
   const Tensor xc = as_contiguous(x);
 
@@ -92,11 +102,9 @@ Tensor linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor lam, 
     y = torch::stable::new_empty(x, shape);
   }
   const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
-  TorchRuntime runtime;
-  cpu_kernels().linear({b, l.const_data_ptr(), g.const_data_ptr(), xc.const_data_ptr(),
-                        y.mutable_data_ptr(), dtype, s.T, scale, /*expand=*/b.d == s.in,
-                        /*accumulate=*/weight.has_value()},
-                       runtime);
+  run(x, &Kernels::linear, &CudaKernels::linear,
+      {b, l.const_data_ptr(), g.const_data_ptr(), xc.const_data_ptr(), y.mutable_data_ptr(), dtype,
+       s.T, scale, /*expand=*/b.d == s.in, /*accumulate=*/weight.has_value()});
   return y;
 }
 
@@ -114,6 +122,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Optional
     RANDLORA_CHECK(dy.size(i) == x.size(i), "dy is ", describe(dy), ", which does not fit x ",
                    describe(x));
   const Basis b = basis_of(packed, lam, gam, s.in, s.out);
+  check_dense(b, packed, x);
   const DType dtype = activation_dtype(x, "x");
   const Tensor xc = as_contiguous(x), dyc = as_contiguous(dy);
   Tensor dx, dlam, dgam;
@@ -128,13 +137,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Optional
       dx = weight ? as_contiguous(torch::stable::matmul(dyc, *weight))
                   : torch::stable::empty_like(xc);
     if (need_diagonals) dlam = torch::stable::empty_like(l), dgam = torch::stable::empty_like(g);
-    TorchRuntime runtime;
-    cpu_kernels().linear_backward(
+    run(x, &Kernels::linear_backward, &CudaKernels::linear_backward,
         {b, l.const_data_ptr(), g.const_data_ptr(), xc.const_data_ptr(), dyc.const_data_ptr(),
          need_x ? dx.mutable_data_ptr() : nullptr, dtype, s.T, scale, /*expand=*/b.d == s.in,
          /*accumulate=*/weight.has_value(), need_diagonals ? dlam.mutable_data_ptr() : nullptr,
-         need_diagonals ? dgam.mutable_data_ptr() : nullptr},
-        runtime);
+         need_diagonals ? dgam.mutable_data_ptr() : nullptr});
     return {dx, cast(dlam, lam.scalar_type()), cast(dgam, gam.scalar_type())};
   }
   if (need_x) {
@@ -150,6 +157,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Optional
   return {dx, dlam, dgam};
 }
 
+template <class Library>
+void implement(Library& m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_backward", TORCH_BOX(&linear_backward));
+}
+
 }  // namespace
 }  // namespace randlora
 
@@ -163,7 +176,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
       "(Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) {
-  m.impl("linear", TORCH_BOX(&randlora::linear));
-  m.impl("linear_backward", TORCH_BOX(&randlora::linear_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) { randlora::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(randlora, CUDA, m) { randlora::implement(m); }

@@ -1,6 +1,5 @@
 // torch.ops.randlora.scaled_basis: A'[j * n + i, k] = lam[j, i] * A[j, k] * gam[i, k].
-#include "../cpu/dispatch.h"
-#include "common.h"
+#include "backend.h"
 
 namespace randlora {
 namespace {
@@ -29,10 +28,9 @@ Tensor scaled_basis(Tensor A, Tensor lam, Tensor gam) {
   const Tensor a = compute_copy(A, dtype), l = compute_copy(lam, dtype),
                g = compute_copy(gam, dtype);
   Tensor out = torch::stable::new_empty(A, {s.r * s.n, s.d});
-  TorchRuntime runtime;
-  cpu_kernels().scaled_basis({s.r, s.n, s.d, a.const_data_ptr(), l.const_data_ptr(),
-                              g.const_data_ptr(), out.mutable_data_ptr(), dtype},
-                             runtime);
+  run(A, &Kernels::scaled_basis, &CudaKernels::scaled_basis,
+      {s.r, s.n, s.d, a.const_data_ptr(), l.const_data_ptr(), g.const_data_ptr(),
+       out.mutable_data_ptr(), dtype});
   return out;
 }
 
@@ -46,12 +44,16 @@ std::tuple<Tensor, Tensor> scaled_basis_backward(Tensor grad, Tensor A, Tensor l
                g = compute_copy(gam, dtype);
   const Tensor G = as_contiguous(grad);
   Tensor dlam = torch::stable::empty_like(l), dgam = torch::stable::empty_like(g);
-  TorchRuntime runtime;
-  cpu_kernels().scaled_basis_backward(
+  run(A, &Kernels::scaled_basis_backward, &CudaKernels::scaled_basis_backward,
       {s.r, s.n, s.d, a.const_data_ptr(), l.const_data_ptr(), g.const_data_ptr(),
-       G.const_data_ptr(), dlam.mutable_data_ptr(), dgam.mutable_data_ptr(), dtype},
-      runtime);
+       G.const_data_ptr(), dlam.mutable_data_ptr(), dgam.mutable_data_ptr(), dtype});
   return {cast(dlam, lam.scalar_type()), cast(dgam, gam.scalar_type())};
+}
+
+template <class Library>
+void implement(Library& m) {
+  m.impl("scaled_basis", TORCH_BOX(&scaled_basis));
+  m.impl("scaled_basis_backward", TORCH_BOX(&scaled_basis_backward));
 }
 
 }  // namespace
@@ -62,7 +64,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
   m.def("scaled_basis_backward(Tensor grad, Tensor A, Tensor lam, Tensor gam) -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) {
-  m.impl("scaled_basis", TORCH_BOX(&randlora::scaled_basis));
-  m.impl("scaled_basis_backward", TORCH_BOX(&randlora::scaled_basis_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) { randlora::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(randlora, CUDA, m) { randlora::implement(m); }

@@ -1,0 +1,112 @@
+#include "backend.h"
+
+#include <dlfcn.h>
+
+#include <cstdlib>
+
+namespace randlora {
+namespace {
+
+const CudaKernels* loaded = nullptr;
+bool serves_cpu = false;
+
+// Entry points of torch's own libraries that a CPU build of torch lacks: found at run time, so that
+// one built file serves both. Their C interface is stable (torch/csrc/inductor/aoti_torch).
+using CurrentStream = AOTITorchError (*)(int32_t, void**);
+using AddmmOut = AOTITorchError (*)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle,
+                                    AtenTensorHandle, double, double);
+
+template <class F>
+F entry(const char* library, const char* name) {
+  void* handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+  void* found = handle ? dlsym(handle, name) : nullptr;
+  RANDLORA_CHECK(found != nullptr, "this torch has no ", name, " in ", library,
+                 ", which the CUDA kernels need; torch >= 2.11 with CUDA has it");
+  return reinterpret_cast<F>(found);
+}
+
+bool tf32_requested() {
+  const char* value = std::getenv("RANDLORA_TF32");
+  return value && std::string(value) == "1";
+}
+
+Tensor view(void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
+            const Tensor& like, DType dtype) {
+  const int64_t sizes[2] = {rows, cols}, strides[2] = {row_stride, col_stride};
+  return torch::stable::from_blob(data, {sizes, 2}, {strides, 2}, like.device(),
+                                  scalar_type(dtype));
+}
+
+}  // namespace
+
+void load_cuda(const std::string& path, bool serve_cpu_tensors) {
+  void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  RANDLORA_CHECK(handle, "cannot load ", path, ": ", dlerror());
+  const auto table = reinterpret_cast<CudaKernelsFunction>(dlsym(handle, kCudaSymbol));
+  RANDLORA_CHECK(table, path, " has no symbol ", kCudaSymbol, "; it is no CUDA library of ours");
+  const CudaKernels* kernels = table();
+  RANDLORA_CHECK(kernels->interface == kCudaInterface, path,
+                 " was built from other sources than this extension; install again");
+  loaded = kernels;
+  serves_cpu = serve_cpu_tensors;
+}
+
+bool cuda_loaded() { return loaded != nullptr; }
+
+std::string cuda_build() { return loaded ? loaded->build : ""; }
+
+const CudaKernels& cuda_kernels() {
+  RANDLORA_CHECK(loaded,
+                 "the CUDA kernels are not loaded; randlora_ext.build_info()['cuda'] says "
+                 "why");
+  return *loaded;
+}
+
+bool runs_on_cuda(const Tensor& t) { return !t.is_cpu() || serves_cpu; }
+
+TorchDevice::TorchDevice(const Tensor& like) : like_(like) {
+  const CudaKernels& kernels = cuda_kernels();
+  const int index = like.is_cpu() ? 0 : like.get_device_index();
+  kernels.describe(index, *this);
+  static const bool use_tf32 = tf32_requested();
+  tf32 = use_tf32;
+  if (!like.is_cpu()) {
+    static const auto current_stream =
+        entry<CurrentStream>("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream");
+    STABLE_TORCH_ERROR_CODE_CHECK(current_stream(index, &stream));
+  }
+  card_.emplace(kernels, index);
+}
+
+void* TorchDevice::scratch(size_t bytes) {
+  held_.push_back(torch::stable::new_empty(like_, {static_cast<int64_t>(bytes)}, ScalarType::Byte));
+  return held_.back().mutable_data_ptr();
+}
+
+void TorchDevice::gemm(const Gemm& g) {
+  if (g.M == 0 || g.N == 0) return;
+  const bool cpu = like_.is_cpu();
+  // Found once for each of the two libraries.
+  static AddmmOut known[2];
+  AddmmOut& addmm_out = known[cpu];
+  if (!addmm_out)
+    addmm_out = cpu ? entry<AddmmOut>("libtorch_cpu.so", "aoti_torch_cpu_addmm_out")
+                    : entry<AddmmOut>("libtorch_cuda.so", "aoti_torch_cuda_addmm_out");
+  const Tensor out = view(g.out, g.M, g.N, g.N, 1, like_, g.dtype);
+  const Tensor left = view(const_cast<void*>(g.left), g.M, g.K, g.K, 1, like_, g.dtype);
+  const Tensor right = g.right_rows_are_k
+                           ? view(const_cast<void*>(g.right), g.K, g.N, g.N, 1, like_, g.dtype)
+                           : view(const_cast<void*>(g.right), g.K, g.N, 1, g.K, like_, g.dtype);
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      addmm_out(out.get(), out.get(), left.get(), right.get(), g.accumulate ? 1.0 : 0.0, g.scale));
+}
+
+int64_t TorchDevice::read(const int64_t* value) {
+  Tensor there = torch::stable::from_blob(const_cast<int64_t*>(value), {}, {}, like_.device(),
+                                          ScalarType::Long);
+  const Tensor here =
+      torch::stable::to(there, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  return *here.const_data_ptr<int64_t>();
+}
+
+}  // namespace randlora

@@ -1,0 +1,35 @@
+"""Loading the CUDA kernels: a library of their own, opened only where torch has CUDA."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from . import _C
+
+LIBRARY = Path(__file__).parent / "librandlora_cuda.so"
+
+
+def _load() -> str:
+    """Loads the library; returns what `build_info()["cuda"]` says."""
+    path = os.environ.get("RANDLORA_CUDA_LIBRARY")
+    if path is None and torch.version.cuda is None:
+        return "not loaded: this torch is built without CUDA"
+    if path is None and not LIBRARY.is_file():
+        return (
+            "not loaded: randlora_ext was built without nvcc; install it again where nvcc is found "
+            "(RANDLORA_CUDA=1 makes that a condition)"
+        )
+    try:
+        _C.load_cuda(path or str(LIBRARY), os.environ.get("RANDLORA_CUDA_SERVES_CPU") == "1")
+    except RuntimeError as error:
+        return f"not loaded: {str(error).splitlines()[0]}"
+    return _C.cuda_build()
+
+
+STATUS: str = _load()
+
+
+def available() -> bool:
+    """Whether tensors on a CUDA device can be served."""
+    return bool(_C.cuda_build())
