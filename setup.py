@@ -50,40 +50,15 @@ def kernel_library(isa: str) -> tuple[str, dict]:
     }
 
 
-def cuda_library() -> tuple[Path | None, str]:
-    """The built CUDA library, None where there is none, and a few words about it."""
-    build_dir = HERE / "build" / "nvcc"  # stays, so that the next build compiles what has changed
-    wanted = os.environ.get("RANDLORA_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        raise SystemExit(f"randlora_ext: RANDLORA_CUDA={wanted!r} must be 0, 1 or unset")
-    if wanted == "0":
-        return None, "no CUDA kernels, as RANDLORA_CUDA=0 says"
-    compiler = nvcc.find_nvcc()
-    if compiler is None:
-        missing = "nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda)"
-        if wanted == "1":
-            raise SystemExit(f"randlora_ext: RANDLORA_CUDA=1, but {missing}")
-        return None, f"no CUDA kernels: {missing}"
-    # With a torch that cannot use a card, the kernels are built only to show that they can be.
-    torch_has_cuda = torch.version.cuda is not None
-    library = build_dir / nvcc.LIBRARY
-    try:
-        archs = nvcc.architectures(compiler, nvcc.ALL if torch_has_cuda else nvcc.FEW)
-        built = nvcc.build(compiler, library, build_dir, archs)
-    except nvcc.BuildError as error:
-        hint = "RANDLORA_CUDA=0 builds without CUDA kernels"
-        if wanted == "1" or torch_has_cuda:
-            raise SystemExit(f"randlora_ext: {compiler} failed ({hint}):\n{error}") from None
-        return None, f"no CUDA kernels, which this torch could not use: {compiler} failed:\n{error}"
-    return library, f"CUDA kernels by {built}"
-
-
 class BuildKernels(BuildExtension):
     def run(self):
         # `build_ext --inplace` and editable installs do not run build_clib by themselves.
         self.run_command("build_clib")
         super().run()
-        library, about = cuda_library()
+        try:
+            library, about = nvcc.build_as_asked(torch.version.cuda is not None)
+        except nvcc.BuildError as error:
+            raise SystemExit(f"randlora_ext: {error}") from None
         in_package = f"randlora_ext/{nvcc.LIBRARY}"
         targets = [Path(self.build_lib) / in_package]
         if self.inplace:

@@ -21,13 +21,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 LIBRARY = "librandlora_cuda.so"
+BUILD_DIR = ROOT / "build" / "nvcc"  # stays, so that the next build compiles what has changed
 FLAGS = ["-std=c++17", "-O3"]
 HOST_FLAGS = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 
 OLDEST = 80  # bf16 tensor cores and cp.async begin there
 ALL = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 # Runs on everything from sm_80 on (86 and 89 run what was made for 80; the driver compiles the PTX
-# for what came after 90) and takes a third of the time.
+# for what came after 90) and takes half the time or less.
 FEW = ["sm_80", "sm_90"]
 FAMILIES = {
     "Ampere": "8.0;8.6+PTX",
@@ -162,7 +163,7 @@ def make(command: list[str], output: Path, inputs: list[Path]) -> bool:
     return True
 
 
-def build(nvcc: str, output: Path, build_dir: Path, archs: list[str]) -> str:
+def build(nvcc: str, output: Path, archs: list[str], build_dir: Path | None = None) -> str:
     """Makes `output`; returns what was built in a few words, which the library knows as well."""
     description = f"nvcc {nvcc_version(nvcc)}: {' '.join(archs)}"
     version = (ROOT / "VERSION").read_text().strip()
@@ -171,6 +172,7 @@ def build(nvcc: str, output: Path, build_dir: Path, archs: list[str]) -> str:
         flags += ["-g", "-lineinfo"]
     defines = [f'-DRANDLORA_VERSION="{version}"', f'-DRANDLORA_CUDA_BUILD="{description}"']
     defines.append(interface())
+    build_dir = build_dir or output.parent
     build_dir.mkdir(parents=True, exist_ok=True)
     shared = headers()
     objects = []
@@ -198,10 +200,37 @@ def build(nvcc: str, output: Path, build_dir: Path, archs: list[str]) -> str:
     return description
 
 
+def build_as_asked(torch_has_cuda: bool) -> tuple[Path | None, str]:
+    """setup.py's way in: the library, None where there is none, and a few words about it.
+
+    RANDLORA_CUDA=1 requires it and 0 leaves it out. Unset: it is built where nvcc is found; what
+    nvcc cannot do is an error for a torch that could use the library, and words for one that could
+    not, which then also builds for fewer cards.
+    """
+    wanted = os.environ.get("RANDLORA_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise BuildError(f"RANDLORA_CUDA={wanted!r} must be 0, 1 or unset")
+    if wanted == "0":
+        return None, "no CUDA kernels, as RANDLORA_CUDA=0 says"
+    nvcc = find_nvcc()
+    if nvcc is None:
+        missing = "nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda)"
+        if wanted == "1":
+            raise BuildError(f"RANDLORA_CUDA=1, but {missing}")
+        return None, f"no CUDA kernels: {missing}"
+    try:
+        archs = architectures(nvcc, ALL if torch_has_cuda else FEW)
+        return BUILD_DIR / LIBRARY, f"CUDA kernels by {build(nvcc, BUILD_DIR / LIBRARY, archs)}"
+    except BuildError as error:
+        if wanted == "1" or torch_has_cuda:
+            raise BuildError(f"{error}\nRANDLORA_CUDA=0 builds without CUDA kernels.") from None
+        return None, f"no CUDA kernels (this torch could not use them), for nvcc failed: {error}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, nargs="?", default=Path(LIBRARY))
-    parser.add_argument("--build-dir", type=Path, default=ROOT / "build" / "nvcc")
+    parser.add_argument("--build-dir", type=Path, default=BUILD_DIR)
     parser.add_argument("--few", action="store_true", help=f"by default {' '.join(FEW)} and PTX")
     args = parser.parse_args()
     nvcc = find_nvcc()
@@ -211,8 +240,8 @@ def main() -> None:
         built = build(
             nvcc,
             args.output.resolve(),
-            args.build_dir.resolve(),
             architectures(nvcc, FEW if args.few else ALL),
+            args.build_dir.resolve(),
         )
     except BuildError as error:
         sys.exit(f"randlora_ext: {error}")
