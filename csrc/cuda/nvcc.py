@@ -232,7 +232,10 @@ def main() -> None:
     parser.add_argument("output", type=Path, nargs="?", default=Path(LIBRARY))
     parser.add_argument("--build-dir", type=Path, default=BUILD_DIR)
     parser.add_argument("--few", action="store_true", help=f"by default {' '.join(FEW)} and PTX")
+    parser.add_argument("--interface", action="store_true", help="print that macro and stop")
     args = parser.parse_args()
+    if args.interface:
+        return print(interface())
     nvcc = find_nvcc()
     if nvcc is None:
         sys.exit("nvcc was not found: set CUDA_HOME, or put it on PATH")
