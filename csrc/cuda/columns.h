@@ -1,15 +1,34 @@
 // How threads share the columns of a row-major matrix: V columns each, side by side in 16-byte
-// accesses where every row is aligned for that, else one in every so many, so that neighbouring
-// threads touch neighbouring elements either way.
+// accesses where every row is aligned for that; else a warp's lanes interleave, so that neighbours
+// touch neighbouring elements either way.
 #pragma once
 #include "element.h"
 
 namespace randlora {
 
-// N elements that move together; the alignment tells the compiler that it may use wide accesses.
+// N elements that move together. Kept as words: a kernel that loads ahead must not touch what it
+// waits for, and taking 16-bit elements apart is touching. (may_alias: for g++, words of any type.)
 template <class S, int N>
-struct alignas(sizeof(S) * N < 16 ? sizeof(S) * N : 16) Pack {
-  S v[N];
+struct alignas(16) __attribute__((may_alias)) Pack {
+  static_assert(sizeof(S) * N % 16 == 0, "whole accesses");
+  uint32_t word[sizeof(S) * N / 4];
+
+  __device__ __forceinline__ S get(int e) const {
+    S x;
+    if constexpr (sizeof(S) == 2)
+      x.bits = static_cast<uint16_t>(word[e / 2] >> (e % 2 * 16));
+    else
+      memcpy(&x, word + e * (sizeof(S) / 4), sizeof(S));
+    return x;
+  }
+  __device__ __forceinline__ void set(int e, S x) {
+    if constexpr (sizeof(S) == 2) {
+      const uint32_t others = e % 2 ? 0x0000ffffu : 0xffff0000u;
+      word[e / 2] = (word[e / 2] & others) | static_cast<uint32_t>(x.bits) << (e % 2 * 16);
+    } else {
+      memcpy(word + e * (sizeof(S) / 4), &x, sizeof(S));
+    }
+  }
 };
 
 template <class S>
@@ -21,31 +40,29 @@ bool aligned_rows(int64_t cols, int V, const P*... matrix) {
   return cols % V == 0 && ((reinterpret_cast<uintptr_t>(matrix) % 16 == 0) && ...);
 }
 
+// Those of one thread: thread t of a group of whole warps that takes V columns a thread from `from` on.
+// Columns past the end load as zero and are not stored.
 template <int V, bool Aligned>
 struct Columns {
   int64_t first, cols;
-  int step;
 
-  // Of thread t among `threads` who share the V * threads columns from `from` on.
-  __device__ __forceinline__ Columns(int64_t from, int t, int threads, int64_t cols_)
-      : first(from + (Aligned ? t * V : t)), cols(cols_), step(Aligned ? 1 : threads) {}
+  __device__ __forceinline__ Columns(int64_t from, int t, int64_t cols_)
+      : first(from + (Aligned ? t * V : t / 32 * 32 * V + t % 32)), cols(cols_) {}
 
-  __device__ __forceinline__ int64_t at(int v) const { return first + int64_t{v} * step; }
+  __device__ __forceinline__ int64_t at(int v) const { return first + (Aligned ? v : v * 32); }
   __device__ __forceinline__ bool inside(int v) const { return (Aligned ? first : at(v)) < cols; }
 
-  // Columns that lie outside load as zero and are not stored.
   template <class S>
-  __device__ __forceinline__ void load(const S* row, typename ComputeOf<S>::type (&x)[V]) const {
+  __device__ __forceinline__ Pack<S, V> load(const S* row) const {
     Pack<S, V> p = {};
     if constexpr (Aligned) {
       if (inside(0)) p = *reinterpret_cast<const Pack<S, V>*>(row + first);
     } else {
 #pragma unroll
       for (int v = 0; v < V; ++v)
-        if (inside(v)) p.v[v] = row[at(v)];
+        if (inside(v)) p.set(v, row[at(v)]);
     }
-#pragma unroll
-    for (int v = 0; v < V; ++v) x[v] = widen(p.v[v]);
+    return p;
   }
 
   template <class S>
@@ -55,11 +72,11 @@ struct Columns {
     } else {
 #pragma unroll
       for (int v = 0; v < V; ++v)
-        if (inside(v)) row[at(v)] = p.v[v];
+        if (inside(v)) row[at(v)] = p.get(v);
     }
   }
 
-  // Bit v is the bit of column v in a row of a bit plane. V divides 64.
+  // Bit v is that of column at(v) in a row of a bit plane. V divides 64.
   __device__ __forceinline__ uint32_t bits(const uint64_t* row) const {
     if constexpr (Aligned) {
       return inside(0) ? static_cast<uint32_t>(row[first >> 6] >> (first & 63)) : 0;

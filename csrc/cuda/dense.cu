@@ -29,13 +29,13 @@ __global__ void planes_to_dense_kernel(Planes p, int64_t rows, int64_t cols, dou
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x)
     for (int64_t from = int64_t{blockIdx.y} * blockDim.x * V; from < cols;
          from += int64_t{gridDim.y} * blockDim.x * V) {
-      const Columns<V, Aligned> c(from, threadIdx.x, blockDim.x, cols);
+      const Columns<V, Aligned> c(from, threadIdx.x, cols);
       const uint32_t is_plus = c.bits(p.plus + row * p.words);
       const uint32_t is_minus = c.bits(p.minus + row * p.words);
-      Pack<S, V> x;
+      Pack<S, V> x = {};
 #pragma unroll
       for (int v = 0; v < V; ++v)
-        x.v[v] = is_plus >> v & 1 ? plus : is_minus >> v & 1 ? minus : S{};
+        x.set(v, is_plus >> v & 1 ? plus : is_minus >> v & 1 ? minus : S{});
       c.store(out + row * cols, x);
     }
 }
@@ -49,7 +49,7 @@ __global__ void lists_to_dense_kernel(Lists<Index> lists, int64_t rows, int64_t 
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     S* to = out + row * cols;
     for (int64_t from = 0; from < cols; from += blockDim.x * V)
-      Columns<V, Aligned>(from, threadIdx.x, blockDim.x, cols).store(to, Pack<S, V>{});
+      Columns<V, Aligned>(from, threadIdx.x, cols).store(to, Pack<S, V>{});
     __syncthreads();
     const int64_t turn = lists.minus(row), end = lists.end(row);
     for (int64_t e = lists.plus(row) + threadIdx.x; e < end; e += blockDim.x)
@@ -129,6 +129,7 @@ __global__ void pack_dense_kernel(const S* x, int64_t rows, int64_t cols, uint64
 }
 
 __global__ void report_kernel(const Report* report, int64_t count, double* found) {
+  if (threadIdx.x != 0) return;
   const double a = report->a;
   const bool ternary = report->bad == static_cast<unsigned long long>(count);
   const bool finite = a - a == 0;
@@ -181,7 +182,7 @@ void pack_dense(const void* dense, DType dtype, int64_t rows, int64_t cols, uint
            grid_of_rows(rows, ceil_div(words_of(cols), warps * kWords)), threads, 0, x, rows, cols,
            plus, minus, report);
   });
-  launch(device, "pack_dense report", report_kernel, 1, 1, 0, report, count, found);
+  launch(device, "pack_dense report", report_kernel, 1, 32, 0, report, count, found);
 }
 
 }  // namespace cuda
