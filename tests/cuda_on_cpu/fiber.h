@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <cstdint>
+#include <deque>
 #include <new>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -70,7 +71,6 @@ constexpr size_t kStack = 256 << 10;
 #else
 constexpr size_t kStack = 64 << 10;
 #endif
-constexpr size_t kGuard = 4096;
 
 #if defined(__x86_64__)
 using Context = void*;  // the stack pointer
@@ -114,6 +114,9 @@ struct Host {
   size_t stack_bytes;
 };
 inline Host host;
+#if defined(__SANITIZE_THREAD__)
+inline std::deque<void*> ended;
+#endif
 
 CUDA_ON_CPU_UNSEEN inline void make_fiber(Fiber& f, char* stack, void (*entry)()) {
   f.stack = stack;
@@ -123,14 +126,23 @@ CUDA_ON_CPU_UNSEEN inline void make_fiber(Fiber& f, char* stack, void (*entry)()
   f.tsan = __tsan_create_fiber(0);
 #endif
 }
-CUDA_ON_CPU_UNSEEN inline void free_fiber(Fiber& f, bool abandoned) {
+// TSan tells at most 255 threads apart: it takes a new fiber for one that it saw end before, so the
+// ended ones are kept as long as there is room, and races between neighbouring blocks are seen.
+CUDA_ON_CPU_UNSEEN inline void end_fiber(Fiber& f, bool abandoned) {
 #if defined(__SANITIZE_THREAD__)
-  __tsan_destroy_fiber(f.tsan);
+  ended.push_back(f.tsan);
 #endif
 #if defined(__SANITIZE_ADDRESS__)
   if (abandoned) __asan_unpoison_memory_region(f.stack, kStack);
 #endif
   (void)f, (void)abandoned;
+}
+CUDA_ON_CPU_UNSEEN inline void make_room(int threads) {
+#if defined(__SANITIZE_THREAD__)
+  for (; ended.size() + static_cast<size_t>(threads) > 254; ended.pop_front())
+    __tsan_destroy_fiber(ended.front());
+#endif
+  (void)threads;
 }
 
 // From the host into a fiber, until that calls leave_fiber.
@@ -180,48 +192,46 @@ CUDA_ON_CPU_UNSEEN inline void sync_acquire(void* p) {
   (void)p;
 }
 
-// TSan forgets all accesses to memory that is allocated while it ignores the allocating thread.
-struct Forgetting {
+// TSan forgets every access to memory that is mapped or allocated, and looks for no race with its
+// release, while it ignores the thread that does so.
+struct Ignored {
 #if defined(__SANITIZE_THREAD__)
-  Forgetting() { AnnotateIgnoreReadsBegin("", 0), AnnotateIgnoreWritesBegin("", 0); }
-  ~Forgetting() { AnnotateIgnoreWritesEnd("", 0), AnnotateIgnoreReadsEnd("", 0); }
+  Ignored() { AnnotateIgnoreReadsBegin("", 0), AnnotateIgnoreWritesBegin("", 0); }
+  ~Ignored() { AnnotateIgnoreWritesEnd("", 0), AnnotateIgnoreReadsEnd("", 0); }
 #else
-  Forgetting() {}
-  ~Forgetting() {}
+  Ignored() {}
+  ~Ignored() {}
 #endif
 };
 
-// `bytes` of NaN, exactly, as if never touched before; `old` is given back.
-inline unsigned char* fresh_memory(unsigned char* old, size_t bytes) {
-  Forgetting forgetting;
-  free(old);
+// Exactly `bytes` of NaN.
+inline void* fresh_memory(size_t bytes) {
+  Ignored ignored;
   void* p = nullptr;
   if (posix_memalign(&p, 128, bytes)) throw std::bad_alloc();
-  memset(p, 0xff, bytes);
-  return static_cast<unsigned char*>(p);
+  return memset(p, 0xff, bytes);
+}
+inline void forget(void* p) {
+  Ignored ignored;
+  free(p);
 }
 
-// Stacks for `count` fibers, as if never touched before: stack i begins at stacks(count) + i *
-// kStackStride, below it a page that catches an overflow.
+// Stacks for `count` fibers, as if never touched before; stack i begins at i * kStackStride. The page
+// below each catches an overflow (not under TSan, where mapping all anew is what makes it forget).
+constexpr size_t kGuard = kThreadSanitizer ? 0 : 4096;
 constexpr size_t kStackStride = kStack + kGuard;
 inline char* fresh_stacks(int count) {
   static char* pool = nullptr;
-  static int made = 0;
-  if (count > made) {
-    if (pool) munmap(pool, made * kStackStride);
+  static int mapped = 0;
+  if (count > mapped || kThreadSanitizer) {
+    Ignored ignored;
+    if (pool) munmap(pool, mapped * kStackStride);
     pool = static_cast<char*>(mmap(nullptr, count * kStackStride, PROT_READ | PROT_WRITE,
                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (pool == MAP_FAILED) throw std::bad_alloc();
-    made = count;
-    for (int i = 0; i < count; ++i) mprotect(pool + i * kStackStride, kGuard, PROT_NONE);
+    mapped = count;
+    for (int i = 0; kGuard && i < count; ++i) mprotect(pool + i * kStackStride, kGuard, PROT_NONE);
   }
-#if defined(__SANITIZE_THREAD__)
-  for (int i = 0; i < count; ++i) {
-    Forgetting forgetting;
-    mmap(pool + i * kStackStride + kGuard, kStack, PROT_READ | PROT_WRITE,
-         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
-  }
-#endif
   return pool + kGuard;
 }
 

@@ -108,14 +108,14 @@ void ldmatrix(Site site, uint32_t (&r)[4], const void* shared_row) {
 CUDA_ON_CPU_UNSEEN inline bool push_copy(void* to, const uint64_t* data) {
   auto& t = *cuda_on_cpu::block.current;
   if (t.end_copy - t.first_copy == t.kCopies) return false;
-  auto& c = t.copies[t.end_copy++ % t.kCopies];
+  auto& c = t.copy[t.end_copy++ % t.kCopies];
   c.to = to, c.data[0] = data[0], c.data[1] = data[1], c.group = t.groups;
   return true;
 }
 CUDA_ON_CPU_UNSEEN inline bool pop_copy(int pending, void** to, uint64_t* data) {
   auto& t = *cuda_on_cpu::block.current;
   if (t.end_copy == t.first_copy) return false;
-  auto& c = t.copies[t.first_copy % t.kCopies];
+  auto& c = t.copy[t.first_copy % t.kCopies];
   if (c.group >= t.groups - pending) return false;
   ++t.first_copy;
   *to = c.to, data[0] = c.data[0], data[1] = c.data[1];
