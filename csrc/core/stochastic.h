@@ -13,12 +13,21 @@ namespace randlora {
 
 constexpr uint32_t kRoleRounding = 2;  // the third counter word; A and B are 0 and 1
 
+// The words of elements 4 * block .. 4 * block + 3.
+RANDLORA_HD Counter4 rounding_words(uint64_t seed, uint64_t block) {
+  return philox4x32_10(Counter4{{static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32),
+                                 kRoleRounding, kSpecVersion}},
+                       key0_of(seed), key1_of(seed));
+}
+
+// Word e % 4 by selection: registers cannot be indexed.
+RANDLORA_HD uint32_t word_of_element(const Counter4& words, uint64_t e) {
+  const uint32_t low = e & 1 ? words.v[1] : words.v[0], high = e & 1 ? words.v[3] : words.v[2];
+  return e & 2 ? high : low;
+}
+
 RANDLORA_HD uint32_t rounding_word(uint64_t seed, uint64_t e) {
-  const Counter4 out =
-      philox4x32_10(Counter4{{static_cast<uint32_t>(e >> 2), static_cast<uint32_t>(e >> 34),
-                              kRoleRounding, kSpecVersion}},
-                    key0_of(seed), key1_of(seed));
-  return out.v[e & 3];
+  return word_of_element(rounding_words(seed, e >> 2), e);
 }
 
 RANDLORA_HD float float_of_bits(uint32_t bits) {
@@ -32,8 +41,9 @@ RANDLORA_HD uint32_t bits_of_float(float f) {
   return bits;
 }
 
-// `u` is the random word. NaN and infinity stay what they are; |x| beyond the largest finite value
-// becomes infinity, as it does in rounding to nearest.
+// `u` is the random word. NaN and infinity stay what they are. Past the largest finite value the next
+// neighbour is the power of two that would follow, stored as infinity: between the two x becomes
+// infinity with the same probability as elsewhere, and from there on always.
 RANDLORA_HD bf16 round_stochastic(float x, uint32_t u, bf16) {
   const uint32_t bits = bits_of_float(x), magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return bf16{static_cast<uint16_t>((bits >> 16) | 0x0040u)};
@@ -46,7 +56,7 @@ RANDLORA_HD f16 round_stochastic(float x, uint32_t u, f16) {
   const uint32_t bits = bits_of_float(x), magnitude = bits & 0x7fffffffu;
   const uint32_t sign = (bits >> 16) & 0x8000u;
   if (magnitude > 0x7f800000u) return f16{static_cast<uint16_t>(sign | 0x7e00u)};
-  if (magnitude >= 0x477fe000u + 0x2000u) return f16{static_cast<uint16_t>(sign | 0x7c00u)};
+  if (magnitude >= 0x47800000u) return f16{static_cast<uint16_t>(sign | 0x7c00u)};  // 65536
   if (magnitude >= 0x38800000u) {  // normal in f16: ten mantissa bits, exponent re-biased
     const uint32_t rounded = magnitude + (u >> 19);
     return f16{static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
@@ -55,7 +65,7 @@ RANDLORA_HD f16 round_stochastic(float x, uint32_t u, f16) {
   const float scaled = float_of_bits(magnitude) * 16777216.0f;
   const uint32_t down = static_cast<uint32_t>(scaled);
   const float rest = scaled - static_cast<float>(down);
-  const bool up = static_cast<float>(u >> 8) * (1.0f / 16777216.0f) < rest;
+  const bool up = u < static_cast<uint32_t>(rest * 4294967296.0f);  // exact where rest >= 2^-8
   return f16{static_cast<uint16_t>(sign | (down + up))};
 }
 

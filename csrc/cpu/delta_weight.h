@@ -6,6 +6,7 @@
 // once to the positions S_j. The adjoint walks the same way: gathers the gradient at S_j, adds it to
 // the compact rows Z[j][i], and contracts Z into dlam and dgam at the end.
 #pragma once
+#include "../core/stochastic.h"
 #include "rows_by_rank.h"
 
 namespace randlora {
@@ -105,8 +106,13 @@ void delta_weight_as(const DeltaWeight& p, Runtime& rt) {
   S* out = static_cast<S*>(p.out);
   const C scale = C(p.scale);
   const auto finish = [&](C sum, int64_t to) {
-    const C scaled = scale * sum;
-    narrow(base ? C(widen(base[to])) + scaled : scaled, out + to);
+    const C scaled = scale * sum, x = base ? C(widen(base[to])) + scaled : scaled;
+    if constexpr (sizeof(S) == 2)
+      if (p.stochastic) {
+        out[to] = round_stochastic(x, rounding_word(p.rounding_seed, uint64_t(to)), S{});
+        return;
+      }
+    narrow(x, out + to);
   };
   rt.each_slot(slots, [&](int slot) {
     Arena own(memory + shared.used() + slot * per_slot.used());

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "check.h"
+#include "core/stochastic.h"
 #include "core/ternary_spec.h"
 #include "cpu/dispatch.h"
 #include "thread_runtime.h"
@@ -150,6 +151,25 @@ void run(const Problem& p, bool planes, bool wide, int threads) {
   compare("A'", scaled, p.dA, tolerance, p);
 }
 
+// W + dW rounded stochastically is what round_stochastic makes of the same sum in float.
+template <class S>
+void stochastic(const Problem& p, DType dtype) {
+  ThreadRuntime rt(3);
+  const Basis b = p.basis(false, false);
+  const auto lam = cast<float>(p.lam), gam = cast<float>(p.gam);
+  std::vector<float> base(p.dW.size(), 0.25f), sum(p.dW.size(), NAN);
+  std::vector<S> base16(p.dW.size(), round_stochastic(0.25f, 0, S{})), got(p.dW.size());
+  DeltaWeight call{b,          lam.data(), gam.data(), base.data(),
+                   sum.data(), DType::f32, p.scale,    !p.expand};
+  cpu_kernels().delta_weight(call, rt);
+  call.base = base16.data(), call.out = got.data(), call.dtype = dtype;
+  call.stochastic = true, call.rounding_seed = 0x123456789abcu;
+  cpu_kernels().delta_weight(call, rt);
+  for (size_t e = 0; e < got.size(); ++e)
+    EXPECT(got[e].bits == round_stochastic(sum[e], rounding_word(call.rounding_seed, e), S{}).bits,
+           "element %zu of D %ld d %ld", e, long(p.D), long(p.d));
+}
+
 void generation() {
   ThreadRuntime rt(2);
   for (int64_t col_start : {0, 1, 63, 64, 100})
@@ -192,6 +212,8 @@ int main() {
                         Shape{64, 64, 64, 70}, Shape{48, 96, 16, 0}, Shape{96, 600, 32, 150}})
     for (double density : {0.05, 1.0 / 3, 1.0}) {
       const Problem p(s.in, s.out, s.r, s.T, density);
+      stochastic<bf16>(p, DType::bf16);
+      stochastic<f16>(p, DType::f16);
       for (bool planes : {false, true})
         for (bool wide : {false, true})
           for (int threads : {1, 3}) {
