@@ -9,7 +9,7 @@ namespace randlora {
 // N elements that move together. Kept as words: a kernel that loads ahead must not touch what it
 // waits for, and taking 16-bit elements apart is touching. (may_alias: for g++, words of any type.)
 template <class S, int N>
-struct alignas(16) __attribute__((may_alias)) Pack {
+struct alignas(16) [[gnu::may_alias]] Pack {
   static_assert(sizeof(S) * N % 16 == 0, "whole accesses");
   uint32_t word[sizeof(S) * N / 4];
 
