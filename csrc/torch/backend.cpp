@@ -79,7 +79,7 @@ TorchDevice::TorchDevice(const Tensor& like) : like_(like) {
 }
 
 void* TorchDevice::scratch(size_t bytes) {
-  held_.push_back(torch::stable::new_empty(like_, {static_cast<int64_t>(bytes)}, ScalarType::Byte));
+  held_.push_back(allocate({static_cast<int64_t>(bytes)}, ScalarType::Byte, like_));
   return held_.back().mutable_data_ptr();
 }
 

@@ -54,13 +54,13 @@ std::tuple<Tensor, Tensor> pack_dense_op(Tensor dense) {
   const DType dtype = activation_dtype(dense, "dense");
   const Tensor x = as_contiguous(dense);
   const int64_t rows = x.size(0), cols = x.size(1), words = words_of(cols);
-  Tensor planes = torch::stable::new_empty(x, {2, rows, words}, ScalarType::Long);
+  Tensor planes = allocate({2, rows, words}, ScalarType::Long, x);
   Tensor value = torch::stable::empty({}, ScalarType::Double);
   auto* plus = static_cast<uint64_t*>(planes.mutable_data_ptr());
   int64_t bad = -1;
   double a;
   if (runs_on_cuda(x)) {
-    const Tensor found = torch::stable::new_empty(x, {2}, ScalarType::Double);
+    const Tensor found = allocate({2}, ScalarType::Double, x);
     {
       TorchDevice device(x);
       cuda_kernels().pack_dense(x.const_data_ptr(), dtype, rows, cols, plus, plus + rows * words,
@@ -86,10 +86,10 @@ std::tuple<Tensor, Tensor> planes_to_lists(Tensor planes, int64_t cols, bool by_
   const int64_t lines = by_column ? cols : shape.rows, longest = by_column ? shape.rows : cols;
   RANDLORA_CHECK(wide ? longest <= kIndexLimit : longest <= 65536, "wide = ", wide,
                  " cannot hold positions up to ", longest - 1, "; 16-bit lists end at 65535");
-  Tensor offset = torch::stable::new_empty(planes, {2 * lines + 1}, ScalarType::Long);
+  Tensor offset = allocate({2 * lines + 1}, ScalarType::Long, planes);
   auto* at = offset.mutable_data_ptr<int64_t>();
   const auto index_of = [&](int64_t total) {
-    return torch::stable::new_empty(planes, {total}, wide ? ScalarType::Int : ScalarType::Short);
+    return allocate({total}, wide ? ScalarType::Int : ScalarType::Short, planes);
   };
   Tensor index;
   if (runs_on_cuda(planes)) {
@@ -120,7 +120,7 @@ DType dense_dtype(ScalarType t) {
 Tensor planes_to_dense_op(Tensor planes, int64_t cols, double value, ScalarType dtype) {
   const PlaneShape shape = check_planes(planes, cols);
   const DType type = dense_dtype(dtype);
-  Tensor out = torch::stable::new_empty(planes, {shape.rows, cols}, dtype);
+  Tensor out = allocate({shape.rows, cols}, dtype, planes);
   if (runs_on_cuda(planes)) {
     TorchDevice device(planes);
     cuda_kernels().planes_to_dense(view(planes), shape.rows, cols, value, out.mutable_data_ptr(),
@@ -148,7 +148,7 @@ Tensor lists_to_dense_op(Tensor offset, Tensor index, int64_t cols, double value
   const int64_t rows = offset.size(0) / 2;
   const auto* at = offset.const_data_ptr<int64_t>();
   const bool wide = index.scalar_type() == ScalarType::Int;
-  Tensor out = torch::stable::new_empty(offset, {rows, cols}, dtype);
+  Tensor out = allocate({rows, cols}, dtype, offset);
   if (runs_on_cuda(offset)) {  // entries are trusted there: a look would make the host wait
     TorchDevice device(offset);
     cuda_kernels().lists_to_dense({at, index.const_data_ptr(), index.size(0)}, wide, rows, cols,

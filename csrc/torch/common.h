@@ -38,7 +38,12 @@ ScalarType scalar_type(DType t);
 void check_floating(const Tensor& t, const char* name);
 void check_same_device(const Tensor& t, const char* name, const Tensor& as, const char* as_name);
 
-// Calls into torch cost a microsecond or two each, so these two skip what is not needed.
+// An operator that torch looks up by name costs microseconds, and a training step of 16 tokens has
+// few to spend: allocation goes by the C interface, and these two skip what is not needed.
+Tensor allocate(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like);
+inline Tensor allocate_like(const Tensor& t) {
+  return allocate({t.sizes().begin(), t.sizes().end()}, t.scalar_type(), t);
+}
 inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }

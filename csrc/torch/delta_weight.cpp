@@ -8,7 +8,7 @@ namespace randlora {
 Tensor form_delta(const Basis& b, const Tensor& lam, const Tensor& gam, const OptionalTensor& base,
                   double scale, int64_t out_features, int64_t in_features, DType dtype) {
   const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
-  Tensor out = torch::stable::new_empty(lam, {out_features, in_features}, scalar_type(dtype));
+  Tensor out = allocate({out_features, in_features}, scalar_type(dtype), lam);
   const Tensor w = base ? as_contiguous(*base) : out;  // `out` only keeps w from being empty
   run(lam, &Kernels::delta_weight, &CudaKernels::delta_weight,
       {b, l.const_data_ptr(), g.const_data_ptr(), base ? w.const_data_ptr() : nullptr,
@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor> contract_delta(const Basis& b, const Tensor& grad, co
   const DType dtype = activation_dtype(grad, "grad");
   const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
   const Tensor G = as_contiguous(grad);
-  Tensor dlam = torch::stable::empty_like(l), dgam = torch::stable::empty_like(g);
+  Tensor dlam = allocate_like(l), dgam = allocate_like(g);
   run(lam, &Kernels::delta_weight_backward, &CudaKernels::delta_weight_backward,
       {b, l.const_data_ptr(), g.const_data_ptr(), G.const_data_ptr(), dtype, scale,
        /*transposed=*/b.d != G.size(1), dlam.mutable_data_ptr(), dgam.mutable_data_ptr()});

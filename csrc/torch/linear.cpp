@@ -99,7 +99,7 @@ Tensor linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor lam, 
   } else {
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
     shape.back() = s.out;
-    y = torch::stable::new_empty(x, shape);
+    y = allocate(shape, x.scalar_type(), x);
   }
   const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
   run(x, &Kernels::linear, &CudaKernels::linear,
@@ -126,17 +126,16 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Optional
   const DType dtype = activation_dtype(x, "x");
   const Tensor xc = as_contiguous(x), dyc = as_contiguous(dy);
   Tensor dx, dlam, dgam;
-  if (!need_x) dx = torch::stable::new_empty(x, {0});
+  if (!need_x) dx = allocate({0}, x.scalar_type(), x);
   if (!need_diagonals)
-    dlam = torch::stable::new_empty(lam, {0}), dgam = torch::stable::new_empty(gam, {0});
+    dlam = allocate({0}, lam.scalar_type(), lam), dgam = allocate({0}, gam.scalar_type(), gam);
   if (!need_x && !need_diagonals) return {dx, dlam, dgam};
 
   if (p == Path::factored) {
     const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
     if (need_x)
-      dx = weight ? as_contiguous(torch::stable::matmul(dyc, *weight))
-                  : torch::stable::empty_like(xc);
-    if (need_diagonals) dlam = torch::stable::empty_like(l), dgam = torch::stable::empty_like(g);
+      dx = weight ? as_contiguous(torch::stable::matmul(dyc, *weight)) : allocate_like(xc);
+    if (need_diagonals) dlam = allocate_like(l), dgam = allocate_like(g);
     run(x, &Kernels::linear_backward, &CudaKernels::linear_backward,
         {b, l.const_data_ptr(), g.const_data_ptr(), xc.const_data_ptr(), dyc.const_data_ptr(),
          need_x ? dx.mutable_data_ptr() : nullptr, dtype, s.T, scale, /*expand=*/b.d == s.in,

@@ -1,6 +1,31 @@
 #include "common.h"
 
 namespace randlora {
+namespace {
+
+Tensor allocate_on(const std::vector<int64_t>& sizes, ScalarType type, int32_t device_type,
+                   int32_t device_index) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
+      device_index, &handle));
+  return Tensor(handle);
+}
+
+}  // namespace
+
+Tensor allocate(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  return allocate_on(sizes, type, device_type, like.get_device_index());
+}
 
 void TorchRuntime::run(int slots, void (*task)(void*, int), void* arg) {
   if (slots == 1) return task(arg, 0);  // no parallel region for small work
@@ -10,7 +35,8 @@ void TorchRuntime::run(int slots, void (*task)(void*, int), void* arg) {
 }
 
 void* TorchRuntime::scratch(size_t bytes) {
-  held_.push_back(torch::stable::empty({static_cast<int64_t>(bytes)}, ScalarType::Byte));
+  held_.push_back(allocate_on({static_cast<int64_t>(bytes)}, ScalarType::Byte,
+                              aoti_torch_device_type_cpu(), -1));
   return held_.back().mutable_data_ptr();
 }
 

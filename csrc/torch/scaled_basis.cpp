@@ -27,7 +27,7 @@ Tensor scaled_basis(Tensor A, Tensor lam, Tensor gam) {
   const DType dtype = activation_dtype(A, "A");
   const Tensor a = compute_copy(A, dtype), l = compute_copy(lam, dtype),
                g = compute_copy(gam, dtype);
-  Tensor out = torch::stable::new_empty(A, {s.r * s.n, s.d});
+  Tensor out = allocate({s.r * s.n, s.d}, A.scalar_type(), A);
   run(A, &Kernels::scaled_basis, &CudaKernels::scaled_basis,
       {s.r, s.n, s.d, a.const_data_ptr(), l.const_data_ptr(), g.const_data_ptr(),
        out.mutable_data_ptr(), dtype});
@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor> scaled_basis_backward(Tensor grad, Tensor A, Tensor l
   const Tensor a = compute_copy(A, dtype), l = compute_copy(lam, dtype),
                g = compute_copy(gam, dtype);
   const Tensor G = as_contiguous(grad);
-  Tensor dlam = torch::stable::empty_like(l), dgam = torch::stable::empty_like(g);
+  Tensor dlam = allocate_like(l), dgam = allocate_like(g);
   run(A, &Kernels::scaled_basis_backward, &CudaKernels::scaled_basis_backward,
       {s.r, s.n, s.d, a.const_data_ptr(), l.const_data_ptr(), g.const_data_ptr(),
        G.const_data_ptr(), dlam.mutable_data_ptr(), dgam.mutable_data_ptr(), dtype});
