@@ -1,0 +1,129 @@
+"""The load gate: the package built and opened under a torch with CUDA, on a machine without a card.
+
+    python tests/cuda/load_gate.py                       # downloads torch 2.11 with CUDA: 3 GB
+    python tests/cuda/load_gate.py --python VENV/bin/python    # of a venv that has such a torch
+    python tests/cuda/load_gate.py --python ... --install dist/NAME.whl   # what another torch built
+
+Installs into a temporary folder, so the venv stays as it is. Then checks that the CUDA library
+exports one symbol, needs neither torch nor a shared CUDA runtime, and opens without torch and after
+it; that the package loads it and registers its operators under the CUDA key; and that CPU tensors
+still work.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TORCH = "torch==2.11.0"  # the oldest supported; PyPI's wheel has CUDA
+SYSTEM = (
+    "libstdc++.",
+    "libgcc_s.",
+    "libc.",
+    "libm.",
+    "libpthread.",
+    "libdl.",
+    "librt.",
+    "ld-linux",
+)
+
+OPEN = """
+import ctypes, sys
+if sys.argv[2] == "after torch":
+    import torch
+library = ctypes.CDLL(sys.argv[1])
+library.randlora_cuda_kernels.restype = ctypes.c_void_p
+table = library.randlora_cuda_kernels()
+words = [ctypes.c_uint64.from_address(table + 8 * i).value for i in range(3)]
+print("opens", sys.argv[2] + ":", hex(words[0]), *(ctypes.string_at(w).decode() for w in words[1:]))
+assert "torch" in sys.modules or sys.argv[2] == "without torch"
+"""
+
+USE = """
+import pathlib, sys
+import torch
+assert torch.version.cuda, f"torch {torch.__version__} has no CUDA"
+import randlora_ext
+from randlora_ext.reference import delta_weight_reference
+assert pathlib.Path(randlora_ext.__file__).is_relative_to(sys.argv[1]), randlora_ext.__file__
+info = randlora_ext.build_info()
+print("torch", torch.__version__, info)
+assert info["cuda"].startswith("nvcc "), info
+names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("randlora::")]
+keys = {n: torch._C._dispatch_has_kernel_for_dispatch_key(n, "CUDA") for n in names}
+print("CUDA key of", len(keys), "operators:", *(n.split("::")[1] for n in sorted(keys)))
+assert len(keys) >= 10 and all(keys.values()), keys
+basis = randlora_ext.TernaryBasis(96, 130, 8, 1 / 3)
+lam, gam = torch.randn(8, basis.n), torch.randn(basis.n, basis.d)
+want = delta_weight_reference(*basis.dense(), lam, gam, 1.0, 130, 96)
+torch.testing.assert_close(randlora_ext.delta_weight(basis, lam, gam), want)
+print("CPU tensors work")
+"""
+
+
+def run(*command: str | Path, **more) -> str:
+    """What the command printed; stops the gate where it fails."""
+    line = list(map(str, command))
+    done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
+    if done.returncode:
+        sys.exit(f"{done.stdout}\nload gate: failed: {' '.join(line)}")
+    return done.stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--python", type=Path, help="of an environment that has torch with CUDA")
+    parser.add_argument("--install", default=str(ROOT), help="default: this checkout")
+    args = parser.parse_args()
+    started = time.monotonic()
+
+    def step(text: str) -> None:
+        print(f"[{time.monotonic() - started:4.0f}s] {text}", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        python = args.python and args.python.absolute()
+        if python is None:
+            step(f"{TORCH} into a new environment")
+            run(sys.executable, "-m", "venv", work / "venv")
+            python = work / "venv" / "bin" / "python"
+            # Settings of pip may prefer a torch without CUDA.
+            plain = {**os.environ, "PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1"}
+            run(python, "-m", "pip", "install", "-q", TORCH, "numpy", env=plain)
+        pip = [python, "-m", "pip", "install", "-q", "--target"]
+        tools, site = work / "tools", work / "site"
+        run(*pip, tools, "setuptools>=77,<82", "wheel", "pybind11", "ninja")
+
+        step(f"install {args.install}")
+        # torch is the environment's own; its setuptools may be too old.
+        build_env = {**os.environ, "PYTHONPATH": str(tools), "RANDLORA_CUDA": "1"}
+        build_env["PATH"] = f"{tools / 'bin'}:{os.environ['PATH']}"
+        run(*pip, site, "--no-build-isolation", "--no-deps", args.install, env=build_env)
+
+        library = site / "randlora_ext" / "librandlora_cuda.so"
+        step(f"{library.name}: {library.stat().st_size / 1e6:.1f} MB")
+        symbols = run("nm", "-D", "--defined-only", library).split()[2::3]
+        assert symbols == ["randlora_cuda_kernels"], symbols
+        needs = [
+            line.split("[")[1].rstrip("]")
+            for line in run("readelf", "-d", library).splitlines()
+            if "(NEEDED)" in line
+        ]
+        print("exports", *symbols, "and needs", *needs)
+        foreign = [n for n in needs if not n.startswith(SYSTEM)]
+        assert not foreign, f"needs {foreign}"
+
+        for when in ("without torch", "after torch"):
+            print(run(python, "-c", OPEN, library, when, cwd=work), end="")
+        step("the package")
+        env = {**os.environ, "PYTHONPATH": str(site)}
+        print(run(python, "-c", USE, site, cwd=work, env=env), end="")
+        step("load gate: passed")
+
+
+if __name__ == "__main__":
+    main()
