@@ -193,7 +193,19 @@ def build(nvcc: str, output: Path, archs: list[str], build_dir: Path | None = No
             pass
 
     exports = HERE / "exports.map"
-    link = [nvcc, "-shared", "-cudart", "static", "-Xlinker", "--no-undefined"]
+    link = [
+        nvcc,
+        "-shared",
+        "-cudart",
+        "static",
+        "-cudadevrt",
+        "none",
+        "-Xlinker",
+        "--no-undefined",
+    ]
+    # PyPI's packages of nvcc keep the runtime where nvcc itself does not look.
+    lib = Path(nvcc).resolve().parent.parent / "lib"
+    link += [f"-L{lib}"] if (lib / "libcudart_static.a").exists() else []
     link += ["-Xlinker", f"--version-script={relative(exports)}", *sorted(map(relative, objects))]
     output.parent.mkdir(parents=True, exist_ok=True)
     make(link, output, [*objects, exports])
