@@ -205,7 +205,6 @@ CUDA_ON_CPU_UNSEEN inline void thread_main() {
     b.error = e.what();
   }
   t.state = Thread::done;
-  sync_release(&b.grid_end);
   leave_fiber(t.fiber, true);
 }
 
@@ -243,7 +242,7 @@ CUDA_ON_CPU_UNSEEN inline void run_block(const int64_t* order) {
         b.error = e.what();
       }
     }
-    end_fiber(t.fiber, t.state != Thread::done);
+    end_fiber(t.fiber, t.state != Thread::done, &b.grid_end);
   }
 }
 

@@ -19,6 +19,10 @@ extern "C" __attribute__((used)) inline const char* __asan_default_options() {
 #endif
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
+// No other thread could still find a race at exit.
+extern "C" __attribute__((used)) inline const char* __tsan_default_options() {
+  return "atexit_sleep_ms=0";
+}
 extern "C" void AnnotateIgnoreReadsBegin(const char*, int);
 extern "C" void AnnotateIgnoreReadsEnd(const char*, int);
 extern "C" void AnnotateIgnoreWritesBegin(const char*, int);
@@ -126,17 +130,35 @@ CUDA_ON_CPU_UNSEEN inline void make_fiber(Fiber& f, char* stack, void (*entry)()
   f.tsan = __tsan_create_fiber(0);
 #endif
 }
-// TSan tells at most 255 threads apart: it takes a new fiber for one that it saw end before, so the
-// ended ones are kept as long as there is room, and races between neighbouring blocks are seen.
-CUDA_ON_CPU_UNSEEN inline void end_fiber(Fiber& f, bool abandoned) {
+// What happened before release(p) in one thread happened before what follows acquire(p) in another.
+CUDA_ON_CPU_UNSEEN inline void sync_release(void* p) {
 #if defined(__SANITIZE_THREAD__)
+  __tsan_release(p);
+#endif
+  (void)p;
+}
+CUDA_ON_CPU_UNSEEN inline void sync_acquire(void* p) {
+#if defined(__SANITIZE_THREAD__)
+  __tsan_acquire(p);
+#endif
+  (void)p;
+}
+
+// The host is done with a fiber, be it `abandoned` where it waited; what it did is released to `end`.
+CUDA_ON_CPU_UNSEEN inline void end_fiber(Fiber& f, bool abandoned, void* end) {
+#if defined(__SANITIZE_THREAD__)
+  __tsan_switch_to_fiber(f.tsan, 1);
+  __tsan_release(end);
+  __tsan_switch_to_fiber(host.tsan, 1);
   ended.push_back(f.tsan);
 #endif
 #if defined(__SANITIZE_ADDRESS__)
   if (abandoned) __asan_unpoison_memory_region(f.stack, kStack);
 #endif
-  (void)f, (void)abandoned;
+  (void)f, (void)abandoned, (void)end;
 }
+// TSan tells at most 255 threads apart: it takes a new one for one that it saw end before. So the
+// ended are kept while there is room, and a race between neighbouring blocks is seen.
 CUDA_ON_CPU_UNSEEN inline void make_room(int threads) {
 #if defined(__SANITIZE_THREAD__)
   for (; ended.size() + static_cast<size_t>(threads) > 254; ended.pop_front())
@@ -176,20 +198,6 @@ CUDA_ON_CPU_UNSEEN inline void leave_fiber(Fiber& f, bool for_ever) {
   __sanitizer_finish_switch_fiber(f.fake_stack, nullptr, nullptr);
 #endif
   (void)for_ever;
-}
-
-// What happened before release(p) in one thread happened before what follows acquire(p) in another.
-CUDA_ON_CPU_UNSEEN inline void sync_release(void* p) {
-#if defined(__SANITIZE_THREAD__)
-  __tsan_release(p);
-#endif
-  (void)p;
-}
-CUDA_ON_CPU_UNSEEN inline void sync_acquire(void* p) {
-#if defined(__SANITIZE_THREAD__)
-  __tsan_acquire(p);
-#endif
-  (void)p;
 }
 
 // TSan forgets every access to memory that is mapped or allocated, and looks for no race with its
