@@ -1,0 +1,310 @@
+// A block's tile of a product whose left operand is B or its transpose, as codes (decode.h):
+//
+//   acc (128 lines, N) += 2 * codes (128 lines, 64 slots) operand (64 slots, N)
+//
+// Lines are rows of B and slots its columns, or the reverse. Four warps share the tile; a step is 64
+// slots deep. Left fragments are decoded from registers that hold 16 slots of a line each, so the
+// contraction takes slots in an order of its own: in a warp, lanes with l % 4 == q hold slots
+// 16 q .. 16 q + 15, and the k-th mma of a step those with k = (slot % 16) / 4.
+//
+// Code word q of a line lies at codes[q * kCodePitch + line]; the operand in one of two orders:
+//   by_line   (slot, n) at p[n * stride + slot]                 rows of x, V, A'^T, G^T
+//   by_k      (slot, n) at p[row_of_slot(slot) * stride + n]    rows of G
+//
+// Three engines as in tile.h. FMA skips zeros of B instead of multiplying by them, so that NaN and
+// inf reach connected results only; tensor cores multiply, and spoil the column n that has one.
+#pragma once
+#include "columns.h"
+#include "decode.h"
+#include "tile.h"
+
+namespace randlora {
+
+constexpr int kTileThreads = 128;
+constexpr int kLines = 128, kSlots = 64;
+constexpr int kCodePitch = kLines + 8;          // 8 modulo 32, as is the size of a tile's codes:
+constexpr int kCodeWords = 4 * kCodePitch + 8;  // free of bank conflicts across q and across tiles
+
+// slot = 16 q + 2 t + e: rows of an operand by_k lie in the order in which mma takes them.
+__device__ __forceinline__ constexpr int row_of_slot(int slot) {
+  return slot % 16 / 2 * 8 + slot / 16 * 2 + slot % 2;
+}
+
+template <class S_, int N_, bool Tf32 = false>
+struct TernaryTile {
+  using S = S_;
+  using C = typename ComputeOf<S>::type;
+  static constexpr int N = N_;
+  static constexpr int WN = N >= 64 ? 2 : 1, WM = 4 / WN;       // warps
+  static constexpr int MI = kLines / 16 / WM, NI = N / 8 / WN;  // mma tiles of a warp
+  using Warp = WarpTile<S, MI, NI, Tf32>;
+  Warp warp;
+
+  // 16 bytes between rows in shared memory: 8 lanes that read 16 bytes each meet no bank conflict.
+  static constexpr int stride(int elements) { return elements + kPerAccess<S>; }
+
+  static __device__ __forceinline__ int warp_m() { return threadIdx.x / 32 / WN; }
+  static __device__ __forceinline__ int warp_n() { return threadIdx.x / 32 % WN; }
+  // Place in the block's tile of acc[m][n][e].
+  static __device__ __forceinline__ int line(int m, int e) {
+    return warp_m() * MI * 16 + Warp::row(m, e);
+  }
+  static __device__ __forceinline__ int col(int n, int e) {
+    return warp_n() * NI * 8 + Warp::col(n, e);
+  }
+
+  template <Order O>
+  __device__ __forceinline__ void step(const uint32_t* codes, const S* operand, int stride) {
+    codes += warp_m() * MI * 16;
+    operand += warp_n() * NI * 8 * (O == Order::by_line ? stride : 1);
+    if constexpr (sizeof(S) > 2 && !Tf32) {
+      fma_step<O>(codes, operand, stride);
+    } else {
+      uint32_t word[MI][2];
+      load_codes(word, codes + threadIdx.x % 4 * kCodePitch);
+      if constexpr (Tf32)
+        tf32_step<O>(word, operand, stride);
+      else
+        mma_step<O>(word, operand, stride);
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ int g() { return threadIdx.x % 32 / 4; }
+  static __device__ __forceinline__ int q() { return threadIdx.x % 4; }
+
+  static __device__ __forceinline__ void load_codes(uint32_t (&word)[MI][2],
+                                                    const uint32_t* codes) {
+#pragma unroll
+    for (int m = 0; m < MI; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) word[m][h] = codes[m * 16 + h * 8 + g()];
+  }
+
+  // The k-th of four steps of 16 slots.
+  static __device__ __forceinline__ void decode(uint32_t (&fa)[4], const uint32_t (&word)[2],
+                                                int k) {
+#pragma unroll
+    for (int h = 0; h < 4; ++h) fa[h] = decode_pair(word[h % 2], 2 * k + h / 2);
+  }
+
+  template <Order O>
+  __device__ __forceinline__ void mma_step(const uint32_t (&word)[MI][2], const S* operand,
+                                           int stride) {
+    if constexpr (O == Order::by_k) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        uint32_t fa[MI][4];
+#pragma unroll
+        for (int m = 0; m < MI; ++m) decode(fa[m], word[m], k);
+        warp.template step_with<O>(fa, operand + 16 * k * stride, stride);
+      }
+    } else {
+      operand += g() * stride + q() * 16;
+#pragma unroll
+      for (int k = 0; k < 4; k += 2) {
+        Pack<S, 8> fb[NI];  // right fragments of two steps
+#pragma unroll
+        for (int n = 0; n < NI; ++n)
+          fb[n] = *reinterpret_cast<const Pack<S, 8>*>(operand + n * 8 * stride + k * 4);
+#pragma unroll
+        for (int s = 0; s < 2; ++s)
+#pragma unroll
+          for (int m = 0; m < MI; ++m) {
+            uint32_t fa[4];
+            decode(fa, word[m], k + s);
+#pragma unroll
+            for (int n = 0; n < NI; ++n)
+              mma(warp.acc[m][n], fa, {fb[n].word[2 * s], fb[n].word[2 * s + 1]}, S{});
+          }
+      }
+    }
+  }
+
+  template <Order O>
+  static __device__ __forceinline__ S at(const S* p, int stride, int slot, int n) {
+    return O == Order::by_line ? p[n * stride + slot] : p[row_of_slot(slot) * stride + n];
+  }
+
+  template <Order O>
+  __device__ __forceinline__ void tf32_step(const uint32_t (&word)[MI][2], const S* operand,
+                                            int stride) {
+#pragma unroll
+    for (int t = 0; t < 8; ++t) {
+      uint32_t fb[NI][2];
+#pragma unroll
+      for (int n = 0; n < NI; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          fb[n][e] = round_tf32(at<O>(operand, stride, q() * 16 + 2 * t + e, n * 8 + g()));
+#pragma unroll
+      for (int m = 0; m < MI; ++m) {
+        uint32_t fa[4];
+#pragma unroll
+        for (int h = 0; h < 4; ++h) fa[h] = decode_top(word[m][h % 2], t, h / 2);
+#pragma unroll
+        for (int n = 0; n < NI; ++n) mma_tf32(warp.acc[m][n], fa, fb[n]);
+      }
+    }
+  }
+
+  // A thread holds the results that mma would give it, and takes all slots.
+  template <Order O>
+  __device__ __forceinline__ void fma_step(const uint32_t* codes, const S* operand, int stride) {
+#pragma unroll 1
+    for (int part = 0; part < 4; ++part) {
+      uint32_t word[MI][2];
+      load_codes(word, codes + part * kCodePitch);
+#pragma unroll 1
+      for (int t = 0; t < 8; ++t)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          S vb[NI][2];
+#pragma unroll
+          for (int n = 0; n < NI; ++n)
+#pragma unroll
+            for (int c = 0; c < 2; ++c)
+              vb[n][c] = at<O>(operand, stride, part * 16 + 2 * t + e, n * 8 + q() * 2 + c);
+#pragma unroll
+          for (int m = 0; m < MI; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              const uint32_t top = decode_top(word[m][h], t, e);
+              const S va = from_top(top, S{});
+              if (top != 0) {
+#pragma unroll
+                for (int n = 0; n < NI; ++n)
+#pragma unroll
+                  for (int c = 0; c < 2; ++c) warp.acc[m][n][2 * h + c] += va * vb[n][c];
+              }
+            }
+        }
+    }
+  }
+};
+
+// ---- in and out ----------------------------------------------------------------------------------
+
+// Elements (row0 .. + Rows, col0 .. + Cols) of a row-major matrix (rows, cols), zeros outside it, to
+// rows in shared memory; by_k if the rows are slots. Aligned rows by cp.async, to be waited for.
+template <Order O, int Rows, int Cols, class S>
+__device__ __forceinline__ void load_operand(S* to, int stride, const S* from, int64_t rows,
+                                             int64_t cols, int64_t row0, int64_t col0,
+                                             bool aligned) {
+  constexpr int V = kPerAccess<S>, kPacks = Cols / V, kTurns = Rows * kPacks / kTileThreads;
+  static_assert(kTileThreads % kPacks == 0 && kTurns * kTileThreads == Rows * kPacks);
+  const int col = threadIdx.x % kPacks * V, first_row = threadIdx.x / kPacks;
+  const S* source = from + (row0 + first_row) * cols + col0 + col;
+  const int64_t rows_left = rows - row0 - first_row, cols_left = cols - col0 - col;
+#pragma unroll
+  for (int i = 0; i < kTurns; ++i) {
+    constexpr int kRows = kTileThreads / kPacks;  // in one turn
+    const int row = first_row + i * kRows;
+    S* at = to + (O == Order::by_k ? row_of_slot(row) : row) * stride + col;
+    const bool inside = i * kRows < rows_left;
+    if (aligned) {
+      const bool whole = inside && cols_left > 0;
+      cp_async16(at, whole ? source + i * kRows * cols : from, whole ? 16 : 0);
+    } else {
+#pragma unroll 1
+      for (int v = 0; v < V; ++v)
+        at[v] = inside && v < cols_left ? source[i * kRows * cols + v] : S{};
+    }
+  }
+}
+
+// out (rows, cols) = scale * result [+ base], rounded once: to nearest, or as core/stochastic.h does.
+template <class S_, bool Stochastic = false>
+struct Output {
+  using S = S_;
+  using C = typename ComputeOf<S>::type;
+  S* out;
+  const S* base;  // like out, or null
+  int64_t rows, cols;
+  C scale;
+  bool aligned;
+  uint64_t seed = 0;
+
+  __device__ __forceinline__ void put(int64_t row, int64_t col, const C (&v)[kPerAccess<S>]) const {
+    constexpr int V = kPerAccess<S>;
+    if (row >= rows || col >= cols) return;
+    const int64_t to = row * cols + col;
+    if (aligned) {
+      Pack<S, V> sum = {}, old = {};
+      if (base) old = *reinterpret_cast<const Pack<S, V>*>(base + to);
+      Counter4 words = {};
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        if (Stochastic && e % 4 == 0) words = rounding_words(seed, (to + e) / 4);
+        sum.set(e, round(base ? widen(old.get(e)) + scale * v[e] : scale * v[e], words.v[e % 4]));
+      }
+      *reinterpret_cast<Pack<S, V>*>(out + to) = sum;
+    } else {
+#pragma unroll 1
+      for (int e = 0; e < V && col + e < cols; ++e) {
+        const uint32_t word = Stochastic ? rounding_word(seed, to + e) : 0;
+        C x = C(0);
+#pragma unroll
+        for (int f = 0; f < V; ++f) x = f == e ? v[f] : x;  // registers cannot be indexed
+        out[to + e] = round(base ? widen(base[to + e]) + scale * x : scale * x, word);
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ S round(C x, uint32_t word) const {
+    if constexpr (Stochastic)
+      return round_stochastic(x, word, S{});
+    else
+      return narrow<S>(x);
+  }
+};
+
+// The tile at line0, col0 of the product, by way of shared memory: to rows that are lines, or to rows
+// that are columns n (Turned). 16 columns of every warp at a time.
+template <bool Turned, class Tile>
+constexpr int64_t store_bytes() {
+  constexpr int kCols = Tile::WN * 16;
+  return int64_t(sizeof(typename Tile::C)) * (Turned ? kCols * (kLines + 4) : kLines * (kCols + 8));
+}
+template <bool Turned, class Tile, class Out>
+__device__ __forceinline__ void store_tile(const Tile& tile, unsigned char* shared, int64_t line0,
+                                           int64_t col0, const Out& out) {
+  using C = typename Tile::C;
+  constexpr int V = kPerAccess<typename Out::S>, VC = kPerAccess<C>;
+  constexpr int kCols = Tile::WN * 16, kInner = Turned ? kLines : kCols;
+  constexpr int kPitch = kInner + (Turned ? 4 : 8);  // no bank conflicts between lanes' fragments
+  C* buffer = reinterpret_cast<C*>(shared);
+#pragma unroll
+  for (int first = 0; first < Tile::NI; first += 2) {
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < Tile::MI; ++m)
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int line = Tile::line(m, e), col = Tile::warp_n() * 16 + Tile::Warp::col(n, e);
+          buffer[Turned ? col * kPitch + line : line * kPitch + col] =
+              tile.warp.acc[m][first + n][e];
+        }
+    __syncthreads();
+#pragma unroll 1
+    for (int at = threadIdx.x * V; at < kLines * kCols; at += kTileThreads * V) {
+      const int outer = at / kInner, inner = at % kInner;
+      C v[V];
+#pragma unroll
+      for (int e = 0; e < V; e += VC) {
+        const auto p = *reinterpret_cast<const Pack<C, VC>*>(buffer + outer * kPitch + inner + e);
+#pragma unroll
+        for (int c = 0; c < VC; ++c) v[e + c] = p.get(c);
+      }
+      const int buffered = Turned ? outer : inner;
+      const int64_t line = line0 + (Turned ? inner : outer);
+      const int64_t col = col0 + buffered / 16 * Tile::NI * 8 + first * 8 + buffered % 16;
+      out.put(Turned ? col : line, Turned ? line : col, v);
+    }
+  }
+}
+
+}  // namespace randlora
