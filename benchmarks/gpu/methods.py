@@ -1,0 +1,107 @@
+"""The ways to train one layer that layers.py compares, each as a module on the same frozen base."""
+
+import copy
+import warnings
+from dataclasses import dataclass
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from randlora_ext import TernaryBasis, ops
+
+from .stage import DENSITIES, RANK, SCALING, density_of
+
+# path of linear, and how the factored one multiplies by B
+PATHS = {
+    "factored, packed B": ("factored", "packed"),
+    "factored, dense B": ("factored", "dense"),
+    "delta": ("delta", "packed"),
+    "merged": ("merged", "packed"),
+}
+
+
+@dataclass
+class Method:
+    name: str
+    density: str  # a label of stage.DENSITIES; "" where none matters
+    layer: nn.Module
+    state: list[Tensor]  # what is there whatever happens: weights, adapters, bases
+
+
+class Ours(nn.Module):
+    """The fused operator by one path; what RandLoraLinear does with `path` fixed."""
+
+    def __init__(self, base: nn.Linear, basis: TernaryBasis, path: str) -> None:
+        super().__init__()
+        self.base, self.basis = base, basis
+        self.path, self.b_side = PATHS[path]
+        device = base.weight.device
+        self.lam = nn.Parameter(torch.randn(basis.r, basis.n, device=device) * 0.1)
+        gam = torch.full((basis.n, basis.d), 1 / max(basis.n, basis.d), device=device)
+        self.gam = nn.Parameter(gam)
+
+    def packed(self) -> list[Tensor]:
+        weight = self.base.weight
+        packed = self.basis.packed(weight.device)
+        if self.b_side == "dense":
+            packed = [*packed, self.basis.dense_b(weight.device, weight.dtype)]
+        return packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        base, basis = self.base, self.basis
+        return ops.linear(
+            x, base.weight, base.bias, self.lam, self.gam, self.packed(), SCALING * basis.scale,
+            basis.out_features, self.path,
+        )  # fmt: skip
+
+
+def of_peft(base: nn.Linear, config: peft.PeftConfig, **options) -> nn.Module:
+    """A copy of `base` as the only layer of a PEFT model, its adapter away from zero."""
+    model = nn.Sequential(nn.Linear(1, 1), copy.deepcopy(base).cpu())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer = peft.get_peft_model(model, config, **options).base_model.model[1]
+    layer = layer.to(base.weight.device)
+    for name, parameter in layer.named_parameters():
+        if "lora_B" in name or "randlora_lambda" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return layer
+
+
+def randlora_of_peft(rank: int) -> peft.RandLoraConfig:
+    """Its cost is the same for every density: the bases are dense."""
+    return peft.RandLoraConfig(
+        r=rank, randlora_alpha=SCALING * rank, target_modules=["1"], sparse=True,
+        save_projection=False,
+    )  # fmt: skip
+
+
+def all_methods(size: tuple[int, int], device: torch.device, rank: int = RANK) -> list[Method]:
+    """Frozen base, LoRA and PEFT's RandLoRA as they ship and in bf16, ours by density and path."""
+    torch.manual_seed(0)
+    base = nn.Linear(*size, device=device, dtype=torch.bfloat16).requires_grad_(False)
+    lora = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["1"])
+    shipped = of_peft(base, randlora_of_peft(rank))
+    layers: list[tuple[str, str, nn.Module]] = [
+        ("frozen", "", base),
+        # PEFT keeps adapters in fp32 by default and casts x; without that LoRA is cheaper.
+        (f"LoRA r={rank}, fp32 adapter", "", of_peft(base, lora)),
+        (f"LoRA r={rank}, bf16 adapter", "", of_peft(base, lora, autocast_adapter_dtype=False)),
+        ("PEFT RandLoRA as shipped", "", shipped),
+        ("PEFT RandLoRA in bf16", "", copy.deepcopy(shipped).to(torch.bfloat16)),
+    ]
+    for density in DENSITIES:
+        basis = TernaryBasis(*size, rank, density_of(density, min(size)))
+        layers += [(path, density, Ours(base, basis, path)) for path in PATHS]
+    methods = []
+    for name, density, layer in layers:
+        state = [*layer.parameters(), *layer.buffers()]
+        if isinstance(layer, Ours):
+            state += layer.packed()
+        methods.append(Method(name, density, layer, state))
+    return methods
+
+
+def trained(layer: nn.Module) -> list[nn.Parameter]:
+    return [p for p in layer.parameters() if p.requires_grad]

@@ -1,0 +1,81 @@
+"""compute-sanitizer's memcheck and racecheck over `small_shapes`, and a fault they must find.
+
+The runs go side by side: nothing is timed here. Only our kernels are instrumented, and torch's
+caching allocator is off, so that an access beyond a tensor is one beyond its allocation.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+from .build import ROOT
+from .stage import Stage
+
+_FAULT = 9  # exit status that compute-sanitizer gives for a finding
+RUNS = {
+    "memcheck": (["--tool", "memcheck"], [], False),
+    "racecheck": (["--tool", "racecheck", "--racecheck-report", "all"], [], False),
+    "planted overrun": (["--tool", "memcheck"], ["--plant"], True),
+}
+
+
+def find() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates = [os.path.join(home, "bin", "compute-sanitizer") for home in homes if home]
+    for candidate in ["compute-sanitizer", *candidates]:
+        if found := shutil.which(candidate):
+            return found
+    return None
+
+
+def run(name: str, tool: str | None, seconds: float) -> dict:
+    flags, arguments, faulty = RUNS[name]
+    program = [sys.executable, "-m", "gpu.small_shapes", *arguments]
+    command = program + ["--dry"]
+    if tool is not None:
+        filters = ["--kernel-name", "kernel_substring=randlora", "--print-limit", "20"]
+        command = [tool, *flags, *filters, "--error-exitcode", str(_FAULT), *program]
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, text=True, timeout=seconds,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        status, text = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as late:
+        status, text = 124, (late.stdout or b"").decode(errors="replace")
+    print(f"---- {name}: {' '.join(command)}\n{text}", flush=True)
+    finding = status == _FAULT
+    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", text)
+    calls = re.findall(r"(\d+) calls", text)
+    return {
+        "run": name,
+        "as_wanted": finding if faulty else status == 0,
+        "exit_status": status,
+        "summary": (summary or text.strip().splitlines() or ["nothing"])[-1][:300],
+        "calls": int(calls[-1]) if calls else None,
+    }
+
+
+def main() -> None:
+    stage = Stage(__doc__)
+    tool = None if stage.dry else find()
+    if tool is None and not stage.dry:
+        stage.skip("memcheck, racecheck", "compute-sanitizer is not on this machine")
+        return
+    names = [n for n in RUNS if not (stage.dry and RUNS[n][2])]  # the CPU has nobody to catch it
+    if stage.dry:
+        names = names[:1]  # both would be the same run
+    seconds = stage.left()
+    with ThreadPoolExecutor(len(names)) as pool:
+        rows = list(pool.map(lambda name: run(name, tool, seconds), names))
+    for row in rows:
+        stage.row(**row)
+    sys.exit(0 if all(row["as_wanted"] for row in rows) else 1)
+
+
+if __name__ == "__main__":
+    main()

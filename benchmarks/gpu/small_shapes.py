@@ -1,0 +1,101 @@
+"""Every operator once on shapes with ragged ends: the program that compute-sanitizer watches.
+
+Results are only checked to be finite; tests/gpu compares them. With --plant it hands lists_to_dense
+an index beyond its row, which memcheck must report: else it watched nothing.
+"""
+
+import argparse
+
+import torch
+
+from randlora_ext import TernaryBasis
+
+ops = torch.ops.randlora
+DTYPES = [torch.bfloat16, torch.float32, torch.float16, torch.float64]
+SHAPES = [(70, 45, 7), (45, 70, 7), (136, 136, 8)]  # in, out, r
+TOKENS = [1, 19, 70]
+
+
+def finite(*results: torch.Tensor) -> int:
+    for result in results:
+        if not result.isfinite().all():
+            raise SystemExit("a result is not finite")
+    return 1
+
+
+def bases(basis: TernaryBasis, device: torch.device) -> int:
+    """Generation and packing; returns how many calls."""
+    planes = basis._planes(device)[1]
+    dense = ops.planes_to_dense(planes, basis.K, 0.5, torch.bfloat16)
+    calls = finite(dense)
+    for by_column in (False, True):
+        for wide in (False, True):
+            lists = ops.planes_to_lists(planes, basis.K, by_column, wide)
+            cols = basis.D if by_column else basis.K
+            calls += 1 + finite(ops.lists_to_dense(*lists, cols, 0.5, torch.float32))
+    ops.pack_dense(dense)
+    return calls + 1
+
+
+def diagonals(basis: TernaryBasis, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+    compute = torch.promote_types(dtype, torch.float32)
+    return [
+        torch.randn(shape, device=device).to(compute)
+        for shape in ((basis.r, basis.n), (basis.n, basis.d))
+    ]
+
+
+def operators(basis: TernaryBasis, dtype: torch.dtype, device: torch.device) -> int:
+    """scaled_basis, delta_weight and linear, forward and backward; returns how many calls."""
+    lam, gam = diagonals(basis, dtype, device)
+    packed, scale = basis.packed(device), basis.scale
+    out, into = basis.out_features, basis.in_features
+    A = basis.dense_a(device, dtype)
+    scaled = ops.scaled_basis(A, lam, gam)
+    calls = finite(scaled) + finite(*ops.scaled_basis_backward(scaled, A, lam, gam))
+    low = [t.to(dtype) for t in (lam, gam)]
+    dW = ops.delta_weight(*low, packed, scale, out, into)
+    calls += finite(dW) + finite(*ops.delta_weight_backward(dW, lam, gam, packed, scale))
+    weight = torch.randn(out, into, device=device).to(dtype)
+    with_dense = [*packed, basis.dense_b(device, dtype)]
+    for tokens in TOKENS:
+        x, dy = (torch.randn(tokens, f, device=device).to(dtype) for f in (into, out))
+        for path, tensors in (
+            ("factored", packed), ("factored", with_dense), ("delta", packed), ("merged", packed),
+        ):  # fmt: skip
+            last = (lam, gam, tensors, scale)
+            calls += finite(ops.linear(x, weight, None, *last, out, path))
+            calls += finite(*ops.linear_backward(dy, x, weight, *last, path, True, True))
+    return calls
+
+
+def plant(device: torch.device) -> None:
+    offset = torch.tensor([0, 1, 1], device=device)
+    index = torch.tensor([30000], dtype=torch.int16, device=device)
+    ops.lists_to_dense(offset, index, 8, 1.0, torch.float32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plant", action="store_true")
+    parser.add_argument("--dry", action="store_true", help="on the CPU, fewer shapes")
+    options = parser.parse_args()
+    device = torch.device("cpu" if options.dry else "cuda")
+    torch.manual_seed(0)
+    if options.plant:
+        plant(device)
+        torch.cuda.synchronize()
+        return
+    calls = 0
+    dtypes, shapes = (DTYPES[:1], SHAPES[:1]) if options.dry else (DTYPES, SHAPES)
+    for shape in shapes:
+        for density in (1 / 3, 0.07):
+            basis = TernaryBasis(*shape, density, seed=1)
+            calls += bases(basis, device)
+            for dtype in dtypes:
+                calls += operators(basis, dtype, device)
+    print(f"{calls} calls of operators, all finite")
+
+
+if __name__ == "__main__":
+    main()
