@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .packing import Imported, Packed, generate_planes, shared, with_index
+from .packing import Imported, Packed, generate_planes, leading, shared, with_index
 
 # Above this density B is kept as bit planes (2 bits an element), at or below it as index lists by
 # row and by column (32 * density bits an element): equal memory at 1/16. docs/formats.md.
@@ -132,11 +132,56 @@ class TernaryBasis:
             raise ValueError(
                 f"B must be (D, K) = ({shape.D}, {shape.K}) or (D, n, r), got {tuple(B.shape)}"
             )
-        self._imported = Imported.of(A[:, : shape.d], B)
-        # The share of non-zeros of B decides the packed format and the predicted cost.
-        self.density = max(int(torch.count_nonzero(B)) / B.numel(), 2.0**-31)
-        self.seed = None
+        self._take(Imported.of(A[:, : shape.d], B))
         return self
+
+    @classmethod
+    def from_planes(
+        cls,
+        a_planes: Tensor,
+        b_planes: Tensor,
+        a_value: float,
+        b_value: float,
+        in_features: int,
+        out_features: int,
+    ) -> "TernaryBasis":
+        """Imports bases that are bit planes already: the first d columns of A, D and K of B.
+
+        Args:
+            a_planes: (2, r, >= ceil(d / 64)) int64, all r rows.
+            b_planes: (2, >= D, >= ceil(K / 64)) int64.
+            a_value, b_value: what +1 stands for.
+        """
+        self = cls.__new__(cls)
+        shape = self._shape = _Shape(
+            _check_count("in_features", in_features),
+            _check_count("out_features", out_features),
+            _check_count("r of a_planes", a_planes.shape[1]),
+        )
+        for name, planes, rows, cols in (
+            ("a_planes", a_planes, shape.r, shape.d),
+            ("b_planes", b_planes, shape.D, shape.K),
+        ):
+            words = -(-cols // 64)
+            if planes.dim() != 3 or planes.shape[1] < rows or planes.shape[2] < words:
+                raise ValueError(
+                    f"{name} must be (2, >= {rows}, >= {words}), got {tuple(planes.shape)}"
+                )
+        self._take(
+            Imported(
+                leading(a_planes, shape.r, shape.d),
+                a_value,
+                leading(b_planes, shape.D, shape.K),
+                b_value,
+            )
+        )
+        return self
+
+    def _take(self, imported: Imported) -> None:
+        self._imported = imported
+        # The share of non-zeros of B decides the packed format and the predicted cost.
+        self.density = max(imported.count_b() / (self.D * self.K), 2.0**-31)
+        self.seed = None
 
     in_features = property(lambda self: self._shape.in_features)
     out_features = property(lambda self: self._shape.out_features)

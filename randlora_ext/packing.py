@@ -45,10 +45,18 @@ class Imported:
     @classmethod
     def of(cls, A: Tensor, B: Tensor) -> "Imported":
         """Packs A (r, d) and B (D, K); ValueError names the one that is not ternary."""
-        return cls(*_pack_dense("A", A), *_pack_dense("B", B))
+        return cls(*pack_dense("A", A), *pack_dense("B", B))
+
+    def count_b(self) -> int:
+        """Non-zeros of B."""
+        # Eight bits at a time by a table: torch has no population count.
+        ones = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.int64)
+        counts = torch.bincount(self.b_planes.cpu().view(torch.uint8).flatten(), minlength=256)
+        return int(counts @ ones)
 
 
-def _pack_dense(name: str, matrix: Tensor) -> tuple[Tensor, float]:
+def pack_dense(name: str, matrix: Tensor) -> tuple[Tensor, float]:
+    """Bit planes of a ternary (rows, cols) and the value of its +1; ValueError where it is none."""
     if not matrix.is_floating_point():
         raise ValueError(f"{name} must be a floating point matrix, got {matrix.dtype}")
     try:
@@ -57,6 +65,16 @@ def _pack_dense(name: str, matrix: Tensor) -> tuple[Tensor, float]:
         message = str(error).splitlines()[0].split("randlora: ")[-1]
         raise ValueError(f"{name} cannot be packed: {message}") from error
     return planes, float(value)
+
+
+def leading(planes: Tensor, rows: int, cols: int) -> Tensor:
+    """The planes of the first `rows` rows and `cols` columns, newly made."""
+    words = -(-cols // 64)
+    part = planes[:, :rows, :words].contiguous()
+    if cols % 64:  # bits past the last column are zero
+        part = part.clone() if part.data_ptr() == planes.data_ptr() else part
+        part[:, :, -1] &= (1 << cols % 64) - 1
+    return part
 
 
 class Packed:

@@ -41,6 +41,8 @@ def test_each_reads_what_the_other_wrote(tmp_path, writer, kind, save_projection
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="Specified to not save basis_A")
+        # Ours writes the shared bases once, and stock asks for a copy under every layer.
+        warnings.filterwarnings("ignore", message="Found missing adapter keys .*randlora_A")
         loaded = peft.PeftModel.from_pretrained(Deep(), tmp_path)
     assert type(layers(loaded)[0]) is (AcceleratedLinear if reader == "ours" else StockLinear)
     assert relative(loaded(x), model(x)) < 1e-5

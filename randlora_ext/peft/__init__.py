@@ -8,8 +8,8 @@
 
 After `enable` every RandLoRA model that PEFT makes or loads computes its layers with
 `torch.ops.randlora`, with the numbers of stock PEFT up to rounding, as long as its bases are
-ternary (``sparse``, ``very_sparse``, or the ``density`` of `RandLoraConfig`). PEFT keeps its own
-dense bases beside the packed ones.
+ternary (``sparse``, ``very_sparse``, or the ``density`` of `RandLoraConfig`); these are kept
+packed, 2 bits an element and less. `accelerate` does the same to a model that exists already.
 """
 
 from ._require import check_peft
@@ -18,6 +18,6 @@ check_peft()
 
 from .config import RandLoraConfig  # noqa: E402  (needs the check above)
 from .summary import kernel_summary  # noqa: E402
-from .switch import disable, enable  # noqa: E402
+from .switch import accelerate, disable, enable  # noqa: E402
 
-__all__ = ["RandLoraConfig", "disable", "enable", "kernel_summary"]
+__all__ = ["RandLoraConfig", "accelerate", "disable", "enable", "kernel_summary"]

@@ -1,41 +1,104 @@
-"""From PEFT's dense bases to packed ones: imported once per pair of tensors and layer shape."""
-
-import threading
-import weakref
-from dataclasses import dataclass
+"""PEFT's bases, packed: the dictionary that PEFT keeps them in, and one layer's `TernaryBasis`."""
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..basis import TernaryBasis
-
-_Stamp = tuple
-
-
-@dataclass(frozen=True)
-class _Import:
-    A: _Stamp
-    B: _Stamp
-    basis: TernaryBasis | None
-    reason: str
+from .ternary_tensor import TernaryTensor
 
 
-# A -> {(in, out, r): import}. An import lives as long as A, and holds neither A nor B.
-_imports: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_lock = threading.Lock()
+class PackedBases(BufferDict):
+    """PEFT's ``BufferDict`` of one basis (A or B) by adapter, ternary ones packed.
+
+    The tensors are no registered buffers, so nothing casts them, and DistributedDataParallel does
+    not send them. A ternary tensor is packed as it is put in; another (PEFT's default uniform
+    basis) is kept as it is. Where ``persistent``, a state dict holds them dense as PEFT's does, but
+    once, under the model: layers only refer to the dictionary (`Accelerated.__setattr__`).
+    """
+
+    def __init__(self, persistent: bool) -> None:
+        super().__init__(persistent=persistent)
+        self.__dict__["_bases"] = {}  # not in nn.Module's tables: see above
+
+    @classmethod
+    def of(cls, dense: BufferDict) -> "PackedBases":
+        packed = cls(dense.persistent)
+        packed.update(dict(dense.items()))
+        return packed
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._bases[key]
+
+    def __setitem__(self, key: str, basis: Tensor) -> None:
+        if not isinstance(basis, TernaryTensor) and basis.device.type != "meta":
+            try:
+                basis = TernaryTensor.of(basis)
+            except ValueError:
+                pass  # not ternary; `layer_basis` says so
+        self._bases[key] = basis
+
+    def __delitem__(self, key: str) -> None:
+        del self._bases[key]
+
+    def __len__(self) -> int:
+        return len(self._bases)
+
+    def __iter__(self):
+        return iter(self._bases)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._bases
+
+    def keys(self):
+        return self._bases.keys()
+
+    def items(self):
+        return self._bases.items()
+
+    def values(self):
+        return self._bases.values()
+
+    def _apply(self, fn, recurse: bool = True):
+        for key, basis in self._bases.items():
+            self._bases[key] = fn(basis)
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        if self.persistent:
+            for key, basis in self._bases.items():
+                dense = basis.dense() if isinstance(basis, TernaryTensor) else basis
+                destination[prefix + key] = dense if keep_vars else dense.detach()
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        for key, basis in self._bases.items():
+            if (saved := state_dict.get(prefix + key)) is None:
+                if self.persistent:
+                    missing_keys.append(prefix + key)
+            elif saved.shape != basis.shape:
+                error_msgs.append(
+                    f"size mismatch for {prefix}{key}: the file has {tuple(saved.shape)}, the "
+                    f"model {tuple(basis.shape)}"
+                )
+            else:
+                self[key] = saved.to(dtype=basis.dtype, device=basis.device, copy=True)
+        if strict:
+            known = {prefix + key for key in self._bases}
+            unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
 
 
-def ternary_basis(
+def layer_basis(
     A: Tensor, B: Tensor, in_features: int, out_features: int, r: int
 ) -> tuple[TernaryBasis | None, str]:
-    """The packed form of PEFT's bases for one layer shape: (basis, ""), or (None, why not).
+    """The basis of one layer shape: (basis, ""), or (None, why there is none).
 
-    Layers of equal shape get the same object, hence share what it packs. Imported anew when a
-    tensor was replaced (``.to``, assignment) or written to (``load_state_dict``).
+    Layers of equal shape get the same object, hence share what it packs.
 
     Args:
-        A: (>= r, 1, >= d).  B: (>= D, >= n, >= r). This layer's are the slices from the front.
+        A: (>= r, 1, >= d).  B: (>= D, >= n, >= r). A layer's own are the slices from the front; in
+            PEFT's flat order they are the first K columns of B.
 
     Raises ValueError where they are too small.
     """
@@ -47,32 +110,27 @@ def ternary_basis(
             f"layer of {in_features} -> {out_features} features at r={r}, which needs "
             f"(>= {r}, 1, >= {d}) and (>= {D}, >= {n}, >= {r})"
         )
-    key = (in_features, out_features, r)
-    stamp_a, stamp_b = _stamp(A), _stamp(B)
-    with _lock:
-        of_a = _imports.get(A)
-        if of_a is None:
-            of_a = _imports[A] = {}
-        known = of_a.get(key)
-        if known is None or not _same(known.A, stamp_a) or not _same(known.B, stamp_b):
-            known = of_a[key] = _Import(stamp_a, stamp_b, *_import(A, B, *key))
-    return known.basis, known.reason
+    if not isinstance(A, TernaryTensor) or not isinstance(B, TernaryTensor):
+        name = "randlora_B" if isinstance(A, TernaryTensor) else "randlora_A"
+        return None, f"{name} is not ternary"
+    key = (B.matrix, in_features, out_features, r)
+    made = A.matrix.layers
+    if key not in made:
+        made[key] = _layer_basis(A, B, *key[1:])
+    return made[key], ""
 
 
-def _import(A: Tensor, B: Tensor, in_features: int, out_features: int, r: int):
-    try:
-        # Made under inference_mode the packed tensors could not serve a later training step.
-        with torch.inference_mode(False), torch.no_grad():
-            return TernaryBasis.from_dense(A[:r], B[:, :, :r], in_features, out_features), ""
-    except ValueError as error:
-        return None, str(error)
-
-
-def _stamp(tensor: Tensor) -> _Stamp:
-    # Tensors made under inference_mode count no versions; they can only be replaced as a whole.
-    version = 0 if tensor.is_inference() else tensor._version
-    return (weakref.ref(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device)
-
-
-def _same(old: _Stamp, new: _Stamp) -> bool:
-    return old[0]() is new[0]() and old[1:] == new[1:]
+def _layer_basis(
+    A: TernaryTensor, B: TernaryTensor, in_features: int, out_features: int, r: int
+) -> TernaryBasis:
+    # Made under inference_mode the packed tensors could not serve a later training step.
+    with torch.inference_mode(False), torch.no_grad():
+        if A.matrix.seed is not None and B.matrix.seed is not None:
+            seed, _, density = B.matrix.seed
+            return TernaryBasis(in_features, out_features, r, density, seed)
+        if B.shape[2] != r:  # columns from inside every row, which only a dense B can give
+            dense_a, dense_b = A.dense()[:r], B.dense()[:, :, :r]
+            return TernaryBasis.from_dense(dense_a, dense_b, in_features, out_features)
+        a, b = A.matrix, B.matrix
+        planes = a.on(A.device)[:, :r], b.on(B.device)
+        return TernaryBasis.from_planes(*planes, a.value, b.value, in_features, out_features)

@@ -1,28 +1,40 @@
-"""`RandLoraConfig`: PEFT's configuration with a free density."""
+"""`RandLoraConfig`: PEFT's configuration with a free density and generated bases."""
 
+import re
+import warnings
 from dataclasses import dataclass, field
 
 import peft
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from .. import build_info
+
+BASES = ("peft", "generated")
+
 
 @dataclass
 class RandLoraConfig(peft.RandLoraConfig):
-    """PEFT's ``RandLoraConfig`` (all its fields), and ``density``.
+    """PEFT's ``RandLoraConfig`` (all its fields), ``density`` and ``basis``.
 
     Args:
         density: None (as PEFT), or the share of non-zeros of the ternary bases, in (0, 1]. The
             bases are then drawn as PEFT draws its sparse ones, from ``projection_prng_key``, with
             1 / density in the place of PEFT's ``sparsity``; 1/3 gives those of ``sparse=True``.
+        basis: "peft", the same numbers as stock PEFT's for the same key; or "generated", bases of
+            the specification docs/basis-spec.md: made on the device from ``projection_prng_key``
+            and the density (1/3 where neither density nor very_sparse is given), never drawn dense,
+            never saved.
 
-    The density is saved in adapter_config.json and restored by ``PeftModel.from_pretrained`` while
+    Both are saved in adapter_config.json and restored by ``PeftModel.from_pretrained`` while
     `randlora_ext.peft.enable` is in force.
 
     **Stock PEFT does not know the field.** It drops it with a warning, and without saved
     projections (``save_projection=False``) it would go on with other bases, hence another model.
     It reads correctly what was saved with ``save_projection=True``, with density None, or with
-    density 1/3 (which is saved as ``sparse=True`` beside the density).
+    density 1/3 (which is saved as ``sparse=True`` beside the density). It refuses a generated
+    basis: the key is then written as text, "generated-1:KEY" with the version of the specification,
+    which no generator of torch's takes; `export_to_peft` writes such an adapter with projections.
 
     Raises:
         TypeError, ValueError: where density is no number in (0, 1], or contradicts sparse or
@@ -34,9 +46,27 @@ class RandLoraConfig(peft.RandLoraConfig):
         default=None,
         metadata={"help": "Share of non-zeros in the ternary bases, in (0, 1]; None: as PEFT"},
     )
+    basis: str = field(
+        default="peft",
+        metadata={"help": '"peft": bases as stock PEFT draws them; "generated": never stored'},
+    )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if isinstance(self.projection_prng_key, str):
+            self.projection_prng_key = _key_of(self.projection_prng_key)
+        if self.basis not in BASES:
+            raise ValueError(f"basis must be one of {BASES}, got {self.basis!r}")
+        if self.basis == "generated":
+            self.save_projection = False  # and without the warning that they are not saved
+            key = self.projection_prng_key
+            if isinstance(key, bool) or not isinstance(key, int) or not 0 <= key < 2**64:
+                raise ValueError(f"projection_prng_key must be in [0, 2**64), got {key!r}")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Specified to not save")
+                super().__post_init__()
+            self._check_enabled("basis='generated'")
+        else:
+            super().__post_init__()
         if self.density is None:
             return
         if isinstance(self.density, bool) or not isinstance(self.density, (int, float)):
@@ -48,10 +78,13 @@ class RandLoraConfig(peft.RandLoraConfig):
                 f"density={self.density} contradicts sparse={self.sparse}, very_sparse="
                 f"{self.very_sparse}; give either a density or one of the flags"
             )
+        self._check_enabled(f"density={self.density}")
+
+    def _check_enabled(self, what: str) -> None:
         if PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] is not RandLoraConfig:
             raise RuntimeError(
-                f"density={self.density} needs randlora_ext.peft.enable() to be called first; "
-                "stock PEFT would ignore it"
+                f"{what} needs randlora_ext.peft.enable() to be called first; stock PEFT would "
+                "ignore it"
             )
 
     def _is_sparse_of_peft(self) -> bool:
@@ -60,8 +93,27 @@ class RandLoraConfig(peft.RandLoraConfig):
     def to_dict(self) -> dict:
         """PEFT's dictionary; what stock PEFT can express is said in its words."""
         values = super().to_dict()
+        if self.basis == "peft":
+            del values["basis"]
+        else:
+            values["projection_prng_key"] = _text_of(self.projection_prng_key)
         if self.density is None:
             del values["density"]
         elif self._is_sparse_of_peft():
             values["sparse"] = True
         return values
+
+
+def _text_of(key: int) -> str:
+    return f"generated-{build_info()['spec_version']}:{key}"
+
+
+def _key_of(text: str) -> int:
+    match = re.fullmatch(r"generated-(\d+):(\d+)", text)
+    version = build_info()["spec_version"]
+    if match is None or int(match[1]) != version:
+        raise ValueError(
+            f"projection_prng_key is {text!r}; this version of randlora_ext reads an integer or "
+            f"'generated-{version}:KEY'"
+        )
+    return int(match[2])

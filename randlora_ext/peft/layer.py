@@ -1,113 +1,195 @@
-"""PEFT's RandLoRA layer with forward and delta weight on the compiled kernels."""
+"""PEFT's RandLoRA layers with forward and delta weight on the compiled kernels."""
 
 import functools
 import warnings
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.randlora.layer import Linear
 from torch import Tensor, nn
 
-from .. import functional
+from .. import cuda
+from .. import functional as kernels
 from ..base_layer import can_fuse
 from ..basis import TernaryBasis
-from .bases import ternary_basis
+from .bases import PackedBases, layer_basis
 
 
-class AcceleratedLinear(Linear):
-    """`peft.tuners.randlora.layer.Linear`, computing the same numbers by ``torch.ops.randlora``.
+class Accelerated:
+    """Computes what a RandLoRA layer of PEFT computes, by ``torch.ops.randlora``.
 
-    Where a base is not ternary, or the device has no kernels, the layer computes as PEFT does, and
-    says so in one warning per model. Merging, saving and everything else are PEFT's.
+    Mixed in before PEFT's layer class, which keeps saving, adding, switching and everything else.
+    Where the bases are not ternary (PEFT's default, uniform ones) lambda * A * gamma is made by our
+    kernel and multiplied by torch's GEMMs; one warning per model says so.
     """
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        names = [name for name in self.active_adapters if name in self.randlora_lambda]
-        # The base layer alone, or PEFT's unmerging; then, what our kernels do not cover.
-        if self.disable_adapters or self.merged or not names:
-            return super().forward(x, *args, **kwargs)
-        found = [self.basis_of(name, x.device) for name in names]
-        reasons = {reason for _, reason in found if reason}
-        if reasons:
-            self._tell(reasons.pop())
-            return super().forward(x, *args, **kwargs)
+    def __setattr__(self, name: str, value) -> None:
+        # Registered as a submodule, the bases would be listed, moved and saved once per layer.
+        if name in ("randlora_A", "randlora_B") and isinstance(value, PackedBases):
+            self._modules.pop(name, None)
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
+    def _load_from_state_dict(
+        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        )
+        # Stock PEFT's files hold a copy of the bases under every layer. It is that of the model,
+        # except from inject_adapter_in_model, where there is no model of PEFT's to hold one.
+        for name in ("randlora_A", "randlora_B"):
+            own = f"{prefix}{name}."
+            copies = [key for key in state_dict if key.startswith(own)]
+            unexpected[:] = [key for key in unexpected if key not in copies]
+            of_model = (f"{at}{name}." for at in ("base_model.", ""))
+            if copies and not any(key.startswith(tuple(of_model)) for key in state_dict):
+                bases = self.__dict__[name]
+                bases._load_from_state_dict(state_dict, own, {}, strict, [], unexpected, errors)
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is not None:
+            return self._mixed_batch(x, adapter_names, *args, **kwargs)
+        names = [name for name in self.active_adapters if name in self.randlora_lambda]
+        if self.disable_adapters or self.merged or not names:  # the base alone; PEFT's unmerging
+            return super().forward(x, *args, **kwargs)
         base, dtype = self.base_layer, x.dtype
         plain = not args and not kwargs and len(names) == 1 and not self._drops(names[0])
         if plain and can_fuse(base, x):
-            return self._part(names[0], x, base.weight, base.bias, found[0][0]).to(dtype)
+            basis, _ = self.basis_of(names[0], x.device)
+            if basis is not None:
+                return self._part(names[0], x, base.weight, base.bias, basis).to(dtype)
         result = base(x, *args, **kwargs)
-        for name, (basis, _) in zip(names, found, strict=True):
+        for name in names:
             x = x.to(self._compute_dtype(name, x.device))
-            dropped = self.randlora_dropout[name](x)
-            result = result + self._part(name, dropped, None, None, basis)
+            result = result + self._adapter(name, self.randlora_dropout[name](x))
         return result.to(dtype)
+
+    def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args, **kwargs) -> Tensor:
+        """Row b of the batch through adapter ``adapter_names[b]``; "__base__" means none."""
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                f"adapter_names must have one name per input, got {len(adapter_names)} for {len(x)}"
+            )
+        if self.merged:
+            raise ValueError("adapter_names needs unmerged adapters; call unmerge_adapter() first")
+        result = self.base_layer(x, *args, **kwargs)
+        for name in dict.fromkeys(adapter_names):
+            if name not in self.randlora_lambda:
+                continue
+            at = torch.tensor([i for i, n in enumerate(adapter_names) if n == name])
+            part = x[at].to(self._compute_dtype(name, x.device))
+            result[at] += self._adapter(name, part).to(result.dtype)
+        return result
+
+    def _adapter(self, name: str, x: Tensor) -> Tensor:
+        """The adapter's part alone."""
+        basis, reason = self.basis_of(name, x.device)
+        if basis is not None:
+            return self._part(name, x, None, None, basis)
+        self._tell(reason)
+        first, second = self.get_scaled_bases(name, device=x.device)
+        return F.linear(F.linear(x, first), second) * self.scaling[name]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """As PEFT's, differentiable, in float32 where CPU bases are 16-bit. No dense A' is made."""
-        device = self.randlora_B[adapter].device
+        device = self.randlora_lambda[adapter].device
         basis, reason = self.basis_of(adapter, device)
         if basis is None:
             self._tell(reason)
-            return super().get_delta_weight(adapter)
-        dtype = self._compute_dtype(adapter, device)
-        lam = self.randlora_lambda[adapter].to(device, dtype)
-        gam = self.randlora_gamma[adapter].to(device, dtype)
-        delta = functional.delta_weight(basis, lam, gam, self.scaling[adapter])
+            first, second = self.get_scaled_bases(adapter)
+            delta = second @ first * self.scaling[adapter]
+        else:
+            dtype = self._compute_dtype(adapter, device)
+            lam = self.randlora_lambda[adapter].to(dtype)
+            gam = self.randlora_gamma[adapter].to(dtype)
+            delta = kernels.delta_weight(basis, lam, gam, self.scaling[adapter])
         return delta.T if self.fan_in_fan_out else delta
 
     def get_scaled_bases(
         self, adapter: str, device: torch.device | None = None
     ) -> tuple[Tensor, Tensor]:
-        # PEFT keeps one num_bases a layer, that of the adapter added last.
-        self.num_bases = self.randlora_gamma[adapter].shape[0]
-        return super().get_scaled_bases(adapter, device)
+        """PEFT's dense factors in the order in which x meets them: (A', B) or (B^T, A'^T)."""
+        A, B = self.randlora_A[adapter], self.randlora_B[adapter]
+        lam, gam = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
+        device, dtype = device or B.device, self._compute_dtype(adapter, device or B.device)
+        # The adapter's own number of bases; PEFT keeps one a layer, that of the adapter added last.
+        (n, d), D = gam.shape, max(self.in_features, self.out_features)
+        A = A[:, 0, :d].to(device, dtype)
+        B = B[:D, :n].flatten(1).to(device, self._base_dtype(adapter, device))
+        scaled = kernels.scaled_basis(A, lam.to(device), gam.to(device))
+        return (scaled, B) if d == self.in_features else (B.T, scaled.T)
 
     @torch.compiler.disable  # bookkeeping, not computation: torch.compile need not look inside
     def basis_of(self, adapter: str, device: torch.device) -> tuple[TernaryBasis | None, str]:
-        """(the adapter's packed basis, ""), or (None, why PEFT's own code runs)."""
+        """(the adapter's packed basis, ""), or (None, why there is none)."""
         if not has_kernels(device.type):
             return None, f"there are no randlora_ext kernels for device type {device.type!r}"
         r = self.randlora_lambda[adapter].shape[0]
         A, B = self.randlora_A[adapter], self.randlora_B[adapter]
-        return ternary_basis(A, B, self.in_features, self.out_features, r)
+        return layer_basis(A, B, self.in_features, self.out_features, r)
 
     def _part(
         self, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, basis: TernaryBasis
     ) -> Tensor:
         lam = self.randlora_lambda[name].to(x.device)
         gam = self.randlora_gamma[name].to(x.device)
-        return functional.linear(x, weight, bias, basis, lam, gam, self.scaling[name])
+        return kernels.linear(x, weight, bias, basis, lam, gam, self.scaling[name])
+
+    def _base_dtype(self, name: str, device: torch.device) -> torch.dtype:
+        dtype = self.randlora_B[name].dtype
+        # PEFT computes in float32 where a CPU would be slow in 16 bits.
+        half = device.type == "cpu" and dtype in (torch.float16, torch.bfloat16)
+        return torch.float32 if half else dtype
 
     def _compute_dtype(self, name: str, device: torch.device) -> torch.dtype:
         """The dtype to which PEFT casts x before the adapter: that of its scaled A."""
-        base, *diagonals = (
-            t[name].dtype for t in (self.randlora_B, self.randlora_lambda, self.randlora_gamma)
-        )
-        if device.type == "cpu" and base in (torch.float16, torch.bfloat16):
-            return torch.float32
-        for dtype in diagonals:
-            base = torch.promote_types(base, dtype)
-        return base
+        dtype = self._base_dtype(name, device)
+        if dtype is not self.randlora_B[name].dtype:
+            return dtype
+        for diagonals in (self.randlora_lambda, self.randlora_gamma):
+            dtype = torch.promote_types(dtype, diagonals[name].dtype)
+        return dtype
 
     def _drops(self, name: str) -> bool:
         dropout = self.randlora_dropout[name]
         return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
     def _tell(self, reason: str) -> None:
-        # All layers of a model hold the same BufferDict, so the mark on it is the model's.
-        if not self.randlora_A.__dict__.setdefault("_randlora_ext_told", False):
-            self.randlora_A._randlora_ext_told = True
+        # All layers of a model hold the same dictionary, so the mark on it is the model's.
+        told = self.randlora_A.__dict__
+        if not told.setdefault("_randlora_ext_told", False):
+            told["_randlora_ext_told"] = True
             warnings.warn(
-                f"RandLoRA layers of this model run on PEFT's own code: {reason}. The kernels of "
+                f"RandLoRA layers of this model multiply by dense bases: {reason}. The kernels of "
                 "randlora_ext need ternary bases (sparse=True, very_sparse=True or a density).",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
+class AcceleratedLinear(Accelerated, Linear):
+    """`peft.tuners.randlora.layer.Linear` on the compiled kernels: nn.Linear and Conv1D."""
+
+
+def accelerated_class(stock: type) -> type | None:
+    """The accelerated class of a RandLoRA layer class of PEFT; None for one that is none of PEFT's.
+
+    Also ``Linear8bitLt`` and ``Linear4bit``, whose stock merging multiplies A' B instead of B A'.
+    """
+    if stock is Linear:
+        return AcceleratedLinear
+    if stock.__module__ == "peft.tuners.randlora.bnb":
+        return _quantized_class(stock)
+    return None
+
+
 @functools.cache
+def _quantized_class(stock: type) -> type:
+    return type(f"Accelerated{stock.__name__}", (Accelerated, stock), {"__module__": __name__})
+
+
 def has_kernels(device_type: str) -> bool:
-    """Whether ``torch.ops.randlora`` computes on that device type."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
-        "randlora::linear", key
-    )
+    """Whether ``torch.ops.randlora`` computes on that device type here."""
+    return device_type == "cpu" or (device_type == "cuda" and cuda.available())

@@ -6,7 +6,7 @@ from peft.tuners.randlora.layer import RandLoraLayer
 from torch import nn
 
 from ..cost import explain
-from .layer import AcceleratedLinear
+from .layer import Accelerated
 
 
 def kernel_summary(model: nn.Module, tokens: int = 512) -> str:
@@ -16,7 +16,7 @@ def kernel_summary(model: nn.Module, tokens: int = 512) -> str:
         model: a PEFT model, or any module that holds RandLoRA layers of PEFT.
         tokens: rows of x for which the path is told.
 
-    Equal layers are counted together. Layers that run on PEFT's own code are named with the reason.
+    Equal layers are counted together. Others are named with the reason.
     """
     ours: Counter[str] = Counter()
     stock: Counter[str] = Counter()
@@ -24,8 +24,8 @@ def kernel_summary(model: nn.Module, tokens: int = 512) -> str:
     for layer in model.modules():
         if not isinstance(layer, RandLoraLayer):
             continue
-        if not isinstance(layer, AcceleratedLinear):
-            stock["made without randlora_ext.peft.enable(), or quantized"] += 1
+        if not isinstance(layer, Accelerated):
+            stock["made without randlora_ext.peft.enable()"] += 1
             continue
         weight, base = layer.get_base_layer().weight, layer.get_base_layer()
         names = [name for name in layer.active_adapters if name in layer.randlora_lambda]
@@ -50,5 +50,5 @@ def kernel_summary(model: nn.Module, tokens: int = 512) -> str:
             f"{tokens} tokens: {listed}"
         )
     for reason, count in stock.items():
-        parts.append(f"{count} layers on PEFT's own code: {reason}")
+        parts.append(f"{count} layers by dense bases: {reason}")
     return "; ".join(parts) or "no RandLoRA layers"

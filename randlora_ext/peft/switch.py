@@ -2,9 +2,14 @@
 
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.randlora.layer import RandLoraLayer
+from peft.tuners.randlora.model import RandLoraModel
+from torch import nn
 
+from .bases import PackedBases
 from .config import RandLoraConfig
-from .model import AcceleratedRandLoraModel
+from .model import AcceleratedRandLoraModel, accelerate_layer
 
 _stock: tuple[type, type] | None = None
 
@@ -37,3 +42,32 @@ def disable() -> None:
         PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] = _stock[0]
         PEFT_TYPE_TO_TUNER_MAPPING[PeftType.RANDLORA] = _stock[1]
         _stock = None
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Puts the RandLoRA layers of a model that PEFT made already on the compiled kernels, in place.
+
+    Equivalent to having called `enable` before the model was made: layers get their accelerated
+    class, ternary bases are packed and PEFT's dense ones dropped. Parameters, their names and
+    optimizer state stay as they are. Returns the model; calling it again changes nothing.
+
+    Raises ValueError where the model holds no RandLoRA layer.
+    """
+    layers = [module for module in model.modules() if isinstance(module, RandLoraLayer)]
+    if not layers:
+        raise ValueError(f"model holds no RandLoRA layer of PEFT: {type(model).__qualname__}")
+    packed: dict[int, PackedBases] = {}
+
+    def pack(bases: BufferDict) -> PackedBases:
+        if isinstance(bases, PackedBases):
+            return bases
+        return packed.setdefault(id(bases), PackedBases.of(bases))
+
+    tuners = [module for module in model.modules() if type(module) is RandLoraModel]
+    for holder in tuners + layers:
+        holder.randlora_A, holder.randlora_B = pack(holder.randlora_A), pack(holder.randlora_B)
+    for layer in layers:
+        accelerate_layer(layer)
+    for tuner in tuners:
+        tuner.__class__ = AcceleratedRandLoraModel
+    return model
