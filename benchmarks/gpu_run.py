@@ -11,6 +11,7 @@ after every row, the results are on disk: gpu-CARD.json, gpu-CARD.md, gpu-CARD.l
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -58,6 +59,15 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def rows_in(file: Path) -> list[dict]:
+    """What a stage wrote; a last line that a kill cut short is left out."""
+    found = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
 class Run:
     """The results so far, and the files that hold them."""
 
@@ -98,8 +108,8 @@ class Run:
             half.replace(self.file(suffix))
 
     def stage(self, name: str, budget: float) -> bool:
-        """Runs one stage; whether it ended well."""
-        rows, ceilings = self.out / f".rows-{name}.jsonl", self.out / ".ceilings.json"
+        """Runs one stage; whether it ended well and no row tells of a failure."""
+        rows, ceilings = self.out / f"gpu-rows-{name}.jsonl", self.out / "gpu-ceilings.json"
         rows.unlink(missing_ok=True)
         command = [sys.executable, "-m", f"gpu.{name}", "--rows", str(rows)]
         command += ["--budget", f"{budget:.0f}"] + ["--dry"] * self.dry
@@ -120,9 +130,7 @@ class Run:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
-        found = (
-            [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
-        )
+        found = rows_in(rows)
         rows.unlink(missing_ok=True)
         if name == "ceilings" and found and "card" in found[0]:
             ceilings.write_text(json.dumps(found[0]))
@@ -134,7 +142,9 @@ class Run:
         if verdict != "done":
             tail = self.file(".log").read_text(errors="replace").splitlines()[-8:]
             print("\n".join(f"   | {line[:200]}" for line in tail), flush=True)
-        return verdict == "done"
+        return verdict == "done" and not any(
+            "failed" in row or row.get("verified") is False for row in found
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -160,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"   {name} is needed by all that follows: stopping", flush=True)
             good = False
             break
-    (run.out / ".ceilings.json").unlink(missing_ok=True)
+    (run.out / "gpu-ceilings.json").unlink(missing_ok=True)
     print(report.stages(run.results) + "\n" + report.checks(run.results))
     print(report.figures(run.results))
     print(f"results: {run.file('.json')}, {run.file('.md')}, {run.file('.log')}")

@@ -166,7 +166,8 @@ def markdown(results: dict) -> str:
         if key in ceilings
     )
     about = f"{results['date']}, commit {results['commit']}, torch {ceilings.get('torch', '?')}"
-    return f"""# {results["card"]}{" (dry run: tiny shapes on the CPU, no figures)" * results["dry"]}
+    dry = " (dry run: tiny shapes on the CPU, no figures)" if results["dry"] else ""
+    return f"""# {results["card"]}{dry}
 
 {about}. Measured ceilings: {rates or "none"}.
 Made by `benchmarks/gpu_run.py`; the numbers are in the JSON file beside this one.
