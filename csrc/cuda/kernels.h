@@ -37,7 +37,7 @@ void linear_backward(const LinearBackward& p, Device& device);
 
 // ---- the products of the factored path, all matrices row-major in `dtype` ------------------------
 
-// a_side.cu    up:    V (T, K) = z (T, d) A'^T
+// a_*.cu       up:    V (T, K) = scale * z (T, d) A'^T
 //              down:  out (T, d) = scale * U (T, K) A' [+ out]
 //              grad:  dlam, dgam of scale * sum over T of U and z (docs/math.md, P_j = U_j^T z[:, S_j])
 struct ASide {
@@ -46,7 +46,7 @@ struct ASide {
   DType dtype;
   int64_t T;
 };
-void a_up(const ASide& p, const void* z, void* V, Device& device);
+void a_up(const ASide& p, const void* z, void* V, double scale, Device& device);
 void a_down(const ASide& p, const void* U, void* out, double scale, bool accumulate,
             Device& device);
 void a_grad(const ASide& p, const void* U, const void* z, double scale, void* dlam, void* dgam,
