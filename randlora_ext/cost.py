@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import _C
+from . import _C, cuda
 from .basis import TernaryBasis
 
 PATHS = ("factored", "delta", "merged")
@@ -99,16 +99,17 @@ def choose_b_side(basis: TernaryBasis, tokens: int, device_type: str) -> str:
     """How the factored path multiplies by B: "packed" or, on CUDA, "dense" (a GEMM).
 
     A dense B (D, K) in the dtype of x is made once and shared by all layers of the shape. The
-    environment variable RANDLORA_B_SIDE (packed, dense) overrides the choice on CUDA.
+    environment variable RANDLORA_B_SIDE (packed, dense) overrides the choice where the CUDA
+    kernels compute.
     """
-    if device_type != "cuda":
+    if not cuda.serves(device_type):
         return "packed"
     forced = os.environ.get("RANDLORA_B_SIDE")
     if forced and forced != "auto":
         if forced not in B_SIDES:
             raise ValueError(f"RANDLORA_B_SIDE must be auto, packed or dense, got {forced!r}")
         return forced
-    return "packed" if tokens <= PACKED_TOKENS else "dense"
+    return "dense" if device_type == "cuda" and tokens > PACKED_TOKENS else "packed"
 
 
 def explain(

@@ -8,6 +8,8 @@ import torch
 from . import _C
 
 LIBRARY = Path(__file__).parent / "librandlora_cuda.so"
+# For tests, whose library has the kernels compiled for the CPU (docs/cuda-on-cpu.md).
+_SERVES_CPU = os.environ.get("RANDLORA_CUDA_SERVES_CPU") == "1"
 
 
 def _load() -> str:
@@ -21,7 +23,7 @@ def _load() -> str:
             "(RANDLORA_CUDA=1 makes that a condition)"
         )
     try:
-        _C.load_cuda(path or str(LIBRARY), os.environ.get("RANDLORA_CUDA_SERVES_CPU") == "1")
+        _C.load_cuda(path or str(LIBRARY), _SERVES_CPU)
     except RuntimeError as error:
         return f"not loaded: {str(error).splitlines()[0]}"
     return _C.cuda_build()
@@ -33,3 +35,8 @@ STATUS: str = _load()
 def available() -> bool:
     """Whether tensors on a CUDA device can be served."""
     return bool(_C.cuda_build())
+
+
+def serves(device_type: str) -> bool:
+    """Whether the CUDA kernels compute for tensors on such a device."""
+    return device_type == "cuda" or (_SERVES_CPU and device_type == "cpu" and available())
