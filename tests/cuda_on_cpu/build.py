@@ -36,9 +36,7 @@ def build(output: Path = OUTPUT, more_sources: tuple[Path, ...] = ()) -> Path:
     def compile_one(source: Path) -> Path:
         target = output.parent / (source.name + ".o")
         language = ["-xc++"] if source.suffix == ".cu" else defines
-        nvcc.make(
-            [cxx, *FLAGS, *language, "-c", nvcc.relative(source)], target, [source, *headers]
-        )
+        nvcc.make([cxx, *FLAGS, *language, "-c", nvcc.relative(source)], target, [source, *headers])
         return target
 
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)

@@ -1,8 +1,8 @@
 // The stand-in for csrc/cuda/context.cpp where the kernels run on the CPU: one card, small, and used
 // by one thread at a time, for the harness runs one grid at a time.
-#include "cuda/context.h"
-
 #include <mutex>
+
+#include "cuda/context.h"
 
 namespace randlora {
 namespace cuda {
