@@ -21,7 +21,7 @@ from ._C import isa as _isa
 from .apply import apply_randlora
 from .basis import TernaryBasis
 from .cost import PathChoice, explain
-from .functional import delta_weight, linear, scaled_basis
+from .functional import delta_weight, linear, merged_weight, scaled_basis
 from .layer import RandLoraLinear
 
 __version__: str = _build_info()["version"]
@@ -42,5 +42,6 @@ __all__ = [
     "delta_weight",
     "explain",
     "linear",
+    "merged_weight",
     "scaled_basis",
 ]

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .packing import Imported, Packed, generate_planes, leading, shared, with_index
+from .packing import Imported, Packed, generate_planes, leading, shared, signed_seed, with_index
 
 # Above this density B is kept as bit planes (2 bits an element), at or below it as index lists by
 # row and by column (32 * density bits an element): equal memory at 1/16. docs/formats.md.
@@ -85,10 +85,7 @@ class TernaryBasis:
             raise TypeError(f"density must be a number in (0, 1], got {density!r}")
         if not 0.0 < density <= 1.0:
             raise ValueError(f"density must be in (0, 1], got {density}")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an integer in [0, 2**64), got {seed!r}")
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+        signed_seed("seed", seed)
         self._shape = shape
         self.density = float(density)
         self.seed = seed

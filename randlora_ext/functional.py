@@ -9,6 +9,7 @@ from torch import Tensor
 from . import ops
 from .basis import TernaryBasis
 from .cost import choose_b_side, choose_path
+from .packing import signed_seed
 
 _ops = torch.ops.randlora
 
@@ -72,6 +73,38 @@ def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float =
         basis.out_features,
         basis.in_features,
     )
+
+
+@torch.no_grad()
+def merged_weight(
+    basis: TernaryBasis,
+    weight: Tensor,
+    lam: Tensor,
+    gam: Tensor,
+    scaling: float = 1.0,
+    rounding_seed: int | None = None,
+) -> Tensor:
+    """W + dW: ``(weight.float() + delta_weight(...)).to(weight.dtype)``, in one pass; no gradient.
+
+    Args:
+        weight: (out, in). The sum is made in float32 (float64 for float64) and rounded once.
+        rounding_seed: for a 16-bit weight, in [0, 2**64): rounds up or down at random, with the
+            probabilities that keep the expected value, so that changes below half an ulp are not
+            all lost. Philox words by element (csrc/core/stochastic.h): the same on every device.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: naming the argument.
+    """
+    _check_diagonals(basis, lam, gam)
+    if tuple(weight.shape) != (basis.out_features, basis.in_features):
+        raise ValueError(
+            f"weight must be (out, in) = ({basis.out_features}, {basis.in_features}), "
+            f"got {tuple(weight.shape)}"
+        )
+    if rounding_seed is not None:
+        rounding_seed = signed_seed("rounding_seed", rounding_seed)
+    packed = basis.packed(lam.device)
+    return _ops.merged_weight(weight, lam, gam, packed, scaling * basis.scale, rounding_seed)
 
 
 def linear(

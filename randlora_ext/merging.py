@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .functional import merged_weight
+
 
 def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of lambda, gamma and dW beside a weight of `dtype`."""
@@ -25,6 +27,7 @@ class Mergeable:
         safe_merge: bool = False,
         adapter_names: str | Sequence[str] | None = None,
         keep_original: bool = False,
+        rounding_seed: int | None = None,
     ) -> None:
         """Adds the adapters' weight changes to the base weight, in place.
 
@@ -35,6 +38,9 @@ class Mergeable:
             safe_merge: raise rather than write where the sum holds NaN or inf.
             adapter_names: which adapters; None means the active ones.
             keep_original: keep a copy of W in CPU memory, so that `unmerge` restores every bit.
+            rounding_seed: round a 16-bit W stochastically, reproducibly by this seed, so that
+                changes below half an ulp count on average (`randlora_ext.merged_weight`). One
+                adapter at a time.
 
         Raises:
             ValueError: for an unknown, repeated or already merged adapter, and by safe_merge.
@@ -58,7 +64,10 @@ class Mergeable:
                 "the weight already, unmerge() first"
             )
         weight = self._mergeable_weight()
-        total = self._weight_plus(names, +1)
+        if rounding_seed is None:
+            total = self._weight_plus(names, +1)
+        else:
+            total = self._weight_rounded(names, rounding_seed)
         if safe_merge and not bool(torch.isfinite(total).all()):
             raise ValueError(
                 f"adapter_names {names}: the merged weight would hold NaN or inf, and safe_merge "
@@ -98,6 +107,19 @@ class Mergeable:
         for name in names:
             total.add_(self._delta(name, adapter_dtype(weight.dtype)), alpha=sign)
         return total.to(weight.dtype)
+
+    def _weight_rounded(self, names: list[str], seed: int) -> Tensor:
+        weight = self.base_layer.weight
+        if len(names) != 1 or weight.itemsize != 2:
+            raise ValueError(
+                f"rounding_seed rounds one adapter into a 16-bit weight, got adapters {names} and "
+                f"a weight of {weight.dtype}"
+            )
+        (name,) = names
+        lam, gam = self.randlora_lambda[name], self.randlora_gamma[name]
+        oriented = weight.T.contiguous() if self.fan_in_fan_out else weight
+        total = merged_weight(self.bases[name], oriented, lam, gam, self.scaling[name], seed)
+        return total.T if self.fan_in_fan_out else total
 
     def _mergeable_weight(self) -> Tensor:
         weight = self.base_layer.weight

@@ -135,6 +135,13 @@ def _delta_weight_backward(ctx, grad):
 _autograd("delta_weight", _delta_weight_backward, _delta_weight_context)
 
 
+# A merged weight is for serving: there is no gradient.
+@_register("merged_weight")
+def _(weight, lam, gam, packed, scale, rounding_seed):
+    _together(lam=lam, gam=gam, packed=packed, weight=weight)
+    return weight.new_empty(weight.shape)
+
+
 # ---- linear --------------------------------------------------------------------------------------
 
 

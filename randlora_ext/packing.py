@@ -13,6 +13,15 @@ from . import _C
 _ops = torch.ops.randlora
 
 
+def signed_seed(name: str, seed: int) -> int:
+    """The same 64 bits as the signed integer that an operator takes."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"{name} must be an integer in [0, 2**64), got {seed!r}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"{name} must be in [0, 2**64), got {seed}")
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
 def generate_planes(
     seed: int,
     role: int,
@@ -28,8 +37,8 @@ def generate_planes(
     Equivalent to slicing the infinite matrix of docs/basis-spec.md; independent of layer shapes.
     """
     planes = torch.empty((2, rows, -(-cols // 64)), dtype=torch.int64, device=device)
-    signed = seed - 2**64 if seed >= 2**63 else seed  # the op's `int` is signed
-    _ops.fill_planes_(planes, signed, role, row_start, col_start, cols, _C.threshold(density))
+    signed, limit = signed_seed("seed", seed), _C.threshold(density)
+    _ops.fill_planes_(planes, signed, role, row_start, col_start, cols, limit)
     return planes
 
 

@@ -6,13 +6,15 @@
 namespace randlora {
 
 Tensor form_delta(const Basis& b, const Tensor& lam, const Tensor& gam, const OptionalTensor& base,
-                  double scale, int64_t out_features, int64_t in_features, DType dtype) {
+                  double scale, int64_t out_features, int64_t in_features, DType dtype,
+                  std::optional<int64_t> rounding_seed) {
   const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
   Tensor out = allocate({out_features, in_features}, scalar_type(dtype), lam);
   const Tensor w = base ? as_contiguous(*base) : out;  // `out` only keeps w from being empty
   run(lam, &Kernels::delta_weight, &CudaKernels::delta_weight,
       {b, l.const_data_ptr(), g.const_data_ptr(), base ? w.const_data_ptr() : nullptr,
-       out.mutable_data_ptr(), dtype, scale, /*transposed=*/b.d != in_features});
+       out.mutable_data_ptr(), dtype, scale, /*transposed=*/b.d != in_features,
+       rounding_seed.has_value(), static_cast<uint64_t>(rounding_seed.value_or(0))});
   return out;
 }
 
@@ -37,6 +39,18 @@ Tensor delta_weight(Tensor lam, Tensor gam, std::vector<Tensor> packed, double s
                     activation_dtype(lam, "lam"));
 }
 
+Tensor merged_weight(Tensor weight, Tensor lam, Tensor gam, std::vector<Tensor> packed,
+                     double scale, std::optional<int64_t> rounding_seed) {
+  RANDLORA_CHECK(weight.dim() == 2, "weight must be (out, in), got ", describe(weight));
+  check_same_device(weight, "weight", lam, "lam");
+  const DType dtype = activation_dtype(weight, "weight");
+  RANDLORA_CHECK(!rounding_seed || bytes_of(dtype) == 2,
+                 "rounding_seed rounds to bfloat16 or float16, but weight is ", describe(weight));
+  const Basis b = basis_of(packed, lam, gam, weight.size(1), weight.size(0));
+  return form_delta(b, lam, gam, weight, scale, weight.size(0), weight.size(1), dtype,
+                    rounding_seed);
+}
+
 std::tuple<Tensor, Tensor> delta_weight_backward(Tensor grad, Tensor lam, Tensor gam,
                                                  std::vector<Tensor> packed, double scale) {
   RANDLORA_CHECK(grad.dim() == 2, "grad must be (out, in), got ", describe(grad));
@@ -48,6 +62,7 @@ std::tuple<Tensor, Tensor> delta_weight_backward(Tensor grad, Tensor lam, Tensor
 template <class Library>
 void implement(Library& m) {
   m.impl("delta_weight", TORCH_BOX(&delta_weight));
+  m.impl("merged_weight", TORCH_BOX(&merged_weight));
   m.impl("delta_weight_backward", TORCH_BOX(&delta_weight_backward));
 }
 
@@ -58,6 +73,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
   m.def(
       "delta_weight(Tensor lam, Tensor gam, Tensor[] packed, float scale, SymInt out_features, "
       "SymInt in_features) -> Tensor");
+  m.def(
+      "merged_weight(Tensor weight, Tensor lam, Tensor gam, Tensor[] packed, float scale, "
+      "int? rounding_seed) -> Tensor");
   m.def(
       "delta_weight_backward(Tensor grad, Tensor lam, Tensor gam, Tensor[] packed, float scale) -> "
       "(Tensor, Tensor)");

@@ -1,0 +1,94 @@
+"""`merged_weight`: W + dW rounded once, to nearest or stochastically."""
+
+import pytest
+import torch
+from layer_cases import make_layer
+from layer_helpers import make_base, randomize
+
+from randlora_ext import RandLoraLinear, delta_weight, merged_weight
+from randlora_ext.reference import delta_weight_reference
+
+SIXTEEN_BITS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+def make(in_features, out_features, r, density, dtype):
+    layer = make_layer(in_features, out_features, r, density, 1, dtype)
+    return layer.basis, layer.weight, layer.lam, layer.gam
+
+
+def total(basis, weight, lam, gam, scaling):
+    A, B = basis.dense(dtype=torch.float64)
+    shape = basis.out_features, basis.in_features
+    dW = delta_weight_reference(A, B, lam.double(), gam.double(), scaling, *shape)
+    return weight.double() + dW
+
+
+@pytest.mark.parametrize("density", [0.05, 1 / 3])
+@pytest.mark.parametrize("shape", [(40, 40, 8), (33, 70, 8), (70, 33, 7), (20, 30, 32)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_one_rounding_of_the_sum(shape, density, dtype):
+    basis, weight, lam, gam = make(*shape, density, dtype)
+    got, want = merged_weight(basis, weight, lam, gam, 0.5), total(basis, weight, lam, gam, 0.5)
+    assert got.dtype == dtype and got.shape == weight.shape
+    ulp = torch.finfo(dtype).eps * want.abs()
+    noise = (1e-12 if dtype == torch.float64 else 1e-5) * want.abs().max()
+    assert bool(((got.double() - want).abs() <= ulp / 2 + noise).all())
+
+
+@SIXTEEN_BITS
+def test_stochastic_rounding_keeps_what_nearest_loses(dtype):
+    basis, weight, lam, gam = make(96, 130, 8, 0.1, dtype)
+    weight = torch.ones_like(weight)
+    scaling = 0.02 * torch.finfo(dtype).eps  # changes of a few hundredths of an ulp
+    change = delta_weight(basis, lam.float(), gam.float(), scaling)
+    assert torch.equal(merged_weight(basis, weight, lam, gam, scaling), weight)
+    draws = 200
+    mean = torch.stack(
+        [merged_weight(basis, weight, lam, gam, scaling, seed).double() for seed in range(draws)]
+    ).mean(0)
+    # The share of the change that survives, by regression over all elements: 1 without bias.
+    kept = ((mean - 1) * change).sum() / (change.double() ** 2).sum()
+    assert abs(kept - 1) < 0.1
+
+
+@SIXTEEN_BITS
+def test_stochastic_rounding_takes_a_neighbour_and_is_reproducible(dtype):
+    basis, weight, lam, gam = make(33, 70, 8, 1 / 3, dtype)
+    want = total(basis, weight, lam, gam, 0.5)
+    got = merged_weight(basis, weight, lam, gam, 0.5, 2**64 - 1)
+    assert torch.equal(got, merged_weight(basis, weight, lam, gam, 0.5, 2**64 - 1))
+    assert not torch.equal(got, merged_weight(basis, weight, lam, gam, 0.5, 3))
+    ulp = torch.finfo(dtype).eps * want.abs() + torch.finfo(dtype).tiny
+    assert bool(((got.double() - want).abs() <= ulp + 1e-5 * want.abs().max()).all())
+
+
+def test_errors():
+    basis, weight, lam, gam = make(33, 70, 8, 1 / 3, torch.float32)
+    with pytest.raises(
+        ValueError, match=r"weight must be \(out, in\) = \(70, 33\), got \(33, 70\)"
+    ):
+        merged_weight(basis, weight.T, lam, gam)
+    with pytest.raises(RuntimeError, match="rounding_seed rounds to bfloat16 or float16"):
+        merged_weight(basis, weight, lam, gam, 1.0, 5)
+    for wrong, error in ((-1, ValueError), (2**64, ValueError), (1.5, TypeError)):
+        with pytest.raises(error, match="rounding_seed must be"):
+            merged_weight(basis, weight.bfloat16(), lam, gam, 1.0, wrong)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_layer_merges_with_a_seed(kind):
+    layer = randomize(RandLoraLinear(make_base(24, 40, kind, dtype=torch.bfloat16), r=5))
+    before, delta = layer.weight.clone(), layer.get_delta_weight("default").detach()
+    layer.merge(rounding_seed=7, keep_original=True)
+    error = (layer.weight.double() - (before.double() + delta.double())).abs()
+    assert error.max() <= torch.finfo(torch.bfloat16).eps * (before.abs() + delta.abs()).max()
+    layer.unmerge()
+    assert torch.equal(layer.weight, before)
+
+
+def test_layer_refuses_a_seed_that_cannot_serve():
+    layer = randomize(RandLoraLinear(make_base(24, 40), r=5))
+    before = layer.weight.clone()
+    with pytest.raises(ValueError, match="rounding_seed rounds one adapter into a 16-bit weight"):
+        layer.merge(rounding_seed=7)
+    assert not layer.merged and torch.equal(layer.weight, before)
