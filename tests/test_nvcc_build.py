@@ -84,9 +84,15 @@ def test_arch_list_refused(nvcc, text):
 def test_default_is_what_nvcc_knows(nvcc, fake):
     script = fake()
     assert nvcc.architectures(script) == ["sm_80", "sm_86", "sm_90", "compute_90"]
-    assert nvcc.architectures(script, nvcc.FEW) == ["sm_80", "sm_90", "compute_90"]
+    assert nvcc.architectures(script, nvcc.FEW) == ["sm_80", "compute_80"]
     with pytest.raises(nvcc.BuildError, match="none of sm_100"):
         nvcc.architectures(script, ["sm_100"])
+
+
+def test_first_half_is_shared(nvcc):
+    assert nvcc.gencode("sm_86") == "-gencode=arch=compute_80,code=sm_86"
+    assert nvcc.gencode("sm_90a") == "-gencode=arch=compute_90a,code=sm_90a"
+    assert nvcc.gencode("compute_120") == "-gencode=arch=compute_120,code=compute_120"
 
 
 def test_arch_list_beyond_nvcc(nvcc, fake, monkeypatch):
@@ -154,7 +160,7 @@ def test_with_nvcc(nvcc, fake):
     library, about = nvcc.build_as_asked(True)
     assert library.exists() and about.endswith("sm_80 sm_86 sm_90 compute_90")
     library, about = nvcc.build_as_asked(False)
-    assert library.exists() and about.endswith("13.0.88: sm_80 sm_90 compute_90")
+    assert library.exists() and about.endswith("13.0.88: sm_80 compute_80")
 
 
 def test_failing_nvcc(nvcc, fake, monkeypatch):

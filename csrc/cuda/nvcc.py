@@ -27,9 +27,9 @@ HOST_FLAGS = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 
 OLDEST = 80  # bf16 tensor cores and cp.async begin there
 ALL = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
-# Runs on everything from sm_80 on (86 and 89 run what was made for 80; the driver compiles the PTX
-# for what came after 90) and takes half the time or less.
-FEW = ["sm_80", "sm_90"]
+# With its PTX that runs on everything newer too, once the driver has compiled it, and is made in a
+# fraction of the time.
+FEW = ["sm_80"]
 FAMILIES = {
     "Ampere": "8.0;8.6+PTX",
     "Ada": "8.9+PTX",
@@ -122,8 +122,14 @@ def architectures(nvcc: str, default: list[str] = ALL) -> list[str]:
     return [*archs, archs[-1].replace("sm_", "compute_")]
 
 
+def virtual(arch: str) -> str:
+    """What nvcc's first half compiles for: 8.6 and 8.9 share it with 8.0, having nothing more that
+    the kernels use."""
+    return re.sub(r"^sm_8\d$", "compute_80", arch).replace("sm_", "compute_")
+
+
 def gencode(arch: str) -> str:
-    return f"-gencode=arch={arch.replace('sm_', 'compute_')},code={arch}"
+    return f"-gencode=arch={virtual(arch)},code={arch}"
 
 
 def headers() -> list[Path]:

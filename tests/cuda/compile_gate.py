@@ -124,17 +124,22 @@ def find_nvdisasm(nvcc: str) -> str | None:
 
 
 def compile_one(
-    nvcc: str, nvdisasm: str, source: Path, arch: str, folder: Path
-) -> dict[str, Usage]:
-    """Usage by mangled name. Compiled as the build does, but for one architecture and no host."""
-    cubin = folder / f"{source.stem}.{arch}.cubin"
-    command = [nvcc, *build.FLAGS, "-cubin", f"-arch={arch}", "-Xptxas", "-v", "-Icsrc/cuda"]
-    said = build.run([*command, build.relative(source), "-o", str(cubin)])
-    usages = parse_ptxas(said.stderr + said.stdout)
-    if usages:
-        add_instructions(usages, build.run([nvdisasm, "-c", str(cubin)]).stdout)
-    cubin.unlink()
-    return usages
+    nvcc: str, nvdisasm: str, source: Path, archs: list[str], folder: Path
+) -> dict[str, dict[str, Usage]]:
+    """Usage by architecture and mangled name, for architectures of one virtual one. Compiled with
+    the flags of the build, but without its host half."""
+    ptx = folder / f"{source.stem}.{archs[0]}.ptx"
+    command = [nvcc, *build.FLAGS, "-Icsrc/cuda", build.relative(source)]
+    build.run([*command, "-ptx", f"-arch={build.virtual(archs[0])}", "-o", str(ptx)])
+    found = {}
+    for arch in archs:
+        cubin = ptx.with_suffix(f".{arch}.cubin")
+        command = [nvcc, "-cubin", f"-arch={arch}", "-Xptxas", "-v", str(ptx), "-o", str(cubin)]
+        said = build.run(command)
+        found[arch] = parse_ptxas(said.stderr + said.stdout)
+        if found[arch]:
+            add_instructions(found[arch], build.run([nvdisasm, "-c", str(cubin)]).stdout)
+    return found
 
 
 def measure(
@@ -143,18 +148,23 @@ def measure(
     """Kernels and seconds of compilation by source."""
     kernels: dict[str, Kernels] = {source.name: {} for source in sources}
     seconds = dict.fromkeys(kernels, 0.0)
+    groups: dict[str, list[str]] = {}
+    for arch in archs:
+        groups.setdefault(build.virtual(arch), []).append(arch)
 
-    def one(job: tuple[Path, str]) -> tuple[Path, str, dict[str, Usage], float]:
+    def one(job: tuple[Path, list[str]]) -> tuple[Path, dict[str, dict[str, Usage]], float]:
         started = time.monotonic()
-        usages = compile_one(nvcc, nvdisasm, *job, Path(folder))
-        return *job, usages, time.monotonic() - started
+        found = compile_one(nvcc, nvdisasm, *job, Path(folder))
+        return job[0], found, time.monotonic() - started
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
-        for source, arch, usages, took in pool.map(one, [(s, a) for s in sources for a in archs]):
+        jobs_in_order = [(source, group) for source in sources for group in groups.values()]
+        for source, by_arch, took in pool.map(one, jobs_in_order):
             seconds[source.name] += took
-            names = short_names(sorted(usages)) if usages else {}
-            for mangled, usage in usages.items():
-                kernels[source.name].setdefault(names[mangled], {})[arch] = usage
+            for arch, usages in by_arch.items():
+                names = short_names(sorted(usages)) if usages else {}
+                for mangled, usage in usages.items():
+                    kernels[source.name].setdefault(names[mangled], {})[arch] = usage
     for source, found in kernels.items():
         for name, by_arch in found.items():
             if missing := set(archs) - set(by_arch):
