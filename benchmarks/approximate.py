@@ -1,0 +1,178 @@
+"""How well RandLoRA and LoRA approximate a given full-rank update, against their parameters.
+
+    python benchmarks/approximate.py --out benchmarks/results/approximate      random targets
+    python benchmarks/approximate.py --real 60 --out ...     and real ones: 60 steps of full tuning
+
+The motivation of the paper (section 3), made a table for choosing a density: lambda and gamma are
+fitted to a target matrix by Adam, with bases of several ranks and densities, and the relative error
+||target - dW|| / ||target|| is put beside that of the best LoRA of as many parameters, which is the
+truncated singular value decomposition. A real target is the difference of two states of SmolLM2-135M
+before and after full fine-tuning on the demo's task.
+"""
+
+import argparse
+import csv
+import json
+import math
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from randlora_ext import TernaryBasis, delta_weight
+
+DENSITIES = {"1/3": 1 / 3, "0.07": 0.07, "very_sparse": None}
+
+
+def random_targets(size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Square targets: Gaussian, and with singular values that fall as k^-1/2 and as 1/k."""
+
+    def orthogonal():
+        return torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
+
+    k = torch.arange(1, size + 1)
+    targets = {"gaussian": torch.randn(size, size, generator=generator)}
+    for name, power in (("spectrum k^-1/2", 0.5), ("spectrum 1/k", 1.0)):
+        targets[name] = orthogonal() * k.pow(-power) @ orthogonal()
+    return targets
+
+
+def real_targets(steps: int) -> dict[str, torch.Tensor]:
+    """What full fine-tuning changes in one attention and one MLP layer of SmolLM2-135M."""
+    from randlora_ext.demo.assets import find_data, find_model
+    from randlora_ext.demo.data import plan_batches, read_examples, split_examples
+    from randlora_ext.demo.model import load_base_model, load_tokenizer
+    from randlora_ext.demo.train import train
+
+    device, source = torch.device("cpu"), find_model(None)
+    tokenizer, model = load_tokenizer(source), load_base_model(source, device)
+    layers = {"q_proj": "model.layers.15.self_attn.q_proj", "down": "model.layers.15.mlp.down_proj"}
+    before = {k: model.get_submodule(name).weight.detach().clone() for k, name in layers.items()}
+    training, _ = split_examples(read_examples(find_data(None)))
+    train(model, tokenizer, plan_batches(training, steps, 16, 0), 1e-4, device)
+    return {
+        f"SmolLM2 {k}": model.get_submodule(name).weight.detach() - before[k]
+        for k, name in layers.items()
+    }
+
+
+def lora_error(target: torch.Tensor, parameters: int) -> float:
+    """Of the best matrix whose rank costs at most `parameters`; linear between whole ranks."""
+    energy = torch.linalg.svdvals(target).double().square()
+    rest = 1 - torch.cat([torch.zeros(1), energy.cumsum(0)]) / energy.sum()
+    rank = min(parameters / sum(target.shape), len(energy))
+    low = min(int(rank), len(energy) - 1)
+    return math.sqrt(max(float(torch.lerp(rest[low], rest[low + 1], rank - low)), 0.0))
+
+
+def randlora_error(
+    target: torch.Tensor, r: int, density: float, steps: int, seed: int
+) -> tuple[float, int]:
+    """(relative error, parameters) after fitting lambda and gamma with Adam, lr falling to zero."""
+    target = target / target.norm()
+    out_features, in_features = target.shape
+    basis = TernaryBasis(in_features, out_features, r, density, seed)
+    # Started where dW has about the size of the target, so that one learning rate serves all.
+    torch.manual_seed(seed)
+    lam = torch.randn(basis.r, basis.n).requires_grad_()
+    gam = torch.randn(basis.n, basis.d).requires_grad_()
+    with torch.no_grad():
+        size = delta_weight(basis, lam, gam).norm()
+        lam *= size**-0.5 * 0.5
+        gam *= size**-0.5 * 0.5
+    optimizer = torch.optim.Adam(
+        [{"params": [p], "lr": 0.05 * float(p.detach().std())} for p in (lam, gam)]
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        loss = (delta_weight(basis, lam, gam) - target).square().sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    error = (delta_weight(basis, lam, gam) - target).norm().item()
+    return error, lam.numel() + gam.numel()
+
+
+def run(targets: dict[str, torch.Tensor], ranks: list[int], steps: int, seeds: int) -> list[dict]:
+    cases = [(t, r, d) for t in targets for r in ranks for d in DENSITIES]
+    rows = []
+    for name, r, density in tqdm(cases, unit="fit"):
+        target = targets[name]
+        value = DENSITIES[density] or min(target.shape) ** -0.5
+        errors = []
+        for seed in range(seeds):
+            error, parameters = randlora_error(target, r, value, steps, seed)
+            errors.append(error)
+        rows.append(
+            {
+                "target": name,
+                "shape": "x".join(map(str, target.shape)),
+                "r": r,
+                "density": density,
+                "parameters": parameters,
+                "share": parameters / target.numel(),
+                "randlora": sum(errors) / seeds,
+                "spread": max(errors) - min(errors),
+                "lora": lora_error(target, parameters),
+            }
+        )
+    return rows
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(row["target"] for row in rows))
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.6), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        mine = [row for row in rows if row["target"] == name]
+        for density in DENSITIES:
+            line = sorted((x["share"], x["randlora"]) for x in mine if x["density"] == density)
+            axis.plot(*zip(*line, strict=True), marker="o", label=f"RandLoRA, density {density}")
+        line = sorted({(x["share"], x["lora"]) for x in mine})
+        axis.plot(*zip(*line, strict=True), "k--", label="LoRA (best possible)")
+        axis.set(title=f"{name} {mine[0]['shape']}", xlabel="trained parameters / matrix entries")
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("relative error of the update")
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, default=256, help="of the random targets")
+    parser.add_argument("--ranks", default="4,8,16,32", help="r of RandLoRA, comma separated")
+    parser.add_argument("--steps", type=int, default=1000, help="of Adam for each fit")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--real", type=int, metavar="N", help="add a real target: N training steps")
+    parser.add_argument("--out", type=Path, help="write FILE.csv, FILE.json and FILE.png")
+    args = parser.parse_args()
+
+    targets = random_targets(args.size, torch.Generator().manual_seed(0))
+    if args.real:
+        targets |= real_targets(args.real)
+    ranks = [int(r) for r in args.ranks.split(",")]
+    rows = run(targets, ranks, args.steps, args.seeds)
+    for row in rows:
+        cells = (f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values())
+        print("  ".join(f"{c:>16}" for c in cells))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        about = {"steps": args.steps, "seeds": args.seeds, "torch": torch.__version__}
+        text = json.dumps({"about": about, "rows": rows}, indent=1)
+        args.out.with_suffix(".json").write_text(text + "\n")
+        with args.out.with_suffix(".csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        plot(rows, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
