@@ -1,0 +1,207 @@
+// The A side of the factored path, shared pieces. A is one matrix for all n bases, so for a rank
+// index j they all have the support S_j = {k : A[j, k] != 0}, and each product is a dense one with
+// gathered features:
+//
+//   up     V[t, (j, i)]      = scale lam[j, i] sum_{p in S_j} G[p, i] z[t, k_p]      a_up.cu
+//   down   out[t, k_p]      += sum_i (scale lam[j, i] G[p, i]) U[t, (j, i)]          a_down.cu
+//   grad   P[p, i]           = sum_t z[t, k_p] U[t, (j, i)]                          a_grad.cu
+//
+// where p is an entry of A, k_p its column, and G[p, i] = A[j, k_p] gam[i, k_p]. What they share is
+// made once a call (a_support.cu): the entries of A as one array, the two compact value matrices, and
+// z as token panels, so that a gathered feature is a row of tokens. a_few.cu does up and down for a
+// handful of tokens from A's lists themselves.
+//
+// `scale` goes into V and into the compact values rather than onto the results, because lam * gam
+// alone is near the smallest f16.
+#pragma once
+#include "columns.h"
+#include "kernels.h"
+#include "launch.h"
+#include "panels.h"
+#include "tile.h"
+
+namespace randlora {
+namespace cuda {
+
+constexpr int kGroup = 32;  // the entries of a rank index are padded to whole groups
+
+// The entries of A, both signs merged, ascending by column, rank index after rank index.
+struct Support {
+  const int64_t* offset;  // of A's lists
+  int64_t r, n, d;
+  int64_t bases;   // n padded to whole pieces of 16 bytes
+  int64_t count;   // of entries
+  int32_t* entry;  // (room): 2 k + (1 where A is -1); -1 where it pads
+  int32_t* at;  // (r, d): 2 p + (1 where A[j, k] is -1) for the p-th entry of j; where A[j, k] is
+                // zero, -1 - (how many entries of j lie before k)
+
+  // Entries of j begin at first(j). That leaves room for whole groups without a sum over the j before.
+  __host__ __device__ int64_t room() const { return (count / kGroup + r) * kGroup; }
+  __device__ __forceinline__ int64_t first(int64_t j) const {
+    return (offset[2 * j] / kGroup + j) * kGroup;
+  }
+  __device__ __forceinline__ int64_t size(int64_t j) const {
+    return offset[2 * j + 2] - offset[2 * j];
+  }
+  // How many entries of j lie before column k.
+  __device__ __forceinline__ int64_t before(int64_t j, int64_t k) const {
+    if (k >= d) return size(j);
+    const int32_t code = at[j * d + k];
+    return code < 0 ? -1 - code : code / 2;
+  }
+
+  // Tiles of `tile` entries (a multiple of kGroup), numbered so that the number of a tile tells its j
+  // without a sum, too. `tiles` of them, some of which are empty.
+  int64_t tiles(int tile) const { return count / tile + r; }
+  __device__ __forceinline__ int64_t first_tile(int64_t j, int tile) const {
+    return offset[2 * j] / tile + j;
+  }
+  // The j of a tile; all lanes of the warp search together, 32 steps at a time.
+  __device__ __forceinline__ int64_t rank_of_tile(int64_t number, int tile) const {
+    const int lane = threadIdx.x % 32;
+    int64_t low = 0, count = r;
+    while (count > 1) {
+      const int64_t step = ceil_div(count, 32), mine = low + lane * step;
+      const bool starts = lane * step < count && first_tile(mine, tile) <= number;
+      const int last = __popc(__ballot_sync(0xffffffffu, starts)) - 1;  // lane 0 always does
+      low += last * step;
+      count = min(step, count - last * step);
+    }
+    return low;
+  }
+};
+
+// ---- one operator call ---------------------------------------------------------------------------
+
+// The products of the A side for up to p.T tokens at a time; what they share is made on first use.
+class ASideCall {
+ public:
+  ASideCall(const ASide& p, double scale, Device& device) : p_(p), scale_(scale), device_(device) {}
+
+  void take(const void* z, int64_t T);  // (T, d): the operand of up and grad
+  void up(void* V);                     // (T, K)
+  void grad(const void* U, void* dlam, void* dgam, bool accumulate);
+  void down(const void* U, int64_t T, void* out, bool accumulate);
+
+ private:
+  bool few(int64_t T) const;
+  bool up_few(void* V);  // a_few.cu: false where shared memory does not do
+  bool down_few(const void* U, int64_t T, void* out, bool accumulate);
+  const Support& support();
+  const void* values(bool with_lambda);  // (room, bases): scale lam G, or G
+  const Panels& panels();
+
+  const ASide p_;
+  const double scale_;
+  Device& device_;
+  const void* z_ = nullptr;
+  int64_t T_ = 0;
+  Support support_ = {};
+  void* values_[2] = {};
+  Panels panels_ = {};
+  bool panels_filled_ = false;
+  void *partial_ = nullptr, *partial_lam_ = nullptr;  // of grad
+};
+
+// ---- device code ---------------------------------------------------------------------------------
+
+// Four warps, 2 x 2, over a tile of (32 MI, 16 NI).
+template <class S, int MI, int NI, bool Tf32>
+struct BlockTile {
+  using Tile = WarpTile<S, MI, NI, Tf32>;
+  using C = typename Tile::C;
+  static constexpr int kThreads = 128, kM = 32 * MI, kN = 16 * NI;
+  static constexpr int kDepth = sizeof(S) == 2 ? 32 : 16;  // of the sum, a stage
+  static constexpr int kStages = 3;
+  static constexpr int kPad = sizeof(S) == 8 ? 2 : 8;         // by_k: rows of kM + kPad, kN + kPad
+  static constexpr int kLineStride = kDepth + kPerAccess<S>;  // by_line
+
+  static constexpr int kStoreStride = 8 * NI + 8;
+  static constexpr int64_t kStoreBytes = 4 * 16 * kStoreStride * int64_t{sizeof(C)};
+
+  static __device__ __forceinline__ int warp_m() { return threadIdx.x / 64 * (16 * MI); }
+  static __device__ __forceinline__ int warp_n() { return threadIdx.x / 32 % 2 * (8 * NI); }
+};
+
+// fn(row, piece, u) for this thread's share of (Rows, Pieces), the u-th of them; `piece` is the same
+// for all of them.
+template <int Rows, int Pieces, int Threads, class F>
+__device__ __forceinline__ void each_piece(const F& fn) {
+  static_assert(Threads % Pieces == 0 && Rows * Pieces % Threads == 0, "equal shares");
+#pragma unroll
+  for (int u = 0; u < Rows * Pieces / Threads; ++u)
+    fn(static_cast<int>(threadIdx.x) / Pieces + u * (Threads / Pieces),
+       static_cast<int>(threadIdx.x) % Pieces, u);
+}
+
+// load(step, stage) issues copies (cp.async, or plain stores) two steps ahead of use(stage).
+template <int Stages, class Load, class Use>
+__device__ __forceinline__ void pipeline(int steps, const Load& load, const Use& use) {
+#pragma unroll
+  for (int s = 0; s < Stages - 1; ++s) {
+    if (s < steps) load(s, s);
+    cp_async_commit();
+  }
+  int stage = 0;
+  for (int s = 0; s < steps; ++s) {
+    cp_async_wait<Stages - 2>();
+    __syncthreads();
+    const int free = stage == 0 ? Stages - 1 : stage - 1;
+    if (s + Stages - 1 < steps) load(s + Stages - 1, free);
+    cp_async_commit();
+    use(stage);
+    stage = stage == Stages - 1 ? 0 : stage + 1;
+  }
+}
+
+// to[row * stride + col] = the warp's accumulators for row < rows, col < cols, through 16 rows of
+// shared memory that belong to this warp alone.
+template <class Out, class S, int MI, int NI, bool Tf32>
+__device__ __forceinline__ void store_rows(const WarpTile<S, MI, NI, Tf32>& tile,
+                                           typename ComputeOf<S>::type* shared, Out* to,
+                                           int64_t stride, int64_t rows, int64_t cols,
+                                           bool aligned) {
+  using Tile = WarpTile<S, MI, NI, Tf32>;
+  constexpr int kCols = 8 * NI, kStride = kCols + 8, L = kPerAccess<Out>;
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < MI; ++m) {
+#pragma unroll
+    for (int n = 0; n < NI; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        shared[Tile::row(0, e) * kStride + Tile::col(n, e)] = tile.acc[m][n][e];
+    __syncwarp();
+    if (aligned) {
+      for (int x = lane; x < 16 * (kCols / L); x += 32) {
+        const int row = x / (kCols / L), col = x % (kCols / L) * L;
+        if (m * 16 + row >= rows || col >= cols) continue;
+        Pack<Out, L> pack = {};
+#pragma unroll
+        for (int e = 0; e < L; ++e) pack.set(e, narrow<Out>(shared[row * kStride + col + e]));
+        *reinterpret_cast<Pack<Out, L>*>(to + (m * 16 + row) * stride + col) = pack;
+      }
+    } else {
+      for (int x = lane; x < 16 * kCols; x += 32) {
+        const int row = x / kCols, col = x % kCols;
+        if (m * 16 + row < rows && col < cols)
+          to[(m * 16 + row) * stride + col] = narrow<Out>(shared[row * kStride + col]);
+      }
+    }
+    __syncwarp();
+  }
+}
+
+// fn(S{}, tf32) for the engine that a dtype computes on; tf32 is a std::bool_constant.
+template <class F>
+void with_engine(DType dtype, const Device& device, const F& fn) {
+  with_dtype(dtype, [&](auto s) {
+    if constexpr (std::is_same_v<decltype(s), float>) {
+      if (device.tf32) return fn(s, std::true_type{});
+    }
+    fn(s, std::false_type{});
+  });
+}
+
+}  // namespace cuda
+}  // namespace randlora

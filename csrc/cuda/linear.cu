@@ -1,0 +1,153 @@
+// The factored path (equations in docs/math.md): products of the two sides, dW never formed.
+//
+//   linear            expand (d == in)   V = s x A'^T (T, K),   y (+)= V B^T
+//                     reduce (d == out)  U = x B (T, K),        y (+)= s U A'
+//   linear_backward   expand             U = dy B,              dx (+)= s U A',   dlam, dgam of U and x
+//                     reduce             V = s dy A'^T,         dx (+)= V B^T
+//                                        U = x B,               dlam, dgam of U and dy
+//
+// Tokens go in chunks whose V or U takes at most 64 MB, so scratch does not grow with T; dlam and
+// dgam add up chunk by chunk, in order. V and U are in the dtype of x.
+//
+// The B side is a GEMM where the caller brought B unpacked (Basis::b_dense), but for 16 tokens and
+// fewer: reading the packed form then takes a tenth of the time that reading B would.
+//
+// 4096 x 4096, r = 32, T = 8192, bf16 on an H100, in us; a frozen layer is two GEMMs of 423 (at 650
+// TFLOP/s), and B unpacked makes each B product another one:
+//                        density 1/64   0.07   1/3
+//   preparation, panels  2 x 45         95     120     x in forward, x in backward
+//   a_up                 30             70     300
+//   a_down               80             130    400
+//   a_grad               50             80     315
+//   B side, two GEMMs    846 (lists: 640)
+//   over the frozen 846  2.3 (2.05)     2.45   3.3     times; 1/3 belongs to the delta path
+// T = 16 and 1 (forward): two kernels of 5 us each beside the base layer's 12.
+#include <vector>
+
+#include "a_side.h"
+
+namespace randlora {
+namespace cuda {
+namespace {
+
+constexpr int64_t kScratch = 64 << 20;  // bytes of V or U
+constexpr int64_t kFewTokens = 16;
+
+// Rows of (T, features) matrices from token t on.
+const void* from(const void* p, int64_t t, int64_t features, DType dtype) {
+  return static_cast<const char*>(p) + t * features * bytes_of(dtype);
+}
+void* from(void* p, int64_t t, int64_t features, DType dtype) {
+  return static_cast<char*>(p) + t * features * bytes_of(dtype);
+}
+
+// Scratch of the first chunk, handed out again in the next ones: the stream keeps their order.
+class Recycled : public Device {
+ public:
+  explicit Recycled(Device& device) : Device(device), device_(device) {}
+  void* scratch(size_t bytes) override {
+    if (next_ == held_.size()) held_.push_back({nullptr, 0});
+    Block& block = held_[next_++];
+    if (block.bytes < bytes) block = {device_.scratch(bytes), bytes};
+    return block.memory;
+  }
+  void gemm(const Gemm& g) override { device_.gemm(g); }
+  int64_t read(const int64_t* value) override { return device_.read(value); }
+  void next_chunk() { next_ = 0; }
+
+ private:
+  struct Block {
+    void* memory;
+    size_t bytes;
+  };
+  Device& device_;
+  std::vector<Block> held_;
+  size_t next_ = 0;
+};
+
+int64_t chunk_of(const Basis& b, int64_t T, DType dtype) {
+  const int64_t most = max(kScratch / (b.K() * bytes_of(dtype)) / 128, int64_t{1}) * 128;
+  return min(T, most);
+}
+
+// fn(first token, tokens) over chunks; once for no tokens.
+template <class F>
+void each_chunk(int64_t T, int64_t chunk, const F& fn) {
+  int64_t t = 0;
+  do {
+    fn(t, min(chunk, T - t));
+    t += chunk;
+  } while (t < T);
+}
+
+bool by_gemm(const Basis& b, int64_t T) {
+  const bool packed = b.has_planes() || b.b_rows.offset;
+  return b.b_dense && (T > kFewTokens || !packed);
+}
+
+void b_up(const BSide& p, const void* V, void* y, bool accumulate, Device& device) {
+  const Basis& b = p.basis;
+  if (p.T == 0) return;
+  if (by_gemm(b, p.T))
+    return device.gemm({p.T, b.D, b.K(), V, b.b_dense, y, p.dtype, 1, false, accumulate});
+  b.has_planes() ? b_up_planes(p, V, y, 1, accumulate, device)
+                 : b_up_lists(p, V, y, 1, accumulate, device);
+}
+
+void b_down(const BSide& p, const void* x, void* U, Device& device) {
+  const Basis& b = p.basis;
+  if (p.T == 0) return;
+  if (by_gemm(b, p.T))
+    return device.gemm({p.T, b.K(), b.D, x, b.b_dense, U, p.dtype, 1, true, false});
+  b.has_planes() ? b_down_planes(p, x, U, device) : b_down_lists(p, x, U, device);
+}
+
+}  // namespace
+
+void linear(const Linear& p, Device& device) {
+  const Basis& b = p.basis;
+  if (p.T == 0) return;
+  const int64_t chunk = chunk_of(b, p.T, p.dtype);
+  ASideCall a({b, p.lam, p.gam, p.dtype, chunk}, p.scale, device);
+  void* between = device.scratch(static_cast<size_t>(chunk * b.K() * bytes_of(p.dtype)));
+  Recycled for_b(device);
+  each_chunk(p.T, chunk, [&](int64_t t, int64_t T) {
+    for_b.next_chunk();
+    if (p.expand) {
+      a.take(from(p.x, t, b.d, p.dtype), T);
+      a.up(between);
+      b_up({b, p.dtype, T}, between, from(p.y, t, b.D, p.dtype), p.accumulate, for_b);
+    } else {
+      b_down({b, p.dtype, T}, from(p.x, t, b.D, p.dtype), between, for_b);
+      a.down(between, T, from(p.y, t, b.d, p.dtype), p.accumulate);
+    }
+  });
+}
+
+void linear_backward(const LinearBackward& p, Device& device) {
+  const Basis& b = p.basis;
+  const bool grads = p.dlam != nullptr;
+  if (!grads && (!p.dx || p.T == 0)) return;
+  const int64_t chunk = chunk_of(b, p.T, p.dtype);
+  ASideCall a({b, p.lam, p.gam, p.dtype, chunk}, p.scale, device);
+  void* between = device.scratch(static_cast<size_t>(chunk * b.K() * bytes_of(p.dtype)));
+  // The operands on the d side and on the D side.
+  const void *z = p.expand ? p.x : p.dy, *large = p.expand ? p.dy : p.x;
+  Recycled for_b(device);
+  each_chunk(p.T, chunk, [&](int64_t t, int64_t T) {
+    for_b.next_chunk();
+    const BSide side{b, p.dtype, T};
+    a.take(from(z, t, b.d, p.dtype), T);
+    if (!p.expand && p.dx) {
+      a.up(between);
+      b_up(side, between, from(p.dx, t, b.D, p.dtype), p.accumulate, for_b);
+    }
+    if (!p.expand && !grads) return;
+    b_down(side, from(large, t, b.D, p.dtype), between, for_b);
+    if (p.expand && p.dx) a.down(between, T, from(p.dx, t, b.d, p.dtype), p.accumulate);
+    if (grads) a.grad(between, p.dlam, p.dgam, t > 0);
+  });
+}
+
+}  // namespace cuda
+}  // namespace randlora

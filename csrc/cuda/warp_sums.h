@@ -1,0 +1,29 @@
+// Sums over the lanes of a warp of several values at a time.
+#pragma once
+#include "cuda_or_cpu.h"
+
+namespace randlora {
+
+// Sums v[0 .. N) over all lanes that differ by multiples of Apart; N and Apart are powers of two,
+// N * Apart <= 32. Returns sum number lane / (32 / N). While values are left, a lane hands half of
+// them over and keeps the other: 2 N shuffles would otherwise be 5 N. The order is fixed.
+template <int N, int Apart = 1, class C>
+__device__ __forceinline__ C warp_sums(C (&v)[N]) {
+  static_assert(N * Apart <= 32, "a lane for every sum");
+  const int lane = threadIdx.x % 32;
+  int bit = 16;
+#pragma unroll
+  for (int half = N / 2; half > 0; half /= 2, bit /= 2) {
+    const bool upper = lane & bit;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const C give = upper ? v[i] : v[half + i], keep = upper ? v[half + i] : v[i];
+      v[i] = keep + __shfl_xor_sync(0xffffffffu, give, bit);
+    }
+  }
+#pragma unroll
+  for (; bit >= Apart; bit /= 2) v[0] += __shfl_xor_sync(0xffffffffu, v[0], bit);
+  return v[0];
+}
+
+}  // namespace randlora
