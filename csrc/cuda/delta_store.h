@@ -8,11 +8,25 @@
 namespace randlora {
 namespace cuda {
 
-// N elements in one access.
-template <class S, int N>
-struct alignas(sizeof(S) * N) Run {
-  S v[N];
-};
+// One access of 4, 8 or 16 bytes.
+template <int Words>
+__device__ __forceinline__ void load_words(const void* p, uint32_t (&w)[Words]) {
+  if constexpr (Words == 1) w[0] = *static_cast<const uint32_t*>(p);
+  if constexpr (Words == 2) {
+    const uint2 u = *static_cast<const uint2*>(p);
+    w[0] = u.x, w[1] = u.y;
+  }
+  if constexpr (Words == 4) {
+    const uint4 u = *static_cast<const uint4*>(p);
+    w[0] = u.x, w[1] = u.y, w[2] = u.z, w[3] = u.w;
+  }
+}
+template <int Words>
+__device__ __forceinline__ void store_words(void* p, const uint32_t (&w)[Words]) {
+  if constexpr (Words == 1) *static_cast<uint32_t*>(p) = w[0];
+  if constexpr (Words == 2) *static_cast<uint64_t*>(p) = uint64_t{w[1]} << 32 | w[0];
+  if constexpr (Words == 4) *static_cast<uint4*>(p) = make_uint4(w[0], w[1], w[2], w[3]);
+}
 
 template <class S>
 struct DeltaStore {
@@ -51,32 +65,41 @@ struct DeltaStore {
   // Elements e .. e + N - 1; N is 2, 4 or 8 and divides e, and `aligned(N)` holds.
   template <int N>
   __device__ __forceinline__ void run(int64_t e, const C (&sum)[N]) const {
+    uint32_t w[N * sizeof(S) / 4];
     C x[N];
-    Run<S, N> rounded;
 #pragma unroll
     for (int v = 0; v < N; ++v) x[v] = scale * sum[v];
     if (base) {
-      const auto old = *reinterpret_cast<const Run<S, N>*>(base + e);
+      S old[N];
+      load_words(base + e, w);
+      memcpy(old, w, sizeof(w));
 #pragma unroll
-      for (int v = 0; v < N; ++v) x[v] = widen(old.v[v]) + scale * sum[v];
+      for (int v = 0; v < N; ++v) x[v] = widen(old[v]) + scale * sum[v];
     }
-    bool nearest = true;
-    if constexpr (sizeof(S) == 2)
-      if (stochastic) {
-        nearest = false;
-        Counter4 words;
+    if constexpr (sizeof(S) != 2) {
+      memcpy(w, x, sizeof(w));
+    } else if (stochastic) {
+      round_pairs(e, x, w);
+    } else {
 #pragma unroll
-        for (int v = 0; v < N; ++v) {
-          const uint64_t at = static_cast<uint64_t>(e) + v;
-          if (v % 4 == 0) words = rounding_words(seed, at >> 2);  // four elements draw together
-          const uint32_t u = N % 4 == 0 ? words.v[v % 4] : word_of_element(words, at);
-          rounded.v[v] = round_stochastic(x[v], u, S{});
-        }
-      }
-    if (nearest)
+      for (int v = 0; v < N; v += 2) w[v / 2] = pack<S>(x[v], x[v + 1]);
+    }
+    store_words(out + e, w);
+  }
+
+ private:
+  template <int N>
+  __device__ __forceinline__ void round_pairs(int64_t e, const C (&x)[N],
+                                              uint32_t (&w)[N / 2]) const {
+    Counter4 words = {};
 #pragma unroll
-      for (int v = 0; v < N; ++v) rounded.v[v] = narrow<S>(x[v]);
-    *reinterpret_cast<Run<S, N>*>(out + e) = rounded;
+    for (int v = 0; v < N; ++v) {
+      const uint64_t at = static_cast<uint64_t>(e) + v;
+      if (v % 4 == 0) words = rounding_words(seed, at >> 2);  // four elements draw together
+      const uint32_t u = N % 4 == 0 ? words.v[v % 4] : word_of_element(words, at);
+      const uint32_t bits = round_stochastic(x[v], u, S{}).bits;
+      w[v / 2] = v % 2 ? w[v / 2] | bits << 16 : bits;
+    }
   }
 };
 

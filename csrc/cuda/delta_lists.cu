@@ -1,0 +1,350 @@
+// dW = scale * B @ A' (D, d), or its transpose, plus a base, from lists: density^2 of a GEMM's work.
+//
+// For a rank index j the n rows of A' share the support S_j, so they are kept compactly, fp32:
+//   value[j][i][p] = A[j, k] lam[j, i] gam[i, k],  k = S_j[p]
+// and row o of dW is, for each j, the signed sum of the rows i with B[o, (j, i)] != 0, added once at
+// the positions S_j.
+//
+//   prepare   makes value, and regroups what the lists hold so that the rows of dW are one walk each:
+//             the entries of a row of B by j, those of a row of A by chunks of columns
+//   form      a warp takes a row of dW, a chunk of columns (4096 in fp32) at a time, in shared memory.
+//             32 entries of B are unpacked by a lane each; then lanes are positions of S_j: up to 96
+//             sums in registers over the entries of one j, added to the row when j ends. Positions of
+//             one j differ, so plain additions do, with a warp barrier from j to j. The values of
+//             four entries are on their way at a time.
+//             Transposed, a block has 16 rows at once, so that whole sectors of dW^T are stored.
+//
+// 4096 x 4096, bf16, density 1/64, r = 32 on an H100. A row of B has 64 entries in 28 of the 32 j; S_j
+// has 64 positions: 4096 additions a row of dW, and 1770 places where a sum is added.
+//   bytes     34 MB of dW to memory: 10 us. value is 1 MB, in L2; 67 MB of it are read: 12 us at
+//             5.5 TB/s, beside the writes
+//   shared    a row: 27.7 j * 2.5 steps * 7 cycles (load and store at 32 random banks: 3.5 each) +
+//             3 * 128 to clear and read it = 870; with the loads of values 1000 cycles. 31 rows an
+//             SM: 31,000 cycles = 18 us at 1.7 GHz
+//   issue     64 entries * 18 + 27.7 j * 22 + 32 stores * 12 + unpacking 200 = 2350 instructions a
+//             row, 73,000 an SM: 18,000 cycles at 4 a cycle
+// 16 KB a row leave 12 warps an SM, so latency matters: hence the loads ahead. Expected: 20 to 25 us,
+// bound by shared memory. Summing an entry at a time into the row would double its share, and two
+// runs a row (+1, then -1) in place of regrouped ones would add 40 of 28 j: half as much again.
+// At density 0.07 it is 82,000 additions a row and L2 binds: 1.3 GB, 250 us. Bit planes and tensor
+// cores do better from about 1/30 on.
+#include <algorithm>
+
+#include "delta_store.h"
+#include "delta_weight.h"
+#include "launch.h"
+#include "list_blocks.h"
+
+namespace randlora {
+namespace cuda {
+namespace {
+
+constexpr unsigned kWarp = 0xffffffffu;
+
+// What `prepare` makes for `form`. Entries count from the first of the matrix, as in the lists.
+template <class C>
+struct Prepared {
+  int64_t r, n, d;
+  int64_t columns, chunks;  // chunks of so many columns
+  const int64_t* a_offset;  // of A's lists: S_j is a_offset[2 j] .. a_offset[2 j + 2]
+  const int64_t* b_offset;  // of B's rows
+  C* value;                 // (r, n, |S_j|)
+  uint16_t* position;       // S_j, by chunks, counted from the start of the chunk
+  int64_t positions;        // of all S_j
+  uint32_t* below;          // (chunks + 1, r): how many of S_j lie in chunks before this one
+  uint32_t* entry;          // rows of B, by j: 2 c + (B is -1)
+};
+
+// ---- prepare -------------------------------------------------------------------------------------
+
+constexpr int kBases = 8;  // rows of value that a block makes
+
+template <class C, class Index>
+__device__ void make_values(const ListBlocks<Index>& a, const C* lam, const C* gam, int64_t j,
+                            int64_t i_begin, const Prepared<C>& out) {
+  const int64_t first = a.lists.plus(j), end = a.lists.end(j), support = end - first;
+  const int64_t i_end = min(i_begin + kBases, out.n);
+  for (int64_t x = first + threadIdx.x; x < end; x += blockDim.x) {
+    const int64_t k = a.lists.index[x], p = a.place(j, x);
+    const C sign = x < a.lists.minus(j) ? C(1) : C(-1);
+    for (int64_t i = i_begin; i < i_end; ++i)
+      out.value[first * out.n + i * support + p] = sign * lam[j * out.n + i] * gam[i * out.d + k];
+    if (i_begin == 0) out.position[first + p] = static_cast<uint16_t>(k % out.columns);
+  }
+  if (i_begin == 0)
+    for (int64_t q = threadIdx.x; q <= out.chunks; q += blockDim.x)
+      out.below[q * out.r + j] = static_cast<uint32_t>(a.before(j, q));
+}
+
+// The first `value_blocks` blocks: a rank index and kBases bases each. The others: a warp a row of B.
+template <class C, class Index>
+__global__ void prepare_kernel(Lists<Index> a, Lists<Index> b_rows, const C* lam, const C* gam,
+                               int64_t D, int64_t value_blocks, Prepared<C> out) {
+  if (blockIdx.x < value_blocks) {
+    const int64_t per_rank = value_blocks / out.r;
+    return make_values<C, Index>({a, out.columns}, lam, gam, blockIdx.x / per_rank,
+                                 blockIdx.x % per_rank * kBases, out);
+  }
+  const ListBlocks<Index> rows{b_rows, out.n};
+  const int64_t o = (blockIdx.x - value_blocks) * (blockDim.x / 32) + threadIdx.x / 32;
+  if (o >= D) return;
+  for (int64_t x = b_rows.plus(o) + threadIdx.x % 32; x < b_rows.end(o); x += 32)
+    out.entry[b_rows.plus(o) + rows.place(o, x)] =
+        static_cast<uint32_t>(b_rows.index[x]) * 2 + (x >= b_rows.minus(o));
+}
+
+// ---- form ----------------------------------------------------------------------------------------
+
+constexpr int kSteps = 3;  // of 32 positions: what a warp sums in registers
+constexpr int kAhead = 4;  // entries whose values are loaded before the first is added
+
+// An entry of B, unpacked: where its compact row is and where it goes.
+struct Entry {
+  int64_t value;      // byte offset of its row in `value`, in this chunk of columns
+  uint32_t position;  // first of its positions
+  int count;          // of positions
+
+  // As it lies in shared memory: one access.
+  __device__ __forceinline__ uint4 packed() const {
+    return make_uint4(static_cast<uint32_t>(value), static_cast<uint32_t>(value >> 32), position,
+                      static_cast<uint32_t>(count));
+  }
+  static __device__ __forceinline__ Entry of(uint4 w) {
+    return {static_cast<int64_t>(static_cast<uint64_t>(w.y) << 32 | w.x), w.z,
+            static_cast<int>(w.w)};
+  }
+};
+
+// 32 entries of a row of B: bit e tells of entry e.
+struct Batch {
+  uint4* entry;
+  uint32_t minus, last;  // it is subtracted; it is the last of its j
+};
+
+// Adds a batch to the row: of each compact row the positions `from` .., a lane every 32nd. `value` and
+// `position` are this lane's, at `from`.
+template <class C>
+__device__ __forceinline__ void add_batch(Batch b, int entries, int from, const C* value,
+                                          const uint16_t* position, C* row) {
+  C sum[kSteps] = {};
+  for (int e0 = 0; e0 < entries; e0 += kAhead) {
+    C v[kAhead][kSteps];
+    Entry entry[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      entry[u] = Entry::of(b.entry[e0 + u]);
+      const C* mine =
+          reinterpret_cast<const C*>(reinterpret_cast<const char*>(value) + entry[u].value);
+#pragma unroll
+      for (int t = 0; t < kSteps; ++t)
+        v[u][t] = from + 32 * t < entry[u].count ? mine[32 * t] : C(0);
+    }
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      const C sign = b.minus >> u & 1 ? C(-1) : C(1);
+#pragma unroll
+      for (int t = 0; t < kSteps; ++t) sum[t] += sign * v[u][t];
+      if (b.last >> u & 1) {
+        const uint16_t* to = position + entry[u].position;
+        int at[kSteps];
+#pragma unroll
+        for (int t = 0; t < kSteps; ++t) at[t] = from + 32 * t < entry[u].count ? to[32 * t] : -1;
+#pragma unroll
+        for (int t = 0; t < kSteps; ++t)  // all differ, so all can be loaded before one is stored
+          if (at[t] >= 0) sum[t] += row[at[t]];
+#pragma unroll
+        for (int t = 0; t < kSteps; ++t) {
+          if (at[t] >= 0) row[at[t]] = sum[t];
+          sum[t] = C(0);
+        }
+        __syncwarp();
+      }
+    }
+    b.minus >>= kAhead;
+    b.last >>= kAhead;
+  }
+}
+
+// The sums of row o in chunk q of columns, added to `row`.
+template <class C>
+__device__ __forceinline__ void add_row(const Prepared<C>& in, int64_t o, int64_t q,
+                                        const uint16_t* position, uint4* batch, C* row) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t n = static_cast<uint32_t>(in.n);
+  const uint32_t *below = in.below + q * in.r, *upto = below + in.r;
+  const int64_t end = in.b_offset[2 * o + 2];
+  for (int64_t x = in.b_offset[2 * o]; x < end; x += 32) {
+    const int entries = static_cast<int>(min(end - x, int64_t{32}));
+    const uint32_t packed = lane < entries ? in.entry[x + lane] : 0, c = packed / 2, j = c / n;
+    const uint32_t next = __shfl_down_sync(kWarp, j, 1);
+    Entry mine = {0, 0, 0};
+    if (lane < entries) {
+      const int64_t first = in.a_offset[2 * j], support = in.a_offset[2 * j + 2] - first;
+      mine.value = (first * in.n + int64_t{c - j * n} * support + below[j]) * int64_t{sizeof(C)};
+      mine.position = static_cast<uint32_t>(first) + below[j];
+      mine.count = static_cast<int>(upto[j] - below[j]);
+    }
+    const Batch b{batch, __ballot_sync(kWarp, packed % 2),
+                  __ballot_sync(kWarp, next != j || lane >= entries - 1)};
+    __syncwarp();
+    batch[lane] = mine.packed();
+    __syncwarp();
+    for (int p = 0; __any_sync(kWarp, p < mine.count); p += 32 * kSteps)
+      add_batch(b, entries, p + lane, in.value + p + lane, position + p + lane, row);
+  }
+}
+
+constexpr int kTransposedRows = 16;  // a 32-byte sector of 16-bit elements
+
+// A block's rows, and how they lie in shared memory.
+struct Tile {
+  int rows, stride;  // a warp a row; kTransposedRows when transposed
+  bool aligned;      // for runs of kRun
+  bool positions;    // have room in shared memory, too
+};
+
+// Elements a store takes. In rows they are 16 bytes of sums, so that the lanes' loads from shared
+// memory do not conflict; transposed they are 16 bytes of dW.
+template <class S, bool Transposed>
+constexpr int kRun = 16 / int(Transposed ? sizeof(S) : sizeof(typename ComputeOf<S>::type));
+
+template <class S>
+__device__ void store_row(const typename ComputeOf<S>::type* row, int64_t first, int count,
+                          const Tile& t, const DeltaStore<S>& store) {
+  using C = typename ComputeOf<S>::type;
+  constexpr int N = kRun<S, false>;
+  const int lane = threadIdx.x % 32;
+  if (!t.aligned) {
+    for (int k = lane; k < count; k += 32) store.one(first + k, row[k]);
+    return;
+  }
+  for (int k = lane * N; k < count; k += 32 * N) {
+    C sum[N];
+    uint32_t words[4];
+    load_words(row + k, words);
+    memcpy(sum, words, sizeof(sum));
+    store.template run<N>(first + k, sum);
+  }
+}
+
+// out[k][o] for the tile's rows o; neighbouring threads take neighbouring o of a k, then the next k.
+template <class S>
+__device__ void store_columns(const typename ComputeOf<S>::type* tile, int64_t k0, int columns,
+                              int64_t o0, int rows, int64_t D, const Tile& t,
+                              const DeltaStore<S>& store) {
+  using C = typename ComputeOf<S>::type;
+  constexpr int N = kRun<S, true>, kRuns = kTransposedRows / N;
+  if (!t.aligned) {
+    for (int e = threadIdx.x; e < columns * kTransposedRows; e += blockDim.x) {
+      const int k = e / kTransposedRows, q = e % kTransposedRows;
+      if (q < rows) store.one((k0 + k) * D + o0 + q, tile[q * t.stride + k]);
+    }
+    return;
+  }
+  for (int e = threadIdx.x; e < columns * kRuns; e += blockDim.x) {
+    const int k = e / kRuns, q = e % kRuns * N;
+    if (q >= rows) continue;
+    C sum[N];
+#pragma unroll
+    for (int v = 0; v < N; ++v) sum[v] = tile[(q + v) * t.stride + k];
+    store.template run<N>((k0 + k) * D + o0 + q, sum);
+  }
+}
+
+template <class S, bool Transposed>
+__global__ void __launch_bounds__(256, 2)
+    form_kernel(Prepared<typename ComputeOf<S>::type> in, int64_t D, Tile t, DeltaStore<S> store) {
+  using C = typename ComputeOf<S>::type;
+  C* tile = reinterpret_cast<C*>(shared_memory());                      // (t.rows, t.stride)
+  uint4* batches = reinterpret_cast<uint4*>(tile + t.rows * t.stride);  // 32 entries a warp
+  uint16_t* staged = reinterpret_cast<uint16_t*>(batches + blockDim.x);
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int64_t o0 = blockIdx.x / in.chunks * t.rows, q = blockIdx.x % in.chunks;
+  const int rows = static_cast<int>(min(D - o0, int64_t{t.rows}));
+  const int64_t k0 = q * in.columns;
+  const int columns = static_cast<int>(min(in.d - k0, in.columns));
+
+  constexpr int kClear = 16 / int(sizeof(C));
+  for (int e = threadIdx.x * kClear; e < t.rows * t.stride; e += blockDim.x * kClear)
+    *reinterpret_cast<uint4*>(tile + e) = make_uint4(0, 0, 0, 0);
+  if (t.positions)
+    for (int64_t e = threadIdx.x; e < in.positions; e += blockDim.x) staged[e] = in.position[e];
+  __syncthreads();
+  C* row = tile + warp * t.stride;
+  for (int w = warp; w < rows; w += warps, row += warps * t.stride)
+    add_row(in, o0 + w, q, t.positions ? staged : in.position, batches + warp * 32, row);
+  if constexpr (Transposed) {
+    __syncthreads();
+    store_columns(tile, k0, columns, o0, rows, D, t, store);
+  } else {
+    if (warp < rows) store_row(tile + warp * t.stride, (o0 + warp) * in.d + k0, columns, t, store);
+  }
+}
+
+// ---- host ----------------------------------------------------------------------------------------
+
+// What a block may use of an SM's 227 KB: three blocks of 4 warps, a row of 16 KB each; or two of 8
+// warps with 16 rows.
+constexpr int kRowWarps = 4;
+constexpr int64_t kRowBytes = 16 << 10, kTransposedBytes = 104 << 10, kPositionBytes = 8 << 10;
+
+template <class S, bool Transposed>
+void delta_weight_as(const DeltaWeight& p, Device& device) {
+  using C = typename ComputeOf<S>::type;
+  constexpr int N = kRun<S, Transposed>;
+  const Basis& b = p.basis;
+  const DeltaStore<S> store(p);
+  const int threads = std::min(device.max_threads, Transposed ? 256 : 32 * kRowWarps);
+  const int64_t batches = threads * int64_t{sizeof(uint4)};
+  // Transposed, runs of a column lie in different banks where the stride is 2 modulo 32.
+  const int64_t rows = Transposed ? kTransposedRows : threads / 32, pad = Transposed ? 2 : 0;
+  const int64_t room =
+      std::min(device.shared_bytes - batches, Transposed ? kTransposedBytes : rows * kRowBytes);
+  const int64_t most = (room / (rows * int64_t{sizeof(C)}) - pad) / 32 * 32;
+  const int64_t chunks = ceil_div(b.d, std::max<int64_t>(most, 32));
+  const int64_t columns = ceil_div(ceil_div(b.d, chunks), 32) * 32;
+  Tile t{static_cast<int>(rows), static_cast<int>(columns + pad),
+         store.aligned(N) && (Transposed ? b.D : b.d) % N == 0, false};
+  int64_t shared = t.rows * t.stride * int64_t{sizeof(C)} + batches;
+  const int64_t position_bytes = b.a.count * int64_t{sizeof(uint16_t)};
+  t.positions = position_bytes <= std::min(kPositionBytes, device.shared_bytes - shared);
+  if (t.positions) shared += position_bytes;
+
+  const Prepared<C> in{b.r,
+                       b.n,
+                       b.d,
+                       columns,
+                       chunks,
+                       b.a.offset,
+                       b.b_rows.offset,
+                       scratch<C>(device, b.a.count * b.n),
+                       scratch<uint16_t>(device, b.a.count),
+                       b.a.count,
+                       scratch<uint32_t>(device, (chunks + 1) * b.r),
+                       scratch<uint32_t>(device, b.b_rows.count)};
+  constexpr int kPrepareThreads = 64;
+  const int64_t value_blocks = b.r * ceil_div(b.n, kBases);
+  const int64_t row_blocks = ceil_div(b.D, kPrepareThreads / 32);
+  const auto prepare = [&](auto index) {
+    using Index = decltype(index);
+    launch(device, "delta_weight_prepare", prepare_kernel<C, Index>,
+           static_cast<unsigned>(value_blocks + row_blocks), kPrepareThreads, 0, b.a.as<Index>(),
+           b.b_rows.as<Index>(), static_cast<const C*>(p.lam), static_cast<const C*>(p.gam), b.D,
+           value_blocks, in);
+  };
+  b.wide ? prepare(uint32_t{}) : prepare(uint16_t{});
+  launch(device, "delta_weight_form", form_kernel<S, Transposed>,
+         static_cast<unsigned>(ceil_div(b.D, rows) * chunks), threads, shared, in, b.D, t, store);
+}
+
+}  // namespace
+
+void delta_weight_lists(const DeltaWeight& p, Device& device) {
+  with_dtype(p.dtype, [&](auto s) {
+    using S = decltype(s);
+    p.transposed ? delta_weight_as<S, true>(p, device) : delta_weight_as<S, false>(p, device);
+  });
+}
+
+}  // namespace cuda
+}  // namespace randlora
