@@ -4,10 +4,10 @@
     python benchmarks/approximate.py --real 60 --out ...     and real ones: 60 steps of full tuning
 
 The motivation of the paper (section 3), made a table for choosing a density: lambda and gamma are
-fitted to a target matrix by Adam, with bases of several ranks and densities, and the relative error
-||target - dW|| / ||target|| is put beside that of the best LoRA of as many parameters, which is the
-truncated singular value decomposition. A real target is the difference of two states of SmolLM2-135M
-before and after full fine-tuning on the demo's task.
+fitted to a target matrix by Adam, with bases of several ranks and densities, and the relative
+error ||target - dW|| / ||target|| is put beside that of the best LoRA of as many parameters, which
+is the truncated singular value decomposition. A real target is what full fine-tuning on the demo's
+task changes in a layer of SmolLM2-135M.
 """
 
 import argparse

@@ -1,0 +1,206 @@
+"""Does it learn as well? LoRA, RandLoRA at several densities, PEFT's RandLoRA and full fine-tuning.
+
+    python benchmarks/finetune.py --out benchmarks/results/finetune      about an hour, 2 cores
+    python benchmarks/finetune.py --parity 100      ours and stock PEFT, loss by loss
+
+The demo's task and model (English spelling to phonemes, SmolLM2-135M), held-out words. Every method
+trains at each of its learning rates with one seed; the best of them, by held-out loss, is repeated
+with the other seeds. Every run is a process of its own, so that its peak memory is its own, and is
+written to OUT.jsonl as it ends: a stopped benchmark goes on where it was.
+
+LoRA's rank gives it as many parameters as RandLoRA with r = 32. Limits: few steps, one small model,
+one task; differences below the spread over seeds mean nothing.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
+RANK, LORA_RANK = 32, 7  # 1.03 and 1.09 million parameters
+METHODS = {
+    "lora": [5e-4, 2e-3, 5e-3],
+    "randlora 1/3": [5e-4, 1e-3, 2e-3],
+    "randlora 0.07": [5e-4, 1e-3, 2e-3],
+    "randlora very_sparse": [5e-4, 1e-3, 2e-3],
+    "peft randlora 1/3": [5e-4, 1e-3, 2e-3],
+    "full": [5e-5, 1e-4, 3e-4],
+}
+HELD_OUT, ANSWERED = 128, 32
+
+
+def adapted(base, method: str, seed: int):
+    """The model with the method's trained parameters, and only these, requiring gradients."""
+    import peft
+
+    import randlora_ext.peft
+
+    if method == "full":
+        return base.requires_grad_(True)
+    common = {"target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    if method == "lora":
+        return peft.get_peft_model(base, peft.LoraConfig(r=LORA_RANK, lora_alpha=16, **common))
+    stock, density = method.startswith("peft"), method.split()[-1]
+    randlora_ext.peft.disable() if stock else randlora_ext.peft.enable()
+    kind = {"1/3": {"sparse": True}, "very_sparse": {"very_sparse": True}}.get(density)
+    config = randlora_ext.peft.RandLoraConfig(
+        r=RANK,
+        randlora_alpha=20 * RANK,
+        projection_prng_key=seed,
+        save_projection=False,
+        **(kind or {"density": float(density)}),
+        **common,
+    )
+    return peft.get_peft_model(base, config)
+
+
+def run_one(method: str, lr: float, seed: int, steps: int, answers: bool = True) -> dict:
+    """One training run: what it learned and what it took."""
+    import torch
+
+    from randlora_ext.demo import assets, data, evaluate, model, train
+
+    assets.go_offline()
+    torch.manual_seed(seed)
+    device, source = torch.device("cpu"), assets.find_model(None)
+    training, held_out = data.split_examples(data.read_examples(assets.find_data(None)), HELD_OUT)
+    tokenizer = model.load_tokenizer(source)
+    tuned = adapted(model.load_base_model(source, device), method, seed)
+    trained, _ = model.count_parameters(tuned)
+    batches = data.plan_batches(training, steps, 16, seed)
+    result = {"method": method, "lr": lr, "seed": seed, "steps": steps, "parameters": trained}
+    try:
+        history = train.train(tuned, tokenizer, batches, lr, device)
+    except Exception as error:  # a rate that diverges is a result
+        return {**result, "held_out_loss": float("inf"), "failed": str(error)}
+    result |= {
+        "train_loss": history.loss,
+        "seconds_per_step": statistics.median(history.seconds),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "held_out_loss": evaluate.held_out_loss(tuned, tokenizer, held_out, device),
+        # lambda and gamma, or A and B, or all weights, as saved in fp32
+        "saved_bytes": sum(p.numel() * 4 for p in tuned.parameters() if p.requires_grad),
+    }
+    if answers:
+        given = evaluate.greedy_answers(tuned, tokenizer, held_out[:ANSWERED], device)
+        result["exact"] = evaluate.exact_matches(held_out[:ANSWERED], given)
+        result["phoneme_error_rate"] = evaluate.symbol_error_rate(held_out[:ANSWERED], given)
+    return result
+
+
+def in_a_process(method: str, lr: float, seed: int, steps: int) -> dict:
+    command = [sys.executable, __file__, "--one", method, str(lr), str(seed), str(steps)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def sweep(methods: list[str], steps: int, seeds: int, out: Path) -> list[dict]:
+    done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+
+    def run(method: str, lr: float, seed: int) -> dict:
+        for row in done:
+            if (row["method"], row["lr"], row["seed"], row["steps"]) == (method, lr, seed, steps):
+                return row
+        print(f"{method}, lr {lr:g}, seed {seed} ...", flush=True)
+        row = in_a_process(method, lr, seed, steps)
+        done.append(row)
+        with out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        return row
+
+    best = {}
+    for method in methods:
+        first = [run(method, lr, 0) for lr in METHODS[method]]
+        best[method] = min(first, key=lambda row: row["held_out_loss"])["lr"]
+    for seed in range(1, seeds):  # seeds outermost: a stopped run has them for all methods
+        for method in methods:
+            run(method, best[method], seed)
+    return [r for r in done if r["steps"] == steps and r["lr"] == best.get(r["method"])]
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown, a row a method: mean and range over seeds at its best learning rate."""
+    head = (
+        "| method | lr | parameters | held-out loss | phoneme errors | exact of 32 | s/step | "
+        "peak memory | saved |\n|---|---|---|---|---|---|---|---|---|\n"
+    )
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+
+        def mean(key: str, mine=mine) -> float:
+            return statistics.fmean(row[key] for row in mine)
+
+        losses = [row["held_out_loss"] for row in mine]
+        lines.append(
+            f"| {method} | {mine[0]['lr']:g} | {mine[0]['parameters']:,} | "
+            f"{mean('held_out_loss'):.3f} ({min(losses):.3f}-{max(losses):.3f}, "
+            f"{len(mine)} seeds) | {mean('phoneme_error_rate'):.0%} | {mean('exact'):.1f} | "
+            f"{mean('seconds_per_step'):.2f} | {mean('peak_bytes') / 2**30:.2f} GiB | "
+            f"{mean('saved_bytes') / 1e6:.1f} MB |"
+        )
+    return head + "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for method in dict.fromkeys(row["method"] for row in rows):
+        curves = [row["train_loss"] for row in rows if row["method"] == method]
+        mean = [statistics.fmean(step) for step in zip(*curves, strict=True)]
+        smooth = [statistics.fmean(mean[max(0, i - 4) : i + 1]) for i in range(len(mean))]
+        style = "--" if method in ("lora", "full") else "-"
+        axis.plot(range(1, len(smooth) + 1), smooth, style, label=method)
+    axis.set(xlabel="step", ylabel="training loss per token (mean of 5 steps)", yscale="log")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def parity(steps: int) -> None:
+    """Ours against stock PEFT's from the same bases, seed and data."""
+    curves = [
+        run_one(method, 1e-3, 0, steps, answers=False)["train_loss"]
+        for method in ("randlora 1/3", "peft randlora 1/3")
+    ]
+    worst = max(abs(a - b) for a, b in zip(*curves, strict=True))
+    print(f"largest difference of the loss over {steps} steps: {worst:.2e} (limit 1e-4)")
+    if not worst <= 1e-4:
+        sys.exit(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", default=",".join(METHODS), help="comma separated")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("finetune"), help="OUT.jsonl, .md, .png")
+    parser.add_argument("--parity", type=int, metavar="STEPS")
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        method, lr, seed, steps = args.one
+        print(json.dumps(run_one(method, float(lr), int(seed), int(steps))))
+        return
+    if args.parity:
+        parity(args.parity)
+        return
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    methods = args.methods.split(",")
+    rows = sweep(methods, args.steps, args.seeds, args.out.with_suffix(".jsonl"))
+    args.out.with_suffix(".md").write_text(table(rows))
+    plot(rows, args.out.with_suffix(".png"))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
