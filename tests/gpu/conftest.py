@@ -1,0 +1,50 @@
+"""Fixtures of the GPU tests: the device that the CUDA kernels serve."""
+
+import pytest
+import torch
+from gpu_helpers import DRY
+
+from randlora_ext import cuda
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """A card; in dry mode the CPU, served by the CUDA kernels compiled for it."""
+    if not cuda.available():
+        pytest.skip(f"the CUDA kernels are {cuda.STATUS}")
+    if DRY:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("the CUDA kernels are loaded, but torch sees no card")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture(scope="session")
+def card(device) -> torch.device:
+    """For what only a card has: streams, graphs, its memory."""
+    if device.type != "cuda":
+        pytest.skip("needs a card; the CPU has no streams, graphs or device memory")
+    return device
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """fp32 products in fp32, whatever a test before allowed."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def room(card):
+    """Skips where fewer than `room(bytes)` bytes of the card are free."""
+
+    def need(size: int) -> None:
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(card)[0]
+        if free < size:
+            pytest.skip(f"needs {size >> 30} GiB of free device memory, {free >> 30} GiB are")
+
+    yield need
+    torch.cuda.empty_cache()

@@ -1,0 +1,112 @@
+"""The CPU kernels beside the card's, and the rule by which the two are compared.
+
+The tests here run on a card, or in dry mode on the CPU: RANDLORA_CUDA_SERVES_CPU=1 with the CUDA
+library compiled for the CPU (docs/cuda-on-cpu.md). There too the CPU kernels can be reached.
+"""
+
+import os
+from contextlib import contextmanager
+
+import torch
+from layer_cases import Layer, exact, plain, rms_error
+from torch import Tensor
+
+from randlora_ext import _C, linear
+
+ops = torch.ops.randlora
+DRY = os.environ.get("RANDLORA_CUDA_SERVES_CPU") == "1"
+ALL_TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+NAMES = ("y", "dx", "dlam", "dgam")
+# path, how the factored one multiplies by B
+PATHS = [("factored", "packed"), ("factored", "dense"), ("delta", "packed"), ("merged", "packed")]
+# As layer_cases.SHAPES, fewer: square, wide, tall, overhanging last base, r > d, n > 64; then sizes
+# beyond one tile of every kernel.
+SHAPES = [
+    (64, 64, 8), (50, 37, 7), (37, 50, 7), (20, 24, 32), (101, 67, 1), (1, 1, 1), (33, 130, 16),
+    (136, 72, 8), (72, 136, 8),
+]  # fmt: skip
+DENSITIES = [1.0, 1 / 3, 0.07, 1 / 64]  # the first two are packed as planes, the others as lists
+
+
+@contextmanager
+def cpu_kernels():
+    """Within, operators on CPU tensors run the CPU kernels, in dry mode as well."""
+    if not DRY:
+        yield
+        return
+    library = os.environ["RANDLORA_CUDA_LIBRARY"]
+    _C.load_cuda(library, False)
+    try:
+        yield
+    finally:
+        _C.load_cuda(library, True)
+
+
+def moved(value, device):
+    """Tensors, also in lists and tuples, on `device`; all else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved(v, device) for v in value)
+    return value
+
+
+def on_both(device, function, *arguments):
+    """(what the card makes of it, what the CPU kernels make of it), both on the CPU."""
+    with cpu_kernels():
+        want = function(*arguments)
+    return moved(function(*moved(arguments, device)), "cpu"), want
+
+
+def same(got, want) -> bool:
+    """Equal to the last bit, NaN included."""
+    if isinstance(want, (list, tuple)):
+        return len(got) == len(want) and all(map(same, got, want))
+    if got.dtype != want.dtype or got.shape != want.shape:
+        return False
+    return torch.equal(bits(got), bits(want))
+
+
+def bits(t: Tensor) -> Tensor:
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
+    return t.contiguous().view(kind)
+
+
+def run_linear(layer: Layer, path: str, b_side: str, device) -> dict[str, Tensor]:
+    """y, dx, dlam and dgam by the operators on `device`, back on the CPU."""
+    basis, dtype = layer.basis, layer.x.dtype
+    packed = basis.packed(device)
+    if b_side == "dense":
+        packed = [*packed, basis.dense_b(device, dtype)]
+    tensors = [layer.x, layer.weight, layer.bias, layer.lam, layer.gam, layer.dy]
+    x, weight, bias, lam, gam, dy = (moved(t, device) for t in tensors)
+    last = (lam, gam, packed, layer.scaling * basis.scale)
+    y = ops.linear(x, weight, bias, *last, basis.out_features, path)
+    gradients = ops.linear_backward(dy, x, weight, *last, path, True, True)
+    return dict(zip(NAMES, moved((y, *gradients), "cpu"), strict=True))
+
+
+def run_linear_by_cpu_kernels(layer: Layer, path: str) -> dict[str, Tensor]:
+    with cpu_kernels():
+        return run_linear(layer, path, "packed", "cpu")
+
+
+def assert_parity(got: dict, layer: Layer, path: str, floor: float = 1.0) -> None:
+    """The rule of the CPU tests, with the CPU kernels as a second measure: each result errs at most
+    twice as much as plain PyTorch or the CPU kernels do, whichever more, plus `floor` eps."""
+    dtype = layer.x.dtype
+    oracle, simple, kernels = exact(layer), plain(layer), run_linear_by_cpu_kernels(layer, path)
+    for name in NAMES:
+        value = got[name]
+        assert value.dtype == kernels[name].dtype and value.shape == oracle[name].shape, name
+        error = rms_error(value, oracle[name])
+        allowed = max(rms_error(t[name], oracle[name]) for t in (simple, kernels))
+        bound = 2 * allowed + floor * torch.finfo(dtype).eps
+        assert error <= bound, f"{name} by {path} errs by {error:.3g}, allowed are {bound:.3g}"
+
+
+def step(device, basis, x, weight, lam, gam, dy, path="auto"):
+    """A training step by the public function; gradients of x, lam and gam."""
+    leaves = [moved(t, device).detach().requires_grad_() for t in (x, lam, gam)]
+    y = linear(leaves[0], moved(weight, device), None, basis, *leaves[1:], 0.75, path)
+    return moved([y.detach(), *torch.autograd.grad(y, leaves, moved(dy, device))], "cpu")

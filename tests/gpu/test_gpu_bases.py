@@ -1,0 +1,120 @@
+"""Bases on the card: generation, packing and expansion, bit for bit those of the CPU kernels."""
+
+import pytest
+import torch
+from gpu_helpers import ALL_TYPES, DENSITIES, DRY, cpu_kernels, moved, on_both, ops, same
+
+from randlora_ext import TernaryBasis
+from randlora_ext.packing import generate_planes
+
+pytestmark = pytest.mark.gpu
+SHAPES = [(64, 64, 8), (50, 37, 7), (37, 50, 7), (20, 24, 32), (1, 1, 1), (130, 200, 1),
+          (3, 700, 2), (300, 520, 24)]  # fmt: skip
+LIMIT = 2**32  # of rows and columns of the infinite matrices
+
+
+@pytest.mark.parametrize("density", [*DENSITIES, 1e-3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_packed_forms(device, shape, density):
+    basis, on_cpu = (TernaryBasis(*shape, density, seed=2**64 - 1) for _ in range(2))
+    with cpu_kernels():
+        want = on_cpu._pack(torch.device("cpu"))  # not shared with what the card makes
+        dense = on_cpu.dense()
+    assert same(moved(basis._pack(device), "cpu"), want)
+    assert same(moved(basis.dense(device), "cpu"), dense)
+    assert same(basis.dense_a(device, torch.float32).cpu(), dense[0])
+    assert all(t.device == device for t in basis.packed(device))
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (1, 1), (7, 63), (65, 128), (2**31, 2**31),
+                                    (LIMIT - 70, LIMIT - 200)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("role", [0, 1])
+@pytest.mark.parametrize("cols", [1, 64, 130, 200])
+def test_any_slice_of_the_infinite_matrix(device, role, corner, cols):
+    def planes(where):
+        return generate_planes(2**63 + 5, role, corner[0], 70, corner[1], cols, 0.3, where)
+
+    with cpu_kernels():
+        want = planes("cpu")
+    assert same(planes(device).cpu(), want)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 64), (64, 3), (65, 127), (200, 1), (1, 200),
+                                   (130, 700)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
+def test_packing_operators(device, shape, density):
+    make = torch.Generator().manual_seed(shape[0] + 1000 * shape[1])
+    signs = torch.randn(shape, generator=make).sign().double()
+    dense = signs * (torch.rand(shape, generator=make) < density) * 0.375  # exact in every dtype
+    for dtype in ALL_TYPES:
+        got, want = on_both(device, ops.pack_dense, dense.to(dtype))
+        assert same(got, want), dtype
+    planes = want[0]
+    for dtype in ALL_TYPES:
+        assert same(*on_both(device, ops.planes_to_dense, planes, shape[1], 0.1, dtype)), dtype
+    for by_column in (False, True):
+        length = shape[0] if by_column else shape[1]
+        for wide in (False, True):
+            got, lists = on_both(device, ops.planes_to_lists, planes, shape[1], by_column, wide)
+            assert same(got, lists), (by_column, wide)
+            for dtype in ALL_TYPES:
+                assert same(*on_both(device, ops.lists_to_dense, *lists, length, 0.1, dtype))
+
+
+def test_views_are_packed_as_what_they_show(device):
+    dense = TernaryBasis(50, 37, 7, 0.3).dense()[1]
+    for view in (dense.T, dense[::2, ::3], dense[1:, 1:], dense[:1].expand(9, -1)):
+        assert same(*on_both(device, ops.pack_dense, view))
+
+
+@pytest.mark.parametrize("value", [0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [(0, 0), (49, 41), (20, 7)])
+def test_what_is_not_ternary_is_found_where_the_cpu_finds_it(device, place, value):
+    dense = TernaryBasis(50, 37, 7, 1.0).dense()[1]
+    dense[place] = value
+
+    def message(matrix):
+        with pytest.raises(RuntimeError, match="dense is not ternary") as raised:
+            ops.pack_dense(matrix)
+        return str(raised.value).splitlines()[0].split("randlora: ")[-1]
+
+    assert len(set(on_both(device, message, dense))) == 1
+
+
+def test_positions_beyond_16_bits(device):
+    basis = TernaryBasis(65537, 3, 2, 0.01)
+    with cpu_kernels():
+        want = basis._pack(torch.device("cpu"))
+    got = basis._pack(device)
+    assert got[1].dtype == torch.int32 and same(moved(got, "cpu"), want)
+
+
+def test_import_from_the_card(device):
+    with cpu_kernels():
+        A, B = TernaryBasis(50, 37, 7, 0.3).dense(dtype=torch.float64)
+    imported = TernaryBasis.from_dense(A.to(device), B.to(device), 50, 37)
+    assert same(moved(imported.dense(device, torch.float64), "cpu"), (A, B))
+
+
+def test_equal_descriptions_share_one_copy(device):
+    first, second = (TernaryBasis(500, 370, 7, 0.07, seed=77) for _ in range(2))
+    pointers = [[t.data_ptr() for t in b.packed(device)] for b in (first, second)]
+    assert pointers[0] == pointers[1]
+    assert first.dense_b(device, torch.float16) is second.dense_b(device, torch.float16)
+
+
+@pytest.mark.skipif(DRY, reason="a size for a card")
+def test_more_than_2_to_the_31_elements(card, room):
+    # The dense matrix has 2^31 + 2^16 * 8 elements: every offset needs 64 bits.
+    rows, cols = 65536, 32768 + 8
+    room(10 << 30)
+    planes = generate_planes(1, 1, 0, rows, 0, cols, 0.3, card)
+    dense = ops.planes_to_dense(planes, cols, 1.0, torch.bfloat16)
+    for first in (0, 65536 - 3):
+        with cpu_kernels():
+            part = generate_planes(1, 1, first, 3, 0, cols, 0.3)
+            want = ops.planes_to_dense(part, cols, 1.0, torch.bfloat16)
+        assert same(planes[:, first : first + 3].cpu(), part)
+        assert same(dense[first : first + 3].cpu(), want)
+    again, value = ops.pack_dense(dense)
+    assert value.item() == 1.0 and torch.equal(again, planes)

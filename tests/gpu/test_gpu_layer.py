@@ -1,0 +1,122 @@
+"""Layers on the card: training as on the CPU, state, merging, PEFT."""
+
+import copy
+
+import pytest
+import torch
+from gpu_helpers import cpu_kernels
+from layer_cases import rms_error
+from torch import nn
+
+from randlora_ext import RandLoraLinear, apply_randlora
+
+pytestmark = pytest.mark.gpu
+
+
+def model(dtype=torch.float32):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(48, 80), nn.GELU(), nn.Linear(80, 80), nn.GELU(),
+                        nn.Linear(80, 24))  # fmt: skip
+    return net.to(dtype)
+
+
+def trained(net, device, steps=6):
+    """Losses of a few AdamW steps on fixed data, and the adapters after them."""
+    net = net.to(device)
+    make = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(40, f, generator=make).to(device) for f in (48, 24))
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    dtype = next(net.parameters()).dtype
+    losses = []
+    for _ in range(steps):
+        loss = nn.functional.mse_loss(net(x.to(dtype)).float(), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, [p.detach().cpu() for p in parameters]
+
+
+@pytest.mark.parametrize("b_side", ["packed", "dense"])
+@pytest.mark.parametrize("density", [1 / 3, 0.07])
+def test_training_goes_as_on_the_cpu(device, monkeypatch, density, b_side):
+    net = apply_randlora(model(), ["0", "2", "4"], r=8, density=density)
+    with cpu_kernels():
+        want, expected = trained(copy.deepcopy(net), "cpu")
+    monkeypatch.setenv("RANDLORA_B_SIDE", b_side)
+    got, parameters = trained(copy.deepcopy(net), device)
+    assert want[-1] < want[0]
+    assert got == pytest.approx(want, rel=1e-4)
+    # AdamW divides by the root of squares: an entry whose gradient is rounding may go either way.
+    assert all(rms_error(a, b) <= 1e-2 for a, b in zip(parameters, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_training_in_16_bits(device, dtype):
+    net = apply_randlora(model(dtype), ["0", "2", "4"], r=8, density=0.07)
+    losses, parameters = trained(net, device, steps=20)
+    assert losses[-1] < losses[0] and all(p.dtype == torch.float32 for p in parameters)
+
+
+def test_autocast_trains(device):
+    net = apply_randlora(model(), ["0", "2", "4"], r=8, density=1 / 3)
+    with torch.autocast(device.type, torch.bfloat16):
+        losses, _ = trained(net, device, steps=20)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("density", [1 / 3, 0.07])
+def test_merging_and_state(device, density):
+    layer = RandLoraLinear(nn.Linear(50, 37), r=7, density=density).to(device)
+    nn.init.normal_(layer.randlora_lambda["default"], std=0.05)
+    x = torch.randn(9, 50, device=device)
+    y = layer(x).detach()
+    again = RandLoraLinear(nn.Linear(50, 37), r=7, density=density).to(device)
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again(x), y)
+    layer.merge()
+    assert rms_error(layer(x).detach().cpu(), y.cpu()) <= 1e-5
+    layer.unmerge()
+    assert rms_error(layer(x).detach().cpu(), y.cpu()) <= 1e-5
+
+
+def test_a_layer_moves_between_devices(device):
+    with cpu_kernels():
+        layer = RandLoraLinear(nn.Linear(50, 37), r=7, density=0.07)
+        nn.init.normal_(layer.randlora_lambda["default"], std=0.05)
+        x = torch.randn(9, 50)
+        y = layer(x).detach()
+    assert rms_error(layer.to(device)(x.to(device)).detach().cpu(), y) <= 1e-5
+    with cpu_kernels():
+        assert torch.equal(layer.cpu()(x), y)
+
+
+@pytest.mark.parametrize("sparse", [{"sparse": True}, {"very_sparse": True}], ids=str)
+def test_peft_accelerated_equals_stock(device, stock_peft, sparse):
+    peft = pytest.importorskip("peft")
+    from randlora_ext.peft import enable
+
+    config = {"r": 8, "target_modules": ["0", "2", "4"], "save_projection": True, **sparse}
+
+    def adapted():
+        torch.manual_seed(0)
+        made = peft.get_peft_model(model(), peft.RandLoraConfig(**config))
+        make = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for name, p in made.named_parameters():
+                if "randlora_lambda" in name:
+                    p.copy_(torch.randn(p.shape, generator=make) * 0.05)
+        return made.to(device)
+
+    stock = adapted()
+    enable()
+    ours = adapted()
+    x = torch.randn(33, 48, generator=torch.Generator().manual_seed(3)).to(device)
+    gradients = []
+    for net in (stock, ours):
+        y = net(x)
+        y.square().sum().backward()
+        gradients.append([y.detach(), *(p.grad for p in net.parameters() if p.requires_grad)])
+    for got, want in zip(gradients[1], gradients[0], strict=True):
+        assert rms_error(got.cpu(), want.cpu()) <= 1e-4

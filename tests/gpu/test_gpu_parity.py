@@ -1,0 +1,187 @@
+"""Every operator on the card against the CPU kernels and the fp64 oracle, over ragged shapes."""
+
+import pytest
+import torch
+from gpu_helpers import (
+    ALL_TYPES,
+    DENSITIES,
+    NAMES,
+    PATHS,
+    SHAPES,
+    assert_parity,
+    on_both,
+    ops,
+    run_linear,
+    run_linear_by_cpu_kernels,
+    same,
+)
+from layer_cases import largest_error, make_layer, rms_error
+
+pytestmark = pytest.mark.gpu
+FP64 = 1e-12
+# Of 16-bit floats the largest multiple of the layer's sizes that their range allows is far away.
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def per_path(function):
+    return pytest.mark.parametrize("path, b_side", PATHS, ids=lambda v: str(v))(function)
+
+
+# ---- linear
+
+
+@per_path
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_in_float64(device, shape, density, path, b_side):
+    for tokens in (0, 1, 5, 17, 33, 130):
+        whole = make_layer(*shape, density, tokens)
+        for layer in (whole, whole.without_weight()):
+            if layer.weight is None and path == "merged":
+                continue
+            want = run_linear_by_cpu_kernels(layer, path)
+            got = run_linear(layer, path, b_side, device)
+            for name in NAMES:
+                assert got[name].shape == want[name].shape, name
+                assert largest_error(got[name], want[name]) <= FP64, (name, tokens)
+
+
+@per_path
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("shape", [(64, 64, 8), (50, 37, 7), (37, 130, 16), (20, 24, 32)], ids=str)
+def test_linear_by_the_error_rule(device, shape, density, dtype, path, b_side):
+    for tokens in (1, 16, 33, 130):
+        whole = make_layer(*shape, density, tokens, dtype)
+        for layer in (whole, whole.without_weight()):
+            if path == "merged" and (layer.weight is None or dtype is not torch.float32):
+                continue  # in 16 bits W + dW rounds what the others keep
+            floor = 2 if path == "merged" else 1  # one GEMM on the sum: one rounding more
+            assert_parity(run_linear(layer, path, b_side, device), layer, path, floor)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(64, 64, 8), (50, 37, 7), (37, 130, 16)], ids=str)
+def test_merged_in_16_bits(device, shape, dtype):
+    layer = make_layer(*shape, 1 / 3, 33, dtype)
+    got = run_linear(layer, "merged", "packed", device)
+    want = run_linear_by_cpu_kernels(layer, "merged")
+    for name in NAMES:  # the sums of dW differ in their order, so may an ulp of W + dW
+        assert rms_error(got[name], want[name]) <= 4 * torch.finfo(dtype).eps, name
+
+
+@pytest.mark.parametrize("b_side", ["packed", "dense"])
+@pytest.mark.parametrize("density", [1 / 3, 0.07])
+def test_no_element_is_wrong_in_a_larger_layer(device, density, b_side):
+    # A wrong tile among many would hide in a norm. Float32: the largest difference of all.
+    for shape in ((300, 520, 24), (520, 300, 24)):
+        layer = make_layer(*shape, density, 150, torch.float32)
+        want = run_linear_by_cpu_kernels(layer, "factored")
+        got = run_linear(layer, "factored", b_side, device)
+        for name in NAMES:
+            assert largest_error(got[name], want[name]) <= 2e-5, name
+
+
+def test_linear_with_32_bit_positions(device):
+    for shape in ((65537, 2, 2), (3, 65540, 2)):
+        for density in (0.05, 1 / 3):
+            layer = make_layer(*shape, density, 2)
+            for path, b_side in PATHS[:1]:
+                got = run_linear(layer, path, b_side, device)
+                want = run_linear_by_cpu_kernels(layer, path)
+                assert all(largest_error(got[n], want[n]) <= FP64 for n in NAMES)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_diagonals_of_another_type(device, kind):
+    layer = make_layer(50, 37, 7, 0.2, 20, torch.float32)
+    layer.lam, layer.gam = layer.lam.to(kind), layer.gam.T.contiguous().T.to(kind)
+    got = run_linear(layer, "factored", "packed", device)
+    want = run_linear_by_cpu_kernels(layer, "factored")
+    assert got["dlam"].dtype == got["dgam"].dtype == kind
+    bound = max(1e-6, torch.finfo(kind).eps)
+    assert all(rms_error(got[n], want[n]) <= bound for n in NAMES)
+
+
+def test_views_change_nothing(device):
+    layer = make_layer(50, 37, 7, 0.07, 6, torch.float32)
+    want = run_linear(layer, "factored", "packed", device)
+    x, dy = layer.x, layer.dy
+    spread = torch.full((12, 100), torch.nan)
+    spread[::2, ::2] = x
+    for view, gradient in (
+        (x.T.contiguous().T, dy.T.contiguous().T), (spread[::2, ::2], dy),
+        (torch.cat([spread[:6], x], 1)[:, -50:], dy),
+    ):  # fmt: skip
+        layer.x, layer.dy = view, gradient
+        got = run_linear(layer, "factored", "packed", device)
+        assert all(same(got[n], want[n]) for n in NAMES)
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True)])
+@per_path
+def test_one_part_of_the_gradient(device, path, b_side, needs):
+    layer = make_layer(37, 50, 7, 0.2, 40, torch.float32)
+    all_of_it = run_linear(layer, path, b_side, device)
+
+    def part(x, weight, lam, gam, dy):
+        packed = layer.basis.packed(x.device)
+        scale = layer.scaling * layer.basis.scale
+        return ops.linear_backward(dy, x, weight, lam, gam, packed, scale, path, *needs)
+
+    if b_side == "packed":
+        got, _ = on_both(device, part, layer.x, layer.weight, layer.lam, layer.gam, layer.dy)
+        for value, name, wanted in zip(got, NAMES[1:], (needs[0], needs[1], needs[1]), strict=True):
+            assert same(value, all_of_it[name]) if wanted else value.numel() == 0, name
+
+
+# ---- delta_weight, merged_weight, scaled_basis
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 520, 24), (520, 300, 24)], ids=str)
+def test_delta_weight(device, shape, density):
+    layer = make_layer(*shape, density, 1)
+    basis, scale = layer.basis, 0.75 * layer.basis.scale
+    sizes = (basis.out_features, basis.in_features)
+    grad = torch.randn(sizes, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for dtype in ALL_TYPES:
+        lam, gam, g = (t.to(dtype) for t in (layer.lam, layer.gam, grad))
+
+        def both(lam, gam, g):
+            packed = basis.packed(lam.device)
+            dW = ops.delta_weight(lam, gam, packed, scale, *sizes)
+            return (dW, *ops.delta_weight_backward(g, lam, gam, packed, scale))
+
+        got, want = on_both(device, both, lam, gam, g)
+        bound = FP64 if dtype is torch.float64 else 2 * torch.finfo(dtype).eps
+        for name, a, b in zip(("dW", "dlam", "dgam"), got, want, strict=True):
+            assert a.dtype == b.dtype and a.shape == b.shape
+            assert rms_error(a, b) <= bound, (name, dtype)
+            if dtype in (torch.float64, torch.float32):
+                assert largest_error(a, b) <= 10 * bound, (name, dtype)
+
+
+@pytest.mark.parametrize("dtype", ALL_TYPES, ids=str)
+@pytest.mark.parametrize("size", [(8, 4, 32), (3, 5, 7), (1, 1, 1), (1, 9, 1), (40, 1, 17),
+                                  (2, 100, 3), (5, 3, 130), (32, 20, 300)], ids=str)  # fmt: skip
+def test_scaled_basis(device, size, dtype):
+    r, n, d = size
+    make = torch.Generator().manual_seed(sum(size))
+
+    def normal(*shape):
+        return torch.randn(shape, generator=make, dtype=torch.float64).to(dtype)
+
+    A, lam, gam, grad = normal(r, d), normal(r, n), normal(n, d), normal(r * n, d)
+    assert same(*on_both(device, ops.scaled_basis, A, lam, gam))  # two products, one rounding
+    got, want = on_both(device, ops.scaled_basis_backward, grad, A, lam, gam)
+    bound = FP64 if dtype is torch.float64 else 2 * torch.finfo(dtype).eps
+    assert all(rms_error(a, b) <= bound for a, b in zip(got, want, strict=True))
+
+
+def test_run_to_run_equality(device):
+    for density in (1 / 3, 0.07):
+        layer = make_layer(157, 93, 9, density, 70, torch.bfloat16)
+        for path, b_side in PATHS:
+            first, second = (run_linear(layer, path, b_side, device) for _ in range(2))
+            assert all(same(first[n], second[n]) for n in NAMES), (density, path)

@@ -1,0 +1,226 @@
+"""What only a card has: streams, graphs, several devices, waiting, large memory."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from gpu_helpers import NAMES, PATHS, moved, ops, run_linear, same, step
+from layer_cases import make_layer, rms_error
+
+from randlora_ext import RandLoraLinear, TernaryBasis, linear
+
+pytestmark = pytest.mark.gpu
+DELAY = 20_000_000  # clock cycles: about 10 ms, longer than any launch here
+
+
+def on_card(layer, card):
+    return {k: moved(getattr(layer, k), card) for k in ("x", "weight", "lam", "gam", "dy")}
+
+
+@pytest.mark.parametrize("density", [1 / 3, 0.07])
+@pytest.mark.parametrize("path, b_side", PATHS, ids=str)
+def test_everything_runs_on_the_current_stream(card, density, path, b_side):
+    # x and dy become right only after a delay on that stream: work on any other reads NaN.
+    layer = make_layer(136, 72, 8, density, 40, torch.float32)
+    want = run_linear(layer, path, b_side, card)
+    late = make_layer(136, 72, 8, density, 40, torch.float32)
+    values = moved(late.x, card), moved(late.dy, card)
+    late.x, late.dy = (torch.full_like(v, torch.nan) for v in values)
+    stream = torch.cuda.Stream(card)
+    torch.cuda.synchronize(card)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(DELAY)
+        late.x.copy_(values[0])
+        late.dy.copy_(values[1])
+        got = run_linear(late, path, b_side, card)
+    assert all(same(got[n], want[n]) for n in NAMES)
+
+
+def test_generation_runs_on_the_current_stream(card):
+    basis = TernaryBasis(300, 200, 8, 0.07, seed=5)
+    want = moved(basis._pack(card), "cpu")
+    stream = torch.cuda.Stream(card)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(DELAY)
+        got = moved(basis._pack(card), "cpu")
+    assert same(got, want)
+
+
+def test_two_streams_at_a_time(card):
+    layers = [make_layer(136, 72, 8, density, 130, torch.bfloat16) for density in (1 / 3, 0.07)]
+    wants = [run_linear(layer, "factored", "packed", card) for layer in layers]
+    streams = [torch.cuda.Stream(card) for _ in layers]
+    torch.cuda.synchronize(card)
+    results = []
+    for _ in range(5):
+        for layer, stream, want in zip(layers, streams, wants, strict=True):
+            t = on_card(layer, card)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                last = (t["lam"], t["gam"], layer.basis.packed(card), 0.75 * layer.basis.scale)
+                got = ops.linear_backward(
+                    t["dy"], t["x"], t["weight"], *last, "factored", True, True
+                )
+                results.append((t, got, want))
+    torch.cuda.synchronize(card)
+    for _, got, want in results:
+        assert same(moved(list(got), "cpu"), [want[n] for n in NAMES[1:]])
+
+
+# ---- graphs
+
+
+@pytest.mark.parametrize("density", [1 / 3, 0.07])
+@pytest.mark.parametrize("tokens", [1, 130])
+@pytest.mark.parametrize("path", ["factored", "delta", "merged"])
+@pytest.mark.parametrize("b_side", ["packed", "dense"])
+def test_a_training_step_in_a_graph(card, monkeypatch, path, b_side, tokens, density):
+    monkeypatch.setenv("RANDLORA_B_SIDE", b_side)
+    monkeypatch.setenv("RANDLORA_PATH", path)
+    torch.manual_seed(0)
+    base = torch.nn.Linear(136, 72, device=card, dtype=torch.bfloat16)
+    layer = RandLoraLinear(base, r=8, density=density)
+    (lam,), (gam,) = layer.randlora_lambda.values(), layer.randlora_gamma.values()
+    torch.nn.init.normal_(lam, std=0.1)
+    x = torch.randn(tokens, 136, device=card).bfloat16().requires_grad_()
+    dy = torch.randn(tokens, 72, device=card).bfloat16()
+    y = torch.empty_like(dy)
+
+    def once():
+        x.grad = lam.grad = gam.grad = None
+        result = layer(x)
+        result.backward(dy)
+        y.copy_(result.detach())
+
+    def now():
+        return [t.clone() for t in (y, x.grad, lam.grad, gam.grad)]
+
+    side = torch.cuda.Stream(card)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            once()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        once()
+    held = [y, x.grad, lam.grad, gam.grad]  # where replays write
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        with torch.no_grad():  # the graph must read what is there at its replay
+            x.normal_()
+            lam.normal_(std=0.1)
+            dy.normal_()
+        graph.replay()
+        replayed = [t.clone() for t in held]
+        once()
+        assert same(replayed, now())
+
+
+def test_waiting_for_the_card_is_nowhere_in_a_step(card):
+    for density in (1 / 3, 0.07):
+        layer = make_layer(136, 72, 8, density, 40, torch.bfloat16)
+        t = on_card(layer, card)
+        leaves = [t[k].requires_grad_() for k in ("x", "lam", "gam")]
+
+        def once(path, layer=layer, leaves=leaves, t=t):
+            y = linear(leaves[0], t["weight"], None, layer.basis, *leaves[1:], path=path)
+            return torch.autograd.grad(y, leaves, t["dy"])
+
+        for path in ("factored", "delta", "merged"):
+            once(path)  # packs, which waits once
+            torch.cuda.synchronize(card)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                once(path)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- devices, memory, settings
+
+
+def test_a_card_that_is_not_current(card):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two cards")
+    other = torch.device("cuda", (card.index + 1) % torch.cuda.device_count())
+    for density in (1 / 3, 0.07):
+        layer = make_layer(50, 37, 7, density, 20, torch.float32)
+        for path, b_side in PATHS:
+            want = run_linear(layer, path, b_side, card)
+            got = run_linear(layer, path, b_side, other)
+            assert torch.cuda.current_device() == card.index
+            assert all(same(got[n], want[n]) for n in NAMES)
+
+
+def test_tensors_on_two_devices_are_refused(card):
+    layer = make_layer(50, 37, 7, 0.07, 20, torch.float32)
+    x, lam, gam = layer.x.to(card), layer.lam, layer.gam
+    with pytest.raises((ValueError, RuntimeError), match="together|one device"):
+        linear(x, None, None, layer.basis, lam, gam)
+    packed = layer.basis.packed("cpu")
+    with pytest.raises(RuntimeError, match="one device|is on"):
+        ops.linear(x, None, None, lam.to(card), gam.to(card), packed, 1.0, 37, "factored")
+
+
+@pytest.mark.parametrize("density", [1 / 3, 0.07])
+def test_more_than_2_to_the_31_activations(card, room, density):
+    room(45 << 30)
+    torch.manual_seed(0)
+    tokens, features = (1 << 20) + 8, 2048 + 8
+    basis = TernaryBasis(features, features, 32, density)
+    lam = torch.randn(basis.r, basis.n, device=card) * 0.1
+    gam = torch.randn(basis.n, basis.d, device=card) * 0.1
+    x = torch.randn(tokens, features, device=card, dtype=torch.bfloat16)
+    last = (lam, gam, basis.packed(card), basis.scale)
+    y = ops.linear(x, None, None, *last, features, "factored")
+    eps = torch.finfo(torch.bfloat16).eps
+    for rows in (slice(0, 40), slice(tokens - 40, tokens)):
+        few = ops.linear(x[rows], None, None, *last, features, "factored")
+        assert rms_error(y[rows], few) <= 2 * eps
+    dx, dlam, dgam = ops.linear_backward(y, x, None, *last, "factored", True, True)
+    assert dlam.isfinite().all() and dgam.isfinite().all()
+    rows = slice(tokens - 40, tokens)
+    few = ops.linear_backward(y[rows], x[rows], None, *last, "factored", True, False)[0]
+    assert rms_error(dx[rows], few) <= 2 * eps
+
+
+def test_a_step_leaves_no_memory_behind(card):
+    layer = make_layer(136, 72, 8, 0.07, 40, torch.bfloat16)
+    for path in ("factored", "delta", "merged"):
+        tensors = (layer.x, layer.weight, layer.lam, layer.gam, layer.dy)
+        step(card, layer.basis, *tensors, path)
+        torch.cuda.synchronize(card)
+        before = torch.cuda.memory_allocated(card)
+        for _ in range(3):
+            step(card, layer.basis, *tensors, path)
+        assert torch.cuda.memory_allocated(card) == before, path
+
+
+TF32 = """
+import torch
+from gpu_helpers import NAMES, run_linear
+from layer_cases import exact, make_layer, rms_error
+for density in (1 / 3, 0.07):
+    layer = make_layer(136, 72, 8, density, 70, torch.float32)
+    want = exact(layer)
+    got = run_linear(layer, "factored", "packed", "cuda")
+    errors = [rms_error(got[n], want[n]) for n in NAMES]
+    assert max(errors) < 2e-3, errors
+    print(max(errors))
+"""
+
+
+def test_tf32_on_request(card):
+    # Read once a process, so in one of its own.
+    import os
+    from pathlib import Path
+
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent), str(here.parent.parent), *sys.path]
+    done = subprocess.run(
+        [sys.executable, "-c", TF32], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "RANDLORA_TF32": "1", "PYTHONPATH": os.pathsep.join(paths)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
