@@ -35,6 +35,7 @@ class Device {
   int64_t shared_bytes = 48 << 10;  // the most dynamic shared memory a block may have
   int max_threads = 256;            // of a block; a multiple of 32
   bool tf32 = false;                // fp32 products may run as tf32 on tensor cores
+  int64_t chunk_bytes = 64 << 20;   // of a (T, K) intermediate: more tokens go in chunks
 };
 
 // An array of scratch memory.

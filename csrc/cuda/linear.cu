@@ -6,7 +6,7 @@
 //                     reduce             V = s dy A'^T,         dx (+)= V B^T
 //                                        U = x B,               dlam, dgam of U and dy
 //
-// Tokens go in chunks whose V or U takes at most 64 MB, so scratch does not grow with T; dlam and
+// Tokens go in chunks (Device::chunk_bytes of V or U), so scratch does not grow with T; dlam and
 // dgam add up chunk by chunk, in order. V and U are in the dtype of x.
 //
 // The B side is a GEMM where the caller brought B unpacked (Basis::b_dense), but for 16 tokens and
@@ -30,7 +30,6 @@ namespace randlora {
 namespace cuda {
 namespace {
 
-constexpr int64_t kScratch = 64 << 20;  // bytes of V or U
 constexpr int64_t kFewTokens = 16;
 
 // Rows of (T, features) matrices from token t on.
@@ -65,8 +64,10 @@ class Recycled : public Device {
   size_t next_ = 0;
 };
 
-int64_t chunk_of(const Basis& b, int64_t T, DType dtype) {
-  const int64_t most = max(kScratch / (b.K() * bytes_of(dtype)) / 128, int64_t{1}) * 128;
+// Tokens whose V or U takes at most chunk_bytes, in whole tiles.
+int64_t chunk_of(const Basis& b, int64_t T, DType dtype, const Device& device) {
+  const int64_t tokens = device.chunk_bytes / (b.K() * bytes_of(dtype));
+  const int64_t most = max(tokens / 128, int64_t{1}) * 128;
   return min(T, most);
 }
 
@@ -107,7 +108,7 @@ void b_down(const BSide& p, const void* x, void* U, Device& device) {
 void linear(const Linear& p, Device& device) {
   const Basis& b = p.basis;
   if (p.T == 0) return;
-  const int64_t chunk = chunk_of(b, p.T, p.dtype);
+  const int64_t chunk = chunk_of(b, p.T, p.dtype, device);
   ASideCall a({b, p.lam, p.gam, p.dtype, chunk}, p.scale, device);
   void* between = device.scratch(static_cast<size_t>(chunk * b.K() * bytes_of(p.dtype)));
   Recycled for_b(device);
@@ -128,7 +129,7 @@ void linear_backward(const LinearBackward& p, Device& device) {
   const Basis& b = p.basis;
   const bool grads = p.dlam != nullptr;
   if (!grads && (!p.dx || p.T == 0)) return;
-  const int64_t chunk = chunk_of(b, p.T, p.dtype);
+  const int64_t chunk = chunk_of(b, p.T, p.dtype, device);
   ASideCall a({b, p.lam, p.gam, p.dtype, chunk}, p.scale, device);
   void* between = device.scratch(static_cast<size_t>(chunk * b.K() * bytes_of(p.dtype)));
   // The operands on the d side and on the D side.
