@@ -68,7 +68,7 @@ struct Thread {
   enum State { ready, waiting, done } state;
   int id;
   Site site;  // where it waits
-  Fiber fiber;
+  Fiber* fiber;
   // cp.async: a ring of copies issued and not yet delivered; groups committed so far
   struct Copy {
     void* to;
@@ -107,7 +107,6 @@ struct Block {
   unsigned char* shared;
   size_t shared_bytes;
   SyncPoints* sync;
-  uint64_t grid_end;
   std::string error;
   Thread* current;
   Thread thread[kMaxThreads];
@@ -146,7 +145,7 @@ CUDA_ON_CPU_UNSEEN inline void wait_at(const Site& site) {
   Thread& t = *block.current;
   t.state = Thread::waiting;
   t.site = site;
-  leave_fiber(t.fiber, false);
+  leave_fiber(*t.fiber, false);
 }
 
 CUDA_ON_CPU_UNSEEN inline void barrier(Site site) {
@@ -205,13 +204,13 @@ CUDA_ON_CPU_UNSEEN inline void thread_main() {
     b.error = e.what();
   }
   t.state = Thread::done;
-  leave_fiber(t.fiber, true);
+  leave_fiber(*t.fiber, true);
 }
 
 CUDA_ON_CPU_UNSEEN inline void run_block(const int64_t* order) {
   Block& b = block;
-  char* stacks = fresh_stacks(b.threads);
-  make_room(b.threads);
+  static int64_t number = 0;
+  ++number;
   b.exited = 0;
   b.meeting = {};
   for (int w = 0; w < b.threads / 32; ++w) b.warp[w] = {};
@@ -219,7 +218,7 @@ CUDA_ON_CPU_UNSEEN inline void run_block(const int64_t* order) {
     Thread& t = b.thread[i];
     t.state = Thread::ready, t.id = i;
     t.first_copy = t.end_copy = t.groups = 0;
-    make_fiber(t.fiber, stacks + i * kStackStride, thread_main);
+    t.fiber = &start_fiber(i, number, thread_main);
   }
   for (bool any = true; any && b.error.empty();) {
     any = false;
@@ -229,7 +228,7 @@ CUDA_ON_CPU_UNSEEN inline void run_block(const int64_t* order) {
       any = true;
       b.current = &t;
       threadIdx.x = static_cast<unsigned>(t.id);
-      run_fiber(t.fiber);
+      run_fiber(*t.fiber);
     }
   }
   for (int i = 0; i < b.threads; ++i) {
@@ -242,7 +241,7 @@ CUDA_ON_CPU_UNSEEN inline void run_block(const int64_t* order) {
         b.error = e.what();
       }
     }
-    end_fiber(t.fiber, t.state != Thread::done, &b.grid_end);
+    end_fiber(*t.fiber, t.state != Thread::done);
   }
 }
 
@@ -262,6 +261,7 @@ CUDA_ON_CPU_UNSEEN inline void run(const char* kernel, dim3 grid, int threads, s
   b.error.clear();
   gridDim = grid;
   blockDim = dim3(static_cast<unsigned>(threads));
+  sync_release(&host.began);
   const int64_t blocks = int64_t{1} * grid.x * grid.y * grid.z;
   for (int64_t i : schedule.permutation(blocks, 0)) {
     blockIdx = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
@@ -272,7 +272,7 @@ CUDA_ON_CPU_UNSEEN inline void run(const char* kernel, dim3 grid, int threads, s
     forget(b.shared), forget(b.sync);
     if (!b.error.empty()) break;
   }
-  sync_acquire(&b.grid_end);
+  sync_acquire(&host.ended);
   if (!b.error.empty()) throw Error(b.error);
 }
 

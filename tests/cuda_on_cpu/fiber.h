@@ -3,10 +3,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <cstdint>
-#include <deque>
 #include <new>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -28,11 +26,8 @@ extern "C" void AnnotateIgnoreReadsEnd(const char*, int);
 extern "C" void AnnotateIgnoreWritesBegin(const char*, int);
 extern "C" void AnnotateIgnoreWritesEnd(const char*, int);
 #endif
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
 
-// Code that the sanitizers do not see. It must not call seen code on what it hides.
+// Code that the sanitizers do not see. What it hides it must not hand to code that they do.
 #define CUDA_ON_CPU_UNSEEN __attribute__((no_sanitize("thread"), no_sanitize("address")))
 
 #if defined(__x86_64__)
@@ -61,6 +56,8 @@ cuda_on_cpu_switch:
 .popsection
 )");
 extern "C" void cuda_on_cpu_switch(void** save, void* to);
+#else
+#include <ucontext.h>
 #endif
 
 namespace cuda_on_cpu {
@@ -104,33 +101,17 @@ CUDA_ON_CPU_UNSEEN inline void make_context(Context& c, char* stack, void (*entr
 }
 #endif
 
-struct Fiber {
-  Context context;
-  char* stack;
-  void *fake_stack, *tsan;
-};
-
 // The host's own thread, to which every fiber returns.
 struct Host {
   Context context;
   void *fake_stack, *tsan;
   const void* stack;
   size_t stack_bytes;
+  uint64_t began, ended;  // of a launch: sync points
 };
 inline Host host;
-#if defined(__SANITIZE_THREAD__)
-inline std::deque<void*> ended;
-#endif
 
-CUDA_ON_CPU_UNSEEN inline void make_fiber(Fiber& f, char* stack, void (*entry)()) {
-  f.stack = stack;
-  f.fake_stack = nullptr;
-  make_context(f.context, stack, entry);
-#if defined(__SANITIZE_THREAD__)
-  f.tsan = __tsan_create_fiber(0);
-#endif
-}
-// What happened before release(p) in one thread happened before what follows acquire(p) in another.
+// To TSan, what came before release(p) in one thread comes before what follows acquire(p) in another.
 CUDA_ON_CPU_UNSEEN inline void sync_release(void* p) {
 #if defined(__SANITIZE_THREAD__)
   __tsan_release(p);
@@ -144,27 +125,57 @@ CUDA_ON_CPU_UNSEEN inline void sync_acquire(void* p) {
   (void)p;
 }
 
-// The host is done with a fiber, be it `abandoned` where it waited; what it did is released to `end`.
-CUDA_ON_CPU_UNSEEN inline void end_fiber(Fiber& f, bool abandoned, void* end) {
+struct Fiber {
+  Context context;
+  char* stack = nullptr;
+  void *fake_stack, *tsan = nullptr;
+  int64_t block = -1;  // the last block that it was in; kSpoilt: not to be used again as it is
+};
+constexpr int64_t kSpoilt = -2;
+
+// A fiber for thread number `thread` of block number `block`, blocks counted through all launches.
+// To TSan a fiber is one thread for good: what it did in one block comes before what it does in the
+// next, and by the barriers so does what all others did, so that races between the blocks would go
+// unseen. Neighbouring blocks must have different fibers. But TSan tells only 255 threads apart. So the
+// fibers take turns, and one whose turn comes again in the very next block is made anew.
+constexpr int kFibers = kThreadSanitizer ? 254 : 1024;
+CUDA_ON_CPU_UNSEEN inline Fiber& start_fiber(int thread, int64_t block, void (*entry)()) {
+  static Fiber pool[kFibers];
+  static int turn = 0;
+  Fiber& f = pool[kThreadSanitizer ? turn++ % kFibers : thread];
+  constexpr size_t guard = 4096;  // below the stack: an overflow ends there
+  if (f.block == kSpoilt || (kThreadSanitizer && f.block == block - 1 && f.stack)) {
+    munmap(f.stack - guard, guard + kStack);
+    f.stack = nullptr;
+  }
+  if (!f.stack) {
+    void* p = mmap(nullptr, guard + kStack, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    mprotect(p, guard, PROT_NONE);
+    f.stack = static_cast<char*>(p) + guard;
 #if defined(__SANITIZE_THREAD__)
-  __tsan_switch_to_fiber(f.tsan, 1);
-  __tsan_release(end);
-  __tsan_switch_to_fiber(host.tsan, 1);
-  ended.push_back(f.tsan);
+    if (f.tsan) __tsan_destroy_fiber(f.tsan);
+    f.tsan = __tsan_create_fiber(0);
 #endif
+  }
+  f.block = block;
+  f.fake_stack = nullptr;
+  make_context(f.context, f.stack, entry);
+  return f;
+}
+
+// The host is done with a fiber; `abandoned`: it still waits for something.
+CUDA_ON_CPU_UNSEEN inline void end_fiber(Fiber& f, bool abandoned) {
 #if defined(__SANITIZE_ADDRESS__)
   if (abandoned) __asan_unpoison_memory_region(f.stack, kStack);
 #endif
-  (void)f, (void)abandoned, (void)end;
-}
-// TSan tells at most 255 threads apart: it takes a new one for one that it saw end before. So the
-// ended are kept while there is room, and a race between neighbouring blocks is seen.
-CUDA_ON_CPU_UNSEEN inline void make_room(int threads) {
 #if defined(__SANITIZE_THREAD__)
-  for (; ended.size() + static_cast<size_t>(threads) > 254; ended.pop_front())
-    __tsan_destroy_fiber(ended.front());
+  __tsan_switch_to_fiber(f.tsan, 1);  // 1: the switch itself orders nothing
+  __tsan_release(&host.ended);
+  __tsan_switch_to_fiber(host.tsan, 1);
 #endif
-  (void)threads;
+  if (abandoned) f.block = kSpoilt;
 }
 
 // From the host into a fiber, until that calls leave_fiber.
@@ -174,17 +185,19 @@ CUDA_ON_CPU_UNSEEN inline void run_fiber(Fiber& f) {
 #endif
 #if defined(__SANITIZE_THREAD__)
   host.tsan = __tsan_get_current_fiber();
-  __tsan_switch_to_fiber(f.tsan, 1);  // 1: the switch itself orders nothing
+  __tsan_switch_to_fiber(f.tsan, 1);
 #endif
   switch_context(host.context, f.context);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(host.fake_stack, nullptr, nullptr);
 #endif
 }
-CUDA_ON_CPU_UNSEEN inline void enter_fiber() {  // first thing in a new fiber
+CUDA_ON_CPU_UNSEEN inline void enter_fiber() {  // first thing in a fiber
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &host.stack, &host.stack_bytes);
 #endif
+  sync_acquire(&host.began);
+  sync_release(&host.ended);  // or TSan of gcc 12 finds no stack for what comes before a barrier
 }
 CUDA_ON_CPU_UNSEEN inline void leave_fiber(Fiber& f, bool for_ever) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -200,8 +213,8 @@ CUDA_ON_CPU_UNSEEN inline void leave_fiber(Fiber& f, bool for_ever) {
   (void)for_ever;
 }
 
-// TSan forgets every access to memory that is mapped or allocated, and looks for no race with its
-// release, while it ignores the thread that does so.
+// TSan forgets every access to memory that is allocated, and looks for no race with its release,
+// while it ignores the thread that does so.
 struct Ignored {
 #if defined(__SANITIZE_THREAD__)
   Ignored() { AnnotateIgnoreReadsBegin("", 0), AnnotateIgnoreWritesBegin("", 0); }
@@ -222,25 +235,6 @@ inline void* fresh_memory(size_t bytes) {
 inline void forget(void* p) {
   Ignored ignored;
   free(p);
-}
-
-// Stacks for `count` fibers, as if never touched before; stack i begins at i * kStackStride. The page
-// below each catches an overflow (not under TSan, where mapping all anew is what makes it forget).
-constexpr size_t kGuard = kThreadSanitizer ? 0 : 4096;
-constexpr size_t kStackStride = kStack + kGuard;
-inline char* fresh_stacks(int count) {
-  static char* pool = nullptr;
-  static int mapped = 0;
-  if (count > mapped || kThreadSanitizer) {
-    Ignored ignored;
-    if (pool) munmap(pool, mapped * kStackStride);
-    pool = static_cast<char*>(mmap(nullptr, count * kStackStride, PROT_READ | PROT_WRITE,
-                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    if (pool == MAP_FAILED) throw std::bad_alloc();
-    mapped = count;
-    for (int i = 0; kGuard && i < count; ++i) mprotect(pool + i * kStackStride, kGuard, PROT_NONE);
-  }
-  return pool + kGuard;
 }
 
 }  // namespace cuda_on_cpu
