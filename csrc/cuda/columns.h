@@ -40,8 +40,8 @@ bool aligned_rows(int64_t cols, int V, const P*... matrix) {
   return cols % V == 0 && ((reinterpret_cast<uintptr_t>(matrix) % 16 == 0) && ...);
 }
 
-// Those of one thread: thread t of a group of whole warps that takes V columns a thread from `from` on.
-// Columns past the end load as zero and are not stored.
+// Those of one thread, thread t of a group of whole warps that takes V columns a thread from `from`
+// on. Columns past the end load as zero and are not stored.
 template <int V, bool Aligned>
 struct Columns {
   int64_t first, cols;

@@ -1,14 +1,15 @@
 // Dense forms of a ternary matrix, as csrc/cpu/packing.cpp makes and reads them.
 //
 //   planes_to_dense, lists_to_dense   out (rows, cols) = value * ternary element, in any dtype
-//   pack_dense                        planes of a matrix whose elements are all -a, 0 or +a, where a is
+//   pack_dense                        planes of a matrix with elements -a, 0 and +a only, where a is
 //                                     the magnitude of its first element that is not zero
 //
-// Blocks take rows, threads 16 bytes of a row each. Expansion writes the dense matrix once: 34 MB for
-// 4096 x 4096 in bf16, 10 us at 3.35 TB/s; planes add 4 MB, the decoding some five operations an
-// element (6 us beside it). Lists are laid on zeros: the second, scattered, write of the few elements
-// that are not zero meets its row in L2. Packing reads the dense matrix once: 67 MB in fp32, 20 us; a
-// warp makes a word of both planes by ballots, two loads and six ballots for 64 elements.
+// Blocks take rows, threads 16 bytes of a row each. Expansion writes the dense matrix once: 34 MB
+// for 4096 x 4096 in bf16, 10 us at 3.35 TB/s; planes add 4 MB, decoding some five operations an
+// element (6 us beside it). Lists are laid on zeros: the second, scattered, write of the few
+// elements that are not zero meets its row in L2. Packing reads the dense matrix once: 67 MB in
+// fp32, 20 us; a warp makes a word of both planes by ballots, two loads and six ballots for 64
+// elements, some 70 instructions: another 20 us of issue beside it.
 #include "columns.h"
 #include "kernels.h"
 #include "launch.h"
@@ -19,7 +20,7 @@ namespace {
 
 constexpr unsigned kWarp = 0xffffffffu;
 
-// ---- expansion -----------------------------------------------------------------------------------
+// ---- expansion ----------------------------------------------------------------------------------
 
 template <class S, bool Aligned>
 __global__ void planes_to_dense_kernel(Planes p, int64_t rows, int64_t cols, double value, S* out) {
@@ -69,7 +70,7 @@ dim3 grid_of_rows(int64_t rows, int64_t parts) {
               static_cast<unsigned>(parts < 65535 ? parts : 65535));
 }
 
-// ---- packing -------------------------------------------------------------------------------------
+// ---- packing ------------------------------------------------------------------------------------
 
 struct Report {
   double a;                // magnitude of the first element that is not zero; 0 where all are

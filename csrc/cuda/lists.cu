@@ -1,11 +1,11 @@
 // Packing: sorted sign-split lists (core/lists.h) of a ternary matrix in bit planes, by row or by
 // column, as csrc/cpu/packing.cpp makes them, in two steps because the length must be known first:
 //
-//   count_lists   offset[2 q + 1], offset[2 q + 2] = how many +1, -1 in line q; then an inclusive scan
+//   count_lists   offset[2 q + 1], offset[2 q + 2] = how many +1, -1 in line q; inclusive scan
 //   fill_lists    index[offset[2 q] ...] = positions of the +1, then of the -1, ascending
 //
-// By column is by row of the transposed planes, made in scratch memory: the two steps then know one
-// layout, whose lines a warp reads side by side.
+// By column is by row of the transposed planes, made in scratch memory: the two steps then know
+// one layout, whose lines a warp reads side by side.
 //
 //   transpose     a block turns 256 x 256 bits, read and written as 32-byte sectors; a warp turns
 //                 32 x 32 of them in registers, by five exchanges of ever smaller squares
@@ -14,11 +14,12 @@
 //   scan          tiles of a block; then every tile adds the totals of those before it
 //
 // 14336 x 4096 on an H100, planes of 14.7 MB in the 50 MB of L2: count reads them once (5 us), the
-// scan touches 0.3 MB (5 us, launches), fill reads them again and writes 2 bytes a non-zero element
-// (1.8 MB at density 1/64: 6 us). By column twice the transposition (29 MB: 10 us each) on top: 50 us.
-// With generation (fill_planes.cu) lists by row and by column take under 0.2 ms. Memory traffic and,
-// for the scan, launches bind it; at density 1/3 the scattered 2-byte stores of fill do (40 MB of
-// positions, some 20 sectors a store of a warp: 50 us).
+// scan touches 0.3 MB (two launches, 6 us), fill reads them again and writes 2 bytes a non-zero
+// element (1.8 MB at density 1/64: 7 us). By column the transposition comes before either (29 MB,
+// 10 us each time). So lists by row take about 20 us and by column 40, with generation
+// (fill_planes.cu) and the two waits of the host under 0.2 ms. Memory traffic and launches bind
+// it; at density 1/3 the scattered 2-byte stores of fill do (40 MB of positions, 20 sectors a
+// store of a warp: 50 us).
 #include "kernels.h"
 #include "launch.h"
 
@@ -40,7 +41,7 @@ __device__ __forceinline__ T scan_warp(T x) {
   return x;
 }
 
-// ---- transposition -------------------------------------------------------------------------------
+// ---- transposition ------------------------------------------------------------------------------
 
 constexpr int kSide = 256;              // rows and columns of a tile
 constexpr int kTileWords = kSide / 64;  // of a row of it
@@ -90,7 +91,7 @@ __global__ void transpose_planes_kernel(Planes in, int64_t rows, int64_t cols, u
   }
 }
 
-// ---- count and scan ------------------------------------------------------------------------------
+// ---- count and scan -----------------------------------------------------------------------------
 
 __global__ void count_lists_kernel(Planes p, int64_t lines, int64_t* offset) {
   const int64_t line = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32;
@@ -112,7 +113,7 @@ __global__ void count_lists_kernel(Planes p, int64_t lines, int64_t* offset) {
 
 constexpr int kItems = 4;  // values a thread scans
 
-// The sum of x over the threads of the block below this one; `total` over all. One shared word a warp.
+// The sum of x over the threads of the block below this one; `total` over all of them.
 __device__ __forceinline__ int64_t scan_block(int64_t x, int64_t* total) {
   auto* of_warp = reinterpret_cast<int64_t*>(shared_memory());
   const int64_t up_to = scan_warp(x);
@@ -151,7 +152,7 @@ __global__ void add_totals_kernel(int64_t* value, int64_t count, const int64_t* 
     if (first + i < count) value[first + i] += before;
 }
 
-// ---- fill ----------------------------------------------------------------------------------------
+// ---- fill ---------------------------------------------------------------------------------------
 
 template <class Index>
 __device__ __forceinline__ void put(uint64_t m, int64_t base, Index* at) {
@@ -179,7 +180,7 @@ __global__ void fill_lists_kernel(Planes p, int64_t lines, const int64_t* offset
   }
 }
 
-// ---- host ----------------------------------------------------------------------------------------
+// ---- host ---------------------------------------------------------------------------------------
 
 // Planes whose rows are the lines of the lists.
 Planes by_line(const Planes& planes, int64_t rows, int64_t cols, bool by_column, Device& device) {

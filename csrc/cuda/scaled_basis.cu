@@ -1,22 +1,25 @@
-// A'[c, k] = lam[j, i] * A[j, k] * gam[i, k], c = j * n + i, and its gradients (PEFT's UniqueBaseGrad):
+// A'[c, k] = lam[j, i] * A[j, k] * gam[i, k], c = j * n + i, and its gradients (PEFT's
+// UniqueBaseGrad):
 //
 //   dlam[j, i] = sum over k of grad A gam        dgam[i, k] = sum over j of grad A lam
 //
-// A, lam and gam are dense factors here: their zeros are multiplied, as on the CPU, so 0 * inf is NaN.
+// A, lam and gam are dense factors here, as on the CPU: a zero times infinity is NaN.
 //
-// Forward. A thread holds four rows of A in 16 bytes' worth of columns and walks eight bases: 32 rows
-// of A' for four reads of A and eight of gam, where one read of each per row would draw 8 bytes out
-// of L2 for the 2 that are written.
+// Forward. A thread holds four rows of A in 16 bytes' worth of columns and walks eight bases: 32
+// rows of A' for four reads of A and eight of gam, where one read of each per row would draw 8
+// bytes out of L2 for the 2 that are written.
 //
-// Backward. A warp takes one base i, 16 bytes' worth of columns a lane and up to 32 rows j, whose grad
-// it reads once, four rows on their way at a time. dgam adds up in the lanes' registers. For dlam each
-// lane leaves one number a row in shared memory, and lane j adds up those of row j: two shared
-// accesses a row where shuffles would take five. A row wider than a warp, or r > 32, gives partial
-// sums in scratch that a second kernel adds in order: no atomics, the same result every time.
+// Backward. A warp takes one base i, 16 bytes' worth of columns a lane and up to 32 rows j, whose
+// grad it reads once, four rows on their way at a time. dgam adds up in the lanes' registers. For
+// dlam each lane leaves one number a row in shared memory, and lane j adds up those of row j: two
+// shared accesses a row where shuffles would take five. A row wider than a warp, or r > 32, gives
+// partial sums in scratch that a second kernel adds in order: no atomics, the same result every
+// time.
 //
 // 4096 x 4096, r = 32, bf16 on an H100: A' is written and grad is read once, 34 MB, 10 us each way
-// at 3.35 TB/s (fp32: 67 MB, 20 us). A (0.5 MB) and gam (2 MB) stay in L2: 25 MB drawn from it forward,
-// 19 MB backward. Multiplications: 34 M forward, 67 M fused backward, 2 us. Memory binds both.
+// at 3.35 TB/s (fp32: 67 MB, 20 us). A (0.5 MB) and gam (2 MB) stay in L2, which gives 25 MB
+// forward and 19 MB backward. Multiplications: 34 M forward, 50 M backward, 2 us. Memory binds
+// both.
 #include "columns.h"
 #include "kernels.h"
 #include "launch.h"
@@ -66,7 +69,7 @@ RANDLORA_HD int64_t shared_of_warp() {
   return int64_t{kBatch} * kStride * int64_t{sizeof(C)};
 }
 
-// dlam: (parts, r, n), part by part of the columns; dgam: (batches, n, d), batch by batch of the rows.
+// dlam: (parts, r, n), a sum for each part of the columns; dgam: (batches, n, d), of the rows.
 template <class S, bool Aligned, class C = typename ComputeOf<S>::type>
 __global__ void scaled_basis_backward_kernel(int64_t r, int64_t n, int64_t d,
                                              const C* __restrict__ A, const C* __restrict__ lam,

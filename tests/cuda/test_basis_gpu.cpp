@@ -86,7 +86,7 @@ Packed pack(const Words& words, int64_t rows, int64_t cols, bool by_column, bool
   return packed;
 }
 
-// ---- the vectors of the specification ------------------------------------------------------------
+// ---- the vectors of the specification -----------------------------------------------------------
 
 template <class T>
 std::string joined(const std::vector<T>& values) {
@@ -138,7 +138,7 @@ void vectors(const char* path) {
   EXPECT(records > 30, "%d records in %s", records, path);
 }
 
-// ---- against the CPU -----------------------------------------------------------------------------
+// ---- against the CPU ----------------------------------------------------------------------------
 
 void generation() {
   ThreadRuntime rt(1);
