@@ -1,7 +1,7 @@
 // Dense forms of a ternary matrix, as csrc/cpu/packing.cpp makes and reads them.
 //
 //   planes_to_dense, lists_to_dense   out (rows, cols) = value * ternary element, in any dtype
-//   pack_dense                        planes of a matrix with elements -a, 0 and +a only, where a is
+//   pack_dense                        planes of a matrix with elements -a, 0, +a only, where a is
 //                                     the magnitude of its first element that is not zero
 //
 // Blocks take rows, threads 16 bytes of a row each. Expansion writes the dense matrix once: 34 MB

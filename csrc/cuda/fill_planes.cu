@@ -1,6 +1,6 @@
 // Generation: bit planes of any slice of a seed's infinite ternary matrix (docs/basis-spec.md).
 //
-//   planes[s][q][w] bit b: element (role, row_start + q, col_start + 64w + b) is +1 / -1 (s = 0 / 1)
+//   planes[s][q][w] bit b: element (role, row_start + q, col_start + 64w + b) is +1 (s = 0), -1 (1)
 //
 // One thread makes one word of both planes: it walks the 16 counters of a group of 64 columns, and
 // each gives it four bits. Sixteen threads that shared a group by ballots would need the same
