@@ -101,7 +101,7 @@ constexpr int kAhead = 4;  // entries whose values are loaded before the first i
 // An entry of B, unpacked: where its compact row is and where it goes.
 struct Entry {
   int64_t value;      // byte offset of its row in `value`, in this chunk of columns
-  uint32_t position;  // first of its positions
+  uint32_t position;  // byte offset of its first position
   int count;          // of positions
 
   // As it lies in shared memory: one access.
@@ -121,54 +121,86 @@ struct Batch {
   uint32_t minus, last;  // it is subtracted; it is the last of its j
 };
 
-// Adds a batch to the row: of each compact row the positions `from` .., a lane every 32nd. `value` and
-// `position` are this lane's, at `from`.
+// Entries whose values are on their way.
 template <class C>
-__device__ __forceinline__ void add_batch(Batch b, int entries, int from, const C* value,
-                                          const uint16_t* position, C* row) {
-  C sum[kSteps] = {};
-  for (int e0 = 0; e0 < entries; e0 += kAhead) {
-    C v[kAhead][kSteps];
-    Entry entry[kAhead];
+struct Ahead {
+  Entry entry[kAhead];
+  C v[kAhead][kSteps];
+
+  // `value` is this lane's, at position `from`.
+  __device__ __forceinline__ void load(const uint4* batch, int from, const C* value) {
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
-      entry[u] = Entry::of(b.entry[e0 + u]);
+      entry[u] = Entry::of(batch[u]);
       const C* mine =
           reinterpret_cast<const C*>(reinterpret_cast<const char*>(value) + entry[u].value);
 #pragma unroll
       for (int t = 0; t < kSteps; ++t)
         v[u][t] = from + 32 * t < entry[u].count ? mine[32 * t] : C(0);
     }
+  }
+};
+
+// Sums of one rank index at this lane's positions, and where they go.
+template <class C>
+struct Sums {
+  const uint16_t* position;  // this lane's, at `from`
+  C* row;
+  int from, nowhere;  // positions that S_j does not have; an element of the row that nobody reads
+  C sum[kSteps];
+
+  __device__ __forceinline__ void add(const Ahead<C>& a, uint32_t minus, uint32_t last) {
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
-      const C sign = b.minus >> u & 1 ? C(-1) : C(1);
+      const C sign = minus >> u & 1 ? C(-1) : C(1);
 #pragma unroll
-      for (int t = 0; t < kSteps; ++t) sum[t] += sign * v[u][t];
-      if (b.last >> u & 1) {
-        const uint16_t* to = position + entry[u].position;
-        int at[kSteps];
-#pragma unroll
-        for (int t = 0; t < kSteps; ++t) at[t] = from + 32 * t < entry[u].count ? to[32 * t] : -1;
-#pragma unroll
-        for (int t = 0; t < kSteps; ++t)  // all differ, so all can be loaded before one is stored
-          if (at[t] >= 0) sum[t] += row[at[t]];
-#pragma unroll
-        for (int t = 0; t < kSteps; ++t) {
-          if (at[t] >= 0) row[at[t]] = sum[t];
-          sum[t] = C(0);
-        }
-        __syncwarp();
-      }
+      for (int t = 0; t < kSteps; ++t) sum[t] += sign * a.v[u][t];
+      if (last >> u & 1) flush(a.entry[u]);
     }
-    b.minus >>= kAhead;
-    b.last >>= kAhead;
+  }
+
+  // The positions of one rank index all differ, so all can be loaded before one is stored.
+  __device__ __forceinline__ void flush(const Entry& e) {
+    const auto* to =
+        reinterpret_cast<const uint16_t*>(reinterpret_cast<const char*>(position) + e.position);
+    const int left = e.count - from;
+    int at[kSteps];
+#pragma unroll
+    for (int t = 0; t < kSteps; ++t) at[t] = 32 * t < left ? to[32 * t] : nowhere;
+#pragma unroll
+    for (int t = 0; t < kSteps; ++t) sum[t] += row[at[t]];
+#pragma unroll
+    for (int t = 0; t < kSteps; ++t) {
+      row[at[t]] = sum[t];
+      sum[t] = C(0);
+    }
+    __syncwarp();
+  }
+};
+
+// Adds a batch to the row: of each compact row the positions p .. p + 32 * kSteps.
+template <class C>
+__device__ __forceinline__ void add_batch(Batch b, int entries, int p, const C* value,
+                                          const uint16_t* position, C* row, int nowhere) {
+  const int from = p + threadIdx.x % 32;
+  Sums<C> sums{position + from, row, from, nowhere, {}};
+  Ahead<C> first, second;
+  first.load(b.entry, from, value + from);
+  for (int e = 0; e < entries; e += 2 * kAhead) {
+    second.load(b.entry + e + kAhead, from, value + from);
+    sums.add(first, b.minus, b.last);
+    if (e + 2 * kAhead < entries) first.load(b.entry + e + 2 * kAhead, from, value + from);
+    sums.add(second, b.minus >> kAhead, b.last >> kAhead);
+    b.minus >>= 2 * kAhead;
+    b.last >>= 2 * kAhead;
   }
 }
 
 // The sums of row o in chunk q of columns, added to `row`.
 template <class C>
 __device__ __forceinline__ void add_row(const Prepared<C>& in, int64_t o, int64_t q,
-                                        const uint16_t* position, uint4* batch, C* row) {
+                                        const uint16_t* position, uint4* batch, C* row,
+                                        int nowhere) {
   const int lane = threadIdx.x % 32;
   const uint32_t n = static_cast<uint32_t>(in.n);
   const uint32_t *below = in.below + q * in.r, *upto = below + in.r;
@@ -181,16 +213,16 @@ __device__ __forceinline__ void add_row(const Prepared<C>& in, int64_t o, int64_
     if (lane < entries) {
       const int64_t first = in.a_offset[2 * j], support = in.a_offset[2 * j + 2] - first;
       mine.value = (first * in.n + int64_t{c - j * n} * support + below[j]) * int64_t{sizeof(C)};
-      mine.position = static_cast<uint32_t>(first) + below[j];
+      mine.position = (static_cast<uint32_t>(first) + below[j]) * uint32_t{sizeof(uint16_t)};
       mine.count = static_cast<int>(upto[j] - below[j]);
     }
-    const Batch b{batch, __ballot_sync(kWarp, packed % 2),
-                  __ballot_sync(kWarp, next != j || lane >= entries - 1)};
+    const bool last = next != j ? lane < entries : lane == entries - 1;
+    const Batch b{batch, __ballot_sync(kWarp, packed % 2), __ballot_sync(kWarp, last)};
     __syncwarp();
     batch[lane] = mine.packed();
     __syncwarp();
     for (int p = 0; __any_sync(kWarp, p < mine.count); p += 32 * kSteps)
-      add_batch(b, entries, p + lane, in.value + p + lane, position + p + lane, row);
+      add_batch(b, entries, p, in.value, position, row, nowhere);
   }
 }
 
@@ -272,7 +304,8 @@ __global__ void __launch_bounds__(256, 2)
   __syncthreads();
   C* row = tile + warp * t.stride;
   for (int w = warp; w < rows; w += warps, row += warps * t.stride)
-    add_row(in, o0 + w, q, t.positions ? staged : in.position, batches + warp * 32, row);
+    add_row(in, o0 + w, q, t.positions ? staged : in.position, batches + warp * 32, row,
+            static_cast<int>(in.columns) + threadIdx.x % 32);
   if constexpr (Transposed) {
     __syncthreads();
     store_columns(tile, k0, columns, o0, rows, D, t, store);
@@ -286,7 +319,7 @@ __global__ void __launch_bounds__(256, 2)
 // What a block may use of an SM's 227 KB: three blocks of 4 warps, a row of 16 KB each; or two of 8
 // warps with 16 rows.
 constexpr int kRowWarps = 4;
-constexpr int64_t kRowBytes = 16 << 10, kTransposedBytes = 104 << 10, kPositionBytes = 8 << 10;
+constexpr int64_t kRowBytes = 16 << 10, kTransposedBytes = 104 << 10, kPositionBytes = 6 << 10;
 
 template <class S, bool Transposed>
 void delta_weight_as(const DeltaWeight& p, Device& device) {
@@ -296,10 +329,11 @@ void delta_weight_as(const DeltaWeight& p, Device& device) {
   const DeltaStore<S> store(p);
   const int threads = std::min(device.max_threads, Transposed ? 256 : 32 * kRowWarps);
   const int64_t batches = threads * int64_t{sizeof(uint4)};
-  // Transposed, runs of a column lie in different banks where the stride is 2 modulo 32.
-  const int64_t rows = Transposed ? kTransposedRows : threads / 32, pad = Transposed ? 2 : 0;
-  const int64_t room =
-      std::min(device.shared_bytes - batches, Transposed ? kTransposedBytes : rows * kRowBytes);
+  // Behind a row 32 elements that nobody reads. Transposed, runs of a column lie in different banks
+  // where the stride is 2 modulo 32.
+  const int64_t rows = Transposed ? kTransposedRows : threads / 32, pad = Transposed ? 34 : 32;
+  const int64_t room = std::min(device.shared_bytes - batches,
+                                Transposed ? kTransposedBytes : rows * (kRowBytes + 128));
   const int64_t most = (room / (rows * int64_t{sizeof(C)}) - pad) / 32 * 32;
   const int64_t chunks = ceil_div(b.d, std::max<int64_t>(most, 32));
   const int64_t columns = ceil_div(ceil_div(b.d, chunks), 32) * 32;

@@ -25,6 +25,7 @@
 // sector for every element of S_j in every row, 268 MB of L2 traffic: 49 us in place of 14 + 7.
 #include <algorithm>
 
+#include "../core/stochastic.h"
 #include "delta_weight.h"
 #include "element.h"
 #include "launch.h"
@@ -104,21 +105,40 @@ __global__ void transpose_kernel(const S* in, int64_t D, int64_t d, Lists<Index>
 template <class S>
 constexpr int kGroup = 16 / int(sizeof(S));  // positions a block takes
 constexpr int kTeam = 8;                     // lanes that share a column of B
+constexpr int kAhead = 4;                    // entries of it that a lane takes at a time
 
 // Groups of positions before rank index j, with room for a part group in each.
-template <class Index>
-__device__ __forceinline__ int64_t groups_before(const Lists<Index>& a, int64_t j, int group) {
-  return (a.plus(j) + j * (group - 1)) / group;
+template <int Group, class Index>
+__device__ __forceinline__ int64_t groups_before(const Lists<Index>& a, int64_t j) {
+  return (a.plus(j) + j * (Group - 1)) / Group;
 }
 
-template <class Index>
-__device__ __forceinline__ int64_t rank_of_group(const Lists<Index>& a, int64_t r, int64_t g,
-                                                 int group) {
+template <int Group, class Index>
+__device__ __forceinline__ int64_t rank_of_group(const Lists<Index>& a, int64_t r, int64_t g) {
   int started = 0;
-  for (int64_t j = threadIdx.x % 32; j < r; j += 32) started += groups_before(a, j, group) <= g;
+#pragma unroll 1
+  for (int64_t j = threadIdx.x % 32; j < r; j += 32) started += groups_before<Group>(a, j) <= g;
 #pragma unroll
   for (int step = 16; step != 0; step /= 2) started += __shfl_xor_sync(kWarp, started, step);
   return started - 1;
+}
+
+// sum += sign * (the elements of 16 bytes)
+template <int N, class C>
+__device__ __forceinline__ void add_words(C (&sum)[N], C sign, uint4 words, bf16) {
+  const uint32_t w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int u = 0; u < 4; ++u) {  // in place, the upper half is a float but for the lower one's bits
+    sum[2 * u] += sign * float_of_bits(w[u] << 16);
+    sum[2 * u + 1] += sign * float_of_bits(w[u] & 0xffff0000u);
+  }
+}
+template <int N, class C, class S>
+__device__ __forceinline__ void add_words(C (&sum)[N], C sign, uint4 words, S) {
+  S v[N];
+  memcpy(v, &words, 16);
+#pragma unroll
+  for (int u = 0; u < N; ++u) sum[u] += sign * widen(v[u]);
 }
 
 // Sums over the team's lanes; lane l keeps that of position l / (kTeam / N), returned.
@@ -138,64 +158,110 @@ __device__ __forceinline__ C team_sum(C (&sum)[N]) {
   return sum[0];
 }
 
-// Z[t][x][i]: of rows o in tile t, for entry x of A's lists and base i. blockIdx.x: group of positions.
-template <class S, class Index>
-__global__ void gather_kernel(const S* GT, int64_t D, int64_t r, int64_t n, Lists<Index> a,
-                              Lists<Index> b_cols, int64_t rows, int64_t tiles, int64_t positions,
-                              typename ComputeOf<S>::type* Z) {
-  using C = typename ComputeOf<S>::type;
-  constexpr int N = kGroup<S>;
-  uint4* tile = reinterpret_cast<uint4*>(shared_memory());  // (rows): N positions each
-  const int64_t j = rank_of_group(a, r, blockIdx.x, N);
-  const int64_t x0 = a.plus(j) + (blockIdx.x - groups_before(a, j, N)) * N;
-  if (x0 >= a.end(j)) return;  // the room was not needed
-  const int here = static_cast<int>(min(a.end(j) - x0, int64_t{N}));
-  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int team = threadIdx.x % 32 / kTeam, lane = threadIdx.x % kTeam;
-
-  for (int64_t t = blockIdx.y; t < tiles; t += gridDim.y) {
-    const int64_t o0 = t * rows, o1 = min(o0 + rows, D);
-    for (int64_t o = o0 + threadIdx.x; o < o1; o += blockDim.x) {
-      S v[N] = {};
+// tile[o] = element o of each column; zero for those past `here`. Rows of 16-bit elements are loaded in
+// pairs where `in_words` says that the columns are aligned for it.
+template <int N, class S>
+__device__ __forceinline__ void fill_tile(const S* const (&column)[N], int here, int height,
+                                          bool in_words, uint4* tile) {
+  int o = threadIdx.x;
+  if constexpr (sizeof(S) == 2) {
+    for (int pair = o; in_words && pair < height / 2; pair += blockDim.x) {
+      uint32_t w[N], low[N / 2], high[N / 2];
 #pragma unroll
       for (int u = 0; u < N; ++u)
-        if (u < here) v[u] = GT[a.index[x0 + u] * D + o];
-      uint4 words;
-      memcpy(&words, v, 16);
-      tile[o - o0] = words;
-    }
-    __syncthreads();
-    constexpr int kTeams = 32 / kTeam;
-    for (int64_t i0 = warp * kTeams; i0 < n; i0 += warps * kTeams) {
-      const int64_t i = i0 + team, c = j * n + min(i, n - 1);
-      int64_t plus = b_cols.plus(c), minus = b_cols.minus(c), end = b_cols.end(c);
-      int64_t plus_end = minus;
-      if (tiles > 1) {  // four lanes find where the tile's rows begin and end in either run
-        const bool second = lane & 2;
-        const int64_t found = lower_bound(b_cols.index, second ? minus : plus, second ? end : minus,
-                                          lane & 1 ? o1 : o0);
-        plus = __shfl_sync(kWarp, found, 0, kTeam);
-        plus_end = __shfl_sync(kWarp, found, 1, kTeam);
-        minus = __shfl_sync(kWarp, found, 2, kTeam);
-        end = __shfl_sync(kWarp, found, 3, kTeam);
-      }
-      const int64_t pluses = plus_end - plus, count = pluses + end - minus;
-      C sum[N] = {};
-#pragma unroll 4
-      for (int64_t e = lane; e < count; e += kTeam) {
-        const bool is_plus = e < pluses;
-        const uint4 words = tile[b_cols.index[is_plus ? plus + e : minus + e - pluses] - o0];
-        S v[N];
-        memcpy(v, &words, 16);
+        w[u] = u < here ? reinterpret_cast<const uint32_t*>(column[u])[pair] : 0;
 #pragma unroll
-        for (int u = 0; u < N; ++u) sum[u] += (is_plus ? C(1) : C(-1)) * widen(v[u]);
+      for (int u = 0; u < N; u += 2) {
+        low[u / 2] = (w[u] & 0xffffu) | w[u + 1] << 16;
+        high[u / 2] = w[u] >> 16 | (w[u + 1] & 0xffff0000u);
       }
-      const C z = team_sum(sum);
-      constexpr int kCopies = kTeam / N;  // lanes that end with the same sum
-      const int u = lane / kCopies;
-      if (i < n && u < here && lane % kCopies == 0) Z[(t * positions + x0 + u) * n + i] = z;
+      tile[2 * pair] = make_uint4(low[0], low[1], low[2], low[3]);
+      tile[2 * pair + 1] = make_uint4(high[0], high[1], high[2], high[3]);
     }
-    __syncthreads();
+    if (in_words) o += height / 2 * 2;
+  }
+  for (; o < height; o += blockDim.x) {
+    S v[N] = {};
+#pragma unroll
+    for (int u = 0; u < N; ++u)
+      if (u < here) v[u] = column[u][o];
+    uint4 words;
+    memcpy(&words, v, 16);
+    tile[o] = words;
+  }
+}
+
+// sum += the rows of the tile that a part of a list names, the first `pluses` of `count`, minus the others.
+// A lane takes every kTeam-th; past the end it takes the row of zeros, `rows`.
+template <int N, class Index, class C, class S>
+__device__ __forceinline__ void add_rows(const Index* list, int count, int pluses, int64_t o0,
+                                         int rows, const uint4* tile, C (&sum)[N], S) {
+  const int lane = threadIdx.x % kTeam;
+  const Index* at = list + lane;
+  const int first = static_cast<int>(o0), none = first + rows;
+  for (int e = lane; e < count; e += kTeam * kAhead, at += kTeam * kAhead) {
+    int o[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u)
+      o[u] = e + u * kTeam < count ? static_cast<int>(at[u * kTeam]) : none;
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u)
+      add_words(sum, e + u * kTeam < pluses ? C(1) : C(-1), tile[o[u] - first], S{});
+  }
+}
+
+// Z[t][x][i]: of rows o in tile t, for entry x of A's lists and base i.
+template <class S, class Index>
+__global__ void gather_kernel(const S* GT, int64_t D, int64_t r, int64_t n, Lists<Index> a,
+                              Lists<Index> b_cols, int rows, unsigned tiles, bool in_words,
+                              int64_t positions, typename ComputeOf<S>::type* Z) {
+  using C = typename ComputeOf<S>::type;
+  constexpr int N = kGroup<S>;
+  uint4* tile =
+      reinterpret_cast<uint4*>(shared_memory());  // (rows + 1): N positions each; zeros at the end
+  const unsigned group = blockIdx.x / tiles, t = blockIdx.x % tiles;
+  const int64_t j = rank_of_group<N>(a, r, group);
+  const int64_t x0 = a.plus(j) + (group - groups_before<N>(a, j)) * N;
+  if (x0 >= a.end(j)) return;  // the room was not needed
+  const int here = static_cast<int>(min(a.end(j) - x0, int64_t{N}));
+
+  const int64_t o0 = int64_t{t} * rows;
+  const int height = static_cast<int>(min(D - o0, int64_t{rows}));
+  const S* column[N];
+#pragma unroll
+  for (int u = 0; u < N; ++u) column[u] = GT + (u < here ? a.index[x0 + u] : 0) * D + o0;
+  fill_tile<N>(column, here, height, in_words, tile);
+  if (threadIdx.x == 0) tile[rows] = make_uint4(0, 0, 0, 0);
+  __syncthreads();
+
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int team = threadIdx.x % 32 / kTeam, lane = threadIdx.x % kTeam;
+  constexpr int kTeams = 32 / kTeam;
+  for (int64_t i0 = warp * kTeams; i0 < n; i0 += warps * kTeams) {
+    const int64_t i = i0 + team, c = j * n + min(i, n - 1);
+    int64_t plus = b_cols.plus(c), minus = b_cols.minus(c), end = b_cols.end(c), plus_end = minus;
+    if (tiles > 1) {  // four lanes find where the tile's rows begin and end in either run
+      const bool second = lane & 2;
+      const int64_t found = lower_bound(b_cols.index, second ? minus : plus, second ? end : minus,
+                                        lane & 1 ? o0 + rows : o0);
+      plus = __shfl_sync(kWarp, found, 0, kTeam);
+      plus_end = __shfl_sync(kWarp, found, 1, kTeam);
+      minus = __shfl_sync(kWarp, found, 2, kTeam);
+      end = __shfl_sync(kWarp, found, 3, kTeam);
+    }
+    // The runs lie one behind the other, but for what belongs to other tiles.
+    const int pluses = static_cast<int>(plus_end - plus), minuses = static_cast<int>(end - minus);
+    C sum[N] = {};
+    if (tiles == 1) {
+      add_rows(b_cols.index + plus, pluses + minuses, pluses, o0, rows, tile, sum, S{});
+    } else {
+      add_rows(b_cols.index + plus, pluses, pluses, o0, rows, tile, sum, S{});
+      add_rows(b_cols.index + minus, minuses, 0, o0, rows, tile, sum, S{});
+    }
+    const C z = team_sum(sum);
+    constexpr int kCopies = kTeam / N;  // lanes that end with the same sum
+    const int u = lane / kCopies;
+    if (i < n && u < here && lane % kCopies == 0) Z[(t * positions + x0 + u) * n + i] = z;
   }
 }
 
@@ -290,7 +356,7 @@ __global__ void contract_kernel(Contract<C, Index> p) {
 
 // ---- host ----------------------------------------------------------------------------------------
 
-constexpr int64_t kGatherBytes = 64 << 10;  // three blocks an SM of an H100
+constexpr int64_t kGatherBytes = 64 << 10;  // 4096 rows: three blocks an SM of an H100
 
 template <class S, class Index>
 void delta_weight_backward_as(const DeltaWeightBackward& p, Device& device) {
@@ -308,15 +374,15 @@ void delta_weight_backward_as(const DeltaWeightBackward& p, Device& device) {
            turned);
     GT = turned;
   }
-  const int64_t most = std::min(device.shared_bytes, kGatherBytes) / int64_t{sizeof(uint4)};
-  const int64_t tiles = ceil_div(b.D, most), rows = ceil_div(b.D, tiles);
+  const int64_t most = std::min(device.shared_bytes, kGatherBytes) / int64_t{sizeof(uint4)} / 2 * 2;
+  const int64_t tiles = ceil_div(b.D, most), rows = ceil_div(ceil_div(b.D, tiles), 2) * 2;
+  const bool in_words = b.D % 2 == 0 && reinterpret_cast<uintptr_t>(GT) % 4 == 0;
   C* Z = scratch<C>(device, tiles * b.a.count * b.n);
   const int64_t groups = (b.a.count + b.r * (kGroup<S> - 1)) / kGroup<S>;
-  launch(
-      device, "delta_weight_gather", gather_kernel<S, Index>,
-      dim3(static_cast<unsigned>(groups), static_cast<unsigned>(std::min<int64_t>(tiles, 65535))),
-      std::min(device.max_threads, 256), rows * int64_t{sizeof(uint4)}, GT, b.D, b.r, b.n, a,
-      b.b_cols.as<Index>(), rows, tiles, b.a.count, Z);
+  launch(device, "delta_weight_gather", gather_kernel<S, Index>,
+         static_cast<unsigned>(groups * tiles), std::min(device.max_threads, 256),
+         (rows + 1) * int64_t{sizeof(uint4)}, GT, b.D, b.r, b.n, a, b.b_cols.as<Index>(), rows,
+         tiles, in_words, b.a.count, Z);
 
   const int threads = std::min(device.max_threads, 128), warps = threads / 32;
   const int64_t across = ceil_div(b.n, kBases);
