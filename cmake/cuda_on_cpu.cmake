@@ -21,6 +21,13 @@ function(randlora_cuda_test NAME)
     target_link_libraries(test_cuda_${NAME} PRIVATE randlora_cuda_on_cpu)
   endif()
   add_test(NAME cuda_${NAME} COMMAND test_cuda_${NAME})
+  if(NOT RANDLORA_SANITIZE)  # the other orders of blocks and threads
+    foreach(schedule reverse random:1)
+      add_test(NAME cuda_${NAME}_${schedule} COMMAND test_cuda_${NAME})
+      set_tests_properties(cuda_${NAME}_${schedule} PROPERTIES
+        ENVIRONMENT CUDA_ON_CPU_SCHEDULE=${schedule})
+    endforeach()
+  endif()
 endfunction()
 
 foreach(source ${cuda_tests})

@@ -418,6 +418,8 @@ std::string error_of(const F& f) {
   return "";
 }
 void errors() {
+  const auto before = cuda_on_cpu::schedule;
+  cuda_on_cpu::schedule = {};
   std::vector<float> out(128);
   const auto start = [&](void (*kernel)(float*), int threads) {
     return error_of([&] { launch(device, "k", kernel, dim3(1, 3), threads, 512, out.data()); });
@@ -431,6 +433,7 @@ void errors() {
   EXPECT(start(missing_barrier, 33) != "", "33 threads");
   EXPECT((start(blocks_overlap, 160) != "") == kThread, "160 threads");
   reuse();  // after an error all is as before
+  cuda_on_cpu::schedule = before;
 }
 
 void schedules() {

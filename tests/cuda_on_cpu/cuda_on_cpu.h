@@ -1,6 +1,6 @@
 // CUDA's language, as far as csrc/cuda speaks it, for g++: the very same .cu files run on the CPU,
-// one fiber a CUDA thread, so that sanitizers and checks see them. docs/cuda-on-cpu.md says what it
-// can see and what it cannot. This file has the language; engine.h runs the threads of a block.
+// one fiber a CUDA thread, so that sanitizers and checks see them (docs/cuda-on-cpu.md). This file has
+// the language, ptx_on_cpu.h the instructions, engine.h runs grids, fiber.h switches threads.
 #pragma once
 #include <math.h>
 #include <string.h>
@@ -145,6 +145,7 @@ template <class T>
 T shuffle(Site site, unsigned mask, T value, int source, int width, bool out_of_segment) {
   static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "no such shuffle");
   require(width > 0 && width <= 32 && (width & (width - 1)) == 0, site, "width is no power of two");
+  require(out_of_segment || (source >= 0 && source < 32), site, "no such lane");
   Shuffle s{0, 0, out_of_segment ? lane() : source};
   memcpy(&s.in, &value, sizeof(T));
   collective(site, mask, &s, shuffle_lanes);

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -132,7 +133,8 @@ inline void require(bool holds, const Site& site, const char* what) {
 // True for the last of `expected` threads.
 CUDA_ON_CPU_UNSEEN inline bool arrive(Meeting& m, const Site& site, int expected) {
   if (m.arrived == 0) m.site = site;
-  if (m.site.line != site.line || strcmp(m.site.what, site.what) || strcmp(m.site.file, site.file))
+  const auto differ = [](const char* a, const char* b) { return a != b && strcmp(a, b); };
+  if (m.site.line != site.line || differ(m.site.what, site.what) || differ(m.site.file, site.file))
     fail(text(site) + " is divergent: others wait for " + text(m.site));
   if (++m.arrived < expected) return false;
   m.arrived = 0;
@@ -256,6 +258,8 @@ CUDA_ON_CPU_UNSEEN inline void run(const char* kernel, dim3 grid, int threads, s
   need(grid.x > 0 && grid.y > 0 && grid.z > 0, "empty grid");
   need(grid.x < 1u << 31 && grid.y < 1u << 16 && grid.z < 1u << 16, "grid size");
   need(shared_bytes <= 227 << 10, "shared memory");
+  static std::mutex one_launch_at_a_time;  // Python's autograd has a thread of its own
+  const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
   Block& b = block;
   b.kernel = kernel, b.body = &body, b.threads = threads, b.shared_bytes = shared_bytes;
   b.error.clear();

@@ -28,13 +28,15 @@ extern "C" void AnnotateIgnoreWritesEnd(const char*, int);
 #endif
 
 // Code that the sanitizers do not see. What it hides it must not hand to code that they do.
-#define CUDA_ON_CPU_UNSEEN __attribute__((no_sanitize("thread"), no_sanitize("address")))
+#define CUDA_ON_CPU_UNSEEN \
+  __attribute__((no_sanitize("thread"), no_sanitize("address"), no_sanitize("undefined")))
 
 #if defined(__x86_64__)
 // void cuda_on_cpu_switch(void** save, void* to): registers that a callee keeps, and the stack.
 asm(R"(
 .pushsection .text.cuda_on_cpu_switch,"axG",@progbits,cuda_on_cpu_switch,comdat
 .weak cuda_on_cpu_switch
+.hidden cuda_on_cpu_switch
 .type cuda_on_cpu_switch,@function
 cuda_on_cpu_switch:
   pushq %rbp
