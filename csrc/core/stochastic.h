@@ -41,9 +41,9 @@ RANDLORA_HD uint32_t bits_of_float(float f) {
   return bits;
 }
 
-// `u` is the random word. NaN and infinity stay what they are. Past the largest finite value the next
-// neighbour is the power of two that would follow, stored as infinity: between the two x becomes
-// infinity with the same probability as elsewhere, and from there on always.
+// `u` is the random word. NaN and infinity stay what they are. Past the largest finite value the
+// next neighbour is the power of two that would follow, stored as infinity: between the two x
+// becomes infinity with the same probability as elsewhere, and from there on always.
 // No early returns: selections cost a GPU less than branches.
 RANDLORA_HD bf16 round_stochastic(float x, uint32_t u, bf16) {
   const uint32_t bits = bits_of_float(x), magnitude = bits & 0x7fffffffu;

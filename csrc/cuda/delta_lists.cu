@@ -1,99 +1,46 @@
-// dW = scale * B @ A' (D, d), or its transpose, plus a base, from lists: density^2 of a GEMM's work.
+// dW = scale * B @ A' (D, d) or its transpose, plus a base, from lists: density^2 of a GEMM's work.
 //
 // For a rank index j the n rows of A' share the support S_j, so they are kept compactly, fp32:
 //   value[j][i][p] = A[j, k] lam[j, i] gam[i, k],  k = S_j[p]
-// and row o of dW is, for each j, the signed sum of the rows i with B[o, (j, i)] != 0, added once at
-// the positions S_j.
+// and row o of dW is, for each j, the signed sum of the rows i with B[o, (j, i)] != 0, added once
+// at the positions S_j.
 //
-//   prepare   makes value, and regroups what the lists hold so that the rows of dW are one walk each:
-//             the entries of a row of B by j, those of a row of A by chunks of columns
-//   form      a warp takes a row of dW, a chunk of columns (4096 in fp32) at a time, in shared memory.
-//             32 entries of B are unpacked by a lane each; then lanes are positions of S_j: up to 96
-//             sums in registers over the entries of one j, added to the row when j ends. Positions of
-//             one j differ, so plain additions do, with a warp barrier from j to j. The values of
-//             four entries are on their way at a time.
+//   prepare   (delta_prepare.h) makes value, and regroups what the lists hold so that a row of dW
+//             is one walk: the entries of a row of B by j, those of a row of A by chunks of columns
+//   form      a warp takes a row of dW, a chunk of columns (4096 in fp32) at a time, in shared
+//             memory. A lane each unpacks 32 entries of B; then lanes are positions of S_j: up to
+//             96 sums in registers over the entries of one j, added to the row when j ends.
+//             Positions of one j differ, so plain additions do, with a warp barrier from j to j.
+//             The values of eight entries are on their way at a time.
 //             Transposed, a block has 16 rows at once, so that whole sectors of dW^T are stored.
 //
-// 4096 x 4096, bf16, density 1/64, r = 32 on an H100. A row of B has 64 entries in 28 of the 32 j; S_j
-// has 64 positions: 4096 additions a row of dW, and 1770 places where a sum is added.
+// 4096 x 4096, bf16, density 1/64, r = 32 on an H100. A row of B has 64 entries in 28 of the 32 j;
+// S_j has 64 positions: 4096 additions a row of dW, and 1770 places where a sum is added.
 //   bytes     34 MB of dW to memory: 10 us. value is 1 MB, in L2; 67 MB of it are read: 12 us at
 //             5.5 TB/s, beside the writes
-//   shared    a row: 27.7 j * 2.5 steps * 7 cycles (load and store at 32 random banks: 3.5 each) +
-//             3 * 128 to clear and read it = 870; with the loads of values 1000 cycles. 31 rows an
-//             SM: 31,000 cycles = 18 us at 1.7 GHz
-//   issue     64 entries * 18 + 27.7 j * 22 + 32 stores * 12 + unpacking 200 = 2350 instructions a
-//             row, 73,000 an SM: 18,000 cycles at 4 a cycle
-// 16 KB a row leave 12 warps an SM, so latency matters: hence the loads ahead. Expected: 20 to 25 us,
-// bound by shared memory. Summing an entry at a time into the row would double its share, and two
-// runs a row (+1, then -1) in place of regrouped ones would add 40 of 28 j: half as much again.
-// At density 0.07 it is 82,000 additions a row and L2 binds: 1.3 GB, 250 us. Bit planes and tensor
-// cores do better from about 1/30 on.
+//   shared    a row: 28 j * 2.5 steps * 8 cycles (position; load and store at 32 random banks, 3.5
+//             each) + 256 to clear and read it + 64 entries + 230 values and stores: 1100 cycles.
+//             31 rows an SM: 34,000 cycles, 20 us at 1.7 GHz
+//   issue     a row: 64 entries * 23 + 28 j * 31 + 32 stores * 20 + 430 = 3400 instructions;
+//             105,000 an SM: 26,000 cycles at 4 a cycle, 16 us
+// 16 KB a row leave 12 warps an SM, hence the loads ahead. Expected 25 us with `prepare` (3 us),
+// bound by shared memory and issue; not measured. Adding every entry to the row for itself would
+// take 64 in place of 28 such steps, and two runs a row (+1, then -1) 40. Transposed the entries
+// are walked for three chunks: 35 us. Stochastic rounding computes 4.2 million Philox blocks, 110
+// instructions a warp each: 20 us more.
+// At density 0.07 there are 82,000 additions a row, and L2 binds: 1.3 GB, 250 us. There the product
+// of bit planes (delta_planes.cu) is about as fast.
+//
+// Zeros of A and B contribute nothing: an infinity of gamma reaches only what it is connected to.
 #include <algorithm>
 
+#include "delta_prepare.h"
 #include "delta_store.h"
 #include "delta_weight.h"
-#include "launch.h"
-#include "list_blocks.h"
 
 namespace randlora {
 namespace cuda {
 namespace {
-
-constexpr unsigned kWarp = 0xffffffffu;
-
-// What `prepare` makes for `form`. Entries count from the first of the matrix, as in the lists.
-template <class C>
-struct Prepared {
-  int64_t r, n, d;
-  int64_t columns, chunks;  // chunks of so many columns
-  const int64_t* a_offset;  // of A's lists: S_j is a_offset[2 j] .. a_offset[2 j + 2]
-  const int64_t* b_offset;  // of B's rows
-  C* value;                 // (r, n, |S_j|)
-  uint16_t* position;       // S_j, by chunks, counted from the start of the chunk
-  int64_t positions;        // of all S_j
-  uint32_t* below;          // (chunks + 1, r): how many of S_j lie in chunks before this one
-  uint32_t* entry;          // rows of B, by j: 2 c + (B is -1)
-};
-
-// ---- prepare -------------------------------------------------------------------------------------
-
-constexpr int kBases = 8;  // rows of value that a block makes
-
-template <class C, class Index>
-__device__ void make_values(const ListBlocks<Index>& a, const C* lam, const C* gam, int64_t j,
-                            int64_t i_begin, const Prepared<C>& out) {
-  const int64_t first = a.lists.plus(j), end = a.lists.end(j), support = end - first;
-  const int64_t i_end = min(i_begin + kBases, out.n);
-  for (int64_t x = first + threadIdx.x; x < end; x += blockDim.x) {
-    const int64_t k = a.lists.index[x], p = a.place(j, x);
-    const C sign = x < a.lists.minus(j) ? C(1) : C(-1);
-    for (int64_t i = i_begin; i < i_end; ++i)
-      out.value[first * out.n + i * support + p] = sign * lam[j * out.n + i] * gam[i * out.d + k];
-    if (i_begin == 0) out.position[first + p] = static_cast<uint16_t>(k % out.columns);
-  }
-  if (i_begin == 0)
-    for (int64_t q = threadIdx.x; q <= out.chunks; q += blockDim.x)
-      out.below[q * out.r + j] = static_cast<uint32_t>(a.before(j, q));
-}
-
-// The first `value_blocks` blocks: a rank index and kBases bases each. The others: a warp a row of B.
-template <class C, class Index>
-__global__ void prepare_kernel(Lists<Index> a, Lists<Index> b_rows, const C* lam, const C* gam,
-                               int64_t D, int64_t value_blocks, Prepared<C> out) {
-  if (blockIdx.x < value_blocks) {
-    const int64_t per_rank = value_blocks / out.r;
-    return make_values<C, Index>({a, out.columns}, lam, gam, blockIdx.x / per_rank,
-                                 blockIdx.x % per_rank * kBases, out);
-  }
-  const ListBlocks<Index> rows{b_rows, out.n};
-  const int64_t o = (blockIdx.x - value_blocks) * (blockDim.x / 32) + threadIdx.x / 32;
-  if (o >= D) return;
-  for (int64_t x = b_rows.plus(o) + threadIdx.x % 32; x < b_rows.end(o); x += 32)
-    out.entry[b_rows.plus(o) + rows.place(o, x)] =
-        static_cast<uint32_t>(b_rows.index[x]) * 2 + (x >= b_rows.minus(o));
-}
-
-// ---- form ----------------------------------------------------------------------------------------
 
 constexpr int kSteps = 3;  // of 32 positions: what a warp sums in registers
 constexpr int kAhead = 4;  // entries whose values are loaded before the first is added
@@ -259,7 +206,7 @@ __device__ void store_row(const typename ComputeOf<S>::type* row, int64_t first,
   }
 }
 
-// out[k][o] for the tile's rows o; neighbouring threads take neighbouring o of a k, then the next k.
+// out[k][o] for the tile's rows o. Neighbouring threads take neighbouring o, then the next k.
 template <class S>
 __device__ void store_columns(const typename ComputeOf<S>::type* tile, int64_t k0, int columns,
                               int64_t o0, int rows, int64_t D, const Tile& t,
@@ -314,7 +261,7 @@ __global__ void __launch_bounds__(256, 2)
   }
 }
 
-// ---- host ----------------------------------------------------------------------------------------
+// ---- host ---------------------------------------------------------------------------------------
 
 // What a block may use of an SM's 227 KB: three blocks of 4 warps, a row of 16 KB each; or two of 8
 // warps with 16 rows.
@@ -344,29 +291,7 @@ void delta_weight_as(const DeltaWeight& p, Device& device) {
   t.positions = position_bytes <= std::min(kPositionBytes, device.shared_bytes - shared);
   if (t.positions) shared += position_bytes;
 
-  const Prepared<C> in{b.r,
-                       b.n,
-                       b.d,
-                       columns,
-                       chunks,
-                       b.a.offset,
-                       b.b_rows.offset,
-                       scratch<C>(device, b.a.count * b.n),
-                       scratch<uint16_t>(device, b.a.count),
-                       b.a.count,
-                       scratch<uint32_t>(device, (chunks + 1) * b.r),
-                       scratch<uint32_t>(device, b.b_rows.count)};
-  constexpr int kPrepareThreads = 64;
-  const int64_t value_blocks = b.r * ceil_div(b.n, kBases);
-  const int64_t row_blocks = ceil_div(b.D, kPrepareThreads / 32);
-  const auto prepare = [&](auto index) {
-    using Index = decltype(index);
-    launch(device, "delta_weight_prepare", prepare_kernel<C, Index>,
-           static_cast<unsigned>(value_blocks + row_blocks), kPrepareThreads, 0, b.a.as<Index>(),
-           b.b_rows.as<Index>(), static_cast<const C*>(p.lam), static_cast<const C*>(p.gam), b.D,
-           value_blocks, in);
-  };
-  b.wide ? prepare(uint32_t{}) : prepare(uint16_t{});
+  const Prepared<C> in = prepare<C>(p, columns, chunks, device);
   launch(device, "delta_weight_form", form_kernel<S, Transposed>,
          static_cast<unsigned>(ceil_div(b.D, rows) * chunks), threads, shared, in, b.D, t, store);
 }

@@ -1,5 +1,5 @@
-// The last step of delta_weight, one for all formats of B: a sum of B A' in the compute type becomes
-// an element of dW, out[e] = round(base[e] + scale * sum), to nearest or stochastically.
+// The last step of delta_weight, one for all formats of B: a sum of B A' in the compute type
+// becomes an element of dW, out[e] = round(base[e] + scale * sum), to nearest or stochastically.
 #pragma once
 #include "../core/operators.h"
 #include "../core/stochastic.h"

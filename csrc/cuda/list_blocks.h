@@ -1,11 +1,14 @@
-// Lines of sign-split lists (core/lists.h) regrouped by blocks of `step` positions: block after block,
-// and within a block the +1 before the -1. A kernel then walks one run a block in place of two.
+// Lines of sign-split lists (core/lists.h) regrouped by blocks of `step` positions: block after
+// block, and within a block the +1 before the -1. A kernel then walks one run a block in place of
+// two.
 #pragma once
 #include "../core/lists.h"
 #include "cuda_or_cpu.h"
 
 namespace randlora {
 namespace cuda {
+
+constexpr unsigned kWarp = 0xffffffffu;  // all lanes
 
 // The first x in [begin, end) with index[x] >= bound, or end.
 template <class Index>

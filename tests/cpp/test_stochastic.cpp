@@ -28,8 +28,8 @@ constexpr int kInfinity = std::is_same_v<S, bf16> ? 0x7f80 : 0x7c00;
 
 bool same(float a, float b) { return bits_of_float(a) == bits_of_float(b); }
 
-// x between `down` and the next number up in magnitude: over `words` words spread evenly over all of
-// them, nothing else comes out, and the share of `up` is what makes the mean x.
+// x between `down` and the next number up in magnitude: over `words` words spread evenly over all
+// of them, nothing else comes out, and the share of `up` is what makes the mean x.
 template <class S>
 void expectation(float x, int words = 1 << 16) {
   const double magnitude = std::fabs(double(x));
@@ -104,7 +104,8 @@ void words() {
   }
 }
 
-// The mean of many roundings of one number, each with its own word: within five standard deviations.
+// The mean of many roundings of one number, each with its own word: within five standard
+// deviations.
 template <class S>
 void drawn(float x) {
   constexpr int draws = 1 << 15;
@@ -129,7 +130,8 @@ void all() {
   std::uniform_real_distribution<float> mantissa(1.0f, 2.0f);
   for (int exponent = lowest; exponent <= highest; ++exponent)
     for (int sign : {1, -1}) expectation<S>(sign * std::ldexp(mantissa(random), exponent), 1 << 13);
-  // A quarter, a half, all but the last bit of the way; across a binade; about the least normal number.
+  // A quarter, a half, all but the last bit of the way; across a binade; about the least normal
+  // number.
   for (float x : {1 + 0x1p-9f, 1 + 0x1p-8f, 1 + 0x1p-11f, 2 - 0x1p-23f, 1 + 0x1p-23f})
     for (float scale : {1.0f, -1.0f, 0x1p-14f, 0x1p-15f, 0x1p-20f, 0x1p-24f, 0x1p-126f})
       expectation<S>(x * scale);

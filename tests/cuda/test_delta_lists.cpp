@@ -225,7 +225,8 @@ void schedules(const Problem& p) {
 
 int main() {
   const DType dtypes[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
-  // r > d; d not divisible by r; n = 1; supports of over 96 and rows of over 32 entries; empty ones.
+  // r > d; d not divisible by r; n = 1; supports of over 96 and rows of over 32 entries; empty
+  // ones.
   const struct {
     Shape s;
     double density_A, density_B;
@@ -241,7 +242,10 @@ int main() {
       for (bool transposed : {false, true}) {
         ++number;  // the rest takes turns
         const bool wide = number % 2, small = number % 3 == 0;
-        const Setting set{transposed, wide, small ? 6 << 10 : 227 << 10, number % 5 ? 128 : 64,
+        const Setting set{transposed, wide, small ? 6 << 10 : 227 << 10,
+                          number % 5 == 0   ? 64
+                          : number % 7 == 0 ? 32
+                                            : 128,
                           number % 4 == 1};
         forward(p, set, dtype, number % 3 != 1);
         backward(p, set, dtype);
