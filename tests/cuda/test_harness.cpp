@@ -27,6 +27,10 @@ __device__ T* shared_as() {
   return reinterpret_cast<T*>(shared_memory());
 }
 
+__global__ void barriers_only(int count) {
+  for (int i = 0; i < count; ++i) __syncthreads();
+}
+
 // ---- faults --------------------------------------------------------------------------------------
 
 __global__ void missing_barrier(float* out) {
@@ -48,7 +52,10 @@ __global__ void missing_syncwarp(float* out) {  // a shuffle orders no memory
   const float x = __shfl_sync(kFull, 1.f, 0);
   out[threadIdx.x] = x + s[threadIdx.x ^ 1];
 }
-__global__ void blocks_overlap(float* out) {
+__global__ void two_threads_overlap(float* out) {
+  if (threadIdx.x == 5 || threadIdx.x == 77) out[0] = static_cast<float>(threadIdx.x);
+}
+__global__ void blocks_overlap(float* out) {  // a single pair of accesses in the whole grid
   __syncthreads();
   if (threadIdx.x == blockIdx.x) out[0] = static_cast<float>(blockIdx.x);
 }
@@ -153,6 +160,7 @@ const Fault kFaults[] = {
     FAULT(missing_barrier, kDisagree, kDisagree, kRace),
     FAULT(missing_second_barrier, kDisagree, kDisagree, kRace),
     FAULT(missing_syncwarp, "", "", kRace),
+    FAULT(two_threads_overlap, kDisagree, kDisagree, kRace),
     FAULT(blocks_overlap, kDisagree, kDisagree, kRace),
     FAULT(out_of_bounds, "", "heap-buffer-overflow", ""),
     FAULT(out_of_bounds_global, "", "heap-buffer-overflow", ""),
@@ -174,12 +182,14 @@ const Fault kFaults[] = {
     FAULT(ldmatrix_outside, "not in the block's", "not in the block's", "not in the block's"),
 };
 
-// Two blocks of 128 threads, 2 KiB of shared memory at most, over an array of zeros.
+// One block of 128 threads (two where blocks are at fault) over an array of zeros, in all schedules.
 int commit_fault(const char* name) {
   for (const Fault& f : kFaults) {
     if (strcmp(f.name, name)) continue;
     TestDevice device;
     const bool wide = strstr(name, "cp_async");
+    // Fibers that have lived through other blocks are not blind to a race in this one.
+    launch(device, "barriers_only", barriers_only, 20, 128, 0, 10);
     const auto body = [&] {
       Array out(DType::f32, std::vector<double>(wide ? 512 : strstr(name, "second") ? 256 : 128));
       launch(device, name, f.kernel, strstr(name, "blocks") ? 2 : 1, 128, wide ? 2048 : 512,
