@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "dtype.h"
+#include "host_device.h"
 #include "ternary_spec.h"
 
 namespace randlora {
@@ -29,6 +30,23 @@ RANDLORA_HD uint32_t word_of_element(const Counter4& words, uint64_t e) {
 RANDLORA_HD uint32_t rounding_word(uint64_t seed, uint64_t e) {
   return word_of_element(rounding_words(seed, e >> 2), e);
 }
+
+// The same for a host that goes through elements in order: each block is computed once.
+class RoundingWords {
+ public:
+  RANDLORA_HOST_MEMBER explicit RoundingWords(uint64_t seed) : seed_(seed) {}
+  RANDLORA_HOST_MEMBER uint32_t operator()(uint64_t e) {
+    if (e >> 2 != block_) {
+      block_ = e >> 2;
+      words_ = rounding_words(seed_, block_);
+    }
+    return word_of_element(words_, e);
+  }
+
+ private:
+  uint64_t seed_, block_ = ~uint64_t{0};  // no element has that one
+  Counter4 words_ = {};
+};
 
 RANDLORA_HD float float_of_bits(uint32_t bits) {
   float f;

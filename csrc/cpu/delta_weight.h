@@ -105,11 +105,11 @@ void delta_weight_as(const DeltaWeight& p, Runtime& rt) {
   const S* base = static_cast<const S*>(p.base);
   S* out = static_cast<S*>(p.out);
   const C scale = C(p.scale);
-  const auto finish = [&](C sum, int64_t to) {
+  const auto finish = [&](C sum, int64_t to, RoundingWords& draw) {
     const C scaled = scale * sum, x = base ? C(widen(base[to])) + scaled : scaled;
     if constexpr (sizeof(S) == 2)
       if (p.stochastic) {
-        out[to] = round_stochastic(x, rounding_word(p.rounding_seed, uint64_t(to)), S{});
+        out[to] = round_stochastic(x, draw(uint64_t(to)), S{});
         return;
       }
     narrow(x, out + to);
@@ -117,6 +117,7 @@ void delta_weight_as(const DeltaWeight& p, Runtime& rt) {
   rt.each_slot(slots, [&](int slot) {
     Arena own(memory + shared.used() + slot * per_slot.used());
     Slot s(at, own);
+    RoundingWords draw(p.rounding_seed);
     for (int64_t block = slot; block < blocks; block += slots) {
       const int64_t o = block * Rows;
       const int rows = int(b.D - o < Rows ? b.D - o : Rows);
@@ -137,9 +138,9 @@ void delta_weight_as(const DeltaWeight& p, Runtime& rt) {
       if (p.transposed) {
         load_block_from<B>(s.rows, b.d, rows, b.d, s.turned);
         for (int64_t k = 0; k < b.d; ++k)
-          for (int q = 0; q < rows; ++q) finish(s.turned[k * Rows + q], k * b.D + o + q);
+          for (int q = 0; q < rows; ++q) finish(s.turned[k * Rows + q], k * b.D + o + q, draw);
       } else {
-        for (int64_t e = 0; e < rows * b.d; ++e) finish(s.rows[e], o * b.d + e);
+        for (int64_t e = 0; e < rows * b.d; ++e) finish(s.rows[e], o * b.d + e, draw);
       }
     }
   });

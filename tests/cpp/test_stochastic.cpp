@@ -95,12 +95,13 @@ void special_values() {
 // Word e % 4 of block e / 4, 64 bits of both: against Philox called by hand.
 void words() {
   const uint64_t seed = 0x0123456789abcdefu;
+  RoundingWords in_order(seed);
   for (uint64_t e : {uint64_t{0}, uint64_t{1}, uint64_t{2}, uint64_t{3}, uint64_t{4},
                      (uint64_t{1} << 34) + 6, (uint64_t{1} << 60) + 7}) {
     const Counter4 out = philox4x32_10(Counter4{{uint32_t(e / 4), uint32_t(e / 4 >> 32), 2, 1}},
                                        0x89abcdefu, 0x01234567u);
-    EXPECT(rounding_word(seed, e) == out.v[e % 4], "word of element %llu",
-           static_cast<unsigned long long>(e));
+    EXPECT(rounding_word(seed, e) == out.v[e % 4] && in_order(e) == out.v[e % 4],
+           "word of element %llu", static_cast<unsigned long long>(e));
   }
 }
 
