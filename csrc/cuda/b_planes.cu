@@ -97,7 +97,7 @@ struct SharedMemory {
 };
 
 template <class S, bool Tf32, bool Up, int N>
-__global__ void __launch_bounds__(kTileThreads) b_planes_kernel(Product<S> p) {
+__global__ void __launch_bounds__(kTileThreads, 1) b_planes_kernel(Product<S> p) {
   using Shared = SharedMemory<S, N>;
   constexpr int kStep = kTiles<S, N> * kSlots;
   const int64_t tile_index = blockIdx.x % (p.line_blocks * p.token_blocks);
@@ -173,6 +173,16 @@ void run(Product<S>& p, Device& device) {
            p.out);
 }
 
+// N by the number of tokens; half of a full tile where whole ones would not fill the card twice.
+template <class S, bool Tf32, bool Up>
+void run_for_tokens(Product<S>& p, Device& device) {
+  if (p.T <= 16) return run<S, Tf32, Up, 16>(p, device);
+  if constexpr (kColumns<S> == 128)
+    if (ceil_div(p.lines, kLines) * ceil_div(p.T, 128) < 2 * device.multiprocessors)
+      return run<S, Tf32, Up, 64>(p, device);
+  run<S, Tf32, Up, kColumns<S>>(p, device);
+}
+
 template <class S, bool Up>
 void product(const BSide& side, const void* from, void* to, double scale, bool accumulate,
              Device& device) {
@@ -190,17 +200,9 @@ void product(const BSide& side, const void* from, void* to, double scale, bool a
            static_cast<typename Product<S>::C>(scale / 2),  // codes stand for doubled numbers
            aligned_rows(p.lines, kPerAccess<S>, to)};
   if (p.T == 0) return;
-  if constexpr (sizeof(S) == 2) {
-    if (p.T <= 16) return run<S, false, Up, 16>(p, device);
-    if (p.T <= 64) return run<S, false, Up, 64>(p, device);
-    return run<S, false, Up, 128>(p, device);
-  } else {
-    constexpr int N = 256 / sizeof(S);
-    if constexpr (sizeof(S) == 4)
-      if (device.tf32)
-        return p.T <= 16 ? run<S, true, Up, 16>(p, device) : run<S, true, Up, N>(p, device);
-    return p.T <= 16 ? run<S, false, Up, 16>(p, device) : run<S, false, Up, N>(p, device);
-  }
+  if constexpr (std::is_same<S, float>::value)
+    if (device.tf32) return run_for_tokens<S, true, Up>(p, device);
+  run_for_tokens<S, false, Up>(p, device);
 }
 
 }  // namespace

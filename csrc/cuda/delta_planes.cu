@@ -14,6 +14,7 @@
 // Zeros of A are exact: A' is 0 there whatever lambda and gamma are. Zeros of B are so in f32 and f64
 // through FMA; on tensor cores an infinite or NaN A'[c, k] makes column k of M NaN in all rows.
 #include <algorithm>
+#include <type_traits>
 
 #include "delta_planes.h"
 #include "delta_weight.h"
@@ -21,9 +22,6 @@
 namespace randlora {
 namespace cuda {
 namespace {
-
-template <class S>
-constexpr int kColumns = 256 / int(sizeof(S));  // N: a tile's operand takes 18 KB in every dtype
 
 template <class S, bool Stochastic>
 struct Formation {
@@ -34,6 +32,11 @@ struct Formation {
   int64_t row_blocks;
   Output<S, Stochastic> out;
 };
+
+// f16 has few exponents, and lambda * gamma is small: columns of A' are made larger by 2^e, so that
+// the largest possible product lies below 2^15, and columns of M smaller by as much.
+template <class S>
+constexpr bool kScaled = std::is_same<S, f16>::value;
 
 template <class S>
 struct FormationMemory {
@@ -55,11 +58,11 @@ struct FormationMemory {
   static __device__ __forceinline__ C* lam(int half) {
     return reinterpret_cast<C*>(operand(2)) + half * kSlots;
   }
-  static __device__ __forceinline__ C* unscale() { return lam(2); }  // (N)
+  // (N) each, where columns are scaled.
+  static __device__ __forceinline__ C* factor() { return lam(2); }
+  static __device__ __forceinline__ C* inverse() { return factor() + N; }
 };
 
-// f16 has few exponents, and lambda * gamma is small: columns of A' are made larger by 2^e, so that
-// the largest possible product lies below 2^15, and columns of M smaller by as much.
 __device__ __forceinline__ int spare_exponent(float most_lam, float most_gam) {
   const int l = bits_of_float(most_lam) >> 23, g = bits_of_float(most_gam) >> 23;
   return max(-100, min(13 - (l - 127) - (g - 127), min(100, 253 - g)));  // 2^e gamma is finite
@@ -71,53 +74,55 @@ __device__ __forceinline__ float larger_finite(float most, float x) {
   return fabsf(x) <= 3.4028235e38f ? fmaxf(most, fabsf(x)) : most;
 }
 
-// One column k of A', by the thread that owns it.
+// One column k of A', by the thread that owns it. (Threads past column d take the last one again.)
 template <class S>
 struct FormedColumn {
   using C = typename ComputeOf<S>::type;
   static constexpr int N = kColumns<S>, kGroups = kTileThreads / N;  // groups share a step's j
   const DeltaShape& shape;
-  const C *lam_, *gam_;
-  const uint32_t* signs_;
-  int64_t k;
-  C factor = 1;
+  const C *lam_, *gam_;    // (r, n) whole, and the column of (n, d)
+  const uint32_t* signs_;  // the column of (quads, d)
   C gam[kBases];
 
   template <bool Stochastic>
   __device__ __forceinline__ FormedColumn(const Formation<S, Stochastic>& p, int64_t col0)
-      : shape(p.shape), lam_(p.lam), gam_(p.gam), signs_(p.signs), k(col0 + threadIdx.x % N) {}
+      : shape(p.shape), lam_(p.lam) {
+    const int64_t k = min(col0 + threadIdx.x % N, p.shape.d - 1);
+    gam_ = p.gam + k, signs_ = p.signs + k;
+  }
 
-  // Sets `factor`, and its inverse for everyone in shared memory.
+  // Puts the power of two that the column is made larger by, and its inverse, in shared memory.
   __device__ __forceinline__ void choose_factor() {
+    static_assert(N == kTileThreads, "a thread has a column");
     float most_lam = 0, most_gam = 0;
+#pragma unroll 8
     for (int64_t c = threadIdx.x; c < shape.r * shape.n; c += kTileThreads)
       most_lam = larger_finite(most_lam, lam_[c]);
-    for (int64_t i = 0; k < shape.d && i < shape.n; ++i)
-      most_gam = larger_finite(most_gam, gam_[i * shape.d + k]);
-    C* shared = FormationMemory<S>::unscale();
-    shared[threadIdx.x] = most_lam;
+#pragma unroll 8
+    for (int64_t i = 0; i < shape.n; ++i) most_gam = larger_finite(most_gam, gam_[i * shape.d]);
+    C* factor = FormationMemory<S>::factor();
+    factor[threadIdx.x] = most_lam;
     __syncthreads();
-    for (int t = 0; t < kTileThreads; ++t) most_lam = fmaxf(most_lam, shared[t]);
+    for (int t = 0; t < kTileThreads; ++t) most_lam = fmaxf(most_lam, factor[t]);
     __syncthreads();
     const int e = spare_exponent(most_lam, most_gam);
-    factor = power_of_two(e);
-    shared[threadIdx.x] = power_of_two(-e);
+    factor[threadIdx.x] = power_of_two(e);
+    FormationMemory<S>::inverse()[threadIdx.x] = power_of_two(-e);
   }
 
-  __device__ __forceinline__ void load_gamma(int64_t chunk) {
+  __device__ __forceinline__ void load_gamma(int chunk) {
+    const C* at = gam_ + chunk * kBases * shape.d;
+    const int64_t left = shape.n - chunk * kBases;
+    C factor = C(1);
+    if constexpr (kScaled<S>) factor = FormationMemory<S>::factor()[threadIdx.x];
 #pragma unroll
-    for (int b = 0; b < kBases; ++b) {
-      const int64_t i = chunk * kBases + b;
-      gam[b] = k < shape.d && i < shape.n ? factor * gam_[i * shape.d + k] : C(0);
-    }
+    for (int b = 0; b < kBases; ++b, at += shape.d) gam[b] = b < left ? factor * *at : C(0);
   }
-  __device__ __forceinline__ uint32_t load_signs(int64_t quad) const {
-    return k < shape.d ? signs_[quad * shape.d + k] : 0;
-  }
+  __device__ __forceinline__ uint32_t load_signs(int quad) const { return signs_[quad * shape.d]; }
+
   // Slot threadIdx.x of a step.
-  __device__ __forceinline__ C load_lambda(int64_t chunk, int64_t quad) const {
-    const int64_t j = quad * kQuad + threadIdx.x / kBases,
-                  i = chunk * kBases + threadIdx.x % kBases;
+  __device__ __forceinline__ C load_lambda(int chunk, int quad) const {
+    const int j = quad * kQuad + threadIdx.x / kBases, i = chunk * kBases + threadIdx.x % kBases;
     return threadIdx.x < kSlots && j < shape.r && i < shape.n ? lam_[j * shape.n + i] : C(0);
   }
 
@@ -147,9 +152,10 @@ struct FormedColumn {
                                                                        int sign) {
     Pack<S, kPerAccess<S>> p;
     if constexpr (sizeof(S) == 2) {
-      const uint32_t some = sign != 0 ? ~0u : 0u, minus = static_cast<uint32_t>(sign) & 0x80008000u;
+      const uint32_t bits = static_cast<uint32_t>(sign), some = 0u - (bits & 1u),
+                     minus = bits & 0x80008000u;
 #pragma unroll
-      for (int w = 0; w < 4; ++w) p.word[w] = (pack<S>(v[2 * w], v[2 * w + 1]) & some) ^ minus;
+      for (int w = 0; w < 4; ++w) p.word[w] = (pack<S>(v[2 * w], v[2 * w + 1]) ^ minus) & some;
     } else {
 #pragma unroll
       for (int e = 0; e < kPerAccess<S>; ++e) p.set(e, sign == 0 ? S(0) : sign < 0 ? -v[e] : v[e]);
@@ -159,16 +165,16 @@ struct FormedColumn {
 };
 
 template <class S, bool Tf32, bool Transposed, bool Stochastic>
-__global__ void __launch_bounds__(kTileThreads) delta_planes_kernel(Formation<S, Stochastic> p) {
+__global__ void __launch_bounds__(kTileThreads, 1) delta_planes_kernel(Formation<S, Stochastic> p) {
   using Shared = FormationMemory<S>;
   using C = typename ComputeOf<S>::type;
   constexpr int N = kColumns<S>;
   const int64_t row_block = blockIdx.x % p.row_blocks, col0 = blockIdx.x / p.row_blocks * N;
-  const int64_t quads = p.shape.quads(), steps = p.shape.chunks() * quads;
+  const int quads = p.shape.quads(), steps = p.shape.chunks() * quads;
   const uint32_t* codes = p.codes + row_block * steps * kTileWords;
 
   FormedColumn<S> column(p, col0);
-  if constexpr (std::is_same<S, f16>::value) column.choose_factor();
+  if constexpr (kScaled<S>) column.choose_factor();
   column.load_gamma(0);
   load_codes(Shared::codes(0), codes);
   cp_async_commit();
@@ -182,9 +188,9 @@ __global__ void __launch_bounds__(kTileThreads) delta_planes_kernel(Formation<S,
 
   TernaryTile<S, N, Tf32> tile;
   tile.warp.zero();
-  int64_t chunk = 1 / quads, quad = 1 % quads;  // of the next step
+  int chunk = 1 / quads, quad = 1 % quads;  // of the next step
 #pragma unroll 1
-  for (int64_t s = 0; s < steps; ++s) {
+  for (int s = 0; s < steps; ++s) {
     const int half = s % 2;
     cp_async_wait<0>();
     __syncthreads();
@@ -192,7 +198,7 @@ __global__ void __launch_bounds__(kTileThreads) delta_planes_kernel(Formation<S,
     uint32_t signs = 0;
     C lam = C(0);
     if (more) {
-      load_codes(Shared::codes(half ^ 1), codes + (s + 1) * kTileWords);
+      load_codes(Shared::codes(half ^ 1), codes += kTileWords);
       cp_async_commit();
       if (quad == 0) column.load_gamma(chunk);
       signs = column.load_signs(quad);
@@ -206,14 +212,14 @@ __global__ void __launch_bounds__(kTileThreads) delta_planes_kernel(Formation<S,
     }
   }
 
-  if constexpr (std::is_same<S, f16>::value) {
+  if constexpr (kScaled<S>) {
 #pragma unroll
     for (int n = 0; n < tile.NI; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const C unscale = Shared::unscale()[tile.col(n, e)];
+        const C inverse = Shared::inverse()[tile.col(n, e)];
 #pragma unroll
-        for (int m = 0; m < tile.MI; ++m) tile.warp.acc[m][n][e] *= unscale;
+        for (int m = 0; m < tile.MI; ++m) tile.warp.acc[m][n][e] *= inverse;
       }
   }
   store_tile<Transposed>(tile, shared_memory(), row_block * kLines, col0, p.out);

@@ -22,9 +22,6 @@ namespace cuda {
 namespace {
 
 template <class S>
-constexpr int kColumns = 256 / int(sizeof(S));  // N: a tile's operand takes 18 KB in every dtype
-
-template <class S>
 struct Contraction {
   using C = typename ComputeOf<S>::type;
   DeltaShape shape;
@@ -112,10 +109,11 @@ __device__ __forceinline__ void contract(const Tile& tile, const Contraction<S>&
 }
 
 template <class S, bool Tf32, bool Transposed>
-__global__ void __launch_bounds__(kTileThreads) delta_planes_backward_kernel(Contraction<S> p) {
+__global__ void __launch_bounds__(kTileThreads, 1) delta_planes_backward_kernel(Contraction<S> p) {
   using Shared = ContractionMemory<S, Transposed>;
   using C = typename ComputeOf<S>::type;
   constexpr int N = kColumns<S>;
+  constexpr Order kOrder = Transposed ? Order::by_line : Order::by_k;
   const DeltaShape& s = p.shape;
   const int64_t octets = s.octets(), steps = ceil_div(s.D, kSlots);
   const int64_t tile_index = blockIdx.x % (s.chunks() * octets);
@@ -143,8 +141,7 @@ __global__ void __launch_bounds__(kTileThreads) delta_planes_backward_kernel(Con
     cp_async_wait<0>();
     __syncthreads();
     if (step + 1 < steps) load(step + 1, half ^ 1);
-    tile.template step<Transposed ? Order::by_line : Order::by_k>(
-        Shared::codes(half), Shared::operand(half), Shared::kStride);
+    tile.template step<kOrder>(Shared::codes(half), Shared::operand(half), Shared::kStride);
   }
   __syncthreads();
   contract<Shared>(tile, p, j0, i0, col0);

@@ -25,6 +25,10 @@ constexpr int kLines = 128, kSlots = 64;
 constexpr int kCodePitch = kLines + 8;          // 8 modulo 32, as is the size of a tile's codes:
 constexpr int kCodeWords = 4 * kCodePitch + 8;  // free of bank conflicts across q and across tiles
 
+// N of a full tile: its operand takes 18 KB of shared memory in every dtype.
+template <class S>
+constexpr int kColumns = 256 / int(sizeof(S));
+
 // slot = 16 q + 2 t + e: rows of an operand by_k lie in the order in which mma takes them.
 __device__ __forceinline__ constexpr int row_of_slot(int slot) {
   return slot % 16 / 2 * 8 + slot / 16 * 2 + slot % 2;
