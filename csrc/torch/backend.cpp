@@ -73,7 +73,7 @@ TorchDevice::TorchDevice(const Tensor& like) : like_(like) {
   if (!like.is_cpu()) {
     static const auto current_stream =
         entry<CurrentStream>("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream");
-    STABLE_TORCH_ERROR_CODE_CHECK(current_stream(index, &stream));
+    TORCH_ERROR_CODE_CHECK(current_stream(index, &stream));
   }
   card_.emplace(kernels, index);
 }
@@ -97,7 +97,7 @@ void TorchDevice::gemm(const Gemm& g) {
   const Tensor right = g.right_rows_are_k
                            ? view(const_cast<void*>(g.right), g.K, g.N, g.N, 1, like_, g.dtype)
                            : view(const_cast<void*>(g.right), g.K, g.N, 1, g.K, like_, g.dtype);
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       addmm_out(out.get(), out.get(), left.get(), right.get(), g.accumulate ? 1.0 : 0.0, g.scale));
 }
 

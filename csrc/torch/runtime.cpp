@@ -12,7 +12,7 @@ Tensor allocate_on(const std::vector<int64_t>& sizes, ScalarType type, int32_t d
     stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
       device_index, &handle));
@@ -23,7 +23,7 @@ Tensor allocate_on(const std::vector<int64_t>& sizes, ScalarType type, int32_t d
 
 Tensor allocate(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
   int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   return allocate_on(sizes, type, device_type, like.get_device_index());
 }
 
