@@ -45,7 +45,7 @@ struct FormationMemory {
   static int64_t bytes() {
     const int64_t loop =
         2 * (kCodeWords * 4 + N * kStride * int64_t(sizeof(S)) + kSlots * int64_t(sizeof(C))) +
-        N * int64_t(sizeof(C));
+        (kScaled<S> ? 2 * N : 0) * int64_t(sizeof(C));
     return std::max(
         {loop, store_bytes<false, TernaryTile<S, N>>(), store_bytes<true, TernaryTile<S, N>>()});
   }
