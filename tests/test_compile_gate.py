@@ -153,6 +153,18 @@ def test_refused_on_every_architecture(gate, arch, figures, says):
     assert arch in wrong and says in wrong
 
 
+def test_excused_by_hand_but_not_on_the_architectures_of_the_budget(gate):
+    excuse = {"stack": 8, "spills": 16}
+    spilling = {"k": {arch: usage(gate, **excuse) for arch in ("sm_80", "sm_90", "sm_120")}}
+    allowed = budget(sm_120=excuse)
+    allowed["k"]["sm_80"].update(excuse)  # says nothing
+    wrong = gate.check(spilling, allowed, 8)
+    assert [w.split(":")[0] for w in wrong] == ["k on sm_80"] * 2 + ["k on sm_90"] * 2
+    assert gate.new_budget(spilling, allowed)["k"]["sm_120"] == excuse
+    more = {"k": {"sm_120": usage(gate, stack=8, spills=20)}}
+    assert gate.check(more, allowed, 8) == ["k on sm_120: spills 20 bytes"]
+
+
 def test_over_the_budget(gate):
     (wrong,) = gate.check({"k": {"sm_80": usage(gate, registers=49)}}, budget(), 8)
     assert "49 registers, budget 40 + 8" in wrong
