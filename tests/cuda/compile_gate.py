@@ -4,11 +4,11 @@
     python tests/cuda/compile_gate.py --archs sm_90 a_up.cu # while working on one file
     python tests/cuda/compile_gate.py --update              # writes the budget anew
 
-A kernel fails that spills or has a stack (on architectures other than sm_80 and sm_90 the budget may
-excuse some bytes); uses more registers or shared memory than its budget on sm_80 or sm_90; is not in
-the budget; is said to use tensor cores and has no HMMA instruction; or has ATOMS.CAST.SPIN, the lock
-that a shared float atomicAdd turns into. So does a budget entry without a kernel. Kernels that must
-fail are compiled along (bad_kernels.cu).
+A kernel fails that spills or has a stack (on architectures other than sm_80 and sm_90 the budget
+may excuse some bytes); uses more registers or shared memory than its budget on sm_80 or sm_90; is
+not in the budget; is said to use tensor cores and has no HMMA instruction; or has ATOMS.CAST.SPIN,
+the lock that a shared float atomicAdd turns into. So does a budget entry without a kernel. Kernels
+that must fail are compiled along (bad_kernels.cu).
 
 It needs nvcc, nvdisasm (PATH, beside nvcc, or `pip install nvidia-cuda-nvdisasm`) and c++filt.
 Exit status: 0 passed, 1 failed, 77 skipped as there is no nvcc.
@@ -89,8 +89,8 @@ def check(kernels: Kernels, budget: dict, tolerance: int) -> list[str]:
 
 
 def new_budget(kernels: Kernels, old: dict) -> dict:
-    """The measured figures. What was said by hand stays said: `tensor_cores`, which is for the check
-    to refute, and excused spills of other architectures."""
+    """The measured figures. What was said before stays said: `tensor_cores`, which is for the
+    check to refute, and excused spills of other architectures."""
     budget = {}
     for name, by_arch in sorted(kernels.items()):
         entry = {k: v for k, v in old.get(name, {}).items() if k.startswith("sm_")}
