@@ -37,7 +37,7 @@ class Rates:
 # Measured on 2 cores of an AVX-512 machine (EPYC, Zen 4).
 CPU_LISTS = CPU_PLANES = Rates(1.0, 1.6, 1.9, 2.3, 17.0, 0.0, 45.0)
 # Not measured: from the floors in csrc/cuda/*.cu for an H100 in bf16, where a GEMM does 325 T
-# multiply-adds/s. A signed add gathers from L2. dW of 4096 x 4096 takes 25 us at density 1/64 and 250
+# multiply-adds/s. A signed add gathers from L2. dW of 4096 x 4096 takes 25 us at 1/64 and 250 us
 # at 0.07, by adds of compact rows; from planes it is a product by mma.sync, half as fast as a GEMM.
 CUDA_LISTS = Rates(2.0, 60.0, 0.0, 230.0, 0.0, 0.0, 250.0)
 CUDA_PLANES = Rates(2.0, 0.0, 2.0 * 3, 0.0, 0.0, 2.0, 480.0)
