@@ -70,58 +70,61 @@ __global__ void __launch_bounds__(256, 1)
   const int columns = static_cast<int>(k1 - k0),
             tokens = static_cast<int>(min(T - t0, int64_t{B::kTokens}));
 
-  // Where the producer is: entries [at, end) of j are left for bases from i0 on. The bounds of the
-  // next j are fetched ahead.
-  int64_t j = -1, i0 = 0, low = 0, at = 0, end = 0;
-  int64_t next_low = a.before(0, k0), next_end = a.before(0, k1);
+  // The next stage: entries [at, end) of j are left for bases from i0 on. The bounds of the j after
+  // that are fetched ahead.
+  int64_t j = -1, i0 = a.n;
+  int low = 0, at = 0, end = 0, next_low = a.before(0, k0), next_end = a.before(0, k1);
   int u_buffer = B::kStages - 1;
+  // A thread copies the same piece of rows that lie `row_step` apart.
+  const int first_row = threadIdx.x / kPieces, row_step = blockDim.x / kPieces;
+  const int base = threadIdx.x % kPieces * L;
   const auto load = [&](int v_buffer) -> Stage {
-    bool fresh = false;
-    if (at == end) {
-      at = low, i0 += B::kBases, fresh = true;
-      if (low == end || i0 >= a.n) {
-        do {
-          if (++j >= a.r) {
-            cp_async_commit();
-            return {0, 0, 0, 0};
-          }
-          low = at = next_low, end = next_end, i0 = 0;
-          if (j + 1 < a.r) next_low = a.before(j + 1, k0), next_end = a.before(j + 1, k1);
-        } while (low == end);
+    const bool fresh = at == end;
+    if (fresh) {
+      i0 += B::kBases;
+      while (i0 >= a.n || low == end) {
+        low = next_low, end = next_end, i0 = 0;
+        if (++j >= a.r) {
+          low = at = end, i0 = a.n;  // and so it stays
+          cp_async_commit();
+          return {0, 0, 0, 0};
+        }
+        if (j + 1 < a.r) next_low = a.before(j + 1, k0), next_end = a.before(j + 1, k1);
       }
+      at = low;
       u_buffer = u_buffer == B::kStages - 1 ? 0 : u_buffer + 1;
     }
-    const Stage stage{a.first(j) + at, i0, static_cast<int>(min(end - at, int64_t{B::kEntries})),
-                      u_buffer};
+    const Stage stage{a.first(j) + at, i0, min(end - at, B::kEntries), u_buffer};
     at += stage.count;
     // Up to the end of the k-step: zeros on both sides past n. Rows that are not there stay as they
     // are, for they reach no result.
-    const int depth =
-        static_cast<int>(min(ceil_div(a.n - i0, Tile::kStep) * Tile::kStep, int64_t{B::kBases}));
-    S* v = v_shared + v_buffer * B::kEntries * B::kStride;
-    for (int x = threadIdx.x; x < stage.count * kPieces; x += blockDim.x) {
-      const int row = x / kPieces, i = x % kPieces * L;
-      if (i >= depth) continue;
-      const bool there = i0 + i < a.bases;
-      cp_async16(v + row * B::kStride + i,
-                 there ? values + (stage.entry + row) * a.bases + i0 + i : values, there ? 16 : 0);
+    const int64_t left = a.n - i0;
+    const int depth = left < B::kBases ? static_cast<int>((left + 15) / 16 * 16) : B::kBases;
+    if (base < depth) {
+      const bool there = i0 + base < a.bases;
+      S* to = v_shared + (v_buffer * B::kEntries + first_row) * B::kStride + base;
+      const S* from = there ? values + (stage.entry + first_row) * a.bases + i0 + base : values;
+      const int64_t step = there ? row_step * a.bases : 0;
+      for (int row = first_row; row < stage.count; row += row_step) {
+        cp_async16(to, from, there ? 16 : 0);
+        to += row_step * B::kStride, from += step;
+      }
     }
-    if (fresh) {
+    if (fresh && u_aligned && base < depth) {
+      const bool there = base < left;
+      S* to = u_shared + (u_buffer * B::kTokens + first_row) * B::kStride + base;
+      const S* from = there ? U + ((t0 + first_row) * a.r + j) * a.n + i0 + base : U;
+      const int64_t step = there ? row_step * a.r * a.n : 0;
+      for (int row = first_row; row < tokens; row += row_step) {
+        cp_async16(to, from, there ? 16 : 0);
+        to += row_step * B::kStride, from += step;
+      }
+    } else if (fresh && !u_aligned) {
       S* u = u_shared + u_buffer * B::kTokens * B::kStride;
       const S* from = U + (t0 * a.r + j) * a.n + i0;
-      if (u_aligned) {
-        for (int x = threadIdx.x; x < tokens * kPieces; x += blockDim.x) {
-          const int row = x / kPieces, i = x % kPieces * L;
-          if (i >= depth) continue;
-          const bool there = i0 + i < a.n;
-          cp_async16(u + row * B::kStride + i, there ? from + row * a.r * a.n + i : U,
-                     there ? 16 : 0);
-        }
-      } else {
-        for (int x = threadIdx.x; x < tokens * B::kBases; x += blockDim.x) {
-          const int row = x / B::kBases, i = x % B::kBases;
-          if (i < depth) u[row * B::kStride + i] = i0 + i < a.n ? from[row * a.r * a.n + i] : S{};
-        }
+      for (int x = threadIdx.x; x < tokens * B::kBases; x += blockDim.x) {
+        const int row = x / B::kBases, i = x % B::kBases;
+        if (i < depth) u[row * B::kStride + i] = i < left ? from[row * a.r * a.n + i] : S{};
       }
     }
     cp_async_commit();

@@ -16,10 +16,10 @@
 // 4096 x 4096, r = 32, n = 128, T = 8192, bf16 on an H100:
 //                      density 1/64             1/3
 //   operations         8.6 GFLOP, 9 us          183 GFLOP, 185 us at 989 TFLOP/s
-//   DRAM               134 MB (z, U), 40 us     as much
+//   DRAM               67 MB (U), 20 us         as much; z comes as panels of 2048 tokens in L2
 //   L2 into SMs        33 + 67 MB, 18 us        715 + 735 MB, 264 us at 5.5 TB/s
-//   P in fp32          8 MB (5 splits)          23 MB, written and read once: 5 us, 10 us
-// 35 us expected at 1/64 when z and U are still in L2 in part, 300 us at 1/3; 15 us for the rest.
+//   P in fp32          8 MB, 5 splits           23 MB; read and written by each part of 2048 tokens
+// 35 us expected at 1/64 and 300 us at 1/3; 10 and 25 us for the rest.
 #include "a_side.h"
 #include "warp_sums.h"
 
@@ -39,7 +39,7 @@ struct Grad : BlockTile<S, MI, NI, Tf32> {
 template <class S, int MI, int NI, bool Tf32>
 __global__ void __launch_bounds__(128)
     grad_kernel(Support a, const S* __restrict__ panels, int width, const S* __restrict__ U,
-                int64_t T, int64_t split, bool aligned,
+                int64_t T, int64_t split, bool aligned, bool accumulate,
                 typename ComputeOf<S>::type* __restrict__ P) {
   using B = Grad<S, MI, NI, Tf32>;
   using C = typename B::C;
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(128)
   if (works)
     store_rows(tile, reinterpret_cast<C*>(shared) + threadIdx.x / 32 * 16 * B::kStoreStride,
                P + (blockIdx.y * a.room() + e0 + wm) * a.bases + i0 + wn, a.bases, entries - wm,
-               a.bases - i0 - wn, true);
+               a.bases - i0 - wn, true, accumulate);
 }
 
 constexpr int kBases = 8;  // of a warp of contract_kernel
@@ -201,18 +201,21 @@ void ASideCall::grad(const void* U, void* dlam, void* dgam, bool accumulate) {
       using B = decltype(shape);
       const int64_t tiles = a.tiles(B::kM) * ceil_div(a.n, B::kN);
       // Enough blocks for every SM to have two; a split of less than 256 tokens would not pay for
-      // its P. The number of splits depends on p_.T alone, so that later calls find room.
-      const int64_t tokens = max(p_.T, int64_t{1});
-      splits = min(ceil_div(tokens, 256), ceil_div(2 * device_.multiprocessors, tiles));
-      const int64_t split = ceil_div(ceil_div(tokens, splits), 64) * 64;
-      if (!partial_) partial_ = scratch<C>(device_, splits * a.room() * a.bases);
-      splits = ceil_div(T_, split);
-      if (T_ == 0) return;
-      const Panels& z = panels();
-      launch(device_, "a_grad", kernel,
-             dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(splits)), B::kThreads,
-             B::kShared, a, z.data, z.width, U, T_, split, aligned_rows(a.n, kPerAccess<S>, U),
-             partial_);
+      // its P. Parts add to the P of those before, split by split.
+      const int64_t tokens = max(part_, int64_t{1});
+      const int64_t most = min(ceil_div(tokens, 256), ceil_div(2 * device_.multiprocessors, tiles));
+      const int64_t split = ceil_div(ceil_div(tokens, most), 64) * 64;
+      if (!partial_) partial_ = scratch<C>(device_, most * a.room() * a.bases);
+      splits = ceil_div(min(part_, T_), split);
+      for (int64_t t = 0; t < T_; t += part_) {
+        const Panels& z = panels(t);
+        const int64_t T = min(part_, T_ - t);
+        launch(device_, "a_grad", kernel,
+               dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(ceil_div(T, split))),
+               B::kThreads, B::kShared, a, z.data, z.width,
+               static_cast<const S*>(U) + t * a.r * a.n, T, split,
+               aligned_rows(a.n, kPerAccess<S>, U), t > 0, partial_);
+      }
     };
     constexpr bool kTf32 = decltype(tf32)::value;
     bool started = false;

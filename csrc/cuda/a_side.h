@@ -44,8 +44,8 @@ struct Support {
     return offset[2 * j + 2] - offset[2 * j];
   }
   // How many entries of j lie before column k.
-  __device__ __forceinline__ int64_t before(int64_t j, int64_t k) const {
-    if (k >= d) return size(j);
+  __device__ __forceinline__ int before(int64_t j, int64_t k) const {
+    if (k >= d) return static_cast<int>(size(j));
     const int32_t code = at[j * d + k];
     return code < 0 ? -1 - code : code / 2;
   }
@@ -76,7 +76,7 @@ struct Support {
 // The products of the A side for up to p.T tokens at a time; what they share is made on first use.
 class ASideCall {
  public:
-  ASideCall(const ASide& p, double scale, Device& device) : p_(p), scale_(scale), device_(device) {}
+  ASideCall(const ASide& p, double scale, Device& device);
 
   void take(const void* z, int64_t T);  // (T, d): the operand of up and grad
   void up(void* V);                     // (T, K)
@@ -89,7 +89,8 @@ class ASideCall {
   bool down_few(const void* U, int64_t T, void* out, bool accumulate);
   const Support& support();
   const void* values(bool with_lambda);  // (room, bases): scale lam G, or G
-  const Panels& panels();
+  // z as panels, part_ tokens of it from t on: a part and what is made of it stay in L2.
+  const Panels& panels(int64_t t);
 
   const ASide p_;
   const double scale_;
@@ -98,8 +99,9 @@ class ASideCall {
   int64_t T_ = 0;
   Support support_ = {};
   void* values_[2] = {};
+  int64_t part_;
   Panels panels_ = {};
-  bool panels_filled_ = false;
+  int64_t filled_ = -1;                               // the t of panels_
   void *partial_ = nullptr, *partial_lam_ = nullptr;  // of grad
 };
 
@@ -154,13 +156,13 @@ __device__ __forceinline__ void pipeline(int steps, const Load& load, const Use&
   }
 }
 
-// to[row * stride + col] = the warp's accumulators for row < rows, col < cols, through 16 rows of
+// to[row * stride + col] (+)= the warp's accumulators for row < rows, col < cols, through 16 rows of
 // shared memory that belong to this warp alone.
 template <class Out, class S, int MI, int NI, bool Tf32>
 __device__ __forceinline__ void store_rows(const WarpTile<S, MI, NI, Tf32>& tile,
                                            typename ComputeOf<S>::type* shared, Out* to,
-                                           int64_t stride, int64_t rows, int64_t cols,
-                                           bool aligned) {
+                                           int64_t stride, int64_t rows, int64_t cols, bool aligned,
+                                           bool accumulate) {
   using Tile = WarpTile<S, MI, NI, Tf32>;
   constexpr int kCols = 8 * NI, kStride = kCols + 8, L = kPerAccess<Out>;
   const int lane = threadIdx.x % 32;
@@ -176,16 +178,23 @@ __device__ __forceinline__ void store_rows(const WarpTile<S, MI, NI, Tf32>& tile
       for (int x = lane; x < 16 * (kCols / L); x += 32) {
         const int row = x / (kCols / L), col = x % (kCols / L) * L;
         if (m * 16 + row >= rows || col >= cols) continue;
+        auto* at = reinterpret_cast<Pack<Out, L>*>(to + (m * 16 + row) * stride + col);
         Pack<Out, L> pack = {};
+        if (accumulate) pack = *at;
 #pragma unroll
-        for (int e = 0; e < L; ++e) pack.set(e, narrow<Out>(shared[row * kStride + col + e]));
-        *reinterpret_cast<Pack<Out, L>*>(to + (m * 16 + row) * stride + col) = pack;
+        for (int e = 0; e < L; ++e) {
+          const auto sum = shared[row * kStride + col + e];
+          pack.set(e, narrow<Out>(accumulate ? widen(pack.get(e)) + sum : sum));
+        }
+        *at = pack;
       }
     } else {
       for (int x = lane; x < 16 * kCols; x += 32) {
         const int row = x / kCols, col = x % kCols;
-        if (m * 16 + row < rows && col < cols)
-          to[(m * 16 + row) * stride + col] = narrow<Out>(shared[row * kStride + col]);
+        if (m * 16 + row >= rows || col >= cols) continue;
+        Out* at = to + (m * 16 + row) * stride + col;
+        const auto sum = shared[row * kStride + col];
+        *at = narrow<Out>(accumulate ? widen(*at) + sum : sum);
       }
     }
     __syncwarp();

@@ -81,6 +81,13 @@ __global__ void form_values(Support s, const C* __restrict__ lam, const C* __res
 
 }  // namespace
 
+// A part is a quarter of what an intermediate may take: 2048 tokens of 4096 features in 16 bits.
+ASideCall::ASideCall(const ASide& p, double scale, Device& device)
+    : p_(p), scale_(scale), device_(device) {
+  const int64_t tokens = device.chunk_bytes / 4 / (p.basis.d * bytes_of(p.dtype));
+  part_ = min(p.T, max(tokens / 128, int64_t{1}) * 128);
+}
+
 const Support& ASideCall::support() {
   Support& s = support_;
   if (s.entry) return s;
@@ -116,13 +123,15 @@ const void* ASideCall::values(bool with_lambda) {
   return made;
 }
 
-void ASideCall::take(const void* z, int64_t T) { z_ = z, T_ = T, panels_filled_ = false; }
+void ASideCall::take(const void* z, int64_t T) { z_ = z, T_ = T, filled_ = -1; }
 
-const Panels& ASideCall::panels() {
+const Panels& ASideCall::panels(int64_t t) {
   if (!panels_.data)
-    panels_ = make_panels(p_.T, p_.basis.d, p_.T > 32 ? 64 : 32, p_.dtype, device_);
-  if (!panels_filled_) fill_panels(z_, T_, panels_, p_.dtype, device_);
-  panels_filled_ = true;
+    panels_ = make_panels(part_, p_.basis.d, part_ > 32 ? 64 : 32, p_.dtype, device_);
+  if (filled_ != t)
+    fill_panels(static_cast<const char*>(z_) + t * p_.basis.d * bytes_of(p_.dtype),
+                min(part_, T_ - t), panels_, p_.dtype, device_);
+  filled_ = t;
   return panels_;
 }
 

@@ -10,9 +10,9 @@
 // 4096 x 4096, r = 32, n = 128, T = 8192, bf16 on an H100, tile 128 x 128:
 //                      density 1/64             1/3
 //   operations         8.6 GFLOP, 9 us          183 GFLOP, 185 us at 989 TFLOP/s
-//   DRAM               134 MB (z, V), 40 us     146 MB, 44 us
+//   DRAM               67 MB (V), 20 us         78 MB; z comes as panels of 2048 tokens, 17 MB in L2
 //   L2 into SMs        33 + 34 MB, 12 us        715 + 715 MB, 260 us at 5.5 TB/s
-// so writing V binds at 1/64 (30 us expected, and 40 for the panels) and L2 at 1/3 (300 us). Few
+// so writing V binds at 1/64 (25 us expected, and 25 for the panels) and L2 at 1/3 (280 us). Few
 // tokens take smaller tiles, so that there are blocks for every SM.
 #include "a_side.h"
 
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(128)
   if (works)
     store_rows(tile, reinterpret_cast<C*>(shared) + threadIdx.x / 32 * 16 * B::kStoreStride,
                V + (t0 + wm) * a.r * a.n + j * a.n + i0 + wn, a.r * a.n, T - t0 - wm, a.n - i0 - wn,
-               aligned);
+               aligned, false);
 }
 
 }  // namespace
@@ -114,19 +114,23 @@ void ASideCall::up(void* V) {
   if (T_ == 0 || (few(T_) && up_few(V))) return;
   const Support& a = support();
   const void* value = values(false);
-  const Panels& z = panels();
   with_engine(p_.dtype, device_, [&](auto storage, auto tf32) {
     using S = decltype(storage);
     const auto start = [&](auto kernel, auto shape) {
       using B = decltype(shape);
-      const int64_t blocks = ceil_div(T_, B::kM) * a.r * ceil_div(a.n, B::kN);
-      launch(device_, "a_up", kernel, dim3(static_cast<unsigned>(blocks)), B::kThreads, B::kShared,
-             a, value, z.data, z.width, T_, p_.lam, scale_, V, aligned_rows(a.n, kPerAccess<S>, V));
+      for (int64_t t = 0; t < T_; t += part_) {
+        const Panels& z = panels(t);
+        const int64_t T = min(part_, T_ - t);
+        const int64_t blocks = ceil_div(T, B::kM) * a.r * ceil_div(a.n, B::kN);
+        launch(device_, "a_up", kernel, dim3(static_cast<unsigned>(blocks)), B::kThreads,
+               B::kShared, a, value, z.data, z.width, T, p_.lam, scale_,
+               static_cast<S*>(V) + t * a.r * a.n, aligned_rows(a.n, kPerAccess<S>, V));
+      }
     };
     constexpr bool kTf32 = decltype(tf32)::value;
     if constexpr (sizeof(S) < 8) {
       using Wide = Up<S, 4, 8, kTf32>;
-      const int64_t wide = ceil_div(T_, Wide::kM) * a.r * ceil_div(a.n, Wide::kN);
+      const int64_t wide = ceil_div(min(part_, T_), Wide::kM) * a.r * ceil_div(a.n, Wide::kN);
       if (2 * wide >= device_.multiprocessors && Wide::kShared <= device_.shared_bytes)
         return a.n > 32 ? start(up_kernel<S, 4, 8, kTf32>, Wide{})
                         : start(up_kernel<S, 4, 2, kTf32>, Up<S, 4, 2, kTf32>{});

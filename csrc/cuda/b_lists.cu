@@ -17,10 +17,11 @@
 // D = K = 4096, density 1/64 (nnz = 262144), bf16 on an H100:
 //   T = 1       0.5 MB of lists, 0.2 us; 4 us expected, of latency
 //   T = 16      32 lines a block, 128 KB staged from L2 by each: 6 us
-//   T = 8192    2.1 G adds, 75 us at 28 T/s; shared memory 4.3 GB, 150 us at 128 B/clk/SM, twice that
-//               by bank conflicts, which bind: 16384 reads of 512 bytes a tile, 8.4 cycles each, 512
-//               tiles on 132 SMs, 320 us. A GEMM with B unpacked takes 420 us at any density, so
-//               lists are the better choice up to density 0.02 (in fp32 without tf32 up to 0.1).
+//   T = 8192    2.1 G adds, 75 us at 28 T/s; shared memory 4.3 GB, 150 us at 128 B/clk/SM and 320 us
+//               with its bank conflicts (2.1 for 4 random rows of 32 bytes in 4 places). Instructions
+//               bind: 26 for 16 entries x 16 tokens and some 110 a line, 550 us.
+// A GEMM with B unpacked takes 420 us at T = 8192, but reads 34 MB at any T: lists are the better
+// choice up to T = 200 or so at this density, and where memory is short.
 #include "columns.h"
 #include "kernels.h"
 #include "launch.h"
@@ -94,18 +95,17 @@ __global__ void __launch_bounds__(256, 4)
   const auto offsets = [&](int64_t c) {
     return lists.offset[min(2 * (first + c * chunk + warp * kLines) + lane, 2 * last)];
   };
-  const auto of_lane = [&](int64_t x, int l) { return __shfl_sync(0xffffffffu, x, l); };
+  const auto of_lane = [&](auto x, int l) { return __shfl_sync(0xffffffffu, x, l); };
   Index ahead[G::kAhead];
-  const auto fetch = [&](int64_t begin, int64_t end) {
-    const Index* line = lists.index + begin + slot;
-    const int left = static_cast<int>(end - begin) - slot;
+  const auto fetch = [&](const Index* line, int count) {
 #pragma unroll
     for (int s = 0; s < G::kAhead; ++s)
-      ahead[s] = s * G::kEntries < left ? line[s * G::kEntries] : Index(0);
+      ahead[s] = s * G::kEntries < count - slot ? line[s * G::kEntries + slot] : Index(0);
   };
 
-  int64_t offset = offsets(0);
-  fetch(of_lane(offset, 0), of_lane(offset, 2));
+  int64_t origin = of_lane(offsets(0), 0);  // of the warp's first line; the others relative to it
+  int offset = static_cast<int>(offsets(0) - origin);
+  fetch(lists.index + origin, of_lane(offset, 2));
   const int64_t chunks = ceil_div(last - first, chunk);
   for (int64_t c = 0; c < chunks; ++c) {
     C* result = results + c % 2 * TT * stride;
@@ -121,19 +121,20 @@ __global__ void __launch_bounds__(256, 4)
     };
     if (accumulate) each_result([&](int u, C*, S* to) { old[u] = *to; });
 
-    const int64_t next_offset = offsets(c + 1);
+    const int64_t next = offsets(c + 1), next_origin = of_lane(next, 0);
+    const int next_offset = static_cast<int>(next - next_origin);
 #pragma unroll
     for (int q = 0; q < kLines; ++q) {
-      const int64_t begin = of_lane(offset, 2 * q), end = of_lane(offset, 2 * q + 2);
-      const int plus = static_cast<int>(of_lane(offset, 2 * q + 1) - begin);
-      const int count = static_cast<int>(end - begin);
+      const int begin = of_lane(offset, 2 * q), end = of_lane(offset, 2 * q + 2);
+      const int plus = of_lane(offset, 2 * q + 1) - begin, count = end - begin;
+      const Index* line = lists.index + origin + begin;
       Index position[G::kAhead];
 #pragma unroll
       for (int s = 0; s < G::kAhead; ++s) position[s] = ahead[s];
       if (q + 1 < kLines)
-        fetch(end, of_lane(offset, 2 * q + 4));
+        fetch(line + count, of_lane(offset, 2 * q + 4) - end);
       else
-        fetch(of_lane(next_offset, 0), of_lane(next_offset, 2));
+        fetch(lists.index + next_origin, of_lane(next_offset, 2));
 
 #pragma unroll
       for (int t = 0; t < G::kTokens; ++t) sum[t] = 0;
@@ -141,7 +142,6 @@ __global__ void __launch_bounds__(256, 4)
 #pragma unroll
       for (int s = 0; s < G::kAhead; ++s, p += G::kEntries)
         if (p < count) add(position[s], p < plus ? C(1) : C(-1));
-      const Index* line = lists.index + begin;
 #pragma unroll 4
       for (; p < count; p += G::kEntries) add(line[p], p < plus ? C(1) : C(-1));
 
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(256, 4)
       const C v = *from * scale;
       *to = narrow<S>(accumulate ? widen(old[u]) + v : v);
     });
-    offset = next_offset;
+    origin = next_origin, offset = next_offset;
   }
 }
 

@@ -9,19 +9,21 @@
 // Tokens go in chunks (Device::chunk_bytes of V or U), so scratch does not grow with T; dlam and
 // dgam add up chunk by chunk, in order. V and U are in the dtype of x.
 //
-// The B side is a GEMM where the caller brought B unpacked (Basis::b_dense), but for 16 tokens and
-// fewer: reading the packed form then takes a tenth of the time that reading B would.
+// The B side is a GEMM where the caller brought B unpacked (Basis::b_dense) and it pays: not for few
+// tokens, where reading the packed form takes a fraction of the time that reading B would.
 //
-// 4096 x 4096, r = 32, T = 8192, bf16 on an H100, in us; a frozen layer is two GEMMs of 423 (at 650
-// TFLOP/s), and B unpacked makes each B product another one:
-//                        density 1/64   0.07   1/3
-//   preparation, panels  2 x 45         95     120     x in forward, x in backward
-//   a_up                 30             70     300
-//   a_down               80             130    400
-//   a_grad               50             80     315
-//   B side, two GEMMs    846 (lists: 640)
-//   over the frozen 846  2.3 (2.05)     2.45   3.3     times; 1/3 belongs to the delta path
-// T = 16 and 1 (forward): two kernels of 5 us each beside the base layer's 12.
+// 4096 x 4096, r = 32, T = 8192, bf16 on an H100, expected us (see the files); a frozen layer is two
+// GEMMs of 423 at 650 TFLOP/s, and B unpacked makes each B product another one:
+//                             density 1/64   0.07   1/3
+//   tables and values                   10     14     25
+//   panels of x, twice                  50     50     50
+//   a_up                                25     65    280
+//   a_down                              80    140    400
+//   a_grad                              45     90    325
+//   B side, two GEMMs                  846    846    846
+//   layer over frozen layer           2.25x   2.4x   3.3x   (at 1/3 the delta path is for large T)
+// Forward for T = 1 and 16 at 1/64: two kernels, 8 and 12 us, beside the base layer's 12. For T = 512:
+// 45 us beside 30, of which the B product is 30.
 #include <vector>
 
 #include "a_side.h"
@@ -81,9 +83,12 @@ void each_chunk(int64_t T, int64_t chunk, const F& fn) {
   } while (t < T);
 }
 
+// Signed sums take some 0.25 ps an entry and token, a GEMM of few tokens the time that B takes to be
+// read, 0.7 ps an element: they are even at T = 3 / density.
 bool by_gemm(const Basis& b, int64_t T) {
-  const bool packed = b.has_planes() || b.b_rows.offset;
-  return b.b_dense && (T > kFewTokens || !packed);
+  if (!b.b_dense) return false;
+  if (b.has_planes()) return T > kFewTokens;
+  return !b.b_rows.offset || (T > kFewTokens && T * b.b_rows.count > 2 * b.D * b.K());
 }
 
 void b_up(const BSide& p, const void* V, void* y, bool accumulate, Device& device) {

@@ -13,6 +13,7 @@ struct Case {
   int64_t skip = 0;            // elements that take the alignment of every matrix away
   int64_t shared = 227 << 10;  // of a block
   int multiprocessors = 3;
+  int64_t chunk_bytes = 64 << 20;
 };
 
 struct Run {
@@ -34,6 +35,7 @@ struct Run {
         gam(compute_of(dtype), normal_values(f.n * c.d, 2)),
         scaled(f.scaled(lam.values(), gam.values())) {
     device.tf32 = tf32, device.shared_bytes = c.shared, device.multiprocessors = c.multiprocessors;
+    device.chunk_bytes = c.chunk_bytes;
   }
   cuda::ASide side() const { return {f.basis, lam.get(), gam.get(), dtype, c.T}; }
   void compare(const char* what, const Array& got, const std::vector<double>& want, double bound) {
@@ -163,6 +165,7 @@ int main() {
       {272, 2, 150, 0.3, false, 0, small, 1},       // large tiles, ranges of columns
       {160, 8, 140, 1.0, false, 0, 227 << 10, 50},  // many SMs: small tiles, split tokens
       {48, 3, 600, 0.3, false, 0, 227 << 10, 50},   // splits of the gradient
+      {48, 3, 900, 0.3, true, 0, 227 << 10, 50, 384 * 48 * 2 * 4},  // and z in parts
   };
   for (const Case& c : cases)
     for (const DType dtype : kTypes) {
