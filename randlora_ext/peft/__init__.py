@@ -17,7 +17,15 @@ from ._require import check_peft
 check_peft()
 
 from .config import RandLoraConfig  # noqa: E402  (needs the check above)
+from .export import export_to_peft  # noqa: E402
 from .summary import kernel_summary  # noqa: E402
 from .switch import accelerate, disable, enable  # noqa: E402
 
-__all__ = ["RandLoraConfig", "accelerate", "disable", "enable", "kernel_summary"]
+__all__ = [
+    "RandLoraConfig",
+    "accelerate",
+    "disable",
+    "enable",
+    "export_to_peft",
+    "kernel_summary",
+]

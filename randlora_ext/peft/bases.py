@@ -1,11 +1,15 @@
 """PEFT's bases, packed: the dictionary that PEFT keeps them in, and one layer's `TernaryBasis`."""
 
+import weakref
+
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
 from ..basis import TernaryBasis
 from .ternary_tensor import TernaryTensor
+
+BASES = ("randlora_A", "randlora_B")  # PEFT's names
 
 
 class PackedBases(BufferDict):
@@ -14,7 +18,8 @@ class PackedBases(BufferDict):
     The tensors are no registered buffers, so nothing casts them, and DistributedDataParallel does
     not send them. A ternary tensor is packed as it is put in; another (PEFT's default uniform
     basis) is kept as it is. Where ``persistent``, a state dict holds them dense as PEFT's does, but
-    once, under the model: layers only refer to the dictionary (`Accelerated.__setattr__`).
+    once: under the tuner, or, in a model from ``inject_adapter_in_model``, which has no tuner,
+    under the first layer. Layers only refer to the dictionary (`Accelerated.__setattr__`).
     """
 
     def __init__(self, persistent: bool) -> None:
@@ -26,6 +31,17 @@ class PackedBases(BufferDict):
         packed = cls(dense.persistent)
         packed.update(dict(dense.items()))
         return packed
+
+    def __getattr__(self, name: str):
+        # As a buffer is an attribute of PEFT's dictionary; transformers loads adapters by it.
+        bases = self.__dict__.get("_bases", {})
+        return bases[name] if name in bases else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value) -> None:
+        if name in self.__dict__.get("_bases", {}):
+            self[name] = value.detach()
+        else:
+            super().__setattr__(name, value)
 
     def __getitem__(self, key: str) -> Tensor:
         return self._bases[key]
@@ -65,28 +81,45 @@ class PackedBases(BufferDict):
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        if self.persistent:
-            for key, basis in self._bases.items():
-                dense = basis.dense() if isinstance(basis, TernaryTensor) else basis
-                destination[prefix + key] = dense if keep_vars else dense.detach()
+        if not self.persistent or self.__dict__.get("_written", lambda: None)() is destination:
+            return
+        try:
+            self.__dict__["_written"] = weakref.ref(destination)
+        except TypeError:  # a plain dict; then every layer writes, as with stock PEFT
+            pass
+        for key, basis in self._bases.items():
+            dense = basis.dense() if isinstance(basis, TernaryTensor) else basis
+            destination[prefix + key] = dense if keep_vars else dense.detach()
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "_written"}
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        for key, basis in self._bases.items():
-            if (saved := state_dict.get(prefix + key)) is None:
-                if self.persistent:
-                    missing_keys.append(prefix + key)
-            elif saved.shape != basis.shape:
-                error_msgs.append(
-                    f"size mismatch for {prefix}{key}: the file has {tuple(saved.shape)}, the "
-                    f"model {tuple(basis.shape)}"
-                )
+        known = {prefix + key: key for key in self._bases} if self.persistent else {}
+        for name, key in known.items():
+            basis = self._bases[key]
+            if (saved := state_dict.get(name)) is None:
+                missing_keys.append(name)
+            elif error := misfit(name, saved, basis):
+                error_msgs.append(error)
             else:
                 self[key] = saved.to(dtype=basis.dtype, device=basis.device, copy=True)
         if strict:
-            known = {prefix + key for key in self._bases}
             unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
+
+
+def misfit(name: str, saved: Tensor, own: Tensor) -> str:
+    """What forbids to load a tensor over another, in torch's words; "" where nothing does."""
+    if saved.shape != own.shape:
+        return (
+            f"size mismatch for {name}: copying a param with shape {saved.shape} from checkpoint, "
+            f"the shape in current model is {own.shape}."
+        )
+    if not saved.is_floating_point():
+        return f"dtype mismatch for {name}: the checkpoint has {saved.dtype}, not floating point."
+    return ""
 
 
 def layer_basis(

@@ -1,6 +1,6 @@
 """PEFT's RandLoRA layers with forward and delta weight on the compiled kernels."""
 
-import functools
+import inspect
 import warnings
 
 import torch
@@ -12,7 +12,7 @@ from .. import cuda
 from .. import functional as kernels
 from ..base_layer import can_fuse
 from ..basis import TernaryBasis
-from .bases import PackedBases, layer_basis
+from .bases import BASES, PackedBases, layer_basis
 
 
 class Accelerated:
@@ -25,11 +25,20 @@ class Accelerated:
 
     def __setattr__(self, name: str, value) -> None:
         # Registered as a submodule, the bases would be listed, moved and saved once per layer.
-        if name in ("randlora_A", "randlora_B") and isinstance(value, PackedBases):
+        if name in BASES and isinstance(value, PackedBases):
             self._modules.pop(name, None)
+            # inject_adapter_in_model comes with new dictionaries for an added adapter.
+            for adapter, basis in self.__dict__.get(name, {}).items():
+                if adapter not in value:
+                    value[adapter] = basis
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in BASES:  # nothing where the tuner, or another layer, has written them
+            self.__dict__[name]._save_to_state_dict(destination, f"{prefix}{name}.", keep_vars)
 
     def _load_from_state_dict(
         self, state_dict, prefix, metadata, strict, missing, unexpected, errors
@@ -37,20 +46,20 @@ class Accelerated:
         super()._load_from_state_dict(
             state_dict, prefix, metadata, strict, missing, unexpected, errors
         )
-        # Stock PEFT's files hold a copy of the bases under every layer. It is that of the model,
-        # except from inject_adapter_in_model, where there is no model of PEFT's to hold one.
-        for name in ("randlora_A", "randlora_B"):
+        # A file of inject_adapter_in_model, ours or stock PEFT's, holds bases under the layers;
+        # where there is a tuner it has taken them out (`AcceleratedRandLoraModel`).
+        for name in BASES:
             own = f"{prefix}{name}."
-            copies = [key for key in state_dict if key.startswith(own)]
-            unexpected[:] = [key for key in unexpected if key not in copies]
-            of_model = (f"{at}{name}." for at in ("base_model.", ""))
-            if copies and not any(key.startswith(tuple(of_model)) for key in state_dict):
+            if any(key.startswith(own) for key in state_dict):
+                unexpected[:] = [key for key in unexpected if not key.startswith(own)]
                 bases = self.__dict__[name]
-                bases._load_from_state_dict(state_dict, own, {}, strict, [], unexpected, errors)
+                bases._load_from_state_dict(
+                    state_dict, own, metadata, strict, [], unexpected, errors
+                )
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is not None:
+        if adapter_names is not None and not self.disable_adapters:
             return self._mixed_batch(x, adapter_names, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.randlora_lambda]
         if self.disable_adapters or self.merged or not names:  # the base alone; PEFT's unmerging
@@ -79,9 +88,10 @@ class Accelerated:
         for name in dict.fromkeys(adapter_names):
             if name not in self.randlora_lambda:
                 continue
-            at = torch.tensor([i for i, n in enumerate(adapter_names) if n == name])
+            rows = [row for row, other in enumerate(adapter_names) if other == name]
+            at = torch.tensor(rows, device=x.device)
             part = x[at].to(self._compute_dtype(name, x.device))
-            result[at] += self._adapter(name, part).to(result.dtype)
+            result = result.index_add(0, at, self._adapter(name, part).to(result.dtype))
         return result
 
     def _adapter(self, name: str, x: Tensor) -> Tensor:
@@ -174,20 +184,23 @@ class AcceleratedLinear(Accelerated, Linear):
 
 
 def accelerated_class(stock: type) -> type | None:
-    """The accelerated class of a RandLoRA layer class of PEFT; None for one that is none of PEFT's.
-
-    Also ``Linear8bitLt`` and ``Linear4bit``, whose stock merging multiplies A' B instead of B A'.
-    """
+    """The accelerated class of a RandLoRA layer class of PEFT; None for another class."""
     if stock is Linear:
         return AcceleratedLinear
     if stock.__module__ == "peft.tuners.randlora.bnb":
-        return _quantized_class(stock)
+        from . import quantized  # imports bitsandbytes, as stock has already
+
+        return quantized.accelerated_class(stock)
     return None
 
 
-@functools.cache
-def _quantized_class(stock: type) -> type:
-    return type(f"Accelerated{stock.__name__}", (Accelerated, stock), {"__module__": __name__})
+def update_quantized(layer: Accelerated, name: str, A: PackedBases, B: PackedBases, config) -> None:
+    """Adds adapter `name` to a layer, in whichever way this version of PEFT wants its options."""
+    if "config" in inspect.signature(layer.update_layer).parameters:  # since 0.20
+        layer.update_layer(name, A, B, config.r, config=config)
+    else:
+        options = (config.randlora_alpha, config.randlora_dropout, config.init_weights)
+        layer.update_layer(name, A, B, config.r, *options)
 
 
 def has_kernels(device_type: str) -> bool:

@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Hashable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import peft
 import torch
-from peft.tuners.randlora.layer import RandLoraLayer
+from peft.tuners.randlora.layer import Linear, RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
 from torch import nn
 
-from .bases import PackedBases
-from .layer import Accelerated, accelerated_class
+from .bases import BASES, PackedBases
+from .checkpoint import check_fit, drop_copies
+from .layer import Accelerated, accelerated_class, update_quantized
+from .mixed import adapter_per_row
 from .ternary_tensor import TernaryMatrix, TernaryTensor
 
 
@@ -19,9 +21,10 @@ class AcceleratedRandLoraModel(RandLoraModel):
     """What `randlora_ext.peft.enable` puts in the place of ``peft.RandLoraModel``.
 
     What differs beside the layers' class: bases are packed as soon as they are drawn; a config's
-    ``density`` and ``basis``; an added adapter whose r or density is not that of the adapters there
-    draws bases of its own (stock PEFT would take the first adapter's and fail on another r), which
-    are those it would have alone; and ``adapter_names`` in a forward call.
+    ``density`` and ``basis``; an added adapter whose r or density is not that of the first, or
+    whose layers are larger, draws bases of its own (stock PEFT would take the first adapter's and
+    fail), which are those it would have alone; a second adapter on quantized layers; a file is
+    checked before anything of it is taken; and ``adapter_names`` in a forward call.
     """
 
     @staticmethod
@@ -39,7 +42,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
             super()._pre_injection_hook(model, config, adapter_name)
         else:
             self._init_randlora_A_randlora_B_sparse(config, adapter_name, sparsity=1 / density)
-            for name in ("randlora_A", "randlora_B"):
+            for name in BASES:
                 basis = getattr(self, name)[adapter_name]
                 if not bool(basis.isfinite().all()):  # PEFT divides by the standard deviation, 0
                     raise ValueError(
@@ -65,23 +68,56 @@ class AcceleratedRandLoraModel(RandLoraModel):
             matrix = TernaryMatrix(shape[0], shape[1] * shape[2], value, None, (key, role, density))
             bases[adapter_name] = TernaryTensor(matrix, shape, torch.float32, device)
 
+    def _find_dim(self, config: peft.RandLoraConfig) -> tuple[int, int]:
+        """(largest out_features, largest in_features) of the targets.
+
+        PEFT's looks at nn.Linear and Conv1D; an added adapter meets them wrapped, and a wrapped
+        quantized layer is neither.
+        """
+        wrapped = [
+            (module.out_features, module.in_features)
+            for name, module in self.model.named_modules()
+            if isinstance(module, RandLoraLayer) and self._check_target_module_exists(config, name)
+        ]
+        try:
+            wrapped.append(super()._find_dim(config))
+        except ValueError:
+            if not wrapped:
+                raise
+        out_features, in_features = (max(sizes) for sizes in zip(*wrapped, strict=True))
+        return out_features, in_features
+
     def _create_and_replace(
-        self, randlora_config: peft.RandLoraConfig, adapter_name: str, *args, **kwargs
+        self,
+        randlora_config: peft.RandLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        *args,
+        **kwargs,
     ) -> None:
         if adapter_name not in self.randlora_A:
             self._add_bases(randlora_config, adapter_name)
-        super()._create_and_replace(randlora_config, adapter_name, *args, **kwargs)
+        if isinstance(target, Accelerated) and not isinstance(target, Linear):
+            # PEFT would put a second layer around a quantized one.
+            update_quantized(
+                target, adapter_name, self.randlora_A, self.randlora_B, randlora_config
+            )
+        else:
+            super()._create_and_replace(randlora_config, adapter_name, target, *args, **kwargs)
 
     def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str) -> None:
         """Finds or draws the bases of an added adapter, unless stock PEFT does the same."""
-        first = next(iter(self.randlora_A))
-        if _recipe(config) == _recipe(self.peft_config[first]):
-            return  # PEFT lets all adapters share the first one's
         A, B = self.randlora_A, self.randlora_B
-        same = [n for n in A if _recipe(self.peft_config[n]) == _recipe(config)]
-        if same:
-            A[adapter_name], B[adapter_name] = A[same[0]], B[same[0]]
-            return
+        out_features, in_features = self._find_dim(config)
+        D, d = max(out_features, in_features), min(out_features, in_features)
+        alike = [name for name in A if _recipe(self.peft_config[name]) == _recipe(config)]
+        first = next(iter(A), None)
+        if first in alike and A[first].shape[-1] >= d and B[first].shape[0] >= D:
+            return  # PEFT lets all adapters share the first one's
+        for name in alike:
+            if A[name].shape[-1] == d and B[name].shape[0] == D:
+                A[adapter_name], B[adapter_name] = A[name], B[name]
+                return
         try:  # the hook starts new dictionaries
             self._pre_injection_hook(self.model, config, adapter_name)
             drawn = self.randlora_A[adapter_name], self.randlora_B[adapter_name]
@@ -91,38 +127,42 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
-        """PEFT's seam for ``model(..., adapter_names=[...])``: one adapter per row of the batch."""
+        """PEFT's seam for ``model(..., adapter_names=[...])``."""
         names = kwargs.pop("adapter_names", None)
-        if names is None:
+        with nullcontext() if names is None else adapter_per_row(self, names, kwargs):
             yield
-            return
-        if self.training:
-            raise ValueError("adapter_names cannot be given in training mode; call model.eval()")
-        known = {name for layer in _layers(self) for name in layer.randlora_lambda}
-        unknown = sorted(set(names) - known - {"__base__"})
-        if unknown:
-            raise ValueError(f"adapter_names has unknown {unknown}; known are {sorted(known)}")
-        beams = kwargs.get("num_beams")
-        if isinstance(beams, int) and beams > 1:  # every input becomes `beams` neighbouring rows
-            names = [name for name in names for _ in range(beams)]
 
-        def give_names(module, args, kwargs):
-            return args, {**kwargs, "adapter_names": names}
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in BASES:  # before the layers, which then need not
+            getattr(self, name)._save_to_state_dict(destination, f"{prefix}{name}.", keep_vars)
 
-        hooks = [
-            layer.register_forward_pre_hook(give_names, with_kwargs=True)
-            for layer in _layers(self)
-            if isinstance(layer, Accelerated)
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        check_fit(self, state_dict, prefix)
+        drop_copies(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
+    # Newer PEFT finds an adapter's entries by the submodules of layers. In a model from
+    # inject_adapter_in_model the bases are a layer's entries without being its submodules.
 
-def _layers(model: nn.Module) -> list[RandLoraLayer]:
-    return [module for module in model.modules() if isinstance(module, RandLoraLayer)]
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model, config, adapter_name, state_dict, unwanted_adapter_names
+    ) -> dict:
+        bases = tuple(f"{name}.{adapter_name}" for name in BASES)
+        return super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        ) | {key: value for key, value in state_dict.items() if key.endswith(bases)}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict:
+        remapped = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        return {
+            f"{key}.{adapter_name}" if key.endswith(BASES) else key: value
+            for key, value in remapped.items()
+        }
 
 
 def accelerate_layer(layer: nn.Module) -> nn.Module:
@@ -136,7 +176,7 @@ def accelerate_layer(layer: nn.Module) -> nn.Module:
 
 def pack_model(model: RandLoraModel) -> None:
     """Puts packed dictionaries in the place of PEFT's dense ones."""
-    for name in ("randlora_A", "randlora_B"):
+    for name in BASES:
         bases = getattr(model, name)
         if not isinstance(bases, PackedBases):
             setattr(model, name, PackedBases.of(bases))

@@ -19,20 +19,21 @@ def kernel_summary(model: nn.Module, tokens: int = 512) -> str:
     Equal layers are counted together. Others are named with the reason.
     """
     ours: Counter[str] = Counter()
-    stock: Counter[str] = Counter()
+    dense: Counter[str] = Counter()
+    stock = 0
     isas: set[str] = set()
     for layer in model.modules():
         if not isinstance(layer, RandLoraLayer):
             continue
         if not isinstance(layer, Accelerated):
-            stock["made without randlora_ext.peft.enable()"] += 1
+            stock += 1
             continue
         weight, base = layer.get_base_layer().weight, layer.get_base_layer()
         names = [name for name in layer.active_adapters if name in layer.randlora_lambda]
         for name in names:
             basis, reason = layer.basis_of(name, weight.device)
             if basis is None:
-                stock[reason] += 1
+                dense[reason] += 1
                 continue
             has_weight = type(base) is nn.Linear and len(names) == 1
             drop = getattr(layer.randlora_dropout[name], "p", 0.0) if layer.training else 0.0
@@ -49,6 +50,11 @@ def kernel_summary(model: nn.Module, tokens: int = 512) -> str:
             f"{ours.total()} RandLoRA layers on randlora_ext's {'/'.join(sorted(isas))} kernels at "
             f"{tokens} tokens: {listed}"
         )
-    for reason, count in stock.items():
+    for reason, count in dense.items():
         parts.append(f"{count} layers by dense bases: {reason}")
+    if stock:
+        parts.append(
+            f"{stock} layers on PEFT's own code: made without randlora_ext.peft.enable(); see "
+            "accelerate()"
+        )
     return "; ".join(parts) or "no RandLoRA layers"

@@ -1,0 +1,121 @@
+"""Writing an adapter, or the merged model, so that stock PEFT or none at all opens it right."""
+
+import copy
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+
+import peft
+import torch
+from peft.tuners.randlora.layer import RandLoraLayer
+from safetensors.torch import load_file, save_model
+
+from .bases import BASES
+from .ternary_tensor import TernaryTensor
+
+
+def export_to_peft(
+    model: peft.PeftModel,
+    folder: str | os.PathLike,
+    merged: bool = False,
+    *,
+    safe_serialization: bool = True,
+) -> None:
+    """Writes what stock PEFT opens with the same numbers, whatever the bases are.
+
+    Equivalent to ``model.save_pretrained(folder)`` of a stock model with ``save_projection=True``
+    whose bases are these: generated ones and those of any density are written dense, and the config
+    has PEFT's fields only. Files appear under their names when they are complete.
+
+    Args:
+        model: a PeftModel. Each adapter is written as by PEFT: "default" into the folder, others
+            into folders of their name.
+        merged: write the base model with the active adapters merged into its weights instead, by
+            ``save_pretrained`` of the base model, or as model.safetensors where it has none. A copy
+            is merged. 16-bit weights round the sum to 16 bits; ``model.float()`` first avoids it.
+        safe_serialization: True writes adapter_model.safetensors with the bases once; stock PEFT
+            then warns of "missing adapter keys", the copies that its own files hold for every
+            layer, and loads right all the same. False writes adapter_model.bin, a pickle in which
+            these copies are references to one tensor: as small, and read without a warning.
+
+    Raises TypeError where model is no PeftModel over RandLoRA layers.
+    """
+    if not isinstance(model, peft.PeftModel) or not any(
+        isinstance(module, RandLoraLayer) for module in model.modules()
+    ):
+        raise TypeError(f"export needs a PeftModel with RandLoRA layers, got {type(model)}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as scratch:
+        if merged:
+            _save_merged(model, Path(scratch), safe_serialization)
+        else:
+            _save_adapters(model, Path(scratch), safe_serialization)
+        _move_files(Path(scratch), folder)
+
+
+def _save_merged(model: peft.PeftModel, folder: Path, safe_serialization: bool) -> None:
+    plain = copy.deepcopy(model).merge_and_unload(safe_merge=True)
+    if hasattr(plain, "save_pretrained"):
+        plain.save_pretrained(folder)
+    elif safe_serialization:
+        save_model(plain, str(folder / "model.safetensors"))
+    else:
+        torch.save(plain.state_dict(), folder / "pytorch_model.bin")
+
+
+def _save_adapters(model: peft.PeftModel, folder: Path, safe_serialization: bool) -> None:
+    configs = dict(model.peft_config)
+    copies = tuple(f".{bases}." for bases in BASES)
+    state = {k: v for k, v in model.state_dict().items() if not any(part in k for part in copies)}
+    for name in configs:
+        for bases in BASES:
+            basis = getattr(model.base_model, bases)[name]
+            dense = basis.dense() if isinstance(basis, TernaryTensor) else basis
+            state[f"base_model.{bases}.{name}"] = dense.detach()
+    try:
+        for name, config in configs.items():
+            packed = isinstance(model.base_model.randlora_A[name], TernaryTensor)
+            model.peft_config[name] = _stock_config(config, packed)
+        model.save_pretrained(str(folder), state_dict=state)
+    finally:
+        model.peft_config.update(configs)
+    if not safe_serialization:
+        layers = [name for name, m in model.named_modules() if isinstance(m, RandLoraLayer)]
+        for file in folder.rglob("adapter_model.safetensors"):
+            _as_pickle(file, layers)
+
+
+def _stock_config(config: peft.RandLoraConfig, packed: bool) -> peft.RandLoraConfig:
+    """PEFT's own config with the fields that it knows."""
+    values = {
+        field.name: copy.deepcopy(getattr(config, field.name))
+        for field in dataclasses.fields(peft.RandLoraConfig)
+        if field.init
+    }
+    values["save_projection"] = True
+    # Stock PEFT draws bases before it loads these over them. Uniform ones it keeps in bfloat16,
+    # which would round the value; sparse ones in float32.
+    values["sparse"] = packed and not config.very_sparse
+    return peft.RandLoraConfig(**values)
+
+
+def _as_pickle(file: Path, layers: list[str]) -> None:
+    """adapter_model.bin beside the file, which goes; every layer refers to the bases."""
+    state = load_file(file)
+    for layer in layers:
+        if f"{layer}.randlora_lambda" in state:
+            for bases in BASES:
+                state[f"{layer}.{bases}"] = state[f"base_model.{bases}"]
+    torch.save(state, file.with_name("adapter_model.bin"))
+    file.unlink()
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Renames every file; configs last, since they announce the others."""
+    files = [path for path in source.rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda path: (path.suffix == ".json", path)):
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, place)

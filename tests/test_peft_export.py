@@ -1,0 +1,185 @@
+"""export_to_peft: stock PEFT, or nothing but the base model, gives the same numbers."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from peft_helpers import (
+    Deep,
+    StockLinear,
+    accelerated,
+    deep_config,
+    layers,
+    peft,
+    randomize,
+    relative,
+)
+from safetensors.torch import load_file
+from torch import nn
+
+pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
+
+KINDS = {
+    "sparse": {"sparse": True},
+    "very_sparse": {"very_sparse": True},
+    "density": {"density": 0.07, "save_projection": False},
+    "generated": {"basis": "generated", "density": 0.07, "projection_prng_key": 2**64 - 1},
+    "generated very_sparse": {"basis": "generated", "very_sparse": True},
+    "uniform": {},
+}
+
+
+def made(**kind):
+    accelerated.enable()
+    chosen = deep_config(5, accelerated.RandLoraConfig, **kind)
+    return randomize(peft.get_peft_model(Deep(), chosen))
+
+
+def opened_by_stock(folder, base=Deep, silent=False, **options):
+    accelerated.disable()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if not silent:
+            warnings.filterwarnings("ignore", message="Found missing adapter keys .*randlora_A")
+        model = peft.PeftModel.from_pretrained(base(), folder, **options)
+    assert {type(layer) for layer in layers(model)} == {StockLinear}
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_stock_opens_the_adapter(tmp_path, kind, safe):
+    model = made(**kind)
+    x = torch.randn(6, 24)
+    accelerated.export_to_peft(model, tmp_path, safe_serialization=safe)
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {
+        "adapter_config.json",
+        "README.md",
+        "adapter_model.safetensors" if safe else "adapter_model.bin",
+    }
+    assert not {"density", "basis"} & set(
+        json.loads((tmp_path / "adapter_config.json").read_text())
+    )
+    for low_cpu_mem_usage in (True, False):
+        loaded = opened_by_stock(tmp_path, silent=not safe, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert relative(loaded(x), model(x)) < 1e-6
+    accelerated.enable()
+    assert relative(peft.PeftModel.from_pretrained(Deep(), tmp_path)(x), model(x)) < 1e-6
+
+
+def test_bases_are_written_once(tmp_path):
+    model = made(basis="generated", density=0.2)
+    accelerated.export_to_peft(model, tmp_path / "safe")
+    accelerated.export_to_peft(model, tmp_path / "bin", safe_serialization=False)
+    saved = load_file(tmp_path / "safe" / "adapter_model.safetensors")
+    bases = [key for key in saved if key.endswith(("randlora_A", "randlora_B"))]
+    assert bases == ["base_model.randlora_A", "base_model.randlora_B"]
+    numbers = sum(tensor.numel() for tensor in saved.values())
+    assert (tmp_path / "bin" / "adapter_model.bin").stat().st_size < 4 * numbers + 8000
+
+
+def test_the_model_stays_as_it_was_and_every_adapter_is_written(tmp_path):
+    model = made(basis="generated", density=0.3)
+    model.add_adapter("two", deep_config(3, accelerated.RandLoraConfig, basis="generated"))
+    randomize(model)
+    config = model.peft_config["two"]
+    accelerated.export_to_peft(model, tmp_path)
+    assert model.peft_config["two"] is config and config.basis == "generated"
+    x = torch.randn(6, 24)
+    for name, folder in (("default", tmp_path), ("two", tmp_path / "two")):
+        model.set_adapter(name)
+        wanted = model(x)
+        assert relative(opened_by_stock(folder)(x), wanted) < 1e-6
+        accelerated.enable()
+
+
+def test_bf16_model(tmp_path):
+    accelerated.enable()
+    chosen = deep_config(5, accelerated.RandLoraConfig, basis="generated", density=0.2)
+    model = randomize(peft.get_peft_model(Deep().bfloat16(), chosen))
+    accelerated.export_to_peft(model, tmp_path)
+    loaded = opened_by_stock(tmp_path, lambda: Deep().bfloat16())
+    x = torch.randn(6, 24).bfloat16()
+    assert relative(loaded(x), model(x)) < 0.01
+
+
+def test_modules_to_save_and_biases_are_written(tmp_path):
+    accelerated.enable()
+    chosen = deep_config(
+        5, accelerated.RandLoraConfig, density=0.3, bias="all", modules_to_save=["head"]
+    )
+
+    class Headed(Deep):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(40, 3)
+
+        def forward(self, x):
+            return self.head(super().forward(x))
+
+    model = randomize(peft.get_peft_model(Headed(), chosen))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bias" in name or "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter))
+    accelerated.export_to_peft(model, tmp_path)
+    x = torch.randn(6, 24)
+    assert relative(opened_by_stock(tmp_path, Headed)(x), model(x)) < 1e-6
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_merged_without_save_pretrained(tmp_path, safe):
+    model = made(basis="generated", density=0.3)
+    x = torch.randn(6, 24)
+    before = model(x)
+    accelerated.export_to_peft(model, tmp_path, merged=True, safe_serialization=safe)
+    assert torch.equal(model(x), before) and len(layers(model)) == 3
+    plain = Deep()
+    plain.load_state_dict(
+        load_file(tmp_path / "model.safetensors")
+        if safe
+        else torch.load(tmp_path / "pytorch_model.bin")
+    )
+    assert relative(plain(x), before) < 1e-5
+
+
+def test_merged_transformers_model(tmp_path):
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    accelerated.enable()
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    base = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, vocab_size=50)).eval()
+    chosen = accelerated.RandLoraConfig(
+        r=8, target_modules=["q_proj", "down_proj"], basis="generated"
+    )
+    model = randomize(peft.get_peft_model(base, chosen)).eval()
+    tokens = torch.randint(0, 50, (2, 6))
+    wanted = model(tokens).logits
+    accelerated.export_to_peft(model, tmp_path, merged=True)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert relative(plain(tokens).logits, wanted) < 1e-5
+
+
+def test_a_stock_model_and_no_peft_model(tmp_path):
+    stock = randomize(peft.get_peft_model(Deep(), deep_config(5, sparse=True)))
+    accelerated.export_to_peft(stock, tmp_path)
+    x = torch.randn(6, 24)
+    assert torch.equal(opened_by_stock(tmp_path)(x), stock(x))
+    with pytest.raises(TypeError, match="needs a PeftModel with RandLoRA layers, got .*Deep"):
+        accelerated.export_to_peft(Deep(), tmp_path)
+
+
+def test_a_failed_export_leaves_the_old_files(tmp_path, monkeypatch):
+    model = made(density=0.3)
+    accelerated.export_to_peft(model, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    randomize(model, seed=9)
+    monkeypatch.setattr(
+        "peft.peft_model.safe_save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("full"))
+    )
+    with pytest.raises(OSError, match="full"):
+        accelerated.export_to_peft(model, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
