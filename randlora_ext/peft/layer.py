@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,11 @@ class Accelerated:
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Also the bases: by it PEFT tells which entries of a state dict are an adapter's."""
+        yield from super().named_children()
+        yield from ((name, self.__dict__[name]) for name in BASES if name in self.__dict__)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

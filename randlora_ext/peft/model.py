@@ -142,20 +142,10 @@ class AcceleratedRandLoraModel(RandLoraModel):
         drop_copies(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    # Newer PEFT finds an adapter's entries by the submodules of layers. In a model from
-    # inject_adapter_in_model the bases are a layer's entries without being its submodules.
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls, model, config, adapter_name, state_dict, unwanted_adapter_names
-    ) -> dict:
-        bases = tuple(f"{name}.{adapter_name}" for name in BASES)
-        return super()._get_adapter_state_dict(
-            model, config, adapter_name, state_dict, unwanted_adapter_names
-        ) | {key: value for key, value in state_dict.items() if key.endswith(bases)}
-
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict:
+        # Newer PEFT names the entries that the model would write itself; a file may hold bases
+        # elsewhere: under every layer, or under the layers alone.
         remapped = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
