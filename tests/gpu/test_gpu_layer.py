@@ -26,7 +26,7 @@ def trained(net, device, steps=6):
     make = torch.Generator().manual_seed(1)
     x, y = (torch.randn(40, f, generator=make).to(device) for f in (48, 24))
     parameters = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     dtype = next(net.parameters()).dtype
     losses = []
     for _ in range(steps):
