@@ -1,8 +1,9 @@
 // Ternary elements as codes of two bits that turn into numbers by a shift and a mask.
 //
-// A code is (negative, not zero), the lower bit last. Moved to the top of an IEEE number of any width
-// it *is* the number 0, +2 or -2, for 2 has the exponent bias + 1: the highest exponent bit alone. So
-// products of codes come out doubled, exactly, and whoever stores a result halves its scale.
+// A code is (negative, not zero), the lower bit last. Moved to the top of an IEEE number of any
+// width it *is* the number 0, +2 or -2, for 2 has the exponent bias + 1: the highest exponent bit
+// alone. So products of codes come out doubled, exactly, and whoever stores a result halves its
+// scale.
 //
 // A code word holds 16 successive elements of a line (a row or a column of B), those with even
 // numbers in its lower half:
@@ -63,12 +64,12 @@ __device__ __forceinline__ void encode_row(uint64_t plus, uint64_t minus, uint32
   }
 }
 
-// The row that lane l of a half-warp brings to encode_columns, so that rows 2t + e of the 16 come out
-// as a code word has its elements.
+// The row that lane l of a half-warp brings to encode_columns, so that rows 2t + e of the 16 come
+// out as a code word has its elements.
 __device__ __forceinline__ int row_of_lane(int l) { return l % 8 * 2 + l / 8; }
 
-// 16 x 16 codes: lane l of each half-warp gives 16 codes and gets code l of every lane, in the order
-// of lanes. Four rounds swap the off-diagonal quarters of ever smaller squares.
+// 16 x 16 codes: lane l of each half-warp gives 16 codes and gets code l of every lane, in the
+// order of lanes. Four rounds swap the off-diagonal quarters of ever smaller squares.
 __device__ __forceinline__ uint32_t transpose_codes(uint32_t x) {
   constexpr uint32_t kLower[] = {0x33333333u, 0x0f0f0f0fu, 0x00ff00ffu, 0x0000ffffu};
 #pragma unroll

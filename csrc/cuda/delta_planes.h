@@ -1,9 +1,9 @@
-// What delta_weight and its adjoint make of a basis before they multiply: B's codes (decode.h) in the
-// order in which they contract it, and the signs of A.
+// What delta_weight and its adjoint make of a basis before they multiply: B's codes (decode.h) in
+// the order in which they contract it, and the signs of A.
 //
-// Both work on 16 bases i of one rank index j at a time, a code word's worth of columns c = j n + i of
-// B. So gamma[i, .] is read once and serves all j, and no word of B straddles two j. Everything is
-// padded with zeros: bases to whole chunks of 16, rank indices to whole octets.
+// Both work on 16 bases i of one rank index j at a time, a code word's worth of columns c = j n + i
+// of B. So gamma[i, .] is read once and serves all j, and no word of B straddles two j. Everything
+// is padded with zeros: bases to whole chunks of 16, rank indices to whole octets.
 //
 // 4096 x 4096, r = 32: the codes are 4.2 MB read and 4.2 MB written, about 3 us each way on an H100
 // and in its L2 afterwards; the signs are 0.13 MB.
@@ -34,7 +34,7 @@ struct DeltaShape {
 // delta_codes.cu
 // tiles[row block][chunk][quad]: lines are 128 rows, word q of a line rank index 4 quad + q.
 const uint32_t* row_codes(const Basis& b, Device& device);
-// tiles[chunk][octet][64 rows]: line (j % 8) * 16 + i % 16, word q of a line rows 16 q .. 16 q + 15.
+// tiles[chunk][octet][64 rows]: line (j % 8) * 16 + i % 16, word q of a line rows 16 q, 16 q + 1 ...
 const uint32_t* column_codes(const Basis& b, Device& device);
 // signs[quad][k]: A[j, k] for the four j of a quad, bytes of a word.
 const uint32_t* signs_of_A(const Basis& b, Device& device);

@@ -4,14 +4,18 @@
 //   dlam[j, i]  = scale * sum_k A[j, k] gamma[i, k] H[(j, i), k]
 //   dgam[i, k]  = scale * sum_j A[j, k] lambda[j, i] H[(j, i), k]
 //
-// H (K, d) never leaves the registers of a block, whose 128 lines are 8 rank indices j by 16 bases i
-// (ternary_tile.h): it finishes the sums over those j and over its N columns k, and writes one part of
-// each gradient. A second kernel adds the parts in order.
+// H (K, d) never leaves the registers of a block, whose 128 lines are 8 rank indices j by 16 bases
+// i (ternary_tile.h): it finishes the sums over those j and over its N columns k, and writes one
+// part of each gradient. A second kernel adds the parts in order.
 //
-// TODO figures
+// 4096 x 4096 (K = 4096), bf16, H100: 34 MB read, 10 us; 137 GFLOP, 139 us at 989 TFLOP/s, 224 us
+// at the 62% of it that mma.sync reaches. Expected: 300 us, of which 6 us are the codes and signs
+// before it and 4 us the parts (8.4 MB of dgam, 0.5 MB of dlam) after it. A warp's step is 128 mma,
+// 820 clocks, beside 280 to 410 other instructions, 120 of them decoding.
 //
-// Zeros of A are skipped. Zeros of B are so in f32 and f64 through FMA; on tensor cores an infinite or
-// NaN G[o, k] makes column k of H NaN, and with it dgam[., k] and those dlam[j, .] with A[j, k] != 0.
+// Zeros of A are skipped. Zeros of B are so in f32 and f64 through FMA; on tensor cores an infinite
+// or NaN G[o, k] makes column k of H NaN, and with it dgam[., k] and those dlam[j, .] with A[j, k]
+// != 0.
 #include <algorithm>
 
 #include "delta_planes.h"

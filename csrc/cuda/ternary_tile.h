@@ -2,9 +2,9 @@
 //
 //   acc (128 lines, N) += 2 * codes (128 lines, 64 slots) operand (64 slots, N)
 //
-// Lines are rows of B and slots its columns, or the reverse. Four warps share the tile; a step is 64
-// slots deep. Left fragments are decoded from registers that hold 16 slots of a line each, so the
-// contraction takes slots in an order of its own: in a warp, lanes with l % 4 == q hold slots
+// Lines are rows of B and slots its columns, or the reverse. Four warps share the tile; a step is
+// 64 slots deep. Left fragments are decoded from registers that hold 16 slots of a line each, so
+// the contraction takes slots in an order of its own: in a warp, lanes with l % 4 == q hold slots
 // 16 q .. 16 q + 15, and the k-th mma of a step those with k = (slot % 16) / 4.
 //
 // Code word q of a line lies at codes[q * kCodePitch + line]; the operand in one of two orders:
@@ -189,8 +189,8 @@ struct TernaryTile {
 
 // ---- in and out ----------------------------------------------------------------------------------
 
-// Elements (row0 .. + Rows, col0 .. + Cols) of a row-major matrix (rows, cols), zeros outside it, to
-// rows in shared memory; by_k if the rows are slots. Aligned rows by cp.async, to be waited for.
+// Elements (row0 .. + Rows, col0 .. + Cols) of a row-major matrix (rows, cols), zeros outside it,
+// to rows in shared memory; by_k if the rows are slots. Aligned rows by cp.async, to be waited for.
 template <Order O, int Rows, int Cols, class S>
 __device__ __forceinline__ void load_operand(S* to, int stride, const S* from, int64_t rows,
                                              int64_t cols, int64_t row0, int64_t col0,
@@ -217,7 +217,7 @@ __device__ __forceinline__ void load_operand(S* to, int stride, const S* from, i
   }
 }
 
-// out (rows, cols) = scale * result [+ base], rounded once: to nearest, or as core/stochastic.h does.
+// out (rows, cols) = scale * result [+ base], rounded once: to nearest, or by core/stochastic.h.
 template <class S_, bool Stochastic = false>
 struct Output {
   using S = S_;
@@ -264,8 +264,8 @@ struct Output {
   }
 };
 
-// The tile at line0, col0 of the product, by way of shared memory: to rows that are lines, or to rows
-// that are columns n (Turned). 16 columns of every warp at a time.
+// The tile at line0, col0 of the product, by way of shared memory: to rows that are lines, or to
+// rows that are columns n (Turned). 16 columns of every warp at a time.
 template <bool Turned, class Tile>
 constexpr int64_t store_bytes() {
   constexpr int kCols = Tile::WN * 16;

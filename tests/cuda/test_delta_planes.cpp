@@ -164,6 +164,18 @@ void nonfinite(DType dtype) {
              long(o), long(col));
     }
 
+  // In the adjoint it reaches dlam[j, i] where A[j, k] is not zero: zeros of A are skipped.
+  const Array grad_of_ones(dtype, std::vector<double>(p.c.D * p.c.d, 1)),
+      got_dlam(compute_of(dtype), p.K), got_dgam(compute_of(dtype), p.n * p.c.d);
+  cuda::delta_weight_backward_planes({p.basis, lam.get(), gam.get(), grad_of_ones.get(), dtype, 1,
+                                      false, got_dlam.get(), got_dgam.get()},
+                                     device);
+  for (int64_t c = 0; c < p.K; ++c)
+    EXPECT(
+        std::isnan(got_dlam.values()[c]) == (c % p.n == i && p.A.dense[c / p.n * p.c.d + k] != 0),
+        "dlam %ld of a NaN in gamma, dtype %d", long(c), int(dtype));
+  for (const double v : got_dgam.values()) EXPECT(std::isfinite(v), "dgam of a NaN in gamma");
+
   // A NaN in G[o, k] reaches dgam[., k], and dlam[j, .] where A[j, k] is not zero.
   const int64_t o = 5;
   auto G = random_values(p.c.D * p.c.d, 6, 1);
