@@ -11,14 +11,16 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 // A fake stack for every fiber of every block would take ten times the time.
-extern "C" __attribute__((used)) inline const char* __asan_default_options() {
+extern "C" __attribute__((used, visibility("default"))) inline const char*
+__asan_default_options() {
   return "detect_stack_use_after_return=0";
 }
 #endif
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
 // No other thread could still find a race at exit.
-extern "C" __attribute__((used)) inline const char* __tsan_default_options() {
+extern "C" __attribute__((used, visibility("default"))) inline const char*
+__tsan_default_options() {
   return "atexit_sleep_ms=0";
 }
 extern "C" void AnnotateIgnoreReadsBegin(const char*, int);
