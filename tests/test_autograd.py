@@ -79,6 +79,14 @@ def test_opcheck_delta_weight(name):
     check(ops.delta_weight_backward, torch.ones(sizes), t["lam"], t["gam"], t["packed"], 0.5)
 
 
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize("name", BASES)
+def test_opcheck_merged_weight(name, seed):
+    t = plain_values(tensors(name))
+    weight = t["weight"] if seed is None else t["weight"].bfloat16()
+    check(ops.merged_weight, weight, t["lam"], t["gam"], t["packed"], 0.5, seed)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_scaled_basis(dtype):
     t = tensors("planes")
@@ -124,7 +132,7 @@ def test_every_operator_is_checked_here():
     assert names == {
         "fill_planes_", "pack_dense", "planes_to_lists", "planes_to_dense", "lists_to_dense",
         "scaled_basis", "scaled_basis_backward", "delta_weight", "delta_weight_backward",
-        "linear", "linear_backward",
+        "merged_weight", "linear", "linear_backward",
     }  # fmt: skip
 
 
