@@ -1,0 +1,143 @@
+"""randlora_ext.peft: every field of RandLoraConfig, with stock PEFT as the oracle."""
+
+import contextlib
+import dataclasses
+import json
+
+import pytest
+import torch
+from peft_helpers import (
+    accelerated,
+    assert_close,
+    config,
+    layers,
+    pair,
+    peft,
+    relative,
+    run,
+)
+from torch import nn
+
+pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(24, 40), nn.Linear(40, 24, bias=False)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Module()
+        self.body.layers = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x):
+        for layer in self.body.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+FIELDS = {
+    "r": {"r": 7},
+    "target_modules regex": {"target_modules": r".*\.(1|2)\.down"},
+    "target_modules all-linear": {"target_modules": "all-linear"},
+    "projection_prng_key": {"projection_prng_key": 1234567890123},
+    "save_projection": {"save_projection": False},
+    "sparse": {"sparse": True},
+    "very_sparse": {"sparse": False, "very_sparse": True},
+    "uniform": {"sparse": False},
+    "randlora_dropout": {"randlora_dropout": 0.3},
+    "fan_in_fan_out, which PEFT corrects": {"fan_in_fan_out": True},
+    "randlora_alpha": {"randlora_alpha": 33},
+    "bias all": {"bias": "all"},
+    "bias randlora_only": {"bias": "randlora_only"},
+    "modules_to_save": {"modules_to_save": ["head"]},
+    "init_weights": {"init_weights": False},
+    "layers_to_transform": {"layers_to_transform": [0, 2]},
+    "layers_to_transform one": {"layers_to_transform": 1},
+    "layers_pattern": {"layers_to_transform": [1], "layers_pattern": "layers"},
+}
+
+
+def options(field):
+    return {"r": 5, "target_modules": ["up", "down"], "sparse": True} | FIELDS[field]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_output_gradients_and_saved_file_are_those_of_stock(tmp_path, field):
+    chosen = options(field)
+    targets = chosen.pop("target_modules")
+
+    def make():
+        made = config(**chosen, targets=[])
+        made.target_modules = set(targets) if isinstance(targets, list) else targets
+        return made
+
+    stock, ours = pair(Stack().double(), make)
+    names = [name for name, p in stock.named_parameters() if p.requires_grad]
+    assert names == [name for name, p in ours.named_parameters() if p.requires_grad]
+    x, dy = torch.randn(6, 24).double(), torch.randn(6, 5).double()
+    results = []
+    for model in (stock, ours):
+        torch.manual_seed(3)  # for dropout
+        results.append(run(model, x, dy))
+    assert_close(*reversed(results), 1e-6)  # uniform bases are stored in 16 bits
+
+    from safetensors.torch import load_file
+
+    saved = []
+    for model, folder in ((stock, tmp_path / "stock"), (ours, tmp_path / "ours")):
+        model.save_pretrained(folder)
+        saved.append(
+            (
+                load_file(folder / "adapter_model.safetensors"),
+                json.loads((folder / "adapter_config.json").read_text()),
+            )
+        )
+    (theirs, their_config), (mine, my_config) = saved
+    assert my_config == their_config
+    copies = {key for key in theirs if ".model." in key and key.endswith(("_A", "_B"))}
+    assert mine.keys() == theirs.keys() - copies
+    for key, value in mine.items():
+        assert relative(value, theirs[key]) < 1e-12 and value.dtype == theirs[key].dtype
+    # what ours saved, read by stock
+    accelerated.disable()
+    with pytest.warns() if copies else contextlib.nullcontext():
+        loaded = peft.PeftModel.from_pretrained(Stack().double(), tmp_path / "ours")
+    assert relative(loaded(x), ours.eval()(x)) < 1e-6
+
+
+def test_no_field_is_forgotten():
+    """A field that a newer PEFT adds is to be looked at."""
+    mine = {field.name for field in dataclasses.fields(accelerated.RandLoraConfig)}
+    theirs = {field.name for field in dataclasses.fields(peft.RandLoraConfig)}
+    general = {field.name for field in dataclasses.fields(peft.PeftConfig)}
+    assert mine - theirs == {"density", "basis"}
+    tested = {word for field in FIELDS for word in field.replace(",", "").split()}
+    assert theirs - general <= tested | {"target_modules"}
+
+
+def test_config_round_trip(tmp_path):
+    accelerated.enable()
+    for chosen in ({"density": 0.2}, {"basis": "generated", "projection_prng_key": 5}, {}):
+        made = config(6, accelerated.RandLoraConfig, **chosen)
+        made.save_pretrained(tmp_path)
+        read = peft.PeftConfig.from_pretrained(tmp_path)
+        assert type(read) is accelerated.RandLoraConfig
+        assert (read.density, read.basis) == (made.density, made.basis)
+        assert read.projection_prng_key == made.projection_prng_key
+    assert accelerated.RandLoraConfig().to_dict() == peft.RandLoraConfig().to_dict()
+
+
+def test_wrapped_layers_are_counted_for_all_linear():
+    accelerated.enable()
+    model = peft.get_peft_model(Stack(), config(5, targets=["up"], sparse=True))
+    model.add_adapter("two", config(3, targets=["up", "down"], sparse=True))
+    assert len(layers(model)) == 6
