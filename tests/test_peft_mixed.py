@@ -1,0 +1,158 @@
+"""randlora_ext.peft: adapter_names, one adapter per row of a batch (stock PEFT has it for LoRA)."""
+
+import pytest
+import torch
+from peft_helpers import Deep, accelerated, config, deep_config, peft, randomize
+from torch import nn
+
+pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
+
+
+def adapters(model, make, names=("two", "three")):
+    """A model in eval mode with "default" and more adapters, all of other numbers."""
+    for i, name in enumerate(names):
+        model.add_adapter(name, make(i))
+    return randomize(model).eval()
+
+
+def row_by_row(model, names, rows):
+    """Each row alone with its adapter active."""
+    results = []
+    for name, row in zip(names, rows, strict=True):
+        if name == "__base__":
+            with model.disable_adapter():
+                results.append(model(row[None]))
+        else:
+            model.set_adapter(name)
+            results.append(model(row[None]))
+    return torch.cat(results)
+
+
+@pytest.mark.parametrize("kind", [{"sparse": True}, {}], ids=["packed", "uniform"])
+@pytest.mark.parametrize("extra", [(), (7,)], ids=["matrix", "sequence"])
+def test_each_row_is_that_of_its_adapter(kind, extra):
+    accelerated.enable()
+    model = peft.get_peft_model(Deep(), deep_config(5, **kind))
+    adapters(model, lambda i: deep_config((5, 3)[i], sparse=True))
+    names = ["two", "default", "__base__", "three", "two", "__base__"]
+    x = torch.randn(6, *extra, 24)
+    mixed = model(x, adapter_names=names)
+    torch.testing.assert_close(mixed, row_by_row(model, names, x))
+    # and the next call is an ordinary one
+    model.set_adapter("two")
+    assert not torch.allclose(model(x), mixed)
+
+
+def test_adapters_of_other_layers_and_gradients():
+    accelerated.enable()
+    model = peft.get_peft_model(Deep(), config(5, targets=["a", "b"], sparse=True))
+    adapters(model, lambda i: config(5, targets=["c"], sparse=True), ["two"])
+    names = ["two", "default", "two"]
+    x = torch.randn(3, 24, requires_grad=True)
+    got = torch.autograd.grad(model(x, adapter_names=names).square().sum(), x)[0]
+    wanted = torch.autograd.grad(row_by_row(model, names, x).square().sum(), x)[0]
+    torch.testing.assert_close(got, wanted)
+
+
+def test_modules_to_save_follow():
+    class Headed(Deep):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(40, 3)
+
+        def forward(self, x):
+            return self.head(super().forward(x))
+
+    accelerated.enable()
+    options = {"sparse": True, "modules_to_save": ["head"]}
+    model = peft.get_peft_model(Headed(), deep_config(5, **options))
+    adapters(model, lambda i: deep_config(5, **options), ["two"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter))
+    names = ["default", "two", "__base__"]
+    x = torch.randn(3, 24)
+    torch.testing.assert_close(model(x, adapter_names=names), row_by_row(model, names, x))
+
+
+def test_errors():
+    accelerated.enable()
+    model = adapters(
+        peft.get_peft_model(Deep(), deep_config(5, sparse=True)), lambda _: deep_config(5)
+    )
+    x = torch.randn(2, 24)
+    with pytest.raises(
+        ValueError, match=r"unknown \['tow'\]; known are \['default', 'three', 'two'\]"
+    ):
+        model(x, adapter_names=["tow", "default"])
+    with pytest.raises(ValueError, match="one name per input, got 3 for 2"):
+        model(x, adapter_names=["two"] * 3)
+    with pytest.raises(ValueError, match="training mode"):
+        model.train()(x, adapter_names=["two"] * 2)
+    model.eval().merge_adapter()
+    with pytest.raises(ValueError, match="needs unmerged adapters"):
+        model(x, adapter_names=["two"] * 2)
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50}
+    return LlamaForCausalLM(LlamaConfig(**shape, **heads)), ["q_proj", "down_proj"]
+
+
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(**shape, vocab_size=50, decoder_start_token_id=0)), [
+        "q",
+        "v",
+        "wo",
+    ]
+
+
+@pytest.mark.parametrize("make", [llama, t5])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}],
+    ids=["greedy", "beams", "beams and sequences"],
+)
+def test_generation(make, options):
+    accelerated.enable()
+    base, targets = make()
+    task = "SEQ_2_SEQ_LM" if make is t5 else "CAUSAL_LM"
+
+    def chosen(_):
+        return config(8, targets=targets, sparse=True, task_type=task)
+
+    model = adapters(peft.get_peft_model(base, chosen(0)), chosen)
+    randomize(model, seed=1)
+    with torch.no_grad():  # far from each other, so that the adapters answer differently
+        for name, parameter in model.named_parameters():
+            if "randlora_lambda" in name:
+                parameter.mul_(30)
+    names = ["two", "__base__", "default", "three"]
+    tokens = torch.randint(3, 50, (4, 6))
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **options}
+    mixed = model.generate(input_ids=tokens, adapter_names=names, **options)
+    alone = []
+    for name, row in zip(names, tokens, strict=True):
+        if name == "__base__":
+            with model.disable_adapter():
+                alone.append(model.generate(input_ids=row[None], **options))
+        else:
+            model.set_adapter(name)
+            alone.append(model.generate(input_ids=row[None], **options))
+    assert mixed.tolist() == torch.cat(alone).tolist()
+    assert len(set(map(tuple, mixed.tolist()))) > len(names) // 2
+    if "num_beams" in options:  # by a GenerationConfig, too
+        from transformers import GenerationConfig
+
+        given = GenerationConfig(**options, decoder_start_token_id=0, pad_token_id=0)
+        again = model.generate(input_ids=tokens, adapter_names=names, generation_config=given)
+        assert again.tolist() == mixed.tolist()
