@@ -39,10 +39,12 @@ CPU_LISTS = CPU_PLANES = Rates(1.0, 1.6, 1.9, 2.3, 17.0, 0.0, 45.0)
 # Not measured: from the floors in csrc/cuda/*.cu for an H100 in bf16, where a GEMM does 325 T
 # multiply-adds/s. A signed add gathers from L2. dW of 4096 x 4096 takes 25 us at 1/64 and 250 us
 # at 0.07, by adds of compact rows; from planes it is a product by mma.sync, half as fast as a GEMM.
-CUDA_LISTS = Rates(2.0, 48.0, 0.0, 230.0, 0.0, 0.0, 250.0)
+CUDA_LISTS = Rates(2.0, 83.0, 0.0, 230.0, 0.0, 0.0, 250.0)
 CUDA_PLANES = Rates(2.0, 0.0, 2.0 * 3, 0.0, 0.0, 2.0, 480.0)
-# Up to here a CUDA call is bound by reading the basis, and the packed one is the smallest.
+# Up to so many tokens, or so many adds for an element of B, a CUDA call is bound by reading the basis,
+# and the packed one is the smallest. The same limits stand in csrc/cuda/linear.cu.
 PACKED_TOKENS = 16
+PACKED_ADDS = 2
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,8 @@ def choose_b_side(basis: TernaryBasis, tokens: int, device_type: str) -> str:
         return forced
     if device_type != "cuda" or tokens <= PACKED_TOKENS:
         return "packed"
-    rates = _rates(basis, device_type)
-    per_term = rates.b_planes if basis.format == "planes" else rates.b_lists
-    return "packed" if basis.density * per_term < 1 else "dense"
+    few_adds = basis.format == "lists" and tokens * basis.density <= PACKED_ADDS
+    return "packed" if few_adds else "dense"
 
 
 def explain(
