@@ -41,8 +41,8 @@ CPU_LISTS = CPU_PLANES = Rates(1.0, 1.6, 1.9, 2.3, 17.0, 0.0, 45.0)
 # at 0.07, by adds of compact rows; from planes it is a product by mma.sync, half as fast as a GEMM.
 CUDA_LISTS = Rates(2.0, 83.0, 0.0, 230.0, 0.0, 0.0, 250.0)
 CUDA_PLANES = Rates(2.0, 0.0, 2.0 * 3, 0.0, 0.0, 2.0, 480.0)
-# Up to so many tokens, or so many adds for an element of B, a CUDA call is bound by reading the basis,
-# and the packed one is the smallest. The same limits stand in csrc/cuda/linear.cu.
+# Up to so many tokens, or adds for an element of B, a CUDA call is bound by reading the basis, and
+# the packed one is the smallest. The same limits stand in csrc/cuda/linear.cu.
 PACKED_TOKENS = 16
 PACKED_ADDS = 2
 
