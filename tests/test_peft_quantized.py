@@ -1,0 +1,202 @@
+"""randlora_ext.peft over quantized base layers: bitsandbytes in 8 and 4 bits, torchao."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from peft_helpers import (
+    accelerated,
+    assert_close,
+    config,
+    peft,
+    randomize,
+    relative,
+    run,
+)
+from torch import nn
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "stock_peft"),
+    pytest.mark.filterwarnings("ignore:.*(rounding errors|4-bit|dense bases)"),
+]
+
+BITS = [8, 4]
+
+
+class Quantized(nn.Module):
+    def __init__(self, bits, dtype=torch.float32):
+        bnb = pytest.importorskip("bitsandbytes")
+        super().__init__()
+        torch.manual_seed(0)
+        for name, sizes in (("a", (64, 128)), ("b", (128, 64)), ("c", (64, 64))):
+            if bits == 8:
+                layer = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+            else:
+                layer = bnb.nn.Linear4bit(*sizes, quant_type="nf4", compute_dtype=dtype)
+            layer.load_state_dict(nn.Linear(*sizes).to(dtype).state_dict())
+            setattr(self, name, layer)
+        setattr(self, f"is_loaded_in_{bits}bit", True)  # as transformers marks its models
+        self.to("cpu")  # quantizes
+
+    def forward(self, x):
+        return self.c(self.b(torch.tanh(self.a(x))))
+
+
+def chosen(r=8, **options):
+    return config(r, targets="abc", **({"sparse": True} | options))
+
+
+def pair(bits, **options):
+    base = Quantized(bits)
+    accelerated.disable()
+    stock = randomize(peft.get_peft_model(copy.deepcopy(base), chosen(**options)))
+    accelerated.enable()
+    ours = randomize(peft.get_peft_model(copy.deepcopy(base), chosen(**options)))
+    return stock, ours
+
+
+def adapted(model):
+    return [model.base_model.model.get_submodule(name) for name in "abc"]
+
+
+def dense(layer):
+    from peft.utils.integrations import dequantize_module_weight
+
+    layer.get_base_layer().state_dict()  # undoes the order of inference on the CPU
+    return dequantize_module_weight(layer.get_base_layer()).detach().float().clone()
+
+
+def rounded(layer, weight):
+    """The same as a quantized layer of that weight holds it."""
+    other = copy.deepcopy(layer.get_base_layer())
+    bnb = pytest.importorskip("bitsandbytes")
+    if isinstance(other, bnb.nn.Linear8bitLt):
+        other.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        other.weight = other.weight.to("cpu")
+        return other.weight.data.float() * (other.weight.SCB / 127)[:, None]
+    packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    return bnb.functional.dequantize_4bit(packed, state)
+
+
+@pytest.mark.parametrize("kind", [{}, {"sparse": False}], ids=["packed", "uniform"])
+@pytest.mark.parametrize("bits", BITS)
+def test_forward_and_gradients_are_those_of_stock(bits, kind):
+    stock, ours = pair(bits, **kind)
+    assert [type(layer).__name__ for layer in adapted(ours)] == [
+        f"AcceleratedLinear{bits}bit" + "Lt" * (bits == 8)
+    ] * 3
+    x, dy = torch.randn(5, 64), torch.randn(5, 64)
+    assert_close(run(ours, x, dy), run(stock, x, dy), 1e-5)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_dtype_is_that_of_the_input(bits):
+    """Stock PEFT answers float32 to a bfloat16 input where it upcast the adapter."""
+    accelerated.enable()
+    model = randomize(peft.get_peft_model(Quantized(bits, torch.bfloat16), chosen()))
+    x = torch.randn(5, 64)
+    assert model(x.bfloat16()).dtype == torch.bfloat16
+    assert relative(model(x.bfloat16()), model(x)) < 0.05
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_merging_is_dequantized_weight_plus_delta(bits, safe):
+    """Stock PEFT multiplies A' B: an error for the oblong layers, wrong for the square one."""
+    stock, ours = pair(bits)
+    x = torch.randn(5, 64)
+    before, bare = ours.eval()(x), copy.deepcopy(ours).unload()(x)
+    weights = [dense(layer) for layer in adapted(ours)]
+    deltas = [layer.get_delta_weight("default").detach() for layer in adapted(ours)]
+    ours.merge_adapter(safe_merge=safe)
+    sums = []
+    for layer, weight, delta in zip(adapted(ours), weights, deltas, strict=True):
+        sums.append(dense(layer))
+        assert layer.merged and relative(sums[-1], rounded(layer, weight + delta)) < 1e-6
+    rounding = {8: 0.03, 4: 0.3}[bits]
+    assert relative(ours(x), before) < rounding < relative(bare, before)
+    ours.unmerge_adapter()
+    for layer, total, delta in zip(adapted(ours), sums, deltas, strict=True):
+        assert not layer.merged
+        # Inference on the CPU has rounded the block scales of 4-bit weights to bfloat16.
+        assert relative(dense(layer), rounded(layer, total - delta)) < {8: 1e-6, 4: 0.05}[bits]
+    merged = ours.merge_and_unload(safe_merge=safe)
+    assert type(merged.a).__module__.startswith("bitsandbytes")
+    assert relative(merged(x), before) < 1.5 * rounding
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        stock.merge_adapter()
+    assert relative(adapted(stock)[2].get_delta_weight("default"), deltas[2]) > 0.5
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_safe_merge_refuses_nan(bits):
+    _, ours = pair(bits)
+    with torch.no_grad():
+        adapted(ours)[0].randlora_lambda["default"][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        ours.merge_adapter(safe_merge=True)
+    assert not adapted(ours)[0].merged and dense(adapted(ours)[0]).isfinite().all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_added_adapters_stand_beside_the_first(bits, tmp_path):
+    """Stock PEFT wraps the wrapped layer again, and adds the first adapter to the second."""
+    _, ours = pair(bits)
+    x = torch.randn(3, 64)
+    first = ours.eval()(x)
+    ours.add_adapter("two", chosen(randlora_dropout=0.1))
+    ours.add_adapter("three", chosen(r=5))
+    randomize(ours, seed=3)
+    assert not any(hasattr(layer.base_layer, "base_layer") for layer in adapted(ours))
+    assert list(adapted(ours)[0].randlora_lambda) == ["default", "two", "three"]
+    outputs = {}
+    for name in ("default", "two", "three"):
+        ours.set_adapter(name)
+        outputs[name] = ours.eval()(x)
+    assert (
+        relative(outputs["two"], outputs["three"]) > 0.1 and relative(first, outputs["two"]) > 0.1
+    )
+    mixed = ours(x, adapter_names=["three", "default", "two"])
+    wanted = torch.stack([outputs["three"][0], outputs["default"][1], outputs["two"][2]])
+    assert relative(mixed, wanted) < 0.02  # bitsandbytes rounds 8-bit activations row by row
+    ours.save_pretrained(tmp_path)
+    alone = peft.PeftModel.from_pretrained(Quantized(bits), tmp_path / "three")
+    assert relative(alone.eval()(x), outputs["three"]) < 0.01  # bitsandbytes: state in 16 bits
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_pickle_and_accelerate(tmp_path, bits):
+    stock, ours = pair(bits)
+    x = torch.randn(5, 64)
+    torch.save(ours, tmp_path / "model.pt")
+    assert relative(torch.load(tmp_path / "model.pt", weights_only=False)(x), ours(x)) < 1e-6
+    wanted = stock(x)
+    accelerated.accelerate(stock)
+    assert type(adapted(stock)[0]) is type(adapted(ours)[0])
+    assert relative(stock(x), wanted) < 1e-5
+
+
+def test_torchao():
+    """PEFT has no torchao layer for RandLoRA: its Linear stands over the quantized weight."""
+    torchao = pytest.importorskip("torchao.quantization")
+    base = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64))
+    torchao.quantize_(base, torchao.Int8WeightOnlyConfig())
+    accelerated.disable()
+    stock = randomize(
+        peft.get_peft_model(copy.deepcopy(base), config(8, targets="02", sparse=True))
+    )
+    accelerated.enable()
+    ours = randomize(peft.get_peft_model(copy.deepcopy(base), config(8, targets="02", sparse=True)))
+    x, dy = torch.randn(5, 64), torch.randn(5, 64)
+    assert_close(run(ours, x, dy), run(stock, x, dy), 1e-5)
+    outcomes = []
+    for model in (stock, ours):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model.merge_adapter()
+            outcomes.append(relative(model(x), run(model, x, dy)[0]) < 0.1)
+        except Exception as error:
+            outcomes.append(type(error))
+    assert outcomes[0] == outcomes[1]  # whatever this version of torchao allows
