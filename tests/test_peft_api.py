@@ -1,0 +1,289 @@
+"""randlora_ext.peft: the rest of PEFT's interface, with stock PEFT as the oracle."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft_helpers import (
+    Deep,
+    accelerated,
+    assert_close,
+    config,
+    deep_config,
+    layers,
+    pair,
+    peft,
+    randomize,
+    relative,
+    run,
+    runs_on_kernels,
+)
+from safetensors.torch import load_file
+from torch import nn
+
+from randlora_ext.peft.ternary_tensor import TernaryTensor
+
+pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
+
+
+def printed(model):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        model.print_trainable_parameters()
+    return out.getvalue()
+
+
+def status(value):
+    """As plain values, without the names of our classes."""
+    text = json.dumps(value, default=vars, sort_keys=True)
+    for name in ("Linear", "RandLoraModel"):
+        text = text.replace(f"Accelerated{name}", name)
+    return text
+
+
+def test_what_peft_tells_of_a_model():
+    stock, ours = pair(Deep(), lambda: deep_config(5, sparse=True))
+    for model in (stock, ours):
+        model.add_adapter("two", deep_config(5, sparse=True))
+    for _ in range(2):
+        assert printed(ours) == printed(stock)
+        assert ours.get_nb_trainable_parameters() == stock.get_nb_trainable_parameters()
+        assert status(ours.get_layer_status()) == status(stock.get_layer_status())
+        assert status(ours.get_model_status()) == status(stock.get_model_status())
+        assert ours.active_adapters == stock.active_adapters
+        assert [n for n, _ in ours.named_parameters()] == [n for n, _ in stock.named_parameters()]
+        for model in (stock, ours):
+            model.set_adapter("two")
+            model.merge_adapter(["default"])
+
+
+def test_state_dict_of_the_adapter():
+    stock, ours = pair(Deep(), lambda: deep_config(5, sparse=True))
+    theirs, mine = (
+        {key: value.clone() for key, value in peft.get_peft_model_state_dict(model).items()}
+        for model in (stock, ours)
+    )
+    once = {key for key in theirs if not (".model." in key and key.endswith(("_A", "_B")))}
+    assert mine.keys() == once
+    for key, value in mine.items():
+        torch.testing.assert_close(value, theirs[key])
+    x = torch.randn(6, 24)
+    wanted = ours(x)
+    for state in (theirs, mine):
+        for model in (stock, ours):
+            randomize(model, seed=3)
+            result = peft.set_peft_model_state_dict(model, state)
+            assert not result.unexpected_keys
+            assert relative(model(x), wanted) < 1e-6
+
+
+def test_injected_adapters():
+    """Without a PeftModel, as diffusers and transformers use PEFT. Bases are written once."""
+    x = torch.randn(6, 24)
+    states, outputs = {}, {}
+    for backend in ("stock", "ours"):
+        accelerated.enable() if backend == "ours" else accelerated.disable()
+        model = randomize(peft.inject_adapter_in_model(deep_config(5, sparse=True), Deep()))
+        states[backend] = peft.get_peft_model_state_dict(model)
+        outputs[backend] = model(x)
+    assert relative(outputs["ours"], outputs["stock"]) < 1e-6
+    counts = {k: sum(key.endswith("randlora_A") for key in v) for k, v in states.items()}
+    assert counts == {"stock": 3, "ours": 1}
+    for writer, state in states.items():
+        for reader in ("stock", "ours"):
+            accelerated.enable() if reader == "ours" else accelerated.disable()
+            other = deep_config(5, sparse=True, projection_prng_key=9)  # other bases at first
+            model = peft.inject_adapter_in_model(other, Deep())
+            peft.set_peft_model_state_dict(model, state)
+            assert relative(model(x), outputs[writer]) < 1e-6
+
+
+def test_a_second_injected_adapter_leaves_the_first(tmp_path):
+    """Stock PEFT gives every layer a new dictionary of bases, without the first adapter's."""
+    accelerated.enable()
+    model = peft.inject_adapter_in_model(deep_config(5, sparse=True), Deep())
+    x = torch.randn(6, 24)
+    first = randomize(model)(x)
+    peft.inject_adapter_in_model(deep_config(3, sparse=True), model, adapter_name="two")
+    for layer in layers(model):
+        layer.set_adapter("default")
+    assert torch.equal(model(x), first)
+    for layer in layers(model):
+        layer.set_adapter("two")
+    assert relative(randomize(model, seed=2)(x), first) > 0.1
+
+
+def test_transformers_integration(tmp_path, monkeypatch):
+    integration = pytest.importorskip("transformers.integrations.peft")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.setattr(integration, "MIN_PEFT_VERSION", "0.18.0")  # newer ones ask for 0.22
+    monkeypatch.setattr("transformers.utils.peft_utils.check_peft_version", lambda **_: None)
+    accelerated.enable()
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+
+    def base():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, vocab_size=50)).eval()
+
+    tokens = torch.randint(0, 50, (2, 6))
+    model = base()
+    model.add_adapter(config(8, targets=["q_proj", "down_proj"], sparse=True))
+    wanted = randomize(model)(tokens).logits
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum(key.endswith("randlora_A") for key in saved) == 1
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"projection_prng_key": 9}))
+    loaded = base()
+    loaded.load_adapter(tmp_path)
+    assert relative(loaded(tokens).logits, wanted) < 1e-6
+    loaded = peft.PeftModel.from_pretrained(base(), tmp_path)
+    assert relative(loaded(tokens).logits, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_a_file_with_copies_under_every_layer(tmp_path, monkeypatch, low_cpu_mem_usage):
+    stock, _ = pair(Deep(), lambda: deep_config(5, sparse=True))
+    stock.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum(key.endswith("randlora_A") for key in saved) == 4
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"projection_prng_key": 9}))
+    packed = []
+    of = TernaryTensor.of
+    monkeypatch.setattr(TernaryTensor, "of", lambda dense: packed.append(1) or of(dense))
+    model = peft.PeftModel.from_pretrained(Deep(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    x = torch.randn(6, 24)
+    assert relative(model(x), stock(x)) < 1e-6
+    assert len(packed) == 4  # drawn from the key, and read: not once a layer
+
+
+def test_low_cpu_mem_usage():
+    accelerated.enable()
+    model = peft.get_peft_model(Deep(), deep_config(5, sparse=True), low_cpu_mem_usage=True)
+    assert layers(model)[0].randlora_lambda["default"].device.type == "meta"
+    full = randomize(peft.get_peft_model(Deep(), deep_config(5, sparse=True)))
+    state = peft.get_peft_model_state_dict(full)
+    peft.set_peft_model_state_dict(model, state, low_cpu_mem_usage=True)
+    x = torch.randn(6, 24)
+    assert runs_on_kernels(model) and torch.equal(model(x), full(x))
+
+
+@pytest.mark.parametrize("kind", [{"sparse": True}, {}], ids=["packed", "uniform"])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_dtypes_of_a_bf16_model(autocast, kind):
+    options = {"autocast_adapter_dtype": autocast}
+    stock, ours = pair(Deep().bfloat16(), lambda: deep_config(5, **kind), **options)
+    for (name, mine), (other, theirs) in zip(
+        ours.named_parameters(), stock.named_parameters(), strict=True
+    ):
+        assert (name, mine.dtype) == (other, theirs.dtype)
+    assert layers(ours)[0].randlora_B["default"].dtype is torch.bfloat16  # stock may upcast it
+    x = torch.randn(6, 24).bfloat16()
+    results = [run(model, x, torch.ones(6, 40).bfloat16()) for model in (ours, stock)]
+    assert_close(*results, 0.03)
+
+
+def test_hotswap_is_for_lora_alone():
+    """PEFT's hotswap knows LoRA only. Loading over an adapter does the same for RandLoRA."""
+    from peft.utils.hotswap import hotswap_adapter
+
+    messages = []
+    for model in pair(Deep(), lambda: deep_config(5, sparse=True)):
+        with pytest.raises(Exception) as error, torch.no_grad():
+            hotswap_adapter(model, "/nowhere", adapter_name="default")
+        messages.append((error.type, str(error.value)))
+    assert messages[0] == messages[1]
+
+
+def test_loading_over_an_adapter_keeps_its_parameters(tmp_path):
+    accelerated.enable()
+    model = randomize(peft.get_peft_model(Deep(), deep_config(5, sparse=True)))
+    x = torch.randn(6, 24)
+    wanted = model(x)
+    model.save_pretrained(tmp_path)
+    randomize(model, seed=4)
+    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    model.load_adapter(tmp_path, "default")
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
+    assert torch.equal(model(x), wanted)
+
+
+def test_conversion_to_lora():
+    convert = getattr(peft, "convert_to_lora", None)
+    if convert is None:
+        pytest.skip("this version of PEFT has no convert_to_lora")
+    stock, ours = pair(Deep(), lambda: deep_config(5, sparse=True))
+    (_, theirs), (_, mine) = convert(stock, rank=4), convert(ours, rank=4)
+    assert mine.keys() == theirs.keys()
+    for name in {key.rsplit(".lora_", 1)[0] for key in mine}:
+        products = [s[f"{name}.lora_B.weight"] @ s[f"{name}.lora_A.weight"] for s in (mine, theirs)]
+        assert relative(*products) < 1e-3  # the factors have free signs
+
+
+def test_an_adapter_of_larger_layers():
+    """Stock PEFT refuses it and asks for the reverse order."""
+
+    class Wide(Deep):
+        def __init__(self):
+            super().__init__()
+            self.wide = nn.Linear(40, 90)
+
+        def forward(self, x):
+            return self.wide(super().forward(x))
+
+    accelerated.enable()
+    model = peft.get_peft_model(Wide(), deep_config(5, sparse=True))
+    larger = config(5, targets=["wide", "a"], sparse=True)
+    model.add_adapter("two", larger)
+    alone = randomize(peft.get_peft_model(Wide(), larger))
+    randomize(model)
+    model.set_adapter("two")
+    state = peft.get_peft_model_state_dict(model, adapter_name="two")
+    peft.set_peft_model_state_dict(
+        alone, {k: v for k, v in state.items() if "base_model.randlora" not in k}
+    )
+    x = torch.randn(6, 24)
+    assert torch.equal(model(x), alone(x))
+
+
+def test_adapters_come_and_go():
+    accelerated.enable()
+    model = peft.get_peft_model(Deep(), deep_config(5, sparse=True))
+    model.add_adapter("two", deep_config(3, sparse=True))
+    model.delete_adapter("default")
+    assert list(model.base_model.randlora_A) == ["two"]
+    model.add_adapter("default", deep_config(5, sparse=True))
+    model.set_adapter("default")
+    model.delete_adapter("two")
+    fresh = peft.get_peft_model(Deep(), deep_config(5, sparse=True))
+    x = torch.randn(6, 24)
+    assert torch.equal(randomize(model)(x), randomize(fresh)(x))
+    with torch.no_grad():
+        bare = model.unload()(x)
+    assert torch.equal(bare, Deep()(x))
+
+
+ORDERS = (
+    "import randlora_ext.peft as ours; ours.enable(); from peft import *; import transformers",
+    "import transformers; from peft import *; import randlora_ext.peft as ours; ours.enable()",
+)
+USE = """
+from torch import nn
+config = RandLoraConfig(r=4, target_modules=["0"], sparse=True)
+model = get_peft_model(nn.Sequential(nn.Linear(8, 9)), config)
+print(type(model.base_model.model[0]).__name__)
+"""
+
+
+def test_import_order():
+    runs = [  # at the same time: importing transformers takes seconds
+        subprocess.Popen([sys.executable, "-c", order + USE], stdout=subprocess.PIPE, text=True)
+        for order in ORDERS
+    ]
+    assert [run.communicate()[0].strip() for run in runs] == ["AcceleratedLinear"] * 2
