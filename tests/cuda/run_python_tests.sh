@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# The Python tests on the CUDA kernels, without a card: the CUDA library compiled for the CPU serves
+# CPU tensors (docs/cuda-on-cpu.md), so binding, checks, autograd and kernels are those of a card.
+#   bash tests/cuda/run_python_tests.sh [pytest arguments]
+# Needs g++ and the built extension; about four minutes on two cores.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+RANDLORA_CUDA_LIBRARY=$(python tests/cuda_on_cpu/build.py)
+export RANDLORA_CUDA_LIBRARY RANDLORA_CUDA_SERVES_CPU=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+export OMP_NUM_THREADS=1  # two processes on two cores
+python -c "
+import randlora_ext
+status = randlora_ext.build_info()['cuda']
+raise SystemExit(status if status.startswith('not loaded') else 0)"
+
+# What holds of the CPU kernels only, and why.
+cpu_only=(
+  # In 16 bits tensor cores take A', V and U rounded to 16 bits; the CPU keeps them in float32.
+  tests/test_delta_weight.py::test_16_bit_results_are_rounded_once
+  tests/test_delta_weight.py::test_raw_operators
+  tests/test_merged_weight.py::test_one_rounding_of_the_sum
+  tests/test_merged_weight.py::test_stochastic_rounding_takes_a_neighbour_and_is_reproducible
+  tests/test_peft.py::test_16_bit_error_at_most_twice_that_of_stock
+  # The scale multiplies V, so a NaN there reaches connected outputs only.
+  tests/test_nonfinite.py::test_scaling
+  # Few tokens have kernels of their own, which add in another order.
+  tests/test_determinism.py::test_a_token_does_not_depend_on_its_batch
+  tests/test_determinism.py::test_adding_to_the_base_output_does_not_depend_on_the_batch
+  # Indices are trusted on a card: to look at them the host would have to wait.
+  tests/test_errors.py::test_packing_operators
+  # Twenty seconds each; tests/gpu has a smaller one.
+  tests/test_packed.py::test_wide_lists
+)
+deselected=()
+for test in "${cpu_only[@]}"; do deselected+=(--deselect "$test"); done
+run=(python -m pytest -q -p no:cacheprovider "${deselected[@]}" "$@")
+
+# Side by side: operators and what stands on them; the GPU tests, and B as a dense matrix. Not here:
+# test_isa (the CPU's instruction sets), test_demo, test_docs (blocks that measure CPU memory), the
+# builds' and the specification's statistics, which no kernel takes part in.
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+(
+  "${run[@]}" tests/gpu
+  RANDLORA_B_SIDE=dense "${run[@]}" tests/test_linear.py -k "not float64_property and not nonfinite"
+) >"$log" 2>&1 &
+others=$!
+status=0
+"${run[@]}" -k "not wide" tests/test_{linear,delta_weight,merged_weight,scaled_basis,autograd}.py \
+  tests/test_{nonfinite,packed,basis,basis_spec,determinism,errors,layer,layer_merge,apply}.py \
+  tests/test_{peft,peft_adapters,peft_switch}.py || status=1
+wait "$others" || status=1
+cat "$log"
+exit $status
