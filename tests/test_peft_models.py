@@ -1,0 +1,195 @@
+"""randlora_ext.peft in transformers models with random weights, and in its Trainer."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from peft_helpers import accelerated, config, pair, peft, randomize, relative, runs_on_kernels
+
+transformers = pytest.importorskip("transformers")
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "stock_peft"),
+    pytest.mark.filterwarnings("ignore:.*(gradient_checkpointing|use_reentrant|pin_memory)"),
+]
+VOCAB = 50
+
+
+def gpt2():
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB, "n_positions": 32}
+    # Dropout is drawn in other amounts by fused and unfused code, so there is none.
+    drops = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **drops, **ends))
+    return model, {"targets": ["c_attn", "c_fc"], "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}
+
+
+def llama():
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCAB}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, **heads))
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    return model, {"targets": targets, "task_type": "CAUSAL_LM"}
+
+
+def bert():
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    drops = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    made = transformers.BertConfig(**shape, **drops, num_attention_heads=4, vocab_size=VOCAB)
+    model = transformers.BertForSequenceClassification(made)
+    return model, {"targets": ["query", "value", "dense"], "task_type": "SEQ_CLS"}
+
+
+def t5():
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    made = transformers.T5Config(
+        **shape, dropout_rate=0.0, vocab_size=VOCAB, decoder_start_token_id=0
+    )
+    model = transformers.T5ForConditionalGeneration(made)
+    return model, {"targets": ["q", "v", "wi", "wo"], "task_type": "SEQ_2_SEQ_LM"}
+
+
+def vit():
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    drops = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    picture = {"image_size": 16, "patch_size": 8, "num_labels": 3}
+    made = transformers.ViTConfig(**shape, **drops, **picture, num_attention_heads=4)
+    model = transformers.ViTForImageClassification(made)
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    targets = [n for n in ("query", "value", "q_proj", "v_proj", "fc1") if n in names]
+    return model, {"targets": targets, "modules_to_save": ["classifier"]}
+
+
+MODELS = [gpt2, llama, bert, t5, vit]
+
+
+def batch(make):
+    generator = torch.Generator().manual_seed(1)
+    if make is vit:
+        pixels = torch.randn(3, 3, 16, 16, generator=generator)
+        return {"pixel_values": pixels, "labels": torch.tensor([0, 1, 2])}
+    tokens = torch.randint(1, VOCAB, (3, 10), generator=generator)
+    labels = torch.tensor([0, 1, 0]) if make is bert else tokens
+    return {"input_ids": tokens, "labels": labels}
+
+
+def models(make, seed=0):
+    torch.manual_seed(seed)
+    base, chosen = make()
+    return [
+        randomize(model, seed) for model in pair(base, lambda: config(8, sparse=True, **chosen))
+    ]
+
+
+def loss_and_gradients(model, inputs):
+    model.zero_grad()
+    output = model(**inputs)
+    output.loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return output.loss, output.logits, gradients
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_forward_and_gradients_are_those_of_stock(make):
+    stock, ours = models(make)
+    assert runs_on_kernels(ours)
+    inputs = batch(make)
+    (loss, logits, gradients), (loss0, logits0, gradients0) = (
+        loss_and_gradients(model, inputs) for model in (ours, stock)
+    )
+    assert abs(loss - loss0) < 1e-5
+    torch.testing.assert_close(logits, logits0, rtol=1e-4, atol=1e-5)
+    assert gradients and gradients.keys() == gradients0.keys()
+    for name, gradient in gradients.items():
+        assert relative(gradient, gradients0[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize("make", [gpt2, llama, t5])
+def test_generation_with_the_cache(make):
+    stock, ours = models(make)
+    tokens = batch(make)["input_ids"][:, :5]
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    answers = [
+        model.eval().generate(input_ids=tokens, use_cache=cache, **options)
+        for model in (stock, ours)
+        for cache in (True, False)
+    ]
+    for answer in answers[1:]:
+        assert torch.equal(answer, answers[0])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_gradient_checkpointing(make, reentrant):
+    _, ours = models(make)
+    inputs = batch(make)
+    wanted = loss_and_gradients(ours.train(), inputs)
+    ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    ours.enable_input_require_grads()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = loss_and_gradients(ours, inputs)
+    assert torch.equal(got[0], wanted[0]) and got[2].keys() == wanted[2].keys()
+    for name, gradient in got[2].items():
+        assert torch.equal(gradient, wanted[2][name]), name
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_bf16_autocast(make):
+    """Over three models the error against float64 is at most twice that of stock PEFT."""
+    errors = torch.zeros(2)
+    inputs = batch(make)
+    doubles = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    for seed in range(3):
+        pair_of = models(make, seed)
+        wanted = loss_and_gradients(copy.deepcopy(pair_of[0]).double(), doubles)[2]
+        exact = torch.cat([wanted[name].flatten() for name in wanted])
+        for i, model in enumerate(pair_of):
+            with torch.autocast("cpu", torch.bfloat16):
+                gradients = loss_and_gradients(model, inputs)[2]
+            errors[i] += relative(torch.cat([gradients[n].flatten() for n in wanted]), exact)
+    stock, ours = errors
+    assert ours <= 2 * stock
+
+
+def test_bf16_model_generates():
+    torch.manual_seed(0)
+    base, chosen = llama()
+    accelerated.enable()
+    model = peft.get_peft_model(base.bfloat16(), config(8, sparse=True, **chosen))
+    tokens = batch(llama)["input_ids"]
+    answer = randomize(model).eval().generate(input_ids=tokens, max_new_tokens=3, do_sample=False)
+    assert answer.shape == (3, 13)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_trainer(tmp_path, bf16):
+    examples = [{"input_ids": row, "labels": row} for row in batch(llama)["input_ids"]] * 2
+    losses, resumed = [], []
+    for i, model in enumerate(models(llama)):
+        folder = tmp_path / str(i)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(folder),
+            max_steps=3,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            logging_steps=1,
+            save_steps=2,
+            report_to=[],
+            use_cpu=True,
+            bf16=bf16,
+            seed=1,
+            gradient_checkpointing=True,
+            disable_tqdm=True,
+        )
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=examples)
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+        resumed.append([log["loss"] for log in trainer.state.log_history if "loss" in log][-1])
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=0.02 if bf16 else 1e-4)
+    assert resumed[1] == pytest.approx(resumed[0], rel=0.02 if bf16 else 1e-4)
+    torch.manual_seed(0)  # a checkpoint is an adapter
+    assert runs_on_kernels(peft.PeftModel.from_pretrained(llama()[0], folder / "checkpoint-2"))
