@@ -1,5 +1,6 @@
-# The CUDA library as setup.py builds it: csrc/cuda/nvcc.py knows nvcc, flags and architectures
-# (TORCH_CUDA_ARCH_LIST). The test cuda_library opens it, which needs no card.
+# The CUDA library as setup.py builds it, of the same objects (build/nvcc): csrc/cuda/nvcc.py knows
+# nvcc, flags and architectures (TORCH_CUDA_ARCH_LIST). The test cuda_library opens it, which needs no
+# card.
 #   -DRANDLORA_NVCC=ON requires nvcc, OFF leaves the library out, AUTO (default) builds it where nvcc is
 set(RANDLORA_NVCC AUTO CACHE STRING "build librandlora_cuda.so with nvcc: AUTO, ON or OFF")
 set_property(CACHE RANDLORA_NVCC PROPERTY STRINGS AUTO ON OFF)
@@ -23,7 +24,7 @@ set(library ${CMAKE_CURRENT_BINARY_DIR}/librandlora_cuda.so)
 file(GLOB sources CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/cuda/*.cpp csrc/cuda/*.h csrc/core/*.h)
 add_custom_command(
   OUTPUT ${library}
-  COMMAND Python3::Interpreter ${script} --few --build-dir nvcc ${library}
+  COMMAND Python3::Interpreter ${script} --few ${library}
   DEPENDS ${script} ${sources} csrc/cuda/exports.map VERSION
   WORKING_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}
   COMMENT "librandlora_cuda.so by ${RANDLORA_NVCC_PATH}" USES_TERMINAL VERBATIM)
