@@ -43,8 +43,9 @@ def stages(results: dict) -> str:
 def checks(results: dict) -> str:
     parts = []
     for row in rows_of(results, "checks"):
-        counts = {k: v for k, v in row.items() if isinstance(v, int) and k != "exit_status"}
-        parts.append("GPU tests: " + ", ".join(f"{v} {k}" for k, v in counts.items() if v))
+        counts = ", ".join(f"{number} {word}" for word, number in row["counts"].items())
+        late = "; stopped: out of time" if row["stopped_by_time"] else ""
+        parts.append(f"GPU tests: {counts}{late}")
         parts += [f"- broken: `{name}`" for name in row["broken"]]
     for row in rows_of(results, "sanitizer"):
         if "run" in row:

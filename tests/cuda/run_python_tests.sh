@@ -29,6 +29,8 @@ cpu_only=(
   tests/test_determinism.py::test_adding_to_the_base_output_does_not_depend_on_the_batch
   # Indices are trusted on a card: to look at them the host would have to wait.
   tests/test_errors.py::test_packing_operators
+  # Threads are nothing to a card; tests/gpu compares two runs.
+  tests/test_determinism.py::test_linear
   # Twenty seconds each; tests/gpu has a smaller one.
   tests/test_packed.py::test_wide_lists
 )
@@ -36,14 +38,16 @@ deselected=()
 for test in "${cpu_only[@]}"; do deselected+=(--deselect "$test"); done
 run=(python -m pytest -q -p no:cacheprovider "${deselected[@]}" "$@")
 
-# Side by side: operators and what stands on them; the GPU tests, and B as a dense matrix. Not here:
+# Side by side: operators and what stands on them; the GPU tests, B as a dense matrix, and the dry
+# run of benchmarks/gpu_run.py. Not here:
 # test_isa (the CPU's instruction sets), test_demo, test_docs (blocks that measure CPU memory), the
 # builds' and the specification's statistics, which no kernel takes part in.
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 (
   "${run[@]}" tests/gpu
-  RANDLORA_B_SIDE=dense "${run[@]}" tests/test_linear.py -k "not float64_property and not nonfinite"
+  RANDLORA_B_SIDE=dense "${run[@]}" tests/test_linear.py -k "not property"
+  RANDLORA_GPU_RUN_DRY=1 "${run[@]}" tests/test_gpu_run_dry.py
 ) >"$log" 2>&1 &
 others=$!
 status=0
