@@ -39,18 +39,18 @@ for test in "${cpu_only[@]}"; do deselected+=(--deselect "$test"); done
 run=(python -m pytest -q -p no:cacheprovider "${deselected[@]}" "$@")
 
 # Side by side: operators and what stands on them; the GPU tests, B as a dense matrix, and the dry
-# run of benchmarks/gpu_run.py. Not here:
-# test_isa (the CPU's instruction sets), test_demo, test_docs (blocks that measure CPU memory), the
-# builds' and the specification's statistics, which no kernel takes part in.
+# run of benchmarks/gpu_run.py. Not here: test_isa (the CPU's instruction sets), test_demo, test_docs
+# (blocks that measure CPU memory), builds, and statistics of the specification.
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
+status=0
 (
-  "${run[@]}" tests/gpu
-  RANDLORA_B_SIDE=dense "${run[@]}" tests/test_linear.py -k "not property"
-  RANDLORA_GPU_RUN_DRY=1 "${run[@]}" tests/test_gpu_run_dry.py
+  "${run[@]}" tests/gpu || status=1
+  RANDLORA_B_SIDE=dense "${run[@]}" tests/test_linear.py -k "not property" || status=1
+  RANDLORA_GPU_RUN_DRY=1 "${run[@]}" tests/test_gpu_run_dry.py || status=1
+  exit $status
 ) >"$log" 2>&1 &
 others=$!
-status=0
 "${run[@]}" -k "not wide" tests/test_{linear,delta_weight,merged_weight,scaled_basis,autograd}.py \
   tests/test_{nonfinite,packed,basis,basis_spec,determinism,errors,layer,layer_merge,apply}.py \
   tests/test_{peft,peft_adapters,peft_switch}.py || status=1
