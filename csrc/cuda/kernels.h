@@ -3,8 +3,8 @@
 // the card, but for count_lists, whose result the host needs. Offsets of lists lie on the card, so
 // the host knows only how many entries there are (AnyLists::count).
 #pragma once
-#include "../core/operators.h"
 #include "../core/device.h"
+#include "../core/operators.h"
 
 namespace randlora {
 namespace cuda {
