@@ -47,9 +47,16 @@ struct Shape {
   int64_t lines, features, T, range;  // lines a block, a multiple of kLines * warps
 };
 
+// Blocks that a multiprocessor must hold, which bounds registers: on Blackwell a bound of 64 spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kResident = 2;
+#else
+constexpr int kResident = 4;
+#endif
+
 // Source: the operand (T, features) if it is staged or has one token, else token panels of width TT.
 template <class S, class Index, int TT, bool Staged>
-__global__ void __launch_bounds__(256, 4)
+__global__ void __launch_bounds__(256, kResident)
     sum_lists(Lists<Index> lists, Shape shape, const S* __restrict__ source, S* __restrict__ out,
               typename ComputeOf<S>::type scale, bool accumulate) {
   using G = TokenTile<S, TT>;
