@@ -92,6 +92,8 @@ class Card:
 
         In turn, so that a drift of clocks or heat meets all of them.
         """
+        if self.dry:
+            return self._timed(calls)
         self._timed(calls)
         end = time.monotonic() + seconds
         rounds: list[dict[str, float]] = []
@@ -111,6 +113,8 @@ class Card:
             return (time.perf_counter() - start) / calls
 
         once = run(2)
+        if self.dry:
+            return once * 1e3
         calls = min(max(math.ceil(seconds / 3 / once), 2), 100)
         return statistics.median(run(calls) for _ in range(3)) * 1e3
 

@@ -50,6 +50,7 @@ def checks(results: dict) -> str:
     for row in rows_of(results, "sanitizer"):
         if "run" in row:
             verdict = "as wanted" if row["as_wanted"] else "NOT as wanted"
+            verdict = "unfinished: out of time" if row["stopped_by_time"] else verdict
             parts.append(f"- {row['run']}: {verdict}; {row['calls']} calls; {row['summary']}")
     for row in rows_of(results, "layers", verified=False):
         parts.append(f"- WRONG: {row['method']} {row['density']} {row['size']}: {row['error']}")

@@ -15,11 +15,13 @@ from .build import ROOT
 from .stage import Stage
 
 _FAULT = 9  # exit status that compute-sanitizer gives for a finding
-RUNS = {
-    "memcheck": (["--tool", "memcheck"], [], False),
+_MEMCHECK = ["--tool", "memcheck", "--report-api-errors", "no"]  # torch asks what it may not know
+RUNS = {  # flags of the tool, arguments of small_shapes, whether there must be a finding
+    "memcheck": (_MEMCHECK, [], False),
     "racecheck": (["--tool", "racecheck", "--racecheck-report", "all"], [], False),
-    "planted overrun": (["--tool", "memcheck"], ["--plant"], True),
+    "planted overrun": (_MEMCHECK, ["--plant"], True),
 }
+_FILTER = ["--kernel-name", "kernel_substring=randlora"]
 
 
 def find() -> str | None:
@@ -31,13 +33,13 @@ def find() -> str | None:
     return None
 
 
-def run(name: str, tool: str | None, seconds: float) -> dict:
+def run(name: str, tool: str | None, seconds: float, kernels: list[str] = _FILTER) -> dict:
     flags, arguments, faulty = RUNS[name]
     program = [sys.executable, "-m", "gpu.small_shapes", *arguments]
     command = program + ["--dry"]
     if tool is not None:
-        filters = ["--kernel-name", "kernel_substring=randlora", "--print-limit", "20"]
-        command = [tool, *flags, *filters, "--error-exitcode", str(_FAULT), *program]
+        flags = [*flags, *kernels, "--print-limit", "20", "--launch-timeout", "120"]
+        command = [tool, *flags, "--error-exitcode", str(_FAULT), *program]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         done = subprocess.run(
@@ -48,12 +50,15 @@ def run(name: str, tool: str | None, seconds: float) -> dict:
     except subprocess.TimeoutExpired as late:
         status, text = 124, (late.stdout or b"").decode(errors="replace")
     print(f"---- {name}: {' '.join(command)}\n{text}", flush=True)
+    if "unrecognised option '--kernel-name'" in text and kernels:
+        return run(name, tool, seconds, [])  # an older tool, which then watches torch as well
     finding = status == _FAULT
     summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", text)
     calls = re.findall(r"(\d+) calls", text)
     return {
         "run": name,
         "as_wanted": finding if faulty else status == 0,
+        "stopped_by_time": status == 124,
         "exit_status": status,
         "summary": (summary or text.strip().splitlines() or ["nothing"])[-1][:300],
         "calls": int(calls[-1]) if calls else None,
