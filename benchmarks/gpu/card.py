@@ -53,16 +53,19 @@ class Card:
         if self.dry:
             call()
             return call
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        before, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(before)
         with torch.cuda.stream(side):
             for _ in range(3):
                 call()
-        torch.cuda.current_stream().wait_stream(side)
+        before.wait_stream(side)
         self.sync()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
+        try:
+            with torch.cuda.graph(graph):
+                call()
+        finally:
+            torch.cuda.set_stream(before)  # a capture that fails leaves its own stream behind
         return graph.replay
 
     def _timed(self, calls: dict[str, Call]) -> dict[str, float]:

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from gpu_helpers import NAMES, PATHS, moved, ops, run_linear, same, step
-from layer_cases import make_layer, rms_error
+from layer_cases import Layer, make_layer, rms_error
 
 from randlora_ext import RandLoraLinear, TernaryBasis, linear
 
@@ -24,27 +24,44 @@ def test_everything_runs_on_the_current_stream(card, density, path, b_side):
     # x and dy become right only after a delay on that stream: work on any other reads NaN.
     layer = make_layer(136, 72, 8, density, 40, torch.float32)
     want = run_linear(layer, path, b_side, card)
-    late = make_layer(136, 72, 8, density, 40, torch.float32)
-    values = moved(late.x, card), moved(late.dy, card)
-    late.x, late.dy = (torch.full_like(v, torch.nan) for v in values)
+    values = {
+        name: moved(value, card) for name, value in vars(layer).items()
+    }  # no copy waits later
+    late = Layer(**values)
+    late.x, late.dy = (torch.full_like(values[name], torch.nan) for name in ("x", "dy"))
     stream = torch.cuda.Stream(card)
     torch.cuda.synchronize(card)
     with torch.cuda.stream(stream):
         torch.cuda._sleep(DELAY)
-        late.x.copy_(values[0])
-        late.dy.copy_(values[1])
+        late.x.copy_(values["x"])
+        late.dy.copy_(values["dy"])
         got = run_linear(late, path, b_side, card)
     assert all(same(got[n], want[n]) for n in NAMES)
 
 
-def test_generation_runs_on_the_current_stream(card):
+def test_packing_runs_on_the_current_stream(card):
     basis = TernaryBasis(300, 200, 8, 0.07, seed=5)
-    want = moved(basis._pack(card), "cpu")
+    right = basis._planes(card)[1]
+    dense = ops.planes_to_dense(right, basis.K, 1.0, torch.float32)
+
+    def pack(planes, dense):
+        lists = ops.planes_to_lists(planes, basis.K, True, False)
+        again = ops.lists_to_dense(*lists, basis.D, 1.0, torch.float32)
+        return moved([*lists, again, ops.planes_to_dense(planes, basis.K, 1.0, torch.bfloat16),
+                      ops.pack_dense(dense)], "cpu")  # fmt: skip
+
+    want = pack(right, dense)
+    late = torch.zeros_like(right), torch.zeros_like(dense)
     stream = torch.cuda.Stream(card)
+    torch.cuda.synchronize(card)
     with torch.cuda.stream(stream):
         torch.cuda._sleep(DELAY)
-        got = moved(basis._pack(card), "cpu")
-    assert same(got, want)
+        late[0].copy_(right)
+        got = pack(late[0], dense)
+        torch.cuda._sleep(DELAY)
+        late[1].copy_(dense)
+        packed = moved(ops.pack_dense(late[1]), "cpu")
+    assert same(got, want) and same(packed, want[-1])
 
 
 def test_two_streams_at_a_time(card):
