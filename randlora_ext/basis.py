@@ -1,5 +1,6 @@
 """`TernaryBasis`: which random matrices A and B a layer uses, and their packed form on a device."""
 
+import copy
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -212,7 +213,7 @@ class TernaryBasis:
         mine: dict[torch.device, Packed] = self.__dict__.setdefault("_packed", {})
         device = with_index(torch.device(device))
         if device not in mine:
-            mine[device] = shared((self._key(), device), lambda: self._pack(device))
+            mine[device] = shared((self._matrices(), device), lambda: self._pack(device))
         return mine[device].tensors
 
     def dense_b(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
@@ -220,7 +221,7 @@ class TernaryBasis:
         mine: dict[tuple, Packed] = self.__dict__.setdefault("_packed", {})
         key = (with_index(torch.device(device)), dtype)
         if key not in mine:
-            mine[key] = shared((self._key(), *key), lambda: [self._dense_b(*key)])
+            mine[key] = shared((self._matrices(), *key), lambda: [self._dense_b(*key)])
         return mine[key].tensors[0]
 
     def _dense_b(self, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -273,10 +274,19 @@ class TernaryBasis:
         tensors += _ops.planes_to_lists(b_planes, self.K, True, wide)
         return tensors
 
+    def transposed(self) -> "TernaryBasis":
+        """The same matrices for a layer of swapped features; what is packed is shared."""
+        other = copy.copy(self)
+        other._shape = _Shape(self.out_features, self.in_features, self.r)
+        return other
+
+    def _matrices(self) -> tuple:
+        """What decides A and B: the layer's orientation does not."""
+        origin = (self.density, self.seed) if self._imported is None else (self._imported,)
+        return (self.D, self.d, self.r, *origin)
+
     def _key(self) -> tuple:
-        if self._imported is not None:
-            return (self._shape, self._imported)
-        return (self._shape, self.density, self.seed)
+        return (self._shape, *self._matrices())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TernaryBasis) and self._key() == other._key()

@@ -77,12 +77,14 @@ def pack_dense(name: str, matrix: Tensor) -> tuple[Tensor, float]:
 
 
 def leading(planes: Tensor, rows: int, cols: int) -> Tensor:
-    """The planes of the first `rows` rows and `cols` columns, newly made."""
+    """The planes of the first `rows` rows and `cols` columns; `planes` itself if that is all."""
     words = -(-cols // 64)
     part = planes[:, :rows, :words].contiguous()
     if cols % 64:  # bits past the last column are zero
-        part = part.clone() if part.data_ptr() == planes.data_ptr() else part
-        part[:, :, -1] &= (1 << cols % 64) - 1
+        outside = ~((1 << cols % 64) - 1)
+        if bool((part[:, :, -1] & outside).any()):
+            part = part.clone() if part.data_ptr() == planes.data_ptr() else part
+            part[:, :, -1] &= ~outside
     return part
 
 

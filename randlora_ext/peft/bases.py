@@ -149,7 +149,8 @@ def layer_basis(
     key = (B.matrix, in_features, out_features, r)
     made = A.matrix.layers
     if key not in made:
-        made[key] = _layer_basis(A, B, *key[1:])
+        turned = made.get((B.matrix, out_features, in_features, r))
+        made[key] = _layer_basis(A, B, *key[1:]) if turned is None else turned.transposed()
     return made[key], ""
 
 
