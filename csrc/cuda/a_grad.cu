@@ -203,7 +203,14 @@ void ASideCall::grad(const void* U, void* dlam, void* dgam, bool accumulate) {
       // Enough blocks for every SM to have two; a split of less than 256 tokens would not pay for
       // its P. Parts add to the P of those before, split by split.
       const int64_t tokens = max(part_, int64_t{1});
-      const int64_t most = min(ceil_div(tokens, 256), ceil_div(2 * device_.multiprocessors, tiles));
+      int64_t wanted = ceil_div(2 * device_.multiprocessors, tiles);
+      // In fp32 a running sum over thousands of tokens would err more than torch's: as many splits
+      // as a chunk of scratch holds.
+      if (sizeof(S) == 4 && !decltype(tf32)::value) {
+        const int64_t bytes = a.room() * a.bases * int64_t{sizeof(C)};
+        wanted = max(wanted, device_.chunk_bytes / bytes);
+      }
+      const int64_t most = min(ceil_div(tokens, 256), wanted);
       const int64_t split = ceil_div(ceil_div(tokens, most), 64) * 64;
       if (!partial_) partial_ = scratch<C>(device_, most * a.room() * a.bases);
       splits = ceil_div(min(part_, T_), split);
