@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft_helpers import Deep, accelerated, config, deep_config, peft, randomize
+from peft_helpers import SEQ_2_SEQ_LM, Deep, accelerated, config, deep_config, peft, randomize
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
@@ -125,7 +125,7 @@ def t5():
 def test_generation(make, options):
     accelerated.enable()
     base, targets = make()
-    task = "SEQ_2_SEQ_LM" if make is t5 else "CAUSAL_LM"
+    task = SEQ_2_SEQ_LM if make is t5 else "CAUSAL_LM"
 
     def chosen(_):
         return config(8, targets=targets, sparse=True, task_type=task)

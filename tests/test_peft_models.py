@@ -5,7 +5,16 @@ import warnings
 
 import pytest
 import torch
-from peft_helpers import accelerated, config, pair, peft, randomize, relative, runs_on_kernels
+from peft_helpers import (
+    SEQ_2_SEQ_LM,
+    accelerated,
+    config,
+    pair,
+    peft,
+    randomize,
+    relative,
+    runs_on_kernels,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -47,7 +56,7 @@ def t5():
         **shape, dropout_rate=0.0, vocab_size=VOCAB, decoder_start_token_id=0
     )
     model = transformers.T5ForConditionalGeneration(made)
-    return model, {"targets": ["q", "v", "wi", "wo"], "task_type": "SEQ_2_SEQ_LM"}
+    return model, {"targets": ["q", "v", "wi", "wo"], "task_type": SEQ_2_SEQ_LM}
 
 
 def vit():
