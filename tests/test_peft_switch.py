@@ -161,6 +161,12 @@ def test_missing_or_old_peft(monkeypatch, installed, message):
         _require.check_peft()
 
 
+def test_newer_peft_than_tested(monkeypatch):
+    monkeypatch.setattr(peft, "__version__", "0.99.0.dev0")
+    with pytest.warns(UserWarning, match=r"tested with PEFT 0\.18 to .*, found 0\.99\.0\.dev0"):
+        _require.check_peft()
+
+
 def test_kernel_summary(monkeypatch):
     monkeypatch.setenv("RANDLORA_PATH", "factored")
     stock, ours = pair(Deep(), lambda: deep_config(5, sparse=True))

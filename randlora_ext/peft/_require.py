@@ -1,12 +1,16 @@
 """Whether a usable PEFT is installed."""
 
 import importlib
+import warnings
 
-OLDEST = "0.18"
+OLDEST, NEWEST = "0.18", "0.21"  # as tests/run_peft_versions.py has tried
 
 
 def check_peft() -> None:
-    """Raises ImportError, telling what to install, where PEFT is missing or older than 0.18."""
+    """Raises ImportError, telling what to install, where PEFT is missing or older than 0.18.
+
+    Warns where it is newer than what was tested.
+    """
     try:
         peft = importlib.import_module("peft")
     except ModuleNotFoundError as error:
@@ -18,6 +22,13 @@ def check_peft() -> None:
         ) from error
     from packaging.version import Version  # PEFT depends on it
 
+    if Version(peft.__version__).release[:2] > Version(NEWEST).release:
+        warnings.warn(
+            f"randlora_ext.peft is tested with PEFT {OLDEST} to {NEWEST}, found "
+            f"{peft.__version__}; "
+            "where it fails or differs from stock PEFT, please tell us",
+            stacklevel=3,
+        )
     if Version(peft.__version__).release < Version(OLDEST).release:
         raise ImportError(
             f"randlora_ext.peft needs PEFT {OLDEST} or newer, found {peft.__version__}; install it "
