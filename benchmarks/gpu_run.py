@@ -84,6 +84,11 @@ class Run:
             "budget_s": budget,
             "stages": {},
         }
+        self.discard()  # of an earlier run
+
+    def discard(self) -> None:
+        for suffix in (".json", ".md", ".log"):
+            self.file(suffix).unlink(missing_ok=True)
 
     def file(self, suffix: str) -> Path:
         return self.out / f"{self.name}{suffix}"
@@ -157,19 +162,26 @@ def main(arguments: list[str] | None = None) -> int:
     names = options.stages.split(",")
     if unknown := [name for name in names if name not in STAGES]:
         parser.error(f"unknown stages {unknown}; known are {', '.join(STAGES)}")
+    if "ceilings" not in names:  # it knows the card's name, and the rates that floors need
+        names.insert(0, "ceilings")
     out = options.out or (ROOT / "build" / "gpu-dry" if options.dry else HERE / "results")
     run = Run(out.resolve(), options.dry, options.budget)
     good = True
     for at, name in enumerate(names):
         left = run.end - time.monotonic() - GRACE
         share = STAGES[name] / sum(STAGES[later] for later in names[at:])
-        well = run.stage(name, max(left * share, 1.0))
+        least = STAGES[name] if name in NEEDED else 1.0
+        well = run.stage(name, max(left * share, min(least, left), 1.0))
         good &= well
-        rows = run.results["stages"][name]["rows"]
-        if name in NEEDED and (not well or any("skipped" in row for row in rows)):
-            print(f"   {name} is needed by all that follows: stopping", flush=True)
-            good = False
-            break
+        if name in NEEDED:
+            reasons = [r["why"] for r in run.results["stages"][name]["rows"] if "skipped" in r]
+            if reasons or not well:
+                print(f"   {name} is needed by all that follows: stopping. {' '.join(reasons)}")
+                if reasons:  # no card: nothing to keep
+                    run.discard()
+                    return 1
+                good = False
+                break
     (run.out / "gpu-ceilings.json").unlink(missing_ok=True)
     print(report.stages(run.results) + "\n" + report.checks(run.results))
     print(report.figures(run.results))
