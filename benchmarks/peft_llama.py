@@ -1,0 +1,216 @@
+"""A Llama-shaped model in PEFT: stock and ours from the same bases, on identical data.
+
+    python benchmarks/peft_llama.py                        hidden 1024, 8 layers, 50 steps
+    python benchmarks/peft_llama.py --kind very_sparse --out benchmarks/results/peft-llama-NAME
+    python benchmarks/peft_llama.py --tiny                 seconds, to see that it runs
+
+Both models take each step in turn, so that drift of the machine hits both; times are medians.
+It fails where the losses differ by more than --tolerance (fp32). Memory is measured in processes
+of their own, frozen model included: the peak over everything, and that of the training steps.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import peft
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import randlora_ext.peft
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+MIB = 2**20
+
+
+def build(backend: str, args: argparse.Namespace) -> torch.nn.Module:
+    """The same weights, bases and zero adapter whichever backend ("frozen": no adapter)."""
+    torch.manual_seed(0)
+    shape = {
+        "hidden_size": args.hidden,
+        "intermediate_size": args.hidden * 11 // 4,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.hidden // 64,
+        "num_key_value_heads": max(1, args.hidden // 128),
+        "vocab_size": 2048,
+    }
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    model = LlamaForCausalLM(LlamaConfig(**shape)).to(dtype).to(args.device)
+    if backend == "frozen":
+        return model.requires_grad_(False)
+    randlora_ext.peft.enable() if backend == "ours" else randlora_ext.peft.disable()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Specified to not save")
+        config = peft.RandLoraConfig(
+            r=args.rank,
+            target_modules=TARGETS,
+            save_projection=False,
+            task_type="CAUSAL_LM",
+            **{args.kind: True},
+        )
+    return peft.get_peft_model(model, config)
+
+
+def batches(args: argparse.Namespace) -> list[torch.Tensor]:
+    """A few batches that come again and again, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (args.batch, args.tokens)
+    return [torch.randint(0, 2048, shape, generator=generator).to(args.device) for _ in range(5)]
+
+
+def optimizer_of(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr)
+
+
+def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor) -> float:
+    loss = model(input_ids=tokens, labels=tokens).loss
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()  # waits for the card, too
+
+
+def bytes_of_bases(model: torch.nn.Module) -> int:
+    """Of every tensor that holds bases: dense ones, or planes and lists."""
+    tensors = []
+    for bases in (model.base_model.randlora_A, model.base_model.randlora_B):
+        for basis in bases.values():
+            matrix = getattr(basis, "matrix", None)
+            tensors += [basis] if matrix is None else [matrix.planes]
+    for layer in model.modules():
+        if hasattr(layer, "basis_of"):
+            basis, _ = layer.basis_of("default", next(layer.parameters()).device)
+            tensors += basis.packed(next(layer.parameters()).device)
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in tensors
+        if t is not None
+    }
+    return sum(storages.values())
+
+
+def compare(args: argparse.Namespace) -> dict:
+    """Losses, median step times and bytes of the bases of both."""
+    models = {backend: build(backend, args) for backend in ("stock", "ours")}
+    optimizers = {backend: optimizer_of(model, args) for backend, model in models.items()}
+    data = batches(args)
+    losses: dict[str, list] = {backend: [] for backend in models}
+    times: dict[str, list] = {backend: [] for backend in models}
+    for i in range(args.steps):
+        for backend, model in models.items():
+            start = time.perf_counter()
+            losses[backend].append(step(model, optimizers[backend], data[i % len(data)]))
+            times[backend].append(time.perf_counter() - start)
+    warm = min(3, args.steps - 1)
+    difference = max(abs(a - b) for a, b in zip(losses["stock"], losses["ours"], strict=True))
+    return {
+        "kernels": randlora_ext.peft.kernel_summary(models["ours"], args.batch * args.tokens),
+        "losses": losses,
+        "largest difference of the losses": difference,
+        "step ms": {b: 1e3 * statistics.median(t[warm:]) for b, t in times.items()},
+        "bytes of the bases": {b: bytes_of_bases(m) for b, m in models.items()},
+    }
+
+
+def peak(device: str) -> float:
+    """MiB at the highest since `reset_peak`."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / MIB
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def reset_peak(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory(backend: str, args: argparse.Namespace) -> dict:
+    """Peak MiB of building the model, and of three steps."""
+    model = build(backend, args)
+    built = peak(args.device)
+    reset_peak(args.device)
+    if backend == "frozen":
+        with torch.no_grad():
+            for tokens in batches(args)[:3]:
+                model(input_ids=tokens)
+    else:
+        optimizer = optimizer_of(model, args)
+        for tokens in batches(args)[:3]:
+            step(model, optimizer, tokens)
+    return {"building": built, "training": peak(args.device)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=128, help="of one row")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--kind", choices=["sparse", "very_sparse"], default="sparse")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="of the loss, in fp32")
+    parser.add_argument("--out", type=Path, help="writes OUT.json")
+    parser.add_argument("--tiny", action="store_true", help="hidden 128, 2 layers, 5 steps")
+    parser.add_argument("--memory", choices=["stock", "ours", "frozen"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.tiny:
+        args.hidden, args.layers, args.tokens, args.steps = 128, 2, 16, 5
+    if args.memory:
+        print(json.dumps(memory(args.memory, args)))
+        return
+    command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:], "--memory"]
+    result = {
+        "machine": {
+            "cpu": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "peft": peft.__version__,
+            "device": torch.cuda.get_device_name() if args.device != "cpu" else "cpu",
+        },
+        "settings": {key: str(value) for key, value in vars(args).items() if key != "memory"},
+        # First, so that nothing else is held.
+        "peak MiB": {
+            backend: json.loads(subprocess.check_output([*command, backend], text=True))
+            for backend in ("frozen", "stock", "ours")
+        },
+        **compare(args),
+    }
+    if args.out:
+        args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    print(result["kernels"])
+    print("\n| | stock PEFT | ours | stock / ours |\n|---|---|---|---|")
+    rows = {
+        "step, ms": result["step ms"],
+        "bases, MiB": {b: n / MIB for b, n in result["bytes of the bases"].items()},
+    }
+    for phase in ("building", "training"):
+        values = {b: result["peak MiB"][b][phase] for b in ("stock", "ours")}
+        rows[f"peak while {phase}, MiB"] = values
+    for name, values in rows.items():
+        ratio = values["stock"] / max(values["ours"], 1e-9)
+        print(f"| {name} | {values['stock']:.1f} | {values['ours']:.1f} | {ratio:.2f} |")
+    frozen = result["peak MiB"]["frozen"]
+    print(f"\nfrozen model: {frozen['building']:.0f} MiB built, {frozen['training']:.0f} run")
+    first, last = result["losses"]["ours"][0], result["losses"]["ours"][-1]
+    difference = result["largest difference of the losses"]
+    print(f"loss {first:.4f} -> {last:.4f}, differs from stock by {difference:.1e} at most")
+    if args.dtype == "fp32" and not difference <= args.tolerance:
+        raise SystemExit(f"the losses differ by more than {args.tolerance}")
+
+
+if __name__ == "__main__":
+    main()
