@@ -37,6 +37,20 @@ def test_same_numbers_as_stock(shape, kind, dtype, tolerance):
         assert delta.dtype == wanted.dtype and relative(delta, wanted) < tolerance
 
 
+@pytest.mark.filterwarnings("ignore:RandLoRA layers of this model multiply by dense")
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("shape", SHAPES[1:6], ids=str)
+def test_uniform_bases(shape, dtype, tolerance):
+    """PEFT's default: nothing ternary, so our kernel scales A and torch multiplies."""
+    in_features, out_features, r = shape
+    stock, ours = pair(Net(in_features, out_features).to(dtype), lambda: config(r))
+    x, dy = inputs(in_features, out_features, dtype)
+    assert_close(run(ours, x, dy), run(stock, x, dy), tolerance)
+    for ours_layer, stock_layer in zip(layers(ours), layers(stock), strict=True):
+        delta, wanted = (m.get_delta_weight("default") for m in (ours_layer, stock_layer))
+        assert delta.dtype == wanted.dtype and relative(delta, wanted) < tolerance
+
+
 @pytest.mark.parametrize("autocast_adapter", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(48, 64, 8), (64, 48, 8), (64, 64, 12)], ids=str)

@@ -110,6 +110,25 @@ def test_merge_and_unmerge(safe):
     assert not layers(plain) and relative(plain(x), before) < 1e-5
 
 
+@pytest.mark.parametrize("names", [["two"], ["default", "two"], ["two", "default"], None], ids=str)
+def test_merge_of_chosen_adapters(names):
+    stock, ours = pair(Deep(), lambda: deep_config(5, sparse=True))
+    for model in (stock, ours):
+        model.add_adapter("two", deep_config(5, sparse=True, randlora_alpha=100))
+        randomize(model, seed=4)
+        model.merge_adapter(adapter_names=names)
+    x = torch.randn(6, 24)
+    for mine, theirs in zip(layers(ours), layers(stock), strict=True):
+        assert mine.merged_adapters == theirs.merged_adapters == (names or ["default"])
+        assert relative(mine.weight, theirs.weight) < 1e-6
+    assert relative(ours(x), stock(x)) < 1e-5
+    for model in (stock, ours):
+        model.unmerge_adapter()
+    assert relative(ours(x), stock(x)) < 1e-5
+    plain, wanted = (model.merge_and_unload(adapter_names=names) for model in (ours, stock))
+    assert relative(plain(x), wanted(x)) < 1e-5
+
+
 def test_safe_merge_refuses_nan():
     accelerated.enable()
     model = peft.get_peft_model(Deep(), deep_config(5, sparse=True))

@@ -128,6 +128,24 @@ def test_generation_with_the_cache(make):
         assert torch.equal(answer, answers[0])
 
 
+@pytest.mark.parametrize("make", MODELS)
+def test_merge_and_unload(make):
+    inputs = batch(make)
+    merged = []
+    for model in models(make):
+        model.eval()
+        before = model(**inputs).logits
+        model.merge_adapter()
+        torch.testing.assert_close(model(**inputs).logits, before, rtol=1e-3, atol=1e-4)
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(**inputs).logits, before, rtol=1e-3, atol=1e-4)
+        merged.append(model.merge_and_unload())
+    for (name, mine), (other, theirs) in zip(
+        merged[1].named_parameters(), merged[0].named_parameters(), strict=True
+    ):
+        assert name == other and relative(mine, theirs) < 1e-5
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_gradient_checkpointing(make, reentrant):
