@@ -82,7 +82,7 @@ def test_rows_survive_a_kill(tmp_path):
 
 def results(**stages):
     made = {k: {"status": "done", "seconds": 1.0, "rows": v} for k, v in stages.items()}
-    return {"card": "Card", "date": "today", "commit": "abc", "dry": True, "stages": made}
+    return {"card": "Card", "date": "today", "commit": "abc", "dry": False, "stages": made}
 
 
 def layer_row(method, density, ms, **more):

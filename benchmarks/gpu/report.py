@@ -59,6 +59,8 @@ def checks(results: dict) -> str:
 
 def figures(results: dict) -> str:
     """The figures that the project aims at on an H100, and what was measured."""
+    if results["dry"]:
+        return "A dry run has none.\n"
     lines = []
     for row in rows_of(results, "kernels", op="delta_weight", size="4096x4096"):
         if row["density"] == "1/sqrt(d)":
