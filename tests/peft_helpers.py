@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 
 peft = pytest.importorskip("peft")
@@ -12,9 +13,9 @@ peft = pytest.importorskip("peft")
 import randlora_ext.peft as accelerated  # noqa: E402
 from randlora_ext.peft.layer import AcceleratedLinear  # noqa: E402
 
-PEFT = tuple(map(int, peft.__version__.split(".")[:2]))
-# Before 0.21 PEFT's class for this task asks for a method that transformers 5 has no more.
-SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM" if PEFT >= (0, 21) else None
+PEFT = tuple(Version(peft.__version__).release)
+# Before 0.21.2 PEFT's class for this task asks for a method that newer transformers do not have.
+SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM" if PEFT >= (0, 21, 2) else None
 StockLinear = peft.tuners.randlora.layer.Linear
 RANDLORA = peft.PeftType.RANDLORA
 

@@ -71,6 +71,17 @@ def test_an_adapter_of_another_rank_or_density_is_what_it_is_alone(tmp_path, r, 
         assert torch.equal(both(x), wanted)
 
 
+def test_adapters_of_files_share_one_basis(tmp_path):
+    stock, ours = pair(Deep(), lambda: deep_config(5, sparse=True))
+    ours.save_pretrained(tmp_path)
+    model = peft.PeftModel.from_pretrained(Deep(), tmp_path)
+    model.load_adapter(tmp_path, "two")
+    stock.add_adapter("two", deep_config(5, sparse=True))
+    for either in (model, accelerated.accelerate(stock)):
+        A, B = either.base_model.randlora_A, either.base_model.randlora_B
+        assert A["default"].matrix is A["two"].matrix and B["default"].matrix is B["two"].matrix
+
+
 def test_uniform_second_adapter_of_another_rank_runs():
     accelerated.enable()
     model = peft.get_peft_model(Deep(), deep_config(5, sparse=True))

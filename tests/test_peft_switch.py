@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import sys
 import weakref
 
@@ -58,6 +59,28 @@ def test_changed_bases_are_noticed():
     for model in (stock, ours):
         model.double()  # cast
     assert relative(ours(x.double()), stock(x.double())) < 1e-10
+
+
+def test_a_basis_serves_as_the_dense_tensor():
+    accelerated.enable()
+    model = peft.get_peft_model(Deep(), deep_config(5, sparse=True))
+    A, dense = (
+        model.base_model.randlora_A["default"],
+        model.base_model.randlora_A["default"].dense(),
+    )
+    assert (A.shape, A.dtype, A.stride()) == (dense.shape, dense.dtype, dense.stride())
+    assert A.tolist() == dense.tolist() and (A.numpy() == dense.numpy()).all()
+    assert torch.equal(A * 2 + A.flip(0), dense * 2 + dense.flip(0))
+    assert torch.equal(A[1:, 0, ::2], dense[1:, 0, ::2])
+    assert torch.equal(pickle.loads(pickle.dumps(A)), dense)
+    assert torch.equal(model.base_model.randlora_A.default, dense)
+    with pytest.raises(RuntimeError, match="constant"):
+        A.zero_()
+    x = torch.randn(2, 24)
+    before = model(x)
+    assert torch.equal(model.share_memory()(x), before)
+    model.base_model.randlora_A["default"] = dense.flip(0)
+    assert torch.equal(model.base_model.randlora_A["default"], dense.flip(0))
 
 
 def test_bases_go_with_their_model():

@@ -52,6 +52,12 @@ class PackedBases(BufferDict):
                 basis = TernaryTensor.of(basis)
             except ValueError:
                 pass  # not ternary; `layer_basis` says so
+            else:
+                # Every adapter's file holds its own copy of what is the same basis.
+                for other in self._bases.values():
+                    if isinstance(other, TernaryTensor) and basis.matrix.equals(other.matrix):
+                        basis = TernaryTensor(other.matrix, basis.shape, basis.dtype, basis.device)
+                        break
         self._bases[key] = basis
 
     def __delitem__(self, key: str) -> None:

@@ -35,6 +35,15 @@ class TernaryMatrix:
             self.planes = generate_planes(seed, role, 0, self.rows, 0, self.cols, density, device)
         return self.planes.to(device)
 
+    def equals(self, other: "TernaryMatrix") -> bool:
+        """Whether it has the same elements; one that is not generated yet equals none."""
+        return (
+            (self.rows, self.cols, self.value) == (other.rows, other.cols, other.value)
+            and self.planes is not None
+            and other.planes is not None
+            and torch.equal(self.planes, other.planes)
+        )
+
     def with_value(self, value: float) -> "TernaryMatrix":
         if value == self.value:
             return self
@@ -79,6 +88,21 @@ class TernaryTensor(Tensor):
         """That of the planes: equal for tensors that share them."""
         planes = self.matrix.planes
         return 0 if planes is None else planes.data_ptr()
+
+    # These look for a storage, which a dispatched operator never does.
+
+    def share_memory_(self) -> "TernaryTensor":
+        self.matrix.on(torch.device("cpu")).share_memory_()
+        return self
+
+    def numpy(self, **options):
+        return self.dense().numpy(**options)
+
+    def __array__(self, *args, **options):
+        return self.dense().__array__(*args, **options)
+
+    def tolist(self) -> list:
+        return self.dense().tolist()
 
     def __repr__(self, **_) -> str:
         return (
