@@ -157,9 +157,9 @@ def test_gradient_checkpointing(make, reentrant):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         got = loss_and_gradients(ours, inputs)
-    assert torch.equal(got[0], wanted[0]) and got[2].keys() == wanted[2].keys()
+    assert relative(got[0], wanted[0]) < 1e-6 and got[2].keys() == wanted[2].keys()
     for name, gradient in got[2].items():
-        assert torch.equal(gradient, wanted[2][name]), name
+        assert relative(gradient, wanted[2][name]) < 1e-5, name
 
 
 @pytest.mark.parametrize("make", MODELS)
@@ -195,6 +195,7 @@ def test_trainer(tmp_path, bf16):
     examples = [{"input_ids": row, "labels": row} for row in batch(llama)["input_ids"]] * 2
     losses, resumed = [], []
     for i, model in enumerate(models(llama)):
+        model.enable_input_require_grads()  # transformers 4 checkpoints reentrantly
         folder = tmp_path / str(i)
         arguments = transformers.TrainingArguments(
             output_dir=str(folder),
