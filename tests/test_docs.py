@@ -9,7 +9,7 @@ import torch
 import randlora_ext
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/math.md", "docs/ops.md", "docs/formats.md")
+PAGES = ("README.md", "docs/math.md", "docs/ops.md", "docs/formats.md", "docs/peft.md")
 BLOCK = re.compile(r"^(<!-- no-test -->\n+)?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SECTION = re.compile(r"^### `(\w+)`\n(.*?)(?=^##|\Z)", re.MULTILINE | re.DOTALL)
 
