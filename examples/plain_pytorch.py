@@ -1,0 +1,66 @@
+"""Fine-tuning with torch alone: `apply_randlora`, a loop, lambda and gamma saved, merged weights.
+
+    python examples/plain_pytorch.py --model HuggingFaceTB/SmolLM2-135M --text my.txt
+    python examples/plain_pytorch.py --toy
+
+transformers only provides the model here; any `nn.Module` with linear layers will do.
+"""
+
+import torch
+from causal_lm import TARGETS, load_blocks, load_model, parse, parser
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from randlora_ext import RandLoraLinear, apply_randlora
+
+
+def adapted(args) -> nn.Module:
+    """The model with adapters. Whoever opens the file later must give the same options."""
+    options = {"r": args.rank, "randlora_alpha": 20 * args.rank, "density": args.density}
+    return apply_randlora(load_model(args), TARGETS, **options, projection_prng_key=0)
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach() for n, p in model.named_parameters() if "randlora_" in n}
+
+
+def main() -> None:
+    args = parse(parser(__doc__.splitlines()[0]))
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.toy else "cpu")
+    model = adapted(args).to(device).train()
+    blocks = load_blocks(args).to(device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    print(f"{sum(p.numel() for p in trained):,} parameters are trained")
+
+    optimizer = torch.optim.AdamW(trained, args.lr)
+    torch.manual_seed(0)
+    for step in range(args.steps):
+        batch = blocks[torch.randint(len(blocks), (args.batch_size,), device=device)]
+        loss = model(batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % max(1, args.steps // 10) == 0 or step == args.steps - 1:
+            print(f"step {step}: loss {loss.item():.3f}")
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "randlora.safetensors"
+    save_file(adapter_state(model), file)
+    print(f"{file}: {file.stat().st_size:,} bytes")
+
+    model.eval()
+    with torch.no_grad():
+        want = model(blocks[:1]).logits
+        fresh = adapted(args).to(device).eval()
+        fresh.load_state_dict(load_file(file), strict=False)  # the base layers are there already
+        difference = (fresh(blocks[:1]).logits - want).abs().max().item()
+        print(f"reloaded: largest difference {difference:.1e}")
+        for layer in fresh.modules():
+            if isinstance(layer, RandLoraLinear):
+                layer.merge()
+        difference = (fresh(blocks[:1]).logits - want).abs().max().item()
+        print(f"merged: largest difference {difference:.1e}")
+
+
+if __name__ == "__main__":
+    main()

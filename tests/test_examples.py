@@ -1,0 +1,73 @@
+"""Each program of examples/ runs at toy size, learns, and saves what can be opened again."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+if not EXAMPLES.is_dir():
+    pytest.skip("there are no examples beside these tests", allow_module_level=True)
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+
+def run(name: str, folder: Path, *launcher: str) -> str:
+    """Its output; the environment is a newcomer's, without the network."""
+    command = [sys.executable, *launcher, str(EXAMPLES / name), "--toy"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def losses(output: str) -> list[float]:
+    return [float(number) for number in re.findall(r"^step \d+: loss ([\d.]+)$", output, re.M)]
+
+
+def difference(output: str, what: str) -> float:
+    return float(re.search(rf"{what}: largest difference (\S+)", output)[1])
+
+
+def test_finetune_trainer(tmp_path):
+    output = run("finetune_trainer.py", tmp_path)
+    first, last = map(float, re.search(r"^loss (\S+) -> (\S+)$", output, re.M).groups())
+    assert last < first
+    assert "14 RandLoRA layers on randlora_ext's" in output
+    assert difference(output, "reloaded") < 1e-5
+    saved = load_file(tmp_path / "randlora-adapter" / "adapter_model.safetensors")
+    assert len(saved) == 28 and all(k.endswith(("_lambda", "_gamma")) for k in saved)
+
+
+def test_plain_pytorch(tmp_path):
+    output = run("plain_pytorch.py", tmp_path)
+    assert losses(output)[-1] < losses(output)[0]
+    assert difference(output, "reloaded") == 0
+    assert difference(output, "merged") < 1e-4
+    assert len(load_file(tmp_path / "randlora-adapter" / "randlora.safetensors")) == 28
+
+
+def test_quantized_base(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    output = run("quantized_base.py", tmp_path)
+    assert losses(output)[-1] < losses(output)[0]
+    assert "14 layers of 4 bits; 14 RandLoRA layers on randlora_ext's" in output
+    saved = load_file(tmp_path / "randlora-adapter" / "adapter_model.safetensors")
+    assert len(saved) == 28 and all(k.endswith(("_lambda", "_gamma")) for k in saved)
+
+
+@pytest.mark.skipif(not (EXAMPLES / "tensor_parallel.py").exists(), reason="not written yet")
+def test_tensor_parallel(tmp_path):
+    run("tensor_parallel.py", tmp_path, "-m", "torch.distributed.run", "--nproc-per-node=2")
+
+
+def test_every_example_is_run():
+    programs = {path.name for path in EXAMPLES.glob("*.py")} - {"causal_lm.py"}
+    tested = set(re.findall(r'run\("(\w+\.py)"', Path(__file__).read_text()))
+    assert programs - tested == set()
