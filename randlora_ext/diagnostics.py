@@ -88,6 +88,8 @@ def _error(device: torch.device, dtype: torch.dtype, path: str) -> float:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        return torch.__version__  # with its build, as "+cu130", which the metadata may lack
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

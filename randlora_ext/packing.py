@@ -1,5 +1,6 @@
 """From dense or generated ternary matrices to packed tensors, and the cache that layers share."""
 
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -96,7 +97,17 @@ class Packed:
 
 
 _cache: "weakref.WeakValueDictionary[tuple, Packed]" = weakref.WeakValueDictionary()
-_cache_lock = threading.Lock()
+# Re-entrant, since making a dense B takes what is packed.
+_cache_lock = threading.RLock()
+
+
+def _new_lock() -> None:
+    global _cache_lock
+    _cache_lock = threading.RLock()
+
+
+# A forked process (a DataLoader's worker) has none of the threads that might let go of the lock.
+os.register_at_fork(after_in_child=_new_lock)
 
 
 def shared(key: tuple, make: Callable[[], list[Tensor]]) -> Packed:

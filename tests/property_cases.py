@@ -1,0 +1,146 @@
+"""Strategies of the property tests, and the elementwise bound that they hold results to.
+
+HYPOTHESIS_PROFILE=deep tries thousands of examples a property, new ones at every run; without it
+there are few, the same ones always.
+"""
+
+import os
+from dataclasses import replace
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from layer_cases import Layer, exact, forward_backward, make_layer
+from torch import Tensor
+
+from randlora_ext import TernaryBasis
+from randlora_ext.reference import linear_reference
+
+DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+PATHS = ("factored", "delta", "merged")
+
+
+def examples(few: int, deep: int) -> settings:
+    """How often a property is tried."""
+    return settings(
+        max_examples=deep if DEEP else few,
+        deadline=None,
+        derandomize=not DEEP,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+seeds = st.integers(0, 2**64 - 1)
+features = st.one_of(st.integers(1, 20), st.integers(1, 140))
+densities = st.one_of(
+    st.floats(0.002, 1.0),
+    # 1/8 is the last that is packed as lists.
+    st.sampled_from([1.0, 1 / 3, 0.07, 1 / 64, 1 / 8, 0.12500000000000003, 2.0**-31]),
+)
+
+
+@st.composite
+def bases(draw, max_features: int = 140) -> TernaryBasis:
+    sizes = features.map(lambda size: min(size, max_features))
+    return TernaryBasis(
+        draw(sizes), draw(sizes), draw(st.integers(1, 40)), draw(densities), draw(seeds)
+    )
+
+
+layouts = st.sampled_from(["plain", "transposed", "strided", "cut", "flipped", "first", "zero"])
+
+
+def laid_out(t: Tensor, layout: str) -> Tensor:
+    """`t` with other strides; where memory is left over it holds NaN, which nobody may read.
+
+    "first" is a tensor whose rows all lie in the same place, "zero" is all zeros: other values.
+    """
+    if layout == "transposed" and t.dim() >= 2:
+        return t.mT.contiguous().mT
+    if layout == "strided":
+        spread = torch.full((*t.shape[:-1], 2 * t.shape[-1]), torch.nan, dtype=t.dtype)
+        spread[..., ::2] = t
+        return spread[..., ::2]
+    if layout == "cut":  # starts one element into its memory, so that it is not aligned
+        wide = torch.full((*t.shape[:-1], t.shape[-1] + 3), torch.nan, dtype=t.dtype)
+        wide[..., 1:-2] = t
+        return wide[..., 1:-2]
+    if layout == "flipped" and t.dim() >= 2:
+        order = tuple(reversed(range(t.dim())))
+        return t.permute(order).contiguous().permute(order)
+    if layout == "first" and t.shape[0] > 0:
+        return t[:1].expand(t.shape)
+    return torch.zeros_like(t) if layout == "zero" else t
+
+
+@st.composite
+def layers(draw) -> Layer:
+    """A call of `linear` with any shape, layout, dtype, density and seed."""
+    basis = draw(bases())
+    dtype = draw(st.sampled_from(DTYPES))
+    lead = draw(st.sampled_from([(), (), (2,), (3, 1), (0,)]))
+    tokens = draw(st.one_of(st.integers(0, 70), st.sampled_from([1, 16, 32, 33, 130])))
+    layer = make_layer(
+        basis.in_features, basis.out_features, basis.r, basis.density, tokens, dtype, lead
+    )
+    layer = replace(layer, basis=basis, scaling=draw(st.sampled_from([1.0, 0.75, -2.0, 0.0])))
+    diagonals = draw(st.sampled_from([layer.lam.dtype, layer.lam.dtype, torch.float32]))
+    layer = replace(
+        layer,
+        **{
+            name: laid_out(getattr(layer, name), draw(layouts))
+            for name in ("x", "weight", "bias", "dy")
+        },
+        **{
+            name: laid_out(getattr(layer, name).to(diagonals), draw(layouts))
+            for name in ("lam", "gam")
+        },
+    )
+    kind = draw(st.sampled_from(["weight and bias", "weight", "adapter"]))
+    if kind == "adapter":
+        return layer.without_weight()
+    return replace(layer, bias=None) if kind == "weight" else layer
+
+
+def in_place(function, layer: Layer) -> dict[str, Tensor]:
+    """`forward_backward` with the leaves laid out as they are."""
+    leaves = [t.detach().requires_grad_() for t in (layer.x, layer.lam, layer.gam)]
+    y = function(*leaves)
+    gradients = torch.autograd.grad(y, leaves, layer.dy)
+    return dict(zip(("y", "dx", "dlam", "dgam"), (y.detach(), *gradients), strict=True))
+
+
+def magnitudes(layer: Layer) -> dict[str, Tensor]:
+    """What every result is the sum of, each term without its sign: rounding errors scale by it."""
+    wide = layer.cast(torch.float64)
+    A, B = (t.abs() for t in layer.basis.dense(dtype=torch.float64))
+    weight, bias = (None if t is None else t.abs() for t in (wide.weight, wide.bias))
+    positive = replace(wide, x=wide.x.abs(), lam=wide.lam.abs(), gam=wide.gam.abs())
+    positive.dy = wide.dy.abs()
+    return forward_backward(
+        lambda x, lam, gam: linear_reference(x, weight, bias, A, B, lam, gam, abs(layer.scaling)),
+        positive,
+    )
+
+
+def assert_within(name: str, got: Tensor, want: Tensor, size: Tensor, dtype: torch.dtype) -> None:
+    """|got - want| <= 16 eps of dtype * size at every element, and what subnormals cannot hold."""
+    assert got.shape == want.shape, f"{name} is {tuple(got.shape)}, not {tuple(want.shape)}"
+    info = torch.finfo(dtype)
+    allowed = 16 * info.eps * size + 4000 * info.smallest_normal * info.eps
+    error = (got.double() - want).abs()
+    if bool((error <= allowed).all()):
+        return
+    worst = (error / allowed).nan_to_num(torch.inf).argmax().item()
+    raise AssertionError(
+        f"{name} errs by {error.flatten()[worst]:.3g} at flat index {worst}, where "
+        f"{allowed.flatten()[worst]:.3g} is allowed: got {got.flatten()[worst]}"
+    )
+
+
+def assert_all_within(results: dict[str, Tensor], layer: Layer) -> None:
+    oracle, sizes = exact(layer), magnitudes(layer)
+    for name, got in results.items():
+        assert_within(name, got, oracle[name], sizes[name], layer.x.dtype)

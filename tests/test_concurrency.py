@@ -1,0 +1,174 @@
+"""One layer used from several threads and processes at a time."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from layer_helpers import inputs, make_base, randomize, run
+from torch.utils.data import DataLoader, Dataset
+
+from randlora_ext import RandLoraLinear, TernaryBasis, packing
+
+DENSITIES = (1 / 3, 0.07)
+
+
+@pytest.fixture(autouse=True)
+def threads_restored():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def make_layer(density=0.07):
+    return randomize(RandLoraLinear(make_base(130, 70), r=9, density=density))
+
+
+@pytest.mark.parametrize("torch_threads", [1, 4])
+@pytest.mark.parametrize("density", DENSITIES)
+def test_python_threads_get_the_bits_of_one(density, torch_threads):
+    torch.set_num_threads(torch_threads)
+    layer = make_layer(density)
+    cases = [inputs(layer, tokens, seed=tokens) for tokens in (1, 3, 16, 40, 65, 130)]
+    alone = [run(layer, *case) for case in cases]
+    fresh = make_layer(density)  # its basis is packed by whoever comes first
+    start = threading.Barrier(4)
+
+    def work(worker):
+        # Our kernels give the same bits for any number, but MKL's GEMM of the base does not, and in
+        # a new thread it takes OpenMP's number until torch is told.
+        torch.set_num_threads(torch_threads)
+        start.wait()
+        order = range(worker, worker + 24)
+        return [(k % len(cases), run(fresh, *cases[k % len(cases)])) for k in order]
+
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = [result for results in pool.map(work, range(4)) for result in results]
+    assert len(outcomes) == 96
+    for k, results in outcomes:
+        assert all(torch.equal(a, b) for a, b in zip(results, alone[k], strict=True))
+
+
+def test_threads_that_make_and_drop_layers():
+    # The cache of packed bases is filled and emptied by all of them at once.
+    torch.set_num_threads(1)
+    expected = {seed: TernaryBasis(40, 30, 4, 0.3, seed).dense()[1] for seed in range(3)}
+
+    def work(worker):
+        for k in range(60):
+            seed = (worker + k) % 3
+            basis = TernaryBasis(40, 30, 4, 0.3, seed)
+            if not torch.equal(
+                basis.dense_b("cpu", torch.float32) * basis._values()[1], expected[seed]
+            ):
+                return f"worker {worker} got another basis at {k}"
+        return None
+
+    with ThreadPoolExecutor(6) as pool:
+        assert [*pool.map(work, range(6))] == [None] * 6
+
+
+def test_a_dense_b_can_be_the_first_that_is_asked_for():
+    # Making it packs the basis, for which the lock of the cache is taken a second time.
+    basis = TernaryBasis(17, 23, 5, 0.3, seed=77)
+    worker = threading.Thread(target=basis.dense_b, args=("cpu", torch.float32), daemon=True)
+    worker.start()
+    worker.join(20)
+    assert not worker.is_alive(), "waits for itself"
+
+
+FORKS = """
+import os, signal, threading, torch
+from randlora_ext import TernaryBasis, packing
+torch.set_num_threads(1)
+inside, leave = threading.Event(), threading.Event()
+def make():
+    inside.set()
+    leave.wait()
+    return []
+thread = threading.Thread(target=packing.shared, args=(("a slow one",), make))
+thread.start()
+inside.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    TernaryBasis(16, 16, 4, 0.3).packed()
+    os._exit(0)
+status = os.waitpid(child, 0)[1]
+leave.set()
+thread.join()
+raise SystemExit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_fork_while_another_thread_packs():
+    code = subprocess.run([sys.executable, "-c", FORKS], timeout=60).returncode
+    assert code != -signal.SIGALRM, "the child waits for a thread that it does not have"
+    assert code == 0
+
+
+class Adapted(Dataset):
+    """Items computed by a layer of the parent's: frozen feature extraction in a loader."""
+
+    def __init__(self, layer, x):
+        self.layer, self.x = layer, x
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, k):
+        with torch.no_grad():
+            return self.layer(self.x[k])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_data_loaders_beside_and_with_layers_of_the_parent(method):
+    torch.set_num_threads(2)
+    layer = make_layer()
+    x, dy = inputs(layer, 24, 20)
+    expected = layer(x).detach()
+    before = run(layer, x, dy)  # OpenMP's threads exist by now
+    loader = DataLoader(
+        Adapted(layer, x),
+        batch_size=4,
+        num_workers=2 if method == "fork" else 1,
+        multiprocessing_context=method,
+        timeout=90,
+    )
+    batches = []
+    for batch in loader:
+        batches.append(batch)
+        results = run(layer, x, dy)  # the parent goes on training
+        assert all(torch.equal(a, b) for a, b in zip(results, before, strict=True))
+    torch.testing.assert_close(torch.cat(batches), expected)
+
+
+def test_a_killed_worker_leaves_the_parent_able():
+    torch.set_num_threads(1)
+    layer = make_layer()
+    x, dy = inputs(layer, 20)
+    before = run(layer, x, dy)
+    for _ in range(5):
+        child = os.fork()
+        if child == 0:
+            while True:
+                run(layer, x, dy)
+        time.sleep(0.02)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        results = run(layer, x, dy)
+        assert all(torch.equal(a, b) for a, b in zip(results, before, strict=True))
+
+
+def test_the_cache_is_empty_when_nobody_holds_a_basis():
+    basis = TernaryBasis(31, 41, 3, 0.3, seed=4711)
+    basis.packed(), basis.dense_b("cpu", torch.float32)
+    mine = [key for key in packing._cache if 4711 in key[0]]
+    assert len(mine) == 2
+    del basis
+    assert not [key for key in packing._cache if 4711 in key[0]]

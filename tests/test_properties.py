@@ -1,0 +1,225 @@
+"""Operators on any shape, layout, dtype, density and seed, against the oracle in float64.
+
+HYPOTHESIS_PROFILE=deep python -m pytest tests/test_properties.py --hypothesis-show-statistics
+"""
+
+import basis_reference
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from layer_cases import forward_backward
+from property_cases import (
+    DTYPES,
+    PATHS,
+    assert_all_within,
+    assert_within,
+    bases,
+    densities,
+    examples,
+    in_place,
+    laid_out,
+    layers,
+    layouts,
+    seeds,
+)
+
+from randlora_ext import TernaryBasis, delta_weight, linear, merged_weight, scaled_basis
+from randlora_ext.packing import generate_planes
+from randlora_ext.reference import delta_weight_reference, scaled_basis_reference
+
+ops = torch.ops.randlora
+
+
+@pytest.fixture(autouse=True, scope="module")
+def threads_restored():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@examples(120, 4000)
+@given(layer=layers(), path=st.sampled_from(PATHS), threads=st.sampled_from([1, 1, 2]))
+def test_linear(layer, path, threads):
+    torch.set_num_threads(threads)
+    if path == "merged" and (layer.weight is None or layer.x.dtype.itemsize < 4):
+        path = "factored"  # merged needs a weight, and loses small changes in 16 bits by design
+    constants = (layer.weight, layer.bias, layer.basis)
+    results = in_place(
+        lambda x, lam, gam: linear(x, *constants, lam, gam, layer.scaling, path), layer
+    )
+    assert results["y"].dtype == results["dx"].dtype == layer.x.dtype
+    assert results["dlam"].dtype == layer.lam.dtype and results["dgam"].dtype == layer.gam.dtype
+    assert_all_within(results, layer)
+
+
+@st.composite
+def diagonals(draw):
+    """(basis, lam, gam, grad of dW): float64, float32, or 16-bit as after `module.half()`."""
+    basis = draw(bases())
+    dtype = draw(st.sampled_from(DTYPES))
+    make = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    shapes = ((basis.r, basis.n), (basis.n, basis.d), (basis.out_features, basis.in_features))
+    normal = (torch.randn(s, generator=make, dtype=torch.float64).to(dtype) for s in shapes)
+    return basis, *(laid_out(t, draw(layouts)) for t in normal)
+
+
+def by_reference(basis, lam, gam, grad, absolute=False):
+    """dW, dlam, dgam in float64; of the terms' magnitudes where `absolute`."""
+    A, B = basis.dense(dtype=torch.float64)
+    values = [A, B, *(t.double() for t in (lam, gam, grad))]
+    A, B, lam, gam, grad = (t.abs() for t in values) if absolute else values
+    leaves = [lam.requires_grad_(), gam.requires_grad_()]
+    delta = delta_weight_reference(A, B, *leaves, 1.5, basis.out_features, basis.in_features)
+    return [delta.detach(), *torch.autograd.grad(delta, leaves, grad)]
+
+
+@examples(80, 3000)
+@given(case=diagonals(), threads=st.sampled_from([1, 1, 2]))
+def test_delta_weight(case, threads):
+    torch.set_num_threads(threads)
+    basis, lam, gam, grad = case
+    leaves = [t.detach().requires_grad_() for t in (lam, gam)]
+    delta = delta_weight(basis, *leaves, 1.5)
+    results = [delta.detach(), *torch.autograd.grad(delta, leaves, grad)]
+    wanted, sizes = by_reference(*case), by_reference(*case, absolute=True)
+    for name, *each in zip(("dW", "dlam", "dgam"), results, wanted, sizes, strict=True):
+        assert_within(name, *each, lam.dtype)
+
+
+@examples(60, 2000)
+@given(case=diagonals(), layout=layouts, dense=st.booleans())
+def test_scaled_basis(case, layout, dense):
+    basis, lam, gam, _ = case
+    A = basis.dense(dtype=lam.dtype)[0]
+    given_basis = laid_out(A, layout) if dense else basis
+    A = given_basis if dense else A
+    grad = torch.linspace(-1, 1, basis.K * basis.d, dtype=lam.dtype).view(basis.K, basis.d)
+
+    def both(function, *values):
+        leaves = [t.detach().requires_grad_() for t in values]
+        out = function(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+    results = both(lambda *d: scaled_basis(given_basis, *d), lam, gam)
+    wide = [t.double() for t in (lam, gam)]
+    wanted = both(lambda *d: scaled_basis_reference(A.double(), *d), *wide)
+    grad = grad.abs()
+    sizes = both(lambda *d: scaled_basis_reference(A.double().abs(), *d), *(t.abs() for t in wide))
+    for name, *each in zip(("A'", "dlam", "dgam"), results, wanted, sizes, strict=True):
+        assert_within(name, *each, lam.dtype)
+
+
+@examples(60, 2000)
+@given(
+    case=diagonals(),
+    dtype=st.sampled_from(DTYPES),
+    layout=layouts,
+    seed=st.one_of(st.none(), seeds),
+)
+def test_merged_weight(case, dtype, layout, seed):
+    basis, lam, gam, weight = case
+    weight = laid_out(weight.to(dtype), layout)
+    seed = seed if dtype.itemsize == 2 else None
+    total = merged_weight(basis, weight, lam, gam, 1.5, seed)
+    assert total.dtype == dtype
+    wanted = weight.double() + by_reference(basis, lam, gam, weight)[0]
+    size = weight.double().abs() + by_reference(basis, lam, gam, weight, absolute=True)[0]
+    # Rounded once: half an ulp, or a whole one at random, and what float32 sums err.
+    if dtype.itemsize == 2:
+        info = torch.finfo(dtype)
+        ulps = (1.0 if seed is not None else 0.5) * info.eps * wanted.abs()
+        allowed = ulps * 1.001 + info.smallest_normal * info.eps + 3e-6 * size
+        assert bool(((total.double() - wanted).abs() <= allowed).all())
+        if seed is not None:
+            assert torch.equal(total, merged_weight(basis, weight, lam, gam, 1.5, seed))
+    else:
+        assert_within("W + dW", total, wanted, size, dtype)
+
+
+@examples(60, 2000)
+@given(
+    seed=seeds,
+    role=st.sampled_from([0, 1]),
+    # Rows and columns go to 2^32, so that most slices lie beyond 2^31 elements of the matrix.
+    row=st.integers(0, 2**32 - 8),
+    col=st.integers(0, 2**32 - 150),
+    rows=st.integers(1, 8),
+    cols=st.integers(1, 150),
+    density=densities,
+)
+def test_any_slice_is_the_specification(seed, role, row, col, rows, cols, density):
+    planes = generate_planes(seed, role, row, rows, col, cols, density)
+    got = ops.planes_to_dense(planes, cols, 1.0, torch.float32).numpy()
+    at = np.arange(row, row + rows)[:, None], np.arange(col, col + cols)
+    assert (got == basis_reference.ternary(seed, role, *at, density)).all()
+    if cols % 64:  # bits past the last column are zero
+        assert not (planes[..., -1] & ~((1 << cols % 64) - 1)).any()
+
+
+@examples(60, 2000)
+@given(basis=bases(), dtype=st.sampled_from(DTYPES), room=st.integers(0, 3), wide=st.booleans())
+def test_bases_survive_packing(basis, dtype, room, wide):
+    A, B = basis.dense(dtype=dtype)
+    spare = (
+        torch.nn.functional.pad(A, (0, room)),
+        torch.nn.functional.pad(B.view(basis.D, basis.n, basis.r), (0, 0, 0, room, 0, room)),
+    )
+    again = TernaryBasis.from_dense(*spare, basis.in_features, basis.out_features)
+    for got, want in zip(again.dense(dtype=dtype), (A, B), strict=True):
+        assert torch.equal(got, want)
+    planes, value = ops.pack_dense(B)
+    for by_column in (False, True):
+        lists = ops.planes_to_lists(planes, basis.K, by_column, wide)
+        lines = B.T if by_column else B
+        dense = ops.lists_to_dense(*lists, lines.shape[1], float(value), dtype)
+        assert torch.equal(dense, lines)
+
+
+@examples(40, 1000)
+@given(layer=layers(), path=st.sampled_from(PATHS), parts=st.integers(2, 5))
+def test_a_token_does_not_depend_on_its_batch(layer, path, parts):
+    layer = layer.without_weight()
+    path = "factored" if path == "merged" else path
+    x = layer.x.reshape(-1, layer.basis.in_features)
+
+    def y(x):
+        return linear(x, None, None, layer.basis, layer.lam, layer.gam, layer.scaling, path)
+
+    whole, split = y(x), torch.cat([y(part) for part in x.chunk(parts)])
+    if path == "factored":
+        assert torch.equal(whole, split)
+    else:  # torch's GEMM promises no more than closeness
+        torch.testing.assert_close(whole, split, equal_nan=True)
+
+
+@examples(40, 1000)
+@given(layer=layers())
+def test_the_gradient_is_that_of_the_float64_operator_numerically(layer):
+    # A directional derivative by central differences: independent of the reference's autograd.
+    layer = layer.cast(torch.float64)
+    direction = [torch.ones_like(t) for t in (layer.x, layer.lam, layer.gam)]
+
+    def loss(x, lam, gam):
+        y = linear(x, layer.weight, layer.bias, layer.basis, lam, gam, layer.scaling, "factored")
+        return (y * layer.dy).sum()
+
+    gradients = forward_backward(
+        lambda *leaves: linear(
+            leaves[0], layer.weight, layer.bias, layer.basis, *leaves[1:], layer.scaling, "factored"
+        ),
+        layer,
+    )
+    analytic = sum(gradients[n].sum() for n in ("dx", "dlam", "dgam"))
+    point, step = (layer.x, layer.lam, layer.gam), 1e-4
+    # The loss is of third degree in the step: Richardson's rule is exact for it.
+    slopes = []
+    for h in (step, 2 * step):
+        ahead, behind = (
+            loss(*(t + s * h * v for t, v in zip(point, direction, strict=True))) for s in (1, -1)
+        )
+        slopes.append((ahead - behind) / (2 * h))
+    numeric = (4 * slopes[0] - slopes[1]) / 3
+    scale = sum(gradients[n].abs().sum() for n in gradients) + loss(*point).abs() + 1
+    assert abs(numeric - analytic) <= 1e-7 * scale
