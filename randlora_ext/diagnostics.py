@@ -1,27 +1,29 @@
 """What a bug report needs, and a self-check against the plain PyTorch reference."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
+import struct
 import sys
+from pathlib import Path
 
 import torch
 
 from . import build_info, cuda
 from .basis import TernaryBasis
 from .functional import linear
+from .packing import generate_planes
 from .reference import linear_reference
 
-OVERRIDES = (
-    "RANDLORA_ISA",
-    "RANDLORA_PATH",
-    "RANDLORA_B_SIDE",
-    "RANDLORA_TF32",
-    "RANDLORA_CUDA_LIBRARY",
-    "RANDLORA_CUDA_SERVES_CPU",
-    "OMP_NUM_THREADS",
-)
-_PACKAGES = ("torch", "peft", "transformers", "bitsandbytes", "safetensors")
+# Variables that begin so change what runs, ours and torch's; a misspelt one shows as well.
+_OVERRIDES = ("RANDLORA_", "OMP_", "MKL_", "KMP_", "CUDA_", "PYTORCH_", "TORCH_", "LD_PRELOAD")
+_PACKAGES = (
+    "torch", "peft", "transformers", "accelerate", "bitsandbytes", "safetensors", "numpy",
+)  # fmt: skip
+# seed, role, rows, cols, density of a slice from (0, 0), and its planes: tests/data/basis_v1.txt.
+_BASIS = (11, 1, 576, 576, 0.07)
+_BASIS_SHA256 = "d0ab1e87028220f28b424b06ea873001782e923f6ac3a444a3048af672291547"
 # in, out, r, density: wide, tall, an overhanging last base; lists and planes.
 _SHAPES = ((96, 160, 16, 0.07), (160, 96, 16, 1 / 3), (70, 70, 32, 0.3))
 _TOKENS = 33
@@ -33,31 +35,41 @@ def describe() -> list[str]:
     """Lines of versions, instruction sets, cards and overrides."""
     build = build_info()
     packages = ", ".join(f"{name} {version}" for name in _PACKAGES if (version := _version(name)))
-    overrides = ", ".join(f"{k}={os.environ[k]}" for k in OVERRIDES if k in os.environ)
+    overrides = ", ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if _overrides(k))
     return [
         f"randlora_ext {build['version']}, compiler {build['compiler']}, "
         f"basis specification {build['spec_version']}",
+        f"installed in {Path(__file__).parent}",
         f"python {sys.version.split()[0]} on {platform.platform()}, {_processor()}",
         f"packages: {packages}",
         f"CPU kernels: {build['isa']} of {', '.join(build['built_isas'])}; "
         f"{torch.get_num_threads()} threads",
         f"CUDA kernels: {build['cuda']}",
-        f"cards: {_cards()}",
+        f"cards: {_cards()} (torch's CUDA: {torch.version.cuda or 'none'})",
         f"environment: {overrides or 'no overrides'}",
     ]
 
 
 def self_check() -> list[tuple[str, float, float]]:
-    """(what, relative error, limit) of the operator on every device and dtype that it serves."""
+    """(what, relative error, limit): bases, and the operator in every dtype, on every device."""
     devices = [torch.device("cpu")]
     if cuda.available() and torch.cuda.is_available():
         devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    return [
+    bases = [(f"{device} generated basis", _wrong_basis(device), 0.0) for device in devices]
+    return bases + [
         (f"{device} {str(dtype)[6:]} {path}", _error(device, dtype, path), limit)
         for device in devices
         for dtype, limit in _LIMITS.items()
         for path in ("factored", "delta")
     ]
+
+
+def _wrong_basis(device: torch.device) -> float:
+    """0 where a generated slice is that of the specification, bit for bit; else 1."""
+    seed, role, rows, cols, density = _BASIS
+    planes = generate_planes(seed, role, 0, rows, 0, cols, density, device)
+    words = struct.pack(f"<{planes.numel()}q", *planes.cpu().flatten().tolist())
+    return float(hashlib.sha256(words).hexdigest() != _BASIS_SHA256)
 
 
 def _error(device: torch.device, dtype: torch.dtype, path: str) -> float:
@@ -85,6 +97,10 @@ def _error(device: torch.device, dtype: torch.dtype, path: str) -> float:
             difference = (mine.detach().cpu().double() - true.detach()).norm()
             worst = max(worst, float(difference / true.detach().norm()))
     return worst
+
+
+def _overrides(name: str) -> bool:
+    return name.startswith(_OVERRIDES)
 
 
 def _version(package: str) -> str | None:

@@ -2,13 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import randlora_ext
-from randlora_ext import __main__ as program
-from randlora_ext import diagnostics
+from randlora_ext import cli, diagnostics
 
 
 def test_the_command_reports_and_passes():
@@ -17,18 +17,37 @@ def test_the_command_reports_and_passes():
     for needed in (randlora_ext.__version__, torch.__version__, "CUDA kernels", "all is well"):
         assert needed in run.stdout
     assert run.stdout.count("cpu bfloat16") == 2
+    assert str(Path(randlora_ext.__file__).parent) in run.stdout
 
 
 def test_overrides_are_named(monkeypatch):
-    monkeypatch.setenv("RANDLORA_PATH", "delta")
-    assert any("RANDLORA_PATH=delta" in line for line in diagnostics.describe())
+    for name in ("RANDLORA_PATH", "RANDLORA_MISSPELT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "0")
+    (line,) = (line for line in diagnostics.describe() if line.startswith("environment:"))
+    assert line.endswith(
+        "CUDA_VISIBLE_DEVICES=0, OMP_NUM_THREADS=0, RANDLORA_MISSPELT=0, RANDLORA_PATH=0"
+    )
 
 
 def test_a_wrong_kernel_fails_the_check(monkeypatch, capsys):
     right = diagnostics.linear
     monkeypatch.setattr(diagnostics, "linear", lambda *a: right(*a) * 1.001)
-    assert program.main() == 1
+    assert cli.main([]) == 1
     assert "FAILED: cpu float32 factored" in capsys.readouterr().out
+
+
+def test_wrong_bases_fail_the_check(monkeypatch, capsys):
+    right = diagnostics.generate_planes
+    monkeypatch.setattr(diagnostics, "generate_planes", lambda seed, *a: right(seed + 1, *a))
+    assert cli.main([]) == 1
+    assert "FAILED: cpu generated basis" in capsys.readouterr().out
+
+
+def test_the_known_answer_is_that_of_the_specification():
+    records = (Path(__file__).parent / "data" / "basis_v1.txt").read_text().splitlines()
+    seed, role, rows, cols, density = diagnostics._BASIS
+    record = f"planes {seed} {role} 0 0 {rows} {cols} {density} {diagnostics._BASIS_SHA256}"
+    assert record in records
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no kernel"), ValueError("bad")])
@@ -37,5 +56,5 @@ def test_a_check_that_cannot_run_fails(monkeypatch, capsys, error):
         raise error
 
     monkeypatch.setattr(diagnostics, "linear", broken)
-    assert program.main() == 1
+    assert cli.main([]) == 1
     assert "could not run" in capsys.readouterr().out

@@ -77,7 +77,7 @@ def _save_adapters(model: peft.PeftModel, folder: Path, safe_serialization: bool
     try:
         for name, config in configs.items():
             packed = isinstance(model.base_model.randlora_A[name], TernaryTensor)
-            model.peft_config[name] = _stock_config(config, packed)
+            model.peft_config[name] = stock_config(config, packed)
         model.save_pretrained(str(folder), state_dict=state)
     finally:
         model.peft_config.update(configs)
@@ -87,7 +87,7 @@ def _save_adapters(model: peft.PeftModel, folder: Path, safe_serialization: bool
             _as_pickle(file, layers)
 
 
-def _stock_config(config: peft.RandLoraConfig, packed: bool) -> peft.RandLoraConfig:
+def stock_config(config: peft.RandLoraConfig, packed: bool) -> peft.RandLoraConfig:
     """PEFT's own config with the fields that it knows."""
     values = {
         field.name: copy.deepcopy(getattr(config, field.name))

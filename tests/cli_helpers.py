@@ -1,0 +1,61 @@
+"""Adapters and model folders for the tests of the command line."""
+
+import contextlib
+import io
+
+import torch
+from peft_helpers import accelerated, peft, randomize
+
+from randlora_ext.cli import main
+
+TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
+KINDS = {
+    "generated": {"basis": "generated", "density": 0.07, "projection_prng_key": 7},
+    "generated third": {"basis": "generated"},
+    "density": {"density": 0.2, "save_projection": False},
+    "sparse": {"sparse": True, "save_projection": False},
+    "sparse saved": {"sparse": True},
+    "very_sparse": {"very_sparse": True, "save_projection": False},
+    "uniform": {"save_projection": False},
+}
+
+
+def run(*arguments) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of ``python -m randlora_ext arguments``."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(a) for a in arguments])
+    return code, out.getvalue(), err.getvalue()
+
+
+def refused(*arguments) -> str:
+    """The one line of an error, with exit code 2."""
+    code, out, err = run(*arguments)
+    lines = [line for line in err.splitlines() if "steps" not in line and "step/s" not in line]
+    assert code == 2 and out == "", (code, out, err)
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1 and "unexpected" not in errors[0] and "Traceback" not in err, err
+    return errors[0]
+
+
+def llama(**changes):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 50}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**(shape | heads | changes))).eval()
+
+
+def with_adapter(base, targets=TARGETS, r=5, **kind):
+    """A PeftModel on our kernels, away from zero."""
+    accelerated.enable()
+    config = accelerated.RandLoraConfig(r=r, target_modules=list(targets), **kind)
+    return randomize(peft.get_peft_model(base, config)).eval()
+
+
+def save_adapter(base, folder, **options):
+    """An adapter of `base` in `folder`; the PeftModel."""
+    model = with_adapter(base, **options)
+    model.save_pretrained(folder)
+    return model

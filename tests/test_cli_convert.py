@@ -1,0 +1,140 @@
+"""``--convert``: both directions, against PEFT's own loading."""
+
+import json
+
+import pytest
+import torch
+from cli_helpers import KINDS, llama, refused, run, save_adapter, with_adapter
+from peft_helpers import accelerated, layers, peft, randomize, relative
+from safetensors.torch import load_file, save_file
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "stock_peft"),
+    pytest.mark.filterwarnings(
+        "ignore:Specified to not save", "ignore:RandLoRA layers of this", "ignore:Found missing"
+    ),
+]
+TOKENS = torch.arange(12).view(2, 6)
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    llama().save_pretrained(folder)
+    return folder
+
+
+def logits(folder, ours, dtype=torch.float32):
+    accelerated.enable() if ours else accelerated.disable()
+    with torch.no_grad():
+        return peft.PeftModel.from_pretrained(llama().to(dtype), folder).eval()(TOKENS).logits
+
+
+def has_bases(folder):
+    return any("randlora_A" in key for key in load_file(folder / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_to_peft_and_back(tmp_path, base_folder, kind):
+    model = save_adapter(llama(), tmp_path / "a", **kind)
+    with torch.no_grad():
+        want = model(TOKENS).logits
+        assert relative(want, llama()(TOKENS).logits) > 0.01
+    base = ("--base", base_folder)
+    code, out, _ = run("--convert", tmp_path / "a", tmp_path / "peft", "--to", "peft", *base)
+    assert code == 0 and "stock PEFT opens it" in out and has_bases(tmp_path / "peft")
+    settings = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert not {"density", "basis"} & set(settings)
+    assert settings["target_modules"] and settings["save_projection"]
+    for ours in (False, True):
+        assert relative(logits(tmp_path / "peft", ours), want) < 1e-5
+
+    code, out, _ = run("--convert", tmp_path / "peft", tmp_path / "small", "--to", "compact")
+    if kind.get("density") == 0.2:  # PEFT's draw at a density that its config cannot say
+        assert code == 2
+        return
+    assert code == 0 and not has_bases(tmp_path / "small")
+    assert ("stock PEFT" in out) == (kind.get("basis") != "generated")
+    assert relative(logits(tmp_path / "small", True), want) < 1e-5
+    if kind.get("basis") != "generated":
+        assert relative(logits(tmp_path / "small", False), want) < 1e-5
+
+
+def test_density_that_cannot_be_read_off_is_given(tmp_path, base_folder):
+    kind = {"basis": "generated", "density": 0.123456789}
+    save_adapter(llama(), tmp_path / "a", **kind)
+    run("--convert", tmp_path / "a", tmp_path / "peft", "--to", "peft", "--base", base_folder)
+    convert = ("--convert", tmp_path / "peft", tmp_path / "small", "--to", "compact")
+    assert "not those of projection_prng_key 0" in refused(*convert)
+    assert "density" in refused(*convert, "--density", 0.2)
+    assert "density" in refused(*convert, "--density", 3)
+    assert run(*convert, "--density", 0.123456789)[0] == 0
+    settings = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
+    assert settings["basis"] == "generated" and settings["density"] == 0.123456789
+
+
+def test_bases_of_another_key_stay(tmp_path, base_folder):
+    save_adapter(llama(), tmp_path / "a", sparse=True)
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"projection_prng_key": 5}))
+    line = refused("--convert", tmp_path / "a", tmp_path / "b", "--to", "compact")
+    assert "projection_prng_key 5" in line and not (tmp_path / "b").exists()
+
+
+def test_bases_of_a_bf16_model(tmp_path):
+    accelerated.enable()
+    model = save_adapter(llama().bfloat16(), tmp_path / "a", sparse=True)
+    code, *_ = run("--convert", tmp_path / "a", tmp_path / "small", "--to", "compact")
+    assert code == 0 and not has_bases(tmp_path / "small")
+    with torch.no_grad():
+        want = model(TOKENS).logits
+    assert relative(logits(tmp_path / "small", True, torch.bfloat16), want) < 1e-2
+
+
+def test_other_tensors_and_files_go_along(tmp_path, base_folder):
+    kind = {"basis": "generated", "modules_to_save": ["lm_head"]}
+    model = with_adapter(llama(), **kind)
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.normal_()
+        want = model(TOKENS).logits
+    model.save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "README.md").write_text("card")
+    base = ("--base", base_folder)
+    assert run("--convert", tmp_path / "a", tmp_path / "b", "--to", "peft", *base)[0] == 0
+    assert (tmp_path / "b" / "README.md").read_text() == "card"
+    assert relative(logits(tmp_path / "b", False), want) < 1e-5
+
+
+def test_the_copies_of_stock_peft_are_dropped(tmp_path):
+    config = peft.RandLoraConfig(r=5, target_modules=["q_proj", "up_proj"], very_sparse=True)
+    model = randomize(peft.get_peft_model(llama(), config)).eval()
+    model.save_pretrained(tmp_path / "a")
+    assert len(layers(model)) == 4
+    code, out, _ = run("--convert", tmp_path / "a", tmp_path / "once", "--to", "peft")
+    assert code == 0  # the bases are there, so no base model is needed
+    once, copies = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("once", "a"))
+    assert len(copies) == len(once) + 8
+    assert run("--convert", tmp_path / "a", tmp_path / "small", "--to", "compact")[0] == 0
+    with torch.no_grad():
+        want = model(TOKENS).logits
+    for name in ("once", "small"):
+        assert relative(logits(tmp_path / name, False), want) < 1e-6
+
+
+def test_what_cannot_be_done_is_told(tmp_path, base_folder):
+    save_adapter(llama(), tmp_path / "a", basis="generated")
+    convert = ("--convert", tmp_path / "a", tmp_path / "b")
+    assert "compact already" in refused(*convert, "--to", "compact")
+    assert "--base" in refused(*convert, "--to", "peft")
+    assert "--to" in refused(*convert)
+    (tmp_path / "b").write_text("mine")
+    assert "exists" in refused(*convert, "--to", "peft", "--base", base_folder)
+    assert (tmp_path / "b").read_text() == "mine"
+    (tmp_path / "b").unlink()
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({"base_model.randlora_A": torch.zeros(5, 1, 32)} | load_file(file), file)
+    assert "alone" in refused(*convert, "--to", "compact")
+    save_file(load_file(file) | {"base_model.randlora_B": torch.zeros(2, 2, 2)}, file)
+    for to in ("peft", "compact"):
+        assert "too small" in refused(*convert, "--to", to)
+        assert not (tmp_path / "b").exists()

@@ -1,0 +1,315 @@
+"""``--merge``: the files of a sharded model with an adapter in them, against PEFT's own merging."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from cli_helpers import KINDS, llama, refused, run, save_adapter
+from peft_helpers import accelerated, peft
+from safetensors.torch import load_file, save_file
+
+from randlora_ext.cli import merge as merging
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "stock_peft"),
+    pytest.mark.filterwarnings("ignore:Specified to not save", "ignore:RandLoRA layers of this"),
+]
+
+
+def sharded(folder, dtype=torch.float32, size="20KB", **changes):
+    base = llama(**changes).to(dtype)
+    base.save_pretrained(folder, max_shard_size=size)
+    (folder / "tokenizer.json").write_text("{}")
+    return base
+
+
+def by_peft(model_folder, adapter, dtype, out):
+    """What merge_and_unload and save_pretrained write."""
+    from transformers import AutoModelForCausalLM
+
+    accelerated.enable()
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
+    merged = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
+    merged.save_pretrained(out)
+    return tensors_of(out)
+
+
+def tensors_of(folder):
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_equals_merge_and_unload(tmp_path, kind, dtype):
+    base = sharded(tmp_path / "model", dtype)
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
+    save_adapter(base, tmp_path / "adapter", **kind)
+    code, out, err = run("--merge", tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+    assert code == 0 and "8 layers merged" in out and "merging: 100%" in err
+    got = tensors_of(tmp_path / "out")
+    want = by_peft(tmp_path / "model", tmp_path / "adapter", dtype, tmp_path / "peft")
+    before = tensors_of(tmp_path / "model")
+    assert got.keys() == want.keys() == before.keys()
+    for name, tensor in want.items():
+        assert got[name].dtype == dtype
+        if "lm_head" in name or "embed" in name or "norm" in name:
+            assert torch.equal(got[name], before[name])
+        # Sums in another order may fall on the other side of a rounding boundary.
+        ulp = 2.0**-7 if dtype is torch.bfloat16 else 1e-6
+        assert ((got[name] - tensor).abs() <= ulp * tensor.abs() + 1e-7).all(), name
+        assert (got[name] == tensor).float().mean() > 0.9 or dtype is torch.float32, name
+    changed = [name for name in got if not torch.equal(got[name], before[name])]
+    assert len(changed) == 8
+
+
+def test_the_folder_opens_and_the_sources_stay(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    base = sharded(tmp_path / "model")
+    model = save_adapter(base, tmp_path / "adapter", basis="generated")
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"unmerged")
+    files = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    code, out, _ = run("--merge", tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+    assert code == 0 and "pytorch_model.bin" in out
+    assert all(p.read_bytes() == content for p, content in files.items())
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "model", "out"]
+    tokens = torch.randint(0, 50, (2, 6))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(tokens).logits, model(tokens).logits)
+
+
+def test_one_file_and_an_adapter_of_the_inner_model(tmp_path):
+    """Its paths lack "model."; the reverse, a checkpoint without it, as well."""
+    base = sharded(tmp_path / "model", size="1GB")
+    model = save_adapter(base, tmp_path / "whole", basis="generated")
+    saved = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    inner = {k.replace("model.model.model.", "model.model."): v for k, v in saved.items()}
+    shutil.copytree(tmp_path / "whole", tmp_path / "inner")
+    save_file(inner, tmp_path / "inner" / "adapter_model.safetensors")
+    base.model.save_pretrained(tmp_path / "bare")
+    assert run("--merge", tmp_path / "model", tmp_path / "whole", tmp_path / "a")[0] == 0
+    assert run("--merge", tmp_path / "model", tmp_path / "inner", tmp_path / "b")[0] == 0
+    shutil.rmtree(tmp_path / "bare")
+    bare = {k.removeprefix("model."): v for k, v in tensors_of(tmp_path / "model").items()}
+    (tmp_path / "bare").mkdir()
+    save_file(bare, tmp_path / "bare" / "model.safetensors")
+    assert run("--merge", tmp_path / "bare", tmp_path / "whole", tmp_path / "c")[0] == 0
+    a, b, c = (tensors_of(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert all(torch.equal(a[name], c[name.removeprefix("model.")]) for name in a)
+    assert model.base_model.randlora_A["default"].shape[0] == 5
+
+
+def test_conv1d_and_replaced_modules(tmp_path):
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    options = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 40, "n_positions": 16}
+    base = GPT2LMHeadModel(GPT2Config(**options))
+    base.save_pretrained(tmp_path / "model")
+    extra = {"targets": ["c_attn", "c_fc"], "basis": "generated", "modules_to_save": ["ln_f"]}
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        model = save_adapter(base, tmp_path / "adapter", **extra)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    code, out, _ = run("--merge", tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+    assert code == 0 and "ln_f.weight" in out
+    tokens = torch.randint(0, 40, (2, 6))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(merged.eval()(tokens).logits, model.eval()(tokens).logits)
+
+
+def test_stochastic_rounding(tmp_path):
+    """Changes far below an ulp vanish when rounded to nearest, and count on average otherwise."""
+    base = sharded(tmp_path / "model", torch.bfloat16)
+    save_adapter(base, tmp_path / "adapter", basis="generated", randlora_alpha=0.0005)
+    merge = ("--merge", tmp_path / "model", tmp_path / "adapter")
+    for name, options in {"near": (), "s1": (1,), "again": (1,), "s2": (2,)}.items():
+        seed = ("--rounding-seed", *options) if options else ()
+        assert run(*merge, tmp_path / name, *seed)[0] == 0
+    before, near, s1, again, s2 = (
+        tensors_of(tmp_path / name) for name in ("model", "near", "s1", "again", "s2")
+    )
+    names = [name for name in before if name.endswith(("up_proj.weight", "down_proj.weight"))]
+    for name in names:
+        assert torch.equal(s1[name], again[name]) and not torch.equal(s1[name], s2[name])
+        assert (near[name] != before[name]).sum() < (s1[name] != before[name]).sum()
+    ups = [f"model.layers.{k}.mlp.up_proj.weight" for k in (0, 1)]
+    moved = [s1[name] != before[name] for name in ups]
+    assert not torch.equal(*moved)  # layers round by words of their own
+
+
+def test_rounding_seed_needs_16_bits_and_ternary_bases(tmp_path):
+    sharded(tmp_path / "f32")
+    base = sharded(tmp_path / "bf16", torch.bfloat16)
+    save_adapter(base, tmp_path / "uniform", save_projection=False)
+    save_adapter(llama(), tmp_path / "ternary", basis="generated")
+    seed = ("--rounding-seed", 3)
+    assert "float32" in refused(
+        "--merge", tmp_path / "f32", tmp_path / "ternary", tmp_path / "o", *seed
+    )
+    assert "not ternary" in refused(
+        "--merge", tmp_path / "bf16", tmp_path / "uniform", tmp_path / "o", *seed
+    )
+    assert "rounding-seed" in refused(
+        "--merge", tmp_path / "bf16", tmp_path / "ternary", tmp_path / "o", "--rounding-seed", -1
+    )
+    assert not (tmp_path / "o").exists()
+
+
+# ---- hostile input: one line, exit code 2, nothing written --------------------------------------
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """A sound model and adapter, to be broken."""
+    base = sharded(tmp_path / "model")
+    save_adapter(base, tmp_path / "adapter", basis="generated")
+    return tmp_path
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def shard(root):
+    return sorted((root / "model").glob("*.safetensors"))[0]
+
+
+def tensors(root, **changes):
+    file = root / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(file) | changes, file)
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+BROKEN = {
+    "no model": (lambda r: shutil.rmtree(r / "model"), "no folder"),
+    "no adapter": (lambda r: shutil.rmtree(r / "adapter"), "adapter_config.json does not exist"),
+    "out exists": (lambda r: ((r / "out").mkdir(), (r / "out" / "a").touch()), "exists"),
+    "shard missing": (lambda r: shard(r).unlink(), "does not exist"),
+    "shard truncated": (lambda r: truncate(shard(r)), "damaged"),
+    "shard empty": (lambda r: shard(r).write_bytes(b""), "damaged"),
+    "huge header": (lambda r: shard(r).write_bytes(b"\xff" * 64), "damaged"),
+    "index lies": (
+        lambda r: edit(
+            r / "model" / "model.safetensors.index.json", weight_map={"w": shard(r).name}
+        ),
+        "it is not",
+    ),
+    "index leads out": (
+        lambda r: edit(
+            r / "model" / "model.safetensors.index.json", weight_map={"w": "../adapter/x"}
+        ),
+        "files of its folder",
+    ),
+    "index no json": (
+        lambda r: (r / "model" / "model.safetensors.index.json").write_text("{"),
+        "no JSON",
+    ),
+    "adapter truncated": (
+        lambda r: truncate(r / "adapter" / "adapter_model.safetensors"),
+        "damaged",
+    ),
+    "adapter pickled": (
+        lambda r: (r / "adapter" / "adapter_model.safetensors").rename(
+            r / "adapter" / "adapter_model.bin"
+        ),
+        "never a pickle",
+    ),
+    "config no json": (lambda r: (r / "adapter" / "adapter_config.json").write_text("["), "JSON"),
+    "config a list": (
+        lambda r: (r / "adapter" / "adapter_config.json").write_text("[1]"),
+        "JSON object",
+    ),
+    "lora": (lambda r: edit(r / "adapter" / "adapter_config.json", peft_type="LORA"), "RANDLORA"),
+    "bad density": (lambda r: edit(r / "adapter" / "adapter_config.json", density=7), "density"),
+    "r zero": (lambda r: edit(r / "adapter" / "adapter_config.json", r=0), "r must be"),
+    "r text": (lambda r: edit(r / "adapter" / "adapter_config.json", r="5"), "r must be"),
+    "other r": (lambda r: edit(r / "adapter" / "adapter_config.json", r=6), "r = 6"),
+    "alpha text": (
+        lambda r: edit(r / "adapter" / "adapter_config.json", randlora_alpha="x"),
+        "randlora_alpha",
+    ),
+    "other spec": (
+        lambda r: edit(
+            r / "adapter" / "adapter_config.json", projection_prng_key="generated-99:1"
+        ),
+        "generated-99",
+    ),
+    "other model": (
+        lambda r: (shutil.rmtree(r / "model"), sharded(r / "model", hidden_size=64)),
+        "min(in, out) = 32",
+    ),
+    "other names": (
+        lambda r: tensors(r, **{"base_model.model.x.randlora_lambda": torch.zeros(5, 7),
+                                "base_model.model.x.randlora_gamma": torch.zeros(7, 32)}),
+        "has no tensor x.weight",
+    ),
+    "gamma's shape": (
+        lambda r: tensors(r, **{f"{Q}.randlora_gamma": torch.zeros(3, 32)}),
+        "must be (r, n) and (n, d)",
+    ),
+    "integers": (
+        lambda r: tensors(r, **{f"{Q}.randlora_gamma": torch.zeros(7, 32, dtype=torch.int8)}),
+        "floating point",
+    ),
+    "not finite": (
+        lambda r: tensors(r, **{f"{Q}.randlora_lambda": torch.full((5, 7), torch.nan)}),
+        "NaN or inf",
+    ),
+    "unknown tensor": (lambda r: tensors(r, **{"x": torch.zeros(1)}), "must start with"),
+    "a new head": (
+        lambda r: tensors(r, **{"base_model.model.score.weight": torch.zeros(2, 32)}),
+        "merge by PEFT",
+    ),
+    "quantized": (
+        lambda r: edit(r / "model" / "config.json", quantization_config={"load_in_4bit": True}),
+        "quantized",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_hostile_input(whole, broken):
+    breaking, message = BROKEN[broken]
+    breaking(whole)
+    left = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
+    line = refused("--merge", whole / "model", whole / "adapter", whole / "out")
+    assert message in line
+    assert {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()} == left
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_failure_half_way_leaves_nothing(whole, monkeypatch, error):
+    written = []
+
+    def fail_late(*arguments):
+        written.append(arguments)
+        if len(written) == 5:
+            raise error
+
+    monkeypatch.setattr(merging, "_write", fail_late)
+    code, out, err = run("--merge", whole / "model", whole / "adapter", whole / "out")
+    assert code in (2, 130) and out == "" and len(written) == 5
+    assert sorted(p.name for p in whole.iterdir()) == ["adapter", "model"]
+
+
+def test_a_full_disk_is_told_before_anything_is_copied(whole, monkeypatch):
+    usage = shutil.disk_usage(whole)._replace(free=10)
+    monkeypatch.setattr(merging.shutil, "disk_usage", lambda _: usage)
+    assert "10 free" in refused("--merge", whole / "model", whole / "adapter", whole / "out")
