@@ -106,6 +106,18 @@ def test_bf16_model(tmp_path):
     assert relative(loaded(x), model(x)) < 0.01
 
 
+@pytest.mark.parametrize("density", [0.07, 0.2])
+def test_generated_bases_of_a_bf16_model_are_not_rounded(tmp_path, density):
+    accelerated.enable()
+    chosen = deep_config(5, accelerated.RandLoraConfig, basis="generated", density=density)
+    model = randomize(peft.get_peft_model(Deep().bfloat16(), chosen))
+    accelerated.export_to_peft(model, tmp_path)
+    stock = opened_by_stock(tmp_path)
+    for mine, theirs in zip(layers(model), layers(stock), strict=True):
+        want = mine.get_delta_weight("default")
+        assert relative(theirs.get_delta_weight("default"), want) < 1e-6
+
+
 def test_modules_to_save_and_biases_are_written(tmp_path):
     accelerated.enable()
     options = {"modules_to_save": ["head"], "bias": "all" if PEFT >= (0, 21) else "none"}

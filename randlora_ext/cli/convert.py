@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..peft import RandLoraConfig
-from ..peft.export import stock_config
+from ..peft.export import dense_basis, stock_config
 from ..peft.ternary_tensor import TernaryTensor
 from .adapter import CONFIG, WEIGHTS, Adapter, read_adapter
 from .checkpoint import find_base, read_checkpoint
@@ -71,8 +71,6 @@ def _with_bases(
     else:
         found = find_base(base or adapter.config.base_model_name_or_path)
         shapes = shapes_of(adapter, read_checkpoint(found))
-        if adapter.config.basis == "generated":  # exact on a base of any dtype
-            shapes = {p: dataclasses.replace(s, dtype=torch.float32) for p, s in shapes.items()}
         bases = _bases_of(skeleton(adapter, shapes))
     packed = _is_ternary(bases["randlora_A"])
     return stock_config(adapter.config, packed), bases, "stock PEFT opens it"
@@ -140,11 +138,7 @@ def _densities(adapter: Adapter) -> list[float]:
 def _bases_of(model) -> dict[str, Tensor]:
     """Dense float32 bases of a skeleton."""
     holder = next(m for m in model.modules() if isinstance(m, RandLoraLayer))
-    dense = {name: getattr(holder, name)["default"] for name in _BASES}
-    return {
-        name: (basis.dense() if isinstance(basis, TernaryTensor) else basis).float()
-        for name, basis in dense.items()
-    }
+    return {name: dense_basis(getattr(holder, name)["default"]).float() for name in _BASES}
 
 
 def _is_ternary(basis: Tensor) -> bool:

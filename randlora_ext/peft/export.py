@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -10,6 +11,7 @@ import peft
 import torch
 from peft.tuners.randlora.layer import RandLoraLayer
 from safetensors.torch import load_file, save_model
+from torch import Tensor
 
 from .bases import BASES
 from .ternary_tensor import TernaryTensor
@@ -72,8 +74,7 @@ def _save_adapters(model: peft.PeftModel, folder: Path, safe_serialization: bool
     for name in configs:
         for bases in BASES:
             basis = getattr(model.base_model, bases)[name]
-            dense = basis.dense() if isinstance(basis, TernaryTensor) else basis
-            state[f"base_model.{bases}.{name}"] = dense.detach()
+            state[f"base_model.{bases}.{name}"] = dense_basis(basis).detach()
     try:
         for name, config in configs.items():
             packed = isinstance(model.base_model.randlora_A[name], TernaryTensor)
@@ -85,6 +86,16 @@ def _save_adapters(model: peft.PeftModel, folder: Path, safe_serialization: bool
         layers = [name for name, m in model.named_modules() if isinstance(m, RandLoraLayer)]
         for file in folder.rglob("adapter_model.safetensors"):
             _as_pickle(file, layers)
+
+
+def dense_basis(basis: Tensor) -> Tensor:
+    """A basis as layers multiply by it: generated ones are not rounded by PEFT's casts."""
+    if not isinstance(basis, TernaryTensor):
+        return basis
+    if basis.matrix.seed is None:
+        return basis.dense()
+    matrix = basis.matrix.with_value(1 / math.sqrt(basis.matrix.seed[2]))
+    return TernaryTensor(matrix, basis.shape, torch.float32, basis.device).dense()
 
 
 def stock_config(config: peft.RandLoraConfig, packed: bool) -> peft.RandLoraConfig:
