@@ -79,7 +79,7 @@ def predicted_costs(
     density, K, d, D = basis.density, basis.K, basis.d, basis.D
     rates = _rates(basis, device_type)
     # Backward recomputes U: for d == in it needs it anyway, for d == out it is one product more.
-    a_products, b_products = (3, 2) if d == basis.in_features else (3, 3)
+    a_products, b_products = (3, 2) if basis.expand else (3, 3)
     b_add = density * (rates.b_planes if basis.format == "planes" else rates.b_lists)
     if choose_b_side(basis, tokens, device_type) == "dense":
         b_add = 1.0

@@ -72,6 +72,7 @@ def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float =
         scaling * basis.scale,
         basis.out_features,
         basis.in_features,
+        basis.slice_expand,
     )
 
 
@@ -104,7 +105,8 @@ def merged_weight(
     if rounding_seed is not None:
         rounding_seed = signed_seed("rounding_seed", rounding_seed)
     packed = basis.packed(lam.device)
-    return _ops.merged_weight(weight, lam, gam, packed, scaling * basis.scale, rounding_seed)
+    scale = scaling * basis.scale
+    return _ops.merged_weight(weight, lam, gam, packed, scale, rounding_seed, basis.slice_expand)
 
 
 def linear(
@@ -165,4 +167,5 @@ def linear(
         scaling * basis.scale,
         basis.out_features,
         path,
+        basis.slice_expand,
     )

@@ -198,7 +198,7 @@ class RandLoraLinear(Mergeable, nn.Module):
         basis = self.bases[adapter]
         scaled = functional.scaled_basis(basis, lam, gam)
         B = basis.dense(lam.device, lam.dtype)[1]
-        return (scaled, B) if basis.d == basis.in_features else (B.T, scaled.T)
+        return (scaled, B) if basis.expand else (B.T, scaled.T)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``scaling * B @ A'`` in the shape of the base layer's weight and the dtype of lambda.

@@ -26,6 +26,11 @@ def _autograd(name: str, backward, setup_context) -> None:
     torch.library.register_autograd(f"randlora::{name}_backward", refuse)
 
 
+def _for_inputs(ctx, *gradients):
+    """One gradient an input, None for the rest: torch counts no defaulted argument as an input."""
+    return *gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients))
+
+
 def _together(**tensors) -> None:
     """What csrc/torch/check.cpp says of mixed devices, where a meta tensor leads here instead."""
     named = [
@@ -111,25 +116,26 @@ _autograd("scaled_basis", _scaled_basis_backward, _scaled_basis_context)
 
 
 @_register("delta_weight")
-def _(lam, gam, packed, scale, out_features, in_features):
+def _(lam, gam, packed, scale, out_features, in_features, expand=None):
     _together(lam=lam, gam=gam, packed=packed)
     return lam.new_empty((out_features, in_features))
 
 
 @_register("delta_weight_backward")
-def _(grad, lam, gam, packed, scale):
+def _(grad, lam, gam, packed, scale, expand=None):
     _together(lam=lam, gam=gam, packed=packed, grad=grad)
     return lam.new_empty(lam.shape), gam.new_empty(gam.shape)
 
 
 def _delta_weight_context(ctx, inputs, output):
-    lam, gam, ctx.packed, ctx.scale, _, _ = inputs
+    lam, gam, ctx.packed, ctx.scale, _, _, ctx.expand = inputs
     ctx.save_for_backward(lam, gam)
 
 
 def _delta_weight_backward(ctx, grad):
-    dlam, dgam = _ops.delta_weight_backward(grad, *ctx.saved_tensors, ctx.packed, ctx.scale)
-    return dlam, dgam, [None] * len(ctx.packed), None, None, None
+    arguments = (grad, *ctx.saved_tensors, ctx.packed, ctx.scale, ctx.expand)
+    dlam, dgam = _ops.delta_weight_backward(*arguments)
+    return _for_inputs(ctx, dlam, dgam, [None] * len(ctx.packed))
 
 
 _autograd("delta_weight", _delta_weight_backward, _delta_weight_context)
@@ -137,7 +143,7 @@ _autograd("delta_weight", _delta_weight_backward, _delta_weight_context)
 
 # A merged weight is for serving: there is no gradient.
 @_register("merged_weight")
-def _(weight, lam, gam, packed, scale, rounding_seed):
+def _(weight, lam, gam, packed, scale, rounding_seed, expand=None):
     _together(lam=lam, gam=gam, packed=packed, weight=weight)
     return weight.new_empty(weight.shape)
 
@@ -146,13 +152,13 @@ def _(weight, lam, gam, packed, scale, rounding_seed):
 
 
 @_register("linear")
-def _(x, weight, bias, lam, gam, packed, scale, out_features, path):
+def _(x, weight, bias, lam, gam, packed, scale, out_features, path, expand=None):
     _together(x=x, lam=lam, gam=gam, packed=packed, weight=weight, bias=bias)
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 @_register("linear_backward")
-def _(dy, x, weight, lam, gam, packed, scale, path, need_x, need_diagonals):
+def _(dy, x, weight, lam, gam, packed, scale, path, need_x, need_diagonals, expand=None):
     _together(x=x, lam=lam, gam=gam, packed=packed, weight=weight, dy=dy)
     return (
         x.new_empty(x.shape if need_x else (0,)),
@@ -162,7 +168,7 @@ def _(dy, x, weight, lam, gam, packed, scale, path, need_x, need_diagonals):
 
 
 def _linear_context(ctx, inputs, output):
-    x, weight, _, lam, gam, ctx.packed, ctx.scale, _, ctx.path = inputs
+    x, weight, _, lam, gam, ctx.packed, ctx.scale, _, ctx.path, ctx.expand = inputs
     ctx.save_for_backward(x, weight, lam, gam)  # packed tensors are constants, shared by layers
 
 
@@ -171,7 +177,7 @@ def _linear_gradients(ctx, dy):
     x, weight, lam, gam = ctx.saved_tensors
     need = ctx.needs_input_grad
     arguments = (dy, x, weight, lam, gam, ctx.packed, ctx.scale, ctx.path)
-    arguments += (need[0], need[3] or need[4])
+    arguments += (need[0], need[3] or need[4], ctx.expand)
     if torch.is_grad_enabled():  # create_graph=True: the op must be able to refuse
         dx, dlam, dgam = _ops.linear_backward.default(*arguments)
     else:
@@ -189,7 +195,7 @@ def _linear_gradients(ctx, dy):
 
 
 def _linear_backward(ctx, dy):
-    return *_linear_gradients(ctx, dy), [None] * len(ctx.packed), None, None, None
+    return _for_inputs(ctx, *_linear_gradients(ctx, dy), [None] * len(ctx.packed))
 
 
 _autograd("linear", _linear_backward, _linear_context)
@@ -211,7 +217,7 @@ class _EagerLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        return *_linear_gradients(ctx, dy), None, None, None, None
+        return *_linear_gradients(ctx, dy), None, None, None, None, None
 
 
 def linear(*inputs):

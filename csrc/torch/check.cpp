@@ -104,7 +104,7 @@ Tensor compute_copy(const Tensor& t, DType dtype) {
 }
 
 Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
-               int64_t in_features, int64_t out_features) {
+               int64_t in_features, int64_t out_features, std::optional<bool> expand) {
   RANDLORA_CHECK(lam.dim() == 2 && lam.size(0) > 0, "lam must be (r, n), got ", describe(lam));
   check_floating(lam, "lam");
   check_floating(gam, "gam");
@@ -115,10 +115,11 @@ Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tenso
   Basis b;
   b.r = lam.size(0);
   b.n = lam.size(1);
-  b.d = in_features < out_features ? in_features : out_features;
-  b.D = in_features < out_features ? out_features : in_features;
-  RANDLORA_CHECK(b.n == (b.d + b.r - 1) / b.r, "lam is ", describe(lam), ", so r = ", b.r,
-                 ", and a layer of ", in_features, " to ", out_features,
+  const bool d_is_in = expands(expand, in_features, out_features);
+  b.d = d_is_in ? in_features : out_features;
+  b.D = d_is_in ? out_features : in_features;
+  RANDLORA_CHECK(expand ? b.n > 0 : b.n == (b.d + b.r - 1) / b.r, "lam is ", describe(lam),
+                 ", so r = ", b.r, ", and a layer of ", in_features, " to ", out_features,
                  " features needs n = ", (b.d + b.r - 1) / b.r, " bases");
   RANDLORA_CHECK(gam.dim() == 2 && gam.size(0) == b.n && gam.size(1) == b.d,
                  "gam must be (n, d) = (", b.n, ", ", b.d, "), got ", describe(gam));
@@ -136,8 +137,9 @@ Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tenso
   check_offsets(packed[0], packed[1], b.r, "a", on_cpu);
   b.a = lists_of(packed[0], packed[1]);
   b.wide = packed[1].scalar_type() == ScalarType::Int;
-  RANDLORA_CHECK(b.wide || (b.D <= 65536 && b.K() <= 65536),
-                 "packed: int16 positions end at 65535, but D = ", b.D, " and K = ", b.K());
+  RANDLORA_CHECK(b.wide || (b.D <= 65536 && b.d <= 65536 && b.K() <= 65536),
+                 "packed: int16 positions end at 65535, but D = ", b.D, ", d = ", b.d,
+                 " and K = ", b.K());
   if (dense) {
     const Tensor& B = packed[count];
     RANDLORA_CHECK(B.dim() == 2 && B.size(0) == b.D && B.size(1) == b.K() && B.is_contiguous(),

@@ -6,11 +6,11 @@ namespace randlora {
 
 // scale * dW (out, in) in `dtype`, added to `base` before the one rounding where it is given.
 Tensor form_delta(const Basis& b, const Tensor& lam, const Tensor& gam, const OptionalTensor& base,
-                  double scale, int64_t out_features, int64_t in_features, DType dtype,
+                  double scale, int64_t out_features, int64_t in_features, bool expand, DType dtype,
                   std::optional<int64_t> rounding_seed = {});
 
 // (dlam, dgam) from the gradient of the result, in the types of lam and gam.
 std::tuple<Tensor, Tensor> contract_delta(const Basis& b, const Tensor& grad, const Tensor& lam,
-                                          const Tensor& gam, double scale);
+                                          const Tensor& gam, double scale, bool expand);
 
 }  // namespace randlora

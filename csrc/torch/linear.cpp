@@ -79,19 +79,22 @@ void check_dense(const Basis& b, const std::vector<Tensor>& packed, const Tensor
 }
 
 Tensor linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor lam, Tensor gam,
-              std::vector<Tensor> packed, double scale, int64_t out_features, std::string path) {
+              std::vector<Tensor> packed, double scale, int64_t out_features, std::string path,
+              std::optional<bool> expand) {
   const Path p = path_of(path, weight.has_value());
   const Sizes s = check(x, weight, bias, lam, out_features);
-  const Basis b = basis_of(packed, lam, gam, s.in, s.out);
+  const Basis b = basis_of(packed, lam, gam, s.in, s.out, expand);
+  const bool d_is_in = expands(expand, s.in, s.out);
   check_dense(b, packed, x);
   const DType dtype = activation_dtype(x, "x");
   const Tensor xc = as_contiguous(x);
 
   Tensor y;
   if (p == Path::merged)
-    return torch_linear(xc, form_delta(b, lam, gam, weight, scale, s.out, s.in, dtype), bias);
+    return torch_linear(xc, form_delta(b, lam, gam, weight, scale, s.out, s.in, d_is_in, dtype),
+                        bias);
   if (p == Path::delta) {
-    y = torch_linear(xc, form_delta(b, lam, gam, {}, scale, s.out, s.in, dtype), {});
+    y = torch_linear(xc, form_delta(b, lam, gam, {}, scale, s.out, s.in, d_is_in, dtype), {});
     return weight ? sum_of(torch_linear(xc, *weight, bias), y) : y;
   }
   if (weight) {
@@ -104,15 +107,13 @@ Tensor linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor lam, 
   const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
   run(x, &Kernels::linear, &CudaKernels::linear,
       {b, l.const_data_ptr(), g.const_data_ptr(), xc.const_data_ptr(), y.mutable_data_ptr(), dtype,
-       s.T, scale, /*expand=*/b.d == s.in, /*accumulate=*/weight.has_value()});
+       s.T, scale, /*expand=*/d_is_in, /*accumulate=*/weight.has_value()});
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, OptionalTensor weight,
-                                                   Tensor lam, Tensor gam,
-                                                   std::vector<Tensor> packed, double scale,
-                                                   std::string path, bool need_x,
-                                                   bool need_diagonals) {
+std::tuple<Tensor, Tensor, Tensor> linear_backward(
+    Tensor dy, Tensor x, OptionalTensor weight, Tensor lam, Tensor gam, std::vector<Tensor> packed,
+    double scale, std::string path, bool need_x, bool need_diagonals, std::optional<bool> expand) {
   const Path p = path_of(path, weight.has_value());
   RANDLORA_CHECK(dy.dim() == x.dim() && dy.scalar_type() == x.scalar_type(), "dy is ", describe(dy),
                  ", which does not fit x ", describe(x));
@@ -121,7 +122,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Optional
   for (int64_t i = 0; i + 1 < x.dim(); ++i)
     RANDLORA_CHECK(dy.size(i) == x.size(i), "dy is ", describe(dy), ", which does not fit x ",
                    describe(x));
-  const Basis b = basis_of(packed, lam, gam, s.in, s.out);
+  const Basis b = basis_of(packed, lam, gam, s.in, s.out, expand);
+  const bool d_is_in = expands(expand, s.in, s.out);
   check_dense(b, packed, x);
   const DType dtype = activation_dtype(x, "x");
   const Tensor xc = as_contiguous(x), dyc = as_contiguous(dy);
@@ -138,20 +140,21 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Optional
     if (need_diagonals) dlam = allocate_like(l), dgam = allocate_like(g);
     run(x, &Kernels::linear_backward, &CudaKernels::linear_backward,
         {b, l.const_data_ptr(), g.const_data_ptr(), xc.const_data_ptr(), dyc.const_data_ptr(),
-         need_x ? dx.mutable_data_ptr() : nullptr, dtype, s.T, scale, /*expand=*/b.d == s.in,
+         need_x ? dx.mutable_data_ptr() : nullptr, dtype, s.T, scale, /*expand=*/d_is_in,
          /*accumulate=*/weight.has_value(), need_diagonals ? dlam.mutable_data_ptr() : nullptr,
          need_diagonals ? dgam.mutable_data_ptr() : nullptr});
     return {dx, cast(dlam, lam.scalar_type()), cast(dgam, gam.scalar_type())};
   }
   if (need_x) {
     const OptionalTensor base = p == Path::merged ? weight : OptionalTensor();
-    dx = torch::stable::matmul(dyc, form_delta(b, lam, gam, base, scale, s.out, s.in, dtype));
+    dx = torch::stable::matmul(dyc,
+                               form_delta(b, lam, gam, base, scale, s.out, s.in, d_is_in, dtype));
     if (p == Path::delta && weight) dx = sum_of(torch::stable::matmul(dyc, *weight), dx);
   }
   if (need_diagonals) {
     const Tensor dyT = torch::stable::transpose(rows(dyc, s, s.out), 0, 1);
     const Tensor G = torch::stable::matmul(dyT, rows(xc, s, s.in));
-    std::tie(dlam, dgam) = contract_delta(b, G, lam, gam, scale);
+    std::tie(dlam, dgam) = contract_delta(b, G, lam, gam, scale, d_is_in);
   }
   return {dx, dlam, dgam};
 }
@@ -168,11 +171,11 @@ void implement(Library& m) {
 STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
   m.def(
       "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor lam, Tensor gam, Tensor[] packed, "
-      "float scale, SymInt out_features, str path) -> Tensor");
+      "float scale, SymInt out_features, str path, bool? expand=None) -> Tensor");
   m.def(
       "linear_backward(Tensor dy, Tensor x, Tensor? weight, Tensor lam, Tensor gam, "
-      "Tensor[] packed, float scale, str path, bool need_x, bool need_diagonals) -> "
-      "(Tensor, Tensor, Tensor)");
+      "Tensor[] packed, float scale, str path, bool need_x, bool need_diagonals, "
+      "bool? expand=None) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) { randlora::implement(m); }

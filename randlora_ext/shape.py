@@ -1,0 +1,66 @@
+"""Sizes of a layer, or of the part of one that a rank of tensor parallelism holds."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What an adapter's matrices are sized by: A (r, d), B (D, K), lambda (r, n), gamma (n, d).
+
+    Of a whole layer (`Shape.of`) d is the smaller side and n = ceil(d / r). A slice (`part`) keeps
+    the n, hence the K, and the orientation of the whole, so its d may exceed its D.
+    """
+
+    in_features: int
+    out_features: int
+    r: int
+    n: int
+    expand: bool  # whether d is the input side
+    first_row: int = 0  # of B
+    first_column: int = 0  # of A
+    whole: bool = True
+
+    @classmethod
+    def of(cls, in_features: int, out_features: int, r: int) -> "Shape":
+        n = -(-min(in_features, out_features) // r)
+        return cls(in_features, out_features, r, n, expand=in_features <= out_features)
+
+    def part(self, inputs: range, outputs: range) -> "Shape":
+        """The slice that meets these inputs and outputs; ranges of step 1 within the layer."""
+        small, large = (inputs, outputs) if self.expand else (outputs, inputs)
+        return replace(
+            self,
+            in_features=len(inputs),
+            out_features=len(outputs),
+            first_row=self.first_row + large.start,
+            first_column=self.first_column + small.start,
+            whole=False,
+        )
+
+    def transposed(self) -> "Shape":
+        if self.whole:
+            return Shape.of(self.out_features, self.in_features, self.r)
+        return replace(
+            self,
+            in_features=self.out_features,
+            out_features=self.in_features,
+            expand=not self.expand,
+        )
+
+    @cached_property
+    def d(self) -> int:
+        return self.in_features if self.expand else self.out_features
+
+    @cached_property
+    def D(self) -> int:
+        return self.out_features if self.expand else self.in_features
+
+    @cached_property
+    def K(self) -> int:
+        return self.n * self.r
+
+    @cached_property
+    def wide(self) -> bool:
+        """Whether list positions need 32 bits."""
+        return max(self.D, self.d, self.K) > 65536
