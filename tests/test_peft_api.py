@@ -192,31 +192,6 @@ def test_dtypes_of_a_bf16_model(autocast, kind):
     assert_close(*results, 0.03)
 
 
-def test_hotswap_is_for_lora_alone():
-    """PEFT's hotswap knows LoRA only. Loading over an adapter does the same for RandLoRA."""
-    from peft.utils.hotswap import hotswap_adapter
-
-    messages = []
-    for model in pair(Deep(), lambda: deep_config(5, sparse=True)):
-        with pytest.raises(Exception) as error, torch.no_grad():
-            hotswap_adapter(model, "/nowhere", adapter_name="default")
-        messages.append((error.type, str(error.value)))
-    assert messages[0] == messages[1]
-
-
-def test_loading_over_an_adapter_keeps_its_parameters(tmp_path):
-    accelerated.enable()
-    model = randomize(peft.get_peft_model(Deep(), deep_config(5, sparse=True)))
-    x = torch.randn(6, 24)
-    wanted = model(x)
-    model.save_pretrained(tmp_path)
-    randomize(model, seed=4)
-    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-    model.load_adapter(tmp_path, "default")
-    assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
-    assert torch.equal(model(x), wanted)
-
-
 def test_conversion_to_lora():
     convert = getattr(peft, "convert_to_lora", None)
     if convert is None:

@@ -185,6 +185,15 @@ def test_a_stock_model_and_no_peft_model(tmp_path):
         accelerated.export_to_peft(Deep(), tmp_path)
 
 
+def test_the_card_that_is_there_is_kept(tmp_path):
+    """As save_pretrained does: it updates a README.md, and what people wrote there stays."""
+    model = made(density=0.3)
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Our adapter\n")
+    accelerated.export_to_peft(model, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "# Our adapter" in card and "license: mit" in card and "library_name: peft" in card
+
+
 def test_a_failed_export_leaves_the_old_files(tmp_path, monkeypatch):
     model = made(density=0.3)
     accelerated.export_to_peft(model, tmp_path)

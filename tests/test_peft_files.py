@@ -119,3 +119,39 @@ def test_stock_reads_any_density_with_saved_projections(tmp_path):
         loaded = peft.PeftModel.from_pretrained(Deep(), tmp_path)
     x = torch.randn(6, 24)
     assert relative(loaded(x), model(x)) < 1e-5
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("broken", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_save_that_stops_leaves_the_old_file(tmp_path, monkeypatch, broken):
+    """safetensors from 0.8 on and our configuration write a temporary file and rename it."""
+    accelerated.enable()
+    chosen = deep_config(5, accelerated.RandLoraConfig, density=0.1, save_projection=False)
+    model = randomize(peft.get_peft_model(Deep(), chosen))
+    model.save_pretrained(tmp_path)
+    old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    kept = (tmp_path / broken).open("rb")  # what a reader of the old file goes on seeing
+    randomize(model, seed=5)
+    chosen.randlora_alpha = 33
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / broken).read_bytes() != old[broken]
+    assert kept.read() == old[broken]
+    kept.close()
+    now = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert now.keys() == old.keys()  # nothing temporary stays
+
+    def stop(*_, **__):
+        raise Stopped
+
+    if broken.endswith("json"):
+        monkeypatch.setattr("json.dumps", stop)
+        with pytest.raises(Stopped):
+            chosen.save_pretrained(tmp_path)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == now
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(AssertionError, match="should be a directory"):
+        chosen.save_pretrained(file)

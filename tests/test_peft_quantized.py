@@ -177,6 +177,25 @@ def test_pickle_and_accelerate(tmp_path, bits):
     assert relative(stock(x), wanted) < 1e-5
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_what_stock_merged_must_be_unmerged_by_stock(bits):
+    """It has added A' B to a square weight; ours would take B A' away."""
+    accelerated.disable()
+    model = randomize(peft.get_peft_model(Quantized(bits), config(8, targets="c", sparse=True)))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged by stock PEFT.*call unmerge_adapter\(\) first"):
+        accelerated.accelerate(model)
+    layer = model.base_model.model.c
+    assert type(layer).__module__.startswith("peft.")  # nothing is changed
+    assert type(model.base_model) is peft.tuners.randlora.RandLoraModel
+    if bits == 4:  # stock PEFT has left a dense weight that is marked as quantized
+        return
+    model.unmerge_adapter()
+    x = torch.randn(5, 64)
+    wanted = model(x)
+    assert relative(accelerated.accelerate(model)(x), wanted) < 1e-5
+
+
 def test_torchao():
     """PEFT has no torchao layer for RandLoRA: its Linear stands over the quantized weight."""
     torchao = pytest.importorskip("torchao.quantization")

@@ -18,6 +18,7 @@ check_peft()
 
 from .config import RandLoraConfig  # noqa: E402  (needs the check above)
 from .export import export_to_peft  # noqa: E402
+from .hotswap import hotswap_adapter  # noqa: E402
 from .summary import kernel_summary  # noqa: E402
 from .switch import accelerate, disable, enable  # noqa: E402
 
@@ -27,5 +28,6 @@ __all__ = [
     "disable",
     "enable",
     "export_to_peft",
+    "hotswap_adapter",
     "kernel_summary",
 ]

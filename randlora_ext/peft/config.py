@@ -1,5 +1,6 @@
 """`RandLoraConfig`: PEFT's configuration with a free density and generated bases."""
 
+import os
 import re
 import warnings
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from .. import build_info
+from .files import written_whole
 
 BASES = ("peft", "generated")
 
@@ -89,6 +91,13 @@ class RandLoraConfig(peft.RandLoraConfig):
 
     def _is_sparse_of_peft(self) -> bool:
         return self.density is not None and 1 / self.density == 3
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """As PEFT's, but the file appears when it is complete: it says which bases were drawn."""
+        if os.path.isfile(save_directory):
+            return super().save_pretrained(save_directory, **kwargs)  # PEFT's own error
+        with written_whole(save_directory) as scratch:
+            super().save_pretrained(scratch, **kwargs)
 
     def to_dict(self) -> dict:
         """PEFT's dictionary; what stock PEFT can express is said in its words."""

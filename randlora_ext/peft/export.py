@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import math
 import os
-import tempfile
+import shutil
 from pathlib import Path
 
 import peft
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_model
 from torch import Tensor
 
 from .bases import BASES
+from .files import written_whole
 from .ternary_tensor import TernaryTensor
 
 
@@ -47,14 +48,13 @@ def export_to_peft(
         isinstance(module, RandLoraLayer) for module in model.modules()
     ):
         raise TypeError(f"export needs a PeftModel with RandLoRA layers, got {type(model)}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as scratch:
+    with written_whole(folder) as scratch:
         if merged:
-            _save_merged(model, Path(scratch), safe_serialization)
+            _save_merged(model, scratch, safe_serialization)
         else:
-            _save_adapters(model, Path(scratch), safe_serialization)
-        _move_files(Path(scratch), folder)
+            if (card := Path(folder, "README.md")).exists():
+                shutil.copy(card, scratch)  # PEFT updates a card and keeps its text
+            _save_adapters(model, scratch, safe_serialization)
 
 
 def _save_merged(model: peft.PeftModel, folder: Path, safe_serialization: bool) -> None:
@@ -121,12 +121,3 @@ def _as_pickle(file: Path, layers: list[str]) -> None:
                 state[f"{layer}.{bases}"] = state[f"base_model.{bases}"]
     torch.save(state, file.with_name("adapter_model.bin"))
     file.unlink()
-
-
-def _move_files(source: Path, target: Path) -> None:
-    """Renames every file; configs last, since they announce the others."""
-    files = [path for path in source.rglob("*") if path.is_file()]
-    for path in sorted(files, key=lambda path: (path.suffix == ".json", path)):
-        place = target / path.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, place)

@@ -15,6 +15,8 @@ from ..base_layer import can_fuse
 from ..basis import TernaryBasis
 from .bases import BASES, PackedBases, layer_basis
 
+STOCK_QUANTIZED = "peft.tuners.randlora.bnb"  # imports bitsandbytes
+
 
 class Accelerated:
     """Computes what a RandLoRA layer of PEFT computes, by ``torch.ops.randlora``.
@@ -193,7 +195,7 @@ def accelerated_class(stock: type) -> type | None:
     """The accelerated class of a RandLoRA layer class of PEFT; None for another class."""
     if stock is Linear:
         return AcceleratedLinear
-    if stock.__module__ == "peft.tuners.randlora.bnb":
+    if stock.__module__ == STOCK_QUANTIZED:
         from . import quantized  # imports bitsandbytes, as stock has already
 
         return quantized.accelerated_class(stock)

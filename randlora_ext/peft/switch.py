@@ -9,6 +9,7 @@ from torch import nn
 
 from .bases import PackedBases
 from .config import RandLoraConfig
+from .layer import STOCK_QUANTIZED
 from .model import AcceleratedRandLoraModel, accelerate_layer
 
 _stock: tuple[type, type] | None = None
@@ -51,11 +52,16 @@ def accelerate(model: nn.Module) -> nn.Module:
     class, ternary bases are packed and PEFT's dense ones dropped. Parameters, their names and
     optimizer state stay as they are. Returns the model; calling it again changes nothing.
 
-    Raises ValueError where the model holds no RandLoRA layer.
+    Raises ValueError, and changes nothing, where the model holds no RandLoRA layer, or a quantized
+    layer that is merged: stock PEFT has added another matrix than our unmerging would take away.
     """
     layers = [module for module in model.modules() if isinstance(module, RandLoraLayer)]
     if not layers:
         raise ValueError(f"model holds no RandLoRA layer of PEFT: {type(model).__qualname__}")
+    if any(layer.merged for layer in layers if type(layer).__module__ == STOCK_QUANTIZED):
+        raise ValueError(
+            "model has quantized layers merged by stock PEFT; call unmerge_adapter() first"
+        )
     packed: dict[int, PackedBases] = {}
 
     def pack(bases: BufferDict) -> PackedBases:
