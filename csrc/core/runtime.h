@@ -14,7 +14,8 @@ class Runtime {
   virtual int threads() const = 0;
   // Calls task(arg, s) once for every slot s in [0, slots), on any threads; returns when all ended.
   virtual void run(int slots, void (*task)(void*, int), void* arg) = 0;
-  // 64-byte aligned, not initialised, valid until the operator returns.
+  // 64-byte aligned, not initialised, valid until the operator returns. Once a call: a second block
+  // may be the first one.
   virtual void* scratch(size_t bytes) = 0;
 
   // Threads to use in this call: one where a kernel has said so. Handing 16 tokens' worth of work

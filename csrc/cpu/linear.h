@@ -6,13 +6,14 @@
 // V and U live in scratch for a group of token blocks at a time; nothing is kept for backward.
 #pragma once
 #include "a_side.h"
+#include "b_planes.h"
 #include "b_side.h"
 
 namespace randlora {
 namespace RANDLORA_ISA {
 
-constexpr int kLines = 64;  // lines of B per tile of output: planes are decoded by whole words
-constexpr int kGroup = 4;   // blocks that share one decoding of planes
+constexpr int kLines = 64;  // rows of B per tile of output, from lists
+constexpr int kGroup = 4;   // blocks that share one reading of planes
 
 // gamma transposed as the A side reads it has rows of n, padded to whole vectors.
 template <class C>
@@ -49,47 +50,57 @@ template <class B>
 struct Slot {
   using C = typename B::C;
   C *small, *large, *mid;  // (group, d, TB), (group, D, TB), (group, K, TB)
-  C *lines, *scaled;       // (group, kLines, TB), (n, TB)
-  DecodedChunk* chunk;
+  C *lines, *scaled;       // (kLines, TB), (n, TB)
+  QuadScratch<C> quads;
   int64_t small_step, large_step, mid_step;
 
   Slot(const Basis& b, int64_t group, Arena& arena)
       : small(arena.take<C>(group * b.d * B::TB)),
         large(arena.take<C>(group * b.D * B::TB)),
         mid(arena.take<C>(group * b.K() * B::TB)),
-        lines(arena.take<C>(group * kLines * B::TB)),
+        lines(arena.take<C>(b.has_planes() ? 0 : kLines * B::TB)),
         scaled(arena.take<C>(b.n * B::TB)),
-        chunk(arena.take<DecodedChunk>(b.has_planes() ? 1 : 0)),
+        quads{arena.take<C>(b.has_planes() ? kQuads * kEntries * B::TB : 0),
+              arena.take<uint8_t>(QuadScratch<C>::numbers(b))},
         small_step(b.d * B::TB),
         large_step(b.D * B::TB),
         mid_step(b.K() * B::TB) {}
 };
 
-// out (T, D) (+)= scale * v B^T for blocks [first, first + count), kLines features at a time.
+// out (T, D) (+)= scale * v B^T for blocks [first, first + count). From lists kLines features at a
+// time, so that their sums go from the L1 cache to `out`; planes leave whole rows in s.large.
 template <class B>
 void emit_up(const Basis& b, const Cut& cut, Slot<B>& s, int64_t first, int count, double scale,
              bool accumulate, void* out, DType dtype) {
-  constexpr int64_t step = int64_t{kLines} * B::TB;
+  const auto emit = [&](int g, const auto* sums, int64_t o, int64_t lines) {
+    store_block<B>(sums, typename B::C(scale), accumulate, cut.tokens(first + g), lines, out, dtype,
+                   (first + g) * B::TB, b.D, o);
+  };
+  if (b.has_planes()) {
+    planes_up<B>(b, {count, s.mid, s.mid_step, s.large, s.large_step}, s.quads);
+    for (int g = 0; g < count; ++g) emit(g, s.large + g * s.large_step, 0, b.D);
+    return;
+  }
   for (int64_t o = 0; o < b.D; o += kLines) {
     const int64_t lines = b.D - o < kLines ? b.D - o : kLines;
-    b_up<B>(b, o, o + lines, {count, s.mid, s.mid_step, s.lines, step}, s.chunk);
-    for (int g = 0; g < count; ++g)
-      store_block<B>(s.lines + g * step, typename B::C(scale), accumulate, cut.tokens(first + g),
-                     lines, out, dtype, (first + g) * B::TB, b.D, o);
+    for (int g = 0; g < count; ++g) {
+      b_up<B>(b, o, o + lines, s.mid + g * s.mid_step, s.lines);
+      emit(g, s.lines, o, lines);
+    }
   }
 }
 
-// u = columns of B times s.large, then per block and rank index fn(g, j, u of j). With lists one
+// u = columns of B times s.large, then per block and rank index fn(g, j, u of j). From lists one
 // rank index at a time, so that its u is still in the L1 cache when fn reads it.
 template <class B, class F>
 void down(const Basis& b, Slot<B>& s, int count, const F& fn) {
-  const int64_t step = b.has_planes() ? b.r : 1;
-  for (int64_t j = 0; j < b.r; j += step) {
-    auto* u = s.mid + j * b.n * B::TB;
-    b_down<B>(b, j * b.n, (j + step) * b.n, {count, s.large, s.large_step, u, s.mid_step}, s.chunk);
-    for (int g = 0; g < count; ++g)
-      for (int64_t q = j; q < j + step; ++q) fn(g, q, s.mid + g * s.mid_step + q * b.n * B::TB);
-  }
+  if (b.has_planes()) planes_down<B>(b, {count, s.large, s.large_step, s.mid, s.mid_step}, s.quads);
+  for (int64_t j = 0; j < b.r; ++j)
+    for (int g = 0; g < count; ++g) {
+      auto* u = s.mid + g * s.mid_step + j * b.n * B::TB;
+      if (!b.has_planes()) b_down<B>(b, j * b.n, (j + 1) * b.n, s.large + g * s.large_step, u);
+      fn(g, j, u);
+    }
 }
 
 template <class B>

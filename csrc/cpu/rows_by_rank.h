@@ -6,6 +6,29 @@
 namespace randlora {
 namespace RANDLORA_ISA {
 
+// For each byte the positions of its set bits and their number, so that decoding never branches
+// on a bit: it writes eight entries and advances by the number of bits.
+struct BitTable {
+  uint16_t position[256][8];
+  uint8_t count[256];
+  constexpr BitTable() : position(), count() {
+    for (int byte = 0; byte < 256; ++byte)
+      for (int bit = 0; bit < 8; ++bit)
+        if (byte >> bit & 1) position[byte][count[byte]++] = static_cast<uint16_t>(bit);
+  }
+};
+static constexpr BitTable kBits;
+
+// Appends base + (positions of the set bits of m) at `out`, writing up to 8 entries past the end.
+RANDLORA_INLINE uint16_t* append_bits(uint64_t m, int base, uint16_t* out) {
+  using V = Vec<uint16_t, 16>;
+  for (int byte = 0; byte < 8; ++byte, m >>= 8, base += 8) {
+    store(out, load<V>(kBits.position[m & 255]) + static_cast<uint16_t>(base));
+    out += kBits.count[m & 255];
+  }
+  return out;
+}
+
 template <int Rows>
 class RowsByRank {
  public:

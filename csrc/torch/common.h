@@ -27,7 +27,7 @@ class TorchRuntime : public Runtime {
   void* scratch(size_t bytes) override;
 
  private:
-  std::vector<Tensor> held_;
+  std::optional<Tensor> block_;  // of this call, where it is not the thread's
 };
 
 // ---- checks (check.cpp); each message names the argument, what it was and what is allowed --------

@@ -34,10 +34,17 @@ void TorchRuntime::run(int slots, void (*task)(void*, int), void* arg) {
   });
 }
 
+// A fresh block's pages would fault in anew at every call, which costs up to a twentieth of a frozen
+// layer's step; so each calling thread keeps its last one, unless it is large.
 void* TorchRuntime::scratch(size_t bytes) {
-  held_.push_back(allocate_on({static_cast<int64_t>(bytes)}, ScalarType::Byte,
-                              aoti_torch_device_type_cpu(), -1));
-  return held_.back().mutable_data_ptr();
+  constexpr size_t kKeepAtMost = size_t{64} << 20;
+  thread_local std::optional<Tensor> kept;
+  thread_local size_t kept_bytes = 0;
+  if (kept && bytes <= kept_bytes) return kept->mutable_data_ptr();
+  block_ = allocate_on({static_cast<int64_t>(bytes)}, ScalarType::Byte,
+                       aoti_torch_device_type_cpu(), -1);
+  if (bytes <= kKeepAtMost) kept = block_, kept_bytes = bytes;
+  return block_->mutable_data_ptr();
 }
 
 }  // namespace randlora
