@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -10,22 +11,22 @@ from .layer import RandLoraLinear
 
 
 def apply_randlora(
-    model: nn.Module, target_modules: Sequence[str] | str, **layer_options
+    model: nn.Module, target_modules: Sequence[str] | str, **layer_options: Any
 ) -> nn.Module:
     """Replaces the targeted linear layers of `model`, in place, by `RandLoraLinear`; returns it.
 
     Args:
         target_modules: a list of names, each matching modules called so or ending in ``.name``; or
             a string, a regular expression that must match a module's whole name. As in PEFT.
-        layer_options: r, randlora_alpha, density, projection_prng_key, randlora_dropout,
+        **layer_options: r, randlora_alpha, density, projection_prng_key, randlora_dropout,
             adapter_name of `RandLoraLinear`.
 
     Everything but lambda and gamma is frozen. Layers of one shape share one packed basis. A second
     call may give other layers other options; what the first made stays as it is.
 
     Raises:
-        ValueError: where nothing matches. TypeError: where a match is no nn.Linear or Conv1D.
-        What RandLoraLinear raises. In all cases the model is as it was.
+        ValueError: where nothing matches. TypeError: where a match is no nn.Linear or Conv1D. And
+            what RandLoraLinear raises. In all cases the model is as it was.
     """
     if isinstance(target_modules, str):
         pattern = re.compile(target_modules)

@@ -32,7 +32,8 @@ class TernaryBasis:
     every device, and layers of different shapes see slices of the same infinite matrices.
 
     Args:
-        in_features, out_features: of the base layer; d = min, D = max of them.
+        in_features: of the base layer.
+        out_features: likewise; d = min, D = max of the two.
         r: rank of one base; n = ceil(d / r) bases, K = n * r.
         density: expected share of non-zeros, in (0, 1]. 1/3 is PEFT's ``sparse``.
         seed: 0 <= seed < 2**64; PEFT's ``projection_prng_key``.
@@ -72,7 +73,7 @@ class TernaryBasis:
         Args:
             A: (r, >= d) or (r, 1, >= d), values in {-a, 0, +a}.
             B: (>= D, >= n, r) or (D, K), values in {-b, 0, +b}. PEFT's memory order is kept:
-               flat column c belongs to rank index c // n and base c % n.
+                flat column c belongs to rank index c // n and base c % n.
 
         Raises:
             ValueError: where a shape is too small, or a matrix is not ternary (PEFT's default
@@ -119,7 +120,8 @@ class TernaryBasis:
         Args:
             a_planes: (2, r, >= ceil(d / 64)) int64, all r rows.
             b_planes: (2, >= D, >= ceil(K / 64)) int64.
-            a_value, b_value: what +1 stands for.
+            a_value: what +1 stands for in A.
+            b_value: what +1 stands for in B.
         """
         self = cls.__new__(cls)
         shape = self._shape = Shape.of(

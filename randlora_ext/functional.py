@@ -123,9 +123,11 @@ def linear(
 
     Args:
         x: (..., in) in float32, float64, bfloat16 or float16.
-        weight, bias: (out, in) and (out,) in the dtype of x; weight None gives the adapter's part
-            alone, for base layers of any kind.
-        lam, gam: (r, n) and (n, d), floating; float32 whatever x is, by default.
+        weight: (out, in) in the dtype of x; None gives the adapter's part alone, for base layers of
+            any kind.
+        bias: (out,) in the dtype of x, or None.
+        lam: (r, n), floating; float32 whatever x is, by default.
+        gam: (n, d), floating; likewise.
         path: "factored", "delta", "merged" or "auto"; `randlora_ext.explain` tells which and why.
 
     Backward keeps x, lam and gam. Under autocast x, weight and bias are cast as by F.linear.

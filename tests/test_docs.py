@@ -9,7 +9,8 @@ import torch
 import randlora_ext
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/math.md", "docs/ops.md", "docs/formats.md", "docs/peft.md")
+DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *DOCS]
 BLOCK = re.compile(r"^(<!-- no-test -->\n+)?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SECTION = re.compile(r"^### `(\w+)`\n(.*?)(?=^##|\Z)", re.MULTILINE | re.DOTALL)
 
@@ -34,14 +35,19 @@ def torch_settings():
     torch.set_rng_state(state)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_python_blocks_run(page, tmp_path, monkeypatch, torch_settings):
+def runnable() -> list[str]:
+    return [page for page in PAGES if blocks((ROOT / page).read_text())]
+
+
+def test_pages_that_are_run():
+    known = {"math", "ops", "formats", "peft", "density", "train", "serve", "how-it-works"}
+    assert {f"docs/{name}.md" for name in known} <= set(runnable())
+
+
+@pytest.mark.parametrize("page", runnable())
+def test_python_blocks_run(page, tmp_path, monkeypatch, torch_settings, stock_peft):
     path = ROOT / page
-    if not path.exists():
-        pytest.fail(f"{page} does not exist")
     found = blocks(path.read_text())
-    if page != "README.md":
-        assert found, f"{page} has no Python block"
     monkeypatch.chdir(tmp_path)  # a page may write files
     monkeypatch.delenv("RANDLORA_PATH", raising=False)
     namespace: dict = {"__name__": "docs"}
@@ -82,8 +88,25 @@ def test_operator_section(name):
 
 
 def test_relative_links_lead_somewhere():
-    pages = [ROOT / page for page in (*PAGES, "docs/basis-spec.md", "CONTRIBUTING.md")]
-    for path in (p for p in pages if p.exists()):
+    for path in (ROOT / page for page in PAGES):
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
             if "://" not in target:
                 assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_every_page_is_in_the_navigation():
+    nav = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1]
+    named = set(re.findall(r"(\S+\.md)$", nav, re.MULTILINE))
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    above = {"index.md", "contributing.md", "changelog.md"}
+    assert named == pages | above, "every page needs a line under nav: of mkdocs.yml"
+
+
+def test_every_public_name_is_in_the_api_reference():
+    peft = pytest.importorskip("randlora_ext.peft")
+
+    pages = "\n".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
+    named = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
+    for module in (randlora_ext, peft):
+        public = {f"{module.__name__}.{n}" for n in module.__all__ if not n.startswith("__")}
+        assert public <= named, "each needs a line `::: NAME` in docs/api"
