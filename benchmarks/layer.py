@@ -52,6 +52,11 @@ def main() -> None:
                 rows.append(row)
                 print("  ".join(f"{v:>11.3g}" if isinstance(v, float) else f"{v!s:>11}"
                                 for v in row.values()), flush=True)  # fmt: skip
+    if args.paths:
+        worst = max(r["regret"] for r in rows)
+        near = sum(r["regret"] <= 0.1 for r in rows)
+        print(f"the choice is within 10% of the best path in {near} of {len(rows)} rows; "
+              f"at worst it loses {worst:.0%}")  # fmt: skip
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.with_suffix(".json").write_text(

@@ -1,8 +1,8 @@
 """Which path a call takes, and why: a small model of the work each one does.
 
 The unit is T * D * d multiply-adds at the speed of a dense GEMM; a frozen linear layer trains at 2
-units (forward and dx). The constants are rough on purpose: they only have to rank three paths, and
-`python benchmarks/layer.py --paths` shows how well they do.
+units (forward and dx). `path_terms` counts the work of each path, rates.py says what it costs.
+`python benchmarks/layer.py --paths` shows what a choice by this model loses.
 """
 
 import os
@@ -12,35 +12,12 @@ import torch
 
 from . import _C, cuda
 from .basis import TernaryBasis
+from .rates import rates
 
 PATHS = ("factored", "delta", "merged")
 B_SIDES = ("packed", "dense")
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Cost of our work on one kind of device, in multiply-adds of a dense GEMM there."""
-
-    a_side: float  # a multiply-add of the structured products on gathered rows
-    b_lists: float  # a signed add of the B side from lists
-    b_planes: float  # the same from bit planes, decoding included; times density
-    # Forming dW, per entry: adds of compact rows (density^2 * K of them), their scatter
-    # (density * r), one term of a tensor-core product (K), and conversion with memory traffic.
-    form_add: float
-    form_scatter: float
-    form_term: float
-    form_entry: float
-    # In a training step dW is formed twice and its gradient contracted once, at twice the cost.
-    formations: float = 4.0
-
-
-# Measured on 2 cores of an AVX-512 machine (EPYC, Zen 4).
-CPU_LISTS = CPU_PLANES = Rates(1.0, 1.6, 1.9, 2.3, 17.0, 0.0, 45.0)
-# Not measured: from the floors in csrc/cuda/*.cu for an H100 in bf16, where a GEMM does 325 T
-# multiply-adds/s. A signed add gathers from L2. dW of 4096 x 4096 takes 25 us at 1/64 and 250 us
-# at 0.07, by adds of compact rows; from planes it is a product by mma.sync, half as fast as a GEMM.
-CUDA_LISTS = Rates(2.0, 83.0, 0.0, 230.0, 0.0, 0.0, 250.0)
-CUDA_PLANES = Rates(2.0, 0.0, 2.0 * 3, 0.0, 0.0, 2.0, 480.0)
 # Up to so many tokens, or adds for an element of B, a CUDA call is bound by reading the basis, and
 # the packed one is the smallest. The same limits stand in csrc/cuda/linear.cu.
 PACKED_TOKENS = 16
@@ -66,35 +43,47 @@ class PathChoice:
         )
 
 
-def _rates(basis: TernaryBasis, device_type: str) -> Rates:
-    if device_type == "cuda":
-        return CUDA_PLANES if basis.format == "planes" else CUDA_LISTS
-    return CPU_PLANES if basis.format == "planes" else CPU_LISTS
+def path_terms(
+    basis: TernaryBasis, tokens: int, has_weight: bool, device_type: str = "cpu"
+) -> dict[str, tuple[float, dict[str, float]]]:
+    """Of each path: its GEMMs beside the base layer's, and how often it pays each rate."""
+    density, K, d, D = basis.density, basis.K, basis.d, basis.D
+    # Backward recomputes U: for d == in it needs it anyway, for d == out it is one product more.
+    a_products, b_products = (3, 2) if d == basis.in_features else (3, 3)
+    factored = {"a_side": a_products * density * K / D}
+    b_gemms = 0.0
+    if choose_b_side(basis, tokens, device_type) == "dense":
+        b_gemms = b_products * K / d
+    elif basis.format == "planes":
+        factored["b_planes"] = b_products * K / d
+    else:
+        factored["b_lists"] = b_products * density * K / d
+    entries = {
+        "form_add": density**2 * K,
+        "form_scatter": density * basis.r,
+        "form_term": K,
+        "form_entry": 1.0,
+    }
+    formation = {name: count / max(tokens, 1) for name, count in entries.items()}
+    terms = {"factored": (b_gemms, factored), "delta": (3.0, formation)}
+    if has_weight:
+        terms["merged"] = (1.0, formation)
+    return terms
 
 
 def predicted_costs(
-    basis: TernaryBasis, tokens: int, has_weight: bool, device_type: str = "cpu"
+    basis: TernaryBasis,
+    tokens: int,
+    has_weight: bool,
+    device_type: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, float]:
     """Training units (forward, dx, dlam, dgam) of each path beside the base layer's 2."""
-    density, K, d, D = basis.density, basis.K, basis.d, basis.D
-    rates = _rates(basis, device_type)
-    # Backward recomputes U: for d == in it needs it anyway, for d == out it is one product more.
-    a_products, b_products = (3, 2) if basis.expand else (3, 3)
-    b_add = density * (rates.b_planes if basis.format == "planes" else rates.b_lists)
-    if choose_b_side(basis, tokens, device_type) == "dense":
-        b_add = 1.0
-    factored = K * (a_products * density * rates.a_side / D + b_products * b_add / d)
-    form = (
-        rates.form_add * density**2 * K
-        + rates.form_scatter * density * basis.r
-        + rates.form_term * K
-        + rates.form_entry
-    )
-    formation = rates.formations * form / max(tokens, 1)
-    costs = {"factored": factored, "delta": 3 + formation}
-    if has_weight:
-        costs["merged"] = 1 + formation
-    return costs
+    known = rates(device_type, dtype, basis.format)
+    return {
+        path: gemms + sum(getattr(known, name) * count for name, count in paid.items())
+        for path, (gemms, paid) in path_terms(basis, tokens, has_weight, device_type).items()
+    }
 
 
 def choose_b_side(basis: TernaryBasis, tokens: int, device_type: str) -> str:
@@ -140,7 +129,7 @@ def explain(
         path,
         reason,
         _C.isa() if kind == "cpu" else kind,
-        predicted_costs(basis, tokens, has_weight, kind),
+        predicted_costs(basis, tokens, has_weight, kind, dtype),
         choose_b_side(basis, tokens, kind),
     )
 
@@ -174,7 +163,7 @@ def _decide(
         if forced == "merged" and not has_weight:
             return "delta", "RANDLORA_PATH asks for merged, but weight and adapter are apart"
         return forced, "RANDLORA_PATH asks for it"
-    costs = predicted_costs(basis, tokens, has_weight, device_type)
+    costs = predicted_costs(basis, tokens, has_weight, device_type, dtype)
     note = ""
     if has_weight and dtype in (torch.bfloat16, torch.float16):
         del costs["merged"]

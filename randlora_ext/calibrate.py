@@ -1,0 +1,131 @@
+"""Measures this machine's `Rates` for the choice of a path (rates.py, cost.py).
+
+    python -m randlora_ext.calibrate --out rates.json      about two minutes on an idle machine
+    RANDLORA_RATES=rates.json python train.py
+
+Each of our products is timed beside the frozen layer's GEMMs of the same size, in turn, and the
+rates are the least-squares fit of cost.py's terms to those times.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as frozen_linear
+
+from .basis import TernaryBasis
+from .cost import path_terms
+from .diagnostics import describe
+from .rates import NAMES, Rates, save
+
+_ops = torch.ops.randlora
+RANK = 32
+SIZES = ((1024, 1024), (2048, 2048), (1024, 2048))
+DENSITIES = (1 / 48, 0.07, 1 / 3)
+TOKENS = 512
+DTYPES = {"fp32": torch.float32, "16bit": torch.bfloat16}
+
+
+def _seconds(calls: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
+    """Medians, the calls taken in turn so that drift of the machine hits all of them."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(repeats + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if repeat:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def measure_size(
+    size: tuple[int, int], density: float, dtype: torch.dtype, device: str, repeats: int
+) -> list[tuple[dict[str, float], float]]:
+    """(how often each rate is paid, units measured) of the factored products and of forming dW."""
+    n_in, n_out = size
+    basis = TernaryBasis(n_in, n_out, RANK, density)
+    packed = basis.packed(device)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    x, dy, weight = random(TOKENS, n_in), random(TOKENS, n_out), random(n_out, n_in)
+    lam, gam = random(basis.r, basis.n), random(basis.n, basis.d)
+
+    def factored() -> None:
+        _ops.linear(x, None, None, lam, gam, packed, 1.0, n_out, "factored")
+        _ops.linear_backward(dy, x, None, lam, gam, packed, 1.0, "factored", True, True)
+
+    def form() -> None:
+        for _ in range(2):
+            _ops.delta_weight(lam, gam, packed, 1.0, n_out, n_in)
+        _ops.delta_weight_backward(weight, lam, gam, packed, 1.0)
+
+    def frozen() -> None:
+        frozen_linear(x, weight)
+        dy @ weight
+
+    calls = {"frozen": frozen, "factored": factored, "delta": form}
+    seconds = _seconds(calls, repeats, device)
+    unit = seconds["frozen"] / 2
+    terms = path_terms(basis, TOKENS, False, device)
+    return [(terms[path][1], seconds[path] / unit) for path in ("factored", "delta")]
+
+
+def fit(samples: list[tuple[dict[str, float], float]]) -> tuple[Rates, float]:
+    """Non-negative rates by least squares of relative errors, and the worst relative error.
+
+    A rate that would be negative is taken out, and so is one that no sample pays: both are 0.
+    """
+    counts = torch.tensor([[paid.get(name, 0.0) for name in NAMES] for paid, _ in samples])
+    measured = torch.tensor([units for _, units in samples])
+    matrix = (counts / measured[:, None]).double()
+    used = [i for i in range(len(NAMES)) if bool(counts[:, i].any())]
+    while True:
+        scale = matrix[:, used].norm(dim=0)
+        ones = torch.ones(len(samples), 1, dtype=torch.float64)
+        solution = torch.linalg.lstsq(matrix[:, used] / scale, ones).solution[:, 0] / scale
+        if bool((solution >= 0).all()):
+            break
+        del used[int(solution.argmin())]
+    values = torch.zeros(len(NAMES), dtype=torch.float64)
+    values[used] = solution
+    error = float((matrix @ values - 1).abs().max())
+    return Rates(*values.tolist()), error
+
+
+def calibrate(device: str = "cpu", repeats: int = 5, report: Callable[[str], None] = print) -> dict:
+    """{(device, "fp32" or "16bit"): Rates}, measured here."""
+    results = {}
+    for kind, dtype in DTYPES.items():
+        samples = []
+        for size in SIZES:
+            for density in DENSITIES:
+                samples += measure_size(size, density, dtype, device, repeats)
+        results[device, kind], error = fit(samples)
+        rounded = ", ".join(f"{n} {v:.3g}" for n, v in asdict(results[device, kind]).items())
+        report(f"{device} {kind}: {rounded}; the fit is off by {error:.0%} at worst")
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="file for RANDLORA_RATES; without it, print only")
+    args = parser.parse_args()
+    measured = calibrate(args.device, args.repeats)
+    if args.out:
+        save(args.out, measured, describe())
+        print(f"written; use it with RANDLORA_RATES={args.out}")
+
+
+if __name__ == "__main__":
+    main()

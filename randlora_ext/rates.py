@@ -1,0 +1,82 @@
+"""What our kernels cost on one kind of device, in multiply-adds of a dense GEMM there.
+
+The defaults are rough on purpose: they only have to rank three paths. `python -m
+randlora_ext.calibrate` measures a machine's own and writes a file that the environment variable
+RANDLORA_RATES names; `python benchmarks/layer.py --paths` shows what a choice by them loses.
+"""
+
+import functools
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Rates:
+    """In multiply-adds of a dense GEMM in the same dtype, of which a product takes T * D * d."""
+
+    a_side: float  # a multiply-add of the structured products on gathered rows
+    b_lists: float  # a signed add of the B side from lists
+    b_planes: float  # an element of the B side from bit planes, zero or not
+    # Forming dW twice in a training step and contracting its gradient once, per entry of dW: adds
+    # of compact rows (density^2 * K of them), their scatter (density * r), terms of a tensor-core
+    # product (K), and conversion with memory traffic.
+    form_add: float
+    form_scatter: float
+    form_term: float
+    form_entry: float
+
+
+NAMES = tuple(f.name for f in fields(Rates))
+
+# Measured by `python -m randlora_ext.calibrate` on 2 cores of an AVX-512 machine (EPYC, Zen 5).
+# A GEMM in bfloat16 is four times as fast there; our products compute in float32 all the same.
+_CPU_FP32 = Rates(0.58, 2.0, 0.36, 4.0, 117.0, 0.0, 66.0)
+_CPU_16BIT = Rates(2.8, 9.7, 1.5, 25.0, 406.0, 0.0, 750.0)
+# Not measured: from the floors in csrc/cuda/*.cu for an H100 in bf16, where a GEMM does 325 T
+# multiply-adds/s. A signed add gathers from L2. dW of 4096 x 4096 takes 25 us at 1/64 and 250 us
+# at 0.07, by adds of compact rows; from planes it is a product by mma.sync, half as fast as a GEMM.
+_CUDA_LISTS = Rates(2.0, 83.0, 0.0, 920.0, 0.0, 0.0, 1000.0)
+_CUDA_PLANES = Rates(2.0, 0.0, 2.0, 0.0, 0.0, 8.0, 1920.0)
+
+
+def rates(device_type: str, dtype: torch.dtype, basis_format: str) -> Rates:
+    """Those of the file that RANDLORA_RATES names, where it has this kind, or the defaults.
+
+    Raises ValueError, naming the file, where it cannot be read as one of `save`'s.
+    """
+    kind = "fp32" if dtype in (torch.float32, torch.float64) else "16bit"
+    measured = _load(os.environ.get("RANDLORA_RATES") or None)
+    if (device_type, kind) in measured:
+        return measured[device_type, kind]
+    if device_type == "cuda":
+        return _CUDA_PLANES if basis_format == "planes" else _CUDA_LISTS
+    return _CPU_FP32 if kind == "fp32" else _CPU_16BIT
+
+
+def save(path: Path, measured: dict[tuple[str, str], Rates], machine: list[str]) -> None:
+    """Writes what `rates` reads: {"rates": {"cpu": {"fp32": {...}}}}, and where it was measured."""
+    table: dict[str, dict] = {}
+    for (device, kind), value in measured.items():
+        table.setdefault(device, {})[kind] = asdict(value)
+    path.write_text(json.dumps({"machine": machine, "rates": table}, indent=1) + "\n")
+
+
+@functools.cache
+def _load(file: str | None) -> dict[tuple[str, str], Rates]:
+    if file is None:
+        return {}
+    try:
+        table = json.loads(Path(file).read_text())["rates"]
+        loaded = {(d, k): Rates(**v) for d, kinds in table.items() for k, v in kinds.items()}
+        if not all(float(x) >= 0 for r in loaded.values() for x in asdict(r).values()):
+            raise ValueError("a rate is negative")
+        return loaded
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"RANDLORA_RATES must name a file written by `python -m randlora_ext.calibrate`; "
+            f"{file} is none: {error}"
+        ) from error
