@@ -92,6 +92,8 @@ def compare(
     for name, median in medians.items():
         if name != "frozen":
             result[name] = median / medians["frozen"]
+    if paths:  # what the choice of the cost model loses against the best path
+        result["regret"] = result[result["path"]] / min(result[path] for path in paths) - 1
     return result
 
 
@@ -156,15 +158,19 @@ def _wrapped(base: nn.Linear, config: peft.PeftConfig) -> nn.Module:
 
 
 def _time(methods: dict[str, nn.Module], x: Tensor, dy: Tensor, repeats: int) -> dict[str, float]:
-    """Median seconds of a step by method; two rounds before are not counted."""
-    # Enough calls that the caches are those of this method, not of the one before.
+    """Median seconds of a step by method; two rounds before are not counted.
+
+    Each turn begins with a call that is not counted either: the caches and the allocator's free
+    pages then are those of this method, as in training, and not of the one before.
+    """
     calls = min(60, max(1, int(1e9 / (x.numel() * dy.shape[1] + 1e6))))
     times: dict[str, list[float]] = {name: [] for name in methods}
     for repeat in range(repeats + 2):
         for name, layer in methods.items():
             leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
-            start = time.perf_counter()
-            for _ in range(calls):
+            for call in range(calls + 1):
+                if call == 1:
+                    start = time.perf_counter()
                 for leaf in leaves:
                     leaf.grad = None
                 layer(x).backward(dy)
