@@ -104,12 +104,12 @@ void transpose_bases(const typename B::C* u, int64_t n, int64_t ldg, typename B:
     }
 }
 
-// P[p][i] += sum_t z[index[p]][t] * ut[t][i] for the `support` positions of one rank index: rank-one
-// updates over tokens, vectors over bases. A block is summed by itself before it is added, so that
+// P[p][i] (+)= sum_t z[index[p]][t] * ut[t][i] for the `support` positions of one rank index:
+// rank-one updates over tokens, vectors over bases. A block is summed by itself before it is added, so that
 // rounding grows with sqrt(TB + T / TB) and not with sqrt(T).
 template <class B, class Index>
 void a_grad_lists(const Index* index, int64_t support, int64_t ldg, int64_t tokens,
-                  const typename B::C* z, const typename B::C* ut, typename B::C* P) {
+                  const typename B::C* z, const typename B::C* ut, typename B::C* P, bool fresh) {
   using C = typename B::C;
   using V = Vec<C>;
   constexpr int L = kVectorBytes / int(sizeof(C));
@@ -126,7 +126,7 @@ void a_grad_lists(const Index* index, int64_t support, int64_t ldg, int64_t toke
       unrolled<rows>([&](auto m) RANDLORA_INLINED {
         for (int q = 0; q < vectors; ++q) {
           C* to = P + (p + m) * ldg + i + q * L;
-          store(to, load<V>(to) + acc[m][q]);
+          store(to, fresh ? acc[m][q] : load<V>(to) + acc[m][q]);
         }
       });
     });
@@ -155,11 +155,11 @@ void a_down(const Basis& b, int64_t j, const typename B::C* lam, const typename 
 // P and ut are those of all rank indices: P (positions, ldg), ut (r, TB, ldg).
 template <class B>
 void a_grad(const Basis& b, int64_t j, int64_t ldg, int64_t tokens, const typename B::C* z,
-            const typename B::C* ut, typename B::C* P) {
+            const typename B::C* ut, typename B::C* P, bool fresh) {
   const auto run = [&](const auto& a) {
     const int64_t first = a.plus(j), support = a.end(j) - first;
-    a_grad_lists<B>(a.index + first, support, ldg, tokens, z, ut + j * B::TB * ldg,
-                    P + first * ldg);
+    a_grad_lists<B>(a.index + first, support, ldg, tokens, z, ut + j * B::TB * ldg, P + first * ldg,
+                    fresh);
   };
   b.wide ? run(b.a.as<uint32_t>()) : run(b.a.as<uint16_t>());
 }

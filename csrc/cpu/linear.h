@@ -27,7 +27,7 @@ void transpose_gamma(const Basis& b, const void* gam, C* gT, Runtime& rt) {
   const int64_t ldg = gamma_stride<C>(b);
   rt.split(b.d, 64, [&](int64_t begin, int64_t end) {
     transpose_matrix(static_cast<const C*>(gam) + begin, b.d, b.n, end - begin, gT + begin * ldg,
-                     ldg);
+                     ldg, ldg);
   });
 }
 

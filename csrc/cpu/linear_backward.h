@@ -18,14 +18,20 @@ namespace RANDLORA_ISA {
 template <class B>
 struct BackwardScratch {
   using C = typename B::C;
-  C *gT, *dgT;  // (d, ldg) each: gamma and its gradient, transposed
-  C* P;         // (positions of A, ldg): row p belongs to the p-th entry of A's lists
-  C* z;         // (super, d, TB)
-  C* ut;        // (super, r, TB, ldg)
-  BackwardScratch(const Basis& b, int64_t super, Arena& arena) {
+  C* gT;            // (d, ldg): gamma transposed
+  C* P;             // (positions of A, ldg): row p belongs to the p-th entry of A's lists
+  C* z;             // (super, d, TB)
+  C* ut;            // (super, r, TB, ldg)
+  C *lam, *dlam;    // (r, ldg) each: lambda times the scale, and the gradient without it
+  C* tile;          // (L, ldg): L columns of dgamma, transposed
+  int64_t* cursor;  // (threads, 2 r): where each run of A's lists stands
+  BackwardScratch(const Basis& b, int64_t super, int threads, Arena& arena) {
     const int64_t ldg = gamma_stride<C>(b);
     gT = arena.take<C>(b.d * ldg);
-    dgT = arena.take<C>(b.d * ldg);
+    lam = arena.take<C>(b.r * ldg);
+    dlam = arena.take<C>(b.r * ldg);
+    tile = arena.take<C>(kVectorBytes / int64_t{sizeof(C)} * ldg);
+    cursor = arena.take<int64_t>(threads * 2 * b.r);
     P = arena.take<C>(b.a.offset[2 * b.r] * ldg);
     z = arena.take<C>(super * b.d * B::TB);
     ut = arena.take<C>(super * b.r * B::TB * ldg);
@@ -75,33 +81,55 @@ void backward_group(const LinearBackward& p, const Cut& cut, Slot<B>& s, const t
   }
 }
 
-template <class C, class Index>
-void reduce_P(const LinearBackward& p, const Lists<Index>& a, const C* gT, const C* P, C* dgT,
+// dlam and dgam from P. A slot owns some vectors of bases, so no sum is split. It goes through the
+// columns of A by tiles, all rank indices at once: P is read and dgam written once, and what is
+// summed stays in the L1 cache.
+template <class B, class Index>
+void reduce_P(const LinearBackward& p, const Lists<Index>& a, const BackwardScratch<B>& w,
               Runtime& rt) {
+  using C = typename B::C;
   using V = Vec<C>;
   constexpr int L = kVectorBytes / int(sizeof(C));
   const Basis& b = p.basis;
-  const int64_t ldg = gamma_stride<C>(b);
+  const int64_t ldg = gamma_stride<C>(b), vectors = ldg / L;
   const C scale = C(p.scale), *lam = static_cast<const C*>(p.lam);
   C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
-  // By vectors of bases: each owns its columns of dlam and of dgT, and adds rank indices in order.
-  rt.split(ldg, L, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += L) {
-      const int64_t bases = b.n - i < L ? b.n - i : L;
-      for (int64_t k = 0; k < b.d; ++k) store(dgT + k * ldg + i, V{});
-      for (int64_t j = 0; j < b.r; ++j) {
-        V sum{}, lam_j{};
-        for (int64_t l = 0; l < bases; ++l) lam_j[l] = lam[j * b.n + i + l] * scale;
-        for (int64_t q = a.plus(j); q < a.end(j); ++q) {
-          const int64_t at = a.index[q] * ldg + i;
-          const V Pq = load<V>(P + q * ldg + i) * (q < a.minus(j) ? C(1) : C(-1));
-          sum += Pq * load<V>(gT + at);
-          store(dgT + at, load<V>(dgT + at) + Pq * lam_j);
-        }
-        for (int64_t l = 0; l < bases; ++l) dlam[j * b.n + i + l] = sum[l] * scale;
+  const int slots = int(vectors < rt.width() ? vectors : rt.width());
+  rt.each_slot(slots, [&](int slot) {
+    const int64_t begin = vectors * slot / slots * L, end = vectors * (slot + 1) / slots * L;
+    const int64_t bases = (b.n < end ? b.n : end) - begin;
+    for (int64_t j = 0; j < b.r; ++j)
+      for (int64_t i = begin; i < end; ++i) {
+        w.lam[j * ldg + i] = i < b.n ? lam[j * b.n + i] * scale : C(0);
+        w.dlam[j * ldg + i] = C(0);
       }
-      transpose_matrix(dgT + i, ldg, b.d, bases, dgam + i * b.d, b.d);
+    int64_t* cursor = w.cursor + slot * 2 * b.r;
+    for (int64_t run = 0; run < 2 * b.r; ++run) cursor[run] = a.offset[run];
+    for (int64_t first = 0; first < b.d; first += L) {
+      const int64_t columns = b.d - first < L ? b.d - first : L;
+      for (int64_t k = 0; k < columns; ++k)
+        for (int64_t i = begin; i < end; i += L) store(w.tile + k * ldg + i, V{});
+      for (int64_t run = 0; run < 2 * b.r; ++run) {
+        const C sign = run % 2 ? C(-1) : C(1);
+        const int64_t j = run / 2 * ldg;
+        int64_t q = cursor[run];
+        for (; q < a.offset[run + 1] && a.index[q] < first + columns; ++q) {
+          const int64_t k = a.index[q];
+          for (int64_t i = begin; i < end; i += L) {
+            const V Pq = load<V>(w.P + q * ldg + i) * sign;
+            C *sum = w.dlam + j + i, *to = w.tile + (k - first) * ldg + i;
+            store(sum, load<V>(sum) + Pq * load<V>(w.gT + k * ldg + i));
+            store(to, load<V>(to) + Pq * load<V>(w.lam + j + i));
+          }
+        }
+        cursor[run] = q;
+      }
+      transpose_matrix(w.tile + begin, ldg, columns, bases, dgam + begin * b.d + first, b.d,
+                       columns);
     }
+    for (int64_t j = 0; j < b.r; ++j)
+      for (int64_t i = begin; i < begin + bases; ++i)
+        dlam[j * b.n + i] = w.dlam[j * ldg + i] * scale;
   });
 }
 
@@ -116,13 +144,14 @@ void linear_backward_blocks(const LinearBackward& p, Runtime& rt) {
   const int64_t ldg = gamma_stride<C>(b);
 
   Arena shared, per_slot;
-  BackwardScratch<B>(b, super, shared);
+  BackwardScratch<B>(b, super, rt.width(), shared);
   Slot<B>(b, cut.group, per_slot);
   char* memory = static_cast<char*>(rt.scratch(shared.used() + cut.slots * per_slot.used()));
   Arena arena(memory);
-  BackwardScratch<B> w(b, super, arena);
+  BackwardScratch<B> w(b, super, rt.width(), arena);
   transpose_gamma(b, p.gam, w.gT, rt);
-  if (grads) __builtin_memset(w.P, 0, size_t(b.a.offset[2 * b.r] * ldg) * sizeof(C));
+  if (grads && cut.blocks == 0)
+    __builtin_memset(w.P, 0, size_t(b.a.offset[2 * b.r] * ldg) * sizeof(C));
 
   const int64_t z_step = b.d * B::TB, ut_step = b.r * B::TB * ldg;
   for (int64_t base = 0; base < cut.blocks; base += super) {
@@ -141,12 +170,11 @@ void linear_backward_blocks(const LinearBackward& p, Runtime& rt) {
       for (int64_t j = begin; j < end; ++j)
         for (int64_t block = base; block < last; ++block)
           a_grad<B>(b, j, ldg, cut.tokens(block), w.z + (block - base) * z_step,
-                    w.ut + (block - base) * ut_step, w.P);
+                    w.ut + (block - base) * ut_step, w.P, block == 0);
     });
   }
   if (!grads) return;
-  b.wide ? reduce_P<C>(p, b.a.as<uint32_t>(), w.gT, w.P, w.dgT, rt)
-         : reduce_P<C>(p, b.a.as<uint16_t>(), w.gT, w.P, w.dgT, rt);
+  b.wide ? reduce_P<B>(p, b.a.as<uint32_t>(), w, rt) : reduce_P<B>(p, b.a.as<uint16_t>(), w, rt);
 }
 
 inline void linear_backward(const LinearBackward& p, Runtime& rt) {

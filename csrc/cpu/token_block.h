@@ -79,14 +79,16 @@ void store_block_to(const typename B::C* z, typename B::C scale, bool accumulate
   }
 }
 
-// to (cols, ldt) = from (rows, ldf) transposed, zero in columns [rows, ldt); both in C.
+// to (cols, width) = from (rows, cols) transposed, zero in columns [rows, width); both in C, with
+// row strides ldf and ldt.
 template <class C>
-void transpose_matrix(const C* from, int64_t ldf, int64_t rows, int64_t cols, C* to, int64_t ldt) {
+void transpose_matrix(const C* from, int64_t ldf, int64_t rows, int64_t cols, C* to, int64_t ldt,
+                      int64_t width) {
   using B = Block<C, kVectorBytes, 1>;
   using V = typename B::V;
-  for (int64_t q = 0; q < ldt; q += B::L) {
+  for (int64_t q = 0; q < width; q += B::L) {
     int64_t c = 0;
-    for (; c + B::L <= cols && q + B::L <= ldt; c += B::L) {
+    for (; c + B::L <= cols && q + B::L <= width; c += B::L) {
       V m[B::L];
       unrolled<B::L>(
           [&](auto l) { m[l] = q + l < rows ? load<V>(from + (q + l) * ldf + c) : V{}; });
@@ -94,7 +96,7 @@ void transpose_matrix(const C* from, int64_t ldf, int64_t rows, int64_t cols, C*
       unrolled<B::L>([&](auto l) { store(to + (c + l) * ldt + q, m[l]); });
     }
     for (; c < cols; ++c)
-      for (int64_t l = q; l < q + B::L && l < ldt; ++l)
+      for (int64_t l = q; l < q + B::L && l < width; ++l)
         to[c * ldt + l] = l < rows ? from[l * ldf + c] : C(0);
   }
 }
