@@ -28,7 +28,8 @@ def check_base_layer(module: nn.Module, argument: str) -> None:
 def features(base_layer: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of an nn.Linear or a Conv1D."""
     if is_conv1d(base_layer):
-        in_features, out_features = base_layer.weight.shape
+        weight = base_layer.weight  # ZeRO-3 leaves an empty tensor and says what it was
+        in_features, out_features = getattr(weight, "ds_shape", weight.shape)
         return in_features, out_features
     return base_layer.in_features, base_layer.out_features
 
@@ -39,20 +40,30 @@ def can_fuse(base_layer: nn.Module, x: Tensor) -> bool:
     Then base and adapter may be one operator. A subclass, a hook, a replaced forward (accelerate's
     offloading) or a weight that is no ordinary tensor (quantized, distributed) must be called.
     """
-    if type(base_layer) is not nn.Linear or "forward" in base_layer.__dict__:
+    if not is_plain_linear(base_layer):
         return False
-    if _has_any_global_hook() or any(
-        getattr(base_layer, hooks)
+    weight = base_layer.weight
+    return type(weight) in (Tensor, nn.Parameter) and matches(weight, x)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether it is an nn.Linear itself, and nobody has hooked or replaced its forward."""
+    if type(module) is not nn.Linear or "forward" in module.__dict__:
+        return False
+    return not _has_any_global_hook() and not any(
+        getattr(module, hooks)
         for hooks in (
             "_forward_hooks",
             "_forward_pre_hooks",
             "_backward_hooks",
             "_backward_pre_hooks",
         )
-    ):
-        return False
-    weight = base_layer.weight
-    if type(weight) not in (Tensor, nn.Parameter) or x.device != weight.device:
+    )
+
+
+def matches(weight: Tensor, x: Tensor) -> bool:
+    """Whether F.linear takes x and weight together."""
+    if x.device != weight.device:
         return False
     # Another dtype is an error unless autocast brings both to one; float64 it leaves alone.
     return x.dtype == weight.dtype or (

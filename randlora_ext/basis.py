@@ -274,22 +274,10 @@ class TernaryBasis:
         """
         if self._imported is not None:
             raise ValueError("slice() needs a generated basis, and this one is imported")
-        spans = []
-        for name, span, size in (
-            ("inputs", inputs, self.in_features),
-            ("outputs", outputs, self.out_features),
-        ):
-            span = range(size) if span is None else span
-            if not isinstance(span, range):
-                raise TypeError(f"{name} must be a range, got {span!r}")
-            if span.step != 1 or not 0 <= span.start < span.stop <= size:
-                raise ValueError(
-                    f"{name} must be a non-empty range of step 1 within range(0, {size}), "
-                    f"got {span}"
-                )
-            spans.append(span)
+        inputs = range(self.in_features) if inputs is None else inputs
+        outputs = range(self.out_features) if outputs is None else outputs
         other = copy.copy(self)
-        other._shape = self._shape.part(*spans)
+        other._shape = self._shape.part(inputs, outputs)
         for made in ("_packed", "_paths"):
             other.__dict__.pop(made, None)
         return other

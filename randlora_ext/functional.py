@@ -10,14 +10,16 @@ from . import ops
 from .basis import TernaryBasis
 from .cost import choose_b_side, choose_path
 from .packing import signed_seed
+from .sharded import refuse_dtensor
 
 _ops = torch.ops.randlora
+_PLAIN = (Tensor, torch.nn.Parameter)  # subclasses are looked at more closely
 
 
 def _check_diagonals(basis: TernaryBasis, lam: Tensor, gam: Tensor) -> None:
     if (  # the one question of a layer in training, which comes thousands of times a second
-        isinstance(lam, Tensor)
-        and isinstance(gam, Tensor)
+        type(lam) in _PLAIN
+        and type(gam) in _PLAIN
         and lam.shape == (basis.r, basis.n)
         and gam.shape == (basis.n, basis.d)
         and lam.is_floating_point()
@@ -31,6 +33,7 @@ def _check_diagonals(basis: TernaryBasis, lam: Tensor, gam: Tensor) -> None:
     ):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor {letters} = {shape}, got {type(value)}")
+        refuse_dtensor(name, value)
         if tuple(value.shape) != shape:
             raise ValueError(f"{name} must be {letters} = {shape}, got {tuple(value.shape)}")
         if not value.is_floating_point():
@@ -138,6 +141,8 @@ def linear(
     _check_diagonals(basis, lam, gam)
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor (..., in_features), got {type(x)}")
+    if type(x) not in _PLAIN:
+        refuse_dtensor("x", x)
     if not x.is_floating_point():
         raise TypeError(f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] != basis.in_features:

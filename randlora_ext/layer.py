@@ -11,6 +11,7 @@ from .base_layer import can_fuse, check_base_layer, features, is_conv1d
 from .basis import TernaryBasis
 from .cost import explain
 from .merging import Mergeable, adapter_dtype
+from .sharded import whole
 
 _REPR_TOKENS = 512  # for which `extra_repr` tells the path
 
@@ -172,12 +173,15 @@ class RandLoraLinear(Mergeable, nn.Module):
             )
         names = [] if self._disabled else [a for a in self._active if a not in self.merged_adapters]
         base = self.base_layer
-        if len(names) == 1 and not self._drops(names[0]) and can_fuse(base, x):
+        if len(names) == 1 and not self._drops(names[0]) and self._can_fuse(x):
             return self._part(names[0], x, base.weight, base.bias)
         y = base(x)
         for name in names:
             y = y + self._part(name, self.randlora_dropout[name](x), None, None)
         return y
+
+    def _can_fuse(self, x: Tensor) -> bool:
+        return can_fuse(self.base_layer, x)
 
     def _drops(self, name: str) -> bool:
         dropout = self.randlora_dropout[name]
@@ -194,7 +198,7 @@ class RandLoraLinear(Mergeable, nn.Module):
         otherwise (B^T, A'^T). For study and export; forward makes neither. Source: PEFT's method.
         """
         self._known("adapter", adapter)
-        lam, gam = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
+        lam, gam = self._diagonals(adapter)
         basis = self.bases[adapter]
         scaled = functional.scaled_basis(basis, lam, gam)
         B = basis.dense(lam.device, lam.dtype)[1]
@@ -209,9 +213,13 @@ class RandLoraLinear(Mergeable, nn.Module):
         return self._delta(adapter, self.randlora_lambda[adapter].dtype)
 
     def _delta(self, name: str, dtype: torch.dtype) -> Tensor:
-        lam, gam = self.randlora_lambda[name].to(dtype), self.randlora_gamma[name].to(dtype)
+        lam, gam = (t.to(dtype) for t in self._diagonals(name))
         delta = functional.delta_weight(self.bases[name], lam, gam, self.scaling[name])
         return delta.T if self.fan_in_fan_out else delta
+
+    def _diagonals(self, name: str) -> tuple[Tensor, Tensor]:
+        """Lambda and gamma outside forward, where FSDP2 has left them sharded."""
+        return whole(self.randlora_lambda[name]), whole(self.randlora_gamma[name])
 
     # ---- conveniences ------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .functional import merged_weight
+from .sharded import laid_out_like, whole
 
 
 def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -45,7 +46,8 @@ class Mergeable:
         Raises:
             ValueError: for an unknown, repeated or already merged adapter, and by safe_merge.
             TypeError: where the weight is not floating point (quantized).
-            RuntimeError: on a disabled layer. After any of these nothing has changed.
+            RuntimeError: on a disabled layer, or a weight that is not here (ZeRO-3).
+            After any of these nothing has changed.
         """
         chosen = self._active if adapter_names is None else adapter_names
         names = self._known("adapter_names", chosen)
@@ -68,7 +70,7 @@ class Mergeable:
             total = self._weight_plus(names, +1)
         else:
             total = self._weight_rounded(names, rounding_seed)
-        if safe_merge and not bool(torch.isfinite(total).all()):
+        if safe_merge and not bool(whole(torch.isfinite(total).all())):
             raise ValueError(
                 f"adapter_names {names}: the merged weight would hold NaN or inf, and safe_merge "
                 "allows only finite values; nothing was changed"
@@ -105,7 +107,8 @@ class Mergeable:
         wide = torch.float32 if weight.itemsize < 4 else torch.float64
         total = weight.to(wide, copy=True)
         for name in names:
-            total.add_(self._delta(name, adapter_dtype(weight.dtype)), alpha=sign)
+            delta = self._delta(name, adapter_dtype(weight.dtype))
+            total.add_(laid_out_like(delta, weight), alpha=sign)
         return total.to(weight.dtype)
 
     def _weight_rounded(self, names: list[str], seed: int) -> Tensor:
@@ -116,13 +119,19 @@ class Mergeable:
                 f"a weight of {weight.dtype}"
             )
         (name,) = names
-        lam, gam = self.randlora_lambda[name], self.randlora_gamma[name]
-        oriented = weight.T.contiguous() if self.fan_in_fan_out else weight
+        lam, gam = self._diagonals(name)
+        oriented = whole(weight).T.contiguous() if self.fan_in_fan_out else whole(weight)
         total = merged_weight(self.bases[name], oriented, lam, gam, self.scaling[name], seed)
-        return total.T if self.fan_in_fan_out else total
+        return laid_out_like(total.T if self.fan_in_fan_out else total, weight)
 
     def _mergeable_weight(self) -> Tensor:
         weight = self.base_layer.weight
         if not weight.is_floating_point():
             raise TypeError(f"base_layer.weight must be floating point, got {weight.dtype}")
+        if weight.numel() != self.in_features * self.out_features:
+            raise RuntimeError(
+                f"base_layer.weight is {tuple(weight.shape)} here and lies elsewhere (DeepSpeed "
+                "ZeRO-3?); merge inside deepspeed.zero.GatheredParameters(layer.parameters(), "
+                "modifier_rank=0)"
+            )
         return weight

@@ -27,7 +27,18 @@ class Shape:
         return cls(in_features, out_features, r, n, expand=in_features <= out_features)
 
     def part(self, inputs: range, outputs: range) -> "Shape":
-        """The slice that meets these inputs and outputs; ranges of step 1 within the layer."""
+        """The slice that meets these inputs and outputs; TypeError or ValueError on bad ranges."""
+        for name, span, size in (
+            ("inputs", inputs, self.in_features),
+            ("outputs", outputs, self.out_features),
+        ):
+            if not isinstance(span, range):
+                raise TypeError(f"{name} must be a range, got {span!r}")
+            if span.step != 1 or not 0 <= span.start < span.stop <= size:
+                raise ValueError(
+                    f"{name} must be a non-empty range of step 1 within range(0, {size}), "
+                    f"got {span}"
+                )
         small, large = (inputs, outputs) if self.expand else (outputs, inputs)
         return replace(
             self,

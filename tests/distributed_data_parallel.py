@@ -1,0 +1,250 @@
+"""Checks of DDP and FSDP2, run by test_distributed.py."""
+
+import copy
+
+import torch
+import torch.distributed.checkpoint as dcp
+from distributed_ranks import Place, Wire, worlds
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from randlora_ext import apply_randlora, delta_weight
+
+ROWS, SIZES = 8, (24, 40)
+
+
+def make(dtype=torch.float64, density=1 / 3):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(*SIZES, dtype=dtype), nn.Tanh(), nn.Linear(*reversed(SIZES), dtype=dtype)
+    )
+    apply_randlora(model, ["0", "2"], r=5, randlora_alpha=10, density=density)
+    for parameter in trained(model):
+        nn.init.normal_(parameter)
+    return model
+
+
+def sharded(dtype=torch.float64, **options):
+    model = make(dtype)
+    for layer in (model[0], model[2]):
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def batch(step, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(ROWS, SIZES[0], generator=generator, dtype=torch.float64).to(dtype)
+
+
+def share(place, x):
+    return x.chunk(place.world)[place.rank]
+
+
+def adam(model):
+    return torch.optim.Adam(trained(model), lr=1e-2)
+
+
+def train(model, optimizer, steps, take=lambda x: x):
+    """The mean over the batch, so that averaging over ranks gives the same as one process."""
+    for step in steps:
+        optimizer.zero_grad()
+        model(take(batch(step))).square().mean().backward()
+        optimizer.step()
+
+
+def whole(t):
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def same_parameters(model, reference, **limits):
+    pairs = zip(model.named_parameters(), reference.named_parameters(), strict=True)
+    for (name, ours), (other, theirs) in pairs:
+        assert name == other
+        torch.testing.assert_close(whole(ours), theirs, **limits or dict(rtol=1e-9, atol=1e-9))
+
+
+def bases(model):
+    return [layer.bases["default"] for layer in (model[0], model[2])]
+
+
+@worlds(2)
+def check_ddp(place: Place):
+    """Gradients as of one process, and not a byte on the wire but parameters and gradients."""
+    reference, model = make(), make()
+    reference(batch(0)).square().mean().backward()
+    with Wire() as starts:
+        parallel = DistributedDataParallel(model)
+    with Wire() as step:
+        parallel(share(place, batch(0))).square().mean().backward()
+    for ours, theirs in zip(trained(model), trained(reference), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-11, atol=1e-11)
+    everything = sum(p.numel() * p.itemsize for p in model.parameters())
+    gradients = sum(p.numel() * p.itemsize for p in trained(model))
+    assert [size for name, size in starts.sent if "broadcast" in name][-1] == everything
+    # Beside the parameters: their shapes, compared. All bases would be 10 times as much.
+    assert sum(starts.sizes) - everything < 200 < sum(b.packed_bytes() for b in bases(model))
+    assert step.sizes == [gradients]
+
+
+@worlds(2)
+def check_bases_are_not_state(place: Place):
+    """Neither parameters nor buffers nor entries of a state dict, under any wrapper."""
+    for model in (make(), DistributedDataParallel(make()), sharded()):
+        model(batch(0))  # generates and packs
+        names = {name.removeprefix("module.") for name in model.state_dict()}
+        assert names == set(make().state_dict())
+        assert {name.split(".")[1] for name in names} == {
+            "base_layer",
+            "randlora_lambda",
+            "randlora_gamma",
+        }
+        assert not list(model.buffers())
+
+
+@worlds(2)
+def check_fsdp_wire(place: Place):
+    """What is gathered is the parameters of a layer, what is reduced lambda's and gamma's."""
+    model = sharded()
+    x = share(place, batch(0))
+    with Wire() as wire:
+        model(x).square().mean().backward()
+    layers = [sum(p.numel() * p.itemsize for p in layer.parameters()) for layer in make()]
+    gradients = [sum(p.numel() * p.itemsize for p in trained(layer)) for layer in make()]
+    gathered = [size for name, size in wire.sent if "allgather" in name]
+    reduced = [size for name, size in wire.sent if "reduce_scatter" in name]
+    # Parts are padded to equal numbers of rows: n = 5 in two parts is 3 and 3, for r as well.
+    assert sorted(set(gathered)) == sorted({padded(layer, False) for layer in make()[::2]})
+    assert sorted(reduced) == sorted(padded(layer, True) for layer in make()[::2])
+    assert len(wire.sent) == len(gathered) + len(reduced) and len(gathered) <= 2 * len(layers)
+    assert sum(reduced) < 1.3 * sum(gradients)
+
+
+def padded(layer, only_trained):
+    parameters = trained(layer) if only_trained else list(layer.parameters())
+    return sum(2 * -(-len(p) // 2) * p[0].numel() * p.itemsize for p in parameters)
+
+
+@worlds(2, 4)
+def check_fsdp_trains(place: Place):
+    reference, model = make(), sharded()
+    train(reference, adam(reference), range(3))
+    train(model, adam(model), range(3), lambda x: share(place, x))
+    same_parameters(model, reference)
+
+
+@worlds(2)
+def check_fsdp_16_bit(place: Place):
+    """A bfloat16 base beside float32 lambda and gamma, and all of it cast by FSDP's policy."""
+    for dtype, policy in (
+        (torch.bfloat16, MixedPrecisionPolicy()),
+        (torch.float32, MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)),
+    ):
+        reference, model = make(dtype), sharded(dtype, mp_policy=policy)
+        if policy.param_dtype is not None:
+            reference.bfloat16()
+        x = batch(0, torch.bfloat16)
+        reference(x).float().square().mean().backward()
+        model(share(place, x)).float().square().mean().backward()
+        for ours, theirs in zip(trained(model), trained(reference), strict=True):
+            assert ours.dtype == ours.grad.dtype == torch.float32
+            gradient = whole(ours.grad)
+            assert (gradient - theirs.grad.float()).norm() < 0.02 * theirs.grad.float().norm()
+
+
+@worlds(2, 4)
+def check_fsdp_checkpoint(place: Place):
+    """Model and optimizer, saved by 2 processes after step 2 and resumed by 2 and by 4."""
+    path = place.folder / "fsdp"
+    if place.world == 2:
+        model = sharded()
+        optimizer = adam(model)
+        train(model, optimizer, range(2), lambda x: share(place, x))
+        states = get_state_dict(model, optimizer)
+        dcp.save(dict(zip(("model", "optimizer"), states, strict=True)), checkpoint_id=path)
+    reference = make()
+    train(reference, adam(reference), range(4))
+
+    model = sharded()
+    optimizer = adam(model)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.load(states, checkpoint_id=path)
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=states["model"],
+        optim_state_dict=states["optimizer"],
+    )
+    train(model, optimizer, range(2, 4), lambda x: share(place, x))
+    same_parameters(model, reference)
+    # The adapter alone, as the ordinary file that one process writes.
+    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
+    state, _ = get_state_dict(model, [], options=options)
+    if place.rank == 0:
+        assert [p.numel() for p in state.values()] == [p.numel() for p in trained(reference)]
+
+
+@worlds(2)
+def check_fsdp_outside_forward(place: Place):
+    """dW, merging and unmerging of sharded layers; unequal parts of rows (n = 5, r = 5)."""
+    reference, model = make(), sharded()
+    layer, plain = model[0], reference[0]
+    want = delta_weight(plain.bases["default"], *trained(plain), 2.0)
+    torch.testing.assert_close(layer.get_delta_weight("default"), want, rtol=1e-12, atol=1e-12)
+    factors = (each.get_scaled_bases("default") for each in (layer, plain))
+    for ours, theirs in zip(*factors, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    before = whole(layer.base_layer.weight).clone()
+    layer.merge(safe_merge=True)
+    plain.merge()
+    assert isinstance(layer.base_layer.weight, DTensor)
+    torch.testing.assert_close(whole(layer.base_layer.weight), plain.base_layer.weight)
+    torch.testing.assert_close(model(batch(0)), reference(batch(0)))
+    layer.unmerge()
+    torch.testing.assert_close(whole(layer.base_layer.weight), before)
+    # An infinity in one rank's part of the weight stops the merge on every rank.
+    if place.rank == 1:
+        with torch.no_grad():
+            layer.base_layer.weight.to_local()[0, 0] = float("inf")
+    before = whole(layer.base_layer.weight).clone()
+    try:
+        layer.merge(safe_merge=True)
+    except ValueError as error:
+        assert "NaN or inf" in str(error)
+    else:
+        raise AssertionError("merged an infinity")
+    assert not layer.merged and torch.equal(whole(layer.base_layer.weight), before)
+
+
+@worlds(2)
+def check_functions_refuse_dtensors(place: Place):
+    model = sharded()
+    basis, (lam, gam) = model[0].bases["default"], trained(model[0])
+    for arguments in ((lam, gam), (whole(lam), gam)):
+        try:
+            delta_weight(basis, *arguments)
+        except TypeError as error:
+            assert "must be a plain tensor, got a DTensor" in str(error)
+        else:
+            raise AssertionError("took a DTensor")
+
+
+@worlds(2)
+def check_copies(place: Place):
+    """A copied sharded layer shares the packed basis."""
+    model = sharded()
+    model(batch(0))
+    twin = copy.deepcopy(make()[0])
+    assert twin.bases["default"].packed() is model[0].bases["default"].packed()

@@ -1,0 +1,219 @@
+"""Checks of the rest of a tensor-parallel layer, run by test_distributed.py."""
+
+import copy
+import pickle
+
+import torch
+from distributed_ranks import Place, Wire, worlds
+from distributed_tensor_parallel import EXACT, STYLES, T, diagonals, layer, whole
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import parallelize_module
+
+from randlora_ext import RandLoraLinear
+from randlora_ext.distributed import (
+    RandLoraColwise,
+    RandLoraRowwise,
+    TensorParallelRandLoraLinear,
+)
+
+
+def ends(style):
+    return style(input_layouts=Replicate(), output_layouts=Replicate())
+
+
+def cut(plain, mesh, style):
+    return parallelize_module(copy.deepcopy(plain), mesh, ends(style))
+
+
+def inputs(plain, dtype=torch.float64):
+    return torch.randn(T, plain.in_features, dtype=torch.float64).to(dtype)
+
+
+def refused(error, words, call):
+    try:
+        call()
+    except error as raised:
+        assert words in str(raised), str(raised)
+    else:
+        raise AssertionError(f"no {error.__name__} with {words!r}")
+
+
+@worlds(2)
+def check_adapters(place: Place):
+    """A second adapter added after sharding, both at once, none, and switching."""
+    for style in STYLES:
+        plain = layer(36, 52)
+        sharded = cut(plain, place.mesh(), style)
+        for each in (plain, sharded):
+            torch.manual_seed(5)
+            each.update_layer("two", r=4, randlora_alpha=8, density=1 / 16)
+        for ours, theirs in (
+            (sharded.randlora_lambda["two"], plain.randlora_lambda["two"]),
+            (sharded.randlora_gamma["two"], plain.randlora_gamma["two"]),
+        ):
+            values = torch.randn_like(theirs)
+            theirs.data.copy_(values)
+            ours.data.copy_(DTensor.from_local(values, place.mesh(), [Replicate()]))
+        x = inputs(plain)
+        for active in (["default"], ["two"], ["default", "two"], []):
+            for each in (plain, sharded):
+                each.set_adapter(active)
+            torch.testing.assert_close(sharded(x), plain(x), **EXACT)
+        for each in (plain, sharded):
+            each.set_adapter(["default", "two"])
+        for each in (plain, sharded):
+            each(x).sum().backward()
+        for ours, theirs in zip(diagonals(sharded), diagonals(plain), strict=True):
+            torch.testing.assert_close(whole(ours.grad), theirs.grad, **EXACT)
+        sharded.disable(), plain.disable()
+        torch.testing.assert_close(sharded(x), plain(x), **EXACT)
+
+
+@worlds(2)
+def check_merging(place: Place):
+    for style in STYLES:
+        for sizes in ((36, 52), (52, 36)):
+            plain = layer(*sizes)
+            sharded, x = cut(plain, place.mesh(), style), inputs(plain)
+            delta = sharded.get_delta_weight("default")
+            torch.testing.assert_close(whole(delta), plain.get_delta_weight("default"), **EXACT)
+            want = plain(x)
+            with Wire() as wire:
+                sharded.merge()
+            assert wire.sizes == []
+            torch.testing.assert_close(sharded(x), want, **EXACT)
+            sharded.unmerge()
+            sharded.merge(safe_merge=True, keep_original=True)
+            sharded.unmerge()
+            torch.testing.assert_close(sharded(x), want, **EXACT)
+            refused(ValueError, "rounding_seed", lambda s=sharded: s.merge(rounding_seed=1))
+            if place.rank == 1:  # where gamma is replicated this is one rank's mistake, too
+                with torch.no_grad():
+                    sharded.randlora_gamma["default"].to_local().fill_(float("nan"))
+            refused(ValueError, "NaN", lambda s=sharded: s.merge(safe_merge=True))
+            assert not sharded.merged
+
+
+@worlds(2)
+def check_dropout_and_trained_bases(place: Place):
+    """Dropout keeps its mean; a base layer that trains along gets its gradients."""
+    for style in STYLES:
+        plain = layer(36, 52, randlora_dropout=0.5)
+        sharded = cut(plain, place.mesh(), style)
+        x = torch.ones(4000, 36, dtype=torch.float64)
+        difference = sharded(x).mean(0) - plain.eval()(x).mean(0)
+        spread = plain(x).mean(0).abs().max()
+        assert 1e-6 < difference.abs().max() / spread < 0.5
+        torch.testing.assert_close(sharded.eval()(x[:3]), plain(x[:3]), **EXACT)
+
+        plain = layer(36, 52)
+        sharded, x = cut(plain, place.mesh(), style), inputs(plain)
+        for each in (plain, sharded):
+            each.base_layer.requires_grad_(True)
+            each(x).square().sum().backward()
+        pairs = zip(sharded.parameters(), plain.parameters(), strict=True)
+        for ours, theirs in pairs:
+            torch.testing.assert_close(whole(ours.grad), theirs.grad, rtol=1e-9, atol=1e-9)
+
+
+@worlds(2)
+def check_16_bit(place: Place):
+    for style in STYLES:
+        plain = layer(36, 52, dtype=torch.bfloat16)
+        sharded, x = cut(plain, place.mesh(), style), inputs(plain, torch.bfloat16)
+        y, want = sharded(x), plain(x)
+        assert y.dtype == torch.bfloat16
+        assert (y - want).float().norm() < 0.01 * want.float().norm()
+        y.sum().backward(), want.sum().backward()
+        for ours, theirs in zip(diagonals(sharded), diagonals(plain), strict=True):
+            assert ours.grad.dtype == torch.float32
+            torch.testing.assert_close(whole(ours.grad), theirs.grad, rtol=1e-2, atol=1e-1)
+
+
+@worlds(2, 4)
+def check_from_shard(place: Place):
+    """A rank that has nothing but its own nn.Linear; no communication until forward."""
+    mesh = place.mesh()
+    for style in STYLES:
+        plain = layer(36, 52)
+        rows, columns = plain.base_layer.weight.shape
+        weight = plain.base_layer.weight.detach().chunk(
+            place.world, 0 if style is RandLoraColwise else 1
+        )[place.rank]
+        shard = nn.Linear(*reversed(weight.shape), dtype=torch.float64)
+        shard.weight.data = weight.clone()
+        bias = plain.base_layer.bias.detach()
+        shard.bias.data = bias.chunk(place.world)[place.rank] if rows != len(weight) else bias
+        with Wire() as wire:
+            sharded = ends(style).from_shard(
+                shard, mesh, r=5, randlora_alpha=10, density=1 / 3, projection_prng_key=9
+            )
+        assert wire.sizes == []
+        assert sharded.base_layer.weight.to_local().data_ptr() == shard.weight.data_ptr()
+        assert (sharded.in_features, sharded.out_features) == (36, 52)
+        x = inputs(plain)
+        torch.testing.assert_close(
+            sharded(x), nn.functional.linear(x, plain.base_layer.weight, bias), **EXACT
+        )  # a fresh adapter changes nothing
+        with torch.no_grad():
+            for ours, theirs in zip(diagonals(sharded), diagonals(plain), strict=True):
+                ours.copy_(DTensor.from_local(theirs.detach(), mesh, [Replicate()]))
+        torch.testing.assert_close(sharded(x), plain(x), **EXACT)
+
+
+@worlds(4)
+def check_refusals(place: Place):
+    """What cannot be cut raises before anything has changed."""
+    mesh = place.mesh()
+    for style, sizes in ((RandLoraColwise, (36, 54)), (RandLoraRowwise, (54, 36))):
+        plain = layer(*sizes)
+        refused(
+            ValueError,
+            "features must be divisible by the 4 ranks of the mesh, got 54",
+            lambda p=plain, s=style: parallelize_module(p, mesh, s()),
+        )
+        assert type(plain) is RandLoraLinear and type(plain.base_layer.weight) is nn.Parameter
+    for style in STYLES:
+        fit = layer(36, 52)
+        refused(
+            TypeError,
+            "serves RandLoraLinear, got Linear",
+            lambda s=style: parallelize_module(nn.Linear(36, 52), mesh, s()),
+        )
+        refused(
+            ValueError,
+            "one dimension, got 2",
+            lambda s=style, f=fit: s()._apply(f, place.mesh(2, 2)),
+        )
+        fit.merge()
+        refused(
+            ValueError,
+            "are merged; unmerge() first",
+            lambda s=style, f=fit: parallelize_module(f, mesh, s()),
+        )
+        fit.unmerge()
+        hook = fit.base_layer.register_forward_hook(lambda *_: None)
+        refused(TypeError, "without hooks", lambda s=style, f=fit: parallelize_module(f, mesh, s()))
+        hook.remove()
+        done = parallelize_module(fit, mesh, style())
+        refused(
+            TypeError,
+            "got TensorParallelRandLoraLinear",
+            lambda s=style, f=done: parallelize_module(f, mesh, s()),
+        )
+        refused(
+            TypeError, "shard must be an nn.Linear", lambda s=style: s().from_shard(nn.ReLU(), mesh)
+        )
+
+
+@worlds(2)
+def check_copies_and_repr(place: Place):
+    sharded = cut(layer(36, 52), place.mesh(), RandLoraColwise)
+    twin, x = copy.deepcopy(sharded), torch.randn(T, 36, dtype=torch.float64)
+    assert type(twin) is TensorParallelRandLoraLinear
+    assert torch.equal(twin(x), sharded(x))
+    assert twin.bases["default"].packed() is sharded.bases["default"].packed()
+    assert "in_features=36, out_features=52" in repr(sharded)
+    basis = sharded.bases["default"]
+    assert pickle.loads(pickle.dumps(basis)) == basis
