@@ -54,7 +54,7 @@ def update():
     """dW = B A': shapes, what is fixed, what is trained."""
     figure, axes = canvas(9, 3.5, (18, 7))
     box(axes, 0.5, 1, 3, 5, DATA, "dW / s")
-    note(axes, 2, 0.5, "(D, d), full rank")
+    note(axes, 2, 0.5, "(D, d), up to full rank")
     note(axes, 4.1, 3.5, "=", size=16)
     box(axes, 4.8, 1, 4, 5, FIXED)
     axes.plot([6.8, 6.8], [1, 6], color="#444", lw=0.8, ls="--")
