@@ -47,7 +47,7 @@ class Mergeable:
             ValueError: for an unknown, repeated or already merged adapter, and by safe_merge.
             TypeError: where the weight is not floating point (quantized).
             RuntimeError: on a disabled layer, or a weight that is not here (ZeRO-3).
-            After any of these nothing has changed.
+                After any of these nothing has changed.
         """
         chosen = self._active if adapter_names is None else adapter_names
         names = self._known("adapter_names", chosen)

@@ -164,7 +164,7 @@ class RandLoraRowwise(_RandLoraStyle):
         use_local_output: y as a plain tensor, or as a DTensor.
 
     Raises:
-        As `RandLoraColwise`, for in_features.
+        TypeError, ValueError: as `RandLoraColwise`, for in_features.
     """
 
     cut_outputs, input_layout = False, Shard(-1)
