@@ -6,18 +6,26 @@
 transformers only provides the model here; any `nn.Module` with linear layers will do.
 """
 
+import json
+
 import torch
 from causal_lm import TARGETS, load_blocks, load_model, parse, parser
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from randlora_ext import RandLoraLinear, apply_randlora
 
 
-def adapted(args) -> nn.Module:
-    """The model with adapters. Whoever opens the file later must give the same options."""
-    options = {"r": args.rank, "randlora_alpha": 20 * args.rank, "density": args.density}
-    return apply_randlora(load_model(args), TARGETS, **options, projection_prng_key=0)
+def options_of(args) -> dict:
+    """What says which bases lambda and gamma belong to; saved with them."""
+    scaling = 20
+    return {
+        "r": args.rank,
+        "randlora_alpha": scaling * args.rank,
+        "density": args.density,
+        "projection_prng_key": 0,
+    }
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -27,7 +35,8 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 def main() -> None:
     args = parse(parser(__doc__.splitlines()[0]))
     device = torch.device("cuda" if torch.cuda.is_available() and not args.toy else "cpu")
-    model = adapted(args).to(device).train()
+    options = options_of(args)
+    model = apply_randlora(load_model(args), TARGETS, **options).to(device).train()
     blocks = load_blocks(args).to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
     print(f"{sum(p.numel() for p in trained):,} parameters are trained")
@@ -45,13 +54,15 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "randlora.safetensors"
-    save_file(adapter_state(model), file)
+    save_file(adapter_state(model), file, metadata={"randlora": json.dumps(options)})
     print(f"{file}: {file.stat().st_size:,} bytes")
 
     model.eval()
     with torch.no_grad():
         want = model(blocks[:1]).logits
-        fresh = adapted(args).to(device).eval()
+        with safe_open(file, framework="pt") as saved:
+            options = json.loads(saved.metadata()["randlora"])
+        fresh = apply_randlora(load_model(args), TARGETS, **options).to(device).eval()
         fresh.load_state_dict(load_file(file), strict=False)  # the base layers are there already
         difference = (fresh(blocks[:1]).logits - want).abs().max().item()
         print(f"reloaded: largest difference {difference:.1e}")

@@ -109,7 +109,8 @@ def test_what_does_not_fit_is_told(tmp_path, base_folder):
     (tmp_path / "base").mkdir()
     assert "neither model" in refused("--inspect", tmp_path / "a", "--base", tmp_path / "base")
     (tmp_path / "file").write_text("")
-    assert "adapter_config.json" in refused("--inspect", tmp_path / "file")
+    assert "damaged" in refused("--inspect", tmp_path / "file")
+    assert "adapter_config.json" in refused("--inspect", tmp_path / "nowhere")
 
 
 def test_stock_adapters_and_those_under_layers(tmp_path, base_folder):

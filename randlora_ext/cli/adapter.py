@@ -1,48 +1,60 @@
-"""An adapter folder of PEFT's format, read without its model."""
+"""A saved adapter, a folder of PEFT's format or a file of λ and γ, read without its model."""
 
 import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..peft import RandLoraConfig, enable
 from .errors import CliError, first_line
+from .plain_file import PREFIX, read_plain_file, read_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
 LAMBDA, GAMMA = ".randlora_lambda", ".randlora_gamma"
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a folder holds.
+    """What was saved.
 
     Attributes:
-        settings: adapter_config.json as it stands.
-        config: the same as a `RandLoraConfig`.
+        source: the folder, or the file where there is no folder.
+        file: the safetensors file.
+        settings: adapter_config.json as it stands; empty where there is none.
+        config: what says which bases, and the rest of the settings.
         layers: (lambda (r, n), gamma (n, d)) by the path of the layer in the base model.
         bases: "randlora_A" (r, 1, d) and "randlora_B" (D, n, r) of the largest layers, where saved.
         others: tensors of modules_to_save and biases, by their path in the base model.
+        tensors: all but bases, by PEFT's keys.
     """
 
-    folder: Path
+    source: Path
+    file: Path
     settings: dict
     config: RandLoraConfig
     layers: dict[str, tuple[Tensor, Tensor]]
     bases: dict[str, Tensor]
     others: dict[str, Tensor]
+    tensors: dict[str, Tensor]
 
     @property
     def file_bytes(self) -> int:
-        return (self.folder / WEIGHTS).stat().st_size
+        return self.file.stat().st_size
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """Reads a folder of ``save_pretrained``. CliError where it is not a RandLoRA adapter."""
+def read_adapter(source: Path) -> Adapter:
+    """Reads a folder of ``save_pretrained``, or a file that `plain_file` describes.
+
+    CliError where it is no RandLoRA adapter.
+    """
+    if source.is_file():
+        return _sorted(source, source, {}, *read_plain_file(source))
+    return _read_folder(source)
+
+
+def _read_folder(folder: Path) -> Adapter:
     settings = read_json(folder / CONFIG, "an adapter has one; see PEFT's save_pretrained")
     kind = settings.get("peft_type")
     if kind != "RANDLORA":
@@ -54,11 +66,7 @@ def read_adapter(folder: Path) -> Adapter:
             f"{file} does not exist; only safetensors are read, never a pickle such as "
             "adapter_model.bin: open that in PEFT and save it again"
         )
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CliError(f"{file} is damaged or no safetensors file: {first_line(error)}") from error
-    return _sorted(folder, settings, config, tensors)
+    return _sorted(folder, file, settings, config, read_tensors(file)[0])
 
 
 def read_json(path: Path, needed: str) -> dict:
@@ -82,17 +90,13 @@ def _config(folder: Path) -> RandLoraConfig:
             config = RandLoraConfig.from_pretrained(str(folder))
     except Exception as error:  # PEFT raises whatever its fields' conversions raise
         raise CliError(f"{folder / CONFIG}: {first_line(error)}") from error
-    if isinstance(config.r, bool) or not isinstance(config.r, int) or config.r < 1:
-        raise CliError(f"{folder / CONFIG}: r must be a positive integer, got {config.r!r}")
-    if not isinstance(config.randlora_alpha, (int, float)):
-        raise CliError(
-            f"{folder / CONFIG}: randlora_alpha must be a number, got {config.randlora_alpha!r}"
-        )
     return config
 
 
-def _sorted(folder: Path, settings: dict, config: RandLoraConfig, tensors: dict) -> Adapter:
-    file = folder / WEIGHTS
+def _sorted(
+    source: Path, file: Path, settings: dict, config: RandLoraConfig, tensors: dict[str, Tensor]
+) -> Adapter:
+    _check_numbers(source, config)
     layers, bases, copies, others = {}, {}, {}, {}
     for key, tensor in tensors.items():
         if key in ("base_model.randlora_A", "base_model.randlora_B"):
@@ -118,7 +122,16 @@ def _sorted(folder: Path, settings: dict, config: RandLoraConfig, tensors: dict)
         raise CliError(f"{file} holds {next(iter(bases))} alone; both bases belong together")
     if bases:
         _check_bases(file, **bases, r=config.r, sizes=[gam.shape for _, gam in layers.values()])
-    return Adapter(folder, settings, config, layers, bases, others)
+    kept = {k: v for k, v in tensors.items() if not k.endswith((".randlora_A", ".randlora_B"))}
+    return Adapter(source, file, settings, config, layers, bases, others, kept)
+
+
+def _check_numbers(source: Path, config: RandLoraConfig) -> None:
+    r, alpha = config.r, config.randlora_alpha
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise CliError(f"{source}: r must be a positive integer, got {r!r}")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise CliError(f"{source}: randlora_alpha must be a number, got {alpha!r}")
 
 
 def _check_diagonals(file: Path, path: str, lam: Tensor, gam: Tensor | None, r: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from peft.tuners.randlora.layer import RandLoraLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..peft import RandLoraConfig
@@ -50,9 +50,8 @@ def convert(
         config, told = _without_bases(adapter, density)
         bases = {}
     with new_folder(out) as folder:
-        copies = tuple(f".{name}" for name in _BASES)
-        state = {k: v for k, v in load_file(source / WEIGHTS).items() if not k.endswith(copies)}
-        state |= {f"base_model.{name}": basis.contiguous() for name, basis in bases.items()}
+        written = {f"base_model.{name}": basis.contiguous() for name, basis in bases.items()}
+        state = adapter.tensors | written
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
         _keep_written_fields(adapter, folder)
@@ -77,8 +76,10 @@ def _with_bases(
 
 
 def _without_bases(adapter: Adapter, density: float | None) -> tuple[RandLoraConfig, str]:
+    if adapter.source == adapter.file:
+        return adapter.config, "a folder that randlora_ext.peft opens"
     if not adapter.bases:
-        raise CliError(f"{adapter.folder} holds no bases: it is compact already")
+        raise CliError(f"{adapter.source} holds no bases: it is compact already")
     if density is None and (config := _as_config(adapter)) and _same(adapter, config):
         readers = "randlora_ext" if config.density is not None else "stock PEFT and randlora_ext"
         return config, f"{readers} draws its bases again from the key"
@@ -88,7 +89,7 @@ def _without_bases(adapter: Adapter, density: float | None) -> tuple[RandLoraCon
             return config, f"randlora_ext generates its bases (density {guess:.6g})"
     tried = "as PEFT draws them or as generated" if density is None else f"at density {density}"
     raise CliError(
-        f"{adapter.folder}: the saved bases are not those of projection_prng_key "
+        f"{adapter.source}: the saved bases are not those of projection_prng_key "
         f"{adapter.config.projection_prng_key} {tried}, so they must stay"
     )
 

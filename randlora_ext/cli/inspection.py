@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .adapter import WEIGHTS, Adapter, read_adapter
+from .adapter import Adapter, read_adapter
 from .checkpoint import find_base, read_checkpoint
 from .errors import CliError
 from .outputs import new_file
@@ -122,9 +122,9 @@ def _head(adapter: Adapter) -> list[str]:
     held = f"saved, {bases:,} bytes in one copy" if adapter.bases else "not saved"
     others = f"; and {len(adapter.others)} other tensors" if adapter.others else ""
     return [
-        f"adapter: {adapter.folder}",
+        f"adapter: {adapter.source}",
         "config: " + ", ".join(f"{k}={v}" for k, v in fields.items() if v not in (None, False)),
-        f"{WEIGHTS}: {adapter.file_bytes:,} bytes; bases: {held}",
+        f"{adapter.file.name}: {adapter.file_bytes:,} bytes; bases: {held}",
         f"{len(adapter.layers)} layers, {trained:,} trained numbers in lambda and gamma{others}",
     ]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .check import check
-from .errors import CliError
+from .errors import CliError, first_line
 
 # Options that belong to one action, or to several.
 _BELONGS = {
@@ -44,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(action: str, options: dict) -> int:
     if action == "bench":
-        _need("peft", "--bench compares with PEFT")
+        _need("randlora_ext.peft", "--bench compares with PEFT")
         return import_module(".bench", __package__).bench()
-    _need("peft", f"--{action} reads adapters by PEFT")
+    _need("randlora_ext.peft", f"--{action} reads adapters by PEFT")
     if action == "inspect":
         run = import_module(".inspection", __package__).inspect
         return run(options["inspect"], options["base"], options["layers"], options["plot"])
@@ -58,11 +58,11 @@ def _run(action: str, options: dict) -> int:
     return run(*options["merge"], options["rounding_seed"])
 
 
-def _need(package: str, why: str) -> None:
+def _need(module: str, why: str) -> None:
     try:
-        import_module(package)
+        import_module(module)
     except ImportError as error:
-        raise CliError(f"{why}, which cannot be imported ({error}); pip install peft") from error
+        raise CliError(f"{why}: {first_line(error)}") from error
 
 
 class _Parser(argparse.ArgumentParser):

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from ..peft.layer import AcceleratedLinear
-from .adapter import GAMMA, LAMBDA, PREFIX, WEIGHTS, Adapter
+from .adapter import GAMMA, LAMBDA, Adapter
 from .checkpoint import Checkpoint, locate
 from .errors import CliError, first_line
+from .plain_file import PREFIX
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +89,9 @@ def skeleton(
             result = peft.set_peft_model_state_dict(model, state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = first_line(error) + "".join(str(error).splitlines()[1:2])
-        raise CliError(f"{adapter.folder / WEIGHTS} does not fit its model: {reason}") from error
+        raise CliError(f"{adapter.file} does not fit its model: {reason}") from error
     if result.unexpected_keys:
-        raise CliError(f"{adapter.folder / WEIGHTS} holds {result.unexpected_keys[0]}, unexpected")
+        raise CliError(f"{adapter.file} holds {result.unexpected_keys[0]}, unexpected")
     return model.eval()
 
 
