@@ -21,7 +21,6 @@ SIZES, R = (40, 56), 8
 def make():
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(*SIZES), nn.Tanh(), nn.Linear(*reversed(SIZES)))
-    randlora_ext.peft.enable()
     config = peft.RandLoraConfig(r=R, target_modules=["0", "2"], sparse=True, randlora_alpha=8)
     return randomize(peft.get_peft_model(base, config))
 
@@ -44,6 +43,7 @@ def train(model, optimizer, batches, backward):
 
 def main() -> None:
     torch.set_num_threads(1)
+    randlora_ext.peft.enable()
     sent = []  # numbers of elements of every tensor that DistributedDataParallel sends
     broadcast = torch.distributed._broadcast_coalesced
 

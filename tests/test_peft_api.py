@@ -1,6 +1,7 @@
 """randlora_ext.peft: the rest of PEFT's interface, with stock PEFT as the oracle."""
 
 import contextlib
+import copy
 import io
 import json
 import subprocess
@@ -116,6 +117,35 @@ def test_a_second_injected_adapter_leaves_the_first(tmp_path):
     for layer in layers(model):
         layer.set_adapter("two")
     assert relative(randomize(model, seed=2)(x), first) > 0.1
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"], ids=str)
+def test_targets_that_peft_chooses(targets):
+    """By the type of the model, or all linear layers; a second adapter meets wrapped layers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, vocab_size=50))
+    tokens = torch.randint(0, 50, (2, 6))
+
+    def chosen():
+        return peft.RandLoraConfig(r=8, sparse=True, target_modules=targets)
+
+    names, outputs = [], []
+    for enabled in (False, True):
+        accelerated.enable() if enabled else accelerated.disable()
+        model = peft.get_peft_model(copy.deepcopy(base), chosen())
+        model.add_adapter("two", chosen())
+        model.base_model.set_adapter(["default", "two"])
+        outputs.append(randomize(model)(tokens).logits)
+        injected = peft.inject_adapter_in_model(chosen(), copy.deepcopy(base))
+        injected = peft.inject_adapter_in_model(chosen(), injected, adapter_name="two")
+        names.append(
+            [n for m in (model, injected) for n, _ in m.named_parameters() if "randlora_" in n]
+        )
+    assert names[0] == names[1] and any(name.endswith("_lambda.two") for name in names[1])
+    assert relative(outputs[1], outputs[0]) < 1e-5
 
 
 def test_transformers_integration(tmp_path, monkeypatch):

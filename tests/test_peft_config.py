@@ -18,6 +18,8 @@ from peft_helpers import (
 )
 from torch import nn
 
+from randlora_ext.peft.bases import BASES
+
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 
 
@@ -112,6 +114,30 @@ def test_output_gradients_and_saved_file_are_those_of_stock(tmp_path, field):
     with pytest.warns() if copies else contextlib.nullcontext():
         loaded = peft.PeftModel.from_pretrained(Stack().double(), tmp_path / "ours")
     assert relative(loaded(x), ours.eval()(x)) < 1e-6
+
+
+@pytest.mark.parametrize("init_weights", [True, False])
+@pytest.mark.parametrize("kind", [{"sparse": True}, {"very_sparse": True}, {}], ids=str)
+def test_first_numbers_and_random_state_are_those_of_stock(kind, init_weights):
+    """A script that sets a seed goes on with the same data order and dropout."""
+    results = []
+    for enabled in (False, True):
+        accelerated.enable() if enabled else accelerated.disable()
+        base = Stack()
+        torch.manual_seed(4)
+        model = peft.get_peft_model(
+            base, config(5, targets=["up", "down"], init_weights=init_weights, **kind)
+        )
+        results.append(
+            {name: p.clone() for name, p in model.named_parameters()}
+            | {"random state": torch.get_rng_state()}
+            | {name: getattr(model.base_model, name)["default"] * 1 for name in BASES}
+        )
+    assert results[0].keys() == results[1].keys()
+    for name, wanted in results[0].items():
+        assert torch.equal(results[1][name], wanted), name
+    lambdas = [value for name, value in results[1].items() if "randlora_lambda" in name]
+    assert lambdas and all(bool(value.any()) == (not init_weights) for value in lambdas)
 
 
 def test_no_field_is_forgotten():

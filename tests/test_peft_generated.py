@@ -199,6 +199,28 @@ def test_a_file_that_does_not_fit_raises_and_changes_nothing(tmp_path, spoil, me
     assert torch.equal(base(x), Deep()(x))
 
 
+def test_what_a_file_lacks_is_named_as_by_stock(tmp_path):
+    accelerated.enable()
+    chosen = deep_config(5, sparse=True, save_projection=False)
+    peft.get_peft_model(Deep(), chosen).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    state = load_file(file)
+    state["base_model.model.z.randlora_gamma"] = state.pop("base_model.model.a.randlora_gamma")
+    save_file(state, file, metadata={"format": "pt"})
+    results = []
+    for enabled in (False, True):
+        accelerated.enable() if enabled else accelerated.disable()
+        with pytest.warns(UserWarning, match=r"missing adapter keys .*model\.a\.randlora_gamma"):
+            model = peft.PeftModel.from_pretrained(Deep(), tmp_path)
+        result = model.load_adapter(tmp_path, "default")
+        results.append((result.missing_keys, result.unexpected_keys))
+    assert results[1] == results[0]
+    assert results[1] == (
+        ["base_model.model.a.randlora_gamma.default"],
+        ["base_model.model.z.randlora_gamma"],
+    )
+
+
 def cut(data):
     return data[: len(data) // 2]
 

@@ -125,8 +125,10 @@ def test_two_processes(tmp_path):
     assert results[0]["parameters"] == results[1]["parameters"]
     for result in results:
         assert sorted(result["sent"]) == sorted(result["own"])  # parameters alone
-    # as one process with the whole batch
+    # as stock PEFT in one process with the whole batch
+    accelerated.disable()
     model = make()
+    assert type(model.base_model) is peft.tuners.randlora.RandLoraModel
     train(model, torch.optim.SGD(model.parameters(), lr=1e-2), data(), lambda loss: loss.backward())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft_helpers import (
     SEQ_2_SEQ_LM,
+    StockLinear,
     accelerated,
     config,
     pair,
@@ -147,19 +148,32 @@ def test_merge_and_unload(make):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize("make", MODELS)
 def test_gradient_checkpointing(make, reentrant):
-    _, ours = models(make)
+    """As without it, and as stock PEFT with it."""
+    stock, ours = models(make)
     inputs = batch(make)
-    wanted = loss_and_gradients(ours.train(), inputs)
-    ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    ours.enable_input_require_grads()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        got = loss_and_gradients(ours, inputs)
-    assert relative(got[0], wanted[0]) < 1e-6 and got[2].keys() == wanted[2].keys()
-    for name, gradient in got[2].items():
-        assert relative(gradient, wanted[2][name]) < 1e-5, name
+    if make is vit:  # reentrant checkpoints need an input with a gradient
+        inputs["pixel_values"].requires_grad_()
+    without = loss_and_gradients(ours.train(), inputs)
+    results, runs = [], []
+    for model in (ours, stock.train()):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if make is not vit:
+            model.enable_input_require_grads()
+        layer = next(m for m in model.modules() if isinstance(m, StockLinear))
+        calls = []
+        layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            results.append(loss_and_gradients(model, inputs))
+        runs.append(len(calls))
+    assert runs[0] == runs[1] >= 2  # computed again for backward
+    for wanted, tolerance in ((results[1], 1e-4), (without, 1e-5)):
+        assert relative(results[0][0], wanted[0]) < 1e-6
+        assert results[0][2].keys() == wanted[2].keys()
+        for name, gradient in results[0][2].items():
+            assert relative(gradient, wanted[2][name]) < tolerance, name
 
 
 @pytest.mark.parametrize("make", MODELS)
@@ -214,7 +228,8 @@ def test_trainer(tmp_path, bf16):
         trainer = transformers.Trainer(model=model, args=arguments, train_dataset=examples)
         trainer.train()
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
-        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+        # ours also from the checkpoint of stock: adapter, optimizer and scheduler
+        trainer.train(resume_from_checkpoint=str(tmp_path / "0" / "checkpoint-2"))
         resumed.append([log["loss"] for log in trainer.state.log_history if "loss" in log][-1])
     assert len(losses[0]) == 3
     assert losses[1] == pytest.approx(losses[0], rel=0.02 if bf16 else 1e-4)

@@ -14,6 +14,7 @@ from peft_helpers import (
     relative,
     run,
 )
+from safetensors.torch import load_file
 from torch import nn
 
 pytestmark = [
@@ -79,7 +80,10 @@ def rounded(layer, weight):
     return bnb.functional.dequantize_4bit(packed, state)
 
 
-@pytest.mark.parametrize("kind", [{}, {"sparse": False}], ids=["packed", "uniform"])
+QUANTIZED_KINDS = {"packed": {}, "uniform": {"sparse": False}, "dropout": {"randlora_dropout": 0.3}}
+
+
+@pytest.mark.parametrize("kind", QUANTIZED_KINDS.values(), ids=QUANTIZED_KINDS)
 @pytest.mark.parametrize("bits", BITS)
 def test_forward_and_gradients_are_those_of_stock(bits, kind):
     stock, ours = pair(bits, **kind)
@@ -87,7 +91,29 @@ def test_forward_and_gradients_are_those_of_stock(bits, kind):
         f"AcceleratedLinear{bits}bit" + "Lt" * (bits == 8)
     ] * 3
     x, dy = torch.randn(5, 64), torch.randn(5, 64)
-    assert_close(run(ours, x, dy), run(stock, x, dy), 1e-5)
+    results = []
+    for model in (ours, stock):
+        torch.manual_seed(3)  # for dropout
+        results.append(run(model, x, dy))
+    assert_close(*results, 1e-5)
+
+
+@pytest.mark.parametrize("save_projection", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_each_reads_what_the_other_wrote(tmp_path, bits, save_projection):
+    stock, ours = pair(bits, save_projection=save_projection)
+    x = torch.randn(5, 64)
+    files = []
+    for model, reader in ((stock, accelerated.enable), (ours, accelerated.disable)):
+        model.save_pretrained(tmp_path)
+        reader()
+        loaded = peft.PeftModel.from_pretrained(Quantized(bits), tmp_path)
+        assert relative(loaded(x), model.eval()(x)) < 0.01  # bitsandbytes: state in 16 bits
+        files.append(load_file(tmp_path / "adapter_model.safetensors"))
+    theirs, mine = files
+    copies = {key for key in theirs if ".model." in key and key.endswith(("_A", "_B"))}
+    assert mine.keys() == theirs.keys() - copies
+    assert all(relative(value, theirs[key]) < 1e-6 for key, value in mine.items())
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import subprocess
 import sys
 import weakref
 
@@ -182,6 +183,31 @@ def test_missing_or_old_peft(monkeypatch, installed, message):
         monkeypatch.setattr(peft, "__version__", installed)
     with pytest.raises(ImportError, match=rf"{message}.*pip install.*peft>=0\.18"):
         _require.check_peft()
+
+
+WITHOUT_PEFT = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"peft", "transformers", "accelerate", "bitsandbytes"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+import torch, randlora_ext
+model = torch.nn.Sequential(torch.nn.Linear(12, 20))
+randlora_ext.apply_randlora(model, target_modules=["0"], r=4)
+model(torch.randn(3, 12)).sum().backward()
+assert model[0].randlora_lambda["default"].grad.any()
+try:
+    import randlora_ext.peft
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_without_peft_the_core_works():
+    run = subprocess.run([sys.executable, "-c", WITHOUT_PEFT], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "not installed; install it with `pip install 'peft>=0.18'`" in run.stdout
 
 
 def test_newer_peft_than_tested(monkeypatch):

@@ -74,6 +74,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
         PEFT's looks at nn.Linear and Conv1D; an added adapter meets them wrapped, and a wrapped
         quantized layer is neither.
         """
+        # Where the user left the targets to PEFT.
+        config = self._prepare_adapter_config(config, self.get_model_config(self.model))
         wrapped = [
             (module.out_features, module.in_features)
             for name, module in self.model.named_modules()
