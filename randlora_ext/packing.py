@@ -73,6 +73,8 @@ def pack_dense(name: str, matrix: Tensor) -> tuple[Tensor, float]:
         planes, value = _ops.pack_dense(matrix.cpu())
     except RuntimeError as error:
         message = str(error).splitlines()[0].split("randlora: ")[-1]
+        if not message.startswith("dense "):
+            raise  # no fault of the matrix: memory ran out
         raise ValueError(f"{name} cannot be packed: {message}") from error
     return planes, float(value)
 

@@ -175,11 +175,11 @@ Tensor lists_to_dense_op(Tensor offset, Tensor index, int64_t cols, double value
 
 template <class Library>
 void implement(Library& m) {
-  m.impl("fill_planes_", TORCH_BOX(&fill_planes_));
-  m.impl("pack_dense", TORCH_BOX(&pack_dense_op));
-  m.impl("planes_to_lists", TORCH_BOX(&planes_to_lists));
-  m.impl("planes_to_dense", TORCH_BOX(&planes_to_dense_op));
-  m.impl("lists_to_dense", TORCH_BOX(&lists_to_dense_op));
+  m.impl("fill_planes_", RANDLORA_BOX(fill_planes_));
+  m.impl("pack_dense", RANDLORA_BOX(pack_dense_op));
+  m.impl("planes_to_lists", RANDLORA_BOX(planes_to_lists));
+  m.impl("planes_to_dense", RANDLORA_BOX(planes_to_dense_op));
+  m.impl("lists_to_dense", RANDLORA_BOX(lists_to_dense_op));
 }
 
 }  // namespace

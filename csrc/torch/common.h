@@ -4,9 +4,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <exception>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../core/operators.h"
@@ -29,6 +31,30 @@ class TorchRuntime : public Runtime {
  private:
   std::optional<Tensor> block_;  // of this call, where it is not the thread's
 };
+
+// ---- what goes wrong in torch (reason.cpp) ---------------------------------------------------------
+
+// torch's C interface tells by a code that a call failed, and its C++ wrappers then throw the text of
+// the call. This throws torch's own reason instead ("CUDA out of memory. ...", which callers look
+// for), or `error` as it is where it came from us.
+[[noreturn]] void throw_with_reason(const std::exception& error);
+
+// Function as registered: with torch's own reason where a call into torch fails.
+template <auto function>
+struct Explained;
+template <class Result, class... Args, Result (*function)(Args...)>
+struct Explained<function> {
+  static Result call(Args... args) {
+    try {
+      return function(std::move(args)...);
+    } catch (const std::exception& error) {
+      throw_with_reason(error);
+    }
+  }
+  // By a function: g++ 12 does not compile a body whose address is only a template's argument.
+  static constexpr auto address() { return &call; }
+};
+#define RANDLORA_BOX(function) TORCH_BOX(randlora::Explained<&function>::address())
 
 // ---- checks (check.cpp); each message names the argument, what it was and what is allowed --------
 

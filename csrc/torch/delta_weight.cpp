@@ -65,9 +65,9 @@ std::tuple<Tensor, Tensor> delta_weight_backward(Tensor grad, Tensor lam, Tensor
 
 template <class Library>
 void implement(Library& m) {
-  m.impl("delta_weight", TORCH_BOX(&delta_weight));
-  m.impl("merged_weight", TORCH_BOX(&merged_weight));
-  m.impl("delta_weight_backward", TORCH_BOX(&delta_weight_backward));
+  m.impl("delta_weight", RANDLORA_BOX(delta_weight));
+  m.impl("merged_weight", RANDLORA_BOX(merged_weight));
+  m.impl("delta_weight_backward", RANDLORA_BOX(delta_weight_backward));
 }
 
 }  // namespace

@@ -161,8 +161,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(
 
 template <class Library>
 void implement(Library& m) {
-  m.impl("linear", TORCH_BOX(&linear));
-  m.impl("linear_backward", TORCH_BOX(&linear_backward));
+  m.impl("linear", RANDLORA_BOX(linear));
+  m.impl("linear_backward", RANDLORA_BOX(linear_backward));
 }
 
 }  // namespace

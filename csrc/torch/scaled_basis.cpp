@@ -52,8 +52,8 @@ std::tuple<Tensor, Tensor> scaled_basis_backward(Tensor grad, Tensor A, Tensor l
 
 template <class Library>
 void implement(Library& m) {
-  m.impl("scaled_basis", TORCH_BOX(&scaled_basis));
-  m.impl("scaled_basis_backward", TORCH_BOX(&scaled_basis_backward));
+  m.impl("scaled_basis", RANDLORA_BOX(scaled_basis));
+  m.impl("scaled_basis_backward", RANDLORA_BOX(scaled_basis_backward));
 }
 
 }  // namespace

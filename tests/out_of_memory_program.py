@@ -1,0 +1,122 @@
+"""Run by test_out_of_memory.py with fail_allocations.cpp preloaded; prints faults by action.
+
+Every action is tried with its first allocation failing, then its second, and so on until one goes
+through. After each fault nothing may have changed, and the layer has to compute the same bits.
+"""
+
+import ctypes
+import json
+import os
+
+import torch
+from layer_helpers import inputs, make_base, randomize, run
+
+from randlora_ext import RandLoraLinear, TernaryBasis, merged_weight, packing
+
+FAULTS = ctypes.CDLL(None)
+FAULTS.failures.restype = ctypes.c_long
+DENSITIES = {"planes": 1 / 3, "lists": 0.07}
+
+
+def with_failing_allocation(n: int, action) -> bool:
+    """Whether `action()` ended with an error because its n-th allocation failed."""
+    before = FAULTS.failures()
+    FAULTS.fail_at(ctypes.c_long(n))
+    try:
+        action()
+        raised = False
+    except (RuntimeError, MemoryError) as error:
+        assert "memory" in str(error).lower() or isinstance(error, MemoryError), error
+        raised = True
+    finally:
+        FAULTS.fail_at(ctypes.c_long(-1))
+    assert raised == (FAULTS.failures() > before), "an allocation failed and nothing was raised"
+    return raised
+
+
+def snapshot(layer: RandLoraLinear) -> list:
+    state = layer.state_dict()
+    return [sorted(state), layer.merged_adapters[:], [*layer.bases], layer.active_adapters] + [
+        state[name].clone() for name in sorted(state)
+    ]
+
+
+def same(a: list, b: list) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def results(layer: RandLoraLinear, x: torch.Tensor, dy: torch.Tensor) -> list:
+    return [layer(x)] if layer.merged else run(layer, x, dy)
+
+
+def fresh(density: float, dtype=torch.float32) -> RandLoraLinear:
+    """A layer whose basis is not packed yet."""
+    assert not packing._cache, "somebody holds a basis"
+    base = make_base(130, 70, dtype=dtype)
+    return randomize(RandLoraLinear(base, r=9, density=density))
+
+
+def try_all(name: str, density: float, action, prepare=lambda layer: None, dtype=torch.float32):
+    """Prints how many allocations of `action(layer)` were made to fail."""
+    layer = fresh(density, dtype)
+    prepare(layer)
+    x, dy = inputs(layer, 33, dtype=dtype)
+    expected = results(layer, x, dy)
+    del layer
+    faults = 0
+    while True:
+        layer = fresh(density, dtype)
+        prepare(layer)
+        before = snapshot(layer)
+        if not with_failing_allocation(faults, lambda layer=layer: action(layer)):
+            break
+        faults += 1
+        assert same(before, snapshot(layer)), f"{name}: fault {faults} left a change"
+        for got, want in zip(results(layer, x, dy), expected, strict=True):
+            assert torch.equal(got, want), f"{name}: fault {faults} changed a result"
+        action(layer)  # and what failed can be done
+        del layer
+    print(json.dumps([name, faults]), flush=True)
+
+
+def step(layer):
+    x, dy = inputs(layer, 33, dtype=layer.weight.dtype)
+    layer(x.requires_grad_()).backward(dy)
+    layer.zero_grad()
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    for kind, density in DENSITIES.items():
+        for path in ("factored", "delta", "merged"):
+            os.environ["RANDLORA_PATH"] = path
+            try_all(f"step, {path}, {kind}", density, step)
+        del os.environ["RANDLORA_PATH"]
+        try_all(f"bfloat16 step, {kind}", density, step, dtype=torch.bfloat16)
+        try_all(f"delta weight, {kind}", density, lambda layer: layer.get_delta_weight("default"))
+        try_all(f"dense bases, {kind}", density, lambda layer: layer.get_scaled_bases("default"))
+    density = DENSITIES["lists"]
+    try_all("merge", density, lambda layer: layer.merged or layer.merge())
+    try_all(
+        "merge keeping the original",
+        density,
+        lambda layer: layer.merged or layer.merge(keep_original=True),
+    )
+    try_all("unmerge", density, lambda layer: layer.unmerge(), lambda layer: layer.merge())
+    try_all("another adapter", density, lambda layer: layer.update_layer("two", 5, density=0.3))
+
+    def round_once(layer):
+        basis = layer.bases["default"]
+        lam, gam = (p["default"].detach() for p in (layer.randlora_lambda, layer.randlora_gamma))
+        merged_weight(basis, layer.weight, lam, gam, 1.0, 5)
+
+    try_all("stochastic rounding", density, round_once, dtype=torch.bfloat16)
+    dense = TernaryBasis(130, 70, 9, 0.3).dense()
+    try_all("import", density, lambda layer: TernaryBasis.from_dense(*dense, 130, 70).packed())
+
+
+if __name__ == "__main__":
+    main()
