@@ -8,6 +8,7 @@ from torch import nn
 
 from .base_layer import check_base_layer
 from .layer import RandLoraLinear
+from .state import refuse_misfit
 
 
 def apply_randlora(
@@ -60,4 +61,7 @@ def apply_randlora(
     for name, module in matches.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, wrapped[id(module)])
+    # Of all layers before the first of them takes anything; a second call need not add it again.
+    if refuse_misfit not in (h.hook for h in model._load_state_dict_pre_hooks.values()):
+        model.register_load_state_dict_pre_hook(refuse_misfit)
     return model

@@ -12,6 +12,7 @@ from .basis import TernaryBasis
 from .cost import explain
 from .merging import Mergeable, adapter_dtype
 from .sharded import whole
+from .state import refuse_misfit
 
 _REPR_TOKENS = 512  # for which `extra_repr` tells the path
 
@@ -43,7 +44,8 @@ class RandLoraLinear(Mergeable, nn.Module):
     works: the operators accumulate in float32 or better. As with nn.Linear, x must have the
     weight's dtype (or be under autocast).
 
-    ``state_dict`` holds the base layer, lambda and gamma; no basis. Copying and pickling move a
+    ``state_dict`` holds the base layer, lambda and gamma; no basis. ``load_state_dict`` refuses one
+    that does not fit before it takes anything of it. Copying and pickling move a
     basis as its description.
 
     Raises:
@@ -83,6 +85,7 @@ class RandLoraLinear(Mergeable, nn.Module):
         )
         base_layer.requires_grad_(False)
         self.train(base_layer.training)
+        self.register_load_state_dict_pre_hook(refuse_misfit)
 
     def update_layer(
         self,

@@ -1,0 +1,65 @@
+"""A state dict that does not fit is refused before anything of it is taken."""
+
+from torch import Tensor, nn
+
+from .base_layer import is_conv1d
+
+DIAGONALS = ("randlora_lambda", "randlora_gamma")
+
+
+def refuse_misfit(
+    module: nn.Module,
+    state_dict: dict[str, Tensor],
+    prefix: str,
+    local_metadata: dict,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Pre-hook of ``load_state_dict``: for a `RandLoraLinear`, or for a model that holds some.
+
+    torch copies what fits and then raises for the rest, which leaves half of one adapter in the
+    diagonals of another.
+
+    Raises RuntimeError, naming every tensor of a RandLoRA layer whose shape is another or that is
+    not floating point, and where `strict`, those that are missing or unknown.
+    """
+    problems = [
+        problem
+        for path, layer in module.named_modules(remove_duplicate=False)
+        if all(hasattr(layer, name) for name in (*DIAGONALS, "base_layer"))
+        for problem in _misfits(layer, state_dict, f"{prefix}{path}." if path else prefix, strict)
+    ]
+    if problems:
+        raise RuntimeError(
+            f"the state dict does not fit the {type(module).__name__}, which is unchanged:\n\t"
+            + "\n\t".join(problems)
+        )
+
+
+def _misfits(layer: nn.Module, state_dict: dict[str, Tensor], prefix: str, strict: bool):
+    own = {
+        f"{prefix}{diagonals}.{adapter}": parameter
+        for diagonals in DIAGONALS
+        for adapter, parameter in getattr(layer, diagonals).items()
+    }
+    if strict:
+        of_adapters = tuple(f"{prefix}{diagonals}." for diagonals in DIAGONALS)
+        yield from (
+            f"unexpected key {key}"
+            for key in state_dict
+            if key.startswith(of_adapters) and key not in own
+        )
+    base = layer.base_layer
+    if type(base) is nn.Linear or is_conv1d(base):  # others may have a format of their own
+        own |= {f"{prefix}base_layer.{name}": value for name, value in base.named_parameters()}
+    for key, parameter in own.items():
+        saved = state_dict.get(key)
+        if saved is None:
+            if strict:
+                yield f"missing key {key}"
+        elif saved.shape != parameter.shape:
+            yield f"{key} is {tuple(saved.shape)}, and must be {tuple(parameter.shape)}"
+        elif not saved.is_floating_point():
+            yield f"{key} is {saved.dtype}, and must be floating point"
