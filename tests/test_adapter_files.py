@@ -1,0 +1,219 @@
+"""Adapter files that are cut off, altered, of another version or hostile: an error, and nothing
+changes. What is no error (a key that is missing) warns."""
+
+import json
+import os
+import pickle
+import random
+import struct
+import warnings
+
+import pytest
+import torch
+from peft_helpers import Deep, accelerated, deep_config, peft, randomize
+from property_cases import DEEP
+from safetensors.torch import load_file, save_file
+
+pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def make_model(seed=0):
+    accelerated.enable()
+    torch.manual_seed(seed)
+    options = {"density": 0.2, "basis": "generated"}
+    config = deep_config(5, accelerated.RandLoraConfig, **options)
+    return randomize(peft.get_peft_model(Deep(), config), seed)
+
+
+class Victim:
+    """A model in use, and a good adapter beside it that a test spoils."""
+
+    def __init__(self, folder):
+        self.folder, self.model = folder, make_model()
+        self.x = torch.randn(6, 24)
+        make_model(1).save_pretrained(folder)
+        self.weights = (folder / WEIGHTS).read_bytes()
+        self.config = json.loads((folder / CONFIG).read_text())
+        self.state = {k: v.clone() for k, v in self.model.state_dict().items()}
+        self.y = self.model(self.x).detach()
+
+    def write(self, weights=None, **changes):
+        (self.folder / WEIGHTS).write_bytes(self.weights if weights is None else weights)
+        (self.folder / CONFIG).write_text(json.dumps(self.config | changes))
+
+    def assert_unchanged(self):
+        state = self.model.state_dict()
+        for key, value in self.state.items():
+            assert torch.equal(state[key], value), f"{key} has changed"
+        assert self.model.active_adapters == ["default"]
+        assert torch.equal(self.model(self.x), self.y)
+
+    def load_over(self):
+        """The adapter in use is to be replaced."""
+        return self.model.load_adapter(self.folder, "default")
+
+    def load_anew(self):
+        return peft.PeftModel.from_pretrained(Deep(), self.folder)
+
+
+@pytest.fixture
+def victim(tmp_path):
+    return Victim(tmp_path)
+
+
+def parts(weights: bytes) -> tuple[dict, bytes]:
+    (length,) = struct.unpack("<Q", weights[:8])
+    return json.loads(weights[8 : 8 + length]), weights[8 + length :]
+
+
+def joined(header, data: bytes) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def spoiled(weights: bytes) -> dict[str, bytes]:
+    header, data = parts(weights)
+    names = [name for name in header if name != "__metadata__"]
+    first, second = (dict(header[name]) for name in names[:2])
+
+    def with_first(**changes):
+        return joined(header | {names[0]: first | changes}, data)
+
+    begin, end = first["data_offsets"]
+    return {
+        "empty": b"",
+        "no header": weights[:7],
+        "header of 2^63 bytes": struct.pack("<Q", 2**63) + weights[8:],
+        "header longer than the file": struct.pack("<Q", len(weights)) + weights[8:],
+        "header is no JSON": joined(b"\xff{" * 40, data),
+        "header is a list": joined(b"[]", data),
+        "header nested 100,000 deep": joined(b"[" * 100_000, data),
+        "one byte short": weights[:-1],
+        "bytes left over": weights + b"x",
+        "unknown dtype": with_first(dtype="Q8"),
+        "integers": with_first(dtype="I32"),
+        "shape too large": with_first(shape=[2**62, 4]),
+        "negative shape": with_first(shape=[-5, -5]),
+        "shape of another size": with_first(shape=[*first["shape"], 2]),
+        "offsets reversed": with_first(data_offsets=[end, begin]),
+        "offsets beyond the end": with_first(data_offsets=[begin, 2**40]),
+        "offsets of another tensor": with_first(**second | {"dtype": first["dtype"]}),
+        "transposed": with_first(shape=first["shape"][::-1]),
+        "a pickle": pickle.dumps({names[0]: [1.0]}),
+    }
+
+
+KINDS = [
+    "empty", "no header", "header of 2^63 bytes", "header longer than the file",
+    "header is no JSON", "header is a list", "header nested 100,000 deep", "one byte short",
+    "bytes left over", "unknown dtype", "integers", "shape too large", "negative shape",
+    "shape of another size", "offsets reversed", "offsets beyond the end",
+    "offsets of another tensor", "transposed", "a pickle",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_spoiled_file_raises_and_changes_nothing(victim, kind):
+    victim.write(spoiled(victim.weights)[kind])
+    for load in (victim.load_over, victim.load_anew):
+        with pytest.raises(Exception) as caught:  # safetensors has its own class
+            load()
+        assert not isinstance(caught.value, (AssertionError, AttributeError)), caught.value
+        victim.assert_unchanged()
+    victim.write()
+    victim.load_over()
+    assert not torch.equal(victim.model(victim.x), victim.y)
+
+
+def test_a_file_cut_off_anywhere(victim):
+    length = len(victim.weights)
+    cuts = range(length) if DEEP else random.Random(0).sample(range(length), 60)
+    for cut in cuts:
+        victim.write(victim.weights[:cut])
+        with pytest.raises(Exception, match="(?i)header|safetensor|file|incomplete"):
+            victim.load_over()
+        victim.assert_unchanged()
+
+
+def test_flipped_bits_in_the_header(victim):
+    # The format has no checksum: a flip in a number of a tensor is another number, and only what
+    # the header says can be found to be wrong.
+    (length,) = struct.unpack("<Q", victim.weights[:8])
+    flips = [(at, bit) for at in range(8 + length) for bit in range(8)]
+    random.Random(1).shuffle(flips)
+    loaded = 0
+    for at, bit in flips[: 3000 if DEEP else 80]:
+        weights = bytearray(victim.weights)
+        weights[at] ^= 1 << bit
+        victim.write(bytes(weights))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                victim.load_over()
+        except Exception:
+            victim.assert_unchanged()
+        else:  # a name was spoiled, or a space: all that fits was taken
+            loaded += 1
+            victim.model.load_state_dict(victim.state)
+            victim.assert_unchanged()
+    assert 0 < loaded < len(flips[: 3000 if DEEP else 80]) / 2
+
+
+def test_a_missing_tensor_warns(victim):
+    state = load_file(victim.folder / WEIGHTS)
+    del state[sorted(state)[0]]
+    save_file(state, victim.folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        victim.load_anew()
+
+
+def test_nothing_of_a_pickle_runs(victim):
+    mark = victim.folder / "ran"
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(mark),)
+
+    (victim.folder / WEIGHTS).unlink()
+    for write in (torch.save, lambda o, f: f.write(pickle.dumps(o))):
+        with open(victim.folder / "adapter_model.bin", "wb") as file:
+            write({"base_model.model.a": Hostile()}, file)
+        for load in (victim.load_over, victim.load_anew):
+            with pytest.raises(Exception, match="(?i)weights.only|unpickl"):
+                load()
+            victim.assert_unchanged()
+    assert not mark.exists()
+
+
+BAD_CONFIGS = [
+    {"density": 2.0}, {"density": 0}, {"density": "0.2"}, {"density": float("nan")},
+    {"density": [0.2]}, {"r": 0}, {"r": -1}, {"r": 2**70}, {"r": "8"}, {"r": 1.5}, {"r": None},
+    {"basis": "other"}, {"basis": None},
+    {"projection_prng_key": "generated-2:5"},  # of a specification to come
+    {"projection_prng_key": "generated-1:-5"}, {"projection_prng_key": "generated-1:"},
+    {"projection_prng_key": f"generated-1:{2**64}"}, {"projection_prng_key": "__import__('os')"},
+    {"projection_prng_key": 1.5}, {"projection_prng_key": None},
+    {"randlora_alpha": "x"}, {"randlora_alpha": None}, {"randlora_dropout": 1.5},
+    {"target_modules": ["nowhere"]}, {"peft_type": "RANDLORA2"}, {"peft_type": 5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", BAD_CONFIGS, ids=str)
+def test_a_bad_config_raises_and_changes_nothing(victim, change):
+    victim.write(**change)
+    with pytest.raises((ValueError, TypeError, RuntimeError, KeyError)):
+        victim.load_anew()
+    with pytest.raises((ValueError, TypeError, RuntimeError, KeyError)):
+        victim.model.load_adapter(victim.folder, "two")
+    victim.assert_unchanged()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"peft_type"', "\x00\xff"], ids=repr)
+def test_a_config_that_is_none_raises_and_changes_nothing(victim, text):
+    (victim.folder / CONFIG).write_text(text)
+    for load in (victim.load_anew, lambda: victim.model.load_adapter(victim.folder, "two")):
+        with pytest.raises(Exception) as caught:
+            load()
+        assert not isinstance(caught.value, AssertionError)
+        victim.assert_unchanged()
