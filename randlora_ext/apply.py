@@ -62,6 +62,7 @@ def apply_randlora(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, wrapped[id(module)])
     # Of all layers before the first of them takes anything; a second call need not add it again.
-    if refuse_misfit not in (h.hook for h in model._load_state_dict_pre_hooks.values()):
+    hooks = model._load_state_dict_pre_hooks.values()
+    if refuse_misfit not in (getattr(hook, "hook", None) for hook in hooks):
         model.register_load_state_dict_pre_hook(refuse_misfit)
     return model

@@ -1,6 +1,7 @@
 """What a RandLoRA layer has to know about the frozen layer under it."""
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ def is_conv1d(module: nn.Module) -> bool:
     return utils is not None and isinstance(module, utils.Conv1D)
 
 
-def check_base_layer(module: nn.Module, argument: str) -> None:
+def check_base_layer(module: Any, argument: str) -> None:
     """Raises TypeError, naming `argument`, unless it is an nn.Linear or Conv1D with a weight."""
     if not (isinstance(module, nn.Linear) or is_conv1d(module)) or is_lazy(module.weight):
         kind = type(module)
@@ -25,7 +26,7 @@ def check_base_layer(module: nn.Module, argument: str) -> None:
         )
 
 
-def features(base_layer: nn.Module) -> tuple[int, int]:
+def features(base_layer: Any) -> tuple[int, int]:
     """(in_features, out_features) of an nn.Linear or a Conv1D."""
     if is_conv1d(base_layer):
         weight = base_layer.weight  # ZeRO-3 leaves an empty tensor and says what it was

@@ -61,7 +61,7 @@ class TernaryBasis:
         signed_seed("seed", seed)
         self._shape = shape
         self.density = float(density)
-        self.seed = seed
+        self.seed: int | None = seed
         self._imported: Imported | None = None
 
     @classmethod
@@ -239,6 +239,7 @@ class TernaryBasis:
         if self._imported is not None:
             return self._imported.a_planes.to(device), self._imported.b_planes.to(device)
         row, column = self._shape.first_row, self._shape.first_column
+        assert self.seed is not None
         return (
             generate_planes(self.seed, 0, 0, self.r, column, self.d, self.density, device),
             generate_planes(self.seed, 1, row, self.D, 0, self.K, self.density, device),

@@ -10,7 +10,7 @@ rates are the least-squares fit of cost.py's terms to those times.
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,7 +31,9 @@ TOKENS = 512
 DTYPES = {"fp32": torch.float32, "16bit": torch.bfloat16}
 
 
-def _seconds(calls: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
+def _seconds(
+    calls: Mapping[str, Callable[[], object]], repeats: int, device: str
+) -> dict[str, float]:
     """Medians, the calls taken in turn so that drift of the machine hits all of them."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):

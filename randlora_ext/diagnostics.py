@@ -86,12 +86,12 @@ def _error(device: torch.device, dtype: torch.dtype, path: str) -> float:
         W = (normal(n_out, n_in) / n_in**0.5).to(dtype)
         lam, gam = normal(basis.r, basis.n), normal(basis.n, basis.d) / basis.d
         leaves = [t.to(device).requires_grad_() for t in (x, lam, gam)]
-        y = linear(leaves[0], W.to(device), None, basis, *leaves[1:], 1.0, path)
+        y = linear(leaves[0], W.to(device), None, basis, leaves[1], leaves[2], 1.0, path)
         got = [y, *torch.autograd.grad(y, leaves, dy.to(device))]
 
         wide = [t.double().requires_grad_() for t in (x, lam, gam)]
         A, B = basis.dense(dtype=torch.float64)
-        want_y = linear_reference(wide[0], W.double(), None, A, B, *wide[1:], 1.0)
+        want_y = linear_reference(wide[0], W.double(), None, A, B, wide[1], wide[2], 1.0)
         want = [want_y, *torch.autograd.grad(want_y, wide, dy.double())]
         for mine, true in zip(got, want, strict=True):
             difference = (mine.detach().cpu().double() - true.detach()).norm()

@@ -157,7 +157,8 @@ def linear(
         raise ValueError(f"x is on {x.device}; there are kernels for cpu and cuda only")
     if torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(kind)
-        x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
+        x = x.to(dtype)
+        weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
     tokens = x.shape[:-1].numel()
     if path == "auto":
         path = choose_path(basis, tokens, x.dtype, weight is not None, kind)

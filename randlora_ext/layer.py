@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,11 +73,11 @@ class RandLoraLinear(Mergeable, nn.Module):
         self.scaling: dict[str, float] = {}
         self.num_bases: dict[str, int] = {}
         self.bases: dict[str, TernaryBasis] = {}
-        self.merged_adapters: list[str] = []
-        self._original_weight: Tensor | None = None  # see merge(keep_original=True)
+        self.merged_adapters = []
+        self._original_weight = None  # see merge(keep_original=True)
         self._active: list[str] = [adapter_name]
         self._disabled = False
-        self.base_layer = base_layer
+        self.base_layer: Any = base_layer
         self.randlora_dropout = nn.ModuleDict()
         self.randlora_lambda = nn.ParameterDict()
         self.randlora_gamma = nn.ParameterDict()
@@ -109,9 +110,9 @@ class RandLoraLinear(Mergeable, nn.Module):
         basis = TernaryBasis(self.in_features, self.out_features, r, density, projection_prng_key)
 
         weight = self.base_layer.weight
-        make = {"device": weight.device, "dtype": adapter_dtype(weight.dtype)}
-        lam = torch.zeros(basis.r, basis.n, **make)
-        gam = torch.full((basis.n, basis.d), 1 / max(basis.n, basis.d), **make)
+        device, dtype = weight.device, adapter_dtype(weight.dtype)
+        lam = torch.zeros(basis.r, basis.n, device=device, dtype=dtype)
+        gam = torch.full((basis.n, basis.d), 1 / max(basis.n, basis.d), device=device, dtype=dtype)
         dropout = nn.Dropout(randlora_dropout) if randlora_dropout else nn.Identity()
 
         self.bases[adapter_name] = basis

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,14 @@ def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class Mergeable:
+_Layer: Any = object  # `RandLoraLinear`, into which this is mixed
+
+
+class Mergeable(_Layer):
     """The part of `RandLoraLinear` that writes to the base layer's weight."""
+
+    merged_adapters: list[str]
+    _original_weight: Tensor | None
 
     @property
     def merged(self) -> bool:

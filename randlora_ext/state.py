@@ -1,5 +1,7 @@
 """A state dict that does not fit is refused before anything of it is taken."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .base_layer import is_conv1d
@@ -51,7 +53,7 @@ def _misfits(layer: nn.Module, state_dict: dict[str, Tensor], prefix: str, stric
             for key in state_dict
             if key.startswith(of_adapters) and key not in own
         )
-    base = layer.base_layer
+    base: Any = layer.base_layer
     if type(base) is nn.Linear or is_conv1d(base):  # others may have a format of their own
         own |= {f"{prefix}base_layer.{name}": value for name, value in base.named_parameters()}
     for key, parameter in own.items():

@@ -194,7 +194,8 @@ BAD_CONFIGS = [
     {"projection_prng_key": "generated-1:-5"}, {"projection_prng_key": "generated-1:"},
     {"projection_prng_key": f"generated-1:{2**64}"}, {"projection_prng_key": "__import__('os')"},
     {"projection_prng_key": 1.5}, {"projection_prng_key": None},
-    {"randlora_alpha": "x"}, {"randlora_alpha": None}, {"randlora_dropout": 1.5},
+    {"randlora_alpha": "x"}, {"randlora_alpha": float("nan")}, {"randlora_alpha": None},
+    {"randlora_dropout": 1.5},
     {"target_modules": ["nowhere"]}, {"peft_type": "RANDLORA2"}, {"peft_type": 5},
 ]  # fmt: skip
 

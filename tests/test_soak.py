@@ -26,7 +26,7 @@ def test_a_leak_is_found(monkeypatch, leak):
         if leak == "a tensor":
             kept.append(torch.empty(1000))
         else:
-            layer = RandLoraLinear(torch.nn.Linear(8, 8), 2, projection_prng_key=number)
+            layer = RandLoraLinear(torch.nn.Linear(8, 8), 2, projection_prng_key=len(kept))
             kept.append(layer.bases["default"])
             layer(torch.randn(1, 8))
 

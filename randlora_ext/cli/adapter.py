@@ -97,7 +97,10 @@ def _sorted(
     source: Path, file: Path, settings: dict, config: RandLoraConfig, tensors: dict[str, Tensor]
 ) -> Adapter:
     _check_numbers(source, config)
-    layers, bases, copies, others = {}, {}, {}, {}
+    layers: dict[str, tuple[Tensor, Tensor]] = {}
+    bases: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if key in ("base_model.randlora_A", "base_model.randlora_B"):
             bases[key.removeprefix("base_model.")] = tensor
@@ -107,6 +110,7 @@ def _sorted(
             path = key.removesuffix(LAMBDA)
             gamma = tensors.get(path + GAMMA)
             _check_diagonals(file, path, tensor, gamma, config.r)
+            assert gamma is not None
             layers[path.removeprefix(PREFIX)] = (tensor, gamma)
         elif key.endswith(GAMMA):
             if key.removesuffix(GAMMA) + LAMBDA not in tensors:

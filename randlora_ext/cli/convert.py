@@ -98,10 +98,11 @@ def _as_config(adapter: Adapter, **fields) -> RandLoraConfig | None:
     """The config without projections; None where its values contradict each other."""
     if fields:
         fields |= {"sparse": False, "very_sparse": False}
+    fields["save_projection"] = False
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Specified to not save")
         try:
-            return dataclasses.replace(adapter.config, save_projection=False, **fields)
+            return dataclasses.replace(adapter.config, **fields)
         except (ValueError, TypeError):
             return None
 

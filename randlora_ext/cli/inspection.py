@@ -70,6 +70,7 @@ def inspect(
                 raise
             spectra, without = None, str(error)
     if plot is not None:  # first, so that an error leaves no half of a report
+        assert spectra is not None
         _write_plot(plot, spectra)
     print("\n".join(_head(adapter)))
     print("\n".join(_table(adapter, chosen, spectra)))

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from typing import Any
 
 import peft
 import torch
@@ -79,7 +80,7 @@ def compare(
     dy = torch.randn(tokens, n_out, dtype=dtype)
     error = verify(next(m for m in reversed(methods.values()) if isinstance(m, Ours)), x)
     medians = _time(methods, x, dy, repeats)
-    result = {
+    result: dict[str, Any] = {
         "in": n_in,
         "out": n_out,
         "tokens": tokens,

@@ -3,6 +3,7 @@
 import dataclasses
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import peft
 import torch
@@ -82,9 +83,8 @@ def skeleton(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Specified to not save")
-            config = dataclasses.replace(
-                adapter.config, **{k: v for k, v in narrowed.items() if k in known}
-            )
+            changes: dict[str, Any] = {k: v for k, v in narrowed.items() if k in known}
+            config = dataclasses.replace(adapter.config, **changes)
             model = peft.get_peft_model(root, config)
             result = peft.set_peft_model_state_dict(model, state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:

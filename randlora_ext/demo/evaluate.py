@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -54,7 +54,8 @@ def greedy_answers(
     model.eval()
     limit = max(len(encode_answer(tokenizer, example)) for example in examples)
     prompts = make_prompts(tokenizer, examples, device)
-    output = model.generate(
+    generate: Any = model.generate
+    output = generate(
         **prompts,
         max_new_tokens=limit,
         do_sample=False,

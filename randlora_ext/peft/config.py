@@ -4,6 +4,7 @@ import os
 import re
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import peft
 from peft import PeftType
@@ -39,9 +40,9 @@ class RandLoraConfig(peft.RandLoraConfig):
     which no generator of torch's takes; `export_to_peft` writes such an adapter with projections.
 
     Raises:
-        TypeError, ValueError: where density is no number in (0, 1], or contradicts sparse or
-            very_sparse. RuntimeError: where density is given before `enable`, since stock PEFT
-            would ignore it.
+        TypeError, ValueError: where r, randlora_alpha or basis cannot be, where density is no
+            number in (0, 1], or contradicts sparse or very_sparse. RuntimeError: where density is
+            given before `enable`, since stock PEFT would ignore it.
     """
 
     density: float | None = field(
@@ -54,8 +55,15 @@ class RandLoraConfig(peft.RandLoraConfig):
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.projection_prng_key, str):
-            self.projection_prng_key = _key_of(self.projection_prng_key)
+        given: Any = self.projection_prng_key  # type: ignore[has-type]
+        if isinstance(given, str):
+            self.projection_prng_key = _key_of(given)
+        # A file may hold anything, and PEFT would meet it in the middle of changing a model.
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or not 0 < self.r < 2**31:
+            raise ValueError(f"r must be an integer in [1, 2**31), got {self.r!r}")
+        alpha: Any = self.randlora_alpha
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or alpha != alpha:
+            raise ValueError(f"randlora_alpha must be a number, got {alpha!r}")
         if self.basis not in BASES:
             raise ValueError(f"basis must be one of {BASES}, got {self.basis!r}")
         if self.basis == "generated":

@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,10 @@ from .bases import BASES, PackedBases, layer_basis
 STOCK_QUANTIZED = "peft.tuners.randlora.bnb"  # imports bitsandbytes
 
 
-class Accelerated:
+_Layer: Any = object  # PEFT's layer class, before which this is mixed in
+
+
+class Accelerated(_Layer):
     """Computes what a RandLoRA layer of PEFT computes, by ``torch.ops.randlora``.
 
     Mixed in before PEFT's layer class, which keeps saving, adding, switching and everything else.

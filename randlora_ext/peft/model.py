@@ -114,7 +114,12 @@ class AcceleratedRandLoraModel(RandLoraModel):
         D, d = max(out_features, in_features), min(out_features, in_features)
         alike = [name for name in A if _recipe(self.peft_config[name]) == _recipe(config)]
         first = next(iter(A), None)
-        if first in alike and A[first].shape[-1] >= d and B[first].shape[0] >= D:
+        if (
+            first is not None
+            and first in alike
+            and A[first].shape[-1] >= d
+            and B[first].shape[0] >= D
+        ):
             return  # PEFT lets all adapters share the first one's
         for name in alike:
             if A[name].shape[-1] == d and B[name].shape[0] == D:

@@ -31,6 +31,7 @@ class TernaryMatrix:
     def on(self, device: torch.device) -> Tensor:
         """The planes on a device."""
         if self.planes is None:
+            assert self.seed is not None
             seed, role, density = self.seed
             self.planes = generate_planes(seed, role, 0, self.rows, 0, self.cols, density, device)
         return self.planes.to(device)
@@ -104,7 +105,7 @@ class TernaryTensor(Tensor):
     def tolist(self) -> list:
         return self.dense().tolist()
 
-    def __repr__(self, **_) -> str:
+    def __repr__(self, *, tensor_contents=None) -> str:  # type: ignore[override]
         return (
             f"TernaryTensor({tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
             f"value={self.matrix.value:.6g})"
