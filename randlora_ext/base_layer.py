@@ -35,7 +35,7 @@ def features(base_layer: Any) -> tuple[int, int]:
     return base_layer.in_features, base_layer.out_features
 
 
-def can_fuse(base_layer: nn.Module, x: Tensor) -> bool:
+def can_fuse(base_layer: Any, x: Tensor) -> bool:
     """Whether base_layer(x) is F.linear(x, weight, bias) and nothing else.
 
     Then base and adapter may be one operator. A subclass, a hook, a replaced forward (accelerate's

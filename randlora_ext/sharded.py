@@ -1,5 +1,7 @@
 """Parameters that are DTensors: what FSDP2 and tensor parallelism make of them outside forward."""
 
+from typing import Any
+
 from torch import Tensor
 
 
@@ -8,12 +10,12 @@ def is_dtensor(t: object) -> bool:
     return isinstance(t, Tensor) and hasattr(t, "full_tensor")
 
 
-def whole(t: Tensor) -> Tensor:
+def whole(t: Any) -> Tensor:
     """A DTensor as one plain tensor, differentiable (all ranks must call); others as they are."""
     return t.full_tensor() if is_dtensor(t) else t
 
 
-def laid_out_like(t: Tensor, weight: Tensor) -> Tensor:
+def laid_out_like(t: Tensor, weight: Any) -> Tensor:
     """A plain `t`, equal on all ranks, as a DTensor in the layout of `weight` where that is one."""
     if not is_dtensor(weight) or is_dtensor(t):
         return t
@@ -24,7 +26,7 @@ def laid_out_like(t: Tensor, weight: Tensor) -> Tensor:
     return replicated.redistribute(placements=weight.placements)
 
 
-def refuse_dtensor(name: str, t: object) -> None:
+def refuse_dtensor(name: str, t: Any) -> None:
     """TypeError where `t` is a DTensor, of which torch says only that it is mixed with others."""
     if is_dtensor(t):
         raise TypeError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -33,7 +34,7 @@ class _RandLoraStyle(ParallelStyle):
         self.output_layouts = output_layouts
         self.use_local_output = use_local_output
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+    def _apply(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
         self._check(module, device_mesh)
         base = module.base_layer
         for name, whole, placement in self._parts(base):
@@ -70,13 +71,13 @@ class _RandLoraStyle(ParallelStyle):
         layer = RandLoraLinear(base, **layer_options)
         return self._take(layer.train(shard.training), device_mesh, None)  # equal on all ranks
 
-    def _parts(self, linear: nn.Linear) -> Iterator[tuple[str, nn.Parameter, Placement]]:
+    def _parts(self, linear: nn.Linear) -> Iterator[tuple[str, Tensor, Placement]]:
         yield "weight", linear.weight, Shard(0) if self.cut_outputs else Shard(1)
         if linear.bias is not None:
             yield "bias", linear.bias, Shard(0) if self.cut_outputs else Replicate()
 
     def _take(
-        self, layer: RandLoraLinear, device_mesh: DeviceMesh, src_data_rank: int | None
+        self, layer: Any, device_mesh: DeviceMesh, src_data_rank: int | None
     ) -> TensorParallelRandLoraLinear:
         layer.__class__ = TensorParallelRandLoraLinear
         layer.device_mesh, layer.cut_outputs = device_mesh, self.cut_outputs
