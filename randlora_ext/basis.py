@@ -192,7 +192,7 @@ class TernaryBasis:
         mine: dict[torch.device, Packed] = self.__dict__.setdefault("_packed", {})
         device = with_index(torch.device(device))
         if device not in mine:
-            mine[device] = shared((self._matrices(), device), lambda: self._pack(device))
+            mine[device] = shared((self._matrices(), device), device, lambda: self._pack(device))
         return mine[device].tensors
 
     def dense_b(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
@@ -200,7 +200,7 @@ class TernaryBasis:
         mine: dict[tuple, Packed] = self.__dict__.setdefault("_packed", {})
         key = (with_index(torch.device(device)), dtype)
         if key not in mine:
-            mine[key] = shared((self._matrices(), *key), lambda: [self._dense_b(*key)])
+            mine[key] = shared((self._matrices(), *key), key[0], lambda: [self._dense_b(*key)])
         return mine[key].tensors[0]
 
     def _dense_b(self, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,8 @@
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -112,15 +113,34 @@ def _new_lock() -> None:
 os.register_at_fork(after_in_child=_new_lock)
 
 
-def shared(key: tuple, make: Callable[[], list[Tensor]]) -> Packed:
+def shared(key: tuple, device: torch.device, make: Callable[[], list[Tensor]]) -> Packed:
     """The packed tensors under `key`, made once for as long as anybody holds them."""
     with _cache_lock:
         packed = _cache.get(key)
         if packed is None:
             # Made under inference_mode they could not be saved for a later backward.
-            with torch.inference_mode(False), torch.no_grad():
-                packed = _cache[key] = Packed(make())
+            with torch.inference_mode(False), torch.no_grad(), _complete(device):
+                packed = Packed(make())
+            _cache[key] = packed
         return packed
+
+
+@contextmanager
+def _complete(device: torch.device) -> Iterator[None]:
+    """What is made within is there for every stream of `device`: those who find it in the cache
+    cannot know on which one it was made."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        # A captured packing would not run before the replay, in memory that belongs to the graph.
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "randlora: a basis cannot be packed while a CUDA graph is captured; call the layer "
+                "once before, or TernaryBasis.packed(device) and .dense_b(device, dtype)"
+            )
+        yield
+        torch.cuda.current_stream().synchronize()
 
 
 def with_index(device: torch.device) -> torch.device:

@@ -1,5 +1,6 @@
 """What only a card has: streams, graphs, several devices, waiting, large memory."""
 
+import functools
 import subprocess
 import sys
 
@@ -62,6 +63,37 @@ def test_packing_runs_on_the_current_stream(card):
         late[1].copy_(dense)
         packed = moved(ops.pack_dense(late[1]), "cpu")
     assert same(got, want) and same(packed, want[-1])
+
+
+@pytest.mark.parametrize("density", [1 / 3, 0.07])
+def test_a_basis_packed_on_one_stream_serves_all(card, density):
+    # The stream that packs is far behind; another, which does not wait for it, must find all done.
+    make = functools.partial(TernaryBasis, 300, 200, 8, density)
+    first, second = (torch.cuda.Stream(card) for _ in range(2))
+    torch.cuda.synchronize(card)
+    for seed in range(3):
+        basis = make(seed=seed)
+        with torch.cuda.stream(first):
+            torch.cuda._sleep(DELAY)
+            packed, dense = basis.packed(card), basis.dense_b(card, torch.float32)
+        with torch.cuda.stream(second):
+            got = moved([*packed, dense], "cpu")
+        assert same(got, [*basis.packed("cpu"), basis.dense("cpu")[1].sign()])
+
+
+def test_no_basis_is_packed_during_a_capture(card):
+    torch.manual_seed(0)
+    layer = RandLoraLinear(torch.nn.Linear(72, 40, device=card), r=8, density=0.07)
+    x, graph = torch.randn(5, 72, device=card), torch.cuda.CUDAGraph()
+    before = torch.cuda.current_stream()
+    with torch.no_grad():
+        try:
+            with pytest.raises(RuntimeError, match="call the layer once before"):
+                with torch.cuda.graph(graph):
+                    layer(x)
+        finally:
+            torch.cuda.set_stream(before)
+        assert layer(x).isfinite().all()
 
 
 def test_two_streams_at_a_time(card):

@@ -1,0 +1,52 @@
+"""What is packed once is used on every stream: the cache waits, and a capture may not fill it.
+
+A stand-in for CUDA's streams, as there is no card here; tests/gpu/test_gpu_runtime.py has one.
+"""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from randlora_ext import packing
+
+CARD = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def events(monkeypatch):
+    events = []
+
+    class Stream:
+        def synchronize(self):
+            events.append("waited")
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: Stream())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: "capture" in events)
+    return events
+
+
+def made(events):
+    events.append("made")
+    return [torch.zeros(1)]
+
+
+def test_what_is_cached_is_complete(events):
+    held = packing.shared(("streams", 1), CARD, lambda: made(events))
+    again = packing.shared(("streams", 1), CARD, lambda: made(events))
+    assert held is again and events == ["made", "waited"]
+
+
+def test_a_capture_fills_no_cache(events):
+    events.append("capture")
+    with pytest.raises(RuntimeError, match="call the layer once before"):
+        packing.shared(("streams", 2), CARD, lambda: made(events))
+    assert events == ["capture"] and ("streams", 2) not in packing._cache
+    events.clear()
+    assert packing.shared(("streams", 2), CARD, lambda: made(events)).tensors
+
+
+def test_tensors_on_the_cpu_wait_for_nothing(events):
+    packing.shared(("streams", 3), torch.device("cpu"), lambda: made(events))
+    assert events == ["made"]
