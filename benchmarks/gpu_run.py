@@ -54,8 +54,11 @@ def environment(dry: bool, results: Path) -> dict[str, str]:
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
-                          text=True)  # fmt: skip
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT,
+                              capture_output=True, text=True)  # fmt: skip
+    except OSError:  # no git
+        return "unknown"
     return done.stdout.strip() or "unknown"
 
 
@@ -131,10 +134,10 @@ class Run:
                 verdict = "done" if status == 0 else f"failed (exit status {status})"
             except subprocess.TimeoutExpired:
                 verdict = "killed: out of time"
-            finally:
-                if process.poll() is None:
+            finally:  # what a stage leaves running would disturb the next
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+                process.wait()
         found = rows_in(rows)
         rows.unlink(missing_ok=True)
         if name == "ceilings" and found and "card" in found[0]:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ pytest.importorskip("peft")
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu_run  # noqa: E402
-from gpu import floors, report  # noqa: E402
+from gpu import build, floors, report  # noqa: E402
 from gpu.card import Card, saved_bytes, short_name  # noqa: E402
 from gpu.stage import Stage, density_of  # noqa: E402
 
@@ -141,6 +142,42 @@ def test_a_stage_that_dies_or_hangs_costs_only_itself(tmp_path, monkeypatch):
     assert kept["dies"]["rows"] == [{"a": 1}] and kept["dies"]["status"].startswith("failed")
     assert kept["hangs"]["rows"] == [{"b": 2}] and kept["hangs"]["status"].startswith("killed")
     assert "killed" in (tmp_path / "out" / "gpu-dry.md").read_text()
+
+
+def test_a_command_is_not_waited_for_through_what_it_started():
+    # As compute-sanitizer, which holds the program that it watches: a grandchild keeps the output.
+    program = (
+        "import subprocess, time; subprocess.Popen(['sleep', '30']); print('said', flush=True)"
+    )
+    for end, status in (("", 0), ("; time.sleep(30)", 124)):
+        started = time.monotonic()
+        done = build.run([sys.executable, "-c", program + end], 2.0)
+        assert done == (status, "said\n") and time.monotonic() - started < 20
+
+
+def test_what_a_stage_leaves_running_ends_with_it(tmp_path, monkeypatch):
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / "__init__.py").touch()
+    (tmp_path / "gpu" / "leaves.py").write_text(
+        "import subprocess, sys\nchild = subprocess.Popen(['sleep', '60'])\n"
+        "open(sys.argv[2], 'a').write('{\"child\": %d}\\n' % child.pid)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    monkeypatch.setattr(gpu_run, "environment", lambda dry, ceilings: environment)
+    run = gpu_run.Run(tmp_path / "out", True, 60)
+    assert run.stage("leaves", 20)
+    child = Path("/proc", str(run.results["stages"]["leaves"]["rows"][0]["child"]), "stat")
+    for _ in range(100):
+        # Gone, or dead and not yet reaped by the init process.
+        if not child.exists() or child.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError("the child still runs")
+
+
+def test_a_machine_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert gpu_run.commit() == "unknown"
 
 
 @pytest.mark.skipif(

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,16 +18,20 @@ _LOADED = (
 
 
 def run(command: list[str], seconds: float, **environment: str) -> tuple[int, str]:
-    """(exit status, everything it said); the output goes to the log as well."""
+    """(exit status, everything it said); the output goes to the log as well. Status 124: it was
+    stopped after `seconds`. What it started may outlive it until the stage ends."""
     print("+", " ".join(command), environment or "", flush=True)
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, **environment}, text=True, timeout=seconds,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        status, text = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as late:
-        status, text = 124, (late.stdout or b"").decode(errors="replace")
+    # To a file: a pipe would be waited for until its last holder is gone.
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        try:
+            status = subprocess.run(
+                command, cwd=ROOT, env={**os.environ, **environment}, stdout=output,
+                stderr=subprocess.STDOUT, timeout=max(seconds, 0.1),
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            status = 124
+        output.seek(0)
+        text = output.read()
     print(text, flush=True)
     return status, text
 
@@ -36,11 +41,12 @@ def extension(seconds: float, **environment: str) -> tuple[int, str]:
 
 
 def architecture() -> str:
-    """The TORCH_CUDA_ARCH_LIST of the first card: that of the environment where it is set."""
+    """The TORCH_CUDA_ARCH_LIST of the first card. That of the environment is for other cards, too,
+    or for others only."""
     import torch
 
     major, minor = torch.cuda.get_device_capability(0)
-    return os.environ.get("TORCH_CUDA_ARCH_LIST") or f"{major}.{minor}"
+    return f"{major}.{minor}"
 
 
 def main() -> None:

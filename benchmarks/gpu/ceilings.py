@@ -18,7 +18,7 @@ def facts(card: Card) -> dict:
         "card": p.name,
         "capability": f"{p.major}.{p.minor}",
         "multiprocessors": p.multi_processor_count,
-        "clock_hz": getattr(p, "clock_rate", 1_700_000) * 1e3,
+        "clock_hz": (getattr(p, "clock_rate", 0) or 1_700_000) * 1e3,
         "memory_bytes": p.total_memory,
         "l2_bytes": p.L2_cache_size,
         "devices": torch.cuda.device_count(),
@@ -27,7 +27,7 @@ def facts(card: Card) -> dict:
 
 def copy_rate(card: Card) -> float:
     """Bytes per second, read and written ones counted."""
-    size = (1 << 20) if card.dry else (2 << 30)
+    size = (1 << 20) if card.dry else (1 << 30)
     source = torch.randint(-9, 9, (size,), dtype=torch.int8, device=card.device)
     target = torch.empty_like(source)
     ms = card.medians({"copy": lambda: target.copy_(source)}, 0.5, most=20)["copy"]

@@ -7,13 +7,14 @@ caching allocator is off, so that an access beyond a tensor is one beyond its al
 import os
 import re
 import shutil
-import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
-from .build import ROOT
+from . import build
 from .stage import Stage
 
+_CLOSING = 2.0  # seconds to write the rows
 _FAULT = 9  # exit status that compute-sanitizer gives for a finding
 _MEMCHECK = ["--tool", "memcheck", "--report-api-errors", "no"]  # torch asks what it may not know
 RUNS = {  # flags of the tool, arguments of small_shapes, whether there must be a finding
@@ -40,18 +41,11 @@ def run(name: str, tool: str | None, seconds: float, kernels: list[str] = _FILTE
     if tool is not None:
         flags = [*flags, *kernels, "--print-limit", "20", "--launch-timeout", "120"]
         command = [tool, *flags, "--error-exitcode", str(_FAULT), *program]
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, text=True, timeout=seconds,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        status, text = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as late:
-        status, text = 124, (late.stdout or b"").decode(errors="replace")
-    print(f"---- {name}: {' '.join(command)}\n{text}", flush=True)
+    started = time.monotonic()
+    status, text = build.run(command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     if "unrecognised option '--kernel-name'" in text and kernels:
-        return run(name, tool, seconds, [])  # an older tool, which then watches torch as well
+        # An older tool, which then watches torch as well.
+        return run(name, tool, seconds - (time.monotonic() - started), [])
     finding = status == _FAULT
     summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", text)
     calls = re.findall(r"(\d+) calls", text)
@@ -74,7 +68,7 @@ def main() -> None:
     names = [n for n in RUNS if not (stage.dry and RUNS[n][2])]  # the CPU has nobody to catch it
     if stage.dry:
         names = names[:1]  # both would be the same run
-    seconds = stage.left()
+    seconds = stage.left() - _CLOSING
     with ThreadPoolExecutor(len(names)) as pool:
         rows = list(pool.map(lambda name: run(name, tool, seconds), names))
     for row in rows:
