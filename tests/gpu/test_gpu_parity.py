@@ -16,7 +16,7 @@ from gpu_helpers import (
     run_linear_by_cpu_kernels,
     same,
 )
-from layer_cases import largest_error, make_layer, rms_error
+from layer_cases import exact, largest_error, make_layer, plain, rms_error
 
 pytestmark = pytest.mark.gpu
 FP64 = 1e-12
@@ -59,6 +59,20 @@ def test_linear_by_the_error_rule(device, shape, density, dtype, path, b_side):
                 continue  # in 16 bits W + dW rounds what the others keep
             floor = 2 if path == "merged" else 1  # one GEMM on the sum: one rounding more
             assert_parity(run_linear(layer, path, b_side, device), layer, path, floor)
+
+
+@per_path
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(64, 48, 8), (48, 64, 8), (256, 192, 16)], ids=str)
+def test_16_bits_err_less_than_plain_pytorch(device, shape, dtype, path, b_side):
+    # The rule allows twice its error, and an eps on top. docs/cuda.md has what is seen.
+    if path == "merged":
+        return  # W + dW rounds what the others keep
+    for density in (1 / 3, 0.07):
+        layer = make_layer(*shape, density, 64, dtype)
+        got, oracle, simple = run_linear(layer, path, b_side, device), exact(layer), plain(layer)
+        for name in NAMES:
+            assert rms_error(got[name], oracle[name]) <= rms_error(simple[name], oracle[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -156,14 +170,14 @@ def test_delta_weight(device, shape, density):
         with cpu_kernels():
             oracle = both(*(t.double() for t in inputs))
         eps = torch.finfo(dtype).eps
-        for name, a, b, exact in zip(("dW", "dlam", "dgam"), got, by_cpu, oracle, strict=True):
+        for name, a, b, want in zip(("dW", "dlam", "dgam"), got, by_cpu, oracle, strict=True):
             assert a.dtype == b.dtype and a.shape == b.shape
             if dtype is torch.float64:
-                assert largest_error(a, exact) <= FP64, name
+                assert largest_error(a, want) <= FP64, name
             else:  # tiles add in another order than rows: float32 sums of K terms
                 floor = (4 if dtype is torch.float32 else 1) * eps
-                assert rms_error(a, exact) <= 2 * rms_error(b, exact) + floor, (name, dtype)
-                assert largest_error(a, exact) <= 4 * largest_error(b, exact) + floor, (name, dtype)
+                assert rms_error(a, want) <= 2 * rms_error(b, want) + floor, (name, dtype)
+                assert largest_error(a, want) <= 4 * largest_error(b, want) + floor, (name, dtype)
 
 
 @pytest.mark.parametrize("seed", [None, 7], ids=["to nearest", "stochastic"])
