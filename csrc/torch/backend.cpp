@@ -25,6 +25,15 @@ F entry(const char* library, const char* name) {
   return reinterpret_cast<F>(found);
 }
 
+AddmmOut addmm_out_of(bool cpu) {
+  if (cpu) {
+    static const auto on_cpu = entry<AddmmOut>("libtorch_cpu.so", "aoti_torch_cpu_addmm_out");
+    return on_cpu;
+  }
+  static const auto on_cuda = entry<AddmmOut>("libtorch_cuda.so", "aoti_torch_cuda_addmm_out");
+  return on_cuda;
+}
+
 bool tf32_requested() {
   const char* value = std::getenv("RANDLORA_TF32");
   return value && std::string(value) == "1";
@@ -85,13 +94,7 @@ void* TorchDevice::scratch(size_t bytes) {
 
 void TorchDevice::gemm(const Gemm& g) {
   if (g.M == 0 || g.N == 0) return;
-  const bool cpu = like_.is_cpu();
-  // Found once for each of the two libraries.
-  static AddmmOut known[2];
-  AddmmOut& addmm_out = known[cpu];
-  if (!addmm_out)
-    addmm_out = cpu ? entry<AddmmOut>("libtorch_cpu.so", "aoti_torch_cpu_addmm_out")
-                    : entry<AddmmOut>("libtorch_cuda.so", "aoti_torch_cuda_addmm_out");
+  const AddmmOut addmm_out = addmm_out_of(like_.is_cpu());
   const Tensor out = view(g.out, g.M, g.N, g.N, 1, like_, g.dtype);
   const Tensor left = view(const_cast<void*>(g.left), g.M, g.K, g.K, 1, like_, g.dtype);
   const Tensor right = g.right_rows_are_k
