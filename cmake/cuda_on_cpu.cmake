@@ -21,13 +21,8 @@ function(randlora_cuda_test NAME)
     target_link_libraries(test_cuda_${NAME} PRIVATE randlora_cuda_on_cpu)
   endif()
   add_test(NAME cuda_${NAME} COMMAND test_cuda_${NAME})
-  if(NOT RANDLORA_SANITIZE)  # the other orders of blocks and threads
-    foreach(schedule reverse random:1)
-      add_test(NAME cuda_${NAME}_${schedule} COMMAND test_cuda_${NAME})
-      set_tests_properties(cuda_${NAME}_${schedule} PROPERTIES
-        ENVIRONMENT CUDA_ON_CPU_SCHEDULE=${schedule})
-    endforeach()
-  endif()
+  set_tests_properties(cuda_${NAME} PROPERTIES FIXTURES_SETUP cuda_kernels
+    ENVIRONMENT CUDA_ON_CPU_KERNELS=${CMAKE_CURRENT_BINARY_DIR}/kernels/${NAME}.txt)
 endfunction()
 
 foreach(source ${cuda_tests})
@@ -35,3 +30,12 @@ foreach(source ${cuda_tests})
   string(REGEX REPLACE "^test_" "" name ${name})
   randlora_cuda_test(${name})
 endforeach()
+
+# All together they must have started every kernel there is.
+find_package(Python3 COMPONENTS Interpreter)
+if(Python3_FOUND)
+  file(MAKE_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/kernels)
+  add_test(NAME cuda_every_kernel COMMAND ${Python3_EXECUTABLE}
+    ${CMAKE_CURRENT_SOURCE_DIR}/tests/cuda/every_kernel.py ${CMAKE_CURRENT_BINARY_DIR}/kernels)
+  set_tests_properties(cuda_every_kernel PROPERTIES FIXTURES_REQUIRED cuda_kernels)
+endif()

@@ -148,7 +148,6 @@ __global__ void down_few_kernel(Lists<Index> a, int64_t r, int64_t n, int64_t d,
       S* to = out + t * d + k;
       *to = narrow<S>(accumulate ? widen(*to) + sum : sum);
     }
-    __syncthreads();
   }
 }
 

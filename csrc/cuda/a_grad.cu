@@ -225,14 +225,13 @@ void ASideCall::grad(const void* U, void* dlam, void* dgam, bool accumulate) {
       }
     };
     constexpr bool kTf32 = decltype(tf32)::value;
-    bool started = false;
-    if constexpr (sizeof(S) < 8) {
-      started = Grad<S, 4, 8, kTf32>::kShared <= device_.shared_bytes;
-      if (started)
-        a.n > 32 ? start(grad_kernel<S, 4, 8, kTf32>, Grad<S, 4, 8, kTf32>{})
-                 : start(grad_kernel<S, 4, 2, kTf32>, Grad<S, 4, 2, kTf32>{});
+    if constexpr (sizeof(S) == 8) {
+      start(grad_kernel<S, 1, 4, kTf32>, Grad<S, 1, 4, kTf32>{});
+    } else {
+      static_assert(Grad<S, 4, 8, kTf32>::kShared <= kLeastShared, "on every card");
+      a.n > 32 ? start(grad_kernel<S, 4, 8, kTf32>, Grad<S, 4, 8, kTf32>{})
+               : start(grad_kernel<S, 4, 2, kTf32>, Grad<S, 4, 2, kTf32>{});
     }
-    if (!started) start(grad_kernel<S, 1, 4, kTf32>, Grad<S, 1, 4, kTf32>{});
 
     const int64_t columns = ceil_div(a.d, 32);
     if (!partial_lam_) partial_lam_ = scratch<C>(device_, columns * a.r * a.bases);

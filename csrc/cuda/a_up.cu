@@ -130,8 +130,9 @@ void ASideCall::up(void* V) {
     constexpr bool kTf32 = decltype(tf32)::value;
     if constexpr (sizeof(S) < 8) {
       using Wide = Up<S, 4, 8, kTf32>;
+      static_assert(Wide::kShared <= kLeastShared, "on every card");
       const int64_t wide = ceil_div(min(part_, T_), Wide::kM) * a.r * ceil_div(a.n, Wide::kN);
-      if (2 * wide >= device_.multiprocessors && Wide::kShared <= device_.shared_bytes)
+      if (2 * wide >= device_.multiprocessors)
         return a.n > 32 ? start(up_kernel<S, 4, 8, kTf32>, Wide{})
                         : start(up_kernel<S, 4, 2, kTf32>, Up<S, 4, 2, kTf32>{});
     }

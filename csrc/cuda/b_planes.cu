@@ -29,7 +29,7 @@
 
 #include "kernels.h"
 #include "launch.h"
-#include "ternary_tile.h"
+#include "ternary_io.h"
 
 namespace randlora {
 namespace cuda {

@@ -212,15 +212,16 @@ void delta_weight_backward_as(const DeltaWeightBackward& p, Device& device) {
   const Lists<Index> a = b.a.as<Index>();
   const S* GT = static_cast<const S*>(p.grad);
   if (!p.transposed) GT = transpose_used(GT, b.D, b.d, a, b.r, device);
-  const int64_t most = std::min(device.shared_bytes, kGatherBytes) / int64_t{sizeof(uint4)} / 2 * 2;
+  constexpr int64_t kRow = sizeof(uint4);  // there is one more, of zeros
+  const int64_t most = std::min(device.shared_bytes - kRow, kGatherBytes) / kRow / 2 * 2;
   const int64_t tiles = ceil_div(b.D, most), rows = ceil_div(ceil_div(b.D, tiles), 2) * 2;
   const bool in_words = b.D % 2 == 0 && reinterpret_cast<uintptr_t>(GT) % 4 == 0;
   C* Z = scratch<C>(device, tiles * b.a.count * b.n);
   const int64_t groups = (b.a.count + b.r * (kGroup<S> - 1)) / kGroup<S>;
   launch(device, "delta_weight_gather", gather_kernel<S, Index>,
          static_cast<unsigned>(groups * tiles), std::min(device.max_threads, 256),
-         (rows + 1) * int64_t{sizeof(uint4)}, GT, b.D, b.r, b.n, a, b.b_cols.as<Index>(), rows,
-         tiles, in_words, b.a.count, Z);
+         (rows + 1) * kRow, GT, b.D, b.r, b.n, a, b.b_cols.as<Index>(), rows, tiles, in_words,
+         b.a.count, Z);
 
   contract(p, a, Z, tiles, device);
 }

@@ -24,6 +24,7 @@
 
 #include "delta_planes.h"
 #include "delta_weight.h"
+#include "ternary_io.h"
 
 namespace randlora {
 namespace cuda {

@@ -11,6 +11,10 @@
 
 namespace randlora {
 
+// Shared memory of a block: what it has unasked on any card, and the least that it may ask for on a
+// supported one (sm_86, 89 and 120).
+constexpr int64_t kFreeShared = 48 << 10, kLeastShared = 99 << 10;
+
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #if defined(__CUDACC__)
@@ -25,7 +29,7 @@ template <class... P, class... A>
 void launch(const Device& device, const char* name, void (*kernel)(P...), dim3 grid, int threads,
             int64_t shared_bytes, A... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  if (shared_bytes > 48 << 10)
+  if (shared_bytes > kFreeShared)
     check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared_bytes)),
@@ -43,10 +47,12 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 #else
 
 template <class... P, class... A>
-void launch(const Device&, const char* name, void (*kernel)(P...), dim3 grid, int threads,
+void launch(const Device& device, const char* name, void (*kernel)(P...), dim3 grid, int threads,
             int64_t shared_bytes, A... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  cuda_on_cpu::run(name, grid, threads, static_cast<size_t>(shared_bytes),
+  cuda_on_cpu::note_start(reinterpret_cast<const void*>(kernel));
+  const int64_t limit = device.shared_bytes > kFreeShared ? device.shared_bytes : kFreeShared;
+  cuda_on_cpu::run(name, grid, threads, shared_bytes, limit,
                    [&] { kernel(static_cast<P>(arguments)...); });
 }
 

@@ -1,6 +1,7 @@
 // b_up_planes and b_down_planes against plain sums in double.
 #include "check.h"
 #include "cuda/kernels.h"
+#include "run_tests.h"
 #include "test_device.h"
 #include "thread_runtime.h"
 
@@ -99,9 +100,7 @@ void nonfinite(DType dtype) {
     }
 }
 
-}  // namespace
-
-int main() {
+void tests() {
   const Case cases[] = {{1, 1, 1, 1, 1.0, 0, 3},         {64, 64, 8, 17, 1.0 / 3, 0, 1},
                         {33, 20, 7, 5, 0.05, 1, 3},      {130, 65, 16, 33, 1.0 / 3, 0, 60},
                         {48, 16, 32, 130, 1.0, 0, 1},    {300, 96, 4, 16, 1.0 / 3, 0, 100},
@@ -113,6 +112,8 @@ int main() {
     run(c, DType::f32, true);
   }
   for (const DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16}) nonfinite(dtype);
-  std::printf("%d failures\n", failures);
-  return failures != 0;
 }
+
+}  // namespace
+
+int main() { return run_tests(tests); }

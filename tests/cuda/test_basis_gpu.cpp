@@ -1,5 +1,5 @@
 // Generation, packing and expansion on the card: bit for bit the CPU's, and the vectors of the
-// specification. Usage: test_cuda_basis_gpu [basis_v1.txt]
+// specification (tests/data/basis_v1.txt).
 #include <cmath>
 #include <fstream>
 #include <sstream>
@@ -9,6 +9,7 @@
 #include "core/ternary_spec.h"
 #include "cpu/dispatch.h"
 #include "cuda/kernels.h"
+#include "run_tests.h"
 #include "sha256.h"
 #include "test_device.h"
 #include "thread_runtime.h"
@@ -273,12 +274,9 @@ void schedules() {
   EXPECT(same, "the order of threads shows");
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
-  std::string data = __FILE__;
-  data = data.substr(0, data.rfind("cuda")) + "data/basis_v1.txt";
-  vectors(argc > 1 ? argv[1] : data.c_str());
+void tests() {
+  const std::string here = __FILE__;
+  vectors((here.substr(0, here.rfind("cuda")) + "data/basis_v1.txt").c_str());
   generation();
   // Most of ThreadSanitizer's time goes into starting threads, so it sees fewer rows and columns.
   using Shapes = std::vector<std::pair<int64_t, int64_t>>;
@@ -301,6 +299,8 @@ int main(int argc, char** argv) {
   not_ternary();
   late_magnitude();
   schedules();
-  std::printf("%d failures\n", failures);
-  return failures != 0;
 }
+
+}  // namespace
+
+int main() { return run_tests(tests); }

@@ -3,6 +3,7 @@
 #include "core/stochastic.h"
 #include "cpu/dispatch.h"
 #include "cuda/delta_weight.h"
+#include "run_tests.h"
 #include "test_device.h"
 #include "thread_runtime.h"
 
@@ -195,9 +196,7 @@ void nonfinite(DType dtype) {
     if (e % p.c.d != k) EXPECT(std::isfinite(dgam.values()[e]), "dgam %ld", long(e));
 }
 
-}  // namespace
-
-int main() {
+void tests() {
   const Case cases[] = {{1, 1, 1, 1.0},
                         {40, 40, 8, 1.0 / 3},
                         {70, 33, 7, 0.05, 1},
@@ -219,6 +218,8 @@ int main() {
       stochastic<f16>(DType::f16, skip, transposed);
     }
   for (const DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16}) nonfinite(dtype);
-  std::printf("%d failures\n", failures);
-  return failures != 0;
 }
+
+}  // namespace
+
+int main() { return run_tests(tests); }

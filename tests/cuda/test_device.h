@@ -75,6 +75,13 @@ class Poisoned {
   int64_t shift_;
 };
 
+// Changes with every bit that a test reads out of an Array (run_tests.h).
+inline uint64_t digest = 0;
+inline void add_to_digest(const void* data, int64_t bytes) {
+  const auto* p = static_cast<const unsigned char*>(data);
+  for (int64_t i = 0; i < bytes; ++i) digest = (digest ^ p[i]) * 0x100000001b3u;  // FNV-1a
+}
+
 // An array of `dtype` in "device" memory: poisoned, or holding `values` rounded to dtype.
 // `skip` elements lie before it, to take its 16-byte alignment away.
 class Array {
@@ -98,6 +105,7 @@ class Array {
   int64_t count() const { return count_; }
   int64_t bytes() const { return count_ * bytes_of(dtype_); }
   std::vector<double> values() const {
+    add_to_digest(get(), bytes());
     std::vector<double> v(count_);
     with_storage(dtype_, [&](auto* s) {
       const auto* p = static_cast<decltype(s)>(get());
@@ -106,6 +114,7 @@ class Array {
     return v;
   }
   std::vector<unsigned char> raw() const {
+    add_to_digest(get(), bytes());
     const auto* p = static_cast<const unsigned char*>(get());
     return {p, p + bytes()};
   }

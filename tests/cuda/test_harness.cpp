@@ -1,5 +1,5 @@
-// Tests of the execution gate itself. Without an argument: every primitive does what CUDA says, and
-// every planted fault below, each in a process of its own, is caught. With one: that fault.
+// Tests of the execution gate itself: every primitive does what CUDA says, under every schedule.
+// test_faults.cpp has what must not go unseen.
 #include <cstdio>
 #include <string>
 
@@ -7,222 +7,18 @@
 #include "cuda/element.h"
 #include "cuda/launch.h"
 #include "cuda/ptx.h"
+#include "run_tests.h"
 #include "test_device.h"
 
 using namespace randlora;
 
 namespace {
 
-#if defined(__SANITIZE_THREAD__)
-constexpr bool kThread = true, kAddress = false;
-#elif defined(__SANITIZE_ADDRESS__)
-constexpr bool kThread = false, kAddress = true;
-#else
-constexpr bool kThread = false, kAddress = false;
-#endif
 constexpr unsigned kFull = 0xffffffffu;
 
 template <class T>
 __device__ T* shared_as() {
   return reinterpret_cast<T*>(shared_memory());
-}
-
-__global__ void barriers_only(int count) {
-  for (int i = 0; i < count; ++i) __syncthreads();
-}
-
-// ---- faults --------------------------------------------------------------------------------------
-
-__global__ void missing_barrier(float* out) {
-  float* s = shared_as<float>();
-  s[threadIdx.x] = static_cast<float>(threadIdx.x);
-  out[threadIdx.x] = s[(threadIdx.x + 1) % blockDim.x];
-}
-__global__ void missing_second_barrier(float* out) {  // the write of round 1 overtakes a read of 0
-  float* s = shared_as<float>();
-  for (int round = 0; round < 2; ++round) {
-    s[threadIdx.x] = static_cast<float>(threadIdx.x + 1000 * round);
-    __syncthreads();
-    out[round * blockDim.x + threadIdx.x] = s[(threadIdx.x + 1) % blockDim.x];
-  }
-}
-__global__ void missing_syncwarp(float* out) {  // a shuffle orders no memory
-  float* s = shared_as<float>();
-  s[threadIdx.x] = 1;
-  const float x = __shfl_sync(kFull, 1.f, 0);
-  out[threadIdx.x] = x + s[threadIdx.x ^ 1];
-}
-__global__ void two_threads_overlap(float* out) {
-  if (threadIdx.x == 5 || threadIdx.x == 77) out[0] = static_cast<float>(threadIdx.x);
-}
-__global__ void blocks_overlap(float* out) {  // a single pair of accesses in the whole grid
-  __syncthreads();
-  if (threadIdx.x == blockIdx.x) out[0] = static_cast<float>(blockIdx.x);
-}
-__global__ void out_of_bounds(float* out) {
-  float* s = shared_as<float>();
-  s[threadIdx.x + 1] = 1;  // the last thread writes past the end
-  __syncthreads();
-  out[threadIdx.x] = s[threadIdx.x];
-}
-__global__ void out_of_bounds_global(float* out) { out[threadIdx.x + 1] = 1; }
-__global__ void misaligned_vector(float* out) {
-  if (threadIdx.x == 0) *reinterpret_cast<float4*>(out + 1) = make_float4(1, 2, 3, 4);
-}
-__global__ void divergent_barrier(float* out) {
-  if (threadIdx.x < 32)
-    __syncthreads();
-  else
-    __syncthreads();
-  out[threadIdx.x] = 0;
-}
-__global__ void skipped_barrier(float* out) {
-  if (threadIdx.x >= 96) return;
-  __syncthreads();
-  out[threadIdx.x] = 0;
-}
-__global__ void barrier_against_shuffle(float* out) {
-  if (threadIdx.x < 32) out[threadIdx.x] = __shfl_sync(kFull, 1.f, 0);
-  if (threadIdx.x % 32 < 16) __syncthreads();
-  out[threadIdx.x] = static_cast<float>(__ballot_sync(kFull, 1));
-}
-__global__ void uninitialised_read(float* out) {
-  float* s = shared_as<float>();
-  if (threadIdx.x != 7) s[threadIdx.x] = 1;
-  __syncthreads();
-  out[threadIdx.x] = s[threadIdx.x];
-}
-__global__ void mask_lacks_caller(float* out) {
-  out[threadIdx.x] = __shfl_down_sync(0x0000ffffu, 1.f, 1);
-}
-__global__ void mask_names_absent_lanes(float* out) {
-  if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_xor_sync(kFull, 1.f, 1);
-}
-__global__ void masks_differ(float* out) {
-  out[threadIdx.x] = __shfl_xor_sync(threadIdx.x % 2 ? kFull : 0x55555555u, 1.f, 2);
-}
-__global__ void shuffle_from_outside_mask(float* out) {
-  out[threadIdx.x] = 0;
-  if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_down_sync(0x0000ffffu, 1.f, 8);
-}
-__global__ void missing_cp_async_wait(float* out) {
-  float* s = shared_as<float>();
-  cp_async16(s + 4 * threadIdx.x, out + 4 * threadIdx.x);
-  cp_async_commit();
-  __syncthreads();
-  const float x = s[4 * threadIdx.x];
-  __syncthreads();
-  out[4 * threadIdx.x] = x;
-}
-__global__ void cp_async_wait_too_few(float* out) {  // of two groups the second is not awaited
-  float* s = shared_as<float>();
-  if (threadIdx.x > 0) return;
-  cp_async16(s, out);
-  cp_async_commit();
-  cp_async16(s + 4, out + 4);
-  cp_async_commit();
-  cp_async_wait<1>();
-  out[0] = s[0] + s[4];
-}
-__global__ void cp_async_over_readers(float* out) {  // no barrier between a read and the next copy
-  float* s = shared_as<float>();
-  s[4 * threadIdx.x] = 1;
-  __syncthreads();
-  const float x = s[4 * (threadIdx.x ^ 1)];
-  cp_async16(s + 4 * threadIdx.x, out + 4 * threadIdx.x);
-  cp_async_commit();
-  cp_async_wait<0>();
-  __syncthreads();
-  out[4 * threadIdx.x] = x + s[4 * threadIdx.x];
-}
-__global__ void misaligned_cp_async(float* out) { cp_async16(shared_memory(), out + 1); }
-__global__ void misaligned_ldmatrix(float* out) {
-  uint32_t r[4];
-  ldmatrix_x4(r, shared_memory() + 2);
-  out[threadIdx.x] = static_cast<float>(r[0]);
-}
-__global__ void ldmatrix_outside(float* out) {
-  uint32_t r[4];
-  ldmatrix_x4(r, shared_memory() + 128 * sizeof(float));
-  out[threadIdx.x] = static_cast<float>(r[0]);
-}
-
-// What the output of each build must hold. "" takes anything: this build need not see it.
-struct Fault {
-  const char* name;
-  void (*kernel)(float*);
-  const char *plain, *address, *thread;
-};
-#define FAULT(name, ...) {#name, name, __VA_ARGS__}
-const char *kDisagree = "schedules disagree", *kNaN = "NaN in the result",
-           *kRace = "ThreadSanitizer: data race";
-const Fault kFaults[] = {
-    FAULT(missing_barrier, kDisagree, kDisagree, kRace),
-    FAULT(missing_second_barrier, kDisagree, kDisagree, kRace),
-    FAULT(missing_syncwarp, "", "", kRace),
-    FAULT(two_threads_overlap, kDisagree, kDisagree, kRace),
-    FAULT(blocks_overlap, kDisagree, kDisagree, kRace),
-    FAULT(out_of_bounds, "", "heap-buffer-overflow", ""),
-    FAULT(out_of_bounds_global, "", "heap-buffer-overflow", ""),
-    FAULT(misaligned_vector, "", "misaligned address", ""),
-    FAULT(divergent_barrier, "is divergent", "is divergent", "is divergent"),
-    FAULT(skipped_barrier, "exit", "exit", "exit"),
-    FAULT(barrier_against_shuffle, "waits for ever", "waits for ever", "waits for ever"),
-    FAULT(uninitialised_read, kNaN, kNaN, kNaN),
-    FAULT(mask_lacks_caller, "lacks the calling lane", "lacks the calling lane",
-          "lacks the calling lane"),
-    FAULT(mask_names_absent_lanes, "exit", "exit", "exit"),
-    FAULT(masks_differ, "different masks", "different masks", "different masks"),
-    FAULT(shuffle_from_outside_mask, kNaN, kNaN, kNaN),
-    FAULT(missing_cp_async_wait, kNaN, kNaN, kNaN),
-    FAULT(cp_async_wait_too_few, kNaN, kNaN, kNaN),
-    FAULT(cp_async_over_readers, kDisagree, kDisagree, kRace),
-    FAULT(misaligned_cp_async, "not 16-byte aligned", "not 16-byte aligned", "not 16-byte aligned"),
-    FAULT(misaligned_ldmatrix, "not 16-byte aligned", "not 16-byte aligned", "not 16-byte aligned"),
-    FAULT(ldmatrix_outside, "not in the block's", "not in the block's", "not in the block's"),
-};
-
-// One block of 128 threads (two where blocks are at fault) over an array of zeros, in all schedules.
-int commit_fault(const char* name) {
-  for (const Fault& f : kFaults) {
-    if (strcmp(f.name, name)) continue;
-    TestDevice device;
-    const bool wide = strstr(name, "cp_async");
-    // Fibers that have lived through other blocks are not blind to a race in this one.
-    launch(device, "barriers_only", barriers_only, 20, 128, 0, 10);
-    const auto body = [&] {
-      Array out(DType::f32, std::vector<double>(wide ? 512 : strstr(name, "second") ? 256 : 128));
-      launch(device, name, f.kernel, strstr(name, "blocks") ? 2 : 1, 128, wide ? 2048 : 512,
-             out.as<float>());
-      for (double v : out.values())
-        if (std::isnan(v)) {
-          std::printf("NaN in the result\n");
-          break;
-        }
-      return out.raw();
-    };
-    try {
-      if (!cuda_on_cpu::same_bits_under_all_schedules(body)) std::printf("schedules disagree\n");
-    } catch (const cuda_on_cpu::Error& e) {
-      std::printf("%s\n", e.what());
-    }
-    return 0;
-  }
-  return 1;
-}
-
-void faults_are_caught(const std::string& self) {
-  for (const Fault& f : kFaults) {
-    const char* want = kThread ? f.thread : kAddress ? f.address : f.plain;
-    if (!*want) continue;
-    FILE* child = popen(("'" + self + "' " + f.name + " 2>&1").c_str(), "r");
-    std::string output;
-    char line[1024];
-    while (std::fgets(line, sizeof line, child)) output += line;
-    pclose(child);
-    EXPECT(output.find(want) != std::string::npos, "%s: no \"%s\" in \"%s\"", f.name, want,
-           output.c_str());
-  }
 }
 
 // ---- primitives ----------------------------------------------------------------------------------
@@ -418,34 +214,6 @@ std::vector<int> reuse() {
   return out;
 }
 
-template <class F>
-std::string error_of(const F& f) {
-  try {
-    f();
-  } catch (const cuda_on_cpu::Error& e) {
-    return e.what();
-  }
-  return "";
-}
-void errors() {
-  const auto before = cuda_on_cpu::schedule;
-  cuda_on_cpu::schedule = {};
-  std::vector<float> out(128);
-  const auto start = [&](void (*kernel)(float*), int threads) {
-    return error_of([&] { launch(device, "k", kernel, dim3(1, 3), threads, 512, out.data()); });
-  };
-  const std::string e = start(skipped_barrier, 128);
-  EXPECT(
-      e.find("kernel k, block (0, 0, 0), thread 96: exits while others wait for __syncthreads") ==
-          0,
-      "%s", e.c_str());
-  EXPECT(e.find("test_harness.cpp:") != std::string::npos, "%s", e.c_str());
-  EXPECT(start(missing_barrier, 33) != "", "33 threads");
-  EXPECT((start(blocks_overlap, 160) != "") == kThread, "160 threads");
-  reuse();  // after an error all is as before
-  cuda_on_cpu::schedule = before;
-}
-
 void schedules() {
   using cuda_on_cpu::Schedule;
   EXPECT((Schedule{Schedule::reverse, 0}.permutation(3, 0) == std::vector<int64_t>{2, 1, 0}),
@@ -458,15 +226,14 @@ void schedules() {
   EXPECT(cuda_on_cpu::same_bits_under_all_schedules(reuse), "reuse");
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
-  if (argc == 2) return commit_fault(argv[1]);
+void tests() {
   shuffles<int>(), shuffles<unsigned>(), shuffles<float>(), shuffles<double>();
   shuffles<int64_t>(), shuffles<uint64_t>();
   votes(), atomics(), arithmetic(), cp_async(), ldmatrix();
   mma_product<bf16>(DType::bf16), mma_product<f16>(DType::f16), mma_product<float>(DType::f32);
-  reuse(), errors(), schedules();
-  faults_are_caught(argv[0]);
-  return failures != 0;
+  reuse(), schedules();
 }
+
+}  // namespace
+
+int main() { return run_tests(tests); }

@@ -2,6 +2,7 @@
 #include "cpu/dispatch.h"
 #include "cuda/kernels.h"
 #include "factored.h"
+#include "run_tests.h"
 
 using namespace randlora;
 
@@ -139,9 +140,7 @@ void bounded_scratch() {
              "scratch grows with T: form %d expand %d", int(kind), expand);
 }
 
-}  // namespace
-
-int main() {
+void tests() {
   const Case cases[] = {
       // in, out, r, T, density, form, wide, accumulate, skip, chunk_tokens
       {1, 1, 1, 1, 1.0, Form::lists},
@@ -170,6 +169,8 @@ int main() {
       if (dtype == DType::f32) check(c, dtype, true);
     }
   bounded_scratch();
-  std::printf("%d failures\n", failures);
-  return failures != 0;
 }
+
+}  // namespace
+
+int main() { return run_tests(tests); }

@@ -6,6 +6,7 @@
 #include "check.h"
 #include "cpu/dispatch.h"
 #include "cuda/kernels.h"
+#include "run_tests.h"
 #include "test_device.h"
 #include "thread_runtime.h"
 
@@ -117,9 +118,7 @@ void schedules() {
   EXPECT(same, "the order of threads shows");
 }
 
-}  // namespace
-
-int main() {
+void tests() {
   struct Shape {
     int64_t r, d, n;
   };
@@ -142,6 +141,8 @@ int main() {
     }
   not_finite();
   schedules();
-  std::printf("%d failures\n", failures);
-  return failures != 0;
 }
+
+}  // namespace
+
+int main() { return run_tests(tests); }

@@ -4,6 +4,7 @@
 #include "check.h"
 #include "cuda/launch.h"
 #include "cuda/tile.h"
+#include "run_tests.h"
 #include "test_device.h"
 
 using namespace randlora;
@@ -99,9 +100,7 @@ void check_orders(DType dtype, std::initializer_list<int> extras) {
   }
 }
 
-}  // namespace
-
-int main() {
+void tests() {
   check_orders<bf16, 1, 2>(DType::bf16, {0, 8});
   check_orders<bf16, 2, 4>(DType::bf16, {24});
   check_orders<f16, 2, 2>(DType::f16, {0, 8, 56});
@@ -111,5 +110,8 @@ int main() {
   check_orders<float, 2, 3, true>(DType::f32, {0, 5});
   check_orders<double, 1, 2>(DType::f64, {0, 1});
   check_orders<double, 2, 1>(DType::f64, {3});
-  return failures != 0;
 }
+
+}  // namespace
+
+int main() { return run_tests(tests); }

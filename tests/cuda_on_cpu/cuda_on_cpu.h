@@ -1,6 +1,7 @@
 // CUDA's language, as far as csrc/cuda speaks it, for g++: the very same .cu files run on the CPU,
 // one fiber a CUDA thread, so that sanitizers and checks see them (docs/cuda-on-cpu.md). This file has
-// the language, ptx_on_cpu.h the instructions, engine.h runs grids, fiber.h switches threads.
+// the language, ptx_on_cpu.h the instructions, engine.h runs grids, fiber.h switches threads,
+// schedule.h orders them.
 #pragma once
 #include <math.h>
 #include <string.h>
@@ -10,6 +11,7 @@
 #include <type_traits>
 
 #include "engine.h"
+#include "started.h"
 
 #define __global__
 #define __device__

@@ -3,17 +3,13 @@
 // CUDA's barriers order, that a launch follows what the host did before it and precedes what the
 // host does next, and nothing more: neither blocks nor shuffles order anything.
 #pragma once
-#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <mutex>
-#include <numeric>
-#include <random>
-#include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "fiber.h"
+#include "schedule.h"
 
 struct uint3 {
   unsigned x, y, z;
@@ -26,32 +22,6 @@ inline uint3 threadIdx, blockIdx;  // set whenever the scheduler switches
 inline dim3 blockDim, gridDim;
 
 namespace cuda_on_cpu {
-
-struct Error : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-// The order of blocks, and of the threads in each.
-struct Schedule {
-  enum Order { forward, reverse, random } order = forward;
-  unsigned seed = 0;
-
-  static Schedule of_environment() {
-    const char* text = getenv("CUDA_ON_CPU_SCHEDULE");
-    if (!text || !strcmp(text, "forward")) return {};
-    if (!strcmp(text, "reverse")) return {reverse, 0};
-    if (!strncmp(text, "random:", 7)) return {random, static_cast<unsigned>(atoi(text + 7))};
-    throw Error("CUDA_ON_CPU_SCHEDULE is forward, reverse or random:SEED");
-  }
-  std::vector<int64_t> permutation(int64_t count, uint64_t salt) const {
-    std::vector<int64_t> p(count);
-    std::iota(p.begin(), p.end(), 0);
-    if (order == reverse) std::reverse(p.begin(), p.end());
-    if (order == random) std::shuffle(p.begin(), p.end(), std::mt19937_64(seed * 77777u + salt));
-    return p;
-  }
-};
-inline Schedule schedule = Schedule::of_environment();
 
 // ---- the state of the running block --------------------------------------------------------------
 
@@ -247,9 +217,10 @@ CUDA_ON_CPU_UNSEEN inline void run_block(const int64_t* order) {
   }
 }
 
-// body() is what each thread does. Throws Error where a rule of CUDA is broken.
-CUDA_ON_CPU_UNSEEN inline void run(const char* kernel, dim3 grid, int threads, size_t shared_bytes,
-                                   const std::function<void()>& body) {
+// body() is what each thread does; a block may have up to shared_limit bytes of shared memory. Throws
+// Error where a rule of CUDA is broken.
+CUDA_ON_CPU_UNSEEN inline void run(const char* kernel, dim3 grid, int threads, int64_t shared_bytes,
+                                   int64_t shared_limit, const std::function<void()>& body) {
   const auto need = [&](bool holds, const char* what) {
     if (!holds) throw Error(std::string("launch of ") + kernel + ": " + what);
   };
@@ -257,11 +228,12 @@ CUDA_ON_CPU_UNSEEN inline void run(const char* kernel, dim3 grid, int threads, s
   need(!kThreadSanitizer || threads <= 128, "ThreadSanitizer misses races in blocks over 128");
   need(grid.x > 0 && grid.y > 0 && grid.z > 0, "empty grid");
   need(grid.x < 1u << 31 && grid.y < 1u << 16 && grid.z < 1u << 16, "grid size");
-  need(shared_bytes <= 227 << 10, "shared memory");
+  need(shared_bytes >= 0 && shared_bytes <= shared_limit, "shared memory");
   static std::mutex one_launch_at_a_time;  // Python's autograd has a thread of its own
   const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
   Block& b = block;
-  b.kernel = kernel, b.body = &body, b.threads = threads, b.shared_bytes = shared_bytes;
+  b.kernel = kernel, b.body = &body, b.threads = threads;
+  b.shared_bytes = static_cast<size_t>(shared_bytes);
   b.error.clear();
   gridDim = grid;
   blockDim = dim3(static_cast<unsigned>(threads));
@@ -270,7 +242,7 @@ CUDA_ON_CPU_UNSEEN inline void run(const char* kernel, dim3 grid, int threads, s
   for (int64_t i : schedule.permutation(blocks, 0)) {
     blockIdx = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
                 static_cast<unsigned>(i / grid.x / grid.y)};
-    b.shared = static_cast<unsigned char*>(fresh_memory(shared_bytes));
+    b.shared = static_cast<unsigned char*>(fresh_memory(b.shared_bytes));
     b.sync = static_cast<SyncPoints*>(fresh_memory(sizeof(SyncPoints)));
     run_block(schedule.permutation(threads, static_cast<uint64_t>(i) + 1).data());
     forget(b.shared), forget(b.sync);
@@ -278,23 +250,6 @@ CUDA_ON_CPU_UNSEEN inline void run(const char* kernel, dim3 grid, int threads, s
   }
   sync_acquire(&host.ended);
   if (!b.error.empty()) throw Error(b.error);
-}
-
-// Does body(), which returns a vector, give the same bits under every order?
-template <class F>
-bool same_bits_under_all_schedules(const F& body) {
-  const Schedule before = schedule;
-  schedule = {Schedule::forward, 0};
-  const auto want = body();
-  bool same = true;
-  for (Schedule s : {Schedule{Schedule::reverse, 0}, Schedule{Schedule::random, 1}}) {
-    schedule = s;
-    const auto got = body();
-    same &= got.size() == want.size() &&
-            !memcmp(got.data(), want.data(), want.size() * sizeof(want[0]));
-  }
-  schedule = before;
-  return same;
 }
 
 }  // namespace cuda_on_cpu

@@ -1,0 +1,130 @@
+// How a TernaryTile (ternary_tile.h) gets its operand, and where its results go: to rows or, turned, to
+// columns of a matrix, scaled, added to what was there and rounded once.
+#pragma once
+#include "ternary_tile.h"
+
+namespace randlora {
+
+// Elements (row0 .. + Rows, col0 .. + Cols) of a row-major matrix (rows, cols), zeros outside it,
+// to rows in shared memory; by_k if the rows are slots. Aligned rows by cp.async, to be waited for.
+template <Order O, int Rows, int Cols, class S>
+__device__ __forceinline__ void load_operand(S* to, int stride, const S* from, int64_t rows,
+                                             int64_t cols, int64_t row0, int64_t col0,
+                                             bool aligned) {
+  constexpr int V = kPerAccess<S>, kPacks = Cols / V, kTurns = Rows * kPacks / kTileThreads;
+  static_assert(kTileThreads % kPacks == 0 && kTurns * kTileThreads == Rows * kPacks);
+  const int col = threadIdx.x % kPacks * V, first_row = threadIdx.x / kPacks;
+  const S* source = from + (row0 + first_row) * cols + col0 + col;
+  const int64_t rows_left = rows - row0 - first_row, cols_left = cols - col0 - col;
+#pragma unroll
+  for (int i = 0; i < kTurns; ++i) {
+    constexpr int kRows = kTileThreads / kPacks;  // in one turn
+    const int row = first_row + i * kRows;
+    S* at = to + (O == Order::by_k ? row_of_slot(row) : row) * stride + col;
+    const bool inside = i * kRows < rows_left;
+    if (aligned) {
+      const bool whole = inside && cols_left > 0;
+      cp_async16(at, whole ? source + i * kRows * cols : from, whole ? 16 : 0);
+    } else {
+#pragma unroll 1
+      for (int v = 0; v < V; ++v)
+        at[v] = inside && v < cols_left ? source[i * kRows * cols + v] : S{};
+    }
+  }
+}
+
+// out (rows, cols) = scale * result [+ base], rounded once: to nearest, or by core/stochastic.h.
+template <class S_, bool Stochastic = false>
+struct Output {
+  using S = S_;
+  using C = typename ComputeOf<S>::type;
+  S* out;
+  const S* base;  // like out, or null
+  int64_t rows, cols;
+  C scale;
+  bool aligned;
+  uint64_t seed = 0;
+
+  __device__ __forceinline__ void put(int64_t row, int64_t col, const C (&v)[kPerAccess<S>]) const {
+    constexpr int V = kPerAccess<S>;
+    if (row >= rows || col >= cols) return;
+    const int64_t to = row * cols + col;
+    if (aligned) {
+      Pack<S, V> sum = {}, old = {};
+      if (base) old = *reinterpret_cast<const Pack<S, V>*>(base + to);
+      Counter4 words = {};
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        if (Stochastic && e % 4 == 0) words = rounding_words(seed, (to + e) / 4);
+        sum.set(e, round(base ? widen(old.get(e)) + scale * v[e] : scale * v[e], words.v[e % 4]));
+      }
+      *reinterpret_cast<Pack<S, V>*>(out + to) = sum;
+    } else {
+#pragma unroll 1
+      for (int e = 0; e < V && col + e < cols; ++e) {
+        const uint32_t word = Stochastic ? rounding_word(seed, to + e) : 0;
+        C x = C(0);
+#pragma unroll
+        for (int f = 0; f < V; ++f) x = f == e ? v[f] : x;  // registers cannot be indexed
+        out[to + e] = round(base ? widen(base[to + e]) + scale * x : scale * x, word);
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ S round(C x, uint32_t word) const {
+    if constexpr (Stochastic)
+      return round_stochastic(x, word, S{});
+    else
+      return narrow<S>(x);
+  }
+};
+
+// The tile at line0, col0 of the product, by way of shared memory: to rows that are lines, or to
+// rows that are columns n (Turned). 16 columns of every warp at a time.
+template <bool Turned, class Tile>
+constexpr int64_t store_bytes() {
+  constexpr int kCols = Tile::WN * 16;
+  return int64_t(sizeof(typename Tile::C)) * (Turned ? kCols * (kLines + 4) : kLines * (kCols + 8));
+}
+template <bool Turned, class Tile, class Out>
+__device__ __forceinline__ void store_tile(const Tile& tile, unsigned char* shared, int64_t line0,
+                                           int64_t col0, const Out& out) {
+  using C = typename Tile::C;
+  constexpr int V = kPerAccess<typename Out::S>, VC = kPerAccess<C>;
+  constexpr int kCols = Tile::WN * 16, kInner = Turned ? kLines : kCols;
+  constexpr int kPitch = kInner + (Turned ? 4 : 8);  // no bank conflicts between lanes' fragments
+  C* buffer = reinterpret_cast<C*>(shared);
+#pragma unroll
+  for (int first = 0; first < Tile::NI; first += 2) {
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < Tile::MI; ++m)
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int line = Tile::line(m, e), col = Tile::warp_n() * 16 + Tile::Warp::col(n, e);
+          buffer[Turned ? col * kPitch + line : line * kPitch + col] =
+              tile.warp.acc[m][first + n][e];
+        }
+    __syncthreads();
+#pragma unroll 1
+    for (int at = threadIdx.x * V; at < kLines * kCols; at += kTileThreads * V) {
+      const int outer = at / kInner, inner = at % kInner;
+      C v[V];
+#pragma unroll
+      for (int e = 0; e < V; e += VC) {
+        const auto p = *reinterpret_cast<const Pack<C, VC>*>(buffer + outer * kPitch + inner + e);
+#pragma unroll
+        for (int c = 0; c < VC; ++c) v[e + c] = p.get(c);
+      }
+      const int buffered = Turned ? outer : inner;
+      const int64_t line = line0 + (Turned ? inner : outer);
+      const int64_t col = col0 + buffered / 16 * Tile::NI * 8 + first * 8 + buffered % 16;
+      out.put(Turned ? col : line, Turned ? line : col, v);
+    }
+  }
+}
+
+}  // namespace randlora

@@ -1,0 +1,64 @@
+// The order in which blocks run, and the threads in each; and the broken rule that ends a run.
+#pragma once
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+namespace cuda_on_cpu {
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct Schedule {
+  enum Order { forward, reverse, random } order = forward;
+  unsigned seed = 0;
+
+  static Schedule of_environment() {
+    const char* text = getenv("CUDA_ON_CPU_SCHEDULE");
+    if (!text || !strcmp(text, "forward")) return {};
+    if (!strcmp(text, "reverse")) return {reverse, 0};
+    if (!strncmp(text, "random:", 7)) return {random, static_cast<unsigned>(atoi(text + 7))};
+    throw Error("CUDA_ON_CPU_SCHEDULE is forward, reverse or random:SEED");
+  }
+  std::vector<int64_t> permutation(int64_t count, uint64_t salt) const {
+    std::vector<int64_t> p(count);
+    std::iota(p.begin(), p.end(), 0);
+    if (order == reverse) std::reverse(p.begin(), p.end());
+    if (order == random) std::shuffle(p.begin(), p.end(), std::mt19937_64(seed * 77777u + salt));
+    return p;
+  }
+};
+inline Schedule schedule = Schedule::of_environment();
+
+// body() under every order.
+template <class F>
+void under_all_schedules(const F& body) {
+  const Schedule before = schedule;
+  for (Schedule s : {Schedule{Schedule::forward, 0}, Schedule{Schedule::reverse, 0},
+                     Schedule{Schedule::random, 1}}) {
+    schedule = s;
+    body();
+  }
+  schedule = before;
+}
+
+// Does body(), which returns a vector, give the same bits under every order?
+template <class F>
+bool same_bits_under_all_schedules(const F& body) {
+  std::vector<decltype(body())> results;
+  under_all_schedules([&] { results.push_back(body()); });
+  const auto& want = results[0];
+  return std::all_of(results.begin(), results.end(), [&](const auto& got) {
+    return got.size() == want.size() &&
+           !memcmp(got.data(), want.data(), want.size() * sizeof(want[0]));
+  });
+}
+
+}  // namespace cuda_on_cpu
