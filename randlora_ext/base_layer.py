@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import is_lazy
 
@@ -44,7 +45,8 @@ def can_fuse(base_layer: Any, x: Tensor) -> bool:
     if not is_plain_linear(base_layer):
         return False
     weight = base_layer.weight
-    return type(weight) in (Tensor, nn.Parameter) and matches(weight, x)
+    # Parameters are FakeTensors while torch.export traces.
+    return type(weight) in (Tensor, nn.Parameter, FakeTensor) and matches(weight, x)
 
 
 def is_plain_linear(module: nn.Module) -> bool:

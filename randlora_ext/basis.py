@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 
 import torch
 from torch import Tensor
@@ -45,6 +46,13 @@ class TernaryBasis:
     matrix, but for an imported basis (`from_dense`), which is its matrices.
     Source: paper section 4.3 (sparse bases) and PEFT's ``_init_randlora_A_randlora_B_sparse``.
     """
+
+    def __new__(cls, *args, **kwargs) -> "TernaryBasis":
+        self = super().__new__(cls)
+        self._packed: dict[torch.device, Packed] = {}
+        self._dense: dict[tuple, Packed] = {}
+        self._paths: dict[tuple, object] = {}  # cost.py
+        return self
 
     def __init__(
         self, in_features: int, out_features: int, r: int, density: float, seed: int = 0
@@ -189,19 +197,28 @@ class TernaryBasis:
         planes: ``[a_offset, a_index, b_planes]`` (docs/formats.md). Made on first use, then shared
         by all layers of equal description on that device, for as long as one of them lives.
         """
-        mine: dict[torch.device, Packed] = self.__dict__.setdefault("_packed", {})
+        if torch.compiler.is_dynamo_compiling():
+            from . import tracing
+
+            return tracing.packed(self, torch.device(device)).tensors
         device = with_index(torch.device(device))
-        if device not in mine:
-            mine[device] = shared((self._matrices(), device), device, lambda: self._pack(device))
-        return mine[device].tensors
+        if device not in self._packed:
+            key = (self._matrices(), device)
+            self._packed[device] = shared(key, device, lambda: self._pack(device))
+        return self._packed[device].tensors
 
     def dense_b(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """B (D, K) unscaled (-1, 0, +1), made once and shared like `packed`: for GEMMs on CUDA."""
-        mine: dict[tuple, Packed] = self.__dict__.setdefault("_packed", {})
+        if torch.compiler.is_dynamo_compiling():
+            from . import tracing
+
+            return tracing.packed(self, torch.device(device), dtype).tensors[0]
         key = (with_index(torch.device(device)), dtype)
-        if key not in mine:
-            mine[key] = shared((self._matrices(), *key), key[0], lambda: [self._dense_b(*key)])
-        return mine[key].tensors[0]
+        if key not in self._dense:
+            self._dense[key] = shared(
+                (self._matrices(), *key), key[0], lambda: [self._dense_b(*key)]
+            )
+        return self._dense[key].tensors[0]
 
     def _dense_b(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         if self.format == "planes":
@@ -279,9 +296,15 @@ class TernaryBasis:
         outputs = range(self.out_features) if outputs is None else outputs
         other = copy.copy(self)
         other._shape = self._shape.part(inputs, outputs)
-        for made in ("_packed", "_paths"):
-            other.__dict__.pop(made, None)
         return other
+
+    def known(self) -> "TernaryBasis":
+        """The first living basis of the same description: what layers hold.
+
+        One object for all layers of a shape is one dictionary of packed tensors, and one guard of
+        torch.compile, so that what was compiled for one layer serves the others.
+        """
+        return _known.setdefault(self._key(), self)
 
     def _matrices(self) -> tuple:
         """What decides A and B: the layer's orientation does not."""
@@ -302,7 +325,8 @@ class TernaryBasis:
         return self  # it never changes, and copies must go on sharing what it packs
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_packed", "_paths")}
+        made = ("_packed", "_dense", "_paths")  # and what tracing.py calls by these names
+        return {k: v for k, v in self.__dict__.items() if not k.startswith(made)}
 
     def __repr__(self) -> str:
         origin = "imported" if self._imported is not None else f"seed={self.seed}"
@@ -313,3 +337,6 @@ class TernaryBasis:
             f"TernaryBasis({self.in_features}, {self.out_features}, r={self.r}, "
             f"density={self.density:.6g}, {origin}, format={self.format!r}{part})"
         )
+
+
+_known: "weakref.WeakValueDictionary[tuple, TernaryBasis]" = weakref.WeakValueDictionary()

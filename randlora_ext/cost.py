@@ -6,7 +6,9 @@ units (forward and dx). `path_terms` counts the work of each path, rates.py says
 """
 
 import os
+from bisect import bisect_left
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -139,10 +141,47 @@ def choose_path(
 ) -> str:
     """`explain(...).path`, as `linear` asks for it at every call: decided once per size."""
     key = (tokens, dtype, has_weight, device_type, os.environ.get("RANDLORA_PATH"))
-    decided: dict[tuple, str] = basis.__dict__.setdefault("_paths", {})
+    decided = basis._paths
     if key not in decided:
         decided[key] = _decide(basis, *key)[0]
     return decided[key]
+
+
+class Region(NamedTuple):
+    """Numbers of tokens for which the choice is the same: up to `last`, from the region before."""
+
+    last: int
+    path: str
+    b_side: str
+
+
+def path_regions(
+    basis: TernaryBasis, dtype: torch.dtype, has_weight: bool, device_type: str
+) -> tuple[Region, ...]:
+    """`choose_path` and `choose_b_side` for every number of tokens, in ascending order.
+
+    For code that is compiled once for many sizes (tracing.py). The last region is without end.
+    """
+
+    def at(tokens: int) -> tuple[str, str]:
+        path = choose_path(basis, tokens, dtype, has_weight, device_type)
+        return path, choose_b_side(basis, tokens, device_type)
+
+    regions: list[Region] = []
+    first = 1
+    # Only here does the B side change. In between the factored path costs the same for any number
+    # of tokens and the others ever less, so that the path changes once at most.
+    for end in sorted({PACKED_TOKENS, int(PACKED_ADDS / basis.density), 2**62}):
+        while first <= end:
+            choice = at(first)
+            last = end
+            if at(end) != choice:
+                last = bisect_left(range(end), True, lo=first, key=lambda t: at(t) != choice) - 1
+            if regions and regions[-1][1:] == choice:
+                regions.pop()
+            regions.append(Region(last, *choice))
+            first = last + 1
+    return tuple(regions)
 
 
 def _decide(

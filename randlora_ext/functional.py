@@ -6,7 +6,7 @@ Each is differentiable with respect to lam, gam (and x); the bases are constants
 import torch
 from torch import Tensor
 
-from . import ops
+from . import autocast, ops
 from .basis import TernaryBasis
 from .cost import choose_b_side, choose_path
 from .packing import signed_seed
@@ -58,7 +58,7 @@ def scaled_basis(basis_or_A: TernaryBasis | Tensor, lam: Tensor, gam: Tensor) ->
     if isinstance(basis_or_A, TernaryBasis):
         _check_diagonals(basis_or_A, lam, gam)
         basis_or_A = basis_or_A.dense_a(lam.device, lam.dtype)
-    return _ops.scaled_basis(basis_or_A, lam, gam)
+    return ops.scaled_basis(basis_or_A, lam, gam)
 
 
 def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float = 1.0) -> Tensor:
@@ -68,7 +68,7 @@ def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float =
     made. Source: PEFT's ``get_delta_weight``; paper equation 3.
     """
     _check_diagonals(basis, lam, gam)
-    return _ops.delta_weight(
+    return ops.delta_weight(
         lam,
         gam,
         basis.packed(lam.device),
@@ -155,15 +155,20 @@ def linear(
     kind = x.device.type
     if kind not in ("cpu", "cuda", "meta"):
         raise ValueError(f"x is on {x.device}; there are kernels for cpu and cuda only")
-    if torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
-        x = x.to(dtype)
-        weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
-    tokens = x.shape[:-1].numel()
-    if path == "auto":
-        path = choose_path(basis, tokens, x.dtype, weight is not None, kind)
+    if torch.is_autocast_enabled(kind):  # here, as the choice of a path asks for the dtype
+        x, weight, bias = autocast.cast(kind, (x, weight, bias))
+    tokens = x.numel() // basis.in_features  # Size.numel() would make a symbolic size a number
+    if torch.compiler.is_compiling():
+        from . import tracing  # what follows asks for tokens, which may be symbolic
+
+        chosen, b_side = tracing.choose(basis, tokens, x.dtype, weight is not None, kind)
+        path = chosen if path == "auto" else path
+    else:
+        if path == "auto":
+            path = choose_path(basis, tokens, x.dtype, weight is not None, kind)
+        b_side = choose_b_side(basis, tokens, kind)
     packed = basis.packed(x.device)
-    if path == "factored" and choose_b_side(basis, tokens, kind) == "dense":
+    if path == "factored" and b_side == "dense":
         packed = [*packed, basis.dense_b(x.device, x.dtype)]
     return ops.linear(
         x,

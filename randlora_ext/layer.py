@@ -108,6 +108,7 @@ class RandLoraLinear(Mergeable, nn.Module):
             )
         _check_options(randlora_alpha, projection_prng_key, randlora_dropout)
         basis = TernaryBasis(self.in_features, self.out_features, r, density, projection_prng_key)
+        basis = basis.known()
 
         weight = self.base_layer.weight
         device, dtype = weight.device, adapter_dtype(weight.dtype)

@@ -4,9 +4,11 @@ The kernels and their checks are C++ (csrc/torch). The gradients are those of la
 only; forward keeps x, lambda and gamma, and nothing of size (K, d), (T, K) or (D, d).
 """
 
+import functools
+
 import torch
 
-from . import _C  # noqa: F401  (loading it registers the operators)
+from . import _C, autocast, transforms  # noqa: F401  (loading _C registers the operators)
 
 _ops = torch.ops.randlora
 
@@ -16,7 +18,8 @@ def _register(name: str):
     return torch.library.register_fake(f"randlora::{name}")
 
 
-def _autograd(name: str, backward, setup_context) -> None:
+def _autograd(name: str, backward, setup_context, rule=None, backward_rule=None):
+    """Registers the gradients; returns the same for torch.func's transforms."""
     torch.library.register_autograd(f"randlora::{name}", backward, setup_context=setup_context)
 
     # Without this a second derivative would silently be that of a constant.
@@ -24,6 +27,12 @@ def _autograd(name: str, backward, setup_context) -> None:
         raise RuntimeError(f"randlora::{name} cannot be differentiated twice")
 
     torch.library.register_autograd(f"randlora::{name}_backward", refuse)
+
+    second = transforms.register(
+        f"{name}_backward", lambda ctx, inputs, output: None, refuse, backward_rule
+    )
+    gradients = functools.partial(backward, call=functools.partial(transforms.apply, second))
+    return transforms.register(name, setup_context, gradients, rule)
 
 
 def _for_inputs(ctx, *gradients):
@@ -104,12 +113,19 @@ def _scaled_basis_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _scaled_basis_backward(ctx, grad):
-    dlam, dgam = _ops.scaled_basis_backward(grad, *ctx.saved_tensors)
+def _scaled_basis_backward(ctx, grad, call=_ops.scaled_basis_backward):
+    dlam, dgam = call(grad, *ctx.saved_tensors)
     return None, dlam, dgam
 
 
-_autograd("scaled_basis", _scaled_basis_backward, _scaled_basis_context)
+_transformed_scaled_basis = _autograd("scaled_basis", _scaled_basis_backward, _scaled_basis_context)
+
+
+def scaled_basis(*inputs):
+    """`torch.ops.randlora.scaled_basis`, under torch.func's transforms as well."""
+    if torch._C._are_functorch_transforms_active():
+        return transforms.apply(_transformed_scaled_basis, *inputs)
+    return _ops.scaled_basis(*inputs)
 
 
 # ---- delta_weight --------------------------------------------------------------------------------
@@ -132,13 +148,20 @@ def _delta_weight_context(ctx, inputs, output):
     ctx.save_for_backward(lam, gam)
 
 
-def _delta_weight_backward(ctx, grad):
+def _delta_weight_backward(ctx, grad, call=_ops.delta_weight_backward):
     arguments = (grad, *ctx.saved_tensors, ctx.packed, ctx.scale, ctx.expand)
-    dlam, dgam = _ops.delta_weight_backward(*arguments)
+    dlam, dgam = call(*arguments)
     return _for_inputs(ctx, dlam, dgam, [None] * len(ctx.packed))
 
 
-_autograd("delta_weight", _delta_weight_backward, _delta_weight_context)
+_transformed_delta_weight = _autograd("delta_weight", _delta_weight_backward, _delta_weight_context)
+
+
+def delta_weight(*inputs):
+    """`torch.ops.randlora.delta_weight`, under torch.func's transforms as well."""
+    if torch._C._are_functorch_transforms_active():
+        return transforms.apply(_transformed_delta_weight, *inputs)
+    return _ops.delta_weight(*inputs)
 
 
 # A merged weight is for serving: there is no gradient.
@@ -172,16 +195,18 @@ def _linear_context(ctx, inputs, output):
     ctx.save_for_backward(x, weight, lam, gam)  # packed tensors are constants, shared by layers
 
 
-def _linear_gradients(ctx, dy):
+def _linear_gradients(ctx, dy, call=None):
     """Gradients of x, weight, bias, lam, gam."""
     x, weight, lam, gam = ctx.saved_tensors
     need = ctx.needs_input_grad
     arguments = (dy, x, weight, lam, gam, ctx.packed, ctx.scale, ctx.path)
     arguments += (need[0], need[3] or need[4], ctx.expand)
-    if torch.is_grad_enabled():  # create_graph=True: the op must be able to refuse
+    if call is not None:
+        dx, dlam, dgam = call(*arguments)
+    elif torch.is_grad_enabled():  # create_graph=True: the op must be able to refuse
         dx, dlam, dgam = _ops.linear_backward.default(*arguments)
     else:
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._ExcludeDispatchKeyGuard(autocast.BELOW):
             dx, dlam, dgam = _ops.linear_backward.default(*arguments)
     # A base that trains beside the adapter (PEFT's bias="all", say) gets its ordinary gradients.
     flat = dy.reshape(-1, dy.shape[-1]) if need[1] or need[2] else None
@@ -194,11 +219,13 @@ def _linear_gradients(ctx, dy):
     )
 
 
-def _linear_backward(ctx, dy):
-    return _for_inputs(ctx, *_linear_gradients(ctx, dy), [None] * len(ctx.packed))
+def _linear_backward(ctx, dy, call=None):
+    return _for_inputs(ctx, *_linear_gradients(ctx, dy, call), [None] * len(ctx.packed))
 
 
-_autograd("linear", _linear_backward, _linear_context)
+_transformed_linear = _autograd(
+    "linear", _linear_backward, _linear_context, transforms.linear, transforms.linear_backward
+)
 
 
 class _EagerLinear(torch.autograd.Function):
@@ -210,7 +237,7 @@ class _EagerLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._ExcludeDispatchKeyGuard(autocast.BELOW):
             output = _ops.linear.default(*inputs)
         _linear_context(ctx, inputs, output)
         return output
@@ -223,8 +250,7 @@ class _EagerLinear(torch.autograd.Function):
 def linear(*inputs):
     """`torch.ops.randlora.linear`, by the shorter way where autograd alone is at work."""
     if torch._C._are_functorch_transforms_active():
-        # register_autograd has no rule for them: jvp would return zeros, the others fail obscurely.
-        raise NotImplementedError("randlora_ext.linear does not work under torch.func transforms")
+        return transforms.apply(_transformed_linear, *inputs)
     if torch.compiler.is_compiling():
         return _ops.linear(*inputs)
     return _EagerLinear.apply(*inputs)

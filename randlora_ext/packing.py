@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _C
 
@@ -118,10 +120,8 @@ def shared(key: tuple, device: torch.device, make: Callable[[], list[Tensor]]) -
     with _cache_lock:
         packed = _cache.get(key)
         if packed is None:
-            # Made under inference_mode they could not be saved for a later backward.
-            with torch.inference_mode(False), torch.no_grad(), _complete(device):
-                packed = Packed(make())
-            _cache[key] = packed
+            with for_real(), _complete(device):
+                packed = _cache[key] = Packed(make())
         return packed
 
 
@@ -141,6 +141,23 @@ def _complete(device: torch.device) -> Iterator[None]:
             )
         yield
         torch.cuda.current_stream().synchronize()
+
+
+@contextmanager
+def for_real() -> Iterator[None]:
+    """Computes ordinary constants, whatever the caller is in the middle of.
+
+    What is cached outlives that: an export's fake tensors, a transform's wrappers, or tensors of
+    inference_mode (which cannot be saved for a later backward) must not get into it.
+    """
+    with (
+        torch._C.DisableTorchFunction(),
+        temporarily_clear_interpreter_stack(),
+        _disable_current_modes(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):
+        yield
 
 
 def with_index(device: torch.device) -> torch.device:

@@ -1,7 +1,6 @@
 """Sizes of a layer, or of the part of one that a rank of tensor parallelism holds."""
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -20,6 +19,9 @@ class Shape:
     first_row: int = 0  # of B
     first_column: int = 0  # of A
     whole: bool = True
+    d: int = field(init=False, compare=False)
+    D: int = field(init=False, compare=False)
+    K: int = field(init=False, compare=False)
 
     @classmethod
     def of(cls, in_features: int, out_features: int, r: int) -> "Shape":
@@ -59,19 +61,15 @@ class Shape:
             expand=not self.expand,
         )
 
-    @cached_property
-    def d(self) -> int:
-        return self.in_features if self.expand else self.out_features
+    def __post_init__(self) -> None:
+        # Plain attributes: torch.compile cannot trace what fills a cached_property.
+        small, large = self.in_features, self.out_features
+        if not self.expand:
+            small, large = large, small
+        for name, value in (("d", small), ("D", large), ("K", self.n * self.r)):
+            object.__setattr__(self, name, value)
 
-    @cached_property
-    def D(self) -> int:
-        return self.out_features if self.expand else self.in_features
-
-    @cached_property
-    def K(self) -> int:
-        return self.n * self.r
-
-    @cached_property
+    @property
     def wide(self) -> bool:
         """Whether list positions need 32 bits."""
         return max(self.D, self.d, self.K) > 65536

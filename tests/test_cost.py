@@ -5,7 +5,7 @@ import torch
 from layer_cases import make_layer
 
 from randlora_ext import _C, TernaryBasis, explain, linear
-from randlora_ext.cost import PATHS, PathChoice, choose_path
+from randlora_ext.cost import PATHS, PathChoice, choose_b_side, choose_path, path_regions
 
 SPARSE, DENSE = TernaryBasis(512, 512, 32, 1 / 22), TernaryBasis(512, 512, 32, 1.0)
 SIXTEEN_BITS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -95,6 +95,26 @@ def test_unknown_environment_path(value, monkeypatch):
 def test_device_is_named():
     assert explain(SPARSE, 16, device="cpu").isa == _C.isa()
     assert explain(SPARSE, 16, device=torch.device("cuda", 0)).isa == "cuda"
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("density", [1.0, 1 / 3, 0.13, 0.07, 1 / 22])
+@pytest.mark.parametrize("features", [24, 512])
+def test_regions_tell_the_choice_for_any_number_of_tokens(features, density, device_type):
+    basis = TernaryBasis(features, 512, 32, density)
+    for dtype, has_weight in (
+        (torch.float32, True),
+        (torch.bfloat16, True),
+        (torch.float32, False),
+    ):
+        arguments = (dtype, has_weight, device_type)
+        regions = path_regions(basis, *arguments)
+        assert 1 <= len(regions) <= 5 and regions[-1].last > 10**18
+        for tokens in (*range(1, 2000), 10**4, 10**6, 10**9):
+            region = next(r for r in regions if tokens <= r.last)
+            assert region.path == choose_path(basis, tokens, *arguments)
+            assert region.b_side == choose_b_side(basis, tokens, device_type)
+        assert all(a[1:] != b[1:] for a, b in zip(regions, regions[1:], strict=False))
 
 
 # ---- linear(path="auto") takes the path that explain names

@@ -22,13 +22,25 @@ Path path_of(const std::string& path, bool has_weight) {
   return Path::merged;
 }
 
+// Kernels read and write these as the dtype of x. Autocast could make them another, which is why
+// randlora_ext/autocast.py keeps it out of here.
+Tensor of_dtype(const Tensor& y, const Tensor& x) {
+  RANDLORA_CHECK(y.scalar_type() == x.scalar_type(), "torch computed ", describe(y), " of x ",
+                 describe(x), "; autocast must not be active inside this operator");
+  return y;
+}
+
+Tensor product(const Tensor& a, const Tensor& b) {
+  return of_dtype(torch::stable::matmul(a, b), a);
+}
+
 Tensor torch_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
                                     torch::stable::detail::from(weight),
                                     torch::stable::detail::from(bias)};
   TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return of_dtype(torch::stable::detail::to<Tensor>(stack[0]), x);
 }
 
 // a + b; the stable ABI has no add, but a subtraction with a factor.
@@ -135,8 +147,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(
 
   if (p == Path::factored) {
     const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
-    if (need_x)
-      dx = weight ? as_contiguous(torch::stable::matmul(dyc, *weight)) : allocate_like(xc);
+    if (need_x) dx = weight ? as_contiguous(product(dyc, *weight)) : allocate_like(xc);
     if (need_diagonals) dlam = allocate_like(l), dgam = allocate_like(g);
     run(x, &Kernels::linear_backward, &CudaKernels::linear_backward,
         {b, l.const_data_ptr(), g.const_data_ptr(), xc.const_data_ptr(), dyc.const_data_ptr(),
@@ -147,13 +158,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(
   }
   if (need_x) {
     const OptionalTensor base = p == Path::merged ? weight : OptionalTensor();
-    dx = torch::stable::matmul(dyc,
-                               form_delta(b, lam, gam, base, scale, s.out, s.in, d_is_in, dtype));
-    if (p == Path::delta && weight) dx = sum_of(torch::stable::matmul(dyc, *weight), dx);
+    dx = product(dyc, form_delta(b, lam, gam, base, scale, s.out, s.in, d_is_in, dtype));
+    if (p == Path::delta && weight) dx = sum_of(product(dyc, *weight), dx);
   }
   if (need_diagonals) {
     const Tensor dyT = torch::stable::transpose(rows(dyc, s, s.out), 0, 1);
-    const Tensor G = torch::stable::matmul(dyT, rows(xc, s, s.in));
+    const Tensor G = product(dyT, rows(xc, s, s.in));
     std::tie(dlam, dgam) = contract_delta(b, G, lam, gam, scale, d_is_in);
   }
   return {dx, dlam, dgam};

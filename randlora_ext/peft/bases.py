@@ -1,5 +1,6 @@
 """PEFT's bases, packed: the dictionary that PEFT keeps them in, and one layer's `TernaryBasis`."""
 
+import itertools
 import weakref
 
 import torch
@@ -7,9 +8,11 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
 from ..basis import TernaryBasis
+from ..packing import for_real
 from .ternary_tensor import TernaryTensor
 
 BASES = ("randlora_A", "randlora_B")  # PEFT's names
+_tokens = itertools.count()
 
 
 class PackedBases(BufferDict):
@@ -25,12 +28,38 @@ class PackedBases(BufferDict):
     def __init__(self, persistent: bool) -> None:
         super().__init__(persistent=persistent)
         self.__dict__["_bases"] = {}  # not in nn.Module's tables: see above
+        self._changed()
 
     @classmethod
     def of(cls, dense: BufferDict) -> "PackedBases":
         packed = cls(dense.persistent)
         packed.update(dict(dense.items()))
         return packed
+
+    def _changed(self) -> None:
+        # Plain values, which torch.compile can guard on, beside tensors that it cannot look into.
+        self.__dict__["_token"] = next(_tokens)  # of this content, in this process
+        self.__dict__["_dtypes"] = {name: basis.dtype for name, basis in self._bases.items()}
+        self.__dict__["_of_layers"] = {}
+        self.__dict__["_traced"] = _Traced()
+
+    def dtype_of(self, adapter: str) -> torch.dtype:
+        return self._dtypes[adapter]
+
+    def layer_basis(
+        self, B: "PackedBases", adapter: str, in_features: int, out_features: int, r: int
+    ) -> tuple[TernaryBasis | None, str]:
+        """`layer_basis` of this A and that B, remembered until one of them changes."""
+        sizes = adapter, in_features, out_features, r
+        if torch.compiler.is_dynamo_compiling():
+            return getattr(self._traced, _trace_layer_basis(self, B, B._token, *sizes))
+        key = (B._token, *sizes)
+        made = self._of_layers
+        if key not in made:
+            for other in [k for k in made if k[0] != B._token]:
+                del made[other]
+            made[key] = layer_basis(self[adapter], B[adapter], *sizes[1:])
+        return made[key]
 
     def __getattr__(self, name: str):
         # As a buffer is an attribute of PEFT's dictionary; transformers loads adapters by it.
@@ -59,9 +88,11 @@ class PackedBases(BufferDict):
                         basis = TernaryTensor(other.matrix, basis.shape, basis.dtype, basis.device)
                         break
         self._bases[key] = basis
+        self._changed()
 
     def __delitem__(self, key: str) -> None:
         del self._bases[key]
+        self._changed()
 
     def __len__(self) -> int:
         return len(self._bases)
@@ -84,6 +115,7 @@ class PackedBases(BufferDict):
     def _apply(self, fn, recurse: bool = True):
         for key, basis in self._bases.items():
             self._bases[key] = fn(basis)
+        self._changed()
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
@@ -98,7 +130,12 @@ class PackedBases(BufferDict):
             destination[prefix + key] = dense if keep_vars else dense.detach()
 
     def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key != "_written"}
+        made = ("_written", "_token", "_dtypes", "_of_layers", "_traced")
+        return {key: value for key, value in self.__dict__.items() if key not in made}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._changed()
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -114,6 +151,18 @@ class PackedBases(BufferDict):
                 self[key] = saved.to(dtype=basis.dtype, device=basis.device, copy=True)
         if strict:
             unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
+
+
+class _Traced:
+    """Bases of layers as attributes: Dynamo sees a new one, but no new entry of a dictionary."""
+
+
+@torch.compiler.assume_constant_result  # Dynamo runs it while it traces
+def _trace_layer_basis(A: PackedBases, B: PackedBases, token: int, *sizes) -> str:
+    # The token is there to be guarded on: what `A` has made of another `B` would still be there.
+    name = "_".join(map(str, (token, *sizes)))
+    setattr(A._traced, name, A.layer_basis(B, *sizes))
+    return name
 
 
 def misfit(name: str, saved: Tensor, own: Tensor) -> str:
@@ -163,8 +212,7 @@ def layer_basis(
 def _layer_basis(
     A: TernaryTensor, B: TernaryTensor, in_features: int, out_features: int, r: int
 ) -> TernaryBasis:
-    # Made under inference_mode the packed tensors could not serve a later training step.
-    with torch.inference_mode(False), torch.no_grad():
+    with for_real():
         if A.matrix.seed is not None and B.matrix.seed is not None:
             seed, _, density = B.matrix.seed
             return TernaryBasis(in_features, out_features, r, density, seed)

@@ -14,7 +14,7 @@ from .. import cuda
 from .. import functional as kernels
 from ..base_layer import can_fuse
 from ..basis import TernaryBasis
-from .bases import BASES, PackedBases, layer_basis
+from .bases import BASES, PackedBases
 
 STOCK_QUANTIZED = "peft.tuners.randlora.bnb"  # imports bitsandbytes
 
@@ -111,7 +111,7 @@ class Accelerated(_Layer):
         basis, reason = self.basis_of(name, x.device)
         if basis is not None:
             return self._part(name, x, None, None, basis)
-        self._tell(reason)
+        _tell_once(self.randlora_A, reason)
         first, second = self.get_scaled_bases(name, device=x.device)
         return F.linear(F.linear(x, first), second) * self.scaling[name]
 
@@ -120,7 +120,7 @@ class Accelerated(_Layer):
         device = self.randlora_lambda[adapter].device
         basis, reason = self.basis_of(adapter, device)
         if basis is None:
-            self._tell(reason)
+            _tell_once(self.randlora_A, reason)
             first, second = self.get_scaled_bases(adapter)
             delta = second @ first * self.scaling[adapter]
         else:
@@ -144,14 +144,13 @@ class Accelerated(_Layer):
         scaled = kernels.scaled_basis(A, lam.to(device), gam.to(device))
         return (scaled, B) if d == self.in_features else (B.T, scaled.T)
 
-    @torch.compiler.disable  # bookkeeping, not computation: torch.compile need not look inside
     def basis_of(self, adapter: str, device: torch.device) -> tuple[TernaryBasis | None, str]:
         """(the adapter's packed basis, ""), or (None, why there is none)."""
         if not has_kernels(device.type):
             return None, f"there are no randlora_ext kernels for device type {device.type!r}"
         r = self.randlora_lambda[adapter].shape[0]
-        A, B = self.randlora_A[adapter], self.randlora_B[adapter]
-        return layer_basis(A, B, self.in_features, self.out_features, r)
+        sizes = self.in_features, self.out_features, r
+        return self.randlora_A.layer_basis(self.randlora_B, adapter, *sizes)
 
     def _part(
         self, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, basis: TernaryBasis
@@ -161,7 +160,7 @@ class Accelerated(_Layer):
         return kernels.linear(x, weight, bias, basis, lam, gam, self.scaling[name])
 
     def _base_dtype(self, name: str, device: torch.device) -> torch.dtype:
-        dtype = self.randlora_B[name].dtype
+        dtype = self.randlora_B.dtype_of(name)
         # PEFT computes in float32 where a CPU would be slow in 16 bits.
         half = device.type == "cpu" and dtype in (torch.float16, torch.bfloat16)
         return torch.float32 if half else dtype
@@ -169,7 +168,7 @@ class Accelerated(_Layer):
     def _compute_dtype(self, name: str, device: torch.device) -> torch.dtype:
         """The dtype to which PEFT casts x before the adapter: that of its scaled A."""
         dtype = self._base_dtype(name, device)
-        if dtype is not self.randlora_B[name].dtype:
+        if dtype is not self.randlora_B.dtype_of(name):
             return dtype
         for diagonals in (self.randlora_lambda, self.randlora_gamma):
             dtype = torch.promote_types(dtype, diagonals[name].dtype)
@@ -179,16 +178,17 @@ class Accelerated(_Layer):
         dropout = self.randlora_dropout[name]
         return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
-    def _tell(self, reason: str) -> None:
-        # All layers of a model hold the same dictionary, so the mark on it is the model's.
-        told = self.randlora_A.__dict__
-        if not told.setdefault("_randlora_ext_told", False):
-            told["_randlora_ext_told"] = True
-            warnings.warn(
-                f"RandLoRA layers of this model multiply by dense bases: {reason}. The kernels of "
-                "randlora_ext need ternary bases (sparse=True, very_sparse=True or a density).",
-                stacklevel=4,
-            )
+
+@torch.compiler.assume_constant_result  # when it traces, as warnings are no part of a graph
+def _tell_once(bases: PackedBases, reason: str) -> None:
+    # All layers of a model hold the same dictionary, so the mark on it is the model's.
+    if not bases.__dict__.setdefault("_randlora_ext_told", False):
+        bases.__dict__["_randlora_ext_told"] = True
+        warnings.warn(
+            f"RandLoRA layers of this model multiply by dense bases: {reason}. The kernels of "
+            "randlora_ext need ternary bases (sparse=True, very_sparse=True or a density).",
+            stacklevel=4,
+        )
 
 
 class AcceleratedLinear(Accelerated, Linear):

@@ -1,0 +1,47 @@
+"""Compiling in tests: from a clean slate, with graphs counted, against eager runs."""
+
+import os
+import shutil
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
+
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(c) for c in (os.environ.get("CXX") or "g++", "clang++")),
+    reason="torch.compile's and AOTInductor's code needs a C++ compiler: set CXX, or install g++",
+)
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """Nothing compiled before or after; ``counters`` start at zero."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    """Graphs compiled so far, recompilations included; fails where one was broken."""
+    assert not counters["graph_break"], dict(counters["graph_break"])
+    return counters["stats"]["unique_graphs"]
+
+
+def step(model, x):
+    """y, dx and the gradients of trained parameters of one training step."""
+    x = x.detach().requires_grad_(x.is_floating_point())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    y = model(x)
+    y = getattr(y, "logits", y)
+    leaves = [x, *trained] if x.requires_grad else trained
+    return [y, *torch.autograd.grad(y.float().square().mean(), leaves)]
+
+
+def assert_steps_agree(compiled, eager, x, tolerance=1e-5):
+    """The same numbers, up to the rounding of what the compiler fuses between our operators."""
+    for result, wanted in zip(step(compiled, x), step(eager, x), strict=True):
+        assert result.dtype == wanted.dtype
+        difference = (result - wanted).abs().max()
+        assert difference <= tolerance * wanted.abs().max(), difference / wanted.abs().max()

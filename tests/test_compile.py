@@ -1,0 +1,202 @@
+"""torch.compile: one graph, forward and backward, few of them over changing T, numbers of eager."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from compile_helpers import assert_steps_agree, graphs, needs_compiler, step
+from compile_helpers import fresh_dynamo as fresh_dynamo
+from layer_helpers import randomize
+from torch import nn
+
+from randlora_ext import RandLoraLinear, TernaryBasis, delta_weight, linear, scaled_basis
+from randlora_ext.cost import path_regions
+
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
+
+
+def make(density=0.1, dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24)).to(dtype)
+    for i in (0, 2):
+        net[i] = randomize(RandLoraLinear(net[i], r=5, density=density, **options), seed=i)
+    return net
+
+
+def compiled(model, **options):
+    return torch.compile(model, fullgraph=True, backend="aot_eager", **options)
+
+
+def x_of(tokens, features=24, dtype=torch.float32):
+    return torch.randn(tokens, features, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_inductor(dynamic):
+    # Seeds of no other test: bases are packed while it is traced.
+    eager = make(density=0.1 if dynamic else 1 / 3, projection_prng_key=77 + bool(dynamic))
+    fast = torch.compile(eager, fullgraph=True, dynamic=dynamic)
+    for tokens in (7, 9, 40, 33):
+        assert_steps_agree(fast, eager, x_of(tokens))
+    assert graphs() == (1 if dynamic else 2)  # one for 7 tokens, one for any number
+
+
+def test_graphs_over_changing_tokens_are_as_many_as_regions():
+    eager = make(density=1 / 3)
+    first = eager[0]
+    regions = path_regions(first.bases["default"], torch.float32, True, "cpu")
+    assert {r.path for r in regions} == {"factored", "merged"}  # the test is of something
+    fast = compiled(eager)
+    edge = regions[0].last
+    sizes = [2, 3, 5, 17, edge - 1, edge, edge + 1, edge + 2, 4 * edge]
+    for tokens in sizes:
+        assert_steps_agree(fast, eager, x_of(tokens))
+    number = graphs()
+    assert number <= 1 + 2 * len(regions)  # two layers have two edges; and the first static graph
+    for tokens in (*reversed(sizes), 11, 3 * edge):
+        assert_steps_agree(fast, eager, x_of(tokens))
+    assert graphs() == number
+
+
+def test_leading_dimensions_and_marked_dynamic_sizes():
+    eager = make()
+    fast = compiled(eager)
+    for sizes in ((2, 7), (3, 9), (5, 4)):
+        x = torch.randn(*sizes, 24)
+        torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.mark_dynamic(x, 1)
+        assert torch.equal(fast(x), eager(x))
+    assert graphs() == 1
+
+
+def test_a_number_of_tokens_that_only_the_data_tell():
+    eager = make()
+
+    def experts(x, chosen):
+        return eager(x[chosen])
+
+    x = x_of(12)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        fast = compiled(experts)
+        for count in (3, 12, 0):
+            chosen = torch.arange(12) < count
+            assert torch.equal(fast(x, chosen), eager(x[chosen]))
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["packed while tracing", "packed before"])
+def test_layers_of_one_shape_share_what_is_compiled(warm):
+    # Regional compilation: Dynamo gives up after 8 recompilations of one function.
+    torch.manual_seed(0)
+    layers = [
+        randomize(RandLoraLinear(nn.Linear(24, 40), r=5, projection_prng_key=5 + warm), seed=k)
+        for k in range(12)
+    ]
+    x = x_of(7)
+    if warm:
+        for layer in layers:
+            layer(x)
+    expected = [step(layer, x) for layer in layers]
+    for layer in layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    for layer, wanted in zip(layers, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(step(layer, x), wanted, strict=True))
+    assert graphs() == 1
+
+
+def test_another_basis_is_noticed():
+    eager = make()
+    fast = compiled(eager)
+    assert torch.equal(fast(x_of(7)), eager(x_of(7)))
+    before = eager(x_of(7))
+    eager[0].update_layer("default", r=5, density=0.1, projection_prng_key=99)
+    randomize(eager[0])
+    assert torch.equal(fast(x_of(7)), eager(x_of(7)))
+    assert not torch.equal(fast(x_of(7)), before)
+
+
+def test_states_of_a_layer():
+    eager = make(randlora_dropout=0.5)
+    layer, x = eager[0], x_of(7)
+    layer.update_layer("two", r=7, density=0.3)
+    randomize(layer)
+    fast = compiled(eager)
+
+    def check():
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            y = fast(x)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            assert torch.equal(y, eager(x))
+
+    check()  # dropout
+    eager.eval()
+    check()
+    layer.set_adapter(["default", "two"])
+    check()
+    layer.merge()
+    check()
+    layer.unmerge()
+    check()
+    layer.disable()
+    check()
+
+
+def test_autocast():
+    eager = make(density=1 / 3)
+    fast = compiled(eager)
+    with torch.autocast("cpu", torch.bfloat16):
+        for tokens in (7, 40):
+            assert_steps_agree(fast, eager, x_of(tokens), 1e-2)
+            assert fast(x_of(tokens)).dtype == torch.bfloat16
+    assert fast(x_of(7)).dtype == torch.float32
+
+
+def test_other_functions():
+    basis = TernaryBasis(24, 40, 5, 0.1, seed=31)  # of no other test
+    lam, gam = torch.randn(basis.r, basis.n), torch.randn(basis.n, basis.d)
+
+    def function(lam, gam, x):
+        dense = delta_weight(basis, lam, gam, 0.5).sum() + scaled_basis(basis, lam, gam).sum()
+        return dense + linear(x, None, None, basis, lam, gam, 0.5, "delta").sum()
+
+    gradients = []
+    for run in (compiled(function), function):
+        leaves = [lam.clone().requires_grad_(), gam.clone().requires_grad_()]
+        gradients.append(torch.autograd.grad(run(*leaves, x_of(7)), leaves))
+    for result, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(result, wanted)
+    assert graphs() == 1
+
+
+def test_transforms_run_beside_the_graph():
+    # Dynamo cannot trace an autograd.Function under torch.func; it must say so or step aside.
+    eager = make()
+    parameters = {k: p.detach() for k, p in eager.named_parameters() if p.requires_grad}
+
+    def function(parameters, x):
+        return torch.func.functional_call(eager, parameters, (x,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(function), (None, 0))
+    results = torch.compile(each, backend="aot_eager")(parameters, x_of(4))
+    for name, wanted in each(parameters, x_of(4)).items():
+        torch.testing.assert_close(results[name], wanted)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="runs uncompiled under torch.func"):
+        compiled(each)(parameters, x_of(4))
+
+
+def test_a_compiled_model_holds_its_bases_no_longer_than_it_lives():
+    eager = make(projection_prng_key=123)
+    fast = compiled(eager)
+    step(fast, x_of(7))
+    packed = [
+        weakref.ref(t) for layer in (eager[0], eager[2]) for t in layer.bases["default"].packed()
+    ]
+    del eager, fast
+    torch._dynamo.reset()
+    gc.collect()
+    assert packed and all(t() is None for t in packed)

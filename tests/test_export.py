@@ -1,0 +1,129 @@
+"""torch.export and AOTInductor of models with unmerged adapters, run in a process of their own."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from compile_helpers import needs_compiler
+from layer_helpers import randomize
+from torch import nn
+from torch.export import Dim
+
+from randlora_ext import RandLoraLinear
+from randlora_ext.cost import path_regions
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+RUN_PROGRAM = """
+import sys, torch
+import randlora_ext  # registers the operators, and nothing else of it is used
+program = torch.export.load(sys.argv[1]).module()
+"""
+RUN_PACKAGE = """
+import sys, torch
+import randlora_ext
+program = torch._inductor.aoti_load_package(sys.argv[1])
+"""
+COMPARE = """
+for x, y in torch.load(sys.argv[2]):
+    torch.testing.assert_close(program(x), y, rtol=1e-4, atol=1e-4)
+print("same", len(torch.load(sys.argv[2])))
+"""
+
+
+def make(density, **options):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24))
+    for i in (0, 2):
+        net[i] = randomize(RandLoraLinear(net[i], r=5, density=density, **options), seed=i)
+    return net.eval()
+
+
+def paths(program):
+    """Of each call of our operator in a graph."""
+    nodes = (n for n in program.graph.nodes if "randlora.linear" in str(n.target))
+    return [n.args[8] for n in nodes]
+
+
+def export(model, tokens, dim, strict=False):
+    sizes = None if dim is None else ({0: dim},)
+    return torch.export.export(
+        model, (torch.randn(tokens, 24),), dynamic_shapes=sizes, strict=strict
+    )
+
+
+def run_alone(program, file, model, tmp_path, sizes):
+    with torch.no_grad():
+        cases = [(x, model(x)) for x in (torch.randn(size, 24) for size in sizes)]
+    torch.save(cases, tmp_path / "cases.pt")
+    command = [sys.executable, "-c", program + COMPARE, str(file), str(tmp_path / "cases.pt")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.strip() == f"same {len(sizes)}"
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("density", [0.1, 1 / 3])
+def test_an_exported_program(density, strict):
+    model = make(density, projection_prng_key=55 + strict)  # not packed yet
+    program = export(model, 7, Dim.DYNAMIC, strict)
+    assert paths(program) == ["factored", "factored"]  # base and adapter in one, for any T
+    # The two layers' shapes are one turned around: their packed tensors are the same constants.
+    packed = model[0].bases["default"].packed()
+    assert len(program.constants) == len(packed)
+    for constant, tensor in zip(program.constants.values(), packed, strict=True):
+        assert torch.equal(constant, tensor)
+    for tokens in (1, 7, 300):
+        x = torch.randn(tokens, 24)
+        torch.testing.assert_close(program.module()(x), model(x))  # which may take another path
+    # and the basis that the export packed serves eager calls
+    assert all(type(t) is torch.Tensor for t in packed)
+    model(x).sum().backward()
+
+
+def test_the_declared_range_of_tokens_decides_the_path():
+    model = make(1 / 3)
+    last = path_regions(model[0].bases["default"], torch.float32, True, "cpu")[0].last
+    for dim, tokens, expected in (
+        (None, 2, "factored"),
+        (None, 10 * last, "merged"),
+        (Dim("T", min=2, max=10 * last), 10 * last, "factored"),
+        (Dim("T", min=10 * last, max=20 * last), 10 * last, "merged"),
+    ):
+        program = export(model, tokens, dim)
+        assert paths(program) == [expected] * 2
+        x = torch.randn(tokens, 24)
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_the_path_can_be_chosen(monkeypatch):
+    monkeypatch.setenv("RANDLORA_PATH", "delta")
+    assert paths(export(make(0.1), 7, Dim.DYNAMIC)) == ["delta"] * 2
+
+
+def test_several_adapters_and_autocast():
+    model = make(0.2)
+    model[0].update_layer("two", r=7, density=0.3)
+    model[0].set_adapter(["default", "two"])
+    randomize(model[0])
+    x = torch.randn(7, 24)
+    assert torch.equal(export(model, 7, Dim.DYNAMIC).module()(x), model(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+        assert torch.equal(export(model, 7, None).module()(x), y)
+
+
+def test_an_exported_program_in_another_process(tmp_path):
+    model = make(0.1)
+    file = tmp_path / "model.pt2"
+    torch.export.save(export(model, 7, Dim.DYNAMIC), file)
+    run_alone(RUN_PROGRAM, file, model, tmp_path, (1, 7, 300))
+
+
+@needs_compiler
+def test_an_aotinductor_package_in_another_process(tmp_path):
+    model = make(1 / 3)
+    program = export(model, 7, Dim("T", min=1, max=4096))
+    file = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "m.pt2"))
+    run_alone(RUN_PACKAGE, file, model, tmp_path, (1, 7, 300))
