@@ -1,0 +1,83 @@
+"""Weights that lie elsewhere, as DeepSpeed's ZeRO-3 leaves them, imitated in one process.
+
+DeepSpeed itself: tests/run_deepspeed.py.
+"""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from randlora_ext import RandLoraLinear
+
+SIZES = 24, 40
+
+
+def partition(parameter: nn.Parameter) -> torch.Tensor:
+    """Empties a parameter as ZeRO-3 does; returns its values."""
+    values = parameter.data
+    parameter.ds_shape = values.shape
+    parameter.data = values.new_empty(0)
+    return values
+
+
+@contextmanager
+def gathered(held: dict[nn.Parameter, torch.Tensor]):
+    for parameter, values in held.items():
+        parameter.data = values
+    yield
+    for parameter in held:
+        held[parameter] = partition(parameter)
+
+
+def layer():
+    torch.manual_seed(0)
+    made = RandLoraLinear(nn.Linear(*SIZES), r=5)
+    nn.init.normal_(made.randlora_lambda["default"])
+    return made
+
+
+def test_sizes_of_a_partitioned_conv1d():
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D(SIZES[1], SIZES[0])
+    partition(conv1d.weight)
+    made = RandLoraLinear(conv1d, r=5)
+    assert (made.in_features, made.out_features) == SIZES
+    assert made.randlora_gamma["default"].shape == (5, 24)
+
+
+def test_adapters_are_added_without_the_weight():
+    base = nn.Linear(*SIZES)
+    partition(base.weight)
+    made = RandLoraLinear(base, r=5)
+    made.update_layer("two", r=3)
+    assert made.randlora_gamma["two"].shape == (8, 24)
+    assert made.randlora_lambda["default"].dtype == torch.float32
+
+
+def test_merging_wants_the_weight():
+    made, x = layer(), torch.randn(3, SIZES[0])
+    want = made(x)
+    held = {p: partition(p) for p in made.parameters()}
+    before = [values.clone() for values in held.values()]
+    with pytest.raises(RuntimeError, match=r"base_layer.weight is \(0,\) here .*GatheredParam"):
+        made.merge()
+    assert not made.merged and all(map(torch.equal, before, held.values()))
+    with gathered(held):
+        made.merge()
+    with pytest.raises(RuntimeError, match="GatheredParameters"):
+        made.unmerge()
+    assert made.merged
+    with gathered(held):
+        torch.testing.assert_close(made(x), want)
+        made.unmerge()
+        torch.testing.assert_close(made(x), want)
+
+
+def test_the_adapter_alone_may_lie_elsewhere():
+    made = layer()
+    held = {p: partition(p) for p in made.adapter_parameters()}
+    with pytest.raises(ValueError, match=r"lam must be \(r, n\) = \(5, 5\), got \(0,\)"):
+        made.get_delta_weight("default")
+    with gathered(held):
+        assert made.get_delta_weight("default").shape == (40, 24)
