@@ -3,6 +3,7 @@
 import copy
 import math
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,11 +48,13 @@ class TernaryBasis:
     Source: paper section 4.3 (sparse bases) and PEFT's ``_init_randlora_A_randlora_B_sparse``.
     """
 
+    _packed: dict[torch.device, Packed]
+    _dense: dict[tuple, Packed]
+    _paths: dict[tuple, Any]  # of cost.py
+
     def __new__(cls, *args, **kwargs) -> "TernaryBasis":
         self = super().__new__(cls)
-        self._packed: dict[torch.device, Packed] = {}
-        self._dense: dict[tuple, Packed] = {}
-        self._paths: dict[tuple, object] = {}  # cost.py
+        self._packed, self._dense, self._paths = {}, {}, {}
         return self
 
     def __init__(

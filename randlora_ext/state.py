@@ -1,5 +1,6 @@
 """A state dict that does not fit is refused before anything of it is taken."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,13 +26,14 @@ def refuse_misfit(
     diagonals of another.
 
     Raises RuntimeError, naming every tensor of a RandLoRA layer whose shape is another or that is
-    not floating point, and where `strict`, those that are missing or unknown.
+    not floating point. Missing and unknown keys are left to torch, which alone knows whether the
+    caller said strict: it tells every module and hook that it is.
     """
     problems = [
         problem
         for path, layer in module.named_modules(remove_duplicate=False)
         if all(hasattr(layer, name) for name in (*DIAGONALS, "base_layer"))
-        for problem in _misfits(layer, state_dict, f"{prefix}{path}." if path else prefix, strict)
+        for problem in _misfits(layer, state_dict, f"{prefix}{path}." if path else prefix)
     ]
     if problems:
         raise RuntimeError(
@@ -40,28 +42,20 @@ def refuse_misfit(
         )
 
 
-def _misfits(layer: nn.Module, state_dict: dict[str, Tensor], prefix: str, strict: bool):
+def _misfits(layer: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> Iterator[str]:
     own = {
         f"{prefix}{diagonals}.{adapter}": parameter
         for diagonals in DIAGONALS
         for adapter, parameter in getattr(layer, diagonals).items()
     }
-    if strict:
-        of_adapters = tuple(f"{prefix}{diagonals}." for diagonals in DIAGONALS)
-        yield from (
-            f"unexpected key {key}"
-            for key in state_dict
-            if key.startswith(of_adapters) and key not in own
-        )
     base: Any = layer.base_layer
     if type(base) is nn.Linear or is_conv1d(base):  # others may have a format of their own
         own |= {f"{prefix}base_layer.{name}": value for name, value in base.named_parameters()}
     for key, parameter in own.items():
         saved = state_dict.get(key)
         if saved is None:
-            if strict:
-                yield f"missing key {key}"
-        elif saved.shape != parameter.shape:
+            continue
+        if saved.shape != parameter.shape:
             yield f"{key} is {tuple(saved.shape)}, and must be {tuple(parameter.shape)}"
         elif not saved.is_floating_point():
             yield f"{key} is {saved.dtype}, and must be floating point"

@@ -9,8 +9,10 @@ import torch._dynamo
 from torch._dynamo.utils import counters
 
 needs_compiler = pytest.mark.skipif(
-    not any(shutil.which(c) for c in (os.environ.get("CXX") or "g++", "clang++")),
-    reason="torch.compile's and AOTInductor's code needs a C++ compiler: set CXX, or install g++",
+    " " in torch.__file__
+    or not any(shutil.which(c) for c in (os.environ.get("CXX") or "g++", "clang++")),
+    reason="torch.compile's and AOTInductor's code needs a C++ compiler (set CXX, or install g++), "
+    "and a torch in a path without spaces, which it does not quote",
 )
 
 

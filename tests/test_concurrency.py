@@ -91,7 +91,7 @@ def make():
     inside.set()
     leave.wait()
     return []
-thread = threading.Thread(target=packing.shared, args=(("a slow one",), make))
+thread = threading.Thread(target=packing.shared, args=(("a slow one",), torch.device("cpu"), make))
 thread.start()
 inside.wait()
 child = os.fork()

@@ -116,7 +116,7 @@ def test_slices_are_descriptions():
     assert part == same and hash(part) == hash(same) and part.packed() is same.packed()
     assert part != whole and part != whole.slice(outputs=range(0, 30))
     again = pickle.loads(pickle.dumps(part))
-    assert again == part and "_packed" not in again.__dict__
+    assert again == part and not again._packed
     assert part.slice(outputs=range(10, 20)).dense()[1].equal(whole.dense()[1][40:50])
     assert "slice from row 30 of B and column 0 of A" in repr(part)
     turned = part.transposed()
