@@ -62,9 +62,15 @@ def test_quantized_base(tmp_path):
     assert len(saved) == 28 and all(k.endswith(("_lambda", "_gamma")) for k in saved)
 
 
-@pytest.mark.skipif(not (EXAMPLES / "tensor_parallel.py").exists(), reason="not written yet")
 def test_tensor_parallel(tmp_path):
-    run("tensor_parallel.py", tmp_path, "-m", "torch.distributed.run", "--nproc-per-node=2")
+    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
+    output = run("tensor_parallel.py", tmp_path, *launcher)
+    assert losses(output)[-1] < losses(output)[0]
+    # Every weight divides by two ranks: 64 x 64, 32, 32, 64, 128, 128 and 64 x 128, two blocks.
+    weights = 2 * 4 * 64 * (64 + 32 + 32 + 64 + 3 * 128) // 2
+    assert f"2 ranks; each holds {weights:,} bytes of weights" in output
+    assert difference(output, "in one process") < 1e-4
+    assert len(load_file(tmp_path / "randlora-adapter" / "randlora.safetensors")) == 28
 
 
 def test_every_example_is_run():
