@@ -6,6 +6,8 @@ is what allows flags per source set. The binding uses torch's stable ABI, so tha
 loads under torch 2.11 and later.
 
 RANDLORA_DEBUG=1 builds with -O0 -g.
+RANDLORA_SANITIZE=address,undefined (or thread) puts -fsanitize= into CPU kernels and binding;
+tests/run_sanitized_python.sh tells what else that takes.
 RANDLORA_CUDA=1 requires the CUDA kernels, 0 leaves them out; TORCH_CUDA_ARCH_LIST chooses cards.
 """
 
@@ -27,7 +29,11 @@ import nvcc  # noqa: E402
 
 VERSION = (HERE / "VERSION").read_text().strip()
 OPTIMISE = ["-O0", "-g"] if os.environ.get("RANDLORA_DEBUG") == "1" else ["-O3", "-g0"]
-COMMON = ["-std=c++17", "-fvisibility=hidden", "-fPIC", "-Wall", *OPTIMISE]
+SANITIZE = []
+if os.environ.get("RANDLORA_SANITIZE"):
+    SANITIZE = [f"-fsanitize={os.environ['RANDLORA_SANITIZE']}", "-fno-sanitize-recover=all"]
+    OPTIMISE = ["-O1", "-g"]  # as in CMakeLists.txt
+COMMON = ["-std=c++17", "-fvisibility=hidden", "-fPIC", "-Wall", *OPTIMISE, *SANITIZE]
 
 # The same flags stand in CMakeLists.txt.
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
@@ -87,6 +93,7 @@ def extension():
             f'-DRANDLORA_VERSION="{VERSION}"',
             nvcc.interface(),
         ],
+        extra_link_args=SANITIZE,
     )
     # Nothing of torch's Python binding is used: the file depends on the stable ABI alone.
     ext.libraries = [name for name in ext.libraries if name != "torch_python"]

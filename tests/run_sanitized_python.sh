@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# The core of the Python tests on CPU kernels, binding and pybind11 module built with a sanitizer.
+#   bash tests/run_sanitized_python.sh                           # ASan and UBSan
+#   bash tests/run_sanitized_python.sh thread                    # TSan: Python threads on one layer
+#   bash tests/run_sanitized_python.sh address,undefined tests/test_linear.py -k float64
+# Builds into build/sanitized-NAME of a copy, so that the installed module stays as it is. Python and
+# torch are not instrumented, so the sanitizer's library is loaded before them.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+repo=$PWD
+kind=${1:-address,undefined}
+[ $# -eq 0 ] || shift
+name=${kind//,/-}
+copy=$repo/build/sanitized-$name
+
+mkdir -p "$copy"
+cp -r --update setup.py pyproject.toml VERSION README.md LICENSE csrc cmake tests "$copy"
+cp -r --update --parents $(git ls-files randlora_ext) "$copy"
+cd "$copy"
+RANDLORA_CUDA=0 RANDLORA_SANITIZE=$kind python setup.py -q build_ext --inplace >build.log 2>&1 ||
+  { tail -30 build.log; exit 1; }
+
+libraries=
+case $kind in
+  *address*) libraries="libasan.so libubsan.so" ;;
+  *thread*) libraries="libtsan.so" ;;
+esac
+# libstdc++ with them: the sanitizer looks for its __cxa_throw when it starts.
+preload=
+for library in $libraries libstdc++.so; do
+  preload+="${preload:+ }$(g++ -print-file-name="$library")"
+done
+if [ $# -eq 0 ]; then
+  case $kind in
+    *address*) set -- test_linear.py test_autograd.py test_delta_weight.py test_scaled_basis.py \
+      test_packed.py test_basis.py test_basis_spec.py test_errors.py test_nonfinite.py \
+      test_layer.py test_layer_merge.py test_merged_weight.py test_properties.py test_isa.py ;;
+    *thread*) set -- test_concurrency.py -k "bits or drop or dense_b" ;;
+  esac
+fi
+cd tests
+# Leaks are Python's and torch's own; soak.py looks for ours. TSan cannot see into libgomp, whose
+# barriers it would take for missing: one OpenMP thread, but several of Python's.
+export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1
+export TSAN_OPTIONS=ignore_noninstrumented_modules=1:report_signal_unsafe=0
+export PYTHONPATH=$copy PYTHONDONTWRITEBYTECODE=1
+case $kind in *thread*) export OMP_NUM_THREADS=1 ;; esac
+export LD_PRELOAD=$preload
+python - <<'PY'
+import randlora_ext
+assert "/build/sanitized-" in randlora_ext._C.__file__, randlora_ext._C.__file__
+print("testing", randlora_ext._C.__file__)
+PY
+python -m pytest -p no:cacheprovider "$@"

@@ -1,0 +1,103 @@
+"""Beyond 2^31: elements of a virtual basis always, elements of a tensor where RANDLORA_LARGE=1.
+
+RANDLORA_LARGE=1 python -m pytest tests/test_large.py     # takes 16 GB and a few minutes
+"""
+
+import os
+
+import basis_reference
+import numpy as np
+import pytest
+import torch
+
+from randlora_ext import TernaryBasis, linear
+from randlora_ext.packing import generate_planes
+
+ops = torch.ops.randlora
+large = pytest.mark.skipif(
+    os.environ.get("RANDLORA_LARGE") != "1", reason="takes 16 GB: RANDLORA_LARGE=1 runs it"
+)
+
+
+@pytest.mark.parametrize("density", [1 / 3, 2.0**-12])
+@pytest.mark.parametrize(
+    ("row", "col"),
+    [
+        (2**31 - 4, 0),
+        (0, 2**31 - 70),
+        (2**31 - 4, 2**31 - 70),
+        (2**32 - 8, 2**32 - 140),
+        (46_341, 46_341),  # whose product passes 2^31
+        (65_535, 65_535),
+    ],
+)
+def test_slices_about_the_limits_of_32_bits(row, col, density):
+    planes = generate_planes(5, 1, row, 8, col, 140, density)
+    got = ops.planes_to_dense(planes, 140, 1.0, torch.float32).numpy()
+    at = np.arange(row, row + 8)[:, None], np.arange(col, col + 140)
+    assert (got == basis_reference.ternary(5, 1, *at, density)).all()
+    with pytest.raises(RuntimeError, match="leaves the allowed range"):
+        generate_planes(5, 1, 2**32 - 7, 8, col, 140, density)
+    with pytest.raises(RuntimeError, match="leaves the allowed range"):
+        generate_planes(5, 1, row, 8, 2**32 - 139, 140, density)
+
+
+def test_a_slice_equals_that_of_the_neighbours_around_it():
+    # 2^34 elements of the matrix lie between the first and the last column.
+    whole = generate_planes(9, 1, 2**31 - 3, 6, 2**31 - 128, 256, 0.3)
+    left = generate_planes(9, 1, 2**31 - 3, 6, 2**31 - 128, 128, 0.3)
+    right = generate_planes(9, 1, 2**31 - 3, 6, 2**31, 128, 0.3)
+    assert torch.equal(whole, torch.cat([left, right], 2))
+
+
+@large
+def test_a_basis_of_more_than_2_31_elements():
+    # 49,152^2 = 2.4e9 elements of B, of which the layer below sees the last rows.
+    size, r = 49_152, 64
+    basis = TernaryBasis(size, size, r, 2.0**-12, seed=3)
+    assert basis.D * basis.K > 2**31
+    offset, index = basis.packed()[2:4]
+    for row in (0, 43_691, size - 1):
+        expected = basis_reference.ternary(3, 1, row, np.arange(basis.K), basis.density)
+        at = index[offset[2 * row] : offset[2 * row + 2]].numpy().view(np.uint16)
+        assert sorted(at) == np.flatnonzero(expected).tolist()
+    make = torch.Generator().manual_seed(0)
+    lam = torch.randn(basis.r, basis.n, generator=make)
+    gam = torch.randn(basis.n, basis.d, generator=make)
+    x = torch.randn(2, size, generator=make)
+    y = linear(x, None, None, basis, lam, gam, 1.0, "factored")
+    # Row by row in float64: y[k] = sum_c B[k, c] (A' x)[c].
+    A = basis.dense_a("cpu", torch.float64)
+    hidden = torch.einsum("ji,jk,ik,tk->tji", lam.double(), A, gam.double(), x.double()).flatten(1)
+    for row in (0, 43_691, size - 1):
+        B = torch.from_numpy(basis_reference.ternary(3, 1, row, np.arange(basis.K), basis.density))
+        want = hidden @ B.double() / basis.density**0.5
+        assert torch.allclose(
+            y[:, row].double(), want, rtol=1e-4, atol=1e-3 * float(want.abs().max())
+        )
+
+
+@large
+@pytest.mark.parametrize("path", ["factored", "delta"])
+@pytest.mark.parametrize("density", [1 / 3, 0.07])
+def test_tensors_of_more_than_2_31_elements(path, density):
+    tokens = 2**28 + 33
+    basis = TernaryBasis(8, 8, 4, density, seed=1)
+    make = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, 8, generator=make).bfloat16().repeat(tokens // 4096 + 1, 1)[:tokens]
+    assert x.numel() > 2**31
+    lam = torch.randn(4, basis.n, generator=make, requires_grad=True)
+    gam = torch.randn(basis.n, 8, generator=make, requires_grad=True)
+    y = linear(x, None, None, basis, lam, gam, 1.0, path)
+    few = linear(x[:4096], None, None, basis, lam, gam, 1.0, path)
+    for start in (0, 2**27 - 2**27 % 4096, 2**28 - 4096, tokens // 4096 * 4096):
+        part = y[start : start + 4096]
+        assert torch.equal(part, few[: len(part)]), start
+    # The gradient of a sum over equal blocks of tokens is that many times the block's.
+    y.backward(torch.ones((), dtype=y.dtype).expand_as(y))
+    total = [lam.grad.double(), gam.grad.double()]
+    lam.grad = gam.grad = None
+    few.backward(torch.ones_like(few))
+    for got, block in zip(total, (lam.grad, gam.grad), strict=True):
+        want = block.double() * (tokens / 4096)
+        assert (got - want).norm() < 1e-2 * want.norm()
