@@ -116,20 +116,16 @@ class Machine(RuleBasedStateMachine):
         other.load_state_dict(self.layer.state_dict())
         self.layer = other
 
-    @rule(way=st.sampled_from(["shape", "missing", "unexpected", "dtype"]), at=st.integers(0, 9))
+    @rule(way=st.sampled_from(["shape", "dtype"]), at=st.integers(0, 9))
     def load_a_bad_state(self, way, at):
         state = {k: torch.full_like(v, 7.0) for k, v in self.layer.state_dict().items()}
         name = sorted(state)[at % len(state)]
         if way == "shape":
             state[name] = torch.zeros(*state[name].shape, 2)
-        elif way == "missing":
-            del state[name]
-        elif way == "unexpected":
-            state[name + "x"] = state[name]
         else:
             state[name] = state[name].to(torch.int64)
         special = type(self.layer.base_layer) not in (torch.nn.Linear, Conv1D)
-        if name.startswith("base_layer.") and (special or way == "unexpected"):
+        if name.startswith("base_layer.") and special:
             return  # torch's own checks, which change something first
         with pytest.raises(RuntimeError, match="which is unchanged"):
             self.layer.load_state_dict(state)
