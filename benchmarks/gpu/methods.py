@@ -52,7 +52,7 @@ class Ours(nn.Module):
         base, basis = self.base, self.basis
         return ops.linear(
             x, base.weight, base.bias, self.lam, self.gam, self.packed(), SCALING * basis.scale,
-            basis.out_features, self.path,
+            basis.out_features, self.path, basis.slice_expand,
         )  # fmt: skip
 
 
