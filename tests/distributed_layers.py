@@ -8,7 +8,7 @@ from distributed_ranks import Place, Wire, worlds
 from distributed_tensor_parallel import EXACT, STYLES, T, diagonals, layer, whole
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.tensor.parallel import PrepareModuleInput, parallelize_module
 
 from randlora_ext import RandLoraLinear
 from randlora_ext.distributed import (
@@ -205,6 +205,35 @@ def check_refusals(place: Place):
         refused(
             TypeError, "shard must be an nn.Linear", lambda s=style: s().from_shard(nn.ReLU(), mesh)
         )
+
+
+class Pair(nn.Module):
+    """Two layers over one input, as the projections of attention are."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = layer(36, 52), layer(36, 20)
+
+    def forward(self, x):
+        return self.q(x).sum() + self.k(x).sum()
+
+
+@worlds(2)
+def check_a_shared_input(place: Place):
+    """dx is reduced once for all layers that are given one DTensor, as with torch's styles."""
+    mesh, whole_x = place.mesh(), torch.randn(T, 36, dtype=torch.float64)
+    plain, sharded, gradients = Pair(), Pair(), []
+    parallelize_module(sharded, mesh, {"q": RandLoraColwise(), "k": RandLoraColwise()})
+    layouts = dict(input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),))
+    parallelize_module(sharded, mesh, PrepareModuleInput(**layouts))
+    for model in (plain, sharded):
+        x = whole_x.clone().requires_grad_()
+        loss = model(x)
+        with Wire() as wire:
+            loss.backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, **EXACT)
+    assert len(wire.sizes) == 3 and wire.sizes.count(8 * T * 36) == 1  # and lambda, gamma of each
 
 
 @worlds(2)

@@ -7,7 +7,7 @@ numbers of processes. After each check the ranks compare notes, and stop where s
 and some did not.
 """
 
-import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -24,7 +24,9 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-MODULES = ("distributed_data_parallel", "distributed_tensor_parallel", "distributed_layers")
+MODULES = ["distributed_data_parallel", "distributed_tensor_parallel", "distributed_layers"]
+if importlib.util.find_spec("peft") is not None:
+    MODULES += ["distributed_peft"]
 HANG = 120  # seconds in one collective
 OVERALL = 300  # seconds for all checks
 

@@ -1,0 +1,63 @@
+"""Checks of PEFT's models in several processes, run by test_distributed.py."""
+
+import peft
+import torch
+from distributed_data_parallel import SIZES, adam, batch, same_parameters, share, train, trained
+from distributed_ranks import Place, Wire, worlds
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import randlora_ext.peft as accelerated
+
+LIMITS = dict(rtol=1e-4, atol=1e-5)  # PEFT keeps lambda and gamma in float32
+
+
+def make(ours=True):
+    accelerated.enable() if ours else accelerated.disable()
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(*SIZES), nn.Tanh(), nn.Linear(*reversed(SIZES)))
+    options = dict(r=5, randlora_alpha=10, target_modules=["0", "2"], save_projection=False)
+    model = peft.get_peft_model(base, peft.RandLoraConfig(sparse=True, **options))
+    for parameter in trained(model):
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@worlds(2)
+def check_ddp_sends_stock_bases_and_not_ours(place: Place):
+    """DDP broadcasts buffers at every forward, and stock PEFT's dense bases are buffers."""
+    x = share(place, batch(0, torch.float32))
+    for ours in (False, True):
+        model = make(ours)
+        parallel = DistributedDataParallel(model)
+        parallel(x).sum().backward()
+        with Wire() as wire:
+            parallel(x).sum().backward()
+        # A and B, for the widest input beside the widest output.
+        bases = 0 if ours else 4 * (5 * max(SIZES) + max(SIZES) * max(SIZES))
+        assert sum(size for name, size in wire.sent if "broadcast" in name) == bases
+        gradients = sum(p.numel() * p.itemsize for p in trained(model))
+        assert sum(size for name, size in wire.sent if "reduce" in name) == gradients
+
+
+@worlds(2)
+def check_fsdp(place: Place):
+    """Training as of one process, and the adapter's file that one process would write."""
+    reference, model = make(), make()
+    for layer in model.modules():
+        if hasattr(layer, "base_layer"):
+            fully_shard(layer)
+    fully_shard(model)
+    steps = range(3)
+    train(reference, adam(reference), steps, lambda x: x.float())
+    train(model, adam(model), steps, lambda x: share(place, x).float())
+    same_parameters(model, reference, **LIMITS)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    if place.rank == 0:
+        mine = peft.get_peft_model_state_dict(model, state_dict=state)
+        theirs = peft.get_peft_model_state_dict(reference)
+        assert mine.keys() == theirs.keys()
+        for key in mine:
+            torch.testing.assert_close(mine[key], theirs[key], **LIMITS)
