@@ -193,9 +193,16 @@ def _prepare_input(arrives: Placement, wanted: Placement, module, inputs, device
     x = inputs[0]
     if not isinstance(x, DTensor):
         x = DTensor.from_local(x, device_mesh, [arrives], run_check=False)
-    return x.redistribute(placements=[wanted])
+    return _placed(x, wanted)
+
+
+def _placed(t: DTensor, placement: Placement) -> DTensor:
+    # Not where it lies so already: backward would reduce a gradient that others may still add to.
+    if isinstance(placement, Shard) and placement.dim < 0:
+        placement = Shard(placement.dim + t.ndim)
+    return t if t.placements == (placement,) else t.redistribute(placements=[placement])
 
 
 def _prepare_output(leaves: Placement, local: bool, module, y: DTensor, device_mesh) -> Tensor:
-    y = y.redistribute(placements=[leaves])
+    y = _placed(y, leaves)
     return y.to_local() if local else y
