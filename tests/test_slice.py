@@ -77,6 +77,26 @@ def test_linear(cut, density, path):
 
 
 @pytest.mark.parametrize("density", (1 / 16, 1 / 3))
+@pytest.mark.parametrize("path", ("factored", "delta"))
+@pytest.mark.parametrize("dtype, limit", ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)))
+def test_linear_in_training_dtypes(cut, density, path, dtype, limit):
+    """Vectors and tensor cores have other tiles than float64, and 40 tokens fill several."""
+    _, part, lam, gam, dW = parts(cut, density)
+    x = torch.randn(40, part.in_features).to(dtype).requires_grad_()
+    dy = torch.randn(40, part.out_features).to(dtype)
+    small = [t.detach().float().requires_grad_() for t in (lam, gam)]
+    y = linear(x, None, None, part, *small, 2.0, path)
+    got = y, *torch.autograd.grad(y, (x, *small), dy)
+    A, B = part.dense(dtype=torch.float64)
+    wide = x.detach().double().requires_grad_()
+    M = 2.0 * B @ scaled_basis_reference(A, lam, gam)
+    want = wide @ (M.T if part.expand else M)
+    want = want, *torch.autograd.grad(want, (wide, lam, gam), dy.double())
+    for ours, reference in zip(got, want, strict=True):
+        assert (ours.double() - reference).norm() < limit * reference.norm()
+
+
+@pytest.mark.parametrize("density", (1 / 16, 1 / 3))
 def test_weights(cut, density):
     _, part, lam, gam, dW = parts(cut, density)
     got = delta_weight(part, lam, gam, 2.0)

@@ -52,7 +52,7 @@ status=0
 ) >"$log" 2>&1 &
 others=$!
 "${run[@]}" -k "not wide" tests/test_{linear,delta_weight,merged_weight,scaled_basis,autograd}.py \
-  tests/test_{nonfinite,packed,basis,basis_spec,determinism,errors,layer,layer_merge,apply}.py \
+  tests/test_{nonfinite,packed,basis,basis_spec,slice,determinism,errors,layer,layer_merge,apply}.py \
   tests/test_{peft,peft_adapters,peft_switch}.py || status=1
 wait "$others" || status=1
 cat "$log"
