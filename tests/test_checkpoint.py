@@ -1,0 +1,131 @@
+"""torch.utils.checkpoint: plain, and with policies that name our operator, eager and compiled."""
+
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+from compile_helpers import fresh_dynamo as fresh_dynamo
+from layer_helpers import randomize
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from randlora_ext import RandLoraLinear
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+OURS = torch.ops.randlora.linear.default
+
+
+def saves(ctx, op, *args, **kwargs):
+    return CheckpointPolicy.MUST_SAVE if op is OURS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recomputes(ctx, op, *args, **kwargs):
+    return CheckpointPolicy.MUST_RECOMPUTE
+
+
+POLICIES = {
+    "saves": (saves, 1),
+    "names": ([OURS], 1),
+    "recomputes": (recomputes, 2),
+    "none": (None, 2),
+}
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operators that are computed, not those whose result was kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count[func] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def make(density=0.1, **options):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24))
+    net[0] = randomize(RandLoraLinear(net[0], r=5, density=density, **options))
+    return net
+
+
+def checkpointed(net, policy):
+    options = {"use_reentrant": False}
+    if policy is not None:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+    return lambda x: checkpoint(net, x, **options)
+
+
+def gradients(function, net, x):
+    trained = [p for p in net.parameters() if p.requires_grad]
+    return torch.autograd.grad(function(x).square().sum(), [x, *trained])
+
+
+@pytest.mark.parametrize("density", [0.1, 1 / 3])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_policies(policy, density):
+    net = make(density)
+    chosen, runs = POLICIES[policy]
+    x = torch.randn(7, 24, requires_grad=True)
+    expected = gradients(net, net, x)
+    with Counting() as counting:
+        results = gradients(checkpointed(net, chosen), net, x)
+    assert counting.count[OURS] == runs
+    assert counting.count[torch.ops.randlora.linear_backward.default] == 1
+    assert counting.count[torch.ops.aten.tanh.default] == 2
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_dropout_is_the_same_when_it_is_computed_again():
+    net = make(randlora_dropout=0.5)
+    x = torch.randn(7, 24, requires_grad=True)
+    both = []
+    for function in (net, checkpointed(net, saves)):
+        torch.manual_seed(1)
+        both.append(gradients(function, net, x))
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_plain_checkpoints_under_autocast(reentrant):
+    net = make()
+    x = torch.randn(7, 24, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = gradients(lambda x: net(x).float(), net, x)
+        y = checkpoint(net, x, use_reentrant=reentrant).float()
+    trained = [p for p in net.parameters() if p.requires_grad]
+    y.square().sum().backward()
+    for result, wanted in zip([x.grad, *(p.grad for p in trained)], expected, strict=True):
+        assert torch.equal(result, wanted)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("policy", ["saves", "recomputes"])
+def test_policies_in_a_compiled_step(policy):
+    net = make()
+    chosen, runs = POLICIES[policy]
+    counts = []
+
+    def count(module, inputs):
+        counts.append(sum(node.target is OURS for node in module.graph.nodes))
+        return module
+
+    backend = aot_autograd(
+        fw_compiler=count, bw_compiler=count, partition_fn=min_cut_rematerialization_partition
+    )
+    x = torch.randn(7, 24, requires_grad=True)
+    expected = gradients(net, net, x)
+    step = torch.compile(checkpointed(net, chosen), fullgraph=True, backend=backend)
+    for result, wanted in zip(gradients(step, net, x), expected, strict=True):
+        torch.testing.assert_close(result, wanted)
+    assert counts == [1, runs - 1]  # forward, backward

@@ -1,0 +1,157 @@
+"""PEFT models on our layers: torch.compile in one graph, torch.export, torch.func."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from compile_helpers import assert_steps_agree, graphs
+from compile_helpers import fresh_dynamo as fresh_dynamo
+from peft_helpers import Deep, accelerated, deep_config, layers, peft, randomize, runs_on_kernels
+from torch import nn
+from torch.export import Dim
+
+pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft", "fresh_dynamo")
+
+KINDS = [{"sparse": True}, {"density": 0.1}, {"basis": "generated"}]
+
+
+def make(key=0, **options):
+    accelerated.enable()
+    options = deep_config(5, accelerated.RandLoraConfig, projection_prng_key=key, **options)
+    return randomize(peft.get_peft_model(Deep(), options))
+
+
+def compiled(model, **options):
+    return torch.compile(model, fullgraph=True, backend="aot_eager", **options)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_graph_for_any_number_of_tokens(kind, dtype):
+    eager = make(key=17, **kind).to(dtype)  # not packed before it is traced
+    fast = compiled(eager)
+    for tokens in (7, 9, 30, 8):
+        x = torch.randn(2, tokens, 24).to(dtype)
+        assert_steps_agree(fast, eager, x, 1e-5 if dtype == torch.float32 else 1e-2)
+    assert graphs() == 2
+    assert runs_on_kernels(eager)
+
+
+def test_dropout_and_two_adapters():
+    eager = make(sparse=True, randlora_dropout=0.5)
+    x = torch.randn(7, 24)
+    fast = compiled(eager)
+    results = []
+    for model in (fast, eager):
+        torch.manual_seed(1)
+        results.append(model(x))
+    torch.testing.assert_close(*results)
+    eager.add_adapter("two", deep_config(5, accelerated.RandLoraConfig, sparse=True))
+    eager.base_model.set_adapter(["default", "two"])
+    assert_steps_agree(compiled(eager.eval()), eager, x)
+
+
+def test_uniform_bases_warn_while_traced():
+    accelerated.enable()
+    eager = randomize(peft.get_peft_model(Deep(), deep_config(5)))
+    x = torch.randn(7, 24)
+    with pytest.warns(UserWarning, match="multiply by dense bases"):
+        fast = compiled(eager)
+        fast(x)
+    assert_steps_agree(fast, eager, x)
+
+
+@pytest.mark.parametrize("name", ["randlora_A", "randlora_B"])
+def test_other_bases_are_noticed(name):
+    eager, other = make(key=0, sparse=True), make(key=1, sparse=True)
+    x = torch.randn(7, 24)
+    fast = compiled(eager)
+    before = fast(x)
+    bases = getattr(eager.base_model, name)
+    bases["default"] = getattr(other.base_model, name)["default"].dense()
+    after = fast(x)
+    assert torch.equal(after, eager(x)) and not torch.equal(after, before)
+
+
+def test_blocks_of_one_shape_share_what_is_compiled():
+    accelerated.enable()
+
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.blocks = nn.ModuleList(nn.Linear(24, 24) for _ in range(12))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = torch.tanh(block(x))
+            return x
+
+    names = [str(i) for i in range(12)]
+    options = accelerated.RandLoraConfig(r=5, density=0.2, target_modules=names)
+    model = randomize(peft.get_peft_model(Blocks(), options))
+    x = torch.randn(7, 24, requires_grad=True)  # as between blocks: without, the first differs
+    expected = model(x)
+    for block in layers(model):
+        block.compile(fullgraph=True, backend="aot_eager")
+    assert torch.equal(model(x), expected)
+    assert graphs() == 1
+
+
+def test_a_language_model_in_one_graph():
+    transformers = pytest.importorskip("transformers")
+    accelerated.enable()
+    torch.manual_seed(0)
+    shape = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=64,
+    )  # fmt: skip
+    options = accelerated.RandLoraConfig(
+        r=5, sparse=True, target_modules=["q_proj", "v_proj", "down_proj"]
+    )
+    eager = randomize(peft.get_peft_model(transformers.LlamaForCausalLM(shape), options))
+    fast = compiled(eager)
+    for tokens in (7, 9, 30, 8):
+        assert_steps_agree(fast, eager, torch.randint(0, 64, (2, tokens)))
+    assert graphs() == 2
+
+
+def test_an_exported_model_in_another_process(tmp_path):
+    model = make(key=23, sparse=True).eval()
+    x = torch.randn(7, 24)
+    program = torch.export.export(model.base_model.model, (x,), dynamic_shapes=({0: Dim.DYNAMIC},))
+    assert sum("randlora.linear" in str(n.target) for n in program.graph.nodes) == 3
+    assert all(type(t) is torch.Tensor for t in program.constants.values())
+    torch.export.save(program, tmp_path / "model.pt2")
+    with torch.no_grad():
+        torch.save(
+            [(x, model(x)) for x in (torch.randn(t, 24) for t in (1, 7, 90))], tmp_path / "xy"
+        )
+    code = """
+import torch, randlora_ext  # no PEFT
+program = torch.export.load("model.pt2").module()
+for x, y in torch.load("xy"):
+    torch.testing.assert_close(program(x), y, rtol=1e-4, atol=1e-5)
+"""
+    run = [sys.executable, "-c", code]
+    result = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    model(x).sum().backward()  # the bases that the export packed serve training
+
+
+def test_functional_call_and_gradients_for_each_sample():
+    model = make(sparse=True).double()  # in float32 rounding alone is 1e-4 of an element
+    x = torch.randn(3, 24, dtype=torch.float64)
+    parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters, x):
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for k, sample in enumerate(x):
+        model.zero_grad()
+        model(sample).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                torch.testing.assert_close(each[name][k], parameter.grad)
