@@ -24,14 +24,19 @@ from .layer import TensorParallelRandLoraLinear
 
 class _RandLoraStyle(ParallelStyle):
     cut_outputs: bool
-    input_layout: Placement  # in which forward needs x
+    input_layout: Placement  # in which forward needs x, and by default gets it
+    output_layout: Placement  # in which y leaves by default
 
     def __init__(
-        self, input_layouts: Placement, output_layouts: Placement, use_local_output: bool
+        self,
+        *,
+        input_layouts: Placement | None = None,
+        output_layouts: Placement | None = None,
+        use_local_output: bool = True,
     ) -> None:
         super().__init__()
-        self.input_layouts = input_layouts
-        self.output_layouts = output_layouts
+        self.input_layouts = input_layouts or self.input_layout
+        self.output_layouts = output_layouts or self.output_layout
         self.use_local_output = use_local_output
 
     def _apply(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
@@ -136,18 +141,7 @@ class RandLoraColwise(_RandLoraStyle):
             merged, or the mesh has more than one dimension. Nothing has changed then.
     """
 
-    cut_outputs, input_layout = True, Replicate()
-
-    def __init__(
-        self,
-        *,
-        input_layouts: Placement | None = None,
-        output_layouts: Placement | None = None,
-        use_local_output: bool = True,
-    ) -> None:
-        super().__init__(
-            input_layouts or Replicate(), output_layouts or Shard(-1), use_local_output
-        )
+    cut_outputs, input_layout, output_layout = True, Replicate(), Shard(-1)
 
 
 class RandLoraRowwise(_RandLoraStyle):
@@ -168,18 +162,7 @@ class RandLoraRowwise(_RandLoraStyle):
         TypeError, ValueError: as `RandLoraColwise`, for in_features.
     """
 
-    cut_outputs, input_layout = False, Shard(-1)
-
-    def __init__(
-        self,
-        *,
-        input_layouts: Placement | None = None,
-        output_layouts: Placement | None = None,
-        use_local_output: bool = True,
-    ) -> None:
-        super().__init__(
-            input_layouts or Shard(-1), output_layouts or Replicate(), use_local_output
-        )
+    cut_outputs, input_layout, output_layout = False, Shard(-1), Replicate()
 
 
 def _check_mesh(device_mesh: DeviceMesh) -> None:
