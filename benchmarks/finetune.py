@@ -27,7 +27,7 @@ METHODS = {
     "randlora 1/3": [5e-4, 1e-3, 2e-3],
     "randlora 0.07": [5e-4, 1e-3, 2e-3],
     "randlora very_sparse": [5e-4, 1e-3, 2e-3],
-    "peft randlora 1/3": [5e-4, 1e-3, 2e-3],
+    "peft randlora dense": [5e-4, 1e-3, 2e-3],
     "full": [5e-5, 1e-4, 3e-4],
 }
 HELD_OUT, ANSWERED = 128, 32
@@ -46,16 +46,11 @@ def adapted(base, method: str, seed: int):
         return peft.get_peft_model(base, peft.LoraConfig(r=LORA_RANK, lora_alpha=16, **common))
     stock, density = method.startswith("peft"), method.split()[-1]
     randlora_ext.peft.disable() if stock else randlora_ext.peft.enable()
-    kind = {"1/3": {"sparse": True}, "very_sparse": {"very_sparse": True}}.get(density)
-    config = randlora_ext.peft.RandLoraConfig(
-        r=RANK,
-        randlora_alpha=20 * RANK,
-        projection_prng_key=seed,
-        save_projection=False,
-        **(kind or {"density": float(density)}),
-        **common,
-    )
-    return peft.get_peft_model(base, config)
+    config = peft.RandLoraConfig if stock else randlora_ext.peft.RandLoraConfig
+    kinds = {"1/3": {"sparse": True}, "very_sparse": {"very_sparse": True}, "dense": {}}
+    common |= {"r": RANK, "randlora_alpha": 20 * RANK, "projection_prng_key": seed}
+    kind = kinds[density] if density in kinds else {"density": float(density)}
+    return peft.get_peft_model(base, config(save_projection=False, **kind, **common))
 
 
 def run_one(method: str, lr: float, seed: int, steps: int, answers: bool = True) -> dict:
