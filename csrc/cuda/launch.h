@@ -20,19 +20,22 @@ __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + 
 #if defined(__CUDACC__)
 
 inline void check_cuda(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("randlora: CUDA error in ") + what + ": " +
-                             cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // not for the next launch to find
+  throw std::runtime_error(std::string("randlora: CUDA error in ") + what + ": " +
+                           cudaGetErrorString(error));
 }
 
 template <class... P, class... A>
 void launch(const Device& device, const char* name, void (*kernel)(P...), dim3 grid, int threads,
             int64_t shared_bytes, A... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  // To what the card has, not to what this launch needs: a thread beside this one that starts the
+  // same kernel with less would lower the limit again before this launch is made.
   if (shared_bytes > kFreeShared)
     check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared_bytes)),
+                                    static_cast<int>(device.shared_bytes)),
                name);
   kernel<<<grid, threads, static_cast<size_t>(shared_bytes),
            static_cast<cudaStream_t>(device.stream)>>>(static_cast<P>(arguments)...);

@@ -83,12 +83,11 @@ void each_chunk(int64_t T, int64_t chunk, const F& fn) {
   } while (t < T);
 }
 
-// Signed sums take some 0.25 ps an entry and token, a GEMM of few tokens the time that B takes to be
-// read, 0.7 ps an element: they are even at T = 3 / density.
+// Few tokens read packed bases only. Signed sums take some 0.25 ps an entry and token, a GEMM of few
+// tokens the time that B takes to be read, 0.6 ps an element: they are even at T = 2.4 / density.
 bool by_gemm(const Basis& b, int64_t T) {
-  if (!b.b_dense) return false;
-  if (b.has_planes()) return T > kFewTokens;
-  return !b.b_rows.offset || (T > kFewTokens && T * b.b_rows.count > 2 * b.D * b.K());
+  if (!b.b_dense || T <= kFewTokens) return false;
+  return b.has_planes() || T * b.b_rows.count > 2 * b.D * b.K();
 }
 
 void b_up(const BSide& p, const void* V, void* y, bool accumulate, Device& device) {

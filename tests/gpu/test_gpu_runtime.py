@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -115,6 +116,22 @@ def test_two_streams_at_a_time(card):
     torch.cuda.synchronize(card)
     for _, got, want in results:
         assert same(moved(list(got), "cpu"), [want[n] for n in NAMES[1:]])
+
+
+def test_threads_that_start_one_kernel_with_different_needs(card):
+    # It takes 64 KiB of shared memory for one thread, 128 for the other.
+    def repeat(features):
+        basis = TernaryBasis(features, features, 8, 0.07)
+        lam, gam, x = (
+            torch.randn(shape, device=card)
+            for shape in ((basis.r, basis.n), (basis.n, basis.d), (2, features))
+        )
+        last = (lam, gam, basis.packed(card), basis.scale, features, "factored")
+        want = ops.linear(x, None, None, *last)
+        return all(torch.equal(ops.linear(x, None, None, *last), want) for _ in range(300))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(repeat, (4096, 8192)))
 
 
 # ---- graphs
