@@ -45,7 +45,10 @@ NEEDED = ("ceilings", "build")  # without these nothing after them makes sense
 
 def environment(dry: bool, results: Path) -> dict[str, str]:
     paths = [str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]
+    # Beside Python lies ninja, which torch's builds look for on PATH: without it they take minutes.
+    programs = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     new = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1",
+           "PATH": os.pathsep.join(filter(None, programs)),
            "HF_HUB_OFFLINE": "1", "RANDLORA_CEILINGS": str(results)}  # fmt: skip
     if dry:
         new |= {"RANDLORA_CUDA_LIBRARY": str(CPU_LIBRARY), "RANDLORA_CUDA_SERVES_CPU": "1",

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 if not (ROOT / "benchmarks" / "gpu").is_dir():
@@ -22,6 +23,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu_run  # noqa: E402
 from gpu import build, floors, report  # noqa: E402
 from gpu.card import Card, saved_bytes, short_name  # noqa: E402
+from gpu.methods import PATHS, all_methods  # noqa: E402
 from gpu.stage import Stage, density_of  # noqa: E402
 
 from randlora_ext import TernaryBasis  # noqa: E402
@@ -60,7 +62,6 @@ def test_densities_and_names():
 
 
 def test_card_on_the_cpu(tmp_path):
-    torch = pytest.importorskip("torch")
     card = Card(dry=True)
     x, w = torch.randn(50, 40, requires_grad=True), torch.randn(40, 40)
     times = card.medians({"a": lambda: x @ w, "b": lambda: x @ w}, 0.0)
@@ -173,6 +174,14 @@ def test_what_a_stage_leaves_running_ends_with_it(tmp_path, monkeypatch):
             return
         time.sleep(0.05)
     raise AssertionError("the child still runs")
+
+
+def test_without_peft_the_other_methods_are_measured(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    broken = []
+    made = all_methods((48, 40), torch.device("cpu"), lambda *failure: broken.append(failure), 8)
+    assert {m.name for m in made} == {"frozen", *PATHS} and len(made) == 1 + 3 * len(PATHS)
+    assert len(broken) == 4 and all("PEFT" in what or "LoRA" in what for what, _ in broken)
 
 
 def test_a_machine_without_git(monkeypatch):

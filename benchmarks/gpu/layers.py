@@ -127,7 +127,7 @@ def main() -> None:
                 stage.skip(what, "out of time")
                 continue
             if size not in methods:
-                methods[size] = all_methods(size, card.device, rank)
+                methods[size] = all_methods(size, card.device, stage.failed, rank)
                 verify_all(stage, methods[size], size)
             try:
                 measure(stage, card, methods[size], size, count, stage.left() / groups_left / 2)

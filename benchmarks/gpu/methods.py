@@ -1,16 +1,17 @@
 """The ways to train one layer that layers.py compares, each as a module on the same frozen base."""
 
 import copy
+import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import peft
 import torch
 from torch import Tensor, nn
 
 from randlora_ext import TernaryBasis, ops
 
-from .stage import DENSITIES, RANK, SCALING, density_of
+from .stage import DENSITIES, RANK, SCALING, density_of, size_text
 
 # path of linear, and how the factored one multiplies by B
 PATHS = {
@@ -56,12 +57,15 @@ class Ours(nn.Module):
         )  # fmt: skip
 
 
-def of_peft(base: nn.Linear, config: peft.PeftConfig, **options) -> nn.Module:
+def of_peft(base: nn.Linear, kind: str, options: dict, **more) -> nn.Module:
     """A copy of `base` as the only layer of a PEFT model, its adapter away from zero."""
+    import peft  # here, for what it cannot do must not cost the other rows
+
+    config = getattr(peft, kind)(**options, target_modules=["1"])
     model = nn.Sequential(nn.Linear(1, 1), copy.deepcopy(base).cpu())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        layer = peft.get_peft_model(model, config, **options).base_model.model[1]
+        layer = peft.get_peft_model(model, config, **more).base_model.model[1]
     layer = layer.to(base.weight.device)
     for name, parameter in layer.named_parameters():
         if "lora_B" in name or "randlora_lambda" in name:
@@ -69,36 +73,41 @@ def of_peft(base: nn.Linear, config: peft.PeftConfig, **options) -> nn.Module:
     return layer
 
 
-def randlora_of_peft(rank: int) -> peft.RandLoraConfig:
-    """Its cost is the same for every density: the bases are dense."""
-    return peft.RandLoraConfig(
-        r=rank, randlora_alpha=SCALING * rank, target_modules=["1"], sparse=True,
-        save_projection=False,
-    )  # fmt: skip
-
-
-def all_methods(size: tuple[int, int], device: torch.device, rank: int = RANK) -> list[Method]:
-    """Frozen base, LoRA and PEFT's RandLoRA as they ship and in bf16, ours by density and path."""
+def all_methods(
+    size: tuple[int, int], device: torch.device, failed: Callable[[str, BaseException], None],
+    rank: int = RANK,
+) -> list[Method]:  # fmt: skip
+    """Frozen base, LoRA and PEFT's RandLoRA as they ship and in bf16, ours by density and path.
+    `failed` is told of those that cannot be made."""
     torch.manual_seed(0)
     base = nn.Linear(*size, device=device, dtype=torch.bfloat16).requires_grad_(False)
-    lora = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["1"])
-    shipped = of_peft(base, randlora_of_peft(rank))
-    layers: list[tuple[str, str, nn.Module]] = [
-        ("frozen", "", base),
+    lora = functools.partial(of_peft, base, "LoraConfig", {"r": rank, "lora_alpha": rank})
+    # Its cost is the same for every density: the bases are dense.
+    randlora = functools.partial(
+        of_peft, base, "RandLoraConfig",
+        {"r": rank, "randlora_alpha": SCALING * rank, "sparse": True, "save_projection": False},
+    )  # fmt: skip
+    ways: list[tuple[str, str, Callable[[], nn.Module]]] = [
+        ("frozen", "", lambda: base),
         # PEFT keeps adapters in fp32 by default and casts x; without that LoRA is cheaper.
-        (f"LoRA r={rank}, fp32 adapter", "", of_peft(base, lora)),
-        (f"LoRA r={rank}, bf16 adapter", "", of_peft(base, lora, autocast_adapter_dtype=False)),
-        ("PEFT RandLoRA as shipped", "", shipped),
-        ("PEFT RandLoRA in bf16", "", copy.deepcopy(shipped).to(torch.bfloat16)),
+        (f"LoRA r={rank}, fp32 adapter", "", lora),
+        (f"LoRA r={rank}, bf16 adapter", "", lambda: lora(autocast_adapter_dtype=False)),
+        ("PEFT RandLoRA as shipped", "", randlora),
+        ("PEFT RandLoRA in bf16", "", lambda: randlora().to(torch.bfloat16)),
     ]
     for density in DENSITIES:
         basis = TernaryBasis(*size, rank, density_of(density, min(size)))
-        layers += [(path, density, Ours(base, basis, path)) for path in PATHS]
+        ways += [(path, density, functools.partial(Ours, base, basis, path)) for path in PATHS]
     methods = []
-    for name, density, layer in layers:
-        state = [*layer.parameters(), *layer.buffers()]
-        if isinstance(layer, Ours):
-            state += layer.packed()
+    for name, density, make in ways:
+        try:
+            layer = make()
+            state = [*layer.parameters(), *layer.buffers()]
+            if isinstance(layer, Ours):
+                state += layer.packed()
+        except Exception as error:
+            failed(f"{name} {density} {size_text(size)}", error)
+            continue
         methods.append(Method(name, density, layer, state))
     return methods
 

@@ -10,7 +10,6 @@ import time
 import warnings
 from collections.abc import Callable
 
-import peft
 import torch
 from torch import nn
 
@@ -73,8 +72,11 @@ def install(model: nn.Module, modules: dict[str, nn.Module]) -> None:
         setattr(model.get_submodule(parent), child, module)
 
 
-def by_peft(config: peft.PeftConfig, model: nn.Module, device: torch.device, low: bool) -> None:
+def by_peft(kind: str, options: dict, low: bool, model: nn.Module, device: torch.device) -> None:
     """PEFT's modules in `model`; `low` casts adapters and bases to bf16, which PEFT does not."""
+    import peft  # here, for what it cannot do must not cost the other rows
+
+    config = getattr(peft, kind)(**options, target_modules=list(TARGETS))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peft.get_peft_model(model, config, autocast_adapter_dtype=not low)
@@ -96,20 +98,23 @@ def by_us(density: float, rank: int, model: nn.Module) -> None:
 
 def all_adapters(stage: Stage, card: Card, model: nn.Module) -> dict[str, Adapters]:
     rank = 8 if card.dry else RANK
-    names = list(TARGETS)
-    lora = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
-    randlora = peft.RandLoraConfig(r=rank, randlora_alpha=SCALING * rank, target_modules=names,
-                                   sparse=True, save_projection=False)  # fmt: skip
     hidden = model.config.hidden_size
-    ways: dict[str, Callable[[nn.Module], None]] = {"frozen": lambda model: None}
-    for low, text in ((False, "fp32 adapter"), (True, "bf16 adapter")):
-        ways[f"LoRA r={rank}, {text}"] = functools.partial(
-            lambda low, model: by_peft(lora, model, card.device, low), low
-        )
+
+    def peft_way(kind: str, low: bool, **options) -> Callable[[nn.Module], None]:
+        return lambda model: by_peft(kind, {"r": rank, **options}, low, model, card.device)
+
+    lora = functools.partial(peft_way, "LoraConfig", lora_alpha=rank)
+    randlora = functools.partial(peft_way, "RandLoraConfig", randlora_alpha=SCALING * rank,
+                                 sparse=True, save_projection=False)  # fmt: skip
+    ways: dict[str, Callable[[nn.Module], None]] = {
+        "frozen": lambda model: None,
+        f"LoRA r={rank}, fp32 adapter": lora(low=False),
+        f"LoRA r={rank}, bf16 adapter": lora(low=True),
+    }
     for density in reversed(DENSITIES):
         ways[f"ours, {density}"] = functools.partial(by_us, density_of(density, hidden), rank)
-    ways["PEFT RandLoRA as shipped"] = lambda m: by_peft(randlora, m, card.device, False)
-    ways["PEFT RandLoRA in bf16"] = lambda m: by_peft(randlora, m, card.device, True)
+    ways["PEFT RandLoRA as shipped"] = randlora(low=False)
+    ways["PEFT RandLoRA in bf16"] = randlora(low=True)
     made = {}
     for name, make in ways.items():
         before = targets(model)
