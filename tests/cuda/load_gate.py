@@ -6,8 +6,8 @@
 
 Installs into a temporary folder, so the venv stays as it is. Then checks that the CUDA library
 exports one symbol, needs neither torch nor a shared CUDA runtime, and opens without torch and after
-it; that the package loads it and registers its operators under the CUDA key; and that CPU tensors
-still work.
+it; that the package loads it and registers its operators under the CUDA key; that torch has what
+operators look up by name at their first call on a card; and that CPU tensors still work.
 """
 
 import argparse
@@ -44,7 +44,7 @@ assert "torch" in sys.modules or sys.argv[2] == "without torch"
 """
 
 USE = """
-import pathlib, sys
+import ctypes, pathlib, re, sys
 import torch
 assert torch.version.cuda, f"torch {torch.__version__} has no CUDA"
 import randlora_ext
@@ -57,6 +57,11 @@ names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("randl
 keys = {n: torch._C._dispatch_has_kernel_for_dispatch_key(n, "CUDA") for n in names}
 print("CUDA key of", len(keys), "operators:", *(n.split("::")[1] for n in sorted(keys)))
 assert len(keys) >= 10 and all(keys.values()), keys
+wanted = re.findall(r'entry<[^(]*\\("(.*?)", "(.*?)"\\)', pathlib.Path(sys.argv[2]).read_text())
+assert len(wanted) == 3, wanted
+for file, name in wanted:
+    getattr(ctypes.CDLL(file), name)
+print("torch has", *(name for _, name in wanted))
 basis = randlora_ext.TernaryBasis(96, 130, 8, 1 / 3)
 lam, gam = torch.randn(8, basis.n), torch.randn(basis.n, basis.d)
 want = delta_weight_reference(*basis.dense(), lam, gam, 1.0, 130, 96)
@@ -121,7 +126,8 @@ def main() -> None:
             print(run(python, "-c", OPEN, library, when, cwd=work), end="")
         step("the package")
         env = {**os.environ, "PYTHONPATH": str(site)}
-        print(run(python, "-c", USE, site, cwd=work, env=env), end="")
+        binding = ROOT / "csrc" / "torch" / "backend.cpp"
+        print(run(python, "-c", USE, site, binding, cwd=work, env=env), end="")
         step("load gate: passed")
 
 
