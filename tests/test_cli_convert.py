@@ -50,13 +50,12 @@ def test_to_peft_and_back(tmp_path, base_folder, kind):
         assert relative(logits(tmp_path / "peft", ours), want) < 1e-5
 
     code, out, _ = run("--convert", tmp_path / "peft", tmp_path / "small", "--to", "compact")
-    if kind.get("density") == 0.2:  # PEFT's draw at a density that its config cannot say
-        assert code == 2
-        return
     assert code == 0 and not has_bases(tmp_path / "small")
-    assert ("stock PEFT" in out) == (kind.get("basis") != "generated")
+    # PEFT's config cannot say a density, not even of PEFT's own draw.
+    stock = "density" not in kind and kind.get("basis") != "generated"
+    assert ("stock PEFT" in out) == stock
     assert relative(logits(tmp_path / "small", True), want) < 1e-5
-    if kind.get("basis") != "generated":
+    if stock:
         assert relative(logits(tmp_path / "small", False), want) < 1e-5
 
 

@@ -10,6 +10,7 @@ import json
 import shutil
 import warnings
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ def convert(
             "compact": without bases. They are drawn or generated again from the adapter's key, and
             compared bit for bit with the saved ones; where they differ, CliError.
         base: the base model, a folder or a name in the hub's cache.
-        density: of generated bases that were written out, where it cannot be read off them.
+        density: of bases that were written out, where it cannot be read off them.
     """
     check_free(out)
     adapter = read_adapter(source)
@@ -83,10 +84,13 @@ def _without_bases(adapter: Adapter, density: float | None) -> tuple[RandLoraCon
     if density is None and (config := _as_config(adapter)) and _same(adapter, config):
         readers = "randlora_ext" if config.density is not None else "stock PEFT and randlora_ext"
         return config, f"{readers} draws its bases again from the key"
-    for guess in [density] if density is not None else _densities(adapter):
-        config = _as_config(adapter, basis="generated", density=guess)
+    guesses = [density] if density is not None else _densities(adapter)
+    for guess, (basis, makes) in product(
+        guesses, {"generated": "generates", "peft": "draws"}.items()
+    ):
+        config = _as_config(adapter, basis=basis, density=guess)
         if config is not None and _same(adapter, config):
-            return config, f"randlora_ext generates its bases (density {guess:.6g})"
+            return config, f"randlora_ext {makes} its bases again (density {guess:.6g})"
     tried = "as PEFT draws them or as generated" if density is None else f"at density {density}"
     raise CliError(
         f"{adapter.source}: the saved bases are not those of projection_prng_key "
@@ -125,15 +129,17 @@ def _same(adapter: Adapter, config: RandLoraConfig) -> bool:
 
 
 def _densities(adapter: Adapter) -> list[float]:
-    """What the value of +1, 1 / sqrt(density), may come from."""
-    A = adapter.bases["randlora_A"].float()
-    if not _is_ternary(A) or not bool(A.any()):
+    """What the value of +1 may come from: 1 / sqrt(density), or for PEFT's draw 1 / the sample's
+    own standard deviation, which is near that. Of B, which has more elements.
+    """
+    A, B = (adapter.bases[name].float() for name in _BASES)
+    if not _is_ternary(B) or not bool(B.any()):
         return []
-    exact = 1 / float(A.abs().max()) ** 2
+    exact = 1 / float(B.abs().max()) ** 2
     d = A.shape[-1]
     guesses = [d**-0.5, *(float(Fraction(exact).limit_denominator(k)) for k in (16, 100, 1000))]
     guesses += [float(f"{exact:.{digits}g}") for digits in (1, 2, 3, 4, 5)]
-    close = [guess for guess in dict.fromkeys(guesses) if 0.99 < guess / exact < 1.01]
+    close = [guess for guess in dict.fromkeys(guesses) if 0.95 < guess / exact < 1.05]
     return [guess for guess in close if guess <= 1]
 
 
