@@ -1,6 +1,7 @@
 """Checks of PEFT's models in several processes, run by test_distributed.py."""
 
 import peft
+import pytest
 import torch
 from distributed_data_parallel import SIZES, adam, batch, same_parameters, share, train, trained
 from distributed_ranks import Place, Wire, worlds
@@ -62,3 +63,28 @@ def check_fsdp(place: Place):
         assert mine.keys() == theirs.keys()
         for key in mine:
             torch.testing.assert_close(mine[key], theirs[key], **LIMITS)
+
+
+@worlds(2)
+def check_fsdp_merges(place: Place):
+    """PEFT adds dW to each rank's part of W; stock PEFT fails here, mixing tensors and DTensors."""
+    model = make()
+    x = batch(0, torch.float32)
+    wanted = model(x).detach()
+    layers = [m for m in model.modules() if hasattr(m, "base_layer")]
+    before = [layer.base_layer.weight.detach().clone() for layer in layers]
+    for layer in layers:
+        fully_shard(layer)
+    fully_shard(model)
+    with pytest.raises(TypeError, match="leaves a DTensor as it was"):
+        model.merge_adapter(safe_merge=True)
+    model.merge_adapter()
+    for layer, weight in zip(layers, before, strict=True):
+        merged = layer.base_layer.weight
+        assert merged.to_local().numel() < weight.numel()  # sharded still
+        assert (merged.full_tensor() - weight).abs().max() > 0.1
+    torch.testing.assert_close(model(x).detach(), wanted, **LIMITS)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x).detach(), wanted, **LIMITS)
+    for layer, weight in zip(layers, before, strict=True):
+        torch.testing.assert_close(layer.base_layer.weight.full_tensor(), weight, **LIMITS)

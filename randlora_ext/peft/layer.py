@@ -14,6 +14,7 @@ from .. import cuda
 from .. import functional as kernels
 from ..base_layer import can_fuse
 from ..basis import TernaryBasis
+from ..sharded import is_dtensor, laid_out_like, whole
 from .bases import BASES, PackedBases
 
 STOCK_QUANTIZED = "peft.tuners.randlora.bnb"  # imports bitsandbytes
@@ -115,8 +116,20 @@ class Accelerated(_Layer):
         first, second = self.get_scaled_bases(name, device=x.device)
         return F.linear(F.linear(x, first), second) * self.scaling[name]
 
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As PEFT's; TypeError for ``safe_merge`` of a layer that FSDP2 has sharded."""
+        if safe_merge and is_dtensor(self.get_base_layer().weight):
+            raise TypeError(
+                "safe_merge cannot merge a layer that FSDP2 has sharded: PEFT then assigns to the "
+                "weight's .data, which leaves a DTensor as it was; merge without safe_merge"
+            )
+        super().merge(safe_merge, adapter_names)
+
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """As PEFT's, differentiable, in float32 where CPU bases are 16-bit. No dense A' is made."""
+        """As PEFT's, differentiable, in float32 where CPU bases are 16-bit. No dense A' is made.
+
+        Where FSDP2 has sharded the layer a DTensor placed as its weight; all ranks must call.
+        """
         device = self.randlora_lambda[adapter].device
         basis, reason = self.basis_of(adapter, device)
         if basis is None:
@@ -125,10 +138,11 @@ class Accelerated(_Layer):
             delta = second @ first * self.scaling[adapter]
         else:
             dtype = self._compute_dtype(adapter, device)
-            lam = self.randlora_lambda[adapter].to(dtype)
-            gam = self.randlora_gamma[adapter].to(dtype)
+            lam = whole(self.randlora_lambda[adapter]).to(dtype)
+            gam = whole(self.randlora_gamma[adapter]).to(dtype)
             delta = kernels.delta_weight(basis, lam, gam, self.scaling[adapter])
-        return delta.T if self.fan_in_fan_out else delta
+        delta = delta.T if self.fan_in_fan_out else delta
+        return laid_out_like(delta, self.get_base_layer().weight)
 
     def get_scaled_bases(
         self, adapter: str, device: torch.device | None = None
