@@ -22,8 +22,9 @@ import torch
 from peft_helpers import Deep, accelerated, deep_config, peft, randomize
 from safetensors.torch import load_file, save_file
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 WATCHED = ("peft", "randlora_ext", "safetensors", "huggingface_hub", "transformers", "tempfile")
+WATCHED += ("serialization",)  # torch.save's file
 
 
 def killed_at(line: int, save) -> int | None:
@@ -57,11 +58,16 @@ def killed_at(line: int, save) -> int | None:
     return int(text) if text else None
 
 
+def tensors(folder: Path) -> dict:
+    pickle = folder / PICKLE
+    return torch.load(pickle) if pickle.exists() else load_file(folder / WEIGHTS)
+
+
 def version_of(folder: Path, states: list[dict], configs: list[str]) -> int:
     """0 or 1; fails where the files are neither."""
     config = (folder / CONFIG).read_text()
     assert json.loads(config) is not None and config in configs
-    state = load_file(folder / WEIGHTS)
+    state = tensors(folder)
     for version, known in enumerate(states):
         if known.keys() == state.keys() and all(torch.equal(known[k], state[k]) for k in state):
             return version
@@ -76,7 +82,7 @@ def at_every_line(save, model, step: int) -> dict:
         save(first)
         randomize(model, 5)
         save(second)
-        states = [load_file(f / WEIGHTS) for f in (first, second)]
+        states = [tensors(f) for f in (first, second)]
         configs = [(f / CONFIG).read_text() for f in (first, second)]
         lines = killed_at(-1, lambda: save(second))
         found, leftovers = [0, 0], set()
@@ -124,22 +130,23 @@ def main() -> None:
         options = {"density": 0.2, "basis": basis, "save_projection": False}
         config = deep_config(5, accelerated.RandLoraConfig, **options)
         model = randomize(peft.get_peft_model(Deep(), config))
-        print(
-            json.dumps(
-                [f"save_pretrained, {basis}", at_every_line(model.save_pretrained, model, step)]
-            )
-        )
-    print(
-        json.dumps(
-            [
-                "export_to_peft",
-                at_every_line(
-                    lambda folder: accelerated.export_to_peft(model, folder), model, step
-                ),
-            ]
-        )
+        report(f"save_pretrained, {basis}", at_every_line(model.save_pretrained, model, step))
+    report(
+        "export_to_peft",
+        at_every_line(lambda folder: accelerated.export_to_peft(model, folder), model, step),
     )
-    print(json.dumps(["40 MB", while_writing(trials)]))
+    plain = randomize(peft.get_peft_model(Deep(), deep_config(5, save_projection=False)))
+    report(
+        "a pickle and PEFT's own configuration",
+        at_every_line(
+            lambda folder: plain.save_pretrained(folder, safe_serialization=False), plain, step
+        ),
+    )
+    report("40 MB", while_writing(trials))
+
+
+def report(name: str, counts: dict) -> None:
+    print(json.dumps([name, counts]))
 
 
 if __name__ == "__main__":

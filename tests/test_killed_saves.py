@@ -23,4 +23,4 @@ def test_killed_saves():
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
     kills = {name: counts["killed"] for name, counts in map(json.loads, done.stdout.splitlines())}
-    assert len(kills) == 4 and min(kills.values()) >= 8, kills
+    assert len(kills) == 5 and min(kills.values()) >= 8, kills

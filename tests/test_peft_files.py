@@ -125,33 +125,67 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("broken", ["adapter_model.safetensors", "adapter_config.json"])
-def test_a_save_that_stops_leaves_the_old_file(tmp_path, monkeypatch, broken):
-    """safetensors from 0.8 on and our configuration write a temporary file and rename it."""
+def stop(*_, **__):
+    raise Stopped
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
+@pytest.mark.parametrize("cls", [peft.RandLoraConfig, accelerated.RandLoraConfig])
+def test_a_save_that_stops_leaves_every_old_file(tmp_path, monkeypatch, cls, safe):
+    """Whatever writes them: safetensors, torch.save, either configuration, for every adapter."""
+    accelerated.enable()
+    model = peft.get_peft_model(Deep(), deep_config(5, cls, sparse=True, save_projection=False))
+    model.add_adapter("two", deep_config(5, cls, sparse=True, save_projection=False))
+    randomize(model).save_pretrained(tmp_path, safe_serialization=safe)
+    card = tmp_path / "README.md"
+    card.write_text(card.read_text() + "\nMy own words.\n")
+    old = contents(tmp_path)
+    names = {"adapter_config.json", f"adapter_model.{'safetensors' if safe else 'bin'}"}
+    written = {path for path in old if path.name in names}
+    assert len(written) == 4
+    kept = {path: (tmp_path / path).open("rb") for path in written}  # readers of the old files
+    randomize(model, seed=5)
+    for chosen in model.peft_config.values():
+        chosen.randlora_alpha = 33
+    model.save_pretrained(tmp_path, safe_serialization=safe)
+    now = contents(tmp_path)
+    assert now.keys() == old.keys()  # nothing temporary stays
+    for path, file in kept.items():
+        with file:
+            assert file.read() == old[path] != now[path]
+    assert "My own words." in card.read_text()
+    randomize(model, seed=6)
+    with monkeypatch.context() as patch:
+        patch.setattr("json.dumps", stop)  # a configuration's, after the tensors
+        with pytest.raises(Stopped):
+            model.save_pretrained(tmp_path, safe_serialization=safe)
+    assert contents(tmp_path) == now
+
+
+def test_a_configuration_that_stops_leaves_the_old_one(tmp_path, monkeypatch):
+    """Ours by itself, as transformers saves that of an injected adapter; PEFT's writes in place."""
     accelerated.enable()
     chosen = deep_config(5, accelerated.RandLoraConfig, density=0.1, save_projection=False)
-    model = randomize(peft.get_peft_model(Deep(), chosen))
-    model.save_pretrained(tmp_path)
-    old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    kept = (tmp_path / broken).open("rb")  # what a reader of the old file goes on seeing
-    randomize(model, seed=5)
-    chosen.randlora_alpha = 33
-    model.save_pretrained(tmp_path)
-    assert (tmp_path / broken).read_bytes() != old[broken]
-    assert kept.read() == old[broken]
-    kept.close()
-    now = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert now.keys() == old.keys()  # nothing temporary stays
-
-    def stop(*_, **__):
-        raise Stopped
-
-    if broken.endswith("json"):
-        monkeypatch.setattr("json.dumps", stop)
+    chosen.save_pretrained(tmp_path)
+    now = contents(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("json.dumps", stop)
         with pytest.raises(Stopped):
             chosen.save_pretrained(tmp_path)
-        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == now
+    assert contents(tmp_path) == now
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path):
+    """PEFT's own errors."""
+    accelerated.enable()
+    model = peft.get_peft_model(Deep(), deep_config(5, accelerated.RandLoraConfig))
     file = tmp_path / "file"
     file.touch()
+    with pytest.raises(ValueError, match="should be a directory"):
+        model.save_pretrained(file)
     with pytest.raises(AssertionError, match="should be a directory"):
-        chosen.save_pretrained(file)
+        model.peft_config["default"].save_pretrained(file)

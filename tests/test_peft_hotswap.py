@@ -7,7 +7,6 @@ from peft_helpers import (
     Deep,
     accelerated,
     deep_config,
-    layers,
     peft,
     randomize,
     relative,
@@ -171,22 +170,3 @@ def test_pefts_own_hotswap_refuses_randlora(tmp_path):
         )
         with pytest.raises(ValueError, match="only supports .*LORA but .*RANDLORA was passed"):
             hotswap_adapter(model, str(tmp_path), adapter_name="default", torch_device="cpu")
-
-
-def test_load_adapter_over_one_that_is_there_looks_at_no_configuration(tmp_path):
-    """As stock PEFT: tensors alone. The other adapter's key and alpha are not taken."""
-    accelerated.disable()
-    options = {"sparse": True, "save_projection": False}
-    other = deep_config(5, projection_prng_key=9, randlora_alpha=99, **options)
-    randomize(peft.get_peft_model(Deep(), other), seed=3).save_pretrained(tmp_path)
-    results = []
-    x = torch.randn(6, 24)
-    for enabled in (False, True):
-        accelerated.enable() if enabled else accelerated.disable()
-        model = peft.get_peft_model(Deep(), deep_config(5, **options))
-        places = [parameter.data_ptr() for parameter in model.parameters()]
-        model.load_adapter(tmp_path, "default")
-        assert [parameter.data_ptr() for parameter in model.parameters()] == places
-        assert layers(model)[0].scaling["default"] == 640 / 5
-        results.append(model(x))
-    assert relative(*results) < 1e-6

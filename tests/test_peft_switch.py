@@ -122,15 +122,19 @@ def tables():
     return (
         mapping.PEFT_TYPE_TO_CONFIG_MAPPING[RANDLORA],
         mapping.PEFT_TYPE_TO_TUNER_MAPPING[RANDLORA],
+        peft.PeftModel.save_pretrained,
+        peft.PeftModel.load_adapter,
     )
 
 
 def test_enable_twice_and_disable():
     stock = tables()
-    assert stock == (peft.RandLoraConfig, peft.tuners.randlora.RandLoraModel)
+    assert stock[:2] == (peft.RandLoraConfig, peft.tuners.randlora.RandLoraModel)
+    assert {method.__module__ for method in stock[2:]} == {"peft.peft_model"}
     accelerated.disable()
     accelerated.enable()
     accelerated.enable()
+    assert all(one is not other for one, other in zip(stock, tables(), strict=True))
     inside = peft.get_peft_model(Deep(), deep_config(5, sparse=True))
     accelerated.disable()
     assert tables() == stock

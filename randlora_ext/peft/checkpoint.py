@@ -1,11 +1,56 @@
-"""What a tuner does with a state dict before its layers see it."""
+"""What of a file is looked at before a model takes it: its configuration, then its tensors."""
 
+import dataclasses
+import os
+
+import peft
 from peft.tuners.randlora.layer import RandLoraLayer
 from torch import Tensor, nn
 
 from .bases import BASES, misfit
 
 DIAGONALS = ("randlora_lambda", "randlora_gamma")
+# Fields that say which bases are drawn; the key's text holds the version of the specification.
+RECIPE = ("projection_prng_key", "basis", "density", "sparse", "very_sparse")
+
+
+class _Fields(peft.PeftConfig):
+    """PEFT's finding and reading of adapter_config.json, without making a configuration of it."""
+
+    @classmethod
+    def from_peft_type(cls, **fields):
+        return fields
+
+
+def saved_fields(folder: str | os.PathLike, **hub) -> dict:
+    """The fields of an adapter's configuration as they are in the file, and PEFT's defaults.
+
+    Not an object: stock PEFT's class, in force before `enable`, would drop ``density``.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(peft.RandLoraConfig)}
+    return defaults | _Fields.from_pretrained(folder, **hub)
+
+
+def bases_misfits(config: peft.RandLoraConfig, saved: dict) -> list[str]:
+    """What of a file's fields gives other bases than `config`; none where they are the same."""
+    own = config.to_dict()
+    if _recipe(own) == _recipe(saved):
+        return []
+    return [
+        f"{name} is {saved.get(name)!r}, not {own.get(name)!r}"
+        for name in RECIPE
+        if saved.get(name) != own.get(name)
+    ]
+
+
+def _recipe(fields: dict) -> tuple:
+    """Equal for fields that say the same in other words."""
+    basis, density = fields.get("basis") or "peft", fields.get("density")
+    if fields["very_sparse"]:
+        density = "very_sparse"
+    elif density is None and (fields["sparse"] or basis == "generated"):
+        density = 1 / 3
+    return fields["projection_prng_key"], basis, density
 
 
 def check_fit(tuner: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:

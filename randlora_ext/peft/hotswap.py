@@ -9,10 +9,8 @@ from peft.tuners.randlora.layer import RandLoraLayer
 from peft.utils.save_and_load import load_peft_weights
 
 from .bases import BASES, misfit
+from .checkpoint import bases_misfits, saved_fields
 from .model import AcceleratedRandLoraModel
-
-# Fields that say which bases a key gives.
-RECIPE = ("projection_prng_key", "basis", "density", "sparse", "very_sparse")
 
 
 def hotswap_adapter(
@@ -26,8 +24,8 @@ def hotswap_adapter(
 
     Equivalent to ``peft.utils.hotswap.hotswap_adapter``, which knows LoRA alone: no parameter is
     made anew, so optimizers go on; the scaling becomes the file's.
-    ``model.load_adapter(folder, adapter_name)`` reads the tensors without looking at the folder's
-    configuration; here it must fit.
+    ``model.load_adapter(folder, adapter_name)`` also writes into them, but keeps the adapter's own
+    scaling, and takes a file in which tensors are missing.
 
     Args:
         model: a PeftModel on our layers.
@@ -59,9 +57,9 @@ def hotswap_adapter(
         raise ValueError(
             f"adapter {adapter_name!r} is merged into the weights; call unmerge_adapter() first"
         )
-    config = peft.PeftConfig.from_pretrained(model_name_or_path, **kwargs)
+    fields = saved_fields(model_name_or_path, **kwargs)
     saved = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
-    errors = _misfits(model, adapter_name, config, saved)
+    errors = _misfits(model, adapter_name, fields, saved)
     if errors:
         raise ValueError(
             f"the adapter of {str(model_name_or_path)!r} does not fit {adapter_name!r}, which is "
@@ -69,30 +67,30 @@ def hotswap_adapter(
         )
     peft.set_peft_model_state_dict(model, saved, adapter_name=adapter_name)
     for layer in layers:
-        layer.scaling[adapter_name] = config.randlora_alpha / config.r
-    model.peft_config[adapter_name].randlora_alpha = config.randlora_alpha
+        layer.scaling[adapter_name] = fields["randlora_alpha"] / fields["r"]
+    model.peft_config[adapter_name].randlora_alpha = fields["randlora_alpha"]
 
 
 def _misfits(
     model: peft.PeftModel,
     adapter_name: str,
-    config: peft.PeftConfig,
+    fields: dict,
     saved: dict[str, torch.Tensor],
 ) -> list[str]:
-    if config.peft_type != PeftType.RANDLORA:
-        return [f"peft_type is {config.peft_type}, not {PeftType.RANDLORA}"]
+    if fields["peft_type"] != PeftType.RANDLORA:
+        return [f"peft_type is {fields['peft_type']}, not {PeftType.RANDLORA.value}"]
     own = peft.get_peft_model_state_dict(
         model, adapter_name=adapter_name, save_embedding_layers=False
     )
     persistent = model.base_model.randlora_A.persistent
     brings_bases = persistent and any(key.endswith(BASES) for key in saved)
-    fields = ("r", "randlora_dropout", *(() if brings_bases else RECIPE))
-    mine, theirs = model.peft_config[adapter_name].to_dict(), config.to_dict()
+    config = model.peft_config[adapter_name]
     errors = [
-        f"{name} is {theirs.get(name)!r}, not {mine.get(name)!r}"
-        for name in fields
-        if theirs.get(name) != mine.get(name)
+        f"{name} is {fields[name]!r}, not {getattr(config, name)!r}"
+        for name in ("r", "randlora_dropout")
+        if fields[name] != getattr(config, name)
     ]
+    errors += [] if brings_bases else bases_misfits(config, fields)
     missing = [key for key in own if key not in saved and not key.endswith(BASES)]
     unexpected = [key for key in saved if key not in own and not key.endswith(BASES)]
     errors += [f"{key} is missing" for key in missing]

@@ -7,6 +7,7 @@ from peft.tuners.randlora.layer import RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
 from torch import nn
 
+from . import peft_model
 from .bases import PackedBases
 from .config import RandLoraConfig
 from .layer import STOCK_QUANTIZED
@@ -21,12 +22,15 @@ def enable() -> None:
     Equivalent to editing PEFT's two tables, from the type RANDLORA to its tuner and its config:
     `get_peft_model`, `PeftModel.from_pretrained`, `inject_adapter_in_model` and transformers' own
     loading of adapters all look there. Models that exist already stay as they are. Calling it
-    again changes nothing.
+    again changes nothing. ``PeftModel.save_pretrained`` and ``load_adapter`` are wrapped, for
+    models on our layers: files appear when they are complete, and what is loaded over an adapter
+    must belong to its bases.
 
     Adapters are saved in PEFT's format: stock PEFT loads them, and the reverse; see
     `RandLoraConfig` for the one exception.
     """
     global _stock
+    peft_model.install()
     if _stock is None:
         _stock = (
             PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA],
@@ -39,6 +43,7 @@ def enable() -> None:
 def disable() -> None:
     """Puts stock PEFT back for models made afterwards; those made in between keep our kernels."""
     global _stock
+    peft_model.uninstall()
     if _stock is not None:
         PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] = _stock[0]
         PEFT_TYPE_TO_TUNER_MAPPING[PeftType.RANDLORA] = _stock[1]
@@ -76,4 +81,5 @@ def accelerate(model: nn.Module) -> nn.Module:
         accelerate_layer(layer)
     for tuner in tuners:
         tuner.__class__ = AcceleratedRandLoraModel
+    peft_model.install()
     return model
