@@ -1,7 +1,7 @@
 """A training step of a SmolLM2-135M-shaped model with every linear layer adapted.
 
     python benchmarks/model_step.py                        about three minutes on 2 cores
-    python benchmarks/model_step.py --out FILE.json
+    python benchmarks/model_step.py --out FILE
 
 LoRA, PEFT's RandLoRA and ours, each a PEFT model with the same random weights in a process of its
 own for the peak of memory, and side by side in one process for the time (steps in turn, medians).
@@ -9,47 +9,51 @@ A step is forward, loss, backward and AdamW.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
 
 import torch
+from memory import MIB, status
 from peft import LoraConfig, get_peft_model
+from record import in_a_process, show, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import randlora_ext.peft
-from randlora_ext.cli.measure import machine
 from randlora_ext.peft import RandLoraConfig
 
 RANK = 32
 METHODS = ("lora", "ours very_sparse", "ours 0.07", "ours 1/3", "peft very_sparse")
+SHAPES = {
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+    },
+    "toy": {  # for tests
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+    },
+}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def smollm2_shaped() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config)
-
-
-def adapted(method: str) -> torch.nn.Module:
+def adapted(method: str, shape: str) -> torch.nn.Module:
     """The model in PEFT, by `method` of METHODS; "peft" is stock's own code."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], tie_word_embeddings=True))
     who, _, density = method.partition(" ")
     common = {"r": RANK, "target_modules": LINEAR}
     if who == "lora":
-        return get_peft_model(smollm2_shaped(), LoraConfig(**common))
+        return get_peft_model(model, LoraConfig(**common))
     (randlora_ext.peft.disable if who == "peft" else randlora_ext.peft.enable)()
     common |= {"save_projection": False, "randlora_alpha": 20 * RANK}
     if density == "very_sparse":
@@ -58,14 +62,16 @@ def adapted(method: str) -> torch.nn.Module:
         config = RandLoraConfig(density={"0.07": 0.07, "1/3": 1 / 3}[density], **common)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return get_peft_model(smollm2_shaped(), config)
+        return get_peft_model(model, config)
 
 
-def stepper(method: str, batch: int, tokens: int):
-    model = adapted(method)
+def stepper(method: str, shape: str, batch: int, tokens: int):
+    model = adapted(method, shape)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    ids = torch.randint(0, 49152, (batch, tokens), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(
+        0, SHAPES[shape]["vocab_size"], (batch, tokens), generator=torch.Generator().manual_seed(1)
+    )
 
     def step() -> float:
         optimizer.zero_grad()
@@ -77,33 +83,26 @@ def stepper(method: str, batch: int, tokens: int):
     return step, sum(p.numel() for p in trained)
 
 
-def peak_alone(method: str, args) -> float:
-    """MiB at the peak of three steps in a process of its own."""
-    command = [sys.executable, __file__, "--alone", method, "--batch", str(args.batch)]
-    out = subprocess.run([*command, "--tokens", str(args.tokens)], check=True, capture_output=True)
-    return float(out.stdout.decode().splitlines()[-1])
+def peak_mib(*arguments) -> float:
+    """MiB at the peak of making the model and three steps, with all libraries."""
+    step, _ = stepper(*arguments)
+    for _ in range(3):
+        step()
+    return status("VmHWM") / MIB
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--alone", metavar="METHOD", help="print the peak of memory of one method")
-    parser.add_argument("--out", type=Path, help="write FILE as JSON")
-    args = parser.parse_args()
-    if args.alone:
-        step, _ = stepper(args.alone, args.batch, args.tokens)
-        for _ in range(3):
-            step()
-        # Not ru_maxrss: it would start from the memory of the process that made this one.
-        status = Path("/proc/self/status").read_text()
-        print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
-        return
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--out", type=Path, help="write FILE.csv and FILE.json")
+    args = parser.parse_args(arguments)
 
-    methods = args.methods.split(",")
-    steps = {method: stepper(method, args.batch, args.tokens) for method in methods}
+    methods, size = args.methods.split(","), (args.shape, args.batch, args.tokens)
+    steps = {method: stepper(method, *size) for method in methods}
     times: dict[str, list[float]] = {method: [] for method in methods}
     for repeat in range(args.repeats + 1):
         for method, (step, _) in steps.items():
@@ -119,13 +118,12 @@ def main() -> None:
             "trained": steps[method][1],
             "seconds": seconds,
             "over_first": seconds / statistics.median(times[methods[0]]),
-            "peak_mib": peak_alone(method, args),
+            "peak_mib": in_a_process(peak_mib, method, *size),
         }
+        show(row, header=not rows)
         rows.append(row)
-        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-                        for k, v in row.items()), flush=True)  # fmt: skip
     if args.out:
-        args.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        write(args.out, rows, shape=args.shape, batch=args.batch, tokens=args.tokens)
 
 
 if __name__ == "__main__":

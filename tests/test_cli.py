@@ -6,7 +6,7 @@ import sys
 import pytest
 from cli_helpers import refused
 
-from randlora_ext.cli import bench, measure, options
+from randlora_ext.cli import bench, measure, methods, options
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_bench_ends_with_the_minute(stock_peft, one_thread, capsys):
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch, stock_peft):
-    right = measure.linear
-    monkeypatch.setattr(measure, "linear", lambda *a: right(*a) * 1.001)
+    right = methods.linear
+    monkeypatch.setattr(methods, "linear", lambda *a: right(*a) * 1.001)
     with pytest.raises(RuntimeError, match="verification failed"):
         measure.compare((64, 64), 8, "0.07", repeats=1)

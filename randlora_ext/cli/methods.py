@@ -1,0 +1,84 @@
+"""The ways to train one frozen layer that `--bench` and benchmarks/layer.py compare."""
+
+import copy
+import math
+import warnings
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from .. import TernaryBasis
+from ..cost import PATHS
+from ..functional import linear
+
+SCALING = 20.0  # PEFT's default, alpha / r = 640 / 32
+# "peft" is PEFT's own RandLoRA, "full" full fine-tuning, "ours" the path of the cost model.
+METHODS = ("lora", "peft", "dora", "vera", "full", "ours", *PATHS)
+
+
+class Ours(nn.Module):
+    """The fused operator on a frozen layer; the benchmark fixes the path where asked to."""
+
+    def __init__(self, base: nn.Linear, basis: TernaryBasis, path: str = "auto"):
+        super().__init__()
+        self.base, self.basis, self.path = base, basis, path
+        self.lam = nn.Parameter(torch.randn(basis.r, basis.n) * 0.1)
+        self.gam = nn.Parameter(torch.full((basis.n, basis.d), 1 / max(basis.n, basis.d)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, b = self.base.weight, self.base.bias
+        return linear(x, w, b, self.basis, self.lam, self.gam, SCALING, self.path)
+
+
+def density_of(text: str, d: int) -> float:
+    """A number, a fraction, or PEFT's very_sparse (1 / sqrt(d))."""
+    if text == "very_sparse":
+        return 1 / math.sqrt(d)
+    top, _, bottom = text.partition("/")
+    return float(top) / float(bottom or 1)
+
+
+def frozen_layer(size: tuple[int, int], dtype: torch.dtype) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(*size).to(dtype).requires_grad_(False)
+
+
+def make(method: str, base: nn.Linear, rank: int, density: str) -> nn.Module:
+    """`method` of METHODS, or "frozen", on `base`, its adapter away from zero.
+
+    PEFT's adapters are PEFT's own layers with its defaults beside r (VeRA: its own r of 256, whose
+    matrices are not trained); in 16 bits PEFT keeps adapters in float32. PEFT's RandLoRA is
+    very_sparse where asked for, sparse (1/3) otherwise: its bases are dense, and its cost is the
+    same for all.
+    """
+    if method == "frozen":
+        return base
+    if method == "full":
+        return copy.deepcopy(base).requires_grad_(True)
+    if method in ("ours", *PATHS):
+        n_in, n_out = base.in_features, base.out_features
+        basis = TernaryBasis(n_in, n_out, rank, density_of(density, min(n_in, n_out)))
+        return Ours(base, basis, "auto" if method == "ours" else method)
+    return _of_peft(method, base, rank, density)
+
+
+def _of_peft(method: str, base: nn.Linear, rank: int, density: str) -> nn.Module:
+    targets = {"target_modules": ["1"]}
+    kind = {"very_sparse": True} if density == "very_sparse" else {"sparse": True}
+    configs = {
+        "lora": lambda: peft.LoraConfig(r=rank, **targets),
+        "dora": lambda: peft.LoraConfig(r=rank, use_dora=True, **targets),
+        "vera": lambda: peft.VeraConfig(save_projection=False, **targets),
+        "peft": lambda: peft.RandLoraConfig(
+            r=rank, randlora_alpha=SCALING * rank, save_projection=False, **kind, **targets
+        ),
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Specified to not save")
+        model = peft.get_peft_model(nn.Sequential(nn.Linear(1, 1), base), configs[method]())
+    layer = model.base_model.model[1]
+    for name, parameter in layer.named_parameters():
+        if any(zero in name for zero in ("lora_B", "randlora_lambda", "vera_lambda_b")):
+            nn.init.normal_(parameter, std=0.1)
+    return layer
