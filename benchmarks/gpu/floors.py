@@ -1,8 +1,9 @@
 """The least work of an operator: bytes through device memory, and operations by their unit.
 
 Each input is read once and each output written once; what lies between (V, U, partial sums) could
-stay on the chip and is not counted. Letters as in docs/math.md; bf16 activations (2 bytes), lambda
-and gamma in fp32. A multiply-add counts as two operations on the matrix unit, as one elsewhere.
+stay on the chip and is not counted. Letters as in docs/math.md; activations, A' and dW of `element`
+bytes (bf16: 2), lambda and gamma in fp32. A multiply-add counts as two operations on the matrix
+unit, as one elsewhere.
 """
 
 from dataclasses import dataclass
@@ -84,17 +85,17 @@ def whole_basis(b: TernaryBasis) -> Floor:
     return Floor(written, integer=INTEGERS_PER_ELEMENT * b.D * b.K)
 
 
-def scaled_basis(b: TernaryBasis) -> Floor:
+def scaled_basis(b: TernaryBasis, element: int = 2) -> Floor:
     """A' (K, d) written; backward reads its gradient instead."""
-    return Floor(2 * b.K * b.d + 2 * b.r * b.d + 4 * (b.r * b.n + b.n * b.d))
+    return Floor(element * (b.K + b.r) * b.d + 4 * (b.r * b.n + b.n * b.d))
 
 
-def delta_weight(b: TernaryBasis) -> Floor:
+def delta_weight(b: TernaryBasis, element: int = 2) -> Floor:
     """dW written; backward reads its gradient instead, and contracts with as many terms.
 
     Lists: density^2 * K additions an entry. Planes: a product of (D, K) and (K, d).
     """
-    move = Floor(2 * b.D * b.d + packed_bytes(b) + small_bytes(b))
+    move = Floor(element * b.D * b.d + packed_bytes(b) + small_bytes(b))
     if b.format == "planes":
         return move + Floor(0, matrix=2 * b.D * b.K * b.d)
     return move + Floor(0, fma=b.density**2 * b.K * b.D * b.d)
@@ -113,15 +114,15 @@ def b_side(b: TernaryBasis, tokens: int, dense: bool) -> Floor:
     return Floor(list_bytes(b), fma=b.density * b.D * b.K * tokens)
 
 
-def linear(b: TernaryBasis, tokens: int, dense: bool) -> Floor:
+def linear(b: TernaryBasis, tokens: int, dense: bool, element: int = 2) -> Floor:
     """The adapter alone, factored: x read, y written, a product with either side."""
-    move = Floor(2 * tokens * (b.in_features + b.out_features) + small_bytes(b))
+    move = Floor(element * tokens * (b.in_features + b.out_features) + small_bytes(b))
     return move + a_side(b, tokens) + b_side(b, tokens, dense)
 
 
-def linear_backward(b: TernaryBasis, tokens: int, dense: bool) -> Floor:
+def linear_backward(b: TernaryBasis, tokens: int, dense: bool, element: int = 2) -> Floor:
     """x and dy read, dx written; two products with A. With B one where d == in, two otherwise."""
-    move = Floor(2 * tokens * (2 * b.in_features + b.out_features) + small_bytes(b))
+    move = Floor(element * tokens * (2 * b.in_features + b.out_features) + small_bytes(b))
     move += Floor(4 * (b.r * b.n + b.n * b.d))  # their gradients
     work = move + a_side(b, tokens) + a_side(b, tokens) + b_side(b, tokens, dense)
     return work if b.d == b.in_features else work + b_side(b, tokens, dense)

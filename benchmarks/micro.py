@@ -1,0 +1,203 @@
+"""Every CPU operator alone: its time, bytes and operations per second, and share of the roofline.
+
+    python benchmarks/micro.py                     about two minutes; --out FILE for CSV and JSON
+
+Timed by torch.utils.benchmark (medians of blocks, operands warm). An operator's share is the time
+that its bytes or its operations take at this machine's peaks, whichever is longer, over the time
+that it took; 100% is an operator that nothing could make faster without doing other work.
+
+*Peaks* are measured in the same run. Operations: multiply-adds per second of torch's fastest
+float32 matrix product. Bytes: STREAM's triad a = b + 3 c over working sets from 1 MiB up, since
+caches are faster than memory; an operator is held to the fastest triad among those that are at
+least as large as its own bytes.
+
+*Bytes*: every operand read once and every result written once (benchmarks/gpu/floors.py); what lies
+between (V, U, partial sums) is not counted, nor the second reading of an input that forward or
+backward needs.
+
+*Operations* are those of our algorithm, not those of the dense product that it replaces: one
+multiply-add, one addition or one integer instruction on a vector's lane each counts as one, since
+they share the processor's vector units. Per product: the A side density K d T, the B side from
+lists density D K T (a signed add for each non-zero), from bit planes D K T / 4 (b_planes.h adds a
+tabled sum for every four elements). dW and its adjoint density^2 K D d. A' two products an entry,
+its gradient as many. fill_planes_ the instructions of Philox, and nothing for planes_to_lists.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from gpu import floors
+from record import write
+from torch.utils.benchmark import Timer
+
+from randlora_ext import _C, TernaryBasis
+from randlora_ext.cli.measure import machine
+from randlora_ext.cli.methods import density_of
+
+ops = torch.ops.randlora
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Op:
+    name: str
+    call: Callable[[], object]
+    bytes: float
+    operations: float
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Peaks:
+    operations: float  # a second
+    bytes: dict[int, float]  # a second, by the bytes of the working set
+
+    def of_bytes(self, count: float) -> float:
+        fitting = [rate for size, rate in self.bytes.items() if size >= count]
+        return max(fitting, default=self.bytes[max(self.bytes)])
+
+
+def seconds(call: Callable[[], object], least: float) -> float:
+    """Median of a call on all of torch's threads, over at least `least` seconds."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=least).median
+
+
+def measure_peaks(least: float, gemm: list[int], mib: list[int]) -> Peaks:
+    """Of this machine: a product of each size `gemm`, triads over working sets of `mib` MiB."""
+    operations = 0.0
+    for n in gemm:
+        a, b, out = (torch.randn(n, n) for _ in range(3))
+        taken = seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), least)
+        operations = max(operations, n**3 / taken)
+    rates = {}
+    for size in mib:
+        a, b, c = (torch.randn(size * MIB // 12) for _ in range(3))
+        taken = seconds(lambda a=a, b=b, c=c: torch.add(b, c, alpha=3.0, out=a), least)
+        rates[size * MIB] = 3 * a.nbytes / taken
+    return Peaks(operations, rates)
+
+
+def of_bases(b: TernaryBasis) -> Iterator[Op]:
+    """Generation and packing of B: integers, whatever the dtype of the layer."""
+    planes = b._planes(torch.device("cpu"))[1]
+    fill = (planes, b.seed, 1, 0, 0, b.K, _C.threshold(b.density))
+    floor = floors.fill_planes(b)
+    yield Op("fill_planes_", lambda: ops.fill_planes_(*fill), floor.bytes, floor.integer)
+    if b.format == "lists":
+        wide = max(b.D, b.K) > 65536
+        for by_column in (False, True):
+            yield Op(f"planes_to_lists, {'columns' if by_column else 'rows'}",
+                     lambda by_column=by_column: ops.planes_to_lists(planes, b.K, by_column, wide),
+                     floors.planes_to_lists(b, by_column).bytes, 0.0)  # fmt: skip
+
+
+def of_weights(b: TernaryBasis, dtype: torch.dtype) -> Iterator[Op]:
+    """A', dW and W + dW, with their gradients."""
+    size, packed, element = (b.out_features, b.in_features), b.packed("cpu"), dtype.itemsize
+    A = b.dense_a(torch.device("cpu"), dtype)
+    lam, gam = (torch.randn(s, dtype=dtype) for s in ((b.r, b.n), (b.n, b.d)))
+    grad, G = torch.randn(b.K, b.d, dtype=dtype), torch.randn(size, dtype=dtype)
+    moved, entries = floors.scaled_basis(b, element).bytes, b.K * b.d
+    yield Op("scaled_basis", lambda: ops.scaled_basis(A, lam, gam), moved, entries)
+    yield Op("scaled_basis backward",
+             lambda: ops.scaled_basis_backward(grad, A, lam, gam), moved, 2 * entries)  # fmt: skip
+    moved, adds = floors.delta_weight(b, element).bytes, b.density**2 * b.K * b.D * b.d
+    last = (lam, gam, packed, b.scale)
+    yield Op("delta_weight", lambda: ops.delta_weight(*last, *size), moved, adds)
+    yield Op("delta_weight backward", lambda: ops.delta_weight_backward(G, *last), moved, adds)
+    yield Op("merged_weight", lambda: ops.merged_weight(G, *last, None),
+             moved + element * b.D * b.d, adds)  # fmt: skip
+
+
+def of_layers(b: TernaryBasis, dtype: torch.dtype, tokens: int) -> Iterator[Op]:
+    """The factored adapter without the base layer's GEMM, which is torch's."""
+    x, dy = (torch.randn(tokens, n, dtype=dtype) for n in (b.in_features, b.out_features))
+    lam, gam = torch.randn(b.r, b.n), torch.randn(b.n, b.d)
+    last = (lam, gam, b.packed("cpu"), b.scale)
+    a_side = b.density * b.K * b.d * tokens
+    b_side = (0.25 if b.format == "planes" else b.density) * b.D * b.K * tokens
+    yield Op("linear", lambda: ops.linear(x, None, None, *last, b.out_features, "factored"),
+             floors.linear(b, tokens, False, dtype.itemsize).bytes,
+             a_side + b_side, tokens)  # fmt: skip
+    # With d == out the V that dlam needs takes the B side once more.
+    b_products = 1 if b.d == b.in_features else 2
+    yield Op("linear backward",
+             lambda: ops.linear_backward(dy, x, None, *last, "factored", True, True),
+             floors.linear_backward(b, tokens, False, dtype.itemsize).bytes,
+             2 * a_side + b_products * b_side, tokens)  # fmt: skip
+
+
+def row(op: Op, peaks: Peaks, least: float) -> dict:
+    taken = seconds(op.call, least)
+    of_bytes = op.bytes / peaks.of_bytes(op.bytes) / taken
+    of_operations = op.operations / peaks.operations / taken
+    return {
+        "op": op.name,
+        "tokens": op.tokens,
+        "us": taken * 1e6,
+        "bytes": op.bytes,
+        "operations": op.operations,
+        "gb_per_s": op.bytes / taken / 1e9,
+        "gop_per_s": op.operations / taken / 1e9,
+        "byte_share": of_bytes,
+        "operation_share": of_operations,
+        "roofline": max(of_bytes, of_operations),
+        "bound": "bytes" if of_bytes > of_operations else "operations",
+    }
+
+
+def measure(args, peaks: Peaks) -> Iterator[dict]:
+    for size in (tuple(int(n) for n in s.split("x")) for s in args.sizes.split(",")):
+        for density in args.densities.split(","):
+            basis = TernaryBasis(*size, args.rank, density_of(density, min(size)))
+            about = {"in": size[0], "out": size[1], "density": density}
+            for op in of_bases(basis):
+                yield {**about, "dtype": "", **row(op, peaks, args.least)}
+            for dtype in args.dtypes.split(","):
+                cases = [*of_weights(basis, DTYPES[dtype])]
+                for tokens in args.tokens.split(","):
+                    cases += of_layers(basis, DTYPES[dtype], int(tokens))
+                for op in cases:
+                    yield {**about, "dtype": dtype, **row(op, peaks, args.least)}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", default="1024x1024,4096x4096", help="in x out, comma separated")
+    parser.add_argument("--tokens", default="16,1024")
+    parser.add_argument("--densities", default="1/3,0.07,very_sparse")
+    parser.add_argument("--dtypes", default="fp32,bf16")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--least", type=float, default=0.3, help="seconds for each operator")
+    parser.add_argument("--gemm", default="1024,2048,4096", help="products for the peak")
+    parser.add_argument("--triads", default="1,4,16,64,256", help="working sets in MiB")
+    parser.add_argument("--out", type=Path, help="write FILE.csv and FILE.json")
+    args = parser.parse_args(arguments)
+
+    print(json.dumps(machine()))
+    gemm, mib = ([int(n) for n in s.split(",")] for s in (args.gemm, args.triads))
+    peaks = measure_peaks(args.least, gemm, mib)
+    triads = ", ".join(f"{v / 1e9:.0f} over {k // MIB} MiB" for k, v in peaks.bytes.items())
+    print(f"peaks: {peaks.operations / 1e9:.0f} G operations/s; GB/s of triads: {triads}")
+    rows = []
+    for result in measure(args, peaks):
+        print(
+            f"{result['op']:25} {result['in']:>5}x{result['out']:<5} {result['density']:11} "
+            f"{result['dtype']:5} {result['tokens'] or '':>5} {result['us']:>10.1f} us "
+            f"{result['gb_per_s']:>7.1f} GB/s {result['gop_per_s']:>7.1f} Gop/s "
+            f"{result['roofline']:>5.0%} of {result['bound']}",
+            flush=True,
+        )
+        rows.append(result)
+    if args.out:
+        write(args.out, rows, peaks={"operations": peaks.operations, "bytes": peaks.bytes})
+
+
+if __name__ == "__main__":
+    main()
