@@ -11,12 +11,11 @@ task changes in a layer of SmolLM2-135M.
 """
 
 import argparse
-import csv
-import json
 import math
 from pathlib import Path
 
 import torch
+from record import write
 from tqdm import tqdm
 
 from randlora_ext import TernaryBasis, delta_weight
@@ -144,15 +143,15 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=256, help="of the random targets")
     parser.add_argument("--ranks", default="4,8,16,32", help="r of RandLoRA, comma separated")
-    parser.add_argument("--steps", type=int, default=1000, help="of Adam for each fit")
+    parser.add_argument("--steps", type=int, default=400, help="of Adam for each fit")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--real", type=int, metavar="N", help="add a real target: N training steps")
     parser.add_argument("--out", type=Path, help="write FILE.csv, FILE.json and FILE.png")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     targets = random_targets(args.size, torch.Generator().manual_seed(0))
     if args.real:
@@ -163,14 +162,7 @@ def main() -> None:
         cells = (f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values())
         print("  ".join(f"{c:>16}" for c in cells))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        about = {"steps": args.steps, "seeds": args.seeds, "torch": torch.__version__}
-        text = json.dumps({"about": about, "rows": rows}, indent=1)
-        args.out.with_suffix(".json").write_text(text + "\n")
-        with args.out.with_suffix(".csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write(args.out, rows, steps=args.steps, seeds=args.seeds, tuning_steps=args.real)
         plot(rows, args.out.with_suffix(".png"))
 
 

@@ -1,0 +1,180 @@
+"""The benchmark programs at toy size: what they count, what they write, what they draw."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+if not (ROOT / "benchmarks" / "layer.py").is_file():
+    pytest.skip("there are no benchmarks beside these tests", allow_module_level=True)
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import approximate  # noqa: E402
+import checkpoint  # noqa: E402
+import finetune  # noqa: E402
+import layer  # noqa: E402
+import micro  # noqa: E402
+import model_step  # noqa: E402
+from gpu import floors  # noqa: E402
+from memory import peak_mib  # noqa: E402
+from record import in_a_process  # noqa: E402
+
+from randlora_ext import TernaryBasis  # noqa: E402
+from randlora_ext.cli.methods import METHODS, frozen_layer, make  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
+
+
+def written(out: Path) -> dict:
+    found = json.loads(out.with_suffix(".json").read_text())
+    machine = found["machine"]
+    assert {"date", "cpu", "threads", "torch", "peft", "commit", "version", "isa"} <= set(machine)
+    lines = out.with_suffix(".csv").read_text().splitlines()
+    assert len(lines) == 1 + len(found["rows"]) and lines[0].split(",") == list(found["rows"][0])
+    return found
+
+
+def test_layer_compares_every_method(tmp_path):
+    out = tmp_path / "layer"
+    size = ["--sizes", "48x64", "--tokens", "4", "--densities", "0.2", "--repeats", "1"]
+    layer.main([*size, "--methods", "all", "--memory", "--out", str(out)])
+    (row,) = written(out)["rows"]
+    assert (row["in"], row["out"], row["tokens"], row["density"]) == (48, 64, 4, "0.2")
+    assert row["error"] < 1e-5 and row["regret"] >= 0
+    assert all(row[method] > 0 and f"{method}_mib" in row for method in METHODS)
+
+
+def test_layer_appends_paths(tmp_path, capsys):
+    out = tmp_path / "paths"
+    size = ["--sizes", "48x64", "--tokens", "4", "--repeats", "1", "--dtype", "bf16"]
+    for density in ("0.2", "1/3"):
+        layer.main([*size, "--densities", density, "--paths", "--append", "--out", str(out)])
+    rows = written(out)["rows"]
+    assert [row["density"] for row in rows] == ["0.2", "1/3"] and "merged" not in rows[0]
+    assert "of 2 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_what_it_says(method):
+    base = frozen_layer((48, 64), torch.float32)
+    layer = make(method, base, 4, "very_sparse")
+    x = torch.randn(5, 48)
+    y = layer(x)
+    y.sum().backward()
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None and p.grad.any() for p in trained)
+    assert torch.equal(y, base(x)) == (method == "full")
+    assert not base.weight.requires_grad
+
+
+def test_peak_counts_a_gradient_of_the_weight():
+    args = ((2048, 2048), 16, "0.07", torch.float32, 32)
+    frozen, full = (in_a_process(peak_mib, method, *args) for method in ("frozen", "full"))
+    assert 14 < full - frozen < 22  # 16 MiB, and the pages of one more GEMM kernel
+
+
+def test_micro_counts_and_shares(tmp_path):
+    out = tmp_path / "micro"
+    peaks = ["--gemm", "64", "--triads", "1"]
+    micro.main(["--sizes", "40x72,72x40", "--densities", "1/3,0.1", "--tokens", "3", "--rank", "8",
+                "--least", "0.0001", *peaks, "--out", str(out)])  # fmt: skip
+    found = written(out)
+    (triad,) = found["peaks"]["bytes"].values()
+    assert {row["op"] for row in found["rows"]} == {
+        "fill_planes_", "planes_to_lists, rows", "planes_to_lists, columns", "scaled_basis",
+        "scaled_basis backward", "delta_weight", "delta_weight backward", "merged_weight",
+        "linear", "linear backward",
+    }  # fmt: skip
+    for row in found["rows"]:
+        of_bytes = row["bytes"] / triad
+        of_operations = row["operations"] / found["peaks"]["operations"]
+        assert row["roofline"] == pytest.approx(max(of_bytes, of_operations) / row["us"] * 1e6)
+
+
+def test_micro_counts_operations_as_the_bases_have_them():
+    basis = TernaryBasis(256, 320, 32, 0.1)
+    A, B = (m != 0 for m in basis.dense())
+    cases = {op.name: op for op in micro.of_weights(basis, torch.float32)}
+    cases |= {op.name: op for op in micro.of_layers(basis, torch.float32, 7)}
+    rows_of_a = A.sum(1).repeat_interleave(basis.n)
+    a_side, b_side = 7 * rows_of_a.sum(), 7 * B.sum()
+    adds = (B.sum(0) * rows_of_a).sum()
+    for name, want in (("linear", a_side + b_side), ("linear backward", 2 * a_side + b_side),
+                       ("delta_weight", adds), ("delta_weight backward", adds)):  # fmt: skip
+        assert cases[name].operations == pytest.approx(float(want), rel=0.1)
+    # x (7, 256), y (7, 320) and dW in float32, beside the lists and the diagonals
+    fixed = floors.small_bytes(basis) + floors.packed_bytes(basis)
+    assert cases["linear"].bytes == 4 * 7 * (256 + 320) + fixed
+    assert cases["delta_weight"].bytes == 4 * 256 * 320 + fixed
+
+
+def test_a_peak_is_of_the_caches_that_can_hold_it():
+    peaks = micro.Peaks(1.0, {1: 40.0, 4: 50.0, 16: 20.0, 64: 10.0})
+    assert [peaks.of_bytes(n) for n in (0.5, 3, 5, 60, 65)] == [50.0, 50.0, 20.0, 10.0, 10.0]
+
+
+def test_checkpoint_sizes():
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 16,
+             "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    lora, stock, ours = checkpoint.sizes(rank=8, shape=shape).values()
+    assert lora == 3 * 4 * 8 * (32 + 32 + 32 + 16)
+    n, d = (4, 2), (32, 16)  # of q_proj and v_proj
+    assert ours == 3 * 4 * sum(8 * n + n * d for n, d in zip(n, d, strict=True))
+    bases = 4 * (8 * 32 + 32 * 4 * 8)  # A and B, with every layer and once beside them
+    assert stock == ours + (2 * 3 + 1) * bases
+
+
+def test_the_best_lora_is_the_truncated_decomposition():
+    target = torch.randn(20, 30, generator=torch.Generator().manual_seed(0)).double()
+    U, s, V = torch.linalg.svd(target, full_matrices=False)
+    best = (target - U[:, :7] * s[:7] @ V[:7]).norm() / target.norm()
+    assert approximate.lora_error(target, 7 * 50) == pytest.approx(float(best), rel=1e-6)
+    assert approximate.lora_error(target, 20 * 50) < 1e-6
+    assert best < approximate.lora_error(target, 6 * 50 + 25)
+
+
+def test_approximate(tmp_path):
+    pytest.importorskip("tqdm")
+    out = tmp_path / "fit"
+    approximate.main(["--size", "32", "--ranks", "4,16", "--steps", "150", "--seeds", "1",
+                      "--out", str(out)])  # fmt: skip
+    rows = {(r["target"], r["r"], r["density"]): r for r in written(out)["rows"]}
+    assert len(rows) == 3 * 2 * 3 and out.with_suffix(".png").stat().st_size > 5000
+    few, many = rows["gaussian", 16, "1/3"], rows["gaussian", 4, "1/3"]
+    assert many["parameters"] > few["parameters"] and many["randlora"] < few["randlora"] < 1
+    # A Gaussian target has no direction that is easier than another.
+    assert few["randlora"] == pytest.approx(math.sqrt(1 - few["share"]), abs=0.05)
+
+
+def test_model_step(tmp_path):
+    out = tmp_path / "step"
+    model_step.main(["--shape", "toy", "--batch", "1", "--tokens", "4", "--repeats", "1",
+                     "--methods", "lora,ours 0.07,peft very_sparse",
+                     "--out", str(out)])  # fmt: skip
+    lora, ours, stock = written(out)["rows"]
+    assert lora["over_first"] == 1.0 and ours["trained"] == stock["trained"] < lora["trained"]
+    assert ours["peak_mib"] > 100
+
+
+def test_finetune_repeats_the_best_rate_and_goes_on_where_it_was(monkeypatch, tmp_path):
+    asked = []
+
+    def run(method, lr, seed, steps):
+        asked.append((lr, seed))
+        return {"method": method, "lr": lr, "seed": seed, "steps": steps,
+                "held_out_loss": abs(lr - 2e-3)}  # fmt: skip
+
+    monkeypatch.setattr(finetune, "in_a_process", run)
+    rows = finetune.sweep(["lora"], 5, 2, tmp_path / "runs.jsonl")
+    rates = finetune.METHODS["lora"]
+    assert asked == [(lr, 0) for lr in rates] + [(2e-3, 1)]
+    assert [(row["lr"], row["seed"]) for row in rows] == [(2e-3, 0), (2e-3, 1)]
+    assert finetune.sweep(["lora"], 5, 3, tmp_path / "runs.jsonl") and asked[-1] == (2e-3, 2)
+    assert len(asked) == len(rates) + 2
