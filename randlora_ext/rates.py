@@ -34,7 +34,9 @@ NAMES = tuple(f.name for f in fields(Rates))
 
 # Measured by `python -m randlora_ext.calibrate` on 2 cores of an AVX-512 machine (EPYC, Zen 5).
 # A GEMM in bfloat16 is four times as fast there; our products compute in float32 all the same.
-_CPU_FP32 = Rates(0.58, 2.0, 0.36, 4.0, 117.0, 0.0, 66.0)
+# The A side took 0.58 there and 1.4 on 2 cores of Zen 4 (benchmarks/results/paths-fp32-epyc-zen4);
+# 1.0 chooses right on both.
+_CPU_FP32 = Rates(1.0, 2.0, 0.36, 4.0, 117.0, 0.0, 66.0)
 _CPU_16BIT = Rates(2.8, 9.7, 1.5, 25.0, 406.0, 0.0, 750.0)
 # Not measured: from the floors in csrc/cuda/*.cu for an H100 in bf16, where a GEMM does 325 T
 # multiply-adds/s. A signed add gathers from L2. dW of 4096 x 4096 takes 25 us at 1/64 and 250 us
