@@ -13,7 +13,8 @@ least as large as its own bytes.
 
 *Bytes*: every operand read once and every result written once (benchmarks/gpu/floors.py); what lies
 between (V, U, partial sums) is not counted, nor the second reading of an input that forward or
-backward needs.
+backward needs. A result is a new tensor at every call, as in training: where it is large, the first
+touch of its pages is part of the time.
 
 *Operations* are those of our algorithm, not those of the dense product that it replaces: one
 multiply-add, one addition or one integer instruction on a vector's lane each counts as one, since

@@ -46,7 +46,7 @@ def conditions(result: dict) -> str:
 
 def finish(figure, text: str):
     """The conditions below, small, as no figure should be without them."""
-    figure.tight_layout(rect=(0, 0.045, 1, 1))
+    figure.tight_layout(rect=(0, 0.045, 1, 0.94 if figure.legends else 1))
     figure.text(0.5, 0.012, text, ha="center", fontsize=7, color="0.35")
     return figure
 
@@ -66,22 +66,25 @@ def by_tokens(result: dict):
             line = [r for r in mine if r["density"] == density]
             axis.plot([r["tokens"] for r in line], [r["ours"] for r in line], "o-", color=color,
                       markersize=4, label=f"here, density {density}")  # fmt: skip
-        axis.set_xscale("log", base=2)
+        axis.set_xscale("log")
         axis.set_yscale("log")
+        counts = sorted({r["tokens"] for r in mine})
+        axis.set_xticks(counts, [str(count) for count in counts])
         ticks = [1, 1.5, 2, 3, 5, 8, 12]
         axis.set_yticks(ticks, [str(t) for t in ticks])
         axis.minorticks_off()
         axis.set(title=f"{size[0]} x {size[1]}", xlabel="tokens")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel(RATIO)
-    axes[0][0].legend(fontsize=7)
+    lines, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, ncols=len(labels), loc="upper center", fontsize=8)
     return finish(figure, f"{rows[0]['dtype']}, r = 32, medians; {conditions(result)}")
 
 
 def by_density(result: dict):
     """Ours and LoRA's line against the density, at one size."""
     rows = result["rows"]
-    figure, axis = plt.subplots(figsize=(7, 3.8))
+    figure, axis = plt.subplots(figsize=(9, 3.8))
     for tokens, color in zip(sorted({r["tokens"] for r in rows}), DENSITIES.values(), strict=False):
         mine = [r for r in rows if r["tokens"] == tokens]
         line = sorted((density_of(r["density"], min(r["in"], r["out"])), r["ours"]) for r in mine)

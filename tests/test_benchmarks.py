@@ -22,6 +22,7 @@ import finetune  # noqa: E402
 import layer  # noqa: E402
 import micro  # noqa: E402
 import model_step  # noqa: E402
+import plots  # noqa: E402
 from gpu import floors  # noqa: E402
 from memory import peak_mib  # noqa: E402
 from record import in_a_process  # noqa: E402
@@ -178,3 +179,16 @@ def test_finetune_repeats_the_best_rate_and_goes_on_where_it_was(monkeypatch, tm
     assert [(row["lr"], row["seed"]) for row in rows] == [(2e-3, 0), (2e-3, 1)]
     assert finetune.sweep(["lora"], 5, 3, tmp_path / "runs.jsonl") and asked[-1] == (2e-3, 2)
     assert len(asked) == len(rates) + 2
+
+
+@pytest.mark.skipif(not (ROOT / "benchmarks/results").is_dir(), reason="an sdist has no results")
+def test_plots_are_drawn_from_the_results_and_shown(monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoint, "sizes", lambda: {"LoRA": 10**7, "RandLoRA": 10**8})
+    plots.main(["epyc-zen4", "--out", str(tmp_path)])
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    committed = {path.name: path for path in (ROOT / "docs" / "figures").glob("bench-*.png")}
+    assert drawn == set(committed)
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "".join(page.read_text() for page in pages)
+    for name, path in committed.items():
+        assert f"figures/{name}" in text and path.stat().st_size < 200_000
