@@ -130,11 +130,13 @@ def kernels(results: dict) -> str:
         if "us" not in r:
             continue
         parts = ", ".join(f"{k['kernel']} {k['us']:.1f}" for k in r["kernels"][:4])
-        lines.append([r["op"], r["size"], r["density"], r["tokens"], r["us"], r["byte_us"],
+        us = text(r["us"]) + (" e" if r["timing"] == "events" else "")
+        lines.append([r["op"], r["size"], r["density"], r["tokens"], us, r["byte_us"],
                       r["operation_us"], r["over_floor"], parts])  # fmt: skip
     head = ["operator", "size", "density", "T", "us", "byte floor", "operation floor", "over floor",
             "its kernels, us (warm)"]  # fmt: skip
-    return table(head, lines) if lines else "Nothing measured.\n"
+    note = "e: no graph (what waits for the card cannot be one), launch gaps included.\n\n"
+    return note + table(head, lines) if lines else "Nothing measured.\n"
 
 
 def model(results: dict) -> str:
