@@ -180,15 +180,15 @@ __global__ void __launch_bounds__(256, 1)
     const int across = columns / L;
     for (int x = threadIdx.x; x < tokens * across; x += blockDim.x) {
       const int t = x / across, c = x % across * L;
-      auto* to = reinterpret_cast<Pack<S, L>*>(out + (t0 + t) * a.d + k0 + c);
+      S* to = out + (t0 + t) * a.d + k0 + c;
       Pack<S, L> pack = {};
-      if (accumulate) pack = *to;
+      if (accumulate) pack = *reinterpret_cast<const Pack<S, L>*>(to);
 #pragma unroll
       for (int e = 0; e < L; ++e) {
         const C sum = sums[(c + e) * B::kColumn + t];
         pack.set(e, narrow<S>(accumulate ? widen(pack.get(e)) + sum : sum));
       }
-      *to = pack;
+      pack.store(to);
     }
   } else {
     for (int x = threadIdx.x; x < tokens * columns; x += blockDim.x) {

@@ -178,15 +178,15 @@ __device__ __forceinline__ void store_rows(const WarpTile<S, MI, NI, Tf32>& tile
       for (int x = lane; x < 16 * (kCols / L); x += 32) {
         const int row = x / (kCols / L), col = x % (kCols / L) * L;
         if (m * 16 + row >= rows || col >= cols) continue;
-        auto* at = reinterpret_cast<Pack<Out, L>*>(to + (m * 16 + row) * stride + col);
+        Out* at = to + (m * 16 + row) * stride + col;
         Pack<Out, L> pack = {};
-        if (accumulate) pack = *at;
+        if (accumulate) pack = *reinterpret_cast<const Pack<Out, L>*>(at);
 #pragma unroll
         for (int e = 0; e < L; ++e) {
           const auto sum = shared[row * kStride + col + e];
           pack.set(e, narrow<Out>(accumulate ? widen(pack.get(e)) + sum : sum));
         }
-        *at = pack;
+        pack.store(at);
       }
     } else {
       for (int x = lane; x < 16 * kCols; x += 32) {

@@ -3,6 +3,7 @@
 // touch neighbouring elements either way.
 #pragma once
 #include "element.h"
+#include "ptx.h"
 
 namespace randlora {
 
@@ -28,6 +29,12 @@ struct alignas(16) [[gnu::may_alias]] Pack {
     } else {
       memcpy(word + e * (sizeof(S) / 4), &x, sizeof(S));
     }
+  }
+  // To global memory.
+  __device__ __forceinline__ void store(S* to) const {
+#pragma unroll
+    for (int w = 0; w < int(sizeof(word) / 4); w += 4)
+      store16(reinterpret_cast<char*>(to) + 4 * w, word[w], word[w + 1], word[w + 2], word[w + 3]);
   }
 };
 
@@ -68,7 +75,7 @@ struct Columns {
   template <class S>
   __device__ __forceinline__ void store(S* row, const Pack<S, V>& p) const {
     if constexpr (Aligned) {
-      if (inside(0)) *reinterpret_cast<Pack<S, V>*>(row + first) = p;
+      if (inside(0)) p.store(row + first);
     } else {
 #pragma unroll
       for (int v = 0; v < V; ++v)

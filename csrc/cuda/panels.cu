@@ -53,7 +53,7 @@ __global__ void fill(const S* __restrict__ z, int64_t T, int64_t features, int w
     Pack<S, L> pack = {};
 #pragma unroll
     for (int e = 0; e < L; ++e) pack.set(e, tile[(t + e) * kStride<S> + f]);
-    *reinterpret_cast<Pack<S, L>*>(data + ((panel * features + f0 + f) * width + t)) = pack;
+    pack.store(data + ((panel * features + f0 + f) * width + t));
   }
 }
 

@@ -70,6 +70,15 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
                : "memory");
 }
 
+// Four words to global memory, 16-byte aligned, by one access: nvcc makes four of an assignment.
+__device__ __forceinline__ void store16(void* global, uint32_t a, uint32_t b, uint32_t c,
+                                        uint32_t d) {
+  asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};"
+               :
+               : "l"(global), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
 // 16 bytes from global to shared memory without passing registers, both 16-byte aligned; zeros where
 // `bytes` < 16 ends (0: nothing is read). Delivered at cp_async_wait, seen by others after a barrier.
 __device__ __forceinline__ void cp_async16(void* shared, const void* global, int bytes = 16) {

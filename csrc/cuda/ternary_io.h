@@ -58,7 +58,7 @@ struct Output {
         if (Stochastic && e % 4 == 0) words = rounding_words(seed, (to + e) / 4);
         sum.set(e, round(base ? widen(old.get(e)) + scale * v[e] : scale * v[e], words.v[e % 4]));
       }
-      *reinterpret_cast<Pack<S, V>*>(out + to) = sum;
+      sum.store(out + to);
     } else {
 #pragma unroll 1
       for (int e = 0; e < V && col + e < cols; ++e) {

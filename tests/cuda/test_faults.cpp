@@ -136,6 +136,9 @@ __global__ void cp_async_over_readers(float* out) {  // no barrier between a rea
   out[4 * threadIdx.x] = x + s[4 * threadIdx.x];
 }
 __global__ void misaligned_cp_async(float* out) { cp_async16(shared_memory(), out + 1); }
+__global__ void misaligned_store16(float* out) {
+  if (threadIdx.x == 0) store16(out + 1, 0, 0, 0, 0);
+}
 __global__ void misaligned_ldmatrix(float* out) {
   uint32_t r[4];
   ldmatrix_x4(r, shared_memory() + 2);
@@ -178,6 +181,7 @@ const Fault kFaults[] = {
     FAULT(cp_async_wait_too_few, kNaN, kNaN, kNaN),
     FAULT(cp_async_over_readers, kDisagree, kDisagree, kRace),
     FAULT(misaligned_cp_async, "not 16-byte aligned", "not 16-byte aligned", "not 16-byte aligned"),
+    FAULT(misaligned_store16, "not 16-byte aligned", "not 16-byte aligned", "not 16-byte aligned"),
     FAULT(misaligned_ldmatrix, "not 16-byte aligned", "not 16-byte aligned", "not 16-byte aligned"),
     FAULT(ldmatrix_outside, "not in the block's", "not in the block's", "not in the block's"),
 };

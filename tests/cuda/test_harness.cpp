@@ -125,6 +125,17 @@ void cp_async() {
     }
 }
 
+__global__ void store16_kernel(uint32_t* out) {
+  const uint32_t t = threadIdx.x;
+  store16(out + 4 * t, t, t + 100, t + 200, t + 300);
+}
+void stores() {
+  std::vector<uint32_t> out(128 + 3);
+  auto* at = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(out.data()) + 15) / 16 * 16);
+  launch(device, "store16", store16_kernel, 1, 32, 0, at);
+  for (uint32_t i = 0; i < 128; ++i) EXPECT(at[i] == i / 4 + i % 4 * 100, "word %u", i);
+}
+
 __global__ void ldmatrix_kernel(uint32_t* out) {
   auto* s = shared_as<uint16_t>();
   for (unsigned i = threadIdx.x; i < 32 * 24; i += 32) s[i] = static_cast<uint16_t>(i);
@@ -229,7 +240,7 @@ void schedules() {
 void tests() {
   shuffles<int>(), shuffles<unsigned>(), shuffles<float>(), shuffles<double>();
   shuffles<int64_t>(), shuffles<uint64_t>();
-  votes(), atomics(), arithmetic(), cp_async(), ldmatrix();
+  votes(), atomics(), arithmetic(), cp_async(), stores(), ldmatrix();
   mma_product<bf16>(DType::bf16), mma_product<f16>(DType::f16), mma_product<float>(DType::f32);
   reuse(), schedules();
 }

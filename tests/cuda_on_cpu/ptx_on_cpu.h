@@ -153,6 +153,14 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row, CUDA_ON_
   on_cpu::ldmatrix<true>({"ldmatrix trans", file, line}, r, shared_row);
 }
 
+inline void store16(void* global, uint32_t a, uint32_t b, uint32_t c, uint32_t d,
+                    CUDA_ON_CPU_SITE) {
+  cuda_on_cpu::require(reinterpret_cast<uintptr_t>(global) % 16 == 0, {"store16", file, line},
+                       "the address in global memory is not 16-byte aligned");
+  const uint32_t words[4] = {a, b, c, d};
+  memcpy(global, words, 16);
+}
+
 inline void cp_async16(void* shared, const void* global, int bytes = 16, CUDA_ON_CPU_SITE) {
   const on_cpu::Site site{"cp.async", file, line};
   on_cpu::require_shared(site, shared);
