@@ -49,6 +49,8 @@ _Z4goodPf:
         /*0010*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
         /*0020*/              @!P0 HMMA.16816.F32.BF16 R4, R8, R14, R4 ;
         /*0030*/                   HFMA2.MMA R3, -RZ, RZ, 0, 0 ;
+        /*0034*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0038*/                   STG.E desc[UR4][R2.64+0x80], R4 ;
         /*0040*/              @UP0 EXIT ;
 .text._Z3badPf:
 _Z3badPf:
@@ -89,8 +91,8 @@ def test_ptxas_that_is_not_understood_is_an_error(gate, lost):
 def test_disassembly_is_read(gate):
     read = gate.parse_ptxas(PTXAS)
     gate.add_instructions(read, SASS)
-    assert (read["_Z4goodPf"].hmma, read["_Z4goodPf"].spin_locks) == (2, 0)
-    assert (read["_Z3badPf"].hmma, read["_Z3badPf"].spin_locks) == (0, 1)
+    figures = {name: (u.hmma, u.wide_stores, u.spin_locks) for name, u in read.items()}
+    assert figures == {"_Z4goodPf": (2, 1, 0), "_Z3badPf": (0, 0, 1), "_Z6helperv": (0, 0, 0)}
 
 
 @pytest.mark.parametrize(
@@ -172,11 +174,12 @@ def test_over_the_budget(gate):
     assert "16 bytes of static shared memory" in wrong
 
 
-def test_tensor_cores(gate):
-    allowed = budget(tensor_cores=True)
+@pytest.mark.parametrize("said, count", [("tensor_cores", "hmma"), ("wide_stores", "wide_stores")])
+def test_what_the_budget_says(gate, said, count):
+    allowed = budget(**{said: True})
     (wrong,) = gate.check({"k": {"sm_120": usage(gate)}}, allowed, 8)
-    assert "has no HMMA" in wrong
-    assert gate.check({"k": {"sm_120": usage(gate, hmma=16)}}, allowed, 8) == []
+    assert "has no " in wrong and said.replace("_", " ") in wrong
+    assert gate.check({"k": {"sm_120": usage(gate, **{count: 16})}}, allowed, 8) == []
 
 
 def test_budget_and_sources_must_name_the_same_kernels(gate):
@@ -192,7 +195,8 @@ def test_budget_and_sources_must_name_the_same_kernels(gate):
 def test_update_makes_a_budget_that_passes_and_forgets_no_tensor_cores(gate):
     kernels = {"k": {arch: usage(gate, hmma=4) for arch in ("sm_80", "sm_90", "sm_100")}}
     made = gate.new_budget(kernels, {})
-    assert made["k"]["tensor_cores"] is True and gate.check(kernels, made, 0) == []
+    assert made["k"]["tensor_cores"] is True and made["k"]["wide_stores"] is False
+    assert gate.check(kernels, made, 0) == []
     lost = {"k": {arch: usage(gate) for arch in ("sm_80", "sm_90")}}
     assert gate.new_budget(lost, {})["k"]["tensor_cores"] is False
     kept = gate.new_budget(lost, made)

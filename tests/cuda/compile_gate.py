@@ -6,9 +6,9 @@
 
 A kernel fails that spills or has a stack (on architectures other than sm_80 and sm_90 the budget
 may excuse some bytes); uses more registers or shared memory than its budget on sm_80 or sm_90; is
-not in the budget; is said to use tensor cores and has no HMMA instruction; or has ATOMS.CAST.SPIN,
-the lock that a shared float atomicAdd turns into. So does a budget entry without a kernel. Kernels
-that must fail are compiled along (bad_kernels.cu).
+not in the budget; is said to have tensor cores or 16-byte stores and has none (HMMA, STG.128); or
+has ATOMS.CAST.SPIN, the lock that a shared float atomicAdd turns into. So does a budget entry
+without a kernel. Kernels that must fail are compiled along (bad_kernels.cu).
 
 It needs nvcc, nvdisasm (PATH, beside nvcc, or `pip install nvidia-cuda-nvdisasm`) and c++filt.
 Exit status: 0 passed, 1 failed, 77 skipped as there is no nvcc.
@@ -41,6 +41,8 @@ BUDGET = HERE / "budget.json"
 BAD_KERNELS = HERE / "bad_kernels.cu"
 BUDGETED = ("sm_80", "sm_90")
 SKIPPED = 77
+# What the budget may say of a kernel, and what it must then have: the field of Usage, and in words.
+SAID = {"tensor_cores": ("hmma", "HMMA"), "wide_stores": ("wide_stores", "16-byte store")}
 
 
 Kernels = dict[str, dict[str, Usage]]  # name -> architecture -> usage
@@ -65,8 +67,12 @@ def check(kernels: Kernels, budget: dict, tolerance: int) -> list[str]:
             wrong.append(f"{name}: is not in the budget")
             continue
         for arch, usage in by_arch.items():
-            if budget[name].get("tensor_cores") and usage.hmma == 0:
-                wrong.append(f"{name} on {arch}: has no HMMA, and the budget says tensor cores")
+            for said, (count, what) in SAID.items():
+                if budget[name].get(said) and getattr(usage, count) == 0:
+                    wrong.append(
+                        f"{name} on {arch}: has no {what}, and the budget says "
+                        f"{said.replace('_', ' ')}"
+                    )
             if arch not in BUDGETED:
                 continue
             if (allowed := budget[name].get(arch)) is None:
@@ -89,16 +95,18 @@ def check(kernels: Kernels, budget: dict, tolerance: int) -> list[str]:
 
 
 def new_budget(kernels: Kernels, old: dict) -> dict:
-    """The measured figures. What was said before stays said: `tensor_cores`, which is for the
-    check to refute, and excused spills of other architectures."""
+    """The measured figures. What was said before stays said: what is in SAID, for the check to
+    refute, and excused spills of other architectures."""
     budget = {}
     for name, by_arch in sorted(kernels.items()):
         entry = {k: v for k, v in old.get(name, {}).items() if k.startswith("sm_")}
         for arch in BUDGETED:
             numbers = asdict(by_arch[arch])
             entry[arch] = {k: numbers[k] for k in ("registers", "shared", "stack", "spills")}
-        said = old.get(name, {}).get("tensor_cores", False)
-        entry["tensor_cores"] = said or all(usage.hmma > 0 for usage in by_arch.values())
+        for said, (count, _) in SAID.items():
+            entry[said] = old.get(name, {}).get(said, False) or all(
+                getattr(usage, count) > 0 for usage in by_arch.values()
+            )
         budget[name] = entry
     return budget
 

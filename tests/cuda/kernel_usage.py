@@ -19,6 +19,7 @@ class Usage:
     stack: int
     spills: int
     hmma: int = 0
+    wide_stores: int = 0  # of 16 bytes to global memory
     spin_locks: int = 0
 
 
@@ -72,6 +73,8 @@ def add_instructions(usages: dict[str, Usage], sass: str) -> None:
         for instruction, count in counts[name].items():
             if instruction.startswith("HMMA."):
                 usage.hmma += count
+            if re.match(r"STG\..*\b128\b", instruction):
+                usage.wide_stores += count
             if instruction.startswith("ATOMS.CAST.SPIN"):
                 usage.spin_locks += count
 
