@@ -39,14 +39,35 @@ class TorchRuntime : public Runtime {
 // for), or `error` as it is where it came from us.
 [[noreturn]] void throw_with_reason(const std::exception& error);
 
+// An argument as TORCH_BOX is to hand it over, and how a function gets it from there. A str comes by
+// its handle: torch's own conversion to std::string never frees it before 2.14 (pytorch#191340).
+template <class T>
+struct Argument {
+  using Boxed = T;
+  static T take(T value) { return value; }
+};
+template <>
+struct Argument<std::string> {
+  using Boxed = StringHandle;
+  static std::string take(StringHandle handle) {
+    size_t length;
+    const char* data;
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    std::string text(data, length);
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return text;
+  }
+};
+
 // Function as registered: with torch's own reason where a call into torch fails.
 template <auto function>
 struct Explained;
 template <class Result, class... Args, Result (*function)(Args...)>
 struct Explained<function> {
-  static Result call(Args... args) {
+  static Result call(typename Argument<Args>::Boxed... args) {
     try {
-      return function(std::move(args)...);
+      return function(Argument<Args>::take(std::move(args))...);
     } catch (const std::exception& error) {
       throw_with_reason(error);
     }
