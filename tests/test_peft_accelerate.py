@@ -108,7 +108,7 @@ def test_files_are_those_of_stock(tmp_path):
 
 
 def test_no_randlora_layer():
-    lora = peft.get_peft_model(Deep(), peft.LoraConfig(target_modules=["a"]))
-    for model in (Deep(), lora):
+    vera = peft.get_peft_model(Deep(), peft.VeraConfig(target_modules=["a"]))
+    for model in (Deep(), vera):
         with pytest.raises(ValueError, match="holds no RandLoRA layer of PEFT"):
             accelerated.accelerate(model)

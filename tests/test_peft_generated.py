@@ -215,10 +215,10 @@ def test_what_a_file_lacks_is_named_as_by_stock(tmp_path):
         result = model.load_adapter(tmp_path, "default")
         results.append((result.missing_keys, result.unexpected_keys))
     assert results[1] == results[0]
-    assert results[1] == (
-        ["base_model.model.a.randlora_gamma.default"],
-        ["base_model.model.z.randlora_gamma"],
-    )
+    missing, (unexpected,) = results[1]
+    assert missing == ["base_model.model.a.randlora_gamma.default"]
+    # PEFT before 0.21 names the adapter here too
+    assert unexpected.removesuffix(".default") == "base_model.model.z.randlora_gamma"
 
 
 def cut(data):

@@ -79,8 +79,13 @@ def _misfits(
 ) -> list[str]:
     if fields["peft_type"] != PeftType.RANDLORA:
         return [f"peft_type is {fields['peft_type']}, not {PeftType.RANDLORA.value}"]
+    # Before 0.20 PEFT would return what the other adapters have as well.
+    others = tuple(f".{name}" for name in model.peft_config if name != adapter_name)
+    state = {
+        k: v for k, v in model.state_dict().items() if not ("randlora_" in k and k.endswith(others))
+    }
     own = peft.get_peft_model_state_dict(
-        model, adapter_name=adapter_name, save_embedding_layers=False
+        model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False
     )
     persistent = model.base_model.randlora_A.persistent
     brings_bases = persistent and any(key.endswith(BASES) for key in saved)
