@@ -2,12 +2,14 @@
 
     python tests/run_torch_versions.py                        # 2.11.0, 2.13.0 and PyPI's newest
     python tests/run_torch_versions.py 2.12.1 -- -x           # some; pytest's options after --
+    python tests/run_torch_versions.py /venvs/torch-2.12      # an environment that has a torch
     python tests/run_torch_versions.py --wheel dist/X.whl     # a wheel that exists already
 
 The wheel is built once, by `python -m build` against this environment's torch (pip install build).
 Every version gets a fresh virtual environment with nothing of this one in it, the wheel with its
 extra `test`, and a folder that holds the tests alone, so that only the installed wheel is found. A
-version is what pip takes: "2.11.0" gives PyPI's CUDA build (3 GB); "newest" is no version.
+version is what pip takes: "2.11.0" gives PyPI's CUDA build (3 GB); "newest" is no version. An
+environment that is named by its folder gets the wheel installed, keeps its torch, and stays.
 """
 
 import argparse
@@ -39,13 +41,22 @@ def make_environment(folder: Path, version: str, wheel: Path) -> Path:
     """The Python of a new environment with that torch and the wheel with the extra `test`."""
     venv.create(folder, with_pip=True, symlinks=True)
     python = folder / "bin/python"
-    torch = "torch" if version == "newest" else f"torch=={version}"
-    subprocess.run(
-        [str(python), "-m", "pip", "install", "-q", torch, f"{wheel}[test]"],
-        check=True,
-        env=os.environ | WITHOUT_CONFIGURATION,
-    )
+    pip_install(python, "torch" if version == "newest" else f"torch=={version}", f"{wheel}[test]")
     return python
+
+
+def use_environment(folder: Path, wheel: Path) -> Path:
+    """The same of an environment that has a torch, and perhaps an older wheel of this version."""
+    python = folder / "bin/python"
+    torch = f"torch=={ask(python, 'import torch; print(torch.__version__)', folder)}"
+    pip_install(python, torch, f"{wheel}[test]")
+    pip_install(python, "--force-reinstall", "--no-deps", str(wheel))
+    return python
+
+
+def pip_install(python: Path, *what: str) -> None:
+    command = [str(python), "-m", "pip", "install", "-q", *what]
+    subprocess.run(command, check=True, env=os.environ | WITHOUT_CONFIGURATION)
 
 
 def copy_tests(folder: Path) -> None:
@@ -94,8 +105,12 @@ def main() -> None:
         for version in chosen.versions:
             print(f"\n=== torch {version}", flush=True)
             started = time.monotonic()
-            environment = scratch / version
-            python = make_environment(environment, version, wheel)
+            if exists := Path(version, "bin/python").exists():
+                environment = Path(version).resolve()
+                python = use_environment(environment, wheel)
+            else:
+                environment = scratch / version
+                python = make_environment(environment, version, wheel)
             found = ask(python, "import torch; print(torch.__version__)", scratch)
             place = ask(python, "import randlora_ext; print(randlora_ext.__file__)", scratch)
             if not Path(place).is_relative_to(environment):
@@ -103,7 +118,8 @@ def main() -> None:
             good, outcome = run_tests(python, scratch / "tests", options)
             passed.append(good)
             rows.append(f"| {found} | {outcome} | {time.monotonic() - started:.0f} s |")
-            shutil.rmtree(environment)
+            if not exists:
+                shutil.rmtree(environment)
         print(f"\n{wheel.name}, built with torch {built_with()}\n")
     print("| torch | outcome | with installing |\n|---|---|---|", *rows, sep="\n")
     raise SystemExit(0 if all(passed) else 1)
