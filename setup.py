@@ -88,7 +88,8 @@ class BuildKernels(BuildExtension):
 
 
 def extension():
-    sources = ["csrc/cpu/dispatch.cpp", "csrc/cpu/packing.cpp", "csrc/python/module.cpp"]
+    sources = [f"csrc/cpu/{name}.cpp" for name in ("balanced", "dispatch", "packing")]
+    sources += ["csrc/python/module.cpp"]
     sources += sorted(str(p.relative_to(HERE)) for p in (HERE / "csrc" / "torch").glob("*.cpp"))
     ext = CppExtension(
         "randlora_ext._C",

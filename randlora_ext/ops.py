@@ -65,6 +65,17 @@ def _(planes, seed, role, row_start, col_start, cols, threshold):
     return None
 
 
+@_register("fill_balanced_")
+def _(offset, row, sign, seed, role, line_start, q, n):
+    return None
+
+
+@_register("balanced_to_planes")
+def _(offset, row, sign, rows, n):
+    words = -(-(offset.shape[0] - 1) * n // 64)
+    return offset.new_empty((2, rows, words))
+
+
 @_register("pack_dense")
 def _(dense):
     rows, cols = dense.shape

@@ -6,6 +6,7 @@
 #pragma once
 #include <cstdint>
 
+#include "balanced.h"
 #include "dtype.h"
 #include "lists.h"
 #include "planes.h"
@@ -13,20 +14,23 @@
 
 namespace randlora {
 
-// A packed pair of bases. A always travels as lists by row; B as lists by row and by column where
-// `b_planes` is empty, as bit planes otherwise.
+// A packed pair of bases. A always travels as lists by row; B as bit planes, balanced, or, where both
+// are empty, as lists by row and by column.
 struct Basis {
   int64_t D = 0, d = 0, r = 0, n = 0;
-  bool wide = false;  // list positions are uint32, not uint16
-  AnyLists a;         // r lines over d
-  AnyLists b_rows;    // D lines over K
-  AnyLists b_cols;    // K lines over D
-  Planes b_planes;    // (D, K)
+  bool wide = false;    // list positions are uint32, not uint16
+  AnyLists a;           // r lines over d
+  AnyLists b_rows;      // D lines over K
+  AnyLists b_cols;      // K lines over D
+  Planes b_planes;      // (D, K)
+  Balanced b_balanced;  // D lines, r groups of n columns
   // CUDA, optional: B (D, K) unpacked and unscaled in the dtype of x, so that its products are GEMMs.
   const void* b_dense = nullptr;
 
   RANDLORA_HD_MEMBER int64_t K() const { return r * n; }
   RANDLORA_HD_MEMBER bool has_planes() const { return b_planes.plus != nullptr; }
+  RANDLORA_HD_MEMBER bool has_balanced() const { return b_balanced.offset != nullptr; }
+  RANDLORA_HD_MEMBER bool has_lists() const { return !has_planes() && !has_balanced(); }
 };
 
 // planes[., q, .] = elements (role, row_start + q, col_start ...) of the specification.

@@ -8,8 +8,7 @@
 // Entries are sums of the rows with a sign, never products with 0: NaN and inf spread only where B
 // is not zero.
 #pragma once
-#include "../core/operators.h"
-#include "token_block.h"
+#include "b_side.h"
 
 namespace randlora {
 namespace RANDLORA_ISA {
@@ -33,16 +32,6 @@ struct DigitTable {
   }
 };
 static constexpr DigitTable kDigits;
-
-// Token blocks side by side: planes are decoded once for all of them.
-template <class C>
-struct Blocks {
-  int count;
-  const C* src;
-  int64_t src_step;
-  C* dst;
-  int64_t dst_step;
-};
 
 // Scratch of one slot.
 template <class C>

@@ -3,13 +3,24 @@
 //   b_up    dst[o] = sum_c B[o, c] src[c]     lines are rows of B      (V -> y)
 //   b_down  dst[c] = sum_o B[o, c] src[o]     lines are columns of B   (x or dy -> U)
 //
-// From lists, summed as they lie in memory, for any range of lines; from bit planes: b_planes.h.
+// From lists, summed as they lie in memory, for any range of lines; from bit planes: b_planes.h; for a
+// balanced B: b_balanced.h.
 #pragma once
 #include "../core/operators.h"
 #include "token_block.h"
 
 namespace randlora {
 namespace RANDLORA_ISA {
+
+// Token blocks side by side: what is packed is decoded once for all of them.
+template <class C>
+struct Blocks {
+  int count;
+  const C* src;
+  int64_t src_step;
+  C* dst;
+  int64_t dst_step;
+};
 
 // acc += sum of src rows index[0 .. count); two chains of adds hide their latency.
 template <class B, class Index>

@@ -6,14 +6,14 @@
 // V and U live in scratch for a group of token blocks at a time; nothing is kept for backward.
 #pragma once
 #include "a_side.h"
+#include "b_balanced.h"
 #include "b_planes.h"
-#include "b_side.h"
 
 namespace randlora {
 namespace RANDLORA_ISA {
 
 constexpr int kLines = 64;  // rows of B per tile of output, from lists
-constexpr int kGroup = 4;   // blocks that share one reading of planes
+constexpr int kGroup = 4;   // blocks that share one decoding of B
 
 // gamma transposed as the A side reads it has rows of n, padded to whole vectors.
 template <class C>
@@ -40,7 +40,7 @@ struct Cut {
     blocks = (T + TB - 1) / TB;
     slots = int(blocks < threads ? blocks : threads);
     const int64_t share = slots ? (blocks + slots - 1) / slots : 1;
-    group = !b.has_planes() ? 1 : share < kGroup ? share : int64_t{kGroup};
+    group = b.has_lists() ? 1 : share < kGroup ? share : int64_t{kGroup};
   }
   int64_t tokens(int64_t block) const { return T - block * TB < TB ? T - block * TB : TB; }
 };
@@ -52,23 +52,26 @@ struct Slot {
   C *small, *large, *mid;  // (group, d, TB), (group, D, TB), (group, K, TB)
   C *lines, *scaled;       // (kLines, TB), (n, TB)
   QuadScratch<C> quads;
+  SignScratch<C> signs;
   int64_t small_step, large_step, mid_step;
 
   Slot(const Basis& b, int64_t group, Arena& arena)
       : small(arena.take<C>(group * b.d * B::TB)),
         large(arena.take<C>(group * b.D * B::TB)),
         mid(arena.take<C>(group * b.K() * B::TB)),
-        lines(arena.take<C>(b.has_planes() ? 0 : kLines * B::TB)),
+        lines(arena.take<C>(b.has_lists() ? kLines * B::TB : 0)),
         scaled(arena.take<C>(b.n * B::TB)),
         quads{arena.take<C>(b.has_planes() ? kQuads * kEntries * B::TB : 0),
               arena.take<uint8_t>(QuadScratch<C>::numbers(b))},
+        signs{arena.take<C>(b.has_balanced() ? kSignTables * kSignedSums * B::TB : 0),
+              arena.take<uint32_t>(kSignRows * b.b_balanced.words)},
         small_step(b.d * B::TB),
         large_step(b.D * B::TB),
         mid_step(b.K() * B::TB) {}
 };
 
 // out (T, D) (+)= scale * v B^T for blocks [first, first + count). From lists kLines features at a
-// time, so that their sums go from the L1 cache to `out`; planes leave whole rows in s.large.
+// time, so that their sums go from the L1 cache to `out`; the others leave whole rows in s.large.
 template <class B>
 void emit_up(const Basis& b, const Cut& cut, Slot<B>& s, int64_t first, int count, double scale,
              bool accumulate, void* out, DType dtype) {
@@ -76,8 +79,12 @@ void emit_up(const Basis& b, const Cut& cut, Slot<B>& s, int64_t first, int coun
     store_block<B>(sums, typename B::C(scale), accumulate, cut.tokens(first + g), lines, out, dtype,
                    (first + g) * B::TB, b.D, o);
   };
-  if (b.has_planes()) {
-    planes_up<B>(b, {count, s.mid, s.mid_step, s.large, s.large_step}, s.quads);
+  if (!b.has_lists()) {
+    if (b.has_planes())
+      planes_up<B>(b, {count, s.mid, s.mid_step, s.large, s.large_step}, s.quads);
+    else
+      for (int g = 0; g < count; ++g)
+        balanced_up<B>(b, s.mid + g * s.mid_step, s.large + g * s.large_step, s.signs);
     for (int g = 0; g < count; ++g) emit(g, s.large + g * s.large_step, 0, b.D);
     return;
   }
@@ -94,11 +101,13 @@ void emit_up(const Basis& b, const Cut& cut, Slot<B>& s, int64_t first, int coun
 // rank index at a time, so that its u is still in the L1 cache when fn reads it.
 template <class B, class F>
 void down(const Basis& b, Slot<B>& s, int count, const F& fn) {
-  if (b.has_planes()) planes_down<B>(b, {count, s.large, s.large_step, s.mid, s.mid_step}, s.quads);
+  const Blocks<typename B::C> on{count, s.large, s.large_step, s.mid, s.mid_step};
+  if (b.has_planes()) planes_down<B>(b, on, s.quads);
+  if (b.has_balanced()) balanced_down<B>(b, on, s.signs);
   for (int64_t j = 0; j < b.r; ++j)
     for (int g = 0; g < count; ++g) {
       auto* u = s.mid + g * s.mid_step + j * b.n * B::TB;
-      if (!b.has_planes()) b_down<B>(b, j * b.n, (j + 1) * b.n, s.large + g * s.large_step, u);
+      if (b.has_lists()) b_down<B>(b, j * b.n, (j + 1) * b.n, s.large + g * s.large_step, u);
       fn(g, j, u);
     }
 }

@@ -2,72 +2,22 @@
 // Usage: test_basis tests/data/basis_v1.txt      Exit status 0: everything agrees.
 
 #include <cstdio>
-#include <cstdlib>
-#include <fstream>
 #include <limits>
-#include <map>
 #include <set>
-#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "../../csrc/core/ternary_spec.h"
 #include "sha256.h"
+#include "vectors.h"
 
 namespace {
 
 using randlora::Counter4;
-
-int failures = 0;
-
-void check(bool good, const std::string& what, const std::string& got, const std::string& wanted) {
-  if (good) return;
-  ++failures;
-  std::printf("FAIL %s\n  got    %s\n  wanted %s\n", what.c_str(), got.c_str(), wanted.c_str());
-}
-
-void check_equal(const std::string& what, const std::string& got, const std::string& wanted) {
-  check(got == wanted, what, got, wanted);
-}
-
-// Reads one field after the other; a missing or malformed field is a failure of its own.
-class Fields {
- public:
-  explicit Fields(const std::string& line) : line_(line), stream_(line) {}
-  std::string text() {
-    std::string field;
-    if (!(stream_ >> field)) check(false, line_, "too few fields", "one more");
-    return field;
-  }
-  uint64_t integer(int base = 10) {
-    const std::string field = text();
-    char* end = nullptr;
-    const uint64_t value = std::strtoull(field.c_str(), &end, base);
-    check(!field.empty() && *end == '\0', line_, field, "an integer");
-    return value;
-  }
-  uint32_t word(int base = 10) {
-    const uint64_t value = integer(base);
-    check(value <= 0xffffffffu, line_, std::to_string(value), "at most 32 bits");
-    return static_cast<uint32_t>(value);
-  }
-  double real() {
-    const std::string field = text();
-    char* end = nullptr;
-    const double value = std::strtod(field.c_str(), &end);
-    check(!field.empty() && *end == '\0', line_, field, "a number");
-    return value;
-  }
-  void finish() {
-    std::string field;
-    check(!(stream_ >> field), line_, field, "no more fields");
-  }
-
- private:
-  std::string line_;
-  std::istringstream stream_;
-};
+using vectors::check;
+using vectors::check_equal;
+using vectors::Fields;
 
 struct Slice {
   uint64_t seed;
@@ -206,45 +156,17 @@ void test_refusals() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 2) {
-    std::printf("usage: %s path/to/basis_v1.txt\n", argv[0]);
-    return 2;
-  }
-  std::ifstream file(argv[1]);
-  if (!file) {
-    std::printf("cannot open %s\n", argv[1]);
-    return 2;
-  }
   // The digest code is proved by a published value before it judges anything (FIPS 180-4, "abc").
   check_equal("sha256 of abc", sha256::digest({'a', 'b', 'c'}),
               "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
-  const std::map<std::string, void (*)(const std::string&, Fields&)> tests = {
-      {"philox", test_philox}, {"threshold", test_threshold}, {"elements", test_elements},
-      {"counts", test_counts}, {"planes", test_planes},       {"lists", test_lists}};
-  std::map<std::string, int> seen;
-  for (std::string line; std::getline(file, line);) {
-    Fields fields(line);
-    std::string keyword;
-    std::istringstream(line) >> keyword;
-    if (keyword.empty() || keyword[0] == '#') continue;
-    const auto test = tests.find(keyword);
-    if (test == tests.end()) {
-      check(false, line, keyword, "a known keyword");
-      continue;
-    }
-    fields.text();  // the keyword itself
-    test->second(line, fields);
-    fields.finish();
-    ++seen[keyword];
-  }
-  for (const auto& entry : tests) {
-    check(seen[entry.first] > 0, "records read", "no " + entry.first, "at least one");
-  }
   test_layout();
   test_value_rule();
   test_refusals();
-  for (const auto& entry : seen)
-    std::printf("%-9s %d records\n", entry.first.c_str(), entry.second);
-  std::printf("%d failures\n", failures);
-  return failures == 0 ? 0 : 1;
+  return vectors::run(argc, argv,
+                      {{"philox", test_philox},
+                       {"threshold", test_threshold},
+                       {"elements", test_elements},
+                       {"counts", test_counts},
+                       {"planes", test_planes},
+                       {"lists", test_lists}});
 }
