@@ -20,7 +20,7 @@ def apply_randlora(
         target_modules: a list of names, each matching modules called so or ending in ``.name``; or
             a string, a regular expression that must match a module's whole name. As in PEFT.
         **layer_options: r, randlora_alpha, density, projection_prng_key, randlora_dropout,
-            adapter_name of `RandLoraLinear`.
+            adapter_name, support of `RandLoraLinear`.
 
     Everything but lambda and gamma is frozen. Layers of one shape share one packed basis. A second
     call may give other layers other options; what the first made stays as it is.

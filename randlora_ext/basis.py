@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .packing import Imported, Packed, generate_planes, leading, shared, signed_seed, with_index
+from . import cuda
+from .generation import Generated
+from .imported import Imported
+from .packing import Packed, shared, with_index
 from .shape import Shape
 
-# Above this density B is kept as bit planes (2 bits an element), at or below it as index lists by
-# row and by column (32 * density bits an element): equal memory at 1/16. docs/formats.md.
+# Above this density an independent B is kept as bit planes (2 bits an element), at or below it as
+# index lists by row and by column (32 * density bits an element): equal memory at 1/16.
+# docs/formats.md.
 PLANES_ABOVE_DENSITY = 1 / 8
 
 _ops = torch.ops.randlora
@@ -26,19 +30,30 @@ def _check_count(name: str, value: int) -> int:
     return value
 
 
+def _shape(in_features: int, out_features: int, r_name: str, r: int) -> Shape:
+    return Shape.of(
+        _check_count("in_features", in_features),
+        _check_count("out_features", out_features),
+        _check_count(r_name, r),
+    )
+
+
 class TernaryBasis:
     """The pair of fixed ternary bases of one layer shape: a description, packed on first use.
 
-    A (r, d) and B (D, K) have the values ``{-1, 0, +1} / sqrt(density)``, each sign with
-    probability ``density / 2``. They are a pure function of the seed (docs/basis-spec.md): equal on
-    every device, and layers of different shapes see slices of the same infinite matrices.
+    A (r, d) and B (D, K) have the values ``{-1, 0, +1} / sqrt(density)``. They are a pure function
+    of the seed (docs/basis-spec.md, docs/balanced-spec.md): equal on every device, and layers of
+    different shapes see slices of the same infinite matrices.
 
     Args:
         in_features: of the base layer.
         out_features: likewise; d = min, D = max of the two.
         r: rank of one base; n = ceil(d / r) bases, K = n * r.
-        density: expected share of non-zeros, in (0, 1]. 1/3 is PEFT's ``sparse``.
+        density: share of non-zeros, in (0, 1]. 1/3 is PEFT's ``sparse``.
         seed: 0 <= seed < 2**64; PEFT's ``projection_prng_key``.
+        support: "independent", every element by itself, each sign with probability ``density / 2``;
+            or "balanced", exactly q in every column of A, and in any r consecutive columns of a row
+            of B at the same places, with free signs. The density is then q / r.
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what is allowed.
@@ -58,21 +73,19 @@ class TernaryBasis:
         return self
 
     def __init__(
-        self, in_features: int, out_features: int, r: int, density: float, seed: int = 0
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        density: float,
+        seed: int = 0,
+        support: str = "independent",
     ) -> None:
-        shape = Shape.of(
-            _check_count("in_features", in_features),
-            _check_count("out_features", out_features),
-            _check_count("r", r),
-        )
-        if isinstance(density, bool) or not isinstance(density, (int, float)):
-            raise TypeError(f"density must be a number in (0, 1], got {density!r}")
-        if not 0.0 < density <= 1.0:
-            raise ValueError(f"density must be in (0, 1], got {density}")
-        signed_seed("seed", seed)
-        self._shape = shape
-        self.density = float(density)
+        self._shape = _shape(in_features, out_features, "r", r)
+        generated = Generated(seed, density, support, r)
+        self.density = generated.density
         self.seed: int | None = seed
+        self.support: str | None = support
         self._imported: Imported | None = None
 
     @classmethod
@@ -90,30 +103,12 @@ class TernaryBasis:
             ValueError: where a shape is too small, or a matrix is not ternary (PEFT's default
                 bases are uniform; they have no packed form).
         """
-        self = cls.__new__(cls)
         A = A.detach().flatten(1) if A.dim() == 3 and A.shape[1] == 1 else A.detach()
         if A.dim() != 2:
             raise ValueError(f"A must be (r, d) or (r, 1, d), got {tuple(A.shape)}")
-        shape = self._shape = Shape.of(
-            _check_count("in_features", in_features),
-            _check_count("out_features", out_features),
-            _check_count("r of A", A.shape[0]),
-        )
-        if A.shape[1] < shape.d:
-            raise ValueError(f"A must have at least d = {shape.d} columns, got {tuple(A.shape)}")
-        B = B.detach()
-        if B.dim() == 3:
-            if B.shape[0] < shape.D or B.shape[1] < shape.n or B.shape[2] != shape.r:
-                raise ValueError(
-                    f"B must be (>= D, >= n, r) = (>= {shape.D}, >= {shape.n}, {shape.r}), "
-                    f"got {tuple(B.shape)}"
-                )
-            B = B[: shape.D, : shape.n].flatten(1)
-        elif tuple(B.shape) != (shape.D, shape.K):
-            raise ValueError(
-                f"B must be (D, K) = ({shape.D}, {shape.K}) or (D, n, r), got {tuple(B.shape)}"
-            )
-        self._take(Imported.of(A[:, : shape.d], B))
+        self = cls.__new__(cls)
+        self._shape = _shape(in_features, out_features, "r of A", A.shape[0])
+        self._take(Imported.of(A, B, self._shape))
         return self
 
     @classmethod
@@ -135,35 +130,15 @@ class TernaryBasis:
             b_value: what +1 stands for in B.
         """
         self = cls.__new__(cls)
-        shape = self._shape = Shape.of(
-            _check_count("in_features", in_features),
-            _check_count("out_features", out_features),
-            _check_count("r of a_planes", a_planes.shape[1]),
-        )
-        for name, planes, rows, cols in (
-            ("a_planes", a_planes, shape.r, shape.d),
-            ("b_planes", b_planes, shape.D, shape.K),
-        ):
-            words = -(-cols // 64)
-            if planes.dim() != 3 or planes.shape[1] < rows or planes.shape[2] < words:
-                raise ValueError(
-                    f"{name} must be (2, >= {rows}, >= {words}), got {tuple(planes.shape)}"
-                )
-        self._take(
-            Imported(
-                leading(a_planes, shape.r, shape.d),
-                a_value,
-                leading(b_planes, shape.D, shape.K),
-                b_value,
-            )
-        )
+        self._shape = _shape(in_features, out_features, "r of a_planes", a_planes.shape[1])
+        self._take(Imported.of_planes(a_planes, b_planes, a_value, b_value, self._shape))
         return self
 
     def _take(self, imported: Imported) -> None:
         self._imported = imported
         # The share of non-zeros of B decides the packed format and the predicted cost.
         self.density = max(imported.count_b() / (self.D * self.K), 2.0**-31)
-        self.seed = None
+        self.seed = self.support = None
 
     in_features = property(lambda self: self._shape.in_features)
     out_features = property(lambda self: self._shape.out_features)
@@ -186,19 +161,26 @@ class TernaryBasis:
             return self._imported.a_value * self._imported.b_value
         return 1.0 / self.density
 
-    @property
-    def format(self) -> str:
-        """How B is packed: ``"lists"`` or ``"planes"``."""
-        # Planes are decoded by bases of 16-bit number.
-        planes = self.density > PLANES_ABOVE_DENSITY and self.n <= 65536
-        return "planes" if planes else "lists"
+    def format_on(self, device_type: str) -> str:
+        """How B is packed on such a device: ``"lists"``, ``"planes"`` or ``"balanced"``.
+
+        There are no CUDA kernels for the balanced form: a balanced basis is lists or planes there.
+        """
+        if self.n > 65536:  # the others are decoded by bases of 16-bit number
+            return "lists"
+        if self.support == "balanced" and not cuda.serves(device_type):
+            return "balanced"
+        return "planes" if self.density > PLANES_ABOVE_DENSITY else "lists"
+
+    format = property(lambda self: self.format_on("cpu"), doc="`format_on` the CPU.")
 
     def packed(self, device: torch.device | str = "cpu") -> list[Tensor]:
         """The tensors that ``torch.ops.randlora`` takes as ``packed``.
 
         Lists: ``[a_offset, a_index, b_row_offset, b_row_index, b_col_offset, b_col_index]``;
-        planes: ``[a_offset, a_index, b_planes]`` (docs/formats.md). Made on first use, then shared
-        by all layers of equal description on that device, for as long as one of them lives.
+        planes: ``[a_offset, a_index, b_planes]``; balanced: ``[a_offset, a_index, b_offset, b_row,
+        b_sign]`` (docs/formats.md). Made on first use, then shared by all layers of equal
+        description on that device, for as long as one of them lives.
         """
         if torch.compiler.is_dynamo_compiling():
             from . import tracing
@@ -224,10 +206,12 @@ class TernaryBasis:
         return self._dense[key].tensors[0]
 
     def _dense_b(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        if self.format == "planes":
-            return _ops.planes_to_dense(self.packed(device)[2], self.K, 1.0, dtype)
-        offset, index = self.packed(device)[2:4]
-        return _ops.lists_to_dense(offset, index, self.K, 1.0, dtype)
+        form = self.format_on(device.type)
+        if form == "lists":
+            offset, index = self.packed(device)[2:4]
+            return _ops.lists_to_dense(offset, index, self.K, 1.0, dtype)
+        planes = self.packed(device)[2] if form == "planes" else self._b_planes(device)
+        return _ops.planes_to_dense(planes, self.K, 1.0, dtype)
 
     def packed_bytes(self, device: torch.device | str = "cpu") -> int:
         """Bytes of the packed form on that device."""
@@ -237,11 +221,11 @@ class TernaryBasis:
         self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
         """The scaled dense bases A (r, d) and B (D, K), newly made: for tests, export and study."""
-        a_planes, b_planes = self._planes(torch.device(device))
+        device = torch.device(device)
         a, b = self._values()
         return (
-            _ops.planes_to_dense(a_planes, self.d, a, dtype),
-            _ops.planes_to_dense(b_planes, self.K, b, dtype),
+            _ops.planes_to_dense(self._a_planes(device), self.d, a, dtype),
+            _ops.planes_to_dense(self._b_planes(device), self.K, b, dtype),
         )
 
     def dense_a(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
@@ -255,21 +239,28 @@ class TernaryBasis:
         value = 1.0 / math.sqrt(self.density)
         return value, value
 
-    def _planes(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _generated(self) -> Generated:
+        assert self.seed is not None and self.support is not None
+        return Generated(self.seed, self.density, self.support, self.r)
+
+    def _a_planes(self, device: torch.device) -> Tensor:
         if self._imported is not None:
-            return self._imported.a_planes.to(device), self._imported.b_planes.to(device)
-        row, column = self._shape.first_row, self._shape.first_column
-        assert self.seed is not None
-        return (
-            generate_planes(self.seed, 0, 0, self.r, column, self.d, self.density, device),
-            generate_planes(self.seed, 1, row, self.D, 0, self.K, self.density, device),
-        )
+            return self._imported.a_planes.to(device)
+        return self._generated().a_planes(self._shape.first_column, self.d, device)
+
+    def _b_planes(self, device: torch.device) -> Tensor:
+        if self._imported is not None:
+            return self._imported.b_planes.to(device)
+        return self._generated().b_planes(self._shape.first_row, self.D, self.n, device)
 
     def _pack(self, device: torch.device) -> list[Tensor]:
-        a_planes, b_planes = self._planes(device)
-        wide = self._shape.wide
-        tensors = list(_ops.planes_to_lists(a_planes, self.d, False, wide))
-        if self.format == "planes":
+        wide, form = self._shape.wide, self.format_on(device.type)
+        tensors = list(_ops.planes_to_lists(self._a_planes(device), self.d, False, wide))
+        if form == "balanced":
+            row = self._shape.first_row
+            return [*tensors, *self._generated().b_balanced(row, self.D, self.n, wide)]
+        b_planes = self._b_planes(device)
+        if form == "planes":
             return [*tensors, b_planes]
         tensors += _ops.planes_to_lists(b_planes, self.K, False, wide)
         tensors += _ops.planes_to_lists(b_planes, self.K, True, wide)
@@ -311,7 +302,8 @@ class TernaryBasis:
 
     def _matrices(self) -> tuple:
         """What decides A and B: the layer's orientation does not."""
-        origin = (self.density, self.seed) if self._imported is None else (self._imported,)
+        generated = (self.density, self.seed, self.support)
+        origin = generated if self._imported is None else (self._imported,)
         at = self._shape.first_row, self._shape.first_column
         return (self.D, self.d, self.r, self.n, *at, *origin)
 
@@ -333,6 +325,7 @@ class TernaryBasis:
 
     def __repr__(self) -> str:
         origin = "imported" if self._imported is not None else f"seed={self.seed}"
+        origin += ", support='balanced'" if self.support == "balanced" else ""
         shape, part = self._shape, ""
         if not shape.whole:
             part = f", slice from row {shape.first_row} of B and column {shape.first_column} of A"

@@ -26,7 +26,13 @@ from .rates import NAMES, Rates, save
 _ops = torch.ops.randlora
 RANK = 32
 SIZES = ((1024, 1024), (2048, 2048), (1024, 2048))
-DENSITIES = (1 / 48, 0.07, 1 / 3)
+BASES = (
+    (1 / 48, "independent"),
+    (0.07, "independent"),
+    (1 / 3, "independent"),
+    (1 / 16, "balanced"),
+    (1 / 4, "balanced"),
+)  # density and support
 TOKENS = 512
 DTYPES = {"fp32": torch.float32, "16bit": torch.bfloat16}
 
@@ -48,11 +54,16 @@ def _seconds(
 
 
 def measure_size(
-    size: tuple[int, int], density: float, dtype: torch.dtype, device: str, repeats: int
+    size: tuple[int, int],
+    density: float,
+    dtype: torch.dtype,
+    device: str,
+    repeats: int,
+    support: str = "independent",
 ) -> list[tuple[dict[str, float], float]]:
     """(how often each rate is paid, units measured) of the factored products and of forming dW."""
     n_in, n_out = size
-    basis = TernaryBasis(n_in, n_out, RANK, density)
+    basis = TernaryBasis(n_in, n_out, RANK, density, support=support)
     packed = basis.packed(device)
 
     def random(*shape: int) -> Tensor:
@@ -109,8 +120,8 @@ def calibrate(device: str = "cpu", repeats: int = 5, report: Callable[[str], Non
     for kind, dtype in DTYPES.items():
         samples = []
         for size in SIZES:
-            for density in DENSITIES:
-                samples += measure_size(size, density, dtype, device, repeats)
+            for density, support in BASES:
+                samples += measure_size(size, density, dtype, device, repeats, support)
         results[device, kind], error = fit(samples)
         rounded = ", ".join(f"{n} {v:.3g}" for n, v in asdict(results[device, kind]).items())
         report(f"{device} {kind}: {rounded}; the fit is off by {error:.0%} at worst")

@@ -13,7 +13,7 @@ import torch
 from . import build_info, cuda
 from .basis import TernaryBasis
 from .functional import linear
-from .packing import generate_planes
+from .generation import SPEC_VERSIONS, Generated
 from .reference import linear_reference
 
 # Variables that begin so change what runs, ours and torch's; a misspelt one shows as well.
@@ -21,11 +21,21 @@ _OVERRIDES = ("RANDLORA_", "OMP_", "MKL_", "KMP_", "CUDA_", "PYTORCH_", "TORCH_"
 _PACKAGES = (
     "torch", "peft", "transformers", "accelerate", "bitsandbytes", "safetensors", "numpy",
 )  # fmt: skip
-# seed, role, rows, cols, density of a slice from (0, 0), and its planes: tests/data/basis_v1.txt.
-_BASIS = (11, 1, 576, 576, 0.07)
-_BASIS_SHA256 = "d0ab1e87028220f28b424b06ea873001782e923f6ac3a444a3048af672291547"
-# in, out, r, density: wide, tall, an overhanging last base; lists and planes.
-_SHAPES = ((96, 160, 16, 0.07), (160, 96, 16, 1 / 3), (70, 70, 32, 0.3))
+# First rows of B for n bases, and the SHA-256 of their planes, as in tests/data.
+_BASES = (
+    (Generated(11, 0.07, "independent", 32), 576, 18,
+     "d0ab1e87028220f28b424b06ea873001782e923f6ac3a444a3048af672291547"),
+    (Generated(11, 1 / 4, "balanced", 32), 300, 128,
+     "0f81d050174d7bc7c4621df470388cd63bce2d0eac72b6bd4b67cf1661a268cd"),
+)  # fmt: skip
+# in, out, r, density, support: wide, tall, an overhanging last base; every packed form.
+_SHAPES = (
+    (96, 160, 16, 0.07, "independent"),
+    (160, 96, 16, 1 / 3, "independent"),
+    (70, 70, 32, 0.3, "independent"),
+    (96, 160, 16, 1 / 8, "balanced"),
+    (160, 70, 32, 1 / 4, "balanced"),
+)
 _TOKENS = 33
 # Relative error of outputs and gradients against float64.
 _LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -38,7 +48,7 @@ def describe() -> list[str]:
     overrides = ", ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if _overrides(k))
     return [
         f"randlora_ext {build['version']}, compiler {build['compiler']}, "
-        f"basis specification {build['spec_version']}",
+        f"basis specifications {', '.join(map(str, SPEC_VERSIONS.values()))}",
         f"installed in {Path(__file__).parent}",
         f"python {sys.version.split()[0]} on {platform.platform()}, {_processor()}",
         f"packages: {packages}",
@@ -65,19 +75,21 @@ def self_check() -> list[tuple[str, float, float]]:
 
 
 def _wrong_basis(device: torch.device) -> float:
-    """0 where a generated slice is that of the specification, bit for bit; else 1."""
-    seed, role, rows, cols, density = _BASIS
-    planes = generate_planes(seed, role, 0, rows, 0, cols, density, device)
-    words = struct.pack(f"<{planes.numel()}q", *planes.cpu().flatten().tolist())
-    return float(hashlib.sha256(words).hexdigest() != _BASIS_SHA256)
+    """How many generated slices are not those of the specifications, bit for bit."""
+    wrong = 0
+    for generated, rows, n, digest in _BASES:
+        planes = generated.b_planes(0, rows, n, device).cpu()
+        words = struct.pack(f"<{planes.numel()}q", *planes.flatten().tolist())
+        wrong += hashlib.sha256(words).hexdigest() != digest
+    return float(wrong)
 
 
 def _error(device: torch.device, dtype: torch.dtype, path: str) -> float:
     """The largest over shapes, output and gradients, against the reference in float64."""
     worst = 0.0
-    for n_in, n_out, r, density in _SHAPES:
+    for n_in, n_out, r, density, support in _SHAPES:
         generator = torch.Generator().manual_seed(r)
-        basis = TernaryBasis(n_in, n_out, r, density, seed=1)
+        basis = TernaryBasis(n_in, n_out, r, density, 1, support)
 
         def normal(*shape, generator=generator):
             return torch.randn(shape, generator=generator)

@@ -34,6 +34,7 @@ class RandLoraLinear(Mergeable, nn.Module):
             docs/basis-spec.md, generated and never saved; PEFT draws others from the same key.
         randlora_dropout: probability in [0, 1) of dropping an input of the adapter.
         adapter_name: of the first adapter; `update_layer` adds more.
+        support: "independent", or "balanced" bases, as of `TernaryBasis`.
 
     Attributes, by adapter name: ``randlora_lambda`` (r, n), zero at first, so that a fresh adapter
     changes nothing; ``randlora_gamma`` (n, d), 1 / max(n, d) at first; ``num_bases`` (n);
@@ -64,6 +65,7 @@ class RandLoraLinear(Mergeable, nn.Module):
         projection_prng_key: int = 0,
         randlora_dropout: float = 0.0,
         adapter_name: str = "default",
+        support: str = "independent",
     ) -> None:
         super().__init__()
         check_base_layer(base_layer, "base_layer")
@@ -81,9 +83,8 @@ class RandLoraLinear(Mergeable, nn.Module):
         self.randlora_dropout = nn.ModuleDict()
         self.randlora_lambda = nn.ParameterDict()
         self.randlora_gamma = nn.ParameterDict()
-        self.update_layer(
-            adapter_name, r, randlora_alpha, density, projection_prng_key, randlora_dropout
-        )
+        options = randlora_alpha, density, projection_prng_key, randlora_dropout, support
+        self.update_layer(adapter_name, r, *options)
         base_layer.requires_grad_(False)
         self.train(base_layer.training)
         self.register_load_state_dict_pre_hook(refuse_misfit)
@@ -96,6 +97,7 @@ class RandLoraLinear(Mergeable, nn.Module):
         density: float = 1 / 3,
         projection_prng_key: int = 0,
         randlora_dropout: float = 0.0,
+        support: str = "independent",
     ) -> None:
         """Adds an adapter, or makes one anew; arguments as of the class.
 
@@ -107,8 +109,8 @@ class RandLoraLinear(Mergeable, nn.Module):
                 f"adapter_name {adapter_name!r} is merged and cannot be made anew; unmerge() first"
             )
         _check_options(randlora_alpha, projection_prng_key, randlora_dropout)
-        basis = TernaryBasis(self.in_features, self.out_features, r, density, projection_prng_key)
-        basis = basis.known()
+        sizes = self.in_features, self.out_features, r
+        basis = TernaryBasis(*sizes, density, projection_prng_key, support).known()
 
         weight = self.base_layer.weight
         device, dtype = weight.device, adapter_dtype(weight.dtype)
@@ -254,11 +256,12 @@ class RandLoraLinear(Mergeable, nn.Module):
             p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
             plain = type(self.base_layer) is nn.Linear
             path = explain(basis, _REPR_TOKENS, weight.dtype, weight.device, plain, p).path
+            balanced = " balanced" if basis.support == "balanced" else ""
             state = "merged" if name in self.merged_adapters else "inactive"
             if name in self._active and name not in self.merged_adapters:
                 state = "disabled" if self._disabled else "active"
             parts.append(
-                f"{name}: r={basis.r}, density={basis.density:.4g}, {state}, "
+                f"{name}: r={basis.r}, density={basis.density:.4g}{balanced}, {state}, "
                 f"path {path} at {_REPR_TOKENS} tokens"
             )
         return "; ".join(parts)

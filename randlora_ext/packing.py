@@ -1,11 +1,10 @@
-"""From dense or generated ternary matrices to packed tensors, and the cache that layers share."""
+"""Bit planes of generated matrices, and the cache of packed tensors that layers share."""
 
 import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,54 +43,6 @@ def generate_planes(
     signed, limit = signed_seed("seed", seed), _C.threshold(density)
     _ops.fill_planes_(planes, signed, role, row_start, col_start, cols, limit)
     return planes
-
-
-@dataclass(frozen=True, eq=False)  # identity: comparing megabytes would be no cheap `==`
-class Imported:
-    """Dense ternary bases of somebody else, as bit planes with the value of their +1."""
-
-    a_planes: Tensor
-    a_value: float
-    b_planes: Tensor
-    b_value: float
-
-    @classmethod
-    def of(cls, A: Tensor, B: Tensor) -> "Imported":
-        """Packs A (r, d) and B (D, K); ValueError names the one that is not ternary."""
-        return cls(*pack_dense("A", A), *pack_dense("B", B))
-
-    def count_b(self) -> int:
-        """Non-zeros of B."""
-        # Eight bits at a time by a table: torch has no population count.
-        ones = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.int64)
-        counts = torch.bincount(self.b_planes.cpu().view(torch.uint8).flatten(), minlength=256)
-        return int(counts @ ones)
-
-
-def pack_dense(name: str, matrix: Tensor) -> tuple[Tensor, float]:
-    """Bit planes of a ternary (rows, cols) and the value of its +1; ValueError where it is none."""
-    if not matrix.is_floating_point():
-        raise ValueError(f"{name} must be a floating point matrix, got {matrix.dtype}")
-    try:
-        planes, value = _ops.pack_dense(matrix.cpu())
-    except RuntimeError as error:
-        message = str(error).splitlines()[0].split("randlora: ")[-1]
-        if not message.startswith("dense "):
-            raise  # no fault of the matrix: memory ran out
-        raise ValueError(f"{name} cannot be packed: {message}") from error
-    return planes, float(value)
-
-
-def leading(planes: Tensor, rows: int, cols: int) -> Tensor:
-    """The planes of the first `rows` rows and `cols` columns; `planes` itself if that is all."""
-    words = -(-cols // 64)
-    part = planes[:, :rows, :words].contiguous()
-    if cols % 64:  # bits past the last column are zero
-        outside = ~((1 << cols % 64) - 1)
-        if bool((part[:, :, -1] & outside).any()):
-            part = part.clone() if part.data_ptr() == planes.data_ptr() else part
-            part[:, :, -1] &= ~outside
-    return part
 
 
 class Packed:

@@ -213,9 +213,9 @@ def _layer_basis(
     A: TernaryTensor, B: TernaryTensor, in_features: int, out_features: int, r: int
 ) -> TernaryBasis:
     with for_real():
-        if A.matrix.seed is not None and B.matrix.seed is not None:
-            seed, _, density = B.matrix.seed
-            return TernaryBasis(in_features, out_features, r, density, seed)
+        g = B.matrix.generated
+        if A.matrix.generated is not None and g is not None:
+            return TernaryBasis(in_features, out_features, r, g.density, g.seed, g.support)
         if B.shape[2] != r:  # columns from inside every row, which only a dense B can give
             dense_a, dense_b = A.dense()[:r], B.dense()[:, :, :r]
             return TernaryBasis.from_dense(dense_a, dense_b, in_features, out_features)

@@ -92,9 +92,9 @@ def dense_basis(basis: Tensor) -> Tensor:
     """A basis as layers multiply by it: generated ones are not rounded by PEFT's casts."""
     if not isinstance(basis, TernaryTensor):
         return basis
-    if basis.matrix.seed is None:
+    if basis.matrix.generated is None:
         return basis.dense()
-    matrix = basis.matrix.with_value(1 / math.sqrt(basis.matrix.seed[2]))
+    matrix = basis.matrix.with_value(1 / math.sqrt(basis.matrix.generated.density))
     return TernaryTensor(matrix, basis.shape, torch.float32, basis.device).dense()
 
 

@@ -10,6 +10,7 @@ from peft.tuners.randlora.layer import Linear, RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
 from torch import nn
 
+from ..generation import Generated
 from .bases import BASES, PackedBases
 from .checkpoint import check_fit, drop_copies
 from .layer import Accelerated, accelerated_class, update_quantized
@@ -56,8 +57,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
         out_features, in_features = self._find_dim(config)
         D, d = max(out_features, in_features), min(out_features, in_features)
         n, r, key = -(-d // config.r), config.r, config.projection_prng_key
-        density = generated_density(config, d)
-        value, device = 1 / math.sqrt(density), torch.device("cpu")
+        generated = Generated(key, generated_density(config, d), config.support, r)
+        value, device = 1 / math.sqrt(generated.density), torch.device("cpu")
         # Kept out of state dicts whatever save_projection says: key and version are the basis.
         self.randlora_A = PackedBases(persistent=False)
         self.randlora_B = PackedBases(persistent=False)
@@ -65,7 +66,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
             (self.randlora_A, 0, (r, 1, d)),
             (self.randlora_B, 1, (D, n, r)),
         ):
-            matrix = TernaryMatrix(shape[0], shape[1] * shape[2], value, None, (key, role, density))
+            cols = shape[1] * shape[2]
+            matrix = TernaryMatrix(shape[0], cols, value, None, generated, role)
             bases[adapter_name] = TernaryTensor(matrix, shape, torch.float32, device)
 
     def _find_dim(self, config: peft.RandLoraConfig) -> tuple[int, int]:
@@ -192,4 +194,5 @@ def _recipe(config: peft.RandLoraConfig) -> Hashable:
     The flags of stock PEFT are left out: its added adapters share the first one's bases whatever
     their flags, and saved models depend on that.
     """
-    return config.r, getattr(config, "density", None), getattr(config, "basis", "peft")
+    ours = ("density", None), ("basis", "peft"), ("support", "independent")
+    return config.r, *(getattr(config, name, default) for name, default in ours)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..packing import generate_planes, pack_dense
+from ..generation import Generated
+from ..imported import pack_dense
 
 _aten = torch.ops.aten
 _ops = torch.ops.randlora
@@ -18,22 +19,22 @@ _ops = torch.ops.randlora
 
 @dataclass(eq=False)  # identity: it is the key of what was made of it
 class TernaryMatrix:
-    """A ternary matrix (rows, cols), times `value`: bit planes, or the seed that gives them."""
+    """A ternary matrix (rows, cols), times `value`: bit planes, or what generates them."""
 
     rows: int
     cols: int
     value: float
     planes: Tensor | None  # (2, rows, ceil(cols / 64)) int64; None: not generated yet
-    seed: tuple[int, int, float] | None = None  # (seed, role, density) of a generated basis
+    generated: Generated | None = None
+    role: int = 0  # of a generated basis: 0 is A, 1 is B
     # What layers made of it, by shape (bases.py); not part of the matrix.
     layers: dict = field(default_factory=dict, repr=False)
 
     def on(self, device: torch.device) -> Tensor:
         """The planes on a device."""
         if self.planes is None:
-            assert self.seed is not None
-            seed, role, density = self.seed
-            self.planes = generate_planes(seed, role, 0, self.rows, 0, self.cols, density, device)
+            assert self.generated is not None
+            self.planes = self.generated.planes(self.role, self.rows, self.cols, device)
         return self.planes.to(device)
 
     def equals(self, other: "TernaryMatrix") -> bool:
@@ -48,7 +49,7 @@ class TernaryMatrix:
     def with_value(self, value: float) -> "TernaryMatrix":
         if value == self.value:
             return self
-        return TernaryMatrix(self.rows, self.cols, value, self.planes, self.seed)
+        return TernaryMatrix(self.rows, self.cols, value, self.planes, self.generated, self.role)
 
 
 class TernaryTensor(Tensor):
