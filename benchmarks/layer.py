@@ -6,6 +6,7 @@
     python benchmarks/layer.py --memory              with the peak of memory of each method
     python benchmarks/layer.py --paths               our paths alone, and what the choice loses
     python benchmarks/layer.py --append --out FILE   adds rows to those that FILE.json has
+    python benchmarks/layer.py --densities balanced:1/16,balanced:1/8     balanced bases
 
 A row is a process. In it every RandLoRA is first verified against the fp64 reference, outputs and
 gradients, then all methods are timed in turn, so that their ratios see one machine state; figures

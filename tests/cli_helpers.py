@@ -12,6 +12,7 @@ TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 KINDS = {
     "generated": {"basis": "generated", "density": 0.07, "projection_prng_key": 7},
     "generated third": {"basis": "generated"},
+    "balanced": {"basis": "generated", "support": "balanced", "density": 0.4},
     "density": {"density": 0.2, "save_projection": False},
     "sparse": {"sparse": True, "save_projection": False},
     "sparse saved": {"sparse": True},

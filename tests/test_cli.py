@@ -61,3 +61,10 @@ def test_a_wrong_result_is_not_timed(monkeypatch, stock_peft):
     monkeypatch.setattr(methods, "linear", lambda *a: right(*a) * 1.001)
     with pytest.raises(RuntimeError, match="verification failed"):
         measure.compare((64, 64), 8, "0.07", repeats=1)
+
+
+def test_balanced_bases_are_timed(one_thread):
+    row = measure.compare((64, 64), 8, "balanced:1/8", repeats=1, methods=["factored"])
+    assert row["density"] == "balanced:1/8" and row["factored"] > 0
+    with pytest.raises(ValueError, match="support='balanced'"):
+        measure.compare((64, 64), 8, "balanced:0.07", repeats=1, methods=["factored"])

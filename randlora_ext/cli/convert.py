@@ -28,6 +28,12 @@ from .outputs import check_free, new_folder
 from .skeleton import Shape, shapes_of, skeleton
 
 _BASES = ("randlora_A", "randlora_B")
+# Bases of a density of ours, and the fields that say so.
+_WAYS: dict[str, dict] = {
+    "generates its": {"basis": "generated"},
+    "generates its balanced": {"basis": "generated", "support": "balanced"},
+    "draws its": {"basis": "peft"},
+}
 
 
 def convert(
@@ -85,12 +91,10 @@ def _without_bases(adapter: Adapter, density: float | None) -> tuple[RandLoraCon
         readers = "randlora_ext" if config.density is not None else "stock PEFT and randlora_ext"
         return config, f"{readers} draws its bases again from the key"
     guesses = [density] if density is not None else _densities(adapter)
-    for guess, (basis, makes) in product(
-        guesses, {"generated": "generates", "peft": "draws"}.items()
-    ):
-        config = _as_config(adapter, basis=basis, density=guess)
+    for guess, (makes, fields) in product(guesses, _WAYS.items()):
+        config = _as_config(adapter, density=guess, **fields)
         if config is not None and _same(adapter, config):
-            return config, f"randlora_ext {makes} its bases again (density {guess:.6g})"
+            return config, f"randlora_ext {makes} bases again (density {guess:.6g})"
     tried = "as PEFT draws them or as generated" if density is None else f"at density {density}"
     raise CliError(
         f"{adapter.source}: the saved bases are not those of projection_prng_key "
@@ -160,6 +164,7 @@ def _is_ternary(basis: Tensor) -> bool:
 def _keep_written_fields(adapter: Adapter, folder: Path) -> None:
     """The written config keeps what this version of PEFT does not know, but for our own fields."""
     written = json.loads((folder / CONFIG).read_text())
-    ours = {"density", "basis", "sparse", "very_sparse", "save_projection", "projection_prng_key"}
+    ours = {"density", "basis", "support", "sparse", "very_sparse", "save_projection",
+            "projection_prng_key"}  # fmt: skip
     extra = {k: v for k, v in adapter.settings.items() if k not in ours | written.keys()}
     (folder / CONFIG).write_text(json.dumps(written | extra, indent=2, sort_keys=True) + "\n")

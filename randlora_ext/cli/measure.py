@@ -37,7 +37,7 @@ def compare(
 
     Args:
         size: (in, out).
-        density: as of `methods.density_of`.
+        density: as of `methods.density_of`, after "balanced:" for balanced bases.
         methods: of `methods.METHODS`. With all our paths among them the result has "regret": what
             the choice of the cost model loses against the best path.
 

@@ -58,7 +58,9 @@ def make(method: str, base: nn.Linear, rank: int, density: str) -> nn.Module:
         return copy.deepcopy(base).requires_grad_(True)
     if method in ("ours", *PATHS):
         n_in, n_out = base.in_features, base.out_features
-        basis = TernaryBasis(n_in, n_out, rank, density_of(density, min(n_in, n_out)))
+        support, _, share = density.rpartition(":")  # "balanced:1/8"
+        share_of_d = density_of(share, min(n_in, n_out))
+        basis = TernaryBasis(n_in, n_out, rank, share_of_d, support=support or "independent")
         return Ours(base, basis, "auto" if method == "ours" else method)
     return _of_peft(method, base, rank, density)
 

@@ -2,7 +2,8 @@
 
 Such a file holds what ``named_parameters()`` of the model calls ``...randlora_lambda.NAME`` and
 ``...randlora_gamma.NAME``, and, as its metadata "randlora", the JSON of the options that say which
-bases they belong to: r, randlora_alpha, density, projection_prng_key. Written by
+bases they belong to: r, randlora_alpha, density, projection_prng_key, and support where it is not
+"independent". Written by
 ``save_file(tensors, file, metadata={"randlora": json.dumps(options)})``.
 """
 
@@ -56,7 +57,7 @@ def _config(file: Path, metadata: dict[str, str], layers: list[str]) -> RandLora
             f'{file} does not tell its bases: its metadata must have "randlora", the JSON of '
             f"{', '.join(sorted(_OPTIONS))}"
         ) from error
-    if not isinstance(options, dict) or set(options) != _OPTIONS:
+    if not isinstance(options, dict) or set(options) - {"support"} != _OPTIONS:
         raise CliError(f"{file}: metadata randlora must be {sorted(_OPTIONS)}, got {options}")
     enable()  # without it the config refuses our fields
     try:

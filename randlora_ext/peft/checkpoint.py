@@ -11,7 +11,7 @@ from .bases import BASES, misfit
 
 DIAGONALS = ("randlora_lambda", "randlora_gamma")
 # Fields that say which bases are drawn; the key's text holds the version of the specification.
-RECIPE = ("projection_prng_key", "basis", "density", "sparse", "very_sparse")
+RECIPE = ("projection_prng_key", "basis", "support", "density", "sparse", "very_sparse")
 
 
 class _Fields(peft.PeftConfig):

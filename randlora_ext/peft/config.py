@@ -1,4 +1,4 @@
-"""`RandLoraConfig`: PEFT's configuration with a free density and generated bases."""
+"""`RandLoraConfig`: PEFT's configuration with a free density, generated and balanced bases."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import peft
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from .. import build_info
+from ..generation import SPEC_VERSIONS, Generated
 from .files import written_whole
 
 BASES = ("peft", "generated")
@@ -18,7 +18,7 @@ BASES = ("peft", "generated")
 
 @dataclass
 class RandLoraConfig(peft.RandLoraConfig):
-    """PEFT's ``RandLoraConfig`` (all its fields), ``density`` and ``basis``.
+    """PEFT's ``RandLoraConfig`` (all its fields), ``density``, ``basis`` and ``support``.
 
     Args:
         density: None (as PEFT), or the share of non-zeros of the ternary bases, in (0, 1]. The
@@ -28,21 +28,25 @@ class RandLoraConfig(peft.RandLoraConfig):
             the specification docs/basis-spec.md: made on the device from ``projection_prng_key``
             and the density (1/3 where neither density nor very_sparse is given), never drawn dense,
             never saved.
+        support: of generated bases: "independent", every element by itself, or "balanced", exactly
+            q of r in every column of A and along every row of B (docs/balanced-spec.md); it needs
+            ``density`` = q / r with a whole number q.
 
-    Both are saved in adapter_config.json and restored by ``PeftModel.from_pretrained`` while
+    They are saved in adapter_config.json and restored by ``PeftModel.from_pretrained`` while
     `randlora_ext.peft.enable` is in force.
 
     **Stock PEFT does not know the field.** It drops it with a warning, and without saved
     projections (``save_projection=False``) it would go on with other bases, hence another model.
     It reads correctly what was saved with ``save_projection=True``, with density None, or with
     density 1/3 (which is saved as ``sparse=True`` beside the density). It refuses a generated
-    basis: the key is then written as text, "generated-1:KEY" with the version of the specification,
-    which no generator of torch's takes; `export_to_peft` writes such an adapter with projections.
+    basis: the key is then written as text, "generated-1:KEY" with the version of the specification
+    (2 where balanced), which no generator of torch's takes; `export_to_peft` writes such an adapter
+    with projections.
 
     Raises:
-        TypeError, ValueError: where r, randlora_alpha or basis cannot be, where density is no
-            number in (0, 1], or contradicts sparse or very_sparse. RuntimeError: where density is
-            given before `enable`, since stock PEFT would ignore it.
+        TypeError, ValueError: where r, randlora_alpha, basis or support cannot be, where density is
+            no number in (0, 1], contradicts sparse or very_sparse, or is no q / r where balanced.
+            RuntimeError: where density is given before `enable`, since stock PEFT would ignore it.
     """
 
     density: float | None = field(
@@ -53,11 +57,15 @@ class RandLoraConfig(peft.RandLoraConfig):
         default="peft",
         metadata={"help": '"peft": bases as stock PEFT draws them; "generated": never stored'},
     )
+    support: str = field(
+        default="independent",
+        metadata={"help": '"independent", or "balanced": exactly q of r on every line'},
+    )
 
     def __post_init__(self) -> None:
         given: Any = self.projection_prng_key  # type: ignore[has-type]
         if isinstance(given, str):
-            self.projection_prng_key = _key_of(given)
+            self.projection_prng_key = _key_of(given, self.support)
         # A file may hold anything, and PEFT would meet it in the middle of changing a model.
         if isinstance(self.r, bool) or not isinstance(self.r, int) or not 0 < self.r < 2**31:
             raise ValueError(f"r must be an integer in [1, 2**31), got {self.r!r}")
@@ -66,6 +74,13 @@ class RandLoraConfig(peft.RandLoraConfig):
             raise ValueError(f"randlora_alpha must be a number, got {alpha!r}")
         if self.basis not in BASES:
             raise ValueError(f"basis must be one of {BASES}, got {self.basis!r}")
+        if self.support == "balanced" and (self.basis != "generated" or self.density is None):
+            raise ValueError(
+                f"support='balanced' needs basis='generated' and a density of q / r, got "
+                f"basis={self.basis!r} and density={self.density}"
+            )
+        if self.support not in SPEC_VERSIONS:
+            raise ValueError(f"support must be one of {[*SPEC_VERSIONS]}, got {self.support!r}")
         if self.basis == "generated":
             self.save_projection = False  # and without the warning that they are not saved
             key = self.projection_prng_key
@@ -75,6 +90,8 @@ class RandLoraConfig(peft.RandLoraConfig):
                 warnings.filterwarnings("ignore", message="Specified to not save")
                 super().__post_init__()
             self._check_enabled("basis='generated'")
+            if self.density is not None:
+                self.density = Generated(key, self.density, self.support, self.r).density
         else:
             super().__post_init__()
         if self.density is None:
@@ -113,7 +130,9 @@ class RandLoraConfig(peft.RandLoraConfig):
         if self.basis == "peft":
             del values["basis"]
         else:
-            values["projection_prng_key"] = _text_of(self.projection_prng_key)
+            values["projection_prng_key"] = _text_of(self.projection_prng_key, self.support)
+        if self.support == "independent":
+            del values["support"]
         if self.density is None:
             del values["density"]
         elif self._is_sparse_of_peft():
@@ -121,16 +140,16 @@ class RandLoraConfig(peft.RandLoraConfig):
         return values
 
 
-def _text_of(key: int) -> str:
-    return f"generated-{build_info()['spec_version']}:{key}"
+def _text_of(key: int, support: str) -> str:
+    return f"generated-{SPEC_VERSIONS[support]}:{key}"
 
 
-def _key_of(text: str) -> int:
+def _key_of(text: str, support: str) -> int:
     match = re.fullmatch(r"generated-(\d+):(\d+)", text)
-    version = build_info()["spec_version"]
+    version = SPEC_VERSIONS.get(support, 1)
     if match is None or int(match[1]) != version:
         raise ValueError(
             f"projection_prng_key is {text!r}; this version of randlora_ext reads an integer or "
-            f"'generated-{version}:KEY'"
+            f"'generated-{version}:KEY' with support={support!r}"
         )
     return int(match[2])
