@@ -146,7 +146,7 @@ def shifted(offset, position, by):
 
 def malformed():
     lists, planes = LISTS.packed("cpu"), PLANES.packed("cpu")
-    yield lists[:5], ["packed", "5", "6", "3"]
+    yield lists[:4], ["packed", "got 4", "6", "5", "3"]
     yield [], ["packed", "0", "6", "3"]
     yield lists + planes, ["packed", "9", "6", "3"]
     for position, name in ((0, "a_offset"), (2, "b_row_offset"), (4, "b_col_offset")):
