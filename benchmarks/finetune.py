@@ -1,6 +1,7 @@
 """Does it learn as well? LoRA, RandLoRA at several densities, PEFT's RandLoRA and full fine-tuning.
 
     python benchmarks/finetune.py --out benchmarks/results/finetune      about an hour, 2 cores
+    python benchmarks/finetune.py --methods all --out ...               and more densities, balanced
     python benchmarks/finetune.py --parity 100      ours and stock PEFT, loss by loss
 
 The demo's task and model (English spelling to phonemes, SmolLM2-135M), held-out words. Every method
@@ -18,6 +19,7 @@ import resource
 import statistics
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
@@ -30,6 +32,14 @@ METHODS = {
     "peft randlora dense": [5e-4, 1e-3, 2e-3],
     "full": [5e-5, 1e-4, 3e-4],
 }
+MORE = {  # rates from what the first showed
+    "randlora 1/8": [1e-3, 2e-3],
+    "randlora 1/16": [1e-3, 2e-3],
+    "balanced 1/4": [1e-3, 2e-3],
+    "balanced 1/8": [1e-3, 2e-3],
+    "balanced 1/16": [1e-3, 2e-3],
+}
+RATES = METHODS | MORE
 HELD_OUT, ANSWERED = 128, 32
 
 
@@ -49,7 +59,9 @@ def adapted(base, method: str, seed: int):
     config = peft.RandLoraConfig if stock else randlora_ext.peft.RandLoraConfig
     kinds = {"1/3": {"sparse": True}, "very_sparse": {"very_sparse": True}, "dense": {}}
     common |= {"r": RANK, "randlora_alpha": 20 * RANK, "projection_prng_key": seed}
-    kind = kinds[density] if density in kinds else {"density": float(density)}
+    kind = kinds[density] if density in kinds else {"density": float(Fraction(density))}
+    if method.startswith("balanced"):
+        kind |= {"support": "balanced", "basis": "generated"}
     return peft.get_peft_model(base, config(save_projection=False, **kind, **common))
 
 
@@ -109,7 +121,7 @@ def sweep(methods: list[str], steps: int, seeds: int, out: Path) -> list[dict]:
 
     best = {}
     for method in methods:
-        first = [run(method, lr, 0) for lr in METHODS[method]]
+        first = [run(method, lr, 0) for lr in RATES[method]]
         best[method] = min(first, key=lambda row: row["held_out_loss"])["lr"]
     for seed in range(1, seeds):  # seeds outermost: a stopped run has them for all methods
         for method in methods:
@@ -175,7 +187,7 @@ def parity(steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", default=",".join(METHODS), help="comma separated")
+    parser.add_argument("--methods", default=",".join(METHODS), help=f"all, or of {[*RATES]}")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("finetune"), help="OUT.jsonl, .md, .png")
@@ -190,7 +202,7 @@ def main() -> None:
         parity(args.parity)
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    methods = args.methods.split(",")
+    methods = [*RATES] if args.methods == "all" else args.methods.split(",")
     rows = sweep(methods, args.steps, args.seeds, args.out.with_suffix(".jsonl"))
     args.out.with_suffix(".md").write_text(table(rows))
     plot(rows, args.out.with_suffix(".png"))
