@@ -160,7 +160,9 @@ def short_name(symbol: str) -> str:
     """`fill_planes_kernel<...>` of a demangled symbol of ours; others cut to a readable length."""
     ours = re.search(r"randlora::(?:cuda::)?(?:\(anonymous namespace\)::)?(\w+)(<.*>)?\(", symbol)
     if ours:
-        template = re.sub(r"randlora::|\(anonymous namespace\)::|cuda::", "", ours[2] or "")
+        # Some demanglers write the 4 of a template as (int)4.
+        noise = r"randlora::|\(anonymous namespace\)::|cuda::|\((int|bool|long|unsigned int)\)"
+        template = re.sub(noise, "", ours[2] or "")
         return (ours[1] + template)[:80]
     return symbol.split("(")[0].removeprefix("void ")[:80]
 
