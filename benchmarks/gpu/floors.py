@@ -38,7 +38,7 @@ class Floor:
         )
 
 
-def _index_bytes(b: TernaryBasis) -> int:
+def index_bytes(b: TernaryBasis) -> int:
     return 4 if max(b.D, b.K) > 65536 else 2
 
 
@@ -48,7 +48,7 @@ def planes_bytes(b: TernaryBasis) -> float:
 
 def list_bytes(b: TernaryBasis, by_column: bool = False) -> float:
     lines = b.K if by_column else b.D
-    return b.density * b.D * b.K * _index_bytes(b) + (2 * lines + 1) * 8
+    return b.density * b.D * b.K * index_bytes(b) + (2 * lines + 1) * 8
 
 
 def packed_bytes(b: TernaryBasis) -> float:
@@ -62,7 +62,7 @@ def dense_bytes(b: TernaryBasis) -> float:
 
 def small_bytes(b: TernaryBasis) -> float:
     """The lists of A, lambda and gamma."""
-    return b.density * b.r * b.d * _index_bytes(b) + 4 * (b.r * b.n + b.n * b.d)
+    return b.density * b.r * b.d * index_bytes(b) + 4 * (b.r * b.n + b.n * b.d)
 
 
 def fill_planes(b: TernaryBasis) -> Floor:
