@@ -116,7 +116,16 @@ def test_report_of_nothing_and_of_something():
                     "byte_us": 5.0,
                     "operation_us": 46.0,
                     "over_floor": 3.3,
-                    "kernels": [{"kernel": "fill_planes_kernel", "us": 70.0}],
+                    "kernels": [
+                        {
+                            "kernel": "fill_planes_kernel",
+                            "launches": 2.0,
+                            "us": 70.0,
+                            "byte_us": 4.4,
+                            "operation_us": 40.0,
+                            "over_floor": 1.75,
+                        }
+                    ],
                 }
             ],
             checks=[
@@ -137,7 +146,8 @@ def test_report_of_nothing_and_of_something():
     assert "| layer 4096x4096, T=8192, 1/3, over frozen, exact | 2.2x | 2.00x |" in text
     assert "| layer 4096x4096, T=8192, 1/3, over frozen, merged | 1.6x | 1.50x |" in text
     assert "2 (2.00x) *" in text and "WRONG: delta" in text and "failed: that: this" in text
-    assert "| 150 e | 5 | 46 | 3.3 | fill_planes_kernel 70.0 |" in text
+    assert "| 150 e | 5 | 46 | 3.3 |" in text
+    assert "| `fill_planes_kernel` | 2 | 70 | 4.4 | 40 | 1.75 |" in text
     assert "| basis 14336x4096, 1/3 | 1 ms | 0.15 ms |" in text
     assert "7 passed, 2 skipped; stopped" in text and "broken: `x::y`" in text and "0.95x" in text
 

@@ -7,7 +7,10 @@ build           the extension, for the card at hand                             
 checks          the tests of tests/gpu                                            [a stage]
 sanitizer       compute-sanitizer over small_shapes                               [a stage]
 layers          one layer, forward and backward, of the `methods`                 [a stage]
-kernels         every operator and its kernels beside the `floors`                [a stage]
+kernels         every operator and its kernels beside their floors                [a stage]
+floors          the least work of an operator
+kernel_floors   of each of its kernels, for the `work` of a call: factored_floors, delta_floors,
+                packing_floors
 model           a Llama-3.2-3B-shaped model, tokens/s                             [a stage]
 report          the readable tables
 """

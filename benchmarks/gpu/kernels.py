@@ -1,9 +1,10 @@
-"""Every operator's time beside its floors, and the kernels it is made of.
+"""Every operator's time beside its floors, and that of each kernel it is made of beside its own.
 
 `us` is the time on the card with the L2 flushed before (median); `byte_us` and `operation_us` are
 the floors of floors.py at the rates that ceilings.py measured on this card; `over_floor` is us over
-the larger. `kernels` are those of the profiler, caches warm. "whole basis" is the packed basis of a
-layer from nothing; `wall_us` counts what the host adds.
+the larger. `kernels` are those of the profiler, caches warm, with the same three of
+kernel_floors.py. "whole basis" is the packed basis of a layer from nothing; `wall_us` counts what
+the host adds.
 """
 
 import json
@@ -20,7 +21,9 @@ from . import floors
 from .card import Card
 from .ceilings import facts
 from .floors import Floor
+from .kernel_floors import beside_floors
 from .stage import DENSITIES, RANK, SIZES, Stage, density_of, size_text
+from .work import Work
 
 ops = torch.ops.randlora
 BF16 = torch.bfloat16
@@ -31,6 +34,7 @@ class Op:
     name: str
     call: Callable[[], object]
     floor: Floor
+    work: Work  # what the floors of its kernels need
     tokens: int | None = None
     waits: bool = False  # for the card, so that no graph can hold it
 
@@ -38,33 +42,42 @@ class Op:
 def generation(b: TernaryBasis, device: torch.device) -> Iterator[Op]:
     planes = b._planes(device)[1]
     threshold = max(1, int(b.density * 2.0**31 + 0.5))
-    yield Op("whole basis", lambda: b._pack(device), floors.whole_basis(b), waits=True)
+    A, B = (b.r, b.d), (b.D, b.K)
+    lists_of_b = ((B, False), (B, True)) if b.format == "lists" else ()
+    yield Op("whole basis", lambda: b._pack(device), floors.whole_basis(b),
+             Work(b, generated=(A, B), listed=((A, False), *lists_of_b)), waits=True)  # fmt: skip
     fill = (planes, b.seed, 1, 0, 0, b.K, threshold)
-    yield Op("fill_planes", lambda: ops.fill_planes_(*fill), floors.fill_planes(b))
+    yield Op("fill_planes", lambda: ops.fill_planes_(*fill), floors.fill_planes(b),
+             Work(b, generated=(B,)))  # fmt: skip
     wide = max(b.D, b.K) > 65536
     for by_column in (False, True):
         yield Op(f"planes_to_lists by {'column' if by_column else 'row'}",
                  lambda by_column=by_column: ops.planes_to_lists(planes, b.K, by_column, wide),
-                 floors.planes_to_lists(b, by_column), waits=True)  # fmt: skip
-    yield Op(f"dense B from {b.format}", lambda: b._dense_b(device, BF16), floors.expansion(b))
+                 floors.planes_to_lists(b, by_column), Work(b, listed=((B, by_column),)),
+                 waits=True)  # fmt: skip
+    yield Op(f"dense B from {b.format}", lambda: b._dense_b(device, BF16), floors.expansion(b),
+             Work(b))  # fmt: skip
     dense = ops.planes_to_dense(planes, b.K, 0.5, BF16)
     pack = Floor(floors.planes_bytes(b) + floors.dense_bytes(b))
-    yield Op("pack_dense", lambda: ops.pack_dense(dense), pack, waits=True)
+    yield Op("pack_dense", lambda: ops.pack_dense(dense), pack, Work(b), waits=True)
 
 
 def formation(b: TernaryBasis, lam: torch.Tensor, gam: torch.Tensor) -> Iterator[Op]:
     packed, scale, sizes = b.packed(lam.device), b.scale, (b.out_features, b.in_features)
     A = b.dense_a(lam.device, BF16)
     grad = torch.randn(b.K, b.d, device=lam.device).to(BF16)
-    floor = floors.scaled_basis(b)
-    yield Op("scaled_basis", lambda: ops.scaled_basis(A, lam, gam), floor)
-    yield Op("scaled_basis backward", lambda: ops.scaled_basis_backward(grad, A, lam, gam), floor)
+    floor, work = floors.scaled_basis(b), Work(b)
+    yield Op("scaled_basis", lambda: ops.scaled_basis(A, lam, gam), floor, work)
+    yield Op("scaled_basis backward",
+             lambda: ops.scaled_basis_backward(grad, A, lam, gam), floor, work)  # fmt: skip
     low, high = lam.to(BF16), gam
     G = torch.randn(*sizes, device=lam.device).to(BF16)
     floor = floors.delta_weight(b)
-    yield Op("delta_weight", lambda: ops.delta_weight(low, high, packed, scale, *sizes), floor)
+    yield Op("delta_weight",
+             lambda: ops.delta_weight(low, high, packed, scale, *sizes), floor, work)  # fmt: skip
     yield Op("delta_weight backward",
-             lambda: ops.delta_weight_backward(G, lam, gam, packed, scale), floor)  # fmt: skip
+             lambda: ops.delta_weight_backward(G, lam, gam, packed, scale),
+             floor, work)  # fmt: skip
 
 
 def factored(
@@ -81,10 +94,11 @@ def factored(
         side = "dense B" if dense else "packed B"
         yield Op(f"linear, {side}",
                  lambda last=last: ops.linear(x, None, None, *last, out, "factored"),
-                 floors.linear(b, tokens, dense), tokens)  # fmt: skip
+                 floors.linear(b, tokens, dense), Work(b, tokens), tokens)  # fmt: skip
         yield Op(f"linear backward, {side}",
                  lambda last=last: ops.linear_backward(dy, x, None, *last, "factored", True, True),
-                 floors.linear_backward(b, tokens, dense), tokens)  # fmt: skip
+                 floors.linear_backward(b, tokens, dense), Work(b, tokens, True),
+                 tokens)  # fmt: skip
 
 
 def all_ops(b: TernaryBasis, device: torch.device, tokens: list[int]) -> Iterator[Op]:
@@ -113,7 +127,7 @@ def measure(card: Card, op: Op, ceilings: dict) -> dict:
     )  # fmt: skip
     row["over_floor"] = row["us"] / max(row["byte_us"], row["operation_us"])
     try:
-        row["kernels"] = card.kernels(op.call)[:8]
+        row["kernels"] = beside_floors(card.kernels(op.call), op.work, ceilings)
     except Exception as error:  # the times stand without the breakdown
         row["kernels"], row["profiler"] = [], repr(error)[:200]
     return row
