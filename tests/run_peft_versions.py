@@ -4,7 +4,8 @@
     python tests/run_peft_versions.py 0.18.1 0.21.2 -- -x   # some; pytest's options after --
 
 Each version gets a small virtual environment that sees this one's packages and has its own PEFT in
-front of them. An entry adds packages by +: "0.18.1+transformers==4.57.6+tokenizers==0.22.2+huggingface-hub==0.36.0".
+front of them. An entry adds packages by +:
+"0.18.1+transformers==4.57.6+tokenizers==0.22.2+huggingface-hub==0.36.0".
 """
 
 import argparse
