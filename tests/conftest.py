@@ -1,5 +1,10 @@
 """Fixtures that several test files use."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch, whose threads would keep cores waiting
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

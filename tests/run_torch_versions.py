@@ -48,8 +48,8 @@ def make_environment(folder: Path, version: str, wheel: Path) -> Path:
 def use_environment(folder: Path, wheel: Path) -> Path:
     """The same of an environment that has a torch, and perhaps an older wheel of this version."""
     python = folder / "bin/python"
-    torch = f"torch=={ask(python, 'import torch; print(torch.__version__)', folder)}"
-    pip_install(python, torch, f"{wheel}[test]")
+    torch = ask(python, "import torch; print(torch.__version__.split('+')[0])", folder)
+    pip_install(python, f"torch=={torch}", f"{wheel}[test]")  # the installed one, of any +build
     pip_install(python, "--force-reinstall", "--no-deps", str(wheel))
     return python
 
