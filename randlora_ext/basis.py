@@ -1,6 +1,7 @@
 """`TernaryBasis`: which random matrices A and B a layer uses, and their packed form on a device."""
 
 import copy
+import itertools
 import math
 import weakref
 from typing import Any
@@ -20,6 +21,7 @@ from .shape import Shape
 PLANES_ABOVE_DENSITY = 1 / 8
 
 _ops = torch.ops.randlora
+_tokens = itertools.count()
 
 
 def _check_count(name: str, value: int) -> int:
@@ -66,10 +68,12 @@ class TernaryBasis:
     _packed: dict[torch.device, Packed]
     _dense: dict[tuple, Packed]
     _paths: dict[tuple, Any]  # of cost.py
+    _token: str  # of this object, in this process: what compiled code guards on (tracing.py)
 
     def __new__(cls, *args, **kwargs) -> "TernaryBasis":
         self = super().__new__(cls)
         self._packed, self._dense, self._paths = {}, {}, {}
+        self._token = str(next(_tokens))
         return self
 
     def __init__(
@@ -320,7 +324,7 @@ class TernaryBasis:
         return self  # it never changes, and copies must go on sharing what it packs
 
     def __getstate__(self) -> dict:
-        made = ("_packed", "_dense", "_paths")  # and what tracing.py calls by these names
+        made = ("_packed", "_dense", "_paths", "_token")  # and what tracing.py calls by these names
         return {k: v for k, v in self.__dict__.items() if not k.startswith(made)}
 
     def __repr__(self) -> str:

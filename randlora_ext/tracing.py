@@ -11,7 +11,8 @@ from .basis import TernaryBasis
 from .cost import Region, path_regions
 from .packing import Packed, with_index
 
-# Dynamo runs what is marked as constant while it traces, and guards on the identity of the basis.
+# Dynamo runs what is marked as constant while it traces. torch 2.11 lets that be a method, found by
+# its function's name, but takes no object as an argument; the token is read to be guarded on.
 
 
 def packed(basis: TernaryBasis, device: torch.device, dense: torch.dtype | None = None) -> Packed:
@@ -19,11 +20,12 @@ def packed(basis: TernaryBasis, device: torch.device, dense: torch.dtype | None 
 
     Constants of the graph would live as long as it, and no guard could tell that a model has moved.
     """
-    return getattr(basis, _pack(basis, device, dense))
+    return getattr(basis, basis._trace_pack(basis._token, device, dense))  # type: ignore[attr-defined]
 
 
-@torch._dynamo.assume_constant_result
-def _pack(basis: TernaryBasis, device: torch.device, dense: torch.dtype | None) -> str:
+def _trace_pack(
+    basis: TernaryBasis, token: str, device: torch.device, dense: torch.dtype | None
+) -> str:
     """Packs, and names the attribute under which Dynamo finds it.
 
     Of a dictionary Dynamo would see what was in it when it first looked.
@@ -41,9 +43,12 @@ def _pack(basis: TernaryBasis, device: torch.device, dense: torch.dtype | None) 
     return name
 
 
-@torch._dynamo.assume_constant_result
-def _regions(basis: TernaryBasis, *decided_by) -> tuple[Region, ...]:
+def _trace_regions(basis: TernaryBasis, token: str, *decided_by) -> tuple[Region, ...]:
     return path_regions(basis, *decided_by)
+
+
+TernaryBasis._trace_pack = torch._dynamo.assume_constant_result(_trace_pack)  # type: ignore[attr-defined]
+TernaryBasis._trace_regions = torch._dynamo.assume_constant_result(_trace_regions)  # type: ignore[attr-defined]
 
 
 def choose(
@@ -55,7 +60,8 @@ def choose(
     run the same code. An exported program must hold for every size, so that it is the factored path
     unless the declared range of T lies in one region.
     """
-    *regions, last = _regions(basis, dtype, has_weight, device_type)
+    decided_by = dtype, has_weight, device_type
+    *regions, last = basis._trace_regions(basis._token, *decided_by)  # type: ignore[attr-defined]
     exporting = torch.compiler.is_exporting()
     known = statically_known_true if exporting else guard_or_false
     for region in regions:

@@ -23,6 +23,7 @@ def test_the_command_reports_and_passes():
 def test_overrides_are_named(monkeypatch):
     for name in ("RANDLORA_PATH", "RANDLORA_MISSPELT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.setenv(name, "0")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     (line,) = (line for line in diagnostics.describe() if line.startswith("environment:"))
     assert line.endswith(
         "CUDA_VISIBLE_DEVICES=0, OMP_NUM_THREADS=0, RANDLORA_MISSPELT=0, RANDLORA_PATH=0"

@@ -1,6 +1,7 @@
 """PEFT's bases, packed: the dictionary that PEFT keeps them in, and one layer's `TernaryBasis`."""
 
 import itertools
+import warnings
 import weakref
 
 import torch
@@ -13,6 +14,7 @@ from .ternary_tensor import TernaryTensor
 
 BASES = ("randlora_A", "randlora_B")  # PEFT's names
 _tokens = itertools.count()
+_alive: "weakref.WeakValueDictionary[int, PackedBases]" = weakref.WeakValueDictionary()
 
 
 class PackedBases(BufferDict):
@@ -39,6 +41,7 @@ class PackedBases(BufferDict):
     def _changed(self) -> None:
         # Plain values, which torch.compile can guard on, beside tensors that it cannot look into.
         self.__dict__["_token"] = next(_tokens)  # of this content, in this process
+        _alive[self._token] = self
         self.__dict__["_dtypes"] = {name: basis.dtype for name, basis in self._bases.items()}
         self.__dict__["_of_layers"] = {}
         self.__dict__["_traced"] = _Traced()
@@ -52,7 +55,7 @@ class PackedBases(BufferDict):
         """`layer_basis` of this A and that B, remembered until one of them changes."""
         sizes = adapter, in_features, out_features, r
         if torch.compiler.is_dynamo_compiling():
-            return getattr(self._traced, _trace_layer_basis(self, B, B._token, *sizes))
+            return getattr(self._traced, self._trace_layer_basis(B._token, *sizes))
         key = (B._token, *sizes)
         made = self._of_layers
         if key not in made:
@@ -60,6 +63,24 @@ class PackedBases(BufferDict):
                 del made[other]
             made[key] = layer_basis(self[adapter], B[adapter], *sizes[1:])
         return made[key]
+
+    @torch.compiler.assume_constant_result  # Dynamo runs it while it traces; see tracing.py
+    def _trace_layer_basis(self, token_of_B: int, *sizes) -> str:
+        # The token is there to be guarded on: what was made of another B would still be there.
+        name = "_".join(map(str, (token_of_B, *sizes)))
+        setattr(self._traced, name, self.layer_basis(_alive[token_of_B], *sizes))
+        return name
+
+    @torch.compiler.assume_constant_result  # when it traces, as warnings are no part of a graph
+    def tell_once(self, reason: str) -> None:
+        """Warns that dense bases are in use, once a model: its layers hold the same dictionary."""
+        if not self.__dict__.setdefault("_told", False):
+            self.__dict__["_told"] = True
+            warnings.warn(
+                f"RandLoRA layers of this model multiply by dense bases: {reason}. The kernels of "
+                "randlora_ext need ternary bases (sparse=True, very_sparse=True or a density).",
+                stacklevel=4,
+            )
 
     def __getattr__(self, name: str):
         # As a buffer is an attribute of PEFT's dictionary; transformers loads adapters by it.
@@ -155,14 +176,6 @@ class PackedBases(BufferDict):
 
 class _Traced:
     """Bases of layers as attributes: Dynamo sees a new one, but no new entry of a dictionary."""
-
-
-@torch.compiler.assume_constant_result  # Dynamo runs it while it traces
-def _trace_layer_basis(A: PackedBases, B: PackedBases, token: int, *sizes) -> str:
-    # The token is there to be guarded on: what `A` has made of another `B` would still be there.
-    name = "_".join(map(str, (token, *sizes)))
-    setattr(A._traced, name, A.layer_basis(B, *sizes))
-    return name
 
 
 def misfit(name: str, saved: Tensor, own: Tensor) -> str:

@@ -1,7 +1,6 @@
 """PEFT's RandLoRA layers with forward and delta weight on the compiled kernels."""
 
 import inspect
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -112,7 +111,7 @@ class Accelerated(_Layer):
         basis, reason = self.basis_of(name, x.device)
         if basis is not None:
             return self._part(name, x, None, None, basis)
-        _tell_once(self.randlora_A, reason)
+        self.randlora_A.tell_once(reason)
         first, second = self.get_scaled_bases(name, device=x.device)
         return F.linear(F.linear(x, first), second) * self.scaling[name]
 
@@ -133,7 +132,7 @@ class Accelerated(_Layer):
         device = self.randlora_lambda[adapter].device
         basis, reason = self.basis_of(adapter, device)
         if basis is None:
-            _tell_once(self.randlora_A, reason)
+            self.randlora_A.tell_once(reason)
             first, second = self.get_scaled_bases(adapter)
             delta = second @ first * self.scaling[adapter]
         else:
@@ -191,18 +190,6 @@ class Accelerated(_Layer):
     def _drops(self, name: str) -> bool:
         dropout = self.randlora_dropout[name]
         return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
-
-
-@torch.compiler.assume_constant_result  # when it traces, as warnings are no part of a graph
-def _tell_once(bases: PackedBases, reason: str) -> None:
-    # All layers of a model hold the same dictionary, so the mark on it is the model's.
-    if not bases.__dict__.setdefault("_randlora_ext_told", False):
-        bases.__dict__["_randlora_ext_told"] = True
-        warnings.warn(
-            f"RandLoRA layers of this model multiply by dense bases: {reason}. The kernels of "
-            "randlora_ext need ternary bases (sparse=True, very_sparse=True or a density).",
-            stacklevel=4,
-        )
 
 
 class AcceleratedLinear(Accelerated, Linear):
