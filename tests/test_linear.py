@@ -212,7 +212,7 @@ def test_float64_x_with_float32_diagonals():
 
 
 @pytest.mark.parametrize("path", [*PATHS, "auto"])
-@pytest.mark.parametrize("wanted", [{"x"}, {"lam", "gam"}, {"lam"}, {"gam"}, {"x", "gam"}], ids=str)
+@pytest.mark.parametrize("wanted", ["x", "lam gam", "lam", "gam", "x gam"])
 def test_only_what_is_asked_for_gets_a_gradient(wanted, path):
     for density in (1 / 3, 0.07):
         layer = make_layer(37, 50, 7, density, 20)
