@@ -40,7 +40,7 @@ class Op:
 
 
 def generation(b: TernaryBasis, device: torch.device) -> Iterator[Op]:
-    planes = b._planes(device)[1]
+    planes = b._b_planes(device)
     threshold = max(1, int(b.density * 2.0**31 + 0.5))
     A, B = (b.r, b.d), (b.D, b.K)
     lists_of_b = ((B, False), (B, True)) if b.format == "lists" else ()

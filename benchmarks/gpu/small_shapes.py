@@ -25,7 +25,7 @@ def finite(*results: torch.Tensor) -> int:
 
 def bases(basis: TernaryBasis, device: torch.device) -> int:
     """Generation and packing; returns how many calls."""
-    planes = basis._planes(device)[1]
+    planes = basis._b_planes(device)
     dense = ops.planes_to_dense(planes, basis.K, 0.5, torch.bfloat16)
     calls = finite(dense)
     for by_column in (False, True):
