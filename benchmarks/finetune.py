@@ -25,7 +25,7 @@ from pathlib import Path
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
 RANK, LORA_RANK = 32, 7  # 1.03 and 1.09 million parameters
 METHODS = {
-    "lora": [5e-4, 2e-3, 5e-3],
+    "lora": [5e-4, 2e-3, 5e-3, 1e-2],
     "randlora 1/3": [5e-4, 1e-3, 2e-3],
     "randlora 0.07": [5e-4, 1e-3, 2e-3],
     "randlora very_sparse": [5e-4, 1e-3, 2e-3],

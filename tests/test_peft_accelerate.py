@@ -108,7 +108,7 @@ def test_files_are_those_of_stock(tmp_path):
 
 
 def test_no_randlora_layer():
-    vera = peft.get_peft_model(Deep(), peft.VeraConfig(target_modules=["a"]))
-    for model in (Deep(), vera):
+    fourier = peft.get_peft_model(Deep(), peft.FourierFTConfig(n_frequency=9, target_modules=["a"]))
+    for model in (Deep(), fourier):
         with pytest.raises(ValueError, match="holds no RandLoRA layer of PEFT"):
             accelerated.accelerate(model)

@@ -142,11 +142,11 @@ def test_models_and_adapters_that_cannot_be_swapped(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"adapter_name must be one of \['default'\], got 'two'"):
         accelerated.hotswap_adapter(model, tmp_path, "two")
-    peft.get_peft_model(Deep(), peft.VeraConfig(target_modules=["a"])).save_pretrained(
-        tmp_path / "vera"
-    )
-    with pytest.raises(ValueError, match="peft_type is .*VERA, not .*RANDLORA"):
-        accelerated.hotswap_adapter(model, tmp_path / "vera")
+    peft.get_peft_model(
+        Deep(), peft.FourierFTConfig(n_frequency=9, target_modules=["a"])
+    ).save_pretrained(tmp_path / "fourier")
+    with pytest.raises(ValueError, match="peft_type is .*FOURIERFT, not .*RANDLORA"):
+        accelerated.hotswap_adapter(model, tmp_path / "fourier")
     model.merge_adapter()
     with pytest.raises(ValueError, match="'default' is merged"):
         accelerated.hotswap_adapter(model, tmp_path)

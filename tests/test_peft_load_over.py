@@ -161,13 +161,13 @@ def test_a_model_that_was_accelerated_without_enable(tmp_path):
 
 
 def test_models_on_other_layers_pass_through(tmp_path):
-    """Stock PEFT's behaviour on stock models and on VeRA stays, with our methods in force."""
+    """Stock PEFT's behaviour on stock models and on FourierFT stays, with our methods in force."""
     accelerated.disable()
     stock = randomize(peft.get_peft_model(Deep(), deep_config(5, **KEY_ALONE)))
     accelerated.enable()
     made(seed=3, **KEY_ALONE, projection_prng_key=9).save_pretrained(tmp_path)
     stock.load_adapter(tmp_path, "default")
-    vera = peft.get_peft_model(Deep(), peft.VeraConfig(target_modules=["a"]))
-    vera.save_pretrained(tmp_path / "vera")
-    vera.load_adapter(tmp_path / "vera", "default")
-    assert (tmp_path / "vera/adapter_model.safetensors").exists()
+    fourier = peft.get_peft_model(Deep(), peft.FourierFTConfig(n_frequency=9, target_modules=["a"]))
+    fourier.save_pretrained(tmp_path / "fourier")
+    fourier.load_adapter(tmp_path / "fourier", "default")
+    assert (tmp_path / "fourier/adapter_model.safetensors").exists()
