@@ -34,7 +34,8 @@ if [ $# -eq 0 ]; then
   case $kind in
     *address*) set -- test_linear.py test_autograd.py test_delta_weight.py test_scaled_basis.py \
       test_packed.py test_basis.py test_basis_spec.py test_errors.py test_nonfinite.py \
-      test_layer.py test_layer_merge.py test_merged_weight.py test_properties.py test_isa.py ;;
+      test_layer.py test_layer_merge.py test_merged_weight.py test_properties.py test_isa.py \
+      test_balanced.py test_balanced_spec.py -k "not test_compiled_layer" ;;
     *thread*) set -- test_concurrency.py -k "(bits or drop or dense_b) and not -4]" ;;
   esac
 fi
