@@ -4,7 +4,8 @@ import copy
 import itertools
 import math
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -68,6 +69,8 @@ class TernaryBasis:
     _packed: dict[torch.device, Packed]
     _dense: dict[tuple, Packed]
     _paths: dict[tuple, Any]  # of cost.py
+    _trace_pack: ClassVar[Callable[..., str]]  # this and the next are methods that tracing.py adds
+    _trace_regions: ClassVar[Callable[..., tuple]]
     _token: str  # of this object, in this process: what compiled code guards on (tracing.py)
 
     def __new__(cls, *args, **kwargs) -> "TernaryBasis":

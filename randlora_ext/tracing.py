@@ -20,7 +20,7 @@ def packed(basis: TernaryBasis, device: torch.device, dense: torch.dtype | None 
 
     Constants of the graph would live as long as it, and no guard could tell that a model has moved.
     """
-    return getattr(basis, basis._trace_pack(basis._token, device, dense))  # type: ignore[attr-defined]
+    return getattr(basis, basis._trace_pack(basis._token, device, dense))
 
 
 def _trace_pack(
@@ -47,8 +47,8 @@ def _trace_regions(basis: TernaryBasis, token: str, *decided_by) -> tuple[Region
     return path_regions(basis, *decided_by)
 
 
-TernaryBasis._trace_pack = torch._dynamo.assume_constant_result(_trace_pack)  # type: ignore[attr-defined]
-TernaryBasis._trace_regions = torch._dynamo.assume_constant_result(_trace_regions)  # type: ignore[attr-defined]
+TernaryBasis._trace_pack = torch._dynamo.assume_constant_result(_trace_pack)
+TernaryBasis._trace_regions = torch._dynamo.assume_constant_result(_trace_regions)
 
 
 def choose(
@@ -61,7 +61,7 @@ def choose(
     unless the declared range of T lies in one region.
     """
     decided_by = dtype, has_weight, device_type
-    *regions, last = basis._trace_regions(basis._token, *decided_by)  # type: ignore[attr-defined]
+    *regions, last = basis._trace_regions(basis._token, *decided_by)
     exporting = torch.compiler.is_exporting()
     known = statically_known_true if exporting else guard_or_false
     for region in regions:
