@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from . import cuda
 from .generation import Generated
 from .imported import Imported
 from .packing import Packed, shared, with_index
@@ -168,18 +167,14 @@ class TernaryBasis:
             return self._imported.a_value * self._imported.b_value
         return 1.0 / self.density
 
-    def format_on(self, device_type: str) -> str:
-        """How B is packed on such a device: ``"lists"``, ``"planes"`` or ``"balanced"``.
-
-        There are no CUDA kernels for the balanced form: a balanced basis is lists or planes there.
-        """
+    @property
+    def format(self) -> str:
+        """How B is packed: ``"lists"``, ``"planes"`` or ``"balanced"`` (docs/formats.md)."""
         if self.n > 65536:  # the others are decoded by bases of 16-bit number
             return "lists"
-        if self.support == "balanced" and not cuda.serves(device_type):
+        if self.support == "balanced":
             return "balanced"
         return "planes" if self.density > PLANES_ABOVE_DENSITY else "lists"
-
-    format = property(lambda self: self.format_on("cpu"), doc="`format_on` the CPU.")
 
     def packed(self, device: torch.device | str = "cpu") -> list[Tensor]:
         """The tensors that ``torch.ops.randlora`` takes as ``packed``.
@@ -213,7 +208,7 @@ class TernaryBasis:
         return self._dense[key].tensors[0]
 
     def _dense_b(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        form = self.format_on(device.type)
+        form = self.format
         if form == "lists":
             offset, index = self.packed(device)[2:4]
             return _ops.lists_to_dense(offset, index, self.K, 1.0, dtype)
@@ -261,11 +256,11 @@ class TernaryBasis:
         return self._generated().b_planes(self._shape.first_row, self.D, self.n, device)
 
     def _pack(self, device: torch.device) -> list[Tensor]:
-        wide, form = self._shape.wide, self.format_on(device.type)
+        wide, form = self._shape.wide, self.format
         tensors = list(_ops.planes_to_lists(self._a_planes(device), self.d, False, wide))
         if form == "balanced":
             row = self._shape.first_row
-            return [*tensors, *self._generated().b_balanced(row, self.D, self.n, wide)]
+            return [*tensors, *self._generated().b_balanced(row, self.D, self.n, wide, device)]
         b_planes = self._b_planes(device)
         if form == "planes":
             return [*tensors, b_planes]

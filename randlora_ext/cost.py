@@ -24,6 +24,8 @@ B_SIDES = ("packed", "dense")
 # the packed one is the smallest. The same limits stand in csrc/cuda/linear.cu.
 PACKED_TOKENS = 16
 PACKED_ADDS = 2
+# The products of a balanced B take 2.4 times its density of a GEMM's time (csrc/cuda/b_balanced.cu).
+PACKED_BALANCED = 0.4
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,10 @@ def path_terms(
     b_gemms = 0.0
     if choose_b_side(basis, tokens, device_type) == "dense":
         b_gemms = b_products * K / d
-    elif basis.format_on(device_type) == "planes":
+    elif basis.format == "planes":
         factored["b_planes"] = b_products * K / d
     else:
-        factored[f"b_{basis.format_on(device_type)}"] = b_products * density * K / d
+        factored[f"b_{basis.format}"] = b_products * density * K / d
     entries = {
         "form_add": density**2 * K,
         "form_scatter": density * basis.r,
@@ -81,7 +83,7 @@ def predicted_costs(
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, float]:
     """Training units (forward, dx, dlam, dgam) of each path beside the base layer's 2."""
-    known = rates(device_type, dtype, basis.format_on(device_type))
+    known = rates(device_type, dtype, basis.format)
     return {
         path: gemms + sum(getattr(known, name) * count for name, count in paid.items())
         for path, (gemms, paid) in path_terms(basis, tokens, has_weight, device_type).items()
@@ -104,7 +106,9 @@ def choose_b_side(basis: TernaryBasis, tokens: int, device_type: str) -> str:
         return forced
     if device_type != "cuda" or tokens <= PACKED_TOKENS:
         return "packed"
-    few_adds = basis.format_on(device_type) == "lists" and tokens * basis.density <= PACKED_ADDS
+    if basis.format == "balanced":
+        return "packed" if basis.density <= PACKED_BALANCED else "dense"
+    few_adds = basis.format == "lists" and tokens * basis.density <= PACKED_ADDS
     return "packed" if few_adds else "dense"
 
 

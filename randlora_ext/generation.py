@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .imported import pack_dense
 from .packing import generate_planes, signed_seed
 
 _ops = torch.ops.randlora
@@ -62,27 +61,31 @@ class Generated:
         """Columns [column, column + d) of A as bit planes (2, r, ceil(d / 64))."""
         if self.support == "independent":
             return generate_planes(self.seed, _A, 0, self.r, column, d, self.density, device)
-        packed = self._balanced(_A, column, d, 1, wide=True)
+        packed = self._balanced(_A, column, d, 1, True, device)
         turned = _ops.balanced_to_planes(*packed, d, 1)  # (2, d, ceil(r / 64))
         A = _ops.planes_to_dense(turned, self.r, 1.0, torch.float32).T
-        return pack_dense("A", A)[0].to(device)
+        return _ops.pack_dense(A.contiguous())[0]
 
     def b_planes(self, row: int, D: int, n: int, device: torch.device) -> Tensor:
         """Rows [row, row + D) of B for n bases as bit planes (2, D, ceil(r * n / 64))."""
         if self.support == "independent":
             return generate_planes(self.seed, _B, row, D, 0, self.r * n, self.density, device)
-        packed = self._balanced(_B, row, D, n, wide=True)
-        return _ops.balanced_to_planes(*packed, D, n).to(device)
+        packed = self._balanced(_B, row, D, n, True, device)
+        return _ops.balanced_to_planes(*packed, D, n)
 
-    def b_balanced(self, row: int, D: int, n: int, wide: bool) -> list[Tensor]:
-        """The same rows of a balanced B by group: [offset, row, sign], on the CPU."""
-        return self._balanced(_B, row, D, n, wide)
+    def b_balanced(
+        self, row: int, D: int, n: int, wide: bool, device: torch.device
+    ) -> list[Tensor]:
+        """The same rows of a balanced B by group: [offset, row, sign]."""
+        return self._balanced(_B, row, D, n, wide, device)
 
-    def _balanced(self, role: int, line: int, lines: int, n: int, wide: bool) -> list[Tensor]:
-        # There are no CUDA kernels for it; it is made once, in milliseconds.
+    def _balanced(
+        self, role: int, line: int, lines: int, n: int, wide: bool, device: torch.device
+    ) -> list[Tensor]:
         q = round(self.density * self.r)
-        offset = torch.empty(self.r + 1, dtype=torch.int64)
-        row = torch.empty(lines * q, dtype=torch.int32 if wide else torch.int16)
-        sign = torch.empty(lines * q, -(-n // 32), dtype=torch.int32)
+        index, bits = (torch.int32 if wide else torch.int16), torch.int32
+        offset = torch.empty(self.r + 1, dtype=torch.int64, device=device)
+        row = torch.empty(lines * q, dtype=index, device=device)
+        sign = torch.empty(lines * q, -(-n // 32), dtype=bits, device=device)
         _ops.fill_balanced_(offset, row, sign, signed_seed("seed", self.seed), role, line, q, n)
         return [offset, row, sign]

@@ -183,10 +183,14 @@ def test_description_sharing_and_pickling():
     assert torch.equal(imported.dense()[1], B)
 
 
-def test_cuda_reads_the_same_matrix_in_its_own_forms():
-    few, many = (TernaryBasis(64, 96, 8, q / 8, support="balanced") for q in (1, 2))
-    assert (few.format_on("cuda"), many.format_on("cuda")) == ("lists", "planes")
-    assert explain(many, 64, device="cuda").costs["factored"] > 0
+def test_on_cuda_a_dense_b_pays_only_at_high_density():
+    some, many = (TernaryBasis(64, 96, 8, q / 8, support="balanced") for q in (2, 5))
+    assert some.format == many.format == "balanced"
+    assert explain(some, 64, device="cuda").b_side == "packed"
+    assert explain(many, 64, device="cuda").b_side == "dense"
+    assert explain(many, 16, device="cuda").b_side == "packed"
+    costs = [explain(basis, 64, device="cuda").costs for basis in (some, many)]
+    assert 0 < costs[0]["factored"] < costs[1]["factored"]
 
 
 @pytest.mark.parametrize(

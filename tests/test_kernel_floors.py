@@ -189,6 +189,18 @@ def test_tokens_are_shared_out_and_the_rest_is_read_again():
     assert Work(PLANES, 16).parts == 1 and Work(PLANES, 2100).parts == 2
 
 
+def test_balanced_bases():
+    """Figures of the comments in csrc/cuda/balanced.cu and fill_balanced.cu."""
+    made = Work(TernaryBasis(14336, 4096, 32, 1 / 8, support="balanced"))
+    assert floor("choose", made).bytes == pytest.approx((1.8 + 0.46) * MB, rel=0.02)
+    assert floor("place", made).bytes == pytest.approx((0.46 + 1.03) * MB, rel=0.02)
+    used = Work(TernaryBasis(4096, 4096, 32, 1 / 8, support="balanced"), 8192)
+    assert floor("find_lines", used).bytes == pytest.approx((0.03 + 0.07 + 0.52) * MB, rel=0.02)
+    assert floor("spread_signs<bf16>", used).bytes == pytest.approx((0.3 + 4.2) * MB, rel=0.02)
+    assert floor("turn_kernel<bf16>", used).bytes == pytest.approx(134 * MB, rel=0.01)
+    assert floor_of("up_kernel<bf16, 4, 8, false>", used) is None
+
+
 def test_names_as_the_profiler_gives_them():
     symbol = (
         "void randlora::cuda::(anonymous namespace)::b_planes_kernel<randlora::bf16, (bool)0,"

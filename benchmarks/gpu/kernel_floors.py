@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 
-from . import delta_floors, factored_floors, packing_floors
+from . import balanced_floors, delta_floors, factored_floors, packing_floors
 from .floors import Floor
 from .work import Work
 
@@ -20,6 +20,7 @@ FLOORS: dict[str, Callable[[Work], Floor]] = {
     **factored_floors.FLOORS,
     **delta_floors.FLOORS,
     **packing_floors.FLOORS,
+    **balanced_floors.FLOORS,
 }
 UNKNOWN = "no floor known"
 _LIBRARY_GEMM = re.compile(r"gemm|nvjet|cutlass", re.IGNORECASE)  # of cuBLAS, across its versions
@@ -36,6 +37,8 @@ def parse(kernel: str) -> tuple[str, tuple[str, ...]]:
 def floor_of(kernel: str, work: Work) -> Floor | None:
     """Of all launches of a kernel, by the name that card.py gives it; None where none is known."""
     name, arguments = parse(kernel)
+    if work.basis.support == "balanced" and name in ("up_kernel", "down_kernel", "fill"):
+        return None  # launches for A and for B share the name
     known = FLOORS.get(name) or FLOORS.get(f"{name}/{len(arguments)}")
     if known is None and work.tokens and _LIBRARY_GEMM.search(kernel):
         known = factored_floors.gemm

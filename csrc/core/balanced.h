@@ -20,6 +20,7 @@ struct Balanced {
   const uint32_t* sign = nullptr;   // (entries, words)
   int64_t words = 0;
   bool wide = false;
+  int64_t count = 0;  // of entries
 
   RANDLORA_HD_MEMBER int64_t line(int64_t p) const {
     return wide ? static_cast<const uint32_t*>(row)[p] : static_cast<const uint16_t*>(row)[p];

@@ -41,6 +41,18 @@ struct FillPlanes {
   uint64_t *plus, *minus;  // (rows, words_of(cols))
 };
 
+// Lines [line_start, line_start + lines) of role's matrix, to r * n columns. The lines of A are its
+// columns, with n = 1.
+struct FillBalanced {
+  uint64_t seed;
+  uint32_t role;
+  int64_t line_start, lines, r, q, n;
+  bool wide;
+  int64_t* offset;  // (r + 1)
+  void* row;        // (lines * q)
+  uint32_t* sign;   // (lines * q, sign_words_of(n))
+};
+
 // out[c, k] = lam[j, i] * A[j, k] * gam[i, k]
 struct ScaledBasis {
   int64_t r, n, d;

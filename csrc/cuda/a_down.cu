@@ -202,37 +202,41 @@ __global__ void __launch_bounds__(256, 1)
 
 }  // namespace
 
-void ASideCall::down(const void* U, int64_t T, void* out, bool accumulate) {
-  if (T == 0 || (few(T) && down_few(U, T, out, accumulate))) return;
-  const Support& a = support();
-  const void* value = values(true);
-  with_engine(p_.dtype, device_, [&](auto storage, auto tf32) {
+void gathered_down(const Gathered& g, const void* U, int64_t T, void* out, bool accumulate,
+                   Device& device) {
+  const Support& a = g.support;
+  with_engine(g.dtype, device, [&](auto storage, auto tf32) {
     using S = decltype(storage);
     constexpr bool kTf32 = decltype(tf32)::value;
     const auto start = [&](auto kernel, auto shape) {
       using B = decltype(shape);
       const int64_t token_tiles = ceil_div(T, B::kTokens);
-      const int64_t room = (device_.shared_bytes - B::kStageBytes) /
+      const int64_t room = (device.shared_bytes - B::kStageBytes) /
                            (B::kColumn * int64_t{sizeof(typename B::C)}) / 16 * 16;
       // As wide as fits, but with a block for every SM, down to 64 columns.
       const int64_t ranges =
           max(ceil_div(a.d, room),
-              min(ceil_div(device_.multiprocessors, token_tiles), ceil_div(a.d, 64)));
+              min(ceil_div(device.multiprocessors, token_tiles), ceil_div(a.d, 64)));
       const int64_t range = ceil_div(ceil_div(a.d, ranges), 16) * 16;
-      launch(device_, "a_down", kernel,
+      launch(device, "gathered_down", kernel,
              dim3(static_cast<unsigned>(token_tiles * ceil_div(a.d, range))),
-             min(256, device_.max_threads), B::shared(range), a, value, U, T, range,
+             min(256, device.max_threads), B::shared(range), a, g.values, U, T, range,
              aligned_rows(a.n, kPerAccess<S>, U), out, accumulate,
              aligned_rows(a.d, kPerAccess<S>, out));
     };
     if constexpr (sizeof(S) < 8) {
       // The larger unit where a j has many entries in a range: density over 1/16 or so.
       using Dense = Down<S, 2, 4, kTf32>;
-      if (T > 32 && 16 * a.count > a.r * a.d && Dense::shared(64) <= device_.shared_bytes)
+      if (T > 32 && 16 * a.count > a.r * a.d && Dense::shared(64) <= device.shared_bytes)
         return start(down_kernel<S, 2, 4, kTf32>, Dense{});
     }
     start(down_kernel<S, 1, 2, kTf32>, Down<S, 1, 2, kTf32>{});
   });
+}
+
+void ASideCall::down(const void* U, int64_t T, void* out, bool accumulate) {
+  if (T == 0 || (few(T) && down_few(U, T, out, accumulate))) return;
+  gathered_down({support(), values(true), p_.dtype}, U, T, out, accumulate, device_);
 }
 
 void a_down(const ASide& p, const void* U, void* out, double scale, bool accumulate,

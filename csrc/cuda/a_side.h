@@ -17,59 +17,11 @@
 #include "columns.h"
 #include "kernels.h"
 #include "launch.h"
-#include "panels.h"
+#include "support.h"
 #include "tile.h"
 
 namespace randlora {
 namespace cuda {
-
-constexpr int kGroup = 32;  // the entries of a rank index are padded to whole groups
-
-// The entries of A, both signs merged, ascending by column, rank index after rank index.
-struct Support {
-  const int64_t* offset;  // of A's lists
-  int64_t r, n, d;
-  int64_t bases;   // n padded to whole pieces of 16 bytes
-  int64_t count;   // of entries
-  int32_t* entry;  // (room): 2 k + (1 where A is -1); -1 where it pads
-  int32_t* at;  // (r, d): 2 p + (1 where A[j, k] is -1) for the p-th entry of j; where A[j, k] is
-                // zero, -1 - (how many entries of j lie before k)
-
-  // Entries of j begin at first(j). That leaves room for whole groups without a sum over the j before.
-  __host__ __device__ int64_t room() const { return (count / kGroup + r) * kGroup; }
-  __device__ __forceinline__ int64_t first(int64_t j) const {
-    return (offset[2 * j] / kGroup + j) * kGroup;
-  }
-  __device__ __forceinline__ int64_t size(int64_t j) const {
-    return offset[2 * j + 2] - offset[2 * j];
-  }
-  // How many entries of j lie before column k.
-  __device__ __forceinline__ int before(int64_t j, int64_t k) const {
-    if (k >= d) return static_cast<int>(size(j));
-    const int32_t code = at[j * d + k];
-    return code < 0 ? -1 - code : code / 2;
-  }
-
-  // Tiles of `tile` entries (a multiple of kGroup), numbered so that the number of a tile tells its j
-  // without a sum, too. `tiles` of them, some of which are empty.
-  int64_t tiles(int tile) const { return count / tile + r; }
-  __device__ __forceinline__ int64_t first_tile(int64_t j, int tile) const {
-    return offset[2 * j] / tile + j;
-  }
-  // The j of a tile; all lanes of the warp search together, 32 steps at a time.
-  __device__ __forceinline__ int64_t rank_of_tile(int64_t number, int tile) const {
-    const int lane = threadIdx.x % 32;
-    int64_t low = 0, count = r;
-    while (count > 1) {
-      const int64_t step = ceil_div(count, 32), mine = low + lane * step;
-      const bool starts = lane * step < count && first_tile(mine, tile) <= number;
-      const int last = __popc(__ballot_sync(0xffffffffu, starts)) - 1;  // lane 0 always does
-      low += last * step;
-      count = min(step, count - last * step);
-    }
-    return low;
-  }
-};
 
 // ---- one operator call ---------------------------------------------------------------------------
 

@@ -92,7 +92,7 @@ const Support& ASideCall::support() {
   Support& s = support_;
   if (s.entry) return s;
   const Basis& b = p_.basis;
-  s.offset = b.a.offset, s.r = b.r, s.n = b.n, s.d = b.d;
+  s.offset = b.a.offset, s.step = 2, s.r = b.r, s.n = b.n, s.d = b.d;
   s.bases = ceil_div(b.n, 8) * 8, s.count = b.a.count;
   s.entry = scratch<int32_t>(device_, s.room());
   s.at = scratch<int32_t>(device_, s.r * s.d);

@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "a_side.h"
+#include "b_balanced.h"
 
 namespace randlora {
 namespace cuda {
@@ -87,25 +88,49 @@ void each_chunk(int64_t T, int64_t chunk, const F& fn) {
 // tokens the time that B takes to be read, 0.6 ps an element: they are even at T = 2.4 / density.
 bool by_gemm(const Basis& b, int64_t T) {
   if (!b.b_dense || T <= kFewTokens) return false;
-  return b.has_planes() || T * b.b_rows.count > 2 * b.D * b.K();
+  return !b.has_lists() || T * b.b_rows.count > 2 * b.D * b.K();
 }
 
-void b_up(const BSide& p, const void* V, void* y, bool accumulate, Device& device) {
-  const Basis& b = p.basis;
-  if (p.T == 0) return;
-  if (by_gemm(b, p.T))
-    return device.gemm({p.T, b.D, b.K(), V, b.b_dense, y, p.dtype, 1, false, accumulate});
-  b.has_planes() ? b_up_planes(p, V, y, 1, accumulate, device)
-                 : b_up_lists(p, V, y, 1, accumulate, device);
-}
+// The products of the B side, chunk after chunk of up to `most` tokens, by the form of B.
+class BSideCall {
+ public:
+  BSideCall(const Basis& basis, DType dtype, int64_t most, Device& device)
+      : b_(basis), dtype_(dtype), device_(device), balanced_({basis, dtype, most}, device) {}
 
-void b_down(const BSide& p, const void* x, void* U, Device& device) {
-  const Basis& b = p.basis;
-  if (p.T == 0) return;
-  if (by_gemm(b, p.T))
-    return device.gemm({p.T, b.K(), b.D, x, b.b_dense, U, p.dtype, 1, true, false});
-  b.has_planes() ? b_down_planes(p, x, U, device) : b_down_lists(p, x, U, device);
-}
+  // y (T, D) = V (T, K) B^T [+ y]
+  void up(const void* V, int64_t T, void* y, bool accumulate) {
+    if (T == 0) return;
+    device_.next_chunk();
+    if (by_gemm(b_, T))
+      device_.gemm({T, b_.D, b_.K(), V, b_.b_dense, y, dtype_, 1, false, accumulate});
+    else if (b_.has_balanced())
+      balanced_.up(V, T, y, accumulate);
+    else if (b_.has_planes())
+      b_up_planes({b_, dtype_, T}, V, y, 1, accumulate, device_);
+    else
+      b_up_lists({b_, dtype_, T}, V, y, 1, accumulate, device_);
+  }
+
+  // U (T, K) = x (T, D) B
+  void down(const void* x, int64_t T, void* U) {
+    if (T == 0) return;
+    device_.next_chunk();
+    if (by_gemm(b_, T))
+      device_.gemm({T, b_.K(), b_.D, x, b_.b_dense, U, dtype_, 1, true, false});
+    else if (b_.has_balanced())
+      balanced_.down(x, T, U);
+    else if (b_.has_planes())
+      b_down_planes({b_, dtype_, T}, x, U, device_);
+    else
+      b_down_lists({b_, dtype_, T}, x, U, device_);
+  }
+
+ private:
+  const Basis& b_;
+  const DType dtype_;
+  Recycled device_;
+  BalancedCall balanced_;
+};
 
 }  // namespace
 
@@ -115,15 +140,14 @@ void linear(const Linear& p, Device& device) {
   const int64_t chunk = chunk_of(b, p.T, p.dtype, device);
   ASideCall a({b, p.lam, p.gam, p.dtype, chunk}, p.scale, device);
   void* between = device.scratch(static_cast<size_t>(chunk * b.K() * bytes_of(p.dtype)));
-  Recycled for_b(device);
+  BSideCall b_side(b, p.dtype, chunk, device);
   each_chunk(p.T, chunk, [&](int64_t t, int64_t T) {
-    for_b.next_chunk();
     if (p.expand) {
       a.take(from(p.x, t, b.d, p.dtype), T);
       a.up(between);
-      b_up({b, p.dtype, T}, between, from(p.y, t, b.D, p.dtype), p.accumulate, for_b);
+      b_side.up(between, T, from(p.y, t, b.D, p.dtype), p.accumulate);
     } else {
-      b_down({b, p.dtype, T}, from(p.x, t, b.D, p.dtype), between, for_b);
+      b_side.down(from(p.x, t, b.D, p.dtype), T, between);
       a.down(between, T, from(p.y, t, b.d, p.dtype), p.accumulate);
     }
   });
@@ -138,17 +162,15 @@ void linear_backward(const LinearBackward& p, Device& device) {
   void* between = device.scratch(static_cast<size_t>(chunk * b.K() * bytes_of(p.dtype)));
   // The operands on the d side and on the D side.
   const void *z = p.expand ? p.x : p.dy, *large = p.expand ? p.dy : p.x;
-  Recycled for_b(device);
+  BSideCall b_side(b, p.dtype, chunk, device);
   each_chunk(p.T, chunk, [&](int64_t t, int64_t T) {
-    for_b.next_chunk();
-    const BSide side{b, p.dtype, T};
     a.take(from(z, t, b.d, p.dtype), T);
     if (!p.expand && p.dx) {
       a.up(between);
-      b_up(side, between, from(p.dx, t, b.D, p.dtype), p.accumulate, for_b);
+      b_side.up(between, T, from(p.dx, t, b.D, p.dtype), p.accumulate);
     }
     if (!p.expand && !grads) return;
-    b_down(side, from(large, t, b.D, p.dtype), between, for_b);
+    b_side.down(from(large, t, b.D, p.dtype), T, between);
     if (p.expand && p.dx) a.down(between, T, from(p.dx, t, b.d, p.dtype), p.accumulate);
     if (grads) a.grad(between, p.dlam, p.dgam, t > 0);
   });

@@ -1,8 +1,8 @@
-// torch.ops.randlora: generation of balanced bases, on the CPU alone.
+// torch.ops.randlora: generation of balanced bases.
 #include "../cpu/balanced.h"
 
 #include "../core/balanced_spec.h"
-#include "common.h"
+#include "backend.h"
 
 namespace randlora {
 namespace {
@@ -34,25 +34,45 @@ void fill_balanced_(Tensor offset, Tensor row, Tensor sign, int64_t seed, int64_
                  row.size(0), ", ", sign_words_of(n), "), got ", describe(sign));
   RANDLORA_CHECK(line_start >= 0 && line_start + lines <= limit, "line_start = ", line_start,
                  " with ", lines, " lines leaves the allowed range [0, 2^32)");
-  TorchRuntime runtime;
-  fill_balanced({static_cast<uint64_t>(seed), static_cast<uint32_t>(role), line_start, lines, r, q,
-                 n, t == ScalarType::Int, offset.mutable_data_ptr<int64_t>(),
-                 row.mutable_data_ptr(), static_cast<uint32_t*>(sign.mutable_data_ptr())},
-                runtime);
+  check_same_device(row, "row", offset, "offset");
+  check_same_device(sign, "sign", offset, "offset");
+  const FillBalanced p{static_cast<uint64_t>(seed),
+                       static_cast<uint32_t>(role),
+                       line_start,
+                       lines,
+                       r,
+                       q,
+                       n,
+                       t == ScalarType::Int,
+                       offset.mutable_data_ptr<int64_t>(),
+                       row.mutable_data_ptr(),
+                       static_cast<uint32_t*>(sign.mutable_data_ptr())};
+  if (runs_on_cuda(offset)) {
+    TorchDevice device(offset);
+    cuda_kernels().fill_balanced(p, device);
+  } else {
+    TorchRuntime runtime;
+    fill_balanced(p, runtime);
+  }
 }
 
 Tensor balanced_to_planes_op(Tensor offset, Tensor row, Tensor sign, int64_t rows, int64_t n) {
   const Balanced b = balanced_of(offset, row, sign, n);
   const int64_t r = offset.size(0) - 1, words = words_of(r * n);
   RANDLORA_CHECK(rows >= 0, "rows may not be negative, got ", rows);
-  for (int64_t j = 0; j < r; ++j)
+  for (int64_t j = 0; offset.is_cpu() && j < r; ++j)  // on a card rows are trusted
     for (int64_t p = b.offset[j]; p < b.offset[j + 1]; ++p)
       RANDLORA_CHECK(b.line(p) < rows && (p == b.offset[j] || b.line(p - 1) < b.line(p)), "row[", p,
                      "] is ", b.line(p), ", but the rows of a group must ascend below ", rows);
   const Tensor planes = allocate({2, rows, words}, ScalarType::Long, offset);
   auto* plus = static_cast<uint64_t*>(planes.mutable_data_ptr());
-  TorchRuntime runtime;
-  balanced_to_planes(b, rows, r, n, plus, plus + rows * words, runtime);
+  if (runs_on_cuda(offset)) {
+    TorchDevice device(offset);
+    cuda_kernels().balanced_to_planes(b, rows, r, n, plus, plus + rows * words, device);
+  } else {
+    TorchRuntime runtime;
+    balanced_to_planes(b, rows, r, n, plus, plus + rows * words, runtime);
+  }
   return planes;
 }
 
@@ -73,3 +93,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) { randlora::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(randlora, CUDA, m) { randlora::implement(m); }

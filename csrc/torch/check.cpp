@@ -71,12 +71,16 @@ Balanced balanced_of(const Tensor& offset, const Tensor& row, const Tensor& sign
                  "ceil(n / 32)) = (",
                  row.size(0), ", ", words, "), got ", describe(sign));
   const int64_t r = offset.size(0) - 1, *at = offset.const_data_ptr<int64_t>();
-  bool ascends = at[0] == 0 && at[r] == row.size(0);
-  for (int64_t j = 0; j < r; ++j) ascends &= at[j] <= at[j + 1];
-  RANDLORA_CHECK(ascends, "offset of a balanced matrix must ascend from 0 to ", row.size(0),
-                 ", the number of its rows");
+  if (offset.is_cpu()) {  // on a card the host would have to wait
+    bool ascends = at[0] == 0 && at[r] == row.size(0);
+    for (int64_t j = 0; j < r; ++j) ascends &= at[j] <= at[j + 1];
+    RANDLORA_CHECK(ascends, "offset of a balanced matrix must ascend from 0 to ", row.size(0),
+                   ", the number of its rows");
+  }
+  check_same_device(row, "row", offset, "offset");
+  check_same_device(sign, "sign", offset, "offset");
   return {at, row.const_data_ptr(), static_cast<const uint32_t*>(sign.const_data_ptr()), words,
-          t == ScalarType::Int};
+          t == ScalarType::Int, row.size(0)};
 }
 
 std::string describe(const Tensor& t) {
@@ -184,9 +188,6 @@ Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tenso
     return b;
   }
   if (count == 5) {
-    RANDLORA_CHECK(!runs_on_cuda(lam),
-                   "packed is balanced, which only the CPU kernels read; TernaryBasis.packed gives "
-                   "the same basis as lists or planes where the CUDA kernels compute");
     RANDLORA_CHECK(b.n <= 65536,
                    "packed: a balanced B serves up to n = 65536 bases, got n = ", b.n);
     RANDLORA_CHECK(
