@@ -4,7 +4,7 @@
     python benchmarks/approximate.py --real 60 --out ...     and real ones: 60 steps of full tuning
 
 The motivation of the paper (section 3), made a table for choosing a density: lambda and gamma are
-fitted to a target matrix by Adam, with bases of several ranks and densities, and the relative
+fitted to a target matrix by Adam, with bases of several ranks and kinds, and the relative
 error ||target - dW|| / ||target|| is put beside that of the best LoRA of as many parameters, which
 is the truncated singular value decomposition. A real target is what full fine-tuning on the demo's
 task changes in a layer of SmolLM2-135M.
@@ -12,6 +12,7 @@ task changes in a layer of SmolLM2-135M.
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,8 +20,16 @@ from record import write
 from tqdm import tqdm
 
 from randlora_ext import TernaryBasis, delta_weight
+from randlora_ext.cli.methods import density_of
+from randlora_ext.reference import delta_weight_reference
 
-DENSITIES = {"1/3": 1 / 3, "0.07": 0.07, "very_sparse": None}
+BASES = ["dense", "1/3", "1/8", "0.07", "1/16", "very_sparse", "balanced 1/4", "balanced 1/8",
+         "balanced 1/16"]  # fmt: skip
+
+
+def has(r: int, bases: str) -> bool:
+    """Whether there are such bases: balanced ones have q of r."""
+    return "balanced" not in bases or r % int(bases.partition("/")[2]) == 0
 
 
 def random_targets(size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -64,19 +73,35 @@ def lora_error(target: torch.Tensor, parameters: int) -> float:
     return math.sqrt(max(float(torch.lerp(rest[low], rest[low + 1], rank - low)), 0.0))
 
 
+def update_of(
+    bases: str, shape: tuple[int, int], r: int, seed: int
+) -> tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], int, int]:
+    """dW as a function of lambda (r, n) and gamma (n, d), and n and d."""
+    out_features, in_features = shape
+    d, D = min(shape), max(shape)
+    n = -(-d // r)
+    if bases == "dense":  # the paper's Gaussian ones, in plain PyTorch
+        make = torch.Generator().manual_seed(seed)
+        A, B = torch.randn(r, d, generator=make), torch.randn(D, r * n, generator=make)
+        return lambda lam, gam: delta_weight_reference(A, B, lam, gam, 1.0, *shape), n, d
+    support, _, density = bases.rpartition(" ")
+    value = density_of(density, d)
+    basis = TernaryBasis(in_features, out_features, r, value, seed, support or "independent")
+    return lambda lam, gam: delta_weight(basis, lam, gam), n, d
+
+
 def randlora_error(
-    target: torch.Tensor, r: int, density: float, steps: int, seed: int
+    target: torch.Tensor, r: int, bases: str, steps: int, seed: int
 ) -> tuple[float, int]:
     """(relative error, parameters) after fitting lambda and gamma with Adam, lr falling to zero."""
     target = target / target.norm()
-    out_features, in_features = target.shape
-    basis = TernaryBasis(in_features, out_features, r, density, seed)
+    update, n, d = update_of(bases, (target.shape[0], target.shape[1]), r, seed)
     # Started where dW has about the size of the target, so that one learning rate serves all.
     torch.manual_seed(seed)
-    lam = torch.randn(basis.r, basis.n).requires_grad_()
-    gam = torch.randn(basis.n, basis.d).requires_grad_()
+    lam = torch.randn(r, n).requires_grad_()
+    gam = torch.randn(n, d).requires_grad_()
     with torch.no_grad():
-        size = delta_weight(basis, lam, gam).norm()
+        size = update(lam, gam).norm()
         lam *= size**-0.5 * 0.5
         gam *= size**-0.5 * 0.5
     optimizer = torch.optim.Adam(
@@ -84,31 +109,32 @@ def randlora_error(
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        loss = (delta_weight(basis, lam, gam) - target).square().sum()
+        loss = (update(lam, gam) - target).square().sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
-    error = (delta_weight(basis, lam, gam) - target).norm().item()
+    error = (update(lam, gam) - target).norm().item()
     return error, lam.numel() + gam.numel()
 
 
-def run(targets: dict[str, torch.Tensor], ranks: list[int], steps: int, seeds: int) -> list[dict]:
-    cases = [(t, r, d) for t in targets for r in ranks for d in DENSITIES]
+def run(
+    targets: dict[str, torch.Tensor], ranks: list[int], bases: list[str], steps: int, seeds: int
+) -> list[dict]:
+    cases = [(t, r, b) for t in targets for r in ranks for b in bases if has(r, b)]
     rows = []
-    for name, r, density in tqdm(cases, unit="fit"):
+    for name, r, kind in tqdm(cases, unit="fit"):
         target = targets[name]
-        value = DENSITIES[density] or min(target.shape) ** -0.5
         errors = []
         for seed in range(seeds):
-            error, parameters = randlora_error(target, r, value, steps, seed)
+            error, parameters = randlora_error(target, r, kind, steps, seed)
             errors.append(error)
         rows.append(
             {
                 "target": name,
                 "shape": "x".join(map(str, target.shape)),
                 "r": r,
-                "density": density,
+                "bases": kind,
                 "parameters": parameters,
                 "share": parameters / target.numel(),
                 "randlora": sum(errors) / seeds,
@@ -129,9 +155,10 @@ def plot(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.6), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         mine = [row for row in rows if row["target"] == name]
-        for density in DENSITIES:
-            line = sorted((x["share"], x["randlora"]) for x in mine if x["density"] == density)
-            axis.plot(*zip(*line, strict=True), marker="o", label=f"RandLoRA, density {density}")
+        for bases in dict.fromkeys(row["bases"] for row in mine):
+            line = sorted((x["share"], x["randlora"]) for x in mine if x["bases"] == bases)
+            style = "s:" if "balanced" in bases else "o-"
+            axis.plot(*zip(*line, strict=True), style, label=f"RandLoRA, {bases}")
         line = sorted({(x["share"], x["lora"]) for x in mine})
         axis.plot(*zip(*line, strict=True), "k--", label="LoRA (best possible)")
         axis.set(title=f"{name} {mine[0]['shape']}", xlabel="trained parameters / matrix entries")
@@ -147,8 +174,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=256, help="of the random targets")
     parser.add_argument("--ranks", default="4,8,16,32", help="r of RandLoRA, comma separated")
+    parser.add_argument(
+        "--bases", default=",".join(BASES), help="a density, balanced DENSITY, dense"
+    )
     parser.add_argument("--steps", type=int, default=400, help="of Adam for each fit")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--real", type=int, metavar="N", help="add a real target: N training steps")
     parser.add_argument("--out", type=Path, help="write FILE.csv, FILE.json and FILE.png")
     args = parser.parse_args(arguments)
@@ -157,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.real:
         targets |= real_targets(args.real)
     ranks = [int(r) for r in args.ranks.split(",")]
-    rows = run(targets, ranks, args.steps, args.seeds)
+    rows = run(targets, ranks, args.bases.split(","), args.steps, args.seeds)
     for row in rows:
         cells = (f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values())
         print("  ".join(f"{c:>16}" for c in cells))

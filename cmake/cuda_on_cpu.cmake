@@ -13,6 +13,7 @@ if(cuda_sources)
   add_library(randlora_cuda_on_cpu STATIC ${cuda_sources})
   target_link_libraries(randlora_cuda_on_cpu PUBLIC cuda_on_cpu)
 endif()
+add_custom_target(cuda_tests)  # all of them
 
 function(randlora_cuda_test NAME)
   add_executable(test_cuda_${NAME} tests/cuda/test_${NAME}.cpp)
@@ -20,6 +21,7 @@ function(randlora_cuda_test NAME)
   if(TARGET randlora_cuda_on_cpu)
     target_link_libraries(test_cuda_${NAME} PRIVATE randlora_cuda_on_cpu)
   endif()
+  add_dependencies(cuda_tests test_cuda_${NAME})
   add_test(NAME cuda_${NAME} COMMAND test_cuda_${NAME})
   set_tests_properties(cuda_${NAME} PROPERTIES FIXTURES_SETUP cuda_kernels
     ENVIRONMENT CUDA_ON_CPU_KERNELS=${CMAKE_CURRENT_BINARY_DIR}/kernels/${NAME}.txt)
@@ -31,9 +33,25 @@ foreach(source ${cuda_tests})
   randlora_cuda_test(${name})
 endforeach()
 
-# All together they must have started every kernel there is.
 find_package(Python3 COMPONENTS Interpreter)
 if(Python3_FOUND)
+  file(GLOB core_headers CONFIGURE_DEPENDS csrc/core/*.h)
+  set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${core_headers})
+  execute_process(COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/nvcc.py --interface
+                  OUTPUT_VARIABLE interface OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
+
+  # For Python tests, as tests/cuda_on_cpu/build.py makes it, of the objects that are here already.
+  add_library(cuda_on_cpu_library SHARED EXCLUDE_FROM_ALL $<TARGET_OBJECTS:randlora_cuda_on_cpu>
+    csrc/cuda/table.cpp tests/cuda_on_cpu/context_on_cpu.cpp)
+  set_target_properties(cuda_on_cpu_library PROPERTIES OUTPUT_NAME randlora_cuda_on_cpu)
+  target_link_libraries(cuda_on_cpu_library PRIVATE cuda_on_cpu Threads::Threads)
+  target_link_options(cuda_on_cpu_library PRIVATE
+    "-Wl,--version-script=${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/exports.map")
+  target_compile_options(cuda_on_cpu_library PRIVATE ${interface})
+  target_compile_definitions(cuda_on_cpu_library PRIVATE RANDLORA_VERSION="${RANDLORA_VERSION}"
+    RANDLORA_CUDA_BUILD="${CMAKE_CXX_COMPILER_ID}, on the CPU")
+
+  # All tests together must have started every kernel there is.
   file(MAKE_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/kernels)
   add_test(NAME cuda_every_kernel COMMAND ${Python3_EXECUTABLE}
     ${CMAKE_CURRENT_SOURCE_DIR}/tests/cuda/every_kernel.py ${CMAKE_CURRENT_BINARY_DIR}/kernels)

@@ -30,10 +30,6 @@ add_custom_command(
   COMMENT "librandlora_cuda.so by ${RANDLORA_NVCC_PATH}" USES_TERMINAL VERBATIM)
 add_custom_target(randlora_cuda ALL DEPENDS ${library})
 
-file(GLOB core_headers CONFIGURE_DEPENDS csrc/core/*.h)
-set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${core_headers})
-execute_process(COMMAND ${Python3_EXECUTABLE} ${script} --interface OUTPUT_VARIABLE interface
-                OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
 add_executable(test_cuda_library tests/cpp/test_cuda_library.cpp)
 target_include_directories(test_cuda_library PRIVATE csrc)
 target_compile_options(test_cuda_library PRIVATE ${interface})

@@ -25,7 +25,7 @@ PATHS = {
 @dataclass
 class Method:
     name: str
-    density: str  # a label of stage.DENSITIES; "" where none matters
+    density: str  # a label of stage.DENSITIES, "balanced 1/8", or "" where none matters
     layer: nn.Module
     state: list[Tensor]  # what is there whatever happens: weights, adapters, bases
 
@@ -96,6 +96,9 @@ def all_methods(
     for density in DENSITIES:
         basis = TernaryBasis(*size, rank, density_of(density, min(size)))
         ways += [(path, density, functools.partial(Ours, base, basis, path)) for path in PATHS]
+    balanced = TernaryBasis(*size, rank, 1 / 8, support="balanced")
+    way = "factored, packed B"
+    ways.append((way, "balanced 1/8", functools.partial(Ours, base, balanced, way)))
     # Last: after a graph capture that fails, those that follow may fail too.
     ways.append(("PEFT RandLoRA as shipped", "", randlora))
     ways.append(("PEFT RandLoRA in bf16", "", lambda: randlora().to(torch.bfloat16)))

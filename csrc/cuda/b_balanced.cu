@@ -13,7 +13,6 @@
 // before a turn of 67 MB in and out, 40 us at 3.35 TB/s, less where a chunk stays in L2; down takes
 // panels of x besides, 25 us. A GEMM with a dense B takes 423 us each way.
 #include "b_balanced.h"
-
 #include "columns.h"
 
 namespace randlora {

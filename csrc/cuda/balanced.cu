@@ -9,7 +9,6 @@
 // hit caches, 3 us; spread_signs writes 4 MB in 16 bits, 2 us from L2; the planes are 4 MB, of two reads
 // an element, 34 M in L1: some 10 us.
 #include "balanced.h"
-
 #include "columns.h"
 #include "kernels.h"
 
@@ -100,8 +99,8 @@ void balanced_to_planes(const Balanced& b, int64_t rows, int64_t r, int64_t n, u
   const int64_t words = words_of(r * n);
   const int threads = min(256, device.max_threads);
   launch(device, "balanced_to_planes", planes_kernel,
-         dim3(static_cast<unsigned>(ceil_div(rows * words, threads))), threads, 0, b, s, words, plus,
-         minus);
+         dim3(static_cast<unsigned>(ceil_div(rows * words, threads))), threads, 0, b, s, words,
+         plus, minus);
 }
 
 }  // namespace cuda

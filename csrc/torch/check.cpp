@@ -79,8 +79,8 @@ Balanced balanced_of(const Tensor& offset, const Tensor& row, const Tensor& sign
   }
   check_same_device(row, "row", offset, "offset");
   check_same_device(sign, "sign", offset, "offset");
-  return {at, row.const_data_ptr(), static_cast<const uint32_t*>(sign.const_data_ptr()), words,
-          t == ScalarType::Int, row.size(0)};
+  return {at,    row.const_data_ptr(), static_cast<const uint32_t*>(sign.const_data_ptr()),
+          words, t == ScalarType::Int, row.size(0)};
 }
 
 std::string describe(const Tensor& t) {

@@ -30,8 +30,8 @@ struct BalancedB {
     if (filled) fill_balanced(fill, rt);
   }
   Balanced view() const {
-    return {fill.offset, fill.row,  fill.sign, sign_words_of(fill.n),
-            fill.wide,   fill.lines * fill.q};
+    return {fill.offset,           fill.row,  fill.sign,
+            sign_words_of(fill.n), fill.wide, fill.lines * fill.q};
   }
   // All that the three arrays hold.
   std::vector<unsigned char> raw() const {

@@ -2,11 +2,12 @@
 # The Python tests on the CUDA kernels, without a card: the CUDA library compiled for the CPU serves
 # CPU tensors (docs/cuda-on-cpu.md), so binding, checks, autograd and kernels are those of a card.
 #   bash tests/cuda/run_python_tests.sh [pytest arguments]
-# Needs g++ and the built extension; about four minutes on two cores.
+# Needs g++ and the built extension; about four minutes on two cores. RANDLORA_CUDA_LIBRARY may name the
+# library, where it has been built (CMake's target cuda_on_cpu_library).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-RANDLORA_CUDA_LIBRARY=$(python tests/cuda_on_cpu/build.py)
+RANDLORA_CUDA_LIBRARY=${RANDLORA_CUDA_LIBRARY:-$(python tests/cuda_on_cpu/build.py)}
 export RANDLORA_CUDA_LIBRARY RANDLORA_CUDA_SERVES_CPU=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export OMP_NUM_THREADS=1  # two processes on two cores
 python -c "
@@ -53,7 +54,7 @@ status=0
 others=$!
 "${run[@]}" -k "not wide" tests/test_{linear,delta_weight,merged_weight,scaled_basis,autograd}.py \
   tests/test_{nonfinite,packed,basis,basis_spec,slice,determinism,errors,layer,layer_merge,apply}.py \
-  tests/test_{peft,peft_adapters,peft_switch}.py || status=1
+  tests/test_{peft,peft_adapters,peft_switch,balanced,balanced_spec}.py || status=1
 wait "$others" || status=1
 cat "$log"
 exit $status

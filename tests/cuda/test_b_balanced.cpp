@@ -59,9 +59,9 @@ void delta(DType dtype, bool transposed) {
     const Array dW(dtype, D * f.d), dlam(compute, f.K), dgam(compute, f.n * f.d);
     cuda::delta_weight(
         {basis, lam.get(), gam.get(), nullptr, dW.get(), dtype, 0.5, transposed, false, 0}, device);
-    cuda::delta_weight_backward({basis, lam.get(), gam.get(), grad.get(), dtype, 0.5, transposed,
-                                 dlam.get(), dgam.get()},
-                                device);
+    cuda::delta_weight_backward(
+        {basis, lam.get(), gam.get(), grad.get(), dtype, 0.5, transposed, dlam.get(), dgam.get()},
+        device);
     for (const Array* a : {&dW, &dlam, &dgam}) {
       const auto raw = a->raw();
       results[decoded].insert(results[decoded].end(), raw.begin(), raw.end());
@@ -75,12 +75,12 @@ void tests() {
       // lines, r, q, n, wide, line_start, role
       {1, 1, 1, 1},
       {130, 8, 1, 5, false, 7},
-      {130, 8, 8, 33, true},                 // every group in every line
-      {97, 3, 2, 1, false, 1000000, 0},      // A
-      {257, 32, 4, 128},                     // a block has more lines than threads
-      {40, 32, 2, 129, true, 4294967000u},   // five words of signs, up to the last line there is
-      {3, 70, 9, 2},                         // r no multiple of four
-      {0, 4, 2, 8},                          // no lines
+      {130, 8, 8, 33, true},                // every group in every line
+      {97, 3, 2, 1, false, 1000000, 0},     // A
+      {257, 32, 4, 128},                    // a block has more lines than threads
+      {40, 32, 2, 129, true, 4294967000u},  // five words of signs, up to the last line there is
+      {3, 70, 9, 2},                        // r no multiple of four
+      {0, 4, 2, 8},                         // no lines
   };
   for (const Case& c : cases) same_as_on_the_cpu(c);
   for (const DType dtype : kTypes)
