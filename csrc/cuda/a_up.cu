@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(128)
     for (int h = 0; h < 2; ++h) {
       const int64_t c = i0 + wn + Tile::col(n, h);
       C factor = scale;
-      if (lam) factor = c < a.n ? lam[j * a.n + c] * scale : C(0);
+      if (lam && c < a.n) factor *= lam[j * a.n + c];
 #pragma unroll
       for (int m = 0; m < MI; ++m) tile.acc[m][n][h] *= factor, tile.acc[m][n][2 + h] *= factor;
     }
