@@ -13,6 +13,7 @@ task changes in a layer of SmolLM2-135M.
 import argparse
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -29,7 +30,8 @@ BASES = ["dense", "1/3", "1/8", "0.07", "1/16", "very_sparse", "balanced 1/4", "
 
 def has(r: int, bases: str) -> bool:
     """Whether there are such bases: balanced ones have q of r."""
-    return "balanced" not in bases or r % int(bases.partition("/")[2]) == 0
+    support, _, density = bases.rpartition(" ")
+    return support != "balanced" or (Fraction(density) * r).denominator == 1
 
 
 def random_targets(size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:

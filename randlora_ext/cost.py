@@ -21,11 +21,13 @@ B_SIDES = ("packed", "dense")
 
 
 # Up to so many tokens, or adds for an element of B, a CUDA call is bound by reading the basis, and
-# the packed one is the smallest. The same limits stand in csrc/cuda/linear.cu.
+# the packed one is the smallest. The same limits stand in csrc/cuda/linear.cu. (Of a balanced B the
+# signs are spread to values at every call, so few tokens pay for bytes that they hardly use.)
 PACKED_TOKENS = 16
 PACKED_ADDS = 2
-# The products of a balanced B take 2.4 times its density of a GEMM's time (csrc/cuda/b_balanced.cu).
-PACKED_BALANCED = 0.4
+# Of a balanced B both products take 280 us by 8 times the density, and turns 80, where two GEMMs
+# take 846 (csrc/cuda/b_balanced.cu): even at 0.34.
+PACKED_BALANCED = 1 / 3
 
 
 @dataclass(frozen=True)

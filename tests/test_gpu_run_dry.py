@@ -206,7 +206,7 @@ def test_without_peft_the_other_methods_are_measured(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     broken = []
     made = all_methods((48, 40), torch.device("cpu"), lambda *failure: broken.append(failure), 8)
-    assert {m.name for m in made} == {"frozen", *PATHS} and len(made) == 1 + 3 * len(PATHS)
+    assert {m.name for m in made} == {"frozen", *PATHS} and len(made) == 2 + 3 * len(PATHS)
     assert len(broken) == 4 and all("PEFT" in what or "LoRA" in what for what, _ in broken)
 
 
@@ -229,7 +229,7 @@ def test_the_whole_dry_run(tmp_path):
     assert list(kept["stages"]) == list(gpu_run.STAGES)
     rows = {name: stage["rows"] for name, stage in kept["stages"].items()}
     methods = {r["method"] for r in rows["layers"] if "step_ms" in r}
-    assert len(methods) == 9 and len([r for r in rows["layers"] if r.get("verified")]) == 36
+    assert len(methods) == 9 and len([r for r in rows["layers"] if r.get("verified")]) == 39
     assert {r["method"].split(",")[0] for r in rows["model"]} >= {"frozen", "ours", "LoRA r=8"}
     assert all(r["as_wanted"] for r in rows["sanitizer"])
     assert rows["checks"][0]["counts"]["passed"] > 10

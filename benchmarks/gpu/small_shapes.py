@@ -90,8 +90,11 @@ def main() -> None:
     dtypes, shapes = (DTYPES[:1], SHAPES[:1]) if options.dry else (DTYPES, SHAPES)
     for dtype in dtypes:  # time may end: bf16 over all shapes first
         for shape in shapes:
-            for density in (1 / 3, 0.07):
-                basis = TernaryBasis(*shape, density, seed=1)
+            r = shape[2]
+            for density, support in (
+                (1 / 3, "independent"), (0.07, "independent"), (2 / r, "balanced")
+            ):  # fmt: skip
+                basis = TernaryBasis(*shape, density, 1, support)
                 if dtype is dtypes[0]:
                     calls += bases(basis, device)
                 calls += operators(basis, dtype, device)

@@ -30,11 +30,14 @@ __device__ __forceinline__ int64_t lower_bound(const Index* index, int64_t begin
 }
 
 template <class Index>
-__global__ void find_entries(Lists<Index> a, Support s) {
+__global__ void find_entries(Lists<Index> a, Support s, int64_t* offset) {
   const int64_t x = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
   if (x >= s.r * s.d) return;
-  const int64_t j = x / s.d, k = x % s.d, first = s.first(j), size = s.size(j);
+  const int64_t j = x / s.d, k = x % s.d;
   const int64_t plus = a.plus(j), minus = a.minus(j), end = a.end(j);
+  const int64_t first = (plus / kGroup + j) * kGroup, size = end - plus;  // as Support has them
+  if (k == 0) offset[j] = plus;
+  if (x == 0) offset[s.r] = s.count;
   const int64_t in_plus = lower_bound(a.index, plus, minus, k);
   const int64_t in_minus = lower_bound(a.index, minus, end, k);
   const bool is_plus = plus + in_plus < minus && a.index[plus + in_plus] == k;
@@ -92,18 +95,19 @@ const Support& ASideCall::support() {
   Support& s = support_;
   if (s.entry) return s;
   const Basis& b = p_.basis;
-  s.offset = b.a.offset, s.step = 2, s.r = b.r, s.n = b.n, s.d = b.d;
+  auto* offset = scratch<int64_t>(device_, b.r + 1);
+  s.offset = offset, s.r = b.r, s.n = b.n, s.d = b.d;
   s.bases = ceil_div(b.n, 8) * 8, s.count = b.a.count;
   s.entry = scratch<int32_t>(device_, s.room());
   s.at = scratch<int32_t>(device_, s.r * s.d);
   const int threads = min(256, device_.max_threads);
   const dim3 grid(static_cast<unsigned>(ceil_div(s.r * s.d, threads)));
   if (b.wide)
-    launch(device_, "find_entries", find_entries<uint32_t>, grid, threads, 0, b.a.as<uint32_t>(),
-           s);
+    launch(device_, "find_entries", find_entries<uint32_t>, grid, threads, 0, b.a.as<uint32_t>(), s,
+           offset);
   else
-    launch(device_, "find_entries", find_entries<uint16_t>, grid, threads, 0, b.a.as<uint16_t>(),
-           s);
+    launch(device_, "find_entries", find_entries<uint16_t>, grid, threads, 0, b.a.as<uint16_t>(), s,
+           offset);
   return s;
 }
 

@@ -71,7 +71,7 @@ __global__ void planes_kernel(Balanced b, Support s, int64_t words, uint64_t* pl
 
 Support support_of(const Balanced& b, int64_t lines, int64_t r, int64_t n, Device& device) {
   Support s = {};
-  s.offset = b.offset, s.step = 1, s.r = r, s.n = n, s.d = lines;
+  s.offset = b.offset, s.r = r, s.n = n, s.d = lines;
   s.bases = ceil_div(n, 8) * 8, s.count = b.count;
   s.entry = scratch<int32_t>(device, s.room());
   s.at = scratch<int32_t>(device, s.r * s.d);

@@ -84,7 +84,8 @@ void each_chunk(int64_t T, int64_t chunk, const F& fn) {
   } while (t < T);
 }
 
-// Few tokens read packed bases only. Signed sums take some 0.25 ps an entry and token, a GEMM of few
+// Few tokens read packed bases only (of a balanced one they spread the signs first); where the caller
+// brings a dense B beside planes or a balanced one, more tokens take it. Signed sums take some 0.25 ps an entry and token, a GEMM of few
 // tokens the time that B takes to be read, 0.6 ps an element: they are even at T = 2.4 / density.
 bool by_gemm(const Basis& b, int64_t T) {
   if (!b.b_dense || T <= kFewTokens) return false;

@@ -17,8 +17,7 @@ constexpr int kGroup = 32;  // the entries of a rank index are padded to whole g
 
 // The entries, ascending by feature, rank index after rank index.
 struct Support {
-  const int64_t* offset;  // where those of rank index j begin: offset[step j]
-  int step;
+  const int64_t* offset;  // (r + 1): where those of rank index j begin
   int64_t r, n, d;
   int64_t bases;   // n padded to whole pieces of 16 bytes
   int64_t count;   // of entries
@@ -29,11 +28,9 @@ struct Support {
   // Entries of j begin at first(j). That leaves room for whole groups without a sum over the j before.
   __host__ __device__ int64_t room() const { return (count / kGroup + r) * kGroup; }
   __device__ __forceinline__ int64_t first(int64_t j) const {
-    return (offset[step * j] / kGroup + j) * kGroup;
+    return (offset[j] / kGroup + j) * kGroup;
   }
-  __device__ __forceinline__ int64_t size(int64_t j) const {
-    return offset[step * (j + 1)] - offset[step * j];
-  }
+  __device__ __forceinline__ int64_t size(int64_t j) const { return offset[j + 1] - offset[j]; }
   // How many entries of j lie before feature k.
   __device__ __forceinline__ int before(int64_t j, int64_t k) const {
     if (k >= d) return static_cast<int>(size(j));
@@ -45,7 +42,7 @@ struct Support {
   // without a sum, too. `tiles` of them, some of which are empty.
   int64_t tiles(int tile) const { return count / tile + r; }
   __device__ __forceinline__ int64_t first_tile(int64_t j, int tile) const {
-    return offset[step * j] / tile + j;
+    return offset[j] / tile + j;
   }
   // The j of a tile; all lanes of the warp search together, 32 steps at a time.
   __device__ __forceinline__ int64_t rank_of_tile(int64_t number, int tile) const {

@@ -182,5 +182,8 @@ def packed_bytes(basis: TernaryBasis) -> float:
     a_side = 8 * (2 * basis.r + 1) + position * basis.density * basis.r * basis.d
     if basis.format == "planes":
         return a_side + 16 * basis.D * -(-basis.K // 64)
+    if basis.format == "balanced":
+        entry = position + 4 * -(-basis.n // 32)
+        return a_side + 8 * (basis.r + 1) + basis.density * basis.r * basis.D * entry
     offsets = 8 * (2 * basis.D + 1) + 8 * (2 * basis.K + 1)
     return a_side + offsets + 2 * position * basis.density * basis.D * basis.K

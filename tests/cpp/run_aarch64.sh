@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 build=${1:-build-aarch64}
-tests="basis packing stochastic kernels"
+tests="basis balanced packing stochastic kernels"
 cmake -S . -B "$build" -DRANDLORA_NVCC=OFF \
   -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
   -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \

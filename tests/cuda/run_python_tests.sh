@@ -13,7 +13,7 @@ export OMP_NUM_THREADS=1  # two processes on two cores
 python -c "
 import randlora_ext
 status = randlora_ext.build_info()['cuda']
-raise SystemExit(status if status.startswith('not loaded') else 0)"
+raise SystemExit(0 if status.endswith('on the CPU') else status)"
 
 # What holds of the CPU kernels only, and why.
 cpu_only=(

@@ -78,7 +78,7 @@ void tests() {
       {130, 8, 8, 33, true},                // every group in every line
       {97, 3, 2, 1, false, 1000000, 0},     // A
       {257, 32, 4, 128},                    // a block has more lines than threads
-      {40, 32, 2, 129, true, 4294967000u},  // five words of signs, up to the last line there is
+      {40, 32, 2, 129, true, 4294967256u},  // five words of signs, up to the last line there is
       {3, 70, 9, 2},                        // r no multiple of four
       {0, 4, 2, 8},                         // no lines
   };

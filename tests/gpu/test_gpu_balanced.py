@@ -74,6 +74,14 @@ def test_linear_in_float64(device, shape, path, b_side):
                 assert largest_error(got[name], want[name]) <= FP64, (name, tokens)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [(2100, 2300), (2300, 2100)], ids=str)
+def test_large_tiles_and_parts(card, sizes, dtype):
+    """Sizes at which a card with any number of multiprocessors takes the large tiles."""
+    layer = make_layer(*sizes, 32, 1 / 8, 2100, dtype, support="balanced")
+    assert_parity(run_linear(layer, "factored", "packed", card), layer, "factored")
+
+
 @pytest.mark.parametrize("path, b_side", PATHS[:3], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(64, 64, 8, 1), (50, 37, 7, 3), (37, 130, 16, 4)], ids=str)
