@@ -32,8 +32,8 @@ void same_as_on_the_cpu(const Case& c) {
   cuda::balanced_to_planes(got.view(), c.lines, c.r, c.n, plus, plus + count, device);
   balanced_to_planes(want.view(), c.lines, c.r, c.n, of_cpu.data(), of_cpu.data() + count, rt);
   add_to_digest(plus, 2 * count * 8);
-  EXPECT(!std::memcmp(plus, of_cpu.data(), 2 * count * 8), "planes: lines %ld r %ld q %ld n %ld",
-         long(c.lines), long(c.r), long(c.q), long(c.n));
+  EXPECT(count == 0 || !std::memcmp(plus, of_cpu.data(), 2 * count * 8),
+         "planes: lines %ld r %ld q %ld n %ld", long(c.lines), long(c.r), long(c.q), long(c.n));
 }
 
 void delta(DType dtype, bool transposed) {
