@@ -65,7 +65,7 @@ class TernaryBasis:
     Source: paper section 4.3 (sparse bases) and PEFT's ``_init_randlora_A_randlora_B_sparse``.
     """
 
-    _packed: dict[torch.device, Packed]
+    _packed: dict[Any, Packed]  # by torch.device
     _dense: dict[tuple, Packed]
     _paths: dict[tuple, Any]  # of cost.py
     _trace_pack: ClassVar[Callable[..., str]]  # this and the next are methods that tracing.py adds
@@ -188,11 +188,13 @@ class TernaryBasis:
             from . import tracing
 
             return tracing.packed(self, torch.device(device)).tensors
-        device = with_index(torch.device(device))
-        if device not in self._packed:
-            key = (self._matrices(), device)
-            self._packed[device] = shared(key, device, lambda: self._pack(device))
-        return self._packed[device].tensors
+        held = self._packed.get(device)  # at once where it is that of a tensor, as in training
+        if held is None:
+            on = with_index(torch.device(device))
+            if on not in self._packed:
+                self._packed[on] = shared((self._matrices(), on), on, lambda: self._pack(on))
+            held = self._packed[on]
+        return held.tensors
 
     def dense_b(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """B (D, K) unscaled (-1, 0, +1), made once and shared like `packed`: for GEMMs on CUDA."""

@@ -258,10 +258,14 @@ class _EagerLinear(torch.autograd.Function):
         return *_linear_gradients(ctx, dy), None, None, None, None, None
 
 
+# Without torch's wrapper of it, which looks for transforms once more.
+_apply_eager = super(torch.autograd.Function, _EagerLinear).apply
+
+
 def linear(*inputs):
     """`torch.ops.randlora.linear`, by the shorter way where autograd alone is at work."""
     if torch._C._are_functorch_transforms_active():
         return transforms.apply(_transformed_linear, *inputs)
     if torch.compiler.is_compiling():
         return _ops.linear(*inputs)
-    return _EagerLinear.apply(*inputs)
+    return _apply_eager(*inputs)

@@ -83,7 +83,7 @@ def test_arch_list_refused(nvcc, text):
 
 def test_default_is_what_nvcc_knows(nvcc, fake):
     script = fake()
-    assert nvcc.architectures(script) == ["sm_80", "sm_86", "sm_90", "compute_90"]
+    assert nvcc.architectures(script) == ["sm_80", "sm_86", "sm_90", "compute_80"]
     assert nvcc.architectures(script, nvcc.FEW) == ["sm_80", "compute_80"]
     with pytest.raises(nvcc.BuildError, match="none of sm_100"):
         nvcc.architectures(script, ["sm_100"])
@@ -91,6 +91,8 @@ def test_default_is_what_nvcc_knows(nvcc, fake):
 
 def test_first_half_is_shared(nvcc):
     assert nvcc.gencode("sm_86") == "-gencode=arch=compute_80,code=sm_86"
+    assert nvcc.gencode("sm_90") == "-gencode=arch=compute_80,code=sm_90"
+    assert nvcc.gencode("sm_121") == "-gencode=arch=compute_100,code=sm_121"
     assert nvcc.gencode("sm_90a") == "-gencode=arch=compute_90a,code=sm_90a"
     assert nvcc.gencode("compute_120") == "-gencode=arch=compute_120,code=compute_120"
 
@@ -158,7 +160,7 @@ def test_forced_off_and_nonsense(nvcc, fake, monkeypatch):
 def test_with_nvcc(nvcc, fake):
     fake()
     library, about = nvcc.build_as_asked(True)
-    assert library.exists() and about.endswith("sm_80 sm_86 sm_90 compute_90")
+    assert library.exists() and about.endswith("sm_80 sm_86 sm_90 compute_80")
     library, about = nvcc.build_as_asked(False)
     assert library.exists() and about.endswith("13.0.88: sm_80 compute_80")
 

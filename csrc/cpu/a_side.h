@@ -32,20 +32,25 @@ void a_up_lists(const Lists<Index>& a, int64_t r, int64_t n, const typename B::C
     const int64_t plus = a.plus(j), minus = a.minus(j), end = a.end(j);
     tiles(0, n, [&](auto rows, int64_t i) RANDLORA_INLINED {
       V acc[rows][B::NV] = {};
-      for (int64_t p = plus; p < minus; ++p) {
-        const C *g = gT + a.index[p] * ldg + i, *zk = z + int64_t(a.index[p]) * B::TB;
+      const auto add = [&](int64_t first, int64_t last) RANDLORA_INLINED {
+        for (int64_t p = first; p < last; ++p) {
+          const C *g = gT + a.index[p] * ldg + i, *zk = z + int64_t(a.index[p]) * B::TB;
+          unrolled<rows>([&](auto m) RANDLORA_INLINED {
+            for (int q = 0; q < B::NV; ++q)
+              acc[m][q] = add_product(acc[m][q], g[m], load<V>(zk + q * B::L));
+          });
+        }
+      };
+      const auto negate = [&] {
         unrolled<rows>([&](auto m) RANDLORA_INLINED {
-          for (int q = 0; q < B::NV; ++q)
-            acc[m][q] = add_product(acc[m][q], g[m], load<V>(zk + q * B::L));
+          for (int q = 0; q < B::NV; ++q) acc[m][q] = -acc[m][q];
         });
-      }
-      for (int64_t p = minus; p < end; ++p) {
-        const C *g = gT + a.index[p] * ldg + i, *zk = z + int64_t(a.index[p]) * B::TB;
-        unrolled<rows>([&](auto m) RANDLORA_INLINED {
-          for (int q = 0; q < B::NV; ++q)
-            acc[m][q] = subtract_product(acc[m][q], g[m], load<V>(zk + q * B::L));
-        });
-      }
+      };
+      // Signs are turned between the runs, not in them: to negate every gamma would cost a third.
+      add(plus, minus);
+      negate();
+      add(minus, end);
+      negate();
       const int64_t c = j * n + i;
       unrolled<rows>([&](auto m) RANDLORA_INLINED {
         for (int q = 0; q < B::NV; ++q)
@@ -66,27 +71,25 @@ void a_down_lists(const Lists<Index>& a, int64_t j, int64_t n, const typename B:
   for (int64_t i = 0; i < n; ++i)
     for (int q = 0; q < B::NV; ++q)
       store(scaled + i * B::TB + q * B::L, load<V>(u + i * B::TB + q * B::L) * lam[i]);
-  const auto scatter = [&](int64_t first, int64_t last, C sign) {
-    tiles(first, last, [&](auto rows, int64_t p) RANDLORA_INLINED {
-      V acc[rows][B::NV] = {};
-      const C* g[rows];
-      unrolled<rows>([&](auto m) RANDLORA_INLINED { g[m] = gT + a.index[p + m] * ldg; });
-      for (int64_t i = 0; i < n; ++i) {
-        unrolled<rows>([&](auto m) RANDLORA_INLINED {
-          for (int q = 0; q < B::NV; ++q)
-            acc[m][q] = add_product(acc[m][q], g[m][i], load<V>(scaled + i * B::TB + q * B::L));
-        });
-      }
+  const int64_t minus = a.minus(j);
+  tiles(a.plus(j), a.end(j), [&](auto rows, int64_t p) RANDLORA_INLINED {
+    V acc[rows][B::NV] = {};
+    const C* g[rows];
+    unrolled<rows>([&](auto m) RANDLORA_INLINED { g[m] = gT + a.index[p + m] * ldg; });
+    for (int64_t i = 0; i < n; ++i) {
       unrolled<rows>([&](auto m) RANDLORA_INLINED {
-        for (int q = 0; q < B::NV; ++q) {
-          C* to = z + int64_t(a.index[p + m]) * B::TB + q * B::L;
-          store(to, load<V>(to) + sign * acc[m][q]);
-        }
+        for (int q = 0; q < B::NV; ++q)
+          acc[m][q] = add_product(acc[m][q], g[m][i], load<V>(scaled + i * B::TB + q * B::L));
       });
+    }
+    unrolled<rows>([&](auto m) RANDLORA_INLINED {
+      const C sign = p + m < minus ? C(1) : C(-1);
+      for (int q = 0; q < B::NV; ++q) {
+        C* to = z + int64_t(a.index[p + m]) * B::TB + q * B::L;
+        store(to, load<V>(to) + sign * acc[m][q]);
+      }
     });
-  };
-  scatter(a.plus(j), a.minus(j), C(1));
-  scatter(a.minus(j), a.end(j), C(-1));
+  });
 }
 
 // ut[t][i] = u[i][t] for the n rows of one rank index; ut is (TB, ldg), zero-padded in i.
@@ -152,14 +155,13 @@ void a_down(const Basis& b, int64_t j, const typename B::C* lam, const typename 
          : a_down_lists<B>(b.a.as<uint16_t>(), j, b.n, lam, gT, ldg, u, scaled, z);
 }
 
-// P and ut are those of all rank indices: P (positions, ldg), ut (r, TB, ldg).
+// P (positions, ldg) is that of all rank indices, ut (TB, ldg) that of j.
 template <class B>
 void a_grad(const Basis& b, int64_t j, int64_t ldg, int64_t tokens, const typename B::C* z,
             const typename B::C* ut, typename B::C* P, bool fresh) {
   const auto run = [&](const auto& a) {
     const int64_t first = a.plus(j), support = a.end(j) - first;
-    a_grad_lists<B>(a.index + first, support, ldg, tokens, z, ut + j * B::TB * ldg, P + first * ldg,
-                    fresh);
+    a_grad_lists<B>(a.index + first, support, ldg, tokens, z, ut, P + first * ldg, fresh);
   };
   b.wide ? run(b.a.as<uint32_t>()) : run(b.a.as<uint16_t>());
 }

@@ -22,32 +22,25 @@ struct Blocks {
   int64_t dst_step;
 };
 
-// acc += sum of src rows index[0 .. count); two chains of adds hide their latency.
-template <class B, class Index>
-RANDLORA_INLINE void add_rows(const Index* index, int64_t count, const typename B::C* src,
-                              typename B::V (&acc)[B::NV]) {
-  using V = typename B::V;
-  V even[B::NV] = {}, odd[B::NV] = {};
-  int64_t p = 0;
-  for (; p + 2 <= count; p += 2)
-    for (int q = 0; q < B::NV; ++q) {
-      even[q] += load<V>(src + int64_t(index[p]) * B::TB + q * B::L);
-      odd[q] += load<V>(src + int64_t(index[p + 1]) * B::TB + q * B::L);
-    }
-  for (int q = 0; q < B::NV; ++q) {
-    if (p < count) even[q] += load<V>(src + int64_t(index[p]) * B::TB + q * B::L);
-    acc[q] += even[q] + odd[q];
-  }
-}
-
+// acc += sum of src rows plus[..] - sum of src rows minus[..]. The two runs go side by side: two chains
+// of adds hide their latency, and their lengths, which no processor can foretell, end one loop.
 template <class B, class Index>
 RANDLORA_INLINE void sum_line(const Index* plus, int64_t n_plus, const Index* minus,
                               int64_t n_minus, const typename B::C* src,
                               typename B::V (&acc)[B::NV]) {
-  typename B::V negative[B::NV] = {};
-  add_rows<B>(plus, n_plus, src, acc);
-  add_rows<B>(minus, n_minus, src, negative);
-  for (int q = 0; q < B::NV; ++q) acc[q] -= negative[q];
+  using V = typename B::V;
+  V positive[B::NV] = {}, negative[B::NV] = {};
+  const auto add = [&](V(&to)[B::NV], const Index* index, int64_t p) RANDLORA_INLINED {
+    for (int q = 0; q < B::NV; ++q) to[q] += load<V>(src + int64_t(index[p]) * B::TB + q * B::L);
+  };
+  const int64_t both = n_plus < n_minus ? n_plus : n_minus;
+  for (int64_t p = 0; p < both; ++p) {
+    add(positive, plus, p);
+    add(negative, minus, p);
+  }
+  for (int64_t p = both; p < n_plus; ++p) add(positive, plus, p);
+  for (int64_t p = both; p < n_minus; ++p) add(negative, minus, p);
+  for (int q = 0; q < B::NV; ++q) acc[q] += positive[q] - negative[q];
 }
 
 template <class B, class Index>

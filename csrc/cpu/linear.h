@@ -98,7 +98,7 @@ void emit_up(const Basis& b, const Cut& cut, Slot<B>& s, int64_t first, int coun
 }
 
 // u = columns of B times s.large, then per block and rank index fn(g, j, u of j). From lists one
-// rank index at a time, so that its u is still in the L1 cache when fn reads it.
+// rank index at a time, in the same place, so that u never leaves the L1 cache.
 template <class B, class F>
 void down(const Basis& b, Slot<B>& s, int count, const F& fn) {
   const Blocks<typename B::C> on{count, s.large, s.large_step, s.mid, s.mid_step};
@@ -106,8 +106,11 @@ void down(const Basis& b, Slot<B>& s, int count, const F& fn) {
   if (b.has_balanced()) balanced_down<B>(b, on, s.signs);
   for (int64_t j = 0; j < b.r; ++j)
     for (int g = 0; g < count; ++g) {
-      auto* u = s.mid + g * s.mid_step + j * b.n * B::TB;
-      if (b.has_lists()) b_down<B>(b, j * b.n, (j + 1) * b.n, s.large + g * s.large_step, u);
+      auto* u = s.mid + g * s.mid_step;
+      if (b.has_lists())
+        b_down<B>(b, j * b.n, (j + 1) * b.n, s.large + g * s.large_step, u);
+      else
+        u += j * b.n * B::TB;
       fn(g, j, u);
     }
 }

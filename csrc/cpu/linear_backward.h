@@ -8,12 +8,22 @@
 //   phase 1, blocks per slot          dx; keeps z (the d-side operand) and U of the super-block
 //   phase 2, rank indices per slot    P_j += U_j^T z[:, S_j], block after block
 //   at the end                        dlam and dgam from P, bases per slot
-// so no sum is ever split between threads, and scratch is bounded whatever T is.
+// so no sum is ever split between threads, and scratch is bounded whatever T is. Where one block is
+// all there is, P_j is made as soon as U_j is there, and U is not kept.
 #pragma once
 #include "linear.h"
 
 namespace randlora {
 namespace RANDLORA_ISA {
+
+// Columns of dgamma that reduce_P sums at a time: as many as leave half the L1 cache, so that a run
+// of A's lists has more than an entry or two of them.
+template <class C>
+RANDLORA_INLINE int64_t tile_columns(int64_t ldg) {
+  constexpr int64_t lanes = kVectorBytes / int(sizeof(C));
+  const int64_t fit = 16384 / (ldg * int64_t{sizeof(C)}) / lanes * lanes;
+  return fit > lanes ? fit : lanes;
+}
 
 template <class B>
 struct BackwardScratch {
@@ -21,42 +31,46 @@ struct BackwardScratch {
   C* gT;            // (d, ldg): gamma transposed
   C* P;             // (positions of A, ldg): row p belongs to the p-th entry of A's lists
   C* z;             // (super, d, TB)
-  C* ut;            // (super, r, TB, ldg)
+  C* ut;            // (super, r, TB, ldg), or of one block (TB, ldg): U of one rank index
   C *lam, *dlam;    // (r, ldg) each: lambda times the scale, and the gradient without it
-  C* tile;          // (L, ldg): L columns of dgamma, transposed
+  C* tile;          // (tile_columns, ldg): some columns of dgamma, transposed
   int64_t* cursor;  // (threads, 2 r): where each run of A's lists stands
   BackwardScratch(const Basis& b, int64_t super, int threads, Arena& arena) {
     const int64_t ldg = gamma_stride<C>(b);
     gT = arena.take<C>(b.d * ldg);
     lam = arena.take<C>(b.r * ldg);
     dlam = arena.take<C>(b.r * ldg);
-    tile = arena.take<C>(kVectorBytes / int64_t{sizeof(C)} * ldg);
+    tile = arena.take<C>(tile_columns<C>(ldg) * ldg);
     cursor = arena.take<int64_t>(threads * 2 * b.r);
     P = arena.take<C>(b.a.offset[2 * b.r] * ldg);
     z = arena.take<C>(super * b.d * B::TB);
-    ut = arena.take<C>(super * b.r * B::TB * ldg);
+    ut = arena.take<C>((super > 1 ? super * b.r : 1) * B::TB * ldg);
   }
 };
 
-// Phase 1 for blocks [first, first + count); z and ut are those of `first` on.
+// Phase 1 for blocks [first, first + count), whose z and ut are at `at` in those of `w`.
 template <class B>
-void backward_group(const LinearBackward& p, const Cut& cut, Slot<B>& s, const typename B::C* gT,
-                    int64_t first, int count, typename B::C* z, typename B::C* ut) {
+void backward_group(const LinearBackward& p, const Cut& cut, Slot<B>& s,
+                    const BackwardScratch<B>& w, int64_t first, int count, int64_t at) {
   using C = typename B::C;
   const Basis& b = p.basis;
   const bool grads = p.dlam != nullptr;
-  const C* lam = static_cast<const C*>(p.lam);
+  const C *lam = static_cast<const C*>(p.lam), *gT = w.gT;
   const int64_t ldg = gamma_stride<C>(b), z_step = b.d * B::TB, ut_step = b.r * B::TB * ldg;
+  C *z = w.z + at * z_step, *ut = w.ut + at * ut_step;
   const auto load = [&](const void* from, int64_t features, C* to, int64_t step) {
     for (int g = 0; g < count; ++g)
       load_block<B>(from, p.dtype, (first + g) * B::TB, features, cut.tokens(first + g),
                     to + g * step);
   };
   const auto keep = [&](int g, int64_t j, const C* u) {
-    transpose_bases<B>(u, b.n, ldg, ut + g * ut_step + j * B::TB * ldg);
+    if (cut.blocks > 1) return transpose_bases<B>(u, b.n, ldg, ut + g * ut_step + j * B::TB * ldg);
+    transpose_bases<B>(u, b.n, ldg, ut);
+    a_grad<B>(b, j, ldg, cut.tokens(0), z, ut, w.P, true);
   };
   if (p.expand) {
     load(p.dy, b.D, s.large, s.large_step);
+    if (grads) load(p.x, b.d, z, z_step);
     if (p.dx) __builtin_memset(s.small, 0, size_t(count * s.small_step) * sizeof(C));
     down<B>(b, s, count, [&](int g, int64_t j, const C* u) {
       if (p.dx) a_down<B>(b, j, lam + j * b.n, gT, ldg, u, s.scaled, s.small + g * s.small_step);
@@ -66,7 +80,6 @@ void backward_group(const LinearBackward& p, const Cut& cut, Slot<B>& s, const t
       for (int g = 0; g < count; ++g)
         store_block<B>(s.small + g * s.small_step, C(p.scale), p.accumulate, cut.tokens(first + g),
                        b.d, p.dx, p.dtype, (first + g) * B::TB, b.d, 0);
-    if (grads) load(p.x, b.d, z, z_step);
   } else {
     load(p.dy, b.d, z, z_step);
     if (p.dx) {
@@ -105,8 +118,9 @@ void reduce_P(const LinearBackward& p, const Lists<Index>& a, const BackwardScra
       }
     int64_t* cursor = w.cursor + slot * 2 * b.r;
     for (int64_t run = 0; run < 2 * b.r; ++run) cursor[run] = a.offset[run];
-    for (int64_t first = 0; first < b.d; first += L) {
-      const int64_t columns = b.d - first < L ? b.d - first : L;
+    const int64_t step = tile_columns<C>(ldg);
+    for (int64_t first = 0; first < b.d; first += step) {
+      const int64_t columns = b.d - first < step ? b.d - first : step;
       for (int64_t k = 0; k < columns; ++k)
         for (int64_t i = begin; i < end; i += L) store(w.tile + k * ldg + i, V{});
       for (int64_t run = 0; run < 2 * b.r; ++run) {
@@ -161,16 +175,15 @@ void linear_backward_blocks(const LinearBackward& p, Runtime& rt) {
       Slot<B> s(b, cut.group, own);
       for (int64_t first = base + slot * cut.group; first < last; first += cut.slots * cut.group) {
         const int count = int(last - first < cut.group ? last - first : cut.group);
-        backward_group<B>(p, cut, s, w.gT, first, count, w.z + (first - base) * z_step,
-                          w.ut + (first - base) * ut_step);
+        backward_group<B>(p, cut, s, w, first, count, first - base);
       }
     });
-    if (!grads) continue;
+    if (!grads || cut.blocks == 1) continue;
     rt.split(b.r, 1, [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j)
         for (int64_t block = base; block < last; ++block)
           a_grad<B>(b, j, ldg, cut.tokens(block), w.z + (block - base) * z_step,
-                    w.ut + (block - base) * ut_step, w.P, block == 0);
+                    w.ut + (block - base) * ut_step + j * B::TB * ldg, w.P, block == 0);
     });
   }
   if (!grads) return;

@@ -55,7 +55,7 @@ RANDLORA_INLINE void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
-// c + a * b and c - a * b, rounded once where the set has fused instructions. Spelled out because
+// c + a * b, rounded once where the set has fused instructions. Spelled out because
 // compilers decide loop by loop whether to fuse: then a token's last bit would depend on the tile
 // and on the block width that computed it.
 #if defined(__FMA__)
@@ -91,14 +91,10 @@ RANDLORA_INLINE V fused(V a, V b, V c) {
   return c + a * b;
 }
 #endif
-// a times the scalar s, added to or subtracted from c.
+// c plus a times the scalar s.
 template <class V, class C>
 RANDLORA_INLINE V add_product(V c, C s, V a) {
   return fused(s - V{}, a, c);  // s - 0: broadcast without an addition that -0 would forbid to drop
-}
-template <class V, class C>
-RANDLORA_INLINE V subtract_product(V c, C s, V a) {
-  return fused(-(s - V{}), a, c);
 }
 
 // ---- storage types: `lanes` consecutive elements widened to the compute type, and back ----------

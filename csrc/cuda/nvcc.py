@@ -106,7 +106,8 @@ def parse_arch_list(text: str) -> list[str]:
 
 
 def architectures(nvcc: str, default: list[str] = ALL) -> list[str]:
-    """Those of TORCH_CUDA_ARCH_LIST; else of `default` what nvcc knows, and PTX of the last."""
+    """Those of TORCH_CUDA_ARCH_LIST; else of `default` what nvcc knows, and the PTX of the last,
+    which runs on all that is newer."""
     known = supported(nvcc)
     if text := os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip():
         archs = parse_arch_list(text)
@@ -119,13 +120,15 @@ def architectures(nvcc: str, default: list[str] = ALL) -> list[str]:
     archs = [a for a in default if a in known]
     if not archs:
         raise BuildError(f"nvcc {nvcc_version(nvcc)} compiles for none of {', '.join(default)}")
-    return [*archs, archs[-1].replace("sm_", "compute_")]
+    return [*archs, virtual(archs[-1])]
 
 
 def virtual(arch: str) -> str:
-    """What nvcc's first half compiles for: 8.6 and 8.9 share it with 8.0, having nothing more that
-    the kernels use."""
-    return re.sub(r"^sm_8\d$", "compute_80", arch).replace("sm_", "compute_")
+    """What nvcc's first half, which takes most of its time, compiles for: one of two, as the kernels
+    use nothing that came after 8.0, but for limits of their own from 10.0 on (b_lists.cu)."""
+    shared = re.sub(r"^sm_[89]\d$", "compute_80", arch)
+    shared = re.sub(r"^sm_1\d\d$", "compute_100", shared)
+    return shared.replace("sm_", "compute_")
 
 
 def gencode(arch: str) -> str:
