@@ -124,8 +124,9 @@ def architectures(nvcc: str, default: list[str] = ALL) -> list[str]:
 
 
 def virtual(arch: str) -> str:
-    """What nvcc's first half, which takes most of its time, compiles for: one of two, as the kernels
-    use nothing that came after 8.0, but for limits of their own from 10.0 on (b_lists.cu)."""
+    """What nvcc's first half, which takes most of its time, compiles for. Two serve all cards: the
+    kernels use nothing that came after 8.0, but for a limit of its own from 10.0 on (b_lists.cu).
+    """
     shared = re.sub(r"^sm_[89]\d$", "compute_80", arch)
     shared = re.sub(r"^sm_1\d\d$", "compute_100", shared)
     return shared.replace("sm_", "compute_")
