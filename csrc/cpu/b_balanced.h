@@ -125,10 +125,9 @@ void balanced_up(const Basis& b, const typename B::C* src, typename B::C* dst,
   }
 }
 
-// dst[c] = sum_o B[o, c] src[o] for all columns of B (x or dy -> U). Blocks share the transposed
-// signs.
+// dst[c] = sum_o B[o, c] src[o] for all columns of B (x or dy -> U).
 template <class B>
-void balanced_down(const Basis& b, const Blocks<typename B::C>& on,
+void balanced_down(const Basis& b, const typename B::C* src, typename B::C* dst,
                    const SignScratch<typename B::C>& scratch) {
   const Balanced& s = b.b_balanced;
   for (int64_t group = 0; group < b.r; ++group) {
@@ -139,16 +138,13 @@ void balanced_down(const Basis& b, const Blocks<typename B::C>& on,
       for (int64_t word = 0; word < s.words; ++word)
         transpose_signs(s.sign + first * s.words + word, s.words, rows, scratch.column + 32 * word);
       with_tables(rows, [&](auto tables) RANDLORA_INLINED {
-        for (int g = 0; g < on.count; ++g) {
-          const auto* src = on.src + g * on.src_step;
-          auto* dst = on.dst + g * on.dst_step + group * B::TB;
-          table_signed_sums<B, tables>(
-              rows, [&](int64_t m) RANDLORA_INLINED { return src + s.line(first + m) * B::TB; },
-              scratch.table);
-          add_signed_sums<B, tables>(
-              scratch.table, scratch.column, 1, b.n,
-              [&](int64_t e) RANDLORA_INLINED { return dst + e * b.r * B::TB; }, first == begin);
-        }
+        table_signed_sums<B, tables>(
+            rows, [&](int64_t m) RANDLORA_INLINED { return src + s.line(first + m) * B::TB; },
+            scratch.table);
+        add_signed_sums<B, tables>(
+            scratch.table, scratch.column, 1, b.n,
+            [&](int64_t e) RANDLORA_INLINED { return dst + (e * b.r + group) * B::TB; },
+            first == begin);
       });
     }
   }

@@ -12,7 +12,7 @@
 namespace randlora {
 namespace RANDLORA_ISA {
 
-// Token blocks side by side: what is packed is decoded once for all of them.
+// Token blocks side by side: bit planes are decoded once for all of them.
 template <class C>
 struct Blocks {
   int count;

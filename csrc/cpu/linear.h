@@ -13,7 +13,7 @@ namespace randlora {
 namespace RANDLORA_ISA {
 
 constexpr int kLines = 64;  // rows of B per tile of output, from lists
-constexpr int kGroup = 4;   // blocks that share one decoding of B
+constexpr int kGroup = 4;   // blocks that share one decoding of B's planes
 
 // gamma transposed as the A side reads it has rows of n, padded to whole vectors.
 template <class C>
@@ -40,7 +40,7 @@ struct Cut {
     blocks = (T + TB - 1) / TB;
     slots = int(blocks < threads ? blocks : threads);
     const int64_t share = slots ? (blocks + slots - 1) / slots : 1;
-    group = b.has_lists() ? 1 : share < kGroup ? share : int64_t{kGroup};
+    group = !b.has_planes() ? 1 : share < kGroup ? share : int64_t{kGroup};
   }
   int64_t tokens(int64_t block) const { return T - block * TB < TB ? T - block * TB : TB; }
 };
@@ -83,8 +83,7 @@ void emit_up(const Basis& b, const Cut& cut, Slot<B>& s, int64_t first, int coun
     if (b.has_planes())
       planes_up<B>(b, {count, s.mid, s.mid_step, s.large, s.large_step}, s.quads);
     else
-      for (int g = 0; g < count; ++g)
-        balanced_up<B>(b, s.mid + g * s.mid_step, s.large + g * s.large_step, s.signs);
+      balanced_up<B>(b, s.mid, s.large, s.signs);  // a group of one
     for (int g = 0; g < count; ++g) emit(g, s.large + g * s.large_step, 0, b.D);
     return;
   }
@@ -101,9 +100,8 @@ void emit_up(const Basis& b, const Cut& cut, Slot<B>& s, int64_t first, int coun
 // rank index at a time, in the same place, so that u never leaves the L1 cache.
 template <class B, class F>
 void down(const Basis& b, Slot<B>& s, int count, const F& fn) {
-  const Blocks<typename B::C> on{count, s.large, s.large_step, s.mid, s.mid_step};
-  if (b.has_planes()) planes_down<B>(b, on, s.quads);
-  if (b.has_balanced()) balanced_down<B>(b, on, s.signs);
+  if (b.has_planes()) planes_down<B>(b, {count, s.large, s.large_step, s.mid, s.mid_step}, s.quads);
+  if (b.has_balanced()) balanced_down<B>(b, s.large, s.mid, s.signs);  // a group of one
   for (int64_t j = 0; j < b.r; ++j)
     for (int g = 0; g < count; ++g) {
       auto* u = s.mid + g * s.mid_step;

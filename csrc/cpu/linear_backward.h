@@ -16,6 +16,10 @@
 namespace randlora {
 namespace RANDLORA_ISA {
 
+// Blocks a thread takes to a super-block, where it takes no group: their z and U should stay in its L2
+// cache, from phase 1 to phase 2.
+constexpr int kBlocks = 2;
+
 // Columns of dgamma that reduce_P sums at a time: as many as leave half the L1 cache, so that a run
 // of A's lists has more than an entry or two of them.
 template <class C>
@@ -153,7 +157,7 @@ void linear_backward_blocks(const LinearBackward& p, Runtime& rt) {
   const Basis& b = p.basis;
   const bool grads = p.dlam != nullptr;
   const Cut cut(b, p.T, B::TB, rt.width());
-  const int64_t most = int64_t{kGroup} * rt.width();
+  const int64_t most = (b.has_planes() ? kGroup : kBlocks) * int64_t{rt.width()};
   const int64_t super = cut.blocks < most ? cut.blocks : most;
   const int64_t ldg = gamma_stride<C>(b);
 
