@@ -187,14 +187,19 @@ def test_malformed_packed(packed, expected):
 
 # In a process of its own: without the check these offsets lead out of memory.
 DECREASING = """
+import itertools
 import torch
 from randlora_ext import TernaryBasis
 ops = torch.ops.randlora
 lists = TernaryBasis(8, 6, 3, 0.1).packed("cpu")
 lam, gam, x = torch.ones(3, 2), torch.ones(2, 6), torch.ones(4, 8)
-for position, name in ((0, "a_offset"), (2, "b_row_offset"), (4, "b_col_offset")):
+falls = lambda offset: offset[-1] + torch.arange(len(offset) - 2).flip(0)
+# Every step is positive modulo 2 ** 64.
+wraps = lambda offset: torch.tensor([2**62, -(2**63), -(2**62)] + [0] * (len(offset) - 5))
+cases = ((0, "a_offset"), (2, "b_row_offset"), (4, "b_col_offset"))
+for spoil, (position, name) in itertools.product((falls, wraps), cases):
     offset = lists[position].clone()
-    offset[1:-1] = offset[-1] + torch.arange(len(offset) - 2).flip(0)
+    offset[1:-1] = spoil(offset)
     packed = [*lists[:position], offset, *lists[position + 1:]]
     for call in (
         lambda: ops.delta_weight(lam, gam, packed, 1.0, 6, 8),

@@ -46,7 +46,7 @@ void a_up_lists(const Lists<Index>& a, int64_t r, int64_t n, const typename B::C
           for (int q = 0; q < B::NV; ++q) acc[m][q] = -acc[m][q];
         });
       };
-      // Signs are turned between the runs, not in them: to negate every gamma would cost a third.
+      // Signs are turned between the runs, not in them: to negate every gamma takes a fifth longer.
       add(plus, minus);
       negate();
       add(minus, end);
