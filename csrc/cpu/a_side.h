@@ -107,8 +107,15 @@ void transpose_bases(const typename B::C* u, int64_t n, int64_t ldg, typename B:
     }
 }
 
+template <class B>
+RANDLORA_INLINE void prefetch_row(const typename B::C* row) {
+  for (int64_t x = 0; x < B::TB; x += 64 / int64_t{sizeof(typename B::C)})
+    __builtin_prefetch(row + x);
+}
+
 // P[p][i] (+)= sum_t z[index[p]][t] * ut[t][i] for the `support` positions of one rank index:
-// rank-one updates over tokens, vectors over bases. A block is summed by itself before it is added, so that
+// rank-one updates over tokens, vectors over bases. z is fetched a tile ahead: half of it lies in the
+// caches of the other threads that loaded it. A block is summed by itself before it is added, so that
 // rounding grows with sqrt(TB + T / TB) and not with sqrt(T).
 template <class B, class Index>
 void a_grad_lists(const Index* index, int64_t support, int64_t ldg, int64_t tokens,
@@ -121,6 +128,8 @@ void a_grad_lists(const Index* index, int64_t support, int64_t ldg, int64_t toke
       V acc[rows][vectors] = {};
       const C* zk[rows];
       unrolled<rows>([&](auto m) RANDLORA_INLINED { zk[m] = z + int64_t(index[p + m]) * B::TB; });
+      for (int64_t next = p + rows; next < p + rows + kTile && next < support; ++next)
+        prefetch_row<B>(z + int64_t(index[next]) * B::TB);
       for (int64_t t = 0; t < tokens; ++t)
         unrolled<rows>([&](auto m) RANDLORA_INLINED {
           for (int q = 0; q < vectors; ++q)
