@@ -198,7 +198,35 @@ def test_balanced_bases():
     assert floor("find_lines", used).bytes == pytest.approx((0.03 + 0.07 + 0.52) * MB, rel=0.02)
     assert floor("spread_signs<bf16>", used).bytes == pytest.approx((0.3 + 4.2) * MB, rel=0.02)
     assert floor("turn_kernel<bf16>", used).bytes == pytest.approx(134 * MB, rel=0.01)
-    assert floor_of("up_kernel<bf16, 4, 8, false>", used) is None
+    # A second launch draws A.
+    assert floor("draw_keys", made, 2).bytes == pytest.approx(4 * 32 * (14336 + 4096))
+
+
+B_MADE = {"find_lines": 1, "spread_signs<bf16>": 1, "turn_kernel<bf16>": 1}
+A_MADE = {"find_entries<unsigned short>": 1, "form_values<bf16, float>": 1}
+UP, DOWN = "up_kernel<bf16, 4, 8, false>", "down_kernel<bf16, 2, 4, false>"
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "backward", "kernels"),
+    (
+        ((4096, 4096), 8192, False, {**A_MADE, **B_MADE, "fill<bf16>": 4, UP: 4, DOWN: 1}),
+        ((4096, 4096), 8192, True,
+         {**A_MADE, **B_MADE, **A_GRAD, "fill<bf16>": 8, UP: 4, DOWN: 1}),
+        ((14336, 4096), 8192, False, {**A_MADE, **B_MADE, "fill<bf16>": 16, UP: 16, DOWN: 1}),
+        ((14336, 4096), 8192, True,
+         {**A_MADE, **B_MADE, **A_GRAD, "fill<bf16>": 24, UP: 20, DOWN: 1}),
+    ),
+)  # fmt: skip
+def test_the_kernels_of_a_balanced_layer_do_its_work(shape, tokens, backward, kernels):
+    work = Work(TernaryBasis(*shape, 32, 1 / 8, support="balanced"), tokens, backward)
+    made = sum((floor(kernel, work, count) for kernel, count in kernels.items()), Floor(0))
+    of_operator = (floors.linear_backward if backward else floors.linear)(work.basis, tokens, False)
+    assert made.matrix == pytest.approx(of_operator.matrix)
+    assert made.bytes > of_operator.bytes
+    few = replace(work, tokens=8)  # A's products are then those of a_few.cu
+    of_one = [floor_of(kernel, few) for kernel in (UP, DOWN)]
+    assert sum(f.matrix > 0 for f in of_one) == 1 + (backward and shape[0] > shape[1])
 
 
 def test_names_as_the_profiler_gives_them():

@@ -51,9 +51,15 @@ def list_bytes(b: TernaryBasis, by_column: bool = False) -> float:
     return b.density * b.D * b.K * index_bytes(b) + (2 * lines + 1) * 8
 
 
+def balanced_bytes(b: TernaryBasis) -> float:
+    """Rows, signs and offsets."""
+    entry = index_bytes(b) + 4 * -(-b.n // 32)
+    return b.density * b.r * b.D * entry + 8 * (b.r + 1)
+
+
 def packed_bytes(b: TernaryBasis) -> float:
     """B once, as one product reads it."""
-    return planes_bytes(b) if b.format == "planes" else list_bytes(b)
+    return {"planes": planes_bytes, "lists": list_bytes, "balanced": balanced_bytes}[b.format](b)
 
 
 def dense_bytes(b: TernaryBasis) -> float:
@@ -80,6 +86,9 @@ def expansion(b: TernaryBasis) -> Floor:
 
 def whole_basis(b: TernaryBasis) -> Floor:
     """From nothing to the packed form."""
+    if b.format == "balanced":  # a call of Philox for 4 keys, or for 128 signs
+        calls = (b.D + b.d) * -(-b.r // 4) + b.density * b.r * (b.D * -(-b.n // 128) + b.d)
+        return Floor(balanced_bytes(b), integer=4 * INTEGERS_PER_ELEMENT * calls)
     lists = list_bytes(b) + list_bytes(b, True)
     written = planes_bytes(b) if b.format == "planes" else lists
     return Floor(written, integer=INTEGERS_PER_ELEMENT * b.D * b.K)
@@ -93,10 +102,11 @@ def scaled_basis(b: TernaryBasis, element: int = 2) -> Floor:
 def delta_weight(b: TernaryBasis, element: int = 2) -> Floor:
     """dW written; backward reads its gradient instead, and contracts with as many terms.
 
-    Lists: density^2 * K additions an entry. Planes: a product of (D, K) and (K, d).
+    Lists: density^2 * K additions an entry. Planes, which a balanced B becomes: a product of (D, K)
+    and (K, d).
     """
     move = Floor(element * b.D * b.d + packed_bytes(b) + small_bytes(b))
-    if b.format == "planes":
+    if b.format != "lists":
         return move + Floor(0, matrix=2 * b.D * b.K * b.d)
     return move + Floor(0, fma=b.density**2 * b.K * b.D * b.d)
 
@@ -106,11 +116,14 @@ def a_side(b: TernaryBasis, tokens: int) -> Floor:
 
 
 def b_side(b: TernaryBasis, tokens: int, dense: bool) -> Floor:
-    """One product with B: a GEMM on the dense one or on decoded planes, additions from lists."""
+    """One product with B: a GEMM on the dense one, on decoded planes or on the rows of a balanced
+    one's groups, additions from lists."""
     if dense:
         return Floor(dense_bytes(b), matrix=2 * b.D * b.K * tokens)
     if b.format == "planes":
         return Floor(planes_bytes(b), matrix=2 * b.D * b.K * tokens)
+    if b.format == "balanced":
+        return Floor(balanced_bytes(b), matrix=2 * b.density * b.D * b.K * tokens)
     return Floor(list_bytes(b), fma=b.density * b.D * b.K * tokens)
 
 

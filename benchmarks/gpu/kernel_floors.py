@@ -37,9 +37,9 @@ def parse(kernel: str) -> tuple[str, tuple[str, ...]]:
 def floor_of(kernel: str, work: Work) -> Floor | None:
     """Of all launches of a kernel, by the name that card.py gives it; None where none is known."""
     name, arguments = parse(kernel)
-    if work.basis.support == "balanced" and name in ("up_kernel", "down_kernel", "fill"):
-        return None  # launches for A and for B share the name
     known = FLOORS.get(name) or FLOORS.get(f"{name}/{len(arguments)}")
+    if work.basis.support == "balanced":
+        known = balanced_floors.SHARED.get(name, known)
     if known is None and work.tokens and _LIBRARY_GEMM.search(kernel):
         known = factored_floors.gemm
     return known(replace(work, arguments=arguments)) if known else None

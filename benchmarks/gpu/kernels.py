@@ -22,7 +22,7 @@ from .card import Card
 from .ceilings import facts
 from .floors import Floor
 from .kernel_floors import beside_floors
-from .stage import DENSITIES, RANK, SIZES, Stage, density_of, size_text
+from .stage import BALANCED, DENSITIES, RANK, SIZES, Stage, basis_of, size_text
 from .work import Work
 
 ops = torch.ops.randlora
@@ -40,6 +40,10 @@ class Op:
 
 
 def generation(b: TernaryBasis, device: torch.device) -> Iterator[Op]:
+    if b.format == "balanced":
+        yield Op("whole basis", lambda: b._pack(device), floors.whole_basis(b),
+                 Work(b, listed=(((b.r, b.d), False),)), waits=True)  # fmt: skip
+        return
     planes = b._b_planes(device)
     threshold = max(1, int(b.density * 2.0**31 + 0.5))
     A, B = (b.r, b.d), (b.D, b.K)
@@ -86,7 +90,7 @@ def factored(
     device, out = lam.device, b.out_features
     x = torch.randn(tokens, b.in_features, device=device).to(BF16)
     dy = torch.randn(tokens, out, device=device).to(BF16)
-    for dense in (False, True):
+    for dense in (False,) if b.format == "balanced" else (False, True):
         packed = b.packed(device)
         if dense:
             packed = [*packed, b.dense_b(device, BF16)]
@@ -149,8 +153,8 @@ def main() -> None:
     sizes = [(40, 72)] if stage.dry else SIZES[:2]
     tokens = [3, 20] if stage.dry else [8192, 16]
     for size in sizes:
-        for density in DENSITIES:
-            basis = TernaryBasis(*size, 8 if stage.dry else RANK, density_of(density, min(size)))
+        for density in (*DENSITIES, BALANCED):
+            basis = basis_of(density, size, 8 if stage.dry else RANK)
             about = {"size": size_text(size), "density": density}
             try:
                 for op in all_ops(basis, card.device, tokens):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from randlora_ext import TernaryBasis, ops
 
-from .stage import DENSITIES, RANK, SCALING, density_of, size_text
+from .stage import BALANCED, DENSITIES, RANK, SCALING, basis_of, size_text
 
 # path of linear, and how the factored one multiplies by B
 PATHS = {
@@ -25,7 +25,7 @@ PATHS = {
 @dataclass
 class Method:
     name: str
-    density: str  # a label of stage.DENSITIES, "balanced 1/8", or "" where none matters
+    density: str  # a label of stage.DENSITIES, BALANCED, or "" where none matters
     layer: nn.Module
     state: list[Tensor]  # what is there whatever happens: weights, adapters, bases
 
@@ -94,11 +94,11 @@ def all_methods(
         (f"LoRA r={rank}, bf16 adapter", "", lambda: lora(autocast_adapter_dtype=False)),
     ]
     for density in DENSITIES:
-        basis = TernaryBasis(*size, rank, density_of(density, min(size)))
+        basis = basis_of(density, size, rank)
         ways += [(path, density, functools.partial(Ours, base, basis, path)) for path in PATHS]
-    balanced = TernaryBasis(*size, rank, 1 / 8, support="balanced")
     way = "factored, packed B"
-    ways.append((way, "balanced 1/8", functools.partial(Ours, base, balanced, way)))
+    balanced = basis_of(BALANCED, size, rank)
+    ways.append((way, BALANCED, functools.partial(Ours, base, balanced, way)))
     # Last: after a graph capture that fails, those that follow may fail too.
     ways.append(("PEFT RandLoRA as shipped", "", randlora))
     ways.append(("PEFT RandLoRA in bf16", "", lambda: randlora().to(torch.bfloat16)))

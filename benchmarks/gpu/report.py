@@ -5,6 +5,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from .stage import BALANCED
+
 
 def table(head: list[str], rows: Iterable[Iterable[object]]) -> str:
     lines = [head, ["---"] * len(head), *([text(cell) for cell in row] for row in rows)]
@@ -71,7 +73,7 @@ def figures(results: dict) -> str:
         exact = [r["over_frozen"] for r in rows if r["method"].startswith(("factored", "delta"))]
         merged = [r["over_frozen"] for r in rows if r["method"] == "merged"]
         what = f"layer 4096x4096, T=8192, {density}, over frozen"
-        if density == "balanced 1/8" and exact:
+        if density == BALANCED and exact:
             lines.append([what + ", exact", "1.35x", f"{min(exact):.2f}x"])
         elif density and exact and merged:
             lines.append([what + ", exact", "2.2x", f"{min(exact):.2f}x"])

@@ -6,10 +6,13 @@ import sys
 import time
 from pathlib import Path
 
+from randlora_ext import TernaryBasis
+
 # In x out of the layers that are measured, and the densities: PEFT's sparse, the paper's 93% sparse
-# row, PEFT's very_sparse.
+# row, PEFT's very_sparse; and the balanced bases that stand beside them.
 SIZES = [(4096, 4096), (14336, 4096), (1024, 4096)]
 DENSITIES = ["1/3", "0.07", "1/sqrt(d)"]
+BALANCED = "balanced 1/8"
 RANK, SCALING = 32, 20.0
 
 
@@ -19,6 +22,13 @@ def density_of(text: str, d: int) -> float:
         return d**-0.5
     top, _, bottom = text.partition("/")
     return float(top) / float(bottom or 1)
+
+
+def basis_of(label: str, size: tuple[int, int], rank: int) -> TernaryBasis:
+    """Of a label of DENSITIES, or BALANCED."""
+    if label == BALANCED:
+        return TernaryBasis(*size, rank, 1 / 8, support="balanced")
+    return TernaryBasis(*size, rank, density_of(label, min(size)))
 
 
 def size_text(size: tuple[int, int]) -> str:

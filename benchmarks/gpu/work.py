@@ -45,6 +45,8 @@ class Work:
     @property
     def used(self) -> float:
         """The share of the columns k that some S_j has."""
+        if self.basis.support == "balanced":
+            return 1.0
         return 1 - (1 - self.basis.density) ** self.basis.r
 
     @property
@@ -69,7 +71,7 @@ class Work:
     @property
     def part(self) -> int:
         """Tokens of a chunk that the A side takes at a time."""
-        return _whole_tiles(self.chunk, _CHUNK_BYTES // 4 // (self.basis.d * ELEMENT))
+        return self._part_of(self.basis.d)
 
     @property
     def chunks(self) -> int:
@@ -78,8 +80,16 @@ class Work:
     @property
     def parts(self) -> int:
         """Of all chunks."""
+        return self.parts_of(self.basis.d)
+
+    def parts_of(self, features: int) -> int:
+        """The same for a side that takes panels of so many features: d, or D of a balanced B."""
         last = self.tokens - (self.chunks - 1) * self.chunk
-        return (self.chunks - 1) * ceil_div(self.chunk, self.part) + ceil_div(last, self.part)
+        part = self._part_of(features)
+        return (self.chunks - 1) * ceil_div(self.chunk, part) + ceil_div(last, part)
+
+    def _part_of(self, features: int) -> int:
+        return _whole_tiles(self.chunk, _CHUNK_BYTES // 4 // (features * ELEMENT))
 
 
 def _whole_tiles(tokens: int, most: int) -> int:
