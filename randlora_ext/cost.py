@@ -25,9 +25,9 @@ B_SIDES = ("packed", "dense")
 # signs are spread to values at every call, so few tokens pay for bytes that they hardly use.)
 PACKED_TOKENS = 16
 PACKED_ADDS = 2
-# Of a balanced B both products take 280 us by 8 times the density, and turns 80, where two GEMMs
-# take 846 (csrc/cuda/b_balanced.cu): even at 0.34.
-PACKED_BALANCED = 1 / 3
+# Of a balanced B both products and their turns take 190 us, and 200 more by 8 times the density,
+# where two GEMMs take 846 (csrc/cuda/b_balanced.cu): even at 0.4.
+PACKED_BALANCED = 0.4
 
 
 @dataclass(frozen=True)

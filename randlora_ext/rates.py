@@ -47,7 +47,7 @@ _CUDA_LISTS = Rates(2.0, 83.0, 0.0, 0.0, 920.0, 0.0, 0.0, 1000.0)
 _CUDA_PLANES = Rates(2.0, 0.0, 2.0, 0.0, 0.0, 0.0, 8.0, 1920.0)
 # The products of a balanced B are bound by L2, as A's are, and turn V and U besides
 # (b_balanced.cu); dW is formed from planes.
-_CUDA_BALANCED = Rates(2.0, 0.0, 0.0, 3.4, 0.0, 0.0, 8.0, 1920.0)
+_CUDA_BALANCED = Rates(2.7, 0.0, 0.0, 3.7, 0.0, 0.0, 8.0, 1920.0)
 _CUDA = {"lists": _CUDA_LISTS, "planes": _CUDA_PLANES, "balanced": _CUDA_BALANCED}
 
 

@@ -134,7 +134,7 @@ A_UP = {"find_entries<unsigned short>": 1, "form_values<bf16, float>": 1, "fill<
         "up_kernel<bf16, 4, 8, false>": 4}  # fmt: skip
 A_GRAD = {"grad_kernel<bf16, 4, 8, false>": 4, "contract_kernel<float>": 1, "sum_lambda<float>": 1}
 A_DOWN = {"find_entries<unsigned short>": 1, "form_values<bf16, float>": 1,
-          "down_kernel<bf16, 2, 4, false>": 1}  # fmt: skip
+          "down_kernel<bf16, 2, 2, false>": 1}  # fmt: skip
 B_UP, B_DOWN = (f"b_planes_kernel<bf16, false, {way}, 128>" for way in ("true", "false"))
 GEMM = "nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT"
 
@@ -204,7 +204,7 @@ def test_balanced_bases():
 
 B_MADE = {"find_lines": 1, "spread_signs<bf16>": 1, "turn_kernel<bf16>": 1}
 A_MADE = {"find_entries<unsigned short>": 1, "form_values<bf16, float>": 1}
-UP, DOWN = "up_kernel<bf16, 4, 8, false>", "down_kernel<bf16, 2, 4, false>"
+UP, DOWN = "up_kernel<bf16, 4, 8, false>", "down_kernel<bf16, 2, 2, false>"
 
 
 @pytest.mark.parametrize(

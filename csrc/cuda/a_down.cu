@@ -15,10 +15,10 @@
 //
 // 4096 x 4096, r = 32, n = 128, T = 8192, bf16 on an H100 (M = 227 KB):
 //                      density 1/64             1/3
-//   tile               32 x 1360                64 x 592
+//   tile               32 x 1024                64 x 464
 //   operations         4.3 GFLOP, 4 us          92 GFLOP, 93 us at 989 TFLOP/s
 //   DRAM               134 MB (U, out), 40 us; 60 us when out is read
-//   L2 into SMs        270 + 134 MB, 75 us      470 + 1430 MB, 345 us at 5.5 TB/s
+//   L2 into SMs        270 + 134 MB, 75 us      600 + 1430 MB, 370 us at 5.5 TB/s
 //   adds to shared     17 M                     358 M, 200 us with bank conflicts
 // At 1/64 a stage is short (4 units of 8 k-steps, some 600 cycles), one a j: 190 of them an SM, 70 us.
 // 80 us expected at 1/64, 400 us at 1/3, where the delta path is the better choice.
@@ -225,10 +225,11 @@ void gathered_down(const Gathered& g, const void* U, int64_t T, void* out, bool 
              aligned_rows(a.d, kPerAccess<S>, out));
     };
     if constexpr (sizeof(S) < 8) {
-      // The larger unit where a j has many entries in a range: density over 1/16 or so.
-      using Dense = Down<S, 2, 4, kTf32>;
+      // The larger unit where a j has many entries in a range: density over 1/16 or so. A stage is
+      // eight of them, one a warp.
+      using Dense = Down<S, 2, 2, kTf32>;
       if (T > 32 && 16 * a.count > a.r * a.d && Dense::shared(64) <= device.shared_bytes)
-        return start(down_kernel<S, 2, 4, kTf32>, Dense{});
+        return start(down_kernel<S, 2, 2, kTf32>, Dense{});
     }
     start(down_kernel<S, 1, 2, kTf32>, Down<S, 1, 2, kTf32>{});
   });
