@@ -19,6 +19,11 @@ for _key in (
     BELOW = BELOW.add(_key)
 
 
+def is_on(device_type: str) -> bool:
+    """torch.is_autocast_enabled, and False for "meta", which it does not know."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def cast(device_type: str, values: tuple) -> tuple:
     """Floating tensors in autocast's dtype; all else, and float64, as it is."""
     dtype = torch.get_autocast_dtype(device_type)

@@ -9,6 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import is_lazy
 
+from . import autocast
+
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D: a linear layer that stores its weight as (in, out)."""
@@ -70,5 +72,5 @@ def matches(weight: Tensor, x: Tensor) -> bool:
         return False
     # Another dtype is an error unless autocast brings both to one; float64 it leaves alone.
     return x.dtype == weight.dtype or (
-        torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+        autocast.is_on(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
     )

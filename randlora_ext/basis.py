@@ -258,6 +258,8 @@ class TernaryBasis:
         return self._generated().b_planes(self._shape.first_row, self.D, self.n, device)
 
     def _pack(self, device: torch.device) -> list[Tensor]:
+        if device.type == "meta":  # how many entries there are depends on the elements
+            return [t.to(device) for t in self.packed("cpu")]
         wide, form = self._shape.wide, self.format
         tensors = list(_ops.planes_to_lists(self._a_planes(device), self.d, False, wide))
         if form == "balanced":

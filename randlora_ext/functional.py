@@ -155,7 +155,7 @@ def linear(
     kind = x.device.type
     if kind not in ("cpu", "cuda", "meta"):
         raise ValueError(f"x is on {x.device}; there are kernels for cpu and cuda only")
-    if torch.is_autocast_enabled(kind):  # here, as the choice of a path asks for the dtype
+    if autocast.is_on(kind):  # here, as the choice of a path asks for the dtype
         x, weight, bias = autocast.cast(kind, (x, weight, bias))
     tokens = x.numel() // basis.in_features  # Size.numel() would make a symbolic size a number
     if torch.compiler.is_compiling():

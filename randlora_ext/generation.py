@@ -35,7 +35,7 @@ class Generated:
             raise TypeError(f"density must be a number in (0, 1], got {density!r}")
         if not 0.0 < density <= 1.0:
             raise ValueError(f"density must be in (0, 1], got {density}")
-        if support not in SPEC_VERSIONS:
+        if not isinstance(support, str) or support not in SPEC_VERSIONS:
             raise ValueError(f"support must be one of {[*SPEC_VERSIONS]}, got {support!r}")
         signed_seed("seed", self.seed)
         density = float(density)
@@ -43,9 +43,9 @@ class Generated:
             q = round(density * r)
             if q < 1 or not math.isclose(q, density * r, rel_tol=1e-9):
                 below, above = max(1, math.floor(density * r)), math.floor(density * r) + 1
-                near = " or ".join(f"{k}/{r} = {k / r:.6g}" for k in dict.fromkeys((below, above)))
+                near = " or ".join(f"{k}/{r} = {k / r!r}" for k in dict.fromkeys((below, above)))
                 raise ValueError(
-                    f"density={density:.6g} with support='balanced' and r={r} must be q / r for a "
+                    f"density={density!r} with support='balanced' and r={r} must be q / r for a "
                     f"whole number q of 1 to {r}: {near}, say"
                 )
             density = q / r

@@ -148,6 +148,7 @@ def test_basis_is_the_reference(sizes):
         ("role", {"role": 2}),
         ("line_start", {"line_start": -1}),
         ("line_start", {"line_start": LIMIT - 2}),
+        ("line_start", {"line_start": 2**63 - 1}),
         ("q", {"q": 0}),
         ("q", {"q": 6}),
         ("row", {"row": torch.zeros(7, dtype=torch.int16)}),

@@ -232,6 +232,8 @@ def test_fill_planes_empty(shape, cols):
         ("row_start", {"row_start": LIMIT - 1}),
         ("col_start", {"col_start": -1}),
         ("col_start", {"col_start": LIMIT - 69}),
+        ("col_start", {"col_start": 2**63 - 1}),
+        ("row_start", {"row_start": 2**63 - 1}),
         ("cols", {"cols": 64}),
         ("cols", {"cols": 129}),
         ("cols", {"cols": -1}),

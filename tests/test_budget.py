@@ -30,14 +30,17 @@ def base() -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(layer.in_features, layer.out_features) for layer in LAYERS))
 
 
-@pytest.mark.parametrize("density", (1 / 90, 0.07, 1 / 3))
+@pytest.mark.parametrize(
+    ("density", "support"),
+    ((1 / 90, "independent"), (0.07, "independent"), (1 / 3, "independent"), (1 / 8, "balanced")),
+)
 @pytest.mark.parametrize("sizes", ((700, 1100), (1100, 700), (300, 300)))
-def test_packed_bytes(sizes, density):
-    whole = TernaryBasis(*sizes, 24, density)
+def test_packed_bytes(sizes, density, support):
+    whole = TernaryBasis(*sizes, 24, density, support=support)
     parts = whole.slice(inputs=range(sizes[0] // 2)), whole.slice(outputs=range(sizes[1] // 2))
     for basis in (whole, *parts):
         # Four standard deviations of the number of non-zeros, each in two lists.
-        spread = 4 * (density * basis.D * basis.K) ** 0.5 * 4
+        spread = 4 * (density * basis.D * basis.K) ** 0.5 * 4 * (support == "independent")
         assert packed_bytes(basis) == pytest.approx(basis.packed_bytes(), abs=spread)
 
 

@@ -103,6 +103,21 @@ def test_unusual_inputs():
     assert relative(layer(x), oracle(layer, x)[0]) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("density", "support"),
+    [(0.07, "independent"), (1 / 3, "independent"), (1 / 4, "balanced")],
+)
+def test_shapes_on_the_meta_device(density, support):
+    base = make_base(24, 40).to("meta")
+    layer = RandLoraLinear(base, r=8, density=density, support=support)
+    x = torch.empty(3, 5, 24, device="meta", requires_grad=True)
+    y = layer(x)
+    assert y.shape == (3, 5, 40) and y.device.type == "meta"
+    y.sum().backward()
+    lam, gam = layer.adapter_parameters()
+    assert [x.grad.shape, lam.grad.shape, gam.grad.shape] == [x.shape, lam.shape, gam.shape]
+
+
 def test_scaled_bases_and_delta_weight():
     for kind in ("linear", "conv1d"):
         for in_features, out_features in ((24, 40), (40, 24)):

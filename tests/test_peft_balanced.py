@@ -39,6 +39,7 @@ def made(**options):
 def test_bases_are_those_of_the_specification():
     model = made(projection_prng_key=7)
     assert runs_on_kernels(model)
+    assert "r=6 density 0.333 balanced " in accelerated.kernel_summary(model)
     for layer in layers(model):
         sizes = layer.in_features, layer.out_features
         assert basis_of(layer) == TernaryBasis(*sizes, 6, 1 / 3, seed=7, support="balanced")
@@ -121,8 +122,9 @@ def test_merge_beside_an_independent_adapter():
     [
         ({"basis": "peft"}, "support='balanced' needs basis='generated'.*got basis='peft'"),
         ({"density": None}, "density of q / r, got .*density=None"),
-        ({"density": 0.07}, r"density=0\.07 .*r=6 must be q / r .*1/6 = 0\.166667"),
+        ({"density": 0.07}, r"density=0\.07 .*r=6 must be q / r .*1/6 = 0\.1666"),
         ({"support": "even"}, r"support must be one of \['independent', 'balanced'\], got 'even'"),
+        ({"support": ["balanced"]}, r"support must be one of .* got \['balanced'\]"),
         ({"very_sparse": True}, "contradicts"),
     ],
     ids=str,
@@ -138,5 +140,5 @@ def test_hotswap_refuses_another_support(tmp_path):
     accelerated.enable()
     config = deep_config(6, accelerated.RandLoraConfig, basis="generated", density=1 / 3)
     model = randomize(peft.get_peft_model(Deep(), config))
-    with pytest.raises(ValueError, match="support is 'balanced', not None"):
+    with pytest.raises(ValueError, match="support is 'balanced', not 'independent'"):
         accelerated.hotswap_adapter(model, tmp_path)

@@ -99,7 +99,7 @@ OTHERS = {
     "density": (GENERATED | {"density": 0.3}, r"density is 0\.3, not 0\.2"),
     "r": (GENERATED | {"r": 6}, r"r is 6, not 5\n\tsize mismatch for .*a\.randlora_gamma"),
     "dropout": (GENERATED | {"randlora_dropout": 0.5}, r"randlora_dropout is 0\.5, not 0\.0"),
-    "basis": ({"sparse": True, "save_projection": False}, "basis is None, not 'generated'"),
+    "basis": ({"sparse": True, "save_projection": False}, "basis is 'peft', not 'generated'"),
     "layers": (GENERATED | {"base": Headed, "modules_to_save": ["head"]}, "head.* is not part"),
 }
 

@@ -49,7 +49,7 @@ MISFITS = {
     "generated over drawn": (
         KEY_ALONE,
         GENERATED,
-        r"projection_prng_key is 'generated-1:7', not 0\n\tbasis is 'generated', not None\n\t"
+        r"projection_prng_key is 'generated-1:7', not 0\n\tbasis is 'generated', not 'peft'\n\t"
         r"density is 0\.2, not None",
     ),
 }

@@ -32,7 +32,7 @@ void fill_balanced_(Tensor offset, Tensor row, Tensor sign, int64_t seed, int64_
                      sign.is_contiguous(),
                  "sign must be a contiguous int32 tensor (lines * q, ceil(n / 32)) = (",
                  row.size(0), ", ", sign_words_of(n), "), got ", describe(sign));
-  RANDLORA_CHECK(line_start >= 0 && line_start + lines <= limit, "line_start = ", line_start,
+  RANDLORA_CHECK(line_start >= 0 && line_start <= limit - lines, "line_start = ", line_start,
                  " with ", lines, " lines leaves the allowed range [0, 2^32)");
   check_same_device(row, "row", offset, "offset");
   check_same_device(sign, "sign", offset, "offset");

@@ -36,9 +36,9 @@ void fill_planes_(Tensor planes, int64_t seed, int64_t role, int64_t row_start, 
                   int64_t cols, int64_t threshold) {
   const PlaneShape shape = check_planes(planes, cols);
   check_role(role);
-  RANDLORA_CHECK(row_start >= 0 && row_start + shape.rows <= kIndexLimit, "row_start = ", row_start,
+  RANDLORA_CHECK(row_start >= 0 && row_start <= kIndexLimit - shape.rows, "row_start = ", row_start,
                  " with ", shape.rows, " rows leaves the allowed range [0, 2^32)");
-  RANDLORA_CHECK(col_start >= 0 && col_start + cols <= kIndexLimit, "col_start = ", col_start,
+  RANDLORA_CHECK(col_start >= 0 && col_start <= kIndexLimit - cols, "col_start = ", col_start,
                  " with ", cols, " columns leaves the allowed range [0, 2^32)");
   RANDLORA_CHECK(threshold >= 1 && threshold <= int64_t{1} << 31,
                  "threshold must be in [1, 2^31], got ", threshold);

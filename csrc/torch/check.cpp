@@ -56,6 +56,20 @@ AnyLists lists_of(const Tensor& offset, const Tensor& index) {
   return {offset.const_data_ptr<int64_t>(), index.const_data_ptr(), index.size(0)};
 }
 
+// The last position of every run, of which the others are smaller: what tells the packed tensors of
+// another layer, where no length does.
+void check_last(const int64_t* offset, int64_t runs, const void* position, bool wide, int64_t limit,
+                const char* name, const char* limit_name) {
+  for (int64_t run = 0; run < runs; ++run) {
+    if (offset[run] == offset[run + 1]) continue;
+    const int64_t p = offset[run + 1] - 1;
+    const int64_t last = wide ? static_cast<const uint32_t*>(position)[p]
+                              : static_cast<const uint16_t*>(position)[p];
+    RANDLORA_CHECK(last < limit, "packed: ", name, " has a position ", last, ", but ", limit_name,
+                   " = ", limit, "; these tensors are of another layer");
+  }
+}
+
 }  // namespace
 
 Balanced balanced_of(const Tensor& offset, const Tensor& row, const Tensor& sign, int64_t n) {
@@ -168,6 +182,7 @@ Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tenso
   check_offsets(packed[0], packed[1], b.r, "a", on_cpu);
   b.a = lists_of(packed[0], packed[1]);
   b.wide = packed[1].scalar_type() == ScalarType::Int;
+  if (on_cpu) check_last(b.a.offset, 2 * b.r, b.a.index, b.wide, b.d, "a_index", "d");
   RANDLORA_CHECK(b.wide || (b.D <= 65536 && b.d <= 65536 && b.K() <= 65536),
                  "packed: int16 positions end at 65535, but D = ", b.D, ", d = ", b.d,
                  " and K = ", b.K());
@@ -200,6 +215,12 @@ Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tenso
         "the dtype of a_index, got ",
         describe(packed[2]), " and ", describe(packed[3]));
     b.b_balanced = balanced_of(packed[2], packed[3], packed[4], b.n);
+    RANDLORA_CHECK(b.b_balanced.count * b.d == b.a.count * b.D,
+                   "packed: all lines of a balanced basis have as many entries, but a_index has ",
+                   b.a.count, " for d = ", b.d, " columns and b_row ", b.b_balanced.count,
+                   " for D = ", b.D, " rows; these tensors are of another layer");
+    if (on_cpu)
+      check_last(b.b_balanced.offset, b.r, b.b_balanced.row, b.wide, b.D, "b_row", "D");
     return b;
   }
   check_offsets(packed[2], packed[3], b.D, "b_row", on_cpu);

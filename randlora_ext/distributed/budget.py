@@ -125,12 +125,14 @@ def parser() -> argparse.ArgumentParser:
 
 def methods(args: argparse.Namespace) -> list:
     sparse = 1 / args.hidden**0.5
+    q = max(1, args.rank // 8)
     return [
         Lora(args.lora_rank),
         Peft(args.rank),
         Ours(args.rank, 1 / 3, "density 1/3"),
         Ours(args.rank, 0.07, "density 0.07"),
         Ours(args.rank, sparse, f"very_sparse ({sparse:.4f})"),
+        Ours(args.rank, q / args.rank, f"balanced {q}/{args.rank}", "balanced"),
     ]
 
 

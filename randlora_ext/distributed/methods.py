@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..basis import TernaryBasis
+from ..cost import choose_b_side
 
 HALF, SINGLE = 2, 4  # bytes of bfloat16 and float32
 TRAINED = 4 * SINGLE  # a parameter, its gradient and Adam's two moments
@@ -90,8 +91,11 @@ class RandLora:
 
     rank: int
 
-    def basis(self, layer: Layer, density: float = 1.0) -> TernaryBasis:
-        return TernaryBasis(layer.in_features, layer.out_features, self.rank, density)
+    def basis(
+        self, layer: Layer, density: float = 1.0, support: str = "independent"
+    ) -> TernaryBasis:
+        sizes = layer.in_features, layer.out_features
+        return TernaryBasis(*sizes, self.rank, density, support=support)
 
     def parameters(self, layer: Layer) -> int:
         basis = self.basis(layer)
@@ -131,6 +135,7 @@ class Peft(RandLora):
 class Ours(RandLora):
     density: float
     label: str
+    support: str = "independent"
     tensor_parallel = True
 
     @property
@@ -139,20 +144,24 @@ class Ours(RandLora):
 
     def part(self, layer: Layer, gpus: int) -> TernaryBasis:
         """What a tensor-parallel rank holds."""
-        basis = self.basis(layer, self.density)
+        basis = self.basis(layer, self.density, self.support)
         if layer.columns:
             return basis.slice(outputs=range(layer.out_features // gpus))
         return basis.slice(inputs=range(layer.in_features // gpus))
 
     def dense_b(self, setting: Setting) -> float:
         """On CUDA the factored path may hold B in the dtype of x, once for all layers alike."""
-        return sum(HALF * basis.D * basis.K for basis in self.held(setting, cut=True))
+        held = self.held(setting, cut=True)
+        many = setting.tokens * setting.gpus
+        dense = [b for b in held if choose_b_side(b, many, "cuda") == "dense"]
+        return sum(HALF * basis.D * basis.K for basis in dense)
 
     def held(self, setting: Setting, cut: bool) -> list[TernaryBasis]:
         """Layers of equal shape (and, cut, of equal style) share one basis."""
         alike: dict[tuple, TernaryBasis] = {}
         for layer in setting.layers:
-            basis = self.part(layer, setting.gpus) if cut else self.basis(layer, self.density)
+            whole = self.basis(layer, self.density, self.support)
+            basis = self.part(layer, setting.gpus) if cut else whole
             alike.setdefault((basis.D, basis.d, basis.K), basis)
         return list(alike.values())
 

@@ -11,6 +11,7 @@ from .bases import BASES, misfit
 
 DIAGONALS = ("randlora_lambda", "randlora_gamma")
 # Fields that say which bases are drawn; the key's text holds the version of the specification.
+_UNSAID = {"basis": "peft", "support": "independent"}  # of a file that says nothing of it
 RECIPE = ("projection_prng_key", "basis", "support", "density", "sparse", "very_sparse")
 
 
@@ -33,7 +34,7 @@ def saved_fields(folder: str | os.PathLike, **hub) -> dict:
 
 def bases_misfits(config: peft.RandLoraConfig, saved: dict) -> list[str]:
     """What of a file's fields gives other bases than `config`; none where they are the same."""
-    own = config.to_dict()
+    own, saved = _spelled_out(config.to_dict()), _spelled_out(saved)
     if _recipe(own) == _recipe(saved):
         return []
     return [
@@ -43,9 +44,13 @@ def bases_misfits(config: peft.RandLoraConfig, saved: dict) -> list[str]:
     ]
 
 
+def _spelled_out(fields: dict) -> dict:
+    return fields | {k: value for k, value in _UNSAID.items() if fields.get(k) is None}
+
+
 def _recipe(fields: dict) -> tuple:
     """Equal for fields that say the same in other words."""
-    basis, density = fields.get("basis") or "peft", fields.get("density")
+    basis, density = fields["basis"], fields.get("density")
     if fields["very_sparse"]:
         density = "very_sparse"
     elif density is None and (fields["sparse"] or basis == "generated"):

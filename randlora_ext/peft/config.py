@@ -63,6 +63,8 @@ class RandLoraConfig(peft.RandLoraConfig):
     )
 
     def __post_init__(self) -> None:
+        if not isinstance(self.support, str) or self.support not in SPEC_VERSIONS:
+            raise ValueError(f"support must be one of {[*SPEC_VERSIONS]}, got {self.support!r}")
         given: Any = self.projection_prng_key  # type: ignore[has-type]
         if isinstance(given, str):
             self.projection_prng_key = _key_of(given, self.support)
@@ -79,8 +81,6 @@ class RandLoraConfig(peft.RandLoraConfig):
                 f"support='balanced' needs basis='generated' and a density of q / r, got "
                 f"basis={self.basis!r} and density={self.density}"
             )
-        if self.support not in SPEC_VERSIONS:
-            raise ValueError(f"support must be one of {[*SPEC_VERSIONS]}, got {self.support!r}")
         if self.basis == "generated":
             self.save_projection = False  # and without the warning that they are not saved
             key = self.projection_prng_key

@@ -39,9 +39,10 @@ def kernel_summary(model: nn.Module, tokens: int = 512) -> str:
             drop = getattr(layer.randlora_dropout[name], "p", 0.0) if layer.training else 0.0
             choice = explain(basis, tokens, weight.dtype, weight.device, has_weight, drop)
             isas.add(choice.isa)
+            balanced = " balanced" if basis.support == "balanced" else ""
             ours[
                 f"{layer.in_features}->{layer.out_features} r={basis.r} "
-                f"density {basis.density:.3g} {choice.path}"
+                f"density {basis.density:.3g}{balanced} {choice.path}"
             ] += 1
     parts = []
     if ours:
