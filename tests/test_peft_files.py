@@ -24,6 +24,7 @@ from peft_helpers import (
     run,
     runs_on_kernels,
 )
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 
@@ -47,6 +48,24 @@ def test_each_reads_what_the_other_wrote(tmp_path, writer, kind, save_projection
     assert type(layers(loaded)[0]) is (AcceleratedLinear if reader == "ours" else StockLinear)
     assert relative(loaded(x), model(x)) < 1e-5
     assert "density" not in json.loads((tmp_path / "adapter_config.json").read_text())
+
+
+@pytest.mark.parametrize("kind", [{"sparse": True}, {}], ids=["packed", "uniform"])
+def test_a_file_in_float32_is_not_rounded_on_a_bf16_base(tmp_path, kind):
+    accelerated.disable()
+    stock = randomize(peft.get_peft_model(Deep(), deep_config(5, **kind)))
+    stock.save_pretrained(tmp_path / "float32")
+    accelerated.enable()
+    loaded = peft.PeftModel.from_pretrained(Deep().bfloat16(), tmp_path / "float32")
+    for mine, theirs in zip(layers(loaded), layers(stock), strict=True):
+        want = theirs.get_delta_weight("default")
+        assert relative(mine.get_delta_weight("default"), want) < 1e-6
+        for name in ("randlora_A", "randlora_B"):
+            assert torch.equal(getattr(mine, name)["default"] + 0, getattr(theirs, name)["default"])
+    loaded.save_pretrained(tmp_path / "again")
+    file = "adapter_model.safetensors"
+    first, again = (load_file(tmp_path / folder / file) for folder in ("float32", "again"))
+    assert all(torch.equal(again[name], first[name]) for name in again)
 
 
 def test_projections_of_the_file_replace_those_of_the_key(tmp_path):

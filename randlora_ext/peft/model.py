@@ -18,6 +18,9 @@ from .mixed import adapter_per_row
 from .ternary_tensor import TernaryMatrix, TernaryTensor
 
 
+_UPCAST = (torch.float16, torch.bfloat16)
+
+
 class AcceleratedRandLoraModel(RandLoraModel):
     """What `randlora_ext.peft.enable` puts in the place of ``peft.RandLoraModel``.
 
@@ -133,6 +136,13 @@ class AcceleratedRandLoraModel(RandLoraModel):
         finally:
             self.randlora_A, self.randlora_B = A, B
         A[adapter_name], B[adapter_name] = drawn
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's to float32, which does not find the bases: layers only refer to them."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for bases in (self.randlora_A, self.randlora_B):
+            if autocast_adapter_dtype and bases[adapter_name].dtype in _UPCAST:
+                bases[adapter_name] = bases[adapter_name].float()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
