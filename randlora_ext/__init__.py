@@ -18,7 +18,7 @@ from . import cuda as _cuda
 from . import ops as _operators  # noqa: F401  (registers fake kernels and autograd)
 from ._C import build_info as _build_info
 from ._C import isa as _isa
-from .apply import apply_randlora
+from .apply import apply_randlora, merge_and_unload, unload
 from .basis import TernaryBasis
 from .cost import PathChoice, explain
 from .functional import delta_weight, linear, merged_weight, scaled_basis
@@ -42,6 +42,8 @@ __all__ = [
     "delta_weight",
     "explain",
     "linear",
+    "merge_and_unload",
     "merged_weight",
     "scaled_basis",
+    "unload",
 ]

@@ -1,12 +1,12 @@
-"""`apply_randlora`: RandLoRA on a whole model for those without PEFT."""
+"""`apply_randlora` and its undoing: RandLoRA on a whole model for those without PEFT."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
-from .base_layer import check_base_layer
+from .base_layer import check_base_layer, keep_padded
 from .layer import RandLoraLinear
 from .state import refuse_misfit
 
@@ -26,14 +26,26 @@ def apply_randlora(
     call may give other layers other options; what the first made stays as it is.
 
     Raises:
-        ValueError: where nothing matches. TypeError: where a match is no nn.Linear or Conv1D. And
-            what RandLoraLinear raises. In all cases the model is as it was.
+        ValueError: where nothing matches, or ``out_proj`` of nn.MultiheadAttention, which torch
+            never calls. TypeError: where a match is no nn.Linear or Conv1D. And what
+            RandLoraLinear raises. In all cases the model is as it was.
     """
     if isinstance(target_modules, str):
-        pattern = re.compile(target_modules)
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(
+                f"target_modules {target_modules!r} is no regular expression: {error}"
+            ) from error
 
         def is_target(name: str) -> bool:
             return pattern.fullmatch(name) is not None
+    elif not isinstance(target_modules, Iterable) or not all(
+        isinstance(name, str) for name in target_modules
+    ):
+        raise TypeError(
+            f"target_modules must be names or a regular expression, got {target_modules!r}"
+        )
     else:
         exact, suffixes = set(target_modules), tuple("." + name for name in target_modules)
 
@@ -49,7 +61,13 @@ def apply_randlora(
             f"linear layers are called {linear[:10]}{' ...' if len(linear) > 10 else ''}"
         )
     for name, module in matches.items():
-        check_base_layer(module, f"module {name!r}, matched by target_modules {target_modules!r},")
+        matched = f"module {name!r}, matched by target_modules {target_modules!r},"
+        check_base_layer(module, matched)
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+            raise ValueError(
+                f"{matched} would not be adapted: nn.MultiheadAttention reads its weight and never "
+                "calls it"
+            )
     # Options can only be wrong at the first layer, before it freezes anything.
     unique = {id(module): module for module in matches.values()}
     wrapped = {key: RandLoraLinear(module, **layer_options) for key, module in unique.items()}
@@ -59,10 +77,55 @@ def apply_randlora(
         if id(parameter) not in adapters:
             parameter.requires_grad_(False)
     for name, module in matches.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, wrapped[id(module)])
+        _put(model, name, wrapped[id(module)])
+        keep_padded(model, name)
     # Of all layers before the first of them takes anything; a second call need not add it again.
     hooks = model._load_state_dict_pre_hooks.values()
     if refuse_misfit not in (getattr(hook, "hook", None) for hook in hooks):
         model.register_load_state_dict_pre_hook(refuse_misfit)
     return model
+
+
+def merge_and_unload(model: nn.Module) -> nn.Module:
+    """Merges the active adapters into the base layers and puts these back in the place of every
+    `RandLoraLinear`, in place; returns `model`, or the base layer where it is such a layer itself.
+
+    What is left is the model as it was before `apply_randlora`, with W + dW for W, and still
+    frozen. Adapters that are not active are dropped. Source: PEFT's method.
+
+    Raises what `RandLoraLinear.merge` raises of a weight, before anything has changed.
+    """
+    for layer in _layers(model):
+        layer._mergeable_weight()
+    for layer in _layers(model):
+        names = [name for name in layer.active_adapters if name not in layer.merged_adapters]
+        if names and not layer.disabled:
+            layer.merge(adapter_names=names)
+    return _without(model)
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """`merge_and_unload` without the adapters: W as it was, merged ones are unmerged first."""
+    for layer in _layers(model):
+        if layer.merged:
+            layer.unmerge()
+    return _without(model)
+
+
+def _layers(model: nn.Module) -> list[RandLoraLinear]:
+    return [module for module in model.modules() if isinstance(module, RandLoraLinear)]
+
+
+def _without(model: nn.Module) -> nn.Module:
+    if isinstance(model, RandLoraLinear):
+        return model.base_layer
+    # Names from before anything is replaced; a tied layer has several.
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, RandLoraLinear):
+            _put(model, name, module.base_layer)
+    return model
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

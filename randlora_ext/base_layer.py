@@ -66,6 +66,33 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
+def _attached(*_) -> None:
+    """The hook of `be_called`."""
+
+
+def be_called(layer: nn.Module) -> None:
+    """Has torch call `layer` where it would only read ``layer.weight``.
+
+    In eval mode nn.TransformerEncoderLayer hands the weights of its linear layers to one fused
+    kernel, unless a forward hook hangs on a module inside it. This one hangs on a dictionary of
+    `layer`, which nobody calls, and costs nothing.
+    """
+    if _attached not in layer.randlora_dropout._forward_pre_hooks.values():
+        layer.randlora_dropout.register_forward_pre_hook(_attached)
+
+
+def keep_padded(model: nn.Module, name: str) -> None:
+    """Has an nn.TransformerEncoder around module `name` hand on padded tensors, as in training.
+
+    In eval mode it makes nested tensors of them, for that same fused kernel.
+    """
+    parts = name.split(".")
+    for depth in range(len(parts)):
+        outer = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(outer, nn.TransformerEncoder):
+            outer.use_nested_tensor = False
+
+
 def matches(weight: Tensor, x: Tensor) -> bool:
     """Whether F.linear takes x and weight together."""
     if x.device != weight.device:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .base_layer import can_fuse, check_base_layer, features, is_conv1d
+from .base_layer import be_called, can_fuse, check_base_layer, features, is_conv1d
 from .basis import TernaryBasis
 from .cost import explain
 from .merging import Mergeable, adapter_dtype
@@ -88,6 +88,7 @@ class RandLoraLinear(Mergeable, nn.Module):
         base_layer.requires_grad_(False)
         self.train(base_layer.training)
         self.register_load_state_dict_pre_hook(refuse_misfit)
+        be_called(self)
 
     def update_layer(
         self,

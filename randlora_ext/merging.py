@@ -61,9 +61,9 @@ class Mergeable(_Layer):
         for name in names:
             if name in self.merged_adapters:
                 rest = [a for a in self.bases if a not in self.merged_adapters]
+                choose = f", or choose from {rest}" if rest else ""
                 raise ValueError(
-                    f"adapter_names: {name!r} is merged already; unmerge() first, or choose "
-                    f"from {rest}"
+                    f"adapter_names: {name!r} is merged already; unmerge() first{choose}"
                 )
         if self._disabled:
             raise RuntimeError("merge() on a disabled layer; call enable() first")
@@ -107,6 +107,16 @@ class Mergeable(_Layer):
             self._mergeable_weight().copy_(self._weight_plus(self.merged_adapters, -1))
         self._original_weight = None
         self.merged_adapters = []
+
+    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
+        if self.merged:
+            warnings.warn(
+                f"{prefix}base_layer.weight of this state dict holds the merged adapters "
+                f"{self.merged_adapters}; a layer that loads it beside their lambda and gamma adds "
+                "them twice. unmerge() first, or merge_and_unload() for weights alone",
+                stacklevel=2,
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _weight_plus(self, names: list[str], sign: int) -> Tensor:
         weight = self.base_layer.weight

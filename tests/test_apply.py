@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from randlora_ext import RandLoraLinear, apply_randlora
+from randlora_ext import RandLoraLinear, apply_randlora, merge_and_unload, unload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,6 +53,9 @@ def test_apply_wraps_a_tied_layer_once():
         (["q", "norm"], {}, TypeError, r"'blocks\.0\.norm', matched by target_modules .*LayerNorm"),
         (["q"], {"r": 0}, ValueError, "r must be"),
         (["q"], {"rank": 4}, TypeError, "rank"),
+        (None, {}, TypeError, "target_modules must be names or a regular expression, got None"),
+        (["q", 2], {}, TypeError, r"target_modules must be names .* got \['q', 2\]"),
+        ("(", {}, ValueError, r"target_modules '\(' is no regular expression: missing \)"),
     ],
     ids=str,
 )
@@ -78,3 +81,75 @@ def test_training_moves_the_layer_towards_another_one():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.1 * losses[0]
+
+
+def randomized(model):
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    return model
+
+
+def encoder(**options):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, **options)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_an_encoder_of_torch_calls_the_layers_in_eval_mode_too(nested):
+    """Where its fast path is taken it reads the base layers' weights alone."""
+    model = apply_randlora(encoder(enable_nested_tensor=nested), ["linear1", "linear2"], r=4)
+    randomized(model)
+    x, padded = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        for options in ({}, {"src_key_padding_mask": padded}):
+            want = model.train()(x, **options)
+            torch.testing.assert_close(model.eval()(x, **options), want)
+        assert (copy.deepcopy(model)(x) - encoder().train()(x)).abs().max() > 0.1
+
+
+def test_a_layer_that_torch_never_calls_is_refused():
+    model = encoder()
+    with pytest.raises(ValueError, match=r"'layers\.0\.self_attn\.out_proj', matched by .* never"):
+        apply_randlora(model, ["out_proj"])
+    assert adapted(model) == [] and all(p.requires_grad for p in model.parameters())
+
+
+def test_merge_and_unload_and_unload():
+    plain = small_model()["blocks"]
+    plain.append(plain[0])  # tied
+    model = randomized(apply_randlora(copy.deepcopy(plain), ["q", "down"], r=3))
+    x, layer = torch.randn(5, 12), model[1]["q"]
+    layer.update_layer("idle", r=2)
+    nn.init.normal_(layer.randlora_lambda["idle"])
+    model[1]["down"].merge(keep_original=True)
+    want = [block[name](x) for block in model for name in ("q", "down")]
+    merged, bare = (f(copy.deepcopy(model)) for f in (merge_and_unload, unload))
+    for result in (merged, bare):
+        assert adapted(result) == [] and result[0] is result[2]
+        names = [name for name, _ in plain.named_parameters()]
+        assert [name for name, _ in result.named_parameters()] == names
+    for got, y in zip((b[name](x) for b in merged for name in ("q", "down")), want, strict=True):
+        torch.testing.assert_close(got, y, rtol=1e-4, atol=1e-4)
+    for got, was in zip(bare.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(got, was)
+    assert type(merge_and_unload(layer)) is nn.Linear
+
+
+def test_merge_and_unload_that_cannot_changes_nothing():
+    model = randomized(apply_randlora(small_model(), ["q"], r=3))
+    first, second = (block["q"] for block in model["blocks"])
+    weight = first.weight.clone()
+    second.base_layer.weight = nn.Parameter(second.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match="int8"):
+        merge_and_unload(model)
+    assert torch.equal(first.weight, weight) and len(adapted(model)) == 2
+
+
+def test_the_state_dict_of_a_merged_layer_warns():
+    layer = randomized(RandLoraLinear(nn.Linear(6, 6), r=2))
+    layer.merge()
+    with pytest.warns(UserWarning, match=r"base_layer.weight .* holds the merged adapters \['def"):
+        layer.state_dict()

@@ -88,7 +88,6 @@ def test_density_round_trip_as_in_the_demo(tmp_path, low_cpu_mem_usage):
     assert runs_on_kernels(model)
     x = torch.randn(6, 24)
     model.save_pretrained(tmp_path)
-    from safetensors.torch import load_file
 
     keys = list(load_file(tmp_path / "adapter_model.safetensors"))
     assert keys and all(key.endswith(("randlora_lambda", "randlora_gamma")) for key in keys)

@@ -10,6 +10,7 @@ from peft.tuners.randlora.layer import Linear, RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
 from torch import nn
 
+from ..base_layer import be_called, keep_padded
 from ..generation import Generated
 from .bases import BASES, PackedBases
 from .checkpoint import check_fit, drop_copies
@@ -111,6 +112,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
             )
         else:
             super()._create_and_replace(randlora_config, adapter_name, target, *args, **kwargs)
+        keep_padded(self.model, kwargs["current_key"])
 
     def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str) -> None:
         """Finds or draws the bases of an added adapter, unless stock PEFT does the same."""
@@ -180,6 +182,7 @@ def accelerate_layer(layer: nn.Module) -> nn.Module:
     if accelerated is not None:
         layer.__class__ = accelerated
         layer.randlora_A, layer.randlora_B = layer.randlora_A, layer.randlora_B  # as it keeps them
+        be_called(layer)
     return layer
 
 
