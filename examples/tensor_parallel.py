@@ -7,6 +7,7 @@ Every rank holds a part of each weight and generates its own part of the bases. 
 as one file, which a model in one process, or in any other number of them, opens again.
 """
 
+import json
 import os
 
 import torch
@@ -27,9 +28,13 @@ STYLES = {name: RandLoraColwise for name in TARGETS} | {
 }
 
 
+def options_of(args) -> dict:
+    return {"r": args.rank, "randlora_alpha": 20 * args.rank, "density": args.density,
+            "projection_prng_key": 0}  # fmt: skip
+
+
 def adapted(args) -> nn.Module:
-    options = {"r": args.rank, "randlora_alpha": 20 * args.rank, "density": args.density}
-    return apply_randlora(load_model(args), TARGETS, **options, projection_prng_key=0)
+    return apply_randlora(load_model(args), TARGETS, **options_of(args))
 
 
 def cut(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -89,7 +94,9 @@ def main() -> None:
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         file = args.out / "randlora.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
+        state = {name: tensor.contiguous() for name, tensor in state.items()}
+        about = {"randlora": json.dumps(options_of(args))}  # what python -m randlora_ext reads
+        save_file(state, file, metadata=about)
         print(f"{file}: {file.stat().st_size:,} bytes")
         whole = adapted(args).to(device).eval()
         whole.load_state_dict(load_file(file), strict=False)

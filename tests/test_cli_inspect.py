@@ -7,6 +7,7 @@ import torch
 from cli_helpers import KINDS, llama, refused, run, save_adapter
 from peft_helpers import accelerated, layers, peft
 
+from randlora_ext.cli import inspection
 from randlora_ext.cli.inspection import Spectrum
 
 pytestmark = [
@@ -66,7 +67,7 @@ def test_without_the_base_what_can_be_told_is_told(tmp_path):
     assert f"{size:,} bytes" in out
 
 
-def test_the_plot_is_a_picture(tmp_path, base_folder):
+def test_the_plot_is_a_picture(tmp_path, base_folder, monkeypatch):
     save_adapter(llama(), tmp_path, basis="generated")
     png = tmp_path / "dw.png"
     inspect = ("--inspect", tmp_path, "--base", base_folder, "--plot", png)
@@ -78,6 +79,9 @@ def test_the_plot_is_a_picture(tmp_path, base_folder):
     before = png.read_bytes()
     assert "exists" in refused(*inspect)
     assert png.read_bytes() == before
+    with monkeypatch.context() as patch:  # before anything is computed
+        patch.setattr(inspection, "_spectra", None)
+        assert "exists" in refused(*inspect)
     assert ".png" in refused(*inspect[:-1], tmp_path / "dw.pdf")
     assert "does not exist" in refused(*inspect[:-1], tmp_path / "no" / "dw.png")
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []

@@ -15,6 +15,8 @@ if not EXAMPLES.is_dir():
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from randlora_ext.cli.adapter import read_adapter  # noqa: E402
+
 
 def run(name: str, folder: Path, *launcher: str) -> str:
     """Its output; the environment is a newcomer's, without the network."""
@@ -70,7 +72,8 @@ def test_tensor_parallel(tmp_path):
     weights = 2 * 4 * 64 * (64 + 32 + 32 + 64 + 3 * 128) // 2
     assert f"2 ranks; each holds {weights:,} bytes of weights" in output
     assert difference(output, "in one process") < 1e-4
-    assert len(load_file(tmp_path / "randlora-adapter" / "randlora.safetensors")) == 28
+    file = tmp_path / "randlora-adapter" / "randlora.safetensors"
+    assert len(load_file(file)) == 28 and len(read_adapter(file).layers) == 14
 
 
 def test_every_example_is_run():

@@ -104,6 +104,16 @@ def test_stock_refuses_a_generated_adapter(tmp_path):
     assert torch.equal(base(torch.ones(24)), before)
 
 
+def test_a_configuration_read_before_enable_is_refused(tmp_path):
+    made().save_pretrained(tmp_path)
+    accelerated.disable()
+    with pytest.warns(UserWarning, match="basis"):
+        read = peft.PeftConfig.from_pretrained(tmp_path)
+    accelerated.enable()
+    with pytest.raises(ValueError, match=r"key is 'generated-1:0', .* after .*enable\(\)"):
+        peft.PeftModel.from_pretrained(Deep(), tmp_path, config=read)
+
+
 @pytest.mark.parametrize("text", [f"generated-{VERSION + 1}:0", "generated-x:0", "0", "peft-1:0"])
 def test_another_version_of_the_specification_is_refused(tmp_path, text):
     made().save_pretrained(tmp_path)

@@ -24,6 +24,7 @@ from peft_helpers import (
 )
 from torch import nn
 
+from randlora_ext import RandLoraLinear
 from randlora_ext.peft import _require
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
@@ -230,3 +231,5 @@ def test_kernel_summary(monkeypatch):
     assert text.count("factored") == 2 and "balanced" not in text
     assert "3 layers on PEFT's own code: made without" in accelerated.kernel_summary(stock)
     assert accelerated.kernel_summary(nn.Linear(2, 2)) == "no RandLoRA layers"
+    layer = RandLoraLinear(nn.Linear(2, 2), r=1)
+    assert "each RandLoraLinear tells of its own" in accelerated.kernel_summary(layer)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from .adapter import Adapter, read_adapter
 from .checkpoint import find_base, read_checkpoint
 from .errors import CliError
-from .outputs import new_file
+from .outputs import check_new, new_file
 from .skeleton import adapted_layers, shapes_of, skeleton
 
 _FIELDS = ("r", "randlora_alpha", "basis", "density", "support", "sparse", "very_sparse",
@@ -59,6 +59,10 @@ def inspect(
         layers: regular expression; only layers in whose path it is found.
         plot: a PNG to write: the spectra, and the effective rank of each layer as a heat map.
     """
+    if plot is not None:
+        if plot.suffix.lower() != ".png":
+            raise CliError(f"--plot must end in .png, got {plot}")
+        check_new(plot)
     adapter = read_adapter(folder)
     chosen = _chosen(adapter, layers)
     if base is None and adapter.config.base_model_name_or_path is None and plot is None:
@@ -155,8 +159,6 @@ def _table(adapter: Adapter, chosen: list[str], spectra: dict[str, Spectrum] | N
 
 
 def _write_plot(plot: Path, spectra: dict[str, Spectrum]) -> None:
-    if plot.suffix.lower() != ".png":
-        raise CliError(f"--plot must end in .png, got {plot}")
     try:
         from .spectrum_plot import draw
     except ImportError as error:

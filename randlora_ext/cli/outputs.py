@@ -39,13 +39,18 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-@contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A name beside `path`, renamed to it at the end. An existing `path` is refused."""
+def check_new(path: Path) -> None:
+    """Refuses what `new_file` would: to be asked before long work."""
     if path.exists():
         raise CliError(f"{path} exists; choose another name or remove it first")
     if not path.absolute().parent.is_dir():
         raise CliError(f"{path.absolute().parent} does not exist")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A name beside `path`, renamed to it at the end. An existing `path` is refused."""
+    check_new(path)
     scratch = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         yield scratch

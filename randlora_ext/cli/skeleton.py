@@ -83,6 +83,8 @@ def skeleton(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Specified to not save")
+            # The skeleton of a model has no name.
+            warnings.filterwarnings("ignore", message=".*base_model_name_or_path. was renamed")
             changes: dict[str, Any] = {k: v for k, v in narrowed.items() if k in known}
             config = dataclasses.replace(adapter.config, **changes)
             model = peft.get_peft_model(root, config)

@@ -18,7 +18,6 @@ from .layer import Accelerated, accelerated_class, update_quantized
 from .mixed import adapter_per_row
 from .ternary_tensor import TernaryMatrix, TernaryTensor
 
-
 _UPCAST = (torch.float16, torch.bfloat16)
 
 
@@ -39,6 +38,12 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _pre_injection_hook(
         self, model: nn.Module, config: peft.RandLoraConfig, adapter_name: str
     ) -> None:
+        if isinstance(config.projection_prng_key, str):
+            raise ValueError(
+                f"projection_prng_key is {config.projection_prng_key!r}, of bases that "
+                "randlora_ext generates: read or make this configuration after "
+                "randlora_ext.peft.enable(), which knows them"
+            )
         if getattr(config, "basis", "peft") == "generated":
             self._describe_bases(config, adapter_name)
             return

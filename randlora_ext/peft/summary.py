@@ -6,6 +6,7 @@ from peft.tuners.randlora.layer import RandLoraLayer
 from torch import nn
 
 from ..cost import explain
+from ..layer import RandLoraLinear
 from .layer import Accelerated
 
 
@@ -58,4 +59,6 @@ def kernel_summary(model: nn.Module, tokens: int = 512) -> str:
             f"{stock} layers on PEFT's own code: made without randlora_ext.peft.enable(); see "
             "accelerate()"
         )
+    if not parts and any(isinstance(module, RandLoraLinear) for module in model.modules()):
+        return "no RandLoRA layers of PEFT; each RandLoraLinear tells of its own when printed"
     return "; ".join(parts) or "no RandLoRA layers"
