@@ -15,12 +15,12 @@
 //
 // 4096 x 4096, r = 32, n = 128, T = 8192, bf16 on an H100 (M = 227 KB):
 //                      density 1/64             1/3
-//   tile               32 x 1024                64 x 464
+//   tile               32 x 1376                64 x 464
 //   operations         4.3 GFLOP, 4 us          92 GFLOP, 93 us at 989 TFLOP/s
 //   DRAM               134 MB (U, out), 40 us; 60 us when out is read
-//   L2 into SMs        270 + 134 MB, 75 us      600 + 1430 MB, 370 us at 5.5 TB/s
+//   L2 into SMs        200 + 134 MB, 61 us      600 + 1430 MB, 370 us at 5.5 TB/s
 //   adds to shared     17 M                     358 M, 200 us with bank conflicts
-// At 1/64 a stage is short (4 units of 8 k-steps, some 600 cycles), one a j: 190 of them an SM, 70 us.
+// At 1/64 a stage is short (2 to 4 units of 8 k-steps, some 600 cycles), one a j: 190 of them an SM, 70 us.
 // 80 us expected at 1/64, 400 us at 1/3, where the delta path is the better choice.
 #include "a_side.h"
 
@@ -39,9 +39,13 @@ struct Down {
   static constexpr int kStages = 3;
   static constexpr int64_t kStageBytes =
       int64_t{kStages} * (kTokens + kEntries) * kStride * sizeof(S);
-  static constexpr int kColumn = kTokens + 1;  // odd, for rows of `out` to be read across
 
-  static int64_t shared(int64_t range) { return kStageBytes + range * kColumn * sizeof(C); }
+  static int64_t shared(int64_t range) { return kStageBytes + range * kTokens * sizeof(C); }
+  // Where the sum of a column and token lies: tokens turned about by the column, so that neither a row
+  // nor a column of sums lies in one bank.
+  static __device__ __forceinline__ int at(int column, int token) {
+    return column * kTokens + (token ^ (column & 31));
+  }
 };
 
 // What a stage holds: `count` entries from `entry` on, all of one j, and bases from i0 on; U of them
@@ -61,7 +65,7 @@ __global__ void __launch_bounds__(256, 1)
   constexpr int L = kPerAccess<S>, kPieces = B::kBases / L;
   S* u_shared = reinterpret_cast<S*>(shared_memory());               // (kStages, kTokens, kStride)
   S* v_shared = u_shared + B::kStages * B::kTokens * B::kStride;     // (kStages, kEntries, kStride)
-  C* sums = reinterpret_cast<C*>(shared_memory() + B::kStageBytes);  // (range, kColumn)
+  C* sums = reinterpret_cast<C*>(shared_memory() + B::kStageBytes);  // (range, kTokens), by B::at
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
 
   const int64_t ranges = ceil_div(a.d, range);
@@ -157,14 +161,15 @@ __global__ void __launch_bounds__(256, 1)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           if (code[m][e / 2] < 0) continue;
-          C* column = sums + (code[m][e / 2] / 2 - k0) * B::kColumn + t;
+          const int column = static_cast<int>(code[m][e / 2] / 2 - k0);
 #pragma unroll
-          for (int n = 0; n < NI; ++n) column[Tile::col(n, e)] += tile.acc[m][n][e];
+          for (int n = 0; n < NI; ++n)
+            sums[B::at(column, t + Tile::col(n, e))] += tile.acc[m][n][e];
         }
     }
   };
 
-  for (int x = threadIdx.x; x < columns * B::kColumn; x += blockDim.x) sums[x] = 0;
+  for (int x = threadIdx.x; x < columns * B::kTokens; x += blockDim.x) sums[x] = 0;
   Stage now = load(0), next = load(1);
   for (int buffer = 0; now.count > 0;) {
     cp_async_wait<B::kStages - 2>();
@@ -177,24 +182,41 @@ __global__ void __launch_bounds__(256, 1)
   __syncthreads();
 
   if (out_aligned) {
-    const int across = columns / L;
-    for (int x = threadIdx.x; x < tokens * across; x += blockDim.x) {
-      const int t = x / across, c = x % across * L;
-      S* to = out + (t0 + t) * a.d + k0 + c;
-      Pack<S, L> pack = {};
-      if (accumulate) pack = *reinterpret_cast<const Pack<S, L>*>(to);
+    // A warp stores L tokens x 32 / L packs, which lie in different banks of `sums`. What `out` holds is
+    // read for several of them before the first is stored: the store orders memory.
+    constexpr int kAcross = 32 / L, kAtOnce = 4;
+    const int lane = threadIdx.x % 32, across = (columns / L + kAcross - 1) / kAcross;
+    const int tiles = across * (B::kTokens / L);
+    for (int first = warp; first < tiles; first += kAtOnce * warps) {
+      S* to[kAtOnce];
+      Pack<S, L> pack[kAtOnce];
+      int column[kAtOnce], token[kAtOnce];
 #pragma unroll
-      for (int e = 0; e < L; ++e) {
-        const C sum = sums[(c + e) * B::kColumn + t];
-        pack.set(e, narrow<S>(accumulate ? widen(pack.get(e)) + sum : sum));
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int x = first + u * warps;
+        column[u] = (x % across * kAcross + lane % kAcross) * L;
+        token[u] = x / across * L + lane / kAcross;
+        const bool there = x < tiles && token[u] < tokens && column[u] < columns;
+        to[u] = there ? out + (t0 + token[u]) * a.d + k0 + column[u] : nullptr;
+        pack[u] = {};
+        if (there && accumulate) pack[u] = *reinterpret_cast<const Pack<S, L>*>(to[u]);
       }
-      pack.store(to);
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        if (!to[u]) continue;
+#pragma unroll
+        for (int e = 0; e < L; ++e) {
+          const C sum = sums[B::at(column[u] + e, token[u])];
+          pack[u].set(e, narrow<S>(accumulate ? widen(pack[u].get(e)) + sum : sum));
+        }
+        pack[u].store(to[u]);
+      }
     }
   } else {
     for (int x = threadIdx.x; x < tokens * columns; x += blockDim.x) {
       const int t = x / columns, c = x % columns;
       S* to = out + (t0 + t) * a.d + k0 + c;
-      const C sum = sums[c * B::kColumn + t];
+      const C sum = sums[B::at(c, t)];
       *to = narrow<S>(accumulate ? widen(*to) + sum : sum);
     }
   }
@@ -212,7 +234,7 @@ void gathered_down(const Gathered& g, const void* U, int64_t T, void* out, bool 
       using B = decltype(shape);
       const int64_t token_tiles = ceil_div(T, B::kTokens);
       const int64_t room = (device.shared_bytes - B::kStageBytes) /
-                           (B::kColumn * int64_t{sizeof(typename B::C)}) / 16 * 16;
+                           (B::kTokens * int64_t{sizeof(typename B::C)}) / 16 * 16;
       // As wide as fits, but with a block for every SM, down to 64 columns.
       const int64_t ranges =
           max(ceil_div(a.d, room),

@@ -12,6 +12,7 @@
 // density 1/64 (1/3) there are 0.3 M (5.6 M) additions, well below a microsecond an SM. Latency binds:
 // 4 us expected for up at T = 1, 6 us at T = 16; 6 us and 10 us for down.
 #include "a_side.h"
+#include "ptx.h"
 #include "warp_sums.h"
 
 namespace randlora {
@@ -40,14 +41,31 @@ __global__ void up_few_kernel(Lists<Index> a, int64_t r, int64_t n, int64_t d, i
   const int64_t i = block % n, t0 = block / n * TT;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
 
-#pragma unroll 4
-  for (int64_t k = threadIdx.x; k < d; k += blockDim.x) {
-    const C g = gam[i * d + k];
-    Row<C, TT> product;
+  // Straight code for several columns at a time, so that their loads are on their way together. Tokens
+  // past T repeat the last, and are not stored.
+  const auto take = [&](auto columns, int64_t first) {
+    C g[columns.value];
+    S value[columns.value][TT];
 #pragma unroll
-    for (int t = 0; t < TT; ++t) product.t[t] = t0 + t < T ? g * widen(z[(t0 + t) * d + k]) : C(0);
-    row[k] = product;
-  }
+    for (int u = 0; u < columns.value; ++u) {
+      const int64_t k = first + u * blockDim.x;
+      g[u] = gam[i * d + k];
+#pragma unroll
+      for (int t = 0; t < TT; ++t) value[u][t] = z[min(t0 + t, T - 1) * d + k];
+    }
+#pragma unroll
+    for (int u = 0; u < columns.value; ++u) {
+      Row<C, TT> product;
+#pragma unroll
+      for (int t = 0; t < TT; ++t) product.t[t] = g[u] * widen(value[u][t]);
+      row[first + u * blockDim.x] = product;
+    }
+  };
+  constexpr int kAtOnce = TT == 1 ? 8 : 4;
+  int64_t k = threadIdx.x;
+  for (; k + (kAtOnce - 1) * blockDim.x < d; k += kAtOnce * blockDim.x)
+    take(std::integral_constant<int, kAtOnce>{}, k);
+  for (; k < d; k += blockDim.x) take(std::integral_constant<int, 1>{}, k);
   __syncthreads();
   for (int64_t j = slice * warps + warp; j < r; j += slices * warps) {
     const int64_t minus = a.minus(j), end = a.end(j);
@@ -122,9 +140,22 @@ __global__ void down_few_kernel(Lists<Index> a, int64_t r, int64_t n, int64_t d,
   const int entries = static_cast<int>(parts[lane]);
 
   for (int64_t t = t0; t < t1; ++t) {
-#pragma unroll 4
-    for (int64_t c = threadIdx.x; c < r * n; c += blockDim.x)
-      u[c / n * stride + c % n] = widen(U[t * r * n + c]) * (lam[c] * scale);
+    for (int64_t j = warp; j < r; j += warps) {  // not by c = j n + i, which would be divided by n
+      const S* from = U + (t * r + j) * n;
+      for (int first = lane; first < n; first += 4 * 32) {
+        C value[4];
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+          const int64_t i = min(int64_t{first} + 32 * v, n - 1);
+          value[v] = widen(from[i]) * (lam[j * n + i] * scale);
+        }
+#pragma unroll
+        for (int v = 0; v < 4; ++v) pin(value[v]);
+#pragma unroll
+        for (int v = 0; v < 4; ++v)
+          if (first + 32 * v < n) u[j * stride + first + 32 * v] = value[v];
+      }
+    }
     __syncthreads();
     C sum = 0;
     if (entries > 0)

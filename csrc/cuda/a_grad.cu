@@ -18,7 +18,7 @@
 //   operations         4.3 GFLOP, 4 us          92 GFLOP, 93 us at 989 TFLOP/s
 //   DRAM               67 MB (U), 20 us         as much; z comes as panels of 2048 tokens in L2
 //   L2 into SMs        33 + 67 MB, 18 us        715 + 735 MB, 264 us at 5.5 TB/s
-//   P in fp32          8 MB, 5 splits           23 MB; read and written by each part of 2048 tokens
+//   P in fp32          8 MB, 6 splits           23 MB; read and written by each part of 2048 tokens
 // 35 us expected at 1/64 and 300 us at 1/3; 10 and 25 us for the rest.
 #include "a_side.h"
 #include "warp_sums.h"
@@ -129,9 +129,22 @@ __global__ void contract_kernel(Support a, const C* __restrict__ P, int splits,
     gamma[u] = k < a.d && i0 + u < a.n ? gam[(i0 + u) * a.d + k] : C(0);
     sum[u] = 0;
   }
-#pragma unroll 2
+  // Codes are fetched four rank indices ahead, and lambda before anything depends on the code.
+  constexpr int kAhead = 4;
+  int32_t ahead[kAhead];
+  const auto fetch = [&](int64_t j) { return k < a.d && j < a.r ? a.at[j * a.d + k] : -1; };
+#pragma unroll
+  for (int u = 0; u < kAhead; ++u) ahead[u] = fetch(u);
   for (int64_t j = 0; j < a.r; ++j) {
-    const int32_t code = k < a.d ? a.at[j * a.d + k] : -1;
+    const int32_t code = ahead[0];
+#pragma unroll
+    for (int u = 0; u + 1 < kAhead; ++u) ahead[u] = ahead[u + 1];
+    ahead[kAhead - 1] = fetch(j + kAhead);
+    C lambda[kBases];
+#pragma unroll
+    for (int u = 0; u < kBases; ++u) lambda[u] = lam[j * a.n + min(i0 + u, a.n - 1)];
+#pragma unroll
+    for (int u = 0; u < kBases; ++u) pin(lambda[u]);
     C part[kBases] = {};
     if (code >= 0) {
       const C* row = P + (a.first(j) + code / 2) * a.bases + i0;
@@ -147,7 +160,7 @@ __global__ void contract_kernel(Support a, const C* __restrict__ P, int splits,
 #pragma unroll
       for (int u = 0; u < kBases; ++u) {
         const C v = sign * signed_P[u];
-        if (i0 + u < a.n) sum[u] += v * lam[j * a.n + i0 + u];
+        sum[u] += v * lambda[u];
         part[u] = v * gamma[u];
       }
     }
@@ -176,11 +189,21 @@ __global__ void sum_lambda(Support a, const C* __restrict__ partial, int64_t row
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int64_t chunks = ceil_div(a.n, 32), j = blockIdx.x / chunks;
   const int64_t i = blockIdx.x % chunks * 32 + lane;
+  constexpr int kAtOnce = 8;  // loads on their way together
   C sum = 0;
   if (i < a.n)
-#pragma unroll 4
-    for (int64_t row = warp; row < rows; row += warps)
-      sum += partial[(row * a.r + j) * a.bases + i];
+    for (int64_t first = warp; first < rows; first += kAtOnce * warps) {
+      C part[kAtOnce];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int64_t row = first + u * warps;
+        part[u] = row < rows ? partial[(row * a.r + j) * a.bases + i] : C(0);
+      }
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) pin(part[u]);
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) sum += part[u];
+    }
   shared[threadIdx.x] = sum;
   __syncthreads();
   if (warp > 0 || i >= a.n) return;

@@ -32,11 +32,13 @@ namespace randlora {
 namespace cuda {
 namespace {
 
-constexpr int kLines = 4;  // of a warp, between two barriers
+// Of a warp, between two barriers. One token has so few blocks that each should be short.
+constexpr int lines_of_warp(int TT) { return TT == 1 ? 1 : 4; }
 
 // A tile of TT tokens: a lane has kTokens of them, kAcross lanes have all.
 template <class S, int TT>
 struct TokenTile {
+  static constexpr int kLines = lines_of_warp(TT);
   static constexpr int kTokens = TT == 1 ? 1 : kPerAccess<S>, kAcross = TT / kTokens;
   static constexpr int kEntries = 32 / kAcross;        // a step of the warp
   static constexpr int kAhead = kAcross == 2 ? 6 : 3;  // steps whose positions are fetched ahead
@@ -44,7 +46,7 @@ struct TokenTile {
 };
 
 struct Shape {
-  int64_t lines, features, T, range;  // lines a block, a multiple of kLines * warps
+  int64_t lines, features, T, range;  // lines a block, a multiple of those of its warps
 };
 
 // Blocks that a multiprocessor must hold, which bounds registers: on Blackwell a bound of 64 spills.
@@ -62,6 +64,7 @@ __global__ void __launch_bounds__(256, kResident)
   using G = TokenTile<S, TT>;
   using C = typename ComputeOf<S>::type;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  constexpr int kLines = G::kLines;
   const int chunk = kLines * warps, stride = chunk + 1;
   S* staged = reinterpret_cast<S*>(shared_memory());  // (features, TT)
   C* results =
@@ -73,11 +76,14 @@ __global__ void __launch_bounds__(256, kResident)
   const S* rows = Staged ? staged : source + tile * shape.features * TT;
 
   if constexpr (Staged) {
+    // Tokens past T repeat the last, and are not stored: loads that depend on nothing run together.
     for (int64_t f = threadIdx.x; f < shape.features; f += blockDim.x) {
+      S value[TT];
+#pragma unroll
+      for (int t = 0; t < TT; ++t) value[t] = source[min(t0 + t, shape.T - 1) * shape.features + f];
       Pack<S, TT> row = {};
 #pragma unroll
-      for (int t = 0; t < TT; ++t)
-        if (t0 + t < shape.T) row.set(t, source[(t0 + t) * shape.features + f]);
+      for (int t = 0; t < TT; ++t) row.set(t, value[t]);
       reinterpret_cast<Pack<S, TT>*>(staged)[f] = row;
     }
     __syncthreads();
@@ -172,17 +178,17 @@ void run(const AnyLists& any, bool wide, int64_t lines, int64_t features, int64_
          const void* operand, void* out, double scale, bool accumulate, Device& device) {
   if (T == 0) return;
   const int threads = min(256, device.max_threads);
-  const int chunk = kLines * threads / 32;
   with_dtype(dtype, [&](auto storage) {
     using S = decltype(storage);
     using C = typename ComputeOf<S>::type;
     constexpr int L = kPerAccess<S>;
-    const auto results = [&](int TT) { return 2 * TT * (chunk + 1) * int64_t{sizeof(C)}; };
+    const auto chunk_of = [&](int TT) { return lines_of_warp(TT) * threads / 32; };
+    const auto results = [&](int TT) { return 2 * TT * (chunk_of(TT) + 1) * int64_t{sizeof(C)}; };
     const auto staged = [&](int TT) { return features * TT * int64_t{sizeof(S)}; };
     const auto fits = [&](int TT) { return staged(TT) + results(TT) <= device.shared_bytes; };
 
     const auto start = [&](auto kernel, const auto& lists, int TT, bool stages, int blocks_an_sm) {
-      const int64_t tiles = ceil_div(T, TT);
+      const int64_t tiles = ceil_div(T, TT), chunk = chunk_of(TT);
       const int64_t ranges =
           min(ceil_div(lines, chunk), ceil_div(blocks_an_sm * device.multiprocessors, tiles));
       const Shape shape{lines, features, T, ceil_div(ceil_div(lines, ranges), chunk) * chunk};

@@ -26,8 +26,9 @@ struct Prepared {
 constexpr int kBases = 8;  // rows of value that a block makes
 
 template <class C, class Index>
-__device__ void make_values(const ListBlocks<Index>& a, const C* lam, const C* gam, int64_t j,
-                            int64_t i_begin, const Prepared<C>& out) {
+__device__ void make_values(const ListBlocks<Index>& a, const C* __restrict__ lam,
+                            const C* __restrict__ gam, int64_t j, int64_t i_begin,
+                            const Prepared<C>& out) {
   const int64_t first = a.lists.plus(j), end = a.lists.end(j), support = end - first;
   const int64_t i_end = min(i_begin + kBases, out.n);
   for (int64_t x = first + threadIdx.x; x < end; x += blockDim.x) {
@@ -45,8 +46,9 @@ __device__ void make_values(const ListBlocks<Index>& a, const C* lam, const C* g
 // The first `value_blocks` blocks: a rank index and kBases bases each. The others: a warp a row of
 // B.
 template <class C, class Index>
-__global__ void prepare_kernel(Lists<Index> a, Lists<Index> b_rows, const C* lam, const C* gam,
-                               int64_t D, int64_t value_blocks, Prepared<C> out) {
+__global__ void prepare_kernel(Lists<Index> a, Lists<Index> b_rows, const C* __restrict__ lam,
+                               const C* __restrict__ gam, int64_t D, int64_t value_blocks,
+                               Prepared<C> out) {
   if (blockIdx.x < value_blocks) {
     const int64_t per_rank = value_blocks / out.r;
     return make_values<C, Index>({a, out.columns}, lam, gam, blockIdx.x / per_rank,

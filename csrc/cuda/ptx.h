@@ -20,6 +20,11 @@
 
 namespace randlora {
 
+// The value is wanted here: without this the compiler moves a load behind the branch that uses it, and
+// several loads are no longer on their way together.
+__device__ __forceinline__ void pin(float& value) { asm volatile("" : "+f"(value)); }
+__device__ __forceinline__ void pin(double& value) { asm volatile("" : "+d"(value)); }
+
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                                     bf16) {
   asm volatile(

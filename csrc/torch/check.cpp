@@ -219,8 +219,7 @@ Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tenso
                    "packed: all lines of a balanced basis have as many entries, but a_index has ",
                    b.a.count, " for d = ", b.d, " columns and b_row ", b.b_balanced.count,
                    " for D = ", b.D, " rows; these tensors are of another layer");
-    if (on_cpu)
-      check_last(b.b_balanced.offset, b.r, b.b_balanced.row, b.wide, b.D, "b_row", "D");
+    if (on_cpu) check_last(b.b_balanced.offset, b.r, b.b_balanced.row, b.wide, b.D, "b_row", "D");
     return b;
   }
   check_offsets(packed[2], packed[3], b.D, "b_row", on_cpu);

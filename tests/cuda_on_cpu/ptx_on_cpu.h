@@ -5,6 +5,10 @@
 #include "cuda_on_cpu.h"
 
 namespace randlora {
+
+template <class T>
+void pin(T&) {}
+
 namespace on_cpu {
 
 using cuda_on_cpu::Site;
