@@ -77,8 +77,9 @@ def be_called(layer: nn.Module) -> None:
     kernel, unless a forward hook hangs on a module inside it. This one hangs on a dictionary of
     `layer`, which nobody calls, and costs nothing.
     """
-    if _attached not in layer.randlora_dropout._forward_pre_hooks.values():
-        layer.randlora_dropout.register_forward_pre_hook(_attached)
+    dictionary: Any = layer.randlora_dropout
+    if _attached not in dictionary._forward_pre_hooks.values():
+        dictionary.register_forward_pre_hook(_attached)
 
 
 def keep_padded(model: nn.Module, name: str) -> None:
