@@ -4,7 +4,7 @@ balanced.cu, b_balanced.cu), and of those on which the products of both sides ru
 Each function gives bytes and operations of all launches of its kernel in a call.
 """
 
-from .floors import INTEGERS_PER_ELEMENT, Floor, index_bytes
+from .floors import INTEGERS_PER_ELEMENT, Floor, balanced_of, index_bytes, planes_of
 from .work import ELEMENT, Work, ceil_div
 
 _KEY, _COUNT, _AT = 4, 8, 4  # bytes
@@ -25,12 +25,6 @@ def _entries(w: Work, lines: int) -> float:
     return w.basis.density * w.basis.r * lines
 
 
-def _packed(w: Work, lines: int, n: int) -> float:
-    """Rows, signs and offsets."""
-    entry = index_bytes(w.basis) + 4 * ceil_div(n, 32)
-    return _entries(w, lines) * entry + _COUNT * (w.basis.r + 1)
-
-
 def _values(w: Work, lines: int) -> float:
     return ELEMENT * _entries(w, lines) * ceil_div(w.basis.n, 8) * 8
 
@@ -38,10 +32,6 @@ def _values(w: Work, lines: int) -> float:
 def _support(w: Work, lines: int) -> float:
     """Support::entry and Support::at."""
     return _AT * (_entries(w, lines) + w.basis.r * lines)
-
-
-def _planes_bytes(rows: int, columns: int) -> int:
-    return 2 * rows * ceil_div(columns, 64) * 8
 
 
 def draw_keys(w: Work) -> Floor:
@@ -59,7 +49,7 @@ def place(w: Work) -> Floor:
     total = Floor(0)
     for lines, n in _drawn(w):
         calls = _entries(w, lines) * ceil_div(n, 128)  # of Philox; elsewhere one has 4 elements
-        moved = w.basis.r * (lines + _COUNT) + _packed(w, lines, n)
+        moved = w.basis.r * (lines + _COUNT) + balanced_of(w.basis, lines, n)
         total += Floor(moved, integer=4 * INTEGERS_PER_ELEMENT * calls)
     return total
 
@@ -71,13 +61,13 @@ def find_lines(w: Work) -> Floor:
 
 def spread_signs(w: Work) -> Floor:
     lines, n = _used(w)
-    return Floor(w.launches * (_packed(w, lines, n) + _values(w, lines)))
+    return Floor(w.launches * (balanced_of(w.basis, lines, n) + _values(w, lines)))
 
 
 def planes(w: Work) -> Floor:
     lines, n = _used(w)
-    written = _planes_bytes(lines, w.basis.r * n)
-    return Floor(w.launches * (_packed(w, lines, n) + _support(w, lines) + written))
+    written = planes_of(lines, w.basis.r * n)
+    return Floor(w.launches * (balanced_of(w.basis, lines, n) + _support(w, lines) + written))
 
 
 def turn(w: Work) -> Floor:
@@ -134,15 +124,15 @@ def fill(w: Work) -> Floor:
     return Floor(2 * ELEMENT * w.tokens * moved)
 
 
-# ---- A of a balanced basis, turned in fp32 between its two packed forms -----------------------
+# ---- A of a balanced basis, turned in fp32 between its two packed forms --------------------------
 
 
 def a_to_dense(w: Work) -> Floor:
-    return Floor(_planes_bytes(w.basis.d, w.basis.r) + 4 * w.basis.r * w.basis.d)
+    return Floor(planes_of(w.basis.d, w.basis.r) + 4 * w.basis.r * w.basis.d)
 
 
 def a_to_planes(w: Work) -> Floor:
-    return Floor(4 * w.basis.r * w.basis.d + _planes_bytes(w.basis.r, w.basis.d))
+    return Floor(4 * w.basis.r * w.basis.d + planes_of(w.basis.r, w.basis.d))
 
 
 # Of kernels that other bases have too: there their floor is another.

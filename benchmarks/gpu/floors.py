@@ -42,8 +42,12 @@ def index_bytes(b: TernaryBasis) -> int:
     return 4 if max(b.D, b.K) > 65536 else 2
 
 
+def planes_of(rows: int, columns: int) -> float:
+    return 2 * rows * -(-columns // 64) * 8
+
+
 def planes_bytes(b: TernaryBasis) -> float:
-    return 2 * b.D * -(-b.K // 64) * 8
+    return planes_of(b.D, b.K)
 
 
 def list_bytes(b: TernaryBasis, by_column: bool = False) -> float:
@@ -51,10 +55,14 @@ def list_bytes(b: TernaryBasis, by_column: bool = False) -> float:
     return b.density * b.D * b.K * index_bytes(b) + (2 * lines + 1) * 8
 
 
+def balanced_of(b: TernaryBasis, lines: int, n: int) -> float:
+    """Rows, signs and offsets of a balanced matrix, which may be A."""
+    entry = index_bytes(b) + 4 * -(-n // 32)
+    return b.density * b.r * lines * entry + 8 * (b.r + 1)
+
+
 def balanced_bytes(b: TernaryBasis) -> float:
-    """Rows, signs and offsets."""
-    entry = index_bytes(b) + 4 * -(-b.n // 32)
-    return b.density * b.r * b.D * entry + 8 * (b.r + 1)
+    return balanced_of(b, b.D, b.n)
 
 
 def packed_bytes(b: TernaryBasis) -> float:
