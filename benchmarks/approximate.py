@@ -17,11 +17,11 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
+from methods import density_of
 from record import write
 from tqdm import tqdm
 
 from randlora_ext import TernaryBasis, delta_weight
-from randlora_ext.cli.methods import density_of
 from randlora_ext.reference import delta_weight_reference
 
 BASES = ["dense", "1/3", "1/8", "0.07", "1/16", "very_sparse", "balanced 1/4", "balanced 1/8",

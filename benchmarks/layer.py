@@ -6,12 +6,11 @@
     python benchmarks/layer.py --memory              with the peak of memory of each method
     python benchmarks/layer.py --paths               our paths alone, and what the choice loses
     python benchmarks/layer.py --append --out FILE   adds rows to those that FILE.json has
-    python benchmarks/layer.py --densities balanced:1/16,balanced:1/8     balanced bases
 
 A row is a process. In it every RandLoRA is first verified against the fp64 reference, outputs and
 gradients, then all methods are timed in turn, so that their ratios see one machine state; figures
-are medians, ratios over the frozen layer's median of the same row (`randlora_ext/cli/measure.py`,
-which `python -m randlora_ext --bench` uses too). A peak of memory takes a process a method: within
+are medians, ratios over the frozen layer's median of the same row (`compare.py`).
+A peak of memory takes a process a method: within
 one, each would see the highest of all. Columns named METHOD_mib are MiB over the frozen layer's.
 """
 
@@ -20,11 +19,11 @@ import json
 from pathlib import Path
 
 import torch
+from compare import compare
 from memory import peak_mib
-from record import in_a_process, show, write
+from methods import METHODS
+from record import in_a_process, machine, show, write
 
-from randlora_ext.cli.measure import compare, machine
-from randlora_ext.cli.methods import METHODS
 from randlora_ext.cost import PATHS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -5,8 +5,7 @@ import gc
 from pathlib import Path
 
 import torch
-
-from randlora_ext.cli.methods import frozen_layer, make
+from methods import frozen_layer, make
 
 MIB = 2**20
 

@@ -32,12 +32,11 @@ from pathlib import Path
 
 import torch
 from gpu import floors
-from record import write
+from methods import density_of
+from record import machine, write
 from torch.utils.benchmark import Timer
 
 from randlora_ext import _C, TernaryBasis
-from randlora_ext.cli.measure import machine
-from randlora_ext.cli.methods import density_of
 
 ops = torch.ops.randlora
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

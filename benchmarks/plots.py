@@ -17,8 +17,7 @@ from pathlib import Path
 
 import checkpoint
 import matplotlib
-
-from randlora_ext.cli.methods import density_of
+from methods import density_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -8,12 +8,19 @@ from a server that has imported the libraries, which takes seconds, and computed
 import csv
 import json
 import multiprocessing
+import os
+import platform
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from randlora_ext.cli.measure import machine
+import peft
+import torch
+
+from randlora_ext import build_info
 
 
 def in_a_process(function: Callable, *args: Any, **options: Any) -> Any:
@@ -41,3 +48,42 @@ def write(out: Path, rows: list[dict], **about: Any) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+
+
+def machine() -> dict:
+    """What somebody else needs to compare timings."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "cpu": _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "peft": peft.__version__,
+        "commit": _commit(),
+        **build_info(),
+    }
+
+
+def _processor() -> str:
+    if not os.path.exists("/proc/cpuinfo"):
+        return platform.processor() or platform.machine()
+    pairs = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    said = {key.strip(): value.strip() for key, _, value in pairs}
+    if "model name" not in said:
+        return platform.machine()
+    # Clouds shorten the name; family and model tell the generation.
+    return f"{said['model name']} (family {said.get('cpu family')}, model {said.get('model')})"
+
+
+def _commit() -> str:
+    """Of this checkout; "-dirty" if the sources differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent.parent), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--short", "HEAD")
+        changed = git("status", "--porcelain", "-uno", "--", "randlora_ext", "csrc")
+    except (OSError, subprocess.CalledProcessError):
+        return "not a git checkout"
+    return f"{commit}-dirty" if changed else commit

@@ -17,6 +17,7 @@ pytest.importorskip("matplotlib")
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import approximate  # noqa: E402
+import budget  # noqa: E402
 import checkpoint  # noqa: E402
 import finetune  # noqa: E402
 import layer  # noqa: E402
@@ -25,10 +26,10 @@ import model_step  # noqa: E402
 import plots  # noqa: E402
 from gpu import floors  # noqa: E402
 from memory import peak_mib  # noqa: E402
+from methods import METHODS, frozen_layer, make  # noqa: E402
 from record import in_a_process  # noqa: E402
 
 from randlora_ext import TernaryBasis  # noqa: E402
-from randlora_ext.cli.methods import METHODS, frozen_layer, make  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 
@@ -155,6 +156,27 @@ def test_approximate(tmp_path):
     for bases in ("dense", "balanced 1/8"):  # which leave out no input either
         other = rows["gaussian", 16, bases]
         assert other["randlora"] == pytest.approx(math.sqrt(1 - other["share"]), abs=0.05)
+
+
+@pytest.mark.parametrize("density", [1 / 90, 0.07, 1 / 3])
+@pytest.mark.parametrize("sizes", [(700, 1100), (1100, 700), (300, 300)])
+@pytest.mark.parametrize("gpus", [1, 2])
+@pytest.mark.parametrize("columns", [True, False])
+def test_the_budget_knows_the_size_of_a_packed_basis(sizes, density, gpus, columns):
+    side = "outputs" if columns else "inputs"
+    basis = TernaryBasis(*sizes, 24, density).slice(**{side: range(sizes[columns] // gpus)})
+    D, d, K = budget.Layer(*sizes, columns).sizes(24, gpus)
+    assert (D, d, K) == (basis.D, basis.d, basis.K)
+    spread = 16 * (density * D * K) ** 0.5  # four standard deviations, each non-zero in two lists
+    assert budget.packed_bytes(D, d, K, 24, density) == pytest.approx(
+        basis.packed_bytes(), abs=spread
+    )
+
+
+def test_the_page_shows_the_budget(capsys):
+    budget.main([])
+    page = ROOT / "docs" / "distributed.md"
+    assert not page.exists() or capsys.readouterr().out.strip() in page.read_text()
 
 
 def test_model_step(tmp_path):

@@ -6,7 +6,8 @@ import sys
 import pytest
 from cli_helpers import refused
 
-from randlora_ext.cli import bench, measure, methods, options
+from randlora_ext import diagnostics
+from randlora_ext.cli import bench, options
 
 
 @pytest.mark.parametrize(
@@ -57,14 +58,7 @@ def test_bench_ends_with_the_minute(stock_peft, one_thread, capsys):
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch, stock_peft):
-    right = methods.linear
-    monkeypatch.setattr(methods, "linear", lambda *a: right(*a) * 1.001)
+    right = diagnostics.linear
+    monkeypatch.setattr(diagnostics, "linear", lambda *a: right(*a) * 1.001)
     with pytest.raises(RuntimeError, match="verification failed"):
-        measure.compare((64, 64), 8, "0.07", repeats=1)
-
-
-def test_balanced_bases_are_timed(one_thread):
-    row = measure.compare((64, 64), 8, "balanced:1/8", repeats=1, methods=["factored"])
-    assert row["density"] == "balanced:1/8" and row["factored"] > 0
-    with pytest.raises(ValueError, match="support='balanced'"):
-        measure.compare((64, 64), 8, "balanced:0.07", repeats=1, methods=["factored"])
+        bench.bench(rows=[((64, 64), 8, "0.07")])

@@ -1,4 +1,4 @@
-"""The ways to train one frozen layer that `--bench` and benchmarks/layer.py compare."""
+"""The ways to train one frozen layer that the benchmarks compare."""
 
 import copy
 import math
@@ -8,9 +8,8 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from .. import TernaryBasis
-from ..cost import PATHS
-from ..functional import linear
+from randlora_ext import TernaryBasis, linear
+from randlora_ext.cost import PATHS
 
 SCALING = 20.0  # PEFT's default, alpha / r = 640 / 32
 # "peft" is PEFT's own RandLoRA, "full" full fine-tuning, "ours" the path of the cost model.
@@ -49,8 +48,7 @@ def make(method: str, base: nn.Linear, rank: int, density: str) -> nn.Module:
 
     PEFT's adapters are PEFT's own layers with its defaults beside r (VeRA: its own r of 256, whose
     matrices are not trained); in 16 bits PEFT keeps adapters in float32. PEFT's RandLoRA is
-    very_sparse where asked for, sparse (1/3) otherwise: its bases are dense, and its cost is the
-    same for all.
+    very_sparse if asked for, otherwise sparse (1/3): its bases are dense and cost the same.
     """
     if method == "frozen":
         return base
@@ -58,9 +56,7 @@ def make(method: str, base: nn.Linear, rank: int, density: str) -> nn.Module:
         return copy.deepcopy(base).requires_grad_(True)
     if method in ("ours", *PATHS):
         n_in, n_out = base.in_features, base.out_features
-        support, _, share = density.rpartition(":")  # "balanced:1/8"
-        share_of_d = density_of(share, min(n_in, n_out))
-        basis = TernaryBasis(n_in, n_out, rank, share_of_d, support=support or "independent")
+        basis = TernaryBasis(n_in, n_out, rank, density_of(density, min(n_in, n_out)))
         return Ours(base, basis, "auto" if method == "ours" else method)
     return _of_peft(method, base, rank, density)
 

@@ -1,0 +1,98 @@
+"""Timing one layer, forward and backward, in several ways, each verified first."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from methods import Ours, frozen_layer, make
+from torch import Tensor, nn
+
+from randlora_ext import explain
+from randlora_ext.cost import PATHS
+from randlora_ext.diagnostics import LIMITS, relative_error
+
+
+def compare(
+    size: tuple[int, int],
+    tokens: int,
+    density: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    rank: int = 32,
+    repeats: int = 9,
+    methods: Sequence[str] = ("lora", "peft", "ours"),
+) -> dict:
+    """Times every method for one layer, verified first; x requires a gradient as inside a model.
+
+    The methods take turns (frozen, LoRA, PEFT, ours, frozen, ...), so that drift of the machine
+    hits all of them. Medians; those of methods over the frozen layer's.
+
+    Args:
+        size: (in, out).
+        density: as of `methods.density_of`.
+        methods: of `methods.METHODS`. With all our paths among them the result has "regret": what
+            the choice of the cost model loses against the best path.
+
+    Raises RuntimeError if one of ours does not compute what the float64 reference does.
+    """
+    n_in, n_out = size
+    base = frozen_layer(size, dtype)
+    layers = {name: make(name, base, rank, density) for name in ("frozen", *methods)}
+    x = torch.randn(tokens, n_in, dtype=dtype, requires_grad=True)
+    dy = torch.randn(tokens, n_out, dtype=dtype)
+    ours = [layer for layer in layers.values() if isinstance(layer, Ours)]
+    error = verify(ours, dtype) if ours else 0.0
+    medians = _time(layers, x, dy, repeats)
+    result: dict[str, Any] = {
+        "in": n_in,
+        "out": n_out,
+        "tokens": tokens,
+        "density": density,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    if ours:
+        result |= {"path": explain(ours[0].basis, tokens, dtype).path, "error": error}
+    result["frozen_ms"] = medians["frozen"] * 1e3
+    result |= {name: medians[name] / medians["frozen"] for name in methods}
+    paths = PATHS if dtype == torch.float32 else PATHS[:2]  # 16 bits: merging would round dW away
+    if set(paths) <= set(methods):
+        result["regret"] = result[result["path"]] / min(result[path] for path in paths) - 1
+    return result
+
+
+def verify(layers: Sequence[Ours], dtype: torch.dtype) -> float:
+    """The largest relative error of their paths against the float64 reference."""
+    errors = {
+        layer.path: relative_error(layer.basis, 64, dtype, path=layer.path) for layer in layers
+    }
+    for path, error in errors.items():
+        if not error <= LIMITS[dtype]:
+            raise RuntimeError(f"verification failed: relative error {error:.1e} by path {path}")
+    return max(errors.values())
+
+
+def _time(methods: dict[str, nn.Module], x: Tensor, dy: Tensor, repeats: int) -> dict[str, float]:
+    """Median seconds of a step by method; one round before is not counted.
+
+    Each turn begins with a call that is not counted either: the caches and the allocator's free
+    pages then are those of this method, as in training, and not of the one before. Where a step
+    takes several tenths of a second that is nothing to it, and is left out.
+    """
+    work = x.numel() * dy.shape[1]
+    calls = min(60, max(1, int(1e9 / (work + 1e6))))
+    warm = int(work < 8e9)
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    for repeat in range(repeats + 1):
+        for name, layer in methods.items():
+            leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+            for call in range(calls + warm):
+                if call == warm:
+                    start = time.perf_counter()
+                for leaf in leaves:
+                    leaf.grad = None
+                layer(x).backward(dy)
+            if repeat:
+                times[name].append((time.perf_counter() - start) / calls)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
