@@ -6,8 +6,8 @@
 The motivation of the paper (section 3), made a table for choosing a density: lambda and gamma are
 fitted to a target matrix by Adam, with bases of several ranks and kinds, and the relative
 error ||target - dW|| / ||target|| is put beside that of the best LoRA of as many parameters, which
-is the truncated singular value decomposition. A real target is what full fine-tuning on the demo's
-task changes in a layer of SmolLM2-135M.
+is the truncated singular value decomposition. A real target is what full fine-tuning on the
+task of spelling.py changes in a layer of SmolLM2-135M.
 """
 
 import argparse
@@ -49,17 +49,13 @@ def random_targets(size: int, generator: torch.Generator) -> dict[str, torch.Ten
 
 def real_targets(steps: int) -> dict[str, torch.Tensor]:
     """What full fine-tuning changes in one attention and one MLP layer of SmolLM2-135M."""
-    from randlora_ext.demo.assets import find_data, find_model
-    from randlora_ext.demo.data import plan_batches, read_examples, split_examples
-    from randlora_ext.demo.model import load_base_model, load_tokenizer
-    from randlora_ext.demo.train import train
+    from spelling import load_model, plan_batches, read_words, train
 
-    device, source = torch.device("cpu"), find_model(None)
-    tokenizer, model = load_tokenizer(source), load_base_model(source, device)
+    tokenizer, model = load_model()
     layers = {"q_proj": "model.layers.15.self_attn.q_proj", "down": "model.layers.15.mlp.down_proj"}
     before = {k: model.get_submodule(name).weight.detach().clone() for k, name in layers.items()}
-    training, _ = split_examples(read_examples(find_data(None)))
-    train(model, tokenizer, plan_batches(training, steps, 16, 0), 1e-4, device)
+    training, _ = read_words()
+    train(model, tokenizer, plan_batches(training, steps, 16, 0), 1e-4)
     return {
         f"SmolLM2 {k}": model.get_submodule(name).weight.detach() - before[k]
         for k, name in layers.items()

