@@ -22,17 +22,17 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--steps", type=int, default=200)
     options.add_argument("--batch-size", type=int, default=4)
     options.add_argument("--block", type=int, default=512, help="tokens of one example")
-    options.add_argument("--lr", type=float, default=1e-3)
+    options.add_argument("--lr", type=float, default=3e-4)
     options.add_argument("--rank", type=int, default=32)
     options.add_argument("--density", type=float, default=0.07)
-    options.add_argument("--toy", action="store_true", help="a tiny random model, ten steps")
+    options.add_argument("--toy", action="store_true", help="a tiny random model, thirty steps")
     return options
 
 
 def parse(options: argparse.ArgumentParser) -> argparse.Namespace:
     args = options.parse_args()
     if args.toy:
-        args.steps, args.block, args.rank, args.text = 10, 32, 8, Path(__file__)
+        args.steps, args.block, args.rank, args.text = 30, 32, 8, Path(__file__)
     elif args.text is None:
         options.error("--text is needed: a file to train on (or --toy)")
     return args

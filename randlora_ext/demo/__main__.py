@@ -55,8 +55,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "default: the CMU pronouncing dictionary",
     )
     positive = {
-        "--steps": (75, "optimizer steps"),
-        "--batch-size": (16, "examples per step"),
+        "--steps": (150, "optimizer steps"),
+        "--batch-size": (8, "examples per step"),
         "--lr": (5e-4, "peak learning rate"),
         "--rank": (32, "r of the adapter; a lower one trains more parameters"),
         "--density": (0.07, "share of non-zeros in the bases"),
