@@ -1,8 +1,10 @@
 # The execution gate (docs/cuda-on-cpu.md): csrc/cuda/*.cu compiled by the C++ compiler, and every
 # tests/cuda/test_NAME.cpp as a test cuda_NAME that runs them on the CPU.
-file(GLOB cuda_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/*.cu)
+file(GLOB_RECURSE cuda_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/*.cu)
 file(GLOB cuda_tests CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/tests/cuda/test_*.cpp)
 set_source_files_properties(${cuda_sources} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++")
+set_source_files_properties(csrc/cuda/table.cu PROPERTIES
+  COMPILE_DEFINITIONS ${RANDLORA_CUDA_INTERFACE})
 
 add_library(cuda_on_cpu INTERFACE)
 target_include_directories(cuda_on_cpu INTERFACE csrc tests/cuda_on_cpu tests/cpp tests/cuda)
@@ -36,25 +38,17 @@ foreach(source ${cuda_tests})
   randlora_cuda_test(${name})
 endforeach()
 
+# For Python tests (tests/cuda/run_python_tests.sh).
+add_library(cuda_on_cpu_library SHARED EXCLUDE_FROM_ALL $<TARGET_OBJECTS:randlora_cuda_on_cpu>
+  tests/cuda_on_cpu/context_on_cpu.cpp)
+set_target_properties(cuda_on_cpu_library PROPERTIES OUTPUT_NAME randlora_cuda_on_cpu)
+target_link_libraries(cuda_on_cpu_library PRIVATE cuda_on_cpu Threads::Threads)
+target_link_options(cuda_on_cpu_library PRIVATE LINKER:--no-undefined
+  LINKER:--version-script=${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/exports.map)
+
+# All tests together must have started every kernel there is.
 find_package(Python3 COMPONENTS Interpreter)
 if(Python3_FOUND)
-  file(GLOB core_headers CONFIGURE_DEPENDS csrc/core/*.h)
-  set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${core_headers})
-  execute_process(COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/nvcc.py --interface
-                  OUTPUT_VARIABLE interface OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
-
-  # For Python tests, as tests/cuda_on_cpu/build.py makes it, of the objects that are here already.
-  add_library(cuda_on_cpu_library SHARED EXCLUDE_FROM_ALL $<TARGET_OBJECTS:randlora_cuda_on_cpu>
-    csrc/cuda/table.cpp tests/cuda_on_cpu/context_on_cpu.cpp)
-  set_target_properties(cuda_on_cpu_library PROPERTIES OUTPUT_NAME randlora_cuda_on_cpu)
-  target_link_libraries(cuda_on_cpu_library PRIVATE cuda_on_cpu Threads::Threads)
-  target_link_options(cuda_on_cpu_library PRIVATE
-    "-Wl,--version-script=${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/exports.map")
-  target_compile_options(cuda_on_cpu_library PRIVATE ${interface})
-  target_compile_definitions(cuda_on_cpu_library PRIVATE RANDLORA_VERSION="${RANDLORA_VERSION}"
-    RANDLORA_CUDA_BUILD="${CMAKE_CXX_COMPILER_ID}, on the CPU")
-
-  # All tests together must have started every kernel there is.
   file(MAKE_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/kernels)
   add_test(NAME cuda_every_kernel COMMAND ${Python3_EXECUTABLE}
     ${CMAKE_CURRENT_SOURCE_DIR}/tests/cuda/every_kernel.py ${CMAKE_CURRENT_BINARY_DIR}/kernels)

@@ -10,9 +10,8 @@
 namespace randlora {
 
 struct CudaKernels {
-  uint64_t interface;   // kCudaInterface as the library was compiled with it
-  const char* version;  // of the package
-  const char* build;    // compiler and architectures: "nvcc 13.0.88: sm_80 sm_90 compute_90"
+  uint64_t interface;  // kCudaInterface as the library was compiled with it
+  const char* build;   // compiler and architectures: "nvcc 13.0: 800,900"
 
   // multiprocessors and shared_bytes of card `index`.
   void (*describe)(int index, Device& device);
@@ -42,8 +41,8 @@ struct CudaKernels {
   void (*linear_backward)(const LinearBackward&, Device&);
 };
 
-// What must be equal on both sides: the build's hash of csrc/core/*.h (csrc/cuda/nvcc.py), for the
-// structs and classes there cross the border by their layout alone.
+// A hash of csrc/core/*.h, whose structs and classes pass between the libraries by their layout
+// alone. setup.py and CMakeLists.txt compute it.
 #if !defined(RANDLORA_CUDA_INTERFACE)
 #error "the build defines RANDLORA_CUDA_INTERFACE"
 #endif

@@ -3,16 +3,21 @@
 #include "context.h"
 #include "kernels.h"
 
-#if !defined(RANDLORA_VERSION) || !defined(RANDLORA_CUDA_BUILD)
-#error "the build defines RANDLORA_VERSION and RANDLORA_CUDA_BUILD (csrc/cuda/nvcc.py)"
+#define RANDLORA_TEXT_OF(...) #__VA_ARGS__
+#define RANDLORA_TEXT(...) RANDLORA_TEXT_OF(__VA_ARGS__)
+
+#if defined(__CUDACC__)
+#define RANDLORA_NVCC RANDLORA_TEXT(__CUDACC_VER_MAJOR__) "." RANDLORA_TEXT(__CUDACC_VER_MINOR__)
+#define RANDLORA_COMPILER "nvcc " RANDLORA_NVCC ": " RANDLORA_TEXT(__CUDA_ARCH_LIST__)
+#else
+#define RANDLORA_COMPILER "C++ " __VERSION__ ", on the CPU"
 #endif
 
 extern "C" __attribute__((visibility("default"))) const randlora::CudaKernels*
 randlora_cuda_kernels() {
   using namespace randlora;
   static constexpr CudaKernels table = {kCudaInterface,
-                                        RANDLORA_VERSION,
-                                        RANDLORA_CUDA_BUILD,
+                                        RANDLORA_COMPILER,
                                         cuda::describe,
                                         cuda::make_current,
                                         cuda::fill_planes,
