@@ -19,8 +19,8 @@ def _load() -> str:
         return "not loaded: this torch is built without CUDA"
     if path is None and not LIBRARY.is_file():
         return (
-            "not loaded: randlora_ext was built without nvcc; install it again where nvcc is found "
-            "(RANDLORA_CUDA=1 makes that a condition)"
+            "not loaded: randlora_ext was built without CUDA kernels; install nvcc and reinstall "
+            "with RANDLORA_CUDA=1 pip install --no-build-isolation"
         )
     try:
         _C.load_cuda(path or str(LIBRARY), _SERVES_CPU)

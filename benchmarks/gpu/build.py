@@ -10,7 +10,7 @@ from pathlib import Path
 from .stage import Stage
 
 ROOT = Path(__file__).resolve().parents[2]
-CPU_LIBRARY = ROOT / "build" / "cuda_on_cpu" / "librandlora_cuda_on_cpu.so"
+CPU_LIBRARY = ROOT / "build-cpp" / "librandlora_cuda_on_cpu.so"
 _LOADED = (
     "import json, randlora_ext; info = randlora_ext.build_info(); print(json.dumps(info));"
     "raise SystemExit(info['cuda'].startswith('not loaded'))"
@@ -57,9 +57,10 @@ def main() -> None:
         return run([sys.executable, "-c", _LOADED], stage.left())
 
     if stage.dry:
-        status, text = run(
-            [sys.executable, "tests/cuda_on_cpu/build.py", str(CPU_LIBRARY)], stage.left()
-        )
+        target = ["cmake", "--build", "build-cpp", "-j2", "--target", "cuda_on_cpu_library"]
+        status, text = run(["cmake", "-S", ".", "-B", "build-cpp"], stage.left())
+        if status == 0:
+            status, text = run(target, stage.left())
         if status == 0 and loaded()[0] != 0:  # there is no extension, or one of other sources
             status, text = extension(stage.left(), RANDLORA_CUDA="0")
     else:

@@ -17,7 +17,9 @@ Exit status: 0 passed, 1 failed, 77 skipped as there is no nvcc.
 import argparse
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,21 +27,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+from kernel_usage import ToolError, Usage, add_instructions, parse_ptxas, short_names
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
-import nvcc as build  # noqa: E402
-from kernel_usage import (  # noqa: E402
-    ToolError,
-    Usage,
-    add_instructions,
-    parse_ptxas,
-    short_names,
-)
-
+SOURCES = ROOT / "csrc" / "cuda"
 BUDGET = HERE / "budget.json"
 BAD_KERNELS = HERE / "bad_kernels.cu"
 BUDGETED = ("sm_80", "sm_90")
+# Compiling to PTX takes most of nvcc's time, and two PTX serve all cards: the kernels use nothing
+# newer than 8.0, except for a limit of their own from 10.0 on (b_lists.cu).
+PTX_OF = {
+    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_90"), "compute_80"),
+    **dict.fromkeys(("sm_100", "sm_120"), "compute_100"),
+}
 SKIPPED = 77
 # What the budget may say of a kernel, and what it must then have: the field of Usage, and in words.
 SAID = {"tensor_cores": ("hmma", "HMMA"), "wide_stores": ("wide_stores", "16-byte store")}
@@ -125,6 +126,28 @@ def dump(budget: dict) -> str:
 # ---- running the tools ---------------------------------------------------------------------------
 
 
+def run(command: list[str]) -> subprocess.CompletedProcess:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ToolError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which(f"{home}/bin/nvcc") or shutil.which("nvcc")
+
+
+def nvcc_version(nvcc: str) -> str:
+    return re.search(r"V([\d.]+)", run([nvcc, "--version"]).stdout)[1]
+
+
+def kernel_sources() -> list[Path]:
+    """Largest first, so that the last to be compiled is a short one."""
+    found = [path for path in SOURCES.rglob("*.cu") if path.name != "table.cu"]
+    return sorted(found, key=lambda path: (-path.stat().st_size, path.name))
+
+
 def find_nvdisasm(nvcc: str) -> str | None:
     """On PATH, beside nvcc, or of the PyPI package nvidia-cuda-nvdisasm (nvidia/cu13/bin)."""
     beside = os.path.join(os.path.dirname(os.path.realpath(nvcc)), "nvdisasm")
@@ -137,19 +160,18 @@ def find_nvdisasm(nvcc: str) -> str | None:
 def compile_one(
     nvcc: str, nvdisasm: str, source: Path, archs: list[str], folder: Path
 ) -> dict[str, dict[str, Usage]]:
-    """Usage by architecture and mangled name, for architectures of one virtual one. Compiled with
-    the flags of the build, but without its host half."""
+    """Usage by architecture and mangled name, for architectures that share one PTX."""
     ptx = folder / f"{source.stem}.{archs[0]}.ptx"
-    command = [nvcc, *build.FLAGS, "-Icsrc/cuda", build.relative(source)]
-    build.run([*command, "-ptx", f"-arch={build.virtual(archs[0])}", "-o", str(ptx)])
+    command = [nvcc, "-std=c++17", f"-I{SOURCES}", str(source)]
+    run([*command, "-ptx", f"-arch={PTX_OF[archs[0]]}", "-o", str(ptx)])
     found = {}
     for arch in archs:
         cubin = ptx.with_suffix(f".{arch}.cubin")
         command = [nvcc, "-cubin", f"-arch={arch}", "-Xptxas", "-v", str(ptx), "-o", str(cubin)]
-        said = build.run(command)
+        said = run(command)
         found[arch] = parse_ptxas(said.stderr + said.stdout)
         if found[arch]:
-            add_instructions(found[arch], build.run([nvdisasm, "-c", str(cubin)]).stdout)
+            add_instructions(found[arch], run([nvdisasm, "-c", str(cubin)]).stdout)
     return found
 
 
@@ -161,7 +183,7 @@ def measure(
     seconds = dict.fromkeys(kernels, 0.0)
     groups: dict[str, list[str]] = {}
     for arch in archs:
-        groups.setdefault(build.virtual(arch), []).append(arch)
+        groups.setdefault(PTX_OF[arch], []).append(arch)
 
     def one(job: tuple[Path, list[str]]) -> tuple[Path, dict[str, dict[str, Usage]], float]:
         started = time.monotonic()
@@ -217,12 +239,12 @@ def control(nvcc: str, nvdisasm: str) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sources", nargs="*", help="names of files in csrc/cuda; default: all")
-    parser.add_argument("--archs", default=",".join(build.ALL), help="default: %(default)s")
+    parser.add_argument("--archs", default=",".join(PTX_OF), help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
     parser.add_argument("--update", action="store_true", help="write budget.json anew")
     args = parser.parse_args()
 
-    nvcc = build.find_nvcc()
+    nvcc = find_nvcc()
     if nvcc is None:
         print("compile gate: skipped: no nvcc (set CUDA_HOME, or put it on PATH)")
         return SKIPPED
@@ -233,18 +255,18 @@ def main() -> int:
     archs = args.archs.split(",")
     if args.update and not set(BUDGETED) <= set(archs):
         parser.error(f"--update needs {' and '.join(BUDGETED)}")
-    sources = [p for p in build.kernel_sources() if not args.sources or p.name in args.sources]
+    sources = [p for p in kernel_sources() if not args.sources or p.name in args.sources]
     if not sources or len(sources) < len(args.sources):
         parser.error(f"csrc/cuda has no such files: {' '.join(args.sources)}")
 
     started = time.monotonic()
     budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
     budget = {"nvcc": "", "register_tolerance": 8, "sources": {}, **budget}
-    version = build.nvcc_version(nvcc)
+    version = nvcc_version(nvcc)
     try:
         wrong = control(nvcc, nvdisasm)
         kernels, seconds = measure(nvcc, nvdisasm, sources, archs, args.jobs)
-    except (build.BuildError, ToolError) as error:
+    except ToolError as error:
         print(f"compile gate: failed:\n{error}")
         return 1
 

@@ -2,12 +2,16 @@
 # The Python tests on the CUDA kernels, without a card: the CUDA library compiled for the CPU serves
 # CPU tensors (docs/cuda-on-cpu.md), so binding, checks, autograd and kernels are those of a card.
 #   bash tests/cuda/run_python_tests.sh [pytest arguments]
-# Needs g++ and the built extension; about four minutes on two cores. RANDLORA_CUDA_LIBRARY may name the
-# library, where it has been built (CMake's target cuda_on_cpu_library).
+# Needs CMake, g++ and the built extension; about four minutes on two cores. RANDLORA_CUDA_LIBRARY may
+# name the library, if it has been built.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-RANDLORA_CUDA_LIBRARY=${RANDLORA_CUDA_LIBRARY:-$(python tests/cuda_on_cpu/build.py)}
+if [ -z "${RANDLORA_CUDA_LIBRARY:-}" ]; then
+  cmake -S . -B build-cpp >/dev/null
+  cmake --build build-cpp -j2 --target cuda_on_cpu_library >/dev/null
+  RANDLORA_CUDA_LIBRARY=$PWD/build-cpp/librandlora_cuda_on_cpu.so
+fi
 export RANDLORA_CUDA_LIBRARY RANDLORA_CUDA_SERVES_CPU=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export OMP_NUM_THREADS=1  # two processes on two cores
 python -c "

@@ -1,0 +1,73 @@
+"""What a wheel holds, links and requires.
+
+    python tools/check_wheel.py dist/*.whl
+
+Exit status 1 with the findings. auditwheel refuses every extension of torch, because such a wheel
+links libtorch without carrying it.
+"""
+
+import email
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+# glibc, gcc's runtime and the libraries with torch's stable ABI.
+SYSTEM = (
+    r"(libc|libm|libdl|libpthread|librt|libgcc_s|libstdc\+\+|ld-linux-\w+|ld-linux-x86-64)\.so\S*"
+)
+TORCH = r"(libtorch|libtorch_cpu|libc10)\.so"
+# C++ names of torch would bind to one version; its stable C functions are called aoti_torch_...
+TORCH_CPP = re.compile(r"_Z\w*(?:2at|3c10|5torch)\d")
+WANTED = (
+    "__init__.py",
+    "py.typed",
+    "_C.pyi",
+    "cli/__init__.py",
+    "demo/__init__.py",
+    "peft/__init__.py",
+)
+
+
+def run(*command: object) -> str:
+    return subprocess.run(
+        list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+
+
+def library_findings(path: Path) -> list[str]:
+    """What the library links beyond the system and, except for the CUDA library, torch."""
+    allowed = SYSTEM if "cuda" in path.name else f"{SYSTEM}|{TORCH}"
+    dynamic = run("readelf", "-dW", path)
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic)
+    print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, needs {', '.join(needed)}")
+    found = [f"links {name}" for name in needed if not re.fullmatch(allowed, name)]
+    found += [f"searches {p}" for p in re.findall(r"\((?:RPATH|RUNPATH)\).*\[(.*)\]", dynamic)]
+    undefined = run("nm", "-D", "--undefined-only", path).split()
+    found += [f"needs torch's C++ symbol {name}" for name in undefined if TORCH_CPP.match(name)]
+    return [f"{path.name} {finding}" for finding in found]
+
+
+def wheel_findings(wheel: Path) -> list[str]:
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(folder)
+        ours = re.compile(r"randlora_ext/.*\.(py|pyi|so|typed)|randlora_ext-[^/]*\.dist-info/.*")
+        found = [f"{name} does not belong here" for name in names if not ours.fullmatch(name)]
+        found += [f"{n} is missing" for n in WANTED if f"randlora_ext/{n}" not in names]
+        (metadata,) = Path(folder).glob("*.dist-info/METADATA")
+        requires = email.message_from_string(metadata.read_text()).get_all("Requires-Dist", [])
+        core = [requirement for requirement in requires if "extra ==" not in requirement]
+        if core != ["torch>=2.11"]:
+            found.append(f"requires {core} and not torch alone")
+        for library in sorted(Path(folder).rglob("*.so")):
+            found += library_findings(library)
+    return found
+
+
+if __name__ == "__main__":
+    findings = wheel_findings(Path(sys.argv[1]))
+    print("\n".join(findings) or "nothing unexpected")
+    sys.exit(bool(findings))
