@@ -1,24 +1,27 @@
-"""Everything that wants a GPU, in one command, in under eight minutes: build, test, measure.
+"""Builds, checks and measures on a CUDA card. Starts from a bare checkout and installs nothing.
 
-    python benchmarks/gpu_run.py                         on the card at hand
-    python benchmarks/gpu_run.py --dry                   the same stages on the CPU, tiny shapes
-    python benchmarks/gpu_run.py --stages build,kernels --budget 200 --out DIR
+    python benchmarks/gpu_run.py                            build, check, block_gemm
+    python benchmarks/gpu_run.py --stages layers,kernels    these, after a build
+    python benchmarks/gpu_run.py --stages build             works without a card, then for sm_90
+    python benchmarks/gpu_run.py --stages all --dry         toy sizes on the CPU
 
-It needs the repository, torch with CUDA, nvcc, and setuptools, pybind11, ninja, pytest, hypothesis,
-peft, transformers; it installs nothing (the extension is built in place). Each stage is a process
-with a deadline, so that one that dies or hangs costs only itself. After every stage, and within it
-after every row, the results are on disk: gpu-CARD.json, gpu-CARD.md, gpu-CARD.log in --out.
+docs/gpu-run.md says what to type in which order. A stage is one or more processes with a time
+limit each, so one that dies or hangs costs only itself. Results are on disk as they come, in --out:
+gpu-CARD.jsonl (a line for each result, appended by later runs), gpu-CARD.md (tables), gpu-CARD.log.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -26,173 +29,230 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(HERE))
 
-from gpu import report  # noqa: E402
-from gpu.build import CPU_LIBRARY  # noqa: E402
+from gpu import report, rows  # noqa: E402
 
-# Seconds of each stage on an H100; what one leaves over, those after it share.
-STAGES = {
-    "ceilings": 20,
-    "build": 120,
-    "checks": 75,
-    "sanitizer": 60,
-    "layers": 105,
-    "kernels": 45,
-    "model": 50,
-}
-GRACE = 5.0  # seconds beyond its deadline before a stage is killed
-NEEDED = ("ceilings", "build")  # without these nothing after them makes sense
+STAGES = ("build", "check", "block_gemm", "layers", "kernels", "racecheck", "ncu", "model", "slow")
+DEFAULT = STAGES[:3]
+NEEDS_NO_BUILD = "block_gemm"
+LEAST = 20.0  # seconds: with less left, a command is not started
+FINDING = 9  # exit status of compute-sanitizer if it found something
+METRICS = (
+    "gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,lts__t_bytes.sum,"
+    "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum,sm__inst_executed_pipe_tensor.sum,"
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed,"
+    "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed,"
+    "sm__warps_active.avg.pct_of_peak_sustained_active"
+)
 
 
-def environment(dry: bool, results: Path) -> dict[str, str]:
+@dataclass(frozen=True)
+class Command:
+    name: str
+    argv: list[str]
+    seconds: float  # limit
+    expected: int = 0  # exit status
+    settings: dict[str, str] = field(default_factory=dict)  # of the environment
+    watched: list[str] = field(default_factory=list)  # the tool that starts it, with its options
+    card_only: bool = False
+
+
+def commands(stage: str, card: dict, dry: bool, csv: Path) -> list[Command]:
+    python, dry_option = sys.executable, ["--dry"] * dry
+
+    def gpu(name: str, *options: str) -> list[str]:
+        return [python, "-m", f"gpu.{name}", *options, *dry_option]
+
+    def sanitizer(tool: str, seconds: float, *options: str) -> Command:
+        # Only our kernels are watched, and no two tensors share an allocation.
+        watched = ["compute-sanitizer", "--tool", *tool.split(), "--kernel-name",
+                   "kernel_substring=randlora", "--print-limit", "20", "--launch-timeout", "120",
+                   "--error-exitcode", str(FINDING)]  # fmt: skip
+        name = " ".join([tool.split()[0], *options])
+        apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        planted = bool(options)
+        return Command(name, gpu("small_shapes", *options), seconds, FINDING * planted, apart,
+                       watched, card_only=planted)  # fmt: skip
+
+    def tests(which: str, seconds: float, card_only: bool = False) -> Command:
+        workers = ["-n", "4"] if importlib.util.find_spec("xdist") and not dry else []
+        path = "tests/gpu" + "/test_gpu_layer.py" * dry
+        argv = [python, "-m", "pytest", path, "-m", which, "-o", "addopts=", "-q", "-rfE",
+                "--maxfail=30", "--tb=short", "-p", "no:cacheprovider", *workers]  # fmt: skip
+        threads = str(max((os.cpu_count() or 1) // 4, 1))  # of the oracles, which run on the CPU
+        return Command(f"GPU tests, {which}", argv, seconds, settings={"OMP_NUM_THREADS": threads},
+                       card_only=card_only)  # fmt: skip
+
+    memcheck = "memcheck --report-api-errors no"
+    arch = {"TORCH_CUDA_ARCH_LIST": card.get("capability", "9.0")}
+    if card["cuda"]:
+        arch["RANDLORA_CUDA"] = "1"  # without nvcc the build fails
+    build = [python, "setup.py", "build_ext", "--inplace"]
+    load = "import randlora_ext; said = randlora_ext.build_info(); print(said)"
+    if "card" in card:
+        load += "; raise SystemExit(said['cuda'].startswith('not loaded'))"
+    rates = json.dumps({key: value for key, value in card.items() if key.endswith("_per_s")})
+    ncu = ["ncu", "--clock-control", "none", "--csv", "--page", "raw", "--print-units", "base",
+           "--kernel-name-base", "demangled", "--kernel-name", "regex:randlora",
+           "--metrics", METRICS, "--log-file", str(csv)]  # fmt: skip
+    known = {
+        "build": [
+            *[Command("build", build, 900, settings=arch)] * (not dry),
+            Command("load", [python, "-c", load], 60),
+        ],
+        "check": [
+            Command("self-check", [python, "-m", "randlora_ext"], 60),
+            tests("not slow", 150),
+            sanitizer(memcheck, 90),
+            sanitizer(memcheck, 30, "--plant"),
+        ],
+        "block_gemm": [Command("block_gemm", gpu("block_gemm"), 230)],
+        "layers": [Command("layers", gpu("layers"), 300)],
+        "kernels": [Command("kernels", gpu("kernels", "--rates", rates), 120)],
+        "racecheck": [sanitizer("racecheck --racecheck-report all", 240)],
+        "ncu": [Command("ncu", gpu("kernels", "--once"), 150, watched=ncu)],
+        "model": [Command("model", gpu("model"), 200)],
+        "slow": [tests("slow", 300, card_only=True)],
+    }
+    return known[stage]
+
+
+def environment(dry: bool) -> dict[str, str]:
+    # Beside Python lies ninja, which torch's builds look for on PATH.
+    programs = [str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
     paths = [str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]
-    # Beside Python lies ninja, which torch's builds look for on PATH: without it they take minutes.
-    programs = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     new = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1",
-           "PATH": os.pathsep.join(filter(None, programs)),
-           "HF_HUB_OFFLINE": "1", "RANDLORA_CEILINGS": str(results)}  # fmt: skip
+           "PATH": os.pathsep.join(filter(None, programs)), "HF_HUB_OFFLINE": "1"}  # fmt: skip
     if dry:
-        new |= {"RANDLORA_CUDA_LIBRARY": str(CPU_LIBRARY), "RANDLORA_CUDA_SERVES_CPU": "1",
-                "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+        new |= {"RANDLORA_CUDA_SERVES_CPU": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return {**os.environ, **new}
 
 
 def commit() -> str:
-    try:
-        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT,
-                              capture_output=True, text=True)  # fmt: skip
-    except OSError:  # no git
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+    with contextlib.suppress(OSError):  # no git
+        argv = ["git", "describe", "--always", "--dirty"]
+        return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return ""
 
 
-def rows_in(file: Path) -> list[dict]:
-    """What a stage wrote; a last line that a kill cut short is left out."""
-    found = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found
+def card_at_hand(dry: bool) -> dict:
+    """What gpu/ceilings.py finds; "card" is missing if there is none."""
+    argv = [sys.executable, "-m", "gpu.ceilings", *["--dry"] * dry]
+    done = subprocess.run(argv, cwd=ROOT, env=environment(dry), text=True, timeout=120,
+                          stdout=subprocess.PIPE, check=True)  # fmt: skip
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 class Run:
-    """The results so far, and the files that hold them."""
+    """The files of one card, and the time that is left."""
 
-    def __init__(self, out: Path, dry: bool, budget: float) -> None:
+    def __init__(self, out: Path, card: dict, dry: bool, seconds: float) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        self.out, self.dry = out, dry
-        self.end = time.monotonic() + budget
-        self.name = "gpu-dry" if dry else "gpu-unknown"
-        self.results = {
-            "card": "cpu" if dry else "unknown card",
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "commit": commit(),
-            "dry": dry,
-            "budget_s": budget,
-            "stages": {},
-        }
-        self.discard()  # of an earlier run
-
-    def discard(self) -> None:
-        for suffix in (".json", ".md", ".log"):
-            self.file(suffix).unlink(missing_ok=True)
+        name = card.get("card", "no card").lower().replace("nvidia", "")
+        self.stem = out / ("gpu-" + re.sub(r"[^a-z0-9]+", "-", "dry" if dry else name).strip("-"))
+        self.card, self.dry, self.end = card, dry, time.monotonic() + seconds
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.add(stage="run", date=date, commit=commit(), **card)
 
     def file(self, suffix: str) -> Path:
-        return self.out / f"{self.name}{suffix}"
+        return self.stem.with_name(self.stem.name + suffix)
 
-    def named(self, card: str) -> None:
-        """The card is known: files made so far take its name."""
-        old = {suffix: self.file(suffix) for suffix in (".json", ".md", ".log")}
-        self.results["card"] = card
-        word = re.sub(r"[^a-z0-9]+", "-", card.lower().replace("nvidia", "")).strip("-")
-        self.name = "gpu-dry" if self.dry else f"gpu-{word}"
-        for suffix, path in old.items():
-            if path.exists():
-                path.replace(self.file(suffix))
+    def add(self, **values: object) -> None:
+        with self.file(".jsonl").open("a") as file:
+            file.write(json.dumps(values) + "\n")
 
-    def write(self) -> None:
-        for suffix, text in (
-            (".json", json.dumps(self.results, indent=1) + "\n"),
-            (".md", report.markdown(self.results)),
-        ):
-            half = self.file(suffix + ".half")
-            half.write_text(text)
-            half.replace(self.file(suffix))
+    def stage(self, name: str) -> bool:
+        """Runs the commands of a stage; whether all went well."""
+        print(f"== {name}", flush=True)
+        self.add(stage=name, begins=True)
+        wells = [
+            self.command(name, command)
+            for command in commands(name, self.card, self.dry, self.file("-ncu.csv"))
+        ]
+        found = report.read(self.file(".jsonl"))
+        self.file(".md").write_text(report.markdown(found))
+        print(report.of_stage(name, found), flush=True)
+        return all(wells) and not any("failed" in row for row in report.latest(name, found))
 
-    def stage(self, name: str, budget: float) -> bool:
-        """Runs one stage; whether it ended well and no row tells of a failure."""
-        rows, ceilings = self.out / f"gpu-rows-{name}.jsonl", self.out / "gpu-ceilings.json"
-        rows.unlink(missing_ok=True)
-        command = [sys.executable, "-m", f"gpu.{name}", "--rows", str(rows)]
-        command += ["--budget", f"{budget:.0f}"] + ["--dry"] * self.dry
-        print(f"== {name}: up to {budget:.0f} s", flush=True)
-        started = time.monotonic()
-        with self.file(".log").open("a") as log:
-            print(f"\n======== {name}", file=log, flush=True)
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment(self.dry, ceilings), stdout=log,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+    def command(self, stage: str, command: Command) -> bool:
+        settings = environment(self.dry) | command.settings
+        seconds = min(command.seconds, self.end - time.monotonic())
+        watched = [] if self.dry else command.watched
+        why = ""
+        if watched and not shutil.which(watched[0], path=settings["PATH"]):
+            why = f"{watched[0]} is not on PATH"
+        elif self.dry and command.card_only:
+            why = "only on a card"
+        elif seconds < LEAST:
+            why = "out of time"
+        if why:
+            self.add(stage=stage, skipped=command.name, why=why)
+            return True
+        argv = watched + command.argv
+        settings |= rows.environment(str(self.file(".jsonl")), stage, seconds)
+        began = time.monotonic()
+        with self.file(".log").open("a+") as log:
+            print(f"\n==== {stage}: {' '.join(argv)}", file=log, flush=True)
+            at = log.tell()
+            process = subprocess.Popen(argv, cwd=ROOT, env=settings, stdout=log,
+                                       stderr=log, start_new_session=True)  # fmt: skip
             try:
-                status = process.wait(timeout=budget + GRACE)
-                verdict = "done" if status == 0 else f"failed (exit status {status})"
+                status = process.wait(timeout=seconds)
+                verdict = "ok" if status == command.expected else f"exit status {status}"
             except subprocess.TimeoutExpired:
-                verdict = "killed: out of time"
-            finally:  # what a stage leaves running would disturb the next
+                verdict = f"stopped after {seconds:.0f} s"
+            finally:  # what it leaves running would disturb the next
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        found = rows_in(rows)
-        rows.unlink(missing_ok=True)
-        if name == "ceilings" and found and "card" in found[0]:
-            ceilings.write_text(json.dumps(found[0]))
-            self.named(found[0]["card"])
-        seconds = round(time.monotonic() - started, 1)
-        self.results["stages"][name] = {"status": verdict, "seconds": seconds, "rows": found}
-        self.write()
-        print(f"   {verdict}, {seconds} s, {len(found)} rows", flush=True)
-        if verdict != "done":
-            tail = self.file(".log").read_text(errors="replace").splitlines()[-8:]
-            print("\n".join(f"   | {line[:200]}" for line in tail), flush=True)
-        return verdict == "done" and not any(
-            "failed" in row or row.get("verified") is False for row in found
-        )
+            log.seek(at)
+            said = [
+                line for line in log.read().splitlines() if not line.startswith('{"stage"')
+            ] or [""]
+        self.add(stage=stage, command=command.name, verdict=verdict,
+                 seconds=round(time.monotonic() - began, 1), said=said[-1][:200])  # fmt: skip
+        if verdict != "ok":
+            print("\n".join(f"   | {line[:200]}" for line in said[-20:]), flush=True)
+        return verdict == "ok"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dry", action="store_true", help="on the CPU, by the CUDA library for it")
-    parser.add_argument("--stages", default=",".join(STAGES), help="default: all, in this order")
-    parser.add_argument("--budget", type=float, default=465, help="seconds in all; default 465")
-    parser.add_argument("--out", type=Path, help="default benchmarks/results; dry: build/gpu-dry")
+    parser.add_argument("--stages", default=",".join(DEFAULT),
+                        help=f"all, or of {','.join(STAGES)}; default %(default)s")  # fmt: skip
+    parser.add_argument("--minutes", type=float, default=9, help="for all of it; default 9")
+    parser.add_argument(
+        "--out", type=Path, help="default benchmarks/results; build/gpu-run without a card"
+    )
+    parser.add_argument("--dry", action="store_true",
+                        help="on the CPU, by the library of RANDLORA_CUDA_LIBRARY")  # fmt: skip
     options = parser.parse_args(arguments)
-    names = options.stages.split(",")
-    if unknown := [name for name in names if name not in STAGES]:
-        parser.error(f"unknown stages {unknown}; known are {', '.join(STAGES)}")
-    if "ceilings" not in names:  # it knows the card's name, and the rates that floors need
-        names.insert(0, "ceilings")
-    out = options.out or (ROOT / "build" / "gpu-dry" if options.dry else HERE / "results")
-    run = Run(out.resolve(), options.dry, options.budget)
-    good = True
-    for at, name in enumerate(names):
-        left = run.end - time.monotonic() - GRACE
-        share = STAGES[name] / sum(STAGES[later] for later in names[at:])
-        least = STAGES[name] if name in NEEDED else 1.0
-        well = run.stage(name, max(left * share, min(least, left), 1.0))
-        good &= well
-        if name in NEEDED:
-            reasons = [r["why"] for r in run.results["stages"][name]["rows"] if "skipped" in r]
-            if reasons or not well:
-                print(f"   {name} is needed by all that follows: stopping. {' '.join(reasons)}")
-                if reasons:  # no card: nothing to keep
-                    run.discard()
-                    return 1
-                good = False
-                break
-    (run.out / "gpu-ceilings.json").unlink(missing_ok=True)
-    print(report.stages(run.results) + "\n" + report.checks(run.results))
-    print(report.figures(run.results))
-    print(f"results: {run.file('.json')}, {run.file('.md')}, {run.file('.log')}")
-    return 0 if good else 1
+    names = list(STAGES) if options.stages == "all" else options.stages.split(",")
+    if unknown := set(names) - set(STAGES):
+        parser.error(f"unknown stages {sorted(unknown)}; known are {', '.join(STAGES)}")
+    end = time.monotonic() + options.minutes * 60
+    card = card_at_hand(options.dry)
+    no_card = f"torch {card['torch']} sees no CUDA card"
+    if "card" not in card:
+        if names != ["build"]:
+            print(f"{no_card}; without one only --stages build works")
+            return 1
+    elif "build" not in names and names != [NEEDS_NO_BUILD]:
+        names.insert(0, "build")  # takes seconds if it is up to date
+    measures = "card" in card and not options.dry
+    out = options.out or (HERE / "results" if measures else ROOT / "build" / "gpu-run")
+    run = Run(out.resolve(), card, options.dry, end - time.monotonic())
+    wells = []
+    for name in names:
+        wells.append(run.stage(name))
+        if name == "build" and not wells[-1]:
+            print("the build failed, and nothing more is run")
+            break
+    print("results:", *(str(run.file(suffix)) for suffix in (".jsonl", ".md", ".log")))
+    if "card" not in card:
+        print(
+            no_card + ("" if card["cuda"] else ", as it was made without CUDA: CPU kernels alone")
+        )
+    return 0 if all(wells) else 1
 
 
 if __name__ == "__main__":

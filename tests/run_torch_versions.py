@@ -25,8 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("2.11.0", "2.13.0", "newest")
 # Tests of files that are in a checkout and not in a wheel.
-NEED_CHECKOUT = ("docs", "examples", "gpu_run", "every_kernel",
-                 "kernel_floors", "packaging", "typing")  # fmt: skip
+NEED_CHECKOUT = ("docs", "examples", "gpu_run", "every_kernel", "packaging", "typing")
 # Where a machine caps torch in pip's configuration, other versions are asked for by name here.
 WITHOUT_CONFIGURATION = {"PIP_CONFIG_FILE": os.devnull, "PIP_CONSTRAINT": ""}
 

@@ -1,9 +1,9 @@
 """The least work of an operator: bytes through device memory, and operations by their unit.
 
-Each input is read once and each output written once; what lies between (V, U, partial sums) could
-stay on the chip and is not counted. Letters as in docs/math.md; activations, A' and dW of `element`
-bytes (bf16: 2), lambda and gamma in fp32. A multiply-add counts as two operations on the matrix
-unit, as one elsewhere.
+Each input is read once and each result written once. What lies between (V, U, partial sums) could
+stay on the chip and is not counted. Letters as in docs/math.md; activations, A' and dW have
+`element` bytes (bf16: 2), lambda and gamma four. A multiply-add is two operations on the matrix
+unit and one elsewhere. What each kernel does, Nsight Compute tells (docs/gpu-run.md).
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,16 @@ from randlora_ext import TernaryBasis
 # Philox4x32-10 makes four elements: ten rounds of two 32 x 32 -> 64 bit products (two instructions
 # each), four exclusive ors and two additions to the key.
 INTEGERS_PER_ELEMENT = 10 * (2 * 2 + 4 + 2) / 4
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Rates of a card per second. Additions run at half the flop rate of fp32, integer operations
+    at a quarter (64 of 128 lanes)."""
+
+    copy_bytes_per_s: float
+    bf16_flop_per_s: float
+    fp32_flop_per_s: float
 
 
 @dataclass(frozen=True)
@@ -26,28 +36,31 @@ class Floor:
         return Floor(self.bytes + other.bytes, self.matrix + other.matrix, self.fma + other.fma,
                      self.integer + other.integer)  # fmt: skip
 
-    def byte_us(self, ceilings: dict) -> float:
-        return self.bytes / ceilings["copy_bytes_per_s"] * 1e6
+    def byte_us(self, rates: Ceilings) -> float:
+        return self.bytes / rates.copy_bytes_per_s * 1e6
 
-    def operation_us(self, ceilings: dict) -> float:
+    def operation_us(self, rates: Ceilings) -> float:
         """The units work side by side: the slowest decides."""
         return 1e6 * max(
-            self.matrix / ceilings["bf16_flop_per_s"],
-            self.fma / ceilings["fma_per_s"],
-            self.integer / ceilings["integer_per_s"],
+            self.matrix / rates.bf16_flop_per_s,
+            self.fma / (rates.fp32_flop_per_s / 2),
+            self.integer / (rates.fp32_flop_per_s / 4),
         )
+
+    def us(self, rates: Ceilings) -> float:
+        return max(self.byte_us(rates), self.operation_us(rates))
+
+    def beside(self, us: float, rates: Ceilings) -> dict[str, float]:
+        return {"byte_us": self.byte_us(rates), "operation_us": self.operation_us(rates),
+                "over_floor": us / self.us(rates)}  # fmt: skip
 
 
 def index_bytes(b: TernaryBasis) -> int:
     return 4 if max(b.D, b.K) > 65536 else 2
 
 
-def planes_of(rows: int, columns: int) -> float:
-    return 2 * rows * -(-columns // 64) * 8
-
-
 def planes_bytes(b: TernaryBasis) -> float:
-    return planes_of(b.D, b.K)
+    return 2 * b.D * -(-b.K // 64) * 8
 
 
 def list_bytes(b: TernaryBasis, by_column: bool = False) -> float:
@@ -55,19 +68,9 @@ def list_bytes(b: TernaryBasis, by_column: bool = False) -> float:
     return b.density * b.D * b.K * index_bytes(b) + (2 * lines + 1) * 8
 
 
-def balanced_of(b: TernaryBasis, lines: int, n: int) -> float:
-    """Rows, signs and offsets of a balanced matrix, which may be A."""
-    entry = index_bytes(b) + 4 * -(-n // 32)
-    return b.density * b.r * lines * entry + 8 * (b.r + 1)
-
-
-def balanced_bytes(b: TernaryBasis) -> float:
-    return balanced_of(b, b.D, b.n)
-
-
 def packed_bytes(b: TernaryBasis) -> float:
     """B once, as one product reads it."""
-    return {"planes": planes_bytes, "lists": list_bytes, "balanced": balanced_bytes}[b.format](b)
+    return planes_bytes(b) if b.format == "planes" else list_bytes(b)
 
 
 def dense_bytes(b: TernaryBasis) -> float:
@@ -88,15 +91,12 @@ def planes_to_lists(b: TernaryBasis, by_column: bool) -> Floor:
 
 
 def expansion(b: TernaryBasis) -> Floor:
-    """Planes or lists to the dense B, and back."""
+    """Planes or lists to the dense B, or back."""
     return Floor(packed_bytes(b) + dense_bytes(b))
 
 
 def whole_basis(b: TernaryBasis) -> Floor:
-    """From nothing to the packed form."""
-    if b.format == "balanced":  # a call of Philox for 4 keys, or for 128 signs
-        calls = (b.D + b.d) * -(-b.r // 4) + b.density * b.r * (b.D * -(-b.n // 128) + b.d)
-        return Floor(balanced_bytes(b), integer=4 * INTEGERS_PER_ELEMENT * calls)
+    """From the seed to the packed form."""
     lists = list_bytes(b) + list_bytes(b, True)
     written = planes_bytes(b) if b.format == "planes" else lists
     return Floor(written, integer=INTEGERS_PER_ELEMENT * b.D * b.K)
@@ -110,13 +110,17 @@ def scaled_basis(b: TernaryBasis, element: int = 2) -> Floor:
 def delta_weight(b: TernaryBasis, element: int = 2) -> Floor:
     """dW written; backward reads its gradient instead, and contracts with as many terms.
 
-    Lists: density^2 * K additions an entry. Planes, which a balanced B becomes: a product of (D, K)
-    and (K, d).
+    From lists density^2 * K additions an entry; from planes a product of (D, K) and (K, d).
     """
     move = Floor(element * b.D * b.d + packed_bytes(b) + small_bytes(b))
-    if b.format != "lists":
+    if b.format == "planes":
         return move + Floor(0, matrix=2 * b.D * b.K * b.d)
     return move + Floor(0, fma=b.density**2 * b.K * b.D * b.d)
+
+
+def merged_weight(b: TernaryBasis, element: int = 2) -> Floor:
+    """W read, W + dW written."""
+    return delta_weight(b, element) + Floor(element * b.D * b.d)
 
 
 def a_side(b: TernaryBasis, tokens: int) -> Floor:
@@ -124,14 +128,11 @@ def a_side(b: TernaryBasis, tokens: int) -> Floor:
 
 
 def b_side(b: TernaryBasis, tokens: int, dense: bool) -> Floor:
-    """One product with B: a GEMM on the dense one, on decoded planes or on the rows of a balanced
-    one's groups, additions from lists."""
+    """One product with B: a GEMM on the dense one or on decoded planes; additions from lists."""
     if dense:
         return Floor(dense_bytes(b), matrix=2 * b.D * b.K * tokens)
     if b.format == "planes":
         return Floor(planes_bytes(b), matrix=2 * b.D * b.K * tokens)
-    if b.format == "balanced":
-        return Floor(balanced_bytes(b), matrix=2 * b.density * b.D * b.K * tokens)
     return Floor(list_bytes(b), fma=b.density * b.D * b.K * tokens)
 
 
@@ -142,7 +143,7 @@ def linear(b: TernaryBasis, tokens: int, dense: bool, element: int = 2) -> Floor
 
 
 def linear_backward(b: TernaryBasis, tokens: int, dense: bool, element: int = 2) -> Floor:
-    """x and dy read, dx written; two products with A. With B one where d == in, two otherwise."""
+    """x and dy read, dx written; two products with A. With B one if d == in, otherwise two."""
     move = Floor(element * tokens * (2 * b.in_features + b.out_features) + small_bytes(b))
     move += Floor(4 * (b.r * b.n + b.n * b.d))  # their gradients
     work = move + a_side(b, tokens) + a_side(b, tokens) + b_side(b, tokens, dense)

@@ -1,138 +1,154 @@
 """One layer in bf16, forward and backward, by every method, over sizes, tokens and densities.
 
-Every path of ours is first compared with the plain expression in float64 on the same card. x needs
-a gradient, as inside a model. Columns of a row:
-
-    step_ms      forward and backward on the card, L2 flushed before (median; a CUDA graph where
-                 `timing` says so), and over_frozen, its ratio to the frozen layer's
-    forward_ms   the same without gradients, as in generation
-    eager_ms     forward and backward launched one by one, as a training script does, caches warm
-    saved_bytes  kept for backward beyond weights, adapters and bases
-    peak_bytes   the most memory a step takes beyond what was there before
+Every path of ours is compared with float64 on the same card first. x needs a gradient, as inside a
+model. step_ms: forward and backward as a CUDA graph, L2 flushed before. forward_ms: the same
+without gradients. eager_ms: forward and backward launched by Python, as a training script does.
 """
 
+import argparse
 import functools
+import os
 
 import torch
+from methods import SCALING, Ours, frozen_layer, make
+from torch import Tensor, nn
 
 from randlora_ext import explain
 from randlora_ext.reference import linear_reference
 
-from .card import Card, saved_bytes
-from .methods import Method, Ours, all_methods, trained
-from .stage import SCALING, SIZES, Stage, size_text
+from . import rows
+from .card import Card
 
+SIZES = [(4096, 4096), (14336, 4096), (1024, 4096)]  # in, out
 TOKENS = [8192, 16, 2048, 512, 1]  # the most telling first: time may end
+DENSITIES = ["1/3", "0.07", "very_sparse"]
+RANK = 32
 LIMIT = 3e-2  # relative error of bf16 results, in the 2-norm
+BF16 = torch.bfloat16
+Key = tuple[str, str]  # a label, and a density if it matters
+# A label: the method of `make`; then "bf16" for PEFT's adapters in bf16, which are fp32 by default,
+# or how the factored path multiplies by B.
+OTHERS = {
+    "frozen": "frozen",
+    "LoRA, fp32 adapter": "lora",
+    "LoRA, bf16 adapter": "lora bf16",
+    "PEFT's RandLoRA, fp32 adapter": "peft",
+    "PEFT's RandLoRA, bf16 adapter": "peft bf16",
+}
+OURS = {
+    "factored, packed B": "factored packed",
+    "factored, dense B": "factored dense",
+    "delta": "delta",
+    "merged": "merged",
+}
 
 
-def step(layer: torch.nn.Module, leaves: list, x: torch.Tensor, dy: torch.Tensor) -> None:
-    for leaf in leaves:
-        leaf.grad = None
-    layer(x).backward(dy)
+def layers(size: tuple[int, int], device: torch.device, rank: int) -> dict[Key, nn.Module]:
+    """All methods on one frozen layer; a row tells of those that cannot be made."""
+    base, made = frozen_layer(size, BF16).to(device), {}
+    keys = [(label, "") for label in OTHERS] + [(label, d) for d in DENSITIES for label in OURS]
+    for label, density in keys:
+        method, _, how = (OTHERS | OURS)[label].partition(" ")
+        try:
+            layer = make(method, base, rank, density or "1/3")
+            made[label, density] = layer.to(device, BF16 if how == "bf16" else None)
+        except Exception as error:
+            rows.failed(f"{label} {density} {size}", error)
+    return made
 
 
-def verify(layer: Ours, tokens: int = 24) -> float:
-    """The largest relative error of y, dx, dlam, dgam against the plain expression in float64."""
-    base, basis = layer.base, layer.basis
-    device = base.weight.device
-    x = torch.randn(tokens, basis.in_features, device=device).bfloat16().requires_grad_()
-    dy = torch.randn(tokens, basis.out_features, device=device).bfloat16()
-    got_y = layer(x)
-    got = [got_y, *torch.autograd.grad(got_y, [x, layer.lam, layer.gam], dy)]
-    A, B = basis.dense(device, torch.float64)
+def choose_b_side(key: Key) -> None:
+    """For the calls that follow; a graph keeps what it was captured with."""
+    os.environ["RANDLORA_B_SIDE"] = OURS.get(key[0], "").partition(" ")[2] or "auto"
+
+
+def is_chosen(key: Key, layer: Ours, tokens: int) -> bool:
+    """Whether `path="auto"` would compute so."""
+    os.environ["RANDLORA_B_SIDE"] = "auto"
+    choice = explain(layer.basis, tokens, BF16, layer.lam.device)
+    path, _, b_side = OURS[key[0]].partition(" ")
+    return choice.path == path and b_side in ("", choice.b_side)
+
+
+def error_of(layer: Ours, tokens: int = 24) -> float:
+    """The largest relative error of y, dx, dlam and dgam against float64."""
+    device, basis = layer.lam.device, layer.basis
+    x = torch.randn(tokens, basis.in_features, device=device).to(BF16).requires_grad_()
+    dy = torch.randn(tokens, basis.out_features, device=device).to(BF16)
+    y = layer(x)
+    got = [y, *torch.autograd.grad(y, [x, layer.lam, layer.gam], dy)]
     leaves = [t.detach().double().requires_grad_() for t in (x, layer.lam, layer.gam)]
-    y = linear_reference(
-        leaves[0], base.weight.double(), base.bias.double(), A, B, *leaves[1:], SCALING
-    )
+    W, b = layer.base.weight.double(), layer.base.bias.double()
+    A, B = basis.dense(device, torch.float64)
+    y = linear_reference(leaves[0], W, b, A, B, *leaves[1:], SCALING)
     want = [y, *torch.autograd.grad(y, leaves, dy.double())]
     pairs = ((g.detach().double(), w.detach()) for g, w in zip(got, want, strict=True))
     return max(float((g - w).norm() / w.norm()) for g, w in pairs)
 
 
-def verify_all(stage: Stage, methods: list[Method], size: tuple[int, int]) -> None:
-    for method in methods:
-        if not isinstance(method.layer, Ours):
+def verify(made: dict[Key, nn.Module], size: str) -> None:
+    """A row for each of ours; what is wrong or fails is taken out of `made`."""
+    for key, layer in list(made.items()):
+        if not isinstance(layer, Ours):
             continue
-        what = {"size": size_text(size), "method": method.name, "density": method.density}
+        choose_b_side(key)
         try:
-            error = verify(method.layer)
-        except Exception as error:  # the table goes on: the row says what is wrong
-            stage.failed(f"verification of {what}", error)
-            continue
-        stage.row(verified=error < LIMIT, error=error, **what)  # a NaN is not below the limit
+            error = error_of(layer)
+            if not error < LIMIT:  # a NaN is not
+                raise ValueError(f"relative error {error:.1e}")
+            rows.row(method=key[0], density=key[1], size=size, error=error)
+        except Exception as failure:
+            rows.failed(f"verification of {key} {size}", failure)
+            del made[key]
 
 
-def measure(
-    stage: Stage, card: Card, methods: list[Method], size: tuple[int, int], tokens: int,
-    seconds: float,
-) -> None:  # fmt: skip
-    """Rows of all methods for one size and token count."""
-    x = torch.randn(tokens, size[0], device=card.device).bfloat16().requires_grad_()
-    dy = torch.randn(tokens, size[1], device=card.device).bfloat16()
-    steps, forwards, rows = {}, {}, {}
-    for k, method in enumerate(methods):
-        leaves = [x, *trained(method.layer)]
-        call = functools.partial(step, method.layer, leaves, x, dy)
-        forward = torch.no_grad()(functools.partial(method.layer, x))
-        row = rows[k] = {"size": size_text(size), "tokens": tokens, "method": method.name,
-                         "density": method.density, "timing": "host clock"}  # fmt: skip
-        if isinstance(method.layer, Ours):
-            row["chosen"] = is_chosen(method, size, tokens, card)
+def step(layer: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+    leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    return torch.autograd.grad(layer(x), leaves, dy)
+
+
+def measure(card: Card, made: dict[Key, nn.Module], size: tuple[int, int], tokens: int) -> None:
+    x = torch.randn(tokens, size[0], device=card.device).to(BF16).requires_grad_()
+    dy = torch.randn(tokens, size[1], device=card.device).to(BF16)
+    about = {"size": f"{size[0]}x{size[1]}", "tokens": tokens}
+    steps, forwards, eager = {}, {}, {}
+    for key, layer in made.items():
+        choose_b_side(key)
+        call = functools.partial(step, layer, x, dy)
         try:
-            call(), call()
-            row["saved_bytes"] = saved_bytes(lambda m=method: m.layer(x), method.state)
-            row["peak_bytes"] = card.peak_bytes(call)
-            row["eager_ms"] = card.wall(call, min(0.06, seconds / 3 / len(methods)))
+            eager[key] = card.wall(call)
+            graph = card.captured(call)
+            forwards[key] = card.captured(torch.no_grad()(functools.partial(layer, x)))
+            steps[key] = graph
         except Exception as error:
-            stage.failed(f"{row['method']} {row['density']} {row['size']} T={tokens}", error)
-            del rows[k]
-            continue
-        try:
-            steps[k], forwards[k] = card.captured(call), card.captured(forward)
-            row["timing"] = "host clock" if card.dry else "graph"
-        except Exception as error:
-            print(f"no graph of {row}: {error!r}", flush=True)
+            rows.failed(f"{key} {about}", error)
             card.sync()
-            steps[k], forwards[k], row["timing"] = call, forward, "eager"
-    for column, calls in (("step_ms", steps), ("forward_ms", forwards)):
-        for k, ms in card.medians(calls, seconds / 3).items():
-            rows[k][column] = ms
-    for row in rows.values():
-        if 0 in rows:
-            row["over_frozen"] = row["step_ms"] / rows[0]["step_ms"]
-        stage.row(**row)
-
-
-def is_chosen(method: Method, size: tuple[int, int], tokens: int, card: Card) -> bool:
-    """Whether the cost model would take this method."""
-    basis = method.layer.basis
-    choice = explain(basis, tokens, torch.bfloat16, "cpu" if card.dry else "cuda")
-    same_b = choice.path != "factored" or choice.b_side == method.layer.b_side
-    return choice.path == method.layer.path and same_b
+    times, without = card.medians(steps), card.medians(forwards)
+    for key, ms in times.items():
+        chosen = isinstance(made[key], Ours) and is_chosen(key, made[key], tokens)
+        rows.row(method=key[0], density=key[1], **about, step_ms=ms, forward_ms=without[key],
+                 over_frozen=ms / times["frozen", ""], eager_ms=eager[key],
+                 chosen=chosen)  # fmt: skip
 
 
 def main() -> None:
-    stage = Stage(__doc__)
-    card = Card(stage.dry)
-    sizes = [(48, 48), (72, 40), (40, 72)] if stage.dry else SIZES
-    tokens = [20, 1] if stage.dry else TOKENS
-    rank = 8 if stage.dry else 32
-    methods: dict[tuple[int, int], list[Method]] = {}
-    for done, count in enumerate(tokens):
-        for at, size in enumerate(sizes):
-            what = f"{size_text(size)} T={count}"
-            groups_left = (len(tokens) - done) * len(sizes) - at
-            if stage.left() < 2:
-                stage.skip(what, "out of time")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dry", action="store_true", help="toy sizes on the CPU")
+    card = Card(parser.parse_args().dry)
+    sizes = [(48, 48), (72, 40)] if card.dry else SIZES
+    made: dict[tuple[int, int], dict[Key, nn.Module]] = {}
+    for tokens in [20, 1] if card.dry else TOKENS:
+        for size in sizes:
+            if rows.seconds_left() < 15:
+                rows.skipped(f"{size} T={tokens}")
                 continue
-            if size not in methods:
-                methods[size] = all_methods(size, card.device, stage.failed, rank)
-                verify_all(stage, methods[size], size)
             try:
-                measure(stage, card, methods[size], size, count, stage.left() / groups_left / 2)
+                if size not in made:
+                    made[size] = layers(size, card.device, 8 if card.dry else RANK)
+                    verify(made[size], f"{size[0]}x{size[1]}")
+                measure(card, made[size], size, tokens)
             except Exception as error:
-                stage.failed(what, error)
+                rows.failed(f"{size} T={tokens}", error)
             card.free()
 
 

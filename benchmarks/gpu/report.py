@@ -1,229 +1,111 @@
-"""The readable tables of a result file: `python -m gpu.report results.json` prints them again."""
+"""The rows of gpu_run.py as tables.
+
+python -m gpu.report results/gpu-CARD.jsonl      from benchmarks/
+"""
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
-from .stage import BALANCED
+Row = dict
 
 
-def table(head: list[str], rows: Iterable[Iterable[object]]) -> str:
-    lines = [head, ["---"] * len(head), *([text(cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+def read(file: Path) -> list[Row]:
+    """All rows; a line that a kill cut short is left out."""
+    found = []
+    for line in file.read_text().splitlines():
+        with suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
 
 
-def text(value: object) -> str:
-    if value is None:
-        return "-"
+def latest(stage: str, rows: list[Row]) -> list[Row]:
+    """Those of the last time that a stage ran."""
+    mine = [row for row in rows if row["stage"] == stage]
+    starts = [at for at, row in enumerate(mine) if "begins" in row]
+    return mine[starts[-1] + 1 :] if starts else mine
+
+
+def cell(value: object) -> str:
     if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return str(value).replace("|", "/")
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return "" if value is None else str(value)
 
 
-def megabytes(value: int | None) -> float | None:
-    return None if value is None else value / 2**20
+def table(head: Iterable[str], lines: Iterable[Iterable[object]]) -> str:
+    head = list(head)
+    every = [head, ["---"] * len(head), *lines]
+    return "".join("| " + " | ".join(map(cell, line)) + " |\n" for line in every)
 
 
-def rows_of(results: dict, stage: str, **match: object) -> list[dict]:
-    rows = results["stages"].get(stage, {}).get("rows", [])
-    return [r for r in rows if all(r.get(k) == v for k, v in match.items())]
+def flat(rows: list[Row], *keys: str) -> str:
+    return table(keys, ([row.get(key) for key in keys] for row in rows))
 
 
-def stages(results: dict) -> str:
-    lines = []
-    for name, stage in results["stages"].items():
-        rows = stage.get("rows", [])
-        note = "; ".join(
-            f"{kind} {sum(kind in r for r in rows)}"
-            for kind in ("failed", "skipped") if any(kind in r for r in rows)
-        )  # fmt: skip
-        lines.append([name, stage["status"], stage.get("seconds"), len(rows), note])
-    return table(["stage", "status", "seconds", "rows", ""], lines)
-
-
-def checks(results: dict) -> str:
+def by_tokens(rows: list[Row], show: Callable[[Row], str]) -> str:
+    """For each size a table: a line for each method and density, a column for each T."""
     parts = []
-    for row in rows_of(results, "checks"):
-        counts = ", ".join(f"{number} {word}" for word, number in row["counts"].items())
-        late = "; stopped: out of time" if row["stopped_by_time"] else ""
-        parts.append(f"GPU tests: {counts}{late}")
-        parts += [f"- broken: `{name}`" for name in row["broken"]]
-    for row in rows_of(results, "sanitizer"):
-        if "run" in row:
-            verdict = "as wanted" if row["as_wanted"] else "NOT as wanted"
-            verdict = "unfinished: out of time" if row["stopped_by_time"] else verdict
-            parts.append(f"- {row['run']}: {verdict}; {row['calls']} calls; {row['summary']}")
-    for row in rows_of(results, "layers", verified=False):
-        parts.append(f"- WRONG: {row['method']} {row['density']} {row['size']}: {row['error']}")
+    for size in dict.fromkeys(row["size"] for row in rows):
+        cells = {
+            (r["method"], r["density"], r["tokens"]): show(r) for r in rows if r["size"] == size
+        }
+        tokens = sorted({key[2] for key in cells})
+        head = [f"{size} (in x out)", "density", *(f"T = {count}" for count in tokens)]
+        lines = ([*key, *(cells.get((*key, count)) for count in tokens)]
+                 for key in dict.fromkeys(key[:2] for key in cells))  # fmt: skip
+        parts.append(table(head, lines))
+    return "\n".join(parts)
+
+
+def over(row: Row, key: str) -> str:
+    """A time, how often the frozen layer's it is, TFLOP/s if known, * if `auto` takes this path."""
+    rate = f", {row['tflop_per_s']:.0f} TFLOP/s" if "tflop_per_s" in row else ""
+    return f"{cell(row[key])} ({row['over_frozen']:.2f}x{rate}){' *' * row.get('chosen', False)}"
+
+
+def figures(stage: str, rows: list[Row]) -> list[str]:
+    timed = [row for row in rows if "us" in row or "step_ms" in row]
+    if not timed:
+        return []
+    if stage == "block_gemm":
+        return [
+            "Microseconds (over the frozen layer).\n",
+            by_tokens(timed, lambda r: over(r, "us")),
+        ]
+    if stage == "layers":
+        return [
+            "Forward and backward, ms (over the frozen layer); *: taken by `auto`.\n",
+            by_tokens(timed, lambda row: over(row, "step_ms")),
+            "Forward and backward as Python launches them, ms.\n",
+            by_tokens(timed, lambda row: cell(row["eager_ms"])),
+        ]
+    if stage == "kernels":
+        keys = ("op", "size", "density", "tokens", "us", "byte_us", "operation_us", "over_floor")
+        return [flat(timed, *keys)]
+    return [flat(timed, "method", "tokens_per_s", "step_ms", "peak_bytes", "adapter_bytes")]
+
+
+def of_stage(stage: str, rows: list[Row]) -> str:
+    """Figures, checks, commands with their verdicts, what failed and what was left out."""
+    mine = latest(stage, rows)
+    parts = figures(stage, mine)
+    if errors := [row["error"] for row in mine if "error" in row]:
+        parts.append(f"{len(errors)} checks against float64, largest error {max(errors):.1e}.\n")
+    parts.append(flat([r for r in mine if "command" in r], "command", "verdict", "seconds", "said"))
+    for kind in ("failed", "skipped"):
+        parts += [f"- {kind}: {row[kind]}: {row['why']}" for row in mine if kind in row]
     return "\n".join(parts) + "\n"
 
 
-def figures(results: dict) -> str:
-    """The figures that the project aims at on an H100, and what was measured."""
-    if results["dry"]:
-        return "A dry run has none.\n"
-    lines = []
-    for row in rows_of(results, "kernels", op="delta_weight", size="4096x4096"):
-        if row["density"] == "1/sqrt(d)":
-            lines.append(["dW 4096x4096, 1/sqrt(d), bf16", "25 us", f"{row['us']:.1f} us"])
-    at = {"size": "4096x4096", "tokens": 8192}
-    for density in dict.fromkeys(r.get("density") for r in rows_of(results, "layers", **at)):
-        rows = [r for r in rows_of(results, "layers", density=density, **at) if "over_frozen" in r]
-        exact = [r["over_frozen"] for r in rows if r["method"].startswith(("factored", "delta"))]
-        merged = [r["over_frozen"] for r in rows if r["method"] == "merged"]
-        what = f"layer 4096x4096, T=8192, {density}, over frozen"
-        if density == BALANCED and exact:
-            lines.append([what + ", exact", "1.35x", f"{min(exact):.2f}x"])
-        elif density and exact and merged:
-            lines.append([what + ", exact", "2.2x", f"{min(exact):.2f}x"])
-            lines.append([what + ", merged", "1.6x", f"{min(merged):.2f}x"])
-    for row in rows_of(results, "kernels", op="whole basis", size="14336x4096"):
-        measured = f"{row['us'] / 1e3:.2f} ms"
-        lines.append([f"basis 14336x4096, {row['density']}", "1 ms", measured])
-    for row in rows_of(results, "model"):
-        if row.get("method", "").startswith(("ours", "PEFT")) and "over_lora" in row:
-            what = f"tokens/s over LoRA r=32 (the faster), {row['method']}"
-            lines.append([what, "1.0x", f"{row['over_lora']:.2f}x"])
-    return table(["figure", "aim", "measured"], lines) if lines else "Nothing measured.\n"
-
-
-def layers(results: dict) -> str:
-    timed = [r for r in rows_of(results, "layers") if "step_ms" in r]
-    parts = []
-    columns = [
-        ("Forward and backward on the card, ms (over the frozen layer)", "step_ms", 1.0),
-        ("Forward alone on the card, ms", "forward_ms", 1.0),
-        ("Forward and backward as launched by Python, caches warm, ms", "eager_ms", 1.0),
-        ("Kept for backward, MiB", "saved_bytes", 2**-20),
-        ("Peak memory of a step, MiB", "peak_bytes", 2**-20),
-    ]
-    for size in dict.fromkeys(r["size"] for r in timed):
-        mine = [r for r in timed if r["size"] == size]
-        tokens = sorted({r["tokens"] for r in mine})
-        methods = dict.fromkeys((r["method"], r["density"]) for r in mine)
-        cells = {(r["method"], r["density"], r["tokens"]): r for r in mine}
-        parts.append(f"### {size} (in x out)\n")
-        for title, column, factor in columns:
-            lines = []
-            for method, density in methods:
-                line = [method, density]
-                for count in tokens:
-                    row = cells.get((method, density, count), {})
-                    value = row.get(column)
-                    cell = text(None if value is None else value * factor)
-                    if column == "step_ms" and "over_frozen" in row:
-                        cell += f" ({row['over_frozen']:.2f}x)" + (
-                            " *" if row.get("chosen") else ""
-                        )
-                        cell += " e" if row["timing"] == "eager" else ""
-                    line.append(cell)
-                lines.append(line)
-            head = ["method", "density", *(f"T={count}" for count in tokens)]
-            parts.append(f"{title}\n\n{table(head, lines)}")
-    note = (
-        "\\* what the cost model takes. e: not captured as a graph, launch gaps included. The L2 "
-        "is flushed before every call on the card.\n"
-    )
-    return "\n".join([note, *parts]) if parts else "Nothing measured.\n"
-
-
-def beside_floors(row: dict) -> list[object]:
-    return [row.get("byte_us"), row.get("operation_us"), row.get("over_floor")]
-
-
-def operators(results: dict) -> str:
-    lines = []
-    for r in rows_of(results, "kernels"):
-        if "us" in r:
-            us = text(r["us"]) + (" e" if r["timing"] == "events" else "")
-            lines.append([r["op"], r["size"], r["density"], r["tokens"], us, *beside_floors(r)])
-    head = ["operator", "size", "density", "T", "us", "byte floor", "operation floor", "over floor"]
-    note = "e: no graph (what waits for the card cannot be one), launch gaps included.\n\n"
-    return note + table(head, lines) if lines else "Nothing measured.\n"
-
-
-def kernels(results: dict) -> str:
-    """Every kernel of every operator, also those that have no floor."""
-    lines = []
-    for r in rows_of(results, "kernels"):
-        for k in r.get("kernels", []):
-            floors = beside_floors(k)
-            if "floor" in k:
-                floors[-1] = k["floor"]
-            lines.append([r["op"], r["size"], r["density"], r["tokens"], f"`{k['kernel']}`",
-                          k["launches"], k["us"], *floors])  # fmt: skip
-    head = ["operator", "size", "density", "T", "kernel", "launches", "us", "byte floor",
-            "operation floor", "over floor"]  # fmt: skip
-    note = (
-        "Of one call, all launches together, caches warm: what lies in the L2 can take less than "
-        "its byte floor. A kernel's floor counts what it moves itself, intermediates included.\n\n"
-    )
-    return note + table(head, lines) if lines else "Nothing measured.\n"
-
-
-def model(results: dict) -> str:
-    rows = [r for r in rows_of(results, "model") if "tokens_per_s" in r]
-    head = ["method", "tokens/s", "over LoRA", "step, ms", "peak memory, MiB", "adapter, MiB"]
-    lines = (
-        [r["method"], r["tokens_per_s"], r.get("over_lora"), r["step_ms"],
-         megabytes(r["peak_bytes"]), megabytes(r["adapter_bytes"])]
-        for r in rows
-    )  # fmt: skip
-    return table(head, lines) if rows else "Nothing measured.\n"
-
-
-def trouble(results: dict) -> str:
-    lines = []
-    for name, stage in results["stages"].items():
-        for row in stage.get("rows", []):
-            for kind in ("failed", "skipped"):
-                if kind in row:
-                    lines.append(f"- {name}: {kind}: {row[kind]}: {row['why']}")
-    return "\n".join(lines or ["None."]) + "\n"
-
-
-def markdown(results: dict) -> str:
-    ceilings = next(iter(rows_of(results, "ceilings")), {})
-    rates = ", ".join(
-        f"{label} {ceilings[key] / unit:.3g} {name}"
-        for label, key, unit, name in (
-            ("copy", "copy_bytes_per_s", 1e12, "TB/s"),
-            ("bf16 GEMM", "bf16_flop_per_s", 1e12, "TFLOP/s"),
-            ("fp32 GEMM", "fp32_flop_per_s", 1e12, "TFLOP/s"),
-        )
-        if key in ceilings
-    )
-    about = f"{results['date']}, commit {results['commit']}, torch {ceilings.get('torch', '?')}"
-    dry = " (dry run: tiny shapes on the CPU, no figures)" if results["dry"] else ""
-    return f"""# {results["card"]}{dry}
-
-{about}. Measured ceilings: {rates or "none"}.
-Made by `benchmarks/gpu_run.py`; the numbers are in the JSON file beside this one.
-
-{stages(results)}
-## Checks
-
-{checks(results)}
-## Figures aimed at (H100)
-
-{figures(results)}
-## Layers, bf16
-
-{layers(results)}
-## Operators
-
-{operators(results)}
-## Kernels
-
-{kernels(results)}
-## Llama-3.2-3B-shaped model, q and v adapted, bf16
-
-{model(results)}
-## What failed or was left out
-
-{trouble(results)}"""
+def markdown(rows: list[Row]) -> str:
+    about = [row for row in rows if row["stage"] == "run"][-1]
+    facts = ", ".join(f"{key} {cell(value)}" for key, value in about.items() if key != "stage")
+    names = dict.fromkeys(row["stage"] for row in rows if row["stage"] != "run")
+    head = f"# {about.get('card', 'no card')}\n\nMade by benchmarks/gpu_run.py: {facts}.\n"
+    return "\n".join([head, *(f"## {name}\n\n{of_stage(name, rows)}" for name in names)])
 
 
 if __name__ == "__main__":
-    print(markdown(json.loads(Path(sys.argv[1]).read_text())))
+    print(markdown(read(Path(sys.argv[1]))))

@@ -46,6 +46,7 @@ def check(op, *arguments):
     torch.library.opcheck(op.default, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path, b_side", PATHS, ids=str)
 @pytest.mark.parametrize("name", BASES)
 def test_opcheck_linear(device, name, path, b_side):
@@ -60,6 +61,7 @@ def test_opcheck_linear(device, name, path, b_side):
         check(ops.linear_backward, t["dy"], t["x"], t["weight"], *rest, *needs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BASES)
 def test_opcheck_the_others(device, name):
     t = tensors(device, name)
@@ -74,6 +76,7 @@ def test_opcheck_the_others(device, name):
     check(ops.scaled_basis_backward, grad, A, lam, gam)
 
 
+@pytest.mark.slow
 def test_opcheck_packing(device):
     basis = TernaryBasis(11, 70, 3, 1 / 3)
     planes = basis.packed(device)[2]

@@ -81,6 +81,7 @@ def test_what_is_not_ternary_is_found_where_the_cpu_finds_it(device, place, valu
     assert len(set(on_both(device, message, dense))) == 1
 
 
+@pytest.mark.slow
 def test_positions_beyond_16_bits(device):
     basis = TernaryBasis(65537, 3, 2, 0.01)
     with cpu_kernels():
@@ -103,6 +104,7 @@ def test_equal_descriptions_share_one_copy(device):
     assert first.dense_b(device, torch.float16) is second.dense_b(device, torch.float16)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DRY, reason="a size for a card")
 def test_more_than_2_to_the_31_elements(card, room):
     # The dense matrix has 2^31 + 2^16 * 8 elements: every offset needs 64 bits.

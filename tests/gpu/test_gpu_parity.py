@@ -97,6 +97,7 @@ def test_no_element_is_wrong_in_a_larger_layer(device, density, b_side):
             assert largest_error(got[name], want[name]) <= 2e-5, name
 
 
+@pytest.mark.slow
 def test_linear_with_32_bit_positions(device):
     for shape, density in (((65537, 2, 2), 0.02), ((2, 65540, 2), 1 / 3)):
         layer = make_layer(*shape, density, 2)

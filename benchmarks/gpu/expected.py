@@ -1,0 +1,77 @@
+"""The table of docs/cuda.md: what no version of an operator can be faster than, on one card.
+
+    python -m gpu.expected                                      in benchmarks/; for an H100
+    python -m gpu.expected --copy 4.3e12 --bf16 790e12          for another card
+
+The defaults were measured on an H100 SXM (a copy of 1 GiB, a product of 8192^3 in bf16), but for
+fp32, which is the data sheet's.
+"""
+
+import argparse
+
+from randlora_ext import TernaryBasis
+
+from . import floors
+from .floors import Ceilings, Floor
+from .report import table
+
+DENSITIES = {"1/64": 1 / 64, "0.07": 0.07, "1/3": 1 / 3}
+SIZE, TOKENS, RANK = (4096, 4096), 8192, 32
+
+
+def cell(floor: Floor, rates: Ceilings) -> str:
+    bound = "bytes" if floor.byte_us(rates) > floor.operation_us(rates) else "operations"
+    return f"{floor.us(rates):.0f} ({bound})"
+
+
+def over_frozen(b: TernaryBasis, rates: Ceilings) -> dict[str, str]:
+    """Of a training step's floor: the frozen layer's GEMMs, and what each path does besides."""
+    gemm = Floor(0, matrix=2 * TOKENS * b.D * b.d).us(rates)
+    packed, dense = (
+        (floors.linear(b, TOKENS, of).us(rates) + floors.linear_backward(b, TOKENS, of).us(rates))
+        for of in (False, True)
+    )
+    formed, merged = floors.delta_weight(b).us(rates), floors.merged_weight(b).us(rates)
+    # dW once each way; the gradient of dW is one GEMM, and is contracted.
+    steps = {
+        "factored, packed B": 2 * gemm + packed,
+        "factored, dense B": 2 * gemm + dense,
+        "delta": 5 * gemm + 3 * formed,
+        "merged": 3 * gemm + 2 * merged + formed,
+    }
+    return {path: f"{us / (2 * gemm):.2f}" for path, us in steps.items()}
+
+
+def lines(rates: Ceilings) -> list[list[str]]:
+    bases = [TernaryBasis(*SIZE, RANK, density) for density in DENSITIES.values()]
+    tall = [TernaryBasis(14336, 4096, RANK, density) for density in DENSITIES.values()]
+    rows = {
+        "basis of 14336 x 4096 from a seed": [floors.whole_basis(b) for b in tall],
+        "dW formed, or its gradient contracted": [floors.delta_weight(b) for b in bases],
+        "W + dW": [floors.merged_weight(b) for b in bases],
+        "adapter forward, packed B": [floors.linear(b, TOKENS, False) for b in bases],
+        "adapter backward, packed B": [floors.linear_backward(b, TOKENS, False) for b in bases],
+        "adapter forward, dense B": [floors.linear(b, TOKENS, True) for b in bases],
+        "adapter backward, dense B": [floors.linear_backward(b, TOKENS, True) for b in bases],
+        "adapter forward, T = 16": [floors.linear(b, 16, False) for b in bases],
+    }
+    made = [[what, *(cell(floor, rates) for floor in row)] for what, row in rows.items()]
+    ratios = [over_frozen(b, rates) for b in bases]
+    return made + [
+        [f"step of a layer over frozen, {path}", *(ratio[path] for ratio in ratios)]
+        for path in ratios[0]
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--copy", type=float, default=3.0e12, help="bytes per second")
+    parser.add_argument("--bf16", type=float, default=798e12, help="operations per second")
+    parser.add_argument("--fp32", type=float, default=67e12, help="likewise")
+    options = parser.parse_args(arguments)
+    rates = Ceilings(options.copy, options.bf16, options.fp32)
+    print(table(["at best, us", *(f"density {name}" for name in DENSITIES)], lines(rates)), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Results: one line of JSON each, on disk as soon as it is made, so that a killed stage keeps them.
+
+`gpu_run.py` sets the three variables; a stage that is run by hand prints its rows and has no limit.
+"""
+
+import json
+import os
+import time
+
+_FILE, _STAGE, _DEADLINE = "RANDLORA_ROWS", "RANDLORA_STAGE", "RANDLORA_DEADLINE"
+
+
+def environment(file: str, stage: str, seconds: float) -> dict[str, str]:
+    """For a stage's process: where its rows go, its name, and the seconds that it has."""
+    return {_FILE: file, _STAGE: stage, _DEADLINE: str(time.time() + seconds)}
+
+
+def row(**values: object) -> None:
+    text = json.dumps({"stage": os.environ.get(_STAGE, ""), **values}, default=str)
+    if path := os.environ.get(_FILE):
+        with open(path, "a") as file:
+            file.write(text + "\n")
+    print(text, flush=True)
+
+
+def failed(what: str, error: BaseException) -> None:
+    """For a part that broke while the stage goes on."""
+    row(failed=what, why=f"{type(error).__name__}: {error}"[:300])
+
+
+def skipped(what: str, why: str = "out of time") -> None:
+    row(skipped=what, why=why)
+
+
+def seconds_left() -> float:
+    deadline = os.environ.get(_DEADLINE)
+    return float(deadline) - time.time() if deadline else float("inf")
