@@ -55,7 +55,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "default: the CMU pronouncing dictionary",
     )
     positive = {
-        "--steps": (150, "optimizer steps"),
+        "--steps": (120, "optimizer steps"),
         "--batch-size": (8, "examples per step"),
         "--lr": (5e-4, "peak learning rate"),
         "--rank": (32, "r of the adapter; a lower one trains more parameters"),
