@@ -43,7 +43,7 @@ def sizes(rank: int = 32, shape: dict = LLAMA_3B) -> dict[str, int]:
         "RandLoRA in PEFT, as it saves by default": saved_bytes(shape, peft.RandLoraConfig, r=rank),
     }
     randlora_ext.peft.enable()
-    options = {"r": rank, "density": 0.07, "basis": "generated", "save_projection": False}
+    options = {"r": rank, "density": 0.07, "basis": "independent", "save_projection": False}
     ours = saved_bytes(shape, randlora_ext.peft.RandLoraConfig, **options)
     randlora_ext.peft.disable()
     return found | {"RandLoRA here: λ, γ and a seed": ours}

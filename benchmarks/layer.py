@@ -24,7 +24,7 @@ from memory import peak_mib
 from methods import METHODS
 from record import in_a_process, machine, show, write
 
-from randlora_ext.cost import PATHS
+from randlora_ext.ops.path import PATHS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from randlora_ext import TernaryBasis, linear
-from randlora_ext.cost import PATHS
+from randlora_ext.ops.path import PATHS
 
 SCALING = 20.0  # PEFT's default, alpha / r = 640 / 32
 # "peft" is PEFT's own RandLoRA, "full" full fine-tuning, "ours" the path of the cost model.

@@ -4,7 +4,7 @@
     python examples/finetune_trainer.py --toy
 
 One line differs from a script for stock PEFT: `randlora_ext.peft.enable()`. The adapter is saved in
-PEFT's format; `basis="generated"` keeps it at lambda and gamma alone.
+PEFT's format; `basis="independent"` keeps it at lambda and gamma alone.
 """
 
 import peft
@@ -25,7 +25,7 @@ def main() -> None:
         r=args.rank,
         randlora_alpha=20 * args.rank,  # scaling = alpha / r = 20, PEFT's default ratio
         density=args.density,
-        basis="generated",
+        basis="independent",
         target_modules=TARGETS,
         task_type="CAUSAL_LM",
     )

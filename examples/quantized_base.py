@@ -44,7 +44,7 @@ def main() -> None:
         r=args.rank,
         randlora_alpha=20 * args.rank,
         density=args.density,
-        basis="generated",
+        basis="independent",
         target_modules=TARGETS,
         task_type="CAUSAL_LM",
     )

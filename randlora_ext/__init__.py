@@ -7,6 +7,8 @@ and trained diagonals lambda and gamma. See README.md, docs/math.md and docs/ops
 import importlib.util
 from pathlib import Path
 
+import torch as _torch  # noqa: F401  (first: _C needs its libraries)
+
 if importlib.util.find_spec("randlora_ext._C") is None:
     raise ImportError(
         f"randlora_ext was found at {Path(__file__).parent}, but its compiled part was not. In a "
@@ -14,22 +16,21 @@ if importlib.util.find_spec("randlora_ext._C") is None:
         "run from another folder than the checkout so that the installed package is found."
     )
 
-from . import cuda as _cuda
-from . import ops as _operators  # noqa: F401  (registers fake kernels and autograd)
 from ._C import build_info as _build_info
 from ._C import isa as _isa
-from .apply import apply_randlora, merge_and_unload, unload
 from .basis import TernaryBasis
-from .cost import PathChoice, explain
-from .functional import delta_weight, linear, merged_weight, scaled_basis
-from .layer import RandLoraLinear
+from .nn.apply import apply_randlora, merge_and_unload, unload
+from .nn.linear import RandLoraLinear
+from .ops.cuda_library import STATUS as _CUDA_STATUS
+from .ops.functional import delta_weight, linear, merged_weight, scaled_basis
+from .ops.path import PathChoice, explain
 
 __version__: str = _build_info()["version"]
 
 
 def build_info() -> dict:
     """How the compiled part was built, and which kernels serve the CPU and CUDA here."""
-    return {**_build_info(), "isa": _isa(), "cuda": _cuda.STATUS}
+    return {**_build_info(), "isa": _isa(), "cuda": _CUDA_STATUS}
 
 
 __all__ = [

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import build_info, cuda
+from . import build_info
 from .basis import TernaryBasis
-from .functional import linear
-from .generation import SPEC_VERSIONS
-from .packing import generate_planes
+from .basis.description import SPECIFICATIONS
+from .basis.generated import generate_planes
+from .ops import cuda_library
+from .ops.functional import linear
 from .reference import linear_reference
 
 # Variables that begin so change what runs, ours and torch's; a misspelt one shows as well.
@@ -41,7 +42,7 @@ def describe() -> list[str]:
     overrides = ", ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if _overrides(k))
     return [
         f"randlora_ext {build['version']}, compiler {build['compiler']}, "
-        f"basis specification {SPEC_VERSIONS['independent']}",
+        f"basis specification {SPECIFICATIONS['independent']}",
         f"installed in {Path(__file__).parent}",
         f"python {sys.version.split()[0]} on {platform.platform()}, {_processor()}",
         f"packages: {packages}",
@@ -56,7 +57,7 @@ def describe() -> list[str]:
 def self_check() -> list[tuple[str, float, float]]:
     """(what, relative error, limit): bases, and the operator in every dtype, on every device."""
     devices = [torch.device("cpu")]
-    if cuda.available() and torch.cuda.is_available():
+    if cuda_library.available() and torch.cuda.is_available():
         devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     bases = [(f"{device} generated basis", _wrong_basis(device), 0.0) for device in devices]
     return bases + [

@@ -10,9 +10,8 @@ from randlora_ext.cli import main
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 KINDS = {
-    "generated": {"basis": "generated", "density": 0.07, "projection_prng_key": 7},
-    "generated third": {"basis": "generated"},
-    "balanced": {"basis": "generated", "support": "balanced", "density": 0.4},
+    "generated": {"basis": "independent", "density": 0.07, "projection_prng_key": 7},
+    "generated third": {"basis": "independent"},
     "density": {"density": 0.2, "save_projection": False},
     "sparse": {"sparse": True, "save_projection": False},
     "sparse saved": {"sparse": True},

@@ -126,7 +126,7 @@ def main() -> None:
     torch.set_num_threads(1)  # the children have no other
     accelerated.enable()
     random.seed(0)
-    for basis in ("peft", "generated"):
+    for basis in ("peft", "independent"):
         options = {"density": 0.2, "basis": basis, "save_projection": False}
         config = deep_config(5, accelerated.RandLoraConfig, **options)
         model = randomize(peft.get_peft_model(Deep(), config))

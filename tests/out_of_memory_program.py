@@ -11,7 +11,8 @@ import os
 import torch
 from layer_helpers import inputs, make_base, randomize, run
 
-from randlora_ext import RandLoraLinear, TernaryBasis, merged_weight, packing
+from randlora_ext import RandLoraLinear, TernaryBasis, merged_weight
+from randlora_ext.basis import cache
 
 FAULTS = ctypes.CDLL(None)
 FAULTS.failures.restype = ctypes.c_long
@@ -54,7 +55,7 @@ def results(layer: RandLoraLinear, x: torch.Tensor, dy: torch.Tensor) -> list:
 
 def fresh(density: float, dtype=torch.float32) -> RandLoraLinear:
     """A layer whose basis is not packed yet."""
-    assert not packing._cache, "somebody holds a basis"
+    assert not cache._cache, "somebody holds a basis"
     base = make_base(130, 70, dtype=dtype)
     return randomize(RandLoraLinear(base, r=9, density=density))
 

@@ -16,7 +16,8 @@ import resource
 import torch
 from torch import nn
 
-from randlora_ext import RandLoraLinear, packing
+from randlora_ext import RandLoraLinear
+from randlora_ext.basis import cache
 
 WARM_UP = 100
 TOKENS = (1, 7, 16, 33, 64, 130)
@@ -45,7 +46,7 @@ def counts() -> dict[str, int]:
         "resident": resident,
         "tensors": sum(isinstance(o, torch.Tensor) for o in objects),
         "objects": len(objects),
-        "packed": len(packing._cache),
+        "packed": len(cache._cache),
     }
 
 

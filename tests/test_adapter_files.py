@@ -21,7 +21,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 def make_model(seed=0):
     accelerated.enable()
     torch.manual_seed(seed)
-    options = {"density": 0.2, "basis": "generated"}
+    options = {"density": 0.2, "basis": "independent"}
     config = deep_config(5, accelerated.RandLoraConfig, **options)
     return randomize(peft.get_peft_model(Deep(), config), seed)
 

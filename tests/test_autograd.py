@@ -14,15 +14,12 @@ BASES = {
     "lists reduce": (5, 9, 2, 0.12),
     "planes": (9, 5, 2, 1 / 3),
     "planes reduce": (5, 9, 2, 1 / 3),
-    "balanced": (9, 5, 2, 1 / 2),
-    "balanced reduce": (5, 9, 2, 1 / 2),
     "wide lists": (65537, 2, 2, 0.01),
 }
 
 
 def tensors(name, dtype=torch.float32):
-    support = "balanced" if "balanced" in name else "independent"
-    basis = TernaryBasis(*BASES[name], seed=2, support=support)
+    basis = TernaryBasis(*BASES[name], seed=2)
     make = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -129,23 +126,13 @@ def test_opcheck_packing(by_column, wide):
     check(ops.fill_planes_, torch.zeros_like(planes), 1, 1, 0, 0, basis.K, 5)
 
 
-@pytest.mark.parametrize("wide", [False, True])
-def test_opcheck_balanced(wide):
-    offset = torch.zeros(4, dtype=torch.int64)
-    row = torch.zeros(10 * 2, dtype=torch.int32 if wide else torch.int16)
-    sign = torch.zeros(10 * 2, 2, dtype=torch.int32)
-    check(ops.fill_balanced_, offset, row, sign, 5, 1, 0, 2, 40)
-    ops.fill_balanced_(offset, row, sign, 5, 1, 0, 2, 40)
-    check(ops.balanced_to_planes, offset, row, sign, 10, 40)
-
-
 def test_every_operator_is_checked_here():
     names = {n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names()
              if n.startswith("randlora::")}  # fmt: skip
     assert names == {
         "fill_planes_", "pack_dense", "planes_to_lists", "planes_to_dense", "lists_to_dense",
         "scaled_basis", "scaled_basis_backward", "delta_weight", "delta_weight_backward",
-        "merged_weight", "linear", "linear_backward", "fill_balanced_", "balanced_to_planes",
+        "merged_weight", "linear", "linear_backward",
     }  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def test_to_peft_and_back(tmp_path, base_folder, kind):
     code, out, _ = run("--convert", tmp_path / "peft", tmp_path / "small", "--to", "compact")
     assert code == 0 and not has_bases(tmp_path / "small")
     # PEFT's config cannot say a density, not even of PEFT's own draw.
-    stock = "density" not in kind and kind.get("basis") != "generated"
+    stock = "density" not in kind and kind.get("basis") != "independent"
     assert ("stock PEFT" in out) == stock
     assert relative(logits(tmp_path / "small", True), want) < 1e-5
     if stock:
@@ -60,7 +60,7 @@ def test_to_peft_and_back(tmp_path, base_folder, kind):
 
 
 def test_density_that_cannot_be_read_off_is_given(tmp_path, base_folder):
-    kind = {"basis": "generated", "density": 0.123456789}
+    kind = {"basis": "independent", "density": 0.123456789}
     save_adapter(llama(), tmp_path / "a", **kind)
     run("--convert", tmp_path / "a", tmp_path / "peft", "--to", "peft", "--base", base_folder)
     convert = ("--convert", tmp_path / "peft", tmp_path / "small", "--to", "compact")
@@ -69,7 +69,7 @@ def test_density_that_cannot_be_read_off_is_given(tmp_path, base_folder):
     assert "density" in refused(*convert, "--density", 3)
     assert run(*convert, "--density", 0.123456789)[0] == 0
     settings = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
-    assert settings["basis"] == "generated" and settings["density"] == 0.123456789
+    assert settings["basis"] == "independent" and settings["density"] == 0.123456789
 
 
 def test_bases_of_another_key_stay(tmp_path, base_folder):
@@ -91,7 +91,7 @@ def test_bases_of_a_bf16_model(tmp_path):
 
 
 def test_other_tensors_and_files_go_along(tmp_path, base_folder):
-    kind = {"basis": "generated", "modules_to_save": ["lm_head"]}
+    kind = {"basis": "independent", "modules_to_save": ["lm_head"]}
     model = with_adapter(llama(), **kind)
     with torch.no_grad():
         model.base_model.model.lm_head.modules_to_save["default"].weight.normal_()
@@ -121,7 +121,7 @@ def test_the_copies_of_stock_peft_are_dropped(tmp_path):
 
 
 def test_what_cannot_be_done_is_told(tmp_path, base_folder):
-    save_adapter(llama(), tmp_path / "a", basis="generated")
+    save_adapter(llama(), tmp_path / "a", basis="independent")
     convert = ("--convert", tmp_path / "a", tmp_path / "b")
     assert "compact already" in refused(*convert, "--to", "compact")
     assert "--base" in refused(*convert, "--to", "peft")

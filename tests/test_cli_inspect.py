@@ -51,7 +51,7 @@ def test_the_model_that_the_adapter_names_is_found(tmp_path, base_folder):
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(base_folder)
-    save_adapter(base, tmp_path, basis="generated")
+    save_adapter(base, tmp_path, basis="independent")
     code, out, _ = run("--inspect", tmp_path, "--layers", "0.*(q|up)_proj")
     assert code == 0 and "effective rank" in out and len(row_of(out, Q0)) == 12
     assert "down_proj" not in out and f"base_model_name_or_path={base_folder}" in out
@@ -68,7 +68,7 @@ def test_without_the_base_what_can_be_told_is_told(tmp_path):
 
 
 def test_the_plot_is_a_picture(tmp_path, base_folder, monkeypatch):
-    save_adapter(llama(), tmp_path, basis="generated")
+    save_adapter(llama(), tmp_path, basis="independent")
     png = tmp_path / "dw.png"
     inspect = ("--inspect", tmp_path, "--base", base_folder, "--plot", png)
     code, out, _ = run(*inspect)
@@ -89,7 +89,7 @@ def test_the_plot_is_a_picture(tmp_path, base_folder, monkeypatch):
 
 def test_a_fresh_adapter_has_rank_zero(tmp_path, base_folder):
     accelerated.enable()
-    config = accelerated.RandLoraConfig(r=5, target_modules=["q_proj"], basis="generated")
+    config = accelerated.RandLoraConfig(r=5, target_modules=["q_proj"], basis="independent")
     peft.get_peft_model(llama(), config).save_pretrained(tmp_path / "a")
     png = tmp_path / "dw.png"
     code, out, _ = run("--inspect", tmp_path / "a", "--base", base_folder, "--plot", png)
@@ -105,7 +105,7 @@ def test_ranks_of_known_spectra():
 
 
 def test_what_does_not_fit_is_told(tmp_path, base_folder):
-    save_adapter(llama(hidden_size=64), tmp_path / "a", basis="generated")
+    save_adapter(llama(hidden_size=64), tmp_path / "a", basis="independent")
     assert "min(in, out)" in refused("--inspect", tmp_path / "a", "--base", base_folder)
     assert "neither a folder" in refused("--inspect", tmp_path / "a", "--base", "no/such-model")
     assert "no regular" in refused("--inspect", tmp_path / "a", "--layers", "(")

@@ -70,7 +70,7 @@ def test_the_folder_opens_and_the_sources_stay(tmp_path):
     from transformers import AutoModelForCausalLM
 
     base = sharded(tmp_path / "model")
-    model = save_adapter(base, tmp_path / "adapter", basis="generated")
+    model = save_adapter(base, tmp_path / "adapter", basis="independent")
     (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"unmerged")
     files = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     code, out, _ = run("--merge", tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
@@ -88,7 +88,7 @@ def test_the_folder_opens_and_the_sources_stay(tmp_path):
 def test_one_file_and_an_adapter_of_the_inner_model(tmp_path):
     """Its paths lack "model."; the reverse, a checkpoint without it, as well."""
     base = sharded(tmp_path / "model", size="1GB")
-    model = save_adapter(base, tmp_path / "whole", basis="generated")
+    model = save_adapter(base, tmp_path / "whole", basis="independent")
     saved = load_file(tmp_path / "whole" / "adapter_model.safetensors")
     inner = {k.replace("model.model.model.", "model.model."): v for k, v in saved.items()}
     shutil.copytree(tmp_path / "whole", tmp_path / "inner")
@@ -114,7 +114,7 @@ def test_conv1d_and_replaced_modules(tmp_path):
     options = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 40, "n_positions": 16}
     base = GPT2LMHeadModel(GPT2Config(**options))
     base.save_pretrained(tmp_path / "model")
-    extra = {"targets": ["c_attn", "c_fc"], "basis": "generated", "modules_to_save": ["ln_f"]}
+    extra = {"targets": ["c_attn", "c_fc"], "basis": "independent", "modules_to_save": ["ln_f"]}
     with pytest.warns(UserWarning, match="fan_in_fan_out"):
         model = save_adapter(base, tmp_path / "adapter", **extra)
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_conv1d_and_replaced_modules(tmp_path):
 def test_stochastic_rounding(tmp_path):
     """Changes far below an ulp vanish when rounded to nearest, and count on average otherwise."""
     base = sharded(tmp_path / "model", torch.bfloat16)
-    save_adapter(base, tmp_path / "adapter", basis="generated", randlora_alpha=0.0005)
+    save_adapter(base, tmp_path / "adapter", basis="independent", randlora_alpha=0.0005)
     merge = ("--merge", tmp_path / "model", tmp_path / "adapter")
     for name, options in {"near": (), "s1": (1,), "again": (1,), "s2": (2,)}.items():
         seed = ("--rounding-seed", *options) if options else ()
@@ -154,7 +154,7 @@ def test_rounding_seed_needs_16_bits_and_ternary_bases(tmp_path):
     sharded(tmp_path / "f32")
     base = sharded(tmp_path / "bf16", torch.bfloat16)
     save_adapter(base, tmp_path / "uniform", save_projection=False)
-    save_adapter(llama(), tmp_path / "ternary", basis="generated")
+    save_adapter(llama(), tmp_path / "ternary", basis="independent")
     seed = ("--rounding-seed", 3)
     assert "float32" in refused(
         "--merge", tmp_path / "f32", tmp_path / "ternary", tmp_path / "o", *seed
@@ -175,7 +175,7 @@ def test_rounding_seed_needs_16_bits_and_ternary_bases(tmp_path):
 def whole(tmp_path):
     """A sound model and adapter, to be broken."""
     base = sharded(tmp_path / "model")
-    save_adapter(base, tmp_path / "adapter", basis="generated")
+    save_adapter(base, tmp_path / "adapter", basis="independent")
     return tmp_path
 
 

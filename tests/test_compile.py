@@ -11,7 +11,7 @@ from layer_helpers import randomize
 from torch import nn
 
 from randlora_ext import RandLoraLinear, TernaryBasis, delta_weight, linear, scaled_basis
-from randlora_ext.cost import path_regions
+from randlora_ext.ops.path import path_regions
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
 

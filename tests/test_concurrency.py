@@ -13,7 +13,8 @@ import torch
 from layer_helpers import inputs, make_base, randomize, run
 from torch.utils.data import DataLoader, Dataset
 
-from randlora_ext import RandLoraLinear, TernaryBasis, packing
+from randlora_ext import RandLoraLinear, TernaryBasis
+from randlora_ext.basis import cache
 
 DENSITIES = (1 / 3, 0.07)
 
@@ -63,9 +64,7 @@ def test_threads_that_make_and_drop_layers():
         for k in range(60):
             seed = (worker + k) % 3
             basis = TernaryBasis(40, 30, 4, 0.3, seed)
-            if not torch.equal(
-                basis.dense_b("cpu", torch.float32) * basis._values()[1], expected[seed]
-            ):
+            if not torch.equal(basis.dense_b("cpu", torch.float32) * 0.3**-0.5, expected[seed]):
                 return f"worker {worker} got another basis at {k}"
         return None
 
@@ -84,14 +83,16 @@ def test_a_dense_b_can_be_the_first_that_is_asked_for():
 
 FORKS = """
 import os, signal, threading, torch
-from randlora_ext import TernaryBasis, packing
+from randlora_ext import TernaryBasis
+from randlora_ext.basis import cache
 torch.set_num_threads(1)
 inside, leave = threading.Event(), threading.Event()
 def make():
     inside.set()
     leave.wait()
     return []
-thread = threading.Thread(target=packing.shared, args=(("a slow one",), torch.device("cpu"), make))
+wanted = ("a slow one",), torch.device("cpu"), make
+thread = threading.Thread(target=cache.get_or_make, args=wanted)
 thread.start()
 inside.wait()
 child = os.fork()
@@ -168,7 +169,7 @@ def test_a_killed_worker_leaves_the_parent_able():
 def test_the_cache_is_empty_when_nobody_holds_a_basis():
     basis = TernaryBasis(31, 41, 3, 0.3, seed=4711)
     basis.packed(), basis.dense_b("cpu", torch.float32)
-    mine = [key for key in packing._cache if 4711 in key[0]]
+    mine = [key for key in cache._cache if "seed=4711" in repr(key)]
     assert len(mine) == 2
     del basis
-    assert not [key for key in packing._cache if 4711 in key[0]]
+    assert not [key for key in cache._cache if "seed=4711" in repr(key)]

@@ -5,7 +5,7 @@ import torch
 from layer_cases import make_layer
 
 from randlora_ext import _C, TernaryBasis, explain, linear
-from randlora_ext.cost import PATHS, PathChoice, choose_b_side, choose_path, path_regions
+from randlora_ext.ops.path import PATHS, PathChoice, choose, choose_b_side, path_regions
 
 SPARSE, DENSE = TernaryBasis(512, 512, 32, 1 / 22), TernaryBasis(512, 512, 32, 1.0)
 SIXTEEN_BITS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -51,7 +51,7 @@ def test_the_model_ranks_what_is_plain():
 def test_16_bits_exclude_merged(dtype):
     choice = explain(DENSE, 10**6, dtype)
     assert choice.path == "delta" and "16 bits" in choice.reason
-    assert choose_path(DENSE, 10**6, dtype, True) == "delta"
+    assert choose("auto", DENSE, 10**6, dtype, True, "cpu")[0] == "delta"
 
 
 def test_dropout_and_a_missing_weight_exclude_merged():
@@ -66,7 +66,7 @@ def test_environment_overrides(path, monkeypatch):
     for basis, tokens in ((SPARSE, 1), (DENSE, 10**6)):
         choice = explain(basis, tokens)
         assert choice.path == path and "RANDLORA_PATH" in choice.reason
-        assert choose_path(basis, tokens, torch.float32, True) == path
+        assert choose("auto", basis, tokens, torch.float32, True, "cpu")[0] == path
         assert explain(basis, tokens, torch.bfloat16).path == path  # asked for is asked for
 
 
@@ -87,7 +87,10 @@ def test_environment_asks_for_merged_where_it_cannot_be(monkeypatch):
 @pytest.mark.parametrize("value", ["fast", "Merged", "factored,delta"])
 def test_unknown_environment_path(value, monkeypatch):
     monkeypatch.setenv("RANDLORA_PATH", value)
-    for call in (lambda: explain(SPARSE, 1), lambda: choose_path(SPARSE, 1, torch.float32, True)):
+    for call in (
+        lambda: explain(SPARSE, 1),
+        lambda: choose("auto", SPARSE, 1, torch.float32, True, "cpu"),
+    ):
         with pytest.raises(ValueError, match="RANDLORA_PATH.*auto.*factored.*delta.*merged"):
             call()
 
@@ -111,9 +114,9 @@ def test_regions_tell_the_choice_for_any_number_of_tokens(features, density, dev
         regions = path_regions(basis, *arguments)
         assert 1 <= len(regions) <= 5 and regions[-1].last > 10**18
         for tokens in (*range(1, 2000), 10**4, 10**6, 10**9):
-            region = next(r for r in regions if tokens <= r.last)
-            assert region.path == choose_path(basis, tokens, *arguments)
-            assert region.b_side == choose_b_side(basis, tokens, device_type)
+            path, b_side = choose("auto", basis, tokens, *arguments)
+            assert path == explain(basis, tokens, dtype, device_type, has_weight).path
+            assert b_side == choose_b_side(basis, tokens, device_type)
         assert all(a[1:] != b[1:] for a, b in zip(regions, regions[1:], strict=False))
 
 
@@ -132,24 +135,20 @@ def test_auto_is_what_explain_says(density, tokens, dtype, has_weight):
     assert torch.equal(linear(*arguments), linear(*arguments, path=choice.path))
 
 
-def test_auto_hands_the_chosen_path_to_the_operator(monkeypatch):
-    seen = []
-    original = linear.__globals__["choose_path"]
-
-    def record(*arguments):
-        seen.append(arguments)
-        return original(*arguments)
-
-    monkeypatch.setitem(linear.__globals__, "choose_path", record)
+def test_the_environment_decides_only_where_no_path_is_given(monkeypatch):
     layer = make_layer(64, 64, 8, 1.0, 5, torch.float32, lead=(2, 3))
     arguments = (layer.x, layer.weight, layer.bias, layer.basis, layer.lam, layer.gam, 1.0)
-    linear(*arguments)
-    assert seen == [(layer.basis, 30, torch.float32, True, "cpu")]
     results = {path: linear(*arguments, path=path) for path in PATHS}
-    assert len(seen) == 1  # an explicit path is not questioned
     for path in PATHS:
         monkeypatch.setenv("RANDLORA_PATH", path)
         assert torch.equal(linear(*arguments), results[path])
     monkeypatch.setenv("RANDLORA_PATH", "delta")
     assert torch.equal(linear(*arguments, path="factored"), results["factored"])
     assert not torch.equal(results["factored"], results["delta"])  # the test can tell them apart
+
+
+def test_choices_do_not_grow_with_the_numbers_of_tokens():
+    basis = TernaryBasis(64, 64, 8, 0.3, seed=77)
+    for tokens in range(1, 600):
+        choose("auto", basis, tokens, torch.float32, True, "cpu")
+    assert len(basis.path_regions) == 1

@@ -11,7 +11,7 @@ from torch import nn
 from torch.export import Dim
 
 from randlora_ext import RandLoraLinear
-from randlora_ext.cost import path_regions
+from randlora_ext.ops.path import path_regions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

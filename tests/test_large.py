@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from randlora_ext import TernaryBasis, linear
-from randlora_ext.packing import generate_planes
+from randlora_ext.basis.generated import generate_planes
 
 ops = torch.ops.randlora
 large = pytest.mark.skipif(

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from randlora_ext import packing
+from randlora_ext.basis import cache
 
 CARD = torch.device("cuda", 0)
 
@@ -33,20 +33,20 @@ def made(events):
 
 
 def test_what_is_cached_is_complete(events):
-    held = packing.shared(("streams", 1), CARD, lambda: made(events))
-    again = packing.shared(("streams", 1), CARD, lambda: made(events))
+    held = cache.get_or_make(("streams", 1), CARD, lambda: made(events))
+    again = cache.get_or_make(("streams", 1), CARD, lambda: made(events))
     assert held is again and events == ["made", "waited"]
 
 
 def test_a_capture_fills_no_cache(events):
     events.append("capture")
     with pytest.raises(RuntimeError, match="call the layer once before"):
-        packing.shared(("streams", 2), CARD, lambda: made(events))
-    assert events == ["capture"] and ("streams", 2) not in packing._cache
+        cache.get_or_make(("streams", 2), CARD, lambda: made(events))
+    assert events == ["capture"] and ("streams", 2) not in cache._cache
     events.clear()
-    assert packing.shared(("streams", 2), CARD, lambda: made(events)).tensors
+    assert cache.get_or_make(("streams", 2), CARD, lambda: made(events)).tensors
 
 
 def test_tensors_on_the_cpu_wait_for_nothing(events):
-    packing.shared(("streams", 3), torch.device("cpu"), lambda: made(events))
+    cache.get_or_make(("streams", 3), torch.device("cpu"), lambda: made(events))
     assert events == ["made"]

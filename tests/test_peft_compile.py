@@ -13,7 +13,7 @@ from torch.export import Dim
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft", "fresh_dynamo")
 
-KINDS = [{"sparse": True}, {"density": 0.1}, {"basis": "generated"}]
+KINDS = [{"sparse": True}, {"density": 0.1}, {"basis": "independent"}]
 
 
 def make(key=0, **options):

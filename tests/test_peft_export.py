@@ -25,8 +25,8 @@ KINDS = {
     "sparse": {"sparse": True},
     "very_sparse": {"very_sparse": True},
     "density": {"density": 0.07, "save_projection": False},
-    "generated": {"basis": "generated", "density": 0.07, "projection_prng_key": 2**64 - 1},
-    "generated very_sparse": {"basis": "generated", "very_sparse": True},
+    "generated": {"basis": "independent", "density": 0.07, "projection_prng_key": 2**64 - 1},
+    "generated very_sparse": {"basis": "independent", "very_sparse": True},
     "uniform": {},
 }
 
@@ -71,7 +71,7 @@ def test_stock_opens_the_adapter(tmp_path, kind, safe):
 
 
 def test_bases_are_written_once(tmp_path):
-    model = made(basis="generated", density=0.2)
+    model = made(basis="independent", density=0.2)
     accelerated.export_to_peft(model, tmp_path / "safe")
     accelerated.export_to_peft(model, tmp_path / "bin", safe_serialization=False)
     saved = load_file(tmp_path / "safe" / "adapter_model.safetensors")
@@ -82,12 +82,12 @@ def test_bases_are_written_once(tmp_path):
 
 
 def test_the_model_stays_as_it_was_and_every_adapter_is_written(tmp_path):
-    model = made(basis="generated", density=0.3)
-    model.add_adapter("two", deep_config(3, accelerated.RandLoraConfig, basis="generated"))
+    model = made(basis="independent", density=0.3)
+    model.add_adapter("two", deep_config(3, accelerated.RandLoraConfig, basis="independent"))
     randomize(model)
     config = model.peft_config["two"]
     accelerated.export_to_peft(model, tmp_path)
-    assert model.peft_config["two"] is config and config.basis == "generated"
+    assert model.peft_config["two"] is config and config.basis == "independent"
     x = torch.randn(6, 24)
     for name, folder in (("default", tmp_path), ("two", tmp_path / "two")):
         model.set_adapter(name)
@@ -98,7 +98,7 @@ def test_the_model_stays_as_it_was_and_every_adapter_is_written(tmp_path):
 
 def test_bf16_model(tmp_path):
     accelerated.enable()
-    chosen = deep_config(5, accelerated.RandLoraConfig, basis="generated", density=0.2)
+    chosen = deep_config(5, accelerated.RandLoraConfig, basis="independent", density=0.2)
     model = randomize(peft.get_peft_model(Deep().bfloat16(), chosen))
     accelerated.export_to_peft(model, tmp_path)
     loaded = opened_by_stock(tmp_path, lambda: Deep().bfloat16())
@@ -109,7 +109,7 @@ def test_bf16_model(tmp_path):
 @pytest.mark.parametrize("density", [0.07, 0.2])
 def test_generated_bases_of_a_bf16_model_are_not_rounded(tmp_path, density):
     accelerated.enable()
-    chosen = deep_config(5, accelerated.RandLoraConfig, basis="generated", density=density)
+    chosen = deep_config(5, accelerated.RandLoraConfig, basis="independent", density=density)
     model = randomize(peft.get_peft_model(Deep().bfloat16(), chosen))
     accelerated.export_to_peft(model, tmp_path)
     stock = opened_by_stock(tmp_path)
@@ -144,7 +144,7 @@ def test_modules_to_save_and_biases_are_written(tmp_path):
 
 @pytest.mark.parametrize("safe", [True, False])
 def test_merged_without_save_pretrained(tmp_path, safe):
-    model = made(basis="generated", density=0.3)
+    model = made(basis="independent", density=0.3)
     x = torch.randn(6, 24)
     before = model(x)
     accelerated.export_to_peft(model, tmp_path, merged=True, safe_serialization=safe)
@@ -166,7 +166,7 @@ def test_merged_transformers_model(tmp_path):
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     base = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, vocab_size=50)).eval()
     chosen = accelerated.RandLoraConfig(
-        r=8, target_modules=["q_proj", "down_proj"], basis="generated"
+        r=8, target_modules=["q_proj", "down_proj"], basis="independent"
     )
     model = randomize(peft.get_peft_model(base, chosen)).eval()
     tokens = torch.randint(0, 50, (2, 6))

@@ -32,7 +32,7 @@ VERSION = randlora_ext.build_info()["spec_version"]
 
 
 def generated(r=5, **options):
-    return deep_config(r, accelerated.RandLoraConfig, basis="generated", **options)
+    return deep_config(r, accelerated.RandLoraConfig, basis="independent", **options)
 
 
 def made(**options):
@@ -68,7 +68,7 @@ def test_output_and_gradients_are_those_of_the_dense_formula():
         def forward(self, x):
             return self.lin(x)
 
-    chosen = config(7, accelerated.RandLoraConfig, ["lin", "big"], basis="generated", density=0.2)
+    chosen = config(7, accelerated.RandLoraConfig, ["lin", "big"], basis="independent", density=0.2)
     model = randomize(peft.get_peft_model(Two().double(), chosen))
     x, dy = inputs(24, 40, torch.float64)
     ours = run(model, x, dy)
@@ -127,11 +127,11 @@ def test_another_version_of_the_specification_is_refused(tmp_path, text):
     "options,message",
     [
         ({"basis": "other"}, r"basis must be one of \('peft', 'generated'\), got 'other'"),
-        ({"basis": "generated", "projection_prng_key": -1}, r"in \[0, 2\*\*64\), got -1"),
-        ({"basis": "generated", "projection_prng_key": 2**64}, "projection_prng_key"),
-        ({"basis": "generated", "projection_prng_key": True}, "projection_prng_key .*True"),
-        ({"basis": "generated", "density": 2.0}, "density"),
-        ({"basis": "generated", "density": 0.1, "very_sparse": True}, "contradicts"),
+        ({"basis": "independent", "projection_prng_key": -1}, r"in \[0, 2\*\*64\), got -1"),
+        ({"basis": "independent", "projection_prng_key": 2**64}, "projection_prng_key"),
+        ({"basis": "independent", "projection_prng_key": True}, "projection_prng_key .*True"),
+        ({"basis": "independent", "density": 2.0}, "density"),
+        ({"basis": "independent", "density": 0.1, "very_sparse": True}, "contradicts"),
     ],
     ids=str,
 )
@@ -142,7 +142,7 @@ def test_bad_options(options, message):
 
 
 def test_generated_before_enable():
-    with pytest.raises(RuntimeError, match=r"basis='generated' needs .*enable\(\)"):
+    with pytest.raises(RuntimeError, match=r"basis='independent' needs .*enable\(\)"):
         generated()
 
 

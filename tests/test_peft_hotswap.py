@@ -20,7 +20,7 @@ KINDS = {
     "sparse": {"sparse": True},
     "key alone": {"sparse": True, "save_projection": False},
     "density": {"density": 0.2},
-    "generated": {"basis": "generated", "projection_prng_key": 7},
+    "generated": {"basis": "independent", "projection_prng_key": 7},
     "uniform": {},
 }
 
@@ -93,13 +93,13 @@ def test_bases_of_the_file_serve_where_the_key_is_another(tmp_path):
     assert torch.equal(model(x), other(x))
 
 
-GENERATED = {"basis": "generated", "density": 0.2, "projection_prng_key": 7}
+GENERATED = {"basis": "independent", "density": 0.2, "projection_prng_key": 7}
 OTHERS = {
     "key": (GENERATED | {"projection_prng_key": 8}, "projection_prng_key is .*:8', not '.*:7'"),
     "density": (GENERATED | {"density": 0.3}, r"density is 0\.3, not 0\.2"),
     "r": (GENERATED | {"r": 6}, r"r is 6, not 5\n\tsize mismatch for .*a\.randlora_gamma"),
     "dropout": (GENERATED | {"randlora_dropout": 0.5}, r"randlora_dropout is 0\.5, not 0\.0"),
-    "basis": ({"sparse": True, "save_projection": False}, "basis is 'peft', not 'generated'"),
+    "basis": ({"sparse": True, "save_projection": False}, "basis is 'peft', not 'independent'"),
     "layers": (GENERATED | {"base": Headed, "modules_to_save": ["head"]}, "head.* is not part"),
 }
 

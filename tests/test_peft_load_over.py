@@ -7,7 +7,7 @@ from peft_helpers import Deep, accelerated, deep_config, layers, pair, peft, ran
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 
 KEY_ALONE = {"sparse": True, "save_projection": False}
-GENERATED = {"basis": "generated", "density": 0.2, "projection_prng_key": 7}
+GENERATED = {"basis": "independent", "density": 0.2, "projection_prng_key": 7}
 
 
 def made(seed=0, **options):
@@ -49,7 +49,7 @@ MISFITS = {
     "generated over drawn": (
         KEY_ALONE,
         GENERATED,
-        r"projection_prng_key is 'generated-1:7', not 0\n\tbasis is 'generated', not 'peft'\n\t"
+        r"projection_prng_key is 'generated-1:7', not 0\n\tbasis is 'independent', not 'peft'\n\t"
         r"density is 0\.2, not None",
     ),
 }
@@ -100,8 +100,8 @@ SAME = {
         {"sparse": True, "very_sparse": True, "save_projection": False},
     ),
     "generated without a density": (
-        {"basis": "generated"},
-        {"basis": "generated", "density": 1 / 3},
+        {"basis": "independent"},
+        {"basis": "independent", "density": 1 / 3},
     ),
     "uniform": ({"save_projection": False}, {"save_projection": False}),
     "bases in the file": ({"sparse": True}, {"sparse": True, "projection_prng_key": 9}),

@@ -45,7 +45,7 @@ def step(model):
     model(torch.randn(3, IN)).square().sum().backward()
 
 
-KINDS = [{"sparse": True}, {"very_sparse": True}, {"density": 0.1}, {"basis": "generated"}]
+KINDS = [{"sparse": True}, {"very_sparse": True}, {"density": 0.1}, {"basis": "independent"}]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

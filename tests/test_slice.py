@@ -144,7 +144,7 @@ def test_slices_are_descriptions():
 
 
 def test_only_the_slice_is_generated(monkeypatch):
-    from randlora_ext import generation as module
+    from randlora_ext.basis import generated as module
 
     asked = []
     generate = module.generate_planes

@@ -43,8 +43,6 @@ def calls():
     packed, planes = basis.packed("cpu"), basis.packed("cpu")[2]
     offset, index = ops.planes_to_lists(planes, basis.K, False, False)
     A, B = basis.dense()
-    balanced = TernaryBasis(11, 70, 3, 1 / 3, support="balanced")
-    groups = balanced.packed("cpu")[2:]
     lam, gam = torch.randn(basis.r, basis.n), torch.randn(basis.n, basis.d)
     x, dy, W = torch.randn(2, 11), torch.randn(2, 70), torch.randn(70, 11)
     rest = (lam, gam, packed, 0.5)
@@ -59,8 +57,6 @@ def calls():
             torch.ones(basis.K, basis.d), A, lam, gam
         ),
         "fill_planes_": lambda: ops.fill_planes_(planes.clone(), 1, 1, 0, 0, basis.K, 5),
-        "fill_balanced_": lambda: ops.fill_balanced_(*(g.clone() for g in groups), 1, 1, 0, 1, 4),
-        "balanced_to_planes": lambda: ops.balanced_to_planes(*groups, 70, basis.n),
         "pack_dense": lambda: ops.pack_dense(B),
         "planes_to_lists": lambda: ops.planes_to_lists(planes, basis.K, True, False),
         "planes_to_dense": lambda: ops.planes_to_dense(planes, basis.K, 0.5, torch.half),

@@ -30,8 +30,7 @@ from .skeleton import Shape, shapes_of, skeleton
 _BASES = ("randlora_A", "randlora_B")
 # Bases of a density of ours, and the fields that say so.
 _WAYS: dict[str, dict] = {
-    "generates its": {"basis": "generated"},
-    "generates its balanced": {"basis": "generated", "support": "balanced"},
+    "generates its": {"basis": "independent"},
     "draws its": {"basis": "peft"},
 }
 
@@ -164,7 +163,7 @@ def _is_ternary(basis: Tensor) -> bool:
 def _keep_written_fields(adapter: Adapter, folder: Path) -> None:
     """The written config keeps what this version of PEFT does not know, but for our own fields."""
     written = json.loads((folder / CONFIG).read_text())
-    ours = {"density", "basis", "support", "sparse", "very_sparse", "save_projection",
+    ours = {"density", "basis", "sparse", "very_sparse", "save_projection",
             "projection_prng_key"}  # fmt: skip
     extra = {k: v for k, v in adapter.settings.items() if k not in ours | written.keys()}
     (folder / CONFIG).write_text(json.dumps(written | extra, indent=2, sort_keys=True) + "\n")

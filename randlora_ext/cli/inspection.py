@@ -14,7 +14,7 @@ from .errors import CliError
 from .outputs import check_new, new_file
 from .skeleton import adapted_layers, shapes_of, skeleton
 
-_FIELDS = ("r", "randlora_alpha", "basis", "density", "support", "sparse", "very_sparse",
+_FIELDS = ("r", "randlora_alpha", "basis", "density", "sparse", "very_sparse",
            "randlora_dropout", "projection_prng_key", "save_projection",
            "base_model_name_or_path")  # fmt: skip
 
@@ -124,8 +124,6 @@ def _spectra(adapter: Adapter, base: str | None, chosen: list[str]) -> dict[str,
 def _head(adapter: Adapter) -> list[str]:
     trained = sum(lam.numel() + gam.numel() for lam, gam in adapter.layers.values())
     fields = {name: getattr(adapter.config, name, None) for name in _FIELDS}
-    if fields["support"] == "independent":
-        del fields["support"]
     bases = sum(t.numel() * t.element_size() for t in adapter.bases.values())
     held = f"saved, {bases:,} bytes in one copy" if adapter.bases else "not saved"
     others = f"; and {len(adapter.others)} other tensors" if adapter.others else ""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..functional import merged_weight
+from ..ops.functional import merged_weight
 from ..peft.layer import AcceleratedLinear
 from .adapter import Adapter, read_adapter
 from .checkpoint import Checkpoint, locate, read_checkpoint

@@ -2,8 +2,7 @@
 
 Such a file holds what ``named_parameters()`` of the model calls ``...randlora_lambda.NAME`` and
 ``...randlora_gamma.NAME``, and, as its metadata "randlora", the JSON of the options that say which
-bases they belong to: r, randlora_alpha, density, projection_prng_key, and support where it is not
-"independent". Written by
+bases they belong to: r, randlora_alpha, density, projection_prng_key. Written by
 ``save_file(tensors, file, metadata={"randlora": json.dumps(options)})``.
 """
 
@@ -57,12 +56,12 @@ def _config(file: Path, metadata: dict[str, str], layers: list[str]) -> RandLora
             f'{file} does not tell its bases: its metadata must have "randlora", the JSON of '
             f"{', '.join(sorted(_OPTIONS))}"
         ) from error
-    if not isinstance(options, dict) or set(options) - {"support"} != _OPTIONS:
+    if not isinstance(options, dict) or set(options) != _OPTIONS:
         raise CliError(f"{file}: metadata randlora must be {sorted(_OPTIONS)}, got {options}")
     enable()  # without it the config refuses our fields
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Specified to not save")
-            return RandLoraConfig(target_modules=layers, basis="generated", **options)
+            return RandLoraConfig(target_modules=layers, basis="independent", **options)
     except (TypeError, ValueError) as error:
         raise CliError(f"{file}: {first_line(error)}") from error

@@ -7,9 +7,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from .. import functional
-from ..base_layer import is_plain_linear, matches
-from ..layer import RandLoraLinear
+from ..nn.base_layer import is_plain_linear, matches
+from ..nn.linear import RandLoraLinear
+from ..ops import functional
 
 
 class TensorParallelRandLoraLinear(RandLoraLinear):

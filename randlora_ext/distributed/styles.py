@@ -16,9 +16,9 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from ..base_layer import is_plain_linear
-from ..layer import RandLoraLinear
-from ..sharded import is_dtensor
+from ..nn.base_layer import is_plain_linear
+from ..nn.linear import RandLoraLinear
+from ..ops.dtensor import is_dtensor
 from .layer import TensorParallelRandLoraLinear
 
 

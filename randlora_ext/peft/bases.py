@@ -9,7 +9,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
 from ..basis import TernaryBasis
-from ..packing import for_real
+from ..basis.cache import ordinary_tensors
 from .ternary_tensor import TernaryTensor
 
 BASES = ("randlora_A", "randlora_B")  # PEFT's names
@@ -225,13 +225,14 @@ def layer_basis(
 def _layer_basis(
     A: TernaryTensor, B: TernaryTensor, in_features: int, out_features: int, r: int
 ) -> TernaryBasis:
-    with for_real():
+    with ordinary_tensors():
         g = B.matrix.generated
         if A.matrix.generated is not None and g is not None:
-            return TernaryBasis(in_features, out_features, r, g.density, g.seed, g.support)
+            return TernaryBasis(in_features, out_features, r, g.density, g.seed, g.kind)
         if B.shape[2] != r:  # columns from inside every row, which only a dense B can give
             dense_a, dense_b = A.dense()[:r], B.dense()[:, :, :r]
             return TernaryBasis.from_dense(dense_a, dense_b, in_features, out_features)
         a, b = A.matrix, B.matrix
         planes = a.on(A.device)[:, :r], b.on(B.device)
-        return TernaryBasis.from_planes(*planes, a.value, b.value, in_features, out_features)
+        sizes = in_features, out_features
+        return TernaryBasis.from_planes(*planes, a.value, b.value, *sizes, copy=False)

@@ -11,8 +11,8 @@ from .bases import BASES, misfit
 
 DIAGONALS = ("randlora_lambda", "randlora_gamma")
 # Fields that say which bases are drawn; the key's text holds the version of the specification.
-_UNSAID = {"basis": "peft", "support": "independent"}  # of a file that says nothing of it
-RECIPE = ("projection_prng_key", "basis", "support", "density", "sparse", "very_sparse")
+_UNSAID = {"basis": "peft"}  # of a file that says nothing of it
+RECIPE = ("projection_prng_key", "basis", "density", "sparse", "very_sparse")
 
 
 class _Fields(peft.PeftConfig):
@@ -53,7 +53,7 @@ def _recipe(fields: dict) -> tuple:
     basis, density = fields["basis"], fields.get("density")
     if fields["very_sparse"]:
         density = "very_sparse"
-    elif density is None and (fields["sparse"] or basis == "generated"):
+    elif density is None and (fields["sparse"] or basis != "peft"):
         density = 1 / 3
     return fields["projection_prng_key"], basis, density
 

@@ -1,4 +1,4 @@
-"""`RandLoraConfig`: PEFT's configuration with a free density, generated and balanced bases."""
+"""`RandLoraConfig`: PEFT's configuration with a free density and bases that are a seed."""
 
 import os
 import re
@@ -10,27 +10,24 @@ import peft
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from ..generation import SPEC_VERSIONS, Generated
+from ..basis.description import SPECIFICATIONS, BasisDescription
 from .files import written_whole
 
-BASES = ("peft", "generated")
+BASES = ("peft", *SPECIFICATIONS)
 
 
 @dataclass
 class RandLoraConfig(peft.RandLoraConfig):
-    """PEFT's ``RandLoraConfig`` (all its fields), ``density``, ``basis`` and ``support``.
+    """PEFT's ``RandLoraConfig`` (all its fields), ``density`` and ``basis``.
 
     Args:
         density: None (as PEFT), or the share of non-zeros of the ternary bases, in (0, 1]. The
             bases are then drawn as PEFT draws its sparse ones, from ``projection_prng_key``, with
             1 / density in the place of PEFT's ``sparsity``; 1/3 gives those of ``sparse=True``.
-        basis: "peft", the same numbers as stock PEFT's for the same key; or "generated", bases of
+        basis: "peft", the same numbers as stock PEFT's for the same key; or "independent", bases of
             the specification docs/basis-spec.md: made on the device from ``projection_prng_key``
             and the density (1/3 where neither density nor very_sparse is given), never drawn dense,
             never saved.
-        support: of generated bases: "independent", every element by itself, or "balanced", exactly
-            q of r in every column of A and along every row of B (docs/balanced-spec.md); it needs
-            ``density`` = q / r with a whole number q.
 
     They are saved in adapter_config.json and restored by ``PeftModel.from_pretrained`` while
     `randlora_ext.peft.enable` is in force.
@@ -39,13 +36,13 @@ class RandLoraConfig(peft.RandLoraConfig):
     projections (``save_projection=False``) it would go on with other bases, hence another model.
     It reads correctly what was saved with ``save_projection=True``, with density None, or with
     density 1/3 (which is saved as ``sparse=True`` beside the density). It refuses a generated
-    basis: the key is then written as text, "generated-1:KEY" with the version of the specification
-    (2 where balanced), which no generator of torch's takes; `export_to_peft` writes such an adapter
+    basis: the key is then written as text, "generated-1:KEY" with the version of the
+    specification, which no generator of torch's takes; `export_to_peft` writes such an adapter
     with projections.
 
     Raises:
-        TypeError, ValueError: where r, randlora_alpha, basis or support cannot be, where density is
-            no number in (0, 1], contradicts sparse or very_sparse, or is no q / r where balanced.
+        TypeError, ValueError: where r, randlora_alpha or basis cannot be, where density is no number
+            in (0, 1] or contradicts sparse or very_sparse.
             RuntimeError: where density is given before `enable`, since stock PEFT would ignore it.
     """
 
@@ -55,19 +52,13 @@ class RandLoraConfig(peft.RandLoraConfig):
     )
     basis: str = field(
         default="peft",
-        metadata={"help": '"peft": bases as stock PEFT draws them; "generated": never stored'},
-    )
-    support: str = field(
-        default="independent",
-        metadata={"help": '"independent", or "balanced": exactly q of r on every line'},
+        metadata={"help": '"peft": bases as stock PEFT draws them; "independent": never stored'},
     )
 
     def __post_init__(self) -> None:
-        if not isinstance(self.support, str) or self.support not in SPEC_VERSIONS:
-            raise ValueError(f"support must be one of {[*SPEC_VERSIONS]}, got {self.support!r}")
         given: Any = self.projection_prng_key  # type: ignore[has-type]
         if isinstance(given, str):
-            self.projection_prng_key = _key_of(given, self.support)
+            self.projection_prng_key = _key_of(given)
         # A file may hold anything, and PEFT would meet it in the middle of changing a model.
         if isinstance(self.r, bool) or not isinstance(self.r, int) or not 0 < self.r < 2**31:
             raise ValueError(f"r must be an integer in [1, 2**31), got {self.r!r}")
@@ -76,12 +67,7 @@ class RandLoraConfig(peft.RandLoraConfig):
             raise ValueError(f"randlora_alpha must be a number, got {alpha!r}")
         if self.basis not in BASES:
             raise ValueError(f"basis must be one of {BASES}, got {self.basis!r}")
-        if self.support == "balanced" and (self.basis != "generated" or self.density is None):
-            raise ValueError(
-                f"support='balanced' needs basis='generated' and a density of q / r, got "
-                f"basis={self.basis!r} and density={self.density}"
-            )
-        if self.basis == "generated":
+        if self.basis != "peft":
             self.save_projection = False  # and without the warning that they are not saved
             key = self.projection_prng_key
             if isinstance(key, bool) or not isinstance(key, int) or not 0 <= key < 2**64:
@@ -89,9 +75,9 @@ class RandLoraConfig(peft.RandLoraConfig):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Specified to not save")
                 super().__post_init__()
-            self._check_enabled("basis='generated'")
+            self._check_enabled(f"basis={self.basis!r}")
             if self.density is not None:
-                self.density = Generated(key, self.density, self.support, self.r).density
+                self.density = BasisDescription(self.basis, self.density, key).density
         else:
             super().__post_init__()
         if self.density is None:
@@ -130,9 +116,7 @@ class RandLoraConfig(peft.RandLoraConfig):
         if self.basis == "peft":
             del values["basis"]
         else:
-            values["projection_prng_key"] = _text_of(self.projection_prng_key, self.support)
-        if self.support == "independent":
-            del values["support"]
+            values["projection_prng_key"] = f"generated-1:{self.projection_prng_key}"
         if self.density is None:
             del values["density"]
         elif self._is_sparse_of_peft():
@@ -140,16 +124,11 @@ class RandLoraConfig(peft.RandLoraConfig):
         return values
 
 
-def _text_of(key: int, support: str) -> str:
-    return f"generated-{SPEC_VERSIONS[support]}:{key}"
-
-
-def _key_of(text: str, support: str) -> int:
+def _key_of(text: str) -> int:
     match = re.fullmatch(r"generated-(\d+):(\d+)", text)
-    version = SPEC_VERSIONS.get(support, 1)
-    if match is None or int(match[1]) != version:
+    if match is None or int(match[1]) != 1:
         raise ValueError(
             f"projection_prng_key is {text!r}; this version of randlora_ext reads an integer or "
-            f"'generated-{version}:KEY' with support={support!r}"
+            "'generated-1:KEY'"
         )
     return int(match[2])

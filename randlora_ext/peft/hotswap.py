@@ -36,7 +36,7 @@ def hotswap_adapter(
     Raises, and leaves the model as it was: TypeError for another model; ValueError where the
     adapter is not there or merged, or, naming each thing, where the file has another type, r or
     dropout, other tensors or shapes, or brings no bases and was made from other ones (key, basis,
-    density, support, sparse, very_sparse).
+    density, sparse, very_sparse).
     """
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, AcceleratedRandLoraModel):

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from peft.tuners.randlora.layer import Linear
 from torch import Tensor, nn
 
-from .. import cuda
-from .. import functional as kernels
-from ..base_layer import can_fuse
 from ..basis import TernaryBasis
-from ..sharded import is_dtensor, laid_out_like, whole
+from ..nn.base_layer import can_fuse
+from ..ops import cuda_library
+from ..ops import functional as kernels
+from ..ops.dtensor import full_tensor, is_dtensor, laid_out_like
 from .bases import BASES, PackedBases
 
 STOCK_QUANTIZED = "peft.tuners.randlora.bnb"  # imports bitsandbytes
@@ -137,8 +137,8 @@ class Accelerated(_Layer):
             delta = second @ first * self.scaling[adapter]
         else:
             dtype = self._compute_dtype(adapter, device)
-            lam = whole(self.randlora_lambda[adapter]).to(dtype)
-            gam = whole(self.randlora_gamma[adapter]).to(dtype)
+            lam = full_tensor(self.randlora_lambda[adapter]).to(dtype)
+            gam = full_tensor(self.randlora_gamma[adapter]).to(dtype)
             delta = kernels.delta_weight(basis, lam, gam, self.scaling[adapter])
         delta = delta.T if self.fan_in_fan_out else delta
         return laid_out_like(delta, self.get_base_layer().weight)
@@ -218,4 +218,4 @@ def update_quantized(layer: Accelerated, name: str, A: PackedBases, B: PackedBas
 
 def has_kernels(device_type: str) -> bool:
     """Whether ``torch.ops.randlora`` computes on that device type here."""
-    return device_type == "cpu" or (device_type == "cuda" and cuda.available())
+    return device_type == "cpu" or (device_type == "cuda" and cuda_library.available())

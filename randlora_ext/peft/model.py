@@ -10,8 +10,8 @@ from peft.tuners.randlora.layer import Linear, RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
 from torch import nn
 
-from ..base_layer import be_called, keep_padded
-from ..generation import Generated
+from ..basis import BasisDescription
+from ..nn.base_layer import be_called, keep_padded
 from .bases import BASES, PackedBases
 from .checkpoint import check_fit, drop_copies
 from .layer import Accelerated, accelerated_class, update_quantized
@@ -44,7 +44,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
                 "randlora_ext generates: read or make this configuration after "
                 "randlora_ext.peft.enable(), which knows them"
             )
-        if getattr(config, "basis", "peft") == "generated":
+        if getattr(config, "basis", "peft") != "peft":
             self._describe_bases(config, adapter_name)
             return
         density = getattr(config, "density", None)
@@ -62,11 +62,11 @@ class AcceleratedRandLoraModel(RandLoraModel):
         pack_model(self)
 
     def _describe_bases(self, config: peft.RandLoraConfig, adapter_name: str) -> None:
-        """``basis="generated"``: nothing is drawn; layers generate their slice from the key."""
+        """``basis="independent"``: nothing is drawn; layers generate their slice from the key."""
         out_features, in_features = self._find_dim(config)
         D, d = max(out_features, in_features), min(out_features, in_features)
         n, r, key = -(-d // config.r), config.r, config.projection_prng_key
-        generated = Generated(key, generated_density(config, d), config.support, r)
+        generated = BasisDescription(config.basis, generated_density(config, d), key)
         value, device = 1 / math.sqrt(generated.density), torch.device("cpu")
         # Kept out of state dicts whatever save_projection says: key and version are the basis.
         self.randlora_A = PackedBases(persistent=False)
@@ -212,5 +212,5 @@ def _recipe(config: peft.RandLoraConfig) -> Hashable:
     The flags of stock PEFT are left out: its added adapters share the first one's bases whatever
     their flags, and saved models depend on that.
     """
-    ours = ("density", None), ("basis", "peft"), ("support", "independent")
+    ours = ("density", None), ("basis", "peft")
     return config.r, *(getattr(config, name, default) for name, default in ours)

@@ -5,8 +5,8 @@ from collections import Counter
 from peft.tuners.randlora.layer import RandLoraLayer
 from torch import nn
 
-from ..cost import explain
-from ..layer import RandLoraLinear
+from ..nn.linear import RandLoraLinear
+from ..ops.path import explain
 from .layer import Accelerated
 
 
@@ -40,10 +40,9 @@ def kernel_summary(model: nn.Module, tokens: int = 512) -> str:
             drop = getattr(layer.randlora_dropout[name], "p", 0.0) if layer.training else 0.0
             choice = explain(basis, tokens, weight.dtype, weight.device, has_weight, drop)
             isas.add(choice.isa)
-            balanced = " balanced" if basis.support == "balanced" else ""
             ours[
                 f"{layer.in_features}->{layer.out_features} r={basis.r} "
-                f"density {basis.density:.3g}{balanced} {choice.path}"
+                f"density {basis.density:.3g} {choice.path}"
             ] += 1
     parts = []
     if ours:

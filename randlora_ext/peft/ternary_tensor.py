@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..generation import Generated
-from ..imported import pack_dense
+from ..basis.description import BasisDescription
+from ..basis.generated import generate_planes
+from ..basis.imported import pack_dense
 
 _aten = torch.ops.aten
 _ops = torch.ops.randlora
@@ -25,7 +26,7 @@ class TernaryMatrix:
     cols: int
     value: float
     planes: Tensor | None  # (2, rows, ceil(cols / 64)) int64; None: not generated yet
-    generated: Generated | None = None
+    generated: BasisDescription | None = None
     role: int = 0  # of a generated basis: 0 is A, 1 is B
     # What layers made of it, by shape (bases.py); not part of the matrix.
     layers: dict = field(default_factory=dict, repr=False)
@@ -34,7 +35,8 @@ class TernaryMatrix:
         """The planes on a device."""
         if self.planes is None:
             assert self.generated is not None
-            self.planes = self.generated.planes(self.role, self.rows, self.cols, device)
+            span, g = (0, self.rows, 0, self.cols), self.generated
+            self.planes = generate_planes(g.seed, self.role, *span, g.density, device)
         return self.planes.to(device)
 
     def equals(self, other: "TernaryMatrix") -> bool:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from gpu_helpers import DRY
 
-from randlora_ext import cuda
+from randlora_ext.ops import cuda_library as cuda
 
 
 @pytest.fixture(scope="session")

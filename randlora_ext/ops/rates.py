@@ -1,7 +1,7 @@
 """What our kernels cost on one kind of device, in multiply-adds of a dense GEMM there.
 
-The defaults are rough on purpose: they only have to rank three paths. `python -m
-randlora_ext.calibrate` measures a machine's own and writes a file that the environment variable
+The defaults are rough on purpose: they only have to rank three paths. `python
+benchmarks/calibrate.py` measures a machine's own and writes a file that the environment variable
 RANDLORA_RATES names; `python benchmarks/layer.py --paths` shows what a choice by them loses.
 """
 
@@ -21,7 +21,6 @@ class Rates:
     a_side: float  # a multiply-add of the structured products on gathered rows
     b_lists: float  # a signed add of the B side from lists
     b_planes: float  # an element of the B side from bit planes, zero or not
-    b_balanced: float  # a non-zero element of a balanced B side
     # Forming dW twice in a training step and contracting its gradient once, per entry of dW: adds
     # of compact rows (density^2 * K of them), their scatter (density * r), terms of a tensor-core
     # product (K), and conversion with memory traffic.
@@ -33,22 +32,18 @@ class Rates:
 
 NAMES = tuple(f.name for f in fields(Rates))
 
-# Measured by `python -m randlora_ext.calibrate` on 2 cores of an AVX-512 machine (EPYC, Zen 5).
+# Measured by `python benchmarks/calibrate.py` on 2 cores of an AVX-512 machine (EPYC, Zen 5).
 # A GEMM in bfloat16 is four times as fast there; our products compute in float32 all the same.
 # The A side took 0.58 there and 1.4 on 2 cores of Zen 4 (benchmarks/results/paths-fp32-epyc-zen4);
-# 1.0 chooses right on both. b_balanced is from a profile of one layer there (2048 x 2048, 512
-# tokens, 1/16), and for 16 bits in the proportion of the others.
-_CPU_FP32 = Rates(1.0, 2.0, 0.36, 0.6, 4.0, 117.0, 0.0, 66.0)
-_CPU_16BIT = Rates(2.8, 9.7, 1.5, 2.8, 25.0, 406.0, 0.0, 750.0)
+# 1.0 chooses right on both.
+_CPU_FP32 = Rates(1.0, 2.0, 0.36, 4.0, 117.0, 0.0, 66.0)
+_CPU_16BIT = Rates(2.8, 9.7, 1.5, 25.0, 406.0, 0.0, 750.0)
 # Not measured: from the floors in csrc/cuda/*.cu for an H100 in bf16, where a GEMM does 325 T
 # multiply-adds/s. A signed add gathers from L2. dW of 4096 x 4096 takes 25 us at 1/64 and 250 us
 # at 0.07, by adds of compact rows; from planes it is a product by mma.sync, half as fast as a GEMM.
-_CUDA_LISTS = Rates(2.0, 83.0, 0.0, 0.0, 920.0, 0.0, 0.0, 1000.0)
-_CUDA_PLANES = Rates(2.0, 0.0, 2.0, 0.0, 0.0, 0.0, 8.0, 1920.0)
-# The products of a balanced B are bound by L2, as A's are, and turn V and U besides
-# (b_balanced.cu); dW is formed from planes.
-_CUDA_BALANCED = Rates(2.7, 0.0, 0.0, 3.7, 0.0, 0.0, 8.0, 1920.0)
-_CUDA = {"lists": _CUDA_LISTS, "planes": _CUDA_PLANES, "balanced": _CUDA_BALANCED}
+_CUDA_LISTS = Rates(2.0, 83.0, 0.0, 920.0, 0.0, 0.0, 1000.0)
+_CUDA_PLANES = Rates(2.0, 0.0, 2.0, 0.0, 0.0, 8.0, 1920.0)
+_CUDA = {"lists": _CUDA_LISTS, "planes": _CUDA_PLANES}
 
 
 def rates(device_type: str, dtype: torch.dtype, basis_format: str) -> Rates:
@@ -85,6 +80,6 @@ def _load(file: str | None) -> dict[tuple[str, str], Rates]:
         return loaded
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"RANDLORA_RATES must name a file written by `python -m randlora_ext.calibrate`; "
+            f"RANDLORA_RATES must name a file written by `python benchmarks/calibrate.py`; "
             f"{file} is none: {error}"
         ) from error

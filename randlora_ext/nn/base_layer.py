@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import is_lazy
 
-from . import autocast
+from ..ops import autocast
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import merged_weight
-from .sharded import laid_out_like, whole
+from ..ops.dtensor import full_tensor, laid_out_like
+from ..ops.functional import merged_weight
 
 
 def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -77,7 +77,7 @@ class Mergeable(_Layer):
             total = self._weight_plus(names, +1)
         else:
             total = self._weight_rounded(names, rounding_seed)
-        if safe_merge and not bool(whole(torch.isfinite(total).all())):
+        if safe_merge and not bool(full_tensor(torch.isfinite(total).all())):
             raise ValueError(
                 f"adapter_names {names}: the merged weight would hold NaN or inf, and safe_merge "
                 "allows only finite values; nothing was changed"
@@ -137,7 +137,9 @@ class Mergeable(_Layer):
             )
         (name,) = names
         lam, gam = self._diagonals(name)
-        oriented = whole(weight).T.contiguous() if self.fan_in_fan_out else whole(weight)
+        oriented = (
+            full_tensor(weight).T.contiguous() if self.fan_in_fan_out else full_tensor(weight)
+        )
         total = merged_weight(self.bases[name], oriented, lam, gam, self.scaling[name], seed)
         return laid_out_like(total.T if self.fan_in_fan_out else total, weight)
 

@@ -10,7 +10,7 @@ def is_dtensor(t: object) -> bool:
     return isinstance(t, Tensor) and hasattr(t, "full_tensor")
 
 
-def whole(t: Any) -> Tensor:
+def full_tensor(t: Any) -> Tensor:
     """A DTensor as one plain tensor, differentiable (all ranks must call); others as they are."""
     return t.full_tensor() if is_dtensor(t) else t
 

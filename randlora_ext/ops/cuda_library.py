@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from . import _C
+from .. import _C
 
-LIBRARY = Path(__file__).parent / "librandlora_cuda.so"
+LIBRARY = Path(__file__).parent.parent / "librandlora_cuda.so"
 # For tests, whose library has the kernels compiled for the CPU (docs/cuda-on-cpu.md).
 _SERVES_CPU = os.environ.get("RANDLORA_CUDA_SERVES_CPU") == "1"
 

@@ -12,22 +12,20 @@ from typing import NamedTuple
 
 import torch
 
-from . import _C, cuda
-from .basis import TernaryBasis
+from .. import _C
+from ..basis import TernaryBasis
+from ..basis.ternary_basis import living, run_while_tracing
+from . import cuda_library
 from .rates import rates
 
 PATHS = ("factored", "delta", "merged")
 B_SIDES = ("packed", "dense")
 
 
-# Up to so many tokens, or adds for an element of B, a CUDA call is bound by reading the basis, and
-# the packed one is the smallest. The same limits stand in csrc/cuda/linear.cu. (Of a balanced B the
-# signs are spread to values at every call, so few tokens pay for bytes that they hardly use.)
+# Up to this many tokens, or signed adds per element of B, a CUDA call is bound by reading the
+# basis, and the packed form is the smallest.
 PACKED_TOKENS = 16
 PACKED_ADDS = 2
-# Of a balanced B both products and their turns take 190 us, and 200 more by 8 times the density,
-# where two GEMMs take 846 (csrc/cuda/b_balanced.cu): even at 0.4.
-PACKED_BALANCED = 0.4
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def path_terms(
     elif basis.format == "planes":
         factored["b_planes"] = b_products * K / d
     else:
-        factored[f"b_{basis.format}"] = b_products * density * K / d
+        factored["b_lists"] = b_products * density * K / d
     entries = {
         "form_add": density**2 * K,
         "form_scatter": density * basis.r,
@@ -99,7 +97,7 @@ def choose_b_side(basis: TernaryBasis, tokens: int, device_type: str) -> str:
     environment variable RANDLORA_B_SIDE (packed, dense) overrides the choice where the CUDA
     kernels compute.
     """
-    if not cuda.serves(device_type):
+    if not cuda_library.serves(device_type):
         return "packed"
     forced = os.environ.get("RANDLORA_B_SIDE")
     if forced and forced != "auto":
@@ -108,8 +106,6 @@ def choose_b_side(basis: TernaryBasis, tokens: int, device_type: str) -> str:
         return forced
     if device_type != "cuda" or tokens <= PACKED_TOKENS:
         return "packed"
-    if basis.format == "balanced":
-        return "packed" if basis.density <= PACKED_BALANCED else "dense"
     few_adds = basis.format == "lists" and tokens * basis.density <= PACKED_ADDS
     return "packed" if few_adds else "dense"
 
@@ -142,41 +138,68 @@ def explain(
     )
 
 
-def choose_path(
-    basis: TernaryBasis, tokens: int, dtype: torch.dtype, has_weight: bool, device_type: str = "cpu"
-) -> str:
-    """`explain(...).path`, as `linear` asks for it at every call: decided once per size."""
-    key = (tokens, dtype, has_weight, device_type, os.environ.get("RANDLORA_PATH"))
-    decided = basis._paths
-    if key not in decided:
-        decided[key] = _decide(basis, *key)[0]
-    return decided[key]
-
-
 class Region(NamedTuple):
-    """Numbers of tokens for which the choice is the same: up to `last`, from the region before."""
+    """Numbers of tokens with one choice: up to `last`, from where the region before ends."""
 
     last: int
     path: str
     b_side: str
 
 
-def path_regions(
-    basis: TernaryBasis, dtype: torch.dtype, has_weight: bool, device_type: str
-) -> tuple[Region, ...]:
-    """`choose_path` and `choose_b_side` for every number of tokens, in ascending order.
+def choose(
+    path: str,
+    basis: TernaryBasis,
+    tokens: int,
+    dtype: torch.dtype,
+    has_weight: bool,
+    device_type: str,
+) -> tuple[str, str]:
+    """(path, `choose_b_side`), where a path of "auto" becomes that of `explain`.
 
-    For code that is compiled once for many sizes (tracing.py). The last region is without end.
+    `tokens` may be symbolic. torch.compile then guards on the region that tokens is in, of which
+    there are few: other sizes in it run the same code. An exported program must hold for every
+    size, so it takes the factored path unless the declared range of T lies in one region.
     """
+    # An explicit path does not ask the environment; the regions then tell the B side alone.
+    forced = os.environ.get("RANDLORA_PATH") if path == "auto" else "factored"
+    decided_by = dtype, has_weight, device_type, forced
+    if torch.compiler.is_compiling():
+        chosen, b_side = _choose_while_tracing(basis, tokens, *decided_by)
+    else:
+        regions = path_regions(basis, *decided_by)
+        chosen, b_side = next(region[1:] for region in regions if tokens <= region.last)
+    return chosen if path == "auto" else path, b_side
 
+
+def path_regions(
+    basis: TernaryBasis,
+    dtype: torch.dtype,
+    has_weight: bool,
+    device_type: str,
+    forced: str | None = None,
+) -> tuple[Region, ...]:
+    """The choice for every number of tokens, in ascending order; the last region has no end.
+
+    Args:
+        forced: a value of the environment variable RANDLORA_PATH.
+    """
+    key = dtype, has_weight, device_type, forced, os.environ.get("RANDLORA_B_SIDE")
+    if key not in basis.path_regions:
+        basis.path_regions[key] = _find_regions(basis, *key[:4])
+    return basis.path_regions[key]
+
+
+def _find_regions(
+    basis: TernaryBasis, dtype: torch.dtype, has_weight: bool, device_type: str, forced: str | None
+) -> tuple[Region, ...]:
     def at(tokens: int) -> tuple[str, str]:
-        path = choose_path(basis, tokens, dtype, has_weight, device_type)
+        path, _ = _decide(basis, tokens, dtype, has_weight, device_type, forced)
         return path, choose_b_side(basis, tokens, device_type)
 
     regions: list[Region] = []
     first = 1
-    # Only here does the B side change. In between the factored path costs the same for any number
-    # of tokens and the others ever less, so that the path changes once at most.
+    # The B side changes at these ends only. Between them the factored path costs the same for any
+    # number of tokens and the others ever less, so the path changes once at most.
     for end in sorted({PACKED_TOKENS, int(PACKED_ADDS / basis.density), 2**62}):
         while first <= end:
             choice = at(first)
@@ -188,6 +211,27 @@ def path_regions(
             regions.append(Region(last, *choice))
             first = last + 1
     return tuple(regions)
+
+
+@run_while_tracing
+def _regions_of(
+    token: str, dtype: torch.dtype, has_weight: bool, device_type: str, forced: str | None
+) -> tuple[Region, ...]:
+    return path_regions(living(token), dtype, has_weight, device_type, forced)
+
+
+def _choose_while_tracing(basis: TernaryBasis, tokens: int, *decided_by) -> tuple[str, str]:
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
+
+    *regions, last = _regions_of(basis.token, *decided_by)
+    exporting = torch.compiler.is_exporting()
+    known = statically_known_true if exporting else guard_or_false
+    for region in regions:
+        if known(tokens <= region.last):
+            return region.path, region.b_side
+        if exporting and not known(tokens > region.last):
+            return "factored", last.b_side
+    return last.path, last.b_side
 
 
 def _decide(

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from ..basis import TernaryBasis
+from ..ops import functional
+from ..ops.dtensor import full_tensor
+from ..ops.path import explain
 from .base_layer import be_called, can_fuse, check_base_layer, features, is_conv1d
-from .basis import TernaryBasis
-from .cost import explain
 from .merging import Mergeable, adapter_dtype
-from .sharded import whole
-from .state import refuse_misfit
+from .state_dict import refuse_misfit
 
 _REPR_TOKENS = 512  # for which `extra_repr` tells the path
 
@@ -34,7 +34,7 @@ class RandLoraLinear(Mergeable, nn.Module):
             docs/basis-spec.md, generated and never saved; PEFT draws others from the same key.
         randlora_dropout: probability in [0, 1) of dropping an input of the adapter.
         adapter_name: of the first adapter; `update_layer` adds more.
-        support: "independent", or "balanced" bases, as of `TernaryBasis`.
+        basis: kind of the bases: "independent", as of `TernaryBasis`.
 
     Attributes, by adapter name: ``randlora_lambda`` (r, n), zero at first, so that a fresh adapter
     changes nothing; ``randlora_gamma`` (n, d), 1 / max(n, d) at first; ``num_bases`` (n);
@@ -65,7 +65,7 @@ class RandLoraLinear(Mergeable, nn.Module):
         projection_prng_key: int = 0,
         randlora_dropout: float = 0.0,
         adapter_name: str = "default",
-        support: str = "independent",
+        basis: str = "independent",
     ) -> None:
         super().__init__()
         check_base_layer(base_layer, "base_layer")
@@ -83,7 +83,7 @@ class RandLoraLinear(Mergeable, nn.Module):
         self.randlora_dropout = nn.ModuleDict()
         self.randlora_lambda = nn.ParameterDict()
         self.randlora_gamma = nn.ParameterDict()
-        options = randlora_alpha, density, projection_prng_key, randlora_dropout, support
+        options = randlora_alpha, density, projection_prng_key, randlora_dropout, basis
         self.update_layer(adapter_name, r, *options)
         base_layer.requires_grad_(False)
         self.train(base_layer.training)
@@ -98,7 +98,7 @@ class RandLoraLinear(Mergeable, nn.Module):
         density: float = 1 / 3,
         projection_prng_key: int = 0,
         randlora_dropout: float = 0.0,
-        support: str = "independent",
+        basis: str = "independent",
     ) -> None:
         """Adds an adapter, or makes one anew; arguments as of the class.
 
@@ -111,17 +111,17 @@ class RandLoraLinear(Mergeable, nn.Module):
             )
         _check_options(randlora_alpha, projection_prng_key, randlora_dropout)
         sizes = self.in_features, self.out_features, r
-        basis = TernaryBasis(*sizes, density, projection_prng_key, support).known()
+        bases = TernaryBasis(*sizes, density, projection_prng_key, basis).canonical()
 
         weight = self.base_layer.weight
         device, dtype = weight.device, adapter_dtype(weight.dtype)
-        lam = torch.zeros(basis.r, basis.n, device=device, dtype=dtype)
-        gam = torch.full((basis.n, basis.d), 1 / max(basis.n, basis.d), device=device, dtype=dtype)
+        lam = torch.zeros(bases.r, bases.n, device=device, dtype=dtype)
+        gam = torch.full((bases.n, bases.d), 1 / max(bases.n, bases.d), device=device, dtype=dtype)
         dropout = nn.Dropout(randlora_dropout) if randlora_dropout else nn.Identity()
 
-        self.bases[adapter_name] = basis
+        self.bases[adapter_name] = bases
         self.r[adapter_name] = r
-        self.num_bases[adapter_name] = basis.n
+        self.num_bases[adapter_name] = bases.n
         self.scaling[adapter_name] = randlora_alpha / r
         self.randlora_dropout[adapter_name] = dropout.train(self.training)
         self.randlora_lambda[adapter_name] = nn.Parameter(lam)
@@ -227,7 +227,7 @@ class RandLoraLinear(Mergeable, nn.Module):
 
     def _diagonals(self, name: str) -> tuple[Tensor, Tensor]:
         """Lambda and gamma outside forward, where FSDP2 has left them sharded."""
-        return whole(self.randlora_lambda[name]), whole(self.randlora_gamma[name])
+        return full_tensor(self.randlora_lambda[name]), full_tensor(self.randlora_gamma[name])
 
     # ---- conveniences ------------------------------------------------------------------------
 
@@ -257,12 +257,11 @@ class RandLoraLinear(Mergeable, nn.Module):
             p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
             plain = type(self.base_layer) is nn.Linear
             path = explain(basis, _REPR_TOKENS, weight.dtype, weight.device, plain, p).path
-            balanced = " balanced" if basis.support == "balanced" else ""
             state = "merged" if name in self.merged_adapters else "inactive"
             if name in self._active and name not in self.merged_adapters:
                 state = "disabled" if self._disabled else "active"
             parts.append(
-                f"{name}: r={basis.r}, density={basis.density:.4g}{balanced}, {state}, "
+                f"{name}: r={basis.r}, density={basis.density:.4g}, {state}, "
                 f"path {path} at {_REPR_TOKENS} tokens"
             )
         return "; ".join(parts)

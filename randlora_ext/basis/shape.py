@@ -5,10 +5,10 @@ from dataclasses import dataclass, field, replace
 
 @dataclass(frozen=True)
 class Shape:
-    """What an adapter's matrices are sized by: A (r, d), B (D, K), lambda (r, n), gamma (n, d).
+    """The sizes of an adapter's matrices: A (r, d), B (D, K), lambda (r, n), gamma (n, d).
 
-    Of a whole layer (`Shape.of`) d is the smaller side and n = ceil(d / r). A slice (`part`) keeps
-    the n, hence the K, and the orientation of the whole, so its d may exceed its D.
+    In a whole layer (`Shape.of`) d is the smaller side and n = ceil(d / r). A slice (`part`) keeps
+    the layer's n and K and its orientation, so the slice's d may exceed its D.
     """
 
     in_features: int
@@ -18,18 +18,24 @@ class Shape:
     expand: bool  # whether d is the input side
     first_row: int = 0  # of B
     first_column: int = 0  # of A
-    whole: bool = True
+    is_slice: bool = False
     d: int = field(init=False, compare=False)
     D: int = field(init=False, compare=False)
     K: int = field(init=False, compare=False)
 
     @classmethod
     def of(cls, in_features: int, out_features: int, r: int) -> "Shape":
+        """Of a whole layer. TypeError or ValueError unless all three are positive integers."""
+        for name, value in (("in_features", in_features), ("out_features", out_features), ("r", r)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be a positive integer, got {value!r}")
+            if value <= 0:
+                raise ValueError(f"{name} must be a positive integer, got {value}")
         n = -(-min(in_features, out_features) // r)
         return cls(in_features, out_features, r, n, expand=in_features <= out_features)
 
     def part(self, inputs: range, outputs: range) -> "Shape":
-        """The slice that meets these inputs and outputs; TypeError or ValueError on bad ranges."""
+        """The slice for these inputs and outputs. TypeError or ValueError for a bad range."""
         for name, span, size in (
             ("inputs", inputs, self.in_features),
             ("outputs", outputs, self.out_features),
@@ -48,11 +54,11 @@ class Shape:
             out_features=len(outputs),
             first_row=self.first_row + large.start,
             first_column=self.first_column + small.start,
-            whole=False,
+            is_slice=True,
         )
 
     def transposed(self) -> "Shape":
-        if self.whole:
+        if not self.is_slice:
             return Shape.of(self.out_features, self.in_features, self.r)
         return replace(
             self,
@@ -62,7 +68,7 @@ class Shape:
         )
 
     def __post_init__(self) -> None:
-        # Plain attributes: torch.compile cannot trace what fills a cached_property.
+        # Plain attributes: torch.compile cannot trace a cached_property.
         small, large = self.in_features, self.out_features
         if not self.expand:
             small, large = large, small

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from .base_layer import check_base_layer, keep_padded
-from .layer import RandLoraLinear
-from .state import refuse_misfit
+from .linear import RandLoraLinear
+from .state_dict import refuse_misfit
 
 
 def apply_randlora(
@@ -20,7 +20,7 @@ def apply_randlora(
         target_modules: a list of names, each matching modules called so or ending in ``.name``; or
             a string, a regular expression that must match a module's whole name. As in PEFT.
         **layer_options: r, randlora_alpha, density, projection_prng_key, randlora_dropout,
-            adapter_name, support of `RandLoraLinear`.
+            adapter_name, basis of `RandLoraLinear`.
 
     Everything but lambda and gamma is frozen. Layers of one shape share one packed basis. A second
     call may give other layers other options; what the first made stays as it is.

@@ -1,10 +1,10 @@
-"""Measures this machine's `Rates` for the choice of a path (rates.py, cost.py).
+"""Measures this machine's `Rates` for the choice of a path (randlora_ext/ops/rates.py, path.py).
 
-    python -m randlora_ext.calibrate --out rates.json      about two minutes on an idle machine
+    python benchmarks/calibrate.py --out rates.json      about two minutes on an idle machine
     RANDLORA_RATES=rates.json python train.py
 
 Each of our products is timed beside the frozen layer's GEMMs of the same size, in turn, and the
-rates are the least-squares fit of cost.py's terms to those times.
+rates are the least-squares fit of path.py's terms to those times.
 """
 
 import argparse
@@ -18,21 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as frozen_linear
 
-from .basis import TernaryBasis
-from .cost import path_terms
-from .diagnostics import describe
-from .rates import NAMES, Rates, save
+from randlora_ext import TernaryBasis
+from randlora_ext.diagnostics import describe
+from randlora_ext.ops.path import path_terms
+from randlora_ext.ops.rates import NAMES, Rates, save
 
 _ops = torch.ops.randlora
 RANK = 32
 SIZES = ((1024, 1024), (2048, 2048), (1024, 2048))
-BASES = (
-    (1 / 48, "independent"),
-    (0.07, "independent"),
-    (1 / 3, "independent"),
-    (1 / 16, "balanced"),
-    (1 / 4, "balanced"),
-)  # density and support
+DENSITIES = (1 / 48, 0.07, 1 / 3)
 TOKENS = 512
 DTYPES = {"fp32": torch.float32, "16bit": torch.bfloat16}
 
@@ -59,11 +53,10 @@ def measure_size(
     dtype: torch.dtype,
     device: str,
     repeats: int,
-    support: str = "independent",
 ) -> list[tuple[dict[str, float], float]]:
     """(how often each rate is paid, units measured) of the factored products and of forming dW."""
     n_in, n_out = size
-    basis = TernaryBasis(n_in, n_out, RANK, density, support=support)
+    basis = TernaryBasis(n_in, n_out, RANK, density)
     packed = basis.packed(device)
 
     def random(*shape: int) -> Tensor:
@@ -120,8 +113,8 @@ def calibrate(device: str = "cpu", repeats: int = 5, report: Callable[[str], Non
     for kind, dtype in DTYPES.items():
         samples = []
         for size in SIZES:
-            for density, support in BASES:
-                samples += measure_size(size, density, dtype, device, repeats, support)
+            for density in DENSITIES:
+                samples += measure_size(size, density, dtype, device, repeats)
         results[device, kind], error = fit(samples)
         rounded = ", ".join(f"{n} {v:.3g}" for n, v in asdict(results[device, kind]).items())
         report(f"{device} {kind}: {rounded}; the fit is off by {error:.0%} at worst")

@@ -6,11 +6,11 @@ Each is differentiable with respect to lam, gam (and x); the bases are constants
 import torch
 from torch import Tensor
 
-from . import autocast, ops
-from .basis import TernaryBasis
-from .cost import choose_b_side, choose_path
-from .packing import signed_seed
-from .sharded import refuse_dtensor
+from ..basis import TernaryBasis
+from ..basis.description import as_signed, check_seed
+from . import autocast, autograd
+from .dtensor import refuse_dtensor
+from .path import choose
 
 _ops = torch.ops.randlora
 _PLAIN = (Tensor, torch.nn.Parameter)  # subclasses are looked at more closely
@@ -58,7 +58,7 @@ def scaled_basis(basis_or_A: TernaryBasis | Tensor, lam: Tensor, gam: Tensor) ->
     if isinstance(basis_or_A, TernaryBasis):
         _check_diagonals(basis_or_A, lam, gam)
         basis_or_A = basis_or_A.dense_a(lam.device, lam.dtype)
-    return ops.scaled_basis(basis_or_A, lam, gam)
+    return autograd.scaled_basis(basis_or_A, lam, gam)
 
 
 def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float = 1.0) -> Tensor:
@@ -68,7 +68,7 @@ def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float =
     made. Source: PEFT's ``get_delta_weight``; paper equation 3.
     """
     _check_diagonals(basis, lam, gam)
-    return ops.delta_weight(
+    return autograd.delta_weight(
         lam,
         gam,
         basis.packed(lam.device),
@@ -106,7 +106,8 @@ def merged_weight(
             f"got {tuple(weight.shape)}"
         )
     if rounding_seed is not None:
-        rounding_seed = signed_seed("rounding_seed", rounding_seed)
+        check_seed("rounding_seed", rounding_seed)
+        rounding_seed = as_signed(rounding_seed)
     packed = basis.packed(lam.device)
     scale = scaling * basis.scale
     return _ops.merged_weight(weight, lam, gam, packed, scale, rounding_seed, basis.slice_expand)
@@ -158,19 +159,11 @@ def linear(
     if autocast.is_on(kind):  # here, as the choice of a path asks for the dtype
         x, weight, bias = autocast.cast(kind, (x, weight, bias))
     tokens = x.numel() // basis.in_features  # Size.numel() would make a symbolic size a number
-    if torch.compiler.is_compiling():
-        from . import tracing  # what follows asks for tokens, which may be symbolic
-
-        chosen, b_side = tracing.choose(basis, tokens, x.dtype, weight is not None, kind)
-        path = chosen if path == "auto" else path
-    else:
-        if path == "auto":
-            path = choose_path(basis, tokens, x.dtype, weight is not None, kind)
-        b_side = choose_b_side(basis, tokens, kind)
+    path, b_side = choose(path, basis, tokens, x.dtype, weight is not None, kind)
     packed = basis.packed(x.device)
     if path == "factored" and b_side == "dense":
         packed = [*packed, basis.dense_b(x.device, x.dtype)]
-    return ops.linear(
+    return autograd.linear(
         x,
         weight,
         bias,

@@ -1,0 +1,67 @@
+"""Generated matrices: a pure function of a `BasisDescription` (docs/basis-spec.md)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from .description import BasisDescription, as_signed
+from .shape import Shape
+
+_ops = torch.ops.randlora
+_A, _B = 0, 1  # the specification's two roles
+
+
+def generate_planes(
+    seed: int,
+    role: int,
+    row_start: int,
+    rows: int,
+    col_start: int,
+    cols: int,
+    density: float,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Bit planes (2, rows, ceil(cols / 64)) of any slice of basis `role` (0 = A, 1 = B).
+
+    Equivalent to slicing the infinite matrix of docs/basis-spec.md; independent of layer shapes.
+    """
+    planes = torch.empty((2, rows, -(-cols // 64)), dtype=torch.int64, device=device)
+    limit = _C.threshold(density)
+    _ops.fill_planes_(planes, as_signed(seed), role, row_start, col_start, cols, limit)
+    return planes
+
+
+@dataclass(frozen=True)
+class GeneratedMatrices:
+    """A and B of a description; layers of different shapes see slices of the same matrices."""
+
+    description: BasisDescription
+
+    @property
+    def a_value(self) -> float:
+        """What +1 stands for in A; in B likewise."""
+        return 1.0 / math.sqrt(self.description.density)
+
+    b_value = a_value
+
+    @property
+    def density(self) -> float:
+        return self.description.density
+
+    @property
+    def scale(self) -> float:
+        """a_value * b_value, without the square root's rounding."""
+        return 1.0 / self.description.density
+
+    def a_planes(self, shape: Shape, device: torch.device) -> Tensor:
+        """A of one layer as bit planes (2, r, ceil(d / 64))."""
+        seed, density = self.description.seed, self.description.density
+        return generate_planes(seed, _A, 0, shape.r, shape.first_column, shape.d, density, device)
+
+    def b_planes(self, shape: Shape, device: torch.device) -> Tensor:
+        """B of one layer as bit planes (2, D, ceil(K / 64))."""
+        seed, density = self.description.seed, self.description.density
+        return generate_planes(seed, _B, shape.first_row, shape.D, 0, shape.K, density, device)

@@ -1,0 +1,1 @@
+"""`RandLoraLinear`, merging, and putting it into a model."""

@@ -1,0 +1,51 @@
+"""torch.autocast for `linear`, as torch has it for F.linear.
+
+torch.library.register_autocast would cast lambda and gamma as well, and always to one dtype.
+"""
+
+import torch
+
+KEYS = {
+    "cpu": torch._C.DispatchKey.AutocastCPU,
+    "cuda": torch._C.DispatchKey.AutocastCUDA,
+}
+_library = torch.library.Library("randlora", "IMPL")  # registrations live as long as this
+
+
+def is_on(device_type: str) -> bool:
+    """torch.is_autocast_enabled, and False for "meta", which it does not know."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def cast(device_type: str, values: tuple) -> tuple:
+    """Floating tensors other than float64 in autocast's dtype; all else as it is."""
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        v.to(dtype)
+        if isinstance(v, torch.Tensor) and v.is_floating_point() and v.dtype is not torch.float64
+        else v
+        for v in values
+    )
+
+
+def _register(device_type: str, key: torch._C.DispatchKey) -> None:
+    here = torch._C.DispatchKeySet(key)
+    forward = torch.ops.randlora.linear.default
+    backward = torch.ops.randlora.linear_backward.default
+
+    def linear(x, weight, bias, lam, gam, packed, *rest):
+        x, weight, bias = cast(device_type, (x, weight, bias))
+        packed = list(cast(device_type, tuple(packed)))  # a dense B is a factor of x
+        with torch._C._ExcludeDispatchKeyGuard(here):
+            return forward(x, weight, bias, lam, gam, packed, *rest)
+
+    def linear_backward(*inputs):  # in the dtypes of the forward, whenever it runs
+        with torch._C._ExcludeDispatchKeyGuard(here):
+            return backward(*inputs)
+
+    _library.impl("linear", linear, key.name)
+    _library.impl("linear_backward", linear_backward, key.name)
+
+
+for _device_type, _key in KEYS.items():
+    _register(_device_type, _key)

@@ -1,0 +1,110 @@
+"""Fake kernels: the shapes, dtypes and devices that each operator returns, for torch.compile."""
+
+import torch
+
+from .. import _C  # noqa: F401  (loading it registers the operators)
+
+
+def _fake(function):
+    """Registers `function` as the fake kernel of the operator that it is named after."""
+    return torch.library.register_fake(f"randlora::{function.__name__}")(function)
+
+
+def _check_one_device(**tensors) -> None:
+    """csrc/torch/check.cpp says the same; a meta tensor among others leads here instead."""
+    named = [
+        (name, t)
+        for name, value in tensors.items()
+        for t in (value if isinstance(value, (list, tuple)) else [value])
+        if t is not None
+    ]
+    first, reference = named[0]
+    for name, t in named[1:]:
+        if t.device != reference.device:
+            raise RuntimeError(
+                f"randlora: {name} is on {t.device} but {first} on {reference.device}; they must "
+                "be on one device"
+            )
+
+
+@_fake
+def fill_planes_(planes, seed, role, row_start, col_start, cols, threshold):
+    return None
+
+
+@_fake
+def pack_dense(dense):
+    rows, cols = dense.shape
+    return (
+        dense.new_empty((2, rows, (cols + 63) // 64), dtype=torch.int64),
+        torch.empty((), dtype=torch.float64),  # the host reads it
+    )
+
+
+@_fake
+def planes_to_lists(planes, cols, by_column, wide):
+    lines = cols if by_column else planes.shape[1]
+    entries = torch.library.get_ctx().new_dynamic_size()
+    return (
+        planes.new_empty((2 * lines + 1,), dtype=torch.int64),
+        planes.new_empty((entries,), dtype=torch.int32 if wide else torch.int16),
+    )
+
+
+@_fake
+def planes_to_dense(planes, cols, value, dtype):
+    return planes.new_empty((planes.shape[1], cols), dtype=dtype)
+
+
+@_fake
+def lists_to_dense(offset, index, cols, value, dtype):
+    _check_one_device(offset=offset, index=index)
+    return offset.new_empty((offset.shape[0] // 2, cols), dtype=dtype)
+
+
+@_fake
+def scaled_basis(A, lam, gam):
+    _check_one_device(A=A, lam=lam, gam=gam)
+    return A.new_empty((lam.shape[0] * lam.shape[1], A.shape[1]))
+
+
+@_fake
+def scaled_basis_backward(grad, A, lam, gam):
+    _check_one_device(A=A, lam=lam, gam=gam, grad=grad)
+    return lam.new_empty(lam.shape), gam.new_empty(gam.shape)
+
+
+@_fake
+def delta_weight(lam, gam, packed, scale, out_features, in_features, expand=None):
+    _check_one_device(lam=lam, gam=gam, packed=packed)
+    return lam.new_empty((out_features, in_features))
+
+
+@_fake
+def delta_weight_backward(grad, lam, gam, packed, scale, expand=None):
+    _check_one_device(lam=lam, gam=gam, packed=packed, grad=grad)
+    return lam.new_empty(lam.shape), gam.new_empty(gam.shape)
+
+
+@_fake
+def merged_weight(weight, lam, gam, packed, scale, rounding_seed, expand=None):
+    _check_one_device(lam=lam, gam=gam, packed=packed, weight=weight)
+    return weight.new_empty(weight.shape)
+
+
+@_fake
+def linear(x, weight, bias, lam, gam, packed, scale, out_features, path, expand=None):
+    _check_one_device(x=x, lam=lam, gam=gam, packed=packed, weight=weight, bias=bias)
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@_fake
+def linear_backward(
+    dy, x, weight, lam, gam, packed, scale, path, need_x, need_diagonals, expand=None
+):
+    _check_one_device(x=x, lam=lam, gam=gam, packed=packed, weight=weight, dy=dy)
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        lam.new_empty(lam.shape if need_diagonals else (0,)),
+        gam.new_empty(gam.shape if need_diagonals else (0,)),
+    )

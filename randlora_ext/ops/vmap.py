@@ -1,0 +1,34 @@
+"""torch.func.vmap over the operators: one call per element of the batch."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+
+def _element(value, dim, index: int):
+    if isinstance(value, (list, tuple)):
+        return [_element(v, d, index) for v, d in zip(value, dim, strict=True)]
+    if dim is None:
+        return value
+    if value.shape[dim] == 0:  # an empty batch still needs the shapes of the results
+        return value.new_zeros(value.movedim(dim, 0).shape[1:])
+    return value.select(dim, index)
+
+
+def _loop(op, info, in_dims: tuple, *inputs) -> tuple:
+    """The rule that torch.library.register_vmap asks for."""
+    results = [op(*_element(inputs, in_dims, i)) for i in range(max(info.batch_size, 1))]
+
+    def stack(parts):
+        return torch.stack(parts)[: info.batch_size]
+
+    if isinstance(results[0], Tensor):
+        return stack(results), 0
+    return tuple(map(stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+
+for _name in ("linear", "delta_weight", "scaled_basis"):
+    for _op in (_name, f"{_name}_backward"):
+        _rule = partial(_loop, getattr(torch.ops.randlora, _op).default)
+        torch.library.register_vmap(f"randlora::{_op}", _rule)
