@@ -10,8 +10,8 @@ from methods import Ours, frozen_layer, make
 from torch import Tensor, nn
 
 from randlora_ext import explain
-from randlora_ext.cost import PATHS
 from randlora_ext.diagnostics import LIMITS, relative_error
+from randlora_ext.ops.path import PATHS
 
 
 def compare(

@@ -11,8 +11,8 @@ from basis_vectors import from_planes, to_lists, to_planes
 from layer_cases import exact, largest_error, make_layer, one_thread, ours  # noqa: F401
 
 from randlora_ext import TernaryBasis, delta_weight, linear
-from randlora_ext.basis.ternary_basis import PLANES_ABOVE_DENSITY
 from randlora_ext.basis.cache import _cache
+from randlora_ext.basis.ternary_basis import PLANES_ABOVE_DENSITY
 from randlora_ext.reference import delta_weight_reference
 
 ops = torch.ops.randlora

@@ -41,7 +41,7 @@ class RandLoraConfig(peft.RandLoraConfig):
     with projections.
 
     Raises:
-        TypeError, ValueError: where r, randlora_alpha or basis cannot be, where density is no number
+        TypeError, ValueError: if r, randlora_alpha or basis cannot be, if density is no number
             in (0, 1] or contradicts sparse or very_sparse.
             RuntimeError: where density is given before `enable`, since stock PEFT would ignore it.
     """
