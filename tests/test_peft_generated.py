@@ -126,7 +126,7 @@ def test_another_version_of_the_specification_is_refused(tmp_path, text):
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"basis": "other"}, r"basis must be one of \('peft', 'generated'\), got 'other'"),
+        ({"basis": "other"}, r"basis must be one of \('peft', 'independent'\), got 'other'"),
         ({"basis": "independent", "projection_prng_key": -1}, r"in \[0, 2\*\*64\), got -1"),
         ({"basis": "independent", "projection_prng_key": 2**64}, "projection_prng_key"),
         ({"basis": "independent", "projection_prng_key": True}, "projection_prng_key .*True"),
