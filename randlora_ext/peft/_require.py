@@ -3,7 +3,7 @@
 import importlib
 import warnings
 
-OLDEST, NEWEST = "0.18", "0.21"  # as tests/run_peft_versions.py has tried
+OLDEST, NEWEST = "0.18", "0.21"  # as noxfile.py tests
 
 
 def check_peft() -> None:
