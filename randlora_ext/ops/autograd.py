@@ -140,6 +140,9 @@ def _entry(name: str, function: type[Function]):
     """Registers `function` at the operator's Autograd key; returns what eager code calls."""
     op = getattr(_ops, name)
     _library.impl(name, function.apply, "Autograd")
+    # Function.apply binds default arguments by inspect.signature if there is a setup_context: 50 us
+    # a call, a tenth of a training step of 16 tokens. This is the C++ method under it.
+    apply_eager = super(Function, function).apply
 
     def call(*inputs):
         if torch._C._are_functorch_transforms_active():
@@ -149,9 +152,10 @@ def _entry(name: str, function: type[Function]):
                 )
             if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and it loads slowly
                 return torch.compiler.disable(function.apply)(*inputs)
-        elif torch.compiler.is_compiling():
+            return function.apply(*inputs)
+        if torch.compiler.is_compiling():
             return op(*inputs)
-        return function.apply(*inputs)
+        return apply_eager(*inputs)
 
     return call
 

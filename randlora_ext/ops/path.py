@@ -166,8 +166,10 @@ def choose(
     if torch.compiler.is_compiling():
         chosen, b_side = _choose_while_tracing(basis, tokens, *decided_by)
     else:
-        regions = path_regions(basis, *decided_by)
-        chosen, b_side = next(region[1:] for region in regions if tokens <= region.last)
+        for region in path_regions(basis, *decided_by):
+            if tokens <= region.last:
+                break
+        _, chosen, b_side = region
     return chosen if path == "auto" else path, b_side
 
 
