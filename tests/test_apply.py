@@ -153,3 +153,25 @@ def test_the_state_dict_of_a_merged_layer_warns():
     layer.merge()
     with pytest.warns(UserWarning, match=r"base_layer.weight .* holds the merged adapters \['def"):
         layer.state_dict()
+
+
+def test_all_linear_leaves_out_what_peft_leaves_out():
+    model = nn.ModuleDict(
+        {"a": nn.Linear(8, 8), "head": nn.Linear(8, 4), "mha": nn.MultiheadAttention(8, 2)}
+    )
+    model.get_output_embeddings = lambda: model["head"]
+    apply_randlora(model, "all-linear", r=2)
+    assert [type(m) is RandLoraLinear for m in (model["a"], model["head"])] == [True, False]
+    assert not isinstance(model["mha"].out_proj, RandLoraLinear)
+    with pytest.raises(ValueError, match="'all-linear' matches no module"):
+        apply_randlora(model, "all-linear", r=2)  # nothing is left
+
+
+def test_an_adapted_layer_is_not_wrapped_again():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    apply_randlora(model, ["0"], r=2)
+    adapted = model[0]
+    for call in (lambda: apply_randlora(model, ["0", "1"], r=2), lambda: RandLoraLinear(adapted)):
+        with pytest.raises(TypeError, match=r"is adapted already.*update_layer\(name"):
+            call()
+    assert model[0] is adapted and type(model[1]) is nn.Linear

@@ -10,6 +10,7 @@ import torch
 from basis_reference import ternary
 
 from randlora_ext import TernaryBasis, delta_weight, linear
+from randlora_ext.basis import BasisDescription
 
 DENSITIES = [1.0, 1 / 3, 0.07, 1 / 64]
 
@@ -256,3 +257,69 @@ def test_one_wrong_element_is_found_and_located(which, place, value):
     with pytest.raises(ValueError, match=which) as raised:
         TernaryBasis.from_dense(**pair)
     assert f"({place[0]}, {place[1]})" in str(raised.value)
+
+
+# ---- planes given by the caller
+
+
+def planes_of(matrix):
+    return torch.ops.randlora.pack_dense(matrix)[0]
+
+
+def test_planes_are_copied_and_an_element_has_one_sign():
+    basis = TernaryBasis(50, 37, 7, 0.3, seed=3)
+    A, B = basis.dense()
+    a, b = planes_of(A), planes_of(B)
+    imported = TernaryBasis.from_planes(a, b, 2.0, 3.0, 50, 37)
+    b.zero_()
+    signs = imported.dense()
+    assert torch.equal(signs[0], A.sign() * 2) and torch.equal(signs[1], B.sign() * 3)
+    for name, bad_a, bad_b in (
+        ("a_planes", a | 1, planes_of(B)),
+        ("b_planes", a, planes_of(B) | 1),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} has elements that are \+1 and -1 at once"):
+            TernaryBasis.from_planes(bad_a, bad_b, 1.0, 1.0, 50, 37)
+    for bad in (planes_of(B).int(), planes_of(B)[:1]):
+        with pytest.raises(ValueError, match="b_planes must be"):
+            TernaryBasis.from_planes(a, bad, 1.0, 1.0, 50, 37)
+
+
+def test_a_basis_without_a_non_zero_warns():
+    with pytest.warns(UserWarning, match=r"no non-zero element in [AB].*cannot learn"):
+        TernaryBasis(64, 64, 8, 1e-9, seed=12).packed()
+
+
+# ---- the text in saved files
+
+
+@pytest.mark.parametrize("density", [0.07, 1 / 3, 1, 2.0**-31, 1e-9, 0.123456789])
+@pytest.mark.parametrize("seed", [0, 42, 2**64 - 1])
+def test_the_key_holds_all_that_decides_a_basis(density, seed):
+    description = TernaryBasis(8, 8, 2, density, seed).description
+    assert BasisDescription.parse(description.key()) == description
+    assert TernaryBasis(8, 8, 2, description.density, description.seed).description == description
+
+
+def test_the_key_is_stable():
+    text = "randlora_ext:independent-1:density=0.07:seed=42"
+    assert BasisDescription("independent", 0.07, 42).key() == text
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("generated-1:3", "no key of a basis"), ("", "no key"), (3, "no key"),
+        ("randlora_ext:independent-2:density=0.1:seed=3", "specification independent-2.*knows"),
+        ("randlora_ext:block-1:density=0.1:seed=3", "specification block-1.*independent-1"),
+        ("randlora_ext:independent-1:density=2:seed=3", "density must be in"),
+        ("randlora_ext:independent-1:density=nan:seed=3", "density must be in"),
+        ("randlora_ext:independent-1:density=x:seed=3", "no key"),
+        (f"randlora_ext:independent-1:density=0.1:seed={2**64}", "seed must be"),
+        ("randlora_ext:independent-1:density=0.1:seed=-1", "no key"),
+        ("randlora_ext:independent-1:density=0.1:seed=3 ", "no key"),
+    ],
+)  # fmt: skip
+def test_what_is_no_key(text, message):
+    with pytest.raises(ValueError, match=message):
+        BasisDescription.parse(text)

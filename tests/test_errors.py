@@ -289,3 +289,22 @@ def test_linear_backward(change, expected):
 )  # fmt: skip
 def test_packing_operators(op, values, expected):
     refuses(lambda: getattr(ops, op)(*values), {}, *expected)
+
+
+def test_no_basis():
+    with pytest.raises(TypeError, match="basis must be a TernaryBasis.*NoneType"):
+        linear(torch.ones(1, 2), None, None, None, torch.ones(1, 2), torch.ones(2, 2))
+
+
+def test_torch_jit_trace_is_refused_by_name():
+    layer = make_layer(8, 8, 2, 0.5, 3, torch.float32)
+    with pytest.raises(RuntimeError, match="does not support torch.jit.trace; use torch.export"):
+        torch.jit.trace(lambda x: linear(x, None, None, layer.basis, layer.lam, layer.gam), layer.x)
+    assert not torch.jit.is_tracing()
+
+
+def test_a_list_on_two_devices():
+    offset, index = TernaryBasis(8, 8, 2, 0.5).packed()[:2]
+    for mixed in ((offset.to("meta"), index), (offset, index.to("meta"))):
+        with pytest.raises(RuntimeError, match="one device"):
+            ops.lists_to_dense(*mixed, 8, 1.0, torch.float32)

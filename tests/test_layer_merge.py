@@ -1,6 +1,8 @@
 """RandLoraLinear: merging into the base weight, and out of it again."""
 
 import copy
+import sys
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from layer_helpers import (
 from torch import nn
 
 from randlora_ext import RandLoraLinear
+from randlora_ext.nn import merging
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -108,3 +111,77 @@ def test_merge_needs_a_floating_point_weight():
     base.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
     with pytest.raises(TypeError, match="int8"):
         layer.merge()
+
+
+class _InterruptAtLine:
+    """A trace function that raises KeyboardInterrupt once, at the n-th line run in `file`."""
+
+    def __init__(self, file: str, n: int) -> None:
+        self.file, self.left = file, n
+
+    def __call__(self, frame, event, arg):
+        if frame.f_code.co_filename != self.file:
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+
+@pytest.mark.parametrize("keep_original", [False, True])
+@pytest.mark.parametrize("action", ["merge", "unmerge"])
+def test_an_interrupt_leaves_weight_and_state_in_agreement(action, keep_original):
+    fresh = randomize(RandLoraLinear(make_base(6, 5, dtype=torch.bfloat16), r=2))
+    W = fresh.weight.clone()
+    merged = copy.deepcopy(fresh)
+    merged.merge()
+    merged = merged.weight.clone()
+    states = set()
+    for n in range(1, 200):
+        layer = copy.deepcopy(fresh)
+        if action == "unmerge":
+            layer.merge(keep_original=keep_original)
+        call = layer.unmerge if action == "unmerge" else partial(layer.merge, False, None, True)
+        sys.settrace(_InterruptAtLine(merging.__file__, n))
+        try:
+            call()
+        except KeyboardInterrupt:
+            pass
+        else:
+            break
+        finally:
+            sys.settrace(None)
+        states.add(layer.merged)
+        assert torch.equal(layer.weight, merged) if layer.merged else not layer.merged_adapters
+        if layer.merged:
+            layer.unmerge()
+        if action == "merge" or keep_original:
+            assert torch.equal(layer.weight, W)
+            layer.merge()  # an original that an interrupted merge left behind is not restored
+            with torch.no_grad():
+                layer.weight.add_(1)
+            layer.unmerge()
+            assert not torch.equal(layer.weight, W)
+        else:
+            assert relative(layer.weight, W) < 0.02
+    assert states == {True, False} and n < 199
+
+
+@pytest.mark.parametrize("keep_original", [False, True])
+def test_a_merged_layer_refuses_to_load_before_anything_is_taken(keep_original):
+    layer = randomize(RandLoraLinear(make_base(24, 40), r=5))
+    state = {k: v.clone() for k, v in randomize(copy.deepcopy(layer)).state_dict().items()}
+    W, lam = layer.weight.clone(), layer.randlora_lambda["default"].detach().clone()
+    model = nn.Sequential(layer)
+    layer.merge(keep_original=keep_original)
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"has merged \['default'\].*call unmerge\(\) first"):
+            layer.load_state_dict(state, strict=strict)
+        with pytest.raises(RuntimeError, match=r"0 has merged"):
+            model.load_state_dict({f"0.{k}": v for k, v in state.items()}, strict=strict)
+    assert torch.equal(layer.randlora_lambda["default"], lam)
+    layer.unmerge()
+    torch.testing.assert_close(layer.weight, W)
+    layer.load_state_dict(state)
+    assert torch.equal(layer.weight, state["base_layer.weight"])

@@ -116,7 +116,7 @@ BAD_OPTIONS = [
     ({"density": 1.5}, ValueError, r"density must be in \(0, 1\], got 1\.5"),
     ({"density": float("nan")}, ValueError, r"density must be .*nan"),
     ({"density": "1"}, TypeError, r"density must be .*'1'"),
-    ({"projection_prng_key": -1}, ValueError, r"projection_prng_key must be in \[0, 2\*\*64\).*-1"),
+    ({"projection_prng_key": -1}, ValueError, r"projection_prng_key must be an integer in \[0, 2\*\*64\).*-1"),
     ({"projection_prng_key": 2**64}, ValueError, r"projection_prng_key .*18446744073709551616"),
     ({"projection_prng_key": 0.5}, TypeError, r"projection_prng_key .*0\.5"),
     ({"randlora_dropout": 1.0}, ValueError, r"randlora_dropout must be in \[0, 1\), got 1\.0"),
@@ -158,9 +158,22 @@ def test_bad_inputs_and_names():
     with pytest.raises(ValueError, match="must not repeat"):
         layer.set_adapter(["default", "default"])
     assert layer.active_adapters == ["default"]
-    for module in (nn.Conv1d(4, 4, 1), nn.Embedding(3, 3), layer, nn.LazyLinear(4), None):
+    for module in (nn.Conv1d(4, 4, 1), nn.Embedding(3, 3), nn.LazyLinear(4), None):
         with pytest.raises(TypeError, match="base_layer must be an nn.Linear or a transformers"):
             RandLoraLinear(module)
+
+
+@pytest.mark.parametrize("alpha", [10**400, -(10**400), float("inf"), float("nan")])
+def test_an_alpha_that_is_not_finite(alpha):
+    with pytest.raises(ValueError, match="randlora_alpha must be a finite number"):
+        RandLoraLinear(nn.Linear(4, 4), r=2, randlora_alpha=alpha)
+
+
+def test_text_in_a_state_dict_is_refused_by_name():
+    layer = RandLoraLinear(nn.Linear(4, 4), r=2)
+    for key in layer.state_dict():
+        with pytest.raises(RuntimeError, match=f"{key} must be a tensor, got str"):
+            layer.load_state_dict({**layer.state_dict(), key: "text"})
 
 
 def test_nan_propagates():

@@ -1,12 +1,12 @@
 """`apply_randlora` and its undoing: RandLoRA on a whole model for those without PEFT."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
-from .base_layer import check_base_layer, keep_padded
+from .base_layer import check_base_layer, is_conv1d, keep_padded
 from .linear import RandLoraLinear
 from .state_dict import refuse_misfit
 
@@ -17,8 +17,10 @@ def apply_randlora(
     """Replaces the targeted linear layers of `model`, in place, by `RandLoraLinear`; returns it.
 
     Args:
-        target_modules: a list of names, each matching modules called so or ending in ``.name``; or
-            a string, a regular expression that must match a module's whole name. As in PEFT.
+        target_modules: as in PEFT a list of names, each matching modules called so or ending in
+            ``.name``; or a regular expression that must match a module's whole name; or
+            "all-linear", every nn.Linear and Conv1D except the output embeddings of a transformers
+            model and the projection inside nn.MultiheadAttention.
         **layer_options: r, randlora_alpha, density, projection_prng_key, randlora_dropout,
             adapter_name, basis of `RandLoraLinear`.
 
@@ -26,36 +28,19 @@ def apply_randlora(
     call may give other layers other options; what the first made stays as it is.
 
     Raises:
-        ValueError: where nothing matches, or ``out_proj`` of nn.MultiheadAttention, which torch
-            never calls. TypeError: where a match is no nn.Linear or Conv1D. And what
-            RandLoraLinear raises. In all cases the model is as it was.
+        ValueError: nothing matches, or ``out_proj`` of nn.MultiheadAttention does, which torch
+            never calls. TypeError: a match is no nn.Linear or Conv1D, or is adapted already. Also
+            what RandLoraLinear raises. In all cases the model is as it was.
     """
-    if isinstance(target_modules, str):
-        try:
-            pattern = re.compile(target_modules)
-        except re.error as error:
-            raise ValueError(
-                f"target_modules {target_modules!r} is no regular expression: {error}"
-            ) from error
-
-        def is_target(name: str) -> bool:
-            return pattern.fullmatch(name) is not None
-    elif not isinstance(target_modules, Iterable) or not all(
-        isinstance(name, str) for name in target_modules
-    ):
-        raise TypeError(
-            f"target_modules must be names or a regular expression, got {target_modules!r}"
-        )
-    else:
-        exact, suffixes = set(target_modules), tuple("." + name for name in target_modules)
-
-        def is_target(name: str) -> bool:
-            return name in exact or name.endswith(suffixes)
-
     # A module that is registered twice (tied) is visited twice, and must be wrapped once.
-    matches = {n: m for n, m in model.named_modules(remove_duplicate=False) if n and is_target(n)}
+    named = dict(model.named_modules(remove_duplicate=False))
+    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
+        matches = _all_linear(model)
+    else:
+        is_target = _matcher(target_modules)
+        matches = {name: module for name, module in named.items() if name and is_target(name)}
     if not matches:
-        linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+        linear = [name for name, module in named.items() if isinstance(module, nn.Linear)]
         raise ValueError(
             f"target_modules {target_modules!r} matches no module of {type(model).__name__}; its "
             f"linear layers are called {linear[:10]}{' ...' if len(linear) > 10 else ''}"
@@ -63,7 +48,7 @@ def apply_randlora(
     for name, module in matches.items():
         matched = f"module {name!r}, matched by target_modules {target_modules!r},"
         check_base_layer(module, matched)
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+        if isinstance(named[name.rpartition(".")[0]], nn.MultiheadAttention):
             raise ValueError(
                 f"{matched} would not be adapted: nn.MultiheadAttention reads its weight and never "
                 "calls it"
@@ -84,6 +69,38 @@ def apply_randlora(
     if refuse_misfit not in (getattr(hook, "hook", None) for hook in hooks):
         model.register_load_state_dict_pre_hook(refuse_misfit)
     return model
+
+
+def _matcher(target_modules: Sequence[str] | str) -> Callable[[str], bool]:
+    if isinstance(target_modules, str):
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(
+                f"target_modules {target_modules!r} is no regular expression: {error}"
+            ) from error
+        return lambda name: pattern.fullmatch(name) is not None
+    if not isinstance(target_modules, Iterable) or not all(
+        isinstance(name, str) for name in target_modules
+    ):
+        raise TypeError(
+            f"target_modules must be names or a regular expression, got {target_modules!r}"
+        )
+    exact, suffixes = set(target_modules), tuple("." + name for name in target_modules)
+    return lambda name: name in exact or name.endswith(suffixes)
+
+
+def _all_linear(model: nn.Module) -> dict[str, nn.Module]:
+    get_output = getattr(model, "get_output_embeddings", None)
+    left_out = {id(get_output())} if get_output is not None else set()
+    for module in model.modules():
+        if isinstance(module, (RandLoraLinear, nn.MultiheadAttention)):
+            left_out |= {id(child) for child in module.modules() if child is not module}
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name and id(module) not in left_out and (type(module) is nn.Linear or is_conv1d(module))
+    }
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:

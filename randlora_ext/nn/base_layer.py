@@ -21,6 +21,11 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def check_base_layer(module: Any, argument: str) -> None:
     """Raises TypeError, naming `argument`, unless it is an nn.Linear or Conv1D with a weight."""
+    if hasattr(module, "update_layer"):
+        raise TypeError(
+            f"{argument} is adapted already ({type(module).__name__}); its update_layer(name, ...) "
+            "adds another adapter"
+        )
     if not (isinstance(module, nn.Linear) or is_conv1d(module)) or is_lazy(module.weight):
         kind = type(module)
         raise TypeError(

@@ -1,6 +1,6 @@
 """`RandLoraLinear`: a frozen linear layer with one or more RandLoRA adapters, without PEFT."""
 
-import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..basis import TernaryBasis
+from ..basis.description import check_seed
 from ..ops import functional
 from ..ops.dtensor import full_tensor
 from ..ops.path import explain
@@ -279,15 +280,18 @@ def _check_adapter_name(name: str) -> None:
         )
 
 
-def _check_options(alpha: float, key: int, dropout: float) -> None:
+def check_alpha(name: str, alpha: float) -> None:
+    """Raises TypeError or ValueError, naming `name`, unless `alpha` is a finite number."""
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise TypeError(f"randlora_alpha must be a finite number, got {alpha!r}")
-    if not math.isfinite(alpha):
-        raise ValueError(f"randlora_alpha must be a finite number, got {alpha}")
-    if isinstance(key, bool) or not isinstance(key, int):
-        raise TypeError(f"projection_prng_key must be an integer in [0, 2**64), got {key!r}")
-    if not 0 <= key < 2**64:
-        raise ValueError(f"projection_prng_key must be in [0, 2**64), got {key}")
+        raise TypeError(f"{name} must be a finite number, got {alpha!r}")
+    if not abs(alpha) <= sys.float_info.max:  # an int may be larger than any float
+        shown = alpha if isinstance(alpha, float) else f"an integer of {alpha.bit_length()} bits"
+        raise ValueError(f"{name} must be a finite number, got {shown}")
+
+
+def _check_options(alpha: float, key: int, dropout: float) -> None:
+    check_alpha("randlora_alpha", alpha)
+    check_seed("projection_prng_key", key)
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
         raise TypeError(f"randlora_dropout must be a number in [0, 1), got {dropout!r}")
     if not 0.0 <= dropout < 1.0:

@@ -82,10 +82,8 @@ class Mergeable(_Layer):
                 f"adapter_names {names}: the merged weight would hold NaN or inf, and safe_merge "
                 "allows only finite values; nothing was changed"
             )
-        if keep_original:
-            self._original_weight = weight.detach().to("cpu", copy=True)
-        weight.copy_(total)
-        self.merged_adapters += names
+        original = weight.detach().to("cpu", copy=True) if keep_original else self._original_weight
+        self._replace_weight(total, [*self.merged_adapters, *names], original)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -101,12 +99,24 @@ class Mergeable(_Layer):
         if not self.merged:
             warnings.warn("unmerge(): no adapter is merged, nothing to do", stacklevel=2)
             return
-        if self._original_weight is not None:
-            self.base_layer.weight.copy_(self._original_weight)
-        else:
-            self._mergeable_weight().copy_(self._weight_plus(self.merged_adapters, -1))
-        self._original_weight = None
-        self.merged_adapters = []
+        restored = self._original_weight
+        if restored is None:
+            self._mergeable_weight()
+            restored = self._weight_plus(self.merged_adapters, -1)
+        self._replace_weight(restored, [], None)
+
+    def _replace_weight(self, values: Tensor, merged: list[str], original: Tensor | None) -> None:
+        """Writes W and what is said of it, all or nothing as far as Ctrl-C can tell."""
+
+        def write() -> None:
+            self.base_layer.weight.copy_(values)
+            self._original_weight, self.merged_adapters = original, merged
+
+        try:
+            write()
+        except BaseException:  # between two lines: completes what was begun
+            write()
+            raise
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         if self.merged:

@@ -25,9 +25,10 @@ def refuse_misfit(
     torch copies what fits and then raises for the rest, which leaves half of one adapter in the
     diagonals of another.
 
-    Raises RuntimeError, naming every tensor of a RandLoRA layer whose shape is another or that is
-    not floating point. Missing and unknown keys are left to torch, which alone knows whether the
-    caller said strict: it tells every module and hook that it is.
+    Raises RuntimeError, naming every entry for a RandLoRA layer that has another shape, is not
+    floating point or no tensor, and every layer that is merged: its weight holds an adapter that
+    the new lambda and gamma could not take out again. Missing and unknown keys are left to torch,
+    which alone knows whether the caller said strict.
     """
     problems = [
         problem
@@ -51,11 +52,17 @@ def _misfits(layer: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> It
     base: Any = layer.base_layer
     if type(base) is nn.Linear or is_conv1d(base):  # others may have a format of their own
         own |= {f"{prefix}base_layer.{name}": value for name, value in base.named_parameters()}
-    for key, parameter in own.items():
-        saved = state_dict.get(key)
-        if saved is None:
-            continue
-        if saved.shape != parameter.shape:
+    taken = [key for key in own if state_dict.get(key) is not None]
+    if taken and getattr(layer, "merged", False):
+        yield (
+            f"{prefix.removesuffix('.') or 'the layer'} has merged {layer.merged_adapters} into "
+            "its weight; call unmerge() first"
+        )
+    for key in taken:
+        saved, parameter = state_dict[key], own[key]
+        if not isinstance(saved, Tensor):
+            yield f"{key} must be a tensor, got {type(saved).__name__}"
+        elif saved.shape != parameter.shape:
             yield f"{key} is {tuple(saved.shape)}, and must be {tuple(parameter.shape)}"
         elif not saved.is_floating_point():
             yield f"{key} is {saved.dtype}, and must be floating point"

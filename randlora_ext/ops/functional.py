@@ -17,7 +17,9 @@ _PLAIN = (Tensor, torch.nn.Parameter)  # subclasses are looked at more closely
 
 
 def _check_diagonals(basis: TernaryBasis, lam: Tensor, gam: Tensor) -> None:
-    if (  # the one question of a layer in training, which comes thousands of times a second
+    if not isinstance(basis, TernaryBasis):
+        raise TypeError(f"basis must be a TernaryBasis, got {type(basis)}")
+    if (  # a layer in training asks this once a call; all else below is for the message
         type(lam) in _PLAIN
         and type(gam) in _PLAIN
         and lam.shape == (basis.r, basis.n)
@@ -25,8 +27,13 @@ def _check_diagonals(basis: TernaryBasis, lam: Tensor, gam: Tensor) -> None:
         and lam.is_floating_point()
         and gam.is_floating_point()
         and lam.device == gam.device
+        and not torch.jit.is_tracing()
     ):
         return
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "randlora_ext does not support torch.jit.trace; use torch.export or torch.compile"
+        )
     for name, value, shape, letters in (
         ("lam", lam, (basis.r, basis.n), "(r, n)"),
         ("gam", gam, (basis.n, basis.d), "(n, d)"),
