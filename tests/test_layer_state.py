@@ -116,7 +116,11 @@ BAD_OPTIONS = [
     ({"density": 1.5}, ValueError, r"density must be in \(0, 1\], got 1\.5"),
     ({"density": float("nan")}, ValueError, r"density must be .*nan"),
     ({"density": "1"}, TypeError, r"density must be .*'1'"),
-    ({"projection_prng_key": -1}, ValueError, r"projection_prng_key must be an integer in \[0, 2\*\*64\).*-1"),
+    (
+        {"projection_prng_key": -1},
+        ValueError,
+        r"projection_prng_key must be an integer in \[0, 2\*\*64\).*-1",
+    ),
     ({"projection_prng_key": 2**64}, ValueError, r"projection_prng_key .*18446744073709551616"),
     ({"projection_prng_key": 0.5}, TypeError, r"projection_prng_key .*0\.5"),
     ({"randlora_dropout": 1.0}, ValueError, r"randlora_dropout must be in \[0, 1\), got 1\.0"),

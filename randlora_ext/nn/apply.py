@@ -1,4 +1,4 @@
-"""`apply_randlora` and its undoing: RandLoRA on a whole model for those without PEFT."""
+"""RandLoRA on a whole model without PEFT: `apply_randlora`, `merge_and_unload`, `unload`."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .base_layer import check_base_layer, is_conv1d, keep_padded
+from .base_layer import check_base_layer, disable_nested_tensors, is_conv1d
 from .linear import RandLoraLinear
 from .state_dict import refuse_misfit
 
@@ -63,8 +63,8 @@ def apply_randlora(
             parameter.requires_grad_(False)
     for name, module in matches.items():
         _put(model, name, wrapped[id(module)])
-        keep_padded(model, name)
-    # Of all layers before the first of them takes anything; a second call need not add it again.
+        disable_nested_tensors(model, name)
+    # On the model, so that all layers are checked before the first one is loaded.
     hooks = model._load_state_dict_pre_hooks.values()
     if refuse_misfit not in (getattr(hook, "hook", None) for hook in hooks):
         model.register_load_state_dict_pre_hook(refuse_misfit)
@@ -104,13 +104,16 @@ def _all_linear(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
-    """Merges the active adapters into the base layers and puts these back in the place of every
-    `RandLoraLinear`, in place; returns `model`, or the base layer where it is such a layer itself.
+    """Merges the active adapters and replaces every `RandLoraLinear` by its base layer, in place.
 
-    What is left is the model as it was before `apply_randlora`, with W + dW for W, and still
-    frozen. Adapters that are not active are dropped. Source: PEFT's method.
+    The model is then as it was before `apply_randlora`, with W + dW for W, and still frozen.
+    Adapters that are not active are dropped. Source: PEFT's method.
 
-    Raises what `RandLoraLinear.merge` raises of a weight, before anything has changed.
+    Returns:
+        `model`, or its base layer if it is a `RandLoraLinear` itself.
+
+    Raises:
+        TypeError, RuntimeError: of a weight, as `RandLoraLinear.merge`, before anything changes.
     """
     for layer in _layers(model):
         layer._mergeable_weight()
@@ -122,7 +125,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """`merge_and_unload` without the adapters: W as it was, merged ones are unmerged first."""
+    """Like `merge_and_unload`, but drops all adapters; merged ones are unmerged first."""
     for layer in _layers(model):
         if layer.merged:
             layer.unmerge()
@@ -136,7 +139,7 @@ def _layers(model: nn.Module) -> list[RandLoraLinear]:
 def _without(model: nn.Module) -> nn.Module:
     if isinstance(model, RandLoraLinear):
         return model.base_layer
-    # Names from before anything is replaced; a tied layer has several.
+    # Listed before anything is replaced; a tied layer has several names.
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, RandLoraLinear):
             _put(model, name, module.base_layer)

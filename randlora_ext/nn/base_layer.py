@@ -1,4 +1,4 @@
-"""What a RandLoRA layer has to know about the frozen layer under it."""
+"""Questions about the frozen layer under an adapter, and torch's fast paths that would skip it."""
 
 import sys
 from typing import Any
@@ -14,7 +14,7 @@ from ..ops import autocast
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D: a linear layer that stores its weight as (in, out)."""
-    # transformers need not be installed; where it was never imported nothing can be its Conv1D.
+    # If nobody imported transformers, nothing can be its Conv1D.
     utils = sys.modules.get("transformers.pytorch_utils")
     return utils is not None and isinstance(module, utils.Conv1D)
 
@@ -37,7 +37,7 @@ def check_base_layer(module: Any, argument: str) -> None:
 def features(base_layer: Any) -> tuple[int, int]:
     """(in_features, out_features) of an nn.Linear or a Conv1D."""
     if is_conv1d(base_layer):
-        weight = base_layer.weight  # ZeRO-3 leaves an empty tensor and says what it was
+        weight = base_layer.weight  # ZeRO-3 leaves an empty tensor with the shape in ds_shape
         in_features, out_features = getattr(weight, "ds_shape", weight.shape)
         return in_features, out_features
     return base_layer.in_features, base_layer.out_features
@@ -46,8 +46,8 @@ def features(base_layer: Any) -> tuple[int, int]:
 def can_fuse(base_layer: Any, x: Tensor) -> bool:
     """Whether base_layer(x) is F.linear(x, weight, bias) and nothing else.
 
-    Then base and adapter may be one operator. A subclass, a hook, a replaced forward (accelerate's
-    offloading) or a weight that is no ordinary tensor (quantized, distributed) must be called.
+    If so, one operator computes base and adapter. A subclass, a hook, a replaced forward
+    (accelerate's offloading) or a quantized or distributed weight needs the layer's own call.
     """
     if not is_plain_linear(base_layer):
         return False
@@ -57,7 +57,7 @@ def can_fuse(base_layer: Any, x: Tensor) -> bool:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether it is an nn.Linear itself, and nobody has hooked or replaced its forward."""
+    """Whether it is exactly nn.Linear, without hooks and with its own forward."""
     if type(module) is not nn.Linear or "forward" in module.__dict__:
         return False
     return not _has_any_global_hook() and not any(
@@ -71,26 +71,26 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
-def _attached(*_) -> None:
-    """The hook of `be_called`."""
+def _do_nothing(*_) -> None:
+    pass
 
 
-def be_called(layer: nn.Module) -> None:
-    """Has torch call `layer` where it would only read ``layer.weight``.
+def force_module_call(layer: nn.Module) -> None:
+    """Makes nn.TransformerEncoderLayer call `layer` in eval mode.
 
-    In eval mode nn.TransformerEncoderLayer hands the weights of its linear layers to one fused
-    kernel, unless a forward hook hangs on a module inside it. This one hangs on a dictionary of
-    `layer`, which nobody calls, and costs nothing.
+    It would otherwise pass ``layer.weight`` to one fused kernel and ignore the adapter. It does not
+    do so if any module inside it has a forward hook. This hook is on a dictionary of `layer` that
+    nobody calls, so it costs nothing.
     """
     dictionary: Any = layer.randlora_dropout
-    if _attached not in dictionary._forward_pre_hooks.values():
-        dictionary.register_forward_pre_hook(_attached)
+    if _do_nothing not in dictionary._forward_pre_hooks.values():
+        dictionary.register_forward_pre_hook(_do_nothing)
 
 
-def keep_padded(model: nn.Module, name: str) -> None:
-    """Has an nn.TransformerEncoder around module `name` hand on padded tensors, as in training.
+def disable_nested_tensors(model: nn.Module, name: str) -> None:
+    """Makes an nn.TransformerEncoder around module `name` keep padded tensors in eval mode.
 
-    In eval mode it makes nested tensors of them, for that same fused kernel.
+    It would convert them to nested tensors, which only that fused kernel takes.
     """
     parts = name.split(".")
     for depth in range(len(parts)):
@@ -103,7 +103,7 @@ def matches(weight: Tensor, x: Tensor) -> bool:
     """Whether F.linear takes x and weight together."""
     if x.device != weight.device:
         return False
-    # Another dtype is an error unless autocast brings both to one; float64 it leaves alone.
+    # Mixed dtypes are an error unless autocast casts both; it does not cast float64.
     return x.dtype == weight.dtype or (
         autocast.is_on(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
     )

@@ -12,49 +12,47 @@ from ..basis.description import check_seed
 from ..ops import functional
 from ..ops.dtensor import full_tensor
 from ..ops.path import explain
-from .base_layer import be_called, can_fuse, check_base_layer, features, is_conv1d
+from .base_layer import can_fuse, check_base_layer, features, force_module_call, is_conv1d
 from .merging import Mergeable, adapter_dtype
 from .state_dict import refuse_misfit
 
-_REPR_TOKENS = 512  # for which `extra_repr` tells the path
+_REPR_TOKENS = 512  # `extra_repr` shows the path for this many tokens
 
 
 class RandLoraLinear(Mergeable, nn.Module):
     """``base_layer(x) + sum over active adapters of scaling * dropout(x) @ (B @ A')^T``.
 
-    B @ A' oriented as the weight; A' (K, d) is A scaled by lambda and gamma, as in
-    `randlora_ext.delta_weight`. Drop-in for the base layer, which is frozen and kept, uncopied, as
-    ``base_layer``. x (..., in) -> (..., out), in the dtype that the base layer gives.
+    A' (K, d) is A scaled by lambda and gamma; B @ A' has the shape of the weight
+    (`randlora_ext.delta_weight`). The layer replaces its base layer, which it freezes and keeps,
+    without a copy, as ``base_layer``. x (..., in) -> (..., out) in the base layer's output dtype.
 
     Args:
         base_layer: nn.Linear or transformers' Conv1D (which stores its weight as (in, out)).
         r: rank of one base; n = ceil(d / r).
         randlora_alpha: scaling = randlora_alpha / r.
         density: share of non-zeros in the ternary bases, in (0, 1]; 1/3 is PEFT's ``sparse``.
-        projection_prng_key: the bases' seed, 0 <= key < 2**64. The bases are those of
-            docs/basis-spec.md, generated and never saved; PEFT draws others from the same key.
-        randlora_dropout: probability in [0, 1) of dropping an input of the adapter.
-        adapter_name: of the first adapter; `update_layer` adds more.
-        basis: kind of the bases: "independent", as of `TernaryBasis`.
+        projection_prng_key: seed of the bases, 0 <= key < 2**64. They follow docs/basis-spec.md;
+            PEFT draws other bases from the same key.
+        randlora_dropout: probability in [0, 1) that an input of the adapter is dropped.
+        adapter_name: name of the first adapter; `update_layer` adds more.
+        basis: kind of the bases, see `TernaryBasis`: "independent".
 
-    Attributes, by adapter name: ``randlora_lambda`` (r, n), zero at first, so that a fresh adapter
-    changes nothing; ``randlora_gamma`` (n, d), 1 / max(n, d) at first; ``num_bases`` (n);
-    ``scaling``; ``r``; ``bases`` (the `TernaryBasis`; equal ones share their packed form).
+    Attributes, each by adapter name: ``randlora_lambda`` (r, n), initially zero, so a new adapter
+    changes nothing; ``randlora_gamma`` (n, d), initially 1 / max(n, d); ``num_bases`` (n);
+    ``scaling``; ``r``; ``bases`` (`TernaryBasis`).
 
-    Dtypes: lambda and gamma are made float32 (float64 on a float64 base) whatever the base has.
-    ``.to(dtype)``, ``.half()`` and the like cast them along with the base, as for any parameter;
-    to train a 16-bit base with float32 adapters cast the base first, then wrap it. Every mixture
-    works: the operators accumulate in float32 or better. As with nn.Linear, x must have the
-    weight's dtype (or be under autocast).
+    Dtypes: lambda and gamma start as float32 (float64 on a float64 base). ``.to(dtype)`` and
+    ``.half()`` cast them with the base like any parameter. To train float32 adapters on a 16-bit
+    base, cast the base first and wrap it then. Any combination works; the operators accumulate in
+    float32 or better. As with nn.Linear, x must have the weight's dtype unless autocast is on.
 
-    ``state_dict`` holds the base layer, lambda and gamma; no basis. ``load_state_dict`` refuses one
-    that does not fit before it takes anything of it. Copying and pickling move a
-    basis as its description.
+    ``state_dict`` holds the base layer, lambda and gamma, but no basis. ``load_state_dict`` raises
+    before it copies anything if the state does not fit or an adapter is merged.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is allowed.
 
-    Source: PEFT's ``randlora.layer.Linear``, whose names these are.
+    Source: PEFT's ``randlora.layer.Linear``, which has the same names.
     """
 
     def __init__(
@@ -89,7 +87,7 @@ class RandLoraLinear(Mergeable, nn.Module):
         base_layer.requires_grad_(False)
         self.train(base_layer.training)
         self.register_load_state_dict_pre_hook(refuse_misfit)
-        be_called(self)
+        force_module_call(self)
 
     def update_layer(
         self,
@@ -101,14 +99,14 @@ class RandLoraLinear(Mergeable, nn.Module):
         randlora_dropout: float = 0.0,
         basis: str = "independent",
     ) -> None:
-        """Adds an adapter, or makes one anew; arguments as of the class.
+        """Adds an adapter, or replaces the one of that name; arguments as for the class.
 
         An added adapter is neither active nor trained until `set_adapter` names it.
         """
         _check_adapter_name(adapter_name)
         if adapter_name in self.merged_adapters:
             raise ValueError(
-                f"adapter_name {adapter_name!r} is merged and cannot be made anew; unmerge() first"
+                f"adapter_name {adapter_name!r} is merged and cannot be replaced; call unmerge() first"
             )
         _check_options(randlora_alpha, projection_prng_key, randlora_dropout)
         sizes = self.in_features, self.out_features, r
@@ -129,11 +127,11 @@ class RandLoraLinear(Mergeable, nn.Module):
         self.randlora_gamma[adapter_name] = nn.Parameter(gam)
         self._mark_trained()
 
-    # ---- which adapters take part ------------------------------------------------------------
+    # ---- active adapters ---------------------------------------------------------------------
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the adapters whose parts are added."""
+        """Names of the adapters whose outputs are added."""
         return list(self._active)
 
     @property
@@ -141,22 +139,22 @@ class RandLoraLinear(Mergeable, nn.Module):
         return self._disabled
 
     def set_adapter(self, adapter_names: str | Sequence[str]) -> None:
-        """Makes these adapters the active ones: their parts add up, they are trained, others not.
+        """Activates these adapters: their outputs are added and they alone are trained.
 
         Raises ValueError for an unknown or repeated name. A merged adapter stays merged.
         """
-        self._active = self._known("adapter_names", adapter_names)
+        self._active = self._check_names("adapter_names", adapter_names)
         self._mark_trained()
 
     def disable(self) -> None:
-        """The layer computes base_layer(x) alone until `enable`; a merged adapter is unmerged."""
+        """Turns all adapters off until `enable`, and unmerges merged ones."""
         if self.merged:
             self.unmerge()
         self._disabled = True
         self._mark_trained()
 
     def enable(self) -> None:
-        """Undoes `disable`: the active adapters take part, and are trained, again."""
+        """Undoes `disable`: the active adapters are added and trained again."""
         self._disabled = False
         self._mark_trained()
 
@@ -201,12 +199,12 @@ class RandLoraLinear(Mergeable, nn.Module):
         return functional.linear(x, weight, bias, self.bases[name], lam, gam, self.scaling[name])
 
     def get_scaled_bases(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """The dense factors (P, Q) in the order in which x meets them, in the dtype of lambda.
+        """The dense factors (P, Q) of ``scaling * F.linear(F.linear(x, P), Q)``, the adapter.
 
-        ``scaling * F.linear(F.linear(x, P), Q)`` is the adapter's part: (A', B) where d == in,
-        otherwise (B^T, A'^T). For study and export; forward makes neither. Source: PEFT's method.
+        They are (A', B) if d == in, otherwise (B^T, A'^T), in the dtype of lambda. For study and
+        export: forward makes neither. Source: PEFT's method.
         """
-        self._known("adapter", adapter)
+        self._check_names("adapter", adapter)
         lam, gam = self._diagonals(adapter)
         basis = self.bases[adapter]
         scaled = functional.scaled_basis(basis, lam, gam)
@@ -218,7 +216,7 @@ class RandLoraLinear(Mergeable, nn.Module):
 
         Differentiable for lambda and gamma. Raises ValueError for an unknown adapter.
         """
-        self._known("adapter", adapter)
+        self._check_names("adapter", adapter)
         return self._delta(adapter, self.randlora_lambda[adapter].dtype)
 
     def _delta(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -227,21 +225,21 @@ class RandLoraLinear(Mergeable, nn.Module):
         return delta.T if self.fan_in_fan_out else delta
 
     def _diagonals(self, name: str) -> tuple[Tensor, Tensor]:
-        """Lambda and gamma outside forward, where FSDP2 has left them sharded."""
+        """Lambda and gamma, gathered if FSDP2 has sharded them."""
         return full_tensor(self.randlora_lambda[name]), full_tensor(self.randlora_gamma[name])
 
     # ---- conveniences ------------------------------------------------------------------------
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight, for code that reads ``layer.weight`` of a linear layer."""
+        """The base layer's weight, for code that reads ``layer.weight``."""
         return self.base_layer.weight
 
     @property
     def bias(self) -> Tensor | None:
         return self.base_layer.bias
 
-    def _known(self, argument: str, names: str | Sequence[str]) -> list[str]:
+    def _check_names(self, argument: str, names: str | Sequence[str]) -> list[str]:
         names = [names] if isinstance(names, str) else list(names)
         for name in names:
             if name not in self.bases:
@@ -271,7 +269,7 @@ class RandLoraLinear(Mergeable, nn.Module):
 def _check_adapter_name(name: str) -> None:
     if not isinstance(name, str):
         raise TypeError(f"adapter_name must be a string, got {name!r}")
-    # torch keeps the entries of its dictionaries as attributes
+    # nn.ModuleDict and nn.ParameterDict keep their entries as attributes.
     taken = hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name)
     if not name or "." in name or taken:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Merging adapters into the frozen weight of `RandLoraLinear`, and taking them out again."""
+"""Merging adapters into the frozen weight of `RandLoraLinear`, and unmerging them."""
 
 import warnings
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-_Layer: Any = object  # `RandLoraLinear`, into which this is mixed
+_Layer: Any = object  # mypy: this is mixed into RandLoraLinear
 
 
 class Mergeable(_Layer):
-    """The part of `RandLoraLinear` that writes to the base layer's weight."""
+    """The methods of `RandLoraLinear` that write to the base layer's weight."""
 
     merged_adapters: list[str]
     _original_weight: Tensor | None
@@ -39,25 +39,24 @@ class Mergeable(_Layer):
     ) -> None:
         """Adds the adapters' weight changes to the base weight, in place.
 
-        dW is computed in float32 (float64 for a float64 base), the sum W + dW in the next wider
-        dtype than that of W, and rounded once. In a 16-bit W a change below half an ulp is lost.
+        dW is computed in float32 (float64 for a float64 base). W + dW is computed in a wider dtype
+        than W and rounded once. A 16-bit W loses changes below half an ulp.
 
         Args:
-            safe_merge: raise rather than write where the sum holds NaN or inf.
-            adapter_names: which adapters; None means the active ones.
+            safe_merge: raise instead of writing NaN or inf.
+            adapter_names: the adapters to merge; None means the active ones.
             keep_original: keep a copy of W in CPU memory, so that `unmerge` restores every bit.
-            rounding_seed: round a 16-bit W stochastically, reproducibly by this seed, so that
-                changes below half an ulp count on average (`randlora_ext.merged_weight`). One
-                adapter at a time.
+            rounding_seed: round a 16-bit W stochastically with this seed, so that changes below
+                half an ulp count on average (`randlora_ext.merged_weight`). One adapter at a time.
 
         Raises:
             ValueError: for an unknown, repeated or already merged adapter, and by safe_merge.
-            TypeError: where the weight is not floating point (quantized).
-            RuntimeError: on a disabled layer, or a weight that is not here (ZeRO-3).
+            TypeError: the weight is not floating point (quantized).
+            RuntimeError: the layer is disabled, or ZeRO-3 holds the weight elsewhere.
                 After any of these nothing has changed.
         """
         chosen = self._active if adapter_names is None else adapter_names
-        names = self._known("adapter_names", chosen)
+        names = self._check_names("adapter_names", chosen)
         for name in names:
             if name in self.merged_adapters:
                 rest = [a for a in self.bases if a not in self.merged_adapters]
@@ -87,14 +86,13 @@ class Mergeable(_Layer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Takes all merged adapters out of the base weight again.
+        """Removes all merged adapters from the base weight.
 
-        After ``merge(keep_original=True)`` W is restored bit for bit. Otherwise dW is computed
-        anew and subtracted as `merge` added it. That makes two roundings in all: W returns to
-        within one ulp of the larger of W and W + dW, but not always exactly, which takes a copy.
-        Lambda and gamma must still be those that were merged.
+        After ``merge(keep_original=True)`` W is restored bit for bit. Otherwise dW is recomputed
+        and subtracted, so lambda and gamma must be those that were merged; two roundings bring W
+        back to within one ulp of the larger of W and W + dW.
 
-        Warns, as PEFT does, where nothing is merged.
+        Warns, as PEFT does, if nothing is merged.
         """
         if not self.merged:
             warnings.warn("unmerge(): no adapter is merged, nothing to do", stacklevel=2)
@@ -122,15 +120,15 @@ class Mergeable(_Layer):
         if self.merged:
             warnings.warn(
                 f"{prefix}base_layer.weight of this state dict holds the merged adapters "
-                f"{self.merged_adapters}; a layer that loads it beside their lambda and gamma adds "
-                "them twice. unmerge() first, or merge_and_unload() for weights alone",
+                f"{self.merged_adapters}; a layer that loads it with their lambda and gamma adds "
+                "them twice. Call unmerge() first, or merge_and_unload() for weights alone",
                 stacklevel=2,
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _weight_plus(self, names: list[str], sign: int) -> Tensor:
         weight = self.base_layer.weight
-        # Wider than the weight, so that it is rounded once however many adapters there are.
+        # Wider than the weight: the sum of all adapters is rounded once.
         wide = torch.float32 if weight.itemsize < 4 else torch.float64
         total = weight.to(wide, copy=True)
         for name in names:

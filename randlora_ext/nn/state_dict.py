@@ -1,4 +1,4 @@
-"""A state dict that does not fit is refused before anything of it is taken."""
+"""Checks a state dict before torch copies anything of it."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,10 +20,10 @@ def refuse_misfit(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """Pre-hook of ``load_state_dict``: for a `RandLoraLinear`, or for a model that holds some.
+    """Pre-hook of ``load_state_dict`` for a `RandLoraLinear`, or for a model that holds some.
 
-    torch copies what fits and then raises for the rest, which leaves half of one adapter in the
-    diagonals of another.
+    torch copies what fits and then raises for the rest. That would leave half of one adapter mixed
+    with another.
 
     Raises RuntimeError, naming every entry for a RandLoRA layer that has another shape, is not
     floating point or no tensor, and every layer that is merged: its weight holds an adapter that

@@ -1,4 +1,4 @@
-"""Loading the CUDA kernels: a library of their own, opened only where torch has CUDA."""
+"""Loads the CUDA kernels, a library of their own, if torch has CUDA."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from .. import _C
 
 LIBRARY = Path(__file__).parent.parent / "librandlora_cuda.so"
-# For tests, whose library has the kernels compiled for the CPU (docs/cuda-on-cpu.md).
+# Tests load the kernels compiled for the CPU (docs/cuda-on-cpu.md).
 _SERVES_CPU = os.environ.get("RANDLORA_CUDA_SERVES_CPU") == "1"
 
 

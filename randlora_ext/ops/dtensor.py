@@ -1,4 +1,4 @@
-"""Parameters that are DTensors: what FSDP2 and tensor parallelism make of them outside forward."""
+"""DTensor parameters, which FSDP2 and tensor parallelism leave outside forward."""
 
 from typing import Any
 
@@ -6,17 +6,17 @@ from torch import Tensor
 
 
 def is_dtensor(t: object) -> bool:
-    # By its interface: most users never import torch.distributed.tensor, which takes a while.
+    # isinstance(t, DTensor) would import torch.distributed.tensor, which is slow.
     return isinstance(t, Tensor) and hasattr(t, "full_tensor")
 
 
 def full_tensor(t: Any) -> Tensor:
-    """A DTensor as one plain tensor, differentiable (all ranks must call); others as they are."""
+    """A DTensor gathered to a plain tensor, differentiable (all ranks must call); else `t`."""
     return t.full_tensor() if is_dtensor(t) else t
 
 
 def laid_out_like(t: Tensor, weight: Any) -> Tensor:
-    """A plain `t`, equal on all ranks, as a DTensor in the layout of `weight` where that is one."""
+    """`t` in the layout of `weight` if that is a DTensor; `t` must be equal on all ranks."""
     if not is_dtensor(weight) or is_dtensor(t):
         return t
     from torch.distributed.tensor import DTensor, Replicate
@@ -27,7 +27,7 @@ def laid_out_like(t: Tensor, weight: Any) -> Tensor:
 
 
 def refuse_dtensor(name: str, t: Any) -> None:
-    """TypeError where `t` is a DTensor, of which torch says only that it is mixed with others."""
+    """Raises TypeError if `t` is a DTensor; torch's own message would not say what to do."""
     if is_dtensor(t):
         raise TypeError(
             f"{name} must be a plain tensor, got a DTensor placed {tuple(t.placements)}; in "

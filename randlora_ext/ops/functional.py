@@ -1,4 +1,4 @@
-"""The operators as functions of a `TernaryBasis`: what layers and users call.
+"""The operators as functions of a `TernaryBasis`, which layers and users call.
 
 Each is differentiable with respect to lam, gam (and x); the bases are constants.
 """
@@ -69,10 +69,10 @@ def scaled_basis(basis_or_A: TernaryBasis | Tensor, lam: Tensor, gam: Tensor) ->
 
 
 def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float = 1.0) -> Tensor:
-    """dW (out, in): ``scaling * B @ scaled_basis(A, lam, gam)``, transposed where d == out < in.
+    """dW (out, in): ``scaling * B @ scaled_basis(A, lam, gam)``, transposed if d == out < in.
 
-    In the dtype of lam; accumulated in float32 (float64 for float64). Neither A' nor a dense B is
-    made. Source: PEFT's ``get_delta_weight``; paper equation 3.
+    The result has the dtype of lam; sums are in float32 (float64 for float64). Neither A' nor a
+    dense B is made. Source: PEFT's ``get_delta_weight``; paper equation 3.
     """
     _check_diagonals(basis, lam, gam)
     return autograd.delta_weight(
@@ -98,10 +98,10 @@ def merged_weight(
     """W + dW: ``(weight.float() + delta_weight(...)).to(weight.dtype)``, in one pass; no gradient.
 
     Args:
-        weight: (out, in). The sum is made in float32 (float64 for float64) and rounded once.
-        rounding_seed: for a 16-bit weight, in [0, 2**64): rounds up or down at random, with the
-            probabilities that keep the expected value, so that changes below half an ulp are not
-            all lost. Philox words by element (csrc/core/stochastic.h): the same on every device.
+        weight: (out, in). The sum is computed in float32 (float64 for float64), rounded once.
+        rounding_seed: in [0, 2**64), for a 16-bit weight: rounds up or down at random so that the
+            expected value is exact, and changes below half an ulp are not all lost. The random
+            words depend on seed and element alone (csrc/core/stochastic.h), not on the device.
 
     Raises:
         ValueError, TypeError, RuntimeError: naming the argument.
@@ -134,12 +134,12 @@ def linear(
 
     Args:
         x: (..., in) in float32, float64, bfloat16 or float16.
-        weight: (out, in) in the dtype of x; None gives the adapter's part alone, for base layers of
+        weight: (out, in) in the dtype of x. None computes the adapter alone, for base layers of
             any kind.
         bias: (out,) in the dtype of x, or None.
-        lam: (r, n), floating; float32 whatever x is, by default.
-        gam: (n, d), floating; likewise.
-        path: "factored", "delta", "merged" or "auto"; `randlora_ext.explain` tells which and why.
+        lam: (r, n), any floating dtype; layers use float32.
+        gam: (n, d), likewise.
+        path: "factored", "delta", "merged" or "auto"; `randlora_ext.explain` tells which path and why.
 
     Backward keeps x, lam and gam. Under autocast x, weight and bias are cast as by F.linear.
 
@@ -163,9 +163,9 @@ def linear(
     kind = x.device.type
     if kind not in ("cpu", "cuda", "meta"):
         raise ValueError(f"x is on {x.device}; there are kernels for cpu and cuda only")
-    if autocast.is_on(kind):  # here, as the choice of a path asks for the dtype
+    if autocast.is_on(kind):  # the path depends on the dtype
         x, weight, bias = autocast.cast(kind, (x, weight, bias))
-    tokens = x.numel() // basis.in_features  # Size.numel() would make a symbolic size a number
+    tokens = x.numel() // basis.in_features  # keeps a symbolic size symbolic
     path, b_side = choose(path, basis, tokens, x.dtype, weight is not None, kind)
     packed = basis.packed(x.device)
     if path == "factored" and b_side == "dense":

@@ -1,8 +1,8 @@
-"""Which path a call takes, and why: a small model of the work each one does.
+"""The choice of a path by a small cost model.
 
-The unit is T * D * d multiply-adds at the speed of a dense GEMM; a frozen linear layer trains at 2
-units (forward and dx). `path_terms` counts the work of each path, rates.py says what it costs.
-`python benchmarks/layer.py --paths` shows what a choice by this model loses.
+The unit is T * D * d multiply-adds at the speed of a dense GEMM; a training step of a frozen linear
+layer costs 2 units (forward and dx). `path_terms` counts the work of each path, and rates.py holds
+its cost. `python benchmarks/layer.py --paths` measures what the choice loses.
 """
 
 import os
@@ -50,9 +50,9 @@ class PathChoice:
 def path_terms(
     basis: TernaryBasis, tokens: int, has_weight: bool, device_type: str = "cpu"
 ) -> dict[str, tuple[float, dict[str, float]]]:
-    """Of each path: its GEMMs beside the base layer's, and how often it pays each rate."""
+    """By path: the GEMMs it adds, in units, and how many units of each rate it pays."""
     density, K, d, D = basis.density, basis.K, basis.d, basis.D
-    # Backward recomputes U: for d == in it needs it anyway, for d == out it is one product more.
+    # If d == out, forward computes U = x B and does not keep it: backward computes it again.
     a_products, b_products = (3, 2) if d == basis.in_features else (3, 3)
     factored = {"a_side": a_products * density * K / D}
     b_gemms = 0.0
@@ -94,8 +94,7 @@ def choose_b_side(basis: TernaryBasis, tokens: int, device_type: str) -> str:
     """How the factored path multiplies by B: "packed" or, on CUDA, "dense" (a GEMM).
 
     A dense B (D, K) in the dtype of x is made once and shared by all layers of the shape. The
-    environment variable RANDLORA_B_SIDE (packed, dense) overrides the choice where the CUDA
-    kernels compute.
+    environment variable RANDLORA_B_SIDE (packed, dense) overrides the choice on CUDA.
     """
     if not cuda_library.serves(device_type):
         return "packed"
@@ -120,11 +119,12 @@ def explain(
 ) -> PathChoice:
     """The path that `linear(..., path="auto")` takes for `tokens` rows of x, and why.
 
-    With dropout the adapter sees another x than the base layer, so weight and adapter cannot be
-    one product and `merged` is out. In 16 bits `merged` is out too: |dW| below half an ulp of W
-    vanishes in W + dW. The environment variable RANDLORA_PATH overrides the choice.
+    `merged` is excluded with dropout, since the adapter then sees another x than the base layer,
+    and in 16 bits, since W + dW loses a dW below half an ulp of W. The environment variable
+    RANDLORA_PATH overrides the choice.
 
-    Raises ValueError where RANDLORA_PATH is none of auto, factored, delta, merged.
+    Raises:
+        ValueError: RANDLORA_PATH is none of auto, factored, delta, merged.
     """
     has_weight = has_weight and dropout == 0.0
     kind = torch.device(device).type
@@ -139,7 +139,7 @@ def explain(
 
 
 class Region(NamedTuple):
-    """Numbers of tokens with one choice: up to `last`, from where the region before ends."""
+    """A range of token counts with one choice, from the end of the region before to `last`."""
 
     last: int
     path: str

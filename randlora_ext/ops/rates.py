@@ -1,8 +1,7 @@
-"""What our kernels cost on one kind of device, in multiply-adds of a dense GEMM there.
+"""The cost of our kernels on one kind of device, in multiply-adds of a dense GEMM there.
 
-The defaults are rough on purpose: they only have to rank three paths. `python
-benchmarks/calibrate.py` measures a machine's own and writes a file that the environment variable
-RANDLORA_RATES names; `python benchmarks/layer.py --paths` shows what a choice by them loses.
+The defaults are rough: they only have to rank three paths. `python benchmarks/calibrate.py`
+measures a machine and writes a file; the environment variable RANDLORA_RATES names it.
 """
 
 import functools
@@ -16,14 +15,14 @@ import torch
 
 @dataclass(frozen=True)
 class Rates:
-    """In multiply-adds of a dense GEMM in the same dtype, of which a product takes T * D * d."""
+    """In multiply-adds of a dense GEMM in the same dtype."""
 
     a_side: float  # a multiply-add of the structured products on gathered rows
     b_lists: float  # a signed add of the B side from lists
     b_planes: float  # an element of the B side from bit planes, zero or not
-    # Forming dW twice in a training step and contracting its gradient once, per entry of dW: adds
-    # of compact rows (density^2 * K of them), their scatter (density * r), terms of a tensor-core
-    # product (K), and conversion with memory traffic.
+    # A training step forms dW twice and contracts its gradient once. Per entry of dW it pays adds of
+    # compact rows (density^2 * K), their scatter (density * r), terms of a tensor-core product (K),
+    # and memory traffic (1).
     form_add: float
     form_scatter: float
     form_term: float
@@ -38,18 +37,16 @@ NAMES = tuple(f.name for f in fields(Rates))
 # 1.0 chooses right on both.
 _CPU_FP32 = Rates(1.0, 2.0, 0.36, 4.0, 117.0, 0.0, 66.0)
 _CPU_16BIT = Rates(2.8, 9.7, 1.5, 25.0, 406.0, 0.0, 750.0)
-# Not measured: from the floors in csrc/cuda/*.cu for an H100 in bf16, where a GEMM does 325 T
-# multiply-adds/s. A signed add gathers from L2. dW of 4096 x 4096 takes 25 us at 1/64 and 250 us
-# at 0.07, by adds of compact rows; from planes it is a product by mma.sync, half as fast as a GEMM.
+# Not measured: derived from the operators' floors on an H100 in bf16 (docs/cuda.md).
 _CUDA_LISTS = Rates(2.0, 83.0, 0.0, 920.0, 0.0, 0.0, 1000.0)
 _CUDA_PLANES = Rates(2.0, 0.0, 2.0, 0.0, 0.0, 8.0, 1920.0)
 _CUDA = {"lists": _CUDA_LISTS, "planes": _CUDA_PLANES}
 
 
 def rates(device_type: str, dtype: torch.dtype, basis_format: str) -> Rates:
-    """Those of the file that RANDLORA_RATES names, where it has this kind, or the defaults.
+    """The rates of the file that RANDLORA_RATES names, if it has this kind, or the defaults.
 
-    Raises ValueError, naming the file, where it cannot be read as one of `save`'s.
+    Raises ValueError, naming the file, if it was not written by `save`.
     """
     kind = "fp32" if dtype in (torch.float32, torch.float64) else "16bit"
     measured = _load(os.environ.get("RANDLORA_RATES") or None)
@@ -61,7 +58,7 @@ def rates(device_type: str, dtype: torch.dtype, basis_format: str) -> Rates:
 
 
 def save(path: Path, measured: dict[tuple[str, str], Rates], machine: list[str]) -> None:
-    """Writes what `rates` reads: {"rates": {"cpu": {"fp32": {...}}}}, and where it was measured."""
+    """Writes the file that `rates` reads: {"machine": [...], "rates": {"cpu": {"fp32": {...}}}}."""
     table: dict[str, dict] = {}
     for (device, kind), value in measured.items():
         table.setdefault(device, {})[kind] = asdict(value)

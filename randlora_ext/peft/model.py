@@ -11,7 +11,7 @@ from peft.tuners.randlora.model import RandLoraModel
 from torch import nn
 
 from ..basis import BasisDescription
-from ..nn.base_layer import be_called, keep_padded
+from ..nn.base_layer import disable_nested_tensors, force_module_call
 from .bases import BASES, PackedBases
 from .checkpoint import check_fit, drop_copies
 from .layer import Accelerated, accelerated_class, update_quantized
@@ -117,7 +117,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
             )
         else:
             super()._create_and_replace(randlora_config, adapter_name, target, *args, **kwargs)
-        keep_padded(self.model, kwargs["current_key"])
+        disable_nested_tensors(self.model, kwargs["current_key"])
 
     def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str) -> None:
         """Finds or draws the bases of an added adapter, unless stock PEFT does the same."""
@@ -187,7 +187,7 @@ def accelerate_layer(layer: nn.Module) -> nn.Module:
     if accelerated is not None:
         layer.__class__ = accelerated
         layer.randlora_A, layer.randlora_B = layer.randlora_A, layer.randlora_B  # as it keeps them
-        be_called(layer)
+        force_module_call(layer)
     return layer
 
 
