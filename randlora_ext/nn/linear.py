@@ -106,7 +106,7 @@ class RandLoraLinear(Mergeable, nn.Module):
         _check_adapter_name(adapter_name)
         if adapter_name in self.merged_adapters:
             raise ValueError(
-                f"adapter_name {adapter_name!r} is merged and cannot be replaced; call unmerge() first"
+                f"adapter_name {adapter_name!r} is merged; call unmerge() first"
             )
         _check_options(randlora_alpha, projection_prng_key, randlora_dropout)
         sizes = self.in_features, self.out_features, r

@@ -139,7 +139,7 @@ def linear(
         bias: (out,) in the dtype of x, or None.
         lam: (r, n), any floating dtype; layers use float32.
         gam: (n, d), likewise.
-        path: "factored", "delta", "merged" or "auto"; `randlora_ext.explain` tells which path and why.
+        path: "factored", "delta", "merged" or "auto"; see `randlora_ext.explain`.
 
     Backward keeps x, lam and gam. Under autocast x, weight and bias are cast as by F.linear.
 

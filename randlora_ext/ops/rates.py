@@ -20,9 +20,9 @@ class Rates:
     a_side: float  # a multiply-add of the structured products on gathered rows
     b_lists: float  # a signed add of the B side from lists
     b_planes: float  # an element of the B side from bit planes, zero or not
-    # A training step forms dW twice and contracts its gradient once. Per entry of dW it pays adds of
-    # compact rows (density^2 * K), their scatter (density * r), terms of a tensor-core product (K),
-    # and memory traffic (1).
+    # A training step forms dW twice and contracts its gradient once. Per entry of dW it pays adds
+    # of compact rows (density^2 * K), their scatter (density * r), terms of a tensor-core product
+    # (K), and memory traffic (1).
     form_add: float
     form_scatter: float
     form_term: float
