@@ -1,5 +1,7 @@
 """Autograd of the operators: opcheck, gradcheck, what is kept for backward, double backward."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from layer_cases import make_layer, one_thread  # noqa: F401
@@ -226,6 +228,32 @@ def test_nothing_is_kept_without_gradients():
     with torch.no_grad():
         kept, y = kept_by(lambda: linear(*arguments))
     assert kept == [] and not y.requires_grad
+
+
+@pytest.mark.parametrize("density", [1 / 3, 0.07])
+@pytest.mark.parametrize("backward", [False, True])
+def test_scratch_does_not_grow_with_tokens(backward, density):
+    basis = TernaryBasis(50, 37, 7, density)
+    packed, lam, gam = basis.packed(), torch.randn(7, basis.n), torch.randn(basis.n, 37)
+
+    def scratch(tokens):
+        x, dy = torch.randn(tokens, 50), torch.randn(tokens, 37)
+        torch.set_num_threads(2)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            if backward:
+                arguments = dy, x, None, lam, gam, packed, 1.0, "factored", True, True
+                results = ops.linear_backward(*arguments)
+            else:
+                results = [ops.linear(x, None, None, lam, gam, packed, 1.0, 37, "factored")]
+        events = profile.profiler.kineto_results.events()
+        allocated = sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]")
+        return allocated - sum(t.nbytes for t in results)
+
+    def in_a_new_thread(tokens):  # a thread keeps its scratch for the next call
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(scratch, tokens).result()
+
+    assert in_a_new_thread(4096) == in_a_new_thread(512) > 0
 
 
 # ---- limits that must not be silent
