@@ -35,7 +35,7 @@ def torch(session: nox.Session, version: str) -> None:
 )
 def peft(session: nox.Session, version: str) -> None:
     """The tests of the integration."""
-    files = sorted(ROOT.glob("tests/test_peft*.py"))
+    files = sorted(ROOT.glob("tests/peft/test_*.py"))
     test(session, f"peft=={version}", *files)
 
 

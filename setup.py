@@ -3,7 +3,7 @@ and, under a torch with CUDA, librandlora_cuda.so beside it.
 
 RANDLORA_CUDA=1 requires the CUDA kernels, 0 leaves them out. RANDLORA_DEBUG=1 builds with -O0 -g.
 RANDLORA_SANITIZE=address,undefined (or thread) instruments the CPU kernels and the binding;
-tests/run_sanitized_python.sh shows how to run the result.
+tools/run_sanitized_python.sh shows how to run the result.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """RandLoRA in plain PyTorch on dense bases: the oracle of tests and benchmarks.
 
 Nothing here is compiled or clever. Autograd through these functions gives reference gradients; in
-float64 they agree with PEFT to rounding (tests/test_peft.py).
+float64 they agree with PEFT to rounding (tests/peft/test_peft.py).
 
 Letters as everywhere: A (r, d), B (D, K), lam (r, n), gam (n, d), K = r * n, column c = j * n + i.
 """

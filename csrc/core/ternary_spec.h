@@ -1,5 +1,5 @@
 // The basis specification, version 1: element (role, row, col) of the infinite ternary matrix of a
-// seed. docs/basis-spec.md is the text, tests/basis_reference.py the NumPy reference, and
+// seed. docs/basis-spec.md is the text, tests/helpers/basis_reference.py the NumPy reference, and
 // tests/data/basis_v1.txt the vectors that every implementation must reproduce.
 #pragma once
 

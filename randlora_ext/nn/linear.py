@@ -105,9 +105,7 @@ class RandLoraLinear(Mergeable, nn.Module):
         """
         _check_adapter_name(adapter_name)
         if adapter_name in self.merged_adapters:
-            raise ValueError(
-                f"adapter_name {adapter_name!r} is merged; call unmerge() first"
-            )
+            raise ValueError(f"adapter_name {adapter_name!r} is merged; call unmerge() first")
         _check_options(randlora_alpha, projection_prng_key, randlora_dropout)
         sizes = self.in_features, self.out_features, r
         bases = TernaryBasis(*sizes, density, projection_prng_key, basis).canonical()

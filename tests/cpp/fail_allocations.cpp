@@ -1,4 +1,4 @@
-// Preloaded into Python by tests/test_out_of_memory.py: the memory of tensors runs out at the n-th
+// Preloaded into Python by tests/ops/test_out_of_memory.py: the memory of tensors runs out at the n-th
 // allocation from now. Theirs comes from posix_memalign, called by libc10; what calls it besides
 // (oneDNN) does not survive a failure, with or without us.
 #include <dlfcn.h>

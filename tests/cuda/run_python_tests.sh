@@ -22,23 +22,22 @@ raise SystemExit(0 if status.endswith('on the CPU') else status)"
 # What holds of the CPU kernels only, and why.
 cpu_only=(
   # In 16 bits tensor cores take A', V and U rounded to 16 bits; the CPU keeps them in float32.
-  tests/test_delta_weight.py::test_16_bit_results_are_rounded_once
-  tests/test_delta_weight.py::test_raw_operators
-  tests/test_merged_weight.py::test_one_rounding_of_the_sum
-  tests/test_merged_weight.py::test_stochastic_rounding_takes_a_neighbour_and_is_reproducible
-  tests/test_peft.py::test_fp32_adapters_err_at_most_twice_as_much_as_stock[
+  tests/ops/test_delta_weight.py::test_16_bit_results_are_rounded_once
+  tests/ops/test_delta_weight.py::test_raw_operators
+  tests/ops/test_merged_weight.py::test_one_rounding_of_the_sum
+  tests/ops/test_merged_weight.py::test_stochastic_rounding_takes_a_neighbour_and_is_reproducible
+  tests/peft/test_peft.py::test_fp32_adapters_err_at_most_twice_as_much_as_stock[
   # The scale multiplies V, so a NaN there reaches connected outputs only.
-  tests/test_nonfinite.py::test_scaling
+  tests/ops/test_nonfinite.py::test_scaling
   # Few tokens have kernels of their own, which add in another order.
-  tests/test_determinism.py::test_a_token_does_not_depend_on_its_batch
-  tests/test_determinism.py::test_adding_to_the_base_output_does_not_depend_on_the_batch
-  tests/test_balanced.py::test_a_token_has_the_same_bits_in_any_batch
+  tests/ops/test_determinism.py::test_a_token_does_not_depend_on_its_batch
+  tests/ops/test_determinism.py::test_adding_to_the_base_output_does_not_depend_on_the_batch
   # Indices are trusted on a card: to look at them the host would have to wait.
-  tests/test_errors.py::test_packing_operators
+  tests/ops/test_errors.py::test_packing_operators
   # Threads are nothing to a card; tests/gpu compares two runs.
-  tests/test_determinism.py::test_linear
+  tests/ops/test_determinism.py::test_linear
   # Twenty seconds each; tests/gpu has a smaller one.
-  tests/test_packed.py::test_wide_lists
+  tests/basis/test_packed.py::test_wide_lists
 )
 deselected=()
 for test in "${cpu_only[@]}"; do deselected+=(--deselect "$test"); done
@@ -52,14 +51,15 @@ trap 'rm -f "$log"' EXIT
 status=0
 (
   "${run[@]}" tests/gpu || status=1
-  RANDLORA_B_SIDE=dense "${run[@]}" tests/test_linear.py -k "not property" || status=1
-  RANDLORA_GPU_RUN_DRY=1 "${run[@]}" tests/test_gpu_run_dry.py || status=1
+  RANDLORA_B_SIDE=dense "${run[@]}" tests/ops/test_linear.py -k "not property" || status=1
+  RANDLORA_GPU_RUN_DRY=1 "${run[@]}" tests/project/test_gpu_run_dry.py || status=1
   exit $status
 ) >"$log" 2>&1 &
 others=$!
-"${run[@]}" -k "not wide" tests/test_{linear,delta_weight,merged_weight,scaled_basis,autograd}.py \
-  tests/test_{nonfinite,packed,basis,basis_spec,slice,determinism,errors,layer,layer_merge,apply}.py \
-  tests/test_{peft,peft_adapters,peft_switch,balanced,balanced_spec}.py || status=1
+"${run[@]}" -k "not wide" tests/ops/test_{linear,delta_weight,merged_weight,scaled_basis}.py \
+  tests/ops/test_{autograd,nonfinite,determinism,errors}.py \
+  tests/basis/test_{basis,basis_spec,packed,slice}.py tests/nn/test_{layer,layer_merge,apply}.py \
+  tests/peft/test_{peft,peft_adapters,peft_switch}.py || status=1
 wait "$others" || status=1
 cat "$log"
 exit $status

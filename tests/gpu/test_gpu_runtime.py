@@ -285,7 +285,7 @@ def test_tf32_on_request(card):
     from pathlib import Path
 
     here = Path(__file__).parent
-    paths = [str(here), str(here.parent), str(here.parent.parent), *sys.path]
+    paths = [str(here), str(here.parent / "helpers"), str(here.parent.parent), *sys.path]
     done = subprocess.run(
         [sys.executable, "-c", TF32], capture_output=True, text=True, timeout=120,
         env={**os.environ, "RANDLORA_TF32": "1", "PYTHONPATH": os.pathsep.join(paths)},

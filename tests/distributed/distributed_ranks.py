@@ -1,6 +1,6 @@
 """Runs checks of distributed programs: one start of the processes for all that need so many.
 
-    python tests/distributed_ranks.py RANK WORLD FOLDER      one rank; started by `run`
+    python tests/distributed/distributed_ranks.py RANK WORLD FOLDER      one rank; started by `run`
 
 A check is a function ``check_NAME(place)`` of one of `MODULES`; its ``WORLDS`` says for which
 numbers of processes. After each check the ranks compare notes, and stop where some failed

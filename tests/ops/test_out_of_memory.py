@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent
 
 
 def run_python(arguments, **environment):
     return subprocess.run(
         [sys.executable, "-W", "ignore", *arguments],
-        env=os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "2"} | environment,
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "2"}
+        | environment,
         capture_output=True,
         text=True,
         timeout=300,
@@ -28,13 +30,13 @@ def run_python(arguments, **environment):
 
 def test_every_allocation_fails_once(tmp_path):
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    source = TESTS / "cpp/fail_allocations.cpp"
+    source = HERE.parent / "cpp/fail_allocations.cpp"
     if compiler is None or not source.exists():
         pytest.skip("needs a C++ compiler and tests/cpp")
     library = tmp_path / "fail_allocations.so"
     command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"]
     subprocess.run(command, check=True)
-    done = run_python([str(TESTS / "out_of_memory_program.py")], LD_PRELOAD=str(library))
+    done = run_python([str(HERE / "out_of_memory_program.py")], LD_PRELOAD=str(library))
     assert done.returncode == 0, done.stderr[-3000:]
     faults = dict(json.loads(line) for line in done.stdout.splitlines())
     assert len(faults) == 18 and min(faults.values()) > 0, faults

@@ -2,8 +2,8 @@
 
     git clone --depth 1 https://github.com/huggingface/peft /tmp/peft
     pip install diffusers datasets parameterized          # which these tests import
-    python tests/run_peft_suite.py /tmp/peft              # as PEFT wrote them
-    python tests/run_peft_suite.py /tmp/peft --sparse     # every config sparse=True: packed kernels
+    python tools/run_peft_suite.py /tmp/peft              # as PEFT wrote them
+    python tools/run_peft_suite.py /tmp/peft --sparse     # every config sparse=True: packed kernels
 
 Runs offline. Tests that need a model of the Hub fail on both sides and cancel out. The installed
 PEFT is tested; with --source that of the checkout.

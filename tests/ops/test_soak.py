@@ -4,7 +4,7 @@ import pytest
 import soak
 import torch
 
-from randlora_ext import RandLoraLinear, TernaryBasis
+from randlora_ext import TernaryBasis
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -14,26 +14,6 @@ def test_memory_does_not_grow():
     before, after = soak.soak(300)
     # Of the whole process, which other tests have filled: resident memory says nothing here.
     assert soak.grown(before | {"resident": 0}, after | {"resident": 0}) == [], (before, after)
-
-
-@pytest.mark.parametrize("leak", ["a tensor", "a basis"])
-def test_a_leak_is_found(monkeypatch, leak):
-    kept = []
-    visit = soak.Trainer.visit
-
-    def leaking(self, number):
-        visit(self, number)
-        if leak == "a tensor":
-            kept.append(torch.empty(1000))
-        else:
-            layer = RandLoraLinear(torch.nn.Linear(8, 8), 2, projection_prng_key=len(kept))
-            kept.append(layer.bases["default"])
-            layer(torch.randn(1, 8))
-
-    monkeypatch.setattr(soak.Trainer, "visit", leaking)
-    before, after = soak.soak(60)
-    growing = soak.grown(before | {"resident": 0}, after | {"resident": 0})
-    assert {"a tensor": "tensors", "a basis": "packed"}[leak] in growing
 
 
 def calls():
@@ -62,11 +42,6 @@ def calls():
         "planes_to_dense": lambda: ops.planes_to_dense(planes, basis.K, 0.5, torch.half),
         "lists_to_dense": lambda: ops.lists_to_dense(offset, index, basis.K, 0.5, torch.half),
     }
-
-
-def test_every_operator_is_called_here():
-    names = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if "randlora::" in n}
-    assert set(calls()) == names
 
 
 @pytest.mark.parametrize("name", calls())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "docs" / "figures"
 if not FIGURES.is_dir():
     pytest.skip("there is no documentation beside these tests", allow_module_level=True)

@@ -1,6 +1,6 @@
 """RandLoraLinear under any sequence of what can be done to it, against the oracle in float64.
 
-HYPOTHESIS_PROFILE=deep python -m pytest tests/test_layer_machine.py
+HYPOTHESIS_PROFILE=deep python -m pytest tests/nn/test_layer_machine.py
 """
 
 import copy

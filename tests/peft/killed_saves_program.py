@@ -1,6 +1,6 @@
 """Run by test_killed_saves.py: processes that are killed in the middle of a save; prints counts.
 
-    python tests/killed_saves_program.py STEP TRIALS
+    python tests/peft/killed_saves_program.py STEP TRIALS
 
 A forked child saves a second version of an adapter over the first and is killed at a line of Python
 in PEFT, transformers, huggingface_hub, safetensors or ours: at every STEP-th of those that the save

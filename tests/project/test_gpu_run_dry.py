@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 if not (ROOT / "benchmarks" / "gpu").is_dir():
     pytest.skip("there are no benchmarks beside these tests", allow_module_level=True)
 sys.path.insert(0, str(ROOT / "benchmarks"))

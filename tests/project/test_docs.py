@@ -9,7 +9,7 @@ import torch
 import randlora_ext
 import randlora_ext.distributed
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *DOCS]
 BLOCK = re.compile(r"^(<!-- no-test -->\n+)?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -1,6 +1,6 @@
 """Trains for many steps and tells whether memory grows.
 
-    python tests/soak.py 10000        # exit code 1 where it grows
+    python tools/soak.py 10000        # exit code 1 where it grows
 
 Every step has another number of tokens; layers of other shapes come and go, adapters are added,
 merged, disabled, saved and loaded. Counted after a warm-up, and again at the end: bytes that malloc

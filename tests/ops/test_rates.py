@@ -1,17 +1,13 @@
 """Rates of the cost model: the fit, the file, and what they change."""
 
-import sys
-from pathlib import Path
 
+import calibrate
 import pytest
 import torch
 
 from randlora_ext import TernaryBasis, explain
 from randlora_ext.ops.path import path_terms, predicted_costs
 from randlora_ext.ops.rates import NAMES, Rates, rates, save
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import calibrate  # noqa: E402
 
 KNOWN = Rates(0.5, 1.5, 0.25, 3.0, 90.0, 0.0, 70.0)
 BASES = [

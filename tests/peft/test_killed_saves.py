@@ -8,14 +8,15 @@ from pathlib import Path
 
 from property_cases import DEEP
 
-TESTS = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent
 
 
 def test_killed_saves():
     step, trials = ("1", "200") if DEEP else ("67", "8")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(TESTS / "killed_saves_program.py"), step, trials],
-        env=os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        [sys.executable, "-W", "ignore", str(HERE / "killed_saves_program.py"), step, trials],
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=3600 if DEEP else 300,

@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO-3 itself on two CPU processes: trains as one process, merges where it gathers.
 
-    pip install deepspeed && python tests/run_deepspeed.py
+    pip install deepspeed && python tools/run_deepspeed.py
 
 Not part of the suite, as DeepSpeed is large and compiles an extension when it first starts.
 """

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The core of the Python tests on CPU kernels, binding and pybind11 module built with a sanitizer.
-#   bash tests/run_sanitized_python.sh                           # ASan and UBSan
-#   bash tests/run_sanitized_python.sh thread                    # TSan: Python threads on one layer
-#   bash tests/run_sanitized_python.sh address,undefined tests/test_linear.py -k float64
+#   bash tools/run_sanitized_python.sh                           # ASan and UBSan
+#   bash tools/run_sanitized_python.sh thread                    # TSan: Python threads on one layer
+#   bash tools/run_sanitized_python.sh address,undefined tests/ops/test_linear.py -k float64
 # Builds into build/sanitized-NAME of a copy, so that the installed module stays as it is. Python and
 # torch are not instrumented, so the sanitizer's library is loaded before them.
 set -euo pipefail
@@ -14,7 +14,7 @@ name=${kind//,/-}
 copy=$repo/build/sanitized-$name
 
 mkdir -p "$copy"
-cp -r --update setup.py pyproject.toml VERSION README.md LICENSE csrc cmake tests "$copy"
+cp -r --update setup.py pyproject.toml VERSION README.md LICENSE csrc cmake tests tools benchmarks "$copy"
 cp -r --update --parents $(git ls-files randlora_ext) "$copy"
 cd "$copy"
 RANDLORA_CUDA=0 RANDLORA_SANITIZE=$kind python setup.py -q build_ext --inplace >build.log 2>&1 ||
@@ -32,14 +32,13 @@ for library in $libraries libstdc++.so; do
 done
 if [ $# -eq 0 ]; then
   case $kind in
-    *address*) set -- test_linear.py test_autograd.py test_delta_weight.py test_scaled_basis.py \
-      test_packed.py test_basis.py test_basis_spec.py test_errors.py test_nonfinite.py \
-      test_layer.py test_layer_merge.py test_merged_weight.py test_properties.py test_isa.py \
-      test_balanced.py test_balanced_spec.py -k "not test_compiled_layer" ;;
-    *thread*) set -- test_concurrency.py -k "(bits or drop or dense_b) and not -4]" ;;
+    *address*) set -- tests/ops/test_{linear,autograd,delta_weight,scaled_basis,errors}.py \
+      tests/ops/test_{nonfinite,merged_weight,properties,isa}.py \
+      tests/basis/test_{packed,basis,basis_spec}.py tests/nn/test_{layer,layer_merge}.py \
+      -k "not test_compiled_layer" ;;
+    *thread*) set -- tests/ops/test_concurrency.py -k "(bits or drop or dense_b) and not -4]" ;;
   esac
 fi
-cd tests
 # Leaks are Python's and torch's own; soak.py looks for ours. TSan cannot see into libgomp, whose
 # barriers it would take for missing: one OpenMP thread (no case of 4 torch threads), but several of
 # Python's.

@@ -1,6 +1,6 @@
 """Beyond 2^31: elements of a virtual basis always, elements of a tensor where RANDLORA_LARGE=1.
 
-RANDLORA_LARGE=1 python -m pytest tests/test_large.py     # takes 16 GB and a few minutes
+RANDLORA_LARGE=1 python -m pytest tests/basis/test_large.py     # takes 16 GB and a few minutes
 """
 
 import os

@@ -1,6 +1,6 @@
 """Operators on any shape, layout, dtype, density and seed, against the oracle in float64.
 
-HYPOTHESIS_PROFILE=deep python -m pytest tests/test_properties.py --hypothesis-show-statistics
+HYPOTHESIS_PROFILE=deep python -m pytest tests/ops/test_properties.py --hypothesis-show-statistics
 """
 
 import basis_reference

@@ -6,7 +6,6 @@ The set is chosen once a process by RANDLORA_ISA, so each runs in a process of i
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -81,7 +80,7 @@ assert not planes.any()
 def run(code, isa):
     # One thread: test_determinism.py tells that the number changes nothing.
     environment = {
-        **os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1",
+        **os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     environment.pop("RANDLORA_ISA", None)
     environment.pop("RANDLORA_PATH", None)

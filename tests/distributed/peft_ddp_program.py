@@ -12,7 +12,7 @@ from torch import nn
 
 import randlora_ext.peft
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from peft_helpers import randomize  # noqa: E402  (needs the line above)
 
 SIZES, R = (40, 56), 8

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 if not (ROOT / "benchmarks" / "layer.py").is_file():
     pytest.skip("there are no benchmarks beside these tests", allow_module_level=True)
 pytest.importorskip("peft")

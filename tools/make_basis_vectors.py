@@ -1,4 +1,4 @@
-"""Writes tests/data/basis_v1.txt from the NumPy reference: python tests/make_basis_vectors.py
+"""Writes tests/data/basis_v1.txt from the NumPy reference: python tools/make_basis_vectors.py
 
 A published specification version never changes, so a rerun must reproduce the committed file byte
 for byte. A difference means that the reference was broken, not that the file is out of date.
@@ -12,7 +12,7 @@ from basis_vectors import VECTOR_FILE, planes_digest, to_lists, to_planes, to_si
 
 HEADER = """\
 # randlora_ext basis specification, version 1: known-answer vectors (docs/basis-spec.md).
-# Written by tests/make_basis_vectors.py from tests/basis_reference.py. One record a line: a
+# Written by tools/make_basis_vectors.py from tests/helpers/basis_reference.py. One record a line: a
 # keyword, then fields separated by single spaces. Empty lines and lines that begin with '#' are
 # ignored.
 # Philox words are hexadecimal, all other integers decimal. A density is the shortest decimal that

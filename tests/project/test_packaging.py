@@ -15,7 +15,7 @@ import torch
 import randlora_ext
 from randlora_ext import _C
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(randlora_ext.__file__).parent
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 if not EXAMPLES.is_dir():
     pytest.skip("there are no examples beside these tests", allow_module_level=True)
 pytest.importorskip("transformers")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-VECTOR_FILE = Path(__file__).parent / "data" / "basis_v1.txt"
+VECTOR_FILE = Path(__file__).parents[1] / "data" / "basis_v1.txt"
 FIELDS = {  # keyword: number of fields after it
     "philox": 10,
     "threshold": 2,
