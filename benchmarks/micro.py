@@ -85,7 +85,7 @@ def measure_peaks(least: float, gemm: list[int], mib: list[int]) -> Peaks:
 
 def of_bases(b: TernaryBasis) -> Iterator[Op]:
     """Generation and packing of B: integers, whatever the dtype of the layer."""
-    planes = b._b_planes(torch.device("cpu"))
+    planes = torch.empty(2, b.D, -(-b.K // 64), dtype=torch.int64)
     fill = (planes, b.seed, 1, 0, 0, b.K, _C.threshold(b.density))
     floor = floors.fill_planes(b)
     yield Op("fill_planes_", lambda: ops.fill_planes_(*fill), floor.bytes, floor.integer)

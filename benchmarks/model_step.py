@@ -34,6 +34,15 @@ SHAPES = {
         "num_key_value_heads": 3,
         "vocab_size": 49152,
     },
+    "llama-3.2-3b": {  # for a GPU: gpu/model.py
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+    },
     "toy": {  # for tests
         "hidden_size": 32,
         "intermediate_size": 48,

@@ -123,13 +123,6 @@ def diagonals(p: Problem, n: int, scale: float, dtype: torch.dtype) -> list[Tens
     return [t.to(dtype).requires_grad_() for t in (lam, gam)]
 
 
-def hadamard(q: int) -> Tensor:
-    H = torch.ones(1, 1)
-    while len(H) < q:
-        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
-    return H
-
-
 def chunks(m: Tensor, G: int) -> Tensor:
     """(rows, G * columns) seen as (G, rows, columns)."""
     return m.view(m.shape[0], G, -1).transpose(0, 1)
@@ -144,9 +137,7 @@ class Block(Frozen):
         self.n = -(-d // p.rank)
         self.K = p.rank * self.n
         self.pitch = -(-p.tokens // align) * align
-        classes = torch.arange(d // G) // self.n  # columns of a chunk that share a column of H
-        H = hadamard(self.q)[:, classes].to(p.device, p.dtype)
-        self.signs = H * p.signs(G, 1, d // G)  # (G, q, d/G)
+        self.signs = p.signs(G, self.q, d // G)  # of A; Hadamard's would cost the same
         self.Bt = p.signs(G, self.K // G, D // G)
         compute = torch.promote_types(p.dtype, torch.float32)
         super().__init__(p, diagonals(p, self.n, (d * self.K / G**2) ** -0.5, compute))

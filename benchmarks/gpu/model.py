@@ -13,6 +13,7 @@ import warnings
 import peft
 import torch
 from methods import SCALING, density_of
+from model_step import SHAPES
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -24,14 +25,6 @@ from .card import Card
 from .layers import DENSITIES, RANK
 
 TARGETS = ["q_proj", "v_proj"]
-SHAPE = dict(
-    vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28,
-    num_attention_heads=24, num_key_value_heads=8, head_dim=128,
-)  # fmt: skip
-TOY = dict(
-    vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
-    num_attention_heads=3, num_key_value_heads=1, head_dim=16,
-)  # fmt: skip
 METHODS = [
     "LoRA, fp32 adapter", "frozen", "LoRA, bf16 adapter", *(f"ours, {d}" for d in DENSITIES),
     "PEFT's RandLoRA, fp32 adapter", "PEFT's RandLoRA, bf16 adapter", "LoRA, fp32 adapter, again",
@@ -39,10 +32,8 @@ METHODS = [
 
 
 def base_model(card: Card) -> nn.Module:
-    config = LlamaConfig(
-        **(TOY if card.dry else SHAPE), tie_word_embeddings=True, max_position_embeddings=4096,
-        use_cache=False,
-    )  # fmt: skip
+    shape = SHAPES["toy" if card.dry else "llama-3.2-3b"]
+    config = LlamaConfig(**shape, tie_word_embeddings=True, use_cache=False)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -76,7 +67,7 @@ def adapted(base: nn.Module, method: str, rank: int) -> nn.Module:
 def measure(card: Card, base: nn.Module, method: str, ids: torch.Tensor, rank: int) -> dict:
     model = base if method == "frozen" else adapted(base, method, rank)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained or [torch.zeros(1)], lr=1e-4, fused=not card.dry)
+    optimizer = torch.optim.AdamW(trained or [torch.zeros(1, device=base.device)], fused=True)
 
     def step() -> torch.Tensor:
         # A gradient reaches the first layer's input in every method, also in the frozen one.

@@ -37,9 +37,9 @@ NAMES = tuple(f.name for f in fields(Rates))
 # 1.0 chooses right on both.
 _CPU_FP32 = Rates(1.0, 2.0, 0.36, 4.0, 117.0, 0.0, 66.0)
 _CPU_16BIT = Rates(2.8, 9.7, 1.5, 25.0, 406.0, 0.0, 750.0)
-# Not measured: derived from the operators' floors on an H100 in bf16 (docs/cuda.md).
-_CUDA_LISTS = Rates(2.0, 83.0, 0.0, 920.0, 0.0, 0.0, 1000.0)
-_CUDA_PLANES = Rates(2.0, 0.0, 2.0, 0.0, 0.0, 8.0, 1920.0)
+# Estimates, not measured: an H100 in bf16, relative to its GEMM's 399 T multiply-adds/s.
+_CUDA_LISTS = Rates(2.5, 102.0, 0.0, 1130.0, 0.0, 0.0, 1230.0)
+_CUDA_PLANES = Rates(2.5, 0.0, 2.5, 0.0, 0.0, 10.0, 2360.0)
 _CUDA = {"lists": _CUDA_LISTS, "planes": _CUDA_PLANES}
 
 
