@@ -169,13 +169,6 @@ class RandLoraLinear(Mergeable, nn.Module):
     # ---- the computation ---------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            raise TypeError(f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"x must be (..., in_features) with in_features = {self.in_features}, "
-                f"got {tuple(x.shape)}"
-            )
         names = [] if self._disabled else [a for a in self._active if a not in self.merged_adapters]
         base = self.base_layer
         if len(names) == 1 and not self._drops(names[0]) and self._can_fuse(x):
