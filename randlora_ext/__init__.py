@@ -19,6 +19,7 @@ if importlib.util.find_spec("randlora_ext._C") is None:
 from ._C import build_info as _build_info
 from ._C import isa as _isa
 from .basis import TernaryBasis
+from .nn.adapter_file import load_adapter, save_adapter
 from .nn.apply import apply_randlora, merge_and_unload, unload
 from .nn.linear import RandLoraLinear
 from .ops.cuda_library import STATUS as _CUDA_STATUS
@@ -43,8 +44,10 @@ __all__ = [
     "delta_weight",
     "explain",
     "linear",
+    "load_adapter",
     "merge_and_unload",
     "merged_weight",
+    "save_adapter",
     "scaled_basis",
     "unload",
 ]

@@ -48,11 +48,7 @@ def apply_randlora(
     for name, module in matches.items():
         matched = f"module {name!r}, matched by target_modules {target_modules!r},"
         check_base_layer(module, matched)
-        if isinstance(named[name.rpartition(".")[0]], nn.MultiheadAttention):
-            raise ValueError(
-                f"{matched} would not be adapted: nn.MultiheadAttention reads its weight and never "
-                "calls it"
-            )
+        check_is_called(model, name, matched)
     # Options can only be wrong at the first layer, before it freezes anything.
     unique = {id(module): module for module in matches.values()}
     wrapped = {key: RandLoraLinear(module, **layer_options) for key, module in unique.items()}
@@ -69,6 +65,15 @@ def apply_randlora(
     if refuse_misfit not in (getattr(hook, "hook", None) for hook in hooks):
         model.register_load_state_dict_pre_hook(refuse_misfit)
     return model
+
+
+def check_is_called(model: nn.Module, name: str, argument: str) -> None:
+    """Raises ValueError, naming `argument`, if torch only reads the weight of module `name`."""
+    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+        raise ValueError(
+            f"{argument} would not be adapted: nn.MultiheadAttention reads its weight and never "
+            "calls it"
+        )
 
 
 def _matcher(target_modules: Sequence[str] | str) -> Callable[[str], bool]:

@@ -103,7 +103,7 @@ class RandLoraLinear(Mergeable, nn.Module):
 
         An added adapter is neither active nor trained until `set_adapter` names it.
         """
-        _check_adapter_name(adapter_name)
+        check_adapter_name(adapter_name)
         if adapter_name in self.merged_adapters:
             raise ValueError(f"adapter_name {adapter_name!r} is merged; call unmerge() first")
         _check_options(randlora_alpha, projection_prng_key, randlora_dropout)
@@ -257,7 +257,7 @@ class RandLoraLinear(Mergeable, nn.Module):
         return "; ".join(parts)
 
 
-def _check_adapter_name(name: str) -> None:
+def check_adapter_name(name: str) -> None:
     if not isinstance(name, str):
         raise TypeError(f"adapter_name must be a string, got {name!r}")
     # nn.ModuleDict and nn.ParameterDict keep their entries as attributes.

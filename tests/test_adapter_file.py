@@ -1,0 +1,345 @@
+"""`save_adapter` and `load_adapter`: what they keep, and what they refuse before a change."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import randlora_ext
+from randlora_ext import RandLoraLinear, apply_randlora, load_adapter, save_adapter
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+OPTIONS = {"r": 5, "randlora_alpha": 9, "density": 0.3, "projection_prng_key": 2**63 + 5}
+
+
+class Model(nn.Module):
+    """Wide, tall, square; one layer under two names."""
+
+    def __init__(self, hidden=24):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(16, hidden), nn.Linear(hidden, 16)
+        self.block = nn.ModuleDict({"up": nn.Linear(16, 16), "norm": nn.LayerNorm(16)})
+        self.tied = self.block["up"]
+
+    def forward(self, x):
+        return self.block["norm"](self.tied(self.down(self.up(x)) + self.block["up"](x)))
+
+
+def randomized(model, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "randlora_" in name:
+                parameter.normal_(generator=generator)
+    return model
+
+
+def adapted(seed=1, **options):
+    return randomized(apply_randlora(Model(), ["up", "down", "tied"], **(OPTIONS | options)), seed)
+
+
+def state_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def layers(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, RandLoraLinear)}
+
+
+@pytest.fixture
+def x():
+    return torch.randn(7, 16, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "adapter.safetensors"
+
+
+def test_a_round_trip_onto_the_base_model(file, x):
+    model = adapted(randlora_dropout=0.25)
+    save_adapter(model, file)
+    base = Model()
+    assert load_adapter(base, file) is base
+    assert base.tied is base.block["up"]
+    for name, layer in layers(model).items():
+        other = layers(base)[name]
+        assert other.extra_repr() == layer.extra_repr() and other.scaling == layer.scaling
+        assert other.bases == layer.bases and other.randlora_dropout["default"].p == 0.25
+    trained = [n for n, p in base.named_parameters() if p.requires_grad]
+    assert trained == [n for n, p in model.named_parameters() if p.requires_grad]
+    assert torch.equal(base.eval()(x), model.eval()(x))
+    assert state_of(base).keys() == state_of(model).keys()
+    assert os.listdir(file.parent) == [file.name]
+
+
+def test_the_file_says_what_it_belongs_to(file):
+    save_adapter(adapted(), file)
+    assert load_file(file).keys() == {
+        f"{layer}.randlora_{kind}"
+        for layer in ("up", "down", "block.up")
+        for kind in ("lambda", "gamma")
+    }
+    with safe_open(file, "pt") as opened:
+        said = json.loads(opened.metadata()["randlora_ext"])
+    assert said["adapter_name"] == "default" and list(said["layers"]) == ["up", "down", "block.up"]
+    assert said["layers"]["down"] == {
+        "in_features": 24, "out_features": 16, "fan_in_fan_out": False, "r": 5, "scaling": 9 / 5,
+        "randlora_dropout": 0.0,
+        "basis": f"randlora_ext:independent-1:density=0.3:seed={2**63 + 5}", "also_at": [],
+    }  # fmt: skip
+    assert said["layers"]["block.up"]["also_at"] == ["tied"]
+
+
+def test_an_adapter_in_use_takes_the_numbers_and_goes_on(file, x):
+    save_adapter(adapted(seed=2, randlora_alpha=3), file)
+    model = adapted()
+    parameters = dict(model.named_parameters())
+    load_adapter(model, file)
+    assert all(parameters[name] is p for name, p in model.named_parameters())
+    assert torch.equal(model(x), adapted(seed=2, randlora_alpha=3)(x))
+
+
+def test_several_adapters(file, x):
+    model = adapted()
+    alone = model(x)
+    save_adapter(adapted(seed=2, r=3, density=0.7), file)
+    load_adapter(model, file, adapter_name="other")
+    assert torch.equal(model(x), alone)  # not active
+    assert not any(layer.randlora_lambda["other"].requires_grad for layer in layers(model).values())
+    for layer in layers(model).values():
+        layer.set_adapter("other")
+    assert torch.equal(model(x), adapted(seed=2, r=3, density=0.7)(x))
+    second = file.with_name("second.safetensors")
+    save_adapter(model, second, adapter_name="other")
+    fresh = load_adapter(Model(), second)
+    assert layers(fresh)["up"].active_adapters == ["other"]
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_an_adapter_of_more_layers_than_there_are(file, x):
+    save_adapter(adapted(), file)
+    model = apply_randlora(Model(), "down", **OPTIONS, adapter_name="first")
+    before = model(x)
+    load_adapter(model, file)
+    assert torch.equal(model(x), before) and len(layers(model)) == 3
+    for layer in layers(model).values():
+        layer.set_adapter("default")
+    assert torch.equal(model(x), adapted()(x))
+
+
+def test_layers_of_different_options(file, x):
+    model = apply_randlora(Model(), ["down"], r=3, density=0.9)
+    apply_randlora(model, ["up"], r=4, density=0.2, projection_prng_key=8)
+    save_adapter(randomized(model), file)
+    loaded = load_adapter(Model(), file)
+    assert torch.equal(loaded(x), model(x)) and loaded.tied is loaded.block["up"].base_layer
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, lambda m: m], ids=["compiled", "plain"])
+def test_one_layer_and_names_of_wrappers(file, wrap):
+    layer = randomized(RandLoraLinear(nn.Linear(8, 12), r=3))
+    save_adapter(wrap(layer), file)
+    assert load_file(file).keys() == {"randlora_lambda", "randlora_gamma"}
+    other = RandLoraLinear(nn.Linear(8, 12), r=3)
+    load_adapter(wrap(other), file)
+    assert torch.equal(other.randlora_lambda["default"], layer.randlora_lambda["default"])
+    with pytest.raises(ValueError, match="cannot be replaced"):
+        load_adapter(nn.Linear(8, 12), file)
+
+
+def test_conv1d(file):
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = randomized(apply_randlora(nn.Sequential(conv1d(12, 8)), ["0"], r=3))
+    save_adapter(model, file)
+    x = torch.randn(4, 8)
+    loaded = nn.Sequential(conv1d(12, 8))
+    loaded[0].load_state_dict(model[0].base_layer.state_dict())
+    assert torch.equal(load_adapter(loaded, file)(x), model(x))
+
+
+def test_float64_and_16_bit_bases(file):
+    for dtype in (torch.float64, torch.bfloat16):
+        model = randomized(apply_randlora(Model().to(dtype), ["up"], **OPTIONS))
+        save_adapter(model, file)
+        loaded = load_adapter(Model().to(dtype), file)
+        x = torch.randn(3, 16, dtype=dtype)
+        assert torch.equal(loaded(x), model(x))
+
+
+# ---- what is refused, before anything changes ---------------------------------------------------
+
+
+def merged(model):
+    for layer in layers(model).values():
+        layer.merge()
+    return model
+
+
+def untied(model):
+    model.tied = nn.Linear(16, 16)
+    return model
+
+
+MISFITS = {
+    "wider": (lambda: Model(hidden=32), r"up: in_features and out_features are \(16, 32\)"),
+    "untied": (lambda: untied(Model()), "tied: must be the same module as block.up"),
+    "gone": (lambda: nn.Sequential(nn.Linear(16, 24)), "block.up: there is no such module"),
+    "density": (lambda: adapted(density=0.2), r"basis randlora_ext:independent-1:density=0.2"),
+    "key": (lambda: adapted(projection_prng_key=1), "seed=1, the file"),
+    "rank": (lambda: adapted(r=4), "has r=4 and"),
+    "merged": (lambda: merged(adapted()), "is merged; unmerge"),
+    "meta": (lambda: Model().to("meta"), "no numbers here"),
+    "other layers": (
+        lambda: apply_randlora(adapted(), "block.extra", **OPTIONS),
+        "block.extra: it has an adapter 'default', and the file has none",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_model_that_does_not_fit(monkeypatch, file, case):
+    save_adapter(adapted(), file)
+    monkeypatch.setattr(
+        Model, "__init__", lambda self, *a, __init__=Model.__init__, **k: (
+            __init__(self, *a, **k), self.block.update({"extra": nn.Linear(4, 4)}))[0]
+    )  # fmt: skip
+    make, message = MISFITS[case]
+    model = make()
+    before, modules = state_of(model), [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match=message):
+        load_adapter(model, file)
+    assert [type(m) for m in model.modules()] == modules
+    assert all(p.requires_grad for p in Model().parameters())
+    after = state_of(model)
+    assert after.keys() == before.keys()
+    assert case == "meta" or all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_what_is_no_linear_layer_is_no_place(file):
+    save_adapter(adapted(), file)
+    model = Model()
+    model.block["up"] = nn.Conv1d(16, 16, 1)
+    with pytest.raises(TypeError, match="layer 'block.up' of the adapter must be an nn.Linear"):
+        load_adapter(model, file)
+    assert not layers(model)
+    with pytest.raises(ValueError, match="adapter_name must be non-empty"):
+        load_adapter(Model(), file, adapter_name="a.b")
+
+
+def test_what_has_no_adapter_is_not_saved(file):
+    with pytest.raises(
+        ValueError, match="this Model has none; a model of PEFT has save_pretrained"
+    ):
+        save_adapter(Model(), file)
+    with pytest.raises(ValueError, match=r"adapter_name must be one of \['default'\], got 'x'"):
+        save_adapter(adapted(), file, adapter_name="x")
+    with pytest.raises(ValueError, match="up.randlora_lambda of adapter 'default' has no numbers"):
+        save_adapter(adapted().to("meta"), file)
+    assert not file.exists()
+
+
+def described(file, change):
+    """The file with `change` made to its description."""
+    with safe_open(file, "pt") as opened:
+        said = json.loads(opened.metadata()["randlora_ext"])
+    change(said)
+    save_file(load_file(file), file, metadata={"randlora_ext": json.dumps(said)})
+
+
+def of_layer(**fields):
+    return lambda said: said["layers"]["up"].update(fields)
+
+
+DESCRIPTIONS = {
+    "no layers": (lambda said: said.update(layers={}), "0 layers"),
+    "layers a list": (lambda said: said.update(layers=[]), "no sound file"),
+    "a layer a number": (lambda said: said["layers"].update(up=3), "no sound file"),
+    "no name": (lambda said: said.pop("adapter_name"), "'adapter_name' is missing"),
+    "name a number": (lambda said: said.update(adapter_name=1), "adapter_name is 1"),
+    "a layer less": (lambda said: said["layers"].pop("up"), "'up.randlora_gamma' belongs to no"),
+    "a layer more": (
+        lambda said: said["layers"].update(x=said["layers"]["up"]), "'x.randlora_lambda' is missing"
+    ),
+    "a field less": (lambda said: said["layers"]["up"].pop("r"), "'r' is missing"),
+    "r": (of_layer(r=6), "lambda and gamma of 'up'"),
+    "r zero": (of_layer(r=0), "r must be"),
+    "r huge": (of_layer(r=10**400), "no sound file"),
+    "r text": (of_layer(r="5"), "r must be"),
+    "features": (of_layer(in_features=8), "lambda and gamma of 'up'"),
+    "scaling": (of_layer(scaling=float("nan")), "finite"),
+    "scaling huge": (of_layer(scaling=10**400), "no sound file"),
+    "scaling text": (of_layer(scaling="1"), "scaling of 'up' is '1'"),
+    "dropout": (of_layer(randlora_dropout=1), "in .0, 1"),
+    "fan": (of_layer(fan_in_fan_out=1), "fan_in_fan_out of 'up' is 1"),
+    "paths": (of_layer(also_at="x"), "also_at of 'up' is 'x'"),
+    "basis": (of_layer(basis="independent"), "no key of a basis"),
+    "basis to come": (of_layer(basis="randlora_ext:independent-2:density=0.3:seed=1"), "knows"),
+    "basis a number": (of_layer(basis=1), "no key of a basis"),
+    "density": (of_layer(basis="randlora_ext:independent-1:density=7.0:seed=1"), "density"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DESCRIPTIONS)
+def test_a_description_that_is_wrong(file, case):
+    change, message = DESCRIPTIONS[case]
+    save_adapter(adapted(), file)
+    described(file, change)
+    model = Model()
+    with pytest.raises(ValueError, match=message) as caught:
+        load_adapter(model, file)
+    assert str(file) in str(caught.value) and not layers(model)
+
+
+def test_files_that_are_none(file):
+    save_adapter(adapted(), file)
+    tensors = load_file(file)
+    for metadata, message in (
+        (None, "does not say which bases"),
+        ({"randlora_ext": "{"}, "no sound file"),
+        ({"randlora_ext": "[" * 100_000}, "nested too deeply"),
+        ({"randlora_ext": "1"}, "no sound file"),
+    ):
+        save_file(tensors, file, metadata=metadata)
+        with pytest.raises(ValueError, match=message):
+            load_adapter(Model(), file)
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="damaged"):
+        load_adapter(Model(), file)
+    with pytest.raises(FileNotFoundError):
+        load_adapter(Model(), file.with_name("nowhere"))
+    save_file({k: v.to(torch.int8) for k, v in tensors.items()}, file)
+    with pytest.raises(ValueError, match="does not say"):
+        load_adapter(Model(), file)
+
+
+def test_a_save_that_fails_leaves_the_old_file(file):
+    save_adapter(adapted(), file)
+    before = file.read_bytes()
+    program = f"""
+import resource, sys, torch, randlora_ext
+model = randlora_ext.apply_randlora(torch.nn.Sequential(torch.nn.Linear(64, 64)), ["0"])
+resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))
+randlora_ext.save_adapter(model, {str(file)!r})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert f"OSError: {file} cannot be written: " in done.stderr and "File too large" in done.stderr
+    assert file.read_bytes() == before and os.listdir(file.parent) == [file.name]
+    with pytest.raises(OSError, match="cannot be written"):
+        save_adapter(adapted(), file.parent / "no" / "a.safetensors")
+
+
+def test_without_safetensors(monkeypatch, file):
+    save_adapter(adapted(), file)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    for call in (save_adapter, load_adapter):
+        with pytest.raises(ImportError, match="pip install safetensors"):
+            call(adapted(), file)
+    assert {"save_adapter", "load_adapter"} <= set(randlora_ext.__all__)
