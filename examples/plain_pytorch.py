@@ -6,36 +6,18 @@
 transformers only provides the model here; any `nn.Module` with linear layers will do.
 """
 
-import json
-
 import torch
 from causal_lm import TARGETS, load_blocks, load_model, parse, parser
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
-from randlora_ext import RandLoraLinear, apply_randlora
+from randlora_ext import apply_randlora, load_adapter, merge_and_unload, save_adapter
 
-
-def options_of(args) -> dict:
-    """What says which bases lambda and gamma belong to; saved with them."""
-    scaling = 20
-    return {
-        "r": args.rank,
-        "randlora_alpha": scaling * args.rank,
-        "density": args.density,
-        "projection_prng_key": 0,
-    }
-
-
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.detach() for n, p in model.named_parameters() if "randlora_" in n}
+SCALING = 20
 
 
 def main() -> None:
     args = parse(parser(__doc__.splitlines()[0]))
     device = torch.device("cuda" if torch.cuda.is_available() and not args.toy else "cpu")
-    options = options_of(args)
+    options = {"r": args.rank, "randlora_alpha": SCALING * args.rank, "density": args.density}
     model = apply_randlora(load_model(args), TARGETS, **options).to(device).train()
     blocks = load_blocks(args).to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -54,21 +36,16 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "randlora.safetensors"
-    save_file(adapter_state(model), file, metadata={"randlora": json.dumps(options)})
+    save_adapter(model, file)
     print(f"{file}: {file.stat().st_size:,} bytes")
 
     model.eval()
     with torch.no_grad():
         want = model(blocks[:1]).logits
-        with safe_open(file, framework="pt") as saved:
-            options = json.loads(saved.metadata()["randlora"])
-        fresh = apply_randlora(load_model(args), TARGETS, **options).to(device).eval()
-        fresh.load_state_dict(load_file(file), strict=False)  # the base layers are there already
+        fresh = load_adapter(load_model(args).to(device), file).eval()
         difference = (fresh(blocks[:1]).logits - want).abs().max().item()
         print(f"reloaded: largest difference {difference:.1e}")
-        for layer in fresh.modules():
-            if isinstance(layer, RandLoraLinear):
-                layer.merge()
+        merge_and_unload(fresh)
         difference = (fresh(blocks[:1]).logits - want).abs().max().item()
         print(f"merged: largest difference {difference:.1e}")
 

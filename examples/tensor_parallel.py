@@ -7,34 +7,22 @@ Every rank holds a part of each weight and generates its own part of the bases. 
 as one file, which a model in one process, or in any other number of them, opens again.
 """
 
-import json
 import os
 
 import torch
 import torch.distributed as dist
 from causal_lm import TARGETS, load_blocks, load_model, parse, parser
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
-from randlora_ext import RandLoraLinear, apply_randlora
+from randlora_ext import RandLoraLinear, apply_randlora, load_adapter, save_adapter
 from randlora_ext.distributed import RandLoraColwise, RandLoraRowwise
 
 STYLES = {name: RandLoraColwise for name in TARGETS} | {
     "o_proj": RandLoraRowwise,
     "down_proj": RandLoraRowwise,
 }
-
-
-def options_of(args) -> dict:
-    return {"r": args.rank, "randlora_alpha": 20 * args.rank, "density": args.density,
-            "projection_prng_key": 0}  # fmt: skip
-
-
-def adapted(args) -> nn.Module:
-    return apply_randlora(load_model(args), TARGETS, **options_of(args))
 
 
 def cut(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -69,7 +57,9 @@ def main() -> None:
         if rank == 0:
             print(text, flush=True)
 
-    model = cut(adapted(args).to(device).train(), mesh)
+    options = {"r": args.rank, "randlora_alpha": 20 * args.rank, "density": args.density}
+    model = apply_randlora(load_model(args), TARGETS, **options).to(device).train()
+    cut(model, mesh)
     blocks = load_blocks(args).to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
     weights, bases = held(model)
@@ -89,17 +79,12 @@ def main() -> None:
     model.eval()
     with torch.no_grad():
         want = model(blocks[:1]).logits
-    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
-    state = get_model_state_dict(model, options=options)  # all ranks gather, rank 0 keeps
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "randlora.safetensors"
+    save_adapter(model, file)  # all ranks gather, the first one writes
     if rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        file = args.out / "randlora.safetensors"
-        state = {name: tensor.contiguous() for name, tensor in state.items()}
-        about = {"randlora": json.dumps(options_of(args))}  # what python -m randlora_ext reads
-        save_file(state, file, metadata=about)
         print(f"{file}: {file.stat().st_size:,} bytes")
-        whole = adapted(args).to(device).eval()
-        whole.load_state_dict(load_file(file), strict=False)
+        whole = load_adapter(load_model(args).to(device), file).eval()
         with torch.no_grad():
             difference = (whole(blocks[:1]).logits - want).abs().max().item()
         print(f"in one process: largest difference {difference:.1e}")

@@ -1,7 +1,8 @@
 """A local model folder of safetensors files: which tensor lies where."""
 
+import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .adapter import read_json
-from .errors import CliError, first_line
+from .files import CliError, first_line, read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {
@@ -34,7 +34,7 @@ class Entry:
 @dataclass(frozen=True)
 class Checkpoint:
     folder: Path
-    config: dict  # config.json; empty where there is none
+    config: dict  # config.json; empty if there is none
     files: list[Path]
     tensors: dict[str, Entry]
 
@@ -43,34 +43,37 @@ class Checkpoint:
         with safe_open(self.tensors[name].file, framework="pt") as file:
             return file.get_tensor(name)
 
+    def is_tied(self, name: str) -> bool:
+        """Whether the model uses this tensor for its embeddings and for its head."""
+        tied = self.config.get("tie_word_embeddings", False)
+        return tied and self.tensors[name].shape[:1] == (self.config.get("vocab_size"),)
+
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Reads headers alone. CliError where the folder has no sound safetensors files."""
+    """Reads headers alone. CliError if the folder has no sound safetensors files."""
     if not folder.is_dir():
         raise CliError(f"{folder} is no folder; a model folder has config.json and safetensors")
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX, "").get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(name, str) and Path(name).name == name for name in weight_map.values()
-        ):
-            raise CliError(f"{folder / INDEX} must map tensors to files of its folder")
-        names = sorted(set(weight_map.values()))
-    elif (folder / SINGLE).is_file():
-        weight_map, names = None, [SINGLE]
-    else:
-        raise CliError(
-            f"{folder} has neither {SINGLE} nor {INDEX}; other formats are not read: save the "
-            "model by transformers' save_pretrained first"
-        )
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if not (folder / INDEX).is_file():
+        if not (folder / SINGLE).is_file():
+            raise CliError(
+                f"{folder} has neither {SINGLE} nor {INDEX}; other formats are not read: save the "
+                "model by transformers' save_pretrained first"
+            )
+        return Checkpoint(folder, config, [folder / SINGLE], _entries(folder / SINGLE))
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in weight_map.values()
+    ):
+        raise CliError(f"{folder / INDEX} must map tensors to files of its folder")
+    files = [folder / name for name in sorted(set(weight_map.values()))]
     tensors: dict[str, Entry] = {}
-    for name in names:
-        tensors.update(_entries(folder / name))
-    if weight_map is not None:
-        for tensor, name in weight_map.items():
-            if tensor not in tensors or tensors[tensor].file.name != name:
-                raise CliError(f"{folder / INDEX} says that {tensor} is in {name}; it is not")
-    config = read_json(folder / "config.json", "") if (folder / "config.json").is_file() else {}
-    return Checkpoint(folder, config, [folder / name for name in names], tensors)
+    for file in files:
+        tensors |= _entries(file)
+    for tensor, name in weight_map.items():
+        if tensor not in tensors or tensors[tensor].file.name != name:
+            raise CliError(f"{folder / INDEX} says that {tensor} is in {name}; it is not")
+    return Checkpoint(folder, config, files, tensors)
 
 
 def _entries(file: Path) -> dict[str, Entry]:
@@ -81,7 +84,7 @@ def _entries(file: Path) -> dict[str, Entry]:
             pass
     except (SafetensorError, OSError) as error:
         raise CliError(f"{file} is damaged or no safetensors file: {first_line(error)}") from error
-    # The library tells no offsets. Eight bytes of length, a JSON header, then the data.
+    # The library does not give offsets. Eight bytes of length, a JSON header, then the data.
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
@@ -94,44 +97,45 @@ def _entries(file: Path) -> dict[str, Entry]:
     }
 
 
-def find_base(name: str | None) -> Path:
-    """The folder of a base model: a path, or a name in the hub's cache. Nothing is downloaded."""
+def find_base(name: str | None) -> Checkpoint:
+    """The base model: a folder, or a name in the hub's cache. Nothing is downloaded."""
     if not name:
         raise CliError("the adapter names no base model; give its folder by --base")
     if Path(name).is_dir():
-        return Path(name)
+        return read_checkpoint(Path(name))
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, local_files_only=True))
+        folder = snapshot_download(name, local_files_only=True)
     except Exception as error:  # its own errors, and those of its check of names
         raise CliError(
             f"base model {name!r} is neither a folder nor in the hub's cache; give its folder by "
             "--base"
         ) from error
+    return read_checkpoint(Path(folder))
 
 
-def locate(paths: Iterable[str], checkpoint: Checkpoint) -> dict[str, str]:
-    """The name of the weight of each layer of an adapter.
+def locate(paths: Iterable[str], checkpoint: Checkpoint) -> Callable[[str], str]:
+    """From an adapter's name of a tensor to the checkpoint's, for an adapter of layers at `paths`.
 
     An adapter of a bare LlamaModel has "layers.0...", the file of a LlamaForCausalLM
-    "model.layers.0...", and the reverse: so one prefix may be put before all paths, or taken away.
+    "model.layers.0...", and the reverse: so one prefix may be put before all names, or taken away.
     """
-    paths = sorted(paths)
-    first, names = paths[0], checkpoint.tensors
-    parts = first.split(".")
+    paths, tensors = sorted(paths), checkpoint.tensors
+    last = f".{paths[0]}.weight"
+    longer = sorted((n.removesuffix(last[1:]) for n in tensors if n.endswith(last)), key=len)
+    parts = paths[0].split(".")
     shorter = [".".join(parts[:k]) + "." for k in range(1, len(parts))]
-    longer = [n.removesuffix(f"{first}.weight") for n in names if n.endswith(f".{first}.weight")]
-    for added in ["", *sorted(longer, key=len)]:
-        found = {path: f"{added}{path}.weight" for path in paths}
-        if all(name in names for name in found.values()):
-            return found
-    for taken in shorter:
-        found = {path: f"{path.removeprefix(taken)}.weight" for path in paths}
-        if all(name in names for name in found.values()):
-            return found
-    missing = next((p for p in paths if f"{p}.weight" not in names), first)
+    for add, take in [("", ""), *((p, "") for p in longer), *(("", p) for p in shorter)]:
+        rename = functools.partial(_renamed, add=add, take=take)
+        if all(rename(f"{path}.weight") in tensors for path in paths):
+            return rename
+    missing = next((path for path in paths if f"{path}.weight" not in tensors), paths[0])
     raise CliError(
         f"{checkpoint.folder} has no tensor {missing}.weight: the adapter is of another model, or "
         "that weight is tied to another"
     )
+
+
+def _renamed(name: str, add: str, take: str) -> str:
+    return add + name.removeprefix(take)

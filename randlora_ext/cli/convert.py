@@ -9,30 +9,23 @@ import dataclasses
 import json
 import shutil
 import warnings
+from collections.abc import Mapping
 from fractions import Fraction
-from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft.tuners.randlora.layer import RandLoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..peft import RandLoraConfig
-from ..peft.export import dense_basis, stock_config
-from ..peft.ternary_tensor import TernaryTensor
-from .adapter import CONFIG, WEIGHTS, Adapter, read_adapter
-from .checkpoint import find_base, read_checkpoint
-from .errors import CliError
-from .outputs import check_free, new_folder
-from .skeleton import Shape, shapes_of, skeleton
+from ..peft import RandLoraConfig, enable
+from ..peft.export import stock_config
+from .adapter import BASES, CONFIG, GAMMA, LAMBDA, PREFIX, WEIGHTS, Adapter, read_adapter
+from .files import CliError, check_free, complete
+from .layers import Shape, dense_bases, shapes_of
 
-_BASES = ("randlora_A", "randlora_B")
-# Bases of a density of ours, and the fields that say so.
-_WAYS: dict[str, dict] = {
-    "generates its": {"basis": "independent"},
-    "draws its": {"basis": "peft"},
-}
+# Fields that say which bases an adapter has, or whether they are saved.
+_OF_BASES = {"density", "basis", "sparse", "very_sparse", "save_projection", "projection_prng_key"}
 
 
 def convert(
@@ -42,25 +35,36 @@ def convert(
 
     Args:
         to: "peft": bases included, once, and PEFT's own fields alone, so that stock PEFT opens it,
-            as by `export_to_peft`. Where they are not saved, the base model's shapes are needed.
+            as by `export_to_peft`. If they are not saved, the base model's shapes are needed.
             "compact": without bases. They are drawn or generated again from the adapter's key, and
-            compared bit for bit with the saved ones; where they differ, CliError.
+            compared bit for bit with the saved ones; if they differ, CliError.
         base: the base model, a folder or a name in the hub's cache.
-        density: of bases that were written out, where it cannot be read off them.
+        density: of bases that were written out, if it cannot be read off them.
     """
     check_free(out)
     adapter = read_adapter(source)
+    shapes = shapes_of(adapter, base) if adapter.plain else None
+    adapter = _in_terms_of_peft(adapter) if adapter.plain else adapter
+    bases: Mapping[str, Tensor] = {}
     if to == "peft":
-        config, bases, told = _with_bases(adapter, base)
+        bases = adapter.bases
+        if not bases:
+            bases = dense_bases(adapter, (shapes or shapes_of(adapter, base)).values())
+        config = stock_config(adapter.config, _is_ternary(bases["randlora_A"]))
+        told = "stock PEFT opens it"
+    elif shapes:
+        config, told = adapter.config, "a folder that randlora_ext.peft opens"
     else:
         config, told = _without_bases(adapter, density)
-        bases = {}
-    with new_folder(out) as folder:
-        written = {f"base_model.{name}": basis.contiguous() for name, basis in bases.items()}
-        state = adapter.tensors | written
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    written = {f"base_model.{name}": basis.contiguous() for name, basis in bases.items()}
+    with complete(out) as folder:
+        folder.mkdir()
+        save_file({**adapter.tensors, **written}, folder / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
-        _keep_written_fields(adapter, folder)
+        fields = json.loads((folder / CONFIG).read_text())
+        # Fields that this version of PEFT does not know stay.
+        kept = {k: v for k, v in adapter.settings.items() if k not in _OF_BASES | fields.keys()}
+        (folder / CONFIG).write_text(json.dumps(fields | kept, indent=2, sort_keys=True) + "\n")
         if (source / "README.md").is_file():
             shutil.copyfile(source / "README.md", folder / "README.md")
         size = (folder / WEIGHTS).stat().st_size
@@ -68,32 +72,47 @@ def convert(
     return 0
 
 
-def _with_bases(
-    adapter: Adapter, base: str | None
-) -> tuple[RandLoraConfig, dict[str, Tensor], str]:
-    if adapter.bases:
-        bases = adapter.bases
-    else:
-        found = find_base(base or adapter.config.base_model_name_or_path)
-        shapes = shapes_of(adapter, read_checkpoint(found))
-        bases = _bases_of(skeleton(adapter, shapes))
-    packed = _is_ternary(bases["randlora_A"])
-    return stock_config(adapter.config, packed), bases, "stock PEFT opens it"
+def _in_terms_of_peft(adapter: Adapter) -> Adapter:
+    """A file of `save_adapter` as a folder of PEFT's would be read."""
+    assert adapter.plain is not None
+    options = {
+        (s.basis.r, s.scaling, s.randlora_dropout, s.fan_in_fan_out, s.description)
+        for s in adapter.plain.values()
+    }
+    if len(options) > 1:
+        raise CliError(
+            f"{adapter.file} has layers of different options; an adapter of PEFT has one r, "
+            "scaling, dropout and basis"
+        )
+    ((r, scaling, dropout, fan_in_fan_out, basis),) = options
+    enable()  # without it the config refuses our fields
+    config = RandLoraConfig(
+        r=r,
+        randlora_alpha=scaling * r,
+        randlora_dropout=dropout,
+        fan_in_fan_out=fan_in_fan_out,
+        target_modules=sorted(adapter.plain),
+        basis=basis.kind,
+        density=basis.density,
+        projection_prng_key=basis.seed,
+    )
+    tensors: dict[str, Tensor] = {}
+    for path, (lam, gam) in adapter.diagonals.items():
+        tensors |= {f"{PREFIX}{path}{LAMBDA}": lam, f"{PREFIX}{path}{GAMMA}": gam}
+    return dataclasses.replace(adapter, plain=None, config=config, tensors=tensors)
 
 
 def _without_bases(adapter: Adapter, density: float | None) -> tuple[RandLoraConfig, str]:
-    if adapter.source == adapter.file:
-        return adapter.config, "a folder that randlora_ext.peft opens"
     if not adapter.bases:
         raise CliError(f"{adapter.source} holds no bases: it is compact already")
-    if density is None and (config := _as_config(adapter)) and _same(adapter, config):
+    if density is None and (config := _config(adapter)) and _makes_them(config, adapter):
         readers = "randlora_ext" if config.density is not None else "stock PEFT and randlora_ext"
         return config, f"{readers} draws its bases again from the key"
-    guesses = [density] if density is not None else _densities(adapter)
-    for guess, (makes, fields) in product(guesses, _WAYS.items()):
-        config = _as_config(adapter, density=guess, **fields)
-        if config is not None and _same(adapter, config):
-            return config, f"randlora_ext {makes} bases again (density {guess:.6g})"
+    for guess in [density] if density is not None else _densities(adapter):
+        for basis, makes in (("independent", "generates"), ("peft", "draws")):
+            config = _config(adapter, basis=basis, density=guess, sparse=False, very_sparse=False)
+            if config is not None and _makes_them(config, adapter):
+                return config, f"randlora_ext {makes} its bases again (density {guess:.6g})"
     tried = "as PEFT draws them or as generated" if density is None else f"at density {density}"
     raise CliError(
         f"{adapter.source}: the saved bases are not those of projection_prng_key "
@@ -101,32 +120,22 @@ def _without_bases(adapter: Adapter, density: float | None) -> tuple[RandLoraCon
     )
 
 
-def _as_config(adapter: Adapter, **fields) -> RandLoraConfig | None:
-    """The config without projections; None where its values contradict each other."""
-    if fields:
-        fields |= {"sparse": False, "very_sparse": False}
-    fields["save_projection"] = False
+def _config(adapter: Adapter, **fields: Any) -> RandLoraConfig | None:
+    """The config without projections; None if its values contradict each other."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Specified to not save")
         try:
-            return dataclasses.replace(adapter.config, **fields)
+            return dataclasses.replace(adapter.config, save_projection=False, **fields)
         except (ValueError, TypeError):
             return None
 
 
-def _same(adapter: Adapter, config: RandLoraConfig) -> bool:
+def _makes_them(config: RandLoraConfig, adapter: Adapter) -> bool:
     """Whether `config` makes the saved bases, perhaps as a base model of 16 bits rounds them."""
-    A, B = adapter.bases["randlora_A"], adapter.bases["randlora_B"]
-    (D, _, _), d = B.shape, A.shape[-1]
-    # One layer of the largest sizes has the bases of all.
-    path, (n, r) = "layer", (-(-d // config.r), config.r)
-    diagonals = torch.zeros(r, n), torch.zeros(n, d)
+    d, D = adapter.bases["randlora_A"].shape[-1], adapter.bases["randlora_B"].shape[0]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        one = dataclasses.replace(adapter, config=config, layers={path: diagonals}, bases={})
-        made = _bases_of(skeleton(one, {path: Shape(D, d, dtype)}))
-        if torch.equal(made["randlora_A"], A.float()) and torch.equal(
-            made["randlora_B"], B.float()
-        ):
+        made = dense_bases(dataclasses.replace(adapter, config=config), [Shape(d, D, dtype)])
+        if all(torch.equal(made[name], adapter.bases[name].float()) for name in BASES):
             return True
     return False
 
@@ -135,35 +144,15 @@ def _densities(adapter: Adapter) -> list[float]:
     """What the value of +1 may come from: 1 / sqrt(density), or for PEFT's draw 1 / the sample's
     own standard deviation, which is near that. Of B, which has more elements.
     """
-    A, B = (adapter.bases[name].float() for name in _BASES)
+    A, B = (adapter.bases[name].float() for name in BASES)
     if not _is_ternary(B) or not bool(B.any()):
         return []
     exact = 1 / float(B.abs().max()) ** 2
-    d = A.shape[-1]
-    guesses = [d**-0.5, *(float(Fraction(exact).limit_denominator(k)) for k in (16, 100, 1000))]
+    guesses = [A.shape[-1] ** -0.5]
+    guesses += [float(Fraction(exact).limit_denominator(k)) for k in (16, 100, 1000)]
     guesses += [float(f"{exact:.{digits}g}") for digits in (1, 2, 3, 4, 5)]
-    close = [guess for guess in dict.fromkeys(guesses) if 0.95 < guess / exact < 1.05]
-    return [guess for guess in close if guess <= 1]
-
-
-def _bases_of(model) -> dict[str, Tensor]:
-    """Dense float32 bases of a skeleton."""
-    holder = next(m for m in model.modules() if isinstance(m, RandLoraLayer))
-    return {name: dense_basis(getattr(holder, name)["default"]).float() for name in _BASES}
+    return [guess for guess in dict.fromkeys(guesses) if guess <= 1 and 0.95 < guess / exact < 1.05]
 
 
 def _is_ternary(basis: Tensor) -> bool:
-    try:
-        TernaryTensor.of(basis)
-    except ValueError:
-        return False
-    return True
-
-
-def _keep_written_fields(adapter: Adapter, folder: Path) -> None:
-    """The written config keeps what this version of PEFT does not know, but for our own fields."""
-    written = json.loads((folder / CONFIG).read_text())
-    ours = {"density", "basis", "sparse", "very_sparse", "save_projection",
-            "projection_prng_key"}  # fmt: skip
-    extra = {k: v for k, v in adapter.settings.items() if k not in ours | written.keys()}
-    (folder / CONFIG).write_text(json.dumps(written | extra, indent=2, sort_keys=True) + "\n")
+    return bool(((basis == 0) | (basis.abs() == basis.abs().max())).all())

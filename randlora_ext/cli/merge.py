@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..ops.functional import merged_weight
-from ..peft.layer import AcceleratedLinear
-from .adapter import Adapter, read_adapter
+from ..basis import TernaryBasis
+from .adapter import read_adapter
 from .checkpoint import Checkpoint, locate, read_checkpoint
-from .errors import CliError
-from .outputs import check_free, new_folder
-from .skeleton import adapted_layers, shapes_of, skeleton
+from .files import CliError, check_free, complete
+from .layers import LayerChange, layer_changes, shapes_in
 
 # Weights in other formats would be those of the unmerged model.
 _NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
@@ -36,83 +34,77 @@ def merge(model: Path, adapter: Path, out: Path, rounding_seed: int | None = Non
         raise CliError(f"--rounding-seed must be in [0, 2**64), got {rounding_seed}")
     check_free(out)
     source, checkpoint = read_adapter(adapter), read_checkpoint(model)
-    replaced = _replaced(source, checkpoint)
-    layers = adapted_layers(skeleton(source, shapes_of(source, checkpoint)))
-    names = locate(source.layers, checkpoint)
+    name_in = locate(source.diagonals, checkpoint)
+    replaced = {name_in(path): t for path, t in source.others.items()}
+    changes = {
+        name_in(f"{path}.weight"): (path, change)
+        for path, change in layer_changes(source, shapes_in(source, checkpoint)).items()
+    }
+    _check_names(checkpoint, replaced, changes.keys() | replaced.keys())
     _check_space(checkpoint, out)
     with (
-        new_folder(out) as folder,
-        tqdm(total=len(checkpoint.files) + len(layers), desc="merging", unit="step") as bar,
+        complete(out) as folder,
+        tqdm(total=len(checkpoint.files) + len(changes), desc="merging", unit="step") as bar,
     ):
+        folder.mkdir()
         for file in checkpoint.files:
             bar.set_postfix_str(file.name)
             shutil.copyfile(file, folder / file.name)
             bar.update()
             with open(folder / file.name, "r+b") as copy:
-                for path, layer in layers.items():
-                    if checkpoint.tensors[names[path]].file != file:
+                for name in changes.keys() | replaced.keys():
+                    entry = checkpoint.tensors[name]
+                    if entry.file != file:
                         continue
-                    weight = checkpoint.read(names[path])
-                    total = _sum(path, layer, weight, source.config.fan_in_fan_out, rounding_seed)
-                    _write(copy, checkpoint, names[path], total)
-                    bar.update()
-                for name, tensor in replaced.items():
-                    if checkpoint.tensors[name].file == file:
-                        _write(copy, checkpoint, name, tensor)
+                    weight = replaced[name] if name in replaced else checkpoint.read(name)
+                    weight = weight.to(entry.dtype)
+                    if name in changes:
+                        weight = _sum(*changes[name], weight, rounding_seed)
+                        bar.update()
+                    copy.seek(entry.start)
+                    _write(copy, weight)
         left = _copy_rest(checkpoint, folder)
-    print(f"{len(layers)} layers merged into {len(checkpoint.files)} files of {out}")
-    if replaced:
-        print(f"replaced by the adapter's own: {', '.join(replaced)}")
-    if left:
-        print(f"not copied, since they hold unmerged weights or are folders: {', '.join(left)}")
+    print(f"{len(changes)} layers merged into {len(checkpoint.files)} files of {out}")
+    for names, told in (
+        (replaced, "replaced by the adapter's own"),
+        (source.ignored, "ignored, since PEFT would not load them"),
+        (left, "not copied, since they hold unmerged weights or are folders"),
+    ):
+        if names:
+            print(f"{told}: {', '.join(names)}")
     return 0
 
 
-@torch.no_grad()
-def _sum(
-    path: str, layer: AcceleratedLinear, weight: Tensor, transposed: bool, seed: int | None
-) -> Tensor:
-    """W + dW in the dtype and orientation of W."""
-    weight = weight.T.contiguous() if transposed else weight
-    basis, reason = layer.basis_of("default", weight.device)
-    if seed is not None and (basis is None or weight.itemsize != 2):
-        what = reason or f"its weight is {weight.dtype}"
-        raise CliError(f"{path}: --rounding-seed needs ternary bases and 16-bit weights; {what}")
-    if basis is None:
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        total = (wide + layer.get_delta_weight("default")).to(weight.dtype)
-    else:
-        lam, gam = (d["default"].detach() for d in (layer.randlora_lambda, layer.randlora_gamma))
-        if seed is not None:
-            seed ^= zlib.crc32(path.encode()) << 32
-        total = merged_weight(basis, weight, lam, gam, layer.scaling["default"], seed)
+def _sum(path: str, change: LayerChange, weight: Tensor, seed: int | None) -> Tensor:
+    """W + dW in the dtype and layout of W."""
+    if seed is not None:
+        if not isinstance(change.bases, TernaryBasis) or weight.itemsize != 2:
+            what = "its bases are not ternary" if weight.itemsize == 2 else f"it is {weight.dtype}"
+            raise CliError(
+                f"{path}: --rounding-seed needs ternary bases and 16-bit weights; {what}"
+            )
+        seed ^= zlib.crc32(path.encode()) << 32
+    total = change.added_to(weight, seed)
     if not bool(torch.isfinite(total).all()):
         raise CliError(f"{path}: the merged weight would hold NaN or inf; nothing was written")
-    return total.T if transposed else total
+    return total
 
 
-def _replaced(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Tensors of modules_to_save and biases, by their name in the checkpoint."""
-    path, name = next(iter(locate(adapter.layers, checkpoint).items()))
-    prefix = name.removesuffix(f"{path}.weight") if name.endswith(f"{path}.weight") else ""
-    tied = checkpoint.config.get("tie_word_embeddings", False)
-    vocabulary = checkpoint.config.get("vocab_size")
-    replaced = {}
-    for path, tensor in adapter.others.items():
-        entry = checkpoint.tensors.get(name := prefix + path)
+def _check_names(checkpoint: Checkpoint, replaced: dict[str, Tensor], written: set[str]) -> None:
+    for name, tensor in replaced.items():
+        entry = checkpoint.tensors.get(name)
         if entry is None or entry.shape != tuple(tensor.shape) or entry.dtype is None:
             raise CliError(
-                f"the adapter holds {path} {tuple(tensor.shape)}, which {checkpoint.folder} does "
+                f"the adapter holds {name} {tuple(tensor.shape)}, which {checkpoint.folder} does "
                 "not hold in that shape; merge by PEFT's merge_and_unload"
             )
-        if tied and entry.shape[:1] == (vocabulary,):
-            raise CliError(f"{name} is the adapter's own, but tied in the model; merge by PEFT")
-        replaced[name] = tensor.to(entry.dtype)
-    return replaced
+    config = checkpoint.config
+    for name in written if config.get("tie_word_embeddings") else ():
+        if checkpoint.tensors[name].shape[:1] == (config.get("vocab_size"),):
+            raise CliError(f"{name} is tied to another weight of the model; merge by PEFT")
 
 
-def _write(stream, checkpoint: Checkpoint, name: str, tensor: Tensor) -> None:
-    stream.seek(checkpoint.tensors[name].start)
+def _write(stream, tensor: Tensor) -> None:
     stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 

@@ -40,6 +40,11 @@ class SavedLayer:
     gam: Tensor  # (n, d)
     also_at: tuple[str, ...] = ()
 
+    @property
+    def description(self) -> BasisDescription:
+        assert self.basis.description is not None
+        return self.basis.description
+
 
 def write_adapter_file(
     path: str | os.PathLike, adapter_name: str, layers: dict[str, SavedLayer]
@@ -53,7 +58,6 @@ def write_adapter_file(
     tensors, described = {}, {}
     for at, layer in layers.items():
         basis = layer.basis
-        assert basis.description is not None
         described[at] = {
             "in_features": basis.in_features,
             "out_features": basis.out_features,
@@ -61,7 +65,7 @@ def write_adapter_file(
             "r": basis.r,
             "scaling": layer.scaling,
             "randlora_dropout": layer.randlora_dropout,
-            "basis": basis.description.key(),
+            "basis": layer.description.key(),
             "also_at": list(layer.also_at),
         }
         for name, tensor in zip(DIAGONALS, (layer.lam, layer.gam), strict=True):

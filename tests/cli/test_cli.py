@@ -7,7 +7,7 @@ import pytest
 from cli_helpers import refused
 
 from randlora_ext import diagnostics
-from randlora_ext.cli import bench, options
+from randlora_ext.cli import bench, main
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,8 @@ from randlora_ext.cli import bench, options
         (["--merge", "a", "b"], "expected 3 arguments"),
         (["--inspect", "a", "--bench"], "not allowed with"),
         (["--plot", "a.png"], "--plot goes with --inspect"),
+        (["--to", "peft"], "--to goes with --convert"),
+        (["--convert", "a", "b"], "--convert needs --to peft or --to compact"),
         (["--bench", "--rounding-seed", "1"], "--rounding-seed goes with --merge"),
         (["--merge", "a", "b", "c", "--base", "x"], "--base goes with --inspect or --convert"),
         (["--merge", "a", "b", "c", "--rounding-seed", "x"], "invalid int"),
@@ -36,8 +38,8 @@ def test_as_a_command(tmp_path):
 
 
 def test_an_error_of_ours_shows_where(monkeypatch, capsys):
-    monkeypatch.setattr(options, "check", lambda: 1 // 0)
-    assert options.main([]) == 2
+    monkeypatch.setattr(diagnostics, "describe", lambda: 1 // 0)
+    assert main([]) == 2
     shown = capsys.readouterr().err
     assert "Traceback" in shown and "please report it" in shown
 

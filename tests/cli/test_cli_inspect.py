@@ -1,14 +1,15 @@
 """``--inspect``: numbers against plain PyTorch, and what it says of broken folders."""
 
 import math
+import sys
 
 import pytest
 import torch
 from cli_helpers import KINDS, llama, refused, run, save_adapter
 from peft_helpers import accelerated, layers, peft
 
-from randlora_ext.cli import inspection
-from randlora_ext.cli.inspection import Spectrum
+import randlora_ext.cli.inspect as inspection
+from randlora_ext.cli.inspect import Spectrum
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "stock_peft"),
@@ -82,6 +83,9 @@ def test_the_plot_is_a_picture(tmp_path, base_folder, monkeypatch):
     with monkeypatch.context() as patch:  # before anything is computed
         patch.setattr(inspection, "_spectra", None)
         assert "exists" in refused(*inspect)
+        patch.setitem(sys.modules, "matplotlib", None)
+        patch.delitem(sys.modules, "randlora_ext.cli.plot")
+        assert "pip install matplotlib" in refused(*inspect[:-1], tmp_path / "b.png")
     assert ".png" in refused(*inspect[:-1], tmp_path / "dw.pdf")
     assert "does not exist" in refused(*inspect[:-1], tmp_path / "no" / "dw.png")
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
@@ -97,10 +101,10 @@ def test_a_fresh_adapter_has_rank_zero(tmp_path, base_folder):
 
 
 def test_ranks_of_known_spectra():
-    flat, one = Spectrum(torch.full((7,), 3.0)), Spectrum(torch.tensor([2.0, 0.0, 0.0]))
+    flat, one = Spectrum.of(torch.full((7,), 3.0)), Spectrum.of(torch.tensor([2.0, 0.0, 0.0]))
     assert flat.effective_rank == pytest.approx(7) and flat.stable_rank == pytest.approx(7)
     assert one.effective_rank == pytest.approx(1) and one.stable_rank == pytest.approx(1)
-    half = Spectrum(torch.tensor([2.0, 1.0, 1.0]))
+    half = Spectrum.of(torch.tensor([2.0, 1.0, 1.0]))
     assert half.effective_rank == pytest.approx(2**1.5) and half.stable_rank == pytest.approx(1.5)
 
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from cli_helpers import KINDS, llama, refused, run, save_adapter
 from peft_helpers import accelerated, peft
 from safetensors.torch import load_file, save_file
 
-from randlora_ext.cli import merge as merging
+import randlora_ext.cli.merge as merging
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "stock_peft"),
@@ -130,6 +132,47 @@ def test_conv1d_and_replaced_modules(tmp_path):
         torch.testing.assert_close(merged.eval()(tokens).logits, model.eval()(tokens).logits)
 
 
+NORM, Q = "model.norm.weight", "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "applied"),
+    [
+        (f"{Q}.weight", (32, 32), False),  # an adapted layer has no such parameter
+        (f"{Q}.bias", (32,), False),
+        (f"{Q}.base_layer.weight", (32, 32), True),  # W, to which dW is added
+        (NORM, (32,), True),  # though modules_to_save is null
+    ],
+)
+def test_only_what_peft_loads_is_applied(tmp_path, name, shape, applied):
+    base = sharded(tmp_path / "model")
+    save_adapter(base, tmp_path / "adapter", basis="independent")
+    added(**{name: torch.randn(shape)})(tmp_path)
+    merge = ("--merge", tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+    code, out, _ = run(*merge)
+    assert code == 0 and ("replaced" in out) == applied and ("ignored" in out) != applied
+    assert name.replace(".base_layer", "") in out
+    got = tensors_of(tmp_path / "out")
+    want = by_peft(tmp_path / "model", tmp_path / "adapter", torch.float32, tmp_path / "peft")
+    assert got.keys() == want.keys() | {"lm_head.weight"}
+    for key, tensor in want.items():
+        torch.testing.assert_close(got[key], tensor)
+
+
+def test_a_tied_weight_is_refused(tmp_path):
+    """transformers would tie the head to the embeddings again, and the change would be lost."""
+    base = sharded(tmp_path / "model", tie_word_embeddings=True, vocab_size=60)
+    state = tensors_of(tmp_path / "model")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    shutil.rmtree(tmp_path / "model")
+    base.config.save_pretrained(tmp_path / "model")
+    save_file(state, tmp_path / "model" / "model.safetensors")
+    save_adapter(base, tmp_path / "adapter", targets=["lm_head"], basis="independent")
+    assert "lm_head.weight is tied" in refused(
+        "--merge", tmp_path / "model", tmp_path / "adapter", tmp_path / "out"
+    )
+
+
 def test_stochastic_rounding(tmp_path):
     """Changes far below an ulp vanish when rounded to nearest, and count on average otherwise."""
     base = sharded(tmp_path / "model", torch.bfloat16)
@@ -179,108 +222,93 @@ def whole(tmp_path):
     return tmp_path
 
 
-def truncate(file):
-    file.write_bytes(file.read_bytes()[:-5])
-
-
 def edit(file, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def shard(root):
-    return sorted((root / "model").glob("*.safetensors"))[0]
+def config(**changes):
+    return lambda root: edit(root / "adapter" / "adapter_config.json", **changes)
 
 
-def tensors(root, **changes):
-    file = root / "adapter" / "adapter_model.safetensors"
-    save_file(load_file(file) | changes, file)
+def index(**weight_map):
+    return lambda root: edit(root / "model" / INDEX, weight_map=weight_map)
 
 
-Q = "base_model.model.model.layers.0.self_attn.q_proj"
+def written(name, content):
+    """`content`: text or bytes, or a function of the bytes that are there."""
+
+    def write(root):
+        file = sorted(root.glob(name))[0]
+        new = content(file.read_bytes()) if callable(content) else content
+        file.write_bytes(new if isinstance(new, bytes) else new.encode())
+
+    return write
+
+
+def added(prefix="base_model.model.", **changes):
+    """Tensors in the adapter's file, by their names in the base model."""
+
+    def add(root):
+        file = root / "adapter" / "adapter_model.safetensors"
+        save_file(load_file(file) | {prefix + name: t for name, t in changes.items()}, file)
+
+    return add
+
+
+def another_model(root):
+    shutil.rmtree(root / "model")
+    sharded(root / "model", hidden_size=64)
+
+
+INDEX, CONFIG = "model.safetensors.index.json", "adapter/adapter_config.json"
+SHARD, WEIGHTS = "model/model-*.safetensors", "adapter/adapter_model.safetensors"
+LAMBDA, GAMMA = f"{Q}.randlora_lambda", f"{Q}.randlora_gamma"
+DEEP = "[" * 100_000
 BROKEN = {
     "no model": (lambda r: shutil.rmtree(r / "model"), "no folder"),
     "no adapter": (lambda r: shutil.rmtree(r / "adapter"), "adapter_config.json does not exist"),
     "out exists": (lambda r: ((r / "out").mkdir(), (r / "out" / "a").touch()), "exists"),
-    "shard missing": (lambda r: shard(r).unlink(), "does not exist"),
-    "shard truncated": (lambda r: truncate(shard(r)), "damaged"),
-    "shard empty": (lambda r: shard(r).write_bytes(b""), "damaged"),
-    "huge header": (lambda r: shard(r).write_bytes(b"\xff" * 64), "damaged"),
-    "index lies": (
-        lambda r: edit(
-            r / "model" / "model.safetensors.index.json", weight_map={"w": shard(r).name}
-        ),
-        "it is not",
-    ),
-    "index leads out": (
-        lambda r: edit(
-            r / "model" / "model.safetensors.index.json", weight_map={"w": "../adapter/x"}
-        ),
-        "files of its folder",
-    ),
-    "index no json": (
-        lambda r: (r / "model" / "model.safetensors.index.json").write_text("{"),
-        "no JSON",
-    ),
-    "adapter truncated": (
-        lambda r: truncate(r / "adapter" / "adapter_model.safetensors"),
-        "damaged",
-    ),
-    "adapter pickled": (
-        lambda r: (r / "adapter" / "adapter_model.safetensors").rename(
-            r / "adapter" / "adapter_model.bin"
-        ),
-        "never a pickle",
-    ),
-    "config no json": (lambda r: (r / "adapter" / "adapter_config.json").write_text("["), "JSON"),
-    "config a list": (
-        lambda r: (r / "adapter" / "adapter_config.json").write_text("[1]"),
-        "JSON object",
-    ),
-    "lora": (lambda r: edit(r / "adapter" / "adapter_config.json", peft_type="LORA"), "RANDLORA"),
-    "bad density": (lambda r: edit(r / "adapter" / "adapter_config.json", density=7), "density"),
-    "r zero": (lambda r: edit(r / "adapter" / "adapter_config.json", r=0), "r must be"),
-    "r text": (lambda r: edit(r / "adapter" / "adapter_config.json", r="5"), "r must be"),
-    "other r": (lambda r: edit(r / "adapter" / "adapter_config.json", r=6), "r = 6"),
-    "alpha text": (
-        lambda r: edit(r / "adapter" / "adapter_config.json", randlora_alpha="x"),
-        "randlora_alpha",
-    ),
-    "other spec": (
-        lambda r: edit(
-            r / "adapter" / "adapter_config.json", projection_prng_key="generated-99:1"
-        ),
-        "generated-99",
-    ),
-    "other model": (
-        lambda r: (shutil.rmtree(r / "model"), sharded(r / "model", hidden_size=64)),
-        "min(in, out) = 32",
-    ),
-    "other names": (
-        lambda r: tensors(r, **{"base_model.model.x.randlora_lambda": torch.zeros(5, 7),
-                                "base_model.model.x.randlora_gamma": torch.zeros(7, 32)}),
-        "has no tensor x.weight",
-    ),
-    "gamma's shape": (
-        lambda r: tensors(r, **{f"{Q}.randlora_gamma": torch.zeros(3, 32)}),
-        "must be (r, n) and (n, d)",
-    ),
-    "integers": (
-        lambda r: tensors(r, **{f"{Q}.randlora_gamma": torch.zeros(7, 32, dtype=torch.int8)}),
-        "floating point",
-    ),
-    "not finite": (
-        lambda r: tensors(r, **{f"{Q}.randlora_lambda": torch.full((5, 7), torch.nan)}),
-        "NaN or inf",
-    ),
-    "unknown tensor": (lambda r: tensors(r, **{"x": torch.zeros(1)}), "must start with"),
-    "a new head": (
-        lambda r: tensors(r, **{"base_model.model.score.weight": torch.zeros(2, 32)}),
-        "merge by PEFT",
-    ),
+    "shard missing": (lambda r: sorted(r.glob(SHARD))[0].unlink(), "does not exist"),
+    "shard truncated": (written(SHARD, lambda data: data[:-5]), "damaged"),
+    "shard empty": (written(SHARD, b""), "damaged"),
+    "huge header": (written(SHARD, b"\xff" * 64), "damaged"),
+    "index lies": (index(w="model-00001-of-00004.safetensors"), "it is not"),
+    "index leads out": (index(w="../adapter/x"), "files of its folder"),
+    "index no json": (written(f"model/{INDEX}", "{"), "no JSON"),
+    "index deep": (written(f"model/{INDEX}", DEEP), "no JSON"),
+    "model config deep": (written("model/config.json", DEEP), "config.json is no JSON"),
     "quantized": (
         lambda r: edit(r / "model" / "config.json", quantization_config={"load_in_4bit": True}),
         "quantized",
     ),
+    "adapter truncated": (written(WEIGHTS, lambda data: data[:-5]), "damaged"),
+    "adapter pickled": (
+        lambda r: (r / WEIGHTS).rename(r / "adapter" / "adapter_model.bin"), "never a pickle",
+    ),
+    "config no json": (written(CONFIG, "["), "JSON"),
+    "config a list": (written(CONFIG, "[1]"), "JSON object"),
+    "config deep": (written(CONFIG, DEEP), "no JSON"),
+    "lora": (config(peft_type="LORA"), "RANDLORA"),
+    "bad density": (config(density=7), "density"),
+    "r zero": (config(r=0), "r must be"),
+    "r text": (config(r="5"), "r must be"),
+    "r huge": (config(r=10**400), "r must be"),
+    "other r": (config(r=6), "(r, n) = (6, 6)"),
+    "alpha text": (config(randlora_alpha="x"), "randlora_alpha"),
+    "alpha huge": (config(randlora_alpha=10**400), "adapter_config.json"),
+    "key huge": (config(basis="peft", projection_prng_key=10**300), "key"),
+    "other spec": (config(projection_prng_key="generated-99:1"), "generated-99"),
+    "other model": (another_model, "min(in, out) = 32"),
+    "other names": (
+        added(**{"x.randlora_lambda": torch.zeros(5, 7), "x.randlora_gamma": torch.zeros(7, 32)}),
+        "has no tensor x.weight",
+    ),
+    "gamma's shape": (added(**{GAMMA: torch.zeros(3, 32)}), "(r, n) = (5, 7) and (n, d)"),
+    "integers": (added(**{GAMMA: torch.zeros(7, 32, dtype=torch.int8)}), "floating point"),
+    "not finite": (added(**{LAMBDA: torch.full((5, 7), torch.nan)}), "NaN or inf"),
+    "lambda alone": (added(**{"x.randlora_lambda": torch.zeros(5, 7)}), "both lambda and gamma"),
+    "unknown tensor": (added("", x=torch.zeros(1)), "must start with"),
+    "a new head": (added(**{"score.weight": torch.zeros(2, 32)}), "merge by PEFT"),
 }  # fmt: skip
 
 
@@ -309,7 +337,30 @@ def test_a_failure_half_way_leaves_nothing(whole, monkeypatch, error):
     assert sorted(p.name for p in whole.iterdir()) == ["adapter", "model"]
 
 
-def test_a_full_disk_is_told_before_anything_is_copied(whole, monkeypatch):
+def test_too_small_a_disk_is_told_before_anything_is_copied(whole, monkeypatch):
     usage = shutil.disk_usage(whole)._replace(free=10)
     monkeypatch.setattr(merging.shutil, "disk_usage", lambda _: usage)
     assert "10 free" in refused("--merge", whole / "model", whole / "adapter", whole / "out")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--merge model adapter out", "--convert adapter out --to peft --base model"],
+    ids=["merge", "convert"],
+)
+def test_a_disk_that_is_full(whole, arguments):
+    """Writing more than 3,000 bytes fails, as on a full disk."""
+    program = (
+        "import resource, sys; from randlora_ext.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments.split()],
+        cwd=whole,
+        capture_output=True,
+        text=True,
+    )
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: out cannot be written: ")
+    assert "File too large" in last and "Traceback" not in done.stderr
+    assert sorted(p.name for p in whole.iterdir()) == ["adapter", "model"]

@@ -1,48 +1,59 @@
-"""Adapters of `apply_randlora`, saved as one safetensors file, on the command line."""
+"""Files of `save_adapter` on the command line."""
 
-import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from cli_helpers import TARGETS, llama, refused, run
 from peft_helpers import accelerated, peft, relative
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from randlora_ext import RandLoraLinear, apply_randlora
+from randlora_ext import RandLoraLinear, apply_randlora, merge_and_unload, save_adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 OPTIONS = {"r": 5, "randlora_alpha": 100, "density": 0.3, "projection_prng_key": 9}
 TOKENS = torch.arange(12).view(2, 6)
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """(model, file, folder of the base model)."""
-    llama().save_pretrained(tmp_path / "base")
-    model = apply_randlora(llama(), TARGETS, **OPTIONS)
+def adapted(base, targets, file, **options):
+    """`base` with an adapter, which `file` has too."""
+    model = apply_randlora(base, targets, **(OPTIONS | options))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in (m for m in model.modules() if isinstance(m, RandLoraLinear)):
             layer.randlora_lambda["default"].normal_(0, 0.01, generator=generator)
-    state = {n: p.detach() for n, p in model.named_parameters() if "randlora_" in n}
-    save_file(state, tmp_path / "a.safetensors", metadata={"randlora": json.dumps(OPTIONS)})
-    return model.eval(), tmp_path / "a.safetensors", tmp_path / "base"
+    save_adapter(model, file)
+    return model.eval()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """(model, file, folder of the base model)."""
+    llama().save_pretrained(tmp_path / "base")
+    file = tmp_path / "a.safetensors"
+    return adapted(llama(), TARGETS, file), file, tmp_path / "base"
 
 
 def test_inspect(saved):
     model, file, base = saved
-    code, out, _ = run("--inspect", file, "--base", base)
-    assert code == 0 and "8 layers" in out and "density=0.3" in out
+    code, out, _ = run("--inspect", file)
+    assert code == 0 and "8 layers" in out
+    assert "r=5, scaling=20.0, basis=randlora_ext:independent-1:density=0.3:seed=9" in out
     row = next(line for line in out.splitlines() if "layers.0.self_attn.q_proj" in line).split()
     delta = model.model.layers[0].self_attn.q_proj.get_delta_weight("default")
     assert float(row[-3]) == pytest.approx(float(delta.detach().norm()), rel=1e-3)
+    assert run("--inspect", file, "--base", base)[1] == out
 
 
-def test_merge(saved, tmp_path):
+def test_merge_without_peft(saved, tmp_path):
     from transformers import AutoModelForCausalLM
 
     model, file, base = saved
-    assert run("--merge", base, file, tmp_path / "out")[0] == 0
+    program = "import sys; sys.modules['peft'] = None; import randlora_ext.cli as c; c.main()"
+    arguments = ("--merge", base, file, tmp_path / "out")
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True)
+    assert done.returncode == 0, done.stderr
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         want = model(TOKENS).logits
@@ -50,43 +61,46 @@ def test_merge(saved, tmp_path):
         assert relative(merged(TOKENS).logits, want) < 1e-5
 
 
+@pytest.mark.parametrize("seed", [None, 3])
+def test_merge_of_square_conv1d(tmp_path, seed):
+    """Whose weight is (in, out), which a square one's shape does not tell."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 40, "n_positions": 16}
+    base = GPT2LMHeadModel(GPT2Config(**shape)).to(torch.bfloat16 if seed else torch.float32)
+    base.save_pretrained(tmp_path / "base")
+    model = adapted(base, ["c_proj"], tmp_path / "a.safetensors")
+    rounding = ("--rounding-seed", seed) if seed else ()
+    out = tmp_path / "out"
+    assert run("--merge", tmp_path / "base", tmp_path / "a.safetensors", out, *rounding)[0] == 0
+    got = load_file(out / "model.safetensors")
+    for name, weight in merge_and_unload(model).state_dict().items():
+        if name.endswith("c_proj.weight"):
+            ulp = 2**-7 if seed else 1e-5
+            torch.testing.assert_close(got[name], weight, rtol=ulp, atol=1e-5)
+
+
 @pytest.mark.parametrize("to", ["peft", "compact"])
 def test_convert_to_a_folder_of_peft(saved, tmp_path, to):
-    model, file, base = saved
-    options = ("--base", base) if to == "peft" else ()
-    assert run("--convert", file, tmp_path / "out", "--to", to, *options)[0] == 0
+    model, file, _ = saved
+    assert run("--convert", file, tmp_path / "out", "--to", to)[0] == 0
     accelerated.disable() if to == "peft" else accelerated.enable()
     loaded = peft.PeftModel.from_pretrained(llama(), tmp_path / "out").eval()
     with torch.no_grad():
         assert relative(loaded(TOKENS).logits, model(TOKENS).logits) < 1e-5
 
 
-def test_what_a_file_must_tell(saved, tmp_path):
+def test_what_does_not_fit_is_told(saved, tmp_path):
     _, file, base = saved
-    state = load_file(file)
-    inspect = ("--inspect", file, "--base", base)
-
-    def write(tensors, options):
-        save_file(tensors, file, metadata={} if options is None else {"randlora": options})
-
-    write(state, None)
-    assert "does not tell its bases" in refused(*inspect)
-    write(state, "{")
-    assert "does not tell its bases" in refused(*inspect)
-    write(state, "[1]")
-    assert "must be" in refused(*inspect)
-    write(state, json.dumps({**OPTIONS, "extra": 1}))
-    assert "extra" in refused(*inspect)
-    for wrong in ({"density": 2}, {"r": 0}, {"r": "5"}, {"randlora_alpha": None},
-                  {"projection_prng_key": -1}, {"r": 7}):  # fmt: skip
-        write(state, json.dumps(OPTIONS | wrong))
-        assert next(iter(wrong)) in refused(*inspect)
-    good = json.dumps(OPTIONS)
-    write({"weight": torch.zeros(2)}, good)
-    assert "one adapter" in refused(*inspect)
-    write(state | {k.replace("default", "other"): v.clone() for k, v in state.items()}, good)
-    assert "['default', 'other']" in refused(*inspect)
-    write(state | {"x.randlora_A.default": torch.zeros(2)}, good)
-    assert "no lambda or gamma" in refused(*inspect)
+    model = llama(intermediate_size=64)
+    model.save_pretrained(tmp_path / "other")
+    line = refused("--merge", tmp_path / "other", file, tmp_path / "out")
+    assert "in -> out = 32 -> 48" in line and "(64, 32)" in line
+    apply_randlora(model, ["q_proj"], r=4)
+    apply_randlora(model, ["v_proj"], r=8)
+    save_adapter(model, tmp_path / "two")
+    assert run("--inspect", tmp_path / "two")[1].count("r=4 or 8") == 1
+    convert = ("--convert", tmp_path / "two", tmp_path / "out", "--to", "peft")
+    assert "layers of different options" in refused(*convert)
     file.write_bytes(file.read_bytes()[:-3])
-    assert "damaged" in refused(*inspect)
+    assert "damaged" in refused("--inspect", file)

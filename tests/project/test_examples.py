@@ -73,7 +73,7 @@ def test_tensor_parallel(tmp_path):
     assert f"2 ranks; each holds {weights:,} bytes of weights" in output
     assert difference(output, "in one process") < 1e-4
     file = tmp_path / "randlora-adapter" / "randlora.safetensors"
-    assert len(load_file(file)) == 28 and len(read_adapter(file).layers) == 14
+    assert len(load_file(file)) == 28 and len(read_adapter(file).diagonals) == 14
 
 
 def test_every_example_is_run():

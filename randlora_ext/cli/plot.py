@@ -8,19 +8,22 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-_MANY = 12  # from so many layers on a legend would hide the curves
+_MANY = 12  # with so many layers a legend would hide the curves
 
 
 def draw(file: Path, layers: dict[str, tuple[Tensor, float]]) -> None:
     """Writes a PNG of {path: (singular values, effective rank)}."""
-    grid, rows, columns = _grid(layers)
-    height = max(4.0, 0.22 * len(rows) + 2)
-    figure = Figure(figsize=(13, height), layout="constrained")
+    places = {path: _block_and_name(path) for path in layers}
+    rows, columns = (list(dict.fromkeys(names)) for names in zip(*places.values(), strict=True))
+    figure = Figure(figsize=(13, max(4.0, 0.22 * len(rows) + 2)), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display, whatever MPLBACKEND says
     left, right = figure.subplots(1, 2)
 
+    grid = np.full((len(rows), len(columns)), np.nan)  # NaN: there is no such layer
     shades = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
-    for (path, (values, _)), shade in zip(layers.items(), shades, strict=True):
+    for (path, (values, rank)), shade in zip(layers.items(), shades, strict=True):
+        block, name = places[path]
+        grid[rows.index(block), columns.index(name)] = rank / len(values)
         if values[0] > 0:
             share = np.arange(1, len(values) + 1) / len(values)
             left.plot(share, (values / values[0]).numpy(), color=shade, lw=1, label=path)
@@ -32,27 +35,14 @@ def draw(file: Path, layers: dict[str, tuple[Tensor, float]]) -> None:
         ylim=(1e-4, 1.3),
     )
     left.grid(alpha=0.3)
-    if left.lines and len(layers) <= _MANY:
+    if left.lines and len(layers) < _MANY:
         left.legend(fontsize="small")
-
     image = right.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=1)
     right.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
     right.set_yticks(range(len(rows)), rows, fontsize="small")
     right.set_title("Effective rank of dW / d")
     figure.colorbar(image, ax=right)
     figure.savefig(file, dpi=110, format="png")
-
-
-def _grid(layers: dict[str, tuple[Tensor, float]]) -> tuple[np.ndarray, list[str], list[str]]:
-    """Rows are blocks, columns the names of layers in them; NaN where there is no such layer."""
-    split = {path: _block_and_name(path) for path in layers}
-    rows = list(dict.fromkeys(block for block, _ in split.values()))
-    columns = list(dict.fromkeys(name for _, name in split.values()))
-    grid = np.full((len(rows), len(columns)), np.nan)
-    for path, (values, rank) in layers.items():
-        block, name = split[path]
-        grid[rows.index(block), columns.index(name)] = rank / len(values)
-    return grid, rows, columns
 
 
 def _block_and_name(path: str) -> tuple[str, str]:

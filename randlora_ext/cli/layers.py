@@ -1,0 +1,176 @@
+"""The bases and the weight change of each layer of a saved adapter."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..basis import TernaryBasis
+from ..basis.description import BasisDescription
+from ..ops.functional import delta_weight, merged_weight
+from ..reference import delta_weight_reference
+from .adapter import BASES, Adapter
+from .checkpoint import Checkpoint, find_base, locate
+from .files import CliError, first_line
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Of a layer; `transposed`: the model stores its weight as (in, out), as Conv1D does."""
+
+    in_features: int
+    out_features: int
+    dtype: torch.dtype = torch.float32
+    transposed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerChange:
+    """dW of one layer, from a ternary basis or from dense A (r, d) and B (D, K)."""
+
+    shape: Shape
+    bases: TernaryBasis | tuple[Tensor, Tensor]
+    lam: Tensor
+    gam: Tensor
+    scaling: float
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """dW (out, in) in float32."""
+        lam, gam = self.lam.float(), self.gam.float()
+        if isinstance(self.bases, TernaryBasis):
+            return delta_weight(self.bases, lam, gam, self.scaling)
+        sizes = self.shape.out_features, self.shape.in_features
+        return delta_weight_reference(*self.bases, lam, gam, self.scaling, *sizes)
+
+    @torch.no_grad()
+    def added_to(self, weight: Tensor, rounding_seed: int | None) -> Tensor:
+        """W + dW, rounded once, in the dtype and layout of `weight`."""
+        W = weight.T.contiguous() if self.shape.transposed else weight
+        if isinstance(self.bases, TernaryBasis):
+            total = merged_weight(self.bases, W, self.lam, self.gam, self.scaling, rounding_seed)
+        else:
+            wide = W.to(torch.promote_types(W.dtype, torch.float32))
+            total = (wide + self.delta()).to(W.dtype)
+        return total.T if self.shape.transposed else total
+
+
+def shapes_of(adapter: Adapter, base: str | None) -> dict[str, Shape]:
+    """Those in the base model, named by `base` or by the adapter; the file itself may tell them."""
+    if adapter.plain and base is None:
+        return {
+            path: Shape(layer.basis.in_features, layer.basis.out_features)
+            for path, layer in adapter.plain.items()
+        }
+    name = base or (adapter.config and adapter.config.base_model_name_or_path)
+    return shapes_in(adapter, find_base(name))
+
+
+def shapes_in(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Shape]:
+    """The base layers' shapes by path. CliError if the adapter does not fit them."""
+    if "quantization_config" in checkpoint.config:
+        raise CliError(f"{checkpoint.folder} is quantized; its 16 or 32 bit original is needed")
+    name_in = locate(adapter.diagonals, checkpoint)
+    shapes = {}
+    for path, (_, gam) in adapter.diagonals.items():
+        entry = checkpoint.tensors[name_in(f"{path}.weight")]
+        if entry.dtype is None or len(entry.shape) != 2:
+            raise CliError(
+                f"{entry.file}: {path}.weight must be a float64, float32, float16 or bfloat16 "
+                "matrix"
+            )
+        plain = adapter.plain[path] if adapter.plain else None
+        transposed = plain.fan_in_fan_out if plain else adapter.config.fan_in_fan_out
+        shape = Shape(*(entry.shape if transposed else entry.shape[::-1]), entry.dtype, transposed)
+        sizes = shape.in_features, shape.out_features
+        wanted = f"min(in, out) = {gam.shape[1]}"
+        fits = min(sizes) == gam.shape[1]
+        if plain:
+            wanted = f"in -> out = {plain.basis.in_features} -> {plain.basis.out_features}"
+            fits = sizes == (plain.basis.in_features, plain.basis.out_features)
+        if not fits:
+            raise CliError(
+                f"{path}: the adapter is for {wanted} features, the weight in {checkpoint.folder} "
+                f"is {entry.shape}"
+            )
+        shapes[path] = shape
+    return shapes
+
+
+def layer_changes(adapter: Adapter, shapes: Mapping[str, Shape]) -> dict[str, LayerChange]:
+    """dW of every layer, as it is on the real model."""
+    if adapter.plain:
+        return {
+            path: LayerChange(shapes[path], layer.basis, layer.lam, layer.gam, layer.scaling)
+            for path, layer in adapter.plain.items()
+        }
+    r, description = adapter.config.r, description_of(adapter.config)
+    dense = {} if description else adapter.bases or dense_bases(adapter, shapes.values())
+
+    @functools.cache  # one for all layers of a shape
+    def bases(n_in: int, n_out: int) -> TernaryBasis | tuple[Tensor, Tensor]:
+        if description:
+            return generated(description, n_in, n_out, r)
+        d, D = sorted((n_in, n_out))
+        A, B = (dense[name].float() for name in BASES)
+        A, B = A[:r, 0, :d], B[:D, : -(-d // r), :r].flatten(1)
+        try:
+            return TernaryBasis.from_dense(A, B, n_in, n_out)
+        except ValueError:
+            return A, B
+
+    return {
+        path: LayerChange(
+            shape,
+            bases(shape.in_features, shape.out_features),
+            *adapter.diagonals[path],
+            adapter.scaling,
+        )
+        for path, shape in shapes.items()
+    }
+
+
+def description_of(config: Any) -> BasisDescription | None:
+    """What the bases are generated from; None if PEFT draws them or the file has them."""
+    if config.basis == "peft":
+        return None
+    return BasisDescription(config.basis, config.density or 1 / 3, config.projection_prng_key)
+
+
+def generated(description: BasisDescription, n_in: int, n_out: int, r: int) -> TernaryBasis:
+    return TernaryBasis(n_in, n_out, r, description.density, description.seed, description.kind)
+
+
+def dense_bases(adapter: Adapter, shapes: Iterable[Shape]) -> dict[str, Tensor]:
+    """A (r, 1, d) and B (D, n, r) of the largest layers in float32, generated or drawn by PEFT."""
+    import peft
+
+    shapes, config = list(shapes), adapter.config
+    n_in, n_out = max(s.in_features for s in shapes), max(s.out_features for s in shapes)
+    if description := description_of(config):
+        A, B = generated(description, n_in, n_out, config.r).dense()
+        return {"randlora_A": A.unsqueeze(1), "randlora_B": B.unflatten(1, (-1, config.r))}
+    # One layer of the largest sizes, whose weight takes no memory, has the bases of all.
+    layer = nn.Linear(n_in, n_out, bias=False, device="meta")
+    dtype = min((shape.dtype for shape in shapes), key=lambda dtype: dtype.itemsize)
+    layer.weight = nn.Parameter(torch.zeros((), dtype=dtype).expand(n_out, n_in), False)
+    changes = {"target_modules": ["0"], "exclude_modules": None, "modules_to_save": None,
+               "layers_to_transform": None, "layers_pattern": None, "bias": "none",
+               "task_type": None, "save_projection": True, "fan_in_fan_out": False}  # fmt: skip
+    known = {field.name for field in dataclasses.fields(config)}
+    try:
+        with warnings.catch_warnings():
+            # The model has no name.
+            warnings.filterwarnings("ignore", message=".*base_model_name_or_path. was renamed")
+            drawing = dataclasses.replace(config, **{k: changes[k] for k in changes.keys() & known})
+            state = peft.get_peft_model(nn.Sequential(layer), drawing).state_dict()
+    except Exception as error:  # whatever PEFT and torch raise for odd values in a file
+        raise CliError(
+            f"{adapter.source}: PEFT cannot draw the bases of projection_prng_key "
+            f"{config.projection_prng_key!r}: {first_line(error)}"
+        ) from error
+    return {name: state[f"base_model.{name}.default"].float() for name in BASES}
