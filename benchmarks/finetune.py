@@ -41,7 +41,7 @@ ANSWERED = 32  # held-out words whose phonemes are counted
 
 
 def adapted(base, method: str, seed: int):
-    """The model with the method's trained parameters, and only these, requiring gradients."""
+    """The model, in which only the method's parameters require gradients."""
     import peft
 
     import randlora_ext.peft
@@ -63,8 +63,10 @@ def adapted(base, method: str, seed: int):
 def run_one(
     method: str, lr: float, seed: int, steps: int, answers: bool = True, nudge: bool = False
 ) -> dict:
-    """One training run: what it learned and what it took. `nudge`: gamma of the first layer begins
-    larger by a millionth."""
+    """One training run: what it learned and what it cost.
+
+    With `nudge`, gamma of the first layer starts larger by a millionth.
+    """
     import spelling
     import torch
 
@@ -129,7 +131,7 @@ def sweep(methods: list[str], steps: int, seeds: int, out: Path) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown, a row a method: mean and range over seeds at its best learning rate."""
+    """Markdown, one row per method: mean and range over seeds at its best learning rate."""
     head = (
         "| method | lr | parameters | held-out loss | phoneme errors | s/step | peak memory | "
         "saved |\n|---|---|---|---|---|---|---|---|\n"
@@ -173,8 +175,10 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def parity(steps: int, lr: float) -> None:
-    """Ours against stock PEFT's from the same bases, seed and data; and stock PEFT's against its
-    own after a nudge, for what the training itself makes of a small difference."""
+    """Compare ours with stock PEFT from the same bases, seed and data.
+
+    The control compares stock PEFT with itself after a nudge: what training makes of rounding.
+    """
 
     def curve(method: str, nudge: bool = False) -> list[float]:
         return run_one(method, lr, 0, steps, answers=False, nudge=nudge)["train_loss"]
