@@ -69,7 +69,7 @@ def prepare(options: argparse.Namespace) -> Trainer:
         r=options.rank,
         randlora_alpha=20 * options.rank,  # dW is scaled by alpha / r = 20, as PEFT advises
         density=options.density,
-        basis="generated",  # from the seed, so that the adapter's file holds no basis
+        basis="independent",  # from the seed, so that the adapter's file holds no basis
         projection_prng_key=options.seed,
         target_modules=options.target_modules,
         task_type="CAUSAL_LM",
