@@ -38,7 +38,7 @@ LEAST = 20.0  # seconds: with less left, a command is not started
 FINDING = 9  # exit status of compute-sanitizer if it found something
 METRICS = (
     "gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,lts__t_bytes.sum,"
-    "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum,sm__inst_executed_pipe_tensor.sum,"
+    "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum,smsp__inst_executed.sum,"
     "sm__throughput.avg.pct_of_peak_sustained_elapsed,"
     "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed,"
     "sm__warps_active.avg.pct_of_peak_sustained_active"
@@ -190,7 +190,7 @@ class Run:
         argv = watched + command.argv
         settings |= rows.environment(str(self.file(".jsonl")), stage, seconds)
         began = time.monotonic()
-        with self.file(".log").open("a+") as log:
+        with self.file(".log").open("a+", errors="replace") as log:
             print(f"\n==== {stage}: {' '.join(argv)}", file=log, flush=True)
             at = log.tell()
             process = subprocess.Popen(argv, cwd=ROOT, env=settings, stdout=log,
@@ -236,17 +236,19 @@ def main(arguments: list[str] | None = None) -> int:
         if names != ["build"]:
             print(f"{no_card}; without one only --stages build works")
             return 1
-    elif "build" not in names and names != [NEEDS_NO_BUILD]:
-        names.insert(0, "build")  # takes seconds if it is up to date
+    elif names != [NEEDS_NO_BUILD]:  # a build that is up to date takes seconds
+        names = ["build", *(name for name in names if name != "build")]
     measures = "card" in card and not options.dry
     out = options.out or (HERE / "results" if measures else ROOT / "build" / "gpu-run")
     run = Run(out.resolve(), card, options.dry, end - time.monotonic())
     wells = []
     for name in names:
-        wells.append(run.stage(name))
-        if name == "build" and not wells[-1]:
-            print("the build failed, and nothing more is run")
-            break
+        if wells and not wells[0] and names[0] == "build" and name != NEEDS_NO_BUILD:
+            run.add(stage=name, skipped=name, why="the build failed")
+            print(f"== {name}: left out, because the build failed")
+            wells.append(False)
+        else:
+            wells.append(run.stage(name))
     print("results:", *(str(run.file(suffix)) for suffix in (".jsonl", ".md", ".log")))
     if "card" not in card:
         print(

@@ -107,6 +107,21 @@ def test_what_no_time_is_left_for_is_told(tmp_path):
     assert "- skipped: block_gemm: out of time" in (tmp_path / "gpu-toy.md").read_text()
 
 
+def test_without_a_build_the_question_that_needs_none_is_asked(tmp_path, monkeypatch, capsys):
+    def commands(stage: str, *arguments: object) -> list[gpu_run.Command]:
+        status = int(stage == "build")
+        return [gpu_run.Command(stage, [sys.executable, "-c", f"raise SystemExit({status})"], 30)]
+
+    monkeypatch.setattr(gpu_run, "commands", commands)
+    card = {"card": "Toy", "torch": "2", "cuda": "13.0"}
+    monkeypatch.setattr(gpu_run, "card_at_hand", lambda dry: card)
+    assert gpu_run.main(["--out", str(tmp_path)]) == 1
+    assert "check: left out, because the build failed" in capsys.readouterr().out
+    kept = report.read(tmp_path / "gpu-toy.jsonl")
+    verdicts = {row["command"]: row["verdict"] for row in kept if "command" in row}
+    assert verdicts == {"build": "exit status 1", "block_gemm": "ok"}
+
+
 @pytest.fixture
 def bare(tmp_path) -> dict[str, str]:
     """The environment of a process that finds no randlora_ext and no card."""
