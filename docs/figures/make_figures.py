@@ -103,7 +103,7 @@ def a_side():
     for i in range(3):
         box(axes, 15.2 + 0.6 * i, 3, 0.6, 3.2, "#e8eef4")
     note(axes, 16.1, 2.6, "V of j (T, n)", size=9)
-    told = "dense multiply-adds: density x T x d for each base, none of them wasted"
+    told = "density x T x d multiply-adds for each base; no factor is zero"
     note(axes, 9, 6.95, told, size=9)
     return figure
 
@@ -117,7 +117,7 @@ def b_side():
     note(axes, 4.6, 0.5, "K columns", size=9)
     box(axes, 1, 2.4, 2.7, 0.8, "white", "+  2  7  13", color=PLUS)
     box(axes, 3.7, 2.4, 2.2, 0.8, "white", "–  5  11", color=MINUS)
-    note(axes, 3.5, 3.7, "list of the row: 16 bits a position", size=9)
+    note(axes, 3.5, 3.7, "list of the row: 16 bits per position", size=9)
     for index, place in zip((2, 7, 13, 5, 11), range(5), strict=True):
         color = PLUS if place < 3 else MINUS
         box(axes, 9.4, 1.2 + 0.8 * place, 4, 0.6, "#e8eef4", f"V[{index}], 32 tokens", size=9)
@@ -126,7 +126,7 @@ def b_side():
     arrow(axes, (13.6, 3), (14.9, 3))
     box(axes, 15, 2.7, 2.4, 0.6, DATA, "y[o]", size=9)
     note(axes, 11.4, 0.7, "a block of tokens, [column][token], stays in cache", size=9)
-    told = "no multiplication: for each non-zero one load and one add of a vector of tokens"
+    told = "no multiplication: one load and one addition of a vector of tokens for each non-zero"
     note(axes, 9, 5.9, told, size=9)
     return figure
 
@@ -136,14 +136,14 @@ def paths():
     figure, axes = canvas(9, 4.2, (18, 8.4))
     heads = ("factored", "delta", "merged")
     steps = (
-        ("x W by GEMM", "V = x A' by A side", "y += V B by B side"),
-        ("x W by GEMM", "form dW", "y += x dW by GEMM"),
-        ("form dW", "W + dW, once", "y = x (W + dW) by GEMM"),
+        ("x Wᵀ by GEMM", "V = x A'ᵀ by the A side", "y += V Bᵀ by the B side"),
+        ("x Wᵀ by GEMM", "form dW", "y += x dWᵀ by GEMM"),
+        ("form dW", "W + dW, once", "y = x (W + dW)ᵀ by GEMM"),
     )
     costs = (
-        "3 density + 2 units, or less\nfew tokens, low density, 16 bits",
-        "3 units + formation of dW\nmany tokens at high density",
-        "1 unit + formation of dW\nmany tokens, float32, no dropout",
+        "no more GEMMs\nfew tokens, low density, 16 bits",
+        "3 more GEMMs, and forming dW\nmany tokens at high density",
+        "1 more GEMM, and forming dW\nmany tokens, float32, no dropout",
     )
     for column, (head, lines, cost) in enumerate(zip(heads, steps, costs, strict=True)):
         x = 0.6 + 6 * column
@@ -154,7 +154,7 @@ def paths():
             if place:
                 arrow(axes, (x + 2.4, 0.5 + 1.7 * place), (x + 2.4, 1.2 + 1.7 * place))
         note(axes, x + 2.4, 6.6, cost, size=9)
-    told = "yellow: our kernels; grey: torch's GEMM. A unit: T D d multiply-adds; frozen: 2 units"
+    told = "yellow: our kernels; grey: torch's GEMMs. Costs: a training step, beside the frozen layer's two GEMMs"
     note(axes, 9, 7.8, told, size=9)
     return figure
 
