@@ -81,7 +81,7 @@ def binding():
     ext = CppExtension(
         "randlora_ext._C",
         sources_in("python", "torch", suffix=".cpp")
-        + [f"csrc/cpu/{name}.cpp" for name in ("balanced", "dispatch", "packing")],
+        + [f"csrc/cpu/{name}.cpp" for name in ("dispatch", "packing")],
         include_dirs=[pybind11.get_include()],
         depends=sources_in("core", "cpu", "torch", suffix=".h"),
         extra_compile_args=[

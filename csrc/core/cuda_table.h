@@ -20,9 +20,6 @@ struct CudaKernels {
 
   // The operators: csrc/cuda/kernels.h.
   void (*fill_planes)(const FillPlanes&, Device&);
-  void (*fill_balanced)(const FillBalanced&, Device&);
-  void (*balanced_to_planes)(const Balanced&, int64_t rows, int64_t r, int64_t n, uint64_t* plus,
-                             uint64_t* minus, Device&);
   int64_t (*count_lists)(const Planes&, int64_t rows, int64_t cols, bool by_column, int64_t* offset,
                          Device&);
   void (*fill_lists)(const Planes&, int64_t rows, int64_t cols, bool by_column,

@@ -6,7 +6,6 @@
 #pragma once
 #include <cstdint>
 
-#include "balanced.h"
 #include "dtype.h"
 #include "lists.h"
 #include "planes.h"
@@ -14,23 +13,21 @@
 
 namespace randlora {
 
-// A packed pair of bases. A always travels as lists by row; B as bit planes, balanced, or, where both
-// are empty, as lists by row and by column.
+// A packed pair of bases. A is always packed as lists by row; B as bit planes or, if those are empty,
+// as lists by row and by column.
 struct Basis {
   int64_t D = 0, d = 0, r = 0, n = 0;
-  bool wide = false;    // list positions are uint32, not uint16
-  AnyLists a;           // r lines over d
-  AnyLists b_rows;      // D lines over K
-  AnyLists b_cols;      // K lines over D
-  Planes b_planes;      // (D, K)
-  Balanced b_balanced;  // D lines, r groups of n columns
+  bool wide = false;  // list positions are uint32, not uint16
+  AnyLists a;         // r lines over d
+  AnyLists b_rows;    // D lines over K
+  AnyLists b_cols;    // K lines over D
+  Planes b_planes;    // (D, K)
   // CUDA, optional: B (D, K) unpacked and unscaled in the dtype of x, so that its products are GEMMs.
   const void* b_dense = nullptr;
 
   RANDLORA_HD_MEMBER int64_t K() const { return r * n; }
   RANDLORA_HD_MEMBER bool has_planes() const { return b_planes.plus != nullptr; }
-  RANDLORA_HD_MEMBER bool has_balanced() const { return b_balanced.offset != nullptr; }
-  RANDLORA_HD_MEMBER bool has_lists() const { return !has_planes() && !has_balanced(); }
+  RANDLORA_HD_MEMBER bool has_lists() const { return !has_planes(); }
 };
 
 // planes[., q, .] = elements (role, row_start + q, col_start ...) of the specification.
@@ -39,18 +36,6 @@ struct FillPlanes {
   uint32_t role, threshold;
   int64_t row_start, rows, col_start, cols;
   uint64_t *plus, *minus;  // (rows, words_of(cols))
-};
-
-// Lines [line_start, line_start + lines) of role's matrix, to r * n columns. The lines of A are its
-// columns, with n = 1.
-struct FillBalanced {
-  uint64_t seed;
-  uint32_t role;
-  int64_t line_start, lines, r, q, n;
-  bool wide;
-  int64_t* offset;  // (r + 1)
-  void* row;        // (lines * q)
-  uint32_t* sign;   // (lines * q, sign_words_of(n))
 };
 
 // out[c, k] = lam[j, i] * A[j, k] * gam[i, k]

@@ -3,8 +3,7 @@
 //   b_up    dst[o] = sum_c B[o, c] src[c]     lines are rows of B      (V -> y)
 //   b_down  dst[c] = sum_o B[o, c] src[o]     lines are columns of B   (x or dy -> U)
 //
-// From lists, summed as they lie in memory, for any range of lines; from bit planes: b_planes.h; for a
-// balanced B: b_balanced.h.
+// From lists, summed as they lie in memory, for any range of lines; from bit planes: b_planes.h.
 #pragma once
 #include "../core/operators.h"
 #include "token_block.h"

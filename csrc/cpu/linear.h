@@ -6,7 +6,6 @@
 // V and U live in scratch for a group of token blocks at a time; nothing is kept for backward.
 #pragma once
 #include "a_side.h"
-#include "b_balanced.h"
 #include "b_planes.h"
 
 namespace randlora {
@@ -52,7 +51,6 @@ struct Slot {
   C *small, *large, *mid;  // (group, d, TB), (group, D, TB), (group, K, TB)
   C *lines, *scaled;       // (kLines, TB), (n, TB)
   QuadScratch<C> quads;
-  SignScratch<C> signs;
   int64_t small_step, large_step, mid_step;
 
   Slot(const Basis& b, int64_t group, Arena& arena)
@@ -63,15 +61,13 @@ struct Slot {
         scaled(arena.take<C>(b.n * B::TB)),
         quads{arena.take<C>(b.has_planes() ? kQuads * kEntries * B::TB : 0),
               arena.take<uint8_t>(QuadScratch<C>::numbers(b))},
-        signs{arena.take<C>(b.has_balanced() ? kSignTables * kSignedSums * B::TB : 0),
-              arena.take<uint32_t>(kSignRows * b.b_balanced.words)},
         small_step(b.d * B::TB),
         large_step(b.D * B::TB),
         mid_step(b.K() * B::TB) {}
 };
 
 // out (T, D) (+)= scale * v B^T for blocks [first, first + count). From lists kLines features at a
-// time, so that their sums go from the L1 cache to `out`; the others leave whole rows in s.large.
+// time, so that their sums go from the L1 cache to `out`; planes leave whole rows in s.large.
 template <class B>
 void emit_up(const Basis& b, const Cut& cut, Slot<B>& s, int64_t first, int count, double scale,
              bool accumulate, void* out, DType dtype) {
@@ -80,10 +76,7 @@ void emit_up(const Basis& b, const Cut& cut, Slot<B>& s, int64_t first, int coun
                    (first + g) * B::TB, b.D, o);
   };
   if (!b.has_lists()) {
-    if (b.has_planes())
-      planes_up<B>(b, {count, s.mid, s.mid_step, s.large, s.large_step}, s.quads);
-    else
-      balanced_up<B>(b, s.mid, s.large, s.signs);  // a group of one
+    planes_up<B>(b, {count, s.mid, s.mid_step, s.large, s.large_step}, s.quads);
     for (int g = 0; g < count; ++g) emit(g, s.large + g * s.large_step, 0, b.D);
     return;
   }
@@ -101,7 +94,6 @@ void emit_up(const Basis& b, const Cut& cut, Slot<B>& s, int64_t first, int coun
 template <class B, class F>
 void down(const Basis& b, Slot<B>& s, int count, const F& fn) {
   if (b.has_planes()) planes_down<B>(b, {count, s.large, s.large_step, s.mid, s.mid_step}, s.quads);
-  if (b.has_balanced()) balanced_down<B>(b, s.large, s.mid, s.signs);  // a group of one
   for (int64_t j = 0; j < b.r; ++j)
     for (int g = 0; g < count; ++g) {
       auto* u = s.mid + g * s.mid_step;

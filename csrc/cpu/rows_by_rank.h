@@ -36,14 +36,12 @@ class RowsByRank {
     // append_bits may write 8 entries past the end, and works in steps of a word.
     plus_ = arena.take<uint16_t>(b.has_lists() ? 0 : b.n + 72);
     minus_ = arena.take<uint16_t>(b.has_lists() ? 0 : b.n + 72);
-    entry_ = arena.take<int64_t>(b.has_balanced() ? Rows * b.r : 0);
   }
 
   // Rows [first, first + rows), to be visited with ascending j from `j` on.
   void start(int64_t first, int rows, int64_t j) {
     first_ = first;
     if (b_.has_planes()) return;
-    if (b_.has_balanced()) return find_entries(rows);
     for (int q = 0; q < rows; ++q)
       b_.wide ? place(b_.b_rows.as<uint32_t>(), q, j * b_.n)
               : place(b_.b_rows.as<uint16_t>(), q, j * b_.n);
@@ -56,11 +54,6 @@ class RowsByRank {
       const int64_t row = (first_ + q) * b_.b_planes.words;
       const uint16_t* plus_end = decode(b_.b_planes.plus + row, j, plus_);
       const uint16_t* minus_end = decode(b_.b_planes.minus + row, j, minus_);
-      fn(plus_, plus_end - plus_, minus_, minus_end - minus_, 0);
-    } else if (b_.has_balanced()) {
-      uint16_t *plus_end = plus_, *minus_end = minus_;
-      for (int64_t group = 0; group < b_.r; ++group)
-        if (entry_[q * b_.r + group] >= 0) append_group(q, j, group, plus_end, minus_end);
       fn(plus_, plus_end - plus_, minus_, minus_end - minus_, 0);
     } else if (b_.wide) {
       advance(b_.b_rows.as<uint32_t>(), q, j, fn);
@@ -76,28 +69,6 @@ class RowsByRank {
       out = append_bits(Planes::bits(row, j * b_.n + i, count), int(i), out);
     }
     return out;
-  }
-
-  // entry_: of each row and group its entry in a balanced B, or -1.
-  void find_entries(int rows) {
-    const Balanced& s = b_.b_balanced;
-    for (int64_t group = 0; group < b_.r; ++group) {
-      int64_t p = s.first(group, first_);
-      for (int q = 0; q < rows; ++q) {
-        const bool there = p < s.offset[group + 1] && s.line(p) == first_ + q;
-        entry_[q * b_.r + group] = there ? p++ : -1;
-      }
-    }
-  }
-
-  // The bases i whose column j * n + i is of that group.
-  void append_group(int q, int64_t j, int64_t group, uint16_t*& plus, uint16_t*& minus) const {
-    const Balanced& s = b_.b_balanced;
-    const uint32_t* sign = s.sign + entry_[q * b_.r + group] * s.words;
-    const int64_t column = j * b_.n, over = column % b_.r;
-    int64_t i = group - over + (group < over ? b_.r : 0), e = (column + i) / b_.r;
-    for (; i < b_.n; i += b_.r, ++e)
-      *(sign[e / 32] >> (e % 32) & 1 ? minus : plus)++ = static_cast<uint16_t>(i);
   }
 
   template <class Index>
@@ -135,7 +106,6 @@ class RowsByRank {
   int64_t first_ = 0;
   int64_t cursor_[Rows][2];
   uint16_t *plus_, *minus_;
-  int64_t* entry_;  // (Rows, r), of a balanced B
 };
 
 }  // namespace RANDLORA_ISA

@@ -9,12 +9,8 @@
 namespace randlora {
 namespace cuda {
 
-// generation and packing (fill_planes.cu, fill_balanced.cu, balanced.cu, lists.cu, dense.cu): as
-// csrc/cpu/packing.h and balanced.h, bit for bit
+// generation and packing (fill_planes.cu, lists.cu, dense.cu): as csrc/cpu/packing.h, bit for bit
 void fill_planes(const FillPlanes& p, Device& device);
-void fill_balanced(const FillBalanced& p, Device& device);
-void balanced_to_planes(const Balanced& b, int64_t rows, int64_t r, int64_t n, uint64_t* plus,
-                        uint64_t* minus, Device& device);
 int64_t count_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column,
                     int64_t* offset, Device& device);
 void fill_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column,
@@ -31,8 +27,7 @@ void pack_dense(const void* dense, DType dtype, int64_t rows, int64_t cols, uint
 void scaled_basis(const ScaledBasis& p, Device& device);
 void scaled_basis_backward(const ScaledBasisBackward& p, Device& device);
 
-// delta_weight.cu chooses delta_lists.cu or delta_planes.cu by the format of B; balanced.cu makes
-// planes of a balanced one before
+// delta_weight.cu chooses delta_lists.cu or delta_planes.cu by the format of B
 void delta_weight(const DeltaWeight& p, Device& device);
 void delta_weight_backward(const DeltaWeightBackward& p, Device& device);
 
@@ -57,7 +52,7 @@ void a_down(const ASide& p, const void* U, void* out, double scale, bool accumul
 void a_grad(const ASide& p, const void* U, const void* z, double scale, void* dlam, void* dgam,
             Device& device);
 
-// b_lists.cu (B as lists), b_planes.cu (B as planes); b_balanced.h for a balanced B
+// b_lists.cu (B as lists), b_planes.cu (B as planes)
 //              up:    y (T, D) = scale * V (T, K) B^T [+ y]
 //              down:  U (T, K) = x (T, D) B
 struct BSide {

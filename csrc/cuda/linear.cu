@@ -27,7 +27,6 @@
 #include <vector>
 
 #include "a_side.h"
-#include "b_balanced.h"
 
 namespace randlora {
 namespace cuda {
@@ -84,19 +83,19 @@ void each_chunk(int64_t T, int64_t chunk, const F& fn) {
   } while (t < T);
 }
 
-// Few tokens read packed bases only (of a balanced one they spread the signs first); where the caller
-// brings a dense B beside planes or a balanced one, more tokens take it. Signed sums take some 0.25 ps an entry and token, a GEMM of few
-// tokens the time that B takes to be read, 0.6 ps an element: they are even at T = 2.4 / density.
+// Few tokens read packed bases only. If the caller brings a dense B beside planes, more tokens take it.
+// Beside lists: signed sums take some 0.25 ps an entry and token, a GEMM of few tokens the time that B
+// takes to be read, 0.6 ps an element: they are even at T = 2.4 / density.
 bool by_gemm(const Basis& b, int64_t T) {
   if (!b.b_dense || T <= kFewTokens) return false;
   return !b.has_lists() || T * b.b_rows.count > 2 * b.D * b.K();
 }
 
-// The products of the B side, chunk after chunk of up to `most` tokens, by the form of B.
+// The products of the B side, chunk after chunk of tokens, by the form of B.
 class BSideCall {
  public:
-  BSideCall(const Basis& basis, DType dtype, int64_t most, Device& device)
-      : b_(basis), dtype_(dtype), device_(device), balanced_({basis, dtype, most}, device) {}
+  BSideCall(const Basis& basis, DType dtype, Device& device)
+      : b_(basis), dtype_(dtype), device_(device) {}
 
   // y (T, D) = V (T, K) B^T [+ y]
   void up(const void* V, int64_t T, void* y, bool accumulate) {
@@ -104,8 +103,6 @@ class BSideCall {
     device_.next_chunk();
     if (by_gemm(b_, T))
       device_.gemm({T, b_.D, b_.K(), V, b_.b_dense, y, dtype_, 1, false, accumulate});
-    else if (b_.has_balanced())
-      balanced_.up(V, T, y, accumulate);
     else if (b_.has_planes())
       b_up_planes({b_, dtype_, T}, V, y, 1, accumulate, device_);
     else
@@ -118,8 +115,6 @@ class BSideCall {
     device_.next_chunk();
     if (by_gemm(b_, T))
       device_.gemm({T, b_.K(), b_.D, x, b_.b_dense, U, dtype_, 1, true, false});
-    else if (b_.has_balanced())
-      balanced_.down(x, T, U);
     else if (b_.has_planes())
       b_down_planes({b_, dtype_, T}, x, U, device_);
     else
@@ -130,7 +125,6 @@ class BSideCall {
   const Basis& b_;
   const DType dtype_;
   Recycled device_;
-  BalancedCall balanced_;
 };
 
 }  // namespace
@@ -141,7 +135,7 @@ void linear(const Linear& p, Device& device) {
   const int64_t chunk = chunk_of(b, p.T, p.dtype, device);
   ASideCall a({b, p.lam, p.gam, p.dtype, chunk}, p.scale, device);
   void* between = device.scratch(static_cast<size_t>(chunk * b.K() * bytes_of(p.dtype)));
-  BSideCall b_side(b, p.dtype, chunk, device);
+  BSideCall b_side(b, p.dtype, device);
   each_chunk(p.T, chunk, [&](int64_t t, int64_t T) {
     if (p.expand) {
       a.take(from(p.x, t, b.d, p.dtype), T);
@@ -163,7 +157,7 @@ void linear_backward(const LinearBackward& p, Device& device) {
   void* between = device.scratch(static_cast<size_t>(chunk * b.K() * bytes_of(p.dtype)));
   // The operands on the d side and on the D side.
   const void *z = p.expand ? p.x : p.dy, *large = p.expand ? p.dy : p.x;
-  BSideCall b_side(b, p.dtype, chunk, device);
+  BSideCall b_side(b, p.dtype, device);
   each_chunk(p.T, chunk, [&](int64_t t, int64_t T) {
     a.take(from(z, t, b.d, p.dtype), T);
     if (!p.expand && p.dx) {

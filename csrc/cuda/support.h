@@ -1,5 +1,5 @@
 // Products of the factored path whose non-zeros lie, for a rank index j, at the same features S_j for
-// all n bases: A, being one matrix for all of them, and a balanced B. Each is a dense product with
+// all n bases, as those of A, which is one matrix for all of them. Each is a dense product with
 // gathered features:
 //
 //   up     V[t, (j, i)]      = factor[j, i] sum_{p in S_j} value[p, i] z[t, k_p]    a_up.cu

@@ -21,8 +21,6 @@ randlora_cuda_kernels() {
                                         cuda::describe,
                                         cuda::make_current,
                                         cuda::fill_planes,
-                                        cuda::fill_balanced,
-                                        cuda::balanced_to_planes,
                                         cuda::count_lists,
                                         cuda::fill_lists,
                                         cuda::planes_to_dense,

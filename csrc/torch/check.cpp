@@ -72,34 +72,6 @@ void check_last(const int64_t* offset, int64_t runs, const void* position, bool 
 
 }  // namespace
 
-Balanced balanced_of(const Tensor& offset, const Tensor& row, const Tensor& sign, int64_t n) {
-  const ScalarType t = row.scalar_type();
-  const int64_t words = sign_words_of(n);
-  RANDLORA_CHECK(offset.scalar_type() == ScalarType::Long && offset.dim() == 1 &&
-                     offset.size(0) > 1 && offset.is_contiguous(),
-                 "offset of a balanced matrix must be a contiguous int64 tensor (r + 1), got ",
-                 describe(offset));
-  RANDLORA_CHECK(
-      (t == ScalarType::Short || t == ScalarType::Int) && row.dim() == 1 && row.is_contiguous(),
-      "row of a balanced matrix must be a contiguous int16 or int32 tensor, got ", describe(row));
-  RANDLORA_CHECK(n > 0 && sign.scalar_type() == ScalarType::Int && sign.dim() == 2 &&
-                     sign.size(0) == row.size(0) && sign.size(1) == words && sign.is_contiguous(),
-                 "sign of a balanced matrix must be a contiguous int32 tensor (entries, "
-                 "ceil(n / 32)) = (",
-                 row.size(0), ", ", words, "), got ", describe(sign));
-  const int64_t r = offset.size(0) - 1, *at = offset.const_data_ptr<int64_t>();
-  if (offset.is_cpu()) {  // on a card the host would have to wait
-    bool ascends = at[0] == 0 && at[r] == row.size(0);
-    for (int64_t j = 0; j < r; ++j) ascends &= at[j] <= at[j + 1];
-    RANDLORA_CHECK(ascends, "offset of a balanced matrix must ascend from 0 to ", row.size(0),
-                   ", the number of its rows");
-  }
-  check_same_device(row, "row", offset, "offset");
-  check_same_device(sign, "sign", offset, "offset");
-  return {at,    row.const_data_ptr(), static_cast<const uint32_t*>(sign.const_data_ptr()),
-          words, t == ScalarType::Int, row.size(0)};
-}
-
 std::string describe(const Tensor& t) {
   std::ostringstream s;
   s << "(";
@@ -172,9 +144,9 @@ Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tenso
   const bool dense = count > 0 && is_floating(packed[count - 1].scalar_type());
   count -= dense;
   RANDLORA_CHECK(
-      count == 6 || count == 3 || count == 5,
-      "packed must hold 6 tensors (lists), 5 (balanced) or 3 (bit planes), and on CUDA perhaps a "
-      "dense B after them, got ",
+      count == 6 || count == 3,
+      "packed must hold 6 tensors (lists) or 3 (bit planes), and on CUDA perhaps a dense B after "
+      "them, got ",
       packed.size(), "; take it from TernaryBasis.packed(device)");
   const bool on_cpu = lam.is_cpu();
   for (const Tensor& t : packed)
@@ -203,23 +175,6 @@ Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tenso
                    b.D, ", ", words, "), got ", describe(p));
     const auto* plus = static_cast<const uint64_t*>(p.const_data_ptr());
     b.b_planes = {plus, plus + b.D * words, words};
-    return b;
-  }
-  if (count == 5) {
-    RANDLORA_CHECK(b.n <= 65536,
-                   "packed: a balanced B serves up to n = 65536 bases, got n = ", b.n);
-    RANDLORA_CHECK(
-        packed[2].numel() == b.r + 1 && packed[3].scalar_type() == packed[1].scalar_type(),
-        "packed: a balanced B has an offset of r + 1 = ", b.r + 1,
-        " entries and rows of "
-        "the dtype of a_index, got ",
-        describe(packed[2]), " and ", describe(packed[3]));
-    b.b_balanced = balanced_of(packed[2], packed[3], packed[4], b.n);
-    RANDLORA_CHECK(b.b_balanced.count * b.d == b.a.count * b.D,
-                   "packed: all lines of a balanced basis have as many entries, but a_index has ",
-                   b.a.count, " for d = ", b.d, " columns and b_row ", b.b_balanced.count,
-                   " for D = ", b.D, " rows; these tensors are of another layer");
-    if (on_cpu) check_last(b.b_balanced.offset, b.r, b.b_balanced.row, b.wide, b.D, "b_row", "D");
     return b;
   }
   check_offsets(packed[2], packed[3], b.D, "b_row", on_cpu);

@@ -104,16 +104,12 @@ ScalarType compute_type(DType dtype);
 // The packed basis of a layer with these diagonals; refuses any disagreement of shapes.
 //   lists   [a_offset, a_index, b_row_offset, b_row_index, b_col_offset, b_col_index]
 //   planes  [a_offset, a_index, b_planes]
-//   balanced  [a_offset, a_index, b_offset, b_row, b_sign]
-// and after the first two, for CUDA, perhaps B itself, dense, unscaled and in the dtype of x.
+// and, for CUDA, perhaps B itself after them: dense, unscaled and in the dtype of x.
 //
 // `expand` empty: a whole layer, whose shape says which side is d. Given: perhaps a slice of one, in
 // which d (the input side if *expand) may be the larger side, and n is the whole layer's.
 Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
                int64_t in_features, int64_t out_features, std::optional<bool> expand);
-
-// A balanced matrix of n bases; its offset tells r.
-Balanced balanced_of(const Tensor& offset, const Tensor& row, const Tensor& sign, int64_t n);
 
 // Whether d is the input side.
 inline bool expands(std::optional<bool> expand, int64_t in_features, int64_t out_features) {

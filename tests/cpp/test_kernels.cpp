@@ -2,13 +2,11 @@
 // both index widths, every form of B, one thread and three. Exits 77 where the set cannot run.
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <stdexcept>
 
 #include "check.h"
 #include "core/stochastic.h"
 #include "core/ternary_spec.h"
-#include "cpu/balanced.h"
 #include "cpu/dispatch.h"
 #include "thread_runtime.h"
 
@@ -16,45 +14,7 @@ using namespace randlora;
 
 namespace {
 
-enum class Form { lists, planes, balanced };
-
-// Balanced lines of one matrix, drawn by the specification.
-struct BalancedLines {
-  int64_t lines, r, n;
-  std::vector<int64_t> offset;
-  std::vector<uint16_t> narrow;
-  std::vector<uint32_t> broad, sign;
-
-  BalancedLines(uint32_t role, int64_t count, int64_t r, int64_t q, int64_t n, Runtime& rt)
-      : lines(count),
-        r(r),
-        n(n),
-        offset(r + 1),
-        narrow(count * q),
-        broad(count * q),
-        sign(count * q * sign_words_of(n)) {
-    FillBalanced p{5, role, 3, lines, r, q, n, false, offset.data(), narrow.data(), sign.data()};
-    fill_balanced(p, rt);
-    p.wide = true, p.row = broad.data();
-    fill_balanced(p, rt);
-  }
-  Balanced view(bool wide) const {
-    return {offset.data(), wide ? static_cast<const void*>(broad.data()) : narrow.data(),
-            sign.data(), sign_words_of(n), wide};
-  }
-  // (lines, r * n), or its transpose.
-  std::vector<double> dense(bool transposed, Runtime& rt) const {
-    const int64_t cols = r * n, words = words_of(cols);
-    std::vector<uint64_t> bits(2 * lines * words);
-    balanced_to_planes(view(false), lines, r, n, bits.data(), bits.data() + lines * words, rt);
-    std::vector<double> out(lines * cols), turned(lines * cols);
-    planes_to_dense({bits.data(), bits.data() + lines * words, words}, lines, cols, 1.0, out.data(),
-                    DType::f64, rt);
-    for (int64_t o = 0; o < lines; ++o)
-      for (int64_t c = 0; c < cols; ++c) turned[c * lines + o] = out[o * cols + c];
-    return transposed ? turned : out;
-  }
-};
+enum class Form { lists, planes };
 
 // The equations of docs/math.md, unscaled bases, one loop each.
 struct Problem {
@@ -62,12 +22,10 @@ struct Problem {
   bool expand;
   double scale = 0.7;
   ThreadRuntime setup{1};
-  std::shared_ptr<BalancedLines> balanced;  // B, where q is given
   Ternary A, B;
   std::vector<double> lam, gam, x, dy, y, dx, dlam, dgam, dW, dA;
 
-  // Independent entries of that density, or balanced ones where q > 0.
-  Problem(int64_t in, int64_t out, int64_t rank, int64_t tokens, double density, int64_t q = 0)
+  Problem(int64_t in, int64_t out, int64_t rank, int64_t tokens, double density)
       : D(std::max(in, out)),
         d(std::min(in, out)),
         r(rank),
@@ -75,11 +33,8 @@ struct Problem {
         K(r * n),
         T(tokens),
         expand(d == in),
-        balanced(q ? std::make_shared<BalancedLines>(kRoleB, D, r, q, n, setup) : nullptr),
-        A(q ? Ternary(r, d, BalancedLines(kRoleA, d, r, q, 1, setup).dense(true, setup), setup)
-            : Ternary(r, d, density, 1, setup)),
-        B(q ? Ternary(D, K, balanced->dense(false, setup), setup)
-            : Ternary(D, K, density, 2, setup)) {
+        A(r, d, density, 1, setup),
+        B(D, K, density, 2, setup) {
     std::mt19937 random(3);
     std::normal_distribution<double> normal;
     const auto fill = [&](std::vector<double>& v, int64_t count) {
@@ -128,8 +83,6 @@ struct Problem {
     b.a = A.by_row.view(wide);
     if (form == Form::planes) {
       b.b_planes = B.planes;
-    } else if (form == Form::balanced) {
-      b.b_balanced = balanced->view(wide);
     } else {
       b.b_rows = B.by_row.view(wide);
       b.b_cols = B.by_column.view(wide);
@@ -264,22 +217,16 @@ int main() {
   for (const Shape s : {Shape{1, 1, 1, 1}, Shape{40, 40, 8, 33}, Shape{33, 70, 8, 5},
                         Shape{70, 33, 8, 17}, Shape{20, 30, 32, 3}, Shape{130, 65, 7, 40},
                         Shape{64, 64, 64, 70}, Shape{48, 96, 16, 0}, Shape{96, 600, 32, 150}}) {
-    const auto every_run = [](const Problem& p, Form form) {
-      for (bool wide : {false, true})
-        for (int threads : {1, 3}) {
-          run<double>(p, form, wide, threads);
-          run<float>(p, form, wide, threads);
-        }
-    };
     for (double density : {0.05, 1.0 / 3, 1.0}) {
       const Problem p(s.in, s.out, s.r, s.T, density);
       stochastic<bf16>(p, DType::bf16);
       stochastic<f16>(p, DType::f16);
-      for (Form form : {Form::lists, Form::planes}) every_run(p, form);
-    }
-    for (int64_t q : {int64_t{1}, (s.r + 2) / 3, s.r}) {
-      const Problem p(s.in, s.out, s.r, s.T, 0, q);
-      for (Form form : {Form::lists, Form::planes, Form::balanced}) every_run(p, form);
+      for (Form form : {Form::lists, Form::planes})
+        for (bool wide : {false, true})
+          for (int threads : {1, 3}) {
+            run<double>(p, form, wide, threads);
+            run<float>(p, form, wide, threads);
+          }
     }
   }
   std::printf("%d failures\n", failures);

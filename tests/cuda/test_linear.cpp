@@ -1,5 +1,4 @@
 // The factored path, forward and backward, against the CPU kernels, with B in every form.
-#include "balanced_b.h"
 #include "cpu/dispatch.h"
 #include "cuda/kernels.h"
 #include "factored.h"
@@ -9,7 +8,7 @@ using namespace randlora;
 
 namespace {
 
-enum class Form { lists, planes, dense, balanced };
+enum class Form { lists, planes, dense };
 
 struct Case {
   int64_t in, out, r, T;
@@ -21,16 +20,12 @@ struct Case {
   int64_t chunk_tokens = 1 << 20;
 };
 
-// B as planes, unpacked beside the lists, or another, balanced one of about that density, in
-// "device" memory.
+// B as planes, or unpacked beside the lists, in "device" memory.
 struct FormOfB {
   Poisoned planes;
   Array dense;
-  BalancedB balanced;
-  FormOfB(const Factored& f, DType dtype, double density)
-      : planes(int64_t(f.B.bits.size()) * 8),
-        dense(dtype, f.B.dense),
-        balanced(f.D, f.r, std::max(int64_t{1}, int64_t(density * f.r + 0.5)), f.n, f.wide) {
+  FormOfB(const Factored& f, DType dtype)
+      : planes(int64_t(f.B.bits.size()) * 8), dense(dtype, f.B.dense) {
     std::memcpy(planes.get(), f.B.bits.data(), f.B.bits.size() * 8);
   }
   Basis apply(Basis b, Form form, const Factored& f) const {
@@ -40,10 +35,6 @@ struct FormOfB {
       b.b_rows = b.b_cols = {};
     }
     if (form == Form::dense) b.b_dense = dense.get();
-    if (form == Form::balanced) {
-      b.b_balanced = balanced.view();
-      b.b_rows = b.b_cols = {};
-    }
     return b;
   }
 };
@@ -51,7 +42,7 @@ struct FormOfB {
 void check(const Case& c, DType dtype, bool tf32 = false) {
   const int64_t D = std::max(c.in, c.out), d = std::min(c.in, c.out), T = c.T;
   const Factored f(D, d, c.r, c.density, c.wide);
-  const FormOfB form(f, dtype, c.density);
+  const FormOfB form(f, dtype);
   const Basis basis = form.apply(f.basis, c.form, f);
   const DType compute = compute_of(dtype);
   const bool expand = d == c.in;
@@ -129,7 +120,7 @@ void bounded_scratch() {
   };
   const DType dtype = DType::bf16;
   const Factored f(70, 33, 4, 0.3);
-  const FormOfB form(f, dtype, 0.3);
+  const FormOfB form(f, dtype);
   const auto bytes = [&](Form kind, int64_t T, bool expand) {
     const Basis basis = form.apply(f.basis, kind, f);
     Counting device;
@@ -143,7 +134,7 @@ void bounded_scratch() {
                  device);
     return device.total;
   };
-  for (const Form kind : {Form::lists, Form::planes, Form::balanced})
+  for (const Form kind : {Form::lists, Form::planes})
     for (const bool expand : {false, true})
       EXPECT(bytes(kind, 128, expand) == bytes(kind, 500, expand),
              "scratch grows with T: form %d expand %d", int(kind), expand);
@@ -171,14 +162,6 @@ void tests() {
       {33, 70, 8, 17, 1.0 / 3, Form::planes, false, true},
       {70, 33, 8, 5, 1.0, Form::planes},
       {96, 48, 16, 130, 1.0 / 3, Form::planes, false, true, 0, 128},
-      {1, 1, 1, 1, 1.0, Form::balanced},
-      {33, 70, 8, 5, 0.125, Form::balanced, true},
-      {70, 33, 8, 17, 0.5, Form::balanced, false, true, 1},
-      {65, 130, 2, 40, 0.5, Form::balanced, false, false, 3},  // n = 33: two words of signs
-      {20, 30, 32, 9, 0.25, Form::balanced},                   // r > d: n = 1
-      {30, 20, 5, 0, 0.4, Form::balanced, false, true},        // no tokens
-      {48, 96, 16, 300, 0.125, Form::balanced, false, true, 0, 128},
-      {96, 48, 16, 700, 0.25, Form::balanced, true, false, 0, 512},  // x of a chunk in parts
   };
   for (const Case& c : cases)
     for (const DType dtype : kTypes) {
