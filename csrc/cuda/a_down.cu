@@ -2,70 +2,65 @@
 //
 //   out[t, k_p] += sum_i G'[p, i] U[t, (j, i)]        p in S_j,  G' = scale lam G
 //
-// dense products whose results scatter over columns. A block owns tokens x a range of columns, whose
-// sums it holds in shared memory in fp32, and walks j: the entries of S_j in its range are a run,
-// found by Support::before. A stage of the pipeline holds U of one j (128 bases of it in 16 bits) and
-// some entries' values; it is fetched two stages ahead by cp.async. Within a stage every column
-// belongs to one warp, and there is a barrier between stages: no atomics, and j in ascending order.
+// Each is a dense product whose results scatter over columns. A block owns some tokens and a range of
+// columns, keeps their sums in shared memory in fp32, and walks j. The entries of S_j in its range are
+// consecutive (Support::before); it takes them in chunks, a tile of 16 MI entries x all tokens to each
+// warp. A stage of the pipeline holds a slice of bases of one chunk: its values and U, copied two
+// stages ahead by cp.async. After the last slice each warp adds its tile to the sums. A column belongs
+// to one warp of a chunk, and a barrier separates the chunks, so there are no atomics and j ascends.
 // `out` is read and written once, by rows.
 //
-// U is read once for every range of columns and the values once for every tile of tokens, so the tile
-// follows from shared memory M: U traffic falls with 1 / range, that of the values with 1 / tokens.
-// At low density the values are small: 32 tokens, and as many columns as fit.
-//
-// 4096 x 4096, r = 32, n = 128, T = 8192, bf16 on an H100 (M = 227 KB):
-//                      density 1/64             1/3
-//   tile               32 x 1376                64 x 464
-//   operations         4.3 GFLOP, 4 us          92 GFLOP, 93 us at 989 TFLOP/s
-//   DRAM               134 MB (U, out), 40 us; 60 us when out is read
-//   L2 into SMs        200 + 134 MB, 61 us      600 + 1430 MB, 370 us at 5.5 TB/s
-//   adds to shared     17 M                     358 M, 200 us with bank conflicts
-// At 1/64 a stage is short (2 to 4 units of 8 k-steps, some 600 cycles), one a j: 190 of them an SM, 70 us.
-// 80 us expected at 1/64, 400 us at 1/3, where the delta path is the better choice.
+// Floor: 2 T n |A| operations; bytes: U once for every range of columns, the values once for every
+// tile of tokens, and `out`.
+#include <cmath>
+
 #include "a_side.h"
+#include "column_sums.h"
 
 namespace randlora {
 namespace cuda {
 namespace {
 
-// A unit of work, which a warp does at a time: 16 MI entries x 8 NI tokens.
+// Tile shapes. A slice of bases is kDepth deep; sums of kFlush bases are made in registers.
 template <class S, int MI, int NI, bool Tf32>
 struct Down {
   using Tile = WarpTile<S, MI, NI, Tf32>;
   using C = typename Tile::C;
-  static constexpr int kTokens = MI == 1 ? 32 : 64, kEntries = kTokens;
-  static constexpr int kBases = 256 / sizeof(S);
-  static constexpr int kStride = kBases + kPerAccess<S>;
+  static constexpr int kTokens = 8 * NI, kLines = 16 * MI;  // of a warp's tile; a block's tokens
+  static constexpr int kDepth = (MI == 1 ? 128 : 64) / int(sizeof(S)),
+                       kFlush = 256 / int(sizeof(S));
+  static constexpr int kStride = kDepth + kPerAccess<S>;
   static constexpr int kStages = 3;
-  static constexpr int64_t kStageBytes =
-      int64_t{kStages} * (kTokens + kEntries) * kStride * sizeof(S);
 
-  static int64_t shared(int64_t range) { return kStageBytes + range * kTokens * sizeof(C); }
-  // Where the sum of a column and token lies: tokens turned about by the column, so that neither a row
-  // nor a column of sums lies in one bank.
-  static __device__ __forceinline__ int at(int column, int token) {
-    return column * kTokens + (token ^ (column & 31));
+  using Sums = ColumnSums<S, kTokens>;
+
+  static constexpr __host__ __device__ int64_t stage_bytes(int64_t chunk) {
+    return kStages * (kTokens + chunk) * kStride * int64_t{sizeof(S)};
+  }
+  static constexpr __host__ __device__ int64_t shared(int64_t chunk, int64_t range) {
+    return stage_bytes(chunk) + range * kTokens * int64_t{sizeof(C)};
   }
 };
 
-// What a stage holds: `count` entries from `entry` on, all of one j, and bases from i0 on; U of them
-// in its own ring of buffers, as several stages in a row may share it. count = 0: there is no more.
+// A slice of a chunk: `count` entries from `entry` on, all of one j, and bases from i0 on.
+// count = 0: there is no more.
 struct Stage {
   int64_t entry, i0;
-  int count, u_buffer;
+  int count;
 };
 
 template <class S, int MI, int NI, bool Tf32>
 __global__ void __launch_bounds__(256, 1)
     down_kernel(Support a, const S* __restrict__ values, const S* __restrict__ U, int64_t T,
-                int range, bool u_aligned, S* __restrict__ out, bool accumulate, bool out_aligned) {
+                int range, int chunk, bool u_aligned, S* __restrict__ out, bool accumulate,
+                bool out_aligned) {
   using B = Down<S, MI, NI, Tf32>;
   using C = typename B::C;
   using Tile = typename B::Tile;
-  constexpr int L = kPerAccess<S>, kPieces = B::kBases / L;
-  S* u_shared = reinterpret_cast<S*>(shared_memory());               // (kStages, kTokens, kStride)
-  S* v_shared = u_shared + B::kStages * B::kTokens * B::kStride;     // (kStages, kEntries, kStride)
-  C* sums = reinterpret_cast<C*>(shared_memory() + B::kStageBytes);  // (range, kTokens), by B::at
+  constexpr int L = kPerAccess<S>, kPieces = B::kDepth / L;
+  S* u_shared = reinterpret_cast<S*>(shared_memory());            // (kStages, kTokens, kStride)
+  S* v_shared = u_shared + B::kStages * B::kTokens * B::kStride;  // (kStages, chunk, kStride)
+  const typename B::Sums sums = {reinterpret_cast<C*>(shared_memory() + B::stage_bytes(chunk))};
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
 
   const int64_t ranges = ceil_div(a.d, range);
@@ -74,39 +69,36 @@ __global__ void __launch_bounds__(256, 1)
   const int columns = static_cast<int>(k1 - k0),
             tokens = static_cast<int>(min(T - t0, int64_t{B::kTokens}));
 
-  // The next stage: entries [at, end) of j are left for bases from i0 on. The bounds of the j after
-  // that are fetched ahead.
+  // The next stage: bases from i0 on of entries [at, end) of j. The bounds of the j after that are
+  // fetched ahead.
   int64_t j = -1, i0 = a.n;
-  int low = 0, at = 0, end = 0, next_low = a.before(0, k0), next_end = a.before(0, k1);
-  int u_buffer = B::kStages - 1;
+  int at = 0, end = 0, next_low = a.before(0, k0), next_end = a.before(0, k1);
   // A thread copies the same piece of rows that lie `row_step` apart.
   const int first_row = threadIdx.x / kPieces, row_step = blockDim.x / kPieces;
   const int base = threadIdx.x % kPieces * L;
-  const auto load = [&](int v_buffer) -> Stage {
-    const bool fresh = at == end;
-    if (fresh) {
-      i0 += B::kBases;
-      while (i0 >= a.n || low == end) {
-        low = next_low, end = next_end, i0 = 0;
+  const auto load = [&](int buffer) -> Stage {
+    i0 += B::kDepth;
+    if (i0 >= a.n) {
+      i0 = 0, at += chunk;
+      while (at >= end) {
         if (++j >= a.r) {
-          low = at = end, i0 = a.n;  // and so it stays
+          j = a.r, at = end, i0 = a.n;  // and so it stays
           cp_async_commit();
-          return {0, 0, 0, 0};
+          return {0, 0, 0};
         }
+        at = next_low, end = next_end;
         if (j + 1 < a.r) next_low = a.before(j + 1, k0), next_end = a.before(j + 1, k1);
       }
-      at = low;
-      u_buffer = u_buffer == B::kStages - 1 ? 0 : u_buffer + 1;
     }
-    const Stage stage{a.first(j) + at, i0, min(end - at, B::kEntries), u_buffer};
-    at += stage.count;
+    const Stage stage{a.first(j) + at, i0, min(end - at, chunk)};
     // Up to the end of the k-step: zeros on both sides past n. Rows that are not there stay as they
     // are, for they reach no result.
     const int64_t left = a.n - i0;
-    const int depth = left < B::kBases ? static_cast<int>((left + 15) / 16 * 16) : B::kBases;
+    const int depth = left < B::kDepth ? static_cast<int>((left + 15) / 16 * 16) : B::kDepth;
+    S* u_stage = u_shared + buffer * B::kTokens * B::kStride;
     if (base < depth) {
       const bool there = i0 + base < a.bases;
-      S* to = v_shared + (v_buffer * B::kEntries + first_row) * B::kStride + base;
+      S* to = v_shared + (buffer * chunk + first_row) * B::kStride + base;
       const S* from = there ? values + (stage.entry + first_row) * a.bases + i0 + base : values;
       const int64_t step = there ? row_step * a.bases : 0;
       for (int row = first_row; row < stage.count; row += row_step) {
@@ -114,62 +106,62 @@ __global__ void __launch_bounds__(256, 1)
         to += row_step * B::kStride, from += step;
       }
     }
-    if (fresh && u_aligned && base < depth) {
+    const S* u = U + (t0 * a.r + j) * a.n + i0;
+    if (u_aligned && base < depth) {
       const bool there = base < left;
-      S* to = u_shared + (u_buffer * B::kTokens + first_row) * B::kStride + base;
-      const S* from = there ? U + ((t0 + first_row) * a.r + j) * a.n + i0 + base : U;
+      const S* from = there ? u + first_row * a.r * a.n + base : U;
       const int64_t step = there ? row_step * a.r * a.n : 0;
       for (int row = first_row; row < tokens; row += row_step) {
-        cp_async16(to, from, there ? 16 : 0);
-        to += row_step * B::kStride, from += step;
+        cp_async16(u_stage + B::Sums::place_of_token(row) * B::kStride + base, from,
+                   there ? 16 : 0);
+        from += step;
       }
-    } else if (fresh && !u_aligned) {
-      S* u = u_shared + u_buffer * B::kTokens * B::kStride;
-      const S* from = U + (t0 * a.r + j) * a.n + i0;
-      for (int x = threadIdx.x; x < tokens * B::kBases; x += blockDim.x) {
-        const int row = x / B::kBases, i = x % B::kBases;
-        if (i < depth) u[row * B::kStride + i] = i < left ? from[row * a.r * a.n + i] : S{};
+    } else if (!u_aligned) {
+      for (int x = threadIdx.x; x < tokens * B::kDepth; x += blockDim.x) {
+        const int row = x / B::kDepth, i = x % B::kDepth;
+        if (i < depth)
+          u_stage[B::Sums::place_of_token(row) * B::kStride + i] =
+              i < left ? u[row * a.r * a.n + i] : S{};
       }
     }
     cp_async_commit();
     return stage;
   };
 
-  const auto use = [&](const Stage& stage, int v_buffer) {
-    constexpr int kAcross = B::kTokens / (8 * NI);
-    const int depth = static_cast<int>(min(a.n - stage.i0, int64_t{B::kBases}));
-    const int units = (stage.count + 16 * MI - 1) / (16 * MI) * kAcross;
-    for (int unit = warp; unit < units; unit += warps) {
-      const int p0 = unit / kAcross * 16 * MI, t = unit % kAcross * 8 * NI;
-      int32_t code[MI][2];
+  Tile tile;
+  tile.zero();
+  const int p0 = warp * B::kLines;  // of a chunk, the warp's first entry
+  const auto use = [&](const Stage& stage, int buffer) {
+    if (p0 >= stage.count) return;
+    const int depth = static_cast<int>(min(a.n - stage.i0, int64_t{B::kDepth}));
+    const int64_t next = stage.i0 + B::kDepth;
+    const bool flushes = next >= a.n || next % B::kFlush == 0;
+    int column[MI][2];
 #pragma unroll
-      for (int m = 0; m < MI; ++m)
+    for (int m = 0; m < MI; ++m)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int p = p0 + Tile::row(m, 2 * h);
-          code[m][h] = p < stage.count ? a.entry[stage.entry + p] : -1;
-        }
-      const S* v = v_shared + (v_buffer * B::kEntries + p0) * B::kStride;
-      const S* u = u_shared + (stage.u_buffer * B::kTokens + t) * B::kStride;
-      Tile tile;
-      tile.zero();
-#pragma unroll 2
+      for (int h = 0; h < 2; ++h) {
+        const int p = p0 + Tile::row(m, 2 * h);
+        column[m][h] =
+            flushes && p < stage.count ? static_cast<int>(a.entry[stage.entry + p] / 2 - k0) : -1;
+      }
+    const S* v = v_shared + (buffer * chunk + p0) * B::kStride;
+    const S* u = u_shared + buffer * B::kTokens * B::kStride;
+    if (depth == B::kDepth) {
+#pragma unroll
+      for (int i = 0; i < B::kDepth; i += Tile::kStep)
+        tile.template step<Order::by_line, Order::by_line>(v + i, B::kStride, u + i, B::kStride);
+    } else {
+#pragma unroll 1
       for (int i = 0; i < depth; i += Tile::kStep)
         tile.template step<Order::by_line, Order::by_line>(v + i, B::kStride, u + i, B::kStride);
-#pragma unroll
-      for (int m = 0; m < MI; ++m)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if (code[m][e / 2] < 0) continue;
-          const int column = static_cast<int>(code[m][e / 2] / 2 - k0);
-#pragma unroll
-          for (int n = 0; n < NI; ++n)
-            sums[B::at(column, t + Tile::col(n, e))] += tile.acc[m][n][e];
-        }
     }
+    if (!flushes) return;
+    sums.add(tile, column);
+    tile.zero();
   };
 
-  for (int x = threadIdx.x; x < columns * B::kTokens; x += blockDim.x) sums[x] = 0;
+  for (int x = threadIdx.x; x < columns * B::kTokens; x += blockDim.x) sums.sums[x] = 0;
   Stage now = load(0), next = load(1);
   for (int buffer = 0; now.count > 0;) {
     cp_async_wait<B::kStages - 2>();
@@ -206,7 +198,7 @@ __global__ void __launch_bounds__(256, 1)
         if (!to[u]) continue;
 #pragma unroll
         for (int e = 0; e < L; ++e) {
-          const C sum = sums[B::at(column[u] + e, token[u])];
+          const C sum = sums.at(column[u] + e, token[u]);
           pack[u].set(e, narrow<S>(accumulate ? widen(pack[u].get(e)) + sum : sum));
         }
         pack[u].store(to[u]);
@@ -216,50 +208,61 @@ __global__ void __launch_bounds__(256, 1)
     for (int x = threadIdx.x; x < tokens * columns; x += blockDim.x) {
       const int t = x / columns, c = x % columns;
       S* to = out + (t0 + t) * a.d + k0 + c;
-      const C sum = sums[B::at(c, t)];
+      const C sum = sums.at(c, t);
       *to = narrow<S>(accumulate ? widen(*to) + sum : sum);
     }
   }
 }
 
+// Entries of a chunk, and columns that fit beside its stages. A chunk should hold nearly all entries
+// of a rank index in these columns, three standard deviations above the mean; but not more, for smaller
+// chunks leave room for more columns.
+struct TileSize {
+  int64_t chunk, columns;
+};
+
+template <class B>
+TileSize choose_tile(const Support& a, const Device& device, int warps) {
+  for (int w = 1;; ++w) {
+    const int64_t chunk = w * B::kLines, room = device.shared_bytes - B::stage_bytes(chunk);
+    const int64_t columns = room / (B::kTokens * int64_t{sizeof(typename B::C)}) / 16 * 16;
+    const double entries = double(a.count) / double(a.r * a.d) * double(min(columns, a.d));
+    if (w == warps || entries + 3 * std::sqrt(entries) <= double(chunk)) return {chunk, columns};
+  }
+}
+
 }  // namespace
 
-void gathered_down(const Gathered& g, const void* U, int64_t T, void* out, bool accumulate,
-                   Device& device) {
-  const Support& a = g.support;
-  with_engine(g.dtype, device, [&](auto storage, auto tf32) {
+void ASideCall::down(const void* U, int64_t T, void* out, bool accumulate) {
+  if (T == 0 || (few(T) && down_few(U, T, out, accumulate))) return;
+  const Support& a = support();
+  with_engine(p_.dtype, device_, [&](auto storage, auto tf32) {
     using S = decltype(storage);
     constexpr bool kTf32 = decltype(tf32)::value;
     const auto start = [&](auto kernel, auto shape) {
       using B = decltype(shape);
-      const int64_t token_tiles = ceil_div(T, B::kTokens);
-      const int64_t room = (device.shared_bytes - B::kStageBytes) /
-                           (B::kTokens * int64_t{sizeof(typename B::C)}) / 16 * 16;
+      const int threads = min(256, device_.max_threads);
+      const TileSize tile = choose_tile<B>(a, device_, threads / 32);
       // As wide as fits, but with a block for every SM, down to 64 columns.
+      const int64_t token_tiles = ceil_div(T, B::kTokens);
       const int64_t ranges =
-          max(ceil_div(a.d, room),
-              min(ceil_div(device.multiprocessors, token_tiles), ceil_div(a.d, 64)));
+          max(ceil_div(a.d, tile.columns),
+              min(ceil_div(device_.multiprocessors, token_tiles), ceil_div(a.d, 64)));
       const int64_t range = ceil_div(ceil_div(a.d, ranges), 16) * 16;
-      launch(device, "gathered_down", kernel,
-             dim3(static_cast<unsigned>(token_tiles * ceil_div(a.d, range))),
-             min(256, device.max_threads), B::shared(range), a, g.values, U, T, range,
+      launch(device_, "a_down", kernel,
+             dim3(static_cast<unsigned>(token_tiles * ceil_div(a.d, range))), threads,
+             B::shared(tile.chunk, range), a, values(true), U, T, range, tile.chunk,
              aligned_rows(a.n, kPerAccess<S>, U), out, accumulate,
              aligned_rows(a.d, kPerAccess<S>, out));
     };
     if constexpr (sizeof(S) < 8) {
-      // The larger unit where a j has many entries in a range: density over 1/16 or so. A stage is
-      // eight of them, one a warp.
-      using Dense = Down<S, 2, 2, kTf32>;
-      if (T > 32 && 16 * a.count > a.r * a.d && Dense::shared(64) <= device.shared_bytes)
-        return start(down_kernel<S, 2, 2, kTf32>, Dense{});
+      // The larger tile if a j has many entries in a range: density over 1/16 or so.
+      using Dense = Down<S, 2, 8, kTf32>;
+      static_assert(Dense::shared(8 * Dense::kLines, 64) <= kLeastShared, "on every card");
+      if (T > 32 && 16 * a.count > a.r * a.d) return start(down_kernel<S, 2, 8, kTf32>, Dense{});
     }
-    start(down_kernel<S, 1, 2, kTf32>, Down<S, 1, 2, kTf32>{});
+    start(down_kernel<S, 1, 4, kTf32>, Down<S, 1, 4, kTf32>{});
   });
-}
-
-void ASideCall::down(const void* U, int64_t T, void* out, bool accumulate) {
-  if (T == 0 || (few(T) && down_few(U, T, out, accumulate))) return;
-  gathered_down({support(), values(true), p_.dtype}, U, T, out, accumulate, device_);
 }
 
 void a_down(const ASide& p, const void* U, void* out, double scale, bool accumulate,

@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(128)
     for (int h = 0; h < 2; ++h) {
       const int64_t c = i0 + wn + Tile::col(n, h);
       C factor = scale;
-      if (lam && c < a.n) factor *= lam[j * a.n + c];
+      if (c < a.n) factor *= lam[j * a.n + c];
 #pragma unroll
       for (int m = 0; m < MI; ++m) tile.acc[m][n][h] *= factor, tile.acc[m][n][2 + h] *= factor;
     }
@@ -111,37 +111,34 @@ __global__ void __launch_bounds__(128)
 
 }  // namespace
 
-void gathered_up(const Gathered& g, const void* lam, double scale, const Panels& z, int64_t T,
-                 void* V, Device& device) {
-  const Support& a = g.support;
-  with_engine(g.dtype, device, [&](auto storage, auto tf32) {
+void ASideCall::up(void* V) {
+  if (T_ == 0 || (few(T_) && up_few(V))) return;
+  const Support& a = support();
+  with_engine(p_.dtype, device_, [&](auto storage, auto tf32) {
     using S = decltype(storage);
     const auto start = [&](auto kernel, auto shape) {
       using B = decltype(shape);
-      const int64_t blocks = ceil_div(T, B::kM) * a.r * ceil_div(a.n, B::kN);
-      launch(device, "gathered_up", kernel, dim3(static_cast<unsigned>(blocks)), B::kThreads,
-             B::kShared, a, g.values, z.data, z.width, T, lam, scale, V,
-             aligned_rows(a.n, kPerAccess<S>, V));
+      for (int64_t t = 0; t < T_; t += part_) {
+        const int64_t T = min(part_, T_ - t);
+        const Panels& z = panels(t);
+        S* to = static_cast<S*>(V) + t * a.r * a.n;
+        const int64_t blocks = ceil_div(T, B::kM) * a.r * ceil_div(a.n, B::kN);
+        launch(device_, "a_up", kernel, dim3(static_cast<unsigned>(blocks)), B::kThreads,
+               B::kShared, a, values(false), z.data, z.width, T, p_.lam, scale_, to,
+               aligned_rows(a.n, kPerAccess<S>, to));
+      }
     };
     constexpr bool kTf32 = decltype(tf32)::value;
     if constexpr (sizeof(S) < 8) {
       using Wide = Up<S, 4, 8, kTf32>;
       static_assert(Wide::kShared <= kLeastShared, "on every card");
-      const int64_t wide = ceil_div(T, Wide::kM) * a.r * ceil_div(a.n, Wide::kN);
-      if (2 * wide >= device.multiprocessors)
+      const int64_t wide = ceil_div(min(part_, T_), Wide::kM) * a.r * ceil_div(a.n, Wide::kN);
+      if (2 * wide >= device_.multiprocessors)
         return a.n > 32 ? start(up_kernel<S, 4, 8, kTf32>, Wide{})
                         : start(up_kernel<S, 4, 2, kTf32>, Up<S, 4, 2, kTf32>{});
     }
     start(up_kernel<S, 1, 4, kTf32>, Up<S, 1, 4, kTf32>{});
   });
-}
-
-void ASideCall::up(void* V) {
-  if (T_ == 0 || (few(T_) && up_few(V))) return;
-  const Gathered a{support(), values(false), p_.dtype};
-  for (int64_t t = 0; t < T_; t += part_)
-    gathered_up(a, p_.lam, scale_, panels(t), min(part_, T_ - t),
-                static_cast<char*>(V) + t * p_.basis.K() * bytes_of(p_.dtype), device_);
 }
 
 void a_up(const ASide& p, const void* z, void* V, double scale, Device& device) {

@@ -59,18 +59,5 @@ struct Support {
   }
 };
 
-struct Gathered {
-  Support support;
-  const void* values;  // (room, bases), zero where either pads
-  DType dtype;
-};
-
-// V (T, r, n) from token panels; lam (r, n) is null where factor is scale alone.
-void gathered_up(const Gathered& g, const void* lam, double scale, const Panels& z, int64_t T,
-                 void* V, Device& device);
-// out (T, d) (+)= of U (T, r, n).
-void gathered_down(const Gathered& g, const void* U, int64_t T, void* out, bool accumulate,
-                   Device& device);
-
 }  // namespace cuda
 }  // namespace randlora

@@ -163,6 +163,8 @@ void tests() {
       {150, 2, 40, 1.0 / 3, false, 3, small},       // n = 75, odd
       {272, 2, 16, 0.02, false},                    // few tokens, n = 136
       {272, 2, 150, 0.3, false, 0, small, 1},       // large tiles, ranges of columns
+      {200, 1, 40, 1.0, false, 0, small, 1},        // more entries than a chunk of a_down
+      {200, 1, 20, 1.0, true, 1, small, 1},         // the same in its small tile
       {160, 8, 140, 1.0, false, 0, 227 << 10, 50},  // many SMs: small tiles, split tokens
       {48, 3, 600, 0.3, false, 0, 227 << 10, 50},   // splits of the gradient
       {48, 3, 900, 0.3, true, 0, 227 << 10, 50, 384 * 48 * 2 * 4},  // and z in parts

@@ -76,7 +76,8 @@ class Poisoned {
 };
 
 // Changes with every bit that a test reads out of an Array (run_tests.h).
-inline uint64_t digest = 0;
+constexpr uint64_t kDigestStart = 0xcbf29ce484222325u;
+inline uint64_t digest = kDigestStart;
 inline void add_to_digest(const void* data, int64_t bytes) {
   const auto* p = static_cast<const unsigned char*>(data);
   for (int64_t i = 0; i < bytes; ++i) digest = (digest ^ p[i]) * 0x100000001b3u;  // FNV-1a
