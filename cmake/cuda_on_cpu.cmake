@@ -40,7 +40,7 @@ endforeach()
 
 # For Python tests (tests/cuda/run_python_tests.sh).
 add_library(cuda_on_cpu_library SHARED EXCLUDE_FROM_ALL $<TARGET_OBJECTS:randlora_cuda_on_cpu>
-  tests/cuda_on_cpu/context_on_cpu.cpp)
+  csrc/cuda/context.cpp)
 set_target_properties(cuda_on_cpu_library PROPERTIES OUTPUT_NAME randlora_cuda_on_cpu)
 target_link_libraries(cuda_on_cpu_library PRIVATE cuda_on_cpu Threads::Threads)
 target_link_options(cuda_on_cpu_library PRIVATE LINKER:--no-undefined

@@ -15,8 +15,8 @@ struct CudaKernels {
 
   // multiprocessors and shared_bytes of card `index`.
   void (*describe)(int index, Device& device);
-  // Makes card `index` current for this thread and returns the one that was.
-  int (*make_current)(int index);
+  // Makes card `index` current for this thread.
+  void (*make_current)(int index);
 
   // The operators: csrc/cuda/kernels.h.
   void (*fill_planes)(const FillPlanes&, Device&);
@@ -48,24 +48,5 @@ constexpr uint64_t kCudaInterface = RANDLORA_CUDA_INTERFACE;
 constexpr const char* kCudaLibrary = "librandlora_cuda.so";
 constexpr const char* kCudaSymbol = "randlora_cuda_kernels";
 using CudaKernelsFunction = const CudaKernels* (*)();
-
-// Card `index` is current while this lives.
-class CurrentCard {
- public:
-  CurrentCard(const CudaKernels& kernels, int index)
-      : kernels_(kernels), previous_(kernels.make_current(index)) {}
-  CurrentCard(const CurrentCard&) = delete;
-  CurrentCard& operator=(const CurrentCard&) = delete;
-  ~CurrentCard() {
-    try {
-      kernels_.make_current(previous_);
-    } catch (...) {  // the error that matters is already on its way
-    }
-  }
-
- private:
-  const CudaKernels& kernels_;
-  int previous_;
-};
 
 }  // namespace randlora

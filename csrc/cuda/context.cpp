@@ -1,6 +1,7 @@
 // The CUDA runtime is linked into this library statically. It shares the driver's notion of the
-// current card with the runtime that torch uses, so a card that torch has made current is current
-// here too, and make_current changes nothing then.
+// current card with torch's runtime, so a card that torch has made current is current here, too, and
+// make_current changes nothing. It does not restore the card that was current before: setting one
+// makes a context on it, half a gigabyte. torch's guard knows which cards have a context.
 #include "context.h"
 
 #include <cuda_runtime_api.h>
@@ -46,11 +47,10 @@ void describe(int index, Device& device) {
   device.shared_bytes = facts.shared_bytes;
 }
 
-int make_current(int index) {
+void make_current(int index) {
   int current = 0;
   check(cudaGetDevice(&current), "the current card");
   if (current != index) check(cudaSetDevice(index), "making a card current");
-  return current;
 }
 
 }  // namespace cuda

@@ -6,7 +6,7 @@ namespace randlora {
 namespace cuda {
 
 void describe(int index, Device& device);
-int make_current(int index);
+void make_current(int index);
 
 }  // namespace cuda
 }  // namespace randlora

@@ -83,8 +83,9 @@ TorchDevice::TorchDevice(const Tensor& like) : like_(like) {
     static const auto current_stream =
         entry<CurrentStream>("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream");
     TORCH_ERROR_CODE_CHECK(current_stream(index, &stream));
+    card_.emplace(index);
   }
-  card_.emplace(kernels, index);
+  kernels.make_current(index);
 }
 
 void* TorchDevice::scratch(size_t bytes) {

@@ -32,7 +32,7 @@ class TorchDevice : public Device {
 
  private:
   const Tensor& like_;
-  std::optional<CurrentCard> card_;
+  std::optional<torch::stable::accelerator::DeviceGuard> card_;
   std::vector<Tensor> held_;
 };
 

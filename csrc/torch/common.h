@@ -1,5 +1,6 @@
 // What every operator file needs of torch's stable ABI: checks, the runtime, typed views.
 #pragma once
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

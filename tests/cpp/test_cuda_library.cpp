@@ -45,7 +45,7 @@ int main(int argc, char** argv) {
   // With a card: facts about it. Without: an exception that crosses from one library to the other.
   NoDevice device;
   try {
-    const randlora::CurrentCard card(kernels, 0);
+    kernels.make_current(0);
     kernels.describe(0, device);
     expect(device.multiprocessors > 1 && device.shared_bytes > 48 << 10, "facts about the card");
     std::printf("card 0: %d multiprocessors, %ld bytes of shared memory a block\n",

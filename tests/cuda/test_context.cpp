@@ -1,0 +1,31 @@
+// Which card is current, on cards that remember whether a context was made on them.
+#include <stdexcept>
+#include <thread>
+
+#include "check.h"
+#include "cuda/context.cpp"
+
+using namespace randlora;
+
+int main() {
+  auto& cards = cuda_on_cpu::cards;
+  // A new thread, to which card 0 is current without a context, works on card 1.
+  std::thread([&] {
+    cuda::make_current(1);
+    EXPECT(cuda_on_cpu::current_card == 1 && cards[1].has_context, "card 1 is not current");
+    EXPECT(!cards[0].has_context, "a context was made on a card that nobody uses");
+  }).join();
+  // Where the card is current already nothing is set.
+  cuda::make_current(0);
+  EXPECT(!cards[0].has_context, "the current card was set again");
+
+  bool refused = false;
+  try {
+    cuda::make_current(7);
+  } catch (const std::runtime_error&) {
+    refused = true;
+  }
+  EXPECT(refused && cuda_on_cpu::current_card == 0, "a card that is not there");
+  std::printf("%d failures\n", failures);
+  return failures != 0;
+}

@@ -1,0 +1,40 @@
+// Stands in for CUDA's header of this name when csrc/cuda/context.cpp is compiled for the CPU: small
+// cards, which remember whether a context was made on them.
+#pragma once
+#include <atomic>
+
+namespace cuda_on_cpu {
+
+struct Card {
+  std::atomic<bool> has_context{false};
+};
+inline Card cards[2];
+inline thread_local int current_card = 0;  // of a new thread, without a context
+
+}  // namespace cuda_on_cpu
+
+enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "invalid device ordinal";
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+inline cudaError_t cudaGetDevice(int* index) {
+  *index = cuda_on_cpu::current_card;
+  return cudaSuccess;
+}
+// Makes a context, as CUDA does from 12.0 on.
+inline cudaError_t cudaSetDevice(int index) {
+  if (index < 0 || index > 1) return cudaErrorInvalidDevice;
+  cuda_on_cpu::current_card = index;
+  cuda_on_cpu::cards[index].has_context = true;
+  return cudaSuccess;
+}
+// Three multiprocessors: work is split between blocks even if there is little of it.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int index) {
+  if (index < 0 || index > 1) return cudaErrorInvalidDevice;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : 227 << 10;
+  return cudaSuccess;
+}
