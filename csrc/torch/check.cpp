@@ -56,18 +56,39 @@ AnyLists lists_of(const Tensor& offset, const Tensor& index) {
   return {offset.const_data_ptr<int64_t>(), index.const_data_ptr(), index.size(0)};
 }
 
-// The last position of every run, of which the others are smaller: what tells the packed tensors of
-// another layer, where no length does.
-void check_last(const int64_t* offset, int64_t runs, const void* position, bool wide, int64_t limit,
-                const char* name, const char* limit_name) {
-  for (int64_t run = 0; run < runs; ++run) {
-    if (offset[run] == offset[run + 1]) continue;
-    const int64_t p = offset[run + 1] - 1;
-    const int64_t last = wide ? static_cast<const uint32_t*>(position)[p]
-                              : static_cast<const uint16_t*>(position)[p];
-    RANDLORA_CHECK(last < limit, "packed: ", name, " has a position ", last, ", but ", limit_name,
-                   " = ", limit, "; these tensors are of another layer");
+// Positions in a run ascend, so checking the last one bounds them all. An empty run looks at the one
+// before it, which does no harm and leaves a loop without branches.
+template <class Index>
+int64_t largest_last(const AnyLists& lists, int64_t runs) {
+  Index largest = 0;
+  const auto* position = static_cast<const Index*>(lists.index);
+  for (int64_t run = 1; run <= runs; ++run) {
+    const int64_t last = lists.offset[run] > 0 ? lists.offset[run] - 1 : 0;
+    largest = position[last] > largest ? position[last] : largest;
   }
+  return largest;
+}
+
+void check_last(const AnyLists& lists, bool wide, int64_t lines, int64_t limit, const char* name,
+                const char* limit_name) {
+  if (lists.count == 0) return;
+  const int64_t largest =
+      wide ? largest_last<uint32_t>(lists, 2 * lines) : largest_last<uint16_t>(lists, 2 * lines);
+  RANDLORA_CHECK(largest < limit, "packed: ", name, "_index has a position ", largest, ", but ",
+                 limit_name, " = ", limit, "; these tensors are of another layer");
+}
+
+// Whether every run of positions ascends: as many steps do not as there are between runs.
+template <class Index>
+bool runs_ascend(const AnyLists& lists, int64_t runs) {
+  const auto* position = static_cast<const Index*>(lists.index);
+  int64_t falls = 0, between = 0;
+  for (int64_t p = 1; p < lists.count; ++p) falls += position[p] <= position[p - 1];
+  for (int64_t run = 1; run < runs; ++run) {
+    const int64_t p = lists.offset[run];
+    if (p > lists.offset[run - 1] && p < lists.count) between += position[p] <= position[p - 1];
+  }
+  return falls == between;
 }
 
 }  // namespace
@@ -154,7 +175,7 @@ Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tenso
   check_offsets(packed[0], packed[1], b.r, "a", on_cpu);
   b.a = lists_of(packed[0], packed[1]);
   b.wide = packed[1].scalar_type() == ScalarType::Int;
-  if (on_cpu) check_last(b.a.offset, 2 * b.r, b.a.index, b.wide, b.d, "a_index", "d");
+  if (on_cpu) check_last(b.a, b.wide, b.r, b.d, "a", "d");
   RANDLORA_CHECK(b.wide || (b.D <= 65536 && b.d <= 65536 && b.K() <= 65536),
                  "packed: int16 positions end at 65535, but D = ", b.D, ", d = ", b.d,
                  " and K = ", b.K());
@@ -185,7 +206,22 @@ Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tenso
                    " and ", describe(packed[i]));
   b.b_rows = lists_of(packed[2], packed[3]);
   b.b_cols = lists_of(packed[4], packed[5]);
+  if (on_cpu) {
+    check_last(b.b_rows, b.wide, b.D, b.K(), "b_row", "K");
+    check_last(b.b_cols, b.wide, b.K(), b.D, "b_col", "D");
+  }
   return b;
+}
+
+void check_ascending(const Basis& b) {
+  const auto check = [&](const AnyLists& lists, int64_t lines, const char* name) {
+    const bool ascend =
+        b.wide ? runs_ascend<uint32_t>(lists, 2 * lines) : runs_ascend<uint16_t>(lists, 2 * lines);
+    RANDLORA_CHECK(ascend, "packed: the positions of ", name,
+                   "_index must ascend from each entry of ", name, "_offset to the next");
+  };
+  check(b.a, b.r, "a");
+  if (b.has_lists()) check(b.b_rows, b.D, "b_row");
 }
 
 }  // namespace randlora

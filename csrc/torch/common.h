@@ -111,6 +111,9 @@ ScalarType compute_type(DType dtype);
 // which d (the input side if *expand) may be the larger side, and n is the whole layer's.
 Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
                int64_t in_features, int64_t out_features, std::optional<bool> expand);
+// Refuses positions that do not ascend, for kernels which follow them (CPU). A pass over all of them:
+// nothing beside forming dW, much beside a product of few tokens.
+void check_ascending(const Basis& b);
 
 // Whether d is the input side.
 inline bool expands(std::optional<bool> expand, int64_t in_features, int64_t out_features) {

@@ -8,6 +8,7 @@ namespace randlora {
 Tensor form_delta(const Basis& b, const Tensor& lam, const Tensor& gam, const OptionalTensor& base,
                   double scale, int64_t out_features, int64_t in_features, bool expand, DType dtype,
                   std::optional<int64_t> rounding_seed) {
+  if (lam.is_cpu()) check_ascending(b);
   const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
   Tensor out = allocate({out_features, in_features}, scalar_type(dtype), lam);
   const Tensor w = base ? as_contiguous(*base) : out;  // `out` only keeps w from being empty
@@ -20,6 +21,7 @@ Tensor form_delta(const Basis& b, const Tensor& lam, const Tensor& gam, const Op
 
 std::tuple<Tensor, Tensor> contract_delta(const Basis& b, const Tensor& grad, const Tensor& lam,
                                           const Tensor& gam, double scale, bool expand) {
+  if (lam.is_cpu()) check_ascending(b);
   const DType dtype = activation_dtype(grad, "grad");
   const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
   const Tensor G = as_contiguous(grad);

@@ -146,7 +146,7 @@ def shifted(offset, position, by):
 
 def malformed():
     lists, planes = LISTS.packed("cpu"), PLANES.packed("cpu")
-    yield lists[:4], ["packed", "got 4", "6", "5", "3"]
+    yield lists[:4], ["packed", "got 4", "6", "3"]
     yield [], ["packed", "0", "6", "3"]
     yield lists + planes, ["packed", "9", "6", "3"]
     for position, name in ((0, "a_offset"), (2, "b_row_offset"), (4, "b_col_offset")):
@@ -171,6 +171,8 @@ def malformed():
     larger = TernaryBasis(16, 12, 3, 1 / 3).packed("cpu")
     yield [*larger[:2], *planes[2:]], ["packed", "a_index", "d = 6"]
     yield replaced(lists, 1, lists[1] + 6), ["packed", "a_index", "d = 6"]
+    yield replaced(lists, 3, lists[3] + 6), ["packed", "b_row_index", "K = 6"]
+    yield replaced(lists, 5, lists[5] + 8), ["packed", "b_col_index", "D = 8"]
 
 
 CASES = list(malformed())
@@ -224,6 +226,24 @@ for spoil, (position, name) in itertools.product((falls, wraps), cases):
 def test_decreasing_offsets():
     done = subprocess.run([sys.executable, "-c", DECREASING], capture_output=True, text=True)
     assert done.returncode == 0, (done.returncode, done.stderr)
+
+
+@pytest.mark.parametrize("position, name", [(1, "a_index"), (3, "b_row_index")])
+@pytest.mark.parametrize("wide", [False, True])
+def test_positions_for_dW_ascend(position, name, wide):
+    basis = TernaryBasis(96, 60, 4, 0.1)
+    packed = [t.int() if wide and t.dtype == torch.int16 else t for t in basis.packed("cpu")]
+    offset, index = packed[position - 1], packed[position].clone()
+    start = int(offset[int((offset.diff() > 1).nonzero()[0])])
+    index[[start, start + 1]] = index[[start + 1, start]]
+    packed[position] = index
+    lam, gam, W = torch.ones(4, basis.n), torch.ones(basis.n, 60), torch.ones(60, 96)
+    for call in (
+        lambda: ops.delta_weight(lam, gam, packed, 1.0, 60, 96),
+        lambda: ops.delta_weight_backward(W, lam, gam, packed, 1.0),
+        lambda: ops.linear(torch.ones(4, 96), W, None, lam, gam, packed, 1.0, 60, "merged"),
+    ):
+        refuses(call, {}, "packed", name, "ascend")
 
 
 @pytest.mark.parametrize(
@@ -285,6 +305,9 @@ def test_linear_backward(change, expected):
          ["index", "3"]),
         ("lists_to_dense", (torch.tensor([0, 1, 1]), torch.zeros(1).long(), 3, 1.0, torch.half),
          ["index", "int64", "int16"]),
+        ("lists_to_dense",
+         (torch.tensor([0, 1, 1]), torch.zeros(1, device="meta").short(), 3, 1.0, torch.half),
+         ["index", "meta", "offset", "cpu"]),
     ],
 )  # fmt: skip
 def test_packing_operators(op, values, expected):
