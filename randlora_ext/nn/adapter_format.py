@@ -1,7 +1,7 @@
 """The file of `save_adapter`: one adapter, and the description of what its numbers belong to.
 
 A safetensors file with ``PATH.randlora_lambda`` and ``PATH.randlora_gamma`` of every layer. Its
-metadata "randlora_ext" is JSON: adapter_name, and layers, an object that has for the path of each
+metadata "randlora_adapter" is JSON: adapter_name, and layers, an object that has for the path of each
 layer in the base model in_features, out_features, fan_in_fan_out, r, scaling, randlora_dropout,
 basis, the key of a `BasisDescription`, and also_at, the other paths of a tied layer.
 """
@@ -20,7 +20,7 @@ from ..basis.description import BasisDescription
 from ..basis.ternary_basis import TernaryBasis
 
 DIAGONALS = ("randlora_lambda", "randlora_gamma")
-_METADATA = "randlora_ext"
+_METADATA = "randlora_adapter"
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def test_the_file_says_what_it_belongs_to(file):
         for kind in ("lambda", "gamma")
     }
     with safe_open(file, "pt") as opened:
-        said = json.loads(opened.metadata()["randlora_ext"])
+        said = json.loads(opened.metadata()["randlora_adapter"])
     assert said["adapter_name"] == "default" and list(said["layers"]) == ["up", "down", "block.up"]
     assert said["layers"]["down"] == {
         "in_features": 24, "out_features": 16, "fan_in_fan_out": False, "r": 5, "scaling": 9 / 5,
@@ -249,9 +249,9 @@ def test_what_has_no_adapter_is_not_saved(file):
 def described(file, change):
     """The file with `change` made to its description."""
     with safe_open(file, "pt") as opened:
-        said = json.loads(opened.metadata()["randlora_ext"])
+        said = json.loads(opened.metadata()["randlora_adapter"])
     change(said)
-    save_file(load_file(file), file, metadata={"randlora_ext": json.dumps(said)})
+    save_file(load_file(file), file, metadata={"randlora_adapter": json.dumps(said)})
 
 
 def of_layer(**fields):
@@ -303,9 +303,9 @@ def test_files_that_are_none(file):
     tensors = load_file(file)
     for metadata, message in (
         (None, "does not say which bases"),
-        ({"randlora_ext": "{"}, "no sound file"),
-        ({"randlora_ext": "[" * 100_000}, "nested too deeply"),
-        ({"randlora_ext": "1"}, "no sound file"),
+        ({"randlora_adapter": "{"}, "no sound file"),
+        ({"randlora_adapter": "[" * 100_000}, "nested too deeply"),
+        ({"randlora_adapter": "1"}, "no sound file"),
     ):
         save_file(tensors, file, metadata=metadata)
         with pytest.raises(ValueError, match=message):
