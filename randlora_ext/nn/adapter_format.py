@@ -166,6 +166,6 @@ def _safetensors() -> Any:
         import safetensors.torch
     except ImportError as error:
         raise ImportError(
-            "save_adapter and load_adapter need safetensors: pip install safetensors"
+            'save_adapter and load_adapter need safetensors: pip install "randlora-ext[files]"'
         ) from error
     return safetensors
