@@ -154,7 +154,7 @@ def paths():
             if place:
                 arrow(axes, (x + 2.4, 0.5 + 1.7 * place), (x + 2.4, 1.2 + 1.7 * place))
         note(axes, x + 2.4, 6.6, cost, size=9)
-    told = "yellow: our kernels; grey: torch's GEMMs. Costs: a training step, beside the frozen layer's two GEMMs"
+    told = "yellow: our kernels; grey: torch's GEMMs. Costs: a training step beyond the frozen one"
     note(axes, 9, 7.8, told, size=9)
     return figure
 
