@@ -23,7 +23,7 @@ def main() -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     print(f"{sum(p.numel() for p in trained):,} parameters are trained")
 
-    optimizer = torch.optim.AdamW(trained, args.lr)
+    optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=0)
     torch.manual_seed(0)
     for step in range(args.steps):
         batch = blocks[torch.randint(len(blocks), (args.batch_size,), device=device)]

@@ -53,7 +53,8 @@ def main() -> None:
     print(f"{quantized} layers of 4 bits; {randlora_ext.peft.kernel_summary(model)}")
 
     blocks = blocks.to(model.device)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], args.lr)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=0)
     torch.manual_seed(0)
     for step in range(args.steps):
         batch = blocks[torch.randint(len(blocks), (args.batch_size,), device=blocks.device)]

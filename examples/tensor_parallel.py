@@ -65,7 +65,7 @@ def main() -> None:
     weights, bases = held(model)
     say(f"{world} ranks; each holds {weights:,} bytes of weights and {bases:,} of bases")
 
-    optimizer = torch.optim.AdamW(trained, args.lr)
+    optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=0)
     choice = torch.Generator().manual_seed(0)  # all ranks see the same batches
     for step in range(args.steps):
         batch = blocks[torch.randint(len(blocks), (args.batch_size,), generator=choice)]

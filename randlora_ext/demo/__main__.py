@@ -48,12 +48,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", help="a folder, a .gguf file or a hub id (default: SmolLM2-135M-Instruct)")
-    add(
-        "--data",
-        type=Path,
-        help="lines of 'word PH PH ...' (*.dict) or 'prompt<TAB>answer' (any other name); "
-        "default: the CMU pronouncing dictionary",
-    )
+    lines = "'word PH PH' in a *.dict, else 'prompt<TAB>answer'"
+    add("--data", type=Path, help=f"lines of {lines} (default: the CMU dictionary)")
     positive = {
         "--steps": (120, "optimizer steps"),
         "--batch-size": (8, "examples per step"),
@@ -68,12 +64,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the bases and of the order of the examples")
     add("--cpu", action="store_true", help="use no GPU")
     add("--out", type=Path, default=Path("randlora-demo"), help="folder for all that is written")
-    add(
-        "--save-base",
-        action="store_true",
-        help="do not train; write the base model to OUT/base as safetensors, which "
-        "python -m randlora_ext reads",
-    )
+    what = "do not train, write the base model to OUT/base as safetensors"
+    add("--save-base", action="store_true", help=what)
     options = parser.parse_args(arguments)
     for name in positive:
         value = getattr(options, name.strip("-").replace("-", "_"))
