@@ -142,7 +142,7 @@ def _entry(name: str, function: type[Function]):
     _library.impl(name, function.apply, "Autograd")
     # Function.apply binds default arguments by inspect.signature if there is a setup_context: 50 us
     # a call, a tenth of a training step of 16 tokens. This is the C++ method under it.
-    apply_eager = super(Function, function).apply
+    apply_eager = super(Function, function).apply  # type: ignore[misc]
 
     def call(*inputs):
         if torch._C._are_functorch_transforms_active():

@@ -1,6 +1,5 @@
 """Rates of the cost model: the fit, the file, and what they change."""
 
-
 import calibrate
 import pytest
 import torch
