@@ -1,9 +1,10 @@
-"""torch.func.vmap over the operators: one call per element of the batch."""
+"""torch.func.vmap over the operators: one call per element, or one in all if only x differs."""
 
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 
 def _element(value, dim, index: int):
@@ -28,7 +29,16 @@ def _loop(op, info, in_dims: tuple, *inputs) -> tuple:
     return tuple(map(stack, zip(*results, strict=True))), (0,) * len(results[0])
 
 
+def _linear(op, info, in_dims: tuple, x: Tensor, *rest) -> tuple:
+    if any(dim is not None for dim in tree_leaves(in_dims[1:])):
+        return _loop(op, info, in_dims, x, *rest)
+    return op(x.movedim(in_dims[0], 0), *rest), 0  # more tokens
+
+
 for _name in ("linear", "delta_weight", "scaled_basis"):
     for _op in (_name, f"{_name}_backward"):
-        _rule = partial(_loop, getattr(torch.ops.randlora, _op).default)
-        torch.library.register_vmap(f"randlora::{_op}", _rule)
+        _call, _rule = (
+            getattr(torch.ops.randlora, _op).default,
+            _linear if _op == "linear" else _loop,
+        )
+        torch.library.register_vmap(f"randlora::{_op}", partial(_rule, _call))
