@@ -1,9 +1,10 @@
 """The file of `save_adapter`: one adapter, and the description of what its numbers belong to.
 
 A safetensors file with ``PATH.randlora_lambda`` and ``PATH.randlora_gamma`` of every layer. Its
-metadata "randlora_adapter" is JSON: adapter_name, and layers, an object that has for the path of each
-layer in the base model in_features, out_features, fan_in_fan_out, r, scaling, randlora_dropout,
-basis, the key of a `BasisDescription`, and also_at, the other paths of a tied layer.
+metadata "randlora_adapter" is JSON: adapter_name, and layers, an object that has for the path of
+each layer in the base model in_features, out_features, fan_in_fan_out, r, scaling,
+randlora_dropout, basis, the key of a `BasisDescription`, and also_at, the other paths of a tied
+layer.
 """
 
 import json
