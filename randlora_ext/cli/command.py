@@ -54,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parse(arguments)
         action = next((name for name in _ACTIONS if options[name]), None)
         return _check() if action is None else _run(action, options)
-    except CliError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (CliError, OSError) as error:
+        print(f"error: {first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted; nothing was written", file=sys.stderr)

@@ -52,7 +52,8 @@ class LayerChange:
         """W + dW, rounded once, in the dtype and layout of `weight`."""
         W = weight.T.contiguous() if self.shape.transposed else weight
         if isinstance(self.bases, TernaryBasis):
-            total = merged_weight(self.bases, W, self.lam, self.gam, self.scaling, rounding_seed)
+            lam, gam = (t if t.itemsize > 4 else t.float() for t in (self.lam, self.gam))
+            total = merged_weight(self.bases, W, lam, gam, self.scaling, rounding_seed)
         else:
             wide = W.to(torch.promote_types(W.dtype, torch.float32))
             total = (wide + self.delta()).to(W.dtype)

@@ -119,6 +119,7 @@ def test_what_does_not_fit_is_told(tmp_path, base_folder):
     (tmp_path / "file").write_text("")
     assert "damaged" in refused("--inspect", tmp_path / "file")
     assert "adapter_config.json" in refused("--inspect", tmp_path / "nowhere")
+    assert "File name too long" in refused("--inspect", "x" * 5000)
 
 
 def test_stock_adapters_and_those_under_layers(tmp_path, base_folder):

@@ -135,6 +135,20 @@ def test_conv1d_and_replaced_modules(tmp_path):
 NORM, Q = "model.norm.weight", "model.layers.0.self_attn.q_proj"
 
 
+def test_diagonals_of_another_dtype(tmp_path):
+    """As PEFT casts them."""
+    base = sharded(tmp_path / "model")
+    save_adapter(base, tmp_path / "adapter", basis="independent")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    dtypes = (torch.float8_e4m3fn, torch.bfloat16, torch.float64)
+    state = sorted(load_file(file).items())
+    save_file({name: t.to(dtypes[k % 3]) for k, (name, t) in enumerate(state)}, file)
+    assert run("--merge", tmp_path / "model", tmp_path / "adapter", tmp_path / "out")[0] == 0
+    got = tensors_of(tmp_path / "out")
+    want = by_peft(tmp_path / "model", tmp_path / "adapter", torch.float32, tmp_path / "peft")
+    assert all(torch.allclose(got[name], tensor, atol=1e-6) for name, tensor in want.items())
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "applied"),
     [
