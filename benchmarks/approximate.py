@@ -133,30 +133,6 @@ def run(
     return rows
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = list(dict.fromkeys(row["target"] for row in rows))
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.6), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        mine = [row for row in rows if row["target"] == name]
-        for bases in dict.fromkeys(row["bases"] for row in mine):
-            line = sorted((x["share"], x["randlora"]) for x in mine if x["bases"] == bases)
-            axis.plot(*zip(*line, strict=True), "o-", label=f"RandLoRA, {bases}")
-        line = sorted({(x["share"], x["lora"]) for x in mine})
-        axis.plot(*zip(*line, strict=True), "k--", label="LoRA (best possible)")
-        axis.set(title=f"{name} {mine[0]['shape']}", xlabel="trained parameters / matrix entries")
-        axis.set_xscale("log", base=2)
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("relative error of the update")
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=256, help="of the random targets")
@@ -165,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=400, help="of Adam for each fit")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--real", type=int, metavar="N", help="add a real target: N training steps")
-    parser.add_argument("--out", type=Path, help="write FILE.csv, FILE.json and FILE.png")
+    parser.add_argument("--out", type=Path, help="write FILE.json")
     args = parser.parse_args(arguments)
 
     targets = random_targets(args.size, torch.Generator().manual_seed(0))
@@ -178,7 +154,6 @@ def main(arguments: list[str] | None = None) -> None:
         print("  ".join(f"{c:>16}" for c in cells))
     if args.out:
         write(args.out, rows, steps=args.steps, seeds=args.seeds, tuning_steps=args.real)
-        plot(rows, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

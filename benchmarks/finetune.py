@@ -154,26 +154,6 @@ def table(rows: list[dict]) -> str:
     return head + "\n".join(lines) + "\n"
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4))
-    for method in dict.fromkeys(row["method"] for row in rows):
-        curves = [row["train_loss"] for row in rows if row["method"] == method]
-        mean = [statistics.fmean(step) for step in zip(*curves, strict=True)]
-        smooth = [statistics.fmean(mean[max(0, i - 4) : i + 1]) for i in range(len(mean))]
-        style = "--" if method in ("lora", "full") else "-"
-        axis.plot(range(1, len(smooth) + 1), smooth, style, label=method)
-    axis.set(xlabel="step", ylabel="training loss per token (mean of 5 steps)", yscale="log")
-    axis.legend(fontsize=8)
-    axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-
-
 def parity(steps: int, lr: float) -> None:
     """Compare ours with stock PEFT from the same bases, seed and data.
 
@@ -203,7 +183,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help=f"all, or of {[*RATES]}")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("finetune"), help="OUT.jsonl, .md, .png")
+    parser.add_argument("--out", type=Path, default=Path("finetune"), help="write OUT.jsonl")
     parser.add_argument("--parity", type=int, metavar="STEPS")
     parser.add_argument("--lr", type=float, default=3e-4, help="of --parity")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
@@ -218,8 +198,6 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     methods = [*RATES] if args.methods == "all" else args.methods.split(",")
     rows = sweep(methods, args.steps, args.seeds, args.out.with_suffix(".jsonl"))
-    args.out.with_suffix(".md").write_text(table(rows))
-    plot(rows, args.out.with_suffix(".png"))
     print(table(rows))
 
 

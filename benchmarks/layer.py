@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--memory", action="store_true", help="a process a method for its peak")
     parser.add_argument("--quick", action="store_true", help="one size, two token counts")
     parser.add_argument("--paths", action="store_true", help="our paths instead of other methods")
-    parser.add_argument("--out", type=Path, help="write FILE.csv and FILE.json")
+    parser.add_argument("--out", type=Path, help="write FILE.json")
     parser.add_argument("--append", action="store_true", help="keep the rows that FILE.json has")
     args = parser.parse_args(arguments)
     if args.quick:

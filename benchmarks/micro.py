@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--least", type=float, default=0.3, help="seconds for each operator")
     parser.add_argument("--gemm", default="1024,2048,4096", help="products for the peak")
     parser.add_argument("--triads", default="1,4,16,64,256", help="working sets in MiB")
-    parser.add_argument("--out", type=Path, help="write FILE.csv and FILE.json")
+    parser.add_argument("--out", type=Path, help="write FILE.json")
     args = parser.parse_args(arguments)
 
     print(json.dumps(machine()))

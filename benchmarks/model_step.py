@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
-    parser.add_argument("--out", type=Path, help="write FILE.csv and FILE.json")
+    parser.add_argument("--out", type=Path, help="write FILE.json")
     args = parser.parse_args(arguments)
 
     methods, size = args.methods.split(","), (args.shape, args.batch, args.tokens)

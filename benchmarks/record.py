@@ -5,7 +5,6 @@ thread pools of the one before, and so that a peak of memory is its own. The pro
 from a server that has imported the libraries, which takes seconds, and computed nothing.
 """
 
-import csv
 import json
 import multiprocessing
 import os
@@ -40,14 +39,10 @@ def show(row: dict, header: bool) -> None:
 
 
 def write(out: Path, rows: list[dict], **about: Any) -> None:
-    """OUT.csv, and OUT.json with the machine, versions, commit and date; both hold `rows`."""
+    """Writes OUT.json: `rows`, `about`, and the machine, versions, commit and date."""
     out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"machine": machine(), **about, "rows": rows}, indent=1)
     out.with_suffix(".json").write_text(text + "\n")
-    with out.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def machine() -> dict:

@@ -1,5 +1,6 @@
 """The benchmark programs at toy size: what they count, what they write, what they draw."""
 
+import itertools
 import json
 import math
 import sys
@@ -38,8 +39,6 @@ def written(out: Path) -> dict:
     found = json.loads(out.with_suffix(".json").read_text())
     machine = found["machine"]
     assert {"date", "cpu", "threads", "torch", "peft", "commit", "version", "isa"} <= set(machine)
-    lines = out.with_suffix(".csv").read_text().splitlines()
-    assert len(lines) == 1 + len(found["rows"]) and lines[0].split(",") == list(found["rows"][0])
     return found
 
 
@@ -148,7 +147,7 @@ def test_approximate(tmp_path):
     approximate.main(["--size", "32", "--ranks", "4,16", "--steps", "150", "--seeds", "1",
                       "--bases", "dense,1/3", "--out", str(out)])  # fmt: skip
     rows = {(r["target"], r["r"], r["bases"]): r for r in written(out)["rows"]}
-    assert len(rows) == 3 * 2 * 2 and out.with_suffix(".png").stat().st_size > 5000
+    assert len(rows) == 3 * 2 * 2
     few, many = rows["gaussian", 16, "1/3"], rows["gaussian", 4, "1/3"]
     assert many["parameters"] > few["parameters"] and many["randlora"] < few["randlora"] < 1
     # A Gaussian target has no direction that is easier than another.
@@ -205,9 +204,41 @@ def test_finetune_repeats_the_best_rate_and_goes_on_where_it_was(monkeypatch, tm
     assert len(asked) == len(rates) + 2
 
 
+def layer_result(dtypes: dict[int, str]) -> dict:
+    """As layer.py writes it, with a row a size, number of tokens and density."""
+    machine = dict.fromkeys(("cpu", "threads", "isa", "torch", "peft", "commit", "date"), "")
+    ratios = {"lora": 1.1, "peft": 4.0, "ours": 1.5}
+    rows = [
+        ratios | {"in": n, "out": n, "tokens": tokens, "density": density, "dtype": dtype}
+        for n in (1024, 2048, 4096)
+        for tokens, dtype in dtypes.items()
+        for density in plots.DENSITIES
+    ]
+    return {"machine": machine, "rows": rows}
+
+
+def test_a_line_of_a_figure_has_one_dtype():
+    dtypes = {16: "float32", 256: "float32", 512: "bfloat16", 1024: "float32"}
+    figure = plots.by_tokens(layer_result(dtypes))
+    for axis in figure.axes:
+        assert [list(line.get_xdata()) for line in axis.lines] == [[16, 256, 1024]] * 5
+    assert figure.texts[-1].get_text().startswith("float32")
+
+
+def test_tick_labels_do_not_overlap():
+    counts = (16, 256, 512, 1024, 2048, 4096)
+    figure = plots.by_tokens(layer_result(dict.fromkeys(counts, "float32")))
+    figure.canvas.draw()
+    for axis in figure.axes:
+        boxes = [label.get_window_extent() for label in axis.get_xticklabels()]
+        left, right = axis.bbox.x0, axis.bbox.x1
+        shown = [box for box in boxes if left <= (box.x0 + box.x1) / 2 <= right]
+        assert len(shown) >= 3
+        assert all(not a.overlaps(b) for a, b in itertools.pairwise(shown))
+
+
 @pytest.mark.skipif(not (ROOT / "benchmarks/results").is_dir(), reason="an sdist has no results")
-def test_plots_are_drawn_from_the_results_and_shown(monkeypatch, tmp_path):
-    monkeypatch.setattr(checkpoint, "sizes", lambda: {"LoRA": 10**7, "RandLoRA": 10**8})
+def test_plots_are_drawn_from_the_results_and_shown(tmp_path):
     plots.main(["epyc-zen4", "--out", str(tmp_path)])
     drawn = {path.name for path in tmp_path.glob("*.png")}
     committed = {path.name: path for path in (ROOT / "docs" / "figures").glob("bench-*.png")}
