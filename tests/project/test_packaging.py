@@ -44,6 +44,22 @@ def test_the_build_refuses_cuda_that_it_cannot_build(wanted, says, tmp_path):
     assert done.returncode and says in done.stderr
 
 
+def test_a_cuda_library_of_other_headers_is_refused(tmp_path):
+    (tmp_path / "old.c").write_text(
+        "static unsigned long long table[64];  /* begins with the hash of the headers: 0 */\n"
+        "void *randlora_cuda_kernels(void) { return table; }\n"
+    )
+    subprocess.run(["cc", "-shared", "-fPIC", "old.c", "-o", "old.so"], cwd=tmp_path, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "import randlora_ext; print(randlora_ext.build_info()['cuda'])"],
+        env={**os.environ, "RANDLORA_CUDA_LIBRARY": str(tmp_path / "old.so")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.match("not loaded: .*old.so was built from other sources", done.stdout)
+
+
 def test_the_stub_declares_the_compiled_functions():
     """mypy.stubtest cannot: pybind11 gives signatures in docstrings only."""
     stub = ast.parse((PACKAGE / "_C.pyi").read_text())
