@@ -1,4 +1,4 @@
-"""Full-rank fine-tuning at LoRA's price: compiled RandLoRA kernels for PyTorch and PEFT.
+"""RandLoRA, full-rank fine-tuning, on compiled kernels for PyTorch and PEFT.
 
 `y = x W^T + bias + scaling * x (B (lambda * A * gamma))^T` with fixed random ternary bases A and B
 and trained diagonals lambda and gamma. See README.md, docs/math.md and docs/ops.md.
