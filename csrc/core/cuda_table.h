@@ -30,6 +30,8 @@ struct CudaKernels {
                          void* out, DType, Device&);
   void (*pack_dense)(const void* dense, DType, int64_t rows, int64_t cols, uint64_t* plus,
                      uint64_t* minus, double* found, Device&);
+  void (*support_tables)(const AnyLists& a, bool wide, int64_t r, int64_t d, int32_t* tables,
+                         Device&);
   void (*scaled_basis)(const ScaledBasis&, Device&);
   void (*scaled_basis_backward)(const ScaledBasisBackward&, Device&);
   void (*delta_weight)(const DeltaWeight&, Device&);

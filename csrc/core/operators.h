@@ -22,6 +22,8 @@ struct Basis {
   AnyLists b_rows;    // D lines over K
   AnyLists b_cols;    // K lines over D
   Planes b_planes;    // (D, K)
+  // CUDA, optional: what support_tables makes of `a`, which otherwise every call makes for itself.
+  const int32_t* a_tables = nullptr;
   // CUDA, optional: B (D, K) unpacked and unscaled in the dtype of x, so that its products are GEMMs.
   const void* b_dense = nullptr;
 
@@ -29,6 +31,16 @@ struct Basis {
   RANDLORA_HD_MEMBER bool has_planes() const { return b_planes.plus != nullptr; }
   RANDLORA_HD_MEMBER bool has_lists() const { return !has_planes(); }
 };
+
+// The support tables of A (csrc/cuda): its entries in order of column, each rank index padded to whole
+// groups, and (r, d) places. So many numbers, the entries first.
+constexpr int kSupportGroup = 32;
+RANDLORA_HD int64_t support_room(int64_t entries, int64_t r) {
+  return (entries / kSupportGroup + r) * kSupportGroup;
+}
+RANDLORA_HD int64_t support_numbers(int64_t entries, int64_t r, int64_t d) {
+  return support_room(entries, r) + r * d;
+}
 
 // planes[., q, .] = elements (role, row_start + q, col_start ...) of the specification.
 struct FillPlanes {

@@ -17,6 +17,7 @@
 #include "columns.h"
 #include "kernels.h"
 #include "launch.h"
+#include "panels.h"
 #include "support.h"
 #include "tile.h"
 

@@ -30,22 +30,20 @@ __device__ __forceinline__ int64_t lower_bound(const Index* index, int64_t begin
 }
 
 template <class Index>
-__global__ void find_entries(Lists<Index> a, Support s, int64_t* offset) {
+__global__ void find_entries(Lists<Index> a, int64_t r, int64_t d, int32_t* entry, int32_t* place) {
   const int64_t x = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
-  if (x >= s.r * s.d) return;
-  const int64_t j = x / s.d, k = x % s.d;
+  if (x >= r * d) return;
+  const int64_t j = x / d, k = x % d;
   const int64_t plus = a.plus(j), minus = a.minus(j), end = a.end(j);
   const int64_t first = (plus / kGroup + j) * kGroup, size = end - plus;  // as Support has them
-  if (k == 0) offset[j] = plus;
-  if (x == 0) offset[s.r] = s.count;
   const int64_t in_plus = lower_bound(a.index, plus, minus, k);
   const int64_t in_minus = lower_bound(a.index, minus, end, k);
   const bool is_plus = plus + in_plus < minus && a.index[plus + in_plus] == k;
   const bool is_minus = minus + in_minus < end && a.index[minus + in_minus] == k;
   const int64_t p = in_plus + in_minus;
-  if (is_plus || is_minus) s.entry[first + p] = static_cast<int32_t>(2 * k + is_minus);
-  s.at[x] = static_cast<int32_t>(is_plus || is_minus ? 2 * p + is_minus : -1 - p);
-  for (int64_t q = size + k; q < ceil_div(size, kGroup) * kGroup; q += s.d) s.entry[first + q] = -1;
+  if (is_plus || is_minus) entry[first + p] = static_cast<int32_t>(2 * k + is_minus);
+  place[x] = static_cast<int32_t>(is_plus || is_minus ? 2 * p + is_minus : -1 - p);
+  for (int64_t q = size + k; q < ceil_div(size, kGroup) * kGroup; q += d) entry[first + q] = -1;
 }
 
 constexpr int kBases = 64;  // of a block of form_values
@@ -84,6 +82,19 @@ __global__ void form_values(Support s, const C* __restrict__ lam, const C* __res
 
 }  // namespace
 
+void support_tables(const AnyLists& a, bool wide, int64_t r, int64_t d, int32_t* tables,
+                    Device& device) {
+  const int threads = min(256, device.max_threads);
+  const dim3 grid(static_cast<unsigned>(ceil_div(r * d, threads)));
+  int32_t* place = tables + support_room(a.count, r);
+  if (wide)
+    launch(device, "find_entries", find_entries<uint32_t>, grid, threads, 0, a.as<uint32_t>(), r, d,
+           tables, place);
+  else
+    launch(device, "find_entries", find_entries<uint16_t>, grid, threads, 0, a.as<uint16_t>(), r, d,
+           tables, place);
+}
+
 // A part is a quarter of what an intermediate may take: 2048 tokens of 4096 features in 16 bits.
 ASideCall::ASideCall(const ASide& p, double scale, Device& device)
     : p_(p), scale_(scale), device_(device) {
@@ -95,19 +106,14 @@ const Support& ASideCall::support() {
   Support& s = support_;
   if (s.entry) return s;
   const Basis& b = p_.basis;
-  auto* offset = scratch<int64_t>(device_, b.r + 1);
-  s.offset = offset, s.r = b.r, s.n = b.n, s.d = b.d;
-  s.bases = ceil_div(b.n, 8) * 8, s.count = b.a.count;
-  s.entry = scratch<int32_t>(device_, s.room());
-  s.at = scratch<int32_t>(device_, s.r * s.d);
-  const int threads = min(256, device_.max_threads);
-  const dim3 grid(static_cast<unsigned>(ceil_div(s.r * s.d, threads)));
-  if (b.wide)
-    launch(device_, "find_entries", find_entries<uint32_t>, grid, threads, 0, b.a.as<uint32_t>(), s,
-           offset);
-  else
-    launch(device_, "find_entries", find_entries<uint16_t>, grid, threads, 0, b.a.as<uint16_t>(), s,
-           offset);
+  const int32_t* tables = b.a_tables;
+  if (!tables) {
+    auto* made = scratch<int32_t>(device_, support_numbers(b.a.count, b.r, b.d));
+    support_tables(b.a, b.wide, b.r, b.d, made, device_);
+    tables = made;
+  }
+  s = {b.a.offset,           b.r,       b.n,    b.d,
+       ceil_div(b.n, 8) * 8, b.a.count, tables, tables + support_room(b.a.count, b.r)};
   return s;
 }
 

@@ -23,6 +23,10 @@ void lists_to_dense(const AnyLists& lists, bool wide, int64_t rows, int64_t cols
 void pack_dense(const void* dense, DType dtype, int64_t rows, int64_t cols, uint64_t* plus,
                 uint64_t* minus, double* found, Device& device);
 
+// a_support.cu: what a basis may bring along (Basis::a_tables); support_numbers(a.count, r, d) of them.
+void support_tables(const AnyLists& a, bool wide, int64_t r, int64_t d, int32_t* tables,
+                    Device& device);
+
 // scaled_basis.cu
 void scaled_basis(const ScaledBasis& p, Device& device);
 void scaled_basis_backward(const ScaledBasisBackward& p, Device& device);

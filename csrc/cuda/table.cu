@@ -16,12 +16,22 @@
 extern "C" __attribute__((visibility("default"))) const randlora::CudaKernels*
 randlora_cuda_kernels() {
   using namespace randlora;
-  static constexpr CudaKernels table = {
-      kCudaInterface,       RANDLORA_COMPILER,           cuda::describe,
-      cuda::make_current,   cuda::fill_planes,           cuda::count_lists,
-      cuda::fill_lists,     cuda::planes_to_dense,       cuda::lists_to_dense,
-      cuda::pack_dense,     cuda::scaled_basis,          cuda::scaled_basis_backward,
-      cuda::delta_weight,   cuda::delta_weight_backward, cuda::linear,
-      cuda::linear_backward};
+  static constexpr CudaKernels table = {kCudaInterface,
+                                        RANDLORA_COMPILER,
+                                        cuda::describe,
+                                        cuda::make_current,
+                                        cuda::fill_planes,
+                                        cuda::count_lists,
+                                        cuda::fill_lists,
+                                        cuda::planes_to_dense,
+                                        cuda::lists_to_dense,
+                                        cuda::pack_dense,
+                                        cuda::support_tables,
+                                        cuda::scaled_basis,
+                                        cuda::scaled_basis_backward,
+                                        cuda::delta_weight,
+                                        cuda::delta_weight_backward,
+                                        cuda::linear,
+                                        cuda::linear_backward};
   return &table;
 }

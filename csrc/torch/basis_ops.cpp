@@ -135,32 +135,17 @@ Tensor planes_to_dense_op(Tensor planes, int64_t cols, double value, ScalarType 
 Tensor lists_to_dense_op(Tensor offset, Tensor index, int64_t cols, double value,
                          ScalarType dtype) {
   const DType type = dense_dtype(dtype);
-  RANDLORA_CHECK(offset.scalar_type() == ScalarType::Long && offset.dim() == 1 &&
-                     offset.size(0) % 2 == 1 && offset.is_contiguous(),
-                 "offset must be a contiguous int64 tensor of 2 * rows + 1 entries, got ",
-                 describe(offset));
-  RANDLORA_CHECK(
-      (index.scalar_type() == ScalarType::Short || index.scalar_type() == ScalarType::Int) &&
-          index.dim() == 1 && index.is_contiguous(),
-      "index must be a contiguous int16 or int32 tensor, got ", describe(index));
-  check_same_device(index, "index", offset, "offset");
+  const int64_t rows = offset.numel() / 2;
+  const AnyLists lists = check_lists(offset, index, rows, "");
   RANDLORA_CHECK(cols >= 0, "cols may not be negative, got ", cols);
-  const int64_t rows = offset.size(0) / 2;
-  const auto* at = offset.const_data_ptr<int64_t>();
   const bool wide = index.scalar_type() == ScalarType::Int;
   Tensor out = allocate({rows, cols}, dtype, offset);
   if (runs_on_cuda(offset)) {  // entries are trusted there: a look would make the host wait
     TorchDevice device(offset);
-    cuda_kernels().lists_to_dense({at, index.const_data_ptr(), index.size(0)}, wide, rows, cols,
-                                  value, out.mutable_data_ptr(), type, device);
+    cuda_kernels().lists_to_dense(lists, wide, rows, cols, value, out.mutable_data_ptr(), type,
+                                  device);
     return out;
   }
-  RANDLORA_CHECK(at[0] == 0 && at[2 * rows] == index.size(0), "offset must run from 0 to ",
-                 index.size(0), ", the length of index, but runs from ", at[0], " to ",
-                 at[2 * rows]);
-  for (int64_t q = 0; q < 2 * rows; ++q)
-    RANDLORA_CHECK(at[q] <= at[q + 1], "offset must not decrease, but entry ", q, " is ", at[q],
-                   " and the next ", at[q + 1]);
   for (int64_t p = 0; p < index.size(0); ++p) {
     const int64_t col = wide ? static_cast<const uint32_t*>(index.const_data_ptr())[p]
                              : static_cast<const uint16_t*>(index.const_data_ptr())[p];
@@ -168,9 +153,20 @@ Tensor lists_to_dense_op(Tensor offset, Tensor index, int64_t cols, double value
                    " columns");
   }
   TorchRuntime runtime;
-  lists_to_dense({at, index.const_data_ptr(), index.size(0)}, wide, rows, cols, value,
-                 out.mutable_data_ptr(), type, runtime);
+  lists_to_dense(lists, wide, rows, cols, value, out.mutable_data_ptr(), type, runtime);
   return out;
+}
+
+std::vector<Tensor> support_tables_op(Tensor a_offset, Tensor a_index, int64_t d) {
+  const int64_t r = a_offset.numel() / 2;
+  const AnyLists a = check_lists(a_offset, a_index, r, "a_");
+  RANDLORA_CHECK(d > 0, "d must be positive, got ", d);
+  if (!runs_on_cuda(a_offset)) return {};
+  Tensor tables = allocate({support_numbers(a.count, r, d)}, ScalarType::Int, a_offset);
+  TorchDevice device(a_offset);
+  cuda_kernels().support_tables(a, a_index.scalar_type() == ScalarType::Int, r, d,
+                                tables.mutable_data_ptr<int32_t>(), device);
+  return {tables};
 }
 
 template <class Library>
@@ -180,6 +176,7 @@ void implement(Library& m) {
   m.impl("planes_to_lists", RANDLORA_BOX(planes_to_lists));
   m.impl("planes_to_dense", RANDLORA_BOX(planes_to_dense_op));
   m.impl("lists_to_dense", RANDLORA_BOX(lists_to_dense_op));
+  m.impl("support_tables", RANDLORA_BOX(support_tables_op));
 }
 
 }  // namespace
@@ -195,6 +192,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
   m.def(
       "lists_to_dense(Tensor offset, Tensor index, int cols, float value, ScalarType dtype) -> "
       "Tensor");
+  m.def("support_tables(Tensor a_offset, Tensor a_index, int d) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) { randlora::implement(m); }

@@ -28,34 +28,6 @@ bool is_floating(ScalarType t) {
          t == ScalarType::Half;
 }
 
-void check_offsets(const Tensor& offset, const Tensor& index, int64_t lines, const char* name,
-                   bool on_cpu) {
-  RANDLORA_CHECK(offset.scalar_type() == ScalarType::Long && offset.is_contiguous() &&
-                     offset.dim() == 1 && offset.size(0) == 2 * lines + 1,
-                 "packed: ", name, "_offset must be a contiguous int64 tensor of ", 2 * lines + 1,
-                 " entries (2 * lines + 1), got ", describe(offset));
-  const ScalarType t = index.scalar_type();
-  RANDLORA_CHECK(
-      (t == ScalarType::Short || t == ScalarType::Int) && index.is_contiguous() && index.dim() == 1,
-      "packed: ", name, "_index must be a contiguous int16 or int32 tensor, got ", describe(index));
-  if (!on_cpu) return;  // a look would make the host wait for the card
-  // Positions are trusted (only a pass over all of them could check them), where they lie is not.
-  const int64_t* at = offset.const_data_ptr<int64_t>();
-  RANDLORA_CHECK(at[0] == 0 && at[2 * lines] == index.size(0), "packed: ", name,
-                 "_offset must run from 0 to ", index.size(0), ", the length of ", name,
-                 "_index, but runs from ", at[0], " to ", at[2 * lines]);
-  // The sign of every offset and of every step in one word: a loop without comparisons is one of
-  // vectors, and it runs before every product.
-  uint64_t signs = 0;
-  for (int64_t q = 0; q < 2 * lines; ++q)
-    signs |= uint64_t(at[q]) | (uint64_t(at[q + 1]) - uint64_t(at[q]));
-  RANDLORA_CHECK(signs >> 63 == 0, "packed: ", name, "_offset must not decrease");
-}
-
-AnyLists lists_of(const Tensor& offset, const Tensor& index) {
-  return {offset.const_data_ptr<int64_t>(), index.const_data_ptr(), index.size(0)};
-}
-
 // Positions in a run ascend, so checking the last one bounds them all. An empty run looks at the one
 // before it, which does no harm and leaves a loop without branches.
 template <class Index>
@@ -92,6 +64,37 @@ bool runs_ascend(const AnyLists& lists, int64_t runs) {
 }
 
 }  // namespace
+
+AnyLists check_lists(const Tensor& offset, const Tensor& index, int64_t lines,
+                     const std::string& prefix) {
+  RANDLORA_CHECK(offset.scalar_type() == ScalarType::Long && offset.is_contiguous() &&
+                     offset.dim() == 1 && offset.size(0) == 2 * lines + 1,
+                 prefix,
+                 "offset must be a contiguous int64 tensor of 2 * lines + 1 = ", 2 * lines + 1,
+                 " entries, got ", describe(offset));
+  const ScalarType t = index.scalar_type();
+  RANDLORA_CHECK(
+      (t == ScalarType::Short || t == ScalarType::Int) && index.is_contiguous() && index.dim() == 1,
+      prefix, "index must be a contiguous int16 or int32 tensor, got ", describe(index));
+  check_same_device(index, "index", offset, "offset");
+  const int64_t *at = offset.const_data_ptr<int64_t>(), runs = 2 * lines;
+  const AnyLists lists{at, index.const_data_ptr(), index.size(0)};
+  if (!offset.is_cpu()) return lists;  // a look would make the host wait for the card
+  RANDLORA_CHECK(at[0] == 0 && at[runs] == lists.count, prefix, "offset must run from 0 to ",
+                 lists.count, ", the length of ", prefix, "index, but runs from ", at[0], " to ",
+                 at[runs]);
+  // The sign of every offset and of every step in one word: the compiler vectorizes a loop without
+  // branches, and this one runs before every product.
+  uint64_t signs = 0;
+  for (int64_t q = 0; q < runs; ++q)
+    signs |= uint64_t(at[q]) | (uint64_t(at[q + 1]) - uint64_t(at[q]));
+  if (signs >> 63 != 0)
+    for (int64_t q = 0; q < runs; ++q)
+      RANDLORA_CHECK(at[q] >= 0 && at[q] <= at[q + 1], prefix,
+                     "offset must not decrease, but entry ", q, " is ", at[q], " and the next ",
+                     at[q + 1]);
+  return lists;
+}
 
 std::string describe(const Tensor& t) {
   std::ostringstream s;
@@ -164,23 +167,34 @@ Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tenso
   size_t count = packed.size();
   const bool dense = count > 0 && is_floating(packed[count - 1].scalar_type());
   count -= dense;
-  RANDLORA_CHECK(
-      count == 6 || count == 3,
-      "packed must hold 6 tensors (lists) or 3 (bit planes), and on CUDA perhaps a dense B after "
-      "them, got ",
-      packed.size(), "; take it from TernaryBasis.packed(device)");
+  const bool tables = count == 7 || count == 4;
+  count -= tables;
+  RANDLORA_CHECK(count == 6 || count == 3,
+                 "packed must hold 6 tensors (lists) or 3 (bit planes), and on CUDA perhaps the "
+                 "support tables of A and a dense B after them, got ",
+                 packed.size(), "; take it from TernaryBasis.packed(device)");
   const bool on_cpu = lam.is_cpu();
   for (const Tensor& t : packed)
     if (!on_cpu || !t.is_cpu()) check_same_device(t, "packed", lam, "lam");
-  check_offsets(packed[0], packed[1], b.r, "a", on_cpu);
-  b.a = lists_of(packed[0], packed[1]);
+  b.a = check_lists(packed[0], packed[1], b.r, "packed: a_");
   b.wide = packed[1].scalar_type() == ScalarType::Int;
   if (on_cpu) check_last(b.a, b.wide, b.r, b.d, "a", "d");
   RANDLORA_CHECK(b.wide || (b.D <= 65536 && b.d <= 65536 && b.K() <= 65536),
                  "packed: int16 positions end at 65535, but D = ", b.D, ", d = ", b.d,
                  " and K = ", b.K());
+  if (tables) {
+    const Tensor& t = packed[count];
+    const int64_t numbers = support_numbers(b.a.count, b.r, b.d);
+    RANDLORA_CHECK(t.scalar_type() == ScalarType::Int && t.dim() == 1 && t.size(0) == numbers,
+                   "packed: the support tables must be an int32 tensor of ", numbers,
+                   " numbers, got ", describe(t));
+    RANDLORA_CHECK(runs_on_cuda(lam),
+                   "packed holds support tables, which only the CUDA kernels use; lam is ",
+                   describe(lam));
+    b.a_tables = t.const_data_ptr<int32_t>();
+  }
   if (dense) {
-    const Tensor& B = packed[count];
+    const Tensor& B = packed[count + tables];
     RANDLORA_CHECK(B.dim() == 2 && B.size(0) == b.D && B.size(1) == b.K() && B.is_contiguous(),
                    "packed: the dense B must be a contiguous (D, K) = (", b.D, ", ", b.K(),
                    "), got ", describe(B));
@@ -198,14 +212,12 @@ Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tenso
     b.b_planes = {plus, plus + b.D * words, words};
     return b;
   }
-  check_offsets(packed[2], packed[3], b.D, "b_row", on_cpu);
-  check_offsets(packed[4], packed[5], b.K(), "b_col", on_cpu);
+  b.b_rows = check_lists(packed[2], packed[3], b.D, "packed: b_row_");
+  b.b_cols = check_lists(packed[4], packed[5], b.K(), "packed: b_col_");
   for (int i = 3; i <= 5; i += 2)
     RANDLORA_CHECK(packed[i].scalar_type() == packed[1].scalar_type(),
                    "packed: all index tensors must have one dtype, got ", describe(packed[1]),
                    " and ", describe(packed[i]));
-  b.b_rows = lists_of(packed[2], packed[3]);
-  b.b_cols = lists_of(packed[4], packed[5]);
   if (on_cpu) {
     check_last(b.b_rows, b.wide, b.D, b.K(), "b_row", "K");
     check_last(b.b_cols, b.wide, b.K(), b.D, "b_col", "D");

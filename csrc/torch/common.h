@@ -86,6 +86,11 @@ ScalarType scalar_type(DType t);
 void check_floating(const Tensor& t, const char* name);
 void check_same_device(const Tensor& t, const char* name, const Tensor& as, const char* as_name);
 
+// Lists of so many lines in tensors named `prefix`offset and `prefix`index. On a card the numbers in them
+// are trusted, elsewhere only the positions are.
+AnyLists check_lists(const Tensor& offset, const Tensor& index, int64_t lines,
+                     const std::string& prefix);
+
 // An operator that torch looks up by name costs microseconds, and a training step of 16 tokens has
 // few to spend: allocation goes by the C interface, and these two skip what is not needed.
 Tensor allocate(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like);
@@ -105,7 +110,8 @@ ScalarType compute_type(DType dtype);
 // The packed basis of a layer with these diagonals; refuses any disagreement of shapes.
 //   lists   [a_offset, a_index, b_row_offset, b_row_index, b_col_offset, b_col_index]
 //   planes  [a_offset, a_index, b_planes]
-// and, for CUDA, perhaps B itself after them: dense, unscaled and in the dtype of x.
+// and, for CUDA, after them perhaps what support_tables returns for A, and perhaps B itself: dense,
+// unscaled and in the dtype of x.
 //
 // `expand` empty: a whole layer, whose shape says which side is d. Given: perhaps a slice of one, in
 // which d (the input side if *expand) may be the larger side, and n is the whole layer's.

@@ -266,6 +266,7 @@ class TernaryBasis:
             by_row = _ops.planes_to_lists(b_planes, self.K, False, wide)
             by_column = _ops.planes_to_lists(b_planes, self.K, True, wide)
             packed, empty_b = [a_offset, a_index, *by_row, *by_column], by_row[1].numel() == 0
+        packed += _ops.support_tables(a_offset, a_index, self.d)  # on CUDA one, elsewhere none
         if not shape.is_slice and (a_index.numel() == 0 or empty_b):
             warnings.warn(
                 f"{self!r} has no non-zero element in {'B' if empty_b else 'A'}, so its adapter "

@@ -63,6 +63,16 @@ def lists_to_dense(offset, index, cols, value, dtype):
 
 
 @_fake
+def support_tables(a_offset, a_index, d):
+    _check_one_device(a_offset=a_offset, a_index=a_index)
+    if a_offset.device.type != "cuda":
+        return []
+    r, group = a_offset.shape[0] // 2, 32
+    entries = (a_index.shape[0] // group + r) * group
+    return [a_offset.new_empty((entries + r * d,), dtype=torch.int32)]
+
+
+@_fake
 def scaled_basis(A, lam, gam):
     _check_one_device(A=A, lam=lam, gam=gam)
     return A.new_empty((lam.shape[0] * lam.shape[1], A.shape[1]))

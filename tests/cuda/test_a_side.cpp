@@ -82,6 +82,21 @@ void check(const Case& c, DType dtype, bool tf32 = false) {
   const double exact = tf32 ? bound : tolerance(compute_of(dtype));
   run.compare("dlam", got_dlam, dlam, exact);
   run.compare("dgam", got_dgam, dgam, exact);
+
+  // The same bits with tables that the basis brings along.
+  const AnyLists& a = run.f.basis.a;
+  const Poisoned tables(support_numbers(a.count, c.r, d) * 4);
+  run.f.basis.a_tables = static_cast<const int32_t*>(tables.get());
+  cuda::support_tables(a, c.wide, c.r, d, static_cast<int32_t*>(tables.get()), run.device);
+  const Array V2(dtype, T * K, c.skip), out2(dtype, T * d, c.skip), dlam2(compute_of(dtype), K),
+      dgam2(compute_of(dtype), n * d);
+  cuda::a_up(run.side(), z.get(), V2.get(), run.scale, run.device);
+  cuda::a_down(run.side(), U.get(), out2.get(), run.scale, false, run.device);
+  cuda::a_grad(run.side(), U.get(), z.get(), run.scale, dlam2.get(), dgam2.get(), run.device);
+  EXPECT(V2.raw() == V.raw() && out2.raw() == out.raw() && dlam2.raw() == got_dlam.raw() &&
+             dgam2.raw() == got_dgam.raw(),
+         "tables change results: dtype %d d %ld r %ld T %ld", int(dtype), long(d), long(c.r),
+         long(T));
 }
 
 // NaN and infinity reach the outputs that A connects them to, and no others.

@@ -124,6 +124,7 @@ def test_opcheck_packing(by_column, wide):
     check(ops.planes_to_dense, planes, basis.K, 0.5, torch.float16)
     offset, index = ops.planes_to_lists(planes, basis.K, False, wide)
     check(ops.lists_to_dense, offset, index, basis.K, 0.5, torch.float32)
+    check(ops.support_tables, offset, index, basis.K)
     check(ops.pack_dense, basis.dense()[1])
     check(ops.fill_planes_, torch.zeros_like(planes), 1, 1, 0, 0, basis.K, 5)
 
@@ -133,6 +134,7 @@ def test_every_operator_is_checked_here():
              if n.startswith("randlora::")}  # fmt: skip
     assert names == {
         "fill_planes_", "pack_dense", "planes_to_lists", "planes_to_dense", "lists_to_dense",
+        "support_tables",
         "scaled_basis", "scaled_basis_backward", "delta_weight", "delta_weight_backward",
         "merged_weight", "linear", "linear_backward",
     }  # fmt: skip

@@ -146,9 +146,11 @@ def shifted(offset, position, by):
 
 def malformed():
     lists, planes = LISTS.packed("cpu"), PLANES.packed("cpu")
-    yield lists[:4], ["packed", "got 4", "6", "3"]
+    yield lists[:5], ["packed", "got 5", "6", "3"]
     yield [], ["packed", "0", "6", "3"]
-    yield lists + planes, ["packed", "9", "6", "3"]
+    yield lists[:6] + planes[:3], ["packed", "9", "6", "3"]
+    tables = torch.zeros(8, dtype=torch.int32)
+    yield [*planes[:3], tables], ["packed", "support tables", "(8) int32"]
     for position, name in ((0, "a_offset"), (2, "b_row_offset"), (4, "b_col_offset")):
         offset = lists[position]
         yield replaced(lists, position, offset.int()), ["packed", name, "int32", "int64"]
