@@ -27,7 +27,7 @@ def _force_sparse() -> None:
 
 def _count_calls() -> None:
     """Shows that it was our layers that the tests ran."""
-    from randlora_ext.peft.layer import Accelerated
+    from randlora_ext.peft.layer import AcceleratedLayer
 
     def counting(name: str, method):
         def call(*args, **kwargs):
@@ -36,8 +36,8 @@ def _count_calls() -> None:
 
         return call
 
-    Accelerated.forward = counting("forward", Accelerated.forward)
-    Accelerated._part = counting("packed", Accelerated._part)
+    AcceleratedLayer.forward = counting("forward", AcceleratedLayer.forward)
+    AcceleratedLayer._on_kernels = counting("packed", AcceleratedLayer._on_kernels)
 
 
 # At import, thus before any test file is collected.

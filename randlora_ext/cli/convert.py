@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..peft import RandLoraConfig, enable
-from ..peft.export import stock_config
+from ..peft.adapter_basis import AdapterBasis
+from ..peft.saving import stock_config
 from .adapter import BASES, CONFIG, GAMMA, LAMBDA, PREFIX, WEIGHTS, Adapter, read_adapter
 from .files import CliError, check_free, complete
 from .layers import Shape, dense_bases, shapes_of
@@ -121,7 +122,9 @@ def _without_bases(adapter: Adapter, density: float | None) -> tuple[RandLoraCon
 
 
 def _config(adapter: Adapter, **fields: Any) -> RandLoraConfig | None:
-    """The config without projections; None if its values contradict each other."""
+    """The config without projections and with other bases, if any; None if it cannot be."""
+    if fields:  # a text would say which bases
+        fields["projection_prng_key"] = AdapterBasis.of(vars(adapter.config)).seed
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Specified to not save")
         try:

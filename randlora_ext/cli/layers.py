@@ -109,7 +109,7 @@ def layer_changes(adapter: Adapter, shapes: Mapping[str, Shape]) -> dict[str, La
             path: LayerChange(shapes[path], layer.basis, layer.lam, layer.gam, layer.scaling)
             for path, layer in adapter.plain.items()
         }
-    r, description = adapter.config.r, description_of(adapter.config)
+    r, description = adapter.config.r, description_of(adapter.config, shapes.values())
     dense = {} if description else adapter.bases or dense_bases(adapter, shapes.values())
 
     @functools.cache  # one for all layers of a shape
@@ -135,11 +135,18 @@ def layer_changes(adapter: Adapter, shapes: Mapping[str, Shape]) -> dict[str, La
     }
 
 
-def description_of(config: Any) -> BasisDescription | None:
+def largest(shapes: Iterable[Shape]) -> tuple[int, int]:
+    """(in_features, out_features) of PEFT's shared bases: the largest of each."""
+    sizes = [(shape.in_features, shape.out_features) for shape in shapes]
+    return max(n_in for n_in, _ in sizes), max(n_out for _, n_out in sizes)
+
+
+def description_of(config: Any, shapes: Iterable[Shape]) -> BasisDescription | None:
     """What the bases are generated from; None if PEFT draws them or the file has them."""
-    if config.basis == "peft":
-        return None
-    return BasisDescription(config.basis, config.density or 1 / 3, config.projection_prng_key)
+    from ..peft.adapter_basis import AdapterBasis
+
+    basis = AdapterBasis.of(vars(config))
+    return None if basis.kind == "peft" else basis.description(min(largest(shapes)))
 
 
 def generated(description: BasisDescription, n_in: int, n_out: int, r: int) -> TernaryBasis:
@@ -151,8 +158,8 @@ def dense_bases(adapter: Adapter, shapes: Iterable[Shape]) -> dict[str, Tensor]:
     import peft
 
     shapes, config = list(shapes), adapter.config
-    n_in, n_out = max(s.in_features for s in shapes), max(s.out_features for s in shapes)
-    if description := description_of(config):
+    n_in, n_out = largest(shapes)
+    if description := description_of(config, shapes):
         A, B = generated(description, n_in, n_out, config.r).dense()
         return {"randlora_A": A.unsqueeze(1), "randlora_B": B.unflatten(1, (-1, config.r))}
     # One layer of the largest sizes, whose weight takes no memory, has the bases of all.

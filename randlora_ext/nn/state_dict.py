@@ -1,6 +1,6 @@
 """Checks a state dict before torch copies anything of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,39 +30,55 @@ def refuse_misfit(
     the new lambda and gamma could not take out again. Missing and unknown keys are left to torch,
     which alone knows whether the caller said strict.
     """
-    problems = [
-        problem
-        for path, layer in module.named_modules(remove_duplicate=False)
-        if all(hasattr(layer, name) for name in (*DIAGONALS, "base_layer"))
-        for problem in _misfits(layer, state_dict, f"{prefix}{path}." if path else prefix)
-    ]
-    if problems:
+    refuse(
+        module,
+        (
+            problem
+            for path, layer in module.named_modules(remove_duplicate=False)
+            if all(hasattr(layer, name) for name in (*DIAGONALS, "base_layer"))
+            for problem in _misfits(layer, state_dict, f"{prefix}{path}." if path else prefix)
+        ),
+    )
+
+
+def refuse(module: nn.Module, problems: Iterable[str]) -> None:
+    """Raises RuntimeError if a state dict for `module` has any problem."""
+    if told := [problem for problem in problems if problem]:
         raise RuntimeError(
             f"the state dict does not fit the {type(module).__name__}, which is unchanged:\n\t"
-            + "\n\t".join(problems)
+            + "\n\t".join(told)
         )
 
 
 def _misfits(layer: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> Iterator[str]:
+    merged, base_prefix = getattr(layer, "merged_adapters", []), f"{prefix}base_layer."
     own = {
         f"{prefix}{diagonals}.{adapter}": parameter
         for diagonals in DIAGONALS
         for adapter, parameter in getattr(layer, diagonals).items()
     }
+    of_merged = [f"{prefix}{diagonals}.{adapter}" for diagonals in DIAGONALS for adapter in merged]
+    if any(key in state_dict for key in of_merged) or (
+        merged and any(key.startswith(base_prefix) for key in state_dict)
+    ):
+        yield (
+            f"{prefix.removesuffix('.') or 'the layer'} has merged {merged} into its weight; call "
+            "unmerge() first"
+        )
     base: Any = layer.base_layer
     if type(base) is nn.Linear or is_conv1d(base):  # others may have a format of their own
-        own |= {f"{prefix}base_layer.{name}": value for name, value in base.named_parameters()}
-    taken = [key for key in own if state_dict.get(key) is not None]
-    if taken and getattr(layer, "merged", False):
-        yield (
-            f"{prefix.removesuffix('.') or 'the layer'} has merged {layer.merged_adapters} into "
-            "its weight; call unmerge() first"
-        )
-    for key in taken:
-        saved, parameter = state_dict[key], own[key]
-        if not isinstance(saved, Tensor):
-            yield f"{key} must be a tensor, got {type(saved).__name__}"
-        elif saved.shape != parameter.shape:
-            yield f"{key} is {tuple(saved.shape)}, and must be {tuple(parameter.shape)}"
-        elif not saved.is_floating_point():
-            yield f"{key} is {saved.dtype}, and must be floating point"
+        own |= {f"{base_prefix}{name}": value for name, value in base.named_parameters()}
+    for key, parameter in own.items():
+        if (saved := state_dict.get(key)) is not None and (error := misfit(key, saved, parameter)):
+            yield error
+
+
+def misfit(key: str, saved: Any, own: Tensor) -> str:
+    """Why the entry `saved` of a state dict cannot replace `own`; "" if it can."""
+    if not isinstance(saved, Tensor):
+        return f"{key} must be a tensor, got {type(saved).__name__}"
+    if saved.shape != own.shape:
+        return f"{key} is {tuple(saved.shape)}, and must be {tuple(own.shape)}"
+    return (
+        "" if saved.is_floating_point() else f"{key} is {saved.dtype}, and must be floating point"
+    )

@@ -1,89 +1,76 @@
-"""PEFT's bases, packed: the dictionary that PEFT keeps them in, and one layer's `TernaryBasis`."""
+"""PEFT's bases, packed: the dictionary that holds them by adapter, and one layer's basis."""
 
 import itertools
 import warnings
-import weakref
+from collections.abc import Iterator, MutableMapping
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..basis import TernaryBasis
 from ..basis.cache import ordinary_tensors
+from ..nn.state_dict import misfit
 from .ternary_tensor import TernaryTensor
 
-BASES = ("randlora_A", "randlora_B")  # PEFT's names
+BASIS_NAMES = ("randlora_A", "randlora_B")  # PEFT's attributes of models and layers
 _tokens = itertools.count()
-_alive: "weakref.WeakValueDictionary[int, PackedBases]" = weakref.WeakValueDictionary()
+# What layers made of the signs of an A and a B, by features and r.
+_made: WeakKeyDictionary = WeakKeyDictionary()
 
 
-class PackedBases(BufferDict):
-    """PEFT's ``BufferDict`` of one basis (A or B) by adapter, ternary ones packed.
+class PackedBufferDict(MutableMapping, BufferDict):
+    """PEFT's ``BufferDict`` of one basis (A or B) by adapter, with ternary ones packed.
 
-    The tensors are no registered buffers, so nothing casts them, and DistributedDataParallel does
-    not send them. A ternary tensor is packed as it is put in; another (PEFT's default uniform
-    basis) is kept as it is. Where ``persistent``, a state dict holds them dense as PEFT's does, but
-    once: under the tuner, or, in a model from ``inject_adapter_in_model``, which has no tuner,
-    under the first layer. Layers only refer to the dictionary (`Accelerated.__setattr__`).
+    The tensors are no registered buffers, so DistributedDataParallel does not send them. A ternary
+    tensor is packed as it is put in; another (PEFT's default uniform basis) is kept as it is. Model
+    and layers share one dictionary, whose saved bases a state dict holds dense and once: under the
+    model, or under the first layer if `inject_adapter_in_model` made no model.
     """
 
-    def __init__(self, persistent: bool) -> None:
-        super().__init__(persistent=persistent)
-        self.__dict__["_bases"] = {}  # not in nn.Module's tables: see above
+    __hash__ = nn.Module.__hash__
+    __eq__ = nn.Module.__eq__
+
+    def __init__(self) -> None:
+        super().__init__(persistent=True)
+        self.__dict__["_bases"] = {}
+        self.__dict__["_unsaved"] = set()  # adapters whose bases no file holds
         self._changed()
 
     @classmethod
-    def of(cls, dense: BufferDict) -> "PackedBases":
-        packed = cls(dense.persistent)
-        packed.update(dict(dense.items()))
+    def of(cls, dense: BufferDict) -> "PackedBufferDict":
+        packed = cls()
+        for adapter, basis in dense.items():
+            packed.add(adapter, basis, dense.persistent)
         return packed
+
+    def add(self, adapter: str, basis: Tensor, saved: bool) -> None:
+        self[adapter] = basis
+        if not saved:
+            self._unsaved.add(adapter)
+
+    def saved(self, adapter: str) -> bool:
+        """Whether files hold the adapter's basis."""
+        return adapter not in self._unsaved
 
     def _changed(self) -> None:
         # Plain values, which torch.compile can guard on, beside tensors that it cannot look into.
-        self.__dict__["_token"] = next(_tokens)  # of this content, in this process
-        _alive[self._token] = self
-        self.__dict__["_dtypes"] = {name: basis.dtype for name, basis in self._bases.items()}
-        self.__dict__["_of_layers"] = {}
-        self.__dict__["_traced"] = _Traced()
-
-    def dtype_of(self, adapter: str) -> torch.dtype:
-        return self._dtypes[adapter]
-
-    def layer_basis(
-        self, B: "PackedBases", adapter: str, in_features: int, out_features: int, r: int
-    ) -> tuple[TernaryBasis | None, str]:
-        """`layer_basis` of this A and that B, remembered until one of them changes."""
-        sizes = adapter, in_features, out_features, r
-        if torch.compiler.is_dynamo_compiling():
-            return getattr(self._traced, self._trace_layer_basis(B._token, *sizes))
-        key = (B._token, *sizes)
-        made = self._of_layers
-        if key not in made:
-            for other in [k for k in made if k[0] != B._token]:
-                del made[other]
-            made[key] = layer_basis(self[adapter], B[adapter], *sizes[1:])
-        return made[key]
-
-    @torch.compiler.assume_constant_result  # Dynamo runs it while it traces; see tracing.py
-    def _trace_layer_basis(self, token_of_B: int, *sizes) -> str:
-        # The token is there to be guarded on: what was made of another B would still be there.
-        name = "_".join(map(str, (token_of_B, *sizes)))
-        setattr(self._traced, name, self.layer_basis(_alive[token_of_B], *sizes))
-        return name
+        self.__dict__["token"] = next(_tokens)  # of this content, in this process
+        self.__dict__["dtypes"] = {name: basis.dtype for name, basis in self._bases.items()}
+        self.__dict__["traced"] = _Traced()
 
     @torch.compiler.assume_constant_result  # when it traces, as warnings are no part of a graph
-    def tell_once(self, reason: str) -> None:
-        """Warns that dense bases are in use, once a model: its layers hold the same dictionary."""
-        if not self.__dict__.setdefault("_told", False):
-            self.__dict__["_told"] = True
-            warnings.warn(
-                f"RandLoRA layers of this model multiply by dense bases: {reason}. The kernels of "
-                "randlora_ext need ternary bases (sparse=True, very_sparse=True or a density).",
-                stacklevel=4,
-            )
+    def warn_once(self, reason: str) -> None:
+        """Says once a model that it multiplies by dense bases."""
+        if not self.__dict__.get("_warned"):
+            self.__dict__["_warned"] = True
+            told = f"RandLoRA layers of this model multiply by dense bases: {reason}"
+            warnings.warn(told, stacklevel=4)
+
+    # As a buffer is an attribute of PEFT's dictionary; transformers loads adapters by it.
 
     def __getattr__(self, name: str):
-        # As a buffer is an attribute of PEFT's dictionary; transformers loads adapters by it.
         bases = self.__dict__.get("_bases", {})
         return bases[name] if name in bases else super().__getattr__(name)
 
@@ -97,97 +84,86 @@ class PackedBases(BufferDict):
         return self._bases[key]
 
     def __setitem__(self, key: str, basis: Tensor) -> None:
-        if not isinstance(basis, TernaryTensor) and basis.device.type != "meta":
+        if not isinstance(basis, TernaryTensor):
+            if basis.is_meta:
+                if key in self._bases:  # PEFT follows a weight to where the numbers would be lost
+                    return
+                raise ValueError(f"the basis of adapter {key!r} is on the meta device: no values")
             try:
-                basis = TernaryTensor.of(basis)
+                basis = self._unless_known(TernaryTensor.of(basis))
             except ValueError:
                 pass  # not ternary; `layer_basis` says so
-            else:
-                # Every adapter's file holds its own copy of what is the same basis.
-                for other in self._bases.values():
-                    if isinstance(other, TernaryTensor) and basis.matrix.equals(other.matrix):
-                        basis = TernaryTensor(other.matrix, basis.shape, basis.dtype, basis.device)
-                        break
         self._bases[key] = basis
         self._changed()
 
+    def _unless_known(self, new: TernaryTensor) -> TernaryTensor:
+        """`new` with the signs of an equal one: every adapter's file holds its own copy."""
+        for old in self._bases.values():
+            if isinstance(old, TernaryTensor) and old.shape == new.shape:
+                known = old.signs.planes
+                if known is not None and torch.equal(known, new.signs.planes):
+                    return TernaryTensor(old.signs, new.value, new.shape, new.dtype, new.device)
+        return new
+
     def __delitem__(self, key: str) -> None:
         del self._bases[key]
+        self._unsaved.discard(key)
         self._changed()
 
     def __len__(self) -> int:
         return len(self._bases)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._bases)
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._bases
-
-    def keys(self):
-        return self._bases.keys()
-
-    def items(self):
-        return self._bases.items()
-
-    def values(self):
-        return self._bases.values()
-
     def _apply(self, fn, recurse: bool = True):
+        # Only where `fn` puts a tensor counts: `to_empty` would leave any memory in it.
         for key, basis in self._bases.items():
-            self._bases[key] = fn(basis)
+            probe = fn(torch.empty(0, dtype=basis.dtype, device=basis.device))
+            if isinstance(basis, TernaryTensor):
+                self._bases[key] = basis.moved(probe.device, probe.dtype)
+            elif not probe.is_meta:
+                self._bases[key] = basis.to(probe.device, probe.dtype)
         self._changed()
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        if not self.persistent or self.__dict__.get("_written", lambda: None)() is destination:
+        if self.__dict__.get("_written", lambda: None)() is destination:
             return
         try:
-            self.__dict__["_written"] = weakref.ref(destination)
+            self.__dict__["_written"] = ref(destination)
         except TypeError:  # a plain dict; then every layer writes, as with stock PEFT
             pass
         for key, basis in self._bases.items():
-            dense = basis.dense() if isinstance(basis, TernaryTensor) else basis
-            destination[prefix + key] = dense if keep_vars else dense.detach()
+            if self.saved(key):
+                dense = basis.dense() if isinstance(basis, TernaryTensor) else basis
+                destination[prefix + key] = dense if keep_vars else dense.detach()
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        # The model says which ones are missing: layers that share the dictionary have none.
+        known = {prefix + key: key for key in self._bases if self.saved(key)}
+        for name in [name for name in known if name in state_dict]:
+            saved, basis = state_dict[name], self._bases[known[name]]
+            if error := misfit(name, saved, basis):
+                error_msgs.append(error)
+            else:
+                self[known[name]] = saved.to(dtype=basis.dtype, device=basis.device, copy=True)
+        if strict:
+            unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
 
     def __getstate__(self) -> dict:
-        made = ("_written", "_token", "_dtypes", "_of_layers", "_traced")
+        made = ("_written", "token", "dtypes", "traced")
         return {key: value for key, value in self.__dict__.items() if key not in made}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._changed()
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ) -> None:
-        known = {prefix + key: key for key in self._bases} if self.persistent else {}
-        for name, key in known.items():
-            basis = self._bases[key]
-            if (saved := state_dict.get(name)) is None:
-                missing_keys.append(name)
-            elif error := misfit(name, saved, basis):
-                error_msgs.append(error)
-            else:
-                self[key] = saved.to(dtype=basis.dtype, device=basis.device, copy=True)
-        if strict:
-            unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
-
 
 class _Traced:
     """Bases of layers as attributes: Dynamo sees a new one, but no new entry of a dictionary."""
-
-
-def misfit(name: str, saved: Tensor, own: Tensor) -> str:
-    """What forbids to load a tensor over another, in torch's words; "" where nothing does."""
-    if saved.shape != own.shape:
-        return (
-            f"size mismatch for {name}: copying a param with shape {saved.shape} from checkpoint, "
-            f"the shape in current model is {own.shape}."
-        )
-    if not saved.is_floating_point():
-        return f"dtype mismatch for {name}: the checkpoint has {saved.dtype}, not floating point."
-    return ""
 
 
 def layer_basis(
@@ -201,7 +177,7 @@ def layer_basis(
         A: (>= r, 1, >= d).  B: (>= D, >= n, >= r). A layer's own are the slices from the front; in
             PEFT's flat order they are the first K columns of B.
 
-    Raises ValueError where they are too small.
+    Raises ValueError if they are too small.
     """
     d, D = min(in_features, out_features), max(in_features, out_features)
     n = -(-d // r)
@@ -213,26 +189,29 @@ def layer_basis(
         )
     if not isinstance(A, TernaryTensor) or not isinstance(B, TernaryTensor):
         name = "randlora_B" if isinstance(A, TernaryTensor) else "randlora_A"
-        return None, f"{name} is not ternary"
-    key = (B.matrix, in_features, out_features, r)
-    made = A.matrix.layers
-    if key not in made:
-        turned = made.get((B.matrix, out_features, in_features, r))
-        made[key] = _layer_basis(A, B, *key[1:]) if turned is None else turned.transposed()
-    return made[key], ""
+        return None, (
+            f"{name} is not ternary. The kernels of randlora_ext need ternary bases (sparse=True, "
+            "very_sparse=True or a density)."
+        )
+    made = _made.setdefault(A.signs, WeakKeyDictionary()).setdefault(B.signs, {})
+    sizes, values = (in_features, out_features, r), (A.value, B.value)
+    if (sizes, values) not in made:
+        turned = made.get(((out_features, in_features, r), values))
+        basis = _layer_basis(A, B, *sizes) if turned is None else turned.transposed()
+        made[sizes, values] = basis
+    return made[sizes, values], ""
 
 
 def _layer_basis(
     A: TernaryTensor, B: TernaryTensor, in_features: int, out_features: int, r: int
 ) -> TernaryBasis:
+    features, described = (in_features, out_features), A.signs.description
+    A, B = (t.moved("cpu", t.dtype) if t.is_meta else t for t in (A, B))
     with ordinary_tensors():
-        g = B.matrix.generated
-        if A.matrix.generated is not None and g is not None:
-            return TernaryBasis(in_features, out_features, r, g.density, g.seed, g.kind)
+        if described is not None and described == B.signs.description:
+            of = described.density, described.seed, described.kind
+            return TernaryBasis(*features, r, *of)
         if B.shape[2] != r:  # columns from inside every row, which only a dense B can give
-            dense_a, dense_b = A.dense()[:r], B.dense()[:, :, :r]
-            return TernaryBasis.from_dense(dense_a, dense_b, in_features, out_features)
-        a, b = A.matrix, B.matrix
-        planes = a.on(A.device)[:, :r], b.on(B.device)
-        sizes = in_features, out_features
-        return TernaryBasis.from_planes(*planes, a.value, b.value, *sizes, copy=False)
+            return TernaryBasis.from_dense(A.dense()[:r], B.dense()[:, :, :r], *features)
+        planes = A.signs.on(A.device)[:, :r], B.signs.on(B.device)
+        return TernaryBasis.from_planes(*planes, A.value, B.value, *features, copy=False)

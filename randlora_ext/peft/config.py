@@ -1,7 +1,6 @@
-"""`RandLoraConfig`: PEFT's configuration with a free density and bases that are a seed."""
+"""`RandLoraConfig`: PEFT's configuration with a free density and bases that are only a seed."""
 
 import os
-import re
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,125 +9,100 @@ import peft
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from ..basis.description import SPECIFICATIONS, BasisDescription
-from .files import written_whole
-
-BASES = ("peft", *SPECIFICATIONS)
+from ..nn.linear import check_alpha
+from .adapter_basis import SPARSE, VERY_SPARSE, AdapterBasis
+from .files import appear_together, refuse_torn_save
 
 
 @dataclass
 class RandLoraConfig(peft.RandLoraConfig):
-    """PEFT's ``RandLoraConfig`` (all its fields), ``density`` and ``basis``.
+    """PEFT's ``RandLoraConfig`` with all its fields, and two more.
 
     Args:
-        density: None (as PEFT), or the share of non-zeros of the ternary bases, in (0, 1]. The
-            bases are then drawn as PEFT draws its sparse ones, from ``projection_prng_key``, with
-            1 / density in the place of PEFT's ``sparsity``; 1/3 gives those of ``sparse=True``.
-        basis: "peft", the same numbers as stock PEFT's for the same key; or "independent", bases of
-            the specification docs/basis-spec.md: made on the device from ``projection_prng_key``
-            and the density (1/3 where neither density nor very_sparse is given), never drawn dense,
-            never saved.
+        basis: "peft" draws the bases that stock PEFT draws from ``projection_prng_key``.
+            "independent" generates those of docs/basis-spec.md on the device and saves only the
+            seed.
+        density: share of non-zeros in ternary bases, in (0, 1]. None leaves it to PEFT's flags; for
+            basis="independent" without a flag it means 1/3. With basis="peft", PEFT's sparse bases
+            are drawn with 1 / density as their ``sparsity``.
+        open_with_randlora_ext: set in files that stock PEFT cannot open, for stock PEFT to name it.
 
-    They are saved in adapter_config.json and restored by ``PeftModel.from_pretrained`` while
-    `randlora_ext.peft.enable` is in force.
-
-    **Stock PEFT does not know the field.** It drops it with a warning, and without saved
-    projections (``save_projection=False``) it would go on with other bases, hence another model.
-    It reads correctly what was saved with ``save_projection=True``, with density None, or with
-    density 1/3 (which is saved as ``sparse=True`` beside the density). It refuses a generated
-    basis: the key is then written as text, "generated-1:KEY" with the version of the
-    specification, which no generator of torch's takes; `export_to_peft` writes such an adapter
-    with projections.
+    If PEFT's own fields cannot say which bases these are, ``projection_prng_key`` becomes a text
+    that does, for example ``randlora_ext:independent-1:density=0.07:seed=42``. The text says all:
+    a configuration of nothing else has the same bases, and stock PEFT refuses it. A file that
+    brings bases of basis="peft" (``save_projection=True``) holds the number, so that stock PEFT
+    reads it. ``very_sparse`` with basis="independent" becomes a density when a model is made.
 
     Raises:
-        TypeError, ValueError: if r, randlora_alpha or basis cannot be, if density is no number
-            in (0, 1] or contradicts sparse or very_sparse.
-            RuntimeError: where density is given before `enable`, since stock PEFT would ignore it.
+        TypeError, ValueError: a field is not allowed, or contradicts another.
+        RuntimeError: the key is a text, and `randlora_ext.peft.enable` has not been called.
     """
 
     density: float | None = field(
-        default=None,
-        metadata={"help": "Share of non-zeros in the ternary bases, in (0, 1]; None: as PEFT"},
+        default=None, metadata={"help": "Share of non-zeros in the ternary bases, in (0, 1]"}
     )
     basis: str = field(
         default="peft",
-        metadata={"help": '"peft": bases as stock PEFT draws them; "independent": never stored'},
+        metadata={"help": '"peft": as stock PEFT draws them; "independent": only a seed'},
+    )
+    open_with_randlora_ext: str | None = field(
+        default=None, metadata={"help": "Marks a file that stock PEFT cannot open"}
     )
 
     def __post_init__(self) -> None:
-        given: Any = self.projection_prng_key  # type: ignore[has-type]
-        if isinstance(given, str):
-            self.projection_prng_key = _key_of(given)
-        # A file may hold anything, and PEFT would meet it in the middle of changing a model.
+        # A file may hold anything, and PEFT would meet it while it changes a model.
         if isinstance(self.r, bool) or not isinstance(self.r, int) or not 0 < self.r < 2**31:
             raise ValueError(f"r must be an integer in [1, 2**31), got {self.r!r}")
-        alpha: Any = self.randlora_alpha
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or alpha != alpha:
-            raise ValueError(f"randlora_alpha must be a number, got {alpha!r}")
-        if self.basis not in BASES:
-            raise ValueError(f"basis must be one of {BASES}, got {self.basis!r}")
-        if self.basis != "peft":
-            self.save_projection = False  # and without the warning that they are not saved
-            key = self.projection_prng_key
-            if isinstance(key, bool) or not isinstance(key, int) or not 0 <= key < 2**64:
-                raise ValueError(f"projection_prng_key must be in [0, 2**64), got {key!r}")
-            with warnings.catch_warnings():
+        check_alpha("randlora_alpha", self.randlora_alpha)
+        set_basis(self, AdapterBasis.of(vars(self)))
+        only_a_seed = self.basis != "peft"
+        self.save_projection = self.save_projection and not only_a_seed
+        with warnings.catch_warnings():
+            if only_a_seed:  # PEFT warns that bases may be lost
                 warnings.filterwarnings("ignore", message="Specified to not save")
-                super().__post_init__()
-            self._check_enabled(f"basis={self.basis!r}")
-            if self.density is not None:
-                self.density = BasisDescription(self.basis, self.density, key).density
-        else:
             super().__post_init__()
-        if self.density is None:
-            return
-        if isinstance(self.density, bool) or not isinstance(self.density, (int, float)):
-            raise TypeError(f"density must be None or a number in (0, 1], got {self.density!r}")
-        if not 0.0 < self.density <= 1.0:
-            raise ValueError(f"density must be None or in (0, 1], got {self.density}")
-        if self.very_sparse or (self.sparse and not self._is_sparse_of_peft()):
-            raise ValueError(
-                f"density={self.density} contradicts sparse={self.sparse}, very_sparse="
-                f"{self.very_sparse}; give either a density or one of the flags"
-            )
-        self._check_enabled(f"density={self.density}")
-
-    def _check_enabled(self, what: str) -> None:
-        if PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] is not RandLoraConfig:
+        enabled = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] is RandLoraConfig
+        if isinstance(self.projection_prng_key, str) and not enabled:
             raise RuntimeError(
-                f"{what} needs randlora_ext.peft.enable() to be called first; stock PEFT would "
-                "ignore it"
+                f"basis={self.basis!r} with density={self.density} needs "
+                "randlora_ext.peft.enable() to be called first; stock PEFT has no such bases"
             )
 
-    def _is_sparse_of_peft(self) -> bool:
-        return self.density is not None and 1 / self.density == 3
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs
+    ):
+        """As PEFT's; ValueError if the tensors beside the file belong to another configuration."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        refuse_torn_save(os.path.join(pretrained_model_name_or_path, subfolder or ""))
+        return config
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """As PEFT's, but the file appears when it is complete: it says which bases were drawn."""
+        """As PEFT's, but the old file stays until the new one is complete."""
         if os.path.isfile(save_directory):
             return super().save_pretrained(save_directory, **kwargs)  # PEFT's own error
-        with written_whole(save_directory) as scratch:
+        with appear_together(save_directory) as scratch:
             super().save_pretrained(scratch, **kwargs)
 
     def to_dict(self) -> dict:
-        """PEFT's dictionary; what stock PEFT can express is said in its words."""
-        values = super().to_dict()
-        if self.basis == "peft":
-            del values["basis"]
-        else:
-            values["projection_prng_key"] = f"generated-1:{self.projection_prng_key}"
-        if self.density is None:
-            del values["density"]
-        elif self._is_sparse_of_peft():
-            values["sparse"] = True
-        return values
+        """PEFT's dictionary, with our fields only if they say something."""
+        values, basis = super().to_dict(), AdapterBasis.of(vars(self))
+        for name in ("density", "basis", "open_with_randlora_ext"):
+            del values[name]
+        if basis.known_to_stock:
+            return values
+        values["density"] = self.density
+        if self.save_projection:
+            return values | {"projection_prng_key": basis.seed}
+        how = "import randlora_ext.peft; randlora_ext.peft.enable()"
+        return values | {"basis": self.basis, "open_with_randlora_ext": how}
 
 
-def _key_of(text: str) -> int:
-    match = re.fullmatch(r"generated-(\d+):(\d+)", text)
-    if match is None or int(match[1]) != 1:
-        raise ValueError(
-            f"projection_prng_key is {text!r}; this version of randlora_ext reads an integer or "
-            "'generated-1:KEY'"
-        )
-    return int(match[2])
+def set_basis(config: peft.RandLoraConfig, basis: AdapterBasis) -> None:
+    """Has the fields say which bases, each thing once."""
+    ours: Any = config
+    late, stock = basis.density == VERY_SPARSE, basis.known_to_stock
+    ours.basis, ours.projection_prng_key = basis.kind, basis.key
+    ours.density = None if late or stock else basis.density
+    ours.sparse = stock and (ours.sparse or basis.density == SPARSE)
+    ours.very_sparse = late

@@ -1,73 +1,41 @@
-"""PEFT's RandLoRA layers with forward and delta weight on the compiled kernels."""
+"""PEFT's RandLoRA layers with forward, merging and delta weight on the compiled kernels."""
 
 import inspect
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.randlora.layer import Linear
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..basis import TernaryBasis
 from ..nn.base_layer import can_fuse
+from ..nn.state_dict import DIAGONALS, refuse_misfit
 from ..ops import cuda_library
 from ..ops import functional as kernels
-from ..ops.dtensor import full_tensor, is_dtensor, laid_out_like
-from .bases import BASES, PackedBases
+from ..ops.dtensor import full_tensor, laid_out_like
+from ..ops.path import explain
+from .bases import PackedBufferDict, layer_basis
 
 STOCK_QUANTIZED = "peft.tuners.randlora.bnb"  # imports bitsandbytes
-
+_REPR_TOKENS = 512  # for which a printed layer tells its path
 
 _Layer: Any = object  # PEFT's layer class, before which this is mixed in
 
 
-class Accelerated(_Layer):
+class AcceleratedLayer(_Layer):
     """Computes what a RandLoRA layer of PEFT computes, by ``torch.ops.randlora``.
 
     Mixed in before PEFT's layer class, which keeps saving, adding, switching and everything else.
-    Where the bases are not ternary (PEFT's default, uniform ones) lambda * A * gamma is made by our
-    kernel and multiplied by torch's GEMMs; one warning per model says so.
+    If the bases are not ternary (PEFT's default, uniform ones), our kernel makes
+    lambda * A * gamma and torch's GEMMs multiply by it; one warning per model says so.
     """
 
-    def __setattr__(self, name: str, value) -> None:
-        # Registered as a submodule, the bases would be listed, moved and saved once per layer.
-        if name in BASES and isinstance(value, PackedBases):
-            self._modules.pop(name, None)
-            # inject_adapter_in_model comes with new dictionaries for an added adapter.
-            for adapter, basis in self.__dict__.get(name, {}).items():
-                if adapter not in value:
-                    value[adapter] = basis
-            self.__dict__[name] = value
-        else:
-            super().__setattr__(name, value)
-
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Also the bases: by it PEFT tells which entries of a state dict are an adapter's."""
-        yield from super().named_children()
-        yield from ((name, self.__dict__[name]) for name in BASES if name in self.__dict__)
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in BASES:  # nothing where the tuner, or another layer, has written them
-            self.__dict__[name]._save_to_state_dict(destination, f"{prefix}{name}.", keep_vars)
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, metadata, strict, missing, unexpected, errors
-        )
-        # A file of inject_adapter_in_model, ours or stock PEFT's, holds bases under the layers;
-        # where there is a tuner it has taken them out (`AcceleratedRandLoraModel`).
-        for name in BASES:
-            own = f"{prefix}{name}."
-            if any(key.startswith(own) for key in state_dict):
-                unexpected[:] = [key for key in unexpected if not key.startswith(own)]
-                bases = self.__dict__[name]
-                bases._load_from_state_dict(
-                    state_dict, own, metadata, strict, [], unexpected, errors
-                )
+    randlora_A: PackedBufferDict
+    randlora_B: PackedBufferDict
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
@@ -76,15 +44,20 @@ class Accelerated(_Layer):
         names = [name for name in self.active_adapters if name in self.randlora_lambda]
         if self.disable_adapters or self.merged or not names:  # the base alone; PEFT's unmerging
             return super().forward(x, *args, **kwargs)
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "torch.jit.trace cannot record the kernels of randlora_ext; use torch.export or "
+                "torch.compile, or merge the adapters first"
+            )
         base, dtype = self.base_layer, x.dtype
         plain = not args and not kwargs and len(names) == 1 and not self._drops(names[0])
         if plain and can_fuse(base, x):
             basis, _ = self.basis_of(names[0], x.device)
             if basis is not None:
-                return self._part(names[0], x, base.weight, base.bias, basis).to(dtype)
+                return self._on_kernels(names[0], x, base.weight, base.bias, basis).to(dtype)
         result = base(x, *args, **kwargs)
         for name in names:
-            x = x.to(self._compute_dtype(name, x.device))
+            x = x.to(self._dtypes(name, x.device)[1])
             result = result + self._adapter(name, self.randlora_dropout[name](x))
         return result.to(dtype)
 
@@ -102,7 +75,7 @@ class Accelerated(_Layer):
                 continue
             rows = [row for row, other in enumerate(adapter_names) if other == name]
             at = torch.tensor(rows, device=x.device)
-            part = x[at].to(self._compute_dtype(name, x.device))
+            part = x[at].to(self._dtypes(name, x.device)[1])
             result = result.index_add(0, at, self._adapter(name, part).to(result.dtype))
         return result
 
@@ -110,35 +83,62 @@ class Accelerated(_Layer):
         """The adapter's part alone."""
         basis, reason = self.basis_of(name, x.device)
         if basis is not None:
-            return self._part(name, x, None, None, basis)
-        self.randlora_A.tell_once(reason)
+            return self._on_kernels(name, x, None, None, basis)
+        self.randlora_A.warn_once(reason)
         first, second = self.get_scaled_bases(name, device=x.device)
         return F.linear(F.linear(x, first), second) * self.scaling[name]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """As PEFT's; TypeError for ``safe_merge`` of a layer that FSDP2 has sharded."""
-        if safe_merge and is_dtensor(self.get_base_layer().weight):
-            raise TypeError(
-                "safe_merge cannot merge a layer that FSDP2 has sharded: PEFT then assigns to the "
-                "weight's .data, which leaves a DTensor as it was; merge without safe_merge"
-            )
-        super().merge(safe_merge, adapter_names)
+        """As PEFT's; weight and `merged_adapters` agree after Ctrl-C, too."""
+        for name in check_adapters_to_merge(self, adapter_names) or []:
+            if name in self.randlora_lambda:
+                blamed = name if safe_merge else None
+                self._add_to_weight(
+                    self.get_delta_weight(name), [*self.merged_adapters, name], blamed
+                )
+
+    def unmerge(self) -> None:
+        """As PEFT's; weight and `merged_adapters` agree after Ctrl-C, too."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            *rest, name = self.merged_adapters
+            if name in self.randlora_lambda:
+                self._add_to_weight(-self.get_delta_weight(name), rest)
+            else:
+                self.merged_adapters = rest
+
+    @torch.no_grad()
+    def _add_to_weight(self, delta: Tensor, merged: list[str], blamed: str | None = None) -> None:
+        """Adds to the base weight, which then has `merged` in it.
+
+        Args:
+            blamed: the adapter that an error names if the sum is not finite; None does not look.
+        """
+        weight = self.get_base_layer().weight
+        total = weight + delta
+        refuse_non_finite(total, blamed)
+
+        def write() -> None:
+            weight.copy_(total)
+            self.merged_adapters = merged
+
+        complete(write)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """As PEFT's, differentiable, in float32 where CPU bases are 16-bit. No dense A' is made.
+        """As PEFT's, differentiable, in float32 if CPU bases are 16-bit. No dense A' is made.
 
-        Where FSDP2 has sharded the layer a DTensor placed as its weight; all ranks must call.
+        For a layer that FSDP2 has sharded, a DTensor placed as its weight; all ranks must call.
         """
         device = self.randlora_lambda[adapter].device
         basis, reason = self.basis_of(adapter, device)
         if basis is None:
-            self.randlora_A.tell_once(reason)
+            self.randlora_A.warn_once(reason)
             first, second = self.get_scaled_bases(adapter)
             delta = second @ first * self.scaling[adapter]
         else:
-            dtype = self._compute_dtype(adapter, device)
-            lam = full_tensor(self.randlora_lambda[adapter]).to(dtype)
-            gam = full_tensor(self.randlora_gamma[adapter]).to(dtype)
+            _, dtype = self._dtypes(adapter, device)
+            lam, gam = (full_tensor(getattr(self, name)[adapter]).to(dtype) for name in DIAGONALS)
             delta = kernels.delta_weight(basis, lam, gam, self.scaling[adapter])
         delta = delta.T if self.fan_in_fan_out else delta
         return laid_out_like(delta, self.get_base_layer().weight)
@@ -149,50 +149,83 @@ class Accelerated(_Layer):
         """PEFT's dense factors in the order in which x meets them: (A', B) or (B^T, A'^T)."""
         A, B = self.randlora_A[adapter], self.randlora_B[adapter]
         lam, gam = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
-        device, dtype = device or B.device, self._compute_dtype(adapter, device or B.device)
+        device = device or B.device
+        dtype_of_B, dtype = self._dtypes(adapter, device)
         # The adapter's own number of bases; PEFT keeps one a layer, that of the adapter added last.
         (n, d), D = gam.shape, max(self.in_features, self.out_features)
         A = A[:, 0, :d].to(device, dtype)
-        B = B[:D, :n].flatten(1).to(device, self._base_dtype(adapter, device))
+        B = B[:D, :n].flatten(1).to(device, dtype_of_B)
         scaled = kernels.scaled_basis(A, lam.to(device), gam.to(device))
         return (scaled, B) if d == self.in_features else (B.T, scaled.T)
 
     def basis_of(self, adapter: str, device: torch.device) -> tuple[TernaryBasis | None, str]:
         """(the adapter's packed basis, ""), or (None, why there is none)."""
-        if not has_kernels(device.type):
-            return None, f"there are no randlora_ext kernels for device type {device.type!r}"
-        r = self.randlora_lambda[adapter].shape[0]
-        sizes = self.in_features, self.out_features, r
-        return self.randlora_A.layer_basis(self.randlora_B, adapter, *sizes)
+        kind = device.type
+        if kind not in ("cpu", "meta") and not (kind == "cuda" and cuda_library.available()):
+            return None, f"there are no randlora_ext kernels for device type {kind!r}"
+        A, B = self.randlora_A, self.randlora_B
+        if torch.compiler.is_dynamo_compiling():
+            return getattr(A.traced, self._basis_while_tracing(adapter, A.token, B.token))
+        return layer_basis(A[adapter], B[adapter], *self._sizes(adapter))
 
-    def _part(
+    @torch.compiler.assume_constant_result  # Dynamo runs it while it traces
+    def _basis_while_tracing(self, adapter: str, token_of_A: int, token_of_B: int) -> str:
+        # The tokens are there to be guarded on: other bases have others.
+        A, B, sizes = self.randlora_A, self.randlora_B, self._sizes(adapter)
+        name = "_".join(map(str, (adapter, token_of_B, *sizes)))
+        setattr(A.traced, name, layer_basis(A[adapter], B[adapter], *sizes))
+        return name
+
+    def _sizes(self, adapter: str) -> tuple[int, int, int]:
+        return self.in_features, self.out_features, self.r[adapter]
+
+    def describe(self, adapter: str, tokens: int) -> tuple[str, str]:
+        """(instruction set, basis and path for `tokens` rows of x), or ("", why dense bases)."""
+        base = self.get_base_layer()
+        weight = base.weight
+        basis, reason = self.basis_of(adapter, weight.device)
+        if basis is None:
+            return "", reason
+        alone = type(base) is nn.Linear and len(self.active_adapters) == 1
+        drop = self.randlora_dropout[adapter].p if self._drops(adapter) else 0.0
+        choice = explain(basis, tokens, weight.dtype, weight.device, alone, drop)
+        # Drawn or loaded bases have about the density that was asked for.
+        counted = " (counted)" if basis.description is None else ""
+        return choice.isa, f"r={basis.r} density {basis.density:.3g}{counted} {choice.path}"
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_features}->{self.out_features}"]
+        for name in self.randlora_lambda:
+            isa, told = self.describe(name, _REPR_TOKENS)
+            told = f"{told} at {_REPR_TOKENS} tokens" if isa else f"r={self.r[name]} dense bases"
+            parts.append(f"{name}: {told}" + ", merged" * (name in self.merged_adapters))
+        return "; ".join(parts)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        refuse_misfit(self, state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _on_kernels(
         self, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, basis: TernaryBasis
     ) -> Tensor:
         lam = self.randlora_lambda[name].to(x.device)
         gam = self.randlora_gamma[name].to(x.device)
         return kernels.linear(x, weight, bias, basis, lam, gam, self.scaling[name])
 
-    def _base_dtype(self, name: str, device: torch.device) -> torch.dtype:
-        dtype = self.randlora_B.dtype_of(name)
-        # PEFT computes in float32 where a CPU would be slow in 16 bits.
-        half = device.type == "cpu" and dtype in (torch.float16, torch.bfloat16)
-        return torch.float32 if half else dtype
-
-    def _compute_dtype(self, name: str, device: torch.device) -> torch.dtype:
-        """The dtype to which PEFT casts x before the adapter: that of its scaled A."""
-        dtype = self._base_dtype(name, device)
-        if dtype is not self.randlora_B.dtype_of(name):
-            return dtype
-        for diagonals in (self.randlora_lambda, self.randlora_gamma):
-            dtype = torch.promote_types(dtype, diagonals[name].dtype)
-        return dtype
+    def _dtypes(self, name: str, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+        """Of B, and of scaled A, to which PEFT casts x before the adapter."""
+        dtype = self.randlora_B.dtypes[name]
+        if device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+            return torch.float32, torch.float32  # as PEFT, since a CPU is slow in 16 bits
+        lam, gam = self.randlora_lambda[name].dtype, self.randlora_gamma[name].dtype
+        return dtype, torch.promote_types(torch.promote_types(dtype, lam), gam)
 
     def _drops(self, name: str) -> bool:
         dropout = self.randlora_dropout[name]
         return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
 
-class AcceleratedLinear(Accelerated, Linear):
+class AcceleratedLinear(AcceleratedLayer, Linear):
     """`peft.tuners.randlora.layer.Linear` on the compiled kernels: nn.Linear and Conv1D."""
 
 
@@ -207,8 +240,10 @@ def accelerated_class(stock: type) -> type | None:
     return None
 
 
-def update_quantized(layer: Accelerated, name: str, A: PackedBases, B: PackedBases, config) -> None:
-    """Adds adapter `name` to a layer, in whichever way this version of PEFT wants its options."""
+def add_adapter(
+    layer: AcceleratedLayer, name: str, A: PackedBufferDict, B: PackedBufferDict, config
+) -> None:
+    """Adds an adapter to a layer, in whichever way this version of PEFT wants its options."""
     if "config" in inspect.signature(layer.update_layer).parameters:  # since 0.20
         layer.update_layer(name, A, B, config.r, config=config)
     else:
@@ -216,6 +251,18 @@ def update_quantized(layer: Accelerated, name: str, A: PackedBases, B: PackedBas
         layer.update_layer(name, A, B, config.r, *options)
 
 
-def has_kernels(device_type: str) -> bool:
-    """Whether ``torch.ops.randlora`` computes on that device type here."""
-    return device_type == "cpu" or (device_type == "cuda" and cuda_library.available())
+def refuse_non_finite(total: Tensor, blamed: str | None) -> None:
+    """PEFT's error of ``safe_merge``; None does not look."""
+    if blamed is not None and not bool(full_tensor(torch.isfinite(total).all())):
+        raise ValueError(
+            f"NaNs detected in the merged weights. The adapter {blamed} seems to be broken"
+        )
+
+
+def complete(write: Callable[[], None]) -> None:
+    """Calls `write`, and again if Ctrl-C comes between two of its lines; it must allow that."""
+    try:
+        write()
+    except BaseException:
+        write()
+        raise

@@ -1,83 +1,135 @@
-"""PEFT's RandLoRA model that makes accelerated layers over packed bases of any density."""
+"""PEFT's RandLoRA model with accelerated layers over packed bases, of every kind and density."""
 
-import math
-from collections.abc import Hashable
+import copy
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import peft
 import torch
 from peft.tuners.randlora.layer import Linear, RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
-from torch import nn
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
 
-from ..basis import BasisDescription
 from ..nn.base_layer import disable_nested_tensors, force_module_call
-from .bases import BASES, PackedBases
-from .checkpoint import check_fit, drop_copies
-from .layer import Accelerated, accelerated_class, update_quantized
-from .mixed import adapter_per_row
-from .ternary_tensor import TernaryMatrix, TernaryTensor
-
-_UPCAST = (torch.float16, torch.bfloat16)
+from ..nn.state_dict import misfit, refuse, refuse_misfit
+from .adapter_basis import AdapterBasis
+from .bases import BASIS_NAMES, PackedBufferDict
+from .config import set_basis
+from .layer import AcceleratedLayer, accelerated_class, add_adapter
+from .mixed_batch import adapter_per_row
+from .ternary_tensor import TernaryTensor
 
 
 class AcceleratedRandLoraModel(RandLoraModel):
     """What `randlora_ext.peft.enable` puts in the place of ``peft.RandLoraModel``.
 
-    What differs beside the layers' class: bases are packed as soon as they are drawn; a config's
-    ``density`` and ``basis``; an added adapter whose r or density is not that of the first, or
-    whose layers are larger, draws bases of its own (stock PEFT would take the first adapter's and
-    fail), which are those it would have alone; a second adapter on quantized layers; a file is
-    checked before anything of it is taken; and ``adapter_names`` in a forward call.
+    Beside the layers' class these differ: bases are packed as soon as they are drawn; a
+    configuration's ``basis`` and ``density``; an added adapter of another r or basis, or on larger
+    layers, has bases of its own, those that it would have alone (stock PEFT takes the first
+    adapter's and fails); a second adapter on quantized layers; a file is checked before anything of
+    it is taken; and ``adapter_names`` in a forward call.
     """
 
     @staticmethod
     def _create_new_module(*args, **kwargs) -> nn.Module:
         return accelerate_layer(RandLoraModel._create_new_module(*args, **kwargs))
 
+    def _check_new_adapter_config(self, config: peft.RandLoraConfig) -> None:
+        """PEFT's, which wants one key and one ``save_projection`` for all adapters.
+
+        It is asked about those whose bases it draws; others each have their own.
+        """
+        everyone = self.peft_config
+        self.peft_config = {
+            name: other
+            for name, other in everyone.items()
+            if not isinstance(other.projection_prng_key, str)
+        }
+        try:
+            if any(other is config for other in self.peft_config.values()):
+                super()._check_new_adapter_config(config)
+        finally:
+            self.peft_config = everyone
+        BaseTuner._check_new_adapter_config(self, config)
+
     def _pre_injection_hook(
         self, model: nn.Module, config: peft.RandLoraConfig, adapter_name: str
     ) -> None:
-        if isinstance(config.projection_prng_key, str):
-            raise ValueError(
-                f"projection_prng_key is {config.projection_prng_key!r}, of bases that "
-                "randlora_ext generates: read or make this configuration after "
-                "randlora_ext.peft.enable(), which knows them"
-            )
-        if getattr(config, "basis", "peft") != "peft":
-            self._describe_bases(config, adapter_name)
-            return
-        density = getattr(config, "density", None)
-        if density is None:
-            super()._pre_injection_hook(model, config, adapter_name)
-        else:
-            self._init_randlora_A_randlora_B_sparse(config, adapter_name, sparsity=1 / density)
-            for name in BASES:
-                basis = getattr(self, name)[adapter_name]
-                if not bool(basis.isfinite().all()):  # PEFT divides by the standard deviation, 0
-                    raise ValueError(
-                        f"density={density} leaves no non-zero in {name} {tuple(basis.shape)}; it "
-                        f"must be well above 1 / {basis.numel()}"
-                    )
-        pack_model(self)
+        # A second inject_adapter_in_model finds the first one's layers.
+        layer = next((m for m in model.modules() if isinstance(m, AcceleratedLayer)), None)
+        for name in BASIS_NAMES:
+            setattr(self, name, PackedBufferDict() if layer is None else getattr(layer, name))
+        self._add_bases(config, adapter_name)
 
-    def _describe_bases(self, config: peft.RandLoraConfig, adapter_name: str) -> None:
-        """``basis="independent"``: nothing is drawn; layers generate their slice from the key."""
+    def _create_and_replace(
+        self,
+        randlora_config: peft.RandLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        *args,
+        **kwargs,
+    ) -> None:
+        if adapter_name not in self.randlora_A:
+            self._add_bases(randlora_config, adapter_name)
+        if isinstance(target, AcceleratedLayer) and not isinstance(target, Linear):
+            # PEFT would put a second layer around a quantized one.
+            add_adapter(target, adapter_name, self.randlora_A, self.randlora_B, randlora_config)
+        else:
+            super()._create_and_replace(randlora_config, adapter_name, target, *args, **kwargs)
+        disable_nested_tensors(self.model, kwargs["current_key"])
+
+    def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str) -> None:
+        """Finds the adapter's bases among those of other adapters, or makes them."""
+        A, B = self.randlora_A, self.randlora_B
         out_features, in_features = self._find_dim(config)
         D, d = max(out_features, in_features), min(out_features, in_features)
-        n, r, key = -(-d // config.r), config.r, config.projection_prng_key
-        generated = BasisDescription(config.basis, generated_density(config, d), key)
-        value, device = 1 / math.sqrt(generated.density), torch.device("cpu")
-        # Kept out of state dicts whatever save_projection says: key and version are the basis.
-        self.randlora_A = PackedBases(persistent=False)
-        self.randlora_B = PackedBases(persistent=False)
-        for bases, role, shape in (
-            (self.randlora_A, 0, (r, 1, d)),
-            (self.randlora_B, 1, (D, n, r)),
-        ):
-            cols = shape[1] * shape[2]
-            matrix = TernaryMatrix(shape[0], cols, value, None, generated, role)
-            bases[adapter_name] = TernaryTensor(matrix, shape, torch.float32, device)
+        basis = AdapterBasis.of(vars(config))
+        if basis.kind != "peft":  # from now on `very_sparse` is a number
+            basis = AdapterBasis(basis.kind, basis.description(d).density, basis.seed)
+            set_basis(config, basis)
+        for i, name in enumerate(A):
+            sizes = A[name].shape[-1], B[name].shape[0]
+            # PEFT lets all adapters share the first one's bases, whatever their flags.
+            fits = sizes == (d, D) or (i == 0 and sizes[0] >= d and sizes[1] >= D)
+            if fits and _draw_alike(self.peft_config.get(name), config):
+                made = A[name], B[name]
+                break
+        else:
+            with torch.device("cpu"):  # real numbers, also for a model on the meta device
+                made = self._made_bases(basis, config, adapter_name, D, d)
+        for bases, matrix in zip((A, B), made, strict=True):
+            bases.add(adapter_name, matrix, config.save_projection and basis.kind == "peft")
+
+    def _made_bases(
+        self, basis: AdapterBasis, config: peft.RandLoraConfig, adapter_name: str, D: int, d: int
+    ) -> tuple[Tensor, Tensor]:
+        """A and B as the adapter has them alone."""
+        n, r = -(-d // config.r), config.r
+        if basis.kind != "peft":
+            described = basis.description(d)
+            shapes = (r, 1, d), (D, n, r)
+            A, B = (TernaryTensor.generated(described, *role) for role in enumerate(shapes))
+            return A, B
+        ours = self.randlora_A, self.randlora_B
+        stock = copy.copy(config)
+        stock.projection_prng_key = basis.seed
+        try:  # PEFT's methods put new dictionaries there
+            if basis.known_to_stock:
+                super()._pre_injection_hook(self.model, stock, adapter_name)
+            else:
+                sparsity = 1 / float(basis.density or 0)
+                self._init_randlora_A_randlora_B_sparse(stock, adapter_name, sparsity)
+            drawn = self.randlora_A[adapter_name], self.randlora_B[adapter_name]
+        finally:
+            self.randlora_A, self.randlora_B = ours
+        for name, matrix in zip(BASIS_NAMES, drawn, strict=True):
+            if not bool(matrix.isfinite().all()):  # PEFT divides by the standard deviation, 0
+                raise ValueError(
+                    f"density={basis.density} leaves no non-zero in {name} {tuple(matrix.shape)}; "
+                    f"it must be well above 1 / {matrix.numel()}"
+                )
+        return drawn
 
     def _find_dim(self, config: peft.RandLoraConfig) -> tuple[int, int]:
         """(largest out_features, largest in_features) of the targets.
@@ -100,57 +152,6 @@ class AcceleratedRandLoraModel(RandLoraModel):
         out_features, in_features = (max(sizes) for sizes in zip(*wrapped, strict=True))
         return out_features, in_features
 
-    def _create_and_replace(
-        self,
-        randlora_config: peft.RandLoraConfig,
-        adapter_name: str,
-        target: nn.Module,
-        *args,
-        **kwargs,
-    ) -> None:
-        if adapter_name not in self.randlora_A:
-            self._add_bases(randlora_config, adapter_name)
-        if isinstance(target, Accelerated) and not isinstance(target, Linear):
-            # PEFT would put a second layer around a quantized one.
-            update_quantized(
-                target, adapter_name, self.randlora_A, self.randlora_B, randlora_config
-            )
-        else:
-            super()._create_and_replace(randlora_config, adapter_name, target, *args, **kwargs)
-        disable_nested_tensors(self.model, kwargs["current_key"])
-
-    def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str) -> None:
-        """Finds or draws the bases of an added adapter, unless stock PEFT does the same."""
-        A, B = self.randlora_A, self.randlora_B
-        out_features, in_features = self._find_dim(config)
-        D, d = max(out_features, in_features), min(out_features, in_features)
-        alike = [name for name in A if _recipe(self.peft_config[name]) == _recipe(config)]
-        first = next(iter(A), None)
-        if (
-            first is not None
-            and first in alike
-            and A[first].shape[-1] >= d
-            and B[first].shape[0] >= D
-        ):
-            return  # PEFT lets all adapters share the first one's
-        for name in alike:
-            if A[name].shape[-1] == d and B[name].shape[0] == D:
-                A[adapter_name], B[adapter_name] = A[name], B[name]
-                return
-        try:  # the hook starts new dictionaries
-            self._pre_injection_hook(self.model, config, adapter_name)
-            drawn = self.randlora_A[adapter_name], self.randlora_B[adapter_name]
-        finally:
-            self.randlora_A, self.randlora_B = A, B
-        A[adapter_name], B[adapter_name] = drawn
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """PEFT's to float32, which does not find the bases: layers only refer to them."""
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for bases in (self.randlora_A, self.randlora_B):
-            if autocast_adapter_dtype and bases[adapter_name].dtype in _UPCAST:
-                bases[adapter_name] = bases[adapter_name].float()
-
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
         """PEFT's seam for ``model(..., adapter_names=[...])``."""
@@ -160,13 +161,28 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in BASES:  # before the layers, which then need not
+        for name in BASIS_NAMES:  # before the layers, which then need not
             getattr(self, name)._save_to_state_dict(destination, f"{prefix}{name}.", keep_vars)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        check_fit(self, state_dict, prefix)
-        drop_copies(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, *others
+    ) -> None:
+        refuse_misfit(self, state_dict, prefix, local_metadata, strict, missing_keys, *others)
+        own = {
+            f"{prefix}{name}.{adapter}": basis
+            for name in BASIS_NAMES
+            for adapter, basis in getattr(self, name).items()
+            if getattr(self, name).saved(adapter)
+        }
+        refuse(self, (misfit(key, state_dict[key], own[key]) for key in own if key in state_dict))
+        # Stock PEFT's files hold a copy under every layer, and packing each would take long.
+        copied = tuple("." + key.removeprefix(prefix) for key in own if key in state_dict)
+        for key in [key for key in state_dict if key.endswith(copied) and key not in own]:
+            del state_dict[key]
+        missing_keys += [key for key in own if key not in state_dict]
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *others
+        )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict:
@@ -175,10 +191,14 @@ class AcceleratedRandLoraModel(RandLoraModel):
         remapped = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        return {
-            f"{key}.{adapter_name}" if key.endswith(BASES) else key: value
+        remapped = {
+            f"{key}.{adapter_name}" if key.endswith(BASIS_NAMES) else key: value
             for key, value in remapped.items()
         }
+        for path, layer in model.named_modules():  # no model of ours need be around the layers
+            if isinstance(layer, AcceleratedLayer) and layer.merged:
+                refuse_misfit(layer, remapped, f"{path}.", {}, False, [], [], [])
+        return remapped
 
 
 def accelerate_layer(layer: nn.Module) -> nn.Module:
@@ -186,31 +206,14 @@ def accelerate_layer(layer: nn.Module) -> nn.Module:
     accelerated = accelerated_class(type(layer))
     if accelerated is not None:
         layer.__class__ = accelerated
-        layer.randlora_A, layer.randlora_B = layer.randlora_A, layer.randlora_B  # as it keeps them
         force_module_call(layer)
     return layer
 
 
-def pack_model(model: RandLoraModel) -> None:
-    """Puts packed dictionaries in the place of PEFT's dense ones."""
-    for name in BASES:
-        bases = getattr(model, name)
-        if not isinstance(bases, PackedBases):
-            setattr(model, name, PackedBases.of(bases))
-
-
-def generated_density(config: peft.RandLoraConfig, d: int) -> float:
-    """The density of a generated basis: as said, or what PEFT's flags mean for d features."""
-    if config.density is not None:
-        return config.density
-    return 1 / math.sqrt(d) if config.very_sparse else 1 / 3
-
-
-def _recipe(config: peft.RandLoraConfig) -> Hashable:
-    """What bases are drawn by, beside key and layer sizes.
+def _draw_alike(one: Any, other: peft.RandLoraConfig) -> bool:
+    """Whether two adapters on the same layers have the same bases.
 
     The flags of stock PEFT are left out: its added adapters share the first one's bases whatever
     their flags, and saved models depend on that.
     """
-    ours = ("density", None), ("basis", "peft")
-    return config.r, *(getattr(config, name, default) for name, default in ours)
+    return (one.r, one.projection_prng_key) == (other.r, other.projection_prng_key)

@@ -180,15 +180,17 @@ def test_nothing_of_a_pickle_runs(victim):
     assert not mark.exists()
 
 
+KEY = "randlora_ext:independent-{}:density=0.2:seed={}"
 BAD_CONFIGS = [
     {"density": 2.0}, {"density": 0}, {"density": "0.2"}, {"density": float("nan")},
     {"density": [0.2]}, {"r": 0}, {"r": -1}, {"r": 2**70}, {"r": "8"}, {"r": 1.5}, {"r": None},
     {"basis": "other"}, {"basis": None},
-    {"projection_prng_key": "generated-2:5"},  # of a specification to come
-    {"projection_prng_key": "generated-1:-5"}, {"projection_prng_key": "generated-1:"},
-    {"projection_prng_key": f"generated-1:{2**64}"}, {"projection_prng_key": "__import__('os')"},
+    {"projection_prng_key": KEY.format(2, 5)},  # of a specification to come
+    {"projection_prng_key": KEY.format(1, -5)}, {"projection_prng_key": KEY.format(1, "")},
+    {"projection_prng_key": KEY.format(1, 2**64)}, {"projection_prng_key": "__import__('os')"},
     {"projection_prng_key": 1.5}, {"projection_prng_key": None},
     {"randlora_alpha": "x"}, {"randlora_alpha": float("nan")}, {"randlora_alpha": None},
+    {"randlora_alpha": float("inf")}, {"randlora_alpha": 10**400},
     {"randlora_dropout": 1.5},
     {"target_modules": ["nowhere"]}, {"peft_type": "RANDLORA2"}, {"peft_type": 5},
 ]  # fmt: skip

@@ -307,7 +307,7 @@ BROKEN = {
     "r zero": (config(r=0), "r must be"),
     "r text": (config(r="5"), "r must be"),
     "r huge": (config(r=10**400), "r must be"),
-    "other r": (config(r=6), "(r, n) = (6, 6)"),
+    "other r": (config(r=6), "r is 5, not 6"),
     "alpha text": (config(randlora_alpha="x"), "randlora_alpha"),
     "alpha huge": (config(randlora_alpha=10**400), "adapter_config.json"),
     "key huge": (config(basis="peft", projection_prng_key=10**300), "key"),

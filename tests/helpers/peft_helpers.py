@@ -1,7 +1,10 @@
 """Small models on stock PEFT and on randlora_ext, equal in all numbers."""
 
 import copy
+import json
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +65,17 @@ class Deep(nn.Module):
         return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
 
 
+class Headed(Deep):
+    """With a layer for modules_to_save."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(40, 3)
+
+    def forward(self, x):
+        return self.head(super().forward(x))
+
+
 def config(r=4, cls=None, targets=("lin", "back", "big"), **options):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Specified to not save basis_A")
@@ -82,6 +96,59 @@ def randomize(model, seed=0):
             elif "randlora_gamma" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
+
+
+def made(seed=0, base=Deep, r=5, **options):
+    """A model on our layers, of our configuration."""
+    accelerated.enable()
+    chosen = deep_config(r, accelerated.RandLoraConfig, **options)
+    return randomize(peft.get_peft_model(base(), chosen), seed)
+
+
+def numbers(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_unchanged(model, before):
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+def edit_config(folder, **changes):
+    """Changes fields of a saved configuration."""
+    path = Path(folder) / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def interrupts(call, watched="randlora"):
+    """Calls again and again, with Ctrl-C at the first, second, ... line of watched files.
+
+    Yields after each interrupt; the caller puts everything back for the next.
+    """
+    done, at = False, 0
+    while not done:
+        at, seen = at + 1, 0
+
+        def trace(frame, event, argument, at=at):
+            nonlocal seen
+            if watched not in frame.f_code.co_filename:
+                return None
+            seen += event == "line"
+            if event == "line" and seen == at:
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            call()
+            done = True
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        if not done:
+            yield at
 
 
 def pair(base, make_config, **options):

@@ -10,7 +10,9 @@ from peft_helpers import (
     accelerated,
     assert_close,
     deep_config,
+    interrupts,
     layers,
+    made,
     pair,
     peft,
     randomize,
@@ -79,7 +81,7 @@ def test_adapters_of_files_share_one_basis(tmp_path):
     stock.add_adapter("two", deep_config(5, sparse=True))
     for either in (model, accelerated.accelerate(stock)):
         A, B = either.base_model.randlora_A, either.base_model.randlora_B
-        assert A["default"].matrix is A["two"].matrix and B["default"].matrix is B["two"].matrix
+        assert A["default"].signs is A["two"].signs and B["default"].signs is B["two"].signs
 
 
 def test_uniform_second_adapter_of_another_rank_runs():
@@ -141,8 +143,7 @@ def test_merge_of_chosen_adapters(names):
 
 
 def test_safe_merge_refuses_nan():
-    accelerated.enable()
-    model = peft.get_peft_model(Deep(), deep_config(5, sparse=True))
+    model = made(sparse=True)
     with torch.no_grad():
         layers(model)[0].randlora_lambda["default"][0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
@@ -150,9 +151,28 @@ def test_safe_merge_refuses_nan():
     assert not layers(model)[0].merged and layers(model)[0].weight.isfinite().all()
 
 
+@pytest.mark.parametrize("method", ["merge", "unmerge"])
+def test_weight_and_state_agree_after_ctrl_c(method):
+    layer = layers(made(sparse=True))[0]
+    weight = layer.get_base_layer().weight
+    states = {False: weight.clone(), True: weight + layer.get_delta_weight("default")}
+
+    def start():
+        with torch.no_grad():
+            weight.copy_(states[method == "unmerge"])
+        layer.merged_adapters = ["default"] if method == "unmerge" else []
+
+    start()
+    ends = set()
+    for _ in interrupts(getattr(layer, method)):
+        ends.add(layer.merged)
+        torch.testing.assert_close(weight, states[layer.merged])
+        start()
+    assert ends == {False, True}
+
+
 def test_copy_pickle_and_cast(tmp_path):
-    accelerated.enable()
-    model = randomize(peft.get_peft_model(Deep(), deep_config(5, sparse=True)))
+    model = made(sparse=True)
     x = torch.randn(6, 24)
     y = model(x)
     assert torch.equal(copy.deepcopy(model)(x), y)

@@ -1,6 +1,7 @@
-"""randlora_ext.peft: saving and loading, together with stock PEFT."""
+"""randlora_ext.peft: saving and loading, together with stock PEFT, and saves that are cut off."""
 
 import json
+import os
 import warnings
 
 import pytest
@@ -9,24 +10,25 @@ from peft_helpers import (
     KINDS,
     AcceleratedLinear,
     Deep,
-    Net,
     StockLinear,
     accelerated,
-    assert_close,
-    config,
     deep_config,
-    inputs,
     layers,
+    made,
     pair,
     peft,
     randomize,
     relative,
-    run,
     runs_on_kernels,
 )
 from safetensors.torch import load_file
 
+from randlora_ext.peft.adapter_basis import AdapterBasis
+from randlora_ext.peft.files import appear_together
+
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
+
+KEY_ALONE = {"sparse": True, "save_projection": False}
 
 
 @pytest.mark.parametrize("save_projection", [True, False])
@@ -68,73 +70,40 @@ def test_a_file_in_float32_is_not_rounded_on_a_bf16_base(tmp_path, kind):
     assert all(torch.equal(again[name], first[name]) for name in again)
 
 
-def test_projections_of_the_file_replace_those_of_the_key(tmp_path):
-    accelerated.enable()
-    model = randomize(peft.get_peft_model(Deep(), deep_config(5, sparse=True)))
-    x = torch.randn(6, 24)
-    model.save_pretrained(tmp_path)
-    description = json.loads((tmp_path / "adapter_config.json").read_text())
-    description["projection_prng_key"] = 99
-    (tmp_path / "adapter_config.json").write_text(json.dumps(description))
-    loaded = peft.PeftModel.from_pretrained(Deep(), tmp_path)
-    assert torch.equal(loaded(x), model(x))
+OURS = {
+    "independent": {"basis": "independent", "density": 0.07, "projection_prng_key": 2**64 - 1},
+    "drawn": {"density": 0.07, "save_projection": False},
+}
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
-def test_density_round_trip_as_in_the_demo(tmp_path, low_cpu_mem_usage):
-    accelerated.enable()
-    chosen = deep_config(5, accelerated.RandLoraConfig, density=0.07, save_projection=False)
-    model = randomize(peft.get_peft_model(Deep(), chosen))
+@pytest.mark.parametrize("options", OURS.values(), ids=OURS)
+def test_a_file_without_bases_comes_back_bit_for_bit(tmp_path, options, low_cpu_mem_usage):
+    model = made(**options)
     assert runs_on_kernels(model)
     x = torch.randn(6, 24)
-    model.save_pretrained(tmp_path)
-
-    keys = list(load_file(tmp_path / "adapter_model.safetensors"))
-    assert keys and all(key.endswith(("randlora_lambda", "randlora_gamma")) for key in keys)
-
-    loaded = peft.PeftModel.from_pretrained(Deep(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-    assert loaded.peft_config["default"].density == 0.07
-    assert torch.equal(loaded(x), model(x))
+    for folder in (tmp_path, tmp_path / "again"):
+        model.save_pretrained(folder)
+        keys = list(load_file(folder / "adapter_model.safetensors"))
+        assert keys and all(key.endswith(("randlora_lambda", "randlora_gamma")) for key in keys)
+        loaded = peft.PeftModel.from_pretrained(Deep(), folder, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert loaded.peft_config["default"].density == 0.07
+        assert torch.equal(loaded(x), model(x))
+        model = loaded
     B = layers(loaded)[0].randlora_B["default"]
     assert 0.04 < B.count_nonzero() / B.numel() < 0.1
-    # a second time, from the loaded model
-    loaded.save_pretrained(tmp_path / "again")
-    again = peft.PeftModel.from_pretrained(Deep(), tmp_path / "again")
-    assert torch.equal(again(x), model(x))
 
 
-def test_density_against_the_formula_on_its_dense_bases():
-    accelerated.enable()
-    chosen = config(7, accelerated.RandLoraConfig, density=0.1)
-    model = randomize(peft.get_peft_model(Net(24, 40).double(), chosen))
-    x, dy = inputs(24, 40, torch.float64)
-    ours = run(model, x, dy)
-    for layer in layers(model):
-        layer.__class__ = StockLinear
-    assert_close(ours, run(model, x, dy), 1e-10)
-
-
-def test_density_one_third_is_sparse_and_readable_by_stock(tmp_path):
-    accelerated.enable()
-    chosen = deep_config(5, accelerated.RandLoraConfig, density=1 / 3, save_projection=False)
-    model = randomize(peft.get_peft_model(Deep(), chosen))
+@pytest.mark.parametrize(
+    "options", [{"density": 1 / 3, "save_projection": False}, {"density": 0.1}], ids=str
+)
+def test_stock_reads_one_third_and_any_density_with_its_bases(tmp_path, options):
+    model = made(**options)
     model.save_pretrained(tmp_path)
-    assert peft.PeftConfig.from_pretrained(tmp_path).density == 1 / 3
+    read = peft.PeftConfig.from_pretrained(tmp_path)
+    assert AdapterBasis.of(vars(read)) == AdapterBasis.of(vars(model.peft_config["default"]))
     accelerated.disable()
-    with pytest.warns(UserWarning, match="density"):
-        loaded = peft.PeftModel.from_pretrained(Deep(), tmp_path)
-    x = torch.randn(6, 24)
-    assert relative(loaded(x), model(x)) < 1e-5
-
-
-def test_stock_reads_any_density_with_saved_projections(tmp_path):
-    accelerated.enable()
-    chosen = deep_config(5, accelerated.RandLoraConfig, density=0.1)
-    model = randomize(peft.get_peft_model(Deep(), chosen))
-    model.save_pretrained(tmp_path)
-    accelerated.disable()
-    with pytest.warns(UserWarning, match="density"):
-        loaded = peft.PeftModel.from_pretrained(Deep(), tmp_path)
+    loaded = peft.PeftModel.from_pretrained(Deep(), tmp_path)
     x = torch.randn(6, 24)
     assert relative(loaded(x), model(x)) < 1e-5
 
@@ -195,6 +164,59 @@ def test_a_configuration_that_stops_leaves_the_old_one(tmp_path, monkeypatch):
         with pytest.raises(Stopped):
             chosen.save_pretrained(tmp_path)
     assert contents(tmp_path) == now
+
+
+def killed_between(monkeypatch, model, folder):
+    """Saves, and dies after the tensors are renamed and before the configuration is."""
+    replace = os.replace
+
+    def once(source, target):
+        if str(target) == str(folder / "adapter_config.json"):
+            raise Stopped
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", once)
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)  # a killed process tidies nothing
+        with pytest.raises(Stopped):
+            model.save_pretrained(folder)
+
+
+TORN = {
+    "key": (KEY_ALONE, KEY_ALONE | {"projection_prng_key": 2}, "projection_prng_key is 2, not 0"),
+    "alpha": ({"sparse": True}, {"sparse": True, "randlora_alpha": 9}, "randlora_alpha is 9, not"),
+    "seed": (OURS["drawn"], OURS["independent"], "basis is 'independent', not 'peft'"),
+    "r": ({"r": 5, **KEY_ALONE}, {"r": 6, **KEY_ALONE}, "r is 6, not 5"),
+}
+
+
+@pytest.mark.parametrize("old,new,message", TORN.values(), ids=TORN)
+def test_tensors_with_the_configuration_of_another_save(tmp_path, monkeypatch, old, new, message):
+    made(**old).save_pretrained(tmp_path)
+    killed_between(monkeypatch, made(seed=2, **new), tmp_path)
+    base, x = Deep(), torch.randn(6, 24)
+    running = made(seed=4, **old)
+    before = running(x)
+    for door in (
+        lambda: peft.PeftModel.from_pretrained(base, tmp_path),
+        lambda: running.load_adapter(tmp_path, "two"),
+        lambda: accelerated.hotswap_adapter(running, tmp_path),
+    ):
+        with pytest.raises(ValueError, match=f"adapter_config.json does not belong .*{message}"):
+            door()
+    assert torch.equal(base(x), Deep()(x)) and torch.equal(running(x), before)
+    assert list(tmp_path.glob(".writing-*"))
+    model = made(seed=5, **new)
+    model.save_pretrained(tmp_path)  # which also tidies up
+    assert not list(tmp_path.glob(".writing-*"))
+    assert torch.equal(peft.PeftModel.from_pretrained(base, tmp_path)(x), model(x))
+
+
+def test_the_scratch_folder_of_a_living_process_stays(tmp_path):
+    with appear_together(tmp_path) as one, appear_together(tmp_path) as two:
+        for number, scratch in enumerate((one, two)):
+            (scratch / str(number)).touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path):

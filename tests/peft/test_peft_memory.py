@@ -107,7 +107,7 @@ def test_two_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    program = str(Path(__file__).parents[1] / "distributed" / "peft_ddp_program.py")
+    program = str(Path(__file__).with_name("peft_ddp_program.py"))
     files = [tmp_path / f"{rank}.json" for rank in range(2)]
     processes = []
     for rank, file in enumerate(files):

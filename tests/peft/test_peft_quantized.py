@@ -9,6 +9,7 @@ from peft_helpers import (
     accelerated,
     assert_close,
     config,
+    interrupts,
     peft,
     randomize,
     relative,
@@ -163,6 +164,18 @@ def test_safe_merge_refuses_nan(bits):
     with pytest.raises(ValueError, match="NaN"):
         ours.merge_adapter(safe_merge=True)
     assert not adapted(ours)[0].merged and dense(adapted(ours)[0]).isfinite().all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_weight_and_state_agree_after_ctrl_c(bits):
+    _, ours = pair(bits)
+    layer = adapted(ours)[0]
+    before, delta = dense(layer), layer.get_delta_weight("default").detach()
+    start = copy.deepcopy(layer.base_layer)
+    states = {False: before, True: rounded(layer, before + delta)}
+    for at in interrupts(layer.merge, watched="randlora_ext/peft"):
+        assert relative(dense(layer), states[layer.merged]) < 1e-6, at
+        layer.base_layer, layer.merged_adapters = copy.deepcopy(start), []
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from peft.tuners.randlora.layer import RandLoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .layer import Accelerated
+from .layer import AcceleratedLayer
 
 
 @contextmanager
@@ -25,12 +24,16 @@ def adapter_per_row(tuner: nn.Module, names: list[str], call: dict) -> Iterator[
     """
     if tuner.training:
         raise ValueError("adapter_names cannot be given in training mode; call model.eval()")
-    layers = [module for module in tuner.modules() if isinstance(module, RandLoraLayer)]
+    layers = [module for module in tuner.modules() if isinstance(module, AcceleratedLayer)]
     known = {name for layer in layers for name in layer.randlora_lambda}
-    unknown = sorted(set(names) - known - {"__base__"})
-    if unknown:
+    if unknown := sorted(set(names) - known - {"__base__"}):
         raise ValueError(f"adapter_names has unknown {unknown}; known are {sorted(known)}")
-    copies = _copies(call)
+    config = call.get("generation_config")
+    counts = (
+        call.get(name, getattr(config, name, None))
+        for name in ("num_beams", "num_return_sequences")
+    )
+    copies = max((count for count in counts if isinstance(count, int)), default=1)
 
     def give_names(module, args, kwargs):
         inputs = args[0] if args else next(iter(kwargs.values()))
@@ -38,25 +41,13 @@ def adapter_per_row(tuner: nn.Module, names: list[str], call: dict) -> Iterator[
         each = [name for name in names for _ in range(copies)] if repeated else names
         return args, {**kwargs, "adapter_names": each}
 
+    wrappers = [m for m in tuner.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     hooks = [
         module.register_forward_pre_hook(give_names, with_kwargs=True)
-        for module in tuner.modules()
-        if isinstance(module, (Accelerated, AuxiliaryTrainingWrapper))
+        for module in layers + wrappers
     ]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _copies(call: dict) -> int:
-    """How many neighbouring rows ``generate`` makes of one input."""
-    config = call.get("generation_config")
-    counts = [
-        value
-        for name in ("num_beams", "num_return_sequences")
-        for value in (call.get(name, getattr(config, name, None)),)
-        if isinstance(value, int)
-    ]
-    return max(counts, default=1)

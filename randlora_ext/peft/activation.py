@@ -2,13 +2,12 @@
 
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.randlora.layer import RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
 from torch import nn
 
-from . import peft_model
-from .bases import PackedBases
+from . import peft_model_patch
+from .bases import BASIS_NAMES, PackedBufferDict
 from .config import RandLoraConfig
 from .layer import STOCK_QUANTIZED
 from .model import AcceleratedRandLoraModel, accelerate_layer
@@ -22,15 +21,15 @@ def enable() -> None:
     Equivalent to editing PEFT's two tables, from the type RANDLORA to its tuner and its config:
     `get_peft_model`, `PeftModel.from_pretrained`, `inject_adapter_in_model` and transformers' own
     loading of adapters all look there. Models that exist already stay as they are. Calling it
-    again changes nothing. ``PeftModel.save_pretrained`` and ``load_adapter`` are wrapped, for
-    models on our layers: files appear when they are complete, and what is loaded over an adapter
-    must belong to its bases.
+    again changes nothing. ``PeftModel.save_pretrained`` and ``load_adapter`` are wrapped for models
+    on our layers: a file appears when it is complete, and what is loaded over an adapter must
+    belong to its bases.
 
-    Adapters are saved in PEFT's format: stock PEFT loads them, and the reverse; see
-    `RandLoraConfig` for the one exception.
+    Adapters are saved in PEFT's format, and stock PEFT loads them unless `RandLoraConfig` says
+    otherwise.
     """
     global _stock
-    peft_model.install()
+    peft_model_patch.install()
     if _stock is None:
         _stock = (
             PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA],
@@ -43,7 +42,7 @@ def enable() -> None:
 def disable() -> None:
     """Puts stock PEFT back for models made afterwards; those made in between keep our kernels."""
     global _stock
-    peft_model.uninstall()
+    peft_model_patch.uninstall()
     if _stock is not None:
         PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] = _stock[0]
         PEFT_TYPE_TO_TUNER_MAPPING[PeftType.RANDLORA] = _stock[1]
@@ -57,8 +56,9 @@ def accelerate(model: nn.Module) -> nn.Module:
     class, ternary bases are packed and PEFT's dense ones dropped. Parameters, their names and
     optimizer state stay as they are. Returns the model; calling it again changes nothing.
 
-    Raises ValueError, and changes nothing, where the model holds no RandLoRA layer, or a quantized
-    layer that is merged: stock PEFT has added another matrix than our unmerging would take away.
+    Raises ValueError, and changes nothing, if the model holds no RandLoRA layer, if its bases are
+    on the meta device, or if a quantized layer is merged: stock PEFT has added another matrix than
+    our unmerging would take away.
     """
     layers = [module for module in model.modules() if isinstance(module, RandLoraLayer)]
     if not layers:
@@ -67,19 +67,20 @@ def accelerate(model: nn.Module) -> nn.Module:
         raise ValueError(
             "model has quantized layers merged by stock PEFT; call unmerge_adapter() first"
         )
-    packed: dict[int, PackedBases] = {}
-
-    def pack(bases: BufferDict) -> PackedBases:
-        if isinstance(bases, PackedBases):
-            return bases
-        return packed.setdefault(id(bases), PackedBases.of(bases))
-
     tuners = [module for module in model.modules() if type(module) is RandLoraModel]
+    packed: dict[int, PackedBufferDict] = {}
     for holder in tuners + layers:
-        holder.randlora_A, holder.randlora_B = pack(holder.randlora_A), pack(holder.randlora_B)
+        for name in BASIS_NAMES:
+            bases = getattr(holder, name)
+            if id(bases) not in packed:
+                ours = isinstance(bases, PackedBufferDict)
+                packed[id(bases)] = bases if ours else PackedBufferDict.of(bases)
+    for holder in tuners + layers:
+        for name in BASIS_NAMES:
+            setattr(holder, name, packed[id(getattr(holder, name))])
     for layer in layers:
         accelerate_layer(layer)
     for tuner in tuners:
         tuner.__class__ = AcceleratedRandLoraModel
-    peft_model.install()
+    peft_model_patch.install()
     return model

@@ -1,10 +1,10 @@
-"""Writing an adapter, or the merged model, so that stock PEFT or none at all opens it right."""
+"""Saving: files that are complete when they appear, and files that stock PEFT opens."""
 
 import copy
 import dataclasses
-import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -13,9 +13,26 @@ from peft.tuners.randlora.layer import RandLoraLayer
 from safetensors.torch import load_file, save_model
 from torch import Tensor
 
-from .bases import BASES
-from .files import written_whole
+from .adapter_basis import AdapterBasis
+from .bases import BASIS_NAMES
+from .files import appear_together, record_configurations
 from .ternary_tensor import TernaryTensor
+
+
+def save_together(save: Callable, folder: str | os.PathLike, is_main_process: bool = True) -> None:
+    """Has `save` (PeftModel's ``save_pretrained``) write into a scratch folder first."""
+    if os.path.isfile(folder) or not is_main_process:  # PEFT's own error; nothing is written
+        return save(folder)
+    with appear_together(folder) as scratch:
+        _copy_card(folder, scratch)
+        save(str(scratch))
+        record_configurations(scratch)
+
+
+def _copy_card(folder: str | os.PathLike, scratch: Path) -> None:
+    """PEFT updates a card that is there and keeps its text."""
+    if (card := Path(folder, "README.md")).exists():
+        shutil.copy(card, scratch)
 
 
 def export_to_peft(
@@ -28,32 +45,31 @@ def export_to_peft(
     """Writes what stock PEFT opens with the same numbers, whatever the bases are.
 
     Equivalent to ``model.save_pretrained(folder)`` of a stock model with ``save_projection=True``
-    whose bases are these: generated ones and those of any density are written dense, and the config
-    has PEFT's fields only. Files appear under their names when they are complete.
+    whose bases are these: generated ones and those of any density are written dense, and the
+    configuration has PEFT's fields only. Old files stay until the new ones are complete.
 
     Args:
         model: a PeftModel. Each adapter is written as by PEFT: "default" into the folder, others
             into folders of their name.
         merged: write the base model with the active adapters merged into its weights instead, by
-            ``save_pretrained`` of the base model, or as model.safetensors where it has none. A copy
+            ``save_pretrained`` of the base model, or as model.safetensors if it has none. A copy
             is merged. 16-bit weights round the sum to 16 bits; ``model.float()`` first avoids it.
         safe_serialization: True writes adapter_model.safetensors with the bases once; stock PEFT
             then warns of "missing adapter keys", the copies that its own files hold for every
-            layer, and loads right all the same. False writes adapter_model.bin, a pickle in which
+            layer, and still loads them right. False writes adapter_model.bin, a pickle in which
             these copies are references to one tensor: as small, and read without a warning.
 
-    Raises TypeError where model is no PeftModel over RandLoRA layers.
+    Raises TypeError if model is no PeftModel over RandLoRA layers.
     """
     if not isinstance(model, peft.PeftModel) or not any(
         isinstance(module, RandLoraLayer) for module in model.modules()
     ):
         raise TypeError(f"export needs a PeftModel with RandLoRA layers, got {type(model)}")
-    with written_whole(folder) as scratch:
+    with appear_together(folder) as scratch:
         if merged:
             _save_merged(model, scratch, safe_serialization)
         else:
-            if (card := Path(folder, "README.md")).exists():
-                shutil.copy(card, scratch)  # PEFT updates a card and keeps its text
+            _copy_card(folder, scratch)
             _save_adapters(model, scratch, safe_serialization)
 
 
@@ -69,10 +85,10 @@ def _save_merged(model: peft.PeftModel, folder: Path, safe_serialization: bool) 
 
 def _save_adapters(model: peft.PeftModel, folder: Path, safe_serialization: bool) -> None:
     configs = dict(model.peft_config)
-    copies = tuple(f".{bases}." for bases in BASES)
+    copies = tuple(f".{bases}." for bases in BASIS_NAMES)
     state = {k: v for k, v in model.state_dict().items() if not any(part in k for part in copies)}
     for name in configs:
-        for bases in BASES:
+        for bases in BASIS_NAMES:
             basis = getattr(model.base_model, bases)[name]
             state[f"base_model.{bases}.{name}"] = dense_basis(basis).detach()
     try:
@@ -89,22 +105,27 @@ def _save_adapters(model: peft.PeftModel, folder: Path, safe_serialization: bool
 
 
 def dense_basis(basis: Tensor) -> Tensor:
-    """A basis as layers multiply by it: generated ones are not rounded by PEFT's casts."""
+    """A basis as layers multiply by it: PEFT's casts do not round generated ones."""
     if not isinstance(basis, TernaryTensor):
         return basis
-    if basis.matrix.generated is None:
+    description = basis.signs.description
+    if description is None:
         return basis.dense()
-    matrix = basis.matrix.with_value(1 / math.sqrt(basis.matrix.generated.density))
-    return TernaryTensor(matrix, basis.shape, torch.float32, basis.device).dense()
+    return TernaryTensor.generated(description, basis.signs.role, basis.shape).dense()
 
 
 def stock_config(config: peft.RandLoraConfig, packed: bool) -> peft.RandLoraConfig:
-    """PEFT's own config with the fields that it knows."""
+    """PEFT's own configuration with the fields that it knows.
+
+    Args:
+        packed: whether the bases are ternary.
+    """
     values = {
         field.name: copy.deepcopy(getattr(config, field.name))
         for field in dataclasses.fields(peft.RandLoraConfig)
         if field.init
     }
+    values["projection_prng_key"] = AdapterBasis.of(vars(config)).seed
     values["save_projection"] = True
     # Stock PEFT draws bases before it loads these over them. Uniform ones it keeps in bfloat16,
     # which would round the value; sparse ones in float32.
@@ -117,7 +138,7 @@ def _as_pickle(file: Path, layers: list[str]) -> None:
     state = load_file(file)
     for layer in layers:
         if f"{layer}.randlora_lambda" in state:
-            for bases in BASES:
+            for bases in BASIS_NAMES:
                 state[f"{layer}.{bases}"] = state[f"base_model.{bases}"]
     torch.save(state, file.with_name("adapter_model.bin"))
     file.unlink()

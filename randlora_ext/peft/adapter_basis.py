@@ -1,0 +1,120 @@
+"""`AdapterBasis`: which bases an adapter multiplies by, as its configuration says."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..basis import BasisDescription
+from ..basis.description import SPECIFICATIONS, check_seed
+
+KINDS = ("peft", *SPECIFICATIONS)
+SPARSE = 1 / 3
+VERY_SPARSE = "very_sparse"  # the density 1 / sqrt(d), a number once there is a model
+
+# Two texts beside those of BasisDescription, and what they replace in one.
+_PEFT = "randlora_ext:independent-", "randlora_ext:peft-"
+_VERY_SPARSE = ":density=1.0:", f":density={VERY_SPARSE}:"
+
+
+@dataclass(frozen=True)
+class AdapterBasis:
+    """What decides an adapter's bases, beside r and the sizes of its layers.
+
+    Args:
+        kind: "peft", drawn as PEFT draws them, or a kind of `BasisDescription`.
+        density: share of non-zeros; `VERY_SPARSE`; or None for PEFT's uniform bases.
+        seed: PEFT's ``projection_prng_key``.
+
+    Raises:
+        TypeError, ValueError: naming the value, what it was and what is allowed.
+    """
+
+    kind: str
+    density: float | str | None
+    seed: Any
+
+    def __post_init__(self) -> None:
+        if not self.known_to_stock:
+            self.description(1)  # checks density and seed
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "AdapterBasis":
+        """Translates the fields of a configuration: ours or PEFT's, of an object or of a file.
+
+        A text in ``projection_prng_key`` says all; the other fields may only agree with it.
+
+        Raises:
+            TypeError, ValueError: naming the field, what it was and what is allowed.
+        """
+        kind, density = fields.get("basis", "peft"), fields.get("density")
+        key = fields["projection_prng_key"]
+        if kind not in KINDS:
+            new = "; 'generated' is now called 'independent'" if kind == "generated" else ""
+            raise ValueError(f"basis must be one of {KINDS}, got {kind!r}{new}")
+        if isinstance(density, bool) or not isinstance(density, (int, float, type(None))):
+            raise TypeError(f"density must be None or a number in (0, 1], got {density!r}")
+        if density is not None and not 0.0 < density <= 1.0:
+            raise ValueError(f"density must be None or in (0, 1], got {density}")
+        sparse, very_sparse = bool(fields.get("sparse")), bool(fields.get("very_sparse"))
+        flag = VERY_SPARSE if very_sparse else SPARSE if sparse else None
+        if density is not None and flag not in (None, density):
+            raise ValueError(
+                f"density={density} contradicts sparse={sparse}, very_sparse={very_sparse}; give "
+                "either a density or one of the flags"
+            )
+        chosen = flag if density is None else float(density)
+        if not isinstance(key, str):
+            if kind != "peft":
+                check_seed("projection_prng_key", key)
+            return cls(kind, SPARSE if kind != "peft" and chosen is None else chosen, key)
+        made = cls.parse(key)
+        if kind not in ("peft", made.kind) or chosen not in (None, made.density):
+            raise ValueError(
+                f"projection_prng_key={key!r} contradicts basis={kind!r}, density={density}, "
+                f"sparse={sparse}, very_sparse={very_sparse}; the text says all, give it alone"
+            )
+        return made
+
+    @classmethod
+    def parse(cls, text: str) -> "AdapterBasis":
+        """The bases whose `key` is `text`; ValueError if it is none."""
+        drawn = text.replace(*reversed(_PEFT))
+        plain = drawn.replace(*reversed(_VERY_SPARSE))
+        made = BasisDescription.parse(plain)
+        kind = made.kind if drawn == text else "peft"
+        return cls(kind, made.density if plain == drawn else VERY_SPARSE, made.seed)
+
+    @property
+    def known_to_stock(self) -> bool:
+        """Whether stock PEFT draws these bases from its own fields."""
+        return self.kind == "peft" and self.density in (None, SPARSE, VERY_SPARSE)
+
+    @property
+    def key(self) -> Any:
+        """What ``projection_prng_key`` holds: a number where stock PEFT draws these bases.
+
+        Otherwise a text that says all and that stock PEFT refuses.
+        """
+        if self.known_to_stock:
+            return self.seed
+        text = self.description(1).key()
+        text = text.replace(*_PEFT) if self.kind == "peft" else text
+        return text.replace(*_VERY_SPARSE) if self.density == VERY_SPARSE else text
+
+    def description(self, d: int) -> BasisDescription:
+        """Of generated bases for layers of at most min(in, out) = `d`."""
+        density: Any = 1 / math.sqrt(d) if self.density == VERY_SPARSE else self.density
+        kind = "independent" if self.kind == "peft" else self.kind
+        return BasisDescription(kind, density, self.seed)
+
+
+def other_bases(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """In what the bases of the configuration `saved` differ from those of `own`, in words."""
+    mine, theirs = AdapterBasis.of(own), AdapterBasis.of(saved)
+    names = {"projection_prng_key": "seed", "basis": "kind", "density": "density"}
+    return [
+        f"{name} is {getattr(theirs, value)!r}, not {getattr(mine, value)!r}"
+        for name, value in names.items()
+        if getattr(theirs, value) != getattr(mine, value)
+    ]

@@ -1,0 +1,163 @@
+"""Loading over an adapter that is there: what does not fit is refused before anything changes."""
+
+import os
+import warnings
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+
+import peft
+import torch
+from peft import PeftModel, PeftType
+from peft.tuners.randlora.layer import RandLoraLayer
+from peft.utils import CONFIG_NAME
+from peft.utils.save_and_load import load_peft_weights
+
+from ..nn.linear import check_alpha
+from ..nn.state_dict import misfit
+from .adapter_basis import other_bases
+from .bases import BASIS_NAMES
+from .files import recorded_configuration, refuse_torn_save
+from .model import AcceleratedRandLoraModel
+
+
+def hotswap_adapter(
+    model: PeftModel,
+    model_name_or_path: str | os.PathLike,
+    adapter_name: str = "default",
+    torch_device: str | None = None,
+    **kwargs,
+) -> None:
+    """Overwrites adapter `adapter_name` by a saved one, in the same parameters.
+
+    Equivalent to ``peft.utils.hotswap.hotswap_adapter``, which knows LoRA alone: no parameter is
+    made anew, so optimizers go on; the scaling becomes the file's.
+    ``model.load_adapter(folder, adapter_name)`` also writes into them, but keeps the adapter's own
+    scaling, and takes a file that lacks tensors.
+
+    Args:
+        model: a PeftModel on our layers.
+        model_name_or_path: a folder or repository with an adapter; kwargs as PEFT's
+            ``load_adapter`` takes them (subfolder, revision, token).
+        torch_device: where the file is read to; default the CPU.
+
+    Raises, and leaves the model as it was: TypeError for another model; ValueError if the adapter
+    is not there or merged, or, naming each thing, if the file has another type, r or dropout, an
+    alpha that is no finite number, other tensors or shapes, or brings no bases and belongs to
+    other ones (key, basis, density, flags).
+    """
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, AcceleratedRandLoraModel):
+        raise TypeError(
+            f"hotswap_adapter needs a PeftModel on randlora_ext's layers, got {type(model)}; see "
+            "enable() and accelerate()"
+        )
+    if adapter_name not in model.peft_config:
+        raise ValueError(
+            f"adapter_name must be one of {list(model.peft_config)}, got {adapter_name!r}"
+        )
+    layers = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, RandLoraLayer) and adapter_name in layer.randlora_lambda
+    ]
+    if any(adapter_name in layer.merged_adapters for layer in layers):
+        raise ValueError(
+            f"adapter {adapter_name!r} is merged into the weights; call unmerge_adapter() first"
+        )
+    refuse_torn_save(Path(model_name_or_path, kwargs.get("subfolder") or ""))
+    fields = _saved_fields(model_name_or_path, **kwargs)
+    saved = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
+    if errors := _hotswap_errors(model, adapter_name, fields, saved):
+        raise _does_not_fit(model_name_or_path, adapter_name, errors)
+    scaling = fields["randlora_alpha"] / model.peft_config[adapter_name].r
+    peft.set_peft_model_state_dict(model, saved, adapter_name=adapter_name)
+    for layer in layers:
+        layer.scaling[adapter_name] = scaling
+    model.peft_config[adapter_name].randlora_alpha = fields["randlora_alpha"]
+
+
+def _hotswap_errors(
+    model: PeftModel, adapter_name: str, fields: dict, saved: dict[str, torch.Tensor]
+) -> list[str]:
+    if fields["peft_type"] != PeftType.RANDLORA:
+        return [f"peft_type is {fields['peft_type']}, not {PeftType.RANDLORA.value}"]
+    # Before 0.20 PEFT would return what the other adapters have as well.
+    others = tuple(f".{name}" for name in model.peft_config if name != adapter_name)
+    state = {
+        k: v for k, v in model.state_dict().items() if not ("randlora_" in k and k.endswith(others))
+    }
+    own = peft.get_peft_model_state_dict(
+        model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False
+    )
+    config = model.peft_config[adapter_name]
+    errors = [
+        f"{name} is {fields[name]!r}, not {getattr(config, name)!r}"
+        for name in ("r", "randlora_dropout")
+        if fields[name] != getattr(config, name)
+    ]
+    try:
+        check_alpha("randlora_alpha", fields["randlora_alpha"])
+    except (TypeError, ValueError) as error:
+        errors.append(str(error))
+    saves_bases = model.base_model.randlora_A.saved(adapter_name)
+    if not (saves_bases and any(key.endswith(BASIS_NAMES) for key in saved)):
+        errors += other_bases(vars(config), fields)
+    missing = [key for key in own if key not in saved and not key.endswith(BASIS_NAMES)]
+    unexpected = [key for key in saved if key not in own and not key.endswith(BASIS_NAMES)]
+    errors += [f"{key} is missing" for key in missing]
+    errors += [f"{key} is not part of the adapter" for key in unexpected]
+    errors += [e for key in own if key in saved and (e := misfit(key, saved[key], own[key]))]
+    return errors
+
+
+def check_load_over(model: PeftModel, folder: str | os.PathLike, adapter_name: str, hub) -> None:
+    """What ``PeftModel.load_adapter`` does not ask before it writes into an adapter.
+
+    PEFT reads tensors alone then. Raises ValueError if they belong to other bases than the
+    adapter's and do not bring their own. Warns if nothing tells, and of another alpha.
+    """
+    place = Path(folder, hub.get("subfolder") or "")
+    saved = recorded_configuration(place)
+    if saved is None and place.is_dir() and not (place / CONFIG_NAME).exists():
+        warnings.warn(
+            f"{str(place)!r} has no {CONFIG_NAME}, so nothing tells whether its numbers belong to "
+            f"the bases of adapter {adapter_name!r}",
+            stacklevel=4,
+        )
+        return
+    saved = _saved_fields(folder, **hub) if saved is None else saved
+    config = model.peft_config[adapter_name]
+    brings_bases = model.base_model.randlora_A.saved(adapter_name) and saved["save_projection"]
+    if not brings_bases and (errors := other_bases(vars(config), saved)):
+        raise _does_not_fit(folder, adapter_name, errors)
+    if saved["randlora_alpha"] != config.randlora_alpha:
+        warnings.warn(
+            f"randlora_alpha of {str(folder)!r} is {saved['randlora_alpha']}, adapter "
+            f"{adapter_name!r} keeps its own, {config.randlora_alpha}, as in stock PEFT; "
+            "randlora_ext.peft.hotswap_adapter takes over the file's",
+            stacklevel=4,
+        )
+
+
+class _Fields(peft.PeftConfig):
+    """PEFT's finding and reading of adapter_config.json, without making a configuration of it."""
+
+    @classmethod
+    def from_peft_type(cls, **fields):
+        return fields
+
+
+def _saved_fields(folder: str | os.PathLike, **hub) -> dict:
+    """The fields of an adapter's configuration as they are in the file, and PEFT's defaults.
+
+    Not an object: without `enable`, PEFT would make its own, which lacks ``density``.
+    """
+    defaults = {field.name: field.default for field in dataclass_fields(peft.RandLoraConfig)}
+    return defaults | _Fields.from_pretrained(folder, **hub)
+
+
+def _does_not_fit(folder: str | os.PathLike, adapter_name: str, errors: list[str]) -> ValueError:
+    return ValueError(
+        f"the adapter of {str(folder)!r} does not fit {adapter_name!r}, which is unchanged:\n\t"
+        + "\n\t".join(errors)
+    )

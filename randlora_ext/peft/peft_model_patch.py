@@ -1,0 +1,59 @@
+"""`PeftModel.save_pretrained` and `load_adapter`, made safe for models on our layers.
+
+The only patch of the package. PEFT has tables for tuners and configurations and calls methods of
+both, but only these two methods of `PeftModel` know the folder before tensors are written to it, or
+read from it over an adapter that is there. Models on other layers pass through.
+"""
+
+import functools
+from collections.abc import Callable
+
+from peft import PeftModel
+
+from .loading import check_load_over
+from .model import AcceleratedRandLoraModel
+from .saving import save_together
+
+_patched: dict[str, tuple[Callable, Callable]] = {}  # (PEFT's, ours)
+
+
+def install() -> None:
+    """Wraps the two methods, once."""
+    for name, around in (("save_pretrained", _save), ("load_adapter", _load)):
+        if name not in _patched:
+            stock = getattr(PeftModel, name)
+            ours = _for_our_models(stock, around)
+            _patched[name] = stock, ours
+            setattr(PeftModel, name, ours)
+
+
+def uninstall() -> None:
+    """Puts PEFT's own back, unless somebody else has wrapped ours since."""
+    for name, (stock, ours) in list(_patched.items()):
+        if getattr(PeftModel, name) is ours:
+            setattr(PeftModel, name, stock)
+            del _patched[name]
+
+
+def _for_our_models(stock: Callable, around: Callable) -> Callable:
+    @functools.wraps(stock)
+    def method(self, *args, **kwargs):
+        if isinstance(self.base_model, AcceleratedRandLoraModel):
+            return around(stock, self, *args, **kwargs)
+        return stock(self, *args, **kwargs)
+
+    return method
+
+
+def _save(stock: Callable, model: PeftModel, save_directory, *args, **kwargs) -> None:
+    def save(folder: str) -> None:
+        stock(model, folder, *args, **kwargs)
+
+    save_together(save, save_directory, kwargs.get("is_main_process", True))
+
+
+def _load(stock: Callable, model: PeftModel, model_id, adapter_name, *args, **kwargs):
+    # A new adapter takes its configuration from the file; one that is there keeps its own.
+    if adapter_name in model.peft_config:
+        check_load_over(model, model_id, adapter_name, kwargs)
+    return stock(model, model_id, adapter_name, *args, **kwargs)

@@ -1,0 +1,239 @@
+"""randlora_ext.peft: enable, disable and accelerate; which PEFT; what a model says of itself."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft_helpers import (
+    RANDLORA,
+    Deep,
+    StockLinear,
+    accelerated,
+    assert_close,
+    deep_config,
+    layers,
+    made,
+    pair,
+    peft,
+    randomize,
+    relative,
+    run,
+    runs_on_kernels,
+)
+from torch import nn
+
+from randlora_ext import RandLoraLinear
+from randlora_ext.peft import version_check
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "stock_peft"),
+    pytest.mark.filterwarnings("ignore:RandLoRA layers of this model multiply by dense"),
+]
+
+
+def tables():
+    mapping = peft.mapping
+    return (
+        mapping.PEFT_TYPE_TO_CONFIG_MAPPING[RANDLORA],
+        mapping.PEFT_TYPE_TO_TUNER_MAPPING[RANDLORA],
+        peft.PeftModel.save_pretrained,
+        peft.PeftModel.load_adapter,
+    )
+
+
+def test_enable_twice_and_disable():
+    stock = tables()
+    assert stock[:2] == (peft.RandLoraConfig, peft.tuners.randlora.RandLoraModel)
+    assert {method.__module__ for method in stock[2:]} == {"peft.peft_model"}
+    accelerated.disable()
+    accelerated.enable()
+    accelerated.enable()
+    assert all(one is not other for one, other in zip(stock, tables(), strict=True))
+    inside = peft.get_peft_model(Deep(), deep_config(5, sparse=True))
+    accelerated.disable()
+    assert tables() == stock
+    outside = peft.get_peft_model(Deep(), deep_config(5, sparse=True))
+    assert type(outside.base_model) is peft.tuners.randlora.RandLoraModel
+    assert {type(layer) for layer in layers(outside)} == {StockLinear}
+    inside.add_adapter("two", deep_config(5, sparse=True))
+    assert runs_on_kernels(inside)
+
+
+ORDERS = (
+    "import randlora_ext.peft as ours; ours.enable(); from peft import *; import transformers",
+    "import transformers; from peft import *; import randlora_ext.peft as ours; ours.enable()",
+)
+USE = """
+from torch import nn
+config = RandLoraConfig(r=4, target_modules=["0"], sparse=True)
+model = get_peft_model(nn.Sequential(nn.Linear(8, 9)), config)
+print(type(model.base_model.model[0]).__name__)
+"""
+WITHOUT_PEFT = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"peft", "transformers", "accelerate", "bitsandbytes"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+import torch, randlora_ext
+model = torch.nn.Sequential(torch.nn.Linear(12, 20))
+randlora_ext.apply_randlora(model, target_modules=["0"], r=4)
+model(torch.randn(3, 12)).sum().backward()
+assert model[0].randlora_lambda["default"].grad.any()
+try:
+    import randlora_ext.peft
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_any_order_of_imports_and_none_of_peft():
+    runs = [  # at the same time: importing transformers takes seconds
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for code in (*(order + USE for order in ORDERS), WITHOUT_PEFT)
+    ]
+    first, second, without = (run.communicate()[0].strip() for run in runs)
+    assert first == second == "AcceleratedLinear"
+    assert "not installed; install it with `pip install 'peft>=0.18'`" in without
+
+
+@pytest.mark.parametrize(
+    "installed,message", [(None, "not installed"), ("0.17.1", r"found 0\.17\.1")]
+)
+def test_missing_or_old_peft(monkeypatch, installed, message):
+    if installed is None:
+        monkeypatch.setitem(sys.modules, "peft", None)
+    else:
+        monkeypatch.setattr(peft, "__version__", installed)
+    with pytest.raises(ImportError, match=rf"{message}.*pip install.*peft>=0\.18"):
+        version_check.check_version()
+
+
+def test_newer_peft_than_tested(monkeypatch):
+    monkeypatch.setattr(peft, "__version__", "0.99.0.dev0")
+    with pytest.warns(UserWarning, match=r"tested with PEFT 0\.18 to .*, found 0\.99\.0\.dev0"):
+        version_check.check_version()
+
+
+def test_what_a_model_says_of_its_kernels(monkeypatch):
+    monkeypatch.setenv("RANDLORA_PATH", "factored")
+    stock, ours = pair(Deep(), lambda: deep_config(5, sparse=True))
+    text = accelerated.kernel_summary(ours, tokens=64)
+    assert "\n" not in text
+    assert text.startswith("3 RandLoRA layers on randlora_ext's ")
+    assert "at 64 tokens: 2x 24->40 r=5 density 0.3" in text and "1x 40->24" in text
+    assert text.count(" (counted) factored") == 2
+    independent = made(basis="independent", density=0.2)
+    assert "r=5 density 0.2 factored" in accelerated.kernel_summary(independent)
+    assert "3 layers on PEFT's own code: made without" in accelerated.kernel_summary(stock)
+    assert accelerated.kernel_summary(nn.Linear(2, 2)) == "no RandLoRA layers"
+    layer = RandLoraLinear(nn.Linear(2, 2), r=1)
+    assert "each RandLoraLinear tells of its own" in accelerated.kernel_summary(layer)
+    independent.merge_adapter()
+    printed = "24->40; default: r=5 density 0.2 factored at 512 tokens, merged"
+    assert printed in repr(independent)
+    assert "24->40; default: r=5 dense bases" in repr(made())
+
+
+def test_jit_trace_is_refused_by_name():
+    model, x = made(sparse=True), torch.randn(3, 24)
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record .* torch\.export"):
+        torch.jit.trace(model.base_model.model, (x,))
+    model.merge_adapter()
+    assert torch.equal(torch.jit.trace(model.base_model.model, (x,))(x), model(x))
+
+
+KINDS = {"sparse": {"sparse": True}, "very_sparse": {"very_sparse": True}, "uniform": {}}
+
+
+def stock(base=Deep, **options):
+    return randomize(peft.get_peft_model(base(), deep_config(5, **options)))
+
+
+def train(model, optimizer, steps):
+    generator = torch.Generator().manual_seed(2)
+    losses = []
+    for _ in range(steps):
+        x = torch.randn(6, 24, generator=generator)
+        loss = (model(x) - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_accelerate_in_the_middle_of_training(kind):
+    """Two steps of stock PEFT and then three of ours are five of stock PEFT."""
+    model, control = stock(**kind), stock(**kind)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (model, control)]
+    assert train(model, optimizers[0], 2) == train(control, optimizers[1], 2)
+    parameters = dict(model.named_parameters())
+    state = optimizers[0].state
+    moments = {id(p): state[p]["exp_avg"].clone() for p in state}
+    for _ in range(2):  # the second time nothing changes
+        assert accelerated.accelerate(model) is model
+        after = dict(model.named_parameters())
+        assert list(after) == list(parameters)
+        assert all(after[name] is parameters[name] for name in after)
+    assert moments and all(torch.equal(state[p]["exp_avg"], moments[id(p)]) for p in state)
+    losses = [train(m, o, 3) for m, o in zip((model, control), optimizers, strict=True)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for mine, theirs in zip(model.parameters(), control.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_accelerate_several_adapters_and_dtypes(dtype):
+    model = stock(lambda: Deep().to(dtype), sparse=True)
+    model.add_adapter("two", deep_config(5, sparse=True, randlora_alpha=100))
+    model.base_model.set_adapter(["default", "two"])
+    randomize(model, 1)
+    x, dy = torch.randn(6, 24).to(dtype), torch.randn(6, 40).to(dtype)
+    wanted = run(model, x, dy)
+    accelerated.accelerate(model)
+    assert runs_on_kernels(model)
+    assert_close(
+        run(model, x, dy), wanted, {torch.float64: 1e-10, torch.float32: 1e-5}.get(dtype, 0.02)
+    )
+
+
+def test_accelerate_a_merged_and_an_injected_model():
+    model = stock(sparse=True)
+    x, dy = torch.randn(6, 24), torch.randn(6, 40)
+    weight, before = layers(model)[0].weight.clone(), model(x)
+    model.merge_adapter()
+    accelerated.accelerate(model)
+    assert relative(model(x), before) < 1e-5
+    model.unmerge_adapter()
+    torch.testing.assert_close(layers(model)[0].weight, weight)
+    accelerated.disable()
+    injected = randomize(peft.inject_adapter_in_model(deep_config(5, sparse=True), Deep()))
+    wanted = run(injected, x, dy)
+    accelerated.accelerate(injected)
+    assert runs_on_kernels(injected)
+    assert_close(run(injected, x, dy), wanted, 1e-5)
+
+
+def test_files_of_an_accelerated_model_are_those_of_stock(tmp_path):
+    model = stock(sparse=True)
+    x = torch.randn(6, 24)
+    wanted = model(x)
+    accelerated.accelerate(copy.deepcopy(model)).save_pretrained(tmp_path)
+    assert relative(peft.PeftModel.from_pretrained(Deep(), tmp_path)(x), wanted) < 1e-6
+
+
+def test_what_cannot_be_accelerated():
+    fourier = peft.get_peft_model(Deep(), peft.FourierFTConfig(n_frequency=9, target_modules=["a"]))
+    for model in (Deep(), fourier):
+        with pytest.raises(ValueError, match="holds no RandLoRA layer of PEFT"):
+            accelerated.accelerate(model)
+    with torch.device("meta"):
+        model = stock()
+    with pytest.raises(ValueError, match="basis of adapter 'default' is on the meta device"):
+        accelerated.accelerate(model)
+    assert {type(layer) for layer in layers(model)} == {StockLinear}

@@ -1,0 +1,344 @@
+"""randlora_ext.peft: bases that are only a seed, the text that describes them, packed tensors."""
+
+import copy
+import dataclasses
+import gc
+import json
+import math
+import pickle
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from peft.utils.save_and_load import load_peft_weights
+from peft_helpers import (
+    Deep,
+    StockLinear,
+    accelerated,
+    assert_close,
+    basis_of,
+    config,
+    deep_config,
+    edit_config,
+    inputs,
+    layers,
+    made,
+    pair,
+    peft,
+    randomize,
+    relative,
+    run,
+    runs_on_kernels,
+)
+from safetensors.torch import load_file
+from torch import nn
+
+import randlora_ext
+
+pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
+
+KEY = "randlora_ext:independent-1:density={}:seed={}"
+
+
+@pytest.mark.parametrize(
+    "options,density",
+    [({}, 1 / 3), ({"density": 0.07}, 0.07), ({"very_sparse": True}, 1 / math.sqrt(40))],
+    ids=str,
+)
+def test_bases_are_those_of_the_specification(tmp_path, options, density):
+    model = made(basis="independent", projection_prng_key=7, save_projection=True, **options)
+    assert runs_on_kernels(model)
+    for layer in layers(model):
+        sizes = layer.in_features, layer.out_features
+        assert basis_of(layer) == randlora_ext.TernaryBasis(*sizes, 5, density, seed=7)
+        A, B = basis_of(layer).dense()  # what PEFT's code would see
+        assert torch.equal(layer.randlora_A["default"][:, 0, :24], A)
+        assert torch.equal(layer.randlora_B["default"][:40, :5].flatten(1), B)
+    model.save_pretrained(tmp_path)
+    keys = list(load_file(tmp_path / "adapter_model.safetensors"))
+    assert keys and all(key.endswith(("randlora_lambda", "randlora_gamma")) for key in keys)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["projection_prng_key"] == KEY.format(density, 7)
+
+
+def test_output_and_gradients_are_those_of_the_dense_formula():
+    accelerated.enable()
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.lin, self.big = nn.Linear(24, 40), nn.Linear(72, 80)
+
+        def forward(self, x):
+            return self.lin(x)
+
+    for options in ({"basis": "independent", "density": 0.2}, {"density": 0.1}):
+        chosen = config(7, accelerated.RandLoraConfig, ["lin", "big"], **options)
+        model = randomize(peft.get_peft_model(Two().double(), chosen))
+        x, dy = inputs(24, 40, torch.float64)
+        ours = run(model, x, dy)
+        for layer in layers(model):
+            layer.__class__ = StockLinear
+        assert_close(ours, run(model, x, dy), 1e-6)  # dense bases round 1 / sqrt(density) to fp32
+
+
+DESCRIBED = {
+    "independent": {"basis": "independent", "density": 0.07},
+    "one third": {"basis": "independent"},
+    "very_sparse": {"basis": "independent", "very_sparse": True},
+    "drawn": {"density": 0.07, "save_projection": False},
+}
+
+
+@pytest.mark.parametrize("options", DESCRIBED.values(), ids=DESCRIBED)
+def test_the_text_alone_decides_the_bases_at_every_door(tmp_path, options):
+    """Stock PEFT's round trip keeps the key, drops `basis` and `density`, and tells nobody."""
+    model = made(projection_prng_key=3, **options)
+    x = torch.randn(6, 24)
+    model.save_pretrained(tmp_path)
+    accelerated.disable()
+    with pytest.warns(UserWarning, match="'open_with_randlora_ext'"):
+        read_by_stock = peft.PeftConfig.from_pretrained(tmp_path)
+    read_by_stock.save_pretrained(tmp_path)
+    text = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert not {"basis", "density"} & text.keys()
+    accelerated.enable()
+    fields = {"r": 5, "target_modules": ["a", "b", "c"]}
+    alone = accelerated.RandLoraConfig(projection_prng_key=text["projection_prng_key"], **fields)
+    doors = [
+        peft.PeftModel.from_pretrained(Deep(), tmp_path),
+        peft.PeftModel.from_pretrained(Deep(), tmp_path, config=read_by_stock),
+        peft.PeftModel.from_pretrained(Deep(), tmp_path, config=alone),
+        made(seed=4, projection_prng_key=3, **options),
+        made(seed=4, projection_prng_key=3, **options),
+        made(seed=4, projection_prng_key=8, **options),
+        peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(tmp_path), Deep()),
+    ]
+    accelerated.hotswap_adapter(doors[3], tmp_path)
+    doors[4].load_adapter(tmp_path, "default")
+    doors[5].load_adapter(tmp_path, "two")
+    doors[5].set_adapter("two")
+    peft.set_peft_model_state_dict(doors[6], load_peft_weights(tmp_path, device="cpu"))
+    for door in doors:
+        assert torch.equal(door(x), model(x))
+
+
+def test_a_configuration_holds_the_text_and_each_thing_once():
+    accelerated.enable()
+    made_of = accelerated.RandLoraConfig
+    late = made_of(basis="independent", very_sparse=True, projection_prng_key=5)
+    assert late.projection_prng_key == KEY.format("very_sparse", 5)
+    cases = [
+        (made_of(basis="independent", sparse=True), KEY.format(1 / 3, 0), "independent", 1 / 3),
+        (made_of(density=1 / 3), 0, "peft", None),  # PEFT's `sparse`
+        (made_of(density=0.2, projection_prng_key=9),
+         "randlora_ext:peft-1:density=0.2:seed=9", "peft", 0.2),
+        (late, KEY.format("very_sparse", 5), "independent", None),
+    ]  # fmt: skip
+    for chosen, key, basis, density in cases:
+        again = made_of(**chosen.to_dict()), dataclasses.replace(chosen), copy.copy(chosen)
+        for each in (chosen, *again, made_of(projection_prng_key=key, sparse=chosen.sparse)):
+            assert (each.projection_prng_key, each.basis, each.density) == (key, basis, density)
+    assert cases[1][0].sparse and not cases[0][0].sparse
+    assert made_of().to_dict() == peft.RandLoraConfig().to_dict()
+
+
+BAD_OPTIONS = [
+    ({"basis": "generated"}, r"must be one of \('peft', 'independent'.*now called 'independent'"),
+    ({"basis": None}, "basis must be one of .* got None"),
+    ({"density": 0.0}, r"density must be None or in \(0, 1\], got 0\.0"),
+    ({"density": "0.1"}, r"density .*'0\.1'"),
+    ({"density": True}, r"density .*True"),
+    ({"density": 0.1, "sparse": True}, r"density=0\.1 contradicts sparse=True"),
+    ({"density": 1 / 3, "very_sparse": True}, r"contradicts .*very_sparse=True"),
+    ({"basis": "independent", "projection_prng_key": -1}, r"projection_prng_key .*got -1"),
+    ({"basis": "independent", "projection_prng_key": True}, "projection_prng_key .*True"),
+    ({"density": 0.1, "projection_prng_key": 2**64}, "seed must be .*18446744073709551616"),
+    ({"projection_prng_key": "generated-1:0"}, "'generated-1:0' is no key of a basis"),
+    ({"projection_prng_key": KEY.replace("-1", "-2").format(0.1, 0)}, "independent-2.* knows"),
+    ({"projection_prng_key": KEY.format(2.0, 0)}, "density must be"),
+    ({"projection_prng_key": KEY.format(0.1, 0), "density": 0.2}, r"contradicts .*density=0\.2"),
+    ({"projection_prng_key": KEY.format(0.1, 0), "sparse": True}, "contradicts .*sparse=True"),
+    ({"projection_prng_key": "randlora_ext:peft-1:density=0.1:seed=0", "basis": "independent"},
+     "contradicts basis='independent'"),
+    ({"randlora_alpha": math.inf}, "randlora_alpha must be a finite number, got inf"),
+    ({"randlora_alpha": 10**400}, "randlora_alpha must be a finite number, got an integer of 1329"),
+    ({"randlora_alpha": "64"}, "randlora_alpha must be a finite number, got '64'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options,message", BAD_OPTIONS, ids=str)
+def test_bad_options(options, message):
+    accelerated.enable()
+    with pytest.raises((TypeError, ValueError), match=message):
+        deep_config(5, accelerated.RandLoraConfig, **options)
+
+
+@pytest.mark.parametrize("options", DESCRIBED.values(), ids=DESCRIBED)
+def test_a_configuration_does_not_outlive_enable(options):
+    """Stock PEFT must not draw other bases from it."""
+    with pytest.raises(RuntimeError, match=r"needs randlora_ext\.peft\.enable\(\)"):
+        deep_config(5, accelerated.RandLoraConfig, **options)
+    accelerated.enable()
+    chosen = deep_config(5, accelerated.RandLoraConfig, **options)
+    accelerated.disable()
+    with pytest.raises(Exception, match="expected a long, but got str"):
+        peft.get_peft_model(Deep(), chosen)
+
+
+def test_a_recipient_with_stock_peft_is_told_which_package_opens_the_file(tmp_path):
+    made(basis="independent", density=0.1).save_pretrained(tmp_path)
+    code = f"""
+import peft, torch
+base = torch.nn.Sequential()
+for name, sizes in (("a", (24, 40)), ("b", (40, 24)), ("c", (24, 40))):
+    base.add_module(name, torch.nn.Linear(*sizes))
+peft.PeftModel.from_pretrained(base, {str(tmp_path)!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "manual_seed expected a long" in done.stderr
+    assert "arguments ['basis', 'density', 'open_with_randlora_ext'] for" in done.stderr
+
+
+def test_adapters_of_other_keys_and_kinds_stand_side_by_side(tmp_path):
+    """Stock PEFT wants one key and one save_projection for all; it still does for its own bases."""
+    others = {
+        "one": {"basis": "independent", "projection_prng_key": 1},
+        "two": {"basis": "independent", "projection_prng_key": 2},
+        "three": {"density": 0.2, "projection_prng_key": 3},
+    }
+    model = made(sparse=True, save_projection=False)
+    x = torch.randn(6, 24)
+    for name, options in others.items():
+        model.add_adapter(name, deep_config(5, accelerated.RandLoraConfig, **options))
+    randomize(model).save_pretrained(tmp_path)
+    for name in others:
+        model.set_adapter(name)
+        alone = peft.PeftModel.from_pretrained(Deep(), tmp_path / name)
+        assert torch.equal(alone(x), model(x))
+    with pytest.raises(ValueError, match="PRNG initialisation key must be the same"):
+        model.add_adapter("four", deep_config(5, sparse=True, projection_prng_key=9))
+
+
+def test_a_density_without_a_value_in_it():
+    """A warning for what is generated, where the layers' part alone may be empty."""
+    accelerated.enable()
+    with pytest.raises(ValueError, match=r"density=1e-07 leaves no non-zero in randlora_A"):
+        made(density=1e-7)
+    with pytest.warns(UserWarning, match="no non-zero element in B, so its adapter cannot learn"):
+        made(basis="independent", density=1e-7)(torch.randn(2, 24))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"basis": "independent"}, {"sparse": True, "save_projection": False}, {}],
+    ids=["independent", "sparse", "uniform, saved"],
+)
+@pytest.mark.filterwarnings("ignore:RandLoRA layers of this model multiply by dense")
+def test_initialisation_on_the_meta_device(options):
+    """As FSDP2 is fed: no weight exists before `to_empty`; what a seed decides survives it."""
+    full = made(**options)
+    state, x = full.state_dict(), torch.randn(6, 24)
+    state = {name: value for name, value in state.items() if "base_model.randlora_" not in name}
+    with torch.device("meta"):
+        model = made(**options)
+        assert model(torch.empty(6, 24)).shape == (6, 40)
+    model.to_empty(device="cpu")
+    model.load_state_dict(state, strict=False)
+    assert torch.equal(model(x), full(x))
+
+
+def test_no_warning_on_the_meta_device(recwarn):
+    with torch.device("meta"):
+        made(sparse=True)(torch.empty(6, 24))
+    assert not [w for w in recwarn if "dense bases" in str(w.message)]
+
+
+def test_layers_of_one_shape_share_one_basis():
+    model = made(sparse=True)
+    a, b, c = layers(model)
+    assert basis_of(a) is basis_of(c) and basis_of(a) is not basis_of(b)
+    model.add_adapter("two", deep_config(5, sparse=True))
+    assert a.basis_of("two", torch.device("cpu"))[0] is basis_of(a)
+
+
+def test_changed_bases_are_noticed():
+    stock, ours = pair(Deep(), lambda: deep_config(5, sparse=True))
+    x = torch.randn(6, 24)
+    ours(x)
+    state = {
+        key: value.flip(0) * 0.5 if "randlora_A" in key or "randlora_B" in key else value
+        for key, value in stock.state_dict().items()
+    }
+    for model in (stock, ours):
+        model.load_state_dict(state)  # written to
+    assert relative(ours(x), stock(x)) < 1e-5
+    B = stock.base_model.randlora_B["default"].flip(1)
+    for model in (stock, ours):
+        model.base_model.randlora_B["default"] = B.clone()  # replaced
+    assert relative(ours(x), stock(x)) < 1e-5
+    other = copy.deepcopy(stock.state_dict())
+    for model in (stock, ours):
+        model.load_state_dict({k: v.flip(0) for k, v in other.items()}, assign=True)
+    assert relative(ours(x), stock(x)) < 1e-5
+    for model in (stock, ours):
+        model.double()  # cast
+    assert relative(ours(x.double()), stock(x.double())) < 1e-10
+
+
+def test_a_basis_serves_as_the_dense_tensor():
+    model = made(sparse=True)
+    A = model.base_model.randlora_A["default"]
+    dense = A.dense()
+    assert (A.shape, A.dtype, A.stride()) == (dense.shape, dense.dtype, dense.stride())
+    assert torch.equal(A * 2 + A.flip(0), dense * 2 + dense.flip(0))
+    assert torch.equal(A[1:, 0, ::2], dense[1:, 0, ::2])
+    assert torch.equal(pickle.loads(pickle.dumps(A)), dense)
+    assert torch.equal(model.base_model.randlora_A.default, dense)
+    with pytest.raises(RuntimeError, match="constant"):
+        A.zero_()
+    x = torch.randn(2, 24)
+    before = model(x)
+    assert torch.equal(model.share_memory()(x), before)
+    model.base_model.randlora_A["default"] = dense.flip(0)
+    assert torch.equal(model.base_model.randlora_A["default"], dense.flip(0))
+    model.base_model.randlora_B["default"] = model.base_model.randlora_B["default"][:, :2]
+    with pytest.raises(ValueError, match=r"randlora_B \(40, 2, 5\) are too small .*24 -> 40 .*r=5"):
+        model(x)
+
+
+def test_bases_go_with_their_model():
+    gc.collect()
+    model = made(sparse=True)
+    model(torch.randn(2, 24))
+    packed = weakref.ref(basis_of(layers(model)[0]))
+    for _ in range(50):  # and moves keep nothing
+        model.double().float()
+    bases = [thing for thing in gc.get_objects() if isinstance(thing, randlora_ext.TernaryBasis)]
+    assert packed() is not None and len(bases) <= 8
+    del model, bases
+    gc.collect()
+    assert packed() is None
+
+
+def test_uniform_bases_are_dense_and_say_so_once():
+    stock, ours = pair(Deep(), lambda: deep_config(5))
+    x = torch.randn(6, 24)
+    with pytest.warns(
+        UserWarning, match="multiply by dense bases: randlora_A is not ternary"
+    ) as record:
+        y = ours(x)
+        ours(x)
+    assert len(record) == 1
+    assert relative(y, stock(x)) < 1e-6
+    assert "3 layers by dense bases: randlora_A is not ternary" in accelerated.kernel_summary(ours)
+
+
+def test_another_specification_in_a_file(tmp_path):
+    made(basis="independent").save_pretrained(tmp_path)
+    edit_config(tmp_path, projection_prng_key=KEY.replace("-1", "-2").format(1 / 3, 0))
+    with pytest.raises(ValueError, match="independent-2; this version .* knows independent-1"):
+        peft.PeftModel.from_pretrained(Deep(), tmp_path)

@@ -1,0 +1,303 @@
+"""randlora_ext.peft: a file over an adapter that is there (`load_adapter`, `hotswap_adapter`)."""
+
+import math
+
+import pytest
+import torch
+from peft_helpers import (
+    Deep,
+    Headed,
+    accelerated,
+    assert_unchanged,
+    deep_config,
+    edit_config,
+    layers,
+    made,
+    numbers,
+    pair,
+    peft,
+    randomize,
+    relative,
+)
+from safetensors.torch import load_file, save_file
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "stock_peft"),
+    pytest.mark.filterwarnings("ignore:RandLoRA layers of this model multiply by dense"),
+]
+
+KEY_ALONE = {"sparse": True, "save_projection": False}
+SEED = {"basis": "independent", "density": 0.2, "projection_prng_key": 7}
+DRAWN = {"density": 0.1, "save_projection": False}
+
+
+def load(model, folder):
+    model.load_adapter(folder, "default")
+
+
+def plain_tensors(folder):
+    """The tensors as another program writes them: without the configuration in their header."""
+    file = folder / "adapter_model.safetensors"
+    save_file(load_file(file), file, metadata={"format": "pt"})
+
+
+MISFITS = {
+    "key": (KEY_ALONE, KEY_ALONE | {"projection_prng_key": 9}, "projection_prng_key is 9, not 0$"),
+    "flags": (
+        KEY_ALONE,
+        {"very_sparse": True, "save_projection": False},
+        r"density is 'very_sparse', not 0\.333",
+    ),
+    "uniform": (KEY_ALONE, {"save_projection": False}, r"density is None, not 0\.333"),
+    "density": (DRAWN, DRAWN | {"density": 0.2}, r"density is 0\.2, not 0\.1$"),
+    "seed": (SEED, SEED | {"projection_prng_key": 8}, "projection_prng_key is 8, not 7$"),
+    "density of a seed": (SEED, SEED | {"density": 0.3}, r"density is 0\.3, not 0\.2$"),
+    "kind": (KEY_ALONE, SEED, r"basis is 'independent', not 'peft'\n\tdensity is 0\.2, not 0\.333"),
+}
+
+
+@pytest.mark.parametrize("own,other,message", MISFITS.values(), ids=MISFITS)
+def test_other_bases_are_named_and_nothing_changes(tmp_path, own, other, message):
+    made(seed=3, randlora_alpha=99, **other).save_pretrained(tmp_path)
+    model = made(**own)
+    before = numbers(model)
+    for recorded in (True, False):
+        for replace in (load, accelerated.hotswap_adapter):
+            with pytest.raises(ValueError, match=rf"(?s)does not fit 'default'.*:\n\t.*{message}"):
+                replace(model, tmp_path)
+        plain_tensors(tmp_path) if recorded else None
+    assert_unchanged(model, before)
+    # also if the adapter is made of another configuration than the file's
+    accelerated.enable()
+    chosen = deep_config(5, accelerated.RandLoraConfig, **own)
+    with pytest.raises(ValueError, match=message):
+        peft.PeftModel.from_pretrained(Deep(), tmp_path, config=chosen)
+
+
+SAME = {
+    "the same": (KEY_ALONE, KEY_ALONE),
+    "density 1/3": (KEY_ALONE, {"density": 1 / 3, "save_projection": False}),
+    "both flags": (
+        {"very_sparse": True, "save_projection": False},
+        {"sparse": True, "very_sparse": True, "save_projection": False},
+    ),
+    "seed": (SEED, SEED),
+    "seed without a density": ({"basis": "independent"}, {"basis": "independent", "sparse": True}),
+    "uniform": ({"save_projection": False}, {"save_projection": False}),
+    "uniform, saved": ({}, {}),
+    "bases in the file": ({"sparse": True}, {"sparse": True, "projection_prng_key": 9}),
+    "other kind of bases in the file": ({"sparse": True}, {"density": 0.2}),
+}
+
+
+@pytest.mark.parametrize("own,other", SAME.values(), ids=SAME)
+def test_the_same_or_saved_bases_load_in_place(tmp_path, own, other):
+    head = {"modules_to_save": ["head"], "base": Headed}
+    theirs = made(seed=3, randlora_alpha=99, **head, **other).eval()
+    with torch.no_grad():
+        theirs.base_model.model.head.modules_to_save["default"].weight.add_(1)
+    theirs.save_pretrained(tmp_path)
+    x = torch.randn(6, 24)
+    for replace in (load, accelerated.hotswap_adapter):
+        model = made(randlora_alpha=99 if replace is load else 640, **head, **own).eval()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        places = [parameter.data_ptr() for parameter in model.parameters()]
+        replace(model, tmp_path)
+        assert [parameter.data_ptr() for parameter in model.parameters()] == places
+        assert torch.equal(model(x), theirs(x))
+    model.save_pretrained(tmp_path / "again")  # with the file's scaling
+    again = peft.PeftModel.from_pretrained(Headed(), tmp_path / "again")
+    assert torch.equal(again(x), theirs(x))
+    model(x).square().sum().backward()
+    optimizer.step()  # on the parameters that it was given
+    assert relative(model(x), theirs(x)) > 1e-3
+
+
+def test_load_adapter_keeps_alpha_as_stock_does_and_says_so(tmp_path):
+    accelerated.disable()
+    other = deep_config(5, randlora_alpha=99, **KEY_ALONE)
+    randomize(peft.get_peft_model(Deep(), other), seed=3).save_pretrained(tmp_path)
+    stock, ours = pair(Deep(), lambda: deep_config(5, **KEY_ALONE))
+    stock.load_adapter(tmp_path, "default")
+    with pytest.warns(
+        UserWarning, match="randlora_alpha of .* is 99, .* keeps its own, 640"
+    ) as told:
+        ours.load_adapter(tmp_path, "default")
+    assert any(warning.filename == __file__ for warning in told)
+    x = torch.randn(6, 24)
+    assert layers(ours)[0].scaling["default"] == 640 / 5
+    assert relative(ours(x), stock(x)) < 1e-6
+
+
+def test_a_file_without_a_configuration(tmp_path):
+    """Stock PEFT reads the tensors; so do we. Their header tells, or nobody does."""
+    theirs = made(seed=3, **KEY_ALONE)
+    theirs.save_pretrained(tmp_path / "sub" / "folder")
+    (tmp_path / "sub/folder/adapter_config.json").unlink()
+    model = made(**KEY_ALONE)
+    model.load_adapter(tmp_path / "sub", "default", subfolder="folder")
+    x = torch.randn(6, 24)
+    assert torch.equal(model(x), theirs(x))
+    other = made(**KEY_ALONE, projection_prng_key=9)
+    with pytest.raises(ValueError, match="projection_prng_key is 0, not 9"):
+        other.load_adapter(tmp_path / "sub", "default", subfolder="folder")
+    plain_tensors(tmp_path / "sub" / "folder")
+    with pytest.warns(UserWarning, match="has no adapter_config.json, so nothing tells"):
+        model.load_adapter(tmp_path / "sub", "default", subfolder="folder")
+
+
+def test_a_model_that_was_accelerated_without_enable(tmp_path):
+    """Stock PEFT's table is in force then, whose configuration drops the density."""
+    made(seed=3, density=0.2, save_projection=False).save_pretrained(tmp_path)
+    accelerated.disable()
+    model = peft.get_peft_model(Deep(), deep_config(5, save_projection=False))
+    accelerated.accelerate(model)
+    with pytest.raises(ValueError, match=r"density is 0\.2, not None"):
+        model.load_adapter(tmp_path, "default")
+
+
+def test_models_on_other_layers_pass_through(tmp_path):
+    """Stock PEFT's behaviour on stock models and on FourierFT stays, with our methods in force."""
+    accelerated.disable()
+    stock = randomize(peft.get_peft_model(Deep(), deep_config(5, **KEY_ALONE)))
+    made(seed=3, **KEY_ALONE, projection_prng_key=9).save_pretrained(tmp_path)
+    stock.load_adapter(tmp_path, "default")
+    fourier = peft.get_peft_model(Deep(), peft.FourierFTConfig(n_frequency=9, target_modules=["a"]))
+    fourier.save_pretrained(tmp_path / "fourier")
+    fourier.load_adapter(tmp_path / "fourier", "default")
+    assert (tmp_path / "fourier/adapter_model.safetensors").exists()
+
+
+def test_hotswap_one_of_several_by_a_file_of_stock(tmp_path):
+    stock = randomize(peft.get_peft_model(Deep(), deep_config(5, sparse=True)), 3)
+    stock.save_pretrained(tmp_path)
+    model = made(sparse=True)
+    model.add_adapter("two", deep_config(5, sparse=True))
+    randomize(model, 4)
+    x = torch.randn(6, 24)
+    before = model(x)
+    accelerated.hotswap_adapter(model, tmp_path, "two")
+    assert torch.equal(model(x), before)
+    model.set_adapter("two")
+    assert relative(model(x), stock(x)) < 1e-6
+
+
+@pytest.mark.parametrize("alpha", ["64", None, {}, True, 10**400, math.nan, math.inf], ids=repr)
+def test_hotswap_refuses_an_alpha_that_is_no_finite_number(tmp_path, alpha):
+    made(seed=3, **SEED).save_pretrained(tmp_path)
+    plain_tensors(tmp_path)
+    edit_config(tmp_path, randlora_alpha=alpha)
+    model = made(**SEED)
+    before = numbers(model)
+    with pytest.raises(ValueError, match="randlora_alpha must be a finite number, got "):
+        accelerated.hotswap_adapter(model, tmp_path)
+    assert_unchanged(model, before)
+    assert layers(model)[0].scaling["default"] == 640 / 5
+
+
+HOTSWAP_MISFITS = {
+    "r": (SEED | {"r": 6}, r"r is 6, not 5\n\t.*a\.randlora_lambda is \(6, 4\), and must be "),
+    "dropout": (SEED | {"randlora_dropout": 0.5}, r"randlora_dropout is 0\.5, not 0\.0"),
+    "layers": (SEED | {"base": Headed, "modules_to_save": ["head"]}, "head.* is not part"),
+}
+
+
+@pytest.mark.parametrize("options,message", HOTSWAP_MISFITS.values(), ids=HOTSWAP_MISFITS)
+def test_what_hotswap_asks_more_than_load_adapter(tmp_path, options, message):
+    made(seed=3, **options).save_pretrained(tmp_path)
+    model = made(**SEED)
+    before = numbers(model)
+    with pytest.raises(ValueError, match=rf"(?s)does not fit 'default'.*:\n\t.*{message}"):
+        accelerated.hotswap_adapter(model, tmp_path)
+    assert_unchanged(model, before)
+
+
+def test_hotswap_names_missing_tensors_and_wrong_shapes(tmp_path):
+    head = {"base": Headed, "modules_to_save": ["head"]}
+    made(**SEED, **head).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    state = load_file(file)
+    del state["base_model.model.b.randlora_lambda"]
+    state["base_model.model.head.weight"] = torch.ones(4, 40)
+    state["base_model.model.c.randlora_gamma"] = torch.ones(5, 24, dtype=torch.int64)
+    save_file(state, file)
+    model = made(seed=2, **SEED, **head)
+    before = numbers(model)
+    with pytest.raises(ValueError) as error:
+        accelerated.hotswap_adapter(model, tmp_path)
+    for message in (
+        "b.randlora_lambda is missing",
+        "head.weight is (4, 40), and must be (3, 40)",
+        "c.randlora_gamma is torch.int64, and must be floating point",
+    ):
+        assert message in str(error.value)
+    assert_unchanged(model, before)
+
+
+def test_what_cannot_be_swapped(tmp_path):
+    from peft.utils.hotswap import hotswap_adapter
+
+    model = made(sparse=True)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"adapter_name must be one of \['default'\], got 'two'"):
+        accelerated.hotswap_adapter(model, tmp_path, "two")
+    peft.get_peft_model(
+        Deep(), peft.FourierFTConfig(n_frequency=9, target_modules=["a"])
+    ).save_pretrained(tmp_path / "fourier")
+    with pytest.raises(ValueError, match="peft_type is .*FOURIERFT, not .*RANDLORA"):
+        accelerated.hotswap_adapter(model, tmp_path / "fourier")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="'default' is merged"):
+        accelerated.hotswap_adapter(model, tmp_path)
+    accelerated.disable()
+    stock = peft.get_peft_model(Deep(), deep_config(5, sparse=True))
+    for other in (stock, Deep()):
+        with pytest.raises(TypeError, match="needs a PeftModel on randlora_ext's layers, got "):
+            accelerated.hotswap_adapter(other, tmp_path)
+    with pytest.raises(ValueError, match="only supports .*LORA but .*RANDLORA was passed"):
+        hotswap_adapter(stock, str(tmp_path), adapter_name="default", torch_device="cpu")
+
+
+MERGED = {
+    "load_adapter": load,
+    "set_peft_model_state_dict": lambda model, folder: peft.set_peft_model_state_dict(
+        model, load_file(folder / "adapter_model.safetensors")
+    ),
+    "load_state_dict": lambda model, _: model.load_state_dict(model.state_dict()),
+}
+
+
+@pytest.mark.parametrize("injected", [False, True], ids=["model", "injected"])
+@pytest.mark.parametrize("door", MERGED)
+def test_nothing_is_loaded_into_a_merged_layer(tmp_path, door, injected):
+    """Unmerging would take another adapter out of the weight than is in it."""
+    made(seed=3, sparse=True).save_pretrained(tmp_path)
+    model = made(sparse=True)
+    if injected:
+        if door == "load_adapter":
+            pytest.skip("it is a method of PeftModel")
+        model = randomize(peft.inject_adapter_in_model(deep_config(5, sparse=True), Deep()))
+    weights = [layer.weight.clone() for layer in layers(model)]
+    x = torch.randn(6, 24)
+    before = model(x)
+    for layer in layers(model):
+        layer.merge()
+    with pytest.raises(RuntimeError, match=r"has merged \['default'\] into its weight"):
+        MERGED[door](model, tmp_path)
+    assert relative(model(x), before) < 1e-5
+    for layer, weight in zip(layers(model), weights, strict=True):
+        layer.unmerge()
+        torch.testing.assert_close(layer.weight, weight)
+    assert relative(model(x), before) < 1e-5
+
+
+def test_another_adapter_is_loaded_while_one_is_merged(tmp_path):
+    theirs = made(seed=3, sparse=True)
+    theirs.save_pretrained(tmp_path)
+    model = made(sparse=True)
+    model.merge_adapter()
+    model.load_adapter(tmp_path, "two")
+    model.unmerge_adapter()
+    model.set_adapter("two")
+    x = torch.randn(6, 24)
+    assert relative(model(x), theirs(x)) < 1e-5
