@@ -173,6 +173,31 @@ def test_only_what_peft_loads_is_applied(tmp_path, name, shape, applied):
         torch.testing.assert_close(got[key], tensor)
 
 
+@pytest.mark.parametrize("kind", ["generated", "density"])
+def test_the_key_decides_the_bases(tmp_path, kind):
+    """Stock PEFT's config drops our fields and keeps the key."""
+    base = sharded(tmp_path / "model")
+    save_adapter(base, tmp_path / "adapter", **KINDS[kind])
+    assert run("--merge", tmp_path / "model", tmp_path / "adapter", tmp_path / "before")[0] == 0
+    accelerated.disable()
+    stock = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
+    stock.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    assert not {"density", "basis"} & json.loads(file.read_text()).keys()
+    merge = ("--merge", tmp_path / "model", tmp_path / "adapter")
+    assert run(*merge, tmp_path / "after")[0] == 0
+    before, after = tensors_of(tmp_path / "before"), tensors_of(tmp_path / "after")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    inspect = ("--inspect", tmp_path / "adapter", "--base", tmp_path / "model")
+    convert = ("--convert", tmp_path / "adapter", tmp_path / "peft", "--to", "peft", *inspect[2:])
+    for change in ({"density": 0.5}, {"very_sparse": True}):
+        edit(file, **change)
+        for action in ((*merge, tmp_path / "out"), inspect, convert):
+            assert "contradicts" in refused(*action)
+        edit(file, density=None, very_sparse=False)
+    assert run(*inspect)[0] == run(*convert)[0] == 0
+
+
 def test_a_tied_weight_is_refused(tmp_path):
     """transformers would tie the head to the embeddings again, and the change would be lost."""
     base = sharded(tmp_path / "model", tie_word_embeddings=True, vocab_size=60)
@@ -309,7 +334,7 @@ BROKEN = {
     "r huge": (config(r=10**400), "r must be"),
     "other r": (config(r=6), "r is 5, not 6"),
     "alpha text": (config(randlora_alpha="x"), "randlora_alpha"),
-    "alpha huge": (config(randlora_alpha=10**400), "adapter_config.json"),
+    "alpha huge": (config(randlora_alpha=10**400), "randlora_alpha must be a finite number"),
     "key huge": (config(basis="peft", projection_prng_key=10**300), "key"),
     "other spec": (config(projection_prng_key="generated-99:1"), "generated-99"),
     "other model": (another_model, "min(in, out) = 32"),
