@@ -146,7 +146,11 @@ Tensor compute_copy(const Tensor& t, DType dtype) {
 
 Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
                int64_t in_features, int64_t out_features, std::optional<bool> expand) {
-  RANDLORA_CHECK(lam.dim() == 2 && lam.size(0) > 0, "lam must be (r, n), got ", describe(lam));
+  RANDLORA_CHECK(!packed.empty(), "packed must hold 6 tensors (lists) or 3 (bit planes), got 0");
+  RANDLORA_CHECK(packed[0].dim() == 1 && packed[0].size(0) > 2 && packed[0].size(0) % 2 == 1,
+                 "packed: a_offset must be a tensor of 2 * r + 1 entries, got ",
+                 describe(packed[0]));
+  const int64_t r = (packed[0].size(0) - 1) / 2;
   check_floating(lam, "lam");
   check_floating(gam, "gam");
   check_same_device(gam, "gam", lam, "lam");
@@ -154,14 +158,16 @@ Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tenso
                  "in_features and out_features must be positive, got ", in_features, " and ",
                  out_features);
   Basis b;
-  b.r = lam.size(0);
-  b.n = lam.size(1);
+  b.r = r;
   const bool d_is_in = expands(expand, in_features, out_features);
   b.d = d_is_in ? in_features : out_features;
   b.D = d_is_in ? out_features : in_features;
-  RANDLORA_CHECK(expand ? b.n > 0 : b.n == (b.d + b.r - 1) / b.r, "lam is ", describe(lam),
-                 ", so r = ", b.r, ", and a layer of ", in_features, " to ", out_features,
-                 " features needs n = ", (b.d + b.r - 1) / b.r, " bases");
+  // A slice does not tell the n of its layer.
+  b.n = expand && lam.dim() == 2 ? lam.size(1) : (b.d + r - 1) / r;
+  RANDLORA_CHECK(lam.dim() == 2 && lam.size(0) == r && lam.size(1) == b.n && b.n > 0,
+                 "lam must be (r, n) = (", r, ", ", b.n, "), got ", describe(lam),
+                 " with a packed basis of r = ", r, " for a layer of ", in_features, " to ",
+                 out_features, " features");
   RANDLORA_CHECK(gam.dim() == 2 && gam.size(0) == b.n && gam.size(1) == b.d,
                  "gam must be (n, d) = (", b.n, ", ", b.d, "), got ", describe(gam));
   size_t count = packed.size();

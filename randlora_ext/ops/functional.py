@@ -16,37 +16,19 @@ _ops = torch.ops.randlora
 _PLAIN = (Tensor, torch.nn.Parameter)  # subclasses are looked at more closely
 
 
-def _check_diagonals(basis: TernaryBasis, lam: Tensor, gam: Tensor) -> None:
+def _check_types(basis: TernaryBasis, **tensors: Tensor) -> None:
+    """What the operators cannot know; csrc/torch/check.cpp checks shapes, dtypes and devices."""
     if not isinstance(basis, TernaryBasis):
         raise TypeError(f"basis must be a TernaryBasis, got {type(basis)}")
-    if (  # a layer in training asks this once a call; all else below is for the message
-        type(lam) in _PLAIN
-        and type(gam) in _PLAIN
-        and lam.shape == (basis.r, basis.n)
-        and gam.shape == (basis.n, basis.d)
-        and lam.is_floating_point()
-        and gam.is_floating_point()
-        and lam.device == gam.device
-        and not torch.jit.is_tracing()
-    ):
-        return
+    for name, value in tensors.items():
+        if type(value) not in _PLAIN:
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(value)}")
+            refuse_dtensor(name, value)
     if torch.jit.is_tracing():
         raise RuntimeError(
             "randlora_ext does not support torch.jit.trace; use torch.export or torch.compile"
         )
-    for name, value, shape, letters in (
-        ("lam", lam, (basis.r, basis.n), "(r, n)"),
-        ("gam", gam, (basis.n, basis.d), "(n, d)"),
-    ):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor {letters} = {shape}, got {type(value)}")
-        refuse_dtensor(name, value)
-        if tuple(value.shape) != shape:
-            raise ValueError(f"{name} must be {letters} = {shape}, got {tuple(value.shape)}")
-        if not value.is_floating_point():
-            raise TypeError(f"{name} must be a floating point tensor, got {value.dtype}")
-    if lam.device != gam.device:
-        raise ValueError(f"lam is on {lam.device} but gam on {gam.device}; they must be together")
 
 
 def scaled_basis(basis_or_A: TernaryBasis | Tensor, lam: Tensor, gam: Tensor) -> Tensor:
@@ -60,11 +42,12 @@ def scaled_basis(basis_or_A: TernaryBasis | Tensor, lam: Tensor, gam: Tensor) ->
         (K, d) in the dtype of A; for a basis in the dtype of lam. Row c = j * n + i.
 
     One pass forward, and one backward for lam and gam; neither makes another (K, d) tensor.
-    Source: PEFT's ``UniqueBaseGrad``. Raises ValueError, TypeError or RuntimeError on shapes.
+    Source: PEFT's ``UniqueBaseGrad``. Raises TypeError or RuntimeError, naming the argument.
     """
     if isinstance(basis_or_A, TernaryBasis):
-        _check_diagonals(basis_or_A, lam, gam)
-        basis_or_A = basis_or_A.dense_a(lam.device, lam.dtype)
+        _check_types(basis_or_A, lam=lam, gam=gam)
+        dtype = lam.dtype if lam.is_floating_point() else torch.float32  # refused by the operator
+        basis_or_A = basis_or_A.dense_a(lam.device, dtype)
     return autograd.scaled_basis(basis_or_A, lam, gam)
 
 
@@ -74,7 +57,7 @@ def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float =
     The result has the dtype of lam; sums are in float32 (float64 for float64). Neither A' nor a
     dense B is made. Source: PEFT's ``get_delta_weight``; paper equation 3.
     """
-    _check_diagonals(basis, lam, gam)
+    _check_types(basis, lam=lam, gam=gam)
     return autograd.delta_weight(
         lam,
         gam,
@@ -106,7 +89,7 @@ def merged_weight(
     Raises:
         ValueError, TypeError, RuntimeError: naming the argument.
     """
-    _check_diagonals(basis, lam, gam)
+    _check_types(basis, lam=lam, gam=gam)
     if tuple(weight.shape) != (basis.out_features, basis.in_features):
         raise ValueError(
             f"weight must be (out, in) = ({basis.out_features}, {basis.in_features}), "
@@ -146,20 +129,12 @@ def linear(
     Raises:
         ValueError, TypeError: naming the argument. RuntimeError: from the operator's own checks.
     """
-    _check_diagonals(basis, lam, gam)
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor (..., in_features), got {type(x)}")
-    if type(x) not in _PLAIN:
-        refuse_dtensor("x", x)
-    if not x.is_floating_point():
-        raise TypeError(f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    _check_types(basis, x=x, lam=lam, gam=gam)
     if x.dim() == 0 or x.shape[-1] != basis.in_features:
         raise ValueError(
             f"x must be (..., in_features) with in_features = {basis.in_features}, "
             f"got {tuple(x.shape)}"
         )
-    if x.device != lam.device:
-        raise ValueError(f"x is on {x.device} but lam on {lam.device}; they must be together")
     kind = x.device.type
     if kind not in ("cpu", "cuda", "meta"):
         raise ValueError(f"x is on {x.device}; there are kernels for cpu and cuda only")
