@@ -1,4 +1,4 @@
-"""Tensor parallelism on torch.distributed: styles for `parallelize_module` (docs/distributed.md).
+"""Tensor parallelism: styles for torch's `parallelize_module` (docs/distributed.md).
 
 DDP, FSDP2 and distributed checkpoints need nothing from here: lambda and gamma are ordinary
 parameters, and bases are neither parameters nor buffers.

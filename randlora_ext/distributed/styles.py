@@ -1,4 +1,4 @@
-"""Parallel styles of `RandLoraLinear`, as torch has them of nn.Linear."""
+"""Parallel styles for `RandLoraLinear`, like torch's for nn.Linear."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -23,9 +23,9 @@ from .layer import TensorParallelRandLoraLinear
 
 
 class _RandLoraStyle(ParallelStyle):
-    cut_outputs: bool
-    input_layout: Placement  # in which forward needs x, and by default gets it
-    output_layout: Placement  # in which y leaves by default
+    shards_outputs: bool
+    input_layout: Placement  # that forward needs; also the default layout of incoming x
+    output_layout: Placement  # the default layout of y
 
     def __init__(
         self,
@@ -40,55 +40,62 @@ class _RandLoraStyle(ParallelStyle):
         self.use_local_output = use_local_output
 
     def _apply(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
-        self._check(module, device_mesh)
+        self._check_module(module, device_mesh)
         base = module.base_layer
-        for name, whole, placement in self._parts(base):
-            cut = distribute_tensor(
-                whole.detach(), device_mesh, [placement], src_data_rank=self.src_data_rank
+        for name, parameter, placement in self._parameters_and_placements(base):
+            sharded = distribute_tensor(
+                parameter.detach(), device_mesh, [placement], src_data_rank=self.src_data_rank
             )
-            setattr(base, name, nn.Parameter(cut, requires_grad=whole.requires_grad))
-        return self._take(module, device_mesh, self.src_data_rank)
+            setattr(base, name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
+        return self._convert(module, device_mesh, self.src_data_rank)
 
     def from_shard(
         self, shard: nn.Linear, device_mesh: DeviceMesh, **layer_options
     ) -> TensorParallelRandLoraLinear:
-        """An adapted layer over this rank's part of a linear layer, without communication.
+        """Makes an adapted layer from this rank's part of a linear layer, without communication.
+
+        The layer shares the shard's memory; the shard itself stays as it is.
 
         Args:
             shard: an nn.Linear that holds this rank's rows of the weight and of the bias
                 (`RandLoraColwise`), or its columns of the weight and the whole bias
-                (`RandLoraRowwise`). Parts are equally large and lie in the order of ranks.
-            device_mesh: of one dimension.
-            layer_options: of `RandLoraLinear`.
+                (`RandLoraRowwise`). Shards are of equal size and in the order of ranks.
+            device_mesh: a mesh of one dimension.
+            layer_options: options of `RandLoraLinear`.
 
-        The shard's memory is shared, not copied, and the shard itself left as it is. Raises as the
-        style does, and as RandLoraLinear.
+        Returns:
+            The sharded layer.
+
+        Raises:
+            TypeError, ValueError: as the style and `RandLoraLinear` raise them.
         """
         if type(shard) is not nn.Linear:
             raise TypeError(f"shard must be an nn.Linear, got {type(shard).__name__}")
         _check_mesh(device_mesh)
         inputs, outputs, ranks = shard.in_features, shard.out_features, device_mesh.size()
-        sizes = (inputs, outputs * ranks) if self.cut_outputs else (inputs * ranks, outputs)
+        sizes = (inputs, outputs * ranks) if self.shards_outputs else (inputs * ranks, outputs)
         base = nn.Linear(*sizes, bias=shard.bias is not None, device="meta")
-        for name, local, placement in self._parts(shard):
+        for name, local, placement in self._parameters_and_placements(shard):
             whole = DTensor.from_local(local.detach(), device_mesh, [placement], run_check=False)
             setattr(base, name, nn.Parameter(whole))
         layer = RandLoraLinear(base, **layer_options)
-        return self._take(layer.train(shard.training), device_mesh, None)  # equal on all ranks
+        return self._convert(layer.train(shard.training), device_mesh, None)  # equal on all ranks
 
-    def _parts(self, linear: nn.Linear) -> Iterator[tuple[str, Tensor, Placement]]:
-        yield "weight", linear.weight, Shard(0) if self.cut_outputs else Shard(1)
+    def _parameters_and_placements(
+        self, linear: nn.Linear
+    ) -> Iterator[tuple[str, Tensor, Placement]]:
+        yield "weight", linear.weight, Shard(0) if self.shards_outputs else Shard(1)
         if linear.bias is not None:
-            yield "bias", linear.bias, Shard(0) if self.cut_outputs else Replicate()
+            yield "bias", linear.bias, Shard(0) if self.shards_outputs else Replicate()
 
-    def _take(
+    def _convert(
         self, layer: Any, device_mesh: DeviceMesh, src_data_rank: int | None
     ) -> TensorParallelRandLoraLinear:
         layer.__class__ = TensorParallelRandLoraLinear
-        layer.device_mesh, layer.cut_outputs = device_mesh, self.cut_outputs
+        layer.device_mesh, layer.shards_outputs = device_mesh, self.shards_outputs
         layer.src_data_rank = src_data_rank
         for name in list(layer.bases):
-            layer._cut_adapter(name)
+            layer._shard_adapter(name)
         return distribute_module(
             layer,
             device_mesh,
@@ -96,7 +103,7 @@ class _RandLoraStyle(ParallelStyle):
             output_fn=partial(_prepare_output, self.output_layouts, self.use_local_output),
         )
 
-    def _check(self, module: nn.Module, device_mesh: DeviceMesh) -> None:
+    def _check_module(self, module: nn.Module, device_mesh: DeviceMesh) -> None:
         style = type(self).__name__
         _check_mesh(device_mesh)
         if type(module) is not RandLoraLinear:
@@ -115,7 +122,7 @@ class _RandLoraStyle(ParallelStyle):
             raise ValueError(
                 f"{style}: adapters {module.merged_adapters} are merged; unmerge() first"
             )
-        name = "out_features" if self.cut_outputs else "in_features"
+        name = "out_features" if self.shards_outputs else "in_features"
         if (size := getattr(module, name)) % device_mesh.size():
             raise ValueError(
                 f"{style}: {name} must be divisible by the {device_mesh.size()} ranks of the mesh, "
@@ -124,45 +131,44 @@ class _RandLoraStyle(ParallelStyle):
 
 
 class RandLoraColwise(_RandLoraStyle):
-    """Cuts a `RandLoraLinear` by outputs: W and its bias Shard(0), x whole, y Shard(-1).
+    """Shards a `RandLoraLinear` by outputs: W and its bias Shard(0), x whole, y Shard(-1).
 
-    As ``torch.distributed.tensor.parallel.ColwiseParallel``, whose arguments these are, but for a
-    layer with adapters. Forward communicates nothing, but what ``input_layouts`` asks for. Backward
-    has one all-reduce for dx, which a frozen layer has too, and one for lambda's and gamma's.
+    Like ``torch.distributed.tensor.parallel.ColwiseParallel``, with the same arguments, for a layer
+    with adapters. Forward communicates only if ``input_layouts`` needs it. Backward has one
+    all-reduce for dx, which a frozen layer has too, and one for lambda and gamma.
 
     Args:
-        input_layouts: how x arrives; Shard(1) (sequence parallel) is gathered.
-        output_layouts: how y is to leave.
-        use_local_output: y as a plain tensor, or as a DTensor.
+        input_layouts: placement of incoming x; Shard(1) (sequence parallel) is gathered.
+        output_layouts: placement of y.
+        use_local_output: return y as a plain tensor instead of a DTensor.
 
     Raises:
-        TypeError: on another module than RandLoraLinear over an nn.Linear without hooks.
-        ValueError: where out_features is not divisible by the number of ranks, an adapter is
-            merged, or the mesh has more than one dimension. Nothing has changed then.
+        TypeError: the module is not a RandLoraLinear over an nn.Linear without hooks.
+        ValueError: out_features is not divisible by the number of ranks, an adapter is merged, or
+            the mesh has more than one dimension. After an error nothing has changed.
     """
 
-    cut_outputs, input_layout, output_layout = True, Replicate(), Shard(-1)
+    shards_outputs, input_layout, output_layout = True, Replicate(), Shard(-1)
 
 
 class RandLoraRowwise(_RandLoraStyle):
-    """Cuts a `RandLoraLinear` by inputs: W Shard(1), bias whole, x Shard(-1), y summed.
+    """Shards a `RandLoraLinear` by inputs: W Shard(1), bias whole, x Shard(-1), y summed.
 
-    As ``torch.distributed.tensor.parallel.RowwiseParallel``, whose arguments these are, but for a
-    layer with adapters. The base layer's and the adapter's part of y are summed over ranks
-    together, by the one all-reduce (or, for ``output_layouts=Shard(1)``, reduce-scatter) that a
-    frozen layer has too; backward has one all-reduce for lambda's gradient, and gamma's where d is
-    not cut.
+    Like ``torch.distributed.tensor.parallel.RowwiseParallel``, with the same arguments, for a layer
+    with adapters. The base layer's and the adapter's parts of y are summed together, by the one
+    all-reduce (reduce-scatter if ``output_layouts=Shard(1)``) that a frozen layer has too. Backward
+    has one all-reduce for lambda's gradient, and for gamma's if the d side is not sharded.
 
     Args:
-        input_layouts: how x arrives.
-        output_layouts: how y is to leave.
-        use_local_output: y as a plain tensor, or as a DTensor.
+        input_layouts: placement of incoming x.
+        output_layouts: placement of y.
+        use_local_output: return y as a plain tensor instead of a DTensor.
 
     Raises:
         TypeError, ValueError: as `RandLoraColwise`, for in_features.
     """
 
-    cut_outputs, input_layout, output_layout = False, Shard(-1), Replicate()
+    shards_outputs, input_layout, output_layout = False, Shard(-1), Replicate()
 
 
 def _check_mesh(device_mesh: DeviceMesh) -> None:
@@ -172,20 +178,21 @@ def _check_mesh(device_mesh: DeviceMesh) -> None:
         )
 
 
-def _prepare_input(arrives: Placement, wanted: Placement, module, inputs, device_mesh) -> DTensor:
+def _prepare_input(given: Placement, needed: Placement, module, inputs, device_mesh) -> DTensor:
     x = inputs[0]
     if not isinstance(x, DTensor):
-        x = DTensor.from_local(x, device_mesh, [arrives], run_check=False)
-    return _placed(x, wanted)
+        x = DTensor.from_local(x, device_mesh, [given], run_check=False)
+    return _redistributed(x, needed)
 
 
-def _placed(t: DTensor, placement: Placement) -> DTensor:
-    # Not where it lies so already: backward would reduce a gradient that others may still add to.
+def _redistributed(t: DTensor, placement: Placement) -> DTensor:
+    # If t has the placement already, leave it: redistributing would reduce its gradient before
+    # other users of t have added to it.
     if isinstance(placement, Shard) and placement.dim < 0:
         placement = Shard(placement.dim + t.ndim)
     return t if t.placements == (placement,) else t.redistribute(placements=[placement])
 
 
-def _prepare_output(leaves: Placement, local: bool, module, y: DTensor, device_mesh) -> Tensor:
-    y = _placed(y, leaves)
+def _prepare_output(layout: Placement, local: bool, module, y: DTensor, device_mesh) -> Tensor:
+    y = _redistributed(y, layout)
     return y.to_local() if local else y
