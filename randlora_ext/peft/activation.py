@@ -9,8 +9,7 @@ from torch import nn
 from . import peft_model_patch
 from .bases import BASIS_NAMES, PackedBufferDict
 from .config import RandLoraConfig
-from .layer import STOCK_QUANTIZED
-from .model import AcceleratedRandLoraModel, accelerate_layer
+from .model import STOCK_QUANTIZED, AcceleratedRandLoraModel, accelerate_layer
 
 _stock: tuple[type, type] | None = None
 

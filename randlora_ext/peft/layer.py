@@ -20,7 +20,6 @@ from ..ops.dtensor import full_tensor, laid_out_like
 from ..ops.path import explain
 from .bases import PackedBufferDict, layer_basis
 
-STOCK_QUANTIZED = "peft.tuners.randlora.bnb"  # imports bitsandbytes
 _REPR_TOKENS = 512  # for which a printed layer tells its path
 
 _Layer: Any = object  # PEFT's layer class, before which this is mixed in
@@ -227,17 +226,6 @@ class AcceleratedLayer(_Layer):
 
 class AcceleratedLinear(AcceleratedLayer, Linear):
     """`peft.tuners.randlora.layer.Linear` on the compiled kernels: nn.Linear and Conv1D."""
-
-
-def accelerated_class(stock: type) -> type | None:
-    """The accelerated class of a RandLoRA layer class of PEFT; None for another class."""
-    if stock is Linear:
-        return AcceleratedLinear
-    if stock.__module__ == STOCK_QUANTIZED:
-        from . import quantized  # imports bitsandbytes, as stock has already
-
-        return quantized.accelerated_class(stock)
-    return None
 
 
 def add_adapter(

@@ -16,9 +16,11 @@ from ..nn.state_dict import misfit, refuse, refuse_misfit
 from .adapter_basis import AdapterBasis
 from .bases import BASIS_NAMES, PackedBufferDict
 from .config import set_basis
-from .layer import AcceleratedLayer, accelerated_class, add_adapter
+from .layer import AcceleratedLayer, AcceleratedLinear, add_adapter
 from .mixed_batch import adapter_per_row
 from .ternary_tensor import TernaryTensor
+
+STOCK_QUANTIZED = "peft.tuners.randlora.bnb"  # imports bitsandbytes
 
 
 class AcceleratedRandLoraModel(RandLoraModel):
@@ -202,8 +204,13 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
 
 def accelerate_layer(layer: nn.Module) -> nn.Module:
-    """Gives a RandLoRA layer of PEFT its accelerated class, in place."""
-    accelerated = accelerated_class(type(layer))
+    """Gives a RandLoRA layer of PEFT its accelerated class, in place; others stay as they are."""
+    stock = type(layer)
+    accelerated: type | None = AcceleratedLinear if stock is Linear else None
+    if stock.__module__ == STOCK_QUANTIZED:
+        from . import quantized  # imports bitsandbytes, as stock has already
+
+        accelerated = quantized.accelerated_class(stock)
     if accelerated is not None:
         layer.__class__ = accelerated
         force_module_call(layer)

@@ -88,15 +88,7 @@ def test_16_bit_adapters_err_at_most_twice_as_much_as_stock(shape, dtype):
 
 @sixteen_bits
 def test_fp32_adapters_err_at_most_twice_as_much_as_stock(shape, dtype):
-    # PEFT then computes in fp32. So do our CPU kernels; the CUDA kernels do not, see the next test.
     mine, stock = errors_in_16_bits(shape, dtype, autocast_adapter=True)
-    assert all(m <= 2 * s for m, s in zip(mine, stock, strict=True)), (mine, stock)
-
-
-@sixteen_bits
-def test_fp32_adapters_err_at_most_twice_as_much_as_stock_in_16_bits(shape, dtype):
-    mine, _ = errors_in_16_bits(shape, dtype, autocast_adapter=True)
-    _, stock = errors_in_16_bits(shape, dtype, autocast_adapter=False)
     assert all(m <= 2 * s for m, s in zip(mine, stock, strict=True)), (mine, stock)
 
 
@@ -147,32 +139,3 @@ def test_autocast_and_dtype_of_the_result():
     for model in (ours, stock):
         with pytest.raises(RuntimeError):
             model(x.double())
-
-
-def test_a_small_llama_trains_as_with_stock():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50}
-    base = LlamaForCausalLM(LlamaConfig(**shape, **heads))
-    targets = ("q_proj", "v_proj", "down_proj")
-    options = {"sparse": True, "task_type": "CAUSAL_LM", "randlora_alpha": 40}
-    stock, ours = pair(base, lambda: config(8, targets=targets, **options))
-    tokens = torch.randint(0, 50, (3, 12))
-    losses = []
-    for model in (stock, ours):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        losses.append([])
-        for _ in range(4):
-            loss = model(input_ids=tokens, labels=tokens).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[-1].append(loss.item())
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    assert losses[1][-1] < losses[1][0]
-    with torch.inference_mode():
-        answer = ours.generate(input_ids=tokens[:, :4], max_new_tokens=3, do_sample=False)
-    assert answer.shape == (3, 7)
-    ours(input_ids=tokens, labels=tokens).loss.backward()

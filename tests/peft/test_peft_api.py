@@ -20,7 +20,6 @@ from peft_helpers import (
     randomize,
     relative,
     run,
-    runs_on_kernels,
 )
 from safetensors.torch import load_file
 from torch import nn
@@ -192,17 +191,6 @@ def test_a_file_with_copies_under_every_layer(tmp_path, monkeypatch, low_cpu_mem
     x = torch.randn(6, 24)
     assert relative(model(x), stock(x)) < 1e-6
     assert len(packed) == 4  # drawn from the key, and read: not once a layer
-
-
-def test_low_cpu_mem_usage():
-    accelerated.enable()
-    model = peft.get_peft_model(Deep(), deep_config(5, sparse=True), low_cpu_mem_usage=True)
-    assert layers(model)[0].randlora_lambda["default"].device.type == "meta"
-    full = randomize(peft.get_peft_model(Deep(), deep_config(5, sparse=True)))
-    state = peft.get_peft_model_state_dict(full)
-    peft.set_peft_model_state_dict(model, state, low_cpu_mem_usage=True)
-    x = torch.randn(6, 24)
-    assert runs_on_kernels(model) and torch.equal(model(x), full(x))
 
 
 @pytest.mark.parametrize("kind", [{"sparse": True}, {}], ids=["packed", "uniform"])

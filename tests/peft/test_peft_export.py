@@ -8,16 +8,17 @@ import torch
 from peft_helpers import (
     PEFT,
     Deep,
+    Headed,
     StockLinear,
     accelerated,
     deep_config,
     layers,
+    made,
     peft,
     randomize,
     relative,
 )
 from safetensors.torch import load_file
-from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 
@@ -29,12 +30,6 @@ KINDS = {
     "generated very_sparse": {"basis": "independent", "very_sparse": True},
     "uniform": {},
 }
-
-
-def made(**kind):
-    accelerated.enable()
-    chosen = deep_config(5, accelerated.RandLoraConfig, **kind)
-    return randomize(peft.get_peft_model(Deep(), chosen))
 
 
 def opened_by_stock(folder, base=Deep, silent=False, **options):
@@ -96,16 +91,6 @@ def test_the_model_stays_as_it_was_and_every_adapter_is_written(tmp_path):
         accelerated.enable()
 
 
-def test_bf16_model(tmp_path):
-    accelerated.enable()
-    chosen = deep_config(5, accelerated.RandLoraConfig, basis="independent", density=0.2)
-    model = randomize(peft.get_peft_model(Deep().bfloat16(), chosen))
-    accelerated.export_to_peft(model, tmp_path)
-    loaded = opened_by_stock(tmp_path, lambda: Deep().bfloat16())
-    x = torch.randn(6, 24).bfloat16()
-    assert relative(loaded(x), model(x)) < 0.01
-
-
 @pytest.mark.parametrize("density", [0.07, 0.2])
 def test_generated_bases_of_a_bf16_model_are_not_rounded(tmp_path, density):
     accelerated.enable()
@@ -123,14 +108,6 @@ def test_modules_to_save_and_biases_are_written(tmp_path):
     options = {"modules_to_save": ["head"], "bias": "all" if PEFT >= (0, 21) else "none"}
     # Before 0.21 PEFT saves no biases of RandLoRA.
     chosen = deep_config(5, accelerated.RandLoraConfig, density=0.3, **options)
-
-    class Headed(Deep):
-        def __init__(self):
-            super().__init__()
-            self.head = nn.Linear(40, 3)
-
-        def forward(self, x):
-            return self.head(super().forward(x))
 
     model = randomize(peft.get_peft_model(Headed(), chosen))
     with torch.no_grad():

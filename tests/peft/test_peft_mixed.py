@@ -2,8 +2,16 @@
 
 import pytest
 import torch
-from peft_helpers import SEQ_2_SEQ_LM, Deep, accelerated, config, deep_config, peft, randomize
-from torch import nn
+from peft_helpers import (
+    SEQ_2_SEQ_LM,
+    Deep,
+    Headed,
+    accelerated,
+    config,
+    deep_config,
+    peft,
+    randomize,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 
@@ -55,14 +63,6 @@ def test_adapters_of_other_layers_and_gradients():
 
 
 def test_modules_to_save_follow():
-    class Headed(Deep):
-        def __init__(self):
-            super().__init__()
-            self.head = nn.Linear(40, 3)
-
-        def forward(self, x):
-            return self.head(super().forward(x))
-
     accelerated.enable()
     options = {"sparse": True, "modules_to_save": ["head"]}
     model = peft.get_peft_model(Headed(), deep_config(5, **options))
