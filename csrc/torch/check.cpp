@@ -194,9 +194,6 @@ Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tenso
     RANDLORA_CHECK(t.scalar_type() == ScalarType::Int && t.dim() == 1 && t.size(0) == numbers,
                    "packed: the support tables must be an int32 tensor of ", numbers,
                    " numbers, got ", describe(t));
-    RANDLORA_CHECK(runs_on_cuda(lam),
-                   "packed holds support tables, which only the CUDA kernels use; lam is ",
-                   describe(lam));
     b.a_tables = t.const_data_ptr<int32_t>();
   }
   if (dense) {

@@ -15,8 +15,25 @@ from torch.utils._python_dispatch import _disable_current_modes
 class PackedTensors:
     """A list that can be referred to weakly: the cache forgets it with its last layer."""
 
-    def __init__(self, tensors: list[Tensor]) -> None:
+    def __init__(self, tensors: list[Tensor], device: torch.device) -> None:
         self.tensors = tensors
+        self._device = device if device.type == "cuda" else None
+        self._recorded: set[int] = set()
+
+    def on_current_stream(self) -> list[Tensor]:
+        """The tensors, whose memory is not reused before the current stream has read it.
+
+        torch's allocator knows only the stream that packed them. It must be told of any other
+        stream once: freed memory waits for all that recorded streams have enqueued by then.
+        """
+        if self._device is not None:
+            stream = torch.cuda.current_stream(self._device)
+            if stream.cuda_stream not in self._recorded:
+                with ordinary_tensors():
+                    for tensor in self.tensors:
+                        tensor.record_stream(stream)
+                self._recorded.add(stream.cuda_stream)
+        return self.tensors
 
 
 _cache: "weakref.WeakValueDictionary[tuple, PackedTensors]" = weakref.WeakValueDictionary()
@@ -41,7 +58,7 @@ def get_or_make(
         packed = _cache.get(key)
         if packed is None:
             with ordinary_tensors(), _complete_for_every_stream(device):
-                packed = _cache[key] = PackedTensors(make())
+                packed = _cache[key] = PackedTensors(make(), device)
         return packed
 
 

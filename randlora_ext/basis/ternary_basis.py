@@ -193,7 +193,7 @@ class TernaryBasis:
                 key = (*self._matrices_key(), on)
                 self._packed[on] = get_or_make(key, on, lambda: self._pack(on))
             held = self._packed[on]
-        return held.tensors
+        return held.on_current_stream()
 
     def dense_b(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """B (D, K) unscaled (-1, 0, +1), made once and shared like `packed`: for GEMMs on CUDA."""
@@ -204,7 +204,7 @@ class TernaryBasis:
         if key not in self._dense:
             matrices = (*self._matrices_key(), *key)
             self._dense[key] = get_or_make(matrices, key[0], lambda: [self._make_dense_b(*key)])
-        return self._dense[key].tensors[0]
+        return self._dense[key].on_current_stream()[0]
 
     # Dynamo calls this with constants while it traces (torch 2.11 takes no object as an argument)
     # and finds the tensors as an attribute, which makes them inputs of the graph. Constants of the

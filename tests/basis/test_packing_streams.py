@@ -32,6 +32,36 @@ def made(events):
     return [torch.zeros(1)]
 
 
+class Recorded:
+    """A tensor that tells which streams it was recorded for."""
+
+    def __init__(self):
+        self.streams = []
+
+    def record_stream(self, stream):
+        self.streams.append(stream)
+
+
+def test_memory_outlives_what_other_streams_enqueued(events, monkeypatch):
+    # Freed memory is reused at once on the stream that packed, unless others are recorded.
+    class Stream:
+        def __init__(self, handle):
+            self.cuda_stream = handle
+
+        def synchronize(self):
+            pass
+
+    packs, trains, serves = Stream(0), Stream(16), Stream(32)
+    current = [packs]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: current[0])
+    tensors = [Recorded(), Recorded()]
+    held = cache.get_or_make(("streams", 4), CARD, lambda: tensors)
+    for stream in (packs, trains, trains, serves, packs, trains):
+        current[0] = stream
+        assert held.on_current_stream() is tensors
+    assert [t.streams for t in tensors] == [[packs, trains, serves]] * 2  # once each
+
+
 def test_what_is_cached_is_complete(events):
     held = cache.get_or_make(("streams", 1), CARD, lambda: made(events))
     again = cache.get_or_make(("streams", 1), CARD, lambda: made(events))
@@ -48,5 +78,5 @@ def test_a_capture_fills_no_cache(events):
 
 
 def test_tensors_on_the_cpu_wait_for_nothing(events):
-    cache.get_or_make(("streams", 3), torch.device("cpu"), lambda: made(events))
-    assert events == ["made"]
+    held = cache.get_or_make(("streams", 3), torch.device("cpu"), lambda: made(events))
+    assert held.on_current_stream() is held.tensors and events == ["made"]
