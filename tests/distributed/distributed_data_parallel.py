@@ -5,7 +5,7 @@ import copy
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from distributed_ranks import Place, Wire, worlds
+from distributed_ranks import Place, RecordedCollectives, worlds
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -52,15 +52,15 @@ def adam(model):
     return torch.optim.Adam(trained(model), lr=1e-2)
 
 
-def train(model, optimizer, steps, take=lambda x: x):
+def train(model, optimizer, steps, select=lambda x: x):
     """The mean over the batch, so that averaging over ranks gives the same as one process."""
     for step in steps:
         optimizer.zero_grad()
-        model(take(batch(step))).square().mean().backward()
+        model(select(batch(step))).square().mean().backward()
         optimizer.step()
 
 
-def whole(t):
+def full_tensor(t):
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
@@ -68,7 +68,9 @@ def same_parameters(model, reference, **limits):
     pairs = zip(model.named_parameters(), reference.named_parameters(), strict=True)
     for (name, ours), (other, theirs) in pairs:
         assert name == other
-        torch.testing.assert_close(whole(ours), theirs, **limits or dict(rtol=1e-9, atol=1e-9))
+        torch.testing.assert_close(
+            full_tensor(ours), theirs, **limits or dict(rtol=1e-9, atol=1e-9)
+        )
 
 
 def bases(model):
@@ -77,12 +79,12 @@ def bases(model):
 
 @worlds(2)
 def check_ddp(place: Place):
-    """Gradients as of one process, and not a byte on the wire but parameters and gradients."""
+    """Gradients equal those of one process; only parameters and gradients are sent."""
     reference, model = make(), make()
     reference(batch(0)).square().mean().backward()
-    with Wire() as starts:
+    with RecordedCollectives() as starts:
         parallel = DistributedDataParallel(model)
-    with Wire() as step:
+    with RecordedCollectives() as step:
         parallel(share(place, batch(0))).square().mean().backward()
     for ours, theirs in zip(trained(model), trained(reference), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-11, atol=1e-11)
@@ -110,20 +112,22 @@ def check_bases_are_not_state(place: Place):
 
 
 @worlds(2)
-def check_fsdp_wire(place: Place):
-    """What is gathered is the parameters of a layer, what is reduced lambda's and gamma's."""
+def check_fsdp_communication(place: Place):
+    """FSDP gathers the parameters of a layer and reduces the gradients of lambda and gamma."""
     model = sharded()
     x = share(place, batch(0))
-    with Wire() as wire:
+    with RecordedCollectives() as collectives:
         model(x).square().mean().backward()
     layers = [sum(p.numel() * p.itemsize for p in layer.parameters()) for layer in make()]
     gradients = [sum(p.numel() * p.itemsize for p in trained(layer)) for layer in make()]
-    gathered = [size for name, size in wire.sent if "allgather" in name]
-    reduced = [size for name, size in wire.sent if "reduce_scatter" in name]
+    gathered = [size for name, size in collectives.sent if "allgather" in name]
+    reduced = [size for name, size in collectives.sent if "reduce_scatter" in name]
     # Parts are padded to equal numbers of rows: n = 5 in two parts is 3 and 3, for r as well.
     assert sorted(set(gathered)) == sorted({padded(layer, False) for layer in make()[::2]})
     assert sorted(reduced) == sorted(padded(layer, True) for layer in make()[::2])
-    assert len(wire.sent) == len(gathered) + len(reduced) and len(gathered) <= 2 * len(layers)
+    assert len(collectives.sent) == len(gathered) + len(reduced) and len(gathered) <= 2 * len(
+        layers
+    )
     assert sum(reduced) < 1.3 * sum(gradients)
 
 
@@ -155,7 +159,7 @@ def check_fsdp_16_bit(place: Place):
         model(share(place, x)).float().square().mean().backward()
         for ours, theirs in zip(trained(model), trained(reference), strict=True):
             assert ours.dtype == ours.grad.dtype == torch.float32
-            gradient = whole(ours.grad)
+            gradient = full_tensor(ours.grad)
             assert (gradient - theirs.grad.float()).norm() < 0.02 * theirs.grad.float().norm()
 
 
@@ -217,33 +221,33 @@ def check_fsdp_outside_forward(place: Place):
     factors = (each.get_scaled_bases("default") for each in (layer, plain))
     for ours, theirs in zip(*factors, strict=True):
         torch.testing.assert_close(ours, theirs)
-    before = whole(layer.base_layer.weight).clone()
+    before = full_tensor(layer.base_layer.weight).clone()
     layer.merge(safe_merge=True)
     plain.merge()
     assert isinstance(layer.base_layer.weight, DTensor)
-    torch.testing.assert_close(whole(layer.base_layer.weight), plain.base_layer.weight)
+    torch.testing.assert_close(full_tensor(layer.base_layer.weight), plain.base_layer.weight)
     torch.testing.assert_close(model(batch(0)), reference(batch(0)))
     layer.unmerge()
-    torch.testing.assert_close(whole(layer.base_layer.weight), before)
+    torch.testing.assert_close(full_tensor(layer.base_layer.weight), before)
     # An infinity in one rank's part of the weight stops the merge on every rank.
     if place.rank == 1:
         with torch.no_grad():
             layer.base_layer.weight.to_local()[0, 0] = float("inf")
-    before = whole(layer.base_layer.weight).clone()
+    before = full_tensor(layer.base_layer.weight).clone()
     try:
         layer.merge(safe_merge=True)
     except ValueError as error:
         assert "NaN or inf" in str(error)
     else:
         raise AssertionError("merged an infinity")
-    assert not layer.merged and torch.equal(whole(layer.base_layer.weight), before)
+    assert not layer.merged and torch.equal(full_tensor(layer.base_layer.weight), before)
 
 
 @worlds(2)
 def check_functions_refuse_dtensors(place: Place):
     model = sharded()
     basis, (lam, gam) = model[0].bases["default"], trained(model[0])
-    for arguments in ((lam, gam), (whole(lam), gam)):
+    for arguments in ((lam, gam), (full_tensor(lam), gam)):
         try:
             delta_weight(basis, *arguments)
         except TypeError as error:

@@ -4,8 +4,8 @@ import copy
 import pickle
 
 import torch
-from distributed_ranks import Place, Wire, worlds
-from distributed_tensor_parallel import EXACT, STYLES, T, diagonals, layer, whole
+from distributed_ranks import Place, RecordedCollectives, worlds
+from distributed_tensor_parallel import EXACT, STYLES, T, diagonals, full_tensor, layer
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import PrepareModuleInput, parallelize_module
@@ -22,7 +22,7 @@ def ends(style):
     return style(input_layouts=Replicate(), output_layouts=Replicate())
 
 
-def cut(plain, mesh, style):
+def shard(plain, mesh, style):
     return parallelize_module(copy.deepcopy(plain), mesh, ends(style))
 
 
@@ -44,7 +44,7 @@ def check_adapters(place: Place):
     """A second adapter added after sharding, both at once, none, and switching."""
     for style in STYLES:
         plain = layer(36, 52)
-        sharded = cut(plain, place.mesh(), style)
+        sharded = shard(plain, place.mesh(), style)
         for each in (plain, sharded):
             torch.manual_seed(5)
             each.update_layer("two", r=4, randlora_alpha=8, density=1 / 16)
@@ -65,7 +65,7 @@ def check_adapters(place: Place):
         for each in (plain, sharded):
             each(x).sum().backward()
         for ours, theirs in zip(diagonals(sharded), diagonals(plain), strict=True):
-            torch.testing.assert_close(whole(ours.grad), theirs.grad, **EXACT)
+            torch.testing.assert_close(full_tensor(ours.grad), theirs.grad, **EXACT)
         sharded.disable(), plain.disable()
         torch.testing.assert_close(sharded(x), plain(x), **EXACT)
 
@@ -75,13 +75,15 @@ def check_merging(place: Place):
     for style in STYLES:
         for sizes in ((36, 52), (52, 36)):
             plain = layer(*sizes)
-            sharded, x = cut(plain, place.mesh(), style), inputs(plain)
+            sharded, x = shard(plain, place.mesh(), style), inputs(plain)
             delta = sharded.get_delta_weight("default")
-            torch.testing.assert_close(whole(delta), plain.get_delta_weight("default"), **EXACT)
+            torch.testing.assert_close(
+                full_tensor(delta), plain.get_delta_weight("default"), **EXACT
+            )
             want = plain(x)
-            with Wire() as wire:
+            with RecordedCollectives() as collectives:
                 sharded.merge()
-            assert wire.sizes == []
+            assert collectives.sizes == []
             torch.testing.assert_close(sharded(x), want, **EXACT)
             sharded.unmerge()
             sharded.merge(safe_merge=True, keep_original=True)
@@ -100,7 +102,7 @@ def check_dropout_and_trained_bases(place: Place):
     """Dropout keeps its mean; a base layer that trains along gets its gradients."""
     for style in STYLES:
         plain = layer(36, 52, randlora_dropout=0.5)
-        sharded = cut(plain, place.mesh(), style)
+        sharded = shard(plain, place.mesh(), style)
         x = torch.ones(4000, 36, dtype=torch.float64)
         difference = sharded(x).mean(0) - plain.eval()(x).mean(0)
         spread = plain(x).mean(0).abs().max()
@@ -108,27 +110,27 @@ def check_dropout_and_trained_bases(place: Place):
         torch.testing.assert_close(sharded.eval()(x[:3]), plain(x[:3]), **EXACT)
 
         plain = layer(36, 52)
-        sharded, x = cut(plain, place.mesh(), style), inputs(plain)
+        sharded, x = shard(plain, place.mesh(), style), inputs(plain)
         for each in (plain, sharded):
             each.base_layer.requires_grad_(True)
             each(x).square().sum().backward()
         pairs = zip(sharded.parameters(), plain.parameters(), strict=True)
         for ours, theirs in pairs:
-            torch.testing.assert_close(whole(ours.grad), theirs.grad, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(full_tensor(ours.grad), theirs.grad, rtol=1e-9, atol=1e-9)
 
 
 @worlds(2)
 def check_16_bit(place: Place):
     for style in STYLES:
         plain = layer(36, 52, dtype=torch.bfloat16)
-        sharded, x = cut(plain, place.mesh(), style), inputs(plain, torch.bfloat16)
+        sharded, x = shard(plain, place.mesh(), style), inputs(plain, torch.bfloat16)
         y, want = sharded(x), plain(x)
         assert y.dtype == torch.bfloat16
         assert (y - want).float().norm() < 0.01 * want.float().norm()
         y.sum().backward(), want.sum().backward()
         for ours, theirs in zip(diagonals(sharded), diagonals(plain), strict=True):
             assert ours.grad.dtype == torch.float32
-            torch.testing.assert_close(whole(ours.grad), theirs.grad, rtol=1e-2, atol=1e-1)
+            torch.testing.assert_close(full_tensor(ours.grad), theirs.grad, rtol=1e-2, atol=1e-1)
 
 
 @worlds(2, 4)
@@ -145,11 +147,11 @@ def check_from_shard(place: Place):
         shard.weight.data = weight.clone()
         bias = plain.base_layer.bias.detach()
         shard.bias.data = bias.chunk(place.world)[place.rank] if rows != len(weight) else bias
-        with Wire() as wire:
+        with RecordedCollectives() as collectives:
             sharded = ends(style).from_shard(
                 shard, mesh, r=5, randlora_alpha=10, density=1 / 3, projection_prng_key=9
             )
-        assert wire.sizes == []
+        assert collectives.sizes == []
         assert sharded.base_layer.weight.to_local().data_ptr() == shard.weight.data_ptr()
         assert (sharded.in_features, sharded.out_features) == (36, 52)
         x = inputs(plain)
@@ -164,7 +166,7 @@ def check_from_shard(place: Place):
 
 @worlds(4)
 def check_refusals(place: Place):
-    """What cannot be cut raises before anything has changed."""
+    """What cannot be sharded raises before anything has changed."""
     mesh = place.mesh()
     for style, sizes in ((RandLoraColwise, (36, 54)), (RandLoraRowwise, (54, 36))):
         plain = layer(*sizes)
@@ -229,16 +231,17 @@ def check_a_shared_input(place: Place):
     for model in (plain, sharded):
         x = whole_x.clone().requires_grad_()
         loss = model(x)
-        with Wire() as wire:
+        with RecordedCollectives() as collectives:
             loss.backward()
         gradients.append(x.grad)
     torch.testing.assert_close(*gradients, **EXACT)
-    assert len(wire.sizes) == 3 and wire.sizes.count(8 * T * 36) == 1  # and lambda, gamma of each
+    # One for dx, and one for lambda and gamma of each layer.
+    assert len(collectives.sizes) == 3 and collectives.sizes.count(8 * T * 36) == 1
 
 
 @worlds(2)
 def check_copies_and_repr(place: Place):
-    sharded = cut(layer(36, 52), place.mesh(), RandLoraColwise)
+    sharded = shard(layer(36, 52), place.mesh(), RandLoraColwise)
     twin, x = copy.deepcopy(sharded), torch.randn(T, 36, dtype=torch.float64)
     assert type(twin) is TensorParallelRandLoraLinear
     assert torch.equal(twin(x), sharded(x))

@@ -3,7 +3,7 @@
 import peft
 import torch
 from distributed_data_parallel import SIZES, adam, batch, same_parameters, share, train, trained
-from distributed_ranks import Place, Wire, worlds
+from distributed_ranks import Place, RecordedCollectives, worlds
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -34,13 +34,13 @@ def check_ddp_sends_stock_bases_and_not_ours(place: Place):
         parallel = DistributedDataParallel(model)
         for _ in range(2):  # DDP arranges its buckets anew after the first step
             parallel(x).sum().backward()
-        with Wire() as wire:
+        with RecordedCollectives() as collectives:
             parallel(x).sum().backward()
         # A and B, for the widest input beside the widest output.
         bases = 0 if ours else 4 * (5 * max(SIZES) + max(SIZES) * max(SIZES))
-        assert sum(size for name, size in wire.sent if "broadcast" in name) == bases
+        assert sum(size for name, size in collectives.sent if "broadcast" in name) == bases
         gradients = sum(p.numel() * p.itemsize for p in trained(model))
-        assert sum(size for name, size in wire.sent if "reduce" in name) == gradients
+        assert sum(size for name, size in collectives.sent if "reduce" in name) == gradients
 
 
 @worlds(2)

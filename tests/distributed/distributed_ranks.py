@@ -3,7 +3,7 @@
     python tests/distributed/distributed_ranks.py RANK WORLD FOLDER      one rank; started by `run`
 
 A check is a function ``check_NAME(place)`` of one of `MODULES`; its ``WORLDS`` says for which
-numbers of processes. After each check the ranks compare notes, and stop where some failed
+numbers of processes. After each check the ranks compare their results, and stop if some failed
 and some did not.
 """
 
@@ -43,8 +43,8 @@ class Place:
         return init_device_mesh("cpu", sizes or (self.world,), mesh_dim_names=names)
 
 
-class Wire(TorchDispatchMode):
-    """Bytes of every collective inside the context, as (operator, those of its largest tensor)."""
+class RecordedCollectives(TorchDispatchMode):
+    """Records every collective inside the context as (operator, bytes of its largest tensor)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def worlds(*sizes: int):
 
 
 def run(world: int, folder: Path) -> dict[str, str]:
-    """What became of each check: "ok", or a report of what every failing rank said."""
+    """The result of each check: "ok", or what every failing rank reported."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     outputs = [folder / f"{world}-{rank}.txt" for rank in range(world)]
     processes = []

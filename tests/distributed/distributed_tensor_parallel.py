@@ -6,7 +6,7 @@ import os
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from distributed_ranks import Place, Wire, worlds
+from distributed_ranks import Place, RecordedCollectives, worlds
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,7 +22,7 @@ from randlora_ext.reference import linear_reference
 
 STYLES = (RandLoraColwise, RandLoraRowwise)
 # in, out, r, density: odd multiples of 4, overhanging last bases, both packed formats, slices whose
-# D is below their d, and a cut side that ends as large as the other.
+# D is below their d, and a sharded side that ends as large as the other.
 SHAPES = (
     (36, 52, 5, 1 / 3),
     (52, 36, 5, 1 / 16),
@@ -45,7 +45,7 @@ def layer(n_in, n_out, r=5, density=1 / 3, seed=0, dtype=torch.float64, **option
     return made
 
 
-def whole(t):
+def full_tensor(t):
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
@@ -64,9 +64,9 @@ def check_parity(place: Place):
 
 
 def same_as_plain(mesh, style, plain, path):
-    cut = copy.deepcopy(plain)
+    sharded = copy.deepcopy(plain)
     os.environ["RANDLORA_PATH"] = path
-    parallelize_module(cut, mesh, style(input_layouts=Replicate(), output_layouts=Replicate()))
+    parallelize_module(sharded, mesh, style(input_layouts=Replicate(), output_layouts=Replicate()))
     x = torch.randn(2, T // 2, plain.in_features, dtype=torch.float64)
     dy = torch.randn(2, T // 2, plain.out_features, dtype=torch.float64)
     leaves = [t.detach().clone().requires_grad_() for t in (x, *diagonals(plain))]
@@ -74,52 +74,52 @@ def same_as_plain(mesh, style, plain, path):
     base = plain.base_layer
     want = linear_reference(leaves[0], base.weight, base.bias, A, B, *leaves[1:], 2.0)
     x.requires_grad_()
-    got = cut(x)
+    got = sharded(x)
     del os.environ["RANDLORA_PATH"]
     torch.testing.assert_close(got, want, **EXACT)
     want.backward(dy)
     got.backward(dy)
-    for ours, reference in zip((x, *diagonals(cut)), leaves, strict=True):
-        torch.testing.assert_close(whole(ours.grad), reference.grad, **EXACT)
-    assert all(p.grad.placements == p.placements for p in diagonals(cut))
+    for ours, reference in zip((x, *diagonals(sharded)), leaves, strict=True):
+        torch.testing.assert_close(full_tensor(ours.grad), reference.grad, **EXACT)
+    assert all(p.grad.placements == p.placements for p in diagonals(sharded))
 
 
 @worlds(2, 4)
 def check_what_a_rank_holds(place: Place):
-    """A share of the cut side's basis and of gamma, of the size that the sharding table says."""
+    """Each rank holds the shares of the basis and of gamma that the sharding table gives."""
     mesh, world = place.mesh(), place.world
     for style in STYLES:
         for n_in, n_out in ((36, 52), (52, 36)):
             plain = layer(n_in, n_out)
-            cut = parallelize_module(copy.deepcopy(plain), mesh, style())
-            whole_basis, basis = plain.bases["default"], cut.bases["default"]
-            lam, gam = diagonals(cut)
+            sharded = parallelize_module(copy.deepcopy(plain), mesh, style())
+            whole_basis, basis = plain.bases["default"], sharded.bases["default"]
+            lam, gam = diagonals(sharded)
             A, B = basis.dense()
-            d_is_cut = (style is RandLoraRowwise) == whole_basis.expand
-            assert A.shape == (whole_basis.r, whole_basis.d // (world if d_is_cut else 1))
-            assert B.shape == (whole_basis.D // (1 if d_is_cut else world), whole_basis.K)
+            shards_d = (style is RandLoraRowwise) == whole_basis.expand
+            assert A.shape == (whole_basis.r, whole_basis.d // (world if shards_d else 1))
+            assert B.shape == (whole_basis.D // (1 if shards_d else world), whole_basis.K)
             assert lam.placements == (Replicate(),)
-            assert gam.placements == ((Shard(1) if d_is_cut else Replicate()),)
+            assert gam.placements == ((Shard(1) if shards_d else Replicate()),)
             assert tuple(gam.shape) == (whole_basis.n, whole_basis.d)
-            assert cut.base_layer.weight.to_local().numel() == n_in * n_out // world
+            assert sharded.base_layer.weight.to_local().numel() == n_in * n_out // world
 
 
 @worlds(2, 4)
-def check_what_goes_over_the_wire(place: Place):
+def check_communication(place: Place):
     """One reduction of lambda's and gamma's gradients beside what the frozen layer sends anyway."""
     mesh, bytes_of = place.mesh(), 8
     for style in STYLES:
         for n_in, n_out in ((36, 52), (52, 36)):
             plain = layer(n_in, n_out)
             basis = plain.bases["default"]
-            cut = parallelize_module(plain, mesh, style(), src_data_rank=None)
+            sharded = parallelize_module(plain, mesh, style(), src_data_rank=None)
             x = torch.randn(T, n_in if style is RandLoraColwise else n_in // place.world)
             x = x.double().requires_grad_()
-            d_is_cut = (style is RandLoraRowwise) == basis.expand
-            numbers = basis.K + (0 if d_is_cut else basis.n * basis.d)
-            with Wire() as forward:  # the bases are generated in here
-                y = cut(x)
-            with Wire() as backward:
+            shards_d = (style is RandLoraRowwise) == basis.expand
+            numbers = basis.K + (0 if shards_d else basis.n * basis.d)
+            with RecordedCollectives() as forward:  # the bases are generated in here
+                y = sharded(x)
+            with RecordedCollectives() as backward:
                 y.sum().backward()
             activations = bytes_of * T * (n_in if style is RandLoraColwise else n_out)
             diagonal = bytes_of * numbers
@@ -128,8 +128,8 @@ def check_what_goes_over_the_wire(place: Place):
                 assert sorted(backward.sizes) == sorted([activations, diagonal])
             else:
                 assert forward.sizes == [activations] and backward.sizes == [diagonal]
-            with Wire() as nothing:
-                y = cut(x.detach())
+            with RecordedCollectives() as nothing:
+                y = sharded(x.detach())
                 y.sum().backward() if style is RandLoraColwise else None
             assert nothing.sizes == ([diagonal] if style is RandLoraColwise else [activations])
 
@@ -175,7 +175,7 @@ def same_parameters(model, reference):
         model.named_parameters(), reference.named_parameters(), strict=True
     ):
         assert name == other
-        torch.testing.assert_close(whole(ours), theirs, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(full_tensor(ours), theirs, rtol=1e-9, atol=1e-9)
 
 
 @worlds(2, 4)
@@ -201,10 +201,10 @@ def check_sequence_parallel(place: Place):
     parallelize_module(model, mesh, dict(zip(PLAN, tokens, strict=True)))
     train(reference, 1)
     share = 8 // place.world
-    with Wire() as wire:
+    with RecordedCollectives() as collectives:
         train(model, 1, rows=slice(place.rank * share, (place.rank + 1) * share))
     same_parameters(model, reference)
-    assert "reduce_scatter_tensor.default" in [name for name, _ in wire.sent]
+    assert "reduce_scatter_tensor.default" in [name for name, _ in collectives.sent]
 
 
 @worlds(2, 4)

@@ -14,7 +14,7 @@ from distributed_ranks import checks, run
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """What became of each check, by number of processes: 4 read the checkpoints of 2."""
+    """The result of each check by number of processes; 4 processes read the checkpoints of 2."""
     folder, done = tmp_path_factory.mktemp("distributed"), {}
 
     def outcome(world: int) -> dict[str, str]:
