@@ -38,9 +38,9 @@ foreach(source ${cuda_tests})
   randlora_cuda_test(${name})
 endforeach()
 
-# For Python tests (tests/cuda/run_python_tests.sh).
+# For Python tests (tools/cuda/run_python_tests.sh).
 add_library(cuda_on_cpu_library SHARED EXCLUDE_FROM_ALL $<TARGET_OBJECTS:randlora_cuda_on_cpu>
-  csrc/cuda/context.cpp)
+  csrc/cuda/device/context.cpp)
 set_target_properties(cuda_on_cpu_library PROPERTIES OUTPUT_NAME randlora_cuda_on_cpu)
 target_link_libraries(cuda_on_cpu_library PRIVATE cuda_on_cpu Threads::Threads)
 target_link_options(cuda_on_cpu_library PRIVATE LINKER:--no-undefined
@@ -51,6 +51,6 @@ find_package(Python3 COMPONENTS Interpreter)
 if(Python3_FOUND)
   file(MAKE_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/kernels)
   add_test(NAME cuda_every_kernel COMMAND ${Python3_EXECUTABLE}
-    ${CMAKE_CURRENT_SOURCE_DIR}/tests/cuda/every_kernel.py ${CMAKE_CURRENT_BINARY_DIR}/kernels)
+    ${CMAKE_CURRENT_SOURCE_DIR}/tools/cuda/every_kernel.py ${CMAKE_CURRENT_BINARY_DIR}/kernels)
   set_tests_properties(cuda_every_kernel PROPERTIES FIXTURES_REQUIRED cuda_kernels)
 endif()

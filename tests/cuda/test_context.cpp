@@ -3,7 +3,7 @@
 #include <thread>
 
 #include "check.h"
-#include "cuda/context.cpp"
+#include "cuda/device/context.cpp"
 
 using namespace randlora;
 

@@ -2,7 +2,7 @@
 #include "check.h"
 #include "core/stochastic.h"
 #include "cpu/dispatch.h"
-#include "cuda/delta_weight.h"
+#include "cuda/delta/delta_weight.h"
 #include "run_tests.h"
 #include "test_device.h"
 #include "thread_runtime.h"

@@ -4,8 +4,8 @@
 #include <string>
 
 #include "check.h"
-#include "cuda/launch.h"
-#include "cuda/ptx.h"
+#include "cuda/device/launch.h"
+#include "cuda/device/ptx.h"
 #include "run_tests.h"
 #include "test_device.h"
 

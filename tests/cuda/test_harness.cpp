@@ -4,9 +4,9 @@
 #include <string>
 
 #include "check.h"
-#include "cuda/element.h"
-#include "cuda/launch.h"
-#include "cuda/ptx.h"
+#include "cuda/device/element.h"
+#include "cuda/device/launch.h"
+#include "cuda/device/ptx.h"
 #include "run_tests.h"
 #include "test_device.h"
 

@@ -1,9 +1,9 @@
-// csrc/cuda/tile.h: every engine, orders and strides of both operands, against a plain product.
+// csrc/cuda/device/tile.h: every engine, orders and strides of both operands, against a plain product.
 #include <cstdio>
 
 #include "check.h"
-#include "cuda/launch.h"
-#include "cuda/tile.h"
+#include "cuda/device/launch.h"
+#include "cuda/device/tile.h"
 #include "run_tests.h"
 #include "test_device.h"
 

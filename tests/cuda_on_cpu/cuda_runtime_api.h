@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of this name when csrc/cuda/context.cpp is compiled for the CPU: small
+// Stands in for CUDA's header of this name when csrc/cuda/device/context.cpp is compiled for the CPU: small
 // cards, which remember whether a context was made on them.
 #pragma once
 #include <atomic>

@@ -1,4 +1,4 @@
-// The functions of csrc/cuda/ptx.h on the CPU, from the fragment layouts written there: the lanes of
+// The functions of csrc/cuda/device/ptx.h on the CPU, from the fragment layouts written there: the lanes of
 // a warp meet, and the last computes for all.
 #pragma once
 #include "core/dtype.h"

@@ -1,4 +1,4 @@
-// Which kernels a test started: tests/cuda/every_kernel.py asks whether all of them ever are.
+// Which kernels a test started: tools/cuda/every_kernel.py asks whether all of them ever are.
 #pragma once
 #include <dlfcn.h>
 #include <stdlib.h>

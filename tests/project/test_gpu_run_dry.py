@@ -1,7 +1,7 @@
 """benchmarks/gpu_run.py without a card: floors, tables, processes that misbehave, a bare checkout.
 
 All stages at toy size take minutes and need the CUDA library compiled for the CPU.
-tests/cuda/run_python_tests.sh, which builds it, asks for them by RANDLORA_GPU_RUN_DRY=1.
+tools/cuda/run_python_tests.sh, which builds it, asks for them by RANDLORA_GPU_RUN_DRY=1.
 """
 
 import json
@@ -159,7 +159,7 @@ def test_the_products_of_block_bases_need_no_extension(bare, tmp_path):
 
 @pytest.mark.skipif(
     os.environ.get("RANDLORA_GPU_RUN_DRY") != "1",
-    reason="minutes: tests/cuda/run_python_tests.sh asks for it",
+    reason="minutes: tools/cuda/run_python_tests.sh asks for it",
 )
 def test_the_whole_dry_run(tmp_path):
     command = [sys.executable, "benchmarks/gpu_run.py", "--dry", "--stages", "all", "--out"]

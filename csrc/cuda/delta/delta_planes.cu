@@ -1,0 +1,276 @@
+// dW = scale * B A' [+ base] (D, d), or its transpose, for B as bit planes.
+//
+// A block makes 128 rows of B by N columns k (ternary_tile.h). Slots are (j, i): an outer loop over
+// chunks of 16 bases i, an inner one over quads of rank indices j. A thread owns a column k: it
+// keeps gamma[i, k] of the chunk in registers, and in every step makes
+//
+//   A'[(j, i), k] = A[j, k] * (lambda[j, i] * gamma[i, k])     4 x 16 slots
+//
+// of its column, rounded once to the storage type, for the step after this one. Neither A' nor a
+// dense B exists outside a block.
+//
+// 4096 x 4096 (K = 4096), bf16, H100: 34 MB written, 10 us; 137 GFLOP, 139 us at 989 TFLOP/s, 224
+// us at the 62% of it that mma.sync reaches. cuBLAS takes 196 us for the product alone. Expected:
+// 300 us, of which 6 us are the codes and signs before it. A warp's step is 128 mma, 820 clocks,
+// beside 460 other instructions: 190 form the next step (64 multiplications, 32 conversions, the
+// signs), 120 decode; with two blocks a multiprocessor, barriers and latencies of one run under the
+// other's mma. Shared memory is busy for 55% of that time, L2 at 1 TB/s. wgmma takes its left
+// operand from registers as well and would be worth 1.5x.
+//
+// Zeros of A are exact: A' is 0 there whatever lambda and gamma are. Zeros of B are so in f32 and
+// f64 through FMA; on tensor cores an infinite or NaN A'[c, k] makes column k of M NaN in all rows.
+#include <algorithm>
+#include <type_traits>
+
+#include "../device/ternary_io.h"
+#include "delta_planes.h"
+#include "delta_weight.h"
+
+namespace randlora {
+namespace cuda {
+namespace {
+
+template <class S, bool Stochastic>
+struct Formation {
+  using C = typename ComputeOf<S>::type;
+  DeltaShape shape;
+  const uint32_t *codes, *signs;
+  const C *lam, *gam;
+  int64_t row_blocks;
+  Output<S, Stochastic> out;
+};
+
+// f16 has few exponents, and lambda * gamma is small: columns of A' are made larger by 2^e, so that
+// the largest possible product lies below 2^15, and columns of M smaller by as much.
+template <class S>
+constexpr bool kScaled = std::is_same<S, f16>::value;
+
+template <class S>
+struct FormationMemory {
+  using C = typename ComputeOf<S>::type;
+  static constexpr int N = kColumns<S>, kStride = TernaryTile<S, N>::stride(kSlots);
+  static int64_t bytes() {
+    const int64_t loop =
+        2 * (kCodeWords * 4 + N * kStride * int64_t(sizeof(S)) + kSlots * int64_t(sizeof(C))) +
+        (kScaled<S> ? 2 * N : 0) * int64_t(sizeof(C));
+    return std::max(
+        {loop, store_bytes<false, TernaryTile<S, N>>(), store_bytes<true, TernaryTile<S, N>>()});
+  }
+  static __device__ __forceinline__ uint32_t* codes(int half) {
+    return reinterpret_cast<uint32_t*>(shared_memory()) + half * kCodeWords;
+  }
+  static __device__ __forceinline__ S* operand(int half) {
+    return reinterpret_cast<S*>(codes(2)) + half * (N * kStride);
+  }
+  static __device__ __forceinline__ C* lam(int half) {
+    return reinterpret_cast<C*>(operand(2)) + half * kSlots;
+  }
+  // (N) each, where columns are scaled.
+  static __device__ __forceinline__ C* factor() { return lam(2); }
+  static __device__ __forceinline__ C* inverse() { return factor() + N; }
+};
+
+__device__ __forceinline__ int spare_exponent(float most_lam, float most_gam) {
+  const int l = bits_of_float(most_lam) >> 23, g = bits_of_float(most_gam) >> 23;
+  return max(-100, min(13 - (l - 127) - (g - 127), min(100, 253 - g)));  // 2^e gamma is finite
+}
+__device__ __forceinline__ float power_of_two(int e) {
+  return float_of_bits(static_cast<uint32_t>(127 + e) << 23);
+}
+__device__ __forceinline__ float larger_finite(float most, float x) {
+  return fabsf(x) <= 3.4028235e38f ? fmaxf(most, fabsf(x)) : most;
+}
+
+// One column k of A', by the thread that owns it. (Threads past column d take the last one again.)
+template <class S>
+struct FormedColumn {
+  using C = typename ComputeOf<S>::type;
+  static constexpr int N = kColumns<S>, kGroups = kTileThreads / N;  // groups share a step's j
+  const DeltaShape& shape;
+  const C *lam_, *gam_;    // (r, n) whole, and the column of (n, d)
+  const uint32_t* signs_;  // the column of (quads, d)
+  C gam[kBases];
+
+  template <bool Stochastic>
+  __device__ __forceinline__ FormedColumn(const Formation<S, Stochastic>& p, int64_t col0)
+      : shape(p.shape), lam_(p.lam) {
+    const int64_t k = min(col0 + threadIdx.x % N, p.shape.d - 1);
+    gam_ = p.gam + k, signs_ = p.signs + k;
+  }
+
+  // Puts the power of two that the column is made larger by, and its inverse, in shared memory.
+  __device__ __forceinline__ void choose_factor() {
+    static_assert(N == kTileThreads, "a thread has a column");
+    float most_lam = 0, most_gam = 0;
+#pragma unroll 8
+    for (int64_t c = threadIdx.x; c < shape.r * shape.n; c += kTileThreads)
+      most_lam = larger_finite(most_lam, lam_[c]);
+#pragma unroll 8
+    for (int64_t i = 0; i < shape.n; ++i) most_gam = larger_finite(most_gam, gam_[i * shape.d]);
+    C* factor = FormationMemory<S>::factor();
+    factor[threadIdx.x] = most_lam;
+    __syncthreads();
+    for (int t = 0; t < kTileThreads; ++t) most_lam = fmaxf(most_lam, factor[t]);
+    __syncthreads();
+    const int e = spare_exponent(most_lam, most_gam);
+    factor[threadIdx.x] = power_of_two(e);
+    FormationMemory<S>::inverse()[threadIdx.x] = power_of_two(-e);
+  }
+
+  __device__ __forceinline__ void load_gamma(int chunk) {
+    const C* at = gam_ + chunk * kBases * shape.d;
+    const int64_t left = shape.n - chunk * kBases;
+    C factor = C(1);
+    if constexpr (kScaled<S>) factor = FormationMemory<S>::factor()[threadIdx.x];
+#pragma unroll
+    for (int b = 0; b < kBases; ++b, at += shape.d) gam[b] = b < left ? factor * *at : C(0);
+  }
+  __device__ __forceinline__ uint32_t load_signs(int quad) const { return signs_[quad * shape.d]; }
+
+  // Slot threadIdx.x of a step.
+  __device__ __forceinline__ C load_lambda(int chunk, int quad) const {
+    const int j = quad * kQuad + threadIdx.x / kBases, i = chunk * kBases + threadIdx.x % kBases;
+    return threadIdx.x < kSlots && j < shape.r && i < shape.n ? lam_[j * shape.n + i] : C(0);
+  }
+
+  __device__ __forceinline__ void form(S* operand, const C* lam, uint32_t signs) const {
+    constexpr int V = kPerAccess<S>, VC = kPerAccess<C>;
+    operand += threadIdx.x % N * FormationMemory<S>::kStride;
+#pragma unroll
+    for (int turn = 0; turn < kQuad / kGroups; ++turn) {
+      const int q = turn * kGroups + threadIdx.x / N;
+      const int sign = sign_of(signs, q);
+#pragma unroll
+      for (int b = 0; b < kBases; b += V) {
+        C v[V];
+#pragma unroll
+        for (int c = 0; c < V; c += VC) {
+          const auto l = *reinterpret_cast<const Pack<C, VC>*>(lam + q * kBases + b + c);
+#pragma unroll
+          for (int e = 0; e < VC; ++e) v[c + e] = l.get(e) * gam[b + c + e];
+        }
+        *reinterpret_cast<Pack<S, V>*>(operand + q * kBases + b) = signed_pack(v, sign);
+      }
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ Pack<S, kPerAccess<S>> signed_pack(const C (&v)[kPerAccess<S>],
+                                                                       int sign) {
+    Pack<S, kPerAccess<S>> p;
+    if constexpr (sizeof(S) == 2) {
+      const uint32_t bits = static_cast<uint32_t>(sign), some = 0u - (bits & 1u),
+                     minus = bits & 0x80008000u;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) p.word[w] = (pack<S>(v[2 * w], v[2 * w + 1]) ^ minus) & some;
+    } else {
+#pragma unroll
+      for (int e = 0; e < kPerAccess<S>; ++e) p.set(e, sign == 0 ? S(0) : sign < 0 ? -v[e] : v[e]);
+    }
+    return p;
+  }
+};
+
+template <class S, bool Tf32, bool Transposed, bool Stochastic>
+__global__ void __launch_bounds__(kTileThreads, 1) delta_planes_kernel(Formation<S, Stochastic> p) {
+  using Shared = FormationMemory<S>;
+  using C = typename ComputeOf<S>::type;
+  constexpr int N = kColumns<S>;
+  const int64_t row_block = blockIdx.x % p.row_blocks, col0 = blockIdx.x / p.row_blocks * N;
+  const int quads = p.shape.quads(), steps = p.shape.chunks() * quads;
+  const uint32_t* codes = p.codes + row_block * steps * kTileWords;
+
+  FormedColumn<S> column(p, col0);
+  if constexpr (kScaled<S>) column.choose_factor();
+  column.load_gamma(0);
+  load_codes(Shared::codes(0), codes);
+  cp_async_commit();
+  // Step s takes lambda from half s % 2, which is filled two steps ahead.
+  if (threadIdx.x < kSlots) {
+    Shared::lam(0)[threadIdx.x] = column.load_lambda(0, 0);
+    Shared::lam(1)[threadIdx.x] = column.load_lambda(1 / quads, 1 % quads);
+  }
+  __syncthreads();
+  column.form(Shared::operand(0), Shared::lam(0), column.load_signs(0));
+
+  TernaryTile<S, N, Tf32> tile;
+  tile.warp.zero();
+  int chunk = 1 / quads, quad = 1 % quads;  // of the next step
+#pragma unroll 1
+  for (int s = 0; s < steps; ++s) {
+    const int half = s % 2;
+    cp_async_wait<0>();
+    __syncthreads();
+    const bool more = s + 1 < steps;
+    uint32_t signs = 0;
+    C lam = C(0);
+    if (more) {
+      load_codes(Shared::codes(half ^ 1), codes += kTileWords);
+      cp_async_commit();
+      if (quad == 0) column.load_gamma(chunk);
+      signs = column.load_signs(quad);
+      if (++quad == quads) quad = 0, ++chunk;
+      lam = column.load_lambda(chunk, quad);  // of the step after that
+    }
+    tile.template step<Order::by_line>(Shared::codes(half), Shared::operand(half), Shared::kStride);
+    if (more) {
+      column.form(Shared::operand(half ^ 1), Shared::lam(half ^ 1), signs);
+      if (threadIdx.x < kSlots) Shared::lam(half)[threadIdx.x] = lam;
+    }
+  }
+
+  if constexpr (kScaled<S>) {
+#pragma unroll
+    for (int n = 0; n < tile.NI; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const C inverse = Shared::inverse()[tile.col(n, e)];
+#pragma unroll
+        for (int m = 0; m < tile.MI; ++m) tile.warp.acc[m][n][e] *= inverse;
+      }
+  }
+  store_tile<Transposed>(tile, shared_memory(), row_block * kLines, col0, p.out);
+}
+
+template <class S, bool Tf32, bool Transposed, bool Stochastic>
+void form(const DeltaWeight& w, Device& device) {
+  using C = typename ComputeOf<S>::type;
+  const Basis& b = w.basis;
+  const int64_t rows = Transposed ? b.d : b.D, cols = Transposed ? b.D : b.d;
+  const S* base = static_cast<const S*>(w.base);
+  const Formation<S, Stochastic> p{
+      DeltaShape(b),
+      row_codes(b, device),
+      signs_of_A(b, device),
+      static_cast<const C*>(w.lam),
+      static_cast<const C*>(w.gam),
+      ceil_div(b.D, kLines),
+      {static_cast<S*>(w.out), base, rows, cols,
+       static_cast<C>(w.scale / 2),  // codes stand for doubled numbers
+       aligned_rows(cols, kPerAccess<S>, w.out, base), w.rounding_seed}};
+  launch(device, "delta_planes", delta_planes_kernel<S, Tf32, Transposed, Stochastic>,
+         blocks_of(p.row_blocks * ceil_div(b.d, kColumns<S>)), kTileThreads,
+         FormationMemory<S>::bytes(), p);
+}
+
+template <class S, bool Transposed>
+void form_oriented(const DeltaWeight& w, Device& device) {
+  if constexpr (sizeof(S) == 2) {
+    if (w.stochastic) return form<S, false, Transposed, true>(w, device);
+  } else if constexpr (sizeof(S) == 4) {
+    if (device.tf32) return form<S, true, Transposed, false>(w, device);
+  }
+  form<S, false, Transposed, false>(w, device);
+}
+
+}  // namespace
+
+void delta_weight_planes(const DeltaWeight& p, Device& device) {
+  with_dtype(p.dtype, [&](auto s) {
+    using S = decltype(s);
+    p.transposed ? form_oriented<S, true>(p, device) : form_oriented<S, false>(p, device);
+  });
+}
+
+}  // namespace cuda
+}  // namespace randlora

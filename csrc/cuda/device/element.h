@@ -1,0 +1,107 @@
+// Conversions between storage types (f32, f64, bf16, f16) and the type they compute in.
+#pragma once
+#include <cstring>
+
+#include "../../core/dtype.h"
+#include "cuda_or_cpu.h"
+#if defined(__CUDACC__)
+#include <cuda_fp16.h>
+#endif
+
+namespace randlora {
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+__device__ __forceinline__ float widen(f16 x) {
+#if defined(__CUDACC__)
+  return __half2float(__ushort_as_half(x.bits));
+#else
+  _Float16 h;
+  memcpy(&h, &x.bits, 2);
+  return static_cast<float>(h);
+#endif
+}
+
+// Round to nearest, ties to even; narrow<S>(x).
+template <class S>
+__device__ __forceinline__ S narrow(typename ComputeOf<S>::type x);
+
+template <>
+__device__ __forceinline__ float narrow<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ double narrow<double>(double x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ bf16 narrow<bf16>(float x) {
+#if defined(__CUDA_ARCH__)
+  bf16 r;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r.bits) : "f"(x));
+  return r;
+#else
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return bf16{static_cast<uint16_t>(nan ? 0x7fc0u : rounded)};
+#endif
+}
+template <>
+__device__ __forceinline__ f16 narrow<f16>(float x) {
+#if defined(__CUDACC__)
+  return f16{__half_as_ushort(__float2half_rn(x))};
+#else
+  const _Float16 h = static_cast<_Float16>(x);
+  f16 r;
+  memcpy(&r.bits, &h, 2);
+  return r;
+#endif
+}
+
+// Two 16-bit elements in one register, the lower first: what the tensor cores take.
+template <class S>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  return static_cast<uint32_t>(narrow<S>(low).bits) | static_cast<uint32_t>(narrow<S>(high).bits)
+                                                          << 16;
+}
+#if defined(__CUDA_ARCH__)
+template <>
+__device__ __forceinline__ uint32_t pack<bf16>(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+#endif
+
+// fn(S{}) for the storage type S of a dtype: where a launcher picks its kernel.
+template <class F>
+void with_dtype(DType dtype, const F& fn) {
+  switch (dtype) {
+    case DType::f32: return fn(float{});
+    case DType::f64: return fn(double{});
+    case DType::bf16: return fn(bf16{});
+    case DType::f16: return fn(f16{});
+  }
+}
+
+// +1 in a 16-bit type: a ternary element is this, this with the sign bit, or zero.
+template <class S>
+struct One;
+template <>
+struct One<bf16> {
+  static constexpr uint32_t bits = 0x3f80;
+};
+template <>
+struct One<f16> {
+  static constexpr uint32_t bits = 0x3c00;
+};
+
+}  // namespace randlora

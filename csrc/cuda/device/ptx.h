@@ -1,0 +1,109 @@
+// The instructions that CUDA C++ has no name for, each one function. Fragment layouts are those of
+// the PTX manual; with lane = threadIdx.x % 32, g = lane / 4, q = lane % 4:
+//
+//   mma m16n8k16 (16-bit)  a[0] = A[g][2q, 2q+1]     a[1] = A[g+8][2q, 2q+1]
+//                          a[2] = A[g][2q+8, 2q+9]   a[3] = A[g+8][2q+8, 2q+9]
+//                          b[0] = B[2q, 2q+1][g]     b[1] = B[2q+8, 2q+9][g]
+//                          c[0], c[1] = C[g][2q, 2q+1]   c[2], c[3] = C[g+8][2q, 2q+1]
+//   mma m16n8k8 (tf32)     a[0] = A[g][q]  a[1] = A[g+8][q]  a[2] = A[g][q+4]  a[3] = A[g+8][q+4]
+//                          b[0] = B[q][g]  b[1] = B[q+4][g]   c as above
+//   ldmatrix x4            four 8 x 8 matrices of 16-bit elements; lane l gives the address of row
+//                          l % 8 of matrix l / 8; r[m] = matrix m [g][2q, 2q+1]
+//   ldmatrix x4 trans      r[m] = matrix m [2q, 2q+1][g]
+#pragma once
+#include "../../core/dtype.h"
+#include "cuda_or_cpu.h"
+
+#if !defined(__CUDACC__)
+#include "ptx_on_cpu.h"
+#else
+
+namespace randlora {
+
+// The value is wanted here: without this the compiler moves a load behind the branch that uses it, and
+// several loads are no longer on their way together.
+__device__ __forceinline__ void pin(float& value) { asm volatile("" : "+f"(value)); }
+__device__ __forceinline__ void pin(double& value) { asm volatile("" : "+d"(value)); }
+
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                    bf16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                    f16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// a and b hold fp32 bits; the unit rounds them to tf32 (round_tf32 first, for round-to-nearest).
+__device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4],
+                                         const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ uint32_t round_tf32(float x) {
+  uint32_t r;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
+  return r;
+}
+
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row) {
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(at)
+               : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row) {
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(at)
+               : "memory");
+}
+
+// Four words to global memory, 16-byte aligned, by one access: nvcc makes four of an assignment.
+__device__ __forceinline__ void store16(void* global, uint32_t a, uint32_t b, uint32_t c,
+                                        uint32_t d) {
+  asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};"
+               :
+               : "l"(global), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+// 16 bytes from global to shared memory without passing registers, both 16-byte aligned; zeros where
+// `bytes` < 16 ends (0: nothing is read). Delivered at cp_async_wait, seen by others after a barrier.
+__device__ __forceinline__ void cp_async16(void* shared, const void* global, int bytes = 16) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(to), "l"(global), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most `Pending` of the groups that this thread committed are still under way.
+template <int Pending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(Pending) : "memory");
+}
+
+}  // namespace randlora
+
+#endif

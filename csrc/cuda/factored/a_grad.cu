@@ -1,0 +1,279 @@
+// dlam and dgam of scale * sum_t U[t, c] z[t, k] contracted with A' (docs/math.md, section 4):
+//
+//   P[p, i]      = sum_t z[t, k_p] U[t, (j, i)]        p in S_j
+//   dlam[j, i]   = scale sum_p G[p, i] P[p, i]
+//   dgam[i, k]   = scale sum_{j : A[j, k] != 0} A[j, k] lam[j, i] P[p, i]
+//
+//   grad_kernel      P, a dense product with gathered rows of the token panels of z as in a_up.cu. A
+//                    block owns 128 entries of one j x bases and a range of tokens; where that makes
+//                    too few blocks, tokens are split and every split writes a P of its own.
+//   contract_kernel  lane = column k, a warp has 32 of them and 8 bases, walks j in ascending order and
+//                    adds up the splits: dgam in registers; what it has of dlam[j, :] is summed over
+//                    its lanes and written to scratch, one row for every 32 columns
+//   sum_lambda       adds those rows up
+// No sum is split between blocks other than through scratch in a fixed order: deterministic.
+//
+// 4096 x 4096, r = 32, n = 128, T = 8192, bf16 on an H100:
+//                      density 1/64             1/3
+//   operations         4.3 GFLOP, 4 us          92 GFLOP, 93 us at 989 TFLOP/s
+//   DRAM               67 MB (U), 20 us         as much; z comes as panels of 2048 tokens in L2
+//   L2 into SMs        33 + 67 MB, 18 us        715 + 735 MB, 264 us at 5.5 TB/s
+//   P in fp32          8 MB, 6 splits           23 MB; read and written by each part of 2048 tokens
+// 35 us expected at 1/64 and 300 us at 1/3; 10 and 25 us for the rest.
+#include "../device/warp_sums.h"
+#include "a_side.h"
+
+namespace randlora {
+namespace cuda {
+namespace {
+
+template <class S, int MI, int NI, bool Tf32>
+struct Grad : BlockTile<S, MI, NI, Tf32> {
+  using B = BlockTile<S, MI, NI, Tf32>;
+  static constexpr int kUStride = B::kN + B::kPad;
+  static constexpr int kStage = B::kM * B::kLineStride + B::kDepth * kUStride;  // elements
+  static constexpr int64_t kStageBytes = B::kStages * kStage * int64_t{sizeof(S)};
+  static constexpr int64_t kShared = kStageBytes > B::kStoreBytes ? kStageBytes : B::kStoreBytes;
+};
+
+template <class S, int MI, int NI, bool Tf32>
+__global__ void __launch_bounds__(128)
+    grad_kernel(Support a, const S* __restrict__ panels, int width, const S* __restrict__ U,
+                int64_t T, int64_t split, bool aligned, bool accumulate,
+                typename ComputeOf<S>::type* __restrict__ P) {
+  using B = Grad<S, MI, NI, Tf32>;
+  using C = typename B::C;
+  using Tile = typename B::Tile;
+  constexpr int L = kPerAccess<S>, kZPieces = B::kDepth / L, kUPieces = B::kN / L;
+  constexpr int kRows = B::kM * kZPieces / B::kThreads;  // of z that a thread copies from
+  S* shared = reinterpret_cast<S*>(shared_memory());
+
+  const int64_t base_tiles = ceil_div(a.n, B::kN);
+  const int64_t i0 = blockIdx.x % base_tiles * B::kN, number = blockIdx.x / base_tiles;
+  const int64_t j = a.rank_of_tile(number, B::kM);
+  const int64_t p0 = (number - a.first_tile(j, B::kM)) * B::kM, entries = a.size(j) - p0;
+  if (entries <= 0) return;
+  const int64_t e0 = a.first(j) + p0;
+  const int64_t t0 = blockIdx.y * split, t1 = min(T, t0 + split);
+  const int steps = static_cast<int>(ceil_div(t1 - t0, B::kDepth));
+
+  const S* row_of[kRows];  // null past the last entry
+  each_piece<B::kM, kZPieces, B::kThreads>([&](int row, int piece, int u) {
+    row_of[u] =
+        row < entries ? panels + int64_t{a.entry[e0 + row] / 2} * width + piece * L : nullptr;
+  });
+  const auto load = [&](int step, int stage) {
+    S* z_stage = shared + stage * B::kStage;
+    S* u_stage = z_stage + B::kM * B::kLineStride;
+    const int64_t t = t0 + step * B::kDepth;
+    const int64_t panel = t / width * a.d * width + t % width;
+    each_piece<B::kM, kZPieces, B::kThreads>([&](int row, int piece, int u) {
+      cp_async16(z_stage + row * B::kLineStride + piece * L, row_of[u] ? row_of[u] + panel : panels,
+                 row_of[u] ? 16 : 0);
+    });
+    // Tokens past T are zero in the panels, and so they must be here: 0 * NaN is not.
+    const S* from = U + t * a.r * a.n + j * a.n + i0;
+    if (aligned) {
+      each_piece<B::kDepth, kUPieces, B::kThreads>([&](int row, int piece, int) {
+        const bool there = t + row < T && i0 + piece * L < a.n;
+        cp_async16(u_stage + row * B::kUStride + piece * L,
+                   there ? from + row * a.r * a.n + piece * L : U, there ? 16 : 0);
+      });
+    } else {
+      for (int x = threadIdx.x; x < B::kDepth * B::kN; x += B::kThreads) {
+        const int row = x / B::kN, i = x % B::kN;
+        u_stage[row * B::kUStride + i] =
+            t + row < T && i0 + i < a.n ? from[row * a.r * a.n + i] : S{};
+      }
+    }
+  };
+
+  Tile tile;
+  tile.zero();
+  const int wm = B::warp_m(), wn = B::warp_n();
+  const bool works = wm < entries && i0 + wn < a.n;
+  pipeline<B::kStages>(steps, load, [&](int stage) {
+    const S* z_stage = shared + stage * B::kStage + wm * B::kLineStride;
+    const S* u_stage = shared + stage * B::kStage + B::kM * B::kLineStride + wn;
+    if (works)
+#pragma unroll
+      for (int k = 0; k < B::kDepth; k += Tile::kStep)
+        tile.template step<Order::by_line, Order::by_k>(z_stage + k, B::kLineStride,
+                                                        u_stage + k * B::kUStride, B::kUStride);
+  });
+  __syncthreads();  // the stages become room for the store
+  if (works)
+    store_rows(tile, reinterpret_cast<C*>(shared) + threadIdx.x / 32 * 16 * B::kStoreStride,
+               P + (blockIdx.y * a.room() + e0 + wm) * a.bases + i0 + wn, a.bases, entries - wm,
+               a.bases - i0 - wn, true, accumulate);
+}
+
+constexpr int kBases = 8;  // of a warp of contract_kernel
+
+template <class C>
+__global__ void contract_kernel(Support a, const C* __restrict__ P, int splits,
+                                const C* __restrict__ lam, const C* __restrict__ gam, C scale,
+                                C* __restrict__ dgam, bool accumulate, C* __restrict__ partial) {
+  constexpr int L = kPerAccess<C>;
+  const int lane = threadIdx.x % 32;
+  const int64_t chunks = a.bases / kBases;
+  const int64_t warp = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / 32;
+  const int64_t columns = warp / chunks, i0 = warp % chunks * kBases;
+  const int64_t k = columns * 32 + lane;
+  if (columns * 32 >= a.d) return;
+  const int64_t split_stride = a.room() * a.bases;
+
+  C gamma[kBases], sum[kBases];
+#pragma unroll
+  for (int u = 0; u < kBases; ++u) {
+    gamma[u] = k < a.d && i0 + u < a.n ? gam[(i0 + u) * a.d + k] : C(0);
+    sum[u] = 0;
+  }
+  // Codes are fetched four rank indices ahead, and lambda before anything depends on the code.
+  constexpr int kAhead = 4;
+  int32_t ahead[kAhead];
+  const auto fetch = [&](int64_t j) { return k < a.d && j < a.r ? a.at[j * a.d + k] : -1; };
+#pragma unroll
+  for (int u = 0; u < kAhead; ++u) ahead[u] = fetch(u);
+  for (int64_t j = 0; j < a.r; ++j) {
+    const int32_t code = ahead[0];
+#pragma unroll
+    for (int u = 0; u + 1 < kAhead; ++u) ahead[u] = ahead[u + 1];
+    ahead[kAhead - 1] = fetch(j + kAhead);
+    C lambda[kBases];
+#pragma unroll
+    for (int u = 0; u < kBases; ++u) lambda[u] = lam[j * a.n + min(i0 + u, a.n - 1)];
+#pragma unroll
+    for (int u = 0; u < kBases; ++u) pin(lambda[u]);
+    C part[kBases] = {};
+    if (code >= 0) {
+      const C* row = P + (a.first(j) + code / 2) * a.bases + i0;
+      const C sign = code & 1 ? -scale : scale;
+      C signed_P[kBases] = {};
+      for (int s = 0; s < splits; ++s, row += split_stride)
+#pragma unroll
+        for (int u = 0; u < kBases; u += L) {
+          const Pack<C, L> pack = *reinterpret_cast<const Pack<C, L>*>(row + u);
+#pragma unroll
+          for (int e = 0; e < L; ++e) signed_P[u + e] += pack.get(e);
+        }
+#pragma unroll
+      for (int u = 0; u < kBases; ++u) {
+        const C v = sign * signed_P[u];
+        sum[u] += v * lambda[u];
+        part[u] = v * gamma[u];
+      }
+    }
+    if (!__any_sync(0xffffffffu, code >= 0)) {  // at low density, most of the time
+      if (lane < kBases) partial[(columns * a.r + j) * a.bases + i0 + lane] = 0;
+      continue;
+    }
+    const C total = warp_sums<kBases>(part);
+    if (lane % (32 / kBases) == 0)
+      partial[(columns * a.r + j) * a.bases + i0 + lane / (32 / kBases)] = total;
+  }
+#pragma unroll
+  for (int u = 0; u < kBases; ++u)
+    if (k < a.d && i0 + u < a.n) {
+      C* to = dgam + (i0 + u) * a.d + k;
+      *to = accumulate ? *to + sum[u] : sum[u];
+    }
+}
+
+// dlam[j, i] (+)= sum of `rows` rows (r, bases) of `partial`; a block takes 32 elements, its warps
+// share the rows.
+template <class C>
+__global__ void sum_lambda(Support a, const C* __restrict__ partial, int64_t rows,
+                           C* __restrict__ dlam, bool accumulate) {
+  C* shared = reinterpret_cast<C*>(shared_memory());  // (warps, 32)
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int64_t chunks = ceil_div(a.n, 32), j = blockIdx.x / chunks;
+  const int64_t i = blockIdx.x % chunks * 32 + lane;
+  constexpr int kAtOnce = 8;  // loads on their way together
+  C sum = 0;
+  if (i < a.n)
+    for (int64_t first = warp; first < rows; first += kAtOnce * warps) {
+      C part[kAtOnce];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int64_t row = first + u * warps;
+        part[u] = row < rows ? partial[(row * a.r + j) * a.bases + i] : C(0);
+      }
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) pin(part[u]);
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) sum += part[u];
+    }
+  shared[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp > 0 || i >= a.n) return;
+  for (int w = 1; w < warps; ++w) sum += shared[w * 32 + lane];
+  C* to = dlam + j * a.n + i;
+  *to = accumulate ? *to + sum : sum;
+}
+
+}  // namespace
+
+void ASideCall::grad(const void* U, void* dlam, void* dgam, bool accumulate) {
+  const Support& a = support();
+  int64_t splits = 0;
+  with_engine(p_.dtype, device_, [&](auto storage, auto tf32) {
+    using S = decltype(storage);
+    using C = typename ComputeOf<S>::type;
+    const auto start = [&](auto kernel, auto shape) {
+      using B = decltype(shape);
+      const int64_t tiles = a.tiles(B::kM) * ceil_div(a.n, B::kN);
+      // Enough blocks for every SM to have two; a split of less than 256 tokens would not pay for
+      // its P. Parts add to the P of those before, split by split.
+      const int64_t tokens = max(part_, int64_t{1});
+      int64_t wanted = ceil_div(2 * device_.multiprocessors, tiles);
+      // In fp32 a running sum over thousands of tokens would err more than torch's: as many splits
+      // as a chunk of scratch holds.
+      if (sizeof(S) == 4 && !decltype(tf32)::value) {
+        const int64_t bytes = a.room() * a.bases * int64_t{sizeof(C)};
+        wanted = max(wanted, device_.chunk_bytes / bytes);
+      }
+      const int64_t most = min(ceil_div(tokens, 256), wanted);
+      const int64_t split = ceil_div(ceil_div(tokens, most), 64) * 64;
+      if (!partial_) partial_ = scratch<C>(device_, most * a.room() * a.bases);
+      splits = ceil_div(min(part_, T_), split);
+      for (int64_t t = 0; t < T_; t += part_) {
+        const Panels& z = panels(t);
+        const int64_t T = min(part_, T_ - t);
+        launch(device_, "a_grad", kernel,
+               dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(ceil_div(T, split))),
+               B::kThreads, B::kShared, a, z.data, z.width,
+               static_cast<const S*>(U) + t * a.r * a.n, T, split,
+               aligned_rows(a.n, kPerAccess<S>, U), t > 0, partial_);
+      }
+    };
+    constexpr bool kTf32 = decltype(tf32)::value;
+    if constexpr (sizeof(S) == 8) {
+      start(grad_kernel<S, 1, 4, kTf32>, Grad<S, 1, 4, kTf32>{});
+    } else {
+      static_assert(Grad<S, 4, 8, kTf32>::kShared <= kLeastShared, "on every card");
+      a.n > 32 ? start(grad_kernel<S, 4, 8, kTf32>, Grad<S, 4, 8, kTf32>{})
+               : start(grad_kernel<S, 4, 2, kTf32>, Grad<S, 4, 2, kTf32>{});
+    }
+
+    const int64_t columns = ceil_div(a.d, 32);
+    if (!partial_lam_) partial_lam_ = scratch<C>(device_, columns * a.r * a.bases);
+    const int threads = 128;
+    launch(device_, "a_grad_contract", contract_kernel<C>,
+           dim3(static_cast<unsigned>(ceil_div(columns * (a.bases / kBases), threads / 32))),
+           threads, 0, a, partial_, splits, p_.lam, p_.gam, scale_, dgam, accumulate, partial_lam_);
+    launch(device_, "a_grad_sum", sum_lambda<C>,
+           dim3(static_cast<unsigned>(a.r * ceil_div(a.n, 32))), threads,
+           threads * int64_t{sizeof(C)}, a, partial_lam_, columns, dlam, accumulate);
+  });
+}
+
+void a_grad(const ASide& p, const void* U, const void* z, double scale, void* dlam, void* dgam,
+            Device& device) {
+  ASideCall call(p, scale, device);
+  call.take(z, p.T);
+  call.grad(U, dlam, dgam, false);
+}
+
+}  // namespace cuda
+}  // namespace randlora

@@ -1,0 +1,169 @@
+// The A side of the factored path, shared pieces. A is one matrix for all n bases, so for a rank
+// index j they all have the support S_j = {k : A[j, k] != 0}, and each product is a dense one with
+// gathered features:
+//
+//   up     V[t, (j, i)]      = scale lam[j, i] sum_{p in S_j} G[p, i] z[t, k_p]      a_up.cu
+//   down   out[t, k_p]      += sum_i (scale lam[j, i] G[p, i]) U[t, (j, i)]          a_down.cu
+//   grad   P[p, i]           = sum_t z[t, k_p] U[t, (j, i)]                          a_grad.cu
+//
+// where p is an entry of A, k_p its column, and G[p, i] = A[j, k_p] gam[i, k_p]. What they share is
+// made once a call (a_support.cu): the entries of A as one array, the two compact value matrices, and
+// z as token panels, so that a gathered feature is a row of tokens. a_few.cu does up and down for a
+// handful of tokens from A's lists themselves.
+//
+// `scale` goes into V and into the compact values rather than onto the results, because lam * gam
+// alone is near the smallest f16.
+#pragma once
+#include "../device/columns.h"
+#include "../device/launch.h"
+#include "../device/tile.h"
+#include "../kernels.h"
+#include "panels.h"
+#include "support.h"
+
+namespace randlora {
+namespace cuda {
+
+// ---- one operator call ---------------------------------------------------------------------------
+
+// The products of the A side for up to p.T tokens at a time; what they share is made on first use.
+class ASideCall {
+ public:
+  ASideCall(const ASide& p, double scale, Device& device);
+
+  void take(const void* z, int64_t T);  // (T, d): the operand of up and grad
+  void up(void* V);                     // (T, K)
+  void grad(const void* U, void* dlam, void* dgam, bool accumulate);
+  void down(const void* U, int64_t T, void* out, bool accumulate);
+
+ private:
+  bool few(int64_t T) const;
+  bool up_few(void* V);  // a_few.cu: false where shared memory does not do
+  bool down_few(const void* U, int64_t T, void* out, bool accumulate);
+  const Support& support();
+  const void* values(bool with_lambda);  // (room, bases): scale lam G, or G
+  // z as panels, part_ tokens of it from t on: a part and what is made of it stay in L2.
+  const Panels& panels(int64_t t);
+
+  const ASide p_;
+  const double scale_;
+  Device& device_;
+  const void* z_ = nullptr;
+  int64_t T_ = 0;
+  Support support_ = {};
+  void* values_[2] = {};
+  int64_t part_;
+  Panels panels_ = {};
+  int64_t filled_ = -1;                               // the t of panels_
+  void *partial_ = nullptr, *partial_lam_ = nullptr;  // of grad
+};
+
+// ---- device code ---------------------------------------------------------------------------------
+
+// Four warps, 2 x 2, over a tile of (32 MI, 16 NI).
+template <class S, int MI, int NI, bool Tf32>
+struct BlockTile {
+  using Tile = WarpTile<S, MI, NI, Tf32>;
+  using C = typename Tile::C;
+  static constexpr int kThreads = 128, kM = 32 * MI, kN = 16 * NI;
+  static constexpr int kDepth = sizeof(S) == 2 ? 32 : 16;  // of the sum, a stage
+  static constexpr int kStages = 3;
+  static constexpr int kPad = sizeof(S) == 8 ? 2 : 8;         // by_k: rows of kM + kPad, kN + kPad
+  static constexpr int kLineStride = kDepth + kPerAccess<S>;  // by_line
+
+  static constexpr int kStoreStride = 8 * NI + 8;
+  static constexpr int64_t kStoreBytes = 4 * 16 * kStoreStride * int64_t{sizeof(C)};
+
+  static __device__ __forceinline__ int warp_m() { return threadIdx.x / 64 * (16 * MI); }
+  static __device__ __forceinline__ int warp_n() { return threadIdx.x / 32 % 2 * (8 * NI); }
+};
+
+// fn(row, piece, u) for this thread's share of (Rows, Pieces), the u-th of them; `piece` is the same
+// for all of them.
+template <int Rows, int Pieces, int Threads, class F>
+__device__ __forceinline__ void each_piece(const F& fn) {
+  static_assert(Threads % Pieces == 0 && Rows * Pieces % Threads == 0, "equal shares");
+#pragma unroll
+  for (int u = 0; u < Rows * Pieces / Threads; ++u)
+    fn(static_cast<int>(threadIdx.x) / Pieces + u * (Threads / Pieces),
+       static_cast<int>(threadIdx.x) % Pieces, u);
+}
+
+// load(step, stage) issues copies (cp.async, or plain stores) two steps ahead of use(stage).
+template <int Stages, class Load, class Use>
+__device__ __forceinline__ void pipeline(int steps, const Load& load, const Use& use) {
+#pragma unroll
+  for (int s = 0; s < Stages - 1; ++s) {
+    if (s < steps) load(s, s);
+    cp_async_commit();
+  }
+  int stage = 0;
+  for (int s = 0; s < steps; ++s) {
+    cp_async_wait<Stages - 2>();
+    __syncthreads();
+    const int free = stage == 0 ? Stages - 1 : stage - 1;
+    if (s + Stages - 1 < steps) load(s + Stages - 1, free);
+    cp_async_commit();
+    use(stage);
+    stage = stage == Stages - 1 ? 0 : stage + 1;
+  }
+}
+
+// to[row * stride + col] (+)= the warp's accumulators for row < rows, col < cols, through 16 rows of
+// shared memory that belong to this warp alone.
+template <class Out, class S, int MI, int NI, bool Tf32>
+__device__ __forceinline__ void store_rows(const WarpTile<S, MI, NI, Tf32>& tile,
+                                           typename ComputeOf<S>::type* shared, Out* to,
+                                           int64_t stride, int64_t rows, int64_t cols, bool aligned,
+                                           bool accumulate) {
+  using Tile = WarpTile<S, MI, NI, Tf32>;
+  constexpr int kCols = 8 * NI, kStride = kCols + 8, L = kPerAccess<Out>;
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < MI; ++m) {
+#pragma unroll
+    for (int n = 0; n < NI; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        shared[Tile::row(0, e) * kStride + Tile::col(n, e)] = tile.acc[m][n][e];
+    __syncwarp();
+    if (aligned) {
+      for (int x = lane; x < 16 * (kCols / L); x += 32) {
+        const int row = x / (kCols / L), col = x % (kCols / L) * L;
+        if (m * 16 + row >= rows || col >= cols) continue;
+        Out* at = to + (m * 16 + row) * stride + col;
+        Pack<Out, L> pack = {};
+        if (accumulate) pack = *reinterpret_cast<const Pack<Out, L>*>(at);
+#pragma unroll
+        for (int e = 0; e < L; ++e) {
+          const auto sum = shared[row * kStride + col + e];
+          pack.set(e, narrow<Out>(accumulate ? widen(pack.get(e)) + sum : sum));
+        }
+        pack.store(at);
+      }
+    } else {
+      for (int x = lane; x < 16 * kCols; x += 32) {
+        const int row = x / kCols, col = x % kCols;
+        if (m * 16 + row >= rows || col >= cols) continue;
+        Out* at = to + (m * 16 + row) * stride + col;
+        const auto sum = shared[row * kStride + col];
+        *at = narrow<Out>(accumulate ? widen(*at) + sum : sum);
+      }
+    }
+    __syncwarp();
+  }
+}
+
+// fn(S{}, tf32) for the engine that a dtype computes on; tf32 is a std::bool_constant.
+template <class F>
+void with_engine(DType dtype, const Device& device, const F& fn) {
+  with_dtype(dtype, [&](auto s) {
+    if constexpr (std::is_same_v<decltype(s), float>) {
+      if (device.tf32) return fn(s, std::true_type{});
+    }
+    fn(s, std::false_type{});
+  });
+}
+
+}  // namespace cuda
+}  // namespace randlora

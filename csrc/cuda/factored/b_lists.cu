@@ -1,0 +1,231 @@
+// The B side of the factored path from sorted sign-split lists, both directions one kernel:
+//
+//   up     y[t, o] = scale sum_c B[o, c] V[t, c] [+ y]     lines are the rows of B, over K
+//   down   U[t, c] = sum_o B[o, c] x[t, o]                 lines are its columns, over D
+//
+// A block takes a tile of tokens and a range of lines. The operand of its tokens, transposed to
+// (features, tokens), lies in shared memory, where a gather costs a few cycles and no L2 traffic; it
+// is staged once a block. A warp takes a line: lanes are entries x pieces of 16 bytes of tokens, every
+// lane sums its tokens in fp32 and the lanes are summed at the end. The positions of the next line
+// are fetched while this one is summed. Results of 4 lines a warp are collected in shared memory and
+// leave by rows. Nothing is summed between warps: deterministic.
+//
+//   T = 1          lanes are entries, the operand stays where it is
+//   T > 1          tiles of 8 or 16 tokens in 16 bits, 4 or 8 in fp32, 2 or 4 in fp64
+//   no room        (many features, or a small card) the operand comes as token panels from L2
+//
+// D = K = 4096, density 1/64 (nnz = 262144), bf16 on an H100:
+//   T = 1       0.5 MB of lists, 0.2 us; 4 us expected, of latency
+//   T = 16      32 lines a block, 128 KB staged from L2 by each: 6 us
+//   T = 8192    2.1 G adds, 75 us at 28 T/s; shared memory 4.3 GB, 150 us at 128 B/clk/SM and 320 us
+//               with its bank conflicts (2.1 for 4 random rows of 32 bytes in 4 places). Instructions
+//               bind: 26 for 16 entries x 16 tokens and some 110 a line, 550 us.
+// A GEMM with B unpacked takes 420 us at T = 8192, but reads 34 MB at any T: lists are the better
+// choice up to T = 200 or so at this density, and where memory is short.
+#include "../device/columns.h"
+#include "../device/launch.h"
+#include "../device/warp_sums.h"
+#include "../kernels.h"
+#include "panels.h"
+
+namespace randlora {
+namespace cuda {
+namespace {
+
+// Of a warp, between two barriers. One token has so few blocks that each should be short.
+constexpr int lines_of_warp(int TT) { return TT == 1 ? 1 : 4; }
+
+// A tile of TT tokens: a lane has kTokens of them, kAcross lanes have all.
+template <class S, int TT>
+struct TokenTile {
+  static constexpr int kLines = lines_of_warp(TT);
+  static constexpr int kTokens = TT == 1 ? 1 : kPerAccess<S>, kAcross = TT / kTokens;
+  static constexpr int kEntries = 32 / kAcross;        // a step of the warp
+  static constexpr int kAhead = kAcross == 2 ? 6 : 3;  // steps whose positions are fetched ahead
+  static constexpr int kOut = TT * kLines < 32 ? 1 : TT * kLines / 32;  // results a thread stores
+};
+
+struct Shape {
+  int64_t lines, features, T, range;  // lines a block, a multiple of those of its warps
+};
+
+// Blocks that a multiprocessor must hold, which bounds registers: on Blackwell a bound of 64 spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kResident = 2;
+#else
+constexpr int kResident = 4;
+#endif
+
+// Source: the operand (T, features) if it is staged or has one token, else token panels of width TT.
+template <class S, class Index, int TT, bool Staged>
+__global__ void __launch_bounds__(256, kResident)
+    sum_lists(Lists<Index> lists, Shape shape, const S* __restrict__ source, S* __restrict__ out,
+              typename ComputeOf<S>::type scale, bool accumulate) {
+  using G = TokenTile<S, TT>;
+  using C = typename ComputeOf<S>::type;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  constexpr int kLines = G::kLines;
+  const int chunk = kLines * warps, stride = chunk + 1;
+  S* staged = reinterpret_cast<S*>(shared_memory());  // (features, TT)
+  C* results =
+      reinterpret_cast<C*>(shared_memory() + (Staged ? shape.features * TT * sizeof(S) : 0));
+  // (2, TT, stride)
+  const int64_t ranges = ceil_div(shape.lines, shape.range);
+  const int64_t first = blockIdx.x % ranges * shape.range, tile = blockIdx.x / ranges;
+  const int64_t last = min(shape.lines, first + shape.range), t0 = tile * TT;
+  const S* rows = Staged ? staged : source + tile * shape.features * TT;
+
+  if constexpr (Staged) {
+    // Tokens past T repeat the last, and are not stored: loads that depend on nothing run together.
+    for (int64_t f = threadIdx.x; f < shape.features; f += blockDim.x) {
+      S value[TT];
+#pragma unroll
+      for (int t = 0; t < TT; ++t) value[t] = source[min(t0 + t, shape.T - 1) * shape.features + f];
+      Pack<S, TT> row = {};
+#pragma unroll
+      for (int t = 0; t < TT; ++t) row.set(t, value[t]);
+      reinterpret_cast<Pack<S, TT>*>(staged)[f] = row;
+    }
+    __syncthreads();
+  }
+
+  const int slot = lane / G::kAcross;
+  rows += lane % G::kAcross * G::kTokens;
+  C sum[G::kTokens] = {};
+  const auto add = [&](Index position, C sign) {
+    if constexpr (TT == 1) {
+      sum[0] += sign * widen(rows[position]);
+    } else {
+      using Tokens = Pack<S, G::kTokens>;
+      const Tokens tokens = *reinterpret_cast<const Tokens*>(rows + int64_t{position} * TT);
+#pragma unroll
+      for (int t = 0; t < G::kTokens; ++t) sum[t] += sign * widen(tokens.get(t));
+    }
+  };
+
+  // Lane l has offset[2 q + l] for the first q of the warp's lines of a chunk; past the last line,
+  // lines are empty.
+  const auto offsets = [&](int64_t c) {
+    return lists.offset[min(2 * (first + c * chunk + warp * kLines) + lane, 2 * last)];
+  };
+  const auto of_lane = [&](auto x, int l) { return __shfl_sync(0xffffffffu, x, l); };
+  Index ahead[G::kAhead];
+  const auto fetch = [&](const Index* line, int count) {
+#pragma unroll
+    for (int s = 0; s < G::kAhead; ++s)
+      ahead[s] = s * G::kEntries < count - slot ? line[s * G::kEntries + slot] : Index(0);
+  };
+
+  int64_t origin = of_lane(offsets(0), 0);  // of the warp's first line; the others relative to it
+  int offset = static_cast<int>(offsets(0) - origin);
+  fetch(lists.index + origin, of_lane(offset, 2));
+  const int64_t chunks = ceil_div(last - first, chunk);
+  for (int64_t c = 0; c < chunks; ++c) {
+    C* result = results + c % 2 * TT * stride;
+    const int64_t q0 = first + c * chunk;
+    S old[G::kOut] = {};
+    const auto each_result = [&](const auto& fn) {
+#pragma unroll
+      for (int u = 0; u < G::kOut; ++u) {
+        const int x = threadIdx.x + u * blockDim.x, t = x / chunk, q = x % chunk;
+        if (t < TT && t0 + t < shape.T && q0 + q < last)
+          fn(u, result + t * stride + q, out + (t0 + t) * shape.lines + q0 + q);
+      }
+    };
+    if (accumulate) each_result([&](int u, C*, S* to) { old[u] = *to; });
+
+    const int64_t next = offsets(c + 1), next_origin = of_lane(next, 0);
+    const int next_offset = static_cast<int>(next - next_origin);
+#pragma unroll
+    for (int q = 0; q < kLines; ++q) {
+      const int begin = of_lane(offset, 2 * q), end = of_lane(offset, 2 * q + 2);
+      const int plus = of_lane(offset, 2 * q + 1) - begin, count = end - begin;
+      const Index* line = lists.index + origin + begin;
+      Index position[G::kAhead];
+#pragma unroll
+      for (int s = 0; s < G::kAhead; ++s) position[s] = ahead[s];
+      if (q + 1 < kLines)
+        fetch(line + count, of_lane(offset, 2 * q + 4) - end);
+      else
+        fetch(lists.index + next_origin, of_lane(next_offset, 2));
+
+#pragma unroll
+      for (int t = 0; t < G::kTokens; ++t) sum[t] = 0;
+      int p = slot;
+#pragma unroll
+      for (int s = 0; s < G::kAhead; ++s, p += G::kEntries)
+        if (p < count) add(position[s], p < plus ? C(1) : C(-1));
+#pragma unroll 4
+      for (; p < count; p += G::kEntries) add(line[p], p < plus ? C(1) : C(-1));
+
+      constexpr int kHolders = 32 / G::kTokens;
+      const C total = warp_sums<G::kTokens, G::kAcross>(sum);
+      if (lane % kHolders < G::kAcross)
+        result[(lane % kHolders * G::kTokens + lane / kHolders) * stride + warp * kLines + q] =
+            total;
+    }
+    __syncthreads();
+    each_result([&](int u, C* from, S* to) {
+      const C v = *from * scale;
+      *to = narrow<S>(accumulate ? widen(old[u]) + v : v);
+    });
+    origin = next_origin, offset = next_offset;
+  }
+}
+
+// out (T, lines) = scale * operand (T, features) with the lines' signed sums [+ out].
+void run(const AnyLists& any, bool wide, int64_t lines, int64_t features, int64_t T, DType dtype,
+         const void* operand, void* out, double scale, bool accumulate, Device& device) {
+  if (T == 0) return;
+  const int threads = min(256, device.max_threads);
+  with_dtype(dtype, [&](auto storage) {
+    using S = decltype(storage);
+    using C = typename ComputeOf<S>::type;
+    constexpr int L = kPerAccess<S>;
+    const auto chunk_of = [&](int TT) { return lines_of_warp(TT) * threads / 32; };
+    const auto results = [&](int TT) { return 2 * TT * (chunk_of(TT) + 1) * int64_t{sizeof(C)}; };
+    const auto staged = [&](int TT) { return features * TT * int64_t{sizeof(S)}; };
+    const auto fits = [&](int TT) { return staged(TT) + results(TT) <= device.shared_bytes; };
+
+    const auto start = [&](auto kernel, const auto& lists, int TT, bool stages, int blocks_an_sm) {
+      const int64_t tiles = ceil_div(T, TT), chunk = chunk_of(TT);
+      const int64_t ranges =
+          min(ceil_div(lines, chunk), ceil_div(blocks_an_sm * device.multiprocessors, tiles));
+      const Shape shape{lines, features, T, ceil_div(ceil_div(lines, ranges), chunk) * chunk};
+      const void* source = operand;
+      if (TT > 1 && !stages) {
+        const Panels panels = make_panels(T, features, TT, dtype, device);
+        fill_panels(operand, T, panels, dtype, device);
+        source = panels.data;
+      }
+      launch(device, "b_lists", kernel,
+             dim3(static_cast<unsigned>(tiles * ceil_div(lines, shape.range))), threads,
+             (stages ? staged(TT) : 0) + results(TT), lists, shape, source, out, scale, accumulate);
+    };
+    const auto pick = [&](auto lists) {
+      using Index = std::remove_const_t<std::remove_pointer_t<decltype(lists.index)>>;
+      if (T == 1) return start(sum_lists<S, Index, 1, false>, lists, 1, false, 4);
+      if (T > L && fits(2 * L))
+        return start(sum_lists<S, Index, 2 * L, true>, lists, 2 * L, true, 1);
+      if (fits(L)) return start(sum_lists<S, Index, L, true>, lists, L, true, 2);
+      start(sum_lists<S, Index, 2 * L, false>, lists, 2 * L, false, 4);
+    };
+    wide ? pick(any.as<uint32_t>()) : pick(any.as<uint16_t>());
+  });
+}
+
+}  // namespace
+
+void b_up_lists(const BSide& p, const void* V, void* y, double scale, bool accumulate,
+                Device& device) {
+  const Basis& b = p.basis;
+  run(b.b_rows, b.wide, b.D, b.K(), p.T, p.dtype, V, y, scale, accumulate, device);
+}
+
+void b_down_lists(const BSide& p, const void* x, void* U, Device& device) {
+  const Basis& b = p.basis;
+  run(b.b_cols, b.wide, b.K(), b.D, p.T, p.dtype, x, U, 1, false, device);
+}
+
+}  // namespace cuda
+}  // namespace randlora

@@ -1,0 +1,237 @@
+// The B side of the factored path for B as bit planes, decoded in registers:
+//
+//   up     y (T, D) = scale * V (T, K) B^T [+ y]      lines are rows of B
+//   down   U (T, K) = x (T, D) B                      lines are columns of B
+//
+// A block makes 128 lines of N tokens (ternary_tile.h), N = 16 for few tokens. While it multiplies
+// one step, the next one's tokens come by cp.async and its plane words through registers, which
+// become codes in the other half of shared memory. Where there are fewer tiles than the card has
+// room for, blocks share the contraction of a tile, and a second kernel adds their partial sums in
+// order.
+//
+// 4096 x 4096 (K = 4096), bf16, H100:
+//
+//   tokens          16: 4.2 MB of planes, 0.3 MB of tokens           1.3 us of memory
+//                 8192: 138 MB; 275 GFLOP                    41 us; 278 us at 989 TFLOP/s
+//   expected        16: 3 us, and 2 us for the partial sums, mostly latency. All plane words are
+//                       under way at once; decoding them is 1.5 us of arithmetic beside that
+//                 8192: 560 us, 490 TFLOP/s. mma.sync gives a Hopper card at most about 62% of its
+//                       peak, which belongs to wgmma: 450 us. A warp's step is 128 mma, 820 clocks
+//                       at that rate, beside 430 (up) or 530 (down) other instructions: 120 decode
+//                       fragments, 20 or 80 make codes; latency and barriers take the rest
+//
+// cuBLAS needs about 390 us for 8192 tokens and a dense B, so linear.cu prefers it where the caller
+// has one; these kernels read an eighth of its bytes. f32 goes by FMA, 128 of 211 instructions: 40
+// of 67 TFLOP/s, or by tf32.
+//
+// NaN and inf: ternary_tile.h. They stay in their token whatever the engine.
+#include <algorithm>
+
+#include "../device/launch.h"
+#include "../device/ternary_io.h"
+#include "../kernels.h"
+
+namespace randlora {
+namespace cuda {
+namespace {
+
+// The plane words of `Tiles` successive 64-slot steps of 128 lines, on their way to shared memory.
+template <bool Up, int Tiles>
+struct PlaneWords {
+  uint64_t plus[Tiles], minus[Tiles];
+
+  __device__ __forceinline__ void load(const Planes& b, int64_t D, int64_t line0, int64_t slot0) {
+#pragma unroll
+    for (int i = 0; i < Tiles; ++i) {
+      const int64_t row = Up ? line0 + item(i) / Tiles : slot0 + i * kSlots + row_in_step();
+      const int64_t word = Up ? slot0 / 64 + item(i) % Tiles : line0 / 64 + half();
+      const bool inside = row < D && word < b.words;
+      plus[i] = inside ? b.plus[row * b.words + word] : 0;
+      minus[i] = inside ? b.minus[row * b.words + word] : 0;
+    }
+  }
+
+  __device__ __forceinline__ void store(uint32_t* codes) const {
+#pragma unroll
+    for (int i = 0; i < Tiles; ++i) {
+      uint32_t word[4];
+      if constexpr (Up) {
+        encode_row(plus[i], minus[i], word);
+        uint32_t* to = codes + item(i) % Tiles * kCodeWords + item(i) / Tiles;
+#pragma unroll
+        for (int q = 0; q < 4; ++q) to[q * kCodePitch] = word[q];
+      } else {
+        encode_columns(plus[i], minus[i], word);
+        uint32_t* to = codes + i * kCodeWords + threadIdx.x / 32 * kCodePitch + half() * 64;
+#pragma unroll
+        for (int m = 0; m < 4; ++m) to[column_of_lane(threadIdx.x % 16, m)] = word[m];
+      }
+    }
+  }
+
+ private:
+  // Up: a thread takes words of rows, neighbours neighbouring words of a row.
+  static __device__ __forceinline__ int item(int i) { return threadIdx.x + i * kTileThreads; }
+  // Down: a warp takes 16 rows, a half-warp one of the two words that hold the 128 columns.
+  static __device__ __forceinline__ int half() { return threadIdx.x % 32 / 16; }
+  static __device__ __forceinline__ int row_in_step() {
+    return threadIdx.x / 32 * 16 + row_of_lane(threadIdx.x % 16);
+  }
+};
+
+template <class S>
+struct Product {
+  using C = typename ComputeOf<S>::type;
+  Planes b;
+  int64_t D, lines, depth, T;
+  const S* tokens;  // (T, depth)
+  bool aligned;
+  int64_t line_blocks, token_blocks;
+  int64_t splits, slots;  // blocks that share a tile, and what each contracts
+  C* partial;             // (splits, T, lines), null where splits == 1
+  Output<S> out;          // (T, lines)
+};
+
+// Steps that a block takes at a time: with few tokens more, to have enough bytes under way.
+template <class S, int N>
+constexpr int kTiles = N == 16 ? 8 / int(sizeof(S)) : 1;
+
+template <class S, int N>
+struct SharedMemory {
+  static constexpr int kStride = TernaryTile<S, N>::stride(kTiles<S, N> * kSlots);
+  static constexpr int kCodes = kTiles<S, N> * kCodeWords, kTokens = N * kStride;
+  static int64_t bytes() {
+    const int64_t loop = 2 * (kCodes * int64_t(sizeof(uint32_t)) + kTokens * int64_t(sizeof(S)));
+    return std::max(loop, store_bytes<true, TernaryTile<S, N>>());
+  }
+  static __device__ __forceinline__ uint32_t* codes(int64_t half) {
+    return reinterpret_cast<uint32_t*>(shared_memory()) + half * kCodes;
+  }
+  static __device__ __forceinline__ S* tokens(int64_t half) {
+    return reinterpret_cast<S*>(codes(2)) + half * kTokens;
+  }
+};
+
+template <class S, bool Tf32, bool Up, int N>
+__global__ void __launch_bounds__(kTileThreads, 1) b_planes_kernel(Product<S> p) {
+  using Shared = SharedMemory<S, N>;
+  constexpr int kStep = kTiles<S, N> * kSlots;
+  const int64_t tile_index = blockIdx.x % (p.line_blocks * p.token_blocks);
+  const int64_t split = blockIdx.x / (p.line_blocks * p.token_blocks);
+  const int64_t line0 = tile_index % p.line_blocks * kLines;
+  const int64_t token0 = tile_index / p.line_blocks * N;
+  const int64_t first = split * p.slots, last = min(first + p.slots, p.depth);
+
+  PlaneWords<Up, kTiles<S, N>> words;
+  const auto load = [&](int64_t slot, int64_t half) {
+    words.load(p.b, p.D, line0, slot);
+    load_operand<Order::by_line, N, kStep>(Shared::tokens(half), Shared::kStride, p.tokens, p.T,
+                                           p.depth, token0, slot, p.aligned);
+    cp_async_commit();
+  };
+  TernaryTile<S, N, Tf32> tile;
+  tile.warp.zero();
+  load(first, 0);
+  words.store(Shared::codes(0));
+#pragma unroll 1
+  for (int64_t slot = first, half = 0; slot < last; slot += kStep, half ^= 1) {
+    cp_async_wait<0>();
+    __syncthreads();
+    const bool more = slot + kStep < last;
+    if (more) load(slot + kStep, half ^ 1);
+#pragma unroll
+    for (int i = 0; i < kTiles<S, N>; ++i)
+      tile.template step<Order::by_line>(Shared::codes(half) + i * kCodeWords,
+                                         Shared::tokens(half) + i * kSlots, Shared::kStride);
+    if (more) words.store(Shared::codes(half ^ 1));
+  }
+
+  using C = typename ComputeOf<S>::type;
+  if (p.partial) {
+    const Output<C> sums{p.partial + split * p.T * p.lines, nullptr, p.T, p.lines, C(1),
+                         p.lines % kPerAccess<C> == 0};
+    store_tile<true>(tile, shared_memory(), line0, token0, sums);
+  } else {
+    store_tile<true>(tile, shared_memory(), line0, token0, p.out);
+  }
+}
+
+template <class S>
+__global__ void add_partial_kernel(const typename ComputeOf<S>::type* partial, int64_t splits,
+                                   Output<S> out) {
+  using C = typename ComputeOf<S>::type;
+  const int64_t count = out.rows * out.cols;
+  const int64_t at = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
+  if (at >= count) return;
+  C sum = C(0);
+  for (int64_t s = 0; s < splits; ++s) sum += partial[s * count + at];
+  sum *= out.scale;
+  out.out[at] = narrow<S>(out.base ? widen(out.base[at]) + sum : sum);
+}
+
+template <class S, bool Tf32, bool Up, int N>
+void run(Product<S>& p, Device& device) {
+  using C = typename ComputeOf<S>::type;
+  constexpr int64_t kStep = kTiles<S, N> * kSlots;
+  p.line_blocks = ceil_div(p.lines, kLines), p.token_blocks = ceil_div(p.T, N);
+  const int64_t tiles = p.line_blocks * p.token_blocks, steps = ceil_div(p.depth, kStep);
+  // Two blocks a multiprocessor where time is that of memory, one where it is that of arithmetic.
+  const int64_t wanted = (N == 16 ? 2 : 1) * device.multiprocessors / tiles;
+  p.slots = ceil_div(steps, std::max<int64_t>(1, std::min(wanted, steps))) * kStep;
+  p.splits = ceil_div(p.depth, p.slots);
+  p.partial = p.splits > 1 ? scratch<C>(device, p.splits * p.T * p.lines) : nullptr;
+  launch(device, Up ? "b_up_planes" : "b_down_planes", b_planes_kernel<S, Tf32, Up, N>,
+         dim3(static_cast<unsigned>(tiles * p.splits)), kTileThreads, SharedMemory<S, N>::bytes(),
+         p);
+  if (p.partial)
+    launch(device, "add_partial", add_partial_kernel<S>,
+           dim3(static_cast<unsigned>(ceil_div(p.T * p.lines, 128))), 128, 0, p.partial, p.splits,
+           p.out);
+}
+
+// N by the number of tokens; half of a full tile where whole ones would not fill the card twice.
+template <class S, bool Tf32, bool Up>
+void run_for_tokens(Product<S>& p, Device& device) {
+  if (p.T <= 16) return run<S, Tf32, Up, 16>(p, device);
+  if constexpr (kColumns<S> == 128)
+    if (ceil_div(p.lines, kLines) * ceil_div(p.T, 128) < 2 * device.multiprocessors)
+      return run<S, Tf32, Up, 64>(p, device);
+  run<S, Tf32, Up, kColumns<S>>(p, device);
+}
+
+template <class S, bool Up>
+void product(const BSide& side, const void* from, void* to, double scale, bool accumulate,
+             Device& device) {
+  const Basis& b = side.basis;
+  Product<S> p{};
+  p.b = b.b_planes, p.D = b.D, p.T = side.T;
+  p.lines = Up ? b.D : b.K(), p.depth = Up ? b.K() : b.D;
+  p.tokens = static_cast<const S*>(from);
+  p.aligned = aligned_rows(p.depth, kPerAccess<S>, from);
+  S* out = static_cast<S*>(to);
+  p.out = {out,
+           accumulate ? out : nullptr,
+           p.T,
+           p.lines,
+           static_cast<typename Product<S>::C>(scale / 2),  // codes stand for doubled numbers
+           aligned_rows(p.lines, kPerAccess<S>, to)};
+  if (p.T == 0) return;
+  if constexpr (std::is_same<S, float>::value)
+    if (device.tf32) return run_for_tokens<S, true, Up>(p, device);
+  run_for_tokens<S, false, Up>(p, device);
+}
+
+}  // namespace
+
+void b_up_planes(const BSide& p, const void* V, void* y, double scale, bool accumulate,
+                 Device& device) {
+  with_dtype(p.dtype,
+             [&](auto s) { product<decltype(s), true>(p, V, y, scale, accumulate, device); });
+}
+
+void b_down_planes(const BSide& p, const void* x, void* U, Device& device) {
+  with_dtype(p.dtype, [&](auto s) { product<decltype(s), false>(p, x, U, 1, false, device); });
+}
+
+}  // namespace cuda
+}  // namespace randlora

@@ -1,0 +1,82 @@
+// Generation: bit planes of any slice of a seed's infinite ternary matrix (docs/basis-spec.md).
+//
+//   planes[s][q][w] bit b: element (role, row_start + q, col_start + 64w + b) is +1 (s = 0), -1 (1)
+//
+// One thread makes one word of both planes: it walks the 16 counters of a group of 64 columns, and
+// each gives it four bits. Sixteen threads that shared a group by ballots would need the same
+// compares (one and a predicated OR a bit; there, one and a vote), and collectives on top. The
+// words of a warp lie side by side, so its stores coalesce by themselves. A slice that starts
+// inside a group takes its words from two groups each, and computes both.
+//
+// 14336 x 4096 on an H100: 917,504 words, 14.7 M Philox calls. By the SASS for sm_90 a call and
+// its eight bits are 69 instructions: 20 wide multiplications (taken as 32 a clock and SM: 41 us),
+// some 45 xors, compares, selects and ORs (64 a clock and SM: 46 us; the round keys lie in uniform
+// registers), and at four warp instructions a clock all of them issue in 35 us. 14.7 MB are
+// written: 4.4 us. So integer arithmetic binds it, at 50 to 70 us; 4096 x 4096 takes about 20.
+#include "../../core/ternary_spec.h"
+#include "../device/launch.h"
+#include "../kernels.h"
+
+namespace randlora {
+namespace cuda {
+namespace {
+
+struct Words {
+  uint64_t plus, minus;
+};
+
+// Both plane words of columns 64 * group ... of a row.
+__device__ __forceinline__ Words group_words(const FillPlanes& p, uint32_t row, uint32_t group) {
+  uint32_t plus[2] = {0, 0}, minus[2] = {0, 0};  // halves of a word: the card counts in 32 bits
+#pragma unroll 4
+  for (uint32_t l = 0; l < kCountersPerGroup; ++l) {
+    const Counter4 u = philox4x32_10(counter_of(p.role, row, group * kCountersPerGroup + l),
+                                     key0_of(p.seed), key1_of(p.seed));
+    const uint32_t low = 1u << l, high = 1u << (l + 16);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const uint32_t bit = w % 2 ? high : low;  // output word w is columns 16 w + l
+      if (is_plus(u.v[w], p.threshold)) plus[w / 2] |= bit;
+      if (is_minus(u.v[w], p.threshold)) minus[w / 2] |= bit;
+    }
+  }
+  return {uint64_t{plus[1]} << 32 | plus[0], uint64_t{minus[1]} << 32 | minus[0]};
+}
+
+__global__ void fill_planes_kernel(FillPlanes p, int64_t words) {
+  const int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (at >= p.rows * words) return;
+  const int64_t q = at / words, w = at % words;
+  const int shift = static_cast<int>(p.col_start & 63);
+  const int64_t here = p.cols - 64 * w < 64 ? p.cols - 64 * w : 64;  // columns of this word
+  const int64_t group = (p.col_start >> 6) + w;
+  Words word = {0, 0};
+  // Part 0 is this word's own group, part 1 the next, which is looked at only where it is reached:
+  // after the last column of the specification there is none.
+  for (int part = 0; part < 2; ++part) {
+    if (part == 1 && here <= 64 - shift) break;
+    const Words g =
+        group_words(p, static_cast<uint32_t>(p.row_start + q), static_cast<uint32_t>(group + part));
+    if (part == 0) {
+      word = {g.plus >> shift, g.minus >> shift};
+    } else {  // shift is not 0 here
+      word.plus |= g.plus << (64 - shift);
+      word.minus |= g.minus << (64 - shift);
+    }
+  }
+  const uint64_t keep = ~uint64_t{0} >> (64 - here);
+  p.plus[at] = word.plus & keep;
+  p.minus[at] = word.minus & keep;
+}
+
+}  // namespace
+
+void fill_planes(const FillPlanes& p, Device& device) {
+  const int64_t words = words_of(p.cols);
+  const int threads = device.max_threads < 128 ? device.max_threads : 128;
+  launch(device, "fill_planes", fill_planes_kernel,
+         static_cast<unsigned>(ceil_div(p.rows * words, threads)), threads, 0, p, words);
+}
+
+}  // namespace cuda
+}  // namespace randlora

@@ -1,0 +1,236 @@
+// Packing: sorted sign-split lists (core/lists.h) of a ternary matrix in bit planes, by row or by
+// column, as csrc/cpu/packing.cpp makes them, in two steps because the length must be known first:
+//
+//   count_lists   offset[2 q + 1], offset[2 q + 2] = how many +1, -1 in line q; inclusive scan
+//   fill_lists    index[offset[2 q] ...] = positions of the +1, then of the -1, ascending
+//
+// By column is by row of the transposed planes, made in scratch memory: the two steps then know
+// one layout, whose lines a warp reads side by side.
+//
+//   transpose     a block turns 256 x 256 bits, read and written as 32-byte sectors; a warp turns
+//                 32 x 32 of them in registers, by five exchanges of ever smaller squares
+//   count, fill   a warp takes a line, a lane every 32nd word of it; a scan over the lanes tells
+//                 each where its positions go
+//   scan          tiles of a block; then every tile adds the totals of those before it
+//
+// 14336 x 4096 on an H100, planes of 14.7 MB in the 50 MB of L2: count reads them once (5 us), the
+// scan touches 0.3 MB (two launches, 6 us), fill reads them again and writes 2 bytes a non-zero
+// element (1.8 MB at density 1/64: 7 us). By column the transposition comes before either (29 MB,
+// 10 us each time). So lists by row take about 20 us and by column 40, with generation
+// (fill_planes.cu) and the two waits of the host under 0.2 ms. Memory traffic and launches bind
+// it; at density 1/3 the scattered 2-byte stores of fill do (40 MB of positions, 20 sectors a
+// store of a warp: 50 us).
+#include "../device/launch.h"
+#include "../kernels.h"
+
+namespace randlora {
+namespace cuda {
+namespace {
+
+constexpr unsigned kWarp = 0xffffffffu;
+
+// The sum of x over this lane and those below it.
+template <class T>
+__device__ __forceinline__ T scan_warp(T x) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const T below = __shfl_up_sync(kWarp, x, step);
+    if (lane >= step) x += below;
+  }
+  return x;
+}
+
+// ---- transposition ------------------------------------------------------------------------------
+
+constexpr int kSide = 256;              // rows and columns of a tile
+constexpr int kTileWords = kSide / 64;  // of a row of it
+constexpr int kStride =
+    kSide / 32 + 1;  // 32-bit words a row in shared memory; odd: no bank conflicts
+
+// Bit c of lane r's word becomes bit r of lane c's, as transpose_64x64 of core/planes.h.
+__device__ __forceinline__ uint32_t transpose_32x32(uint32_t x) {
+  const int lane = threadIdx.x % 32;
+  uint32_t mask = 0x0000ffffu;
+#pragma unroll
+  for (int s = 16; s != 0; s >>= 1, mask ^= mask << s) {
+    const uint32_t other = __shfl_xor_sync(kWarp, x, s);
+    x = lane & s ? (x & ~mask) | (other >> s & mask) : (x & mask) | (other << s & ~mask);
+  }
+  return x;
+}
+
+// blockIdx.x: tile, row by row of tiles; blockIdx.y: plane.
+__global__ void transpose_planes_kernel(Planes in, int64_t rows, int64_t cols, uint64_t* plus,
+                                        uint64_t* minus, int64_t tiles_across) {
+  auto* before = reinterpret_cast<uint32_t*>(shared_memory());  // (kSide rows, kStride)
+  uint32_t* after = before + kSide * kStride;                   // (kSide columns, kStride)
+  const uint64_t* from = blockIdx.y ? in.minus : in.plus;
+  uint64_t* to = blockIdx.y ? minus : plus;
+  const int64_t first_row = blockIdx.x / tiles_across * kSide, out_words = words_of(rows);
+  const int64_t first_col = blockIdx.x % tiles_across * kSide;
+  for (int e = threadIdx.x; e < kSide * kTileWords; e += blockDim.x) {
+    const int64_t row = first_row + e / kTileWords, word = first_col / 64 + e % kTileWords;
+    const uint64_t m = row < rows && word < in.words ? from[row * in.words + word] : 0;
+    uint32_t* half = before + e / kTileWords * kStride + e % kTileWords * 2;
+    half[0] = static_cast<uint32_t>(m), half[1] = static_cast<uint32_t>(m >> 32);
+  }
+  __syncthreads();
+  constexpr int kSquares = kSide / 32;  // along each side
+  const int lane = threadIdx.x % 32;
+  for (int s = threadIdx.x / 32; s < kSquares * kSquares; s += blockDim.x / 32) {
+    const int r = s / kSquares, c = s % kSquares;
+    after[(c * 32 + lane) * kStride + r] = transpose_32x32(before[(r * 32 + lane) * kStride + c]);
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < kSide * kTileWords; e += blockDim.x) {
+    const int64_t col = first_col + e / kTileWords, word = first_row / 64 + e % kTileWords;
+    if (col >= cols || word >= out_words) continue;
+    const uint32_t* half = after + e / kTileWords * kStride + e % kTileWords * 2;
+    to[col * out_words + word] = uint64_t{half[1]} << 32 | half[0];
+  }
+}
+
+// ---- count and scan -----------------------------------------------------------------------------
+
+__global__ void count_lists_kernel(Planes p, int64_t lines, int64_t* offset) {
+  const int64_t line = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32;
+  const int lane = threadIdx.x % 32;
+  if (line == 0 && lane == 0) offset[0] = 0;
+  if (line >= lines) return;
+  int64_t plus = 0, minus = 0;
+  for (int64_t w = line * p.words + lane; w < (line + 1) * p.words; w += 32) {
+    plus += __popcll(p.plus[w]);
+    minus += __popcll(p.minus[w]);
+  }
+#pragma unroll
+  for (int step = 16; step != 0; step /= 2) {
+    plus += __shfl_xor_sync(kWarp, plus, step);
+    minus += __shfl_xor_sync(kWarp, minus, step);
+  }
+  if (lane == 0) offset[2 * line + 1] = plus, offset[2 * line + 2] = minus;
+}
+
+constexpr int kItems = 4;  // values a thread scans
+
+// The sum of x over the threads of the block below this one; `total` over all of them.
+__device__ __forceinline__ int64_t scan_block(int64_t x, int64_t* total) {
+  auto* of_warp = reinterpret_cast<int64_t*>(shared_memory());
+  const int64_t up_to = scan_warp(x);
+  if (threadIdx.x % 32 == 31) of_warp[threadIdx.x / 32] = up_to;
+  __syncthreads();
+  int64_t before = up_to - x;
+  *total = 0;
+  for (unsigned w = 0; w < blockDim.x / 32; ++w) {
+    if (w < threadIdx.x / 32) before += of_warp[w];
+    *total += of_warp[w];
+  }
+  return before;
+}
+
+// In place, each tile for itself, and the tiles' totals.
+__global__ void scan_tiles_kernel(int64_t* value, int64_t count, int64_t* totals) {
+  const int64_t first = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kItems;
+  int64_t up_to[kItems], sum = 0, total;
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) up_to[i] = sum += first + i < count ? value[first + i] : 0;
+  const int64_t before = scan_block(sum, &total);
+#pragma unroll
+  for (int i = 0; i < kItems; ++i)
+    if (first + i < count) value[first + i] = before + up_to[i];
+  if (threadIdx.x == 0) totals[blockIdx.x] = total;
+}
+
+// Every tile but the first adds the totals of those before it: few, so each sums them for itself.
+__global__ void add_totals_kernel(int64_t* value, int64_t count, const int64_t* totals) {
+  const int64_t tile = int64_t{blockIdx.x} + 1;
+  int64_t mine = 0, before;
+  for (int64_t t = threadIdx.x; t < tile; t += blockDim.x) mine += totals[t];
+  scan_block(mine, &before);
+  const int64_t first = tile * blockDim.x * kItems;
+  for (int i = threadIdx.x; i < int(blockDim.x) * kItems; i += blockDim.x)
+    if (first + i < count) value[first + i] += before;
+}
+
+// ---- fill ---------------------------------------------------------------------------------------
+
+template <class Index>
+__device__ __forceinline__ void put(uint64_t m, int64_t base, Index* at) {
+  for (; m; m &= m - 1) *at++ = static_cast<Index>(base + __ffsll(m) - 1);
+}
+
+template <class Index>
+__global__ void fill_lists_kernel(Planes p, int64_t lines, const int64_t* offset, Index* index) {
+  const int64_t line = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32;
+  if (line >= lines) return;
+  const int lane = threadIdx.x % 32;
+  Index *at_plus = index + offset[2 * line], *at_minus = index + offset[2 * line + 1];
+  for (int64_t first = 0; first < p.words; first += 32) {
+    const int64_t w = first + lane;
+    const uint64_t plus = w < p.words ? p.plus[line * p.words + w] : 0;
+    const uint64_t minus = w < p.words ? p.minus[line * p.words + w] : 0;
+    // Both counts in one scan: a warp holds at most 2048 of either.
+    const unsigned mine = __popcll(plus) | __popcll(minus) << 16;
+    const unsigned up_to = scan_warp(mine), before = up_to - mine;
+    put(plus, w * 64, at_plus + (before & 0xffffu));
+    put(minus, w * 64, at_minus + (before >> 16));
+    const unsigned all = __shfl_sync(kWarp, up_to, 31);
+    at_plus += all & 0xffffu;
+    at_minus += all >> 16;
+  }
+}
+
+// ---- host ---------------------------------------------------------------------------------------
+
+// Planes whose rows are the lines of the lists.
+Planes by_line(const Planes& planes, int64_t rows, int64_t cols, bool by_column, Device& device) {
+  if (!by_column) return planes;
+  const int64_t words = words_of(rows), across = ceil_div(cols, kSide);
+  uint64_t* plus = scratch<uint64_t>(device, 2 * cols * words);
+  uint64_t* minus = plus + cols * words;
+  launch(device, "transpose_planes", transpose_planes_kernel,
+         dim3(static_cast<unsigned>(ceil_div(rows, kSide) * across), 2), device.max_threads,
+         2 * kSide * kStride * int64_t{sizeof(uint32_t)}, planes, rows, cols, plus, minus, across);
+  return {plus, minus, words};
+}
+
+unsigned blocks_of_warps(int64_t lines, const Device& device) {
+  return static_cast<unsigned>(ceil_div(lines, device.max_threads / 32));
+}
+
+}  // namespace
+
+int64_t count_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column,
+                    int64_t* offset, Device& device) {
+  const int64_t lines = by_column ? cols : rows, threads = device.max_threads;
+  const Planes p = by_line(planes, rows, cols, by_column, device);
+  const unsigned blocks = blocks_of_warps(lines, device);
+  launch(device, "count_lists", count_lists_kernel, blocks == 0 ? 1 : blocks, threads, 0, p, lines,
+         offset);
+  const int64_t count = 2 * lines, tiles = ceil_div(count, threads * kItems);
+  if (tiles > 0) {
+    int64_t* totals = scratch<int64_t>(device, tiles);
+    const int64_t shared = threads / 32 * int64_t{sizeof(int64_t)};
+    launch(device, "scan_tiles", scan_tiles_kernel, static_cast<unsigned>(tiles), threads, shared,
+           offset + 1, count, totals);
+    launch(device, "add_totals", add_totals_kernel, static_cast<unsigned>(tiles - 1), threads,
+           shared, offset + 1, count, totals);
+  }
+  return device.read(offset + count);
+}
+
+void fill_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column,
+                const int64_t* offset, bool wide, void* index, Device& device) {
+  const int64_t lines = by_column ? cols : rows;
+  const Planes p = by_line(planes, rows, cols, by_column, device);
+  const unsigned blocks = blocks_of_warps(lines, device);
+  if (wide)
+    launch(device, "fill_lists", fill_lists_kernel<uint32_t>, blocks, device.max_threads, 0, p,
+           lines, offset, index);
+  else
+    launch(device, "fill_lists", fill_lists_kernel<uint16_t>, blocks, device.max_threads, 0, p,
+           lines, offset, index);
+}
+
+}  // namespace cuda
+}  // namespace randlora

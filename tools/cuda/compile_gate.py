@@ -1,0 +1,308 @@
+"""The compile gate: what nvcc makes of every kernel in csrc/cuda, against tools/cuda/budget.json.
+
+    python tools/cuda/compile_gate.py                       # all sources, all architectures
+    python tools/cuda/compile_gate.py --archs sm_90 a_up.cu # while working on one file
+    python tools/cuda/compile_gate.py --update              # writes the budget anew
+
+A kernel fails that spills or has a stack (on architectures other than sm_80 and sm_90 the budget
+may excuse some bytes); uses more registers or shared memory than its budget on sm_80 or sm_90; is
+not in the budget; is said to have tensor cores or 16-byte stores and has none (HMMA, STG.128); or
+has ATOMS.CAST.SPIN, the lock that a shared float atomicAdd turns into. So does a budget entry
+without a kernel. Kernels that must fail are compiled along (bad_kernels.cu).
+
+It needs nvcc, nvdisasm (PATH, beside nvcc, or `pip install nvidia-cuda-nvdisasm`) and c++filt.
+Exit status: 0 passed, 1 failed, 77 skipped as there is no nvcc.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+from kernel_usage import ToolError, Usage, add_instructions, parse_ptxas, short_names
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+SOURCES = ROOT / "csrc" / "cuda"
+BUDGET = HERE / "budget.json"
+BAD_KERNELS = HERE / "bad_kernels.cu"
+BUDGETED = ("sm_80", "sm_90")
+# Compiling to PTX takes most of nvcc's time, and two PTX serve all cards: the kernels use nothing
+# newer than 8.0, except for a limit of their own from 10.0 on (b_lists.cu).
+PTX_OF = {
+    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_90"), "compute_80"),
+    **dict.fromkeys(("sm_100", "sm_120"), "compute_100"),
+}
+SKIPPED = 77
+# What the budget may say of a kernel, and what it must then have: the field of Usage, and in words.
+SAID = {"tensor_cores": ("hmma", "HMMA"), "wide_stores": ("wide_stores", "16-byte store")}
+
+
+Kernels = dict[str, dict[str, Usage]]  # name -> architecture -> usage
+
+
+# ---- the rules -----------------------------------------------------------------------------------
+
+
+def check(kernels: Kernels, budget: dict, tolerance: int) -> list[str]:
+    """What is wrong with the kernels of one source, given its part of the budget."""
+    wrong = []
+    for name, by_arch in kernels.items():
+        for arch, usage in by_arch.items():
+            excused = {} if arch in BUDGETED else budget.get(name, {}).get(arch, {})
+            if usage.spills > excused.get("spills", 0):
+                wrong.append(f"{name} on {arch}: spills {usage.spills} bytes")
+            if usage.stack > excused.get("stack", 0):
+                wrong.append(f"{name} on {arch}: has a stack of {usage.stack} bytes")
+            if usage.spin_locks:
+                wrong.append(f"{name} on {arch}: has ATOMS.CAST.SPIN")
+        if name not in budget:
+            wrong.append(f"{name}: is not in the budget")
+            continue
+        for arch, usage in by_arch.items():
+            for said, (count, what) in SAID.items():
+                if budget[name].get(said) and getattr(usage, count) == 0:
+                    wrong.append(
+                        f"{name} on {arch}: has no {what}, and the budget says "
+                        f"{said.replace('_', ' ')}"
+                    )
+            if arch not in BUDGETED:
+                continue
+            if (allowed := budget[name].get(arch)) is None:
+                wrong.append(f"{name}: the budget does not know {arch}")
+                continue
+            if usage.registers > allowed["registers"] + tolerance:
+                wrong.append(
+                    f"{name} on {arch}: {usage.registers} registers, budget {allowed['registers']}"
+                    f" + {tolerance}"
+                )
+            if usage.shared > allowed["shared"]:
+                wrong.append(
+                    f"{name} on {arch}: {usage.shared} bytes of static shared memory, "
+                    f"budget {allowed['shared']}"
+                )
+    wrong += [
+        f"{name}: is in the budget but not in the source" for name in budget if name not in kernels
+    ]
+    return wrong
+
+
+def new_budget(kernels: Kernels, old: dict) -> dict:
+    """The measured figures. What was said before stays said: what is in SAID, for the check to
+    refute, and excused spills of other architectures."""
+    budget = {}
+    for name, by_arch in sorted(kernels.items()):
+        entry = {k: v for k, v in old.get(name, {}).items() if k.startswith("sm_")}
+        for arch in BUDGETED:
+            numbers = asdict(by_arch[arch])
+            entry[arch] = {k: numbers[k] for k in ("registers", "shared", "stack", "spills")}
+        for said, (count, _) in SAID.items():
+            entry[said] = old.get(name, {}).get(said, False) or all(
+                getattr(usage, count) > 0 for usage in by_arch.values()
+            )
+        budget[name] = entry
+    return budget
+
+
+def dump(budget: dict) -> str:
+    """JSON with one kernel a line, so that a diff shows what changed."""
+    lines = ["{", f'  "nvcc": {json.dumps(budget["nvcc"])},']
+    lines += [f'  "register_tolerance": {budget["register_tolerance"]},', '  "sources": {']
+    sources = []
+    for source, kernels in sorted(budget["sources"].items()):
+        entries = [f"      {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(kernels.items())]
+        sources.append(f"    {json.dumps(source)}: {{\n" + ",\n".join(entries) + "\n    }")
+    return "\n".join([*lines, ",\n".join(sources), "  }", "}"]) + "\n"
+
+
+# ---- running the tools ---------------------------------------------------------------------------
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ToolError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which(f"{home}/bin/nvcc") or shutil.which("nvcc")
+
+
+def nvcc_version(nvcc: str) -> str:
+    return re.search(r"V([\d.]+)", run([nvcc, "--version"]).stdout)[1]
+
+
+def kernel_sources() -> list[Path]:
+    """Largest first, so that the last to be compiled is a short one."""
+    found = [path for path in SOURCES.rglob("*.cu") if path.name != "table.cu"]
+    return sorted(found, key=lambda path: (-path.stat().st_size, path.name))
+
+
+def find_nvdisasm(nvcc: str) -> str | None:
+    """On PATH, beside nvcc, or of the PyPI package nvidia-cuda-nvdisasm (nvidia/cu13/bin)."""
+    beside = os.path.join(os.path.dirname(os.path.realpath(nvcc)), "nvdisasm")
+    packaged = [
+        str(p) for base in sys.path for p in Path(base or ".").glob("nvidia/*/bin/nvdisasm")
+    ]
+    return next(filter(None, map(shutil.which, ["nvdisasm", beside, *packaged])), None)
+
+
+def compile_one(
+    nvcc: str, nvdisasm: str, source: Path, archs: list[str], folder: Path
+) -> dict[str, dict[str, Usage]]:
+    """Usage by architecture and mangled name, for architectures that share one PTX."""
+    ptx = folder / f"{source.stem}.{archs[0]}.ptx"
+    command = [nvcc, "-std=c++17", f"-I{SOURCES}", str(source)]
+    run([*command, "-ptx", f"-arch={PTX_OF[archs[0]]}", "-o", str(ptx)])
+    found = {}
+    for arch in archs:
+        cubin = ptx.with_suffix(f".{arch}.cubin")
+        command = [nvcc, "-cubin", f"-arch={arch}", "-Xptxas", "-v", str(ptx), "-o", str(cubin)]
+        said = run(command)
+        found[arch] = parse_ptxas(said.stderr + said.stdout)
+        if found[arch]:
+            add_instructions(found[arch], run([nvdisasm, "-c", str(cubin)]).stdout)
+    return found
+
+
+def measure(
+    nvcc: str, nvdisasm: str, sources: list[Path], archs: list[str], jobs: int
+) -> tuple[dict[str, Kernels], dict[str, float]]:
+    """Kernels and seconds of compilation by source."""
+    kernels: dict[str, Kernels] = {source.name: {} for source in sources}
+    seconds = dict.fromkeys(kernels, 0.0)
+    groups: dict[str, list[str]] = {}
+    for arch in archs:
+        groups.setdefault(PTX_OF[arch], []).append(arch)
+
+    def one(job: tuple[Path, list[str]]) -> tuple[Path, dict[str, dict[str, Usage]], float]:
+        started = time.monotonic()
+        found = compile_one(nvcc, nvdisasm, *job, Path(folder))
+        return job[0], found, time.monotonic() - started
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        jobs_in_order = [(source, group) for source in sources for group in groups.values()]
+        for source, by_arch, took in pool.map(one, jobs_in_order):
+            seconds[source.name] += took
+            for arch, usages in by_arch.items():
+                names = short_names(sorted(usages)) if usages else {}
+                for mangled, usage in usages.items():
+                    kernels[source.name].setdefault(names[mangled], {})[arch] = usage
+    for source, found in kernels.items():
+        for name, by_arch in found.items():
+            if missing := set(archs) - set(by_arch):
+                raise ToolError(f"{source}: {name} does not exist on {sorted(missing)}")
+    return kernels, seconds
+
+
+def print_table(kernels: dict[str, Kernels], seconds: dict[str, float], budget: dict) -> None:
+    """Registers as used/budget."""
+    for source, found in kernels.items():
+        print(f"\n{source}: {len(found)} kernels, compiled in {seconds[source]:.0f} s")
+        archs = list(next(iter(found.values()))) if found else []
+        if archs:
+            print(f"  {'':64}" + "".join(f"{arch:>9}" for arch in archs) + "   shared  HMMA")
+        for name, by_arch in sorted(found.items()):
+            cells = ""
+            for arch, usage in by_arch.items():
+                allowed = budget.get(source, {}).get(name, {}).get(arch)
+                cell = (
+                    f"{usage.registers}/{allowed['registers']}" if allowed else str(usage.registers)
+                )
+                cells += f"{cell:>9}"
+            last = by_arch[archs[-1]]
+            print(f"  {name:64}{cells}{last.shared:9}{last.hmma:6}")
+
+
+def control(nvcc: str, nvdisasm: str) -> list[str]:
+    """A gate that cannot fail shows nothing: these kernels must."""
+    kernels, _ = measure(nvcc, nvdisasm, [BAD_KERNELS], ["sm_90"], 1)
+    wrong = "\n".join(check(kernels[BAD_KERNELS.name], {}, 0))
+    expected = [
+        "spills on sm_90: spills",
+        "indexes on sm_90: has a stack",
+        "locks on sm_90: has ATOMS",
+    ]
+    return [f"bad_kernels.cu: not found: {e}" for e in expected if e not in wrong]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sources", nargs="*", help="names of files in csrc/cuda; default: all")
+    parser.add_argument("--archs", default=",".join(PTX_OF), help="default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
+    parser.add_argument("--update", action="store_true", help="write budget.json anew")
+    args = parser.parse_args()
+
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("compile gate: skipped: no nvcc (set CUDA_HOME, or put it on PATH)")
+        return SKIPPED
+    nvdisasm = find_nvdisasm(nvcc)
+    if nvdisasm is None:
+        print("compile gate: failed: no nvdisasm: pip install nvidia-cuda-nvdisasm")
+        return 1
+    archs = args.archs.split(",")
+    if args.update and not set(BUDGETED) <= set(archs):
+        parser.error(f"--update needs {' and '.join(BUDGETED)}")
+    sources = [p for p in kernel_sources() if not args.sources or p.name in args.sources]
+    if not sources or len(sources) < len(args.sources):
+        parser.error(f"csrc/cuda has no such files: {' '.join(args.sources)}")
+
+    started = time.monotonic()
+    budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
+    budget = {"nvcc": "", "register_tolerance": 8, "sources": {}, **budget}
+    version = nvcc_version(nvcc)
+    try:
+        wrong = control(nvcc, nvdisasm)
+        kernels, seconds = measure(nvcc, nvdisasm, sources, archs, args.jobs)
+    except ToolError as error:
+        print(f"compile gate: failed:\n{error}")
+        return 1
+
+    if args.update:
+        budget["nvcc"] = version
+        for source, found in kernels.items():
+            budget["sources"][source] = new_budget(found, budget["sources"].get(source, {}))
+        if not args.sources:
+            budget["sources"] = {s: v for s, v in budget["sources"].items() if s in kernels and v}
+        BUDGET.write_text(dump(budget))
+    print_table(kernels, seconds, budget["sources"])
+    if budget["nvcc"] != version:
+        print(f"\nThe budget was made with nvcc {budget['nvcc']}; this is {version}.")
+
+    for source, found in kernels.items():
+        allowed = budget["sources"].get(source, {})
+        wrong += [f"{source}: {w}" for w in check(found, allowed, budget["register_tolerance"])]
+    if not args.sources:
+        wrong += [
+            f"{s}: is in the budget, but not in csrc/cuda"
+            for s in budget["sources"]
+            if s not in kernels
+        ]
+    total = sum(map(len, kernels.values()))
+    if total == 0:
+        wrong.append("there is no kernel at all")
+    print()
+    for line in wrong:
+        print(f"FAILED {line}")
+    print(
+        f"compile gate: {total} kernels in {len(sources)} files, nvcc {version}, "
+        f"{' '.join(archs)}, {time.monotonic() - started:.0f} s: "
+        f"{f'{len(wrong)} failures' if wrong else 'passed'}"
+    )
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
