@@ -115,6 +115,11 @@ def assert_unchanged(model, before):
     assert all(torch.equal(value, before[name]) for name, value in after.items())
 
 
+def without_model(state):
+    """A PeftModel's tensors by the names of `inject_adapter_in_model`, for PEFT before 0.20."""
+    return {name.removeprefix("base_model.model."): value for name, value in state.items()}
+
+
 def edit_config(folder, **changes):
     """Changes fields of a saved configuration."""
     path = Path(folder) / "adapter_config.json"

@@ -18,6 +18,7 @@ from peft_helpers import (
     peft,
     randomize,
     relative,
+    without_model,
 )
 from safetensors.torch import load_file, save_file
 
@@ -261,7 +262,10 @@ def test_what_cannot_be_swapped(tmp_path):
 MERGED = {
     "load_adapter": load,
     "set_peft_model_state_dict": lambda model, folder: peft.set_peft_model_state_dict(
-        model, load_file(folder / "adapter_model.safetensors")
+        model,
+        load_file(folder / "adapter_model.safetensors")
+        if isinstance(model, peft.PeftModel)
+        else without_model(load_file(folder / "adapter_model.safetensors")),
     ),
     "load_state_dict": lambda model, _: model.load_state_dict(model.state_dict()),
 }
