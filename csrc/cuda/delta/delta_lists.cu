@@ -1,35 +1,21 @@
 // dW = scale * B @ A' (D, d) or its transpose, plus a base, from lists: density^2 of a GEMM's work.
 //
-// For a rank index j the n rows of A' share the support S_j, so they are kept compactly, fp32:
+// The n rows of A' of one rank index j share the support S_j, so we store them compactly, in fp32:
 //   value[j][i][p] = A[j, k] lam[j, i] gam[i, k],  k = S_j[p]
-// and row o of dW is, for each j, the signed sum of the rows i with B[o, (j, i)] != 0, added once
-// at the positions S_j.
+// For each j, row o of dW gets the signed sum of the rows i with B[o, (j, i)] != 0, added once at
+// the positions S_j.
 //
-//   prepare   (delta_prepare.h) makes value, and regroups what the lists hold so that a row of dW
-//             is one walk: the entries of a row of B by j, those of a row of A by chunks of columns
-//   form      (delta_rows.h) a warp takes a row of dW, a chunk of columns (4096 in fp32) at a time,
-//             in shared memory. A lane each unpacks 32 entries of B; then lanes are positions of S_j: up to
-//             96 sums in registers over the entries of one j, added to the row when j ends.
-//             Positions of one j differ, so plain additions do, with a warp barrier from j to j.
-//             The values of eight entries are on their way at a time.
-//             Transposed, a block has 16 rows at once, so that whole sectors of dW^T are stored.
+//   prepare   (delta_prepare.h) makes value and regroups the lists so that one walk makes a row of
+//             dW: a row of B by j, a row of A by chunks of columns
+//   form      (delta_rows.h) a warp makes a chunk of a row of dW (4096 columns in fp32) in shared
+//             memory. Each lane unpacks one of 32 entries of B. Then lanes are positions of S_j:
+//             up to 96 sums stay in registers over the entries of one j and are added to the row
+//             when j ends. Positions of one j differ, so plain additions and a warp barrier after
+//             each j suffice. The values of eight entries are loaded ahead.
+//             If transposed, a block makes 16 rows at once, so it stores whole sectors of dW^T.
 //
-// 4096 x 4096, bf16, density 1/64, r = 32 on an H100. A row of B has 64 entries in 28 of the 32 j;
-// S_j has 64 positions: 4096 additions a row of dW, and 1770 places where a sum is added.
-//   bytes     34 MB of dW to memory: 10 us. value is 1 MB, in L2; 67 MB of it are read: 12 us at
-//             5.5 TB/s, beside the writes
-//   shared    a row: 28 j * 2.5 steps * 8 cycles (position; load and store at 32 random banks, 3.5
-//             each) + 256 to clear and read it + 64 entries + 230 values and stores: 1100 cycles.
-//             31 rows an SM: 34,000 cycles, 20 us at 1.7 GHz
-//   issue     a row: 64 entries * 23 + 28 j * 31 + 32 stores * 20 + 430 = 3400 instructions;
-//             105,000 an SM: 26,000 cycles at 4 a cycle, 16 us
-// 16 KB a row leave 12 warps an SM, hence the loads ahead. Expected 25 us with `prepare` (3 us),
-// bound by shared memory and issue; not measured. Adding every entry to the row for itself would
-// take 64 in place of 28 such steps, and two runs a row (+1, then -1) 40. Transposed the entries
-// are walked for three chunks: 35 us. Stochastic rounding computes 4.2 million Philox blocks, 110
-// instructions a warp each: 20 us more.
-// At density 0.07 there are 82,000 additions a row, and L2 binds: 1.3 GB, 250 us. There the product
-// of bit planes (delta_planes.cu) is about as fast.
+// Floor: dW is written once (34 MB at 4096 x 4096 in 16 bits); density^2 D K d additions (17
+// million at density 1/64). Sums in registers save shared-memory updates: one per j, not per entry.
 //
 // Zeros of A and B contribute nothing: an infinity of gamma reaches only what it is connected to.
 #include <algorithm>

@@ -1,29 +1,20 @@
-// The adjoint of dW = scale * B @ A' from lists: G (D, d), or (d, D) when transposed, to
+// The adjoint of dW = scale * B @ A' from lists: G (D, d), or (d, D) if transposed, to
 //   Z[j][p, i]  = sum over o of B[o, (j, i)] G[o, k],      k = S_j[p]
 //   dlam[j, i]  = scale * sum over p of A[j, k] gam[i, k] Z[j][p, i]
 //   dgam[i, k]  = scale * sum over j of A[j, k] lam[j, i] Z[j][p, i]
-// with Z only where A is not zero, and no sum split between threads that might finish in any order.
+// Z exists only where A is not zero. Every sum has a fixed order.
 //
-//   transpose  G^T of the columns k that some S_j has, so that a column is contiguous. (G
-//              transposed is that already.)
-//   gather     a block takes 16 bytes' worth of the positions of one S_j (8 in 16 bits) and up to
-//              4096 rows of G: those columns lie in shared memory side by side, so that one 16-byte
-//              load serves 8 sums. Eight lanes share a column (j, i) of B: they walk its list,
-//              which is contiguous, and add up what they have by exchanges that leave each lane one
-//              of the 8.
-//   contract   blocks of two kinds: dlam, a rank index and 32 bases each; dgam, a warp to 8 columns
-//              and 32 bases. A lane is a base i, so that Z is read as it lies.
+//   transpose  makes G^T for the columns k that appear in some S_j, so that a column is contiguous.
+//              G transposed already is.
+//   gather     a block takes 16 bytes' worth of positions of one S_j (8 in 16 bits) and up to 4096
+//              rows of G. Those columns lie side by side in shared memory, so one 16-byte load
+//              serves 8 sums. Eight lanes share a column (j, i) of B: they walk its contiguous list,
+//              then exchange sums until each lane holds one of the 8.
+//   contract   two kinds of blocks: dlam, for one rank index and 32 bases; dgam, a warp per 8
+//              columns and 32 bases. A lane is a base i, so Z is read in its own order.
 //
-// 4096 x 4096, bf16, density 1/64, r = 32 on an H100: nnz(A) = 2048 positions, Z of 262,144 sums of
-// 64 terms each, 16.8 million additions (1 us of fp32); byte floor 34 MB, 10 us.
-//   transpose  reads 34 MB and writes the 39 percent of the columns that are used, 13 MB: 14 us,
-//              less where G is still in L2
-//   gather     290 blocks, one wave. They read 17 MB of G^T and 19 MB of lists from L2: 7 us at 5.5
-//              TB/s. Filling a tile is 4200 instructions, walking the lists of 128 columns 14,400
-//              (four columns a warp: 2.5 turns of 107, and 180): 41,000 an SM, 10 us at 2.5 a cycle
-//   contract   reads 1 MB of Z twice and gathers gamma: 3 us, latency
-// Expected 28 us in all, transposed 14; not measured. Gathering from G as it lies would read a
-// sector of 32 bytes for every element of S_j in every row: 268 MB from L2, 49 us.
+// Floor: G is read once (34 MB at 4096 x 4096 in 16 bits); density^2 D K d additions (17 million at
+// density 1/64). Gathering from G without the transpose would read a 32-byte sector per element.
 //
 // Scratch: G^T as large as G, and (D / 4096) n nnz(A) sums.
 #include <algorithm>

@@ -1,12 +1,11 @@
 // What delta_weight and its adjoint make of a basis before they multiply: B's codes (decode.h) in
-// the order in which they contract it, and the signs of A.
+// the order in which they are contracted, and the signs of A.
 //
-// Both work on 16 bases i of one rank index j at a time, a code word's worth of columns c = j n + i
-// of B. So gamma[i, .] is read once and serves all j, and no word of B straddles two j. Everything
-// is padded with zeros: bases to whole chunks of 16, rank indices to whole octets.
+// Both process 16 bases i of one rank index j at a time: one code word holds 16 columns c = j n + i
+// of B. So gamma[i, .] is read once and serves all j, and no word of B straddles two j. Zeros pad
+// the bases to whole chunks of 16 and the rank indices to whole octets.
 //
-// 4096 x 4096, r = 32: the codes are 4.2 MB read and 4.2 MB written, about 3 us each way on an H100
-// and in its L2 afterwards; the signs are 0.13 MB.
+// Floor: D K / 4 bytes of planes read and as many bytes of codes written; r d bytes of signs.
 #pragma once
 #include "../../core/operators.h"
 #include "../device/columns.h"

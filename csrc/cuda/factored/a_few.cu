@@ -1,16 +1,14 @@
-// Up and down of the A side (a_side.h) for a handful of tokens, as in decoding: nothing is prepared,
-// gamma and A's lists are read once, and sums stay in fp32.
+// Up and down of the A side (a_side.h) for a handful of tokens, as in decoding. Nothing is prepared,
+// and sums stay in fp32.
 //
-//   up     a block takes a base i and up to four tokens: z' [k] = gam[i, k] z[t, k] goes to shared
-//          memory, then V[t, (j, i)] is a signed sum of z' over row j of A, a warp a row, lanes over
-//          its entries
-//   down   a block takes 32 columns k, a lane each, and some tokens. It finds the entries of these
-//          columns by binary search; lam U of a token goes to shared memory; then
+//   up     a block takes a base i and up to four tokens. z'[k] = gam[i, k] z[t, k] goes to shared
+//          memory; then V[t, (j, i)] is a signed sum of z' over row j of A: a warp per row, lanes
+//          over its entries
+//   down   a block takes 32 columns k, one per lane, and some tokens. It finds the entries of these
+//          columns by binary search. lam U of a token goes to shared memory; then
 //          out[t, k] = sum_i gam[i, k] sum_j A[j, k] (lam U)[j, i], warps over i
 //
-// 4096 x 4096, r = 32, n = 128 on an H100: gamma is 2 MB in fp32, 0.6 us at 3.35 TB/s. At T = 1 and
-// density 1/64 (1/3) there are 0.3 M (5.6 M) additions, well below a microsecond an SM. Latency binds:
-// 4 us expected for up at T = 1, 6 us at T = 16; 6 us and 10 us for down.
+// Floor: gamma (n d elements) read once; T n nnz(A) additions. Latency dominates.
 #include "../device/ptx.h"
 #include "../device/warp_sums.h"
 #include "a_side.h"

@@ -5,21 +5,15 @@
 //   dgam[i, k]   = scale sum_{j : A[j, k] != 0} A[j, k] lam[j, i] P[p, i]
 //
 //   grad_kernel      P, a dense product with gathered rows of the token panels of z as in a_up.cu. A
-//                    block owns 128 entries of one j x bases and a range of tokens; where that makes
-//                    too few blocks, tokens are split and every split writes a P of its own.
-//   contract_kernel  lane = column k, a warp has 32 of them and 8 bases, walks j in ascending order and
-//                    adds up the splits: dgam in registers; what it has of dlam[j, :] is summed over
-//                    its lanes and written to scratch, one row for every 32 columns
+//                    block owns 128 entries of one j x bases and a range of tokens. If that makes too
+//                    few blocks, the tokens are split and every split writes its own P.
+//   contract_kernel  lane = column k; a warp has 32 of them and 8 bases, walks j in ascending order
+//                    and adds up the splits. dgam stays in registers. Its share of dlam[j, :] is
+//                    summed over the lanes and written to scratch, one row for every 32 columns
 //   sum_lambda       adds those rows up
-// No sum is split between blocks other than through scratch in a fixed order: deterministic.
+// Sums that span blocks go through scratch in a fixed order: deterministic.
 //
-// 4096 x 4096, r = 32, n = 128, T = 8192, bf16 on an H100:
-//                      density 1/64             1/3
-//   operations         4.3 GFLOP, 4 us          92 GFLOP, 93 us at 989 TFLOP/s
-//   DRAM               67 MB (U), 20 us         as much; z comes as panels of 2048 tokens in L2
-//   L2 into SMs        33 + 67 MB, 18 us        715 + 735 MB, 264 us at 5.5 TB/s
-//   P in fp32          8 MB, 6 splits           23 MB; read and written by each part of 2048 tokens
-// 35 us expected at 1/64 and 300 us at 1/3; 10 and 25 us for the rest.
+// Floor: U and z read once; 2 T n nnz(A) operations.
 #include "../device/warp_sums.h"
 #include "a_side.h"
 

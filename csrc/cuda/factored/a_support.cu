@@ -1,13 +1,13 @@
 // What the products of the A side share (a_side.h), made once a call.
 //
 //   find_entries   thread (j, k): two binary searches in A's lists tell whether A[j, k] is there and
-//                  how many entries of j come before it, which is its place once both signs are merged
-//   form_values    a block takes a group of 32 entries and 64 bases: gam[i, k_p] is read along p and
-//                  written along i, turned in shared memory
+//                  how many entries of j come before it, which is its place once both signs are
+//                  merged
+//   form_values    a block takes a group of 32 entries and 64 bases. It reads gam[i, k_p] along p,
+//                  transposes it in shared memory and writes along i
 //
-// 4096 x 4096, n = 128, on an H100: find_entries writes 0.5 MB after some 20 dependent reads that hit
-// caches, 3 us. form_values reads gamma by 32-byte sectors from L2 (8 MB at density 1/64, 22 MB at
-// 1/3) and writes 0.5 MB (11 MB) in 16 bits: 3 us (8 us). Latency binds both.
+// Floor: find_entries writes 4 (r d + nnz(A)) bytes; form_values reads gamma at n nnz(A) positions
+// and writes as many values. Latency dominates both.
 #include "a_side.h"
 
 namespace randlora {

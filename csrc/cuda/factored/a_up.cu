@@ -2,18 +2,13 @@
 //
 //   V[t, (j, i)] = scale lam[j, i] sum_{p in S_j} G[p, i] z[t, k_p]
 //
-// a dense product (tokens x |S_j|) (|S_j| x n) whose left operand is gathered: rows k_p of the token
-// panels of z, 128 bytes each. A block owns tokens x bases of one j, fetches 32 entries (16 in fp32)
-// a stage by cp.async, three stages deep, and sums in fp32. Blocks that differ in j alone are
-// neighbours, so that a panel comes from memory once and from L2 after that.
+// This is a dense product (tokens x |S_j|) (|S_j| x n) with a gathered left operand: rows k_p of the
+// token panels of z, 128 bytes each. A block owns tokens x bases of one j. It fetches 32 entries (16
+// in fp32) a stage by cp.async, three stages deep, and sums in fp32. Blocks that differ only in j
+// are neighbours, so a panel comes from memory once and then from L2. Few tokens use smaller tiles,
+// so that every SM has a block.
 //
-// 4096 x 4096, r = 32, n = 128, T = 8192, bf16 on an H100, tile 128 x 128:
-//                      density 1/64             1/3
-//   operations         4.3 GFLOP, 4 us          92 GFLOP, 93 us at 989 TFLOP/s
-//   DRAM               67 MB (V), 20 us         78 MB; z comes as panels of 2048 tokens, 17 MB in L2
-//   L2 into SMs        33 + 34 MB, 12 us        715 + 715 MB, 260 us at 5.5 TB/s
-// so writing V binds at 1/64 (25 us expected, and 25 for the panels) and L2 at 1/3 (280 us). Few
-// tokens take smaller tiles, so that there are blocks for every SM.
+// Floor: V written and z read once; 2 T n nnz(A) operations.
 #include "a_side.h"
 
 namespace randlora {

@@ -3,25 +3,19 @@
 //   up     y[t, o] = scale sum_c B[o, c] V[t, c] [+ y]     lines are the rows of B, over K
 //   down   U[t, c] = sum_o B[o, c] x[t, o]                 lines are its columns, over D
 //
-// A block takes a tile of tokens and a range of lines. The operand of its tokens, transposed to
-// (features, tokens), lies in shared memory, where a gather costs a few cycles and no L2 traffic; it
-// is staged once a block. A warp takes a line: lanes are entries x pieces of 16 bytes of tokens, every
-// lane sums its tokens in fp32 and the lanes are summed at the end. The positions of the next line
-// are fetched while this one is summed. Results of 4 lines a warp are collected in shared memory and
-// leave by rows. Nothing is summed between warps: deterministic.
+// A block takes a tile of tokens and a range of lines. It stages its tokens' operand once in shared
+// memory, transposed to (features, tokens), so that gathers cause no L2 traffic. A warp takes a line:
+// lanes are entries x pieces of 16 bytes of tokens. Every lane sums its tokens in fp32, and the lanes
+// are summed at the end. The warp fetches the next line's positions while it sums this one. Results
+// of 4 lines a warp are collected in shared memory and stored by rows. Nothing is summed between
+// warps: deterministic.
 //
-//   T = 1          lanes are entries, the operand stays where it is
+//   T = 1          lanes are entries; the operand is not staged
 //   T > 1          tiles of 8 or 16 tokens in 16 bits, 4 or 8 in fp32, 2 or 4 in fp64
-//   no room        (many features, or a small card) the operand comes as token panels from L2
+//   no room        (many features, or a small card) token panels of the operand are read from L2
 //
-// D = K = 4096, density 1/64 (nnz = 262144), bf16 on an H100:
-//   T = 1       0.5 MB of lists, 0.2 us; 4 us expected, of latency
-//   T = 16      32 lines a block, 128 KB staged from L2 by each: 6 us
-//   T = 8192    2.1 G adds, 75 us at 28 T/s; shared memory 4.3 GB, 150 us at 128 B/clk/SM and 320 us
-//               with its bank conflicts (2.1 for 4 random rows of 32 bytes in 4 places). Instructions
-//               bind: 26 for 16 entries x 16 tokens and some 110 a line, 550 us.
-// A GEMM with B unpacked takes 420 us at T = 8192, but reads 34 MB at any T: lists are the better
-// choice up to T = 200 or so at this density, and where memory is short.
+// Floor: the lists (2 bytes per non-zero element, 4 if wide), operand and result once; T nnz(B)
+// additions.
 #include "../device/columns.h"
 #include "../device/launch.h"
 #include "../device/warp_sums.h"

@@ -3,26 +3,15 @@
 //   up     y (T, D) = scale * V (T, K) B^T [+ y]      lines are rows of B
 //   down   U (T, K) = x (T, D) B                      lines are columns of B
 //
-// A block makes 128 lines of N tokens (ternary_tile.h), N = 16 for few tokens. While it multiplies
-// one step, the next one's tokens come by cp.async and its plane words through registers, which
-// become codes in the other half of shared memory. Where there are fewer tiles than the card has
-// room for, blocks share the contraction of a tile, and a second kernel adds their partial sums in
-// order.
+// A block computes 128 lines of N tokens (ternary_tile.h), N = 16 for few tokens. While it
+// multiplies one step, cp.async brings the next step's tokens; its plane words come through
+// registers and become codes in the other half of shared memory. If there are fewer tiles than the
+// card has room for, blocks share the contraction of a tile, and a second kernel adds their partial
+// sums in order.
 //
-// 4096 x 4096 (K = 4096), bf16, H100:
-//
-//   tokens          16: 4.2 MB of planes, 0.3 MB of tokens           1.3 us of memory
-//                 8192: 138 MB; 275 GFLOP                    41 us; 278 us at 989 TFLOP/s
-//   expected        16: 3 us, and 2 us for the partial sums, mostly latency. All plane words are
-//                       under way at once; decoding them is 1.5 us of arithmetic beside that
-//                 8192: 560 us, 490 TFLOP/s. mma.sync gives a Hopper card at most about 62% of its
-//                       peak, which belongs to wgmma: 450 us. A warp's step is 128 mma, 820 clocks
-//                       at that rate, beside 430 (up) or 530 (down) other instructions: 120 decode
-//                       fragments, 20 or 80 make codes; latency and barriers take the rest
-//
-// cuBLAS needs about 390 us for 8192 tokens and a dense B, so linear.cu prefers it where the caller
-// has one; these kernels read an eighth of its bytes. f32 goes by FMA, 128 of 211 instructions: 40
-// of 67 TFLOP/s, or by tf32.
+// Floor: D K / 4 bytes of planes, an eighth of a dense B in 16 bits, and the tokens; 2 T D K
+// operations. mma.sync does not reach the peak of wgmma, so for many tokens linear.cu prefers a GEMM
+// if the caller has B unpacked. f32 uses FMA, or tf32 if the device allows it.
 //
 // NaN and inf: ternary_tile.h. They stay in their token whatever the engine.
 #include <algorithm>

@@ -6,24 +6,13 @@
 //                     reduce             V = s dy A'^T,         dx (+)= V B^T
 //                                        U = x B,               dlam, dgam of U and dy
 //
-// Tokens go in chunks (Device::chunk_bytes of V or U), so scratch does not grow with T; dlam and
-// dgam add up chunk by chunk, in order. V and U are in the dtype of x.
+// Tokens are processed in chunks (Device::chunk_bytes of V or U), so scratch does not grow with T;
+// dlam and dgam accumulate chunk by chunk, in order. V and U have the dtype of x.
 //
-// The B side is a GEMM where the caller brought B unpacked (Basis::b_dense) and it pays: not for few
-// tokens, where reading the packed form takes a fraction of the time that reading B would.
+// The B side is a GEMM if the caller has B unpacked (Basis::b_dense) and there are enough tokens. For
+// few tokens, reading the packed form is much cheaper than reading a dense B.
 //
-// 4096 x 4096, r = 32, T = 8192, bf16 on an H100, expected us (see the files); a frozen layer is two
-// GEMMs of 423 at 650 TFLOP/s, and B unpacked makes each B product another one:
-//                             density 1/64   0.07   1/3
-//   tables and values                   10     14     25
-//   panels of x, twice                  50     50     50
-//   a_up                                25     65    280
-//   a_down                              80    140    400
-//   a_grad                              45     90    325
-//   B side, two GEMMs                  846    846    846
-//   layer over frozen layer           2.25x   2.4x   3.3x   (at 1/3 the delta path is for large T)
-// Forward for T = 1 and 16 at 1/64: two kernels, 8 and 12 us, beside the base layer's 12. For T = 512:
-// 45 us beside 30, of which the B product is 30.
+// Floor: each B product is 2 T D K operations by GEMM, each A product 2 T n nnz(A).
 #include <vector>
 
 #include "a_side.h"

@@ -3,16 +3,11 @@
 //   planes[s][q][w] bit b: element (role, row_start + q, col_start + 64w + b) is +1 (s = 0), -1 (1)
 //
 // One thread makes one word of both planes: it walks the 16 counters of a group of 64 columns, and
-// each gives it four bits. Sixteen threads that shared a group by ballots would need the same
-// compares (one and a predicated OR a bit; there, one and a vote), and collectives on top. The
-// words of a warp lie side by side, so its stores coalesce by themselves. A slice that starts
-// inside a group takes its words from two groups each, and computes both.
+// each counter gives four bits. Sharing a group between 16 threads would need the same compares and
+// ballots on top. The words of a warp lie side by side, so its stores coalesce. If a slice starts
+// inside a group, each of its words needs two groups, and its thread computes both.
 //
-// 14336 x 4096 on an H100: 917,504 words, 14.7 M Philox calls. By the SASS for sm_90 a call and
-// its eight bits are 69 instructions: 20 wide multiplications (taken as 32 a clock and SM: 41 us),
-// some 45 xors, compares, selects and ORs (64 a clock and SM: 46 us; the round keys lie in uniform
-// registers), and at four warp instructions a clock all of them issue in 35 us. 14.7 MB are
-// written: 4.4 us. So integer arithmetic binds it, at 50 to 70 us; 4096 x 4096 takes about 20.
+// Floor: one Philox call per four elements, 2 bits written per element. Integer arithmetic dominates.
 #include "../../core/ternary_spec.h"
 #include "../device/launch.h"
 #include "../kernels.h"

@@ -1,25 +1,20 @@
 // Packing: sorted sign-split lists (core/lists.h) of a ternary matrix in bit planes, by row or by
-// column, as csrc/cpu/packing.cpp makes them, in two steps because the length must be known first:
+// column, as in csrc/cpu/packing.cpp. There are two steps because the length must be known first:
 //
 //   count_lists   offset[2 q + 1], offset[2 q + 2] = how many +1, -1 in line q; inclusive scan
 //   fill_lists    index[offset[2 q] ...] = positions of the +1, then of the -1, ascending
 //
-// By column is by row of the transposed planes, made in scratch memory: the two steps then know
-// one layout, whose lines a warp reads side by side.
+// Lists by column are lists by row of the transposed planes, which are made in scratch memory. So
+// both steps know one layout, whose lines a warp reads side by side.
 //
-//   transpose     a block turns 256 x 256 bits, read and written as 32-byte sectors; a warp turns
-//                 32 x 32 of them in registers, by five exchanges of ever smaller squares
+//   transpose     a block transposes 256 x 256 bits, read and written as 32-byte sectors; a warp
+//                 transposes 32 x 32 of them in registers, by five exchanges
 //   count, fill   a warp takes a line, a lane every 32nd word of it; a scan over the lanes tells
-//                 each where its positions go
+//                 each lane where its positions go
 //   scan          tiles of a block; then every tile adds the totals of those before it
 //
-// 14336 x 4096 on an H100, planes of 14.7 MB in the 50 MB of L2: count reads them once (5 us), the
-// scan touches 0.3 MB (two launches, 6 us), fill reads them again and writes 2 bytes a non-zero
-// element (1.8 MB at density 1/64: 7 us). By column the transposition comes before either (29 MB,
-// 10 us each time). So lists by row take about 20 us and by column 40, with generation
-// (fill_planes.cu) and the two waits of the host under 0.2 ms. Memory traffic and launches bind
-// it; at density 1/3 the scattered 2-byte stores of fill do (40 MB of positions, 20 sectors a
-// store of a warp: 50 us).
+// Floor: the planes are read twice (2 bits per element each time), and 2 bytes per non-zero element
+// are written, 4 if wide. By column, each step first reads and writes the planes to transpose them.
 #include "../device/launch.h"
 #include "../kernels.h"
 
