@@ -79,8 +79,8 @@ class AdapterBasis:
     @classmethod
     def parse(cls, text: str) -> "AdapterBasis":
         """The bases whose `key` is `text`; ValueError if it is none."""
-        drawn = text.replace(*reversed(_PEFT))
-        plain = drawn.replace(*reversed(_VERY_SPARSE))
+        drawn = text.replace(_PEFT[1], _PEFT[0])
+        plain = drawn.replace(_VERY_SPARSE[1], _VERY_SPARSE[0])
         made = BasisDescription.parse(plain)
         kind = made.kind if drawn == text else "peft"
         return cls(kind, made.density if plain == drawn else VERY_SPARSE, made.seed)

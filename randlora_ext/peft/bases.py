@@ -100,8 +100,8 @@ class PackedBufferDict(MutableMapping, BufferDict):
         """`new` with the signs of an equal one: every adapter's file holds its own copy."""
         for old in self._bases.values():
             if isinstance(old, TernaryTensor) and old.shape == new.shape:
-                known = old.signs.planes
-                if known is not None and torch.equal(known, new.signs.planes):
+                known, planes = old.signs.planes, new.signs.planes
+                if known is not None and planes is not None and torch.equal(known, planes):
                     return TernaryTensor(old.signs, new.value, new.shape, new.dtype, new.device)
         return new
 
@@ -209,8 +209,8 @@ def _layer_basis(
     A, B = (t.moved("cpu", t.dtype) if t.is_meta else t for t in (A, B))
     with ordinary_tensors():
         if described is not None and described == B.signs.description:
-            of = described.density, described.seed, described.kind
-            return TernaryBasis(*features, r, *of)
+            density, seed, kind = described.density, described.seed, described.kind
+            return TernaryBasis(in_features, out_features, r, density, seed, kind)
         if B.shape[2] != r:  # columns from inside every row, which only a dense B can give
             return TernaryBasis.from_dense(A.dense()[:r], B.dense()[:, :, :r], *features)
         planes = A.signs.on(A.device)[:, :r], B.signs.on(B.device)

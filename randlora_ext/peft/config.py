@@ -56,7 +56,8 @@ class RandLoraConfig(peft.RandLoraConfig):
         check_alpha("randlora_alpha", self.randlora_alpha)
         set_basis(self, AdapterBasis.of(vars(self)))
         only_a_seed = self.basis != "peft"
-        self.save_projection = self.save_projection and not only_a_seed
+        if only_a_seed:
+            self.save_projection = False
         with warnings.catch_warnings():
             if only_a_seed:  # PEFT warns that bases may be lost
                 warnings.filterwarnings("ignore", message="Specified to not save")

@@ -35,6 +35,7 @@ class AcceleratedLayer(_Layer):
 
     randlora_A: PackedBufferDict
     randlora_B: PackedBufferDict
+    merged_adapters: list[str]
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)

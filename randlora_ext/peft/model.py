@@ -33,6 +33,10 @@ class AcceleratedRandLoraModel(RandLoraModel):
     it is taken; and ``adapter_names`` in a forward call.
     """
 
+    peft_config: dict[str, peft.RandLoraConfig]
+    randlora_A: PackedBufferDict
+    randlora_B: PackedBufferDict
+
     @staticmethod
     def _create_new_module(*args, **kwargs) -> nn.Module:
         return accelerate_layer(RandLoraModel._create_new_module(*args, **kwargs))
