@@ -1,7 +1,7 @@
-// The CUDA library as the binding sees it: one exported symbol that gives a table of functions.
+// The CUDA library as the binding sees it: one exported symbol that returns a table of functions.
 //
-// The library (csrc/cuda, built by nvcc) knows nothing of torch, and the binding nothing of CUDA's
-// headers. The binding opens the library at run time where torch has CUDA, and compares `interface`
+// The library (csrc/cuda, built by nvcc) does not depend on torch, and the binding includes no CUDA
+// headers. The binding opens the library at run time if torch has CUDA, and compares `interface`
 // before it reads anything else.
 #pragma once
 #include "device.h"
@@ -10,12 +10,12 @@
 namespace randlora {
 
 struct CudaKernels {
-  uint64_t interface;  // kCudaInterface as the library was compiled with it
+  uint64_t interface;  // the library's own kCudaInterface
   const char* build;   // compiler and architectures: "nvcc 13.0: 800,900"
 
-  // multiprocessors and shared_bytes of card `index`.
+  // Fills in multiprocessors and shared_bytes for GPU `index`.
   void (*describe)(int index, Device& device);
-  // Makes card `index` current for this thread.
+  // Makes GPU `index` current for this thread.
   void (*make_current)(int index);
 
   // The operators: csrc/cuda/kernels.h.
@@ -40,8 +40,8 @@ struct CudaKernels {
   void (*linear_backward)(const LinearBackward&, Device&);
 };
 
-// A hash of csrc/core/*.h, whose structs and classes pass between the libraries by their layout
-// alone. setup.py and CMakeLists.txt compute it.
+// A hash of csrc/core/*.h: both libraries must agree on the layout of the structs and classes
+// there. setup.py and CMakeLists.txt compute it.
 #if !defined(RANDLORA_CUDA_INTERFACE)
 #error "the build defines RANDLORA_CUDA_INTERFACE"
 #endif

@@ -1,6 +1,6 @@
-// What a launcher of the CUDA library may ask of its host: a stream, scratch memory, a matrix
-// product, and facts about the card. No CUDA header here: the torch binding implements it with
-// torch's allocator and cuBLAS, the tests that run the kernels on the CPU with malloc and loops.
+// What the CUDA library needs from its host: a stream, scratch memory, a matrix product, and facts
+// about the GPU. The torch binding implements it with torch's allocator and cuBLAS; the tests that
+// run the kernels on the CPU use malloc and loops, so this file includes no CUDA header.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -23,19 +23,19 @@ struct Gemm {
 class Device {
  public:
   virtual ~Device() = default;
-  // Device memory on the stream's own order: 256-byte aligned, not initialised, valid until the
-  // operator returns.
+  // Stream-ordered device memory: 256-byte aligned, not initialised, valid until the operator
+  // returns.
   virtual void* scratch(size_t bytes) = 0;
   virtual void gemm(const Gemm& g) = 0;
-  // A value in device memory once everything on the stream is done: the one place that waits.
+  // Waits for the stream, then reads a value from device memory. Nothing else here waits.
   virtual int64_t read(const int64_t* device_value) = 0;
 
   void* stream = nullptr;  // a cudaStream_t
   int multiprocessors = 1;
   int64_t shared_bytes = 48 << 10;  // the most dynamic shared memory a block may have
-  int max_threads = 256;            // of a block; a multiple of 32
+  int max_threads = 256;            // per block; a multiple of 32
   bool tf32 = false;                // fp32 products may run as tf32 on tensor cores
-  int64_t chunk_bytes = 64 << 20;   // of a (T, K) intermediate: more tokens go in chunks
+  int64_t chunk_bytes = 64 << 20;   // limit for a (T, K) intermediate; larger T is chunked
 };
 
 // An array of scratch memory.

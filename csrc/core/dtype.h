@@ -13,7 +13,7 @@ struct f16 {
   uint16_t bits;
 };
 
-// Everything is accumulated in the compute type: double for f64, float for the rest.
+// Kernels accumulate in the compute type: double for f64, float for the rest.
 template <class S>
 struct ComputeOf {
   using type = float;

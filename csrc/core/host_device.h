@@ -2,9 +2,9 @@
 #pragma once
 
 // Such functions have internal linkage and are always inlined. The CPU sources are compiled several
-// times with different -m flags; an ordinary `inline` function is a weak symbol, of which the
-// linker keeps one copy for the whole library. That copy could be the AVX-512 one, and a machine
-// without AVX-512 would then die of an illegal instruction inside a "portable" kernel.
+// times with different -m flags. An ordinary `inline` function is a weak symbol, and the linker
+// keeps one copy for the whole library. If it kept the AVX-512 copy, the "portable" kernels would
+// crash with an illegal instruction on a machine without AVX-512.
 #if defined(__CUDACC__)
 #define RANDLORA_HD static __host__ __device__ __forceinline__
 #elif defined(_MSC_VER) && !defined(__clang__)

@@ -1,9 +1,9 @@
-// Sorted, sign-split index lists: the packed format of a sparse ternary matrix, by rows or by columns.
+// Sorted, sign-split index lists: the packed format of a sparse ternary matrix, by row or by column.
 //
 //   line q:  +1 at index[offset[2q]     .. offset[2q + 1])   ascending
 //            -1 at index[offset[2q + 1] .. offset[2q + 2])   ascending
 //
-// Splitting by sign means that no kernel ever decodes a sign: it adds one run and subtracts the next.
+// Because runs are split by sign, kernels decode no signs: they add one run and subtract the next.
 #pragma once
 #include <cstdint>
 
@@ -11,7 +11,7 @@
 
 namespace randlora {
 
-template <class Index>  // uint16_t where every position fits, else uint32_t
+template <class Index>  // uint16_t if every position fits, else uint32_t
 struct Lists {
   const int64_t* offset;
   const Index* index;
@@ -21,11 +21,11 @@ struct Lists {
   RANDLORA_HD_MEMBER int64_t end(int64_t q) const { return offset[2 * q + 2]; }
 };
 
-// The same with the index type left open, as it travels through the operator structs.
+// Lists with the index type erased, for the operator structs.
 struct AnyLists {
   const int64_t* offset = nullptr;
   const void* index = nullptr;
-  int64_t count = 0;  // entries in all, for a host that cannot read `offset` (CUDA)
+  int64_t count = 0;  // total entries; with CUDA the host cannot read `offset`
 
   template <class Index>
   RANDLORA_HD_MEMBER Lists<Index> as() const {

@@ -1,5 +1,5 @@
-// The operators of the extension as plain structs: raw pointers, 64-bit sizes, nothing of torch.
-// Everything here was validated above (csrc/torch); a kernel may trust it.
+// The operators as plain structs of raw pointers and 64-bit sizes, independent of torch.
+// csrc/torch has validated every field, so kernels check nothing.
 //
 // Letters (docs/math.md): T tokens, D = max(in, out), d = min(in, out), r rank, n bases, K = r * n.
 // Column c of B belongs to rank index j = c / n and base i = c % n.
@@ -13,8 +13,8 @@
 
 namespace randlora {
 
-// A packed pair of bases. A is always packed as lists by row; B as bit planes or, if those are empty,
-// as lists by row and by column.
+// The packed bases A and B. A is always lists by row. B is bit planes or, if those are empty, lists
+// by row and by column.
 struct Basis {
   int64_t D = 0, d = 0, r = 0, n = 0;
   bool wide = false;  // list positions are uint32, not uint16
@@ -22,9 +22,9 @@ struct Basis {
   AnyLists b_rows;    // D lines over K
   AnyLists b_cols;    // K lines over D
   Planes b_planes;    // (D, K)
-  // CUDA, optional: what support_tables makes of `a`, which otherwise every call makes for itself.
+  // CUDA, optional: the support_tables of `a`. Without them every call computes its own.
   const int32_t* a_tables = nullptr;
-  // CUDA, optional: B (D, K) unpacked and unscaled in the dtype of x, so that its products are GEMMs.
+  // CUDA, optional: dense unscaled B (D, K) in the dtype of x. Products with B are then GEMMs.
   const void* b_dense = nullptr;
 
   RANDLORA_HD_MEMBER int64_t K() const { return r * n; }
@@ -32,8 +32,8 @@ struct Basis {
   RANDLORA_HD_MEMBER bool has_lists() const { return !has_planes(); }
 };
 
-// The support tables of A (csrc/cuda): its entries in order of column, each rank index padded to whole
-// groups, and (r, d) places. So many numbers, the entries first.
+// Length of the support tables of A (csrc/cuda): first the entries in column order, each rank index
+// padded to whole groups, then (r, d) places.
 constexpr int kSupportGroup = 32;
 RANDLORA_HD int64_t support_room(int64_t entries, int64_t r) {
   return (entries / kSupportGroup + r) * kSupportGroup;
@@ -71,7 +71,7 @@ struct ScaledBasisBackward {
 struct DeltaWeight {
   Basis basis;
   const void *lam, *gam;  // (r, n), (n, d) in the compute type
-  const void* base;       // like out, or null for none; added before the one rounding
+  const void* base;       // like out, or null; added before the single rounding
   void* out;
   DType dtype;
   double scale;
@@ -105,8 +105,8 @@ struct Linear {
   bool expand, accumulate;
 };
 
-// Gradients of the above from dy (T, out) and x (T, in). dx (T, in) is added to when
-// `accumulate`; null where it is not wanted. dlam and dgam are both null or both wanted.
+// Gradients of Linear from dy (T, out) and x (T, in). dx (T, in) is added to if `accumulate`, and
+// null if not wanted. dlam and dgam are either both null or both wanted.
 struct LinearBackward {
   Basis basis;
   const void *lam, *gam;

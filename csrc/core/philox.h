@@ -1,6 +1,6 @@
-// Philox4x32-10: a counter-based generator, 128-bit counter and 64-bit key to 128 output bits.
-// Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11; the constants
-// are those of the authors' Random123. docs/basis-spec.md section 1 states it in full.
+// Philox4x32-10: a counter-based generator; maps a 128-bit counter and a 64-bit key to 128 bits.
+// Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11; constants from
+// the authors' Random123. docs/basis-spec.md section 1 states it in full.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ struct Counter4 {
   uint32_t v[4];
 };
 
-// The full product of two words. nvcc does not always see that one instruction does it.
+// The full product of two words. nvcc does not always use the one instruction for it.
 RANDLORA_HD uint64_t wide_product(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
   uint64_t product;

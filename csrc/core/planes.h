@@ -1,6 +1,6 @@
-// Bit planes: the dense packed format of a ternary matrix, two bits an element.
+// Bit planes: the dense packed format of a ternary matrix, two bits per element.
 //
-//   planes[0][row][word]  bit b is set where element (row, 64 * word + b) is +1
+//   planes[0][row][word]  bit b is set if element (row, 64 * word + b) is +1
 //   planes[1][row][word]  the same for -1;  bits past the last column are zero
 #pragma once
 #include <cstdint>
@@ -16,7 +16,7 @@ struct Planes {
   const uint64_t* minus = nullptr;  // (rows, words)
   int64_t words = 0;
 
-  // `count` <= 64 bits of a row from column `col` on, at bit 0: the range may cross a word.
+  // `count` <= 64 bits of a row starting at column `col`, moved to bit 0. May cross a word.
   RANDLORA_HD_MEMBER static uint64_t bits(const uint64_t* row, int64_t col, int64_t count) {
     const int64_t word = col >> 6, shift = col & 63;
     uint64_t m = row[word] >> shift;
@@ -25,8 +25,8 @@ struct Planes {
   }
 };
 
-// In place: bit c of word r becomes bit r of word c. Six rounds swap the off-diagonal quarters of
-// ever smaller squares (32, 16, ..., 1).
+// Transposes in place: bit c of word r becomes bit r of word c. Six rounds swap the off-diagonal
+// quarters of ever smaller squares (32, 16, ..., 1).
 RANDLORA_HD void transpose_64x64(uint64_t* m) {
   uint64_t mask = 0x00000000ffffffffu;
   for (int s = 32; s != 0; s >>= 1, mask ^= mask << s)

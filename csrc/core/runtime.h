@@ -1,4 +1,4 @@
-// What a CPU kernel may ask of its host: threads, and one block of scratch memory per call.
+// What a CPU kernel needs from its host: threads, and one block of scratch memory per call.
 // The torch binding implements it with torch's pool and allocator, the C++ tests with std::thread.
 #pragma once
 #include <cstddef>
@@ -12,27 +12,27 @@ class Runtime {
  public:
   virtual ~Runtime() = default;
   virtual int threads() const = 0;
-  // Calls task(arg, s) once for every slot s in [0, slots), on any threads; returns when all ended.
+  // Calls task(arg, s) once for every slot s in [0, slots), on any threads, and waits for all.
   virtual void run(int slots, void (*task)(void*, int), void* arg) = 0;
-  // 64-byte aligned, not initialised, valid until the operator returns. Once a call: a second block
-  // may be the first one.
+  // 64-byte aligned, not initialised, valid until the operator returns. Ask once per operator: a
+  // second request may return the same memory.
   virtual void* scratch(size_t bytes) = 0;
 
-  // Threads to use in this call: one where a kernel has said so. Handing 16 tokens' worth of work
-  // from one core's cache to another's takes longer than doing it.
+  // Threads to use in this call; one if the kernel called set_single. Moving the work of 16 tokens
+  // between the caches of two cores takes longer than doing it.
   RANDLORA_HOST_MEMBER int width() const { return single_ ? 1 : threads(); }
   RANDLORA_HOST_MEMBER void set_single(bool single) { single_ = single; }
 
-  // fn(slot) for every slot. A slot owns its share of the work whatever thread runs it, and no
-  // sum is split between slots, so results do not depend on the number of threads.
+  // fn(slot) for every slot. Each slot owns a fixed share of the work and no sum is split between
+  // slots, so results do not depend on the number of threads.
   template <class F>
   RANDLORA_HOST_MEMBER void each_slot(int slots, const F& fn) {
     auto task = [](void* arg, int slot) { (*static_cast<const F*>(arg))(slot); };
     run(slots, task, const_cast<void*>(static_cast<const void*>(&fn)));
   }
 
-  // fn(begin, end) over consecutive shares of [0, count), each share a multiple of `grain` long
-  // (but for the last).
+  // fn(begin, end) over consecutive shares of [0, count). The length of every share but the last is
+  // a multiple of `grain`.
   template <class F>
   RANDLORA_HOST_MEMBER void split(int64_t count, int64_t grain, const F& fn) {
     const int64_t grains = (count + grain - 1) / grain;
@@ -49,7 +49,7 @@ class Runtime {
   bool single_ = false;
 };
 
-// Carves aligned arrays out of one scratch block: first pass with base = nullptr measures.
+// Carves aligned arrays out of one scratch block. A first pass with base = nullptr measures it.
 class Arena {
  public:
   RANDLORA_HOST_MEMBER explicit Arena(void* base = nullptr) : base_(static_cast<char*>(base)) {}

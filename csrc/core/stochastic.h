@@ -1,5 +1,5 @@
 // Stochastic rounding to 16 bits, reproducible: element e of a tensor draws word e % 4 of Philox
-// block e / 4 under the caller's seed. One source for CPU and CUDA, so both round alike.
+// block e / 4 under the caller's seed. CPU and CUDA share this code, so both round alike.
 //
 // x lies between two neighbours of the 16-bit type, down (towards zero) and up; it becomes up with
 // probability (|x| - |down|) / (|up| - |down|), so the expected result is x itself.
@@ -31,7 +31,7 @@ RANDLORA_HD uint32_t rounding_word(uint64_t seed, uint64_t e) {
   return word_of_element(rounding_words(seed, e >> 2), e);
 }
 
-// The same for a host that goes through elements in order: each block is computed once.
+// The same for hosts that visit elements in order; computes each block once.
 class RoundingWords {
  public:
   RANDLORA_HOST_MEMBER explicit RoundingWords(uint64_t seed) : seed_(seed) {}
@@ -59,10 +59,9 @@ RANDLORA_HD uint32_t bits_of_float(float f) {
   return bits;
 }
 
-// `u` is the random word. NaN and infinity stay what they are. Past the largest finite value the
-// next neighbour is the power of two that would follow, stored as infinity: between the two x
-// becomes infinity with the same probability as elsewhere, and from there on always.
-// No early returns: selections cost a GPU less than branches.
+// `u` is the random word. NaN and infinity are unchanged. The upper neighbour of the largest finite
+// value is the next power of two, stored as infinity. Between the two, x becomes infinity with the
+// usual probability; beyond, always. No early returns: on a GPU selections cost less than branches.
 RANDLORA_HD bf16 round_stochastic(float x, uint32_t u, bf16) {
   const uint32_t bits = bits_of_float(x), magnitude = bits & 0x7fffffffu;
   // The neighbours differ by 2^16 in the bits of a float, subnormal or not.
@@ -80,7 +79,7 @@ RANDLORA_HD f16 round_stochastic(float x, uint32_t u, f16) {
   const float scaled = small ? float_of_bits(magnitude) * 16777216.0f : 0.0f;
   const uint32_t down = static_cast<uint32_t>(scaled);
   const float rest = scaled - static_cast<float>(down);
-  const bool up = u < static_cast<uint32_t>(rest * 4294967296.0f);  // exact where rest >= 2^-8
+  const bool up = u < static_cast<uint32_t>(rest * 4294967296.0f);  // exact if rest >= 2^-8
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   const uint32_t result = small                     ? down + up
                           : magnitude < 0x47800000u ? normal  // 65536

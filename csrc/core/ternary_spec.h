@@ -1,6 +1,6 @@
-// The basis specification, version 1: element (role, row, col) of the infinite ternary matrix of a
-// seed. docs/basis-spec.md is the text, tests/helpers/basis_reference.py the NumPy reference, and
-// tests/data/basis_v1.txt the vectors that every implementation must reproduce.
+// Basis specification 1: element (role, row, col) of the infinite ternary matrix of a seed.
+// docs/basis-spec.md is the text, tests/helpers/basis_reference.py the NumPy reference, and
+// tests/data/basis_v1.txt holds the vectors that every implementation must reproduce.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ enum Role : uint32_t {
   kRoleB = 1,  // row o (feature of the larger side), column c = j * n + i
 };
 
-// Sixteen counters with four output words each make 64 columns: one word of a bit plane.
+// Sixteen counters with four output words each give 64 columns: one word of a bit plane.
 constexpr uint32_t kColumnsPerGroup = 64;
 constexpr uint32_t kCountersPerGroup = 16;
 
@@ -36,8 +36,8 @@ RANDLORA_HD Counter4 counter_of(uint32_t role, uint32_t row, uint32_t block) {
 RANDLORA_HD uint32_t key0_of(uint64_t seed) { return static_cast<uint32_t>(seed); }
 RANDLORA_HD uint32_t key1_of(uint64_t seed) { return static_cast<uint32_t>(seed >> 32); }
 
-// floor(density * 2^31 + 0.5), at least 1. Density outside (0, 1] and NaN give 0, which is never a
-// threshold, so that callers can refuse. The cast truncates, which is floor for positive numbers.
+// floor(density * 2^31 + 0.5), at least 1. A density outside (0, 1] or NaN gives 0, which is not a
+// valid threshold; callers refuse it. The cast truncates, which is floor for positive numbers.
 RANDLORA_HD uint32_t threshold(double density) {
   if (!(density > 0.0 && density <= 1.0)) return 0;
   const uint32_t rounded = static_cast<uint32_t>(density * 2147483648.0 + 0.5);

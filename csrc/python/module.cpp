@@ -1,4 +1,4 @@
-// randlora_ext._C: loads the operators, tells how they were built, and opens the host-side
+// randlora_ext._C: loads the operators, reports how they were built, and exposes the host-side
 // specification functions to tests. Everything else goes through torch.ops.randlora.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

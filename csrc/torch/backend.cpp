@@ -10,8 +10,8 @@ namespace {
 const CudaKernels* loaded = nullptr;
 bool serves_cpu = false;
 
-// Entry points of torch's own libraries that a CPU build of torch lacks: found at run time, so that
-// one built file serves both. Their C interface is stable (torch/csrc/inductor/aoti_torch).
+// Functions of torch that its CPU builds lack. Looking them up at run time lets one binary serve
+// CPU and CUDA builds. Their C interface is stable (torch/csrc/inductor/aoti_torch).
 using CurrentStream = AOTITorchError (*)(int32_t, void**);
 using AddmmOut = AOTITorchError (*)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle,
                                     AtenTensorHandle, double, double);

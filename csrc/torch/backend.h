@@ -1,5 +1,5 @@
-// Where an operator runs: the CPU kernels of this process, or the CUDA library once it is loaded.
-// An op validates, allocates, and calls run(); it does not care which of the two follows.
+// Chooses between the CPU kernels and the CUDA library. An operator validates, allocates, and calls
+// run(), which dispatches by device.
 #pragma once
 #include <optional>
 #include <string>
@@ -10,19 +10,19 @@
 
 namespace randlora {
 
-// Loads librandlora_cuda.so. With `serve_cpu_tensors` the same table also serves CPU tensors: for a
-// library whose kernels were compiled for the CPU (tests, docs/cuda-on-cpu.md). Throws with the reason
-// where the file cannot be loaded or does not fit this build.
+// Loads librandlora_cuda.so. With `serve_cpu_tensors` its table also serves CPU tensors: for tests
+// that compile the CUDA kernels for the CPU (docs/cuda-on-cpu.md). Throws if the file cannot be
+// loaded or does not match this build.
 void load_cuda(const std::string& path, bool serve_cpu_tensors);
 bool cuda_loaded();
-std::string cuda_build();  // "" where nothing is loaded
+std::string cuda_build();  // "" if nothing is loaded
 
-// The table; throws where it is not loaded.
+// The table; throws if it is not loaded.
 const CudaKernels& cuda_kernels();
 bool runs_on_cuda(const Tensor& t);
 
-// The device of a tensor, entered for as long as this lives: its current stream, torch's allocator
-// and torch's matrix product.
+// Makes a tensor's device current while this object lives, and gives kernels its current stream,
+// torch's allocator and torch's matrix product.
 class TorchDevice : public Device {
  public:
   explicit TorchDevice(const Tensor& like);

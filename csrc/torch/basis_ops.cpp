@@ -6,7 +6,7 @@
 namespace randlora {
 namespace {
 
-constexpr int64_t kIndexLimit = int64_t{1} << 32;  // rows and columns of the specification
+constexpr int64_t kIndexLimit = int64_t{1} << 32;  // the specification has 32-bit row and column
 
 struct PlaneShape {
   int64_t rows, words;
@@ -140,7 +140,7 @@ Tensor lists_to_dense_op(Tensor offset, Tensor index, int64_t cols, double value
   RANDLORA_CHECK(cols >= 0, "cols may not be negative, got ", cols);
   const bool wide = index.scalar_type() == ScalarType::Int;
   Tensor out = allocate({rows, cols}, dtype, offset);
-  if (runs_on_cuda(offset)) {  // entries are trusted there: a look would make the host wait
+  if (runs_on_cuda(offset)) {  // entries go unchecked: reading them would make the host wait
     TorchDevice device(offset);
     cuda_kernels().lists_to_dense(lists, wide, rows, cols, value, out.mutable_data_ptr(), type,
                                   device);

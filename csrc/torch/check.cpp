@@ -28,8 +28,8 @@ bool is_floating(ScalarType t) {
          t == ScalarType::Half;
 }
 
-// Positions in a run ascend, so checking the last one bounds them all. An empty run looks at the one
-// before it, which does no harm and leaves a loop without branches.
+// Positions in a run ascend, so checking the last one bounds them all. For an empty run this reads
+// the position before it, which is harmless and keeps the loop free of branches.
 template <class Index>
 int64_t largest_last(const AnyLists& lists, int64_t runs) {
   Index largest = 0;
@@ -50,7 +50,7 @@ void check_last(const AnyLists& lists, bool wide, int64_t lines, int64_t limit, 
                  limit_name, " = ", limit, "; these tensors are of another layer");
 }
 
-// Whether every run of positions ascends: as many steps do not as there are between runs.
+// Whether every run of positions ascends: all steps that do not ascend must lie between two runs.
 template <class Index>
 bool runs_ascend(const AnyLists& lists, int64_t runs) {
   const auto* position = static_cast<const Index*>(lists.index);
@@ -79,12 +79,12 @@ AnyLists check_lists(const Tensor& offset, const Tensor& index, int64_t lines,
   check_same_device(index, "index", offset, "offset");
   const int64_t *at = offset.const_data_ptr<int64_t>(), runs = 2 * lines;
   const AnyLists lists{at, index.const_data_ptr(), index.size(0)};
-  if (!offset.is_cpu()) return lists;  // a look would make the host wait for the card
+  if (!offset.is_cpu()) return lists;  // reading them would make the host wait
   RANDLORA_CHECK(at[0] == 0 && at[runs] == lists.count, prefix, "offset must run from 0 to ",
                  lists.count, ", the length of ", prefix, "index, but runs from ", at[0], " to ",
                  at[runs]);
-  // The sign of every offset and of every step in one word: the compiler vectorizes a loop without
-  // branches, and this one runs before every product.
+  // Collects the sign bits of all offsets and steps in one word: this runs before every product,
+  // and compilers vectorize a loop without branches.
   uint64_t signs = 0;
   for (int64_t q = 0; q < runs; ++q)
     signs |= uint64_t(at[q]) | (uint64_t(at[q + 1]) - uint64_t(at[q]));
@@ -162,7 +162,7 @@ Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tenso
   const bool d_is_in = expands(expand, in_features, out_features);
   b.d = d_is_in ? in_features : out_features;
   b.D = d_is_in ? out_features : in_features;
-  // A slice does not tell the n of its layer.
+  // The shape of a slice does not determine n, so n comes from lam.
   b.n = expand && lam.dim() == 2 ? lam.size(1) : (b.d + r - 1) / r;
   RANDLORA_CHECK(lam.dim() == 2 && lam.size(0) == r && lam.size(1) == b.n && b.n > 0,
                  "lam must be (r, n) = (", r, ", ", b.n, "), got ", describe(lam),

@@ -30,18 +30,18 @@ class TorchRuntime : public Runtime {
   void* scratch(size_t bytes) override;
 
  private:
-  std::optional<Tensor> block_;  // of this call, where it is not the thread's
+  std::optional<Tensor> block_;  // this call's, unless the thread's was large enough
 };
 
-// ---- what goes wrong in torch (reason.cpp) ---------------------------------------------------------
+// ---- errors from torch (reason.cpp) --------------------------------------------------------------
 
-// torch's C interface tells by a code that a call failed, and its C++ wrappers then throw the text of
-// the call. This throws torch's own reason instead ("CUDA out of memory. ...", which callers look
-// for), or `error` as it is where it came from us.
+// torch's C interface reports a failed call by a code, and its C++ wrappers then throw the source
+// text of the call. This throws torch's own message instead (callers look for "CUDA out of memory"),
+// or rethrows `error` if it is ours.
 [[noreturn]] void throw_with_reason(const std::exception& error);
 
-// An argument as TORCH_BOX is to hand it over, and how a function gets it from there. A str comes by
-// its handle: torch's own conversion to std::string never frees it before 2.14 (pytorch#191340).
+// How TORCH_BOX passes an argument, and how a function gets its value. We take a str by its handle,
+// because torch before 2.14 leaks it in the conversion to std::string (pytorch#191340).
 template <class T>
 struct Argument {
   using Boxed = T;
@@ -61,7 +61,7 @@ struct Argument<std::string> {
   }
 };
 
-// Function as registered: with torch's own reason where a call into torch fails.
+// `function` as registered: if a call into torch fails, it throws torch's own message.
 template <auto function>
 struct Explained;
 template <class Result, class... Args, Result (*function)(Args...)>
@@ -73,12 +73,12 @@ struct Explained<function> {
       throw_with_reason(error);
     }
   }
-  // By a function: g++ 12 does not compile a body whose address is only a template's argument.
+  // g++ 12 does not compile `call` if its address is used only as a template argument.
   static constexpr auto address() { return &call; }
 };
 #define RANDLORA_BOX(function) TORCH_BOX(randlora::Explained<&function>::address())
 
-// ---- checks (check.cpp); each message names the argument, what it was and what is allowed --------
+// ---- checks (check.cpp); each message names the argument, what it was and what is allowed ------
 
 std::string describe(const Tensor& t);  // "(2, 3) float32 on cpu"
 DType activation_dtype(const Tensor& t, const char* name);
@@ -86,13 +86,13 @@ ScalarType scalar_type(DType t);
 void check_floating(const Tensor& t, const char* name);
 void check_same_device(const Tensor& t, const char* name, const Tensor& as, const char* as_name);
 
-// Lists of so many lines in tensors named `prefix`offset and `prefix`index. On a card the numbers in them
-// are trusted, elsewhere only the positions are.
+// Checks lists of `lines` lines in tensors named `prefix`offset and `prefix`index. On the CPU it
+// also checks the offsets' values. It never checks the positions.
 AnyLists check_lists(const Tensor& offset, const Tensor& index, int64_t lines,
                      const std::string& prefix);
 
-// An operator that torch looks up by name costs microseconds, and a training step of 16 tokens has
-// few to spend: allocation goes by the C interface, and these two skip what is not needed.
+// An operator that torch looks up by name costs microseconds, which a training step of 16 tokens
+// notices. So we allocate through the C interface and skip copies that are not needed.
 Tensor allocate(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like);
 inline Tensor allocate_like(const Tensor& t) {
   return allocate({t.sizes().begin(), t.sizes().end()}, t.scalar_type(), t);
@@ -107,18 +107,17 @@ inline Tensor cast(const Tensor& t, ScalarType type) {
 Tensor compute_copy(const Tensor& t, DType dtype);
 ScalarType compute_type(DType dtype);
 
-// The packed basis of a layer with these diagonals; refuses any disagreement of shapes.
+// The packed basis of a layer with these diagonals; throws if shapes disagree.
 //   lists   [a_offset, a_index, b_row_offset, b_row_index, b_col_offset, b_col_index]
 //   planes  [a_offset, a_index, b_planes]
-// and, for CUDA, after them perhaps what support_tables returns for A, and perhaps B itself: dense,
-// unscaled and in the dtype of x.
+// For CUDA, the support_tables of A may follow, and dense unscaled B in the dtype of x.
 //
-// `expand` empty: a whole layer, whose shape says which side is d. Given: perhaps a slice of one, in
-// which d (the input side if *expand) may be the larger side, and n is the whole layer's.
+// Without `expand` this is a whole layer, and d is its smaller side. With it, it may be a slice of
+// a layer: d is the input side if *expand, even if larger, and n is that of the whole layer.
 Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
                int64_t in_features, int64_t out_features, std::optional<bool> expand);
-// Refuses positions that do not ascend, for kernels which follow them (CPU). A pass over all of them:
-// nothing beside forming dW, much beside a product of few tokens.
+// Throws if positions do not ascend; the CPU kernels that form dW rely on it. Reads all positions:
+// cheap next to forming dW, expensive next to a product of few tokens.
 void check_ascending(const Basis& b);
 
 // Whether d is the input side.

@@ -11,7 +11,7 @@ Tensor form_delta(const Basis& b, const Tensor& lam, const Tensor& gam, const Op
   if (lam.is_cpu()) check_ascending(b);
   const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
   Tensor out = allocate({out_features, in_features}, scalar_type(dtype), lam);
-  const Tensor w = base ? as_contiguous(*base) : out;  // `out` only keeps w from being empty
+  const Tensor w = base ? as_contiguous(*base) : out;  // `out` only if there is no base
   run(lam, &Kernels::delta_weight, &CudaKernels::delta_weight,
       {b, l.const_data_ptr(), g.const_data_ptr(), base ? w.const_data_ptr() : nullptr,
        out.mutable_data_ptr(), dtype, scale, /*transposed=*/!expand, rounding_seed.has_value(),

@@ -1,10 +1,10 @@
-// Forming and contracting dW, shared by the delta_weight operators and by the delta and merged paths.
+// Forming and contracting dW, for the delta_weight operators and the delta and merged paths.
 #pragma once
 #include "common.h"
 
 namespace randlora {
 
-// scale * dW (out, in) in `dtype`, added to `base` before the one rounding where it is given.
+// scale * dW (out, in) in `dtype`, added to `base` (if given) before the single rounding.
 Tensor form_delta(const Basis& b, const Tensor& lam, const Tensor& gam, const OptionalTensor& base,
                   double scale, int64_t out_features, int64_t in_features, bool expand, DType dtype,
                   std::optional<int64_t> rounding_seed = {});

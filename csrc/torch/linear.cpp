@@ -4,7 +4,7 @@
 //   delta     dW is formed, then two GEMMs; the base output is untouched
 //   merged    W + dW is formed, then one GEMM
 //
-// Without a weight the result is the adapter's part alone, for base layers of any kind.
+// Without a weight the result is only the adapter's part, for base layers of any kind.
 #include "backend.h"
 #include "delta_weight.h"
 
@@ -22,8 +22,8 @@ Path path_of(const std::string& path, bool has_weight) {
   return Path::merged;
 }
 
-// Kernels read and write these as the dtype of x. Autocast could make them another, which is why
-// randlora_ext/autocast.py keeps it out of here.
+// Kernels read and write these tensors in the dtype of x. Autocast could change that, so
+// randlora_ext/ops/autocast.py disables it around this operator.
 Tensor of_dtype(const Tensor& y, const Tensor& x) {
   RANDLORA_CHECK(y.scalar_type() == x.scalar_type(), "torch computed ", describe(y), " of x ",
                  describe(x), "; autocast must not be active inside this operator");
@@ -43,7 +43,7 @@ Tensor torch_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&
   return of_dtype(torch::stable::detail::to<Tensor>(stack[0]), x);
 }
 
-// a + b; the stable ABI has no add, but a subtraction with a factor.
+// a + b. The stable ABI has no add, only a subtraction with a factor.
 Tensor sum_of(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1.0); }
 
 struct Sizes {
@@ -81,7 +81,7 @@ Sizes check(const Tensor& x, const OptionalTensor& weight, const OptionalTensor&
   return s;
 }
 
-// A dense B is an operand of GEMMs with x.
+// A dense B is multiplied with x by GEMMs, so it must have the dtype of x.
 void check_dense(const Basis& b, const std::vector<Tensor>& packed, const Tensor& x) {
   if (!b.b_dense) return;
   RANDLORA_CHECK(runs_on_cuda(x), "packed holds a dense B, which only the CUDA kernels use; x is ",

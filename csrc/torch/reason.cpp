@@ -7,7 +7,7 @@
 namespace randlora {
 namespace {
 
-// Not in torch 2.11, so found at run time.
+// torch 2.11 lacks this function, so it is looked up at run time.
 std::string reason_of_torch() {
   using What = const char* (*)();
   void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);

@@ -34,8 +34,8 @@ void TorchRuntime::run(int slots, void (*task)(void*, int), void* arg) {
   });
 }
 
-// A fresh block's pages would fault in anew at every call, which costs up to a twentieth of a frozen
-// layer's step; so each calling thread keeps its last one, unless it is large.
+// Each calling thread keeps its last block, unless it is large. A fresh block would page-fault at
+// every call, which costs up to a twentieth of a frozen layer's step.
 void* TorchRuntime::scratch(size_t bytes) {
   constexpr size_t kKeepAtMost = size_t{64} << 20;
   thread_local std::optional<Tensor> kept;
