@@ -1,7 +1,7 @@
-// Every launcher of the CUDA library, one concept a file of the same name. They take the structs of
-// core/operators.h with device pointers in them and enqueue on device.stream; nothing here waits for
-// the card, but for count_lists, whose result the host needs. Offsets of lists lie on the card, so
-// the host knows only how many entries there are (AnyLists::count).
+// Every launcher of the CUDA library. They take the structs of core/operators.h with device
+// pointers and enqueue on device.stream. Only count_lists waits for the card, because the host
+// needs its result. Offsets of lists are on the card, so the host knows only the number of entries
+// (AnyLists::count).
 #pragma once
 #include "../core/device.h"
 #include "../core/operators.h"
@@ -19,11 +19,11 @@ void planes_to_dense(const Planes& planes, int64_t rows, int64_t cols, double va
                      DType dtype, Device& device);
 void lists_to_dense(const AnyLists& lists, bool wide, int64_t rows, int64_t cols, double value,
                     void* out, DType dtype, Device& device);
-// found[0] = a, or -1 where the matrix is not ternary; found[1] = the first offending element.
+// found[0] = a, or -1 if the matrix is not ternary; found[1] = the first offending element.
 void pack_dense(const void* dense, DType dtype, int64_t rows, int64_t cols, uint64_t* plus,
                 uint64_t* minus, double* found, Device& device);
 
-// a_support.cu: what a basis may bring along (Basis::a_tables); support_numbers(a.count, r, d) of them.
+// a_support.cu: fills Basis::a_tables, support_numbers(a.count, r, d) numbers.
 void support_tables(const AnyLists& a, bool wide, int64_t r, int64_t d, int32_t* tables,
                     Device& device);
 
@@ -39,11 +39,11 @@ void delta_weight_backward(const DeltaWeightBackward& p, Device& device);
 void linear(const Linear& p, Device& device);
 void linear_backward(const LinearBackward& p, Device& device);
 
-// ---- the products of the factored path, all matrices row-major in `dtype` ------------------------
+// ---- the products of the factored path, all matrices row-major in `dtype` -----------------------
 
 // a_*.cu       up:    V (T, K) = scale * z (T, d) A'^T
 //              down:  out (T, d) = scale * U (T, K) A' [+ out]
-//              grad:  dlam, dgam of scale * sum over T of U and z (docs/math.md, P_j = U_j^T z[:, S_j])
+//              grad:  dlam, dgam of scale * sum over T of U and z (docs/math.md: P_j)
 struct ASide {
   const Basis& basis;
   const void *lam, *gam;  // (r, n), (n, d) in the compute type

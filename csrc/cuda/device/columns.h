@@ -1,14 +1,14 @@
-// How threads share the columns of a row-major matrix: V columns each, side by side in 16-byte
-// accesses where every row is aligned for that; else a warp's lanes interleave, so that neighbours
-// touch neighbouring elements either way.
+// How threads share the columns of a row-major matrix: V columns each. If every row is aligned,
+// they are adjacent, one 16-byte access; otherwise a warp's lanes interleave. Either way
+// neighbouring lanes touch neighbouring elements.
 #pragma once
 #include "element.h"
 #include "ptx.h"
 
 namespace randlora {
 
-// N elements that move together. Kept as words: a kernel that loads ahead must not touch what it
-// waits for, and taking 16-bit elements apart is touching. (may_alias: for g++, words of any type.)
+// N elements that move together, kept as words: unpacking 16-bit elements would make a kernel wait
+// for a load that it issued ahead. (may_alias: for g++, words of any type.)
 template <class S, int N>
 struct alignas(16) [[gnu::may_alias]] Pack {
   static_assert(sizeof(S) * N % 16 == 0, "whole accesses");
@@ -41,14 +41,14 @@ struct alignas(16) [[gnu::may_alias]] Pack {
 template <class S>
 constexpr int kPerAccess = 16 / int(sizeof(S));
 
-// Whether rows of `cols` elements can be taken V at a time from all these matrices.
+// Whether all these matrices allow aligned access to V elements of rows of `cols` at a time.
 template <class... P>
 bool aligned_rows(int64_t cols, int V, const P*... matrix) {
   return cols % V == 0 && ((reinterpret_cast<uintptr_t>(matrix) % 16 == 0) && ...);
 }
 
-// Those of one thread, thread t of a group of whole warps that takes V columns a thread from `from`
-// on. Columns past the end load as zero and are not stored.
+// The V columns of thread t in a group of whole warps whose columns begin at `from`. Columns past
+// the end load as zero and are not stored.
 template <int V, bool Aligned>
 struct Columns {
   int64_t first, cols;

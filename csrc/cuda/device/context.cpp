@@ -1,6 +1,6 @@
-// The CUDA runtime is linked into this library statically. It shares the driver's notion of the
-// current card with torch's runtime, so a card that torch has made current is current here, too, and
-// make_current changes nothing. It does not restore the card that was current before: setting one
+// The CUDA runtime is linked into this library statically. It shares the driver's current card with
+// torch's runtime, so a card that torch has made current is current here, too, and make_current
+// changes nothing. It does not restore the card that was current before: setting one
 // makes a context on it, half a gigabyte. torch's guard knows which cards have a context.
 #include "context.h"
 
@@ -17,7 +17,7 @@ namespace {
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // not for the next launch to find
+  cudaGetLastError();  // clears it, or the next launch would report it
   throw std::runtime_error(std::string("randlora: ") + what + ": " + cudaGetErrorString(error));
 }
 

@@ -22,7 +22,7 @@
 
 namespace randlora {
 
-// ---- codes to numbers: doubled -------------------------------------------------------------------
+// ---- codes to numbers: doubled ------------------------------------------------------------------
 
 // Elements 2t (low half) and 2t + 1 of a code word in a 16-bit type.
 __device__ __forceinline__ uint32_t decode_pair(uint32_t word, int t) {
@@ -41,7 +41,7 @@ __device__ __forceinline__ double from_top(uint32_t top, double) {
   return x;
 }
 
-// ---- planes to codes -----------------------------------------------------------------------------
+// ---- planes to codes ----------------------------------------------------------------------------
 
 // 32 elements of a row: those with even numbers, and those with odd numbers, in order.
 struct EvenOdd {

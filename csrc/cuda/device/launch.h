@@ -2,7 +2,7 @@
 //
 //   launch(device, "fill_planes", fill_planes_kernel, grid, threads, shared_bytes, arguments...)
 //
-// All shared memory is dynamic: a kernel reaches it by shared_memory() and carves it up itself.
+// All shared memory is dynamic: a kernel gets it from shared_memory() and divides it itself.
 #pragma once
 #include <stdexcept>
 #include <string>
@@ -11,8 +11,8 @@
 
 namespace randlora {
 
-// Shared memory of a block: what it has unasked on any card, and the least that it may ask for on a
-// supported one (sm_86, 89 and 120).
+// Shared memory of a block: the default on any card, and the smallest opt-in maximum of a supported
+// one (sm_86, 89 and 120).
 constexpr int64_t kFreeShared = 48 << 10, kLeastShared = 99 << 10;
 
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -21,7 +21,7 @@ __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + 
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // not for the next launch to find
+  cudaGetLastError();  // clears it, or the next launch would report it
   throw std::runtime_error(std::string("randlora: CUDA error in ") + what + ": " +
                            cudaGetErrorString(error));
 }
@@ -30,8 +30,8 @@ template <class... P, class... A>
 void launch(const Device& device, const char* name, void (*kernel)(P...), dim3 grid, int threads,
             int64_t shared_bytes, A... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  // To what the card has, not to what this launch needs: a thread beside this one that starts the
-  // same kernel with less would lower the limit again before this launch is made.
+  // The limit is what the card has, not what this launch needs: another thread that starts the same
+  // kernel with less could lower it before this launch.
   if (shared_bytes > kFreeShared)
     check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                     cudaFuncAttributeMaxDynamicSharedMemorySize,

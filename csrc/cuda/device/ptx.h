@@ -1,4 +1,4 @@
-// The instructions that CUDA C++ has no name for, each one function. Fragment layouts are those of
+// Instructions that CUDA C++ has no name for, a function each. Fragment layouts are those of
 // the PTX manual; with lane = threadIdx.x % 32, g = lane / 4, q = lane % 4:
 //
 //   mma m16n8k16 (16-bit)  a[0] = A[g][2q, 2q+1]     a[1] = A[g+8][2q, 2q+1]
@@ -20,8 +20,8 @@
 
 namespace randlora {
 
-// The value is wanted here: without this the compiler moves a load behind the branch that uses it, and
-// several loads are no longer on their way together.
+// Forces the value to be loaded here. Otherwise the compiler moves a load behind the branch that
+// uses it, and several loads no longer overlap.
 __device__ __forceinline__ void pin(float& value) { asm volatile("" : "+f"(value)); }
 __device__ __forceinline__ void pin(double& value) { asm volatile("" : "+d"(value)); }
 
@@ -75,7 +75,7 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
                : "memory");
 }
 
-// Four words to global memory, 16-byte aligned, by one access: nvcc makes four of an assignment.
+// Stores four words, 16-byte aligned, in one access: nvcc splits an assignment into four.
 __device__ __forceinline__ void store16(void* global, uint32_t a, uint32_t b, uint32_t c,
                                         uint32_t d) {
   asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};"
@@ -84,8 +84,9 @@ __device__ __forceinline__ void store16(void* global, uint32_t a, uint32_t b, ui
                : "memory");
 }
 
-// 16 bytes from global to shared memory without passing registers, both 16-byte aligned; zeros where
-// `bytes` < 16 ends (0: nothing is read). Delivered at cp_async_wait, seen by others after a barrier.
+// Copies 16 bytes from global to shared memory, both 16-byte aligned, bypassing registers. Bytes
+// past `bytes` become zero (0: nothing is read). Complete after cp_async_wait; other threads see
+// the bytes after a barrier.
 __device__ __forceinline__ void cp_async16(void* shared, const void* global, int bytes = 16) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
@@ -98,7 +99,7 @@ __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Waits until at most `Pending` of the groups that this thread committed are still under way.
+// Waits until at most `Pending` of this thread's committed groups are incomplete.
 template <int Pending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" : : "n"(Pending) : "memory");

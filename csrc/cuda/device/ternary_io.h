@@ -1,5 +1,5 @@
-// How a TernaryTile (ternary_tile.h) gets its operand, and where its results go: to rows or, turned, to
-// columns of a matrix, scaled, added to what was there and rounded once.
+// Loads the operand of a TernaryTile (ternary_tile.h) and stores its results: to rows or, turned,
+// to columns of a matrix; scaled, added to a base and rounded once.
 #pragma once
 #include "ternary_tile.h"
 

@@ -1,4 +1,5 @@
-// A warp's share of a matrix product, out of shared memory: C (16 MI, 8 NI) += A (16 MI, k) B (k, 8 NI).
+// A warp's share of a matrix product from shared memory: C (16 MI, 8 NI) += A (16 MI, k) B (k, 8
+// NI).
 //
 // Three engines with one interface and one accumulator layout, that of mma's C fragment (ptx.h), so
 // that a kernel is written once for every dtype:
@@ -9,8 +10,8 @@
 // Operands lie in shared memory in one of two orders:
 //   by_line   element (line, k) at p[line * stride + k]   (line: row of A, column of B)
 //   by_k      element (line, k) at p[k * stride + line]
-// For 16-bit types p and stride * sizeof(S) must be 16-byte aligned; a stride of 8 modulo 64 elements
-// keeps ldmatrix free of bank conflicts.
+// For 16-bit types p and stride * sizeof(S) must be 16-byte aligned; a stride of 8 modulo 64
+// elements keeps ldmatrix free of bank conflicts.
 #pragma once
 #include "element.h"
 #include "ptx.h"

@@ -2,13 +2,13 @@
 //
 //   out[t, k_p] += sum_i G'[p, i] U[t, (j, i)]        p in S_j,  G' = scale lam G
 //
-// Each is a dense product whose results scatter over columns. A block owns some tokens and a range of
-// columns, keeps their sums in shared memory in fp32, and walks j. The entries of S_j in its range are
-// consecutive (Support::before); it takes them in chunks, a tile of 16 MI entries x all tokens to each
-// warp. A stage of the pipeline holds a slice of bases of one chunk: its values and U, copied two
-// stages ahead by cp.async. After the last slice each warp adds its tile to the sums. A column belongs
-// to one warp of a chunk, and a barrier separates the chunks, so there are no atomics and j ascends.
-// `out` is read and written once, by rows.
+// Each is a dense product whose results scatter over columns. A block owns some tokens and a range
+// of columns, keeps their sums in shared memory in fp32, and walks j. The entries of S_j in its
+// range are consecutive (Support::before). The block takes them in chunks; each warp gets a tile of
+// 16 MI entries x all tokens. A pipeline stage holds a slice of bases of one chunk: its values and
+// U, copied two stages ahead by cp.async. After the last slice each warp adds its tile to the sums.
+// A column belongs to one warp of a chunk, and a barrier separates the chunks, so no atomics are
+// needed and j ascends. `out` is read and written once, by rows.
 //
 // Floor: 2 T n |A| operations; bytes: U once for every range of columns, the values once for every
 // tile of tokens, and `out`.
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(256, 1)
       i0 = 0, at += chunk;
       while (at >= end) {
         if (++j >= a.r) {
-          j = a.r, at = end, i0 = a.n;  // and so it stays
+          j = a.r, at = end, i0 = a.n;  // the end, for all later calls too
           cp_async_commit();
           return {0, 0, 0};
         }
@@ -91,8 +91,8 @@ __global__ void __launch_bounds__(256, 1)
       }
     }
     const Stage stage{a.first(j) + at, i0, min(end - at, chunk)};
-    // Up to the end of the k-step: zeros on both sides past n. Rows that are not there stay as they
-    // are, for they reach no result.
+    // Both operands are zero from n to the end of the k-step. Missing rows keep old data: they
+    // reach no result.
     const int64_t left = a.n - i0;
     const int depth = left < B::kDepth ? static_cast<int>((left + 15) / 16 * 16) : B::kDepth;
     S* u_stage = u_shared + buffer * B::kTokens * B::kStride;
@@ -174,8 +174,8 @@ __global__ void __launch_bounds__(256, 1)
   __syncthreads();
 
   if (out_aligned) {
-    // A warp stores L tokens x 32 / L packs, which lie in different banks of `sums`. What `out` holds is
-    // read for several of them before the first is stored: the store orders memory.
+    // A warp stores L tokens x 32 / L packs, which lie in different banks of `sums`. It reads `out`
+    // for several packs before it stores the first, because no load may move above a store.
     constexpr int kAcross = 32 / L, kAtOnce = 4;
     const int lane = threadIdx.x % 32, across = (columns / L + kAcross - 1) / kAcross;
     const int tiles = across * (B::kTokens / L);
@@ -214,9 +214,9 @@ __global__ void __launch_bounds__(256, 1)
   }
 }
 
-// Entries of a chunk, and columns that fit beside its stages. A chunk should hold nearly all entries
-// of a rank index in these columns, three standard deviations above the mean; but not more, for smaller
-// chunks leave room for more columns.
+// Entries of a chunk, and columns that fit beside its stages. A chunk should hold nearly all
+// entries of a rank index in these columns (the mean plus three standard deviations), but no more:
+// smaller chunks leave room for more columns.
 struct TileSize {
   int64_t chunk, columns;
 };
@@ -243,7 +243,7 @@ void ASideCall::down(const void* U, int64_t T, void* out, bool accumulate) {
       using B = decltype(shape);
       const int threads = min(256, device_.max_threads);
       const TileSize tile = choose_tile<B>(a, device_, threads / 32);
-      // As wide as fits, but with a block for every SM, down to 64 columns.
+      // As wide as fits, but narrower (down to 64 columns) if SMs would have no block.
       const int64_t token_tiles = ceil_div(T, B::kTokens);
       const int64_t ranges =
           max(ceil_div(a.d, tile.columns),
@@ -256,7 +256,7 @@ void ASideCall::down(const void* U, int64_t T, void* out, bool accumulate) {
              aligned_rows(a.d, kPerAccess<S>, out));
     };
     if constexpr (sizeof(S) < 8) {
-      // The larger tile if a j has many entries in a range: density over 1/16 or so.
+      // The larger tile if a j has many entries in a range: density above 1/16.
       using Dense = Down<S, 2, 8, kTf32>;
       static_assert(Dense::shared(8 * Dense::kLines, 64) <= kLeastShared, "on every card");
       if (T > 32 && 16 * a.count > a.r * a.d) return start(down_kernel<S, 2, 8, kTf32>, Dense{});

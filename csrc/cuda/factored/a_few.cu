@@ -1,5 +1,5 @@
-// Up and down of the A side (a_side.h) for a handful of tokens, as in decoding. Nothing is prepared,
-// and sums stay in fp32.
+// Up and down of the A side (a_side.h) for a handful of tokens, as in decoding. Nothing is
+// prepared, and sums stay in fp32.
 //
 //   up     a block takes a base i and up to four tokens. z'[k] = gam[i, k] z[t, k] goes to shared
 //          memory; then V[t, (j, i)] is a signed sum of z' over row j of A: a warp per row, lanes
@@ -17,7 +17,7 @@ namespace randlora {
 namespace cuda {
 namespace {
 
-// ---- up ------------------------------------------------------------------------------------------
+// ---- up -----------------------------------------------------------------------------------------
 
 // A row of z' in shared memory: TT tokens, read at once.
 template <class C, int TT>
@@ -39,8 +39,8 @@ __global__ void up_few_kernel(Lists<Index> a, int64_t r, int64_t n, int64_t d, i
   const int64_t i = block % n, t0 = block / n * TT;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
 
-  // Straight code for several columns at a time, so that their loads are on their way together. Tokens
-  // past T repeat the last, and are not stored.
+  // Unrolled over several columns, so that their loads overlap. Tokens past T repeat the last one
+  // and are not stored.
   const auto take = [&](auto columns, int64_t first) {
     C g[columns.value];
     S value[columns.value][TT];
@@ -82,7 +82,7 @@ __global__ void up_few_kernel(Lists<Index> a, int64_t r, int64_t n, int64_t d, i
   }
 }
 
-// ---- down ----------------------------------------------------------------------------------------
+// ---- down ---------------------------------------------------------------------------------------
 
 constexpr int kBases = 4;  // that a lane sums side by side
 
@@ -103,8 +103,8 @@ __global__ void down_few_kernel(Lists<Index> a, int64_t r, int64_t n, int64_t d,
   const int64_t k0 = blockIdx.x % columns * 32, k = k0 + lane;
   const int64_t t0 = blockIdx.x / columns * slice, t1 = min(T, t0 + slice);
 
-  // code[., lane] = the entries of column k: 2 j + (1 where A is -1), ascending by j. First as a
-  // table with holes: a thread searches a run of A's lists for column k0, a warp reads on from there.
+  // code[., lane] = the entries of column k: 2 j, plus 1 if A is -1, ascending by j. First a table
+  // with holes: a thread searches a run of A's lists for column k0, and a warp reads on from there.
   const auto run = [&](int64_t q) { return a.offset + q; };  // [run(q)[0], run(q)[1])
   for (int64_t q = threadIdx.x; q < 2 * r; q += blockDim.x) {
     int64_t begin = run(q)[0], end = run(q)[1];
@@ -138,7 +138,7 @@ __global__ void down_few_kernel(Lists<Index> a, int64_t r, int64_t n, int64_t d,
   const int entries = static_cast<int>(parts[lane]);
 
   for (int64_t t = t0; t < t1; ++t) {
-    for (int64_t j = warp; j < r; j += warps) {  // not by c = j n + i, which would be divided by n
+    for (int64_t j = warp; j < r; j += warps) {  // a loop over c = j n + i would divide by n
       const S* from = U + (t * r + j) * n;
       for (int first = lane; first < n; first += 4 * 32) {
         C value[4];

@@ -1,15 +1,14 @@
-// The A side of the factored path, shared pieces. A is one matrix for all n bases, so for a rank
-// index j they all have the support S_j = {k : A[j, k] != 0}, and each product is a dense one with
-// gathered features:
+// Shared pieces of the factored path's A side. All n bases share one A, and so for each rank index
+// j the support S_j = {k : A[j, k] != 0}. Each product is then a dense one with gathered features:
 //
 //   up     V[t, (j, i)]      = scale lam[j, i] sum_{p in S_j} G[p, i] z[t, k_p]      a_up.cu
 //   down   out[t, k_p]      += sum_i (scale lam[j, i] G[p, i]) U[t, (j, i)]          a_down.cu
 //   grad   P[p, i]           = sum_t z[t, k_p] U[t, (j, i)]                          a_grad.cu
 //
-// where p is an entry of A, k_p its column, and G[p, i] = A[j, k_p] gam[i, k_p]. What they share is
-// made once a call (a_support.cu): the entries of A as one array, the two compact value matrices, and
-// z as token panels, so that a gathered feature is a row of tokens. a_few.cu does up and down for a
-// handful of tokens from A's lists themselves.
+// Here p is an entry of A, k_p its column, and G[p, i] = A[j, k_p] gam[i, k_p]. The products share,
+// made once per call (a_support.cu): the entries of A as one array, the two compact value matrices,
+// and z as token panels, so that a gathered feature is a row of tokens. For a handful of tokens
+// a_few.cu does up and down from A's lists directly.
 //
 // `scale` goes into V and into the compact values rather than onto the results, because lam * gam
 // alone is near the smallest f16.
@@ -24,9 +23,9 @@
 namespace randlora {
 namespace cuda {
 
-// ---- one operator call ---------------------------------------------------------------------------
+// ---- one operator call --------------------------------------------------------------------------
 
-// The products of the A side for up to p.T tokens at a time; what they share is made on first use.
+// The products of the A side for up to p.T tokens at a time. Makes what they share on first use.
 class ASideCall {
  public:
   ASideCall(const ASide& p, double scale, Device& device);
@@ -38,11 +37,11 @@ class ASideCall {
 
  private:
   bool few(int64_t T) const;
-  bool up_few(void* V);  // a_few.cu: false where shared memory does not do
+  bool up_few(void* V);  // a_few.cu: false if shared memory is too small
   bool down_few(const void* U, int64_t T, void* out, bool accumulate);
   const Support& support();
   const void* values(bool with_lambda);  // (room, bases): scale lam G, or G
-  // z as panels, part_ tokens of it from t on: a part and what is made of it stay in L2.
+  // part_ tokens of z from t on, as panels: few enough that a part and its results stay in L2.
   const Panels& panels(int64_t t);
 
   const ASide p_;
@@ -58,7 +57,7 @@ class ASideCall {
   void *partial_ = nullptr, *partial_lam_ = nullptr;  // of grad
 };
 
-// ---- device code ---------------------------------------------------------------------------------
+// ---- device code --------------------------------------------------------------------------------
 
 // Four warps, 2 x 2, over a tile of (32 MI, 16 NI).
 template <class S, int MI, int NI, bool Tf32>
@@ -78,8 +77,8 @@ struct BlockTile {
   static __device__ __forceinline__ int warp_n() { return threadIdx.x / 32 % 2 * (8 * NI); }
 };
 
-// fn(row, piece, u) for this thread's share of (Rows, Pieces), the u-th of them; `piece` is the same
-// for all of them.
+// Calls fn(row, piece, u) for the u-th of this thread's share of (Rows, Pieces); `piece` is the
+// same for all of them.
 template <int Rows, int Pieces, int Threads, class F>
 __device__ __forceinline__ void each_piece(const F& fn) {
   static_assert(Threads % Pieces == 0 && Rows * Pieces % Threads == 0, "equal shares");
@@ -109,8 +108,8 @@ __device__ __forceinline__ void pipeline(int steps, const Load& load, const Use&
   }
 }
 
-// to[row * stride + col] (+)= the warp's accumulators for row < rows, col < cols, through 16 rows of
-// shared memory that belong to this warp alone.
+// to[row * stride + col] (+)= the warp's accumulators, row < rows and col < cols, through 16 rows
+// of shared memory that belong to this warp alone.
 template <class Out, class S, int MI, int NI, bool Tf32>
 __device__ __forceinline__ void store_rows(const WarpTile<S, MI, NI, Tf32>& tile,
                                            typename ComputeOf<S>::type* shared, Out* to,

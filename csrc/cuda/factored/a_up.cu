@@ -2,11 +2,11 @@
 //
 //   V[t, (j, i)] = scale lam[j, i] sum_{p in S_j} G[p, i] z[t, k_p]
 //
-// This is a dense product (tokens x |S_j|) (|S_j| x n) with a gathered left operand: rows k_p of the
-// token panels of z, 128 bytes each. A block owns tokens x bases of one j. It fetches 32 entries (16
-// in fp32) a stage by cp.async, three stages deep, and sums in fp32. Blocks that differ only in j
-// are neighbours, so a panel comes from memory once and then from L2. Few tokens use smaller tiles,
-// so that every SM has a block.
+// This is a dense product (tokens x |S_j|) (|S_j| x n) with a gathered left operand: rows k_p of
+// the token panels of z, 128 bytes each. A block owns tokens x bases of one j. It fetches 32
+// entries (16 in fp32) a stage by cp.async, three stages deep, and sums in fp32. Blocks that differ
+// only in j are neighbours, so a panel comes from memory once and then from L2. Few tokens use
+// smaller tiles, so that every SM has a block.
 //
 // Floor: V written and z read once; 2 T n nnz(A) operations.
 #include "a_side.h"

@@ -4,11 +4,11 @@
 //   down   U[t, c] = sum_o B[o, c] x[t, o]                 lines are its columns, over D
 //
 // A block takes a tile of tokens and a range of lines. It stages its tokens' operand once in shared
-// memory, transposed to (features, tokens), so that gathers cause no L2 traffic. A warp takes a line:
-// lanes are entries x pieces of 16 bytes of tokens. Every lane sums its tokens in fp32, and the lanes
-// are summed at the end. The warp fetches the next line's positions while it sums this one. Results
-// of 4 lines a warp are collected in shared memory and stored by rows. Nothing is summed between
-// warps: deterministic.
+// memory, transposed to (features, tokens), so that gathers cause no L2 traffic. A warp takes a
+// line: lanes are entries x pieces of 16 bytes of tokens. Every lane sums its tokens in fp32, and
+// the lanes are summed at the end. The warp fetches the next line's positions while it sums this
+// one. Results of 4 lines a warp are collected in shared memory and stored by rows. Nothing is
+// summed between warps: deterministic.
 //
 //   T = 1          lanes are entries; the operand is not staged
 //   T > 1          tiles of 8 or 16 tokens in 16 bits, 4 or 8 in fp32, 2 or 4 in fp64
@@ -43,14 +43,16 @@ struct Shape {
   int64_t lines, features, T, range;  // lines a block, a multiple of those of its warps
 };
 
-// Blocks that a multiprocessor must hold, which bounds registers: on Blackwell a bound of 64 spills.
+// Blocks that a multiprocessor must hold, which bounds registers: on Blackwell a bound of 64
+// spills.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kResident = 2;
 #else
 constexpr int kResident = 4;
 #endif
 
-// Source: the operand (T, features) if it is staged or has one token, else token panels of width TT.
+// Source: the operand (T, features) if it is staged or has one token, else token panels of width
+// TT.
 template <class S, class Index, int TT, bool Staged>
 __global__ void __launch_bounds__(256, kResident)
     sum_lists(Lists<Index> lists, Shape shape, const S* __restrict__ source, S* __restrict__ out,

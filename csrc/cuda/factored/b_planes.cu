@@ -10,8 +10,8 @@
 // sums in order.
 //
 // Floor: D K / 4 bytes of planes, an eighth of a dense B in 16 bits, and the tokens; 2 T D K
-// operations. mma.sync does not reach the peak of wgmma, so for many tokens linear.cu prefers a GEMM
-// if the caller has B unpacked. f32 uses FMA, or tf32 if the device allows it.
+// operations. mma.sync does not reach the peak of wgmma, so for many tokens linear.cu prefers a
+// GEMM if the caller has B unpacked. f32 uses FMA, or tf32 if the device allows it.
 //
 // NaN and inf: ternary_tile.h. They stay in their token whatever the engine.
 #include <algorithm>

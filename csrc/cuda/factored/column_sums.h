@@ -1,13 +1,13 @@
-// Sums in shared memory, rows of `Tokens` for every column, to which warps add their tiles without bank
-// conflicts (a_down.cu). A tile's lines are columns in any order, and its columns are tokens.
+// Sums in shared memory, a row of `Tokens` for every column. Warps add their tiles to them without
+// bank conflicts (a_down.cu). A tile's lines are columns in any order, and its columns are tokens.
 //
-// Four units of 16 bytes are a part. A lane of mma's fragments (ptx.h) holds two adjacent tokens of 8,
-// so tokens are permuted (place_of_token) until it holds a whole unit of every part: in fp32 four
-// adjacent tokens of 16. Eight lanes then access two lines of the tile, a part of each. They would
-// meet in the same banks; so of two parts, lanes of odd lines take the second first.
+// Four units of 16 bytes are a part. A lane of mma's fragments (ptx.h) holds two adjacent tokens of
+// 8. So tokens are permuted (place_of_token) until a lane holds a whole unit of every part: in fp32
+// four adjacent tokens of 16. Eight lanes then access two lines of the tile, a part of each. They
+// would use the same banks; so of two parts, lanes of odd lines take the second first.
 //
-// `turn` exchanges the units of a part, and parts, by column, so that reading a token of several columns
-// meets few conflicts, too. S is the type that results are stored in.
+// `turn` exchanges the units of a part, and parts, by column, so that reading a token of several
+// columns has few conflicts, too. S is the type that results are stored in.
 #pragma once
 #include "../device/columns.h"
 #include "../device/tile.h"
@@ -34,8 +34,9 @@ struct ColumnSums {
     return token / 16 * 16 + token % 4 / 2 * 8 + token % 16 / 4 * 2 + token % 2;
   }
 
-  // Adds a tile; `column` belongs to line Tile::row(m, 2 h) of it, -1 for a line that is left out.
-  // Lines of a fragment are read before one is written: the compiler cannot know them to be different.
+  // Adds a tile; column[m][h] belongs to its line Tile::row(m, 2 h), -1 for a line to leave out.
+  // All lines of a fragment are read before one is written: the compiler cannot know that they
+  // differ.
   template <class Tile, int MI>
   __device__ __forceinline__ void add(const Tile& tile, const int (&column)[MI][2]) const {
     using Unit = Pack<C, kUnit>;

@@ -2,15 +2,15 @@
 //
 //   linear            expand (d == in)   V = s x A'^T (T, K),   y (+)= V B^T
 //                     reduce (d == out)  U = x B (T, K),        y (+)= s U A'
-//   linear_backward   expand             U = dy B,              dx (+)= s U A',   dlam, dgam of U and x
-//                     reduce             V = s dy A'^T,         dx (+)= V B^T
-//                                        U = x B,               dlam, dgam of U and dy
+//   linear_backward   expand             U = dy B,            dx (+)= s U A',   dlam, dgam of U, x
+//                     reduce             V = s dy A'^T,       dx (+)= V B^T
+//                                        U = x B,             dlam, dgam of U, dy
 //
 // Tokens are processed in chunks (Device::chunk_bytes of V or U), so scratch does not grow with T;
 // dlam and dgam accumulate chunk by chunk, in order. V and U have the dtype of x.
 //
-// The B side is a GEMM if the caller has B unpacked (Basis::b_dense) and there are enough tokens. For
-// few tokens, reading the packed form is much cheaper than reading a dense B.
+// The B side is a GEMM if the caller has B unpacked (Basis::b_dense) and there are enough tokens.
+// For few tokens, reading the packed form is much cheaper than reading a dense B.
 //
 // Floor: each B product is 2 T D K operations by GEMM, each A product 2 T n nnz(A).
 #include <vector>
@@ -31,7 +31,7 @@ void* from(void* p, int64_t t, int64_t features, DType dtype) {
   return static_cast<char*>(p) + t * features * bytes_of(dtype);
 }
 
-// Scratch of the first chunk, handed out again in the next ones: the stream keeps their order.
+// Reuses the first chunk's scratch for the next chunks, which the stream runs in order.
 class Recycled : public Device {
  public:
   explicit Recycled(Device& device) : Device(device), device_(device) {}
@@ -55,14 +55,14 @@ class Recycled : public Device {
   size_t next_ = 0;
 };
 
-// Tokens whose V or U takes at most chunk_bytes, in whole tiles.
+// Tokens of a chunk, in whole tiles: their V or U takes at most chunk_bytes.
 int64_t chunk_of(const Basis& b, int64_t T, DType dtype, const Device& device) {
   const int64_t tokens = device.chunk_bytes / (b.K() * bytes_of(dtype));
   const int64_t most = max(tokens / 128, int64_t{1}) * 128;
   return min(T, most);
 }
 
-// fn(first token, tokens) over chunks; once for no tokens.
+// Calls fn(first token, tokens) for every chunk; once if T is 0.
 template <class F>
 void each_chunk(int64_t T, int64_t chunk, const F& fn) {
   int64_t t = 0;
@@ -72,9 +72,9 @@ void each_chunk(int64_t T, int64_t chunk, const F& fn) {
   } while (t < T);
 }
 
-// Few tokens read packed bases only. If the caller brings a dense B beside planes, more tokens take it.
-// Beside lists: signed sums take some 0.25 ps an entry and token, a GEMM of few tokens the time that B
-// takes to be read, 0.6 ps an element: they are even at T = 2.4 / density.
+// Few tokens read only the packed B. More tokens use a dense B, if the caller brings one beside
+// planes. Beside lists, signed sums cost time per entry and token, a GEMM of few tokens only the
+// reading of B: the GEMM starts at T = 2 / density.
 bool by_gemm(const Basis& b, int64_t T) {
   if (!b.b_dense || T <= kFewTokens) return false;
   return !b.has_lists() || T * b.b_rows.count > 2 * b.D * b.K();

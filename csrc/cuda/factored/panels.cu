@@ -1,8 +1,9 @@
 // Token panels (panels.h): a blocked transposition. One block transposes `width` tokens x 64
-// features in shared memory; reads and writes are packs of 16 bytes, 128 bytes of a row side by side.
+// features in shared memory; reads and writes are packs of 16 bytes, 128 bytes of a row side by
+// side.
 //
-// Floor: z read once, the panels written once. Parts of the tokens reuse the same panels, which then
-// stay in L2.
+// Floor: z read once, the panels written once. Parts of the tokens reuse the same panels, which
+// then stay in L2.
 #include "../device/columns.h"
 #include "../device/launch.h"
 #include "panels.h"

@@ -1,5 +1,5 @@
-// Token panels: an operand (T, features) transposed, so that whoever needs some of its features finds
-// the tokens of each side by side. Tokens past T are zero.
+// Token panels: an operand (T, features) transposed in blocks, so that the tokens of each feature
+// lie side by side. Tokens past T are zero.
 //
 //   z[p * width + w][f]  at  data[(p * features + f) * width + w]
 #pragma once

@@ -6,14 +6,15 @@
 // A, lam and gam are dense factors here, as on the CPU: a zero times infinity is NaN.
 //
 // Forward. A thread holds four rows of A in 16 bytes' worth of columns and walks eight bases: 32
-// rows of A' for four reads of A and eight of gam. Reading both for each row would take 8 bytes from
-// L2 for every 2 written.
+// rows of A' for four reads of A and eight of gam. Reading both for each row would take 8 bytes
+// from L2 for every 2 written.
 //
-// Backward. A warp takes one base i, 16 bytes' worth of columns a lane and up to 32 rows j. It reads
-// their grad once, four rows ahead at a time. dgam adds up in the lanes' registers. For dlam each
-// lane stores one number per row in shared memory, and lane j adds up those of row j: two shared
-// accesses a row instead of five shuffles. If a row is wider than a warp's columns, or r > 32, a
-// second kernel adds partial sums from scratch in order: no atomics, the same result every time.
+// Backward. A warp takes one base i, 16 bytes' worth of columns a lane and up to 32 rows j. It
+// reads their grad once, four rows ahead at a time. dgam adds up in the lanes' registers. For dlam
+// each lane stores one number per row in shared memory, and lane j adds up those of row j: two
+// shared accesses a row instead of five shuffles. If a row is wider than a warp's columns, or r >
+// 32, a second kernel adds partial sums from scratch in order: no atomics, the same result every
+// time.
 //
 // Floor: A' written once (forward) or grad read once (backward), 34 MB each at 4096 x 4096 in bf16;
 // two multiplications per element forward, three backward. Memory dominates both.

@@ -1,5 +1,5 @@
-// The support S_j = {k : A[j, k] != 0} of every rank index j, as tables that depend on the basis alone:
-// made once and kept with the packed basis, or at every call if it brings none.
+// Tables of the support S_j = {k : A[j, k] != 0} of every rank index j. They depend only on the
+// basis: made once and kept with the packed basis, or made in every call if it has none.
 #pragma once
 #include "../device/launch.h"
 #include "../kernels.h"
@@ -20,7 +20,8 @@ struct Support {
   const int32_t* at;  // (r, d): 2 p, and 1 more for a -1 of A, for the p-th entry of j; if there is
                       // none at column k, -1 - (how many entries of j lie before k)
 
-  // Entries of j begin at first(j). That leaves room for whole groups without a sum over the j before.
+  // Entries of j begin at first(j), which leaves room for whole groups without summing over smaller
+  // j.
   __host__ __device__ int64_t room() const { return support_room(count, r); }
   __device__ __forceinline__ int64_t first(int64_t j) const {
     return (offset[2 * j] / kGroup + j) * kGroup;
@@ -35,8 +36,8 @@ struct Support {
     return code < 0 ? -1 - code : code / 2;
   }
 
-  // Tiles of `tile` entries (a multiple of kGroup), numbered so that the number of a tile tells its j
-  // without a sum, too. `tiles` of them, some of which are empty.
+  // Tiles of `tile` entries (a multiple of kGroup), numbered so that finding the j of a tile needs
+  // no sum either. There are `tiles` of them; some are empty.
   int64_t tiles(int tile) const { return count / tile + r; }
   __device__ __forceinline__ int64_t first_tile(int64_t j, int tile) const {
     return offset[2 * j] / tile + j;

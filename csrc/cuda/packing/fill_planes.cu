@@ -7,7 +7,8 @@
 // ballots on top. The words of a warp lie side by side, so its stores coalesce. If a slice starts
 // inside a group, each of its words needs two groups, and its thread computes both.
 //
-// Floor: one Philox call per four elements, 2 bits written per element. Integer arithmetic dominates.
+// Floor: one Philox call per four elements, 2 bits written per element. Integer arithmetic
+// dominates.
 #include "../../core/ternary_spec.h"
 #include "../device/launch.h"
 #include "../kernels.h"
