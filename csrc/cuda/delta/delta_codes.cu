@@ -1,4 +1,4 @@
-// What delta_planes.h promises: B's codes in tiles, A's signs as bytes.
+// Makes what delta_planes.h declares: B's codes in tiles, A's signs as bytes.
 #include "delta_planes.h"
 
 namespace randlora {

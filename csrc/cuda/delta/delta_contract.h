@@ -1,5 +1,5 @@
-// The last step of the adjoint of delta_weight from lists (delta_lists_backward.cu): Z[j][p, i], in
-// parts by tiles of rows of G that are yet to be added, to
+// The last step of the adjoint of delta_weight from lists (delta_lists_backward.cu). It adds the
+// parts of Z[j][p, i], one per tile of rows of G, and contracts Z to
 //   dlam[j, i] = scale * sum over p of A[j, k] gam[i, k] Z[j][p, i],  k = S_j[p]
 //   dgam[i, k] = scale * sum over j of A[j, k] lam[j, i] Z[j][p, i]
 // Every sum belongs to one warp, or to one block that adds its warps' in order.
@@ -29,7 +29,7 @@ struct Contract {
 };
 
 constexpr int kColumns = 8;  // of dgam that a warp makes: a 32-byte sector in fp32
-constexpr int kBases = 32;   // a lane each
+constexpr int kBases = 32;   // one per lane
 
 template <class C, class Index>
 __device__ void contract_lam(const Contract<C, Index>& p, int64_t j, int64_t i) {

@@ -32,13 +32,13 @@ constexpr int kTransposedRows = 16;  // a 32-byte sector of 16-bit elements
 
 // A block's rows, and how they lie in shared memory.
 struct Tile {
-  int rows, stride;  // a warp a row; kTransposedRows when transposed
+  int rows, stride;  // a warp per row; kTransposedRows if transposed
   bool aligned;      // for runs of kRun
-  bool positions;    // have room in shared memory, too
+  bool positions;    // whether they also fit in shared memory
 };
 
-// Elements a store takes. In rows they are 16 bytes of sums, so that the lanes' loads from shared
-// memory do not conflict; transposed they are 16 bytes of dW.
+// Elements per store: in rows 16 bytes of sums, so that the lanes' loads from shared memory do not
+// conflict; transposed, 16 bytes of dW.
 template <class S, bool Transposed>
 constexpr int kRun = 16 / int(Transposed ? sizeof(S) : sizeof(typename ComputeOf<S>::type));
 
@@ -118,8 +118,8 @@ __global__ void __launch_bounds__(256, 2)
 
 // ---- host ---------------------------------------------------------------------------------------
 
-// What a block may use of an SM's 227 KB: three blocks of 4 warps, a row of 16 KB each; or two of 8
-// warps with 16 rows.
+// A block's share of an SM's 227 KB: three blocks of 4 warps with a row of 16 KB per warp, or two
+// blocks of 8 warps with 16 rows each.
 constexpr int kRowWarps = 4;
 constexpr int64_t kRowBytes = 16 << 10, kTransposedBytes = 104 << 10, kPositionBytes = 6 << 10;
 
@@ -131,8 +131,8 @@ void delta_weight_as(const DeltaWeight& p, Device& device) {
   const DeltaStore<S> store(p);
   const int threads = std::min(device.max_threads, Transposed ? 256 : 32 * kRowWarps);
   const int64_t batches = threads * int64_t{sizeof(uint4)};
-  // Behind a row 32 elements that nobody reads. Transposed, runs of a column lie in different banks
-  // where the stride is 2 modulo 32.
+  // 32 elements after each row are written but never read. Transposed, a stride of 2 modulo 32 puts
+  // the runs of a column in different banks.
   const int64_t rows = Transposed ? kTransposedRows : threads / 32, pad = Transposed ? 34 : 32;
   const int64_t room = std::min(device.shared_bytes - batches,
                                 Transposed ? kTransposedBytes : rows * (kRowBytes + 128));

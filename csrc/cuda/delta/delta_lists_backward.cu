@@ -8,8 +8,8 @@
 //              G transposed already is.
 //   gather     a block takes 16 bytes' worth of positions of one S_j (8 in 16 bits) and up to 4096
 //              rows of G. Those columns lie side by side in shared memory, so one 16-byte load
-//              serves 8 sums. Eight lanes share a column (j, i) of B: they walk its contiguous list,
-//              then exchange sums until each lane holds one of the 8.
+//              serves 8 sums. Eight lanes share a column (j, i) of B: they walk its contiguous
+//              list, then exchange sums until each lane holds one of the 8.
 //   contract   two kinds of blocks: dlam, for one rank index and 32 bases; dgam, a warp per 8
 //              columns and 32 bases. A lane is a base i, so Z is read in its own order.
 //
@@ -56,7 +56,7 @@ template <int N, class C>
 __device__ __forceinline__ void add_words(C (&sum)[N], C sign, uint4 words, bf16) {
   const uint32_t w[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
-  for (int u = 0; u < 4; ++u) {  // in place, the upper half is a float but for the lower one's bits
+  for (int u = 0; u < 4; ++u) {  // a bf16 is the upper half of a float
     sum[2 * u] += sign * float_of_bits(w[u] << 16);
     sum[2 * u + 1] += sign * float_of_bits(w[u] & 0xffff0000u);
   }
@@ -69,7 +69,7 @@ __device__ __forceinline__ void add_words(C (&sum)[N], C sign, uint4 words, S) {
   for (int u = 0; u < N; ++u) sum[u] += sign * widen(v[u]);
 }
 
-// Sums over the team's lanes; lane l keeps that of position l / (kTeam / N), returned.
+// Sums over the team's lanes. Lane l returns the sum of position l / (kTeam / N).
 template <int N, class C>
 __device__ __forceinline__ C team_sum(C (&sum)[N]) {
   const int lane = threadIdx.x % kTeam;
@@ -87,7 +87,7 @@ __device__ __forceinline__ C team_sum(C (&sum)[N]) {
 }
 
 // tile[o] = element o of each column; zero for those past `here`. Rows of 16-bit elements are
-// loaded in pairs where `in_words` says that the columns are aligned for it.
+// loaded in pairs if `in_words`: the columns are then aligned to 4 bytes.
 template <int N, class S>
 __device__ __forceinline__ void fill_tile(const S* const (&column)[N], int here, int height,
                                           bool in_words, uint4* tile) {
@@ -119,9 +119,8 @@ __device__ __forceinline__ void fill_tile(const S* const (&column)[N], int here,
   }
 }
 
-// sum += those rows of the tile that a part of a list names: the first `pluses` of `count` are
-// added, the others subtracted. A lane takes every kTeam-th; past the end it takes the row of
-// zeros, `rows`.
+// Adds to sum the rows of the tile that `list` names; all but the first `pluses` of `count` are
+// subtracted. A lane takes every kTeam-th; past the end it takes the row of zeros, `rows`.
 template <int N, class Index, class C, class S>
 __device__ __forceinline__ void add_rows(const Index* list, int count, int pluses, int64_t o0,
                                          int rows, const uint4* tile, C (&sum)[N], S) {
@@ -151,7 +150,7 @@ __global__ void gather_kernel(const S* GT, int64_t D, int64_t r, int64_t n, List
   const unsigned group = blockIdx.x / tiles, t = blockIdx.x % tiles;
   const int64_t j = rank_of_group<N>(a, r, group);
   const int64_t x0 = a.plus(j) + (group - groups_before<N>(a, j)) * N;
-  if (x0 >= a.end(j)) return;  // the room was not needed
+  if (x0 >= a.end(j)) return;  // an unused group
   const int here = static_cast<int>(min(a.end(j) - x0, int64_t{N}));
 
   const int64_t o0 = int64_t{t} * rows;
@@ -178,7 +177,7 @@ __global__ void gather_kernel(const S* GT, int64_t D, int64_t r, int64_t n, List
       minus = __shfl_sync(kWarp, found, 2, kTeam);
       end = __shfl_sync(kWarp, found, 3, kTeam);
     }
-    // The runs lie one behind the other, but for what belongs to other tiles.
+    // With one tile the two runs are adjacent; with more, other tiles' rows lie between them.
     const int pluses = static_cast<int>(plus_end - plus), minuses = static_cast<int>(end - minus);
     C sum[N] = {};
     if (tiles == 1) {
@@ -194,7 +193,7 @@ __global__ void gather_kernel(const S* GT, int64_t D, int64_t r, int64_t n, List
   }
 }
 
-constexpr int64_t kGatherBytes = 64 << 10;  // 4096 rows: three blocks an SM of an H100
+constexpr int64_t kGatherBytes = 64 << 10;  // 4096 rows: three blocks fit an SM with 227 KB
 
 template <class S, class Index>
 void delta_weight_backward_as(const DeltaWeightBackward& p, Device& device) {
@@ -203,7 +202,7 @@ void delta_weight_backward_as(const DeltaWeightBackward& p, Device& device) {
   const Lists<Index> a = b.a.as<Index>();
   const S* GT = static_cast<const S*>(p.grad);
   if (!p.transposed) GT = transpose_used(GT, b.D, b.d, a, b.r, device);
-  constexpr int64_t kRow = sizeof(uint4);  // there is one more, of zeros
+  constexpr int64_t kRow = sizeof(uint4);  // and one more row, of zeros
   const int64_t most = std::min(device.shared_bytes - kRow, kGatherBytes) / kRow / 2 * 2;
   const int64_t tiles = ceil_div(b.D, most), rows = ceil_div(ceil_div(b.D, tiles), 2) * 2;
   const bool in_words = b.D % 2 == 0 && reinterpret_cast<uintptr_t>(GT) % 4 == 0;

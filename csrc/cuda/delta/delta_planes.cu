@@ -35,8 +35,8 @@ struct Formation {
   Output<S, Stochastic> out;
 };
 
-// f16 has few exponents, and lambda * gamma is small: columns of A' are made larger by 2^e, so that
-// the largest possible product lies below 2^15, and columns of M smaller by as much.
+// f16 has few exponents, and lambda * gamma is small. So columns of A' are scaled by 2^e, with the
+// largest possible product below 2^15, and columns of M by 2^-e.
 template <class S>
 constexpr bool kScaled = std::is_same<S, f16>::value;
 
@@ -60,7 +60,7 @@ struct FormationMemory {
   static __device__ __forceinline__ C* lam(int half) {
     return reinterpret_cast<C*>(operand(2)) + half * kSlots;
   }
-  // (N) each, where columns are scaled.
+  // (N) each, if columns are scaled.
   static __device__ __forceinline__ C* factor() { return lam(2); }
   static __device__ __forceinline__ C* inverse() { return factor() + N; }
 };
@@ -76,7 +76,7 @@ __device__ __forceinline__ float larger_finite(float most, float x) {
   return fabsf(x) <= 3.4028235e38f ? fmaxf(most, fabsf(x)) : most;
 }
 
-// One column k of A', by the thread that owns it. (Threads past column d take the last one again.)
+// One column k of A', formed by its thread. (Threads past column d repeat the last one.)
 template <class S>
 struct FormedColumn {
   using C = typename ComputeOf<S>::type;
@@ -93,7 +93,7 @@ struct FormedColumn {
     gam_ = p.gam + k, signs_ = p.signs + k;
   }
 
-  // Puts the power of two that the column is made larger by, and its inverse, in shared memory.
+  // Puts the column's power of two, and its inverse, in shared memory.
   __device__ __forceinline__ void choose_factor() {
     static_assert(N == kTileThreads, "a thread has a column");
     float most_lam = 0, most_gam = 0;

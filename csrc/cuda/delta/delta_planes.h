@@ -33,8 +33,7 @@ struct DeltaShape {
 // delta_codes.cu
 // tiles[row block][chunk][quad]: lines are 128 rows, word q of a line rank index 4 quad + q.
 const uint32_t* row_codes(const Basis& b, Device& device);
-// tiles[chunk][octet][64 rows]: line (j % 8) * 16 + i % 16, word q of a line rows 16 q, 16 q + 1
-// ...
+// tiles[chunk][octet][64 rows]: line (j % 8) * 16 + i % 16, word q of a line rows from 16 q on
 const uint32_t* column_codes(const Basis& b, Device& device);
 // signs[quad][k]: A[j, k] for the four j of a quad, bytes of a word.
 const uint32_t* signs_of_A(const Basis& b, Device& device);

@@ -1,5 +1,5 @@
-// What delta_weight prepares once a call, where B is lists (delta_lists.cu): the compact rows of
-// A', and the entries of A and B in the order in which a row of dW visits them.
+// What delta_weight prepares once per call if B is lists (delta_lists.cu): the compact rows of A',
+// and the entries of A and B in the order in which a row of dW visits them.
 #pragma once
 #include "../device/launch.h"
 #include "../device/list_blocks.h"
@@ -43,8 +43,8 @@ __device__ void make_values(const ListBlocks<Index>& a, const C* __restrict__ la
       out.below[q * out.r + j] = static_cast<uint32_t>(a.before(j, q));
 }
 
-// The first `value_blocks` blocks: a rank index and kBases bases each. The others: a warp a row of
-// B.
+// The first `value_blocks` blocks make a rank index and kBases bases each; the others make a row of
+// B per warp.
 template <class C, class Index>
 __global__ void prepare_kernel(Lists<Index> a, Lists<Index> b_rows, const C* __restrict__ lam,
                                const C* __restrict__ gam, int64_t D, int64_t value_blocks,
@@ -77,7 +77,7 @@ Prepared<C> prepare(const DeltaWeight& p, int64_t columns, int64_t chunks, Devic
                         b.a.count,
                         scratch<uint32_t>(device, (chunks + 1) * b.r),
                         scratch<uint32_t>(device, b.b_rows.count)};
-  constexpr int kThreads = 64;  // about |S_j| where this path pays
+  constexpr int kThreads = 64;  // about |S_j| at the densities that use this path
   const int threads = device.max_threads < kThreads ? device.max_threads : kThreads;
   const int64_t value_blocks = b.r * ceil_div(b.n, kBases);
   const int64_t row_blocks = ceil_div(b.D, threads / 32);

@@ -1,5 +1,6 @@
-// A row of B A' from what delta_prepare.h made, by one warp, in shared memory (delta_lists.cu): for
-// each rank index j the signed sum of compact rows, in registers, then added at the positions S_j.
+// One warp makes a row of B A' in shared memory from what delta_prepare.h made (delta_lists.cu).
+// For each rank index j it sums compact rows with signs in registers, then adds the sum at
+// positions S_j.
 #pragma once
 #include "delta_prepare.h"
 
@@ -10,13 +11,13 @@ namespace {
 constexpr int kSteps = 3;  // of 32 positions: what a warp sums in registers
 constexpr int kAhead = 4;  // entries whose values are loaded before the first is added
 
-// An entry of B, unpacked: where its compact row is and where it goes.
+// An unpacked entry of B: where its compact row is and where the row is added.
 struct Entry {
   int64_t value;      // byte offset of its row in `value`, in this chunk of columns
   uint32_t position;  // byte offset of its first position
   int count;          // of positions
 
-  // As it lies in shared memory: one access.
+  // Its form in shared memory: one access.
   __device__ __forceinline__ uint4 packed() const {
     return make_uint4(static_cast<uint32_t>(value), static_cast<uint32_t>(value >> 32), position,
                       static_cast<uint32_t>(count));
@@ -27,13 +28,13 @@ struct Entry {
   }
 };
 
-// 32 entries of a row of B: bit e tells of entry e.
+// 32 entries of a row of B: bit e belongs to entry e.
 struct Batch {
   uint4* entry;
   uint32_t minus, last;  // it is subtracted; it is the last of its j
 };
 
-// Entries whose values are on their way.
+// Entries whose values are being loaded.
 template <class C>
 struct Ahead {
   Entry entry[kAhead];
@@ -71,7 +72,7 @@ struct Sums {
     }
   }
 
-  // The positions of one rank index all differ, so all can be loaded before one is stored.
+  // Positions of one rank index differ, so all can be loaded before one is stored.
   __device__ __forceinline__ void flush(const Entry& e) {
     const auto* to =
         reinterpret_cast<const uint16_t*>(reinterpret_cast<const char*>(position) + e.position);

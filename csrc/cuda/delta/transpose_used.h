@@ -1,5 +1,5 @@
-// The transpose of a gradient, of those columns only that A uses at all (delta_lists_backward.cu).
-// At density 1/64 and r = 32 that is 39 percent of them.
+// The transpose of a gradient, only for columns that A uses (delta_lists_backward.cu): 39 percent
+// of them at density 1/64 and r = 32.
 #pragma once
 #include <algorithm>
 
@@ -15,7 +15,7 @@ constexpr int kTiles = 4;  // a block takes, one below the other
 template <class S>         // of a row of a tile: odd in 32-bit words
 constexpr int kTileStride = kSide + (sizeof(S) == 2 ? 2 : 1);
 
-// Bit b: column k0 + b is in some S_j. Every warp finds out for itself, a lane to a rank index.
+// Bit b: column k0 + b is in some S_j. Every warp computes it, a lane per rank index.
 template <class Index>
 __device__ uint64_t used_columns(const Lists<Index>& a, int64_t r, int64_t k0) {
   uint64_t used = 0;
@@ -71,7 +71,7 @@ __global__ void transpose_kernel(const S* in, int64_t D, int64_t d, Lists<Index>
   }
 }
 
-// in (D, d) to (d, D), whose rows are not set where no S_j has that column.
+// in (D, d) to (d, D). Rows of columns that no S_j has stay unset.
 template <class S, class Index>
 const S* transpose_used(const S* in, int64_t D, int64_t d, const Lists<Index>& a, int64_t r,
                         Device& device) {

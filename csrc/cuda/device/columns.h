@@ -1,5 +1,5 @@
 // How threads share the columns of a row-major matrix: V columns each. If every row is aligned,
-// they are adjacent, one 16-byte access; otherwise a warp's lanes interleave. Either way
+// they are adjacent, in 16-byte accesses; otherwise a warp's lanes interleave. Either way
 // neighbouring lanes touch neighbouring elements.
 #pragma once
 #include "element.h"

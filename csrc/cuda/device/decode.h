@@ -1,20 +1,19 @@
 // Ternary elements as codes of two bits that turn into numbers by a shift and a mask.
 //
 // A code is (negative, not zero), the lower bit last. Moved to the top of an IEEE number of any
-// width it *is* the number 0, +2 or -2, for 2 has the exponent bias + 1: the highest exponent bit
-// alone. So products of codes come out doubled, exactly, and whoever stores a result halves its
-// scale.
+// width it is the number 0, +2 or -2: 2 has only the highest exponent bit set. So products of codes
+// are exactly doubled, and the code that stores a result halves its scale.
 //
 // A code word holds 16 successive elements of a line (a row or a column of B), those with even
 // numbers in its lower half:
 //
 //   element 2t + e, t < 8, e < 2, at bits 16 e + 2t
 //
-// What a tensor core wants in one register, two successive elements in 16-bit halves, is then
-// word << (14 - 2t) & 0xc000c000: two instructions for two elements in bf16 and f16 alike.
+// A tensor core needs two successive elements in the 16-bit halves of a register. That is
+// word << (14 - 2t) & 0xc000c000: two instructions for two elements, in bf16 and f16 alike.
 //
-// From planes, which run along rows, a word of a row is two shifts and three selections for 32
-// elements; the word of a column takes a transpose of 16 x 16 codes by four shuffles.
+// Planes run along rows. A code word of a row takes two shifts and three selections for 32
+// elements; a code word of a column takes a transpose of 16 x 16 codes by four shuffles.
 #pragma once
 #include "../../core/planes.h"
 #include "../../core/stochastic.h"
@@ -64,8 +63,8 @@ __device__ __forceinline__ void encode_row(uint64_t plus, uint64_t minus, uint32
   }
 }
 
-// The row that lane l of a half-warp brings to encode_columns, so that rows 2t + e of the 16 come
-// out as a code word has its elements.
+// The row that lane l of a half-warp gives to encode_columns, so that rows 2t + e of the 16 become
+// elements 2t + e of a code word.
 __device__ __forceinline__ int row_of_lane(int l) { return l % 8 * 2 + l / 8; }
 
 // 16 x 16 codes: lane l of each half-warp gives 16 codes and gets code l of every lane, in the
@@ -84,7 +83,7 @@ __device__ __forceinline__ uint32_t transpose_codes(uint32_t x) {
   return x;
 }
 
-// 64 columns of 16 rows, lane l of each half-warp bringing row row_of_lane(l): word[m] becomes the
+// 64 columns of 16 rows. Lane l of each half-warp gives row row_of_lane(l); word[m] becomes the
 // code word of column column_of_lane(l, m). All 32 lanes take part.
 __device__ __forceinline__ void encode_columns(uint64_t plus, uint64_t minus, uint32_t (&word)[4]) {
 #pragma unroll

@@ -66,7 +66,7 @@ __device__ __forceinline__ f16 narrow<f16>(float x) {
 #endif
 }
 
-// Two 16-bit elements in one register, the lower first: what the tensor cores take.
+// Two 16-bit elements in one register, the lower first, as tensor cores take them.
 template <class S>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
   return static_cast<uint32_t>(narrow<S>(low).bits) | static_cast<uint32_t>(narrow<S>(high).bits)
@@ -81,7 +81,7 @@ __device__ __forceinline__ uint32_t pack<bf16>(float low, float high) {
 }
 #endif
 
-// fn(S{}) for the storage type S of a dtype: where a launcher picks its kernel.
+// Calls fn(S{}) for the storage type S of a dtype: a launcher picks its kernel with it.
 template <class F>
 void with_dtype(DType dtype, const F& fn) {
   switch (dtype) {

@@ -1,5 +1,5 @@
 // Lines of sign-split lists (core/lists.h) regrouped by blocks of `step` positions: block after
-// block, and within a block the +1 before the -1. A kernel then walks one run a block in place of
+// block, and within a block the +1 before the -1. A kernel then walks one run per block instead of
 // two.
 #pragma once
 #include "../../core/lists.h"
@@ -36,7 +36,7 @@ struct ListBlocks {
            lower_bound(lists.index, minus, lists.end(q), bound) - minus;
   }
 
-  // The place in line q of its entry x once they are regrouped.
+  // The place of entry x in line q after regrouping.
   __device__ __forceinline__ int64_t place(int64_t q, int64_t x) const {
     const int64_t plus = lists.plus(q), minus = lists.minus(q);
     const int64_t block = static_cast<uint32_t>(lists.index[x]) / static_cast<uint32_t>(step);

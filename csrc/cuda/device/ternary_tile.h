@@ -11,8 +11,8 @@
 //   by_line   (slot, n) at p[n * stride + slot]                 rows of x, V, A'^T, G^T
 //   by_k      (slot, n) at p[row_of_slot(slot) * stride + n]    rows of G
 //
-// Three engines as in tile.h. FMA skips zeros of B instead of multiplying by them, so that NaN and
-// inf reach connected results only; tensor cores multiply, and spoil the column n that has one.
+// Three engines as in tile.h. FMA skips zeros of B, so NaN and inf reach only connected results.
+// Tensor cores multiply by the zeros, so a NaN or inf spoils its whole column n.
 #pragma once
 #include "columns.h"
 #include "decode.h"
@@ -152,7 +152,7 @@ struct TernaryTile {
     }
   }
 
-  // A thread holds the results that mma would give it, and takes all slots.
+  // A thread holds the results that mma would give it, and sums over all slots.
   template <Order O>
   __device__ __forceinline__ void fma_step(const uint32_t* codes, const S* operand, int stride) {
 #pragma unroll 1

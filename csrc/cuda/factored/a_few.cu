@@ -182,7 +182,7 @@ __global__ void down_few_kernel(Lists<Index> a, int64_t r, int64_t n, int64_t d,
 
 }  // namespace
 
-// Fewer products than A has elements, a token at a time or four: above, the tensor cores win.
+// Up to 16 tokens, and at most r d products of tokens and entries of A. Above, tensor cores win.
 bool ASideCall::few(int64_t T) const {
   const Basis& b = p_.basis;
   return T <= 16 && T * b.a.count <= b.r * b.d;

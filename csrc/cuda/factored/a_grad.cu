@@ -4,9 +4,9 @@
 //   dlam[j, i]   = scale sum_p G[p, i] P[p, i]
 //   dgam[i, k]   = scale sum_{j : A[j, k] != 0} A[j, k] lam[j, i] P[p, i]
 //
-//   grad_kernel      P, a dense product with gathered rows of the token panels of z as in a_up.cu. A
-//                    block owns 128 entries of one j x bases and a range of tokens. If that makes too
-//                    few blocks, the tokens are split and every split writes its own P.
+//   grad_kernel      P, a dense product with gathered rows of the token panels of z as in a_up.cu.
+//                    A block owns 128 entries of one j x bases and a range of tokens. If that makes
+//                    too few blocks, the tokens are split and every split writes its own P.
 //   contract_kernel  lane = column k; a warp has 32 of them and 8 bases, walks j in ascending order
 //                    and adds up the splits. dgam stays in registers. Its share of dlam[j, :] is
 //                    summed over the lanes and written to scratch, one row for every 32 columns
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(128)
       cp_async16(z_stage + row * B::kLineStride + piece * L, row_of[u] ? row_of[u] + panel : panels,
                  row_of[u] ? 16 : 0);
     });
-    // Tokens past T are zero in the panels, and so they must be here: 0 * NaN is not.
+    // Tokens past T are zero in the panels and must be zero here too: 0 * NaN is NaN.
     const S* from = U + t * a.r * a.n + j * a.n + i0;
     if (aligned) {
       each_piece<B::kDepth, kUPieces, B::kThreads>([&](int row, int piece, int) {
@@ -123,7 +123,7 @@ __global__ void contract_kernel(Support a, const C* __restrict__ P, int splits,
     gamma[u] = k < a.d && i0 + u < a.n ? gam[(i0 + u) * a.d + k] : C(0);
     sum[u] = 0;
   }
-  // Codes are fetched four rank indices ahead, and lambda before anything depends on the code.
+  // Codes are loaded four rank indices ahead, and lambda before anything depends on the code.
   constexpr int kAhead = 4;
   int32_t ahead[kAhead];
   const auto fetch = [&](int64_t j) { return k < a.d && j < a.r ? a.at[j * a.d + k] : -1; };
@@ -183,7 +183,7 @@ __global__ void sum_lambda(Support a, const C* __restrict__ partial, int64_t row
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int64_t chunks = ceil_div(a.n, 32), j = blockIdx.x / chunks;
   const int64_t i = blockIdx.x % chunks * 32 + lane;
-  constexpr int kAtOnce = 8;  // loads on their way together
+  constexpr int kAtOnce = 8;  // loads that overlap
   C sum = 0;
   if (i < a.n)
     for (int64_t first = warp; first < rows; first += kAtOnce * warps) {
@@ -217,12 +217,12 @@ void ASideCall::grad(const void* U, void* dlam, void* dgam, bool accumulate) {
     const auto start = [&](auto kernel, auto shape) {
       using B = decltype(shape);
       const int64_t tiles = a.tiles(B::kM) * ceil_div(a.n, B::kN);
-      // Enough blocks for every SM to have two; a split of less than 256 tokens would not pay for
-      // its P. Parts add to the P of those before, split by split.
+      // Enough splits for two blocks per SM, but of at least 256 tokens: a shorter split would not
+      // pay for its P. Each part adds to the P of the parts before it, split by split.
       const int64_t tokens = max(part_, int64_t{1});
       int64_t wanted = ceil_div(2 * device_.multiprocessors, tiles);
-      // In fp32 a running sum over thousands of tokens would err more than torch's: as many splits
-      // as a chunk of scratch holds.
+      // In fp32 a running sum over thousands of tokens would be less accurate than torch's. So use
+      // as many splits as a chunk of scratch holds.
       if (sizeof(S) == 4 && !decltype(tf32)::value) {
         const int64_t bytes = a.room() * a.bases * int64_t{sizeof(C)};
         wanted = max(wanted, device_.chunk_bytes / bytes);

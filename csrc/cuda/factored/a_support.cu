@@ -1,8 +1,7 @@
 // What the products of the A side share (a_side.h), made once a call.
 //
-//   find_entries   thread (j, k): two binary searches in A's lists tell whether A[j, k] is there and
-//                  how many entries of j come before it, which is its place once both signs are
-//                  merged
+//   find_entries   thread (j, k): two binary searches in A's lists tell whether A[j, k] is an entry
+//                  and how many entries of j precede it: its place once both signs are merged
 //   form_values    a block takes a group of 32 entries and 64 bases. It reads gam[i, k_p] along p,
 //                  transposes it in shared memory and writes along i
 //
@@ -14,7 +13,7 @@ namespace randlora {
 namespace cuda {
 namespace {
 
-// How many of the ascending index[begin, end) lie below k.
+// How many of the ascending index[begin, end) are below k.
 template <class Index>
 __device__ __forceinline__ int64_t lower_bound(const Index* index, int64_t begin, int64_t end,
                                                int64_t k) {
@@ -48,7 +47,7 @@ __global__ void find_entries(Lists<Index> a, int64_t r, int64_t d, int32_t* entr
 
 constexpr int kBases = 64;  // of a block of form_values
 
-// lam is null where it stays out of the values.
+// lam is null if the values leave it out.
 template <class S, class C>
 __global__ void form_values(Support s, const C* __restrict__ lam, const C* __restrict__ gam,
                             C scale, S* __restrict__ values) {
@@ -95,7 +94,7 @@ void support_tables(const AnyLists& a, bool wide, int64_t r, int64_t d, int32_t*
            tables, place);
 }
 
-// A part is a quarter of what an intermediate may take: 2048 tokens of 4096 features in 16 bits.
+// A part of z takes at most a quarter of chunk_bytes.
 ASideCall::ASideCall(const ASide& p, double scale, Device& device)
     : p_(p), scale_(scale), device_(device) {
   const int64_t tokens = device.chunk_bytes / 4 / (p.basis.d * bytes_of(p.dtype));

@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(128)
   const int64_t first = a.first(j);
   const int steps = static_cast<int>(ceil_div(a.size(j), B::kDepth));
 
-  // A thread's copies of z are of the same tokens every time, of values of the same bases.
+  // A thread always copies the same tokens of z and the same bases of the values.
   const int64_t t = t0 + threadIdx.x % kZPieces * L, i = i0 + threadIdx.x % kVPieces * L;
   const bool has_tokens = t < T, has_bases = i < a.bases;
   const S* z = panels + (t / width * a.d * width + t % width);

@@ -26,7 +26,7 @@ namespace randlora {
 namespace cuda {
 namespace {
 
-// Of a warp, between two barriers. One token has so few blocks that each should be short.
+// Lines of a warp between two barriers. One token makes few blocks, so each should be short.
 constexpr int lines_of_warp(int TT) { return TT == 1 ? 1 : 4; }
 
 // A tile of TT tokens: a lane has kTokens of them, kAcross lanes have all.
@@ -40,7 +40,7 @@ struct TokenTile {
 };
 
 struct Shape {
-  int64_t lines, features, T, range;  // lines a block, a multiple of those of its warps
+  int64_t lines, features, T, range;  // range: lines per block, a multiple of its warps' lines
 };
 
 // Blocks that a multiprocessor must hold, which bounds registers: on Blackwell a bound of 64
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(256, kResident)
   const S* rows = Staged ? staged : source + tile * shape.features * TT;
 
   if constexpr (Staged) {
-    // Tokens past T repeat the last, and are not stored: loads that depend on nothing run together.
+    // Tokens past T repeat the last one and are not stored: unconditional loads overlap.
     for (int64_t f = threadIdx.x; f < shape.features; f += blockDim.x) {
       S value[TT];
 #pragma unroll

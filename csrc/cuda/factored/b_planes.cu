@@ -24,7 +24,7 @@ namespace randlora {
 namespace cuda {
 namespace {
 
-// The plane words of `Tiles` successive 64-slot steps of 128 lines, on their way to shared memory.
+// The plane words of `Tiles` successive 64-slot steps of 128 lines, held until they are stored.
 template <bool Up, int Tiles>
 struct PlaneWords {
   uint64_t plus[Tiles], minus[Tiles];
@@ -59,7 +59,7 @@ struct PlaneWords {
   }
 
  private:
-  // Up: a thread takes words of rows, neighbours neighbouring words of a row.
+  // Up: a thread takes words of rows; neighbouring threads take neighbouring words.
   static __device__ __forceinline__ int item(int i) { return threadIdx.x + i * kTileThreads; }
   // Down: a warp takes 16 rows, a half-warp one of the two words that hold the 128 columns.
   static __device__ __forceinline__ int half() { return threadIdx.x % 32 / 16; }
@@ -77,11 +77,11 @@ struct Product {
   bool aligned;
   int64_t line_blocks, token_blocks;
   int64_t splits, slots;  // blocks that share a tile, and what each contracts
-  C* partial;             // (splits, T, lines), null where splits == 1
+  C* partial;             // (splits, T, lines), null if splits == 1
   Output<S> out;          // (T, lines)
 };
 
-// Steps that a block takes at a time: with few tokens more, to have enough bytes under way.
+// Steps that a block takes at a time. Few tokens take more, to keep enough bytes in flight.
 template <class S, int N>
 constexpr int kTiles = N == 16 ? 8 / int(sizeof(S)) : 1;
 
@@ -164,7 +164,7 @@ void run(Product<S>& p, Device& device) {
   constexpr int64_t kStep = kTiles<S, N> * kSlots;
   p.line_blocks = ceil_div(p.lines, kLines), p.token_blocks = ceil_div(p.T, N);
   const int64_t tiles = p.line_blocks * p.token_blocks, steps = ceil_div(p.depth, kStep);
-  // Two blocks a multiprocessor where time is that of memory, one where it is that of arithmetic.
+  // Two blocks per multiprocessor if memory bounds the time (few tokens), one if arithmetic does.
   const int64_t wanted = (N == 16 ? 2 : 1) * device.multiprocessors / tiles;
   p.slots = ceil_div(steps, std::max<int64_t>(1, std::min(wanted, steps))) * kStep;
   p.splits = ceil_div(p.depth, p.slots);
@@ -178,7 +178,7 @@ void run(Product<S>& p, Device& device) {
            p.out);
 }
 
-// N by the number of tokens; half of a full tile where whole ones would not fill the card twice.
+// N by the number of tokens; half of a full tile if whole ones would not fill the card twice.
 template <class S, bool Tf32, bool Up>
 void run_for_tokens(Product<S>& p, Device& device) {
   if (p.T <= 16) return run<S, Tf32, Up, 16>(p, device);

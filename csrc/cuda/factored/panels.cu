@@ -14,8 +14,8 @@ namespace {
 
 constexpr int kFeatures = 64;  // of a block's tile
 
-// An odd number of 32-bit words a row (of doubles: of doubles), so that a column's elements lie in
-// different banks.
+// An odd number of 32-bit words (or doubles) per row, so that a column's elements lie in different
+// banks.
 template <class S>
 constexpr int kStride = kFeatures + (sizeof(S) == 2 ? 2 : 1);
 

@@ -59,7 +59,7 @@ __global__ void scaled_basis_kernel(int64_t r, int64_t n, int64_t d, const C* __
 }
 
 constexpr int kBatch = 32;       // rows of grad that a warp of the backward takes
-constexpr int kAhead = 4;        // of them on their way at a time
+constexpr int kAhead = 4;        // of them loaded at a time
 constexpr int kStride = 32 + 1;  // numbers between two rows in shared memory: no bank conflicts
 
 template <class C>
@@ -67,7 +67,7 @@ RANDLORA_HD int64_t shared_of_warp() {
   return int64_t{kBatch} * kStride * int64_t{sizeof(C)};
 }
 
-// dlam: (parts, r, n), a sum for each part of the columns; dgam: (batches, n, d), of the rows.
+// dlam: (parts, r, n), a sum per part of the columns; dgam: (batches, n, d), per batch of the rows.
 template <class S, bool Aligned, class C = typename ComputeOf<S>::type>
 __global__ void scaled_basis_backward_kernel(int64_t r, int64_t n, int64_t d,
                                              const C* __restrict__ A, const C* __restrict__ lam,

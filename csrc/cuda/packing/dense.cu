@@ -57,13 +57,13 @@ __global__ void lists_to_dense_kernel(Lists<Index> lists, int64_t rows, int64_t 
   }
 }
 
-// Threads for a row: as many as have something to do.
+// Threads for a row: no more than have work.
 int threads_for(int64_t accesses, const Device& device) {
   const int64_t warps = ceil_div(accesses, 32), most = device.max_threads / 32;
   return static_cast<int>(warps < 1 ? 1 : warps < most ? warps : most) * 32;
 }
 
-// A block a row (or a few rows, beyond what a grid holds), and `parts` blocks along it.
+// A block per row (per few rows if a grid cannot hold them all), and `parts` blocks along it.
 dim3 grid_of_rows(int64_t rows, int64_t parts) {
   return dim3(static_cast<unsigned>(rows < 0x7fffffff ? rows : 0x7fffffff),
               static_cast<unsigned>(parts < 65535 ? parts : 65535));
@@ -72,11 +72,12 @@ dim3 grid_of_rows(int64_t rows, int64_t parts) {
 // ---- packing ------------------------------------------------------------------------------------
 
 struct Report {
-  double a;                // magnitude of the first element that is not zero; 0 where all are
-  unsigned long long bad;  // first element that is none of -a, 0, a; `count` where all are
+  double a;                // magnitude of the first element that is not zero; 0 if all are zero
+  unsigned long long bad;  // first element that is none of -a, 0, a; `count` if there is none
 };
 
-// One block, as the first element of a real basis is never far. All-zero matrices it reads alone.
+// One block: the first non-zero element of a real basis is never far. It reads an all-zero matrix
+// whole.
 template <class S>
 __global__ void find_magnitude_kernel(const S* x, int64_t count, Report* report) {
   constexpr int kAhead = 8;
@@ -86,7 +87,7 @@ __global__ void find_magnitude_kernel(const S* x, int64_t count, Report* report)
 #pragma unroll
     for (int i = kAhead - 1; i >= 0; --i) {
       const int64_t e = from + i * int(blockDim.x) + threadIdx.x;
-      if (e < count && widen(x[e]) != 0) first = e;  // so is a NaN
+      if (e < count && widen(x[e]) != 0) first = e;  // true for NaN too
     }
 #pragma unroll
     for (int step = 16; step != 0; step /= 2)
@@ -120,7 +121,7 @@ __global__ void pack_dense_kernel(const S* x, int64_t rows, int64_t cols, uint64
         p |= uint64_t{__ballot_sync(kWarp, is_plus)} << (32 * half);
         m |= uint64_t{__ballot_sync(kWarp, is_minus)} << (32 * half);
         const unsigned other = __ballot_sync(kWarp, !(is_plus || is_minus || v == 0));
-        if (other != 0 && lane == 0)  // the least, whoever comes first
+        if (other != 0 && lane == 0)  // the least in any order of warps
           atomicMin(&report->bad,
                     static_cast<unsigned long long>(row * cols + first + __ffs(other) - 1));
       }
@@ -177,7 +178,7 @@ void pack_dense(const void* dense, DType dtype, int64_t rows, int64_t cols, uint
     const auto* x = static_cast<const decltype(tag)*>(dense);
     launch(device, "find_magnitude", find_magnitude_kernel<decltype(tag)>, 1, threads,
            warps * int64_t{sizeof(int64_t)}, x, count, report);
-    constexpr int kWords = 4;  // a warp makes about so many
+    constexpr int kWords = 4;  // about this many per warp
     launch(device, "pack_dense", pack_dense_kernel<decltype(tag)>,
            grid_of_rows(rows, ceil_div(words_of(cols), warps * kWords)), threads, 0, x, rows, cols,
            plus, minus, report);

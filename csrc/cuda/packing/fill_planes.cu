@@ -23,7 +23,7 @@ struct Words {
 
 // Both plane words of columns 64 * group ... of a row.
 __device__ __forceinline__ Words group_words(const FillPlanes& p, uint32_t row, uint32_t group) {
-  uint32_t plus[2] = {0, 0}, minus[2] = {0, 0};  // halves of a word: the card counts in 32 bits
+  uint32_t plus[2] = {0, 0}, minus[2] = {0, 0};  // halves of a word: the card has 32-bit integers
 #pragma unroll 4
   for (uint32_t l = 0; l < kCountersPerGroup; ++l) {
     const Counter4 u = philox4x32_10(counter_of(p.role, row, group * kCountersPerGroup + l),
@@ -47,8 +47,8 @@ __global__ void fill_planes_kernel(FillPlanes p, int64_t words) {
   const int64_t here = p.cols - 64 * w < 64 ? p.cols - 64 * w : 64;  // columns of this word
   const int64_t group = (p.col_start >> 6) + w;
   Words word = {0, 0};
-  // Part 0 is this word's own group, part 1 the next, which is looked at only where it is reached:
-  // after the last column of the specification there is none.
+  // Part 0 is this word's own group. Part 1 is the next group, computed only if the word reaches
+  // it: the last column of the specification has no next group.
   for (int part = 0; part < 2; ++part) {
     if (part == 1 && here <= 64 - shift) break;
     const Words g =

@@ -123,7 +123,7 @@ __device__ __forceinline__ int64_t scan_block(int64_t x, int64_t* total) {
   return before;
 }
 
-// In place, each tile for itself, and the tiles' totals.
+// Scans each tile in place and stores the tiles' totals.
 __global__ void scan_tiles_kernel(int64_t* value, int64_t count, int64_t* totals) {
   const int64_t first = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kItems;
   int64_t up_to[kItems], sum = 0, total;
@@ -136,7 +136,8 @@ __global__ void scan_tiles_kernel(int64_t* value, int64_t count, int64_t* totals
   if (threadIdx.x == 0) totals[blockIdx.x] = total;
 }
 
-// Every tile but the first adds the totals of those before it: few, so each sums them for itself.
+// Every tile but the first adds the totals of those before it. They are few, so each tile sums
+// them.
 __global__ void add_totals_kernel(int64_t* value, int64_t count, const int64_t* totals) {
   const int64_t tile = int64_t{blockIdx.x} + 1;
   int64_t mine = 0, before;
