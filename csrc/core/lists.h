@@ -1,4 +1,4 @@
-// Sorted, sign-split index lists: the packed format of a sparse ternary matrix, by row or by column.
+// Sorted, sign-split index lists: the packed format of a sparse ternary matrix, by row or column.
 //
 //   line q:  +1 at index[offset[2q]     .. offset[2q + 1])   ascending
 //            -1 at index[offset[2q + 1] .. offset[2q + 2])   ascending

@@ -1,9 +1,9 @@
-// The A side of the factored path, structured: A is shared by all n bases, so for a rank index j all
-// of them have the same support S_j = {k : A[j, k] != 0}, and every product is a small dense one on
-// gathered rows. Token-block layout throughout: z is (d, TB), v and u are (K, TB).
+// The A side of the factored path. All n bases share A, so for a rank index j they have the same
+// support S_j = {k : A[j, k] != 0}, and every product is a small dense product of gathered rows.
+// Operands are token blocks: z is (d, TB), v and u are (K, TB).
 //
-// gT is gamma transposed, (d, ldg) with ldg >= n zero-padded: one support position k gives the n
-// gammas of all bases side by side.
+// gT is gamma transposed, (d, ldg) with ldg >= n and zero padding: the gammas of all bases for one
+// support position k are adjacent.
 #pragma once
 #include "../core/operators.h"
 #include "token_block.h"
@@ -46,7 +46,7 @@ void a_up_lists(const Lists<Index>& a, int64_t r, int64_t n, const typename B::C
           for (int q = 0; q < B::NV; ++q) acc[m][q] = -acc[m][q];
         });
       };
-      // Signs are turned between the runs, not in them: to negate every gamma takes a fifth longer.
+      // Negates the sums once between the runs: negating every gamma instead takes a fifth longer.
       add(plus, minus);
       negate();
       add(minus, end);
@@ -114,9 +114,9 @@ RANDLORA_INLINE void prefetch_row(const typename B::C* row) {
 }
 
 // P[p][i] (+)= sum_t z[index[p]][t] * ut[t][i] for the `support` positions of one rank index:
-// rank-one updates over tokens, vectors over bases. z is fetched a tile ahead: half of it lies in the
-// caches of the other threads that loaded it. A block is summed by itself before it is added, so that
-// rounding grows with sqrt(TB + T / TB) and not with sqrt(T).
+// rank-one updates over tokens, vectors over bases. Prefetches z a tile ahead, because half of it
+// lies in the caches of the threads that loaded it. Sums each block before adding it, so rounding
+// errors grow with sqrt(TB + T / TB), not sqrt(T).
 template <class B, class Index>
 void a_grad_lists(const Index* index, int64_t support, int64_t ldg, int64_t tokens,
                   const typename B::C* z, const typename B::C* ut, typename B::C* P, bool fresh) {
@@ -148,7 +148,7 @@ void a_grad_lists(const Index* index, int64_t support, int64_t ldg, int64_t toke
   if (i < ldg) columns(std::integral_constant<int, 1>{}, i);
 }
 
-// ---- the same, for a basis of either index type --------------------------------------------------
+// ---- dispatch by the index type of the basis ---------------------------------------------------
 
 template <class B>
 void a_up(const Basis& b, const typename B::C* lam, const typename B::C* gT, int64_t ldg,
@@ -164,7 +164,7 @@ void a_down(const Basis& b, int64_t j, const typename B::C* lam, const typename 
          : a_down_lists<B>(b.a.as<uint16_t>(), j, b.n, lam, gT, ldg, u, scaled, z);
 }
 
-// P (positions, ldg) is that of all rank indices, ut (TB, ldg) that of j.
+// P (positions, ldg) covers all rank indices; ut (TB, ldg) is for j alone.
 template <class B>
 void a_grad(const Basis& b, int64_t j, int64_t ldg, int64_t tokens, const typename B::C* z,
             const typename B::C* ut, typename B::C* P, bool fresh) {

@@ -1,19 +1,19 @@
 // The B side of the factored path from bit planes, four elements of B at a time.
 //
-// Four ternary elements of a line have 81 values, so the signed sums of four source rows are tabled
-// once and every line then adds one table entry for four sources, zeros included: 1/4 of an add an
-// element where adding rows one by one takes `density`, and no loop over bits. An entry's number has
-// the elements as digits in base 3 (0, 1 for +1, 2 for -1); `kDigits` turns bits into such numbers.
+// Four ternary elements of a line have 81 values. So we table the 81 signed sums of four source
+// rows once, and every line then adds one table entry per four sources. That takes 1/4 of an add
+// per element of B (adding rows one by one takes `density`) and no loop over bits. An entry's number
+// has the elements as base 3 digits (0, 1 for +1, 2 for -1); `kDigits` converts bits to numbers.
 //
-// Entries are sums of the rows with a sign, never products with 0: NaN and inf spread only where B
-// is not zero.
+// Entries are sums of the rows with a sign, never products with 0: NaN and inf spread only to lines
+// in which B is not zero.
 #pragma once
 #include "b_side.h"
 
 namespace randlora {
 namespace RANDLORA_ISA {
 
-constexpr int kEntries = 81;  // of a table: 3^4
+constexpr int kEntries = 81;  // per table: 3^4
 constexpr int kQuads = 4;     // tables in use at a time: 41 kB in float32, about an L1 cache
 constexpr int kQuadRows = 4 * kQuads;
 
@@ -37,7 +37,7 @@ static constexpr DigitTable kDigits;
 template <class C>
 struct QuadScratch {
   C* table;         // (kQuads, kEntries, TB)
-  uint8_t* number;  // entry numbers: 16 bytes a row of B, or 4 a column padded to whole words
+  uint8_t* number;  // entry numbers: 16 bytes per row of B, or 4 per column padded to whole words
 
   static int64_t numbers(const Basis& b) {
     const int64_t up = 16 * b.D, down = kQuads * 64 * b.b_planes.words;
@@ -90,7 +90,7 @@ void planes_up(const Basis& b, const Blocks<typename B::C>& on,
                const QuadScratch<typename B::C>& scratch) {
   const Planes& planes = b.b_planes;
   for (int64_t word = 0; word < planes.words; ++word) {
-    // Number 4 * part + quad of a row stands at byte 16 * row + 4 * part + quad: 64 columns.
+    // A word's 64 columns give 16 numbers per row, in order of column: number 4 * part + quad.
     for (int64_t row = 0; row < b.D; ++row) {
       uint64_t plus = planes.plus[row * planes.words + word];
       uint64_t minus = planes.minus[row * planes.words + word];

@@ -1,9 +1,9 @@
-// The B side of the factored path, unstructured: each output line is a sum of signed source rows.
+// The B side of the factored path: each output line is a sum of signed source rows.
 //
 //   b_up    dst[o] = sum_c B[o, c] src[c]     lines are rows of B      (V -> y)
 //   b_down  dst[c] = sum_o B[o, c] src[o]     lines are columns of B   (x or dy -> U)
 //
-// From lists, summed as they lie in memory, for any range of lines; from bit planes: b_planes.h.
+// This file sums from lists, in memory order, for any range of lines; b_planes.h from bit planes.
 #pragma once
 #include "../core/operators.h"
 #include "token_block.h"
@@ -21,8 +21,8 @@ struct Blocks {
   int64_t dst_step;
 };
 
-// acc += sum of src rows plus[..] - sum of src rows minus[..]. The two runs go side by side: two chains
-// of adds hide their latency, and their lengths, which no processor can foretell, end one loop.
+// acc += sum of src rows plus[..] - sum of src rows minus[..]. The two runs share one loop, because
+// two chains of adds hide each other's latency.
 template <class B, class Index>
 RANDLORA_INLINE void sum_line(const Index* plus, int64_t n_plus, const Index* minus,
                               int64_t n_minus, const typename B::C* src,

@@ -1,10 +1,10 @@
-// dW = scale * B @ A' and its adjoint, without A' and without a dense B: density^2 of a GEMM's work.
+// dW = scale * B @ A' and its adjoint, without A' or a dense B: density^2 of a GEMM's work.
 //
-// For a rank index j the n rows of A' share the support S_j, so they are kept compactly:
+// For a rank index j the n rows of A' share the support S_j, so we store them compactly:
 //   value[j][i][p] = A[j, k] lam[j, i] gam[i, k],  k = S_j[p]
-// Row o of dW is, for each j, the signed sum of the compact rows i with B[o, (j, i)] != 0, scattered
-// once to the positions S_j. The adjoint walks the same way: gathers the gradient at S_j, adds it to
-// the compact rows Z[j][i], and contracts Z into dlam and dgam at the end.
+// Row o of dW is, for each j, the signed sum of the compact rows i with B[o, (j, i)] != 0,
+// scattered once to the positions S_j. The adjoint works alike: it gathers the gradient at S_j, adds
+// it to the compact rows Z[j][i], and contracts Z into dlam and dgam at the end.
 #pragma once
 #include "../core/stochastic.h"
 #include "rows_by_rank.h"
@@ -12,7 +12,7 @@
 namespace randlora {
 namespace RANDLORA_ISA {
 
-// Where the compact rows of each rank index lie: padded to whole vectors.
+// The offsets of each rank index's compact rows, which are padded to whole vectors.
 template <class C>
 struct Compact {
   static constexpr int L = kVectorBytes / int(sizeof(C));
@@ -22,7 +22,7 @@ struct Compact {
   int64_t first(int64_t j) const { return b.a.offset[2 * j]; }
   int64_t support(int64_t j) const { return b.a.offset[2 * j + 2] - first(j); }
   int64_t stride(int64_t j) const { return (support(j) + L - 1) / L * L; }
-  // Room for at most L - 1 of padding for every rank index before j, in closed form.
+  // Leaves room for L - 1 elements of padding for each rank index before j, in closed form.
   int64_t start(int64_t j) const { return (first(j) + (j + 1) * (L - 1)) / L * L * b.n; }
   int64_t size() const { return start(b.r); }
   int64_t widest() const {
@@ -54,7 +54,7 @@ void compact_values(const Compact<C>& at, const C* lam, const C* gam, C* value, 
   });
 }
 
-// sum[0 .. stride) = signed sum of compact rows; four vectors at a time stay in registers.
+// sum[0 .. stride) = signed sum of compact rows, four vectors in registers at a time.
 template <class C, class Index>
 RANDLORA_INLINE void sum_compact(const C* rows, int64_t stride, const Index* plus, int64_t n_plus,
                                  const Index* minus, int64_t n_minus, int64_t origin, C* sum) {
@@ -174,7 +174,7 @@ void delta_weight_backward_as(const DeltaWeightBackward& p, Runtime& rt) {
   C* Z = Arena(memory).take<C>(at.size());
   const S* G = static_cast<const S*>(p.grad);
 
-  // A slot owns rank indices and adds the rows of B in order: the same sums for any thread count.
+  // A slot owns rank indices and adds rows of B in order: the same sums for any thread count.
   rt.each_slot(slots, [&](int slot) {
     const int64_t j0 = b.r * slot / slots, j1 = b.r * (slot + 1) / slots;
     Arena own(memory + shared.used() + slot * per_slot.used());

@@ -22,7 +22,7 @@ namespace {
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
-  // -mf16c needs no question of its own: every processor with AVX2 has it.
+  // No check for -mf16c: every processor with AVX2 has it.
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");

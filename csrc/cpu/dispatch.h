@@ -1,4 +1,4 @@
-// Which kernels run on this machine.
+// Chooses the kernels for this machine.
 #pragma once
 #include <string>
 #include <vector>
@@ -7,11 +7,11 @@
 
 namespace randlora {
 
-// The best set that both this build and this processor have, or the one that the environment
-// variable RANDLORA_ISA names; std::runtime_error where that one cannot run. Decided once.
+// The best set that both this build and this processor have, or the one named by the environment
+// variable RANDLORA_ISA. Throws std::runtime_error if that one cannot run. Decided once.
 const Kernels& cpu_kernels();
 
-// Sets that this build and this processor have, and those that this build has; best first.
+// The sets that both this build and this processor have, and all sets of this build; best first.
 std::vector<std::string> available_isas();
 std::vector<std::string> built_isas();
 

@@ -1,5 +1,5 @@
-// Generation of bit planes from the specification: 64 columns are 16 counters with 4 output words
-// each, so one word of both planes is four 16-lane compares. Rows and columns may start anywhere.
+// Generates bit planes from the specification. 64 columns come from 16 counters with 4 output words
+// each, so a word of a plane takes four 16-lane compares. Rows and columns may start anywhere.
 #pragma once
 #include "../core/operators.h"
 #include "../core/ternary_spec.h"
@@ -8,7 +8,7 @@
 namespace randlora {
 namespace RANDLORA_ISA {
 
-// Bit l is set where lanes[l] < bound.
+// Bit l is set if lanes[l] < bound.
 RANDLORA_INLINE uint64_t below(const uint32_t (&lanes)[16], uint32_t bound) {
 #if defined(__AVX512F__)
   return _mm512_cmplt_epu32_mask(_mm512_loadu_si512(lanes), _mm512_set1_epi32(int(bound)));
@@ -19,8 +19,8 @@ RANDLORA_INLINE uint64_t below(const uint32_t (&lanes)[16], uint32_t bound) {
 #endif
 }
 
-// Both plane words of aligned group `group` (columns 64 * group ...) of one row. The same ten rounds
-// as core/philox.h, on 16 counters side by side so that compilers turn each line into vectors.
+// Both plane words of aligned group `group` (columns 64 * group ...) of one row. Runs the ten rounds
+// of core/philox.h on 16 counters at once, so that compilers vectorize each line.
 RANDLORA_INLINE void group_words(uint64_t seed, uint32_t role, uint32_t row, uint32_t group,
                                  uint32_t threshold, uint64_t* plus, uint64_t* minus) {
   uint32_t c[4][16];
@@ -60,7 +60,7 @@ inline void fill_planes(const FillPlanes& p, Runtime& rt) {
       for (int64_t w = 0; w < words; ++w) {
         uint64_t word[2] = {next[0], next[1]};
         if (shift) {
-          // The last word may need nothing from the group after it, which may not exist.
+          // The last word may need no bits of the next group, which may not exist.
           const bool more = 64 * w + 64 - shift < p.cols;
           next[0] = next[1] = 0;
           if (more)

@@ -1,4 +1,4 @@
-// Every kernel of one instruction set, as the table that dispatch.cpp chooses from.
+// The table of one instruction set's kernels; dispatch.cpp chooses among these tables.
 #pragma once
 #include "delta_weight.h"
 #include "fill_planes.h"

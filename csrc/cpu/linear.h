@@ -3,7 +3,7 @@
 //   expand (d == in)    V = x A'^T,  y += s V B^T
 //   reduce (d == out)   U = x B,     y += s U A'
 //
-// V and U live in scratch for a group of token blocks at a time; nothing is kept for backward.
+// Scratch holds V and U for one group of token blocks at a time; nothing is kept for backward.
 #pragma once
 #include "a_side.h"
 #include "b_planes.h"
@@ -14,7 +14,7 @@ namespace RANDLORA_ISA {
 constexpr int kLines = 64;  // rows of B per tile of output, from lists
 constexpr int kGroup = 4;   // blocks that share one decoding of B's planes
 
-// gamma transposed as the A side reads it has rows of n, padded to whole vectors.
+// The row length of transposed gamma: n, padded to whole vectors.
 template <class C>
 RANDLORA_INLINE int64_t gamma_stride(const Basis& b) {
   constexpr int64_t lanes = kVectorBytes / int(sizeof(C));
@@ -30,7 +30,7 @@ void transpose_gamma(const Basis& b, const void* gam, C* gT, Runtime& rt) {
   });
 }
 
-// How T tokens are cut: blocks of TB, taken by slots in groups.
+// How T tokens are divided: into blocks of TB, which slots take in groups.
 struct Cut {
   int64_t T, TB, blocks, group;
   int slots;
@@ -44,7 +44,7 @@ struct Cut {
   int64_t tokens(int64_t block) const { return T - block * TB < TB ? T - block * TB : TB; }
 };
 
-// What one slot needs to push a group of blocks through both sides.
+// One slot's scratch for taking a group of blocks through both sides.
 template <class B>
 struct Slot {
   using C = typename B::C;
@@ -66,8 +66,8 @@ struct Slot {
         mid_step(b.K() * B::TB) {}
 };
 
-// out (T, D) (+)= scale * v B^T for blocks [first, first + count). From lists kLines features at a
-// time, so that their sums go from the L1 cache to `out`; planes leave whole rows in s.large.
+// out (T, D) (+)= scale * v B^T for blocks [first, first + count). Lists take kLines features at a
+// time, so that the sums are still in the L1 cache when stored; planes fill all of s.large first.
 template <class B>
 void emit_up(const Basis& b, const Cut& cut, Slot<B>& s, int64_t first, int count, double scale,
              bool accumulate, void* out, DType dtype) {
@@ -89,8 +89,8 @@ void emit_up(const Basis& b, const Cut& cut, Slot<B>& s, int64_t first, int coun
   }
 }
 
-// u = columns of B times s.large, then per block and rank index fn(g, j, u of j). From lists one
-// rank index at a time, in the same place, so that u never leaves the L1 cache.
+// u = columns of B times s.large, then fn(g, j, u of j) per block and rank index. Lists compute one
+// rank index at a time and reuse its memory, so that u stays in the L1 cache.
 template <class B, class F>
 void down(const Basis& b, Slot<B>& s, int count, const F& fn) {
   if (b.has_planes()) planes_down<B>(b, {count, s.large, s.large_step, s.mid, s.mid_step}, s.quads);

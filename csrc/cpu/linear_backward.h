@@ -4,24 +4,24 @@
 //   reduce    V = dy A'^T,  dx += s V B^T      U = x B,  P_j = U_j^T dy[:, S_j]
 //   both      dlam[j, i] = s sum_k A gam P     dgam[i, k] = s sum_j A lam P
 //
-// Tokens are taken in super-blocks of a few blocks a thread:
+// Tokens are processed in super-blocks of a few blocks per thread:
 //   phase 1, blocks per slot          dx; keeps z (the d-side operand) and U of the super-block
 //   phase 2, rank indices per slot    P_j += U_j^T z[:, S_j], block after block
 //   at the end                        dlam and dgam from P, bases per slot
-// so no sum is ever split between threads, and scratch is bounded whatever T is. Where one block is
-// all there is, P_j is made as soon as U_j is there, and U is not kept.
+// so no sum is split between threads, and scratch is bounded for any T. If there is only one block,
+// P_j is computed as soon as U_j is known, and U is not kept.
 #pragma once
 #include "linear.h"
 
 namespace randlora {
 namespace RANDLORA_ISA {
 
-// Blocks a thread takes to a super-block, where it takes no group: their z and U should stay in its L2
-// cache, from phase 1 to phase 2.
+// Blocks per thread in a super-block, unless the thread takes a group: their z and U should stay in
+// its L2 cache from phase 1 to phase 2.
 constexpr int kBlocks = 2;
 
-// Columns of dgamma that reduce_P sums at a time: as many as leave half the L1 cache, so that a run
-// of A's lists has more than an entry or two of them.
+// Columns of dgamma that reduce_P sums at a time: they fill half the L1 cache, so that most runs of
+// A's lists have more than one or two entries in a tile.
 template <class C>
 RANDLORA_INLINE int64_t tile_columns(int64_t ldg) {
   constexpr int64_t lanes = kVectorBytes / int(sizeof(C));
@@ -38,7 +38,7 @@ struct BackwardScratch {
   C* ut;            // (super, r, TB, ldg), or of one block (TB, ldg): U of one rank index
   C *lam, *dlam;    // (r, ldg) each: lambda times the scale, and the gradient without it
   C* tile;          // (tile_columns, ldg): some columns of dgamma, transposed
-  int64_t* cursor;  // (threads, 2 r): where each run of A's lists stands
+  int64_t* cursor;  // (threads, 2 r): the current position in each run of A's lists
   BackwardScratch(const Basis& b, int64_t super, int threads, Arena& arena) {
     const int64_t ldg = gamma_stride<C>(b);
     gT = arena.take<C>(b.d * ldg);
@@ -52,7 +52,7 @@ struct BackwardScratch {
   }
 };
 
-// Phase 1 for blocks [first, first + count), whose z and ut are at `at` in those of `w`.
+// Phase 1 for blocks [first, first + count); their z and ut start at block `at` of those in `w`.
 template <class B>
 void backward_group(const LinearBackward& p, const Cut& cut, Slot<B>& s,
                     const BackwardScratch<B>& w, int64_t first, int count, int64_t at) {
@@ -98,9 +98,9 @@ void backward_group(const LinearBackward& p, const Cut& cut, Slot<B>& s,
   }
 }
 
-// dlam and dgam from P. A slot owns some vectors of bases, so no sum is split. It goes through the
-// columns of A by tiles, all rank indices at once: P is read and dgam written once, and what is
-// summed stays in the L1 cache.
+// dlam and dgam from P. A slot owns some vectors of bases, so no sum is split. It processes the
+// columns of A in tiles, with all rank indices per tile: it reads P and writes dgam once, and the
+// sums stay in the L1 cache.
 template <class B, class Index>
 void reduce_P(const LinearBackward& p, const Lists<Index>& a, const BackwardScratch<B>& w,
               Runtime& rt) {

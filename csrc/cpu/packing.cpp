@@ -75,7 +75,7 @@ double pack_dense(const void* dense, DType dtype, int64_t rows, int64_t cols, ui
             first_bad[row] = row * cols + w * 64 + __builtin_ctzll(other);
         }
     });
-    // a is NaN or infinite, or the first bad row by order: the same report for any thread count.
+    // Reports the first bad element, else 0 if a is infinite: the same for any thread count.
     *bad = -1;
     for (int64_t row = 0; row < rows && *bad < 0; ++row) *bad = first_bad[row];
     if (*bad < 0 && std::isfinite(a)) value = a;

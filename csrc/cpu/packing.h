@@ -1,19 +1,19 @@
-// Conversions between dense, bit-plane and list forms of a ternary matrix. They run once per basis.
+// Converts a ternary matrix between dense, bit-plane and list forms, once per basis.
 #pragma once
 #include "../core/operators.h"
 
 namespace randlora {
 
-// Planes of a dense (rows, cols) matrix whose elements are all in {-a, 0, +a}. Returns a (0 where
-// the matrix is zero), or a negative number where it is not ternary: then `bad` tells the first
+// Packs a dense (rows, cols) matrix whose elements are all in {-a, 0, +a} into planes. Returns a (0
+// if the matrix is zero), or a negative number if it is not ternary; `bad` is then the first
 // offending element.
 double pack_dense(const void* dense, DType dtype, int64_t rows, int64_t cols, uint64_t* plus,
                   uint64_t* minus, int64_t* bad, Runtime& rt);
 
-// offset[2q + 1], offset[2q + 2] of lists by row or by column, and their total.
+// Fills in offset[2q + 1] and offset[2q + 2] of lists by row or by column. Returns the total.
 int64_t count_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column,
                     int64_t* offset, Runtime& rt);
-// The positions, for offsets that count_lists made; `wide` is uint32, else uint16.
+// Fills in the positions, given offsets from count_lists; uint32 if `wide`, else uint16.
 void fill_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column,
                 const int64_t* offset, bool wide, void* index, Runtime& rt);
 

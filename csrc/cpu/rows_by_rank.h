@@ -1,13 +1,13 @@
-// Walks rows of B one rank index at a time: for row o and rank index j, the bases i for which
-// B[o, j * n + i] is +1 and those for which it is -1. delta_weight and its adjoint are written on it.
+// Visits rows of B one rank index at a time: for row o and rank index j, the bases i for which
+// B[o, j * n + i] is +1 and those for which it is -1. Used by delta_weight and its adjoint.
 #pragma once
 #include "b_side.h"
 
 namespace randlora {
 namespace RANDLORA_ISA {
 
-// For each byte the positions of its set bits and their number, so that decoding never branches
-// on a bit: it writes eight entries and advances by the number of bits.
+// The positions and number of set bits of each byte. Decoding then never branches on a bit: it
+// writes eight entries and advances by the number of bits.
 struct BitTable {
   uint16_t position[256][8];
   uint8_t count[256];
@@ -38,7 +38,7 @@ class RowsByRank {
     minus_ = arena.take<uint16_t>(b.has_lists() ? 0 : b.n + 72);
   }
 
-  // Rows [first, first + rows), to be visited with ascending j from `j` on.
+  // Starts on rows [first, first + rows); visits must have ascending j, from `j` on.
   void start(int64_t first, int rows, int64_t j) {
     first_ = first;
     if (b_.has_planes()) return;

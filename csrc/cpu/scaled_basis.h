@@ -1,5 +1,5 @@
-// A'[j * n + i, k] = lam[j, i] * A[j, k] * gam[i, k], and its gradients: PEFT's UniqueBaseGrad as one
-// pass over the (K, d) matrix each way, with nothing else of that size.
+// A'[j * n + i, k] = lam[j, i] * A[j, k] * gam[i, k] and its gradients: PEFT's UniqueBaseGrad in
+// one pass over the (K, d) matrix each way, without temporaries of that size.
 #pragma once
 #include "../core/operators.h"
 #include "token_block.h"
@@ -31,7 +31,7 @@ void scaled_basis_backward_as(const ScaledBasisBackward& p, Runtime& rt) {
           *gam = static_cast<const C*>(p.gam);
   const S* grad = static_cast<const S*>(p.grad);
   C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
-  // By base: it owns a row of dgam and a column of dlam, and reads each of its rows of grad once.
+  // A base owns a row of dgam and a column of dlam, and reads each of its rows of grad once.
   rt.split(p.n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const C* g = gam + i * p.d;

@@ -19,15 +19,15 @@
 #endif
 
 #define RANDLORA_INLINE RANDLORA_HD
-// On lambdas of hot loops: one that is not inlined would keep its accumulators in memory.
+// For lambdas in hot loops: without inlining, their accumulators would live in memory.
 #define RANDLORA_INLINED __attribute__((always_inline))
 namespace randlora {
 namespace RANDLORA_ISA {
 
 constexpr int kVectorBytes = RANDLORA_VECTOR_BYTES;
 
-// fn(integral_constant<0>), ..., fn(integral_constant<N - 1>): a loop that is unrolled for certain,
-// so that arrays of vectors indexed by it live in registers.
+// fn(integral_constant<0>), ..., fn(integral_constant<N - 1>): a loop that is always unrolled, so
+// that arrays of vectors indexed by it live in registers.
 template <class F, int... I>
 RANDLORA_INLINE void unrolled(const F& fn, std::integer_sequence<int, I...>) {
   (fn(std::integral_constant<int, I>{}), ...);
@@ -55,9 +55,9 @@ RANDLORA_INLINE void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
-// c + a * b, rounded once where the set has fused instructions. Spelled out because
-// compilers decide loop by loop whether to fuse: then a token's last bit would depend on the tile
-// and on the block width that computed it.
+// c + a * b, rounded once if the set has fused instructions. Compilers decide loop by loop whether
+// to fuse, so without this a token's last bit would depend on the tile and block width that
+// computed it.
 #if defined(__FMA__)
 template <class V>
 RANDLORA_INLINE V fused(V a, V b, V c) {
@@ -94,7 +94,7 @@ RANDLORA_INLINE V fused(V a, V b, V c) {
 // c plus a times the scalar s.
 template <class V, class C>
 RANDLORA_INLINE V add_product(V c, C s, V a) {
-  return fused(s - V{}, a, c);  // s - 0: broadcast without an addition that -0 would forbid to drop
+  return fused(s - V{}, a, c);  // broadcasts s: compilers may drop "- 0", but not "+ 0"
 }
 
 // ---- storage types: `lanes` consecutive elements widened to the compute type, and back ----------
@@ -205,7 +205,7 @@ RANDLORA_INLINE void store_as(S* p, V v) {
 
 template <int S, int L, class V, size_t... I>
 RANDLORA_INLINE void exchange(V& a, V& b, std::index_sequence<I...>) {
-  // Lanes with bit S clear stay in a and take b's partner lane beside them, and the other way round.
+  // a keeps its lanes with bit S clear and takes b's partner lanes for the rest; b the other way.
 #if defined(__clang__)
   const V lo = __builtin_shufflevector(a, b, (int(I) & S ? L + int(I) - S : int(I))...);
   const V hi = __builtin_shufflevector(a, b, (int(I) & S ? L + int(I) : int(I) + S)...);

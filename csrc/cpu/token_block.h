@@ -1,8 +1,8 @@
 // Token blocks: the layout in which the factored kernels compute.
 //
-// A block holds TB tokens of F features as [feature][token], so that one feature of all its tokens
-// is NV whole vectors. Every product of the factored path then is "vectors times scalars": nothing
-// is reduced across lanes, and a token's result does not depend on its block or on TB.
+// A block holds TB tokens of F features as [feature][token], so one feature of all its tokens is NV
+// whole vectors. Every product of the factored path then multiplies vectors by scalars: no sum
+// crosses lanes, and a token's result does not depend on its block or on TB.
 #pragma once
 #include "simd.h"
 
@@ -18,8 +18,8 @@ struct Block {
   static constexpr int TB = L * NV;
 };
 
-// Calls fn(Block<...>{}) with a block for T tokens. The choice depends on T alone, since the
-// gradients sum block by block: another thread count must not change them.
+// Calls fn(Block<...>{}) with a block type for T tokens. The choice depends on T alone: gradients
+// are summed block by block and must not change with the thread count.
 template <class C, class F>
 RANDLORA_INLINE void with_block(int64_t tokens, const F& fn) {
   constexpr int lanes = kVectorBytes / int(sizeof(C));
@@ -51,7 +51,7 @@ void load_block_from(const S* x, int64_t ld, int64_t tokens, int64_t features, t
   }
 }
 
-// y[t][f] = scale * z[f][t], added to what y holds when `accumulate`; one rounding.
+// y[t][f] = scale * z[f][t], added to y if `accumulate`, rounded once.
 template <class B, class S>
 void store_block_to(const typename B::C* z, typename B::C scale, bool accumulate, int64_t tokens,
                     int64_t features, S* y, int64_t ld) {
@@ -70,8 +70,8 @@ void store_block_to(const typename B::C* z, typename B::C scale, bool accumulate
         S* to = y + (first + t) * ld + f;
         if (t >= have) return;
         if (here == B::L) return store_as(to, accumulate ? load_as<V>(to) + m[t] : m[t]);
-        // The same product and sum as above, not one fused operation: a feature's last bit must not
-        // depend on whether L divides the number of features.
+        // A product and a sum as above, not a fused operation: a feature's last bit must not depend
+        // on whether L divides the number of features.
         for (int64_t l = 0; l < here; ++l)
           narrow(accumulate ? C(widen(to[l])) + m[t][l] : m[t][l], to + l);
       });
@@ -116,7 +116,7 @@ RANDLORA_INLINE void with_storage(DType dtype, const void* p, const F& fn) {
   }
 }
 
-// The same two for a (T, ld) matrix of run-time type, from token `t` and feature `f` on.
+// load and store for a (T, ld) matrix of run-time type, starting at token `t` and feature `f`.
 template <class B>
 RANDLORA_INLINE void load_block(const void* x, DType dtype, int64_t t, int64_t ld, int64_t tokens,
                                 typename B::C* z) {

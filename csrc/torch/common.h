@@ -33,11 +33,11 @@ class TorchRuntime : public Runtime {
   std::optional<Tensor> block_;  // this call's, unless the thread's was large enough
 };
 
-// ---- errors from torch (reason.cpp) --------------------------------------------------------------
+// ---- errors from torch (reason.cpp) ------------------------------------------------------------
 
 // torch's C interface reports a failed call by a code, and its C++ wrappers then throw the source
-// text of the call. This throws torch's own message instead (callers look for "CUDA out of memory"),
-// or rethrows `error` if it is ours.
+// text of the call. This throws torch's own message instead (callers look for "CUDA out of
+// memory"), or rethrows `error` if it is ours.
 [[noreturn]] void throw_with_reason(const std::exception& error);
 
 // How TORCH_BOX passes an argument, and how a function gets its value. We take a str by its handle,
