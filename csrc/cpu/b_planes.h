@@ -2,8 +2,8 @@
 //
 // Four ternary elements of a line have 81 values. So we table the 81 signed sums of four source
 // rows once, and every line then adds one table entry per four sources. That takes 1/4 of an add
-// per element of B (adding rows one by one takes `density`) and no loop over bits. An entry's number
-// has the elements as base 3 digits (0, 1 for +1, 2 for -1); `kDigits` converts bits to numbers.
+// per element of B (adding rows one by one takes `density`) and no loop over bits. The elements are
+// the base 3 digits of an entry's number (0, 1 for +1, 2 for -1); `kDigits` converts bits to these.
 //
 // Entries are sums of the rows with a sign, never products with 0: NaN and inf spread only to lines
 // in which B is not zero.

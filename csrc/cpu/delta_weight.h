@@ -3,8 +3,8 @@
 // For a rank index j the n rows of A' share the support S_j, so we store them compactly:
 //   value[j][i][p] = A[j, k] lam[j, i] gam[i, k],  k = S_j[p]
 // Row o of dW is, for each j, the signed sum of the compact rows i with B[o, (j, i)] != 0,
-// scattered once to the positions S_j. The adjoint works alike: it gathers the gradient at S_j, adds
-// it to the compact rows Z[j][i], and contracts Z into dlam and dgam at the end.
+// scattered once to the positions S_j. The adjoint works alike: it gathers the gradient at S_j,
+// adds it to the compact rows Z[j][i], and contracts Z into dlam and dgam at the end.
 #pragma once
 #include "../core/stochastic.h"
 #include "rows_by_rank.h"

@@ -19,8 +19,8 @@ RANDLORA_INLINE uint64_t below(const uint32_t (&lanes)[16], uint32_t bound) {
 #endif
 }
 
-// Both plane words of aligned group `group` (columns 64 * group ...) of one row. Runs the ten rounds
-// of core/philox.h on 16 counters at once, so that compilers vectorize each line.
+// Both plane words of aligned group `group` (columns 64 * group ...) of one row. Runs the ten
+// rounds of core/philox.h on 16 counters at once, so that compilers vectorize each line.
 RANDLORA_INLINE void group_words(uint64_t seed, uint32_t role, uint32_t row, uint32_t group,
                                  uint32_t threshold, uint64_t* plus, uint64_t* minus) {
   uint32_t c[4][16];

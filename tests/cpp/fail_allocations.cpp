@@ -1,6 +1,6 @@
-// Preloaded into Python by tests/ops/test_out_of_memory.py: the memory of tensors runs out at the n-th
-// allocation from now. Theirs comes from posix_memalign, called by libc10; what calls it besides
-// (oneDNN) does not survive a failure, with or without us.
+// tests/ops/test_out_of_memory.py preloads this to make the n-th tensor allocation fail.
+// Tensors get memory from posix_memalign, called by libc10. Calls from elsewhere (oneDNN) succeed,
+// because those callers do not survive a failure.
 #include <dlfcn.h>
 
 #include <atomic>
@@ -10,7 +10,7 @@
 
 namespace {
 
-std::atomic<long> left{-1};  // allocations until one fails; negative: none does
+std::atomic<long> left{-1};  // allocations until one fails; negative: never
 std::atomic<long> failed{0};
 
 bool is_of_tensors(const void* caller) {

@@ -14,7 +14,7 @@ inline uint32_t rotate(uint32_t x, int n) { return (x >> n) | (x << (32 - n)); }
 
 // The standard's constants are the first 32 fraction bits of square roots (initial state) and cube
 // roots (rounds) of the first primes. All roots are below 8, so 35 correct bits are enough and a
-// double would do; the caller proves the result with the published digest of "abc".
+// double would do. The caller checks the result against the published digest of "abc".
 inline uint32_t fraction_bits(long double root) {
   return static_cast<uint32_t>((root - std::floor(root)) * 4294967296.0L);
 }

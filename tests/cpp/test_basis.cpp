@@ -1,4 +1,4 @@
-// The header-only basis specification against the known-answer vectors.
+// Tests the header-only basis specification against the known-answer vectors.
 // Usage: test_basis tests/data/basis_v1.txt      Exit status 0: everything agrees.
 
 #include <cstdio>
@@ -128,7 +128,7 @@ void test_layout() {
   }
 }
 
-// The two compares against plain 64-bit arithmetic, at and around every edge of the value rule.
+// is_plus and is_minus against plain 64-bit arithmetic, at and around every edge of the value rule.
 void test_value_rule() {
   for (const uint32_t t : {1u, 2u, 33554432u, 715827883u, 0x7fffffffu, 0x80000000u}) {
     for (const uint64_t edge : {uint64_t{0}, uint64_t{t}, 2 * uint64_t{t}, uint64_t{1} << 32}) {
@@ -156,7 +156,7 @@ void test_refusals() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  // The digest code is proved by a published value before it judges anything (FIPS 180-4, "abc").
+  // Checks the digest code itself against a published value first (FIPS 180-4, "abc").
   check_equal("sha256 of abc", sha256::digest({'a', 'b', 'c'}),
               "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
   test_layout();

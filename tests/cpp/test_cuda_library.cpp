@@ -1,4 +1,4 @@
-// Opens librandlora_cuda.so as the binding does, with or without a card in the machine.
+// Opens librandlora_cuda.so as the binding does, with or without a GPU in the machine.
 //   test_cuda_library PATH
 #include <dlfcn.h>
 
@@ -42,7 +42,7 @@ int main(int argc, char** argv) {
   const void* end = &kernels + 1;
   for (; entries < end; ++entries) expect(*entries != nullptr, "every function is there");
 
-  // With a card: facts about it. Without: an exception that crosses from one library to the other.
+  // With a GPU this describes it. Without one, an exception must cross between the libraries.
   NoDevice device;
   try {
     kernels.make_current(0);

@@ -1,5 +1,5 @@
-// Every kernel of the set that RANDLORA_ISA names against plain loops in double, over odd shapes,
-// both index widths, every form of B, one thread and three. Exits 77 where the set cannot run.
+// Compares every kernel of the set that RANDLORA_ISA names with plain loops in double: odd shapes,
+// both index widths, every form of B, one thread and three. Exits 77 if the set cannot run.
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -152,8 +152,8 @@ void run(const Problem& p, Form form, bool wide, int threads) {
   compare("A'", scaled, p.dA, tolerance, p);
 }
 
-// dW rounded stochastically is what round_stochastic makes of the same kernel's floats. (Without a
-// base: whether its addition is fused with the scale is the compiler's choice, loop by loop.)
+// Stochastically rounded dW must equal round_stochastic of the same kernel's floats. Uses no base,
+// because compilers decide loop by loop whether to fuse its addition with the scale.
 template <class S>
 void stochastic(const Problem& p, DType dtype) {
   ThreadRuntime rt(3);

@@ -1,4 +1,4 @@
-// Dense -> planes -> lists -> dense: what goes in comes out, by row and by column, for odd sizes.
+// Round trip dense -> planes -> lists -> dense, by row and by column, for odd sizes.
 #include <cmath>
 
 #include "check.h"

@@ -1,5 +1,5 @@
-// Stochastic rounding (core/stochastic.h): expectation, neighbours, exact values, the edges of both
-// 16-bit types; and the words it draws. Plain doubles say what is right.
+// Tests stochastic rounding (core/stochastic.h) against plain doubles: expectation, neighbours,
+// exact values, the edges of both 16-bit types, and the words it draws.
 #include <cmath>
 #include <limits>
 
@@ -10,7 +10,7 @@ using namespace randlora;
 
 namespace {
 
-// The value of a finite 16-bit number; for the infinity's bits the power of two in its place.
+// The value of a 16-bit number; for infinity, the power of two that follows the largest finite one.
 template <class S>
 double value_of(S x) {
   constexpr int mantissa = std::is_same_v<S, bf16> ? 7 : 10;
@@ -28,8 +28,8 @@ constexpr int kInfinity = std::is_same_v<S, bf16> ? 0x7f80 : 0x7c00;
 
 bool same(float a, float b) { return bits_of_float(a) == bits_of_float(b); }
 
-// x between `down` and the next number up in magnitude: over `words` words spread evenly over all
-// of them, nothing else comes out, and the share of `up` is what makes the mean x.
+// Rounds x, which lies between `down` and the next number in magnitude, with `words` evenly spread
+// words. The result must be one of the two, and the share of `up` must make the mean x.
 template <class S>
 void expectation(float x, int words = 1 << 16) {
   const double magnitude = std::fabs(double(x));
@@ -92,7 +92,7 @@ void special_values() {
     }
 }
 
-// Word e % 4 of block e / 4, 64 bits of both: against Philox called by hand.
+// Checks that element e draws word e % 4 of block e / 4, with 64-bit e and seed, by calling Philox.
 void words() {
   const uint64_t seed = 0x0123456789abcdefu;
   RoundingWords in_order(seed);
@@ -105,7 +105,7 @@ void words() {
   }
 }
 
-// The mean of many roundings of one number, each with its own word: within five standard
+// The mean of many roundings of one number, each with its own word, must lie within five standard
 // deviations.
 template <class S>
 void drawn(float x) {
@@ -131,7 +131,7 @@ void all() {
   std::uniform_real_distribution<float> mantissa(1.0f, 2.0f);
   for (int exponent = lowest; exponent <= highest; ++exponent)
     for (int sign : {1, -1}) expectation<S>(sign * std::ldexp(mantissa(random), exponent), 1 << 13);
-  // A quarter, a half, all but the last bit of the way; across a binade; about the least normal
+  // A quarter, a half, and all but the last bit of the way; across a binade; near the least normal
   // number.
   for (float x : {1 + 0x1p-9f, 1 + 0x1p-8f, 1 + 0x1p-11f, 2 - 0x1p-23f, 1 + 0x1p-23f})
     for (float scale : {1.0f, -1.0f, 0x1p-14f, 0x1p-15f, 0x1p-20f, 0x1p-24f, 0x1p-126f})

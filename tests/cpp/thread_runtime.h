@@ -1,5 +1,5 @@
-// The Runtime of the C++ tests: a std::thread per slot, scratch filled with NaN patterns so that
-// reading what was never written shows.
+// The Runtime of the C++ tests: one std::thread per slot, and scratch filled with NaN patterns so
+// that reads of unwritten memory show.
 #pragma once
 #include <cstdlib>
 #include <cstring>

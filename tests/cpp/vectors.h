@@ -1,4 +1,4 @@
-// Files of known-answer vectors: one record a line, a keyword and then fields, read and compared.
+// Reads and checks files of known-answer vectors: one record per line, a keyword and then fields.
 #pragma once
 #include <cstdint>
 #include <cstdio>
@@ -24,7 +24,7 @@ inline void check_equal(const std::string& what, const std::string& got,
   check(got == wanted, what, got, wanted);
 }
 
-// Reads one field after the other; a missing or malformed field is a failure of its own.
+// Reads the fields of a record in order; a missing or malformed field is a test failure.
 class Fields {
  public:
   explicit Fields(const std::string& line) : line_(line), stream_(line) {}
@@ -62,8 +62,8 @@ class Fields {
   std::istringstream stream_;
 };
 
-// The main function: every record of the file argv[1] to the test of its keyword, each of which must
-// get one. Returns the exit status.
+// The main function: passes every record of the file argv[1] to the test of its keyword. Every test
+// must get at least one record. Returns the exit status.
 inline int run(int argc, char** argv,
                const std::map<std::string, void (*)(const std::string&, Fields&)>& tests) {
   if (argc != 2) {

@@ -1,7 +1,7 @@
-// CUDA's language, as far as csrc/cuda speaks it, for g++: the very same .cu files run on the CPU,
-// one fiber a CUDA thread, so that sanitizers and checks see them (docs/cuda-on-cpu.md). This file has
-// the language, ptx_on_cpu.h the instructions, engine.h runs grids, fiber.h switches threads,
-// schedule.h orders them.
+// The part of the CUDA language that csrc/cuda uses, for g++. The same .cu files then run on the
+// CPU, one fiber per CUDA thread, under sanitizers and checks (docs/cuda-on-cpu.md). This file has
+// the language and ptx_on_cpu.h the instructions; engine.h runs grids, fiber.h switches threads,
+// and schedule.h orders them.
 #pragma once
 #include <math.h>
 #include <string.h>
@@ -22,7 +22,7 @@
 
 using cudaStream_t = struct CUstream_st*;
 
-// ---- vectors, aligned as on the card (UBSan checks it) -------------------------------------------
+// ---- vectors, aligned as on a GPU (UBSan checks it) -------------------------------------------
 
 struct alignas(8) float2 {
   float x, y;
@@ -53,7 +53,7 @@ inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
-// ---- arithmetic ----------------------------------------------------------------------------------
+// ---- arithmetic ---------------------------------------------------------------------------------
 
 template <class A, class B>
 constexpr std::common_type_t<A, B> min(A a, B b) {
@@ -88,14 +88,14 @@ inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
 }
 
-// ---- memory --------------------------------------------------------------------------------------
+// ---- memory -------------------------------------------------------------------------------------
 
 template <class T>
 T __ldg(const T* p) {
   return *p;
 }
 
-// Relaxed, as on the card: an atomic orders nothing but itself.
+// Relaxed, as on a GPU: an atomic orders no other memory access.
 template <class T>
 T atomicAdd(T* p, std::common_type_t<T> v) {
   static_assert(std::is_integral_v<T>, "float atomics make results depend on the order of threads");
@@ -118,7 +118,7 @@ T atomicMax(T* p, std::common_type_t<T> v) {
   return old;
 }
 
-// ---- barriers and warp collectives ---------------------------------------------------------------
+// ---- barriers and warp collectives --------------------------------------------------------------
 
 #define CUDA_ON_CPU_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
@@ -138,7 +138,7 @@ CUDA_ON_CPU_UNSEEN inline void shuffle_lanes(void* const* lane, unsigned mask) {
   for (int l = 0; l < 32; ++l) {
     if (!(mask >> l & 1)) continue;
     Shuffle* s = static_cast<Shuffle*>(lane[l]);
-    const bool defined = mask >> s->source & 1;  // a lane outside the mask has nothing to give
+    const bool defined = mask >> s->source & 1;  // lanes outside the mask give no value
     s->out = defined ? static_cast<Shuffle*>(lane[s->source])->in : ~uint64_t{0};
   }
 }

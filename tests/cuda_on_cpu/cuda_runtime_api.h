@@ -1,5 +1,5 @@
-// Stands in for CUDA's header of this name when csrc/cuda/device/context.cpp is compiled for the CPU: small
-// cards, which remember whether a context was made on them.
+// Replaces CUDA's header of this name when csrc/cuda/device/context.cpp is compiled for the CPU. It
+// offers small GPUs that remember whether a context was made on them.
 #pragma once
 #include <atomic>
 
@@ -9,7 +9,7 @@ struct Card {
   std::atomic<bool> has_context{false};
 };
 inline Card cards[2];
-inline thread_local int current_card = 0;  // of a new thread, without a context
+inline thread_local int current_card = 0;  // a new thread's, without a context
 
 }  // namespace cuda_on_cpu
 

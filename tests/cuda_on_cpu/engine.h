@@ -1,7 +1,7 @@
-// Runs a grid on the CPU: its blocks one after another, in a block one thread at a time until that
-// waits for others. The sanitizers do not see the scheduler (CUDA_ON_CPU_UNSEEN). TSan is told what
-// CUDA's barriers order, that a launch follows what the host did before it and precedes what the
-// host does next, and nothing more: neither blocks nor shuffles order anything.
+// Runs a grid on the CPU, one block after another. In a block one thread runs at a time, until it
+// waits for others. The sanitizers do not see the scheduler (CUDA_ON_CPU_UNSEEN). We tell TSan only
+// what CUDA's barriers order, and that a launch comes after what the host did before it and before
+// what the host does next. Blocks and shuffles order nothing.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -23,9 +23,9 @@ inline dim3 blockDim, gridDim;
 
 namespace cuda_on_cpu {
 
-// ---- the state of the running block --------------------------------------------------------------
+// ---- the state of the running block -------------------------------------------------------------
 
-// What a thread calls, and where in the source.
+// The function that a thread calls, and its place in the source.
 struct Site {
   const char* what;
   const char* file;
@@ -40,7 +40,7 @@ struct Thread {
   int id;
   Site site;  // where it waits
   Fiber* fiber;
-  // cp.async: a ring of copies issued and not yet delivered; groups committed so far
+  // cp.async: a ring of copies issued but not delivered, and the number of groups committed
   struct Copy {
     void* to;
     uint64_t data[2];
@@ -63,8 +63,8 @@ struct Warp {
   void* operand[32];
 };
 
-// TSan orders by address, and takes 8 bytes for one; new ones for every block. Two for each meeting,
-// in turn: a thread still to leave one meeting must not see what was done before the next.
+// TSan orders by address, in units of 8 bytes; every block gets new ones. Each meeting alternates
+// between two: a thread that has yet to leave one meeting must not see what precedes the next.
 struct SyncPoints {
   uint64_t barrier[2], warp[32][2];
 };
@@ -98,7 +98,7 @@ inline void require(bool holds, const Site& site, const char* what) {
   if (!holds) fail(text(site) + ": " + what);
 }
 
-// ---- waiting -------------------------------------------------------------------------------------
+// ---- waiting ------------------------------------------------------------------------------------
 
 // True for the last of `expected` threads.
 CUDA_ON_CPU_UNSEEN inline bool arrive(Meeting& m, const Site& site, int expected) {
@@ -112,7 +112,7 @@ CUDA_ON_CPU_UNSEEN inline bool arrive(Meeting& m, const Site& site, int expected
   return true;
 }
 
-// The running thread hands over to the scheduler until someone makes it ready.
+// Returns to the scheduler until another thread makes this one ready.
 CUDA_ON_CPU_UNSEEN inline void wait_at(const Site& site) {
   Thread& t = *block.current;
   t.state = Thread::waiting;
@@ -132,8 +132,8 @@ CUDA_ON_CPU_UNSEEN inline void barrier(Site site) {
   sync_acquire(sync);
 }
 
-// The lanes of the mask meet; the last to arrive computes for all from their operands. It orders
-// memory for __syncwarp alone.
+// The lanes of the mask meet; the last to arrive computes for all from their operands. Only
+// __syncwarp orders memory.
 using Compute = void (*)(void* const* operand, unsigned mask);
 CUDA_ON_CPU_UNSEEN inline void collective(Site site, unsigned mask, void* operand, Compute compute,
                                           bool orders_memory = false) {
@@ -158,7 +158,7 @@ CUDA_ON_CPU_UNSEEN inline void collective(Site site, unsigned mask, void* operan
   if (orders_memory) sync_acquire(sync);
 }
 
-// ---- running -------------------------------------------------------------------------------------
+// ---- running ------------------------------------------------------------------------------------
 
 CUDA_ON_CPU_UNSEEN inline void thread_main() {
   enter_fiber();
@@ -217,8 +217,8 @@ CUDA_ON_CPU_UNSEEN inline void run_block(const int64_t* order) {
   }
 }
 
-// body() is what each thread does; a block may have up to shared_limit bytes of shared memory. Throws
-// Error where a rule of CUDA is broken.
+// Each thread runs body(); a block may have up to shared_limit bytes of shared memory. Throws Error
+// if the kernel breaks a rule of CUDA.
 CUDA_ON_CPU_UNSEEN inline void run(const char* kernel, dim3 grid, int threads, int64_t shared_bytes,
                                    int64_t shared_limit, const std::function<void()>& body) {
   const auto need = [&](bool holds, const char* what) {
@@ -229,7 +229,7 @@ CUDA_ON_CPU_UNSEEN inline void run(const char* kernel, dim3 grid, int threads, i
   need(grid.x > 0 && grid.y > 0 && grid.z > 0, "empty grid");
   need(grid.x < 1u << 31 && grid.y < 1u << 16 && grid.z < 1u << 16, "grid size");
   need(shared_bytes >= 0 && shared_bytes <= shared_limit, "shared memory");
-  static std::mutex one_launch_at_a_time;  // Python's autograd has a thread of its own
+  static std::mutex one_launch_at_a_time;  // Python's autograd uses its own thread
   const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
   Block& b = block;
   b.kernel = kernel, b.body = &body, b.threads = threads;

@@ -1,4 +1,4 @@
-// Fibers: stacks, the switch between them, and what the sanitizers must be told of both.
+// Fibers: stacks, switching between them, and what the sanitizers must know of both.
 #pragma once
 #include <stdlib.h>
 #include <string.h>
@@ -10,7 +10,7 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
-// A fake stack for every fiber of every block would take ten times the time.
+// Fake stacks for the fibers of every block would make runs ten times slower.
 extern "C" __attribute__((used, visibility("default"))) inline const char*
 __asan_default_options() {
   return "detect_stack_use_after_return=0";
@@ -18,7 +18,7 @@ __asan_default_options() {
 #endif
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
-// No other thread could still find a race at exit.
+// At exit, no other thread can still find a race.
 extern "C" __attribute__((used, visibility("default"))) inline const char*
 __tsan_default_options() {
   return "atexit_sleep_ms=0";
@@ -29,7 +29,7 @@ extern "C" void AnnotateIgnoreWritesBegin(const char*, int);
 extern "C" void AnnotateIgnoreWritesEnd(const char*, int);
 #endif
 
-// Code that the sanitizers do not see. What it hides it must not hand to code that they do.
+// Hides a function from the sanitizers. It must not pass hidden memory to code that they see.
 #define CUDA_ON_CPU_UNSEEN \
   __attribute__((no_sanitize("thread"), no_sanitize("address"), no_sanitize("undefined")))
 
@@ -92,7 +92,7 @@ CUDA_ON_CPU_UNSEEN inline void make_context(Context& c, char* stack, void (*entr
   c = top - 7;
 }
 #else
-using Context = ucontext_t;  // slower: a system call a switch
+using Context = ucontext_t;  // slower: a system call per switch
 CUDA_ON_CPU_UNSEEN inline void switch_context(Context& from, Context& to) {
   swapcontext(&from, &to);
 }
@@ -105,7 +105,7 @@ CUDA_ON_CPU_UNSEEN inline void make_context(Context& c, char* stack, void (*entr
 }
 #endif
 
-// The host's own thread, to which every fiber returns.
+// The host's thread; every fiber returns to it.
 struct Host {
   Context context;
   void *fake_stack, *tsan;
@@ -115,7 +115,7 @@ struct Host {
 };
 inline Host host;
 
-// To TSan, what came before release(p) in one thread comes before what follows acquire(p) in another.
+// Tells TSan that all before release(p) in one thread precedes all after acquire(p) in another.
 CUDA_ON_CPU_UNSEEN inline void sync_release(void* p) {
 #if defined(__SANITIZE_THREAD__)
   __tsan_release(p);
@@ -138,10 +138,10 @@ struct Fiber {
 constexpr int64_t kSpoilt = -2;
 
 // A fiber for thread number `thread` of block number `block`, blocks counted through all launches.
-// To TSan a fiber is one thread for good: what it did in one block comes before what it does in the
-// next, and by the barriers so does what all others did, so that races between the blocks would go
-// unseen. Neighbouring blocks must have different fibers. But TSan tells only 255 threads apart. So the
-// fibers take turns, and one whose turn comes again in the very next block is made anew.
+// To TSan a fiber is one thread: its work in one block precedes its work in the next. Through the
+// barriers, so does the work of all other threads, which would hide races between the two blocks.
+// So neighbouring blocks need different fibers, but TSan can tell only 255 threads apart. Fibers
+// therefore take turns, and one whose turn comes again in the very next block is created anew.
 constexpr int kFibers = kThreadSanitizer ? 254 : 1024;
 CUDA_ON_CPU_UNSEEN inline Fiber& start_fiber(int thread, int64_t block, void (*entry)()) {
   static Fiber pool[kFibers];
@@ -169,7 +169,7 @@ CUDA_ON_CPU_UNSEEN inline Fiber& start_fiber(int thread, int64_t block, void (*e
   return f;
 }
 
-// The host is done with a fiber; `abandoned`: it still waits for something.
+// Called when the host is done with a fiber; `abandoned` if it still waits for something.
 CUDA_ON_CPU_UNSEEN inline void end_fiber(Fiber& f, bool abandoned) {
 #if defined(__SANITIZE_ADDRESS__)
   if (abandoned) __asan_unpoison_memory_region(f.stack, kStack);
@@ -182,7 +182,7 @@ CUDA_ON_CPU_UNSEEN inline void end_fiber(Fiber& f, bool abandoned) {
   if (abandoned) f.block = kSpoilt;
 }
 
-// From the host into a fiber, until that calls leave_fiber.
+// Runs a fiber from the host until it calls leave_fiber.
 CUDA_ON_CPU_UNSEEN inline void run_fiber(Fiber& f) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&host.fake_stack, f.stack, kStack);
@@ -201,7 +201,7 @@ CUDA_ON_CPU_UNSEEN inline void enter_fiber() {  // first thing in a fiber
   __sanitizer_finish_switch_fiber(nullptr, &host.stack, &host.stack_bytes);
 #endif
   sync_acquire(&host.began);
-  sync_release(&host.ended);  // or TSan of gcc 12 finds no stack for what comes before a barrier
+  sync_release(&host.ended);  // else TSan of gcc 12 has no stack for code before a barrier
 }
 CUDA_ON_CPU_UNSEEN inline void leave_fiber(Fiber& f, bool for_ever) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -217,8 +217,8 @@ CUDA_ON_CPU_UNSEEN inline void leave_fiber(Fiber& f, bool for_ever) {
   (void)for_ever;
 }
 
-// TSan forgets every access to memory that is allocated, and looks for no race with its release,
-// while it ignores the thread that does so.
+// Makes TSan ignore the thread. TSan then forgets earlier accesses to memory that the thread
+// allocates, and looks for no race when the thread frees memory.
 struct Ignored {
 #if defined(__SANITIZE_THREAD__)
   Ignored() { AnnotateIgnoreReadsBegin("", 0), AnnotateIgnoreWritesBegin("", 0); }

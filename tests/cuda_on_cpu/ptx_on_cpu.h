@@ -1,5 +1,5 @@
-// The functions of csrc/cuda/device/ptx.h on the CPU, from the fragment layouts written there: the lanes of
-// a warp meet, and the last computes for all.
+// The functions of csrc/cuda/device/ptx.h on the CPU, with the fragment layouts documented there.
+// The lanes of a warp meet, and the last to arrive computes for all.
 #pragma once
 #include "core/dtype.h"
 #include "cuda_on_cpu.h"
@@ -75,7 +75,7 @@ void mma(Site site, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
   memcpy(c, o.c, sizeof(c));
 }
 
-// Every lane reads the row whose address it gives; the exchange hands the elements out.
+// Every lane reads the row at its address; the exchange distributes the elements.
 struct Row {
   uint16_t row[8];
   uint32_t r[4];
@@ -108,7 +108,7 @@ void ldmatrix(Site site, uint32_t (&r)[4], const void* shared_row) {
   memcpy(r, o.r, sizeof(r));
 }
 
-// cp.async: the source is read at issue, the destination is NaN from then until the wait delivers.
+// cp.async: reads the source at once, and fills the destination with NaN until the wait delivers.
 CUDA_ON_CPU_UNSEEN inline bool push_copy(void* to, const uint64_t* data) {
   auto& t = *cuda_on_cpu::block.current;
   if (t.end_copy - t.first_copy == t.kCopies) return false;

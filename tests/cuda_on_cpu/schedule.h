@@ -1,4 +1,4 @@
-// The order in which blocks run, and the threads in each; and the broken rule that ends a run.
+// The order in which blocks and their threads run, and the error thrown if a kernel breaks a rule.
 #pragma once
 #include <stdlib.h>
 #include <string.h>
@@ -49,7 +49,7 @@ void under_all_schedules(const F& body) {
   schedule = before;
 }
 
-// Does body(), which returns a vector, give the same bits under every order?
+// Whether body(), which returns a vector, gives the same bits under every order.
 template <class F>
 bool same_bits_under_all_schedules(const F& body) {
   std::vector<decltype(body())> results;

@@ -1,4 +1,4 @@
-// Which kernels a test started: tools/cuda/every_kernel.py asks whether all of them ever are.
+// Records which kernels a test started; tools/cuda/every_kernel.py checks that all are started.
 #pragma once
 #include <dlfcn.h>
 #include <stdlib.h>
@@ -8,8 +8,8 @@
 
 namespace cuda_on_cpu {
 
-// Writes to the file that CUDA_ON_CPU_KERNELS names which file has the kernel's code, and where in
-// it; once for every kernel.
+// Writes, once per kernel, the file with its code and the position there to the file named by
+// CUDA_ON_CPU_KERNELS.
 inline void note_start(const void* kernel) {
   static const char* name = getenv("CUDA_ON_CPU_KERNELS");
   static std::ofstream file(name ? name : "/dev/null");

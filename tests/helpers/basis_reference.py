@@ -27,7 +27,7 @@ def philox4x32_10(counter: ArrayLike, key: tuple[int, int]) -> NDArray[np.uint32
 
 
 def threshold(density: float) -> int:
-    """Number of 32-bit words (out of 2^32) that give +1, and as many that give -1."""
+    """How many of the 2^32 words give +1; the same number gives -1."""
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density is {density}; it must be in (0, 1]")
     return max(1, math.floor(density * 2.0**31 + 0.5))

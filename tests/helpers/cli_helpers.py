@@ -29,7 +29,7 @@ def run(*arguments) -> tuple[int, str, str]:
 
 
 def refused(*arguments) -> str:
-    """The one line of an error, with exit code 2."""
+    """The one-line message of a command that fails with exit code 2."""
     code, out, err = run(*arguments)
     lines = [line for line in err.splitlines() if "steps" not in line and "step/s" not in line]
     assert code == 2 and out == "", (code, out, err)
@@ -48,14 +48,14 @@ def llama(**changes):
 
 
 def with_adapter(base, targets=TARGETS, r=5, **kind):
-    """A PeftModel on our kernels, away from zero."""
+    """A PeftModel on our kernels whose adapter is not zero."""
     accelerated.enable()
     config = accelerated.RandLoraConfig(r=r, target_modules=list(targets), **kind)
     return randomize(peft.get_peft_model(base, config)).eval()
 
 
 def save_adapter(base, folder, **options):
-    """An adapter of `base` in `folder`; the PeftModel."""
+    """Saves an adapter of `base` in `folder`; returns the PeftModel."""
     model = with_adapter(base, **options)
     model.save_pretrained(folder)
     return model

@@ -1,4 +1,4 @@
-"""Compiling in tests: from a clean slate, with graphs counted, against eager runs."""
+"""Helpers for tests of torch.compile: clean state, graph counts, comparison with eager."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture
 def fresh_dynamo():
-    """Nothing compiled before or after; ``counters`` start at zero."""
+    """Resets torch.compile before and after; ``counters`` start at zero."""
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -26,7 +26,7 @@ def fresh_dynamo():
 
 
 def graphs() -> int:
-    """Graphs compiled so far, recompilations included; fails where one was broken."""
+    """Graphs compiled so far, including recompilations; fails on a graph break."""
     assert not counters["graph_break"], dict(counters["graph_break"])
     return counters["stats"]["unique_graphs"]
 
@@ -42,7 +42,7 @@ def step(model, x):
 
 
 def assert_steps_agree(compiled, eager, x, tolerance=1e-5):
-    """The same numbers, up to the rounding of what the compiler fuses between our operators."""
+    """Same numbers, up to the rounding of code that the compiler fuses between our operators."""
     for result, wanted in zip(step(compiled, x), step(eager, x), strict=True):
         assert result.dtype == wanted.dtype
         difference = (result - wanted).abs().max()

@@ -1,4 +1,4 @@
-"""Random layers, the three ways to run them, and the error rule that operator tests share."""
+"""What operator tests share: random layers, the ways to run them, and the error rule."""
 
 import math
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from randlora_ext.reference import linear_reference
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 # in, out, r: square, wide, tall, d not a multiple of r (the last base overhangs), r > d, r == d,
-# r == 1 (n > 64: several words of planes a rank index), one feature, sizes about vector lengths.
+# r == 1 (n > 64: several plane words per rank index), one feature, sizes near vector lengths.
 SHAPES = [
     (64, 64, 8),
     (48, 80, 8),
@@ -32,8 +32,8 @@ DENSITIES = [1.0, 1 / 3, 0.07, 1 / 64]  # the first two are packed as planes, th
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """For modules that import it: thousands of tiny calls, for each of which waking a second
-    thread would take longer than the work. test_determinism.py tells that it changes no bit.
+    """One thread for modules that import this: in thousands of tiny calls, waking a second thread
+    would take longer than the work. test_determinism.py shows that it changes no bit.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -43,7 +43,7 @@ def one_thread():
 
 @dataclass
 class Layer:
-    """What one call of `linear` needs, and the gradient that comes back to it."""
+    """The arguments of one call of `linear`, and the gradient of its result."""
 
     basis: TernaryBasis
     x: Tensor
@@ -125,13 +125,13 @@ def exact(layer: Layer) -> dict[str, Tensor]:
 
 
 def rms_error(value: Tensor, oracle: Tensor) -> float:
-    """||value - oracle|| / ||oracle||; infinite where a zero oracle is missed."""
+    """||value - oracle|| / ||oracle||; infinite if only the oracle is zero."""
     difference, size = (value - oracle).double().norm().item(), oracle.double().norm().item()
     return difference / size if size else (math.inf if difference else 0.0)
 
 
 def largest_error(value: Tensor, oracle: Tensor) -> float:
-    """Largest difference as a share of the oracle's largest element: sees one wrong element."""
+    """Largest difference relative to the oracle's largest element; one wrong element shows."""
     if oracle.numel() == 0:
         return 0.0
     difference, size = (value - oracle).abs().max().item(), oracle.abs().max().item()

@@ -1,4 +1,4 @@
-"""Layers of random diagonals, and the same numbers by the plain PyTorch reference."""
+"""Layers with random diagonals, and their results by the plain PyTorch reference."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def make_base(in_features, out_features, kind="linear", bias=True, dtype=torch.f
 
 
 def randomize(layer, seed=0):
-    """Diagonals of a size that lets adapter and base matter alike; exact in bfloat16."""
+    """Random diagonals that make adapter and base equally important; exact in bfloat16."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, basis in layer.bases.items():

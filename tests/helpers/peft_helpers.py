@@ -1,4 +1,4 @@
-"""Small models on stock PEFT and on randlora_ext, equal in all numbers."""
+"""Small models on stock PEFT and on randlora_ext with equal weights."""
 
 import copy
 import json
@@ -41,7 +41,7 @@ KINDS = ["sparse", "very_sparse"]
 
 
 class Net(nn.Module):
-    """Two targeted layers of other shapes beside it make PEFT's shared bases larger than needed."""
+    """Two more targeted layers of other shapes make PEFT's shared bases larger than needed."""
 
     def __init__(self, in_features, out_features, kind=nn.Linear):
         super().__init__()
@@ -87,7 +87,7 @@ def deep_config(r=4, cls=None, **options):
 
 
 def randomize(model, seed=0):
-    """Diagonals of a size that lets adapter and base matter alike."""
+    """Random diagonals that make adapter and base equally important."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -127,7 +127,7 @@ def edit_config(folder, **changes):
 
 
 def interrupts(call, watched="randlora"):
-    """Calls again and again, with Ctrl-C at the first, second, ... line of watched files.
+    """Calls repeatedly, with Ctrl-C at the first, second, ... line of watched files.
 
     Yields after each interrupt; the caller puts everything back for the next.
     """

@@ -1,4 +1,4 @@
-"""Strategies of the property tests, and the elementwise bound that they hold results to.
+"""Strategies of the property tests, and the elementwise bound on their results.
 
 HYPOTHESIS_PROFILE=deep tries thousands of examples a property, new ones at every run; without it
 there are few, the same ones always.
@@ -36,7 +36,7 @@ seeds = st.integers(0, 2**64 - 1)
 features = st.one_of(st.integers(1, 20), st.integers(1, 140))
 densities = st.one_of(
     st.floats(0.002, 1.0),
-    # 1/8 is the last that is packed as lists.
+    # 1/8 is the largest density that is packed as lists.
     st.sampled_from([1.0, 1 / 3, 0.07, 1 / 64, 1 / 8, 0.12500000000000003, 2.0**-31]),
 )
 
@@ -53,7 +53,7 @@ layouts = st.sampled_from(["plain", "transposed", "strided", "cut", "flipped", "
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
-    """`t` with other strides; where memory is left over it holds NaN, which nobody may read.
+    """`t` with other strides; memory between its elements holds NaN, which must not be read.
 
     "first" is a tensor whose rows all lie in the same place, "zero" is all zeros: other values.
     """
@@ -113,7 +113,7 @@ def in_place(function, layer: Layer) -> dict[str, Tensor]:
 
 
 def magnitudes(layer: Layer) -> dict[str, Tensor]:
-    """What every result is the sum of, each term without its sign: rounding errors scale by it."""
+    """The sum of the absolute values of every result's terms, to which rounding errors scale."""
     wide = layer.cast(torch.float64)
     A, B = (t.abs() for t in layer.basis.dense(dtype=torch.float64))
     weight, bias = (None if t is None else t.abs() for t in (wide.weight, wide.bias))
@@ -126,7 +126,7 @@ def magnitudes(layer: Layer) -> dict[str, Tensor]:
 
 
 def assert_within(name: str, got: Tensor, want: Tensor, size: Tensor, dtype: torch.dtype) -> None:
-    """|got - want| <= 16 eps of dtype * size at every element, and what subnormals cannot hold."""
+    """|got - want| <= 16 eps of dtype * size, plus a bound for subnormals, at every element."""
     assert got.shape == want.shape, f"{name} is {tuple(got.shape)}, not {tuple(want.shape)}"
     info = torch.finfo(dtype)
     allowed = 16 * info.eps * size + 4000 * info.smallest_normal * info.eps
