@@ -52,7 +52,8 @@ def library_findings(path: Path) -> list[str]:
 
 def wheel_findings(wheel: Path) -> list[str]:
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
+        # auditwheel adds entries for folders.
+        names = [name for name in archive.namelist() if not name.endswith("/")]
         archive.extractall(folder)
         ours = re.compile(r"randlora_ext/.*\.(py|pyi|so|typed)|randlora_ext-[^/]*\.dist-info/.*")
         found = [f"{name} does not belong here" for name in names if not ours.fullmatch(name)]
