@@ -54,7 +54,7 @@ class Arena {
  public:
   RANDLORA_HOST_MEMBER explicit Arena(void* base = nullptr) : base_(static_cast<char*>(base)) {}
   template <class T>
-  RANDLORA_HOST_MEMBER T* take(int64_t count) {
+  RANDLORA_HOST_MEMBER T* array(int64_t count) {
     char* at = base_ + used_;
     used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
     return reinterpret_cast<T*>(at);

@@ -90,16 +90,16 @@ void delta_weight_as(const DeltaWeight& p, Runtime& rt) {
     C *rows, *turned, *sum;
     RowsByRank<Rows> walk;
     Slot(const Compact<C>& at, Arena& arena)
-        : rows(arena.take<C>(Rows * at.b.d)),
-          turned(arena.take<C>(at.b.d * Rows)),
-          sum(arena.take<C>(at.widest())),
+        : rows(arena.array<C>(Rows * at.b.d)),
+          turned(arena.array<C>(at.b.d * Rows)),
+          sum(arena.array<C>(at.widest())),
           walk(at.b, arena) {}
   };
   Arena shared, per_slot;
-  shared.take<C>(at.size());
+  shared.array<C>(at.size());
   Slot(at, per_slot);
   char* memory = static_cast<char*>(rt.scratch(shared.used() + slots * per_slot.used()));
-  C* value = Arena(memory).take<C>(at.size());
+  C* value = Arena(memory).array<C>(at.size());
   compact_values(at, static_cast<const C*>(p.lam), static_cast<const C*>(p.gam), value, rt);
 
   const S* base = static_cast<const S*>(p.base);
@@ -165,13 +165,13 @@ void delta_weight_backward_as(const DeltaWeightBackward& p, Runtime& rt) {
     C* grad;  // (Rows, stride of the rank index)
     RowsByRank<Rows> walk;
     Slot(const Compact<C>& at, Arena& arena)
-        : grad(arena.take<C>(Rows * at.widest())), walk(at.b, arena) {}
+        : grad(arena.array<C>(Rows * at.widest())), walk(at.b, arena) {}
   };
   Arena shared, per_slot;
-  shared.take<C>(at.size());
+  shared.array<C>(at.size());
   Slot(at, per_slot);
   char* memory = static_cast<char*>(rt.scratch(shared.used() + slots * per_slot.used()));
-  C* Z = Arena(memory).take<C>(at.size());
+  C* Z = Arena(memory).array<C>(at.size());
   const S* G = static_cast<const S*>(p.grad);
 
   // A slot owns rank indices and adds rows of B in order: the same sums for any thread count.

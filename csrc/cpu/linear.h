@@ -31,11 +31,11 @@ void transpose_gamma(const Basis& b, const void* gam, C* gT, Runtime& rt) {
 }
 
 // How T tokens are divided: into blocks of TB, which slots take in groups.
-struct Cut {
+struct TokenSplit {
   int64_t T, TB, blocks, group;
   int slots;
 
-  Cut(const Basis& b, int64_t tokens, int block, int threads) : T(tokens), TB(block) {
+  TokenSplit(const Basis& b, int64_t tokens, int block, int threads) : T(tokens), TB(block) {
     blocks = (T + TB - 1) / TB;
     slots = int(blocks < threads ? blocks : threads);
     const int64_t share = slots ? (blocks + slots - 1) / slots : 1;
@@ -54,13 +54,13 @@ struct Slot {
   int64_t small_step, large_step, mid_step;
 
   Slot(const Basis& b, int64_t group, Arena& arena)
-      : small(arena.take<C>(group * b.d * B::TB)),
-        large(arena.take<C>(group * b.D * B::TB)),
-        mid(arena.take<C>(group * b.K() * B::TB)),
-        lines(arena.take<C>(b.has_lists() ? kLines * B::TB : 0)),
-        scaled(arena.take<C>(b.n * B::TB)),
-        quads{arena.take<C>(b.has_planes() ? kQuads * kEntries * B::TB : 0),
-              arena.take<uint8_t>(QuadScratch<C>::numbers(b))},
+      : small(arena.array<C>(group * b.d * B::TB)),
+        large(arena.array<C>(group * b.D * B::TB)),
+        mid(arena.array<C>(group * b.K() * B::TB)),
+        lines(arena.array<C>(b.has_lists() ? kLines * B::TB : 0)),
+        scaled(arena.array<C>(b.n * B::TB)),
+        quads{arena.array<C>(b.has_planes() ? kQuads * kEntries * B::TB : 0),
+              arena.array<uint8_t>(QuadScratch<C>::numbers(b))},
         small_step(b.d * B::TB),
         large_step(b.D * B::TB),
         mid_step(b.K() * B::TB) {}
@@ -69,11 +69,11 @@ struct Slot {
 // out (T, D) (+)= scale * v B^T for blocks [first, first + count). Lists take kLines features at a
 // time, so that the sums are still in the L1 cache when stored; planes fill all of s.large first.
 template <class B>
-void emit_up(const Basis& b, const Cut& cut, Slot<B>& s, int64_t first, int count, double scale,
-             bool accumulate, void* out, DType dtype) {
+void emit_up(const Basis& b, const TokenSplit& split, Slot<B>& s, int64_t first, int count,
+             double scale, bool accumulate, void* out, DType dtype) {
   const auto emit = [&](int g, const auto* sums, int64_t o, int64_t lines) {
-    store_block<B>(sums, typename B::C(scale), accumulate, cut.tokens(first + g), lines, out, dtype,
-                   (first + g) * B::TB, b.D, o);
+    store_block<B>(sums, typename B::C(scale), accumulate, split.tokens(first + g), lines, out,
+                   dtype, (first + g) * B::TB, b.D, o);
   };
   if (!b.has_lists()) {
     planes_up<B>(b, {count, s.mid, s.mid_step, s.large, s.large_step}, s.quads);
@@ -109,30 +109,32 @@ template <class B>
 void linear_blocks(const Linear& p, Runtime& rt) {
   using C = typename B::C;
   const Basis& b = p.basis;
-  const Cut cut(b, p.T, B::TB, rt.width());
+  const TokenSplit split(b, p.T, B::TB, rt.width());
   const int64_t ldg = gamma_stride<C>(b);
   const C* lam = static_cast<const C*>(p.lam);
   Arena shared, per_slot;
-  shared.take<C>(b.d * ldg);
-  Slot<B>(b, cut.group, per_slot);
-  char* memory = static_cast<char*>(rt.scratch(shared.used() + cut.slots * per_slot.used()));
-  C* gT = Arena(memory).take<C>(b.d * ldg);
+  shared.array<C>(b.d * ldg);
+  Slot<B>(b, split.group, per_slot);
+  char* memory = static_cast<char*>(rt.scratch(shared.used() + split.slots * per_slot.used()));
+  C* gT = Arena(memory).array<C>(b.d * ldg);
   transpose_gamma(b, p.gam, gT, rt);
 
-  rt.each_slot(cut.slots, [&](int slot) {
+  rt.each_slot(split.slots, [&](int slot) {
     Arena own(memory + shared.used() + slot * per_slot.used());
-    Slot<B> s(b, cut.group, own);
-    for (int64_t first = slot * cut.group; first < cut.blocks; first += cut.slots * cut.group) {
-      const int count = int(cut.blocks - first < cut.group ? cut.blocks - first : cut.group);
+    Slot<B> s(b, split.group, own);
+    for (int64_t first = slot * split.group; first < split.blocks;
+         first += split.slots * split.group) {
+      const int count =
+          int(split.blocks - first < split.group ? split.blocks - first : split.group);
       const auto each = [&](const auto& fn) {
-        for (int g = 0; g < count; ++g) fn(g, (first + g) * B::TB, cut.tokens(first + g));
+        for (int g = 0; g < count; ++g) fn(g, (first + g) * B::TB, split.tokens(first + g));
       };
       if (p.expand) {
         each([&](int g, int64_t t, int64_t tokens) {
           load_block<B>(p.x, p.dtype, t, b.d, tokens, s.small);
           a_up<B>(b, lam, gT, ldg, s.small, s.mid + g * s.mid_step);
         });
-        emit_up<B>(b, cut, s, first, count, p.scale, p.accumulate, p.y, p.dtype);
+        emit_up<B>(b, split, s, first, count, p.scale, p.accumulate, p.y, p.dtype);
       } else {
         each([&](int g, int64_t t, int64_t tokens) {
           load_block<B>(p.x, p.dtype, t, b.D, tokens, s.large + g * s.large_step);

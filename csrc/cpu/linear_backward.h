@@ -41,20 +41,20 @@ struct BackwardScratch {
   int64_t* cursor;  // (threads, 2 r): the current position in each run of A's lists
   BackwardScratch(const Basis& b, int64_t super, int threads, Arena& arena) {
     const int64_t ldg = gamma_stride<C>(b);
-    gT = arena.take<C>(b.d * ldg);
-    lam = arena.take<C>(b.r * ldg);
-    dlam = arena.take<C>(b.r * ldg);
-    tile = arena.take<C>(tile_columns<C>(ldg) * ldg);
-    cursor = arena.take<int64_t>(threads * 2 * b.r);
-    P = arena.take<C>(b.a.offset[2 * b.r] * ldg);
-    z = arena.take<C>(super * b.d * B::TB);
-    ut = arena.take<C>((super > 1 ? super * b.r : 1) * B::TB * ldg);
+    gT = arena.array<C>(b.d * ldg);
+    lam = arena.array<C>(b.r * ldg);
+    dlam = arena.array<C>(b.r * ldg);
+    tile = arena.array<C>(tile_columns<C>(ldg) * ldg);
+    cursor = arena.array<int64_t>(threads * 2 * b.r);
+    P = arena.array<C>(b.a.offset[2 * b.r] * ldg);
+    z = arena.array<C>(super * b.d * B::TB);
+    ut = arena.array<C>((super > 1 ? super * b.r : 1) * B::TB * ldg);
   }
 };
 
 // Phase 1 for blocks [first, first + count); their z and ut start at block `at` of those in `w`.
 template <class B>
-void backward_group(const LinearBackward& p, const Cut& cut, Slot<B>& s,
+void backward_group(const LinearBackward& p, const TokenSplit& split, Slot<B>& s,
                     const BackwardScratch<B>& w, int64_t first, int count, int64_t at) {
   using C = typename B::C;
   const Basis& b = p.basis;
@@ -64,13 +64,14 @@ void backward_group(const LinearBackward& p, const Cut& cut, Slot<B>& s,
   C *z = w.z + at * z_step, *ut = w.ut + at * ut_step;
   const auto load = [&](const void* from, int64_t features, C* to, int64_t step) {
     for (int g = 0; g < count; ++g)
-      load_block<B>(from, p.dtype, (first + g) * B::TB, features, cut.tokens(first + g),
+      load_block<B>(from, p.dtype, (first + g) * B::TB, features, split.tokens(first + g),
                     to + g * step);
   };
   const auto keep = [&](int g, int64_t j, const C* u) {
-    if (cut.blocks > 1) return transpose_bases<B>(u, b.n, ldg, ut + g * ut_step + j * B::TB * ldg);
+    if (split.blocks > 1)
+      return transpose_bases<B>(u, b.n, ldg, ut + g * ut_step + j * B::TB * ldg);
     transpose_bases<B>(u, b.n, ldg, ut);
-    a_grad<B>(b, j, ldg, cut.tokens(0), z, ut, w.P, true);
+    a_grad<B>(b, j, ldg, split.tokens(0), z, ut, w.P, true);
   };
   if (p.expand) {
     load(p.dy, b.D, s.large, s.large_step);
@@ -82,14 +83,14 @@ void backward_group(const LinearBackward& p, const Cut& cut, Slot<B>& s,
     });
     if (p.dx)
       for (int g = 0; g < count; ++g)
-        store_block<B>(s.small + g * s.small_step, C(p.scale), p.accumulate, cut.tokens(first + g),
-                       b.d, p.dx, p.dtype, (first + g) * B::TB, b.d, 0);
+        store_block<B>(s.small + g * s.small_step, C(p.scale), p.accumulate,
+                       split.tokens(first + g), b.d, p.dx, p.dtype, (first + g) * B::TB, b.d, 0);
   } else {
     load(p.dy, b.d, z, z_step);
     if (p.dx) {
       for (int g = 0; g < count; ++g)
         a_up<B>(b, lam, gT, ldg, z + g * z_step, s.mid + g * s.mid_step);
-      emit_up<B>(b, cut, s, first, count, p.scale, p.accumulate, p.dx, p.dtype);
+      emit_up<B>(b, split, s, first, count, p.scale, p.accumulate, p.dx, p.dtype);
     }
     if (grads) {
       load(p.x, b.D, s.large, s.large_step);
@@ -156,37 +157,38 @@ void linear_backward_blocks(const LinearBackward& p, Runtime& rt) {
   using C = typename B::C;
   const Basis& b = p.basis;
   const bool grads = p.dlam != nullptr;
-  const Cut cut(b, p.T, B::TB, rt.width());
+  const TokenSplit split(b, p.T, B::TB, rt.width());
   const int64_t most = (b.has_planes() ? kGroup : kBlocks) * int64_t{rt.width()};
-  const int64_t super = cut.blocks < most ? cut.blocks : most;
+  const int64_t super = split.blocks < most ? split.blocks : most;
   const int64_t ldg = gamma_stride<C>(b);
 
   Arena shared, per_slot;
   BackwardScratch<B>(b, super, rt.width(), shared);
-  Slot<B>(b, cut.group, per_slot);
-  char* memory = static_cast<char*>(rt.scratch(shared.used() + cut.slots * per_slot.used()));
+  Slot<B>(b, split.group, per_slot);
+  char* memory = static_cast<char*>(rt.scratch(shared.used() + split.slots * per_slot.used()));
   Arena arena(memory);
   BackwardScratch<B> w(b, super, rt.width(), arena);
   transpose_gamma(b, p.gam, w.gT, rt);
-  if (grads && cut.blocks == 0)
+  if (grads && split.blocks == 0)
     __builtin_memset(w.P, 0, size_t(b.a.offset[2 * b.r] * ldg) * sizeof(C));
 
   const int64_t z_step = b.d * B::TB, ut_step = b.r * B::TB * ldg;
-  for (int64_t base = 0; base < cut.blocks; base += super) {
-    const int64_t last = cut.blocks - base < super ? cut.blocks : base + super;
-    rt.each_slot(cut.slots, [&](int slot) {
+  for (int64_t base = 0; base < split.blocks; base += super) {
+    const int64_t last = split.blocks - base < super ? split.blocks : base + super;
+    rt.each_slot(split.slots, [&](int slot) {
       Arena own(memory + shared.used() + slot * per_slot.used());
-      Slot<B> s(b, cut.group, own);
-      for (int64_t first = base + slot * cut.group; first < last; first += cut.slots * cut.group) {
-        const int count = int(last - first < cut.group ? last - first : cut.group);
-        backward_group<B>(p, cut, s, w, first, count, first - base);
+      Slot<B> s(b, split.group, own);
+      for (int64_t first = base + slot * split.group; first < last;
+           first += split.slots * split.group) {
+        const int count = int(last - first < split.group ? last - first : split.group);
+        backward_group<B>(p, split, s, w, first, count, first - base);
       }
     });
-    if (!grads || cut.blocks == 1) continue;
+    if (!grads || split.blocks == 1) continue;
     rt.split(b.r, 1, [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j)
         for (int64_t block = base; block < last; ++block)
-          a_grad<B>(b, j, ldg, cut.tokens(block), w.z + (block - base) * z_step,
+          a_grad<B>(b, j, ldg, split.tokens(block), w.z + (block - base) * z_step,
                     w.ut + (block - base) * ut_step + j * B::TB * ldg, w.P, block == 0);
     });
   }

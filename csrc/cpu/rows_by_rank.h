@@ -34,8 +34,8 @@ class RowsByRank {
  public:
   RowsByRank(const Basis& b, Arena& arena) : b_(b) {
     // append_bits may write 8 entries past the end, and works in steps of a word.
-    plus_ = arena.take<uint16_t>(b.has_lists() ? 0 : b.n + 72);
-    minus_ = arena.take<uint16_t>(b.has_lists() ? 0 : b.n + 72);
+    plus_ = arena.array<uint16_t>(b.has_lists() ? 0 : b.n + 72);
+    minus_ = arena.array<uint16_t>(b.has_lists() ? 0 : b.n + 72);
   }
 
   // Starts on rows [first, first + rows); visits must have ascending j, from `j` on.

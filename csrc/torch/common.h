@@ -45,12 +45,12 @@ class TorchRuntime : public Runtime {
 template <class T>
 struct Argument {
   using Boxed = T;
-  static T take(T value) { return value; }
+  static T unbox(T value) { return value; }
 };
 template <>
 struct Argument<std::string> {
   using Boxed = StringHandle;
-  static std::string take(StringHandle handle) {
+  static std::string unbox(StringHandle handle) {
     size_t length;
     const char* data;
     TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
@@ -68,7 +68,7 @@ template <class Result, class... Args, Result (*function)(Args...)>
 struct Explained<function> {
   static Result call(typename Argument<Args>::Boxed... args) {
     try {
-      return function(Argument<Args>::take(std::move(args))...);
+      return function(Argument<Args>::unbox(std::move(args))...);
     } catch (const std::exception& error) {
       throw_with_reason(error);
     }

@@ -41,7 +41,7 @@ __global__ void up_few_kernel(Lists<Index> a, int64_t r, int64_t n, int64_t d, i
 
   // Unrolled over several columns, so that their loads overlap. Tokens past T repeat the last one
   // and are not stored.
-  const auto take = [&](auto columns, int64_t first) {
+  const auto multiply = [&](auto columns, int64_t first) {
     C g[columns.value];
     S value[columns.value][TT];
 #pragma unroll
@@ -62,8 +62,8 @@ __global__ void up_few_kernel(Lists<Index> a, int64_t r, int64_t n, int64_t d, i
   constexpr int kAtOnce = TT == 1 ? 8 : 4;
   int64_t k = threadIdx.x;
   for (; k + (kAtOnce - 1) * blockDim.x < d; k += kAtOnce * blockDim.x)
-    take(std::integral_constant<int, kAtOnce>{}, k);
-  for (; k < d; k += blockDim.x) take(std::integral_constant<int, 1>{}, k);
+    multiply(std::integral_constant<int, kAtOnce>{}, k);
+  for (; k < d; k += blockDim.x) multiply(std::integral_constant<int, 1>{}, k);
   __syncthreads();
   for (int64_t j = slice * warps + warp; j < r; j += slices * warps) {
     const int64_t minus = a.minus(j), end = a.end(j);

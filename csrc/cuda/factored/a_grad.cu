@@ -265,7 +265,7 @@ void ASideCall::grad(const void* U, void* dlam, void* dgam, bool accumulate) {
 void a_grad(const ASide& p, const void* U, const void* z, double scale, void* dlam, void* dgam,
             Device& device) {
   ASideCall call(p, scale, device);
-  call.take(z, p.T);
+  call.set_operand(z, p.T);
   call.grad(U, dlam, dgam, false);
 }
 

@@ -30,8 +30,8 @@ class ASideCall {
  public:
   ASideCall(const ASide& p, double scale, Device& device);
 
-  void take(const void* z, int64_t T);  // (T, d): the operand of up and grad
-  void up(void* V);                     // (T, K)
+  void set_operand(const void* z, int64_t T);  // (T, d): the operand of up and grad
+  void up(void* V);                            // (T, K)
   void grad(const void* U, void* dlam, void* dgam, bool accumulate);
   void down(const void* U, int64_t T, void* out, bool accumulate);
 

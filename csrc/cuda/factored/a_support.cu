@@ -132,7 +132,7 @@ const void* ASideCall::values(bool with_lambda) {
   return made;
 }
 
-void ASideCall::take(const void* z, int64_t T) { z_ = z, T_ = T, filled_ = -1; }
+void ASideCall::set_operand(const void* z, int64_t T) { z_ = z, T_ = T, filled_ = -1; }
 
 const Panels& ASideCall::panels(int64_t t) {
   if (!panels_.data)

@@ -138,7 +138,7 @@ void ASideCall::up(void* V) {
 
 void a_up(const ASide& p, const void* z, void* V, double scale, Device& device) {
   ASideCall call(p, scale, device);
-  call.take(z, p.T);
+  call.set_operand(z, p.T);
   call.up(V);
 }
 

@@ -32,9 +32,9 @@ void* from(void* p, int64_t t, int64_t features, DType dtype) {
 }
 
 // Reuses the first chunk's scratch for the next chunks, which the stream runs in order.
-class Recycled : public Device {
+class ScratchReuse : public Device {
  public:
-  explicit Recycled(Device& device) : Device(device), device_(device) {}
+  explicit ScratchReuse(Device& device) : Device(device), device_(device) {}
   void* scratch(size_t bytes) override {
     if (next_ == held_.size()) held_.push_back({nullptr, 0});
     Block& block = held_[next_++];
@@ -113,7 +113,7 @@ class BSideCall {
  private:
   const Basis& b_;
   const DType dtype_;
-  Recycled device_;
+  ScratchReuse device_;
 };
 
 }  // namespace
@@ -127,7 +127,7 @@ void linear(const Linear& p, Device& device) {
   BSideCall b_side(b, p.dtype, device);
   each_chunk(p.T, chunk, [&](int64_t t, int64_t T) {
     if (p.expand) {
-      a.take(from(p.x, t, b.d, p.dtype), T);
+      a.set_operand(from(p.x, t, b.d, p.dtype), T);
       a.up(between);
       b_side.up(between, T, from(p.y, t, b.D, p.dtype), p.accumulate);
     } else {
@@ -148,7 +148,7 @@ void linear_backward(const LinearBackward& p, Device& device) {
   const void *z = p.expand ? p.x : p.dy, *large = p.expand ? p.dy : p.x;
   BSideCall b_side(b, p.dtype, device);
   each_chunk(p.T, chunk, [&](int64_t t, int64_t T) {
-    a.take(from(z, t, b.d, p.dtype), T);
+    a.set_operand(from(z, t, b.d, p.dtype), T);
     if (!p.expand && p.dx) {
       a.up(between);
       b_side.up(between, T, from(p.dx, t, b.D, p.dtype), p.accumulate);
