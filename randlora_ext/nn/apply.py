@@ -40,10 +40,13 @@ def apply_randlora(
         is_target = _matcher(target_modules)
         matches = {name: module for name, module in named.items() if name and is_target(name)}
     if not matches:
-        linear = [name for name, module in named.items() if isinstance(module, nn.Linear)]
+        adapted = [name for name, module in named.items() if isinstance(module, RandLoraLinear)]
+        linear = [name for name, module in named.items() if type(module) is nn.Linear]
+        linear = [name for name in linear if name.rpartition(".")[0] not in adapted]
         raise ValueError(
-            f"target_modules {target_modules!r} matches no module of {type(model).__name__}; its "
-            f"linear layers are called {linear[:10]}{' ...' if len(linear) > 10 else ''}"
+            f"target_modules {target_modules!r} matches no module of {type(model).__name__} that "
+            f"is not adapted yet; its linear layers are called {_first(linear)}, those that are "
+            f"adapted already {_first(adapted)} (update_layer adds another adapter to one)"
         )
     for name, module in matches.items():
         matched = f"module {name!r}, matched by target_modules {target_modules!r},"
@@ -74,6 +77,10 @@ def check_is_called(model: nn.Module, name: str, argument: str) -> None:
             f"{argument} would not be adapted: nn.MultiheadAttention reads its weight and never "
             "calls it"
         )
+
+
+def _first(names: list[str]) -> str:
+    return f"{names[:10]}{' ...' if len(names) > 10 else ''}"
 
 
 def _matcher(target_modules: Sequence[str] | str) -> Callable[[str], bool]:
