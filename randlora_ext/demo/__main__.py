@@ -24,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {missing}", file=sys.stderr)
         return 2
     options.source = options.model or str(_installed_file(_FOR_MODEL, "*.gguf"))
-    options.data = options.data or _installed_file(_FOR_DATA, "model/en-us/cmudict-en-us.dict")
+    if not options.save_base:
+        options.data = options.data or _installed_file(_FOR_DATA, "model/en-us/cmudict-en-us.dict")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Trainer would use all GPUs
     warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT's calls of transformers
     try:
@@ -77,7 +78,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def what_to_install(options: argparse.Namespace) -> str:
     """Name every missing package and the commands that install them; "" if there is none."""
     libraries = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
-    wanted = {_FOR_MODEL: options.model, _FOR_DATA: options.data}
+    wanted = {_FOR_MODEL: options.model}
+    if not options.save_base:
+        wanted[_FOR_DATA] = options.data
     data = [name for name, given in wanted.items() if given is None and _spec(name) is None]
     commands = [f"pip install {' '.join(libraries)}"] if libraries else []
     if data:  # their dependencies need compilers, and the demo imports neither
