@@ -1,6 +1,6 @@
 // Basis specification 1: element (role, row, col) of the infinite ternary matrix of a seed.
-// docs/basis-spec.md is the text, tests/helpers/basis_reference.py the NumPy reference, and
-// tests/data/basis_v1.txt holds the vectors that every implementation must reproduce.
+// docs/basis-spec.md defines it in words, and tests/helpers/basis_reference.py in NumPy. Every
+// implementation must reproduce the test vectors in tests/data/basis_v1.txt.
 #pragma once
 
 #include <cstdint>

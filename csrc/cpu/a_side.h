@@ -113,10 +113,11 @@ RANDLORA_INLINE void prefetch_row(const typename B::C* row) {
     __builtin_prefetch(row + x);
 }
 
-// P[p][i] (+)= sum_t z[index[p]][t] * ut[t][i] for the `support` positions of one rank index:
-// rank-one updates over tokens, vectors over bases. Prefetches z a tile ahead, because half of it
-// lies in the caches of the threads that loaded it. Sums each block before adding it, so rounding
-// errors grow with sqrt(TB + T / TB), not sqrt(T).
+// P[p][i] (+)= sum_t z[index[p]][t] * ut[t][i] for the `support` positions of one rank index. If
+// `fresh`, sets P instead of adding to it. Each token adds a rank-one update; a vector holds
+// consecutive bases i. Prefetches z a tile ahead, because half of it lies in the caches of the
+// threads that loaded it. Sums the tokens of a block before adding to P, so rounding errors grow
+// with sqrt(TB + T / TB), not sqrt(T).
 template <class B, class Index>
 void a_grad_lists(const Index* index, int64_t support, int64_t ldg, int64_t tokens,
                   const typename B::C* z, const typename B::C* ut, typename B::C* P, bool fresh) {

@@ -58,7 +58,8 @@ struct ContractionMemory {
   static __device__ __forceinline__ C* dgam() { return dlam() + Tile::WN * kLines; }
 };
 
-// The sums over a thread's own part of H, then over the lanes that share lines, into shared memory.
+// Writes each warp's sums for dlam and dgam to shared memory. Each thread first sums over its own
+// part of H. For dlam, the lanes that hold the same lines then add up their sums.
 template <class Shared, class Tile, class S>
 __device__ __forceinline__ void contract(const Tile& tile, const Contraction<S>& p, int64_t j0,
                                          int64_t i0, int64_t col0) {

@@ -71,7 +71,7 @@ __global__ void transpose_kernel(const S* in, int64_t D, int64_t d, Lists<Index>
   }
 }
 
-// in (D, d) to (d, D). Rows of columns that no S_j has stay unset.
+// Transposes `in` from (D, d) to (d, D). If no S_j contains column k, row k of the result is unset.
 template <class S, class Index>
 const S* transpose_used(const S* in, int64_t D, int64_t d, const Lists<Index>& a, int64_t r,
                         Device& device) {

@@ -152,7 +152,8 @@ struct TernaryTile {
     }
   }
 
-  // A thread holds the results that mma would give it, and sums over all slots.
+  // Without tensor cores. Each thread computes the same elements of acc that mma would leave in its
+  // registers, and sums over all slots by itself.
   template <Order O>
   __device__ __forceinline__ void fma_step(const uint32_t* codes, const S* operand, int stride) {
 #pragma unroll 1

@@ -84,7 +84,7 @@ __global__ void up_few_kernel(Lists<Index> a, int64_t r, int64_t n, int64_t d, i
 
 // ---- down ---------------------------------------------------------------------------------------
 
-constexpr int kBases = 4;  // that a lane sums side by side
+constexpr int kBases = 4;  // bases whose sums a lane keeps at once
 
 template <class S, class Index>
 __global__ void down_few_kernel(Lists<Index> a, int64_t r, int64_t n, int64_t d, int64_t slice,

@@ -108,8 +108,9 @@ __device__ __forceinline__ void pipeline(int steps, const Load& load, const Use&
   }
 }
 
-// to[row * stride + col] (+)= the warp's accumulators, row < rows and col < cols, through 16 rows
-// of shared memory that belong to this warp alone.
+// Writes the warp's accumulators to to[row * stride + col], for row < rows and col < cols. If
+// `accumulate`, adds them to what is there. `shared` is a buffer of 16 rows in shared memory that
+// no other warp uses.
 template <class Out, class S, int MI, int NI, bool Tf32>
 __device__ __forceinline__ void store_rows(const WarpTile<S, MI, NI, Tf32>& tile,
                                            typename ComputeOf<S>::type* shared, Out* to,
