@@ -37,7 +37,8 @@ def test_floors():
     # Two bits an element; both lists have 32 bits an entry.
     assert floors.planes_bytes(planes) == 4096 * 4096 / 4
     both = floors.list_bytes(lists) + floors.list_bytes(lists, True)
-    assert both == pytest.approx(lists.packed_bytes(), rel=0.05)
+    packed = sum(t.numel() * t.element_size() for t in lists.packed()[:6])  # on CUDA tables follow
+    assert both == pytest.approx(packed, rel=0.05)
     # With a dense B the B side of a step has as many operations as the frozen layer's two GEMMs.
     step = floors.linear(planes, 8192, True) + floors.linear_backward(planes, 8192, True)
     assert step.matrix == pytest.approx((2 + 3 / 3) * 2 * 8192 * 4096 * 4096)
