@@ -5,6 +5,7 @@ torch.library.register_autocast would cast lambda and gamma as well, and always 
 
 import torch
 
+# torch has no public way to register a kernel for autocast that casts some arguments only.
 KEYS = {
     "cpu": torch._C.DispatchKey.AutocastCPU,
     "cuda": torch._C.DispatchKey.AutocastCUDA,

@@ -1,5 +1,5 @@
-// dW from lists and its adjoint (csrc/cuda/delta/delta_lists.cu, delta_lists_backward.cu) against the CPU
-// kernels in double: odd shapes, all dtypes, both orientations and index widths, with and without a
+// dW from lists and its adjoint (csrc/cuda/delta/delta_lists.cu, delta_lists_backward.cu) against
+// the CPU kernels in double: odd shapes, all dtypes, both orientations and index widths, with and without a
 // base, small and large shared memory, aligned and not; stochastic rounding bit for bit.
 #include "check.h"
 #include "core/stochastic.h"

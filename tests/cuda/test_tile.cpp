@@ -1,4 +1,5 @@
-// csrc/cuda/device/tile.h: every engine, orders and strides of both operands, against a plain product.
+// csrc/cuda/device/tile.h: every engine, orders and strides of both operands, against a plain
+// product.
 #include <cstdio>
 
 #include "check.h"
