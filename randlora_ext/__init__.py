@@ -19,10 +19,10 @@ if importlib.util.find_spec("randlora_ext._C") is None:
 from ._C import build_info as _build_info
 from ._C import isa as _isa
 from .basis import TernaryBasis
+from .kernels import CUDA_STATUS as _CUDA_STATUS
 from .nn.adapter_file import load_adapter, save_adapter
 from .nn.apply import apply_randlora, merge_and_unload, unload
 from .nn.linear import RandLoraLinear
-from .ops.cuda_library import STATUS as _CUDA_STATUS
 from .ops.functional import delta_weight, linear, merged_weight, scaled_basis
 from .ops.path import PathChoice, explain
 

@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import build_info
+from . import build_info, kernels
 from .basis import TernaryBasis
 from .basis.description import SPECIFICATIONS
 from .basis.generated import generate_planes
-from .ops import cuda_library
 from .ops.functional import linear
 from .reference import linear_reference
 
@@ -57,7 +56,7 @@ def describe() -> list[str]:
 def self_check() -> list[tuple[str, float, float]]:
     """(what, relative error, limit): bases, and the operator in every dtype, on every device."""
     devices = [torch.device("cpu")]
-    if cuda_library.available() and torch.cuda.is_available():
+    if kernels.cuda_available() and torch.cuda.is_available():
         devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     bases = [(f"{device} generated basis", _wrong_basis(device), 0.0) for device in devices]
     return bases + [

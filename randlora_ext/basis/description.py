@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 # The version of docs/basis-spec.md that defines each kind.
-SPECIFICATIONS = {"independent": 1}
+SPECIFICATIONS = {"independent": 1, "block": 1}
 _KEY = re.compile(r"randlora_ext:([a-z]+)-(\d+):density=([^:]+):seed=(\d+)")
 
 
@@ -13,8 +13,9 @@ class BasisDescription:
     """The three values from which A and B are generated: equal descriptions, equal elements.
 
     Args:
-        kind: "independent", every element drawn by itself (docs/basis-spec.md).
-        density: share of non-zeros, in (0, 1].
+        kind: "independent", every element drawn by itself; "block", dense blocks in 1 / density
+            groups (docs/basis-spec.md).
+        density: share of non-zeros, in (0, 1]; 1 / G for an integer G if kind is "block".
         seed: 0 <= seed < 2**64.
 
     Raises:
@@ -35,6 +36,16 @@ class BasisDescription:
             raise ValueError(f"density must be in (0, 1], got {density}")
         check_seed("seed", self.seed)
         object.__setattr__(self, "density", float(density))
+        if kind == "block" and 1 / self.groups != self.density:
+            raise ValueError(
+                f"density of block bases must be 1 / G for an integer G, got {density}; the "
+                f"nearest is 1 / {self.groups}"
+            )
+
+    @property
+    def groups(self) -> int:
+        """G of block bases."""
+        return round(1 / self.density)
 
     def key(self) -> str:
         """The text that a saved file holds; `parse` reads it back exactly.

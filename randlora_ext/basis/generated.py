@@ -11,7 +11,7 @@ from .description import BasisDescription, as_signed
 from .shape import Shape
 
 _ops = torch.ops.randlora
-_A, _B = 0, 1  # the specification's two roles
+ROLE_A, ROLE_B = 0, 1  # of the specification
 
 
 def generate_planes(
@@ -59,9 +59,10 @@ class GeneratedMatrices:
     def a_planes(self, shape: Shape, device: torch.device) -> Tensor:
         """A of one layer as bit planes (2, r, ceil(d / 64))."""
         seed, density = self.description.seed, self.description.density
-        return generate_planes(seed, _A, 0, shape.r, shape.first_column, shape.d, density, device)
+        columns = shape.first_column, shape.d
+        return generate_planes(seed, ROLE_A, 0, shape.r, *columns, density, device)
 
     def b_planes(self, shape: Shape, device: torch.device) -> Tensor:
         """B of one layer as bit planes (2, D, ceil(K / 64))."""
         seed, density = self.description.seed, self.description.density
-        return generate_planes(seed, _B, shape.first_row, shape.D, 0, shape.K, density, device)
+        return generate_planes(seed, ROLE_B, shape.first_row, shape.D, 0, shape.K, density, device)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import kernels
+from .block import BlockMatrices, check_sizes
 from .cache import PackedTensors, get_or_make, with_index
 from .description import BasisDescription
 from .generated import GeneratedMatrices
@@ -33,17 +35,19 @@ class TernaryBasis:
     """The pair of fixed ternary bases of one layer shape: a description, packed on first use.
 
     A (r, d) and B (D, K) have the values ``{-1, 0, +1} / sqrt(density)``. They are a pure function
-    of the seed (docs/basis-spec.md): equal on every device, and layers of different shapes see
-    slices of the same infinite matrices.
+    of the seed (docs/basis-spec.md), equal on every device. Independent bases of different shapes
+    are slices of the same infinite matrices.
 
     Args:
         in_features: of the base layer.
         out_features: likewise; d = min, D = max of the two.
         r: rank of one base; n = ceil(d / r) bases, K = n * r.
-        density: share of non-zeros, in (0, 1]. 1/3 is PEFT's ``sparse``.
+        density: share of non-zeros, in (0, 1]. 1/3 is PEFT's ``sparse``. Block bases take 1 / G
+            for a G that divides in_features, out_features and r, with a power of two as r / G.
         seed: 0 <= seed < 2**64; PEFT's ``projection_prng_key``.
         kind: "independent": every element is drawn by itself, and each sign has the probability
-            ``density / 2``.
+            ``density / 2``. "block": the non-zeros fill 1 / density blocks, so that dW has full
+            rank and every product is a batch of small dense ones.
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what is allowed.
@@ -78,7 +82,12 @@ class TernaryBasis:
         kind: str = "independent",
     ) -> None:
         self._shape = Shape.of(in_features, out_features, r)
-        self._source = GeneratedMatrices(BasisDescription(kind, density, seed))
+        description = BasisDescription(kind, density, seed)
+        if kind == "block":
+            check_sizes(description.groups, in_features, out_features, r)
+            self._source = BlockMatrices(description)
+        else:
+            self._source = GeneratedMatrices(description)
 
     @classmethod
     def from_dense(
@@ -154,7 +163,7 @@ class TernaryBasis:
 
     @property
     def kind(self) -> str:
-        """``"independent"``, or ``"imported"``."""
+        """``"independent"``, ``"block"`` or ``"imported"``."""
         return "imported" if self.description is None else self.description.kind
 
     @property
@@ -169,7 +178,9 @@ class TernaryBasis:
 
     @property
     def format(self) -> str:
-        """How B is packed: ``"lists"`` or ``"planes"`` (docs/formats.md)."""
+        """How B is packed: ``"lists"``, ``"planes"`` or ``"blocks"`` (docs/formats.md)."""
+        if self.kind == "block":
+            return "blocks"
         if self.n > 65536:  # planes are decoded with 16-bit base numbers
             return "lists"
         return "planes" if self.density > PLANES_ABOVE_DENSITY else "lists"
@@ -178,8 +189,9 @@ class TernaryBasis:
         """The tensors that ``torch.ops.randlora`` takes as ``packed``.
 
         Lists: ``[a_offset, a_index, b_row_offset, b_row_index, b_col_offset, b_col_index]``;
-        planes: ``[a_offset, a_index, b_planes]`` (docs/formats.md). They are made on first use and
-        shared by all layers of equal description on that device, while one of them lives.
+        planes: ``[a_offset, a_index, b_planes]``; blocks: ``[a, b_planes]`` (docs/formats.md).
+        They are made on first use and shared by all layers of equal description on that device,
+        while one of them lives.
 
         Warns if A or B has no non-zero element at all: such an adapter cannot learn.
         """
@@ -196,7 +208,10 @@ class TernaryBasis:
         return held.on_current_stream()
 
     def dense_b(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """B (D, K) unscaled (-1, 0, +1), made once and shared like `packed`: for GEMMs on CUDA."""
+        """B unscaled (-1, 0, +1) as a factor of GEMMs, made once and shared like `packed`.
+
+        (D, K); for block bases (K, D / G), where row c is column c of B within chunk c % G.
+        """
         if torch.compiler.is_dynamo_compiling():
             name = self._pack_while_tracing(self.token, torch.device(device), dtype)
             return getattr(self, name).tensors[0]
@@ -242,19 +257,29 @@ class TernaryBasis:
 
     def dense_a(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """A (r, d) alone, scaled."""
+        if self.format == "blocks":
+            return self.dense(device, dtype)[0]
         offset, index = self.packed(device)[:2]
         return _ops.lists_to_dense(offset, index, self.d, self._source.a_value, dtype)
 
     def _make_dense_b(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        if not kernels.serve(device.type):
+            return self.dense_b("cpu", dtype).to(device)
+        if self.format == "blocks":
+            a, b_planes = self.packed(device)
+            return _ops.planes_to_dense(b_planes, self.D * a.shape[1] // self.d, 1.0, dtype)
         if self.format == "lists":
             offset, index = self.packed(device)[2:4]
             return _ops.lists_to_dense(offset, index, self.K, 1.0, dtype)
         return _ops.planes_to_dense(self.packed(device)[2], self.K, 1.0, dtype)
 
     def _pack(self, device: torch.device) -> list[Tensor]:
-        if device.type == "meta":  # how many entries there are depends on the elements
+        if not kernels.serve(device.type):  # "meta" too: how many entries depends on the elements
             return [t.to(device) for t in self.packed("cpu")]
         shape, wide = self._shape, self._shape.wide
+        if isinstance(self._source, BlockMatrices):
+            a, b = self._source.blocks(shape, device)
+            return [a, _ops.pack_dense(b)[0]]
         a_planes, b_planes = (
             self._source.a_planes(shape, device),
             self._source.b_planes(shape, device),
@@ -289,10 +314,13 @@ class TernaryBasis:
 
         Raises:
             TypeError, ValueError: a range of another step, empty, or outside the layer.
-            ValueError: on an imported basis, which is not a function of indices.
+            ValueError: on an imported basis, which is not a function of indices, or a block basis,
+                whose slices are not implemented.
         """
         if self.description is None:
             raise ValueError("slice() needs a generated basis, and this one is imported")
+        if self.kind == "block":
+            raise ValueError("slice() does not support block bases yet; take kind='independent'")
         inputs = range(self.in_features) if inputs is None else inputs
         outputs = range(self.out_features) if outputs is None else outputs
         return self._with_shape(self._shape.part(inputs, outputs))

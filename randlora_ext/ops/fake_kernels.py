@@ -2,8 +2,7 @@
 
 import torch
 
-from .. import _C  # noqa: F401  (loading it registers the operators)
-from . import cuda_library
+from .. import _C, kernels  # noqa: F401  (loading _C registers the operators)
 
 
 def _fake(function):
@@ -66,7 +65,7 @@ def lists_to_dense(offset, index, cols, value, dtype):
 @_fake
 def support_tables(a_offset, a_index, d):
     _check_one_device(a_offset=a_offset, a_index=a_index)
-    if not cuda_library.serves(a_offset.device.type):
+    if not kernels.cuda_serves(a_offset.device.type):
         return []
     r, group = a_offset.shape[0] // 2, 32
     entries = (a_index.shape[0] // group + r) * group

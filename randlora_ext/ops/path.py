@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from .. import _C
+from .. import _C, kernels
 from ..basis import TernaryBasis
 from ..basis.ternary_basis import living, run_while_tracing
-from . import cuda_library
 from .rates import rates
 
 PATHS = ("factored", "delta", "merged")
@@ -96,7 +95,7 @@ def choose_b_side(basis: TernaryBasis, tokens: int, device_type: str) -> str:
     A dense B (D, K) in the dtype of x is made once and shared by all layers of the shape. The
     environment variable RANDLORA_B_SIDE (packed, dense) overrides the choice on CUDA.
     """
-    if not cuda_library.serves(device_type):
+    if not kernels.cuda_serves(device_type):
         return "packed"
     forced = os.environ.get("RANDLORA_B_SIDE")
     if forced and forced != "auto":

@@ -12,10 +12,10 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..basis import TernaryBasis
+from ..kernels import serve
 from ..nn.base_layer import can_fuse
 from ..nn.state_dict import DIAGONALS, refuse_misfit
-from ..ops import cuda_library
-from ..ops import functional as kernels
+from ..ops import functional
 from ..ops.dtensor import full_tensor, laid_out_like
 from ..ops.path import explain
 from .bases import PackedBufferDict, layer_basis
@@ -139,7 +139,7 @@ class AcceleratedLayer(_Layer):
         else:
             _, dtype = self._dtypes(adapter, device)
             lam, gam = (full_tensor(getattr(self, name)[adapter]).to(dtype) for name in DIAGONALS)
-            delta = kernels.delta_weight(basis, lam, gam, self.scaling[adapter])
+            delta = functional.delta_weight(basis, lam, gam, self.scaling[adapter])
         delta = delta.T if self.fan_in_fan_out else delta
         return laid_out_like(delta, self.get_base_layer().weight)
 
@@ -155,13 +155,13 @@ class AcceleratedLayer(_Layer):
         (n, d), D = gam.shape, max(self.in_features, self.out_features)
         A = A[:, 0, :d].to(device, dtype)
         B = B[:D, :n].flatten(1).to(device, dtype_of_B)
-        scaled = kernels.scaled_basis(A, lam.to(device), gam.to(device))
+        scaled = functional.scaled_basis(A, lam.to(device), gam.to(device))
         return (scaled, B) if d == self.in_features else (B.T, scaled.T)
 
     def basis_of(self, adapter: str, device: torch.device) -> tuple[TernaryBasis | None, str]:
         """(the adapter's packed basis, ""), or (None, why there is none)."""
         kind = device.type
-        if kind not in ("cpu", "meta") and not (kind == "cuda" and cuda_library.available()):
+        if kind != "meta" and not serve(kind):
             return None, f"there are no randlora_ext kernels for device type {kind!r}"
         A, B = self.randlora_A, self.randlora_B
         if torch.compiler.is_dynamo_compiling():
@@ -210,7 +210,7 @@ class AcceleratedLayer(_Layer):
     ) -> Tensor:
         lam = self.randlora_lambda[name].to(x.device)
         gam = self.randlora_gamma[name].to(x.device)
-        return kernels.linear(x, weight, bias, basis, lam, gam, self.scaling[name])
+        return functional.linear(x, weight, bias, basis, lam, gam, self.scaling[name])
 
     def _dtypes(self, name: str, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
         """Of B, and of scaled A, to which PEFT casts x before the adapter."""

@@ -311,7 +311,7 @@ def test_the_key_is_stable():
     [
         ("generated-1:3", "no key of a basis"), ("", "no key"), (3, "no key"),
         ("randlora_ext:independent-2:density=0.1:seed=3", "specification independent-2.*knows"),
-        ("randlora_ext:block-1:density=0.1:seed=3", "specification block-1.*independent-1"),
+        ("randlora_ext:lattice-1:density=0.1:seed=3", "specification lattice-1.*independent-1"),
         ("randlora_ext:independent-1:density=2:seed=3", "density must be in"),
         ("randlora_ext:independent-1:density=nan:seed=3", "density must be in"),
         ("randlora_ext:independent-1:density=x:seed=3", "no key"),

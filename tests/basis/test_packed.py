@@ -13,7 +13,7 @@ from layer_cases import exact, largest_error, make_layer, one_thread, ours  # no
 from randlora_ext import TernaryBasis, delta_weight, linear
 from randlora_ext.basis.cache import _cache
 from randlora_ext.basis.ternary_basis import PLANES_ABOVE_DENSITY
-from randlora_ext.ops.cuda_library import serves
+from randlora_ext.kernels import cuda_serves
 from randlora_ext.reference import delta_weight_reference
 
 ops = torch.ops.randlora
@@ -53,7 +53,7 @@ def test_packed_equals_dense(shape, density, imported):
         basis = TernaryBasis.from_dense(*basis.dense(), *shape[:2])
     A, B = signs(basis)
     packed = basis.packed("cpu")
-    tables = serves("cpu")  # the CUDA kernels, where they run on the CPU, add A's tables
+    tables = cuda_serves("cpu")  # the CUDA kernels, where they run on the CPU, add A's tables
     assert [t.dtype for t in packed[:2]] == [torch.int64, torch.int16]
     assert np.array_equal(from_lists(*packed[:2], basis.r, basis.d), A)
     if basis.format == "planes":

@@ -4,14 +4,14 @@ import pytest
 import torch
 from gpu_helpers import DRY
 
-from randlora_ext.ops import cuda_library as cuda
+from randlora_ext import kernels as cuda
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """A card; in dry mode the CPU, served by the CUDA kernels compiled for it."""
-    if not cuda.available():
-        pytest.skip(f"the CUDA kernels are {cuda.STATUS}")
+    if not cuda.cuda_available():
+        pytest.skip(f"the CUDA kernels are {cuda.CUDA_STATUS}")
     if DRY:
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -1,13 +1,13 @@
-"""Loads the CUDA kernels, a library of their own, if torch has CUDA."""
+"""Which devices our kernels serve. Loads the CUDA library if torch has CUDA."""
 
 import os
 from pathlib import Path
 
 import torch
 
-from .. import _C
+from . import _C
 
-LIBRARY = Path(__file__).parent.parent / "librandlora_cuda.so"
+LIBRARY = Path(__file__).parent / "librandlora_cuda.so"
 # Tests load the kernels compiled for the CPU (docs/cuda-on-cpu.md).
 _SERVES_CPU = os.environ.get("RANDLORA_CUDA_SERVES_CPU") == "1"
 
@@ -29,14 +29,19 @@ def _load() -> str:
     return _C.cuda_build()
 
 
-STATUS: str = _load()
+CUDA_STATUS: str = _load()
 
 
-def available() -> bool:
+def cuda_available() -> bool:
     """Whether tensors on a CUDA device can be served."""
     return bool(_C.cuda_build())
 
 
-def serves(device_type: str) -> bool:
+def cuda_serves(device_type: str) -> bool:
     """Whether the CUDA kernels compute for tensors on such a device."""
-    return device_type == "cuda" or (_SERVES_CPU and device_type == "cpu" and available())
+    return device_type == "cuda" or (_SERVES_CPU and device_type == "cpu" and cuda_available())
+
+
+def serve(device_type: str) -> bool:
+    """Whether any kernels of ours compute for tensors on such a device."""
+    return device_type == "cpu" or (device_type == "cuda" and cuda_available())

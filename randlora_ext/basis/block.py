@@ -1,0 +1,80 @@
+"""Block matrices: A and B of dense blocks in G = 1 / density groups (docs/basis-spec.md)."""
+
+import torch
+from torch import Tensor
+
+from .generated import ROLE_A, ROLE_B, GeneratedMatrices, generate_planes
+from .shape import Shape
+
+_ops = torch.ops.randlora
+
+
+def fits(groups: int, in_features: int, out_features: int, r: int) -> bool:
+    """Whether `groups` divides all three sizes, and r / groups is a power of two."""
+    q = r // groups
+    divides = all(size % groups == 0 for size in (in_features, out_features, r))
+    return divides and q & (q - 1) == 0
+
+
+def check_sizes(groups: int, in_features: int, out_features: int, r: int) -> None:
+    """Raises ValueError, naming the densities that fit, unless 1 / groups does."""
+    if fits(groups, in_features, out_features, r):
+        return
+    possible = [g for g in range(2, r + 1) if fits(g, in_features, out_features, r)]
+    instead = (
+        f"densities that fit: {', '.join(f'1/{g}' for g in possible)}"
+        if possible
+        else "no density fits; take another r, or basis='independent'"
+    )
+    raise ValueError(
+        f"block bases of density=1/{groups} need in_features, out_features and r to be multiples "
+        f"of {groups} and r / {groups} to be a power of two, got {in_features}, {out_features} "
+        f"and r={r}; {instead}"
+    )
+
+
+def hadamard(q: int, device: torch.device) -> Tensor:
+    """Sylvester's matrix (q, q): element (a, b) is -1 if a & b has an odd number of ones."""
+    H = torch.ones(1, 1, device=device)
+    while len(H) < q:
+        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
+    return H
+
+
+class BlockMatrices(GeneratedMatrices):
+    """A and B of a block description. Their zeros depend on the layer's sizes."""
+
+    def blocks(self, shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The signs without the zeros around them.
+
+        Returns:
+            a (r, d / G) float32: row j holds the columns of A in chunk j // (r / G).
+            b (K, D / G) float32: row c holds column c of B, within chunk c % G.
+        """
+        groups, seed = self.description.groups, self.description.seed
+        width, height = shape.d // groups, shape.D // groups
+        planes = generate_planes(seed, ROLE_A, 0, 1, 0, shape.d, 1.0, device)
+        signs = _ops.planes_to_dense(planes, shape.d, 1.0, torch.float32).view(groups, 1, width)
+        classes = torch.arange(width, device=device) // shape.n
+        a = signs * hadamard(shape.r // groups, device)[:, classes]
+        b = torch.empty(shape.K, height, device=device)
+        for g in range(groups):
+            rows = generate_planes(seed, ROLE_B, g * height, height, 0, shape.K, 1.0, device)
+            b[g::groups] = _ops.planes_to_dense(rows, shape.K, 1.0, torch.float32)[:, g::groups].T
+        return a.reshape(shape.r, width), b
+
+    def a_planes(self, shape: Shape, device: torch.device) -> Tensor:
+        a, _ = self.blocks(shape, device)
+        groups = shape.d // a.shape[1]
+        A = a.new_zeros(groups, shape.r // groups, groups, a.shape[1])
+        for h, block in enumerate(a.view(groups, -1, a.shape[1])):
+            A[h, :, h] = block
+        return _ops.pack_dense(A.view(shape.r, shape.d))[0]
+
+    def b_planes(self, shape: Shape, device: torch.device) -> Tensor:
+        _, b = self.blocks(shape, device)
+        groups = shape.D // b.shape[1]
+        B = b.new_zeros(groups, b.shape[1], shape.K)
+        for g in range(groups):
+            B[g, :, g::groups] = b[g::groups].T
+        return _ops.pack_dense(B.view(shape.D, shape.K))[0]
