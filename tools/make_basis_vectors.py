@@ -1,14 +1,15 @@
-"""Writes tests/data/basis_v1.txt from the NumPy reference: python tools/make_basis_vectors.py
+"""Writes tests/data/*.txt from the NumPy reference: python tools/make_basis_vectors.py
 
-A published specification version never changes, so a rerun must reproduce the committed file byte
-for byte. A difference means that the reference was broken, not that the file is out of date.
+A published specification never changes, so a rerun must reproduce the committed files byte for
+byte. A difference means that the reference was broken, not that a file is out of date.
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
-from basis_reference import philox4x32_10, ternary, threshold
-from basis_vectors import VECTOR_FILE, planes_digest, to_lists, to_planes, to_signs
+from basis_reference import block, philox4x32_10, ternary, threshold
+from basis_vectors import BLOCK_FILE, VECTOR_FILE, planes_digest, to_lists, to_planes, to_signs
 
 HEADER = """\
 # randlora_ext basis specification, version 1: known-answer vectors (docs/basis-spec.md).
@@ -28,6 +29,16 @@ HEADER = """\
 #           [plane][row][word] of an int64 [2, rows, ceil(cols / 64)]
 # lists     seed role row col rows cols density by offset index
 #           the slice as sorted sign-split lists, by = row or column; offset and index with commas
+"""
+
+BLOCK_HEADER = """\
+# randlora_ext basis specification block-1: known-answer vectors (docs/basis-spec.md, section 14).
+# Written by tools/make_basis_vectors.py from tests/helpers/basis_reference.py. The rules of lines
+# are those of basis_v1.txt. Matrices are of a whole layer and unscaled; the density is 1 / groups.
+#
+# block_row    in out r groups seed role row signs  one row of A (role 0) or B (role 1) as + - 0
+# block_planes in out r groups seed role sha256     SHA-256 of all of it as bit planes, as in
+#                                                   basis_v1.txt
 """
 
 # Random123, tests/kat_vectors, the three lines "philox4x32 10": all zeros, all ones, digits of pi.
@@ -99,6 +110,17 @@ LISTS = [
     (42, 1, 9, 50, 5, 33, SPARSE, "column"),
 ]
 
+WORKED_BLOCK = (8, 12, 4, 2, 42)  # of docs/basis-spec.md
+BLOCKS = [  # in, out, r, groups, seed
+    WORKED_BLOCK,
+    (256, 64, 8, 8, 2**32 + 1),  # q = 1
+    (128, 256, 16, 8, 2**64 - 1),  # q = 2
+    (576, 192, 32, 8, 0),  # q = 4
+    (512, 1536, 32, 4, 2**40 + 3),  # q = 8
+    (24, 36, 12, 3, 2**33 + 5),  # groups that are no power of two, q = 4
+    (40, 40, 32, 8, 2**63),  # r does not divide d: a short class of columns, and an empty one
+]
+
 
 def slice_values(seed, role, row, col, rows, cols, density):
     """Elements of a slice, (rows, cols)."""
@@ -106,8 +128,8 @@ def slice_values(seed, role, row, col, rows, cols, density):
     return ternary(seed, role, row_index, np.arange(col, col + cols, dtype=np.uint64), density)
 
 
-def lines():
-    """The file line by line, without line ends."""
+def basis_lines():
+    """basis_v1.txt line by line, without line ends."""
     yield HEADER + "\n# Published with Random123."
     yield from (f"philox {record}" for record in PUBLISHED.splitlines())
     yield "\n# Our own from here on."
@@ -128,11 +150,27 @@ def lines():
         yield f"lists {fields} {by} {','.join(map(str, offset))} {','.join(map(str, index))}"
 
 
-def render() -> str:
+def block_lines():
+    """block_v1.txt line by line, without line ends."""
+    yield BLOCK_HEADER
+    for layer in BLOCKS:
+        fields = " ".join(map(str, layer))
+        for role, matrix in enumerate(block(*layer)):
+            if layer == WORKED_BLOCK:
+                for row, values in enumerate(matrix):
+                    yield f"block_row {fields} {role} {row} {to_signs(values)}"
+            yield f"block_planes {fields} {role} {planes_digest(to_planes(matrix))}"
+
+
+FILES = {VECTOR_FILE: basis_lines, BLOCK_FILE: block_lines}
+
+
+def render(path: Path) -> str:
     """The whole file."""
-    return "\n".join(lines()) + "\n"
+    return "\n".join(FILES[path]()) + "\n"
 
 
 if __name__ == "__main__":
-    VECTOR_FILE.write_text(render(), encoding="ascii", newline="\n")
-    print(f"wrote {VECTOR_FILE}")
+    for path in FILES:
+        path.write_text(render(path), encoding="ascii", newline="\n")
+        print(f"wrote {path}")

@@ -1,7 +1,7 @@
-"""Basis specification, version 1, in NumPy: docs/basis-spec.md as code.
+"""Basis specifications version 1 and block-1 in NumPy: docs/basis-spec.md as code.
 
 Written for reading, not speed: every element runs its own Philox call. Everything else that makes a
-basis (compiled CPU kernels, CUDA kernels) must agree with `ternary` bit for bit.
+basis (compiled CPU kernels, CUDA kernels) must agree with `ternary` and `block` bit for bit.
 """
 
 import math
@@ -46,3 +46,19 @@ def ternary(
     u = np.take_along_axis(words, word[..., None].astype(np.int64), axis=-1)[..., 0]
     t = np.uint32(threshold(density))
     return (u < t).astype(np.int8) - (u - t < t).astype(np.int8)  # uint32 subtraction wraps
+
+
+def block(
+    in_features: int, out_features: int, r: int, groups: int, seed: int
+) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
+    """Specification block-1: unscaled A (r, d) and B (D, K) of a whole layer at density 1 / groups."""
+    d, D = sorted((in_features, out_features))
+    n, q = -(-d // r), r // groups
+    hadamard = np.ones((1, 1), dtype=np.int8)
+    while len(hadamard) < q:
+        hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
+    j, k = np.arange(r)[:, None], np.arange(d)
+    A = ternary(seed, ROLE_A, 0, k, 1.0) * hadamard[j % q, k % (d // groups) // n]
+    o, c = np.arange(D)[:, None], np.arange(r * n)
+    B = ternary(seed, ROLE_B, o, c, 1.0)
+    return A * (j // q == k // (d // groups)), B * (o // (D // groups) == c % groups)

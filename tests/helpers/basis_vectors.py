@@ -1,4 +1,4 @@
-"""The packed formats in plain NumPy, and a reader for tests/data/basis_v1.txt."""
+"""The packed formats in plain NumPy, and a reader for tests/data/*.txt."""
 
 import hashlib
 from collections import defaultdict
@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-VECTOR_FILE = Path(__file__).parents[1] / "data" / "basis_v1.txt"
+DATA = Path(__file__).parents[1] / "data"
+VECTOR_FILE, BLOCK_FILE = DATA / "basis_v1.txt", DATA / "block_v1.txt"
 FIELDS = {  # keyword: number of fields after it
     "philox": 10,
     "threshold": 2,
@@ -15,6 +16,8 @@ FIELDS = {  # keyword: number of fields after it
     "counts": 9,
     "planes": 8,
     "lists": 10,
+    "block_row": 8,
+    "block_planes": 7,
 }
 SYMBOLS = np.array(list("-0+"))
 
