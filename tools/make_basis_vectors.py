@@ -117,6 +117,7 @@ BLOCKS = [  # in, out, r, groups, seed
     (128, 256, 16, 8, 2**64 - 1),  # q = 2
     (576, 192, 32, 8, 0),  # q = 4
     (512, 1536, 32, 4, 2**40 + 3),  # q = 8
+    (20, 12, 4, 1, 6),  # one group: no zeros
     (24, 36, 12, 3, 2**33 + 5),  # groups that are no power of two, q = 4
     (40, 40, 32, 8, 2**63),  # r does not divide d: a short class of columns, and an empty one
 ]

@@ -51,7 +51,7 @@ def ternary(
 def block(
     in_features: int, out_features: int, r: int, groups: int, seed: int
 ) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
-    """Specification block-1: unscaled A (r, d) and B (D, K) of a whole layer at density 1 / groups."""
+    """Specification block-1: A (r, d) and B (D, K), unscaled, of a whole layer."""
     d, D = sorted((in_features, out_features))
     n, q = -(-d // r), r // groups
     hadamard = np.ones((1, 1), dtype=np.int8)
