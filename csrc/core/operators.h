@@ -50,21 +50,29 @@ struct FillPlanes {
   uint64_t *plus, *minus;  // (rows, words_of(cols))
 };
 
-// out[c, k] = lam[j, i] * A[j, k] * gam[i, k]
+// A block diagonal over `groups`, which divides r and d, and compact: row j holds only the
+// w = d / groups columns of its group h = j / (r / groups).
+//
+//   out[c, k] = scale * lam[j, i] * A[j, k] * gam[i, h * w + k]
 struct ScaledBasis {
   int64_t r, n, d;
-  const void *A, *lam, *gam;  // (r, d), (r, n), (n, d) in the compute type
-  void* out;                  // (K, d) in `dtype`
+  const void *A, *lam, *gam;  // (r, w), (r, n), (n, d) in the compute type
+  void* out;                  // (K, w) in `dtype`
   DType dtype;
+  int64_t groups = 1;
+  double scale = 1.0;
 };
 
-// dlam[j, i] = sum_k grad A gam;  dgam[i, k] = sum_j grad A lam
+//   dlam[j, i] = scale * sum over k of grad A gam
+//   dgam[i, h * w + k] = sum over j of group h of grad A (scale lam)
 struct ScaledBasisBackward {
   int64_t r, n, d;
   const void *A, *lam, *gam;
-  const void* grad;   // (K, d) in `dtype`
+  const void* grad;   // (K, w) in `dtype`
   void *dlam, *dgam;  // compute type
   DType dtype;
+  int64_t groups = 1;
+  double scale = 1.0;
 };
 
 // out = base + scale * B @ A'  (D, d), or its transpose (d, D) when `transposed`.

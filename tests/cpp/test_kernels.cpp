@@ -97,15 +97,21 @@ std::vector<C> cast(const std::vector<double>& v) {
 }
 
 template <class C>
-void compare(const char* what, const std::vector<C>& got, const std::vector<double>& want,
-             double tolerance, const Problem& p) {
+double relative_error(const std::vector<C>& got, const std::vector<double>& want) {
   double error = 0, norm = 1e-30;
   for (size_t i = 0; i < want.size(); ++i) {
     error += (double(got[i]) - want[i]) * (double(got[i]) - want[i]);
     norm += want[i] * want[i];
   }
-  EXPECT(std::sqrt(error / norm) < tolerance, "%s: %.2e for D %ld d %ld r %ld T %ld", what,
-         std::sqrt(error / norm), long(p.D), long(p.d), long(p.r), long(p.T));
+  return std::sqrt(error / norm);
+}
+
+template <class C>
+void compare(const char* what, const std::vector<C>& got, const std::vector<double>& want,
+             double tolerance, const Problem& p) {
+  const double error = relative_error(got, want);
+  EXPECT(error < tolerance, "%s: %.2e for D %ld d %ld r %ld T %ld", what, error, long(p.D),
+         long(p.d), long(p.r), long(p.T));
 }
 
 template <class C>
@@ -150,6 +156,74 @@ void run(const Problem& p, Form form, bool wide, int threads) {
   const auto A = cast<C>(p.A.dense);
   k.scaled_basis({p.r, p.n, p.d, A.data(), lam.data(), gam.data(), scaled.data(), dtype}, rt);
   compare("A'", scaled, p.dA, tolerance, p);
+}
+
+double value_of(float x) { return x; }
+double value_of(double x) { return x; }
+
+// A' and its gradients in groups of `rows` and w columns: loops over the whole of a block diagonal
+// A, zeros included.
+template <class S>
+void block_bases(DType dtype, int64_t groups, int64_t rows, int64_t w) {
+  using C = typename ComputeOf<S>::type;
+  const int64_t r = groups * rows, d = groups * w, n = 5, K = r * n;
+  const double scale = 0.3, exact = sizeof(C) == 8 ? 1e-13 : 1e-5,
+               tolerance = dtype == DType::bf16  ? 4e-3
+                           : dtype == DType::f16 ? 5e-4
+                                                 : exact;
+  std::mt19937 random(3);
+  std::normal_distribution<double> normal;
+  const auto drawn = [&](int64_t count) {
+    std::vector<C> v(count);
+    for (C& e : v) e = C(normal(random));
+    return v;
+  };
+  const auto A = drawn(r * w), lam = drawn(K), gam = drawn(n * d), G = drawn(K * w);
+  std::vector<S> grad(K * w);
+  for (int64_t e = 0; e < K * w; ++e) {
+    if constexpr (sizeof(S) == 2)
+      grad[e] = round_stochastic(G[e], 0, S{});
+    else
+      grad[e] = G[e];
+  }
+  std::vector<double> whole(r * d, 0), want(K * w), want_dlam(K, 0), want_dgam(n * d, 0);
+  for (int64_t j = 0; j < r; ++j)
+    for (int64_t k = 0; k < w; ++k) whole[j * d + j / rows * w + k] = A[j * w + k];
+  for (int64_t j = 0; j < r; ++j)
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t k = 0; k < d; ++k) {
+        const int64_t c = j * n + i, e = c * w + k % w;
+        const double a = scale * whole[j * d + k], g = value_of(grad[e]);
+        if (k / w == j / rows) want[e] = a * lam[c] * gam[i * d + k];
+        want_dlam[c] += g * a * gam[i * d + k];
+        want_dgam[i * d + k] += g * a * lam[c];
+      }
+
+  std::vector<S> first;
+  std::vector<C> first_dlam, first_dgam;
+  for (int threads : {1, 3}) {
+    ThreadRuntime rt(threads);
+    std::vector<S> out(K * w);
+    std::vector<double> got(K * w);
+    std::vector<C> dlam(K, C(NAN)), dgam(n * d, C(NAN));
+    std::memset(out.data(), 0xff, out.size() * sizeof(S));
+    cpu_kernels().scaled_basis(
+        {r, n, d, A.data(), lam.data(), gam.data(), out.data(), dtype, groups, scale}, rt);
+    cpu_kernels().scaled_basis_backward({r, n, d, A.data(), lam.data(), gam.data(), grad.data(),
+                                         dlam.data(), dgam.data(), dtype, groups, scale},
+                                        rt);
+    for (int64_t e = 0; e < K * w; ++e) got[e] = value_of(out[e]);
+    const double errors[] = {relative_error(got, want), relative_error(dlam, want_dlam),
+                             relative_error(dgam, want_dgam)};
+    EXPECT(errors[0] < tolerance && errors[1] < exact && errors[2] < exact,
+           "A' %.2e dlam %.2e dgam %.2e for %ld groups of (%ld, %ld), dtype %d", errors[0],
+           errors[1], errors[2], long(groups), long(rows), long(w), int(dtype));
+    if (threads == 1) first = out, first_dlam = dlam, first_dgam = dgam;
+    EXPECT(!std::memcmp(first.data(), out.data(), out.size() * sizeof(S)) && first_dlam == dlam &&
+               first_dgam == dgam,
+           "%d threads show in %ld groups of (%ld, %ld)", threads, long(groups), long(rows),
+           long(w));
+  }
 }
 
 // Stochastically rounded dW must equal round_stochastic of the same kernel's floats. Uses no base,
@@ -211,6 +285,14 @@ int main() {
     return 77;
   }
   generation();
+  for (int64_t groups : {1, 2, 5})
+    for (int64_t rows : {1, 2, 3, 4})
+      for (int64_t w : {1, 3, 33, 64}) {
+        block_bases<float>(DType::f32, groups, rows, w);
+        block_bases<double>(DType::f64, groups, rows, w);
+        block_bases<bf16>(DType::bf16, groups, rows, w);
+        block_bases<f16>(DType::f16, groups, rows, w);
+      }
   struct Shape {
     int64_t in, out, r, T;
   };
