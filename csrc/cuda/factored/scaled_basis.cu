@@ -22,7 +22,7 @@
 //
 // Floor: A' written once (forward) or grad read once (backward), 34 MB each at 4096 x 4096 in bf16;
 // two multiplications per element forward, three backward. Memory dominates both. Each element of
-// gam serves r / groups rows: with one row a group, reading gam takes twice the bytes of A' in bf16.
+// gam serves r / groups rows: if that is one, reading gam takes twice the bytes of A' in bf16.
 #include <algorithm>
 
 #include "../device/columns.h"
