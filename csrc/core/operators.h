@@ -75,6 +75,18 @@ struct ScaledBasisBackward {
   double scale = 1.0;
 };
 
+// out = base + delta, rounded once to the 16-bit `dtype`. Without a base it only rounds.
+struct AddRounded {
+  int64_t count;
+  const void* base;  // like out, or null
+  const float* delta;
+  void* out;
+  DType dtype;
+  // Round stochastically (core/stochastic.h) instead of to nearest.
+  bool stochastic;
+  uint64_t rounding_seed;
+};
+
 // out = base + scale * B @ A'  (D, d), or its transpose (d, D) when `transposed`.
 struct DeltaWeight {
   Basis basis;
@@ -133,6 +145,7 @@ struct Kernels {
   void (*fill_planes)(const FillPlanes&, Runtime&);
   void (*scaled_basis)(const ScaledBasis&, Runtime&);
   void (*scaled_basis_backward)(const ScaledBasisBackward&, Runtime&);
+  void (*add_rounded)(const AddRounded&, Runtime&);
   void (*delta_weight)(const DeltaWeight&, Runtime&);
   void (*delta_weight_backward)(const DeltaWeightBackward&, Runtime&);
   void (*linear)(const Linear&, Runtime&);

@@ -1,5 +1,6 @@
 // The table of one instruction set's kernels; dispatch.cpp chooses among these tables.
 #pragma once
+#include "add_rounded.h"
 #include "delta_weight.h"
 #include "fill_planes.h"
 #include "linear.h"
@@ -17,6 +18,7 @@ const Kernels& kernels() {
                                     fill_planes,
                                     scaled_basis,
                                     scaled_basis_backward,
+                                    add_rounded,
                                     delta_weight,
                                     delta_weight_backward,
                                     linear,

@@ -13,8 +13,9 @@ bool serves_cpu = false;
 // Functions of torch that its CPU builds lack. Looking them up at run time lets one binary serve
 // CPU and CUDA builds. Their C interface is stable (torch/csrc/inductor/aoti_torch).
 using CurrentStream = AOTITorchError (*)(int32_t, void**);
-using AddmmOut = AOTITorchError (*)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle,
-                                    AtenTensorHandle, double, double);
+// addmm_out and baddbmm_out.
+using ProductOut = AOTITorchError (*)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle,
+                                      AtenTensorHandle, double, double);
 
 template <class F>
 F entry(const char* library, const char* name) {
@@ -25,12 +26,21 @@ F entry(const char* library, const char* name) {
   return reinterpret_cast<F>(found);
 }
 
-AddmmOut addmm_out_of(bool cpu) {
+ProductOut addmm_out_of(bool cpu) {
   if (cpu) {
-    static const auto on_cpu = entry<AddmmOut>("libtorch_cpu.so", "aoti_torch_cpu_addmm_out");
+    static const auto on_cpu = entry<ProductOut>("libtorch_cpu.so", "aoti_torch_cpu_addmm_out");
     return on_cpu;
   }
-  static const auto on_cuda = entry<AddmmOut>("libtorch_cuda.so", "aoti_torch_cuda_addmm_out");
+  static const auto on_cuda = entry<ProductOut>("libtorch_cuda.so", "aoti_torch_cuda_addmm_out");
+  return on_cuda;
+}
+
+ProductOut baddbmm_out_of(bool cpu) {
+  if (cpu) {
+    static const auto on_cpu = entry<ProductOut>("libtorch_cpu.so", "aoti_torch_cpu_baddbmm_out");
+    return on_cpu;
+  }
+  static const auto on_cuda = entry<ProductOut>("libtorch_cuda.so", "aoti_torch_cuda_baddbmm_out");
   return on_cuda;
 }
 
@@ -46,7 +56,21 @@ Tensor view(void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t 
                                   scalar_type(dtype));
 }
 
+Tensor view(const MatrixBatch& m, const Tensor& like, DType dtype) {
+  const int64_t sizes[3] = {m.count, m.rows, m.cols}, strides[3] = {m.next, m.row, m.col};
+  return torch::stable::from_blob(const_cast<void*>(m.data), {sizes, 3}, {strides, 3},
+                                  like.device(), scalar_type(dtype));
+}
+
 }  // namespace
+
+void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
+              double alpha, double beta, DType dtype, const Tensor& like) {
+  const Tensor to = view(out, like, dtype);
+  const Tensor a = view(left, like, dtype), b = view(right, like, dtype);
+  TORCH_ERROR_CODE_CHECK(
+      baddbmm_out_of(like.is_cpu())(to.get(), to.get(), a.get(), b.get(), beta, alpha));
+}
 
 void load_cuda(const std::string& path, bool serve_cpu_tensors) {
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
@@ -95,7 +119,7 @@ void* TorchDevice::scratch(size_t bytes) {
 
 void TorchDevice::gemm(const Gemm& g) {
   if (g.M == 0 || g.N == 0) return;
-  const AddmmOut addmm_out = addmm_out_of(like_.is_cpu());
+  const ProductOut addmm_out = addmm_out_of(like_.is_cpu());
   const Tensor out = view(g.out, g.M, g.N, g.N, 1, like_, g.dtype);
   const Tensor left = view(const_cast<void*>(g.left), g.M, g.K, g.K, 1, like_, g.dtype);
   const Tensor right = g.right_rows_are_k

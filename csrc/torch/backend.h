@@ -36,6 +36,19 @@ class TorchDevice : public Device {
   std::vector<Tensor> held_;
 };
 
+// `count` matrices (rows, cols) in one tensor; next, row and col are strides in elements.
+struct MatrixBatch {
+  const void* data;
+  int64_t count, rows, cols, next, row, col;
+
+  MatrixBatch transposed() const { return {data, count, cols, rows, next, col, row}; }
+};
+
+// out = beta * out + alpha * left @ right by torch's GEMM, all in `dtype` on the device of `like`.
+// beta = 0 does not read out.
+void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
+              double alpha, double beta, DType dtype, const Tensor& like);
+
 template <class P>
 void run(const Tensor& on, void (*Kernels::*cpu)(const P&, Runtime&),
          void (*CudaKernels::*cuda)(const P&, Device&), const P& p) {

@@ -144,20 +144,18 @@ Tensor compute_copy(const Tensor& t, DType dtype) {
   return as_contiguous(cast(t, compute_type(dtype)));
 }
 
-Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
-               int64_t in_features, int64_t out_features, std::optional<bool> expand) {
-  RANDLORA_CHECK(!packed.empty(), "packed must hold 6 tensors (lists) or 3 (bit planes), got 0");
-  RANDLORA_CHECK(packed[0].dim() == 1 && packed[0].size(0) > 2 && packed[0].size(0) % 2 == 1,
-                 "packed: a_offset must be a tensor of 2 * r + 1 entries, got ",
-                 describe(packed[0]));
-  const int64_t r = (packed[0].size(0) - 1) / 2;
+namespace {
+
+// What a layer's sizes and diagonals say, whatever the packed form.
+template <class B>
+void check_diagonals(B& b, int64_t r, const Tensor& lam, const Tensor& gam, int64_t in_features,
+                     int64_t out_features, std::optional<bool> expand) {
   check_floating(lam, "lam");
   check_floating(gam, "gam");
   check_same_device(gam, "gam", lam, "lam");
   RANDLORA_CHECK(in_features > 0 && out_features > 0,
                  "in_features and out_features must be positive, got ", in_features, " and ",
                  out_features);
-  Basis b;
   b.r = r;
   const bool d_is_in = expands(expand, in_features, out_features);
   b.d = d_is_in ? in_features : out_features;
@@ -170,6 +168,50 @@ Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tenso
                  out_features, " features");
   RANDLORA_CHECK(gam.dim() == 2 && gam.size(0) == b.n && gam.size(1) == b.d,
                  "gam must be (n, d) = (", b.n, ", ", b.d, "), got ", describe(gam));
+}
+
+BlockBasis blocks_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
+                     int64_t in_features, int64_t out_features, std::optional<bool> expand) {
+  RANDLORA_CHECK(packed.size() == 2 || packed.size() == 3,
+                 "packed must hold 2 tensors (blocks) and perhaps a dense B after them, got ",
+                 packed.size(), "; take it from TernaryBasis.packed(device)");
+  RANDLORA_CHECK(!expand, "packed holds blocks, of which there are no slices: expand must be None");
+  const Tensor &a = packed[0], &p = packed[1];
+  BlockBasis b{};
+  check_diagonals(b, a.size(0), lam, gam, in_features, out_features, expand);
+  for (const Tensor& t : packed) check_same_device(t, "packed", lam, "lam");
+  const int64_t width = a.size(1), G = width > 0 ? b.d / width : 0;
+  RANDLORA_CHECK(a.scalar_type() == ScalarType::Char && a.is_contiguous() && G > 0 &&
+                     G * width == b.d && b.r % G == 0 && b.D % G == 0,
+                 "packed: a must be a contiguous int8 tensor (r, d / G) for a G that divides "
+                 "r, d = ",
+                 b.d, " and D = ", b.D, ", got ", describe(a));
+  b.G = G;
+  const int64_t words = words_of(b.b_width());
+  RANDLORA_CHECK(p.scalar_type() == ScalarType::Long && p.is_contiguous() && p.dim() == 3 &&
+                     p.size(0) == 2 && p.size(1) == b.K() && p.size(2) == words,
+                 "packed: b_planes must be a contiguous int64 tensor (2, K, ceil(D / G / 64)) = "
+                 "(2, ",
+                 b.K(), ", ", words, "), got ", describe(p));
+  b.a = a, b.b_planes = p;
+  if (packed.size() == 3) {
+    const Tensor& B = packed[2];
+    RANDLORA_CHECK(is_floating(B.scalar_type()) && B.dim() == 2 && B.size(0) == b.K() &&
+                       B.size(1) == b.b_width() && B.is_contiguous(),
+                   "packed: the dense B must be a contiguous floating (K, D / G) = (", b.K(), ", ",
+                   b.b_width(), "), got ", describe(B));
+    b.b = B;
+  }
+  return b;
+}
+
+Basis ternary_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
+                 int64_t in_features, int64_t out_features, std::optional<bool> expand) {
+  RANDLORA_CHECK(packed[0].dim() == 1 && packed[0].size(0) > 2 && packed[0].size(0) % 2 == 1,
+                 "packed: a_offset must be a tensor of 2 * r + 1 entries, got ",
+                 describe(packed[0]));
+  Basis b;
+  check_diagonals(b, (packed[0].size(0) - 1) / 2, lam, gam, in_features, out_features, expand);
   size_t count = packed.size();
   const bool dense = count > 0 && is_floating(packed[count - 1].scalar_type());
   count -= dense;
@@ -226,6 +268,17 @@ Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tenso
     check_last(b.b_cols, b.wide, b.K(), b.D, "b_col", "D");
   }
   return b;
+}
+
+}  // namespace
+
+PackedBasis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
+                     int64_t in_features, int64_t out_features, std::optional<bool> expand) {
+  RANDLORA_CHECK(!packed.empty(),
+                 "packed must hold 6 tensors (lists), 3 (bit planes) or 2 "
+                 "(blocks), got 0");
+  if (packed[0].dim() == 2) return blocks_of(packed, lam, gam, in_features, out_features, expand);
+  return ternary_of(packed, lam, gam, in_features, out_features, expand);
 }
 
 void check_ascending(const Basis& b) {

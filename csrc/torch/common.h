@@ -10,6 +10,7 @@
 #include <string>
 #include <tuple>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "../core/operators.h"
@@ -107,15 +108,31 @@ inline Tensor cast(const Tensor& t, ScalarType type) {
 Tensor compute_copy(const Tensor& t, DType dtype);
 ScalarType compute_type(DType dtype);
 
+// The packed bases A and B of block bases: G dense blocks each (docs/basis-spec.md).
+struct BlockBasis {
+  int64_t D, d, r, n, G;
+  Tensor a;          // (r, d / G) int8: row j holds the columns of A in chunk j / (r / G)
+  Tensor b_planes;   // (2, K, words): row c holds column c of B within chunk c % G
+  OptionalTensor b;  // the same dense, (K, D / G)
+
+  int64_t K() const { return r * n; }
+  int64_t a_width() const { return d / G; }
+  int64_t b_width() const { return D / G; }
+};
+
+using PackedBasis = std::variant<Basis, BlockBasis>;
+
 // The packed basis of a layer with these diagonals; throws if shapes disagree.
 //   lists   [a_offset, a_index, b_row_offset, b_row_index, b_col_offset, b_col_index]
 //   planes  [a_offset, a_index, b_planes]
-// For CUDA, the support_tables of A may follow, and dense unscaled B in the dtype of x.
+//   blocks  [a, b_planes]
+// Dense unscaled B in the dtype of x may follow, for lists and planes on CUDA only, and after the
+// support_tables of A.
 //
 // Without `expand` this is a whole layer, and d is its smaller side. With it, it may be a slice of
 // a layer: d is the input side if *expand, even if larger, and n is that of the whole layer.
-Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
-               int64_t in_features, int64_t out_features, std::optional<bool> expand);
+PackedBasis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
+                     int64_t in_features, int64_t out_features, std::optional<bool> expand);
 // Throws if positions do not ascend; the CPU kernels that form dW rely on it. Reads all positions:
 // cheap next to forming dW, expensive next to a product of few tokens.
 void check_ascending(const Basis& b);

@@ -36,9 +36,12 @@ namespace {
 
 Tensor delta_weight(Tensor lam, Tensor gam, std::vector<Tensor> packed, double scale,
                     int64_t out_features, int64_t in_features, std::optional<bool> expand) {
-  const Basis b = basis_of(packed, lam, gam, in_features, out_features, expand);
-  return form_delta(b, lam, gam, {}, scale, out_features, in_features,
-                    expands(expand, in_features, out_features), activation_dtype(lam, "lam"));
+  const PackedBasis basis = basis_of(packed, lam, gam, in_features, out_features, expand);
+  const auto form = [&](const auto& b) {
+    return form_delta(b, lam, gam, {}, scale, out_features, in_features,
+                      expands(expand, in_features, out_features), activation_dtype(lam, "lam"));
+  };
+  return std::visit(form, basis);
 }
 
 Tensor merged_weight(Tensor weight, Tensor lam, Tensor gam, std::vector<Tensor> packed,
@@ -50,9 +53,12 @@ Tensor merged_weight(Tensor weight, Tensor lam, Tensor gam, std::vector<Tensor> 
   RANDLORA_CHECK(!rounding_seed || bytes_of(dtype) == 2,
                  "rounding_seed rounds to bfloat16 or float16, but weight is ", describe(weight));
   const int64_t out = weight.size(0), in = weight.size(1);
-  const Basis b = basis_of(packed, lam, gam, in, out, expand);
-  return form_delta(b, lam, gam, weight, scale, out, in, expands(expand, in, out), dtype,
-                    rounding_seed);
+  const PackedBasis basis = basis_of(packed, lam, gam, in, out, expand);
+  const auto form = [&](const auto& b) {
+    return form_delta(b, lam, gam, weight, scale, out, in, expands(expand, in, out), dtype,
+                      rounding_seed);
+  };
+  return std::visit(form, basis);
 }
 
 std::tuple<Tensor, Tensor> delta_weight_backward(Tensor grad, Tensor lam, Tensor gam,
@@ -61,8 +67,11 @@ std::tuple<Tensor, Tensor> delta_weight_backward(Tensor grad, Tensor lam, Tensor
   RANDLORA_CHECK(grad.dim() == 2, "grad must be (out, in), got ", describe(grad));
   check_same_device(grad, "grad", lam, "lam");
   const int64_t out = grad.size(0), in = grad.size(1);
-  const Basis b = basis_of(packed, lam, gam, in, out, expand);
-  return contract_delta(b, grad, lam, gam, scale, expands(expand, in, out));
+  const PackedBasis basis = basis_of(packed, lam, gam, in, out, expand);
+  const auto contract = [&](const auto& b) {
+    return contract_delta(b, grad, lam, gam, scale, expands(expand, in, out));
+  };
+  return std::visit(contract, basis);
 }
 
 template <class Library>

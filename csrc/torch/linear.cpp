@@ -6,6 +6,7 @@
 //
 // Without a weight the result is only the adapter's part, for base layers of any kind.
 #include "backend.h"
+#include "block.h"
 #include "delta_weight.h"
 
 namespace randlora {
@@ -82,12 +83,112 @@ Sizes check(const Tensor& x, const OptionalTensor& weight, const OptionalTensor&
 }
 
 // A dense B is multiplied with x by GEMMs, so it must have the dtype of x.
-void check_dense(const Basis& b, const std::vector<Tensor>& packed, const Tensor& x) {
-  if (!b.b_dense) return;
-  RANDLORA_CHECK(runs_on_cuda(x), "packed holds a dense B, which only the CUDA kernels use; x is ",
-                 describe(x));
+void check_dense(const PackedBasis& basis, const std::vector<Tensor>& packed, const Tensor& x) {
+  const Basis* b = std::get_if<Basis>(&basis);
+  if (b ? !b->b_dense : !std::get<BlockBasis>(basis).b) return;
+  RANDLORA_CHECK(!b || runs_on_cuda(x),
+                 "packed holds a dense B, which only the CUDA kernels use; x is ", describe(x));
   RANDLORA_CHECK(packed.back().scalar_type() == x.scalar_type(), "packed: the dense B is ",
                  describe(packed.back()), " but x is ", describe(x), "; they must have one dtype");
+}
+
+// What a call computes beside tensors.
+struct Call {
+  Sizes s;
+  DType dtype;
+  double scale;
+  bool expand;  // d is the input side
+};
+
+// y += scale * x dW^T, or y = ... unless `accumulate`.
+void add_factored(const Basis& b, const Call& c, const Tensor& lam, const Tensor& gam,
+                  const Tensor& x, Tensor& y, bool accumulate) {
+  const Tensor l = compute_copy(lam, c.dtype), g = compute_copy(gam, c.dtype);
+  run(x, &Kernels::linear, &CudaKernels::linear,
+      {b, l.const_data_ptr(), g.const_data_ptr(), x.const_data_ptr(), y.mutable_data_ptr(), c.dtype,
+       c.s.T, c.scale, c.expand, accumulate});
+}
+void add_factored(const BlockBasis& b, const Call& c, const Tensor& lam, const Tensor& gam,
+                  const Tensor& x, Tensor& y, bool accumulate) {
+  block_linear(b, lam, gam, x, y, c.s.T, c.scale, c.expand, accumulate);
+}
+
+// The gradients of add_factored, from x and dy: adds to `dx` if not null; (dlam, dgam) if wanted.
+std::tuple<Tensor, Tensor> factored_backward(const Basis& b, const Call& c, const Tensor& lam,
+                                             const Tensor& gam, const Tensor& x, const Tensor& dy,
+                                             Tensor* dx, bool accumulate, bool need_diagonals) {
+  const Tensor l = compute_copy(lam, c.dtype), g = compute_copy(gam, c.dtype);
+  Tensor dlam, dgam;
+  if (need_diagonals) dlam = allocate_like(l), dgam = allocate_like(g);
+  run(x, &Kernels::linear_backward, &CudaKernels::linear_backward,
+      {b, l.const_data_ptr(), g.const_data_ptr(), x.const_data_ptr(), dy.const_data_ptr(),
+       dx ? dx->mutable_data_ptr() : nullptr, c.dtype, c.s.T, c.scale, c.expand, accumulate,
+       need_diagonals ? dlam.mutable_data_ptr() : nullptr,
+       need_diagonals ? dgam.mutable_data_ptr() : nullptr});
+  if (!need_diagonals) return {};
+  return {cast(dlam, lam.scalar_type()), cast(dgam, gam.scalar_type())};
+}
+std::tuple<Tensor, Tensor> factored_backward(const BlockBasis& b, const Call& c, const Tensor& lam,
+                                             const Tensor& gam, const Tensor& x, const Tensor& dy,
+                                             Tensor* dx, bool accumulate, bool need_diagonals) {
+  return block_linear_backward(b, lam, gam, x, dy, dx, c.s.T, c.scale, c.expand, accumulate,
+                               need_diagonals);
+}
+
+// (dlam, dgam) where dW was formed. Block bases need no product dy^T x: their own are cheaper.
+std::tuple<Tensor, Tensor> formed_gradients(const Basis& b, const Call& c, const Tensor& lam,
+                                            const Tensor& gam, const Tensor& x, const Tensor& dy) {
+  const Tensor dyT = torch::stable::transpose(rows(dy, c.s, c.s.out), 0, 1);
+  return contract_delta(b, product(dyT, rows(x, c.s, c.s.in)), lam, gam, c.scale, c.expand);
+}
+std::tuple<Tensor, Tensor> formed_gradients(const BlockBasis& b, const Call& c, const Tensor& lam,
+                                            const Tensor& gam, const Tensor& x, const Tensor& dy) {
+  return factored_backward(b, c, lam, gam, x, dy, nullptr, false, true);
+}
+
+template <class B>
+Tensor forward(const B& b, Path path, const Call& c, const Tensor& x, const OptionalTensor& weight,
+               const OptionalTensor& bias, const Tensor& lam, const Tensor& gam) {
+  const auto formed = [&](const OptionalTensor& base) {
+    return form_delta(b, lam, gam, base, c.scale, c.s.out, c.s.in, c.expand, c.dtype);
+  };
+  if (path == Path::merged) return torch_linear(x, formed(weight), bias);
+  if (path == Path::delta) {
+    const Tensor y = torch_linear(x, formed({}), {});
+    return weight ? sum_of(torch_linear(x, *weight, bias), y) : y;
+  }
+  Tensor y;
+  if (weight) {
+    y = as_contiguous(torch_linear(x, *weight, bias));
+  } else {
+    std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+    shape.back() = c.s.out;
+    y = allocate(shape, x.scalar_type(), x);
+  }
+  add_factored(b, c, lam, gam, x, y, /*accumulate=*/weight.has_value());
+  return y;
+}
+
+// (dx, dlam, dgam); those that nobody needs are left undefined.
+template <class B>
+std::tuple<Tensor, Tensor, Tensor> backward(const B& b, Path path, const Call& c, const Tensor& x,
+                                            const Tensor& dy, const OptionalTensor& weight,
+                                            const Tensor& lam, const Tensor& gam, bool need_x,
+                                            bool need_diagonals) {
+  Tensor dx, dlam, dgam;
+  if (path == Path::factored) {
+    if (need_x) dx = weight ? as_contiguous(product(dy, *weight)) : allocate_like(x);
+    std::tie(dlam, dgam) = factored_backward(b, c, lam, gam, x, dy, need_x ? &dx : nullptr,
+                                             weight.has_value(), need_diagonals);
+    return {dx, dlam, dgam};
+  }
+  if (need_x) {
+    const OptionalTensor base = path == Path::merged ? weight : OptionalTensor();
+    dx = product(dy, form_delta(b, lam, gam, base, c.scale, c.s.out, c.s.in, c.expand, c.dtype));
+    if (path == Path::delta && weight) dx = sum_of(product(dy, *weight), dx);
+  }
+  if (need_diagonals) std::tie(dlam, dgam) = formed_gradients(b, c, lam, gam, x, dy);
+  return {dx, dlam, dgam};
 }
 
 Tensor linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor lam, Tensor gam,
@@ -95,32 +196,12 @@ Tensor linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor lam, 
               std::optional<bool> expand) {
   const Path p = path_of(path, weight.has_value());
   const Sizes s = check(x, weight, bias, lam, out_features);
-  const Basis b = basis_of(packed, lam, gam, s.in, s.out, expand);
-  const bool d_is_in = expands(expand, s.in, s.out);
-  check_dense(b, packed, x);
-  const DType dtype = activation_dtype(x, "x");
+  const PackedBasis basis = basis_of(packed, lam, gam, s.in, s.out, expand);
+  check_dense(basis, packed, x);
+  const Call c{s, activation_dtype(x, "x"), scale, expands(expand, s.in, s.out)};
   const Tensor xc = as_contiguous(x);
-
-  Tensor y;
-  if (p == Path::merged)
-    return torch_linear(xc, form_delta(b, lam, gam, weight, scale, s.out, s.in, d_is_in, dtype),
-                        bias);
-  if (p == Path::delta) {
-    y = torch_linear(xc, form_delta(b, lam, gam, {}, scale, s.out, s.in, d_is_in, dtype), {});
-    return weight ? sum_of(torch_linear(xc, *weight, bias), y) : y;
-  }
-  if (weight) {
-    y = as_contiguous(torch_linear(xc, *weight, bias));
-  } else {
-    std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-    shape.back() = s.out;
-    y = allocate(shape, x.scalar_type(), x);
-  }
-  const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
-  run(x, &Kernels::linear, &CudaKernels::linear,
-      {b, l.const_data_ptr(), g.const_data_ptr(), xc.const_data_ptr(), y.mutable_data_ptr(), dtype,
-       s.T, scale, /*expand=*/d_is_in, /*accumulate=*/weight.has_value()});
-  return y;
+  const auto run = [&](const auto& b) { return forward(b, p, c, xc, weight, bias, lam, gam); };
+  return std::visit(run, basis);
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward(
@@ -134,38 +215,20 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(
   for (int64_t i = 0; i + 1 < x.dim(); ++i)
     RANDLORA_CHECK(dy.size(i) == x.size(i), "dy is ", describe(dy), ", which does not fit x ",
                    describe(x));
-  const Basis b = basis_of(packed, lam, gam, s.in, s.out, expand);
-  const bool d_is_in = expands(expand, s.in, s.out);
-  check_dense(b, packed, x);
-  const DType dtype = activation_dtype(x, "x");
-  const Tensor xc = as_contiguous(x), dyc = as_contiguous(dy);
+  const PackedBasis basis = basis_of(packed, lam, gam, s.in, s.out, expand);
+  check_dense(basis, packed, x);
   Tensor dx, dlam, dgam;
+  if (need_x || need_diagonals) {
+    const Call c{s, activation_dtype(x, "x"), scale, expands(expand, s.in, s.out)};
+    const Tensor xc = as_contiguous(x), dyc = as_contiguous(dy);
+    const auto run = [&](const auto& b) {
+      return backward(b, p, c, xc, dyc, weight, lam, gam, need_x, need_diagonals);
+    };
+    std::tie(dx, dlam, dgam) = std::visit(run, basis);
+  }
   if (!need_x) dx = allocate({0}, x.scalar_type(), x);
   if (!need_diagonals)
     dlam = allocate({0}, lam.scalar_type(), lam), dgam = allocate({0}, gam.scalar_type(), gam);
-  if (!need_x && !need_diagonals) return {dx, dlam, dgam};
-
-  if (p == Path::factored) {
-    const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
-    if (need_x) dx = weight ? as_contiguous(product(dyc, *weight)) : allocate_like(xc);
-    if (need_diagonals) dlam = allocate_like(l), dgam = allocate_like(g);
-    run(x, &Kernels::linear_backward, &CudaKernels::linear_backward,
-        {b, l.const_data_ptr(), g.const_data_ptr(), xc.const_data_ptr(), dyc.const_data_ptr(),
-         need_x ? dx.mutable_data_ptr() : nullptr, dtype, s.T, scale, /*expand=*/d_is_in,
-         /*accumulate=*/weight.has_value(), need_diagonals ? dlam.mutable_data_ptr() : nullptr,
-         need_diagonals ? dgam.mutable_data_ptr() : nullptr});
-    return {dx, cast(dlam, lam.scalar_type()), cast(dgam, gam.scalar_type())};
-  }
-  if (need_x) {
-    const OptionalTensor base = p == Path::merged ? weight : OptionalTensor();
-    dx = product(dyc, form_delta(b, lam, gam, base, scale, s.out, s.in, d_is_in, dtype));
-    if (p == Path::delta && weight) dx = sum_of(product(dyc, *weight), dx);
-  }
-  if (need_diagonals) {
-    const Tensor dyT = torch::stable::transpose(rows(dyc, s, s.out), 0, 1);
-    const Tensor G = product(dyT, rows(xc, s, s.in));
-    std::tie(dlam, dgam) = contract_delta(b, G, lam, gam, scale, d_is_in);
-  }
   return {dx, dlam, dgam};
 }
 

@@ -10,10 +10,10 @@ _ops = torch.ops.randlora
 
 
 def fits(groups: int, in_features: int, out_features: int, r: int) -> bool:
-    """Whether `groups` divides all three sizes, and r / groups is a power of two."""
-    q = r // groups
+    """Whether blocks of these sizes exist and give a dW without zeros, which takes G^2 <= K."""
+    q, K = r // groups, r * -(-min(in_features, out_features) // r)
     divides = all(size % groups == 0 for size in (in_features, out_features, r))
-    return divides and q & (q - 1) == 0
+    return divides and q & (q - 1) == 0 and groups * groups <= K
 
 
 def check_sizes(groups: int, in_features: int, out_features: int, r: int) -> None:
@@ -28,8 +28,8 @@ def check_sizes(groups: int, in_features: int, out_features: int, r: int) -> Non
     )
     raise ValueError(
         f"block bases of density=1/{groups} need in_features, out_features and r to be multiples "
-        f"of {groups} and r / {groups} to be a power of two, got {in_features}, {out_features} "
-        f"and r={r}; {instead}"
+        f"of {groups}, r / {groups} to be a power of two and min(in, out) to be {groups * groups} "
+        f"or more, got {in_features}, {out_features} and r={r}; {instead}"
     )
 
 
@@ -48,7 +48,7 @@ class BlockMatrices(GeneratedMatrices):
         """The signs without the zeros around them.
 
         Returns:
-            a (r, d / G) float32: row j holds the columns of A in chunk j // (r / G).
+            a (r, d / G) int8: row j holds the columns of A in chunk j // (r / G).
             b (K, D / G) float32: row c holds column c of B, within chunk c % G.
         """
         groups, seed = self.description.groups, self.description.seed
@@ -61,12 +61,12 @@ class BlockMatrices(GeneratedMatrices):
         for g in range(groups):
             rows = generate_planes(seed, ROLE_B, g * height, height, 0, shape.K, 1.0, device)
             b[g::groups] = _ops.planes_to_dense(rows, shape.K, 1.0, torch.float32)[:, g::groups].T
-        return a.reshape(shape.r, width), b
+        return a.reshape(shape.r, width).to(torch.int8), b
 
     def a_planes(self, shape: Shape, device: torch.device) -> Tensor:
         a, _ = self.blocks(shape, device)
         groups = shape.d // a.shape[1]
-        A = a.new_zeros(groups, shape.r // groups, groups, a.shape[1])
+        A = torch.zeros(groups, shape.r // groups, groups, a.shape[1], device=device)
         for h, block in enumerate(a.view(groups, -1, a.shape[1])):
             A[h, :, h] = block
         return _ops.pack_dense(A.view(shape.r, shape.d))[0]

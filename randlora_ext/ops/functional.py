@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..basis import TernaryBasis
 from ..basis.description import as_signed, check_seed
-from . import autocast, autograd
+from ..kernels import serve
+from . import autocast, autograd, block_torch
 from .dtensor import refuse_dtensor
 from .path import choose
 
@@ -29,6 +30,19 @@ def _check_types(basis: TernaryBasis, **tensors: Tensor) -> None:
         raise RuntimeError(
             "randlora_ext does not support torch.jit.trace; use torch.export or torch.compile"
         )
+
+
+def _served(basis: TernaryBasis, name: str, tensor: Tensor) -> bool:
+    """Whether our kernels serve the device of `tensor`; if not, only block bases work there."""
+    kind = tensor.device.type
+    if kind == "meta" or serve(kind):
+        return True
+    if basis.kind != "block":
+        raise ValueError(
+            f"{name} is on {tensor.device}, for which no kernels are loaded here "
+            "(randlora_ext.build_info()['cuda']); only block bases work without, in plain torch"
+        )
+    return False
 
 
 def scaled_basis(basis_or_A: TernaryBasis | Tensor, lam: Tensor, gam: Tensor) -> Tensor:
@@ -58,6 +72,8 @@ def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float =
     dense B is made. Source: PEFT's ``get_delta_weight``; paper equation 3.
     """
     _check_types(basis, lam=lam, gam=gam)
+    if not _served(basis, "lam", lam):
+        return block_torch.delta_weight(basis, lam, gam, scaling)
     return autograd.delta_weight(
         lam,
         gam,
@@ -98,6 +114,12 @@ def merged_weight(
     if rounding_seed is not None:
         check_seed("rounding_seed", rounding_seed)
         rounding_seed = as_signed(rounding_seed)
+    if not _served(basis, "weight", weight):
+        if rounding_seed is not None:
+            raise ValueError(f"rounding_seed needs our kernels, which {weight.device} has none of")
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        delta = block_torch.delta_weight(basis, lam.to(wide), gam.to(wide), scaling)
+        return (weight.to(wide) + delta).to(weight.dtype)
     packed = basis.packed(lam.device)
     scale = scaling * basis.scale
     return _ops.merged_weight(weight, lam, gam, packed, scale, rounding_seed, basis.slice_expand)
@@ -136,14 +158,15 @@ def linear(
             f"got {tuple(x.shape)}"
         )
     kind = x.device.type
-    if kind not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"x is on {x.device}; there are kernels for cpu and cuda only")
+    served = _served(basis, "x", x)
     if autocast.is_on(kind):  # the path depends on the dtype
         x, weight, bias = autocast.cast(kind, (x, weight, bias))
+    if not served:
+        return block_torch.linear(x, weight, bias, basis, lam, gam, scaling)
     tokens = x.numel() // basis.in_features  # keeps a symbolic size symbolic
     path, b_side = choose(path, basis, tokens, x.dtype, weight is not None, kind)
     packed = basis.packed(x.device)
-    if path == "factored" and b_side == "dense":
+    if b_side == "dense" and (path == "factored" or basis.format == "blocks"):
         packed = [*packed, basis.dense_b(x.device, x.dtype)]
     return autograd.linear(
         x,

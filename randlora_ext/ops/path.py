@@ -51,6 +51,8 @@ def path_terms(
 ) -> dict[str, tuple[float, dict[str, float]]]:
     """By path: the GEMMs it adds, in units, and how many units of each rate it pays."""
     density, K, d, D = basis.density, basis.K, basis.d, basis.D
+    if basis.format == "blocks":
+        return _block_terms(basis, tokens, has_weight)
     # If d == out, forward computes U = x B and does not keep it: backward computes it again.
     a_products, b_products = (3, 2) if d == basis.in_features else (3, 3)
     factored = {"a_side": a_products * density * K / D}
@@ -74,6 +76,24 @@ def path_terms(
     return terms
 
 
+def _block_terms(
+    basis: TernaryBasis, tokens: int, has_weight: bool
+) -> dict[str, tuple[float, dict[str, float]]]:
+    density, K, d, D = basis.density, basis.K, basis.d, basis.D
+    a_products, b_products = (3, 2) if d == basis.in_features else (3, 3)
+    factored = {"block": density * (a_products * K / D + b_products * K / d)}
+    # Where dW is formed, the gradient of lambda and gamma takes one product of each side.
+    formed = {
+        "block": density * (K / D + K / d),
+        "block_term": density**2 * K / max(tokens, 1),
+        "block_entry": 1 / max(tokens, 1),
+    }
+    terms = {"factored": (0.0, factored), "delta": (2.0, formed)}
+    if has_weight:
+        terms["merged"] = (0.0, formed)
+    return terms
+
+
 def predicted_costs(
     basis: TernaryBasis,
     tokens: int,
@@ -90,11 +110,13 @@ def predicted_costs(
 
 
 def choose_b_side(basis: TernaryBasis, tokens: int, device_type: str) -> str:
-    """How the factored path multiplies by B: "packed" or, on CUDA, "dense" (a GEMM).
+    """How B is multiplied: "packed" or, on CUDA and for block bases, "dense" (a GEMM).
 
-    A dense B (D, K) in the dtype of x is made once and shared by all layers of the shape. The
+    A dense B in the dtype of x is made once and shared by all layers of the shape. The
     environment variable RANDLORA_B_SIDE (packed, dense) overrides the choice on CUDA.
     """
+    if basis.format == "blocks":
+        return "dense"
     if not kernels.cuda_serves(device_type):
         return "packed"
     forced = os.environ.get("RANDLORA_B_SIDE")
