@@ -58,9 +58,9 @@ def _scaled(a: Tensor, lam: Tensor, gam: Tensor, dtype: torch.dtype, factor: flo
     """factor * A' by blocks (G, K / G, d / G)."""
     groups, q, width = a.shape
     wide = torch.promote_types(torch.promote_types(lam.dtype, gam.dtype), torch.float32)
-    l = (factor * lam.to(wide)).view(groups, q, -1, 1)
+    left = (factor * lam.to(wide)).view(groups, q, -1, 1)
     g = gam.to(wide).view(-1, groups, width).transpose(0, 1).unsqueeze(1)
-    return (l * a.unsqueeze(2) * g).to(dtype).flatten(1, 2)
+    return (left * a.unsqueeze(2) * g).to(dtype).flatten(1, 2)
 
 
 def _contract(grad: Tensor, a: Tensor, lam: Tensor, gam: Tensor, scale: float):
