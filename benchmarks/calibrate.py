@@ -26,7 +26,14 @@ from randlora_ext.ops.rates import NAMES, Rates, save
 _ops = torch.ops.randlora
 RANK = 32
 SIZES = ((1024, 1024), (2048, 2048), (1024, 2048))
-DENSITIES = (1 / 48, 0.07, 1 / 3)
+BASES = (
+    ("independent", 1 / 48),
+    ("independent", 0.07),
+    ("independent", 1 / 3),
+    ("block", 1 / 4),
+    ("block", 1 / 8),
+    ("block", 1 / 16),
+)
 TOKENS = 512
 DTYPES = {"fp32": torch.float32, "16bit": torch.bfloat16}
 
@@ -49,6 +56,7 @@ def _seconds(
 
 def measure_size(
     size: tuple[int, int],
+    kind: str,
     density: float,
     dtype: torch.dtype,
     device: str,
@@ -56,8 +64,10 @@ def measure_size(
 ) -> list[tuple[dict[str, float], float]]:
     """(how often each rate is paid, units measured) of the factored products and of forming dW."""
     n_in, n_out = size
-    basis = TernaryBasis(n_in, n_out, RANK, density)
+    basis = TernaryBasis(n_in, n_out, RANK, density, kind=kind)
     packed = basis.packed(device)
+    if kind == "block":
+        packed = [*packed, basis.dense_b(device, dtype)]
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
@@ -72,7 +82,10 @@ def measure_size(
     def form() -> None:
         for _ in range(2):
             _ops.delta_weight(lam, gam, packed, 1.0, n_out, n_in)
-        _ops.delta_weight_backward(weight, lam, gam, packed, 1.0)
+        if kind == "block":
+            _ops.linear_backward(dy, x, None, lam, gam, packed, 1.0, "factored", False, True)
+        else:
+            _ops.delta_weight_backward(weight, lam, gam, packed, 1.0)
 
     def frozen() -> None:
         frozen_linear(x, weight)
@@ -110,14 +123,14 @@ def fit(samples: list[tuple[dict[str, float], float]]) -> tuple[Rates, float]:
 def calibrate(device: str = "cpu", repeats: int = 5, report: Callable[[str], None] = print) -> dict:
     """{(device, "fp32" or "16bit"): Rates}, measured here."""
     results = {}
-    for kind, dtype in DTYPES.items():
+    for bits, dtype in DTYPES.items():
         samples = []
         for size in SIZES:
-            for density in DENSITIES:
-                samples += measure_size(size, density, dtype, device, repeats)
-        results[device, kind], error = fit(samples)
-        rounded = ", ".join(f"{n} {v:.3g}" for n, v in asdict(results[device, kind]).items())
-        report(f"{device} {kind}: {rounded}; the fit is off by {error:.0%} at worst")
+            for kind, density in BASES:
+                samples += measure_size(size, kind, density, dtype, device, repeats)
+        results[device, bits], error = fit(samples)
+        rounded = ", ".join(f"{n} {v:.3g}" for n, v in asdict(results[device, bits]).items())
+        report(f"{device} {bits}: {rounded}; the fit is off by {error:.0%} at worst")
     return results
 
 

@@ -11,14 +11,15 @@ namespace {
 
 constexpr int64_t kChunkBytes = int64_t{64} << 20;  // limit for V or U; more tokens are chunked
 
-// Powers of two that keep float16 in range: lambda * gamma is about 1 / d and would lose bits below
-// 2^-14, and a gradient of A' sums D / G of the elements that a weight's gradient has one of.
+// Powers of two that keep float16 in range. gamma is about 1 / d and lambda below 1, so their product
+// would lose bits below 2^-14. The gradient of A' sums D / G of the terms that a weight's gradient
+// has one of.
 struct Range {
   double scaled = 1, gradient = 1;
 
   Range(const BlockBasis& b, DType dtype) {
     if (dtype != DType::f16) return;
-    scaled = std::exp2(std::round(std::log2(double(b.n > b.d ? b.n : b.d))));
+    scaled = std::exp2(4 + std::round(std::log2(double(b.n > b.d ? b.n : b.d))));
     gradient = std::exp2(-std::ceil(std::log2(std::sqrt(double(b.b_width())))));
   }
 };

@@ -233,7 +233,8 @@ class TernaryBasis:
             name, made = f"_packed_{device}", self._packed[with_index(device)]
         else:
             self.dense_b(device, dtype)
-            name, made = f"_dense_{dtype}_{device}", self._dense[with_index(device), dtype]
+            name = f"_dense_{str(dtype)[6:]}_{device}"  # without the dot, which Dynamo refuses
+            made = self._dense[with_index(device), dtype]
         for tensor in made.tensors:  # no symbolic sizes, and CUDA graphs need not copy them
             torch._dynamo.mark_static(tensor)
             torch._dynamo.mark_static_address(tensor, guard=False)

@@ -79,7 +79,7 @@ def _ranges(dtype: torch.dtype, gam: Tensor, b: Tensor) -> tuple[float, float]:
     if dtype != torch.float16:
         return 1.0, 1.0
     gradient = 2.0 ** -math.ceil(math.log2(math.sqrt(b.shape[1])))
-    return 2.0 ** round(math.log2(max(gam.shape))), gradient
+    return 2.0 ** (4 + round(math.log2(max(gam.shape)))), gradient
 
 
 class _Linear(torch.autograd.Function):
@@ -126,19 +126,19 @@ class _Side:
         """The rows of V (K, T) by block: (G, K / G, T)."""
         groups = len(self.blocks)
         if self.by_rows:
-            return V.view(groups, -1, V.shape[1])
-        return V.view(-1, groups, V.shape[1]).transpose(0, 1)
+            return V.unflatten(0, (groups, -1))
+        return V.unflatten(0, (-1, groups)).transpose(0, 1)
 
     def chunks_of(self, x: Tensor) -> Tensor:
         """x (T, features) by block: (G, T, features / G)."""
-        return x.view(len(x), len(self.blocks), -1).transpose(0, 1)
+        return x.unflatten(1, (len(self.blocks), -1)).transpose(0, 1)
 
     def down(self, x: Tensor) -> Tensor:
         """V (K, T) = blocks x^T."""
         V = self.blocks @ self.chunks_of(x).transpose(1, 2)
-        return (V if self.by_rows else V.transpose(0, 1)).reshape(-1, len(x))
+        return (V if self.by_rows else V.transpose(0, 1)).flatten(0, 1)
 
     def up(self, V: Tensor) -> Tensor:
         """V^T blocks, (T, features)."""
         chunks = self.rows_of(V).transpose(1, 2) @ self.blocks
-        return chunks.transpose(0, 1).reshape(V.shape[1], -1)
+        return chunks.transpose(0, 1).flatten(1)

@@ -70,9 +70,10 @@ def make_layer(
     tokens: int,
     dtype: torch.dtype = torch.float64,
     lead: tuple[int, ...] = (),
+    kind: str = "independent",
 ) -> Layer:
     """Unit-variance x and dy, W of variance 1 / in; diagonals in float32, float64 for float64."""
-    basis = TernaryBasis(in_features, out_features, r, density, seed=3)
+    basis = TernaryBasis(in_features, out_features, r, density, 3, kind)
     diagonals = torch.promote_types(dtype, torch.float32)
     make = torch.Generator().manual_seed(1000 * in_features + 10 * out_features + r + tokens)
 

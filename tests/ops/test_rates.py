@@ -8,11 +8,17 @@ from randlora_ext import TernaryBasis, explain
 from randlora_ext.ops.path import path_terms, predicted_costs
 from randlora_ext.ops.rates import NAMES, Rates, rates, save
 
-KNOWN = Rates(0.5, 1.5, 0.25, 3.0, 90.0, 0.0, 70.0)
+KNOWN = Rates(0.5, 1.5, 0.25, 3.0, 90.0, 0.0, 70.0, 1.25, 2.0, 80.0)
 BASES = [
-    TernaryBasis(n_in, n_out, 8, density)
-    for n_in, n_out in ((64, 64), (96, 64), (64, 130))
-    for density in (1 / 16, 1 / 9, 1 / 3)
+    TernaryBasis(n_in, n_out, 8, density, kind=kind)
+    for n_in, n_out in ((64, 64), (96, 64), (64, 132))
+    for density, kind in (
+        (1 / 16, "independent"),
+        (1 / 9, "independent"),
+        (1 / 3, "independent"),
+        (1 / 2, "block"),
+        (1 / 4, "block"),
+    )
 ]
 
 
@@ -36,17 +42,24 @@ def test_fit_has_no_negative_rates():
     assert fitted.b_lists == 0.0 and fitted.a_side == pytest.approx(0.95, abs=0.01) and error > 0
 
 
-@pytest.mark.parametrize("density, b_side", [(1 / 16, "b_lists"), (1 / 3, "b_planes")])
-def test_measured_samples_pay_what_the_path_does(density, b_side):
-    samples = calibrate.measure_size((64, 96), density, torch.float32, "cpu", 1)
-    assert {"a_side", b_side} == set(samples[0][0]) and "form_entry" in samples[1][0]
+@pytest.mark.parametrize(
+    "kind, density, factored, formed",
+    [
+        ("independent", 1 / 16, {"a_side", "b_lists"}, "form_entry"),
+        ("independent", 1 / 3, {"a_side", "b_planes"}, "form_entry"),
+        ("block", 1 / 4, {"block"}, "block_entry"),
+    ],
+)
+def test_measured_samples_pay_what_the_path_does(kind, density, factored, formed):
+    samples = calibrate.measure_size((64, 96), kind, density, torch.float32, "cpu", 1)
+    assert factored == set(samples[0][0]) and formed in samples[1][0]
     assert all(units > 0 for _, units in samples)
 
 
 def test_file_is_read_back_and_changes_the_choice(tmp_path, monkeypatch):
     basis = TernaryBasis(512, 512, 32, 1 / 3, seed=41)
     assert explain(basis, 64).path == "factored"
-    free_formation = Rates(100.0, 100.0, 100.0, 0.0, 0.0, 0.0, 0.0)
+    free_formation = Rates(100.0, 100.0, 100.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     save(tmp_path / "rates.json", {("cpu", "fp32"): free_formation}, ["a machine"])
     monkeypatch.setenv("RANDLORA_RATES", str(tmp_path / "rates.json"))
     assert rates("cpu", torch.float32, "planes") == free_formation

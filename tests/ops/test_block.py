@@ -1,0 +1,271 @@
+"""Block bases against the plain PyTorch reference, by our operators and in plain torch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from layer_cases import (  # noqa: F401
+    SIXTEEN_BITS,
+    assert_rule,
+    exact,
+    forward_backward,
+    largest_error,
+    make_layer,
+    one_thread,
+    ours,
+    plain,
+    rms_error,
+)
+
+import randlora_ext
+from randlora_ext import TernaryBasis, delta_weight, explain, linear, merged_weight
+from randlora_ext.ops import functional
+from randlora_ext.reference import delta_weight_reference
+
+# in, out, r, G: wide, tall, square; q = r / G of 1, 2, 4 and 8; G = 3; an overhanging base; r > d;
+# K / G a multiple of G and not.
+LAYERS = [
+    (64, 96, 8, 4),
+    (96, 64, 8, 4),
+    (48, 48, 16, 2),
+    (60, 120, 12, 3),
+    (120, 60, 12, 3),
+    (36, 72, 6, 3),
+    (64, 64, 8, 8),
+    (130, 70, 10, 5),
+    (16, 32, 32, 4),
+    (4, 4, 16, 2),
+    (4, 8, 16, 4),
+]
+PATHS = ["factored", "delta", "merged"]
+
+
+@pytest.fixture(params=["operators", "plain torch"])
+def served(request, monkeypatch):
+    """Runs a test with our kernels, and as on a device that has none."""
+    if request.param == "plain torch":
+        monkeypatch.setattr(functional, "serve", lambda device_type: False)
+    return request.param == "operators"
+
+
+def block_layer(n_in, n_out, r, groups, tokens, dtype=torch.float64):
+    return make_layer(n_in, n_out, r, 1 / groups, tokens, dtype, kind="block")
+
+
+@pytest.mark.parametrize("sizes", LAYERS, ids=str)
+def test_float64(sizes, served):
+    for tokens in (0, 1, 3, 17, 64):
+        whole = block_layer(*sizes, tokens)
+        for layer in (whole, whole.without_weight()):
+            oracle = exact(layer)
+            for path in PATHS if served else ["factored"]:
+                if path == "merged" and layer.weight is None:
+                    continue
+                for name, value in ours(layer, path).items():
+                    assert value.shape == oracle[name].shape, (path, name)
+                    error = largest_error(value, oracle[name])
+                    assert error <= 1e-12, f"{name} by {path} is off by {error:.3g}"
+
+
+def test_float64_in_chunks_of_tokens():
+    layer = block_layer(32, 32, 1024, 32, 8300)  # V (K, T) would take 68 MB
+    oracle = exact(layer)
+    for name, value in ours(layer, "factored").items():
+        assert largest_error(value, oracle[name]) <= 1e-12, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BITS], ids=str)
+@pytest.mark.parametrize("sizes", LAYERS, ids=str)
+def test_error_rule(sizes, dtype, served):
+    for tokens in (1, 33, 200):
+        whole = block_layer(*sizes, tokens, dtype)
+        for layer in (whole, whole.without_weight()):
+            oracle, simple = exact(layer), plain(layer)
+            for path in ("factored", "delta") if served else ["factored"]:
+                assert_rule(ours(layer, path), simple, oracle, dtype)
+        if dtype is torch.float32 and served:
+            assert_rule(ours(whole, "merged"), plain(whole), exact(whole), dtype, floor=2)
+
+
+def test_float16_keeps_small_diagonals(served):
+    # lambda * gamma of 1e-7, as early in training, is about float16's smallest number.
+    layer = block_layer(256, 256, 16, 4, 40, torch.float16).without_weight()
+    layer.lam, layer.gam, layer.scaling = layer.lam * 1e-4, layer.gam / 16, 5e4
+    oracle = exact(layer)
+    results = ours(layer, "factored")
+    assert all(rms_error(results[name], oracle[name]) < 2e-3 for name in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *SIXTEEN_BITS], ids=str)
+@pytest.mark.parametrize("sizes", LAYERS, ids=str)
+def test_delta_weight(sizes, dtype, served):
+    layer = block_layer(*sizes, 0, dtype).cast(dtype)
+    basis = layer.basis
+    shape = basis.out_features, basis.in_features
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def results(function, lam, gam, grad):
+        leaves = [t.clone().requires_grad_() for t in (lam, gam)]
+        delta = function(*leaves)
+        dlam, dgam = torch.autograd.grad(delta, leaves, grad)
+        return {"dW": delta, "dlam": dlam, "dgam": dgam}
+
+    def reference(dtype):
+        A, B = basis.dense(dtype=dtype)
+        return results(
+            lambda lam, gam: delta_weight_reference(A, B, lam, gam, 0.5, *shape),
+            layer.lam.to(dtype),
+            layer.gam.to(dtype),
+            grad.to(dtype),
+        )
+
+    mine = results(lambda lam, gam: delta_weight(basis, lam, gam, 0.5), layer.lam, layer.gam, grad)
+    assert_rule(mine, reference(dtype), reference(torch.float64), dtype, floor=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *SIXTEEN_BITS], ids=str)
+@pytest.mark.parametrize("sizes", LAYERS, ids=str)
+def test_merged_weight_is_rounded_once(sizes, dtype, served):
+    layer = block_layer(*sizes, 0, dtype)
+    basis, wide = layer.basis, layer.cast(torch.float64)
+    A, B = basis.dense(dtype=torch.float64)
+    shape = basis.out_features, basis.in_features
+    total = wide.weight + delta_weight_reference(A, B, wide.lam, wide.gam, 0.5, *shape)
+    merged = merged_weight(basis, layer.weight, layer.lam, layer.gam, 0.5)
+    eps = torch.finfo(dtype).eps
+    # Half an ulp, and the float32 sum's own error before the rounding.
+    assert (merged.double() - total).abs().le((0.5 * eps + 1e-6) * total.abs() + 1e-6).all() or (
+        dtype is torch.float64 and largest_error(merged, total) < 1e-14
+    )
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+def test_stochastic_rounding_is_right_on_average(dtype):
+    layer = block_layer(64, 96, 8, 4, 0, dtype)
+    arguments = layer.basis, layer.weight, layer.lam * 1e-2, layer.gam, 0.5
+    once = merged_weight(*arguments, rounding_seed=7)
+    assert torch.equal(once, merged_weight(*arguments, rounding_seed=7))
+    delta = delta_weight(layer.basis, layer.lam.double() * 1e-2, layer.gam.double(), 0.5)
+    total = layer.weight.double() + delta
+    mean = sum(merged_weight(*arguments, rounding_seed=k).double() for k in range(200)) / 200
+    eps = torch.finfo(dtype).eps
+    assert ((once.double() - total).abs() <= 1.01 * eps * total.abs() + 1e-6).all()
+    # 200 roundings, each off by at most an ulp: 5 standard deviations.
+    assert ((mean - total).abs() <= 5 * 0.5 * eps * total.abs() / 200**0.5 + 1e-6).all()
+
+
+def test_plain_torch_refuses_stochastic_rounding(monkeypatch):
+    monkeypatch.setattr(functional, "serve", lambda device_type: False)
+    layer = block_layer(64, 96, 8, 4, 0, torch.bfloat16)
+    with pytest.raises(ValueError, match="rounding_seed needs our kernels"):
+        merged_weight(layer.basis, layer.weight, layer.lam, layer.gam, 1.0, rounding_seed=1)
+
+
+def test_independent_bases_need_kernels(monkeypatch):
+    monkeypatch.setattr(functional, "serve", lambda device_type: False)
+    layer = make_layer(64, 96, 8, 0.07, 3)
+    with pytest.raises(ValueError, match="x is on cpu, for which no kernels.*only block bases"):
+        ours(layer, "auto")
+
+
+@pytest.mark.parametrize("sizes", [(64, 96, 8, 4), (96, 64, 8, 4), (36, 72, 6, 3)], ids=str)
+def test_compiled(sizes, served):
+    layer = block_layer(*sizes, 20, torch.float32)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(x, lam, gam):
+        return linear(x, layer.weight, layer.bias, layer.basis, lam, gam, layer.scaling)
+
+    results, expected = forward_backward(step, layer), ours(layer, "auto")
+    for name, value in results.items():
+        assert largest_error(value, expected[name]) < 1e-6, name
+
+
+def test_autocast():
+    layer = block_layer(64, 96, 8, 4, 20, torch.float32)
+    arguments = layer.weight, layer.bias, layer.basis, layer.lam, layer.gam, layer.scaling
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(layer.x, *arguments)
+    cast = [t.bfloat16() for t in (layer.x, layer.weight, layer.bias)]
+    assert torch.equal(y, linear(*cast, *arguments[2:]))
+
+
+def test_thread_counts_and_repeats_give_equal_bits():
+    layer = block_layer(64, 96, 8, 4, 200, torch.float32)
+    torch.set_num_threads(2)
+    first, again = ours(layer, "factored"), ours(layer, "factored")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ((64, 100, 8, 1 / 8), r"densities that fit: 1/2, 1/4$"),
+        ((63, 97, 9, 1 / 4), "no density fits"),
+        ((24, 24, 12, 1 / 2), r"power of two.*r=12; densities that fit: 1/3"),
+        ((32, 32, 32, 1 / 16), "to be 256 or more"),
+        ((64, 64, 8, 0.3), "density of block bases must be 1 / G"),
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_fit(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        TernaryBasis(*sizes, kind="block")
+
+
+def test_packed_tensors_of_another_layer_are_refused():
+    layer = block_layer(64, 96, 8, 4, 3, torch.float32)
+    other = TernaryBasis(64, 192, 8, 1 / 4, kind="block")
+    a, planes = layer.basis.packed()
+    dense = layer.basis.dense_b("cpu", torch.float32)
+    call = torch.ops.randlora.linear
+    arguments = layer.x, layer.weight, layer.bias, layer.lam, layer.gam
+    for packed, message in [
+        ([a, other.packed()[1].clone()[:, :, :1].contiguous()[:, :32]], "b_planes must be"),
+        ([a.float(), planes], "a must be a contiguous int8"),
+        ([a[:, :15], planes], "a must be a contiguous int8"),
+        ([a], "packed must hold 2 tensors"),
+        ([a, planes, dense[:, :-1]], "dense B must be"),
+        ([a, planes, dense.double()], "must have one dtype"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            call(*arguments, packed, 1.0, 96, "factored")
+    with pytest.raises(RuntimeError, match="expand must be None"):
+        call(*arguments, [a, planes], 1.0, 96, "factored", True)
+
+
+def test_slices_are_refused():
+    with pytest.raises(ValueError, match="slice.. does not support block bases"):
+        TernaryBasis(64, 64, 8, 1 / 4, kind="block").slice(inputs=range(16))
+
+
+def test_the_choice_of_a_path():
+    basis = TernaryBasis(2048, 2048, 32, 1 / 8, kind="block")
+    assert explain(basis, 16).path == "factored"
+    assert explain(basis, 8192).path == "merged"
+    assert explain(basis, 8192, torch.bfloat16).path == "factored"
+    assert explain(basis, 8192, has_weight=False).path == "factored"
+
+
+def test_layers_of_a_shape_share_their_blocks():
+    one, two = (TernaryBasis(64, 96, 8, 1 / 4, 5, "block") for _ in range(2))
+    turned = one.transposed()
+    assert all(a is b for a, b in zip(one.packed(), two.packed(), strict=True))
+    assert all(a is b for a, b in zip(one.packed(), turned.packed(), strict=True))
+    assert one.dense_b("cpu", torch.float32) is two.dense_b("cpu", torch.float32)
+    assert randlora_ext.TernaryBasis(64, 96, 8, 1 / 4, 6, "block") != one
+
+
+def test_scaled_basis_is_that_of_the_dense_a():
+    layer = block_layer(64, 96, 8, 4, 0)
+    A, _ = layer.basis.dense(dtype=torch.float64)
+    expected = (layer.lam[:, :, None] * A[:, None] * layer.gam[None]).flatten(0, 1)
+    torch.testing.assert_close(
+        functional.scaled_basis(layer.basis, layer.lam, layer.gam), expected, rtol=1e-14, atol=0
+    )
+
+
+def test_the_frozen_layer_alone_when_lambda_is_zero(served):
+    layer = block_layer(64, 96, 8, 4, 9, torch.float32)
+    layer.lam = torch.zeros_like(layer.lam)
+    y = ours(layer, "factored")["y"]
+    torch.testing.assert_close(y, F.linear(layer.x, layer.weight, layer.bias))
