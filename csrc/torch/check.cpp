@@ -277,7 +277,8 @@ PackedBasis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const
   RANDLORA_CHECK(!packed.empty(),
                  "packed must hold 6 tensors (lists), 3 (bit planes) or 2 "
                  "(blocks), got 0");
-  if (packed[0].dim() == 2) return blocks_of(packed, lam, gam, in_features, out_features, expand);
+  if (packed.size() <= 3 && packed[0].dim() == 2)
+    return blocks_of(packed, lam, gam, in_features, out_features, expand);
   return ternary_of(packed, lam, gam, in_features, out_features, expand);
 }
 
