@@ -251,6 +251,38 @@ void stochastic(const Problem& p, DType dtype) {
            "element %zu of D %ld d %ld", e, long(p.D), long(p.d));
 }
 
+// base + delta, to nearest and stochastically, in every magnitude of S.
+template <class S>
+void add_rounded(DType dtype, int64_t count) {
+  std::mt19937 random(4);
+  std::normal_distribution<double> normal;
+  std::uniform_int_distribution<int> exponent(-26, 17);
+  std::vector<float> delta(count);
+  std::vector<S> base(count), got(count);
+  for (float& x : delta) x = float(std::ldexp(normal(random), exponent(random)));
+  for (S& x : base)
+    x = round_stochastic(float(std::ldexp(normal(random), std::min(12, exponent(random)))), 0, S{});
+  for (const S* from : {static_cast<const S*>(nullptr), static_cast<const S*>(base.data())})
+    for (const bool stochastic : {false, true})
+      for (const int threads : {1, 3}) {
+        ThreadRuntime rt(threads);
+        cpu_kernels().add_rounded(
+            {count, from, delta.data(), got.data(), dtype, stochastic, 0x123456789abcu}, rt);
+        for (int64_t e = 0; e < count; ++e) {
+          const float x = from ? float(value_of(base[e])) + delta[e] : delta[e];
+          const S low = round_stochastic(x, 0, S{}), high = round_stochastic(x, ~0u, S{});
+          const double to_low = std::fabs(x - value_of(low)),
+                       to_high = std::fabs(x - value_of(high));
+          const S near = to_low < to_high || (to_low == to_high && low.bits % 2 == 0) ? low : high;
+          const S want = stochastic
+                             ? round_stochastic(x, rounding_word(0x123456789abcu, uint64_t(e)), S{})
+                             : near;
+          EXPECT(got[e].bits == want.bits, "element %ld of %ld, dtype %d stochastic %d base %d",
+                 long(e), long(count), int(dtype), stochastic, from != nullptr);
+        }
+      }
+}
+
 void generation() {
   ThreadRuntime rt(2);
   for (int64_t col_start : {0, 1, 63, 64, 100})
@@ -285,6 +317,10 @@ int main() {
     return 77;
   }
   generation();
+  for (int64_t count : {1, 7, 4096, 9001}) {
+    add_rounded<bf16>(DType::bf16, count);
+    add_rounded<f16>(DType::f16, count);
+  }
   for (int64_t groups : {1, 2, 5})
     for (int64_t rows : {1, 2, 3, 4})
       for (int64_t w : {1, 3, 33, 64}) {

@@ -154,10 +154,10 @@ void tests() {
       {48, 96, 16, 300, 0.1, Form::lists, false, true, 0, 128},  // chunks, the last of few tokens
       {96, 48, 16, 270, 0.1, Form::lists, true, false, 0, 128},
       {96, 48, 16, 700, 0.1, Form::lists, false, true, 0, 512},  // z of a chunk in parts
-      {40, 40, 2, 40, 0.1, Form::dense, false, true},            // the lists: they are short
+      {40, 40, 2, 40, 0.1, Form::dense, false, true},
       {40, 40, 8, 33, 1.0 / 3, Form::dense, false, true},
       {70, 33, 8, 17, 0.05, Form::dense},
-      {33, 70, 8, 5, 0.05, Form::dense, false, true},  // few tokens: the lists
+      {33, 70, 8, 5, 0.05, Form::dense, false, true},
       {48, 96, 16, 300, 0.1, Form::dense, false, true, 0, 128},
       {33, 70, 8, 17, 1.0 / 3, Form::planes, false, true},
       {70, 33, 8, 5, 1.0, Form::planes},

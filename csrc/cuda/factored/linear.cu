@@ -9,8 +9,8 @@
 // Tokens are processed in chunks (Device::chunk_bytes of V or U), so scratch does not grow with T;
 // dlam and dgam accumulate chunk by chunk, in order. V and U have the dtype of x.
 //
-// The B side is a GEMM if the caller has B unpacked (Basis::b_dense) and there are enough tokens.
-// For few tokens, reading the packed form is much cheaper than reading a dense B.
+// The B side is a GEMM if the caller brings B unpacked (Basis::b_dense); when that pays, the caller
+// decides.
 //
 // Floor: each B product is 2 T D K operations by GEMM, each A product 2 T n nnz(A).
 #include <vector>
@@ -20,8 +20,6 @@
 namespace randlora {
 namespace cuda {
 namespace {
-
-constexpr int64_t kFewTokens = 16;
 
 // Rows of (T, features) matrices from token t on.
 const void* from(const void* p, int64_t t, int64_t features, DType dtype) {
@@ -72,14 +70,6 @@ void each_chunk(int64_t T, int64_t chunk, const F& fn) {
   } while (t < T);
 }
 
-// Few tokens read only the packed B. More tokens use a dense B, if the caller brings one beside
-// planes. Beside lists, signed sums cost time per entry and token, a GEMM of few tokens only the
-// reading of B: the GEMM starts at T = 2 / density.
-bool by_gemm(const Basis& b, int64_t T) {
-  if (!b.b_dense || T <= kFewTokens) return false;
-  return !b.has_lists() || T * b.b_rows.count > 2 * b.D * b.K();
-}
-
 // The products of the B side, chunk after chunk of tokens, by the form of B.
 class BSideCall {
  public:
@@ -90,7 +80,7 @@ class BSideCall {
   void up(const void* V, int64_t T, void* y, bool accumulate) {
     if (T == 0) return;
     device_.next_chunk();
-    if (by_gemm(b_, T))
+    if (b_.b_dense)
       device_.gemm({T, b_.D, b_.K(), V, b_.b_dense, y, dtype_, 1, false, accumulate});
     else if (b_.has_planes())
       b_up_planes({b_, dtype_, T}, V, y, 1, accumulate, device_);
@@ -102,7 +92,7 @@ class BSideCall {
   void down(const void* x, int64_t T, void* U) {
     if (T == 0) return;
     device_.next_chunk();
-    if (by_gemm(b_, T))
+    if (b_.b_dense)
       device_.gemm({T, b_.K(), b_.D, x, b_.b_dense, U, dtype_, 1, true, false});
     else if (b_.has_planes())
       b_down_planes({b_, dtype_, T}, x, U, device_);
