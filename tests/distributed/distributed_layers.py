@@ -198,7 +198,22 @@ def check_refusals(place: Place):
         hook = fit.base_layer.register_forward_hook(lambda *_: None)
         refused(TypeError, "without hooks", lambda s=style, f=fit: parallelize_module(f, mesh, s()))
         hook.remove()
+        blocks = {"r": 4, "density": 1 / 2, "basis": "block"}
+        fit.update_layer("blocks", **blocks)
+        refused(
+            ValueError,
+            "adapters ['blocks'] have block bases",
+            lambda s=style, f=fit: parallelize_module(f, mesh, s()),
+        )
+        assert type(fit) is RandLoraLinear
+        fit = layer(36, 52)
         done = parallelize_module(fit, mesh, style())
+        refused(
+            ValueError,
+            "on a tensor-parallel layer, got 'block'",
+            lambda f=done: f.update_layer("blocks", **blocks),
+        )
+        assert [*done.bases] == ["default"]
         refused(
             TypeError,
             "got TensorParallelRandLoraLinear",
