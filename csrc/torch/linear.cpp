@@ -2,7 +2,8 @@
 //
 //   factored  both sides of the basis applied to x; dW never exists
 //   delta     dW is formed, then two GEMMs; the base output is untouched
-//   merged    W + dW is formed, then one GEMM
+//   merged    W + dW is formed, then one GEMM; in 16 bits the sum is rounded, to nearest or by a
+//             rounding_seed that backward must get, too
 //
 // Without a weight the result is only the adapter's part, for base layers of any kind.
 #include "backend.h"
@@ -98,7 +99,17 @@ struct Call {
   DType dtype;
   double scale;
   bool expand;  // d is the input side
+  std::optional<int64_t> rounding_seed;
 };
+
+// W + dW (out, in), or dW alone. Wider types than 16 bits are not rounded.
+template <class B>
+Tensor formed(const B& b, const Call& c, const Tensor& lam, const Tensor& gam,
+              const OptionalTensor& base) {
+  const bool rounds = base && bytes_of(c.dtype) == 2;
+  return form_delta(b, lam, gam, base, c.scale, c.s.out, c.s.in, c.expand, c.dtype,
+                    rounds ? c.rounding_seed : std::nullopt);
+}
 
 // y += scale * x dW^T, or y = ... unless `accumulate`.
 void add_factored(const Basis& b, const Call& c, const Tensor& lam, const Tensor& gam,
@@ -149,12 +160,9 @@ std::tuple<Tensor, Tensor> formed_gradients(const BlockBasis& b, const Call& c, 
 template <class B>
 Tensor forward(const B& b, Path path, const Call& c, const Tensor& x, const OptionalTensor& weight,
                const OptionalTensor& bias, const Tensor& lam, const Tensor& gam) {
-  const auto formed = [&](const OptionalTensor& base) {
-    return form_delta(b, lam, gam, base, c.scale, c.s.out, c.s.in, c.expand, c.dtype);
-  };
-  if (path == Path::merged) return torch_linear(x, formed(weight), bias);
+  if (path == Path::merged) return torch_linear(x, formed(b, c, lam, gam, weight), bias);
   if (path == Path::delta) {
-    const Tensor y = torch_linear(x, formed({}), {});
+    const Tensor y = torch_linear(x, formed(b, c, lam, gam, {}), {});
     return weight ? sum_of(torch_linear(x, *weight, bias), y) : y;
   }
   Tensor y;
@@ -184,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const B& b, Path path, const Call& c
   }
   if (need_x) {
     const OptionalTensor base = path == Path::merged ? weight : OptionalTensor();
-    dx = product(dy, form_delta(b, lam, gam, base, c.scale, c.s.out, c.s.in, c.expand, c.dtype));
+    dx = product(dy, formed(b, c, lam, gam, base));
     if (path == Path::delta && weight) dx = sum_of(product(dy, *weight), dx);
   }
   if (need_diagonals) std::tie(dlam, dgam) = formed_gradients(b, c, lam, gam, x, dy);
@@ -193,20 +201,23 @@ std::tuple<Tensor, Tensor, Tensor> backward(const B& b, Path path, const Call& c
 
 Tensor linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor lam, Tensor gam,
               std::vector<Tensor> packed, double scale, int64_t out_features, std::string path,
-              std::optional<bool> expand) {
+              std::optional<bool> expand, std::optional<int64_t> rounding_seed) {
   const Path p = path_of(path, weight.has_value());
   const Sizes s = check(x, weight, bias, lam, out_features);
   const PackedBasis basis = basis_of(packed, lam, gam, s.in, s.out, expand);
   check_dense(basis, packed, x);
-  const Call c{s, activation_dtype(x, "x"), scale, expands(expand, s.in, s.out)};
+  const Call c{s, activation_dtype(x, "x"), scale, expands(expand, s.in, s.out), rounding_seed};
   const Tensor xc = as_contiguous(x);
   const auto run = [&](const auto& b) { return forward(b, p, c, xc, weight, bias, lam, gam); };
   return std::visit(run, basis);
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_backward(
-    Tensor dy, Tensor x, OptionalTensor weight, Tensor lam, Tensor gam, std::vector<Tensor> packed,
-    double scale, std::string path, bool need_x, bool need_diagonals, std::optional<bool> expand) {
+std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, OptionalTensor weight,
+                                                   Tensor lam, Tensor gam,
+                                                   std::vector<Tensor> packed, double scale,
+                                                   std::string path, bool need_x,
+                                                   bool need_diagonals, std::optional<bool> expand,
+                                                   std::optional<int64_t> rounding_seed) {
   const Path p = path_of(path, weight.has_value());
   RANDLORA_CHECK(dy.dim() == x.dim() && dy.scalar_type() == x.scalar_type(), "dy is ", describe(dy),
                  ", which does not fit x ", describe(x));
@@ -219,7 +230,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(
   check_dense(basis, packed, x);
   Tensor dx, dlam, dgam;
   if (need_x || need_diagonals) {
-    const Call c{s, activation_dtype(x, "x"), scale, expands(expand, s.in, s.out)};
+    const Call c{s, activation_dtype(x, "x"), scale, expands(expand, s.in, s.out), rounding_seed};
     const Tensor xc = as_contiguous(x), dyc = as_contiguous(dy);
     const auto run = [&](const auto& b) {
       return backward(b, p, c, xc, dyc, weight, lam, gam, need_x, need_diagonals);
@@ -244,11 +255,12 @@ void implement(Library& m) {
 STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
   m.def(
       "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor lam, Tensor gam, Tensor[] packed, "
-      "float scale, SymInt out_features, str path, bool? expand=None) -> Tensor");
+      "float scale, SymInt out_features, str path, bool? expand=None, int? rounding_seed=None) "
+      "-> Tensor");
   m.def(
       "linear_backward(Tensor dy, Tensor x, Tensor? weight, Tensor lam, Tensor gam, "
       "Tensor[] packed, float scale, str path, bool need_x, bool need_diagonals, "
-      "bool? expand=None) -> (Tensor, Tensor, Tensor)");
+      "bool? expand=None, int? rounding_seed=None) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) { randlora::implement(m); }

@@ -9,7 +9,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from ..nn.base_layer import is_plain_linear, matches
 from ..nn.linear import RandLoraLinear
-from ..ops import functional
 
 
 class TensorParallelRandLoraLinear(RandLoraLinear):
@@ -33,11 +32,6 @@ class TensorParallelRandLoraLinear(RandLoraLinear):
     src_data_rank: int | None
 
     def update_layer(self, adapter_name: str, *args, **kwargs) -> None:
-        if "block" in (*args, kwargs.get("basis")):  # before anything changes
-            raise ValueError(
-                "basis must be 'independent' on a tensor-parallel layer, got 'block': slices of "
-                "block bases are not implemented"
-            )
         super().update_layer(adapter_name, *args, **kwargs)
         self._shard_adapter(adapter_name)
 
@@ -87,7 +81,7 @@ class TensorParallelRandLoraLinear(RandLoraLinear):
             bias = bias.to_local() if adds_bias else None
         # This rank's outputs give a part of dx; it joins the sum that the base layer needs anyway.
         x = x.to_local(grad_placements=[Partial()] if self.shards_outputs else [Shard(x.ndim - 1)])
-        y = functional.linear(x, weight, bias, self.bases[name], lam, gam, self.scaling[name])
+        y = self._linear(name, x, weight, bias, lam, gam)
         placement = Shard(y.ndim - 1) if self.shards_outputs else Partial()
         return DTensor.from_local(y, self.device_mesh, [placement], run_check=False)
 

@@ -71,13 +71,17 @@ class Linear(_Operator):
     """``randlora::linear``; inputs as in its schema."""
 
     @staticmethod
-    def forward(x, weight, bias, lam, gam, packed, scale, out_features, path, expand=None):
-        inputs = x, weight, bias, lam, gam, packed, scale, out_features, path, expand
+    def forward(
+        x, weight, bias, lam, gam, packed, scale, out_features, path, expand=None,
+        rounding_seed=None,
+    ):  # fmt: skip
+        inputs = x, weight, bias, lam, gam, packed, scale, out_features, path, expand, rounding_seed
         return _call_kernel(_ops.linear.default, *inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, lam, gam, ctx.packed, ctx.scale, _, ctx.path, ctx.expand = inputs
+        x, weight, _, lam, gam, ctx.packed, ctx.scale, _, ctx.path, *last = inputs
+        ctx.expand, ctx.rounding_seed = last
         ctx.save_for_backward(x, weight, lam, gam)  # packed tensors are constants
 
     @staticmethod
@@ -85,7 +89,7 @@ class Linear(_Operator):
         x, weight, lam, gam = ctx.saved_tensors
         need_x, need_weight, need_bias, need_lam, need_gam = ctx.needs_input_grad[:5]
         arguments = dy, x, weight, lam, gam, ctx.packed, ctx.scale, ctx.path
-        needs = need_x, need_lam or need_gam, ctx.expand
+        needs = need_x, need_lam or need_gam, ctx.expand, ctx.rounding_seed
         dx, dlam, dgam = _gradients(_ops.linear_backward.default, *arguments, *needs)
         # A base that trains beside the adapter (PEFT's bias="all", say) gets ordinary gradients.
         flat = dy.reshape(-1, dy.shape[-1]) if need_weight or need_bias else None
@@ -95,7 +99,7 @@ class Linear(_Operator):
             flat.sum(0) if need_bias else None,
             dlam if need_lam else None,
             dgam if need_gam else None,
-            None, None, None, None, None,
+            None, None, None, None, None, None,
         )  # fmt: skip
 
 

@@ -103,15 +103,18 @@ def merged_weight(weight, lam, gam, packed, scale, rounding_seed, expand=None):
 
 
 @_fake
-def linear(x, weight, bias, lam, gam, packed, scale, out_features, path, expand=None):
+def linear(
+    x, weight, bias, lam, gam, packed, scale, out_features, path, expand=None, rounding_seed=None
+):
     _check_one_device(x=x, lam=lam, gam=gam, packed=packed, weight=weight, bias=bias)
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 @_fake
 def linear_backward(
-    dy, x, weight, lam, gam, packed, scale, path, need_x, need_diagonals, expand=None
-):
+    dy, x, weight, lam, gam, packed, scale, path, need_x, need_diagonals, expand=None,
+    rounding_seed=None,
+):  # fmt: skip
     _check_one_device(x=x, lam=lam, gam=gam, packed=packed, weight=weight, dy=dy)
     return (
         x.new_empty(x.shape if need_x else (0,)),

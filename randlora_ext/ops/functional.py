@@ -11,7 +11,7 @@ from ..basis.description import as_signed, check_seed
 from ..kernels import serve
 from . import autocast, autograd, block_torch
 from .dtensor import refuse_dtensor
-from .path import choose
+from .path import check_rounding, choose, rounding_seed
 
 _ops = torch.ops.randlora
 _PLAIN = (Tensor, torch.nn.Parameter)  # subclasses are looked at more closely
@@ -134,6 +134,7 @@ def linear(
     gam: Tensor,
     scaling: float = 1.0,
     path: str = "auto",
+    merged_rounding: str | None = None,
 ) -> Tensor:
     """``F.linear(x, weight, bias) + scaling * F.linear(x, B @ A')`` (B @ A' oriented as weight).
 
@@ -145,6 +146,13 @@ def linear(
         lam: (r, n), any floating dtype; layers use float32.
         gam: (n, d), likewise.
         path: "factored", "delta", "merged" or "auto"; see `randlora_ext.explain`.
+        merged_rounding: whether "auto" may take the merged path for a 16-bit x, and how W + dW is
+            rounded then: None, it may not; "nearest"; or "stochastic", as by `merged_weight` with
+            the basis' seed (0 for an imported basis). Each element then has a fixed threshold of
+            its own, in forward and backward: results repeat, and a change below half an ulp moves
+            some elements and not others, so that it is kept on average over them. Wider x, and
+            block bases on devices without our kernels, ignore the option. ``path="merged"`` with
+            None rounds to nearest.
 
     Backward keeps x, lam and gam. Under autocast x, weight and bias are cast as by F.linear.
 
@@ -152,6 +160,7 @@ def linear(
         ValueError, TypeError: naming the argument. RuntimeError: from the operator's own checks.
     """
     _check_types(basis, x=x, lam=lam, gam=gam)
+    check_rounding(merged_rounding)
     if x.dim() == 0 or x.shape[-1] != basis.in_features:
         raise ValueError(
             f"x must be (..., in_features) with in_features = {basis.in_features}, "
@@ -164,7 +173,7 @@ def linear(
     if not served:
         return block_torch.linear(x, weight, bias, basis, lam, gam, scaling)
     tokens = x.numel() // basis.in_features  # keeps a symbolic size symbolic
-    path, b_side = choose(path, basis, tokens, x.dtype, weight is not None, kind)
+    path, b_side = choose(path, basis, tokens, x.dtype, weight is not None, kind, merged_rounding)
     packed = basis.packed(x.device)
     if b_side == "dense" and (path == "factored" or basis.format == "blocks"):
         packed = [*packed, basis.dense_b(x.device, x.dtype)]
@@ -179,4 +188,5 @@ def linear(
         basis.out_features,
         path,
         basis.slice_expand,
+        rounding_seed(basis, merged_rounding),
     )

@@ -14,10 +14,12 @@ import torch
 
 from .. import _C, kernels
 from ..basis import TernaryBasis
+from ..basis.description import as_signed
 from ..basis.ternary_basis import living, run_while_tracing
 from .rates import rates
 
 PATHS = ("factored", "delta", "merged")
+ROUNDINGS = (None, "nearest", "stochastic")
 B_SIDES = ("packed", "dense")
 
 
@@ -137,19 +139,29 @@ def explain(
     device: torch.device | str = "cpu",
     has_weight: bool = True,
     dropout: float = 0.0,
+    merged_rounding: str | None = None,
 ) -> PathChoice:
     """The path that `linear(..., path="auto")` takes for `tokens` rows of x, and why.
 
     `merged` is excluded with dropout, since the adapter then sees another x than the base layer,
-    and in 16 bits, since W + dW loses a dW below half an ulp of W. The environment variable
-    RANDLORA_PATH overrides the choice.
+    and in 16 bits without `merged_rounding`, since W + dW loses a dW below half an ulp of W. The
+    environment variable RANDLORA_PATH overrides the choice. Plain torch, in which block bases run
+    on devices without our kernels, has the factored path alone.
 
     Raises:
-        ValueError: RANDLORA_PATH is none of auto, factored, delta, merged.
+        ValueError: RANDLORA_PATH is none of auto, factored, delta, merged; or merged_rounding none
+            of None, "nearest", "stochastic".
     """
+    check_rounding(merged_rounding)
     has_weight = has_weight and dropout == 0.0
     kind = torch.device(device).type
-    path, reason = _decide(basis, tokens, dtype, has_weight, kind, os.environ.get("RANDLORA_PATH"))
+    if _in_plain_torch(basis, kind):
+        ignored = "" if merged_rounding is None else "; merged_rounding is ignored"
+        reason = f"our kernels do not serve this device{ignored}"
+        costs = predicted_costs(basis, tokens, False, kind, dtype)
+        return PathChoice("factored", reason, "plain torch", {"factored": costs["factored"]})
+    forced = os.environ.get("RANDLORA_PATH")
+    path, reason = _decide(basis, tokens, dtype, has_weight, kind, forced, merged_rounding)
     return PathChoice(
         path,
         reason,
@@ -157,6 +169,29 @@ def explain(
         predicted_costs(basis, tokens, has_weight, kind, dtype),
         choose_b_side(basis, tokens, kind),
     )
+
+
+def check_rounding(value: str | None) -> None:
+    """Raises ValueError unless `value` is one of ROUNDINGS."""
+    if value not in ROUNDINGS:
+        raise ValueError(f"merged_rounding must be one of {ROUNDINGS}, got {value!r}")
+
+
+def rounding_seed(basis: TernaryBasis, merged_rounding: str | None) -> int | None:
+    """The operators' argument; a constant of compiled code."""
+    return _seed_of(basis.token) if merged_rounding == "stochastic" else None
+
+
+@run_while_tracing
+def _seed_of(token: str) -> int:
+    return as_signed(living(token).seed or 0)
+
+
+def _in_plain_torch(basis: TernaryBasis, device_type: str) -> bool:
+    """Whether `linear` runs ops/block_torch.py there; of "cuda" one may ask without a card."""
+    if basis.kind != "block" or device_type == "meta" or kernels.serve(device_type):
+        return False
+    return device_type != "cuda" or torch.cuda.is_available()
 
 
 class Region(NamedTuple):
@@ -174,6 +209,7 @@ def choose(
     dtype: torch.dtype,
     has_weight: bool,
     device_type: str,
+    merged_rounding: str | None = None,
 ) -> tuple[str, str]:
     """(path, `choose_b_side`), where a path of "auto" becomes that of `explain`.
 
@@ -183,7 +219,7 @@ def choose(
     """
     # An explicit path does not ask the environment; the regions then tell the B side alone.
     forced = os.environ.get("RANDLORA_PATH") if path == "auto" else "factored"
-    decided_by = dtype, has_weight, device_type, forced
+    decided_by = dtype, has_weight, device_type, forced, merged_rounding
     if torch.compiler.is_compiling():
         chosen, b_side = _choose_while_tracing(basis, tokens, *decided_by)
     else:
@@ -200,23 +236,25 @@ def path_regions(
     has_weight: bool,
     device_type: str,
     forced: str | None = None,
+    merged_rounding: str | None = None,
 ) -> tuple[Region, ...]:
     """The choice for every number of tokens, in ascending order; the last region has no end.
 
     Args:
         forced: a value of the environment variable RANDLORA_PATH.
     """
-    key = dtype, has_weight, device_type, forced, os.environ.get("RANDLORA_B_SIDE")
+    decided_by = dtype, has_weight, device_type, forced, merged_rounding
+    key = *decided_by, os.environ.get("RANDLORA_B_SIDE")
     if key not in basis.path_regions:
-        basis.path_regions[key] = _find_regions(basis, *key[:4])
+        basis.path_regions[key] = _find_regions(basis, *decided_by)
     return basis.path_regions[key]
 
 
 def _find_regions(
-    basis: TernaryBasis, dtype: torch.dtype, has_weight: bool, device_type: str, forced: str | None
+    basis: TernaryBasis, dtype: torch.dtype, has_weight: bool, device_type: str, *rest: str | None
 ) -> tuple[Region, ...]:
     def at(tokens: int) -> tuple[str, str]:
-        path, _ = _decide(basis, tokens, dtype, has_weight, device_type, forced)
+        path, _ = _decide(basis, tokens, dtype, has_weight, device_type, *rest)
         return path, choose_b_side(basis, tokens, device_type)
 
     regions: list[Region] = []
@@ -237,10 +275,8 @@ def _find_regions(
 
 
 @run_while_tracing
-def _regions_of(
-    token: str, dtype: torch.dtype, has_weight: bool, device_type: str, forced: str | None
-) -> tuple[Region, ...]:
-    return path_regions(living(token), dtype, has_weight, device_type, forced)
+def _regions_of(token: str, *decided_by) -> tuple[Region, ...]:
+    return path_regions(living(token), *decided_by)
 
 
 def _choose_while_tracing(basis: TernaryBasis, tokens: int, *decided_by) -> tuple[str, str]:
@@ -264,6 +300,7 @@ def _decide(
     has_weight: bool,
     device_type: str,
     forced: str | None,
+    merged_rounding: str | None,
 ) -> tuple[str, str]:
     """(path, reason)."""
     if forced and forced != "auto":
@@ -278,6 +315,11 @@ def _decide(
     costs = predicted_costs(basis, tokens, has_weight, device_type, dtype)
     note = ""
     if has_weight and dtype in (torch.bfloat16, torch.float16):
-        del costs["merged"]
-        note = ", merged excluded because W + dW would lose small changes in 16 bits"
+        note = f", merged with W + dW rounded ({merged_rounding})"
+        if merged_rounding is None:
+            del costs["merged"]
+            note = (
+                ", merged excluded because W + dW would lose small changes in 16 bits "
+                "(merged_rounding allows it)"
+            )
     return min(costs, key=costs.__getitem__), f"cheapest predicted{note}"

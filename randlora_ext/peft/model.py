@@ -8,12 +8,12 @@ import peft
 import torch
 from peft.tuners.randlora.layer import Linear, RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from ..basis.block import check_layers
-from ..nn.base_layer import disable_nested_tensors, features, force_module_call, is_conv1d
+from ..nn.base_layer import disable_nested_tensors, force_module_call
 from ..nn.state_dict import misfit, refuse, refuse_misfit
+from ..ops.path import check_rounding
 from .adapter_basis import AdapterBasis
 from .bases import BASIS_NAMES, PackedBufferDict
 from .config import set_basis
@@ -47,6 +47,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
         It is asked about those whose bases it draws; others each have their own.
         """
+        check_rounding(getattr(config, "merged_rounding", None))  # may be set after __init__
         everyone = self.peft_config
         self.peft_config = {
             name: other
@@ -84,17 +85,18 @@ class AcceleratedRandLoraModel(RandLoraModel):
             add_adapter(target, adapter_name, self.randlora_A, self.randlora_B, randlora_config)
         else:
             super()._create_and_replace(randlora_config, adapter_name, target, *args, **kwargs)
+        layer = self.model.get_submodule(kwargs["current_key"])
+        if isinstance(layer, AcceleratedLayer):
+            rounding = getattr(randlora_config, "merged_rounding", None)
+            layer.merged_rounding[adapter_name] = rounding
         disable_nested_tensors(self.model, kwargs["current_key"])
 
     def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str) -> None:
         """Finds the adapter's bases among those of other adapters, or makes them."""
         A, B = self.randlora_A, self.randlora_B
-        basis = AdapterBasis.of(vars(config))
-        if basis.kind == "block":
-            groups = basis.description(1).groups
-            check_layers(groups, self._target_sizes(config), config.r)
         out_features, in_features = self._find_dim(config)
         D, d = max(out_features, in_features), min(out_features, in_features)
+        basis = AdapterBasis.of(vars(config))
         if basis.kind != "peft":  # from now on `very_sparse` is a number
             basis = AdapterBasis(basis.kind, basis.description(d).density, basis.seed)
             set_basis(config, basis)
@@ -144,28 +146,23 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _find_dim(self, config: peft.RandLoraConfig) -> tuple[int, int]:
         """(largest out_features, largest in_features) of the targets.
 
-        PEFT's does not see wrapped quantized layers, which an added adapter meets.
+        PEFT's looks at nn.Linear and Conv1D; an added adapter meets them wrapped, and a wrapped
+        quantized layer is neither.
         """
-        sizes = self._target_sizes(config).values()
-        if not sizes:
-            return super()._find_dim(config)  # its error
-        in_features, out_features = (max(each) for each in zip(*sizes, strict=True))
-        return out_features, in_features
-
-    def _target_sizes(self, config: peft.RandLoraConfig) -> dict[str, tuple[int, int]]:
-        """(in_features, out_features) of the targets by their names."""
-        # The user may have left the targets to PEFT.
+        # Where the user left the targets to PEFT.
         config = self._prepare_adapter_config(config, self.get_model_config(self.model))
-        config = _maybe_include_all_linear_layers(config, self.model)
-        sizes = {}
-        for name, module in self.model.named_modules():
-            if not self._check_target_module_exists(config, name):
-                continue
-            if isinstance(module, RandLoraLayer):
-                sizes[name] = module.in_features, module.out_features
-            elif isinstance(module, nn.Linear) or is_conv1d(module):
-                sizes[name] = features(module)
-        return sizes
+        wrapped = [
+            (module.out_features, module.in_features)
+            for name, module in self.model.named_modules()
+            if isinstance(module, RandLoraLayer) and self._check_target_module_exists(config, name)
+        ]
+        try:
+            wrapped.append(super()._find_dim(config))
+        except ValueError:
+            if not wrapped:
+                raise
+        out_features, in_features = (max(sizes) for sizes in zip(*wrapped, strict=True))
+        return out_features, in_features
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
@@ -216,7 +213,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
         return remapped
 
 
-def accelerate_layer(layer: nn.Module) -> nn.Module:
+def accelerate_layer(layer: Any) -> Any:
     """Gives a RandLoRA layer of PEFT its accelerated class, in place; others stay as they are."""
     stock = type(layer)
     accelerated: type | None = AcceleratedLinear if stock is Linear else None
@@ -226,6 +223,7 @@ def accelerate_layer(layer: nn.Module) -> nn.Module:
         accelerated = quantized.accelerated_class(stock)
     if accelerated is not None:
         layer.__class__ = accelerated
+        layer.merged_rounding = {}
         force_module_call(layer)
     return layer
 

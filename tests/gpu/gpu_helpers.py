@@ -72,7 +72,9 @@ def bits(t: Tensor) -> Tensor:
     return t.contiguous().view(kind)
 
 
-def run_linear(layer: Layer, path: str, b_side: str, device) -> dict[str, Tensor]:
+def run_linear(
+    layer: Layer, path: str, b_side: str, device, rounding_seed: int | None = None
+) -> dict[str, Tensor]:
     """y, dx, dlam and dgam by the operators on `device`, back on the CPU."""
     basis, dtype = layer.basis, layer.x.dtype
     packed = basis.packed(device)
@@ -81,14 +83,17 @@ def run_linear(layer: Layer, path: str, b_side: str, device) -> dict[str, Tensor
     tensors = [layer.x, layer.weight, layer.bias, layer.lam, layer.gam, layer.dy]
     x, weight, bias, lam, gam, dy = (moved(t, device) for t in tensors)
     last = (lam, gam, packed, layer.scaling * basis.scale)
-    y = ops.linear(x, weight, bias, *last, basis.out_features, path)
-    gradients = ops.linear_backward(dy, x, weight, *last, path, True, True)
+    y = ops.linear(x, weight, bias, *last, basis.out_features, path, None, rounding_seed)
+    needs = True, True, None, rounding_seed
+    gradients = ops.linear_backward(dy, x, weight, *last, path, *needs)
     return dict(zip(NAMES, moved((y, *gradients), "cpu"), strict=True))
 
 
-def run_linear_by_cpu_kernels(layer: Layer, path: str) -> dict[str, Tensor]:
+def run_linear_by_cpu_kernels(
+    layer: Layer, path: str, rounding_seed: int | None = None
+) -> dict[str, Tensor]:
     with cpu_kernels():
-        return run_linear(layer, path, "packed", "cpu")
+        return run_linear(layer, path, "packed", "cpu", rounding_seed)
 
 
 def assert_parity(got: dict, layer: Layer, path: str, floor: float = 1.0) -> None:

@@ -77,10 +77,11 @@ def test_16_bits_err_less_than_plain_pytorch(device, shape, dtype, path, b_side)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(64, 64, 8), (50, 37, 7), (37, 130, 16)], ids=str)
-def test_merged_in_16_bits(device, shape, dtype):
+@pytest.mark.parametrize("seed", [None, 7], ids=["to nearest", "stochastic"])
+def test_merged_in_16_bits(device, shape, dtype, seed):
     layer = make_layer(*shape, 1 / 3, 33, dtype)
-    got = run_linear(layer, "merged", "packed", device)
-    want = run_linear_by_cpu_kernels(layer, "merged")
+    got = run_linear(layer, "merged", "packed", device, seed)
+    want = run_linear_by_cpu_kernels(layer, "merged", seed)
     for name in NAMES:  # the sums of dW differ in their order, so may an ulp of W + dW
         assert rms_error(got[name], want[name]) <= 4 * torch.finfo(dtype).eps, name
 
