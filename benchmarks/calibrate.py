@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,7 +63,10 @@ def measure_size(
     device: str,
     repeats: int,
 ) -> list[tuple[dict[str, float], float]]:
-    """(how often each rate is paid, units measured) of the factored products and of forming dW."""
+    """(how often each rate is paid, units measured) of the factored products and of forming dW.
+
+    In 16 bits also of forming W + dW with stochastic rounding.
+    """
     n_in, n_out = size
     basis = TernaryBasis(n_in, n_out, RANK, density, kind=kind)
     packed = basis.packed(device)
@@ -79,9 +83,12 @@ def measure_size(
         _ops.linear(x, None, None, lam, gam, packed, 1.0, n_out, "factored")
         _ops.linear_backward(dy, x, None, lam, gam, packed, 1.0, "factored", True, True)
 
-    def form() -> None:
+    def form(rounds: bool = False) -> None:
         for _ in range(2):
-            _ops.delta_weight(lam, gam, packed, 1.0, n_out, n_in)
+            if rounds:
+                _ops.merged_weight(weight, lam, gam, packed, 1.0, 0)
+            else:
+                _ops.delta_weight(lam, gam, packed, 1.0, n_out, n_in)
         if kind == "block":
             _ops.linear_backward(dy, x, None, lam, gam, packed, 1.0, "factored", False, True)
         else:
@@ -91,11 +98,14 @@ def measure_size(
         frozen_linear(x, weight)
         dy @ weight
 
-    calls = {"frozen": frozen, "factored": factored, "delta": form}
+    calls: dict[str, Callable] = {"frozen": frozen, "factored": factored, "delta": form}
+    if dtype.itemsize == 2:
+        calls["rounded"] = partial(form, rounds=True)
     seconds = _seconds(calls, repeats, device)
     unit = seconds["frozen"] / 2
-    terms = path_terms(basis, TOKENS, False, device)
-    return [(terms[path][1], seconds[path] / unit) for path in ("factored", "delta")]
+    paid = {path: rates for path, (_, rates) in path_terms(basis, TOKENS, False, device).items()}
+    paid["rounded"] = paid["delta"] | {"round_entry": 1 / TOKENS}
+    return [(paid[name], seconds[name] / unit) for name in calls if name != "frozen"]
 
 
 def fit(samples: list[tuple[dict[str, float], float]]) -> tuple[Rates, float]:

@@ -20,6 +20,7 @@ from .rates import rates
 
 PATHS = ("factored", "delta", "merged")
 ROUNDINGS = (None, "nearest", "stochastic")
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 B_SIDES = ("packed", "dense")
 
 
@@ -102,13 +103,17 @@ def predicted_costs(
     has_weight: bool,
     device_type: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    merged_rounding: str | None = None,
 ) -> dict[str, float]:
     """Training units (forward, dx, dlam, dgam) of each path beside the base layer's 2."""
     known = rates(device_type, dtype, basis.format)
-    return {
+    costs = {
         path: gemms + sum(getattr(known, name) * count for name, count in paid.items())
         for path, (gemms, paid) in path_terms(basis, tokens, has_weight, device_type).items()
     }
+    if has_weight and dtype in SIXTEEN_BITS and merged_rounding == "stochastic":
+        costs["merged"] += known.round_entry / max(tokens, 1)
+    return costs
 
 
 def choose_b_side(basis: TernaryBasis, tokens: int, device_type: str) -> str:
@@ -166,7 +171,7 @@ def explain(
         path,
         reason,
         _C.isa() if kind == "cpu" else kind,
-        predicted_costs(basis, tokens, has_weight, kind, dtype),
+        predicted_costs(basis, tokens, has_weight, kind, dtype, merged_rounding),
         choose_b_side(basis, tokens, kind),
     )
 
@@ -312,9 +317,9 @@ def _decide(
         if forced == "merged" and not has_weight:
             return "delta", "RANDLORA_PATH asks for merged, but weight and adapter are apart"
         return forced, "RANDLORA_PATH asks for it"
-    costs = predicted_costs(basis, tokens, has_weight, device_type, dtype)
+    costs = predicted_costs(basis, tokens, has_weight, device_type, dtype, merged_rounding)
     note = ""
-    if has_weight and dtype in (torch.bfloat16, torch.float16):
+    if has_weight and dtype in SIXTEEN_BITS:
         note = f", merged with W + dW rounded ({merged_rounding})"
         if merged_rounding is None:
             del costs["merged"]

@@ -8,7 +8,7 @@ from randlora_ext import TernaryBasis, explain
 from randlora_ext.ops.path import path_terms, predicted_costs
 from randlora_ext.ops.rates import NAMES, Rates, rates, save
 
-KNOWN = Rates(0.5, 1.5, 0.25, 3.0, 90.0, 0.0, 70.0, 1.25, 2.0, 80.0)
+KNOWN = Rates(0.5, 1.5, 0.25, 3.0, 90.0, 0.0, 70.0, 1.25, 2.0, 80.0, 40.0)
 BASES = [
     TernaryBasis(n_in, n_out, 8, density, kind=kind)
     for n_in, n_out in ((64, 64), (96, 64), (64, 132))
@@ -26,6 +26,9 @@ def samples_of(known: Rates):
     for basis in BASES:
         for path, (_, paid) in path_terms(basis, 128, False).items():
             paid = {name: count for name, count in paid.items() if name != "form_term"}
+            if path == "delta":
+                rounded = paid | {"round_entry": 1 / 128}
+                yield path, rounded, sum(getattr(known, n) * count for n, count in rounded.items())
             yield path, paid, sum(getattr(known, name) * count for name, count in paid.items())
 
 
@@ -53,13 +56,28 @@ def test_fit_has_no_negative_rates():
 def test_measured_samples_pay_what_the_path_does(kind, density, factored, formed):
     samples = calibrate.measure_size((64, 96), kind, density, torch.float32, "cpu", 1)
     assert factored == set(samples[0][0]) and formed in samples[1][0]
-    assert all(units > 0 for _, units in samples)
+    assert all(units > 0 for _, units in samples) and len(samples) == 2
+    samples = calibrate.measure_size((64, 96), kind, density, torch.bfloat16, "cpu", 1)
+    assert samples[2][0] == samples[1][0] | {"round_entry": 1 / calibrate.TOKENS}
+
+
+def test_stochastic_rounding_costs_its_rate():
+    for dtype, rate in (
+        (torch.float32, 0.0),
+        (torch.bfloat16, rates("cpu", torch.bfloat16, "lists").round_entry),
+    ):
+        nearest, stochastic = (
+            predicted_costs(BASES[0], 100, True, "cpu", dtype, rounding)
+            for rounding in ("nearest", "stochastic")
+        )
+        assert stochastic.pop("merged") == pytest.approx(nearest.pop("merged") + rate / 100)
+        assert stochastic == nearest
 
 
 def test_file_is_read_back_and_changes_the_choice(tmp_path, monkeypatch):
     basis = TernaryBasis(512, 512, 32, 1 / 3, seed=41)
     assert explain(basis, 64).path == "factored"
-    free_formation = Rates(100.0, 100.0, 100.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    free_formation = Rates(100.0, 100.0, 100.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     save(tmp_path / "rates.json", {("cpu", "fp32"): free_formation}, ["a machine"])
     monkeypatch.setenv("RANDLORA_RATES", str(tmp_path / "rates.json"))
     assert rates("cpu", torch.float32, "planes") == free_formation
