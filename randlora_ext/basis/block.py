@@ -1,5 +1,7 @@
 """Block matrices: A and B of dense blocks in G = 1 / density groups (docs/basis-spec.md)."""
 
+from collections.abc import Collection, Mapping
+
 import torch
 from torch import Tensor
 
@@ -11,26 +13,55 @@ _ops = torch.ops.randlora
 
 def fits(groups: int, in_features: int, out_features: int, r: int) -> bool:
     """Whether blocks of these sizes exist and give a dW without zeros, which takes G^2 <= K."""
-    q, K = r // groups, r * -(-min(in_features, out_features) // r)
+    q, K = r // groups, Shape.of(in_features, out_features, r).K
     divides = all(size % groups == 0 for size in (in_features, out_features, r))
     return divides and q & (q - 1) == 0 and groups * groups <= K
 
 
 def check_sizes(groups: int, in_features: int, out_features: int, r: int) -> None:
     """Raises ValueError, naming the densities that fit, unless 1 / groups does."""
-    if fits(groups, in_features, out_features, r):
-        return
-    possible = [g for g in range(2, r + 1) if fits(g, in_features, out_features, r)]
-    instead = (
-        f"densities that fit: {', '.join(f'1/{g}' for g in possible)}"
-        if possible
-        else "no density fits; take another r, or basis='independent'"
-    )
-    raise ValueError(
+    sizes = in_features, out_features
+    if not fits(groups, *sizes, r):
+        possible = _densities([sizes], r)
+        instead = (
+            f"densities that fit: {possible}"
+            if possible
+            else "no density fits; take another r, or basis='independent'"
+        )
+        raise ValueError(f"{_needs(groups, *sizes, r)}; {instead}")
+
+
+def check_layers(groups: int, layers: Mapping[str, tuple[int, int]], r: int) -> None:
+    """`check_sizes` for all (in_features, out_features) of a model, by the layers' names.
+
+    Raises ValueError that names the first layer that does not fit and the densities that fit all.
+    """
+    for name, sizes in layers.items():
+        if not fits(groups, *sizes, r):
+            possible = _densities(layers.values(), r)
+            instead = (
+                f"densities that fit all {len(layers)} targeted layers: {possible}. Take one of "
+                "them, another r"
+                if possible
+                else f"no density fits all {len(layers)} targeted layers. Take another r"
+            )
+            raise ValueError(
+                f"layer {name!r} does not fit: {_needs(groups, *sizes, r)}; {instead}, or leave "
+                "that layer out of target_modules"
+            )
+
+
+def _needs(groups: int, in_features: int, out_features: int, r: int) -> str:
+    return (
         f"block bases of density=1/{groups} need in_features, out_features and r to be multiples "
         f"of {groups}, r / {groups} to be a power of two and min(in, out) to be {groups * groups} "
-        f"or more, got {in_features}, {out_features} and r={r}; {instead}"
+        f"or more, got {in_features}, {out_features} and r={r}"
     )
+
+
+def _densities(layers: Collection[tuple[int, int]], r: int) -> str:
+    possible = [g for g in range(2, r + 1) if all(fits(g, *sizes, r) for sizes in layers)]
+    return ", ".join(f"1/{g}" for g in possible)
 
 
 def hadamard(q: int, device: torch.device) -> Tensor:

@@ -80,6 +80,11 @@ class BasisDescription:
             raise ValueError(f"{text!r} is no key of a basis: {error}") from error
 
 
+def default_density(kind: str) -> float:
+    """Of a layer whose caller names none: 1/3, as PEFT's ``sparse``, or 1/8 for block bases."""
+    return 1 / 8 if kind == "block" else 1 / 3
+
+
 def check_seed(name: str, seed: int) -> None:
     """Raises TypeError or ValueError, naming `name`, unless `seed` is an integer in [0, 2**64)."""
     if isinstance(seed, bool) or not isinstance(seed, int):

@@ -250,6 +250,9 @@ class TernaryBasis:
     ) -> tuple[Tensor, Tensor]:
         """The scaled dense bases A (r, d) and B (D, K), newly made: for tests, export and study."""
         device, source = torch.device(device), self._source
+        if device.type != "meta" and not kernels.serve(device.type):
+            A, B = self.dense("cpu", dtype)
+            return A.to(device), B.to(device)
         a, b = source.a_planes(self._shape, device), source.b_planes(self._shape, device)
         return (
             _ops.planes_to_dense(a, self.d, source.a_value, dtype),

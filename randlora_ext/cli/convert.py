@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..basis.block import fits
 from ..peft import RandLoraConfig, enable
 from ..peft.adapter_basis import AdapterBasis
 from ..peft.saving import stock_config
@@ -37,6 +38,7 @@ def convert(
     Args:
         to: "peft": bases included, once, and PEFT's own fields alone, so that stock PEFT opens it,
             as by `export_to_peft`. If they are not saved, the base model's shapes are needed.
+            Block bases must belong to layers of one shape.
             "compact": without bases. They are drawn or generated again from the adapter's key, and
             compared bit for bit with the saved ones; if they differ, CliError.
         base: the base model, a folder or a name in the hub's cache.
@@ -50,7 +52,7 @@ def convert(
     if to == "peft":
         bases = adapter.bases
         if not bases:
-            bases = dense_bases(adapter, (shapes or shapes_of(adapter, base)).values())
+            bases = dense_bases(adapter, shapes or shapes_of(adapter, base))
         config = stock_config(adapter.config, _is_ternary(bases["randlora_A"]))
         told = "stock PEFT opens it"
     elif shapes:
@@ -110,9 +112,10 @@ def _without_bases(adapter: Adapter, density: float | None) -> tuple[RandLoraCon
         readers = "randlora_ext" if config.density is not None else "stock PEFT and randlora_ext"
         return config, f"{readers} draws its bases again from the key"
     for guess in [density] if density is not None else _densities(adapter):
-        for basis, makes in (("independent", "generates"), ("peft", "draws")):
+        for basis in ("independent", "block", "peft"):
             config = _config(adapter, basis=basis, density=guess, sparse=False, very_sparse=False)
             if config is not None and _makes_them(config, adapter):
+                makes = "draws" if basis == "peft" else "generates"
                 return config, f"randlora_ext {makes} its bases again (density {guess:.6g})"
     tried = "as PEFT draws them or as generated" if density is None else f"at density {density}"
     raise CliError(
@@ -135,9 +138,18 @@ def _config(adapter: Adapter, **fields: Any) -> RandLoraConfig | None:
 
 def _makes_them(config: RandLoraConfig, adapter: Adapter) -> bool:
     """Whether `config` makes the saved bases, perhaps as a base model of 16 bits rounds them."""
-    d, D = adapter.bases["randlora_A"].shape[-1], adapter.bases["randlora_B"].shape[0]
+    width, D = adapter.bases["randlora_A"].shape[-1], adapter.bases["randlora_B"].shape[0]
+    d = width
+    if config.basis == "block":
+        sizes = {gam.shape[1] for _, gam in adapter.diagonals.values()}
+        d, groups = max(sizes), AdapterBasis.of(vars(config)).description(1).groups
+        if len(sizes) > 1 or not fits(groups, d, D, config.r):
+            return False
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        made = dense_bases(dataclasses.replace(adapter, config=config), [Shape(d, D, dtype)])
+        shapes = {"wide": Shape(d, D, dtype)}
+        if d < width:  # written for transposed layers, too
+            shapes["tall"] = Shape(D, d, dtype)
+        made = dense_bases(dataclasses.replace(adapter, config=config), shapes)
         if all(torch.equal(made[name], adapter.bases[name].float()) for name in BASES):
             return True
     return False

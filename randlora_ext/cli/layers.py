@@ -3,13 +3,15 @@
 import dataclasses
 import functools
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..basis import TernaryBasis
+from ..basis.block import check_layers
 from ..basis.description import BasisDescription
 from ..ops.functional import delta_weight, merged_weight
 from ..reference import delta_weight_reference
@@ -110,7 +112,10 @@ def layer_changes(adapter: Adapter, shapes: Mapping[str, Shape]) -> dict[str, La
             for path, layer in adapter.plain.items()
         }
     r, description = adapter.config.r, description_of(adapter.config, shapes.values())
-    dense = {} if description else adapter.bases or dense_bases(adapter, shapes.values())
+    if description and description.kind == "block":
+        with _told_of(adapter):
+            check_layers(description.groups, _features(shapes), r)
+    dense = {} if description else adapter.bases or dense_bases(adapter, shapes)
 
     @functools.cache  # one for all layers of a shape
     def bases(n_in: int, n_out: int) -> TernaryBasis | tuple[Tensor, Tensor]:
@@ -135,6 +140,19 @@ def layer_changes(adapter: Adapter, shapes: Mapping[str, Shape]) -> dict[str, La
     }
 
 
+def _features(shapes: Mapping[str, Shape]) -> dict[str, tuple[int, int]]:
+    return {path: (shape.in_features, shape.out_features) for path, shape in shapes.items()}
+
+
+@contextmanager
+def _told_of(adapter: Adapter) -> Iterator[None]:
+    """Names the adapter in a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise CliError(f"{adapter.source}: {error}") from error
+
+
 def largest(shapes: Iterable[Shape]) -> tuple[int, int]:
     """(in_features, out_features) of PEFT's shared bases: the largest of each."""
     sizes = [(shape.in_features, shape.out_features) for shape in shapes]
@@ -153,13 +171,19 @@ def generated(description: BasisDescription, n_in: int, n_out: int, r: int) -> T
     return TernaryBasis(n_in, n_out, r, description.density, description.seed, description.kind)
 
 
-def dense_bases(adapter: Adapter, shapes: Iterable[Shape]) -> dict[str, Tensor]:
+def dense_bases(adapter: Adapter, layers: Mapping[str, Shape]) -> dict[str, Tensor]:
     """A (r, 1, d) and B (D, n, r) of the largest layers in float32, generated or drawn by PEFT."""
     import peft
 
-    shapes, config = list(shapes), adapter.config
+    from ..peft.saving import dense_block_bases
+
+    shapes, config = list(layers.values()), adapter.config
     n_in, n_out = largest(shapes)
     if description := description_of(config, shapes):
+        if description.kind == "block":
+            with _told_of(adapter):
+                pair = dense_block_bases(description, config.r, _features(layers))
+            return dict(zip(BASES, pair, strict=True))
         A, B = generated(description, n_in, n_out, config.r).dense()
         return {"randlora_A": A.unsqueeze(1), "randlora_B": B.unflatten(1, (-1, config.r))}
     # One layer of the largest sizes, whose weight takes no memory, has the bases of all.

@@ -32,6 +32,11 @@ class TensorParallelRandLoraLinear(RandLoraLinear):
     src_data_rank: int | None
 
     def update_layer(self, adapter_name: str, *args, **kwargs) -> None:
+        if "block" in (*args, kwargs.get("basis")):  # before anything changes
+            raise ValueError(
+                "basis must be 'independent' on a tensor-parallel layer, got 'block': slices of "
+                "block bases are not implemented"
+            )
         super().update_layer(adapter_name, *args, **kwargs)
         self._shard_adapter(adapter_name)
 

@@ -122,6 +122,11 @@ class _RandLoraStyle(ParallelStyle):
             raise ValueError(
                 f"{style}: adapters {module.merged_adapters} are merged; unmerge() first"
             )
+        if blocks := [name for name, basis in module.bases.items() if basis.kind == "block"]:
+            raise ValueError(
+                f"{style}: adapters {blocks} have block bases, whose slices are not implemented; "
+                "take basis='independent'"
+            )
         name = "out_features" if self.shards_outputs else "in_features"
         if (size := getattr(module, name)) % device_mesh.size():
             raise ValueError(
@@ -144,8 +149,9 @@ class RandLoraColwise(_RandLoraStyle):
 
     Raises:
         TypeError: the module is not a RandLoraLinear over an nn.Linear without hooks.
-        ValueError: out_features is not divisible by the number of ranks, an adapter is merged, or
-            the mesh has more than one dimension. After an error nothing has changed.
+        ValueError: out_features is not divisible by the number of ranks, an adapter is merged or
+            has block bases, or the mesh has more than one dimension. After an error nothing has
+            changed.
     """
 
     shards_outputs, input_layout, output_layout = True, Replicate(), Shard(-1)

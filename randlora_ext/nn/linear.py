@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..basis import TernaryBasis
-from ..basis.description import check_seed
+from ..basis.description import check_seed, default_density
 from ..ops import functional
 from ..ops.dtensor import full_tensor
 from ..ops.path import check_rounding, explain
@@ -30,12 +30,13 @@ class RandLoraLinear(Mergeable, nn.Module):
         base_layer: nn.Linear or transformers' Conv1D (which stores its weight as (in, out)).
         r: rank of one base; n = ceil(d / r).
         randlora_alpha: scaling = randlora_alpha / r.
-        density: share of non-zeros in the ternary bases, in (0, 1]; 1/3 is PEFT's ``sparse``.
+        density: share of non-zeros in the ternary bases, in (0, 1]. None means 1/3, PEFT's
+            ``sparse``, or 1/8 for block bases, which take 1 / G for an integer G.
         projection_prng_key: seed of the bases, 0 <= key < 2**64. They follow docs/basis-spec.md;
             PEFT draws other bases from the same key.
         randlora_dropout: probability in [0, 1) that an input of the adapter is dropped.
         adapter_name: name of the first adapter; `update_layer` adds more.
-        basis: kind of the bases, see `TernaryBasis`: "independent".
+        basis: kind of the bases, "independent" or "block"; see `TernaryBasis`.
         merged_rounding: None, "nearest" or "stochastic", see `randlora_ext.linear`; how the layer
             runs, not what it is: no file holds it.
 
@@ -62,7 +63,7 @@ class RandLoraLinear(Mergeable, nn.Module):
         base_layer: nn.Module,
         r: int = 32,
         randlora_alpha: float = 640,
-        density: float = 1 / 3,
+        density: float | None = None,
         projection_prng_key: int = 0,
         randlora_dropout: float = 0.0,
         adapter_name: str = "default",
@@ -98,7 +99,7 @@ class RandLoraLinear(Mergeable, nn.Module):
         adapter_name: str,
         r: int = 32,
         randlora_alpha: float = 640,
-        density: float = 1 / 3,
+        density: float | None = None,
         projection_prng_key: int = 0,
         randlora_dropout: float = 0.0,
         basis: str = "independent",
@@ -114,6 +115,7 @@ class RandLoraLinear(Mergeable, nn.Module):
         _check_options(randlora_alpha, projection_prng_key, randlora_dropout)
         check_rounding(merged_rounding)
         sizes = self.in_features, self.out_features, r
+        density = default_density(basis) if density is None else density
         bases = TernaryBasis(*sizes, density, projection_prng_key, basis).canonical()
 
         weight = self.base_layer.weight
@@ -270,8 +272,9 @@ class RandLoraLinear(Mergeable, nn.Module):
             state = "merged" if name in self.merged_adapters else "inactive"
             if name in self._active and name not in self.merged_adapters:
                 state = "disabled" if self._disabled else "active"
+            kind = "block, " if basis.kind == "block" else ""
             parts.append(
-                f"{name}: r={basis.r}, density={basis.density:.4g}, {state}, "
+                f"{name}: r={basis.r}, {kind}density={basis.density:.4g}, {state}, "
                 f"path {path} at {_REPR_TOKENS} tokens"
             )
         return "; ".join(parts)

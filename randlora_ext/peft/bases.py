@@ -58,6 +58,11 @@ class PackedBufferDict(MutableMapping, BufferDict):
         # Plain values, which torch.compile can guard on, beside tensors that it cannot look into.
         self.__dict__["token"] = next(_tokens)  # of this content, in this process
         self.__dict__["dtypes"] = {name: basis.dtype for name, basis in self._bases.items()}
+        self.__dict__["blocks"] = {
+            name
+            for name, basis in self._bases.items()
+            if isinstance(basis, TernaryTensor) and basis.is_block
+        }
         self.__dict__["traced"] = _Traced()
 
     @torch.compiler.assume_constant_result  # when it traces, as warnings are no part of a graph
@@ -154,7 +159,7 @@ class PackedBufferDict(MutableMapping, BufferDict):
             unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
 
     def __getstate__(self) -> dict:
-        made = ("_written", "token", "dtypes", "traced")
+        made = ("_written", "token", "dtypes", "blocks", "traced")
         return {key: value for key, value in self.__dict__.items() if key not in made}
 
     def __setstate__(self, state: dict) -> None:

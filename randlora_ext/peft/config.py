@@ -21,11 +21,12 @@ class RandLoraConfig(peft.RandLoraConfig):
 
     Args:
         basis: "peft" draws the bases that stock PEFT draws from ``projection_prng_key``.
-            "independent" generates those of docs/basis-spec.md on the device and saves only the
-            seed.
-        density: share of non-zeros in ternary bases, in (0, 1]. None leaves it to PEFT's flags; for
-            basis="independent" without a flag it means 1/3. With basis="peft", PEFT's sparse bases
-            are drawn with 1 / density as their ``sparsity``.
+            "independent" and "block" generate those of docs/basis-spec.md on the device and save
+            only the seed.
+        density: share of non-zeros in ternary bases, in (0, 1]. None leaves it to PEFT's flags;
+            without a flag it means 1/3 for basis="independent" and 1/8 for "block", which takes
+            1 / G. With basis="peft", PEFT's sparse bases are drawn with 1 / density as their
+            ``sparsity``.
         merged_rounding: None, "nearest" or "stochastic", see `randlora_ext.linear`. It says how
             layers run, not what they are, so files that stock PEFT opens do not hold it. For those
             set it on the loaded configuration, and pass that as ``config``.
@@ -36,6 +37,9 @@ class RandLoraConfig(peft.RandLoraConfig):
     a configuration of nothing else has the same bases, and stock PEFT refuses it. A file that
     brings bases of basis="peft" (``save_projection=True``) holds the number, so that stock PEFT
     reads it. ``very_sparse`` with basis="independent" becomes a density when a model is made.
+
+    Block bases need the sizes of all targeted layers to fit the density. If one does not, making
+    the model raises ValueError, which names the layer and the densities that fit all.
 
     Raises:
         TypeError, ValueError: a field is not allowed, or contradicts another.
@@ -48,7 +52,7 @@ class RandLoraConfig(peft.RandLoraConfig):
     )
     basis: str = field(
         default="peft",
-        metadata={"help": '"peft": as stock PEFT draws them; "independent": only a seed'},
+        metadata={"help": '"peft": as PEFT draws them; "independent", "block": only a seed'},
     )
     merged_rounding: str | None = field(
         default=None,

@@ -18,6 +18,7 @@ from ..nn.state_dict import DIAGONALS, refuse_misfit
 from ..ops import functional
 from ..ops.dtensor import full_tensor, laid_out_like
 from ..ops.path import explain
+from ..reference import scaled_basis_reference
 from .bases import PackedBufferDict, layer_basis
 
 _REPR_TOKENS = 512  # for which a printed layer tells its path
@@ -30,7 +31,8 @@ class AcceleratedLayer(_Layer):
 
     Mixed in before PEFT's layer class, which keeps saving, adding, switching and everything else.
     If the bases are not ternary (PEFT's default, uniform ones), our kernel makes
-    lambda * A * gamma and torch's GEMMs multiply by it; one warning per model says so.
+    lambda * A * gamma and torch's GEMMs multiply by it; one warning per model says so. Devices
+    without our kernels compute block bases in plain torch, others in the same dense way.
     """
 
     randlora_A: PackedBufferDict
@@ -154,16 +156,23 @@ class AcceleratedLayer(_Layer):
         dtype_of_B, dtype = self._dtypes(adapter, device)
         # The adapter's own number of bases; PEFT keeps one a layer, that of the adapter added last.
         (n, d), D = gam.shape, max(self.in_features, self.out_features)
-        A = A[:, 0, :d].to(device, dtype)
-        B = B[:D, :n].flatten(1).to(device, dtype_of_B)
-        scaled = functional.scaled_basis(A, lam.to(device), gam.to(device))
+        if adapter in self.randlora_A.blocks:
+            basis, _ = self.basis_of(adapter, device)
+            assert basis is not None
+            A, B = basis.dense(device, dtype)  # A and B have no dense form
+            B = B.to(dtype_of_B)
+        else:
+            A = A[:, 0, :d].to(device, dtype)
+            B = B[:D, :n].flatten(1).to(device, dtype_of_B)
+        make = functional.scaled_basis if serve(device.type) else scaled_basis_reference
+        scaled = make(A, lam.to(device), gam.to(device))
         return (scaled, B) if d == self.in_features else (B.T, scaled.T)
 
     def basis_of(self, adapter: str, device: torch.device) -> tuple[TernaryBasis | None, str]:
         """(the adapter's packed basis, ""), or (None, why there is none)."""
         kind = device.type
-        if kind != "meta" and not serve(kind):
-            return None, f"there are no randlora_ext kernels for device type {kind!r}"
+        if kind != "meta" and not serve(kind) and adapter not in self.randlora_A.blocks:
+            return None, _no_kernels(kind)
         A, B = self.randlora_A, self.randlora_B
         if torch.compiler.is_dynamo_compiling():
             return getattr(A.traced, self._basis_while_tracing(adapter, A.token, B.token))
@@ -181,25 +190,31 @@ class AcceleratedLayer(_Layer):
         return self.in_features, self.out_features, self.r[adapter]
 
     def describe(self, adapter: str, tokens: int) -> tuple[str, str]:
-        """(instruction set, basis and path for `tokens` rows of x), or ("", why dense bases)."""
+        """(instruction set, basis and path for `tokens` rows of x), or ("", what else and why)."""
         base = self.get_base_layer()
         weight = base.weight
         basis, reason = self.basis_of(adapter, weight.device)
         if basis is None:
-            return "", reason
+            return "", f"dense bases: {reason}"
+        if weight.device.type != "meta" and not serve(weight.device.type):
+            return "", f"plain torch on block bases: {_no_kernels(weight.device.type)}"
         alone = type(base) is nn.Linear and len(self.active_adapters) == 1
         drop = self.randlora_dropout[adapter].p if self._drops(adapter) else 0.0
         options = weight.dtype, weight.device, alone, drop, self.merged_rounding.get(adapter)
         choice = explain(basis, tokens, *options)
         # Drawn or loaded bases have about the density that was asked for.
         counted = " (counted)" if basis.description is None else ""
-        return choice.isa, f"r={basis.r} density {basis.density:.3g}{counted} {choice.path}"
+        kind = "block " if basis.kind == "block" else ""
+        return choice.isa, f"r={basis.r} {kind}density {basis.density:.3g}{counted} {choice.path}"
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_features}->{self.out_features}"]
         for name in self.randlora_lambda:
             isa, told = self.describe(name, _REPR_TOKENS)
-            told = f"{told} at {_REPR_TOKENS} tokens" if isa else f"r={self.r[name]} dense bases"
+            if isa:
+                told = f"{told} at {_REPR_TOKENS} tokens"
+            else:
+                told = f"r={self.r[name]} {told.partition(':')[0]}"
             parts.append(f"{name}: {told}" + ", merged" * (name in self.merged_adapters))
         return "; ".join(parts)
 
@@ -230,6 +245,10 @@ class AcceleratedLayer(_Layer):
 
 class AcceleratedLinear(AcceleratedLayer, Linear):
     """`peft.tuners.randlora.layer.Linear` on the compiled kernels: nn.Linear and Conv1D."""
+
+
+def _no_kernels(device_type: str) -> str:
+    return f"there are no randlora_ext kernels for device type {device_type!r}"
 
 
 def add_adapter(

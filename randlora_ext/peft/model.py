@@ -8,10 +8,11 @@ import peft
 import torch
 from peft.tuners.randlora.layer import Linear, RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
-from ..nn.base_layer import disable_nested_tensors, force_module_call
+from ..basis.block import check_layers
+from ..nn.base_layer import disable_nested_tensors, features, force_module_call, is_conv1d
 from ..nn.state_dict import misfit, refuse, refuse_misfit
 from ..ops.path import check_rounding
 from .adapter_basis import AdapterBasis
@@ -94,9 +95,12 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str) -> None:
         """Finds the adapter's bases among those of other adapters, or makes them."""
         A, B = self.randlora_A, self.randlora_B
+        basis = AdapterBasis.of(vars(config))
+        if basis.kind == "block":
+            groups = basis.description(1).groups
+            check_layers(groups, self._target_sizes(config), config.r)
         out_features, in_features = self._find_dim(config)
         D, d = max(out_features, in_features), min(out_features, in_features)
-        basis = AdapterBasis.of(vars(config))
         if basis.kind != "peft":  # from now on `very_sparse` is a number
             basis = AdapterBasis(basis.kind, basis.description(d).density, basis.seed)
             set_basis(config, basis)
@@ -146,23 +150,28 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _find_dim(self, config: peft.RandLoraConfig) -> tuple[int, int]:
         """(largest out_features, largest in_features) of the targets.
 
-        PEFT's looks at nn.Linear and Conv1D; an added adapter meets them wrapped, and a wrapped
-        quantized layer is neither.
+        PEFT's does not see wrapped quantized layers, which an added adapter meets.
         """
-        # Where the user left the targets to PEFT.
-        config = self._prepare_adapter_config(config, self.get_model_config(self.model))
-        wrapped = [
-            (module.out_features, module.in_features)
-            for name, module in self.model.named_modules()
-            if isinstance(module, RandLoraLayer) and self._check_target_module_exists(config, name)
-        ]
-        try:
-            wrapped.append(super()._find_dim(config))
-        except ValueError:
-            if not wrapped:
-                raise
-        out_features, in_features = (max(sizes) for sizes in zip(*wrapped, strict=True))
+        sizes = self._target_sizes(config).values()
+        if not sizes:
+            return super()._find_dim(config)  # its error
+        in_features, out_features = (max(each) for each in zip(*sizes, strict=True))
         return out_features, in_features
+
+    def _target_sizes(self, config: peft.RandLoraConfig) -> dict[str, tuple[int, int]]:
+        """(in_features, out_features) of the targets by their names."""
+        # The user may have left the targets to PEFT.
+        config = self._prepare_adapter_config(config, self.get_model_config(self.model))
+        config = _maybe_include_all_linear_layers(config, self.model)
+        sizes = {}
+        for name, module in self.model.named_modules():
+            if not self._check_target_module_exists(config, name):
+                continue
+            if isinstance(module, RandLoraLayer):
+                sizes[name] = module.in_features, module.out_features
+            elif isinstance(module, nn.Linear) or is_conv1d(module):
+                sizes[name] = features(module)
+        return sizes
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):

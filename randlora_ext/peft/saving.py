@@ -4,15 +4,17 @@ import copy
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import peft
 import torch
+import torch.nn.functional as F
 from peft.tuners.randlora.layer import RandLoraLayer
 from safetensors.torch import load_file, save_model
 from torch import Tensor
 
+from ..basis import BasisDescription, TernaryBasis
 from .adapter_basis import AdapterBasis
 from .bases import BASIS_NAMES
 from .files import appear_together, record_configurations
@@ -46,7 +48,9 @@ def export_to_peft(
 
     Equivalent to ``model.save_pretrained(folder)`` of a stock model with ``save_projection=True``
     whose bases are these: generated ones and those of any density are written dense, and the
-    configuration has PEFT's fields only. Old files stay until the new ones are complete.
+    configuration has PEFT's fields only. Old files stay until the new ones are complete. Stock
+    PEFT shares one A and one B among all layers, so block bases can only be written for layers of
+    one shape, transposed or not.
 
     Args:
         model: a PeftModel. Each adapter is written as by PEFT: "default" into the folder, others
@@ -59,7 +63,8 @@ def export_to_peft(
             layer, and still loads them right. False writes adapter_model.bin, a pickle in which
             these copies are references to one tensor: as small, and read without a warning.
 
-    Raises TypeError if model is no PeftModel over RandLoRA layers.
+    Raises TypeError if model is no PeftModel over RandLoRA layers, ValueError if block bases belong
+    to layers of different shapes, which it names.
     """
     if not isinstance(model, peft.PeftModel) or not any(
         isinstance(module, RandLoraLayer) for module in model.modules()
@@ -88,9 +93,9 @@ def _save_adapters(model: peft.PeftModel, folder: Path, safe_serialization: bool
     copies = tuple(f".{bases}." for bases in BASIS_NAMES)
     state = {k: v for k, v in model.state_dict().items() if not any(part in k for part in copies)}
     for name in configs:
-        for bases in BASIS_NAMES:
-            basis = getattr(model.base_model, bases)[name]
-            state[f"base_model.{bases}.{name}"] = dense_basis(basis).detach()
+        pair = [getattr(model.base_model, bases)[name] for bases in BASIS_NAMES]
+        for bases, dense in zip(BASIS_NAMES, _dense_bases(model, name, *pair), strict=True):
+            state[f"base_model.{bases}.{name}"] = dense.detach()
     try:
         for name, config in configs.items():
             packed = isinstance(model.base_model.randlora_A[name], TernaryTensor)
@@ -104,14 +109,53 @@ def _save_adapters(model: peft.PeftModel, folder: Path, safe_serialization: bool
             _as_pickle(file, layers)
 
 
-def dense_basis(basis: Tensor) -> Tensor:
-    """A basis as layers multiply by it: PEFT's casts do not round generated ones."""
+def _dense_bases(model: peft.PeftModel, name: str, *bases: Tensor) -> tuple[Tensor, ...]:
+    """An adapter's A and B as layers multiply by them: PEFT's casts do not round generated ones."""
+    A, _ = bases
+    if isinstance(A, TernaryTensor) and A.is_block:
+        assert A.signs.description is not None
+        layers = {
+            path: (module.in_features, module.out_features)
+            for path, module in model.base_model.model.named_modules()
+            if isinstance(module, RandLoraLayer) and name in module.randlora_lambda
+        }
+        return dense_block_bases(A.signs.description, A.shape[0], layers)
+    return tuple(_dense(basis) for basis in bases)
+
+
+def _dense(basis: Tensor) -> Tensor:
     if not isinstance(basis, TernaryTensor):
         return basis
     description = basis.signs.description
     if description is None:
         return basis.dense()
     return TernaryTensor.generated(description, basis.signs.role, basis.shape).dense()
+
+
+def dense_block_bases(
+    description: BasisDescription, r: int, layers: Mapping[str, tuple[int, int]]
+) -> tuple[Tensor, Tensor]:
+    """A (r, 1, d) and B (D, n, r) from which every layer of stock PEFT slices its block bases.
+
+    Args:
+        layers: (in_features, out_features) by name. If some are transposed, PEFT makes the bases
+            for a square layer of D features; what no layer reads is 0.
+
+    Raises ValueError, naming two layers, if their shapes differ.
+    """
+    (first, sizes), *others = layers.items()
+    for other, its in others:
+        if sorted(its) != sorted(sizes):
+            raise ValueError(
+                "stock PEFT has one pair of bases for all layers, and block bases of different "
+                f"shapes are no slices of one: layer {first!r} has {sizes[0]} -> {sizes[1]} "
+                f"features, layer {other!r} {its[0]} -> {its[1]}; merge instead "
+                "(export_to_peft(..., merged=True) or --merge)"
+            )
+    A, B = TernaryBasis(*sizes, r, description.density, description.seed, "block").dense()
+    d = min(max(each) for each in zip(*layers.values(), strict=True))
+    A, B = F.pad(A, (0, d - A.shape[1])), F.pad(B, (0, -(-d // r) * r - B.shape[1]))
+    return A.unsqueeze(1), B.unflatten(1, (-1, r))
 
 
 def stock_config(config: peft.RandLoraConfig, packed: bool) -> peft.RandLoraConfig:

@@ -26,9 +26,7 @@ def kernel_summary(model: nn.Module, tokens: int = 512) -> str:
     isas = set()
     for layer in (m for m in model.modules() if isinstance(m, RandLoraLayer)):
         if not isinstance(layer, AcceleratedLayer):
-            others[
-                "on PEFT's own code: made without randlora_ext.peft.enable(); see accelerate()"
-            ] += 1
+            others[_STOCK] += 1
             continue
         for name in layer.active_adapters:
             if name in layer.randlora_lambda:
@@ -37,7 +35,7 @@ def kernel_summary(model: nn.Module, tokens: int = 512) -> str:
                     isas.add(isa)
                     ours[f"{layer.in_features}->{layer.out_features} {told}"] += 1
                 else:
-                    others[f"by dense bases: {told}"] += 1
+                    others[f"by {told}"] += 1
     parts = [f"{count} layers {what}" for what, count in others.items()]
     if ours:
         listed = ", ".join(f"{count}x {what}" for what, count in sorted(ours.items()))

@@ -64,8 +64,19 @@ class TernaryTensor(Tensor):
         signs = Signs(shape[0], math.prod(shape[1:]), None, description, role)
         return cls(signs, 1 / math.sqrt(description.density), shape, torch.float32, "cpu")
 
+    @property
+    def is_block(self) -> bool:
+        """Whether layers of different shape have different matrices, and no slices of this one."""
+        return self.signs.description is not None and self.signs.description.kind == "block"
+
     def dense(self) -> Tensor:
-        """A new dense tensor with the same values."""
+        """A new dense tensor with the same values. Raises RuntimeError for block bases."""
+        if self.is_block:
+            raise RuntimeError(
+                "randlora_A and randlora_B of block bases have no dense form: layers of different "
+                "shape have different matrices, which layer.basis_of(adapter, device)[0].dense() "
+                "gives"
+            )
         if self.is_meta:
             return torch.empty(self.shape, dtype=self.dtype, device="meta")
         planes = self.signs.on(self.device)

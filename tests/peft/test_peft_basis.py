@@ -91,6 +91,7 @@ DESCRIBED = {
     "one third": {"basis": "independent"},
     "very_sparse": {"basis": "independent", "very_sparse": True},
     "drawn": {"density": 0.07, "save_projection": False},
+    "block": {"basis": "block", "density": 1 / 4, "r": 8},
 }
 
 
@@ -107,7 +108,7 @@ def test_the_text_alone_decides_the_bases_at_every_door(tmp_path, options):
     text = json.loads((tmp_path / "adapter_config.json").read_text())
     assert not {"basis", "density"} & text.keys()
     accelerated.enable()
-    fields = {"r": 5, "target_modules": ["a", "b", "c"]}
+    fields = {"r": options.get("r", 5), "target_modules": ["a", "b", "c"]}
     alone = accelerated.RandLoraConfig(projection_prng_key=text["projection_prng_key"], **fields)
     doors = [
         peft.PeftModel.from_pretrained(Deep(), tmp_path),
@@ -158,6 +159,8 @@ BAD_OPTIONS = [
     ({"density": 1 / 3, "very_sparse": True}, r"contradicts .*very_sparse=True"),
     ({"basis": "independent", "projection_prng_key": -1}, r"projection_prng_key .*got -1"),
     ({"basis": "independent", "projection_prng_key": True}, "projection_prng_key .*True"),
+    ({"basis": "block", "density": 0.3}, r"must be 1 / G .* got 0\.3; the nearest is 1 / 3"),
+    ({"basis": "block", "very_sparse": True}, "basis='block' needs a density .* very_sparse=True"),
     ({"density": 0.1, "projection_prng_key": 2**64}, "seed must be .*18446744073709551616"),
     ({"projection_prng_key": "generated-1:0"}, "'generated-1:0' is no key of a basis"),
     ({"projection_prng_key": KEY.replace("-1", "-2").format(0.1, 0)}, "independent-2.* knows"),
@@ -183,9 +186,9 @@ def test_bad_options(options, message):
 def test_a_configuration_does_not_outlive_enable(options):
     """Stock PEFT must not draw other bases from it."""
     with pytest.raises(RuntimeError, match=r"needs randlora_ext\.peft\.enable\(\)"):
-        deep_config(5, accelerated.RandLoraConfig, **options)
+        deep_config(cls=accelerated.RandLoraConfig, **options)
     accelerated.enable()
-    chosen = deep_config(5, accelerated.RandLoraConfig, **options)
+    chosen = deep_config(cls=accelerated.RandLoraConfig, **options)
     accelerated.disable()
     with pytest.raises(Exception, match="expected a long, but got str"):
         peft.get_peft_model(Deep(), chosen)
@@ -236,8 +239,13 @@ def test_a_density_without_a_value_in_it():
 
 @pytest.mark.parametrize(
     "options",
-    [{"basis": "independent"}, {"sparse": True, "save_projection": False}, {}],
-    ids=["independent", "sparse", "uniform, saved"],
+    [
+        {"basis": "independent"},
+        {"basis": "block", "density": 1 / 4, "r": 8},
+        {"sparse": True, "save_projection": False},
+        {},
+    ],
+    ids=["independent", "block", "sparse", "uniform, saved"],
 )
 @pytest.mark.filterwarnings("ignore:RandLoRA layers of this model multiply by dense")
 def test_initialisation_on_the_meta_device(options):

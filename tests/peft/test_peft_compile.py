@@ -13,12 +13,18 @@ from torch.export import Dim
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft", "fresh_dynamo")
 
-KINDS = [{"sparse": True}, {"density": 0.1}, {"basis": "independent"}]
+KINDS = [
+    {"sparse": True},
+    {"density": 0.1},
+    {"basis": "independent"},
+    {"basis": "block", "density": 1 / 4, "r": 8},
+]
 
 
 def make(key=0, **options):
     accelerated.enable()
-    options = deep_config(5, accelerated.RandLoraConfig, projection_prng_key=key, **options)
+    options = {"r": 5, "projection_prng_key": key} | options
+    options = deep_config(cls=accelerated.RandLoraConfig, **options)
     return randomize(peft.get_peft_model(Deep(), options))
 
 

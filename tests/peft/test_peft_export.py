@@ -27,6 +27,7 @@ KINDS = {
     "very_sparse": {"very_sparse": True},
     "density": {"density": 0.07, "save_projection": False},
     "generated": {"basis": "independent", "density": 0.07, "projection_prng_key": 2**64 - 1},
+    "block": {"basis": "block", "density": 1 / 4, "r": 8},
     "generated very_sparse": {"basis": "independent", "very_sparse": True},
     "uniform": {},
 }

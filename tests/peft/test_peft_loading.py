@@ -29,6 +29,7 @@ pytestmark = [
 
 KEY_ALONE = {"sparse": True, "save_projection": False}
 SEED = {"basis": "independent", "density": 0.2, "projection_prng_key": 7}
+BLOCK = {"basis": "block", "density": 1 / 4, "r": 8}
 DRAWN = {"density": 0.1, "save_projection": False}
 
 
@@ -53,6 +54,7 @@ MISFITS = {
     "density": (DRAWN, DRAWN | {"density": 0.2}, r"density is 0\.2, not 0\.1$"),
     "seed": (SEED, SEED | {"projection_prng_key": 8}, "projection_prng_key is 8, not 7$"),
     "density of a seed": (SEED, SEED | {"density": 0.3}, r"density is 0\.3, not 0\.2$"),
+    "groups": (BLOCK, BLOCK | {"density": 1 / 2}, r"density is 0\.5, not 0\.25$"),
     "kind": (KEY_ALONE, SEED, r"basis is 'independent', not 'peft'\n\tdensity is 0\.2, not 0\.333"),
 }
 
@@ -70,7 +72,7 @@ def test_other_bases_are_named_and_nothing_changes(tmp_path, own, other, message
     assert_unchanged(model, before)
     # also if the adapter is made of another configuration than the file's
     accelerated.enable()
-    chosen = deep_config(5, accelerated.RandLoraConfig, **own)
+    chosen = deep_config(cls=accelerated.RandLoraConfig, **({"r": 5} | own))
     with pytest.raises(ValueError, match=message):
         peft.PeftModel.from_pretrained(Deep(), tmp_path, config=chosen)
 
@@ -84,6 +86,7 @@ SAME = {
     ),
     "seed": (SEED, SEED),
     "seed without a density": ({"basis": "independent"}, {"basis": "independent", "sparse": True}),
+    "block": (BLOCK, BLOCK),
     "uniform": ({"save_projection": False}, {"save_projection": False}),
     "uniform, saved": ({}, {}),
     "bases in the file": ({"sparse": True}, {"sparse": True, "projection_prng_key": 9}),
