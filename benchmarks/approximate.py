@@ -16,14 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from methods import density_of
+from methods import basis_of
 from record import write
 from tqdm import tqdm
 
-from randlora_ext import TernaryBasis, delta_weight
+from randlora_ext import delta_weight
 from randlora_ext.reference import delta_weight_reference
 
-BASES = ["dense", "1/3", "1/8", "0.07", "1/16", "very_sparse"]
+BASES = ["dense", "1/3", "1/8", "0.07", "1/16", "very_sparse", "block:1/8", "block:1/16"]
 
 
 def random_targets(size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -74,7 +74,7 @@ def update_of(
         make = torch.Generator().manual_seed(seed)
         A, B = torch.randn(r, d, generator=make), torch.randn(D, r * n, generator=make)
         return lambda lam, gam: delta_weight_reference(A, B, lam, gam, 1.0, *shape), n, d
-    basis = TernaryBasis(in_features, out_features, r, density_of(bases, d), seed)
+    basis = basis_of(bases, (in_features, out_features), r, seed)
     return lambda lam, gam: delta_weight(basis, lam, gam), n, d
 
 

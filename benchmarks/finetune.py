@@ -33,6 +33,8 @@ METHODS = {
     "full": [5e-5, 1e-4, 3e-4],
 }
 MORE = {  # rates from what the first showed
+    "randlora block:1/8": [3e-4, 5e-4, 1e-3],
+    "randlora block:1/16": [3e-4, 5e-4, 1e-3],
     "randlora 1/8": [1e-3, 2e-3],
     "randlora 1/16": [1e-3, 2e-3],
 }
@@ -56,7 +58,10 @@ def adapted(base, method: str, seed: int):
     config = peft.RandLoraConfig if stock else randlora_ext.peft.RandLoraConfig
     kinds = {"1/3": {"sparse": True}, "very_sparse": {"very_sparse": True}, "dense": {}}
     common |= {"r": RANK, "randlora_alpha": 20 * RANK, "projection_prng_key": seed}
-    kind = kinds[density] if density in kinds else {"density": float(Fraction(density))}
+    if density.startswith("block:"):
+        common |= {"basis": "block"}
+    number = density.removeprefix("block:")
+    kind = kinds[density] if density in kinds else {"density": float(Fraction(number))}
     return peft.get_peft_model(base, config(save_projection=False, **kind, **common))
 
 

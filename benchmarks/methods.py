@@ -31,11 +31,18 @@ class Ours(nn.Module):
 
 
 def density_of(text: str, d: int) -> float:
-    """A number, a fraction, or PEFT's very_sparse (1 / sqrt(d))."""
-    if text == "very_sparse":
+    """A number, a fraction, or PEFT's very_sparse (1 / sqrt(d)); after "block:" for block bases."""
+    number = text.removeprefix("block:")
+    if number == "very_sparse":
         return 1 / math.sqrt(d)
-    top, _, bottom = text.partition("/")
+    top, _, bottom = number.partition("/")
     return float(top) / float(bottom or 1)
+
+
+def basis_of(text: str, size: tuple[int, int], rank: int, seed: int = 0) -> TernaryBasis:
+    """The bases that `text` names, as of `density_of`, for a layer of `size` = (in, out)."""
+    kind = "block" if text.startswith("block:") else "independent"
+    return TernaryBasis(*size, rank, density_of(text, min(size)), seed, kind)
 
 
 def frozen_layer(size: tuple[int, int], dtype: torch.dtype) -> nn.Linear:
@@ -55,8 +62,7 @@ def make(method: str, base: nn.Linear, rank: int, density: str) -> nn.Module:
     if method == "full":
         return copy.deepcopy(base).requires_grad_(True)
     if method in ("ours", *PATHS):
-        n_in, n_out = base.in_features, base.out_features
-        basis = TernaryBasis(n_in, n_out, rank, density_of(density, min(n_in, n_out)))
+        basis = basis_of(density, (base.in_features, base.out_features), rank)
         return Ours(base, basis, "auto" if method == "ours" else method)
     return _of_peft(method, base, rank, density)
 

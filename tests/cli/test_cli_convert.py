@@ -15,6 +15,7 @@ pytestmark = [
     ),
 ]
 TOKENS = torch.arange(12).view(2, 6)
+KINDS_OF_ONE_MATRIX = {name: kind for name, kind in KINDS.items() if name != "block"}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def has_bases(folder):
     return any("randlora_A" in key for key in load_file(folder / "adapter_model.safetensors"))
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("kind", KINDS_OF_ONE_MATRIX.values(), ids=KINDS_OF_ONE_MATRIX)
 def test_to_peft_and_back(tmp_path, base_folder, kind):
     model = save_adapter(llama(), tmp_path / "a", **kind)
     with torch.no_grad():
@@ -57,6 +58,30 @@ def test_to_peft_and_back(tmp_path, base_folder, kind):
     assert relative(logits(tmp_path / "small", True), want) < 1e-5
     if stock:
         assert relative(logits(tmp_path / "small", False), want) < 1e-5
+
+
+@pytest.mark.parametrize("targets", [["up_proj"], ["up_proj", "down_proj"]], ids=str)
+def test_block_bases_of_one_shape(tmp_path, base_folder, targets):
+    """Written for a square layer if some are transposed, as PEFT draws its own."""
+    model = save_adapter(llama(), tmp_path / "a", targets=targets, **KINDS["block"])
+    convert = ("--convert", tmp_path / "a", tmp_path / "peft", "--to", "peft")
+    assert run(*convert, "--base", base_folder)[0] == 0
+    code, out, _ = run("--convert", tmp_path / "peft", tmp_path / "small", "--to", "compact")
+    assert code == 0 and "generates its bases again (density 0.25)" in out
+    settings = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
+    assert settings["projection_prng_key"] == "randlora_ext:block-1:density=0.25:seed=7"
+    with torch.no_grad():
+        want = model(TOKENS).logits
+    for folder, ours in (("peft", False), ("peft", True), ("small", True)):
+        assert relative(logits(tmp_path / folder, ours), want) < 1e-5
+
+
+def test_block_bases_of_several_shapes_have_no_dense_form(tmp_path, base_folder):
+    save_adapter(llama(), tmp_path / "a", **KINDS["block"])
+    convert = ("--convert", tmp_path / "a", tmp_path / "peft", "--to", "peft")
+    line = refused(*convert, "--base", base_folder)
+    assert "layer 'model.layers.0.self_attn.q_proj' 32 -> 32; merge instead" in line
+    assert not (tmp_path / "peft").exists()
 
 
 def test_density_that_cannot_be_read_off_is_given(tmp_path, base_folder):

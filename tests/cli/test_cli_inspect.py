@@ -111,6 +111,17 @@ def test_ranks_of_known_spectra():
 def test_what_does_not_fit_is_told(tmp_path, base_folder):
     save_adapter(llama(hidden_size=64), tmp_path / "a", basis="independent")
     assert "min(in, out)" in refused("--inspect", tmp_path / "a", "--base", base_folder)
+    save_adapter(
+        llama(hidden_size=64, intermediate_size=64),
+        tmp_path / "block",
+        targets=["down_proj"],
+        **KINDS["block"],
+    )
+    llama(
+        hidden_size=66, intermediate_size=64, num_attention_heads=3, num_key_value_heads=3
+    ).save_pretrained(tmp_path / "wide")
+    line = refused("--inspect", tmp_path / "block", "--base", tmp_path / "wide")
+    assert "layer 'model.layers.0.mlp.down_proj' does not fit: block bases of density=1/4" in line
     assert "neither a folder" in refused("--inspect", tmp_path / "a", "--base", "no/such-model")
     assert "no regular" in refused("--inspect", tmp_path / "a", "--layers", "(")
     assert "none of 8" in refused("--inspect", tmp_path / "a", "--layers", "k_proj")

@@ -80,6 +80,26 @@ def test_merge_of_square_conv1d(tmp_path, seed):
             torch.testing.assert_close(got[name], weight, rtol=ulp, atol=1e-5)
 
 
+def test_block_bases(tmp_path):
+    options = {"r": 8, "basis": "block", "density": 1 / 4}
+    file, base = tmp_path / "a.safetensors", tmp_path / "base"
+    llama().save_pretrained(base)
+    model = adapted(llama(), TARGETS, file, **options)
+    code, out, _ = run("--inspect", file)
+    assert code == 0 and "basis=randlora_ext:block-1:density=0.25:seed=9" in out
+    assert run("--merge", base, file, tmp_path / "merged")[0] == 0
+    assert run("--convert", file, tmp_path / "small", "--to", "compact")[0] == 0
+    line = refused("--convert", file, tmp_path / "peft", "--to", "peft")
+    assert "features, layer 'model.layers.0" in line and "merge instead" in line
+    accelerated.enable()
+    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path / "small").eval()
+    merged = type(llama()).from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        want = model(TOKENS).logits
+        for other in (loaded, merged):
+            assert relative(other(TOKENS).logits, want) < 1e-5
+
+
 @pytest.mark.parametrize("to", ["peft", "compact"])
 def test_convert_to_a_folder_of_peft(saved, tmp_path, to):
     model, file, _ = saved

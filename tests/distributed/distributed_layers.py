@@ -168,6 +168,7 @@ def check_from_shard(place: Place):
 def check_refusals(place: Place):
     """What cannot be sharded raises before anything has changed."""
     mesh = place.mesh()
+    blocks = {"r": 4, "density": 1 / 2, "basis": "block"}
     for style, sizes in ((RandLoraColwise, (36, 54)), (RandLoraRowwise, (54, 36))):
         plain = layer(*sizes)
         refused(
@@ -198,7 +199,21 @@ def check_refusals(place: Place):
         hook = fit.base_layer.register_forward_hook(lambda *_: None)
         refused(TypeError, "without hooks", lambda s=style, f=fit: parallelize_module(f, mesh, s()))
         hook.remove()
+        fit.update_layer("blocks", **blocks)
+        refused(
+            ValueError,
+            "adapters ['blocks'] have block bases",
+            lambda s=style, f=fit: parallelize_module(f, mesh, s()),
+        )
+        assert type(fit) is RandLoraLinear
+        fit = layer(36, 52)
         done = parallelize_module(fit, mesh, style())
+        refused(
+            ValueError,
+            "on a tensor-parallel layer, got 'block'",
+            lambda f=done: f.update_layer("blocks", **blocks),
+        )
+        assert [*done.bases] == ["default"]
         refused(
             TypeError,
             "got TensorParallelRandLoraLinear",

@@ -53,6 +53,13 @@ def test_apply_wraps_a_tied_layer_once():
         (["q", "norm"], {}, TypeError, r"'blocks\.0\.norm', matched by target_modules .*LayerNorm"),
         (["q"], {"r": 0}, ValueError, "r must be"),
         (["q"], {"rank": 4}, TypeError, "rank"),
+        (
+            ["q", "down"],
+            {"basis": "block", "r": 4},
+            ValueError,
+            r"'blocks\.0\.q' does not fit: .* density=1/8 .* 12, 12 and r=4; .*all 4 .*: 1/2\.",
+        ),
+        (["q"], {"basis": "block", "r": 0}, ValueError, "r must be"),
         (None, {}, TypeError, "target_modules must be names or a regular expression, got None"),
         (["q", 2], {}, TypeError, r"target_modules must be names .* got \['q', 2\]"),
         ("(", {}, ValueError, r"target_modules '\(' is no regular expression: missing \)"),

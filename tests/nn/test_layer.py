@@ -21,6 +21,8 @@ from randlora_ext import RandLoraLinear, TernaryBasis
 from randlora_ext.reference import delta_weight_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+INDEPENDENT = {"r": 5}
+BLOCK = {"r": 8, "density": 1 / 4, "basis": "block"}
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
@@ -35,15 +37,28 @@ def test_agrees_with_reference(shape, density, dtype, tolerance):
     assert_close(run(layer, x, dy), run_oracle(layer, x, dy), tolerance)
 
 
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("groups,r", [(1, 4), (2, 8), (4, 4), (4, 16)])
+@pytest.mark.parametrize("shape", [(16, 16), (24, 40), (40, 24)], ids=str)
+def test_block_bases_agree_with_reference(shape, groups, r, dtype, tolerance):
+    base = make_base(*shape, dtype=dtype)
+    options = {"r": r, "density": 1 / groups, "basis": "block", "projection_prng_key": 5}
+    layer = randomize(RandLoraLinear(base, **options))
+    assert layer.bases["default"] == TernaryBasis(*shape, r, 1 / groups, seed=5, kind="block")
+    x, dy = inputs(layer, 3, 7, dtype=dtype)
+    assert_close(run(layer, x, dy), run_oracle(layer, x, dy), tolerance)
+
+
+@pytest.mark.parametrize("basis", [INDEPENDENT, BLOCK], ids=["independent", "block"])
 @pytest.mark.parametrize("path", ["factored", "delta", "merged"])
 @pytest.mark.parametrize("kind", ["linear", "no bias", "subclass", "hook", "conv1d"])
-def test_every_kind_of_base_on_every_path(monkeypatch, kind, path):
+def test_every_kind_of_base_on_every_path(monkeypatch, kind, path, basis):
     monkeypatch.setenv("RANDLORA_PATH", path)
     base = make_base(24, 40, kind, bias=kind != "no bias", dtype=torch.float64)
     calls = []
     if kind == "hook":
         base.register_forward_hook(lambda *_: calls.append(1))
-    layer = randomize(RandLoraLinear(base, r=5))
+    layer = randomize(RandLoraLinear(base, **basis))
     x, dy = inputs(layer, 11, dtype=torch.float64)
     assert_close(run(layer, x, dy), run_oracle(layer, x, dy), 1e-10)
     assert len(calls) == (kind == "hook")
@@ -103,10 +118,10 @@ def test_unusual_inputs():
     assert relative(layer(x), oracle(layer, x)[0]) < 1e-5
 
 
-@pytest.mark.parametrize("density", [0.07, 1 / 3])
-def test_shapes_on_the_meta_device(density):
+@pytest.mark.parametrize("basis", [{"density": 0.07}, {"density": 1 / 3}, BLOCK], ids=str)
+def test_shapes_on_the_meta_device(basis):
     base = make_base(24, 40).to("meta")
-    layer = RandLoraLinear(base, r=8, density=density)
+    layer = RandLoraLinear(base, **({"r": 8} | basis))
     x = torch.empty(3, 5, 24, device="meta", requires_grad=True)
     y = layer(x)
     assert y.shape == (3, 5, 40) and y.device.type == "meta"
@@ -116,10 +131,10 @@ def test_shapes_on_the_meta_device(density):
 
 
 def test_scaled_bases_and_delta_weight():
-    for kind in ("linear", "conv1d"):
+    for kind, basis in (("linear", INDEPENDENT), ("conv1d", INDEPENDENT), ("conv1d", BLOCK)):
         for in_features, out_features in ((24, 40), (40, 24)):
             base = make_base(in_features, out_features, kind, dtype=torch.float64)
-            layer = randomize(RandLoraLinear(base, r=5))
+            layer = randomize(RandLoraLinear(base, randlora_alpha=128 * basis["r"], **basis))
             lam, gam = layer.randlora_lambda["default"], layer.randlora_gamma["default"]
             A, B = layer.bases["default"].dense(dtype=torch.float64)
             expected = delta_weight_reference(A, B, lam, gam, 128.0, out_features, in_features)
@@ -135,8 +150,9 @@ def test_scaled_bases_and_delta_weight():
             assert relative(gradient, wanted) < 1e-12
 
 
-def test_two_adapters_add_up():
-    layer = two_adapters()
+@pytest.mark.parametrize("second", [{}, BLOCK], ids=["independent", "block"])
+def test_two_adapters_add_up(second):
+    layer = two_adapters(**second)
     assert layer.active_adapters == ["default"]
     assert not layer.randlora_lambda["two"].requires_grad
     x, dy = inputs(layer, 9, dtype=torch.float64)

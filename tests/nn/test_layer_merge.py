@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_merge_rounds_once_and_unmerge_restores(kind, dtype):
     base = make_base(24, 40, kind, dtype=dtype)
     layer = randomize(RandLoraLinear(base, r=5))
-    layer.update_layer("two", r=6, density=0.1)
+    layer.update_layer("two", r=8, density=1 / 4, basis="block")
     randomize(layer)
     layer.set_adapter(["default", "two"])
     x, _ = inputs(layer, 9, dtype=dtype)
