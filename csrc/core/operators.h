@@ -101,6 +101,22 @@ struct DeltaWeight {
   uint64_t rounding_seed = 0;
 };
 
+// The same of block bases (docs/basis-spec.md, section 14): A is block diagonal over `groups` as in
+// ScaledBasis, and B[o, c] is not 0 if o // (D / groups) == c % groups. CUDA only.
+struct BlockDelta {
+  int64_t D, d, r, n, groups;
+  Planes b;               // (K, D / groups): row c holds column c of B within its chunk of D
+  const int8_t* a;        // (r, d / groups)
+  const void *lam, *gam;  // (r, n), (n, d) in the compute type
+  const void* base;
+  void* out;
+  DType dtype;
+  double scale;
+  bool transposed;
+  bool stochastic = false;
+  uint64_t rounding_seed = 0;
+};
+
 struct DeltaWeightBackward {
   Basis basis;
   const void *lam, *gam;

@@ -24,10 +24,14 @@ struct Range {
   }
 };
 
-Tensor expand_b(const BlockBasis& b, DType dtype) {
+Planes planes_of(const BlockBasis& b) {
   const auto* plus = static_cast<const uint64_t*>(b.b_planes.const_data_ptr());
   const int64_t words = b.b_planes.size(2);
-  const Planes planes{plus, plus + b.K() * words, words};
+  return {plus, plus + b.K() * words, words};
+}
+
+Tensor expand_b(const BlockBasis& b, DType dtype) {
+  const Planes planes = planes_of(b);
   Tensor out = allocate({b.K(), b.b_width()}, scalar_type(dtype), b.b_planes);
   if (runs_on_cuda(out)) {
     TorchDevice device(out);
@@ -210,6 +214,19 @@ Tensor form_delta(const BlockBasis& b, const Tensor& lam, const Tensor& gam,
                   const OptionalTensor& base, double scale, int64_t out_features,
                   int64_t in_features, bool expand, DType dtype,
                   std::optional<int64_t> rounding_seed) {
+  if (runs_on_cuda(lam)) {
+    const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
+    Tensor out = allocate({out_features, in_features}, scalar_type(dtype), lam);
+    const Tensor w = base ? as_contiguous(*base) : out;
+    TorchDevice device(lam);
+    cuda_kernels().block_delta(
+        {b.D, b.d, b.r, b.n, b.G, planes_of(b), static_cast<const int8_t*>(b.a.const_data_ptr()),
+         l.const_data_ptr(), g.const_data_ptr(), base ? w.const_data_ptr() : nullptr,
+         out.mutable_data_ptr(), dtype, scale, /*transposed=*/!expand, rounding_seed.has_value(),
+         static_cast<uint64_t>(rounding_seed.value_or(0))},
+        device);
+    return out;
+  }
   // 16-bit results are summed in float32 and rounded once.
   const DType compute = dtype == DType::f64 ? DType::f64 : DType::f32;
   const bool rounds = compute != dtype, adds = base && !rounds;
@@ -231,10 +248,12 @@ Tensor form_delta(const BlockBasis& b, const Tensor& lam, const Tensor& gam,
   if (!rounds) return sum;
   const Tensor w = base ? as_contiguous(*base) : sum;
   Tensor out = allocate({out_features, in_features}, scalar_type(dtype), lam);
-  run(lam, &Kernels::add_rounded, &CudaKernels::add_rounded,
+  TorchRuntime runtime;
+  cpu_kernels().add_rounded(
       {out.numel(), base ? w.const_data_ptr() : nullptr,
        static_cast<const float*>(sum.const_data_ptr()), out.mutable_data_ptr(), dtype,
-       rounding_seed.has_value(), static_cast<uint64_t>(rounding_seed.value_or(0))});
+       rounding_seed.has_value(), static_cast<uint64_t>(rounding_seed.value_or(0))},
+      runtime);
   return out;
 }
 

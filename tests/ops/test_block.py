@@ -132,10 +132,12 @@ def test_merged_weight_is_rounded_once(sizes, dtype, served):
     total = wide.weight + delta_weight_reference(A, B, wide.lam, wide.gam, 0.5, *shape)
     merged = merged_weight(basis, layer.weight, layer.lam, layer.gam, 0.5)
     eps = torch.finfo(dtype).eps
-    # Half an ulp, and the float32 sum's own error before the rounding.
-    assert (merged.double() - total).abs().le((0.5 * eps + 1e-6) * total.abs() + 1e-6).all() or (
-        dtype is torch.float64 and largest_error(merged, total) < 1e-14
-    )
+    if dtype is torch.float64:
+        assert largest_error(merged, total) < 1e-14
+        return
+    # Half an ulp, and before the rounding the error of a float32 sum; on CUDA, of 16 bits of A'.
+    before = 1e-6 if dtype is torch.float32 else 1e-5
+    assert ((merged.double() - total).abs() <= (0.5 * eps + before) * total.abs() + before).all()
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)

@@ -25,6 +25,7 @@ TESTS = {  # test_NAME.cpp of the execution gate, and the kernels that it runs
     "b_lists": ("b_lists.cu",),
     "b_planes": ("b_planes.cu",),
     "basis_gpu": ("fill_planes.cu", "lists.cu", "dense.cu"),
+    "block_delta": ("block_delta.cu",),
     "delta_lists": ("delta_lists*.cu",),
     "delta_planes": ("delta_planes*.cu", "delta_codes.cu"),
     "scaled_basis": ("scaled_basis.cu",),

@@ -37,7 +37,9 @@ struct DeltaStore {
   bool stochastic;
   uint64_t seed;
 
-  explicit DeltaStore(const DeltaWeight& p)
+  // P is DeltaWeight or BlockDelta.
+  template <class P>
+  explicit DeltaStore(const P& p)
       : out(static_cast<S*>(p.out)),
         base(static_cast<const S*>(p.base)),
         scale(static_cast<C>(p.scale)),
@@ -65,13 +67,18 @@ struct DeltaStore {
   // Elements e .. e + N - 1; N is 2, 4 or 8 and divides e, and `aligned(N)` holds.
   template <int N>
   __device__ __forceinline__ void run(int64_t e, const C (&sum)[N]) const {
+    run(e, sum, base ? base + e : nullptr);
+  }
+  // Their base is at `from`, if there is one.
+  template <int N>
+  __device__ __forceinline__ void run(int64_t e, const C (&sum)[N], const S* from) const {
     uint32_t w[N * sizeof(S) / 4];
     C x[N];
 #pragma unroll
     for (int v = 0; v < N; ++v) x[v] = scale * sum[v];
-    if (base) {
+    if (from) {
       S old[N];
-      load_words(base + e, w);
+      load_words(from, w);
       memcpy(old, w, sizeof(w));
 #pragma unroll
       for (int v = 0; v < N; ++v) x[v] = widen(old[v]) + scale * sum[v];
