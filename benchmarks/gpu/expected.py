@@ -12,16 +12,25 @@ import argparse
 from randlora_ext import TernaryBasis
 
 from . import floors
-from .floors import Ceilings, Floor
+from .floors import Ceilings, Floor, is_block
 from .report import table
 
-DENSITIES = {"1/64": 1 / 64, "0.07": 0.07, "1/3": 1 / 3}
+BASES = {
+    "density 1/64": (1 / 64, "independent"),
+    "density 0.07": (0.07, "independent"),
+    "density 1/3": (1 / 3, "independent"),
+    "block 1/8": (1 / 8, "block"),
+}
 SIZE, TOKENS, RANK = (4096, 4096), 8192, 32
 
 
 def cell(floor: Floor, rates: Ceilings) -> str:
     bound = "bytes" if floor.byte_us(rates) > floor.operation_us(rates) else "operations"
     return f"{floor.us(rates):.0f} ({bound})"
+
+
+def of_size(size: tuple[int, int]) -> list[TernaryBasis]:
+    return [TernaryBasis(*size, RANK, density, kind=kind) for density, kind in BASES.values()]
 
 
 def over_frozen(b: TernaryBasis, rates: Ceilings) -> dict[str, str]:
@@ -32,19 +41,19 @@ def over_frozen(b: TernaryBasis, rates: Ceilings) -> dict[str, str]:
         for of in (False, True)
     )
     formed, merged = floors.delta_weight(b).us(rates), floors.merged_weight(b).us(rates)
-    # dW once each way; the gradient of dW is one GEMM, and is contracted.
+    # dW once each way; the gradient of dW is one GEMM, and is contracted. Block bases need neither.
+    gradients = floors.block_gradients(b, TOKENS).us(rates) if is_block(b) else gemm + formed
     steps = {
         "factored, packed B": 2 * gemm + packed,
         "factored, dense B": 2 * gemm + dense,
-        "delta": 5 * gemm + 3 * formed,
-        "merged": 3 * gemm + 2 * merged + formed,
+        "delta": 4 * gemm + 2 * formed + gradients,
+        "merged": 2 * gemm + 2 * merged + gradients,
     }
     return {path: f"{us / (2 * gemm):.2f}" for path, us in steps.items()}
 
 
 def lines(rates: Ceilings) -> list[list[str]]:
-    bases = [TernaryBasis(*SIZE, RANK, density) for density in DENSITIES.values()]
-    tall = [TernaryBasis(14336, 4096, RANK, density) for density in DENSITIES.values()]
+    bases, tall = of_size(SIZE), of_size((14336, 4096))
     rows = {
         "basis of 14336 x 4096 from a seed": [floors.whole_basis(b) for b in tall],
         "dW formed, or its gradient contracted": [floors.delta_weight(b) for b in bases],
@@ -70,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--fp32", type=float, default=67e12, help="likewise")
     options = parser.parse_args(arguments)
     rates = Ceilings(options.copy, options.bf16, options.fp32)
-    print(table(["at best, us", *(f"density {name}" for name in DENSITIES)], lines(rates)), end="")
+    print(table(["at best, us", *BASES], lines(rates)), end="")
 
 
 if __name__ == "__main__":

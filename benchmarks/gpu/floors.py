@@ -59,7 +59,13 @@ def index_bytes(b: TernaryBasis) -> int:
     return 4 if max(b.D, b.K) > 65536 else 2
 
 
+def is_block(b: TernaryBasis) -> bool:
+    return b.format == "blocks"
+
+
 def planes_bytes(b: TernaryBasis) -> float:
+    if is_block(b):
+        return 2 * b.K * -(-round(b.D * b.density) // 64) * 8
     return 2 * b.D * -(-b.K // 64) * 8
 
 
@@ -70,20 +76,26 @@ def list_bytes(b: TernaryBasis, by_column: bool = False) -> float:
 
 def packed_bytes(b: TernaryBasis) -> float:
     """B once, as one product reads it."""
-    return planes_bytes(b) if b.format == "planes" else list_bytes(b)
+    return list_bytes(b) if b.format == "lists" else planes_bytes(b)
+
+
+def b_elements(b: TernaryBasis) -> float:
+    """Of a dense B; of block bases it holds the blocks alone."""
+    return b.D * b.K * (b.density if is_block(b) else 1)
 
 
 def dense_bytes(b: TernaryBasis) -> float:
-    return 2 * b.D * b.K
+    return 2 * b_elements(b)
 
 
 def small_bytes(b: TernaryBasis) -> float:
-    """The lists of A, lambda and gamma."""
-    return b.density * b.r * b.d * index_bytes(b) + 4 * (b.r * b.n + b.n * b.d)
+    """A (lists, or a byte an element of the blocks), lambda and gamma."""
+    entry = 1 if is_block(b) else index_bytes(b)
+    return b.density * b.r * b.d * entry + 4 * (b.r * b.n + b.n * b.d)
 
 
 def fill_planes(b: TernaryBasis) -> Floor:
-    return Floor(planes_bytes(b), integer=INTEGERS_PER_ELEMENT * b.D * b.K)
+    return Floor(planes_bytes(b), integer=INTEGERS_PER_ELEMENT * b_elements(b))
 
 
 def planes_to_lists(b: TernaryBasis, by_column: bool) -> Floor:
@@ -98,8 +110,8 @@ def expansion(b: TernaryBasis) -> Floor:
 def whole_basis(b: TernaryBasis) -> Floor:
     """From the seed to the packed form."""
     lists = list_bytes(b) + list_bytes(b, True)
-    written = planes_bytes(b) if b.format == "planes" else lists
-    return Floor(written, integer=INTEGERS_PER_ELEMENT * b.D * b.K)
+    written = lists if b.format == "lists" else planes_bytes(b)
+    return Floor(written, integer=INTEGERS_PER_ELEMENT * b_elements(b))
 
 
 def scaled_basis(b: TernaryBasis, element: int = 2) -> Floor:
@@ -110,11 +122,12 @@ def scaled_basis(b: TernaryBasis, element: int = 2) -> Floor:
 def delta_weight(b: TernaryBasis, element: int = 2) -> Floor:
     """dW written; backward reads its gradient instead, and contracts with as many terms.
 
-    From lists density^2 * K additions an entry; from planes a product of (D, K) and (K, d).
+    From lists density^2 * K additions an entry; from planes a product of (D, K) and (K, d), of
+    blocks with density^2 * K terms.
     """
     move = Floor(element * b.D * b.d + packed_bytes(b) + small_bytes(b))
-    if b.format == "planes":
-        return move + Floor(0, matrix=2 * b.D * b.K * b.d)
+    if b.format != "lists":
+        return move + Floor(0, matrix=2 * b_elements(b) * b.d * (b.density if is_block(b) else 1))
     return move + Floor(0, fma=b.density**2 * b.K * b.D * b.d)
 
 
@@ -130,9 +143,9 @@ def a_side(b: TernaryBasis, tokens: int) -> Floor:
 def b_side(b: TernaryBasis, tokens: int, dense: bool) -> Floor:
     """One product with B: a GEMM on the dense one or on decoded planes; additions from lists."""
     if dense:
-        return Floor(dense_bytes(b), matrix=2 * b.D * b.K * tokens)
-    if b.format == "planes":
-        return Floor(planes_bytes(b), matrix=2 * b.D * b.K * tokens)
+        return Floor(dense_bytes(b), matrix=2 * b_elements(b) * tokens)
+    if b.format != "lists":
+        return Floor(planes_bytes(b), matrix=2 * b_elements(b) * tokens)
     return Floor(list_bytes(b), fma=b.density * b.D * b.K * tokens)
 
 
@@ -148,3 +161,9 @@ def linear_backward(b: TernaryBasis, tokens: int, dense: bool, element: int = 2)
     move += Floor(4 * (b.r * b.n + b.n * b.d))  # their gradients
     work = move + a_side(b, tokens) + a_side(b, tokens) + b_side(b, tokens, dense)
     return work if b.d == b.in_features else work + b_side(b, tokens, dense)
+
+
+def block_gradients(b: TernaryBasis, tokens: int, element: int = 2) -> Floor:
+    """dlam and dgam of block bases beside a formed dW: x and dy read, one product of each side."""
+    move = Floor(element * tokens * (b.in_features + b.out_features) + small_bytes(b))
+    return move + a_side(b, tokens) + b_side(b, tokens, True)

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 
 import torch
-from methods import density_of
+from methods import basis_of
 
 from randlora_ext import _C, TernaryBasis
 
@@ -30,10 +30,14 @@ def of_bases(b: TernaryBasis, device: torch.device) -> Iterator[Op]:
     seeds = itertools.count(1)  # a new basis at every call: no cache has it
 
     def whole_basis() -> None:
-        fresh = TernaryBasis(b.in_features, b.out_features, b.r, b.density, next(seeds))
-        fresh.packed(device)
+        size = b.in_features, b.out_features
+        TernaryBasis(*size, b.r, b.density, next(seeds), b.kind).packed(device)
 
     yield "whole basis", None, whole_basis, floors.whole_basis(b)
+    if floors.is_block(b):
+        blocks, floor = (b.packed(device)[1], round(b.D * b.density)), floors.expansion(b)
+        yield "planes_to_dense", None, lambda: ops.planes_to_dense(*blocks, 1.0, BF16), floor
+        return
     planes = torch.empty(2, b.D, -(-b.K // 64), dtype=torch.int64, device=device)
     fill = (planes, b.seed, 1, 0, 0, b.K, _C.threshold(b.density))
     yield "fill_planes_", None, lambda: ops.fill_planes_(*fill), floors.fill_planes(b)
@@ -56,12 +60,13 @@ def of_bases(b: TernaryBasis, device: torch.device) -> Iterator[Op]:
 def of_weights(b: TernaryBasis, device: torch.device) -> Iterator[Op]:
     packed, size = b.packed(device), (b.out_features, b.in_features)
     lam, gam = diagonals(b, device)
-    A, grad = b.dense_a(device, BF16), torch.randn(b.K, b.d, device=device).to(BF16)
     G = torch.randn(*size, device=device).to(BF16)
-    floor = floors.scaled_basis(b)
-    yield "scaled_basis", None, lambda: ops.scaled_basis(A, lam, gam), floor
-    backward = (grad, A, lam, gam)
-    yield "scaled_basis backward", None, lambda: ops.scaled_basis_backward(*backward), floor
+    if not floors.is_block(b):  # whose operators make the blocks alone
+        A, grad = b.dense_a(device, BF16), torch.randn(b.K, b.d, device=device).to(BF16)
+        floor = floors.scaled_basis(b)
+        yield "scaled_basis", None, lambda: ops.scaled_basis(A, lam, gam), floor
+        backward = (grad, A, lam, gam)
+        yield "scaled_basis backward", None, lambda: ops.scaled_basis_backward(*backward), floor
     floor, low = floors.delta_weight(b), lam.to(BF16)
     yield ("delta_weight", None,
            lambda: ops.delta_weight(low, gam, packed, b.scale, *size), floor)  # fmt: skip
@@ -69,6 +74,9 @@ def of_weights(b: TernaryBasis, device: torch.device) -> Iterator[Op]:
            lambda: ops.delta_weight_backward(G, lam, gam, packed, b.scale), floor)  # fmt: skip
     yield ("merged_weight", None,
            lambda: ops.merged_weight(G, lam, gam, packed, b.scale, None),
+           floors.merged_weight(b))  # fmt: skip
+    yield ("merged_weight, stochastic", None,
+           lambda: ops.merged_weight(G, lam, gam, packed, b.scale, 1),
            floors.merged_weight(b))  # fmt: skip
 
 
@@ -101,14 +109,14 @@ def main() -> None:
     options = parser.parse_args()
     card = Card(options.dry)
     rates = Ceilings(**options.rates) if options.rates else None
-    sizes, tokens, rank = ([(40, 72)], [20, 3], 8) if options.dry else (SIZES, TOKENS, RANK)
+    sizes, tokens, rank = ([(64, 72)], [20, 3], 8) if options.dry else (SIZES, TOKENS, RANK)
     for size in sizes[:1] if options.once else sizes:
         for density in DENSITIES:
             about = {"size": f"{size[0]}x{size[1]}", "density": density}
             if rows.seconds_left() < 10:
                 rows.skipped(str(about))
                 continue
-            b = TernaryBasis(*size, rank, density_of(density, min(size)))
+            b = basis_of(density, size, rank)
             every = [*of_bases(b, card.device), *of_weights(b, card.device)]
             for count in tokens:
                 every += of_layers(b, card.device, count)

@@ -21,7 +21,7 @@ from .card import Card
 
 SIZES = [(4096, 4096), (14336, 4096), (1024, 4096)]  # in, out
 TOKENS = [8192, 16, 2048, 512, 1]  # the most telling first: time may end
-DENSITIES = ["1/3", "0.07", "very_sparse"]
+DENSITIES = ["1/3", "0.07", "very_sparse", "block:1/8"]
 RANK = 32
 LIMIT = 3e-2  # relative error of bf16 results, in the 2-norm
 BF16 = torch.bfloat16
@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry", action="store_true", help="toy sizes on the CPU")
     card = Card(parser.parse_args().dry)
-    sizes = [(48, 48), (72, 40)] if card.dry else SIZES
+    sizes = [(64, 64), (72, 64)] if card.dry else SIZES
     made: dict[tuple[int, int], dict[Key, nn.Module]] = {}
     for tokens in [20, 1] if card.dry else TOKENS:
         for size in sizes:

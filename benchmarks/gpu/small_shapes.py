@@ -13,6 +13,7 @@ from randlora_ext import _C, TernaryBasis
 ops = torch.ops.randlora
 DTYPES = [torch.bfloat16, torch.float32, torch.float16, torch.float64]
 SHAPES = [(70, 45, 7), (45, 70, 7), (136, 136, 8)]  # in, out, r
+BLOCKS = [(70, 45, 10, 5), (45, 70, 10, 5), (272, 136, 8, 2)]  # in, out, r, groups
 TOKENS = [1, 19, 70]
 
 
@@ -97,6 +98,8 @@ def main() -> None:
                     calls += bases(basis, device)
                 calls += operators(basis, dtype, device)
             print(f"{calls} calls so far: {dtype}, {shape}", flush=True)
+        for *shape, groups in BLOCKS:
+            calls += operators(TernaryBasis(*shape, 1 / groups, 1, "block"), dtype, device)
     print(f"{calls} calls of operators, all finite")
 
 
