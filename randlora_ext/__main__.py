@@ -1,8 +1,8 @@
-"""``python -m randlora_ext``: see `randlora_ext.cli`."""
+"""``python -m randlora_ext``: see `randlora_cli`."""
 
 import sys
 
-from .cli import main
+from randlora_cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -55,7 +55,9 @@ def wheel_findings(wheel: Path) -> list[str]:
         # auditwheel adds entries for folders.
         names = [name for name in archive.namelist() if not name.endswith("/")]
         archive.extractall(folder)
-        ours = re.compile(r"randlora_ext/.*\.(py|pyi|so|typed)|randlora_ext-[^/]*\.dist-info/.*")
+        ours = re.compile(
+            r"randlora_cli\.py|randlora_ext/.*\.(py|pyi|so|typed)|randlora_ext-[^/]*\.dist-info/.*"
+        )
         found = [f"{name} does not belong here" for name in names if not ours.fullmatch(name)]
         found += [f"{n} is missing" for n in WANTED if f"randlora_ext/{n}" not in names]
         (metadata,) = Path(folder).glob("*.dist-info/METADATA")

@@ -1,4 +1,4 @@
-"""``--bench``: what training one layer costs on this machine, in a minute."""
+"""``randlora bench``: what training one layer costs on this machine, in a minute."""
 
 import statistics
 import time

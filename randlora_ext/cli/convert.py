@@ -1,4 +1,4 @@
-"""``--convert ADAPTER OUT``: an adapter with its bases written out, or with lambda and gamma alone.
+"""``randlora convert``: an adapter with its bases written out, or with lambda and gamma alone.
 
 The bases of an adapter cannot be exchanged for others: lambda and gamma were trained for them. What
 can change is whether the file holds them (PEFT's format, which any PEFT opens) or says how to make

@@ -1,4 +1,4 @@
-"""``--inspect ADAPTER``: what is in an adapter, and what its weight changes look like."""
+"""``randlora inspect``: what is in an adapter, and what its weight changes look like."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``--merge MODEL ADAPTER OUT``: W + dW into a copy of the model's files, a layer at a time."""
+"""``randlora merge``: W + dW into a copy of the model's files, a layer at a time."""
 
 import shutil
 import zlib
@@ -18,7 +18,7 @@ from .layers import LayerChange, layer_changes, shapes_in
 _NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
 
 
-def merge(model: Path, adapter: Path, out: Path, rounding_seed: int | None = None) -> int:
+def merge(model: Path, source: Path, out: Path, rounding_seed: int | None = None) -> int:
     """Writes the model folder `out`: the files of `model` with the adapter in their weights.
 
     The tensors are those of ``PeftModel.from_pretrained(...).merge_and_unload(safe_merge=True)``:
@@ -33,12 +33,12 @@ def merge(model: Path, adapter: Path, out: Path, rounding_seed: int | None = Non
     if rounding_seed is not None and not 0 <= rounding_seed < 2**64:
         raise CliError(f"--rounding-seed must be in [0, 2**64), got {rounding_seed}")
     check_free(out)
-    source, checkpoint = read_adapter(adapter), read_checkpoint(model)
-    name_in = locate(source.diagonals, checkpoint)
-    replaced = {name_in(path): t for path, t in source.others.items()}
+    adapter, checkpoint = read_adapter(source), read_checkpoint(model)
+    name_in = locate(adapter.diagonals, checkpoint)
+    replaced = {name_in(path): t for path, t in adapter.others.items()}
     changes = {
         name_in(f"{path}.weight"): (path, change)
-        for path, change in layer_changes(source, shapes_in(source, checkpoint)).items()
+        for path, change in layer_changes(adapter, shapes_in(adapter, checkpoint)).items()
     }
     _check_names(checkpoint, replaced, changes.keys() | replaced.keys())
     _check_space(checkpoint, out)
@@ -67,7 +67,7 @@ def merge(model: Path, adapter: Path, out: Path, rounding_seed: int | None = Non
     print(f"{len(changes)} layers merged into {len(checkpoint.files)} files of {out}")
     for names, told in (
         (replaced, "replaced by the adapter's own"),
-        (source.ignored, "ignored, since PEFT would not load them"),
+        (adapter.ignored, "ignored, since PEFT would not load them"),
         (left, "not copied, since they hold unmerged weights or are folders"),
     ):
         if names:
@@ -98,10 +98,8 @@ def _check_names(checkpoint: Checkpoint, replaced: dict[str, Tensor], written: s
                 f"the adapter holds {name} {tuple(tensor.shape)}, which {checkpoint.folder} does "
                 "not hold in that shape; merge by PEFT's merge_and_unload"
             )
-    config = checkpoint.config
-    for name in written if config.get("tie_word_embeddings") else ():
-        if checkpoint.tensors[name].shape[:1] == (config.get("vocab_size"),):
-            raise CliError(f"{name} is tied to another weight of the model; merge by PEFT")
+    if tied := next((name for name in written if checkpoint.is_tied(name)), None):
+        raise CliError(f"{tied} is tied to another weight of the model; merge by PEFT")
 
 
 def _write(stream, tensor: Tensor) -> None:

@@ -52,16 +52,16 @@ def summary(results: Mapping[str, Any], out: Path) -> str:
 
 def _next_commands(options: Mapping[str, Any], out: Path) -> list[str]:
     """What can be done with the adapter; each command works as printed, in this order."""
-    command, adapter = ["python", "-m", "randlora_ext"], out / "adapter"
+    adapter = out / "adapter"
     commands = []
     base = options["source"]
     if not Path(base).is_dir():
         base, named = out / "base", ["--model", options["model"]] if options["model"] else []
         commands.append(["python", "-m", "randlora_ext.demo", "--save-base", *named, "--out", out])
-    commands.append([*command, "--inspect", adapter, "--base", base])
+    commands.append(["randlora", "inspect", adapter, "--base", base])
     with_bases = out / "adapter-with-bases"
-    commands.append([*command, "--convert", adapter, with_bases, "--to", "peft", "--base", base])
-    commands.append([*command, "--merge", base, adapter, out / "merged"])
+    commands.append(["randlora", "convert", adapter, with_bases, "--to", "peft", "--base", base])
+    commands.append(["randlora", "merge", base, adapter, out / "merged"])
     return ["", "Next:", *("  " + shlex.join(map(str, words)) for words in commands)]
 
 

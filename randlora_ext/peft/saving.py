@@ -150,7 +150,7 @@ def dense_block_bases(
                 "stock PEFT has one pair of bases for all layers, and block bases of different "
                 f"shapes are no slices of one: layer {first!r} has {sizes[0]} -> {sizes[1]} "
                 f"features, layer {other!r} {its[0]} -> {its[1]}; merge instead "
-                "(export_to_peft(..., merged=True) or --merge)"
+                "(export_to_peft(..., merged=True) or `randlora merge`)"
             )
     A, B = TernaryBasis(*sizes, r, description.density, description.seed, "block").dense()
     d = min(max(each) for each in zip(*layers.values(), strict=True))

@@ -1,4 +1,4 @@
-"""The command line: which options go together, and `--bench`."""
+"""The command line: arguments, help, and `randlora bench`."""
 
 import subprocess
 import sys
@@ -6,40 +6,60 @@ import sys
 import pytest
 from cli_helpers import refused
 
+import randlora_cli
 from randlora_ext import diagnostics
-from randlora_ext.cli import bench, main
+from randlora_ext.cli import bench
+
+COMMANDS = ("check", "inspect", "convert", "merge", "bench")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["nonsense"], "invalid choice: 'nonsense'"),
         (["--nonsense"], "unrecognized"),
-        (["--inspect"], "expected one argument"),
-        (["--merge", "a", "b"], "expected 3 arguments"),
-        (["--inspect", "a", "--bench"], "not allowed with"),
-        (["--plot", "a.png"], "--plot goes with --inspect"),
-        (["--to", "peft"], "--to goes with --convert"),
-        (["--convert", "a", "b"], "--convert needs --to peft or --to compact"),
-        (["--bench", "--rounding-seed", "1"], "--rounding-seed goes with --merge"),
-        (["--merge", "a", "b", "c", "--base", "x"], "--base goes with --inspect or --convert"),
-        (["--merge", "a", "b", "c", "--rounding-seed", "x"], "invalid int"),
-        (["--convert", "a", "b", "--to", "lora"], "invalid choice"),
+        (["inspect"], "required: ADAPTER (see randlora inspect --help)"),
+        (["merge", "a", "b"], "required: OUT"),
+        (["inspect", "a", "bench"], "unrecognized arguments: bench"),
+        (["--plot", "a.png"], "unrecognized arguments: --plot a.png (see randlora --help)"),
+        (["convert", "a", "b"], "required: --to"),
+        (["convert", "a", "b", "--to", "lora"], "invalid choice"),
+        (["bench", "--rounding-seed", "1"], "unrecognized"),
+        (["merge", "a", "b", "c", "--base", "x"], "unrecognized"),
+        (["merge", "a", "b", "c", "--rounding", "1"], "unrecognized"),
+        (["merge", "a", "b", "c", "--rounding-seed", "x"], "invalid int"),
     ],
 )
-def test_what_does_not_go_together(arguments, message):
+def test_arguments_that_make_no_command(arguments, message):
     assert message in refused(*arguments)
 
 
+def test_help_fits_a_screen_and_needs_no_torch(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    program = (
+        "import sys; sys.modules['torch'] = None\nfrom randlora_cli import main; main(sys.argv[1:])"
+    )
+    for command in ([], *([name] for name in COMMANDS)):
+        shown = subprocess.run(
+            [sys.executable, "-c", program, *command, "--help"], capture_output=True, text=True
+        )
+        assert shown.returncode == 0, shown.stderr
+        lines = shown.stdout.splitlines()
+        assert len(lines) <= 24 and max(map(len, lines)) <= 80
+        example = lines[-1].removeprefix("example: randlora ").split()
+        assert randlora_cli._parser().parse_args(example).command in (command or COMMANDS)
+
+
 def test_as_a_command(tmp_path):
-    command = [sys.executable, "-m", "randlora_ext", "--plot", "a.png"]
+    command = [sys.executable, "-m", "randlora_ext", "inspect", "nowhere"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith("error: --plot goes with --inspect")
+    assert done.stderr.splitlines()[-1].startswith("error: nowhere")
 
 
 def test_an_error_of_ours_shows_where(monkeypatch, capsys):
     monkeypatch.setattr(diagnostics, "describe", lambda: 1 // 0)
-    assert main([]) == 2
+    assert randlora_cli.main([]) == 2
     shown = capsys.readouterr().err
     assert "Traceback" in shown and "please report it" in shown
 

@@ -1,4 +1,4 @@
-"""``--convert``: both directions, against PEFT's own loading."""
+"""``randlora convert``: both directions, against PEFT's own loading."""
 
 import json
 
@@ -42,7 +42,7 @@ def test_to_peft_and_back(tmp_path, base_folder, kind):
         want = model(TOKENS).logits
         assert relative(want, llama()(TOKENS).logits) > 0.01
     base = ("--base", base_folder)
-    code, out, _ = run("--convert", tmp_path / "a", tmp_path / "peft", "--to", "peft", *base)
+    code, out, _ = run("convert", tmp_path / "a", tmp_path / "peft", "--to", "peft", *base)
     assert code == 0 and "stock PEFT opens it" in out and has_bases(tmp_path / "peft")
     settings = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert not {"density", "basis"} & set(settings)
@@ -50,7 +50,7 @@ def test_to_peft_and_back(tmp_path, base_folder, kind):
     for ours in (False, True):
         assert relative(logits(tmp_path / "peft", ours), want) < 1e-5
 
-    code, out, _ = run("--convert", tmp_path / "peft", tmp_path / "small", "--to", "compact")
+    code, out, _ = run("convert", tmp_path / "peft", tmp_path / "small", "--to", "compact")
     assert code == 0 and not has_bases(tmp_path / "small")
     # PEFT's config cannot say a density, not even of PEFT's own draw.
     stock = "density" not in kind and kind.get("basis") != "independent"
@@ -64,9 +64,9 @@ def test_to_peft_and_back(tmp_path, base_folder, kind):
 def test_block_bases_of_one_shape(tmp_path, base_folder, targets):
     """Written for a square layer if some are transposed, as PEFT draws its own."""
     model = save_adapter(llama(), tmp_path / "a", targets=targets, **KINDS["block"])
-    convert = ("--convert", tmp_path / "a", tmp_path / "peft", "--to", "peft")
+    convert = ("convert", tmp_path / "a", tmp_path / "peft", "--to", "peft")
     assert run(*convert, "--base", base_folder)[0] == 0
-    code, out, _ = run("--convert", tmp_path / "peft", tmp_path / "small", "--to", "compact")
+    code, out, _ = run("convert", tmp_path / "peft", tmp_path / "small", "--to", "compact")
     assert code == 0 and "generates its bases again (density 0.25)" in out
     settings = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
     assert settings["projection_prng_key"] == "randlora_ext:block-1:density=0.25:seed=7"
@@ -78,7 +78,7 @@ def test_block_bases_of_one_shape(tmp_path, base_folder, targets):
 
 def test_block_bases_of_several_shapes_have_no_dense_form(tmp_path, base_folder):
     save_adapter(llama(), tmp_path / "a", **KINDS["block"])
-    convert = ("--convert", tmp_path / "a", tmp_path / "peft", "--to", "peft")
+    convert = ("convert", tmp_path / "a", tmp_path / "peft", "--to", "peft")
     line = refused(*convert, "--base", base_folder)
     assert "layer 'model.layers.0.self_attn.q_proj' 32 -> 32; merge instead" in line
     assert not (tmp_path / "peft").exists()
@@ -87,8 +87,8 @@ def test_block_bases_of_several_shapes_have_no_dense_form(tmp_path, base_folder)
 def test_density_that_cannot_be_read_off_is_given(tmp_path, base_folder):
     kind = {"basis": "independent", "density": 0.123456789}
     save_adapter(llama(), tmp_path / "a", **kind)
-    run("--convert", tmp_path / "a", tmp_path / "peft", "--to", "peft", "--base", base_folder)
-    convert = ("--convert", tmp_path / "peft", tmp_path / "small", "--to", "compact")
+    run("convert", tmp_path / "a", tmp_path / "peft", "--to", "peft", "--base", base_folder)
+    convert = ("convert", tmp_path / "peft", tmp_path / "small", "--to", "compact")
     assert "not those of projection_prng_key 0" in refused(*convert)
     assert "density" in refused(*convert, "--density", 0.2)
     assert "density" in refused(*convert, "--density", 3)
@@ -101,14 +101,14 @@ def test_bases_of_another_key_stay(tmp_path, base_folder):
     save_adapter(llama(), tmp_path / "a", sparse=True)
     file = tmp_path / "a" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"projection_prng_key": 5}))
-    line = refused("--convert", tmp_path / "a", tmp_path / "b", "--to", "compact")
+    line = refused("convert", tmp_path / "a", tmp_path / "b", "--to", "compact")
     assert "projection_prng_key 5" in line and not (tmp_path / "b").exists()
 
 
 def test_bases_of_a_bf16_model(tmp_path):
     accelerated.enable()
     model = save_adapter(llama().bfloat16(), tmp_path / "a", sparse=True)
-    code, *_ = run("--convert", tmp_path / "a", tmp_path / "small", "--to", "compact")
+    code, *_ = run("convert", tmp_path / "a", tmp_path / "small", "--to", "compact")
     assert code == 0 and not has_bases(tmp_path / "small")
     with torch.no_grad():
         want = model(TOKENS).logits
@@ -124,7 +124,7 @@ def test_other_tensors_and_files_go_along(tmp_path, base_folder):
     model.save_pretrained(tmp_path / "a")
     (tmp_path / "a" / "README.md").write_text("card")
     base = ("--base", base_folder)
-    assert run("--convert", tmp_path / "a", tmp_path / "b", "--to", "peft", *base)[0] == 0
+    assert run("convert", tmp_path / "a", tmp_path / "b", "--to", "peft", *base)[0] == 0
     assert (tmp_path / "b" / "README.md").read_text() == "card"
     assert relative(logits(tmp_path / "b", False), want) < 1e-5
 
@@ -134,11 +134,11 @@ def test_the_copies_of_stock_peft_are_dropped(tmp_path):
     model = randomize(peft.get_peft_model(llama(), config)).eval()
     model.save_pretrained(tmp_path / "a")
     assert len(layers(model)) == 4
-    code, out, _ = run("--convert", tmp_path / "a", tmp_path / "once", "--to", "peft")
+    code, out, _ = run("convert", tmp_path / "a", tmp_path / "once", "--to", "peft")
     assert code == 0  # the bases are there, so no base model is needed
     once, copies = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("once", "a"))
     assert len(copies) == len(once) + 8
-    assert run("--convert", tmp_path / "a", tmp_path / "small", "--to", "compact")[0] == 0
+    assert run("convert", tmp_path / "a", tmp_path / "small", "--to", "compact")[0] == 0
     with torch.no_grad():
         want = model(TOKENS).logits
     for name in ("once", "small"):
@@ -147,7 +147,7 @@ def test_the_copies_of_stock_peft_are_dropped(tmp_path):
 
 def test_what_cannot_be_done_is_told(tmp_path, base_folder):
     save_adapter(llama(), tmp_path / "a", basis="independent")
-    convert = ("--convert", tmp_path / "a", tmp_path / "b")
+    convert = ("convert", tmp_path / "a", tmp_path / "b")
     assert "compact already" in refused(*convert, "--to", "compact")
     assert "--base" in refused(*convert, "--to", "peft")
     assert "--to" in refused(*convert)

@@ -37,21 +37,21 @@ def saved(tmp_path):
 
 def test_inspect(saved):
     model, file, base = saved
-    code, out, _ = run("--inspect", file)
+    code, out, _ = run("inspect", file)
     assert code == 0 and "8 layers" in out
     assert "r=5, scaling=20.0, basis=randlora_ext:independent-1:density=0.3:seed=9" in out
     row = next(line for line in out.splitlines() if "layers.0.self_attn.q_proj" in line).split()
     delta = model.model.layers[0].self_attn.q_proj.get_delta_weight("default")
     assert float(row[-3]) == pytest.approx(float(delta.detach().norm()), rel=1e-3)
-    assert run("--inspect", file, "--base", base)[1] == out
+    assert run("inspect", file, "--base", base)[1] == out
 
 
 def test_merge_without_peft(saved, tmp_path):
     from transformers import AutoModelForCausalLM
 
     model, file, base = saved
-    program = "import sys; sys.modules['peft'] = None; import randlora_ext.cli as c; c.main()"
-    arguments = ("--merge", base, file, tmp_path / "out")
+    program = "import sys; sys.modules['peft'] = None; import randlora_cli; randlora_cli.main()"
+    arguments = ("merge", base, file, tmp_path / "out")
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True)
     assert done.returncode == 0, done.stderr
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -72,7 +72,7 @@ def test_merge_of_square_conv1d(tmp_path, seed):
     model = adapted(base, ["c_proj"], tmp_path / "a.safetensors")
     rounding = ("--rounding-seed", seed) if seed else ()
     out = tmp_path / "out"
-    assert run("--merge", tmp_path / "base", tmp_path / "a.safetensors", out, *rounding)[0] == 0
+    assert run("merge", tmp_path / "base", tmp_path / "a.safetensors", out, *rounding)[0] == 0
     got = load_file(out / "model.safetensors")
     for name, weight in merge_and_unload(model).state_dict().items():
         if name.endswith("c_proj.weight"):
@@ -85,11 +85,11 @@ def test_block_bases(tmp_path):
     file, base = tmp_path / "a.safetensors", tmp_path / "base"
     llama().save_pretrained(base)
     model = adapted(llama(), TARGETS, file, **options)
-    code, out, _ = run("--inspect", file)
+    code, out, _ = run("inspect", file)
     assert code == 0 and "basis=randlora_ext:block-1:density=0.25:seed=9" in out
-    assert run("--merge", base, file, tmp_path / "merged")[0] == 0
-    assert run("--convert", file, tmp_path / "small", "--to", "compact")[0] == 0
-    line = refused("--convert", file, tmp_path / "peft", "--to", "peft")
+    assert run("merge", base, file, tmp_path / "merged")[0] == 0
+    assert run("convert", file, tmp_path / "small", "--to", "compact")[0] == 0
+    line = refused("convert", file, tmp_path / "peft", "--to", "peft")
     assert "features, layer 'model.layers.0" in line and "merge instead" in line
     accelerated.enable()
     loaded = peft.PeftModel.from_pretrained(llama(), tmp_path / "small").eval()
@@ -103,7 +103,7 @@ def test_block_bases(tmp_path):
 @pytest.mark.parametrize("to", ["peft", "compact"])
 def test_convert_to_a_folder_of_peft(saved, tmp_path, to):
     model, file, _ = saved
-    assert run("--convert", file, tmp_path / "out", "--to", to)[0] == 0
+    assert run("convert", file, tmp_path / "out", "--to", to)[0] == 0
     accelerated.disable() if to == "peft" else accelerated.enable()
     loaded = peft.PeftModel.from_pretrained(llama(), tmp_path / "out").eval()
     with torch.no_grad():
@@ -114,13 +114,13 @@ def test_what_does_not_fit_is_told(saved, tmp_path):
     _, file, base = saved
     model = llama(intermediate_size=64)
     model.save_pretrained(tmp_path / "other")
-    line = refused("--merge", tmp_path / "other", file, tmp_path / "out")
+    line = refused("merge", tmp_path / "other", file, tmp_path / "out")
     assert "in -> out = 32 -> 48" in line and "(64, 32)" in line
     apply_randlora(model, ["q_proj"], r=4)
     apply_randlora(model, ["v_proj"], r=8)
     save_adapter(model, tmp_path / "two")
-    assert run("--inspect", tmp_path / "two")[1].count("r=4 or 8") == 1
-    convert = ("--convert", tmp_path / "two", tmp_path / "out", "--to", "peft")
+    assert run("inspect", tmp_path / "two")[1].count("r=4 or 8") == 1
+    convert = ("convert", tmp_path / "two", tmp_path / "out", "--to", "peft")
     assert "layers of different options" in refused(*convert)
     file.write_bytes(file.read_bytes()[:-3])
-    assert "damaged" in refused("--inspect", file)
+    assert "damaged" in refused("inspect", file)

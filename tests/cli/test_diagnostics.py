@@ -1,4 +1,4 @@
-"""`python -m randlora_ext`."""
+"""`randlora check`, which `python -m randlora_ext` alone runs too."""
 
 import subprocess
 import sys
@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import randlora_ext
-from randlora_ext import cli, diagnostics
+from randlora_cli import main
+from randlora_ext import diagnostics
 
 
 def test_the_command_reports_and_passes():
@@ -33,14 +34,14 @@ def test_overrides_are_named(monkeypatch):
 def test_a_wrong_kernel_fails_the_check(monkeypatch, capsys):
     right = diagnostics.linear
     monkeypatch.setattr(diagnostics, "linear", lambda *a: right(*a) * 1.001)
-    assert cli.main([]) == 1
+    assert main(["check"]) == 1
     assert "FAILED: cpu float32 factored" in capsys.readouterr().out
 
 
 def test_wrong_bases_fail_the_check(monkeypatch, capsys):
     right = diagnostics.generate_planes
     monkeypatch.setattr(diagnostics, "generate_planes", lambda *a: right(*a) ^ 1)
-    assert cli.main([]) == 1
+    assert main(["check"]) == 1
     assert "FAILED: cpu generated basis" in capsys.readouterr().out
 
 
@@ -57,5 +58,5 @@ def test_a_check_that_cannot_run_fails(monkeypatch, capsys, error):
         raise error
 
     monkeypatch.setattr(diagnostics, "linear", broken)
-    assert cli.main([]) == 1
+    assert main(["check"]) == 1
     assert "could not run" in capsys.readouterr().out

@@ -2,12 +2,15 @@
 
 import contextlib
 import io
+import json
 
 import torch
 from peft_helpers import accelerated, peft, randomize
+from safetensors.torch import load_file, save_file
 
-from randlora_ext.cli import main
+from randlora_cli import main
 
+Q0 = "model.layers.0.self_attn.q_proj"
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 KINDS = {
     "generated": {"basis": "independent", "density": 0.07, "projection_prng_key": 7},
@@ -22,10 +25,13 @@ KINDS = {
 
 
 def run(*arguments) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of ``python -m randlora_ext arguments``."""
+    """(exit code, stdout, stderr) of ``randlora arguments``."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([str(a) for a in arguments])
+        try:
+            code = main([str(a) for a in arguments])
+        except SystemExit as stop:
+            code = stop.code
     return code, out.getvalue(), err.getvalue()
 
 
@@ -60,3 +66,26 @@ def save_adapter(base, folder, **options):
     model = with_adapter(base, **options)
     model.save_pretrained(folder)
     return model
+
+
+def sharded(folder, dtype=torch.float32, size="20KB", **changes):
+    """Saves a model in several files; returns it."""
+    base = llama(**changes).to(dtype)
+    base.save_pretrained(folder, max_shard_size=size)
+    (folder / "tokenizer.json").write_text("{}")
+    return base
+
+
+def edit(file, **changes):
+    """Changes fields of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def added(prefix="base_model.model.", **changes):
+    """A function that puts tensors into root/adapter, by their names in the base model."""
+
+    def add(root):
+        file = root / "adapter" / "adapter_model.safetensors"
+        save_file(load_file(file) | {prefix + name: t for name, t in changes.items()}, file)
+
+    return add

@@ -1,0 +1,85 @@
+"""The command line: ``randlora``, and ``python -m randlora_ext`` alike.
+
+A module beside the package, since whoever imports that waits for torch; --help need not.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+_OPERANDS = {
+    "model": ("MODEL", "a local folder with safetensors"),
+    "source": ("ADAPTER", "a folder of PEFT's save_pretrained, or a file of save_adapter"),
+    "out": ("OUT", "the folder to write, new or empty"),
+}
+_BASE = (
+    "the base model, a folder or a name in the hub's cache, of which only shapes are read "
+    "(default: the one that the adapter names)"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command, "check" if none is named; returns the exit code.
+
+    Raises SystemExit for --help and for arguments that do not go together.
+    """
+    options = vars(_parser().parse_args(arguments))
+    command = options.pop("command") or "check"
+    from randlora_ext.cli import run
+
+    return run(command, **options)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Each command takes the parameters of the function of its name in `randlora_ext.cli`."""
+    parser = _Parser(
+        prog="randlora",
+        description="RandLoRA adapters from the shell. Exit code 0: done; 1: a check failed; "
+        "2: something to put right, told in one line.",
+        epilog="example: randlora inspect my-adapter",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
+
+    def add(name: str, told: str, example: str = "", *operands: str) -> Callable:
+        command = commands.add_parser(
+            name,
+            help=told,
+            description=f"{told[0].upper()}{told[1:]}.",
+            epilog=f"example: randlora {name}{example}",
+            allow_abbrev=False,
+        )
+        for operand in operands:
+            metavar, meaning = _OPERANDS[operand]
+            command.add_argument(operand, metavar=metavar, type=Path, help=meaning)
+        return command.add_argument
+
+    add("check", "what a bug report needs, and a self-check (the default)")
+
+    told, example = "tell what is in an adapter", " my-adapter --base my-model --plot spectra.png"
+    option = add("inspect", told, example, "source")
+    option("--base", metavar="MODEL", help=_BASE)
+    option("--layers", metavar="REGEX", help="only layers whose path it is found in")
+    option("--plot", metavar="PNG", type=Path, help="spectra of dW, and a heat map")
+
+    told = "write an adapter with its bases, or without them"
+    option = add("convert", told, " my-adapter for-stock-peft --to peft", "source", "out")
+    told = "peft, with bases, for stock PEFT; compact, lambda and gamma alone"
+    option("--to", choices=("peft", "compact"), required=True, help=told)
+    option("--base", metavar="MODEL", help=_BASE)
+    told = "with --to compact: of generated bases, if it cannot be told from them"
+    option("--density", metavar="X", type=float, help=told)
+
+    told = "add an adapter to the weights of a model, file by file"
+    option = add("merge", told, " my-model my-adapter merged", "model", "source", "out")
+    told = "round 16-bit sums up or down at random, so that small changes count"
+    option("--rounding-seed", metavar="N", type=int, help=told)
+
+    add("bench", "a minute: frozen, LoRA, PEFT's RandLoRA and ours")
+    return parser

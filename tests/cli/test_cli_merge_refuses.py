@@ -1,0 +1,154 @@
+"""``randlora merge`` of what is broken or hostile: one line, exit code 2, nothing written."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from cli_helpers import Q0, added, edit, refused, run, save_adapter, sharded
+
+import randlora_ext.cli.merge as merging
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "stock_peft"),
+    pytest.mark.filterwarnings("ignore:Specified to not save", "ignore:RandLoRA layers of this"),
+]
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """A sound model and adapter, to be broken."""
+    base = sharded(tmp_path / "model")
+    save_adapter(base, tmp_path / "adapter", basis="independent")
+    return tmp_path
+
+
+def config(**changes):
+    return lambda root: edit(root / "adapter" / "adapter_config.json", **changes)
+
+
+def index(**weight_map):
+    return lambda root: edit(root / "model" / INDEX, weight_map=weight_map)
+
+
+def written(name, content):
+    """`content`: text or bytes, or a function of the bytes that are there."""
+
+    def write(root):
+        file = sorted(root.glob(name))[0]
+        new = content(file.read_bytes()) if callable(content) else content
+        file.write_bytes(new if isinstance(new, bytes) else new.encode())
+
+    return write
+
+
+def another_model(root):
+    shutil.rmtree(root / "model")
+    sharded(root / "model", hidden_size=64)
+
+
+INDEX, CONFIG = "model.safetensors.index.json", "adapter/adapter_config.json"
+SHARD, WEIGHTS = "model/model-*.safetensors", "adapter/adapter_model.safetensors"
+LAMBDA, GAMMA = f"{Q0}.randlora_lambda", f"{Q0}.randlora_gamma"
+DEEP = "[" * 100_000
+BROKEN = {
+    "no model": (lambda r: shutil.rmtree(r / "model"), "no folder"),
+    "no adapter": (lambda r: shutil.rmtree(r / "adapter"), "adapter_config.json does not exist"),
+    "out exists": (lambda r: ((r / "out").mkdir(), (r / "out" / "a").touch()), "exists"),
+    "shard missing": (lambda r: sorted(r.glob(SHARD))[0].unlink(), "does not exist"),
+    "shard truncated": (written(SHARD, lambda data: data[:-5]), "damaged"),
+    "shard empty": (written(SHARD, b""), "damaged"),
+    "huge header": (written(SHARD, b"\xff" * 64), "damaged"),
+    "index lies": (index(w="model-00001-of-00004.safetensors"), "it is not"),
+    "index leads out": (index(w="../adapter/x"), "files of its folder"),
+    "index no json": (written(f"model/{INDEX}", "{"), "no JSON"),
+    "index deep": (written(f"model/{INDEX}", DEEP), "no JSON"),
+    "model config deep": (written("model/config.json", DEEP), "config.json is no JSON"),
+    "quantized": (
+        lambda r: edit(r / "model" / "config.json", quantization_config={"load_in_4bit": True}),
+        "quantized",
+    ),
+    "adapter truncated": (written(WEIGHTS, lambda data: data[:-5]), "damaged"),
+    "adapter pickled": (
+        lambda r: (r / WEIGHTS).rename(r / "adapter" / "adapter_model.bin"), "never a pickle",
+    ),
+    "config no json": (written(CONFIG, "["), "JSON"),
+    "config a list": (written(CONFIG, "[1]"), "JSON object"),
+    "config deep": (written(CONFIG, DEEP), "no JSON"),
+    "lora": (config(peft_type="LORA"), "RANDLORA"),
+    "bad density": (config(density=7), "density"),
+    "r zero": (config(r=0), "r must be"),
+    "r text": (config(r="5"), "r must be"),
+    "r huge": (config(r=10**400), "r must be"),
+    "other r": (config(r=6), "r is 5, not 6"),
+    "alpha text": (config(randlora_alpha="x"), "randlora_alpha"),
+    "alpha huge": (config(randlora_alpha=10**400), "randlora_alpha must be a finite number"),
+    "key huge": (config(basis="peft", projection_prng_key=10**300), "key"),
+    "other spec": (config(projection_prng_key="generated-99:1"), "generated-99"),
+    "other model": (another_model, "min(in, out) = 32"),
+    "other names": (
+        added(**{"x.randlora_lambda": torch.zeros(5, 7), "x.randlora_gamma": torch.zeros(7, 32)}),
+        "has no tensor x.weight",
+    ),
+    "gamma's shape": (added(**{GAMMA: torch.zeros(3, 32)}), "(r, n) = (5, 7) and (n, d)"),
+    "integers": (added(**{GAMMA: torch.zeros(7, 32, dtype=torch.int8)}), "floating point"),
+    "not finite": (added(**{LAMBDA: torch.full((5, 7), torch.nan)}), "NaN or inf"),
+    "lambda alone": (added(**{"x.randlora_lambda": torch.zeros(5, 7)}), "both lambda and gamma"),
+    "unknown tensor": (added("", x=torch.zeros(1)), "must start with"),
+    "a new head": (added(**{"score.weight": torch.zeros(2, 32)}), "merge by PEFT"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_hostile_input(whole, broken):
+    breaking, message = BROKEN[broken]
+    breaking(whole)
+    left = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
+    line = refused("merge", whole / "model", whole / "adapter", whole / "out")
+    assert message in line
+    assert {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()} == left
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_failure_half_way_leaves_nothing(whole, monkeypatch, error):
+    written = []
+
+    def fail_late(*arguments):
+        written.append(arguments)
+        if len(written) == 5:
+            raise error
+
+    monkeypatch.setattr(merging, "_write", fail_late)
+    code, out, err = run("merge", whole / "model", whole / "adapter", whole / "out")
+    assert code in (2, 130) and out == "" and len(written) == 5
+    assert sorted(p.name for p in whole.iterdir()) == ["adapter", "model"]
+
+
+def test_too_small_a_disk_is_told_before_anything_is_copied(whole, monkeypatch):
+    usage = shutil.disk_usage(whole)._replace(free=10)
+    monkeypatch.setattr(merging.shutil, "disk_usage", lambda _: usage)
+    assert "10 free" in refused("merge", whole / "model", whole / "adapter", whole / "out")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["merge model adapter out", "convert adapter out --to peft --base model"],
+    ids=["merge", "convert"],
+)
+def test_a_disk_that_is_full(whole, arguments):
+    """Writing more than 3,000 bytes fails, as on a full disk."""
+    program = (
+        "import resource, sys; from randlora_cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments.split()],
+        cwd=whole,
+        capture_output=True,
+        text=True,
+    )
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: out cannot be written: ")
+    assert "File too large" in last and "Traceback" not in done.stderr
+    assert sorted(p.name for p in whole.iterdir()) == ["adapter", "model"]
