@@ -30,7 +30,6 @@ class Adapter:
         plain: what a file of `save_adapter` says of each layer; None for a folder of PEFT's, and
             only that has the rest.
         config: the `RandLoraConfig`.
-        scaling: randlora_alpha / r.
         settings: adapter_config.json as it stands.
         tensors: all but the bases, by PEFT's keys.
         bases: "randlora_A" (r, 1, d) and "randlora_B" (D, n, r) of the largest layers, if saved.
@@ -44,7 +43,6 @@ class Adapter:
     diagonals: Mapping[str, tuple[Tensor, Tensor]]
     plain: Mapping[str, SavedLayer] | None = None
     config: Any = None
-    scaling: float = 0.0
     settings: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     bases: Mapping[str, Tensor] = field(default_factory=dict)
@@ -81,7 +79,6 @@ def _read_folder(folder: Path) -> Adapter:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Specified to not save")
             config = RandLoraConfig.from_pretrained(str(folder))
-        scaling = config.randlora_alpha / config.r
     except Exception as error:  # PEFT raises whatever the conversion of its fields raises
         raise CliError(f"{folder / CONFIG}: {first_line(error)}") from error
     if not file.is_file():
@@ -108,20 +105,8 @@ def _read_folder(folder: Path) -> Adapter:
             others[f"{layer}.{inner.removeprefix('base_layer.')}"] = tensor
         elif not name.endswith((LAMBDA, GAMMA)):
             ignored.append(key)
-    bases = _bases(file, saved, config.r, diagonals)
-    return Adapter(
-        folder,
-        file,
-        diagonals,
-        None,
-        config,
-        scaling,
-        settings,
-        tensors,
-        bases,
-        others,
-        tuple(ignored),
-    )
+    bases, dropped = _bases(file, saved, config.r, diagonals), tuple(ignored)
+    return Adapter(folder, file, diagonals, None, config, settings, tensors, bases, others, dropped)
 
 
 def _diagonals(file: Path, tensors: dict[str, Tensor], r: int) -> dict[str, tuple[Tensor, Tensor]]:

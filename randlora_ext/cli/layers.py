@@ -111,7 +111,8 @@ def layer_changes(adapter: Adapter, shapes: Mapping[str, Shape]) -> dict[str, La
             path: LayerChange(shapes[path], layer.basis, layer.lam, layer.gam, layer.scaling)
             for path, layer in adapter.plain.items()
         }
-    r, description = adapter.config.r, description_of(adapter.config, shapes.values())
+    r, scaling = adapter.config.r, adapter.config.randlora_alpha / adapter.config.r
+    description = description_of(adapter.config, shapes.values())
     if description and description.kind == "block":
         with _told_of(adapter):
             check_layers(description.groups, _features(shapes), r)
@@ -130,13 +131,8 @@ def layer_changes(adapter: Adapter, shapes: Mapping[str, Shape]) -> dict[str, La
             return A, B
 
     return {
-        path: LayerChange(
-            shape,
-            bases(shape.in_features, shape.out_features),
-            *adapter.diagonals[path],
-            adapter.scaling,
-        )
-        for path, shape in shapes.items()
+        path: LayerChange(shape, bases(*sizes), *adapter.diagonals[path], scaling)
+        for (path, shape), sizes in zip(shapes.items(), _features(shapes).values(), strict=True)
     }
 
 

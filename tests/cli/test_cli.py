@@ -17,11 +17,10 @@ COMMANDS = ("check", "inspect", "convert", "merge", "bench")
     ("arguments", "message"),
     [
         (["nonsense"], "invalid choice: 'nonsense'"),
-        (["--nonsense"], "unrecognized"),
+        (["--nonsense"], "unrecognized arguments: --nonsense (see randlora --help)"),
         (["inspect"], "required: ADAPTER (see randlora inspect --help)"),
         (["merge", "a", "b"], "required: OUT"),
         (["inspect", "a", "bench"], "unrecognized arguments: bench"),
-        (["--plot", "a.png"], "unrecognized arguments: --plot a.png (see randlora --help)"),
         (["convert", "a", "b"], "required: --to"),
         (["convert", "a", "b", "--to", "lora"], "invalid choice"),
         (["bench", "--rounding-seed", "1"], "unrecognized"),
