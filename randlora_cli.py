@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=told,
             description=f"{told[0].upper()}{told[1:]}.",
-            epilog=f"example: randlora {name}{example}",
+            epilog=f"example: randlora {name} {example}",
             allow_abbrev=False,
         )
         for operand in operands:
@@ -62,14 +62,14 @@ def _parser() -> argparse.ArgumentParser:
 
     add("check", "what a bug report needs, and a self-check (the default)")
 
-    told, example = "tell what is in an adapter", " my-adapter --base my-model --plot spectra.png"
+    told, example = "tell what is in an adapter", "my-adapter --base my-model --plot spectra.png"
     option = add("inspect", told, example, "source")
     option("--base", metavar="MODEL", help=_BASE)
     option("--layers", metavar="REGEX", help="only layers whose path it is found in")
     option("--plot", metavar="PNG", type=Path, help="spectra of dW, and a heat map")
 
     told = "write an adapter with its bases, or without them"
-    option = add("convert", told, " my-adapter for-stock-peft --to peft", "source", "out")
+    option = add("convert", told, "my-adapter for-stock-peft --to peft", "source", "out")
     told = "peft, with bases, for stock PEFT; compact, lambda and gamma alone"
     option("--to", choices=("peft", "compact"), required=True, help=told)
     option("--base", metavar="MODEL", help=_BASE)
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--density", metavar="X", type=float, help=told)
 
     told = "add an adapter to the weights of a model, file by file"
-    option = add("merge", told, " my-model my-adapter merged", "model", "source", "out")
+    option = add("merge", told, "my-model my-adapter merged", "model", "source", "out")
     told = "round 16-bit sums up or down at random, so that small changes count"
     option("--rounding-seed", metavar="N", type=int, help=told)
 

@@ -1,7 +1,7 @@
 """A saved adapter, read without its model: a folder of PEFT's or a file of `save_adapter`."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Adapter:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     bases: Mapping[str, Tensor] = field(default_factory=dict)
     others: Mapping[str, Tensor] = field(default_factory=dict)
-    ignored: tuple[str, ...] = ()
+    ignored: Sequence[str] = ()
 
     @property
     def file_bytes(self) -> int:
@@ -105,8 +105,8 @@ def _read_folder(folder: Path) -> Adapter:
             others[f"{layer}.{inner.removeprefix('base_layer.')}"] = tensor
         elif not name.endswith((LAMBDA, GAMMA)):
             ignored.append(key)
-    bases, dropped = _bases(file, saved, config.r, diagonals), tuple(ignored)
-    return Adapter(folder, file, diagonals, None, config, settings, tensors, bases, others, dropped)
+    bases = _bases(file, saved, config.r, diagonals)
+    return Adapter(folder, file, diagonals, None, config, settings, tensors, bases, others, ignored)
 
 
 def _diagonals(file: Path, tensors: dict[str, Tensor], r: int) -> dict[str, tuple[Tensor, Tensor]]:

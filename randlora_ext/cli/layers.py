@@ -131,8 +131,10 @@ def layer_changes(adapter: Adapter, shapes: Mapping[str, Shape]) -> dict[str, La
             return A, B
 
     return {
-        path: LayerChange(shape, bases(*sizes), *adapter.diagonals[path], scaling)
-        for (path, shape), sizes in zip(shapes.items(), _features(shapes).values(), strict=True)
+        path: LayerChange(
+            shape, bases(shape.in_features, shape.out_features), *adapter.diagonals[path], scaling
+        )
+        for path, shape in shapes.items()
     }
 
 
