@@ -87,6 +87,38 @@ struct AddRounded {
   uint64_t rounding_seed;
 };
 
+// ---- block bases on the CPU, A factored by its classes (csrc/cpu/block_classes.h) --------------
+
+// out[i, k] = scale * in[i, k] * sign of column k, for (rows, d) matrices in the compute type. `a` (r, w)
+// has the signs in the first row of each group: Hadamard's first row is all ones.
+struct SignColumns {
+  int64_t rows, d, w, q;
+  const int8_t* a;
+  const void* in;
+  void* out;
+  DType dtype;  // f32 or f64
+  double scale;
+};
+
+// For every group of q rank indices and every base i: rows (j, i) of out become the Hadamard
+// transform of rows (j, i) of in, which `before` scales first, and `after` scales the result.
+struct HadamardMix {
+  int64_t r, q, n, T, stride;  // in and out: (r * n, T), rows `stride` apart; may be the same
+  const void* in;
+  void* out;
+  const void *before, *after;  // (r, n), or null
+  DType dtype;                 // f32 or f64, of all
+};
+
+// out[c] += scale * sum over t of a[c, t] * b[c, t]
+struct RowDots {
+  int64_t rows, T, stride;
+  const void *a, *b;
+  void* out;
+  DType dtype;  // f32 or f64
+  double scale;
+};
+
 // out = base + scale * B @ A'  (D, d), or its transpose (d, D) when `transposed`.
 struct DeltaWeight {
   Basis basis;
@@ -162,6 +194,9 @@ struct Kernels {
   void (*scaled_basis)(const ScaledBasis&, Runtime&);
   void (*scaled_basis_backward)(const ScaledBasisBackward&, Runtime&);
   void (*add_rounded)(const AddRounded&, Runtime&);
+  void (*sign_columns)(const SignColumns&, Runtime&);
+  void (*hadamard_mix)(const HadamardMix&, Runtime&);
+  void (*row_dots)(const RowDots&, Runtime&);
   void (*delta_weight)(const DeltaWeight&, Runtime&);
   void (*delta_weight_backward)(const DeltaWeightBackward&, Runtime&);
   void (*linear)(const Linear&, Runtime&);

@@ -1,6 +1,7 @@
 // The table of one instruction set's kernels; dispatch.cpp chooses among these tables.
 #pragma once
 #include "add_rounded.h"
+#include "block_classes.h"
 #include "delta_weight.h"
 #include "fill_planes.h"
 #include "linear.h"
@@ -19,6 +20,9 @@ const Kernels& kernels() {
                                     scaled_basis,
                                     scaled_basis_backward,
                                     add_rounded,
+                                    sign_columns,
+                                    hadamard_mix,
+                                    row_dots,
                                     delta_weight,
                                     delta_weight_backward,
                                     linear,

@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "../cpu/packing.h"
-#include "backend.h"
+#include "block_sides.h"
 #include "delta_weight.h"
 
 namespace randlora {
@@ -30,25 +30,6 @@ Planes planes_of(const BlockBasis& b) {
   return {plus, plus + b.K() * words, words};
 }
 
-Tensor expand_b(const BlockBasis& b, DType dtype) {
-  const Planes planes = planes_of(b);
-  Tensor out = allocate({b.K(), b.b_width()}, scalar_type(dtype), b.b_planes);
-  if (runs_on_cuda(out)) {
-    TorchDevice device(out);
-    cuda_kernels().planes_to_dense(planes, b.K(), b.b_width(), 1.0, out.mutable_data_ptr(), dtype,
-                                   device);
-  } else {
-    TorchRuntime runtime;
-    planes_to_dense(planes, b.K(), b.b_width(), 1.0, out.mutable_data_ptr(), dtype, runtime);
-  }
-  return out;
-}
-
-// B (K, D / G) in `dtype`.
-Tensor dense_b(const BlockBasis& b, DType dtype) {
-  return b.b && b.b->scalar_type() == scalar_type(dtype) ? *b.b : expand_b(b, dtype);
-}
-
 // factor * A' (K, d / G) in `dtype`: row c = j * n + i holds chunk j / (r / G) of the columns.
 Tensor scaled_a(const BlockBasis& b, const Tensor& lam, const Tensor& gam, DType dtype,
                 double factor) {
@@ -73,30 +54,9 @@ std::tuple<Tensor, Tensor> contract(const BlockBasis& b, const Tensor& grad, con
   return {cast(dlam, lam.scalar_type()), cast(dgam, gam.scalar_type())};
 }
 
-// One side of the adapter: G blocks (K / G, features / G), and where the rows of a block lie in V or
-// U (K, T). A's rows follow each other, and B's are G apart: the permutation between the two sides
-// costs no copy.
-struct Side {
-  MatrixBatch blocks;
-  int64_t features, row;  // of V or U, in rows
-
-  MatrixBatch rows_of(const void* V, int64_t T, int64_t stride) const {
-    const int64_t next = row == 1 ? blocks.rows : 1;
-    return {V, blocks.count, blocks.rows, T, next * stride, row * stride, 1};
-  }
-  MatrixBatch chunks_of(const void* x, int64_t T) const {
-    return {x, blocks.count, T, blocks.cols, blocks.cols, features, 1};
-  }
-};
-
 Side a_side(const BlockBasis& b, const Tensor& scaled) {
   const int64_t rows = b.K() / b.G, width = b.a_width();
   return {{scaled.const_data_ptr(), b.G, rows, width, rows * width, width, 1}, b.d, 1};
-}
-
-Side b_side(const BlockBasis& b, const Tensor& dense) {
-  const int64_t rows = b.K() / b.G, width = b.b_width();
-  return {{dense.const_data_ptr(), b.G, rows, width, width, b.G * width, 1}, b.D, b.G};
 }
 
 // The products of one call, chunk after chunk of tokens.
@@ -174,9 +134,29 @@ void each_meeting(const BlockBasis& b, const void* b_dense, const void* a, DType
 
 }  // namespace
 
+static Tensor expand_b(const BlockBasis& b, DType dtype) {
+  const Planes planes = planes_of(b);
+  Tensor out = allocate({b.K(), b.b_width()}, scalar_type(dtype), b.b_planes);
+  if (runs_on_cuda(out)) {
+    TorchDevice device(out);
+    cuda_kernels().planes_to_dense(planes, b.K(), b.b_width(), 1.0, out.mutable_data_ptr(), dtype,
+                                   device);
+  } else {
+    TorchRuntime runtime;
+    planes_to_dense(planes, b.K(), b.b_width(), 1.0, out.mutable_data_ptr(), dtype, runtime);
+  }
+  return out;
+}
+
+Tensor dense_b(const BlockBasis& b, DType dtype) {
+  return b.b && b.b->scalar_type() == scalar_type(dtype) ? *b.b : expand_b(b, dtype);
+}
+
 void block_linear(const BlockBasis& b, const Tensor& lam, const Tensor& gam, const Tensor& x,
                   Tensor& y, int64_t T, double scale, bool expand, bool accumulate) {
   const DType dtype = activation_dtype(x, "x");
+  if (factors_by_classes(b, x))
+    return class_linear(b, lam, gam, x, y, T, scale, expand, accumulate);
   const Range range(b, dtype);
   const Tensor scaled = scaled_a(b, lam, gam, dtype, range.scaled), dense = dense_b(b, dtype);
   const Side A = a_side(b, scaled), B = b_side(b, dense);
@@ -193,6 +173,9 @@ std::tuple<Tensor, Tensor> block_linear_backward(const BlockBasis& b, const Tens
                                                  double scale, bool expand, bool accumulate,
                                                  bool need_diagonals) {
   const DType dtype = activation_dtype(x, "x");
+  if (factors_by_classes(b, x))
+    return class_linear_backward(b, lam, gam, x, dy, dx, T, scale, expand, accumulate,
+                                 need_diagonals);
   const Range range(b, dtype);
   const Tensor scaled = scaled_a(b, lam, gam, dtype, range.scaled), dense = dense_b(b, dtype);
   const Side A = a_side(b, scaled), B = b_side(b, dense);

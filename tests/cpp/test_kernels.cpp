@@ -283,6 +283,65 @@ void add_rounded(DType dtype, int64_t count) {
       }
 }
 
+// The A side by classes against its definition; whether threads and rows over T are left alone.
+template <class C>
+void block_classes(DType dtype, int64_t q, int64_t groups, int64_t n, int64_t T) {
+  const int64_t r = q * groups, w = q * n, d = groups * w, stride = T + 3, rows = r * n;
+  std::mt19937 random(unsigned(q * 100 + T));
+  std::normal_distribution<double> normal;
+  const auto values = [&](int64_t count) {
+    std::vector<C> v(count);
+    for (C& x : v) x = C(normal(random));
+    return v;
+  };
+  std::vector<int8_t> a(r * w);
+  for (int8_t& sign : a) sign = normal(random) > 0 ? 1 : -1;
+  const std::vector<C> in = values(rows * stride), other = values(rows * stride),
+                       lam = values(rows), gam = values(n * d), before = values(rows);
+  for (const int threads : {1, 3}) {
+    ThreadRuntime rt(threads);
+    std::vector<C> signed_gam(n * d);
+    cpu_kernels().sign_columns({n, d, w, q, a.data(), gam.data(), signed_gam.data(), dtype, 1.5},
+                               rt);
+    for (int64_t e = 0; e < n * d; ++e) {
+      const int64_t k = e % d;
+      const C want = C(1.5) * gam[e] * C(a[k / w * q * w + k % w]);
+      EXPECT(std::fabs(signed_gam[e] - want) <= 1e-6, "signed gamma %ld", long(e));
+    }
+    std::vector<C> dots = before;
+    cpu_kernels().row_dots({rows, T, stride, in.data(), other.data(), dots.data(), dtype, 0.5}, rt);
+    std::vector<double> want_dots(rows);
+    for (int64_t c = 0; c < rows; ++c) {
+      want_dots[c] = before[c];
+      for (int64_t t = 0; t < T; ++t)
+        want_dots[c] += 0.5 * in[c * stride + t] * other[c * stride + t];
+    }
+    const double bound = sizeof(C) == 8 ? 1e-14 : 1e-6;
+    EXPECT(relative_error(dots, want_dots) < bound, "row_dots: q %ld T %ld", long(q), long(T));
+    for (const bool scales_before : {false, true})
+      for (const bool in_place : {false, true}) {
+        std::vector<C> out = in_place ? in : std::vector<C>(rows * stride, C(7));
+        const C *from = in_place ? out.data() : in.data(),
+                *first = scales_before ? lam.data() : nullptr,
+                *last = scales_before ? nullptr : lam.data();
+        cpu_kernels().hadamard_mix({r, q, n, T, stride, from, out.data(), first, last, dtype}, rt);
+        std::vector<double> want(rows * stride);
+        for (int64_t c = 0; c < rows; ++c)
+          for (int64_t t = 0; t < stride; ++t) {
+            const int64_t j = c / n, i = c % n, e = c * stride + t;
+            want[e] = t < T ? 0 : in_place ? in[e] : 7;
+            for (int64_t m = 0; t < T && m < q; ++m) {
+              const int64_t at = (j / q * q + m) * n + i;
+              const double sign = __builtin_popcountll(j % q & m) % 2 ? -1 : 1;
+              want[e] += sign * in[at * stride + t] * (scales_before ? lam[at] : 1);
+            }
+            if (t < T && !scales_before) want[e] *= lam[c];
+          }
+        EXPECT(relative_error(out, want) < bound, "hadamard_mix: q %ld T %ld", long(q), long(T));
+      }
+  }
+}
+
 void generation() {
   ThreadRuntime rt(2);
   for (int64_t col_start : {0, 1, 63, 64, 100})
@@ -321,6 +380,11 @@ int main() {
     add_rounded<bf16>(DType::bf16, count);
     add_rounded<f16>(DType::f16, count);
   }
+  for (int64_t q : {1, 2, 4, 8})
+    for (int64_t T : {1, 17, 70}) {
+      block_classes<float>(DType::f32, q, 3, 5, T);
+      block_classes<double>(DType::f64, q, 1, 2, T);
+    }
   for (int64_t groups : {1, 2, 5})
     for (int64_t rows : {1, 2, 3, 4})
       for (int64_t w : {1, 3, 33, 64}) {
