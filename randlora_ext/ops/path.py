@@ -55,7 +55,7 @@ def path_terms(
     """By path: the GEMMs it adds, in units, and how many units of each rate it pays."""
     density, K, d, D = basis.density, basis.K, basis.d, basis.D
     if basis.format == "blocks":
-        return _block_terms(basis, tokens, has_weight)
+        return _block_terms(basis, tokens, has_weight, device_type)
     # If d == out, forward computes U = x B and does not keep it: backward computes it again.
     a_products, b_products = (3, 2) if d == basis.in_features else (3, 3)
     factored = {"a_side": a_products * density * K / D}
@@ -80,14 +80,19 @@ def path_terms(
 
 
 def _block_terms(
-    basis: TernaryBasis, tokens: int, has_weight: bool
+    basis: TernaryBasis, tokens: int, has_weight: bool, device_type: str
 ) -> dict[str, tuple[float, dict[str, float]]]:
-    density, K, d, D = basis.density, basis.K, basis.d, basis.D
+    density, r, K, d, D = basis.density, basis.r, basis.K, basis.d, basis.D
     a_products, b_products = (3, 2) if d == basis.in_features else (3, 3)
-    factored = {"block": density * (a_products * K / D + b_products * K / d)}
     # Where dW is formed, the gradient of lambda and gamma takes one product of each side.
+    a_factored, a_formed = density * a_products, density
+    if device_type == "cpu" and d % r == 0 and r * density > 1:
+        # By classes (csrc/cpu/block_classes.h): V is computed again for the gradient of lambda, and
+        # mixing costs about as much as 8 multiply-adds an element.
+        a_factored, a_formed = (a_products + 1) / r + 32 / d, 2 / r + 24 / d
+    factored = {"block": a_factored * K / D + density * b_products * K / d}
     formed = {
-        "block": density * (K / D + K / d),
+        "block": a_formed * K / D + density * K / d,
         "block_term": density**2 * K / max(tokens, 1),
         "block_entry": 1 / max(tokens, 1),
     }
