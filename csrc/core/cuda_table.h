@@ -37,6 +37,7 @@ struct CudaKernels {
   void (*delta_weight)(const DeltaWeight&, Device&);
   void (*delta_weight_backward)(const DeltaWeightBackward&, Device&);
   void (*block_delta)(const BlockDelta&, Device&);
+  void (*block_linear)(const BlockLinear&, Device&);
   void (*linear)(const Linear&, Device&);
   void (*linear_backward)(const LinearBackward&, Device&);
 };

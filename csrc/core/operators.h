@@ -32,6 +32,14 @@ struct Basis {
   RANDLORA_HD_MEMBER bool has_lists() const { return !has_planes(); }
 };
 
+// The packed block bases (docs/basis-spec.md, section 14): A is block diagonal over `groups` as in
+// ScaledBasis, and B[o, c] is not 0 if o // (D / groups) == c % groups.
+struct Blocks {
+  int64_t D, d, r, n, groups;
+  Planes b;         // (K, D / groups): row c holds column c of B within its chunk of D
+  const int8_t* a;  // (r, d / groups)
+};
+
 // Length of the support tables of A (csrc/cuda): first the entries in column order, each rank index
 // padded to whole groups, then (r, d) places.
 constexpr int kSupportGroup = 32;
@@ -133,13 +141,10 @@ struct DeltaWeight {
   uint64_t rounding_seed = 0;
 };
 
-// The same of block bases (docs/basis-spec.md, section 14): A is block diagonal over `groups` as in
-// ScaledBasis, and B[o, c] is not 0 if o // (D / groups) == c % groups. CUDA only.
+// The same of block bases. CUDA only.
 struct BlockDelta {
-  int64_t D, d, r, n, groups;
-  Planes b;               // (K, D / groups): row c holds column c of B within its chunk of D
-  const int8_t* a;        // (r, d / groups)
-  const void *lam, *gam;  // (r, n), (n, d) in the compute type
+  Blocks blocks;
+  const void *lam, *gam;
   const void* base;
   void* out;
   DType dtype;
@@ -164,6 +169,18 @@ struct DeltaWeightBackward {
 //   reduce  (d == out): U = x B    (T, K);  y += scale * U A'
 struct Linear {
   Basis basis;
+  const void *lam, *gam;
+  const void* x;
+  void* y;
+  DType dtype;
+  int64_t T;
+  double scale;
+  bool expand, accumulate;
+};
+
+// The same of block bases, for a few tokens. CUDA only.
+struct BlockLinear {
+  Blocks blocks;
   const void *lam, *gam;
   const void* x;
   void* y;

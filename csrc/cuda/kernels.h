@@ -38,6 +38,9 @@ void delta_weight_backward(const DeltaWeightBackward& p, Device& device);
 // block_delta.cu
 void block_delta(const BlockDelta& p, Device& device);
 
+// block_few.cu
+void block_linear(const BlockLinear& p, Device& device);
+
 // linear.cu: compositions of the products below
 void linear(const Linear& p, Device& device);
 void linear_backward(const LinearBackward& p, Device& device);

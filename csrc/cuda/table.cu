@@ -32,6 +32,7 @@ randlora_cuda_kernels() {
                                         cuda::delta_weight,
                                         cuda::delta_weight_backward,
                                         cuda::block_delta,
+                                        cuda::block_linear,
                                         cuda::linear,
                                         cuda::linear_backward};
   return &table;

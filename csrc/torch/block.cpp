@@ -30,6 +30,10 @@ Planes planes_of(const BlockBasis& b) {
   return {plus, plus + b.K() * words, words};
 }
 
+Blocks raw_blocks(const BlockBasis& b) {
+  return {b.D, b.d, b.r, b.n, b.G, planes_of(b), static_cast<const int8_t*>(b.a.const_data_ptr())};
+}
+
 // factor * A' (K, d / G) in `dtype`: row c = j * n + i holds chunk j / (r / G) of the columns.
 Tensor scaled_a(const BlockBasis& b, const Tensor& lam, const Tensor& gam, DType dtype,
                 double factor) {
@@ -157,6 +161,15 @@ void block_linear(const BlockBasis& b, const Tensor& lam, const Tensor& gam, con
   const DType dtype = activation_dtype(x, "x");
   if (factors_by_classes(b, x))
     return class_linear(b, lam, gam, x, y, T, scale, expand, accumulate);
+  if (runs_on_cuda(x) && !b.b) {
+    const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
+    TorchDevice device(x);
+    cuda_kernels().block_linear(
+        {raw_blocks(b), l.const_data_ptr(), g.const_data_ptr(), x.const_data_ptr(),
+         y.mutable_data_ptr(), dtype, T, scale, expand, accumulate},
+        device);
+    return;
+  }
   const Range range(b, dtype);
   const Tensor scaled = scaled_a(b, lam, gam, dtype, range.scaled), dense = dense_b(b, dtype);
   const Side A = a_side(b, scaled), B = b_side(b, dense);
@@ -203,8 +216,7 @@ Tensor form_delta(const BlockBasis& b, const Tensor& lam, const Tensor& gam,
     const Tensor w = base ? as_contiguous(*base) : out;
     TorchDevice device(lam);
     cuda_kernels().block_delta(
-        {b.D, b.d, b.r, b.n, b.G, planes_of(b), static_cast<const int8_t*>(b.a.const_data_ptr()),
-         l.const_data_ptr(), g.const_data_ptr(), base ? w.const_data_ptr() : nullptr,
+        {raw_blocks(b), l.const_data_ptr(), g.const_data_ptr(), base ? w.const_data_ptr() : nullptr,
          out.mutable_data_ptr(), dtype, scale, /*transposed=*/!expand, rounding_seed.has_value(),
          static_cast<uint64_t>(rounding_seed.value_or(0))},
         device);

@@ -9,7 +9,8 @@
 
 namespace randlora {
 
-// y += scale * x dW^T, or y = ... unless `accumulate`. d is the input side if `expand`.
+// y += scale * x dW^T, or y = ... unless `accumulate`. d is the input side if `expand`. On CUDA
+// without a dense B, which is for a few tokens, from the packed blocks themselves.
 void block_linear(const BlockBasis& b, const Tensor& lam, const Tensor& gam, const Tensor& x,
                   Tensor& y, int64_t T, double scale, bool expand, bool accumulate);
 

@@ -122,24 +122,24 @@ def predicted_costs(
 
 
 def choose_b_side(basis: TernaryBasis, tokens: int, device_type: str) -> str:
-    """How B is multiplied: "packed" or, on CUDA and for block bases, "dense" (a GEMM).
+    """How B is multiplied: "packed", or "dense" by a GEMM on CUDA and of block bases everywhere.
 
     A dense B in the dtype of x is made once and shared by all layers of the shape. The
     environment variable RANDLORA_B_SIDE (packed, dense) overrides the choice on CUDA.
     """
-    if basis.format == "blocks":
-        return "dense"
     if not kernels.cuda_serves(device_type):
-        return "packed"
+        return "dense" if basis.format == "blocks" else "packed"
     forced = os.environ.get("RANDLORA_B_SIDE")
     if forced and forced != "auto":
         if forced not in B_SIDES:
             raise ValueError(f"RANDLORA_B_SIDE must be auto, packed or dense, got {forced!r}")
         return forced
-    if device_type != "cuda" or tokens <= PACKED_TOKENS:
+    if tokens <= PACKED_TOKENS:
         return "packed"
+    if basis.format == "blocks":
+        return "dense"
     few_adds = basis.format == "lists" and tokens * basis.density <= PACKED_ADDS
-    return "packed" if few_adds else "dense"
+    return "packed" if device_type != "cuda" or few_adds else "dense"
 
 
 def explain(

@@ -1,7 +1,7 @@
 // block_delta against plain loops in double.
 #include <cmath>
-#include <random>
 
+#include "blocks.h"
 #include "check.h"
 #include "core/stochastic.h"
 #include "cuda/kernels.h"
@@ -12,84 +12,14 @@ using namespace randlora;
 
 namespace {
 
-constexpr DType kTypes[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
+using Case = BlockCase;
+using Problem = BlockProblem;
 
-struct Case {
-  int64_t D, d, r, G;
-  int64_t skip = 0;  // elements that take the alignment of every matrix away
-};
-
-std::vector<double> random_values(int64_t count, unsigned seed, double size) {
-  std::mt19937 random(seed);
-  std::normal_distribution<double> normal(0, size);
-  std::vector<double> v(count);
-  for (double& x : v) x = float(normal(random));
-  return v;
+BlockDelta call_of(const Problem& p, const Array& l, const Array& g, const Array* base,
+                   const Array& out, DType dtype, double scale, bool transposed) {
+  return {p.blocks(), l.get(), g.get(), base ? base->get() : nullptr,
+          out.get(),  dtype,   scale,   transposed};
 }
-
-struct Problem {
-  Case c;
-  int64_t n, K, height, width, words;
-  std::vector<double> lam, gam;
-  Poisoned a, planes;
-
-  explicit Problem(const Case& c_)
-      : c(c_),
-        n((c.d + c.r - 1) / c.r),
-        K(c.r * n),
-        height(c.D / c.G),
-        width(c.d / c.G),
-        words(words_of(height)),
-        // As they are in training: their products are far below float16's range.
-        lam(random_values(K, 3, 1e-4)),
-        gam(random_values(n * c.d, 4, 1e-3)),
-        a(c.r * width),
-        planes(2 * K * words * 8) {
-    std::mt19937 random(5);
-    for (int64_t e = 0; e < c.r * width; ++e) signs()[e] = random() % 2 ? 1 : -1;
-    for (int64_t row = 0; row < K; ++row)
-      for (int64_t w = 0; w < words; ++w) {
-        const uint64_t bits = uint64_t{random()} << 32 | random();
-        const int64_t left = height - w * 64;
-        const uint64_t mask = left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
-        plus()[row * words + w] = bits & mask;
-        plus()[(K + row) * words + w] = ~bits & mask;
-      }
-  }
-  int8_t* signs() const { return static_cast<int8_t*>(a.get()); }
-  uint64_t* plus() const { return static_cast<uint64_t*>(planes.get()); }
-  // Whether column c of B and row c of A' reach (o, k).
-  bool meet(int64_t o, int64_t row, int64_t k) const {
-    return row % c.G == o / height && row / n / (c.r / c.G) == k / width;
-  }
-  double b(int64_t o, int64_t row) const {
-    return plus()[row * words + o % height / 64] >> (o % height % 64) & 1 ? 1 : -1;
-  }
-  int64_t at(int64_t o, int64_t k, bool transposed) const {
-    return transposed ? k * c.D + o : o * c.d + k;
-  }
-  std::vector<double> delta(double scale, bool transposed) const {
-    std::vector<double> dW(c.D * c.d, 0.0);
-    for (int64_t o = 0; o < c.D; ++o)
-      for (int64_t row = 0; row < K; ++row)
-        for (int64_t k = 0; k < c.d && row % c.G == o / height; ++k)
-          if (meet(o, row, k))
-            dW[at(o, k, transposed)] += scale * b(o, row) * lam[row] *
-                                        signs()[row / n * width + k % width] *
-                                        gam[row % n * c.d + k];
-    return dW;
-  }
-  BlockDelta call(const Array& l, const Array& g, const Array* base, const Array& out, DType dtype,
-                  double scale, bool transposed) const {
-    return {c.D,       c.d,
-            c.r,       n,
-            c.G,       {plus(), plus() + K * words, words},
-            signs(),   l.get(),
-            g.get(),   base ? base->get() : nullptr,
-            out.get(), dtype,
-            scale,     transposed};
-  }
-};
 
 constexpr double kScale = 0.7e7;
 
@@ -103,8 +33,8 @@ void run(const Problem& p, DType dtype, bool transposed, const std::vector<doubl
   auto sum = dW;
   for (int64_t e = 0; e < size; ++e) sum[e] += start[e];
 
-  cuda::block_delta(p.call(lam, gam, nullptr, out, dtype, kScale, transposed), device);
-  cuda::block_delta(p.call(lam, gam, &base, merged, dtype, kScale, transposed), device);
+  cuda::block_delta(call_of(p, lam, gam, nullptr, out, dtype, kScale, transposed), device);
+  cuda::block_delta(call_of(p, lam, gam, &base, merged, dtype, kScale, transposed), device);
   // One rounding of the result, and 16 bits of A' and its sums before it.
   const double half_ulp = dtype == DType::bf16 ? 0x1p-8 : dtype == DType::f16 ? 0x1p-11 : 0;
   const double before = dtype == DType::f64 ? 1e-13 : half_ulp != 0 ? 2e-5 : 2e-6;
@@ -121,7 +51,7 @@ void run(const Problem& p, DType dtype, bool transposed, const std::vector<doubl
   expect("dW", out, dW);
   expect("W + dW", merged, sum);
   std::memcpy(out.get(), base.get(), base.bytes());
-  cuda::block_delta(p.call(lam, gam, &out, out, dtype, kScale, transposed), device);
+  cuda::block_delta(call_of(p, lam, gam, &out, out, dtype, kScale, transposed), device);
   EXPECT(out.raw() == merged.raw(), "in place, dtype %d", int(dtype));
 }
 
@@ -136,7 +66,7 @@ void stochastic(const Case& c, DType dtype, bool transposed) {
   const Array lam(DType::f32, p.lam), gam(DType::f32, p.gam),
       base(dtype, random_values(size, 6, 1), c.skip), out(dtype, size, c.skip);
   TestDevice device;
-  BlockDelta call = p.call(lam, gam, &base, out, dtype, scale, transposed);
+  BlockDelta call = call_of(p, lam, gam, &base, out, dtype, scale, transposed);
   call.stochastic = true, call.rounding_seed = 99;
   cuda::block_delta(call, device);
   const auto start = base.values(), dW = p.delta(scale, transposed);
@@ -156,7 +86,7 @@ void nonfinite(DType dtype) {
   const Array lam(compute_of(dtype), p.lam), gam(compute_of(dtype), p.gam),
       out(dtype, p.c.D * p.c.d);
   TestDevice device;
-  cuda::block_delta(p.call(lam, gam, nullptr, out, dtype, 1, false), device);
+  cuda::block_delta(call_of(p, lam, gam, nullptr, out, dtype, 1, false), device);
   const auto got = out.values();
   for (int64_t o = 0; o < p.c.D; ++o)
     for (int64_t col = 0; col < p.c.d; ++col) {

@@ -17,8 +17,9 @@ from layer_cases import (  # noqa: F401
 )
 
 import randlora_ext
-from randlora_ext import TernaryBasis, delta_weight, explain, linear, merged_weight
+from randlora_ext import TernaryBasis, delta_weight, explain, kernels, linear, merged_weight
 from randlora_ext.ops import functional
+from randlora_ext.ops.path import choose_b_side
 from randlora_ext.reference import delta_weight_reference
 
 # in, out, r, G: wide, tall, square; q = r / G of 1, 2, 4 and 8; G = 3; an overhanging base; r > d;
@@ -246,6 +247,15 @@ def test_the_choice_of_a_path():
     assert explain(basis, 8192).path == "merged"
     assert explain(basis, 8192, torch.bfloat16).path == "factored"
     assert explain(basis, 8192, has_weight=False).path == "factored"
+
+
+def test_cuda_takes_packed_blocks_for_a_few_tokens(monkeypatch):
+    basis = TernaryBasis(256, 256, 32, 1 / 8, kind="block")
+    monkeypatch.delenv("RANDLORA_B_SIDE", raising=False)
+    monkeypatch.setattr(kernels, "cuda_serves", lambda device_type: device_type == "cuda")
+    sides = [choose_b_side(basis, tokens, "cuda") for tokens in (1, 16, 17, 8192)]
+    assert sides == ["packed", "packed", "dense", "dense"]
+    assert choose_b_side(basis, 1, "cpu") == choose_b_side(basis, 1, "mps") == "dense"
 
 
 def test_layers_of_a_shape_share_their_blocks():

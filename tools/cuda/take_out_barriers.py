@@ -26,6 +26,7 @@ TESTS = {  # test_NAME.cpp of the execution gate, and the kernels that it runs
     "b_planes": ("b_planes.cu",),
     "basis_gpu": ("fill_planes.cu", "lists.cu", "dense.cu"),
     "block_delta": ("block_delta.cu",),
+    "block_few": ("block_few.cu",),
     "delta_lists": ("delta_lists*.cu",),
     "delta_planes": ("delta_planes*.cu", "delta_codes.cu"),
     "scaled_basis": ("scaled_basis.cu",),

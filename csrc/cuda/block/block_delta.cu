@@ -229,29 +229,31 @@ template <class S>
 void form_blocks(const BlockDelta& w, Device& device) {
   using C = typename ComputeOf<S>::type;
   const auto small = [](int64_t size) { return static_cast<int>(size); };
-  const int height = small(w.D / w.groups), width = small(w.d / w.groups);
-  Work<S> p{small(w.n),
-            small(w.r * w.n / w.groups),
-            small(w.groups),
+  const int height = small(w.blocks.D / w.blocks.groups),
+            width = small(w.blocks.d / w.blocks.groups);
+  Work<S> p{small(w.blocks.n),
+            small(w.blocks.r * w.blocks.n / w.blocks.groups),
+            small(w.blocks.groups),
             height,
-            small(w.d),
+            small(w.blocks.d),
             width,
             small(ceil_div(height, kLines)),
             small(ceil_div(width, Factor<S>::N)),
-            w.b,
-            w.a,
+            w.blocks.b,
+            w.blocks.a,
             static_cast<const C*>(w.lam),
             static_cast<const C*>(w.gam),
             DeltaStore<S>(w),
-            w.transposed ? w.D : w.d,
+            w.transposed ? w.blocks.D : w.blocks.d,
             false};
   p.store.scale /= 2;  // codes stand for doubled numbers
   constexpr int V = kPerAccess<S>;
   p.aligned = p.store.aligned(V) && (w.transposed ? height : width) % V == 0;
-  launch(device, "block_delta",
-         w.transposed ? block_delta_kernel<S, true> : block_delta_kernel<S, false>,
-         dim3(static_cast<unsigned>(w.groups * w.groups * p.line_blocks * p.col_blocks)),
-         kTileThreads, SharedMemory<S>::bytes(w.transposed), p);
+  launch(
+      device, "block_delta",
+      w.transposed ? block_delta_kernel<S, true> : block_delta_kernel<S, false>,
+      dim3(static_cast<unsigned>(w.blocks.groups * w.blocks.groups * p.line_blocks * p.col_blocks)),
+      kTileThreads, SharedMemory<S>::bytes(w.transposed), p);
 }
 
 }  // namespace
