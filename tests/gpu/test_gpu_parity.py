@@ -22,6 +22,8 @@ pytestmark = pytest.mark.gpu
 FP64 = 1e-12
 # Of 16-bit floats the largest multiple of the layer's sizes that their range allows is far away.
 LOW = [torch.float32, torch.bfloat16, torch.float16]
+# in, out, r, groups: wide and tall; chunks of 26 and 14; more than a tile
+BLOCKS = [(64, 96, 8, 4), (130, 70, 10, 5), (272, 136, 8, 2)]
 
 
 def per_path(function):
@@ -83,6 +85,33 @@ def test_merged_in_16_bits(device, shape, dtype, seed):
     got = run_linear(layer, "merged", "packed", device, seed)
     want = run_linear_by_cpu_kernels(layer, "merged", seed)
     for name in NAMES:  # the sums of dW differ in their order, so may an ulp of W + dW
+        assert rms_error(got[name], want[name]) <= 4 * torch.finfo(dtype).eps, name
+
+
+@per_path
+@pytest.mark.parametrize("dtype", [torch.float64, *LOW], ids=str)
+@pytest.mark.parametrize("sizes", BLOCKS, ids=str)
+def test_block_bases(device, sizes, dtype, path, b_side):
+    *shape, groups = sizes
+    for tokens in (0, 1, 5, 16, 130):
+        layer = make_layer(*shape, 1 / groups, tokens, dtype, kind="block")
+        got = run_linear(layer, path, b_side, device)
+        if dtype is torch.float64:
+            want = run_linear_by_cpu_kernels(layer, path)
+            assert all(largest_error(got[name], want[name]) <= FP64 for name in NAMES), tokens
+        elif tokens and (path != "merged" or dtype is torch.float32):
+            assert_parity(got, layer, path, 2 if path == "merged" else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", BLOCKS, ids=str)
+@pytest.mark.parametrize("seed", [None, 7], ids=["to nearest", "stochastic"])
+def test_merged_block_bases_in_16_bits(device, sizes, dtype, seed):
+    *shape, groups = sizes
+    layer = make_layer(*shape, 1 / groups, 33, dtype, kind="block")
+    got = run_linear(layer, "merged", "packed", device, seed)
+    want = run_linear_by_cpu_kernels(layer, "merged", seed)
+    for name in NAMES:  # A' has 16 bits of mantissa on CUDA, so an ulp of W + dW may differ
         assert rms_error(got[name], want[name]) <= 4 * torch.finfo(dtype).eps, name
 
 
