@@ -28,6 +28,7 @@ B_SIDES = ("packed", "dense")
 # basis, and the packed form is the smallest.
 PACKED_TOKENS = 16
 PACKED_ADDS = 2
+MANY = 2**62  # tokens: more than any call has
 
 
 @dataclass(frozen=True)
@@ -265,13 +266,14 @@ def _find_regions(
 ) -> tuple[Region, ...]:
     def at(tokens: int) -> tuple[str, str]:
         path, _ = _decide(basis, tokens, dtype, has_weight, device_type, *rest)
-        return path, choose_b_side(basis, tokens, device_type)
+        # Others multiply by B at most in backward; how must not divide their regions.
+        return path, choose_b_side(basis, tokens if path == "factored" else MANY, device_type)
 
     regions: list[Region] = []
     first = 1
     # The B side changes at these ends only. Between them the factored path costs the same for any
     # number of tokens and the others ever less, so the path changes once at most.
-    for end in sorted({PACKED_TOKENS, int(PACKED_ADDS / basis.density), 2**62}):
+    for end in sorted({PACKED_TOKENS, int(PACKED_ADDS / basis.density), MANY}):
         while first <= end:
             choice = at(first)
             last = end

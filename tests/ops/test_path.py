@@ -116,7 +116,8 @@ def test_regions_tell_the_choice_for_any_number_of_tokens(features, density, dev
         for tokens in (*range(1, 2000), 10**4, 10**6, 10**9):
             path, b_side = choose("auto", basis, tokens, *arguments)
             assert path == explain(basis, tokens, dtype, device_type, has_weight).path
-            assert b_side == choose_b_side(basis, tokens, device_type)
+            if path == "factored":
+                assert b_side == choose_b_side(basis, tokens, device_type)
         assert all(a[1:] != b[1:] for a, b in zip(regions, regions[1:], strict=False))
 
 
