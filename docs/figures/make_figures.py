@@ -108,6 +108,35 @@ def a_side():
     return figure
 
 
+def blocks():
+    """Block bases: A' in blocks of rows, B in every G-th column; each output meets each input."""
+    figure, axes = canvas(9, 3.9, (18, 7.8))
+    groups, rows, width, height, size = 3, 3, 2, 2, 0.5
+    K, d, D = groups * rows, groups * width, groups * height
+    colors = (DATA, TRAINED, "#9ec9a3")
+    for c in range(K):
+        for k in range(d):
+            fill = colors[c // rows] if c // rows == k // width else "white"
+            cell = (12.2 + size * k, 1.6 + size * c)
+            axes.add_patch(Rectangle(cell, size, size, facecolor=fill, edgecolor="#bbb", lw=0.5))
+        note(axes, 12, 1.85 + size * c, f"c = {c}", size=8, ha="right")
+    note(axes, 13.7, 1.1, "A' (K, d): G blocks of rows", size=9)
+    for o in range(D):
+        for c in range(K):
+            fill = colors[c // rows] if o // height == c % groups else "white"
+            cell = (3.4 + size * c, 2.4 + size * o)
+            axes.add_patch(Rectangle(cell, size, size, facecolor=fill, edgecolor="#bbb", lw=0.5))
+    for g in range(groups):
+        note(axes, 3.2, 2.9 + 2 * size * g, f"outputs {g}", size=8, ha="right")
+    for c in range(K):
+        note(axes, 3.65 + size * c, 2.15, str(c), size=8)
+    note(axes, 5.65, 1.1, "B (D, K): G blocks of every G-th column", size=9)
+    note(axes, 9.4, 3.9, "x", size=12)
+    told = "G = 3. A color is a chunk of inputs. Every chunk of outputs meets all of them."
+    note(axes, 9, 7.2, told, size=9)
+    return figure
+
+
 def b_side():
     """A row of B as two runs of positions: rows of V are added, then subtracted."""
     figure, axes = canvas(9, 3.4, (18, 6.8))
@@ -159,7 +188,7 @@ def paths():
     return figure
 
 
-FIGURES = {"update": update, "a-side": a_side, "b-side": b_side, "paths": paths}
+FIGURES = {"update": update, "a-side": a_side, "b-side": b_side, "blocks": blocks, "paths": paths}
 
 
 def main(folder: Path) -> None:
