@@ -27,6 +27,8 @@ from matplotlib.ticker import (  # noqa: E402
 ROOT = Path(__file__).parent
 # The share of dW's full rank, 1 - (1 - density)^r, is for r = 32 and 1024 to 4096 features.
 DENSITIES = {
+    "block:1/8": ("tab:red", "block 1/8 (full rank)"),
+    "block:1/16": ("tab:purple", "block 1/16 (full rank)"),
     "1/3": ("tab:blue", "1/3 (full rank)"),
     "0.07": ("tab:orange", "0.07 (90% of full rank)"),
     "very_sparse": ("tab:green", "very_sparse (40 to 64%)"),
