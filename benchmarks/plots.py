@@ -113,8 +113,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     for name, kind, draw in (("tokens", "layer", by_tokens), ("density", "density", by_density)):
-        result = json.loads((args.results / f"{kind}-{args.name}.json").read_text())
-        draw(result).savefig(args.out / f"bench-{name}.png", dpi=110)
+        path = args.results / f"{kind}-{args.name}.json"
+        if not path.exists():
+            print(f"no {path.name}: bench-{name}.png stays as it is")
+            continue
+        draw(json.loads(path.read_text())).savefig(args.out / f"bench-{name}.png", dpi=110)
 
 
 if __name__ == "__main__":

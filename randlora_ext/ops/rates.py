@@ -40,9 +40,10 @@ NAMES = tuple(f.name for f in fields(Rates))
 # Measured by `python benchmarks/calibrate.py` on 2 cores of an AVX-512 machine (EPYC, Zen 5).
 # A GEMM in bfloat16 is four times as fast there; our products compute in float32 all the same.
 # The A side took 0.58 there and 1.4 on 2 cores of Zen 4 (benchmarks/results/paths-fp32-epyc-zen4);
-# 1.0 chooses right on both. round_entry is a rough figure of a busy machine.
-_CPU_FP32 = Rates(1.0, 2.0, 0.36, 4.0, 117.0, 0.0, 66.0, 1.2, 3.0, 60.0, 0.0)
-_CPU_16BIT = Rates(2.8, 9.7, 1.5, 25.0, 406.0, 0.0, 750.0, 1.5, 12.0, 600.0, 600.0)
+# 1.0 chooses right on both. The float32 rates of block bases are set to choose right in
+# benchmarks/results/layer-epyc-zen5.
+_CPU_FP32 = Rates(1.0, 2.0, 0.36, 4.0, 117.0, 0.0, 66.0, 1.4, 0.5, 320.0, 0.0)
+_CPU_16BIT = Rates(2.8, 9.7, 1.5, 25.0, 406.0, 0.0, 750.0, 3.9, 4.8, 760.0, 1200.0)
 # Estimates, not measured: an H100 in bf16, relative to its GEMM's 399 T multiply-adds/s.
 _CUDA_LISTS = Rates(2.5, 102.0, 0.0, 1130.0, 0.0, 0.0, 1230.0, 0.0, 0.0, 0.0, 0.0)
 _CUDA_PLANES = Rates(2.5, 0.0, 2.5, 0.0, 0.0, 10.0, 2360.0, 0.0, 0.0, 0.0, 0.0)
