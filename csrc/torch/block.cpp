@@ -9,6 +9,7 @@
 namespace randlora {
 namespace {
 
+constexpr int64_t kFewTokens = 16;  // up to here the kernel that expands no B is faster
 constexpr int64_t kChunkBytes = int64_t{64} << 20;  // limit for V or U; more tokens are chunked
 
 // Powers of two that keep float16 in range. gamma is about 1 / d and lambda below 1, so their product
@@ -161,7 +162,7 @@ void block_linear(const BlockBasis& b, const Tensor& lam, const Tensor& gam, con
   const DType dtype = activation_dtype(x, "x");
   if (factors_by_classes(b, x))
     return class_linear(b, lam, gam, x, y, T, scale, expand, accumulate);
-  if (runs_on_cuda(x) && !b.b) {
+  if (runs_on_cuda(x) && !b.b && T <= kFewTokens) {
     const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
     TorchDevice device(x);
     cuda_kernels().block_linear(
@@ -190,9 +191,11 @@ std::tuple<Tensor, Tensor> block_linear_backward(const BlockBasis& b, const Tens
     return class_linear_backward(b, lam, gam, x, dy, dx, T, scale, expand, accumulate,
                                  need_diagonals);
   const Range range(b, dtype);
-  const Tensor scaled = scaled_a(b, lam, gam, dtype, range.scaled), dense = dense_b(b, dtype);
+  const Tensor dense = dense_b(b, dtype);
+  Tensor gradient = allocate({b.K(), b.a_width()}, scalar_type(dtype), x);
+  // Only dx needs A'; the gradient has its shape.
+  const Tensor scaled = dx ? scaled_a(b, lam, gam, dtype, range.scaled) : gradient;
   const Side A = a_side(b, scaled), B = b_side(b, dense);
-  Tensor gradient = allocate_like(scaled);
   if (T == 0) torch::stable::zero_(gradient);
   Products products(b, dtype, T, x);
   products.each_chunk([&](int64_t t) {

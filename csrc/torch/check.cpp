@@ -177,15 +177,19 @@ BlockBasis blocks_of(const std::vector<Tensor>& packed, const Tensor& lam, const
                  packed.size(), "; take it from TernaryBasis.packed(device)");
   RANDLORA_CHECK(!expand, "packed holds blocks, of which there are no slices: expand must be None");
   const Tensor &a = packed[0], &p = packed[1];
+  RANDLORA_CHECK(a.numel() > 0, "packed: a must not be empty, got ", describe(a));
   BlockBasis b{};
   check_diagonals(b, a.size(0), lam, gam, in_features, out_features, expand);
   for (const Tensor& t : packed) check_same_device(t, "packed", lam, "lam");
-  const int64_t width = a.size(1), G = width > 0 ? b.d / width : 0;
+  const int64_t width = a.size(1), G = b.d / width;
   RANDLORA_CHECK(a.scalar_type() == ScalarType::Char && a.is_contiguous() && G > 0 &&
                      G * width == b.d && b.r % G == 0 && b.D % G == 0,
                  "packed: a must be a contiguous int8 tensor (r, d / G) for a G that divides "
                  "r, d = ",
                  b.d, " and D = ", b.D, ", got ", describe(a));
+  const int64_t q = b.r / G;
+  RANDLORA_CHECK((q & (q - 1)) == 0, "packed: r / G must be a power of two, but a is ", describe(a),
+                 " and d = ", b.d, ", so r / G = ", q);
   b.G = G;
   const int64_t words = words_of(b.b_width());
   RANDLORA_CHECK(p.scalar_type() == ScalarType::Long && p.is_contiguous() && p.dim() == 3 &&

@@ -13,7 +13,8 @@ _ops = torch.ops.randlora
 
 def fits(groups: int, in_features: int, out_features: int, r: int) -> bool:
     """Whether blocks of these sizes exist and give a dW without zeros, which takes G^2 <= K."""
-    q, K = r // groups, Shape.of(in_features, out_features, r).K
+    K = Shape.of(in_features, out_features, r).K  # refuses what is no size
+    q = r // groups
     divides = all(size % groups == 0 for size in (in_features, out_features, r))
     return divides and q & (q - 1) == 0 and groups * groups <= K
 
@@ -54,8 +55,8 @@ def check_layers(groups: int, layers: Mapping[str, tuple[int, int]], r: int) -> 
 def _needs(groups: int, in_features: int, out_features: int, r: int) -> str:
     return (
         f"block bases of density=1/{groups} need in_features, out_features and r to be multiples "
-        f"of {groups}, r / {groups} to be a power of two and min(in, out) to be {groups * groups} "
-        f"or more, got {in_features}, {out_features} and r={r}"
+        f"of {groups}, r / {groups} to be a power of two and r * ceil(min(in, out) / r) to be "
+        f"{groups * groups} or more, got {in_features}, {out_features} and r={r}"
     )
 
 
@@ -82,29 +83,35 @@ class BlockMatrices(GeneratedMatrices):
             a (r, d / G) int8: row j holds the columns of A in chunk j // (r / G).
             b (K, D / G) float32: row c holds column c of B, within chunk c % G.
         """
-        groups, seed = self.description.groups, self.description.seed
-        width, height = shape.d // groups, shape.D // groups
-        planes = generate_planes(seed, ROLE_A, 0, 1, 0, shape.d, 1.0, device)
+        return self._a_blocks(shape, device), self._b_blocks(shape, device)
+
+    def _a_blocks(self, shape: Shape, device: torch.device) -> Tensor:
+        groups = self.description.groups
+        width = shape.d // groups
+        planes = generate_planes(self.description.seed, ROLE_A, 0, 1, 0, shape.d, 1.0, device)
         signs = _ops.planes_to_dense(planes, shape.d, 1.0, torch.float32).view(groups, 1, width)
         classes = torch.arange(width, device=device) // shape.n
         a = signs * hadamard(shape.r // groups, device)[:, classes]
+        return a.reshape(shape.r, width).to(torch.int8)
+
+    def _b_blocks(self, shape: Shape, device: torch.device) -> Tensor:
+        groups, seed = self.description.groups, self.description.seed
+        height = shape.D // groups
         b = torch.empty(shape.K, height, device=device)
         for g in range(groups):
             rows = generate_planes(seed, ROLE_B, g * height, height, 0, shape.K, 1.0, device)
             b[g::groups] = _ops.planes_to_dense(rows, shape.K, 1.0, torch.float32)[:, g::groups].T
-        return a.reshape(shape.r, width).to(torch.int8), b
+        return b
 
     def a_planes(self, shape: Shape, device: torch.device) -> Tensor:
-        a, _ = self.blocks(shape, device)
-        groups = shape.d // a.shape[1]
+        a, groups = self._a_blocks(shape, device), self.description.groups
         A = torch.zeros(groups, shape.r // groups, groups, a.shape[1], device=device)
         for h, block in enumerate(a.view(groups, -1, a.shape[1])):
             A[h, :, h] = block
         return _ops.pack_dense(A.view(shape.r, shape.d))[0]
 
     def b_planes(self, shape: Shape, device: torch.device) -> Tensor:
-        _, b = self.blocks(shape, device)
-        groups = shape.D // b.shape[1]
+        b, groups = self._b_blocks(shape, device), self.description.groups
         B = b.new_zeros(groups, b.shape[1], shape.K)
         for g in range(groups):
             B[g, :, g::groups] = b[g::groups].T

@@ -36,11 +36,8 @@ class BasisDescription:
             raise ValueError(f"density must be in (0, 1], got {density}")
         check_seed("seed", self.seed)
         object.__setattr__(self, "density", float(density))
-        if kind == "block" and 1 / self.groups != self.density:
-            raise ValueError(
-                f"density of block bases must be 1 / G for an integer G, got {density}; the "
-                f"nearest is 1 / {self.groups}"
-            )
+        if kind == "block" and (density < 2**-31 or 1 / self.groups != self.density):
+            raise ValueError(f"density of block bases must be 1 / G for an integer G, got {density}")
 
     @property
     def groups(self) -> int:

@@ -262,7 +262,10 @@ class TernaryBasis:
     def dense_a(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """A (r, d) alone, scaled."""
         if self.format == "blocks":
-            return self.dense(device, dtype)[0]
+            if not kernels.serve(torch.device(device).type):
+                return self.dense_a("cpu", dtype).to(device)
+            planes = self._source.a_planes(self._shape, torch.device(device))
+            return _ops.planes_to_dense(planes, self.d, self._source.a_value, dtype)
         offset, index = self.packed(device)[:2]
         return _ops.lists_to_dense(offset, index, self.d, self._source.a_value, dtype)
 

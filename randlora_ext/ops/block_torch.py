@@ -22,16 +22,23 @@ def linear(
     gam: Tensor,
     scaling: float,
 ) -> Tensor:
-    """As `functional.linear` by the factored path; keeps x, weight, lam and gam for backward."""
+    """As `functional.linear` by the factored path; keeps x, weight, lam and gam for backward.
+
+    Raises:
+        ValueError: naming the argument, what it was and what is allowed.
+    """
+    _check(basis, x, weight, bias, lam, gam)
     a, b = _blocks(basis, x)
     flat = x.reshape(-1, x.shape[-1])
-    y = _Linear.apply(flat, weight, lam, gam, a, b, scaling * basis.scale, basis.expand)
-    y = y.view(*x.shape[:-1], basis.out_features)
-    return y if bias is None else y + bias
+    with _no_autocast(x):
+        y = _Linear.apply(flat, weight, lam, gam, a, b, scaling * basis.scale, basis.expand)
+        y = y.view(*x.shape[:-1], basis.out_features)
+        return y if bias is None else y + bias
 
 
 def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float) -> Tensor:
     """As `functional.delta_weight`; summed in float32 or better."""
+    _check_diagonals(basis, lam, gam)
     a, b = _blocks(basis, lam.float() if lam.dtype.itemsize < 4 else lam)
     scaled = _scaled(a, lam, gam, b.dtype)
     # The rows c that chunk h of d and chunk g of D have in common, padded to equally many.
@@ -43,9 +50,38 @@ def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float) 
     common = ((c >= h * rows) & (c < (h + 1) * rows)).unsqueeze(-1)
     c = c.clamp(max=groups * rows - 1)
     left, right = b[c] * common, scaled.flatten(0, 1)[c] * common
-    delta = torch.einsum("hmgo,hmgk->gohk", left, right).flatten(2).flatten(0, 1)
+    with _no_autocast(lam):
+        delta = torch.einsum("hmgo,hmgk->gohk", left, right).flatten(2).flatten(0, 1)
     delta = (delta * (scaling * basis.scale)).to(lam.dtype)
     return delta if basis.expand else delta.T
+
+
+def _check(basis, x, weight, bias, lam, gam) -> None:
+    """What the operators check, of which plain torch would broadcast or view much."""
+    sizes = basis.out_features, basis.in_features
+    if not x.is_floating_point():
+        raise ValueError(f"x must be a floating tensor, got {x.dtype}")
+    _check_diagonals(basis, lam, gam)
+    if bias is not None and weight is None:
+        raise ValueError("bias was given without a weight; add it to the base output")
+    for name, value, shape in (("weight", weight, sizes), ("bias", bias, sizes[:1])):
+        if value is not None and (tuple(value.shape) != shape or value.dtype != x.dtype):
+            raise ValueError(
+                f"{name} must be {shape} in the dtype of x, {x.dtype}, got "
+                f"{tuple(value.shape)} {value.dtype}"
+            )
+
+
+def _check_diagonals(basis: TernaryBasis, lam: Tensor, gam: Tensor) -> None:
+    for name, value, shape in (("lam", lam, (basis.r, basis.n)), ("gam", gam, (basis.n, basis.d))):
+        if tuple(value.shape) != shape or not value.is_floating_point():
+            raise ValueError(
+                f"{name} must be a floating tensor {shape}, got {tuple(value.shape)} {value.dtype}"
+            )
+
+
+def _no_autocast(like: Tensor):
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def _blocks(basis: TernaryBasis, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,13 +119,15 @@ def _ranges(dtype: torch.dtype, gam: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 class _Linear(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x, weight, lam, gam, a, b, scale, expand):
         factor, _ = _ranges(x.dtype, gam, b)
         A = _Side(_scaled(a, lam, gam, x.dtype, factor), by_rows=True)
         B = _Side(b.view(-1, len(a), b.shape[1]).transpose(0, 1), by_rows=False)
         first, second = (A, B) if expand else (B, A)
-        y = second.up(first.down(x)) * (scale / factor)
+        y = second.up(first.down(x), scale / factor)
         return y if weight is None else F.linear(x, weight) + y
 
     @staticmethod
@@ -99,6 +137,11 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        with _no_autocast(dy):
+            return _Linear._backward(ctx, dy)
+
+    @staticmethod
+    def _backward(ctx, dy):
         x, weight, lam, gam = ctx.saved_tensors
         a, b, scale = ctx.a, ctx.b, ctx.scale
         factor, gradient = _ranges(x.dtype, gam, b)
@@ -106,7 +149,7 @@ class _Linear(torch.autograd.Function):
         B = _Side(b.view(-1, len(a), b.shape[1]).transpose(0, 1), by_rows=False)
         first, second = (A, B) if ctx.expand else (B, A)
         U = second.down(dy)
-        dx = first.up(U) * (scale / factor)
+        dx = first.up(U, scale / factor)
         if weight is not None:
             dx = dx + dy @ weight
         inner, outer = (U, x) if ctx.expand else (first.down(x), dy)
@@ -138,7 +181,8 @@ class _Side:
         V = self.blocks @ self.chunks_of(x).transpose(1, 2)
         return (V if self.by_rows else V.transpose(0, 1)).flatten(0, 1)
 
-    def up(self, V: Tensor) -> Tensor:
-        """V^T blocks, (T, features)."""
-        chunks = self.rows_of(V).transpose(1, 2) @ self.blocks
+    def up(self, V: Tensor, scale: float) -> Tensor:
+        """scale * V^T blocks, (T, features); float16 may not hold the unscaled product."""
+        zero, rows = V.new_zeros(1, 1, 1), self.rows_of(V).transpose(1, 2)
+        chunks = torch.baddbmm(zero, rows, self.blocks, beta=0, alpha=scale)
         return chunks.transpose(0, 1).flatten(1)

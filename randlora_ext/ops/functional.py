@@ -9,6 +9,7 @@ from torch import Tensor
 from ..basis import TernaryBasis
 from ..basis.description import as_signed, check_seed
 from ..kernels import serve
+from ..reference import scaled_basis_reference
 from . import autocast, autograd, block_torch
 from .dtensor import refuse_dtensor
 from .path import check_rounding, choose, rounding_seed
@@ -62,14 +63,16 @@ def scaled_basis(basis_or_A: TernaryBasis | Tensor, lam: Tensor, gam: Tensor) ->
         _check_types(basis_or_A, lam=lam, gam=gam)
         dtype = lam.dtype if lam.is_floating_point() else torch.float32  # refused by the operator
         basis_or_A = basis_or_A.dense_a(lam.device, dtype)
+        if not serve(lam.device.type) and lam.device.type != "meta":
+            return scaled_basis_reference(basis_or_A, lam, gam)
     return autograd.scaled_basis(basis_or_A, lam, gam)
 
 
 def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float = 1.0) -> Tensor:
     """dW (out, in): ``scaling * B @ scaled_basis(A, lam, gam)``, transposed if d == out < in.
 
-    The result has the dtype of lam; sums are in float32 (float64 for float64). Neither A' nor a
-    dense B is made. Source: PEFT's ``get_delta_weight``; paper equation 3.
+    The result has the dtype of lam; sums are in float32 (float64 for float64). Of independent
+    bases neither A' nor a dense B is made. Source: PEFT's ``get_delta_weight``; paper equation 3.
     """
     _check_types(basis, lam=lam, gam=gam)
     if not _served(basis, "lam", lam):
@@ -171,6 +174,11 @@ def linear(
     if autocast.is_on(kind):  # the path depends on the dtype
         x, weight, bias = autocast.cast(kind, (x, weight, bias))
     if not served:
+        if path not in ("auto", "factored"):
+            raise ValueError(
+                f"path must be 'auto' or 'factored' on {x.device}, where block bases run in plain "
+                f"torch, got {path!r}"
+            )
         return block_torch.linear(x, weight, bias, basis, lam, gam, scaling)
     tokens = x.numel() // basis.in_features  # keeps a symbolic size symbolic
     path, b_side = choose(path, basis, tokens, x.dtype, weight is not None, kind, merged_rounding)

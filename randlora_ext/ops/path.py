@@ -51,12 +51,17 @@ class PathChoice:
 
 
 def path_terms(
-    basis: TernaryBasis, tokens: int, has_weight: bool, device_type: str = "cpu"
+    basis: TernaryBasis,
+    tokens: int,
+    has_weight: bool,
+    device_type: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, tuple[float, dict[str, float]]]:
     """By path: the GEMMs it adds, in units, and how many units of each rate it pays."""
     density, K, d, D = basis.density, basis.K, basis.d, basis.D
     if basis.format == "blocks":
-        return _block_terms(basis, tokens, has_weight, device_type)
+        by_classes = device_type == "cpu" and dtype.itemsize >= 4
+        return _block_terms(basis, tokens, has_weight, by_classes)
     # If d == out, forward computes U = x B and does not keep it: backward computes it again.
     a_products, b_products = (3, 2) if d == basis.in_features else (3, 3)
     factored = {"a_side": a_products * density * K / D}
@@ -81,14 +86,14 @@ def path_terms(
 
 
 def _block_terms(
-    basis: TernaryBasis, tokens: int, has_weight: bool, device_type: str
+    basis: TernaryBasis, tokens: int, has_weight: bool, by_classes: bool
 ) -> dict[str, tuple[float, dict[str, float]]]:
     density, r, K, d, D = basis.density, basis.r, basis.K, basis.d, basis.D
     a_products, b_products = (3, 2) if d == basis.in_features else (3, 3)
     # Where dW is formed, the gradient of lambda and gamma takes one product of each side.
     a_factored, a_formed = density * a_products, density
-    if device_type == "cpu" and d % r == 0 and r * density > 1:
-        # By classes (csrc/cpu/block_classes.h): V is computed again for the gradient of lambda, and
+    if by_classes and d % r == 0 and r * density > 1:
+        # csrc/torch/block_classes.cpp, float32 and float64 on the CPU: V is computed again for the gradient of lambda, and
         # mixing costs about as much as 8 multiply-adds an element.
         a_factored, a_formed = (a_products + 1) / r + 32 / d, 2 / r + 24 / d
     factored = {"block": a_factored * K / D + density * b_products * K / d}
@@ -115,7 +120,9 @@ def predicted_costs(
     known = rates(device_type, dtype, basis.format)
     costs = {
         path: gemms + sum(getattr(known, name) * count for name, count in paid.items())
-        for path, (gemms, paid) in path_terms(basis, tokens, has_weight, device_type).items()
+        for path, (gemms, paid) in path_terms(
+            basis, tokens, has_weight, device_type, dtype
+        ).items()
     }
     if has_weight and dtype in SIXTEEN_BITS and merged_rounding == "stochastic":
         costs["merged"] += known.round_entry / max(tokens, 1)
@@ -272,7 +279,7 @@ def _find_regions(
     regions: list[Region] = []
     first = 1
     # The B side changes at these ends only. Between them the factored path costs the same for any
-    # number of tokens and the others ever less, so the path changes once at most.
+    # number of tokens and the others ever less, so no path comes back once it is left.
     for end in sorted({PACKED_TOKENS, int(PACKED_ADDS / basis.density), MANY}):
         while first <= end:
             choice = at(first)
