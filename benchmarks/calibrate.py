@@ -103,7 +103,8 @@ def measure_size(
         calls["rounded"] = partial(form, rounds=True)
     seconds = _seconds(calls, repeats, device)
     unit = seconds["frozen"] / 2
-    paid = {path: rates for path, (_, rates) in path_terms(basis, TOKENS, False, device, dtype).items()}
+    terms = path_terms(basis, TOKENS, False, device, dtype)
+    paid = {path: rates for path, (_, rates) in terms.items()}
     paid["rounded"] = paid["delta"] | {"round_entry": 1 / TOKENS}
     return [(paid[name], seconds[name] / unit) for name in calls if name != "frozen"]
 

@@ -97,8 +97,8 @@ struct AddRounded {
 
 // ---- block bases on the CPU, A factored by its classes (csrc/cpu/block_classes.h) --------------
 
-// out[i, k] = scale * in[i, k] * sign of column k, for (rows, d) matrices in the compute type. `a` (r, w)
-// has the signs in the first row of each group: Hadamard's first row is all ones.
+// out[i, k] = scale * in[i, k] * sign of column k, for (rows, d) matrices in the compute type.
+// `a` (r, w) has the signs in the first row of each group: Hadamard's first row is all ones.
 struct SignColumns {
   int64_t rows, d, w, q;
   const int8_t* a;

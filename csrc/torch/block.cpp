@@ -9,12 +9,12 @@
 namespace randlora {
 namespace {
 
-constexpr int64_t kFewTokens = 16;  // up to here the kernel that expands no B is faster
+constexpr int64_t kFewTokens = 16;  // that the kernel without a dense B is made for
 constexpr int64_t kChunkBytes = int64_t{64} << 20;  // limit for V or U; more tokens are chunked
 
-// Powers of two that keep float16 in range. gamma is about 1 / d and lambda below 1, so their product
-// would lose bits below 2^-14. The gradient of A' sums D / G of the terms that a weight's gradient
-// has one of.
+// Powers of two that keep float16 in range. gamma is about 1 / d and lambda below 1, so their
+// product would lose bits below 2^-14. The gradient of A' sums D / G of the terms that a weight's
+// gradient has one of.
 struct Range {
   double scaled = 1, gradient = 1;
 
@@ -115,8 +115,8 @@ class Products {
   Tensor V_;
 };
 
-// Calls fn(b_rows, a_rows, offset) for the rows c that chunk g of D and chunk h of d have in common,
-// in batches over h if all of them have equally many. `offset` is where their block of a matrix
+// Calls fn(b_rows, a_rows, offset) for the rows c that chunk g of D and chunk h of d share, in
+// batches over h if all of them have equally many. `offset` is where their block of a matrix
 // starts that has `g_step` elements between chunks of D and `h_step` between chunks of d.
 template <class F>
 void each_meeting(const BlockBasis& b, const void* b_dense, const void* a, DType dtype,

@@ -1,6 +1,6 @@
-// Products with block bases, in batches of G dense blocks by torch's GEMM; our kernels make the
-// blocks of A' and contract the gradient of A', and on CUDA form W + dW in one pass. All take contiguous tensors; x, y, dy and dx are
-// (T, features) in `dtype`.
+// Products with block bases, in batches of G dense blocks by torch's GEMM. Our kernels make the
+// blocks of A' and contract the gradient of A', and on CUDA form W + dW in one pass. All take
+// contiguous tensors; x, y, dy and dx are (T, features) in `dtype`.
 //
 // Cost: 2 T K d / G operations for each product of a side, of which forward has two and backward
 // four or five.

@@ -1,6 +1,6 @@
-// The A side of block bases by classes of columns (csrc/cpu/block_classes.h): gamma with the signs of
-// its columns is r matrices n x n, which torch's GEMM multiplies. Float32 and float64; in 16 bits the
-// sums of dgamma over chunks of tokens would be rounded at every chunk.
+// The A side of block bases by classes of columns (csrc/cpu/block_classes.h): gamma with the signs
+// of its columns is r matrices n x n, which torch's GEMM multiplies. Float32 and float64; in 16
+// bits the sums of dgamma over these small chunks of tokens would be rounded at every chunk.
 #include "block_sides.h"
 
 namespace randlora {

@@ -7,9 +7,9 @@ namespace randlora {
 // B (K, D / G) in `dtype`: row c holds column c of B within chunk c % G.
 Tensor dense_b(const BlockBasis& b, DType dtype);
 
-// One side of the adapter: G blocks (K / G, features / G), and where the rows of a block lie in V or
-// U (K, T). A's rows follow each other, and B's are G apart: the permutation between the two sides
-// costs no copy.
+// One side of the adapter: G blocks (K / G, features / G), and where the rows of a block lie in V
+// or U (K, T). A's rows follow each other, and B's are G apart: the permutation between the two
+// sides costs no copy.
 struct Side {
   MatrixBatch blocks;
   int64_t features, row;  // of V or U, in rows

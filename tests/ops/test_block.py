@@ -207,6 +207,7 @@ def test_thread_counts_and_repeats_give_equal_bits():
         ((24, 24, 12, 1 / 2), r"power of two.*r=12; densities that fit: 1/3"),
         ((32, 32, 32, 1 / 16), "to be 256 or more"),
         ((64, 64, 8, 0.3), "density of block bases must be 1 / G"),
+        ((64, 64, 8, 5e-324), "density of block bases must be 1 / G"),
     ],
     ids=str,
 )
@@ -226,6 +227,7 @@ def test_packed_tensors_of_another_layer_are_refused():
         ([a, other.packed()[1].clone()[:, :, :1].contiguous()[:, :32]], "b_planes must be"),
         ([a.float(), planes], "a must be a contiguous int8"),
         ([a[:, :15], planes], "a must be a contiguous int8"),
+        ([a[:0], planes], "a must not be empty"),
         ([a], "packed must hold 2 tensors"),
         ([a, planes, dense[:, :-1]], "dense B must be"),
         ([a, planes, dense.double()], "must have one dtype"),
@@ -234,6 +236,63 @@ def test_packed_tensors_of_another_layer_are_refused():
             call(*arguments, packed, 1.0, 96, "factored")
     with pytest.raises(RuntimeError, match="expand must be None"):
         call(*arguments, [a, planes], 1.0, 96, "factored", True)
+
+
+def test_a_group_of_no_power_of_two_is_refused():
+    # Hadamard's transform would leave the rows of its group.
+    a, planes = torch.ones(6, 6, dtype=torch.int8), torch.zeros(2, 12, 1, dtype=torch.int64)
+    lam, gam = torch.ones(6, 2), torch.ones(2, 12)
+    with pytest.raises(RuntimeError, match="r / G must be a power of two.*r / G = 3"):
+        torch.ops.randlora.delta_weight(lam, gam, [a, planes], 1.0, 12, 12)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda a: a | {"lam": a["lam"].T}, "lam must be"),
+        (lambda a: a | {"gam": a["gam"].T}, "gam must be"),
+        (lambda a: a | {"weight": a["weight"][:1]}, "weight must be"),
+        (lambda a: a | {"weight": a["weight"].double()}, "weight must be"),
+        (lambda a: a | {"bias": a["bias"][:1]}, "bias must be"),
+        (lambda a: a | {"weight": None}, "bias was given without a weight"),
+        (lambda a: a | {"path": "delta"}, "path must be"),
+        (lambda a: a | {"path": "bogus"}, "path must be"),
+    ],
+)
+def test_plain_torch_refuses_what_the_operators_refuse(change, message, monkeypatch):
+    layer = block_layer(64, 128, 4, 2, 5, torch.float32)  # lambda (4, 16) is not square
+    arguments = {name: getattr(layer, name) for name in ("x", "weight", "bias", "basis")}
+    arguments |= {"lam": layer.lam, "gam": layer.gam}
+    monkeypatch.setattr(functional, "serve", lambda device_type: False)
+    with pytest.raises(ValueError, match=message):
+        linear(**change(arguments))
+
+
+def test_float16_of_large_values_in_plain_torch(monkeypatch):
+    layer = block_layer(1024, 1024, 32, 8, 8, torch.float16).without_weight()
+    layer.lam, layer.gam = layer.lam * 2, torch.full_like(layer.gam, 1 / 1024)
+    layer.dy = layer.dy * 30
+    oracle = exact(layer)
+    monkeypatch.setattr(functional, "serve", lambda device_type: False)
+    results = ours(layer, "auto")
+    assert all(rms_error(results[name], oracle[name]) < 3e-3 for name in results)
+
+
+def test_delta_weight_in_plain_torch_under_autocast(monkeypatch):
+    layer = block_layer(64, 96, 8, 4, 0, torch.float32)
+    expected = delta_weight(layer.basis, layer.lam, layer.gam)
+    monkeypatch.setattr(functional, "serve", lambda device_type: False)
+    with torch.autocast("cpu", torch.bfloat16):
+        delta = delta_weight(layer.basis, layer.lam, layer.gam)
+    assert rms_error(delta, expected) < 1e-6
+
+
+def test_vmap(served):
+    layer = block_layer(64, 96, 8, 4, 5, torch.float32)
+    xs = torch.randn(3, 5, 64)
+    arguments = layer.weight, layer.bias, layer.basis, layer.lam, layer.gam, layer.scaling
+    one_by_one = torch.stack([linear(x, *arguments) for x in xs])
+    torch.testing.assert_close(torch.func.vmap(lambda x: linear(x, *arguments))(xs), one_by_one)
 
 
 def test_slices_are_refused():
@@ -267,7 +326,7 @@ def test_layers_of_a_shape_share_their_blocks():
     assert randlora_ext.TernaryBasis(64, 96, 8, 1 / 4, 6, "block") != one
 
 
-def test_scaled_basis_is_that_of_the_dense_a():
+def test_scaled_basis_is_that_of_the_dense_a(served):
     layer = block_layer(64, 96, 8, 4, 0)
     A, _ = layer.basis.dense(dtype=torch.float64)
     expected = (layer.lam[:, :, None] * A[:, None] * layer.gam[None]).flatten(0, 1)
