@@ -9,7 +9,7 @@
 namespace randlora {
 namespace {
 
-constexpr int64_t kFewTokens = 16;  // that the kernel without a dense B is made for
+constexpr int64_t kFewTokens = 16;                  // that the kernel without a dense B is made for
 constexpr int64_t kChunkBytes = int64_t{64} << 20;  // limit for V or U; more tokens are chunked
 
 // Powers of two that keep float16 in range. gamma is about 1 / d and lambda below 1, so their

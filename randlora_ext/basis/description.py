@@ -37,7 +37,9 @@ class BasisDescription:
         check_seed("seed", self.seed)
         object.__setattr__(self, "density", float(density))
         if kind == "block" and (density < 2**-31 or 1 / self.groups != self.density):
-            raise ValueError(f"density of block bases must be 1 / G for an integer G, got {density}")
+            raise ValueError(
+                f"density of block bases must be 1 / G for an integer G, got {density}"
+            )
 
     @property
     def groups(self) -> int:

@@ -93,8 +93,8 @@ def _block_terms(
     # Where dW is formed, the gradient of lambda and gamma takes one product of each side.
     a_factored, a_formed = density * a_products, density
     if by_classes and d % r == 0 and r * density > 1:
-        # csrc/torch/block_classes.cpp, float32 and float64 on the CPU: V is computed again for the gradient of lambda, and
-        # mixing costs about as much as 8 multiply-adds an element.
+        # csrc/torch/block_classes.cpp: V is computed again for the gradient of lambda, and mixing
+        # costs about as much as 8 multiply-adds an element.
         a_factored, a_formed = (a_products + 1) / r + 32 / d, 2 / r + 24 / d
     factored = {"block": a_factored * K / D + density * b_products * K / d}
     formed = {
@@ -120,9 +120,7 @@ def predicted_costs(
     known = rates(device_type, dtype, basis.format)
     costs = {
         path: gemms + sum(getattr(known, name) * count for name, count in paid.items())
-        for path, (gemms, paid) in path_terms(
-            basis, tokens, has_weight, device_type, dtype
-        ).items()
+        for path, (gemms, paid) in path_terms(basis, tokens, has_weight, device_type, dtype).items()
     }
     if has_weight and dtype in SIXTEEN_BITS and merged_rounding == "stochastic":
         costs["merged"] += known.round_entry / max(tokens, 1)

@@ -255,7 +255,8 @@ def test_bias_none(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_raw_operator_is_what_linear_calls(path):
+def test_raw_operator_is_what_linear_calls(path, monkeypatch):
+    monkeypatch.setenv("RANDLORA_B_SIDE", "packed")  # where CUDA kernels may be given a dense B
     layer = make_layer(50, 37, 7, 0.07, 20, torch.float32)
     basis = layer.basis
     y = torch.ops.randlora.linear(
