@@ -37,8 +37,9 @@ class BasisDescription:
         check_seed("seed", self.seed)
         object.__setattr__(self, "density", float(density))
         if kind == "block" and (density < 2**-31 or 1 / self.groups != self.density):
+            nearest = f"; the nearest is 1 / {self.groups}" if density >= 2**-31 else ""
             raise ValueError(
-                f"density of block bases must be 1 / G for an integer G, got {density}"
+                f"density of block bases must be 1 / G for an integer G, got {density}{nearest}"
             )
 
     @property
