@@ -1,10 +1,10 @@
-// The A side of block bases by classes of columns. All q rank indices of a group see the n columns of
-// a class with one sign, up to that of Hadamard's matrix H:
+// The A side of block bases by classes of columns. All q rank indices of a group see the n columns
+// of a class with one sign, up to that of Hadamard's matrix H:
 //
 //   V[j, i] = lam[j, i] * sum over m of H[j, m] * (sum over k in class m of s_k gam[i, k] x[k])
 //
-// The inner sums are r products of n x n matrices, 1 / q of the work of dense blocks of A'. They are
-// GEMMs (csrc/torch/block_classes.cpp); here is what joins them, log2 q additions an element.
+// The inner sums are r products of n x n matrices, 1 / q of the work of dense blocks of A'. They
+// are GEMMs (csrc/torch/block_classes.cpp); here is what joins them, log2 q additions an element.
 #pragma once
 #include "../core/operators.h"
 #include "simd.h"

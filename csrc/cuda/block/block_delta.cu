@@ -1,13 +1,14 @@
 // W' = W + scale * B A' of block bases in one pass: neither A' nor dW reaches memory.
 //
-// Chunk g of the D features and chunk h of the d features meet in the columns c of B, or rows of A',
-// with c % groups == g in group h of A. Their block of W' is a product of depth K / groups^2, 64 at
-// 4096 x 4096, r = 32 and 8 groups.
+// Chunk g of the D features and chunk h of the d features meet in the columns c of B, or rows of
+// A', with c % groups == g in group h of A. Their block of W' is a product of depth K / groups^2,
+// 64 at 4096 x 4096, r = 32 and 8 groups.
 //
 // A thread block makes 128 of the D features by N of the d features (ternary_tile.h); slots are c.
-// It starts to read its tile of W, decodes B's words, and forms A'[c, k] = lam[c] a[j, k] gam[i, k],
-// each element for 128 of W'. 16-bit results multiply A' as the sum of two bf16 numbers: 16 bits of
-// mantissa, and the exponents of float32, so float16 needs no scaling.
+// It starts to read its tile of W, decodes B's words, and forms
+// A'[c, k] = lam[c] a[j, k] gam[i, k], each element for 128 of W'. 16-bit results multiply A' as the
+// sum of two bf16 numbers: 16 bits of mantissa and the exponents of float32, so float16 needs no
+// scaling.
 //
 // Floor: W read and W' written, 4 bytes an element in 16 bits. Several thread blocks a
 // multiprocessor overlap the loads of one with the arithmetic of others, so a thread block has no

@@ -1,8 +1,8 @@
-// The factored path of block bases for a handful of tokens, as in decoding, straight from sign bits,
-// lambda and gamma: one kernel a side, sums and V in the compute type.
+// The factored path of block bases for a handful of tokens, as in decoding, straight from sign
+// bits, lambda and gamma: one kernel a side, sums and V in the compute type.
 //
-//   down   V[c, t] = sum_k M[c, k] x[t, k]    a warp per row c, lanes over the columns k of its chunk
-//   up     y[t, k] (+)= sum_c V[c, t] M[c, k] a lane per column k, warps over the rows c of its chunk
+//   down   V[c, t] = sum_k M[c, k] x[t, k]     a warp per row c, lanes over its chunk's columns k
+//   up     y[t, k] (+)= sum_c V[c, t] M[c, k]  a lane per column k, warps over its chunk's rows c
 //
 // M is A', whose element is lam[c] a[j, k] gam[i, k], or B transposed, which is +-1. The rows of a
 // chunk follow each other in A', and are `groups` apart in B.
