@@ -6,9 +6,9 @@
 //
 // A thread block makes 128 of the D features by N of the d features (ternary_tile.h); slots are c.
 // It starts to read its tile of W, decodes B's words, and forms
-// A'[c, k] = lam[c] a[j, k] gam[i, k], each element for 128 of W'. 16-bit results multiply A' as the
-// sum of two bf16 numbers: 16 bits of mantissa and the exponents of float32, so float16 needs no
-// scaling.
+// A'[c, k] = lam[c] a[j, k] gam[i, k], each element for 128 of W'. 16-bit results multiply A' as
+// the sum of two bf16 numbers: 16 bits of mantissa and the exponents of float32, so float16 needs
+// no scaling.
 //
 // Floor: W read and W' written, 4 bytes an element in 16 bits. Several thread blocks a
 // multiprocessor overlap the loads of one with the arithmetic of others, so a thread block has no
