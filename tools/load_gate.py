@@ -81,7 +81,7 @@ def main() -> None:
             run(python, "-m", "pip", "install", "-q", TORCH, "numpy", env=plain)
         pip = [python, "-m", "pip", "install", "-q", "--target"]
         tools, site = work / "tools", work / "site"
-        run(*pip, tools, "setuptools>=77,<82", "wheel", "pybind11", "ninja")
+        run(*pip, tools, "setuptools>=77,<82", "ninja")
 
         step(f"install {args.install}")
         # torch is the environment's own; its setuptools may be too old.
@@ -91,9 +91,6 @@ def main() -> None:
 
         library = site / "randlora_ext" / "librandlora_cuda.so"
         step(f"{library.name}: {library.stat().st_size / 1e6:.1f} MB")
-        symbols = run("nm", "-D", "--defined-only", library).split()[2::3]
-        if findings := [f"exports {s}" for s in symbols if s != "randlora_cuda_kernels"]:
-            sys.exit(f"load gate: failed: {findings}")
         if findings := library_findings(library):
             sys.exit(f"load gate: failed: {findings}")
 

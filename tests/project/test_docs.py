@@ -1,5 +1,6 @@
 """The documentation is run: its Python blocks, and the operators' schemas against torch's own."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -52,6 +53,9 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, torch_settings, stock_pe
     monkeypatch.chdir(tmp_path)  # a page may write files
     monkeypatch.delenv("RANDLORA_PATH", raising=False)
     namespace: dict = {"__name__": "docs"}
+    if page == "README.md":
+        pytest.importorskip("peft")
+        namespace["model"] = importlib.import_module("cli_helpers").llama(hidden_size=128)
     for line, source in found:
         # Padded with empty lines, so that a traceback names the line of the page.
         exec(compile("\n" * (line - 1) + source, str(path), "exec"), namespace)
