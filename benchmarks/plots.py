@@ -1,4 +1,4 @@
-"""Draws the figures of README.md and docs/density.md from the results of layer.py.
+"""Draws the figures of README.md and docs/benchmarks.md from the results of layer.py.
 
     python benchmarks/plots.py epyc-zen4     from benchmarks/results/{layer,density}-epyc-zen4.json
 

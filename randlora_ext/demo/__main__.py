@@ -23,9 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         print(f"error: {missing}", file=sys.stderr)
         return 2
-    options.source = options.model or str(_installed_file(_FOR_MODEL, "*.gguf"))
-    if not options.save_base:
-        options.data = options.data or _installed_file(_FOR_DATA, "model/en-us/cmudict-en-us.dict")
+    fill_in(options)
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Trainer would use all GPUs
     warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT's calls of transformers
     try:
@@ -88,6 +86,13 @@ def what_to_install(options: argparse.Namespace) -> str:
     if not commands:
         return ""
     return f"missing packages: {', '.join(libraries + data)}. Run: {' && '.join(commands)}"
+
+
+def fill_in(options: argparse.Namespace) -> None:
+    """Set ``source``, and ``data`` if it is needed, to what was given or is installed."""
+    options.source = options.model or str(_installed_file(_FOR_MODEL, "*.gguf"))
+    if not options.save_base:
+        options.data = options.data or _installed_file(_FOR_DATA, "model/en-us/cmudict-en-us.dict")
 
 
 def _installed_file(package: str, pattern: str) -> Path:

@@ -3,7 +3,12 @@
 import importlib
 import importlib.util
 import json
+import os
+import re
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,6 +139,24 @@ def test_from_a_gguf_to_a_merged_model_by_the_printed_commands(files, tmp_path, 
     want = logits(peft.PeftModel.from_pretrained(load(out / "base"), out / "adapter"))
     torch.testing.assert_close(logits(load(out / "merged")), want, rtol=1e-4, atol=1e-4)
     assert (want - logits(load(out / "base"))).abs().max() > 0.01
+
+
+def test_the_notebook_goes_from_a_base_model_to_a_merged_one(files, tmp_path):
+    program = Path(__file__).parents[2] / "examples" / "smollm2.py"
+    small = ["--steps", "30", "--batch-size", "4", "--rank", "8", "--lr", "0.01"]
+    done = subprocess.run(
+        [sys.executable, program, "--model", files[0], "--data", files[1], "--out", "out", *small],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = re.search(r"held-out loss (\S+) -> (\S+)", done.stdout).groups()
+    assert float(after) < float(before)
+    assert float(re.search(r"merged: largest difference (\S+)", done.stdout)[1]) < 1e-4
+    for picture in ("loss.png", "spectra.png"):
+        assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_ctrl_c_ends_with_the_report_so_far(files, tmp_path, monkeypatch, capsys):
