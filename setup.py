@@ -13,6 +13,7 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pybind11
 import torch
 from setuptools import setup
 from setuptools.command.build_clib import build_clib
@@ -77,10 +78,11 @@ class BuildKernels(BuildExtension):
 
 
 def binding():
-    return CppExtension(
+    ext = CppExtension(
         "randlora_ext._C",
         sources_in("python", "torch", suffix=".cpp")
         + [f"csrc/cpu/{name}.cpp" for name in ("dispatch", "packing")],
+        include_dirs=[pybind11.get_include()],
         depends=sources_in("core", "cpu", "torch", suffix=".h"),
         extra_compile_args=[
             *COMMON,
@@ -89,8 +91,10 @@ def binding():
             cuda_interface(),
         ],
         extra_link_args=SANITIZE,
-        py_limited_api=True,  # drops torch_python too: one file for every Python and every torch
     )
+    # Nothing of torch's Python binding is used: the file depends on the stable ABI alone.
+    ext.libraries = [name for name in ext.libraries if name != "torch_python"]
+    return ext
 
 
 def cuda_interface() -> str:
@@ -157,5 +161,4 @@ setup(
     libraries=[kernel_library(isa) for isa in ISA_FLAGS],
     ext_modules=[binding(), *([cuda_kernels()] if WITH_CUDA else [])],
     cmdclass={"build_clib": BuildLibraries, "build_ext": BuildKernels},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -1,4 +1,4 @@
-"""What auditwheel and abi3audit do not check: what a wheel holds, requires and wants of torch.
+"""What auditwheel does not check: what a wheel holds, requires and wants of torch.
 
     python tools/check_wheel.py dist/*.whl
 
@@ -50,7 +50,7 @@ def wheel_findings(wheel: Path) -> list[str]:
         names = [name for name in archive.namelist() if not name.endswith("/")]
         archive.extractall(folder)
         ours = re.compile(
-            r"randlora_cli\.py|randlora_ext/(.*\.(py|pyi|typed)|_C\.abi3\.so|librandlora_cuda\.so)|"
+            r"randlora_cli\.py|randlora_ext/(.*\.(py|pyi|typed)|_C\.[\w-]+\.so|librandlora_cuda\.so)|"
             r"randlora_ext-[^/]*\.dist-info/.*"
         )
         found = [f"{name} does not belong here" for name in names if not ours.fullmatch(name)]

@@ -81,7 +81,7 @@ def main() -> None:
             run(python, "-m", "pip", "install", "-q", TORCH, "numpy", env=plain)
         pip = [python, "-m", "pip", "install", "-q", "--target"]
         tools, site = work / "tools", work / "site"
-        run(*pip, tools, "setuptools>=77,<82", "ninja")
+        run(*pip, tools, "setuptools>=77,<82", "wheel", "pybind11", "ninja")
 
         step(f"install {args.install}")
         # torch is the environment's own; its setuptools may be too old.

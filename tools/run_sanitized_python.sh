@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The core of the Python tests on CPU kernels and binding built with a sanitizer.
+# The core of the Python tests on CPU kernels, binding and pybind11 module built with a sanitizer.
 #   bash tools/run_sanitized_python.sh                           # ASan and UBSan
 #   bash tools/run_sanitized_python.sh thread                    # TSan: Python threads on one layer
 #   bash tools/run_sanitized_python.sh address,undefined tests/ops/test_linear.py -k float64

@@ -61,31 +61,20 @@ def test_a_cuda_library_of_other_headers_is_refused(tmp_path):
 
 
 def test_the_stub_declares_the_compiled_functions():
+    """mypy.stubtest cannot: pybind11 gives signatures in docstrings only."""
     stub = ast.parse((PACKAGE / "_C.pyi").read_text())
     declared = {node.name: node for node in stub.body if isinstance(node, ast.FunctionDef)}
     assert set(declared) == {name for name in dir(_C) if not name.startswith("__")}
     for name, node in declared.items():
-        for argument in (*node.args.posonlyargs, *node.args.args):
-            argument.annotation = None
-        ours = str(inspect.signature(getattr(_C, name)))
-        assert ours == f"({ast.unparse(node.args)})", name
+        # pybind11's first line: name(arg0: ..., path: str, flag: bool = False) -> ...
+        signature = inspect.getdoc(getattr(_C, name)).splitlines()[0]
+        assert signature.startswith(f"{name}(")
+        theirs = re.findall(r"(\w+): ", signature)
+        ours = [a.arg for a in (*node.args.posonlyargs, *node.args.args)]
+        assert theirs == ours, signature
+        assert signature.count(" = ") == len(node.args.defaults), signature
+        annotated = {a.arg: ast.unparse(a.annotation) for a in node.args.args}
+        for argument, annotation in annotated.items():
+            assert f"{argument}: {annotation}" in signature, signature
     keys = next(node for node in stub.body if isinstance(node, ast.ClassDef)).body
     assert {node.target.id for node in keys} == set(_C.build_info())
-
-
-@pytest.mark.parametrize(
-    ("call", "error"),
-    [
-        (lambda: _C.threshold("0.5"), TypeError),
-        (lambda: _C.element(0, 0, 0, 2**32, 1), OverflowError),
-        (lambda: _C.element(2**64, 0, 0, 0, 1), OverflowError),
-        (lambda: _C.element(0, 0, 0, -1, 1), OverflowError),
-        (lambda: _C.philox4x32_10((0, 0, 0), (0, 0)), TypeError),
-        (lambda: _C.philox4x32_10((0, 0, 0, 0.5), (0, 0)), TypeError),
-        (lambda: _C.load_cuda("/nowhere.so", serve=True), TypeError),
-        (lambda: _C.load_cuda(path="/nowhere.so"), RuntimeError),
-    ],
-)
-def test_compiled_functions_refuse(call, error):
-    with pytest.raises(error):
-        call()
