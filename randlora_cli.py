@@ -68,13 +68,15 @@ def _parser() -> argparse.ArgumentParser:
     option("--layers", metavar="REGEX", help="only layers whose path it is found in")
     option("--plot", metavar="PNG", type=Path, help="spectra of dW, and a heat map")
 
-    told = "write an adapter with its bases, or without them"
+    told = "write an adapter with its bases, without them, or as LoRA"
     option = add("convert", told, "my-adapter for-stock-peft --to peft", "source", "out")
-    told = "peft, with bases, for stock PEFT; compact, lambda and gamma alone"
-    option("--to", choices=("peft", "compact"), required=True, help=told)
+    told = "peft: with bases; compact: without; lora: the nearest"
+    option("--to", choices=("peft", "compact", "lora"), required=True, help=told)
     option("--base", metavar="MODEL", help=_BASE)
     told = "with --to compact: of generated bases, if it cannot be told from them"
     option("--density", metavar="X", type=float, help=told)
+    option("--rank", metavar="N", type=int, help="of LoRA")
+    option("--energy", metavar="X", type=float, help="of LoRA: the share of |dW|^2 to keep")
 
     told = "add an adapter to the weights of a model, file by file"
     option = add("merge", told, "my-model my-adapter merged", "model", "source", "out")

@@ -1,8 +1,8 @@
-"""``randlora convert``: an adapter with its bases written out, or with lambda and gamma alone.
+"""``randlora convert``: an adapter with its bases, with lambda and gamma alone, or as LoRA.
 
 The bases of an adapter cannot be exchanged for others: lambda and gamma were trained for them. What
 can change is whether the file holds them (PEFT's format, which any PEFT opens) or says how to make
-them again (small).
+them again (small). LoRA keeps what its rank can hold of dW.
 """
 
 import dataclasses
@@ -21,19 +21,26 @@ from torch import Tensor
 from ..basis.block import fits
 from ..peft import RandLoraConfig, enable
 from ..peft.adapter_basis import AdapterBasis
+from ..peft.lora import shared_fields, write_lora
 from ..peft.saving import stock_config
 from .adapter import BASES, CONFIG, GAMMA, LAMBDA, PREFIX, WEIGHTS, Adapter, read_adapter
 from .files import CliError, check_free, complete
-from .layers import Shape, dense_bases, shapes_of
+from .layers import Shape, dense_bases, layer_changes, module_paths, shapes_of
 
 # Fields that say which bases an adapter has, or whether they are saved.
 _OF_BASES = {"density", "basis", "sparse", "very_sparse", "save_projection", "projection_prng_key"}
 
 
 def convert(
-    source: Path, out: Path, to: str, base: str | None = None, density: float | None = None
+    source: Path,
+    out: Path,
+    to: str,
+    base: str | None = None,
+    density: float | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
 ) -> int:
-    """Writes the folder `out`; the adapter computes the same.
+    """Writes the folder `out`; but for LoRA the adapter computes the same.
 
     Args:
         to: "peft": bases included, once, and PEFT's own fields alone, so that stock PEFT opens it,
@@ -41,11 +48,20 @@ def convert(
             Block bases must belong to layers of one shape.
             "compact": without bases. They are drawn or generated again from the adapter's key, and
             compared bit for bit with the saved ones; if they differ, CliError.
+            "lora": the nearest LoRA adapter, as by `export_to_lora`. A folder of PEFT's needs the
+            base model's shapes.
         base: the base model, a folder or a name in the hub's cache.
         density: of bases that were written out, if it cannot be read off them.
+        rank, energy: with "lora", one of them.
     """
     check_free(out)
+    if to == "lora" and (rank is None) == (energy is None):
+        raise CliError("--to lora needs either --rank or --energy")
+    if to != "lora" and (rank, energy) != (None, None):
+        raise CliError("--rank and --energy go with --to lora")
     adapter = read_adapter(source)
+    if to == "lora":
+        return _to_lora(adapter, out, base, rank, energy)
     shapes = shapes_of(adapter, base) if adapter.plain else None
     adapter = _in_terms_of_peft(adapter) if adapter.plain else adapter
     bases: Mapping[str, Tensor] = {}
@@ -72,6 +88,34 @@ def convert(
             shutil.copyfile(source / "README.md", folder / "README.md")
         size = (folder / WEIGHTS).stat().st_size
     print(f"{out}: {size:,} bytes, was {adapter.file_bytes:,}; {told}")
+    return 0
+
+
+def _to_lora(
+    adapter: Adapter, out: Path, base: str | None, rank: int | None, energy: float | None
+) -> int:
+    changes = layer_changes(adapter, shapes_of(adapter, base))
+    if adapter.plain:
+        fields = {"fan_in_fan_out": any(s.fan_in_fan_out for s in adapter.plain.values())}
+    else:
+        fields = shared_fields(adapter.config)
+    mine = {*adapter.ignored, *(key for key in adapter.tensors if key.endswith((LAMBDA, GAMMA)))}
+    others = {key: tensor for key, tensor in adapter.tensors.items() if key not in mine}
+    with complete(out) as folder:
+        folder.mkdir()
+        deltas = {path: change.delta for path, change in changes.items()}
+        try:
+            done = write_lora(
+                folder, deltas, fields, module_paths(adapter, base), rank, energy, others
+            )
+        except ValueError as error:
+            raise CliError(f"{adapter.source}: {error}") from error
+        size = (folder / WEIGHTS).stat().st_size
+    width = max(map(len, done.layers))
+    print("\n".join(f"{path:{width}}  {kept:.4f}" for path, kept in done.layers.items()))
+    print(f"{out}: rank {done.rank} keeps {done.energy:.4f} of |dW|^2; {size:,} bytes")
+    if fields.get("modules_to_save"):
+        print("vLLM refuses it, since it replaces modules (modules_to_save); merge for vLLM")
     return 0
 
 

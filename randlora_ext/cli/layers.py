@@ -69,8 +69,25 @@ def shapes_of(adapter: Adapter, base: str | None) -> dict[str, Shape]:
             path: Shape(layer.basis.in_features, layer.basis.out_features)
             for path, layer in adapter.plain.items()
         }
-    name = base or (adapter.config and adapter.config.base_model_name_or_path)
-    return shapes_in(adapter, find_base(name))
+    return shapes_in(adapter, _base_of(adapter, base))
+
+
+def module_paths(adapter: Adapter, base: str | None) -> set[str]:
+    """All modules of the base model, those of the adapter by its names.
+
+    A file of `save_adapter` without `base` tells none but its own.
+    """
+    if adapter.plain and base is None:
+        return set(adapter.plain)
+    checkpoint = _base_of(adapter, base)
+    name_in = locate(adapter.diagonals, checkpoint)
+    parts = [name.split(".")[:-1] for name in checkpoint.tensors]
+    paths = {".".join(part[:k]) for part in parts for k in range(1, len(part) + 1)}
+    return paths - {name_in(path) for path in adapter.diagonals} | set(adapter.diagonals)
+
+
+def _base_of(adapter: Adapter, base: str | None) -> Checkpoint:
+    return find_base(base or (adapter.config and adapter.config.base_model_name_or_path))
 
 
 def shapes_in(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Shape]:

@@ -19,6 +19,7 @@ check_version()
 from .activation import accelerate, disable, enable  # noqa: E402  (after the check)
 from .config import RandLoraConfig  # noqa: E402
 from .loading import hotswap_adapter  # noqa: E402
+from .lora import export_to_lora  # noqa: E402
 from .saving import export_to_peft  # noqa: E402
 from .summary import kernel_summary  # noqa: E402
 
@@ -27,6 +28,7 @@ __all__ = [
     "accelerate",
     "disable",
     "enable",
+    "export_to_lora",
     "export_to_peft",
     "hotswap_adapter",
     "kernel_summary",

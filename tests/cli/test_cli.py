@@ -22,7 +22,7 @@ COMMANDS = ("check", "inspect", "convert", "merge", "bench")
         (["merge", "a", "b"], "required: OUT"),
         (["inspect", "a", "bench"], "unrecognized arguments: bench"),
         (["convert", "a", "b"], "required: --to"),
-        (["convert", "a", "b", "--to", "lora"], "invalid choice"),
+        (["convert", "a", "b", "--to", "vera"], "invalid choice"),
         (["bench", "--rounding-seed", "1"], "unrecognized"),
         (["merge", "a", "b", "c", "--base", "x"], "unrecognized"),
         (["merge", "a", "b", "c", "--rounding", "1"], "unrecognized"),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from cli_helpers import KINDS, llama, refused, run, save_adapter, with_adapter
+from cli_helpers import KINDS, Q0, TARGETS, llama, refused, run, save_adapter, with_adapter
 from peft_helpers import accelerated, layers, peft, randomize, relative
 from safetensors.torch import load_file, save_file
 
@@ -143,6 +143,46 @@ def test_the_copies_of_stock_peft_are_dropped(tmp_path):
         want = model(TOKENS).logits
     for name in ("once", "small"):
         assert relative(logits(tmp_path / name, False), want) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_to_lora(tmp_path, base_folder, kind):
+    """Layers of several shapes, of which PEFT loads what the SVD in float64 leaves."""
+    model = save_adapter(llama(), tmp_path / "a", **kind)
+    truncated = llama()
+    kept = total = 0.0
+    with torch.no_grad():
+        for path, layer in model.base_model.model.named_modules():
+            if layer in layers(model):
+                U, S, Vh = torch.linalg.svd(layer.get_delta_weight("default").double())
+                delta = U[:, :8] @ S[:8].diag() @ Vh[:8]
+                truncated.get_submodule(path).weight += delta.float()
+                kept, total = kept + S[:8].square().sum(), total + S.square().sum()
+        want = truncated(TOKENS).logits
+    convert = ("convert", tmp_path / "a", tmp_path / "lora", "--to", "lora", "--rank", 8)
+    code, out, _ = run(*convert, "--base", base_folder)
+    assert code == 0 and f"rank 8 keeps {kept / total:.4f} of |dW|^2" in out
+    assert len(out.splitlines()) == 9 and f"{Q0} " in out
+    settings = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert sorted(settings["target_modules"]) == sorted(TARGETS)
+    assert (settings["r"], settings["lora_alpha"]) == (8, 8)
+    assert relative(logits(tmp_path / "lora", False), want) < 1e-5
+
+
+def test_to_lora_by_energy(tmp_path, base_folder):
+    kind = {"modules_to_save": ["lm_head"], "layers_to_transform": [1], "sparse": True}
+    model = save_adapter(llama(), tmp_path / "a", **kind)
+    convert = ("convert", tmp_path / "a", tmp_path / "lora", "--to", "lora", "--base", base_folder)
+    assert "either --rank or --energy" in refused(*convert)
+    assert "energy must be in (0, 1], got 2.0" in refused(*convert, "--energy", 2)
+    assert "rank must be a positive integer, got -1" in refused(*convert, "--rank", -1)
+    to_peft = ("convert", tmp_path / "a", tmp_path / "lora", "--to", "peft", "--rank", 1)
+    assert "go with --to lora" in refused(*to_peft)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+    code, out, _ = run(*convert, "--energy", 1)
+    assert code == 0 and "rank 32 keeps 1.0000" in out and "vLLM refuses it" in out
+    with torch.no_grad():
+        assert relative(logits(tmp_path / "lora", False), model(TOKENS).logits) < 1e-5
 
 
 def test_what_cannot_be_done_is_told(tmp_path, base_folder):

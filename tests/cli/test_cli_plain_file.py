@@ -94,10 +94,31 @@ def test_block_bases(tmp_path):
     accelerated.enable()
     loaded = peft.PeftModel.from_pretrained(llama(), tmp_path / "small").eval()
     merged = type(llama()).from_pretrained(tmp_path / "merged").eval()
+    assert run("convert", file, tmp_path / "lora", "--to", "lora", "--rank", 32)[0] == 0
+    lora = peft.PeftModel.from_pretrained(llama(), tmp_path / "lora").eval()
     with torch.no_grad():
         want = model(TOKENS).logits
-        for other in (loaded, merged):
+        for other in (loaded, merged, lora):
             assert relative(other(TOKENS).logits, want) < 1e-5
+
+
+def test_conv1d_to_lora(tmp_path):
+    """Of layers with different options, and square ones whose weight is (in, out)."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 40, "n_positions": 16}
+    base = GPT2LMHeadModel(GPT2Config(**shape, tie_word_embeddings=False)).eval()
+    base.save_pretrained(tmp_path / "base")
+    apply_randlora(base, ["c_proj"], r=5)
+    model = adapted(base, ["lm_head"], tmp_path / "a")
+    convert = ("convert", tmp_path / "a", tmp_path / "lora", "--to", "lora", "--rank", 32)
+    assert run(*convert, "--base", tmp_path / "base")[0] == 0
+    plain = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):  # PEFT's, of lm_head
+        lora = peft.PeftModel.from_pretrained(plain, tmp_path / "lora").eval()
+    with torch.no_grad():
+        assert relative(lora(TOKENS).logits, model(TOKENS).logits) < 1e-5
 
 
 @pytest.mark.parametrize("to", ["peft", "compact"])

@@ -1,0 +1,159 @@
+"""export_to_lora: the adapter of LoRA that PEFT loads is the truncated SVD of dW."""
+
+import json
+import re
+
+import pytest
+import torch
+from peft_helpers import PEFT, Deep, Headed, accelerated, layers, peft, randomize, relative
+from safetensors.torch import load_file
+
+from randlora_ext.peft.lora import RANKS, target_modules
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "stock_peft"),
+    pytest.mark.filterwarnings("ignore:RandLoRA layers of this", "ignore:Specified to not save"),
+]
+KINDS = {
+    "dense": {},
+    "sparse": {"sparse": True},
+    "very_sparse": {"very_sparse": True},
+    "drawn": {"density": 0.2},
+    "independent": {"basis": "independent", "density": 0.2},
+    "block": {"basis": "block", "density": 1 / 4},
+}
+X = torch.randn(6, 24, generator=torch.Generator().manual_seed(3))
+
+
+def made(ours=True, base=Deep, targets=("a", "b", "c"), **fields):
+    accelerated.enable() if ours else accelerated.disable()
+    config = accelerated.RandLoraConfig if ours else peft.RandLoraConfig
+    model = peft.get_peft_model(base(), config(r=8, target_modules=list(targets), **fields))
+    return randomize(model).eval()
+
+
+def spectra(model):
+    """Of every layer in float64: (path, U, S, Vh)."""
+    for path, layer in model.base_model.model.named_modules():
+        if layer in layers(model):
+            delta = layer.get_delta_weight("default").detach().double()
+            yield path, *torch.linalg.svd(delta, full_matrices=False)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 24, 32])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "stock"])
+def test_is_the_truncated_svd(tmp_path, kind, ours, rank):
+    if not ours and not set(kind) <= {"sparse", "very_sparse"}:
+        pytest.skip("stock PEFT has no such bases")
+    model = made(ours, **kind)
+    done = accelerated.export_to_lora(model, tmp_path, rank)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["peft_type"]) == (rank, rank, "LORA")
+    assert settings["target_modules"] == ["a", "b", "c"] or set("abc") == {
+        *settings["target_modules"]
+    }
+    truncated, kept, total = Deep(), 0.0, 0.0
+    for path, U, S, Vh in spectra(model):
+        delta = U[:, :rank] @ S[:rank].diag() @ Vh[:rank]
+        with torch.no_grad():
+            truncated.get_submodule(path).weight += delta.float()
+        squares = S.square()
+        kept, total = kept + squares[:rank].sum(), total + squares.sum()
+        assert done.layers[path] == pytest.approx(float(squares[:rank].sum() / squares.sum()), 1e-6)
+    assert done.rank == rank and done.energy == pytest.approx(float(kept / total), 1e-6)
+    loaded = peft.PeftModel.from_pretrained(Deep(), tmp_path).eval()
+    assert isinstance(loaded.base_model, peft.tuners.lora.LoraModel)
+    with torch.no_grad():
+        assert relative(loaded(X), truncated(X)) < 1e-5
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {len(t) for key, t in saved.items() if "lora_A" in key} == {rank}
+    for path in done.layers:  # neither side vanishes in 16 bits
+        sides = [saved[f"base_model.model.{path}.lora_{side}.weight"].norm() for side in "AB"]
+        assert sides[0] == pytest.approx(float(sides[1]), 1e-4)
+
+
+@pytest.mark.parametrize("energy", [0.02, 0.6, 0.9, 1.0])
+def test_energy_chooses_the_smallest_rank(tmp_path, energy):
+    model = made(sparse=True)
+    done = accelerated.export_to_lora(model, tmp_path, energy=energy)
+    squares = [S.square() for _, _, S, _ in spectra(model)]
+    total = sum(s.sum() for s in squares)
+    shares = [float(sum(s[:rank].sum() for s in squares) / total) for rank in RANKS]
+    want = next(rank for rank, share in zip(RANKS, shares, strict=True) if share > energy - 1e-9)
+    assert done.rank == want and done.energy >= energy - 1e-9
+
+
+def test_layers_without_change(tmp_path):
+    accelerated.enable()
+    config = accelerated.RandLoraConfig(r=8, target_modules=["a"], density=0.2)
+    done = accelerated.export_to_lora(peft.get_peft_model(Deep(), config), tmp_path, energy=0.9)
+    assert done == (1, 1.0, {"a": 1.0})
+    with torch.no_grad():
+        assert torch.equal(peft.PeftModel.from_pretrained(Deep(), tmp_path)(X), Deep()(X))
+
+
+def test_other_tensors_go_along(tmp_path):
+    bias = "all" if PEFT >= (0, 21) else "none"  # older ones save none
+    model = made(base=Headed, sparse=True, modules_to_save=["head"], bias=bias)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "randlora_" not in name:
+                parameter.normal_()
+        accelerated.export_to_lora(model, tmp_path, 24)
+        loaded = peft.PeftModel.from_pretrained(Headed(), tmp_path).eval()
+        assert relative(loaded(X), model(X)) < 1e-5
+
+
+def test_one_of_several_adapters(tmp_path):
+    model = made(sparse=True)
+    model.add_adapter("b", peft.RandLoraConfig(r=8, target_modules=["b"], sparse=True))
+    assert accelerated.export_to_lora(model, tmp_path, 4, adapter_name="b").layers == {"b": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, "either rank or energy"),
+        ({"rank": 4, "energy": 0.5}, "either rank or energy"),
+        ({"rank": 0}, "rank must be a positive integer, got 0"),
+        ({"energy": 1.5}, r"energy must be in \(0, 1\], got 1.5"),
+        ({"rank": 4, "adapter_name": "x"}, r"adapter_name must be one of \['default'\], got 'x'"),
+    ],
+)
+def test_errors_write_nothing(tmp_path, options, told):
+    with pytest.raises(ValueError, match=told):
+        accelerated.export_to_lora(made(sparse=True), tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_exported_keeps_old_files(tmp_path, monkeypatch):
+    model = made(sparse=True)
+    (tmp_path / "adapter_config.json").write_text("old")
+    monkeypatch.setattr("randlora_ext.peft.lora.RANKS", (1, 8))
+    with pytest.raises(ValueError, match="needs a rank above 8, which keeps 0"):
+        accelerated.export_to_lora(model, tmp_path, energy=0.99)
+    with torch.no_grad():
+        layers(model)[-1].randlora_gamma["default"][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="c: dW holds NaN or infinity"):
+        accelerated.export_to_lora(model, tmp_path, 4)
+    with pytest.raises(TypeError, match="PeftModel with RandLoRA layers"):
+        accelerated.export_to_lora(Deep(), tmp_path, 4)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "others", "want"),
+    [
+        (["l.0.q", "l.1.q", "l.0.v", "l.1.v"], ["l.0", "l.0.o"], ["q", "v"]),
+        (["l.0.q"], ["l.1.q"], ["l.0.q"]),
+        (["q"], ["l.q"], "q"),
+        (["l.q"], ["m.l.q", "laq"], r"l\.q"),
+    ],
+)
+def test_target_modules(chosen, others, want):
+    """The last ones would be taken for more by PEFT, which compares the ends of names."""
+    targets = target_modules(chosen, [*chosen, *others])
+    assert targets == want
+    if isinstance(targets, str):
+        assert [name for name in chosen + others if re.fullmatch(targets, name)] == chosen
