@@ -18,6 +18,9 @@ from .state_dict import refuse_misfit
 
 _REPR_TOKENS = 512  # `extra_repr` shows the path for this many tokens
 
+# The largest that the authors and PEFT's examples train with.
+DEFAULT_SCALING = 20.0
+
 
 class RandLoraLinear(Mergeable, nn.Module):
     """``base_layer(x) + sum over active adapters of scaling * dropout(x) @ (B @ A')^T``.
@@ -29,7 +32,7 @@ class RandLoraLinear(Mergeable, nn.Module):
     Args:
         base_layer: nn.Linear or transformers' Conv1D (which stores its weight as (in, out)).
         r: rank of one base; n = ceil(d / r).
-        randlora_alpha: scaling = randlora_alpha / r.
+        randlora_alpha: scaling = randlora_alpha / r. None means 20 r, so a scaling of 20.
         density: share of non-zeros in the ternary bases, in (0, 1]. None means 1/3, PEFT's
             ``sparse``, or 1/8 for block bases, which take 1 / G for an integer G.
         projection_prng_key: seed of the bases, 0 <= key < 2**64. They follow docs/basis-spec.md;
@@ -62,7 +65,7 @@ class RandLoraLinear(Mergeable, nn.Module):
         self,
         base_layer: nn.Module,
         r: int = 32,
-        randlora_alpha: float = 640,
+        randlora_alpha: float | None = None,
         density: float | None = None,
         projection_prng_key: int = 0,
         randlora_dropout: float = 0.0,
@@ -98,7 +101,7 @@ class RandLoraLinear(Mergeable, nn.Module):
         self,
         adapter_name: str,
         r: int = 32,
-        randlora_alpha: float = 640,
+        randlora_alpha: float | None = None,
         density: float | None = None,
         projection_prng_key: int = 0,
         randlora_dropout: float = 0.0,
@@ -128,7 +131,8 @@ class RandLoraLinear(Mergeable, nn.Module):
         self.merged_rounding[adapter_name] = merged_rounding
         self.r[adapter_name] = r
         self.num_bases[adapter_name] = bases.n
-        self.scaling[adapter_name] = randlora_alpha / r
+        alpha = DEFAULT_SCALING * r if randlora_alpha is None else randlora_alpha
+        self.scaling[adapter_name] = alpha / r
         self.randlora_dropout[adapter_name] = dropout.train(self.training)
         self.randlora_lambda[adapter_name] = nn.Parameter(lam)
         self.randlora_gamma[adapter_name] = nn.Parameter(gam)
@@ -301,8 +305,9 @@ def check_alpha(name: str, alpha: float) -> None:
         raise ValueError(f"{name} must be a finite number, got {shown}")
 
 
-def _check_options(alpha: float, key: int, dropout: float) -> None:
-    check_alpha("randlora_alpha", alpha)
+def _check_options(alpha: float | None, key: int, dropout: float) -> None:
+    if alpha is not None:
+        check_alpha("randlora_alpha", alpha)
     check_seed("projection_prng_key", key)
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
         raise TypeError(f"randlora_dropout must be a number in [0, 1), got {dropout!r}")

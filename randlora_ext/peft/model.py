@@ -1,6 +1,7 @@
 """PEFT's RandLoRA model with accelerated layers over packed bases, of every kind and density."""
 
 import copy
+import warnings
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ..basis.block import check_layers
 from ..nn.base_layer import disable_nested_tensors, features, force_module_call, is_conv1d
+from ..nn.linear import DEFAULT_SCALING
 from ..nn.state_dict import misfit, refuse, refuse_misfit
 from ..ops.path import check_rounding
 from .adapter_basis import AdapterBasis
@@ -65,6 +67,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _pre_injection_hook(
         self, model: nn.Module, config: peft.RandLoraConfig, adapter_name: str
     ) -> None:
+        _warn_of_scaling(config)
         # A second inject_adapter_in_model finds the first one's layers.
         layer = next((m for m in model.modules() if isinstance(m, AcceleratedLayer)), None)
         for name in BASIS_NAMES:
@@ -235,6 +238,18 @@ def accelerate_layer(layer: Any) -> Any:
         layer.merged_rounding = {}
         force_module_call(layer)
     return layer
+
+
+def _warn_of_scaling(config: peft.RandLoraConfig) -> None:
+    """PEFT's default alpha, 640, is meant for r = 32; with r = 8 it scales dW by 80."""
+    scaling = config.randlora_alpha / config.r
+    if abs(scaling) > DEFAULT_SCALING and not config.inference_mode:
+        warnings.warn(
+            f"randlora_alpha={config.randlora_alpha} with r={config.r} scales dW by {scaling:g}. "
+            f"The paper and PEFT's examples train with 2 to {DEFAULT_SCALING:g}, which is "
+            f"randlora_alpha={DEFAULT_SCALING * config.r:g}",
+            stacklevel=2,
+        )
 
 
 def _draw_alike(one: Any, other: peft.RandLoraConfig) -> bool:

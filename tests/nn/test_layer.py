@@ -97,10 +97,12 @@ def test_a_fresh_adapter_changes_nothing(kind):
 
 
 def test_initial_values_and_attributes():
-    layer = RandLoraLinear(nn.Linear(24, 40), r=5, randlora_alpha=100, adapter_name="mine")
+    layer = RandLoraLinear(nn.Linear(24, 40), r=5, adapter_name="mine")
     assert layer.active_adapters == ["mine"]
     assert layer.num_bases == {"mine": 5} and layer.r == {"mine": 5}
-    assert layer.scaling == {"mine": 20.0}
+    assert layer.scaling == {"mine": 20.0}  # whatever r
+    layer.update_layer("other", r=8, randlora_alpha=100)
+    assert layer.scaling.pop("other") == 12.5
     assert not layer.randlora_lambda["mine"].any()
     assert torch.equal(layer.randlora_gamma["mine"], torch.full((5, 24), 1 / 24))
     assert (layer.weight, layer.bias) == (layer.base_layer.weight, layer.base_layer.bias)

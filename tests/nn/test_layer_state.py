@@ -132,7 +132,7 @@ BAD_OPTIONS = [
     ({"randlora_dropout": -0.1}, ValueError, r"randlora_dropout .*-0\.1"),
     ({"randlora_dropout": "x"}, TypeError, r"randlora_dropout .*'x'"),
     ({"randlora_alpha": float("inf")}, ValueError, r"randlora_alpha must be a finite .*inf"),
-    ({"randlora_alpha": None}, TypeError, r"randlora_alpha .*None"),
+    ({"randlora_alpha": "640"}, TypeError, r"randlora_alpha .*'640'"),
     ({"adapter_name": ""}, ValueError, r"adapter_name .*''"),
     ({"adapter_name": "a.b"}, ValueError, r"adapter_name .*'a\.b'"),
     ({"adapter_name": "keys"}, ValueError, r"adapter_name .*'keys'"),

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import warnings
 
 import pytest
 import torch
@@ -156,3 +157,16 @@ def test_wrapped_layers_are_counted_for_all_linear():
     model = peft.get_peft_model(Stack(), config(5, targets=["up"], sparse=True))
     model.add_adapter("two", config(3, targets=["up", "down"], sparse=True))
     assert len(layers(model)) == 6
+
+
+@pytest.mark.parametrize("r, alpha, warns", [(4, 640, True), (32, 640, False), (4, -81, True)])
+def test_a_scaling_beyond_what_was_trained_warns(r, alpha, warns):
+    accelerated.enable()
+    settings = config(r, targets=["0"], randlora_alpha=alpha)
+    model = nn.Sequential(nn.Linear(40, 40))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        peft.get_peft_model(model, settings)
+    found = [str(w.message) for w in caught if "scales dW" in str(w.message)]
+    assert len(found) == warns
+    assert all(f"r={r} scales dW by {alpha / r:g}" in text and "alpha=80" in text for text in found)
