@@ -1,48 +1,40 @@
-"""Does it learn as well? LoRA, RandLoRA at several densities, PEFT's RandLoRA and full fine-tuning.
+"""Does it learn as well, and what does it forget? RandLoRA beside LoRA, SHiRA, MiSS, full tuning.
 
-    python benchmarks/finetune.py --out benchmarks/results/finetune      about an hour, 2 cores
-    python benchmarks/finetune.py --methods all --out ...               and more densities
+    python benchmarks/finetune.py --methods lora,"randlora block:1/8" --rates 3e-4,5e-4 --seeds 3
+    python benchmarks/finetune.py --methods "randlora block:1/8" --model bf16,bf16:nearest
     python benchmarks/finetune.py --parity 100      ours and stock PEFT, loss by loss
 
-The task is spelling.py's: English spelling to phonemes, SmolLM2-135M. Every method trains at each
-of its learning rates with one seed; the rate with the lowest held-out loss is repeated with the
-other seeds. Every run has its own process, so that its peak memory is its own, and is written to
-OUT.jsonl as it ends: a stopped benchmark continues where it was.
+The task is spelling.py's: English spelling to phonemes, SmolLM2-135M. Every method is trained with
+every rate, scaling, model and seed. Each run is written to OUT.jsonl as it ends: a stopped
+benchmark continues where it was. The table has a row per setting, with the mean over seeds.
 
-LoRA's rank gives it as many parameters as RandLoRA with r = 32. Limits: few steps, one small model,
-one task; differences below the spread over seeds mean nothing.
+Forgetting is how much the loss on English text (Python's own documentation, 1,024 tokens) rises.
+The ranks of the other methods give them as many parameters as RandLoRA with r = 32. Limits: few
+steps, one small model, one task; differences below the spread over seeds mean nothing.
 """
 
 import argparse
+import copy
 import json
-import resource
+import os
 import statistics
-import subprocess
 import sys
 from fractions import Fraction
+from functools import cache
+from itertools import product
 from pathlib import Path
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
-RANK, LORA_RANK = 32, 7  # 1.03 and 1.09 million parameters
-METHODS = {
-    "lora": [5e-4, 2e-3, 5e-3, 1e-2],
-    "randlora 1/3": [5e-4, 1e-3, 2e-3],
-    "randlora 0.07": [5e-4, 1e-3, 2e-3],
-    "randlora very_sparse": [5e-4, 1e-3, 2e-3],
-    "peft randlora dense": [5e-4, 1e-3, 2e-3],
-    "full": [5e-5, 1e-4, 3e-4],
-}
-MORE = {  # rates from what the first showed
-    "randlora block:1/8": [3e-4, 5e-4, 1e-3],
-    "randlora block:1/16": [3e-4, 5e-4, 1e-3],
-    "randlora 1/8": [1e-3, 2e-3],
-    "randlora 1/16": [1e-3, 2e-3],
-}
-RATES = METHODS | MORE
+RANK, SCALING = 32, 20.0
+JUMP = 0.5  # a rise of the training loss over the mean of the five steps before
+METHODS = ["lora", "rslora", "shira", "miss", "full"]
+RANDLORA = ["1/3", "0.07", "very_sparse", "dense", "1/8", "block:1/8"]
+MODELS = ["fp32", "bf16", "bf16:nearest", "bf16:stochastic"]
 ANSWERED = 32  # held-out words whose phonemes are counted
+KEY = "method", "lr", "seed", "steps", "scaling", "model"
 
 
-def adapted(base, method: str, seed: int):
+def adapted(base, method: str, seed: int, scaling: float = SCALING, rounding: str | None = None):
     """The model, in which only the method's parameters require gradients."""
     import peft
 
@@ -51,13 +43,22 @@ def adapted(base, method: str, seed: int):
     if method == "full":
         return base.requires_grad_(True)
     common = {"target_modules": TARGETS, "task_type": "CAUSAL_LM"}
-    if method == "lora":
-        return peft.get_peft_model(base, peft.LoraConfig(r=LORA_RANK, lora_alpha=16, **common))
+    # 1.09, 1.09, 1.09 and 1.04 million parameters; RandLoRA has 1.03
+    others = {
+        "lora": lambda: peft.LoraConfig(r=7, lora_alpha=16, **common),
+        "rslora": lambda: peft.LoraConfig(r=7, lora_alpha=16, use_rslora=True, **common),
+        "shira": lambda: peft.ShiraConfig(r=7, random_seed=seed, **common),
+        "miss": lambda: peft.MissConfig(r=18, **common),
+    }
+    if method in others:
+        return peft.get_peft_model(base, others[method]())
     stock, density = method.startswith("peft"), method.split()[-1]
     randlora_ext.peft.disable() if stock else randlora_ext.peft.enable()
     config = peft.RandLoraConfig if stock else randlora_ext.peft.RandLoraConfig
     kinds = {"1/3": {"sparse": True}, "very_sparse": {"very_sparse": True}, "dense": {}}
-    common |= {"r": RANK, "randlora_alpha": 20 * RANK, "projection_prng_key": seed}
+    common |= {"r": RANK, "randlora_alpha": scaling * RANK, "projection_prng_key": seed}
+    if rounding:
+        common |= {"merged_rounding": rounding}
     if density.startswith("block:"):
         common |= {"basis": "block"}
     number = density.removeprefix("block:")
@@ -65,20 +66,41 @@ def adapted(base, method: str, seed: int):
     return peft.get_peft_model(base, config(save_projection=False, **kind, **common))
 
 
+@cache
+def loaded(dtype: str) -> tuple:
+    """The tokenizer, the model, and its loss on English text."""
+    import spelling
+    import torch
+
+    tokenizer, model = spelling.load_model()
+    model.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    return tokenizer, model, spelling.text_loss(model, tokenizer)
+
+
 def run_one(
-    method: str, lr: float, seed: int, steps: int, answers: bool = True, nudge: bool = False
+    method: str,
+    lr: float,
+    seed: int,
+    steps: int,
+    scaling: float = SCALING,
+    model: str = "fp32",
+    answers: bool = False,
+    nudge: bool = False,
 ) -> dict:
-    """One training run: what it learned and what it cost.
+    """One training run: what it learned, what it forgot and what it cost.
 
     With `nudge`, gamma of the first layer starts larger by a millionth.
     """
     import spelling
     import torch
 
+    dtype, _, rounding = model.partition(":")
+    # A rounding means the merged path, at any number of tokens; otherwise the exact one.
+    os.environ["RANDLORA_PATH"] = "merged" if rounding else "auto"
     torch.manual_seed(seed)
     training, held_out = spelling.read_words()
-    tokenizer, base = spelling.load_model()
-    tuned = adapted(base, method, seed)
+    tokenizer, base, text_loss = loaded(dtype)
+    tuned = adapted(copy.deepcopy(base), method, seed, scaling, rounding or None)
     trained = [p for p in tuned.parameters() if p.requires_grad]
     if nudge:
         with torch.no_grad():
@@ -87,17 +109,17 @@ def run_one(
             )
     batches = spelling.plan_batches(training, steps, 16, seed)
     parameters = sum(p.numel() for p in trained)
-    result = {"method": method, "lr": lr, "seed": seed, "steps": steps, "parameters": parameters}
+    result = dict(zip(KEY, (method, lr, seed, steps, scaling, model), strict=True))
+    result |= {"parameters": parameters}
     try:
         losses, seconds = spelling.train(tuned, tokenizer, batches, lr)
     except FloatingPointError as error:  # a rate that diverges is a result
         return {**result, "held_out_loss": float("inf"), "failed": str(error)}
     result |= {
-        "train_loss": losses,
+        "train_loss": [round(loss, 4) for loss in losses],
         "seconds_per_step": statistics.median(seconds),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "held_out_loss": spelling.held_out_loss(tuned, tokenizer, held_out),
-        "saved_bytes": 4 * parameters,  # lambda and gamma, or A and B, or all weights, in fp32
+        "forgetting": spelling.text_loss(tuned, tokenizer) - text_loss,
     }
     if answers:
         asked = held_out[:ANSWERED]
@@ -105,58 +127,49 @@ def run_one(
     return result
 
 
-def in_a_process(method: str, lr: float, seed: int, steps: int) -> dict:
-    command = [sys.executable, __file__, "--one", method, str(lr), str(seed), str(steps)]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.splitlines()[-1])
-
-
-def sweep(methods: list[str], steps: int, seeds: int, out: Path) -> list[dict]:
-    done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-
-    def run(method: str, lr: float, seed: int) -> dict:
-        for row in done:
-            if (row["method"], row["lr"], row["seed"], row["steps"]) == (method, lr, seed, steps):
-                return row
-        print(f"{method}, lr {lr:g}, seed {seed} ...", flush=True)
-        row = in_a_process(method, lr, seed, steps)
-        done.append(row)
+def sweep(settings: list[dict], out: Path) -> list[dict]:
+    """A row per setting, in their order; those that OUT has are not run again."""
+    lines = out.read_text().splitlines() if out.exists() else []
+    done = {tuple(row[k] for k in KEY): row for row in map(json.loads, lines)}
+    for setting in settings:
+        key = tuple(setting[k] for k in KEY)
+        if key in done:
+            continue
+        print(*key, "...", flush=True)
+        done[key] = run_one(**setting)
         with out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        return row
+            file.write(json.dumps(done[key]) + "\n")
+    return [done[tuple(setting[k] for k in KEY)] for setting in settings]
 
-    best = {}
-    for method in methods:
-        first = [run(method, lr, 0) for lr in RATES[method]]
-        best[method] = min(first, key=lambda row: row["held_out_loss"])["lr"]
-    for seed in range(1, seeds):  # seeds outermost: a stopped run has them for all methods
-        for method in methods:
-            run(method, best[method], seed)
-    return [r for r in done if r["steps"] == steps and r["lr"] == best.get(r["method"])]
+
+def jumps(losses: list[float]) -> bool:
+    return any(
+        losses[i] > JUMP + statistics.fmean(losses[i - 5 : i]) for i in range(10, len(losses))
+    )
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown, one row per method: mean and range over seeds at its best learning rate."""
-    head = (
-        "| method | lr | parameters | held-out loss | phoneme errors | s/step | peak memory | "
-        "saved |\n|---|---|---|---|---|---|---|---|\n"
-    )
-    lines = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        mine = [row for row in rows if row["method"] == method]
+    """Markdown, one row per setting: the mean over seeds, and each seed's loss."""
+    lines = [
+        "| method | scaling | model | lr | held-out loss (seeds) | jumps | forgetting |",
+        "|---|---|---|---|---|---|---|",
+    ]
 
-        def mean(key: str, mine=mine) -> float:
-            return statistics.fmean(row[key] for row in mine)
+    def setting(row: dict) -> tuple:
+        return row["method"], row["scaling"], row["model"], row["lr"]
 
+    for these in dict.fromkeys(map(setting, rows)):
+        mine = [row for row in rows if setting(row) == these]
         losses = [row["held_out_loss"] for row in mine]
+        forgot = [row.get("forgetting", float("inf")) for row in mine]
+        jumped = sum(jumps(row.get("train_loss", [])) for row in mine)
+        method, scaling, model, lr = these
         lines.append(
-            f"| {method} | {mine[0]['lr']:g} | {mine[0]['parameters']:,} | "
-            f"{mean('held_out_loss'):.3f} ({min(losses):.3f}-{max(losses):.3f}, "
-            f"{len(mine)} seeds) | {mean('phoneme_error_rate'):.0%} | "
-            f"{mean('seconds_per_step'):.2f} | {mean('peak_bytes') / 2**30:.2f} GiB | "
-            f"{mean('saved_bytes') / 1e6:.1f} MB |"
+            f"| {method} | {scaling:g} | {model} | {lr:g} | {statistics.fmean(losses):.3f} "
+            f"({', '.join(f'{loss:.3f}' for loss in losses)}) | {jumped} of {len(mine)} | "
+            f"{statistics.fmean(forgot):.2f} |"
         )
-    return head + "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def parity(steps: int, lr: float) -> None:
@@ -166,7 +179,7 @@ def parity(steps: int, lr: float) -> None:
     """
 
     def curve(method: str, nudge: bool = False) -> list[float]:
-        return run_one(method, lr, 0, steps, answers=False, nudge=nudge)["train_loss"]
+        return run_one(method, lr, 0, steps, nudge=nudge)["train_loss"]
 
     def apart(a: list[float], b: list[float]) -> float:
         return max(abs(x - y) for x, y in zip(a, b, strict=True))
@@ -185,25 +198,34 @@ def parity(steps: int, lr: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", default=",".join(METHODS), help=f"all, or of {[*RATES]}")
+
+    def of(kind):
+        return lambda text: [kind(value) for value in text.split(",")]
+
+    everything = [*METHODS, *(f"randlora {d}" for d in RANDLORA), "peft randlora dense"]
+    parser.add_argument(
+        "--methods", type=of(str), default=["lora", "randlora block:1/8"], help=f"{everything} ..."
+    )
+    parser.add_argument("--rates", type=of(float), default=[5e-4], help="learning rates")
+    parser.add_argument("--scalings", type=of(float), default=[SCALING], help="RandLoRA's alpha/r")
+    parser.add_argument("--model", type=of(str), default=["fp32"], help=f"of {MODELS}")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("finetune"), help="write OUT.jsonl")
     parser.add_argument("--parity", type=int, metavar="STEPS")
     parser.add_argument("--lr", type=float, default=3e-4, help="of --parity")
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        method, lr, seed, steps = args.one
-        print(json.dumps(run_one(method, float(lr), int(seed), int(steps))))
-        return
     if args.parity:
         parity(args.parity, args.lr)
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    methods = [*RATES] if args.methods == "all" else args.methods.split(",")
-    rows = sweep(methods, args.steps, args.seeds, args.out.with_suffix(".jsonl"))
-    print(table(rows))
+    settings = [  # seeds outermost: a stopped benchmark has the first ones for every setting
+        dict(zip(KEY, (method, lr, seed, args.steps, scaling, model), strict=True))
+        for seed, method, scaling, model, lr in product(
+            range(args.seeds), args.methods, args.scalings, args.model, args.rates
+        )
+    ]
+    print(table(sweep(settings, args.out.with_suffix(".jsonl"))))
 
 
 if __name__ == "__main__":

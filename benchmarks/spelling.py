@@ -119,6 +119,17 @@ def held_out_loss(model, tokenizer, words: list[Example]) -> float:
 
 
 @torch.no_grad()
+def text_loss(model, tokenizer, rows: int = 2, columns: int = 512) -> float:
+    """Mean loss per token of English text that the task does not train: Python's own manual."""
+    from pydoc_data.topics import topics
+
+    model.eval()
+    tokens = tokenizer("\n".join(topics.values())[: 8 * rows * columns])["input_ids"]
+    block = torch.tensor(tokens[: rows * columns]).view(rows, columns)
+    return sum(model(row[None], labels=row[None]).loss.item() for row in block) / rows
+
+
+@torch.no_grad()
 def phoneme_error_rate(model, tokenizer, words: list[Example]) -> float:
     """Of greedy answers: phonemes to insert, delete or replace, per phoneme of the right ones."""
     model.eval()

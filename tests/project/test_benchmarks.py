@@ -190,21 +190,26 @@ def test_model_step(tmp_path):
     assert ours["peak_mib"] > 100
 
 
-def test_finetune_repeats_the_best_rate_and_goes_on_where_it_was(monkeypatch, tmp_path):
+def test_finetune_goes_on_where_it_was(monkeypatch, tmp_path):
     asked = []
 
-    def run(method, lr, seed, steps):
-        asked.append((lr, seed))
-        return {"method": method, "lr": lr, "seed": seed, "steps": steps,
-                "held_out_loss": abs(lr - 2e-3)}  # fmt: skip
+    def run(**setting):
+        asked.append(setting["seed"])
+        flat, jump = [2.0] * 12, [2.0] * 11 + [2.6]
+        losses = jump if setting["seed"] else flat
+        return setting | {"held_out_loss": 1.0 + setting["seed"], "train_loss": losses}
 
-    monkeypatch.setattr(finetune, "in_a_process", run)
-    rows = finetune.sweep(["lora"], 5, 2, tmp_path / "runs.jsonl")
-    rates = finetune.METHODS["lora"]
-    assert asked == [(lr, 0) for lr in rates] + [(2e-3, 1)]
-    assert [(row["lr"], row["seed"]) for row in rows] == [(2e-3, 0), (2e-3, 1)]
-    assert finetune.sweep(["lora"], 5, 3, tmp_path / "runs.jsonl") and asked[-1] == (2e-3, 2)
-    assert len(asked) == len(rates) + 2
+    def settings(seeds):
+        return [
+            dict(zip(finetune.KEY, ("lora", 5e-4, seed, 12, 20.0, "fp32"), strict=True))
+            for seed in range(seeds)
+        ]
+
+    monkeypatch.setattr(finetune, "run_one", run)
+    finetune.sweep(settings(1), tmp_path / "runs.jsonl")
+    rows = finetune.sweep(settings(2), tmp_path / "runs.jsonl")
+    assert asked == [0, 1]
+    assert "| lora | 20 | fp32 | 0.0005 | 1.500 (1.000, 2.000) | 1 of 2 |" in finetune.table(rows)
 
 
 def layer_result(dtypes: dict[int, str]) -> dict:
