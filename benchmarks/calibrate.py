@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from methods import basis_of
 from torch import Tensor
 from torch.nn.functional import linear as frozen_linear
 
-from randlora_ext import TernaryBasis
 from randlora_ext.diagnostics import describe
 from randlora_ext.ops.path import path_terms
 from randlora_ext.ops.rates import NAMES, Rates, save
@@ -27,14 +27,7 @@ from randlora_ext.ops.rates import NAMES, Rates, save
 _ops = torch.ops.randlora
 RANK = 32
 SIZES = ((1024, 1024), (2048, 2048), (1024, 2048))
-BASES = (
-    ("independent", 1 / 48),
-    ("independent", 0.07),
-    ("independent", 1 / 3),
-    ("block", 1 / 4),
-    ("block", 1 / 8),
-    ("block", 1 / 16),
-)
+BASES = ("1/48", "0.07", "1/3", "block:1/4", "block:1/8", "block:1/16", "dense")
 TOKENS = 512
 DTYPES = {"fp32": torch.float32, "16bit": torch.bfloat16}
 
@@ -57,8 +50,7 @@ def _seconds(
 
 def measure_size(
     size: tuple[int, int],
-    kind: str,
-    density: float,
+    density: str,
     dtype: torch.dtype,
     device: str,
     repeats: int,
@@ -68,10 +60,10 @@ def measure_size(
     In 16 bits also of forming W + dW with stochastic rounding.
     """
     n_in, n_out = size
-    basis = TernaryBasis(n_in, n_out, RANK, density, kind=kind)
-    packed = basis.packed(device)
-    if kind == "block":
-        packed = [*packed, basis.dense_b(device, dtype)]
+    basis = basis_of(density, size, RANK)
+    packed, by_gemm = basis.packed(device), basis.kind in ("block", "dense")
+    if by_gemm:
+        packed = [*packed[: 1 if basis.kind == "dense" else 2], basis.dense_b(device, dtype)]
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
@@ -89,7 +81,7 @@ def measure_size(
                 _ops.merged_weight(weight, lam, gam, packed, 1.0, 0)
             else:
                 _ops.delta_weight(lam, gam, packed, 1.0, n_out, n_in)
-        if kind == "block":
+        if by_gemm:  # as linear.cpp for as few tokens
             _ops.linear_backward(dy, x, None, lam, gam, packed, 1.0, "factored", False, True)
         else:
             _ops.delta_weight_backward(weight, lam, gam, packed, 1.0)
@@ -137,8 +129,8 @@ def calibrate(device: str = "cpu", repeats: int = 5, report: Callable[[str], Non
     for bits, dtype in DTYPES.items():
         samples = []
         for size in SIZES:
-            for kind, density in BASES:
-                samples += measure_size(size, kind, density, dtype, device, repeats)
+            for density in BASES:
+                samples += measure_size(size, density, dtype, device, repeats)
         results[device, bits], error = fit(samples)
         rounded = ", ".join(f"{n} {v:.3g}" for n, v in asdict(results[device, bits]).items())
         report(f"{device} {bits}: {rounded}; the fit is off by {error:.0%} at worst")

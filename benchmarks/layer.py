@@ -4,6 +4,7 @@
     python benchmarks/layer.py --quick               a smaller grid
     python benchmarks/layer.py --methods all         every method, and ours by each path
     python benchmarks/layer.py --memory              with the peak of memory of each method
+    python benchmarks/layer.py --densities dense     on PEFT's default bases
     python benchmarks/layer.py --paths               our paths alone, and what the choice loses
     python benchmarks/layer.py --append --out FILE   adds rows to those that FILE.json has
 

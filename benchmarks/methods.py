@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from randlora_ext import TernaryBasis, linear
+from randlora_ext.basis.dense import DenseMatrices
 from randlora_ext.ops.path import PATHS
 
 SCALING = 20.0  # PEFT's default, alpha / r = 640 / 32
@@ -40,7 +41,17 @@ def density_of(text: str, d: int) -> float:
 
 
 def basis_of(text: str, size: tuple[int, int], rank: int, seed: int = 0) -> TernaryBasis:
-    """The bases that `text` names, as of `density_of`, for a layer of `size` = (in, out)."""
+    """The bases that `text` names, as of `density_of`, for a layer of `size` = (in, out).
+
+    "dense" names uniform ones of unit variance, PEFT's default.
+    """
+    if text == "dense":
+        make, (d, D) = torch.Generator().manual_seed(seed), sorted(size)
+        matrices = (
+            3**0.5 * (2 * torch.rand(shape, generator=make) - 1)
+            for shape in ((rank, d), (D, -(-d // rank) * rank))
+        )
+        return TernaryBasis.of_dense(DenseMatrices(*matrices), *size)
     kind = "block" if text.startswith("block:") else "independent"
     return TernaryBasis(*size, rank, density_of(text, min(size)), seed, kind)
 
@@ -54,8 +65,8 @@ def make(method: str, base: nn.Linear, rank: int, density: str) -> nn.Module:
     """`method` of METHODS, or "frozen", on `base`, its adapter away from zero.
 
     PEFT's adapters are PEFT's own layers with its defaults beside r (VeRA: its own r of 256, whose
-    matrices are not trained); in 16 bits PEFT keeps adapters in float32. PEFT's RandLoRA is
-    very_sparse if asked for, otherwise sparse (1/3): its bases are dense and cost the same.
+    matrices are not trained); in 16 bits PEFT keeps adapters in float32. PEFT's RandLoRA is dense
+    or very_sparse if asked for, otherwise sparse (1/3): its bases are dense and cost the same.
     """
     if method == "frozen":
         return base
@@ -69,7 +80,7 @@ def make(method: str, base: nn.Linear, rank: int, density: str) -> nn.Module:
 
 def _of_peft(method: str, base: nn.Linear, rank: int, density: str) -> nn.Module:
     targets = {"target_modules": ["1"]}
-    kind = {"very_sparse": True} if density == "very_sparse" else {"sparse": True}
+    kind = {"dense": {}, "very_sparse": {"very_sparse": True}}.get(density, {"sparse": True})
     configs = {
         "lora": lambda: peft.LoraConfig(r=rank, **targets),
         "dora": lambda: peft.LoraConfig(r=rank, use_dora=True, **targets),

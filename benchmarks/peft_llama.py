@@ -2,6 +2,8 @@
 
     python benchmarks/peft_llama.py                        hidden 1024, 8 layers, 50 steps
     python benchmarks/peft_llama.py --kind very_sparse --out benchmarks/results/peft-llama-NAME
+    python benchmarks/peft_llama.py --added --kind dense --targets q_proj,v_proj --alpha 64 \
+        --layers 2 --batch 8 --tokens 512 --steps 12
     python benchmarks/peft_llama.py --tiny                 seconds, to see that it runs
     python benchmarks/peft_llama.py --control --lr 1e-3    is a difference rounding alone?
 
@@ -14,6 +16,9 @@ The learning rate is that of PEFT's own example (examples/randlora_finetuning, w
 1e-3 the loss first rises and the training amplifies what float32 rounds, until losses part; then
 stock PEFT parts from itself as much, which --control shows by a third model: stock PEFT with the
 rows of every batch in reverse order, equal but for rounding.
+
+--added also steps the frozen model in turn with both, each down to the gradient of the embeddings,
+and prints what the adapter adds to it, ours over stock's. Memory is not measured.
 """
 
 import argparse
@@ -66,10 +71,11 @@ def build(backend: str, args: argparse.Namespace) -> torch.nn.Module:
         warnings.filterwarnings("ignore", message="Specified to not save")
         config = peft.RandLoraConfig(
             r=args.rank,
-            target_modules=TARGETS,
+            randlora_alpha=args.alpha,
+            target_modules=args.targets.split(","),
             save_projection=False,
             task_type="CAUSAL_LM",
-            **{args.kind: True},
+            **({} if args.kind == "dense" else {args.kind: True}),
         )
     return peft.get_peft_model(model, config)
 
@@ -81,17 +87,22 @@ def batches(args: argparse.Namespace) -> list[torch.Tensor]:
     return [torch.randint(0, 2048, shape, generator=generator).to(args.device) for _ in range(5)]
 
 
-def optimizer_of(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr)
+def optimizer_of(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer | None:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=args.lr) if trained else None
 
 
-def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor) -> float:
+def step(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, tokens: torch.Tensor
+) -> float:
     # As transformers' own loss, which rounds to float32.
     logits = model(input_ids=tokens).logits[:, :-1].flatten(0, 1)
     loss = F.cross_entropy(logits, tokens[:, 1:].flatten())
-    optimizer.zero_grad()
+    if optimizer:
+        optimizer.zero_grad()
     loss.backward()
-    optimizer.step()
+    if optimizer:
+        optimizer.step()
     return loss.item()  # waits for the card, too
 
 
@@ -118,6 +129,10 @@ def compare(args: argparse.Namespace) -> dict:
     """Losses, median step times and bytes of the bases of both."""
     backends = ["stock", "ours", *(["control"] if args.control else [])]
     models = {backend: build(backend, args) for backend in backends}
+    if args.added:
+        models["frozen"] = build("frozen", args)
+        for model in models.values():
+            model.get_input_embeddings().register_forward_hook(lambda m, i, y: y.requires_grad_())
     optimizers = {backend: optimizer_of(model, args) for backend, model in models.items()}
     data = batches(args)
     losses: dict[str, list] = {backend: [] for backend in models}
@@ -135,15 +150,18 @@ def compare(args: argparse.Namespace) -> dict:
         backend: [abs(a - b) for a, b in zip(losses["stock"], losses[backend], strict=True)]
         for backend in backends[1:]
     }
+    medians = {b: 1e3 * statistics.median(t[warm:]) for b, t in times.items()}
+    added = {b: ms - medians.get("frozen", 0) for b, ms in medians.items()}
     return {
+        "added, ours over stock": added["ours"] / added["stock"] if args.added else None,
         "kernels": randlora_ext.peft.kernel_summary(models["ours"], args.batch * args.tokens),
         "losses": losses,
         # torch's max, as Python's would step over a NaN
         "largest difference of the losses": {
             b: torch.tensor(d, dtype=torch.float64).max().item() for b, d in differences.items()
         },
-        "step ms": {b: 1e3 * statistics.median(t[warm:]) for b, t in times.items()},
-        "bytes of the bases": {b: bytes_of_bases(m) for b, m in models.items()},
+        "step ms": medians,
+        "bytes of the bases": {b: bytes_of_bases(models[b]) for b in backends},
     }
 
 
@@ -199,16 +217,19 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--alpha", type=int, default=640)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128, help="of one row")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--kind", choices=["sparse", "very_sparse"], default="sparse")
+    parser.add_argument("--kind", choices=["sparse", "very_sparse", "dense"], default="sparse")
+    parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--control", action="store_true", help="losses alone, also of stock with reversed rows"
     )
+    parser.add_argument("--added", action="store_true", help="what the adapters add to a step")
     parser.add_argument("--out", type=Path, help="writes OUT.json")
     parser.add_argument("--tiny", action="store_true", help="hidden 128, 2 layers, 5 steps")
     parser.add_argument("--memory", choices=["stock", "ours", "frozen"], help=argparse.SUPPRESS)
@@ -231,14 +252,18 @@ def main() -> None:
         # First, so that nothing else is held.
         "peak MiB": {
             backend: json.loads(subprocess.check_output([*command, backend], text=True))
-            for backend in ([] if args.control else ("frozen", "stock", "ours"))
+            for backend in ([] if args.control or args.added else ("frozen", "stock", "ours"))
         },
         **compare(args),
     }
     if args.out:
         args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     print(result["kernels"])
-    if not args.control:
+    if args.added:
+        print({b: f"{ms:.0f} ms" for b, ms in result["step ms"].items()})
+        ratio = result["added, ours over stock"]
+        print(f"the adapter adds {ratio:.2f} times what stock's adds")
+    elif not args.control:
         print_table(result)
     first, last = result["losses"]["ours"][0], result["losses"]["ours"][-1]
     print(f"loss {first:.4f} -> {last:.4f}")

@@ -21,7 +21,7 @@ from .card import Card
 
 SIZES = [(4096, 4096), (14336, 4096), (1024, 4096)]  # in, out
 TOKENS = [8192, 16, 2048, 512, 1]  # the most telling first: time may end
-DENSITIES = ["1/3", "0.07", "very_sparse", "block:1/8"]
+DENSITIES = ["1/3", "0.07", "very_sparse", "block:1/8", "dense"]
 RANK = 32
 LIMIT = 3e-2  # relative error of bf16 results, in the 2-norm
 BF16 = torch.bfloat16
@@ -35,8 +35,9 @@ OTHERS = {
     "PEFT's RandLoRA, fp32 adapter": "peft",
     "PEFT's RandLoRA, bf16 adapter": "peft bf16",
 }
+PACKED = "factored, packed B"
 OURS = {
-    "factored, packed B": "factored packed",
+    PACKED: "factored packed",
     "factored, dense B": "factored dense",
     "delta": "delta",
     "merged": "merged",
@@ -46,7 +47,9 @@ OURS = {
 def layers(size: tuple[int, int], device: torch.device, rank: int) -> dict[Key, nn.Module]:
     """All methods on one frozen layer; a row tells of those that cannot be made."""
     base, made = frozen_layer(size, BF16).to(device), {}
-    keys = [(label, "") for label in OTHERS] + [(label, d) for d in DENSITIES for label in OURS]
+    keys = [(label, "") for label in OTHERS] + [
+        (label, d) for d in DENSITIES for label in OURS if (d, label) != ("dense", PACKED)
+    ]
     for label, density in keys:
         method, _, how = (OTHERS | OURS)[label].partition(" ")
         try:

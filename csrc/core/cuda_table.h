@@ -34,6 +34,7 @@ struct CudaKernels {
                          Device&);
   void (*scaled_basis)(const ScaledBasis&, Device&);
   void (*scaled_basis_backward)(const ScaledBasisBackward&, Device&);
+  void (*add_rounded)(const AddRounded&, Device&);
   void (*delta_weight)(const DeltaWeight&, Device&);
   void (*delta_weight_backward)(const DeltaWeightBackward&, Device&);
   void (*block_delta)(const BlockDelta&, Device&);

@@ -1,4 +1,4 @@
-// out = base + delta, rounded once to 16 bits: W + dW of block bases, whose dW comes from a GEMM.
+// out = base + delta, rounded once to 16 bits: W + dW of bases whose dW comes from a GEMM.
 #pragma once
 #include "../core/operators.h"
 #include "../core/stochastic.h"

@@ -31,6 +31,9 @@ void support_tables(const AnyLists& a, bool wide, int64_t r, int64_t d, int32_t*
 void scaled_basis(const ScaledBasis& p, Device& device);
 void scaled_basis_backward(const ScaledBasisBackward& p, Device& device);
 
+// add_rounded.cu
+void add_rounded(const AddRounded& p, Device& device);
+
 // delta_weight.cu chooses delta_lists.cu or delta_planes.cu by the format of B
 void delta_weight(const DeltaWeight& p, Device& device);
 void delta_weight_backward(const DeltaWeightBackward& p, Device& device);

@@ -29,6 +29,7 @@ randlora_cuda_kernels() {
                                         cuda::support_tables,
                                         cuda::scaled_basis,
                                         cuda::scaled_basis_backward,
+                                        cuda::add_rounded,
                                         cuda::delta_weight,
                                         cuda::delta_weight_backward,
                                         cuda::block_delta,

@@ -66,6 +66,15 @@ Tensor view(const MatrixBatch& m, const Tensor& like, DType dtype) {
 
 void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
               double alpha, double beta, DType dtype, const Tensor& like) {
+  if (out.count == 1) {  // torch's batched product in 16 bits is up to three times slower
+    const auto matrix = [&](const MatrixBatch& m) {
+      return view(const_cast<void*>(m.data), m.rows, m.cols, m.row, m.col, like, dtype);
+    };
+    const Tensor to = matrix(out), a = matrix(left), b = matrix(right);
+    TORCH_ERROR_CODE_CHECK(
+        addmm_out_of(like.is_cpu())(to.get(), to.get(), a.get(), b.get(), beta, alpha));
+    return;
+  }
   const Tensor to = view(out, like, dtype);
   const Tensor a = view(left, like, dtype), b = view(right, like, dtype);
   TORCH_ERROR_CODE_CHECK(

@@ -26,8 +26,8 @@ struct Range {
 };
 
 Planes planes_of(const BlockBasis& b) {
-  const auto* plus = static_cast<const uint64_t*>(b.b_planes.const_data_ptr());
-  const int64_t words = b.b_planes.size(2);
+  const auto* plus = static_cast<const uint64_t*>(b.b_planes->const_data_ptr());
+  const int64_t words = b.b_planes->size(2);
   return {plus, plus + b.K() * words, words};
 }
 
@@ -119,9 +119,10 @@ class Products {
 // batches over h if all of them have equally many. `offset` is where their block of a matrix
 // starts that has `g_step` elements between chunks of D and `h_step` between chunks of d.
 template <class F>
-void each_meeting(const BlockBasis& b, const void* b_dense, const void* a, DType dtype,
+void each_meeting(const BlockBasis& b, const Tensor& b_dense, const void* a, DType dtype,
                   int64_t g_step, int64_t h_step, const F& fn) {
-  const int64_t G = b.G, rows = b.K() / G, height = b.b_width(), width = b.a_width();
+  const MatrixBatch B = b_side(b, b_dense).blocks;
+  const int64_t G = b.G, rows = b.K() / G, width = b.a_width();
   const bool uniform = rows % G == 0;
   const auto from = [&](const void* p, int64_t elements) {
     return static_cast<const char*>(p) + elements * bytes_of(dtype);
@@ -130,8 +131,8 @@ void each_meeting(const BlockBasis& b, const void* b_dense, const void* a, DType
     for (int64_t h = 0; h < (uniform ? 1 : G); ++h) {
       const int64_t first = h * rows + ((g - h * rows) % G + G) % G, end = (h + 1) * rows;
       const int64_t count = first < end ? (end - first + G - 1) / G : 0, batch = uniform ? G : 1;
-      fn(MatrixBatch{from(b_dense, first * height), batch, count, height, rows * height, G * height,
-                     1},
+      fn(MatrixBatch{from(B.data, first % G * B.next + first / G * B.row), batch, count, B.cols,
+                     rows / G * B.row, B.row, B.col},
          MatrixBatch{from(a, first * width), batch, count, width, rows * width, G * width, 1},
          g * g_step + h * h_step);
     }
@@ -141,7 +142,7 @@ void each_meeting(const BlockBasis& b, const void* b_dense, const void* a, DType
 
 static Tensor expand_b(const BlockBasis& b, DType dtype) {
   const Planes planes = planes_of(b);
-  Tensor out = allocate({b.K(), b.b_width()}, scalar_type(dtype), b.b_planes);
+  Tensor out = allocate({b.K(), b.b_width()}, scalar_type(dtype), *b.b_planes);
   if (runs_on_cuda(out)) {
     TorchDevice device(out);
     cuda_kernels().planes_to_dense(planes, b.K(), b.b_width(), 1.0, out.mutable_data_ptr(), dtype,
@@ -154,6 +155,7 @@ static Tensor expand_b(const BlockBasis& b, DType dtype) {
 }
 
 Tensor dense_b(const BlockBasis& b, DType dtype) {
+  if (b.is_dense()) return cast(*b.b, scalar_type(dtype));
   return b.b && b.b->scalar_type() == scalar_type(dtype) ? *b.b : expand_b(b, dtype);
 }
 
@@ -213,7 +215,7 @@ Tensor form_delta(const BlockBasis& b, const Tensor& lam, const Tensor& gam,
                   const OptionalTensor& base, double scale, int64_t out_features,
                   int64_t in_features, bool expand, DType dtype,
                   std::optional<int64_t> rounding_seed) {
-  if (runs_on_cuda(lam)) {
+  if (runs_on_cuda(lam) && !b.is_dense()) {
     const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
     Tensor out = allocate({out_features, in_features}, scalar_type(dtype), lam);
     const Tensor w = base ? as_contiguous(*base) : out;
@@ -225,33 +227,36 @@ Tensor form_delta(const BlockBasis& b, const Tensor& lam, const Tensor& gam,
         device);
     return out;
   }
-  // 16-bit results are summed in float32 and rounded once.
-  const DType compute = dtype == DType::f64 ? DType::f64 : DType::f32;
-  const bool rounds = compute != dtype, adds = base && !rounds;
-  const Tensor scaled = scaled_a(b, lam, gam, compute, 1), dense = dense_b(b, compute);
+  // 16-bit results are summed in float32 and rounded once: by torch's 16-bit GEMM for dense bases,
+  // whose products would take several times as long in float32. Signs have no bits to lose.
+  const bool narrow = bytes_of(dtype) == 2, rounds = narrow && (!b.is_dense() || rounding_seed);
+  const bool adds = base && !rounds;
+  const DType compute = narrow && !b.is_dense() ? DType::f32 : dtype;
+  const Range range(b, compute);
+  const Tensor scaled = scaled_a(b, lam, gam, compute, range.scaled), dense = dense_b(b, compute);
   Tensor sum = adds ? torch::stable::clone(as_contiguous(*base))
                     : allocate({out_features, in_features}, scalar_type(compute), lam);
   const int64_t height = b.b_width(), width = b.a_width();
-  each_meeting(b, dense.const_data_ptr(), scaled.const_data_ptr(), compute,
-               expand ? height * b.d : height, expand ? width : width * b.D,
-               [&](const MatrixBatch& B, const MatrixBatch& A, int64_t offset) {
-                 const void* at =
-                     static_cast<const char*>(sum.const_data_ptr()) + offset * bytes_of(compute);
-                 const MatrixBatch out =
-                     expand ? MatrixBatch{at, B.count, height, width, width, b.d, 1}
-                            : MatrixBatch{at, B.count, width, height, width * b.D, b.D, 1};
-                 const MatrixBatch &left = expand ? B : A, &right = expand ? A : B;
-                 multiply(out, left.transposed(), right, scale, adds ? 1 : 0, compute, lam);
-               });
+  each_meeting(
+      b, dense, scaled.const_data_ptr(), compute, expand ? height * b.d : height,
+      expand ? width : width * b.D,
+      [&](const MatrixBatch& B, const MatrixBatch& A, int64_t offset) {
+        const void* at =
+            static_cast<const char*>(sum.const_data_ptr()) + offset * bytes_of(compute);
+        const MatrixBatch out = expand
+                                    ? MatrixBatch{at, B.count, height, width, width, b.d, 1}
+                                    : MatrixBatch{at, B.count, width, height, width * b.D, b.D, 1};
+        const MatrixBatch &left = expand ? B : A, &right = expand ? A : B;
+        multiply(out, left.transposed(), right, scale / range.scaled, adds ? 1 : 0, compute, lam);
+      });
   if (!rounds) return sum;
+  const Tensor delta = cast(sum, ScalarType::Float);
   const Tensor w = base ? as_contiguous(*base) : sum;
   Tensor out = allocate({out_features, in_features}, scalar_type(dtype), lam);
-  TorchRuntime runtime;
-  cpu_kernels().add_rounded(
+  run(lam, &Kernels::add_rounded, &CudaKernels::add_rounded,
       {out.numel(), base ? w.const_data_ptr() : nullptr,
-       static_cast<const float*>(sum.const_data_ptr()), out.mutable_data_ptr(), dtype,
-       rounding_seed.has_value(), static_cast<uint64_t>(rounding_seed.value_or(0))},
-      runtime);
+       static_cast<const float*>(delta.const_data_ptr()), out.mutable_data_ptr(), dtype,
+       rounding_seed.has_value(), static_cast<uint64_t>(rounding_seed.value_or(0))});
   return out;
 }
 
@@ -264,7 +269,7 @@ std::tuple<Tensor, Tensor> contract_delta(const BlockBasis& b, const Tensor& gra
   const int64_t height = b.b_width(), width = b.a_width();
   Tensor gradient = allocate({b.K(), width}, scalar_type(dtype), lam);
   each_meeting(
-      b, dense.const_data_ptr(), gradient.const_data_ptr(), dtype, expand ? height * b.d : height,
+      b, dense, gradient.const_data_ptr(), dtype, expand ? height * b.d : height,
       expand ? width : width * b.D,
       [&](const MatrixBatch& B, const MatrixBatch& out, int64_t offset) {
         const void* at = static_cast<const char*>(G.const_data_ptr()) + offset * bytes_of(dtype);

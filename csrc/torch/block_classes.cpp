@@ -114,7 +114,7 @@ class ClassProducts {
 bool factors_by_classes(const BlockBasis& b, const Tensor& x) {
   const ScalarType type = x.scalar_type();
   return !runs_on_cuda(x) && (type == ScalarType::Float || type == ScalarType::Double) &&
-         b.d % b.r == 0 && b.r > b.G;
+         !b.is_dense() && b.d % b.r == 0 && b.r > b.G;
 }
 
 void class_linear(const BlockBasis& b, const Tensor& lam, const Tensor& gam, const Tensor& x,

@@ -4,7 +4,7 @@
 
 namespace randlora {
 
-// B (K, D / G) in `dtype`: row c holds column c of B within chunk c % G.
+// B (K, D / G) in `dtype`: row c holds column c of B within chunk c % G. Of dense bases (D, K).
 Tensor dense_b(const BlockBasis& b, DType dtype);
 
 // One side of the adapter: G blocks (K / G, features / G), and where the rows of a block lie in V
@@ -25,6 +25,8 @@ struct Side {
 
 inline Side b_side(const BlockBasis& b, const Tensor& dense) {
   const int64_t rows = b.K() / b.G, width = b.b_width();
+  if (b.is_dense())
+    return {{dense.const_data_ptr(), 1, rows, width, 0, dense.stride(1), dense.stride(0)}, b.D, 1};
   return {{dense.const_data_ptr(), b.G, rows, width, width, b.G * width, 1}, b.D, b.G};
 }
 

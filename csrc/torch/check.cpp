@@ -209,6 +209,25 @@ BlockBasis blocks_of(const std::vector<Tensor>& packed, const Tensor& lam, const
   return b;
 }
 
+BlockBasis dense_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
+                    int64_t in_features, int64_t out_features, std::optional<bool> expand) {
+  RANDLORA_CHECK(packed.size() == 2, "packed must hold 2 tensors (dense A and B), got ",
+                 packed.size(), "; take it from TernaryBasis.packed(device)");
+  const Tensor &a = packed[0], &B = packed[1];
+  RANDLORA_CHECK(a.numel() > 0, "packed: a must not be empty, got ", describe(a));
+  BlockBasis b{};
+  check_diagonals(b, a.size(0), lam, gam, in_features, out_features, expand);
+  for (const Tensor& t : packed) check_same_device(t, "packed", lam, "lam");
+  RANDLORA_CHECK(a.size(1) == b.d, "packed: the dense A must be (r, d) = (", b.r, ", ", b.d,
+                 "), got ", describe(a));
+  RANDLORA_CHECK(
+      is_floating(B.scalar_type()) && B.dim() == 2 && B.size(0) == b.D && B.size(1) == b.K(),
+      "packed: the dense B must be a floating (D, K) = (", b.D, ", ", b.K(), "), got ",
+      describe(B));
+  b.G = 1, b.a = a, b.b = B;
+  return b;
+}
+
 Basis ternary_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
                  int64_t in_features, int64_t out_features, std::optional<bool> expand) {
   RANDLORA_CHECK(packed[0].dim() == 1 && packed[0].size(0) > 2 && packed[0].size(0) % 2 == 1,
@@ -279,8 +298,10 @@ Basis ternary_of(const std::vector<Tensor>& packed, const Tensor& lam, const Ten
 PackedBasis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
                      int64_t in_features, int64_t out_features, std::optional<bool> expand) {
   RANDLORA_CHECK(!packed.empty(),
-                 "packed must hold 6 tensors (lists), 3 (bit planes) or 2 "
-                 "(blocks), got 0");
+                 "packed must hold 6 tensors (lists), 3 (bit planes) or 2 (blocks, or dense A and "
+                 "B), got 0");
+  if (is_floating(packed[0].scalar_type()) && packed[0].dim() == 2)
+    return dense_of(packed, lam, gam, in_features, out_features, expand);
   if (packed.size() <= 3 && packed[0].dim() == 2)
     return blocks_of(packed, lam, gam, in_features, out_features, expand);
   return ternary_of(packed, lam, gam, in_features, out_features, expand);

@@ -108,13 +108,15 @@ inline Tensor cast(const Tensor& t, ScalarType type) {
 Tensor compute_copy(const Tensor& t, DType dtype);
 ScalarType compute_type(DType dtype);
 
-// The packed bases A and B of block bases: G dense blocks each (docs/basis-spec.md).
+// The packed bases A and B of block bases: G dense blocks each (docs/basis-spec.md). Dense bases
+// are one block, of elements that are given as they are.
 struct BlockBasis {
   int64_t D, d, r, n, G;
-  Tensor a;          // (r, d / G) int8: row j holds the columns of A in chunk j / (r / G)
-  Tensor b_planes;   // (2, K, words): row c holds column c of B within chunk c % G
-  OptionalTensor b;  // the same dense, (K, D / G)
+  Tensor a;  // (r, d / G): row j holds the columns of A in chunk j / (r / G); int8 unless is_dense
+  OptionalTensor b_planes;  // (2, K, words): row c holds column c of B within chunk c % G
+  OptionalTensor b;         // the same as numbers, (K, D / G); B itself (D, K) if is_dense
 
+  bool is_dense() const { return !b_planes; }
   int64_t K() const { return r * n; }
   int64_t a_width() const { return d / G; }
   int64_t b_width() const { return D / G; }
@@ -126,8 +128,9 @@ using PackedBasis = std::variant<Basis, BlockBasis>;
 //   lists   [a_offset, a_index, b_row_offset, b_row_index, b_col_offset, b_col_index]
 //   planes  [a_offset, a_index, b_planes]
 //   blocks  [a, b_planes]
-// Dense unscaled B in the dtype of x may follow, for lists and planes on CUDA only, and after the
-// support_tables of A.
+//   dense   [a, b], of any floating dtypes
+// Dense unscaled B in the dtype of x may follow the first three, for lists and planes on CUDA only,
+// and after the support_tables of A.
 //
 // Without `expand` this is a whole layer, and d is its smaller side. With it, it may be a slice of
 // a layer: d is the input side if *expand, even if larger, and n is that of the whole layer.

@@ -86,7 +86,8 @@ Sizes check(const Tensor& x, const OptionalTensor& weight, const OptionalTensor&
 // A dense B is multiplied with x by GEMMs, so it must have the dtype of x.
 void check_dense(const PackedBasis& basis, const std::vector<Tensor>& packed, const Tensor& x) {
   const Basis* b = std::get_if<Basis>(&basis);
-  if (b ? !b->b_dense : !std::get<BlockBasis>(basis).b) return;
+  const BlockBasis* blocks = std::get_if<BlockBasis>(&basis);
+  if (b ? !b->b_dense : !blocks->b || blocks->is_dense()) return;
   RANDLORA_CHECK(!b || runs_on_cuda(x),
                  "packed holds a dense B, which only the CUDA kernels use; x is ", describe(x));
   RANDLORA_CHECK(packed.back().scalar_type() == x.scalar_type(), "packed: the dense B is ",
@@ -146,14 +147,21 @@ std::tuple<Tensor, Tensor> factored_backward(const BlockBasis& b, const Call& c,
                                need_diagonals);
 }
 
-// (dlam, dgam) where dW was formed. Block bases need no product dy^T x: their own are cheaper.
+// (dlam, dgam) where dW was formed.
 std::tuple<Tensor, Tensor> formed_gradients(const Basis& b, const Call& c, const Tensor& lam,
                                             const Tensor& gam, const Tensor& x, const Tensor& dy) {
   const Tensor dyT = torch::stable::transpose(rows(dy, c.s, c.s.out), 0, 1);
   return contract_delta(b, product(dyT, rows(x, c.s, c.s.in)), lam, gam, c.scale, c.expand);
 }
+// By the cheaper of two ways: dy^T x and its product with B, or U and P, which block bases make
+// cheap and dense ones for a few tokens.
 std::tuple<Tensor, Tensor> formed_gradients(const BlockBasis& b, const Call& c, const Tensor& lam,
                                             const Tensor& gam, const Tensor& x, const Tensor& dy) {
+  const double T = double(c.s.T), K = double(b.K()), D = double(b.D), d = double(b.d);
+  if (b.is_dense() && T * K * (D + d) > (T + K) * D * d) {
+    const Tensor dyT = torch::stable::transpose(rows(dy, c.s, c.s.out), 0, 1);
+    return contract_delta(b, product(dyT, rows(x, c.s, c.s.in)), lam, gam, c.scale, c.expand);
+  }
   return factored_backward(b, c, lam, gam, x, dy, nullptr, false, true);
 }
 

@@ -1,6 +1,7 @@
 """Imported matrices: dense ternary A and B packed exactly, or bit planes."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ class ImportedMatrices:
     planes_of_b: Tensor  # (2, D, ceil(K / 64))
     b_value: float
     density: float  # share of non-zeros of B, which decides the packed format and predicted cost
+
+    kind: ClassVar[str] = "imported"
 
     @classmethod
     def from_dense(cls, A: Tensor, B: Tensor, shape: Shape) -> "ImportedMatrices":

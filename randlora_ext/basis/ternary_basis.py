@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import kernels
 from .block import BlockMatrices, check_sizes
 from .cache import PackedTensors, get_or_make, with_index
+from .dense import DenseMatrices
 from .description import BasisDescription
 from .generated import GeneratedMatrices
 from .imported import ImportedMatrices
@@ -59,7 +60,7 @@ class TernaryBasis:
     """
 
     _shape: Shape
-    _source: GeneratedMatrices | ImportedMatrices
+    _source: GeneratedMatrices | ImportedMatrices | DenseMatrices
     _packed: dict[Any, PackedTensors]  # by torch.device
     _dense: dict[tuple, PackedTensors]  # by device and dtype
     path_regions: dict[tuple, tuple]  # filled by ops/path.py
@@ -141,6 +142,20 @@ class TernaryBasis:
         self._source = ImportedMatrices.from_planes(*planes, self._shape, copy)
         return self
 
+    @classmethod
+    def of_dense(
+        cls, matrices: DenseMatrices, in_features: int, out_features: int
+    ) -> "TernaryBasis":
+        """Of dense A and B, which are no ternary matrices; the tensors themselves are multiplied.
+
+        Nobody may write to them. ValueError if one is too small.
+        """
+        self = cls.__new__(cls)
+        self._shape = Shape.of(in_features, out_features, matrices.A.shape[0])
+        matrices.check(self._shape)
+        self._source = matrices
+        return self
+
     in_features = property(lambda self: self._shape.in_features)
     out_features = property(lambda self: self._shape.out_features)
     r = property(lambda self: self._shape.r)
@@ -157,18 +172,19 @@ class TernaryBasis:
 
     @property
     def description(self) -> BasisDescription | None:
-        """Kind, density and seed; None for an imported basis."""
+        """Kind, density and seed; None for an imported or dense basis."""
         source = self._source
         return source.description if isinstance(source, GeneratedMatrices) else None
 
     @property
     def kind(self) -> str:
-        """``"independent"``, ``"block"`` or ``"imported"``."""
-        return "imported" if self.description is None else self.description.kind
+        """``"independent"``, ``"block"``, ``"imported"`` or ``"dense"``."""
+        source = self._source
+        return source.description.kind if isinstance(source, GeneratedMatrices) else source.kind
 
     @property
     def seed(self) -> int | None:
-        """None for an imported basis."""
+        """None for an imported or dense basis."""
         return None if self.description is None else self.description.seed
 
     @property
@@ -178,9 +194,11 @@ class TernaryBasis:
 
     @property
     def format(self) -> str:
-        """How B is packed: ``"lists"``, ``"planes"`` or ``"blocks"`` (docs/formats.md)."""
+        """``"lists"``, ``"planes"``, ``"blocks"`` or, unpacked, ``"dense"`` (docs/formats.md)."""
         if self.kind == "block":
             return "blocks"
+        if self.kind == "dense":
+            return "dense"
         if self.n > 65536:  # planes are decoded with 16-bit base numbers
             return "lists"
         return "planes" if self.density > PLANES_ABOVE_DENSITY else "lists"
@@ -189,7 +207,8 @@ class TernaryBasis:
         """The tensors that ``torch.ops.randlora`` takes as ``packed``.
 
         Lists: ``[a_offset, a_index, b_row_offset, b_row_index, b_col_offset, b_col_index]``;
-        planes: ``[a_offset, a_index, b_planes]``; blocks: ``[a, b_planes]`` (docs/formats.md).
+        planes: ``[a_offset, a_index, b_planes]``; blocks: ``[a, b_planes]``; dense: ``[A, B]``
+        (docs/formats.md).
         They are made on first use and shared by all layers of equal description on that device,
         while one of them lives.
 
@@ -210,7 +229,8 @@ class TernaryBasis:
     def dense_b(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """B unscaled (-1, 0, +1) as a factor of GEMMs, made once and shared like `packed`.
 
-        (D, K); for block bases (K, D / G), where row c is column c of B within chunk c % G.
+        (D, K), of dense bases as it is; for block bases (K, D / G), where row c is column c of B
+        within chunk c % G.
         """
         if torch.compiler.is_dynamo_compiling():
             name = self._pack_while_tracing(self.token, torch.device(device), dtype)
@@ -250,6 +270,9 @@ class TernaryBasis:
     ) -> tuple[Tensor, Tensor]:
         """The scaled dense bases A (r, d) and B (D, K), newly made: for tests, export and study."""
         device, source = torch.device(device), self._source
+        if isinstance(source, DenseMatrices):
+            A, B = source.part(self._shape, device)
+            return A.to(dtype, copy=True), B.to(dtype, copy=True)
         if device.type != "meta" and not kernels.serve(device.type):
             A, B = self.dense("cpu", dtype)
             return A.to(device), B.to(device)
@@ -261,6 +284,8 @@ class TernaryBasis:
 
     def dense_a(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """A (r, d) alone, scaled."""
+        if isinstance(self._source, DenseMatrices):
+            return self.packed(device)[0].to(dtype)
         if self.format == "blocks":
             if not kernels.serve(torch.device(device).type):
                 return self.dense_a("cpu", dtype).to(device)
@@ -270,6 +295,8 @@ class TernaryBasis:
         return _ops.lists_to_dense(offset, index, self.d, self._source.a_value, dtype)
 
     def _make_dense_b(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        if isinstance(self._source, DenseMatrices):
+            return self._source.part(self._shape, device, dtype)[1]
         if not kernels.serve(device.type):
             return self.dense_b("cpu", dtype).to(device)
         if self.format == "blocks":
@@ -281,6 +308,8 @@ class TernaryBasis:
         return _ops.planes_to_dense(self.packed(device)[2], self.K, 1.0, dtype)
 
     def _pack(self, device: torch.device) -> list[Tensor]:
+        if isinstance(self._source, DenseMatrices):
+            return list(self._source.part(self._shape, device))
         if not kernels.serve(device.type):  # "meta" too: how many entries depends on the elements
             return [t.to(device) for t in self.packed("cpu")]
         shape, wide = self._shape, self._shape.wide
@@ -321,11 +350,11 @@ class TernaryBasis:
 
         Raises:
             TypeError, ValueError: a range of another step, empty, or outside the layer.
-            ValueError: on an imported basis, which is not a function of indices, or a block basis,
-                whose slices are not implemented.
+            ValueError: on an imported or dense basis, which is not a function of indices, or a
+                block basis, whose slices are not implemented.
         """
         if self.description is None:
-            raise ValueError("slice() needs a generated basis, and this one is imported")
+            raise ValueError(f"slice() needs a generated basis, and this one is {self.kind}")
         if self.kind == "block":
             raise ValueError("slice() does not support block bases yet; take kind='independent'")
         inputs = range(self.in_features) if inputs is None else inputs
@@ -367,7 +396,7 @@ class TernaryBasis:
         return {"_shape": self._shape, "_source": self._source}
 
     def __repr__(self) -> str:
-        origin = "imported" if self.description is None else f"seed={self.seed}, kind={self.kind!r}"
+        origin = self.kind if self.description is None else f"seed={self.seed}, kind={self.kind!r}"
         shape, part = self._shape, ""
         if shape.is_slice:
             part = f", slice from row {shape.first_row} of B and column {shape.first_column} of A"

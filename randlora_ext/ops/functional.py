@@ -183,7 +183,9 @@ def linear(
     tokens = x.numel() // basis.in_features  # keeps a symbolic size symbolic
     path, b_side = choose(path, basis, tokens, x.dtype, weight is not None, kind, merged_rounding)
     packed = basis.packed(x.device)
-    if b_side == "dense" and (path == "factored" or basis.format == "blocks"):
+    if basis.format == "dense":
+        packed = [packed[0], basis.dense_b(x.device, x.dtype)]
+    elif b_side == "dense" and (path == "factored" or basis.format == "blocks"):
         packed = [*packed, basis.dense_b(x.device, x.dtype)]
     return autograd.linear(
         x,

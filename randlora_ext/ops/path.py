@@ -14,6 +14,7 @@ import torch
 
 from .. import _C, kernels
 from ..basis import TernaryBasis
+from ..basis.block import fits
 from ..basis.description import as_signed
 from ..basis.ternary_basis import living, run_while_tracing
 from .rates import rates
@@ -62,6 +63,8 @@ def path_terms(
     if basis.format == "blocks":
         by_classes = device_type == "cpu" and dtype.itemsize >= 4
         return _block_terms(basis, tokens, has_weight, by_classes)
+    if basis.format == "dense":
+        return _dense_terms(basis, tokens, has_weight)
     # If d == out, forward computes U = x B and does not keep it: backward computes it again.
     a_products, b_products = (3, 2) if d == basis.in_features else (3, 3)
     factored = {"a_side": a_products * density * K / D}
@@ -108,6 +111,25 @@ def _block_terms(
     return terms
 
 
+def _dense_terms(
+    basis: TernaryBasis, tokens: int, has_weight: bool
+) -> dict[str, tuple[float, dict[str, float]]]:
+    K, d, D, T = basis.K, basis.d, basis.D, max(tokens, 1)
+    a_products, b_products = (3, 2) if d == basis.in_features else (3, 3)
+    # A' is made twice and its gradient contracted once.
+    entries = 3 * K / D / T
+    factored = {"dense": a_products * K / D + b_products * K / d, "dense_entry": entries}
+    # csrc/torch/linear.cpp: where dW is formed, lambda and gamma get their gradient from dy^T x
+    # or, if that is cheaper, from U and P.
+    by_product = T * K * (D + d) > (T + K) * D * d
+    gradient = K / T if by_product else K / D + K / d
+    formed = {"dense": 2 * K / T + gradient, "dense_entry": entries + 2 / T}
+    terms = {"factored": (0.0, factored), "delta": (2.0 + by_product, formed)}
+    if has_weight:
+        terms["merged"] = (0.0 + by_product, formed)
+    return terms
+
+
 def predicted_costs(
     basis: TernaryBasis,
     tokens: int,
@@ -128,11 +150,13 @@ def predicted_costs(
 
 
 def choose_b_side(basis: TernaryBasis, tokens: int, device_type: str) -> str:
-    """How B is multiplied: "packed", or "dense" by a GEMM on CUDA and of block bases everywhere.
+    """How B is multiplied: "packed", or "dense" by a GEMM: on CUDA, and of block and dense bases.
 
     A dense B in the dtype of x is made once and shared by all layers of the shape. The
     environment variable RANDLORA_B_SIDE (packed, dense) overrides the choice on CUDA.
     """
+    if basis.format == "dense":
+        return "dense"
     if not kernels.cuda_serves(device_type):
         return "dense" if basis.format == "blocks" else "packed"
     forced = os.environ.get("RANDLORA_B_SIDE")
@@ -185,6 +209,21 @@ def explain(
         predicted_costs(basis, tokens, has_weight, kind, dtype, merged_rounding),
         choose_b_side(basis, tokens, kind),
     )
+
+
+def costs_told(basis: TernaryBasis, tokens: int, *options) -> str:
+    """What dense bases cost beside the frozen layer's 2 units, and what cheaper ones would.
+
+    Args:
+        options: as those of `explain`.
+    """
+    sizes = basis.in_features, basis.out_features, basis.r
+    others = {"units beside the frozen 2:": basis}
+    others["density=0.07 would cost"] = TernaryBasis(*sizes, 0.07)
+    if fits(8, *sizes):
+        others["blocks of 1/8"] = TernaryBasis(*sizes, 1 / 8, kind="block")
+    choices = {name: explain(other, tokens, *options) for name, other in others.items()}
+    return ", ".join(f"{name} {c.costs[c.path]:.1f}" for name, c in choices.items())
 
 
 def check_rounding(value: str | None) -> None:

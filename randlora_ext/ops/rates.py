@@ -33,6 +33,9 @@ class Rates:
     block_term: float
     block_entry: float
     round_entry: float  # stochastic rounding of W + dW, which a step forms twice, per entry
+    # Dense bases: a multiply-add of their products; of A' and dW, per entry made or contracted.
+    dense: float = 1.0
+    dense_entry: float = 100.0
 
 
 NAMES = tuple(f.name for f in fields(Rates))
@@ -43,12 +46,18 @@ NAMES = tuple(f.name for f in fields(Rates))
 # 1.0 chooses right on both. The float32 rates of block bases are set to choose right in
 # benchmarks/results/layer-epyc-zen5.
 _CPU_FP32 = Rates(1.0, 2.0, 0.36, 4.0, 117.0, 0.0, 66.0, 1.4, 0.5, 320.0, 0.0)
-_CPU_16BIT = Rates(2.8, 9.7, 1.5, 25.0, 406.0, 0.0, 750.0, 2.4, 2.7, 750.0, 1200.0)
+_CPU_16BIT = Rates(2.8, 9.7, 1.5, 25.0, 406.0, 0.0, 750.0, 2.4, 2.7, 750.0, 1200.0, 1.0, 300.0)
 # Estimates, not measured: an H100 in bf16, relative to its GEMM's 399 T multiply-adds/s.
 _CUDA_LISTS = Rates(2.5, 102.0, 0.0, 1130.0, 0.0, 0.0, 1230.0, 0.0, 0.0, 0.0, 0.0)
 _CUDA_PLANES = Rates(2.5, 0.0, 2.5, 0.0, 0.0, 10.0, 2360.0, 0.0, 0.0, 0.0, 0.0)
 _CUDA_BLOCKS = Rates(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.3, 27.0, 3200.0, 0.0)
-_CUDA = {"lists": _CUDA_LISTS, "planes": _CUDA_PLANES, "blocks": _CUDA_BLOCKS}
+_CUDA_DENSE = Rates(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 800.0, 1.0, 800.0)
+_CUDA = {
+    "lists": _CUDA_LISTS,
+    "planes": _CUDA_PLANES,
+    "blocks": _CUDA_BLOCKS,
+    "dense": _CUDA_DENSE,
+}
 
 
 def rates(device_type: str, dtype: torch.dtype, basis_format: str) -> Rates:

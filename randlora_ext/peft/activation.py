@@ -9,25 +9,32 @@ from torch import nn
 from . import peft_model_patch
 from .bases import BASIS_NAMES, PackedBufferDict
 from .config import RandLoraConfig
+from .layer import AcceleratedLayer
 from .model import STOCK_QUANTIZED, AcceleratedRandLoraModel, accelerate_layer
 
 _stock: tuple[type, type] | None = None
 
 
-def enable() -> None:
+def enable(float32_products: bool = False) -> None:
     """From now on RandLoRA models made or loaded by PEFT run on the compiled kernels.
 
     Equivalent to editing PEFT's two tables, from the type RANDLORA to its tuner and its config:
     `get_peft_model`, `PeftModel.from_pretrained`, `inject_adapter_in_model` and transformers' own
     loading of adapters all look there. Models that exist already stay as they are. Calling it
-    again changes nothing. ``PeftModel.save_pretrained`` and ``load_adapter`` are wrapped for models
-    on our layers: a file appears when it is complete, and what is loaded over an adapter must
-    belong to its bases.
+    again changes nothing else. ``PeftModel.save_pretrained`` and ``load_adapter`` are wrapped for
+    models on our layers: a file appears when it is complete, and what is loaded over an adapter
+    must belong to its bases.
+
+    Args:
+        float32_products: whether dense bases (PEFT's default) are multiplied in float32 in 16-bit
+            models, as stock PEFT does at several times the cost, and not in 16 bits with float32
+            sums. It holds for all models.
 
     Adapters are saved in PEFT's format, and stock PEFT loads them unless `RandLoraConfig` says
     otherwise.
     """
     global _stock
+    AcceleratedLayer.float32_products = float32_products
     peft_model_patch.install()
     if _stock is None:
         _stock = (

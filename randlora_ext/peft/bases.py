@@ -3,21 +3,23 @@
 import itertools
 import warnings
 from collections.abc import Iterator, MutableMapping
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..basis import TernaryBasis
 from ..basis.cache import ordinary_tensors
+from ..basis.dense import DenseMatrices
 from ..nn.state_dict import misfit
 from .ternary_tensor import TernaryTensor
 
 BASIS_NAMES = ("randlora_A", "randlora_B")  # PEFT's attributes of models and layers
 _tokens = itertools.count()
-# What layers made of the signs of an A and a B, by features and r.
-_made: WeakKeyDictionary = WeakKeyDictionary()
+# What layers made of an A and a B, by features and r. The keys are signs, or dense tensors.
+_made: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class PackedBufferDict(MutableMapping, BufferDict):
@@ -97,7 +99,7 @@ class PackedBufferDict(MutableMapping, BufferDict):
             try:
                 basis = self._unless_known(TernaryTensor.of(basis))
             except ValueError:
-                pass  # not ternary; `layer_basis` says so
+                pass  # not ternary: layers multiply by it as it is
         self._bases[key] = basis
         self._changed()
 
@@ -171,12 +173,11 @@ class _Traced:
     """Bases of layers as attributes: Dynamo sees a new one, but no new entry of a dictionary."""
 
 
-def layer_basis(
-    A: Tensor, B: Tensor, in_features: int, out_features: int, r: int
-) -> tuple[TernaryBasis | None, str]:
-    """The basis of one layer shape: (basis, ""), or (None, why there is none).
+def layer_basis(A: Tensor, B: Tensor, in_features: int, out_features: int, r: int) -> TernaryBasis:
+    """The basis of one layer shape, of kind "dense" if A or B is not ternary.
 
-    Layers of equal shape get the same object, hence share what it packs.
+    Layers of equal shape get the same object, hence share what it packs. All share the memory of
+    dense tensors, which their bases are views of.
 
     Args:
         A: (>= r, 1, >= d).  B: (>= D, >= n, >= r). A layer's own are the slices from the front; in
@@ -192,22 +193,41 @@ def layer_basis(
             f"layer of {in_features} -> {out_features} features at r={r}, which needs "
             f"(>= {r}, 1, >= {d}) and (>= {D}, >= {n}, >= {r})"
         )
-    if not isinstance(A, TernaryTensor) or not isinstance(B, TernaryTensor):
-        name = "randlora_B" if isinstance(A, TernaryTensor) else "randlora_A"
-        return None, (
-            f"{name} is not ternary. The kernels of randlora_ext need ternary bases (sparse=True, "
-            "very_sparse=True or a density)."
-        )
-    made = _made.setdefault(A.signs, WeakKeyDictionary()).setdefault(B.signs, {})
-    sizes, values = (in_features, out_features, r), (A.value, B.value)
+    first, second = (t.signs if isinstance(t, TernaryTensor) else t for t in (A, B))
+    made = _made.setdefault(first, WeakIdKeyDictionary()).setdefault(second, {})
+    sizes, values = (in_features, out_features, r), (_value(A), _value(B))
     if (sizes, values) not in made:
         turned = made.get(((out_features, in_features, r), values))
-        basis = _layer_basis(A, B, *sizes) if turned is None else turned.transposed()
+        if turned is not None:
+            basis = turned.transposed()
+        elif isinstance(A, TernaryTensor) and isinstance(B, TernaryTensor):
+            basis = _ternary_basis(A, B, *sizes)
+        else:
+            if (r, values) not in made:
+                made[r, values] = _dense_matrices(A, B, r)
+            basis = TernaryBasis.of_dense(made[r, values], in_features, out_features)
         made[sizes, values] = basis
-    return made[sizes, values], ""
+    return made[sizes, values]
 
 
-def _layer_basis(
+def _value(basis: Tensor) -> float | int:
+    """What may change while the key stays: the value of the signs, or how often one has written."""
+    if isinstance(basis, TernaryTensor):
+        return basis.value
+    return 0 if basis.is_inference() else basis._version
+
+
+def _dense_matrices(A: Tensor, B: Tensor, r: int) -> DenseMatrices:
+    with ordinary_tensors():
+        # `data` does not keep the tensor itself, under which this is found, alive.
+        A, B = (
+            t.moved("cpu", t.dtype).dense() if isinstance(t, TernaryTensor) else t.data
+            for t in (A, B)
+        )
+        return DenseMatrices(A[:r].flatten(1), B[..., :r].flatten(1))
+
+
+def _ternary_basis(
     A: TernaryTensor, B: TernaryTensor, in_features: int, out_features: int, r: int
 ) -> TernaryBasis:
     features, described = (in_features, out_features), A.signs.description

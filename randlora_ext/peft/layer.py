@@ -17,7 +17,7 @@ from ..nn.base_layer import can_fuse
 from ..nn.state_dict import DIAGONALS, refuse_misfit
 from ..ops import functional
 from ..ops.dtensor import full_tensor, laid_out_like
-from ..ops.path import explain
+from ..ops.path import SIXTEEN_BITS, costs_told, explain
 from ..reference import scaled_basis_reference
 from .bases import PackedBufferDict, layer_basis
 
@@ -30,15 +30,16 @@ class AcceleratedLayer(_Layer):
     """Computes what a RandLoRA layer of PEFT computes, by ``torch.ops.randlora``.
 
     Mixed in before PEFT's layer class, which keeps saving, adding, switching and everything else.
-    If the bases are not ternary (PEFT's default, uniform ones), our kernel makes
-    lambda * A * gamma and torch's GEMMs multiply by it; one warning per model says so. Devices
-    without our kernels compute block bases in plain torch, others in the same dense way.
+    A 16-bit x meets dense bases (PEFT's default) in 16 bits with float32 sums, unless
+    ``float32_products``. Devices without our kernels compute block bases in plain torch, and others
+    from PEFT's dense factors, of which one warning per model tells.
     """
 
     randlora_A: PackedBufferDict
     randlora_B: PackedBufferDict
     merged_adapters: list[str]
     merged_rounding: dict[str, str | None]  # by adapter
+    float32_products = False  # of all layers; `enable` sets it
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
@@ -56,11 +57,11 @@ class AcceleratedLayer(_Layer):
         plain = not args and not kwargs and len(names) == 1 and not self._drops(names[0])
         if plain and can_fuse(base, x):
             basis, _ = self.basis_of(names[0], x.device)
-            if basis is not None:
+            if basis is not None and not self._widens(basis, dtype):
                 return self._on_kernels(names[0], x, base.weight, base.bias, basis).to(dtype)
         result = base(x, *args, **kwargs)
         for name in names:
-            x = x.to(self._dtypes(name, x.device)[1])
+            x = x.to(self._input_dtype(name, x))
             result = result + self._adapter(name, self.randlora_dropout[name](x))
         return result.to(dtype)
 
@@ -78,7 +79,7 @@ class AcceleratedLayer(_Layer):
                 continue
             rows = [row for row, other in enumerate(adapter_names) if other == name]
             at = torch.tensor(rows, device=x.device)
-            part = x[at].to(self._dtypes(name, x.device)[1])
+            part = x[at].to(self._input_dtype(name, x))
             result = result.index_add(0, at, self._adapter(name, part).to(result.dtype))
         return result
 
@@ -175,8 +176,8 @@ class AcceleratedLayer(_Layer):
             return None, _no_kernels(kind)
         A, B = self.randlora_A, self.randlora_B
         if torch.compiler.is_dynamo_compiling():
-            return getattr(A.traced, self._basis_while_tracing(adapter, A.token, B.token))
-        return layer_basis(A[adapter], B[adapter], *self._sizes(adapter))
+            return getattr(A.traced, self._basis_while_tracing(adapter, A.token, B.token)), ""
+        return layer_basis(A[adapter], B[adapter], *self._sizes(adapter)), ""
 
     @torch.compiler.assume_constant_result  # Dynamo runs it while it traces
     def _basis_while_tracing(self, adapter: str, token_of_A: int, token_of_B: int) -> str:
@@ -203,8 +204,11 @@ class AcceleratedLayer(_Layer):
         options = weight.dtype, weight.device, alone, drop, self.merged_rounding.get(adapter)
         choice = explain(basis, tokens, *options)
         # Drawn or loaded bases have about the density that was asked for.
-        counted = " (counted)" if basis.description is None else ""
+        counted = " (counted)" if basis.kind == "imported" else ""
         kind = "block " if basis.kind == "block" else ""
+        if basis.kind == "dense":
+            units = costs_told(basis, tokens, *options)
+            return choice.isa, f"r={basis.r} dense {choice.path} ({units})"
         return choice.isa, f"r={basis.r} {kind}density {basis.density:.3g}{counted} {choice.path}"
 
     def extra_repr(self) -> str:
@@ -230,8 +234,19 @@ class AcceleratedLayer(_Layer):
         last = self.scaling[name], "auto", self.merged_rounding.get(name)
         return functional.linear(x, weight, bias, basis, lam, gam, *last)
 
+    def _widens(self, basis: TernaryBasis, dtype: torch.dtype) -> bool:
+        return self.float32_products and basis.kind == "dense" and dtype in SIXTEEN_BITS
+
+    def _input_dtype(self, name: str, x: Tensor) -> torch.dtype:
+        """To which x is cast before the adapter."""
+        basis, _ = self.basis_of(name, x.device)
+        narrow = basis is not None and basis.kind == "dense" and x.dtype in SIXTEEN_BITS
+        if narrow and not self.float32_products:
+            return x.dtype
+        return self._dtypes(name, x.device)[1]
+
     def _dtypes(self, name: str, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
-        """Of B, and of scaled A, to which PEFT casts x before the adapter."""
+        """Of B, and of scaled A, as PEFT casts them and x."""
         dtype = self.randlora_B.dtypes[name]
         if device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
             return torch.float32, torch.float32  # as PEFT, since a CPU is slow in 16 bits

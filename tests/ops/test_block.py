@@ -225,7 +225,7 @@ def test_packed_tensors_of_another_layer_are_refused():
     arguments = layer.x, layer.weight, layer.bias, layer.lam, layer.gam
     for packed, message in [
         ([a, other.packed()[1].clone()[:, :, :1].contiguous()[:, :32]], "b_planes must be"),
-        ([a.float(), planes], "a must be a contiguous int8"),
+        ([a.int(), planes], "a must be a contiguous int8"),
         ([a[:, :15], planes], "a must be a contiguous int8"),
         ([a[:0], planes], "a must not be empty"),
         ([a], "packed must hold 2 tensors"),

@@ -8,17 +8,11 @@ from randlora_ext import TernaryBasis, explain
 from randlora_ext.ops.path import path_terms, predicted_costs
 from randlora_ext.ops.rates import NAMES, Rates, rates, save
 
-KNOWN = Rates(0.5, 1.5, 0.25, 3.0, 90.0, 0.0, 70.0, 1.25, 2.0, 80.0, 40.0)
+KNOWN = Rates(0.5, 1.5, 0.25, 3.0, 90.0, 0.0, 70.0, 1.25, 2.0, 80.0, 40.0, 1.1, 30.0)
 BASES = [
-    TernaryBasis(n_in, n_out, 8, density, kind=kind)
-    for n_in, n_out in ((64, 64), (96, 64), (64, 132))
-    for density, kind in (
-        (1 / 16, "independent"),
-        (1 / 9, "independent"),
-        (1 / 3, "independent"),
-        (1 / 2, "block"),
-        (1 / 4, "block"),
-    )
+    calibrate.basis_of(density, size, 8)
+    for size in ((64, 64), (96, 64), (64, 132))
+    for density in ("1/16", "1/9", "1/3", "block:1/2", "block:1/4", "dense")
 ]
 
 
@@ -46,18 +40,19 @@ def test_fit_has_no_negative_rates():
 
 
 @pytest.mark.parametrize(
-    "kind, density, factored, formed",
+    "density, factored, formed",
     [
-        ("independent", 1 / 16, {"a_side", "b_lists"}, "form_entry"),
-        ("independent", 1 / 3, {"a_side", "b_planes"}, "form_entry"),
-        ("block", 1 / 4, {"block"}, "block_entry"),
+        ("1/16", {"a_side", "b_lists"}, "form_entry"),
+        ("1/3", {"a_side", "b_planes"}, "form_entry"),
+        ("block:1/4", {"block"}, "block_entry"),
+        ("dense", {"dense", "dense_entry"}, "dense_entry"),
     ],
 )
-def test_measured_samples_pay_what_the_path_does(kind, density, factored, formed):
-    samples = calibrate.measure_size((64, 96), kind, density, torch.float32, "cpu", 1)
+def test_measured_samples_pay_what_the_path_does(density, factored, formed):
+    samples = calibrate.measure_size((64, 96), density, torch.float32, "cpu", 1)
     assert factored == set(samples[0][0]) and formed in samples[1][0]
     assert all(units > 0 for _, units in samples) and len(samples) == 2
-    samples = calibrate.measure_size((64, 96), kind, density, torch.bfloat16, "cpu", 1)
+    samples = calibrate.measure_size((64, 96), density, torch.bfloat16, "cpu", 1)
     assert samples[2][0] == samples[1][0] | {"round_entry": 1 / calibrate.TOKENS}
 
 

@@ -135,7 +135,10 @@ def test_what_a_model_says_of_its_kernels(monkeypatch):
     independent.merge_adapter()
     printed = "24->40; default: r=5 density 0.2 factored at 512 tokens, merged"
     assert printed in repr(independent)
-    assert "24->40; default: r=5 dense bases" in repr(made())
+    dense = "r=5 dense factored (units beside the frozen 2: "
+    assert f"24->40; default: {dense}" in repr(made())
+    assert f"2x 24->40 {dense}" in accelerated.kernel_summary(made(r=5))
+    assert "density=0.07 would cost 0." in repr(made())
 
 
 def test_jit_trace_is_refused_by_name():

@@ -91,14 +91,12 @@ def test_uniform_second_adapter_of_another_rank_runs():
     randomize(model)
     x = torch.randn(6, 24)
     model.set_adapter("two")
-    with pytest.warns(UserWarning, match="multiply by dense bases: randlora_A is not ternary"):
-        model(x)
+    model(x)
     model.base_model.set_adapter(["default", "two"])
     mine = model(x)
     for layer in layers(model):
-        assert torch.equal(
-            layer.get_delta_weight("two"), StockLinear.get_delta_weight(layer, "two")
-        )
+        delta = StockLinear.get_delta_weight(layer, "two")
+        assert relative(layer.get_delta_weight("two"), delta) < 1e-6
     assert mine.isfinite().all()
 
 

@@ -247,7 +247,6 @@ def test_a_density_without_a_value_in_it():
     ],
     ids=["independent", "block", "sparse", "uniform, saved"],
 )
-@pytest.mark.filterwarnings("ignore:RandLoRA layers of this model multiply by dense")
 def test_initialisation_on_the_meta_device(options):
     """As FSDP2 is fed: no weight exists before `to_empty`; what a seed decides survives it."""
     full = made(**options)
@@ -335,19 +334,6 @@ def test_bases_go_with_their_model():
     del model
     gc.collect()
     assert packed() is None
-
-
-def test_uniform_bases_are_dense_and_say_so_once():
-    stock, ours = pair(Deep(), lambda: deep_config(5))
-    x = torch.randn(6, 24)
-    with pytest.warns(
-        UserWarning, match="multiply by dense bases: randlora_A is not ternary"
-    ) as record:
-        y = ours(x)
-        ours(x)
-    assert len(record) == 1
-    assert relative(y, stock(x)) < 1e-6
-    assert "3 layers by dense bases: randlora_A is not ternary" in accelerated.kernel_summary(ours)
 
 
 def test_another_specification_in_a_file(tmp_path):

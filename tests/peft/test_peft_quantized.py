@@ -20,7 +20,7 @@ from torch import nn
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "stock_peft"),
-    pytest.mark.filterwarnings("ignore:.*(rounding errors|4-bit|dense bases)"),
+    pytest.mark.filterwarnings("ignore:.*(rounding errors|4-bit)"),
 ]
 
 BITS = [8, 4]

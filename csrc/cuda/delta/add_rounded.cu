@@ -1,0 +1,53 @@
+// out = base + delta, rounded once to 16 bits: W + dW of dense bases, whose dW comes from a GEMM.
+//
+// Floor: base and delta read and out written once, 8 bytes an element.
+#include "../device/launch.h"
+#include "../kernels.h"
+#include "delta_store.h"
+
+namespace randlora {
+namespace cuda {
+namespace {
+
+constexpr int kPerThread = 8;  // 16 bytes of out
+
+template <class S, bool Aligned>
+__global__ void add_rounded_kernel(DeltaStore<S> store, const float* __restrict__ delta,
+                                   int64_t count) {
+  const int64_t first = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kPerThread;
+  if (Aligned && first + kPerThread <= count) {
+    float sum[kPerThread];
+    uint32_t words[4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      load_words(delta + first + 4 * half, words);
+      memcpy(sum + 4 * half, words, sizeof(words));
+    }
+    store.template run<kPerThread>(first, sum);
+    return;
+  }
+  for (int64_t e = first; e < min(first + kPerThread, count); ++e) store.one(e, delta[e]);
+}
+
+template <class S>
+void add_rounded_as(const AddRounded& p, Device& device) {
+  DeltaWeight as{};
+  as.out = p.out, as.base = p.base, as.scale = 1;
+  as.stochastic = p.stochastic, as.rounding_seed = p.rounding_seed;
+  const DeltaStore<S> store(as);
+  const bool aligned = store.aligned(kPerThread) && reinterpret_cast<uintptr_t>(p.delta) % 16 == 0;
+  const int threads = device.max_threads < 256 ? device.max_threads : 256;
+  launch(device, "add_rounded",
+         aligned ? add_rounded_kernel<S, true> : add_rounded_kernel<S, false>,
+         static_cast<unsigned>(ceil_div(p.count, int64_t{threads} * kPerThread)), threads, 0, store,
+         p.delta, p.count);
+}
+
+}  // namespace
+
+void add_rounded(const AddRounded& p, Device& device) {
+  p.dtype == DType::bf16 ? add_rounded_as<bf16>(p, device) : add_rounded_as<f16>(p, device);
+}
+
+}  // namespace cuda
+}  // namespace randlora

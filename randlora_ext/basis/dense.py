@@ -1,0 +1,43 @@
+"""Dense matrices: A and B of any values, as PEFT draws them by default."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .shape import Shape
+
+
+@dataclass(frozen=True, eq=False)  # identity: comparing megabytes would be no cheap `==`
+class DenseMatrices:
+    """A (r, >= d) and B (>= D, >= K), of which layers of any shape see the front as views."""
+
+    A: Tensor
+    B: Tensor
+    _cast: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+
+    kind: ClassVar[str] = "dense"
+    density: ClassVar[float] = 1.0
+    scale: ClassVar[float] = 1.0
+
+    def check(self, shape: Shape) -> None:
+        """Raises ValueError unless both reach as far as a layer of that shape needs."""
+        A, B = tuple(self.A.shape), tuple(self.B.shape)
+        if A[0] != shape.r or A[1] < shape.d or B[0] < shape.D or B[1] < shape.K:
+            raise ValueError(
+                f"A must be (r, >= d) = ({shape.r}, >= {shape.d}) and B (>= D, >= K) = "
+                f"(>= {shape.D}, >= {shape.K}), got {A} and {B}"
+            )
+
+    def part(
+        self, shape: Shape, device: torch.device, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A (r, d) and B (D, K) as views of the matrices, or of one copy in another dtype."""
+        if (device, dtype) not in self._cast:
+            self._cast[device, dtype] = self.A.to(device, dtype), self.B.to(device, dtype)
+        A, B = self._cast[device, dtype]
+        return A[:, : shape.d], B[: shape.D, : shape.K]
+
+    def __reduce__(self):
+        return DenseMatrices, (self.A, self.B)

@@ -1,0 +1,192 @@
+"""randlora_ext.peft: dense bases, PEFT's default, against stock PEFT."""
+
+import copy
+import gc
+import warnings
+
+import pytest
+import torch
+from peft_helpers import (
+    SHAPES,
+    Deep,
+    Net,
+    accelerated,
+    assert_close,
+    basis_of,
+    config,
+    deep_config,
+    inputs,
+    layers,
+    made,
+    pair,
+    peft,
+    randomize,
+    relative,
+    run,
+    runs_on_kernels,
+)
+from transformers.pytorch_utils import Conv1D
+
+from randlora_ext import TernaryBasis
+
+pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
+PATHS = ["factored", "delta", "merged"]
+
+
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch):
+    monkeypatch.setenv("RANDLORA_PATH", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("in_features, out_features, r", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_same_numbers_as_stock(in_features, out_features, r, dtype, path):
+    stock, ours = pair(Net(in_features, out_features).to(dtype), lambda: config(r))
+    if dtype is torch.float64:
+        stock.double(), ours.double()
+    x, dy = inputs(in_features, out_features, dtype)
+    tolerance = 1e-12 if dtype is torch.float64 else 2e-5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results = run(ours, x, dy)
+    assert_close(results, run(stock, x, dy), tolerance)
+    assert runs_on_kernels(ours)
+    for mine, theirs in zip(layers(ours), layers(stock), strict=True):
+        assert relative(mine.get_delta_weight("default"), theirs.get_delta_weight("default")) < 1e-6
+
+
+def test_conv1d(path):
+    stock, ours = pair(Net(24, 40, Conv1D), lambda: config(5, fan_in_fan_out=True))
+    x, dy = inputs(24, 40)
+    assert_close(run(ours, x, dy), run(stock, x, dy), 2e-5)
+
+
+def test_loss_curves_are_those_of_stock(path):
+    models = pair(Deep(), lambda: deep_config(5))
+    x, target = torch.randn(64, 24), torch.randn(64, 40)
+    curves = []
+    for model in models:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        losses = []
+        for _ in range(60):
+            loss = (model(x) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(torch.tensor(losses))
+    assert curves[0][-1] < 0.9 * curves[0][0]
+    assert (curves[0] - curves[1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_in_16_bits_or_as_stock(dtype, path):
+    """Adapters, gradients and files stay float32; errors are those of 16-bit activations."""
+    stock, ours = pair(Deep().to(dtype), lambda: deep_config(5))
+    # The same 16-bit weights and activations, all else exact.
+    exact, _ = pair(Deep().to(dtype).double(), lambda: deep_config(5))
+    exact.load_state_dict({k: v.double() for k, v in stock.state_dict().items()})
+    x, dy = inputs(24, 40, dtype)
+    wanted = run(exact.double(), x.double(), dy.double())
+    theirs, mine = run(stock, x, dy), run(ours, x, dy)
+    eps = torch.finfo(dtype).eps
+    for ours_is, theirs_is, value in zip(mine, theirs, wanted, strict=True):
+        assert ours_is.dtype == theirs_is.dtype
+        # stock rounds only between layers
+        assert relative(ours_is, value) <= 2 * relative(theirs_is, value) + 2 * eps
+    accelerated.enable(float32_products=True)
+    try:
+        for one, other in zip(run(ours, x, dy), theirs, strict=True):
+            assert one.dtype == other.dtype and relative(one, other) < eps
+    finally:
+        accelerated.enable()
+    saved = {v.dtype for k, v in ours.state_dict().items() if "randlora" in k}
+    assert saved == {torch.float32}
+
+
+def test_merged_rounding():
+    model = randomize(made(base=lambda: Deep().bfloat16(), merged_rounding="nearest"))
+    assert "dense merged" in accelerated.kernel_summary(model)
+    x = torch.randn(400, 24, dtype=torch.bfloat16)
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert relative(model(x), merged(x)) < 1e-2
+
+
+def test_several_adapters_dropout_mixed_batches_and_merging():
+    def adapted(model):
+        model.add_adapter("two", deep_config(5))
+        return randomize(model).eval()
+
+    stock, ours = (adapted(model) for model in pair(Deep(), lambda: deep_config(5)))
+    x = torch.randn(6, 24)
+    for model in (stock, ours):
+        model.base_model.set_adapter(["default", "two"])
+    both = stock(x)
+    assert relative(ours(x), both) < 1e-6
+    for model in (stock, ours):
+        model.merge_adapter()
+    assert relative(ours(x), both) < 1e-5
+    ours.unmerge_adapter()
+    ours.set_adapter("two")
+    second = ours(x)
+    mixed = ours(x, adapter_names=["two", "__base__", "two", "default", "two", "two"])
+    assert relative(mixed[[0, 2, 4, 5]], second[[0, 2, 4, 5]]) < 1e-6
+    assert relative(ours.merge_and_unload()(x), second) < 1e-5
+    stock, ours = pair(Deep(), lambda: deep_config(5, randlora_dropout=0.5))
+    results = []
+    for model in (stock.train(), ours.train()):
+        torch.manual_seed(2)
+        results.append(model(x))
+    assert relative(*results) < 1e-6
+
+
+def test_files_are_those_of_stock(tmp_path):
+    stock, ours = pair(Deep(), lambda: deep_config(5))
+    x = torch.randn(6, 24)
+    stock.save_pretrained(tmp_path / "stock")
+    ours.save_pretrained(tmp_path / "ours")
+    for switch in (accelerated.disable, accelerated.enable):
+        for folder in ("stock", "ours"):
+            switch()
+            loaded = peft.PeftModel.from_pretrained(Deep(), tmp_path / folder)
+            assert relative(loaded(x), stock(x)) < 1e-6
+
+
+def test_layers_multiply_by_the_tensors_of_the_model():
+    model = made()
+    a, b, c = (basis_of(layer) for layer in layers(model))
+    A, B = (getattr(model.base_model, n)["default"] for n in ("randlora_A", "randlora_B"))
+    assert a is c
+    for basis in (a, b):
+        assert basis.kind == "dense"
+        assert [t.data_ptr() for t in basis.packed()] == [A.data_ptr(), B.data_ptr()]
+    bases = accelerated.accelerate(peft.get_peft_model(Deep(), deep_config(5))).base_model
+    assert bases.randlora_B["default"].dtype == torch.float32
+
+
+def test_what_is_written_to_the_bases_is_noticed():
+    model = made(base=lambda: Deep().bfloat16())
+    x = torch.randn(6, 24, dtype=torch.bfloat16)
+    before = model(x)
+    with torch.no_grad():
+        model.base_model.randlora_B["default"].mul_(2)  # there is a copy in 16 bits
+    assert relative(model(x), before) > 0.1
+
+
+def test_bases_go_with_their_model():
+    def living() -> int:
+        gc.collect()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return sum(isinstance(thing, TernaryBasis) for thing in gc.get_objects())
+
+    before = living()
+    model = made()
+    model(torch.randn(2, 24))
+    for _ in range(20):
+        model.double()(torch.randn(2, 24, dtype=torch.float64))
+        model.float()(torch.randn(2, 24))
+    assert 0 < living() - before <= 6
+    del model
+    assert living() == before
