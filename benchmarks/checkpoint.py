@@ -36,7 +36,7 @@ def saved_bytes(shape: dict, make_config: Callable[..., peft.PeftConfig], **opti
 
 
 def sizes(rank: int = 32, shape: dict = LLAMA_3B) -> dict[str, int]:
-    """Bytes by method; PEFT's RandLoRA saves its bases unless told not to, ours only their seed."""
+    """Bytes by method; PEFT's RandLoRA (0.21.2: a copy per layer) saves its bases, ours a seed."""
     randlora_ext.peft.disable()
     found = {
         "LoRA": saved_bytes(shape, peft.LoraConfig, r=rank),

@@ -58,10 +58,10 @@ def export_to_peft(
         merged: write the base model with the active adapters merged into its weights instead, by
             ``save_pretrained`` of the base model, or as model.safetensors if it has none. A copy
             is merged. 16-bit weights round the sum to 16 bits; ``model.float()`` first avoids it.
-        safe_serialization: True writes adapter_model.safetensors with the bases once; stock PEFT
-            then warns of "missing adapter keys", the copies that its own files hold for every
-            layer, and still loads them right. False writes adapter_model.bin, a pickle in which
-            these copies are references to one tensor: as small, and read without a warning.
+        safe_serialization: True writes adapter_model.safetensors with the bases once; PEFT to
+            0.21.2 then warns of "missing adapter keys", the copies that its own files hold for
+            every layer, and still loads them right. False writes adapter_model.bin, a pickle in
+            which these copies are references to one tensor: as small, and read without a warning.
 
     Raises TypeError if model is no PeftModel over RandLoRA layers, ValueError if block bases belong
     to layers of different shapes, which it names.
