@@ -1,13 +1,22 @@
 """Builds, checks and measures on a CUDA card. Starts from a bare checkout and installs nothing.
 
-    python benchmarks/gpu_run.py                            build, check, block_gemm
-    python benchmarks/gpu_run.py --stages layers,kernels    these, after a build
-    python benchmarks/gpu_run.py --stages build             works without a card, then for sm_90
-    python benchmarks/gpu_run.py --stages all --dry         toy sizes on the CPU
+    python benchmarks/gpu_run.py --stages STAGE,STAGE     see docs/cuda.md for the order
+    python benchmarks/gpu_run.py --stages build           works without a card, then for sm_90
+    python benchmarks/gpu_run.py --stages all --dry       toy sizes on the CPU
 
-docs/gpu-run.md says what to type in which order. A stage is one or more processes with a time
-limit each, so one that dies or hangs costs only itself. Results are on disk as they come, in --out:
-gpu-CARD.jsonl (a line for each result, appended by later runs), gpu-CARD.md (tables), gpu-CARD.log.
+    build       the extension and the CUDA library in place, before every stage that needs it
+    check       self-check, GPU tests without the slowest, memcheck, a fault that it must find
+    block_gemm  products of block bases in plain torch beside LoRA; needs no build
+    layers      a layer by every method and path: sizes, tokens, densities
+    kernels     every operator beside its floor
+    racecheck   compute-sanitizer's racecheck on small shapes
+    model       a model of the shape of Llama-3.2-3B
+    ncu         Nsight Compute: time, bytes and shared-memory wavefronts of each kernel
+    slow        the remaining GPU tests
+
+A stage is one or more processes with a time limit each, so one that dies or hangs costs only
+itself; it can run alone and again. Results are on disk as they come, in --out: gpu-CARD.jsonl (a
+line for each result, appended by later runs), gpu-CARD.md (tables), gpu-CARD.log.
 """
 
 import argparse
@@ -216,7 +225,9 @@ class Run:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--stages", default=",".join(DEFAULT),
                         help=f"all, or of {','.join(STAGES)}; default %(default)s")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=9, help="for all of it; default 9")

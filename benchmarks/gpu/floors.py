@@ -3,7 +3,7 @@
 Each input is read once and each result written once. What lies between (V, U, partial sums) could
 stay on the chip and is not counted. Letters as in docs/math.md; activations, A' and dW have
 `element` bytes (bf16: 2), lambda and gamma four. A multiply-add is two operations on the matrix
-unit and one elsewhere. What each kernel does, Nsight Compute tells (docs/gpu-run.md).
+unit and one elsewhere. What each kernel does, Nsight Compute tells.
 """
 
 from dataclasses import dataclass
