@@ -91,5 +91,7 @@ def newest(session: nox.Session) -> Path:
 
 def install(session: nox.Session, requirement: str) -> None:
     """Installs the wheel and leaves the checkout, so that Python finds the wheel alone."""
-    session.install(f"{newest(session)}[test]", requirement)
+    wheel = str(newest(session))
+    session.install(f"{wheel}[test]", requirement)
+    session.install("--force-reinstall", "--no-deps", wheel)  # into an environment used again
     session.chdir(session.create_tmp())

@@ -38,7 +38,7 @@ keys = {n: torch._C._dispatch_has_kernel_for_dispatch_key(n, "CUDA") for n in na
 print("CUDA key of", len(keys), "operators:", *(n.split("::")[1] for n in sorted(keys)))
 assert len(keys) >= 10 and all(keys.values()), keys
 wanted = re.findall(r'entry<[^(]*\\("(.*?)", "(.*?)"\\)', pathlib.Path(sys.argv[2]).read_text())
-assert len(wanted) == 3, wanted
+assert len(wanted) >= 3, wanted
 for file, name in wanted:
     getattr(ctypes.CDLL(file), name)
 print("torch has", *(name for _, name in wanted))
