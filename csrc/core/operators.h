@@ -32,12 +32,45 @@ struct Basis {
   RANDLORA_HD_MEMBER bool has_lists() const { return !has_planes(); }
 };
 
-// The packed block bases (docs/basis-spec.md, section 14): A is block diagonal over `groups` as in
-// ScaledBasis, and B[o, c] is not 0 if o // (D / groups) == c % groups.
-struct Blocks {
-  int64_t D, d, r, n, groups;
-  Planes b;         // (K, D / groups): row c holds column c of B within its chunk of D
-  const int8_t* a;  // (r, d / groups)
+// Sizes of block bases (docs/basis-spec.md, section 14), of a whole layer or of a slice that holds
+// some chunks of d and of D. A is block diagonal over its chunks of d as in ScaledBasis. B[o, c] is
+// not 0 if o is in the chunk of D that row c belongs to.
+//
+// Rows c of A' count from the first that the chunks of d have. Those of which the slice holds the
+// chunk of D are its rows e, in the same order:
+//
+//   c = e / b_chunks * groups + e % b_chunks + first        which chunk of D: e % b_chunks
+//
+// Of a whole layer e is c. B, V and U have rows e; a few of them at both ends may be no row c.
+template <class Int>
+struct BlockSizesOf {
+  Int D, d, r, n;          // of a slice: its features, and the rank indices of its chunks of d
+  Int groups;              // G of the layer
+  Int a_chunks, b_chunks;  // of d and of D; G of a whole layer
+  Int first = 0;           // c of e = 0, between -groups and groups
+
+  template <class To>
+  BlockSizesOf<To> as() const {
+    return {To(D), To(d), To(r), To(n), To(groups), To(a_chunks), To(b_chunks), To(first)};
+  }
+  RANDLORA_HD_MEMBER Int K() const { return r * n; }
+  RANDLORA_HD_MEMBER Int a_rows() const { return K() / a_chunks; }  // c of a chunk of d
+  RANDLORA_HD_MEMBER Int a_width() const { return d / a_chunks; }
+  RANDLORA_HD_MEMBER Int b_width() const { return D / b_chunks; }
+  RANDLORA_HD_MEMBER Int cycles() const { return (K() - first + groups - 1) / groups; }
+  RANDLORA_HD_MEMBER Int rows() const { return cycles() * b_chunks; }
+  RANDLORA_HD_MEMBER Int row(Int e) const { return e / b_chunks * groups + e % b_chunks + first; }
+  // How many e have a smaller row than c.
+  RANDLORA_HD_MEMBER Int before(Int c) const {
+    const Int behind = c > first ? c - first : 0, rest = behind % groups;
+    return behind / groups * b_chunks + (rest < b_chunks ? rest : b_chunks);
+  }
+};
+using BlockSizes = BlockSizesOf<int64_t>;
+
+struct Blocks : BlockSizes {
+  Planes b;         // (rows(), D / b_chunks): B[chunk of D, row(e)]
+  const int8_t* a;  // (r, d / a_chunks)
 };
 
 // Length of the support tables of A (csrc/cuda): first the entries in column order, each rank index

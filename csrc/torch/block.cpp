@@ -9,8 +9,8 @@
 namespace randlora {
 namespace {
 
-constexpr int64_t kFewTokens = 16;                  // that the kernel without a dense B is made for
-constexpr int64_t kChunkBytes = int64_t{64} << 20;  // limit for V or U; more tokens are chunked
+constexpr int64_t kFewTokens = 16;  // that the kernel without a dense B is made for
+constexpr Products::Limits kLimits{int64_t{64} << 20, 128, 8};  // tensor cores need aligned rows
 
 // Powers of two that keep float16 in range. gamma is about 1 / d and lambda below 1, so their
 // product would lose bits below 2^-14. The gradient of A' sums D / G of the terms that a weight's
@@ -20,7 +20,8 @@ struct Range {
 
   Range(const BlockBasis& b, DType dtype) {
     if (dtype != DType::f16) return;
-    scaled = std::exp2(4 + std::round(std::log2(double(b.n > b.d ? b.n : b.d))));
+    const int64_t d = b.groups * b.a_width();  // of the layer
+    scaled = std::exp2(4 + std::round(std::log2(double(b.n > d ? b.n : d))));
     gradient = std::exp2(-std::ceil(std::log2(std::sqrt(double(b.b_width())))));
   }
 };
@@ -28,112 +29,115 @@ struct Range {
 Planes planes_of(const BlockBasis& b) {
   const auto* plus = static_cast<const uint64_t*>(b.b_planes->const_data_ptr());
   const int64_t words = b.b_planes->size(2);
-  return {plus, plus + b.K() * words, words};
+  return {plus, plus + b.rows() * words, words};
 }
 
 Blocks raw_blocks(const BlockBasis& b) {
-  return {b.D, b.d, b.r, b.n, b.G, planes_of(b), static_cast<const int8_t*>(b.a.const_data_ptr())};
+  return {b, planes_of(b), static_cast<const int8_t*>(b.a.const_data_ptr())};
 }
 
-// factor * A' (K, d / G) in `dtype`: row c = j * n + i holds chunk j / (r / G) of the columns.
+const void* element(const Tensor& t, int64_t e, DType dtype) {
+  return static_cast<const char*>(t.const_data_ptr()) + e * bytes_of(dtype);
+}
+
+// A matrix of all rows c, of which a slice of D uses some as its rows e.
+struct AllRows {
+  Tensor matrix;       // (.., a_width)
+  int64_t of_e, of_c;  // its rows that are e = 0 and c = 0
+
+  AllRows(const BlockBasis& b, DType dtype, const Tensor& like, const OptionalTensor& made = {})
+      : of_e(b.first > 0 ? b.groups : 0), of_c(of_e - b.first) {
+    matrix = made ? *made
+                  : allocate({of_e + b.cycles() * b.groups, b.a_width()}, scalar_type(dtype), like);
+  }
+  void* rows_c(DType dtype) const {
+    return const_cast<void*>(element(matrix, of_c * matrix.size(1), dtype));
+  }
+  // (cycles, b_chunks, a_width)
+  Tensor rows_e(const BlockBasis& b, DType dtype) const {
+    const int64_t w = b.a_width(), sizes[3] = {b.cycles(), b.b_chunks, w},
+                  strides[3] = {b.groups * w, w, 1};
+    return torch::stable::from_blob(const_cast<void*>(element(matrix, of_e * w, dtype)), {sizes, 3},
+                                    {strides, 3}, matrix.device(), scalar_type(dtype));
+  }
+};
+
+// factor * A' (rows(), d / a_chunks) in `dtype`, its rows e.
 Tensor scaled_a(const BlockBasis& b, const Tensor& lam, const Tensor& gam, DType dtype,
                 double factor) {
   const Tensor a = compute_copy(b.a, dtype), l = compute_copy(lam, dtype),
                g = compute_copy(gam, dtype);
-  Tensor out = allocate({b.K(), b.a_width()}, scalar_type(dtype), lam);
+  const AllRows all(b, dtype, lam);
   run(lam, &Kernels::scaled_basis, &CudaKernels::scaled_basis,
-      {b.r, b.n, b.d, a.const_data_ptr(), l.const_data_ptr(), g.const_data_ptr(),
-       out.mutable_data_ptr(), dtype, b.G, factor});
-  return out;
+      {b.r, b.n, b.d, a.const_data_ptr(), l.const_data_ptr(), g.const_data_ptr(), all.rows_c(dtype),
+       dtype, b.a_chunks, factor});
+  if (b.b_chunks == b.groups) return all.matrix;
+  const Tensor rows = torch::stable::clone(all.rows_e(b, dtype));  // outlives `all`
+  return torch::stable::view(rows, {b.rows(), b.a_width()});
 }
 
-// (dlam, dgam) from the gradient (K, d / G) of A'.
+// (dlam, dgam) from the gradient (rows(), d / a_chunks) of A'.
 std::tuple<Tensor, Tensor> contract(const BlockBasis& b, const Tensor& grad, const Tensor& lam,
                                     const Tensor& gam, DType dtype, double scale) {
   const Tensor a = compute_copy(b.a, dtype), l = compute_copy(lam, dtype),
                g = compute_copy(gam, dtype);
+  const bool whole = b.b_chunks == b.groups;
+  AllRows all(b, dtype, lam, whole ? OptionalTensor(grad) : std::nullopt);
+  if (!whole) {
+    torch::stable::zero_(all.matrix);
+    Tensor rows = all.rows_e(b, dtype);
+    torch::stable::copy_(rows, torch::stable::view(grad, {b.cycles(), b.b_chunks, b.a_width()}));
+  }
   Tensor dlam = allocate_like(l), dgam = allocate_like(g);
   run(lam, &Kernels::scaled_basis_backward, &CudaKernels::scaled_basis_backward,
-      {b.r, b.n, b.d, a.const_data_ptr(), l.const_data_ptr(), g.const_data_ptr(),
-       grad.const_data_ptr(), dlam.mutable_data_ptr(), dgam.mutable_data_ptr(), dtype, b.G, scale});
+      {b.r, b.n, b.d, a.const_data_ptr(), l.const_data_ptr(), g.const_data_ptr(), all.rows_c(dtype),
+       dlam.mutable_data_ptr(), dgam.mutable_data_ptr(), dtype, b.a_chunks, scale});
   return {cast(dlam, lam.scalar_type()), cast(dgam, gam.scalar_type())};
 }
 
-Side a_side(const BlockBasis& b, const Tensor& scaled) {
-  const int64_t rows = b.K() / b.G, width = b.a_width();
-  return {{scaled.const_data_ptr(), b.G, rows, width, rows * width, width, 1}, b.d, 1};
+Side a_side(const BlockBasis& b, const Tensor& scaled, DType dtype) {
+  const int64_t rows = b.a_rows(), width = b.a_width();
+  const bool uniform = b.b_chunks == b.groups || rows % b.groups == 0;
+  Side side{b.d, {}};
+  for (int64_t h = 0; h < (uniform ? 1 : b.a_chunks); ++h) {
+    const int64_t first = b.before(h * rows), count = b.before((h + 1) * rows) - first;
+    side.parts.push_back({{element(scaled, first * width, dtype), uniform ? b.a_chunks : 1, count,
+                           width, count * width, width, 1},
+                          first,
+                          count,
+                          1,
+                          h * width});
+  }
+  return side;
 }
 
-// The products of one call, chunk after chunk of tokens.
-class Products {
- public:
-  Products(const BlockBasis& b, DType dtype, int64_t T, const Tensor& like)
-      : dtype_(dtype), T_(T), like_(like) {
-    const int64_t fit = kChunkBytes / (b.K() * bytes_of(dtype));
-    chunk_ = fit < 128 ? 128 : fit / 128 * 128;
-    if (chunk_ > T) chunk_ = T;
-    stride_ = (chunk_ + 7) / 8 * 8;  // tensor cores need aligned rows
-    V_ = allocate({b.K(), stride_}, scalar_type(dtype), like);
-  }
+// B's blocks; row e is row e / b_chunks of block e % b_chunks.
+MatrixBatch b_blocks(const BlockBasis& b, const Tensor& dense) {
+  const int64_t Q = b.b_chunks, height = b.b_width();
+  if (b.is_dense())
+    return {dense.const_data_ptr(), 1, b.K(), height, 0, dense.stride(1), dense.stride(0)};
+  return {dense.const_data_ptr(), Q, b.cycles(), height, height, Q * height, 1};
+}
 
-  // fn(first token) for every chunk.
-  template <class F>
-  void each_chunk(const F& fn) {
-    for (int64_t t = 0; t < T_; t += chunk_) {
-      tokens_ = T_ - t < chunk_ ? T_ - t : chunk_;
-      fn(t);
-    }
-  }
-
-  // V = blocks x^T
-  void down(const Side& s, const Tensor& x, int64_t t) {
-    multiply(s.rows_of(V_.const_data_ptr(), tokens_, stride_), s.blocks,
-             s.chunks_of(at(x, t, s), tokens_).transposed(), 1, 0, dtype_, like_);
-  }
-  // y = beta * y + alpha * V^T blocks
-  void up(const Side& s, const Tensor& y, int64_t t, double alpha, double beta) {
-    multiply(s.chunks_of(at(y, t, s), tokens_),
-             s.rows_of(V_.const_data_ptr(), tokens_, stride_).transposed(), s.blocks, alpha, beta,
-             dtype_, like_);
-  }
-  // gradient = alpha * V x, added from the second chunk on
-  void gradient(const Side& s, const Tensor& x, int64_t t, double alpha, const Tensor& gradient) {
-    MatrixBatch out = s.blocks;
-    out.data = gradient.const_data_ptr();
-    multiply(out, s.rows_of(V_.const_data_ptr(), tokens_, stride_),
-             s.chunks_of(at(x, t, s), tokens_), alpha, t == 0 ? 0 : 1, dtype_, like_);
-  }
-
- private:
-  const void* at(const Tensor& x, int64_t t, const Side& s) const {
-    return static_cast<const char*>(x.const_data_ptr()) + t * s.features * bytes_of(dtype_);
-  }
-
-  DType dtype_;
-  int64_t T_, chunk_, stride_, tokens_ = 0;
-  const Tensor& like_;
-  Tensor V_;
-};
-
-// Calls fn(b_rows, a_rows, offset) for the rows c that chunk g of D and chunk h of d share, in
+// Calls fn(b_rows, a_rows, offset) for the rows e that chunk g of D and chunk h of d share, in
 // batches over h if all of them have equally many. `offset` is where their block of a matrix
 // starts that has `g_step` elements between chunks of D and `h_step` between chunks of d.
 template <class F>
-void each_meeting(const BlockBasis& b, const Tensor& b_dense, const void* a, DType dtype,
+void each_meeting(const BlockBasis& b, const Tensor& b_dense, const Tensor& a, DType dtype,
                   int64_t g_step, int64_t h_step, const F& fn) {
-  const MatrixBatch B = b_side(b, b_dense).blocks;
-  const int64_t G = b.G, rows = b.K() / G, width = b.a_width();
-  const bool uniform = rows % G == 0;
-  const auto from = [&](const void* p, int64_t elements) {
-    return static_cast<const char*>(p) + elements * bytes_of(dtype);
-  };
-  for (int64_t g = 0; g < G; ++g)
-    for (int64_t h = 0; h < (uniform ? 1 : G); ++h) {
-      const int64_t first = h * rows + ((g - h * rows) % G + G) % G, end = (h + 1) * rows;
-      const int64_t count = first < end ? (end - first + G - 1) / G : 0, batch = uniform ? G : 1;
-      fn(MatrixBatch{from(B.data, first % G * B.next + first / G * B.row), batch, count, B.cols,
-                     rows / G * B.row, B.row, B.col},
-         MatrixBatch{from(a, first * width), batch, count, width, rows * width, G * width, 1},
+  const MatrixBatch B = b_blocks(b, b_dense);
+  const int64_t Q = b.b_chunks, rows = b.a_rows(), width = b.a_width();
+  const bool uniform = rows % b.groups == 0;
+  const int64_t batch = uniform ? b.a_chunks : 1, cycles = rows / b.groups;
+  for (int64_t g = 0; g < Q; ++g)
+    for (int64_t h = 0; h < b.a_chunks; h += batch) {
+      const int64_t begin = b.before(h * rows), end = b.before((h + 1) * rows);
+      const int64_t first = begin + ((g - begin) % Q + Q) % Q;
+      const int64_t count = first < end ? (end - first + Q - 1) / Q : 0;
+      fn(MatrixBatch{element(b_dense, g * B.next + first / Q * B.row, dtype), batch, count, B.cols,
+                     cycles * B.row, B.row, B.col},
+         MatrixBatch{element(a, first * width, dtype), batch, count, width, cycles * Q * width,
+                     Q * width, 1},
          g * g_step + h * h_step);
     }
 }
@@ -142,14 +146,14 @@ void each_meeting(const BlockBasis& b, const Tensor& b_dense, const void* a, DTy
 
 static Tensor expand_b(const BlockBasis& b, DType dtype) {
   const Planes planes = planes_of(b);
-  Tensor out = allocate({b.K(), b.b_width()}, scalar_type(dtype), *b.b_planes);
+  Tensor out = allocate({b.rows(), b.b_width()}, scalar_type(dtype), *b.b_planes);
   if (runs_on_cuda(out)) {
     TorchDevice device(out);
-    cuda_kernels().planes_to_dense(planes, b.K(), b.b_width(), 1.0, out.mutable_data_ptr(), dtype,
-                                   device);
+    cuda_kernels().planes_to_dense(planes, b.rows(), b.b_width(), 1.0, out.mutable_data_ptr(),
+                                   dtype, device);
   } else {
     TorchRuntime runtime;
-    planes_to_dense(planes, b.K(), b.b_width(), 1.0, out.mutable_data_ptr(), dtype, runtime);
+    planes_to_dense(planes, b.rows(), b.b_width(), 1.0, out.mutable_data_ptr(), dtype, runtime);
   }
   return out;
 }
@@ -157,6 +161,24 @@ static Tensor expand_b(const BlockBasis& b, DType dtype) {
 Tensor dense_b(const BlockBasis& b, DType dtype) {
   if (b.is_dense()) return cast(*b.b, scalar_type(dtype));
   return b.b && b.b->scalar_type() == scalar_type(dtype) ? *b.b : expand_b(b, dtype);
+}
+
+Side b_side(const BlockBasis& b, const Tensor& dense, DType dtype) {
+  const MatrixBatch B = b_blocks(b, dense);
+  const int64_t Q = b.b_chunks, cycles = b.cycles();
+  const bool uniform = b.row(0) >= 0 && b.row(b.rows() - 1) < b.K();
+  if (uniform) return {b.D, {{B, 0, 1, Q, 0}}};
+  Side side{b.D, {}};
+  for (int64_t g = 0; g < Q; ++g) {
+    const int64_t begin = b.row(g) < 0, end = cycles - (b.row(g + (cycles - 1) * Q) >= b.K());
+    side.parts.push_back({{element(dense, g * B.next + begin * B.row, dtype), 1, end - begin,
+                           B.cols, B.next, B.row, B.col},
+                          g + begin * Q,
+                          1,
+                          Q,
+                          g * B.cols});
+  }
+  return side;
 }
 
 void block_linear(const BlockBasis& b, const Tensor& lam, const Tensor& gam, const Tensor& x,
@@ -175,11 +197,12 @@ void block_linear(const BlockBasis& b, const Tensor& lam, const Tensor& gam, con
   }
   const Range range(b, dtype);
   const Tensor scaled = scaled_a(b, lam, gam, dtype, range.scaled), dense = dense_b(b, dtype);
-  const Side A = a_side(b, scaled), B = b_side(b, dense);
-  Products products(b, dtype, T, x);
+  const Side A = a_side(b, scaled, dtype), B = b_side(b, dense, dtype);
+  Products products(b, dtype, T, kLimits, x);
+  const Tensor V = products.buffer();
   products.each_chunk([&](int64_t t) {
-    products.down(expand ? A : B, x, t);
-    products.up(expand ? B : A, y, t, scale / range.scaled, accumulate);
+    products.down(expand ? A : B, x, t, V);
+    products.up(expand ? B : A, V, y, t, scale / range.scaled, accumulate);
   });
 }
 
@@ -194,18 +217,21 @@ std::tuple<Tensor, Tensor> block_linear_backward(const BlockBasis& b, const Tens
                                  need_diagonals);
   const Range range(b, dtype);
   const Tensor dense = dense_b(b, dtype);
-  Tensor gradient = allocate({b.K(), b.a_width()}, scalar_type(dtype), x);
+  Tensor gradient = allocate({b.rows(), b.a_width()}, scalar_type(dtype), x);
+  if (T == 0) torch::stable::zero_(gradient);
   // Only dx needs A'; the gradient has its shape.
   const Tensor scaled = dx ? scaled_a(b, lam, gam, dtype, range.scaled) : gradient;
-  const Side A = a_side(b, scaled), B = b_side(b, dense);
-  if (T == 0) torch::stable::zero_(gradient);
-  Products products(b, dtype, T, x);
+  const Side A = a_side(b, scaled, dtype), B = b_side(b, dense, dtype),
+             P = a_side(b, gradient, dtype);
+  Products products(b, dtype, T, kLimits, x);
+  const Tensor V = products.buffer();
   products.each_chunk([&](int64_t t) {
-    if (dx || expand) products.down(expand ? B : A, dy, t);  // U, or V where d is the output side
-    if (dx) products.up(expand ? A : B, *dx, t, scale / range.scaled, accumulate);
+    if (dx || expand)  // U, or V where d is the output side
+      products.down(expand ? B : A, dy, t, V);
+    if (dx) products.up(expand ? A : B, V, *dx, t, scale / range.scaled, accumulate);
     if (!need_diagonals) return;
-    if (!expand) products.down(B, x, t);
-    products.gradient(A, expand ? x : dy, t, range.gradient, gradient);
+    if (!expand) products.down(B, x, t, V);
+    products.gradient(P, V, expand ? x : dy, t, range.gradient);
   });
   if (!need_diagonals) return {};
   return contract(b, gradient, lam, gam, dtype, scale / range.gradient);
@@ -238,11 +264,9 @@ Tensor form_delta(const BlockBasis& b, const Tensor& lam, const Tensor& gam,
                     : allocate({out_features, in_features}, scalar_type(compute), lam);
   const int64_t height = b.b_width(), width = b.a_width();
   each_meeting(
-      b, dense, scaled.const_data_ptr(), compute, expand ? height * b.d : height,
-      expand ? width : width * b.D,
+      b, dense, scaled, compute, expand ? height * b.d : height, expand ? width : width * b.D,
       [&](const MatrixBatch& B, const MatrixBatch& A, int64_t offset) {
-        const void* at =
-            static_cast<const char*>(sum.const_data_ptr()) + offset * bytes_of(compute);
+        const void* at = element(sum, offset, compute);
         const MatrixBatch out = expand
                                     ? MatrixBatch{at, B.count, height, width, width, b.d, 1}
                                     : MatrixBatch{at, B.count, width, height, width * b.D, b.D, 1};
@@ -267,12 +291,11 @@ std::tuple<Tensor, Tensor> contract_delta(const BlockBasis& b, const Tensor& gra
   const Range range(b, dtype);
   const Tensor dense = dense_b(b, dtype), G = as_contiguous(grad);
   const int64_t height = b.b_width(), width = b.a_width();
-  Tensor gradient = allocate({b.K(), width}, scalar_type(dtype), lam);
+  Tensor gradient = allocate({b.rows(), width}, scalar_type(dtype), lam);
   each_meeting(
-      b, dense, gradient.const_data_ptr(), dtype, expand ? height * b.d : height,
-      expand ? width : width * b.D,
+      b, dense, gradient, dtype, expand ? height * b.d : height, expand ? width : width * b.D,
       [&](const MatrixBatch& B, const MatrixBatch& out, int64_t offset) {
-        const void* at = static_cast<const char*>(G.const_data_ptr()) + offset * bytes_of(dtype);
+        const void* at = element(G, offset, dtype);
         const MatrixBatch chunk =
             expand ? MatrixBatch{at, B.count, height, width, width, b.d, 1}
                    : MatrixBatch{at, B.count, width, height, width * b.D, b.D, 1}.transposed();

@@ -1,34 +1,110 @@
-// The sides of block bases as batches of matrices, and the A side by classes of columns on the CPU.
+// The sides of block bases as batches of matrices, their products over chunks of tokens, and the A
+// side by classes of columns on the CPU.
 #pragma once
 #include "backend.h"
 
 namespace randlora {
 
-// B (K, D / G) in `dtype`: row c holds column c of B within chunk c % G. Of dense bases (D, K).
+// B (rows(), D / b_chunks) in `dtype`: row e holds column row(e) of B within its chunk of D. Of dense
+// bases (D, K).
 Tensor dense_b(const BlockBasis& b, DType dtype);
 
-// One side of the adapter: G blocks (K / G, features / G), and where the rows of a block lie in V
-// or U (K, T). A's rows follow each other, and B's are G apart: the permutation between the two
-// sides costs no copy.
+// One side of the adapter: blocks, and the rows of V or U (rows(), T) and the columns of x or y
+// that belong to each. A's rows follow each other, and B's are b_chunks apart: the permutation
+// between the two sides costs no copy. All blocks are one batch where they have equally many rows.
 struct Side {
-  MatrixBatch blocks;
-  int64_t features, row;  // of V or U, in rows
+  struct Part {
+    MatrixBatch blocks;
+    int64_t first, next, step;  // rows of V: of block i from first + i * next, `step` apart
+    int64_t column;             // of x: of block i from column + i * blocks.cols
 
-  MatrixBatch rows_of(const void* V, int64_t T, int64_t stride) const {
-    const int64_t next = row == 1 ? blocks.rows : 1;
-    return {V, blocks.count, blocks.rows, T, next * stride, row * stride, 1};
-  }
-  MatrixBatch chunks_of(const void* x, int64_t T) const {
-    return {x, blocks.count, T, blocks.cols, blocks.cols, features, 1};
-  }
+    MatrixBatch rows_of(const void* V, int64_t T, int64_t stride, DType dtype) const {
+      return {static_cast<const char*>(V) + first * stride * bytes_of(dtype),
+              blocks.count,
+              blocks.rows,
+              T,
+              next * stride,
+              step * stride,
+              1};
+    }
+    MatrixBatch columns_of(const void* x, int64_t T, int64_t features, DType dtype) const {
+      return {static_cast<const char*>(x) + column * bytes_of(dtype),
+              blocks.count,
+              T,
+              blocks.cols,
+              blocks.cols,
+              features,
+              1};
+    }
+  };
+  int64_t features;
+  std::vector<Part> parts;
 };
 
-inline Side b_side(const BlockBasis& b, const Tensor& dense) {
-  const int64_t rows = b.K() / b.G, width = b.b_width();
-  if (b.is_dense())
-    return {{dense.const_data_ptr(), 1, rows, width, 0, dense.stride(1), dense.stride(0)}, b.D, 1};
-  return {{dense.const_data_ptr(), b.G, rows, width, width, b.G * width, 1}, b.D, b.G};
-}
+Side b_side(const BlockBasis& b, const Tensor& dense, DType dtype);
+
+// The products of one call, chunk after chunk of tokens.
+class Products {
+ public:
+  struct Limits {
+    int64_t bytes;   // of V or U
+    int64_t tokens;  // of a chunk: a multiple of it, or all
+    int64_t align;   // of the rows of V and U, in elements
+  };
+
+  Products(const BlockBasis& b, DType dtype, int64_t T, const Limits& limits, const Tensor& like)
+      : rows_(b.rows()), dtype_(dtype), T_(T), like_(like) {
+    const int64_t fit = limits.bytes / (b.rows() * bytes_of(dtype)) / limits.tokens;
+    chunk_ = (fit < 1 ? 1 : fit) * limits.tokens;
+    if (chunk_ > T) chunk_ = T;
+    stride_ = (chunk_ + limits.align - 1) / limits.align * limits.align;
+  }
+
+  Tensor buffer() const { return allocate({rows_, stride_}, scalar_type(dtype_), like_); }
+  int64_t tokens() const { return tokens_; }
+  int64_t stride() const { return stride_; }
+
+  // fn(first token) for every chunk.
+  template <class F>
+  void each_chunk(const F& fn) {
+    for (int64_t t = 0; t < T_; t += chunk_) {
+      tokens_ = T_ - t < chunk_ ? T_ - t : chunk_;
+      fn(t);
+    }
+  }
+
+  // V = blocks x^T
+  void down(const Side& s, const Tensor& x, int64_t t, const Tensor& V) const {
+    for (const Side::Part& p : s.parts)
+      multiply(rows(p, V), p.blocks, columns(s, p, x, t).transposed(), 1, 0, dtype_, like_);
+  }
+  // y = beta * y + alpha * V^T blocks
+  void up(const Side& s, const Tensor& V, const Tensor& y, int64_t t, double alpha,
+          double beta) const {
+    for (const Side::Part& p : s.parts)
+      multiply(columns(s, p, y, t), rows(p, V).transposed(), p.blocks, alpha, beta, dtype_, like_);
+  }
+  // gradient = alpha * V x, added from the second chunk on; `gradient` lies as the side's matrix.
+  void gradient(const Side& s, const Tensor& V, const Tensor& x, int64_t t, double alpha) const {
+    for (const Side::Part& p : s.parts)
+      multiply(p.blocks, rows(p, V), columns(s, p, x, t), alpha, t == 0 ? 0 : 1, dtype_, like_);
+  }
+
+ private:
+  MatrixBatch rows(const Side::Part& p, const Tensor& V) const {
+    return p.rows_of(V.const_data_ptr(), tokens_, stride_, dtype_);
+  }
+  MatrixBatch columns(const Side& s, const Side::Part& p, const Tensor& x, int64_t t) const {
+    const void* at =
+        static_cast<const char*>(x.const_data_ptr()) + t * s.features * bytes_of(dtype_);
+    return p.columns_of(at, tokens_, s.features, dtype_);
+  }
+
+  int64_t rows_;
+  DType dtype_;
+  int64_t T_, chunk_, stride_, tokens_ = 0;
+  const Tensor& like_;
+};
 
 // Whether x is on the CPU and A' is made of r classes of n columns, of which a block has several.
 bool factors_by_classes(const BlockBasis& b, const Tensor& x);

@@ -108,18 +108,14 @@ inline Tensor cast(const Tensor& t, ScalarType type) {
 Tensor compute_copy(const Tensor& t, DType dtype);
 ScalarType compute_type(DType dtype);
 
-// The packed bases A and B of block bases: G dense blocks each (docs/basis-spec.md). Dense bases
-// are one block, of elements that are given as they are.
-struct BlockBasis {
-  int64_t D, d, r, n, G;
-  Tensor a;  // (r, d / G): row j holds the columns of A in chunk j / (r / G); int8 unless is_dense
-  OptionalTensor b_planes;  // (2, K, words): row c holds column c of B within chunk c % G
-  OptionalTensor b;         // the same as numbers, (K, D / G); B itself (D, K) if is_dense
+// The packed bases A and B of block bases: dense blocks (docs/basis-spec.md). Dense bases are one
+// block, of elements that are given as they are.
+struct BlockBasis : BlockSizes {
+  Tensor a;  // (r, d / a_chunks): row j holds A's columns in its chunk of d; int8 unless is_dense
+  OptionalTensor b_planes;  // (2, rows(), words): row e holds column row(e) of B in its chunk of D
+  OptionalTensor b;         // the same as numbers, (rows(), D / b_chunks); B (D, K) if is_dense
 
   bool is_dense() const { return !b_planes; }
-  int64_t K() const { return r * n; }
-  int64_t a_width() const { return d / G; }
-  int64_t b_width() const { return D / G; }
 };
 
 using PackedBasis = std::variant<Basis, BlockBasis>;
@@ -127,7 +123,7 @@ using PackedBasis = std::variant<Basis, BlockBasis>;
 // The packed basis of a layer with these diagonals; throws if shapes disagree.
 //   lists   [a_offset, a_index, b_row_offset, b_row_index, b_col_offset, b_col_index]
 //   planes  [a_offset, a_index, b_planes]
-//   blocks  [a, b_planes]
+//   blocks  [a, b_planes], and of a slice [a, b_planes, place]
 //   dense   [a, b], of any floating dtypes
 // Dense unscaled B in the dtype of x may follow the first three, for lists and planes on CUDA only,
 // and after the support_tables of A.

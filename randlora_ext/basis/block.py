@@ -1,6 +1,7 @@
 """Block matrices: A and B of dense blocks in G = 1 / density groups (docs/basis-spec.md)."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,6 +66,67 @@ def _densities(layers: Collection[tuple[int, int]], r: int) -> str:
     return ", ".join(f"1/{g}" for g in possible)
 
 
+@dataclass(frozen=True)
+class Chunks:
+    """What a layer, or a slice of one, holds of the blocks: all G chunks of d and D, or some.
+
+    The slice's chunks of d bring rank indices and with them rows c of A'; those of D bring every
+    G-th of these rows, its rows e. csrc/core/operators.h (BlockSizes) says which e is which c.
+    """
+
+    groups: int  # G of the layer
+    of_d: range
+    of_D: range
+    ranks: range  # j of the chunks of d
+    rows: int  # c of a chunk of d, K / G
+
+    @classmethod
+    def of(cls, groups: int, shape: Shape) -> "Chunks":
+        """ValueError unless the slice starts and ends between two chunks."""
+        held = []
+        for side, first, count, size in (
+            ("d", shape.first_column, shape.d, shape.layer_d),
+            ("D", shape.first_row, shape.D, shape.layer_D),
+        ):
+            width = size // groups
+            if first % width or count % width:
+                name = "inputs" if (side == "d") == shape.expand else "outputs"
+                raise ValueError(
+                    f"{name} of a slice of block bases of density=1/{groups} must start and end at "
+                    f"multiples of {width}, got range({first}, {first + count}) of {size}; equal "
+                    f"slices of {' or '.join(map(str, worlds(groups)))} ranks fit"
+                )
+            held.append(range(first // width, (first + count) // width))
+        of_d, of_D = held
+        q = shape.r // groups
+        return cls(groups, of_d, of_D, range(of_d.start * q, of_d.stop * q), shape.K // groups)
+
+    @property
+    def first(self) -> int:
+        """The c of e = 0, counted from the first c of the slice's chunks of d."""
+        return self.of_D.start - self.phase
+
+    @property
+    def phase(self) -> int:
+        return self.of_d.start * self.rows % self.groups
+
+    @property
+    def cycles(self) -> range:
+        """c // G, of all c of the layer, of the rows e."""
+        start = self.of_d.start * self.rows // self.groups
+        return range(start, start - (self.first - len(self.of_d) * self.rows) // self.groups)
+
+    def place(self, device: torch.device) -> Tensor:
+        """What the operators must know of a slice, as the sizes of a tensor without elements."""
+        of_D = len(self.of_D), self.of_D.start
+        return torch.empty(0, self.groups, *of_D, self.phase, device=device)
+
+
+def worlds(groups: int) -> list[int]:
+    """The numbers of ranks of which each can hold whole chunks."""
+    return [ranks for ranks in range(1, groups + 1) if groups % ranks == 0]
+
+
 def hadamard(q: int, device: torch.device) -> Tensor:
     """Sylvester's matrix (q, q): element (a, b) is -1 if a & b has an odd number of ones."""
     H = torch.ones(1, 1, device=device)
@@ -76,43 +138,52 @@ def hadamard(q: int, device: torch.device) -> Tensor:
 class BlockMatrices(GeneratedMatrices):
     """A and B of a block description. Their zeros depend on the layer's sizes."""
 
+    def chunks(self, shape: Shape) -> Chunks:
+        return Chunks.of(self.description.groups, shape)
+
     def blocks(self, shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
         """The signs without the zeros around them.
 
         Returns:
-            a (r, d / G) int8: row j holds the columns of A in chunk j // (r / G).
-            b (K, D / G) float32: row c holds column c of B, within chunk c % G.
+            a (rank indices, d / G) int8: a row holds the columns of A in the chunk of its index.
+            b (rows, D / G) float32: row e holds a column of B within its chunk of D; of a whole
+                layer (K, D / G), row c within chunk c % G.
         """
-        return self._a_blocks(shape, device), self._b_blocks(shape, device)
+        held = self.chunks(shape)
+        return self._a_blocks(shape, held, device), self._b_blocks(shape, held, device)
 
-    def _a_blocks(self, shape: Shape, device: torch.device) -> Tensor:
-        groups = self.description.groups
-        width = shape.d // groups
-        planes = generate_planes(self.description.seed, ROLE_A, 0, 1, 0, shape.d, 1.0, device)
-        signs = _ops.planes_to_dense(planes, shape.d, 1.0, torch.float32).view(groups, 1, width)
+    def _a_blocks(self, shape: Shape, held: Chunks, device: torch.device) -> Tensor:
+        seed, width = self.description.seed, shape.layer_d // held.groups
+        columns = shape.first_column, shape.d
+        planes = generate_planes(seed, ROLE_A, 0, 1, *columns, 1.0, device)
+        signs = _ops.planes_to_dense(planes, shape.d, 1.0, torch.float32).view(-1, 1, width)
         classes = torch.arange(width, device=device) // shape.n
-        a = signs * hadamard(shape.r // groups, device)[:, classes]
-        return a.reshape(shape.r, width).to(torch.int8)
+        a = signs * hadamard(shape.r // held.groups, device)[:, classes]
+        return a.reshape(-1, width).to(torch.int8)
 
-    def _b_blocks(self, shape: Shape, device: torch.device) -> Tensor:
-        groups, seed = self.description.groups, self.description.seed
-        height = shape.D // groups
-        b = torch.empty(shape.K, height, device=device)
-        for g in range(groups):
-            rows = generate_planes(seed, ROLE_B, g * height, height, 0, shape.K, 1.0, device)
-            b[g::groups] = _ops.planes_to_dense(rows, shape.K, 1.0, torch.float32)[:, g::groups].T
+    def _b_blocks(self, shape: Shape, held: Chunks, device: torch.device) -> Tensor:
+        groups, seed = held.groups, self.description.seed
+        height, cycles, Q = shape.layer_D // groups, held.cycles, len(held.of_D)
+        columns = cycles.start * groups, len(cycles) * groups
+        b = torch.empty(len(cycles) * Q, height, device=device)
+        for s, g in enumerate(held.of_D):
+            rows = generate_planes(seed, ROLE_B, g * height, height, *columns, 1.0, device)
+            dense = _ops.planes_to_dense(rows, columns[1], 1.0, torch.float32)
+            b[s::Q] = dense[:, g::groups].T
         return b
 
     def a_planes(self, shape: Shape, device: torch.device) -> Tensor:
-        a, groups = self._a_blocks(shape, device), self.description.groups
-        A = torch.zeros(groups, shape.r // groups, groups, a.shape[1], device=device)
-        for h, block in enumerate(a.view(groups, -1, a.shape[1])):
-            A[h, :, h] = block
+        held = self.chunks(shape)
+        a = self._a_blocks(shape, held, device).view(len(held.of_d), -1, shape.d // len(held.of_d))
+        A = torch.zeros(held.groups, a.shape[1], *a.shape[::2], device=device)
+        for h, block in enumerate(a):
+            A[held.of_d[h], :, h] = block
         return _ops.pack_dense(A.view(shape.r, shape.d))[0]
 
     def b_planes(self, shape: Shape, device: torch.device) -> Tensor:
-        b, groups = self._b_blocks(shape, device), self.description.groups
-        B = b.new_zeros(groups, b.shape[1], shape.K)
-        for g in range(groups):
-            B[g, :, g::groups] = b[g::groups].T
+        held = replace(self.chunks(shape), of_d=range(self.description.groups))
+        b, Q = self._b_blocks(shape, held, device), len(held.of_D)
+        B = b.new_zeros(Q, b.shape[1], shape.K)
+        for s, g in enumerate(held.of_D):
+            B[s, :, g :: held.groups] = b[s::Q].T
         return _ops.pack_dense(B.view(shape.D, shape.K))[0]

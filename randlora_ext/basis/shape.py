@@ -16,6 +16,8 @@ class Shape:
     r: int
     n: int
     expand: bool  # whether d is the input side
+    layer_d: int
+    layer_D: int
     first_row: int = 0  # of B
     first_column: int = 0  # of A
     is_slice: bool = False
@@ -31,8 +33,9 @@ class Shape:
                 raise TypeError(f"{name} must be a positive integer, got {value!r}")
             if value <= 0:
                 raise ValueError(f"{name} must be a positive integer, got {value}")
-        n = -(-min(in_features, out_features) // r)
-        return cls(in_features, out_features, r, n, expand=in_features <= out_features)
+        d, D = sorted((in_features, out_features))
+        expand = in_features <= out_features
+        return cls(in_features, out_features, r, -(-d // r), expand, d, D)
 
     def part(self, inputs: range, outputs: range) -> "Shape":
         """The slice for these inputs and outputs. TypeError or ValueError for a bad range."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from .block import BlockMatrices, check_sizes
+from .block import BlockMatrices, Chunks, check_sizes
 from .cache import PackedTensors, get_or_make, with_index
 from .dense import DenseMatrices
 from .description import BasisDescription
@@ -193,6 +193,31 @@ class TernaryBasis:
         return self._shape.expand if self._shape.is_slice else None
 
     @property
+    def layer_features(self) -> tuple[int, int]:
+        """d and D of the layer, also in a slice."""
+        return self._shape.layer_d, self._shape.layer_D
+
+    @property
+    def chunks(self) -> Chunks | None:
+        """What a slice of block bases holds of the blocks; None for any other basis."""
+        if not self._shape.is_slice or not isinstance(self._source, BlockMatrices):
+            return None
+        return self._source.chunks(self._shape)
+
+    def held(self, lam: Tensor) -> Tensor:
+        """The rows of lambda (r, n) that the operators take: those of a slice's `chunks`.
+
+        Raises:
+            ValueError: lam has another shape.
+        """
+        chunks = self.chunks
+        if chunks is None:
+            return lam
+        if tuple(lam.shape) != (self.r, self.n):
+            raise ValueError(f"lam must be (r, n) = ({self.r}, {self.n}), got {tuple(lam.shape)}")
+        return lam[chunks.ranks.start : chunks.ranks.stop]
+
+    @property
     def format(self) -> str:
         """``"lists"``, ``"planes"``, ``"blocks"`` or, unpacked, ``"dense"`` (docs/formats.md)."""
         if self.kind == "block":
@@ -207,8 +232,8 @@ class TernaryBasis:
         """The tensors that ``torch.ops.randlora`` takes as ``packed``.
 
         Lists: ``[a_offset, a_index, b_row_offset, b_row_index, b_col_offset, b_col_index]``;
-        planes: ``[a_offset, a_index, b_planes]``; blocks: ``[a, b_planes]``; dense: ``[A, B]``
-        (docs/formats.md).
+        planes: ``[a_offset, a_index, b_planes]``; blocks: ``[a, b_planes]``, of a slice
+        ``[a, b_planes, place]``; dense: ``[A, B]`` (docs/formats.md).
         They are made on first use and shared by all layers of equal description on that device,
         while one of them lives.
 
@@ -230,7 +255,7 @@ class TernaryBasis:
         """B unscaled (-1, 0, +1) as a factor of GEMMs, made once and shared like `packed`.
 
         (D, K), of dense bases as it is; for block bases (K, D / G), where row c is column c of B
-        within chunk c % G.
+        within chunk c % G; for a slice of them its rows e (`chunks`).
         """
         if torch.compiler.is_dynamo_compiling():
             name = self._pack_while_tracing(self.token, torch.device(device), dtype)
@@ -300,8 +325,9 @@ class TernaryBasis:
         if not kernels.serve(device.type):
             return self.dense_b("cpu", dtype).to(device)
         if self.format == "blocks":
-            a, b_planes = self.packed(device)
-            return _ops.planes_to_dense(b_planes, self.D * a.shape[1] // self.d, 1.0, dtype)
+            a, b_planes, *_ = self.packed(device)
+            height = self._shape.layer_D * a.shape[1] // self._shape.layer_d
+            return _ops.planes_to_dense(b_planes, height, 1.0, dtype)
         if self.format == "lists":
             offset, index = self.packed(device)[2:4]
             return _ops.lists_to_dense(offset, index, self.K, 1.0, dtype)
@@ -315,7 +341,8 @@ class TernaryBasis:
         shape, wide = self._shape, self._shape.wide
         if isinstance(self._source, BlockMatrices):
             a, b = self._source.blocks(shape, device)
-            return [a, _ops.pack_dense(b)[0]]
+            chunks = self.chunks
+            return [a, _ops.pack_dense(b)[0], *([chunks.place(device)] if chunks else [])]
         a_planes, b_planes = (
             self._source.a_planes(shape, device),
             self._source.b_planes(shape, device),
@@ -350,16 +377,17 @@ class TernaryBasis:
 
         Raises:
             TypeError, ValueError: a range of another step, empty, or outside the layer.
-            ValueError: on an imported or dense basis, which is not a function of indices, or a
-                block basis, whose slices are not implemented.
+            ValueError: on an imported or dense basis, which is not a function of indices; or a
+                slice of a block basis that starts or ends within one of a side's chunks.
         """
         if self.description is None:
             raise ValueError(f"slice() needs a generated basis, and this one is {self.kind}")
-        if self.kind == "block":
-            raise ValueError("slice() does not support block bases yet; take kind='independent'")
         inputs = range(self.in_features) if inputs is None else inputs
         outputs = range(self.out_features) if outputs is None else outputs
-        return self._with_shape(self._shape.part(inputs, outputs))
+        shape = self._shape.part(inputs, outputs)
+        if isinstance(self._source, BlockMatrices):
+            self._source.chunks(shape)
+        return self._with_shape(shape)
 
     def _with_shape(self, shape: Shape) -> "TernaryBasis":
         other = copy.copy(self)
@@ -377,7 +405,7 @@ class TernaryBasis:
     def _matrices_key(self) -> tuple:
         """What decides A and B: the layer's orientation does not."""
         shape = self._shape
-        at = shape.first_row, shape.first_column
+        at = shape.first_row, shape.first_column, shape.layer_d, shape.layer_D
         return (self.D, self.d, self.r, self.n, *at, self._source)
 
     def _key(self) -> tuple:

@@ -7,8 +7,16 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+from ..basis import TernaryBasis
 from ..nn.base_layer import is_plain_linear, matches
 from ..nn.linear import RandLoraLinear
+
+
+def slice_of_rank(basis: TernaryBasis, mesh: DeviceMesh, shards_outputs: bool) -> TernaryBasis:
+    """This rank's equal part of the outputs or inputs. ValueError if its blocks cannot be cut."""
+    share = (basis.out_features if shards_outputs else basis.in_features) // mesh.size()
+    first = share * mesh.get_local_rank()
+    return basis.slice(**{"outputs" if shards_outputs else "inputs": range(first, first + share)})
 
 
 class TensorParallelRandLoraLinear(RandLoraLinear):
@@ -32,22 +40,18 @@ class TensorParallelRandLoraLinear(RandLoraLinear):
     src_data_rank: int | None
 
     def update_layer(self, adapter_name: str, *args, **kwargs) -> None:
-        if "block" in (*args, kwargs.get("basis")):  # before anything changes
-            raise ValueError(
-                "basis must be 'independent' on a tensor-parallel layer, got 'block': slices of "
-                "block bases are not implemented"
-            )
         super().update_layer(adapter_name, *args, **kwargs)
         self._shard_adapter(adapter_name)
 
     update_layer.__doc__ = RandLoraLinear.update_layer.__doc__
 
+    def _new_basis(self, *description) -> TernaryBasis:
+        basis = super()._new_basis(*description)
+        slice_of_rank(basis, self.device_mesh, self.shards_outputs)  # before anything changes
+        return basis
+
     def _shard_adapter(self, name: str) -> None:
-        size = self.out_features if self.shards_outputs else self.in_features
-        share = size // self.device_mesh.size()
-        first = share * self.device_mesh.get_local_rank()
-        side = "outputs" if self.shards_outputs else "inputs"
-        basis = self.bases[name].slice(**{side: range(first, first + share)})
+        basis = slice_of_rank(self.bases[name], self.device_mesh, self.shards_outputs)
         for diagonals, placement in (
             (self.randlora_lambda, Replicate()),
             (self.randlora_gamma, Shard(1) if basis.d < self._d else Replicate()),

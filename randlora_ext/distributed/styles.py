@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from ..nn.base_layer import is_plain_linear
 from ..nn.linear import RandLoraLinear
 from ..ops.dtensor import is_dtensor
-from .layer import TensorParallelRandLoraLinear
+from .layer import TensorParallelRandLoraLinear, slice_of_rank
 
 
 class _RandLoraStyle(ParallelStyle):
@@ -122,17 +122,14 @@ class _RandLoraStyle(ParallelStyle):
             raise ValueError(
                 f"{style}: adapters {module.merged_adapters} are merged; unmerge() first"
             )
-        if blocks := [name for name, basis in module.bases.items() if basis.kind == "block"]:
-            raise ValueError(
-                f"{style}: adapters {blocks} have block bases, whose slices are not implemented; "
-                "take basis='independent'"
-            )
         name = "out_features" if self.shards_outputs else "in_features"
         if (size := getattr(module, name)) % device_mesh.size():
             raise ValueError(
                 f"{style}: {name} must be divisible by the {device_mesh.size()} ranks of the mesh, "
                 f"got {size}"
             )
+        for basis in module.bases.values():
+            slice_of_rank(basis, device_mesh, self.shards_outputs)
 
 
 class RandLoraColwise(_RandLoraStyle):
@@ -149,9 +146,9 @@ class RandLoraColwise(_RandLoraStyle):
 
     Raises:
         TypeError: the module is not a RandLoraLinear over an nn.Linear without hooks.
-        ValueError: out_features is not divisible by the number of ranks, an adapter is merged or
-            has block bases, or the mesh has more than one dimension. After an error nothing has
-            changed.
+        ValueError: out_features, or 1 / density of block bases, is not divisible by the number of
+            ranks, an adapter is merged, or the mesh has more than one dimension. After an error
+            nothing has changed.
     """
 
     shards_outputs, input_layout, output_layout = True, Replicate(), Shard(-1)

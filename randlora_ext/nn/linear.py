@@ -117,9 +117,8 @@ class RandLoraLinear(Mergeable, nn.Module):
             raise ValueError(f"adapter_name {adapter_name!r} is merged; call unmerge() first")
         _check_options(randlora_alpha, projection_prng_key, randlora_dropout)
         check_rounding(merged_rounding)
-        sizes = self.in_features, self.out_features, r
         density = default_density(basis) if density is None else density
-        bases = TernaryBasis(*sizes, density, projection_prng_key, basis).canonical()
+        bases = self._new_basis(r, density, projection_prng_key, basis)
 
         weight = self.base_layer.weight
         device, dtype = weight.device, adapter_dtype(weight.dtype)
@@ -137,6 +136,9 @@ class RandLoraLinear(Mergeable, nn.Module):
         self.randlora_lambda[adapter_name] = nn.Parameter(lam)
         self.randlora_gamma[adapter_name] = nn.Parameter(gam)
         self._mark_trained()
+
+    def _new_basis(self, *description) -> TernaryBasis:
+        return TernaryBasis(self.in_features, self.out_features, *description).canonical()
 
     # ---- active adapters ---------------------------------------------------------------------
 

@@ -28,10 +28,10 @@ def linear(
         ValueError: naming the argument, what it was and what is allowed.
     """
     _check(basis, x, weight, bias, lam, gam)
-    a, b = _blocks(basis, x)
-    flat = x.reshape(-1, x.shape[-1])
+    a, b, rows = _blocks(basis, x)
+    flat, lam = x.reshape(-1, x.shape[-1]), basis.held(lam)
     with _no_autocast(x):
-        y = _Linear.apply(flat, weight, lam, gam, a, b, scaling * basis.scale, basis.expand)
+        y = _Linear.apply(flat, weight, lam, gam, a, b, rows, scaling * basis.scale, basis.expand)
         y = y.view(*x.shape[:-1], basis.out_features)
         return y if bias is None else y + bias
 
@@ -39,17 +39,18 @@ def linear(
 def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float) -> Tensor:
     """As `functional.delta_weight`; summed in float32 or better."""
     _check_diagonals(basis, lam, gam)
-    a, b = _blocks(basis, lam.float() if lam.dtype.itemsize < 4 else lam)
+    a, b, rows = _blocks(basis, lam.float() if lam.dtype.itemsize < 4 else lam)
+    lam = basis.held(lam)
     scaled = _scaled(a, lam, gam, b.dtype)
-    # The rows c that chunk h of d and chunk g of D have in common, padded to equally many.
-    groups, rows = len(scaled), scaled.shape[1]
-    c = torch.arange(groups * (rows // groups + 2) * groups, device=lam.device)
-    c = c.view(groups, -1, groups) % (c.numel() // groups)
-    h = torch.arange(groups, device=lam.device).view(-1, 1, 1)
-    c = c + h * rows // groups * groups
-    common = ((c >= h * rows) & (c < (h + 1) * rows)).unsqueeze(-1)
-    c = c.clamp(max=groups * rows - 1)
-    left, right = b[c] * common, scaled.flatten(0, 1)[c] * common
+    # The rows e that chunk h of d and chunk g of D have in common, padded to equally many.
+    cycles, Q, height = b.shape
+    ends = _ends(a, lam, Q, rows).unsqueeze(-1).unsqueeze(-1)
+    most = scaled.shape[1] // rows[0] + 2
+    e = torch.arange(most * Q, device=lam.device).view(-1, Q) + ends[:-1] // Q * Q
+    common = ((e >= ends[:-1]) & (e < ends[1:])).unsqueeze(-1)
+    e = e.clamp(max=cycles * Q - 1)
+    c = _row(e, Q, rows).clamp(0, scaled.shape[0] * scaled.shape[1] - 1)
+    left, right = b.view(-1, height)[e] * common, scaled.flatten(0, 1)[c] * common
     with _no_autocast(lam):
         delta = torch.einsum("hmgo,hmgk->gohk", left, right).flatten(2).flatten(0, 1)
     delta = (delta * (scaling * basis.scale)).to(lam.dtype)
@@ -84,10 +85,28 @@ def _no_autocast(like: Tensor):
     return torch.autocast(like.device.type, enabled=False)
 
 
-def _blocks(basis: TernaryBasis, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Signs of A (G, q, d / G), and B (K, D / G) in the dtype of `like`."""
-    a = basis.packed(like.device)[0]
-    return a.view(basis.d // a.shape[1], -1, a.shape[1]), basis.dense_b(like.device, like.dtype)
+def _blocks(basis: TernaryBasis, like: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Signs of A (chunks of d, q, d / G), B (cycles, chunks of D, D / G) in the dtype of `like`,
+    and (G, first), which tell its rows e (`Chunks`)."""
+    a, b = basis.packed(like.device)[0], basis.dense_b(like.device, like.dtype)
+    a, held = a.view(basis.d // a.shape[1], -1, a.shape[1]), basis.chunks
+    if held is None:
+        return a, b.view(-1, len(a), b.shape[1]), (len(a), 0)
+    return a, b.view(-1, len(held.of_D), b.shape[1]), (held.groups, held.first)
+
+
+def _row(e: Tensor, Q: int, rows: tuple[int, int]) -> Tensor:
+    """Row c of each e, as BlockSizes::row in csrc/core/operators.h."""
+    groups, first = rows
+    return e // Q * groups + e % Q + first
+
+
+def _ends(a: Tensor, lam: Tensor, Q: int, rows: tuple[int, int]) -> Tensor:
+    """The first e of each chunk of d, and the end of the last: BlockSizes::before."""
+    groups, first = rows
+    c = torch.arange(len(a) + 1, device=a.device) * (lam.numel() // len(a))
+    behind = (c - first).clamp(min=0)
+    return behind // groups * Q + (behind % groups).clamp(max=Q)
 
 
 def _scaled(a: Tensor, lam: Tensor, gam: Tensor, dtype: torch.dtype, factor: float = 1) -> Tensor:
@@ -114,7 +133,7 @@ def _ranges(dtype: torch.dtype, gam: Tensor, b: Tensor) -> tuple[float, float]:
     """Powers of two that keep float16 in range, as `Range` in csrc/torch/block.cpp."""
     if dtype != torch.float16:
         return 1.0, 1.0
-    gradient = 2.0 ** -math.ceil(math.log2(math.sqrt(b.shape[1])))
+    gradient = 2.0 ** -math.ceil(math.log2(math.sqrt(b.shape[2])))
     return 2.0 ** (4 + round(math.log2(max(gam.shape)))), gradient
 
 
@@ -122,17 +141,16 @@ class _Linear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, weight, lam, gam, a, b, scale, expand):
+    def forward(x, weight, lam, gam, a, b, rows, scale, expand):
         factor, _ = _ranges(x.dtype, gam, b)
-        A = _Side(_scaled(a, lam, gam, x.dtype, factor), by_rows=True)
-        B = _Side(b.view(-1, len(a), b.shape[1]).transpose(0, 1), by_rows=False)
+        A, B = _sides(a, b, lam, rows, _scaled(a, lam, gam, x.dtype, factor))
         first, second = (A, B) if expand else (B, A)
         y = second.up(first.down(x), scale / factor)
         return y if weight is None else F.linear(x, weight) + y
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, lam, gam, ctx.a, ctx.b, ctx.scale, ctx.expand = inputs
+        x, weight, lam, gam, ctx.a, ctx.b, ctx.rows, ctx.scale, ctx.expand = inputs
         ctx.save_for_backward(x, weight, lam, gam)
 
     @staticmethod
@@ -145,25 +163,32 @@ class _Linear(torch.autograd.Function):
         x, weight, lam, gam = ctx.saved_tensors
         a, b, scale = ctx.a, ctx.b, ctx.scale
         factor, gradient = _ranges(x.dtype, gam, b)
-        A = _Side(_scaled(a, lam, gam, x.dtype, factor), by_rows=True)
-        B = _Side(b.view(-1, len(a), b.shape[1]).transpose(0, 1), by_rows=False)
+        A, B = _sides(a, b, lam, ctx.rows, _scaled(a, lam, gam, x.dtype, factor))
         first, second = (A, B) if ctx.expand else (B, A)
         U = second.down(dy)
         dx = first.up(U, scale / factor)
         if weight is not None:
             dx = dx + dy @ weight
         inner, outer = (U, x) if ctx.expand else (first.down(x), dy)
-        P = A.rows_of(inner * gradient) @ A.chunks_of(outer)
+        P = A.gradient(inner * gradient, outer)
         dlam, dgam = _contract(P, a, lam, gam, scale / gradient)
         dweight = dy.T @ x if ctx.needs_input_grad[1] else None
-        return dx, dweight, dlam, dgam, None, None, None, None
+        return dx, dweight, dlam, dgam, None, None, None, None, None
+
+
+def _sides(a: Tensor, b: Tensor, lam: Tensor, rows: tuple[int, int], scaled: Tensor):
+    """The sides of A' and B, from all rows c of A' (chunks of d, K / G, d / G)."""
+    B = _Side(b.transpose(0, 1), by_rows=False)
+    if rows == (len(a), 0) and b.shape[1] == len(a):
+        return _Side(scaled, by_rows=True), B
+    return _PartOfA(a, b, lam, rows, scaled), B
 
 
 class _Side:
     """One side of the adapter: its blocks (G, K / G, features / G)."""
 
     def __init__(self, blocks: Tensor, by_rows: bool) -> None:
-        self.blocks, self.by_rows = blocks, by_rows  # by_rows: consecutive rows c of V or U
+        self.blocks, self.by_rows = blocks, by_rows  # by_rows: consecutive rows of V or U
 
     def rows_of(self, V: Tensor) -> Tensor:
         """The rows of V (K, T) by block: (G, K / G, T)."""
@@ -176,13 +201,58 @@ class _Side:
         """x (T, features) by block: (G, T, features / G)."""
         return x.unflatten(1, (len(self.blocks), -1)).transpose(0, 1)
 
+    def together(self, V: Tensor) -> Tensor:
+        """The inverse of `rows_of`."""
+        return (V if self.by_rows else V.transpose(0, 1)).flatten(0, 1)
+
     def down(self, x: Tensor) -> Tensor:
         """V (K, T) = blocks x^T."""
-        V = self.blocks @ self.chunks_of(x).transpose(1, 2)
-        return (V if self.by_rows else V.transpose(0, 1)).flatten(0, 1)
+        return self.together(self.blocks @ self.chunks_of(x).transpose(1, 2))
 
     def up(self, V: Tensor, scale: float) -> Tensor:
         """scale * V^T blocks, (T, features); float16 may not hold the unscaled product."""
         zero, rows = V.new_zeros(1, 1, 1), self.rows_of(V).transpose(1, 2)
         chunks = torch.baddbmm(zero, rows, self.blocks, beta=0, alpha=scale)
         return chunks.transpose(0, 1).flatten(1)
+
+    def gradient(self, V: Tensor, x: Tensor) -> Tensor:
+        """That of the blocks."""
+        return self.rows_of(V) @ self.chunks_of(x)
+
+
+class _PartOfA(_Side):
+    """A' of a slice: its blocks have the rows e, which may be unequally many and are padded."""
+
+    def __init__(self, a: Tensor, b: Tensor, lam: Tensor, rows, scaled: Tensor) -> None:
+        cycles, Q, _ = b.shape
+        ends = _ends(a, lam, Q, rows).unsqueeze(-1)
+        cycles_of, rest = divmod(scaled.shape[1], rows[0])
+        most = cycles_of * Q + min(rest, Q)
+        e = torch.arange(most, device=a.device) + ends[:-1]
+        inside = e < ends[1:]
+        # What is past the end of a block reads zeros and writes to a row that nobody reads.
+        self.count, self.shape = cycles * Q, scaled.shape
+        self.e = e.where(inside, self.count)
+        self.c = _row(e, Q, rows).where(inside, self.shape[0] * self.shape[1])
+        super().__init__(_with_zero(scaled.flatten(0, 1))[self.c], by_rows=True)
+
+    def rows_of(self, V: Tensor) -> Tensor:
+        return _with_zero(V)[self.e]
+
+    def together(self, V: Tensor) -> Tensor:
+        return _scattered(self.e, V, self.count)
+
+    def gradient(self, V: Tensor, x: Tensor) -> Tensor:
+        return _scattered(self.c, super().gradient(V, x), self.shape[0] * self.shape[1]).view(
+            self.shape
+        )
+
+
+def _with_zero(rows: Tensor) -> Tensor:
+    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+
+
+def _scattered(to: Tensor, rows: Tensor, count: int) -> Tensor:
+    """(count, ..) with `rows` at `to`, zeros elsewhere; row `count` is dropped."""
+    out = rows.new_zeros(count + 1, rows.shape[-1])
+    return out.index_copy(0, to.flatten(), rows.flatten(0, 1))[:-1]

@@ -78,7 +78,7 @@ def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float =
     if not _served(basis, "lam", lam):
         return block_torch.delta_weight(basis, lam, gam, scaling)
     return autograd.delta_weight(
-        lam,
+        basis.held(lam),
         gam,
         basis.packed(lam.device),
         scaling * basis.scale,
@@ -124,7 +124,7 @@ def merged_weight(
         delta = block_torch.delta_weight(basis, lam.to(wide), gam.to(wide), scaling)
         return (weight.to(wide) + delta).to(weight.dtype)
     packed = basis.packed(lam.device)
-    scale = scaling * basis.scale
+    scale, lam = scaling * basis.scale, basis.held(lam)
     return _ops.merged_weight(weight, lam, gam, packed, scale, rounding_seed, basis.slice_expand)
 
 
@@ -191,7 +191,7 @@ def linear(
         x,
         weight,
         bias,
-        lam,
+        basis.held(lam),
         gam,
         packed,
         scaling * basis.scale,

@@ -91,8 +91,11 @@ def path_terms(
 def _block_terms(
     basis: TernaryBasis, tokens: int, has_weight: bool, by_classes: bool
 ) -> dict[str, tuple[float, dict[str, float]]]:
-    density, r, K, d, D = basis.density, basis.r, basis.K, basis.d, basis.D
-    a_products, b_products = (3, 2) if d == basis.in_features else (3, 3)
+    # Of the layer: a slice has as much less of each product as it has of the layer's W.
+    density, r, K, (d, D) = basis.density, basis.r, basis.K, basis.layer_features
+    held = basis.chunks
+    a_products, b_products = (3, 2) if basis.expand else (3, 3)
+    by_classes &= held is None or (held.first == 0 and basis.D == D)
     # Where dW is formed, the gradient of lambda and gamma takes one product of each side.
     a_factored, a_formed = density * a_products, density
     if by_classes and d % r == 0 and r * density > 1:

@@ -24,7 +24,7 @@ BlockDelta call_of(const Problem& p, const Array& l, const Array& g, const Array
 constexpr double kScale = 0.7e7;
 
 void run(const Problem& p, DType dtype, bool transposed, const std::vector<double>& dW) {
-  const int64_t size = p.c.D * p.c.d, skip = p.c.skip;
+  const int64_t size = p.D * p.d, skip = p.c.skip;
   TestDevice device;
   const Array lam(compute_of(dtype), p.lam), gam(compute_of(dtype), p.gam),
       base(dtype, random_values(size, 6, 1), skip), out(dtype, size, skip),
@@ -44,9 +44,10 @@ void run(const Problem& p, DType dtype, bool transposed, const std::vector<doubl
     const auto values = got.values();
     for (int64_t e = 0; e < size; ++e)
       EXPECT(std::fabs(values[e] - want[e]) <= half_ulp * std::fabs(want[e]) + before * largest,
-             "%s[%ld] = %g, not %g: dtype %d transposed %d D %ld d %ld r %ld G %ld skip %ld", what,
-             long(e), values[e], want[e], int(dtype), transposed, long(p.c.D), long(p.c.d),
-             long(p.c.r), long(p.c.G), long(skip));
+             "%s[%ld] = %g, not %g: dtype %d transposed %d D %ld d %ld r %ld G %ld skip %ld "
+             "chunks %ld %ld",
+             what, long(e), values[e], want[e], int(dtype), transposed, long(p.c.D), long(p.c.d),
+             long(p.c.r), long(p.c.G), long(skip), long(p.c.a_chunks), long(p.c.b_chunks));
   };
   expect("dW", out, dW);
   expect("W + dW", merged, sum);
@@ -61,7 +62,7 @@ void stochastic(const Case& c, DType dtype, bool transposed) {
   Problem p(c);
   for (double& v : p.lam) v = v > 0 ? 0.5 : -2;
   for (double& v : p.gam) v = v > 0 ? 1 : 0.25;
-  const int64_t size = c.D * c.d;
+  const int64_t size = p.D * p.d;
   const double scale = 1.0 / 1024;
   const Array lam(DType::f32, p.lam), gam(DType::f32, p.gam),
       base(dtype, random_values(size, 6, 1), c.skip), out(dtype, size, c.skip);
@@ -82,29 +83,35 @@ void stochastic(const Case& c, DType dtype, bool transposed) {
 void nonfinite(DType dtype) {
   Problem p({24, 40, 8, 4});  // n = 5: a group's 10 rows are no multiple of 4
   const int64_t i = 2, k = 17;
-  p.gam[i * p.c.d + k] = NAN;
-  const Array lam(compute_of(dtype), p.lam), gam(compute_of(dtype), p.gam),
-      out(dtype, p.c.D * p.c.d);
+  p.gam[i * p.d + k] = NAN;
+  const Array lam(compute_of(dtype), p.lam), gam(compute_of(dtype), p.gam), out(dtype, p.D * p.d);
   TestDevice device;
   cuda::block_delta(call_of(p, lam, gam, nullptr, out, dtype, 1, false), device);
   const auto got = out.values();
-  for (int64_t o = 0; o < p.c.D; ++o)
-    for (int64_t col = 0; col < p.c.d; ++col) {
+  for (int64_t o = 0; o < p.D; ++o)
+    for (int64_t col = 0; col < p.d; ++col) {
       bool reached = false;
-      for (int64_t j = 0; j < p.c.r; ++j) reached |= col == k && p.meet(o, j * p.n + i, k);
-      EXPECT(std::isnan(got[o * p.c.d + col]) == reached, "dtype %d row %ld column %ld", int(dtype),
+      for (int64_t j = 0; j < p.c.r; ++j) reached |= col == k && p.meet(o, j * p.sizes.n + i, k);
+      EXPECT(std::isnan(got[o * p.d + col]) == reached, "dtype %d row %ld column %ld", int(dtype),
              long(o), long(col));
     }
 }
 
 void tests() {
-  const Case cases[] = {{1, 1, 1, 1},        {96, 64, 8, 4}, {120, 60, 12, 3},
+  const Case cases[] = {{1, 1, 1, 1},
+                        {96, 64, 8, 4},
+                        {120, 60, 12, 3},
                         {70, 35, 10, 5, 1},   // chunks of 14 and 7, K / G no multiple of G
                         {64, 64, 8, 8},       // one or no term an element
                         {32, 16, 32, 4},      // r > d
                         {8, 4, 16, 4},        // chunks of 2 and 1
                         {280, 272, 8, 2, 3},  // tiles that end early, steps of slots that do
-                        {136, 40, 4, 1}};
+                        {136, 40, 4, 1},
+                        {96, 64, 8, 4, 0, 1, 2},          // slices: of d
+                        {96, 64, 8, 4, 1, 0, 0, 2, 2},    // of D
+                        {160, 72, 16, 8, 0, 3, 2},        // of d within a cycle of chunks of D
+                        {160, 72, 16, 8, 0, 3, 3, 5, 2},  // of both
+                        {1120, 272, 8, 2, 0, 0, 0, 1, 1}};
   for (const Case& c : cases) {
     const Problem p(c);
     for (const bool transposed : {false, true}) {

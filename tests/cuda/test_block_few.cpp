@@ -10,7 +10,7 @@ namespace {
 
 void run(const BlockProblem& p, const std::vector<double>& dW, DType dtype, int64_t T, bool expand,
          bool accumulate) {
-  const int64_t in = expand ? p.c.d : p.c.D, out = expand ? p.c.D : p.c.d, skip = p.c.skip;
+  const int64_t in = expand ? p.d : p.D, out = expand ? p.D : p.d, skip = p.c.skip;
   const double scale = 0.7e7;
   const Array lam(compute_of(dtype), p.lam, skip), gam(compute_of(dtype), p.gam, skip),
       x(dtype, random_values(T * in, 6, 1), skip);
@@ -33,9 +33,10 @@ void run(const BlockProblem& p, const std::vector<double>& dW, DType dtype, int6
                                               : 3e-4;
   const double error = relative_error(y.values(), want);
   EXPECT(error <= bound,
-         "%.2e for dtype %d T %ld expand %d accumulate %d D %ld d %ld r %ld G %ld skip %ld", error,
-         int(dtype), long(T), expand, accumulate, long(p.c.D), long(p.c.d), long(p.c.r),
-         long(p.c.G), long(skip));
+         "%.2e for dtype %d T %ld expand %d accumulate %d D %ld d %ld r %ld G %ld skip %ld "
+         "chunks %ld %ld",
+         error, int(dtype), long(T), expand, accumulate, long(p.c.D), long(p.c.d), long(p.c.r),
+         long(p.c.G), long(skip), long(p.c.a_chunks), long(p.c.b_chunks));
 }
 
 void tests() {
@@ -46,7 +47,11 @@ void tests() {
                              {32, 16, 32, 4},     // r > d
                              {8, 4, 16, 4},       // chunks of 2 and 1
                              {640, 528, 8, 2},    // several accesses a lane
-                             {280, 272, 8, 2, 3}}) {
+                             {280, 272, 8, 2, 3},
+                             {96, 64, 8, 4, 0, 1, 2},        // slices: of d
+                             {96, 64, 8, 4, 1, 0, 0, 2, 2},  // of D
+                             {160, 72, 16, 8, 0, 3, 2},      // of d within a cycle of chunks of D
+                             {160, 72, 16, 8, 0, 3, 3, 5, 2}}) {  // of both
     const BlockProblem p(c);
     const auto dW = p.delta(1, false);
     for (const DType dtype : kTypes)

@@ -202,7 +202,7 @@ def check_refusals(place: Place):
         fit.update_layer("blocks", **blocks)
         refused(
             ValueError,
-            "adapters ['blocks'] have block bases",
+            "equal slices of 1 or 2 ranks fit",
             lambda s=style, f=fit: parallelize_module(f, mesh, s()),
         )
         assert type(fit) is RandLoraLinear
@@ -210,7 +210,7 @@ def check_refusals(place: Place):
         done = parallelize_module(fit, mesh, style())
         refused(
             ValueError,
-            "on a tensor-parallel layer, got 'block'",
+            "equal slices of 1 or 2 ranks fit",
             lambda f=done: f.update_layer("blocks", **blocks),
         )
         assert [*done.bases] == ["default"]

@@ -30,6 +30,9 @@ SHAPES = (
     (20, 80, 3, 1 / 16),
     (80, 20, 3, 1 / 3),
 )
+# Block bases: as many chunks as ranks and more; of 5 and of 4 bases, so that a rank's rows of A'
+# start within a cycle of chunks of B and not.
+BLOCKS = ((20, 28, 4, 1 / 4), (28, 20, 4, 1 / 4), (32, 32, 8, 1 / 4))
 T = 6
 EXACT = dict(rtol=1e-11, atol=1e-11)
 
@@ -61,6 +64,9 @@ def check_parity(place: Place):
         for n_in, n_out, r, density in SHAPES:
             for path in ("factored", "delta", "merged"):
                 same_as_plain(mesh, style, layer(n_in, n_out, r, density), path)
+        for sizes in BLOCKS:
+            for path in ("factored", "delta", "merged"):
+                same_as_plain(mesh, style, layer(*sizes, basis="block"), path)
 
 
 def same_as_plain(mesh, style, plain, path):

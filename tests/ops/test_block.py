@@ -234,8 +234,11 @@ def test_packed_tensors_of_another_layer_are_refused():
     ]:
         with pytest.raises(RuntimeError, match=message):
             call(*arguments, packed, 1.0, 96, "factored")
-    with pytest.raises(RuntimeError, match="expand must be None"):
+    with pytest.raises(RuntimeError, match="of a slice, for which expand is given, 3"):
         call(*arguments, [a, planes], 1.0, 96, "factored", True)
+    for place in (torch.empty(4, 4, 0, 0), torch.empty(0, 4, 4, 1, 0), torch.empty(0, 4, 0, 0, 0)):
+        with pytest.raises(RuntimeError, match="place must"):
+            call(*arguments, [a, planes, place], 1.0, 96, "factored", True)
 
 
 def test_a_group_of_no_power_of_two_is_refused():
@@ -295,17 +298,18 @@ def test_vmap(served):
     torch.testing.assert_close(torch.func.vmap(lambda x: linear(x, *arguments))(xs), one_by_one)
 
 
-def test_slices_are_refused():
-    with pytest.raises(ValueError, match="slice.. does not support block bases"):
-        TernaryBasis(64, 64, 8, 1 / 4, kind="block").slice(inputs=range(16))
-
-
 def test_the_choice_of_a_path():
     basis = TernaryBasis(2048, 2048, 32, 1 / 8, kind="block")
     assert explain(basis, 16).path == "factored"
     assert explain(basis, 8192).path == "merged"
     assert explain(basis, 8192, torch.bfloat16).path == "factored"
     assert explain(basis, 8192, has_weight=False).path == "factored"
+    # A rank's share of the work beside its share of the frozen layer; 16 bits have no classes.
+    whole, *parts = (
+        explain(b, 8192, torch.bfloat16).costs
+        for b in (basis, basis.slice(range(512)), basis.slice(outputs=range(512)))
+    )
+    assert all(part == pytest.approx(whole) for part in parts)
 
 
 def test_cuda_takes_packed_blocks_for_a_few_tokens(monkeypatch):

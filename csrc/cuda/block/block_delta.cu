@@ -1,8 +1,8 @@
 // W' = W + scale * B A' of block bases in one pass: neither A' nor dW reaches memory.
 //
 // Chunk g of the D features and chunk h of the d features meet in the columns c of B, or rows of
-// A', with c % groups == g in group h of A. Their block of W' is a product of depth K / groups^2,
-// 64 at 4096 x 4096, r = 32 and 8 groups.
+// A', with c % groups == g in chunk h of A (of a whole layer; BlockSizes has the slices). Their
+// block of W' is a product of depth K / groups^2, 64 at 4096 x 4096, r = 32 and 8 groups.
 //
 // A thread block makes 128 of the D features by N of the d features (ternary_tile.h); slots are c.
 // It starts to read its tile of W, decodes B's words, and forms
@@ -30,8 +30,8 @@ namespace {
 template <class S>
 struct Work {
   using C = typename ComputeOf<S>::type;
-  int n, rows, groups;   // rows of a group: K / groups
-  int height, d, width;  // of a chunk: D / groups, d / groups
+  BlockSizesOf<int> sizes;
+  int rows, height, width;  // of a chunk: a_rows, b_width, a_width
   int line_blocks, col_blocks;
   Planes b;
   const int8_t* a;
@@ -41,9 +41,9 @@ struct Work {
   bool aligned;    // in accesses of 16 bytes
 };
 
-// A' is multiplied in Parts numbers of type E that sum to it.
+// A' is multiplied in kParts numbers of type E that sum to it.
 template <class S>
-struct Factor {
+struct Operand {
   static constexpr int kParts = sizeof(S) == 2 ? 2 : 1;
   using E = std::conditional_t<kParts == 2, bf16, S>;
   static constexpr int N = sizeof(S) == 8 ? 32 : 64;
@@ -54,7 +54,7 @@ struct Factor {
 template <class S>
 struct SharedMemory {
   using C = typename ComputeOf<S>::type;
-  using F = Factor<S>;
+  using F = Operand<S>;
   using E = typename F::E;
   static constexpr int kTile = kLines * F::N, kPart = F::N * F::kStride;
 
@@ -129,25 +129,25 @@ struct Result {
   }
 };
 
-// The code words of 64 slots: rows first, first + groups, ... of the planes, before `end`.
-__device__ __forceinline__ void load_codes(uint32_t* codes, const Planes& b, int first, int groups,
-                                           int end, int line0) {
-  const int lane = threadIdx.x % 16, half = threadIdx.x % 32 / 16, warp = threadIdx.x / 32;
-  const int row = first + (warp * 16 + row_of_lane(lane)) * groups, word = line0 / 64 + half;
-  const int64_t at = row * b.words + word;
-  const bool inside = row < end && word < b.words;
+// The code words of 64 slots: rows first, first + step, ... of the planes, `count` of them.
+__device__ __forceinline__ void load_codes(uint32_t* codes, const Planes& b, int first, int step,
+                                           int count, int line0) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, half = lane / 16;
+  const int slot = warp * 16 + row_of_lane(lane % 16), word = line0 / 64 + half;
+  const int64_t at = (first + slot * step) * b.words + word;
+  const bool inside = slot < count && word < b.words;
   uint32_t code[4];
   encode_columns(inside ? b.plus[at] : 0, inside ? b.minus[at] : 0, code);
 #pragma unroll
   for (int m = 0; m < 4; ++m)
-    codes[warp * kCodePitch + half * 64 + column_of_lane(lane, m)] = code[m];
+    codes[warp * kCodePitch + half * 64 + column_of_lane(lane % 16, m)] = code[m];
 }
 
 // Slots of one column k of A', by its thread. Threads share a column if there are more of them.
 template <class S, class C = typename ComputeOf<S>::type>
 __device__ __forceinline__ void form(const Work<S>& p, const C* gam, const int8_t* a, bool inside) {
   using Shared = SharedMemory<S>;
-  using F = Factor<S>;
+  using F = Operand<S>;
   using E = typename F::E;
   constexpr int V = kPerAccess<E>, kOfThread = kSlots * F::N / kTileThreads;
   const int first = threadIdx.x / F::N * kOfThread;
@@ -161,7 +161,7 @@ __device__ __forceinline__ void form(const Work<S>& p, const C* gam, const int8_
       v[e] = C(0);
       if (inside && j >= 0)
         v[e] = Shared::lam()[slot] * static_cast<C>(a[int64_t{j} * p.width]) *
-               gam[int64_t{Shared::base_index()[slot]} * p.d];
+               gam[int64_t{Shared::base_index()[slot]} * p.sizes.d];
     }
 #pragma unroll
     for (int part = 0; part < F::kParts; ++part) {
@@ -180,10 +180,10 @@ __device__ __forceinline__ void form(const Work<S>& p, const C* gam, const int8_
 template <class S, bool Transposed>
 __global__ void __launch_bounds__(kTileThreads, 3) block_delta_kernel(Work<S> p) {
   using Shared = SharedMemory<S>;
-  using F = Factor<S>;
+  using F = Operand<S>;
   constexpr int N = F::N, kRows = Transposed ? N : kLines, kCols = Transposed ? kLines : N;
   // Neighbouring blocks lie side by side in W.
-  const int lines = p.line_blocks * p.groups, cols = p.col_blocks * p.groups;
+  const int lines = p.line_blocks * p.sizes.b_chunks, cols = p.col_blocks * p.sizes.a_chunks;
   const int block = blockIdx.x, outer = block / (Transposed ? lines : cols),
             inner = block % (Transposed ? lines : cols);
   const int at_line = Transposed ? inner : outer, at_col = Transposed ? outer : inner;
@@ -197,23 +197,26 @@ __global__ void __launch_bounds__(kTileThreads, 3) block_delta_kernel(Work<S> p)
     load_base<kRows, kCols>(Shared::base(), p.store.base + corner, p.stride, at);
   cp_async_commit();
 
-  // Columns c of B that are in both chunks: first, first + groups, ...
-  const int begin = h * p.rows, end = begin + p.rows, behind = g - begin % p.groups;
-  const int first = begin + (behind < 0 ? behind + p.groups : behind);
+  // Rows c of A' that are in both chunks: first, first + groups, ... and the row e of the first.
+  const int groups = p.sizes.groups, n = p.sizes.n;
+  const int begin = h * p.rows, end = begin + p.rows, behind = (g + p.sizes.first - begin) % groups;
+  const int first = begin + (behind < 0 ? behind + groups : behind);
+  int e = (first - p.sizes.first) / groups * p.sizes.b_chunks + g;
   const int k = col0 + threadIdx.x % N;
 
   typename F::Tile tile;
   tile.warp.zero();
 #pragma unroll 1
-  for (int from = first; from < end; from += kSlots * p.groups) {
+  for (int from = first; from < end; from += kSlots * groups, e += kSlots * p.sizes.b_chunks) {
     if (threadIdx.x < kSlots) {
-      const int c = from + static_cast<int>(threadIdx.x) * p.groups;
+      const int c = from + static_cast<int>(threadIdx.x) * groups;
       const bool inside = c < end;
       Shared::lam()[threadIdx.x] = inside ? p.lam[c] : 0;
-      Shared::rank()[threadIdx.x] = inside ? c / p.n : -1;
-      Shared::base_index()[threadIdx.x] = c % p.n;
+      Shared::rank()[threadIdx.x] = inside ? c / n : -1;
+      Shared::base_index()[threadIdx.x] = c % n;
     }
-    load_codes(Shared::codes(), p.b, from, p.groups, end, line0);
+    load_codes(Shared::codes(), p.b, e, p.sizes.b_chunks, (end - from + groups - 1) / groups,
+               line0);
     __syncthreads();
     form<S>(p, p.gam + h * p.width + k, p.a + k, k < p.width);
     __syncthreads();
@@ -230,16 +233,13 @@ template <class S>
 void form_blocks(const BlockDelta& w, Device& device) {
   using C = typename ComputeOf<S>::type;
   const auto small = [](int64_t size) { return static_cast<int>(size); };
-  const int height = small(w.blocks.D / w.blocks.groups),
-            width = small(w.blocks.d / w.blocks.groups);
-  Work<S> p{small(w.blocks.n),
-            small(w.blocks.r * w.blocks.n / w.blocks.groups),
-            small(w.blocks.groups),
+  const int height = small(w.blocks.b_width()), width = small(w.blocks.a_width());
+  Work<S> p{w.blocks.as<int>(),
+            small(w.blocks.a_rows()),
             height,
-            small(w.blocks.d),
             width,
             small(ceil_div(height, kLines)),
-            small(ceil_div(width, Factor<S>::N)),
+            small(ceil_div(width, Operand<S>::N)),
             w.blocks.b,
             w.blocks.a,
             static_cast<const C*>(w.lam),
@@ -250,11 +250,11 @@ void form_blocks(const BlockDelta& w, Device& device) {
   p.store.scale /= 2;  // codes stand for doubled numbers
   constexpr int V = kPerAccess<S>;
   p.aligned = p.store.aligned(V) && (w.transposed ? height : width) % V == 0;
-  launch(
-      device, "block_delta",
-      w.transposed ? block_delta_kernel<S, true> : block_delta_kernel<S, false>,
-      dim3(static_cast<unsigned>(w.blocks.groups * w.blocks.groups * p.line_blocks * p.col_blocks)),
-      kTileThreads, SharedMemory<S>::bytes(w.transposed), p);
+  launch(device, "block_delta",
+         w.transposed ? block_delta_kernel<S, true> : block_delta_kernel<S, false>,
+         dim3(static_cast<unsigned>(w.blocks.b_chunks * p.line_blocks * w.blocks.a_chunks *
+                                    p.col_blocks)),
+         kTileThreads, SharedMemory<S>::bytes(w.transposed), p);
 }
 
 }  // namespace

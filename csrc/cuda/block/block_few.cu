@@ -1,11 +1,12 @@
 // The factored path of block bases for a handful of tokens, as in decoding, straight from sign
 // bits, lambda and gamma: one kernel a side, sums and V in the compute type.
 //
-//   down   V[c, t] = sum_k M[c, k] x[t, k]     a warp per row c, lanes over its chunk's columns k
-//   up     y[t, k] (+)= sum_c V[c, t] M[c, k]  a lane per column k, warps over its chunk's rows c
+//   down   V[e, t] = sum_k M[e, k] x[t, k]     a warp per row e, lanes over its chunk's columns k
+//   up     y[t, k] (+)= sum_e V[e, t] M[e, k]  a lane per column k, warps over its chunk's rows e
 //
-// M is A', whose element is lam[c] a[j, k] gam[i, k], or B transposed, which is +-1. The rows of a
-// chunk follow each other in A', and are `groups` apart in B.
+// M is A', whose element is lam[c] a[j, k] gam[i, k] in row c of e (BlockSizes; of a whole layer c
+// is e), or B transposed, which is +-1. The rows of a chunk follow each other in A', and are
+// b_chunks apart in B.
 //
 // Floor: gamma read once, 4 n d bytes, and B's bits; T K (d + D) / groups multiply-adds. Latency
 // dominates. Tokens are taken four at a time, so many of them read everything many times.
@@ -20,56 +21,70 @@ namespace randlora {
 namespace cuda {
 namespace {
 
-enum class Side { a, b };
+enum class Matrix { A, B };
 
 constexpr int kAhead = 8;  // rows that a lane of `up` loads at a time
 
-// The blocks of one side: `groups` of (rows, width).
-template <class S, Side side>
-struct Factor {
+// The blocks of one matrix: `chunks` of (rows e of the chunk, width).
+template <class S, Matrix matrix>
+struct MatrixBlocks {
   using C = typename ComputeOf<S>::type;
-  int rows, groups, width, n;
-  int64_t d;
+  BlockSizesOf<int> sizes;
+  int rows, chunks, width;  // rows c of a chunk of d
   const int8_t* a;
   const C *lam, *gam;
   Planes b;
 
-  explicit Factor(const BlockLinear& p)
-      : rows(static_cast<int>(p.blocks.r * p.blocks.n / p.blocks.groups)),
-        groups(static_cast<int>(p.blocks.groups)),
-        width(static_cast<int>((side == Side::a ? p.blocks.d : p.blocks.D) / groups)),
-        n(static_cast<int>(p.blocks.n)),
-        d(p.blocks.d),
+  explicit MatrixBlocks(const BlockLinear& p)
+      : sizes(p.blocks.as<int>()),
+        rows(sizes.a_rows()),
+        chunks(matrix == Matrix::A ? sizes.a_chunks : sizes.b_chunks),
+        width(matrix == Matrix::A ? sizes.a_width() : sizes.b_width()),
         a(p.blocks.a),
         lam(static_cast<const C*>(p.lam)),
         gam(static_cast<const C*>(p.gam)),
         b(p.blocks.b) {}
 
-  int64_t features() const { return int64_t{width} * groups; }
-  __device__ __forceinline__ int group_of(int c) const {
-    return side == Side::a ? c / rows : c % groups;
+  int64_t features() const { return int64_t{width} * chunks; }
+  __device__ __forceinline__ int chunk_of(int e, int c) const {
+    return matrix == Matrix::A ? c / rows : e % sizes.b_chunks;
   }
-  __device__ __forceinline__ int row(int group, int at) const {
-    return side == Side::a ? group * rows + at : group + at * groups;
+  // The rows e of a chunk: first, first + step, ...
+  struct Rows {
+    int first, step, count;
+  };
+  __device__ __forceinline__ Rows rows_of(int chunk) const {
+    if constexpr (matrix == Matrix::A) {
+      const int first = sizes.before(chunk * rows);
+      return {first, 1, sizes.before((chunk + 1) * rows) - first};
+    }
+    const int first = sizes.row(chunk) < 0 ? chunk + sizes.b_chunks : chunk;
+    return {first, sizes.b_chunks,
+            (sizes.K() - sizes.row(first) + sizes.groups - 1) / sizes.groups};
   }
-  __device__ __forceinline__ const int8_t* signs(int c) const { return a + int64_t{c / n} * width; }
-  __device__ __forceinline__ const C* gamma(int c, int group) const {
-    return gam + c % n * d + int64_t{group} * width;
+  __device__ __forceinline__ const int8_t* signs(int c) const {
+    return a + int64_t{c / sizes.n} * width;
+  }
+  __device__ __forceinline__ const C* gamma(int c, int chunk) const {
+    return gam + int64_t{c % sizes.n} * sizes.d + int64_t{chunk} * width;
   }
 
-  __device__ __forceinline__ C one(int c, int group, int k) const {
-    if constexpr (side == Side::a) return lam[c] * static_cast<C>(signs(c)[k]) * gamma(c, group)[k];
-    const int64_t word = c * b.words + k / 64;
+  __device__ __forceinline__ C one(int e, int chunk, int k) const {
+    if constexpr (matrix == Matrix::A) {
+      const int c = sizes.row(e);
+      return lam[c] * static_cast<C>(signs(c)[k]) * gamma(c, chunk)[k];
+    }
+    const int64_t word = e * b.words + k / 64;
     return static_cast<C>(static_cast<int>(b.plus[word] >> k % 64 & 1) -
                           static_cast<int>(b.minus[word] >> k % 64 & 1));
   }
 
   // Without lambda.
   template <int V, bool Aligned>
-  __device__ __forceinline__ void several(int c, int group, const Columns<V, Aligned>& at,
+  __device__ __forceinline__ void several(int e, int c, int chunk, const Columns<V, Aligned>& at,
                                           C (&m)[V]) const {
-    if constexpr (side == Side::a) {
-      const Pack<C, V> g = at.load(gamma(c, group));
+    if constexpr (matrix == Matrix::A) {
+      const Pack<C, V> g = at.load(gamma(c, chunk));
       struct alignas(Aligned ? V : 1) Signs {
         int8_t v[V];
       } s = {};
@@ -83,7 +98,7 @@ struct Factor {
 #pragma unroll
       for (int v = 0; v < V; ++v) m[v] = static_cast<C>(s.v[v]) * g.get(v);
     } else {
-      const uint32_t plus = at.bits(b.plus + c * b.words), minus = at.bits(b.minus + c * b.words);
+      const uint32_t plus = at.bits(b.plus + e * b.words), minus = at.bits(b.minus + e * b.words);
 #pragma unroll
       for (int v = 0; v < V; ++v)
         m[v] = static_cast<C>(static_cast<int>(plus >> v & 1) - static_cast<int>(minus >> v & 1));
@@ -91,25 +106,26 @@ struct Factor {
   }
 };
 
-template <class S, Side side, int TT, bool Aligned, class C = typename ComputeOf<S>::type>
-__global__ void block_down_kernel(Factor<S, side> p, const S* __restrict__ x, int T, int K,
+template <class S, Matrix matrix, int TT, bool Aligned, class C = typename ComputeOf<S>::type>
+__global__ void block_down_kernel(MatrixBlocks<S, matrix> p, const S* __restrict__ x, int T,
                                   C* __restrict__ V) {
   constexpr int N = kPerAccess<S>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int c = blockIdx.x * (blockDim.x / 32) + warp, t0 = blockIdx.y * TT;
-  if (c >= K) return;
-  const int group = p.group_of(c);
-  const int64_t features = int64_t{p.width} * p.groups;
-  const S* chunk = x + int64_t{group} * p.width;
+  const int e = blockIdx.x * (blockDim.x / 32) + warp, t0 = blockIdx.y * TT;
+  const int c = p.sizes.row(e);
+  if (c < 0 || c >= p.sizes.K()) return;
+  const int chunk = p.chunk_of(e, c);
+  const int64_t features = int64_t{p.width} * p.chunks;
+  const S* from_x = x + int64_t{chunk} * p.width;
   C sum[TT] = {};
 #pragma unroll 2
   for (int from = 0; from < p.width; from += 32 * N) {
     const Columns<N, Aligned> at(from, lane, p.width);
     Pack<S, N> z[TT];
 #pragma unroll
-    for (int t = 0; t < TT; ++t) z[t] = at.load(chunk + min(t0 + t, T - 1) * features);
+    for (int t = 0; t < TT; ++t) z[t] = at.load(from_x + min(t0 + t, T - 1) * features);
     C m[N];
-    p.several(c, group, at, m);
+    p.several(e, c, chunk, at, m);
 #pragma unroll
     for (int t = 0; t < TT; ++t)
 #pragma unroll
@@ -118,27 +134,28 @@ __global__ void block_down_kernel(Factor<S, side> p, const S* __restrict__ x, in
   const C total = warp_sums<TT>(sum);
   const int t = t0 + lane / (32 / TT);
   if (lane % (32 / TT) == 0 && t < T)
-    V[int64_t{c} * T + t] = side == Side::a ? p.lam[c] * total : total;
+    V[int64_t{e} * T + t] = matrix == Matrix::A ? p.lam[c] * total : total;
 }
 
-template <class S, Side side, int TT, class C = typename ComputeOf<S>::type>
-__global__ void block_up_kernel(Factor<S, side> p, const C* __restrict__ V, int T, C scale,
+template <class S, Matrix matrix, int TT, class C = typename ComputeOf<S>::type>
+__global__ void block_up_kernel(MatrixBlocks<S, matrix> p, const C* __restrict__ V, int T, C scale,
                                 S* __restrict__ y, bool accumulate) {
   C* parts = reinterpret_cast<C*>(shared_memory());  // (warps, TT, 32)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int across = static_cast<int>(ceil_div(p.width, 32));
-  const int group = blockIdx.x / across, k0 = blockIdx.x % across * 32, t0 = blockIdx.y * TT;
+  const int chunk = blockIdx.x / across, k0 = blockIdx.x % across * 32, t0 = blockIdx.y * TT;
   const int k = min(k0 + lane, p.width - 1);  // columns past the end are not stored
+  const auto rows = p.rows_of(chunk);
   C sum[TT] = {};
-  for (int first = warp * kAhead; first < p.rows; first += warps * kAhead) {
+  for (int first = warp * kAhead; first < rows.count; first += warps * kAhead) {
     C m[kAhead];
 #pragma unroll
     for (int q = 0; q < kAhead; ++q)
-      m[q] = p.one(p.row(group, min(first + q, p.rows - 1)), group, k);
+      m[q] = p.one(rows.first + min(first + q, rows.count - 1) * rows.step, chunk, k);
 #pragma unroll
     for (int q = 0; q < kAhead; ++q) {
-      if (first + q >= p.rows) break;
-      const C* values = V + int64_t{p.row(group, first + q)} * T;
+      if (first + q >= rows.count) break;
+      const C* values = V + int64_t{rows.first + (first + q) * rows.step} * T;
 #pragma unroll
       for (int t = 0; t < TT; ++t) sum[t] += m[q] * values[min(t0 + t, T - 1)];
     }
@@ -151,37 +168,37 @@ __global__ void block_up_kernel(Factor<S, side> p, const C* __restrict__ V, int 
     if (t >= T || column >= p.width) continue;
     C total = parts[e];
     for (int w = 1; w < warps; ++w) total += parts[w * TT * 32 + e];
-    S* out = y + (int64_t{t} * p.groups + group) * p.width + column;
+    S* out = y + (int64_t{t} * p.chunks + chunk) * p.width + column;
     *out = narrow<S>(accumulate ? widen(*out) + scale * total : scale * total);
   }
 }
 
-template <class S, Side from, Side to, int TT>
+template <class S, Matrix from, Matrix to, int TT>
 void multiply(const BlockLinear& p, Device& device) {
   using C = typename ComputeOf<S>::type;
   constexpr int V = kPerAccess<S>;
-  const Factor<S, from> down(p);
-  const Factor<S, to> up(p);
-  const int T = static_cast<int>(p.T), K = static_cast<int>(p.blocks.r * p.blocks.n);
+  const MatrixBlocks<S, from> down(p);
+  const MatrixBlocks<S, to> up(p);
+  const int T = static_cast<int>(p.T), rows = down.sizes.rows();
   const int threads = std::min(device.max_threads, 256), warps = threads / 32;
   const unsigned tokens = static_cast<unsigned>(ceil_div(T, TT));
   const S* x = static_cast<const S*>(p.x);
-  C* between = scratch<C>(device, int64_t{K} * T);
+  C* between = scratch<C>(device, int64_t{rows} * T);
   const bool aligned = aligned_rows(down.width, V, x, down.a, down.gam);
   launch(
       device, "block_down",
       aligned ? block_down_kernel<S, from, TT, true, C> : block_down_kernel<S, from, TT, false, C>,
-      dim3(static_cast<unsigned>(ceil_div(K, warps)), tokens), threads, 0, down, x, T, K, between);
+      dim3(static_cast<unsigned>(ceil_div(rows, warps)), tokens), threads, 0, down, x, T, between);
   launch(device, "block_up", block_up_kernel<S, to, TT, C>,
-         dim3(static_cast<unsigned>(ceil_div(up.width, 32) * up.groups), tokens), threads,
+         dim3(static_cast<unsigned>(ceil_div(up.width, 32) * up.chunks), tokens), threads,
          warps * TT * 32 * int64_t{sizeof(C)}, up, between, T, static_cast<C>(p.scale),
          static_cast<S*>(p.y), p.accumulate);
 }
 
 template <class S, int TT>
 void multiply_oriented(const BlockLinear& p, Device& device) {
-  p.expand ? multiply<S, Side::a, Side::b, TT>(p, device)
-           : multiply<S, Side::b, Side::a, TT>(p, device);
+  p.expand ? multiply<S, Matrix::A, Matrix::B, TT>(p, device)
+           : multiply<S, Matrix::B, Matrix::A, TT>(p, device);
 }
 
 }  // namespace
