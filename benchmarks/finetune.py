@@ -31,6 +31,8 @@ METHODS = ["lora", "rslora", "shira", "miss", "full"]
 RANDLORA = ["1/3", "0.07", "very_sparse", "dense", "1/8", "block:1/8"]
 MODELS = ["fp32", "bf16", "bf16:nearest", "bf16:stochastic"]
 ANSWERED = 32  # held-out words whose phonemes are counted
+RANDOM_SIGNS = 1000  # added to the seed
+_hadamard_signs = None  # how the package makes them
 KEY = "method", "lr", "seed", "steps", "scaling", "model"
 
 
@@ -39,7 +41,10 @@ def adapted(base, method: str, seed: int, scaling: float = SCALING, rounding: st
     import peft
 
     import randlora_ext.peft
+    from randlora_ext.basis.block import BlockMatrices
 
+    global _hadamard_signs
+    _hadamard_signs = _hadamard_signs or BlockMatrices._a_blocks
     if method == "full":
         return base.requires_grad_(True)
     common = {"target_modules": TARGETS, "task_type": "CAUSAL_LM"}
@@ -52,6 +57,11 @@ def adapted(base, method: str, seed: int, scaling: float = SCALING, rounding: st
     }
     if method in others:
         return peft.get_peft_model(base, others[method]())
+    with_random_signs = method.endswith(" random signs")
+    if with_random_signs:  # in bf16 only, whose kernels take A's signs as they are
+        method = method.removesuffix(" random signs")
+        seed += RANDOM_SIGNS  # no basis of the other kind is found in a cache
+    BlockMatrices._a_blocks = random_signs if with_random_signs else _hadamard_signs
     stock, density = method.startswith("peft"), method.split()[-1]
     randlora_ext.peft.disable() if stock else randlora_ext.peft.enable()
     config = peft.RandLoraConfig if stock else randlora_ext.peft.RandLoraConfig
@@ -64,6 +74,15 @@ def adapted(base, method: str, seed: int, scaling: float = SCALING, rounding: st
     number = density.removeprefix("block:")
     kind = kinds[density] if density in kinds else {"density": float(Fraction(number))}
     return peft.get_peft_model(base, config(save_projection=False, **kind, **common))
+
+
+def random_signs(matrices, shape, held, device):
+    """What the A of block bases could be instead of Hadamard's signs times one per column."""
+    import torch
+
+    generator = torch.Generator().manual_seed(matrices.description.seed)
+    size = shape.r, shape.d // held.groups
+    return (2 * torch.randint(2, size, generator=generator, dtype=torch.int8) - 1).to(device)
 
 
 @cache
