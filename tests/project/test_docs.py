@@ -42,7 +42,7 @@ def runnable() -> list[str]:
 
 
 def test_pages_that_are_run():
-    known = {"math", "ops", "formats", "peft", "density", "train", "serve", "how-it-works"}
+    known = {"math", "ops", "peft", "density", "train", "serve", "how-it-works"}
     assert {f"docs/{name}.md" for name in known} <= set(runnable())
 
 
