@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
 from ..basis.block import check_layers
+from ..nn.apply import check_is_called
 from ..nn.base_layer import disable_nested_tensors, features, force_module_call, is_conv1d
 from ..nn.linear import DEFAULT_SCALING
 from ..nn.state_dict import misfit, refuse, refuse_misfit
@@ -84,6 +85,10 @@ class AcceleratedRandLoraModel(RandLoraModel):
     ) -> None:
         if adapter_name not in self.randlora_A:
             self._add_bases(randlora_config, adapter_name)
+        try:
+            check_is_called(self.model, kwargs["current_key"], f"module {kwargs['current_key']!r}")
+        except ValueError as error:  # as stock PEFT, which says nothing, but a file must load
+            warnings.warn(str(error), stacklevel=2)
         if isinstance(target, AcceleratedLayer) and not isinstance(target, Linear):
             # PEFT would put a second layer around a quantized one.
             add_adapter(target, adapter_name, self.randlora_A, self.randlora_B, randlora_config)

@@ -1,5 +1,6 @@
 """randlora_ext.peft in transformers models with random weights, and in its Trainer."""
 
+import contextlib
 import copy
 import warnings
 
@@ -8,6 +9,7 @@ import torch
 from peft_helpers import (
     SEQ_2_SEQ_LM,
     StockLinear,
+    accelerated,
     config,
     pair,
     peft,
@@ -15,6 +17,7 @@ from peft_helpers import (
     relative,
     runs_on_kernels,
 )
+from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
@@ -225,3 +228,27 @@ def test_trainer(tmp_path, bf16):
     assert resumed[1] == pytest.approx(resumed[0], rel=0.02 if bf16 else 1e-4)
     torch.manual_seed(0)  # a checkpoint is an adapter
     assert runs_on_kernels(peft.PeftModel.from_pretrained(llama()[0], folder / "checkpoint-2"))
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.attn(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "stock"])
+def test_multihead_attention(ours):
+    """What docs/peft.md says of it: torch reads the weights of its projections, fused or not."""
+    accelerated.enable() if ours else accelerated.disable()
+    for fused in ("attn", "in_proj", "in_proj_weight"):
+        with pytest.raises(ValueError, match="No layers types compatible with RandLora"):
+            peft.get_peft_model(Attending(), config(8, targets=[fused], sparse=True))
+    message = "module 'attn.out_proj' would not be adapted: nn.MultiheadAttention reads"
+    with pytest.warns(UserWarning, match=message) if ours else contextlib.nullcontext():
+        model = peft.get_peft_model(Attending(), config(8, targets=["out_proj"], sparse=True))
+    x = torch.randn(2, 5, 32)
+    before = model(x)
+    assert torch.equal(randomize(model)(x), before) and not before.requires_grad

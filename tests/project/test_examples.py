@@ -64,6 +64,18 @@ def test_quantized_base(tmp_path):
     assert len(saved) == 28 and all(k.endswith(("_lambda", "_gamma")) for k in saved)
 
 
+def test_vision(tmp_path):
+    pytest.importorskip("sklearn")
+    output = run("vision.py", tmp_path)
+    assert losses(output)[-1] < losses(output)[0] / 10
+    assert "10 RandLoRA layers on randlora_ext's" in output
+    before, after = map(float, re.search(r"images: (\S+)% -> (\S+)%", output).groups())
+    assert before < 55 and after > 80  # of ten digits, of which the base has seen five
+    assert difference(output, "reloaded") < 1e-5
+    saved = load_file(tmp_path / "randlora-adapter" / "adapter_model.safetensors")
+    assert len(saved) == 22 and sum("classifier" in key for key in saved) == 2
+
+
 def test_tensor_parallel(tmp_path):
     launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
     output = run("tensor_parallel.py", tmp_path, *launcher)
