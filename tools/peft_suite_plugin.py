@@ -11,11 +11,11 @@ BACKEND = "RANDLORA_SUITE_BACKEND"  # "stock" or "ours"
 SPARSE = "RANDLORA_SUITE_SPARSE"  # "1": every RandLoRA config becomes sparse
 
 _outcomes: dict[str, str] = {}
-_calls = {"forward": 0, "packed": 0}  # of our layers; those that ran on packed bases
+_calls = {"forward": 0, "kernels": 0}  # of our layers; those that ran on our kernels
 
 
 def _force_sparse() -> None:
-    """PEFT's tests mostly use uniform bases, which no packed kernel computes."""
+    """PEFT's tests mostly use uniform bases, which are not packed."""
     init = peft.RandLoraConfig.__post_init__
 
     def post_init(self) -> None:
@@ -37,7 +37,7 @@ def _count_calls() -> None:
         return call
 
     AcceleratedLayer.forward = counting("forward", AcceleratedLayer.forward)
-    AcceleratedLayer._on_kernels = counting("packed", AcceleratedLayer._on_kernels)
+    AcceleratedLayer._on_kernels = counting("kernels", AcceleratedLayer._on_kernels)
 
 
 # At import, thus before any test file is collected.

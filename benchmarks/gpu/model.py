@@ -22,11 +22,12 @@ from randlora_ext.peft import RandLoraConfig
 
 from . import rows
 from .card import Card
-from .layers import DENSITIES, RANK
+from .layers import DENSE, DENSITIES, RANK
 
 TARGETS = ["q_proj", "v_proj"]
 METHODS = [
-    "LoRA, fp32 adapter", "frozen", "LoRA, bf16 adapter", *(f"ours, {d}" for d in DENSITIES),
+    "LoRA, fp32 adapter", "frozen", "LoRA, bf16 adapter",
+    *(f"ours, {d}" for d in [*DENSITIES, DENSE]),
     "PEFT's RandLoRA, fp32 adapter", "PEFT's RandLoRA, bf16 adapter", "LoRA, fp32 adapter, again",
 ]  # fmt: skip
 
@@ -52,7 +53,9 @@ def adapted(base: nn.Module, method: str, rank: int) -> nn.Module:
     if name == "LoRA":
         config = peft.LoraConfig(lora_alpha=rank, **common)
     elif name == "ours":
-        config = RandLoraConfig(density=density_of(kind, base.config.hidden_size), **randlora)
+        density = None if kind == DENSE else density_of(kind, base.config.hidden_size)
+        basis = "block" if kind.startswith("block:") else "peft"
+        config = RandLoraConfig(basis=basis, density=density, **randlora)
     else:
         config = peft.RandLoraConfig(sparse=True, **randlora)
     with warnings.catch_warnings():

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.randlora.layer import Linear
+from peft.tuners.randlora.layer import Linear, RandLoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
@@ -39,6 +39,7 @@ class AcceleratedLayer(_Layer):
     randlora_B: PackedBufferDict
     merged_adapters: list[str]
     merged_rounding: dict[str, str | None]  # by adapter
+    other_param_names = (*RandLoraLayer.other_param_names, "merged_rounding")  # deleted with it
     float32_products = False  # of all layers; `enable` sets it
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:

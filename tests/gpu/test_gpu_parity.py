@@ -115,6 +115,28 @@ def test_merged_block_bases_in_16_bits(device, sizes, dtype, seed):
         assert rms_error(got[name], want[name]) <= 4 * torch.finfo(dtype).eps, name
 
 
+@pytest.mark.parametrize("path", ["factored", "delta", "merged"])
+@pytest.mark.parametrize("dtype", [torch.float64, *LOW], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dense_bases(device, shape, dtype, path):
+    for tokens in (0, 1, 16, 300):
+        layer = make_layer(*shape, 1.0, tokens, dtype, kind="dense")
+        got = run_linear(layer, path, "packed", device)
+        if dtype is torch.float64:
+            want = run_linear_by_cpu_kernels(layer, path)
+            assert all(largest_error(got[name], want[name]) <= FP64 for name in NAMES), tokens
+        elif tokens and min(shape) > 1 and (path != "merged" or dtype is torch.float32):
+            assert_parity(got, layer, path, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_merged_dense_bases_stochastically(device, dtype):
+    layer = make_layer(50, 37, 7, 1.0, 33, dtype, kind="dense")
+    got = run_linear(layer, "merged", "packed", device, 7)
+    want = run_linear_by_cpu_kernels(layer, "merged", 7)
+    assert all(rms_error(got[n], want[n]) <= 4 * torch.finfo(dtype).eps for n in NAMES)
+
+
 @pytest.mark.parametrize("b_side", ["packed", "dense"])
 @pytest.mark.parametrize("density", [1 / 3, 0.07])
 def test_no_element_is_wrong_in_a_larger_layer(device, density, b_side):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from randlora_ext import TernaryBasis, linear
+from randlora_ext.basis.dense import DenseMatrices
 from randlora_ext.reference import linear_reference
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -73,8 +74,11 @@ def make_layer(
     kind: str = "independent",
 ) -> Layer:
     """Unit-variance x and dy, W of variance 1 / in; diagonals in float32, float64 for float64."""
-    basis = TernaryBasis(in_features, out_features, r, density, 3, kind)
     diagonals = torch.promote_types(dtype, torch.float32)
+    if kind == "dense":
+        basis = dense_basis(in_features, out_features, r, diagonals)
+    else:
+        basis = TernaryBasis(in_features, out_features, r, density, 3, kind)
     make = torch.Generator().manual_seed(1000 * in_features + 10 * out_features + r + tokens)
 
     def normal(*shape, like=dtype, std=1.0):
@@ -89,6 +93,17 @@ def make_layer(
         normal(basis.n, basis.d, like=diagonals, std=basis.d**-0.5),
         normal(*lead, tokens, out_features),
     )
+
+
+def dense_basis(in_features: int, out_features: int, r: int, dtype: torch.dtype) -> TernaryBasis:
+    """Uniform, of matrices larger than the layer needs, as PEFT shares them over layers."""
+    d, D = sorted((in_features, out_features))
+    make = torch.Generator().manual_seed(d + D + r)
+    A, B = (
+        (12**0.5 * (torch.rand(shape, generator=make, dtype=torch.float64) - 0.5)).to(dtype)
+        for shape in ((r, d + 3), (D + 5, -(-d // r) * r + 2))
+    )
+    return TernaryBasis.of_dense(DenseMatrices(A, B), in_features, out_features)
 
 
 def forward_backward(function, layer: Layer) -> dict[str, Tensor]:

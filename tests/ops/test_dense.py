@@ -8,6 +8,7 @@ from layer_cases import (  # noqa: F401
     SHAPES,
     SIXTEEN_BITS,
     assert_rule,
+    dense_basis,
     exact,
     largest_error,
     make_layer,
@@ -25,24 +26,8 @@ from randlora_ext.reference import delta_weight_reference, scaled_basis_referenc
 PATHS = ["factored", "delta", "merged"]
 
 
-def uniform(*shape: int) -> torch.Tensor:
-    make = torch.Generator().manual_seed(sum(shape))
-    return 12**0.5 * (torch.rand(shape, generator=make, dtype=torch.float64) - 0.5)
-
-
-def dense_basis(n_in, n_out, r, dtype=torch.float32, more=(3, 5, 2)) -> TernaryBasis:
-    """Of matrices larger than the layer needs, as PEFT shares them over layers."""
-    d, D = sorted((n_in, n_out))
-    K = -(-d // r) * r
-    A, B = uniform(r, d + more[0]).to(dtype), uniform(D + more[1], K + more[2]).to(dtype)
-    return TernaryBasis.of_dense(DenseMatrices(A, B), n_in, n_out)
-
-
-def dense_layer(n_in, n_out, r, tokens, dtype=torch.float64, **kwargs):
-    layer = make_layer(n_in, n_out, r, 1.0, tokens, dtype, **kwargs)
-    # float32 as PEFT's, so that 16 bits pay for their rounding
-    layer.basis = dense_basis(n_in, n_out, r, torch.promote_types(dtype, torch.float32))
-    return layer
+def dense_layer(n_in, n_out, r, tokens, dtype=torch.float64, **options):
+    return make_layer(n_in, n_out, r, 1.0, tokens, dtype, kind="dense", **options)
 
 
 @pytest.mark.parametrize("sizes", SHAPES, ids=str)
@@ -167,7 +152,7 @@ def test_merged_rounding_repeats_in_backward():
 
 
 def test_bases_are_views_of_the_matrices_and_one_copy_in_another_dtype():
-    A, B = uniform(4, 40).float(), uniform(60, 40).float()
+    A, B = torch.rand(4, 40), torch.rand(60, 40)
     matrices = DenseMatrices(A, B)
     one, other = (TernaryBasis.of_dense(matrices, *sizes) for sizes in ((40, 60), (50, 20)))
     turned = one.transposed()
@@ -187,7 +172,7 @@ def test_bases_are_views_of_the_matrices_and_one_copy_in_another_dtype():
 
 
 def test_scaled_basis():
-    basis = dense_basis(20, 33, 6)
+    basis = dense_basis(20, 33, 6, torch.float32)
     lam, gam = torch.randn(6, basis.n), torch.randn(basis.n, 20)
     wanted = scaled_basis_reference(basis.dense()[0], lam, gam)
     assert rms_error(scaled_basis(basis, lam, gam), wanted) < 1e-6
@@ -206,7 +191,7 @@ def test_nothing_large_is_kept_for_backward():
 
 
 def test_choice_of_a_path():
-    basis = dense_basis(1024, 1024, 32, more=(0, 0, 0))
+    basis = dense_basis(1024, 1024, 32, torch.float32)
     assert explain(basis, 64).path == "factored"
     assert explain(basis, 4096).path == "merged"
     assert explain(basis, 4096, torch.bfloat16).path == "delta"
