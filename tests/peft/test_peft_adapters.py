@@ -36,6 +36,7 @@ def test_two_adapters_as_stock():
     with ours.disable_adapter(), stock.disable_adapter():
         assert torch.equal(ours(x), stock(x))
     ours.delete_adapter("default")
+    assert all("default" not in layer.merged_rounding for layer in layers(ours))
     assert relative(ours(x), stock(x)) > 1e-3
     stock.delete_adapter("default")
     assert relative(ours(x), stock(x)) < 1e-10
