@@ -20,6 +20,7 @@ struct CudaKernels {
 
   // The operators: csrc/cuda/kernels.h.
   void (*fill_planes)(const FillPlanes&, Device&);
+  void (*fill_blocks)(const FillBlocks&, Device&);
   int64_t (*count_lists)(const Planes&, int64_t rows, int64_t cols, bool by_column, int64_t* offset,
                          Device&);
   void (*fill_lists)(const Planes&, int64_t rows, int64_t cols, bool by_column,

@@ -69,7 +69,7 @@ struct BlockSizesOf {
 using BlockSizes = BlockSizesOf<int64_t>;
 
 struct Blocks : BlockSizes {
-  Planes b;         // (rows(), D / b_chunks): B[chunk of D, row(e)]
+  Planes b;         // (rows(), D / b_chunks): B[chunk of D, row(e)], +1 alone
   const int8_t* a;  // (r, d / a_chunks)
 };
 
@@ -89,6 +89,32 @@ struct FillPlanes {
   uint32_t role, threshold;
   int64_t row_start, rows, col_start, cols;
   uint64_t *plus, *minus;  // (rows, words_of(cols))
+};
+
+// The signs of B's blocks (BlockSizes): bit t of row e says whether element (1, chunk * height + t,
+// cycle * groups + chunk) at density 1 is +1, for chunk = first_chunk + e % chunks and
+// cycle = first_cycle + e / chunks.
+struct FillBlocks {
+  uint64_t seed;
+  int64_t height, groups, first_chunk, chunks, first_cycle, cycles;
+  uint64_t* signs;  // (cycles * chunks, words_of(height))
+
+  // Where the four words go that counter (group of 64 columns, l) gives of a chunk; null where it
+  // has no column there.
+  RANDLORA_HD_MEMBER void rows_of(int64_t chunk, int64_t group, int64_t l,
+                                  uint64_t* (&row)[4]) const {
+    const int64_t first = first_cycle * groups, g = first_chunk + chunk;
+    for (int w = 0; w < 4; ++w) {
+      const int64_t cycle = (group * 64 + 16 * w + l - g - first) / groups;
+      const bool inside =
+          group * 64 + 16 * w + l == first + cycle * groups + g && cycle >= 0 && cycle < cycles;
+      row[w] = inside ? signs + (cycle * chunks + chunk) * words_of(height) : nullptr;
+    }
+  }
+  RANDLORA_HD_MEMBER int64_t first_group() const { return first_cycle * groups / 64; }
+  RANDLORA_HD_MEMBER int64_t column_groups() const {
+    return words_of((first_cycle + cycles) * groups) - first_group();
+  }
 };
 
 // A block diagonal over `groups`, which divides r and d, and compact: row j holds only the
@@ -241,6 +267,7 @@ struct LinearBackward {
 struct Kernels {
   const char* isa;
   void (*fill_planes)(const FillPlanes&, Runtime&);
+  void (*fill_blocks)(const FillBlocks&, Runtime&);
   void (*scaled_basis)(const ScaledBasis&, Runtime&);
   void (*scaled_basis_backward)(const ScaledBasisBackward&, Runtime&);
   void (*add_rounded)(const AddRounded&, Runtime&);

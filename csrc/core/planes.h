@@ -2,6 +2,8 @@
 //
 //   planes[0][row][word]  bit b is set if element (row, 64 * word + b) is +1
 //   planes[1][row][word]  the same for -1;  bits past the last column are zero
+//
+// A matrix without zeros may lack the second plane: what is not +1 is -1.
 #pragma once
 #include <cstdint>
 
@@ -13,7 +15,7 @@ RANDLORA_HD int64_t words_of(int64_t cols) { return (cols + 63) / 64; }
 
 struct Planes {
   const uint64_t* plus = nullptr;   // (rows, words)
-  const uint64_t* minus = nullptr;  // (rows, words)
+  const uint64_t* minus = nullptr;  // (rows, words), or null
   int64_t words = 0;
 
   // `count` <= 64 bits of a row starting at column `col`, moved to bit 0. May cross a word.

@@ -1,5 +1,8 @@
 // Generates bit planes from the specification. 64 columns come from 16 counters with 4 output words
 // each, so a word of a plane takes four 16-lane compares. Rows and columns may start anywhere.
+//
+// The signs of block bases lie the other way: a word has 64 rows of one column. The lanes are rows
+// of one counter then, which gives a word of up to four columns, and other columns cost nothing.
 #pragma once
 #include "../core/operators.h"
 #include "../core/ternary_spec.h"
@@ -19,15 +22,8 @@ RANDLORA_INLINE uint64_t below(const uint32_t (&lanes)[16], uint32_t bound) {
 #endif
 }
 
-// Both plane words of aligned group `group` (columns 64 * group ...) of one row. Runs the ten
-// rounds of core/philox.h on 16 counters at once, so that compilers vectorize each line.
-RANDLORA_INLINE void group_words(uint64_t seed, uint32_t role, uint32_t row, uint32_t group,
-                                 uint32_t threshold, uint64_t* plus, uint64_t* minus) {
-  uint32_t c[4][16];
-  for (uint32_t l = 0; l < 16; ++l) {
-    const Counter4 start = counter_of(role, row, group * kCountersPerGroup + l);
-    for (int w = 0; w < 4; ++w) c[w][l] = start.v[w];
-  }
+// The ten rounds of core/philox.h on 16 counters at once, so that compilers vectorize each line.
+RANDLORA_INLINE void philox_16(uint64_t seed, uint32_t (&c)[4][16]) {
   uint32_t key0 = key0_of(seed), key1 = key1_of(seed);
   for (int round = 0; round < kPhiloxRounds; ++round) {
     for (int l = 0; l < 16; ++l) {
@@ -41,6 +37,17 @@ RANDLORA_INLINE void group_words(uint64_t seed, uint32_t role, uint32_t row, uin
     key0 += kPhiloxWeyl0;
     key1 += kPhiloxWeyl1;
   }
+}
+
+// Both plane words of aligned group `group` (columns 64 * group ...) of one row.
+RANDLORA_INLINE void group_words(uint64_t seed, uint32_t role, uint32_t row, uint32_t group,
+                                 uint32_t threshold, uint64_t* plus, uint64_t* minus) {
+  uint32_t c[4][16];
+  for (uint32_t l = 0; l < 16; ++l) {
+    const Counter4 start = counter_of(role, row, group * kCountersPerGroup + l);
+    for (int w = 0; w < 4; ++w) c[w][l] = start.v[w];
+  }
+  philox_16(seed, c);
   *plus = *minus = 0;
   for (int w = 0; w < 4; ++w) {
     *plus |= below(c[w], threshold) << (16 * w);
@@ -72,6 +79,37 @@ inline void fill_planes(const FillPlanes& p, Runtime& rt) {
         const uint64_t keep = w + 1 == words ? tail : ~uint64_t{0};
         p.plus[q * words + w] = word[0] & keep;
         p.minus[q * words + w] = word[1] & keep;
+      }
+    }
+  });
+}
+
+inline void fill_blocks(const FillBlocks& p, Runtime& rt) {
+  const int64_t words = words_of(p.height), groups = p.column_groups();
+  const uint32_t half = threshold(1.0);
+  rt.split(p.chunks * words, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t chunk = at / words, word = at % words, left = p.height - 64 * word;
+      const uint32_t first_row = uint32_t((p.first_chunk + chunk) * p.height + 64 * word);
+      const uint64_t keep = left < 64 ? (uint64_t{1} << left) - 1 : ~uint64_t{0};
+      for (int64_t e = 0; e < groups * kCountersPerGroup; ++e) {
+        const int64_t group = p.first_group() + e / kCountersPerGroup, l = e % kCountersPerGroup;
+        uint64_t* row[4];
+        p.rows_of(chunk, group, l, row);
+        if (!row[0] && !row[1] && !row[2] && !row[3]) continue;
+        uint64_t bits[4] = {0, 0, 0, 0};
+        for (uint32_t part = 0; part < 4; ++part) {
+          uint32_t c[4][16];
+          for (uint32_t lane = 0; lane < 16; ++lane) {
+            const Counter4 start = counter_of(kRoleB, first_row + 16 * part + lane,
+                                              uint32_t(group * kCountersPerGroup + l));
+            for (int w = 0; w < 4; ++w) c[w][lane] = start.v[w];
+          }
+          philox_16(p.seed, c);
+          for (int w = 0; w < 4; ++w) bits[w] |= below(c[w], half) << (16 * part);
+        }
+        for (int w = 0; w < 4; ++w)
+          if (row[w]) row[w][word] = bits[w] & keep;
       }
     }
   });

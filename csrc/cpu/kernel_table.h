@@ -17,6 +17,7 @@ namespace RANDLORA_ISA {
 const Kernels& kernels() {
   static constexpr Kernels table = {RANDLORA_STRING(RANDLORA_ISA),
                                     fill_planes,
+                                    fill_blocks,
                                     scaled_basis,
                                     scaled_basis_backward,
                                     add_rounded,

@@ -11,6 +11,7 @@ namespace cuda {
 
 // generation and packing (fill_planes.cu, lists.cu, dense.cu): as csrc/cpu/packing.h, bit for bit
 void fill_planes(const FillPlanes& p, Device& device);
+void fill_blocks(const FillBlocks& p, Device& device);
 int64_t count_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column,
                     int64_t* offset, Device& device);
 void fill_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column,

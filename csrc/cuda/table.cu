@@ -21,6 +21,7 @@ randlora_cuda_kernels() {
                                         cuda::describe,
                                         cuda::make_current,
                                         cuda::fill_planes,
+                                        cuda::fill_blocks,
                                         cuda::count_lists,
                                         cuda::fill_lists,
                                         cuda::planes_to_dense,

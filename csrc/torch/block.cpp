@@ -28,8 +28,7 @@ struct Range {
 
 Planes planes_of(const BlockBasis& b) {
   const auto* plus = static_cast<const uint64_t*>(b.b_planes->const_data_ptr());
-  const int64_t words = b.b_planes->size(2);
-  return {plus, plus + b.rows() * words, words};
+  return {plus, nullptr, b.b_planes->size(2)};
 }
 
 Blocks raw_blocks(const BlockBasis& b) {

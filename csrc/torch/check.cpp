@@ -211,9 +211,9 @@ BlockBasis blocks_of(const std::vector<Tensor>& packed, const Tensor& lam, const
                  " and d = ", b.d, ", so r / G = ", q);
   const int64_t words = words_of(b.b_width()), rows = b.rows();
   RANDLORA_CHECK(p.scalar_type() == ScalarType::Long && p.is_contiguous() && p.dim() == 3 &&
-                     p.size(0) == 2 && p.size(1) == rows && p.size(2) == words && rows > 0,
-                 "packed: b_planes must be a contiguous int64 tensor (2, K, ceil(D / G / 64)) = "
-                 "(2, ",
+                     p.size(0) == 1 && p.size(1) == rows && p.size(2) == words && rows > 0,
+                 "packed: b_planes must be a contiguous int64 tensor (1, K, ceil(D / G / 64)) = "
+                 "(1, ",
                  rows, ", ", words, "), got ", describe(p));
   b.a = a, b.b_planes = p;
   if (packed.size() > count) {

@@ -112,7 +112,7 @@ ScalarType compute_type(DType dtype);
 // block, of elements that are given as they are.
 struct BlockBasis : BlockSizes {
   Tensor a;  // (r, d / a_chunks): row j holds A's columns in its chunk of d; int8 unless is_dense
-  OptionalTensor b_planes;  // (2, rows(), words): row e holds column row(e) of B in its chunk of D
+  OptionalTensor b_planes;  // (1, rows(), words): row e holds column row(e) of B in its chunk of D
   OptionalTensor b;         // the same as numbers, (rows(), D / b_chunks); B (D, K) if is_dense
 
   bool is_dense() const { return !b_planes; }

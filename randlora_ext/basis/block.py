@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .generated import ROLE_A, ROLE_B, GeneratedMatrices, generate_planes
+from .description import as_signed
+from .generated import ROLE_A, GeneratedMatrices, generate_planes
 from .shape import Shape
 
 _ops = torch.ops.randlora
@@ -146,8 +147,8 @@ class BlockMatrices(GeneratedMatrices):
 
         Returns:
             a (rank indices, d / G) int8: a row holds the columns of A in the chunk of its index.
-            b (rows, D / G) float32: row e holds a column of B within its chunk of D; of a whole
-                layer (K, D / G), row c within chunk c % G.
+            b (1, rows, words) int64: the bit plane of a matrix (rows, D / G) of signs. Row e holds
+                a column of B within its chunk of D; of a whole layer row c within chunk c % G.
         """
         held = self.chunks(shape)
         return self._a_blocks(shape, held, device), self._b_blocks(shape, held, device)
@@ -162,14 +163,11 @@ class BlockMatrices(GeneratedMatrices):
         return a.reshape(-1, width).to(torch.int8)
 
     def _b_blocks(self, shape: Shape, held: Chunks, device: torch.device) -> Tensor:
-        groups, seed = held.groups, self.description.seed
-        height, cycles, Q = shape.layer_D // groups, held.cycles, len(held.of_D)
-        columns = cycles.start * groups, len(cycles) * groups
-        b = torch.empty(len(cycles) * Q, height, device=device)
-        for s, g in enumerate(held.of_D):
-            rows = generate_planes(seed, ROLE_B, g * height, height, *columns, 1.0, device)
-            dense = _ops.planes_to_dense(rows, columns[1], 1.0, torch.float32)
-            b[s::Q] = dense[:, g::groups].T
+        height, Q = shape.layer_D // held.groups, len(held.of_D)
+        rows, words = len(held.cycles) * Q, -(-height // 64)
+        b = torch.empty(1, rows, words, dtype=torch.int64, device=device)
+        chunks, seed = (held.of_D.start, Q), as_signed(self.description.seed)
+        _ops.fill_blocks_(b, seed, height, held.groups, *chunks, held.cycles.start)
         return b
 
     def a_planes(self, shape: Shape, device: torch.device) -> Tensor:
@@ -182,8 +180,10 @@ class BlockMatrices(GeneratedMatrices):
 
     def b_planes(self, shape: Shape, device: torch.device) -> Tensor:
         held = replace(self.chunks(shape), of_d=range(self.description.groups))
-        b, Q = self._b_blocks(shape, held, device), len(held.of_D)
-        B = b.new_zeros(Q, b.shape[1], shape.K)
+        height, Q = shape.layer_D // held.groups, len(held.of_D)
+        planes = self._b_blocks(shape, held, device)
+        b = _ops.planes_to_dense(planes, height, 1.0, torch.float32)
+        B = b.new_zeros(Q, height, shape.K)
         for s, g in enumerate(held.of_D):
             B[s, :, g :: held.groups] = b[s::Q].T
         return _ops.pack_dense(B.view(shape.D, shape.K))[0]

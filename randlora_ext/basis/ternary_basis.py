@@ -342,7 +342,7 @@ class TernaryBasis:
         if isinstance(self._source, BlockMatrices):
             a, b = self._source.blocks(shape, device)
             chunks = self.chunks
-            return [a, _ops.pack_dense(b)[0], *([chunks.place(device)] if chunks else [])]
+            return [a, b, *([chunks.place(device)] if chunks else [])]
         a_planes, b_planes = (
             self._source.a_planes(shape, device),
             self._source.b_planes(shape, device),

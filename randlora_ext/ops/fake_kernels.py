@@ -42,6 +42,11 @@ def pack_dense(dense):
 
 
 @_fake
+def fill_blocks_(planes, seed, height, groups, first_chunk, chunks, first_cycle):
+    return None
+
+
+@_fake
 def planes_to_lists(planes, cols, by_column, wide):
     lines = cols if by_column else planes.shape[1]
     entries = torch.library.get_ctx().new_dynamic_size()

@@ -59,7 +59,7 @@ class AcceleratedLayer(_Layer):
         if plain and can_fuse(base, x):
             basis, _ = self.basis_of(names[0], x.device)
             if basis is not None and not self._widens(basis, dtype):
-                return self._on_kernels(names[0], x, base.weight, base.bias, basis).to(dtype)
+                return self._linear(names[0], x, base.weight, base.bias, basis).to(dtype)
         result = base(x, *args, **kwargs)
         for name in names:
             x = x.to(self._input_dtype(name, x))
@@ -88,7 +88,7 @@ class AcceleratedLayer(_Layer):
         """The adapter's part alone."""
         basis, reason = self.basis_of(name, x.device)
         if basis is not None:
-            return self._on_kernels(name, x, None, None, basis)
+            return self._linear(name, x, None, None, basis)
         self.randlora_A.warn_once(reason)
         first, second = self.get_scaled_bases(name, device=x.device)
         return F.linear(F.linear(x, first), second) * self.scaling[name]
@@ -227,7 +227,7 @@ class AcceleratedLayer(_Layer):
         refuse_misfit(self, state_dict, prefix, *args)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _on_kernels(
+    def _linear(
         self, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, basis: TernaryBasis
     ) -> Tensor:
         lam = self.randlora_lambda[name].to(x.device)

@@ -29,9 +29,15 @@ class Signs:
     role: int = 0  # of a generated matrix: 0 is A, 1 is B
 
     def on(self, device: torch.device) -> Tensor:
-        """The planes on a device."""
+        """The planes on a device. Raises RuntimeError for block bases, as `TernaryTensor.dense`."""
         if self.planes is None:
             assert self.description is not None
+            if self.description.kind == "block":
+                raise RuntimeError(
+                    "randlora_A and randlora_B of block bases have no dense form: layers of "
+                    "different shape have different matrices, which "
+                    "layer.basis_of(adapter, device)[0].dense() gives"
+                )
             seed, density = self.description.seed, self.description.density
             span = 0, self.rows, 0, self.cols
             self.planes = generate_planes(seed, self.role, *span, density, device)
@@ -71,13 +77,7 @@ class TernaryTensor(Tensor):
 
     def dense(self) -> Tensor:
         """A new dense tensor with the same values. Raises RuntimeError for block bases."""
-        if self.is_block:
-            raise RuntimeError(
-                "randlora_A and randlora_B of block bases have no dense form: layers of different "
-                "shape have different matrices, which layer.basis_of(adapter, device)[0].dense() "
-                "gives"
-            )
-        if self.is_meta:
+        if self.is_meta and not self.is_block:
             return torch.empty(self.shape, dtype=self.dtype, device="meta")
         planes = self.signs.on(self.device)
         make = torch.ops.randlora.planes_to_dense

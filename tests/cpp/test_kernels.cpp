@@ -366,6 +366,34 @@ void generation() {
     }
 }
 
+void block_generation() {
+  ThreadRuntime rt(2);
+  struct Case {
+    int64_t height, groups, first_chunk, chunks, first_cycle, cycles;
+  };
+  for (const Case& c : {Case{64, 8, 0, 8, 0, 16},
+                        {100, 16, 3, 2, 5, 9},
+                        {7, 3, 0, 3, 20, 31},  // a counter's columns belong to several chunks
+                        {130, 5, 4, 1, 1, 1},
+                        {3, 1, 0, 1, 0, 70},
+                        {65, 70, 60, 10, 3, 2}}) {
+    const int64_t words = words_of(c.height), rows = c.cycles * c.chunks;
+    std::vector<uint64_t> signs(rows * words, ~uint64_t{0});
+    cpu_kernels().fill_blocks(
+        {77, c.height, c.groups, c.first_chunk, c.chunks, c.first_cycle, c.cycles, signs.data()},
+        rt);
+    for (int64_t e = 0; e < rows; ++e)
+      for (int64_t t = 0; t < words * 64; ++t) {
+        const int64_t g = c.first_chunk + e % c.chunks;
+        const int64_t column = (c.first_cycle + e / c.chunks) * c.groups + g;
+        const bool want = t < c.height && element(77, kRoleB, uint32_t(g * c.height + t),
+                                                  uint32_t(column), threshold(1.0)) > 0;
+        EXPECT((signs[e * words + t / 64] >> (t & 63) & 1) == want, "row %ld of height %ld, G %ld",
+               long(e), long(c.height), long(c.groups));
+      }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -376,6 +404,7 @@ int main() {
     return 77;
   }
   generation();
+  block_generation();
   for (int64_t count : {1, 7, 4096, 9001}) {
     add_rounded<bf16>(DType::bf16, count);
     add_rounded<f16>(DType::f16, count);

@@ -49,7 +49,7 @@ struct BlockProblem {
         lam(random_values(K, 3, 1e-4)),
         gam(random_values(sizes.n * d, 4, 1e-3)),
         a(sizes.r * width),
-        planes(2 * sizes.rows() * words * 8) {
+        planes(sizes.rows() * words * 8) {
     std::mt19937 random(5);
     for (int64_t e = 0; e < sizes.r * width; ++e) signs()[e] = random() % 2 ? 1 : -1;
     for (int64_t row = 0; row < sizes.rows(); ++row)
@@ -58,7 +58,6 @@ struct BlockProblem {
         const int64_t left = height - w * 64;
         const uint64_t mask = left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
         plus()[row * words + w] = bits & mask;
-        plus()[(sizes.rows() + row) * words + w] = ~bits & mask;
       }
   }
   int8_t* signs() const { return static_cast<int8_t*>(a.get()); }
@@ -92,7 +91,7 @@ struct BlockProblem {
       }
     return dW;
   }
-  Blocks blocks() const { return {sizes, {plus(), plus() + sizes.rows() * words, words}, signs()}; }
+  Blocks blocks() const { return {sizes, {plus(), nullptr, words}, signs()}; }
 };
 
 }  // namespace randlora

@@ -128,14 +128,15 @@ def test_opcheck_packing(by_column, wide):
     torch.library.opcheck(ops.support_tables.default, (offset, index, basis.K), test_utils=shapes)
     check(ops.pack_dense, basis.dense()[1])
     check(ops.fill_planes_, torch.zeros_like(planes), 1, 1, 0, 0, basis.K, 5)
+    check(ops.fill_blocks_, torch.zeros_like(planes)[:1], 1, 60, 4, 1, 2, 5)
 
 
 def test_every_operator_is_checked_here():
     names = {n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names()
              if n.startswith("randlora::")}  # fmt: skip
     assert names == {
-        "fill_planes_", "pack_dense", "planes_to_lists", "planes_to_dense", "lists_to_dense",
-        "support_tables",
+        "fill_planes_", "fill_blocks_", "pack_dense", "planes_to_lists", "planes_to_dense",
+        "lists_to_dense", "support_tables",
         "scaled_basis", "scaled_basis_backward", "delta_weight", "delta_weight_backward",
         "merged_weight", "linear", "linear_backward",
     }  # fmt: skip

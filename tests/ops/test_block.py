@@ -243,7 +243,7 @@ def test_packed_tensors_of_another_layer_are_refused():
 
 def test_a_group_of_no_power_of_two_is_refused():
     # Hadamard's transform would leave the rows of its group.
-    a, planes = torch.ones(6, 6, dtype=torch.int8), torch.zeros(2, 12, 1, dtype=torch.int64)
+    a, planes = torch.ones(6, 6, dtype=torch.int8), torch.zeros(1, 12, 1, dtype=torch.int64)
     lam, gam = torch.ones(6, 2), torch.ones(2, 12)
     with pytest.raises(RuntimeError, match="r / G must be a power of two.*r / G = 3"):
         torch.ops.randlora.delta_weight(lam, gam, [a, planes], 1.0, 12, 12)

@@ -79,7 +79,7 @@ def test_matrices(cut):
     assert torch.equal(part.dense()[1], B[indices(rows)])
     assert torch.equal(part.dense_a("cpu", torch.float32), A[:, indices(columns)])
     share = len(inputs) * len(outputs) / (whole.in_features * whole.out_features)
-    spare = 2 * 8 * -(-part.D // 64) * 2 * whole.description.groups  # rows within a cycle
+    spare = 8 * -(-part.D // 64) * 2 * whole.description.groups  # rows within a cycle
     a, b, place = part.packed()
     assert place.numel() == 0 and a.numel() * whole.d == whole.packed()[0].numel() * part.d
     assert b.numel() <= share * whole.packed()[1].numel() + spare

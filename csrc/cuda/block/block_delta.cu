@@ -137,7 +137,7 @@ __device__ __forceinline__ void load_codes(uint32_t* codes, const Planes& b, int
   const int64_t at = (first + slot * step) * b.words + word;
   const bool inside = slot < count && word < b.words;
   uint32_t code[4];
-  encode_columns(inside ? b.plus[at] : 0, inside ? b.minus[at] : 0, code);
+  encode_columns(inside ? b.plus[at] : 0, inside ? ~b.plus[at] : 0, code);
 #pragma unroll
   for (int m = 0; m < 4; ++m)
     codes[warp * kCodePitch + half * 64 + column_of_lane(lane % 16, m)] = code[m];

@@ -75,8 +75,7 @@ struct MatrixBlocks {
       return lam[c] * static_cast<C>(signs(c)[k]) * gamma(c, chunk)[k];
     }
     const int64_t word = e * b.words + k / 64;
-    return static_cast<C>(static_cast<int>(b.plus[word] >> k % 64 & 1) -
-                          static_cast<int>(b.minus[word] >> k % 64 & 1));
+    return b.plus[word] >> k % 64 & 1 ? C(1) : C(-1);
   }
 
   // Without lambda.
@@ -98,10 +97,9 @@ struct MatrixBlocks {
 #pragma unroll
       for (int v = 0; v < V; ++v) m[v] = static_cast<C>(s.v[v]) * g.get(v);
     } else {
-      const uint32_t plus = at.bits(b.plus + e * b.words), minus = at.bits(b.minus + e * b.words);
+      const uint32_t plus = at.bits(b.plus + e * b.words);
 #pragma unroll
-      for (int v = 0; v < V; ++v)
-        m[v] = static_cast<C>(static_cast<int>(plus >> v & 1) - static_cast<int>(minus >> v & 1));
+      for (int v = 0; v < V; ++v) m[v] = plus >> v & 1 ? C(1) : C(-1);
     }
   }
 };
