@@ -37,7 +37,7 @@ def _count_calls() -> None:
         return call
 
     AcceleratedLayer.forward = counting("forward", AcceleratedLayer.forward)
-    AcceleratedLayer._on_kernels = counting("kernels", AcceleratedLayer._on_kernels)
+    AcceleratedLayer._linear = counting("kernels", AcceleratedLayer._linear)
 
 
 # At import, thus before any test file is collected.
