@@ -1,6 +1,7 @@
 """What LoRA keeps of a trained RandLoRA adapter, rank by rank, beside merging.
 
-    python benchmarks/to_lora.py --out benchmarks/results/to-lora       minutes, 2 cores
+    python benchmarks/to_lora.py --steps 24 --out benchmarks/results/to-lora-epyc-zen5
+    python benchmarks/to_lora.py --adapter randlora-demo/adapter        one that is trained already
 
 Trains as finetune.py does, converts the adapter by `export_to_lora`, and measures each result as
 PEFT loads it: bytes of the file, energy (share of the squared norm of dW), held-out loss.
@@ -8,6 +9,7 @@ PEFT loads it: bytes of the file, energy (share of the squared norm of dW), held
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import peft
@@ -21,7 +23,9 @@ import randlora_ext.peft
 RANKS = (16, 32, 64, 128, 256)
 
 
-def measured(method: str, lr: float, steps: int, ranks: tuple[int, ...]) -> list[dict]:
+def measured(
+    method: str, lr: float, steps: int, ranks: Sequence[int], adapter: Path | None
+) -> list[dict]:
     torch.manual_seed(0)
     training, held_out = spelling.read_words()
     tokenizer, base = spelling.load_model()
@@ -34,22 +38,27 @@ def measured(method: str, lr: float, steps: int, ranks: tuple[int, ...]) -> list
         rows.append(row)
 
     add("untuned", base, 0, 0.0)
-    tuned = adapted(base, method, seed=0)
-    spelling.train(tuned, tokenizer, spelling.plan_batches(training, steps, 16, 0), lr)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        tuned.save_pretrained(place / "adapter")
-        add("adapter", tuned, _bytes(place / "adapter"), 1.0)
+        if adapter is None:
+            tuned = adapted(base, method, seed=0)
+            spelling.train(tuned, tokenizer, spelling.plan_batches(training, steps, 16, 0), lr)
+            adapter = place / "adapter"
+            tuned.save_pretrained(adapter)
+            base = tuned.unload()
+        randlora_ext.peft.enable()
+        tuned = peft.PeftModel.from_pretrained(base, adapter)
+        add("adapter", tuned, _bytes(adapter), 1.0)
         kept = {n: randlora_ext.peft.export_to_lora(tuned, place / str(n), n) for n in ranks}
         base = tuned.unload()
         for n in ranks:
             lora = peft.PeftModel.from_pretrained(base, place / str(n))
             add(f"LoRA {n}", lora, _bytes(place / str(n)), kept[n].energy)
             base = lora.unload()
-        tuned = peft.PeftModel.from_pretrained(base, place / "adapter")
+        tuned = peft.PeftModel.from_pretrained(base, adapter)
         merged = tuned.merge_and_unload(safe_merge=True)
-        merged.save_pretrained(place / "merged")
-        add("merged", merged, _bytes(place / "merged"), 1.0)
+        size = sum(p.numel() * p.element_size() for p in merged.parameters())
+        add("merged", merged, size, 1.0)
     return rows
 
 
@@ -63,13 +72,14 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
+    parser.add_argument("--adapter", type=Path, help="of SmolLM2-135M; instead of training one")
     parser.add_argument("--out", type=Path, help="write OUT.json")
     args = parser.parse_args()
     options = vars(args)
     out = options.pop("out")
     rows = measured(**options)
     if out:
-        record.write(out, rows, **options)
+        record.write(out, rows, **{name: str(value) for name, value in options.items()})
 
 
 if __name__ == "__main__":

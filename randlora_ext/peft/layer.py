@@ -146,7 +146,7 @@ class AcceleratedLayer(_Layer):
             lam, gam = (full_tensor(getattr(self, name)[adapter]).to(dtype) for name in DIAGONALS)
             delta = functional.delta_weight(basis, lam, gam, self.scaling[adapter])
         delta = delta.T if self.fan_in_fan_out else delta
-        return laid_out_like(delta, self.get_base_layer().weight)
+        return laid_out_like(delta, self._base_weight())
 
     def get_scaled_bases(
         self, adapter: str, device: torch.device | None = None
@@ -194,7 +194,7 @@ class AcceleratedLayer(_Layer):
     def describe(self, adapter: str, tokens: int) -> tuple[str, str]:
         """(instruction set, basis and path for `tokens` rows of x), or ("", what else and why)."""
         base = self.get_base_layer()
-        weight = base.weight
+        weight = self._base_weight()
         basis, reason = self.basis_of(adapter, weight.device)
         if basis is None:
             return "", f"dense bases: {reason}"
@@ -211,6 +211,9 @@ class AcceleratedLayer(_Layer):
             units = costs_told(basis, tokens, *options)
             return choice.isa, f"r={basis.r} dense {choice.path} ({units})"
         return choice.isa, f"r={basis.r} {kind}density {basis.density:.3g}{counted} {choice.path}"
+
+    def _base_weight(self) -> Tensor:
+        return self.get_base_layer().weight
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_features}->{self.out_features}"]

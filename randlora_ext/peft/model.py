@@ -18,6 +18,7 @@ from ..nn.base_layer import disable_nested_tensors, features, force_module_call,
 from ..nn.linear import DEFAULT_SCALING
 from ..nn.state_dict import misfit, refuse, refuse_misfit
 from ..ops.path import check_rounding
+from . import other_quantized
 from .adapter_basis import AdapterBasis
 from .bases import BASIS_NAMES, PackedBufferDict
 from .config import set_basis
@@ -43,8 +44,19 @@ class AcceleratedRandLoraModel(RandLoraModel):
     randlora_B: PackedBufferDict
 
     @staticmethod
-    def _create_new_module(*args, **kwargs) -> nn.Module:
-        return accelerate_layer(RandLoraModel._create_new_module(*args, **kwargs))
+    def _create_new_module(config, A, B, adapter_name, target, **kwargs) -> nn.Module:
+        if backend := other_quantized.backend_of(target):
+            args = config, A, B, adapter_name, target
+            return other_quantized.wrap(backend, *args, **kwargs)
+        return accelerate_layer(
+            RandLoraModel._create_new_module(config, A, B, adapter_name, target, **kwargs)
+        )
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        if other_quantized.backend_of(new_module):  # unloading, where PEFT would set its weight
+            setattr(parent, child_name, new_module)
+            return
+        super()._replace_module(parent, child_name, new_module, other_quantized.with_weight(child))
 
     def _check_new_adapter_config(self, config: peft.RandLoraConfig) -> None:
         """PEFT's, which wants one key and one ``save_projection`` for all adapters.
@@ -177,7 +189,11 @@ class AcceleratedRandLoraModel(RandLoraModel):
                 continue
             if isinstance(module, RandLoraLayer):
                 sizes[name] = module.in_features, module.out_features
-            elif isinstance(module, nn.Linear) or is_conv1d(module):
+            elif (
+                isinstance(module, nn.Linear)
+                or is_conv1d(module)
+                or other_quantized.backend_of(module)
+            ):
                 sizes[name] = features(module)
         return sizes
 

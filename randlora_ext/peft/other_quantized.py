@@ -1,0 +1,86 @@
+"""RandLoRA layers over quantized bases that stock RandLoRA refuses: HQQ, GPTQ and AWQ.
+
+The base computes its own part. PEFT's quantization backends recognise it, and merge where they can.
+"""
+
+import itertools
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from peft.tuners.randlora.model import RandLoraModel
+from torch import Tensor, nn
+
+from ..nn.base_layer import force_module_call, is_conv1d
+from .layer import AcceleratedLinear, complete, refuse_non_finite
+
+try:
+    from peft.utils.quantization_utils import resolve_quantization_backend
+except ImportError:  # of older PEFT, which then refuses such bases
+
+    def resolve_quantization_backend(base_layer: nn.Module, **kwargs: Any) -> None:
+        return None
+
+
+class OtherQuantizedLinear(AcceleratedLinear):
+    """`AcceleratedLinear` over a base without an ordinary weight."""
+
+    quantization_backend: Any
+
+    def _base_weight(self) -> Tensor:
+        return stand_in(self.get_base_layer())
+
+    @torch.no_grad()
+    def _add_to_weight(self, delta: Tensor, merged: list[str], blamed: str | None = None) -> None:
+        """TypeError, PEFT's, if this kind of base cannot be merged."""
+        base: Any = self.get_base_layer()
+        dense = self.quantization_backend.get_base_weight(base)
+        total = dense.to(delta.dtype) + delta
+        refuse_non_finite(total, blamed)
+        warnings.warn(
+            f"Merging or unmerging rounds the sum to that of {type(base).__name__} again, with "
+            "rounding errors.",
+            stacklevel=3,
+        )
+
+        def write() -> None:
+            self.quantization_backend.set_base_weight(self, total.to(dense.dtype))
+            self.get_base_layer().bias = base.bias  # which PEFT leaves behind
+            self.merged_adapters = merged
+
+        complete(write)
+
+
+def backend_of(base: nn.Module) -> Any:
+    """PEFT's backend of a quantized layer that is no nn.Linear; None of other modules."""
+    if isinstance(base, nn.Linear) or is_conv1d(base) or not hasattr(base, "in_features"):
+        return None
+    return resolve_quantization_backend(base)
+
+
+def stand_in(base: Any) -> Tensor:
+    """An empty tensor of the device and the dtype that a quantized layer computes with."""
+    tensors = list(itertools.chain(base.parameters(), base.buffers()))
+    floating = (t.dtype for t in tensors if t.is_floating_point())
+    dtype = getattr(base, "compute_dtype", None) or next(floating, torch.float32)
+    return torch.empty(0, dtype=dtype, device=tensors[0].device)
+
+
+def wrap(backend: Any, config: Any, A: Any, B: Any, name: str, base: Any, **kwargs: Any) -> Any:
+    """PEFT's layer, made for a linear one of these sizes that takes no memory, around `base`."""
+    like = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+    zero = stand_in(base).new_zeros(())
+    like.weight = nn.Parameter(zero.expand(base.out_features, base.in_features), False)
+    layer = RandLoraModel._create_new_module(config, A, B, name, like, **kwargs)
+    layer.base_layer = base
+    layer.__class__ = OtherQuantizedLinear
+    layer.quantization_backend = backend
+    layer.merged_rounding = {}
+    force_module_call(layer)
+    return layer
+
+
+def with_weight(base: nn.Module) -> Any:
+    """What PEFT asks for the device when it puts a layer into the place of `base`."""
+    return base if backend_of(base) is None else SimpleNamespace(weight=stand_in(base))
