@@ -66,7 +66,7 @@ def _bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", default="randlora block:1/8", help="a RandLoRA of finetune.py")
     parser.add_argument("--lr", type=float, default=5e-4)
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     parser.add_argument("--adapter", type=Path, help="of SmolLM2-135M; instead of training one")
     parser.add_argument("--out", type=Path, help="write OUT.json")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     options = vars(args)
     out = options.pop("out")
     rows = measured(**options)

@@ -19,10 +19,12 @@ def one_thread():
 
 
 @pytest.fixture
-def stock_peft():
+def stock_peft(monkeypatch):
     """Starts from stock PEFT and leaves it behind, whatever the test enables."""
     from randlora_ext.peft import disable
 
+    # Older PEFT looks in torchao, for every layer of LoRA, for a name that is no longer there.
+    monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)
     disable()
     yield
     disable()

@@ -26,9 +26,12 @@ import layer  # noqa: E402
 import micro  # noqa: E402
 import model_step  # noqa: E402
 import plots  # noqa: E402
+import to_lora  # noqa: E402
+from cli_helpers import llama  # noqa: E402
 from gpu import floors  # noqa: E402
 from memory import peak_mib  # noqa: E402
 from methods import METHODS, frozen_layer, make  # noqa: E402
+from peft_helpers import randomize  # noqa: E402
 from record import in_a_process  # noqa: E402
 
 from randlora_ext import TernaryBasis  # noqa: E402
@@ -188,6 +191,30 @@ def test_model_step(tmp_path):
     lora, ours, stock = written(out)["rows"]
     assert lora["over_first"] == 1.0 and ours["trained"] == stock["trained"] < lora["trained"]
     assert ours["peak_mib"] > 100
+
+
+def test_to_lora(monkeypatch, tmp_path, capsys):
+    def square(model, *_):
+        with torch.no_grad():
+            return model(torch.arange(6)[None]).logits.square().mean().item()
+
+    fakes = {
+        "read_words": lambda: ([], []),
+        "plan_batches": lambda *_: [],
+        "load_model": lambda: (None, llama()),
+        "train": lambda tuned, *_: randomize(tuned),
+        "held_out_loss": square,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(to_lora.spelling, name, fake)
+    out = tmp_path / "to-lora"
+    to_lora.main(["--method", "randlora 1/3", "--ranks", "8", "48", "--out", str(out)])
+    untuned, adapter, low, full, merged = written(out)["rows"]
+    assert 0 < low["energy"] < full["energy"] == pytest.approx(1)
+    assert 0 < adapter["bytes"] < low["bytes"] < full["bytes"]
+    for row in (full, merged):
+        assert row["held_out_loss"] == pytest.approx(adapter["held_out_loss"], rel=1e-4)
+    assert abs(untuned["held_out_loss"] / adapter["held_out_loss"] - 1) > 1e-3
 
 
 def test_finetune_goes_on_where_it_was(monkeypatch, tmp_path):
