@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 import warnings
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ import randlora_ext.peft
 from randlora_ext.peft import RandLoraConfig
 
 RANK = 32
-METHODS = ("lora", "ours very_sparse", "ours 0.07", "ours 1/3", "peft very_sparse")
+METHODS = ("lora", "ours block:1/8", "ours 0.07", "ours 1/3", "peft very_sparse")
 SHAPES = {
     "smollm2-135m": {
         "hidden_size": 576,
@@ -44,7 +45,7 @@ SHAPES = {
         "vocab_size": 128256,
     },
     "toy": {  # for tests
-        "hidden_size": 32,
+        "hidden_size": 128,  # block bases of 1/8 fit the 64 outputs of v_proj
         "intermediate_size": 48,
         "num_hidden_layers": 1,
         "num_attention_heads": 4,
@@ -68,7 +69,9 @@ def adapted(method: str, shape: str) -> torch.nn.Module:
     if density == "very_sparse":
         config = RandLoraConfig(very_sparse=True, **common)
     else:
-        config = RandLoraConfig(density={"0.07": 0.07, "1/3": 1 / 3}[density], **common)
+        kind = "block" if density.startswith("block:") else "peft"
+        number = float(Fraction(density.removeprefix("block:")))
+        config = RandLoraConfig(basis=kind, density=number, **common)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return get_peft_model(model, config)
