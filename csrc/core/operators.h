@@ -83,7 +83,8 @@ RANDLORA_HD int64_t support_numbers(int64_t entries, int64_t r, int64_t d) {
   return support_room(entries, r) + r * d;
 }
 
-// planes[., q, .] = elements (role, row_start + q, col_start ...) of the specification.
+// Row q of both planes: the signs of `cols` elements of row row_start + q from column col_start on,
+// of A or B as `role` says (docs/basis-spec.md).
 struct FillPlanes {
   uint64_t seed;
   uint32_t role, threshold;

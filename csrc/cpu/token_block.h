@@ -101,7 +101,7 @@ void transpose_matrix(const C* from, int64_t ldf, int64_t rows, int64_t cols, C*
   }
 }
 
-// Calls fn with a typed pointer; only the storage types that compute in C are possible.
+// Calls fn(p) with p typed as `dtype`, which must be one whose compute type is C.
 template <class C, class F>
 RANDLORA_INLINE void with_storage(DType dtype, const void* p, const F& fn) {
   void* q = const_cast<void*>(p);

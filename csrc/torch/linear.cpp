@@ -103,7 +103,8 @@ struct Call {
   std::optional<int64_t> rounding_seed;
 };
 
-// W + dW (out, in), or dW alone. Wider types than 16 bits are not rounded.
+// W + dW if there is a base, otherwise dW; shape (out, in). Only a 16-bit sum is rounded
+// stochastically.
 template <class B>
 Tensor formed(const B& b, const Call& c, const Tensor& lam, const Tensor& gam,
               const OptionalTensor& base) {

@@ -9,7 +9,8 @@ namespace randlora {
 namespace cuda {
 namespace {
 
-// What `prepare` makes for `form`. Entries count from the first of the matrix, as in the lists.
+// What the kernel `prepare` makes and `form` reads. Offsets are counted from the first non-zero of
+// the whole matrix.
 template <class C>
 struct Prepared {
   int64_t r, n, d;

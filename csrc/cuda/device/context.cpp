@@ -1,7 +1,7 @@
-// The CUDA runtime is linked into this library statically. It shares the driver's current card with
-// torch's runtime, so a card that torch has made current is current here, too, and make_current
-// changes nothing. It does not restore the card that was current before: setting one
-// makes a context on it, half a gigabyte. torch's guard knows which cards have a context.
+// This library has its own CUDA runtime, linked statically. The driver has one current card for it
+// and for torch's runtime, so make_current changes nothing if torch has made the card current.
+// make_current does not restore the card before: setting a card without a context makes one, which
+// takes half a gigabyte. torch's own guard restores it, since torch knows which cards have one.
 #include "context.h"
 
 #include <cuda_runtime_api.h>

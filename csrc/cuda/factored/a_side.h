@@ -154,7 +154,8 @@ __device__ __forceinline__ void store_rows(const WarpTile<S, MI, NI, Tf32>& tile
   }
 }
 
-// fn(S{}, tf32) for the engine that a dtype computes on; tf32 is a std::bool_constant.
+// Calls fn(S{}, tf32). S is the storage type of `dtype`; tf32, a std::bool_constant, says whether
+// tensor cores multiply it as TF32.
 template <class F>
 void with_engine(DType dtype, const Device& device, const F& fn) {
   with_dtype(dtype, [&](auto s) {

@@ -81,7 +81,8 @@ struct Product {
   Output<S> out;          // (T, lines)
 };
 
-// Steps that a block takes at a time. Few tokens take more, to keep enough bytes in flight.
+// Steps of kSlots of the contraction that a thread block loads at a time: more if the tokens are
+// few, to keep enough bytes in flight.
 template <class S, int N>
 constexpr int kTiles = N == 16 ? 8 / int(sizeof(S)) : 1;
 
