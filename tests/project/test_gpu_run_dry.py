@@ -172,8 +172,8 @@ def test_the_whole_dry_run(tmp_path):
     assert left_out == {"memcheck --plant": "only on a card", "GPU tests, slow": "only on a card"}
     of = {name: report.latest(name, kept) for name in gpu_run.STAGES}
     assert all(any(r.get("verdict") == "ok" for r in of[name]) for name in set(of) - {"slow"})
-    assert len([row for row in of["layers"] if "error" in row]) == 32
-    assert len([row for row in of["layers"] if "step_ms" in row]) == 84
+    assert len([row for row in of["layers"] if "error" in row]) == 38
+    assert len([row for row in of["layers"] if "step_ms" in row]) == 96
     assert {row["method"].split(",")[0] for row in of["model"] if "loss" in row} == {
         "frozen", "LoRA", "ours", "PEFT's RandLoRA",
     }  # fmt: skip
