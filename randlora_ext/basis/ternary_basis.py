@@ -37,7 +37,7 @@ class TernaryBasis:
 
     A (r, d) and B (D, K) have the values ``{-1, 0, +1} / sqrt(density)``. They are a pure function
     of the seed (docs/basis-spec.md), equal on every device. Independent bases of different shapes
-    are slices of the same infinite matrices.
+    are slices of the same infinite matrices. `of_dense` makes a basis of any given matrices.
 
     Args:
         in_features: of the base layer.

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from randlora_ext import TernaryBasis, linear
+from randlora_ext import TernaryBasis, delta_weight, linear
 from randlora_ext.basis.dense import DenseMatrices
-from randlora_ext.reference import linear_reference
+from randlora_ext.reference import delta_weight_reference, linear_reference
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
@@ -169,3 +169,28 @@ def assert_rule(
         error, allowed = rms_error(value, oracle[name]), rms_error(simple[name], oracle[name])
         bound = 2 * allowed + floor * torch.finfo(dtype).eps
         assert error <= bound, f"{name} errs by {error:.3g}, PyTorch by {allowed:.3g} in {dtype}"
+
+
+def assert_delta_weight(layer, dtype: torch.dtype) -> None:
+    """The error rule for dW and its gradients, with a scaling of 0.5."""
+    basis = layer.basis
+    shape = basis.out_features, basis.in_features
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def results(function, lam, gam, grad):
+        leaves = [t.clone().requires_grad_() for t in (lam, gam)]
+        delta = function(*leaves)
+        dlam, dgam = torch.autograd.grad(delta, leaves, grad)
+        return {"dW": delta, "dlam": dlam, "dgam": dgam}
+
+    def reference(dtype):
+        A, B = basis.dense(dtype=dtype)
+        return results(
+            lambda lam, gam: delta_weight_reference(A, B, lam, gam, 0.5, *shape),
+            layer.lam.to(dtype),
+            layer.gam.to(dtype),
+            grad.to(dtype),
+        )
+
+    mine = results(lambda lam, gam: delta_weight(basis, lam, gam, 0.5), layer.lam, layer.gam, grad)
+    assert_rule(mine, reference(dtype), reference(torch.float64), dtype, floor=2)

@@ -7,6 +7,7 @@ import torch
 from layer_cases import (  # noqa: F401
     SHAPES,
     SIXTEEN_BITS,
+    assert_delta_weight,
     assert_rule,
     dense_basis,
     exact,
@@ -78,28 +79,7 @@ def test_float16_keeps_small_diagonals():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *SIXTEEN_BITS], ids=str)
 @pytest.mark.parametrize("sizes", SHAPES, ids=str)
 def test_delta_weight(sizes, dtype):
-    layer = dense_layer(*sizes, 0, dtype).cast(dtype)
-    basis = layer.basis
-    shape = basis.out_features, basis.in_features
-    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-    def results(function, lam, gam, grad):
-        leaves = [t.clone().requires_grad_() for t in (lam, gam)]
-        delta = function(*leaves)
-        dlam, dgam = torch.autograd.grad(delta, leaves, grad)
-        return {"dW": delta, "dlam": dlam, "dgam": dgam}
-
-    def reference(dtype):
-        A, B = basis.dense(dtype=dtype)
-        return results(
-            lambda lam, gam: delta_weight_reference(A, B, lam, gam, 0.5, *shape),
-            layer.lam.to(dtype),
-            layer.gam.to(dtype),
-            grad.to(dtype),
-        )
-
-    mine = results(lambda lam, gam: delta_weight(basis, lam, gam, 0.5), layer.lam, layer.gam, grad)
-    assert_rule(mine, reference(dtype), reference(torch.float64), dtype, floor=2)
+    assert_delta_weight(dense_layer(*sizes, 0, dtype).cast(dtype), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *SIXTEEN_BITS], ids=str)
