@@ -65,20 +65,22 @@ Tensor view(const MatrixBatch& m, const Tensor& like, DType dtype) {
 }  // namespace
 
 void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
-              double alpha, double beta, DType dtype, const Tensor& like) {
+              double alpha, double beta, DType dtype, const Tensor& like, const void* base) {
+  MatrixBatch added = out;
+  if (base) added.data = base;
   if (out.count == 1) {  // torch's batched product in 16 bits is up to three times slower
     const auto matrix = [&](const MatrixBatch& m) {
       return view(const_cast<void*>(m.data), m.rows, m.cols, m.row, m.col, like, dtype);
     };
-    const Tensor to = matrix(out), a = matrix(left), b = matrix(right);
+    const Tensor to = matrix(out), from = matrix(added), a = matrix(left), b = matrix(right);
     TORCH_ERROR_CODE_CHECK(
-        addmm_out_of(like.is_cpu())(to.get(), to.get(), a.get(), b.get(), beta, alpha));
+        addmm_out_of(like.is_cpu())(to.get(), from.get(), a.get(), b.get(), beta, alpha));
     return;
   }
-  const Tensor to = view(out, like, dtype);
+  const Tensor to = view(out, like, dtype), from = view(added, like, dtype);
   const Tensor a = view(left, like, dtype), b = view(right, like, dtype);
   TORCH_ERROR_CODE_CHECK(
-      baddbmm_out_of(like.is_cpu())(to.get(), to.get(), a.get(), b.get(), beta, alpha));
+      baddbmm_out_of(like.is_cpu())(to.get(), from.get(), a.get(), b.get(), beta, alpha));
 }
 
 void load_cuda(const std::string& path, bool serve_cpu_tensors) {

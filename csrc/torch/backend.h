@@ -45,9 +45,10 @@ struct MatrixBatch {
 };
 
 // out = beta * out + alpha * left @ right by torch's GEMM, all in `dtype` on the device of `like`.
-// beta = 0 does not read out.
+// beta = 0 does not read out. A `base` takes the place of `out` in the sum; it lies as `out` does.
 void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
-              double alpha, double beta, DType dtype, const Tensor& like);
+              double alpha, double beta, DType dtype, const Tensor& like,
+              const void* base = nullptr);
 
 template <class P>
 void run(const Tensor& on, void (*Kernels::*cpu)(const P&, Runtime&),

@@ -47,7 +47,7 @@ struct AllRows {
   AllRows(const BlockBasis& b, DType dtype, const Tensor& like, const OptionalTensor& made = {})
       : of_e(b.first > 0 ? b.groups : 0), of_c(of_e - b.first) {
     matrix = made ? *made
-                  : allocate({of_e + b.cycles() * b.groups, b.a_width()}, scalar_type(dtype), like);
+                  : temporary({of_e + b.cycles() * b.groups, b.a_width()}, dtype, like);
   }
   void* rows_c(DType dtype) const {
     return const_cast<void*>(element(matrix, of_c * matrix.size(1), dtype));
@@ -216,7 +216,7 @@ std::tuple<Tensor, Tensor> block_linear_backward(const BlockBasis& b, const Tens
                                  need_diagonals);
   const Range range(b, dtype);
   const Tensor dense = dense_b(b, dtype);
-  Tensor gradient = allocate({b.rows(), b.a_width()}, scalar_type(dtype), x);
+  Tensor gradient = temporary({b.rows(), b.a_width()}, dtype, x);
   if (T == 0) torch::stable::zero_(gradient);
   // Only dx needs A'; the gradient has its shape.
   const Tensor scaled = dx ? scaled_a(b, lam, gam, dtype, range.scaled) : gradient;
@@ -236,13 +236,12 @@ std::tuple<Tensor, Tensor> block_linear_backward(const BlockBasis& b, const Tens
   return contract(b, gradient, lam, gam, dtype, scale / range.gradient);
 }
 
-Tensor form_delta(const BlockBasis& b, const Tensor& lam, const Tensor& gam,
-                  const OptionalTensor& base, double scale, int64_t out_features,
-                  int64_t in_features, bool expand, DType dtype,
-                  std::optional<int64_t> rounding_seed) {
+void form_delta(const BlockBasis& b, const Tensor& lam, const Tensor& gam,
+                const OptionalTensor& base, double scale, bool expand,
+                std::optional<int64_t> rounding_seed, Tensor& out) {
+  const DType dtype = activation_dtype(out, "out");
   if (runs_on_cuda(lam) && !b.is_dense()) {
     const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
-    Tensor out = allocate({out_features, in_features}, scalar_type(dtype), lam);
     const Tensor w = base ? as_contiguous(*base) : out;
     TorchDevice device(lam);
     cuda_kernels().block_delta(
@@ -250,7 +249,7 @@ Tensor form_delta(const BlockBasis& b, const Tensor& lam, const Tensor& gam,
          out.mutable_data_ptr(), dtype, scale, /*transposed=*/!expand, rounding_seed.has_value(),
          static_cast<uint64_t>(rounding_seed.value_or(0))},
         device);
-    return out;
+    return;
   }
   // 16-bit results are summed in float32 and rounded once: by torch's 16-bit GEMM for dense bases,
   // whose products would take several times as long in float32. Signs have no bits to lose.
@@ -259,28 +258,26 @@ Tensor form_delta(const BlockBasis& b, const Tensor& lam, const Tensor& gam,
   const DType compute = narrow && !b.is_dense() ? DType::f32 : dtype;
   const Range range(b, compute);
   const Tensor scaled = scaled_a(b, lam, gam, compute, range.scaled), dense = dense_b(b, compute);
-  Tensor sum = adds ? torch::stable::clone(as_contiguous(*base))
-                    : allocate({out_features, in_features}, scalar_type(compute), lam);
+  Tensor sum = rounds ? temporary({out.size(0), out.size(1)}, compute, lam) : out;
+  const Tensor w = base ? as_contiguous(*base) : sum;
   const int64_t height = b.b_width(), width = b.a_width();
   each_meeting(
       b, dense, scaled, compute, expand ? height * b.d : height, expand ? width : width * b.D,
       [&](const MatrixBatch& B, const MatrixBatch& A, int64_t offset) {
         const void* at = element(sum, offset, compute);
-        const MatrixBatch out = expand
-                                    ? MatrixBatch{at, B.count, height, width, width, b.d, 1}
-                                    : MatrixBatch{at, B.count, width, height, width * b.D, b.D, 1};
+        const MatrixBatch part = expand
+                                     ? MatrixBatch{at, B.count, height, width, width, b.d, 1}
+                                     : MatrixBatch{at, B.count, width, height, width * b.D, b.D, 1};
         const MatrixBatch &left = expand ? B : A, &right = expand ? A : B;
-        multiply(out, left.transposed(), right, scale / range.scaled, adds ? 1 : 0, compute, lam);
+        multiply(part, left.transposed(), right, scale / range.scaled, adds ? 1 : 0, compute, lam,
+                 adds ? element(w, offset, compute) : nullptr);
       });
-  if (!rounds) return sum;
+  if (!rounds) return;
   const Tensor delta = cast(sum, ScalarType::Float);
-  const Tensor w = base ? as_contiguous(*base) : sum;
-  Tensor out = allocate({out_features, in_features}, scalar_type(dtype), lam);
   run(lam, &Kernels::add_rounded, &CudaKernels::add_rounded,
       {out.numel(), base ? w.const_data_ptr() : nullptr,
        static_cast<const float*>(delta.const_data_ptr()), out.mutable_data_ptr(), dtype,
        rounding_seed.has_value(), static_cast<uint64_t>(rounding_seed.value_or(0))});
-  return out;
 }
 
 std::tuple<Tensor, Tensor> contract_delta(const BlockBasis& b, const Tensor& grad,
@@ -290,7 +287,7 @@ std::tuple<Tensor, Tensor> contract_delta(const BlockBasis& b, const Tensor& gra
   const Range range(b, dtype);
   const Tensor dense = dense_b(b, dtype), G = as_contiguous(grad);
   const int64_t height = b.b_width(), width = b.a_width();
-  Tensor gradient = allocate({b.rows(), width}, scalar_type(dtype), lam);
+  Tensor gradient = temporary({b.rows(), width}, dtype, lam);
   each_meeting(
       b, dense, gradient, dtype, expand ? height * b.d : height, expand ? width : width * b.D,
       [&](const MatrixBatch& B, const MatrixBatch& out, int64_t offset) {

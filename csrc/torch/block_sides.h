@@ -60,7 +60,7 @@ class Products {
     stride_ = (chunk_ + limits.align - 1) / limits.align * limits.align;
   }
 
-  Tensor buffer() const { return allocate({rows_, stride_}, scalar_type(dtype_), like_); }
+  Tensor buffer() const { return temporary({rows_, stride_}, dtype_, like_); }
   int64_t tokens() const { return tokens_; }
   int64_t stride() const { return stride_; }
 

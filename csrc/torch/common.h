@@ -28,10 +28,11 @@ class TorchRuntime : public Runtime {
  public:
   int threads() const override { return static_cast<int>(torch::stable::get_num_threads()); }
   void run(int slots, void (*task)(void*, int), void* arg) override;
+  ~TorchRuntime();
   void* scratch(size_t bytes) override;
 
  private:
-  std::optional<Tensor> block_;  // this call's, unless the thread's was large enough
+  std::optional<Tensor> block_;
 };
 
 // ---- errors from torch (reason.cpp) ------------------------------------------------------------
@@ -98,6 +99,8 @@ Tensor allocate(const std::vector<int64_t>& sizes, ScalarType type, const Tensor
 inline Tensor allocate_like(const Tensor& t) {
   return allocate({t.sizes().begin(), t.sizes().end()}, t.scalar_type(), t);
 }
+// For a tensor that does not outlive the operator: the thread keeps its memory for the next call.
+Tensor temporary(const std::vector<int64_t>& sizes, DType dtype, const Tensor& like);
 inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }

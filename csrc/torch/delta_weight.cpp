@@ -5,18 +5,16 @@
 
 namespace randlora {
 
-Tensor form_delta(const Basis& b, const Tensor& lam, const Tensor& gam, const OptionalTensor& base,
-                  double scale, int64_t out_features, int64_t in_features, bool expand, DType dtype,
-                  std::optional<int64_t> rounding_seed) {
+void form_delta(const Basis& b, const Tensor& lam, const Tensor& gam, const OptionalTensor& base,
+                double scale, bool expand, std::optional<int64_t> rounding_seed, Tensor& out) {
   if (lam.is_cpu()) check_ascending(b);
+  const DType dtype = activation_dtype(out, "out");
   const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
-  Tensor out = allocate({out_features, in_features}, scalar_type(dtype), lam);
   const Tensor w = base ? as_contiguous(*base) : out;  // `out` only if there is no base
   run(lam, &Kernels::delta_weight, &CudaKernels::delta_weight,
       {b, l.const_data_ptr(), g.const_data_ptr(), base ? w.const_data_ptr() : nullptr,
        out.mutable_data_ptr(), dtype, scale, /*transposed=*/!expand, rounding_seed.has_value(),
        static_cast<uint64_t>(rounding_seed.value_or(0))});
-  return out;
 }
 
 std::tuple<Tensor, Tensor> contract_delta(const Basis& b, const Tensor& grad, const Tensor& lam,
@@ -37,11 +35,14 @@ namespace {
 Tensor delta_weight(Tensor lam, Tensor gam, std::vector<Tensor> packed, double scale,
                     int64_t out_features, int64_t in_features, std::optional<bool> expand) {
   const PackedBasis basis = basis_of(packed, lam, gam, in_features, out_features, expand);
+  const ScalarType type = scalar_type(activation_dtype(lam, "lam"));
+  Tensor out = allocate({out_features, in_features}, type, lam);
+  const bool expanding = expands(expand, in_features, out_features);
   const auto form = [&](const auto& b) {
-    return form_delta(b, lam, gam, {}, scale, out_features, in_features,
-                      expands(expand, in_features, out_features), activation_dtype(lam, "lam"));
+    form_delta(b, lam, gam, {}, scale, expanding, {}, out);
   };
-  return std::visit(form, basis);
+  std::visit(form, basis);
+  return out;
 }
 
 Tensor merged_weight(Tensor weight, Tensor lam, Tensor gam, std::vector<Tensor> packed,
@@ -54,11 +55,12 @@ Tensor merged_weight(Tensor weight, Tensor lam, Tensor gam, std::vector<Tensor> 
                  "rounding_seed rounds to bfloat16 or float16, but weight is ", describe(weight));
   const int64_t out = weight.size(0), in = weight.size(1);
   const PackedBasis basis = basis_of(packed, lam, gam, in, out, expand);
+  Tensor merged = allocate({out, in}, scalar_type(dtype), weight);
   const auto form = [&](const auto& b) {
-    return form_delta(b, lam, gam, weight, scale, out, in, expands(expand, in, out), dtype,
-                      rounding_seed);
+    form_delta(b, lam, gam, weight, scale, expands(expand, in, out), rounding_seed, merged);
   };
-  return std::visit(form, basis);
+  std::visit(form, basis);
+  return merged;
 }
 
 std::tuple<Tensor, Tensor> delta_weight_backward(Tensor grad, Tensor lam, Tensor gam,

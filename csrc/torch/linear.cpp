@@ -109,8 +109,9 @@ template <class B>
 Tensor formed(const B& b, const Call& c, const Tensor& lam, const Tensor& gam,
               const OptionalTensor& base) {
   const bool rounds = base && bytes_of(c.dtype) == 2;
-  return form_delta(b, lam, gam, base, c.scale, c.s.out, c.s.in, c.expand, c.dtype,
-                    rounds ? c.rounding_seed : std::nullopt);
+  Tensor out = temporary({c.s.out, c.s.in}, c.dtype, lam);
+  form_delta(b, lam, gam, base, c.scale, c.expand, rounds ? c.rounding_seed : std::nullopt, out);
+  return out;
 }
 
 // y += scale * x dW^T, or y = ... unless `accumulate`.
