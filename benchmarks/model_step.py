@@ -1,14 +1,19 @@
 """A training step of a SmolLM2-135M-shaped model with every linear layer adapted.
 
-    python benchmarks/model_step.py                        about three minutes on 2 cores
+    python benchmarks/model_step.py                        about eight minutes on 2 cores
     python benchmarks/model_step.py --out FILE
 
 LoRA, PEFT's RandLoRA and ours, each a PEFT model with the same random weights in a process of its
 own for the peak of memory, and side by side in one process for the time (steps in turn, medians).
 A step is forward, loss, backward and AdamW.
+
+glibc returns freed memory at the top of its heap to the system, so that some models fault all their
+activations in again at every step and others do not, whatever the method. Here it keeps them, as
+jemalloc would.
 """
 
 import argparse
+import ctypes
 import statistics
 import time
 import warnings
@@ -24,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import randlora_ext.peft
 from randlora_ext.peft import RandLoraConfig
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 RANK = 32
 METHODS = ("lora", "ours block:1/8", "ours 0.07", "ours 1/3", "peft very_sparse")
 SHAPES = {
@@ -95,6 +101,12 @@ def stepper(method: str, shape: str, batch: int, tokens: int):
     return step, sum(p.numel() for p in trained)
 
 
+def keep_freed_memory() -> None:
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+
+
 def peak_mib(*arguments) -> float:
     """MiB at the peak of making the model and three steps, with all libraries."""
     step, _ = stepper(*arguments)
@@ -113,6 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="write FILE.json")
     args = parser.parse_args(arguments)
 
+    keep_freed_memory()
     methods, size = args.methods.split(","), (args.shape, args.batch, args.tokens)
     steps = {method: stepper(method, *size) for method in methods}
     times: dict[str, list[float]] = {method: [] for method in methods}

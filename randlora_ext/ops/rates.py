@@ -46,7 +46,7 @@ NAMES = tuple(f.name for f in fields(Rates))
 # 1.0 chooses right on both. The float32 rates of block bases are set to choose right in
 # benchmarks/results/layer-epyc-zen5.
 _CPU_FP32 = Rates(1.0, 2.0, 0.36, 4.0, 117.0, 0.0, 66.0, 1.4, 0.5, 100.0, 0.0)
-_CPU_16BIT = Rates(2.8, 9.7, 1.5, 25.0, 406.0, 0.0, 750.0, 2.4, 2.7, 750.0, 1200.0)
+_CPU_16BIT = Rates(2.8, 9.7, 1.5, 25.0, 406.0, 0.0, 750.0, 1.2, 2.7, 750.0, 1200.0)
 # Estimates, not measured: an H100 in bf16, relative to its GEMM's 399 T multiply-adds/s.
 _CUDA_LISTS = Rates(2.5, 102.0, 0.0, 1130.0, 0.0, 0.0, 1230.0, 0.0, 0.0, 0.0, 0.0)
 _CUDA_PLANES = Rates(2.5, 0.0, 2.5, 0.0, 0.0, 10.0, 2360.0, 0.0, 0.0, 0.0, 0.0)
