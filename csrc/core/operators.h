@@ -36,18 +36,19 @@ struct Basis {
 // some chunks of d and of D. A is block diagonal over its chunks of d as in ScaledBasis. B[o, c] is
 // not 0 if o is in the chunk of D that row c belongs to.
 //
-// Rows c of A' count from the first that the chunks of d have. Those of which the slice holds the
-// chunk of D are its rows e, in the same order:
+// c counts the rows of A' from the first row of the slice's chunks of d. e counts, in the same order,
+// only the rows whose chunk of D the slice holds:
 //
 //   c = e / b_chunks * groups + e % b_chunks + first        which chunk of D: e % b_chunks
 //
-// Of a whole layer e is c. B, V and U have rows e; a few of them at both ends may be no row c.
+// In a whole layer e equals c. B, V and U have one row per e. At both ends a few e may give a c
+// outside [0, K), which is no row of A'.
 template <class Int>
 struct BlockSizesOf {
   Int D, d, r, n;          // of a slice: its features, and the rank indices of its chunks of d
   Int groups;              // G of the layer
   Int a_chunks, b_chunks;  // of d and of D; G of a whole layer
-  Int first = 0;           // c of e = 0, between -groups and groups
+  Int first = 0;           // row(0), between -groups and groups
 
   template <class To>
   BlockSizesOf<To> as() const {
@@ -100,8 +101,8 @@ struct FillBlocks {
   int64_t height, groups, first_chunk, chunks, first_cycle, cycles;
   uint64_t* signs;  // (cycles * chunks, words_of(height))
 
-  // Where the four words go that counter (group of 64 columns, l) gives of a chunk; null where it
-  // has no column there.
+  // row[w]: the row of `signs` that gets word w of counter (group of 64 columns, l); null if that
+  // word's column does not belong to `chunk`.
   RANDLORA_HD_MEMBER void rows_of(int64_t chunk, int64_t group, int64_t l,
                                   uint64_t* (&row)[4]) const {
     const int64_t first = first_cycle * groups, g = first_chunk + chunk;

@@ -1,4 +1,4 @@
-// out = base + delta, rounded once to 16 bits: W + dW of bases whose dW comes from a GEMM.
+// out = base + delta, rounded once to 16 bits: W + dW of block bases and of dense ones.
 #pragma once
 #include "../core/operators.h"
 #include "../core/stochastic.h"

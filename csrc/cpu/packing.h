@@ -10,7 +10,8 @@ namespace randlora {
 double pack_dense(const void* dense, DType dtype, int64_t rows, int64_t cols, uint64_t* plus,
                   uint64_t* minus, int64_t* bad, Runtime& rt);
 
-// Fills in offset[2q + 1] and offset[2q + 2] of lists by row or by column. Returns the total.
+// Fills in offset[0], and offset[2q + 1] and offset[2q + 2] for each line q (a row, or a column if
+// by_column). Returns the number of non-zeros.
 int64_t count_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column,
                     int64_t* offset, Runtime& rt);
 // Fills in the positions, given offsets from count_lists; uint32 if `wide`, else uint16.

@@ -46,8 +46,7 @@ struct AllRows {
 
   AllRows(const BlockBasis& b, DType dtype, const Tensor& like, const OptionalTensor& made = {})
       : of_e(b.first > 0 ? b.groups : 0), of_c(of_e - b.first) {
-    matrix = made ? *made
-                  : temporary({of_e + b.cycles() * b.groups, b.a_width()}, dtype, like);
+    matrix = made ? *made : temporary({of_e + b.cycles() * b.groups, b.a_width()}, dtype, like);
   }
   void* rows_c(DType dtype) const {
     return const_cast<void*>(element(matrix, of_c * matrix.size(1), dtype));
@@ -261,17 +260,17 @@ void form_delta(const BlockBasis& b, const Tensor& lam, const Tensor& gam,
   Tensor sum = rounds ? temporary({out.size(0), out.size(1)}, compute, lam) : out;
   const Tensor w = base ? as_contiguous(*base) : sum;
   const int64_t height = b.b_width(), width = b.a_width();
-  each_meeting(
-      b, dense, scaled, compute, expand ? height * b.d : height, expand ? width : width * b.D,
-      [&](const MatrixBatch& B, const MatrixBatch& A, int64_t offset) {
-        const void* at = element(sum, offset, compute);
-        const MatrixBatch part = expand
-                                     ? MatrixBatch{at, B.count, height, width, width, b.d, 1}
-                                     : MatrixBatch{at, B.count, width, height, width * b.D, b.D, 1};
-        const MatrixBatch &left = expand ? B : A, &right = expand ? A : B;
-        multiply(part, left.transposed(), right, scale / range.scaled, adds ? 1 : 0, compute, lam,
-                 adds ? element(w, offset, compute) : nullptr);
-      });
+  each_meeting(b, dense, scaled, compute, expand ? height * b.d : height,
+               expand ? width : width * b.D,
+               [&](const MatrixBatch& B, const MatrixBatch& A, int64_t offset) {
+                 const void* at = element(sum, offset, compute);
+                 const MatrixBatch part =
+                     expand ? MatrixBatch{at, B.count, height, width, width, b.d, 1}
+                            : MatrixBatch{at, B.count, width, height, width * b.D, b.D, 1};
+                 const MatrixBatch &left = expand ? B : A, &right = expand ? A : B;
+                 multiply(part, left.transposed(), right, scale / range.scaled, adds ? 1 : 0,
+                          compute, lam, adds ? element(w, offset, compute) : nullptr);
+               });
   if (!rounds) return;
   const Tensor delta = cast(sum, ScalarType::Float);
   run(lam, &Kernels::add_rounded, &CudaKernels::add_rounded,

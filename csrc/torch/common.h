@@ -63,7 +63,7 @@ struct Argument<std::string> {
   }
 };
 
-// `function` as registered: if a call into torch fails, it throws torch's own message.
+// Wraps `function` for registration: if a call into torch fails, the wrapper throws torch's message.
 template <auto function>
 struct Explained;
 template <class Result, class... Args, Result (*function)(Args...)>

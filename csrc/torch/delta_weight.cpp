@@ -1,4 +1,5 @@
-// torch.ops.randlora.delta_weight: scale * B @ A', oriented as a Linear's weight (out, in).
+// torch.ops.randlora.delta_weight (scale * B @ A', oriented as a Linear's weight), its backward, and
+// merged_weight.
 #include "delta_weight.h"
 
 #include "backend.h"
@@ -38,9 +39,7 @@ Tensor delta_weight(Tensor lam, Tensor gam, std::vector<Tensor> packed, double s
   const ScalarType type = scalar_type(activation_dtype(lam, "lam"));
   Tensor out = allocate({out_features, in_features}, type, lam);
   const bool expanding = expands(expand, in_features, out_features);
-  const auto form = [&](const auto& b) {
-    form_delta(b, lam, gam, {}, scale, expanding, {}, out);
-  };
+  const auto form = [&](const auto& b) { form_delta(b, lam, gam, {}, scale, expanding, {}, out); };
   std::visit(form, basis);
   return out;
 }

@@ -129,7 +129,8 @@ struct Result {
   }
 };
 
-// The code words of 64 slots: rows first, first + step, ... of the planes, `count` of them.
+// Writes the code words of 64 slots, for lines from line0 on. Slot s is row first + s * step of b;
+// slots from `count` on are zero.
 __device__ __forceinline__ void load_codes(uint32_t* codes, const Planes& b, int first, int step,
                                            int count, int line0) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, half = lane / 16;
@@ -143,7 +144,8 @@ __device__ __forceinline__ void load_codes(uint32_t* codes, const Planes& b, int
     codes[warp * kCodePitch + half * 64 + column_of_lane(lane % 16, m)] = code[m];
 }
 
-// Slots of one column k of A', by its thread. Threads share a column if there are more of them.
+// Forms one column k of A' in the operand. If there are more threads than columns, threads share
+// the slots of a column.
 template <class S, class C = typename ComputeOf<S>::type>
 __device__ __forceinline__ void form(const Work<S>& p, const C* gam, const int8_t* a, bool inside) {
   using Shared = SharedMemory<S>;

@@ -9,12 +9,12 @@ namespace randlora {
 namespace cuda {
 namespace {
 
-// What the kernel `prepare` makes and `form` reads. Offsets are counted from the first non-zero of
-// the whole matrix.
+// What prepare_kernel makes and form_kernel (delta_lists.cu) reads. a_offset counts from A's first
+// non-zero, b_offset from B's.
 template <class C>
 struct Prepared {
   int64_t r, n, d;
-  int64_t columns, chunks;  // chunks of so many columns
+  int64_t columns, chunks;  // in a chunk; number of chunks
   const int64_t* a_offset;  // of A's lists: S_j is a_offset[2 j] .. a_offset[2 j + 2]
   const int64_t* b_offset;  // of B's rows
   C* value;                 // (r, n, |S_j|)

@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(256, 1)
   const int columns = static_cast<int>(k1 - k0),
             tokens = static_cast<int>(min(T - t0, int64_t{B::kTokens}));
 
-  // The next stage: bases from i0 on of entries [at, end) of j. The bounds of the j after that are
-  // fetched ahead.
+  // The stage loaded last: bases from i0 on; entries of j from `at` on, before `end`. The bounds of
+  // j + 1 are fetched ahead.
   int64_t j = -1, i0 = a.n;
   int at = 0, end = 0, next_low = a.before(0, k0), next_end = a.before(0, k1);
   // A thread copies the same piece of rows that lie `row_step` apart.

@@ -5,9 +5,9 @@
 //   down   out[t, k_p]      += sum_i (scale lam[j, i] G[p, i]) U[t, (j, i)]          a_down.cu
 //   grad   P[p, i]           = sum_t z[t, k_p] U[t, (j, i)]                          a_grad.cu
 //
-// Here p is an entry of A, k_p its column, and G[p, i] = A[j, k_p] gam[i, k_p]. The products share,
-// made once per call (a_support.cu): the entries of A as one array, the two compact value matrices,
-// and z as token panels, so that a gathered feature is a row of tokens. For a handful of tokens
+// Here p is an entry of A, k_p its column, and G[p, i] = A[j, k_p] gam[i, k_p]. The products share
+// the entries of A as one array, the two compact value matrices (both a_support.cu), and z as token
+// panels, so that a gathered feature is a row of tokens. For a handful of tokens
 // a_few.cu does up and down from A's lists directly.
 //
 // `scale` goes into V and into the compact values rather than onto the results, because lam * gam

@@ -1,9 +1,10 @@
-// What the products of the A side share (a_side.h), made once a call.
+// What the products of the A side share (a_side.h): tables, made once a basis, or once a call if the
+// basis keeps none; values, made once a call.
 //
-//   find_entries   thread (j, k): two binary searches in A's lists tell whether A[j, k] is an entry
-//                  and how many entries of j precede it: its place once both signs are merged
-//   form_values    a block takes a group of 32 entries and 64 bases. It reads gam[i, k_p] along p,
-//                  transposes it in shared memory and writes along i
+//   find_entries   thread (j, k): two binary searches in row j of A tell whether A[j, k] is an entry
+//                  p, and how many entries of j lie before column k
+//   form_values    a block takes 32 entries p and 64 bases i. It reads gam[i, k_p] (k_p: the column
+//                  of p) along p, transposes the tile in shared memory and writes along i
 //
 // Floor: find_entries writes 4 (r d + nnz(A)) bytes; form_values reads gamma at n nnz(A) positions
 // and writes as many values. Latency dominates both.
