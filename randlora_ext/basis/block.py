@@ -1,13 +1,16 @@
 """Block matrices: A and B of dense blocks in G = 1 / density groups (docs/basis-spec.md)."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from .. import kernels
+from .chunks import Chunks
 from .description import as_signed
 from .generated import ROLE_A, GeneratedMatrices, generate_planes
+from .matrices import Packed
 from .shape import Shape
 
 _ops = torch.ops.randlora
@@ -67,67 +70,6 @@ def _densities(layers: Collection[tuple[int, int]], r: int) -> str:
     return ", ".join(f"1/{g}" for g in possible)
 
 
-@dataclass(frozen=True)
-class Chunks:
-    """What a layer, or a slice of one, holds of the blocks: all G chunks of d and D, or some.
-
-    The slice's chunks of d bring rank indices and with them rows c of A'; those of D bring every
-    G-th of these rows, its rows e. csrc/core/operators.h (BlockSizes) says which e is which c.
-    """
-
-    groups: int  # G of the layer
-    of_d: range
-    of_D: range
-    ranks: range  # j of the chunks of d
-    rows: int  # c of a chunk of d, K / G
-
-    @classmethod
-    def of(cls, groups: int, shape: Shape) -> "Chunks":
-        """ValueError unless the slice starts and ends between two chunks."""
-        held = []
-        for side, first, count, size in (
-            ("d", shape.first_column, shape.d, shape.layer_d),
-            ("D", shape.first_row, shape.D, shape.layer_D),
-        ):
-            width = size // groups
-            if first % width or count % width:
-                name = "inputs" if (side == "d") == shape.expand else "outputs"
-                raise ValueError(
-                    f"{name} of a slice of block bases of density=1/{groups} must start and end at "
-                    f"multiples of {width}, got range({first}, {first + count}) of {size}; equal "
-                    f"slices of {' or '.join(map(str, worlds(groups)))} ranks fit"
-                )
-            held.append(range(first // width, (first + count) // width))
-        of_d, of_D = held
-        q = shape.r // groups
-        return cls(groups, of_d, of_D, range(of_d.start * q, of_d.stop * q), shape.K // groups)
-
-    @property
-    def first(self) -> int:
-        """The c of e = 0, counted from the first c of the slice's chunks of d."""
-        return self.of_D.start - self.phase
-
-    @property
-    def phase(self) -> int:
-        return self.of_d.start * self.rows % self.groups
-
-    @property
-    def cycles(self) -> range:
-        """c // G, of all c of the layer, of the rows e."""
-        start = self.of_d.start * self.rows // self.groups
-        return range(start, start - (self.first - len(self.of_d) * self.rows) // self.groups)
-
-    def place(self, device: torch.device) -> Tensor:
-        """What the operators must know of a slice, as the sizes of a tensor without elements."""
-        of_D = len(self.of_D), self.of_D.start
-        return torch.empty(0, self.groups, *of_D, self.phase, device=device)
-
-
-def worlds(groups: int) -> list[int]:
-    """The numbers of ranks of which each can hold whole chunks."""
-    return [ranks for ranks in range(1, groups + 1) if groups % ranks == 0]
-
-
 def hadamard(q: int, device: torch.device) -> Tensor:
     """Sylvester's matrix (q, q): element (a, b) is -1 if a & b has an odd number of ones."""
     H = torch.ones(1, 1, device=device)
@@ -139,19 +81,38 @@ def hadamard(q: int, device: torch.device) -> Tensor:
 class BlockMatrices(GeneratedMatrices):
     """A and B of a block description. Their zeros depend on the layer's sizes."""
 
+    def check(self, shape: Shape) -> None:
+        if shape.is_slice:
+            self.chunks(shape)
+        else:
+            check_sizes(self.description.groups, shape.in_features, shape.out_features, shape.r)
+
     def chunks(self, shape: Shape) -> Chunks:
         return Chunks.of(self.description.groups, shape)
 
-    def blocks(self, shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
+    def format(self, shape: Shape) -> str:
+        return "blocks"
+
+    def pack(self, shape: Shape, on: torch.device, name: str) -> list[Tensor]:
         """The signs without the zeros around them.
 
-        Returns:
-            a (rank indices, d / G) int8: a row holds the columns of A in the chunk of its index.
-            b (1, rows, words) int64: the bit plane of a matrix (rows, D / G) of signs. Row e holds
-                a column of B within its chunk of D; of a whole layer row c within chunk c % G.
+        a (rank indices, d / G) int8: a row holds the columns of A in the chunk of its index.
+        b (1, rows, words) int64: the bit plane of a matrix (rows, D / G) of signs. Row e holds a
+        column of B within its chunk of D; of a whole layer row c within chunk c % G.
+        place: of a slice, `Chunks.place`.
         """
         held = self.chunks(shape)
-        return self._a_blocks(shape, held, device), self._b_blocks(shape, held, device)
+        place = [held.place(on)] if shape.is_slice else []
+        return [self._a_blocks(shape, held, on), self._b_blocks(shape, held, on), *place]
+
+    def dense_a(self, shape: Shape, on: torch.device, dtype: torch.dtype, packed: Packed) -> Tensor:
+        if not kernels.serve(on.type):
+            return self.dense_a(shape, torch.device("cpu"), dtype, packed).to(on)
+        return _ops.planes_to_dense(self.a_planes(shape, on), shape.d, self.a_value, dtype)
+
+    def dense_b(self, shape: Shape, on: torch.device, dtype: torch.dtype, packed: Packed) -> Tensor:
+        height = shape.layer_D // self.description.groups
+        return _ops.planes_to_dense(packed(on)[1], height, 1.0, dtype)
 
     def _a_blocks(self, shape: Shape, held: Chunks, device: torch.device) -> Tensor:
         seed, width = self.description.seed, shape.layer_d // held.groups

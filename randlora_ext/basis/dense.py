@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .matrices import Packed
 from .shape import Shape
 
 
@@ -17,9 +18,11 @@ class DenseMatrices:
     B: Tensor
     _cast: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
-    kind: ClassVar[str] = "dense"
-    density: ClassVar[float] = 1.0
-    scale: ClassVar[float] = 1.0
+    kind: ClassVar = "dense"
+    description: ClassVar = None
+    needs_kernels: ClassVar = False
+    density: ClassVar = 1.0
+    scale: ClassVar = 1.0
 
     def check(self, shape: Shape) -> None:
         """Raises ValueError unless both reach as far as a layer of that shape needs."""
@@ -38,6 +41,25 @@ class DenseMatrices:
             self._cast[device, dtype] = self.A.to(device, dtype), self.B.to(device, dtype)
         A, B = self._cast[device, dtype]
         return A[:, : shape.d], B[: shape.D, : shape.K]
+
+    def format(self, shape: Shape) -> str:
+        return "dense"
+
+    def chunks(self, shape: Shape) -> None:
+        return None
+
+    def pack(self, shape: Shape, on: torch.device, name: str) -> list[Tensor]:
+        return list(self.part(shape, on))
+
+    def dense_a(self, shape: Shape, on: torch.device, dtype: torch.dtype, packed: Packed) -> Tensor:
+        return packed(on)[0].to(dtype)
+
+    def dense_b(self, shape: Shape, on: torch.device, dtype: torch.dtype, packed: Packed) -> Tensor:
+        return self.part(shape, on, dtype)[1]
+
+    def dense(self, shape: Shape, on: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        A, B = self.part(shape, on)
+        return A.to(dtype, copy=True), B.to(dtype, copy=True)
 
     def __reduce__(self):
         return DenseMatrices, (self.A, self.B)

@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import _C
 from .description import BasisDescription, as_signed
 from .shape import Shape
+from .ternary_matrices import TernaryMatrices
 
 _ops = torch.ops.randlora
 ROLE_A, ROLE_B = 0, 1  # of the specification
@@ -35,20 +36,24 @@ def generate_planes(
 
 
 @dataclass(frozen=True)
-class GeneratedMatrices:
+class GeneratedMatrices(TernaryMatrices):
     """A and B of a description; layers of different shapes see slices of the same matrices."""
 
     description: BasisDescription
 
     @property
-    def a_value(self) -> float:
+    def kind(self) -> str:
+        return self.description.kind
+
+    @property
+    def a_value(self) -> float:  # type: ignore[override]
         """What +1 stands for in A; in B likewise."""
         return 1.0 / math.sqrt(self.description.density)
 
     b_value = a_value
 
     @property
-    def density(self) -> float:
+    def density(self) -> float:  # type: ignore[override]
         return self.description.density
 
     @property
@@ -57,12 +62,10 @@ class GeneratedMatrices:
         return 1.0 / self.description.density
 
     def a_planes(self, shape: Shape, device: torch.device) -> Tensor:
-        """A of one layer as bit planes (2, r, ceil(d / 64))."""
         seed, density = self.description.seed, self.description.density
         columns = shape.first_column, shape.d
         return generate_planes(seed, ROLE_A, 0, shape.r, *columns, density, device)
 
     def b_planes(self, shape: Shape, device: torch.device) -> Tensor:
-        """B of one layer as bit planes (2, D, ceil(K / 64))."""
         seed, density = self.description.seed, self.description.density
         return generate_planes(seed, ROLE_B, shape.first_row, shape.D, 0, shape.K, density, device)

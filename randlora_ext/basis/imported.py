@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from .shape import Shape
+from .ternary_matrices import TernaryMatrices
 
 _ops = torch.ops.randlora
 
 
 @dataclass(frozen=True, eq=False)  # identity: comparing megabytes would be no cheap `==`
-class ImportedMatrices:
+class ImportedMatrices(TernaryMatrices):
     """A and B of one layer as bit planes, with the values that +1 stands for."""
 
     planes_of_a: Tensor  # (2, r, ceil(d / 64))
@@ -21,7 +22,8 @@ class ImportedMatrices:
     b_value: float
     density: float  # share of non-zeros of B, which decides the packed format and predicted cost
 
-    kind: ClassVar[str] = "imported"
+    kind: ClassVar = "imported"
+    description: ClassVar = None
 
     @classmethod
     def from_dense(cls, A: Tensor, B: Tensor, shape: Shape) -> "ImportedMatrices":
@@ -68,15 +70,9 @@ class ImportedMatrices:
             words = -(-cols // 64)
             if planes.dtype != torch.int64:
                 raise ValueError(f"{name} must be int64, got {planes.dtype}")
-            if (
-                planes.dim() != 3
-                or planes.shape[0] != 2
-                or planes.shape[1] < rows
-                or (planes.shape[2] < words)
-            ):
-                raise ValueError(
-                    f"{name} must be (2, >= {rows}, >= {words}), got {tuple(planes.shape)}"
-                )
+            size = tuple(planes.shape)
+            if len(size) != 3 or size[0] != 2 or size[1] < rows or size[2] < words:
+                raise ValueError(f"{name} must be (2, >= {rows}, >= {words}), got {size}")
             part = leading(planes, rows, cols)
             if bool((part[0] & part[1]).any()):
                 raise ValueError(
@@ -92,11 +88,9 @@ class ImportedMatrices:
         return self.a_value * self.b_value
 
     def a_planes(self, shape: Shape, device: torch.device) -> Tensor:
-        """A as bit planes (2, r, ceil(d / 64))."""
         return self.planes_of_a.to(device)
 
     def b_planes(self, shape: Shape, device: torch.device) -> Tensor:
-        """B as bit planes (2, D, ceil(K / 64))."""
         return self.planes_of_b.to(device)
 
 

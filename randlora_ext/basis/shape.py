@@ -79,6 +79,12 @@ class Shape:
             object.__setattr__(self, name, value)
 
     @property
+    def of_matrices(self) -> tuple[int, ...]:
+        """What decides A and B: the layer's orientation does not."""
+        at = self.first_row, self.first_column, self.layer_d, self.layer_D
+        return (self.D, self.d, self.r, self.n, *at)
+
+    @property
     def wide(self) -> bool:
         """Whether list positions need 32 bits."""
         return max(self.D, self.d, self.K) > 65536

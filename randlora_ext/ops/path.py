@@ -16,7 +16,7 @@ from .. import _C, kernels
 from ..basis import TernaryBasis
 from ..basis.block import fits
 from ..basis.description import as_signed
-from ..basis.ternary_basis import living, run_while_tracing
+from ..basis.tracing import living, run_while_tracing
 from .rates import rates
 
 PATHS = ("factored", "delta", "merged")

@@ -12,7 +12,7 @@ from layer_cases import exact, largest_error, make_layer, one_thread, ours  # no
 
 from randlora_ext import TernaryBasis, delta_weight, linear
 from randlora_ext.basis.cache import _cache
-from randlora_ext.basis.ternary_basis import PLANES_ABOVE_DENSITY
+from randlora_ext.basis.ternary_matrices import PLANES_ABOVE_DENSITY
 from randlora_ext.kernels import cuda_serves
 from randlora_ext.reference import delta_weight_reference
 

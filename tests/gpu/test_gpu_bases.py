@@ -18,9 +18,9 @@ LIMIT = 2**32  # of rows and columns of the infinite matrices
 def test_packed_forms(device, shape, density):
     basis, on_cpu = (TernaryBasis(*shape, density, seed=2**64 - 1) for _ in range(2))
     with cpu_kernels():
-        want = on_cpu._pack(torch.device("cpu"))  # not shared with what the card makes
+        want = on_cpu._make(torch.device("cpu"), None)  # not shared with what the card makes
         dense = on_cpu.dense()
-    *got, tables = moved(basis._pack(device), "cpu")
+    *got, tables = moved(basis._make(device, None), "cpu")
     assert same(got, want) and tables.dtype == torch.int32
     assert same(moved(basis.dense(device), "cpu"), dense)
     assert same(basis.dense_a(device, torch.float32).cpu(), dense[0])
@@ -86,8 +86,8 @@ def test_what_is_not_ternary_is_found_where_the_cpu_finds_it(device, place, valu
 def test_positions_beyond_16_bits(device):
     basis = TernaryBasis(65537, 3, 2, 0.01)
     with cpu_kernels():
-        want = basis._pack(torch.device("cpu"))
-    *got, _ = basis._pack(device)  # A's tables come last
+        want = basis._make(torch.device("cpu"), None)
+    *got, _ = basis._make(device, None)  # A's tables come last
     assert got[1].dtype == torch.int32 and same(moved(got, "cpu"), want)
 
 

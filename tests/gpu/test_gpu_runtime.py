@@ -45,7 +45,7 @@ def test_everything_runs_on_the_current_stream(card, density, path, b_side):
 
 def test_packing_runs_on_the_current_stream(card):
     basis = TernaryBasis(300, 200, 8, 0.07, seed=5)
-    right = basis._b_planes(card)
+    right = basis._source.b_planes(basis._shape, card)
     dense = ops.planes_to_dense(right, basis.K, 1.0, torch.float32)
 
     def pack(planes, dense):

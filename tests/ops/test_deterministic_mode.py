@@ -55,7 +55,7 @@ def test_the_other_operators(deterministic, density):
 
     def run():
         fresh = TernaryBasis(157, 93, 9, density, seed=6)
-        packed = fresh._pack(torch.device("cpu"))  # no cache: every operator of packing runs
+        packed = fresh._make(torch.device("cpu"), None)  # no cache: every operator of packing runs
         return [
             *packed, *fresh.dense(), *ops.pack_dense(dense_b),
             delta_weight(basis, lam, gam), scaled_basis(basis, lam, gam),
