@@ -219,9 +219,7 @@ class TernaryBasis:
         if torch.compiler.is_dynamo_compiling():
             name = self._while_tracing(self.token, torch.device(device), dtype)
             return getattr(self, name).tensors
-        held = self._packed.get(
-            (device, dtype)
-        )  # a tensor's device is found at once, as in training
+        held = self._packed.get((device, dtype))  # found at once for a tensor's device
         if held is None:
             on = with_index(torch.device(device))
             key = self._shape.of_matrices, self._source, on, dtype
