@@ -1,10 +1,10 @@
-"""Measures this machine's `Rates` for the choice of a path (randlora_ext/ops/rates.py, path.py).
+"""Measures this machine's `Rates` for the choice of a path (randlora_ext/ops/rates.py).
 
     python benchmarks/calibrate.py --out rates.json      about two minutes on an idle machine
     RANDLORA_RATES=rates.json python train.py
 
 Each of our products is timed beside the frozen layer's GEMMs of the same size, in turn, and the
-rates are the least-squares fit of path.py's terms to those times.
+rates are the least-squares fit of costs.py's terms to those times.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import linear as frozen_linear
 
 from randlora_ext.diagnostics import describe
-from randlora_ext.ops.path import path_terms
+from randlora_ext.ops.costs import path_terms
 from randlora_ext.ops.rates import NAMES, Rates, save
 
 _ops = torch.ops.randlora

@@ -31,7 +31,7 @@ METHODS = ["lora", "rslora", "shira", "miss", "full"]
 RANDLORA = ["1/3", "0.07", "very_sparse", "dense", "1/8", "block:1/8"]
 MODELS = ["fp32", "bf16", "bf16:nearest", "bf16:stochastic"]
 ANSWERED = 32  # held-out words whose phonemes are counted
-RANDOM_SIGNS = 1000  # added to the seed
+RANDOM_SIGNS, BANDS = 1000, 2000  # added to the seed: no basis of another kind is found in a cache
 _hadamard_signs = None  # how the package makes them
 KEY = "method", "lr", "seed", "steps", "scaling", "model"
 
@@ -39,6 +39,7 @@ KEY = "method", "lr", "seed", "steps", "scaling", "model"
 def adapted(base, method: str, seed: int, scaling: float = SCALING, rounding: str | None = None):
     """The model, in which only the method's parameters require gradients."""
     import peft
+    import torch
 
     import randlora_ext.peft
     from randlora_ext.basis.block import BlockMatrices
@@ -60,8 +61,12 @@ def adapted(base, method: str, seed: int, scaling: float = SCALING, rounding: st
     with_random_signs = method.endswith(" random signs")
     if with_random_signs:  # in bf16 only, whose kernels take A's signs as they are
         method = method.removesuffix(" random signs")
-        seed += RANDOM_SIGNS  # no basis of the other kind is found in a cache
+        seed += RANDOM_SIGNS
     BlockMatrices._a_blocks = random_signs if with_random_signs else _hadamard_signs
+    with_bands = method.endswith(" bands")
+    if with_bands:
+        method = method.removesuffix(" bands")
+        seed += BANDS
     stock, density = method.startswith("peft"), method.split()[-1]
     randlora_ext.peft.disable() if stock else randlora_ext.peft.enable()
     config = peft.RandLoraConfig if stock else randlora_ext.peft.RandLoraConfig
@@ -73,7 +78,12 @@ def adapted(base, method: str, seed: int, scaling: float = SCALING, rounding: st
         common |= {"basis": "block"}
     number = density.removeprefix("block:")
     kind = kinds[density] if density in kinds else {"density": float(Fraction(number))}
-    return peft.get_peft_model(base, config(save_projection=False, **kind, **common))
+    tuned = peft.get_peft_model(base, config(save_projection=False, **kind, **common))
+    if with_bands:
+        for layer in tuned.modules():
+            if hasattr(layer, "basis_of"):
+                make_banded(layer.basis_of("default", torch.device("cpu"))[0])
+    return tuned
 
 
 def random_signs(matrices, shape, held, device):
@@ -83,6 +93,26 @@ def random_signs(matrices, shape, held, device):
     generator = torch.Generator().manual_seed(matrices.description.seed)
     size = shape.r, shape.d // held.groups
     return (2 * torch.randint(2, size, generator=generator, dtype=torch.int8) - 1).to(device)
+
+
+def make_banded(basis, groups: int = 16, width: int = 2) -> None:
+    """What blocks of 1/8 could be instead: each of 16 groups has two neighbouring chunks a side."""
+    import torch
+
+    from randlora_ext.basis.dense import DenseMatrices
+
+    if basis.kind == "dense":  # layers of one shape share it
+        return
+    generator = torch.Generator().manual_seed(basis.seed)
+
+    def banded(group: torch.Tensor, features: int) -> torch.Tensor:
+        chunk = torch.arange(features) // (features // groups)
+        held = (chunk - group[:, None]) % groups < width
+        signs = 2 * torch.randint(2, held.shape, generator=generator) - 1
+        return held * signs * (groups / width) ** 0.5
+
+    A = banded(torch.arange(basis.r) // (basis.r // groups), basis.d)
+    basis._source = DenseMatrices(A, banded(torch.arange(basis.K) % groups, basis.D).T.contiguous())
 
 
 @cache

@@ -1,8 +1,6 @@
-"""The choice of a path by a small cost model.
+"""The choice of a path: the cheapest by costs.py, unless the caller or the environment decides.
 
-The unit is T * D * d multiply-adds at the speed of a dense GEMM; a training step of a frozen linear
-layer costs 2 units (forward and dx). `path_terms` counts the work of each path, and rates.py holds
-its cost. `python benchmarks/layer.py --paths` measures what the choice loses.
+`python benchmarks/layer.py --paths` measures what the choice loses.
 """
 
 import os
@@ -17,18 +15,10 @@ from ..basis import TernaryBasis
 from ..basis.block import fits
 from ..basis.description import as_signed
 from ..basis.tracing import living, run_while_tracing
-from .rates import rates
+from .costs import PACKED_ADDS, PACKED_TOKENS, SIXTEEN_BITS, choose_b_side, predicted_costs
 
 PATHS = ("factored", "delta", "merged")
 ROUNDINGS = (None, "nearest", "stochastic")
-SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-B_SIDES = ("packed", "dense")
-
-
-# Up to this many tokens, or signed adds per element of B, a CUDA call is bound by reading the
-# basis, and the packed form is the smallest.
-PACKED_TOKENS = 16
-PACKED_ADDS = 2
 MANY = 2**62  # tokens: more than any call has
 
 
@@ -49,130 +39,6 @@ class PathChoice:
             f"path {self.path} on {self.isa} kernels: {self.reason} "
             f"(predicted units beside the frozen layer's 2: {costs}{b_side})"
         )
-
-
-def path_terms(
-    basis: TernaryBasis,
-    tokens: int,
-    has_weight: bool,
-    device_type: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, tuple[float, dict[str, float]]]:
-    """By path: the GEMMs it adds, in units, and how many units of each rate it pays."""
-    density, K, d, D = basis.density, basis.K, basis.d, basis.D
-    if basis.format == "blocks":
-        by_classes = device_type == "cpu" and dtype.itemsize >= 4
-        return _block_terms(basis, tokens, has_weight, by_classes)
-    if basis.format == "dense":
-        return _dense_terms(basis, tokens, has_weight)
-    # If d == out, forward computes U = x B and does not keep it: backward computes it again.
-    a_products, b_products = (3, 2) if d == basis.in_features else (3, 3)
-    factored = {"a_side": a_products * density * K / D}
-    b_gemms = 0.0
-    if choose_b_side(basis, tokens, device_type) == "dense":
-        b_gemms = b_products * K / d
-    elif basis.format == "planes":
-        factored["b_planes"] = b_products * K / d
-    else:
-        factored["b_lists"] = b_products * density * K / d
-    entries = {
-        "form_add": density**2 * K,
-        "form_scatter": density * basis.r,
-        "form_term": K,
-        "form_entry": 1.0,
-    }
-    formation = {name: count / max(tokens, 1) for name, count in entries.items()}
-    terms = {"factored": (b_gemms, factored), "delta": (3.0, formation)}
-    if has_weight:
-        terms["merged"] = (1.0, formation)
-    return terms
-
-
-def _block_terms(
-    basis: TernaryBasis, tokens: int, has_weight: bool, by_classes: bool
-) -> dict[str, tuple[float, dict[str, float]]]:
-    # Of the layer: a slice has as much less of each product as it has of the layer's W.
-    density, r, K, (d, D) = basis.density, basis.r, basis.K, basis.layer_features
-    held = basis.chunks
-    a_products, b_products = (3, 2) if basis.expand else (3, 3)
-    by_classes &= held is None or (held.first == 0 and basis.D == D)
-    # Where dW is formed, the gradient of lambda and gamma takes one product of each side.
-    a_factored, a_formed = density * a_products, density
-    if by_classes and d % r == 0 and r * density > 1:
-        # csrc/torch/block_classes.cpp: V is computed again for the gradient of lambda, and mixing
-        # costs about as much as 8 multiply-adds an element.
-        a_factored, a_formed = (a_products + 1) / r + 32 / d, 2 / r + 24 / d
-    factored = {"block": a_factored * K / D + density * b_products * K / d}
-    formed = {
-        "block": a_formed * K / D + density * K / d,
-        "block_term": density**2 * K / max(tokens, 1),
-        "block_entry": 1 / max(tokens, 1),
-    }
-    terms = {"factored": (0.0, factored), "delta": (2.0, formed)}
-    if has_weight:
-        terms["merged"] = (0.0, formed)
-    return terms
-
-
-def _dense_terms(
-    basis: TernaryBasis, tokens: int, has_weight: bool
-) -> dict[str, tuple[float, dict[str, float]]]:
-    K, d, D, T = basis.K, basis.d, basis.D, max(tokens, 1)
-    a_products, b_products = (3, 2) if d == basis.in_features else (3, 3)
-    # A' is made twice and its gradient contracted once.
-    entries = 3 * K / D / T
-    factored = {"dense": a_products * K / D + b_products * K / d, "dense_entry": entries}
-    # csrc/torch/linear.cpp: where dW is formed, lambda and gamma get their gradient from dy^T x
-    # or, if that is cheaper, from U and P.
-    by_product = T * K * (D + d) > (T + K) * D * d
-    gradient = K / T if by_product else K / D + K / d
-    formed = {"dense": 2 * K / T + gradient, "dense_entry": entries + 2 / T}
-    terms = {"factored": (0.0, factored), "delta": (2.0 + by_product, formed)}
-    if has_weight:
-        terms["merged"] = (0.0 + by_product, formed)
-    return terms
-
-
-def predicted_costs(
-    basis: TernaryBasis,
-    tokens: int,
-    has_weight: bool,
-    device_type: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    merged_rounding: str | None = None,
-) -> dict[str, float]:
-    """Training units (forward, dx, dlam, dgam) of each path beside the base layer's 2."""
-    known = rates(device_type, dtype, basis.format)
-    costs = {
-        path: gemms + sum(getattr(known, name) * count for name, count in paid.items())
-        for path, (gemms, paid) in path_terms(basis, tokens, has_weight, device_type, dtype).items()
-    }
-    if has_weight and dtype in SIXTEEN_BITS and merged_rounding == "stochastic":
-        costs["merged"] += known.round_entry / max(tokens, 1)
-    return costs
-
-
-def choose_b_side(basis: TernaryBasis, tokens: int, device_type: str) -> str:
-    """How B is multiplied: "packed", or "dense" by a GEMM: on CUDA, and of block and dense bases.
-
-    A dense B in the dtype of x is made once and shared by all layers of the shape. The
-    environment variable RANDLORA_B_SIDE (packed, dense) overrides the choice on CUDA.
-    """
-    if basis.format == "dense":
-        return "dense"
-    if not kernels.cuda_serves(device_type):
-        return "dense" if basis.format == "blocks" else "packed"
-    forced = os.environ.get("RANDLORA_B_SIDE")
-    if forced and forced != "auto":
-        if forced not in B_SIDES:
-            raise ValueError(f"RANDLORA_B_SIDE must be auto, packed or dense, got {forced!r}")
-        return forced
-    if tokens <= PACKED_TOKENS:
-        return "packed"
-    if basis.format == "blocks":
-        return "dense"
-    few_adds = basis.format == "lists" and tokens * basis.density <= PACKED_ADDS
-    return "packed" if device_type != "cuda" or few_adds else "dense"
 
 
 def explain(

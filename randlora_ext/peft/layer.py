@@ -16,8 +16,9 @@ from ..kernels import serve
 from ..nn.base_layer import can_fuse
 from ..nn.state_dict import DIAGONALS, refuse_misfit
 from ..ops import functional
+from ..ops.costs import SIXTEEN_BITS
 from ..ops.dtensor import full_tensor, laid_out_like
-from ..ops.path import SIXTEEN_BITS, costs_told, explain
+from ..ops.path import costs_told, explain
 from ..reference import scaled_basis_reference
 from .bases import PackedBufferDict, layer_basis
 

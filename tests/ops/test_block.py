@@ -20,7 +20,7 @@ from layer_cases import (  # noqa: F401
 import randlora_ext
 from randlora_ext import TernaryBasis, delta_weight, explain, kernels, linear, merged_weight
 from randlora_ext.ops import functional
-from randlora_ext.ops.path import choose_b_side
+from randlora_ext.ops.costs import choose_b_side
 from randlora_ext.reference import delta_weight_reference
 
 # in, out, r, G: wide, tall, square; q = r / G of 1, 2, 4 and 8; G = 3; an overhanging base; r > d;

@@ -21,7 +21,7 @@ from layer_cases import (  # noqa: F401
 
 from randlora_ext import TernaryBasis, delta_weight, explain, linear, merged_weight, scaled_basis
 from randlora_ext.basis.dense import DenseMatrices
-from randlora_ext.ops.path import predicted_costs
+from randlora_ext.ops.costs import predicted_costs
 from randlora_ext.reference import delta_weight_reference, scaled_basis_reference
 
 PATHS = ["factored", "delta", "merged"]

@@ -5,7 +5,8 @@ import torch
 from layer_cases import make_layer
 
 from randlora_ext import _C, TernaryBasis, explain, linear
-from randlora_ext.ops.path import PATHS, PathChoice, choose, choose_b_side, path_regions
+from randlora_ext.ops.costs import choose_b_side
+from randlora_ext.ops.path import PATHS, PathChoice, choose, path_regions
 
 SPARSE, DENSE = TernaryBasis(512, 512, 32, 1 / 22), TernaryBasis(512, 512, 32, 1.0)
 SIXTEEN_BITS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from randlora_ext import TernaryBasis, explain
-from randlora_ext.ops.path import path_terms, predicted_costs
+from randlora_ext.ops.costs import path_terms, predicted_costs
 from randlora_ext.ops.rates import NAMES, Rates, rates, save
 
 KNOWN = Rates(0.5, 1.5, 0.25, 3.0, 90.0, 0.0, 70.0, 1.25, 2.0, 80.0, 40.0, 1.1, 30.0)
