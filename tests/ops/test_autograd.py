@@ -194,10 +194,15 @@ def storage(tensor):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("density", [1 / 3, 0.07])
-@pytest.mark.parametrize("shape", [(50, 37, 7), (37, 50, 7)], ids=str)
-def test_linear_keeps_nothing_new(shape, density, path, dtype):
-    layer = make_layer(*shape, density, 20, dtype)
+@pytest.mark.parametrize(
+    "basis",
+    [(1 / 3, "independent"), (0.07, "independent"), (1 / 4, "block"), (1.0, "dense")],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(80, 44, 8), (44, 80, 8)], ids=str)
+def test_linear_keeps_nothing_new(shape, basis, path, dtype):
+    density, kind = basis
+    layer = make_layer(*shape, density, 20, dtype, kind=kind)
     basis, x, lam, gam = layer.basis, layer.x, layer.lam, layer.gam
     packed = basis.packed("cpu")
     for leaf in (x, lam, gam):
