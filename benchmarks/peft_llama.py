@@ -111,8 +111,8 @@ def bytes_of_bases(model: torch.nn.Module) -> int:
     tensors = []
     for bases in (model.base_model.randlora_A, model.base_model.randlora_B):
         for basis in bases.values():
-            matrix = getattr(basis, "matrix", None)
-            tensors += [basis] if matrix is None else [matrix.planes]
+            signs = getattr(basis, "signs", None)
+            tensors += [basis] if signs is None else [signs.planes]
     for layer in model.modules():
         if hasattr(layer, "basis_of"):
             basis, _ = layer.basis_of("default", next(layer.parameters()).device)

@@ -52,7 +52,7 @@ class KeptBlocks {
   }
 
  private:
-  static constexpr int64_t kKeepAtMost = int64_t{64} << 20;
+  static constexpr int64_t kKeepAtMost = int64_t{256} << 20;
 
   Tensor remove(size_t i) {
     std::swap(free_[i], free_.back());

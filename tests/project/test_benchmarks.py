@@ -25,6 +25,7 @@ import finetune  # noqa: E402
 import layer  # noqa: E402
 import micro  # noqa: E402
 import model_step  # noqa: E402
+import peft_llama  # noqa: E402
 import plots  # noqa: E402
 import to_lora  # noqa: E402
 from cli_helpers import llama  # noqa: E402
@@ -282,3 +283,10 @@ def test_plots_are_drawn_from_the_results_and_shown(tmp_path):
     text = "".join(page.read_text() for page in pages)
     for name, path in committed.items():
         assert f"figures/{name}" in text and path.stat().st_size < 200_000
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_peft_llama(monkeypatch, capsys, kind):
+    monkeypatch.setattr(sys, "argv", ["peft_llama.py", "--tiny", "--added", "--kind", kind])
+    peft_llama.main()  # exits with an error if the losses differ
+    assert "times what stock's adds" in capsys.readouterr().out
