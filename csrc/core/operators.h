@@ -36,8 +36,8 @@ struct Basis {
 // some chunks of d and of D. A is block diagonal over its chunks of d as in ScaledBasis. B[o, c] is
 // not 0 if o is in the chunk of D that row c belongs to.
 //
-// c counts the rows of A' from the first row of the slice's chunks of d. e counts, in the same order,
-// only the rows whose chunk of D the slice holds:
+// c counts the rows of A' from the first row of the slice's chunks of d. e counts, in the same
+// order, only the rows whose chunk of D the slice holds:
 //
 //   c = e / b_chunks * groups + e % b_chunks + first        which chunk of D: e % b_chunks
 //

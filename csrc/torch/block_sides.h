@@ -5,8 +5,8 @@
 
 namespace randlora {
 
-// B (rows(), D / b_chunks) in `dtype`: row e holds column row(e) of B within its chunk of D. Of dense
-// bases (D, K).
+// B (rows(), D / b_chunks) in `dtype`: row e holds column row(e) of B within its chunk of D. Of
+// dense bases (D, K).
 Tensor dense_b(const BlockBasis& b, DType dtype);
 
 // One side of the adapter: blocks, and the rows of V or U (rows(), T) and the columns of x or y

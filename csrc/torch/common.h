@@ -63,7 +63,8 @@ struct Argument<std::string> {
   }
 };
 
-// Wraps `function` for registration: if a call into torch fails, the wrapper throws torch's message.
+// Wraps `function` for registration: if a call into torch fails, the wrapper throws torch's own
+// message.
 template <auto function>
 struct Explained;
 template <class Result, class... Args, Result (*function)(Args...)>

@@ -1,5 +1,5 @@
-// torch.ops.randlora.delta_weight (scale * B @ A', oriented as a Linear's weight), its backward, and
-// merged_weight.
+// torch.ops.randlora.delta_weight (scale * B @ A', oriented as a Linear's weight), its backward,
+// and merged_weight.
 #include "delta_weight.h"
 
 #include "backend.h"

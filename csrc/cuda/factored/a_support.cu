@@ -1,8 +1,8 @@
-// What the products of the A side share (a_side.h): tables, made once a basis, or once a call if the
-// basis keeps none; values, made once a call.
+// What the products of the A side share (a_side.h): tables, made once a basis, or once a call if
+// the basis keeps none; values, made once a call.
 //
-//   find_entries   thread (j, k): two binary searches in row j of A tell whether A[j, k] is an entry
-//                  p, and how many entries of j lie before column k
+//   find_entries   thread (j, k): two binary searches in row j of A tell whether A[j, k] is an
+//                  entry p, and how many entries of j lie before column k
 //   form_values    a block takes 32 entries p and 64 bases i. It reads gam[i, k_p] (k_p: the column
 //                  of p) along p, transposes the tile in shared memory and writes along i
 //
