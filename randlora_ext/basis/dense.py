@@ -12,7 +12,7 @@ from .shape import Shape
 
 @dataclass(frozen=True, eq=False)  # identity: comparing megabytes would be no cheap `==`
 class DenseMatrices:
-    """A (r, >= d) and B (>= D, >= K), of which layers of any shape see the front as views."""
+    """A (r, >= d) and B (>= D, >= K). Layers see the front, slices a part of that."""
 
     A: Tensor
     B: Tensor
@@ -27,10 +27,11 @@ class DenseMatrices:
     def check(self, shape: Shape) -> None:
         """Raises ValueError unless both reach as far as a layer of that shape needs."""
         A, B = tuple(self.A.shape), tuple(self.B.shape)
-        if A[0] != shape.r or A[1] < shape.d or B[0] < shape.D or B[1] < shape.K:
+        d, D = shape.layer_d, shape.layer_D
+        if A[0] != shape.r or A[1] < d or B[0] < D or B[1] < shape.K:
             raise ValueError(
-                f"A must be (r, >= d) = ({shape.r}, >= {shape.d}) and B (>= D, >= K) = "
-                f"(>= {shape.D}, >= {shape.K}), got {A} and {B}"
+                f"A must be (r, >= d) = ({shape.r}, >= {d}) and B (>= D, >= K) = "
+                f"(>= {D}, >= {shape.K}), got {A} and {B}"
             )
 
     def part(
@@ -40,7 +41,8 @@ class DenseMatrices:
         if (device, dtype) not in self._cast:
             self._cast[device, dtype] = self.A.to(device, dtype), self.B.to(device, dtype)
         A, B = self._cast[device, dtype]
-        return A[:, : shape.d], B[: shape.D, : shape.K]
+        column, row = shape.first_column, shape.first_row
+        return A[:, column : column + shape.d], B[row : row + shape.D, : shape.K]
 
     def format(self, shape: Shape) -> str:
         return "dense"

@@ -88,10 +88,21 @@ class ImportedMatrices(TernaryMatrices):
         return self.a_value * self.b_value
 
     def a_planes(self, shape: Shape, device: torch.device) -> Tensor:
-        return self.planes_of_a.to(device)
+        return _columns(self.planes_of_a, shape.first_column, shape.d).to(device)
 
     def b_planes(self, shape: Shape, device: torch.device) -> Tensor:
-        return self.planes_of_b.to(device)
+        return leading(self.planes_of_b[:, shape.first_row :], shape.D, shape.K).to(device)
+
+
+def _columns(planes: Tensor, first: int, count: int) -> Tensor:
+    """The planes of `count` columns from `first`."""
+    word, shift = divmod(first, 64)
+    part = planes[:, :, word:]
+    if shift:
+        upper = part[:, :, 1:] << (64 - shift)
+        part = (part >> shift) & ((1 << (64 - shift)) - 1)  # >> repeats the sign bit
+        part[:, :, :-1] |= upper
+    return leading(part, planes.shape[1], count)
 
 
 def _share_of_non_zeros(planes: Tensor, shape: Shape) -> float:

@@ -270,17 +270,14 @@ class TernaryBasis:
         """The part for a rank that holds these inputs and outputs of the layer; None means all.
 
         It has the rows of B of the features on the D side and the columns of A of those on the d
-        side. A rank generates them from the seed without asking another. r, n, K and the
-        orientation stay the layer's; lambda (r, n) is complete, gamma the (n, d) of the slice
-        (docs/distributed.md).
+        side. A rank generates them from the seed without asking another; imported and dense ones
+        are cut from the whole. r, n, K and the orientation stay the layer's; lambda (r, n) is
+        complete, gamma the (n, d) of the slice (docs/distributed.md).
 
         Raises:
             TypeError, ValueError: a range of another step, empty, or outside the layer.
-            ValueError: on an imported or dense basis, which is not a function of indices; or a
-                slice of a block basis that starts or ends within one of a side's chunks.
+            ValueError: a slice of a block basis starts or ends within one of a side's chunks.
         """
-        if self.description is None:
-            raise ValueError(f"slice() needs a generated basis, and this one is {self.kind}")
         inputs = range(self.in_features) if inputs is None else inputs
         outputs = range(self.out_features) if outputs is None else outputs
         return self._of(self._shape.part(inputs, outputs), self._source)

@@ -1,5 +1,7 @@
 """`RandLoraLinear` over a base layer that is sharded by outputs or by inputs."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
@@ -17,6 +19,34 @@ def slice_of_rank(basis: TernaryBasis, mesh: DeviceMesh, shards_outputs: bool) -
     share = (basis.out_features if shards_outputs else basis.in_features) // mesh.size()
     first = share * mesh.get_local_rank()
     return basis.slice(**{"outputs" if shards_outputs else "inputs": range(first, first + share)})
+
+
+def linear_of_rank(
+    linear: Callable[[Tensor, Tensor | None, Tensor | None], Tensor],
+    x: DTensor,
+    weight: DTensor | None,
+    bias: DTensor | None,
+    shards_outputs: bool,
+) -> DTensor:
+    """``linear(x, weight, bias)`` on this rank's parts: Shard(-1), or Partial if inputs are cut."""
+    mesh = x.device_mesh
+    weight = None if weight is None else weight.to_local()
+    if bias is not None:
+        adds_bias = shards_outputs or mesh.get_local_rank() == 0
+        bias = bias.to_local() if adds_bias else None
+    # This rank's outputs give a part of dx; it joins the sum that the base layer needs anyway.
+    x = x.to_local(grad_placements=[Partial()] if shards_outputs else [Shard(x.ndim - 1)])
+    y = linear(x, weight, bias)
+    placement = Shard(y.ndim - 1) if shards_outputs else Partial()
+    return DTensor.from_local(y, mesh, [placement], run_check=False)
+
+
+def may_fuse(base: nn.Linear, x: Tensor, shards_outputs: bool) -> bool:
+    """Whether one operator may compute this rank's parts of base layer and adapter."""
+    if not matches(base.weight, x):
+        return False
+    # If inputs are sharded, one rank adds the bias, and it must not train the bias alone.
+    return shards_outputs or base.bias is None or not base.bias.requires_grad
 
 
 class TensorParallelRandLoraLinear(RandLoraLinear):
@@ -76,23 +106,15 @@ class TensorParallelRandLoraLinear(RandLoraLinear):
 
     def _can_fuse(self, x: DTensor) -> bool:
         base = self.base_layer
-        if not is_plain_linear(base) or not matches(base.weight, x):
-            return False
-        # If inputs are sharded, one rank adds the bias, and it must not train the bias alone.
-        return self.shards_outputs or base.bias is None or not base.bias.requires_grad
+        return is_plain_linear(base) and may_fuse(base, x, self.shards_outputs)
 
     def _part(self, name: str, x: DTensor, weight: DTensor | None, bias: DTensor | None) -> DTensor:
         lam, gam = self._diagonals(name)
-        if weight is not None:
-            weight = weight.to_local()
-        if bias is not None:
-            adds_bias = self.shards_outputs or self.device_mesh.get_local_rank() == 0
-            bias = bias.to_local() if adds_bias else None
-        # This rank's outputs give a part of dx; it joins the sum that the base layer needs anyway.
-        x = x.to_local(grad_placements=[Partial()] if self.shards_outputs else [Shard(x.ndim - 1)])
-        y = self._linear(name, x, weight, bias, lam, gam)
-        placement = Shard(y.ndim - 1) if self.shards_outputs else Partial()
-        return DTensor.from_local(y, self.device_mesh, [placement], run_check=False)
+
+        def linear(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            return self._linear(name, x, weight, bias, lam, gam)
+
+        return linear_of_rank(linear, x, weight, bias, self.shards_outputs)
 
     def _delta(self, name: str, dtype: torch.dtype) -> DTensor:
         delta = super()._delta(name, dtype)
@@ -108,8 +130,8 @@ class TensorParallelRandLoraLinear(RandLoraLinear):
             )
         group = self.device_mesh.get_group()
         if gam.placements[0].is_replicate():
-            return _SumGradients.apply(group, lam.to_local(), gam.to_local())
-        return *_SumGradients.apply(group, lam.to_local()), gam.to_local()
+            return SumGradients.apply(group, lam.to_local(), gam.to_local())
+        return *SumGradients.apply(group, lam.to_local()), gam.to_local()
 
     def _weight_rounded(self, names: list[str], seed: int) -> Tensor:
         raise ValueError(
@@ -118,7 +140,7 @@ class TensorParallelRandLoraLinear(RandLoraLinear):
         )
 
 
-class _SumGradients(torch.autograd.Function):
+class SumGradients(torch.autograd.Function):
     """Identity; backward sums the gradients of all tensors over ranks, in one all-reduce."""
 
     @staticmethod

@@ -57,7 +57,7 @@ class AcceleratedLayer(_Layer):
             )
         base, dtype = self.base_layer, x.dtype
         plain = not args and not kwargs and len(names) == 1 and not self._drops(names[0])
-        if plain and can_fuse(base, x):
+        if plain and self._can_fuse(x):
             basis, _ = self.basis_of(names[0], x.device)
             if basis is not None and not self._widens(basis, dtype):
                 return self._linear(names[0], x, base.weight, base.bias, basis).to(dtype)
@@ -144,9 +144,11 @@ class AcceleratedLayer(_Layer):
             delta = second @ first * self.scaling[adapter]
         else:
             _, dtype = self._dtypes(adapter, device)
-            lam, gam = (full_tensor(getattr(self, name)[adapter]).to(dtype) for name in DIAGONALS)
+            lam, gam = (t.to(dtype) for t in self._diagonals(adapter, device))
             delta = functional.delta_weight(basis, lam, gam, self.scaling[adapter])
-        delta = delta.T if self.fan_in_fan_out else delta
+        return self._laid_out(delta.T if self.fan_in_fan_out else delta)
+
+    def _laid_out(self, delta: Tensor) -> Tensor:
         return laid_out_like(delta, self._base_weight())
 
     def get_scaled_bases(
@@ -160,8 +162,7 @@ class AcceleratedLayer(_Layer):
         # The adapter's own number of bases; PEFT keeps one a layer, that of the adapter added last.
         (n, d), D = gam.shape, max(self.in_features, self.out_features)
         if adapter in self.randlora_A.blocks:
-            basis, _ = self.basis_of(adapter, device)
-            assert basis is not None
+            basis = layer_basis(A, B, *self._sizes(adapter))
             A, B = basis.dense(device, dtype)  # A and B have no dense form
             B = B.to(dtype_of_B)
         else:
@@ -234,10 +235,17 @@ class AcceleratedLayer(_Layer):
     def _linear(
         self, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, basis: TernaryBasis
     ) -> Tensor:
-        lam = self.randlora_lambda[name].to(x.device)
-        gam = self.randlora_gamma[name].to(x.device)
+        lam, gam = self._diagonals(name, x.device)
         last = self.scaling[name], "auto", self.merged_rounding.get(name)
         return functional.linear(x, weight, bias, basis, lam, gam, *last)
+
+    def _can_fuse(self, x: Tensor) -> bool:
+        return can_fuse(self.base_layer, x)
+
+    def _diagonals(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Lambda and gamma, gathered if FSDP2 has sharded them."""
+        lam, gam = (full_tensor(getattr(self, each)[name]).to(device) for each in DIAGONALS)
+        return lam, gam
 
     def _widens(self, basis: TernaryBasis, dtype: torch.dtype) -> bool:
         return self.float32_products and basis.kind == "dense" and dtype in SIXTEEN_BITS

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from contextlib import contextmanager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import peft
@@ -108,6 +109,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
             super()._create_and_replace(randlora_config, adapter_name, target, *args, **kwargs)
         layer = self.model.get_submodule(kwargs["current_key"])
         if isinstance(layer, AcceleratedLayer):
+            if type(layer) is AcceleratedLinear and (plans := _parallel_plans(self.model)):
+                plans.shard(layer, self.model, kwargs["current_key"])
             rounding = getattr(randlora_config, "merged_rounding", None)
             layer.merged_rounding[adapter_name] = rounding
         disable_nested_tensors(self.model, kwargs["current_key"])
@@ -116,9 +119,12 @@ class AcceleratedRandLoraModel(RandLoraModel):
         """Finds the adapter's bases among those of other adapters, or makes them."""
         A, B = self.randlora_A, self.randlora_B
         basis = AdapterBasis.of(vars(config))
-        if basis.kind == "block":
-            groups = basis.description(1).groups
-            check_layers(groups, self._target_sizes(config), config.r)
+        targets = self._target_sizes(config)
+        groups = basis.description(1).groups if basis.kind == "block" else None
+        if groups is not None:
+            check_layers(groups, targets, config.r)
+        if plans := _parallel_plans(self.model):
+            plans.check_plans(self.model, targets, groups)
         out_features, in_features = self._find_dim(config)
         D, d = max(out_features, in_features), min(out_features, in_features)
         if basis.kind != "peft":  # from now on `very_sparse` is a number
@@ -259,6 +265,15 @@ def accelerate_layer(layer: Any) -> Any:
         layer.merged_rounding = {}
         force_module_call(layer)
     return layer
+
+
+def _parallel_plans(model: nn.Module) -> ModuleType | None:
+    """The module `tensor_parallel` if transformers has spread the model over ranks."""
+    if getattr(model, "_device_mesh", None) is None:
+        return None
+    from . import tensor_parallel  # imports torch.distributed, as transformers has already
+
+    return tensor_parallel
 
 
 def _warn_of_scaling(config: peft.RandLoraConfig) -> None:

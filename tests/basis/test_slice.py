@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from randlora_ext import TernaryBasis, delta_weight, linear, merged_weight, scaled_basis
+from randlora_ext.basis.dense import DenseMatrices
 from randlora_ext.reference import delta_weight_reference, scaled_basis_reference
 
 # (in, out, r, inputs, outputs): one side cut. The last base overhangs in all; in the comments how
@@ -21,16 +22,31 @@ CUTS = {
     "both cut": (72, 80, 7, range(24, 70), range(5, 45)),
 }
 
+# Generated at a density, imported, and PEFT's default.
+KINDS = (1 / 16, 1 / 3, "imported lists", "imported planes", "dense")
+
 
 @pytest.fixture(params=CUTS.values(), ids=CUTS)
 def cut(request):
     return request.param
 
 
-def parts(cut, density):
+def basis_of(kind, n_in, n_out, r):
+    if isinstance(kind, float):
+        return TernaryBasis(n_in, n_out, r, kind, seed=3)
+    if kind == "dense":
+        n, (d, D) = -(-min(n_in, n_out) // r), sorted((n_in, n_out))
+        generator = torch.Generator().manual_seed(5)
+        A, B = (torch.rand(size, generator=generator) - 0.5 for size in ((r, d), (D, n * r)))
+        return TernaryBasis.of_dense(DenseMatrices(A, B), n_in, n_out)
+    generated = basis_of(1 / 16 if "lists" in kind else 1 / 3, n_in, n_out, r)
+    return TernaryBasis.from_dense(*generated.dense(), n_in, n_out)
+
+
+def parts(cut, kind):
     """Whole basis, slice, and lam, gam of the slice with dW of the slice from the whole."""
     n_in, n_out, r, inputs, outputs = cut
-    whole = TernaryBasis(n_in, n_out, r, density, seed=3)
+    whole = basis_of(kind, n_in, n_out, r)
     torch.manual_seed(1)
     lam = torch.randn(r, whole.n, dtype=torch.float64)
     gam = torch.randn(whole.n, whole.d, dtype=torch.float64)
@@ -45,10 +61,10 @@ def close(got, want):
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("density", (1 / 16, 1 / 3))
-def test_matrices(cut, density):
+@pytest.mark.parametrize("kind", KINDS)
+def test_matrices(cut, kind):
     _, _, _, inputs, outputs = cut
-    whole, part, *_ = parts(cut, density)
+    whole, part, *_ = parts(cut, kind)
     A, B = whole.dense()
     rows, columns = (outputs, inputs) if whole.expand else (inputs, outputs)
     got = part.dense()
@@ -59,10 +75,10 @@ def test_matrices(cut, density):
     assert (part.in_features, part.out_features) == (len(inputs), len(outputs))
 
 
-@pytest.mark.parametrize("density", (1 / 16, 1 / 3))
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("path", ("factored", "delta", "merged"))
-def test_linear(cut, density, path):
-    _, part, lam, gam, dW = parts(cut, density)
+def test_linear(cut, kind, path):
+    _, part, lam, gam, dW = parts(cut, kind)
     out_features, in_features = dW.shape
     x = torch.randn(5, in_features, dtype=torch.float64, requires_grad=True)
     weight, dy = torch.randn_like(dW), torch.randn(5, out_features, dtype=torch.float64)
@@ -76,12 +92,12 @@ def test_linear(cut, density, path):
         close(ours, reference)
 
 
-@pytest.mark.parametrize("density", (1 / 16, 1 / 3))
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("path", ("factored", "delta"))
 @pytest.mark.parametrize("dtype, limit", ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)))
-def test_linear_in_training_dtypes(cut, density, path, dtype, limit):
+def test_linear_in_training_dtypes(cut, kind, path, dtype, limit):
     """Vectors and tensor cores have other tiles than float64, and 40 tokens fill several."""
-    _, part, lam, gam, dW = parts(cut, density)
+    _, part, lam, gam, dW = parts(cut, kind)
     x = torch.randn(40, part.in_features).to(dtype).requires_grad_()
     dy = torch.randn(40, part.out_features).to(dtype)
     small = [t.detach().float().requires_grad_() for t in (lam, gam)]
@@ -96,9 +112,9 @@ def test_linear_in_training_dtypes(cut, density, path, dtype, limit):
         assert (ours.double() - reference).norm() < limit * reference.norm()
 
 
-@pytest.mark.parametrize("density", (1 / 16, 1 / 3))
-def test_weights(cut, density):
-    _, part, lam, gam, dW = parts(cut, density)
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights(cut, kind):
+    _, part, lam, gam, dW = parts(cut, kind)
     got = delta_weight(part, lam, gam, 2.0)
     close(got.detach(), dW)
     G = torch.randn_like(dW)
@@ -168,5 +184,3 @@ def test_bad_arguments():
     basis = TernaryBasis(60, 90, 8, 1 / 16)
     with pytest.raises(TypeError, match="outputs must be a range, got 4"):
         basis.slice(outputs=4)
-    with pytest.raises(ValueError, match="needs a generated basis"):
-        TernaryBasis.from_dense(*basis.dense(), 60, 90).slice(inputs=range(30))

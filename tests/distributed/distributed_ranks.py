@@ -24,9 +24,17 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+
+def importable(name: str) -> bool:
+    package = name.rpartition(".")[0]
+    return (not package or importable(package)) and importlib.util.find_spec(name) is not None
+
+
 MODULES = ["distributed_data_parallel", "distributed_tensor_parallel", "distributed_layers"]
-if importlib.util.find_spec("peft") is not None:
+if importable("peft"):
     MODULES += ["distributed_peft"]
+    if importable("transformers.distributed.tensor_parallel"):  # since 5.17
+        MODULES += ["distributed_tp_plan"]
 HANG = 120  # seconds in one collective
 OVERALL = 300  # seconds for all checks
 

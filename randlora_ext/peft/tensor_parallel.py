@@ -1,0 +1,121 @@
+"""PEFT's layers over linear layers that transformers' ``tp_plan`` has sharded."""
+
+import re
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from ..basis import TernaryBasis
+from ..distributed.layer import SumGradients, linear_of_rank, may_fuse, slice_of_rank
+from .layer import AcceleratedLinear
+
+# x and y of these are whole on every rank, so that the adapter need not be cut.
+_WHOLE = ("colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep", "replicate")
+
+
+class TensorParallelLinear(AcceleratedLinear):
+    """`AcceleratedLinear` over an nn.Linear of which every rank holds a part.
+
+    x and y are plain tensors, as of the base layer: under "colwise" x is whole and y has this
+    rank's outputs, under "rowwise" x has this rank's inputs and y is whole. Each rank makes its own
+    slice of the bases. Lambda and gamma are ordinary parameters, whole and equal on all ranks,
+    because backward sums their gradients. `get_delta_weight` returns a DTensor.
+    """
+
+    device_mesh: DeviceMesh
+    shards_outputs: bool
+    slices: dict[str, tuple[TernaryBasis, TernaryBasis]]  # whole and slice, by adapter
+
+    def basis_of(self, adapter: str, device: torch.device) -> tuple[TernaryBasis | None, str]:
+        """(this rank's slice of the adapter's basis, "")."""
+        basis, reason = super().basis_of(adapter, device)
+        if basis is None:
+            raise RuntimeError(f"a tensor-parallel layer needs our kernels, but {reason}")
+        whole, part = self.slices.get(adapter, (None, None))
+        if whole is not basis:
+            part = slice_of_rank(basis, self.device_mesh, self.shards_outputs)
+            self.slices[adapter] = basis, part
+        return part, ""
+
+    def _laid_out(self, delta: Tensor) -> Tensor:
+        placement = Shard(0) if self.shards_outputs else Shard(1)
+        return DTensor.from_local(delta, self.device_mesh, [placement], run_check=False)
+
+    def _can_fuse(self, x: Tensor) -> bool:
+        return may_fuse(self.base_layer, x, self.shards_outputs)
+
+    def _diagonals(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """This rank's lambda and gamma; backward sums their gradients over all ranks."""
+        group = self.device_mesh.get_group()
+        lam, gam = SumGradients.apply(group, *super()._diagonals(name, device))
+        if self.shards_outputs == (self.in_features > self.out_features):  # d is the side cut
+            rank, ranks = self.device_mesh.get_local_rank(), self.device_mesh.size()
+            gam = gam.chunk(ranks, dim=1)[rank].contiguous()
+        return lam, gam
+
+    def _linear(self, name: str, x: Tensor, weight, bias, basis: TernaryBasis) -> Tensor:
+        placement = Replicate() if self.shards_outputs else Shard(x.ndim - 1)
+        placed = DTensor.from_local(x, self.device_mesh, [placement], run_check=False)
+        linear = partial(super()._linear, name, basis=basis)
+        y = linear_of_rank(linear, placed, weight, bias, self.shards_outputs)
+        return y.to_local() if self.shards_outputs else y.full_tensor()
+
+
+def plan_of(model: nn.Module, name: str) -> tuple[str, DeviceMesh] | None:
+    """(style, mesh) by which transformers, since 5.17, has sharded a module; None if it has not."""
+    mesh = getattr(model, "_device_mesh", None)
+    style = (getattr(model, "tp_plan", None) or {}).get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+    if mesh is None or style is None or style in _WHOLE:
+        return None
+    if mesh.ndim > 1:  # pipeline, data and tensor parallel
+        if "tp" not in (mesh.mesh_dim_names or ()):
+            return None
+        mesh = mesh["tp"]
+    return (style, mesh) if mesh.size() > 1 else None
+
+
+def check_plans(model: nn.Module, sizes: dict[str, tuple[int, int]], groups: int | None) -> None:
+    """Raises TypeError or ValueError if a target cannot be served as it is sharded.
+
+    Args:
+        sizes: in_features and out_features by the target's name.
+        groups: of block bases; None for others.
+    """
+    for name, features in sizes.items():
+        if (plan := plan_of(model, name)) is None:
+            continue
+        style, mesh = plan
+        layer = model.get_submodule(name)
+        base = getattr(layer, "base_layer", layer)
+        if type(base) is not nn.Linear:
+            raise TypeError(
+                f"target {name!r} must be an nn.Linear under tensor parallelism, got "
+                f"{type(base).__name__}"
+            )
+        if style not in ("colwise", "rowwise"):
+            raise ValueError(
+                f"target {name!r} is sharded by the tensor parallel style {style!r}; an adapter "
+                f"needs 'colwise', 'rowwise' or one of {', '.join(map(repr, _WHOLE))}"
+            )
+        side = "out_features" if style == "colwise" else "in_features"
+        if (size := features[style == "colwise"]) % mesh.size():
+            raise ValueError(
+                f"target {name!r}: {side} must be divisible by the {mesh.size()} tensor parallel "
+                f"ranks, got {size}"
+            )
+        if groups is not None and groups % mesh.size():
+            raise ValueError(
+                f"density of block bases must be 1 / G with G divisible by the {mesh.size()} "
+                f"tensor parallel ranks, got G = {groups}"
+            )
+
+
+def shard(layer: AcceleratedLinear, model: nn.Module, name: str) -> None:
+    """Makes the adapted layer of that name serve its base layer as it is sharded, in place."""
+    if (plan := plan_of(model, name)) is not None:
+        style, mesh = plan
+        layer.__class__ = TensorParallelLinear
+        layer.device_mesh, layer.shards_outputs, layer.slices = mesh, style == "colwise", {}

@@ -1,0 +1,182 @@
+"""Checks of PEFT's layers in a model that transformers has sharded, run by test_distributed.py."""
+
+import copy
+import warnings
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_ranks import Place, RecordedCollectives, worlds
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.distributed import DistributedConfig
+from transformers.pytorch_utils import Conv1D
+
+import randlora_ext.peft as accelerated
+
+# Expand (up_proj), reduce (down_proj, k_proj) and square layers, each cut by outputs or inputs.
+TARGETS = ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj"]
+BASES = (
+    dict(basis="independent", density=1 / 4),
+    dict(basis="block", density=1 / 4),
+    dict(density=0.2),
+    dict(),  # PEFT's default, dense
+)
+TOKENS = torch.arange(24).view(3, 8)
+LIMITS = dict(rtol=1e-4, atol=1e-6)
+
+
+def load(place: Place, ranks: int = 1):
+    folder = place.folder / "llama"
+    if place.rank == 0 and not folder.exists():
+        sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=64)
+        heads = dict(
+            num_attention_heads=8, num_key_value_heads=4, head_dim=8, initializer_range=0.2
+        )
+        torch.manual_seed(0)
+        made = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads, attention_bias=True))
+        for name, parameter in made.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter)
+        made.save_pretrained(folder)
+    dist.barrier()
+    options = dict(distributed_config=DistributedConfig(tp_size=ranks)) if ranks > 1 else {}
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def config(**basis):
+    options = dict(r=4, randlora_alpha=4, target_modules=TARGETS)
+    return accelerated.RandLoraConfig(**options, **{"save_projection": False, **basis})
+
+
+def trained(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def set_diagonals(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in trained(model).values():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+
+
+def pair(place: Place, **basis):
+    """The model in one process and the sharded one, with equal adapters."""
+    accelerated.enable()
+    models = [peft.get_peft_model(load(place, n), config(**basis)) for n in (1, place.world)]
+    for model in models:
+        set_diagonals(model)
+    return models
+
+
+def loss(model):
+    return model(TOKENS, labels=TOKENS).loss
+
+
+@worlds(2, 4)
+def check_training(place: Place):
+    """Loss, gradients and merging for each kind of bases."""
+    for basis in BASES:
+        whole, sharded = pair(place, **basis)
+        want, got = loss(whole), loss(sharded)
+        torch.testing.assert_close(got, want, **LIMITS)
+        want.backward()
+        got.backward()
+        parameters = trained(sharded)
+        assert parameters.keys() == trained(whole).keys()
+        for name, parameter in trained(whole).items():
+            grad = parameters[name].grad
+            assert (grad - parameter.grad).norm() < 1e-4 * parameter.grad.norm(), (basis, name)
+            copies = [torch.empty_like(grad) for _ in range(place.world)]
+            dist.all_gather(copies, grad)
+            assert all(torch.equal(grad, other) for other in copies)
+        with torch.no_grad():  # transformers has another way without gradients
+            torch.testing.assert_close(loss(sharded), want.detach(), **LIMITS)
+        sharded.merge_adapter(safe_merge=True)
+        torch.testing.assert_close(loss(sharded), want, **LIMITS)
+        sharded.unmerge_adapter()
+        torch.testing.assert_close(loss(sharded), want, **LIMITS)
+        layer = sharded.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+        delta = layer.get_delta_weight("default")
+        assert isinstance(delta, DTensor) and delta.placements == layer.base_layer.weight.placements
+        unsharded = whole.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+        wanted = unsharded.get_delta_weight("default")
+        torch.testing.assert_close(delta.full_tensor(), wanted, **LIMITS)
+
+
+@worlds(2)
+def check_adapters(place: Place):
+    """Two adapters, each alone, both of one batch, and none; with a dropout that drops nothing."""
+    whole, sharded = pair(place, basis="independent", density=1 / 4)
+    for model in (whole, sharded):
+        model.add_adapter("two", config(basis="block", density=1 / 2, randlora_dropout=0.5))
+        model.set_adapter("two")
+        set_diagonals(model, seed=1)
+        model.eval()
+    torch.testing.assert_close(loss(sharded), loss(whole), **LIMITS)
+    names = ["default", "__base__", "two"]
+    got, want = (model(TOKENS, adapter_names=names).logits for model in (sharded, whole))
+    torch.testing.assert_close(got, want, **LIMITS)
+    with whole.disable_adapter(), sharded.disable_adapter():
+        torch.testing.assert_close(loss(sharded), loss(whole), **LIMITS)
+    sharded.delete_adapter("two")
+    whole.delete_adapter("two")
+    torch.testing.assert_close(loss(sharded), loss(whole), **LIMITS)
+
+
+@worlds(2)
+def check_file(place: Place):
+    """All ranks save together, since PEFT gathers; one process, or the sharded model, opens it."""
+    for basis in BASES:
+        _, sharded = pair(place, **basis)
+        file = place.folder / "-".join(["adapter", *map(str, basis.values())])
+        sharded.save_pretrained(file, is_main_process=place.rank == 0)
+        dist.barrier()
+        for ranks in (1, place.world):
+            model = peft.PeftModel.from_pretrained(load(place, ranks), file)
+            torch.testing.assert_close(loss(model), loss(sharded), **LIMITS)
+
+
+@worlds(2)
+def check_communication(place: Place):
+    """One all-reduce of the gradients of lambda and gamma a layer, beside the frozen model's."""
+    _, sharded = pair(place, basis="independent", density=1 / 4)
+    frozen = load(place, place.world).requires_grad_(False)
+    embedded = torch.randn(2, 8, 64, requires_grad=True)
+
+    def step(model):
+        with RecordedCollectives() as collectives:
+            model(inputs_embeds=embedded).logits.sum().backward()
+        return sorted(collectives.sizes)
+
+    own = [4 * (layer.randlora_lambda["default"].numel() + layer.randlora_gamma["default"].numel())
+           for layer in sharded.modules() if hasattr(layer, "randlora_lambda")]  # fmt: skip
+    assert len(own) == 2 * len(TARGETS)
+    assert step(sharded) == sorted([*step(frozen), *own])
+
+
+@worlds(4)
+def check_refusals(place: Place):
+    """Before anything has changed."""
+    accelerated.enable()
+    model = load(place, place.world)
+    modules = [name for name, _ in model.named_modules()]
+    cases = (
+        (dict(basis="block", density=1 / 2), "G divisible by the 4 tensor parallel ranks, got G ="),
+        (dict(style="packed_colwise"), "'model.layers.0.mlp.up_proj' is sharded by .*'packed_col"),
+    )
+    plan = copy.deepcopy(model.tp_plan)
+    for basis, message in cases:
+        if style := basis.pop("style", None):
+            model.tp_plan = plan | {"model.layers.*.mlp.up_proj": style}
+        with pytest.raises(ValueError, match=message), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            peft.get_peft_model(model, config(**basis))
+        assert [name for name, _ in model.named_modules()] == modules
+    model.tp_plan = plan
+    model.model.layers[0].mlp.up_proj = torch.nn.Linear(64, 42)
+    with pytest.raises(ValueError, match="out_features must be divisible by the 4 .*, got 42"):
+        peft.get_peft_model(model, config())
+    model.model.layers[0].mlp.up_proj = Conv1D(96, 64)
+    with pytest.raises(TypeError, match="'.*up_proj' must be an nn.Linear .*, got Conv1D"):
+        peft.get_peft_model(model, config())
