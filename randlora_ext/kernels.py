@@ -38,10 +38,10 @@ def cuda_available() -> bool:
 
 
 def cuda_serves(device_type: str) -> bool:
-    """Whether the CUDA kernels compute for tensors on such a device."""
+    """Whether the CUDA kernels run on tensors of this device type."""
     return device_type == "cuda" or (_SERVES_CPU and device_type == "cpu" and cuda_available())
 
 
 def serve(device_type: str) -> bool:
-    """Whether any kernels of ours compute for tensors on such a device."""
+    """Whether any of our kernels run on tensors of this device type."""
     return device_type == "cpu" or (device_type == "cuda" and cuda_available())

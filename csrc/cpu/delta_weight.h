@@ -1,9 +1,10 @@
-// dW = scale * B @ A' and its adjoint, without A' or a dense B: density^2 of a GEMM's work.
+// dW = scale * B @ A' and its adjoint. Neither A' nor a dense B is formed; the work is density^2
+// of a GEMM's.
 //
 // For a rank index j the n rows of A' share the support S_j, so we store them compactly:
 //   value[j][i][p] = A[j, k] lam[j, i] gam[i, k],  k = S_j[p]
-// Row o of dW is, for each j, the signed sum of the compact rows i with B[o, (j, i)] != 0,
-// scattered once to the positions S_j. The adjoint works alike: it gathers the gradient at S_j,
+// To make row o of dW, we add for each j the compact rows i with B[o, (j, i)] != 0, with their
+// signs, and scatter the sum once to the positions S_j. The adjoint works alike: it gathers the gradient at S_j,
 // adds it to the compact rows Z[j][i], and contracts Z into dlam and dgam at the end.
 #pragma once
 #include "../core/stochastic.h"

@@ -35,7 +35,7 @@ struct BackwardScratch {
   C* gT;            // (d, ldg): gamma transposed
   C* P;             // (positions of A, ldg): row p belongs to the p-th entry of A's lists
   C* z;             // (super, d, TB)
-  C* ut;            // (super, r, TB, ldg), or of one block (TB, ldg): U of one rank index
+  C* ut;            // U: (super, r, TB, ldg); of one block, (TB, ldg) for one rank index at a time
   C *lam, *dlam;    // (r, ldg) each: lambda times the scale, and the gradient without it
   C* tile;          // (tile_columns, ldg): some columns of dgamma, transposed
   int64_t* cursor;  // (threads, 2 r): the current position in each run of A's lists

@@ -79,8 +79,8 @@ void store_block_to(const typename B::C* z, typename B::C scale, bool accumulate
   }
 }
 
-// to (cols, width) = from (rows, cols) transposed, zero in columns [rows, width); both in C, with
-// row strides ldf and ldt.
+// Transposes `from` (rows, cols) into `to` (cols, width), with zeros in columns [rows, width).
+// ldf and ldt are their row strides.
 template <class C>
 void transpose_matrix(const C* from, int64_t ldf, int64_t rows, int64_t cols, C* to, int64_t ldt,
                       int64_t width) {

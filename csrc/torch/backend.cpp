@@ -91,7 +91,7 @@ void load_cuda(const std::string& path, bool serve_cpu_tensors) {
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   RANDLORA_CHECK(handle, "cannot load ", path, ": ", dlerror());
   const auto table = reinterpret_cast<CudaKernelsFunction>(dlsym(handle, kCudaSymbol));
-  RANDLORA_CHECK(table, path, " has no symbol ", kCudaSymbol, "; it is no CUDA library of ours");
+  RANDLORA_CHECK(table, path, " has no symbol ", kCudaSymbol, "; it is not our CUDA library");
   const CudaKernels* kernels = table();
   RANDLORA_CHECK(kernels->interface == kCudaInterface, path,
                  " was built from other sources than this extension; install again");

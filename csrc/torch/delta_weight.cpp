@@ -11,7 +11,7 @@ void form_delta(const Basis& b, const Tensor& lam, const Tensor& gam, const Opti
   if (lam.is_cpu()) check_ascending(b);
   const DType dtype = activation_dtype(out, "out");
   const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
-  const Tensor w = base ? as_contiguous(*base) : out;  // `out` only if there is no base
+  const Tensor w = base ? as_contiguous(*base) : out;  // without a base nobody reads it
   run(lam, &Kernels::delta_weight, &CudaKernels::delta_weight,
       {b, l.const_data_ptr(), g.const_data_ptr(), base ? w.const_data_ptr() : nullptr,
        out.mutable_data_ptr(), dtype, scale, /*transposed=*/!expand, rounding_seed.has_value(),

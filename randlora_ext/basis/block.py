@@ -96,10 +96,10 @@ class BlockMatrices(GeneratedMatrices):
     def pack(self, shape: Shape, on: torch.device, name: str) -> list[Tensor]:
         """The signs without the zeros around them.
 
-        a (rank indices, d / G) int8: a row holds the columns of A in the chunk of its index.
-        b (1, rows, words) int64: the bit plane of a matrix (rows, D / G) of signs. Row e holds a
-        column of B within its chunk of D; of a whole layer row c within chunk c % G.
-        place: of a slice, `Chunks.place`.
+        a (rank indices, d / G) int8: row j is row j of A, cut to the chunk of d where it is not 0.
+        b (1, rows, words) int64: the bit plane of a matrix (rows, D / G) of signs. Row e is one
+            column of B, cut to its chunk of D; in a whole layer, row c is column c.
+        place: for a slice only, `Chunks.place`.
         """
         held = self.chunks(shape)
         place = [held.place(on)] if shape.is_slice else []

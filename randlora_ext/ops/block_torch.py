@@ -216,7 +216,7 @@ class _Side:
         return chunks.transpose(0, 1).flatten(1)
 
     def gradient(self, V: Tensor, x: Tensor) -> Tensor:
-        """That of the blocks."""
+        """The gradient of the blocks."""
         return self.rows_of(V) @ self.chunks_of(x)
 
 

@@ -1,4 +1,4 @@
-"""`RandLoraConfig`: PEFT's configuration with a free density and bases that are only a seed."""
+"""`RandLoraConfig`: `RandLoraConfig`: PEFT's configuration, plus any density and bases that are saved as a seed."""
 
 import os
 import warnings
@@ -17,7 +17,7 @@ from .files import appear_together, refuse_torn_save
 
 @dataclass
 class RandLoraConfig(peft.RandLoraConfig):
-    """PEFT's ``RandLoraConfig`` with all its fields, and three more.
+    """PEFT's ``RandLoraConfig`` with all its fields, and four more.
 
     Args:
         basis: "peft" draws the bases that stock PEFT draws from ``projection_prng_key``.

@@ -246,7 +246,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
             f"{key}.{adapter_name}" if key.endswith(BASIS_NAMES) else key: value
             for key, value in remapped.items()
         }
-        for path, layer in model.named_modules():  # no model of ours need be around the layers
+        for path, layer in model.named_modules():  # the layers may stand in any model
             if isinstance(layer, AcceleratedLayer) and layer.merged:
                 refuse_misfit(layer, remapped, f"{path}.", {}, False, [], [], [])
         return remapped

@@ -4,7 +4,7 @@
 //   down   V[e, t] = sum_k M[e, k] x[t, k]     a warp per row e, lanes over its chunk's columns k
 //   up     y[t, k] (+)= sum_e V[e, t] M[e, k]  a lane per column k, warps over its chunk's rows e
 //
-// M is A', whose element is lam[c] a[j, k] gam[i, k] in row c of e (BlockSizes; of a whole layer c
+// M is A', whose element is lam[c] a[j, k] gam[i, k] in row c of e (BlockSizes; in a whole layer c
 // is e), or B transposed, which is +-1. The rows of a chunk follow each other in A', and are
 // b_chunks apart in B.
 //

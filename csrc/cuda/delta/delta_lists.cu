@@ -30,11 +30,11 @@ namespace {
 
 constexpr int kTransposedRows = 16;  // a 32-byte sector of 16-bit elements
 
-// A block's rows, and how they lie in shared memory.
+// The rows of dW that a block makes.
 struct Tile {
   int rows, stride;  // a warp per row; kTransposedRows if transposed
-  bool aligned;      // for runs of kRun
-  bool positions;    // whether they also fit in shared memory
+  bool aligned;      // out and base allow runs of kRun
+  bool positions;    // whether A's positions fit in shared memory, too
 };
 
 // Elements per store: in rows 16 bytes of sums, so that the lanes' loads from shared memory do not
