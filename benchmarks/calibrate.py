@@ -1,7 +1,6 @@
 """Measures this machine's `Rates` for the choice of a path (randlora_ext/ops/rates.py).
 
-    python benchmarks/calibrate.py --out rates.json      about two minutes on an idle machine
-    RANDLORA_RATES=rates.json python train.py
+    python benchmarks/calibrate.py      about two minutes on an idle machine
 
 Each of our products is timed beside the frozen layer's GEMMs of the same size, in turn, and the
 rates are the least-squares fit of costs.py's terms to those times.
@@ -11,20 +10,19 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
-from pathlib import Path
 
 import torch
 from methods import basis_of
 from torch import Tensor
 from torch.nn.functional import linear as frozen_linear
 
-from randlora_ext.diagnostics import describe
 from randlora_ext.ops.costs import path_terms
-from randlora_ext.ops.rates import NAMES, Rates, save
+from randlora_ext.ops.rates import Rates
 
 _ops = torch.ops.randlora
+NAMES = tuple(field.name for field in fields(Rates))
 RANK = 32
 SIZES = ((1024, 1024), (2048, 2048), (1024, 2048))
 BASES = ("1/48", "0.07", "1/3", "block:1/4", "block:1/8", "block:1/16", "dense")
@@ -95,7 +93,7 @@ def measure_size(
         calls["rounded"] = partial(form, rounds=True)
     seconds = _seconds(calls, repeats, device)
     unit = seconds["frozen"] / 2
-    terms = path_terms(basis, TOKENS, False, device, dtype)
+    terms = path_terms(basis, TOKENS, device, dtype)
     paid = {path: rates for path, (_, rates) in terms.items()}
     paid["rounded"] = paid["delta"] | {"round_entry": 1 / TOKENS}
     return [(paid[name], seconds[name] / unit) for name in calls if name != "frozen"]
@@ -123,30 +121,23 @@ def fit(samples: list[tuple[dict[str, float], float]]) -> tuple[Rates, float]:
     return Rates(*values.tolist()), error
 
 
-def calibrate(device: str = "cpu", repeats: int = 5, report: Callable[[str], None] = print) -> dict:
-    """{(device, "fp32" or "16bit"): Rates}, measured here."""
-    results = {}
+def calibrate(device: str, repeats: int) -> None:
     for bits, dtype in DTYPES.items():
         samples = []
         for size in SIZES:
             for density in BASES:
                 samples += measure_size(size, density, dtype, device, repeats)
-        results[device, bits], error = fit(samples)
-        rounded = ", ".join(f"{n} {v:.3g}" for n, v in asdict(results[device, bits]).items())
-        report(f"{device} {bits}: {rounded}; the fit is off by {error:.0%} at worst")
-    return results
+        measured, error = fit(samples)
+        rounded = ", ".join(f"{name}={value:.3g}" for name, value in asdict(measured).items())
+        print(f"{device} {bits}, off by {error:.0%} at worst: Rates({rounded})")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="file for RANDLORA_RATES; without it, print only")
     args = parser.parse_args()
-    measured = calibrate(args.device, args.repeats)
-    if args.out:
-        save(args.out, measured, describe())
-        print(f"written; use it with RANDLORA_RATES={args.out}")
+    calibrate(args.device, args.repeats)
 
 
 if __name__ == "__main__":

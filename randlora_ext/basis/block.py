@@ -10,8 +10,8 @@ from .. import kernels
 from .chunks import Chunks
 from .description import as_signed
 from .generated import ROLE_A, GeneratedMatrices, generate_planes
-from .matrices import Packed
 from .shape import Shape
+from .ternary_matrices import Packed
 
 _ops = torch.ops.randlora
 

@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .matrices import Packed
 from .shape import Shape
+from .ternary_matrices import Packed
 
 
 @dataclass(frozen=True, eq=False)  # identity: comparing megabytes would be no cheap `==`

@@ -41,25 +41,17 @@ class GeneratedMatrices(TernaryMatrices):
 
     description: BasisDescription
 
-    @property
-    def kind(self) -> str:
-        return self.description.kind
-
-    @property
-    def a_value(self) -> float:  # type: ignore[override]
-        """What +1 stands for in A; in B likewise."""
-        return 1.0 / math.sqrt(self.description.density)
-
-    b_value = a_value
-
-    @property
-    def density(self) -> float:  # type: ignore[override]
-        return self.description.density
-
-    @property
-    def scale(self) -> float:
-        """a_value * b_value, without the square root's rounding."""
-        return 1.0 / self.description.density
+    def __post_init__(self) -> None:
+        density = self.description.density
+        value = 1.0 / math.sqrt(density)
+        for name, its in (
+            ("kind", self.description.kind),
+            ("density", density),
+            ("a_value", value),
+            ("b_value", value),
+            ("scale", 1.0 / density),  # without the square root's rounding
+        ):
+            object.__setattr__(self, name, its)
 
     def a_planes(self, shape: Shape, device: torch.device) -> Tensor:
         seed, density = self.description.seed, self.description.density

@@ -1,7 +1,6 @@
 """Imported matrices: dense ternary A and B packed exactly, or bit planes."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,46 +21,17 @@ class ImportedMatrices(TernaryMatrices):
     b_value: float
     density: float  # share of non-zeros of B, which decides the packed format and predicted cost
 
-    kind: ClassVar = "imported"
-    description: ClassVar = None
+    kind = "imported"
+    description = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", self.a_value * self.b_value)
 
     @classmethod
-    def from_dense(cls, A: Tensor, B: Tensor, shape: Shape) -> "ImportedMatrices":
-        """Packs A (r, >= d) and B (D, K) or (>= D, >= n, r).
-
-        Raises ValueError if one is too small or not ternary.
-        """
-        if A.shape[1] < shape.d:
-            raise ValueError(f"A must have at least d = {shape.d} columns, got {tuple(A.shape)}")
-        B = B.detach()
-        if B.dim() == 3:
-            if B.shape[0] < shape.D or B.shape[1] < shape.n or B.shape[2] != shape.r:
-                raise ValueError(
-                    f"B must be (>= D, >= n, r) = (>= {shape.D}, >= {shape.n}, {shape.r}), "
-                    f"got {tuple(B.shape)}"
-                )
-            B = B[: shape.D, : shape.n].flatten(1)
-        elif tuple(B.shape) != (shape.D, shape.K):
-            raise ValueError(
-                f"B must be (D, K) = ({shape.D}, {shape.K}) or (D, n, r), got {tuple(B.shape)}"
-            )
-        (a, a_value), (b, b_value) = pack_dense("A", A[:, : shape.d]), pack_dense("B", B)
-        return cls(a, a_value, b, b_value, _share_of_non_zeros(b, shape))
-
-    @classmethod
-    def from_planes(
-        cls,
-        a_planes: Tensor,
-        b_planes: Tensor,
-        a_value: float,
-        b_value: float,
-        shape: Shape,
-        copy: bool,
+    def of(
+        cls, a_planes: Tensor, b_planes: Tensor, a_value: float, b_value: float, shape: Shape
     ) -> "ImportedMatrices":
-        """The first d columns of A, D rows and K columns of B.
-
-        Raises ValueError if they are fewer, or if an element is +1 and -1 at once.
-        """
+        """As `TernaryBasis.from_planes`."""
         parts = []
         for name, planes, rows, cols in (
             ("a_planes", a_planes, shape.r, shape.d),
@@ -79,13 +49,9 @@ class ImportedMatrices(TernaryMatrices):
                     f"{name} has elements that are +1 and -1 at once; its two planes must not "
                     "share a bit"
                 )
-            parts.append(part.clone() if copy else part)
+            parts.append(part)
         a, b = parts
         return cls(a, a_value, b, b_value, _share_of_non_zeros(b, shape))
-
-    @property
-    def scale(self) -> float:
-        return self.a_value * self.b_value
 
     def a_planes(self, shape: Shape, device: torch.device) -> Tensor:
         return _columns(self.planes_of_a, shape.first_column, shape.d).to(device)
@@ -110,6 +76,33 @@ def _share_of_non_zeros(planes: Tensor, shape: Shape) -> float:
     ones = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.int64)
     counts = torch.bincount(planes.cpu().view(torch.uint8).flatten(), minlength=256)
     return max(int(counts @ ones) / (shape.D * shape.K), 2.0**-31)
+
+
+def pack_layer(
+    A: Tensor, B: Tensor, in_features: int, out_features: int
+) -> tuple[Tensor, Tensor, float, float]:
+    """Planes of A and of B and their values, as `TernaryBasis.from_dense` takes A and B."""
+    A, B = A.detach(), B.detach()
+    if A.dim() == 3 and A.shape[1] == 1:
+        A = A.flatten(1)
+    if A.dim() != 2 or len(A) == 0:
+        raise ValueError(f"A must be (r, d) or (r, 1, d), got {tuple(A.shape)}")
+    shape = Shape.of(in_features, out_features, len(A))
+    if A.shape[1] < shape.d:
+        raise ValueError(f"A must have at least d = {shape.d} columns, got {tuple(A.shape)}")
+    if B.dim() == 3:
+        if B.shape[0] < shape.D or B.shape[1] < shape.n or B.shape[2] != shape.r:
+            raise ValueError(
+                f"B must be (>= D, >= n, r) = (>= {shape.D}, >= {shape.n}, {shape.r}), "
+                f"got {tuple(B.shape)}"
+            )
+        B = B[: shape.D, : shape.n].flatten(1)
+    elif tuple(B.shape) != (shape.D, shape.K):
+        raise ValueError(
+            f"B must be (D, K) = ({shape.D}, {shape.K}) or (D, n, r), got {tuple(B.shape)}"
+        )
+    (a, a_value), (b, b_value) = pack_dense("A", A[:, : shape.d]), pack_dense("B", B)
+    return a, b, a_value, b_value
 
 
 def pack_dense(name: str, matrix: Tensor) -> tuple[Tensor, float]:

@@ -12,9 +12,9 @@ from .chunks import Chunks
 from .dense import DenseMatrices
 from .description import BasisDescription
 from .generated import GeneratedMatrices
-from .imported import ImportedMatrices
-from .matrices import Matrices
+from .imported import ImportedMatrices, pack_layer
 from .shape import Shape
+from .ternary_matrices import TernaryMatrices
 from .tracing import new_token, run_while_tracing
 
 
@@ -46,7 +46,7 @@ class TernaryBasis:
     """
 
     _shape: Shape
-    _source: Matrices
+    _source: TernaryMatrices | DenseMatrices
     _packed: dict[tuple, PackedTensors]  # by device and dtype of a dense B, or None
     path_regions: dict[tuple, tuple]  # filled by ops/path.py
     token: str  # of this object, in this process: compiled code guards on it
@@ -85,11 +85,8 @@ class TernaryBasis:
             ValueError: a shape is too small, or a matrix is not ternary (PEFT's default bases are
                 uniform; they have no packed form).
         """
-        A = A.detach().flatten(1) if A.dim() == 3 and A.shape[1] == 1 else A.detach()
-        if A.dim() != 2 or A.shape[0] == 0:
-            raise ValueError(f"A must be (r, d) or (r, 1, d), got {tuple(A.shape)}")
-        shape = Shape.of(in_features, out_features, A.shape[0])
-        return cls._of(shape, ImportedMatrices.from_dense(A, B, shape))
+        features = in_features, out_features
+        return cls.from_planes(*pack_layer(A, B, *features), *features)
 
     @classmethod
     def from_planes(
@@ -100,23 +97,23 @@ class TernaryBasis:
         b_value: float,
         in_features: int,
         out_features: int,
-        copy: bool = True,
     ) -> "TernaryBasis":
         """Imports bases that are bit planes already: the first d columns of A, D and K of B.
+
+        Nobody may write to the planes afterwards.
 
         Args:
             a_planes: (2, r, >= ceil(d / 64)) int64, all r rows.
             b_planes: (2, >= D, >= ceil(K / 64)) int64.
             a_value: what +1 stands for in A.
             b_value: what +1 stands for in B.
-            copy: False keeps the tensors themselves if their shapes fit; nobody may write to them.
 
         Raises:
             ValueError: a shape is too small, or an element is +1 and -1 at once.
         """
         shape = Shape.of(in_features, out_features, a_planes.shape[1])
         planes = a_planes, b_planes, a_value, b_value
-        return cls._of(shape, ImportedMatrices.from_planes(*planes, shape, copy))
+        return cls._of(shape, ImportedMatrices.of(*planes, shape))
 
     @classmethod
     def of_dense(
@@ -129,7 +126,7 @@ class TernaryBasis:
         return cls._of(Shape.of(in_features, out_features, matrices.A.shape[0]), matrices)
 
     @classmethod
-    def _of(cls, shape: Shape, source: Matrices) -> "TernaryBasis":
+    def _of(cls, shape: Shape, source: TernaryMatrices | DenseMatrices) -> "TernaryBasis":
         source.check(shape)
         self = cls.__new__(cls)
         self._shape, self._source = shape, source

@@ -1,13 +1,14 @@
 """Ternary matrices, packed as index lists by row and by column or as bit planes."""
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .. import kernels
 from .chunks import Chunks
-from .matrices import Packed
+from .description import BasisDescription
 from .shape import Shape
 
 # Above this density B is kept as bit planes (2 bits an element), at or below it as index lists by
@@ -15,15 +16,22 @@ from .shape import Shape
 PLANES_ABOVE_DENSITY = 1 / 8
 
 _ops = torch.ops.randlora
+Packed = Callable[[torch.device], list[Tensor]]  # TernaryBasis.packed, which packs once
 
 
 class TernaryMatrices:
-    """A and B of -1, 0 and +1 times a value. A subclass has the elements, as bit planes."""
+    """A and B of -1, 0 and +1 times a value, for any layer, or slice of one, of a `shape`.
 
-    needs_kernels = True
+    A subclass has the elements, as bit planes.
+    """
+
+    needs_kernels = True  # `pack` and `dense_b` need a device that our kernels serve
+    kind: str
+    description: BasisDescription | None
     a_value: float  # what +1 stands for in A
     b_value: float
     density: float
+    scale: float  # a_value * b_value
 
     def a_planes(self, shape: Shape, device: torch.device) -> Tensor:
         """A of one layer as bit planes (2, r, ceil(d / 64))."""
@@ -34,9 +42,10 @@ class TernaryMatrices:
         raise NotImplementedError
 
     def check(self, shape: Shape) -> None:
-        pass
+        """Raises ValueError unless they fit."""
 
     def chunks(self, shape: Shape) -> Chunks | None:
+        """What is held of block matrices; None of other kinds, which have no chunks."""
         return None
 
     def format(self, shape: Shape) -> str:
@@ -45,6 +54,7 @@ class TernaryMatrices:
         return "planes" if self.density > PLANES_ABOVE_DENSITY else "lists"
 
     def pack(self, shape: Shape, on: torch.device, name: str) -> list[Tensor]:
+        """The tensors of `TernaryBasis.packed`, and a warning about `name` if one is empty."""
         a_planes, b_planes = self.a_planes(shape, on), self.b_planes(shape, on)
         a_offset, a_index = _ops.planes_to_lists(a_planes, shape.d, False, shape.wide)
         if self.format(shape) == "planes":
@@ -63,16 +73,19 @@ class TernaryMatrices:
         return [a_offset, a_index, *of_b, *tables]
 
     def dense_a(self, shape: Shape, on: torch.device, dtype: torch.dtype, packed: Packed) -> Tensor:
+        """A (r, d), scaled; `packed` gives what `pack` has made on a device."""
         offset, index = packed(on)[:2]
         return _ops.lists_to_dense(offset, index, shape.d, self.a_value, dtype)
 
     def dense_b(self, shape: Shape, on: torch.device, dtype: torch.dtype, packed: Packed) -> Tensor:
+        """The factor of GEMMs, as `TernaryBasis.dense_b`."""
         of_b = packed(on)[2:4]
         if self.format(shape) == "lists":
             return _ops.lists_to_dense(*of_b, shape.K, 1.0, dtype)
         return _ops.planes_to_dense(of_b[0], shape.K, 1.0, dtype)
 
     def dense(self, shape: Shape, on: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A (r, d) and B (D, K), scaled, newly made."""
         if on.type != "meta" and not kernels.serve(on.type):
             A, B = self.dense(shape, torch.device("cpu"), dtype)
             return A.to(on), B.to(on)

@@ -19,23 +19,26 @@ B_SIDES = ("packed", "dense")
 PACKED_TOKENS = 16
 PACKED_ADDS = 2
 
+Term = tuple[float, dict[str, float]]  # GEMMs, in units; units of each rate
+
 
 def path_terms(
     basis: TernaryBasis,
     tokens: int,
-    has_weight: bool,
     device_type: str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> dict[str, tuple[float, dict[str, float]]]:
-    """By path: the GEMMs it adds, in units, and how many units of each rate it pays."""
+) -> dict[str, Term]:
+    """Of the factored and the delta path, the GEMMs that it adds and how often it pays each rate.
+
+    The merged path is the delta path without its products x dW^T and dy dW.
+    """
     density, K, d, D = basis.density, basis.K, basis.d, basis.D
     if basis.format == "blocks":
         by_classes = device_type == "cpu" and dtype.itemsize >= 4
-        return _block_terms(basis, tokens, has_weight, by_classes)
+        return _block_terms(basis, tokens, by_classes)
     if basis.format == "dense":
-        return _dense_terms(basis, tokens, has_weight)
-    # If d == out, forward computes U = x B and does not keep it: backward computes it again.
-    a_products, b_products = (3, 2) if d == basis.in_features else (3, 3)
+        return _dense_terms(basis, tokens)
+    a_products, b_products = _products(basis)
     factored = {"a_side": a_products * density * K / D}
     b_gemms = 0.0
     if choose_b_side(basis, tokens, device_type) == "dense":
@@ -51,19 +54,22 @@ def path_terms(
         "form_entry": 1.0,
     }
     formation = {name: count / max(tokens, 1) for name, count in entries.items()}
-    terms = {"factored": (b_gemms, factored), "delta": (3.0, formation)}
-    if has_weight:
-        terms["merged"] = (1.0, formation)
-    return terms
+    return {"factored": (b_gemms, factored), "delta": (3.0, formation)}
 
 
-def _block_terms(
-    basis: TernaryBasis, tokens: int, has_weight: bool, by_classes: bool
-) -> dict[str, tuple[float, dict[str, float]]]:
+def _products(basis: TernaryBasis) -> tuple[int, int]:
+    """How often the factored path multiplies by the A and by the B side in a training step.
+
+    If d == out, forward computes U = x B and does not keep it: backward computes it again.
+    """
+    return (3, 2) if basis.expand else (3, 3)
+
+
+def _block_terms(basis: TernaryBasis, tokens: int, by_classes: bool) -> dict[str, Term]:
     # Of the layer: a slice has as much less of each product as it has of the layer's W.
     density, r, K, (d, D) = basis.density, basis.r, basis.K, basis.layer_features
     held = basis.chunks
-    a_products, b_products = (3, 2) if basis.expand else (3, 3)
+    a_products, b_products = _products(basis)
     by_classes &= held is None or (held.first == 0 and basis.D == D)
     # Where dW is formed, the gradient of lambda and gamma takes one product of each side.
     a_factored, a_formed = density * a_products, density
@@ -77,17 +83,12 @@ def _block_terms(
         "block_term": density**2 * K / max(tokens, 1),
         "block_entry": 1 / max(tokens, 1),
     }
-    terms = {"factored": (0.0, factored), "delta": (2.0, formed)}
-    if has_weight:
-        terms["merged"] = (0.0, formed)
-    return terms
+    return {"factored": (0.0, factored), "delta": (2.0, formed)}
 
 
-def _dense_terms(
-    basis: TernaryBasis, tokens: int, has_weight: bool
-) -> dict[str, tuple[float, dict[str, float]]]:
+def _dense_terms(basis: TernaryBasis, tokens: int) -> dict[str, Term]:
     K, d, D, T = basis.K, basis.d, basis.D, max(tokens, 1)
-    a_products, b_products = (3, 2) if d == basis.in_features else (3, 3)
+    a_products, b_products = _products(basis)
     # A' is made twice and its gradient contracted once.
     entries = 3 * K / D / T
     factored = {"dense": a_products * K / D + b_products * K / d, "dense_entry": entries}
@@ -96,10 +97,7 @@ def _dense_terms(
     by_product = T * K * (D + d) > (T + K) * D * d
     gradient = K / T if by_product else K / D + K / d
     formed = {"dense": 2 * K / T + gradient, "dense_entry": entries + 2 / T}
-    terms = {"factored": (0.0, factored), "delta": (2.0 + by_product, formed)}
-    if has_weight:
-        terms["merged"] = (0.0 + by_product, formed)
-    return terms
+    return {"factored": (0.0, factored), "delta": (2.0 + by_product, formed)}
 
 
 def predicted_costs(
@@ -114,10 +112,12 @@ def predicted_costs(
     known = rates(device_type, dtype, basis.format)
     costs = {
         path: gemms + sum(getattr(known, name) * count for name, count in paid.items())
-        for path, (gemms, paid) in path_terms(basis, tokens, has_weight, device_type, dtype).items()
+        for path, (gemms, paid) in path_terms(basis, tokens, device_type, dtype).items()
     }
-    if has_weight and dtype in SIXTEEN_BITS and merged_rounding == "stochastic":
-        costs["merged"] += known.round_entry / max(tokens, 1)
+    if has_weight:
+        costs["merged"] = costs["delta"] - 2.0
+        if dtype in SIXTEEN_BITS and merged_rounding == "stochastic":
+            costs["merged"] += known.round_entry / max(tokens, 1)
     return costs
 
 

@@ -1,14 +1,10 @@
 """The cost of our kernels on one kind of device, in multiply-adds of a dense GEMM there.
 
-The defaults are rough: they only have to rank three paths. `python benchmarks/calibrate.py`
-measures a machine and writes a file; the environment variable RANDLORA_RATES names it.
+They are rough: they only have to rank three paths. `python benchmarks/calibrate.py` measures a
+machine and prints its `Rates`.
 """
 
-import functools
-import json
-import os
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
@@ -38,8 +34,6 @@ class Rates:
     dense_entry: float = 100.0
 
 
-NAMES = tuple(f.name for f in fields(Rates))
-
 # Measured by `python benchmarks/calibrate.py` on 2 cores of an AVX-512 machine (EPYC, Zen 5).
 # A GEMM in bfloat16 is four times as fast there; our products compute in float32 all the same.
 # The A side took 0.58 there and 1.4 on 2 cores of Zen 4 (benchmarks/results/paths-fp32-epyc-zen4);
@@ -61,39 +55,6 @@ _CUDA = {
 
 
 def rates(device_type: str, dtype: torch.dtype, basis_format: str) -> Rates:
-    """The rates of the file that RANDLORA_RATES names, if it has this kind, or the defaults.
-
-    Raises ValueError, naming the file, if it was not written by `save`.
-    """
-    kind = "fp32" if dtype in (torch.float32, torch.float64) else "16bit"
-    measured = _load(os.environ.get("RANDLORA_RATES") or None)
-    if (device_type, kind) in measured:
-        return measured[device_type, kind]
     if device_type == "cuda":
         return _CUDA[basis_format]
-    return _CPU_FP32 if kind == "fp32" else _CPU_16BIT
-
-
-def save(path: Path, measured: dict[tuple[str, str], Rates], machine: list[str]) -> None:
-    """Writes the file that `rates` reads: {"machine": [...], "rates": {"cpu": {"fp32": {...}}}}."""
-    table: dict[str, dict] = {}
-    for (device, kind), value in measured.items():
-        table.setdefault(device, {})[kind] = asdict(value)
-    path.write_text(json.dumps({"machine": machine, "rates": table}, indent=1) + "\n")
-
-
-@functools.cache
-def _load(file: str | None) -> dict[tuple[str, str], Rates]:
-    if file is None:
-        return {}
-    try:
-        table = json.loads(Path(file).read_text())["rates"]
-        loaded = {(d, k): Rates(**v) for d, kinds in table.items() for k, v in kinds.items()}
-        if not all(float(x) >= 0 for r in loaded.values() for x in asdict(r).values()):
-            raise ValueError("a rate is negative")
-        return loaded
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"RANDLORA_RATES must name a file written by `python benchmarks/calibrate.py`; "
-            f"{file} is none: {error}"
-        ) from error
+    return _CPU_FP32 if dtype in (torch.float32, torch.float64) else _CPU_16BIT

@@ -239,4 +239,4 @@ def _ternary_basis(
         if B.shape[2] != r:  # columns from inside every row, which only a dense B can give
             return TernaryBasis.from_dense(A.dense()[:r], B.dense()[:, :, :r], *features)
         planes = A.signs.on(A.device)[:, :r], B.signs.on(B.device)
-        return TernaryBasis.from_planes(*planes, A.value, B.value, *features, copy=False)
+        return TernaryBasis.from_planes(*planes, A.value, B.value, *features)
