@@ -26,15 +26,14 @@ def fits(groups: int, in_features: int, out_features: int, r: int) -> bool:
 
 def check_sizes(groups: int, in_features: int, out_features: int, r: int) -> None:
     """Raises ValueError, naming the densities that fit, unless 1 / groups does."""
-    sizes = in_features, out_features
-    if not fits(groups, *sizes, r):
-        possible = _densities([sizes], r)
+    if not fits(groups, in_features, out_features, r):
+        possible = _densities([(in_features, out_features)], r)
         instead = (
             f"densities that fit: {possible}"
             if possible
             else "no density fits; take another r, or basis='independent'"
         )
-        raise ValueError(f"{_needs(groups, *sizes, r)}; {instead}")
+        raise ValueError(f"{_needs(groups, in_features, out_features, r)}; {instead}")
 
 
 def check_layers(groups: int, layers: Mapping[str, tuple[int, int]], r: int) -> None:
@@ -42,19 +41,15 @@ def check_layers(groups: int, layers: Mapping[str, tuple[int, int]], r: int) -> 
 
     Raises ValueError that names the first layer that does not fit and the densities that fit all.
     """
-    for name, sizes in layers.items():
-        if not fits(groups, *sizes, r):
-            possible = _densities(layers.values(), r)
-            instead = (
-                f"densities that fit all {len(layers)} targeted layers: {possible}. Take one of "
-                "them, another r"
-                if possible
-                else f"no density fits all {len(layers)} targeted layers. Take another r"
-            )
-            raise ValueError(
-                f"layer {name!r} does not fit: {_needs(groups, *sizes, r)}; {instead}, or leave "
-                "that layer out of target_modules"
-            )
+    misfits = [name for name, sizes in layers.items() if not fits(groups, *sizes, r)]
+    if misfits:
+        name, possible = misfits[0], _densities(layers.values(), r)
+        fit = f"densities that fit all {len(layers)} targeted layers: {possible}. Take one of them,"
+        none = f"no density fits all {len(layers)} targeted layers. Take"
+        raise ValueError(
+            f"layer {name!r} does not fit: {_needs(groups, *layers[name], r)}; "
+            f"{fit if possible else none} another r, or leave that layer out of target_modules"
+        )
 
 
 def _needs(groups: int, in_features: int, out_features: int, r: int) -> str:

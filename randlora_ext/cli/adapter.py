@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..nn.adapter_format import SavedLayer, check_shapes, read_adapter_file
+from ..nn.state_dict import DIAGONALS
 from .files import CliError, first_line, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of PEFT's keys
-LAMBDA, GAMMA = ".randlora_lambda", ".randlora_gamma"
+LAMBDA, GAMMA = (f".{name}" for name in DIAGONALS)
 BASES = ("randlora_A", "randlora_B")
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..basis.description import BasisDescription
 from ..basis.ternary_basis import TernaryBasis
+from .state_dict import DIAGONALS
 
-DIAGONALS = ("randlora_lambda", "randlora_gamma")
 _METADATA = "randlora_adapter"
 
 

@@ -52,8 +52,7 @@ class AdapterBasis:
         kind, density = fields.get("basis", "peft"), fields.get("density")
         key = fields["projection_prng_key"]
         if kind not in KINDS:
-            new = "; 'generated' is now called 'independent'" if kind == "generated" else ""
-            raise ValueError(f"basis must be one of {KINDS}, got {kind!r}{new}")
+            raise ValueError(f"basis must be one of {KINDS}, got {kind!r}")
         if isinstance(density, bool) or not isinstance(density, (int, float, type(None))):
             raise TypeError(f"density must be None or a number in (0, 1], got {density!r}")
         if density is not None and not 0.0 < density <= 1.0:

@@ -1,4 +1,4 @@
-"""`RandLoraConfig`: `RandLoraConfig`: PEFT's configuration, plus any density and bases that are saved as a seed."""
+"""`RandLoraConfig`: PEFT's, plus any density and bases that are saved as a seed."""
 
 import os
 import warnings

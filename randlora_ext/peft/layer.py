@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from peft.tuners.randlora.layer import Linear, RandLoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
@@ -279,6 +280,26 @@ def _no_kernels(device_type: str) -> str:
     return f"there are no randlora_ext kernels for device type {device_type!r}"
 
 
+def layers_with(model: Any, adapter_name: str | None = None) -> dict[str, RandLoraLayer]:
+    """The RandLoRA layers of a PeftModel, ours or stock PEFT's, by their paths in the base model.
+
+    Raises TypeError if there are none, ValueError if `adapter_name` is no adapter of the model.
+    """
+    layers = {}
+    if isinstance(model, PeftModel):
+        modules = model.base_model.model.named_modules()
+        layers = {path: m for path, m in modules if isinstance(m, RandLoraLayer)}
+    if not layers:
+        raise TypeError(f"model must be a PeftModel with RandLoRA layers, got {type(model)}")
+    if adapter_name is None:
+        return layers
+    if adapter_name not in model.peft_config:
+        raise ValueError(
+            f"adapter_name must be one of {list(model.peft_config)}, got {adapter_name!r}"
+        )
+    return {path: m for path, m in layers.items() if adapter_name in m.randlora_lambda}
+
+
 def add_adapter(
     layer: AcceleratedLayer, name: str, A: PackedBufferDict, B: PackedBufferDict, config
 ) -> None:
@@ -288,6 +309,14 @@ def add_adapter(
     else:
         options = (config.randlora_alpha, config.randlora_dropout, config.init_weights)
         layer.update_layer(name, A, B, config.r, *options)
+
+
+def warn_of_rounding(base: nn.Module) -> None:
+    warnings.warn(
+        f"Merging or unmerging rounds the sum to that of {type(base).__name__} again, with "
+        "rounding errors.",
+        stacklevel=4,
+    )
 
 
 def refuse_non_finite(total: Tensor, blamed: str | None) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import peft
 import torch
 from peft import PeftModel, PeftType
-from peft.tuners.randlora.layer import RandLoraLayer
 from peft.utils import CONFIG_NAME
 from peft.utils.save_and_load import load_peft_weights
 
@@ -17,6 +16,7 @@ from ..nn.state_dict import misfit
 from .adapter_basis import other_bases
 from .bases import BASIS_NAMES
 from .files import recorded_configuration, refuse_torn_save
+from .layer import layers_with
 from .model import AcceleratedRandLoraModel
 
 
@@ -51,15 +51,7 @@ def hotswap_adapter(
             f"hotswap_adapter needs a PeftModel on randlora_ext's layers, got {type(model)}; see "
             "enable() and accelerate()"
         )
-    if adapter_name not in model.peft_config:
-        raise ValueError(
-            f"adapter_name must be one of {list(model.peft_config)}, got {adapter_name!r}"
-        )
-    layers = [
-        layer
-        for layer in model.modules()
-        if isinstance(layer, RandLoraLayer) and adapter_name in layer.randlora_lambda
-    ]
+    layers = layers_with(model, adapter_name).values()
     if any(adapter_name in layer.merged_adapters for layer in layers):
         raise ValueError(
             f"adapter {adapter_name!r} is merged into the weights; call unmerge_adapter() first"

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import peft
 import torch
 import torch.nn.functional as F
-from peft.tuners.randlora.layer import RandLoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from .files import appear_together
+from .layer import layers_with
 
 # What vLLM takes as --max-lora-rank (MaxLoRARanks in vllm/config/lora.py).
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -64,18 +64,9 @@ def export_to_lora(
     ValueError for an unknown adapter, not exactly one of `rank` and `energy`, a value out of range,
     an energy that no rank keeps, and NaN or infinity in dW.
     """
-    if not isinstance(model, peft.PeftModel) or not any(
-        isinstance(module, RandLoraLayer) for module in model.modules()
-    ):
-        raise TypeError(f"export needs a PeftModel with RandLoRA layers, got {type(model)}")
-    if adapter_name not in model.peft_config:
-        raise ValueError(
-            f"adapter_name must be one of {list(model.peft_config)}, got {adapter_name!r}"
-        )
     deltas = {
         path: functools.partial(layer.get_delta_weight, adapter_name)
-        for path, layer in model.base_model.model.named_modules()
-        if isinstance(layer, RandLoraLayer) and adapter_name in layer.randlora_lambda
+        for path, layer in layers_with(model, adapter_name).items()
     }
     others = {
         key: tensor

@@ -4,7 +4,6 @@ The base computes its own part. PEFT's quantization backends recognise it, and m
 """
 
 import itertools
-import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +12,7 @@ from peft.tuners.randlora.model import RandLoraModel
 from torch import Tensor, nn
 
 from ..nn.base_layer import force_module_call, is_conv1d
-from .layer import AcceleratedLinear, complete, refuse_non_finite
+from .layer import AcceleratedLinear, complete, refuse_non_finite, warn_of_rounding
 
 try:
     from peft.utils.quantization_utils import resolve_quantization_backend
@@ -38,11 +37,7 @@ class OtherQuantizedLinear(AcceleratedLinear):
         dense = self.quantization_backend.get_base_weight(base)
         total = dense.to(delta.dtype) + delta
         refuse_non_finite(total, blamed)
-        warnings.warn(
-            f"Merging or unmerging rounds the sum to that of {type(base).__name__} again, with "
-            "rounding errors.",
-            stacklevel=3,
-        )
+        warn_of_rounding(base)
 
         def write() -> None:
             self.quantization_backend.set_base_weight(self, total.to(dense.dtype))

@@ -3,8 +3,6 @@
 Imported when such a layer exists, since it imports bitsandbytes.
 """
 
-import warnings
-
 import bitsandbytes as bnb
 import torch
 from peft.import_utils import is_bnb_4bit_available
@@ -12,7 +10,7 @@ from peft.tuners.randlora import bnb as stock
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor
 
-from .layer import AcceleratedLayer, complete, refuse_non_finite
+from .layer import AcceleratedLayer, complete, refuse_non_finite, warn_of_rounding
 
 
 class _QuantizedLayer(AcceleratedLayer):
@@ -25,11 +23,7 @@ class _QuantizedLayer(AcceleratedLayer):
     @torch.no_grad()
     def _add_to_weight(self, delta: Tensor, merged: list[str], blamed: str | None = None) -> None:
         base = self.get_base_layer()
-        warnings.warn(
-            f"Merging or unmerging rounds the sum to that of {type(base).__name__} again, with "
-            "rounding errors.",
-            stacklevel=3,
-        )
+        warn_of_rounding(base)
         state = getattr(base, "state", None)  # of 8 bits
         if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
             base.state_dict()  # puts back what bitsandbytes reordered for inference on the CPU

@@ -8,16 +8,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import peft
-import torch
 import torch.nn.functional as F
-from peft.tuners.randlora.layer import RandLoraLayer
-from safetensors.torch import load_file, save_model
+from safetensors.torch import save_model
 from torch import Tensor
 
 from ..basis import BasisDescription, TernaryBasis
 from .adapter_basis import AdapterBasis
 from .bases import BASIS_NAMES
 from .files import appear_together, record_configurations
+from .layer import layers_with
 from .ternary_tensor import TernaryTensor
 
 
@@ -37,20 +36,15 @@ def _copy_card(folder: str | os.PathLike, scratch: Path) -> None:
         shutil.copy(card, scratch)
 
 
-def export_to_peft(
-    model: peft.PeftModel,
-    folder: str | os.PathLike,
-    merged: bool = False,
-    *,
-    safe_serialization: bool = True,
-) -> None:
+def export_to_peft(model: peft.PeftModel, folder: str | os.PathLike, merged: bool = False) -> None:
     """Writes what stock PEFT opens with the same numbers, whatever the bases are.
 
     Equivalent to ``model.save_pretrained(folder)`` of a stock model with ``save_projection=True``
     whose bases are these: generated ones and those of any density are written dense, and the
     configuration has PEFT's fields only. Old files stay until the new ones are complete. Stock
     PEFT shares one A and one B among all layers, so block bases can only be written for layers of
-    one shape, transposed or not.
+    one shape, transposed or not. PEFT to 0.21.2 warns of "missing adapter keys", the copies that
+    its own files hold for every layer, and still loads these files right.
 
     Args:
         model: a PeftModel. Each adapter is written as by PEFT: "default" into the folder, others
@@ -58,37 +52,28 @@ def export_to_peft(
         merged: write the base model with the active adapters merged into its weights instead, by
             ``save_pretrained`` of the base model, or as model.safetensors if it has none. A copy
             is merged. 16-bit weights round the sum to 16 bits; ``model.float()`` first avoids it.
-        safe_serialization: True writes adapter_model.safetensors with the bases once; PEFT to
-            0.21.2 then warns of "missing adapter keys", the copies that its own files hold for
-            every layer, and still loads them right. False writes adapter_model.bin, a pickle in
-            which these copies are references to one tensor: as small, and read without a warning.
 
     Raises TypeError if model is no PeftModel over RandLoRA layers, ValueError if block bases belong
     to layers of different shapes, which it names.
     """
-    if not isinstance(model, peft.PeftModel) or not any(
-        isinstance(module, RandLoraLayer) for module in model.modules()
-    ):
-        raise TypeError(f"export needs a PeftModel with RandLoRA layers, got {type(model)}")
+    layers_with(model)
     with appear_together(folder) as scratch:
         if merged:
-            _save_merged(model, scratch, safe_serialization)
+            _save_merged(model, scratch)
         else:
             _copy_card(folder, scratch)
-            _save_adapters(model, scratch, safe_serialization)
+            _save_adapters(model, scratch)
 
 
-def _save_merged(model: peft.PeftModel, folder: Path, safe_serialization: bool) -> None:
+def _save_merged(model: peft.PeftModel, folder: Path) -> None:
     plain = copy.deepcopy(model).merge_and_unload(safe_merge=True)
     if hasattr(plain, "save_pretrained"):
         plain.save_pretrained(folder)
-    elif safe_serialization:
-        save_model(plain, str(folder / "model.safetensors"))
     else:
-        torch.save(plain.state_dict(), folder / "pytorch_model.bin")
+        save_model(plain, str(folder / "model.safetensors"))
 
 
-def _save_adapters(model: peft.PeftModel, folder: Path, safe_serialization: bool) -> None:
+def _save_adapters(model: peft.PeftModel, folder: Path) -> None:
     configs = dict(model.peft_config)
     copies = tuple(f".{bases}." for bases in BASIS_NAMES)
     state = {k: v for k, v in model.state_dict().items() if not any(part in k for part in copies)}
@@ -103,10 +88,6 @@ def _save_adapters(model: peft.PeftModel, folder: Path, safe_serialization: bool
         model.save_pretrained(str(folder), state_dict=state)
     finally:
         model.peft_config.update(configs)
-    if not safe_serialization:
-        layers = [name for name, m in model.named_modules() if isinstance(m, RandLoraLayer)]
-        for file in folder.rglob("adapter_model.safetensors"):
-            _as_pickle(file, layers)
 
 
 def _dense_bases(model: peft.PeftModel, name: str, *bases: Tensor) -> tuple[Tensor, ...]:
@@ -116,8 +97,7 @@ def _dense_bases(model: peft.PeftModel, name: str, *bases: Tensor) -> tuple[Tens
         assert A.signs.description is not None
         layers = {
             path: (module.in_features, module.out_features)
-            for path, module in model.base_model.model.named_modules()
-            if isinstance(module, RandLoraLayer) and name in module.randlora_lambda
+            for path, module in layers_with(model, name).items()
         }
         return dense_block_bases(A.signs.description, A.shape[0], layers)
     return tuple(_dense(basis) for basis in bases)
@@ -175,14 +155,3 @@ def stock_config(config: peft.RandLoraConfig, packed: bool) -> peft.RandLoraConf
     # which would round the value; sparse ones in float32.
     values["sparse"] = packed and not config.very_sparse
     return peft.RandLoraConfig(**values)
-
-
-def _as_pickle(file: Path, layers: list[str]) -> None:
-    """adapter_model.bin beside the file, which goes; every layer refers to the bases."""
-    state = load_file(file)
-    for layer in layers:
-        if f"{layer}.randlora_lambda" in state:
-            for bases in BASIS_NAMES:
-                state[f"{layer}.{bases}"] = state[f"base_model.{bases}"]
-    torch.save(state, file.with_name("adapter_model.bin"))
-    file.unlink()

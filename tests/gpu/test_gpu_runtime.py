@@ -129,7 +129,7 @@ def test_two_streams_at_a_time(card):
             t = on_card(layer, card)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                last = (t["lam"], t["gam"], layer.bases["default"].packed(card), 0.75 * layer.basis.scale)
+                last = (t["lam"], t["gam"], layer.basis.packed(card), 0.75 * layer.basis.scale)
                 got = ops.linear_backward(
                     t["dy"], t["x"], t["weight"], *last, "factored", True, True
                 )

@@ -234,9 +234,8 @@ def test_what_would_need_one_matrix_for_all_layers_is_refused(tmp_path):
         r"layer 'a' has 24 -> 40 features, layer 'c' 24 -> 32; merge instead "
         r"\(export_to_peft\(\.\.\., merged=True\)"
     )
-    for safe in (True, False):
-        with pytest.raises(ValueError, match=message):
-            accelerated.export_to_peft(model, tmp_path / "peft", safe_serialization=safe)
+    with pytest.raises(ValueError, match=message):
+        accelerated.export_to_peft(model, tmp_path / "peft")
     assert list(tmp_path.rglob("*.*")) == []
     assert_unchanged(model, before)
     accelerated.export_to_peft(model, tmp_path / "merged", merged=True)
@@ -249,15 +248,14 @@ def test_what_would_need_one_matrix_for_all_layers_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("targets", [["a", "c"], ["b"], ["a", "b", "c"]], ids=str)
-@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
-def test_stock_opens_what_is_exported_of_one_shape(tmp_path, targets, safe):
+def test_stock_opens_what_is_exported_of_one_shape(tmp_path, targets):
     """Transposed or not: PEFT's own bases are as large as the largest in and out."""
     accelerated.enable()
     chosen = config(8, accelerated.RandLoraConfig, targets, **BLOCK)
     model = randomize(peft.get_peft_model(Deep(), chosen))
     x = torch.randn(6, 24)
-    accelerated.export_to_peft(model, tmp_path, safe_serialization=safe)
+    accelerated.export_to_peft(model, tmp_path)
     for switch in (accelerated.disable, accelerated.enable):
         switch()
         loaded = peft.PeftModel.from_pretrained(Deep(), tmp_path)
