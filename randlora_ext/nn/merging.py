@@ -1,7 +1,7 @@
 """Merging adapters into the frozen weight of `RandLoraLinear`, and unmerging them."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,15 @@ from ..ops.functional import merged_weight
 def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of lambda, gamma and dW beside a weight of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def complete(write: Callable[[], None]) -> None:
+    """Calls `write`, and again if Ctrl-C comes between two of its lines; it must allow that."""
+    try:
+        write()
+    except BaseException:
+        write()
+        raise
 
 
 _Layer: Any = object  # mypy: this is mixed into RandLoraLinear
@@ -110,11 +119,7 @@ class Mergeable(_Layer):
             self.base_layer.weight.copy_(values)
             self._original_weight, self.merged_adapters = original, merged
 
-        try:
-            write()
-        except BaseException:  # between two lines: completes what was begun
-            write()
-            raise
+        complete(write)
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         if self.merged:

@@ -1,15 +1,12 @@
 """PEFT's RandLoRA layers with forward, merging and delta weight on the compiled kernels."""
 
 import inspect
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.randlora.layer import Linear, RandLoraLayer
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..basis import TernaryBasis
@@ -22,13 +19,12 @@ from ..ops.dtensor import full_tensor, laid_out_like
 from ..ops.path import costs_told, explain
 from ..reference import scaled_basis_reference
 from .bases import PackedBufferDict, layer_basis
+from .merging import MergeableLayer
 
 _REPR_TOKENS = 512  # for which a printed layer tells its path
 
-_Layer: Any = object  # PEFT's layer class, before which this is mixed in
 
-
-class AcceleratedLayer(_Layer):
+class AcceleratedLayer(MergeableLayer):
     """Computes what a RandLoRA layer of PEFT computes, by ``torch.ops.randlora``.
 
     Mixed in before PEFT's layer class, which keeps saving, adding, switching and everything else.
@@ -39,7 +35,6 @@ class AcceleratedLayer(_Layer):
 
     randlora_A: PackedBufferDict
     randlora_B: PackedBufferDict
-    merged_adapters: list[str]
     merged_rounding: dict[str, str | None]  # by adapter
     other_param_names = (*RandLoraLayer.other_param_names, "merged_rounding")  # deleted with it
     float32_products = False  # of all layers; `enable` sets it
@@ -94,43 +89,6 @@ class AcceleratedLayer(_Layer):
         self.randlora_A.warn_once(reason)
         first, second = self.get_scaled_bases(name, device=x.device)
         return F.linear(F.linear(x, first), second) * self.scaling[name]
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """As PEFT's; weight and `merged_adapters` agree after Ctrl-C, too."""
-        for name in check_adapters_to_merge(self, adapter_names) or []:
-            if name in self.randlora_lambda:
-                blamed = name if safe_merge else None
-                self._add_to_weight(
-                    self.get_delta_weight(name), [*self.merged_adapters, name], blamed
-                )
-
-    def unmerge(self) -> None:
-        """As PEFT's; weight and `merged_adapters` agree after Ctrl-C, too."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        while self.merged_adapters:
-            *rest, name = self.merged_adapters
-            if name in self.randlora_lambda:
-                self._add_to_weight(-self.get_delta_weight(name), rest)
-            else:
-                self.merged_adapters = rest
-
-    @torch.no_grad()
-    def _add_to_weight(self, delta: Tensor, merged: list[str], blamed: str | None = None) -> None:
-        """Adds to the base weight, which then has `merged` in it.
-
-        Args:
-            blamed: the adapter that an error names if the sum is not finite; None does not look.
-        """
-        weight = self.get_base_layer().weight
-        total = weight + delta
-        refuse_non_finite(total, blamed)
-
-        def write() -> None:
-            weight.copy_(total)
-            self.merged_adapters = merged
-
-        complete(write)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """As PEFT's, differentiable, in float32 if CPU bases are 16-bit. No dense A' is made.
@@ -309,28 +267,3 @@ def add_adapter(
     else:
         options = (config.randlora_alpha, config.randlora_dropout, config.init_weights)
         layer.update_layer(name, A, B, config.r, *options)
-
-
-def warn_of_rounding(base: nn.Module) -> None:
-    warnings.warn(
-        f"Merging or unmerging rounds the sum to that of {type(base).__name__} again, with "
-        "rounding errors.",
-        stacklevel=4,
-    )
-
-
-def refuse_non_finite(total: Tensor, blamed: str | None) -> None:
-    """PEFT's error of ``safe_merge``; None does not look."""
-    if blamed is not None and not bool(full_tensor(torch.isfinite(total).all())):
-        raise ValueError(
-            f"NaNs detected in the merged weights. The adapter {blamed} seems to be broken"
-        )
-
-
-def complete(write: Callable[[], None]) -> None:
-    """Calls `write`, and again if Ctrl-C comes between two of its lines; it must allow that."""
-    try:
-        write()
-    except BaseException:
-        write()
-        raise

@@ -12,7 +12,9 @@ from peft.tuners.randlora.model import RandLoraModel
 from torch import Tensor, nn
 
 from ..nn.base_layer import force_module_call, is_conv1d
-from .layer import AcceleratedLinear, complete, refuse_non_finite, warn_of_rounding
+from ..nn.merging import complete
+from .layer import AcceleratedLinear
+from .merging import refuse_non_finite, warn_of_rounding
 
 try:
     from peft.utils.quantization_utils import resolve_quantization_backend

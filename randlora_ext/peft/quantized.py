@@ -10,7 +10,9 @@ from peft.tuners.randlora import bnb as stock
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor
 
-from .layer import AcceleratedLayer, complete, refuse_non_finite, warn_of_rounding
+from ..nn.merging import complete
+from .layer import AcceleratedLayer
+from .merging import refuse_non_finite, warn_of_rounding
 
 
 class _QuantizedLayer(AcceleratedLayer):

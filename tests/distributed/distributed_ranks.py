@@ -36,7 +36,7 @@ if importable("peft"):
     if importable("transformers.distributed.tensor_parallel"):  # since 5.17
         MODULES += ["distributed_tp_plan"]
 HANG = 120  # seconds in one collective
-OVERALL = 300  # seconds for all checks
+OVERALL = 600  # seconds for all checks
 
 
 @dataclass
