@@ -9,8 +9,8 @@
 
 namespace randlora {
 
-// out (M, N) = scale * left right^T [+ out], all row-major in `dtype`; or left right when
-// `right_rows_are_k` (right is (K, N) then). fp32 sums, one rounding.
+// out (M, N) = scale * left right^T [+ out], all row-major in `dtype`. With `right_rows_are_k`,
+// right is (K, N) and not transposed. Sums are in the compute type and rounded once.
 struct Gemm {
   int64_t M, N, K;
   const void *left, *right;

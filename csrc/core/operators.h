@@ -13,8 +13,8 @@
 
 namespace randlora {
 
-// The packed bases A and B. A is always lists by row. B is bit planes or, if those are empty, lists
-// by row and by column.
+// The packed bases A and B. A is always stored as lists by row. B is stored as bit planes or, if
+// those are empty, as lists by row and by column.
 struct Basis {
   int64_t D = 0, d = 0, r = 0, n = 0;
   bool wide = false;  // list positions are uint32, not uint16
@@ -22,7 +22,7 @@ struct Basis {
   AnyLists b_rows;    // D lines over K
   AnyLists b_cols;    // K lines over D
   Planes b_planes;    // (D, K)
-  // CUDA, optional: the support_tables of `a`. Without them every call computes its own.
+  // CUDA, optional: the support_tables of `a`. Without them, every call computes the tables.
   const int32_t* a_tables = nullptr;
   // CUDA, optional: dense unscaled B (D, K) in the dtype of x. Products with B are then GEMMs.
   const void* b_dense = nullptr;
@@ -32,22 +32,22 @@ struct Basis {
   RANDLORA_HD_MEMBER bool has_lists() const { return !has_planes(); }
 };
 
-// Sizes of block bases (docs/basis-spec.md, section 14), of a whole layer or of a slice that holds
-// some chunks of d and of D. A is block diagonal over its chunks of d as in ScaledBasis. B[o, c] is
-// not 0 if o is in the chunk of D that row c belongs to.
+// Sizes of block bases (docs/basis-spec.md, section 14), for a whole layer or for a slice with some
+// of its chunks of d and of D. A is block diagonal over its chunks of d, as in ScaledBasis. B[o, c]
+// is nonzero exactly if o is in the chunk of D that row c belongs to.
 //
-// c counts the rows of A' from the first row of the slice's chunks of d. e counts, in the same
-// order, only the rows whose chunk of D the slice holds:
+// c numbers the rows of A', starting at the slice's first chunk of d. e numbers, in the same order,
+// only the rows whose chunk of D is in the slice:
 //
-//   c = e / b_chunks * groups + e % b_chunks + first        which chunk of D: e % b_chunks
+//   c = e / b_chunks * groups + e % b_chunks + first        chunk of D: e % b_chunks
 //
-// In a whole layer e equals c. B, V and U have one row per e. At both ends a few e may give a c
-// outside [0, K), which is no row of A'.
+// In a whole layer e equals c. B, V and U have one row per e. The first and the last few e may give
+// a c outside [0, K), where A' has no row.
 template <class Int>
 struct BlockSizesOf {
-  Int D, d, r, n;          // of a slice: its features, and the rank indices of its chunks of d
+  Int D, d, r, n;          // for a slice: its features, and the rank indices of its chunks of d
   Int groups;              // G of the layer
-  Int a_chunks, b_chunks;  // of d and of D; G of a whole layer
+  Int a_chunks, b_chunks;  // chunks of d and of D; both are G in a whole layer
   Int first = 0;           // row(0), between -groups and groups
 
   template <class To>
@@ -55,13 +55,13 @@ struct BlockSizesOf {
     return {To(D), To(d), To(r), To(n), To(groups), To(a_chunks), To(b_chunks), To(first)};
   }
   RANDLORA_HD_MEMBER Int K() const { return r * n; }
-  RANDLORA_HD_MEMBER Int a_rows() const { return K() / a_chunks; }  // c of a chunk of d
+  RANDLORA_HD_MEMBER Int a_rows() const { return K() / a_chunks; }  // rows c per chunk of d
   RANDLORA_HD_MEMBER Int a_width() const { return d / a_chunks; }
   RANDLORA_HD_MEMBER Int b_width() const { return D / b_chunks; }
   RANDLORA_HD_MEMBER Int cycles() const { return (K() - first + groups - 1) / groups; }
   RANDLORA_HD_MEMBER Int rows() const { return cycles() * b_chunks; }
   RANDLORA_HD_MEMBER Int row(Int e) const { return e / b_chunks * groups + e % b_chunks + first; }
-  // How many e have a smaller row than c.
+  // The number of e with row(e) < c.
   RANDLORA_HD_MEMBER Int before(Int c) const {
     const Int behind = c > first ? c - first : 0, rest = behind % groups;
     return behind / groups * b_chunks + (rest < b_chunks ? rest : b_chunks);
@@ -70,12 +70,12 @@ struct BlockSizesOf {
 using BlockSizes = BlockSizesOf<int64_t>;
 
 struct Blocks : BlockSizes {
-  Planes b;         // (rows(), D / b_chunks): B[chunk of D, row(e)], +1 alone
+  Planes b;         // (rows(), D / b_chunks): B[chunk of D, row(e)], plus plane only
   const int8_t* a;  // (r, d / a_chunks)
 };
 
-// Length of the support tables of A (csrc/cuda): first the entries in column order, each rank index
-// padded to whole groups, then (r, d) places.
+// support_numbers is the length of A's support tables (csrc/cuda): support_room entries in column
+// order, each rank index padded to whole groups, and then (r, d) places.
 constexpr int kSupportGroup = 32;
 RANDLORA_HD int64_t support_room(int64_t entries, int64_t r) {
   return (entries / kSupportGroup + r) * kSupportGroup;
@@ -84,8 +84,8 @@ RANDLORA_HD int64_t support_numbers(int64_t entries, int64_t r, int64_t d) {
   return support_room(entries, r) + r * d;
 }
 
-// Row q of both planes: the signs of `cols` elements of row row_start + q from column col_start on,
-// of A or B as `role` says (docs/basis-spec.md).
+// Fills row q of both planes with the signs of row row_start + q of A or B, as `role` says, in
+// `cols` columns from col_start on (docs/basis-spec.md).
 struct FillPlanes {
   uint64_t seed;
   uint32_t role, threshold;
@@ -93,16 +93,16 @@ struct FillPlanes {
   uint64_t *plus, *minus;  // (rows, words_of(cols))
 };
 
-// The signs of B's blocks (BlockSizes): bit t of row e says whether element (1, chunk * height + t,
-// cycle * groups + chunk) at density 1 is +1, for chunk = first_chunk + e % chunks and
-// cycle = first_cycle + e / chunks.
+// The signs of B's blocks (BlockSizes): bit t of row e says whether element (kRoleB,
+// chunk * height + t, cycle * groups + chunk) at density 1 is +1. Here chunk is
+// first_chunk + e % chunks, and cycle is first_cycle + e / chunks.
 struct FillBlocks {
   uint64_t seed;
   int64_t height, groups, first_chunk, chunks, first_cycle, cycles;
   uint64_t* signs;  // (cycles * chunks, words_of(height))
 
-  // row[w]: the row of `signs` that gets word w of counter (group of 64 columns, l); null if that
-  // word's column does not belong to `chunk`.
+  // row[w]: the row of `signs` that gets output word w of counter l of a group of 64 columns; null
+  // if that word's column does not belong to `chunk`.
   RANDLORA_HD_MEMBER void rows_of(int64_t chunk, int64_t group, int64_t l,
                                   uint64_t* (&row)[4]) const {
     const int64_t first = first_cycle * groups, g = first_chunk + chunk;
@@ -133,7 +133,7 @@ struct ScaledBasis {
 };
 
 //   dlam[j, i] = scale * sum over k of grad A gam
-//   dgam[i, h * w + k] = sum over j of group h of grad A (scale lam)
+//   dgam[i, h * w + k] = sum over j in group h of grad A (scale lam)
 struct ScaledBasisBackward {
   int64_t r, n, d;
   const void *A, *lam, *gam;
@@ -158,8 +158,8 @@ struct AddRounded {
 
 // ---- block bases on the CPU, A factored by its classes (csrc/cpu/block_classes.h) --------------
 
-// out[i, k] = scale * in[i, k] * sign of column k, for (rows, d) matrices in the compute type.
-// `a` (r, w) has the signs in the first row of each group: Hadamard's first row is all ones.
+// out[i, k] = scale * in[i, k] * sign of column k, for (rows, d) matrices in the compute type. The
+// first row of each group of `a` (r, w) holds the signs, as H's first row is all ones.
 struct SignColumns {
   int64_t rows, d, w, q;
   const int8_t* a;
@@ -169,14 +169,14 @@ struct SignColumns {
   double scale;
 };
 
-// For every group of q rank indices and every base i: rows (j, i) of out become the Hadamard
-// transform of rows (j, i) of in, which `before` scales first, and `after` scales the result.
+// For each group of q rank indices and each base i: rows (j, i) of `out` are the Hadamard transform
+// of rows (j, i) of `in`. `before` scales the rows of `in`, `after` those of the result.
 struct HadamardMix {
   int64_t r, q, n, T, stride;  // in and out: (r * n, T), rows `stride` apart; may be the same
   const void* in;
   void* out;
   const void *before, *after;  // (r, n), or null
-  DType dtype;                 // f32 or f64, of all
+  DType dtype;                 // f32 or f64, for all arrays
 };
 
 // out[c] += scale * sum over t of a[c, t] * b[c, t]
@@ -202,7 +202,7 @@ struct DeltaWeight {
   uint64_t rounding_seed = 0;
 };
 
-// The same of block bases. CUDA only.
+// The same for block bases. CUDA only.
 struct BlockDelta {
   Blocks blocks;
   const void *lam, *gam;
@@ -239,7 +239,7 @@ struct Linear {
   bool expand, accumulate;
 };
 
-// The same of block bases, for a few tokens. CUDA only.
+// The same for block bases and a few tokens. CUDA only.
 struct BlockLinear {
   Blocks blocks;
   const void *lam, *gam;
@@ -251,8 +251,8 @@ struct BlockLinear {
   bool expand, accumulate;
 };
 
-// Gradients of Linear from dy (T, out) and x (T, in). dx (T, in) is added to if `accumulate`, and
-// null if not wanted. dlam and dgam are either both null or both wanted.
+// Gradients of Linear from dy (T, out) and x (T, in). dx (T, in) may be null; with `accumulate`,
+// the gradient is added to it. dlam and dgam are either both null or both wanted.
 struct LinearBackward {
   Basis basis;
   const void *lam, *gam;

@@ -19,7 +19,7 @@ struct Counter4 {
   uint32_t v[4];
 };
 
-// The full product of two words. nvcc does not always use the one instruction for it.
+// The full product of two words. nvcc does not always use the single instruction for it.
 RANDLORA_HD uint64_t wide_product(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
   uint64_t product;

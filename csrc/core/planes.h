@@ -3,7 +3,7 @@
 //   planes[0][row][word]  bit b is set if element (row, 64 * word + b) is +1
 //   planes[1][row][word]  the same for -1;  bits past the last column are zero
 //
-// A matrix without zeros may lack the second plane: what is not +1 is -1.
+// A matrix without zeros may omit the second plane: every element that is not +1 is -1.
 #pragma once
 #include <cstdint>
 
@@ -18,7 +18,7 @@ struct Planes {
   const uint64_t* minus = nullptr;  // (rows, words), or null
   int64_t words = 0;
 
-  // `count` <= 64 bits of a row starting at column `col`, moved to bit 0. May cross a word.
+  // `count` <= 64 bits of a row from column `col` on, moved to bit 0. They may span two words.
   RANDLORA_HD_MEMBER static uint64_t bits(const uint64_t* row, int64_t col, int64_t count) {
     const int64_t word = col >> 6, shift = col & 63;
     uint64_t m = row[word] >> shift;

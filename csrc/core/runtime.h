@@ -18,8 +18,8 @@ class Runtime {
   // second request may return the same memory.
   virtual void* scratch(size_t bytes) = 0;
 
-  // Threads to use in this call; one if the kernel called set_single. Moving the work of 16 tokens
-  // between the caches of two cores takes longer than doing it.
+  // Threads to use in this call; one if the kernel called set_single. For 16 tokens, moving data
+  // between the caches of two cores takes longer than computing on one core.
   RANDLORA_HOST_MEMBER int width() const { return single_ ? 1 : threads(); }
   RANDLORA_HOST_MEMBER void set_single(bool single) { single_ = single; }
 

@@ -31,7 +31,7 @@ RANDLORA_HD uint32_t rounding_word(uint64_t seed, uint64_t e) {
   return word_of_element(rounding_words(seed, e >> 2), e);
 }
 
-// The same words for code that visits elements in order: draws the words of a Philox block once.
+// The same words for code that visits elements in order: draws each Philox block once.
 class RoundingWords {
  public:
   RANDLORA_HOST_MEMBER explicit RoundingWords(uint64_t seed) : seed_(seed) {}
@@ -44,7 +44,7 @@ class RoundingWords {
   }
 
  private:
-  uint64_t seed_, block_ = ~uint64_t{0};  // no element has that one
+  uint64_t seed_, block_ = ~uint64_t{0};  // no element has this block
   Counter4 words_ = {};
 };
 

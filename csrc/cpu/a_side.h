@@ -15,7 +15,8 @@ namespace RANDLORA_ISA {
 // registers, half of AVX2's 16.
 constexpr int kTile = kVectorBytes == 64 ? 8 : 4;
 
-// Calls fn(integral_constant<rows>, first) over [0, count) in tiles of kTile, then 4, 2 and 1.
+// Calls fn(integral_constant<rows>, first) over [first, count) in tiles of kTile, then kTile / 2,
+// ... and 1.
 template <int Rows = kTile, class F>
 RANDLORA_INLINE void tiles(int64_t first, int64_t count, const F& fn) {
   for (; first + Rows <= count; first += Rows) fn(std::integral_constant<int, Rows>{}, first);
@@ -60,8 +61,8 @@ void a_up_lists(const Lists<Index>& a, int64_t r, int64_t n, const typename B::C
   }
 }
 
-// z[k] += sum_i A[j, k] gamma[i, k] lam[i] u[i] for one rank index j: u is (n, TB), lam its row of
-// lambda; `scaled` is (n, TB) of scratch.
+// z[k] += sum_i A[j, k] gamma[i, k] lam[i] u[i] for one rank index j. u is (n, TB), lam row j of
+// lambda, and `scaled` (n, TB) scratch.
 template <class B, class Index>
 void a_down_lists(const Lists<Index>& a, int64_t j, int64_t n, const typename B::C* lam,
                   const typename B::C* gT, int64_t ldg, const typename B::C* u,
@@ -115,9 +116,9 @@ RANDLORA_INLINE void prefetch_row(const typename B::C* row) {
 
 // P[p][i] (+)= sum_t z[index[p]][t] * ut[t][i] for the `support` positions of one rank index. If
 // `fresh`, sets P instead of adding to it. Each token adds a rank-one update; a vector holds
-// consecutive bases i. Prefetches z a tile ahead, because half of it lies in the caches of the
-// threads that loaded it. Sums the tokens of a block before adding to P, so rounding errors grow
-// with sqrt(TB + T / TB), not sqrt(T).
+// consecutive bases i. Prefetches z a tile ahead, because much of it lies in the caches of other
+// threads. Sums the tokens of a block before adding to P, so rounding errors grow with
+// sqrt(TB + T / TB), not sqrt(T).
 template <class B, class Index>
 void a_grad_lists(const Index* index, int64_t support, int64_t ldg, int64_t tokens,
                   const typename B::C* z, const typename B::C* ut, typename B::C* P, bool fresh) {

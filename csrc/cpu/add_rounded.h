@@ -1,4 +1,4 @@
-// out = base + delta, rounded once to 16 bits: W + dW of block bases and of dense ones.
+// out = base + delta, rounded once to 16 bits: W + dW for block bases and dense bases.
 #pragma once
 #include "../core/operators.h"
 #include "../core/stochastic.h"

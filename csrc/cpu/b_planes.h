@@ -5,7 +5,7 @@
 // per element of B (adding rows one by one takes `density`) and no loop over bits. The elements are
 // the base 3 digits of an entry's number (0, 1 for +1, 2 for -1); `kDigits` converts bits to these.
 //
-// Entries are sums of the rows with a sign, never products with 0: NaN and inf spread only to lines
+// Entries add or subtract rows but never multiply them by 0, so NaN and inf spread only to lines
 // in which B is not zero.
 #pragma once
 #include "b_side.h"
@@ -17,8 +17,8 @@ constexpr int kEntries = 81;  // per table: 3^4
 constexpr int kQuads = 4;     // tables in use at a time: 41 kB in float32, about an L1 cache
 constexpr int kQuadRows = 4 * kQuads;
 
-// both[b]: bits 0..3 of a byte as a base 3 number in the low byte, bits 4..7 in the high byte.
-// each[b]: bit c of the byte in byte c, to number eight lines at once.
+// both[b]: bits 0..3 of b as base 3 digits in the low byte, bits 4..7 in the high byte.
+// each[b]: bit c of b in byte c, to number eight lines at once.
 struct DigitTable {
   uint16_t both[256] = {};
   uint64_t each[256] = {};
@@ -45,7 +45,7 @@ struct QuadScratch {
   }
 };
 
-// The four tables of src rows [0, rows), rows <= 16; absent ones are zero.
+// The four tables of the first 16 of `rows` source rows; missing rows are zero.
 template <class B>
 void fill_tables(const typename B::C* src, int64_t rows, typename B::C* table) {
   using V = typename B::V;
@@ -66,7 +66,7 @@ void fill_tables(const typename B::C* src, int64_t rows, typename B::C* table) {
   }
 }
 
-// dst[line] (+)= the entries of its four numbers: number[line * line_step + quad * quad_step].
+// dst[line] (+)= the table entries number[line * line_step + quad * quad_step] of its four quads.
 template <class B>
 void add_entries(const typename B::C* table, const uint8_t* number, int64_t line_step,
                  int64_t quad_step, int64_t lines, typename B::C* dst, bool fresh) {

@@ -3,7 +3,7 @@
 //   b_up    dst[o] = sum_c B[o, c] src[c]     lines are rows of B      (V -> y)
 //   b_down  dst[c] = sum_o B[o, c] src[o]     lines are columns of B   (x or dy -> U)
 //
-// This file sums from lists, in memory order, for any range of lines; b_planes.h from bit planes.
+// This file sums by lists, in memory order, for any range of lines; b_planes.h by bit planes.
 #pragma once
 #include "../core/operators.h"
 #include "token_block.h"

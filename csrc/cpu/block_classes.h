@@ -1,10 +1,12 @@
-// The A side of block bases by classes of columns. All q rank indices of a group see the n columns
-// of a class with one sign, up to that of Hadamard's matrix H:
+// The A side of block bases by classes of columns (docs/basis-spec.md, section 14). The n columns k
+// of class m have A[j, k] = s_k H[j, m] with the Hadamard matrix H, so the q rank indices of a
+// group share the inner sums:
 //
 //   V[j, i] = lam[j, i] * sum over m of H[j, m] * (sum over k in class m of s_k gam[i, k] x[k])
 //
-// The inner sums are r products of n x n matrices, 1 / q of the work of dense blocks of A'. They
-// are GEMMs (csrc/torch/block_classes.cpp); here is what joins them, log2 q additions an element.
+// The inner sums are r products of n x n matrices, 1 / q of the work of dense blocks of A'. torch's
+// GEMM computes them (csrc/torch/block_classes.cpp). This file does the rest, log2 q additions per
+// element.
 #pragma once
 #include "../core/operators.h"
 #include "simd.h"
@@ -28,7 +30,7 @@ void sign_columns_as(const SignColumns& p, Runtime& rt) {
   });
 }
 
-// The rows of one group and base: `q` rows that are `step` elements apart.
+// Transforms the q rows of one group and base, which are `step` elements apart.
 template <class C>
 RANDLORA_INLINE void mix_rows(const HadamardMix& p, int64_t j, int64_t i) {
   const int64_t step = p.n * p.stride, first = (j * p.n + i) * p.stride;

@@ -4,8 +4,9 @@
 // For a rank index j the n rows of A' share the support S_j, so we store them compactly:
 //   value[j][i][p] = A[j, k] lam[j, i] gam[i, k],  k = S_j[p]
 // To make row o of dW, we add for each j the compact rows i with B[o, (j, i)] != 0, with their
-// signs, and scatter the sum once to the positions S_j. The adjoint works alike: it gathers the gradient at S_j,
-// adds it to the compact rows Z[j][i], and contracts Z into dlam and dgam at the end.
+// signs, and scatter the sum once to the positions S_j. The adjoint works alike: it gathers the
+// gradient at S_j, adds it to the compact rows Z[j][i], and contracts Z into dlam and dgam at the
+// end.
 #pragma once
 #include "../core/stochastic.h"
 #include "rows_by_rank.h"

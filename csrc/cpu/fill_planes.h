@@ -1,8 +1,8 @@
 // Generates bit planes from the specification. 64 columns come from 16 counters with 4 output words
 // each, so a word of a plane takes four 16-lane compares. Rows and columns may start anywhere.
 //
-// The signs of block bases lie the other way: a word has 64 rows of one column. The lanes are rows
-// of one counter then, which gives a word of up to four columns, and other columns cost nothing.
+// Block bases store signs by column: a word has 64 rows of one column. There the lanes are rows. A
+// counter gives words of up to four columns; counters without a column in the chunk are skipped.
 #pragma once
 #include "../core/operators.h"
 #include "../core/ternary_spec.h"

@@ -11,7 +11,7 @@
 namespace randlora {
 namespace RANDLORA_ISA {
 
-constexpr int kLines = 64;  // rows of B per tile of output, from lists
+constexpr int kLines = 64;  // rows of B per output tile, for lists
 constexpr int kGroup = 4;   // blocks that share one decoding of B's planes
 
 // The row length of transposed gamma: n, padded to whole vectors.
@@ -89,8 +89,8 @@ void emit_up(const Basis& b, const TokenSplit& split, Slot<B>& s, int64_t first,
   }
 }
 
-// u = columns of B times s.large, then fn(g, j, u of j) per block and rank index. Lists compute one
-// rank index at a time and reuse its memory, so that u stays in the L1 cache.
+// u = B^T s.large, then fn(g, j, u of j) for each block g and rank index j. Lists compute one rank
+// index at a time, always in the same memory, so that u stays in the L1 cache.
 template <class B, class F>
 void down(const Basis& b, Slot<B>& s, int count, const F& fn) {
   if (b.has_planes()) planes_down<B>(b, {count, s.large, s.large_step, s.mid, s.mid_step}, s.quads);

@@ -16,12 +16,12 @@
 namespace randlora {
 namespace RANDLORA_ISA {
 
-// Blocks per thread in a super-block, unless the thread takes a group: their z and U should stay in
-// its L2 cache from phase 1 to phase 2.
+// Blocks per thread in a super-block for lists (kGroup for planes): their z and U should stay in
+// the thread's L2 cache from phase 1 to phase 2.
 constexpr int kBlocks = 2;
 
-// Columns of dgamma that reduce_P sums at a time: they fill half the L1 cache, so that most runs of
-// A's lists have more than one or two entries in a tile.
+// Columns of dgamma that reduce_P sums at a time: as many as fit in half the L1 cache, because runs
+// of A's lists should have more than one or two entries in a tile.
 template <class C>
 RANDLORA_INLINE int64_t tile_columns(int64_t ldg) {
   constexpr int64_t lanes = kVectorBytes / int(sizeof(C));
@@ -35,7 +35,7 @@ struct BackwardScratch {
   C* gT;            // (d, ldg): gamma transposed
   C* P;             // (positions of A, ldg): row p belongs to the p-th entry of A's lists
   C* z;             // (super, d, TB)
-  C* ut;            // U: (super, r, TB, ldg); of one block, (TB, ldg) for one rank index at a time
+  C* ut;            // U: (super, r, TB, ldg); for one block, (TB, ldg), one rank index at a time
   C *lam, *dlam;    // (r, ldg) each: lambda times the scale, and the gradient without it
   C* tile;          // (tile_columns, ldg): some columns of dgamma, transposed
   int64_t* cursor;  // (threads, 2 r): the current position in each run of A's lists
@@ -52,7 +52,7 @@ struct BackwardScratch {
   }
 };
 
-// Phase 1 for blocks [first, first + count); their z and ut start at block `at` of those in `w`.
+// Phase 1 for blocks [first, first + count); their z and ut start at block `at` of w.z and w.ut.
 template <class B>
 void backward_group(const LinearBackward& p, const TokenSplit& split, Slot<B>& s,
                     const BackwardScratch<B>& w, int64_t first, int count, int64_t at) {

@@ -1,6 +1,6 @@
-// A'[j * n + i, k] = scale * lam[j, i] * A[j, k] * gam[i, h * w + k] and its gradients, row j of A
-// with the w columns of its group h: PEFT's UniqueBaseGrad if there is one group and no scale. One
-// pass over the (K, w) matrix each way, without temporaries of that size.
+// A'[j * n + i, k] = scale * lam[j, i] * A[j, k] * gam[i, h * w + k] and its gradients. Row j of A
+// has the w columns of its group h; with one group and scale 1 this is PEFT's UniqueBaseGrad. Each
+// way takes one pass over the (K, w) matrix, without temporaries of that size.
 #pragma once
 #include "../core/operators.h"
 #include "token_block.h"

@@ -9,7 +9,7 @@
 namespace randlora {
 namespace cuda {
 
-// generation and packing (fill_planes.cu, lists.cu, dense.cu): as csrc/cpu/packing.h, bit for bit
+// generation and packing (fill_planes.cu, lists.cu, dense.cu): the CPU's results, bit for bit
 void fill_planes(const FillPlanes& p, Device& device);
 void fill_blocks(const FillBlocks& p, Device& device);
 int64_t count_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column,
@@ -53,7 +53,7 @@ void linear_backward(const LinearBackward& p, Device& device);
 
 // a_*.cu       up:    V (T, K) = scale * z (T, d) A'^T
 //              down:  out (T, d) = scale * U (T, K) A' [+ out]
-//              grad:  dlam, dgam of scale * sum over T of U and z (docs/math.md: P_j)
+//              grad:  dlam, dgam from P = scale * U^T z (docs/math.md, section 4)
 struct ASide {
   const Basis& basis;
   const void *lam, *gam;  // (r, n), (n, d) in the compute type

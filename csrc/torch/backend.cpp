@@ -10,8 +10,8 @@ namespace {
 const CudaKernels* loaded = nullptr;
 bool serves_cpu = false;
 
-// Functions of torch that its CPU builds lack. Looking them up at run time lets one binary serve
-// CPU and CUDA builds. Their C interface is stable (torch/csrc/inductor/aoti_torch).
+// CPU builds of torch lack some of these functions. Looking them up at run time lets one binary
+// serve CPU and CUDA builds. Their C interface is stable (torch/csrc/inductor/aoti_torch).
 using CurrentStream = AOTITorchError (*)(int32_t, void**);
 // addmm_out and baddbmm_out.
 using ProductOut = AOTITorchError (*)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle,
@@ -68,7 +68,7 @@ void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch
               double alpha, double beta, DType dtype, const Tensor& like, const void* base) {
   MatrixBatch added = out;
   if (base) added.data = base;
-  // torch's batched products of 16-bit matrices on the CPU copy those that are not contiguous.
+  // torch's batched 16-bit products on the CPU copy matrices that are not contiguous.
   if (out.count == 1 || (like.is_cpu() && bytes_of(dtype) == 2)) {
     for (int64_t i = 0; i < out.count; ++i) {
       const auto matrix = [&](const MatrixBatch& m) {

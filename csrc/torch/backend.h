@@ -17,7 +17,7 @@ void load_cuda(const std::string& path, bool serve_cpu_tensors);
 bool cuda_loaded();
 std::string cuda_build();  // "" if nothing is loaded
 
-// The table; throws if it is not loaded.
+// Throws if the library is not loaded.
 const CudaKernels& cuda_kernels();
 bool runs_on_cuda(const Tensor& t);
 
@@ -45,7 +45,7 @@ struct MatrixBatch {
 };
 
 // out = beta * out + alpha * left @ right by torch's GEMM, all in `dtype` on the device of `like`.
-// beta = 0 does not read out. A `base` takes the place of `out` in the sum; it lies as `out` does.
+// With beta = 0, out is not read. A `base`, in the layout of `out`, replaces `out` in the sum.
 void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
               double alpha, double beta, DType dtype, const Tensor& like,
               const void* base = nullptr);

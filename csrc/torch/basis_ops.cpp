@@ -6,13 +6,13 @@
 namespace randlora {
 namespace {
 
-constexpr int64_t kIndexLimit = int64_t{1} << 32;  // the specification has 32-bit row and column
+constexpr int64_t kIndexLimit = int64_t{1} << 32;  // the specification has 32-bit rows and columns
 
 struct PlaneShape {
   int64_t rows, words;
 };
 
-// `least` planes: one of a matrix without zeros, or both.
+// Requires at least `least` planes; a matrix without zeros needs only one.
 PlaneShape check_planes(const Tensor& planes, int64_t cols, int64_t least = 2) {
   RANDLORA_CHECK(planes.scalar_type() == ScalarType::Long && planes.dim() == 3 &&
                      planes.size(0) >= least && planes.size(0) <= 2 && planes.is_contiguous(),

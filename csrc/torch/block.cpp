@@ -9,18 +9,18 @@
 namespace randlora {
 namespace {
 
-constexpr int64_t kFewTokens = 16;  // that the kernel without a dense B is made for
+constexpr int64_t kFewTokens = 16;  // limit of the kernel that needs no dense B
 constexpr Products::Limits kLimits{int64_t{64} << 20, 128, 8};  // tensor cores need aligned rows
 
 // Powers of two that keep float16 in range. gamma is about 1 / d and lambda below 1, so their
-// product would lose bits below 2^-14. The gradient of A' sums D / G of the terms that a weight's
-// gradient has one of.
+// product would lose bits below 2^-14. Each element of A''s gradient sums D / G elements of the
+// weight's gradient.
 struct Range {
   double scaled = 1, gradient = 1;
 
   Range(const BlockBasis& b, DType dtype) {
     if (dtype != DType::f16) return;
-    const int64_t d = b.groups * b.a_width();  // of the layer
+    const int64_t d = b.groups * b.a_width();  // of the whole layer
     scaled = std::exp2(4 + std::round(std::log2(double(b.n > d ? b.n : d))));
     gradient = std::exp2(-std::ceil(std::log2(std::sqrt(double(b.b_width())))));
   }
@@ -39,10 +39,10 @@ const void* element(const Tensor& t, int64_t e, DType dtype) {
   return static_cast<const char*>(t.const_data_ptr()) + e * bytes_of(dtype);
 }
 
-// A matrix of all rows c, of which a slice of D uses some as its rows e.
+// A matrix of all rows c. A slice of D uses some of them, its rows e.
 struct AllRows {
   Tensor matrix;       // (.., a_width)
-  int64_t of_e, of_c;  // its rows that are e = 0 and c = 0
+  int64_t of_e, of_c;  // which of its rows are e = 0 and c = 0
 
   AllRows(const BlockBasis& b, DType dtype, const Tensor& like, const OptionalTensor& made = {})
       : of_e(b.first > 0 ? b.groups : 0), of_c(of_e - b.first) {
@@ -60,7 +60,7 @@ struct AllRows {
   }
 };
 
-// factor * A' (rows(), d / a_chunks) in `dtype`, its rows e.
+// The rows e of factor * A': (rows(), d / a_chunks) in `dtype`.
 Tensor scaled_a(const BlockBasis& b, const Tensor& lam, const Tensor& gam, DType dtype,
                 double factor) {
   const Tensor a = compute_copy(b.a, dtype), l = compute_copy(lam, dtype),
@@ -118,8 +118,8 @@ MatrixBatch b_blocks(const BlockBasis& b, const Tensor& dense) {
 }
 
 // Calls fn(b_rows, a_rows, offset) for the rows e that chunk g of D and chunk h of d share, in
-// batches over h if all of them have equally many. `offset` is where their block of a matrix
-// starts that has `g_step` elements between chunks of D and `h_step` between chunks of d.
+// batches over h if all chunks share equally many. `offset` is where block (g, h) starts in a
+// matrix with `g_step` elements between chunks of D and `h_step` between chunks of d.
 template <class F>
 void each_meeting(const BlockBasis& b, const Tensor& b_dense, const Tensor& a, DType dtype,
                   int64_t g_step, int64_t h_step, const F& fn) {
@@ -217,14 +217,14 @@ std::tuple<Tensor, Tensor> block_linear_backward(const BlockBasis& b, const Tens
   const Tensor dense = dense_b(b, dtype);
   Tensor gradient = temporary({b.rows(), b.a_width()}, dtype, x);
   if (T == 0) torch::stable::zero_(gradient);
-  // Only dx needs A'; the gradient has its shape.
+  // Only dx needs A'. Otherwise `gradient` takes its place: it has the same shape.
   const Tensor scaled = dx ? scaled_a(b, lam, gam, dtype, range.scaled) : gradient;
   const Side A = a_side(b, scaled, dtype), B = b_side(b, dense, dtype),
              P = a_side(b, gradient, dtype);
   Products products(b, dtype, T, kLimits, x);
   const Tensor V = products.buffer();
   products.each_chunk([&](int64_t t) {
-    if (dx || expand)  // U, or V where d is the output side
+    if (dx || expand)  // U if expand, else V
       products.down(expand ? B : A, dy, t, V);
     if (dx) products.up(expand ? A : B, V, *dx, t, scale / range.scaled, accumulate);
     if (!need_diagonals) return;
@@ -250,8 +250,9 @@ void form_delta(const BlockBasis& b, const Tensor& lam, const Tensor& gam,
         device);
     return;
   }
-  // 16-bit results are summed in float32 and rounded once: by torch's 16-bit GEMM for dense bases,
-  // whose products would take several times as long in float32. Signs have no bits to lose.
+  // Block bases: 16-bit results are summed in float32 and rounded once. Dense bases use torch's
+  // 16-bit GEMM, since float32 would take several times as long; with a rounding_seed it rounds dW
+  // to nearest, and add_rounded then rounds the sum.
   const bool narrow = bytes_of(dtype) == 2, rounds = narrow && (!b.is_dense() || rounding_seed);
   const bool adds = base && !rounds;
   const DType compute = narrow && !b.is_dense() ? DType::f32 : dtype;

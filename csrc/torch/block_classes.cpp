@@ -1,6 +1,6 @@
-// The A side of block bases by classes of columns (csrc/cpu/block_classes.h): gamma with the signs
-// of its columns is r matrices n x n, which torch's GEMM multiplies. Float32 and float64; in 16
-// bits the sums of dgamma over these small chunks of tokens would be rounded at every chunk.
+// The A side of block bases by classes of columns (csrc/cpu/block_classes.h): gamma times the signs
+// of A's columns is r matrices n x n, which torch's GEMM multiplies. Only float32 and float64: in
+// 16 bits, dgamma would be rounded after each of these small chunks of tokens.
 #include "block_sides.h"
 
 namespace randlora {
@@ -22,14 +22,14 @@ class ClassProducts : public Products {
         A(side_of(gam_)),
         B(b_side(b, dense_, dtype_)) {}
 
-  // The classes of A' of a matrix like gamma (n, d): products with them lack lambda and Hadamard's
-  // matrix, which mix() applies.
+  // The A side whose block for each class is a part of m (n, d), laid out like gamma. Its products
+  // lack lambda and the Hadamard matrix, which mix() applies.
   Side side_of(const Tensor& m) const {
     const MatrixBatch blocks{m.const_data_ptr(), b_.r, b_.n, b_.n, b_.n, b_.d, 1};
     return {b_.d, {{blocks, 0, b_.n, 1, 0}}};
   }
 
-  // to = after * H (before * from); lambda stands where `true` does.
+  // `to` = after * H (before * `from`), each factor being lambda if true and 1 if false.
   void mix(const Tensor& from, const Tensor& to, bool before, bool after) const {
     TorchRuntime runtime;
     const void* lam = lam_.const_data_ptr();
@@ -45,7 +45,7 @@ class ClassProducts : public Products {
                            runtime);
   }
 
-  // scale * m (n, d) with the signs of A's columns.
+  // scale * m (n, d), times the signs of A's columns.
   Tensor signed_columns(const Tensor& m, double scale) const {
     Tensor out = allocate_like(m);
     TorchRuntime runtime;
@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor> class_linear_backward(const BlockBasis& b, const Tens
   if (T == 0) torch::stable::zero_(gradient);
   const Side P = products.side_of(gradient);
   const Tensor U = products.buffer(), V = products.buffer();
-  // V is that of the side's input in the forward: of x if d is the input side, else of dy.
+  // V is the product of the A side with the tensor of d features.
   const Tensor& of_d = expand ? x : dy;
   products.each_chunk([&](int64_t t) {
     if (expand) products.down(products.B, dy, t, U);

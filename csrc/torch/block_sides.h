@@ -5,18 +5,19 @@
 
 namespace randlora {
 
-// B (rows(), D / b_chunks) in `dtype`: row e holds column row(e) of B within its chunk of D. Of
-// dense bases (D, K).
+// B (rows(), D / b_chunks) in `dtype`: row e holds column row(e) of B within its chunk of D. For
+// dense bases, B (D, K).
 Tensor dense_b(const BlockBasis& b, DType dtype);
 
-// One side of the adapter: blocks, and the rows of V or U (rows(), T) and the columns of x or y
-// that belong to each. A's rows follow each other, and B's are b_chunks apart: the permutation
-// between the two sides costs no copy. All blocks are one batch where they have equally many rows.
+// One side of the adapter: its blocks, each with its rows of V or U (rows(), T) and its columns of
+// x or y. The rows of a block of A are consecutive, those of a block of B are b_chunks apart, so
+// the permutation between the sides costs no copy. If all blocks have equally many rows, they are
+// one batch.
 struct Side {
   struct Part {
     MatrixBatch blocks;
-    int64_t first, next, step;  // rows of V: of block i from first + i * next, `step` apart
-    int64_t column;             // of x: of block i from column + i * blocks.cols
+    int64_t first, next, step;  // rows of V: block i's start at first + i * next, `step` apart
+    int64_t column;             // columns of x: block i's start at column + i * blocks.cols
 
     MatrixBatch rows_of(const void* V, int64_t T, int64_t stride, DType dtype) const {
       return {static_cast<const char*>(V) + first * stride * bytes_of(dtype),
@@ -43,12 +44,12 @@ struct Side {
 
 Side b_side(const BlockBasis& b, const Tensor& dense, DType dtype);
 
-// The products of one call, chunk after chunk of tokens.
+// The products of one call, one chunk of tokens at a time.
 class Products {
  public:
   struct Limits {
-    int64_t bytes;   // of V or U
-    int64_t tokens;  // of a chunk: a multiple of it, or all
+    int64_t bytes;   // for V or U, unless one chunk of `tokens` needs more
+    int64_t tokens;  // a chunk holds a multiple of this, or all tokens
     int64_t align;   // of the rows of V and U, in elements
   };
 
@@ -84,7 +85,7 @@ class Products {
     for (const Side::Part& p : s.parts)
       multiply(columns(s, p, y, t), rows(p, V).transposed(), p.blocks, alpha, beta, dtype_, like_);
   }
-  // gradient = alpha * V x, added from the second chunk on; `gradient` lies as the side's matrix.
+  // blocks = alpha * V x; from the second chunk on, added to them.
   void gradient(const Side& s, const Tensor& V, const Tensor& x, int64_t t, double alpha) const {
     for (const Side::Part& p : s.parts)
       multiply(p.blocks, rows(p, V), columns(s, p, x, t), alpha, t == 0 ? 0 : 1, dtype_, like_);
@@ -106,10 +107,12 @@ class Products {
   const Tensor& like_;
 };
 
-// Whether x is on the CPU and A' is made of r classes of n columns, of which a block has several.
+// Whether class_linear applies: x on the CPU in float32 or float64, a whole D side, and A' made of
+// r classes of n columns, several in each block.
 bool factors_by_classes(const BlockBasis& b, const Tensor& x);
 
-// As block_linear and block_linear_backward; A' costs 1 / r instead of 1 / G of the layer's GEMM.
+// Like block_linear and block_linear_backward, but A' costs 1 / r instead of 1 / G of the layer's
+// GEMM.
 void class_linear(const BlockBasis& b, const Tensor& lam, const Tensor& gam, const Tensor& x,
                   Tensor& y, int64_t T, double scale, bool expand, bool accumulate);
 std::tuple<Tensor, Tensor> class_linear_backward(const BlockBasis& b, const Tensor& lam,

@@ -146,7 +146,7 @@ Tensor compute_copy(const Tensor& t, DType dtype) {
 
 namespace {
 
-// What a layer's sizes and diagonals say, whatever the packed form.
+// Checks and stores the sizes that do not depend on the packed form.
 template <class B>
 void check_diagonals(B& b, int64_t r, const Tensor& lam, const Tensor& gam, int64_t in_features,
                      int64_t out_features, std::optional<bool> expand) {
@@ -170,8 +170,8 @@ void check_diagonals(B& b, int64_t r, const Tensor& lam, const Tensor& gam, int6
                  "gam must be (n, d) = (", b.n, ", ", b.d, "), got ", describe(gam));
 }
 
-// Which chunks a slice holds, from `place` (0, G, chunks of D, first of them, phase): a tensor
-// without elements, whose sizes the host knows.
+// Reads which chunks a slice holds from the sizes of the empty tensor `place`: (0, G, chunks of D,
+// first chunk, phase). The host can read sizes without waiting for the GPU.
 void read_place(const Tensor& place, int64_t a_chunks, BlockBasis& b) {
   RANDLORA_CHECK(place.dim() == 5 && place.numel() == 0,
                  "packed: place must be an empty tensor of 5 sizes, got ", describe(place));

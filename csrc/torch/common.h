@@ -1,4 +1,4 @@
-// What every operator file needs of torch's stable ABI: checks, the runtime, typed views.
+// What every operator file needs from torch's stable ABI: checks, the runtime, allocation.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -112,8 +112,8 @@ inline Tensor cast(const Tensor& t, ScalarType type) {
 Tensor compute_copy(const Tensor& t, DType dtype);
 ScalarType compute_type(DType dtype);
 
-// The packed bases A and B of block bases: dense blocks (docs/basis-spec.md). Dense bases are one
-// block, of elements that are given as they are.
+// Block bases A and B, packed as dense blocks (docs/basis-spec.md). Dense bases are one block with
+// arbitrary elements.
 struct BlockBasis : BlockSizes {
   Tensor a;  // (r, d / a_chunks): row j holds A's columns in its chunk of d; int8 unless is_dense
   OptionalTensor b_planes;  // (1, rows(), words): row e holds column row(e) of B in its chunk of D
@@ -127,13 +127,13 @@ using PackedBasis = std::variant<Basis, BlockBasis>;
 // The packed basis of a layer with these diagonals; throws if shapes disagree.
 //   lists   [a_offset, a_index, b_row_offset, b_row_index, b_col_offset, b_col_index]
 //   planes  [a_offset, a_index, b_planes]
-//   blocks  [a, b_planes], and of a slice [a, b_planes, place]
-//   dense   [a, b], of any floating dtypes
-// Dense unscaled B in the dtype of x may follow the first three, for lists and planes on CUDA only,
-// and after the support_tables of A.
+//   blocks  [a, b_planes], and for a slice [a, b_planes, place]
+//   dense   [a, b], in any floating dtypes
+// A dense unscaled B in the dtype of x may follow blocks. On CUDA, the support_tables of A and then
+// a dense B may follow lists and planes.
 //
-// Without `expand` this is a whole layer, and d is its smaller side. With it, it may be a slice of
-// a layer: d is the input side if *expand, even if larger, and n is that of the whole layer.
+// Without `expand`, the layer is whole and d is its smaller side. With `expand`, the layer may be a
+// slice: d is the input side if *expand, even if that is larger, and n is the whole layer's.
 PackedBasis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
                      int64_t in_features, int64_t out_features, std::optional<bool> expand);
 // Throws if positions do not ascend; the CPU kernels that form dW rely on it. Reads all positions:

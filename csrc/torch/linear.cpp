@@ -2,8 +2,8 @@
 //
 //   factored  both sides of the basis applied to x; dW never exists
 //   delta     dW is formed, then two GEMMs; the base output is untouched
-//   merged    W + dW is formed, then one GEMM; in 16 bits the sum is rounded, to nearest or by a
-//             rounding_seed that backward must get, too
+//   merged    W + dW is formed, then one GEMM; in 16 bits the sum is rounded, to nearest or
+//             stochastically; backward must get the same rounding_seed
 //
 // Without a weight the result is only the adapter's part, for base layers of any kind.
 #include "backend.h"
@@ -94,7 +94,7 @@ void check_dense(const PackedBasis& basis, const std::vector<Tensor>& packed, co
                  describe(packed.back()), " but x is ", describe(x), "; they must have one dtype");
 }
 
-// What a call computes beside tensors.
+// What a call needs besides tensors.
 struct Call {
   Sizes s;
   DType dtype;
@@ -127,7 +127,8 @@ void add_factored(const BlockBasis& b, const Call& c, const Tensor& lam, const T
   block_linear(b, lam, gam, x, y, c.s.T, c.scale, c.expand, accumulate);
 }
 
-// The gradients of add_factored, from x and dy: adds to `dx` if not null; (dlam, dgam) if wanted.
+// The gradients of add_factored from x and dy: sets `dx` if not null, or with `accumulate` adds to
+// it; returns (dlam, dgam) if `need_diagonals`.
 std::tuple<Tensor, Tensor> factored_backward(const Basis& b, const Call& c, const Tensor& lam,
                                              const Tensor& gam, const Tensor& x, const Tensor& dy,
                                              Tensor* dx, bool accumulate, bool need_diagonals) {
@@ -149,14 +150,14 @@ std::tuple<Tensor, Tensor> factored_backward(const BlockBasis& b, const Call& c,
                                need_diagonals);
 }
 
-// (dlam, dgam) where dW was formed.
+// (dlam, dgam) for the paths that form dW.
 std::tuple<Tensor, Tensor> formed_gradients(const Basis& b, const Call& c, const Tensor& lam,
                                             const Tensor& gam, const Tensor& x, const Tensor& dy) {
   const Tensor dyT = torch::stable::transpose(rows(dy, c.s, c.s.out), 0, 1);
   return contract_delta(b, product(dyT, rows(x, c.s, c.s.in)), lam, gam, c.scale, c.expand);
 }
-// By the cheaper of two ways: dy^T x and its product with B, or U and P, which block bases make
-// cheap and dense ones for a few tokens.
+// Uses the cheaper of two ways: contracting dy^T x, or the factored backward, which is cheap for
+// block bases, and for dense bases if tokens are few.
 std::tuple<Tensor, Tensor> formed_gradients(const BlockBasis& b, const Call& c, const Tensor& lam,
                                             const Tensor& gam, const Tensor& x, const Tensor& dy) {
   const double T = double(c.s.T), K = double(b.K()), D = double(b.D), d = double(b.d);

@@ -29,11 +29,12 @@ Tensor allocate(const std::vector<int64_t>& sizes, ScalarType type, const Tensor
 
 namespace {
 
-// What a thread keeps of its temporaries. malloc returns freed memory to the system, and getting it
-// back faults page by page: a fifth of a training step of SmolLM2 with merged block bases.
+// Memory that a thread keeps for its next temporaries. malloc returns freed memory to the system,
+// and getting it back faults page by page: this took a fifth of a training step of SmolLM2 with
+// merged block bases.
 class KeptBlocks {
  public:
-  // The smallest block that fits. If none does, a new one takes the place of the largest.
+  // The smallest block that fits. If none does, a new block replaces the largest.
   Tensor take(int64_t bytes) {
     size_t best = free_.size(), largest = 0;
     for (size_t i = 0; i < free_.size(); ++i) {

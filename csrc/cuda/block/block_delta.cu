@@ -1,21 +1,21 @@
-// W' = W + scale * B A' of block bases in one pass: neither A' nor dW reaches memory.
+// W' = W + scale * B A' for block bases in one pass: neither A' nor dW reaches memory.
 //
-// Chunk g of the D features and chunk h of the d features meet in the columns c of B, or rows of
-// A', with c % groups == g in chunk h of A (of a whole layer; BlockSizes has the slices). Their
-// block of W' is a product of depth K / groups^2, 64 at 4096 x 4096, r = 32 and 8 groups.
+// The block of W' for chunk g of the D features and chunk h of the d features sums over the rows c
+// of A' in chunk h with c % groups == g (in a whole layer; BlockSizes describes slices). So it is a
+// product of depth K / groups^2: 64 at 4096 x 4096, r = 32 and 8 groups.
 //
 // A thread block makes 128 of the D features by N of the d features (ternary_tile.h); slots are c.
 // It starts to read its tile of W, decodes B's words, and forms
-// A'[c, k] = lam[c] a[j, k] gam[i, k], each element for 128 of W'. 16-bit results multiply A' as
-// the sum of two bf16 numbers: 16 bits of mantissa and the exponents of float32, so float16 needs
-// no scaling.
+// A'[c, k] = lam[c] a[j, k] gam[i, k]; each element of A' serves 128 elements of W'. For 16-bit
+// results, A' is the sum of two bf16 numbers: 16 bits of mantissa and the exponents of float32, so
+// float16 needs no scaling.
 //
-// Floor: W read and W' written, 4 bytes an element in 16 bits. Several thread blocks a
-// multiprocessor overlap the loads of one with the arithmetic of others, so a thread block has no
+// Floor: W read and W' written, 4 bytes an element in 16 bits. With several thread blocks per
+// multiprocessor, the loads of one overlap the arithmetic of others, so a thread block has no
 // pipeline of its own.
 //
-// Zeros beside the blocks are exact: what is not finite in lam and gam reaches only what it is
-// connected to.
+// Zeros outside the blocks are exact: inf and NaN in lam and gam reach only the elements of W' that
+// depend on them.
 #include <algorithm>
 
 #include "../delta/delta_store.h"
@@ -38,10 +38,10 @@ struct Work {
   const C *lam, *gam;
   DeltaStore<S> store;
   int64_t stride;  // between rows of W
-  bool aligned;    // in accesses of 16 bytes
+  bool aligned;    // for 16-byte accesses
 };
 
-// A' is multiplied in kParts numbers of type E that sum to it.
+// Each element of A' is multiplied as the sum of kParts numbers of type E.
 template <class S>
 struct Operand {
   static constexpr int kParts = sizeof(S) == 2 ? 2 : 1;
@@ -66,14 +66,14 @@ struct SharedMemory {
     return kTile * int64_t(sizeof(S)) + std::max(loop, result);
   }
   static __device__ __forceinline__ S* base() { return reinterpret_cast<S*>(shared_memory()); }
-  // From here on the results take the place of the operands.
+  // From here on, the results later overwrite the operands.
   static __device__ __forceinline__ uint32_t* codes() {
     return reinterpret_cast<uint32_t*>(base() + kTile);
   }
   static __device__ __forceinline__ E* operand() {
     return reinterpret_cast<E*>(codes() + kCodeWords);
   }
-  // Of each slot: lambda, its rank index j (negative: no slot) and its base i.
+  // For each slot: lambda, rank index j (negative: no row of A') and base i.
   static __device__ __forceinline__ C* lam() {
     return reinterpret_cast<C*>(operand() + F::kParts * kPart);
   }
@@ -87,7 +87,7 @@ struct Place {
   int row0, col0, rows, cols;
 };
 
-// A tile of W in shared memory, (Rows, Cols), by cp.async.
+// Copies a (Rows, Cols) tile of W to shared memory by cp.async.
 template <int Rows, int Cols, class S>
 __device__ __forceinline__ void load_base(S* to, const S* base, int64_t stride, const Place& at) {
   constexpr int V = kPerAccess<S>;
@@ -99,7 +99,7 @@ __device__ __forceinline__ void load_base(S* to, const S* base, int64_t stride, 
   }
 }
 
-// Takes the sums of store_tile.
+// The output that store_tile writes its sums to.
 template <class S_, int Cols>
 struct Result {
   using S = S_;
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kTileThreads, 3) block_delta_kernel(Work<S> p)
                                                   Shared::kPart);
     __syncthreads();
   }
-  cp_async_wait<0>();  // store_tile has the barrier
+  cp_async_wait<0>();  // store_tile begins with the barrier
   store_tile<Transposed>(tile, reinterpret_cast<unsigned char*>(Shared::codes()), line0, col0,
                          Result<S, kCols>{p.store, Shared::base(), p.stride, at, p.aligned});
 }

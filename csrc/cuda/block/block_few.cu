@@ -1,15 +1,15 @@
-// The factored path of block bases for a handful of tokens, as in decoding, straight from sign
-// bits, lambda and gamma: one kernel a side, sums and V in the compute type.
+// The factored path for block bases and a handful of tokens, as in decoding. It reads sign bits,
+// lambda and gamma directly: one kernel per side, sums and V in the compute type.
 //
 //   down   V[e, t] = sum_k M[e, k] x[t, k]     a warp per row e, lanes over its chunk's columns k
 //   up     y[t, k] (+)= sum_e V[e, t] M[e, k]  a lane per column k, warps over its chunk's rows e
 //
-// M is A', whose element is lam[c] a[j, k] gam[i, k] in row c of e (BlockSizes; in a whole layer c
-// is e), or B transposed, which is +-1. The rows of a chunk follow each other in A', and are
-// b_chunks apart in B.
+// M is A' or B transposed. Row e of A' has the elements lam[c] a[j, k] gam[i, k], c = row(e) (see
+// BlockSizes; in a whole layer c is e). B's elements are +-1. The rows of a chunk are consecutive
+// in A' and b_chunks apart in B.
 //
 // Floor: gamma read once, 4 n d bytes, and B's bits; T K (d + D) / groups multiply-adds. Latency
-// dominates. Tokens are taken four at a time, so many of them read everything many times.
+// dominates. Every four tokens read everything again.
 #include <algorithm>
 
 #include "../device/columns.h"
@@ -25,12 +25,12 @@ enum class Matrix { A, B };
 
 constexpr int kAhead = 8;  // rows that a lane of `up` loads at a time
 
-// The blocks of one matrix: `chunks` of (rows e of the chunk, width).
+// The blocks of one matrix: for each of `chunks` chunks, (rows e of the chunk, width).
 template <class S, Matrix matrix>
 struct MatrixBlocks {
   using C = typename ComputeOf<S>::type;
   BlockSizesOf<int> sizes;
-  int rows, chunks, width;  // rows c of a chunk of d
+  int rows, chunks, width;  // `rows`: rows c in each chunk of d
   const int8_t* a;
   const C *lam, *gam;
   Planes b;
@@ -78,7 +78,7 @@ struct MatrixBlocks {
     return b.plus[word] >> k % 64 & 1 ? C(1) : C(-1);
   }
 
-  // Without lambda.
+  // Leaves out lambda, by which block_down_kernel multiplies the sum.
   template <int V, bool Aligned>
   __device__ __forceinline__ void several(int e, int c, int chunk, const Columns<V, Aligned>& at,
                                           C (&m)[V]) const {

@@ -1,4 +1,4 @@
-// out = base + delta, rounded once to 16 bits: W + dW of dense bases, whose dW comes from a GEMM.
+// out = base + delta, rounded once to 16 bits: W + dW for dense bases, whose dW comes from a GEMM.
 //
 // Floor: base and delta read and out written once, 8 bytes an element.
 #include "../device/launch.h"

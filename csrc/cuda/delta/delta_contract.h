@@ -2,7 +2,7 @@
 // parts of Z[j][p, i], one per tile of rows of G, and contracts Z to
 //   dlam[j, i] = scale * sum over p of A[j, k] gam[i, k] Z[j][p, i],  k = S_j[p]
 //   dgam[i, k] = scale * sum over j of A[j, k] lam[j, i] Z[j][p, i]
-// Every sum belongs to one warp, or to one block that adds its warps' in order.
+// Every sum belongs to one warp, or to one block that adds its warps' sums in order.
 #pragma once
 #include <algorithm>
 
@@ -28,7 +28,7 @@ struct Contract {
   }
 };
 
-constexpr int kColumns = 8;  // of dgam that a warp makes: a 32-byte sector in fp32
+constexpr int kColumns = 8;  // columns of dgam per warp: a 32-byte sector in fp32
 constexpr int kBases = 32;   // one per lane
 
 template <class C, class Index>
@@ -59,8 +59,8 @@ __device__ void contract_gam(const Contract<C, Index>& p, int64_t k0, int64_t i0
   for (int k = 0; k < kColumns; ++k) sum[k * kStride + lane] = C(0);
   const int64_t i = i0 + lane;
   for (int64_t j0 = 0; j0 < p.r; j0 += 32) {
-    // A lane finds the entries of its rank index in these columns; then all go through them in
-    // order.
+    // A lane finds the entries of its rank index in these columns; then the warp goes through all
+    // entries in order.
     const bool there = j0 + lane < p.r;
     const int64_t j = there ? j0 + lane : 0;
     const int64_t run[3] = {p.a.plus(j), p.a.minus(j), p.a.end(j)};

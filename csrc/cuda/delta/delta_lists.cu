@@ -1,6 +1,6 @@
 // dW = scale * B @ A' (D, d) or its transpose, plus a base, from lists: density^2 of a GEMM's work.
 //
-// The n rows of A' of one rank index j share the support S_j, so we store them compactly, in fp32:
+// The n rows of A' of one rank index j share the support S_j, so we store them compactly:
 //   value[j][i][p] = A[j, k] lam[j, i] gam[i, k],  k = S_j[p]
 // For each j, row o of dW gets the signed sum of the rows i with B[o, (j, i)] != 0, added once at
 // the positions S_j.
@@ -17,7 +17,7 @@
 // Floor: dW is written once (34 MB at 4096 x 4096 in 16 bits); density^2 D K d additions (17
 // million at density 1/64). Sums in registers save shared-memory updates: one per j, not per entry.
 //
-// Zeros of A and B contribute nothing: an infinity of gamma reaches only what it is connected to.
+// Zeros of A and B are skipped: an infinite gamma reaches only the elements that depend on it.
 #include <algorithm>
 
 #include "delta_rows.h"

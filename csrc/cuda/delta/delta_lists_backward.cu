@@ -1,11 +1,11 @@
-// The adjoint of dW = scale * B @ A' from lists: G (D, d), or (d, D) if transposed, to
+// The adjoint of dW = scale * B @ A' from lists. Reduces G (D, d), or (d, D) if transposed, to
 //   Z[j][p, i]  = sum over o of B[o, (j, i)] G[o, k],      k = S_j[p]
 //   dlam[j, i]  = scale * sum over p of A[j, k] gam[i, k] Z[j][p, i]
 //   dgam[i, k]  = scale * sum over j of A[j, k] lam[j, i] Z[j][p, i]
 // Z exists only where A is not zero. Every sum has a fixed order.
 //
 //   transpose  makes G^T for the columns k that appear in some S_j, so that a column is contiguous.
-//              G transposed already is.
+//              If transposed, G already is G^T.
 //   gather     a block takes 16 bytes' worth of positions of one S_j (8 in 16 bits) and up to 4096
 //              rows of G. Those columns lie side by side in shared memory, so one 16-byte load
 //              serves 8 sums. Eight lanes share a column (j, i) of B: they walk its contiguous
@@ -33,9 +33,9 @@ namespace {
 template <class S>
 constexpr int kGroup = 16 / int(sizeof(S));  // positions a block takes
 constexpr int kTeam = 8;                     // lanes that share a column of B
-constexpr int kAhead = 4;                    // entries of it that a lane takes at a time
+constexpr int kAhead = 4;                    // entries of the column that a lane takes at a time
 
-// Groups of positions before rank index j, with room for a part group in each.
+// Groups of positions before rank index j, with room for a partial group in each.
 template <int Group, class Index>
 __device__ __forceinline__ int64_t groups_before(const Lists<Index>& a, int64_t j) {
   return (a.plus(j) + j * (Group - 1)) / Group;
@@ -86,8 +86,8 @@ __device__ __forceinline__ C team_sum(C (&sum)[N]) {
   return sum[0];
 }
 
-// tile[o] = element o of each column; zero for those past `here`. Rows of 16-bit elements are
-// loaded in pairs if `in_words`: the columns are then aligned to 4 bytes.
+// tile[o] = element o of each column; zero for columns past `here`. `in_words` says that columns of
+// 16-bit elements are aligned to 4 bytes, so that rows can be loaded in pairs.
 template <int N, class S>
 __device__ __forceinline__ void fill_tile(const S* const (&column)[N], int here, int height,
                                           bool in_words, uint4* tile) {
@@ -119,8 +119,8 @@ __device__ __forceinline__ void fill_tile(const S* const (&column)[N], int here,
   }
 }
 
-// Adds to sum the rows of the tile that `list` names; all but the first `pluses` of `count` are
-// subtracted. A lane takes every kTeam-th; past the end it takes the row of zeros, `rows`.
+// Adds the first `pluses` of the `count` tile rows in `list` to sum and subtracts the others. A
+// lane takes every kTeam-th row; past the end it takes the row of zeros, `rows`.
 template <int N, class Index, class C, class S>
 __device__ __forceinline__ void add_rows(const Index* list, int count, int pluses, int64_t o0,
                                          int rows, const uint4* tile, C (&sum)[N], S) {
@@ -138,7 +138,7 @@ __device__ __forceinline__ void add_rows(const Index* list, int count, int pluse
   }
 }
 
-// Z[t][x][i]: of rows o in tile t, for entry x of A's lists and base i.
+// Z[t][x][i] sums over the rows o of tile t, for entry x of A's lists and base i.
 template <class S, class Index>
 __global__ void gather_kernel(const S* GT, int64_t D, int64_t r, int64_t n, Lists<Index> a,
                               Lists<Index> b_cols, int rows, unsigned tiles, bool in_words,

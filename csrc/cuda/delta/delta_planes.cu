@@ -1,8 +1,8 @@
 // dW = scale * B A' [+ base] (D, d), or its transpose, for B as bit planes.
 //
-// A block makes 128 rows of B by N columns k (ternary_tile.h). Slots are (j, i): an outer loop over
-// chunks of 16 bases i, an inner one over quads of rank indices j. A thread owns a column k: it
-// keeps gamma[i, k] of the chunk in registers, and in every step makes
+// A block makes 128 rows o by N columns k of B A' (ternary_tile.h). Slots are (j, i): an outer loop
+// over chunks of 16 bases i, an inner one over quads of rank indices j. A thread owns a column k:
+// it keeps gamma[i, k] of the chunk in registers, and in every step makes
 //
 //   A'[(j, i), k] = A[j, k] * (lambda[j, i] * gamma[i, k])     4 x 16 slots
 //
@@ -12,8 +12,8 @@
 // Floor: dW written once; 2 D K d operations on the tensor cores. mma.sync does not reach the peak
 // of wgmma. With two blocks a multiprocessor, one forms and decodes while the other multiplies.
 //
-// Zeros of A are exact: A' is 0 there whatever lambda and gamma are. Zeros of B are so in f32 and
-// f64 through FMA; on tensor cores an infinite or NaN A'[c, k] makes column k of M NaN in all rows.
+// Zeros of A are exact: A' is 0 there whatever lambda and gamma are. FMA (f32, f64) skips zeros of
+// B; on tensor cores an infinite or NaN A'[c, k] makes column k of B A' NaN in all rows.
 #include <algorithm>
 #include <type_traits>
 
@@ -35,8 +35,8 @@ struct Formation {
   Output<S, Stochastic> out;
 };
 
-// f16 has few exponents, and lambda * gamma is small. So columns of A' are scaled by 2^e, with the
-// largest possible product below 2^15, and columns of M by 2^-e.
+// f16 has few exponents, and lambda * gamma is small. So each column of A' is scaled by a 2^e that
+// keeps all products below 2^15, and the column of B A' by 2^-e.
 template <class S>
 constexpr bool kScaled = std::is_same<S, f16>::value;
 
@@ -82,8 +82,8 @@ struct FormedColumn {
   using C = typename ComputeOf<S>::type;
   static constexpr int N = kColumns<S>, kGroups = kTileThreads / N;  // groups share a step's j
   const DeltaShape& shape;
-  const C *lam_, *gam_;    // (r, n) whole, and the column of (n, d)
-  const uint32_t* signs_;  // the column of (quads, d)
+  const C *lam_, *gam_;    // all of (r, n), and column k of (n, d)
+  const uint32_t* signs_;  // column k of (quads, d)
   C gam[kBases];
 
   template <bool Stochastic>
@@ -122,7 +122,7 @@ struct FormedColumn {
   }
   __device__ __forceinline__ uint32_t load_signs(int quad) const { return signs_[quad * shape.d]; }
 
-  // Slot threadIdx.x of a step.
+  // Lambda of slot threadIdx.x.
   __device__ __forceinline__ C load_lambda(int chunk, int quad) const {
     const int j = quad * kQuad + threadIdx.x / kBases, i = chunk * kBases + threadIdx.x % kBases;
     return threadIdx.x < kSlots && j < shape.r && i < shape.n ? lam_[j * shape.n + i] : C(0);

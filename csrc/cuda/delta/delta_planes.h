@@ -1,5 +1,5 @@
-// What delta_weight and its adjoint make of a basis before they multiply: B's codes (decode.h) in
-// the order in which they are contracted, and the signs of A.
+// What delta_weight and its adjoint derive from a basis before they multiply: B's codes (decode.h)
+// in the order in which they are contracted, and the signs of A.
 //
 // Both process 16 bases i of one rank index j at a time: one code word holds 16 columns c = j n + i
 // of B. So gamma[i, .] is read once and serves all j, and no word of B straddles two j. Zeros pad
@@ -31,16 +31,16 @@ struct DeltaShape {
 };
 
 // delta_codes.cu
-// tiles[row block][chunk][quad]: lines are 128 rows, word q of a line rank index 4 quad + q.
+// tiles[row block][chunk][quad]: lines are 128 rows; word q of a line is rank index 4 quad + q.
 const uint32_t* row_codes(const Basis& b, Device& device);
-// tiles[chunk][octet][64 rows]: line (j % 8) * 16 + i % 16, word q of a line rows from 16 q on
+// tiles[chunk][octet][64 rows]: line (j % 8) * 16 + i % 16; its word q has rows from 16 q on.
 const uint32_t* column_codes(const Basis& b, Device& device);
-// signs[quad][k]: A[j, k] for the four j of a quad, bytes of a word.
+// signs[quad][k]: A[j, k] for the four j of a quad, one byte each.
 const uint32_t* signs_of_A(const Basis& b, Device& device);
 
 inline dim3 blocks_of(int64_t count) { return dim3(static_cast<unsigned>(count)); }
 
-// A tile of codes from global to shared memory, by cp.async.
+// Copies a tile of codes from global to shared memory by cp.async.
 __device__ __forceinline__ void load_codes(uint32_t* to, const uint32_t* tile) {
   const int q = threadIdx.x / 32, line = threadIdx.x % 32 * 4;
   cp_async16(to + q * kCodePitch + line, tile + q * kLines + line);

@@ -1,18 +1,17 @@
-// The adjoint of dW = scale * B A' for B as bit planes: from G = d dW, (D, d) or (d, D),
+// The adjoint of dW = scale * B A' for B as bit planes, from the gradient G, (D, d) or (d, D):
 //
 //   H[c, k]     = sum_o B[o, c] G[o, k]
 //   dlam[j, i]  = scale * sum_k A[j, k] gamma[i, k] H[(j, i), k]
 //   dgam[i, k]  = scale * sum_j A[j, k] lambda[j, i] H[(j, i), k]
 //
 // H (K, d) never leaves the registers of a block, whose 128 lines are 8 rank indices j by 16 bases
-// i (ternary_tile.h): it finishes the sums over those j and over its N columns k, and writes one
-// part of each gradient. A second kernel adds the parts in order.
+// i (ternary_tile.h). The block sums over those j and over its N columns k, and writes one part of
+// each gradient. A second kernel adds the parts in order.
 //
 // Floor: G read once; 2 D K d operations on the tensor cores.
 //
-// Zeros of A are skipped. Zeros of B are so in f32 and f64 through FMA; on tensor cores an infinite
-// or NaN G[o, k] makes column k of H NaN, and with it dgam[., k] and those dlam[j, .] with A[j, k]
-// != 0.
+// Zeros of A are skipped. FMA (f32, f64) also skips zeros of B; on tensor cores an infinite or NaN
+// G[o, k] makes column k of H NaN, and with it dgam[., k], and dlam[j, .] if A[j, k] is not zero.
 #include <algorithm>
 
 #include "../device/ternary_io.h"
@@ -53,7 +52,7 @@ struct ContractionMemory {
   static __device__ __forceinline__ S* operand(int half) {
     return reinterpret_cast<S*>(codes(2)) + half * kOperand;
   }
-  // After the product: sums of warps side by side (WN, lines), and of warps in line (WM, 16, N).
+  // After the product: dlam sums per column of warps (WN, lines), dgam sums per row (WM, 16, N).
   static __device__ __forceinline__ C* dlam() { return reinterpret_cast<C*>(shared_memory()); }
   static __device__ __forceinline__ C* dgam() { return dlam() + Tile::WN * kLines; }
 };

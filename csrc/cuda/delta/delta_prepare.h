@@ -1,4 +1,4 @@
-// What delta_weight prepares once per call if B is lists (delta_lists.cu): the compact rows of A',
+// What delta_weight prepares once per call for B as lists (delta_lists.cu): the compact rows of A',
 // and the entries of A and B in the order in which a row of dW visits them.
 #pragma once
 #include "../device/launch.h"
@@ -14,7 +14,7 @@ namespace {
 template <class C>
 struct Prepared {
   int64_t r, n, d;
-  int64_t columns, chunks;  // in a chunk; number of chunks
+  int64_t columns, chunks;  // columns per chunk; number of chunks
   const int64_t* a_offset;  // of A's lists: S_j is a_offset[2 j] .. a_offset[2 j + 2]
   const int64_t* b_offset;  // of B's rows
   C* value;                 // (r, n, |S_j|)
@@ -44,8 +44,8 @@ __device__ void make_values(const ListBlocks<Index>& a, const C* __restrict__ la
       out.below[q * out.r + j] = static_cast<uint32_t>(a.before(j, q));
 }
 
-// The first `value_blocks` blocks make a rank index and kBases bases each; the others make a row of
-// B per warp.
+// Each of the first `value_blocks` blocks takes a rank index and kBases bases; in the others each
+// warp takes a row of B.
 template <class C, class Index>
 __global__ void prepare_kernel(Lists<Index> a, Lists<Index> b_rows, const C* __restrict__ lam,
                                const C* __restrict__ gam, int64_t D, int64_t value_blocks,

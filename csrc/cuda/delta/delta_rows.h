@@ -8,7 +8,7 @@ namespace randlora {
 namespace cuda {
 namespace {
 
-constexpr int kSteps = 3;  // of 32 positions: what a warp sums in registers
+constexpr int kSteps = 3;  // of 32 positions each, which a warp sums in registers
 constexpr int kAhead = 4;  // entries whose values are loaded before the first is added
 
 // An unpacked entry of B: where its compact row is and where the row is added.
@@ -17,7 +17,7 @@ struct Entry {
   uint32_t position;  // byte offset of its first position
   int count;          // of positions
 
-  // Its form in shared memory: one access.
+  // Packed for shared memory: one access.
   __device__ __forceinline__ uint4 packed() const {
     return make_uint4(static_cast<uint32_t>(value), static_cast<uint32_t>(value >> 32), position,
                       static_cast<uint32_t>(count));
@@ -31,7 +31,7 @@ struct Entry {
 // 32 entries of a row of B: bit e belongs to entry e.
 struct Batch {
   uint4* entry;
-  uint32_t minus, last;  // it is subtracted; it is the last of its j
+  uint32_t minus, last;  // entry e is subtracted; it is the last of its j
 };
 
 // Entries whose values are being loaded.
@@ -40,7 +40,7 @@ struct Ahead {
   Entry entry[kAhead];
   C v[kAhead][kSteps];
 
-  // `value` is this lane's, at position `from`.
+  // `value` points to this lane's element, at position `from`.
   __device__ __forceinline__ void load(const uint4* batch, int from, const C* value) {
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
@@ -57,9 +57,9 @@ struct Ahead {
 // Sums of one rank index at this lane's positions, and where they go.
 template <class C>
 struct Sums {
-  const uint16_t* position;  // this lane's, at `from`
+  const uint16_t* position;  // this lane's element, at `from`
   C* row;
-  int from, nowhere;  // positions that S_j does not have; an element of the row that nobody reads
+  int from, nowhere;  // this lane's first position; an element of the row that nobody reads
   C sum[kSteps];
 
   __device__ __forceinline__ void add(const Ahead<C>& a, uint32_t minus, uint32_t last) {
@@ -91,7 +91,7 @@ struct Sums {
   }
 };
 
-// Adds a batch to the row: of each compact row the positions p .. p + 32 * kSteps.
+// Adds positions p .. p + 32 * kSteps of a batch's compact rows to the row.
 template <class C>
 __device__ __forceinline__ void add_batch(Batch b, int entries, int p, const C* value,
                                           const uint16_t* position, C* row, int nowhere) {
@@ -131,7 +131,7 @@ __device__ __forceinline__ void add_row(const Prepared<C>& in, int64_t o, int64_
     }
     const bool last = next != j ? lane < entries : lane == entries - 1;
     const Batch b{batch, __ballot_sync(kWarp, packed % 2), __ballot_sync(kWarp, last)};
-    batch[lane] = mine.packed();  // the last one was read before a barrier in `flush`
+    batch[lane] = mine.packed();  // the previous batch was read before `flush`'s barrier
     __syncwarp();
     for (int p = 0; __any_sync(kWarp, p < mine.count); p += 32 * kSteps)
       add_batch(b, entries, p, in.value, position, row, nowhere);

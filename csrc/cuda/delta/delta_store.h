@@ -1,5 +1,6 @@
-// The last step of delta_weight, one for all formats of B: a sum of B A' in the compute type
-// becomes an element of dW, out[e] = round(base[e] + scale * sum), to nearest or stochastically.
+// The last step of delta_weight from lists, block_delta and add_rounded: a sum of B A' in the
+// compute type becomes an element of dW, out[e] = round(base[e] + scale * sum), to nearest or
+// stochastically. (From planes: Output in ternary_io.h.)
 #pragma once
 #include "../../core/operators.h"
 #include "../../core/stochastic.h"
@@ -69,7 +70,7 @@ struct DeltaStore {
   __device__ __forceinline__ void run(int64_t e, const C (&sum)[N]) const {
     run(e, sum, base ? base + e : nullptr);
   }
-  // Their base is at `from`, if there is one.
+  // The same, with their base at `from`, or no base if null.
   template <int N>
   __device__ __forceinline__ void run(int64_t e, const C (&sum)[N], const S* from) const {
     uint32_t w[N * sizeof(S) / 4];
@@ -102,7 +103,7 @@ struct DeltaStore {
 #pragma unroll
     for (int v = 0; v < N; ++v) {
       const uint64_t at = static_cast<uint64_t>(e) + v;
-      if (v % 4 == 0) words = rounding_words(seed, at >> 2);  // four elements draw together
+      if (v % 4 == 0) words = rounding_words(seed, at >> 2);  // four elements share a draw
       const uint32_t u = N % 4 == 0 ? words.v[v % 4] : word_of_element(words, at);
       const uint32_t bits = round_stochastic(x[v], u, S{}).bits;
       w[v / 2] = v % 2 ? w[v / 2] | bits << 16 : bits;

@@ -11,8 +11,8 @@ namespace cuda {
 namespace {
 
 constexpr int kSide = 64;  // of a tile
-constexpr int kTiles = 4;  // a block takes, one below the other
-template <class S>         // of a row of a tile: odd in 32-bit words
+constexpr int kTiles = 4;  // tiles per block, one below the other
+template <class S>         // between rows of a tile; odd in 32-bit words
 constexpr int kTileStride = kSide + (sizeof(S) == 2 ? 2 : 1);
 
 // Bit b: column k0 + b is in some S_j. Every warp computes it, a lane per rank index.

@@ -1,6 +1,6 @@
-// How threads share the columns of a row-major matrix: V columns each. If every row is aligned,
-// they are adjacent, in 16-byte accesses; otherwise a warp's lanes interleave. Either way
-// neighbouring lanes touch neighbouring elements.
+// How threads share the columns of a row-major matrix: V columns each. If every row is aligned, a
+// thread's columns are adjacent, for 16-byte accesses; otherwise a warp's lanes interleave. Either
+// way neighbouring lanes touch neighbouring elements.
 #pragma once
 #include "element.h"
 #include "ptx.h"
@@ -8,7 +8,7 @@
 namespace randlora {
 
 // N elements that move together, kept as words: unpacking 16-bit elements would make a kernel wait
-// for a load that it issued ahead. (may_alias: for g++, words of any type.)
+// for a load that it issued ahead. (may_alias lets g++ keep any type in words.)
 template <class S, int N>
 struct alignas(16) [[gnu::may_alias]] Pack {
   static_assert(sizeof(S) * N % 16 == 0, "whole accesses");
@@ -83,7 +83,7 @@ struct Columns {
     }
   }
 
-  // Bit v is that of column at(v) in a row of a bit plane. V divides 64.
+  // Bit v is the bit of column at(v) in a row of a bit plane. V divides 64.
   __device__ __forceinline__ uint32_t bits(const uint64_t* row) const {
     if constexpr (Aligned) {
       return inside(0) ? static_cast<uint32_t>(row[first >> 6] >> (first & 63)) : 0;

@@ -1,7 +1,8 @@
 // This library has its own CUDA runtime, linked statically. The driver has one current card for it
 // and for torch's runtime, so make_current changes nothing if torch has made the card current.
-// make_current does not restore the card before: setting a card without a context makes one, which
-// takes half a gigabyte. torch's own guard restores it, since torch knows which cards have one.
+// make_current does not restore the previous card: setting a card without a context creates one,
+// which takes half a gigabyte. torch's guard restores it, since torch knows which cards have a
+// context.
 #include "context.h"
 
 #include <cuda_runtime_api.h>

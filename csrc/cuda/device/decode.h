@@ -1,8 +1,8 @@
 // Ternary elements as codes of two bits that turn into numbers by a shift and a mask.
 //
-// A code is (negative, not zero), the lower bit last. Moved to the top of an IEEE number of any
-// width it is the number 0, +2 or -2: 2 has only the highest exponent bit set. So products of codes
-// are exactly doubled, and the code that stores a result halves its scale.
+// The upper bit of a code says negative, the lower bit not zero. Moved to the top of an IEEE number
+// of any width, a code is the number 0, +2 or -2, because 2 has only the highest exponent bit set.
+// So products with codes are exactly doubled, and storing a result halves the scale.
 //
 // A code word holds 16 successive elements of a line (a row or a column of B), those with even
 // numbers in its lower half:

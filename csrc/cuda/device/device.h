@@ -1,4 +1,4 @@
-// The Device of core/device.h for sources that hold kernels: with the CUDA language around it.
+// core/device.h together with the CUDA language, for sources that hold kernels.
 #pragma once
 #include "../../core/device.h"
 #include "cuda_or_cpu.h"

@@ -28,7 +28,7 @@ __device__ __forceinline__ float widen(f16 x) {
 #endif
 }
 
-// Round to nearest, ties to even; narrow<S>(x).
+// narrow<S>(x) rounds to nearest, ties to even.
 template <class S>
 __device__ __forceinline__ S narrow(typename ComputeOf<S>::type x);
 

@@ -11,8 +11,8 @@
 
 namespace randlora {
 
-// Shared memory of a block: the default on any card, and the smallest opt-in maximum of a supported
-// one (sm_86, 89 and 120).
+// Shared memory of a block: the default on any card, and the smallest opt-in maximum of supported
+// cards (sm_86, 89 and 120).
 constexpr int64_t kFreeShared = 48 << 10, kLeastShared = 99 << 10;
 
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -43,7 +43,8 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// a and b hold fp32 bits; the unit rounds them to tf32 (round_tf32 first, for round-to-nearest).
+// a and b hold fp32 bits; the tensor core ignores those beyond tf32. Call round_tf32 before, to
+// round to nearest.
 __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4],
                                          const uint32_t (&b)[2]) {
   asm volatile(

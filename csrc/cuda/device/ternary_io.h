@@ -5,8 +5,9 @@
 
 namespace randlora {
 
-// Elements (row0 .. + Rows, col0 .. + Cols) of a row-major matrix (rows, cols), zeros outside it,
-// to rows in shared memory; by_k if the rows are slots. Aligned rows by cp.async, to be waited for.
+// Copies elements (row0 .. + Rows, col0 .. + Cols) of a row-major matrix (rows, cols), zeros
+// outside it, to rows in shared memory; by_k if the rows are slots. Aligned rows are copied by
+// cp.async, for which the caller waits.
 template <Order O, int Rows, int Cols, class S>
 __device__ __forceinline__ void load_operand(S* to, int stride, const S* from, int64_t rows,
                                              int64_t cols, int64_t row0, int64_t col0,
@@ -80,8 +81,8 @@ struct Output {
   }
 };
 
-// The tile at line0, col0 of the product, by way of shared memory: to rows that are lines, or to
-// rows that are columns n (Turned). 16 columns of every warp at a time.
+// Stores the tile at (line0, col0) of the product by way of shared memory, 16 columns of every warp
+// at a time. Rows of the output are lines or, if Turned, columns n.
 template <bool Turned, class Tile>
 constexpr int64_t store_bytes() {
   constexpr int kCols = Tile::WN * 16;

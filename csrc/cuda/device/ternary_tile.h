@@ -4,14 +4,14 @@
 //
 // Lines are rows of B and slots its columns, or the reverse. Four warps share the tile; a step is
 // 64 slots deep. Left fragments are decoded from registers that hold 16 slots of a line each, so
-// the contraction takes slots in an order of its own: in a warp, lanes with l % 4 == q hold slots
-// 16 q .. 16 q + 15, and the k-th mma of a step those with k = (slot % 16) / 4.
+// the contraction takes slots in an order of its own: lanes l with l % 4 == q hold slots
+// 16 q .. 16 q + 15, and the k-th mma of a step takes the slots with (slot % 16) / 4 == k.
 //
 // Code word q of a line lies at codes[q * kCodePitch + line]; the operand in one of two orders:
 //   by_line   (slot, n) at p[n * stride + slot]                 rows of x, V, A'^T, G^T
 //   by_k      (slot, n) at p[row_of_slot(slot) * stride + n]    rows of G
 //
-// Three engines as in tile.h. FMA skips zeros of B, so NaN and inf reach only connected results.
+// Three engines as in tile.h. FMA skips zeros of B, so NaN and inf do not pass through them.
 // Tensor cores multiply by the zeros, so a NaN or inf spoils its whole column n.
 #pragma once
 #include "columns.h"
@@ -57,7 +57,7 @@ struct TernaryTile {
     return warp_n() * NI * 8 + Warp::col(n, e);
   }
 
-  // On tensor cores and by_line the operand may be a sum of Parts, `apart` elements from each other.
+  // In 16 bits and by_line, the operand may be a sum of Parts, `apart` elements from each other.
   template <Order O, int Parts = 1>
   __device__ __forceinline__ void step(const uint32_t* codes, const S* operand, int stride,
                                        int apart = 0) {

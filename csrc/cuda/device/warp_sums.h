@@ -6,7 +6,7 @@ namespace randlora {
 
 // Sums v[0 .. N) over all lanes that differ by multiples of Apart; N and Apart are powers of two,
 // N * Apart <= 32. Returns sum number lane / (32 / N). A lane gives away half of its values in each
-// round while it has several: 2 N shuffles instead of 5 N. The order is fixed.
+// round while it has several: N - 1 + log2(32 / N) shuffles instead of 5 N. The order is fixed.
 template <int N, int Apart = 1, class C>
 __device__ __forceinline__ C warp_sums(C (&v)[N]) {
   static_assert(N * Apart <= 32, "a lane for every sum");

@@ -2,16 +2,16 @@
 //
 //   out[t, k_p] += sum_i G'[p, i] U[t, (j, i)]        p in S_j,  G' = scale lam G
 //
-// Each is a dense product whose results scatter over columns. A block owns some tokens and a range
-// of columns, keeps their sums in shared memory in fp32, and walks j. The entries of S_j in its
-// range are consecutive (Support::before). The block takes them in chunks; each warp gets a tile of
-// 16 MI entries x all tokens. A pipeline stage holds a slice of bases of one chunk: its values and
-// U, copied two stages ahead by cp.async. After the last slice each warp adds its tile to the sums.
-// A column belongs to one warp of a chunk, and a barrier separates the chunks, so no atomics are
-// needed and j ascends. `out` is read and written once, by rows.
+// Each j is a dense product whose results scatter over columns. A block owns some tokens and a
+// range of columns, keeps their sums in shared memory in the compute type, and walks j. The entries
+// of S_j in its range are consecutive (Support::before). The block takes them in chunks; each warp
+// gets a tile of 16 MI entries x all tokens. A pipeline stage holds a slice of bases of one chunk:
+// its values and U, copied two stages ahead by cp.async. After the last slice each warp adds its
+// tile to the sums. Within a chunk a column belongs to one warp, and a barrier separates the
+// chunks, so sums need no atomics and run in order of j. `out` is read and written once, by rows.
 //
-// Floor: 2 T n |A| operations; bytes: U once for every range of columns, the values once for every
-// tile of tokens, and `out`.
+// Floor: 2 T n nnz(A) operations; U is read once per range of columns, the values once per tile of
+// tokens, and `out` is written once.
 #include <cmath>
 
 #include "a_side.h"
@@ -21,12 +21,12 @@ namespace randlora {
 namespace cuda {
 namespace {
 
-// Tile shapes. A slice of bases is kDepth deep; sums of kFlush bases are made in registers.
+// Tile shapes. A slice has kDepth bases; registers sum kFlush bases before they are flushed.
 template <class S, int MI, int NI, bool Tf32>
 struct Down {
   using Tile = WarpTile<S, MI, NI, Tf32>;
   using C = typename Tile::C;
-  static constexpr int kTokens = 8 * NI, kLines = 16 * MI;  // of a warp's tile; a block's tokens
+  static constexpr int kTokens = 8 * NI, kLines = 16 * MI;  // of a warp's tile; a block has kTokens
   static constexpr int kDepth = (MI == 1 ? 128 : 64) / int(sizeof(S)),
                        kFlush = 256 / int(sizeof(S));
   static constexpr int kStride = kDepth + kPerAccess<S>;
@@ -43,7 +43,7 @@ struct Down {
 };
 
 // A slice of a chunk: `count` entries from `entry` on, all of one j, and bases from i0 on.
-// count = 0: there is no more.
+// count = 0 marks the end.
 struct Stage {
   int64_t entry, i0;
   int count;
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(256, 1)
   // j + 1 are fetched ahead.
   int64_t j = -1, i0 = a.n;
   int at = 0, end = 0, next_low = a.before(0, k0), next_end = a.before(0, k1);
-  // A thread copies the same piece of rows that lie `row_step` apart.
+  // A thread copies the same piece of every row_step-th row.
   const int first_row = threadIdx.x / kPieces, row_step = blockDim.x / kPieces;
   const int base = threadIdx.x % kPieces * L;
   const auto load = [&](int buffer) -> Stage {
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(256, 1)
 
   Tile tile;
   tile.zero();
-  const int p0 = warp * B::kLines;  // of a chunk, the warp's first entry
+  const int p0 = warp * B::kLines;  // the warp's first entry in a chunk
   const auto use = [&](const Stage& stage, int buffer) {
     if (p0 >= stage.count) return;
     const int depth = static_cast<int>(min(a.n - stage.i0, int64_t{B::kDepth}));
@@ -243,7 +243,7 @@ void ASideCall::down(const void* U, int64_t T, void* out, bool accumulate) {
       using B = decltype(shape);
       const int threads = min(256, device_.max_threads);
       const TileSize tile = choose_tile<B>(a, device_, threads / 32);
-      // As wide as fits, but narrower (down to 64 columns) if SMs would have no block.
+      // As wide as fits, but narrower (down to 64 columns) if SMs would be idle otherwise.
       const int64_t token_tiles = ceil_div(T, B::kTokens);
       const int64_t ranges =
           max(ceil_div(a.d, tile.columns),

@@ -1,5 +1,5 @@
 // Up and down of the A side (a_side.h) for a handful of tokens, as in decoding. Nothing is
-// prepared, and sums stay in fp32.
+// prepared, and sums are in the compute type.
 //
 //   up     a block takes a base i and up to four tokens. z'[k] = gam[i, k] z[t, k] goes to shared
 //          memory; then V[t, (j, i)] is a signed sum of z' over row j of A: a warp per row, lanes
@@ -94,7 +94,7 @@ __global__ void down_few_kernel(Lists<Index> a, int64_t r, int64_t n, int64_t d,
                                 int64_t T, S* __restrict__ out, bool accumulate) {
   using C = typename ComputeOf<S>::type;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int stride = static_cast<int>(n | 1);    // odd, for lanes that read different j
+  const int stride = static_cast<int>(n | 1);    // odd: fewer bank conflicts between lanes
   C* u = reinterpret_cast<C*>(shared_memory());  // (r, stride): scale lam U
   C* parts = u + r * stride;                     // (warps, 32)
   int32_t* code = reinterpret_cast<int32_t*>(parts + blockDim.x);  // (r, 32)
@@ -103,8 +103,8 @@ __global__ void down_few_kernel(Lists<Index> a, int64_t r, int64_t n, int64_t d,
   const int64_t k0 = blockIdx.x % columns * 32, k = k0 + lane;
   const int64_t t0 = blockIdx.x / columns * slice, t1 = min(T, t0 + slice);
 
-  // code[., lane] = the entries of column k: 2 j, plus 1 if A is -1, ascending by j. First a table
-  // with holes: a thread searches a run of A's lists for column k0, and a warp reads on from there.
+  // code[., lane] = the entries of column k: 2 j, plus 1 if A is -1, ascending by j. First it has
+  // holes: a thread searches a run of A's lists for column k0, and a warp reads on from there.
   const auto run = [&](int64_t q) { return a.offset + q; };  // [run(q)[0], run(q)[1])
   for (int64_t q = threadIdx.x; q < 2 * r; q += blockDim.x) {
     int64_t begin = run(q)[0], end = run(q)[1];
@@ -182,7 +182,7 @@ __global__ void down_few_kernel(Lists<Index> a, int64_t r, int64_t n, int64_t d,
 
 }  // namespace
 
-// Up to 16 tokens, and at most r d products of tokens and entries of A. Above, tensor cores win.
+// Up to 16 tokens, if T nnz(A) <= r d. Above that, tensor cores are faster.
 bool ASideCall::few(int64_t T) const {
   const Basis& b = p_.basis;
   return T <= 16 && T * b.a.count <= b.r * b.d;

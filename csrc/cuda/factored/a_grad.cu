@@ -1,4 +1,4 @@
-// dlam and dgam of scale * sum_t U[t, c] z[t, k] contracted with A' (docs/math.md, section 4):
+// dlam and dgam from U and z (docs/math.md, section 4):
 //
 //   P[p, i]      = sum_t z[t, k_p] U[t, (j, i)]        p in S_j
 //   dlam[j, i]   = scale sum_p G[p, i] P[p, i]
@@ -7,9 +7,10 @@
 //   grad_kernel      P, a dense product with gathered rows of the token panels of z as in a_up.cu.
 //                    A block owns 128 entries of one j x bases and a range of tokens. If that makes
 //                    too few blocks, the tokens are split and every split writes its own P.
-//   contract_kernel  lane = column k; a warp has 32 of them and 8 bases, walks j in ascending order
-//                    and adds up the splits. dgam stays in registers. Its share of dlam[j, :] is
-//                    summed over the lanes and written to scratch, one row for every 32 columns
+//   contract_kernel  a lane has a column k, a warp 32 columns and 8 bases. It walks j in ascending
+//                    order and adds up the splits. dgam stays in registers. Its share of
+//                    dlam[j, :] is summed over the lanes and written to scratch, one row for every
+//                    32 columns
 //   sum_lambda       adds those rows up
 // Sums that span blocks go through scratch in a fixed order: deterministic.
 //
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(128)
   using C = typename B::C;
   using Tile = typename B::Tile;
   constexpr int L = kPerAccess<S>, kZPieces = B::kDepth / L, kUPieces = B::kN / L;
-  constexpr int kRows = B::kM * kZPieces / B::kThreads;  // of z that a thread copies from
+  constexpr int kRows = B::kM * kZPieces / B::kThreads;  // rows of z that a thread copies
   S* shared = reinterpret_cast<S*>(shared_memory());
 
   const int64_t base_tiles = ceil_div(a.n, B::kN);
@@ -95,14 +96,14 @@ __global__ void __launch_bounds__(128)
         tile.template step<Order::by_line, Order::by_k>(z_stage + k, B::kLineStride,
                                                         u_stage + k * B::kUStride, B::kUStride);
   });
-  __syncthreads();  // the stages become room for the store
+  __syncthreads();  // store_rows reuses the stages' memory
   if (works)
     store_rows(tile, reinterpret_cast<C*>(shared) + threadIdx.x / 32 * 16 * B::kStoreStride,
                P + (blockIdx.y * a.room() + e0 + wm) * a.bases + i0 + wn, a.bases, entries - wm,
                a.bases - i0 - wn, true, accumulate);
 }
 
-constexpr int kBases = 8;  // of a warp of contract_kernel
+constexpr int kBases = 8;  // per warp of contract_kernel
 
 template <class C>
 __global__ void contract_kernel(Support a, const C* __restrict__ P, int splits,
@@ -218,7 +219,7 @@ void ASideCall::grad(const void* U, void* dlam, void* dgam, bool accumulate) {
       using B = decltype(shape);
       const int64_t tiles = a.tiles(B::kM) * ceil_div(a.n, B::kN);
       // Enough splits for two blocks per SM, but of at least 256 tokens: a shorter split would not
-      // pay for its P. Each part adds to the P of the parts before it, split by split.
+      // pay for its P. Each part of the tokens adds to the P of earlier parts, split by split.
       const int64_t tokens = max(part_, int64_t{1});
       int64_t wanted = ceil_div(2 * device_.multiprocessors, tiles);
       // In fp32 a running sum over thousands of tokens would be less accurate than torch's. So use

@@ -25,7 +25,7 @@ namespace cuda {
 
 // ---- one operator call --------------------------------------------------------------------------
 
-// The products of the A side for up to p.T tokens at a time. Makes what they share on first use.
+// The products of the A side for up to p.T tokens at a time. Makes tables and values on first use.
 class ASideCall {
  public:
   ASideCall(const ASide& p, double scale, Device& device);
@@ -54,7 +54,7 @@ class ASideCall {
   int64_t part_;
   Panels panels_ = {};
   int64_t filled_ = -1;                               // the t of panels_
-  void *partial_ = nullptr, *partial_lam_ = nullptr;  // of grad
+  void *partial_ = nullptr, *partial_lam_ = nullptr;  // for grad
 };
 
 // ---- device code --------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ struct BlockTile {
   using Tile = WarpTile<S, MI, NI, Tf32>;
   using C = typename Tile::C;
   static constexpr int kThreads = 128, kM = 32 * MI, kN = 16 * NI;
-  static constexpr int kDepth = sizeof(S) == 2 ? 32 : 16;  // of the sum, a stage
+  static constexpr int kDepth = sizeof(S) == 2 ? 32 : 16;  // terms of the sum per stage
   static constexpr int kStages = 3;
   static constexpr int kPad = sizeof(S) == 8 ? 2 : 8;         // by_k: rows of kM + kPad, kN + kPad
   static constexpr int kLineStride = kDepth + kPerAccess<S>;  // by_line
@@ -77,8 +77,8 @@ struct BlockTile {
   static __device__ __forceinline__ int warp_n() { return threadIdx.x / 32 % 2 * (8 * NI); }
 };
 
-// Calls fn(row, piece, u) for the u-th of this thread's share of (Rows, Pieces); `piece` is the
-// same for all of them.
+// Calls fn(row, piece, u) for the u-th element of this thread's share of (Rows, Pieces). A thread
+// always gets the same `piece`.
 template <int Rows, int Pieces, int Threads, class F>
 __device__ __forceinline__ void each_piece(const F& fn) {
   static_assert(Threads % Pieces == 0 && Rows * Pieces % Threads == 0, "equal shares");

@@ -1,5 +1,5 @@
-// What the products of the A side share (a_side.h): tables, made once a basis, or once a call if
-// the basis keeps none; values, made once a call.
+// What the products of the A side share (a_side.h): tables, made once per basis, or per call if the
+// basis keeps none; and values, made once per call.
 //
 //   find_entries   thread (j, k): two binary searches in row j of A tell whether A[j, k] is an
 //                  entry p, and how many entries of j lie before column k
@@ -35,7 +35,7 @@ __global__ void find_entries(Lists<Index> a, int64_t r, int64_t d, int32_t* entr
   if (x >= r * d) return;
   const int64_t j = x / d, k = x % d;
   const int64_t plus = a.plus(j), minus = a.minus(j), end = a.end(j);
-  const int64_t first = (plus / kGroup + j) * kGroup, size = end - plus;  // as Support has them
+  const int64_t first = (plus / kGroup + j) * kGroup, size = end - plus;  // as in Support
   const int64_t in_plus = lower_bound(a.index, plus, minus, k);
   const int64_t in_minus = lower_bound(a.index, minus, end, k);
   const bool is_plus = plus + in_plus < minus && a.index[plus + in_plus] == k;
@@ -46,9 +46,9 @@ __global__ void find_entries(Lists<Index> a, int64_t r, int64_t d, int32_t* entr
   for (int64_t q = size + k; q < ceil_div(size, kGroup) * kGroup; q += d) entry[first + q] = -1;
 }
 
-constexpr int kBases = 64;  // of a block of form_values
+constexpr int kBases = 64;  // per block of form_values
 
-// lam is null if the values leave it out.
+// lam is null for values without lambda.
 template <class S, class C>
 __global__ void form_values(Support s, const C* __restrict__ lam, const C* __restrict__ gam,
                             C scale, S* __restrict__ values) {

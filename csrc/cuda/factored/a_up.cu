@@ -4,9 +4,9 @@
 //
 // This is a dense product (tokens x |S_j|) (|S_j| x n) with a gathered left operand: rows k_p of
 // the token panels of z, 128 bytes each. A block owns tokens x bases of one j. It fetches 32
-// entries (16 in fp32) a stage by cp.async, three stages deep, and sums in fp32. Blocks that differ
-// only in j are neighbours, so a panel comes from memory once and then from L2. Few tokens use
-// smaller tiles, so that every SM has a block.
+// entries (16 unless in 16 bits) a stage by cp.async, three stages deep. Blocks that differ only in
+// j are neighbours, so a panel comes from memory once and then from L2. Few tokens use smaller
+// tiles, so that every SM has a block.
 //
 // Floor: V written and z read once; 2 T n nnz(A) operations.
 #include "a_side.h"
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(128)
   const int32_t* entry = a.entry + first;
   const S* value = values + first * a.bases + i;
 
-  int32_t code[kCopies];  // of the next stage, fetched while this one is under way
+  int32_t code[kCopies];  // for the next load, fetched one step ahead
   const auto fetch = [&](int step) {
     each_piece<B::kDepth, kZPieces, B::kThreads>(
         [&](int row, int, int u) { code[u] = step < steps ? entry[step * B::kDepth + row] : -1; });
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(128)
 #pragma unroll
       for (int m = 0; m < MI; ++m) tile.acc[m][n][h] *= factor, tile.acc[m][n][2 + h] *= factor;
     }
-  __syncthreads();  // the stages become room for the store
+  __syncthreads();  // store_rows reuses the stages' memory
   if (works)
     store_rows(tile, reinterpret_cast<C*>(shared) + threadIdx.x / 32 * 16 * B::kStoreStride,
                V + (t0 + wm) * a.r * a.n + j * a.n + i0 + wn, a.r * a.n, T - t0 - wm, a.n - i0 - wn,

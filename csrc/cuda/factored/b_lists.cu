@@ -1,13 +1,13 @@
-// The B side of the factored path from sorted sign-split lists, both directions one kernel:
+// The B side of the factored path from sorted sign-split lists, one kernel for both directions:
 //
 //   up     y[t, o] = scale sum_c B[o, c] V[t, c] [+ y]     lines are the rows of B, over K
 //   down   U[t, c] = sum_o B[o, c] x[t, o]                 lines are its columns, over D
 //
 // A block takes a tile of tokens and a range of lines. It stages its tokens' operand once in shared
 // memory, transposed to (features, tokens), so that gathers cause no L2 traffic. A warp takes a
-// line: lanes are entries x pieces of 16 bytes of tokens. Every lane sums its tokens in fp32, and
-// the lanes are summed at the end. The warp fetches the next line's positions while it sums this
-// one. Results of 4 lines a warp are collected in shared memory and stored by rows. Nothing is
+// line; a lane takes some of its entries and 16 bytes of tokens. Lanes sum in the compute type, and
+// the warp adds their sums at the end. The warp fetches the next line's positions while it sums
+// this one. Results of 4 lines a warp are collected in shared memory and stored by rows. Nothing is
 // summed between warps: deterministic.
 //
 //   T = 1          lanes are entries; the operand is not staged
@@ -34,7 +34,7 @@ template <class S, int TT>
 struct TokenTile {
   static constexpr int kLines = lines_of_warp(TT);
   static constexpr int kTokens = TT == 1 ? 1 : kPerAccess<S>, kAcross = TT / kTokens;
-  static constexpr int kEntries = 32 / kAcross;        // a step of the warp
+  static constexpr int kEntries = 32 / kAcross;        // per step of the warp
   static constexpr int kAhead = kAcross == 2 ? 6 : 3;  // steps whose positions are fetched ahead
   static constexpr int kOut = TT * kLines < 32 ? 1 : TT * kLines / 32;  // results a thread stores
 };
@@ -99,8 +99,8 @@ __global__ void __launch_bounds__(256, kResident)
     }
   };
 
-  // Lane l has offset[2 q + l] for the first q of the warp's lines of a chunk; past the last line,
-  // lines are empty.
+  // Lane l gets offset[2 q + l], where q is the warp's first line of chunk c. Lines past the last
+  // are empty.
   const auto offsets = [&](int64_t c) {
     return lists.offset[min(2 * (first + c * chunk + warp * kLines) + lane, 2 * last)];
   };
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(256, kResident)
       ahead[s] = s * G::kEntries < count - slot ? line[s * G::kEntries + slot] : Index(0);
   };
 
-  int64_t origin = of_lane(offsets(0), 0);  // of the warp's first line; the others relative to it
+  int64_t origin = of_lane(offsets(0), 0);  // of the warp's first line; `offset` counts from it
   int offset = static_cast<int>(offsets(0) - origin);
   fetch(lists.index + origin, of_lane(offset, 2));
   const int64_t chunks = ceil_div(last - first, chunk);
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(256, kResident)
   }
 }
 
-// out (T, lines) = scale * operand (T, features) with the lines' signed sums [+ out].
+// out (T, lines) = scale * each line's signed sum of operand (T, features) [+ out].
 void run(const AnyLists& any, bool wide, int64_t lines, int64_t features, int64_t T, DType dtype,
          const void* operand, void* out, double scale, bool accumulate, Device& device) {
   if (T == 0) return;

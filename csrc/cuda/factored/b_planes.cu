@@ -4,16 +4,16 @@
 //   down   U (T, K) = x (T, D) B                      lines are columns of B
 //
 // A block computes 128 lines of N tokens (ternary_tile.h), N = 16 for few tokens. While it
-// multiplies one step, cp.async brings the next step's tokens; its plane words come through
-// registers and become codes in the other half of shared memory. If there are fewer tiles than the
-// card has room for, blocks share the contraction of a tile, and a second kernel adds their partial
-// sums in order.
+// multiplies one step, cp.async brings the next step's tokens; the next step's plane words come
+// through registers and become codes in the other half of shared memory. If there are fewer tiles
+// than the card has room for, blocks share the contraction of a tile, and a second kernel adds
+// their partial sums in order.
 //
 // Floor: D K / 4 bytes of planes, an eighth of a dense B in 16 bits, and the tokens; 2 T D K
 // operations. mma.sync does not reach the peak of wgmma, so for many tokens linear.cu prefers a
 // GEMM if the caller has B unpacked. f32 uses FMA, or tf32 if the device allows it.
 //
-// NaN and inf: ternary_tile.h. They stay in their token whatever the engine.
+// NaN and inf (ternary_tile.h) stay within their token with every engine.
 #include <algorithm>
 
 #include "../device/launch.h"
@@ -76,7 +76,7 @@ struct Product {
   const S* tokens;  // (T, depth)
   bool aligned;
   int64_t line_blocks, token_blocks;
-  int64_t splits, slots;  // blocks that share a tile, and what each contracts
+  int64_t splits, slots;  // blocks that share a tile, and the slots of each
   C* partial;             // (splits, T, lines), null if splits == 1
   Output<S> out;          // (T, lines)
 };
@@ -179,7 +179,7 @@ void run(Product<S>& p, Device& device) {
            p.out);
 }
 
-// N by the number of tokens; half of a full tile if whole ones would not fill the card twice.
+// Chooses N by the number of tokens: half a full tile if full tiles would not fill the card twice.
 template <class S, bool Tf32, bool Up>
 void run_for_tokens(Product<S>& p, Device& device) {
   if (p.T <= 16) return run<S, Tf32, Up, 16>(p, device);

@@ -1,13 +1,13 @@
 // Sums in shared memory, a row of `Tokens` for every column. Warps add their tiles to them without
 // bank conflicts (a_down.cu). A tile's lines are columns in any order, and its columns are tokens.
 //
-// Four units of 16 bytes are a part. A lane of mma's fragments (ptx.h) holds two adjacent tokens of
-// 8. So tokens are permuted (place_of_token) until a lane holds a whole unit of every part: in fp32
-// four adjacent tokens of 16. Eight lanes then access two lines of the tile, a part of each. They
-// would use the same banks; so of two parts, lanes of odd lines take the second first.
+// A part is four units of 16 bytes. A lane of mma's fragments (ptx.h) holds two adjacent tokens of
+// 8, so place_of_token permutes the tokens to give a lane a whole unit of every part: in fp32, four
+// adjacent tokens of 16. Eight lanes then access two lines of the tile, one part of each. Both
+// parts would use the same banks, so lanes of odd lines take the second part of a pair first.
 //
-// `turn` exchanges the units of a part, and parts, by column, so that reading a token of several
-// columns has few conflicts, too. S is the type that results are stored in.
+// `turn` exchanges units within a part, and parts within a pair, by column, so that reading a token
+// of several columns has few conflicts, too. S is the type that results are stored in.
 #pragma once
 #include "../device/columns.h"
 #include "../device/tile.h"
@@ -28,14 +28,14 @@ struct ColumnSums {
     return sums[column * Tokens + ((token / kUnit ^ turn(column)) * kUnit | token % kUnit)];
   }
 
-  // The column of the tile that a token must be.
+  // The column of the tile that must hold `token`.
   static __device__ __forceinline__ int place_of_token(int token) {
     if constexpr (kUnit == 2) return token;
     return token / 16 * 16 + token % 4 / 2 * 8 + token % 16 / 4 * 2 + token % 2;
   }
 
-  // Adds a tile; column[m][h] belongs to its line Tile::row(m, 2 h), -1 for a line to leave out.
-  // All lines of a fragment are read before one is written: the compiler cannot know that they
+  // Adds a tile. column[m][h] is where its line Tile::row(m, 2 h) goes, or -1 to skip the line. All
+  // lines of a fragment are read before one is written, because the compiler cannot know that they
   // differ.
   template <class Tile, int MI>
   __device__ __forceinline__ void add(const Tile& tile, const int (&column)[MI][2]) const {

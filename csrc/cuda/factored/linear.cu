@@ -2,15 +2,15 @@
 //
 //   linear            expand (d == in)   V = s x A'^T (T, K),   y (+)= V B^T
 //                     reduce (d == out)  U = x B (T, K),        y (+)= s U A'
-//   linear_backward   expand             U = dy B,            dx (+)= s U A',   dlam, dgam of U, x
+//   linear_backward   expand             U = dy B,            dx (+)= s U A',  dlam, dgam from U, x
 //                     reduce             V = s dy A'^T,       dx (+)= V B^T
-//                                        U = x B,             dlam, dgam of U, dy
+//                                        U = x B,             dlam, dgam from U, dy
 //
 // Tokens are processed in chunks (Device::chunk_bytes of V or U), so scratch does not grow with T;
 // dlam and dgam accumulate chunk by chunk, in order. V and U have the dtype of x.
 //
-// The B side is a GEMM if the caller brings B unpacked (Basis::b_dense); when that pays, the caller
-// decides.
+// The B side is a GEMM if the caller passes B unpacked (Basis::b_dense). The caller decides when
+// that pays.
 //
 // Floor: each B product is 2 T D K operations by GEMM, each A product 2 T n nnz(A).
 #include <vector>

@@ -1,8 +1,8 @@
-// A'[c, k] = scale * lam[j, i] * A[j, k] * gam[i, h * w + k], c = j * n + i, row j of A with the w
-// columns of its group h, and its gradients (PEFT's UniqueBaseGrad if there is one group):
+// A'[c, k] = scale * lam[j, i] * A[j, k] * gam[i, h * w + k], with c = j * n + i and row j of A
+// holding the w columns of its group h (with one group, PEFT's UniqueBaseGrad). Its gradients:
 //
 //   dlam[j, i] = scale * sum over k of grad A gam
-//   dgam[i, h * w + k] = sum over j of group h of grad A (scale lam)
+//   dgam[i, h * w + k] = sum over j in group h of grad A (scale lam)
 //
 // A, lam and gam are dense factors here, as on the CPU: a zero times infinity is NaN.
 //
@@ -10,13 +10,13 @@
 //
 // Forward. A thread holds four rows of A in 16 bytes' worth of columns and walks eight bases: 32
 // rows of A' for four reads of A and eight of gam. Reading both for each row would take 8 bytes
-// from L2 for every 2 written. A thread walks fewer bases where eight would leave multiprocessors
+// from L2 for every 2 written. A thread walks fewer bases if eight would leave multiprocessors
 // idle, as in small groups.
 //
 // Backward. A warp takes one base i, 16 bytes' worth of columns a lane and up to 32 rows j of a
-// group. It reads their grad once, four rows ahead at a time. dgam adds up in the lanes' registers.
-// For dlam each lane stores one number per row in shared memory, and lane j adds up those of row j:
-// two shared accesses a row instead of five shuffles. If a row is wider than a warp's columns, or a
+// group. It reads their grad once, four rows at a time. dgam adds up in the lanes' registers. For
+// dlam each lane stores one number per row in shared memory, and lane j adds up those of row j: two
+// shared accesses a row instead of five shuffles. If a row is wider than a warp's columns, or a
 // group has more than 32 rows, a second kernel adds partial sums from scratch in order: no atomics,
 // the same result every time.
 //
@@ -33,8 +33,8 @@ namespace randlora {
 namespace cuda {
 namespace {
 
-constexpr int kRows = 4;   // of A that a thread of the forward holds
-constexpr int kBases = 8;  // that it walks, at most
+constexpr int kRows = 4;   // rows of A per thread, forward
+constexpr int kBases = 8;  // most bases per thread, forward
 
 // Rows and columns of a group.
 struct Group {
@@ -73,8 +73,8 @@ __global__ void scaled_basis_kernel(Group group, int64_t n, int64_t d, C scale,
   }
 }
 
-constexpr int kBatch = 32;       // rows of grad that a warp of the backward takes
-constexpr int kAhead = 4;        // of them loaded at a time
+constexpr int kBatch = 32;       // most rows of grad per warp, backward
+constexpr int kAhead = 4;        // rows loaded at a time
 constexpr int kStride = 32 + 1;  // numbers between two rows in shared memory: no bank conflicts
 
 template <class C>
@@ -160,7 +160,7 @@ void forward(const ScaledBasis& p, Device& device) {
   const int64_t col_warps = ceil_div(group.cols, 32 * V), row_blocks = ceil_div(group.rows, kRows);
   const int64_t threads = std::clamp<int64_t>(32 * col_warps, 32, block_of(device));
   const int64_t col_blocks = ceil_div(group.cols, threads * V);
-  // Up to eight warps for each multiprocessor come before more bases for each thread.
+  // Threads walk several bases only if every multiprocessor still has eight warps.
   const int64_t warps = col_warps * row_blocks * p.groups * p.n;  // with one base each
   const int64_t bases = std::clamp<int64_t>(warps / (8 * device.multiprocessors), 1, kBases);
   const int64_t base_blocks = ceil_div(p.n, bases);

@@ -13,12 +13,11 @@ struct Support {
   const int64_t*
       offset;  // (2 r + 1), that of A's lists: j has entries offset[2 j] .. offset[2 j + 2)
   int64_t r, n, d;
-  int64_t bases;  // n padded to whole pieces of 16 bytes
-  int64_t count;  // of entries
-  const int32_t*
-      entry;          // (room), ascending by column: 2 k, and 1 more for a -1 of A; -1 as padding
-  const int32_t* at;  // (r, d): 2 p, and 1 more for a -1 of A, for the p-th entry of j; if there is
-                      // none at column k, -1 - (how many entries of j lie before k)
+  int64_t bases;         // n padded to whole pieces of 16 bytes
+  int64_t count;         // number of entries
+  const int32_t* entry;  // (room), ascending by column: 2 k, plus 1 if A is -1; padding is -1
+  const int32_t* at;  // (r, d): 2 p, plus 1 if A is -1, for the p-th entry of j; without an entry
+                      // at column k, -1 - before(j, k)
 
   // Entries of j begin at first(j), which leaves room for whole groups without summing over smaller
   // j.

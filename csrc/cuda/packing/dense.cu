@@ -76,8 +76,8 @@ struct Report {
   unsigned long long bad;  // first element that is none of -a, 0, a; `count` if there is none
 };
 
-// One block: the first non-zero element of a real basis is never far. It reads an all-zero matrix
-// whole.
+// One block suffices: the first non-zero element of a real basis is never far. Only an all-zero
+// matrix is read whole.
 template <class S>
 __global__ void find_magnitude_kernel(const S* x, int64_t count, Report* report) {
   constexpr int kAhead = 8;
@@ -121,7 +121,7 @@ __global__ void pack_dense_kernel(const S* x, int64_t rows, int64_t cols, uint64
         p |= uint64_t{__ballot_sync(kWarp, is_plus)} << (32 * half);
         m |= uint64_t{__ballot_sync(kWarp, is_minus)} << (32 * half);
         const unsigned other = __ballot_sync(kWarp, !(is_plus || is_minus || v == 0));
-        if (other != 0 && lane == 0)  // the least in any order of warps
+        if (other != 0 && lane == 0)  // the minimum, in any order of warps
           atomicMin(&report->bad,
                     static_cast<unsigned long long>(row * cols + first + __ffs(other) - 1));
       }

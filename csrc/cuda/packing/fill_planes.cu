@@ -3,13 +3,13 @@
 //   planes[s][q][w] bit b: element (role, row_start + q, col_start + 64w + b) is +1 (s = 0), -1 (1)
 //
 // One thread makes one word of both planes: it walks the 16 counters of a group of 64 columns, and
-// each counter gives four bits. Sharing a group between 16 threads would need the same compares and
-// ballots on top. The words of a warp lie side by side, so its stores coalesce. If a slice starts
-// inside a group, each of its words needs two groups, and its thread computes both.
+// each counter gives four bits. Sharing a group between 16 threads would need the same compares,
+// and ballots in addition. The words of a warp lie side by side, so its stores coalesce. If a slice
+// starts inside a group, each of its words needs two groups, and its thread computes both.
 //
-// The signs of block bases lie the other way: a thread makes a word of 64 rows for the up to four
-// columns of one counter in a chunk. Neighbours have neighbouring words of the same columns, so
-// their stores coalesce, and they skip a counter together.
+// Block bases store signs by column: a thread makes a word of 64 rows for each of the up to four
+// columns of one counter in a chunk. Neighboring threads make neighboring words of the same
+// columns, so their stores coalesce, and they skip a counter together.
 //
 // Floor: one Philox call per four elements, 2 bits written per element. Integer arithmetic
 // dominates.

@@ -5,7 +5,7 @@
 //   fill_lists    index[offset[2 q] ...] = positions of the +1, then of the -1, ascending
 //
 // Lists by column are lists by row of the transposed planes, which are made in scratch memory. So
-// both steps know one layout, whose lines a warp reads side by side.
+// both steps see only one layout, in which a warp reads a line contiguously.
 //
 //   transpose     a block transposes 256 x 256 bits, read and written as 32-byte sectors; a warp
 //                 transposes 32 x 32 of them in registers, by five exchanges
@@ -39,11 +39,11 @@ __device__ __forceinline__ T scan_warp(T x) {
 // ---- transposition ------------------------------------------------------------------------------
 
 constexpr int kSide = 256;              // rows and columns of a tile
-constexpr int kTileWords = kSide / 64;  // of a row of it
+constexpr int kTileWords = kSide / 64;  // per row of a tile
 constexpr int kStride =
     kSide / 32 + 1;  // 32-bit words a row in shared memory; odd: no bank conflicts
 
-// Bit c of lane r's word becomes bit r of lane c's, as transpose_64x64 of core/planes.h.
+// Bit c of lane r's word becomes bit r of lane c's, like transpose_64x64 of core/planes.h.
 __device__ __forceinline__ uint32_t transpose_32x32(uint32_t x) {
   const int lane = threadIdx.x % 32;
   uint32_t mask = 0x0000ffffu;
