@@ -1,4 +1,4 @@
-"""What auditwheel does not check: what a wheel holds, requires and wants of torch.
+"""What auditwheel does not check: what a wheel holds, requires and uses of torch.
 
     python tools/check_wheel.py dist/*.whl
 
