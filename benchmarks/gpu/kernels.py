@@ -61,7 +61,7 @@ def of_weights(b: TernaryBasis, device: torch.device) -> Iterator[Op]:
     packed, size = b.packed(device), (b.out_features, b.in_features)
     lam, gam = diagonals(b, device)
     G = torch.randn(*size, device=device).to(BF16)
-    if not floors.is_block(b):  # whose operators make the blocks alone
+    if not floors.is_block(b):  # block bases make only the blocks
         A, grad = b.dense_a(device, BF16), torch.randn(b.K, b.d, device=device).to(BF16)
         floor = floors.scaled_basis(b)
         yield "scaled_basis", None, lambda: ops.scaled_basis(A, lam, gam), floor

@@ -1,6 +1,6 @@
 """One layer in bf16, forward and backward, by every method, over sizes, tokens and densities.
 
-Every path of ours is compared with float64 on the same card first. x needs a gradient, as inside a
+Each of our paths is compared with float64 on the same card first. x needs a gradient, as inside a
 model. step_ms: forward and backward as a CUDA graph, L2 flushed before. forward_ms: the same
 without gradients. eager_ms: forward and backward launched by Python, as a training script does.
 """
@@ -91,7 +91,7 @@ def error_of(layer: Ours, tokens: int = 24) -> float:
 
 
 def verify(made: dict[Key, nn.Module], size: str) -> None:
-    """A row for each of ours; what is wrong or fails is taken out of `made`."""
+    """A row for each of our methods; those that are wrong or fail are removed from `made`."""
     for key, layer in list(made.items()):
         if not isinstance(layer, Ours):
             continue

@@ -50,7 +50,7 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Reads headers alone. CliError if the folder has no sound safetensors files."""
+    """Reads only headers. CliError if the folder has no sound safetensors files."""
     if not folder.is_dir():
         raise CliError(f"{folder} is no folder; a model folder has config.json and safetensors")
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}

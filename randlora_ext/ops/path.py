@@ -137,8 +137,8 @@ def choose(
 ) -> tuple[str, str]:
     """(path, B side); the path "auto" becomes that of `explain`.
 
-    `tokens` may be symbolic. torch.compile then guards on the region that tokens is in, of which
-    there are few: other sizes in it run the same code. An exported program must hold for every
+    `tokens` may be symbolic. torch.compile then guards on the region that tokens is in. There are
+    few regions, and all sizes in one run the same code. An exported program must hold for every
     size, so it takes the factored path unless the declared range of T lies in one region.
     """
     # An explicit path ignores RANDLORA_PATH; the regions then only tell the B side.

@@ -237,8 +237,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict:
-        # Newer PEFT names the entries that the model would write itself; a file may hold bases
-        # elsewhere: under every layer, or under the layers alone.
+        # Newer PEFT adds the adapter's name only to entries that the model would write itself; a
+        # file may hold bases elsewhere: also under every layer, or only there.
         remapped = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )

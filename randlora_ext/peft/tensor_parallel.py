@@ -17,9 +17,9 @@ _WHOLE = ("colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwis
 
 
 class TensorParallelLinear(AcceleratedLinear):
-    """`AcceleratedLinear` over an nn.Linear of which every rank holds a part.
+    """`AcceleratedLinear` over an nn.Linear that is split over the ranks.
 
-    x and y are plain tensors, as of the base layer: under "colwise" x is whole and y has this
+    x and y are plain tensors, as in the base layer: under "colwise" x is whole and y has this
     rank's outputs, under "rowwise" x has this rank's inputs and y is whole. Each rank makes its own
     slice of the bases. Lambda and gamma are ordinary parameters, whole and equal on all ranks,
     because backward sums their gradients. `get_delta_weight` returns a DTensor.
