@@ -1,6 +1,6 @@
 """The command line: ``randlora``, and ``python -m randlora_ext`` alike.
 
-A module beside the package, since whoever imports that waits for torch; --help need not.
+A module beside the package, so that --help need not wait for the package's import of torch.
 """
 
 import argparse

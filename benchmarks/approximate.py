@@ -1,9 +1,9 @@
-"""How well RandLoRA and LoRA approximate a given full-rank update, against their parameters.
+"""How well RandLoRA and LoRA approximate a given full-rank update, by number of parameters.
 
     python benchmarks/approximate.py --out benchmarks/results/approximate      random targets
     python benchmarks/approximate.py --real 60 --out ...     and real ones: 60 steps of full tuning
 
-The motivation of the paper (section 3), made a table for choosing a density: lambda and gamma are
+The motivation of the paper (section 3) as a table for choosing a density: lambda and gamma are
 fitted to a target matrix by Adam, with bases of several ranks and kinds, and the relative
 error ||target - dW|| / ||target|| is put beside that of the best LoRA of as many parameters, which
 is the truncated singular value decomposition. A real target is what full fine-tuning on the
@@ -55,7 +55,7 @@ def real_targets(steps: int) -> dict[str, torch.Tensor]:
 
 
 def lora_error(target: torch.Tensor, parameters: int) -> float:
-    """Of the best matrix whose rank costs at most `parameters`; linear between whole ranks."""
+    """The error of the best matrix of at most `parameters`; linear between whole ranks."""
     energy = torch.linalg.svdvals(target).double().square()
     rest = 1 - torch.cat([torch.zeros(1), energy.cumsum(0)]) / energy.sum()
     rank = min(parameters / sum(target.shape), len(energy))

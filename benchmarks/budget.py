@@ -42,7 +42,7 @@ class Setting:
     blocks: int
     others: int  # parameters outside these layers: embeddings, head, norms
     gpus: int
-    tokens: int  # of a step and GPU; under tensor parallelism of a step
+    tokens: int  # per step and GPU; under tensor parallelism per step
     hidden: int
 
     def total(self, of_layer) -> float:
@@ -134,7 +134,7 @@ def ours(setting: Setting, r: int, density: float, label: str) -> Costs:
         return sum(packed_bytes(*s, r, density) for s in {x.sizes(r, gpus) for x in setting.layers})
 
     def sent(layer: Layer) -> float:
-        """Lambda's gradient, and gamma's where the D side is cut, summed once."""
+        """Lambda's gradient, and gamma's if the D side is cut, summed once."""
         d_is_cut = layer.columns != layer.expands
         numbers = layer.sizes(r)[2] if d_is_cut else diagonals(layer, r)
         return setting.all_reduce(SINGLE * numbers)
@@ -181,7 +181,7 @@ def table(head: str, rows: list[list[str]]) -> str:
 
 def report(setting: Setting, methods: list[Costs]) -> str:
     half_step = HALF * setting.tokens * setting.hidden
-    frozen = setting.blocks * setting.all_reduce(4 * half_step)  # of tensor parallelism
+    frozen = setting.blocks * setting.all_reduce(4 * half_step)  # under tensor parallelism
     memory, rank, sent = [], [], []
     for m in methods:
         held = [m.bases, m.kept, m.checkpoint]

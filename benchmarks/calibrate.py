@@ -55,7 +55,7 @@ def measure_size(
 ) -> list[tuple[dict[str, float], float]]:
     """(how often each rate is paid, units measured) of the factored products and of forming dW.
 
-    In 16 bits also of forming W + dW with stochastic rounding.
+    In 16 bits, also those of forming W + dW with stochastic rounding.
     """
     n_in, n_out = size
     basis = basis_of(density, size, RANK)
@@ -79,7 +79,7 @@ def measure_size(
                 _ops.merged_weight(weight, lam, gam, packed, 1.0, 0)
             else:
                 _ops.delta_weight(lam, gam, packed, 1.0, n_out, n_in)
-        if by_gemm:  # as linear.cpp for as few tokens
+        if by_gemm:  # as linear.cpp does for so few tokens
             _ops.linear_backward(dy, x, None, lam, gam, packed, 1.0, "factored", False, True)
         else:
             _ops.delta_weight_backward(weight, lam, gam, packed, 1.0)

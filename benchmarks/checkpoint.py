@@ -1,4 +1,4 @@
-"""How large an adapter's file is, by PEFT's own state dict of a model whose weights are not there.
+"""How large an adapter's file is, by PEFT's own state dict of a model on the meta device.
 
 python benchmarks/checkpoint.py            Llama-3.2-3B, q_proj and v_proj, r = 32
 """
@@ -24,7 +24,7 @@ LLAMA_3B = {
 
 
 def saved_bytes(shape: dict, make_config: Callable[..., peft.PeftConfig], **options) -> int:
-    """Of all tensors under their keys: a file has a copy for every key."""
+    """Bytes of all entries of the state dict: a file has a copy for every key."""
     with torch.device("meta"):
         base = LlamaForCausalLM(LlamaConfig(**shape))
     with warnings.catch_warnings():

@@ -27,7 +27,7 @@ def compare(
     """Times every method for one layer, verified first; x requires a gradient as inside a model.
 
     The methods take turns (frozen, LoRA, PEFT, ours, frozen, ...), so that drift of the machine
-    hits all of them. Medians; those of methods over the frozen layer's.
+    hits all of them. Medians; those of methods are divided by the frozen layer's.
 
     Args:
         size: (in, out).
@@ -35,7 +35,7 @@ def compare(
         methods: of `methods.METHODS`. With all our paths among them the result has "regret": what
             the choice of the cost model loses against the best path.
 
-    Raises RuntimeError if one of ours does not compute what the float64 reference does.
+    Raises RuntimeError if one of ours disagrees with the float64 reference.
     """
     n_in, n_out = size
     base = frozen_layer(size, dtype)
@@ -77,8 +77,8 @@ def _time(methods: dict[str, nn.Module], x: Tensor, dy: Tensor, repeats: int) ->
     """Median seconds of a step by method; one round before is not counted.
 
     Each turn begins with a call that is not counted either: the caches and the allocator's free
-    pages then are those of this method, as in training, and not of the one before. Where a step
-    takes several tenths of a second that is nothing to it, and is left out.
+    pages then are those of this method, as in training, and not of the one before. If a step takes
+    several tenths of a second, this makes no difference, and the call is left out.
     """
     work = x.numel() * dy.shape[1]
     calls = min(60, max(1, int(1e9 / (work + 1e6))))

@@ -31,7 +31,7 @@ METHODS = ["lora", "rslora", "shira", "miss", "full"]
 RANDLORA = ["1/3", "0.07", "very_sparse", "dense", "1/8", "block:1/8"]
 MODELS = ["fp32", "bf16", "bf16:nearest", "bf16:stochastic"]
 ANSWERED = 32  # held-out words whose phonemes are counted
-RANDOM_SIGNS, BANDS = 1000, 2000  # added to the seed: no basis of another kind is found in a cache
+RANDOM_SIGNS, BANDS = 1000, 2000  # added to the seed: no cache has a basis of another kind for it
 _hadamard_signs = None  # how the package makes them
 KEY = "method", "lr", "seed", "steps", "scaling", "model"
 
@@ -87,7 +87,7 @@ def adapted(base, method: str, seed: int, scaling: float = SCALING, rounding: st
 
 
 def random_signs(matrices, shape, held, device):
-    """What the A of block bases could be instead of Hadamard's signs times one per column."""
+    """Random signs for A of block bases, instead of Hadamard's times one sign per column."""
     import torch
 
     generator = torch.Generator().manual_seed(matrices.description.seed)
@@ -96,7 +96,7 @@ def random_signs(matrices, shape, held, device):
 
 
 def make_banded(basis, groups: int = 16, width: int = 2) -> None:
-    """What blocks of 1/8 could be instead: each of 16 groups has two neighbouring chunks a side."""
+    """An alternative to blocks of 1/8: each of 16 groups has two neighboring chunks per side."""
     import torch
 
     from randlora_ext.basis.dense import DenseMatrices
@@ -224,7 +224,7 @@ def table(rows: list[dict]) -> str:
 def parity(steps: int, lr: float) -> None:
     """Compare ours with stock PEFT from the same bases, seed and data.
 
-    The control compares stock PEFT with itself after a nudge: what training makes of rounding.
+    The control compares stock PEFT with itself after a nudge: how far training amplifies rounding.
     """
 
     def curve(method: str, nudge: bool = False) -> list[float]:

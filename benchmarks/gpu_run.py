@@ -126,7 +126,7 @@ def commands(stage: str, card: dict, dry: bool, csv: Path) -> list[Command]:
 
 
 def environment(dry: bool) -> dict[str, str]:
-    # Beside Python lies ninja, which torch's builds look for on PATH.
+    # ninja lies beside Python; torch's builds look for it on PATH.
     programs = [str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
     paths = [str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]
     new = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1",
@@ -144,7 +144,7 @@ def commit() -> str:
 
 
 def card_at_hand(dry: bool) -> dict:
-    """What gpu/ceilings.py finds; "card" is missing if there is none."""
+    """What gpu/ceilings.py finds; "card" is missing if there is no card."""
     argv = [sys.executable, "-m", "gpu.ceilings", *["--dry"] * dry]
     done = subprocess.run(argv, cwd=ROOT, env=environment(dry), text=True, timeout=120,
                           stdout=subprocess.PIPE, check=True)  # fmt: skip
@@ -170,7 +170,7 @@ class Run:
             file.write(json.dumps(values) + "\n")
 
     def stage(self, name: str) -> bool:
-        """Runs the commands of a stage; whether all went well."""
+        """Runs the commands of a stage; returns whether all went well."""
         print(f"== {name}", flush=True)
         self.add(stage=name, begins=True)
         wells = [

@@ -11,8 +11,8 @@
 A row is a process. In it every RandLoRA is first verified against the fp64 reference, outputs and
 gradients, then all methods are timed in turn, so that their ratios see one machine state; figures
 are medians, ratios over the frozen layer's median of the same row (`compare.py`).
-A peak of memory takes a process a method: within
-one, each would see the highest of all. Columns named METHOD_mib are MiB over the frozen layer's.
+Peak memory takes one process per method: in a shared one, each would see the highest of all.
+Columns named METHOD_mib are MiB over the frozen layer's.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
                 show(row, header)
                 header = False
                 rows.append(row)
-                if args.out:  # now, so that a run that is stopped has its rows
+                if args.out:  # now, so that a stopped run keeps its rows
                     write(args.out, rows)
     if args.paths:
         worst = max(r["regret"] for r in rows)

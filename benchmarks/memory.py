@@ -13,10 +13,10 @@ MIB = 2**20
 def peak_mib(
     method: str, size: tuple[int, int], tokens: int, density: str, dtype: torch.dtype, rank: int
 ) -> float:
-    """MiB at the peak of a step over those before the layer was made: weights and x count.
+    """Peak MiB of a step, minus those before the layer was made: weights and x count.
 
-    What making the layer took and gave back does not: the peak that the kernel keeps is reset after
-    a first step, when everything that lasts (packed bases, MKL's buffers) is there.
+    Memory that making the layer used and freed does not: the kernel's record of the peak is reset
+    after a first step, when everything that lasts (packed bases, MKL's buffers) is there.
     """
     before = status("VmRSS")
     layer = make(method, frozen_layer(size, dtype), rank, density)

@@ -62,7 +62,7 @@ def frozen_layer(size: tuple[int, int], dtype: torch.dtype) -> nn.Linear:
 
 
 def make(method: str, base: nn.Linear, rank: int, density: str) -> nn.Module:
-    """`method` of METHODS, or "frozen", on `base`, its adapter away from zero.
+    """`method` of METHODS, or "frozen", on `base`, with an adapter that is not zero.
 
     PEFT's adapters are PEFT's own layers with its defaults beside r (VeRA: its own r of 256, whose
     matrices are not trained); in 16 bits PEFT keeps adapters in float32. PEFT's RandLoRA is dense

@@ -20,8 +20,8 @@ touch of its pages is part of the time.
 multiply-add, one addition or one integer instruction on a vector's lane each counts as one, since
 they share the processor's vector units. Per product: the A side density K d T, the B side from
 lists density D K T (a signed add for each non-zero), from bit planes D K T / 4 (b_planes.h adds a
-tabled sum for every four elements). dW and its adjoint density^2 K D d. A' two products an entry,
-its gradient as many. fill_planes_ the instructions of Philox, and nothing for planes_to_lists.
+tabled sum for every four elements). For dW and its adjoint density^2 K D d. For A' and its
+gradient two products an entry. For fill_planes_ Philox's instructions; for planes_to_lists none.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def seconds(call: Callable[[], object], least: float) -> float:
 
 
 def measure_peaks(least: float, gemm: list[int], mib: list[int]) -> Peaks:
-    """Of this machine: a product of each size `gemm`, triads over working sets of `mib` MiB."""
+    """Peaks here: a product of each size `gemm`, triads over working sets of `mib` MiB."""
     operations = 0.0
     for n in gemm:
         a, b, out = (torch.randn(n, n) for _ in range(3))

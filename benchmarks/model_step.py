@@ -8,8 +8,8 @@ own for the peak of memory, and side by side in one process for the time (steps 
 A step is forward, loss, backward and AdamW.
 
 glibc returns freed memory at the top of its heap to the system, so that some models fault all their
-activations in again at every step and others do not, whatever the method. Here it keeps them, as
-jemalloc would.
+activations in again at every step and others do not, whatever the method. Here glibc keeps freed
+memory, as jemalloc would.
 """
 
 import argparse

@@ -8,14 +8,14 @@
     python benchmarks/peft_llama.py --control --lr 1e-3    is a difference rounding alone?
 
 Both models take each step in turn, so that drift of the machine hits both; times are medians.
-It fails where the losses differ by more than 1e-4 (fp32) or 1e-9 (fp64). Memory is measured in
+It fails if the losses differ by more than 1e-4 (fp32) or 1e-9 (fp64). Memory is measured in
 processes of their own, frozen model included: the peak over everything, and that of the training
 steps.
 
 The learning rate is that of PEFT's own example (examples/randlora_finetuning, with alpha 640). At
-1e-3 the loss first rises and the training amplifies what float32 rounds, until losses part; then
-stock PEFT parts from itself as much, which --control shows by a third model: stock PEFT with the
-rows of every batch in reverse order, equal but for rounding.
+1e-3 the loss first rises and the training amplifies what float32 rounds, until losses diverge; then
+stock PEFT diverges from itself as much, which --control shows with a third model: stock PEFT with
+the rows of every batch in reverse order, equal but for rounding.
 
 --added also steps the frozen model in turn with both, each down to the gradient of the embeddings,
 and prints what the adapter adds to it, ours over stock's. Memory is not measured.
@@ -107,7 +107,7 @@ def step(
 
 
 def bytes_of_bases(model: torch.nn.Module) -> int:
-    """Of every tensor that holds bases: dense ones, or planes and lists."""
+    """Bytes of every tensor that holds bases: dense ones, or planes and lists."""
     tensors = []
     for bases in (model.base_model.randlora_A, model.base_model.randlora_B):
         for basis in bases.values():
@@ -156,7 +156,7 @@ def compare(args: argparse.Namespace) -> dict:
         "added, ours over stock": added["ours"] / added["stock"] if args.added else None,
         "kernels": randlora_ext.peft.kernel_summary(models["ours"], args.batch * args.tokens),
         "losses": losses,
-        # torch's max, as Python's would step over a NaN
+        # torch's max, because Python's may ignore a NaN
         "largest difference of the losses": {
             b: torch.tensor(d, dtype=torch.float64).max().item() for b, d in differences.items()
         },
@@ -166,7 +166,7 @@ def compare(args: argparse.Namespace) -> dict:
 
 
 def peak(device: str) -> float:
-    """MiB at the highest since `reset_peak`."""
+    """Peak MiB since `reset_peak`."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated() / MIB
     status = Path("/proc/self/status").read_text()

@@ -23,7 +23,7 @@ from randlora_ext import build_info
 
 
 def in_a_process(function: Callable, *args: Any, **options: Any) -> Any:
-    """`function(*args, **options)` in a new process; BrokenProcessPool where it was killed."""
+    """`function(*args, **options)` in a new process; BrokenProcessPool if it was killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__, "__main__"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -31,7 +31,7 @@ def in_a_process(function: Callable, *args: Any, **options: Any) -> Any:
 
 
 def show(row: dict, header: bool) -> None:
-    """Prints a row as fixed columns, with the names above it where asked to."""
+    """Prints a row as fixed columns, with the names above it if `header`."""
     if header:
         print("  ".join(f"{key:>11}" for key in row))
     cells = {k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items()}
@@ -70,7 +70,7 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """Of this checkout; "-dirty" if the sources differ from it."""
+    """The commit of this checkout; "-dirty" if the sources differ from it."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent.parent), *arguments]

@@ -131,7 +131,7 @@ def text_loss(model, tokenizer, rows: int = 2, columns: int = 512) -> float:
 
 @torch.no_grad()
 def phoneme_error_rate(model, tokenizer, words: list[Example]) -> float:
-    """Of greedy answers: phonemes to insert, delete or replace, per phoneme of the right ones."""
+    """Phonemes to insert, delete or replace in greedy answers, per phoneme of the right ones."""
     model.eval()
     prompts = tokenizer([f"{p} ->" for p, _ in words], padding=True, return_tensors="pt")
     longest = max(len(tokenizer(f" {answer}")["input_ids"]) for _, answer in words) + 1
@@ -155,7 +155,7 @@ def _edits(right: list[str], answer: list[str]) -> int:
 
 
 def _folder(module: str) -> Path:
-    """An installed package's, which is not imported: its own imports may be missing."""
+    """An installed package's folder, without importing it: its own imports may be missing."""
     spec = importlib.util.find_spec(module)
     if spec is None:
         raise SystemExit(f"{module} is missing; python -m randlora_ext.demo says how to install it")

@@ -1,6 +1,6 @@
 """What the examples share: a causal language model, and blocks of tokens of a text file.
 
-With --toy the model is a random Llama of two layers over bytes and the text this file: nothing is
+With --toy the model is a random two-layer Llama over bytes, and the text is this file: nothing is
 downloaded and each example ends within seconds.
 """
 
@@ -14,7 +14,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The options that all of them have."""
+    """The options that all examples have."""
     options = argparse.ArgumentParser(description=description)
     options.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M", help="folder or hub name")
     options.add_argument("--text", type=Path, help="a text file to train on; needed without --toy")
@@ -64,7 +64,7 @@ def load_model(args: argparse.Namespace):
 
 
 def load_blocks(args: argparse.Namespace) -> Tensor:
-    """The text as (examples, block) token numbers; the rest that fills no block is left out."""
+    """The text as (examples, block) token numbers; a rest that fills no block is left out."""
     text = args.text.read_text(encoding="utf-8")
     if args.toy:
         tokens = torch.tensor(list(text.encode()))

@@ -26,7 +26,7 @@ STYLES = {name: RandLoraColwise for name in TARGETS} | {
 
 
 def cut(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Attention by heads, the MLP by its inner features: one sum at the end of either."""
+    """Attention by heads, the MLP by its inner features: one sum at the end of each."""
     plan = {
         name: STYLES[name.rpartition(".")[2]]()
         for name, module in model.named_modules()

@@ -18,7 +18,7 @@ from .basis.generated import generate_planes
 from .ops.functional import linear
 from .reference import linear_reference
 
-# Variables that begin so change what runs, ours and torch's; a misspelt one shows as well.
+# Variables with these prefixes, ours and torch's, change what runs; misspelled ones show, too.
 _OVERRIDES = ("RANDLORA_", "OMP_", "MKL_", "KMP_", "CUDA_", "PYTORCH_", "TORCH_", "LD_PRELOAD")
 _PACKAGES = (
     "torch", "peft", "transformers", "accelerate", "bitsandbytes", "safetensors", "numpy",

@@ -24,7 +24,7 @@ def delta_weight_reference(
     out_features: int,
     in_features: int,
 ) -> Tensor:
-    """dW (out, in): ``scaling * B @ A'``, transposed where d == out < in."""
+    """dW (out, in): ``scaling * B @ A'``, transposed if d == out < in."""
     product = scaling * (B @ scaled_basis_reference(A, lam, gam))
     return product if product.shape == (out_features, in_features) else product.T
 
@@ -41,8 +41,8 @@ def linear_reference(
 ) -> Tensor:
     """``F.linear(x, weight, bias) + scaling * adapter(x)``, in the order in which PEFT computes.
 
-    x (..., in); the adapter is ``(x @ A'^T) @ B^T`` where d == in and ``(x @ B) @ A'`` where
-    d == out < in. Without a weight the adapter's part alone.
+    x (..., in); the adapter is ``(x @ A'^T) @ B^T`` if d == in and ``(x @ B) @ A'`` if
+    d == out < in. Without a weight, y is the adapter's part alone.
     """
     scaled = scaled_basis_reference(A, lam, gam)
     if x.shape[-1] == A.shape[1]:

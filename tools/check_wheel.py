@@ -1,4 +1,4 @@
-"""What auditwheel does not check: what a wheel holds, requires and wants of torch.
+"""What auditwheel does not check: what a wheel holds, requires and uses of torch.
 
     python tools/check_wheel.py dist/*.whl
 
@@ -37,7 +37,7 @@ def library_findings(path: Path) -> list[str]:
     print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, needs {', '.join(needed)}")
     undefined = run("nm", "-D", "--undefined-only", path).split()
     found = [f"needs torch's C++ symbol {name}" for name in undefined if TORCH_CPP.match(name)]
-    if "cuda" in path.name:  # one file serves every torch, and drivers bring libcuda alone
+    if "cuda" in path.name:  # one file serves every torch, and libcuda comes only with drivers
         found += [f"links {name}" for name in needed if re.match(r"lib(torch|c10|cu)", name)]
         defined = run("nm", "-D", "--defined-only", path).split()[2::3]
         found += [f"exports {name}" for name in defined if name != "randlora_cuda_kernels"]

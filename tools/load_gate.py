@@ -51,7 +51,7 @@ print("CPU tensors work")
 
 
 def run(*command: str | Path, **more) -> str:
-    """What the command printed; stops the gate where it fails."""
+    """What the command printed; stops the gate if it fails."""
     line = list(map(str, command))
     done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
     if done.returncode:

@@ -51,7 +51,7 @@ if os.environ.get(BACKEND) == "ours":
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    # Setup, call and teardown report one by one; a test is as good as the worst of them.
+    # Setup, call and teardown report one by one; the worst of them counts.
     known = _outcomes.get(report.nodeid, "passed")
     outcome = "failed" if report.failed else "skipped" if report.skipped else "passed"
     _outcomes[report.nodeid] = max(known, outcome, key=("passed", "skipped", "failed").index)

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-3 itself on two CPU processes: trains as one process, merges where it gathers.
+"""DeepSpeed ZeRO-3 itself on two CPU processes: trains like one process, merges what it gathers.
 
     pip install deepspeed && python tools/run_deepspeed.py
 
@@ -20,7 +20,7 @@ CONFIG = {
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     "zero_force_ds_cpu_optimizer": False,
     "zero_allow_untested_optimizer": True,
-    "gradient_clipping": 0.0,  # 1.0 by default, which one process would have to do as well
+    "gradient_clipping": 0.0,  # by default 1.0, which one process would have to use, too
 }
 
 

@@ -1,6 +1,6 @@
 """Trains for many steps and tells whether memory grows.
 
-    python tools/soak.py 10000        # exit code 1 where it grows
+    python tools/soak.py 10000        # exit code 1 if it grows
 
 Every step has another number of tokens; layers of other shapes come and go, adapters are added,
 merged, disabled, saved and loaded. Counted after a warm-up, and again at the end: bytes that malloc
@@ -91,7 +91,7 @@ class Trainer:
         layer.load_state_dict(torch.load(stream))
 
     def fail(self, number: int) -> None:
-        """Errors may not keep anything either."""
+        """Errors must not keep anything either."""
         for x in (torch.randn(3, 47), torch.zeros(3, 48, dtype=torch.int64)):
             try:
                 self.model(x)

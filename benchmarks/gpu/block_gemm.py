@@ -40,7 +40,7 @@ def check(p: Problem, groups: list[int]) -> None:
         about = {"method": name, "density": density, "dtype": str(p.dtype), "size": p.size}
         error = method.error()
         rows.row(**about, error=error)
-        if not error < LIMIT[p.dtype]:  # a NaN is not
+        if not error < LIMIT[p.dtype]:  # true for NaN, too
             wrong = ValueError(f"relative error {error:.1e}")
             rows.failed(str(about), wrong)
             if p.dtype is torch.float64:
@@ -78,7 +78,7 @@ def pieces(p: Problem, G: int) -> dict[str, tuple[Callable[[], object], float]]:
 
 def measure(card: Card, p: Problem, groups: list[int]) -> None:
     """A row for each method and piece."""
-    nothing = functools.partial(torch.add, p.x[0], 1)  # so much of a time is the graph's launch
+    nothing = functools.partial(torch.add, p.x[0], 1)  # how much of a time is the graph's launch
     every: dict[tuple[str, str], tuple[Callable[[], object], float]] = {
         ("one small kernel", ""): (nothing, 0.0)
     }

@@ -85,7 +85,7 @@ class Lora(Frozen):
 
 
 class _ScaledA(torch.autograd.Function):
-    """lambda * A * gamma, (r, n, d), keeping its operands alone."""
+    """lambda * A * gamma, (r, n, d), keeping only its operands."""
 
     @staticmethod
     def forward(ctx, A, lam, gam):
@@ -233,7 +233,7 @@ class Merged(Block):
 
 
 def methods(p: Problem, groups: list[int]) -> dict[tuple[str, str], Frozen]:
-    """By name and density."""
+    """All methods, by name and density."""
     fp32 = torch.promote_types(p.dtype, torch.float32)
     made: dict[tuple[str, str], Frozen] = {
         ("frozen", ""): Frozen(p),

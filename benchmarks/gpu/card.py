@@ -80,7 +80,7 @@ class Card:
     def medians(self, calls: dict[str, Call], rounds: int = 15) -> dict[str, float]:
         """Median milliseconds of each call over `rounds`, after one to warm up.
 
-        The calls take turns, so that a drift of clocks or heat meets all of them.
+        The calls take turns, so that a drift of clocks or heat affects all of them.
         """
         if self.dry:
             return self._round(calls)

@@ -12,7 +12,7 @@ from .card import Card
 
 
 def copy_rate(card: Card) -> float:
-    """Bytes per second, those read and those written."""
+    """Bytes per second, read plus written."""
     size = (1 << 20) if card.dry else (1 << 30)
     source = torch.randint(-9, 9, (size,), dtype=torch.int8, device=card.device)
     target = torch.empty_like(source)

@@ -1,4 +1,4 @@
-"""The table of docs/cuda.md: what no version of an operator can be faster than, on one card.
+"""The table of docs/cuda.md: the least time that an operator can take on one card.
 
     python -m gpu.expected                                      in benchmarks/; for an H100
     python -m gpu.expected --copy 4.3e12 --bf16 790e12          for another card
@@ -34,7 +34,7 @@ def of_size(size: tuple[int, int]) -> list[TernaryBasis]:
 
 
 def over_frozen(b: TernaryBasis, rates: Ceilings) -> dict[str, str]:
-    """Of a training step's floor: the frozen layer's GEMMs, and what each path does besides."""
+    """By path, the floor of a layer's training step divided by the frozen layer's."""
     gemm = Floor(0, matrix=2 * TOKENS * b.D * b.d).us(rates)
     packed, dense = (
         (floors.linear(b, TOKENS, of).us(rates) + floors.linear_backward(b, TOKENS, of).us(rates))

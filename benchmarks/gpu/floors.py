@@ -3,7 +3,7 @@
 Each input is read once and each result written once. What lies between (V, U, partial sums) could
 stay on the chip and is not counted. Letters as in docs/math.md; activations, A' and dW have
 `element` bytes (bf16: 2), lambda and gamma four. A multiply-add is two operations on the matrix
-unit and one elsewhere. What each kernel does, Nsight Compute tells.
+unit and one elsewhere. Nsight Compute tells what each kernel does.
 """
 
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ def packed_bytes(b: TernaryBasis) -> float:
 
 
 def b_elements(b: TernaryBasis) -> float:
-    """Of a dense B; of block bases it holds the blocks alone."""
+    """Elements of a dense B; for block bases, those of the blocks."""
     return b.D * b.K * (b.density if is_block(b) else 1)
 
 

@@ -1,6 +1,6 @@
 """Every operator alone, L2 flushed, with the bytes and operations of its floor (floors.py).
 
-With --once each is called once and not timed: for Nsight Compute, which tells about its kernels.
+With --once each operator is called once and not timed, so that Nsight Compute can measure it.
 """
 
 import argparse
@@ -22,7 +22,7 @@ ops = torch.ops.randlora
 BF16 = torch.bfloat16
 SIZES, TOKENS = [(4096, 4096), (14336, 4096)], [8192, 16]
 Op = tuple[str, int | None, Callable[[], object], Floor]  # name, tokens
-# They wait for the card, so that no graph can hold them: launch gaps are in their times.
+# They wait for the card, so no graph can capture them: their times include launch gaps.
 WAITING = ("whole basis", "planes_to_lists", "pack_dense")
 
 
@@ -61,7 +61,7 @@ def of_weights(b: TernaryBasis, device: torch.device) -> Iterator[Op]:
     packed, size = b.packed(device), (b.out_features, b.in_features)
     lam, gam = diagonals(b, device)
     G = torch.randn(*size, device=device).to(BF16)
-    if not floors.is_block(b):  # whose operators make the blocks alone
+    if not floors.is_block(b):  # block bases make only the blocks
         A, grad = b.dense_a(device, BF16), torch.randn(b.K, b.d, device=device).to(BF16)
         floor = floors.scaled_basis(b)
         yield "scaled_basis", None, lambda: ops.scaled_basis(A, lam, gam), floor

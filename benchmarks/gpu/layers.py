@@ -1,6 +1,6 @@
 """One layer in bf16, forward and backward, by every method, over sizes, tokens and densities.
 
-Every path of ours is compared with float64 on the same card first. x needs a gradient, as inside a
+Each of our paths is compared with float64 on the same card first. x needs a gradient, as inside a
 model. step_ms: forward and backward as a CUDA graph, L2 flushed before. forward_ms: the same
 without gradients. eager_ms: forward and backward launched by Python, as a training script does.
 """
@@ -20,7 +20,7 @@ from . import rows
 from .card import Card
 
 SIZES = [(4096, 4096), (14336, 4096), (1024, 4096)]  # in, out
-TOKENS = [8192, 16, 2048, 512, 1]  # the most telling first: time may end
+TOKENS = [8192, 16, 2048, 512, 1]  # the most telling first: time may run out
 DENSITIES = ["1/3", "0.07", "very_sparse", "block:1/8"]
 DENSE = "dense"  # PEFT's default, which nothing packs
 RANK = 32
@@ -46,7 +46,7 @@ OURS = {
 
 
 def layers(size: tuple[int, int], device: torch.device, rank: int) -> dict[Key, nn.Module]:
-    """All methods on one frozen layer; a row tells of those that cannot be made."""
+    """All methods on one frozen layer; a row names those that cannot be made."""
     base, made = frozen_layer(size, BF16).to(device), {}
     keys = [(label, "") for label in OTHERS] + [
         (label, d) for d in [*DENSITIES, DENSE] for label in OURS if (d, label) != (DENSE, PACKED)
@@ -62,12 +62,12 @@ def layers(size: tuple[int, int], device: torch.device, rank: int) -> dict[Key, 
 
 
 def choose_b_side(key: Key) -> None:
-    """For the calls that follow; a graph keeps what it was captured with."""
+    """Sets the B side of the calls that follow; a graph keeps that of its capture."""
     os.environ["RANDLORA_B_SIDE"] = OURS.get(key[0], "").partition(" ")[2] or "auto"
 
 
 def is_chosen(key: Key, layer: Ours, tokens: int) -> bool:
-    """Whether `path="auto"` would compute so."""
+    """Whether `path="auto"` would take the path and B side of `key`."""
     os.environ["RANDLORA_B_SIDE"] = "auto"
     choice = explain(layer.basis, tokens, BF16, layer.lam.device)
     path, _, b_side = OURS[key[0]].partition(" ")
@@ -91,14 +91,14 @@ def error_of(layer: Ours, tokens: int = 24) -> float:
 
 
 def verify(made: dict[Key, nn.Module], size: str) -> None:
-    """A row for each of ours; what is wrong or fails is taken out of `made`."""
+    """A row for each of our methods; those that are wrong or fail are removed from `made`."""
     for key, layer in list(made.items()):
         if not isinstance(layer, Ours):
             continue
         choose_b_side(key)
         try:
             error = error_of(layer)
-            if not error < LIMIT:  # a NaN is not
+            if not error < LIMIT:  # true for NaN, too
                 raise ValueError(f"relative error {error:.1e}")
             rows.row(method=key[0], density=key[1], size=size, error=error)
         except Exception as failure:

@@ -22,7 +22,7 @@ def read(file: Path) -> list[Row]:
 
 
 def latest(stage: str, rows: list[Row]) -> list[Row]:
-    """Those of the last time that a stage ran."""
+    """The rows of a stage's last run."""
     mine = [row for row in rows if row["stage"] == stage]
     starts = [at for at, row in enumerate(mine) if "begins" in row]
     return mine[starts[-1] + 1 :] if starts else mine
@@ -60,7 +60,7 @@ def by_tokens(rows: list[Row], show: Callable[[Row], str]) -> str:
 
 
 def over(row: Row, key: str) -> str:
-    """A time, how often the frozen layer's it is, TFLOP/s if known, * if `auto` takes this path."""
+    """A time, that over the frozen layer's, TFLOP/s if known, * if `auto` takes this path."""
     rate = f", {row['tflop_per_s']:.0f} TFLOP/s" if "tflop_per_s" in row else ""
     return f"{cell(row[key])} ({row['over_frozen']:.2f}x{rate}){' *' * row.get('chosen', False)}"
 

@@ -24,7 +24,7 @@ def row(**values: object) -> None:
 
 
 def failed(what: str, error: BaseException) -> None:
-    """For a part that broke while the stage goes on."""
+    """Records a part that failed; the stage goes on."""
     row(failed=what, why=f"{type(error).__name__}: {error}"[:300])
 
 

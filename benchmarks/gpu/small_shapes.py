@@ -1,7 +1,7 @@
 """Every operator once on shapes with ragged ends: the program that compute-sanitizer watches.
 
 Results are only checked to be finite; tests/gpu compares them. With --plant it hands lists_to_dense
-an index beyond its row, which memcheck must report: else it watched nothing.
+an index beyond its row, which memcheck must report; otherwise it watched nothing.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def main() -> None:
         return
     calls = 0
     dtypes, shapes = (DTYPES[:1], SHAPES[:1]) if options.dry else (DTYPES, SHAPES)
-    for dtype in dtypes:  # time may end: bf16 over all shapes first
+    for dtype in dtypes:  # time may run out: bf16 over all shapes first
         for shape in shapes:
             for density in (1 / 3, 0.07):
                 basis = TernaryBasis(*shape, density, 1)

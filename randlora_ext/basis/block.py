@@ -17,8 +17,8 @@ _ops = torch.ops.randlora
 
 
 def fits(groups: int, in_features: int, out_features: int, r: int) -> bool:
-    """Whether blocks of these sizes exist and give a dW without zeros, which takes G^2 <= K."""
-    K = Shape.of(in_features, out_features, r).K  # refuses what is no size
+    """Whether these sizes allow blocks that force no element of dW to zero (G^2 <= K)."""
+    K = Shape.of(in_features, out_features, r).K  # raises if a size is invalid
     q = r // groups
     divides = all(size % groups == 0 for size in (in_features, out_features, r))
     return divides and q & (q - 1) == 0 and groups * groups <= K
@@ -37,7 +37,7 @@ def check_sizes(groups: int, in_features: int, out_features: int, r: int) -> Non
 
 
 def check_layers(groups: int, layers: Mapping[str, tuple[int, int]], r: int) -> None:
-    """`check_sizes` for all (in_features, out_features) of a model, by the layers' names.
+    """`check_sizes` for all layers of a model: (in_features, out_features) by name.
 
     Raises ValueError that names the first layer that does not fit and the densities that fit all.
     """
@@ -94,7 +94,7 @@ class BlockMatrices(GeneratedMatrices):
         a (rank indices, d / G) int8: row j is row j of A, cut to the chunk of d where it is not 0.
         b (1, rows, words) int64: the bit plane of a matrix (rows, D / G) of signs. Row e is one
             column of B, cut to its chunk of D; in a whole layer, row c is column c.
-        place: for a slice only, `Chunks.place`.
+        place: for a slice only, the tensor of `Chunks.place`.
         """
         held = self.chunks(shape)
         place = [held.place(on)] if shape.is_slice else []

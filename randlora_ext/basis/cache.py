@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 class PackedTensors:
-    """A list that can be referred to weakly: the cache forgets it with its last layer."""
+    """A list that allows weak references: the cache drops it when its last layer goes."""
 
     def __init__(self, tensors: list[Tensor], device: torch.device) -> None:
         self.tensors = tensors
@@ -21,10 +21,10 @@ class PackedTensors:
         self._recorded: set[int] = set()
 
     def on_current_stream(self) -> list[Tensor]:
-        """The tensors, whose memory is not reused before the current stream has read it.
+        """The tensors. Their memory is not reused before the current stream has read it.
 
-        torch's allocator knows only the stream that packed them. It must be told of any other
-        stream once: freed memory waits for all that recorded streams have enqueued by then.
+        torch's allocator knows only the stream that packed them. Any other stream must be recorded
+        once: freed memory then waits for the work enqueued there before it was freed.
         """
         if self._device is not None:
             stream = torch.cuda.current_stream(self._device)
@@ -53,7 +53,7 @@ os.register_at_fork(after_in_child=_new_lock)
 def get_or_make(
     key: tuple, device: torch.device, make: Callable[[], list[Tensor]]
 ) -> PackedTensors:
-    """The packed tensors under `key`, made once for as long as anybody holds them."""
+    """The packed tensors under `key`, made once and kept as long as something holds them."""
     with _cache_lock:
         packed = _cache.get(key)
         if packed is None:

@@ -10,17 +10,18 @@ from .shape import Shape
 
 @dataclass(frozen=True)
 class Chunks:
-    """What a layer, or a slice of one, holds of the blocks: all G chunks of d and D, or some.
+    """The blocks that a layer, or a slice of one, holds: all G chunks of d and D, or some.
 
-    The slice's chunks of d bring rank indices and with them rows c of A'; those of D bring every
-    G-th of these rows, its rows e. csrc/core/operators.h (BlockSizes) says which e is which c.
+    The slice's chunks of d decide its rank indices, and these its rows c of A'. A chunk of D uses
+    every G-th of these rows. The rows that the slice's chunks of D use are its rows e; BlockSizes
+    in csrc/core/operators.h maps e to c.
     """
 
     groups: int  # G of the layer
     of_d: range
     of_D: range
     ranks: range  # j of the chunks of d
-    rows: int  # c of a chunk of d, K / G
+    rows: int  # number of rows c of a chunk of d, K / G
 
     @classmethod
     def of(cls, groups: int, shape: Shape) -> "Chunks":
@@ -60,16 +61,16 @@ class Chunks:
 
     @property
     def cycles(self) -> range:
-        """c // G, of all c of the layer, of the rows e."""
+        """The values of c // G of the rows e, where c counts the rows of the whole layer."""
         start = self.of_d.start * self.rows // self.groups
         return range(start, start - (self.first - len(self.of_d) * self.rows) // self.groups)
 
     def place(self, device: torch.device) -> Tensor:
-        """What the operators must know of a slice, as the sizes of a tensor without elements."""
+        """What the operators must know about a slice, as the sizes of a tensor without elements."""
         of_D = len(self.of_D), self.of_D.start
         return torch.empty(0, self.groups, *of_D, self.phase, device=device)
 
 
 def worlds(groups: int) -> list[int]:
-    """The numbers of ranks of which each can hold whole chunks."""
+    """The numbers of ranks for which every rank can hold whole chunks."""
     return [ranks for ranks in range(1, groups + 1) if groups % ranks == 0]

@@ -10,9 +10,9 @@ from .shape import Shape
 from .ternary_matrices import Packed
 
 
-@dataclass(frozen=True, eq=False)  # identity: comparing megabytes would be no cheap `==`
+@dataclass(frozen=True, eq=False)  # compared by identity: comparing elements would be slow
 class DenseMatrices:
-    """A (r, >= d) and B (>= D, >= K). Layers see the front, slices a part of that."""
+    """A (r, >= d) and B (>= D, >= K). A layer uses the leading part, a slice a part of that."""
 
     A: Tensor
     B: Tensor
@@ -25,7 +25,7 @@ class DenseMatrices:
     scale: ClassVar = 1.0
 
     def check(self, shape: Shape) -> None:
-        """Raises ValueError unless both reach as far as a layer of that shape needs."""
+        """Raises ValueError unless both are large enough for a layer of that shape."""
         A, B = tuple(self.A.shape), tuple(self.B.shape)
         d, D = shape.layer_d, shape.layer_D
         if A[0] != shape.r or A[1] < d or B[0] < D or B[1] < shape.K:

@@ -13,7 +13,7 @@ class BasisDescription:
     """The three values from which A and B are generated: equal descriptions, equal elements.
 
     Args:
-        kind: "independent", every element drawn by itself; "block", dense blocks in 1 / density
+        kind: "independent", every element drawn independently; "block", dense blocks in 1 / density
             groups (docs/basis-spec.md).
         density: share of non-zeros, in (0, 1]; 1 / G for an integer G if kind is "block".
         seed: 0 <= seed < 2**64.
@@ -60,7 +60,7 @@ class BasisDescription:
         """The description whose `key` is `text`.
 
         Raises:
-            ValueError: the text is no such key, or of a kind or specification that this version
+            ValueError: `text` is not such a key, or has a kind or specification that this version
                 does not know.
         """
         example = cls("independent", 0.07, 42).key()
@@ -81,7 +81,7 @@ class BasisDescription:
 
 
 def default_density(kind: str) -> float:
-    """Of a layer whose caller names none: 1/3, as PEFT's ``sparse``, or 1/8 for block bases."""
+    """The density if the caller names none: 1/3, as PEFT's ``sparse``, or 1/8 for block bases."""
     return 1 / 8 if kind == "block" else 1 / 3
 
 

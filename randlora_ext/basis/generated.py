@@ -25,7 +25,7 @@ def generate_planes(
     density: float,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Bit planes (2, rows, ceil(cols / 64)) of any slice of basis `role` (0 = A, 1 = B).
+    """Bit planes (2, rows, ceil(cols / 64)) of any slice of A (role 0) or B (role 1).
 
     Equivalent to slicing the infinite matrix of docs/basis-spec.md; independent of layer shapes.
     """

@@ -11,7 +11,7 @@ from .ternary_matrices import TernaryMatrices
 _ops = torch.ops.randlora
 
 
-@dataclass(frozen=True, eq=False)  # identity: comparing megabytes would be no cheap `==`
+@dataclass(frozen=True, eq=False)  # compared by identity: comparing elements would be slow
 class ImportedMatrices(TernaryMatrices):
     """A and B of one layer as bit planes, with the values that +1 stands for."""
 
@@ -81,7 +81,7 @@ def _share_of_non_zeros(planes: Tensor, shape: Shape) -> float:
 def pack_layer(
     A: Tensor, B: Tensor, in_features: int, out_features: int
 ) -> tuple[Tensor, Tensor, float, float]:
-    """Planes of A and of B and their values, as `TernaryBasis.from_dense` takes A and B."""
+    """Planes and values of A and B, which are given as `TernaryBasis.from_dense` takes them."""
     A, B = A.detach(), B.detach()
     if A.dim() == 3 and A.shape[1] == 1:
         A = A.flatten(1)
@@ -106,7 +106,7 @@ def pack_layer(
 
 
 def pack_dense(name: str, matrix: Tensor) -> tuple[Tensor, float]:
-    """Bit planes of (rows, cols) and the value of its +1; ValueError if it is not ternary."""
+    """Bit planes of `matrix` and the value of +1; ValueError if `matrix` is not ternary."""
     if not matrix.is_floating_point():
         raise ValueError(f"{name} must be a floating point matrix, got {matrix.dtype}")
     try:

@@ -27,7 +27,7 @@ class Shape:
 
     @classmethod
     def of(cls, in_features: int, out_features: int, r: int) -> "Shape":
-        """Of a whole layer. TypeError or ValueError unless all three are positive integers."""
+        """The shape of a whole layer. TypeError or ValueError unless all are positive integers."""
         for name, value in (("in_features", in_features), ("out_features", out_features), ("r", r)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be a positive integer, got {value!r}")
@@ -80,7 +80,7 @@ class Shape:
 
     @property
     def of_matrices(self) -> tuple[int, ...]:
-        """What decides A and B: the layer's orientation does not."""
+        """The sizes that decide A and B; the layer's orientation does not."""
         at = self.first_row, self.first_column, self.layer_d, self.layer_D
         return (self.D, self.d, self.r, self.n, *at)
 

@@ -23,31 +23,31 @@ class TernaryBasis:
 
     A (r, d) and B (D, K) have the values ``{-1, 0, +1} / sqrt(density)``. They are a pure function
     of the seed (docs/basis-spec.md), equal on every device. Independent bases of different shapes
-    are slices of the same infinite matrices. `of_dense` makes a basis of any given matrices.
+    are slices of the same infinite matrices. `of_dense` makes a basis from any given matrices.
 
     Args:
         in_features: of the base layer.
         out_features: likewise; d = min, D = max of the two.
         r: rank of one base; n = ceil(d / r) bases, K = n * r.
         density: share of non-zeros, in (0, 1]. 1/3 is PEFT's ``sparse``. Block bases take 1 / G
-            for a G that divides in_features, out_features and r, with a power of two as r / G.
+            for a G that divides in_features, out_features and r, if r / G is a power of two.
         seed: 0 <= seed < 2**64; PEFT's ``projection_prng_key``.
-        kind: "independent": every element is drawn by itself, and each sign has the probability
+        kind: "independent": every element is drawn independently, each sign with probability
             ``density / 2``. "block": the non-zeros fill 1 / density blocks, so that dW has full
             rank and every product is a batch of small dense ones.
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what is allowed.
 
-    Equality and hash are those of the description. A basis never changes, so a deep copy is the
-    same object. Pickling moves the description, except for an imported basis (`from_dense`,
-    `from_planes`), which is its matrices.
+    Bases of equal shape and description are equal; imported and dense ones compare the identity of
+    their matrices. A basis never changes, so a deep copy is the same object. Pickling writes the
+    description or, for imported (`from_dense`, `from_planes`) and dense ones, the matrices.
     Source: paper section 4.3 (sparse bases) and PEFT's ``_init_randlora_A_randlora_B_sparse``.
     """
 
     _shape: Shape
     _source: TernaryMatrices | DenseMatrices
-    _packed: dict[tuple, PackedTensors]  # by device and dtype of a dense B, or None
+    _packed: dict[tuple, PackedTensors]  # by device, and dtype of a dense B or None
     path_regions: dict[tuple, tuple]  # filled by ops/path.py
     token: str  # of this object, in this process: compiled code guards on it
 
@@ -74,7 +74,7 @@ class TernaryBasis:
     def from_dense(
         cls, A: Tensor, B: Tensor, in_features: int, out_features: int
     ) -> "TernaryBasis":
-        """Imports dense bases exactly, as PEFT holds them.
+        """Imports dense bases in PEFT's layout exactly.
 
         Args:
             A: (r, >= d) or (r, 1, >= d), values in {-a, 0, +a}.
@@ -98,9 +98,9 @@ class TernaryBasis:
         in_features: int,
         out_features: int,
     ) -> "TernaryBasis":
-        """Imports bases that are bit planes already: the first d columns of A, D and K of B.
+        """Imports the first d columns of A and (D, K) elements of B from bit planes.
 
-        Nobody may write to the planes afterwards.
+        Do not write to the planes afterwards.
 
         Args:
             a_planes: (2, r, >= ceil(d / 64)) int64, all r rows.
@@ -119,9 +119,9 @@ class TernaryBasis:
     def of_dense(
         cls, matrices: DenseMatrices, in_features: int, out_features: int
     ) -> "TernaryBasis":
-        """Of dense A and B, which are no ternary matrices; the tensors themselves are multiplied.
+        """A basis of dense A and B of any values; products use the tensors themselves.
 
-        Nobody may write to them. ValueError if one is too small.
+        Do not write to them afterwards. ValueError if one is too small.
         """
         return cls._of(Shape.of(in_features, out_features, matrices.A.shape[0]), matrices)
 
@@ -194,10 +194,10 @@ class TernaryBasis:
         """The tensors that ``torch.ops.randlora`` takes as ``packed``.
 
         Lists: ``[a_offset, a_index, b_row_offset, b_row_index, b_col_offset, b_col_index]``;
-        planes: ``[a_offset, a_index, b_planes]``; blocks: ``[a, b_planes]``, of a slice
+        planes: ``[a_offset, a_index, b_planes]``; blocks: ``[a, b_planes]``, for a slice
         ``[a, b_planes, place]``; dense: ``[A, B]`` (docs/formats.md).
-        They are made on first use and shared by all layers of equal description on that device,
-        while one of them lives.
+        They are made on first use and shared by all layers of equal shape and description on that
+        device, as long as one of them lives.
 
         Warns if A or B has no non-zero element at all: such an adapter cannot learn.
         """
@@ -206,13 +206,13 @@ class TernaryBasis:
     def dense_b(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """B unscaled (-1, 0, +1) as a factor of GEMMs, made once and shared like `packed`.
 
-        (D, K), of dense bases as it is; for block bases (K, D / G), where row c is column c of B
-        within chunk c % G; for a slice of them its rows e (`chunks`).
+        (D, K); dense bases give B itself. Block bases give (K, D / G), whose row c is column c of B
+        within chunk c % G; their slices give their rows e (`chunks`).
         """
         return self._cached(device, dtype)[0]
 
     def _cached(self, device: torch.device | str, dtype: torch.dtype | None) -> list[Tensor]:
-        """The packed form or, of a dtype, the dense B."""
+        """The packed form or, for a dtype, the dense B."""
         if torch.compiler.is_dynamo_compiling():
             name = self._while_tracing(self.token, torch.device(device), dtype)
             return getattr(self, name).tensors
@@ -224,7 +224,7 @@ class TernaryBasis:
         return held.on_current_stream()
 
     def _make(self, device: torch.device, dtype: torch.dtype | None) -> list[Tensor]:
-        # "meta" takes the CPU's, too: how many entries lists have depends on the elements.
+        # "meta" needs the CPU's, too: the lengths of lists depend on the elements.
         if self._source.needs_kernels and not kernels.serve(device.type):
             return [t.to(device) for t in self._cached("cpu", dtype)]
         if dtype is None:
@@ -260,16 +260,16 @@ class TernaryBasis:
         return self._source.dense_a(self._shape, torch.device(device), dtype, self.packed)
 
     def transposed(self) -> "TernaryBasis":
-        """The same matrices for a layer of swapped features; what is packed is shared."""
+        """The same matrices for a layer with in and out swapped; packed tensors are shared."""
         return self._of(self._shape.transposed(), self._source)
 
     def slice(self, inputs: range | None = None, outputs: range | None = None) -> "TernaryBasis":
         """The part for a rank that holds these inputs and outputs of the layer; None means all.
 
-        It has the rows of B of the features on the D side and the columns of A of those on the d
-        side. A rank generates them from the seed without asking another; imported and dense ones
+        It has the rows of B for the features on the D side, and the columns of A for those on the
+        d side. A rank generates them from the seed without communication; imported and dense bases
         are cut from the whole. r, n, K and the orientation stay the layer's; lambda (r, n) is
-        complete, gamma the (n, d) of the slice (docs/distributed.md).
+        complete, gamma (n, d) has the slice's d (docs/distributed.md).
 
         Raises:
             TypeError, ValueError: a range of another step, empty, or outside the layer.

@@ -20,9 +20,9 @@ Packed = Callable[[torch.device], list[Tensor]]  # TernaryBasis.packed, which pa
 
 
 class TernaryMatrices:
-    """A and B of -1, 0 and +1 times a value, for any layer, or slice of one, of a `shape`.
+    """A and B of -1, 0 and +1 times a value, for a layer, or a slice of one, of any `shape`.
 
-    A subclass has the elements, as bit planes.
+    A subclass provides the elements, as bit planes.
     """
 
     needs_kernels = True  # `pack` and `dense_b` need a device that our kernels serve
@@ -42,10 +42,10 @@ class TernaryMatrices:
         raise NotImplementedError
 
     def check(self, shape: Shape) -> None:
-        """Raises ValueError unless they fit."""
+        """Raises ValueError unless the matrices fit `shape`."""
 
     def chunks(self, shape: Shape) -> Chunks | None:
-        """What is held of block matrices; None of other kinds, which have no chunks."""
+        """The chunks that are held; None for matrices without blocks."""
         return None
 
     def format(self, shape: Shape) -> str:
@@ -54,7 +54,7 @@ class TernaryMatrices:
         return "planes" if self.density > PLANES_ABOVE_DENSITY else "lists"
 
     def pack(self, shape: Shape, on: torch.device, name: str) -> list[Tensor]:
-        """The tensors of `TernaryBasis.packed`, and a warning about `name` if one is empty."""
+        """The tensors of `TernaryBasis.packed`; warns, with `name`, if A or B is all zero."""
         a_planes, b_planes = self.a_planes(shape, on), self.b_planes(shape, on)
         a_offset, a_index = _ops.planes_to_lists(a_planes, shape.d, False, shape.wide)
         if self.format(shape) == "planes":
@@ -67,7 +67,7 @@ class TernaryMatrices:
             warnings.warn(
                 f"{name} has no non-zero element in {'B' if empty_b else 'A'}, so its adapter "
                 "cannot learn anything; take a larger density",
-                stacklevel=7,  # who asked TernaryBasis.packed
+                stacklevel=7,  # the caller of TernaryBasis.packed
             )
         tables = _ops.support_tables(a_offset, a_index, shape.d)  # on CUDA one, elsewhere none
         return [a_offset, a_index, *of_b, *tables]

@@ -15,7 +15,7 @@ def run_while_tracing(function):
 
 
 def new_token(thing: Any) -> str:
-    """A name for an object in this process: such functions take constants only."""
+    """A name for an object in this process: `run_while_tracing` allows only constants."""
     token = str(next(_tokens))
     _by_token[token] = thing
     return token

@@ -1,4 +1,4 @@
-"""What the commands of `randlora_cli` do: a module each, with a function of its name."""
+"""What the commands of `randlora_cli` do: one module each, with a function of that name."""
 
 import sys
 import traceback
@@ -13,7 +13,7 @@ __all__ = ["CliError", "run"]
 def run(command: str, **options: Any) -> int:
     """Runs one command; returns the exit code.
 
-    0: done; 1: a check failed; 2: something to put right, told in one line, with nothing
+    0: done; 1: a check failed; 2: something to fix, named in one line, with nothing
     half-written.
     """
     try:
@@ -28,7 +28,7 @@ def run(command: str, **options: Any) -> int:
     except KeyboardInterrupt:
         print("error: interrupted; nothing was written", file=sys.stderr)
         return 130
-    except Exception as error:  # ours: a bug report needs the traceback
+    except Exception as error:  # our bug: a report needs the traceback
         traceback.print_exc()
         told = f"unexpected {type(error).__name__}; please report it"
     print(f"error: {told}", file=sys.stderr)

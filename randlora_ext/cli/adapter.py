@@ -1,4 +1,4 @@
-"""A saved adapter, read without its model: a folder of PEFT's or a file of `save_adapter`."""
+"""A saved adapter, read without its model: a PEFT folder or a file of `save_adapter`."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -28,8 +28,8 @@ class Adapter:
         source: the folder, or the file of `save_adapter`.
         file: the safetensors file.
         diagonals: (lambda (r, n), gamma (n, d)) by the path of the layer in the base model.
-        plain: what a file of `save_adapter` says of each layer; None for a folder of PEFT's, and
-            only that has the rest.
+        plain: what a file of `save_adapter` says about each layer; None for a PEFT folder. Only a
+            PEFT folder has the attributes below.
         config: the `RandLoraConfig`.
         settings: adapter_config.json as it stands.
         tensors: all but the bases, by PEFT's keys.
@@ -56,7 +56,7 @@ class Adapter:
 
 
 def read_adapter(source: Path) -> Adapter:
-    """CliError if `source` is no RandLoRA adapter."""
+    """Reads `source`; CliError if it is not a RandLoRA adapter."""
     if not source.is_file():
         return _read_folder(source)
     try:
@@ -128,7 +128,7 @@ def _diagonals(file: Path, tensors: dict[str, Tensor], r: int) -> dict[str, tupl
 
 
 def _bases(file: Path, saved: dict[str, Tensor], r: int, diagonals: dict) -> dict[str, Tensor]:
-    """Those of the model, else the copies under a layer: transformers writes nothing else."""
+    """The model's bases, else the copies under a layer, which are all that transformers writes."""
     found = {}
     for key in sorted(saved, key=len, reverse=True):
         if (name := key.rpartition(".")[2]) in BASES:

@@ -28,9 +28,9 @@ _ROWS = [
 
 
 def bench(seconds: float = 60, rows: list | None = None) -> int:
-    """Prints the time of forward and backward over the frozen layer's, one method a column.
+    """Prints the time of a step divided by the frozen layer's, one method per column.
 
-    Raises RuntimeError if our operator does not compute what the float64 reference does.
+    Raises RuntimeError if our operator disagrees with the float64 reference.
     """
     disable()  # "PEFT" means stock PEFT
     rows = _ROWS if rows is None else rows
@@ -54,7 +54,7 @@ def bench(seconds: float = 60, rows: list | None = None) -> int:
 
 
 def _compare(size: tuple[int, int], tokens: int, label: str) -> list[float]:
-    """Seconds of the frozen layer; times of LoRA, PEFT's RandLoRA and ours over that."""
+    """Seconds of the frozen layer; times of LoRA, PEFT's RandLoRA and ours divided by that."""
     density = min(size) ** -0.5 if label == "very_sparse" else float(Fraction(label))
     error = relative_error(TernaryBasis(*size, _R, density), tokens)
     if not error <= LIMITS[torch.float32]:
@@ -71,7 +71,7 @@ def _compare(size: tuple[int, int], tokens: int, label: str) -> list[float]:
     dy = torch.randn(tokens, size[1])
     timers = [Timer("step()", globals={"step": _step(layer, x, dy)}) for layer in layers]
     calls = min(60, max(1, int(1e9 / (x.numel() * size[1]))))
-    # In turn, so that a change of the machine's speed meets all of them.
+    # In turn, so that a change of the machine's speed affects all of them.
     rounds = [[timer.timeit(calls).mean for timer in timers] for _ in range(5)]
     frozen, *others = (statistics.median(times) for times in zip(*rounds, strict=True))
     return [frozen, *(seconds / frozen for seconds in others)]

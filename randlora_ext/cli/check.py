@@ -6,7 +6,7 @@ from .. import diagnostics
 
 
 def check() -> int:
-    """Prints both; 1 if a check fails or cannot run."""
+    """Prints the report and the self-check; returns 1 if a check fails or cannot run."""
     print("\n".join(diagnostics.describe()))
     print("self-check, relative error against the float64 reference (limit):")
     try:

@@ -23,7 +23,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: its file, dtype (None: not float64, 32 or 16), shape, and first byte there."""
+    """One tensor: its file, dtype (None unless it is in _DTYPES), shape, and first byte."""
 
     file: Path
     dtype: torch.dtype | None
@@ -50,7 +50,7 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Reads headers alone. CliError if the folder has no sound safetensors files."""
+    """Reads only headers. CliError if the folder has no sound safetensors files."""
     if not folder.is_dir():
         raise CliError(f"{folder} is no folder; a model folder has config.json and safetensors")
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
@@ -116,10 +116,10 @@ def find_base(name: str | None) -> Checkpoint:
 
 
 def locate(paths: Iterable[str], checkpoint: Checkpoint) -> Callable[[str], str]:
-    """From an adapter's name of a tensor to the checkpoint's, for an adapter of layers at `paths`.
+    """Maps an adapter's names of tensors to the checkpoint's; `paths` are the adapter's layers.
 
     An adapter of a bare LlamaModel has "layers.0...", the file of a LlamaForCausalLM
-    "model.layers.0...", and the reverse: so one prefix may be put before all names, or taken away.
+    "model.layers.0...", and the reverse: one prefix may be added to all names, or removed.
     """
     paths, tensors = sorted(paths), checkpoint.tensors
     last = f".{paths[0]}.weight"

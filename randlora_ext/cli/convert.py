@@ -2,7 +2,7 @@
 
 The bases of an adapter cannot be exchanged for others: lambda and gamma were trained for them. What
 can change is whether the file holds them (PEFT's format, which any PEFT opens) or says how to make
-them again (small). LoRA keeps what its rank can hold of dW.
+them again (small). LoRA keeps the part of dW that its rank can hold.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ def convert(
     rank: int | None = None,
     energy: float | None = None,
 ) -> int:
-    """Writes the folder `out`; but for LoRA the adapter computes the same.
+    """Writes the folder `out`. Except with LoRA, the new adapter computes the same.
 
     Args:
         to: "peft": bases included, once, and PEFT's own fields alone, so that stock PEFT opens it,
@@ -48,10 +48,10 @@ def convert(
             Block bases must belong to layers of one shape.
             "compact": without bases. They are drawn or generated again from the adapter's key, and
             compared bit for bit with the saved ones; if they differ, CliError.
-            "lora": the nearest LoRA adapter, as by `export_to_lora`. A folder of PEFT's needs the
-            base model's shapes.
+            "lora": the nearest LoRA adapter, as by `export_to_lora`. A PEFT folder needs the base
+            model's shapes.
         base: the base model, a folder or a name in the hub's cache.
-        density: of bases that were written out, if it cannot be read off them.
+        density: of the saved bases, if it cannot be inferred from them.
         rank, energy: with "lora", one of them.
     """
     check_free(out)
@@ -120,7 +120,7 @@ def _to_lora(
 
 
 def _in_terms_of_peft(adapter: Adapter) -> Adapter:
-    """A file of `save_adapter` as a folder of PEFT's would be read."""
+    """A file of `save_adapter`, as if it were read from a PEFT folder."""
     assert adapter.plain is not None
     options = {
         (s.basis.r, s.scaling, s.randlora_dropout, s.fan_in_fan_out, s.description)
@@ -169,8 +169,8 @@ def _without_bases(adapter: Adapter, density: float | None) -> tuple[RandLoraCon
 
 
 def _config(adapter: Adapter, **fields: Any) -> RandLoraConfig | None:
-    """The config without projections and with other bases, if any; None if it cannot be."""
-    if fields:  # a text would say which bases
+    """The config without saved bases and with `fields` replaced; None if that is invalid."""
+    if fields:  # a text would contradict them
         fields["projection_prng_key"] = AdapterBasis.of(vars(adapter.config)).seed
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Specified to not save")
@@ -181,7 +181,7 @@ def _config(adapter: Adapter, **fields: Any) -> RandLoraConfig | None:
 
 
 def _makes_them(config: RandLoraConfig, adapter: Adapter) -> bool:
-    """Whether `config` makes the saved bases, perhaps as a base model of 16 bits rounds them."""
+    """Whether `config` makes the saved bases, perhaps rounded as by a 16-bit base model."""
     width, D = adapter.bases["randlora_A"].shape[-1], adapter.bases["randlora_B"].shape[0]
     d = width
     if config.basis == "block":
@@ -200,8 +200,8 @@ def _makes_them(config: RandLoraConfig, adapter: Adapter) -> bool:
 
 
 def _densities(adapter: Adapter) -> list[float]:
-    """What the value of +1 may come from: 1 / sqrt(density), or for PEFT's draw 1 / the sample's
-    own standard deviation, which is near that. Of B, which has more elements.
+    """Densities that explain the value of +1 in B, which has more elements than A. The value is
+    1 / sqrt(density) or, in PEFT's draw, 1 / the sample's standard deviation, which is near that.
     """
     A, B = (adapter.bases[name].float() for name in BASES)
     if not _is_ternary(B) or not bool(B.any()):

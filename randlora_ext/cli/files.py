@@ -1,4 +1,4 @@
-"""What a user has to put right, and files that are read or written as a whole."""
+"""Errors that a user has to fix, and files that are read or written as a whole."""
 
 import json
 import os

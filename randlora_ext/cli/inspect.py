@@ -17,12 +17,12 @@ _FIELDS = ("r", "randlora_alpha", "basis", "density", "sparse", "very_sparse", "
 
 
 class Spectrum(NamedTuple):
-    """Singular values of one dW, descending, and what they come to; ranks of dW = 0 are 0.
+    """Singular values of one dW, descending, and figures made from them; ranks of dW = 0 are 0.
 
     Attributes:
         norm: Frobenius norm.
         effective_rank: exp of the entropy of p = values / sum(values): d if all are equal, 1 if
-            one alone is not 0. Source: Roy and Vetterli, The effective rank (EUSIPCO 2007).
+            only one is not 0. Source: Roy and Vetterli, The effective rank (EUSIPCO 2007).
         stable_rank: squared Frobenius norm over the largest squared singular value.
     """
 
@@ -46,9 +46,9 @@ def inspect(
     """Prints configuration, sizes, and a line for every layer.
 
     Args:
-        base: the base model, a folder or a name in the hub's cache. B is as tall as max(in, out),
+        base: the base model, a folder or a name in the hub's cache. B has max(in, out) rows,
             which PEFT's files do not tell, so without the base they give no dW.
-        layers: regular expression; only layers in whose path it is found.
+        layers: regular expression; only layers whose paths contain a match.
         plot: a PNG to write: the spectra, and the effective rank of each layer as a heat map.
     """
     draw: Any = None if plot is None else _drawing(plot)
@@ -61,7 +61,7 @@ def inspect(
         if base is not None or plot is not None:
             raise
         without = str(error)
-    if plot is not None and spectra:  # first, so that an error leaves no half of a report
+    if plot is not None and spectra:  # first, so that an error leaves no half report
         with complete(plot) as scratch:
             draw(scratch, {path: (s.values, s.effective_rank) for path, s in spectra.items()})
     print("\n".join([*_head(adapter), *_table(adapter, chosen, spectra)]))
@@ -78,7 +78,7 @@ def inspect(
 
 
 def _drawing(plot: Path) -> Any:
-    """The function that draws, if nothing forbids it: asked before anything is computed."""
+    """The function that draws; CliError, before anything is computed, if it cannot."""
     if plot.suffix.lower() != ".png":
         raise CliError(f"--plot must end in .png, got {plot}")
     check_free(plot)

@@ -22,7 +22,7 @@ from .files import CliError, first_line
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Of a layer; `transposed`: the model stores its weight as (in, out), as Conv1D does."""
+    """Sizes of a layer; `transposed`: the model stores its weight as (in, out), as Conv1D does."""
 
     in_features: int
     out_features: int
@@ -63,7 +63,7 @@ class LayerChange:
 
 
 def shapes_of(adapter: Adapter, base: str | None) -> dict[str, Shape]:
-    """Those in the base model, named by `base` or by the adapter; the file itself may tell them."""
+    """Shapes of the base model that `base` or the adapter names, or those in the file itself."""
     if adapter.plain and base is None:
         return {
             path: Shape(layer.basis.in_features, layer.basis.out_features)
@@ -73,9 +73,9 @@ def shapes_of(adapter: Adapter, base: str | None) -> dict[str, Shape]:
 
 
 def module_paths(adapter: Adapter, base: str | None) -> set[str]:
-    """All modules of the base model, those of the adapter by its names.
+    """Paths of all modules of the base model; adapted ones as the adapter names them.
 
-    A file of `save_adapter` without `base` tells none but its own.
+    Without `base`, a file of `save_adapter` gives only its own layers.
     """
     if adapter.plain and base is None:
         return set(adapter.plain)

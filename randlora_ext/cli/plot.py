@@ -46,7 +46,7 @@ def draw(file: Path, layers: dict[str, tuple[Tensor, float]]) -> None:
 
 
 def _block_and_name(path: str) -> tuple[str, str]:
-    """("layers.3", "self_attn.q_proj"): split behind the first number, if there is one."""
+    """("layers.3", "self_attn.q_proj"): split after the first number, if there is one."""
     parts = path.split(".")
     number = next((k for k, part in enumerate(parts[:-1]) if part.isdigit()), None)
     cut = len(parts) - 1 if number is None else number + 1

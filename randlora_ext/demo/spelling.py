@@ -24,7 +24,7 @@ class Example(NamedTuple):
 def read_examples(path: Path) -> tuple[list[Example], list[Example]]:
     """Read a dictionary (``*.dict``) or lines of ``prompt<TAB>answer``.
 
-    Of a dictionary, words of 3 to 8 plain letters are used, with their first pronunciation.
+    From a dictionary, words of 3 to 8 plain letters are used, with their first pronunciation.
 
     Returns:
         The examples to train on, and those held out: 128, but at most a tenth. No prompt is in
@@ -53,7 +53,7 @@ def read_examples(path: Path) -> tuple[list[Example], list[Example]]:
 
 
 class AnswerCollator:
-    """Makes examples a batch for the model; only answers and their end-of-text token have labels.
+    """Turns examples into a batch; only answers and their end-of-text token have labels.
 
     Padding is on the left, so all answers end in the last column. ``logits_to_keep`` then spares
     the model the prompts' logits, a tenth of a step with 49,152 words to choose from.

@@ -24,7 +24,7 @@ from .layer import TensorParallelRandLoraLinear, slice_of_rank
 
 class _RandLoraStyle(ParallelStyle):
     shards_outputs: bool
-    input_layout: Placement  # that forward needs; also the default layout of incoming x
+    input_layout: Placement  # needed by forward; also the default layout of incoming x
     output_layout: Placement  # the default layout of y
 
     def __init__(

@@ -41,9 +41,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
 
     Raises:
         ImportError: safetensors is not installed.
-        ValueError: no layer has the adapter, or its numbers are not here (meta device, DeepSpeed
-            ZeRO-3).
-        OSError: the file cannot be written; an older one is as it was.
+        ValueError: no layer has the adapter, or this process lacks its values (meta device,
+            DeepSpeed ZeRO-3).
+        OSError: the file cannot be written; an older one stays as it was.
     """
     saved, writes = {}, True
     for layer, (at, *also_at) in _layers_with(adapter_name, model).items():
@@ -81,9 +81,9 @@ def load_adapter(
     """Puts the adapter of a file on a model, in place; returns the model.
 
     Linear layers become `RandLoraLinear`, as by `apply_randlora`, and everything else is frozen.
-    If the model has RandLoRA layers already, the adapter is one more: it neither takes part nor is
-    trained until ``set_adapter`` names it. An adapter of that name takes the file's numbers into
-    its own parameters, so that training goes on with its optimizer.
+    If the model has RandLoRA layers already, the adapter is added, neither active nor trained until
+    ``set_adapter`` names it. If an adapter of that name exists, the file's values go into its
+    parameters, so that training can continue with the same optimizer.
 
     Args:
         model: the base model, with or without adapters. If it is sharded, the adapter must be
@@ -94,10 +94,10 @@ def load_adapter(
     Raises:
         ImportError: safetensors is not installed.
         OSError: the file cannot be read.
-        ValueError: the file is damaged or no adapter, or it does not fit the model: a layer is
+        ValueError: the file is damaged or not an adapter, or it does not fit the model: a layer is
             missing or has other sizes; an adapter of that name has another basis, is merged, or is
-            on other layers. The message names each.
-        TypeError: a layer is no linear layer.
+            on other layers. The message names each misfit.
+        TypeError: a layer is not a linear layer.
             After any of these the model is as it was.
     """
     name_in_file, saved = read_adapter_file(path)
@@ -120,7 +120,7 @@ def load_adapter(
     for at, numbers in saved.items():
         layer = modules[at]
         if ours and at not in ours:
-            layer.set_adapter([])  # one more adapter is not active
+            layer.set_adapter([])  # an added adapter is not active
         layer.scaling[name] = numbers.scaling
         _copy(numbers.lam, layer.randlora_lambda[name])
         _copy(numbers.gam, layer.randlora_gamma[name])

@@ -1,10 +1,10 @@
-"""The file of `save_adapter`: one adapter, and the description of what its numbers belong to.
+"""The file of `save_adapter`: one adapter and a description of its layers.
 
 A safetensors file with ``PATH.randlora_lambda`` and ``PATH.randlora_gamma`` of every layer. Its
-metadata "randlora_adapter" is JSON: adapter_name, and layers, an object that has for the path of
-each layer in the base model in_features, out_features, fan_in_fan_out, r, scaling,
-randlora_dropout, basis, the key of a `BasisDescription`, and also_at, the other paths of a tied
-layer.
+metadata "randlora_adapter" is JSON with adapter_name and layers. The object layers maps the path of
+each layer in the base model to in_features, out_features, fan_in_fan_out, r, scaling,
+randlora_dropout, basis (the key of a `BasisDescription`) and also_at (the other paths of a tied
+layer).
 """
 
 import json
@@ -119,7 +119,7 @@ def read_adapter_file(path: str | os.PathLike) -> tuple[str, dict[str, SavedLaye
 
 
 def tensor_name(path: str, diagonals: str) -> str:
-    """The name of a tensor in the file; the path of a model that is a layer itself is empty."""
+    """The name of a tensor in the file; `path` is empty if the model itself is the layer."""
     return f"{path}.{diagonals}" if path else diagonals
 
 

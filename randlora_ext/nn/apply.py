@@ -21,8 +21,8 @@ def apply_randlora(
     """Replaces the targeted linear layers of `model`, in place, by `RandLoraLinear`; returns it.
 
     Args:
-        target_modules: as in PEFT a list of names, each matching modules called so or ending in
-            ``.name``; or a regular expression that must match a module's whole name; or
+        target_modules: as in PEFT, a list of names, each matching modules of that name or ending
+            in ``.name``; or a regular expression that must match a module's whole name; or
             "all-linear", every nn.Linear and Conv1D except the output embeddings of a transformers
             model and the projection inside nn.MultiheadAttention.
         **layer_options: r, randlora_alpha, density, projection_prng_key, randlora_dropout,
@@ -35,9 +35,9 @@ def apply_randlora(
     error names the layer and the densities that fit all.
 
     Raises:
-        ValueError: nothing matches, or ``out_proj`` of nn.MultiheadAttention does, which torch
-            never calls. TypeError: a match is no nn.Linear or Conv1D, or is adapted already. Also
-            what RandLoraLinear raises. In all cases the model is as it was.
+        ValueError: nothing matches, or a match is ``out_proj`` of nn.MultiheadAttention, which
+            torch never calls. TypeError: a match is not an nn.Linear or Conv1D, or is adapted
+            already. Also the errors of RandLoraLinear. In all cases the model is as it was.
     """
     # A module that is registered twice (tied) is visited twice, and must be wrapped once.
     named = dict(model.named_modules(remove_duplicate=False))
@@ -60,7 +60,7 @@ def apply_randlora(
         check_base_layer(module, matched)
         check_is_called(model, name, matched)
     _check_block_sizes({name: features(module) for name, module in matches.items()}, layer_options)
-    # Other options can only be wrong at the first layer, before it freezes anything.
+    # Any other wrong option raises at the first layer, before anything is frozen.
     unique = {id(module): module for module in matches.values()}
     wrapped = {key: RandLoraLinear(module, **layer_options) for key, module in unique.items()}
     layers = [m for m in model.modules() if isinstance(m, RandLoraLinear)]
@@ -142,7 +142,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         `model`, or its base layer if it is a `RandLoraLinear` itself.
 
     Raises:
-        TypeError, RuntimeError: of a weight, as `RandLoraLinear.merge`, before anything changes.
+        TypeError, RuntimeError: as `RandLoraLinear.merge`, before anything changes.
     """
     for layer in _layers(model):
         layer._mergeable_weight()

@@ -1,4 +1,4 @@
-"""Questions about the frozen layer under an adapter, and torch's fast paths that would skip it."""
+"""Checks of the frozen base layer; turns off fast paths of torch that would skip the adapter."""
 
 import sys
 from typing import Any
@@ -14,7 +14,7 @@ from ..ops import autocast
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D: a linear layer that stores its weight as (in, out)."""
-    # If nobody imported transformers, nothing can be its Conv1D.
+    # If transformers is not imported, nothing can be its Conv1D.
     utils = sys.modules.get("transformers.pytorch_utils")
     return utils is not None and isinstance(module, utils.Conv1D)
 
@@ -57,7 +57,7 @@ def can_fuse(base_layer: Any, x: Tensor) -> bool:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether it is exactly nn.Linear, without hooks and with its own forward."""
+    """Whether `module` is exactly an nn.Linear, without hooks and with its own forward."""
     if type(module) is not nn.Linear or "forward" in module.__dict__:
         return False
     return not _has_any_global_hook() and not any(
@@ -78,9 +78,9 @@ def _do_nothing(*_) -> None:
 def force_module_call(layer: nn.Module) -> None:
     """Makes nn.TransformerEncoderLayer call `layer` in eval mode.
 
-    It would otherwise pass ``layer.weight`` to one fused kernel and ignore the adapter. It does not
-    do so if any module inside it has a forward hook. This hook is on a dictionary of `layer` that
-    nobody calls, so it costs nothing.
+    The encoder layer would otherwise pass ``layer.weight`` to one fused kernel and ignore the
+    adapter, unless a module inside it has a forward hook. The hook set here is on a dictionary of
+    `layer` that is never called, so it costs nothing.
     """
     dictionary: Any = layer.randlora_dropout
     if _do_nothing not in dictionary._forward_pre_hooks.values():
@@ -90,7 +90,7 @@ def force_module_call(layer: nn.Module) -> None:
 def disable_nested_tensors(model: nn.Module, name: str) -> None:
     """Makes an nn.TransformerEncoder around module `name` keep padded tensors in eval mode.
 
-    It would convert them to nested tensors, which only that fused kernel takes.
+    The encoder would convert them to nested tensors, which only the fused kernel takes.
     """
     parts = name.split(".")
     for depth in range(len(parts)):

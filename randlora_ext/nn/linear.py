@@ -18,7 +18,7 @@ from .state_dict import refuse_misfit
 
 _REPR_TOKENS = 512  # `extra_repr` shows the path for this many tokens
 
-# The largest that the authors and PEFT's examples train with.
+# The largest scaling that the authors and PEFT's examples train with.
 DEFAULT_SCALING = 20.0
 
 
@@ -40,8 +40,8 @@ class RandLoraLinear(Mergeable, nn.Module):
         randlora_dropout: probability in [0, 1) that an input of the adapter is dropped.
         adapter_name: name of the first adapter; `update_layer` adds more.
         basis: kind of the bases, "independent" or "block"; see `TernaryBasis`.
-        merged_rounding: None, "nearest" or "stochastic", see `randlora_ext.linear`; how the layer
-            runs, not what it is: no file holds it.
+        merged_rounding: None, "nearest" or "stochastic", see `randlora_ext.linear`. No file holds
+            it, because it only says how the layer computes.
 
     Attributes, each by adapter name: ``randlora_lambda`` (r, n), initially zero, so a new adapter
     changes nothing; ``randlora_gamma`` (n, d), initially 1 / max(n, d); ``num_bases`` (n);
@@ -49,7 +49,7 @@ class RandLoraLinear(Mergeable, nn.Module):
 
     Dtypes: lambda and gamma start as float32 (float64 on a float64 base). ``.to(dtype)`` and
     ``.half()`` cast them with the base like any parameter. To train float32 adapters on a 16-bit
-    base, cast the base first and wrap it then. Any combination works; the operators accumulate in
+    base, cast the base first, then wrap it. Any combination works; the operators accumulate in
     float32 or better. As with nn.Linear, x must have the weight's dtype unless autocast is on.
 
     ``state_dict`` holds the base layer, lambda and gamma, but no basis. ``load_state_dict`` raises
@@ -220,7 +220,7 @@ class RandLoraLinear(Mergeable, nn.Module):
         """The dense factors (P, Q) of ``scaling * F.linear(F.linear(x, P), Q)``, the adapter.
 
         They are (A', B) if d == in, otherwise (B^T, A'^T), in the dtype of lambda. For study and
-        export: forward makes neither. Source: PEFT's method.
+        export; forward forms neither. Source: PEFT's method.
         """
         self._check_names("adapter", adapter)
         lam, gam = self._diagonals(adapter)

@@ -59,7 +59,8 @@ class Mergeable(_Layer):
                 half an ulp count on average (`randlora_ext.merged_weight`). One adapter at a time.
 
         Raises:
-            ValueError: for an unknown, repeated or already merged adapter, and by safe_merge.
+            ValueError: an adapter is unknown, repeated or merged already, or safe_merge finds
+                NaN or inf.
             TypeError: the weight is not floating point (quantized).
             RuntimeError: the layer is disabled, or ZeRO-3 holds the weight elsewhere.
                 After any of these nothing has changed.
@@ -113,7 +114,7 @@ class Mergeable(_Layer):
         self._replace_weight(restored, [], None)
 
     def _replace_weight(self, values: Tensor, merged: list[str], original: Tensor | None) -> None:
-        """Writes W and what is said of it, all or nothing as far as Ctrl-C can tell."""
+        """Writes W and the attributes about it; Ctrl-C cannot leave only some of them written."""
 
         def write() -> None:
             self.base_layer.weight.copy_(values)

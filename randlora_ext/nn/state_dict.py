@@ -1,4 +1,4 @@
-"""Checks a state dict before torch copies anything of it."""
+"""Checks a state dict before torch copies anything from it."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -25,10 +25,10 @@ def refuse_misfit(
     torch copies what fits and then raises for the rest. That would leave half of one adapter mixed
     with another.
 
-    Raises RuntimeError, naming every entry for a RandLoRA layer that has another shape, is not
-    floating point or no tensor, and every layer that is merged: its weight holds an adapter that
-    the new lambda and gamma could not take out again. Missing and unknown keys are left to torch,
-    which alone knows whether the caller said strict.
+    Raises RuntimeError that names every entry of a RandLoRA layer that has another shape or is not
+    a floating point tensor, and every merged layer: its weight holds an adapter that could not be
+    subtracted with the new lambda and gamma. Missing and unknown keys are left to torch, which
+    alone knows whether loading is strict.
     """
     refuse(
         module,

@@ -14,12 +14,12 @@ _library = torch.library.Library("randlora", "IMPL")  # registrations live as lo
 
 
 def is_on(device_type: str) -> bool:
-    """torch.is_autocast_enabled, and False for "meta", which it does not know."""
+    """torch.is_autocast_enabled, but False for "meta", for which that raises."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def cast(device_type: str, values: tuple) -> tuple:
-    """Floating tensors other than float64 in autocast's dtype; all else as it is."""
+    """Casts floating tensors other than float64 to autocast's dtype; leaves all else as it is."""
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
         v.to(dtype)
@@ -36,11 +36,11 @@ def _register(device_type: str, key: torch._C.DispatchKey) -> None:
 
     def linear(x, weight, bias, lam, gam, packed, *rest):
         x, weight, bias = cast(device_type, (x, weight, bias))
-        packed = list(cast(device_type, tuple(packed)))  # a dense B is a factor of x
+        packed = list(cast(device_type, tuple(packed)))  # a dense B multiplies x
         with torch._C._ExcludeDispatchKeyGuard(here):
             return forward(x, weight, bias, lam, gam, packed, *rest)
 
-    def linear_backward(*inputs):  # in the dtypes of the forward, whenever it runs
+    def linear_backward(*inputs):  # keeps the dtypes of the forward, under autocast or not
         with torch._C._ExcludeDispatchKeyGuard(here):
             return backward(*inputs)
 

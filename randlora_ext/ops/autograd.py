@@ -17,7 +17,7 @@ _ops = torch.ops.randlora
 _library = torch.library.Library("randlora", "IMPL")  # registrations live as long as this
 
 # Inside an operator neither autograd nor autocast may act again: the kernels read what torch's GEMM
-# returns there in the dtype of x. torch._C._AutoDispatchBelowAutograd keeps out autograd alone.
+# returns there in the dtype of x. torch._C._AutoDispatchBelowAutograd excludes only autograd.
 _keys = torch._C.DispatchKey
 _ABOVE_KERNELS = torch._C.DispatchKeySet(_keys.AutogradFunctionality)
 for _key in (_keys.AutogradOther, _keys.AutogradNestedTensor, *autocast.KEYS.values()):
@@ -59,7 +59,7 @@ class _RefuseTwice(_Operator):
 
 
 def _gradients(op, *inputs):
-    """`op`, a backward operator, where autograd must not differentiate it."""
+    """Calls the backward operator `op`; differentiating its results raises."""
     results = _call_kernel(op, *inputs)
     if torch.is_grad_enabled():  # create_graph=True, or a torch.func transform around this one
         tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
@@ -154,7 +154,7 @@ def _entry(name: str, function: type[Function]):
                 torch._dynamo.graph_break(
                     "randlora_ext runs uncompiled under torch.func transforms"
                 )
-            if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and it loads slowly
+            if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it is slow
                 return torch.compiler.disable(function.apply)(*inputs)
             return function.apply(*inputs)
         if torch.compiler.is_compiling():

@@ -42,7 +42,7 @@ def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float) 
     a, b, rows = _blocks(basis, lam.float() if lam.dtype.itemsize < 4 else lam)
     lam = basis.held(lam)
     scaled = _scaled(a, lam, gam, b.dtype)
-    # The rows e that chunk h of d and chunk g of D have in common, padded to equally many.
+    # The rows e that chunk h of d and chunk g of D have in common, padded to equal counts.
     cycles, Q, height = b.shape
     ends = _ends(a, lam, Q, rows).unsqueeze(-1).unsqueeze(-1)
     most = scaled.shape[1] // rows[0] + 2
@@ -58,7 +58,7 @@ def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float) 
 
 
 def _check(basis, x, weight, bias, lam, gam) -> None:
-    """What the operators check, of which plain torch would broadcast or view much."""
+    """What the operators check; plain torch would broadcast or view much that they refuse."""
     sizes = basis.out_features, basis.in_features
     if not x.is_floating_point():
         raise ValueError(f"x must be a floating tensor, got {x.dtype}")
@@ -87,7 +87,7 @@ def _no_autocast(like: Tensor):
 
 def _blocks(basis: TernaryBasis, like: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
     """Signs of A (chunks of d, q, d / G), B (cycles, chunks of D, D / G) in the dtype of `like`,
-    and (G, first), which tell its rows e (`Chunks`)."""
+    and (G, first), from which `_row` computes c."""
     a, b = basis.packed(like.device)[0], basis.dense_b(like.device, like.dtype)
     a, held = a.view(basis.d // a.shape[1], -1, a.shape[1]), basis.chunks
     if held is None:
@@ -221,7 +221,7 @@ class _Side:
 
 
 class _PartOfA(_Side):
-    """A' of a slice: its blocks have the rows e, which may be unequally many and are padded."""
+    """A' of a slice: its blocks have the rows e, padded because their counts may differ."""
 
     def __init__(self, a: Tensor, b: Tensor, lam: Tensor, rows, scaled: Tensor) -> None:
         cycles, Q, _ = b.shape
@@ -230,7 +230,7 @@ class _PartOfA(_Side):
         most = cycles_of * Q + min(rest, Q)
         e = torch.arange(most, device=a.device) + ends[:-1]
         inside = e < ends[1:]
-        # What is past the end of a block reads zeros and writes to a row that nobody reads.
+        # Entries past the end of a block read zeros and write to a row that is never read.
         self.count, self.shape = cycles * Q, scaled.shape
         self.e = e.where(inside, self.count)
         self.c = _row(e, Q, rows).where(inside, self.shape[0] * self.shape[1])

@@ -28,7 +28,7 @@ def path_terms(
     device_type: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Term]:
-    """Of the factored and the delta path, the GEMMs that it adds and how often it pays each rate.
+    """For the factored and the delta path: GEMMs that it adds, and how often it pays each rate.
 
     The merged path is the delta path without its products x dW^T and dy dW.
     """
@@ -66,12 +66,12 @@ def _products(basis: TernaryBasis) -> tuple[int, int]:
 
 
 def _block_terms(basis: TernaryBasis, tokens: int, by_classes: bool) -> dict[str, Term]:
-    # Of the layer: a slice has as much less of each product as it has of the layer's W.
+    # The whole layer's: a slice's share of each product is its share of the layer's W.
     density, r, K, (d, D) = basis.density, basis.r, basis.K, basis.layer_features
     held = basis.chunks
     a_products, b_products = _products(basis)
     by_classes &= held is None or (held.first == 0 and basis.D == D)
-    # Where dW is formed, the gradient of lambda and gamma takes one product of each side.
+    # If dW is formed, the gradient of lambda and gamma takes one product of each side.
     a_factored, a_formed = density * a_products, density
     if by_classes and d % r == 0 and r * density > 1:
         # csrc/torch/block_classes.cpp: V is computed again for the gradient of lambda, and mixing
@@ -92,7 +92,7 @@ def _dense_terms(basis: TernaryBasis, tokens: int) -> dict[str, Term]:
     # A' is made twice and its gradient contracted once.
     entries = 3 * K / D / T
     factored = {"dense": a_products * K / D + b_products * K / d, "dense_entry": entries}
-    # csrc/torch/linear.cpp: where dW is formed, lambda and gamma get their gradient from dy^T x
+    # csrc/torch/linear.cpp: if dW is formed, the gradients of lambda and gamma come from dy^T x
     # or, if that is cheaper, from U and P.
     by_product = T * K * (D + d) > (T + K) * D * d
     gradient = K / T if by_product else K / D + K / d
@@ -122,7 +122,7 @@ def predicted_costs(
 
 
 def choose_b_side(basis: TernaryBasis, tokens: int, device_type: str) -> str:
-    """How B is multiplied: "packed", or "dense" by a GEMM: on CUDA, and of block and dense bases.
+    """How to multiply by B: "packed" or, on CUDA and for block and dense bases, "dense" (a GEMM).
 
     A dense B in the dtype of x is made once and shared by all layers of the shape. The
     environment variable RANDLORA_B_SIDE (packed, dense) overrides the choice on CUDA.

@@ -1,4 +1,4 @@
-"""DTensor parameters, which FSDP2 and tensor parallelism leave outside forward."""
+"""DTensor parameters, as FSDP2 and tensor parallelism keep them outside forward."""
 
 from typing import Any
 

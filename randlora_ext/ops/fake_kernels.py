@@ -11,7 +11,7 @@ def _fake(function):
 
 
 def _check_one_device(**tensors) -> None:
-    """csrc/torch/check.cpp says the same; a meta tensor among others leads here instead."""
+    """The check of csrc/torch/check.cpp, which calls with a meta tensor do not reach."""
     named = [
         (name, t)
         for name, value in tensors.items()

@@ -19,7 +19,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)  # subclasses are looked at more closely
 
 
 def _check_types(basis: TernaryBasis, **tensors: Tensor) -> None:
-    """What the operators cannot know; csrc/torch/check.cpp checks shapes, dtypes and devices."""
+    """Checks what C++ cannot know; csrc/torch/check.cpp checks shapes, dtypes and devices."""
     if not isinstance(basis, TernaryBasis):
         raise TypeError(f"basis must be a TernaryBasis, got {type(basis)}")
     for name, value in tensors.items():
@@ -71,8 +71,9 @@ def scaled_basis(basis_or_A: TernaryBasis | Tensor, lam: Tensor, gam: Tensor) ->
 def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float = 1.0) -> Tensor:
     """dW (out, in): ``scaling * B @ scaled_basis(A, lam, gam)``, transposed if d == out < in.
 
-    The result has the dtype of lam; sums are in float32 (float64 for float64). Of independent
-    bases neither A' nor a dense B is made. Source: PEFT's ``get_delta_weight``; paper equation 3.
+    The result has the dtype of lam; sums are in float32 (float64 for float64). With
+    independent bases neither A' nor a dense B is made.
+    Source: PEFT's ``get_delta_weight``; paper equation 3.
     """
     _check_types(basis, lam=lam, gam=gam)
     if not _served(basis, "lam", lam):

@@ -55,11 +55,11 @@ def explain(
     `merged` is excluded with dropout, since the adapter then sees another x than the base layer,
     and in 16 bits without `merged_rounding`, since W + dW loses a dW below half an ulp of W. The
     environment variable RANDLORA_PATH overrides the choice. Plain torch, in which block bases run
-    on devices without our kernels, has the factored path alone.
+    on devices without our kernels, has only the factored path.
 
     Raises:
-        ValueError: RANDLORA_PATH is none of auto, factored, delta, merged; or merged_rounding none
-            of None, "nearest", "stochastic".
+        ValueError: RANDLORA_PATH is none of auto, factored, delta, merged; or merged_rounding is
+            none of None, "nearest", "stochastic".
     """
     check_rounding(merged_rounding)
     has_weight = has_weight and dropout == 0.0
@@ -102,7 +102,7 @@ def check_rounding(value: str | None) -> None:
 
 
 def rounding_seed(basis: TernaryBasis, merged_rounding: str | None) -> int | None:
-    """The operators' argument; a constant of compiled code."""
+    """The operators' ``rounding_seed``; a constant in compiled code."""
     return _seed_of(basis.token) if merged_rounding == "stochastic" else None
 
 
@@ -112,14 +112,14 @@ def _seed_of(token: str) -> int:
 
 
 def _in_plain_torch(basis: TernaryBasis, device_type: str) -> bool:
-    """Whether `linear` runs ops/block_torch.py there; of "cuda" one may ask without a card."""
+    """Whether `linear` runs ops/block_torch.py there; not for "cuda" if there is no card."""
     if basis.kind != "block" or device_type == "meta" or kernels.serve(device_type):
         return False
     return device_type != "cuda" or torch.cuda.is_available()
 
 
 class Region(NamedTuple):
-    """A range of token counts with one choice, from the end of the region before to `last`."""
+    """A range of token counts with one choice, from the end of the previous region to `last`."""
 
     last: int
     path: str
@@ -135,13 +135,13 @@ def choose(
     device_type: str,
     merged_rounding: str | None = None,
 ) -> tuple[str, str]:
-    """(path, `choose_b_side`), where a path of "auto" becomes that of `explain`.
+    """(path, B side); the path "auto" becomes that of `explain`.
 
-    `tokens` may be symbolic. torch.compile then guards on the region that tokens is in, of which
-    there are few: other sizes in it run the same code. An exported program must hold for every
+    `tokens` may be symbolic. torch.compile then guards on the region that tokens is in. There are
+    few regions, and all sizes in one run the same code. An exported program must hold for every
     size, so it takes the factored path unless the declared range of T lies in one region.
     """
-    # An explicit path does not ask the environment; the regions then tell the B side alone.
+    # An explicit path ignores RANDLORA_PATH; the regions then only tell the B side.
     forced = os.environ.get("RANDLORA_PATH") if path == "auto" else "factored"
     decided_by = dtype, has_weight, device_type, forced, merged_rounding
     if torch.compiler.is_compiling():
@@ -179,13 +179,13 @@ def _find_regions(
 ) -> tuple[Region, ...]:
     def at(tokens: int) -> tuple[str, str]:
         path, _ = _decide(basis, tokens, dtype, has_weight, device_type, *rest)
-        # Others multiply by B at most in backward; how must not divide their regions.
+        # Other paths multiply by B at most in backward; the B side must not split their regions.
         return path, choose_b_side(basis, tokens if path == "factored" else MANY, device_type)
 
     regions: list[Region] = []
     first = 1
     # The B side changes at these ends only. Between them the factored path costs the same for any
-    # number of tokens and the others ever less, so no path comes back once it is left.
+    # number of tokens and the others ever less, so a path that was left does not return.
     for end in sorted({PACKED_TOKENS, int(PACKED_ADDS / basis.density), MANY}):
         while first <= end:
             choice = at(first)

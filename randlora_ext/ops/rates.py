@@ -23,13 +23,13 @@ class Rates:
     form_scatter: float
     form_term: float
     form_entry: float
-    # Block bases: a multiply-add of their products; of dW, which a step forms twice, per entry,
-    # K / G^2 terms and its memory traffic.
+    # Block bases: a multiply-add of their products. A step forms dW twice; per entry it pays
+    # K / G^2 terms and memory traffic.
     block: float
     block_term: float
     block_entry: float
     round_entry: float  # stochastic rounding of W + dW, which a step forms twice, per entry
-    # Dense bases: a multiply-add of their products; of A' and dW, per entry made or contracted.
+    # Dense bases: a multiply-add of their products; an entry of A' or dW, made or contracted.
     dense: float = 1.0
     dense_entry: float = 100.0
 

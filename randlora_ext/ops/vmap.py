@@ -1,4 +1,4 @@
-"""torch.func.vmap over the operators: one call per element, or one in all if only x differs."""
+"""torch.func.vmap over the operators: one call per element; one for `linear` if only x varies."""
 
 from functools import partial
 

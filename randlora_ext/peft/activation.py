@@ -1,4 +1,4 @@
-"""Putting our classes in the place of PEFT's, and back."""
+"""Replacing PEFT's classes by ours, and back."""
 
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -64,7 +64,7 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     Raises ValueError, and changes nothing, if the model holds no RandLoRA layer, if its bases are
     on the meta device, or if a quantized layer is merged: stock PEFT has added another matrix than
-    our unmerging would take away.
+    our unmerging would subtract.
     """
     layers = [module for module in model.modules() if isinstance(module, RandLoraLayer)]
     if not layers:

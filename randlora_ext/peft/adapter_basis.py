@@ -12,7 +12,7 @@ KINDS = ("peft", *SPECIFICATIONS)
 SPARSE = 1 / 3
 VERY_SPARSE = "very_sparse"  # the density 1 / sqrt(d), a number once there is a model
 
-# Two texts beside those of BasisDescription, and what they replace in one.
+# Two variants of a BasisDescription's key: its text, and what replaces that in the variant.
 _PEFT = "randlora_ext:independent-", "randlora_ext:peft-"
 _VERY_SPARSE = ":density=1.0:", f":density={VERY_SPARSE}:"
 
@@ -42,9 +42,9 @@ class AdapterBasis:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> "AdapterBasis":
-        """Translates the fields of a configuration: ours or PEFT's, of an object or of a file.
+        """Translates the fields of a configuration: ours or PEFT's, from an object or a file.
 
-        A text in ``projection_prng_key`` says all; the other fields may only agree with it.
+        A text in ``projection_prng_key`` is complete; the other fields may only agree with it.
 
         Raises:
             TypeError, ValueError: naming the field, what it was and what is allowed.
@@ -81,7 +81,7 @@ class AdapterBasis:
 
     @classmethod
     def parse(cls, text: str) -> "AdapterBasis":
-        """The bases whose `key` is `text`; ValueError if it is none."""
+        """The bases whose `key` is `text`; ValueError if `text` is not a key."""
         drawn = text.replace(_PEFT[1], _PEFT[0])
         plain = drawn.replace(_VERY_SPARSE[1], _VERY_SPARSE[0])
         made = BasisDescription.parse(plain)
@@ -95,9 +95,9 @@ class AdapterBasis:
 
     @property
     def key(self) -> Any:
-        """What ``projection_prng_key`` holds: a number where stock PEFT draws these bases.
+        """What ``projection_prng_key`` holds: a number if stock PEFT draws these bases.
 
-        Otherwise a text that says all and that stock PEFT refuses.
+        Otherwise a text that describes them completely and that stock PEFT refuses.
         """
         if self.known_to_stock:
             return self.seed
@@ -106,14 +106,14 @@ class AdapterBasis:
         return text.replace(*_VERY_SPARSE) if self.density == VERY_SPARSE else text
 
     def description(self, d: int) -> BasisDescription:
-        """Of generated bases for layers of at most min(in, out) = `d`."""
+        """The description of generated bases if the largest min(in, out) of the layers is `d`."""
         density: Any = 1 / math.sqrt(d) if self.density == VERY_SPARSE else self.density
         kind = "independent" if self.kind == "peft" else self.kind
         return BasisDescription(kind, density, self.seed)
 
 
 def other_bases(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
-    """In what the bases of the configuration `saved` differ from those of `own`, in words."""
+    """How the bases of the configuration `saved` differ from those of `own`, in words."""
     mine, theirs = AdapterBasis.of(own), AdapterBasis.of(saved)
     names = {"projection_prng_key": "seed", "basis": "kind", "density": "density"}
     return [

@@ -18,16 +18,16 @@ from .ternary_tensor import TernaryTensor
 
 BASIS_NAMES = ("randlora_A", "randlora_B")  # PEFT's attributes of models and layers
 _tokens = itertools.count()
-# What layers made of an A and a B, by features and r. The keys are signs, or dense tensors.
+# Bases that layers made from an A and a B (keys: their signs, or dense tensors), by features and r.
 _made: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class PackedBufferDict(MutableMapping, BufferDict):
     """PEFT's ``BufferDict`` of one basis (A or B) by adapter, with ternary ones packed.
 
-    The tensors are no registered buffers, so DistributedDataParallel does not send them. A ternary
+    The tensors are not registered buffers, so DistributedDataParallel does not send them. A ternary
     tensor is packed as it is put in; another (PEFT's default uniform basis) is kept as it is. Model
-    and layers share one dictionary, whose saved bases a state dict holds dense and once: under the
+    and layers share one dictionary. A state dict holds its saved bases dense and once: under the
     model, or under the first layer if `inject_adapter_in_model` made no model.
     """
 
@@ -67,15 +67,15 @@ class PackedBufferDict(MutableMapping, BufferDict):
         }
         self.__dict__["traced"] = _Traced()
 
-    @torch.compiler.assume_constant_result  # when it traces, as warnings are no part of a graph
+    @torch.compiler.assume_constant_result  # runs at tracing: graphs hold no warnings
     def warn_once(self, reason: str) -> None:
-        """Says once a model that it multiplies by dense bases."""
+        """Warns once per model that it multiplies by dense bases."""
         if not self.__dict__.get("_warned"):
             self.__dict__["_warned"] = True
             told = f"RandLoRA layers of this model multiply by dense bases: {reason}"
             warnings.warn(told, stacklevel=4)
 
-    # As a buffer is an attribute of PEFT's dictionary; transformers loads adapters by it.
+    # In PEFT's dictionary buffers are attributes; transformers loads adapters through them.
 
     def __getattr__(self, name: str):
         bases = self.__dict__.get("_bases", {})
@@ -93,7 +93,7 @@ class PackedBufferDict(MutableMapping, BufferDict):
     def __setitem__(self, key: str, basis: Tensor) -> None:
         if not isinstance(basis, TernaryTensor):
             if basis.is_meta:
-                if key in self._bases:  # PEFT follows a weight to where the numbers would be lost
+                if key in self._bases:  # PEFT moves bases with a weight; these would be lost
                     return
                 raise ValueError(f"the basis of adapter {key!r} is on the meta device: no values")
             try:
@@ -104,7 +104,7 @@ class PackedBufferDict(MutableMapping, BufferDict):
         self._changed()
 
     def _unless_known(self, new: TernaryTensor) -> TernaryTensor:
-        """`new` with the signs of an equal one: every adapter's file holds its own copy."""
+        """`new`, sharing signs with an equal basis: every adapter's file holds its own copy."""
         for old in self._bases.values():
             if isinstance(old, TernaryTensor) and old.shape == new.shape:
                 known, planes = old.signs.planes, new.signs.planes
@@ -124,7 +124,7 @@ class PackedBufferDict(MutableMapping, BufferDict):
         return iter(self._bases)
 
     def _apply(self, fn, recurse: bool = True):
-        # Only where `fn` puts a tensor counts: `to_empty` would leave any memory in it.
+        # Takes only device and dtype from `fn`: `to_empty` would leave arbitrary values.
         for key, basis in self._bases.items():
             probe = fn(torch.empty(0, dtype=basis.dtype, device=basis.device))
             if isinstance(basis, TernaryTensor):
@@ -149,7 +149,7 @@ class PackedBufferDict(MutableMapping, BufferDict):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        # The model says which ones are missing: layers that share the dictionary have none.
+        # The model reports missing bases, so layers that share the dictionary report none.
         known = {prefix + key: key for key in self._bases if self.saved(key)}
         for name in [name for name in known if name in state_dict]:
             saved, basis = state_dict[name], self._bases[known[name]]
@@ -176,12 +176,12 @@ class _Traced:
 def layer_basis(A: Tensor, B: Tensor, in_features: int, out_features: int, r: int) -> TernaryBasis:
     """The basis of one layer shape, of kind "dense" if A or B is not ternary.
 
-    Layers of equal shape get the same object, hence share what it packs. All share the memory of
-    dense tensors, which their bases are views of.
+    Layers of equal shape get the same object, so they share what it packs. Bases of dense tensors
+    are views of them.
 
     Args:
-        A: (>= r, 1, >= d).  B: (>= D, >= n, >= r). A layer's own are the slices from the front; in
-            PEFT's flat order they are the first K columns of B.
+        A: (>= r, 1, >= d).  B: (>= D, >= n, >= r). A layer uses the leading slices; in PEFT's
+            flat order those of B are its first K columns.
 
     Raises ValueError if they are too small.
     """
@@ -211,7 +211,7 @@ def layer_basis(A: Tensor, B: Tensor, in_features: int, out_features: int, r: in
 
 
 def _value(basis: Tensor) -> float | int:
-    """What may change while the key stays: the value of the signs, or how often one has written."""
+    """What may change while the key stays: the value of +1, or a dense tensor's version."""
     if isinstance(basis, TernaryTensor):
         return basis.value
     return 0 if basis.is_inference() else basis._version
@@ -219,7 +219,7 @@ def _value(basis: Tensor) -> float | int:
 
 def _dense_matrices(A: Tensor, B: Tensor, r: int) -> DenseMatrices:
     with ordinary_tensors():
-        # `data` does not keep the tensor itself, under which this is found, alive.
+        # `data`, because the value must not keep the tensor that is its weak key alive.
         A, B = (
             t.moved("cpu", t.dtype).dense() if isinstance(t, TernaryTensor) else t.data
             for t in (A, B)
@@ -236,7 +236,7 @@ def _ternary_basis(
         if described is not None and described == B.signs.description:
             density, seed, kind = described.density, described.seed, described.kind
             return TernaryBasis(in_features, out_features, r, density, seed, kind)
-        if B.shape[2] != r:  # columns from inside every row, which only a dense B can give
+        if B.shape[2] != r:  # takes columns from inside every row: needs a dense B
             return TernaryBasis.from_dense(A.dense()[:r], B.dense()[:, :, :r], *features)
         planes = A.signs.on(A.device)[:, :r], B.signs.on(B.device)
         return TernaryBasis.from_planes(*planes, A.value, B.value, *features)

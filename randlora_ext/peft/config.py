@@ -30,11 +30,11 @@ class RandLoraConfig(peft.RandLoraConfig):
         merged_rounding: None, "nearest" or "stochastic", see `randlora_ext.linear`. It says how
             layers run, not what they are, so files that stock PEFT opens do not hold it. For those
             set it on the loaded configuration, and pass that as ``config``.
-        open_with_randlora_ext: set in files that stock PEFT cannot open, for stock PEFT to name it.
+        open_with_randlora_ext: set in files that stock PEFT cannot open; its warning names it.
 
-    If PEFT's own fields cannot say which bases these are, ``projection_prng_key`` becomes a text
-    that does, for example ``randlora_ext:independent-1:density=0.07:seed=42``. The text says all:
-    a configuration of nothing else has the same bases, and stock PEFT refuses it. A file that
+    If PEFT's own fields cannot describe the bases, ``projection_prng_key`` becomes a text that
+    does, for example ``randlora_ext:independent-1:density=0.07:seed=42``. The text is complete: a
+    configuration with this field alone has the same bases. Stock PEFT refuses it. A file that
     brings bases of basis="peft" (``save_projection=True``) holds the number, so that stock PEFT
     reads it. ``very_sparse`` with basis="independent" becomes a density when a model is made.
 
@@ -63,7 +63,7 @@ class RandLoraConfig(peft.RandLoraConfig):
     )
 
     def __post_init__(self) -> None:
-        # A file may hold anything, and PEFT would meet it while it changes a model.
+        # A file may hold anything, and PEFT would fail on it halfway through changing a model.
         if isinstance(self.r, bool) or not isinstance(self.r, int) or not 0 < self.r < 2**31:
             raise ValueError(f"r must be an integer in [1, 2**31), got {self.r!r}")
         check_alpha("randlora_alpha", self.randlora_alpha)
@@ -105,7 +105,7 @@ class RandLoraConfig(peft.RandLoraConfig):
             super().save_pretrained(scratch, **kwargs)
 
     def to_dict(self) -> dict:
-        """PEFT's dictionary, with our fields only if they say something."""
+        """PEFT's dictionary, with our fields only if PEFT's cannot describe the bases."""
         values, basis = super().to_dict(), AdapterBasis.of(vars(self))
         for name in ("density", "basis", "merged_rounding", "open_with_randlora_ext"):
             del values[name]
@@ -121,7 +121,7 @@ class RandLoraConfig(peft.RandLoraConfig):
 
 
 def set_basis(config: peft.RandLoraConfig, basis: AdapterBasis) -> None:
-    """Has the fields say which bases, each thing once."""
+    """Sets the fields that describe the bases, without redundant ones."""
     ours: Any = config
     late, stock = basis.density == VERY_SPARSE, basis.known_to_stock
     ours.basis, ours.projection_prng_key = basis.kind, basis.key

@@ -1,4 +1,4 @@
-"""Saved adapters: files that appear when they are complete, and tensors that say what they are."""
+"""Saved adapters: files that appear when complete, and tensors that record their configuration."""
 
 import fcntl
 import json
@@ -27,7 +27,7 @@ _RECORDED = (
 def appear_together(folder: str | os.PathLike) -> Iterator[Path]:
     """A scratch folder inside `folder`; its files are renamed into it when the block ends.
 
-    Configurations come last, since they announce the others. If the block raises, nothing in
+    Configurations come last, since loading starts with them. If the block raises, nothing in
     `folder` has changed. Scratch folders of processes that were killed are removed.
     """
     folder = Path(folder)
@@ -45,8 +45,8 @@ def appear_together(folder: str | os.PathLike) -> Iterator[Path]:
 def _locked(folder: Path) -> Iterator[None]:
     """Keeps other processes from removing the scratch folder as a left-over.
 
-    The kernel releases a process's lock when it dies, so what lies in a folder that nobody has
-    locked is left over.
+    The kernel releases a process's lock when it dies, so scratch folders in a folder without a
+    lock are left-overs.
     """
     lock = os.open(folder, os.O_RDONLY)
     try:
@@ -65,7 +65,7 @@ def record_configurations(folder: Path) -> None:
     """Writes into every safetensors file which configuration it belongs to.
 
     A process may be killed between renaming the tensors and renaming the configuration. Two
-    adapters of the same shapes differ in nothing else.
+    adapters of the same shapes cannot be told apart otherwise.
     """
     for config in folder.rglob(CONFIG_NAME):
         tensors = config.with_name(SAFETENSORS_WEIGHTS_NAME)
@@ -88,7 +88,7 @@ def recorded_configuration(folder: str | os.PathLike) -> dict | None:
 
 
 def refuse_torn_save(folder: str | os.PathLike) -> None:
-    """Raises ValueError if tensors and configuration in `folder` are not of one save."""
+    """Raises ValueError if tensors and configuration in `folder` are not from one save."""
     config, recorded = Path(folder, CONFIG_NAME), recorded_configuration(folder)
     if recorded is None or not config.exists():
         return

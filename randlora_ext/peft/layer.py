@@ -21,16 +21,16 @@ from ..reference import scaled_basis_reference
 from .bases import PackedBufferDict, layer_basis
 from .merging import MergeableLayer
 
-_REPR_TOKENS = 512  # for which a printed layer tells its path
+_REPR_TOKENS = 512  # a printed layer shows its path for this many tokens
 
 
 class AcceleratedLayer(MergeableLayer):
     """Computes what a RandLoRA layer of PEFT computes, by ``torch.ops.randlora``.
 
-    Mixed in before PEFT's layer class, which keeps saving, adding, switching and everything else.
-    A 16-bit x meets dense bases (PEFT's default) in 16 bits with float32 sums, unless
-    ``float32_products``. Devices without our kernels compute block bases in plain torch, and others
-    from PEFT's dense factors, of which one warning per model tells.
+    Mixed in before PEFT's layer class, which still does saving, adding, switching and the rest.
+    A 16-bit x is multiplied by dense bases (PEFT's default) in 16 bits with float32 sums, unless
+    ``float32_products`` is set. Devices without our kernels compute block bases in plain torch, and
+    others from PEFT's dense factors, with one warning per model.
     """
 
     randlora_A: PackedBufferDict
@@ -44,7 +44,7 @@ class AcceleratedLayer(MergeableLayer):
         if adapter_names is not None and not self.disable_adapters:
             return self._mixed_batch(x, adapter_names, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.randlora_lambda]
-        if self.disable_adapters or self.merged or not names:  # the base alone; PEFT's unmerging
+        if self.disable_adapters or self.merged or not names:  # PEFT's: base alone, unmerging
             return super().forward(x, *args, **kwargs)
         if torch.jit.is_tracing():
             raise RuntimeError(
@@ -91,9 +91,9 @@ class AcceleratedLayer(MergeableLayer):
         return F.linear(F.linear(x, first), second) * self.scaling[name]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """As PEFT's, differentiable, in float32 if CPU bases are 16-bit. No dense A' is made.
+        """As PEFT's, differentiable, in float32 if CPU bases are 16-bit.
 
-        For a layer that FSDP2 has sharded, a DTensor placed as its weight; all ranks must call.
+        For a layer that FSDP2 has sharded, a DTensor placed like its weight; all ranks must call.
         """
         device = self.randlora_lambda[adapter].device
         basis, reason = self.basis_of(adapter, device)
@@ -118,7 +118,7 @@ class AcceleratedLayer(MergeableLayer):
         lam, gam = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
         device = device or B.device
         dtype_of_B, dtype = self._dtypes(adapter, device)
-        # The adapter's own number of bases; PEFT keeps one a layer, that of the adapter added last.
+        # The adapter's own number of bases; PEFT keeps one per layer, of the adapter added last.
         (n, d), D = gam.shape, max(self.in_features, self.out_features)
         if adapter in self.randlora_A.blocks:
             basis = layer_basis(A, B, *self._sizes(adapter))
@@ -143,7 +143,7 @@ class AcceleratedLayer(MergeableLayer):
 
     @torch.compiler.assume_constant_result  # Dynamo runs it while it traces
     def _basis_while_tracing(self, adapter: str, token_of_A: int, token_of_B: int) -> str:
-        # The tokens are there to be guarded on: other bases have others.
+        # The tokens are arguments so that compiled code guards on them: other bases have others.
         A, B, sizes = self.randlora_A, self.randlora_B, self._sizes(adapter)
         name = "_".join(map(str, (adapter, token_of_B, *sizes)))
         setattr(A.traced, name, layer_basis(A[adapter], B[adapter], *sizes))
@@ -153,7 +153,7 @@ class AcceleratedLayer(MergeableLayer):
         return self.in_features, self.out_features, self.r[adapter]
 
     def describe(self, adapter: str, tokens: int) -> tuple[str, str]:
-        """(instruction set, basis and path for `tokens` rows of x), or ("", what else and why)."""
+        """(instruction set, basis and path for `tokens` rows of x), or ("", what runs and why)."""
         base = self.get_base_layer()
         weight = self._base_weight()
         basis, reason = self.basis_of(adapter, weight.device)
@@ -210,7 +210,7 @@ class AcceleratedLayer(MergeableLayer):
         return self.float32_products and basis.kind == "dense" and dtype in SIXTEEN_BITS
 
     def _input_dtype(self, name: str, x: Tensor) -> torch.dtype:
-        """To which x is cast before the adapter."""
+        """The dtype to which x is cast before the adapter."""
         basis, _ = self.basis_of(name, x.device)
         narrow = basis is not None and basis.kind == "dense" and x.dtype in SIXTEEN_BITS
         if narrow and not self.float32_products:
@@ -218,7 +218,7 @@ class AcceleratedLayer(MergeableLayer):
         return self._dtypes(name, x.device)[1]
 
     def _dtypes(self, name: str, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
-        """Of B, and of scaled A, as PEFT casts them and x."""
+        """The dtypes of B, and of scaled A, as PEFT casts them and x."""
         dtype = self.randlora_B.dtypes[name]
         if device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
             return torch.float32, torch.float32  # as PEFT, since a CPU is slow in 16 bits
@@ -261,7 +261,7 @@ def layers_with(model: Any, adapter_name: str | None = None) -> dict[str, RandLo
 def add_adapter(
     layer: AcceleratedLayer, name: str, A: PackedBufferDict, B: PackedBufferDict, config
 ) -> None:
-    """Adds an adapter to a layer, in whichever way this version of PEFT wants its options."""
+    """Adds an adapter to a layer, passing its options as this version of PEFT expects."""
     if "config" in inspect.signature(layer.update_layer).parameters:  # since 0.20
         layer.update_layer(name, A, B, config.r, config=config)
     else:

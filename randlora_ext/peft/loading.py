@@ -1,4 +1,4 @@
-"""Loading over an adapter that is there: what does not fit is refused before anything changes."""
+"""Loading over an existing adapter: what does not fit is refused before anything changes."""
 
 import os
 import warnings
@@ -29,10 +29,10 @@ def hotswap_adapter(
 ) -> None:
     """Overwrites adapter `adapter_name` by a saved one, in the same parameters.
 
-    Equivalent to ``peft.utils.hotswap.hotswap_adapter``, which knows LoRA alone: no parameter is
-    made anew, so optimizers go on; the scaling becomes the file's.
-    ``model.load_adapter(folder, adapter_name)`` also writes into them, but keeps the adapter's own
-    scaling, and takes a file that lacks tensors.
+    Equivalent to ``peft.utils.hotswap.hotswap_adapter``, which supports only LoRA: no parameter is
+    replaced, so optimizers stay valid; the scaling becomes the file's.
+    ``model.load_adapter(folder, adapter_name)`` also writes into the parameters, but keeps the
+    adapter's own scaling, and accepts a file that lacks tensors.
 
     Args:
         model: a PeftModel on our layers.
@@ -73,7 +73,7 @@ def _hotswap_errors(
 ) -> list[str]:
     if fields["peft_type"] != PeftType.RANDLORA:
         return [f"peft_type is {fields['peft_type']}, not {PeftType.RANDLORA.value}"]
-    # Before 0.20 PEFT would return what the other adapters have as well.
+    # Before 0.20 PEFT also returns the tensors of the other adapters.
     others = tuple(f".{name}" for name in model.peft_config if name != adapter_name)
     state = {
         k: v for k, v in model.state_dict().items() if not ("randlora_" in k and k.endswith(others))
@@ -103,10 +103,10 @@ def _hotswap_errors(
 
 
 def check_load_over(model: PeftModel, folder: str | os.PathLike, adapter_name: str, hub) -> None:
-    """What ``PeftModel.load_adapter`` does not ask before it writes into an adapter.
+    """Checks what ``PeftModel.load_adapter`` does not before it writes into an adapter.
 
-    PEFT reads tensors alone then. Raises ValueError if they belong to other bases than the
-    adapter's and do not bring their own. Warns if nothing tells, and of another alpha.
+    PEFT then reads only the tensors. Raises ValueError if they belong to other bases than the
+    adapter's and do not bring their own. Warns if the bases are unknown, and if alpha differs.
     """
     place = Path(folder, hub.get("subfolder") or "")
     saved = recorded_configuration(place)
@@ -132,7 +132,7 @@ def check_load_over(model: PeftModel, folder: str | os.PathLike, adapter_name: s
 
 
 class _Fields(peft.PeftConfig):
-    """PEFT's finding and reading of adapter_config.json, without making a configuration of it."""
+    """Finds and reads adapter_config.json as PEFT does, but makes no configuration of it."""
 
     @classmethod
     def from_peft_type(cls, **fields):

@@ -28,7 +28,7 @@ class LoraExport(NamedTuple):
     Attributes:
         rank: r of the LoRA adapter.
         energy: its share of the squared Frobenius norm of dW, over all layers.
-        layers: that share by the layer's path in the base model; 1 where dW = 0.
+        layers: that share by the layer's path in the base model; 1 if dW = 0.
     """
 
     rank: int
@@ -54,7 +54,7 @@ def export_to_lora(
     Args:
         model: a PeftModel with RandLoRA layers, ours or stock PEFT's.
         folder: where adapter_config.json and adapter_model.safetensors appear when complete.
-        rank: r. A layer with fewer features is filled up with zeros.
+        rank: r. A layer with fewer features is padded with zeros.
         energy: instead of `rank`, in (0, 1]: the smallest rank that vLLM has a setting for (1, 8,
             16, 32, 64, 128, 256, 320, 512) at which all layers together keep this share of the
             squared Frobenius norm of dW.
@@ -88,12 +88,12 @@ def write_lora(
     energy: float | None,
     others: Mapping[str, Tensor],
 ) -> LoraExport:
-    """`export_to_lora` from what it needs.
+    """`export_to_lora` without a model.
 
     Args:
-        deltas: makes dW (out, in) of the layer at a path in the base model.
+        deltas: functions that make dW (out, in), by the layer's path in the base model.
         fields: of the LoraConfig, beside rank, alpha and targets.
-        modules: paths in the base model, to see which ones `target_modules` would name.
+        modules: all paths in the base model, to see which ones `target_modules` would match.
         others: further tensors of the adapter, by their keys in the file.
     """
     if (rank is None) == (energy is None):
@@ -126,16 +126,16 @@ def write_lora(
 
 
 def shared_fields(config: peft.PeftConfig) -> dict[str, Any]:
-    """What a RandLoRA and a LoRA adapter say alike."""
+    """The fields that a RandLoRA and a LoRA configuration share."""
     names = "fan_in_fan_out", "modules_to_save", "task_type", "base_model_name_or_path"
     fields = {name: getattr(config, name) for name in names}
     return fields | {"bias": config.bias.replace("randlora", "lora")}
 
 
 def target_modules(layers: Iterable[str], modules: Iterable[str]) -> list[str] | str:
-    """The shortest `target_modules` that means `layers` and none else of `modules`.
+    """The shortest `target_modules` that matches `layers` and no other of `modules`.
 
-    Last names, which all readers take, else paths, else a regular expression, which PEFT takes.
+    Last names, which all readers take; else paths; else a regular expression, which PEFT takes.
     """
     layers, modules = sorted(layers), list(modules)
     for names in (sorted({path.rpartition(".")[2] for path in layers}), layers):
@@ -157,7 +157,7 @@ def _finite(path: str, delta: Tensor) -> Tensor:
 
 def _gram(delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(dW or its transpose, whichever is wide, in float64; its rows that are not 0; their Gram
-    matrix). Sparse bases leave features out, which would make the eigenproblem larger.
+    matrix). Sparse bases leave rows 0, which would only enlarge the eigenproblem.
     """
     wide = (delta if delta.shape[0] <= delta.shape[1] else delta.T).double()
     rows = wide.any(1).nonzero().flatten()
@@ -174,7 +174,7 @@ def _squares(delta: Tensor) -> Tensor:
 def _factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Squared singular values, lora_A (k, in) and lora_B (out, k), k <= `rank`.
 
-    A and B are equally large: a server casts them to 16 bits, where a small one could vanish.
+    A and B have equal norms: a server casts them to 16 bits, where a small one could vanish.
     """
     wide, rows, gram = _gram(delta)
     values, vectors = torch.linalg.eigh(gram)

@@ -14,7 +14,7 @@ def adapter_per_row(tuner: nn.Module, names: list[str], call: dict) -> Iterator[
     """Layers called inside compute row b of their input with adapter ``names[b]``.
 
     Equivalent to running every row alone with its adapter active; "__base__" means none. PEFT has
-    this for LoRA; modules_to_save follow, too.
+    this for LoRA. modules_to_save are switched as well.
 
     Args:
         call: the keyword arguments of the model's call. ``generate`` repeats every input

@@ -33,11 +33,11 @@ STOCK_QUANTIZED = "peft.tuners.randlora.bnb"  # imports bitsandbytes
 class AcceleratedRandLoraModel(RandLoraModel):
     """What `randlora_ext.peft.enable` puts in the place of ``peft.RandLoraModel``.
 
-    Beside the layers' class these differ: bases are packed as soon as they are drawn; a
-    configuration's ``basis`` and ``density``; an added adapter of another r or basis, or on larger
-    layers, has bases of its own, those that it would have alone (stock PEFT takes the first
-    adapter's and fails); a second adapter on quantized layers; a file is checked before anything of
-    it is taken; and ``adapter_names`` in a forward call.
+    Beside the layers' class, these things differ. Bases are packed as soon as they are drawn. A
+    configuration may have ``basis`` and ``density``. An added adapter of another r or basis, or on
+    larger layers, has the bases that it would have alone (stock PEFT takes the first adapter's and
+    fails). Quantized layers take a second adapter. A file is checked before anything of it is
+    loaded. A forward call takes ``adapter_names``.
     """
 
     peft_config: dict[str, peft.RandLoraConfig]
@@ -60,9 +60,9 @@ class AcceleratedRandLoraModel(RandLoraModel):
         super()._replace_module(parent, child_name, new_module, other_quantized.with_weight(child))
 
     def _check_new_adapter_config(self, config: peft.RandLoraConfig) -> None:
-        """PEFT's, which wants one key and one ``save_projection`` for all adapters.
+        """PEFT's check, which requires one key and one ``save_projection`` for all adapters.
 
-        It is asked about those whose bases it draws; others each have their own.
+        It sees only adapters without a text as key; the others each have their own bases.
         """
         check_rounding(getattr(config, "merged_rounding", None))  # may be set after __init__
         everyone = self.peft_config
@@ -100,7 +100,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
             self._add_bases(randlora_config, adapter_name)
         try:
             check_is_called(self.model, kwargs["current_key"], f"module {kwargs['current_key']!r}")
-        except ValueError as error:  # as stock PEFT, which says nothing, but a file must load
+        except ValueError as error:  # not raised: files of stock PEFT must load
             warnings.warn(str(error), stacklevel=2)
         if isinstance(target, AcceleratedLayer) and not isinstance(target, Linear):
             # PEFT would put a second layer around a quantized one.
@@ -138,7 +138,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
                 made = A[name], B[name]
                 break
         else:
-            with torch.device("cpu"):  # real numbers, also for a model on the meta device
+            with torch.device("cpu"):  # real values, also for a model on the meta device
                 made = self._made_bases(basis, config, adapter_name, D, d)
         for bases, matrix in zip((A, B), made, strict=True):
             bases.add(adapter_name, matrix, config.save_projection and basis.kind == "peft")
@@ -146,7 +146,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _made_bases(
         self, basis: AdapterBasis, config: peft.RandLoraConfig, adapter_name: str, D: int, d: int
     ) -> tuple[Tensor, Tensor]:
-        """A and B as the adapter has them alone."""
+        """A and B as the adapter would have them alone."""
         n, r = -(-d // config.r), config.r
         if basis.kind != "peft":
             described = basis.description(d)
@@ -156,7 +156,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
         ours = self.randlora_A, self.randlora_B
         stock = copy.copy(config)
         stock.projection_prng_key = basis.seed
-        try:  # PEFT's methods put new dictionaries there
+        try:  # PEFT's methods replace both dictionaries
             if basis.known_to_stock:
                 super()._pre_injection_hook(self.model, stock, adapter_name)
             else:
@@ -176,11 +176,11 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _find_dim(self, config: peft.RandLoraConfig) -> tuple[int, int]:
         """(largest out_features, largest in_features) of the targets.
 
-        PEFT's does not see wrapped quantized layers, which an added adapter meets.
+        PEFT's method does not see quantized layers that have an adapter already.
         """
         sizes = self._target_sizes(config).values()
         if not sizes:
-            return super()._find_dim(config)  # its error
+            return super()._find_dim(config)  # raises PEFT's error
         in_features, out_features = (max(each) for each in zip(*sizes, strict=True))
         return out_features, in_features
 
@@ -205,7 +205,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
-        """PEFT's seam for ``model(..., adapter_names=[...])``."""
+        """PEFT's hook for ``model(..., adapter_names=[...])``."""
         names = kwargs.pop("adapter_names", None)
         with nullcontext() if names is None else adapter_per_row(self, names, kwargs):
             yield
@@ -237,8 +237,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict:
-        # Newer PEFT names the entries that the model would write itself; a file may hold bases
-        # elsewhere: under every layer, or under the layers alone.
+        # Newer PEFT adds the adapter's name only to entries that the model would write itself; a
+        # file may hold bases elsewhere: also under every layer, or only there.
         remapped = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )

@@ -1,6 +1,6 @@
 """RandLoRA layers over quantized bases that stock RandLoRA refuses: HQQ, GPTQ and AWQ.
 
-The base computes its own part. PEFT's quantization backends recognise it, and merge where they can.
+The base computes its own part. PEFT's quantization backends recognize it, and merge if they can.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from .merging import refuse_non_finite, warn_of_rounding
 
 try:
     from peft.utils.quantization_utils import resolve_quantization_backend
-except ImportError:  # of older PEFT, which then refuses such bases
+except ImportError:  # older PEFT, which refuses such bases
 
     def resolve_quantization_backend(base_layer: nn.Module, **kwargs: Any) -> None:
         return None
@@ -34,7 +34,7 @@ class OtherQuantizedLinear(AcceleratedLinear):
 
     @torch.no_grad()
     def _add_to_weight(self, delta: Tensor, merged: list[str], blamed: str | None = None) -> None:
-        """TypeError, PEFT's, if this kind of base cannot be merged."""
+        """Raises PEFT's TypeError if this kind of base cannot be merged."""
         base: Any = self.get_base_layer()
         dense = self.quantization_backend.get_base_weight(base)
         total = dense.to(delta.dtype) + delta
@@ -43,14 +43,14 @@ class OtherQuantizedLinear(AcceleratedLinear):
 
         def write() -> None:
             self.quantization_backend.set_base_weight(self, total.to(dense.dtype))
-            self.get_base_layer().bias = base.bias  # which PEFT leaves behind
+            self.get_base_layer().bias = base.bias  # PEFT does not copy it
             self.merged_adapters = merged
 
         complete(write)
 
 
 def backend_of(base: nn.Module) -> Any:
-    """PEFT's backend of a quantized layer that is no nn.Linear; None of other modules."""
+    """PEFT's backend for a quantized layer that is not an nn.Linear; None for other modules."""
     if isinstance(base, nn.Linear) or is_conv1d(base) or not hasattr(base, "in_features"):
         return None
     return resolve_quantization_backend(base)
@@ -65,7 +65,7 @@ def stand_in(base: Any) -> Tensor:
 
 
 def wrap(backend: Any, config: Any, A: Any, B: Any, name: str, base: Any, **kwargs: Any) -> Any:
-    """PEFT's layer, made for a linear one of these sizes that takes no memory, around `base`."""
+    """PEFT's layer around `base`, made from a linear layer of its sizes that takes no memory."""
     like = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
     zero = stand_in(base).new_zeros(())
     like.weight = nn.Parameter(zero.expand(base.out_features, base.in_features), False)
@@ -79,5 +79,5 @@ def wrap(backend: Any, config: Any, A: Any, B: Any, name: str, base: Any, **kwar
 
 
 def with_weight(base: nn.Module) -> Any:
-    """What PEFT asks for the device when it puts a layer into the place of `base`."""
+    """A module whose weight tells PEFT the device when it replaces `base`."""
     return base if backend_of(base) is None else SimpleNamespace(weight=stand_in(base))

@@ -2,7 +2,7 @@
 
 The only patch of the package. PEFT has tables for tuners and configurations and calls methods of
 both, but only these two methods of `PeftModel` know the folder before tensors are written to it, or
-read from it over an adapter that is there. Models on other layers pass through.
+read from it over an existing adapter. Models on other layers pass through.
 """
 
 import functools

@@ -18,8 +18,8 @@ from .merging import refuse_non_finite, warn_of_rounding
 class _QuantizedLayer(AcceleratedLayer):
     """Merges by quantizing the sum of the dequantized weight and B A' again.
 
-    Stock PEFT multiplies A' B, another matrix. In 4 bits it also hands the sum to ``Params4bit``
-    with the old weight's mark that it is quantized already, which newer versions obey.
+    Stock PEFT multiplies A' B, another matrix. In 4 bits it also gives ``Params4bit`` the old
+    weight's flag that it is quantized already, which newer bitsandbytes obeys.
     """
 
     @torch.no_grad()

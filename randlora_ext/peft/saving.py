@@ -31,7 +31,7 @@ def save_together(save: Callable, folder: str | os.PathLike, is_main_process: bo
 
 
 def _copy_card(folder: str | os.PathLike, scratch: Path) -> None:
-    """PEFT updates a card that is there and keeps its text."""
+    """Copies the model card, because PEFT updates an existing card and keeps its text."""
     if (card := Path(folder, "README.md")).exists():
         shutil.copy(card, scratch)
 
@@ -43,8 +43,8 @@ def export_to_peft(model: peft.PeftModel, folder: str | os.PathLike, merged: boo
     whose bases are these: generated ones and those of any density are written dense, and the
     configuration has PEFT's fields only. Old files stay until the new ones are complete. Stock
     PEFT shares one A and one B among all layers, so block bases can only be written for layers of
-    one shape, transposed or not. PEFT to 0.21.2 warns of "missing adapter keys", the copies that
-    its own files hold for every layer, and still loads these files right.
+    one shape, transposed or not. PEFT up to 0.21.2 warns of "missing adapter keys", the copies
+    that its own files hold for every layer, but loads these files correctly.
 
     Args:
         model: a PeftModel. Each adapter is written as by PEFT: "default" into the folder, others
@@ -151,7 +151,7 @@ def stock_config(config: peft.RandLoraConfig, packed: bool) -> peft.RandLoraConf
     }
     values["projection_prng_key"] = AdapterBasis.of(vars(config)).seed
     values["save_projection"] = True
-    # Stock PEFT draws bases before it loads these over them. Uniform ones it keeps in bfloat16,
-    # which would round the value; sparse ones in float32.
+    # Stock PEFT draws bases before it loads these over them. It keeps uniform ones in bfloat16,
+    # which would round the value, and sparse ones in float32.
     values["sparse"] = packed and not config.very_sparse
     return peft.RandLoraConfig(**values)

@@ -19,7 +19,7 @@ def kernel_summary(model: nn.Module, tokens: int = 512) -> str:
 
     Args:
         model: a PEFT model, or any module that holds RandLoRA layers of PEFT.
-        tokens: rows of x for which the path is told.
+        tokens: rows of x for which the path is shown.
     """
     ours: Counter[str] = Counter()
     others: Counter[str] = Counter()

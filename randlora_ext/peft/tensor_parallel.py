@@ -12,14 +12,14 @@ from ..basis import TernaryBasis
 from ..distributed.layer import SumGradients, linear_of_rank, may_fuse, slice_of_rank
 from .layer import AcceleratedLinear
 
-# x and y of these are whole on every rank, so that the adapter need not be cut.
+# In these styles x and y are whole on every rank, so the adapter need not be cut.
 _WHOLE = ("colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep", "replicate")
 
 
 class TensorParallelLinear(AcceleratedLinear):
-    """`AcceleratedLinear` over an nn.Linear of which every rank holds a part.
+    """`AcceleratedLinear` over an nn.Linear that is split over the ranks.
 
-    x and y are plain tensors, as of the base layer: under "colwise" x is whole and y has this
+    x and y are plain tensors, as in the base layer: under "colwise" x is whole and y has this
     rank's outputs, under "rowwise" x has this rank's inputs and y is whole. Each rank makes its own
     slice of the bases. Lambda and gamma are ordinary parameters, whole and equal on all ranks,
     because backward sums their gradients. `get_delta_weight` returns a DTensor.
@@ -27,7 +27,7 @@ class TensorParallelLinear(AcceleratedLinear):
 
     device_mesh: DeviceMesh
     shards_outputs: bool
-    slices: dict[str, tuple[TernaryBasis, TernaryBasis]]  # whole and slice, by adapter
+    slices: dict[str, tuple[TernaryBasis, TernaryBasis]]  # (whole, slice) by adapter
 
     def basis_of(self, adapter: str, device: torch.device) -> tuple[TernaryBasis | None, str]:
         """(this rank's slice of the adapter's basis, "")."""
@@ -51,7 +51,7 @@ class TensorParallelLinear(AcceleratedLinear):
         """This rank's lambda and gamma; backward sums their gradients over all ranks."""
         group = self.device_mesh.get_group()
         lam, gam = SumGradients.apply(group, *super()._diagonals(name, device))
-        if self.shards_outputs == (self.in_features > self.out_features):  # d is the side cut
+        if self.shards_outputs == (self.in_features > self.out_features):  # d is cut
             rank, ranks = self.device_mesh.get_local_rank(), self.device_mesh.size()
             gam = gam.chunk(ranks, dim=1)[rank].contiguous()
         return lam, gam
@@ -82,7 +82,7 @@ def check_plans(model: nn.Module, sizes: dict[str, tuple[int, int]], groups: int
 
     Args:
         sizes: in_features and out_features by the target's name.
-        groups: of block bases; None for others.
+        groups: G of block bases; None for others.
     """
     for name, features in sizes.items():
         if (plan := plan_of(model, name)) is None:
@@ -114,7 +114,7 @@ def check_plans(model: nn.Module, sizes: dict[str, tuple[int, int]], groups: int
 
 
 def shard(layer: AcceleratedLinear, model: nn.Module, name: str) -> None:
-    """Makes the adapted layer of that name serve its base layer as it is sharded, in place."""
+    """Makes the adapted layer `name` follow the sharding of its base layer, in place."""
     if (plan := plan_of(model, name)) is not None:
         style, mesh = plan
         layer.__class__ = TensorParallelLinear

@@ -1,7 +1,7 @@
 """`TernaryTensor`: a tensor of values {-a, 0, +a} kept as bit planes, 2 bits an element.
 
 PEFT holds its bases A and B as ordinary tensors, reads their shapes, moves and saves them. A tensor
-subclass lets it go on: shape, dtype, device and moves cost nothing, and any other operation works
+subclass allows this: shape, dtype, device and moves cost nothing, and any other operation works
 on a dense copy that is made for it and dropped.
 """
 
@@ -18,7 +18,7 @@ from ..basis.imported import pack_dense
 _aten = torch.ops.aten
 
 
-@dataclass(eq=False)  # identity: what is made of the signs is kept under them
+@dataclass(eq=False)  # by identity: signs are the keys of what is made from them
 class Signs:
     """The signs of a ternary matrix (rows, cols): bit planes, or what generates them."""
 
@@ -66,13 +66,13 @@ class TernaryTensor(Tensor):
 
     @classmethod
     def generated(cls, description: BasisDescription, role: int, shape) -> "TernaryTensor":
-        """A (role 0) or B (role 1) of a description; nothing is made before it is asked for."""
+        """A (role 0) or B (role 1) of a description; elements are made on demand."""
         signs = Signs(shape[0], math.prod(shape[1:]), None, description, role)
         return cls(signs, 1 / math.sqrt(description.density), shape, torch.float32, "cpu")
 
     @property
     def is_block(self) -> bool:
-        """Whether layers of different shape have different matrices, and no slices of this one."""
+        """Whether layers of different shape have different matrices, not slices of this one."""
         return self.signs.description is not None and self.signs.description.kind == "block"
 
     def dense(self) -> Tensor:
@@ -84,8 +84,8 @@ class TernaryTensor(Tensor):
         return make(planes, self.signs.cols, self.value, self.dtype).view(self.shape)
 
     def moved(self, device: torch.device | str, dtype: torch.dtype) -> "TernaryTensor":
-        """The same elements elsewhere, also on the meta device and back; nothing is copied."""
-        # A narrower dtype rounds the one value, as it would round every one of a dense tensor.
+        """The same elements on another device, meta included, or in another dtype; not copied."""
+        # A narrower dtype rounds `value`, as it would round the elements of a dense tensor.
         value = float(torch.tensor(self.value, dtype=dtype, device="cpu"))
         return TernaryTensor(self.signs, value, self.shape, dtype, device)
 

@@ -4,7 +4,7 @@
     python tools/cuda/compile_gate.py --archs sm_90 a_up.cu # while working on one file
     python tools/cuda/compile_gate.py --update              # writes the budget anew
 
-A kernel fails that spills or has a stack (on architectures other than sm_80 and sm_90 the budget
+A kernel fails if it spills or has a stack (on architectures other than sm_80 and sm_90 the budget
 may excuse some bytes); uses more registers or shared memory than its budget on sm_80 or sm_90; is
 not in the budget; is said to have tensor cores or 16-byte stores and has none (HMMA, STG.128); or
 has ATOMS.CAST.SPIN, the lock that a shared float atomicAdd turns into. So does a budget entry
@@ -96,8 +96,8 @@ def check(kernels: Kernels, budget: dict, tolerance: int) -> list[str]:
 
 
 def new_budget(kernels: Kernels, old: dict) -> dict:
-    """The measured figures. What was said before stays said: what is in SAID, for the check to
-    refute, and excused spills of other architectures."""
+    """The measured figures. The old budget's entries of SAID, which the check may refute, and
+    its excused spills of other architectures stay."""
     budget = {}
     for name, by_arch in sorted(kernels.items()):
         entry = {k: v for k, v in old.get(name, {}).items() if k.startswith("sm_")}

@@ -1,5 +1,5 @@
-"""Did the tests of the execution gate run every kernel? Those of tools/cuda/budget.json, that is
-all that the library has (the compile gate sees to that), against those that the tests started.
+"""Did the tests of the execution gate run every kernel? Compares tools/cuda/budget.json, where the
+compile gate wants all kernels of the library, with the kernels that the tests started.
 
     python tools/cuda/every_kernel.py build-cpp/kernels
 

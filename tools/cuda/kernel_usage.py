@@ -25,7 +25,7 @@ class Usage:
 
 def parse_ptxas(text: str) -> dict[str, Usage]:
     """Usage by mangled name from `-Xptxas -v`. A function that is not inlined has no registers of
-    its own but may spill; it stands under its own name."""
+    its own but may spill; it is listed under its own name."""
     entries = set(re.findall(r"Compiling entry function '(\S+)' for 'sm_\w+'", text))
     usages = {}
     for block in re.split(r"Function properties for ", text)[1:]:

@@ -5,7 +5,7 @@
 
 Takes each __syncthreads, __syncwarp and cp_async_wait out of csrc/cuda, one at a time, links the
 tests in build-tsan with that, and runs them: one of them must fail. Half a minute each on an idle
-core. Exit status 1 where a change went unseen.
+core. Exit status 1 if a change went unseen.
 """
 
 import os
@@ -61,7 +61,7 @@ def find(csrc: Path, name: str) -> Path:
 
 
 def seen(sources: list[str], csrc: Path, work: Path) -> str | None:
-    """The test that fails with `sources` as they stand in `csrc`; None where all pass."""
+    """The test that fails with `sources` as they stand in `csrc`; None if all pass."""
     for test, patterns in TESTS.items():
         mine = [name for name in sources if any(fnmatch(name, p) for p in patterns)]
         if not mine:
