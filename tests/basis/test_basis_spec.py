@@ -129,7 +129,9 @@ def test_threshold_is_exact_rounding():
         assert _C.threshold(density) == exact
 
 
-@pytest.mark.parametrize("density", [0.0, -0.5, math.nextafter(1.0, 2.0), math.inf, math.nan])
+@pytest.mark.parametrize(
+    "density", [0.0, -0.0, -0.5, math.nextafter(1.0, 2.0), math.inf, -math.inf, math.nan]
+)
 def test_threshold_refuses(density):
     with pytest.raises(ValueError, match="density"):
         threshold(density)
