@@ -1,59 +1,21 @@
-"""Rates of the cost model: the fit, the file, and what they change."""
+"""Rates of the cost model: the file, and what they change."""
 
 import calibrate
 import pytest
 import torch
 
 from randlora_ext import TernaryBasis, explain
-from randlora_ext.ops.costs import path_terms, predicted_costs
-from randlora_ext.ops.rates import NAMES, Rates, rates, save
-
-KNOWN = Rates(0.5, 1.5, 0.25, 3.0, 90.0, 0.0, 70.0, 1.25, 2.0, 80.0, 40.0, 1.1, 30.0)
-BASES = [
-    calibrate.basis_of(density, size, 8)
-    for size in ((64, 64), (96, 64), (64, 132))
-    for density in ("1/16", "1/9", "1/3", "block:1/2", "block:1/4", "dense")
-]
+from randlora_ext.ops.costs import predicted_costs
+from randlora_ext.ops.rates import Rates, rates, save
 
 
-def samples_of(known: Rates):
-    for basis in BASES:
-        for path, (_, paid) in path_terms(basis, 128, False).items():
-            paid = {name: count for name, count in paid.items() if name != "form_term"}
-            if path == "delta":
-                rounded = paid | {"round_entry": 1 / 128}
-                yield path, rounded, sum(getattr(known, n) * count for n, count in rounded.items())
-            yield path, paid, sum(getattr(known, name) * count for name, count in paid.items())
-
-
-def test_fit_finds_the_rates_that_made_the_samples():
-    fitted, error = calibrate.fit([(paid, units) for _, paid, units in samples_of(KNOWN)])
-    assert error < 1e-4
-    for name in NAMES:
-        assert getattr(fitted, name) == pytest.approx(getattr(KNOWN, name), rel=1e-3, abs=1e-6)
-
-
-def test_fit_has_no_negative_rates():
-    samples = [({"a_side": 1.0, "b_lists": 1.0}, 1.0), ({"a_side": 1.0, "b_lists": 2.0}, 0.9)]
-    fitted, error = calibrate.fit(samples)
-    assert fitted.b_lists == 0.0 and fitted.a_side == pytest.approx(0.95, abs=0.01) and error > 0
-
-
-@pytest.mark.parametrize(
-    "density, factored, formed",
-    [
-        ("1/16", {"a_side", "b_lists"}, "form_entry"),
-        ("1/3", {"a_side", "b_planes"}, "form_entry"),
-        ("block:1/4", {"block"}, "block_entry"),
-        ("dense", {"dense", "dense_entry"}, "dense_entry"),
-    ],
-)
-def test_measured_samples_pay_what_the_path_does(density, factored, formed):
-    samples = calibrate.measure_size((64, 96), density, torch.float32, "cpu", 1)
-    assert factored == set(samples[0][0]) and formed in samples[1][0]
-    assert all(units > 0 for _, units in samples) and len(samples) == 2
-    samples = calibrate.measure_size((64, 96), density, torch.bfloat16, "cpu", 1)
-    assert samples[2][0] == samples[1][0] | {"round_entry": 1 / calibrate.TOKENS}
+def test_calibrate_writes_a_file_that_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate, "SIZES", ((256, 256),))
+    measured = calibrate.calibrate(repeats=1)
+    save(tmp_path / "rates.json", measured, ["a machine"])
+    monkeypatch.setenv("RANDLORA_RATES", str(tmp_path / "rates.json"))
+    for name, dtype in (("fp32", torch.float32), ("16bit", torch.bfloat16)):
+        assert rates("cpu", dtype, "planes") == measured["cpu", name]
 
 
 def test_stochastic_rounding_costs_its_rate():
@@ -62,7 +24,7 @@ def test_stochastic_rounding_costs_its_rate():
         (torch.bfloat16, rates("cpu", torch.bfloat16, "lists").round_entry),
     ):
         nearest, stochastic = (
-            predicted_costs(BASES[0], 100, True, "cpu", dtype, rounding)
+            predicted_costs(TernaryBasis(64, 64, 8, 1 / 16), 100, True, "cpu", dtype, rounding)
             for rounding in ("nearest", "stochastic")
         )
         assert stochastic.pop("merged") == pytest.approx(nearest.pop("merged") + rate / 100)
