@@ -136,10 +136,10 @@ def test_equal_bases_share_one_copy_which_dies_with_the_last(density):
     gc.collect()  # what tests before this one left
     before = len(_cache)
     first, second = (TernaryBasis(500, 370, 7, density, seed=77) for _ in range(2))
-    made = *first.packed("cpu"), first.dense_b("cpu", torch.float32)
-    watched = [weakref.ref(t) for t in made]
-    del made
+    watched = [weakref.ref(t) for t in first.packed("cpu")]
+    watched.append(weakref.ref(first.dense_b("cpu", torch.float32)))
     assert pointers(first) == pointers(second)
+    assert second.dense_b("cpu", torch.float32) is watched[-1]()
     assert len(_cache) == before + 2
     other = TernaryBasis(500, 370, 7, density, seed=78)
     assert set(pointers(other)).isdisjoint(pointers(first))
