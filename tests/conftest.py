@@ -9,13 +9,17 @@ import pytest
 import torch
 
 
-@pytest.fixture
-def one_thread():
-    """For tiny shapes: a second thread would only wait for the first."""
+@pytest.fixture(autouse=True)
+def threads_restored():
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread(threads_restored):
+    """For tiny shapes: a second thread would only wait for the first."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

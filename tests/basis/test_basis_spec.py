@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from basis_reference import MASK, philox4x32_10, ternary, threshold
+from basis_reference import philox4x32_10, ternary, threshold
 from basis_vectors import (
     VECTOR_FILE,
     from_planes,
@@ -41,11 +41,8 @@ ODD_SLICES = [
 
 
 @pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
+def threads(request, threads_restored):
     torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def signed(seed: int) -> int:
@@ -83,10 +80,6 @@ def test_vector_file_regenerates_byte_for_byte():
     assert VECTOR_FILE.read_bytes() == render(VECTOR_FILE).encode("ascii")
 
 
-def test_vector_file_has_every_kind_of_record():
-    assert sorted(VECTORS) == ["counts", "elements", "lists", "philox", "planes", "threshold"]
-
-
 @pytest.mark.parametrize("record", VECTORS["philox"], ids=" ".join)
 def test_philox_vectors(record):
     words = tuple(int(word, 16) for word in record)
@@ -103,13 +96,6 @@ def test_philox_on_random_input():
         expected = scalar_philox(counter, key)
         assert tuple(philox4x32_10(counter, key).tolist()) == expected
         assert tuple(_C.philox4x32_10(counter, key)) == expected
-
-
-def test_philox_reference_is_vectorised():
-    counters = np.arange(24, dtype=np.uint32).reshape(2, 3, 4)
-    words = philox4x32_10(counters, (1, 2))
-    assert words.shape == (2, 3, 4) and words.dtype == np.uint32
-    assert np.array_equal(words[1, 2], philox4x32_10(counters[1, 2], (1, 2)))
 
 
 @pytest.mark.parametrize("density, expected", VECTORS["threshold"])
@@ -129,7 +115,9 @@ def test_threshold_is_exact_rounding():
         assert _C.threshold(density) == exact
 
 
-@pytest.mark.parametrize("density", [0.0, -0.5, math.nextafter(1.0, 2.0), math.inf, math.nan])
+@pytest.mark.parametrize(
+    "density", [0.0, -0.0, -0.5, math.nextafter(1.0, 2.0), math.inf, -math.inf, math.nan]
+)
 def test_threshold_refuses(density):
     with pytest.raises(ValueError, match="density"):
         threshold(density)
@@ -158,14 +146,6 @@ def test_elements_are_the_value_rule_on_the_right_word():
         expected = 1 if u < t else -1 if u < 2 * t else 0
         assert ternary(seed, 1, row, col, 1 / 3) == expected
         assert _C.element(seed, 1, row, col, t) == expected
-
-
-def test_reference_broadcasts():
-    rows, cols = np.array([[3], [LIMIT - 1]]), np.array([0, 700, 64])
-    values = ternary(5, 0, rows, cols, 0.5)
-    assert values.shape == (2, 3) and values.dtype == np.int8
-    assert values[1, 2] == ternary(5, 0, LIMIT - 1, 64, 0.5)
-    assert int(MASK) == LIMIT - 1
 
 
 # ---- the compiled op
@@ -198,22 +178,6 @@ def test_list_vectors(record):
 @pytest.mark.parametrize("place", ODD_SLICES, ids=str)
 def test_fill_planes_equals_reference(place, threads):
     assert np.array_equal(fill(*place), to_planes(slice_values(*place)))
-
-
-def test_fill_planes_slices_agree_with_the_whole(threads):
-    seed, role, density = 99, 1, 1 / 3
-    whole = from_planes(fill(seed, role, 0, 0, 200, 400, density), 400)
-    for row, col, rows, cols in np.random.default_rng(2).integers(0, 200, (40, 4)).tolist():
-        rows, cols = 1 + rows % (200 - row), 1 + cols
-        part = from_planes(fill(seed, role, row, col, rows, cols, density), cols)
-        assert np.array_equal(part, whole[row : row + rows, col : col + cols])
-
-
-def test_seed_roles_and_halves_of_the_seed_matter():
-    first = fill(1, 0, 0, 0, 8, 640, 1 / 3)
-    others = [(1, 1), (0, 0), (2, 0), (2**32 + 1, 0), (2**63 + 1, 0), (2**32, 0)]
-    for seed, role in others:
-        assert not np.array_equal(first, fill(seed, role, 0, 0, 8, 640, 1 / 3))
 
 
 @pytest.mark.parametrize("shape, cols", [((2, 0, 1), 5), ((2, 3, 0), 0), ((2, 0, 0), 0)])

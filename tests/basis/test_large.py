@@ -1,4 +1,4 @@
-"""Beyond 2^31: elements of a virtual basis always, elements of a tensor where RANDLORA_LARGE=1.
+"""Matrices and tensors of more than 2^31 elements.
 
 RANDLORA_LARGE=1 python -m pytest tests/basis/test_large.py     # takes 16 GB and a few minutes
 """
@@ -11,46 +11,12 @@ import pytest
 import torch
 
 from randlora_ext import TernaryBasis, linear
-from randlora_ext.basis.generated import generate_planes
 
-ops = torch.ops.randlora
-large = pytest.mark.skipif(
+pytestmark = pytest.mark.skipif(
     os.environ.get("RANDLORA_LARGE") != "1", reason="takes 16 GB: RANDLORA_LARGE=1 runs it"
 )
 
 
-@pytest.mark.parametrize("density", [1 / 3, 2.0**-12])
-@pytest.mark.parametrize(
-    ("row", "col"),
-    [
-        (2**31 - 4, 0),
-        (0, 2**31 - 70),
-        (2**31 - 4, 2**31 - 70),
-        (2**32 - 8, 2**32 - 140),
-        (46_341, 46_341),  # whose product passes 2^31
-        (65_535, 65_535),
-    ],
-)
-def test_slices_about_the_limits_of_32_bits(row, col, density):
-    planes = generate_planes(5, 1, row, 8, col, 140, density)
-    got = ops.planes_to_dense(planes, 140, 1.0, torch.float32).numpy()
-    at = np.arange(row, row + 8)[:, None], np.arange(col, col + 140)
-    assert (got == basis_reference.ternary(5, 1, *at, density)).all()
-    with pytest.raises(RuntimeError, match="leaves the allowed range"):
-        generate_planes(5, 1, 2**32 - 7, 8, col, 140, density)
-    with pytest.raises(RuntimeError, match="leaves the allowed range"):
-        generate_planes(5, 1, row, 8, 2**32 - 139, 140, density)
-
-
-def test_a_slice_equals_that_of_the_neighbours_around_it():
-    # 2^34 elements of the matrix lie between the first and the last column.
-    whole = generate_planes(9, 1, 2**31 - 3, 6, 2**31 - 128, 256, 0.3)
-    left = generate_planes(9, 1, 2**31 - 3, 6, 2**31 - 128, 128, 0.3)
-    right = generate_planes(9, 1, 2**31 - 3, 6, 2**31, 128, 0.3)
-    assert torch.equal(whole, torch.cat([left, right], 2))
-
-
-@large
 def test_a_basis_of_more_than_2_31_elements():
     # 49,152^2 = 2.4e9 elements of B, of which the layer below sees the last rows.
     size, r = 49_152, 64
@@ -77,7 +43,6 @@ def test_a_basis_of_more_than_2_31_elements():
         )
 
 
-@large
 @pytest.mark.parametrize("path", ["factored", "delta"])
 @pytest.mark.parametrize("density", [1 / 3, 0.07])
 def test_tensors_of_more_than_2_31_elements(path, density):

@@ -137,8 +137,10 @@ def test_equal_bases_share_one_copy_which_dies_with_the_last(density):
     before = len(_cache)
     first, second = (TernaryBasis(500, 370, 7, density, seed=77) for _ in range(2))
     watched = [weakref.ref(t) for t in first.packed("cpu")]
+    watched.append(weakref.ref(first.dense_b("cpu", torch.float32)))
     assert pointers(first) == pointers(second)
-    assert len(_cache) == before + 1
+    assert second.dense_b("cpu", torch.float32) is watched[-1]()
+    assert len(_cache) == before + 2
     other = TernaryBasis(500, 370, 7, density, seed=78)
     assert set(pointers(other)).isdisjoint(pointers(first))
     del first, other
@@ -198,25 +200,6 @@ def test_packed_in_any_grad_mode_serves_training_later(mode):
 
 
 # ---- the packing operators on their own
-
-
-@pytest.mark.parametrize(
-    "shape", [(1, 1), (3, 64), (64, 3), (65, 127), (200, 1), (1, 200)], ids=str
-)
-def test_pack_dense_and_back(shape):
-    values = np.random.default_rng(0).integers(-1, 2, shape).astype(np.int8)
-    values[0, 0] = -1
-    dense = torch.from_numpy(values).double() * 0.3
-    for view in (dense, dense.T.contiguous().T):
-        planes, value = ops.pack_dense(view)
-        assert value.item() == 0.3 and value.dtype == torch.float64
-        assert np.array_equal(planes.numpy(), to_planes(values))
-        assert torch.equal(ops.planes_to_dense(planes, shape[1], 0.3, torch.float64), dense)
-        for wide in (False, True):
-            lists = ops.planes_to_lists(planes, shape[1], False, wide)
-            assert torch.equal(ops.lists_to_dense(*lists, shape[1], 0.3, torch.float64), dense)
-            lists = ops.planes_to_lists(planes, shape[1], True, wide)
-            assert torch.equal(ops.lists_to_dense(*lists, shape[0], 0.3, torch.float64), dense.T)
 
 
 def test_zeros_of_either_sign_are_zeros():

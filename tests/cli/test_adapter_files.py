@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from peft_helpers import Deep, accelerated, deep_config, peft, randomize
+from peft_helpers import Deep, made, peft
 from property_cases import DEEP
 from safetensors.torch import load_file, save, save_file
 
@@ -19,11 +19,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def make_model(seed=0):
-    accelerated.enable()
-    torch.manual_seed(seed)
-    options = {"density": 0.2, "basis": "independent"}
-    config = deep_config(5, accelerated.RandLoraConfig, **options)
-    return randomize(peft.get_peft_model(Deep(), config), seed)
+    return made(seed, density=0.2, basis="independent")
 
 
 class Victim:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from cli_helpers import KINDS, Q0, TARGETS, llama, refused, run, save_adapter, with_adapter
-from peft_helpers import accelerated, layers, peft, randomize, relative
+from peft_helpers import accelerated, edit_config, layers, peft, randomize, relative
 from safetensors.torch import load_file, save_file
 
 pytestmark = [
@@ -16,13 +16,6 @@ pytestmark = [
 ]
 TOKENS = torch.arange(12).view(2, 6)
 KINDS_OF_ONE_MATRIX = {name: kind for name, kind in KINDS.items() if name != "block"}
-
-
-@pytest.fixture(scope="module")
-def base_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    llama().save_pretrained(folder)
-    return folder
 
 
 def logits(folder, ours, dtype=torch.float32):
@@ -99,8 +92,7 @@ def test_density_that_cannot_be_read_off_is_given(tmp_path, base_folder):
 
 def test_bases_of_another_key_stay(tmp_path, base_folder):
     save_adapter(llama(), tmp_path / "a", sparse=True)
-    file = tmp_path / "a" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"projection_prng_key": 5}))
+    edit_config(tmp_path / "a", projection_prng_key=5)
     line = refused("convert", tmp_path / "a", tmp_path / "b", "--to", "compact")
     assert "projection_prng_key 5" in line and not (tmp_path / "b").exists()
 
@@ -147,25 +139,17 @@ def test_the_copies_of_stock_peft_are_dropped(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_to_lora(tmp_path, base_folder, kind):
-    """Layers of several shapes, of which PEFT loads what the SVD in float64 leaves."""
+    """Of the full rank, so nothing is lost; test_peft_lora.py has the truncation."""
     model = save_adapter(llama(), tmp_path / "a", **kind)
-    truncated = llama()
-    kept = total = 0.0
     with torch.no_grad():
-        for path, layer in model.base_model.model.named_modules():
-            if layer in layers(model):
-                U, S, Vh = torch.linalg.svd(layer.get_delta_weight("default").double())
-                delta = U[:, :8] @ S[:8].diag() @ Vh[:8]
-                truncated.get_submodule(path).weight += delta.float()
-                kept, total = kept + S[:8].square().sum(), total + S.square().sum()
-        want = truncated(TOKENS).logits
-    convert = ("convert", tmp_path / "a", tmp_path / "lora", "--to", "lora", "--rank", 8)
+        want = model(TOKENS).logits
+    convert = ("convert", tmp_path / "a", tmp_path / "lora", "--to", "lora", "--rank", 32)
     code, out, _ = run(*convert, "--base", base_folder)
-    assert code == 0 and f"rank 8 keeps {kept / total:.4f} of |dW|^2" in out
+    assert code == 0 and "rank 32 keeps 1.0000 of |dW|^2" in out
     assert len(out.splitlines()) == 9 and f"{Q0} " in out
     settings = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert sorted(settings["target_modules"]) == sorted(TARGETS)
-    assert (settings["r"], settings["lora_alpha"]) == (8, 8)
+    assert (settings["r"], settings["lora_alpha"]) == (32, 32)
     assert relative(logits(tmp_path / "lora", False), want) < 1e-5
 
 

@@ -17,13 +17,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def base_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    llama().save_pretrained(folder)
-    return folder
-
-
 def row_of(output: str, path: str) -> list[str]:
     return next(line for line in output.splitlines() if line.startswith(path + " ")).split()
 

@@ -1,8 +1,5 @@
-// Generation, packing and expansion on the card: bit for bit the CPU's, and the vectors of the
-// specification (tests/data/basis_v1.txt).
+// Generation, packing and expansion on the card: bit for bit the CPU's.
 #include <cmath>
-#include <fstream>
-#include <sstream>
 #include <string>
 
 #include "check.h"
@@ -10,7 +7,6 @@
 #include "cpu/dispatch.h"
 #include "cuda/kernels.h"
 #include "run_tests.h"
-#include "sha256.h"
 #include "test_device.h"
 #include "thread_runtime.h"
 
@@ -85,58 +81,6 @@ Packed pack(const Words& words, int64_t rows, int64_t cols, bool by_column, bool
     packed.index.assign(index.get(), index.get() + total);
   }
   return packed;
-}
-
-// ---- the vectors of the specification -----------------------------------------------------------
-
-template <class T>
-std::string joined(const std::vector<T>& values) {
-  std::string text;
-  for (size_t i = 0; i < values.size(); ++i) text += (i ? "," : "") + std::to_string(values[i]);
-  return text;
-}
-
-void vectors(const char* path) {
-  std::ifstream file(path);
-  TestDevice device;
-  int records = 0;
-  for (std::string line; std::getline(file, line);) {
-    std::istringstream in(line);
-    std::string kind, want, by;
-    in >> kind;
-    if (kind != "elements" && kind != "planes" && kind != "lists") continue;
-    Slice s{};
-    double density;
-    in >> s.seed >> s.role >> s.row >> s.col;
-    s.rows = 1;
-    if (kind != "elements") in >> s.rows;
-    in >> s.cols >> density;
-    s.threshold = threshold(density);
-    const Words words = generate(s, device);
-    if (kind == "elements") {
-      in >> want;
-      std::string got;
-      for (int64_t c = 0; c < s.cols; ++c)
-        got += words[c / 64] >> c % 64 & 1                      ? '+'
-               : words[words_of(s.cols) + c / 64] >> c % 64 & 1 ? '-'
-                                                                : '0';
-      EXPECT(got == want, "%s", line.c_str());
-    } else if (kind == "planes") {
-      in >> want;
-      std::vector<uint8_t> bytes;
-      for (uint64_t word : words)
-        for (int b = 0; b < 8; ++b) bytes.push_back(uint8_t(word >> 8 * b));
-      EXPECT(sha256::digest(bytes) == want, "%s", line.c_str());
-    } else {
-      std::string index;
-      in >> by >> want >> index;
-      const Packed p = pack(words, s.rows, s.cols, by == "column", false, device);
-      EXPECT(joined(p.offset) == want && joined(p.index) == index, "%s", line.c_str());
-    }
-    ++records;
-    device.free_scratch();
-  }
-  EXPECT(records > 30, "%d records in %s", records, path);
 }
 
 // ---- against the CPU ----------------------------------------------------------------------------
@@ -297,8 +241,6 @@ void schedules() {
 }
 
 void tests() {
-  const std::string here = __FILE__;
-  vectors((here.substr(0, here.rfind("cuda")) + "data/basis_v1.txt").c_str());
   generation();
   block_generation();
   // Most of ThreadSanitizer's time goes into starting threads, so it sees fewer rows and columns.

@@ -24,20 +24,8 @@ using cudaStream_t = struct CUstream_st*;
 
 // ---- vectors, aligned as on a GPU (UBSan checks it) -------------------------------------------
 
-struct alignas(8) float2 {
-  float x, y;
-};
 struct alignas(16) float4 {
   float x, y, z, w;
-};
-struct alignas(16) double2 {
-  double x, y;
-};
-struct alignas(8) int2 {
-  int x, y;
-};
-struct alignas(16) int4 {
-  int x, y, z, w;
 };
 struct alignas(8) uint2 {
   unsigned x, y;
@@ -45,12 +33,7 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline double2 make_double2(double x, double y) { return {x, y}; }
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 // ---- arithmetic ---------------------------------------------------------------------------------
@@ -75,44 +58,14 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
-inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
-inline int __clzll(long long x) {
-  return x ? __builtin_clzll(static_cast<unsigned long long>(x)) : 64;
-}
-inline unsigned __brev(unsigned x) {
-  unsigned r = 0;
-  for (int b = 0; b < 32; ++b) r |= (x >> b & 1u) << (31 - b);
-  return r;
-}
-inline unsigned __umulhi(unsigned a, unsigned b) {
-  return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
-}
 
 // ---- memory -------------------------------------------------------------------------------------
 
-template <class T>
-T __ldg(const T* p) {
-  return *p;
-}
-
 // Relaxed, as on a GPU: an atomic orders no other memory access.
-template <class T>
-T atomicAdd(T* p, std::common_type_t<T> v) {
-  static_assert(std::is_integral_v<T>, "float atomics make results depend on the order of threads");
-  return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
-}
 template <class T>
 T atomicMin(T* p, std::common_type_t<T> v) {
   T old = __atomic_load_n(p, __ATOMIC_RELAXED);
   while (v < old &&
-         !__atomic_compare_exchange_n(p, &old, v, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-  }
-  return old;
-}
-template <class T>
-T atomicMax(T* p, std::common_type_t<T> v) {
-  T old = __atomic_load_n(p, __ATOMIC_RELAXED);
-  while (old < v &&
          !__atomic_compare_exchange_n(p, &old, v, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
   }
   return old;
@@ -203,7 +156,4 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, CUDA_ON_CPU_SITE) {
 }
 inline int __any_sync(unsigned mask, int predicate, CUDA_ON_CPU_SITE) {
   return cuda_on_cpu::vote({"__any_sync", file, line}, mask, predicate != 0) != 0;
-}
-inline int __all_sync(unsigned mask, int predicate, CUDA_ON_CPU_SITE) {
-  return cuda_on_cpu::vote({"__all_sync", file, line}, mask, predicate != 0) == mask;
 }

@@ -2,10 +2,19 @@
 
 import copy
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from distributed_ranks import Place, RecordedCollectives, worlds
+from distributed_ranks import (
+    Place,
+    RecordedCollectives,
+    adam,
+    full_tensor,
+    same_parameters,
+    trained,
+    worlds,
+)
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -35,10 +44,6 @@ def sharded(dtype=torch.float64, **options):
     return fully_shard(model, **options)
 
 
-def trained(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def batch(step, dtype=torch.float64):
     generator = torch.Generator().manual_seed(step)
     return torch.randn(ROWS, SIZES[0], generator=generator, dtype=torch.float64).to(dtype)
@@ -48,29 +53,12 @@ def share(place, x):
     return x.chunk(place.world)[place.rank]
 
 
-def adam(model):
-    return torch.optim.Adam(trained(model), lr=1e-2)
-
-
 def train(model, optimizer, steps, select=lambda x: x):
     """The mean over the batch, so that averaging over ranks gives the same as one process."""
     for step in steps:
         optimizer.zero_grad()
         model(select(batch(step))).square().mean().backward()
         optimizer.step()
-
-
-def full_tensor(t):
-    return t.full_tensor() if isinstance(t, DTensor) else t
-
-
-def same_parameters(model, reference, **limits):
-    pairs = zip(model.named_parameters(), reference.named_parameters(), strict=True)
-    for (name, ours), (other, theirs) in pairs:
-        assert name == other
-        torch.testing.assert_close(
-            full_tensor(ours), theirs, **limits or dict(rtol=1e-9, atol=1e-9)
-        )
 
 
 def bases(model):
@@ -234,12 +222,8 @@ def check_fsdp_outside_forward(place: Place):
         with torch.no_grad():
             layer.base_layer.weight.to_local()[0, 0] = float("inf")
     before = full_tensor(layer.base_layer.weight).clone()
-    try:
+    with pytest.raises(ValueError, match="NaN or inf"):
         layer.merge(safe_merge=True)
-    except ValueError as error:
-        assert "NaN or inf" in str(error)
-    else:
-        raise AssertionError("merged an infinity")
     assert not layer.merged and torch.equal(full_tensor(layer.base_layer.weight), before)
 
 
@@ -248,12 +232,8 @@ def check_functions_refuse_dtensors(place: Place):
     model = sharded()
     basis, (lam, gam) = model[0].bases["default"], trained(model[0])
     for arguments in ((lam, gam), (full_tensor(lam), gam)):
-        try:
+        with pytest.raises(TypeError, match="must be a plain tensor, got a DTensor"):
             delta_weight(basis, *arguments)
-        except TypeError as error:
-            assert "must be a plain tensor, got a DTensor" in str(error)
-        else:
-            raise AssertionError("took a DTensor")
 
 
 @worlds(2)

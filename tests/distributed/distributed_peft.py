@@ -2,8 +2,8 @@
 
 import peft
 import torch
-from distributed_data_parallel import SIZES, adam, batch, same_parameters, share, train, trained
-from distributed_ranks import Place, RecordedCollectives, worlds
+from distributed_data_parallel import SIZES, batch, share, train
+from distributed_ranks import Place, RecordedCollectives, adam, same_parameters, trained, worlds
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -41,6 +41,16 @@ def check_ddp_sends_stock_bases_and_not_ours(place: Place):
         assert sum(size for name, size in collectives.sent if "broadcast" in name) == bases
         gradients = sum(p.numel() * p.itemsize for p in trained(model))
         assert sum(size for name, size in collectives.sent if "reduce" in name) == gradients
+
+
+@worlds(2)
+def check_ddp_trains_as_stock_in_one_process(place: Place):
+    reference, model = make(ours=False), make()
+    parallel = DistributedDataParallel(model)
+    for each, select in ((reference, lambda x: x), (parallel, lambda x: share(place, x))):
+        optimizer = torch.optim.SGD(trained(each), lr=1e-2)
+        train(each, optimizer, range(3), lambda x, select=select: select(x).float())
+    same_parameters(model, reference, rtol=1e-4, atol=1e-6)
 
 
 @worlds(2)

@@ -70,6 +70,25 @@ class RecordedCollectives(TorchDispatchMode):
         return [size for _, size in self.sent]
 
 
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def adam(model):
+    return torch.optim.Adam(trained(model), lr=1e-2)
+
+
+def full_tensor(t):
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def same_parameters(model, reference, rtol=1e-9, atol=1e-9):
+    pairs = zip(model.named_parameters(), reference.named_parameters(), strict=True)
+    for (name, ours), (other, theirs) in pairs:
+        assert name == other
+        torch.testing.assert_close(full_tensor(ours), theirs, rtol=rtol, atol=atol)
+
+
 def checks(world: int) -> dict[str, Callable[[Place], None]]:
     """The checks for so many processes by name, in the order of the files."""
     return {

@@ -6,14 +6,21 @@ import os
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from distributed_ranks import Place, RecordedCollectives, worlds
+from distributed_ranks import (
+    Place,
+    RecordedCollectives,
+    adam,
+    full_tensor,
+    same_parameters,
+    worlds,
+)
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 from randlora_ext import RandLoraLinear, apply_randlora, load_adapter, save_adapter
@@ -37,19 +44,15 @@ T = 6
 EXACT = dict(rtol=1e-11, atol=1e-11)
 
 
-def layer(n_in, n_out, r=5, density=1 / 3, seed=0, dtype=torch.float64, **options):
+def layer(n_in, n_out, r=5, density=1 / 3, dtype=torch.float64, **options):
     """An adapted layer with lambda and gamma that are no longer the initial ones."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     made = RandLoraLinear(
         nn.Linear(n_in, n_out, dtype=dtype), r, r * 2.0, density, projection_prng_key=9, **options
     )
     for parameter in made.adapter_parameters():
         nn.init.normal_(parameter)
     return made
-
-
-def full_tensor(t):
-    return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def diagonals(layer):
@@ -141,10 +144,10 @@ def check_communication(place: Place):
 
 
 class Mlp(nn.Module):
-    def __init__(self, dtype=torch.float64):
+    def __init__(self):
         super().__init__()
-        self.up = nn.Linear(36, 60, dtype=dtype)
-        self.down = nn.Linear(60, 36, dtype=dtype)
+        self.up = nn.Linear(36, 60, dtype=torch.float64)
+        self.down = nn.Linear(60, 36, dtype=torch.float64)
 
     def forward(self, x):
         return x + self.down(torch.tanh(self.up(x)))
@@ -153,35 +156,22 @@ class Mlp(nn.Module):
 PLAN = {"up": RandLoraColwise, "down": RandLoraRowwise}
 
 
-def mlp(dtype=torch.float64):
+def mlp():
     torch.manual_seed(4)
-    model = apply_randlora(Mlp(dtype), ["up", "down"], r=5, randlora_alpha=10, density=1 / 3)
+    model = apply_randlora(Mlp(), ["up", "down"], r=5, randlora_alpha=10, density=1 / 3)
     for parameter in diagonals(model):
         nn.init.normal_(parameter, std=0.3)
     return model
 
 
-def optimizer_of(model):
-    return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-
-
-def train(model, steps, optimizer=None, first=0, rows=slice(None)):
-    optimizer = optimizer or optimizer_of(model)
-    for step in range(first, first + steps):
+def train(model, steps, rows=slice(None)):
+    optimizer = adam(model)
+    for step in range(steps):
         x = torch.randn(8, 36, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
         loss = model(x[rows]).square().sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return optimizer
-
-
-def same_parameters(model, reference):
-    for (name, ours), (other, theirs) in zip(
-        model.named_parameters(), reference.named_parameters(), strict=True
-    ):
-        assert name == other
-        torch.testing.assert_close(full_tensor(ours), theirs, rtol=1e-9, atol=1e-9)
 
 
 @worlds(2, 4)

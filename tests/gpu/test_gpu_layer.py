@@ -52,20 +52,6 @@ def test_training_goes_as_on_the_cpu(device, monkeypatch, density, b_side):
     assert all(rms_error(a, b) <= 1e-2 for a, b in zip(parameters, expected, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_training_in_16_bits(device, dtype):
-    net = apply_randlora(model(dtype), ["0", "2", "4"], r=8, density=0.07)
-    losses, parameters = trained(net, device, steps=20)
-    assert losses[-1] < losses[0] and all(p.dtype == torch.float32 for p in parameters)
-
-
-def test_autocast_trains(device):
-    net = apply_randlora(model(), ["0", "2", "4"], r=8, density=1 / 3)
-    with torch.autocast(device.type, torch.bfloat16):
-        losses, _ = trained(net, device, steps=20)
-    assert losses[-1] < losses[0]
-
-
 @pytest.mark.parametrize("density", [1 / 3, 0.07])
 def test_merging_and_state(device, density):
     layer = RandLoraLinear(nn.Linear(50, 37), r=7, density=density).to(device)

@@ -32,14 +32,11 @@ DENSITIES = [1.0, 1 / 3, 0.07, 1 / 64]  # the first two are packed as planes, th
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread(threads_restored):
     """One thread for modules that import this: in thousands of tiny calls, waking a second thread
     would take longer than the work. test_determinism.py shows that it changes no bit.
     """
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """Layers with random diagonals, and their results by the plain PyTorch reference."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -25,13 +27,6 @@ SHAPES = [
     (1, 9, 2),
     (9, 1, 2),
 ]
-
-STATE = {
-    "base_layer.weight",
-    "base_layer.bias",
-    "randlora_lambda.default",
-    "randlora_gamma.default",
-}
 
 
 def make_base(in_features, out_features, kind="linear", bias=True, dtype=torch.float32):
@@ -62,14 +57,14 @@ def randomize(layer, seed=0):
     return layer
 
 
-def oracle(layer, x, dtype=torch.float64, names=None):
+def oracle(layer, x, dtype=torch.float64):
     """The layer's output by the reference, from leaves (x, lam, gam, ...) that record gradients."""
     base = layer.base_layer
     weight = base.weight.T if layer.fan_in_fan_out else base.weight
     bias = None if base.bias is None else base.bias.to(dtype)
     leaves = [x.detach().to(dtype).requires_grad_()]
     y = F.linear(leaves[0], weight.to(dtype), bias)
-    for name in names or layer.active_adapters:
+    for name in layer.active_adapters:
         A, B = layer.bases[name].dense(dtype=dtype)
         lam = layer.randlora_lambda[name].detach().to(dtype).requires_grad_()
         gam = layer.randlora_gamma[name].detach().to(dtype).requires_grad_()
@@ -115,3 +110,33 @@ def two_adapters(dtype=torch.float64, **second):
     second = {"r": 7, "randlora_alpha": 70, "density": 0.2} | second
     layer.update_layer("two", projection_prng_key=2**64 - 1, **second)
     return randomize(layer)
+
+
+def interrupts(call, watched="randlora"):
+    """Calls repeatedly, with Ctrl-C at the first, second, ... line of watched files.
+
+    Yields after each interrupt; the caller puts everything back for the next.
+    """
+    done, at = False, 0
+    while not done:
+        at, seen = at + 1, 0
+
+        def trace(frame, event, argument, at=at):
+            nonlocal seen
+            if watched not in frame.f_code.co_filename:
+                return None
+            seen += event == "line"
+            if event == "line" and seen == at:
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            call()
+            done = True
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        if not done:
+            yield at

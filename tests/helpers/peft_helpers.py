@@ -2,7 +2,6 @@
 
 import copy
 import json
-import sys
 import warnings
 from pathlib import Path
 
@@ -124,36 +123,6 @@ def edit_config(folder, **changes):
     """Changes fields of a saved configuration."""
     path = Path(folder) / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def interrupts(call, watched="randlora"):
-    """Calls repeatedly, with Ctrl-C at the first, second, ... line of watched files.
-
-    Yields after each interrupt; the caller puts everything back for the next.
-    """
-    done, at = False, 0
-    while not done:
-        at, seen = at + 1, 0
-
-        def trace(frame, event, argument, at=at):
-            nonlocal seen
-            if watched not in frame.f_code.co_filename:
-                return None
-            seen += event == "line"
-            if event == "line" and seen == at:
-                raise KeyboardInterrupt
-            return trace
-
-        sys.settrace(trace)
-        try:
-            call()
-            done = True
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sys.settrace(None)
-        if not done:
-            yield at
 
 
 def pair(base, make_config, **options):

@@ -42,10 +42,9 @@ densities = st.one_of(
 
 
 @st.composite
-def bases(draw, max_features: int = 140) -> TernaryBasis:
-    sizes = features.map(lambda size: min(size, max_features))
+def bases(draw) -> TernaryBasis:
     return TernaryBasis(
-        draw(sizes), draw(sizes), draw(st.integers(1, 40)), draw(densities), draw(seeds)
+        draw(features), draw(features), draw(st.integers(1, 40)), draw(densities), draw(seeds)
     )
 
 

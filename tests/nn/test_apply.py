@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from randlora_ext import RandLoraLinear, apply_randlora, merge_and_unload, unload
 
@@ -72,22 +71,6 @@ def test_apply_errors_change_nothing(targets, options, error, message):
         apply_randlora(model, targets, **options)
     assert adapted(model) == []
     assert all(p.requires_grad for p in model.parameters())
-
-
-def test_training_moves_the_layer_towards_another_one():
-    torch.manual_seed(0)
-    options = {"r": 1, "density": 1.0, "randlora_alpha": 4}  # enough parameters for any dW
-    model = apply_randlora(nn.Sequential(nn.Linear(16, 16)), ["0"], **options)
-    x, target = torch.randn(256, 16), torch.randn(16, 16) * 0.25
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    losses = []
-    for _ in range(100):
-        loss = F.mse_loss(model(x), F.linear(x, target))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.1 * losses[0]
 
 
 def randomized(model):

@@ -71,27 +71,13 @@ def test_replaced_forward_is_called():
     assert torch.equal(layer(torch.zeros(3, 8)), torch.full((3, 6), 7.0))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(64, 96, 8), (96, 64, 8), (64, 64, 12)], ids=str)
-def test_16_bit_error_at_most_twice_the_plain_expression(shape, dtype):
-    in_features, out_features, r = shape
-    base = make_base(in_features, out_features, dtype=dtype)
-    # 1 / sqrt(1/4) is exact, so that the plain expression does not start from rounded bases
-    layer = randomize(RandLoraLinear(base, r=r, density=1 / 4))
-    assert layer.randlora_lambda["default"].dtype == torch.float32
-    x, dy = inputs(layer, 64, dtype=dtype)
-    exact = run_oracle(layer, x, dy)
-    plain = run_oracle(layer, x, dy, dtype)
-    for ours, theirs, wanted in zip(run(layer, x, dy), plain, exact, strict=True):
-        assert relative(ours, wanted) <= 2 * relative(theirs, wanted)
-
-
+@pytest.mark.parametrize("basis", [INDEPENDENT, BLOCK], ids=["independent", "block"])
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
-def test_a_fresh_adapter_changes_nothing(kind):
+def test_a_fresh_adapter_changes_nothing(kind, basis):
     base = make_base(24, 40, kind)
     x = torch.randn(5, 24)
     before = base(x)
-    layer = RandLoraLinear(base, r=5)
+    layer = RandLoraLinear(base, **basis)
     torch.testing.assert_close(layer(x), before, rtol=0, atol=0)
     assert not layer.get_delta_weight("default").any()
 
@@ -108,16 +94,6 @@ def test_initial_values_and_attributes():
     assert (layer.weight, layer.bias) == (layer.base_layer.weight, layer.base_layer.bias)
     trained = {n for n, p in layer.named_parameters() if p.requires_grad}
     assert trained == {"randlora_lambda.mine", "randlora_gamma.mine"}
-
-
-def test_unusual_inputs():
-    layer = randomize(RandLoraLinear(nn.Linear(24, 40), r=5))
-    x = torch.randn(24)
-    assert relative(layer(x), oracle(layer, x)[0]) < 1e-5
-    assert layer(torch.zeros(0, 24)).shape == (0, 40)
-    assert layer(torch.zeros(2, 0, 24)).shape == (2, 0, 40)
-    x = torch.randn(24, 7).T
-    assert relative(layer(x), oracle(layer, x)[0]) < 1e-5
 
 
 @pytest.mark.parametrize("basis", [{"density": 0.07}, {"density": 1 / 3}, BLOCK], ids=str)
@@ -168,23 +144,6 @@ def test_two_adapters_add_up(second):
     assert torch.equal(layer(x), layer.base_layer(x))
 
 
-def test_disable_and_enable():
-    layer = two_adapters()
-    x, _ = inputs(layer, 9, dtype=torch.float64)
-    base, adapted = layer.base_layer(x), layer(x)
-    layer.disable()
-    assert layer.disabled and torch.equal(layer(x), base)
-    assert not any(p.requires_grad for p in layer.parameters())
-    with pytest.raises(RuntimeError, match="disabled"):
-        layer.merge()
-    layer.enable()
-    assert torch.equal(layer(x), adapted)
-    assert layer.randlora_lambda["default"].requires_grad
-    layer.merge()
-    layer.disable()
-    torch.testing.assert_close(layer(x), base)
-
-
 def test_dropout():
     layer = randomize(RandLoraLinear(make_base(24, 40), r=5, randlora_dropout=0.5))
     x = torch.randn(64, 24)
@@ -197,14 +156,6 @@ def test_dropout():
     layer.eval()
     assert relative(layer(x), oracle(layer, x)[0]) < 1e-5
     assert not RandLoraLinear(nn.Linear(4, 4).eval(), randlora_dropout=0.5).training
-
-
-def test_inference_mode_first_then_training():
-    layer = randomize(RandLoraLinear(nn.Linear(23, 41), r=5, projection_prng_key=77))
-    x, dy = inputs(layer, 9)
-    with torch.inference_mode():
-        layer(x)
-    assert_close(run(layer, x, dy), run_oracle(layer, x, dy), 1e-5)
 
 
 def test_bases_are_those_of_the_specification():

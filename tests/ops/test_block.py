@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from layer_cases import (  # noqa: F401
     SIXTEEN_BITS,
     assert_delta_weight,
@@ -317,10 +316,3 @@ def test_scaled_basis_is_that_of_the_dense_a(served):
     torch.testing.assert_close(
         functional.scaled_basis(layer.basis, layer.lam, layer.gam), expected, rtol=1e-14, atol=0
     )
-
-
-def test_the_frozen_layer_alone_when_lambda_is_zero(served):
-    layer = block_layer(64, 96, 8, 4, 9, torch.float32)
-    layer.lam = torch.zeros_like(layer.lam)
-    y = ours(layer, "factored")["y"]
-    torch.testing.assert_close(y, F.linear(layer.x, layer.weight, layer.bias))

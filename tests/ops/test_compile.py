@@ -16,20 +16,20 @@ from randlora_ext.ops.path import path_regions
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
 
 
-def make(density=0.1, dtype=torch.float32, **options):
+def make(density=0.1, **options):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24)).to(dtype)
+    net = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24))
     for i in (0, 2):
         net[i] = randomize(RandLoraLinear(net[i], r=5, density=density, **options), seed=i)
     return net
 
 
-def compiled(model, **options):
-    return torch.compile(model, fullgraph=True, backend="aot_eager", **options)
+def compiled(model):
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
 
 
-def x_of(tokens, features=24, dtype=torch.float32):
-    return torch.randn(tokens, features, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+def x_of(tokens):
+    return torch.randn(tokens, 24, generator=torch.Generator().manual_seed(tokens))
 
 
 @needs_compiler

@@ -1,11 +1,9 @@
 """One layer used from several threads and processes at a time."""
 
-import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,16 +12,8 @@ import torch
 from layer_helpers import inputs, make_base, randomize, run
 
 from randlora_ext import RandLoraLinear, TernaryBasis
-from randlora_ext.basis import cache
 
 DENSITIES = (1 / 3, 0.07)
-
-
-@pytest.fixture(autouse=True)
-def threads_restored():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def make_layer(density=0.07):
@@ -122,29 +112,3 @@ def test_data_loaders_beside_and_with_layers_of_the_parent(method):
         [sys.executable, program, method], capture_output=True, text=True, timeout=150
     )
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_a_killed_worker_leaves_the_parent_able():
-    torch.set_num_threads(1)
-    layer = make_layer()
-    x, dy = inputs(layer, 20)
-    before = run(layer, x, dy)
-    for _ in range(5):
-        child = os.fork()
-        if child == 0:
-            while True:
-                run(layer, x, dy)
-        time.sleep(0.02)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        results = run(layer, x, dy)
-        assert all(torch.equal(a, b) for a, b in zip(results, before, strict=True))
-
-
-def test_the_cache_is_empty_when_nobody_holds_a_basis():
-    basis = TernaryBasis(31, 41, 3, 0.3, seed=4711)
-    basis.packed(), basis.dense_b("cpu", torch.float32)
-    mine = [key for key in cache._cache if "seed=4711" in repr(key)]
-    assert len(mine) == 2
-    del basis
-    assert not [key for key in cache._cache if "seed=4711" in repr(key)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from layer_cases import make_layer
 
-from randlora_ext import TernaryBasis, delta_weight, linear, scaled_basis
+from randlora_ext import TernaryBasis, delta_weight, explain, linear, scaled_basis
 
 ops = torch.ops.randlora
 ERRORS = (ValueError, TypeError, RuntimeError)
@@ -102,10 +102,13 @@ def test_merged_without_a_weight():
     refuses(linear, {**arguments(), **change}, "merged", "weight", "None")
 
 
-@pytest.mark.parametrize("value", ["fast", "FACTORED", "merged,delta"])
+@pytest.mark.parametrize("value", ["fast", "Merged", "merged,delta"])
 def test_environment_path(value, monkeypatch):
     monkeypatch.setenv("RANDLORA_PATH", value)
-    refuses(linear, arguments(), "RANDLORA_PATH", value, "auto", "factored", "delta", "merged")
+    names = "auto", "factored", "delta", "merged"
+    refuses(linear, arguments(), "RANDLORA_PATH", value, *names)
+    with pytest.raises(ValueError, match="RANDLORA_PATH.*" + ".*".join(names)):
+        explain(arguments()["basis"], 1)
     linear(**arguments(), path="delta")  # an explicit path does not ask the environment
 
 

@@ -29,13 +29,6 @@ def test_structure():
     assert all(f"{path} {cost:.2f}" in text for path, cost in choice.costs.items())
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 16, 1024, 10**7])
-@pytest.mark.parametrize("basis", [SPARSE, DENSE], ids=repr)
-def test_any_number_of_tokens(basis, tokens):
-    choice = explain(basis, tokens)
-    assert choice.costs[choice.path] == min(choice.costs.values())
-
-
 def test_the_model_ranks_what_is_plain():
     # Few tokens never pay for forming dW; a sparse basis is never multiplied out; a dense one is,
     # once there are tokens enough.
@@ -85,17 +78,6 @@ def test_environment_asks_for_merged_where_it_cannot_be(monkeypatch):
         assert choice.path == "delta" and "apart" in choice.reason
 
 
-@pytest.mark.parametrize("value", ["fast", "Merged", "factored,delta"])
-def test_unknown_environment_path(value, monkeypatch):
-    monkeypatch.setenv("RANDLORA_PATH", value)
-    for call in (
-        lambda: explain(SPARSE, 1),
-        lambda: choose("auto", SPARSE, 1, torch.float32, True, "cpu"),
-    ):
-        with pytest.raises(ValueError, match="RANDLORA_PATH.*auto.*factored.*delta.*merged"):
-            call()
-
-
 def test_device_is_named():
     assert explain(SPARSE, 16, device="cpu").isa == _C.isa()
     assert explain(SPARSE, 16, device=torch.device("cuda", 0)).isa == "cuda"
@@ -114,9 +96,12 @@ def test_regions_tell_the_choice_for_any_number_of_tokens(features, density, dev
         arguments = (dtype, has_weight, device_type)
         regions = path_regions(basis, *arguments)
         assert 1 <= len(regions) <= 5 and regions[-1].last > 10**18
-        for tokens in (*range(1, 2000), 10**4, 10**6, 10**9):
+        for tokens in (*range(2000), 10**4, 10**6, 10**7, 10**9):
             path, b_side = choose("auto", basis, tokens, *arguments)
-            assert path == explain(basis, tokens, dtype, device_type, has_weight).path
+            told = explain(basis, tokens, dtype, device_type, has_weight)
+            assert path == told.path
+            if dtype == torch.float32:  # in 16 bits "merged" is told and not taken
+                assert told.costs[path] == min(told.costs.values())
             if path == "factored":
                 assert b_side == choose_b_side(basis, tokens, device_type)
         assert all(a[1:] != b[1:] for a, b in zip(regions, regions[1:], strict=False))

@@ -5,11 +5,9 @@ HYPOTHESIS_PROFILE=deep python -m pytest tests/ops/test_properties.py --hypothes
 
 import basis_reference
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from layer_cases import forward_backward
 from property_cases import (
     DTYPES,
     PATHS,
@@ -30,13 +28,6 @@ from randlora_ext.basis.generated import generate_planes
 from randlora_ext.reference import delta_weight_reference, scaled_basis_reference
 
 ops = torch.ops.randlora
-
-
-@pytest.fixture(autouse=True, scope="module")
-def threads_restored():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @examples(120, 4000)
@@ -175,51 +166,3 @@ def test_bases_survive_packing(basis, dtype, room, wide):
         lines = B.T if by_column else B
         dense = ops.lists_to_dense(*lists, lines.shape[1], float(value), dtype)
         assert torch.equal(dense, lines)
-
-
-@examples(40, 1000)
-@given(layer=layers(), path=st.sampled_from(PATHS), parts=st.integers(2, 5))
-def test_a_token_does_not_depend_on_its_batch(layer, path, parts):
-    layer = layer.without_weight()
-    path = "factored" if path == "merged" else path
-    x = layer.x.reshape(-1, layer.basis.in_features)
-
-    def y(x):
-        return linear(x, None, None, layer.basis, layer.lam, layer.gam, layer.scaling, path)
-
-    whole, split = y(x), torch.cat([y(part) for part in x.chunk(parts)])
-    if path == "factored":
-        assert torch.equal(whole, split)
-    else:  # torch's GEMM promises no more than closeness
-        torch.testing.assert_close(whole, split, equal_nan=True)
-
-
-@examples(40, 1000)
-@given(layer=layers())
-def test_the_gradient_is_that_of_the_float64_operator_numerically(layer):
-    # A directional derivative by central differences: independent of the reference's autograd.
-    layer = layer.cast(torch.float64)
-    direction = [torch.ones_like(t) for t in (layer.x, layer.lam, layer.gam)]
-
-    def loss(x, lam, gam):
-        y = linear(x, layer.weight, layer.bias, layer.basis, lam, gam, layer.scaling, "factored")
-        return (y * layer.dy).sum()
-
-    gradients = forward_backward(
-        lambda *leaves: linear(
-            leaves[0], layer.weight, layer.bias, layer.basis, *leaves[1:], layer.scaling, "factored"
-        ),
-        layer,
-    )
-    analytic = sum(gradients[n].sum() for n in ("dx", "dlam", "dgam"))
-    point, step = (layer.x, layer.lam, layer.gam), 1e-4
-    # The loss is of third degree in the step: Richardson's rule is exact for it.
-    slopes = []
-    for h in (step, 2 * step):
-        ahead, behind = (
-            loss(*(t + s * h * v for t, v in zip(point, direction, strict=True))) for s in (1, -1)
-        )
-        slopes.append((ahead - behind) / (2 * h))
-    numeric = (4 * slopes[0] - slopes[1]) / 3
-    scale = sum(gradients[n].abs().sum() for n in gradients) + loss(*point).abs() + 1
-    assert abs(numeric - analytic) <= 1e-7 * scale

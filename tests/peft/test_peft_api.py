@@ -14,6 +14,7 @@ from peft_helpers import (
     assert_close,
     config,
     deep_config,
+    edit_config,
     layers,
     pair,
     peft,
@@ -175,8 +176,7 @@ def test_transformers_integration(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert sum(key.endswith("randlora_A") for key in saved) == 1
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"projection_prng_key": 9}))
+    edit_config(tmp_path, projection_prng_key=9)
     loaded = base()
     loaded.load_adapter(tmp_path)
     assert relative(loaded(tokens).logits, wanted) < 1e-6
@@ -195,8 +195,7 @@ def test_a_file_with_copies_under_every_layer(tmp_path, monkeypatch, low_cpu_mem
               for layer in "abc" for k, v in bases.items()}  # fmt: skip
     assert saved.keys() in ((saved | copies).keys(), saved.keys() - copies.keys())
     save_file(saved | copies, file)  # PEFT after 0.21.2 writes none
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"projection_prng_key": 9}))
+    edit_config(tmp_path, projection_prng_key=9)
     packed = []
     of = TernaryTensor.of
     monkeypatch.setattr(TernaryTensor, "of", lambda dense: packed.append(1) or of(dense))

@@ -7,7 +7,16 @@ import pytest
 import torch
 from compile_helpers import assert_steps_agree, graphs
 from compile_helpers import fresh_dynamo as fresh_dynamo
-from peft_helpers import Deep, accelerated, deep_config, layers, peft, randomize, runs_on_kernels
+from peft_helpers import (
+    Deep,
+    accelerated,
+    deep_config,
+    layers,
+    made,
+    peft,
+    randomize,
+    runs_on_kernels,
+)
 from torch import nn
 from torch.export import Dim
 
@@ -21,21 +30,14 @@ KINDS = [
 ]
 
 
-def make(key=0, **options):
-    accelerated.enable()
-    options = {"r": 5, "projection_prng_key": key} | options
-    options = deep_config(cls=accelerated.RandLoraConfig, **options)
-    return randomize(peft.get_peft_model(Deep(), options))
-
-
-def compiled(model, **options):
-    return torch.compile(model, fullgraph=True, backend="aot_eager", **options)
+def compiled(model):
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_graph_for_any_number_of_tokens(kind, dtype):
-    eager = make(key=17, **kind).to(dtype)  # not packed before it is traced
+    eager = made(projection_prng_key=17, **kind).to(dtype)  # not packed before it is traced
     fast = compiled(eager)
     for tokens in (7, 9, 30, 8):
         x = torch.randn(2, tokens, 24).to(dtype)
@@ -45,7 +47,7 @@ def test_one_graph_for_any_number_of_tokens(kind, dtype):
 
 
 def test_dropout_and_two_adapters():
-    eager = make(sparse=True, randlora_dropout=0.5)
+    eager = made(sparse=True, randlora_dropout=0.5)
     x = torch.randn(7, 24)
     fast = compiled(eager)
     results = []
@@ -67,7 +69,7 @@ def test_uniform_bases(dtype):
 
 @pytest.mark.parametrize("name", ["randlora_A", "randlora_B"])
 def test_other_bases_are_noticed(name):
-    eager, other = make(key=0, sparse=True), make(key=1, sparse=True)
+    eager, other = (made(projection_prng_key=key, sparse=True) for key in (0, 1))
     x = torch.randn(7, 24)
     fast = compiled(eager)
     before = fast(x)
@@ -121,7 +123,7 @@ def test_a_language_model_in_one_graph():
 
 
 def test_an_exported_model_in_another_process(tmp_path):
-    model = make(key=23, sparse=True).eval()
+    model = made(projection_prng_key=23, sparse=True).eval()
     x = torch.randn(7, 24)
     program = torch.export.export(model.base_model.model, (x,), dynamic_shapes=({0: Dim.DYNAMIC},))
     assert sum("randlora.linear" in str(n.target) for n in program.graph.nodes) == 3
@@ -144,7 +146,7 @@ for x, y in torch.load("xy"):
 
 
 def test_functional_call_and_gradients_for_each_sample():
-    model = make(sparse=True).double()  # in float32 rounding alone is 1e-4 of an element
+    model = made(sparse=True).double()  # in float32 rounding alone is 1e-4 of an element
     x = torch.randn(3, 24, dtype=torch.float64)
     parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 

@@ -11,7 +11,6 @@ from peft_helpers import (
     accelerated,
     assert_close,
     config,
-    layers,
     pair,
     peft,
     relative,
@@ -150,13 +149,6 @@ def test_no_field_is_forgotten():
     assert mine - theirs == ours
     tested = {word for field in FIELDS for word in field.replace(",", "").split()}
     assert theirs - general <= tested | {"target_modules"}
-
-
-def test_wrapped_layers_are_counted_for_all_linear():
-    accelerated.enable()
-    model = peft.get_peft_model(Stack(), config(5, targets=["up"], sparse=True))
-    model.add_adapter("two", config(3, targets=["up", "down"], sparse=True))
-    assert len(layers(model)) == 6
 
 
 @pytest.mark.parametrize("r, alpha, warns", [(4, 640, True), (32, 640, False), (4, -81, True)])

@@ -1,7 +1,6 @@
 """randlora_ext.peft: dense bases, PEFT's default, against stock PEFT."""
 
 import copy
-import gc
 import warnings
 
 import pytest
@@ -27,8 +26,6 @@ from peft_helpers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from randlora_ext import TernaryBasis
-
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 PATHS = ["factored", "delta", "merged"]
 
@@ -46,38 +43,22 @@ def test_same_numbers_as_stock(in_features, out_features, r, dtype, path):
     if dtype is torch.float64:
         stock.double(), ours.double()
     x, dy = inputs(in_features, out_features, dtype)
-    tolerance = 1e-12 if dtype is torch.float64 else 2e-5
+    tolerance = 1e-12 if dtype is torch.float64 else 1e-5
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         results = run(ours, x, dy)
     assert_close(results, run(stock, x, dy), tolerance)
     assert runs_on_kernels(ours)
-    for mine, theirs in zip(layers(ours), layers(stock), strict=True):
-        assert relative(mine.get_delta_weight("default"), theirs.get_delta_weight("default")) < 1e-6
+    for ours_layer, stock_layer in zip(layers(ours), layers(stock), strict=True):
+        delta, wanted = (m.get_delta_weight("default") for m in (ours_layer, stock_layer))
+        assert delta.dtype == wanted.dtype
+        assert relative(delta, wanted) < (1e-12 if dtype is torch.float64 else 1e-6)
 
 
 def test_conv1d(path):
     stock, ours = pair(Net(24, 40, Conv1D), lambda: config(5, fan_in_fan_out=True))
     x, dy = inputs(24, 40)
     assert_close(run(ours, x, dy), run(stock, x, dy), 2e-5)
-
-
-def test_loss_curves_are_those_of_stock(path):
-    models = pair(Deep(), lambda: deep_config(5))
-    x, target = torch.randn(64, 24), torch.randn(64, 40)
-    curves = []
-    for model in models:
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        losses = []
-        for _ in range(60):
-            loss = (model(x) - target).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        curves.append(torch.tensor(losses))
-    assert curves[0][-1] < 0.9 * curves[0][0]
-    assert (curves[0] - curves[1]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -141,18 +122,6 @@ def test_several_adapters_dropout_mixed_batches_and_merging():
     assert relative(*results) < 1e-6
 
 
-def test_files_are_those_of_stock(tmp_path):
-    stock, ours = pair(Deep(), lambda: deep_config(5))
-    x = torch.randn(6, 24)
-    stock.save_pretrained(tmp_path / "stock")
-    ours.save_pretrained(tmp_path / "ours")
-    for switch in (accelerated.disable, accelerated.enable):
-        for folder in ("stock", "ours"):
-            switch()
-            loaded = peft.PeftModel.from_pretrained(Deep(), tmp_path / folder)
-            assert relative(loaded(x), stock(x)) < 1e-6
-
-
 def test_layers_multiply_by_the_tensors_of_the_model():
     model = made()
     a, b, c = (basis_of(layer) for layer in layers(model))
@@ -172,21 +141,3 @@ def test_what_is_written_to_the_bases_is_noticed():
     with torch.no_grad():
         model.base_model.randlora_B["default"].mul_(2)  # there is a copy in 16 bits
     assert relative(model(x), before) > 0.1
-
-
-def test_bases_go_with_their_model():
-    def living() -> int:
-        gc.collect()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return sum(isinstance(thing, TernaryBasis) for thing in gc.get_objects())
-
-    before = living()
-    model = made()
-    model(torch.randn(2, 24))
-    for _ in range(20):
-        model.double()(torch.randn(2, 24, dtype=torch.float64))
-        model.float()(torch.randn(2, 24))
-    assert 0 < living() - before <= 6
-    del model
-    assert living() == before

@@ -32,10 +32,11 @@ KEY_ALONE = {"sparse": True, "save_projection": False}
 
 
 @pytest.mark.parametrize("save_projection", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "uniform"])
 @pytest.mark.parametrize("writer", ["stock", "ours"])
 def test_each_reads_what_the_other_wrote(tmp_path, writer, kind, save_projection):
-    options = {kind: True, "save_projection": save_projection}
+    options = {} if kind == "uniform" else {kind: True}
+    options["save_projection"] = save_projection
     stock, ours = pair(Deep(), lambda: deep_config(5, **options))
     x = torch.randn(6, 24)
     model, reader = (stock, "ours") if writer == "stock" else (ours, "stock")

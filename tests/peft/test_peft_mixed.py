@@ -23,16 +23,16 @@ def adapters(model, make, names=("two", "three")):
     return randomize(model).eval()
 
 
-def row_by_row(model, names, rows):
-    """Each row alone with its adapter active."""
-    results = []
+def row_by_row(model, names, rows, call=None):
+    """Each row alone with its adapter active, by the model or by `call`."""
+    call, results = call or model, []
     for name, row in zip(names, rows, strict=True):
         if name == "__base__":
             with model.disable_adapter():
-                results.append(model(row[None]))
+                results.append(call(row[None]))
         else:
             model.set_adapter(name)
-            results.append(model(row[None]))
+            results.append(call(row[None]))
     return torch.cat(results)
 
 
@@ -140,15 +140,8 @@ def test_generation(make, options):
     tokens = torch.randint(3, 50, (4, 6))
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **options}
     mixed = model.generate(input_ids=tokens, adapter_names=names, **options)
-    alone = []
-    for name, row in zip(names, tokens, strict=True):
-        if name == "__base__":
-            with model.disable_adapter():
-                alone.append(model.generate(input_ids=row[None], **options))
-        else:
-            model.set_adapter(name)
-            alone.append(model.generate(input_ids=row[None], **options))
-    assert mixed.tolist() == torch.cat(alone).tolist()
+    alone = row_by_row(model, names, tokens, lambda row: model.generate(input_ids=row, **options))
+    assert mixed.tolist() == alone.tolist()
     assert len(set(map(tuple, mixed.tolist()))) > len(names) // 2
     if "num_beams" in options:  # by a GenerationConfig, too
         from transformers import GenerationConfig

@@ -117,20 +117,6 @@ def test_forward_and_gradients_are_those_of_stock(make):
         assert relative(gradient, gradients0[name]) < 1e-4, name
 
 
-@pytest.mark.parametrize("make", [gpt2, llama, t5])
-def test_generation_with_the_cache(make):
-    stock, ours = models(make)
-    tokens = batch(make)["input_ids"][:, :5]
-    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    answers = [
-        model.eval().generate(input_ids=tokens, use_cache=cache, **options)
-        for model in (stock, ours)
-        for cache in (True, False)
-    ]
-    for answer in answers[1:]:
-        assert torch.equal(answer, answers[0])
-
-
 @pytest.mark.parametrize("make", MODELS)
 def test_merge_and_unload(make):
     inputs = batch(make)

@@ -5,11 +5,12 @@ import warnings
 
 import pytest
 import torch
+from layer_helpers import interrupts
 from peft_helpers import (
     accelerated,
     assert_close,
     config,
-    interrupts,
+    pair,
     peft,
     randomize,
     relative,
@@ -49,13 +50,8 @@ def chosen(r=8, **options):
     return config(r, targets="abc", **({"sparse": True} | options))
 
 
-def pair(bits, **options):
-    base = Quantized(bits)
-    accelerated.disable()
-    stock = randomize(peft.get_peft_model(copy.deepcopy(base), chosen(**options)))
-    accelerated.enable()
-    ours = randomize(peft.get_peft_model(copy.deepcopy(base), chosen(**options)))
-    return stock, ours
+def quantized_pair(bits, **options):
+    return pair(Quantized(bits), lambda: chosen(**options))
 
 
 def adapted(model):
@@ -87,7 +83,7 @@ QUANTIZED_KINDS = {"packed": {}, "uniform": {"sparse": False}, "dropout": {"rand
 @pytest.mark.parametrize("kind", QUANTIZED_KINDS.values(), ids=QUANTIZED_KINDS)
 @pytest.mark.parametrize("bits", BITS)
 def test_forward_and_gradients_are_those_of_stock(bits, kind):
-    stock, ours = pair(bits, **kind)
+    stock, ours = quantized_pair(bits, **kind)
     assert [type(layer).__name__ for layer in adapted(ours)] == [
         f"AcceleratedLinear{bits}bit" + "Lt" * (bits == 8)
     ] * 3
@@ -102,7 +98,7 @@ def test_forward_and_gradients_are_those_of_stock(bits, kind):
 @pytest.mark.parametrize("save_projection", [True, False])
 @pytest.mark.parametrize("bits", BITS)
 def test_each_reads_what_the_other_wrote(tmp_path, bits, save_projection):
-    stock, ours = pair(bits, save_projection=save_projection)
+    stock, ours = quantized_pair(bits, save_projection=save_projection)
     x = torch.randn(5, 64)
     files = []
     for model, reader in ((stock, accelerated.enable), (ours, accelerated.disable)):
@@ -131,7 +127,7 @@ def test_dtype_is_that_of_the_input(bits):
 @pytest.mark.parametrize("bits", BITS)
 def test_merging_is_dequantized_weight_plus_delta(bits, safe):
     """Stock PEFT multiplies A' B: an error for the oblong layers, wrong for the square one."""
-    stock, ours = pair(bits)
+    stock, ours = quantized_pair(bits)
     x = torch.randn(5, 64)
     before, bare = ours.eval()(x), copy.deepcopy(ours).unload()(x)
     weights = [dense(layer) for layer in adapted(ours)]
@@ -158,7 +154,7 @@ def test_merging_is_dequantized_weight_plus_delta(bits, safe):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_safe_merge_refuses_nan(bits):
-    _, ours = pair(bits)
+    _, ours = quantized_pair(bits)
     with torch.no_grad():
         adapted(ours)[0].randlora_lambda["default"][0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
@@ -168,7 +164,7 @@ def test_safe_merge_refuses_nan(bits):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_weight_and_state_agree_after_ctrl_c(bits):
-    _, ours = pair(bits)
+    _, ours = quantized_pair(bits)
     layer = adapted(ours)[0]
     before, delta = dense(layer), layer.get_delta_weight("default").detach()
     start = copy.deepcopy(layer.base_layer)
@@ -181,7 +177,7 @@ def test_weight_and_state_agree_after_ctrl_c(bits):
 @pytest.mark.parametrize("bits", BITS)
 def test_added_adapters_stand_beside_the_first(bits, tmp_path):
     """Stock PEFT wraps the wrapped layer again, and adds the first adapter to the second."""
-    _, ours = pair(bits)
+    _, ours = quantized_pair(bits)
     x = torch.randn(3, 64)
     first = ours.eval()(x)
     ours.add_adapter("two", chosen(randlora_dropout=0.1))
@@ -206,7 +202,7 @@ def test_added_adapters_stand_beside_the_first(bits, tmp_path):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_pickle_and_accelerate(tmp_path, bits):
-    stock, ours = pair(bits)
+    stock, ours = quantized_pair(bits)
     x = torch.randn(5, 64)
     torch.save(ours, tmp_path / "model.pt")
     assert relative(torch.load(tmp_path / "model.pt", weights_only=False)(x), ours(x)) < 1e-6
@@ -240,12 +236,7 @@ def test_torchao():
     torchao = pytest.importorskip("torchao.quantization")
     base = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64))
     torchao.quantize_(base, torchao.Int8WeightOnlyConfig())
-    accelerated.disable()
-    stock = randomize(
-        peft.get_peft_model(copy.deepcopy(base), config(8, targets="02", sparse=True))
-    )
-    accelerated.enable()
-    ours = randomize(peft.get_peft_model(copy.deepcopy(base), config(8, targets="02", sparse=True)))
+    stock, ours = pair(base, lambda: config(8, targets="02", sparse=True))
     x, dy = torch.randn(5, 64), torch.randn(5, 64)
     assert_close(run(ours, x, dy), run(stock, x, dy), 1e-5)
     outcomes = []

@@ -1,10 +1,10 @@
-"""The benchmark programs at toy size: what they count, what they write, what they draw."""
+"""The benchmark programs at toy size: what they write and what they draw."""
 
-import itertools
 import json
 import math
 import re
 import sys
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import approximate  # noqa: E402
 import budget  # noqa: E402
+import calibrate  # noqa: E402
 import checkpoint  # noqa: E402
 import finetune  # noqa: E402
 import layer  # noqa: E402
@@ -29,13 +30,10 @@ import peft_llama  # noqa: E402
 import plots  # noqa: E402
 import to_lora  # noqa: E402
 from cli_helpers import llama  # noqa: E402
-from gpu import floors  # noqa: E402
-from memory import peak_mib  # noqa: E402
-from methods import METHODS, frozen_layer, make  # noqa: E402
+from methods import METHODS  # noqa: E402
 from peft_helpers import randomize  # noqa: E402
-from record import in_a_process  # noqa: E402
 
-from randlora_ext import TernaryBasis  # noqa: E402
+from randlora_ext.ops.rates import Rates  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 
@@ -67,25 +65,6 @@ def test_layer_appends_paths(tmp_path, capsys):
     assert "of 2 rows" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_what_it_says(method):
-    base = frozen_layer((48, 64), torch.float32)
-    layer = make(method, base, 4, "very_sparse")
-    x = torch.randn(5, 48)
-    y = layer(x)
-    y.sum().backward()
-    trained = [p for p in layer.parameters() if p.requires_grad]
-    assert trained and all(p.grad is not None and p.grad.any() for p in trained)
-    assert torch.equal(y, base(x)) == (method == "full")
-    assert not base.weight.requires_grad
-
-
-def test_peak_counts_a_gradient_of_the_weight():
-    args = ((2048, 2048), 16, "0.07", torch.float32, 32)
-    frozen, full = (in_a_process(peak_mib, method, *args) for method in ("frozen", "full"))
-    assert 14 < full - frozen < 22  # 16 MiB, and the pages of one more GEMM kernel
-
-
 def test_micro_counts_and_shares(tmp_path):
     out = tmp_path / "micro"
     peaks = ["--gemm", "64", "--triads", "1"]
@@ -104,26 +83,14 @@ def test_micro_counts_and_shares(tmp_path):
         assert row["roofline"] == pytest.approx(max(of_bytes, of_operations) / row["us"] * 1e6)
 
 
-def test_micro_counts_operations_as_the_bases_have_them():
-    basis = TernaryBasis(256, 320, 32, 0.1)
-    A, B = (m != 0 for m in basis.dense())
-    cases = {op.name: op for op in micro.of_weights(basis, torch.float32)}
-    cases |= {op.name: op for op in micro.of_layers(basis, torch.float32, 7)}
-    rows_of_a = A.sum(1).repeat_interleave(basis.n)
-    a_side, b_side = 7 * rows_of_a.sum(), 7 * B.sum()
-    adds = (B.sum(0) * rows_of_a).sum()
-    for name, want in (("linear", a_side + b_side), ("linear backward", 2 * a_side + b_side),
-                       ("delta_weight", adds), ("delta_weight backward", adds)):  # fmt: skip
-        assert cases[name].operations == pytest.approx(float(want), rel=0.1)
-    # x (7, 256), y (7, 320) and dW in float32, beside the lists and the diagonals
-    fixed = floors.small_bytes(basis) + floors.packed_bytes(basis)
-    assert cases["linear"].bytes == 4 * 7 * (256 + 320) + fixed
-    assert cases["delta_weight"].bytes == 4 * 256 * 320 + fixed
-
-
-def test_a_peak_is_of_the_caches_that_can_hold_it():
-    peaks = micro.Peaks(1.0, {1: 40.0, 4: 50.0, 16: 20.0, 64: 10.0})
-    assert [peaks.of_bytes(n) for n in (0.5, 3, 5, 60, 65)] == [50.0, 50.0, 20.0, 10.0, 10.0]
+def test_calibrate_prints_rates(monkeypatch, capsys):
+    monkeypatch.setattr(calibrate, "SIZES", ((256, 256),))
+    calibrate.calibrate("cpu", repeats=1)
+    fp32, sixteen = capsys.readouterr().out.splitlines()
+    assert fp32.startswith("cpu fp32, off by ") and sixteen.startswith("cpu 16bit, off by ")
+    for line in (fp32, sixteen):
+        measured = eval(line[line.index("Rates(") :], {"Rates": Rates})
+        assert max(measured.a_side, measured.b_lists) > 0 and min(astuple(measured)) >= 0
 
 
 def test_checkpoint_sizes():
@@ -135,15 +102,6 @@ def test_checkpoint_sizes():
     assert ours == 3 * 4 * sum(8 * n + n * d for n, d in zip(n, d, strict=True))
     bases = 4 * (8 * 32 + 32 * 4 * 8)  # A and B, with every layer and once beside them
     assert stock == ours + (2 * 3 + 1) * bases
-
-
-def test_the_best_lora_is_the_truncated_decomposition():
-    target = torch.randn(20, 30, generator=torch.Generator().manual_seed(0)).double()
-    U, s, V = torch.linalg.svd(target, full_matrices=False)
-    best = (target - U[:, :7] * s[:7] @ V[:7]).norm() / target.norm()
-    assert approximate.lora_error(target, 7 * 50) == pytest.approx(float(best), rel=1e-6)
-    assert approximate.lora_error(target, 20 * 50) < 1e-6
-    assert best < approximate.lora_error(target, 6 * 50 + 25)
 
 
 def test_approximate(tmp_path):
@@ -159,21 +117,6 @@ def test_approximate(tmp_path):
     assert few["randlora"] == pytest.approx(math.sqrt(1 - few["share"]), abs=0.05)
     other = rows["gaussian", 16, "dense"]  # leaves out no input either
     assert other["randlora"] == pytest.approx(math.sqrt(1 - other["share"]), abs=0.05)
-
-
-@pytest.mark.parametrize("density", [1 / 90, 0.07, 1 / 3])
-@pytest.mark.parametrize("sizes", [(700, 1100), (1100, 700), (300, 300)])
-@pytest.mark.parametrize("gpus", [1, 2])
-@pytest.mark.parametrize("columns", [True, False])
-def test_the_budget_knows_the_size_of_a_packed_basis(sizes, density, gpus, columns):
-    side = "outputs" if columns else "inputs"
-    basis = TernaryBasis(*sizes, 24, density).slice(**{side: range(sizes[columns] // gpus)})
-    D, d, K = budget.Layer(*sizes, columns).sizes(24, gpus)
-    assert (D, d, K) == (basis.D, basis.d, basis.K)
-    spread = 16 * (density * D * K) ** 0.5  # four standard deviations, each non-zero in two lists
-    assert budget.packed_bytes(D, d, K, 24, density) == pytest.approx(
-        basis.packed_bytes(), abs=spread
-    )
 
 
 def test_the_numbers_of_the_page_are_those_of_the_budget(capsys):
@@ -238,39 +181,6 @@ def test_finetune_goes_on_where_it_was(monkeypatch, tmp_path):
     rows = finetune.sweep(settings(2), tmp_path / "runs.jsonl")
     assert asked == [0, 1]
     assert "| lora | 20 | fp32 | 0.0005 | 1.500 (1.000, 2.000) | 1 of 2 |" in finetune.table(rows)
-
-
-def layer_result(dtypes: dict[int, str]) -> dict:
-    """As layer.py writes it, with a row a size, number of tokens and density."""
-    machine = dict.fromkeys(("cpu", "threads", "isa", "torch", "peft", "commit", "date"), "")
-    ratios = {"lora": 1.1, "peft": 4.0, "ours": 1.5}
-    rows = [
-        ratios | {"in": n, "out": n, "tokens": tokens, "density": density, "dtype": dtype}
-        for n in (1024, 2048, 4096)
-        for tokens, dtype in dtypes.items()
-        for density in plots.DENSITIES
-    ]
-    return {"machine": machine, "rows": rows}
-
-
-def test_a_line_of_a_figure_has_one_dtype():
-    dtypes = {16: "float32", 256: "float32", 512: "bfloat16", 1024: "float32"}
-    figure, lines = plots.by_tokens(layer_result(dtypes)), len(plots.DENSITIES) + 2  # PEFT and LoRA
-    for axis in figure.axes:
-        assert [list(line.get_xdata()) for line in axis.lines] == [[16, 256, 1024]] * lines
-    assert figure.texts[-1].get_text().startswith("float32")
-
-
-def test_tick_labels_do_not_overlap():
-    counts = (16, 256, 512, 1024, 2048, 4096)
-    figure = plots.by_tokens(layer_result(dict.fromkeys(counts, "float32")))
-    figure.canvas.draw()
-    for axis in figure.axes:
-        boxes = [label.get_window_extent() for label in axis.get_xticklabels()]
-        left, right = axis.bbox.x0, axis.bbox.x1
-        shown = [box for box in boxes if left <= (box.x0 + box.x1) / 2 <= right]
-        assert len(shown) >= 3
-        assert all(not a.overlaps(b) for a, b in itertools.pairwise(shown))
 
 
 @pytest.mark.skipif(not (ROOT / "benchmarks/results").is_dir(), reason="an sdist has no results")

@@ -1,6 +1,6 @@
 """What 16-bit layers err by: plain PyTorch in 16 bits, PEFT's fp32 adapters, our kernels. A table.
 
-    python tests/gpu/errors_in_16_bits.py    on a card, or with the CUDA library that serves the CPU
+    python benchmarks/gpu/errors_in_16_bits.py    on a card, or with its library serving the CPU
 
 Relative to float64, in the 2-norm: the root mean square over layers of two densities.
 """
@@ -8,8 +8,8 @@ Relative to float64, in the 2-norm: the root mean square over layers of two dens
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "helpers"), str(HERE.parent.parent)]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests/gpu"), str(ROOT / "tests/helpers"), str(ROOT)]
 
 import torch  # noqa: E402
 from gpu_helpers import DRY, NAMES, run_linear, run_linear_by_cpu_kernels  # noqa: E402
