@@ -44,6 +44,7 @@ STAGES = ("build", "check", "block_gemm", "layers", "kernels", "racecheck", "ncu
 DEFAULT = STAGES[:3]
 NEEDS_NO_BUILD = "block_gemm"
 LEAST = 20.0  # seconds: with less left, a command is not started
+LAST_WORDS = 10.0  # seconds between Ctrl-C and the end of a command that takes too long
 FINDING = 9  # exit status of compute-sanitizer if it found something
 METRICS = (
     "gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,lts__t_bytes.sum,"
@@ -85,8 +86,10 @@ def commands(stage: str, card: dict, dry: bool, csv: Path) -> list[Command]:
     def tests(which: str, seconds: float, card_only: bool = False) -> Command:
         workers = ["-n", "4"] if importlib.util.find_spec("xdist") and not dry else []
         path = "tests/gpu" + "/test_gpu_layer.py" * dry
-        argv = [python, "-m", "pytest", path, "-m", which, "-o", "addopts=", "-q", "-rfE",
-                "--maxfail=30", "--tb=short", "-p", "no:cacheprovider", *workers]  # fmt: skip
+        # Each result is printed as it comes, so that a test that hangs hides no other.
+        argv = [python, "-m", "pytest", path, "-m", which, "-o", "addopts=", "-v", "-rfE",
+                "-o", "faulthandler_timeout=60", "--maxfail=30", "--tb=short",
+                "-p", "no:cacheprovider", *workers]  # fmt: skip
         threads = str(max((os.cpu_count() or 1) // 4, 1))  # of the oracles, which run on the CPU
         return Command(f"GPU tests, {which}", argv, seconds, settings={"OMP_NUM_THREADS": threads},
                        card_only=card_only)  # fmt: skip
@@ -146,7 +149,7 @@ def commit() -> str:
 def card_at_hand(dry: bool) -> dict:
     """What gpu/ceilings.py finds; "card" is missing if there is no card."""
     argv = [sys.executable, "-m", "gpu.ceilings", *["--dry"] * dry]
-    done = subprocess.run(argv, cwd=ROOT, env=environment(dry), text=True, timeout=120,
+    done = subprocess.run(argv, cwd=ROOT, env=environment(dry), text=True, timeout=300,
                           stdout=subprocess.PIPE, check=True)  # fmt: skip
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -209,6 +212,9 @@ class Run:
                 verdict = "ok" if status == command.expected else f"exit status {status}"
             except subprocess.TimeoutExpired:
                 verdict = f"stopped after {seconds:.0f} s"
+                with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                    os.killpg(process.pid, signal.SIGINT)  # pytest then says what has failed
+                    process.wait(timeout=LAST_WORDS)
             finally:  # what it leaves running would disturb the next
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
@@ -234,6 +240,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, help="default benchmarks/results; build/gpu-run without a card"
     )
+    parser.add_argument("--built", action="store_true",
+                        help="the libraries are here, built from this source")  # fmt: skip
     parser.add_argument("--dry", action="store_true",
                         help="on the CPU, by the library of RANDLORA_CUDA_LIBRARY")  # fmt: skip
     options = parser.parse_args(arguments)
@@ -248,7 +256,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{no_card}; without one only --stages build works")
             return 1
     elif names != [NEEDS_NO_BUILD]:  # a build that is up to date takes seconds
-        names = ["build", *(name for name in names if name != "build")]
+        others = (name for name in names if name != "build")
+        names = [*["build"] * (not options.built), *others]
     measures = "card" in card and not options.dry
     out = options.out or (HERE / "results" if measures else ROOT / "build" / "gpu-run")
     run = Run(out.resolve(), card, options.dry, end - time.monotonic())

@@ -117,9 +117,13 @@ def main() -> None:
                 rows.skipped(str(about))
                 continue
             b = basis_of(density, size, rank)
-            every = [*of_bases(b, card.device), *of_weights(b, card.device)]
-            for count in tokens:
-                every += of_layers(b, card.device, count)
+            try:
+                every = [*of_bases(b, card.device), *of_weights(b, card.device)]
+                for count in tokens:
+                    every += of_layers(b, card.device, count)
+            except Exception as error:
+                rows.failed(str(about), error)
+                continue
             for name, count, call, floor in every:
                 what = {"op": name, "tokens": count, **about}
                 try:

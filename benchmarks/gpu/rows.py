@@ -24,8 +24,10 @@ def row(**values: object) -> None:
 
 
 def failed(what: str, error: BaseException) -> None:
-    """Records a part that failed; the stage goes on."""
-    row(failed=what, why=f"{type(error).__name__}: {error}"[:300])
+    """Records a part that failed, and what led to its error. The stage goes on."""
+    why = f"{type(error).__name__}: {error}"[:300]
+    before = {"after": repr(error.__context__)[:300]} if error.__context__ else {}
+    row(failed=what, why=why, **before)
 
 
 def skipped(what: str, why: str = "out of time") -> None:

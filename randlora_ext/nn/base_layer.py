@@ -58,17 +58,12 @@ def can_fuse(base_layer: Any, x: Tensor) -> bool:
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether `module` is exactly an nn.Linear, without hooks and with its own forward."""
-    if type(module) is not nn.Linear or "forward" in module.__dict__:
-        return False
-    return not _has_any_global_hook() and not any(
-        getattr(module, hooks)
-        for hooks in (
-            "_forward_hooks",
-            "_forward_pre_hooks",
-            "_backward_hooks",
-            "_backward_pre_hooks",
-        )
-    )
+    return type(module) is nn.Linear and "forward" not in module.__dict__ and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return _has_any_global_hook() or any(getattr(module, kind) for kind in kinds)
 
 
 def _do_nothing(*_) -> None:

@@ -1,5 +1,7 @@
 """Replacing PEFT's classes by ours, and back."""
 
+from typing import Any
+
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.randlora.layer import RandLoraLayer
@@ -10,7 +12,7 @@ from . import peft_model_patch
 from .bases import BASIS_NAMES, PackedBufferDict
 from .config import RandLoraConfig
 from .layer import AcceleratedLayer
-from .model import STOCK_QUANTIZED, AcceleratedRandLoraModel, accelerate_layer
+from .model import STOCK_QUANTIZED, AcceleratedRandLoraModel, accelerate_layer, parallel_plans
 
 _stock: tuple[type, type] | None = None
 
@@ -63,8 +65,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     optimizer state stay as they are. Returns the model; calling it again changes nothing.
 
     Raises ValueError, and changes nothing, if the model holds no RandLoRA layer, if its bases are
-    on the meta device, or if a quantized layer is merged: stock PEFT has added another matrix than
-    our unmerging would subtract.
+    on the meta device, if transformers has sharded a layer, or if a quantized layer is merged:
+    stock PEFT has added another matrix than our unmerging would subtract.
     """
     layers = [module for module in model.modules() if isinstance(module, RandLoraLayer)]
     if not layers:
@@ -74,6 +76,8 @@ def accelerate(model: nn.Module) -> nn.Module:
             "model has quantized layers merged by stock PEFT; call unmerge_adapter() first"
         )
     tuners = [module for module in model.modules() if type(module) is RandLoraModel]
+    if any(_is_sharded(tuner.model) for tuner in tuners):
+        raise ValueError("model is sharded by transformers; call enable() before adding adapters")
     packed: dict[int, PackedBufferDict] = {}
     for holder in tuners + layers:
         for name in BASIS_NAMES:
@@ -90,3 +94,9 @@ def accelerate(model: nn.Module) -> nn.Module:
         tuner.__class__ = AcceleratedRandLoraModel
     peft_model_patch.install()
     return model
+
+
+def _is_sharded(model: Any) -> bool:
+    plans = parallel_plans(model)
+    layers = (name for name, module in model.named_modules() if isinstance(module, RandLoraLayer))
+    return plans is not None and any(plans.plan_of(model, name) for name in layers)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.randlora.layer import Linear, RandLoraLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..basis import TernaryBasis
@@ -15,7 +16,7 @@ from ..nn.base_layer import can_fuse
 from ..nn.state_dict import DIAGONALS, refuse_misfit
 from ..ops import functional
 from ..ops.costs import SIXTEEN_BITS
-from ..ops.dtensor import full_tensor, laid_out_like
+from ..ops.dtensor import full_tensor, is_dtensor, laid_out_like
 from ..ops.path import costs_told, explain
 from ..reference import scaled_basis_reference
 from .bases import PackedBufferDict, layer_basis
@@ -244,7 +245,7 @@ def layers_with(model: Any, adapter_name: str | None = None) -> dict[str, RandLo
     Raises TypeError if there are none, ValueError if `adapter_name` is no adapter of the model.
     """
     layers = {}
-    if isinstance(model, PeftModel):
+    if isinstance(model, PeftModel) and isinstance(model.base_model, BaseTuner):
         modules = model.base_model.model.named_modules()
         layers = {path: m for path, m in modules if isinstance(m, RandLoraLayer)}
     if not layers:
@@ -256,6 +257,15 @@ def layers_with(model: Any, adapter_name: str | None = None) -> dict[str, RandLo
             f"adapter_name must be one of {list(model.peft_config)}, got {adapter_name!r}"
         )
     return {path: m for path, m in layers.items() if adapter_name in m.randlora_lambda}
+
+
+def refuse_sharded(model: PeftModel) -> None:
+    """Raises ValueError if a rank holds only parts of the weights."""
+    if any(is_dtensor(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            "model is sharded over ranks; save the adapter with save_pretrained and export it from "
+            "an unsharded model"
+        )
 
 
 def add_adapter(

@@ -95,7 +95,9 @@ def _hotswap_errors(
     if not (saves_bases and any(key.endswith(BASIS_NAMES) for key in saved)):
         errors += other_bases(vars(config), fields)
     missing = [key for key in own if key not in saved and not key.endswith(BASIS_NAMES)]
-    unexpected = [key for key in saved if key not in own and not key.endswith(BASIS_NAMES)]
+    # PEFT saves the base weights of a targeted lm_head, too.
+    passed = (key for key in saved if not key.endswith(BASIS_NAMES) and ".base_layer." not in key)
+    unexpected = [key for key in passed if key not in own]
     errors += [f"{key} is missing" for key in missing]
     errors += [f"{key} is not part of the adapter" for key in unexpected]
     errors += [e for key in own if key in saved and (e := misfit(key, saved[key], own[key]))]

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .files import appear_together
-from .layer import layers_with
+from .layer import layers_with, refuse_sharded
 
 # What vLLM takes as --max-lora-rank (MaxLoRARanks in vllm/config/lora.py).
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -64,6 +64,7 @@ def export_to_lora(
     ValueError for an unknown adapter, not exactly one of `rank` and `energy`, a value out of range,
     an energy that no rank keeps, and NaN or infinity in dW.
     """
+    refuse_sharded(model)
     deltas = {
         path: functools.partial(layer.get_delta_weight, adapter_name)
         for path, layer in layers_with(model, adapter_name).items()

@@ -109,10 +109,10 @@ class AcceleratedRandLoraModel(RandLoraModel):
             super()._create_and_replace(randlora_config, adapter_name, target, *args, **kwargs)
         layer = self.model.get_submodule(kwargs["current_key"])
         if isinstance(layer, AcceleratedLayer):
-            if type(layer) is AcceleratedLinear and (plans := _parallel_plans(self.model)):
-                plans.shard(layer, self.model, kwargs["current_key"])
             rounding = getattr(randlora_config, "merged_rounding", None)
             layer.merged_rounding[adapter_name] = rounding
+            if plans := parallel_plans(self.model):
+                plans.shard(layer, self.model, kwargs["current_key"], adapter_name)
         disable_nested_tensors(self.model, kwargs["current_key"])
 
     def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str) -> None:
@@ -123,7 +123,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
         groups = basis.description(1).groups if basis.kind == "block" else None
         if groups is not None:
             check_layers(groups, targets, config.r)
-        if plans := _parallel_plans(self.model):
+        if plans := parallel_plans(self.model):
             plans.check_plans(self.model, targets, groups)
         out_features, in_features = self._find_dim(config)
         D, d = max(out_features, in_features), min(out_features, in_features)
@@ -267,7 +267,7 @@ def accelerate_layer(layer: Any) -> Any:
     return layer
 
 
-def _parallel_plans(model: nn.Module) -> ModuleType | None:
+def parallel_plans(model: nn.Module) -> ModuleType | None:
     """The module `tensor_parallel` if transformers has spread the model over ranks."""
     if getattr(model, "_device_mesh", None) is None:
         return None

@@ -16,7 +16,7 @@ from ..basis import BasisDescription, TernaryBasis
 from .adapter_basis import AdapterBasis
 from .bases import BASIS_NAMES
 from .files import appear_together, record_configurations
-from .layer import layers_with
+from .layer import layers_with, refuse_sharded
 from .ternary_tensor import TernaryTensor
 
 
@@ -57,6 +57,8 @@ def export_to_peft(model: peft.PeftModel, folder: str | os.PathLike, merged: boo
     to layers of different shapes, which it names.
     """
     layers_with(model)
+    if merged:
+        refuse_sharded(model)
     with appear_together(folder) as scratch:
         if merged:
             _save_merged(model, scratch)

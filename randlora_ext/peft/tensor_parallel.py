@@ -1,16 +1,27 @@
 """PEFT's layers over linear layers that transformers' ``tp_plan`` has sharded."""
 
-import re
 from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..basis import TernaryBasis
 from ..distributed.layer import SumGradients, linear_of_rank, may_fuse, slice_of_rank
+from ..nn.base_layer import has_hooks
+from ..nn.state_dict import DIAGONALS
+from ..ops.dtensor import is_dtensor
 from .layer import AcceleratedLinear
+
+try:
+    from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
+except ImportError as error:
+    raise ImportError(
+        "adapters of a model that transformers has sharded need transformers 5.17 or newer"
+    ) from error
 
 # In these styles x and y are whole on every rank, so the adapter need not be cut.
 _WHOLE = ("colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep", "replicate")
@@ -28,6 +39,7 @@ class TensorParallelLinear(AcceleratedLinear):
     device_mesh: DeviceMesh
     shards_outputs: bool
     slices: dict[str, tuple[TernaryBasis, TernaryBasis]]  # (whole, slice) by adapter
+    other_param_names = (*AcceleratedLinear.other_param_names, "slices")  # deleted with it
 
     def basis_of(self, adapter: str, device: torch.device) -> tuple[TernaryBasis | None, str]:
         """(this rank's slice of the adapter's basis, "")."""
@@ -45,7 +57,9 @@ class TensorParallelLinear(AcceleratedLinear):
         return DTensor.from_local(delta, self.device_mesh, [placement], run_check=False)
 
     def _can_fuse(self, x: Tensor) -> bool:
-        return may_fuse(self.base_layer, x, self.shards_outputs)
+        # transformers has replaced the base layer's forward by one that does what `_linear` does.
+        base = self.base_layer
+        return not has_hooks(base) and may_fuse(base, x, self.shards_outputs)
 
     def _diagonals(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """This rank's lambda and gamma; backward sums their gradients over all ranks."""
@@ -67,7 +81,7 @@ class TensorParallelLinear(AcceleratedLinear):
 def plan_of(model: nn.Module, name: str) -> tuple[str, DeviceMesh] | None:
     """(style, mesh) by which transformers, since 5.17, has sharded a module; None if it has not."""
     mesh = getattr(model, "_device_mesh", None)
-    style = (getattr(model, "tp_plan", None) or {}).get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+    style = (getattr(model, "tp_plan", None) or {}).get(replace_layer_number_by_wildcard(name))
     if mesh is None or style is None or style in _WHOLE:
         return None
     if mesh.ndim > 1:  # pipeline, data and tensor parallel
@@ -88,12 +102,19 @@ def check_plans(model: nn.Module, sizes: dict[str, tuple[int, int]], groups: int
         if (plan := plan_of(model, name)) is None:
             continue
         style, mesh = plan
+        whole_mesh: Any = model._device_mesh
+        if mesh.size() != whole_mesh.size():
+            raise ValueError(
+                "tensor parallelism by transformers must be the only parallelism of the model, "
+                "because nothing would sum the adapters' gradients over the other dimensions of "
+                f"its mesh, got {whole_mesh}"
+            )
         layer = model.get_submodule(name)
         base = getattr(layer, "base_layer", layer)
-        if type(base) is not nn.Linear:
+        if type(base) is not nn.Linear or not is_dtensor(base.weight):
             raise TypeError(
-                f"target {name!r} must be an nn.Linear under tensor parallelism, got "
-                f"{type(base).__name__}"
+                f"target {name!r} must be an nn.Linear whose weight is a DTensor (transformers "
+                f"5.17 or newer), got {type(base).__name__} with {type(base.weight).__name__}"
             )
         if style not in ("colwise", "rowwise"):
             raise ValueError(
@@ -113,9 +134,16 @@ def check_plans(model: nn.Module, sizes: dict[str, tuple[int, int]], groups: int
             )
 
 
-def shard(layer: AcceleratedLinear, model: nn.Module, name: str) -> None:
-    """Makes the adapted layer `name` follow the sharding of its base layer, in place."""
-    if (plan := plan_of(model, name)) is not None:
+def shard(layer: AcceleratedLinear, model: nn.Module, name: str, adapter: str) -> None:
+    """Makes layer `name` follow the sharding of its base layer, in place, with a new adapter."""
+    if (plan := plan_of(model, name)) is None:
+        return
+    if type(layer) is AcceleratedLinear:
         style, mesh = plan
         layer.__class__ = TensorParallelLinear
         layer.device_mesh, layer.shards_outputs, layer.slices = mesh, style == "colwise", {}
+    for name in DIAGONALS:
+        parameter = getattr(layer, name)[adapter]
+        if not parameter.is_meta:  # init_weights=False draws lambda on each rank
+            dist.broadcast(parameter.data, group=layer.device_mesh.get_group(), group_src=0)
+    layer.basis_of(adapter, layer.base_layer.weight.device)  # torch.compile cannot slice

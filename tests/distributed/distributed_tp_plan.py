@@ -158,6 +158,38 @@ def check_communication(place: Place):
     assert step(sharded) == sorted([*step(frozen), *own])
 
 
+@worlds(2)
+def check_what_layers_rely_on(place: Place):
+    """Hooks of base layers, compiling before any call, equal diagonals, and deleted adapters."""
+    _, sharded = pair(place, basis="block", density=1 / 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(sharded, backend="aot_eager")
+    layer = sharded.get_submodule("base_model.model.model.layers.0.self_attn.o_proj")
+    assert torch._dynamo.explain(layer)(torch.randn(2, 8, 64 // place.world)).graph_break_count == 0
+    torch.testing.assert_close(loss(compiled), loss(sharded), **LIMITS)
+    called = []
+    layer.base_layer.register_forward_hook(lambda *_: called.append(1))
+    want = loss(sharded).detach()
+    assert called == [1]
+    layer.base_layer._forward_hooks.clear()
+    torch.testing.assert_close(loss(sharded), want, **LIMITS)
+    torch.manual_seed(place.rank)
+    sharded.add_adapter("two", config(basis="independent", density=1 / 2, init_weights=False))
+    lam = layer.randlora_lambda["two"].detach()
+    copies = [torch.empty_like(lam) for _ in range(place.world)]
+    dist.all_gather(copies, lam)
+    assert lam.any() and all(torch.equal(lam, other) for other in copies)
+    sharded.delete_adapter("two")
+    assert layer.slices.keys() == {"default"}
+    for export in (
+        lambda: accelerated.export_to_lora(sharded, place.folder / "no", rank=2),
+        lambda: accelerated.export_to_peft(sharded, place.folder / "no", merged=True),
+    ):
+        with pytest.raises(ValueError, match="model is sharded over ranks; save the adapter"):
+            export()
+    assert not (place.folder / "no").exists()
+
+
 @worlds(4)
 def check_refusals(place: Place):
     """Before anything has changed."""
@@ -177,9 +209,26 @@ def check_refusals(place: Place):
             peft.get_peft_model(model, config(**basis))
         assert [name for name, _ in model.named_modules()] == modules
     model.tp_plan = plan
-    model.model.layers[0].mlp.up_proj = torch.nn.Linear(64, 42)
+    up_proj = model.model.layers[0].mlp.up_proj
+    up_proj.out_features = 42
     with pytest.raises(ValueError, match="out_features must be divisible by the 4 .*, got 42"):
         peft.get_peft_model(model, config())
-    model.model.layers[0].mlp.up_proj = Conv1D(96, 64)
-    with pytest.raises(TypeError, match="'.*up_proj' must be an nn.Linear .*, got Conv1D"):
-        peft.get_peft_model(model, config())
+    for other in (torch.nn.Linear(64, 96), Conv1D(96, 64)):
+        model.model.layers[0].mlp.up_proj = other
+        message = (
+            f"'.*up_proj' must be an nn.Linear whose .*, got {type(other).__name__} with Param"
+        )
+        with pytest.raises(TypeError, match=message):
+            peft.get_peft_model(model, config())
+    config_of_both = DistributedConfig(tp_size=2, fsdp_size=2)
+    both = AutoModelForCausalLM.from_pretrained(
+        place.folder / "llama", distributed_config=config_of_both
+    )
+    with pytest.raises(ValueError, match="must be the only parallelism of the model.*fsdp=2"):
+        peft.get_peft_model(both, config())
+    accelerated.disable()
+    stock = peft.get_peft_model(
+        load(place, place.world), peft.RandLoraConfig(target_modules=TARGETS)
+    )
+    with pytest.raises(ValueError, match="model is sharded by transformers; call enable"):
+        accelerated.accelerate(stock)

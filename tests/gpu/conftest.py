@@ -1,10 +1,25 @@
 """Fixtures of the GPU tests: the device that the CUDA kernels serve."""
 
+import os
+
 import pytest
 import torch
 from gpu_helpers import DRY
 
 from randlora_ext import kernels as cuda
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item):
+    """After a kernel's illegal access every CUDA call of the process fails. So the worker ends:
+    xdist reports the test that was running and starts another worker for the rest.
+    """
+    yield
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
 
 
 @pytest.fixture(scope="session")

@@ -76,23 +76,27 @@ def test_a_basis_packed_on_one_stream_serves_all(card, density):
     torch.cuda.synchronize(card)
     for seed in range(3):
         basis = make(seed=seed)
+        want = [*basis.packed("cpu"), basis.dense("cpu")[1].sign()]
         with torch.cuda.stream(first):
             torch.cuda._sleep(DELAY)
             packed, dense = basis.packed(card), basis.dense_b(card, torch.float32)
-        want = [*basis.packed("cpu"), basis.dense("cpu")[1].sign()]
         with torch.cuda.stream(second):
             got = moved([*packed[: len(want) - 1], dense], "cpu")  # without A's tables
         assert same(got, want)
 
 
-def test_memory_of_a_dropped_basis_waits_for_other_streams(card):
+def test_memory_of_a_dropped_basis_waits_for_other_streams(card, monkeypatch):
     # Packed on one stream, used by one that is far behind, dropped, and its memory asked for again.
+    monkeypatch.setenv("RANDLORA_B_SIDE", "packed")
     layer = RandLoraLinear(torch.nn.Linear(256, 256, device=card), r=8, density=0.07)
+    torch.nn.init.normal_(layer.randlora_lambda["default"])  # 0 would hide the bases
     x = torch.randn(64, 256, device=card)
-    want, stream = layer(x), torch.cuda.Stream(card)
+    with torch.no_grad():  # a graph would keep the packed tensors alive
+        want, stream = layer(x), torch.cuda.Stream(card)
+    gc.collect()  # the next one is quicker
     torch.cuda.synchronize(card)
     with torch.no_grad(), torch.cuda.stream(stream):
-        torch.cuda._sleep(DELAY)
+        torch.cuda._sleep(50 * DELAY)  # longer than the collection below
         got = layer(x)
     sizes = [t.numel() * t.element_size() for t in layer.bases["default"].packed(card)]
     layer.to("cpu")
@@ -279,6 +283,7 @@ def test_a_step_leaves_no_memory_behind(card):
         tensors = (layer.x, layer.weight, layer.lam, layer.gam, layer.dy)
         step(card, layer.basis, *tensors, path)
         torch.cuda.synchronize(card)
+        gc.collect()  # what earlier tests left
         before = torch.cuda.memory_allocated(card)
         for _ in range(3):
             step(card, layer.basis, *tensors, path)

@@ -145,9 +145,7 @@ def test_a_stock_model_and_no_peft_model(tmp_path):
     accelerated.export_to_peft(stock, tmp_path)
     x = torch.randn(6, 24)
     assert torch.equal(opened_by_stock(tmp_path)(x), stock(x))
-    with pytest.raises(
-        TypeError, match="must be a PeftModel with RandLoRA .*, got .*Deep"
-    ):
+    with pytest.raises(TypeError, match="must be a PeftModel with RandLoRA .*, got .*Deep"):
         accelerated.export_to_peft(Deep(), tmp_path)
 
 

@@ -186,6 +186,29 @@ def test_hotswap_one_of_several_by_a_file_of_stock(tmp_path):
     assert relative(model(x), stock(x)) < 1e-6
 
 
+def test_hotswap_of_a_targeted_output_layer(tmp_path):
+    """PEFT saves the base weight of a targeted lm_head with the adapter."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, vocab_size=32)
+    heads = dict(num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=False)
+
+    def adapted(seed):
+        torch.manual_seed(0)
+        base = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+        config = accelerated.RandLoraConfig(
+            r=4, basis="block", density=1 / 4, target_modules=["lm_head"]
+        )
+        return randomize(peft.get_peft_model(base, config), seed=seed)
+
+    accelerated.enable()
+    first, second = adapted(1), adapted(2)
+    second.save_pretrained(tmp_path, save_embedding_layers=True)
+    accelerated.hotswap_adapter(first, tmp_path)
+    x = torch.arange(6).view(1, 6)
+    assert torch.equal(first(x).logits, second(x).logits)
+
+
 @pytest.mark.parametrize("alpha", ["64", None, {}, True, 10**400, math.nan, math.inf], ids=repr)
 def test_hotswap_refuses_an_alpha_that_is_no_finite_number(tmp_path, alpha):
     made(seed=3, **SEED).save_pretrained(tmp_path)

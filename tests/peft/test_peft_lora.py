@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from cli_helpers import llama
 from peft_helpers import PEFT, Deep, Headed, accelerated, layers, peft, randomize, relative
 from safetensors.torch import load_file
 
@@ -132,8 +133,10 @@ def test_what_cannot_be_exported_keeps_old_files(tmp_path, monkeypatch):
         layers(model)[-1].randlora_gamma["default"][0, 0] = float("nan")
     with pytest.raises(ValueError, match="c: dW holds NaN or infinity"):
         accelerated.export_to_lora(model, tmp_path, 4)
-    with pytest.raises(TypeError, match="PeftModel with RandLoRA layers"):
-        accelerated.export_to_lora(Deep(), tmp_path, 4)
+    prompts = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    for other in (Deep(), peft.get_peft_model(llama(), prompts)):
+        with pytest.raises(TypeError, match="PeftModel with RandLoRA layers"):
+            accelerated.export_to_lora(other, tmp_path, 4)
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
 
 
