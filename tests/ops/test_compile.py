@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from compile_helpers import assert_steps_agree, graphs, needs_compiler, step
+from compile_helpers import assert_steps_agree, graphs, needs_compiler, needs_guards, step
 from compile_helpers import fresh_dynamo as fresh_dynamo
 from layer_helpers import randomize
 from torch import nn
@@ -117,6 +117,7 @@ def test_another_basis_is_noticed():
     assert not torch.equal(fast(x_of(7)), before)
 
 
+@needs_guards
 def test_states_of_a_layer():
     eager = make(randlora_dropout=0.5)
     layer, x = eager[0], x_of(7)

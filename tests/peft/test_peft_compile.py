@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from compile_helpers import assert_steps_agree, graphs
+from compile_helpers import assert_steps_agree, graphs, needs_guards
 from compile_helpers import fresh_dynamo as fresh_dynamo
 from peft_helpers import (
     Deep,
@@ -67,6 +67,7 @@ def test_uniform_bases(dtype):
     assert_steps_agree(compiled(eager), eager, torch.randn(7, 24, dtype=dtype))
 
 
+@needs_guards
 @pytest.mark.parametrize("name", ["randlora_A", "randlora_B"])
 def test_other_bases_are_noticed(name):
     eager, other = (made(projection_prng_key=key, sparse=True) for key in (0, 1))
