@@ -18,7 +18,7 @@ needs_compiler = pytest.mark.skipif(
 
 needs_guards = pytest.mark.skipif(
     sys.version_info[:3] == (3, 13, 0),
-    reason="on Python 3.13.0 torch.compile does not notice changed attributes; torch asks for 3.13.1",
+    reason="torch.compile misses changed attributes on Python 3.13.0; torch asks for 3.13.1",
 )
 
 
