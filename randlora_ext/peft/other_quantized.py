@@ -8,7 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from peft.tuners.randlora.layer import RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..nn.base_layer import force_module_call, is_conv1d
@@ -51,7 +53,9 @@ class OtherQuantizedLinear(AcceleratedLinear):
 
 def backend_of(base: nn.Module) -> Any:
     """PEFT's backend for a quantized layer that is not an nn.Linear; None for other modules."""
-    if isinstance(base, nn.Linear) or is_conv1d(base) or not hasattr(base, "in_features"):
+    # PEFT 0.20 fails on any other layer beside a newer torchao, so it is not asked needlessly.
+    others = nn.Linear, RandLoraLayer, ModulesToSaveWrapper
+    if isinstance(base, others) or is_conv1d(base) or not hasattr(base, "in_features"):
         return None
     return resolve_quantization_backend(base)
 
