@@ -22,13 +22,14 @@ def test_the_command_reports_and_passes():
 
 
 def test_overrides_are_named(monkeypatch):
-    for name in ("RANDLORA_PATH", "RANDLORA_MISSPELT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+    names = "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "RANDLORA_MISSPELT", "RANDLORA_PATH"
+    for name in names:
         monkeypatch.setenv(name, "0")
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     (line,) = (line for line in diagnostics.describe() if line.startswith("environment:"))
-    assert line.endswith(
-        "CUDA_VISIBLE_DEVICES=0, OMP_NUM_THREADS=0, RANDLORA_MISSPELT=0, RANDLORA_PATH=0"
-    )
+    told = line.removeprefix("environment: ").split(", ")  # torch may set others, such as KMP_...
+    assert [each for each in told if each.endswith("=0") and each[:-2] in names] == [
+        f"{name}=0" for name in names
+    ]
 
 
 def test_a_wrong_kernel_fails_the_check(monkeypatch, capsys):
