@@ -37,11 +37,12 @@ struct HadamardSizes {
     while (p < least) p *= 2;
     return p;
   }
-  // The transform over the rank indices, and that over the rows of B and the columns of B.
+  // Sizes of the transforms over the rank indices and over the columns of B. The bits of a row above
+  // those of N - 1 meet no column, so row o of H equals row o mod N, however large D is: products
+  // with B add up the rows of y with equal o mod N before the transform, or use its result for all
+  // of them.
   RANDLORA_HD_MEMBER int64_t R() const { return power_of_two(r); }
-  RANDLORA_HD_MEMBER int64_t N() const {
-    return power_of_two(first_row + D > K() ? first_row + D : K());
-  }
+  RANDLORA_HD_MEMBER int64_t N() const { return power_of_two(K()); }
 };
 
 RANDLORA_HD bool hadamard_minus(int64_t a, int64_t b) {
