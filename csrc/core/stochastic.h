@@ -12,8 +12,6 @@
 
 namespace randlora {
 
-constexpr uint32_t kRoleRounding = 2;  // the third counter word; A and B are 0 and 1
-
 // The words of elements 4 * block .. 4 * block + 3.
 RANDLORA_HD Counter4 rounding_words(uint64_t seed, uint64_t block) {
   return philox4x32_10(Counter4{{static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32),

@@ -1,9 +1,9 @@
 // The table of one instruction set's kernels; dispatch.cpp chooses among these tables.
 #pragma once
 #include "add_rounded.h"
-#include "block_classes.h"
 #include "delta_weight.h"
 #include "fill_planes.h"
+#include "hadamard.h"
 #include "linear.h"
 #include "linear_backward.h"
 #include "scaled_basis.h"
@@ -17,17 +17,18 @@ namespace RANDLORA_ISA {
 const Kernels& kernels() {
   static constexpr Kernels table = {RANDLORA_STRING(RANDLORA_ISA),
                                     fill_planes,
-                                    fill_blocks,
                                     scaled_basis,
                                     scaled_basis_backward,
                                     add_rounded,
-                                    sign_columns,
-                                    hadamard_mix,
-                                    row_dots,
                                     delta_weight,
                                     delta_weight_backward,
                                     linear,
-                                    linear_backward};
+                                    linear_backward,
+                                    hadamard_gamma,
+                                    hadamard_diagonals,
+                                    hadamard_up,
+                                    hadamard_down,
+                                    hadamard_weight};
   return table;
 }
 

@@ -129,7 +129,7 @@ void planes_to_dense(const Planes& planes, int64_t rows, int64_t cols, double va
         for (int64_t col = 0; col < cols; ++col) {
           const int64_t word = row * planes.words + (col >> 6);
           const int bit = int(col & 63), plus = int(planes.plus[word] >> bit & 1);
-          const int minus = planes.minus ? int(planes.minus[word] >> bit & 1) : 1 - plus;
+          const int minus = int(planes.minus[word] >> bit & 1);
           to[row * cols + col] = element[1 + plus - minus];
         }
     });

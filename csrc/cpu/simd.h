@@ -173,6 +173,9 @@ RANDLORA_INLINE V load_as(const S* p) {
   } else if constexpr (std::is_same_v<S, f16> && lanes == 8) {
     return (V)_mm256_cvtph_ps(load<__m128i>(p));
 #endif
+  } else if constexpr (std::is_same_v<S, bf16>) {
+    const auto bits = load<Vec<uint16_t, sizeof(V) / 2>>(p);
+    return (V)(__builtin_convertvector(bits, Vec<uint32_t, sizeof(V)>) << 16);
   } else {
     C wide[lanes];
     for (int l = 0; l < lanes; ++l) wide[l] = widen(p[l]);
@@ -194,6 +197,12 @@ RANDLORA_INLINE void store_as(S* p, V v) {
   } else if constexpr (std::is_same_v<S, f16> && lanes == 8) {
     store(p, _mm256_cvtps_ph((__m256)v, 0));
 #endif
+  } else if constexpr (std::is_same_v<S, bf16>) {
+    using Bits = Vec<uint32_t, sizeof(V)>;
+    const Bits bits = (Bits)v, high = bits >> 16, is_nan = (Bits)(v != v);
+    const Bits rounded = (bits + 0x7fffu + (high & 1u)) >> 16;
+    const Bits result = (is_nan & (high | 0x40u)) | (~is_nan & rounded);
+    store(p, __builtin_convertvector(result, Vec<uint16_t, sizeof(V) / 2>));
   } else {
     C wide[lanes];
     store(wide, v);

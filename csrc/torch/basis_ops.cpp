@@ -12,12 +12,10 @@ struct PlaneShape {
   int64_t rows, words;
 };
 
-// Requires at least `least` planes; a matrix without zeros needs only one.
-PlaneShape check_planes(const Tensor& planes, int64_t cols, int64_t least = 2) {
+PlaneShape check_planes(const Tensor& planes, int64_t cols) {
   RANDLORA_CHECK(planes.scalar_type() == ScalarType::Long && planes.dim() == 3 &&
-                     planes.size(0) >= least && planes.size(0) <= 2 && planes.is_contiguous(),
-                 "planes must be a contiguous int64 tensor (2, rows, words)",
-                 least == 1 ? ", or (1, rows, words) of a matrix without zeros" : "", ", got ",
+                     planes.size(0) == 2 && planes.is_contiguous(),
+                 "planes must be a contiguous int64 tensor (2, rows, words), got ",
                  describe(planes));
   RANDLORA_CHECK(cols >= 0 && planes.size(2) == words_of(cols), "cols = ", cols, " needs ",
                  words_of(cols < 0 ? 0 : cols), " words a row and may not be negative; planes is ",
@@ -28,11 +26,12 @@ PlaneShape check_planes(const Tensor& planes, int64_t cols, int64_t least = 2) {
 Planes view(const Tensor& planes) {
   const auto* plus = static_cast<const uint64_t*>(planes.const_data_ptr());
   const int64_t words = planes.size(2);
-  return {plus, planes.size(0) == 1 ? nullptr : plus + planes.size(1) * words, words};
+  return {plus, plus + planes.size(1) * words, words};
 }
 
 void check_role(int64_t role) {
-  RANDLORA_CHECK(role == kRoleA || role == kRoleB, "role must be 0 (A) or 1 (B), got ", role);
+  RANDLORA_CHECK(role >= 0 && role <= kRoleColumns && role != kRoleRounding,
+                 "role must be 0 (A), 1 (B), or 3 to 5 (the signs of Hadamard bases), got ", role);
 }
 
 void fill_planes_(Tensor planes, int64_t seed, int64_t role, int64_t row_start, int64_t col_start,
@@ -49,25 +48,6 @@ void fill_planes_(Tensor planes, int64_t seed, int64_t role, int64_t row_start, 
   run(planes, &Kernels::fill_planes, &CudaKernels::fill_planes,
       {static_cast<uint64_t>(seed), static_cast<uint32_t>(role), static_cast<uint32_t>(threshold),
        row_start, shape.rows, col_start, cols, plus, plus + shape.rows * shape.words});
-}
-
-void fill_blocks_(Tensor planes, int64_t seed, int64_t height, int64_t groups, int64_t first_chunk,
-                  int64_t chunks, int64_t first_cycle) {
-  const PlaneShape shape = check_planes(planes, height, 1);
-  RANDLORA_CHECK(planes.size(0) == 1, "planes must be (1, rows, words), got ", describe(planes));
-  RANDLORA_CHECK(first_chunk >= 0 && chunks > 0 && chunks <= groups - first_chunk,
-                 "first_chunk and chunks must name some of the ", groups, " chunks, got ",
-                 first_chunk, " and ", chunks);
-  RANDLORA_CHECK(shape.rows % chunks == 0, "planes must have cycles * chunks rows, got ",
-                 shape.rows, " for ", chunks, " chunks");
-  const int64_t cycles = shape.rows / chunks;
-  RANDLORA_CHECK(first_cycle >= 0 && first_cycle <= kIndexLimit / groups - cycles &&
-                     height <= kIndexLimit / groups,
-                 "first_cycle = ", first_cycle, " with ", cycles, " cycles of ", groups,
-                 " columns, or a height of ", height, ", leaves the allowed range [0, 2^32)");
-  run(planes, &Kernels::fill_blocks, &CudaKernels::fill_blocks,
-      {static_cast<uint64_t>(seed), height, groups, first_chunk, chunks, first_cycle, cycles,
-       static_cast<uint64_t*>(planes.mutable_data_ptr())});
 }
 
 std::tuple<Tensor, Tensor> pack_dense_op(Tensor dense) {
@@ -140,7 +120,7 @@ DType dense_dtype(ScalarType t) {
 }
 
 Tensor planes_to_dense_op(Tensor planes, int64_t cols, double value, ScalarType dtype) {
-  const PlaneShape shape = check_planes(planes, cols, 1);
+  const PlaneShape shape = check_planes(planes, cols);
   const DType type = dense_dtype(dtype);
   Tensor out = allocate({shape.rows, cols}, dtype, planes);
   if (runs_on_cuda(planes)) {
@@ -194,7 +174,6 @@ std::vector<Tensor> support_tables_op(Tensor a_offset, Tensor a_index, int64_t d
 template <class Library>
 void implement(Library& m) {
   m.impl("fill_planes_", RANDLORA_BOX(fill_planes_));
-  m.impl("fill_blocks_", RANDLORA_BOX(fill_blocks_));
   m.impl("pack_dense", RANDLORA_BOX(pack_dense_op));
   m.impl("planes_to_lists", RANDLORA_BOX(planes_to_lists));
   m.impl("planes_to_dense", RANDLORA_BOX(planes_to_dense_op));
@@ -209,9 +188,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
   m.def(
       "fill_planes_(Tensor(a!) planes, int seed, int role, int row_start, int col_start, int cols, "
       "int threshold) -> ()");
-  m.def(
-      "fill_blocks_(Tensor(a!) planes, int seed, int height, int groups, int first_chunk, "
-      "int chunks, int first_cycle) -> ()");
   m.def("pack_dense(Tensor dense) -> (Tensor, Tensor)");
   m.def("planes_to_lists(Tensor planes, int cols, bool by_column, bool wide) -> (Tensor, Tensor)");
   m.def("planes_to_dense(Tensor planes, int cols, float value, ScalarType dtype) -> Tensor");

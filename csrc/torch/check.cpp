@@ -147,8 +147,7 @@ Tensor compute_copy(const Tensor& t, DType dtype) {
 namespace {
 
 // Checks and stores the sizes that do not depend on the packed form.
-template <class B>
-void check_diagonals(B& b, int64_t r, const Tensor& lam, const Tensor& gam, int64_t in_features,
+void check_diagonals(Basis& b, int64_t r, const Tensor& lam, const Tensor& gam, int64_t in_features,
                      int64_t out_features, std::optional<bool> expand) {
   check_floating(lam, "lam");
   check_floating(gam, "gam");
@@ -170,84 +169,11 @@ void check_diagonals(B& b, int64_t r, const Tensor& lam, const Tensor& gam, int6
                  "gam must be (n, d) = (", b.n, ", ", b.d, "), got ", describe(gam));
 }
 
-// Reads which chunks a slice holds from the sizes of the empty tensor `place`: (0, G, chunks of D,
-// first chunk, phase). The host can read sizes without waiting for the GPU.
-void read_place(const Tensor& place, int64_t a_chunks, BlockBasis& b) {
-  RANDLORA_CHECK(place.dim() == 5 && place.numel() == 0,
-                 "packed: place must be an empty tensor of 5 sizes, got ", describe(place));
-  b.groups = place.size(1), b.a_chunks = a_chunks, b.b_chunks = place.size(2);
-  const int64_t first = place.size(3), phase = place.size(4);
-  RANDLORA_CHECK(
-      b.b_chunks > 0 && first + b.b_chunks <= b.groups && phase < b.groups && a_chunks <= b.groups,
-      "packed: place must name chunks below G, got ", describe(place), " and ", a_chunks,
-      " chunks of d");
-  b.first = first - phase;
-}
+}  // namespace
 
-BlockBasis blocks_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
-                     int64_t in_features, int64_t out_features, std::optional<bool> expand) {
-  const size_t count = expand ? 3 : 2;
-  RANDLORA_CHECK(packed.size() == count || packed.size() == count + 1,
-                 "packed must hold 2 tensors (blocks), of a slice, for which expand is given, 3, "
-                 "and perhaps a dense B after them, got ",
-                 packed.size(), "; take it from TernaryBasis.packed(device)");
-  const Tensor &a = packed[0], &p = packed[1];
-  RANDLORA_CHECK(a.numel() > 0, "packed: a must not be empty, got ", describe(a));
-  BlockBasis b{};
-  check_diagonals(b, a.size(0), lam, gam, in_features, out_features, expand);
-  for (const Tensor& t : packed) check_same_device(t, "packed", lam, "lam");
-  const int64_t width = a.size(1), chunks = b.d / width;
-  if (expand)
-    read_place(packed[2], chunks, b);
-  else
-    b.groups = b.a_chunks = b.b_chunks = chunks;
-  RANDLORA_CHECK(a.scalar_type() == ScalarType::Char && a.is_contiguous() && chunks > 0 &&
-                     chunks * width == b.d && b.r % chunks == 0 && b.D % b.b_chunks == 0,
-                 "packed: a must be a contiguous int8 tensor (r, d / G) for a G that divides "
-                 "r, d = ",
-                 b.d, " and D = ", b.D, ", got ", describe(a));
-  const int64_t q = b.r / chunks;
-  RANDLORA_CHECK((q & (q - 1)) == 0, "packed: r / G must be a power of two, but a is ", describe(a),
-                 " and d = ", b.d, ", so r / G = ", q);
-  const int64_t words = words_of(b.b_width()), rows = b.rows();
-  RANDLORA_CHECK(p.scalar_type() == ScalarType::Long && p.is_contiguous() && p.dim() == 3 &&
-                     p.size(0) == 1 && p.size(1) == rows && p.size(2) == words && rows > 0,
-                 "packed: b_planes must be a contiguous int64 tensor (1, K, ceil(D / G / 64)) = "
-                 "(1, ",
-                 rows, ", ", words, "), got ", describe(p));
-  b.a = a, b.b_planes = p;
-  if (packed.size() > count) {
-    const Tensor& B = packed[count];
-    RANDLORA_CHECK(is_floating(B.scalar_type()) && B.dim() == 2 && B.size(0) == rows &&
-                       B.size(1) == b.b_width() && B.is_contiguous(),
-                   "packed: the dense B must be a contiguous floating (K, D / G) = (", rows, ", ",
-                   b.b_width(), "), got ", describe(B));
-    b.b = B;
-  }
-  return b;
-}
-
-BlockBasis dense_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
-                    int64_t in_features, int64_t out_features, std::optional<bool> expand) {
-  RANDLORA_CHECK(packed.size() == 2, "packed must hold 2 tensors (dense A and B), got ",
-                 packed.size(), "; take it from TernaryBasis.packed(device)");
-  const Tensor &a = packed[0], &B = packed[1];
-  RANDLORA_CHECK(a.numel() > 0, "packed: a must not be empty, got ", describe(a));
-  BlockBasis b{};
-  check_diagonals(b, a.size(0), lam, gam, in_features, out_features, expand);
-  for (const Tensor& t : packed) check_same_device(t, "packed", lam, "lam");
-  RANDLORA_CHECK(a.size(1) == b.d, "packed: the dense A must be (r, d) = (", b.r, ", ", b.d,
-                 "), got ", describe(a));
-  RANDLORA_CHECK(
-      is_floating(B.scalar_type()) && B.dim() == 2 && B.size(0) == b.D && B.size(1) == b.K(),
-      "packed: the dense B must be a floating (D, K) = (", b.D, ", ", b.K(), "), got ",
-      describe(B));
-  b.groups = b.a_chunks = b.b_chunks = 1, b.a = a, b.b = B;
-  return b;
-}
-
-Basis ternary_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
-                 int64_t in_features, int64_t out_features, std::optional<bool> expand) {
+Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
+               int64_t in_features, int64_t out_features, std::optional<bool> expand) {
+  RANDLORA_CHECK(!packed.empty(), "packed must hold 6 tensors (lists) or 3 (bit planes), got 0");
   RANDLORA_CHECK(packed[0].dim() == 1 && packed[0].size(0) > 2 && packed[0].size(0) % 2 == 1,
                  "packed: a_offset must be a tensor of 2 * r + 1 entries, got ",
                  describe(packed[0]));
@@ -309,20 +235,6 @@ Basis ternary_of(const std::vector<Tensor>& packed, const Tensor& lam, const Ten
     check_last(b.b_cols, b.wide, b.K(), b.D, "b_col", "D");
   }
   return b;
-}
-
-}  // namespace
-
-PackedBasis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
-                     int64_t in_features, int64_t out_features, std::optional<bool> expand) {
-  RANDLORA_CHECK(!packed.empty(),
-                 "packed must hold 6 tensors (lists), 3 (bit planes) or 2 (blocks, or dense A and "
-                 "B), got 0");
-  if (is_floating(packed[0].scalar_type()) && packed[0].dim() == 2)
-    return dense_of(packed, lam, gam, in_features, out_features, expand);
-  if (packed.size() <= 4 && packed[0].dim() == 2)
-    return blocks_of(packed, lam, gam, in_features, out_features, expand);
-  return ternary_of(packed, lam, gam, in_features, out_features, expand);
 }
 
 void check_ascending(const Basis& b) {

@@ -10,7 +10,6 @@
 #include <string>
 #include <tuple>
 #include <utility>
-#include <variant>
 #include <vector>
 
 #include "../core/operators.h"
@@ -112,30 +111,15 @@ inline Tensor cast(const Tensor& t, ScalarType type) {
 Tensor compute_copy(const Tensor& t, DType dtype);
 ScalarType compute_type(DType dtype);
 
-// Block bases A and B, packed as dense blocks (docs/basis-spec.md). Dense bases are one block with
-// arbitrary elements.
-struct BlockBasis : BlockSizes {
-  Tensor a;  // (r, d / a_chunks): row j holds A's columns in its chunk of d; int8 unless is_dense
-  OptionalTensor b_planes;  // (1, rows(), words): row e holds column row(e) of B in its chunk of D
-  OptionalTensor b;         // the same as numbers, (rows(), D / b_chunks); B (D, K) if is_dense
-
-  bool is_dense() const { return !b_planes; }
-};
-
-using PackedBasis = std::variant<Basis, BlockBasis>;
-
 // The packed basis of a layer with these diagonals; throws if shapes disagree.
 //   lists   [a_offset, a_index, b_row_offset, b_row_index, b_col_offset, b_col_index]
 //   planes  [a_offset, a_index, b_planes]
-//   blocks  [a, b_planes], and for a slice [a, b_planes, place]
-//   dense   [a, b], in any floating dtypes
-// A dense unscaled B in the dtype of x may follow blocks. On CUDA, the support_tables of A and then
-// a dense B may follow lists and planes.
+// On CUDA, the support_tables of A and then a dense unscaled B in the dtype of x may follow.
 //
 // Without `expand`, the layer is whole and d is its smaller side. With `expand`, the layer may be a
 // slice: d is the input side if *expand, even if that is larger, and n is the whole layer's.
-PackedBasis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
-                     int64_t in_features, int64_t out_features, std::optional<bool> expand);
+Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
+               int64_t in_features, int64_t out_features, std::optional<bool> expand);
 // Throws if positions do not ascend; the CPU kernels that form dW rely on it. Reads all positions:
 // cheap next to forming dW, expensive next to a product of few tokens.
 void check_ascending(const Basis& b);

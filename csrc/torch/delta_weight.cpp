@@ -1,5 +1,5 @@
 // torch.ops.randlora.delta_weight (scale * B @ A', oriented as a Linear's weight), its backward,
-// and merged_weight.
+// merged_weight, and add_rounded for a dW that already exists.
 #include "delta_weight.h"
 
 #include "backend.h"
@@ -35,12 +35,10 @@ namespace {
 
 Tensor delta_weight(Tensor lam, Tensor gam, std::vector<Tensor> packed, double scale,
                     int64_t out_features, int64_t in_features, std::optional<bool> expand) {
-  const PackedBasis basis = basis_of(packed, lam, gam, in_features, out_features, expand);
+  const Basis basis = basis_of(packed, lam, gam, in_features, out_features, expand);
   const ScalarType type = scalar_type(activation_dtype(lam, "lam"));
   Tensor out = allocate({out_features, in_features}, type, lam);
-  const bool expanding = expands(expand, in_features, out_features);
-  const auto form = [&](const auto& b) { form_delta(b, lam, gam, {}, scale, expanding, {}, out); };
-  std::visit(form, basis);
+  form_delta(basis, lam, gam, {}, scale, expands(expand, in_features, out_features), {}, out);
   return out;
 }
 
@@ -53,12 +51,9 @@ Tensor merged_weight(Tensor weight, Tensor lam, Tensor gam, std::vector<Tensor> 
   RANDLORA_CHECK(!rounding_seed || bytes_of(dtype) == 2,
                  "rounding_seed rounds to bfloat16 or float16, but weight is ", describe(weight));
   const int64_t out = weight.size(0), in = weight.size(1);
-  const PackedBasis basis = basis_of(packed, lam, gam, in, out, expand);
+  const Basis basis = basis_of(packed, lam, gam, in, out, expand);
   Tensor merged = allocate({out, in}, scalar_type(dtype), weight);
-  const auto form = [&](const auto& b) {
-    form_delta(b, lam, gam, weight, scale, expands(expand, in, out), rounding_seed, merged);
-  };
-  std::visit(form, basis);
+  form_delta(basis, lam, gam, weight, scale, expands(expand, in, out), rounding_seed, merged);
   return merged;
 }
 
@@ -68,15 +63,30 @@ std::tuple<Tensor, Tensor> delta_weight_backward(Tensor grad, Tensor lam, Tensor
   RANDLORA_CHECK(grad.dim() == 2, "grad must be (out, in), got ", describe(grad));
   check_same_device(grad, "grad", lam, "lam");
   const int64_t out = grad.size(0), in = grad.size(1);
-  const PackedBasis basis = basis_of(packed, lam, gam, in, out, expand);
-  const auto contract = [&](const auto& b) {
-    return contract_delta(b, grad, lam, gam, scale, expands(expand, in, out));
-  };
-  return std::visit(contract, basis);
+  const Basis basis = basis_of(packed, lam, gam, in, out, expand);
+  return contract_delta(basis, grad, lam, gam, scale, expands(expand, in, out));
+}
+
+Tensor add_rounded(Tensor weight, Tensor delta, std::optional<int64_t> rounding_seed) {
+  const DType dtype = activation_dtype(weight, "weight");
+  RANDLORA_CHECK(bytes_of(dtype) == 2, "weight must be bfloat16 or float16, got ",
+                 describe(weight));
+  RANDLORA_CHECK(delta.scalar_type() == ScalarType::Float && delta.numel() == weight.numel(),
+                 "delta must be float32 and have ", weight.numel(), " elements, got ",
+                 describe(delta));
+  check_same_device(delta, "delta", weight, "weight");
+  const Tensor w = as_contiguous(weight), d = as_contiguous(delta);
+  Tensor out = allocate_like(w);
+  run(w, &Kernels::add_rounded, &CudaKernels::add_rounded,
+      {w.numel(), w.const_data_ptr(), static_cast<const float*>(d.const_data_ptr()),
+       out.mutable_data_ptr(), dtype, rounding_seed.has_value(),
+       static_cast<uint64_t>(rounding_seed.value_or(0))});
+  return out;
 }
 
 template <class Library>
 void implement(Library& m) {
+  m.impl("add_rounded", RANDLORA_BOX(add_rounded));
   m.impl("delta_weight", RANDLORA_BOX(delta_weight));
   m.impl("merged_weight", RANDLORA_BOX(merged_weight));
   m.impl("delta_weight_backward", RANDLORA_BOX(delta_weight_backward));
@@ -86,6 +96,7 @@ void implement(Library& m) {
 }  // namespace randlora
 
 STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
+  m.def("add_rounded(Tensor weight, Tensor delta, int? rounding_seed) -> Tensor");
   m.def(
       "delta_weight(Tensor lam, Tensor gam, Tensor[] packed, float scale, SymInt out_features, "
       "SymInt in_features, bool? expand=None) -> Tensor");

@@ -8,15 +8,9 @@ namespace randlora {
 // rounding to the dtype of `out`.
 void form_delta(const Basis& b, const Tensor& lam, const Tensor& gam, const OptionalTensor& base,
                 double scale, bool expand, std::optional<int64_t> rounding_seed, Tensor& out);
-void form_delta(const BlockBasis& b, const Tensor& lam, const Tensor& gam,
-                const OptionalTensor& base, double scale, bool expand,
-                std::optional<int64_t> rounding_seed, Tensor& out);
 
 // (dlam, dgam) from the gradient of the result, in the types of lam and gam.
 std::tuple<Tensor, Tensor> contract_delta(const Basis& b, const Tensor& grad, const Tensor& lam,
                                           const Tensor& gam, double scale, bool expand);
-std::tuple<Tensor, Tensor> contract_delta(const BlockBasis& b, const Tensor& grad,
-                                          const Tensor& lam, const Tensor& gam, double scale,
-                                          bool expand);
 
 }  // namespace randlora

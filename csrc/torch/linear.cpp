@@ -2,27 +2,15 @@
 //
 //   factored  both sides of the basis applied to x; dW never exists
 //   delta     dW is formed, then two GEMMs; the base output is untouched
-//   merged    W + dW is formed, then one GEMM; in 16 bits the sum is rounded, to nearest or
-//             stochastically; backward must get the same rounding_seed
+//   merged    W + dW is formed, then one GEMM; in 16 bits the sum is rounded
 //
 // Without a weight the result is only the adapter's part, for base layers of any kind.
-#include "backend.h"
-#include "block.h"
+#include "linear.h"
+
 #include "delta_weight.h"
 
 namespace randlora {
 namespace {
-
-enum class Path { factored, delta, merged };
-
-Path path_of(const std::string& path, bool has_weight) {
-  if (path == "factored") return Path::factored;
-  if (path == "delta") return Path::delta;
-  RANDLORA_CHECK(path == "merged", "path must be 'factored', 'delta' or 'merged', got '", path,
-                 "'");
-  RANDLORA_CHECK(has_weight, "path 'merged' adds to the weight, but weight is None");
-  return Path::merged;
-}
 
 // Kernels read and write these tensors in the dtype of x. Autocast could change that, so
 // randlora_ext/ops/autocast.py disables it around this operator.
@@ -31,6 +19,8 @@ Tensor of_dtype(const Tensor& y, const Tensor& x) {
                  describe(x), "; autocast must not be active inside this operator");
   return y;
 }
+
+}  // namespace
 
 Tensor product(const Tensor& a, const Tensor& b) {
   return of_dtype(torch::stable::matmul(a, b), a);
@@ -45,30 +35,25 @@ Tensor torch_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&
   return of_dtype(torch::stable::detail::to<Tensor>(stack[0]), x);
 }
 
-// a + b. The stable ABI has no add, only a subtraction with a factor.
-Tensor sum_of(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1.0); }
-
-struct Sizes {
-  int64_t T, in, out;
-};
-
-// (..., features) as (T, features).
-Tensor rows(const Tensor& t, const Sizes& s, int64_t features) {
-  return t.dim() == 2 ? t : torch::stable::view(t, {s.T, features});
+Tensor like_output(const Tensor& x, int64_t features) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = features;
+  return allocate(shape, x.scalar_type(), x);
 }
 
-Sizes check(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-            const Tensor& lam, int64_t out_features) {
+LinearSizes check_linear(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                         const Tensor& lam, int64_t in, int64_t out) {
   activation_dtype(x, "x");
-  RANDLORA_CHECK(x.dim() >= 1, "x must be (..., in_features), got ", describe(x));
+  RANDLORA_CHECK(x.dim() >= 1 && x.size(-1) == in,
+                 "x must be (..., in_features) with in_features = ", in, ", got ", describe(x));
   check_same_device(x, "x", lam, "lam");
-  Sizes s{1, x.size(-1), out_features};
+  LinearSizes s{1, in, out};
   for (int64_t i = 0; i + 1 < x.dim(); ++i) s.T *= x.size(i);
   if (weight) {
     check_same_device(*weight, "weight", x, "x");
-    RANDLORA_CHECK(weight->dim() == 2 && weight->size(0) == s.out && weight->size(1) == s.in,
-                   "weight must be (out, in) = (", s.out, ", ", s.in, ") for x ", describe(x),
-                   ", got ", describe(*weight));
+    RANDLORA_CHECK(weight->dim() == 2 && weight->size(0) == out && weight->size(1) == in,
+                   "weight must be (out, in) = (", out, ", ", in, ") for x ", describe(x), ", got ",
+                   describe(*weight));
     RANDLORA_CHECK(weight->scalar_type() == x.scalar_type(), "weight is ", describe(*weight),
                    " but x is ", describe(x), "; they must have one dtype");
   }
@@ -77,40 +62,63 @@ Sizes check(const Tensor& x, const OptionalTensor& weight, const OptionalTensor&
                    "bias was given without a weight; add it to the base output");
     check_same_device(*bias, "bias", x, "x");
     RANDLORA_CHECK(
-        bias->dim() == 1 && bias->size(0) == s.out && bias->scalar_type() == x.scalar_type(),
-        "bias must be (", s.out, ") in the dtype of x, got ", describe(*bias));
+        bias->dim() == 1 && bias->size(0) == out && bias->scalar_type() == x.scalar_type(),
+        "bias must be (", out, ") in the dtype of x, got ", describe(*bias));
   }
   return s;
 }
 
+void check_output_gradient(const Tensor& dy, const Tensor& x, int64_t out) {
+  bool fits = dy.dim() == x.dim() && dy.scalar_type() == x.scalar_type() && dy.size(-1) == out;
+  for (int64_t i = 0; fits && i + 1 < x.dim(); ++i) fits = dy.size(i) == x.size(i);
+  RANDLORA_CHECK(fits, "dy is ", describe(dy), ", which does not fit x ", describe(x), " and ", out,
+                 " output features");
+  check_same_device(dy, "dy", x, "x");
+}
+
+namespace {
+
+enum class Path { factored, delta, merged };
+
+Path path_of(const std::string& path, bool has_weight) {
+  if (path == "factored") return Path::factored;
+  if (path == "delta") return Path::delta;
+  RANDLORA_CHECK(path == "merged", "path must be 'factored', 'delta' or 'merged', got '", path,
+                 "'");
+  RANDLORA_CHECK(has_weight, "path 'merged' adds to the weight, but weight is None");
+  return Path::merged;
+}
+
+// a + b. The stable ABI has no add, only a subtraction with a factor.
+Tensor sum_of(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1.0); }
+
+// (..., features) as (T, features).
+Tensor rows(const Tensor& t, int64_t T) {
+  return t.dim() == 2 ? t : torch::stable::view(t, {T, t.size(-1)});
+}
+
 // A dense B is multiplied with x by GEMMs, so it must have the dtype of x.
-void check_dense(const PackedBasis& basis, const std::vector<Tensor>& packed, const Tensor& x) {
-  const Basis* b = std::get_if<Basis>(&basis);
-  const BlockBasis* blocks = std::get_if<BlockBasis>(&basis);
-  if (b ? !b->b_dense : !blocks->b || blocks->is_dense()) return;
-  RANDLORA_CHECK(!b || runs_on_cuda(x),
-                 "packed holds a dense B, which only the CUDA kernels use; x is ", describe(x));
+void check_dense(const Basis& b, const std::vector<Tensor>& packed, const Tensor& x) {
+  if (!b.b_dense) return;
+  RANDLORA_CHECK(runs_on_cuda(x), "packed holds a dense B, which only the CUDA kernels use; x is ",
+                 describe(x));
   RANDLORA_CHECK(packed.back().scalar_type() == x.scalar_type(), "packed: the dense B is ",
                  describe(packed.back()), " but x is ", describe(x), "; they must have one dtype");
 }
 
-// What a call needs besides tensors.
+// A call on validated arguments.
 struct Call {
-  Sizes s;
+  LinearSizes s;
   DType dtype;
   double scale;
   bool expand;  // d is the input side
-  std::optional<int64_t> rounding_seed;
 };
 
-// W + dW if there is a base, otherwise dW; shape (out, in). Only a 16-bit sum is rounded
-// stochastically.
-template <class B>
-Tensor formed(const B& b, const Call& c, const Tensor& lam, const Tensor& gam,
+// W + dW if there is a base, otherwise dW; (out, in).
+Tensor formed(const Basis& b, const Call& c, const Tensor& lam, const Tensor& gam,
               const OptionalTensor& base) {
-  const bool rounds = base && bytes_of(c.dtype) == 2;
   Tensor out = temporary({c.s.out, c.s.in}, c.dtype, lam);
-  form_delta(b, lam, gam, base, c.scale, c.expand, rounds ? c.rounding_seed : std::nullopt, out);
+  form_delta(b, lam, gam, base, c.scale, c.expand, {}, out);
   return out;
 }
 
@@ -121,10 +129,6 @@ void add_factored(const Basis& b, const Call& c, const Tensor& lam, const Tensor
   run(x, &Kernels::linear, &CudaKernels::linear,
       {b, l.const_data_ptr(), g.const_data_ptr(), x.const_data_ptr(), y.mutable_data_ptr(), c.dtype,
        c.s.T, c.scale, c.expand, accumulate});
-}
-void add_factored(const BlockBasis& b, const Call& c, const Tensor& lam, const Tensor& gam,
-                  const Tensor& x, Tensor& y, bool accumulate) {
-  block_linear(b, lam, gam, x, y, c.s.T, c.scale, c.expand, accumulate);
 }
 
 // The gradients of add_factored from x and dy: sets `dx` if not null, or with `accumulate` adds to
@@ -143,110 +147,54 @@ std::tuple<Tensor, Tensor> factored_backward(const Basis& b, const Call& c, cons
   if (!need_diagonals) return {};
   return {cast(dlam, lam.scalar_type()), cast(dgam, gam.scalar_type())};
 }
-std::tuple<Tensor, Tensor> factored_backward(const BlockBasis& b, const Call& c, const Tensor& lam,
-                                             const Tensor& gam, const Tensor& x, const Tensor& dy,
-                                             Tensor* dx, bool accumulate, bool need_diagonals) {
-  return block_linear_backward(b, lam, gam, x, dy, dx, c.s.T, c.scale, c.expand, accumulate,
-                               need_diagonals);
-}
-
-// (dlam, dgam) for the paths that form dW.
-std::tuple<Tensor, Tensor> formed_gradients(const Basis& b, const Call& c, const Tensor& lam,
-                                            const Tensor& gam, const Tensor& x, const Tensor& dy) {
-  const Tensor dyT = torch::stable::transpose(rows(dy, c.s, c.s.out), 0, 1);
-  return contract_delta(b, product(dyT, rows(x, c.s, c.s.in)), lam, gam, c.scale, c.expand);
-}
-// Uses the cheaper of two ways: contracting dy^T x, or the factored backward, which is cheap for
-// block bases, and for dense bases if tokens are few.
-std::tuple<Tensor, Tensor> formed_gradients(const BlockBasis& b, const Call& c, const Tensor& lam,
-                                            const Tensor& gam, const Tensor& x, const Tensor& dy) {
-  const double T = double(c.s.T), K = double(b.K()), D = double(b.D), d = double(b.d);
-  if (b.is_dense() && T * K * (D + d) > (T + K) * D * d) {
-    const Tensor dyT = torch::stable::transpose(rows(dy, c.s, c.s.out), 0, 1);
-    return contract_delta(b, product(dyT, rows(x, c.s, c.s.in)), lam, gam, c.scale, c.expand);
-  }
-  return factored_backward(b, c, lam, gam, x, dy, nullptr, false, true);
-}
-
-template <class B>
-Tensor forward(const B& b, Path path, const Call& c, const Tensor& x, const OptionalTensor& weight,
-               const OptionalTensor& bias, const Tensor& lam, const Tensor& gam) {
-  if (path == Path::merged) return torch_linear(x, formed(b, c, lam, gam, weight), bias);
-  if (path == Path::delta) {
-    const Tensor y = torch_linear(x, formed(b, c, lam, gam, {}), {});
-    return weight ? sum_of(torch_linear(x, *weight, bias), y) : y;
-  }
-  Tensor y;
-  if (weight) {
-    y = as_contiguous(torch_linear(x, *weight, bias));
-  } else {
-    std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-    shape.back() = c.s.out;
-    y = allocate(shape, x.scalar_type(), x);
-  }
-  add_factored(b, c, lam, gam, x, y, /*accumulate=*/weight.has_value());
-  return y;
-}
-
-// (dx, dlam, dgam); those that nobody needs are left undefined.
-template <class B>
-std::tuple<Tensor, Tensor, Tensor> backward(const B& b, Path path, const Call& c, const Tensor& x,
-                                            const Tensor& dy, const OptionalTensor& weight,
-                                            const Tensor& lam, const Tensor& gam, bool need_x,
-                                            bool need_diagonals) {
-  Tensor dx, dlam, dgam;
-  if (path == Path::factored) {
-    if (need_x) dx = weight ? as_contiguous(product(dy, *weight)) : allocate_like(x);
-    std::tie(dlam, dgam) = factored_backward(b, c, lam, gam, x, dy, need_x ? &dx : nullptr,
-                                             weight.has_value(), need_diagonals);
-    return {dx, dlam, dgam};
-  }
-  if (need_x) {
-    const OptionalTensor base = path == Path::merged ? weight : OptionalTensor();
-    dx = product(dy, formed(b, c, lam, gam, base));
-    if (path == Path::delta && weight) dx = sum_of(product(dy, *weight), dx);
-  }
-  if (need_diagonals) std::tie(dlam, dgam) = formed_gradients(b, c, lam, gam, x, dy);
-  return {dx, dlam, dgam};
-}
 
 Tensor linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor lam, Tensor gam,
               std::vector<Tensor> packed, double scale, int64_t out_features, std::string path,
-              std::optional<bool> expand, std::optional<int64_t> rounding_seed) {
+              std::optional<bool> expand) {
   const Path p = path_of(path, weight.has_value());
-  const Sizes s = check(x, weight, bias, lam, out_features);
-  const PackedBasis basis = basis_of(packed, lam, gam, s.in, s.out, expand);
-  check_dense(basis, packed, x);
-  const Call c{s, activation_dtype(x, "x"), scale, expands(expand, s.in, s.out), rounding_seed};
+  const int64_t in = x.dim() ? x.size(-1) : 0;
+  const Basis b = basis_of(packed, lam, gam, in, out_features, expand);
+  const Call c{check_linear(x, weight, bias, lam, in, out_features), activation_dtype(x, "x"),
+               scale, expands(expand, in, out_features)};
+  check_dense(b, packed, x);
   const Tensor xc = as_contiguous(x);
-  const auto run = [&](const auto& b) { return forward(b, p, c, xc, weight, bias, lam, gam); };
-  return std::visit(run, basis);
+  if (p == Path::merged) return torch_linear(xc, formed(b, c, lam, gam, weight), bias);
+  if (p == Path::delta) {
+    const Tensor y = torch_linear(xc, formed(b, c, lam, gam, {}), {});
+    return weight ? sum_of(torch_linear(xc, *weight, bias), y) : y;
+  }
+  Tensor y =
+      weight ? as_contiguous(torch_linear(xc, *weight, bias)) : like_output(xc, out_features);
+  add_factored(b, c, lam, gam, xc, y, /*accumulate=*/weight.has_value());
+  return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, OptionalTensor weight,
-                                                   Tensor lam, Tensor gam,
-                                                   std::vector<Tensor> packed, double scale,
-                                                   std::string path, bool need_x,
-                                                   bool need_diagonals, std::optional<bool> expand,
-                                                   std::optional<int64_t> rounding_seed) {
+std::tuple<Tensor, Tensor, Tensor> linear_backward(
+    Tensor dy, Tensor x, OptionalTensor weight, Tensor lam, Tensor gam, std::vector<Tensor> packed,
+    double scale, std::string path, bool need_x, bool need_diagonals, std::optional<bool> expand) {
   const Path p = path_of(path, weight.has_value());
-  RANDLORA_CHECK(dy.dim() == x.dim() && dy.scalar_type() == x.scalar_type(), "dy is ", describe(dy),
-                 ", which does not fit x ", describe(x));
-  const Sizes s = check(x, weight, {}, lam, dy.size(-1));
-  check_same_device(dy, "dy", x, "x");
-  for (int64_t i = 0; i + 1 < x.dim(); ++i)
-    RANDLORA_CHECK(dy.size(i) == x.size(i), "dy is ", describe(dy), ", which does not fit x ",
-                   describe(x));
-  const PackedBasis basis = basis_of(packed, lam, gam, s.in, s.out, expand);
-  check_dense(basis, packed, x);
+  const int64_t in = x.dim() ? x.size(-1) : 0, out = dy.dim() ? dy.size(-1) : 0;
+  const Basis b = basis_of(packed, lam, gam, in, out, expand);
+  const Call c{check_linear(x, weight, {}, lam, in, out), activation_dtype(x, "x"), scale,
+               expands(expand, in, out)};
+  check_output_gradient(dy, x, out);
+  check_dense(b, packed, x);
+  const Tensor xc = as_contiguous(x), dyc = as_contiguous(dy);
   Tensor dx, dlam, dgam;
-  if (need_x || need_diagonals) {
-    const Call c{s, activation_dtype(x, "x"), scale, expands(expand, s.in, s.out), rounding_seed};
-    const Tensor xc = as_contiguous(x), dyc = as_contiguous(dy);
-    const auto run = [&](const auto& b) {
-      return backward(b, p, c, xc, dyc, weight, lam, gam, need_x, need_diagonals);
-    };
-    std::tie(dx, dlam, dgam) = std::visit(run, basis);
+  if (p == Path::factored && (need_x || need_diagonals)) {
+    if (need_x) dx = weight ? as_contiguous(product(dyc, *weight)) : allocate_like(xc);
+    std::tie(dlam, dgam) = factored_backward(b, c, lam, gam, xc, dyc, need_x ? &dx : nullptr,
+                                             weight.has_value(), need_diagonals);
+  }
+  if (p != Path::factored && need_x) {
+    const OptionalTensor base = p == Path::merged ? weight : OptionalTensor();
+    dx = product(dyc, formed(b, c, lam, gam, base));
+    if (p == Path::delta && weight) dx = sum_of(product(dyc, *weight), dx);
+  }
+  if (p != Path::factored && need_diagonals) {
+    const Tensor dyT = torch::stable::transpose(rows(dyc, c.s.T), 0, 1);
+    std::tie(dlam, dgam) =
+        contract_delta(b, product(dyT, rows(xc, c.s.T)), lam, gam, c.scale, c.expand);
   }
   if (!need_x) dx = allocate({0}, x.scalar_type(), x);
   if (!need_diagonals)
@@ -266,12 +214,11 @@ void implement(Library& m) {
 STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
   m.def(
       "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor lam, Tensor gam, Tensor[] packed, "
-      "float scale, SymInt out_features, str path, bool? expand=None, int? rounding_seed=None) "
-      "-> Tensor");
+      "float scale, SymInt out_features, str path, bool? expand=None) -> Tensor");
   m.def(
       "linear_backward(Tensor dy, Tensor x, Tensor? weight, Tensor lam, Tensor gam, "
       "Tensor[] packed, float scale, str path, bool need_x, bool need_diagonals, "
-      "bool? expand=None, int? rounding_seed=None) -> (Tensor, Tensor, Tensor)");
+      "bool? expand=None) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) { randlora::implement(m); }

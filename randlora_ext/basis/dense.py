@@ -47,9 +47,6 @@ class DenseMatrices:
     def format(self, shape: Shape) -> str:
         return "dense"
 
-    def chunks(self, shape: Shape) -> None:
-        return None
-
     def pack(self, shape: Shape, on: torch.device, name: str) -> list[Tensor]:
         return list(self.part(shape, on))
 

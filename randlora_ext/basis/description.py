@@ -4,18 +4,19 @@ import re
 from dataclasses import dataclass
 
 # The version of docs/basis-spec.md that defines each kind.
-SPECIFICATIONS = {"independent": 1, "block": 1}
-_KEY = re.compile(r"randlora_ext:([a-z]+)-(\d+):density=([^:]+):seed=(\d+)")
+SPECIFICATIONS = {"independent": 1, "hadamard": 1}
+_KEY = re.compile(r"randlora_ext:([a-z]+)-(\d+)(?::density=([^:]+))?:seed=(\d+)")
 
 
 @dataclass(frozen=True)
 class BasisDescription:
-    """The three values from which A and B are generated: equal descriptions, equal elements.
+    """The values from which A and B are generated: equal descriptions, equal elements.
 
     Args:
-        kind: "independent", every element drawn independently; "block", dense blocks in 1 / density
-            groups (docs/basis-spec.md).
-        density: share of non-zeros, in (0, 1]; 1 / G for an integer G if kind is "block".
+        kind: "hadamard", Sylvester's matrix with random signs; "independent", every element drawn
+            independently (docs/basis-spec.md).
+        density: share of non-zeros of independent bases, in (0, 1]; None means 1/3, PEFT's
+            ``sparse``. Hadamard bases have none.
         seed: 0 <= seed < 2**64.
 
     Raises:
@@ -23,37 +24,33 @@ class BasisDescription:
     """
 
     kind: str
-    density: float
+    density: float | None
     seed: int
 
     def __post_init__(self) -> None:
         kind, density = self.kind, self.density
         if not isinstance(kind, str) or kind not in SPECIFICATIONS:
             raise ValueError(f"kind must be one of {[*SPECIFICATIONS]}, got {kind!r}")
+        check_seed("seed", self.seed)
+        if kind == "hadamard":
+            if density is not None:
+                raise ValueError(f"density must be None for Hadamard bases, got {density!r}")
+            return
+        density = 1 / 3 if density is None else density
         if isinstance(density, bool) or not isinstance(density, (int, float)):
             raise TypeError(f"density must be a number in (0, 1], got {density!r}")
         if not 0.0 < density <= 1.0:
             raise ValueError(f"density must be in (0, 1], got {density}")
-        check_seed("seed", self.seed)
         object.__setattr__(self, "density", float(density))
-        if kind == "block" and (density < 2**-31 or 1 / self.groups != self.density):
-            nearest = f"; the nearest is 1 / {self.groups}" if density >= 2**-31 else ""
-            raise ValueError(
-                f"density of block bases must be 1 / G for an integer G, got {density}{nearest}"
-            )
-
-    @property
-    def groups(self) -> int:
-        """G of block bases."""
-        return round(1 / self.density)
 
     def key(self) -> str:
         """The text that a saved file holds; `parse` reads it back exactly.
 
-        For example ``randlora_ext:independent-1:density=0.07:seed=42``.
+        For example ``randlora_ext:hadamard-1:seed=42`` or
+        ``randlora_ext:independent-1:density=0.07:seed=42``.
         """
-        version = SPECIFICATIONS[self.kind]
-        return f"randlora_ext:{self.kind}-{version}:density={self.density!r}:seed={self.seed}"
+        density = "" if self.density is None else f":density={self.density!r}"
+        return f"randlora_ext:{self.kind}-{SPECIFICATIONS[self.kind]}{density}:seed={self.seed}"
 
     @classmethod
     def parse(cls, text: str) -> "BasisDescription":
@@ -75,14 +72,9 @@ class BasisDescription:
                 f"randlora_ext knows {known}"
             )
         try:
-            return cls(kind, float(density), int(seed))
+            return cls(kind, None if density is None else float(density), int(seed))
         except ValueError as error:
             raise ValueError(f"{text!r} is no key of a basis: {error}") from error
-
-
-def default_density(kind: str) -> float:
-    """The density if the caller names none: 1/3, as PEFT's ``sparse``, or 1/8 for block bases."""
-    return 1 / 8 if kind == "block" else 1 / 3
 
 
 def check_seed(name: str, seed: int) -> None:

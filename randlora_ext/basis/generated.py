@@ -25,7 +25,7 @@ def generate_planes(
     density: float,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Bit planes (2, rows, ceil(cols / 64)) of any slice of A (role 0) or B (role 1).
+    """Bit planes (2, rows, ceil(cols / 64)) of any slice of the infinite matrix of that role.
 
     Equivalent to slicing the infinite matrix of docs/basis-spec.md; independent of layer shapes.
     """
@@ -43,6 +43,7 @@ class GeneratedMatrices(TernaryMatrices):
 
     def __post_init__(self) -> None:
         density = self.description.density
+        assert density is not None
         value = 1.0 / math.sqrt(density)
         for name, its in (
             ("kind", self.description.kind),

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from .block import BlockMatrices
 from .cache import PackedTensors, get_or_make, with_index
-from .chunks import Chunks
 from .dense import DenseMatrices
 from .description import BasisDescription
 from .generated import GeneratedMatrices
+from .hadamard import HadamardMatrices
 from .imported import ImportedMatrices, pack_layer
 from .shape import Shape
 from .ternary_matrices import TernaryMatrices
@@ -21,20 +20,21 @@ from .tracing import new_token, run_while_tracing
 class TernaryBasis:
     """The pair of fixed ternary bases of one layer shape: a description, packed on first use.
 
-    A (r, d) and B (D, K) have the values ``{-1, 0, +1} / sqrt(density)``. They are a pure function
-    of the seed (docs/basis-spec.md), equal on every device. Independent bases of different shapes
-    are slices of the same infinite matrices. `of_dense` makes a basis from any given matrices.
+    A (r, d) and B (D, K) have the values -1 and +1 or, if independent, ``{-1, 0, +1} /
+    sqrt(density)``. They are a pure function of the seed (docs/basis-spec.md), equal on every
+    device. `of_dense` makes a basis from any given matrices.
 
     Args:
         in_features: of the base layer.
         out_features: likewise; d = min, D = max of the two.
         r: rank of one base; n = ceil(d / r) bases, K = n * r.
-        density: share of non-zeros, in (0, 1]. 1/3 is PEFT's ``sparse``. Block bases take 1 / G
-            for a G that divides in_features, out_features and r, if r / G is a power of two.
+        density: share of non-zeros of independent bases, in (0, 1]. None means 1/3, PEFT's
+            ``sparse``. Hadamard bases have no zeros and take none.
         seed: 0 <= seed < 2**64; PEFT's ``projection_prng_key``.
         kind: "independent": every element is drawn independently, each sign with probability
-            ``density / 2``. "block": the non-zeros fill 1 / density blocks, so that dW has full
-            rank and every product is a batch of small dense ones.
+            ``density / 2``. "hadamard": A and B are parts of Hadamard matrices with random signs,
+            so that a product with A costs as many multiply-adds as gamma has elements, and one
+            with B only additions.
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what is allowed.
@@ -42,18 +42,19 @@ class TernaryBasis:
     Bases of equal shape and description are equal; imported and dense ones compare the identity of
     their matrices. A basis never changes, so a deep copy is the same object. Pickling writes the
     description or, for imported (`from_dense`, `from_planes`) and dense ones, the matrices.
-    Source: paper section 4.3 (sparse bases) and PEFT's ``_init_randlora_A_randlora_B_sparse``.
+    Source: paper section 4.3 (sparse bases) and PEFT's ``_init_randlora_A_randlora_B_sparse``;
+    Hadamard bases are ours.
     """
 
     _shape: Shape
-    _source: TernaryMatrices | DenseMatrices
+    _source: TernaryMatrices | HadamardMatrices | DenseMatrices
     _packed: dict[tuple, PackedTensors]  # by device, and dtype of a dense B or None
-    path_regions: dict[tuple, tuple]  # filled by ops/path.py
+    path_limits: dict[tuple, tuple]  # filled by ops/path.py
     token: str  # of this object, in this process: compiled code guards on it
 
     def __new__(cls, *args, **kwargs) -> "TernaryBasis":
         self = super().__new__(cls)
-        self._packed, self.path_regions, self.token = {}, {}, new_token(self)
+        self._packed, self.path_limits, self.token = {}, {}, new_token(self)
         return self
 
     def __init__(
@@ -61,12 +62,12 @@ class TernaryBasis:
         in_features: int,
         out_features: int,
         r: int,
-        density: float,
+        density: float | None = None,
         seed: int = 0,
         kind: str = "independent",
     ) -> None:
         self._shape = Shape.of(in_features, out_features, r)
-        generated = BlockMatrices if kind == "block" else GeneratedMatrices
+        generated = HadamardMatrices if kind == "hadamard" else GeneratedMatrices
         self._source = generated(BasisDescription(kind, density, seed))
         self._source.check(self._shape)
 
@@ -126,7 +127,7 @@ class TernaryBasis:
         return cls._of(Shape.of(in_features, out_features, matrices.A.shape[0]), matrices)
 
     @classmethod
-    def _of(cls, shape: Shape, source: TernaryMatrices | DenseMatrices) -> "TernaryBasis":
+    def _of(cls, shape: Shape, source: TernaryMatrices | HadamardMatrices | DenseMatrices) -> "TernaryBasis":
         source.check(shape)
         self = cls.__new__(cls)
         self._shape, self._source = shape, source
@@ -153,7 +154,7 @@ class TernaryBasis:
 
     @property
     def kind(self) -> str:
-        """``"independent"``, ``"block"``, ``"imported"`` or ``"dense"``."""
+        """``"independent"``, ``"hadamard"``, ``"imported"`` or ``"dense"``."""
         return self._source.kind
 
     @property
@@ -167,35 +168,26 @@ class TernaryBasis:
         return self._shape.expand if self._shape.is_slice else None
 
     @property
-    def layer_features(self) -> tuple[int, int]:
-        """d and D of the layer, also in a slice."""
-        return self._shape.layer_d, self._shape.layer_D
+    def first_row(self) -> int:
+        """The row of the layer's B with which a slice begins; 0 for a layer."""
+        return self._shape.first_row
 
     @property
-    def chunks(self) -> Chunks | None:
-        """What a slice of block bases holds of the blocks; None for any other basis."""
-        return self._source.chunks(self._shape) if self._shape.is_slice else None
-
-    def held(self, lam: Tensor) -> Tensor:
-        """The rows of lambda (r, n) that the operators take: those of a slice's `chunks`.
-
-        Raises:
-            ValueError: lam has another shape.
-        """
-        chunks = self.chunks
-        return lam if chunks is None else chunks.held(lam, self._shape)
+    def first_column(self) -> int:
+        """The column of the layer's A with which a slice begins; 0 for a layer."""
+        return self._shape.first_column
 
     @property
     def format(self) -> str:
-        """``"lists"``, ``"planes"``, ``"blocks"`` or, unpacked, ``"dense"`` (docs/formats.md)."""
+        """``"lists"``, ``"planes"``, ``"hadamard"`` or ``"dense"`` (docs/formats.md)."""
         return self._source.format(self._shape)
 
     def packed(self, device: torch.device | str = "cpu") -> list[Tensor]:
         """The tensors that ``torch.ops.randlora`` takes as ``packed``.
 
         Lists: ``[a_offset, a_index, b_row_offset, b_row_index, b_col_offset, b_col_index]``;
-        planes: ``[a_offset, a_index, b_planes]``; blocks: ``[a, b_planes]``, for a slice
-        ``[a, b_planes, place]``; dense: ``[A, B]`` (docs/formats.md).
+        planes: ``[a_offset, a_index, b_planes]``; Hadamard: the signs ``[s, row, col]``; dense:
+        ``[A, B]`` (docs/formats.md).
         They are made on first use and shared by all layers of equal shape and description on that
         device, as long as one of them lives.
 
@@ -206,8 +198,7 @@ class TernaryBasis:
     def dense_b(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """B unscaled (-1, 0, +1) as a factor of GEMMs, made once and shared like `packed`.
 
-        (D, K); dense bases give B itself. Block bases give (K, D / G), whose row c is column c of B
-        within chunk c % G; their slices give their rows e (`chunks`).
+        (D, K); dense bases give B itself.
         """
         return self._cached(device, dtype)[0]
 
@@ -273,7 +264,6 @@ class TernaryBasis:
 
         Raises:
             TypeError, ValueError: a range of another step, empty, or outside the layer.
-            ValueError: a slice of a block basis starts or ends within one of a side's chunks.
         """
         inputs = range(self.in_features) if inputs is None else inputs
         outputs = range(self.out_features) if outputs is None else outputs

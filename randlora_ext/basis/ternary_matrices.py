@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from .chunks import Chunks
 from .description import BasisDescription
 from .shape import Shape
 
@@ -43,10 +42,6 @@ class TernaryMatrices:
 
     def check(self, shape: Shape) -> None:
         """Raises ValueError unless the matrices fit `shape`."""
-
-    def chunks(self, shape: Shape) -> Chunks | None:
-        """The chunks that are held; None for matrices without blocks."""
-        return None
 
     def format(self, shape: Shape) -> str:
         if shape.n > 65536:  # planes are decoded with 16-bit base numbers

@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..basis.block import fits
 from ..peft import RandLoraConfig, enable
 from ..peft.adapter_basis import AdapterBasis
 from ..peft.lora import shared_fields, write_lora
@@ -45,7 +44,7 @@ def convert(
     Args:
         to: "peft": bases included, once, and PEFT's own fields alone, so that stock PEFT opens it,
             as by `export_to_peft`. If they are not saved, the base model's shapes are needed.
-            Block bases must belong to layers of one shape.
+            Hadamard bases must belong to layers of one min(in, out).
             "compact": without bases. They are drawn or generated again from the adapter's key, and
             compared bit for bit with the saved ones; if they differ, CliError.
             "lora": the nearest LoRA adapter, as by `export_to_lora`. A PEFT folder needs the base
@@ -153,14 +152,17 @@ def _without_bases(adapter: Adapter, density: float | None) -> tuple[RandLoraCon
     if not adapter.bases:
         raise CliError(f"{adapter.source} holds no bases: it is compact already")
     if density is None and (config := _config(adapter)) and _makes_them(config, adapter):
-        readers = "randlora_ext" if config.density is not None else "stock PEFT and randlora_ext"
+        stock = AdapterBasis.of(vars(config)).known_to_stock
+        readers = "stock PEFT and randlora_ext" if stock else "randlora_ext"
         return config, f"{readers} draws its bases again from the key"
     for guess in [density] if density is not None else _densities(adapter):
-        for basis in ("independent", "block", "peft"):
-            config = _config(adapter, basis=basis, density=guess, sparse=False, very_sparse=False)
+        for basis in ("hadamard", "independent", "peft"):
+            share = None if basis == "hadamard" else guess
+            config = _config(adapter, basis=basis, density=share, sparse=False, very_sparse=False)
             if config is not None and _makes_them(config, adapter):
                 makes = "draws" if basis == "peft" else "generates"
-                return config, f"randlora_ext {makes} its bases again (density {guess:.6g})"
+                which = basis if basis == "hadamard" else f"density {guess:.6g}"
+                return config, f"randlora_ext {makes} its bases again ({which})"
     tried = "as PEFT draws them or as generated" if density is None else f"at density {density}"
     raise CliError(
         f"{adapter.source}: the saved bases are not those of projection_prng_key "
@@ -184,10 +186,10 @@ def _makes_them(config: RandLoraConfig, adapter: Adapter) -> bool:
     """Whether `config` makes the saved bases, perhaps rounded as by a 16-bit base model."""
     width, D = adapter.bases["randlora_A"].shape[-1], adapter.bases["randlora_B"].shape[0]
     d = width
-    if config.basis == "block":
+    if config.basis == "hadamard":
         sizes = {gam.shape[1] for _, gam in adapter.diagonals.values()}
-        d, groups = max(sizes), AdapterBasis.of(vars(config)).description(1).groups
-        if len(sizes) > 1 or not fits(groups, d, D, config.r):
+        d = max(sizes)
+        if len(sizes) > 1:
             return False
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         shapes = {"wide": Shape(d, D, dtype)}

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..basis import TernaryBasis
-from ..basis.block import check_layers
 from ..basis.description import BasisDescription
 from ..ops.functional import delta_weight, merged_weight
 from ..reference import delta_weight_reference
@@ -130,9 +129,6 @@ def layer_changes(adapter: Adapter, shapes: Mapping[str, Shape]) -> dict[str, La
         }
     r, scaling = adapter.config.r, adapter.config.randlora_alpha / adapter.config.r
     description = description_of(adapter.config, shapes.values())
-    if description and description.kind == "block":
-        with _told_of(adapter):
-            check_layers(description.groups, _features(shapes), r)
     dense = {} if description else adapter.bases or dense_bases(adapter, shapes)
 
     @functools.cache  # one for all layers of a shape
@@ -190,14 +186,14 @@ def dense_bases(adapter: Adapter, layers: Mapping[str, Shape]) -> dict[str, Tens
     """A (r, 1, d) and B (D, n, r) of the largest layers in float32, generated or drawn by PEFT."""
     import peft
 
-    from ..peft.saving import dense_block_bases
+    from ..peft.saving import dense_hadamard_bases
 
     shapes, config = list(layers.values()), adapter.config
     n_in, n_out = largest(shapes)
     if description := description_of(config, shapes):
-        if description.kind == "block":
+        if description.kind == "hadamard":
             with _told_of(adapter):
-                pair = dense_block_bases(description, config.r, _features(layers))
+                pair = dense_hadamard_bases(description, config.r, _features(layers))
             return dict(zip(BASES, pair, strict=True))
         A, B = generated(description, n_in, n_out, config.r).dense()
         return {"randlora_A": A.unsqueeze(1), "randlora_B": B.unflatten(1, (-1, config.r))}

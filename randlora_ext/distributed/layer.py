@@ -15,7 +15,7 @@ from ..nn.linear import RandLoraLinear
 
 
 def slice_of_rank(basis: TernaryBasis, mesh: DeviceMesh, shards_outputs: bool) -> TernaryBasis:
-    """This rank's equal part of the outputs or inputs. ValueError if it would cut a block."""
+    """This rank's equal part of the outputs or inputs."""
     share = (basis.out_features if shards_outputs else basis.in_features) // mesh.size()
     first = share * mesh.get_local_rank()
     return basis.slice(**{"outputs" if shards_outputs else "inputs": range(first, first + share)})

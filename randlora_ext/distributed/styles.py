@@ -146,7 +146,7 @@ class RandLoraColwise(_RandLoraStyle):
 
     Raises:
         TypeError: the module is not a RandLoraLinear over an nn.Linear without hooks.
-        ValueError: out_features, or 1 / density of block bases, is not divisible by the number of
+        ValueError: out_features is not divisible by the number of
             ranks, an adapter is merged, or the mesh has more than one dimension. After an error
             nothing has changed.
     """

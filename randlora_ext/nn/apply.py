@@ -1,16 +1,12 @@
 """RandLoRA on a whole model without PEFT: `apply_randlora`, `merge_and_unload`, `unload`."""
 
-import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
-from ..basis import BasisDescription
-from ..basis.block import check_layers
-from ..basis.description import default_density
-from .base_layer import check_base_layer, disable_nested_tensors, features, is_conv1d
+from .base_layer import check_base_layer, disable_nested_tensors, is_conv1d
 from .linear import RandLoraLinear
 from .state_dict import refuse_misfit
 
@@ -26,13 +22,10 @@ def apply_randlora(
             "all-linear", every nn.Linear and Conv1D except the output embeddings of a transformers
             model and the projection inside nn.MultiheadAttention.
         **layer_options: r, randlora_alpha, density, projection_prng_key, randlora_dropout,
-            adapter_name, basis, merged_rounding of `RandLoraLinear`.
+            adapter_name, basis of `RandLoraLinear`.
 
     Everything but lambda and gamma is frozen. Layers of one shape share one packed basis. A second
     call may give other layers other options; what the first made stays as it is.
-
-    ``basis="block"`` needs every targeted layer's sizes to fit the density. If one does not, the
-    error names the layer and the densities that fit all.
 
     Raises:
         ValueError: nothing matches, or a match is ``out_proj`` of nn.MultiheadAttention, which
@@ -59,8 +52,7 @@ def apply_randlora(
         matched = f"module {name!r}, matched by target_modules {target_modules!r},"
         check_base_layer(module, matched)
         check_is_called(model, name, matched)
-    _check_block_sizes({name: features(module) for name, module in matches.items()}, layer_options)
-    # Any other wrong option raises at the first layer, before anything is frozen.
+    # A wrong option raises at the first layer, before anything is frozen.
     unique = {id(module): module for module in matches.values()}
     wrapped = {key: RandLoraLinear(module, **layer_options) for key, module in unique.items()}
     layers = [m for m in model.modules() if isinstance(m, RandLoraLinear)]
@@ -76,15 +68,6 @@ def apply_randlora(
     if refuse_misfit not in (getattr(hook, "hook", None) for hook in hooks):
         model.register_load_state_dict_pre_hook(refuse_misfit)
     return model
-
-
-def _check_block_sizes(layers: dict[str, tuple[int, int]], layer_options: dict[str, Any]) -> None:
-    call = inspect.signature(RandLoraLinear).bind(None, **layer_options)
-    call.apply_defaults()
-    kind, density, r = (call.arguments[name] for name in ("basis", "density", "r"))
-    if kind == "block":
-        density = default_density(kind) if density is None else density
-        check_layers(BasisDescription(kind, density, 0).groups, layers, r)
 
 
 def check_is_called(model: nn.Module, name: str, argument: str) -> None:

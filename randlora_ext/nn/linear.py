@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..basis import TernaryBasis
-from ..basis.description import check_seed, default_density
+from ..basis.description import check_seed
 from ..ops import functional
 from ..ops.dtensor import full_tensor
-from ..ops.path import check_rounding, explain
+from ..ops.path import explain
 from .base_layer import can_fuse, check_base_layer, features, force_module_call, is_conv1d
 from .merging import Mergeable, adapter_dtype
 from .state_dict import refuse_misfit
@@ -33,19 +33,17 @@ class RandLoraLinear(Mergeable, nn.Module):
         base_layer: nn.Linear or transformers' Conv1D (which stores its weight as (in, out)).
         r: rank of one base; n = ceil(d / r).
         randlora_alpha: scaling = randlora_alpha / r. None means 20 r, so a scaling of 20.
-        density: share of non-zeros in the ternary bases, in (0, 1]. None means 1/3, PEFT's
-            ``sparse``, or 1/8 for block bases, which take 1 / G for an integer G.
+        density: share of non-zeros in independent bases, in (0, 1]. None means 1/3, PEFT's
+            ``sparse``. Hadamard bases take none.
         projection_prng_key: seed of the bases, 0 <= key < 2**64. They follow docs/basis-spec.md;
             PEFT draws other bases from the same key.
         randlora_dropout: probability in [0, 1) that an input of the adapter is dropped.
         adapter_name: name of the first adapter; `update_layer` adds more.
-        basis: kind of the bases, "independent" or "block"; see `TernaryBasis`.
-        merged_rounding: None, "nearest" or "stochastic", see `randlora_ext.linear`. No file holds
-            it, because it only says how the layer computes.
+        basis: kind of the bases, "independent" or "hadamard"; see `TernaryBasis`.
 
     Attributes, each by adapter name: ``randlora_lambda`` (r, n), initially zero, so a new adapter
     changes nothing; ``randlora_gamma`` (n, d), initially 1 / max(n, d); ``num_bases`` (n);
-    ``scaling``; ``r``; ``bases`` (`TernaryBasis`); ``merged_rounding``, which may be changed.
+    ``scaling``; ``r``; ``bases`` (`TernaryBasis`).
 
     Dtypes: lambda and gamma start as float32 (float64 on a float64 base). ``.to(dtype)`` and
     ``.half()`` cast them with the base like any parameter. To train float32 adapters on a 16-bit
@@ -71,7 +69,6 @@ class RandLoraLinear(Mergeable, nn.Module):
         randlora_dropout: float = 0.0,
         adapter_name: str = "default",
         basis: str = "independent",
-        merged_rounding: str | None = None,
     ) -> None:
         super().__init__()
         check_base_layer(base_layer, "base_layer")
@@ -81,7 +78,6 @@ class RandLoraLinear(Mergeable, nn.Module):
         self.scaling: dict[str, float] = {}
         self.num_bases: dict[str, int] = {}
         self.bases: dict[str, TernaryBasis] = {}
-        self.merged_rounding: dict[str, str | None] = {}
         self.merged_adapters = []
         self._original_weight = None  # see merge(keep_original=True)
         self._active: list[str] = [adapter_name]
@@ -91,7 +87,7 @@ class RandLoraLinear(Mergeable, nn.Module):
         self.randlora_lambda = nn.ParameterDict()
         self.randlora_gamma = nn.ParameterDict()
         options = randlora_alpha, density, projection_prng_key, randlora_dropout, basis
-        self.update_layer(adapter_name, r, *options, merged_rounding)
+        self.update_layer(adapter_name, r, *options)
         base_layer.requires_grad_(False)
         self.train(base_layer.training)
         self.register_load_state_dict_pre_hook(refuse_misfit)
@@ -106,7 +102,6 @@ class RandLoraLinear(Mergeable, nn.Module):
         projection_prng_key: int = 0,
         randlora_dropout: float = 0.0,
         basis: str = "independent",
-        merged_rounding: str | None = None,
     ) -> None:
         """Adds an adapter, or replaces the one of that name; arguments as for the class.
 
@@ -116,8 +111,6 @@ class RandLoraLinear(Mergeable, nn.Module):
         if adapter_name in self.merged_adapters:
             raise ValueError(f"adapter_name {adapter_name!r} is merged; call unmerge() first")
         _check_options(randlora_alpha, projection_prng_key, randlora_dropout)
-        check_rounding(merged_rounding)
-        density = default_density(basis) if density is None else density
         bases = self._new_basis(r, density, projection_prng_key, basis)
 
         weight = self.base_layer.weight
@@ -127,7 +120,6 @@ class RandLoraLinear(Mergeable, nn.Module):
         dropout = nn.Dropout(randlora_dropout) if randlora_dropout else nn.Identity()
 
         self.bases[adapter_name] = bases
-        self.merged_rounding[adapter_name] = merged_rounding
         self.r[adapter_name] = r
         self.num_bases[adapter_name] = bases.n
         alpha = DEFAULT_SCALING * r if randlora_alpha is None else randlora_alpha
@@ -213,8 +205,7 @@ class RandLoraLinear(Mergeable, nn.Module):
         lam: Tensor,
         gam: Tensor,
     ) -> Tensor:
-        last = self.scaling[name], "auto", self.merged_rounding[name]
-        return functional.linear(x, weight, bias, self.bases[name], lam, gam, *last)
+        return functional.linear(x, weight, bias, self.bases[name], lam, gam, self.scaling[name])
 
     def get_scaled_bases(self, adapter: str) -> tuple[Tensor, Tensor]:
         """The dense factors (P, Q) of ``scaling * F.linear(F.linear(x, P), Q)``, the adapter.
@@ -273,15 +264,13 @@ class RandLoraLinear(Mergeable, nn.Module):
             weight = self.base_layer.weight
             p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
             plain = type(self.base_layer) is nn.Linear
-            options = weight.dtype, weight.device, plain, p, self.merged_rounding[name]
-            path = explain(basis, _REPR_TOKENS, *options).path
+            path = explain(basis, _REPR_TOKENS, weight.dtype, weight.device, plain, p).path
             state = "merged" if name in self.merged_adapters else "inactive"
             if name in self._active and name not in self.merged_adapters:
                 state = "disabled" if self._disabled else "active"
-            kind = "block, " if basis.kind == "block" else ""
+            kind = "hadamard" if basis.kind == "hadamard" else f"density={basis.density:.4g}"
             parts.append(
-                f"{name}: r={basis.r}, {kind}density={basis.density:.4g}, {state}, "
-                f"path {path} at {_REPR_TOKENS} tokens"
+                f"{name}: r={basis.r}, {kind}, {state}, path {path} at {_REPR_TOKENS} tokens"
             )
         return "; ".join(parts)
 

@@ -29,24 +29,26 @@ def cast(device_type: str, values: tuple) -> tuple:
     )
 
 
-def _register(device_type: str, key: torch._C.DispatchKey) -> None:
+def _register(name: str, device_type: str, key: torch._C.DispatchKey) -> None:
     here = torch._C.DispatchKeySet(key)
-    forward = torch.ops.randlora.linear.default
-    backward = torch.ops.randlora.linear_backward.default
+    forward = getattr(torch.ops.randlora, name).default
+    backward = getattr(torch.ops.randlora, f"{name}_backward").default
 
-    def linear(x, weight, bias, lam, gam, packed, *rest):
+    def linear(x, weight, bias, lam, gam, bases, *rest):
         x, weight, bias = cast(device_type, (x, weight, bias))
-        packed = list(cast(device_type, tuple(packed)))  # a dense B multiplies x
+        if isinstance(bases, (list, tuple)):  # a dense B multiplies x
+            bases = list(cast(device_type, tuple(bases)))
         with torch._C._ExcludeDispatchKeyGuard(here):
-            return forward(x, weight, bias, lam, gam, packed, *rest)
+            return forward(x, weight, bias, lam, gam, bases, *rest)
 
     def linear_backward(*inputs):  # keeps the dtypes of the forward, under autocast or not
         with torch._C._ExcludeDispatchKeyGuard(here):
             return backward(*inputs)
 
-    _library.impl("linear", linear, key.name)
-    _library.impl("linear_backward", linear_backward, key.name)
+    _library.impl(name, linear, key.name)
+    _library.impl(f"{name}_backward", linear_backward, key.name)
 
 
 for _device_type, _key in KEYS.items():
-    _register(_device_type, _key)
+    for _name in ("linear", "hadamard_linear"):
+        _register(_name, _device_type, _key)

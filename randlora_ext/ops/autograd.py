@@ -24,12 +24,12 @@ for _key in (_keys.AutogradOther, _keys.AutogradNestedTensor, *autocast.KEYS.val
     _ABOVE_KERNELS = _ABOVE_KERNELS.add(_key)
 
 
-def _call_kernel(op, *inputs):
+def call_kernel(op, *inputs):
     with torch._C._ExcludeDispatchKeyGuard(_ABOVE_KERNELS):
         return op(*inputs)
 
 
-class _Operator(Function):
+class Operator(Function):
     """What the Functions below share."""
 
     generate_vmap_rule = True
@@ -42,7 +42,7 @@ class _Operator(Function):
         )
 
 
-class _RefuseTwice(_Operator):
+class _RefuseTwice(Operator):
     """Hands gradients on. Without it a second derivative would silently be that of a constant."""
 
     @staticmethod
@@ -58,30 +58,35 @@ class _RefuseTwice(_Operator):
         raise RuntimeError("randlora operators cannot be differentiated twice")
 
 
-def _gradients(op, *inputs):
+def gradients(op, *inputs):
     """Calls the backward operator `op`; differentiating its results raises."""
-    results = _call_kernel(op, *inputs)
+    results = call_kernel(op, *inputs)
     if torch.is_grad_enabled():  # create_graph=True, or a torch.func transform around this one
         tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
         return _RefuseTwice.apply(results, *tensors)
     return results
 
 
-class Linear(_Operator):
+def base_gradients(dy, x, need_weight: bool, need_bias: bool):
+    """Of weight and bias, which may train beside the adapter (PEFT's bias="all", say)."""
+    if not need_weight and not need_bias:
+        return None, None
+    flat = dy.reshape(-1, dy.shape[-1])
+    weight = flat.T @ x.reshape(-1, x.shape[-1]) if need_weight else None
+    return weight, flat.sum(0) if need_bias else None
+
+
+class Linear(Operator):
     """``randlora::linear``; inputs as in its schema."""
 
     @staticmethod
-    def forward(
-        x, weight, bias, lam, gam, packed, scale, out_features, path, expand=None,
-        rounding_seed=None,
-    ):  # fmt: skip
-        inputs = x, weight, bias, lam, gam, packed, scale, out_features, path, expand, rounding_seed
-        return _call_kernel(_ops.linear.default, *inputs)
+    def forward(x, weight, bias, lam, gam, packed, scale, out_features, path, expand=None):
+        inputs = x, weight, bias, lam, gam, packed, scale, out_features, path, expand
+        return call_kernel(_ops.linear.default, *inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, lam, gam, ctx.packed, ctx.scale, _, ctx.path, *last = inputs
-        ctx.expand, ctx.rounding_seed = last
+        x, weight, _, lam, gam, ctx.packed, ctx.scale, _, ctx.path, ctx.expand = inputs
         ctx.save_for_backward(x, weight, lam, gam)  # packed tensors are constants
 
     @staticmethod
@@ -89,27 +94,24 @@ class Linear(_Operator):
         x, weight, lam, gam = ctx.saved_tensors
         need_x, need_weight, need_bias, need_lam, need_gam = ctx.needs_input_grad[:5]
         arguments = dy, x, weight, lam, gam, ctx.packed, ctx.scale, ctx.path
-        needs = need_x, need_lam or need_gam, ctx.expand, ctx.rounding_seed
-        dx, dlam, dgam = _gradients(_ops.linear_backward.default, *arguments, *needs)
-        # A base that trains beside the adapter (PEFT's bias="all", say) gets ordinary gradients.
-        flat = dy.reshape(-1, dy.shape[-1]) if need_weight or need_bias else None
+        needs = need_x, need_lam or need_gam, ctx.expand
+        dx, dlam, dgam = gradients(_ops.linear_backward.default, *arguments, *needs)
         return (
             dx if need_x else None,
-            flat.T @ x.reshape(-1, x.shape[-1]) if need_weight else None,
-            flat.sum(0) if need_bias else None,
+            *base_gradients(dy, x, need_weight, need_bias),
             dlam if need_lam else None,
             dgam if need_gam else None,
-            None, None, None, None, None, None,
+            None, None, None, None, None,
         )  # fmt: skip
 
 
-class DeltaWeight(_Operator):
+class DeltaWeight(Operator):
     """``randlora::delta_weight``."""
 
     @staticmethod
     def forward(lam, gam, packed, scale, out_features, in_features, expand=None):
         inputs = lam, gam, packed, scale, out_features, in_features, expand
-        return _call_kernel(_ops.delta_weight.default, *inputs)
+        return call_kernel(_ops.delta_weight.default, *inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -119,16 +121,16 @@ class DeltaWeight(_Operator):
     @staticmethod
     def backward(ctx, grad):
         arguments = grad, *ctx.saved_tensors, ctx.packed, ctx.scale, ctx.expand
-        dlam, dgam = _gradients(_ops.delta_weight_backward.default, *arguments)
+        dlam, dgam = gradients(_ops.delta_weight_backward.default, *arguments)
         return dlam, dgam, None, None, None, None, None
 
 
-class ScaledBasis(_Operator):
+class ScaledBasis(Operator):
     """``randlora::scaled_basis``."""
 
     @staticmethod
     def forward(A, lam, gam):
-        return _call_kernel(_ops.scaled_basis.default, A, lam, gam)
+        return call_kernel(_ops.scaled_basis.default, A, lam, gam)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -136,11 +138,11 @@ class ScaledBasis(_Operator):
 
     @staticmethod
     def backward(ctx, grad):
-        dlam, dgam = _gradients(_ops.scaled_basis_backward.default, grad, *ctx.saved_tensors)
+        dlam, dgam = gradients(_ops.scaled_basis_backward.default, grad, *ctx.saved_tensors)
         return None, dlam, dgam
 
 
-def _entry(name: str, function: type[Function]):
+def entry(name: str, function: type[Function]):
     """Registers `function` at the operator's Autograd key; returns what eager code calls."""
     op = getattr(_ops, name)
     _library.impl(name, function.apply, "Autograd")
@@ -164,6 +166,7 @@ def _entry(name: str, function: type[Function]):
     return call
 
 
-linear = _entry("linear", Linear)
-delta_weight = _entry("delta_weight", DeltaWeight)
-scaled_basis = _entry("scaled_basis", ScaledBasis)
+# Hadamard bases: ops/hadamard.py. Dense ones: ops/dense.py.
+linear = entry("linear", Linear)
+delta_weight = entry("delta_weight", DeltaWeight)
+scaled_basis = entry("scaled_basis", ScaledBasis)

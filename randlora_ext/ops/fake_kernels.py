@@ -5,12 +5,12 @@ import torch
 from .. import _C, kernels  # noqa: F401  (loading _C registers the operators)
 
 
-def _fake(function):
+def fake(function):
     """Registers `function` as the fake kernel of the operator that it is named after."""
     return torch.library.register_fake(f"randlora::{function.__name__}")(function)
 
 
-def _check_one_device(**tensors) -> None:
+def check_one_device(**tensors) -> None:
     """The check of csrc/torch/check.cpp, which calls with a meta tensor do not reach."""
     named = [
         (name, t)
@@ -27,12 +27,12 @@ def _check_one_device(**tensors) -> None:
             )
 
 
-@_fake
+@fake
 def fill_planes_(planes, seed, role, row_start, col_start, cols, threshold):
     return None
 
 
-@_fake
+@fake
 def pack_dense(dense):
     rows, cols = dense.shape
     return (
@@ -41,12 +41,7 @@ def pack_dense(dense):
     )
 
 
-@_fake
-def fill_blocks_(planes, seed, height, groups, first_chunk, chunks, first_cycle):
-    return None
-
-
-@_fake
+@fake
 def planes_to_lists(planes, cols, by_column, wide):
     lines = cols if by_column else planes.shape[1]
     entries = torch.library.get_ctx().new_dynamic_size()
@@ -56,20 +51,20 @@ def planes_to_lists(planes, cols, by_column, wide):
     )
 
 
-@_fake
+@fake
 def planes_to_dense(planes, cols, value, dtype):
     return planes.new_empty((planes.shape[1], cols), dtype=dtype)
 
 
-@_fake
+@fake
 def lists_to_dense(offset, index, cols, value, dtype):
-    _check_one_device(offset=offset, index=index)
+    check_one_device(offset=offset, index=index)
     return offset.new_empty((offset.shape[0] // 2, cols), dtype=dtype)
 
 
-@_fake
+@fake
 def support_tables(a_offset, a_index, d):
-    _check_one_device(a_offset=a_offset, a_index=a_index)
+    check_one_device(a_offset=a_offset, a_index=a_index)
     if not kernels.cuda_serves(a_offset.device.type):
         return []
     r, group = a_offset.shape[0] // 2, 32
@@ -77,50 +72,53 @@ def support_tables(a_offset, a_index, d):
     return [a_offset.new_empty((entries + r * d,), dtype=torch.int32)]
 
 
-@_fake
+@fake
 def scaled_basis(A, lam, gam):
-    _check_one_device(A=A, lam=lam, gam=gam)
+    check_one_device(A=A, lam=lam, gam=gam)
     return A.new_empty((lam.shape[0] * lam.shape[1], A.shape[1]))
 
 
-@_fake
+@fake
 def scaled_basis_backward(grad, A, lam, gam):
-    _check_one_device(A=A, lam=lam, gam=gam, grad=grad)
+    check_one_device(A=A, lam=lam, gam=gam, grad=grad)
     return lam.new_empty(lam.shape), gam.new_empty(gam.shape)
 
 
-@_fake
+@fake
 def delta_weight(lam, gam, packed, scale, out_features, in_features, expand=None):
-    _check_one_device(lam=lam, gam=gam, packed=packed)
+    check_one_device(lam=lam, gam=gam, packed=packed)
     return lam.new_empty((out_features, in_features))
 
 
-@_fake
+@fake
 def delta_weight_backward(grad, lam, gam, packed, scale, expand=None):
-    _check_one_device(lam=lam, gam=gam, packed=packed, grad=grad)
+    check_one_device(lam=lam, gam=gam, packed=packed, grad=grad)
     return lam.new_empty(lam.shape), gam.new_empty(gam.shape)
 
 
-@_fake
+@fake
 def merged_weight(weight, lam, gam, packed, scale, rounding_seed, expand=None):
-    _check_one_device(lam=lam, gam=gam, packed=packed, weight=weight)
+    check_one_device(lam=lam, gam=gam, packed=packed, weight=weight)
     return weight.new_empty(weight.shape)
 
 
-@_fake
-def linear(
-    x, weight, bias, lam, gam, packed, scale, out_features, path, expand=None, rounding_seed=None
-):
-    _check_one_device(x=x, lam=lam, gam=gam, packed=packed, weight=weight, bias=bias)
+@fake
+def add_rounded(weight, delta, rounding_seed):
+    check_one_device(weight=weight, delta=delta)
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+@fake
+def linear(x, weight, bias, lam, gam, packed, scale, out_features, path, expand=None):
+    check_one_device(x=x, lam=lam, gam=gam, packed=packed, weight=weight, bias=bias)
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-@_fake
+@fake
 def linear_backward(
-    dy, x, weight, lam, gam, packed, scale, path, need_x, need_diagonals, expand=None,
-    rounding_seed=None,
-):  # fmt: skip
-    _check_one_device(x=x, lam=lam, gam=gam, packed=packed, weight=weight, dy=dy)
+    dy, x, weight, lam, gam, packed, scale, path, need_x, need_diagonals, expand=None
+):
+    check_one_device(x=x, lam=lam, gam=gam, packed=packed, weight=weight, dy=dy)
     return (
         x.new_empty(x.shape if need_x else (0,)),
         lam.new_empty(lam.shape if need_diagonals else (0,)),

@@ -10,9 +10,9 @@ from ..basis import TernaryBasis
 from ..basis.description import as_signed, check_seed
 from ..kernels import serve
 from ..reference import scaled_basis_reference
-from . import autocast, autograd, block_torch
+from . import autocast, autograd, dense, hadamard
 from .dtensor import refuse_dtensor
-from .path import check_rounding, choose, rounding_seed
+from .path import choose
 
 _ops = torch.ops.randlora
 _PLAIN = (Tensor, torch.nn.Parameter)  # subclasses are looked at more closely
@@ -33,17 +33,15 @@ def _check_types(basis: TernaryBasis, **tensors: Tensor) -> None:
         )
 
 
-def _served(basis: TernaryBasis, name: str, tensor: Tensor) -> bool:
-    """Whether our kernels serve the device of `tensor`; if not, only block bases work there."""
+def _check_served(basis: TernaryBasis, name: str, tensor: Tensor) -> None:
+    """Raises ValueError if this kind of bases needs kernels that the device does not have."""
     kind = tensor.device.type
-    if kind == "meta" or serve(kind):
-        return True
-    if basis.kind != "block":
+    if kind != "meta" and not serve(kind) and basis.format in ("lists", "planes"):
         raise ValueError(
             f"{name} is on {tensor.device}, for which no kernels are loaded here "
-            "(randlora_ext.build_info()['cuda']); only block bases work without, in plain torch"
+            "(randlora_ext.build_info()['cuda']); Hadamard and dense bases work without, in plain "
+            "torch"
         )
-    return False
 
 
 def scaled_basis(basis_or_A: TernaryBasis | Tensor, lam: Tensor, gam: Tensor) -> Tensor:
@@ -76,10 +74,13 @@ def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float =
     Source: PEFT's ``get_delta_weight``; paper equation 3.
     """
     _check_types(basis, lam=lam, gam=gam)
-    if not _served(basis, "lam", lam):
-        return block_torch.delta_weight(basis, lam, gam, scaling)
+    _check_served(basis, "lam", lam)
+    if basis.kind == "hadamard":
+        return hadamard.weight(None, basis, lam, gam, scaling)
+    if basis.kind == "dense":
+        return dense.delta_weight(basis, lam, gam, scaling)
     return autograd.delta_weight(
-        basis.held(lam),
+        lam,
         gam,
         basis.packed(lam.device),
         scaling * basis.scale,
@@ -118,14 +119,18 @@ def merged_weight(
     if rounding_seed is not None:
         check_seed("rounding_seed", rounding_seed)
         rounding_seed = as_signed(rounding_seed)
-    if not _served(basis, "weight", weight):
-        if rounding_seed is not None:
+        if not serve(weight.device.type):
             raise ValueError(f"rounding_seed needs our kernels, which {weight.device} has none of")
+    _check_served(basis, "weight", weight)
+    if basis.kind == "hadamard":
+        return hadamard.weight(weight, basis, lam, gam, scaling, rounding_seed)
+    if basis.kind == "dense":
         wide = torch.promote_types(weight.dtype, torch.float32)
-        delta = block_torch.delta_weight(basis, lam.to(wide), gam.to(wide), scaling)
-        return (weight.to(wide) + delta).to(weight.dtype)
-    packed = basis.packed(lam.device)
-    scale, lam = scaling * basis.scale, basis.held(lam)
+        delta = dense.delta_weight(basis, lam.to(wide), gam.to(wide), scaling)
+        if rounding_seed is None:
+            return (weight.to(wide) + delta).to(weight.dtype)
+        return _ops.add_rounded(weight, delta, rounding_seed)
+    packed, scale = basis.packed(lam.device), scaling * basis.scale
     return _ops.merged_weight(weight, lam, gam, packed, scale, rounding_seed, basis.slice_expand)
 
 
@@ -138,7 +143,6 @@ def linear(
     gam: Tensor,
     scaling: float = 1.0,
     path: str = "auto",
-    merged_rounding: str | None = None,
 ) -> Tensor:
     """``F.linear(x, weight, bias) + scaling * F.linear(x, B @ A')`` (B @ A' oriented as weight).
 
@@ -149,14 +153,8 @@ def linear(
         bias: (out,) in the dtype of x, or None.
         lam: (r, n), any floating dtype; layers use float32.
         gam: (n, d), likewise.
-        path: "factored", "delta", "merged" or "auto"; see `randlora_ext.explain`.
-        merged_rounding: whether "auto" may take the merged path for a 16-bit x, and how W + dW is
-            rounded then: None, it may not; "nearest"; or "stochastic", as by `merged_weight` with
-            the basis' seed (0 for an imported basis). Each element then has a fixed threshold of
-            its own, in forward and backward: results repeat, and a change below half an ulp moves
-            some elements and not others, so that it is kept on average over them. Wider x, and
-            block bases on devices without our kernels, ignore the option. ``path="merged"`` with
-            None rounds to nearest.
+        path: "factored", "delta", "merged" or "auto"; see `randlora_ext.explain`. Hadamard bases
+            have no "delta".
 
     Backward keeps x, lam and gam. Under autocast x, weight and bias are cast as by F.linear.
 
@@ -164,40 +162,33 @@ def linear(
         ValueError, TypeError: naming the argument. RuntimeError: from the operator's own checks.
     """
     _check_types(basis, x=x, lam=lam, gam=gam)
-    check_rounding(merged_rounding)
     if x.dim() == 0 or x.shape[-1] != basis.in_features:
         raise ValueError(
             f"x must be (..., in_features) with in_features = {basis.in_features}, "
             f"got {tuple(x.shape)}"
         )
     kind = x.device.type
-    served = _served(basis, "x", x)
+    _check_served(basis, "x", x)
     if autocast.is_on(kind):  # the path depends on the dtype
         x, weight, bias = autocast.cast(kind, (x, weight, bias))
-    if not served:
-        if path not in ("auto", "factored"):
-            raise ValueError(
-                f"path must be 'auto' or 'factored' on {x.device}, where block bases run in plain "
-                f"torch, got {path!r}"
-            )
-        return block_torch.linear(x, weight, bias, basis, lam, gam, scaling)
     tokens = x.numel() // basis.in_features  # keeps a symbolic size symbolic
-    path, b_side = choose(path, basis, tokens, x.dtype, weight is not None, kind, merged_rounding)
+    path, b_side = choose(path, basis, tokens, x.dtype, weight is not None, kind)
+    if basis.kind == "hadamard":
+        return hadamard.linear(x, weight, bias, basis, lam, gam, scaling, path == "merged")
+    if basis.kind == "dense":
+        return dense.linear(x, weight, bias, basis, lam, gam, scaling, path)
     packed = basis.packed(x.device)
-    if basis.format == "dense":
-        packed = [packed[0], basis.dense_b(x.device, x.dtype)]
-    elif b_side == "dense" and (path == "factored" or basis.format == "blocks"):
+    if b_side == "dense" and path == "factored":
         packed = [*packed, basis.dense_b(x.device, x.dtype)]
     return autograd.linear(
         x,
         weight,
         bias,
-        basis.held(lam),
+        lam,
         gam,
         packed,
         scaling * basis.scale,
         basis.out_features,
         path,
         basis.slice_expand,
-        rounding_seed(basis, merged_rounding),
     )

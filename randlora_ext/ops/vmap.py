@@ -35,10 +35,15 @@ def _linear(op, info, in_dims: tuple, x: Tensor, *rest) -> tuple:
     return op(x.movedim(in_dims[0], 0), *rest), 0  # more tokens
 
 
-for _name in ("linear", "delta_weight", "scaled_basis"):
-    for _op in (_name, f"{_name}_backward"):
-        _call, _rule = (
-            getattr(torch.ops.randlora, _op).default,
-            _linear if _op == "linear" else _loop,
-        )
-        torch.library.register_vmap(f"randlora::{_op}", partial(_rule, _call))
+def register(name: str, rule=_loop) -> None:
+    call = getattr(torch.ops.randlora, name).default
+    torch.library.register_vmap(f"randlora::{name}", partial(rule, call))
+
+
+for _name in ("linear", "hadamard_linear"):
+    register(_name, _linear)
+    register(f"{_name}_backward")
+for _name in ("delta_weight", "scaled_basis"):
+    register(_name)
+    register(f"{_name}_backward")
+register("hadamard_weight")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..basis import BasisDescription
-from ..basis.description import SPECIFICATIONS, check_seed, default_density
+from ..basis.description import SPECIFICATIONS, check_seed
 
 KINDS = ("peft", *SPECIFICATIONS)
 SPARSE = 1 / 3
@@ -35,8 +35,6 @@ class AdapterBasis:
     seed: Any
 
     def __post_init__(self) -> None:
-        if self.kind == "block" and self.density == VERY_SPARSE:
-            raise ValueError("basis='block' needs a density of 1 / G, got very_sparse=True")
         if not self.known_to_stock:
             self.description(1)  # checks density and seed
 
@@ -68,8 +66,8 @@ class AdapterBasis:
         if not isinstance(key, str):
             if kind != "peft":
                 check_seed("projection_prng_key", key)
-            if kind != "peft" and chosen is None:
-                chosen = default_density(kind)
+            if kind == "independent" and chosen is None:
+                chosen = SPARSE
             return cls(kind, chosen, key)
         made = cls.parse(key)
         if kind not in ("peft", made.kind) or chosen not in (None, made.density):

@@ -60,10 +60,10 @@ class PackedBufferDict(MutableMapping, BufferDict):
         # Plain values, which torch.compile can guard on, beside tensors that it cannot look into.
         self.__dict__["token"] = next(_tokens)  # of this content, in this process
         self.__dict__["dtypes"] = {name: basis.dtype for name, basis in self._bases.items()}
-        self.__dict__["blocks"] = {
+        self.__dict__["hadamard"] = {
             name
             for name, basis in self._bases.items()
-            if isinstance(basis, TernaryTensor) and basis.is_block
+            if isinstance(basis, TernaryTensor) and basis.is_hadamard
         }
         self.__dict__["traced"] = _Traced()
 
@@ -161,7 +161,7 @@ class PackedBufferDict(MutableMapping, BufferDict):
             unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
 
     def __getstate__(self) -> dict:
-        made = ("_written", "token", "dtypes", "blocks", "traced")
+        made = ("_written", "token", "dtypes", "hadamard", "traced")
         return {key: value for key, value in self.__dict__.items() if key not in made}
 
     def __setstate__(self, state: dict) -> None:

@@ -10,26 +10,21 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from ..nn.linear import check_alpha
-from ..ops.path import check_rounding
 from .adapter_basis import SPARSE, VERY_SPARSE, AdapterBasis
 from .files import appear_together, refuse_torn_save
 
 
 @dataclass
 class RandLoraConfig(peft.RandLoraConfig):
-    """PEFT's ``RandLoraConfig`` with all its fields, and four more.
+    """PEFT's ``RandLoraConfig`` with all its fields, and three more.
 
     Args:
         basis: "peft" draws the bases that stock PEFT draws from ``projection_prng_key``.
-            "independent" and "block" generate those of docs/basis-spec.md on the device and save
-            only the seed.
+            "hadamard" and "independent" generate those of docs/basis-spec.md on the device and
+            save only the seed.
         density: share of non-zeros in ternary bases, in (0, 1]. None leaves it to PEFT's flags;
-            without a flag it means 1/3 for basis="independent" and 1/8 for "block", which takes
-            1 / G. With basis="peft", PEFT's sparse bases are drawn with 1 / density as their
-            ``sparsity``.
-        merged_rounding: None, "nearest" or "stochastic", see `randlora_ext.linear`. It says how
-            layers run, not what they are, so files that stock PEFT opens do not hold it. For those
-            set it on the loaded configuration, and pass that as ``config``.
+            without a flag it means 1/3 for basis="independent". Hadamard bases take none. With
+            basis="peft", PEFT's sparse bases are drawn with 1 / density as their ``sparsity``.
         open_with_randlora_ext: set in files that stock PEFT cannot open; its warning names it.
 
     If PEFT's own fields cannot describe the bases, ``projection_prng_key`` becomes a text that
@@ -38,13 +33,9 @@ class RandLoraConfig(peft.RandLoraConfig):
     brings bases of basis="peft" (``save_projection=True``) holds the number, so that stock PEFT
     reads it. ``very_sparse`` with basis="independent" becomes a density when a model is made.
 
-    Block bases need the sizes of all targeted layers to fit the density. If one does not, making
-    the model raises ValueError, which names the layer and the densities that fit all.
-
     Raises:
         TypeError, ValueError: a field is not allowed, or contradicts another.
-        RuntimeError: the key is a text, or merged_rounding is given, and
-            `randlora_ext.peft.enable` has not been called.
+        RuntimeError: the key is a text, and `randlora_ext.peft.enable` has not been called.
     """
 
     density: float | None = field(
@@ -52,11 +43,7 @@ class RandLoraConfig(peft.RandLoraConfig):
     )
     basis: str = field(
         default="peft",
-        metadata={"help": '"peft": as PEFT draws them; "independent", "block": only a seed'},
-    )
-    merged_rounding: str | None = field(
-        default=None,
-        metadata={"help": 'Lets 16-bit W + dW be formed: "nearest" or "stochastic" rounding'},
+        metadata={"help": '"peft": as PEFT draws them; "hadamard", "independent": only a seed'},
     )
     open_with_randlora_ext: str | None = field(
         default=None, metadata={"help": "Marks a file that stock PEFT cannot open"}
@@ -67,7 +54,6 @@ class RandLoraConfig(peft.RandLoraConfig):
         if isinstance(self.r, bool) or not isinstance(self.r, int) or not 0 < self.r < 2**31:
             raise ValueError(f"r must be an integer in [1, 2**31), got {self.r!r}")
         check_alpha("randlora_alpha", self.randlora_alpha)
-        check_rounding(self.merged_rounding)
         set_basis(self, AdapterBasis.of(vars(self)))
         only_a_seed = self.basis != "peft"
         if only_a_seed:
@@ -79,13 +65,8 @@ class RandLoraConfig(peft.RandLoraConfig):
         enabled = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] is RandLoraConfig
         if isinstance(self.projection_prng_key, str) and not enabled:
             raise RuntimeError(
-                f"basis={self.basis!r} with density={self.density} needs "
+                f"basis={self.basis!r} needs "
                 "randlora_ext.peft.enable() to be called first; stock PEFT has no such bases"
-            )
-        if self.merged_rounding is not None and not enabled:
-            raise RuntimeError(
-                f"merged_rounding={self.merged_rounding!r} needs randlora_ext.peft.enable() to be "
-                "called first; stock PEFT would ignore it"
             )
 
     @classmethod
@@ -107,7 +88,7 @@ class RandLoraConfig(peft.RandLoraConfig):
     def to_dict(self) -> dict:
         """PEFT's dictionary, with our fields only if PEFT's cannot describe the bases."""
         values, basis = super().to_dict(), AdapterBasis.of(vars(self))
-        for name in ("density", "basis", "merged_rounding", "open_with_randlora_ext"):
+        for name in ("density", "basis", "open_with_randlora_ext"):
             del values[name]
         if basis.known_to_stock:
             return values
@@ -115,8 +96,6 @@ class RandLoraConfig(peft.RandLoraConfig):
         if self.save_projection:
             return values | {"projection_prng_key": basis.seed}
         how = "import randlora_ext.peft; randlora_ext.peft.enable()"
-        if self.merged_rounding is not None:
-            values["merged_rounding"] = self.merged_rounding
         return values | {"basis": self.basis, "open_with_randlora_ext": how}
 
 

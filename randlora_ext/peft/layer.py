@@ -15,9 +15,8 @@ from ..kernels import serve
 from ..nn.base_layer import can_fuse
 from ..nn.state_dict import DIAGONALS, refuse_misfit
 from ..ops import functional
-from ..ops.costs import SIXTEEN_BITS
 from ..ops.dtensor import full_tensor, is_dtensor, laid_out_like
-from ..ops.path import costs_told, explain
+from ..ops.path import SIXTEEN_BITS, explain
 from ..reference import scaled_basis_reference
 from .bases import PackedBufferDict, layer_basis
 from .merging import MergeableLayer
@@ -30,14 +29,12 @@ class AcceleratedLayer(MergeableLayer):
 
     Mixed in before PEFT's layer class, which still does saving, adding, switching and the rest.
     A 16-bit x is multiplied by dense bases (PEFT's default) in 16 bits with float32 sums, unless
-    ``float32_products`` is set. Devices without our kernels compute block bases in plain torch, and
-    others from PEFT's dense factors, with one warning per model.
+    ``float32_products`` is set. Devices without our kernels compute Hadamard and dense bases in
+    plain torch, and others from PEFT's dense factors, with one warning per model.
     """
 
     randlora_A: PackedBufferDict
     randlora_B: PackedBufferDict
-    merged_rounding: dict[str, str | None]  # by adapter
-    other_param_names = (*RandLoraLayer.other_param_names, "merged_rounding")  # deleted with it
     float32_products = False  # of all layers; `enable` sets it
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -121,7 +118,7 @@ class AcceleratedLayer(MergeableLayer):
         dtype_of_B, dtype = self._dtypes(adapter, device)
         # The adapter's own number of bases; PEFT keeps one per layer, of the adapter added last.
         (n, d), D = gam.shape, max(self.in_features, self.out_features)
-        if adapter in self.randlora_A.blocks:
+        if adapter in self.randlora_A.hadamard:
             basis = layer_basis(A, B, *self._sizes(adapter))
             A, B = basis.dense(device, dtype)  # A and B have no dense form
             B = B.to(dtype_of_B)
@@ -135,7 +132,7 @@ class AcceleratedLayer(MergeableLayer):
     def basis_of(self, adapter: str, device: torch.device) -> tuple[TernaryBasis | None, str]:
         """(the adapter's packed basis, ""), or (None, why there is none)."""
         kind = device.type
-        if kind != "meta" and not serve(kind) and adapter not in self.randlora_A.blocks:
+        if kind != "meta" and not serve(kind) and adapter not in self.randlora_A.hadamard:
             return None, _no_kernels(kind)
         A, B = self.randlora_A, self.randlora_B
         if torch.compiler.is_dynamo_compiling():
@@ -161,18 +158,18 @@ class AcceleratedLayer(MergeableLayer):
         if basis is None:
             return "", f"dense bases: {reason}"
         if weight.device.type != "meta" and not serve(weight.device.type):
-            return "", f"plain torch on block bases: {_no_kernels(weight.device.type)}"
+            return "", f"plain torch on Hadamard bases: {_no_kernels(weight.device.type)}"
         alone = type(base) is nn.Linear and len(self.active_adapters) == 1
         drop = self.randlora_dropout[adapter].p if self._drops(adapter) else 0.0
-        options = weight.dtype, weight.device, alone, drop, self.merged_rounding.get(adapter)
-        choice = explain(basis, tokens, *options)
+        choice = explain(basis, tokens, weight.dtype, weight.device, alone, drop)
         # Drawn or loaded bases have about the density that was asked for.
         counted = " (counted)" if basis.kind == "imported" else ""
-        kind = "block " if basis.kind == "block" else ""
+        isa = choice.isa.removesuffix(" kernels")
         if basis.kind == "dense":
-            units = costs_told(basis, tokens, *options)
-            return choice.isa, f"r={basis.r} dense {choice.path} ({units})"
-        return choice.isa, f"r={basis.r} {kind}density {basis.density:.3g}{counted} {choice.path}"
+            return isa, f"r={basis.r} dense {choice.path} (basis='hadamard' costs about LoRA's)"
+        if basis.kind == "hadamard":
+            return isa, f"r={basis.r} hadamard {choice.path}"
+        return isa, f"r={basis.r} density {basis.density:.3g}{counted} {choice.path}"
 
     def _base_weight(self) -> Tensor:
         return self.get_base_layer().weight
@@ -196,8 +193,7 @@ class AcceleratedLayer(MergeableLayer):
         self, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, basis: TernaryBasis
     ) -> Tensor:
         lam, gam = self._diagonals(name, x.device)
-        last = self.scaling[name], "auto", self.merged_rounding.get(name)
-        return functional.linear(x, weight, bias, basis, lam, gam, *last)
+        return functional.linear(x, weight, bias, basis, lam, gam, self.scaling[name])
 
     def _can_fuse(self, x: Tensor) -> bool:
         return can_fuse(self.base_layer, x)

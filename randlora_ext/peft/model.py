@@ -13,12 +13,10 @@ from peft.tuners.randlora.model import RandLoraModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
-from ..basis.block import check_layers
 from ..nn.apply import check_is_called
 from ..nn.base_layer import disable_nested_tensors, features, force_module_call, is_conv1d
 from ..nn.linear import DEFAULT_SCALING
 from ..nn.state_dict import misfit, refuse, refuse_misfit
-from ..ops.path import check_rounding
 from . import other_quantized
 from .adapter_basis import AdapterBasis
 from .bases import BASIS_NAMES, PackedBufferDict
@@ -64,7 +62,6 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
         It sees only adapters without a text as key; the others each have their own bases.
         """
-        check_rounding(getattr(config, "merged_rounding", None))  # may be set after __init__
         everyone = self.peft_config
         self.peft_config = {
             name: other
@@ -109,8 +106,6 @@ class AcceleratedRandLoraModel(RandLoraModel):
             super()._create_and_replace(randlora_config, adapter_name, target, *args, **kwargs)
         layer = self.model.get_submodule(kwargs["current_key"])
         if isinstance(layer, AcceleratedLayer):
-            rounding = getattr(randlora_config, "merged_rounding", None)
-            layer.merged_rounding[adapter_name] = rounding
             if plans := parallel_plans(self.model):
                 plans.shard(layer, self.model, kwargs["current_key"], adapter_name)
         disable_nested_tensors(self.model, kwargs["current_key"])
@@ -120,11 +115,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
         A, B = self.randlora_A, self.randlora_B
         basis = AdapterBasis.of(vars(config))
         targets = self._target_sizes(config)
-        groups = basis.description(1).groups if basis.kind == "block" else None
-        if groups is not None:
-            check_layers(groups, targets, config.r)
         if plans := parallel_plans(self.model):
-            plans.check_plans(self.model, targets, groups)
+            plans.check_plans(self.model, targets)
         out_features, in_features = self._find_dim(config)
         D, d = max(out_features, in_features), min(out_features, in_features)
         if basis.kind != "peft":  # from now on `very_sparse` is a number
@@ -262,7 +254,6 @@ def accelerate_layer(layer: Any) -> Any:
         accelerated = quantized.accelerated_class(stock)
     if accelerated is not None:
         layer.__class__ = accelerated
-        layer.merged_rounding = {}
         force_module_call(layer)
     return layer
 

@@ -77,7 +77,6 @@ def wrap(backend: Any, config: Any, A: Any, B: Any, name: str, base: Any, **kwar
     layer.base_layer = base
     layer.__class__ = OtherQuantizedLinear
     layer.quantization_backend = backend
-    layer.merged_rounding = {}
     force_module_call(layer)
     return layer
 

@@ -42,8 +42,8 @@ def export_to_peft(model: peft.PeftModel, folder: str | os.PathLike, merged: boo
     Equivalent to ``model.save_pretrained(folder)`` of a stock model with ``save_projection=True``
     whose bases are these: generated ones and those of any density are written dense, and the
     configuration has PEFT's fields only. Old files stay until the new ones are complete. Stock
-    PEFT shares one A and one B among all layers, so block bases can only be written for layers of
-    one shape, transposed or not. PEFT up to 0.21.2 warns of "missing adapter keys", the copies
+    PEFT shares one A and one B among all layers, so Hadamard bases can only be written for layers
+    of one min(in, out). PEFT up to 0.21.2 warns of "missing adapter keys", the copies
     that its own files hold for every layer, but loads these files correctly.
 
     Args:
@@ -53,8 +53,8 @@ def export_to_peft(model: peft.PeftModel, folder: str | os.PathLike, merged: boo
             ``save_pretrained`` of the base model, or as model.safetensors if it has none. A copy
             is merged. 16-bit weights round the sum to 16 bits; ``model.float()`` first avoids it.
 
-    Raises TypeError if model is no PeftModel over RandLoRA layers, ValueError if block bases belong
-    to layers of different shapes, which it names.
+    Raises TypeError if model is no PeftModel over RandLoRA layers, ValueError if Hadamard
+    bases belong to layers of different min(in, out), which it names.
     """
     layers_with(model)
     if merged:
@@ -95,13 +95,13 @@ def _save_adapters(model: peft.PeftModel, folder: Path) -> None:
 def _dense_bases(model: peft.PeftModel, name: str, *bases: Tensor) -> tuple[Tensor, ...]:
     """An adapter's A and B as layers multiply by them: PEFT's casts do not round generated ones."""
     A, _ = bases
-    if isinstance(A, TernaryTensor) and A.is_block:
+    if isinstance(A, TernaryTensor) and A.is_hadamard:
         assert A.signs.description is not None
         layers = {
             path: (module.in_features, module.out_features)
             for path, module in layers_with(model, name).items()
         }
-        return dense_block_bases(A.signs.description, A.shape[0], layers)
+        return dense_hadamard_bases(A.signs.description, A.shape[0], layers)
     return tuple(_dense(basis) for basis in bases)
 
 
@@ -114,30 +114,33 @@ def _dense(basis: Tensor) -> Tensor:
     return TernaryTensor.generated(description, basis.signs.role, basis.shape).dense()
 
 
-def dense_block_bases(
+def dense_hadamard_bases(
     description: BasisDescription, r: int, layers: Mapping[str, tuple[int, int]]
 ) -> tuple[Tensor, Tensor]:
-    """A (r, 1, d) and B (D, n, r) from which every layer of stock PEFT slices its block bases.
+    """A (r, 1, d) and B (D, n, r) from which every layer of stock PEFT slices its Hadamard bases.
 
     Args:
-        layers: (in_features, out_features) by name. If some are transposed, PEFT makes the bases
-            for a square layer of D features; what no layer reads is 0.
+        layers: (in_features, out_features) by name. B of a smaller layer is a part of that of a
+            larger one; A is so only if min(in, out) is equal, since it decides the classes.
 
-    Raises ValueError, naming two layers, if their shapes differ.
+    Raises ValueError, naming two layers, if their min(in, out) differ.
     """
     (first, sizes), *others = layers.items()
     for other, its in others:
-        if sorted(its) != sorted(sizes):
+        if min(its) != min(sizes):
             raise ValueError(
-                "stock PEFT has one pair of bases for all layers, and block bases of different "
-                f"shapes are no slices of one: layer {first!r} has {sizes[0]} -> {sizes[1]} "
-                f"features, layer {other!r} {its[0]} -> {its[1]}; merge instead "
-                "(export_to_peft(..., merged=True) or `randlora merge`)"
+                "stock PEFT has one pair of bases for all layers, and A of Hadamard bases depends "
+                f"on min(in, out): layer {first!r} has {sizes[0]} -> {sizes[1]} features, layer "
+                f"{other!r} {its[0]} -> {its[1]}; merge instead (export_to_peft(..., merged=True) "
+                "or `randlora merge`)"
             )
-    A, B = TernaryBasis(*sizes, r, description.density, description.seed, "block").dense()
-    d = min(max(each) for each in zip(*layers.values(), strict=True))
-    A, B = F.pad(A, (0, d - A.shape[1])), F.pad(B, (0, -(-d // r) * r - B.shape[1]))
-    return A.unsqueeze(1), B.unflatten(1, (-1, r))
+    # PEFT's A has the smaller of the largest in and the largest out features.
+    n_in, n_out = (max(each) for each in zip(*layers.values(), strict=True))
+    d, D, small = min(n_in, n_out), max(n_in, n_out), min(sizes)
+    A, B = TernaryBasis(small, D, r, None, description.seed, "hadamard").dense()
+    n = -(-d // r)
+    A, B = F.pad(A, (0, d - small)), F.pad(B, (0, n * r - B.shape[1]))
+    return A.unsqueeze(1), B.unflatten(1, (n, r))
 
 
 def stock_config(config: peft.RandLoraConfig, packed: bool) -> peft.RandLoraConfig:

@@ -91,12 +91,11 @@ def plan_of(model: nn.Module, name: str) -> tuple[str, DeviceMesh] | None:
     return (style, mesh) if mesh.size() > 1 else None
 
 
-def check_plans(model: nn.Module, sizes: dict[str, tuple[int, int]], groups: int | None) -> None:
+def check_plans(model: nn.Module, sizes: dict[str, tuple[int, int]]) -> None:
     """Raises TypeError or ValueError if a target cannot be served as it is sharded.
 
     Args:
         sizes: in_features and out_features by the target's name.
-        groups: G of block bases; None for others.
     """
     for name, features in sizes.items():
         if (plan := plan_of(model, name)) is None:
@@ -126,11 +125,6 @@ def check_plans(model: nn.Module, sizes: dict[str, tuple[int, int]], groups: int
             raise ValueError(
                 f"target {name!r}: {side} must be divisible by the {mesh.size()} tensor parallel "
                 f"ranks, got {size}"
-            )
-        if groups is not None and groups % mesh.size():
-            raise ValueError(
-                f"density of block bases must be 1 / G with G divisible by the {mesh.size()} "
-                f"tensor parallel ranks, got G = {groups}"
             )
 
 

@@ -29,16 +29,17 @@ class Signs:
     role: int = 0  # of a generated matrix: 0 is A, 1 is B
 
     def on(self, device: torch.device) -> Tensor:
-        """The planes on a device. Raises RuntimeError for block bases, as `TernaryTensor.dense`."""
+        """The planes on a device. Raises RuntimeError for Hadamard bases, as `TernaryTensor.dense`."""
         if self.planes is None:
             assert self.description is not None
-            if self.description.kind == "block":
+            if self.description.kind == "hadamard":
                 raise RuntimeError(
-                    "randlora_A and randlora_B of block bases have no dense form: layers of "
+                    "randlora_A and randlora_B of Hadamard bases have no dense form: layers of "
                     "different shape have different matrices, which "
                     "layer.basis_of(adapter, device)[0].dense() gives"
                 )
             seed, density = self.description.seed, self.description.density
+            assert density is not None
             span = 0, self.rows, 0, self.cols
             self.planes = generate_planes(seed, self.role, *span, density, device)
         return self.planes.to(device)
@@ -68,16 +69,17 @@ class TernaryTensor(Tensor):
     def generated(cls, description: BasisDescription, role: int, shape) -> "TernaryTensor":
         """A (role 0) or B (role 1) of a description; elements are made on demand."""
         signs = Signs(shape[0], math.prod(shape[1:]), None, description, role)
-        return cls(signs, 1 / math.sqrt(description.density), shape, torch.float32, "cpu")
+        density = 1.0 if description.density is None else description.density
+        return cls(signs, 1 / math.sqrt(density), shape, torch.float32, "cpu")
 
     @property
-    def is_block(self) -> bool:
+    def is_hadamard(self) -> bool:
         """Whether layers of different shape have different matrices, not slices of this one."""
-        return self.signs.description is not None and self.signs.description.kind == "block"
+        return self.signs.description is not None and self.signs.description.kind == "hadamard"
 
     def dense(self) -> Tensor:
-        """A new dense tensor with the same values. Raises RuntimeError for block bases."""
-        if self.is_meta and not self.is_block:
+        """A new dense tensor with the same values. Raises RuntimeError for Hadamard bases."""
+        if self.is_meta and not self.is_hadamard:
             return torch.empty(self.shape, dtype=self.dtype, device="meta")
         planes = self.signs.on(self.device)
         make = torch.ops.randlora.planes_to_dense

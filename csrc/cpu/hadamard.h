@@ -1,0 +1,393 @@
+// Hadamard bases (core/hadamard.h): everything around the class products.
+//
+// A token's row of K numbers stays in the L1 cache from the first load to the last store. Reading n
+// numbers as whole vectors reads past the end of a row: z, w and lambda have room for a vector
+// behind their last element.
+#pragma once
+#include "../core/hadamard.h"
+#include "../core/runtime.h"
+#include "../core/stochastic.h"
+#include "scaled_basis.h"  // with_dtype
+#include "simd.h"
+
+namespace randlora {
+namespace RANDLORA_ISA {
+
+// v becomes its Hadamard transform over the 2^G vectors.
+template <int G, class V>
+RANDLORA_INLINE void butterflies(V (&v)[1 << G]) {
+  unrolled<G>([&](auto g) {
+    unrolled<(1 << G)>([&](auto q) {
+      constexpr int a = q, b = a ^ (1 << g);
+      if constexpr (a < b) {
+        const V sum = v[a] + v[b];
+        v[b] = v[a] - v[b];
+        v[a] = sum;
+      }
+    });
+  });
+}
+
+// Lane l gets lane l ^ S of v, plus or minus lane l.
+template <int S, class V, size_t... I>
+RANDLORA_INLINE V lane_stage(V v, std::index_sequence<I...>) {
+  using C = std::decay_t<decltype(v[0])>;
+#if defined(__clang__)
+  const V other = __builtin_shufflevector(v, v, (int(I) ^ S)...);
+#else
+  using M = Vec<std::conditional_t<sizeof(C) == 8, int64_t, int32_t>, sizeof(V)>;
+  const V other = __builtin_shuffle(v, M{(int(I) ^ S)...});
+#endif
+  const V sign{(int(I) & S ? C(-1) : C(1))...};
+  return fused(v, sign, other);
+}
+template <class V, int S = 1>
+RANDLORA_INLINE V transform_lanes(V v) {
+  constexpr int L = sizeof(V) / sizeof(v[0]);
+  v = lane_stage<S>(v, std::make_index_sequence<L>{});
+  if constexpr (2 * S < L) return transform_lanes<V, 2 * S>(v);
+  return v;
+}
+
+// `stages` of the transform over 2^stages * stride vectors, in place: the vectors that one sum
+// meets are `stride` apart at first, twice as far in the next stage, and so on. With `lanes`, the
+// stages within each vector come before.
+template <class C, int G, bool lanes>
+RANDLORA_INLINE void pass(C* v, int64_t count, int64_t stride) {
+  using V = Vec<C>;
+  constexpr int L = sizeof(V) / sizeof(C);
+  for (int64_t high = 0; high < count; high += stride << G)
+    for (int64_t at = high; at < high + stride; ++at) {
+      V m[1 << G];
+      unrolled<(1 << G)>([&](auto q) {
+        m[q] = load<V>(v + (at + q * stride) * L);
+        if constexpr (lanes) m[q] = transform_lanes(m[q]);
+      });
+      butterflies<G>(m);
+      unrolled<(1 << G)>([&](auto q) { store(v + (at + q * stride) * L, m[q]); });
+    }
+}
+template <class C, bool lanes>
+__attribute__((noinline)) void transform(C* v, int64_t stages, int64_t stride) {
+  constexpr int G = kVectorBytes == 64 ? 4 : 3;  // 2^G vectors fit in the registers
+  const int64_t count = stride << stages;
+  if constexpr (lanes) {
+    if (stages < G) {
+      pass<C, 0, true>(v, count, stride);
+    } else {
+      pass<C, G, true>(v, count, stride);
+      stages -= G, stride <<= G;
+    }
+  }
+  for (; stages >= G; stages -= G, stride <<= G) pass<C, G, false>(v, count, stride);
+  if (stages == 1) pass<C, 1, false>(v, count, stride);
+  if (stages == 2) pass<C, 2, false>(v, count, stride);
+  if (stages == 3) pass<C, 3, false>(v, count, stride);
+}
+
+// Up to `count` lanes.
+template <class V, class S>
+RANDLORA_INLINE void store_some(S* to, V v, int64_t count) {
+  constexpr int L = sizeof(V) / sizeof(v[0]);
+  if (count >= L) return store_as(to, v);
+  S all[L];
+  store_as(all, v);
+  for (int64_t l = 0; l < count; ++l) to[l] = all[l];
+}
+template <class V, class S>
+RANDLORA_INLINE V load_some(const S* from, int64_t count) {
+  constexpr int L = sizeof(V) / sizeof(typename ComputeOf<S>::type);
+  if (count >= L) return load_as<V>(from);
+  S some[L] = {};
+  for (int64_t l = 0; l < count; ++l) some[l] = from[l];
+  return load_as<V>(some);
+}
+
+// The steps of one token, each from L1 to L1, and the memory that they need: numbers that all
+// threads share (`lam` and `row`), and those of one thread (`v` and `mixed`).
+template <class C>
+struct HadamardRow {
+  using V = Vec<C>;
+  static constexpr int L = kVectorBytes / int(sizeof(C));
+
+  HadamardSizes s;
+  int64_t K, N;    // N in whole vectors: rows of H repeat, so a larger power of two is right, too
+  int64_t padded;  // n in whole vectors
+  int64_t mix_bits, N_bits;
+  C *lam, *row;  // lam * col (K), scale * row (D)
+  C *v, *mixed;  // (N), and behind it the first numbers again; (R, padded)
+
+  RANDLORA_HOST_MEMBER explicit HadamardRow(const HadamardSizes& sizes)
+      : s(sizes), K(s.K()), N(s.N() < L ? L : s.N()), padded((s.n + L - 1) / L * L) {
+    mix_bits = log2_of(s.R());
+    N_bits = log2_of(N / L);
+  }
+  RANDLORA_HOST_MEMBER static int64_t log2_of(int64_t power) {
+    return 63 - __builtin_clzll(uint64_t(power));
+  }
+
+  // Takes scratch memory for all threads, with `more` numbers for each.
+  RANDLORA_HOST_MEMBER void prepare(Runtime& rt, const void* lam_of, const int8_t* col,
+                                    const int8_t* row_of, double scale, int64_t more = 0) {
+    const int64_t v_length = (N > K ? N : K) + L;
+    of_thread_ = v_length + s.R() * padded + more;
+    lam =
+        static_cast<C*>(rt.scratch(size_t(K + s.D + 2 * L + rt.width() * of_thread_) * sizeof(C)));
+    row = lam + K + L;
+    v = row + s.D + L;
+    mixed = v + v_length;
+    for (int64_t c = 0; c < K; ++c) lam[c] = static_cast<const C*>(lam_of)[c] * C(col[c]);
+    for (int64_t o = 0; o < s.D; ++o) row[o] = C(scale) * C(row_of[o]);
+    for (int64_t l = 0; l < L; ++l) lam[K + l] = row[s.D + l] = 0;
+  }
+  // fn(row with its own memory, begin, end) over shares of [0, count), one for each thread.
+  template <class F>
+  RANDLORA_HOST_MEMBER void split(Runtime& rt, int64_t count, const F& fn) const {
+    const int64_t threads = count < rt.width() ? count : rt.width();
+    if (threads == 0) return;
+    rt.each_slot(int(threads), [&](int64_t thread) {
+      HadamardRow own = *this;
+      own.v += thread * of_thread_;
+      own.mixed += thread * of_thread_;
+      fn(own, count * thread / threads, count * (thread + 1) / threads);
+    });
+  }
+  RANDLORA_HOST_MEMBER C* more() const { return mixed + s.R() * padded; }
+
+  // mixed[j, i] = the sum over m of H[j, m] z[m, i]; z has the rows of the part's classes, `next`
+  // apart.
+  template <class S>
+  RANDLORA_HOST_MEMBER void mix(const S* z, int64_t next) const {
+    const int64_t first = s.first_class(), behind = first + s.classes();
+    for (int64_t m = 0; m < s.R(); ++m)
+      for (int64_t i = 0; i < padded; i += L)
+        store(mixed + m * padded + i,
+              m < first || m >= behind ? V{} : load_as<V>(z + (m - first) * next + i));
+    transform<C, false>(mixed, mix_bits, padded / L);
+  }
+  // v[c] = lam mixed. In order, because a row's last vector reaches into the next row.
+  RANDLORA_HOST_MEMBER void flatten() const {
+    for (int64_t j = 0; j < s.r; ++j)
+      for (int64_t i = 0; i < s.n; i += L)
+        store(v + j * s.n + i, load<V>(mixed + j * padded + i) * load<V>(lam + j * s.n + i));
+    for (int64_t c = K; c < N; ++c) v[c] = 0;
+  }
+  // w[m, i] = factor * the sum over j of H[m, j] lam v[j * n + i].
+  template <class S>
+  RANDLORA_HOST_MEMBER void unmix(C factor, S* w, int64_t next) const {
+    for (int64_t j = 0; j < s.R(); ++j)
+      for (int64_t i = 0; i < padded; i += L) {
+        const int64_t c = j * s.n + i;
+        store(mixed + j * padded + i, j < s.r ? load<V>(v + c) * load<V>(lam + c) : V{});
+      }
+    transform<C, false>(mixed, mix_bits, padded / L);
+    for (int64_t m = 0; m < s.classes(); ++m)
+      for (int64_t i = 0; i < s.n; i += L)
+        store_some(w + m * next + i, factor * load<V>(mixed + (s.first_class() + m) * padded + i),
+                   s.n - i);
+  }
+
+  // v = its transform. Row o of the part is at place(o), and a vector may begin at any place.
+  RANDLORA_HOST_MEMBER void up() const {
+    transform<C, true>(v, N_bits, 1);
+    store(v + N, load<V>(v));
+  }
+  RANDLORA_HOST_MEMBER int64_t place(int64_t o) const { return (s.first_row + o) & (N - 1); }
+  // v = the transform of row * y.
+  template <class S>
+  RANDLORA_HOST_MEMBER void down(const S* y) const {
+    for (int64_t c = 0; c < N; c += L) store(v + c, V{});
+    for (int64_t o = 0; o < s.D;) {
+      int64_t c = place(o), stop = o + N - c < s.D ? o + N - c : s.D;
+      for (; o + L <= stop; o += L, c += L)
+        store(v + c, fused(load_as<V>(y + o), load<V>(row + o), load<V>(v + c)));
+      for (; o < stop; ++o, ++c) v[c] += C(widen(y[o])) * row[o];
+    }
+    transform<C, true>(v, N_bits, 1);
+  }
+
+ private:
+  int64_t of_thread_;
+};
+
+// Below this many numbers one thread is faster than two.
+constexpr int64_t kHadamardOneThread = 1 << 14;
+
+template <class S>
+void hadamard_up_as(const HadamardUp& p, Runtime& rt) {
+  using Row = HadamardRow<typename ComputeOf<S>::type>;
+  using V = typename Row::V;
+  Row all(p.sizes);
+  rt.set_single(p.T * all.N < kHadamardOneThread);
+  all.prepare(rt, p.lam, p.col, p.row, p.scale);
+  const int64_t n = p.sizes.n, D = p.sizes.D;
+  all.split(rt, p.T, [&](const Row& row, int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      row.mix(static_cast<const S*>(p.z) + t * n, p.T * n);
+      row.flatten();
+      row.up();
+      S* y = static_cast<S*>(p.y) + t * D;
+      for (int64_t o = 0; o < D; o += Row::L) {
+        const V sum = load<V>(row.v + row.place(o)), scale = load<V>(row.row + o);
+        store_some(y + o,
+                   p.accumulate ? fused(sum, scale, load_some<V>(y + o, D - o)) : sum * scale,
+                   D - o);
+      }
+    }
+  });
+}
+
+template <class S>
+void hadamard_down_as(const HadamardDown& p, Runtime& rt) {
+  using C = typename ComputeOf<S>::type;
+  using Row = HadamardRow<C>;
+  using V = typename Row::V;
+  Row all(p.sizes);
+  rt.set_single(p.T * all.N < kHadamardOneThread);
+  const int64_t n = p.sizes.n, r = p.sizes.r, D = p.sizes.D, sums = r * all.padded;
+  all.prepare(rt, p.lam, p.col, p.row, 1.0, sums);
+  // A slot's tokens are summed in order by one thread, so the sums do not depend on the threads.
+  all.split(rt, p.slots, [&](const Row& row, int64_t begin, int64_t end) {
+    C* sum = row.more();
+    for (int64_t slot = begin; slot < end; ++slot) {
+      __builtin_memset(sum, 0, size_t(sums) * sizeof(C));
+      for (int64_t t = slot * p.T / p.slots; t < (slot + 1) * p.T / p.slots; ++t) {
+        row.down(static_cast<const S*>(p.y) + t * D);
+        row.unmix(C(p.scale), static_cast<S*>(p.w) + t * n, p.T * n);
+        if (!p.z) continue;
+        row.mix(static_cast<const S*>(p.z) + t * n, p.T * n);
+        for (int64_t j = 0; j < r; ++j)
+          for (int64_t i = 0; i < n; i += Row::L) {
+            const int64_t at = j * row.padded + i;
+            store(sum + at,
+                  fused(load<V>(row.mixed + at), load<V>(row.v + j * n + i), load<V>(sum + at)));
+          }
+      }
+      if (!p.z) continue;
+      C* to = static_cast<C*>(p.sums) + slot * r * n;
+      for (int64_t j = 0; j < r; ++j)
+        __builtin_memcpy(to + j * n, sum + j * row.padded, size_t(n) * sizeof(C));
+    }
+  });
+}
+
+template <class S>
+void hadamard_weight_as(const HadamardWeight& p, Runtime& rt) {
+  using C = typename ComputeOf<S>::type;
+  using Row = HadamardRow<C>;
+  using V = typename Row::V;
+  constexpr int L = Row::L;
+  Row all(p.sizes);
+  const int64_t n = p.sizes.n, D = p.sizes.D, d = p.sizes.d;
+  // A tile has L columns k of M as rows, which are not a power of two apart.
+  const int64_t of_gamma = n + L, step = all.N + 2 * L;
+  all.prepare(rt, p.lam, p.col, p.row, p.scale, L * (of_gamma + step));
+  const C* gam = static_cast<const C*>(p.gam);
+  const S* base = static_cast<const S*>(p.base);
+  S* out = static_cast<S*>(p.out);
+  const auto put = [&](int64_t e, V delta, int64_t count) {
+    const V sum = base ? load_some<V>(base + e, count) + delta : delta;
+    if constexpr (sizeof(S) == 2) {
+      if (p.stochastic) {
+        RoundingWords draw(p.rounding_seed);
+        for (int64_t l = 0; l < L && l < count; ++l)
+          out[e + l] = round_stochastic(sum[l], draw(uint64_t(e + l)), S{});
+        return;
+      }
+    }
+    store_some(out + e, sum, count);
+  };
+  all.split(rt, (d + L - 1) / L, [&](const Row& row, int64_t begin, int64_t end) {
+    C *gamma = row.more(), *tile = gamma + L * of_gamma;
+    for (int64_t k0 = begin * L; k0 < end * L; k0 += L) {
+      const int64_t columns = d - k0 < L ? d - k0 : L;
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t k = 0; k < columns; ++k)
+          gamma[k * of_gamma + i] = gam[i * d + k0 + k] * C(p.s[k0 + k]);
+      for (int64_t k = 0; k < columns; ++k) {
+        const int64_t m = (p.sizes.first_column + k0 + k) / n;
+        for (int64_t j = 0; j < p.sizes.r; ++j)
+          for (int64_t i = 0; i < n; i += L) {
+            const V g = load<V>(gamma + k * of_gamma + i);
+            store(row.mixed + j * row.padded + i, hadamard_minus(j, m) ? -g : g);
+          }
+        row.flatten();
+        row.up();
+        if (p.transposed) {
+          for (int64_t o = 0; o < D; o += L)
+            put((k0 + k) * D + o, load<V>(row.v + row.place(o)) * load<V>(row.row + o), D - o);
+        } else {
+          __builtin_memcpy(tile + k * step, row.v, size_t(row.N + L) * sizeof(C));
+        }
+      }
+      for (int64_t o = 0; o < D && !p.transposed; o += L) {
+        V m[L];
+        unrolled<L>([&](auto k) { m[k] = load<V>(tile + k * step + row.place(o)); });
+        transpose<L>(m);
+        V rows[L];
+        unrolled<L>([&](auto q) { rows[q] = m[q]; });
+        for (int64_t q = 0; q < L && o + q < D; ++q)
+          put((o + q) * d + k0, row.row[o + q] * rows[q], columns);
+      }
+    }
+  });
+}
+
+template <class S>
+void hadamard_gamma_as(const HadamardGamma& p, Runtime& rt) {
+  using C = typename ComputeOf<S>::type;
+  const C* gam = static_cast<const C*>(p.gam);
+  S* out = static_cast<S*>(p.out);
+  const int64_t n = p.sizes.n, d = p.sizes.d;
+  rt.set_single(n * d < kHadamardOneThread);
+  rt.split(n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t k = 0; k < d; ++k)
+        narrow(gam[i * d + k] * (C(p.scale) * C(p.s[k])), out + i * d + k);
+  });
+}
+
+template <class S>
+void hadamard_diagonals_as(const HadamardDiagonals& p, Runtime& rt) {
+  using C = typename ComputeOf<S>::type;
+  const HadamardSizes& s = p.sizes;
+  const int64_t n = s.n, d = s.d, K = s.K();
+  const S* P = static_cast<const S*>(p.P);
+  const C* sums = static_cast<const C*>(p.sums);
+  C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
+  rt.set_single(n * d < kHadamardOneThread);
+  rt.split(n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t k = 0; k < d;) {  // class by class
+        const int64_t m = (s.first_column + k) / n, place = s.first_column + k - m * n;
+        const int64_t stop = k + n - place < d ? k + n - place : d;
+        const S* from = P + ((m - s.first_class()) * n + i) * n + place - k;
+        for (; k < stop; ++k) dgam[i * d + k] = C(p.dgam_scale) * C(p.s[k]) * C(widen(from[k]));
+      }
+  });
+  rt.split(K, 1024, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) dlam[c] = 0;
+    for (int64_t slot = 0; slot < p.slots; ++slot)
+      for (int64_t c = begin; c < end; ++c) dlam[c] += sums[slot * K + c];
+    for (int64_t c = begin; c < end; ++c) dlam[c] *= C(p.dlam_scale) * C(p.col[c]);
+  });
+}
+
+inline void hadamard_up(const HadamardUp& p, Runtime& rt) {
+  with_dtype(p.dtype, [&](auto s) { hadamard_up_as<decltype(s)>(p, rt); });
+}
+inline void hadamard_down(const HadamardDown& p, Runtime& rt) {
+  with_dtype(p.dtype, [&](auto s) { hadamard_down_as<decltype(s)>(p, rt); });
+}
+inline void hadamard_weight(const HadamardWeight& p, Runtime& rt) {
+  with_dtype(p.dtype, [&](auto s) { hadamard_weight_as<decltype(s)>(p, rt); });
+}
+inline void hadamard_gamma(const HadamardGamma& p, Runtime& rt) {
+  with_dtype(p.dtype, [&](auto s) { hadamard_gamma_as<decltype(s)>(p, rt); });
+}
+inline void hadamard_diagonals(const HadamardDiagonals& p, Runtime& rt) {
+  with_dtype(p.dtype, [&](auto s) { hadamard_diagonals_as<decltype(s)>(p, rt); });
+}
+
+}  // namespace RANDLORA_ISA
+}  // namespace randlora

@@ -1,0 +1,183 @@
+"""Dense bases, PEFT's default, in plain torch: the products are GEMMs of any A and B.
+
+Forward keeps x, weight, lambda and gamma; backward computes everything else again. In float16,
+powers of two keep A' and its gradient in range: |lambda gamma A| may be up to 65504 / 2^e with 2^e
+about max(n, d), and each element of x A'^T and dy B must fit, as with LoRA.
+"""
+
+import math
+from contextlib import AbstractContextManager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..basis import TernaryBasis
+from .autograd import Operator, base_gradients, call_kernel
+
+_ops = torch.ops.randlora
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    basis: TernaryBasis,
+    lam: Tensor,
+    gam: Tensor,
+    scaling: float,
+    path: str,
+) -> Tensor:
+    """As `functional.linear`, by one of its paths."""
+    _check(basis, x, weight, bias, lam, gam)
+    A, B = basis.packed(x.device)[0], basis.dense_b(x.device, x.dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    y = DenseLinear.apply(flat, weight, bias, lam, gam, A, B, scaling, basis.expand, path)
+    return y.view(*x.shape[:-1], basis.out_features)
+
+
+def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float) -> Tensor:
+    """As `functional.delta_weight`; differentiable by torch."""
+    A, B = basis.packed(lam.device)[0], basis.dense_b(lam.device, lam.dtype)
+    _check_diagonals(basis, lam, gam)
+    with _no_autocast(lam):
+        product = (scaling * B) @ _ops.scaled_basis(A.to(lam.dtype), lam, gam)
+    return product if basis.expand else product.T
+
+
+def _no_autocast(like: Tensor) -> AbstractContextManager:
+    return torch.autocast(like.device.type if like.device.type != "meta" else "cpu", enabled=False)
+
+
+def _check_diagonals(basis: TernaryBasis, lam: Tensor, gam: Tensor) -> None:
+    for name, value, shape in (("lam", lam, (basis.r, basis.n)), ("gam", gam, (basis.n, basis.d))):
+        if tuple(value.shape) != shape or not value.is_floating_point():
+            raise ValueError(
+                f"{name} must be a floating tensor {shape}, got {tuple(value.shape)} {value.dtype}"
+            )
+
+
+def _check(basis, x, weight, bias, lam, gam) -> None:
+    """What the operators on packed bases check; torch would broadcast or view much of it."""
+    if not x.is_floating_point():
+        raise ValueError(f"x must be a floating tensor, got {x.dtype}")
+    _check_diagonals(basis, lam, gam)
+    if bias is not None and weight is None:
+        raise ValueError("bias was given without a weight; add it to the base output")
+    sizes = basis.out_features, basis.in_features
+    for name, value, shape in (("weight", weight, sizes), ("bias", bias, sizes[:1])):
+        if value is not None and (tuple(value.shape) != shape or value.dtype != x.dtype):
+            raise ValueError(
+                f"{name} must be {shape} in the dtype of x, {x.dtype}, got "
+                f"{tuple(value.shape)} {value.dtype}"
+            )
+    for name, value in (("weight", weight), ("bias", bias), ("lam", lam), ("gam", gam)):
+        if value is not None and value.device != x.device:
+            raise ValueError(f"{name} is on {value.device} but x on {x.device}")
+
+
+class _Products:
+    """The products of one call. A factor of A' or of its gradient is a power of two."""
+
+    def __init__(self, lam, gam, A, B, scale, expand, dtype):
+        self.lam, self.gam, self.B, self.scale, self.expand = lam, gam, B, scale, expand
+        self.A, self.dtype = A.to(dtype), dtype
+        half = dtype == torch.float16
+        self.factor = 2.0 ** round(math.log2(max(gam.shape))) if half else 1.0
+        self.gradient = 2.0 ** -math.ceil(math.log2(len(B)) / 2) if half else 1.0
+
+    def scaled(self) -> Tensor:
+        """factor * A' (K, d)."""
+        wide = self.lam.to(torch.promote_types(self.lam.dtype, torch.float32))
+        return call_kernel(_ops.scaled_basis.default, self.A, wide * self.factor, self.gam)
+
+    def contract(self, P: Tensor) -> tuple[Tensor, Tensor]:
+        """(dlam, dgam) from gradient * P, the gradient of A' without the scale."""
+        op = _ops.scaled_basis_backward.default
+        dlam, dgam = call_kernel(op, P, self.A, self.lam, self.gam)
+        scale = self.scale / self.gradient
+        return dlam * scale, dgam * scale
+
+    def formed(self, base: Tensor | None) -> Tensor:
+        """base + dW, or dW: (out, in)."""
+        left, right = self.B, self.scaled()
+        if not self.expand:
+            left, right = right.T, self.B.T
+        return _product(left, right, self.scale / self.factor, base)
+
+
+def _product(left: Tensor, right: Tensor, alpha: float, added: Tensor | None = None) -> Tensor:
+    """added + alpha * left @ right, rounded once."""
+    if added is None:
+        added, beta = left.new_zeros(1, 1), 0
+    else:
+        beta = 1
+    return torch.addmm(added, left, right, beta=beta, alpha=alpha)
+
+
+class DenseLinear(Operator):
+    """x (T, in) -> (T, out)."""
+
+    @staticmethod
+    def forward(x, weight, bias, lam, gam, A, B, scale, expand, path):
+        with _no_autocast(x):
+            p = _Products(lam, gam, A, B, scale, expand, x.dtype)
+            if path == "merged":
+                return F.linear(x, p.formed(weight), bias)
+            y = None if weight is None else F.linear(x, weight, bias)
+            if path == "delta":
+                return _product(x, p.formed(None).T, 1.0, y)
+            scaled = p.scaled()
+            if expand:
+                V = _product(x, scaled.T, 1 / p.factor)
+                return _product(V, B.T, scale, y)
+            return _product(x @ B, scaled, scale / p.factor, y)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, lam, gam, ctx.A, ctx.B, ctx.scale, ctx.expand, ctx.path = inputs
+        ctx.save_for_backward(x, weight, lam, gam)  # the bases are constants
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, lam, gam = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_lam, need_gam = ctx.needs_input_grad[:5]
+        dx = dlam = dgam = None
+        with _no_autocast(dy):
+            p = _Products(lam, gam, ctx.A, ctx.B, ctx.scale, ctx.expand, x.dtype)
+            factored = ctx.path == "factored"
+            scaled = p.scaled() if factored else None
+            U = dy @ ctx.B if ctx.expand and factored else None
+            if need_x:
+                base = None if weight is None else weight
+                if not factored:
+                    dx = dy @ p.formed(base if ctx.path == "merged" else None)
+                    if base is not None and ctx.path == "delta":
+                        dx = torch.addmm(dx, dy, base)
+                else:
+                    dx = None if base is None else dy @ base
+                    if ctx.expand:
+                        dx = _product(U, scaled, ctx.scale / p.factor, dx)
+                    else:
+                        V = _product(dy, scaled.T, 1 / p.factor)
+                        dx = _product(V, ctx.B.T, ctx.scale, dx)
+            if need_lam or need_gam:
+                dlam, dgam = p.contract(_gradient_of_scaled(x, dy, U, p, factored))
+                dlam, dgam = dlam.to(lam.dtype), dgam.to(gam.dtype)
+        return (
+            dx,
+            *base_gradients(dy, x, need_weight, need_bias),
+            dlam if need_lam else None,
+            dgam if need_gam else None,
+            None, None, None, None, None,
+        )  # fmt: skip
+
+
+def _gradient_of_scaled(x, dy, U, p: _Products, factored: bool) -> Tensor:
+    """gradient * P (K, d): from U, or from dy^T x if that takes fewer operations."""
+    small, large = (x, dy) if p.expand else (dy, x)
+    T, (D, K), d = len(x), p.B.shape, small.shape[1]
+    if not factored and T * K * (D + d) > (T + K) * D * d:
+        return _product(p.B.T, _product(large.T, small, p.gradient), 1.0)
+    U = large @ p.B if U is None else U
+    return _product(U.T, small, p.gradient)
