@@ -108,6 +108,18 @@ struct HadamardDown {
   double scale;
 };
 
+// y[t, k] += scale * from[m, t, k'], or y = ... unless `accumulate`, with column k at place k' of its
+// class m. CPU only: torch's GEMM copies a result whose rows are not contiguous.
+struct HadamardAdd {
+  HadamardSizes sizes;
+  const void* from;  // (classes, T, n) in `dtype`
+  void* y;           // (T, d)
+  DType dtype;
+  int64_t T;
+  double scale;
+  bool accumulate;
+};
+
 // out = base + scale * dW, or scale * dW without a base, rounded once to `dtype`.
 struct HadamardWeight {
   HadamardSizes sizes;

@@ -149,6 +149,7 @@ struct Kernels {
   void (*hadamard_diagonals)(const HadamardDiagonals&, Runtime&);
   void (*hadamard_up)(const HadamardUp&, Runtime&);
   void (*hadamard_down)(const HadamardDown&, Runtime&);
+  void (*hadamard_add)(const HadamardAdd&, Runtime&);
   void (*hadamard_weight)(const HadamardWeight&, Runtime&);
 };
 

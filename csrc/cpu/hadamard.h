@@ -196,9 +196,14 @@ struct HadamardRow {
   // v = the transform of row * y.
   template <class S>
   RANDLORA_HOST_MEMBER void down(const S* y) const {
-    for (int64_t c = 0; c < N; c += L) store(v + c, V{});
-    for (int64_t o = 0; o < s.D;) {
-      int64_t c = place(o), stop = o + N - c < s.D ? o + N - c : s.D;
+    int64_t o = 0;
+    if (s.first_row == 0 && s.D >= N)
+      for (; o < N; o += L) store(v + o, load_as<V>(y + o) * load<V>(row + o));
+    else
+      for (int64_t c = 0; c < N; c += L) store(v + c, V{});
+    while (o < s.D) {
+      int64_t c = place(o);
+      const int64_t stop = o + N - c < s.D ? o + N - c : s.D;
       for (; o + L <= stop; o += L, c += L)
         store(v + c, fused(load_as<V>(y + o), load<V>(row + o), load<V>(v + c)));
       for (; o < stop; ++o, ++c) v[c] += C(widen(y[o])) * row[o];
@@ -272,6 +277,30 @@ void hadamard_down_as(const HadamardDown& p, Runtime& rt) {
 }
 
 template <class S>
+void hadamard_add_as(const HadamardAdd& p, Runtime& rt) {
+  using C = typename ComputeOf<S>::type;
+  using V = Vec<C>;
+  constexpr int L = kVectorBytes / int(sizeof(C));
+  const int64_t n = p.sizes.n, d = p.sizes.d, first = p.sizes.first_column;
+  rt.set_single(p.T * d < kHadamardOneThread);
+  rt.split(p.T, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t k = 0; k < d;) {
+        const int64_t m = (first + k) / n, place = first + k - m * n;
+        const int64_t stop = k + n - place < d ? k + n - place : d;
+        const S* from =
+            static_cast<const S*>(p.from) + ((m - p.sizes.first_class()) * p.T + t) * n + place - k;
+        S* y = static_cast<S*>(p.y) + t * d;
+        for (; k < stop; k += L) {
+          const V sum = C(p.scale) * load_some<V>(from + k, stop - k);
+          store_some(y + k, p.accumulate ? sum + load_some<V>(y + k, stop - k) : sum, stop - k);
+        }
+        k = stop;
+      }
+  });
+}
+
+template <class S>
 void hadamard_weight_as(const HadamardWeight& p, Runtime& rt) {
   using C = typename ComputeOf<S>::type;
   using Row = HadamardRow<C>;
@@ -336,14 +365,20 @@ void hadamard_weight_as(const HadamardWeight& p, Runtime& rt) {
 template <class S>
 void hadamard_gamma_as(const HadamardGamma& p, Runtime& rt) {
   using C = typename ComputeOf<S>::type;
+  using V = Vec<C>;
+  constexpr int L = kVectorBytes / int(sizeof(C));
   const C* gam = static_cast<const C*>(p.gam);
   S* out = static_cast<S*>(p.out);
   const int64_t n = p.sizes.n, d = p.sizes.d;
   rt.set_single(n * d < kHadamardOneThread);
+  C* s = static_cast<C*>(rt.scratch(size_t(d + L) * sizeof(C)));
+  for (int64_t k = 0; k < d; ++k) s[k] = C(p.scale) * C(p.s[k]);
   rt.split(n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      for (int64_t k = 0; k < d; ++k)
-        narrow(gam[i * d + k] * (C(p.scale) * C(p.s[k])), out + i * d + k);
+      for (int64_t k = 0; k < d; k += L) {
+        const int64_t at = i * d + k;
+        store_some(out + at, load_some<V>(gam + at, d - k) * load_some<V>(s + k, d - k), d - k);
+      }
   });
 }
 
@@ -378,6 +413,9 @@ inline void hadamard_up(const HadamardUp& p, Runtime& rt) {
 }
 inline void hadamard_down(const HadamardDown& p, Runtime& rt) {
   with_dtype(p.dtype, [&](auto s) { hadamard_down_as<decltype(s)>(p, rt); });
+}
+inline void hadamard_add(const HadamardAdd& p, Runtime& rt) {
+  with_dtype(p.dtype, [&](auto s) { hadamard_add_as<decltype(s)>(p, rt); });
 }
 inline void hadamard_weight(const HadamardWeight& p, Runtime& rt) {
   with_dtype(p.dtype, [&](auto s) { hadamard_weight_as<decltype(s)>(p, rt); });

@@ -28,6 +28,7 @@ const Kernels& kernels() {
                                     hadamard_diagonals,
                                     hadamard_up,
                                     hadamard_down,
+                                    hadamard_add,
                                     hadamard_weight};
   return table;
 }

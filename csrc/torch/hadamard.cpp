@@ -82,8 +82,12 @@ class Steps {
     run(like, &Kernels::hadamard_gamma, &CudaKernels::hadamard_gamma,
         {s_, gam.const_data_ptr(), signs(b.s), gam_.mutable_data_ptr(), dtype_, range_.gamma});
     const int64_t bytes = s_.classes() * s_.n * bytes_of(dtype_);
-    const int64_t most = std::max<int64_t>(limit() / bytes, kFewest);
+    const int64_t limit = (in_caches() ? int64_t{1} : int64_t{64}) << 20;
+    const int64_t most = std::max<int64_t>(limit / bytes, kFewest);
     chunks_ = (T + most - 1) / most;
+    // Rows of z that one token reads should not all fall into the same sets of a cache.
+    if (in_caches() && T >= kFewest)
+      while (chunks_ < T && (T + chunks_ - 1) / chunks_ % 16 == 0) ++chunks_;
     largest_ = chunks_ ? (T + chunks_ - 1) / chunks_ : 0;
     slots_ = runs_on_cuda(like) ? std::min<int64_t>(largest_, 512)
                                 : std::min<int64_t>((largest_ + 15) / 16, 64);
@@ -116,12 +120,25 @@ class Steps {
       multiply(at_classes(z, p), columns(x, t, p), gamma(p).transposed(), 1, 0, dtype_, like_);
     });
   }
-  // y (T, d) = beta * y + the class products with w.
-  void outer(const Tensor& w, const Tensor& y, int64_t t, double beta) const {
+  // y (T, d) += the class products with w, or y = ... unless `accumulate`. `room` may be written.
+  void outer(const Tensor& w, const Tensor& y, int64_t t, bool accumulate,
+             const Tensor& room) const {
+    const double scale = b_.scale / (range_.gamma * range_.back);
+    if (!in_caches()) {
+      each_part([&](const Part& p) {
+        multiply(columns(y, t, p), at_classes(w, p), gamma(p), scale, accumulate, dtype_, like_);
+      });
+      return;
+    }
     each_part([&](const Part& p) {
-      multiply(columns(y, t, p), at_classes(w, p), gamma(p),
-               b_.scale / (range_.gamma * range_.back), beta, dtype_, like_);
+      MatrixBatch out = at_classes(room, p);
+      out.data = element(room, p.first * out.next + p.place), out.cols = p.width;
+      multiply(out, at_classes(w, p), gamma(p), 1, 0, dtype_, like_);
     });
+    TorchRuntime runtime;
+    cpu_kernels().hadamard_add({s_, room.const_data_ptr(), const_cast<void*>(element(y, t * s_.d)),
+                                dtype_, tokens_, scale, accumulate},
+                               runtime);
   }
   // The gradient of gamma from w and x (T, d); from the second chunk on, added.
   void gradient(const Tensor& w, const Tensor& x, int64_t t) const {
@@ -202,12 +219,9 @@ class Steps {
     return {element(gam_, p.column), p.count, s_.n, p.width, p.width, s_.d, 1};
   }
 
-  // z or w of one chunk should stay in the caches. In 16 bits each chunk rounds the gradient of
-  // gamma, and on a GPU each costs launches: there only memory limits them.
-  int64_t limit() const {
-    const bool caches = !runs_on_cuda(like_) && bytes_of(dtype_) > 2;
-    return (caches ? int64_t{2} : int64_t{64}) << 20;
-  }
+  // Whether z and w of one chunk should stay in the caches. In 16 bits each chunk rounds the
+  // gradient of gamma, and on a GPU each costs launches: there only memory limits a chunk.
+  bool in_caches() const { return !runs_on_cuda(like_) && bytes_of(dtype_) > 2; }
   static constexpr int64_t kFewest = 64;
 
   const HadamardBasis& b_;
@@ -249,14 +263,14 @@ Tensor hadamard_linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Ten
   if (merge) return torch_linear(xc, merged(b, *weight), bias);
   Tensor y = weight ? as_contiguous(torch_linear(xc, *weight, bias)) : like_output(xc, b.out());
   Steps steps(b, xc, sizes.T);
-  const Tensor z = steps.for_classes();
+  const Tensor z = steps.for_classes(), room = expand ? z : steps.for_classes();
   steps.each_chunk([&](int64_t t) {
     if (expand) {
       steps.inner(xc, t, z);
       steps.up(z, y, t, weight.has_value());
     } else {
       steps.down(xc, t, z, nullptr);
-      steps.outer(z, y, t, weight ? 1 : 0);
+      steps.outer(z, y, t, weight.has_value(), room);
     }
   });
   return y;
@@ -287,7 +301,7 @@ std::tuple<Tensor, Tensor, Tensor> hadamard_linear_backward(
       if (need_diagonals || !expand) steps.inner(of_d, t, z);
       if (add_x && !expand) steps.up(z, dx, t, weight.has_value());
       if (need_diagonals || expand) steps.down(of_D, t, w, need_diagonals ? &z : nullptr);
-      if (add_x && expand) steps.outer(w, dx, t, weight ? 1 : 0);
+      if (add_x && expand) steps.outer(w, dx, t, weight.has_value(), z);
       if (need_diagonals) steps.gradient(w, of_d, t);
     });
     if (need_diagonals) std::tie(dlam, dgam) = steps.diagonals();
