@@ -5,6 +5,7 @@
 // before it reads anything else.
 #pragma once
 #include "device.h"
+#include "hadamard.h"
 #include "operators.h"
 
 namespace randlora {
@@ -42,6 +43,11 @@ struct CudaKernels {
   void (*block_linear)(const BlockLinear&, Device&);
   void (*linear)(const Linear&, Device&);
   void (*linear_backward)(const LinearBackward&, Device&);
+  void (*hadamard_gamma)(const HadamardGamma&, Device&);
+  void (*hadamard_diagonals)(const HadamardDiagonals&, Device&);
+  void (*hadamard_up)(const HadamardUp&, Device&);
+  void (*hadamard_down)(const HadamardDown&, Device&);
+  void (*hadamard_weight)(const HadamardWeight&, Device&);
 };
 
 // A hash of csrc/core/*.h: both libraries must agree on the layout of the structs and classes

@@ -36,6 +36,11 @@ randlora_cuda_kernels() {
                                         cuda::block_delta,
                                         cuda::block_linear,
                                         cuda::linear,
-                                        cuda::linear_backward};
+                                        cuda::linear_backward,
+                                        cuda::hadamard_gamma,
+                                        cuda::hadamard_diagonals,
+                                        cuda::hadamard_up,
+                                        cuda::hadamard_down,
+                                        cuda::hadamard_weight};
   return &table;
 }
