@@ -21,7 +21,6 @@ struct CudaKernels {
 
   // The operators: csrc/cuda/kernels.h.
   void (*fill_planes)(const FillPlanes&, Device&);
-  void (*fill_blocks)(const FillBlocks&, Device&);
   int64_t (*count_lists)(const Planes&, int64_t rows, int64_t cols, bool by_column, int64_t* offset,
                          Device&);
   void (*fill_lists)(const Planes&, int64_t rows, int64_t cols, bool by_column,
@@ -39,8 +38,6 @@ struct CudaKernels {
   void (*add_rounded)(const AddRounded&, Device&);
   void (*delta_weight)(const DeltaWeight&, Device&);
   void (*delta_weight_backward)(const DeltaWeightBackward&, Device&);
-  void (*block_delta)(const BlockDelta&, Device&);
-  void (*block_linear)(const BlockLinear&, Device&);
   void (*linear)(const Linear&, Device&);
   void (*linear_backward)(const LinearBackward&, Device&);
   void (*hadamard_gamma)(const HadamardGamma&, Device&);

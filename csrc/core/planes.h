@@ -2,8 +2,6 @@
 //
 //   planes[0][row][word]  bit b is set if element (row, 64 * word + b) is +1
 //   planes[1][row][word]  the same for -1;  bits past the last column are zero
-//
-// A matrix without zeros may omit the second plane: every element that is not +1 is -1.
 #pragma once
 #include <cstdint>
 
@@ -14,8 +12,8 @@ namespace randlora {
 RANDLORA_HD int64_t words_of(int64_t cols) { return (cols + 63) / 64; }
 
 struct Planes {
-  const uint64_t* plus = nullptr;   // (rows, words)
-  const uint64_t* minus = nullptr;  // (rows, words), or null
+  const uint64_t* plus = nullptr;  // (rows, words)
+  const uint64_t* minus = nullptr;
   int64_t words = 0;
 
   // `count` <= 64 bits of a row from column `col` on, moved to bit 0. They may span two words.

@@ -1,4 +1,4 @@
-// out = base + delta, rounded once to 16 bits: W + dW for block bases and dense bases.
+// out = base + delta, rounded once to 16 bits: W + dW for dense bases.
 #pragma once
 #include "../core/operators.h"
 #include "../core/stochastic.h"

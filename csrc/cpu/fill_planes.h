@@ -1,8 +1,5 @@
 // Generates bit planes from the specification. 64 columns come from 16 counters with 4 output words
 // each, so a word of a plane takes four 16-lane compares. Rows and columns may start anywhere.
-//
-// Block bases store signs by column: a word has 64 rows of one column. There the lanes are rows. A
-// counter gives words of up to four columns; counters without a column in the chunk are skipped.
 #pragma once
 #include "../core/operators.h"
 #include "../core/ternary_spec.h"
@@ -79,37 +76,6 @@ inline void fill_planes(const FillPlanes& p, Runtime& rt) {
         const uint64_t keep = w + 1 == words ? tail : ~uint64_t{0};
         p.plus[q * words + w] = word[0] & keep;
         p.minus[q * words + w] = word[1] & keep;
-      }
-    }
-  });
-}
-
-inline void fill_blocks(const FillBlocks& p, Runtime& rt) {
-  const int64_t words = words_of(p.height), groups = p.column_groups();
-  const uint32_t half = threshold(1.0);
-  rt.split(p.chunks * words, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t at = begin; at < end; ++at) {
-      const int64_t chunk = at / words, word = at % words, left = p.height - 64 * word;
-      const uint32_t first_row = uint32_t((p.first_chunk + chunk) * p.height + 64 * word);
-      const uint64_t keep = left < 64 ? (uint64_t{1} << left) - 1 : ~uint64_t{0};
-      for (int64_t e = 0; e < groups * kCountersPerGroup; ++e) {
-        const int64_t group = p.first_group() + e / kCountersPerGroup, l = e % kCountersPerGroup;
-        uint64_t* row[4];
-        p.rows_of(chunk, group, l, row);
-        if (!row[0] && !row[1] && !row[2] && !row[3]) continue;
-        uint64_t bits[4] = {0, 0, 0, 0};
-        for (uint32_t part = 0; part < 4; ++part) {
-          uint32_t c[4][16];
-          for (uint32_t lane = 0; lane < 16; ++lane) {
-            const Counter4 start = counter_of(kRoleB, first_row + 16 * part + lane,
-                                              uint32_t(group * kCountersPerGroup + l));
-            for (int w = 0; w < 4; ++w) c[w][lane] = start.v[w];
-          }
-          philox_16(p.seed, c);
-          for (int w = 0; w < 4; ++w) bits[w] |= below(c[w], half) << (16 * part);
-        }
-        for (int w = 0; w < 4; ++w)
-          if (row[w]) row[w][word] = bits[w] & keep;
       }
     }
   });

@@ -1,7 +1,6 @@
 // The table of one instruction set's kernels; dispatch.cpp chooses among these tables.
 #pragma once
 #include "add_rounded.h"
-#include "block_classes.h"
 #include "delta_weight.h"
 #include "fill_planes.h"
 #include "linear.h"
@@ -15,19 +14,9 @@ namespace randlora {
 namespace RANDLORA_ISA {
 
 const Kernels& kernels() {
-  static constexpr Kernels table = {RANDLORA_STRING(RANDLORA_ISA),
-                                    fill_planes,
-                                    fill_blocks,
-                                    scaled_basis,
-                                    scaled_basis_backward,
-                                    add_rounded,
-                                    sign_columns,
-                                    hadamard_mix,
-                                    row_dots,
-                                    delta_weight,
-                                    delta_weight_backward,
-                                    linear,
-                                    linear_backward};
+  static constexpr Kernels table = {RANDLORA_STRING(RANDLORA_ISA), fill_planes, scaled_basis,
+                                    scaled_basis_backward,         add_rounded, delta_weight,
+                                    delta_weight_backward,         linear,      linear_backward};
   return table;
 }
 

@@ -1,6 +1,5 @@
-// A'[j * n + i, k] = scale * lam[j, i] * A[j, k] * gam[i, h * w + k] and its gradients. Row j of A
-// has the w columns of its group h; with one group and scale 1 this is PEFT's UniqueBaseGrad. Each
-// way takes one pass over the (K, w) matrix, without temporaries of that size.
+// A'[j * n + i, k] = lam[j, i] * A[j, k] * gam[i, k] (PEFT's UniqueBaseGrad) and its gradients. Each
+// way takes one pass over the (K, d) matrix, without temporaries of that size.
 #pragma once
 #include "../core/operators.h"
 #include "token_block.h"
@@ -14,13 +13,12 @@ void scaled_basis_as(const ScaledBasis& p, Runtime& rt) {
   const C *A = static_cast<const C*>(p.A), *lam = static_cast<const C*>(p.lam),
           *gam = static_cast<const C*>(p.gam);
   S* out = static_cast<S*>(p.out);
-  const int64_t w = p.d / p.groups, group_rows = p.r / p.groups;
   rt.split(p.r * p.n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       const int64_t j = c / p.n, i = c % p.n;
-      const C *a = A + j * w, *g = gam + i * p.d + j / group_rows * w, l = C(p.scale) * lam[c];
-      S* row = out + c * w;
-      for (int64_t k = 0; k < w; ++k) narrow(l * a[k] * g[k], row + k);
+      const C *a = A + j * p.d, *g = gam + i * p.d, l = lam[c];
+      S* row = out + c * p.d;
+      for (int64_t k = 0; k < p.d; ++k) narrow(l * a[k] * g[k], row + k);
     }
   });
 }
@@ -34,31 +32,30 @@ void scaled_basis_backward_as(const ScaledBasisBackward& p, Runtime& rt) {
           *gam = static_cast<const C*>(p.gam);
   const S* grad = static_cast<const S*>(p.grad);
   C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
-  const int64_t w = p.d / p.groups, group_rows = p.r / p.groups;
   // A base owns a row of dgam and a column of dlam, and reads each of its rows of grad once.
   rt.split(p.n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       __builtin_memset(dgam + i * p.d, 0, size_t(p.d) * sizeof(C));
       for (int64_t j = 0; j < p.r; ++j) {
-        const int64_t c = j * p.n + i, in_gam = i * p.d + j / group_rows * w;
-        const S* G = grad + c * w;
-        const C *a = A + j * w, *g = gam + in_gam, l = C(p.scale) * lam[c];
-        C* dg = dgam + in_gam;
+        const int64_t c = j * p.n + i;
+        const S* G = grad + c * p.d;
+        const C *a = A + j * p.d, *g = gam + i * p.d, l = lam[c];
+        C* dg = dgam + i * p.d;
         V sum{};
         C rest = 0;
         int64_t k = 0;
-        for (; k + L <= w; k += L) {
+        for (; k + L <= p.d; k += L) {
           const V GA = load_as<V>(G + k) * load<V>(a + k);
           sum += GA * load<V>(g + k);
           store(dg + k, load<V>(dg + k) + GA * l);
         }
-        for (; k < w; ++k) {
+        for (; k < p.d; ++k) {
           const C GA = widen(G[k]) * a[k];
           rest += GA * g[k];
           dg[k] += GA * l;
         }
         for (int q = 0; q < L; ++q) rest += sum[q];
-        dlam[c] = C(p.scale) * rest;
+        dlam[c] = rest;
       }
     }
   });

@@ -12,7 +12,6 @@ namespace cuda {
 
 // generation and packing (fill_planes.cu, lists.cu, dense.cu): the CPU's results, bit for bit
 void fill_planes(const FillPlanes& p, Device& device);
-void fill_blocks(const FillBlocks& p, Device& device);
 int64_t count_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column,
                     int64_t* offset, Device& device);
 void fill_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column,
@@ -39,12 +38,6 @@ void add_rounded(const AddRounded& p, Device& device);
 // delta_weight.cu chooses delta_lists.cu or delta_planes.cu by the format of B
 void delta_weight(const DeltaWeight& p, Device& device);
 void delta_weight_backward(const DeltaWeightBackward& p, Device& device);
-
-// block_delta.cu
-void block_delta(const BlockDelta& p, Device& device);
-
-// block_few.cu
-void block_linear(const BlockLinear& p, Device& device);
 
 // hadamard/*.cu: what surrounds the class products of Hadamard bases (core/hadamard.h)
 void hadamard_gamma(const HadamardGamma& p, Device& device);
