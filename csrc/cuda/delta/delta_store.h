@@ -56,7 +56,11 @@ struct DeltaStore {
   }
 
   __device__ __forceinline__ void one(int64_t e, C sum) const {
-    const C x = base ? widen(base[e]) + scale * sum : scale * sum;
+    one(e, sum, base ? base[e] : S{});
+  }
+  // The same with the element of the base that the caller has loaded, or zero.
+  __device__ __forceinline__ void one(int64_t e, C sum, S old) const {
+    const C x = widen(old) + scale * sum;
     if constexpr (sizeof(S) == 2)
       if (stochastic) {
         out[e] = round_stochastic(x, rounding_word(seed, static_cast<uint64_t>(e)), S{});

@@ -7,8 +7,9 @@
 // N are added first, and the transform has N numbers however large D is.
 //
 // Without sums a thread block takes one token, or several if rows are short. With sums it takes a
-// slot and walks its tokens; a thread always has the same elements of sums, so nobody else touches
-// them and their order is that of the tokens.
+// slot and walks its tokens; it mixes z into a second part of shared memory and keeps the sums in a
+// third, where always the same thread adds to an element: nobody else touches it, and the order is
+// that of the tokens.
 //
 // Floor: y (and z) read and w written once.
 #include "../device/launch.h"
@@ -24,29 +25,31 @@ __device__ __forceinline__ void read_y(const HadamardDown& p, const Rows<C, Scra
                                        int64_t t0, int64_t tokens, const Share& share) {
   using At = Edge<S, Aligned>;
   constexpr int V = At::V;
-  const int64_t N = int64_t{1} << log, items = tokens << log >> kBits<C>;
+  const int64_t N = int64_t{1} << log, D = p.sizes.D, items = tokens << log >> kBits<C>;
   for (int64_t g = share.first; g < items; g += share.step) {
     const At at(g, log);
-    const S* y = static_cast<const S*>(p.y) + (t0 + at.row) * p.sizes.D;
+    const S* y = static_cast<const S*>(p.y) + (t0 + at.row) * D;
     C v[kValues<C>];
 #pragma unroll
     for (int e = 0; e < kValues<C>; ++e) v[e] = C(0);
+#pragma unroll 1
+    for (int64_t turn = 0; turn < D; turn += N) {
 #pragma unroll
-    for (int e = 0; e < At::kCount; ++e) {
-      if constexpr (Aligned) {
-        for (int64_t o = (at.first + at.place(e) - p.sizes.first_row) & (N - 1); o < p.sizes.D;
-             o += N) {
+      for (int e = 0; e < At::kCount; ++e) {
+        if constexpr (Aligned) {
+          const int64_t o = turn + at.row_of(e, 0, p.sizes.first_row);
+          if (o >= D) continue;
           const auto sign = *reinterpret_cast<const Piece<int8_t, V>*>(p.row + o);
           const auto from = *reinterpret_cast<const Pack<S, V>*>(y + o);
 #pragma unroll
           for (int u = 0; u < V; ++u) v[e * V + u] += with_sign(widen(from.get(u)), sign.v[u]);
-        }
-      } else {
+        } else {
 #pragma unroll
-        for (int u = 0; u < V; ++u)
-          for (int64_t o = (at.column(u) + at.place(e) - p.sizes.first_row) & (N - 1);
-               o < p.sizes.D; o += N)
-            v[e * V + u] += with_sign(widen(y[o]), p.row[o]);
+          for (int u = 0; u < V; ++u) {
+            const int64_t o = turn + at.row_of(e, u, p.sizes.first_row);
+            if (o < D) v[e * V + u] += with_sign(widen(y[o]), p.row[o]);
+          }
+        }
       }
     }
     hadamard<V>(v);
@@ -54,113 +57,136 @@ __device__ __forceinline__ void read_y(const HadamardDown& p, const Rows<C, Scra
   }
 }
 
+// From u times lam and col in rows.
 template <class S, bool Scratch, class C = typename ComputeOf<S>::type>
 __device__ __forceinline__ void write_w(const HadamardDown& p, const Rows<C, Scratch>& rows,
                                         int log, int64_t t0, int64_t tokens, const Share& share) {
   using Index = typename Rows<C, Scratch>::Index;
-  const C *lam = static_cast<const C*>(p.lam), scale = static_cast<C>(p.scale);
+  const C scale = static_cast<C>(p.scale);
   const Index n = Index(p.sizes.n), columns = Index(tokens) * n;
   const int64_t stride = p.T * p.sizes.n, first_class = p.sizes.first_class(),
                 end_class = first_class + p.sizes.classes();
   S* w = static_cast<S*>(p.w) + t0 * p.sizes.n - first_class * stride;
-  with_block_of_ranks<C>(p.sizes.r, [&](auto m) {
+  with_constants<C>(p.sizes, [&](auto m, auto even) {
     constexpr int M = decltype(m)::value;
     const Index first_block = Index(first_class / M), blocks = Index(ceil_div(end_class, M));
     const Index items = columns * (blocks - first_block);
     for (Index item = Index(share.first); item < items; item += Index(share.step)) {
       const Index of_block = item / columns, block = first_block + of_block;
       const Index q = item - of_block * columns, t = q / n, i = q - t * n;
+      const Strided<C, Scratch, decltype(even)::value> u{rows, (t << log) + i, n};
       C v[M];
-      mix(v, block, 0, p.sizes.r, [&](int64_t j) {
-        const Index c = Index(j) * n + i;
-        return with_sign(lam[c] * *rows.at((t << log) + c), p.col[c]);
-      });
+      mix(v, block, 0, p.sizes.r, [&](int64_t from, int e) { return u.at(Index(from), e); });
+      S* to = w + q + int64_t{block} * M * stride;
 #pragma unroll
       for (int e = 0; e < M; ++e) {
         const int64_t k = int64_t{block} * M + e;
-        if (k >= first_class && k < end_class) w[k * stride + q] = narrow<S>(scale * v[e]);
+        if (k >= first_class && k < end_class) to[e * stride] = narrow<S>(scale * v[e]);
       }
     }
   });
 }
 
-// Adds what these tokens give to sums (K).
-template <class S, bool Scratch, class C = typename ComputeOf<S>::type>
-__device__ __forceinline__ void add_sums(const HadamardDown& p, const Rows<C, Scratch>& rows,
-                                         int log, int64_t t0, int64_t tokens, C* sums,
-                                         const Share& share) {
-  using Index = typename Rows<C, Scratch>::Index;
-  const Mixed<S> z(p.sizes, p.z, p.T, t0);
-  const Index n = Index(p.sizes.n);
-  with_block_of_ranks<C>(p.sizes.r, [&](auto m) {
-    constexpr int M = decltype(m)::value;
-    const Index items = n * Index(ceil_div(p.sizes.r, M));
-    for (Index item = Index(share.first); item < items; item += Index(share.step)) {
-      const Index block = item / n, i = item - block * n;
-#pragma unroll 1
-      for (Index t = 0; t < Index(tokens); ++t) {
-        C v[M];
-        z.get(v, block, t * n + i);
+// sum[e] += a[e] b[e], for kValues numbers.
+template <class C>
+__device__ __forceinline__ void add_products(const C (&a)[kValues<C>], const C* b, C* sum) {
+  constexpr int V = kPerAccess<C>;
 #pragma unroll
-        for (int e = 0; e < M; ++e) {
-          const Index c = (block * M + e) * n + i;
-          if (block * M + e < Index(p.sizes.r)) sums[c] += v[e] * *rows.at((t << log) + c);
-        }
-      }
-    }
-  });
-}
-
-template <class S, bool Aligned>
-__global__ void hadamard_down_kernel(HadamardDown p, int log, int64_t of_block) {
-  using C = typename ComputeOf<S>::type;
-  const Rows<C, false> rows{reinterpret_cast<C*>(shared_memory())};
-  const int64_t begin = p.z ? blockIdx.x * p.T / p.slots : blockIdx.x * of_block;
-  const int64_t end = p.z ? (blockIdx.x + 1) * p.T / p.slots : min(begin + of_block, p.T);
-  C* sums = static_cast<C*>(p.sums) + blockIdx.x * p.sizes.K();
-  if (p.z)
-    for (int64_t c = threadIdx.x; c < p.sizes.K(); c += blockDim.x) sums[c] = C(0);
-  for (int64_t t0 = begin; t0 < end; t0 += of_block) {
-    const int64_t tokens = min(of_block, end - t0);
-    read_y<S, Aligned>(p, rows, log, t0, tokens, share_of_block());
-    transform_in_block(rows, log, kEdgeBits<S>, of_block << log);
-    write_w<S>(p, rows, log, t0, tokens, share_of_block());
-    if (p.z) add_sums<S>(p, rows, log, t0, tokens, sums, share_of_block());
-    __syncthreads();
+  for (int e = 0; e < kValues<C>; e += V) {
+    const auto factors = *reinterpret_cast<const Piece<C, V>*>(b + e);
+    auto& sums = *reinterpret_cast<Piece<C, V>*>(sum + e);
+    Piece<C, V> x = sums;
+#pragma unroll
+    for (int u = 0; u < V; ++u) x.v[u] += a[e + u] * factors.v[u];
+    sums = x;
   }
 }
 
-template <class S>
-__global__ void hadamard_down_load_kernel(HadamardDown p, typename ComputeOf<S>::type* scratch,
-                                          int log, int64_t t0, int64_t tokens) {
-  read_y<S, false>(p, Rows<typename ComputeOf<S>::type, true>{scratch}, log, t0, tokens,
-                   share_of_grid());
+template <class S, bool Aligned, class C = typename ComputeOf<S>::type>
+__global__ void hadamard_down_kernel(HadamardDown p, Diagonal<C> diagonal, int log,
+                                     int64_t of_block) {
+  const int64_t N = int64_t{1} << log, K = p.sizes.K();
+  const int64_t size = Rows<C, false>::bytes(of_block << log) / sizeof(C);
+  const Rows<C, false> rows{reinterpret_cast<C*>(shared_memory())}, mixed{rows.numbers + size},
+      sums{mixed.numbers + size};
+  const int64_t begin = p.z ? blockIdx.x * p.T / p.slots : blockIdx.x * of_block;
+  const int64_t end = p.z ? (blockIdx.x + 1) * p.T / p.slots : min(begin + of_block, p.T);
+  const Share share = share_of_block();
+  if (p.z) {
+    for (int64_t e = share.first; e < size; e += share.step) sums.numbers[e] = C(0);
+    __syncthreads();
+  }
+  for (int64_t t0 = begin; t0 < end; t0 += of_block) {
+    const int64_t tokens = min(of_block, end - t0);
+    read_y<S, Aligned>(p, rows, log, t0, tokens, share);
+    if (p.z) write_mixed<S>(p.sizes, p.z, p.T, mixed, log, t0, tokens, share);
+    __syncthreads();
+    middle_passes(rows, log, kEdgeBits<S>, tokens << log);
+    low_pass(
+        rows, tokens << log, share, [](auto&, int) {},
+        [&](auto& v, int x) {
+          if (p.z) add_products(v, mixed.at(x), sums.at(x));
+          diagonal.apply(v, x & (N - 1));
+        });
+    __syncthreads();
+    write_w<S>(p, rows, log, t0, tokens, share);
+    __syncthreads();
+  }
+  if (!p.z) return;
+  C* out = static_cast<C*>(p.sums) + blockIdx.x * K;
+  for (int c = static_cast<int>(share.first); c < K; c += static_cast<int>(share.step)) {
+    C sum = *sums.at(c);
+    for (int t = 1; t < of_block; ++t) sum += *sums.at((t << log) + c);
+    out[c] = sum;
+  }
 }
-template <class S>
-__global__ void hadamard_down_mix_kernel(HadamardDown p, typename ComputeOf<S>::type* scratch,
-                                         int log, int64_t t0, int64_t tokens) {
-  write_w<S>(p, Rows<typename ComputeOf<S>::type, true>{scratch}, log, t0, tokens, share_of_grid());
+
+template <class S, class C = typename ComputeOf<S>::type>
+__global__ void hadamard_down_load_kernel(HadamardDown p, C* scratch, int log, int64_t t0,
+                                          int64_t tokens) {
+  read_y<S, false>(p, Rows<C, true>{scratch}, log, t0, tokens, share_of_grid());
 }
+// Replaces u by u times lam and col, and z, mixed (unless null), by its product with u.
 template <class C>
-__global__ void hadamard_down_clear_kernel(C* sums, int64_t count) {
-  for (int64_t e = share_of_grid().first; e < count; e += share_of_grid().step) sums[e] = C(0);
+__global__ void hadamard_down_low_kernel(Diagonal<C> diagonal, C* u, C* mixed, int log,
+                                         int64_t tokens) {
+  const int64_t N = int64_t{1} << log;
+  low_pass(
+      Rows<C, true>{u}, tokens << log, share_of_grid(), [](auto&, int64_t) {},
+      [&](auto& v, int64_t x) {
+        if (mixed)
+          for (int e = 0; e < kValues<C>; ++e) mixed[x + e] *= v[e];
+        diagonal.apply(v, x & (N - 1));
+      });
 }
-// blockIdx.y is the slot. The scratch memory has tokens t0 to t0 + tokens - 1.
-template <class S>
-__global__ void hadamard_down_sums_kernel(HadamardDown p, typename ComputeOf<S>::type* scratch,
-                                          int log, int64_t t0, int64_t tokens) {
-  using C = typename ComputeOf<S>::type;
+template <class S, class C = typename ComputeOf<S>::type>
+__global__ void hadamard_down_mix_z_kernel(HadamardDown p, C* mixed, int log, int64_t t0,
+                                           int64_t tokens) {
+  write_mixed<S>(p.sizes, p.z, p.T, Rows<C, true>{mixed}, log, t0, tokens, share_of_grid());
+}
+template <class S, class C = typename ComputeOf<S>::type>
+__global__ void hadamard_down_mix_kernel(HadamardDown p, C* scratch, int log, int64_t t0,
+                                         int64_t tokens) {
+  write_w<S>(p, Rows<C, true>{scratch}, log, t0, tokens, share_of_grid());
+}
+// Adds the products of tokens t0 to t0 + tokens - 1 to their slots; blockIdx.y is the slot.
+template <class C>
+__global__ void hadamard_down_sums_kernel(HadamardDown p, const C* products, int log, int64_t t0,
+                                          int64_t tokens) {
   const int64_t slot = blockIdx.y, begin = slot * p.T / p.slots, end = (slot + 1) * p.T / p.slots;
-  const int64_t from = max(begin, t0), to = min(end, t0 + tokens);
-  if (from < to)
-    add_sums<S>(p, Rows<C, true>{scratch + ((from - t0) << log)}, log, from, to - from,
-                static_cast<C*>(p.sums) + slot * p.sizes.K(), share_of_grid());
+  C* sums = static_cast<C*>(p.sums) + slot * p.sizes.K();
+  for (int64_t c = share_of_grid().first; c < p.sizes.K(); c += share_of_grid().step) {
+    C sum = t0 == 0 ? C(0) : sums[c];
+    for (int64_t t = max(begin, t0); t < min(end, t0 + tokens); ++t)
+      sum += products[((t - t0) << log) + c];
+    sums[c] = sum;
+  }
 }
 
 template <class S>
 void down(const HadamardDown& p, Device& device) {
   using C = typename ComputeOf<S>::type;
-  const Plan<S> plan(p.sizes, p.T, device);
+  const Plan<S> plan(p.sizes, p.T / (p.z ? p.slots : device.multiprocessors), device, p.z ? 3 : 1);
   if (plan.fits(device)) {
     constexpr int V = kPerAccess<S>;
     const bool aligned = aligned_rows(p.sizes.D, V, p.y) && p.sizes.first_row % V == 0 &&
@@ -168,31 +194,35 @@ void down(const HadamardDown& p, Device& device) {
     launch(device, "hadamard_down",
            aligned ? hadamard_down_kernel<S, true> : hadamard_down_kernel<S, false>,
            static_cast<unsigned>(p.z ? p.slots : ceil_div(p.T, plan.rows)), plan.threads,
-           plan.shared, p, plan.log, plan.rows);
+           plan.shared, p, Diagonal<C>(p), plan.log, plan.rows);
     return;
   }
   InScratch<C> all(plan.log, p.T, device);
-  if (p.z)
-    launch(device, "hadamard_down_clear", hadamard_down_clear_kernel<C>,
-           all.blocks(p.slots * p.sizes.K()), all.threads, 0, static_cast<C*>(p.sums),
-           p.slots * p.sizes.K());
+  C* mixed = p.z ? scratch<C>(device, all.chunk << plan.log) : nullptr;
   all.each([&](int64_t t0, int64_t tokens) {
-    launch(device, "hadamard_down_load", hadamard_down_load_kernel<S>,
-           all.blocks(tokens << plan.log >> kBits<C>), all.threads, 0, p, all.numbers, plan.log, t0,
-           tokens);
+    const auto of_numbers = all.blocks(tokens << plan.log >> kBits<C>),
+               of_bases = all.blocks(tokens * p.sizes.n);
+    launch(device, "hadamard_down_load", hadamard_down_load_kernel<S>, of_numbers, all.threads, 0,
+           p, all.numbers, plan.log, t0, tokens);
     all.transform(kEdgeBits<S>, tokens);
-    launch(device, "hadamard_down_mix", hadamard_down_mix_kernel<S>, all.blocks(tokens * p.sizes.n),
-           all.threads, 0, p, all.numbers, plan.log, t0, tokens);
     if (p.z)
-      launch(device, "hadamard_down_sums", hadamard_down_sums_kernel<S>,
-             dim3(all.blocks(p.sizes.n), static_cast<unsigned>(p.slots)), all.threads, 0, p,
-             all.numbers, plan.log, t0, tokens);
+      launch(device, "hadamard_down_mix_z", hadamard_down_mix_z_kernel<S>, of_bases, all.threads, 0,
+             p, mixed, plan.log, t0, tokens);
+    launch(device, "hadamard_down_low", hadamard_down_low_kernel<C>, of_numbers, all.threads, 0,
+           Diagonal<C>(p), all.numbers, mixed, plan.log, tokens);
+    launch(device, "hadamard_down_mix", hadamard_down_mix_kernel<S>, of_bases, all.threads, 0, p,
+           all.numbers, plan.log, t0, tokens);
+    if (p.z)
+      launch(device, "hadamard_down_sums", hadamard_down_sums_kernel<C>,
+             dim3(all.blocks(p.sizes.K()), static_cast<unsigned>(p.slots)), all.threads, 0, p,
+             mixed, plan.log, t0, tokens);
   });
 }
 
 }  // namespace
 
-// One launch, if rows of N numbers fit shared memory; else several for each chunk of tokens.
+// One launch. If N numbers (with z: 3 N) do not fit shared memory: 3 (with z: 5) and up to 4 middle
+// passes for each chunk of tokens.
 void hadamard_down(const HadamardDown& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) { down<decltype(s)>(p, device); });
 }

@@ -7,10 +7,12 @@
 // If W is stored by columns k (transposed), a thread block makes a column, or several if they are
 // short, as hadamard_up makes a token. Otherwise neighbouring threads have neighbouring columns,
 // and a thread block makes kColumns of them, for as many rows of H as fit shared memory: rows
-// [part * O, part * O + O). It adds the v of all c that are equal modulo O, with the signs of H for
-// the bits above, and transforms O numbers.
+// [part << log, (part + 1) << log). It adds the v of all c that are equal in their last `log` bits,
+// with the signs that H has for the bits above, and transforms the sums.
 //
-// Floor: W read and W' written once.
+// Floor: W read and W' written once. In 16 bits the kColumns of a row are half a sector, so L2,
+// where the neighbouring block's half meets it, moves twice the bytes; more columns would leave
+// fewer rows, and each block forms all v of its columns.
 #include <algorithm>
 
 #include "../delta/delta_store.h"
@@ -22,58 +24,79 @@ namespace randlora {
 namespace cuda {
 namespace {
 
+// The signs of row m of H by j, from a word for 32 of them.
+struct SignsOfRow {
+  int64_t m;
+  uint32_t low = 0;
+  __device__ __forceinline__ explicit SignsOfRow(int64_t m_) : m(m_) {
+    constexpr uint32_t kHaveBit[] = {0xaaaaaaaau, 0xccccccccu, 0xf0f0f0f0u, 0xff00ff00u,
+                                     0xffff0000u};
+#pragma unroll
+    for (int bit = 0; bit < 5; ++bit)
+      if (m >> bit & 1) low ^= kHaveBit[bit];
+  }
+  // Of j = 32 * block and following, as bits.
+  __device__ __forceinline__ uint32_t word(int64_t block) const {
+    return minus(m >> 5, block) ? ~low : low;
+  }
+};
+
 // ---- by columns: like tokens --------------------------------------------------------------------
 
-template <class S, bool Aligned>
-__global__ void hadamard_weight_rows_kernel(HadamardWeight p, DeltaStore<S> store, int log,
-                                            int64_t of_block) {
-  using C = typename ComputeOf<S>::type;
+template <class S, bool Aligned, class C = typename ComputeOf<S>::type>
+__global__ void hadamard_weight_rows_kernel(HadamardWeight p, DeltaStore<S> store,
+                                            Diagonal<C> diagonal, int log, int64_t of_block) {
   using At = Edge<S, Aligned>;
   constexpr int V = At::V;
   const Rows<C, false> rows{reinterpret_cast<C*>(shared_memory())};
   const int64_t k0 = blockIdx.x * of_block, d = p.sizes.d, D = p.sizes.D, N = int64_t{1} << log;
-  const int columns = static_cast<int>(min(of_block, d - k0));
-  const int n = static_cast<int>(p.sizes.n), K = static_cast<int>(p.sizes.K());
-  const C *lam = static_cast<const C*>(p.lam), *gam = static_cast<const C*>(p.gam);
+  const int columns = static_cast<int>(min(of_block, d - k0)), count = columns << log;
+  const int n = static_cast<int>(p.sizes.n), r = static_cast<int>(p.sizes.r);
+  const C* gam = static_cast<const C*>(p.gam);
 
   for (int item = threadIdx.x; item < columns * n; item += blockDim.x) {
     const int k = item % columns, i = item / columns;
-    const int64_t m = (p.sizes.first_column + k0 + k) / n;
+    const SignsOfRow signs((p.sizes.first_column + k0 + k) / n);
     const C g = with_sign(gam[i * d + k0 + k], p.s[k0 + k]);
-#pragma unroll 4
-    for (int c = i, j = 0; c < K; c += n, ++j) {
-      const C x = with_sign(lam[c] * g, p.col[c]);
-      *rows.at((k << log) + c) = minus(j, m) ? -x : x;
+    for (int from = 0; from < r; from += 32) {
+      const uint32_t word = signs.word(from / 32);
+      int c = (k << log) + from * n + i;
+#pragma unroll 8
+      for (int e = 0; e < 32 && from + e < r; ++e, c += n) *rows.at(c) = word >> e & 1 ? -g : g;
     }
   }
-  const int rest = (1 << log) - K;
-  for (int item = threadIdx.x; item < columns * rest; item += blockDim.x)
-    *rows.at((item / rest << log) + K + item % rest) = C(0);
+  __syncthreads();
+  low_pass(
+      rows, count, share_of_block(), [&](auto& v, int x) { diagonal.apply(v, x & (N - 1)); },
+      [](auto&, int) {});
+  __syncthreads();
+  middle_passes(rows, log, kEdgeBits<S>, count);
 
-  transform_in_block(rows, log, kEdgeBits<S>, of_block << log);
-
-  for (int g = threadIdx.x; g < columns << log >> kBits<C>; g += blockDim.x) {
+  for (int g = threadIdx.x; g < count >> kBits<C>; g += blockDim.x) {
     const At at(g, log);
     C v[kValues<C>];
     at.load(rows, v);
     hadamard<V>(v);
     const int64_t begin = (k0 + at.row) * D;
+#pragma unroll 1
+    for (int64_t turn = 0; turn < D; turn += N) {
 #pragma unroll
-    for (int e = 0; e < At::kCount; ++e) {
-      if constexpr (Aligned) {
-        for (int64_t o = (at.first + at.place(e) - p.sizes.first_row) & (N - 1); o < D; o += N) {
+      for (int e = 0; e < At::kCount; ++e) {
+        if constexpr (Aligned) {
+          const int64_t o = turn + at.row_of(e, 0, p.sizes.first_row);
+          if (o >= D) continue;
           const auto sign = *reinterpret_cast<const Piece<int8_t, V>*>(p.row + o);
           C x[V];
 #pragma unroll
           for (int u = 0; u < V; ++u) x[u] = with_sign(v[e * V + u], sign.v[u]);
           store.template run<V>(begin + o, x);
-        }
-      } else {
+        } else {
 #pragma unroll
-        for (int u = 0; u < V; ++u)
-          for (int64_t o = (at.column(u) + at.place(e) - p.sizes.first_row) & (N - 1); o < D;
-               o += N)
-            store.one(begin + o, with_sign(v[e * V + u], p.row[o]));
+          for (int u = 0; u < V; ++u) {
+            const int64_t o = turn + at.row_of(e, u, p.sizes.first_row);
+            if (o < D) store.one(begin + o, with_sign(v[e * V + u], p.row[o]));
+          }
+        }
       }
     }
   }
@@ -81,26 +104,37 @@ __global__ void hadamard_weight_rows_kernel(HadamardWeight p, DeltaStore<S> stor
 
 // ---- by rows ------------------------------------------------------------------------------------
 
-constexpr int kColumns = 16;
+constexpr int kColumns = 8;
 
-// Shared memory: row q of kColumns numbers is `at(q)`. The rows of a warp's halves in the first
-// pass, kValues apart, are in different banks.
+// Row q of kColumns numbers in shared memory. In the first pass a warp has four rows, kValues
+// apart, at a time: 8 numbers left free after every kValues rows keep them in different banks.
 template <class C>
-__device__ __forceinline__ C* row_of(C* numbers, int q) {
+__device__ __forceinline__ C* row_at(C* numbers, int q) {
   return numbers + (q + q / kValues<C>)*kColumns;
 }
 
-template <int K, class C>
-__device__ __forceinline__ void column_pass(C* numbers, int bit, int log) {
-  for (int item = threadIdx.x; item < kColumns << (log - K); item += blockDim.x) {
-    const int k = item % kColumns, g = item / kColumns;
+// put(v, q, step, k) takes rows q + e * step of column k.
+template <int K, class C, class Put>
+__device__ __forceinline__ void column_pass(C* numbers, int bit, int log, const Put& put) {
+  const int k = threadIdx.x % kColumns;
+  for (int g = threadIdx.x / kColumns; g < 1 << (log - K); g += blockDim.x / kColumns) {
     const int first = (g >> bit << (bit + K)) | (g & ((1 << bit) - 1));
     C v[1 << K];
 #pragma unroll
-    for (int e = 0; e < 1 << K; ++e) v[e] = row_of(numbers, first + (e << bit))[k];
+    for (int e = 0; e < 1 << K; ++e) v[e] = row_at(numbers, first + (e << bit))[k];
     hadamard<1>(v);
-#pragma unroll
-    for (int e = 0; e < 1 << K; ++e) row_of(numbers, first + (e << bit))[k] = v[e];
+    put(v, first, 1 << bit, k);
+  }
+}
+template <class C, class Put>
+__device__ __forceinline__ void column_pass(C* numbers, int bit, int bits, int log,
+                                            const Put& put) {
+  switch (bits) {
+    case 0: return column_pass<0>(numbers, bit, log, put);
+    case 1: return column_pass<1>(numbers, bit, log, put);
+    case 2: return column_pass<2>(numbers, bit, log, put);
+    case 3: return column_pass<3>(numbers, bit, log, put);
+    default: return column_pass<4>(numbers, bit, log, put);
   }
 }
 
@@ -109,43 +143,63 @@ __global__ void hadamard_weight_kernel(HadamardWeight p, DeltaStore<S> store, in
                                        int64_t tiles, int64_t row_stride, int64_t column_stride) {
   using C = typename ComputeOf<S>::type;
   C* numbers = reinterpret_cast<C*>(shared_memory());
-  const int64_t d = p.sizes.d, D = p.sizes.D, n = p.sizes.n, K = p.sizes.K();
+  const int64_t d = p.sizes.d, D = p.sizes.D, K = p.sizes.K(), n = p.sizes.n;
   const int64_t k0 = blockIdx.x % tiles * kColumns, part = blockIdx.x / tiles;
-  const int columns = static_cast<int>(min(int64_t{kColumns}, d - k0)), count = kColumns << log;
-  const C *lam = static_cast<const C*>(p.lam), *gam = static_cast<const C*>(p.gam);
+  const int columns = static_cast<int>(min(int64_t{kColumns}, d - k0));
 
-  for (int item = threadIdx.x; item < count; item += blockDim.x) {
-    const int k = item % kColumns, q = item / kColumns;
-    C sum = C(0);
-    if (k < columns) {
-      const int64_t m = (p.sizes.first_column + k0 + k) / n;
-      for (int64_t c = q, above = 0; c < K; c += int64_t{1} << log, ++above) {
-        const int64_t j = c / n, i = c - j * n;
-        const C x = with_sign(lam[c], p.col[c]) * gam[i * d + k0 + k];
-        sum += minus(j, m) != minus(above, part) ? -x : x;
+  {  // v, added
+    const int k = threadIdx.x % kColumns, q0 = threadIdx.x / kColumns;
+    const C *lam = static_cast<const C*>(p.lam), *gam = static_cast<const C*>(p.gam) + k0 + k;
+    const SignsOfRow signs((p.sizes.first_column + k0 + k) / n);
+    // c moves on by 1 << log; j and i follow without a division.
+    const int64_t more_j = (int64_t{1} << log) / n, more_i = (int64_t{1} << log) % n;
+    for (int q = q0; q < 1 << log; q += blockDim.x / kColumns) {
+      C sum = C(0);
+      int64_t j = q / n, i = q - j * n;
+      for (int64_t c = q, above = 0; c < K && k < columns; c += int64_t{1} << log, ++above) {
+        const bool negative = (signs.word(j >> 5) >> (j & 31) & 1) != minus(above, part);
+        const C x = with_sign(lam[c], p.col[c]) * gam[i * d];
+        sum += negative ? -x : x;
+        j += more_j, i += more_i;
+        if (i >= n) i -= n, ++j;
       }
+      row_at(numbers, q)[k] = sum;
     }
-    row_of(numbers, q)[k] = sum;
   }
   __syncthreads();
-  for (int bit = 0; bit < log; bit += kBits<C>) {
-    switch (min(kBits<C>, log - bit)) {
-      case 1: column_pass<1>(numbers, bit, log); break;
-      case 2: column_pass<2>(numbers, bit, log); break;
-      case 3: column_pass<3>(numbers, bit, log); break;
-      case 4: column_pass<4>(numbers, bit, log); break;
-      default: column_pass<kBits<C>>(numbers, bit, log);
-    }
+  const int passes = (log + 3) / 4;
+  for (int s = 0; s + 1 < passes; ++s) {
+    const int bit = log * s / passes;
+    column_pass(numbers, bit, log * (s + 1) / passes - bit, log,
+                [&](auto& v, int q, int step, int k) {
+                  constexpr int M = sizeof(v) / sizeof(C);
+#pragma unroll
+                  for (int e = 0; e < M; ++e) row_at(numbers, q + e * step)[k] = v[e];
+                });
     __syncthreads();
   }
-  for (int item = threadIdx.x; item < count; item += blockDim.x) {
-    const int k = item % kColumns, q = item / kColumns;
-    if (k >= columns) continue;
-    const C x = with_sign(row_of(numbers, q)[k], p.s[k0 + k]);
-    for (int64_t o = ((part << log) + q - p.sizes.first_row) & ((int64_t{1} << log_all) - 1); o < D;
-         o += int64_t{1} << log_all)
-      store.one(o * row_stride + (k0 + k) * column_stride, with_sign(x, p.row[o]));
-  }
+  const int bit = passes ? log * (passes - 1) / passes : 0;
+  column_pass(numbers, bit, log - bit, log, [&](auto& v, int q, int step, int k) {
+    constexpr int M = sizeof(v) / sizeof(C);
+    if (k >= columns) return;
+    const int8_t s = p.s[k0 + k];
+#pragma unroll 1
+    for (int64_t turn = 0; turn < D; turn += int64_t{1} << log_all) {
+      const auto row = [&](int e) {
+        return turn +
+               (((part << log) + q + e * step - p.sizes.first_row) & ((int64_t{1} << log_all) - 1));
+      };
+      const auto element = [&](int64_t o) { return o * row_stride + (k0 + k) * column_stride; };
+      S old[M] = {};  // all loads before the first store
+#pragma unroll
+      for (int e = 0; e < M; ++e)
+        if (store.base && row(e) < D) old[e] = store.base[element(row(e))];
+#pragma unroll
+      for (int e = 0; e < M; ++e)
+        if (row(e) < D)
+          store.one(element(row(e)), with_sign(with_sign(v[e], p.row[row(e)]), s), old[e]);
+    }
+  });
 }
 
 template <class S>
@@ -153,14 +207,14 @@ void weight(const HadamardWeight& p, Device& device) {
   using C = typename ComputeOf<S>::type;
   constexpr int V = kPerAccess<S>;
   const DeltaStore<S> store(p);
-  const Plan<S> plan(p.sizes, p.sizes.d, device);
+  const Plan<S> plan(p.sizes, p.sizes.d / device.multiprocessors, device);
   if (p.transposed && plan.fits(device)) {
     const bool aligned = store.aligned(V) && p.sizes.D % V == 0 && p.sizes.first_row % V == 0 &&
                          reinterpret_cast<uintptr_t>(p.row) % V == 0;
     launch(device, "hadamard_weight_rows",
            aligned ? hadamard_weight_rows_kernel<S, true> : hadamard_weight_rows_kernel<S, false>,
            static_cast<unsigned>(ceil_div(p.sizes.d, plan.rows)), plan.threads, plan.shared, p,
-           store, plan.log, plan.rows);
+           store, Diagonal<C>(p), plan.log, plan.rows);
     return;
   }
   const int log_all = log_of(p.sizes.N());

@@ -21,53 +21,82 @@ __device__ __forceinline__ void mix(C (&v)[M], int64_t block, int64_t begin, int
 #pragma unroll
   for (int e = 0; e < M; ++e) v[e] = C(0);
 #pragma unroll 1
-  for (int64_t from = begin / M; from * M < end; ++from) {
-    const bool negative = minus(block, from);
-    C x[M];
+  for (int64_t from = begin / M * M; from < end; from += M) {
+    C x[M];  // all loads before the first use
+    if (from >= begin && from + M <= end) {
 #pragma unroll
-    for (int e = 0; e < M; ++e) {
-      const int64_t k = from * M + e;
-      x[e] = k >= begin && k < end ? load(k) : C(0);
+      for (int e = 0; e < M; ++e) x[e] = load(from, e);
+    } else {
+#pragma unroll
+      for (int e = 0; e < M; ++e) x[e] = from + e >= begin && from + e < end ? load(from, e) : C(0);
     }
+    if (minus(block, from / M)) {
 #pragma unroll
-    for (int e = 0; e < M; ++e) v[e] += negative ? -x[e] : x[e];
+      for (int e = 0; e < M; ++e) v[e] -= x[e];
+    } else {
+#pragma unroll
+      for (int e = 0; e < M; ++e) v[e] += x[e];
+    }
   }
   hadamard<1>(v);
 }
 
-// Calls fn(M) with a constant M: the ranks of a block.
-template <class C, class F>
-__device__ __forceinline__ void with_block_of_ranks(int64_t r, const F& fn) {
-  if (r <= 8)
-    fn(std::integral_constant<int, 8>{});
-  else if (r <= 16 || kValues<C> == 16)
-    fn(std::integral_constant<int, 16>{});
-  else
-    fn(std::integral_constant<int, kValues<C>>{});
-}
-
-// z of some adjacent tokens, (classes, T, n), from token t0 on. Its column q is base q % n of token
-// t0 + q / n.
-template <class S>
-struct Mixed {
-  using C = typename ComputeOf<S>::type;
-  int64_t n, stride, first_class, end_class;
-  const S* numbers;
-
-  __device__ __forceinline__ Mixed(const HadamardSizes& s, const void* z, int64_t T, int64_t t0)
-      : n(s.n),
-        stride(T * s.n),
-        first_class(s.first_class()),
-        end_class(first_class + s.classes()),
-        numbers(static_cast<const S*>(z) + t0 * s.n - first_class * stride) {}
-
-  // v[e] = sum over m of H[block * M + e, m] z[m, column]
-  template <int M>
-  __device__ __forceinline__ void get(C (&v)[M], int64_t block, int64_t column) const {
-    mix(v, block, first_class, end_class,
-        [&](int64_t m) { return widen(numbers[m * stride + column]); });
+// Elements of a token at c = j * n + i in rows, for one i: successive j are a constant distance
+// apart if n is a multiple of kValues (Even).
+template <class C, bool Scratch, bool Even>
+struct Strided {
+  using Index = typename Rows<C, Scratch>::Index;
+  Rows<C, Scratch> rows;
+  Index first, n;
+  __device__ __forceinline__ C& at(Index from, int e) const {
+    if constexpr (Even) return rows.at(first + from * n)[e * (n + n / kValues<C> * rows.kFree)];
+    return *rows.at(first + (from + e) * n);
   }
 };
+
+// Calls fn with constants: M, the ranks of a block, and whether n is a multiple of kValues.
+template <class C, class F>
+__device__ __forceinline__ void with_constants(const HadamardSizes& sizes, const F& fn) {
+  const auto with_ranks = [&](auto even) {
+    if constexpr (kValues<C> == 16)
+      fn(std::integral_constant<int, 16>{}, even);
+    else if (sizes.r <= 16)
+      fn(std::integral_constant<int, 16>{}, even);
+    else
+      fn(std::integral_constant<int, 32>{}, even);
+  };
+  if (sizes.n % kValues<C> == 0)
+    with_ranks(std::true_type{});
+  else
+    with_ranks(std::false_type{});
+}
+
+// rows[t - t0, j * n + i] = sum over m of H[j, m] z[m, t, i], for `tokens` tokens t from t0 on. In
+// z (classes, T, n), bases of successive tokens are adjacent.
+template <class S, bool Scratch, class C = typename ComputeOf<S>::type>
+__device__ __forceinline__ void write_mixed(const HadamardSizes& sizes, const void* z, int64_t T,
+                                            const Rows<C, Scratch>& rows, int log, int64_t t0,
+                                            int64_t tokens, const Share& share) {
+  using Index = typename Rows<C, Scratch>::Index;
+  const int64_t stride = T * sizes.n, first_class = sizes.first_class(),
+                end_class = first_class + sizes.classes();
+  const S* numbers = static_cast<const S*>(z) + t0 * sizes.n - first_class * stride;
+  const Index n = Index(sizes.n), r = Index(sizes.r), columns = Index(tokens) * n;
+  with_constants<C>(sizes, [&](auto m, auto even) {
+    constexpr int M = decltype(m)::value;
+    const Index items = columns * ((r + M - 1) / M);
+    for (Index item = Index(share.first); item < items; item += Index(share.step)) {
+      const Index block = item / columns, q = item - block * columns, t = q / n, i = q - t * n;
+      C v[M];
+      mix(v, block, first_class, end_class,
+          [&](int64_t from, int e) { return widen(numbers[q + from * stride + e * stride]); });
+      const Strided<C, Scratch, decltype(even)::value> to{rows, (t << log) + i, n};
+#pragma unroll
+      for (int e = 0; e < M; ++e)
+        if (block * M + e < r) to.at(block * M, e) = v[e];
+    }
+  });
+}
 
 }  // namespace cuda
 }  // namespace randlora

@@ -7,7 +7,7 @@
 // rows lie one behind the other and are transformed as one array: the bits of a row's number are
 // left out.
 //
-//   bits [0, kBits)                low: 128 adjacent bytes a thread
+//   bits [0, kBits)                low: 128 adjacent bytes a thread; also multiplies by lam and col
 //   bits [kBits, log - kEdgeBits)  middle, in up to kBits bits at a time
 //   bits [log - kEdgeBits, log)    the edge, where rows come from or go to global memory in
 //                                  accesses of 16 bytes
@@ -59,6 +59,11 @@ struct alignas(N * sizeof(C)) [[gnu::may_alias]] Piece {
   C v[N];
 };
 
+template <class C>
+__device__ __forceinline__ C with_sign(C x, int8_t sign) {
+  return sign < 0 ? -x : x;
+}
+
 // Where the numbers of several rows lie.
 template <class C, bool Scratch>
 struct Rows {
@@ -66,7 +71,7 @@ struct Rows {
   static constexpr int kFree = Scratch ? 0 : kPerAccess<C>;
   C* numbers;
 
-  static int64_t bytes(int64_t count) {
+  RANDLORA_HD_MEMBER static int64_t bytes(int64_t count) {
     return count / kValues<C> * (kValues<C> + kFree) * int64_t{sizeof(C)};
   }
   __device__ __forceinline__ C* at(Index x) const { return numbers + x + x / kValues<C> * kFree; }
@@ -108,18 +113,61 @@ __device__ __forceinline__ void store_run(const C* from, C* to) {
   }
 }
 
-template <class C, bool Scratch>
+// Bits [0, kBits). before(v, x) and after(v, x) may change the numbers at positions x and following.
+template <class C, bool Scratch, class Before, class After>
 __device__ __forceinline__ void low_pass(const Rows<C, Scratch>& rows, int64_t count,
-                                         const Share& share) {
+                                         const Share& share, const Before& before,
+                                         const After& after) {
   using Index = typename Rows<C, Scratch>::Index;
   for (Index g = Index(share.first); g < Index(count / kValues<C>); g += Index(share.step)) {
     C v[kValues<C>];
     C* at = rows.at(g * kValues<C>);
     load_run<kValues<C>>(at, v);
+    before(v, g * kValues<C>);
     hadamard<1>(v);
+    after(v, g * kValues<C>);
     store_run<kValues<C>>(v, at);
   }
 }
+
+// v[c] *= col[c] lam[c], and zero past the last c. The low pass does this, where a thread has
+// adjacent c.
+template <class C>
+struct Diagonal {
+  const C* lam;
+  const int8_t* col;
+  int64_t K;
+  bool aligned;
+
+  template <class P>
+  Diagonal(const P& p)
+      : lam(static_cast<const C*>(p.lam)),
+        col(p.col),
+        K(p.sizes.K()),
+        aligned(reinterpret_cast<uintptr_t>(lam) % 16 == 0 &&
+                reinterpret_cast<uintptr_t>(col) % 16 == 0) {}
+
+  __device__ __forceinline__ void apply(C (&v)[kValues<C>], int64_t c) const {
+    constexpr int V = kPerAccess<C>;
+    if (aligned && c + kValues<C> <= K) {
+#pragma unroll
+      for (int first = 0; first < kValues<C>; first += 16) {
+        const auto signs = *reinterpret_cast<const Piece<int8_t, 16>*>(col + c + first);
+#pragma unroll
+        for (int e = 0; e < 16; e += V) {
+          const auto factors = *reinterpret_cast<const Piece<C, V>*>(lam + c + first + e);
+#pragma unroll
+          for (int u = 0; u < V; ++u)
+            v[first + e + u] = with_sign(v[first + e + u] * factors.v[u], signs.v[e + u]);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < kValues<C>; ++e)
+        v[e] = c + e < K ? with_sign(v[e] * lam[c + e], col[c + e]) : C(0);
+    }
+  }
+};
 
 // Bits [bit, bit + K), bit >= kBits.
 template <int K, class C, bool Scratch>
@@ -161,14 +209,11 @@ struct Middle {
   RANDLORA_HD_MEMBER int begin(int s) const { return kBits<C> + bits * s / passes; }
 };
 
-// All bits but those of the edge, for rows in shared memory. Begins and ends with a barrier.
+// For rows in shared memory. Every pass ends with a barrier.
 template <class C>
-__device__ __forceinline__ void transform_in_block(const Rows<C, false>& rows, int log, int edge,
-                                                   int64_t count) {
+__device__ __forceinline__ void middle_passes(const Rows<C, false>& rows, int log, int edge,
+                                              int64_t count) {
   const Middle<C> middle(log, edge);
-  __syncthreads();
-  low_pass(rows, count, share_of_block());
-  __syncthreads();
   for (int s = 0; s < middle.passes; ++s) {
     middle_pass(rows, middle.begin(s), middle.begin(s + 1) - middle.begin(s), count,
                 share_of_block());
@@ -200,8 +245,12 @@ struct Edge {
     first = Aligned ? item * V : item / apart * apart * V + item % apart;
   }
   __device__ __forceinline__ int column(int u) const { return first + u * apart; }
-  // Of the whole row, without `row`.
+  // Added for e.
   __device__ __forceinline__ int place(int e) const { return e << (log - kEdgeBits<S>); }
+  // The first of the rows of B, counted from first_row, that meet the numbers (e, u): N apart.
+  __device__ __forceinline__ int64_t row_of(int e, int u, int64_t first_row) const {
+    return (column(u) + place(e) - first_row) & ((int64_t{1} << log) - 1);
+  }
 
   template <bool Scratch>
   __device__ __forceinline__ void load(const Rows<C, Scratch>& rows, C (&v)[kValues<C>]) const {
@@ -234,11 +283,6 @@ struct Edge {
   }
 };
 
-template <class C>
-__device__ __forceinline__ C with_sign(C x, int8_t sign) {
-  return sign < 0 ? -x : x;
-}
-
 // ---- how the host divides the work --------------------------------------------------------------
 
 template <class S>
@@ -249,14 +293,15 @@ struct Plan {
   int threads;
   int64_t shared;  // bytes; more than the device has: rows lie in scratch memory
 
-  Plan(const HadamardSizes& sizes, int64_t count, const Device& device)
+  // A block has `copies` of its rows, at most `most`.
+  Plan(const HadamardSizes& sizes, int64_t most, const Device& device, int copies = 1)
       : log(std::max(log_of(sizes.N()), kBits<C> + kEdgeBits<S>)) {
-    // Short rows share a block, unless that leaves multiprocessors idle.
-    const int64_t of_row = int64_t{1} << (log - kBits<C>), most = std::min(device.max_threads, 256);
+    const int64_t of_row = int64_t{1} << (log - kBits<C>);
     rows = 1;
-    while (rows * of_row < 128 && ceil_div(count, 2 * rows) >= device.multiprocessors) rows *= 2;
-    threads = static_cast<int>(std::clamp<int64_t>(rows * of_row, 32, most));
-    shared = Rows<C, false>::bytes(numbers());
+    while (rows * of_row < 128 && 2 * rows <= most) rows *= 2;  // short rows share a block
+    threads =
+        static_cast<int>(std::clamp<int64_t>(rows * of_row, 32, std::min(device.max_threads, 256)));
+    shared = copies * Rows<C, false>::bytes(numbers());
   }
   int64_t numbers() const { return int64_t{rows} << log; }
   bool fits(const Device& device) const { return shared <= device.shared_bytes; }
@@ -268,11 +313,7 @@ namespace {
 
 template <class C>
 __global__ void hadamard_pass_kernel(C* numbers, int bit, int bits, int64_t count) {
-  const Rows<C, true> rows{numbers};
-  if (bit == 0)
-    low_pass(rows, count, share_of_grid());
-  else
-    middle_pass(rows, bit, bits, count, share_of_grid());
+  middle_pass(Rows<C, true>{numbers}, bit, bits, count, share_of_grid());
 }
 
 // Rows of scratch memory that chunks of tokens share.
@@ -292,22 +333,25 @@ struct InScratch {
         numbers(scratch<C>(device_, chunk << log)),
         device(device_) {}
 
+  // At least once.
   template <class F>
   void each(const F& fn) {
-    for (int64_t first = 0; first < count; first += chunk)
+    int64_t first = 0;
+    do {
       fn(first, std::min(chunk, count - first));
+    } while ((first += chunk) < count);
   }
   // For kernels whose threads take several items if there are very many.
   unsigned blocks(int64_t items) const {
     return static_cast<unsigned>(std::min(ceil_div(items, threads), int64_t{1} << 20));
   }
-  // All bits but those of the edge: a launch for each pass.
+  // The middle passes, a launch for each.
   void transform(int edge, int64_t rows) {
     const Middle<C> middle(log, edge);
-    for (int s = -1; s < middle.passes; ++s)
+    for (int s = 0; s < middle.passes; ++s)
       launch(device, "hadamard_pass", hadamard_pass_kernel<C>, blocks(rows << log >> kBits<C>),
-             threads, 0, numbers, s < 0 ? 0 : middle.begin(s),
-             s < 0 ? 0 : middle.begin(s + 1) - middle.begin(s), rows << log);
+             threads, 0, numbers, middle.begin(s), middle.begin(s + 1) - middle.begin(s),
+             rows << log);
   }
 };
 
