@@ -25,29 +25,32 @@ __device__ __forceinline__ void read_y(const HadamardDown& p, const Rows<C, Scra
                                        int64_t t0, int64_t tokens, const Share& share) {
   using At = Edge<S, Aligned>;
   constexpr int V = At::V;
-  const int64_t N = int64_t{1} << log, D = p.sizes.D, items = tokens << log >> kBits<C>;
+  const int64_t D = p.sizes.D, items = tokens << log >> kBits<C>;
+  const int N = 1 << log, first_row = static_cast<int>(p.sizes.first_row & (N - 1));
   for (int64_t g = share.first; g < items; g += share.step) {
     const At at(g, log);
     const S* y = static_cast<const S*>(p.y) + (t0 + at.row) * D;
+    const int8_t* row = p.row;
     C v[kValues<C>];
 #pragma unroll
     for (int e = 0; e < kValues<C>; ++e) v[e] = C(0);
 #pragma unroll 1
-    for (int64_t turn = 0; turn < D; turn += N) {
+    for (int64_t left = D; left > 0; left -= N, y += N, row += N) {
+      const int end = static_cast<int>(min(left, int64_t{N}));
 #pragma unroll
       for (int e = 0; e < At::kCount; ++e) {
         if constexpr (Aligned) {
-          const int64_t o = turn + at.row_of(e, 0, p.sizes.first_row);
-          if (o >= D) continue;
-          const auto sign = *reinterpret_cast<const Piece<int8_t, V>*>(p.row + o);
+          const int o = at.row_of(e, 0, first_row);
+          if (o >= end) continue;
+          const auto sign = *reinterpret_cast<const Piece<int8_t, V>*>(row + o);
           const auto from = *reinterpret_cast<const Pack<S, V>*>(y + o);
 #pragma unroll
           for (int u = 0; u < V; ++u) v[e * V + u] += with_sign(widen(from.get(u)), sign.v[u]);
         } else {
 #pragma unroll
           for (int u = 0; u < V; ++u) {
-            const int64_t o = turn + at.row_of(e, u, p.sizes.first_row);
-            if (o < D) v[e * V + u] += with_sign(widen(y[o]), p.row[o]);
+            const int o = at.row_of(e, u, first_row);
+            if (o < end) v[e * V + u] += with_sign(widen(y[o]), row[o]);
           }
         }
       }
@@ -63,20 +66,24 @@ __device__ __forceinline__ void write_w(const HadamardDown& p, const Rows<C, Scr
                                         int log, int64_t t0, int64_t tokens, const Share& share) {
   using Index = typename Rows<C, Scratch>::Index;
   const C scale = static_cast<C>(p.scale);
-  const Index n = Index(p.sizes.n), columns = Index(tokens) * n;
+  const int n = static_cast<int>(p.sizes.n);
+  const Index columns = Index(tokens) * n;
   const int64_t stride = p.T * p.sizes.n, first_class = p.sizes.first_class(),
                 end_class = first_class + p.sizes.classes();
   S* w = static_cast<S*>(p.w) + t0 * p.sizes.n - first_class * stride;
   with_constants<C>(p.sizes, [&](auto m, auto even) {
     constexpr int M = decltype(m)::value;
-    const Index first_block = Index(first_class / M), blocks = Index(ceil_div(end_class, M));
+    const int first_block = static_cast<int>(first_class / M),
+              blocks = static_cast<int>(ceil_div(end_class, M));
     const Index items = columns * (blocks - first_block);
     for (Index item = Index(share.first); item < items; item += Index(share.step)) {
-      const Index of_block = item / columns, block = first_block + of_block;
-      const Index q = item - of_block * columns, t = q / n, i = q - t * n;
-      const Strided<C, Scratch, decltype(even)::value> u{rows, (t << log) + i, n};
+      const int of_block = static_cast<int>(item / columns), block = first_block + of_block;
+      const Index q = item - of_block * columns, t = q / n;
+      const Strided<C, Scratch, decltype(even)::value> u{rows.row(t, log),
+                                                         static_cast<int>(q - t * n), n};
       C v[M];
-      mix(v, block, 0, p.sizes.r, [&](int64_t from, int e) { return u.at(Index(from), e); });
+      mix(v, block, 0, p.sizes.r,
+          [&](int64_t from, int e) { return u.at(static_cast<int>(from), e); });
       S* to = w + q + int64_t{block} * M * stride;
 #pragma unroll
       for (int e = 0; e < M; ++e) {

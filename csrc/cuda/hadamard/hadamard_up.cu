@@ -21,7 +21,8 @@ __device__ __forceinline__ void write_y(const HadamardUp& p, const Rows<C, Scrat
                                         int64_t t0, int64_t tokens, const Share& share) {
   using At = Edge<S, Aligned>;
   constexpr int V = At::V;
-  const int64_t N = int64_t{1} << log, D = p.sizes.D, items = tokens << log >> kBits<C>;
+  const int64_t D = p.sizes.D, items = tokens << log >> kBits<C>;
+  const int N = 1 << log, first_row = static_cast<int>(p.sizes.first_row & (N - 1));
   const C scale = static_cast<C>(p.scale);
   for (int64_t g = share.first; g < items; g += share.step) {
     const At at(g, log);
@@ -29,21 +30,23 @@ __device__ __forceinline__ void write_y(const HadamardUp& p, const Rows<C, Scrat
     at.load(rows, v);
     hadamard<V>(v);
     S* y = static_cast<S*>(p.y) + (t0 + at.row) * D;
+    const int8_t* row = p.row;
 #pragma unroll 1
-    for (int64_t turn = 0; turn < D; turn += N) {
-      // All loads before the first store, which the compiler cannot know to be elsewhere.
-      Pack<S, V> old[At::kCount] = {};
+    for (int64_t left = D; left > 0; left -= N, y += N, row += N) {
+      const int end = static_cast<int>(min(left, int64_t{N}));
       if constexpr (Aligned) {
+        // All loads before the first store, which the compiler cannot know to be elsewhere.
+        Pack<S, V> old[At::kCount] = {};
 #pragma unroll
         for (int e = 0; e < At::kCount; ++e) {
-          const int64_t o = turn + at.row_of(e, 0, p.sizes.first_row);
-          if (p.accumulate && o < D) old[e] = *reinterpret_cast<const Pack<S, V>*>(y + o);
+          const int o = at.row_of(e, 0, first_row);
+          if (p.accumulate && o < end) old[e] = *reinterpret_cast<const Pack<S, V>*>(y + o);
         }
 #pragma unroll
         for (int e = 0; e < At::kCount; ++e) {
-          const int64_t o = turn + at.row_of(e, 0, p.sizes.first_row);
-          if (o >= D) continue;
-          const auto sign = *reinterpret_cast<const Piece<int8_t, V>*>(p.row + o);
+          const int o = at.row_of(e, 0, first_row);
+          if (o >= end) continue;
+          const auto sign = *reinterpret_cast<const Piece<int8_t, V>*>(row + o);
           Pack<S, V> to = {};
 #pragma unroll
           for (int u = 0; u < V; ++u)
@@ -51,23 +54,20 @@ __device__ __forceinline__ void write_y(const HadamardUp& p, const Rows<C, Scrat
           to.store(y + o);
         }
       } else {
-        if (p.accumulate) {
 #pragma unroll
-          for (int e = 0; e < At::kCount; ++e)
-#pragma unroll
-            for (int u = 0; u < V; ++u) {
-              const int64_t o = turn + at.row_of(e, u, p.sizes.first_row);
-              if (o < D) old[e].set(u, y[o]);
-            }
-        }
-#pragma unroll
-        for (int e = 0; e < At::kCount; ++e)
+        for (int e = 0; e < At::kCount; ++e) {
+          S old[V] = {};
 #pragma unroll
           for (int u = 0; u < V; ++u) {
-            const int64_t o = turn + at.row_of(e, u, p.sizes.first_row);
-            if (o < D)
-              y[o] = narrow<S>(widen(old[e].get(u)) + scale * with_sign(v[e * V + u], p.row[o]));
+            const int o = at.row_of(e, u, first_row);
+            if (p.accumulate && o < end) old[u] = y[o];
           }
+#pragma unroll
+          for (int u = 0; u < V; ++u) {
+            const int o = at.row_of(e, u, first_row);
+            if (o < end) y[o] = narrow<S>(widen(old[u]) + scale * with_sign(v[e * V + u], row[o]));
+          }
+        }
       }
     }
   }

@@ -49,7 +49,8 @@ __global__ void hadamard_weight_rows_kernel(HadamardWeight p, DeltaStore<S> stor
   using At = Edge<S, Aligned>;
   constexpr int V = At::V;
   const Rows<C, false> rows{reinterpret_cast<C*>(shared_memory())};
-  const int64_t k0 = blockIdx.x * of_block, d = p.sizes.d, D = p.sizes.D, N = int64_t{1} << log;
+  const int64_t k0 = blockIdx.x * of_block, d = p.sizes.d, D = p.sizes.D;
+  const int N = 1 << log, first_row = static_cast<int>(p.sizes.first_row & (N - 1));
   const int columns = static_cast<int>(min(of_block, d - k0)), count = columns << log;
   const int n = static_cast<int>(p.sizes.n), r = static_cast<int>(p.sizes.r);
   const C* gam = static_cast<const C*>(p.gam);
@@ -77,15 +78,17 @@ __global__ void hadamard_weight_rows_kernel(HadamardWeight p, DeltaStore<S> stor
     C v[kValues<C>];
     at.load(rows, v);
     hadamard<V>(v);
-    const int64_t begin = (k0 + at.row) * D;
+    int64_t begin = (k0 + at.row) * D;
+    const int8_t* row = p.row;
 #pragma unroll 1
-    for (int64_t turn = 0; turn < D; turn += N) {
+    for (int64_t left = D; left > 0; left -= N, begin += N, row += N) {
+      const int end = static_cast<int>(min(left, int64_t{N}));
 #pragma unroll
       for (int e = 0; e < At::kCount; ++e) {
         if constexpr (Aligned) {
-          const int64_t o = turn + at.row_of(e, 0, p.sizes.first_row);
-          if (o >= D) continue;
-          const auto sign = *reinterpret_cast<const Piece<int8_t, V>*>(p.row + o);
+          const int o = at.row_of(e, 0, first_row);
+          if (o >= end) continue;
+          const auto sign = *reinterpret_cast<const Piece<int8_t, V>*>(row + o);
           C x[V];
 #pragma unroll
           for (int u = 0; u < V; ++u) x[u] = with_sign(v[e * V + u], sign.v[u]);
@@ -93,8 +96,8 @@ __global__ void hadamard_weight_rows_kernel(HadamardWeight p, DeltaStore<S> stor
         } else {
 #pragma unroll
           for (int u = 0; u < V; ++u) {
-            const int64_t o = turn + at.row_of(e, u, p.sizes.first_row);
-            if (o < D) store.one(begin + o, with_sign(v[e * V + u], p.row[o]));
+            const int o = at.row_of(e, u, first_row);
+            if (o < end) store.one(begin + o, with_sign(v[e * V + u], row[o]));
           }
         }
       }

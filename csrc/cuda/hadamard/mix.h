@@ -41,16 +41,15 @@ __device__ __forceinline__ void mix(C (&v)[M], int64_t block, int64_t begin, int
   hadamard<1>(v);
 }
 
-// Elements of a token at c = j * n + i in rows, for one i: successive j are a constant distance
-// apart if n is a multiple of kValues (Even).
+// Elements of a row at c = j * n + i, for one i: successive j are a constant distance apart if n is
+// a multiple of kValues (Even).
 template <class C, bool Scratch, bool Even>
 struct Strided {
-  using Index = typename Rows<C, Scratch>::Index;
-  Rows<C, Scratch> rows;
-  Index first, n;
-  __device__ __forceinline__ C& at(Index from, int e) const {
-    if constexpr (Even) return rows.at(first + from * n)[e * (n + n / kValues<C> * rows.kFree)];
-    return *rows.at(first + (from + e) * n);
+  Rows<C, Scratch> row;
+  int i, n;
+  __device__ __forceinline__ C& at(int from, int e) const {
+    if constexpr (Even) return row.in_row(i + from * n)[e * (n + n / kValues<C> * row.kFree)];
+    return *row.in_row(i + (from + e) * n);
   }
 };
 
@@ -81,16 +80,19 @@ __device__ __forceinline__ void write_mixed(const HadamardSizes& sizes, const vo
   const int64_t stride = T * sizes.n, first_class = sizes.first_class(),
                 end_class = first_class + sizes.classes();
   const S* numbers = static_cast<const S*>(z) + t0 * sizes.n - first_class * stride;
-  const Index n = Index(sizes.n), r = Index(sizes.r), columns = Index(tokens) * n;
+  const int n = static_cast<int>(sizes.n), r = static_cast<int>(sizes.r);
+  const Index columns = Index(tokens) * n;
   with_constants<C>(sizes, [&](auto m, auto even) {
     constexpr int M = decltype(m)::value;
     const Index items = columns * ((r + M - 1) / M);
     for (Index item = Index(share.first); item < items; item += Index(share.step)) {
-      const Index block = item / columns, q = item - block * columns, t = q / n, i = q - t * n;
+      const int block = static_cast<int>(item / columns);
+      const Index q = item - block * columns, t = q / n;
       C v[M];
       mix(v, block, first_class, end_class,
           [&](int64_t from, int e) { return widen(numbers[q + from * stride + e * stride]); });
-      const Strided<C, Scratch, decltype(even)::value> to{rows, (t << log) + i, n};
+      const Strided<C, Scratch, decltype(even)::value> to{rows.row(t, log),
+                                                          static_cast<int>(q - t * n), n};
 #pragma unroll
       for (int e = 0; e < M; ++e)
         if (block * M + e < r) to.at(block * M, e) = v[e];

@@ -75,6 +75,11 @@ struct Rows {
     return count / kValues<C> * (kValues<C> + kFree) * int64_t{sizeof(C)};
   }
   __device__ __forceinline__ C* at(Index x) const { return numbers + x + x / kValues<C> * kFree; }
+  // Positions in one row are int.
+  __device__ __forceinline__ Rows row(int64_t number, int log) const {
+    return {at(Index(number) << log)};
+  }
+  __device__ __forceinline__ C* in_row(int x) const { return numbers + x + x / kValues<C> * kFree; }
   // at(x + (1 << bit)) - at(x), for bit >= kBits
   __device__ __forceinline__ static Index step(int bit) {
     return (Index{1} << bit) + (Index{1} << (bit - kBits<C>)) * kFree;
@@ -248,36 +253,34 @@ struct Edge {
   // Added for e.
   __device__ __forceinline__ int place(int e) const { return e << (log - kEdgeBits<S>); }
   // The first of the rows of B, counted from first_row, that meet the numbers (e, u): N apart.
-  __device__ __forceinline__ int64_t row_of(int e, int u, int64_t first_row) const {
-    return (column(u) + place(e) - first_row) & ((int64_t{1} << log) - 1);
+  __device__ __forceinline__ int row_of(int e, int u, int first_row) const {
+    return (column(u) + place(e) - first_row) & ((1 << log) - 1);
   }
 
   template <bool Scratch>
   __device__ __forceinline__ void load(const Rows<C, Scratch>& rows, C (&v)[kValues<C>]) const {
-    using Index = typename Rows<C, Scratch>::Index;
-    const Index begin = Index(row) << log;
+    const auto from = rows.row(row, log);
 #pragma unroll
     for (int e = 0; e < kCount; ++e) {
       if constexpr (Aligned) {
-        load_run<V>(rows.at(begin + first + place(e)), v + e * V);
+        load_run<V>(from.in_row(first + place(e)), v + e * V);
       } else {
 #pragma unroll
-        for (int u = 0; u < V; ++u) v[e * V + u] = *rows.at(begin + column(u) + place(e));
+        for (int u = 0; u < V; ++u) v[e * V + u] = *from.in_row(column(u) + place(e));
       }
     }
   }
   template <bool Scratch>
   __device__ __forceinline__ void store(const C (&v)[kValues<C>],
                                         const Rows<C, Scratch>& rows) const {
-    using Index = typename Rows<C, Scratch>::Index;
-    const Index begin = Index(row) << log;
+    const auto to = rows.row(row, log);
 #pragma unroll
     for (int e = 0; e < kCount; ++e) {
       if constexpr (Aligned) {
-        store_run<V>(v + e * V, rows.at(begin + first + place(e)));
+        store_run<V>(v + e * V, to.in_row(first + place(e)));
       } else {
 #pragma unroll
-        for (int u = 0; u < V; ++u) *rows.at(begin + column(u) + place(e)) = v[e * V + u];
+        for (int u = 0; u < V; ++u) *to.in_row(column(u) + place(e)) = v[e * V + u];
       }
     }
   }
