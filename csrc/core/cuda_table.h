@@ -5,6 +5,7 @@
 // before it reads anything else.
 #pragma once
 #include "device.h"
+#include "hadamard.h"
 #include "operators.h"
 
 namespace randlora {

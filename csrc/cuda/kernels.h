@@ -1,9 +1,10 @@
-// Every launcher of the CUDA library. They take the structs of core/operators.h with device
+// Every launcher of the CUDA library. They take the structs of csrc/core with device
 // pointers and enqueue on device.stream. Only count_lists waits for the card, because the host
 // needs its result. Offsets of lists are on the card, so the host knows only the number of entries
 // (AnyLists::count).
 #pragma once
 #include "../core/device.h"
+#include "../core/hadamard.h"
 #include "../core/operators.h"
 
 namespace randlora {
@@ -11,7 +12,6 @@ namespace cuda {
 
 // generation and packing (fill_planes.cu, lists.cu, dense.cu): the CPU's results, bit for bit
 void fill_planes(const FillPlanes& p, Device& device);
-void fill_blocks(const FillBlocks& p, Device& device);
 int64_t count_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column,
                     int64_t* offset, Device& device);
 void fill_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column,
@@ -39,11 +39,12 @@ void add_rounded(const AddRounded& p, Device& device);
 void delta_weight(const DeltaWeight& p, Device& device);
 void delta_weight_backward(const DeltaWeightBackward& p, Device& device);
 
-// block_delta.cu
-void block_delta(const BlockDelta& p, Device& device);
-
-// block_few.cu
-void block_linear(const BlockLinear& p, Device& device);
+// hadamard/*.cu: what surrounds the class products of Hadamard bases (core/hadamard.h)
+void hadamard_gamma(const HadamardGamma& p, Device& device);
+void hadamard_diagonals(const HadamardDiagonals& p, Device& device);
+void hadamard_up(const HadamardUp& p, Device& device);
+void hadamard_down(const HadamardDown& p, Device& device);
+void hadamard_weight(const HadamardWeight& p, Device& device);
 
 // linear.cu: compositions of the products below
 void linear(const Linear& p, Device& device);

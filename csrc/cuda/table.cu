@@ -21,7 +21,6 @@ randlora_cuda_kernels() {
                                         cuda::describe,
                                         cuda::make_current,
                                         cuda::fill_planes,
-                                        cuda::fill_blocks,
                                         cuda::count_lists,
                                         cuda::fill_lists,
                                         cuda::planes_to_dense,
@@ -33,9 +32,12 @@ randlora_cuda_kernels() {
                                         cuda::add_rounded,
                                         cuda::delta_weight,
                                         cuda::delta_weight_backward,
-                                        cuda::block_delta,
-                                        cuda::block_linear,
                                         cuda::linear,
-                                        cuda::linear_backward};
+                                        cuda::linear_backward,
+                                        cuda::hadamard_gamma,
+                                        cuda::hadamard_diagonals,
+                                        cuda::hadamard_up,
+                                        cuda::hadamard_down,
+                                        cuda::hadamard_weight};
   return &table;
 }

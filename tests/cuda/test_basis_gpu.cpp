@@ -101,28 +101,6 @@ void generation() {
         }
 }
 
-void block_generation() {
-  ThreadRuntime rt(1);
-  struct Case {
-    int64_t height, groups, first_chunk, chunks, first_cycle, cycles;
-  };
-  for (int threads : block_sizes())
-    for (const Case& c : {Case{64, 8, 0, 8, 0, 16},
-                          {100, 16, 3, 2, 5, 9},
-                          {7, 3, 0, 3, 20, 31},
-                          {130, 5, 4, 1, 1, 1}}) {
-      TestDevice device = device_with(threads);
-      const Exact<uint64_t> got(c.cycles * c.chunks * words_of(c.height));
-      Words want(got.count);
-      FillBlocks call{77,       c.height,      c.groups, c.first_chunk,
-                      c.chunks, c.first_cycle, c.cycles, want.data()};
-      cpu_kernels().fill_blocks(call, rt);
-      call.signs = got.get();
-      cuda::fill_blocks(call, device);
-      EXPECT(got.values() == want, "blocks of height %ld, G %ld", long(c.height), long(c.groups));
-    }
-}
-
 void lists(int64_t rows, int64_t cols, double density, int threads) {
   ThreadRuntime rt(1);
   const Ternary t(rows, cols, density, unsigned(rows * 7 + cols), rt);
@@ -242,7 +220,6 @@ void schedules() {
 
 void tests() {
   generation();
-  block_generation();
   // Most of ThreadSanitizer's time goes into starting threads, so it sees fewer rows and columns.
   using Shapes = std::vector<std::pair<int64_t, int64_t>>;
   const bool quick = cuda_on_cpu::kThreadSanitizer;

@@ -1,5 +1,5 @@
-// A' and the gradients of lambda and gamma on the card, in one group and in several, against the
-// CPU kernels (A' bit for bit) and plain loops in double.
+// A' and the gradients of lambda and gamma on the card, against the CPU kernels (A' bit for bit) and
+// plain loops in double.
 #include <cmath>
 #include <random>
 
@@ -17,19 +17,16 @@ namespace {
 constexpr DType kTypes[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
 
 struct Problem {
-  int64_t r, n, d, groups, w;
-  double scale;
+  int64_t r, n, d;
   std::vector<double> A, lam, gam, grad;
 
-  Problem(int64_t r_, int64_t d_, int64_t n_, double density, int64_t groups_ = 1,
-          double scale_ = 1)
-      : r(r_), n(n_), d(d_), groups(groups_), w(d / groups), scale(scale_) {
+  Problem(int64_t r_, int64_t d_, int64_t n_, double density) : r(r_), n(n_), d(d_) {
     ThreadRuntime rt(1);
-    A = Ternary(r, w, density, 1, rt).dense;
+    A = Ternary(r, d, density, 1, rt).dense;
     for (double& a : A) a *= 1.75;
     std::mt19937 random(unsigned(r * 100 + d));
     std::normal_distribution<double> normal;
-    for (auto [v, count] : {std::pair{&lam, r * n}, {&gam, n * d}, {&grad, r * n * w}}) {
+    for (auto [v, count] : {std::pair{&lam, r * n}, {&gam, n * d}, {&grad, r * n * d}}) {
       v->resize(count);
       for (double& e : *v) e = normal(random);
     }
@@ -44,29 +41,28 @@ void run(const Problem& p, DType dtype, int threads, int64_t skip) {
   device.max_threads = threads;
   ThreadRuntime rt(1);
   const Array A(compute, p.A, skip), lam(compute, p.lam, skip), gam(compute, p.gam, skip);
-  const Array grad(dtype, p.grad, skip), out(dtype, K * p.w, skip), want(dtype, K * p.w);
-  const char* where = "r %ld n %ld d %ld groups %ld dtype %d threads %d skip %ld";
+  const Array grad(dtype, p.grad, skip), out(dtype, K * p.d, skip), want(dtype, K * p.d);
+  const char* where = "r %ld n %ld d %ld dtype %d threads %d skip %ld";
   char name[128];
-  std::snprintf(name, sizeof name, where, long(p.r), long(p.n), long(p.d), long(p.groups),
-                int(dtype), threads, long(skip));
+  std::snprintf(name, sizeof name, where, long(p.r), long(p.n), long(p.d), int(dtype), threads,
+                long(skip));
 
-  ScaledBasis forward{p.r,       p.n,       p.d,   A.get(),  lam.get(),
-                      gam.get(), out.get(), dtype, p.groups, p.scale};
+  ScaledBasis forward{p.r, p.n, p.d, A.get(), lam.get(), gam.get(), out.get(), dtype};
   cuda::scaled_basis(forward, device);
   forward.out = want.get();
   cpu_kernels().scaled_basis(forward, rt);
   EXPECT(out.raw() == want.raw(), "A': %s", name);
 
   const Array dlam(compute, K, skip), dgam(compute, p.n * p.d, skip);
-  cuda::scaled_basis_backward({p.r, p.n, p.d, A.get(), lam.get(), gam.get(), grad.get(), dlam.get(),
-                               dgam.get(), dtype, p.groups, p.scale},
-                              device);
+  cuda::scaled_basis_backward(
+      {p.r, p.n, p.d, A.get(), lam.get(), gam.get(), grad.get(), dlam.get(), dgam.get(), dtype},
+      device);
   const auto a = A.values(), l = lam.values(), g = gam.values(), G = grad.values();
   std::vector<double> want_dlam(K, 0.0), want_dgam(p.n * p.d, 0.0);
   for (int64_t c = 0; c < K; ++c)
-    for (int64_t k = 0; k < p.w; ++k) {
-      const int64_t j = c / p.n, of_gam = c % p.n * p.d + j / (p.r / p.groups) * p.w + k;
-      const double GA = p.scale * G[c * p.w + k] * a[j * p.w + k];
+    for (int64_t k = 0; k < p.d; ++k) {
+      const int64_t j = c / p.n, of_gam = c % p.n * p.d + k;
+      const double GA = G[c * p.d + k] * a[j * p.d + k];
       want_dlam[c] += GA * g[of_gam];
       want_dgam[of_gam] += GA * l[c];
     }
@@ -108,14 +104,14 @@ void not_finite() {
 }
 
 void schedules() {
-  const Problem p(74, 600, 5, 1.0 / 3, 2, 0.7);
+  const Problem p(74, 600, 5, 1.0 / 3);
   const bool same = cuda_on_cpu::same_bits_under_all_schedules([&] {
     TestDevice device;
     device.max_threads = 64;
     const Array A(DType::f32, p.A), lam(DType::f32, p.lam), gam(DType::f32, p.gam);
     const Array grad(DType::bf16, p.grad), dlam(DType::f32, p.r * p.n), dgam(DType::f32, p.n * p.d);
     cuda::scaled_basis_backward({p.r, p.n, p.d, A.get(), lam.get(), gam.get(), grad.get(),
-                                 dlam.get(), dgam.get(), DType::bf16, p.groups, p.scale},
+                                 dlam.get(), dgam.get(), DType::bf16},
                                 device);
     auto all = dlam.raw();
     const auto more = dgam.raw();
@@ -146,16 +142,6 @@ void tests() {
         run(p, dtype, 64, 1);
       }
     }
-  // Groups of `rows` and `cols`: parts of a warp and several warps wide, and over 32 rows.
-  for (int64_t rows : {1, 2, 3, 4, 8, 35})
-    for (int64_t cols : {1, 3, 33, 64, 264})
-      for (int64_t groups : {2, 5}) {
-        const Problem p(groups * rows, groups * cols, 9, 0.7, groups, 0.3);
-        for (DType dtype : kTypes) {
-          run(p, dtype, 128, 0);
-          run(p, dtype, 64, 1);
-        }
-      }
   not_finite();
   schedules();
 }

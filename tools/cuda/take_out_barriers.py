@@ -25,10 +25,9 @@ TESTS = {  # test_NAME.cpp of the execution gate, and the kernels that it runs
     "b_lists": ("b_lists.cu",),
     "b_planes": ("b_planes.cu",),
     "basis_gpu": ("fill_planes.cu", "lists.cu", "dense.cu"),
-    "block_delta": ("block_delta.cu",),
-    "block_few": ("block_few.cu",),
     "delta_lists": ("delta_lists*.cu",),
     "delta_planes": ("delta_planes*.cu", "delta_codes.cu"),
+    "hadamard": ("hadamard_*.cu",),
     "scaled_basis": ("scaled_basis.cu",),
 }
 FLAGS = ["-std=gnu++17", "-O1", "-g", "-fPIC", "-fsanitize=thread", "-Wno-unknown-pragmas"]

@@ -1,5 +1,5 @@
-// The last step of delta_weight from lists, block_delta and add_rounded: a sum of B A' in the
-// compute type becomes an element of dW, out[e] = round(base[e] + scale * sum), to nearest or
+// The last step of delta_weight from lists, hadamard_weight and add_rounded: a sum in the compute
+// type becomes an element of dW, out[e] = round(base[e] + scale * sum), to nearest or
 // stochastically. (From planes: Output in ternary_io.h.)
 #pragma once
 #include "../../core/operators.h"
@@ -38,7 +38,7 @@ struct DeltaStore {
   bool stochastic;
   uint64_t seed;
 
-  // P is DeltaWeight or BlockDelta.
+  // P is DeltaWeight or HadamardWeight.
   template <class P>
   explicit DeltaStore(const P& p)
       : out(static_cast<S*>(p.out)),
@@ -56,7 +56,11 @@ struct DeltaStore {
   }
 
   __device__ __forceinline__ void one(int64_t e, C sum) const {
-    const C x = base ? widen(base[e]) + scale * sum : scale * sum;
+    one(e, sum, base ? base[e] : S{});
+  }
+  // The same with the element of the base that the caller has loaded, or zero.
+  __device__ __forceinline__ void one(int64_t e, C sum, S old) const {
+    const C x = widen(old) + scale * sum;
     if constexpr (sizeof(S) == 2)
       if (stochastic) {
         out[e] = round_stochastic(x, rounding_word(seed, static_cast<uint64_t>(e)), S{});
@@ -68,18 +72,13 @@ struct DeltaStore {
   // Elements e .. e + N - 1; N is 2, 4 or 8 and divides e, and `aligned(N)` holds.
   template <int N>
   __device__ __forceinline__ void run(int64_t e, const C (&sum)[N]) const {
-    run(e, sum, base ? base + e : nullptr);
-  }
-  // The same, with their base at `from`, or no base if null.
-  template <int N>
-  __device__ __forceinline__ void run(int64_t e, const C (&sum)[N], const S* from) const {
     uint32_t w[N * sizeof(S) / 4];
     C x[N];
 #pragma unroll
     for (int v = 0; v < N; ++v) x[v] = scale * sum[v];
-    if (from) {
+    if (base) {
       S old[N];
-      load_words(from, w);
+      load_words(base + e, w);
       memcpy(old, w, sizeof(w));
 #pragma unroll
       for (int v = 0; v < N; ++v) x[v] = widen(old[v]) + scale * sum[v];

@@ -57,11 +57,8 @@ struct TernaryTile {
     return warp_n() * NI * 8 + Warp::col(n, e);
   }
 
-  // In 16 bits and by_line, the operand may be a sum of Parts, `apart` elements from each other.
-  template <Order O, int Parts = 1>
-  __device__ __forceinline__ void step(const uint32_t* codes, const S* operand, int stride,
-                                       int apart = 0) {
-    static_assert(Parts == 1 || (sizeof(S) == 2 && O == Order::by_line));
+  template <Order O>
+  __device__ __forceinline__ void step(const uint32_t* codes, const S* operand, int stride) {
     codes += warp_m() * MI * 16;
     operand += warp_n() * NI * 8 * (O == Order::by_line ? stride : 1);
     if constexpr (sizeof(S) > 2 && !Tf32) {
@@ -72,7 +69,7 @@ struct TernaryTile {
       if constexpr (Tf32)
         tf32_step<O>(word, operand, stride);
       else
-        mma_step<O, Parts>(word, operand, stride, apart);
+        mma_step<O>(word, operand, stride);
     }
   }
 
@@ -95,9 +92,9 @@ struct TernaryTile {
     for (int h = 0; h < 4; ++h) fa[h] = decode_pair(word[h % 2], 2 * k + h / 2);
   }
 
-  template <Order O, int Parts>
+  template <Order O>
   __device__ __forceinline__ void mma_step(const uint32_t (&word)[MI][2], const S* operand,
-                                           int stride, int apart) {
+                                           int stride) {
     if constexpr (O == Order::by_k) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -108,15 +105,12 @@ struct TernaryTile {
       }
     } else {
       operand += g() * stride + q() * 16;
-#pragma unroll(Parts == 1 ? 2 : 1)  // registers
+#pragma unroll
       for (int k = 0; k < 4; k += 2) {
-        Pack<S, 8> fb[Parts][NI];  // right fragments of two steps
+        Pack<S, 8> fb[NI];  // right fragments of two steps
 #pragma unroll
-        for (int p = 0; p < Parts; ++p)
-#pragma unroll
-          for (int n = 0; n < NI; ++n)
-            fb[p][n] =
-                *reinterpret_cast<const Pack<S, 8>*>(operand + p * apart + n * 8 * stride + k * 4);
+        for (int n = 0; n < NI; ++n)
+          fb[n] = *reinterpret_cast<const Pack<S, 8>*>(operand + n * 8 * stride + k * 4);
 #pragma unroll
         for (int s = 0; s < 2; ++s)
 #pragma unroll
@@ -124,10 +118,8 @@ struct TernaryTile {
             uint32_t fa[4];
             decode(fa, word[m], k + s);
 #pragma unroll
-            for (int p = 0; p < Parts; ++p)
-#pragma unroll
-              for (int n = 0; n < NI; ++n)
-                mma(warp.acc[m][n], fa, {fb[p][n].word[2 * s], fb[p][n].word[2 * s + 1]}, S{});
+            for (int n = 0; n < NI; ++n)
+              mma(warp.acc[m][n], fa, {fb[n].word[2 * s], fb[n].word[2 * s + 1]}, S{});
           }
       }
     }

@@ -1,28 +1,25 @@
-// A'[c, k] = scale * lam[j, i] * A[j, k] * gam[i, h * w + k], with c = j * n + i and row j of A
-// holding the w columns of its group h (with one group, PEFT's UniqueBaseGrad). Its gradients:
+// A'[c, k] = lam[j, i] * A[j, k] * gam[i, k], with c = j * n + i (PEFT's UniqueBaseGrad). Its
+// gradients:
 //
-//   dlam[j, i] = scale * sum over k of grad A gam
-//   dgam[i, h * w + k] = sum over j in group h of grad A (scale lam)
+//   dlam[j, i] = sum over k of grad A gam
+//   dgam[i, k] = sum over j of grad A lam
 //
 // A, lam and gam are dense factors here, as on the CPU: a zero times infinity is NaN.
-//
-// blockIdx.y is the group: rows of two groups share no element of gam.
 //
 // Forward. A thread holds four rows of A in 16 bytes' worth of columns and walks eight bases: 32
 // rows of A' for four reads of A and eight of gam. Reading both for each row would take 8 bytes
 // from L2 for every 2 written. A thread walks fewer bases if eight would leave multiprocessors
-// idle, as in small groups.
+// idle.
 //
-// Backward. A warp takes one base i, 16 bytes' worth of columns a lane and up to 32 rows j of a
-// group. It reads their grad once, four rows at a time. dgam adds up in the lanes' registers. For
+// Backward. A warp takes one base i, 16 bytes' worth of columns a lane and up to 32 rows j. It
+// reads their grad once, four rows at a time. dgam adds up in the lanes' registers. For
 // dlam each lane stores one number per row in shared memory, and lane j adds up those of row j: two
-// shared accesses a row instead of five shuffles. If a row is wider than a warp's columns, or a
-// group has more than 32 rows, a second kernel adds partial sums from scratch in order: no atomics,
+// shared accesses a row instead of five shuffles. If a row is wider than a warp's columns, or r
+// is over 32, a second kernel adds partial sums from scratch in order: no atomics,
 // the same result every time.
 //
 // Floor: A' written once (forward) or grad read once (backward), 34 MB each at 4096 x 4096 in bf16;
-// two multiplications per element forward, three backward. Memory dominates both. Each element of
-// gam serves r / groups rows: if that is one, reading gam takes twice the bytes of A' in bf16.
+// two multiplications per element forward, three backward. Memory dominates both.
 #include <algorithm>
 
 #include "../device/columns.h"
@@ -36,27 +33,20 @@ namespace {
 constexpr int kRows = 4;   // rows of A per thread, forward
 constexpr int kBases = 8;  // most bases per thread, forward
 
-// Rows and columns of a group.
-struct Group {
-  int64_t rows, cols;
-};
-
 template <class S, bool Aligned, class C = typename ComputeOf<S>::type>
-__global__ void scaled_basis_kernel(Group group, int64_t n, int64_t d, C scale,
-                                    const C* __restrict__ A, const C* __restrict__ lam,
-                                    const C* __restrict__ gam, S* __restrict__ out,
-                                    int64_t col_blocks, int64_t base_blocks, int64_t bases) {
+__global__ void scaled_basis_kernel(int64_t r, int64_t n, int64_t d, const C* __restrict__ A,
+                                    const C* __restrict__ lam, const C* __restrict__ gam,
+                                    S* __restrict__ out, int64_t col_blocks, int64_t base_blocks,
+                                    int64_t bases) {
   constexpr int V = kPerAccess<S>;
-  const int64_t h = blockIdx.y, rest = blockIdx.x / col_blocks;
-  const int64_t first_i = rest % base_blocks * bases, in_group = rest / base_blocks * kRows;
-  const int64_t first_j = h * group.rows + in_group;
-  const int rows = static_cast<int>(min(int64_t{kRows}, group.rows - in_group));
-  const Columns<V, Aligned> c(blockIdx.x % col_blocks * blockDim.x * V, threadIdx.x, group.cols);
-  gam += h * group.cols;
+  const int64_t rest = blockIdx.x / col_blocks;
+  const int64_t first_i = rest % base_blocks * bases, first_j = rest / base_blocks * kRows;
+  const int rows = static_cast<int>(min(int64_t{kRows}, r - first_j));
+  const Columns<V, Aligned> c(blockIdx.x % col_blocks * blockDim.x * V, threadIdx.x, d);
   Pack<C, V> a[kRows];
 #pragma unroll
   for (int q = 0; q < kRows; ++q)
-    if (q < rows) a[q] = c.load(A + (first_j + q) * group.cols);
+    if (q < rows) a[q] = c.load(A + (first_j + q) * d);
 #pragma unroll 1
   for (int64_t i = first_i; i < min(n, first_i + bases); ++i) {
     const Pack<C, V> g = c.load(gam + i * d);
@@ -64,11 +54,11 @@ __global__ void scaled_basis_kernel(Group group, int64_t n, int64_t d, C scale,
     for (int q = 0; q < kRows; ++q) {
       if (q >= rows) break;
       const int64_t row = (first_j + q) * n + i;
-      const C l = scale * lam[row];
+      const C l = lam[row];
       Pack<S, V> x = {};
 #pragma unroll
       for (int v = 0; v < V; ++v) x.set(v, narrow<S>(l * a[q].get(v) * g.get(v)));
-      c.store(out + row * group.cols, x);
+      c.store(out + row * d, x);
     }
   }
 }
@@ -82,10 +72,9 @@ RANDLORA_HD int64_t shared_of_warp() {
   return int64_t{kBatch} * kStride * int64_t{sizeof(C)};
 }
 
-// dlam: (parts, r, n), a sum per part of a group's columns; dgam: (batches, n, d), per batch of its
-// rows.
+// dlam: (parts, r, n), a sum per part of the columns; dgam: (batches, n, d), per batch of rows.
 template <class S, bool Aligned, class C = typename ComputeOf<S>::type>
-__global__ void scaled_basis_backward_kernel(Group group, int64_t n, int64_t d, C scale,
+__global__ void scaled_basis_backward_kernel(int64_t r, int64_t n, int64_t d,
                                              const C* __restrict__ A, const C* __restrict__ lam,
                                              const C* __restrict__ gam, const S* __restrict__ grad,
                                              C* __restrict__ dlam, C* __restrict__ dgam,
@@ -93,26 +82,25 @@ __global__ void scaled_basis_backward_kernel(Group group, int64_t n, int64_t d, 
   constexpr int V = kPerAccess<S>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   auto* of_lane = reinterpret_cast<C*>(shared_memory() + warp * shared_of_warp<C>());
-  const int64_t h = blockIdx.y, part = blockIdx.x % parts, rest = blockIdx.x / parts;
+  const int64_t part = blockIdx.x % parts, rest = blockIdx.x / parts;
   const int64_t i = rest % base_blocks * warps + warp;  // neighbours share A in L1
   if (i >= n) return;
-  const int64_t batch = rest / base_blocks, in_group = batch * kBatch;
-  const int64_t first_j = h * group.rows + in_group;
-  const int rows = static_cast<int>(min(int64_t{kBatch}, group.rows - in_group));
-  const Columns<V, Aligned> c(part * 32 * V, lane, group.cols);
-  const Pack<C, V> g = c.load(gam + i * d + h * group.cols);
+  const int64_t batch = rest / base_blocks, first_j = batch * kBatch;
+  const int rows = static_cast<int>(min(int64_t{kBatch}, r - first_j));
+  const Columns<V, Aligned> c(part * 32 * V, lane, d);
+  const Pack<C, V> g = c.load(gam + i * d);
   C dg[V] = {};
   for (int first = 0; first < rows; first += kAhead) {
     Pack<S, V> G[kAhead];
 #pragma unroll
     for (int q = 0; q < kAhead; ++q)
-      G[q] = c.load(grad + ((first_j + min(first + q, rows - 1)) * n + i) * group.cols);
+      G[q] = c.load(grad + ((first_j + min(first + q, rows - 1)) * n + i) * d);
 #pragma unroll
     for (int q = 0; q < kAhead; ++q) {
       if (first + q >= rows) break;
       const int64_t j = first_j + first + q;
-      const Pack<C, V> a = c.load(A + j * group.cols);
-      const C l = scale * lam[j * n + i];
+      const Pack<C, V> a = c.load(A + j * d);
+      const C l = lam[j * n + i];
       C sum = 0;
 #pragma unroll
       for (int v = 0; v < V; ++v) {
@@ -126,13 +114,13 @@ __global__ void scaled_basis_backward_kernel(Group group, int64_t n, int64_t d, 
   Pack<C, V> x = {};
 #pragma unroll
   for (int v = 0; v < V; ++v) x.set(v, dg[v]);
-  c.store(dgam + (batch * n + i) * d + h * group.cols, x);
+  c.store(dgam + (batch * n + i) * d, x);
   __syncwarp();
   if (lane >= rows) return;
   C sum = 0;
 #pragma unroll 8
   for (int l = 0; l < 32; ++l) sum += of_lane[lane * kStride + l];
-  dlam[(part * group.rows * gridDim.y + first_j + lane) * n + i] = scale * sum;
+  dlam[(part * r + first_j + lane) * n + i] = sum;
 }
 
 // out[e] = the sum over s of part[s, e], in order.
@@ -146,31 +134,25 @@ __global__ void sum_parts_kernel(const C* part, int64_t parts, int64_t count, C*
   out[e] = sum;
 }
 
-dim3 grid_of(int64_t blocks, int64_t groups) {
-  return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(groups));
-}
-
 int block_of(const Device& device) { return device.max_threads < 128 ? device.max_threads : 128; }
 
 template <class S>
 void forward(const ScaledBasis& p, Device& device) {
   using C = typename ComputeOf<S>::type;
   constexpr int V = kPerAccess<S>;
-  const Group group{p.r / p.groups, p.d / p.groups};
-  const int64_t col_warps = ceil_div(group.cols, 32 * V), row_blocks = ceil_div(group.rows, kRows);
+  const int64_t col_warps = ceil_div(p.d, 32 * V), row_blocks = ceil_div(p.r, kRows);
   const int64_t threads = std::clamp<int64_t>(32 * col_warps, 32, block_of(device));
-  const int64_t col_blocks = ceil_div(group.cols, threads * V);
+  const int64_t col_blocks = ceil_div(p.d, threads * V);
   // Threads walk several bases only if every multiprocessor still has eight warps.
-  const int64_t warps = col_warps * row_blocks * p.groups * p.n;  // with one base each
+  const int64_t warps = col_warps * row_blocks * p.n;  // with one base each
   const int64_t bases = std::clamp<int64_t>(warps / (8 * device.multiprocessors), 1, kBases);
   const int64_t base_blocks = ceil_div(p.n, bases);
-  const auto kernel = aligned_rows(group.cols, V, p.A, p.gam, p.out)
-                          ? scaled_basis_kernel<S, true, C>
-                          : scaled_basis_kernel<S, false, C>;
-  launch(device, "scaled_basis", kernel, grid_of(col_blocks * base_blocks * row_blocks, p.groups),
-         static_cast<int>(threads), 0, group, p.n, p.d, p.scale, static_cast<const C*>(p.A),
-         static_cast<const C*>(p.lam), static_cast<const C*>(p.gam), static_cast<S*>(p.out),
-         col_blocks, base_blocks, bases);
+  const auto kernel = aligned_rows(p.d, V, p.A, p.gam, p.out) ? scaled_basis_kernel<S, true, C>
+                                                              : scaled_basis_kernel<S, false, C>;
+  launch(device, "scaled_basis", kernel,
+         static_cast<unsigned>(col_blocks * base_blocks * row_blocks), static_cast<int>(threads), 0,
+         p.r, p.n, p.d, static_cast<const C*>(p.A), static_cast<const C*>(p.lam),
+         static_cast<const C*>(p.gam), static_cast<S*>(p.out), col_blocks, base_blocks, bases);
 }
 
 template <class S>
@@ -178,19 +160,19 @@ void backward(const ScaledBasisBackward& p, Device& device) {
   using C = typename ComputeOf<S>::type;
   constexpr int V = kPerAccess<S>;
   const int threads = block_of(device), warps = threads / 32;
-  const Group group{p.r / p.groups, p.d / p.groups};
   const int64_t K = p.r * p.n, base_blocks = ceil_div(p.n, warps);
-  const int64_t parts = ceil_div(group.cols, 32 * V), batches = ceil_div(group.rows, kBatch);
+  const int64_t parts = ceil_div(p.d, 32 * V), batches = ceil_div(p.r, kBatch);
   C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
   C* dlam_parts = parts > 1 ? scratch<C>(device, parts * K) : dlam;
   C* dgam_parts = batches > 1 ? scratch<C>(device, batches * p.n * p.d) : dgam;
-  const auto kernel = aligned_rows(group.cols, V, p.A, p.gam, p.grad, p.dgam)
+  const auto kernel = aligned_rows(p.d, V, p.A, p.gam, p.grad, p.dgam)
                           ? scaled_basis_backward_kernel<S, true, C>
                           : scaled_basis_backward_kernel<S, false, C>;
-  launch(device, "scaled_basis_backward", kernel, grid_of(parts * base_blocks * batches, p.groups),
-         threads, warps * shared_of_warp<C>(), group, p.n, p.d, p.scale, static_cast<const C*>(p.A),
-         static_cast<const C*>(p.lam), static_cast<const C*>(p.gam), static_cast<const S*>(p.grad),
-         dlam_parts, dgam_parts, parts, base_blocks);
+  launch(device, "scaled_basis_backward", kernel,
+         static_cast<unsigned>(parts * base_blocks * batches), threads, warps * shared_of_warp<C>(),
+         p.r, p.n, p.d, static_cast<const C*>(p.A), static_cast<const C*>(p.lam),
+         static_cast<const C*>(p.gam), static_cast<const S*>(p.grad), dlam_parts, dgam_parts, parts,
+         base_blocks);
   const auto add = [&](const C* part, int64_t count_of_parts, int64_t count, C* out) {
     if (count_of_parts > 1)
       launch(device, "sum_parts", sum_parts_kernel<C>,

@@ -31,7 +31,7 @@ __global__ void planes_to_dense_kernel(Planes p, int64_t rows, int64_t cols, dou
          from += int64_t{gridDim.y} * blockDim.x * V) {
       const Columns<V, Aligned> c(from, threadIdx.x, cols);
       const uint32_t is_plus = c.bits(p.plus + row * p.words);
-      const uint32_t is_minus = p.minus ? c.bits(p.minus + row * p.words) : ~0u;
+      const uint32_t is_minus = c.bits(p.minus + row * p.words);
       Pack<S, V> x = {};
 #pragma unroll
       for (int v = 0; v < V; ++v)

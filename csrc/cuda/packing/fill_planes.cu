@@ -7,10 +7,6 @@
 // and ballots in addition. The words of a warp lie side by side, so its stores coalesce. If a slice
 // starts inside a group, each of its words needs two groups, and its thread computes both.
 //
-// Block bases store signs by column: a thread makes a word of 64 rows for each of the up to four
-// columns of one counter in a chunk. Neighboring threads make neighboring words of the same
-// columns, so their stores coalesce, and they skip a counter together.
-//
 // Floor: one Philox call per four elements, 2 bits written per element. Integer arithmetic
 // dominates.
 #include "../../core/ternary_spec.h"
@@ -69,40 +65,7 @@ __global__ void fill_planes_kernel(FillPlanes p, int64_t words) {
   p.minus[at] = word.minus & keep;
 }
 
-__global__ void fill_blocks_kernel(FillBlocks p, int64_t words, int64_t counters, uint32_t half) {
-  const int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (at >= p.chunks * counters * words) return;
-  const int64_t word = at % words, counter = at / words % counters, chunk = at / words / counters;
-  const int64_t group = p.first_group() + counter / kCountersPerGroup;
-  const int64_t l = counter % kCountersPerGroup;
-  uint64_t* row[4];
-  p.rows_of(chunk, group, l, row);
-  if (!row[0] && !row[1] && !row[2] && !row[3]) return;
-  const uint32_t first_row = static_cast<uint32_t>((p.first_chunk + chunk) * p.height + 64 * word);
-  const int rows = static_cast<int>(p.height - 64 * word < 64 ? p.height - 64 * word : 64);
-  uint64_t bits[4] = {0, 0, 0, 0};
-#pragma unroll 2
-  for (int t = 0; t < rows; ++t) {
-    const Counter4 u = philox4x32_10(
-        counter_of(kRoleB, first_row + t, static_cast<uint32_t>(group * kCountersPerGroup + l)),
-        key0_of(p.seed), key1_of(p.seed));
-#pragma unroll
-    for (int w = 0; w < 4; ++w) bits[w] |= uint64_t{is_plus(u.v[w], half)} << t;
-  }
-#pragma unroll
-  for (int w = 0; w < 4; ++w)
-    if (row[w]) row[w][word] = bits[w];
-}
-
 }  // namespace
-
-void fill_blocks(const FillBlocks& p, Device& device) {
-  const int64_t words = words_of(p.height), counters = p.column_groups() * kCountersPerGroup;
-  const int threads = device.max_threads < 128 ? device.max_threads : 128;
-  launch(device, "fill_blocks", fill_blocks_kernel,
-         static_cast<unsigned>(ceil_div(p.chunks * counters * words, threads)), threads, 0, p,
-         words, counters, threshold(1.0));
-}
 
 void fill_planes(const FillPlanes& p, Device& device) {
   const int64_t words = words_of(p.cols);

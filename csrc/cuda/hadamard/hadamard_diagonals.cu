@@ -1,0 +1,100 @@
+// What a step does with gamma before the class products, and with the gradients after them:
+//
+//   hadamard_gamma      out[i, k] = scale s[k] gam[i, k], rounded to the dtype of the activations
+//   hadamard_diagonals  dgam[i, k] = scale s[k] P[m, i, k'], dlam[c] = scale col[c] sum of sums[q, c]
+//
+// Floor: 1 / r of the layer's weight read and written, so what counts is that each is one launch.
+#include <algorithm>
+
+#include "../device/columns.h"
+#include "../device/launch.h"
+#include "../kernels.h"
+#include "transform.h"
+
+namespace randlora {
+namespace cuda {
+namespace {
+
+template <class S, bool Aligned, class C = typename ComputeOf<S>::type>
+__global__ void hadamard_gamma_kernel(HadamardGamma p, int64_t col_blocks) {
+  constexpr int V = kPerAccess<S>;
+  const int64_t d = p.sizes.d, i = blockIdx.x / col_blocks;
+  const Columns<V, Aligned> c(blockIdx.x % col_blocks * blockDim.x * V, threadIdx.x, d);
+  const Pack<C, V> gam = c.load(static_cast<const C*>(p.gam) + i * d);
+  const C scale = static_cast<C>(p.scale);
+  Pack<S, V> out = {};
+#pragma unroll
+  for (int v = 0; v < V; ++v)
+    if (c.inside(v)) out.set(v, narrow<S>(with_sign(scale * gam.get(v), p.s[c.at(v)])));
+  c.store(static_cast<S*>(p.out) + i * d, out);
+}
+
+constexpr int kAcross = 32;  // columns c of a block that sums slots
+
+// The first `gamma_blocks` blocks make dgam, an element a thread; the others dlam. There a warp
+// adds every warps-th slot, and the first warp adds the results of all.
+template <class S, class C = typename ComputeOf<S>::type>
+__global__ void hadamard_diagonals_kernel(HadamardDiagonals p, int64_t gamma_blocks) {
+  const int64_t n = p.sizes.n, d = p.sizes.d;
+  if (blockIdx.x < gamma_blocks) {
+    const int64_t e = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, i = e / d, k = e % d;
+    if (i >= n) return;
+    const int64_t column = p.sizes.first_column + k, m = column / n;
+    const S x =
+        static_cast<const S*>(p.P)[((m - p.sizes.first_class()) * n + i) * n + (column - m * n)];
+    static_cast<C*>(p.dgam)[e] = with_sign(static_cast<C>(p.dgam_scale) * widen(x), p.s[k]);
+    return;
+  }
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int64_t K = p.sizes.K(), c = (blockIdx.x - gamma_blocks) * kAcross + lane;
+  C* of_warp = reinterpret_cast<C*>(shared_memory());
+  C sum = C(0);
+  if (c < K) {
+    const C* sums = static_cast<const C*>(p.sums) + c;
+#pragma unroll 8
+    for (int64_t q = warp; q < p.slots; q += warps) sum += sums[q * K];
+  }
+  of_warp[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp != 0 || c >= K) return;
+  for (int other = 1; other < warps; ++other) sum += of_warp[other * kAcross + lane];
+  static_cast<C*>(p.dlam)[c] = with_sign(static_cast<C>(p.dlam_scale) * sum, p.col[c]);
+}
+
+int threads_of(const Device& device) { return std::min(device.max_threads, 256); }
+
+template <class S>
+void gamma_as(const HadamardGamma& p, Device& device) {
+  constexpr int V = kPerAccess<S>;
+  const int threads = threads_of(device);
+  const int64_t col_blocks = ceil_div(p.sizes.d, int64_t{threads} * V);
+  launch(device, "hadamard_gamma",
+         aligned_rows(p.sizes.d, V, p.gam, p.out) ? hadamard_gamma_kernel<S, true>
+                                                  : hadamard_gamma_kernel<S, false>,
+         static_cast<unsigned>(col_blocks * p.sizes.n), threads, 0, p, col_blocks);
+}
+
+template <class S>
+void diagonals_as(const HadamardDiagonals& p, Device& device) {
+  using C = typename ComputeOf<S>::type;
+  const int threads = threads_of(device);
+  const int64_t gamma_blocks = ceil_div(p.sizes.n * p.sizes.d, threads);
+  launch(device, "hadamard_diagonals", hadamard_diagonals_kernel<S>,
+         static_cast<unsigned>(gamma_blocks + ceil_div(p.sizes.K(), kAcross)), threads,
+         threads * int64_t{sizeof(C)}, p, gamma_blocks);
+}
+
+}  // namespace
+
+// One launch.
+void hadamard_gamma(const HadamardGamma& p, Device& device) {
+  with_dtype(p.dtype, [&](auto s) { gamma_as<decltype(s)>(p, device); });
+}
+
+// One launch.
+void hadamard_diagonals(const HadamardDiagonals& p, Device& device) {
+  with_dtype(p.dtype, [&](auto s) { diagonals_as<decltype(s)>(p, device); });
+}
+
+}  // namespace cuda
+}  // namespace randlora

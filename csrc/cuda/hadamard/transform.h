@@ -1,0 +1,364 @@
+// The Hadamard transform of rows of N numbers, N a power of two, in passes of several bits.
+//
+// A transform over one bit of the positions replaces every pair of numbers whose positions differ
+// in that bit alone by their sum and difference; transforms over different bits commute. So a pass
+// takes a few bits: each thread reads kValues numbers, whose positions differ in these bits alone,
+// transforms them in registers and writes them back. Nobody else touches them in between. Several
+// rows lie one behind the other and are transformed as one array: the bits of a row's number are
+// left out.
+//
+//   bits [0, kBits)                low: 128 adjacent bytes a thread; also multiplies by lam and col
+//   bits [kBits, log - kEdgeBits)  middle, in up to kBits bits at a time
+//   bits [log - kEdgeBits, log)    the edge, where rows come from or go to global memory in
+//                                  accesses of 16 bytes
+//
+// In shared memory, 16 bytes are left free after every 128: without them all threads of the low
+// pass would meet in four banks. Rows too long for shared memory lie in scratch memory, and every
+// pass is a kernel of its own (Rows<C, true>).
+#pragma once
+#include <algorithm>
+
+#include "../../core/hadamard.h"
+#include "../device/columns.h"
+#include "../device/launch.h"
+
+namespace randlora {
+namespace cuda {
+
+template <class C>
+constexpr int kBits = sizeof(C) == 8 ? 4 : 5;
+template <class C>
+constexpr int kValues = 1 << kBits<C>;  // 128 bytes
+
+constexpr int log_of(int64_t power) {
+  int log = 0;
+  while (int64_t{1} << log < power) ++log;
+  return log;
+}
+
+// The bits of the edge of rows that are S in global memory.
+template <class S>
+constexpr int kEdgeBits = kBits<typename ComputeOf<S>::type> - log_of(kPerAccess<S>);
+
+// Over the bits of e / Apart, where v[e].
+template <int Apart, int M, class C>
+__device__ __forceinline__ void hadamard(C (&v)[M]) {
+#pragma unroll
+  for (int half = Apart; half < M; half *= 2)
+#pragma unroll
+    for (int e = 0; e < M; ++e)
+      if (!(e & half)) {
+        const C a = v[e], b = v[e + half];
+        v[e] = a + b;
+        v[e + half] = a - b;
+      }
+}
+
+template <class C, int N>
+struct alignas(N * sizeof(C)) [[gnu::may_alias]] Piece {
+  C v[N];
+};
+
+template <class C>
+__device__ __forceinline__ C with_sign(C x, int8_t sign) {
+  return sign < 0 ? -x : x;
+}
+
+// Where the numbers of several rows lie.
+template <class C, bool Scratch>
+struct Rows {
+  using Index = std::conditional_t<Scratch, int64_t, int>;
+  static constexpr int kFree = Scratch ? 0 : kPerAccess<C>;
+  C* numbers;
+
+  RANDLORA_HD_MEMBER static int64_t bytes(int64_t count) {
+    return count / kValues<C> * (kValues<C> + kFree) * int64_t{sizeof(C)};
+  }
+  __device__ __forceinline__ C* at(Index x) const { return numbers + x + x / kValues<C> * kFree; }
+  // Positions in one row are int.
+  __device__ __forceinline__ Rows row(int64_t number, int log) const {
+    return {at(Index(number) << log)};
+  }
+  __device__ __forceinline__ C* in_row(int x) const { return numbers + x + x / kValues<C> * kFree; }
+  // at(x + (1 << bit)) - at(x), for bit >= kBits
+  __device__ __forceinline__ static Index step(int bit) {
+    return (Index{1} << bit) + (Index{1} << (bit - kBits<C>)) * kFree;
+  }
+};
+
+// The work of one thread: items first, first + step, ... below a count.
+struct Share {
+  int64_t first, step;
+};
+__device__ __forceinline__ Share share_of_block() { return {threadIdx.x, blockDim.x}; }
+__device__ __forceinline__ Share share_of_grid() {
+  return {int64_t{blockIdx.x} * blockDim.x + threadIdx.x, int64_t{gridDim.x} * blockDim.x};
+}
+
+// V adjacent numbers from or to rows, in accesses of up to 16 bytes. V divides the position.
+template <int V, class C>
+__device__ __forceinline__ void load_run(const C* from, C* to) {
+  constexpr int N = V < kPerAccess<C> ? V : kPerAccess<C>;
+#pragma unroll
+  for (int u = 0; u < V; u += N) {
+    const auto piece = *reinterpret_cast<const Piece<C, N>*>(from + u);
+#pragma unroll
+    for (int x = 0; x < N; ++x) to[u + x] = piece.v[x];
+  }
+}
+template <int V, class C>
+__device__ __forceinline__ void store_run(const C* from, C* to) {
+  constexpr int N = V < kPerAccess<C> ? V : kPerAccess<C>;
+#pragma unroll
+  for (int u = 0; u < V; u += N) {
+    Piece<C, N> piece;
+#pragma unroll
+    for (int x = 0; x < N; ++x) piece.v[x] = from[u + x];
+    *reinterpret_cast<Piece<C, N>*>(to + u) = piece;
+  }
+}
+
+// Bits [0, kBits). before(v, x) and after(v, x) may change the numbers at positions x and following.
+template <class C, bool Scratch, class Before, class After>
+__device__ __forceinline__ void low_pass(const Rows<C, Scratch>& rows, int64_t count,
+                                         const Share& share, const Before& before,
+                                         const After& after) {
+  using Index = typename Rows<C, Scratch>::Index;
+  for (Index g = Index(share.first); g < Index(count / kValues<C>); g += Index(share.step)) {
+    C v[kValues<C>];
+    C* at = rows.at(g * kValues<C>);
+    load_run<kValues<C>>(at, v);
+    before(v, g * kValues<C>);
+    hadamard<1>(v);
+    after(v, g * kValues<C>);
+    store_run<kValues<C>>(v, at);
+  }
+}
+
+// v[c] *= col[c] lam[c], and zero past the last c. The low pass does this, where a thread has
+// adjacent c.
+template <class C>
+struct Diagonal {
+  const C* lam;
+  const int8_t* col;
+  int64_t K;
+  bool aligned;
+
+  template <class P>
+  Diagonal(const P& p)
+      : lam(static_cast<const C*>(p.lam)),
+        col(p.col),
+        K(p.sizes.K()),
+        aligned(reinterpret_cast<uintptr_t>(lam) % 16 == 0 &&
+                reinterpret_cast<uintptr_t>(col) % 16 == 0) {}
+
+  __device__ __forceinline__ void apply(C (&v)[kValues<C>], int64_t c) const {
+    constexpr int V = kPerAccess<C>;
+    if (aligned && c + kValues<C> <= K) {
+#pragma unroll
+      for (int first = 0; first < kValues<C>; first += 16) {
+        const auto signs = *reinterpret_cast<const Piece<int8_t, 16>*>(col + c + first);
+#pragma unroll
+        for (int e = 0; e < 16; e += V) {
+          const auto factors = *reinterpret_cast<const Piece<C, V>*>(lam + c + first + e);
+#pragma unroll
+          for (int u = 0; u < V; ++u)
+            v[first + e + u] = with_sign(v[first + e + u] * factors.v[u], signs.v[e + u]);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < kValues<C>; ++e)
+        v[e] = c + e < K ? with_sign(v[e] * lam[c + e], col[c + e]) : C(0);
+    }
+  }
+};
+
+// Bits [bit, bit + K), bit >= kBits.
+template <int K, class C, bool Scratch>
+__device__ __forceinline__ void pass_of(const Rows<C, Scratch>& rows, int bit, int64_t count,
+                                        const Share& share) {
+  using Index = typename Rows<C, Scratch>::Index;
+  constexpr int V = 1 << (kBits<C> - K);
+  const Index step = rows.step(bit);
+  for (Index g = Index(share.first); g < Index(count / kValues<C>); g += Index(share.step)) {
+    C v[kValues<C>];
+    C* at = rows.at((g * V >> bit << (bit + K)) | (g * V & ((Index{1} << bit) - 1)));
+#pragma unroll
+    for (int e = 0; e < 1 << K; ++e) load_run<V>(at + e * step, v + e * V);
+    hadamard<V>(v);
+#pragma unroll
+    for (int e = 0; e < 1 << K; ++e) store_run<V>(v + e * V, at + e * step);
+  }
+}
+
+template <class C, bool Scratch>
+__device__ __forceinline__ void middle_pass(const Rows<C, Scratch>& rows, int bit, int bits,
+                                            int64_t count, const Share& share) {
+  switch (bits) {
+    case 1: return pass_of<1>(rows, bit, count, share);
+    case 2: return pass_of<2>(rows, bit, count, share);
+    case 3: return pass_of<3>(rows, bit, count, share);
+    case 4: return pass_of<4>(rows, bit, count, share);
+    default:
+      if constexpr (kBits<C> == 5) pass_of<5>(rows, bit, count, share);
+  }
+}
+
+// How `log` bits are divided: middle pass `s` of `passes` has bits [begin(s), begin(s + 1)).
+template <class C>
+struct Middle {
+  int bits, passes;
+  RANDLORA_HD_MEMBER Middle(int log, int edge)
+      : bits(log - kBits<C> - edge), passes((bits + kBits<C> - 1) / kBits<C>) {}
+  RANDLORA_HD_MEMBER int begin(int s) const { return kBits<C> + bits * s / passes; }
+};
+
+// For rows in shared memory. Every pass ends with a barrier.
+template <class C>
+__device__ __forceinline__ void middle_passes(const Rows<C, false>& rows, int log, int edge,
+                                              int64_t count) {
+  const Middle<C> middle(log, edge);
+  for (int s = 0; s < middle.passes; ++s) {
+    middle_pass(rows, middle.begin(s), middle.begin(s + 1) - middle.begin(s), count,
+                share_of_block());
+    __syncthreads();
+  }
+}
+
+// ---- the edge -----------------------------------------------------------------------------------
+
+// The columns of a thread at the edge: it holds kValues numbers, V for each e < 1 << kEdgeBits,
+//
+//   v[e * V + u]  at position  row * N + column(u) + (e << (log - kEdgeBits))
+//
+// Its columns are adjacent if the matrix in global memory allows accesses of 16 bytes; otherwise
+// neighbouring threads have adjacent columns.
+template <class S, bool Aligned>
+struct Edge {
+  using C = typename ComputeOf<S>::type;
+  static constexpr int V = kPerAccess<S>, kCount = 1 << kEdgeBits<S>;
+  int64_t row;
+  int first, apart, log;
+
+  // Item g of those that `count / kValues` numbers make.
+  __device__ __forceinline__ Edge(int64_t g, int log_) : log(log_) {
+    const int of_row = log - kBits<C>;  // bits of items in a row
+    const int item = static_cast<int>(g & ((int64_t{1} << of_row) - 1));
+    row = g >> of_row;
+    apart = Aligned ? 1 : min(32, 1 << of_row);
+    first = Aligned ? item * V : item / apart * apart * V + item % apart;
+  }
+  __device__ __forceinline__ int column(int u) const { return first + u * apart; }
+  // Added for e.
+  __device__ __forceinline__ int place(int e) const { return e << (log - kEdgeBits<S>); }
+  // The first of the rows of B, counted from first_row, that meet the numbers (e, u): N apart.
+  __device__ __forceinline__ int row_of(int e, int u, int first_row) const {
+    return (column(u) + place(e) - first_row) & ((1 << log) - 1);
+  }
+
+  template <bool Scratch>
+  __device__ __forceinline__ void load(const Rows<C, Scratch>& rows, C (&v)[kValues<C>]) const {
+    const auto from = rows.row(row, log);
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      if constexpr (Aligned) {
+        load_run<V>(from.in_row(first + place(e)), v + e * V);
+      } else {
+#pragma unroll
+        for (int u = 0; u < V; ++u) v[e * V + u] = *from.in_row(column(u) + place(e));
+      }
+    }
+  }
+  template <bool Scratch>
+  __device__ __forceinline__ void store(const C (&v)[kValues<C>],
+                                        const Rows<C, Scratch>& rows) const {
+    const auto to = rows.row(row, log);
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      if constexpr (Aligned) {
+        store_run<V>(v + e * V, to.in_row(first + place(e)));
+      } else {
+#pragma unroll
+        for (int u = 0; u < V; ++u) *to.in_row(column(u) + place(e)) = v[e * V + u];
+      }
+    }
+  }
+};
+
+// ---- how the host divides the work --------------------------------------------------------------
+
+template <class S>
+struct Plan {
+  using C = typename ComputeOf<S>::type;
+  int log;   // of N, at least what the low pass and the edge take
+  int rows;  // of a block
+  int threads;
+  int64_t shared;  // bytes; more than the device has: rows lie in scratch memory
+
+  // A block has `copies` of its rows, at most `most`.
+  Plan(const HadamardSizes& sizes, int64_t most, const Device& device, int copies = 1)
+      : log(std::max(log_of(sizes.N()), kBits<C> + kEdgeBits<S>)) {
+    const int64_t of_row = int64_t{1} << (log - kBits<C>);
+    rows = 1;
+    while (rows * of_row < 128 && 2 * rows <= most) rows *= 2;  // short rows share a block
+    threads =
+        static_cast<int>(std::clamp<int64_t>(rows * of_row, 32, std::min(device.max_threads, 256)));
+    shared = copies * Rows<C, false>::bytes(numbers());
+  }
+  int64_t numbers() const { return int64_t{rows} << log; }
+  bool fits(const Device& device) const { return shared <= device.shared_bytes; }
+};
+
+// ---- rows in scratch memory ---------------------------------------------------------------------
+
+namespace {
+
+template <class C>
+__global__ void hadamard_pass_kernel(C* numbers, int bit, int bits, int64_t count) {
+  middle_pass(Rows<C, true>{numbers}, bit, bits, count, share_of_grid());
+}
+
+// Rows of scratch memory that chunks of tokens share.
+template <class C>
+struct InScratch {
+  int log, threads;
+  int64_t count, chunk;  // of rows
+  C* numbers;
+  Device& device;
+
+  InScratch(int log_, int64_t count_, Device& device_)
+      : log(log_),
+        threads(std::min(device_.max_threads, 128)),
+        count(count_),
+        chunk(std::clamp<int64_t>((device_.chunk_bytes / int64_t{sizeof(C)}) >> log, 1,
+                                  std::max<int64_t>(count, 1))),
+        numbers(scratch<C>(device_, chunk << log)),
+        device(device_) {}
+
+  // At least once.
+  template <class F>
+  void each(const F& fn) {
+    int64_t first = 0;
+    do {
+      fn(first, std::min(chunk, count - first));
+    } while ((first += chunk) < count);
+  }
+  // For kernels whose threads take several items if there are very many.
+  unsigned blocks(int64_t items) const {
+    return static_cast<unsigned>(std::min(ceil_div(items, threads), int64_t{1} << 20));
+  }
+  // The middle passes, a launch for each.
+  void transform(int edge, int64_t rows) {
+    const Middle<C> middle(log, edge);
+    for (int s = 0; s < middle.passes; ++s)
+      launch(device, "hadamard_pass", hadamard_pass_kernel<C>, blocks(rows << log >> kBits<C>),
+             threads, 0, numbers, middle.begin(s), middle.begin(s + 1) - middle.begin(s),
+             rows << log);
+  }
+};
+
+}  // namespace
+
+}  // namespace cuda
+}  // namespace randlora
