@@ -97,6 +97,7 @@ void load_cuda(const std::string& path, bool serve_cpu_tensors) {
                  " was built from other sources than this extension; install again");
   loaded = kernels;
   serves_cpu = serve_cpu_tensors;
+  if (!serves_cpu) serve_hadamard_on_cuda();
 }
 
 bool cuda_loaded() { return loaded != nullptr; }

@@ -15,6 +15,9 @@ namespace randlora {
 // loaded or does not match this build.
 void load_cuda(const std::string& path, bool serve_cpu_tensors);
 bool cuda_loaded();
+// Registers the operators on Hadamard bases for CUDA tensors (hadamard.cpp). Without our library
+// torch's dispatcher takes those in plain torch (randlora_ext/ops/hadamard.py).
+void serve_hadamard_on_cuda();
 std::string cuda_build();  // "" if nothing is loaded
 
 // Throws if the library is not loaded.

@@ -340,6 +340,14 @@ void implement(Library& m) {
 }
 
 }  // namespace
+
+void serve_hadamard_on_cuda() {
+  using torch::stable::detail::StableLibrary;
+  static StableLibrary library(StableLibrary::Kind::IMPL, "randlora", "CUDA", __FILE__, __LINE__);
+  static const bool once = (implement(library), true);
+  (void)once;
+}
+
 }  // namespace randlora
 
 STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
@@ -358,4 +366,3 @@ STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) { randlora::implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(randlora, CUDA, m) { randlora::implement(m); }
