@@ -332,21 +332,13 @@ Tensor hadamard_weight(OptionalTensor base, Tensor lam, Tensor gam, Tensor s, Te
   return out;
 }
 
-template <class Library>
-void implement(Library& m) {
+void implement(OperatorLibrary& m) {
   m.impl("hadamard_linear", RANDLORA_BOX(hadamard_linear));
   m.impl("hadamard_linear_backward", RANDLORA_BOX(hadamard_linear_backward));
   m.impl("hadamard_weight", RANDLORA_BOX(hadamard_weight));
 }
 
 }  // namespace
-
-void serve_hadamard_on_cuda() {
-  using torch::stable::detail::StableLibrary;
-  static StableLibrary library(StableLibrary::Kind::IMPL, "randlora", "CUDA", __FILE__, __LINE__);
-  static const bool once = (implement(library), true);
-  (void)once;
-}
 
 }  // namespace randlora
 
@@ -366,3 +358,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) { randlora::implement(m); }
+static const randlora::OnCuda on_cuda(&randlora::implement);

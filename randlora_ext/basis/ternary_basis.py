@@ -294,12 +294,14 @@ class TernaryBasis:
 
     def __repr__(self) -> str:
         origin = self.kind if self.description is None else f"seed={self.seed}, kind={self.kind!r}"
+        if self._source.kind != "hadamard":
+            origin = f"density={self.density:.6g}, {origin}"
         shape, part = self._shape, ""
         if shape.is_slice:
             part = f", slice from row {shape.first_row} of B and column {shape.first_column} of A"
         return (
-            f"TernaryBasis({self.in_features}, {self.out_features}, r={self.r}, "
-            f"density={self.density:.6g}, {origin}, format={self.format!r}{part})"
+            f"TernaryBasis({self.in_features}, {self.out_features}, r={self.r}, {origin}, "
+            f"format={self.format!r}{part})"
         )
 
 
