@@ -145,11 +145,11 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         TypeError, RuntimeError: as `RandLoraLinear.merge`, before anything changes.
     """
     for layer in _layers(model):
-        layer._mergeable_weight()
+        layer._dense_weight()
     for layer in _layers(model):
         names = [name for name in layer.active_adapters if name not in layer.merged_adapters]
         if names and not layer.disabled:
-            layer.merge(adapter_names=names)
+            layer.merge(adapter_names=names, keep_weight="nothing")
     return _without(model)
 
 

@@ -83,7 +83,6 @@ class RandLoraLinear(Mergeable, nn.Module):
         self.bases: dict[str, TernaryBasis] = {}
         self.merged_rounding: dict[str, str | None] = {}
         self.merged_adapters = []
-        self._original_weight = None  # see merge(keep_original=True)
         self._active: list[str] = [adapter_name]
         self._disabled = False
         self.base_layer: Any = base_layer

@@ -114,7 +114,7 @@ def test_merge_and_unload_and_unload():
     x, layer = torch.randn(5, 12), model[1]["q"]
     layer.update_layer("idle", r=2)
     nn.init.normal_(layer.randlora_lambda["idle"])
-    model[1]["down"].merge(keep_original=True)
+    model[1]["down"].merge()
     want = [block[name](x) for block in model for name in ("q", "down")]
     merged, bare = (f(copy.deepcopy(model)) for f in (merge_and_unload, unload))
     for result in (merged, bare):
