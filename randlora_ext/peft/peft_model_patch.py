@@ -1,8 +1,9 @@
-"""`PeftModel.save_pretrained` and `load_adapter`, made safe for models on our layers.
+"""Methods of `PeftModel`, made safe for models on our layers.
 
 The only patch of the package. PEFT has tables for tuners and configurations and calls methods of
-both, but only these two methods of `PeftModel` know the folder before tensors are written to it, or
-read from it over an existing adapter. Models on other layers pass through.
+both, but only ``save_pretrained`` and ``load_adapter`` of `PeftModel` know the folder before
+tensors are written to it, or read from it over an existing adapter, and ``add_adapter`` is all that
+TRL calls to make a reference. Models on other layers pass through.
 """
 
 import functools
@@ -13,13 +14,15 @@ from peft import PeftModel
 from .loading import check_load_over
 from .model import AcceleratedRandLoraModel
 from .saving import save_together
+from .trl_reference import fill_reference
 
 _patched: dict[str, tuple[Callable, Callable]] = {}  # (PEFT's, ours)
 
 
 def install() -> None:
-    """Wraps the two methods, once."""
-    for name, around in (("save_pretrained", _save), ("load_adapter", _load)):
+    """Wraps the methods, once."""
+    wrapped = ("save_pretrained", _save), ("load_adapter", _load), ("add_adapter", _add)
+    for name, around in wrapped:
         if name not in _patched:
             stock = getattr(PeftModel, name)
             ours = _for_our_models(stock, around)
@@ -57,3 +60,8 @@ def _load(stock: Callable, model: PeftModel, model_id, adapter_name, *args, **kw
     if adapter_name in model.peft_config:
         check_load_over(model, model_id, adapter_name, kwargs)
     return stock(model, model_id, adapter_name, *args, **kwargs)
+
+
+def _add(stock: Callable, model: PeftModel, adapter_name, peft_config, *args, **kwargs) -> None:
+    stock(model, adapter_name, peft_config, *args, **kwargs)
+    fill_reference(model, adapter_name, peft_config)
