@@ -35,9 +35,10 @@ def apply_randlora(
     error names the layer and the densities that fit all.
 
     Raises:
-        ValueError: nothing matches, or a match is ``out_proj`` of nn.MultiheadAttention, which
-            torch never calls. TypeError: a match is not an nn.Linear or Conv1D, or is adapted
-            already. Also the errors of RandLoraLinear. In all cases the model is as it was.
+        ValueError: nothing matches, a match is ``out_proj`` of nn.MultiheadAttention, which torch
+            never calls, or it lies inside an adapted layer. TypeError: a match is not an nn.Linear
+            or Conv1D, or is adapted already. Also the errors of RandLoraLinear. In all cases the
+            model is as it was.
     """
     # A module that is registered twice (tied) is visited twice, and must be wrapped once.
     named = dict(model.named_modules(remove_duplicate=False))
@@ -59,6 +60,7 @@ def apply_randlora(
         matched = f"module {name!r}, matched by target_modules {target_modules!r},"
         check_base_layer(module, matched)
         check_is_called(model, name, matched)
+        check_not_nested(model, name, matched)
     _check_block_sizes({name: features(module) for name, module in matches.items()}, layer_options)
     # Any other wrong option raises at the first layer, before anything is frozen.
     unique = {id(module): module for module in matches.values()}
@@ -94,6 +96,18 @@ def check_is_called(model: nn.Module, name: str, argument: str) -> None:
             f"{argument} would not be adapted: nn.MultiheadAttention reads its weight and never "
             "calls it"
         )
+
+
+def check_not_nested(model: nn.Module, name: str, argument: str) -> None:
+    """Raises ValueError, naming `argument`, if module `name` lies inside an adapted layer."""
+    parts = name.split(".")
+    for above in (".".join(parts[:depth]) for depth in range(len(parts))):
+        if hasattr(model.get_submodule(above), "update_layer"):
+            raise ValueError(
+                f"{argument} lies inside {above or 'the model'!r}, which is adapted already, and "
+                "adapters cannot be nested; update_layer(name, ...) adds another one beside the "
+                "first"
+            )
 
 
 def _first(names: list[str]) -> str:

@@ -14,9 +14,9 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
 from ..basis.block import check_layers
-from ..nn.apply import check_is_called
+from ..nn.apply import check_is_called, check_not_nested
 from ..nn.base_layer import disable_nested_tensors, features, force_module_call, is_conv1d
-from ..nn.linear import DEFAULT_SCALING
+from ..nn.linear import DEFAULT_SCALING, RandLoraLinear
 from ..nn.state_dict import misfit, refuse, refuse_misfit
 from ..ops.path import check_rounding
 from . import other_quantized
@@ -120,6 +120,9 @@ class AcceleratedRandLoraModel(RandLoraModel):
         A, B = self.randlora_A, self.randlora_B
         basis = AdapterBasis.of(vars(config))
         targets = self._target_sizes(config)
+        for name in targets:  # PEFT leaves out what lies inside its own layers
+            if isinstance(self.model.get_submodule(name.rpartition(".")[0]), RandLoraLinear):
+                check_not_nested(self.model, name, f"target {name!r}")
         groups = basis.description(1).groups if basis.kind == "block" else None
         if groups is not None:
             check_layers(groups, targets, config.r)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from peft import PeftModel
 
-from .loading import check_load_over
+from .loading import check_load_over, warn_of_misfits
 from .model import AcceleratedRandLoraModel
 from .saving import save_together
 from .trl_reference import fill_reference
@@ -59,7 +59,9 @@ def _load(stock: Callable, model: PeftModel, model_id, adapter_name, *args, **kw
     # A new adapter takes its configuration from the file; one that is there keeps its own.
     if adapter_name in model.peft_config:
         check_load_over(model, model_id, adapter_name, kwargs)
-    return stock(model, model_id, adapter_name, *args, **kwargs)
+    result = stock(model, model_id, adapter_name, *args, **kwargs)
+    warn_of_misfits(model_id, adapter_name, result)
+    return result
 
 
 def _add(stock: Callable, model: PeftModel, adapter_name, peft_config, *args, **kwargs) -> None:
