@@ -1,8 +1,11 @@
 """TRL's trainers on our layers: SFT, DPO, KTO and GRPO, with a fresh adapter and a trained one."""
 
+import functools
+import json
 import math
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,3 +221,27 @@ def test_weights_sent_to_a_server_and_w_afterwards(tmp_path):
         model.unmerge_adapter()
     for name, p in model.named_parameters():
         assert name not in W or torch.equal(p, W[name])
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "trl.md"
+
+
+@pytest.mark.skipif(not PAGE.is_file(), reason="there are no docs beside these tests")
+def test_the_page_runs(tmp_path, monkeypatch):
+    (source,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    name = "HuggingFaceTB/SmolLM2-135M"
+    assert name in source
+    llama(vocab_size=43).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    rows = datasets.Dataset.from_list(DATA["SFT"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    small = functools.partial(
+        trl.SFTConfig, max_steps=2, logging_steps=1, use_cpu=True, bf16=False, report_to=[]
+    )
+    monkeypatch.setattr(trl, "SFTConfig", small)
+    namespace = {}
+    exec(source.replace(name, str(tmp_path / "model")), namespace)
+    assert len(logged(namespace["trainer"], "loss")) == 2
+    config = json.loads((tmp_path / "tuned" / "adapter_config.json").read_text())
+    assert config["randlora_alpha"] / config["r"] == 20
