@@ -127,7 +127,9 @@ class TernaryBasis:
         return cls._of(Shape.of(in_features, out_features, matrices.A.shape[0]), matrices)
 
     @classmethod
-    def _of(cls, shape: Shape, source: TernaryMatrices | HadamardMatrices | DenseMatrices) -> "TernaryBasis":
+    def _of(
+        cls, shape: Shape, source: TernaryMatrices | HadamardMatrices | DenseMatrices
+    ) -> "TernaryBasis":
         source.check(shape)
         self = cls.__new__(cls)
         self._shape, self._source = shape, source

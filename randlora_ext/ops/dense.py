@@ -184,7 +184,7 @@ def _gradient_of_scaled(x, dy, U, p: _Products, factored: bool) -> Tensor:
     return _product(U.T, small, p.gradient)
 
 
-# ---- A' in plain torch, for devices without our kernels --------------------------------------------
+# ---- A' in plain torch, for devices without our kernels ------------------------------------
 
 
 def _plain_scaled_basis(A: Tensor, lam: Tensor, gam: Tensor) -> Tensor:
