@@ -28,7 +28,7 @@ class TernaryBasis:
     Args:
         in_features: of the base layer.
         out_features: likewise; d = min, D = max of the two.
-        r: rank of one base; n = ceil(d / r) bases, K = n * r.
+        r: rank of one base, at most 65,536; n = ceil(d / r) bases, K = n * r.
         density: share of non-zeros, in (0, 1]. 1/3 is PEFT's ``sparse``. Block bases take 1 / G
             for a G that divides in_features, out_features and r, if r / G is a power of two.
         seed: 0 <= seed < 2**64; PEFT's ``projection_prng_key``.

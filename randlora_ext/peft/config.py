@@ -9,6 +9,7 @@ import peft
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from ..basis.shape import check_r
 from ..nn.linear import check_alpha
 from ..ops.path import check_rounding
 from .adapter_basis import SPARSE, VERY_SPARSE, AdapterBasis
@@ -64,8 +65,7 @@ class RandLoraConfig(peft.RandLoraConfig):
 
     def __post_init__(self) -> None:
         # A file may hold anything, and PEFT would fail on it halfway through changing a model.
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or not 0 < self.r < 2**31:
-            raise ValueError(f"r must be an integer in [1, 2**31), got {self.r!r}")
+        check_r(self.r)
         check_alpha("randlora_alpha", self.randlora_alpha)
         check_rounding(self.merged_rounding)
         set_basis(self, AdapterBasis.of(vars(self)))

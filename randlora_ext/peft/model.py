@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
 from ..basis.block import check_layers
+from ..basis.shape import check_r
 from ..nn.apply import check_is_called
 from ..nn.base_layer import disable_nested_tensors, features, force_module_call, is_conv1d
 from ..nn.linear import DEFAULT_SCALING
@@ -117,6 +118,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str) -> None:
         """Finds the adapter's bases among those of other adapters, or makes them."""
+        check_r(config.r)  # stock PEFT's configuration does not
         A, B = self.randlora_A, self.randlora_B
         basis = AdapterBasis.of(vars(config))
         targets = self._target_sizes(config)

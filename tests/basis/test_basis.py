@@ -199,6 +199,7 @@ GOOD = {"in_features": 50, "out_features": 37, "r": 7, "density": 0.07, "seed": 
         *((name, None, TypeError) for name in GOOD),
         *(("density", value, ValueError) for value in (0, -0.1, 1.5, math.nan, math.inf)),
         *(("seed", value, ValueError) for value in (-1, 2**64)),
+        *(("r", value, ValueError) for value in (2**16 + 1, 2**31 - 1, 2**62 + 1)),
     ],
 )
 def test_bad_arguments(argument, value, error):
@@ -206,7 +207,12 @@ def test_bad_arguments(argument, value, error):
         TernaryBasis(**{**GOOD, argument: value})
     message = str(raised.value)
     assert message.startswith(argument) and str(value) in message
-    assert {"density": "(0, 1]", "seed": "[0, 2**64)"}.get(argument, "positive integer") in message
+    allowed = {"density": "(0, 1]", "seed": "[0, 2**64)"}.get(argument, "positive integer")
+    assert ("at most 65536" if value in (2**16 + 1, 2**31 - 1, 2**62 + 1) else allowed) in message
+
+
+def test_the_largest_r():
+    assert TernaryBasis(1, 1, 2**16, 0.5).K == 2**16
 
 
 @pytest.mark.parametrize("seed", [0, 2**63 - 1, 2**63, 2**64 - 1])

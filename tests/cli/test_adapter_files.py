@@ -179,7 +179,8 @@ def test_nothing_of_a_pickle_runs(victim):
 KEY = "randlora_ext:independent-{}:density=0.2:seed={}"
 BAD_CONFIGS = [
     {"density": 2.0}, {"density": 0}, {"density": "0.2"}, {"density": float("nan")},
-    {"density": [0.2]}, {"r": 0}, {"r": -1}, {"r": 2**70}, {"r": "8"}, {"r": 1.5}, {"r": None},
+    {"density": [0.2]}, {"r": 0}, {"r": -1}, {"r": 2**70}, {"r": 2**31 - 1}, {"r": "8"},
+    {"r": 1.5}, {"r": None},
     {"basis": "other"}, {"basis": None},
     {"projection_prng_key": KEY.format(2, 5)},  # of a specification to come
     {"projection_prng_key": KEY.format(1, -5)}, {"projection_prng_key": KEY.format(1, "")},

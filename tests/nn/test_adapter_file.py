@@ -272,7 +272,10 @@ DESCRIPTIONS = {
     "a field less": (lambda said: said["layers"]["up"].pop("r"), "'r' is missing"),
     "r": (of_layer(r=6), "lambda and gamma of 'up'"),
     "r zero": (of_layer(r=0), "r must be"),
-    "r huge": (of_layer(r=10**400), "no sound file"),
+    "r huge": (of_layer(r=10**400), "r must be at most 65536"),
+    "r of blocks huge": (
+        of_layer(r=2**62 + 1, basis="randlora_ext:block-1:density=0.5:seed=1"), "at most 65536"
+    ),
     "r text": (of_layer(r="5"), "r must be"),
     "features": (of_layer(in_features=8), "lambda and gamma of 'up'"),
     "scaling": (of_layer(scaling=float("nan")), "finite"),
