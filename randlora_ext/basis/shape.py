@@ -42,7 +42,10 @@ class Shape:
         return cls(in_features, out_features, r, -(-d // r), expand, d, D)
 
     def part(self, inputs: range, outputs: range) -> "Shape":
-        """The slice for these inputs and outputs. TypeError or ValueError for a bad range."""
+        """The slice for these inputs and outputs: `self` if they are all.
+
+        TypeError or ValueError for a bad range.
+        """
         for name, span, size in (
             ("inputs", inputs, self.in_features),
             ("outputs", outputs, self.out_features),
@@ -54,6 +57,8 @@ class Shape:
                     f"{name} must be a non-empty range of step 1 within range(0, {size}), "
                     f"got {span}"
                 )
+        if (len(inputs), len(outputs)) == (self.in_features, self.out_features):
+            return self  # a rank that holds the whole layer packs what the layer packs
         small, large = (inputs, outputs) if self.expand else (outputs, inputs)
         return replace(
             self,
