@@ -118,6 +118,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str) -> None:
         """Finds the adapter's bases among those of other adapters, or makes them."""
+        if plans := parallel_plans(self.model):
+            plans.check_ranks(self.model, config)
         check_r(config.r)  # stock PEFT's configuration does not
         A, B = self.randlora_A, self.randlora_B
         basis = AdapterBasis.of(vars(config))
@@ -125,7 +127,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
         groups = basis.description(1).groups if basis.kind == "block" else None
         if groups is not None:
             check_layers(groups, targets, config.r)
-        if plans := parallel_plans(self.model):
+        if plans:
             plans.check_plans(self.model, targets, groups)
         out_features, in_features = self._find_dim(config)
         D, d = max(out_features, in_features), min(out_features, in_features)
