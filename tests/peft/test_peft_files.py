@@ -231,3 +231,22 @@ def test_a_file_in_the_place_of_the_folder(tmp_path):
         model.save_pretrained(file)
     with pytest.raises(AssertionError, match="should be a directory"):
         model.peft_config["default"].save_pretrained(file)
+
+
+@pytest.mark.parametrize("save_projection", [True, False])
+@pytest.mark.parametrize("options", [{kind: True} for kind in KINDS] + [{"density": 0.2}], ids=str)
+def test_a_round_trip_after_a_cast(tmp_path, options, save_projection):
+    """The value of 16-bit bases is rounded only where a file holds the rounded one."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for back in (dtype, torch.float32):
+            model = made(save_projection=save_projection, **options).to(dtype).to(back)
+            model.save_pretrained(tmp_path)
+            new = peft.PeftModel.from_pretrained(Deep().to(back), tmp_path)
+            over = made(save_projection=save_projection, **options).to(back)
+            over.load_adapter(tmp_path, "default")
+            for loaded in (new, over):
+                for ours, theirs in zip(layers(loaded), layers(model), strict=True):
+                    delta, want = (one.get_delta_weight("default") for one in (ours, theirs))
+                    assert relative(delta, want) < 1e-6
+                    dense = ours.get_scaled_bases("default"), theirs.get_scaled_bases("default")
+                    assert all(relative(a, b) < 1e-6 for a, b in zip(*dense, strict=True))
