@@ -12,8 +12,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from ..basis.shape import check_r
 from ..nn.linear import check_alpha
 from ..ops.path import check_rounding
+from ..writing import appear_together
 from .adapter_basis import SPARSE, VERY_SPARSE, AdapterBasis
-from .files import appear_together, refuse_torn_save
+from .files import refuse_torn_save
 
 
 @dataclass

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .files import appear_together
+from ..writing import appear_together
 from .layer import layers_with, refuse_sharded
 
 # What vLLM takes as --max-lora-rank (MaxLoRARanks in vllm/config/lora.py).

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..basis import BasisDescription, TernaryBasis
 from ..ops.dtensor import full_tensor, is_dtensor
+from ..writing import appear_together
 from .adapter_basis import AdapterBasis
 from .bases import BASIS_NAMES
-from .files import appear_together, record_configurations
+from .files import record_configurations
 from .layer import layers_with, refuse_sharded
 from .ternary_tensor import TernaryTensor
 
