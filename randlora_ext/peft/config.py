@@ -16,6 +16,12 @@ from ..writing import appear_together
 from .adapter_basis import SPARSE, VERY_SPARSE, AdapterBasis
 from .files import refuse_torn_save
 
+_FLAGS = (
+    "save_projection", "sparse", "very_sparse", "fan_in_fan_out", "init_weights", "inference_mode"
+)  # fmt: skip
+_TEXTS = "base_model_name_or_path", "revision", "peft_version", "open_with_randlora_ext"
+_BIASES = ("none", "all", "randlora_only")
+
 
 @dataclass
 class RandLoraConfig(peft.RandLoraConfig):
@@ -66,6 +72,7 @@ class RandLoraConfig(peft.RandLoraConfig):
 
     def __post_init__(self) -> None:
         # A file may hold anything, and PEFT would fail on it halfway through changing a model.
+        _check_types(self)
         check_r(self.r)
         check_alpha("randlora_alpha", self.randlora_alpha)
         check_rounding(self.merged_rounding)
@@ -119,6 +126,34 @@ class RandLoraConfig(peft.RandLoraConfig):
         if self.merged_rounding is not None:
             values["merged_rounding"] = self.merged_rounding
         return values | {"basis": self.basis, "open_with_randlora_ext": how}
+
+
+def _check_types(config: RandLoraConfig) -> None:
+    """Raises TypeError or ValueError, naming the field, for a value that PEFT cannot use."""
+
+    def check(name: str, allowed: str, *kinds: type, of: type = object) -> None:
+        value = getattr(config, name, None)  # older PEFT lacks peft_version
+        parts = value if isinstance(value, (list, tuple, set)) else ()
+        # True is an int, but no index.
+        is_bool = isinstance(value, bool) and bool not in kinds
+        if is_bool or not isinstance(value, kinds) or not all(isinstance(p, of) for p in parts):
+            raise TypeError(f"{name} must be {allowed}, got {value!r}")
+
+    none, several = type(None), (list, tuple, set)
+    for name in _FLAGS:
+        check(name, "True or False", bool)
+    for name in _TEXTS:
+        check(name, "a text or None", str, none)
+    for name in ("target_modules", "layers_pattern"):
+        check(name, "a text, several of them or None", str, none, *several, of=str)
+    check("modules_to_save", "several texts or None", none, *several, of=str)
+    check("layers_to_transform", "an integer, several of them or None", int, none, *several, of=int)
+    check("auto_mapping", "a dictionary or None", dict, none)
+    check("randlora_dropout", "a number in [0, 1]", int, float)
+    if not 0 <= config.randlora_dropout <= 1:
+        raise ValueError(f"randlora_dropout must be in [0, 1], got {config.randlora_dropout}")
+    if config.bias not in _BIASES:
+        raise ValueError(f"bias must be one of {_BIASES}, got {config.bias!r}")
 
 
 def set_basis(config: peft.RandLoraConfig, basis: AdapterBasis) -> None:

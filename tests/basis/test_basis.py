@@ -328,3 +328,20 @@ def test_the_key_is_stable():
 def test_what_is_no_key(text, message):
     with pytest.raises(ValueError, match=message):
         BasisDescription.parse(text)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(("0.25", text) for text in ("0.250", ".25", "25e-2", "+0.25", " 0.25", "0.2_5", "1/4")),
+        *(("0.25", text) for text in ("nan", "inf", "0.0", "1", "2.0", "-0.25", "0,25", "")),
+        *(("seed=7", text) for text in ("seed=07", "seed=+7", "seed=-7", "seed= 7", "seed=7 ")),
+        *(("seed=7", text) for text in ("seed=\u0667", "seed=" + "7" * 5000, "seed=7\n", "seed=")),
+        ("independent-1", "independent-01"), ("independent-1", "independent-\u0661"),
+        ("independent-1", "INDEPENDENT-1"), ("randlora_ext", "peft"), ("", " "),
+    ],
+)  # fmt: skip
+def test_what_key_does_not_write(change):
+    text = BasisDescription("independent", 0.25, 7).key()
+    with pytest.raises(ValueError, match="is no key of a basis|of basis specification"):
+        BasisDescription.parse(text.replace(*change, 1))
