@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..writing import appear_new
 from .adapter import Adapter, read_adapter
-from .files import CliError, check_free, complete
+from .files import CliError, check_free
 from .layers import layer_changes, shapes_of
 
 _FIELDS = ("r", "randlora_alpha", "basis", "density", "sparse", "very_sparse", "randlora_dropout",
@@ -62,7 +63,7 @@ def inspect(
             raise
         without = str(error)
     if plot is not None and spectra:  # first, so that an error leaves no half report
-        with complete(plot) as scratch:
+        with appear_new(plot) as scratch:
             draw(scratch, {path: (s.values, s.effective_rank) for path, s in spectra.items()})
     print("\n".join([*_head(adapter), *_table(adapter, chosen, spectra)]))
     if spectra is None:

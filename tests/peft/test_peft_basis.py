@@ -160,7 +160,7 @@ BAD_OPTIONS = [
     ({"basis": "independent", "projection_prng_key": True}, "projection_prng_key .*True"),
     ({"basis": "block", "density": 0.3}, r"must be 1 / G .* got 0\.3; the nearest is 1 / 3"),
     ({"basis": "block", "very_sparse": True}, "basis='block' needs a density .* very_sparse=True"),
-    ({"density": 0.1, "projection_prng_key": 2**64}, "seed must be .*18446744073709551616"),
+    ({"density": 0.1, "projection_prng_key": 2**64}, "projection_prng_key must .*73709551616"),
     ({"projection_prng_key": "generated-1:0"}, "'generated-1:0' is no key of a basis"),
     ({"projection_prng_key": KEY.replace("-1", "-2").format(0.1, 0)}, "independent-2.* knows"),
     ({"projection_prng_key": KEY.format(2.0, 0)}, "density must be"),
