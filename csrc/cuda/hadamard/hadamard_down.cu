@@ -169,12 +169,7 @@ __global__ void __launch_bounds__(kScratchThreads)
 }
 template <class S, class C = typename ComputeOf<S>::type>
 __global__ void __launch_bounds__(kScratchThreads)
-    hadamard_down_mix_z_kernel(HadamardDown p, C* mixed, int log, int64_t t0, int64_t tokens) {
-  write_mixed<S>(p.sizes, p.z, p.T, Rows<C, true>{mixed}, log, t0, tokens, share_of_grid());
-}
-template <class S, class C = typename ComputeOf<S>::type>
-__global__ void __launch_bounds__(kScratchThreads)
-    hadamard_down_mix_kernel(HadamardDown p, C* scratch, int log, int64_t t0, int64_t tokens) {
+    hadamard_down_store_kernel(HadamardDown p, C* scratch, int log, int64_t t0, int64_t tokens) {
   write_w<S>(p, Rows<C, true>{scratch}, log, t0, tokens, share_of_grid());
 }
 // Adds the products of tokens t0 to t0 + tokens - 1 to their slots; blockIdx.y is the slot.
@@ -215,12 +210,12 @@ void down(const HadamardDown& p, Device& device) {
            p, all.numbers, plan.log, t0, tokens);
     all.transform(kEdgeBits<S>, tokens);
     if (p.z)
-      launch(device, "hadamard_down_mix_z", hadamard_down_mix_z_kernel<S>, of_bases, all.threads, 0,
-             p, mixed, plan.log, t0, tokens);
+      launch(device, "hadamard_mix", hadamard_mix_kernel<S>, of_bases, all.threads, 0, p.sizes, p.z,
+             p.T, mixed, plan.log, t0, tokens);
     launch(device, "hadamard_down_low", hadamard_down_low_kernel<C>, of_numbers, all.threads, 0,
            Diagonal<C>(p), all.numbers, mixed, plan.log, tokens);
-    launch(device, "hadamard_down_mix", hadamard_down_mix_kernel<S>, of_bases, all.threads, 0, p,
-           all.numbers, plan.log, t0, tokens);
+    launch(device, "hadamard_down_store", hadamard_down_store_kernel<S>, of_bases, all.threads, 0,
+           p, all.numbers, plan.log, t0, tokens);
     if (p.z)
       launch(device, "hadamard_down_sums", hadamard_down_sums_kernel<C>,
              dim3(all.blocks(p.sizes.K()), static_cast<unsigned>(p.slots)), all.threads, 0, p,

@@ -89,11 +89,6 @@ __global__ void __launch_bounds__(kThreads, Aligned ? 2 : 1)
   write_y<S, Aligned>(p, rows, log, t0, tokens, share);
 }
 
-template <class S, class C = typename ComputeOf<S>::type>
-__global__ void __launch_bounds__(kScratchThreads)
-    hadamard_up_mix_kernel(HadamardUp p, C* scratch, int log, int64_t t0, int64_t tokens) {
-  write_mixed<S>(p.sizes, p.z, p.T, Rows<C, true>{scratch}, log, t0, tokens, share_of_grid());
-}
 template <class C>
 __global__ void __launch_bounds__(kScratchThreads)
     hadamard_up_low_kernel(Diagonal<C> diagonal, C* scratch, int log, int64_t tokens) {
@@ -124,8 +119,8 @@ void up(const HadamardUp& p, Device& device) {
   }
   InScratch<C> all(plan.log, p.T, device);
   all.each([&](int64_t t0, int64_t tokens) {
-    launch(device, "hadamard_up_mix", hadamard_up_mix_kernel<S>, all.blocks(tokens * p.sizes.n),
-           all.threads, 0, p, all.numbers, plan.log, t0, tokens);
+    launch(device, "hadamard_mix", hadamard_mix_kernel<S>, all.blocks(tokens * p.sizes.n),
+           all.threads, 0, p.sizes, p.z, p.T, all.numbers, plan.log, t0, tokens);
     launch(device, "hadamard_up_low", hadamard_up_low_kernel<C>,
            all.blocks(tokens << plan.log >> kBits<C>), all.threads, 0, Diagonal<C>(p), all.numbers,
            plan.log, tokens);

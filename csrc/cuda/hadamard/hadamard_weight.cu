@@ -143,7 +143,7 @@ __device__ __forceinline__ void column_pass(C* numbers, int bit, int bits, int l
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
     hadamard_weight_kernel(HadamardWeight p, DeltaStore<S> store, int log, int log_all,
                            int64_t tiles, int64_t row_stride, int64_t column_stride) {
   using C = typename ComputeOf<S>::type;
