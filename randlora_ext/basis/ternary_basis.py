@@ -127,7 +127,9 @@ class TernaryBasis:
         return cls._of(Shape.of(in_features, out_features, matrices.A.shape[0]), matrices)
 
     @classmethod
-    def _of(cls, shape: Shape, source: TernaryMatrices | HadamardMatrices | DenseMatrices) -> "TernaryBasis":
+    def _of(
+        cls, shape: Shape, source: TernaryMatrices | HadamardMatrices | DenseMatrices
+    ) -> "TernaryBasis":
         source.check(shape)
         self = cls.__new__(cls)
         self._shape, self._source = shape, source
@@ -294,12 +296,14 @@ class TernaryBasis:
 
     def __repr__(self) -> str:
         origin = self.kind if self.description is None else f"seed={self.seed}, kind={self.kind!r}"
+        if self._source.kind != "hadamard":
+            origin = f"density={self.density:.6g}, {origin}"
         shape, part = self._shape, ""
         if shape.is_slice:
             part = f", slice from row {shape.first_row} of B and column {shape.first_column} of A"
         return (
-            f"TernaryBasis({self.in_features}, {self.out_features}, r={self.r}, "
-            f"density={self.density:.6g}, {origin}, format={self.format!r}{part})"
+            f"TernaryBasis({self.in_features}, {self.out_features}, r={self.r}, {origin}, "
+            f"format={self.format!r}{part})"
         )
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..peft import RandLoraConfig, enable
 from ..peft.adapter_basis import AdapterBasis
-from ..peft.lora import shared_fields, write_lora
+from ..peft.card import write_card
+from ..peft.lora import shared_fields, write_lora, write_lora_card
 from ..peft.saving import stock_config
 from .adapter import BASES, CONFIG, GAMMA, LAMBDA, PREFIX, WEIGHTS, Adapter, read_adapter
 from .files import CliError, check_free, complete
@@ -85,6 +86,7 @@ def convert(
         (folder / CONFIG).write_text(json.dumps(fields | kept, indent=2, sort_keys=True) + "\n")
         if (source / "README.md").is_file():
             shutil.copyfile(source / "README.md", folder / "README.md")
+            write_card(folder, out.name)
         size = (folder / WEIGHTS).stat().st_size
     print(f"{out}: {size:,} bytes, was {adapter.file_bytes:,}; {told}")
     return 0
@@ -109,6 +111,7 @@ def _to_lora(
             )
         except ValueError as error:
             raise CliError(f"{adapter.source}: {error}") from error
+        write_lora_card(folder, out.name, done)
         size = (folder / WEIGHTS).stat().st_size
     width = max(map(len, done.layers))
     print("\n".join(f"{path:{width}}  {kept:.4f}" for path, kept in done.layers.items()))

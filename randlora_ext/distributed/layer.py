@@ -133,7 +133,7 @@ class TensorParallelRandLoraLinear(RandLoraLinear):
             return SumGradients.apply(group, lam.to_local(), gam.to_local())
         return *SumGradients.apply(group, lam.to_local()), gam.to_local()
 
-    def _weight_rounded(self, names: list[str], seed: int) -> Tensor:
+    def _weight_rounded(self, weight: Tensor, names: list[str], seed: int) -> Tensor:
         raise ValueError(
             f"rounding_seed must be None on a tensor-parallel layer, got {seed}: the random words "
             "belong to elements of the whole weight"

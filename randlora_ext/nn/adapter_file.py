@@ -18,7 +18,7 @@ from .adapter_format import (
     tensor_name,
     write_adapter_file,
 )
-from .apply import apply_randlora, check_is_called
+from .apply import apply_randlora, check_is_called, check_not_nested
 from .base_layer import check_base_layer, features
 from .linear import RandLoraLinear, check_adapter_name
 
@@ -144,6 +144,7 @@ def _misfits(
         else:
             check_base_layer(module, f"layer {at!r} of the adapter")
             check_is_called(model, at, f"layer {at!r} of the adapter")
+            check_not_nested(model, at, f"layer {at!r} of the adapter")
             sizes = features(module)
             if not at:
                 yield "the model is the layer itself, which cannot be replaced in place"

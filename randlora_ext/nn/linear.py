@@ -79,7 +79,6 @@ class RandLoraLinear(Mergeable, nn.Module):
         self.num_bases: dict[str, int] = {}
         self.bases: dict[str, TernaryBasis] = {}
         self.merged_adapters = []
-        self._original_weight = None  # see merge(keep_original=True)
         self._active: list[str] = [adapter_name]
         self._disabled = False
         self.base_layer: Any = base_layer

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..basis import TernaryBasis
+from ..reference import scaled_basis_reference
 from .autograd import Operator, base_gradients, call_kernel
 
 _ops = torch.ops.randlora
@@ -183,3 +184,24 @@ def _gradient_of_scaled(x, dy, U, p: _Products, factored: bool) -> Tensor:
         return _product(p.B.T, _product(large.T, small, p.gradient), 1.0)
     U = large @ p.B if U is None else U
     return _product(U.T, small, p.gradient)
+
+
+# ---- A' in plain torch, for devices without our kernels ------------------------------------
+
+
+def _plain_scaled_basis(A: Tensor, lam: Tensor, gam: Tensor) -> Tensor:
+    wide = torch.promote_types(A.dtype, torch.float32)
+    return scaled_basis_reference(A.to(wide), lam.to(wide), gam.to(wide)).to(A.dtype)
+
+
+def _plain_scaled_basis_backward(grad, A, lam, gam) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    by_rank = grad.to(wide).unflatten(0, lam.shape) * A.to(wide)[:, None]  # (r, n, d)
+    dlam = torch.einsum("jik,ik->ji", by_rank, gam.to(wide))
+    dgam = torch.einsum("jik,ji->ik", by_rank, lam.to(wide))
+    return dlam.to(lam.dtype), dgam.to(gam.dtype)
+
+
+_library = torch.library.Library("randlora", "IMPL")  # registrations live as long as this
+_library.impl("scaled_basis", _plain_scaled_basis, "CompositeExplicitAutograd")
+_library.impl("scaled_basis_backward", _plain_scaled_basis_backward, "CompositeExplicitAutograd")

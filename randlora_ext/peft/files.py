@@ -41,6 +41,18 @@ def appear_together(folder: str | os.PathLike) -> Iterator[Path]:
             os.replace(path, place)
 
 
+def copy_card(folder: str | os.PathLike, scratch: Path) -> None:
+    """Copies the model card, because PEFT updates an existing card and keeps its text."""
+    if (card := Path(folder, "README.md")).exists():
+        shutil.copy(card, scratch)
+
+
+def name_of(folder: str | os.PathLike) -> str:
+    """The name of a folder, or of the one that a scratch folder's files will be moved to."""
+    place = Path(folder).absolute()
+    return (place.parent if place.name.startswith(_SCRATCH) else place).name
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keeps other processes from removing the scratch folder as a left-over.

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from ..basis import BasisDescription, TernaryBasis
 from .adapter_basis import AdapterBasis
 from .bases import BASIS_NAMES
-from .files import appear_together, record_configurations
+from .files import appear_together, copy_card, record_configurations
 from .layer import layers_with, refuse_sharded
 from .ternary_tensor import TernaryTensor
 
@@ -25,15 +24,9 @@ def save_together(save: Callable, folder: str | os.PathLike, is_main_process: bo
     if os.path.isfile(folder) or not is_main_process:  # PEFT's own error; nothing is written
         return save(folder)
     with appear_together(folder) as scratch:
-        _copy_card(folder, scratch)
+        copy_card(folder, scratch)
         save(str(scratch))
         record_configurations(scratch)
-
-
-def _copy_card(folder: str | os.PathLike, scratch: Path) -> None:
-    """Copies the model card, because PEFT updates an existing card and keeps its text."""
-    if (card := Path(folder, "README.md")).exists():
-        shutil.copy(card, scratch)
 
 
 def export_to_peft(model: peft.PeftModel, folder: str | os.PathLike, merged: bool = False) -> None:
@@ -63,7 +56,7 @@ def export_to_peft(model: peft.PeftModel, folder: str | os.PathLike, merged: boo
         if merged:
             _save_merged(model, scratch)
         else:
-            _copy_card(folder, scratch)
+            copy_card(folder, scratch)
             _save_adapters(model, scratch)
 
 

@@ -72,13 +72,15 @@ def check_merging(place: Place):
             torch.testing.assert_close(
                 full_tensor(delta), plain.get_delta_weight("default"), **EXACT
             )
-            want = plain(x)
-            with RecordedCollectives() as collectives:
-                sharded.merge()
-            assert collectives.sizes == []
+            want, before = plain(x), sharded.weight.to_local().clone()
+            for keep in ("host", "device", "nothing"):
+                with RecordedCollectives() as collectives:
+                    sharded.merge(keep_weight=keep)
+                    sharded.unmerge()
+                assert collectives.sizes == []
+                assert torch.equal(sharded.weight.to_local(), before) or keep == "nothing"
+            sharded.merge(safe_merge=True)
             torch.testing.assert_close(sharded(x), want, **EXACT)
-            sharded.unmerge()
-            sharded.merge(safe_merge=True, keep_original=True)
             sharded.unmerge()
             torch.testing.assert_close(sharded(x), want, **EXACT)
             with pytest.raises(ValueError, match="rounding_seed"):

@@ -94,11 +94,13 @@ def check_training(place: Place):
             assert all(torch.equal(grad, other) for other in copies)
         with torch.no_grad():  # transformers has another way without gradients
             torch.testing.assert_close(loss(sharded), want.detach(), **LIMITS)
+        layer = sharded.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+        before = layer.base_layer.weight.to_local().clone()
         sharded.merge_adapter(safe_merge=True)
         torch.testing.assert_close(loss(sharded), want, **LIMITS)
+        assert not torch.equal(layer.base_layer.weight.to_local(), before)
         sharded.unmerge_adapter()
-        torch.testing.assert_close(loss(sharded), want, **LIMITS)
-        layer = sharded.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+        assert torch.equal(layer.base_layer.weight.to_local(), before)
         delta = layer.get_delta_weight("default")
         assert isinstance(delta, DTensor) and delta.placements == layer.base_layer.weight.placements
         unsharded = whole.get_submodule("base_model.model.model.layers.0.mlp.up_proj")

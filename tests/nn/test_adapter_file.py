@@ -235,6 +235,15 @@ def test_what_is_no_linear_layer_is_no_place(file):
         load_adapter(Model(), file, adapter_name="a.b")
 
 
+def test_a_file_cannot_nest_adapters(file):
+    holder = nn.ModuleDict({"base_layer": nn.Linear(24, 40)})
+    save_adapter(apply_randlora(nn.Sequential(holder), ["base_layer"], r=4), file)
+    model = apply_randlora(nn.Sequential(nn.Linear(24, 40)), ["0"], r=4)
+    with pytest.raises(ValueError, match=r"'0\.base_layer' of the adapter lies inside '0'.*nested"):
+        load_adapter(model, file)
+    assert len(layers(model)) == 1
+
+
 def test_what_has_no_adapter_is_not_saved(file):
     with pytest.raises(
         ValueError, match="this Model has none; a model of PEFT has save_pretrained"

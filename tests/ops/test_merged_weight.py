@@ -83,7 +83,7 @@ def test_errors(kind):
 def test_layer_merges_with_a_seed(kind):
     layer = randomize(RandLoraLinear(make_base(24, 40, kind, dtype=torch.bfloat16), r=5))
     before, delta = layer.weight.clone(), layer.get_delta_weight("default").detach()
-    layer.merge(rounding_seed=7, keep_original=True)
+    layer.merge(rounding_seed=7)
     error = (layer.weight.double() - (before.double() + delta.double())).abs()
     assert error.max() <= torch.finfo(torch.bfloat16).eps * (before.abs() + delta.abs()).max()
     layer.unmerge()
