@@ -1,8 +1,8 @@
 """Dense bases, PEFT's default, in plain torch: the products are GEMMs of any A and B.
 
 Forward keeps x, weight, lambda and gamma; backward computes everything else again. In float16,
-powers of two keep A' and its gradient in range: |lambda gamma A| may be up to 65504 / 2^e with 2^e
-about max(n, d), and each element of x A'^T and dy B must fit, as with LoRA.
+powers of two keep A', x A'^T and the gradient of A' in range: |lambda gamma A| may be up to 65504 / d,
+|x A'^T| up to 65504 / sqrt(d), and each element of dy B must fit, as with LoRA.
 """
 
 import math
@@ -85,6 +85,8 @@ class _Products:
         self.A, self.dtype = A.to(dtype), dtype
         half = dtype == torch.float16
         self.factor = 2.0 ** round(math.log2(max(gam.shape))) if half else 1.0
+        # Of x A'^T, a sum of d terms: small ones should not be subnormal, nor large ones infinite.
+        self.inner = self.factor * 2.0 ** -math.ceil(math.log2(A.shape[1]) / 2) if half else 1.0
         self.gradient = 2.0 ** -math.ceil(math.log2(len(B)) / 2) if half else 1.0
 
     def scaled(self) -> Tensor:
@@ -130,8 +132,8 @@ class DenseLinear(Operator):
                 return _product(x, p.formed(None).T, 1.0, y)
             scaled = p.scaled()
             if expand:
-                V = _product(x, scaled.T, 1 / p.factor)
-                return _product(V, B.T, scale, y)
+                V = _product(x, scaled.T, p.inner / p.factor)
+                return _product(V, B.T, scale / p.inner, y)
             return _product(x @ B, scaled, scale / p.factor, y)
 
     @staticmethod
@@ -160,8 +162,8 @@ class DenseLinear(Operator):
                     if ctx.expand:
                         dx = _product(U, scaled, ctx.scale / p.factor, dx)
                     else:
-                        V = _product(dy, scaled.T, 1 / p.factor)
-                        dx = _product(V, ctx.B.T, ctx.scale, dx)
+                        V = _product(dy, scaled.T, p.inner / p.factor)
+                        dx = _product(V, ctx.B.T, ctx.scale / p.inner, dx)
             if need_lam or need_gam:
                 dlam, dgam = p.contract(_gradient_of_scaled(x, dy, U, p, factored))
                 dlam, dgam = dlam.to(lam.dtype), dgam.to(gam.dtype)
