@@ -82,18 +82,11 @@ def give_signs(tuned, seed: int) -> None:
             gamma.detach().mul_(signs)
 
 
-def effective_rank(matrix) -> float:
-    """exp of the entropy of the squared singular values; 0 for a matrix of zeros."""
-    import torch
-
-    energy = torch.linalg.svdvals(matrix.double()).square()
-    share = energy / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
-    return float(torch.special.entr(share).sum().exp()) if bool(energy.any()) else 0.0
-
-
 def effective_ranks(base, tuned) -> dict[str, list[float]]:
     """By kind of layer, the effective rank of dW in the layers MEASURED."""
     import torch
+
+    from randlora_ext.demo.finetune import effective_rank
 
     def by_path(model) -> dict:  # without what PEFT puts before the path
         return {name.removeprefix("base_model.model."): m for name, m in model.named_modules()}
