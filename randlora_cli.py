@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="randlora",
         description="RandLoRA adapters from the shell. Exit code 0: done; 1: a check failed; "
         "2: something to put right, told in one line.",
-        epilog="example: randlora inspect my-adapter",
+        epilog="example: randlora merge my-model my-adapter merged",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
@@ -62,12 +62,6 @@ def _parser() -> argparse.ArgumentParser:
 
     add("check", "what a bug report needs, and a self-check (the default)")
 
-    told, example = "tell what is in an adapter", "my-adapter --base my-model --plot spectra.png"
-    option = add("inspect", told, example, "source")
-    option("--base", metavar="MODEL", help=_BASE)
-    option("--layers", metavar="REGEX", help="only layers whose path it is found in")
-    option("--plot", metavar="PNG", type=Path, help="spectra of dW, and a heat map")
-
     told = "write an adapter with its bases, without them, or as LoRA"
     option = add("convert", told, "my-adapter for-stock-peft --to peft", "source", "out")
     told = "peft: with bases; compact: without; lora: the nearest"
@@ -82,6 +76,4 @@ def _parser() -> argparse.ArgumentParser:
     option = add("merge", told, "my-model my-adapter merged", "model", "source", "out")
     told = "round 16-bit sums up or down at random, so that small changes count"
     option("--rounding-seed", metavar="N", type=int, help=told)
-
-    add("bench", "a minute: frozen, LoRA, PEFT's RandLoRA and ours")
     return parser
