@@ -198,7 +198,7 @@ def _wrap(model: nn.Module, saved: dict[str, SavedLayer], adapter_name: str) -> 
 def _options(layer: SavedLayer) -> dict[str, Any]:
     return {
         "r": layer.basis.r,
-        "density": layer.basis.density,
+        "density": layer.description.density,
         "projection_prng_key": layer.basis.seed,
         "basis": layer.basis.kind,
         "randlora_dropout": layer.randlora_dropout,
