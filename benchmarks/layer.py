@@ -4,7 +4,7 @@
     python benchmarks/layer.py --quick               a smaller grid
     python benchmarks/layer.py --methods all         every method, and ours by each path
     python benchmarks/layer.py --memory              with the peak of memory of each method
-    python benchmarks/layer.py --densities dense     on PEFT's default bases
+    python benchmarks/layer.py --densities hadamard,dense     on our bases and PEFT's default
     python benchmarks/layer.py --paths               our paths alone, and what the choice loses
     python benchmarks/layer.py --append --out FILE   adds rows to those that FILE.json has
 
@@ -47,17 +47,20 @@ def measure(size: tuple[int, int], tokens: int, density: str, methods: list[str]
     return row
 
 
-def chosen(args) -> list[str]:
+def chosen(args, density: str) -> list[str]:
+    no_delta = [path for path in PATHS if path != "delta" or density != "hadamard"]
     if args.paths:
-        return list(PATHS if args.dtype == "fp32" else PATHS[:2])
-    return list(METHODS) if args.methods == "all" else args.methods.split(",")
+        return [path for path in no_delta if path != "merged" or args.dtype == "fp32"]
+    if args.methods == "all":
+        return [method for method in METHODS if method not in PATHS or method in no_delta]
+    return args.methods.split(",")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", default="1024x1024,2048x2048", help="in x out, comma separated")
     parser.add_argument("--tokens", default="16,256,1024")
-    parser.add_argument("--densities", default="1/3,0.07,very_sparse")
+    parser.add_argument("--densities", default="hadamard,1/3,0.07,very_sparse")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=9)
@@ -79,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     for size in sizes:
         for tokens in (int(t) for t in args.tokens.split(",")):
             for density in args.densities.split(","):
-                row = measure(size, tokens, density, chosen(args), args)
+                row = measure(size, tokens, density, chosen(args, density), args)
                 show(row, header)
                 header = False
                 rows.append(row)

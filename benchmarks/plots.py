@@ -27,8 +27,7 @@ from matplotlib.ticker import (  # noqa: E402
 ROOT = Path(__file__).parent
 # The share of dW's full rank, 1 - (1 - density)^r, is for r = 32 and 1024 to 4096 features.
 DENSITIES = {
-    "block:1/8": ("tab:red", "block 1/8 (full rank)"),
-    "block:1/16": ("tab:purple", "block 1/16 (full rank)"),
+    "hadamard": ("tab:red", "Hadamard (full rank)"),
     "1/3": ("tab:blue", "1/3 (full rank)"),
     "0.07": ("tab:orange", "0.07 (90% of full rank)"),
     "very_sparse": ("tab:green", "very_sparse (40 to 64%)"),
@@ -66,7 +65,10 @@ def by_tokens(result: dict):
 
         # PEFT's and LoRA's times do not depend on the density; very_sparse is one of three rows.
         draw("very_sparse", "peft", color="k", linestyle=":", label="RandLoRA in PEFT")
+        measured = {row["density"] for row in mine}
         for density, (color, label) in DENSITIES.items():
+            if density not in measured:
+                continue
             draw(density, "ours", color=color, marker="o", markersize=4, label=f"ours, {label}")
         draw("very_sparse", "lora", color="k", linestyle="--", label="LoRA")
         axis.set(xscale="log", yscale="log", title=f"{size[0]} x {size[1]}", xlabel="tokens")

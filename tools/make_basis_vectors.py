@@ -8,8 +8,15 @@ import math
 from pathlib import Path
 
 import numpy as np
-from basis_reference import block, philox4x32_10, ternary, threshold
-from basis_vectors import BLOCK_FILE, VECTOR_FILE, planes_digest, to_lists, to_planes, to_signs
+from basis_reference import hadamard, philox4x32_10, signs, ternary, threshold
+from basis_vectors import (
+    HADAMARD_FILE,
+    VECTOR_FILE,
+    planes_digest,
+    to_lists,
+    to_planes,
+    to_signs,
+)
 
 HEADER = """\
 # randlora_ext basis specification, version 1: known-answer vectors (docs/basis-spec.md).
@@ -31,14 +38,16 @@ HEADER = """\
 #           the slice as sorted sign-split lists, by = row or column; offset and index with commas
 """
 
-BLOCK_HEADER = """\
-# randlora_ext basis specification block-1: known-answer vectors (docs/basis-spec.md, section 14).
+HADAMARD_HEADER = """\
+# randlora_ext basis specification hadamard-1: known answers (docs/basis-spec.md, section 14).
 # Written by tools/make_basis_vectors.py from tests/helpers/basis_reference.py. The rules of lines
-# are those of basis_v1.txt. Matrices are of a whole layer and unscaled; the density is 1 / groups.
+# are those of basis_v1.txt. Matrices are of a whole layer.
 #
-# block_row    in out r groups seed role row signs  one row of A (role 0) or B (role 1) as + - 0
-# block_planes in out r groups seed role sha256     SHA-256 of all of it as bit planes, as in
-#                                                   basis_v1.txt
+# signs         seed role first count signs  elements first .. first + count - 1 of the sequence of
+#                                            role 3 (s), 4 (row) or 5 (col) as + and -
+# matrix_row    in out r seed name row signs one row of A or B
+# matrix_planes in out r seed name sha256    SHA-256 of all of A or B as bit planes, as in
+#                                            basis_v1.txt
 """
 
 # Random123, tests/kat_vectors, the three lines "philox4x32 10": all zeros, all ones, digits of pi.
@@ -110,16 +119,23 @@ LISTS = [
     (42, 1, 9, 50, 5, 33, SPARSE, "column"),
 ]
 
-WORKED_BLOCK = (8, 12, 4, 2, 42)  # of docs/basis-spec.md
-BLOCKS = [  # in, out, r, groups, seed
-    WORKED_BLOCK,
-    (256, 64, 8, 8, 2**32 + 1),  # q = 1
-    (128, 256, 16, 8, 2**64 - 1),  # q = 2
-    (576, 192, 32, 8, 0),  # q = 4
-    (512, 1536, 32, 4, 2**40 + 3),  # q = 8
-    (20, 12, 4, 1, 6),  # one group: no zeros
-    (24, 36, 12, 3, 2**33 + 5),  # groups that are no power of two, q = 4
-    (40, 40, 32, 8, 2**63),  # r does not divide d: a short class of columns, and an empty one
+SIGNS = [  # seed, role, first, count
+    *((seed, role, 0, 96) for seed in (0, 42, 2**64 - 1) for role in (3, 4, 5)),
+    (42, 3, 61, 70),
+    (2**32, 4, 65_530, 20),
+    (2**63, 5, LAST - 70, 71),
+]
+
+WORKED_LAYER = (5, 7, 3, 42)  # of docs/basis-spec.md
+LAYERS = [  # in, out, r, seed
+    WORKED_LAYER,
+    (1, 1, 1, 3),
+    (1, 9, 4, 2**32 + 1),  # d = 1
+    (61, 130, 7, 2**64 - 1),  # nothing is a power of two
+    (300, 420, 30, 0),
+    (20, 12, 32, 2**33 + 5),  # r > d
+    (64, 64, 8, 2**63),
+    (576, 192, 32, 2**40 + 3),
 ]
 
 
@@ -151,19 +167,21 @@ def basis_lines():
         yield f"lists {fields} {by} {','.join(map(str, offset))} {','.join(map(str, index))}"
 
 
-def block_lines():
-    """block_v1.txt line by line, without line ends."""
-    yield BLOCK_HEADER
-    for layer in BLOCKS:
+def hadamard_lines():
+    """hadamard_v1.txt line by line, without line ends."""
+    yield HADAMARD_HEADER
+    for spec in SIGNS:
+        yield f"signs {' '.join(map(str, spec))} {to_signs(signs(*spec))}"
+    for layer in LAYERS:
         fields = " ".join(map(str, layer))
-        for role, matrix in enumerate(block(*layer)):
-            if layer == WORKED_BLOCK:
+        for name, matrix in zip("AB", hadamard(*layer), strict=True):
+            if layer == WORKED_LAYER:
                 for row, values in enumerate(matrix):
-                    yield f"block_row {fields} {role} {row} {to_signs(values)}"
-            yield f"block_planes {fields} {role} {planes_digest(to_planes(matrix))}"
+                    yield f"matrix_row {fields} {name} {row} {to_signs(values)}"
+            yield f"matrix_planes {fields} {name} {planes_digest(to_planes(matrix))}"
 
 
-FILES = {VECTOR_FILE: basis_lines, BLOCK_FILE: block_lines}
+FILES = {VECTOR_FILE: basis_lines, HADAMARD_FILE: hadamard_lines}
 
 
 def render(path: Path) -> str:

@@ -82,7 +82,7 @@ class Trainer:
         layer.set_adapter(["default", "two"])
         with torch.autocast("cpu", torch.bfloat16, enabled=number % 2 == 0):
             layer(torch.randn(9, n_in, requires_grad=True)).float().sum().backward()
-        layer.merge(keep_original=number % 3 == 0)
+        layer.merge(keep_weight=("host", "device", "nothing")[number % 3])
         layer(torch.randn(2, n_in))
         layer.disable()
         stream = io.BytesIO()

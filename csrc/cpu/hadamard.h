@@ -308,9 +308,13 @@ void hadamard_weight_as(const HadamardWeight& p, Runtime& rt) {
   constexpr int L = Row::L;
   Row all(p.sizes);
   const int64_t n = p.sizes.n, D = p.sizes.D, d = p.sizes.d;
-  // A tile has L columns k of M as rows, which are not a power of two apart.
+  // A tile holds a few vectors of columns k of M as its rows, which are not a power of two apart.
+  // The wider it is, the more of a page of W is read at once; it should stay in the L2 cache.
   const int64_t of_gamma = n + L, step = all.N + 2 * L;
-  all.prepare(rt, p.lam, p.col, p.row, p.scale, L * (of_gamma + step));
+  const int64_t kB = all.N * int64_t(sizeof(C)) >> 10, width = p.transposed || kB > 16 ? L
+                                                               : kB > 8                ? 2 * L
+                                                                                       : 4 * L;
+  all.prepare(rt, p.lam, p.col, p.row, p.scale, width * (of_gamma + step));
   const C* gam = static_cast<const C*>(p.gam);
   const S* base = static_cast<const S*>(p.base);
   S* out = static_cast<S*>(p.out);
@@ -326,10 +330,10 @@ void hadamard_weight_as(const HadamardWeight& p, Runtime& rt) {
     }
     store_some(out + e, sum, count);
   };
-  all.split(rt, (d + L - 1) / L, [&](const Row& row, int64_t begin, int64_t end) {
-    C *gamma = row.more(), *tile = gamma + L * of_gamma;
-    for (int64_t k0 = begin * L; k0 < end * L; k0 += L) {
-      const int64_t columns = d - k0 < L ? d - k0 : L;
+  all.split(rt, (d + width - 1) / width, [&](const Row& row, int64_t begin, int64_t end) {
+    C *gamma = row.more(), *tile = gamma + width * of_gamma;
+    for (int64_t k0 = begin * width; k0 < end * width; k0 += width) {
+      const int64_t columns = d - k0 < width ? d - k0 : width;
       for (int64_t i = 0; i < n; ++i)
         for (int64_t k = 0; k < columns; ++k)
           gamma[k * of_gamma + i] = gam[i * d + k0 + k] * C(p.s[k0 + k]);
@@ -349,15 +353,16 @@ void hadamard_weight_as(const HadamardWeight& p, Runtime& rt) {
           __builtin_memcpy(tile + k * step, row.v, size_t(row.N + L) * sizeof(C));
         }
       }
-      for (int64_t o = 0; o < D && !p.transposed; o += L) {
-        V m[L];
-        unrolled<L>([&](auto k) { m[k] = load<V>(tile + k * step + row.place(o)); });
-        transpose<L>(m);
-        V rows[L];
-        unrolled<L>([&](auto q) { rows[q] = m[q]; });
-        for (int64_t q = 0; q < L && o + q < D; ++q)
-          put((o + q) * d + k0, row.row[o + q] * rows[q], columns);
-      }
+      for (int64_t o = 0; o < D && !p.transposed; o += L)
+        for (int64_t k = 0; k < columns; k += L) {
+          V m[L];
+          unrolled<L>([&](auto q) { m[q] = load<V>(tile + (k + q) * step + row.place(o)); });
+          transpose<L>(m);
+          C rows[L * L];
+          unrolled<L>([&](auto q) { store(rows + q * L, m[q]); });
+          for (int64_t q = 0; q < L && o + q < D; ++q)
+            put((o + q) * d + k0 + k, row.row[o + q] * load<V>(rows + q * L), columns - k);
+        }
     }
   });
 }

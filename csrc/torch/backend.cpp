@@ -62,7 +62,14 @@ Tensor view(const MatrixBatch& m, const Tensor& like, DType dtype) {
                                   like.device(), scalar_type(dtype));
 }
 
+std::vector<void (*)(OperatorLibrary&)>& cuda_operators() {
+  static std::vector<void (*)(OperatorLibrary&)> all;
+  return all;
+}
+
 }  // namespace
+
+OnCuda::OnCuda(void (*implement)(OperatorLibrary&)) { cuda_operators().push_back(implement); }
 
 void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
               double alpha, double beta, DType dtype, const Tensor& like, const void* base) {
@@ -97,6 +104,9 @@ void load_cuda(const std::string& path, bool serve_cpu_tensors) {
                  " was built from other sources than this extension; install again");
   loaded = kernels;
   serves_cpu = serve_cpu_tensors;
+  static OperatorLibrary cuda(OperatorLibrary::Kind::IMPL, "randlora", "CUDA", __FILE__, __LINE__);
+  for (const auto implement : cuda_operators()) implement(cuda);
+  cuda_operators().clear();
 }
 
 bool cuda_loaded() { return loaded != nullptr; }

@@ -15,6 +15,13 @@ namespace randlora {
 // loaded or does not match this build.
 void load_cuda(const std::string& path, bool serve_cpu_tensors);
 bool cuda_loaded();
+
+using OperatorLibrary = torch::stable::detail::StableLibrary;
+// Has `implement` register its operators for CUDA tensors once our library is loaded. Until then
+// torch's dispatcher takes plain torch (randlora_ext/ops), where an operator has that.
+struct OnCuda {
+  explicit OnCuda(void (*implement)(OperatorLibrary&));
+};
 std::string cuda_build();  // "" if nothing is loaded
 
 // Throws if the library is not loaded.

@@ -171,8 +171,7 @@ std::vector<Tensor> support_tables_op(Tensor a_offset, Tensor a_index, int64_t d
   return {tables};
 }
 
-template <class Library>
-void implement(Library& m) {
+void implement(OperatorLibrary& m) {
   m.impl("fill_planes_", RANDLORA_BOX(fill_planes_));
   m.impl("pack_dense", RANDLORA_BOX(pack_dense_op));
   m.impl("planes_to_lists", RANDLORA_BOX(planes_to_lists));
@@ -198,4 +197,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) { randlora::implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(randlora, CUDA, m) { randlora::implement(m); }
+static const randlora::OnCuda on_cuda(&randlora::implement);

@@ -84,8 +84,7 @@ Tensor add_rounded(Tensor weight, Tensor delta, std::optional<int64_t> rounding_
   return out;
 }
 
-template <class Library>
-void implement(Library& m) {
+void implement(OperatorLibrary& m) {
   m.impl("add_rounded", RANDLORA_BOX(add_rounded));
   m.impl("delta_weight", RANDLORA_BOX(delta_weight));
   m.impl("merged_weight", RANDLORA_BOX(merged_weight));
@@ -109,4 +108,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) { randlora::implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(randlora, CUDA, m) { randlora::implement(m); }
+static const randlora::OnCuda on_cuda(&randlora::implement);

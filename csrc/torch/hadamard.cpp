@@ -332,14 +332,14 @@ Tensor hadamard_weight(OptionalTensor base, Tensor lam, Tensor gam, Tensor s, Te
   return out;
 }
 
-template <class Library>
-void implement(Library& m) {
+void implement(OperatorLibrary& m) {
   m.impl("hadamard_linear", RANDLORA_BOX(hadamard_linear));
   m.impl("hadamard_linear_backward", RANDLORA_BOX(hadamard_linear_backward));
   m.impl("hadamard_weight", RANDLORA_BOX(hadamard_weight));
 }
 
 }  // namespace
+
 }  // namespace randlora
 
 STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
@@ -358,4 +358,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) { randlora::implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(randlora, CUDA, m) { randlora::implement(m); }
+static const randlora::OnCuda on_cuda(&randlora::implement);

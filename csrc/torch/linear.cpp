@@ -202,8 +202,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(
   return {dx, dlam, dgam};
 }
 
-template <class Library>
-void implement(Library& m) {
+void implement(OperatorLibrary& m) {
   m.impl("linear", RANDLORA_BOX(linear));
   m.impl("linear_backward", RANDLORA_BOX(linear_backward));
 }
@@ -222,4 +221,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) { randlora::implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(randlora, CUDA, m) { randlora::implement(m); }
+static const randlora::OnCuda on_cuda(&randlora::implement);

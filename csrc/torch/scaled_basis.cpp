@@ -50,8 +50,7 @@ std::tuple<Tensor, Tensor> scaled_basis_backward(Tensor grad, Tensor A, Tensor l
   return {cast(dlam, lam.scalar_type()), cast(dgam, gam.scalar_type())};
 }
 
-template <class Library>
-void implement(Library& m) {
+void implement(OperatorLibrary& m) {
   m.impl("scaled_basis", RANDLORA_BOX(scaled_basis));
   m.impl("scaled_basis_backward", RANDLORA_BOX(scaled_basis_backward));
 }
@@ -65,4 +64,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) { randlora::implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(randlora, CUDA, m) { randlora::implement(m); }
+static const randlora::OnCuda on_cuda(&randlora::implement);

@@ -65,16 +65,19 @@ class BasisDescription:
         if match is None:
             raise ValueError(f"{text!r} is no key of a basis, which looks like {example!r}")
         kind, version, density, seed = match.groups()
-        if SPECIFICATIONS.get(kind) != int(version):
+        if str(SPECIFICATIONS.get(kind)) != version:
             known = ", ".join(f"{name}-{number}" for name, number in SPECIFICATIONS.items())
             raise ValueError(
                 f"{text!r} is of basis specification {kind}-{version}; this version of "
                 f"randlora_ext knows {known}"
             )
         try:
-            return cls(kind, None if density is None else float(density), int(seed))
+            made = cls(kind, None if density is None else float(density), int(seed))
         except ValueError as error:
             raise ValueError(f"{text!r} is no key of a basis: {error}") from error
+        if made.key() != text:  # such as 0.30 or 007
+            raise ValueError(f"{text!r} is no key of a basis; it must read {made.key()!r}")
+        return made
 
 
 def check_seed(name: str, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Hadamard matrices: A and B of signs around Sylvester's matrix (docs/basis-spec.md, section 14)."""
+"""Hadamard bases: Sylvester's matrix between random signs (docs/basis-spec.md, section 14)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,7 +23,7 @@ def signs(seed: int, role: int, first: int, count: int, device: torch.device) ->
 
 
 def sylvester(rows: Tensor, columns: Tensor) -> Tensor:
-    """H[a, b] for all a in `rows`, b in `columns`: -1 if a & b has an odd number of ones, else 1."""
+    """H[a, b], a in `rows`, b in `columns`: -1 if a & b has an odd number of ones, else 1."""
     ones = rows[:, None] & columns
     for shift in (32, 16, 8, 4, 2, 1):
         ones = ones ^ (ones >> shift)

@@ -27,7 +27,7 @@ class TernaryBasis:
     Args:
         in_features: of the base layer.
         out_features: likewise; d = min, D = max of the two.
-        r: rank of one base; n = ceil(d / r) bases, K = n * r.
+        r: rank of one base, at most 65,536; n = ceil(d / r) bases, K = n * r.
         density: share of non-zeros of independent bases, in (0, 1]. None means 1/3, PEFT's
             ``sparse``. Hadamard bases have no zeros and take none.
         seed: 0 <= seed < 2**64; PEFT's ``projection_prng_key``.
@@ -127,7 +127,9 @@ class TernaryBasis:
         return cls._of(Shape.of(in_features, out_features, matrices.A.shape[0]), matrices)
 
     @classmethod
-    def _of(cls, shape: Shape, source: TernaryMatrices | HadamardMatrices | DenseMatrices) -> "TernaryBasis":
+    def _of(
+        cls, shape: Shape, source: TernaryMatrices | HadamardMatrices | DenseMatrices
+    ) -> "TernaryBasis":
         source.check(shape)
         self = cls.__new__(cls)
         self._shape, self._source = shape, source
@@ -294,12 +296,14 @@ class TernaryBasis:
 
     def __repr__(self) -> str:
         origin = self.kind if self.description is None else f"seed={self.seed}, kind={self.kind!r}"
+        if self._source.kind != "hadamard":
+            origin = f"density={self.density:.6g}, {origin}"
         shape, part = self._shape, ""
         if shape.is_slice:
             part = f", slice from row {shape.first_row} of B and column {shape.first_column} of A"
         return (
-            f"TernaryBasis({self.in_features}, {self.out_features}, r={self.r}, "
-            f"density={self.density:.6g}, {origin}, format={self.format!r}{part})"
+            f"TernaryBasis({self.in_features}, {self.out_features}, r={self.r}, {origin}, "
+            f"format={self.format!r}{part})"
         )
 
 

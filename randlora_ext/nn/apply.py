@@ -28,9 +28,10 @@ def apply_randlora(
     call may give other layers other options; what the first made stays as it is.
 
     Raises:
-        ValueError: nothing matches, or a match is ``out_proj`` of nn.MultiheadAttention, which
-            torch never calls. TypeError: a match is not an nn.Linear or Conv1D, or is adapted
-            already. Also the errors of RandLoraLinear. In all cases the model is as it was.
+        ValueError: nothing matches, a match is ``out_proj`` of nn.MultiheadAttention, which torch
+            never calls, or it lies inside an adapted layer. TypeError: a match is not an nn.Linear
+            or Conv1D, or is adapted already. Also the errors of RandLoraLinear. In all cases the
+            model is as it was.
     """
     # A module that is registered twice (tied) is visited twice, and must be wrapped once.
     named = dict(model.named_modules(remove_duplicate=False))
@@ -52,6 +53,7 @@ def apply_randlora(
         matched = f"module {name!r}, matched by target_modules {target_modules!r},"
         check_base_layer(module, matched)
         check_is_called(model, name, matched)
+        check_not_nested(model, name, matched)
     # A wrong option raises at the first layer, before anything is frozen.
     unique = {id(module): module for module in matches.values()}
     wrapped = {key: RandLoraLinear(module, **layer_options) for key, module in unique.items()}
@@ -77,6 +79,18 @@ def check_is_called(model: nn.Module, name: str, argument: str) -> None:
             f"{argument} would not be adapted: nn.MultiheadAttention reads its weight and never "
             "calls it"
         )
+
+
+def check_not_nested(model: nn.Module, name: str, argument: str) -> None:
+    """Raises ValueError, naming `argument`, if module `name` lies inside an adapted layer."""
+    parts = name.split(".")
+    for above in (".".join(parts[:depth]) for depth in range(len(parts))):
+        if hasattr(model.get_submodule(above), "update_layer"):
+            raise ValueError(
+                f"{argument} lies inside {above or 'the model'!r}, which is adapted already, and "
+                "adapters cannot be nested; update_layer(name, ...) adds another one beside the "
+                "first"
+            )
 
 
 def _first(names: list[str]) -> str:
@@ -128,11 +142,11 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         TypeError, RuntimeError: as `RandLoraLinear.merge`, before anything changes.
     """
     for layer in _layers(model):
-        layer._mergeable_weight()
+        layer._dense_weight()
     for layer in _layers(model):
         names = [name for name in layer.active_adapters if name not in layer.merged_adapters]
         if names and not layer.disabled:
-            layer.merge(adapter_names=names)
+            layer.merge(adapter_names=names, keep_weight="nothing")
     return _without(model)
 
 

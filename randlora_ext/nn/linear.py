@@ -31,7 +31,7 @@ class RandLoraLinear(Mergeable, nn.Module):
 
     Args:
         base_layer: nn.Linear or transformers' Conv1D (which stores its weight as (in, out)).
-        r: rank of one base; n = ceil(d / r).
+        r: rank of one base, at most 65,536; n = ceil(d / r).
         randlora_alpha: scaling = randlora_alpha / r. None means 20 r, so a scaling of 20.
         density: share of non-zeros in independent bases, in (0, 1]. None means 1/3, PEFT's
             ``sparse``. Hadamard bases take none.
@@ -79,7 +79,6 @@ class RandLoraLinear(Mergeable, nn.Module):
         self.num_bases: dict[str, int] = {}
         self.bases: dict[str, TernaryBasis] = {}
         self.merged_adapters = []
-        self._original_weight = None  # see merge(keep_original=True)
         self._active: list[str] = [adapter_name]
         self._disabled = False
         self.base_layer: Any = base_layer

@@ -1,14 +1,24 @@
-"""Merging adapters into the frozen weight of `RandLoraLinear`, and unmerging them."""
+"""Merging adapters into the weight of a base layer, and taking them out again, bit for bit.
+
+`KeepsWeight` is what `RandLoraLinear` and the layers of randlora_ext.peft share.
+"""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.dtensor import full_tensor, laid_out_like
+from ..ops.dtensor import full_tensor, is_dtensor, laid_out_like
 from ..ops.functional import merged_weight
+
+KEEP_WEIGHT = ("host", "device", "nothing")
+
+
+def check_keep_weight(keep_weight: str) -> None:
+    if keep_weight not in KEEP_WEIGHT:
+        raise ValueError(f"keep_weight must be one of {KEEP_WEIGHT}, got {keep_weight!r}")
 
 
 def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -16,7 +26,7 @@ def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def complete(write: Callable[[], None]) -> None:
+def complete(write: Callable[[], Any]) -> None:
     """Calls `write`, and again if Ctrl-C comes between two of its lines; it must allow that."""
     try:
         write()
@@ -25,25 +35,176 @@ def complete(write: Callable[[], None]) -> None:
         raise
 
 
-_Layer: Any = object  # mypy: this is mixed into RandLoraLinear
+_Layer: Any = object  # mypy: this is mixed into layers
 
 
-class Mergeable(_Layer):
-    """The methods of `RandLoraLinear` that write to the base layer's weight."""
+class KeepsWeight(_Layer):
+    """Writes adapters into the base layer's weight and keeps W, so that `unmerge` restores it.
+
+    Only W itself restores every bit whatever happens in between: a difference to the merged weight
+    would need that weight, or lambda and gamma, unchanged. It is kept as a plain attribute, so no
+    state dict holds it and no `.to()` moves or casts it. A layer copies its weight once, however
+    many adapters are merged one after another.
+
+    Quantized layers replace the methods from `_dense_weight` to `_restorer`.
+    """
 
     merged_adapters: list[str]
-    _original_weight: Tensor | None
+    _kept: Any = None  # what `_restorer` takes; None: W is not kept, or was not changed
+    # Merged adapters that are not in the kept weight, or changed nothing. The others, merged with
+    # keep_weight="nothing" or by stock PEFT, are subtracted.
+    _kept_without: tuple[str, ...] = ()
 
     @property
     def merged(self) -> bool:
         return bool(self.merged_adapters)
 
     @torch.no_grad()
+    def unmerge(self) -> None:
+        """Takes all merged adapters out of the base weight, and frees what was kept.
+
+        W comes back bit for bit, whatever has become of the adapters and of the merged weight. If
+        the layer has been moved or cast since, it comes back on the device and in the dtype of the
+        merged weight: ``.to`` and `unmerge` may change places.
+
+        After ``merge(keep_weight="nothing")`` dW is computed again and subtracted, so lambda and
+        gamma must be those that were merged; two roundings bring W back to within one ulp of the
+        larger of W and W + dW.
+
+        Warns, as PEFT does, if nothing is merged.
+        """
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        unknown = (name for name in self.merged_adapters if not self._has_adapter(name))
+        restored = {*self._kept_without, *unknown}  # a deleted adapter cannot be subtracted
+        rest = [name for name in self.merged_adapters if name not in restored]
+        if self._kept is not None or not rest:
+            restore = (lambda: None) if self._kept is None else self._restorer(self._kept)
+            self._replace(restore, rest)
+        if rest:
+            self._replace(self._writer(self._plus(self._dense_weight(), rest, -1)), [])
+
+    def _merge(
+        self,
+        names: Sequence[str],
+        safe_merge: bool,
+        keep_weight: str,
+        add: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Merges adapters that are known and not merged yet.
+
+        Args:
+            add: makes W + dW of W; None adds in a wider dtype and rounds once.
+        """
+        check_keep_weight(keep_weight)
+        weight = self._dense_weight()
+        total = self._plus(weight, names, +1) if add is None else add(weight)
+        if safe_merge and not bool(full_tensor(torch.isfinite(total).all())):
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be "
+                "broken; safe_merge allows only finite values, and nothing was changed"
+            )
+        merged = [*self.merged_adapters, *names]
+        kept, without = (self._kept, self._kept_without) if self.merged else (None, ())
+        keeps = keep_weight != "nothing"
+        if keeps and _equal(total, weight):  # a sum could still turn -0 into 0
+            self._replace(lambda: None, merged, kept, (*without, *names))
+            return
+        write = self._writer(total)
+        if keeps and kept is None:
+            kept = self._keep(keep_weight)
+        if kept is not None:
+            without = (*without, *names)
+        self._replace(write, merged, kept, without)
+
+    def _replace(
+        self,
+        write: Callable[[], Any],
+        merged: list[str],
+        kept: Any = None,
+        kept_without: tuple[str, ...] = (),
+    ) -> None:
+        """Writes W and the attributes about it; Ctrl-C cannot leave only some of them written."""
+
+        def write_all() -> None:
+            write()
+            self._kept, self._kept_without = kept, kept_without
+            self.merged_adapters = merged
+
+        complete(write_all)
+
+    def _plus(self, weight: Tensor, names: Iterable[str], sign: int) -> Tensor:
+        names = list(names)
+        # Wider than the weight where the sum would otherwise be rounded more than once.
+        wide = torch.float32 if weight.itemsize < 4 or len(names) == 1 else torch.float64
+        total = weight.to(torch.promote_types(wide, weight.dtype), copy=True)
+        for name in names:
+            total.add_(laid_out_like(self._delta_to_merge(name), weight), alpha=sign)
+        return total.to(weight.dtype)
+
+    def _has_adapter(self, name: str) -> bool:
+        return name in self.randlora_lambda
+
+    def _delta_to_merge(self, name: str) -> Tensor:
+        """dW in the layout of the weight."""
+        raise NotImplementedError
+
+    # ---- an ordinary weight --------------------------------------------------------------------
+
+    def _dense_weight(self) -> Tensor:
+        weight = self.get_base_layer().weight
+        if not weight.is_floating_point():
+            raise TypeError(f"base_layer.weight must be floating point, got {weight.dtype}")
+        if weight.numel() != self.in_features * self.out_features:
+            raise RuntimeError(
+                f"base_layer.weight is {tuple(weight.shape)} here and lies elsewhere (DeepSpeed "
+                "ZeRO-3?); merge inside deepspeed.zero.GatheredParameters(layer.parameters(), "
+                "modifier_rank=0)"
+            )
+        return weight
+
+    def _writer(self, total: Tensor) -> Callable[[], Any]:
+        """Prepares everything that can fail; the result only writes, and may be called twice."""
+        weight = self.get_base_layer().weight
+        return lambda: weight.copy_(total)
+
+    def _keep(self, keep_weight: str) -> Any:
+        """The present weight; in a tuple if torch would register it as a parameter or module."""
+        with torch.inference_mode(False):  # it is kept for longer
+            weight = _local(self._dense_weight().detach())
+            on_host = keep_weight == "host" and not weight.is_meta
+            return weight.to("cpu" if on_host else weight.device, copy=True)
+
+    def _restorer(self, kept: Any) -> Callable[[], Any]:
+        weight = _local(self._dense_weight())
+        if weight.shape != kept.shape:
+            raise RuntimeError(
+                f"base_layer.weight is {tuple(weight.shape)} on this rank, and was "
+                f"{tuple(kept.shape)} when adapters were merged into it; unmerge in the layout in "
+                "which you merged"
+            )
+        return lambda: weight.copy_(kept)
+
+
+def _local(t: Any) -> Tensor:
+    """This rank's part."""
+    return t.to_local() if is_dtensor(t) else t
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return not a.is_meta and torch.equal(_local(a), _local(b))
+
+
+class Mergeable(KeepsWeight):
+    """The methods of `RandLoraLinear` that write to the base layer's weight."""
+
+    @torch.no_grad()
     def merge(
         self,
         safe_merge: bool = False,
         adapter_names: str | Sequence[str] | None = None,
-        keep_original: bool = False,
+        keep_weight: str = "host",
         rounding_seed: int | None = None,
     ) -> None:
         """Adds the adapters' weight changes to the base weight, in place.
@@ -54,13 +215,16 @@ class Mergeable(_Layer):
         Args:
             safe_merge: raise instead of writing NaN or inf.
             adapter_names: the adapters to merge; None means the active ones.
-            keep_original: keep a copy of W in CPU memory, so that `unmerge` restores every bit.
+            keep_weight: where W is kept, so that `unmerge` restores every bit: "host" is CPU
+                memory, "device" the weight's own device. An adapter that changes no bit of W
+                keeps nothing. "nothing" keeps nothing, and `unmerge` subtracts dW; a W that an
+                earlier merge has kept is used nevertheless.
             rounding_seed: round a 16-bit W stochastically with this seed, so that changes below
                 half an ulp count on average (`randlora_ext.merged_weight`). One adapter at a time.
 
         Raises:
-            ValueError: an adapter is unknown, repeated or merged already, or safe_merge finds
-                NaN or inf.
+            ValueError: an adapter is unknown, repeated or merged already, keep_weight is none of
+                the three, or safe_merge finds NaN or inf.
             TypeError: the weight is not floating point (quantized).
             RuntimeError: the layer is disabled, or ZeRO-3 holds the weight elsewhere.
                 After any of these nothing has changed.
@@ -76,51 +240,16 @@ class Mergeable(_Layer):
                 )
         if self._disabled:
             raise RuntimeError("merge() on a disabled layer; call enable() first")
-        if keep_original and self.merged:
-            raise ValueError(
-                f"keep_original must be given at the first merge; {self.merged_adapters} are in "
-                "the weight already, unmerge() first"
-            )
-        weight = self._mergeable_weight()
         if rounding_seed is None:
-            total = self._weight_plus(names, +1)
-        else:
-            total = self._weight_rounded(names, rounding_seed)
-        if safe_merge and not bool(full_tensor(torch.isfinite(total).all())):
-            raise ValueError(
-                f"adapter_names {names}: the merged weight would hold NaN or inf, and safe_merge "
-                "allows only finite values; nothing was changed"
-            )
-        original = weight.detach().to("cpu", copy=True) if keep_original else self._original_weight
-        self._replace_weight(total, [*self.merged_adapters, *names], original)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Removes all merged adapters from the base weight.
-
-        After ``merge(keep_original=True)`` W is restored bit for bit. Otherwise dW is recomputed
-        and subtracted, so lambda and gamma must be those that were merged; two roundings bring W
-        back to within one ulp of the larger of W and W + dW.
-
-        Warns, as PEFT does, if nothing is merged.
-        """
-        if not self.merged:
-            warnings.warn("unmerge(): no adapter is merged, nothing to do", stacklevel=2)
+            self._merge(names, safe_merge, keep_weight)
             return
-        restored = self._original_weight
-        if restored is None:
-            self._mergeable_weight()
-            restored = self._weight_plus(self.merged_adapters, -1)
-        self._replace_weight(restored, [], None)
+        self._merge(
+            names, safe_merge, keep_weight, lambda W: self._weight_rounded(W, names, rounding_seed)
+        )
 
-    def _replace_weight(self, values: Tensor, merged: list[str], original: Tensor | None) -> None:
-        """Writes W and the attributes about it; Ctrl-C cannot leave only some of them written."""
-
-        def write() -> None:
-            self.base_layer.weight.copy_(values)
-            self._original_weight, self.merged_adapters = original, merged
-
-        complete(write)
+    def get_base_layer(self) -> Any:
+        """The frozen layer. Source: PEFT's method."""
+        return self.base_layer
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         if self.merged:
@@ -132,18 +261,10 @@ class Mergeable(_Layer):
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _weight_plus(self, names: list[str], sign: int) -> Tensor:
-        weight = self.base_layer.weight
-        # Wider than the weight: the sum of all adapters is rounded once.
-        wide = torch.float32 if weight.itemsize < 4 else torch.float64
-        total = weight.to(wide, copy=True)
-        for name in names:
-            delta = self._delta(name, adapter_dtype(weight.dtype))
-            total.add_(laid_out_like(delta, weight), alpha=sign)
-        return total.to(weight.dtype)
+    def _delta_to_merge(self, name: str) -> Tensor:
+        return self._delta(name, adapter_dtype(self.base_layer.weight.dtype))
 
-    def _weight_rounded(self, names: list[str], seed: int) -> Tensor:
-        weight = self.base_layer.weight
+    def _weight_rounded(self, weight: Tensor, names: list[str], seed: int) -> Tensor:
         if len(names) != 1 or weight.itemsize != 2:
             raise ValueError(
                 f"rounding_seed rounds one adapter into a 16-bit weight, got adapters {names} and "
@@ -156,15 +277,3 @@ class Mergeable(_Layer):
         )
         total = merged_weight(self.bases[name], oriented, lam, gam, self.scaling[name], seed)
         return laid_out_like(total.T if self.fan_in_fan_out else total, weight)
-
-    def _mergeable_weight(self) -> Tensor:
-        weight = self.base_layer.weight
-        if not weight.is_floating_point():
-            raise TypeError(f"base_layer.weight must be floating point, got {weight.dtype}")
-        if weight.numel() != self.in_features * self.out_features:
-            raise RuntimeError(
-                f"base_layer.weight is {tuple(weight.shape)} here and lies elsewhere (DeepSpeed "
-                "ZeRO-3?); merge inside deepspeed.zero.GatheredParameters(layer.parameters(), "
-                "modifier_rank=0)"
-            )
-        return weight

@@ -1,8 +1,8 @@
 """Dense bases, PEFT's default, in plain torch: the products are GEMMs of any A and B.
 
 Forward keeps x, weight, lambda and gamma; backward computes everything else again. In float16,
-powers of two keep A' and its gradient in range: |lambda gamma A| may be up to 65504 / 2^e with 2^e
-about max(n, d), and each element of x A'^T and dy B must fit, as with LoRA.
+powers of two keep A', x A'^T and the gradient of A' in range: |lambda gamma A| may be up to 65504 / d,
+|x A'^T| up to 65504 / sqrt(d), and each element of dy B must fit, as with LoRA.
 """
 
 import math
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..basis import TernaryBasis
+from ..reference import scaled_basis_reference
 from .autograd import Operator, base_gradients, call_kernel
 
 _ops = torch.ops.randlora
@@ -84,6 +85,8 @@ class _Products:
         self.A, self.dtype = A.to(dtype), dtype
         half = dtype == torch.float16
         self.factor = 2.0 ** round(math.log2(max(gam.shape))) if half else 1.0
+        # Of x A'^T, a sum of d terms: small ones should not be subnormal, nor large ones infinite.
+        self.inner = self.factor * 2.0 ** -math.ceil(math.log2(A.shape[1]) / 2) if half else 1.0
         self.gradient = 2.0 ** -math.ceil(math.log2(len(B)) / 2) if half else 1.0
 
     def scaled(self) -> Tensor:
@@ -129,8 +132,8 @@ class DenseLinear(Operator):
                 return _product(x, p.formed(None).T, 1.0, y)
             scaled = p.scaled()
             if expand:
-                V = _product(x, scaled.T, 1 / p.factor)
-                return _product(V, B.T, scale, y)
+                V = _product(x, scaled.T, p.inner / p.factor)
+                return _product(V, B.T, scale / p.inner, y)
             return _product(x @ B, scaled, scale / p.factor, y)
 
     @staticmethod
@@ -159,8 +162,8 @@ class DenseLinear(Operator):
                     if ctx.expand:
                         dx = _product(U, scaled, ctx.scale / p.factor, dx)
                     else:
-                        V = _product(dy, scaled.T, 1 / p.factor)
-                        dx = _product(V, ctx.B.T, ctx.scale, dx)
+                        V = _product(dy, scaled.T, p.inner / p.factor)
+                        dx = _product(V, ctx.B.T, ctx.scale / p.inner, dx)
             if need_lam or need_gam:
                 dlam, dgam = p.contract(_gradient_of_scaled(x, dy, U, p, factored))
                 dlam, dgam = dlam.to(lam.dtype), dgam.to(gam.dtype)
@@ -181,3 +184,24 @@ def _gradient_of_scaled(x, dy, U, p: _Products, factored: bool) -> Tensor:
         return _product(p.B.T, _product(large.T, small, p.gradient), 1.0)
     U = large @ p.B if U is None else U
     return _product(U.T, small, p.gradient)
+
+
+# ---- A' in plain torch, for devices without our kernels ------------------------------------
+
+
+def _plain_scaled_basis(A: Tensor, lam: Tensor, gam: Tensor) -> Tensor:
+    wide = torch.promote_types(A.dtype, torch.float32)
+    return scaled_basis_reference(A.to(wide), lam.to(wide), gam.to(wide)).to(A.dtype)
+
+
+def _plain_scaled_basis_backward(grad, A, lam, gam) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    by_rank = grad.to(wide).unflatten(0, lam.shape) * A.to(wide)[:, None]  # (r, n, d)
+    dlam = torch.einsum("jik,ik->ji", by_rank, gam.to(wide))
+    dgam = torch.einsum("jik,ji->ik", by_rank, lam.to(wide))
+    return dlam.to(lam.dtype), dgam.to(gam.dtype)
+
+
+_library = torch.library.Library("randlora", "IMPL")  # registrations live as long as this
+_library.impl("scaled_basis", _plain_scaled_basis, "CompositeExplicitAutograd")
+_library.impl("scaled_basis_backward", _plain_scaled_basis_backward, "CompositeExplicitAutograd")

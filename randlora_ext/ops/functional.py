@@ -9,7 +9,6 @@ from torch import Tensor
 from ..basis import TernaryBasis
 from ..basis.description import as_signed, check_seed
 from ..kernels import serve
-from ..reference import scaled_basis_reference
 from . import autocast, autograd, dense, hadamard
 from .dtensor import refuse_dtensor
 from .path import choose
@@ -61,8 +60,6 @@ def scaled_basis(basis_or_A: TernaryBasis | Tensor, lam: Tensor, gam: Tensor) ->
         _check_types(basis_or_A, lam=lam, gam=gam)
         dtype = lam.dtype if lam.is_floating_point() else torch.float32  # refused by the operator
         basis_or_A = basis_or_A.dense_a(lam.device, dtype)
-        if not serve(lam.device.type) and lam.device.type != "meta":
-            return scaled_basis_reference(basis_or_A, lam, gam)
     return autograd.scaled_basis(basis_or_A, lam, gam)
 
 

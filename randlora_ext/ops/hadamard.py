@@ -1,6 +1,6 @@
 """The operators on Hadamard bases: shapes, gradients, and plain torch for devices without kernels.
 
-    ``y = x W^T + bias + scale * x dW^T``,  ``dW = B (lambda * A * gamma)``, transposed unless expand
+    ``y = x W^T + bias + scale * x dW^T``,  ``dW = B (lambda * A * gamma)`` or its transpose
     ``A[j, k] = s[k] H[j, m]`` with the class ``m = (first_column + k) // n`` of column k
     ``B[o, c] = row[o] H[first_row + o, c] col[c]``, c = j * n + i
 
@@ -19,6 +19,7 @@ from .fake_kernels import check_one_device, fake
 
 _ops = torch.ops.randlora
 _library = torch.library.Library("randlora", "IMPL")  # registrations live as long as this
+
 
 def linear(
     x: Tensor,
@@ -92,9 +93,7 @@ class HadamardLinear(Operator):
         x, weight, bias, lam, gam, s, row, col, scale, first_row, first_column, expand, merge
     ):
         bases = s, row, col, scale, first_row, first_column, expand
-        return call_kernel(
-            _ops.hadamard_linear.default, x, weight, bias, lam, gam, *bases, merge
-        )
+        return call_kernel(_ops.hadamard_linear.default, x, weight, bias, lam, gam, *bases, merge)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -150,7 +149,7 @@ def _delta(lam, gam, *bases):
     return _weight(None, lam, gam, *bases, None)
 
 
-# ---- plain torch -----------------------------------------------------------------------------------
+# ---- plain torch ---------------------------------------------------------------------------
 
 
 class _Plain:

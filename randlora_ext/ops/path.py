@@ -162,9 +162,7 @@ def _limits_while_tracing(token: str, *decided_by) -> Limits:
     return limits(living(token), *decided_by)
 
 
-def limits(
-    basis: TernaryBasis, dtype: torch.dtype, has_weight: bool, device_type: str
-) -> Limits:
+def limits(basis: TernaryBasis, dtype: torch.dtype, has_weight: bool, device_type: str) -> Limits:
     key = dtype, has_weight, device_type, os.environ.get("RANDLORA_B_SIDE")
     if key not in basis.path_limits:
         basis.path_limits[key] = _find_limits(basis, dtype, has_weight, device_type)

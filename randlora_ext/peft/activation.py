@@ -8,6 +8,7 @@ from peft.tuners.randlora.layer import RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
 from torch import nn
 
+from ..nn.merging import check_keep_weight
 from . import peft_model_patch
 from .bases import BASIS_NAMES, PackedBufferDict
 from .config import RandLoraConfig
@@ -17,7 +18,7 @@ from .model import STOCK_QUANTIZED, AcceleratedRandLoraModel, accelerate_layer, 
 _stock: tuple[type, type] | None = None
 
 
-def enable(float32_products: bool = False) -> None:
+def enable(float32_products: bool = False, keep_weight: str = "host") -> None:
     """From now on RandLoRA models made or loaded by PEFT run on the compiled kernels.
 
     Equivalent to editing PEFT's two tables, from the type RANDLORA to its tuner and its config:
@@ -31,11 +32,16 @@ def enable(float32_products: bool = False) -> None:
         float32_products: whether dense bases (PEFT's default) are multiplied in float32 in 16-bit
             models, as stock PEFT does at several times the cost, and not in 16 bits with float32
             sums. It holds for all models.
+        keep_weight: where merged layers keep W, so that unmerging restores every bit: "host" is
+            CPU memory, "device" the weight's own device (docs/serve.md). "nothing" turns it off,
+            and unmerging subtracts dW as stock PEFT does. It holds for all models.
 
     Adapters are saved in PEFT's format, and stock PEFT loads them unless `RandLoraConfig` says
     otherwise.
     """
     global _stock
+    check_keep_weight(keep_weight)
+    AcceleratedLayer.keep_weight = keep_weight
     AcceleratedLayer.float32_products = float32_products
     peft_model_patch.install()
     if _stock is None:

@@ -9,9 +9,17 @@ import peft
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from ..basis.shape import check_r
 from ..nn.linear import check_alpha
+from ..writing import appear_together
 from .adapter_basis import SPARSE, VERY_SPARSE, AdapterBasis
-from .files import appear_together, refuse_torn_save
+from .files import refuse_torn_save
+
+_FLAGS = (
+    "save_projection", "sparse", "very_sparse", "fan_in_fan_out", "init_weights", "inference_mode"
+)  # fmt: skip
+_TEXTS = "base_model_name_or_path", "revision", "peft_version", "open_with_randlora_ext"
+_BIASES = ("none", "all", "randlora_only")
 
 
 @dataclass
@@ -51,8 +59,8 @@ class RandLoraConfig(peft.RandLoraConfig):
 
     def __post_init__(self) -> None:
         # A file may hold anything, and PEFT would fail on it halfway through changing a model.
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or not 0 < self.r < 2**31:
-            raise ValueError(f"r must be an integer in [1, 2**31), got {self.r!r}")
+        _check_types(self)
+        check_r(self.r)
         check_alpha("randlora_alpha", self.randlora_alpha)
         set_basis(self, AdapterBasis.of(vars(self)))
         only_a_seed = self.basis != "peft"
@@ -97,6 +105,34 @@ class RandLoraConfig(peft.RandLoraConfig):
             return values | {"projection_prng_key": basis.seed}
         how = "import randlora_ext.peft; randlora_ext.peft.enable()"
         return values | {"basis": self.basis, "open_with_randlora_ext": how}
+
+
+def _check_types(config: RandLoraConfig) -> None:
+    """Raises TypeError or ValueError, naming the field, for a value that PEFT cannot use."""
+
+    def check(name: str, allowed: str, *kinds: type, of: type = object) -> None:
+        value = getattr(config, name, None)  # older PEFT lacks peft_version
+        parts = value if isinstance(value, (list, tuple, set)) else ()
+        # True is an int, but no index.
+        is_bool = isinstance(value, bool) and bool not in kinds
+        if is_bool or not isinstance(value, kinds) or not all(isinstance(p, of) for p in parts):
+            raise TypeError(f"{name} must be {allowed}, got {value!r}")
+
+    none, several = type(None), (list, tuple, set)
+    for name in _FLAGS:
+        check(name, "True or False", bool)
+    for name in _TEXTS:
+        check(name, "a text or None", str, none)
+    for name in ("target_modules", "layers_pattern"):
+        check(name, "a text, several of them or None", str, none, *several, of=str)
+    check("modules_to_save", "several texts or None", none, *several, of=str)
+    check("layers_to_transform", "an integer, several of them or None", int, none, *several, of=int)
+    check("auto_mapping", "a dictionary or None", dict, none)
+    check("randlora_dropout", "a number in [0, 1]", int, float)
+    if not 0 <= config.randlora_dropout <= 1:
+        raise ValueError(f"randlora_dropout must be in [0, 1], got {config.randlora_dropout}")
+    if config.bias not in _BIASES:
+        raise ValueError(f"bias must be one of {_BIASES}, got {config.bias!r}")
 
 
 def set_basis(config: peft.RandLoraConfig, basis: AdapterBasis) -> None:

@@ -4,6 +4,7 @@ import os
 import warnings
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -12,7 +13,7 @@ from peft.utils import CONFIG_NAME
 from peft.utils.save_and_load import load_peft_weights
 
 from ..nn.linear import check_alpha
-from ..nn.state_dict import misfit
+from ..nn.state_dict import DIAGONALS, misfit
 from .adapter_basis import other_bases
 from .bases import BASIS_NAMES
 from .files import recorded_configuration, refuse_torn_save
@@ -129,6 +130,28 @@ def check_load_over(model: PeftModel, folder: str | os.PathLike, adapter_name: s
             f"randlora_alpha of {str(folder)!r} is {saved['randlora_alpha']}, adapter "
             f"{adapter_name!r} keeps its own, {config.randlora_alpha}, as in stock PEFT; "
             "randlora_ext.peft.hotswap_adapter takes over the file's",
+            stacklevel=4,
+        )
+
+
+def warn_of_misfits(folder: str | os.PathLike, adapter_name: str, result: Any) -> None:
+    """Warns if a file has fitted only in part, as PEFT allows: it returns the keys, and few look.
+
+    Args:
+        result: of PEFT's ``load_adapter``, with missing_keys and unexpected_keys.
+    """
+    parts = [
+        f"{len(keys)} {what}: {', '.join(keys[:10])}{', ...' * (len(keys) > 10)}"
+        for what, all_keys in (
+            ("of its tensors have no place in the model and are not used", result.unexpected_keys),
+            ("tensors of the adapter are not in it and stay as they were", result.missing_keys),
+        )
+        if (keys := [key for key in all_keys if any(f".{name}" in key for name in DIAGONALS)])
+    ]
+    if parts:
+        warnings.warn(
+            f"the file of {str(folder)!r} fits adapter {adapter_name!r} only in part; "
+            + "; ".join(parts),
             stacklevel=4,
         )
 

@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .files import appear_together
+from ..writing import appear_together
+from .card import Base, write_card
+from .files import copy_card
 from .layer import layers_with, refuse_sharded
 
 # What vLLM takes as --max-lora-rank (MaxLoRARanks in vllm/config/lora.py).
@@ -53,7 +55,8 @@ def export_to_lora(
 
     Args:
         model: a PeftModel with RandLoRA layers, ours or stock PEFT's.
-        folder: where adapter_config.json and adapter_model.safetensors appear when complete.
+        folder: where adapter_config.json, adapter_model.safetensors and a model card appear when
+            complete.
         rank: r. A layer with fewer features is padded with zeros.
         energy: instead of `rank`, in (0, 1]: the smallest rank that vLLM has a setting for (1, 8,
             16, 32, 64, 128, 256, 320, 512) at which all layers together keep this share of the
@@ -77,7 +80,11 @@ def export_to_lora(
     modules = [name for name, _ in model.base_model.model.named_modules()]
     with appear_together(folder) as scratch:
         fields = shared_fields(model.peft_config[adapter_name])
-        return write_lora(scratch, deltas, fields, modules, rank, energy, others)
+        done = write_lora(scratch, deltas, fields, modules, rank, energy, others)
+        copy_card(folder, scratch)
+        name = Path(folder).absolute().name
+        write_lora_card(scratch, name, done, Base.of(model.get_base_model()))
+        return done
 
 
 def write_lora(
@@ -124,6 +131,15 @@ def write_lora(
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     layers = {path: _kept([values], rank) for path, values in squares.items()}
     return LoraExport(rank, _kept(squares.values(), rank), layers)
+
+
+def write_lora_card(folder: Path, name: str, done: LoraExport, base: Base | None = None) -> None:
+    """Writes the model card of what `write_lora` wrote."""
+    note = (
+        f"It is the one of rank {done.rank} that is nearest to a RandLoRA adapter, and keeps "
+        f"{done.energy:.4f} of the squared norm of its change of the weights."
+    )
+    write_card(folder, name, base, note)
 
 
 def shared_fields(config: peft.PeftConfig) -> dict[str, Any]:

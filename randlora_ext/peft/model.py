@@ -13,9 +13,10 @@ from peft.tuners.randlora.model import RandLoraModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
-from ..nn.apply import check_is_called
+from ..basis.shape import check_r
+from ..nn.apply import check_is_called, check_not_nested
 from ..nn.base_layer import disable_nested_tensors, features, force_module_call, is_conv1d
-from ..nn.linear import DEFAULT_SCALING
+from ..nn.linear import DEFAULT_SCALING, RandLoraLinear
 from ..nn.state_dict import misfit, refuse, refuse_misfit
 from . import other_quantized
 from .adapter_basis import AdapterBasis
@@ -112,10 +113,16 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str) -> None:
         """Finds the adapter's bases among those of other adapters, or makes them."""
+        if plans := parallel_plans(self.model):
+            plans.check_ranks(self.model, config)
+        check_r(config.r)  # stock PEFT's configuration does not
         A, B = self.randlora_A, self.randlora_B
         basis = AdapterBasis.of(vars(config))
         targets = self._target_sizes(config)
-        if plans := parallel_plans(self.model):
+        for name in targets:  # PEFT leaves out what lies inside its own layers
+            if isinstance(self.model.get_submodule(name.rpartition(".")[0]), RandLoraLinear):
+                check_not_nested(self.model, name, f"target {name!r}")
+        if plans:
             plans.check_plans(self.model, targets)
         out_features, in_features = self._find_dim(config)
         D, d = max(out_features, in_features), min(out_features, in_features)

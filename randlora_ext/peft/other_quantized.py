@@ -4,6 +4,7 @@ The base computes its own part. PEFT's quantization backends recognize it, and m
 """
 
 import itertools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +15,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..nn.base_layer import force_module_call, is_conv1d
-from ..nn.merging import complete
 from .layer import AcceleratedLinear
-from .merging import refuse_non_finite, warn_of_rounding
+from .merging import warn_of_rounding
 
 try:
     from peft.utils.quantization_utils import resolve_quantization_backend
@@ -34,21 +34,26 @@ class OtherQuantizedLinear(AcceleratedLinear):
     def _base_weight(self) -> Tensor:
         return stand_in(self.get_base_layer())
 
-    @torch.no_grad()
-    def _add_to_weight(self, delta: Tensor, merged: list[str], blamed: str | None = None) -> None:
+    def _dense_weight(self) -> Tensor:
         """Raises PEFT's TypeError if this kind of base cannot be merged."""
+        return self.quantization_backend.get_base_weight(self.get_base_layer())
+
+    def _writer(self, total: Tensor) -> Callable[[], None]:
         base: Any = self.get_base_layer()
-        dense = self.quantization_backend.get_base_weight(base)
-        total = dense.to(delta.dtype) + delta
-        refuse_non_finite(total, blamed)
         warn_of_rounding(base)
 
         def write() -> None:
-            self.quantization_backend.set_base_weight(self, total.to(dense.dtype))
+            self.quantization_backend.set_base_weight(self, total)
             self.get_base_layer().bias = base.bias  # PEFT does not copy it
-            self.merged_adapters = merged
 
-        complete(write)
+        return write
+
+    def _keep(self, keep_weight: str) -> tuple:
+        """The base layer itself, without a copy: PEFT puts another one in its place."""
+        return (self.base_layer,)
+
+    def _restorer(self, kept: Any) -> Callable[[], None]:
+        return lambda: setattr(self, "base_layer", kept[0])
 
 
 def backend_of(base: nn.Module) -> Any:

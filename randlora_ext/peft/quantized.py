@@ -3,6 +3,9 @@
 Imported when such a layer exists, since it imports bitsandbytes.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import bitsandbytes as bnb
 import torch
 from peft.import_utils import is_bnb_4bit_available
@@ -10,37 +13,53 @@ from peft.tuners.randlora import bnb as stock
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor
 
-from ..nn.merging import complete
 from .layer import AcceleratedLayer
-from .merging import refuse_non_finite, warn_of_rounding
+from .merging import warn_of_rounding
 
 
 class _QuantizedLayer(AcceleratedLayer):
     """Merges by quantizing the sum of the dequantized weight and B A' again.
 
+    Unmerging puts the old quantized weight back.
+
     Stock PEFT multiplies A' B, another matrix. In 4 bits it also gives ``Params4bit`` the old
     weight's flag that it is quantized already, which newer bitsandbytes obeys.
     """
 
-    @torch.no_grad()
-    def _add_to_weight(self, delta: Tensor, merged: list[str], blamed: str | None = None) -> None:
+    def _dense_weight(self) -> Tensor:
         base = self.get_base_layer()
-        warn_of_rounding(base)
-        state = getattr(base, "state", None)  # of 8 bits
         if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
             base.state_dict()  # puts back what bitsandbytes reordered for inference on the CPU
-        dense = dequantize_bnb_weight(base.weight, state)
-        total = dense.to(delta.dtype) + delta
-        refuse_non_finite(total, blamed)
-        new = _requantized(total, base.weight, dense.dtype)
+        return dequantize_bnb_weight(base.weight, getattr(base, "state", None))
 
-        def write() -> None:
-            base.weight = new
-            if state is not None:
-                state.reset_grads()
-            self.merged_adapters = merged
+    def _writer(self, total: Tensor) -> Callable[[], None]:
+        base = self.get_base_layer()
+        warn_of_rounding(base)
+        return _assign(base, _requantized(total, base.weight, total.dtype))
 
-        complete(write)
+    def _keep(self, keep_weight: str) -> tuple:
+        """The quantized weight itself, without a copy: the sum will be another tensor."""
+        base = self.get_base_layer()
+        state = getattr(base, "state", None)  # of 8 bits, where the first call puts the scales
+        return base.weight, None if state is None else state.SCB
+
+    def _restorer(self, kept: Any) -> Callable[[], None]:
+        base, (weight, scales) = self.get_base_layer(), kept
+        if scales is not None:
+            kind = type(weight)
+            fp16 = weight.has_fp16_weights
+            weight = kind(weight.data, requires_grad=False, has_fp16_weights=fp16, CB=weight.data)
+            weight.SCB = scales
+        return _assign(base, weight.to(base.weight.device))
+
+
+def _assign(base, weight) -> Callable[[], None]:
+    def write() -> None:
+        base.weight = weight
+        if hasattr(base, "state"):
+            base.state.reset_grads()
+
+    return write
 
 
 def _requantized(total: Tensor, old, dtype: torch.dtype):

@@ -29,7 +29,7 @@ class Signs:
     role: int = 0  # of a generated matrix: 0 is A, 1 is B
 
     def on(self, device: torch.device) -> Tensor:
-        """The planes on a device. Raises RuntimeError for Hadamard bases, as `TernaryTensor.dense`."""
+        """The planes on a device. Raises RuntimeError for Hadamard bases, as `dense`."""
         if self.planes is None:
             assert self.description is not None
             if self.description.kind == "hadamard":

@@ -190,7 +190,8 @@ def test_fill_planes_empty(shape, cols):
 @pytest.mark.parametrize(
     "argument, change",
     [
-        ("role", {"role": 2}),
+        ("role", {"role": 2}),  # of stochastic rounding
+        ("role", {"role": 6}),
         ("role", {"role": -1}),
         ("row_start", {"row_start": -1}),
         ("row_start", {"row_start": LIMIT - 1}),

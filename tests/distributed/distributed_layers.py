@@ -5,13 +5,14 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed_ranks import Place, RecordedCollectives, full_tensor, worlds
 from distributed_tensor_parallel import EXACT, STYLES, T, diagonals, layer
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import PrepareModuleInput, parallelize_module
 
-from randlora_ext import RandLoraLinear
+from randlora_ext import RandLoraLinear, load_adapter, save_adapter
 from randlora_ext.distributed import (
     RandLoraColwise,
     RandLoraRowwise,
@@ -72,13 +73,15 @@ def check_merging(place: Place):
             torch.testing.assert_close(
                 full_tensor(delta), plain.get_delta_weight("default"), **EXACT
             )
-            want = plain(x)
-            with RecordedCollectives() as collectives:
-                sharded.merge()
-            assert collectives.sizes == []
+            want, before = plain(x), sharded.weight.to_local().clone()
+            for keep in ("host", "device", "nothing"):
+                with RecordedCollectives() as collectives:
+                    sharded.merge(keep_weight=keep)
+                    sharded.unmerge()
+                assert collectives.sizes == []
+                assert torch.equal(sharded.weight.to_local(), before) or keep == "nothing"
+            sharded.merge(safe_merge=True)
             torch.testing.assert_close(sharded(x), want, **EXACT)
-            sharded.unmerge()
-            sharded.merge(safe_merge=True, keep_original=True)
             sharded.unmerge()
             torch.testing.assert_close(sharded(x), want, **EXACT)
             with pytest.raises(ValueError, match="rounding_seed"):
@@ -129,7 +132,7 @@ def check_16_bit(place: Place):
 
 @worlds(2, 4)
 def check_from_shard(place: Place):
-    """A rank that has nothing but its own nn.Linear; no communication until forward."""
+    """A rank that has nothing but its own nn.Linear; no weight is sent before forward."""
     mesh = place.mesh()
     for style in STYLES:
         plain = layer(36, 52)
@@ -145,7 +148,7 @@ def check_from_shard(place: Place):
             sharded = ends(style).from_shard(
                 shard, mesh, r=5, randlora_alpha=10, density=1 / 3, projection_prng_key=9
             )
-        assert collectives.sizes == []
+        assert max(collectives.sizes) < 1000  # the options alone
         assert sharded.base_layer.weight.to_local().data_ptr() == shard.weight.data_ptr()
         assert (sharded.in_features, sharded.out_features) == (36, 52)
         x = inputs(plain)
@@ -194,6 +197,47 @@ def check_refusals(place: Place):
             parallelize_module(done, mesh, style())
         with pytest.raises(TypeError, match="shard must be an nn.Linear"):
             style().from_shard(nn.ReLU(), mesh)
+
+
+@worlds(2)
+def check_ranks_that_differ(place: Place):
+    """Sums over ranks would mix two bases."""
+    mesh, key = place.mesh(), 9 + place.rank
+    differs = "projection_prng_key{} must be equal on all ranks, got 9 on rank 0, 10 on rank 1"
+    for style in STYLES:
+        plain = layer(36, 52)
+        plain.update_layer("two", projection_prng_key=key)
+        with pytest.raises(ValueError, match=differs.format(" of adapter 'two'")):
+            parallelize_module(plain, mesh, style())
+        assert type(plain) is RandLoraLinear and type(plain.base_layer.weight) is nn.Parameter
+        sharded = shard(layer(36, 52), mesh, style)
+        with pytest.raises(ValueError, match=differs.format("")):
+            sharded.update_layer("two", 4, projection_prng_key=key)
+        assert [*sharded.bases] == ["default"]
+        with pytest.raises(ValueError, match=differs.format("")):
+            style().from_shard(nn.Linear(36, 26), mesh, projection_prng_key=key)
+
+
+@worlds(2)
+def check_a_file_that_one_rank_lacks(place: Place):
+    """Every rank raises, and all can go on."""
+    sharded, file = shard(layer(36, 52), place.mesh(), RandLoraColwise), place.folder / "one-rank"
+    here = file if place.rank else file / "no" / "folder"
+    with pytest.raises(OSError, match="rank 0: " if place.rank else "cannot be written"):
+        save_adapter(sharded, here)
+    assert not file.exists()
+    dist.barrier()
+    save_adapter(sharded, file)
+    before = full_tensor(sharded.randlora_gamma["default"].detach().clone())
+    with pytest.raises(OSError, match="rank 0: " if place.rank else "no.*folder"):
+        load_adapter(sharded, here)
+    if place.rank == 1:
+        save_adapter(layer(36, 52, r=4), place.folder / "one-rank-1")
+    other = file if place.rank == 0 else place.folder / "one-rank-1"
+    with pytest.raises(Exception, match="one-rank-1 does not fit"):
+        load_adapter(sharded, other)
+    load_adapter(sharded, file)
+    assert torch.equal(full_tensor(sharded.randlora_gamma["default"]), before)
 
 
 class Pair(nn.Module):

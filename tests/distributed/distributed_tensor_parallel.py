@@ -70,6 +70,9 @@ def check_parity(place: Place):
         for sizes in BLOCKS:
             for path in ("factored", "delta", "merged"):
                 same_as_plain(mesh, style, layer(*sizes, basis="block"), path)
+        one = place.mesh(place.world, 1, names=("dp", "tp"))["tp"]
+        for sizes in SHAPES[:2]:
+            same_as_plain(one, style, layer(*sizes), "factored")
 
 
 def same_as_plain(mesh, style, plain, path):

@@ -48,8 +48,8 @@ def load(place: Place, ranks: int = 1):
 
 
 def config(**basis):
-    options = dict(r=4, randlora_alpha=4, target_modules=TARGETS)
-    return accelerated.RandLoraConfig(**options, **{"save_projection": False, **basis})
+    options = dict(r=4, randlora_alpha=4, target_modules=TARGETS, save_projection=False)
+    return accelerated.RandLoraConfig(**(options | basis))
 
 
 def trained(model):
@@ -94,11 +94,13 @@ def check_training(place: Place):
             assert all(torch.equal(grad, other) for other in copies)
         with torch.no_grad():  # transformers has another way without gradients
             torch.testing.assert_close(loss(sharded), want.detach(), **LIMITS)
+        layer = sharded.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+        before = layer.base_layer.weight.to_local().clone()
         sharded.merge_adapter(safe_merge=True)
         torch.testing.assert_close(loss(sharded), want, **LIMITS)
+        assert not torch.equal(layer.base_layer.weight.to_local(), before)
         sharded.unmerge_adapter()
-        torch.testing.assert_close(loss(sharded), want, **LIMITS)
-        layer = sharded.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+        assert torch.equal(layer.base_layer.weight.to_local(), before)
         delta = layer.get_delta_weight("default")
         assert isinstance(delta, DTensor) and delta.placements == layer.base_layer.weight.placements
         unsharded = whole.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
@@ -137,6 +139,37 @@ def check_file(place: Place):
         for ranks in (1, place.world):
             model = peft.PeftModel.from_pretrained(load(place, ranks), file)
             torch.testing.assert_close(loss(model), loss(sharded), **LIMITS)
+
+
+@worlds(2)
+def check_what_one_rank_lacks(place: Place):
+    """Where one rank raises, all do, before any has changed, and all can go on."""
+    basis = dict(basis="independent", density=1 / 4)
+    _, sharded = pair(place, **basis)
+    want, good = loss(sharded), place.folder / "all-ranks"
+    base = load(place, place.world)
+    modules = [name for name, _ in base.named_modules()]
+    differs = "must be equal on all ranks, got "
+    with pytest.raises(ValueError, match=f"projection_prng_key {differs}.*seed=0' on rank 0, .*1'"):
+        peft.get_peft_model(base, config(projection_prng_key=place.rank, **basis))
+    with pytest.raises(ValueError, match=f"target_modules {differs}"):
+        sharded.add_adapter("two", config(target_modules=TARGETS[place.rank :], **basis))
+    bad = place.folder / "llama" / "config.json" / "no" if place.rank == 0 else good
+    told = "rank 0: " if place.rank else "no"
+    with pytest.raises(OSError, match=told):
+        sharded.save_pretrained(bad, is_main_process=place.rank == 0)
+    sharded.save_pretrained(good, is_main_process=place.rank == 0)
+    dist.barrier()
+    with pytest.raises(Exception, match=told):
+        peft.PeftModel.from_pretrained(base, bad)
+    assert [name for name, _ in base.named_modules()] == modules
+    for name in ("default", "three"):
+        with pytest.raises(Exception, match=told):
+            sharded.load_adapter(bad, name)
+    torch.testing.assert_close(loss(sharded), want, **LIMITS)
+    sharded.load_adapter(good, "four")
+    sharded.set_adapter("four")
+    torch.testing.assert_close(loss(sharded), want, **LIMITS)
 
 
 @worlds(2)

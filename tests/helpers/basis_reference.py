@@ -1,7 +1,7 @@
-"""Basis specifications version 1 and block-1 in NumPy: docs/basis-spec.md as code.
+"""Basis specifications version 1 and hadamard-1 in NumPy: docs/basis-spec.md as code.
 
 Written for reading, not speed: every element runs its own Philox call. Everything else that makes a
-basis (compiled CPU kernels, CUDA kernels) must agree with `ternary` and `block` bit for bit.
+basis (compiled CPU kernels, CUDA kernels) must agree with `ternary` and `hadamard` bit for bit.
 """
 
 import math
@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 SPEC_VERSION = 1
 ROLE_A, ROLE_B = 0, 1
+ROLE_S, ROLE_ROW, ROLE_COL = 3, 4, 5  # the signs of Hadamard bases
 MASK, SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
@@ -48,17 +49,28 @@ def ternary(
     return (u < t).astype(np.int8) - (u - t < t).astype(np.int8)  # uint32 subtraction wraps
 
 
-def block(
-    in_features: int, out_features: int, r: int, groups: int, seed: int
+def signs(seed: int, role: int, first: int, count: int) -> NDArray[np.int8]:
+    """`count` elements, from `first` on, of the sequence of signs of that role."""
+    return ternary(seed, role, 0, np.arange(first, first + count, dtype=np.uint64), 1.0)
+
+
+def sylvester(rows: int, columns: int) -> NDArray[np.int8]:
+    """The leading part (rows, columns) of Sylvester's Hadamard matrix."""
+    H = np.ones((1, 1), dtype=np.int8)
+    while len(H) < max(rows, columns):
+        H = np.block([[H, H], [H, -H]])
+    return H[:rows, :columns]
+
+
+def hadamard(
+    in_features: int, out_features: int, r: int, seed: int
 ) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
-    """Specification block-1: A (r, d) and B (D, K), unscaled, of a whole layer."""
+    """Specification hadamard-1: A (r, d) and B (D, K) of a whole layer."""
     d, D = sorted((in_features, out_features))
-    n, q = -(-d // r), r // groups
-    hadamard = np.ones((1, 1), dtype=np.int8)
-    while len(hadamard) < q:
-        hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
-    j, k = np.arange(r)[:, None], np.arange(d)
-    A = ternary(seed, ROLE_A, 0, k, 1.0) * hadamard[j % q, k % (d // groups) // n]
-    o, c = np.arange(D)[:, None], np.arange(r * n)
-    B = ternary(seed, ROLE_B, o, c, 1.0)
-    return A * (j // q == k // (d // groups)), B * (o // (D // groups) == c % groups)
+    n = -(-d // r)
+    s, row, col = (
+        signs(seed, role, 0, count)
+        for role, count in ((ROLE_S, d), (ROLE_ROW, D), (ROLE_COL, r * n))
+    )
+    A = s * sylvester(r, r)[:, np.arange(d) // n]
+    return A, row[:, None] * sylvester(D, r * n) * col

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 DATA = Path(__file__).parents[1] / "data"
-VECTOR_FILE, BLOCK_FILE = DATA / "basis_v1.txt", DATA / "block_v1.txt"
+VECTOR_FILE, HADAMARD_FILE = DATA / "basis_v1.txt", DATA / "hadamard_v1.txt"
 FIELDS = {  # keyword: number of fields after it
     "philox": 10,
     "threshold": 2,
@@ -16,8 +16,9 @@ FIELDS = {  # keyword: number of fields after it
     "counts": 9,
     "planes": 8,
     "lists": 10,
-    "block_row": 8,
-    "block_planes": 7,
+    "signs": 5,
+    "matrix_row": 7,
+    "matrix_planes": 6,
 }
 SYMBOLS = np.array(list("-0+"))
 

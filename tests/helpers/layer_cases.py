@@ -29,6 +29,19 @@ SHAPES = [
     (33, 130, 16),
 ]
 DENSITIES = [1.0, 1 / 3, 0.07, 1 / 64]  # the first two are packed as planes, the others as lists
+# Independent bases by their density, others by their kind.
+BASES = [*DENSITIES, "hadamard", "dense"]
+PATHS = ["factored", "delta", "merged"]
+# What a call can be, with every way in which a basis is stored.
+CALLS = pytest.mark.parametrize(
+    "basis, path",
+    [
+        (basis, path)
+        for basis in (1 / 3, 0.07, "hadamard", "dense")
+        for path in PATHS
+        if (basis, path) != ("hadamard", "delta")
+    ],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -60,22 +73,34 @@ class Layer:
         return replace(self, weight=None, bias=None)
 
 
+def make_basis(
+    in_features: int,
+    out_features: int,
+    r: int,
+    basis: float | str,
+    seed: int = 3,
+    dtype: torch.dtype = torch.float64,
+) -> TernaryBasis:
+    """`basis` is the density of independent bases, or the kind "hadamard" or "dense"."""
+    if basis == "dense":
+        return dense_basis(in_features, out_features, r, dtype)
+    if basis == "hadamard":
+        return TernaryBasis(in_features, out_features, r, seed=seed, kind=basis)
+    return TernaryBasis(in_features, out_features, r, basis, seed)
+
+
 def make_layer(
     in_features: int,
     out_features: int,
     r: int,
-    density: float,
+    basis: float | str,
     tokens: int,
     dtype: torch.dtype = torch.float64,
     lead: tuple[int, ...] = (),
-    kind: str = "independent",
 ) -> Layer:
     """Unit-variance x and dy, W of variance 1 / in; diagonals in float32, float64 for float64."""
     diagonals = torch.promote_types(dtype, torch.float32)
-    if kind == "dense":
-        basis = dense_basis(in_features, out_features, r, diagonals)
-    else:
-        basis = TernaryBasis(in_features, out_features, r, density, 3, kind)
+    basis = make_basis(in_features, out_features, r, basis, dtype=diagonals)
     make = torch.Generator().manual_seed(1000 * in_features + 10 * out_features + r + tokens)
 
     def normal(*shape, like=dtype, std=1.0):
@@ -101,6 +126,14 @@ def dense_basis(in_features: int, out_features: int, r: int, dtype: torch.dtype)
         for shape in ((r, d + 3), (D + 5, -(-d // r) * r + 2))
     )
     return TernaryBasis.of_dense(DenseMatrices(A, B), in_features, out_features)
+
+
+def paths_of(layer: Layer) -> list[str]:
+    """The paths that a call can take."""
+    impossible = {"merged"} if layer.weight is None else set()
+    if layer.basis.kind == "hadamard":
+        impossible.add("delta")
+    return [path for path in PATHS if path not in impossible]
 
 
 def forward_backward(function, layer: Layer) -> dict[str, Tensor]:

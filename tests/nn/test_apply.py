@@ -100,6 +100,17 @@ def test_an_encoder_of_torch_calls_the_layers_in_eval_mode_too(nested):
         assert (copy.deepcopy(model)(x) - encoder().train()(x)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("targets", [["base_layer"], r".*base_layer", ["0.q.base_layer"]], ids=str)
+def test_adapters_cannot_be_nested(targets):
+    model = apply_randlora(small_model(), ["0.q"], r=4)
+    before, outer = adapted(model), "blocks.0.q"
+    with pytest.raises(ValueError, match=f"'{outer}.base_layer'.* inside '{outer}'.*be nested"):
+        apply_randlora(model, targets, r=4)
+    assert adapted(model) == before
+    with pytest.raises(ValueError, match="inside 'the model'.*be nested"):
+        apply_randlora(model["blocks"][0]["q"], ["base_layer"], r=4)
+
+
 def test_a_layer_that_torch_never_calls_is_refused():
     model = encoder()
     with pytest.raises(ValueError, match=r"'layers\.0\.self_attn\.out_proj', matched by .* never"):
@@ -114,7 +125,7 @@ def test_merge_and_unload_and_unload():
     x, layer = torch.randn(5, 12), model[1]["q"]
     layer.update_layer("idle", r=2)
     nn.init.normal_(layer.randlora_lambda["idle"])
-    model[1]["down"].merge(keep_original=True)
+    model[1]["down"].merge()
     want = [block[name](x) for block in model for name in ("q", "down")]
     merged, bare = (f(copy.deepcopy(model)) for f in (merge_and_unload, unload))
     for result in (merged, bare):

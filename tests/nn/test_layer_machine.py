@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from randlora_ext import RandLoraLinear
 from randlora_ext.basis.block import fits
+from randlora_ext.nn.merging import KEEP_WEIGHT
 from randlora_ext.reference import delta_weight_reference
 
 NAMES = ("default", "two", "three")
@@ -79,17 +80,15 @@ class Machine(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="unknown adapter"):
                 self.layer.set_adapter(chosen)
 
-    @rule(chosen=subsets, keep=st.booleans())
+    @rule(chosen=subsets, keep=st.sampled_from(KEEP_WEIGHT))
     def merge(self, chosen, keep):
-        if (
-            self.disabled
-            or any(name in self.merged or name not in self.layer.bases for name in chosen)
-            or (keep and self.merged)
+        if self.disabled or any(
+            name in self.merged or name not in self.layer.bases for name in chosen
         ):
             with pytest.raises((ValueError, RuntimeError)):
-                self.layer.merge(adapter_names=chosen, keep_original=keep)
+                self.layer.merge(adapter_names=chosen, keep_weight=keep)
         else:
-            self.layer.merge(True, chosen, keep_original=keep)
+            self.layer.merge(True, chosen, keep_weight=keep)
             self.merged = self.merged + chosen
 
     @precondition(lambda self: self.merged)

@@ -102,11 +102,16 @@ def main() -> None:
     density = DENSITIES["lists"]
     try_all("merge", density, lambda layer: layer.merged or layer.merge())
     try_all(
-        "merge keeping the original",
+        "merge keeping nothing",
         density,
-        lambda layer: layer.merged or layer.merge(keep_original=True),
+        lambda layer: layer.merged or layer.merge(keep_weight="nothing"),
     )
-    try_all("unmerge", density, lambda layer: layer.unmerge(), lambda layer: layer.merge())
+    try_all(
+        "unmerge",
+        density,
+        lambda layer: layer.unmerge(),
+        lambda layer: layer.merge(keep_weight="nothing"),  # putting W back allocates nothing
+    )
     try_all("another adapter", density, lambda layer: layer.update_layer("two", 5, density=0.3))
 
     def round_once(layer):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from layer_cases import (  # noqa: F401
-    DENSITIES,
+    BASES,
     SHAPES,
     SIXTEEN_BITS,
     assert_rule,
@@ -45,15 +45,15 @@ def plain(basis, lam, gam, grad, dtype, scaling=SCALING):
     )  # fmt: skip
 
 
-def diagonals(shape, density, dtype=torch.float64):
-    layer = make_layer(*shape, density, 1)
+def diagonals(shape, kind, dtype=torch.float64):
+    layer = make_layer(*shape, kind, 1)
     return layer.basis, layer.lam.to(dtype), layer.gam.to(dtype)
 
 
-@pytest.mark.parametrize("density", [*DENSITIES, 0.12, 0.13])
+@pytest.mark.parametrize("kind", [*BASES, 0.12, 0.13])
 @pytest.mark.parametrize("shape", [*SHAPES, (530, 640, 16), (1000, 129, 2)], ids=str)
-def test_float64(shape, density):
-    basis, lam, gam = diagonals(shape, density)
+def test_float64(shape, kind):
+    basis, lam, gam = diagonals(shape, kind)
     grad = gradient_of(basis)
     oracle, results = plain(basis, lam, gam, grad, torch.float64), ours(basis, lam, gam, grad)
     assert results["dW"].shape == (shape[1], shape[0])
@@ -62,11 +62,11 @@ def test_float64(shape, density):
         assert largest_error(value, oracle[name]) <= FP64, name
 
 
-@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("kind", BASES)
 @pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BITS], ids=str)
 @pytest.mark.parametrize("shape", [(64, 64, 8), (50, 37, 7), (37, 130, 16), (20, 24, 32)], ids=str)
-def test_error_rule(shape, dtype, density):
-    basis, lam, gam = diagonals(shape, density, dtype)
+def test_error_rule(shape, dtype, kind):
+    basis, lam, gam = diagonals(shape, kind, dtype)
     grad = gradient_of(basis, dtype)
     results = ours(basis, lam, gam, grad)
     assert {value.dtype for value in results.values()} == {dtype}
@@ -75,9 +75,9 @@ def test_error_rule(shape, dtype, density):
 
 
 @pytest.mark.parametrize("shape", [(70, 48, 8), (48, 70, 8)], ids=str)
-@pytest.mark.parametrize("density", [1 / 3, 0.07])
-def test_layout_of_the_gradient_does_not_matter(shape, density):
-    basis, lam, gam = diagonals(shape, density, torch.float32)
+@pytest.mark.parametrize("kind", [1 / 3, 0.07, "hadamard"])
+def test_layout_of_the_gradient_does_not_matter(shape, kind):
+    basis, lam, gam = diagonals(shape, kind, torch.float32)
     grad = gradient_of(basis, torch.float32)
     expected = ours(basis, lam, gam, grad)
     spread = torch.full((2 * grad.shape[0], 3 * grad.shape[1]), torch.nan)
@@ -92,9 +92,9 @@ def test_layout_of_the_gradient_does_not_matter(shape, density):
     assert torch.equal(leaves[1].grad, ones["dgam"])
 
 
-@pytest.mark.parametrize("density", [1 / 3, 0.07])
-def test_layout_of_the_diagonals_does_not_matter(density):
-    basis, lam, gam = diagonals((50, 37, 7), density, torch.float32)
+@pytest.mark.parametrize("kind", [1 / 3, 0.07, "hadamard"])
+def test_layout_of_the_diagonals_does_not_matter(kind):
+    basis, lam, gam = diagonals((50, 37, 7), kind, torch.float32)
     expected = delta_weight(basis, lam, gam)
     assert torch.equal(delta_weight(basis, lam, gam, 1.0), expected)  # the default
     lam_view = lam.T.contiguous().T
@@ -104,9 +104,9 @@ def test_layout_of_the_diagonals_does_not_matter(density):
 
 
 @pytest.mark.parametrize("wanted", ["lam", "gam"])
-@pytest.mark.parametrize("density", [1 / 3, 0.07])
-def test_only_what_is_asked_for_gets_a_gradient(density, wanted):
-    basis, lam, gam = diagonals((50, 37, 7), density)
+@pytest.mark.parametrize("kind", [1 / 3, 0.07, "hadamard"])
+def test_only_what_is_asked_for_gets_a_gradient(kind, wanted):
+    basis, lam, gam = diagonals((50, 37, 7), kind)
     grad = gradient_of(basis)
     expected = ours(basis, lam, gam, grad)
     lam.requires_grad_(wanted == "lam")
@@ -128,17 +128,17 @@ def test_diagonals_of_two_types_give_the_type_of_lam():
     assert torch.equal(results["dW"], delta_weight(basis, lam.float(), gam, SCALING).bfloat16())
 
 
-@pytest.mark.parametrize("density", [1 / 3, 0.07])
-def test_16_bit_results_are_rounded_once(density):
+@pytest.mark.parametrize("kind", [1 / 3, 0.07, "hadamard"])
+def test_16_bit_results_are_rounded_once(kind):
     for dtype in SIXTEEN_BITS:
-        basis, lam, gam = diagonals((50, 37, 7), density, dtype)
+        basis, lam, gam = diagonals((50, 37, 7), kind, dtype)
         wide = delta_weight(basis, lam.float(), gam.float(), SCALING)
         assert torch.equal(delta_weight(basis, lam, gam, SCALING), wide.to(dtype))
 
 
-@pytest.mark.parametrize("density", [1 / 3, 0.07])
-def test_raw_operators(density):
-    basis, lam, gam = diagonals((50, 37, 7), density, torch.float32)
+@pytest.mark.parametrize("kind", [1 / 3, 0.07])
+def test_raw_operators(kind):
+    basis, lam, gam = diagonals((50, 37, 7), kind, torch.float32)
     grad, scale = gradient_of(basis, torch.float32), SCALING * basis.scale
     expected, packed = ours(basis, lam, gam, grad), basis.packed("cpu")
     dW = torch.ops.randlora.delta_weight(lam, gam, packed, scale, 37, 50)

@@ -1,49 +1,30 @@
-"""Dense bases (PEFT's default) against the plain PyTorch reference."""
+"""Dense bases (PEFT's default): what only they have; test_linear.py and others try them, too."""
 
 import pickle
 
 import pytest
 import torch
 from layer_cases import (  # noqa: F401
+    PATHS,
     SHAPES,
     SIXTEEN_BITS,
     assert_delta_weight,
-    assert_rule,
     dense_basis,
     exact,
     largest_error,
     make_layer,
     one_thread,
     ours,
-    plain,
     rms_error,
 )
 
-from randlora_ext import TernaryBasis, delta_weight, explain, linear, merged_weight, scaled_basis
+from randlora_ext import TernaryBasis, explain, linear, merged_weight, scaled_basis
 from randlora_ext.basis.dense import DenseMatrices
-from randlora_ext.ops.costs import predicted_costs
 from randlora_ext.reference import delta_weight_reference, scaled_basis_reference
-
-PATHS = ["factored", "delta", "merged"]
 
 
 def dense_layer(n_in, n_out, r, tokens, dtype=torch.float64, **options):
-    return make_layer(n_in, n_out, r, 1.0, tokens, dtype, kind="dense", **options)
-
-
-@pytest.mark.parametrize("sizes", SHAPES, ids=str)
-def test_float64(sizes):
-    for tokens in (0, 1, 3, 17, 200):  # the last takes dlam and dgam from dy^T x
-        whole = dense_layer(*sizes, tokens)
-        for layer in (whole, whole.without_weight()):
-            oracle = exact(layer)
-            for path in PATHS:
-                if path == "merged" and layer.weight is None:
-                    continue
-                for name, value in ours(layer, path).items():
-                    assert value.shape == oracle[name].shape, (path, name)
-                    error = largest_error(value, oracle[name])
-                    assert error <= 1e-12, f"{name} by {path} is off by {error:.3g}"
+    return make_layer(n_in, n_out, r, "dense", tokens, dtype, **options)
 
 
 def test_float64_in_chunks_of_tokens():
@@ -53,17 +34,20 @@ def test_float64_in_chunks_of_tokens():
         assert largest_error(value, oracle[name]) <= 1e-12, name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BITS], ids=str)
-@pytest.mark.parametrize("sizes", [s for s in SHAPES if min(s) > 1 or s[0] > 9], ids=str)
-def test_error_rule(sizes, dtype):
-    for tokens in (1, 33, 200):
-        whole = dense_layer(*sizes, tokens, dtype, lead=(2,))
-        for layer in (whole, whole.without_weight()):
-            oracle, simple = exact(layer), plain(layer)
-            for path in ("factored", "delta"):
-                assert_rule(ours(layer, path), simple, oracle, dtype)
-        if dtype is torch.float32:
-            assert_rule(ours(whole, "merged"), plain(whole), exact(whole), dtype, floor=2)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("r", [16, 64])
+def test_float16_stays_in_range_at_full_size(r, path):
+    # |lambda gamma| of 0.1 is a hundred times what training reaches: elements of dW are of size
+    # 0.1 sqrt(K) = 3.2, those of y and dx of 100.
+    layer = dense_layer(1024, 1024, r, 64, torch.float16)
+    signs = layer.lam.sign(), layer.gam.sign()
+    layer.lam, layer.gam, layer.scaling = signs[0], 0.1 * signs[1], 1.0
+    if path != "merged":
+        layer = layer.without_weight()
+    oracle = exact(layer)
+    for name, value in ours(layer, path).items():
+        assert value.isfinite().all(), name
+        assert rms_error(value, oracle[name]) < 3e-3, name
 
 
 def test_float16_keeps_small_diagonals():
@@ -104,33 +88,6 @@ def test_merged_weight_is_rounded_once(sizes, dtype):
         assert ((merged.double() - total).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
-def test_stochastic_rounding_keeps_small_changes(dtype):
-    layer = dense_layer(96, 64, 8, 0, dtype)
-    basis, weight = layer.basis, torch.ones(64, 96, dtype=dtype)
-    delta = delta_weight(basis, layer.lam, layer.gam)
-    scaling = torch.finfo(dtype).eps / 8 / delta.abs().max().item()
-    seeds = range(200)
-    total = sum(
-        merged_weight(basis, weight, layer.lam, layer.gam, scaling, seed).double() for seed in seeds
-    )
-    kept = (total / len(seeds) - 1).flatten() @ delta.double().flatten()
-    assert abs(kept / (scaling * delta.double().square().sum()) - 1) < 0.1
-    assert torch.equal(merged_weight(basis, weight, layer.lam, layer.gam, scaling), weight)
-
-
-def test_merged_rounding_repeats_in_backward():
-    layer = dense_layer(64, 96, 8, 400, torch.bfloat16)
-    args = layer.weight, layer.bias, layer.basis, layer.lam, layer.gam, layer.scaling
-    for rounding, seed in (("nearest", None), ("stochastic", 0)):
-        x = layer.x.clone().requires_grad_()
-        y = linear(x, *args, path="merged", merged_rounding=rounding)
-        y.backward(layer.dy)
-        merged = merged_weight(layer.basis, layer.weight, layer.lam, layer.gam, 0.75, seed)
-        assert torch.equal(y, torch.nn.functional.linear(layer.x, merged, layer.bias))
-        assert torch.equal(x.grad, layer.dy @ merged)
-
-
 def test_bases_are_views_of_the_matrices_and_one_copy_in_another_dtype():
     A, B = torch.rand(4, 40), torch.rand(60, 40)
     matrices = DenseMatrices(A, B)
@@ -163,51 +120,42 @@ def test_choice_of_a_path():
     assert explain(basis, 64).path == "factored"
     assert explain(basis, 4096).path == "merged"
     assert explain(basis, 4096, torch.bfloat16).path == "delta"
-    assert explain(basis, 4096, torch.bfloat16, merged_rounding="nearest").path == "merged"
     assert explain(basis, 4096, dropout=0.1).path == "delta"
-    costs = predicted_costs(basis, 10**9, True)
-    assert [round(costs[path]) for path in PATHS] == [5, 3, 1]
+    assert explain(basis, 64).isa == "torch's GEMMs"
 
 
-def test_errors():
-    ops, lam, gam = torch.ops.randlora, torch.ones(4, 5), torch.ones(5, 20)
-    A, B, x = torch.ones(4, 20), torch.ones(30, 20), torch.ones(2, 20)
+def good(dtype=torch.float32):
+    layer = dense_layer(30, 40, 4, 2, dtype)
+    return {k: getattr(layer, k) for k in ("x", "weight", "bias", "basis", "lam", "gam")}
 
-    def call(*packed, **kwargs):
-        return ops.linear(x, None, None, lam, gam, list(packed), 1.0, 30, "factored", **kwargs)
 
-    assert call(A, B).shape == (2, 30)
-    for packed, message in (
-        ((A,), r"packed must hold 2 tensors \(dense A and B\), got 1"),
-        ((A, B, B), r"packed must hold 2 tensors \(dense A and B\), got 3"),
-        ((A[:, :19], B), r"the dense A must be \(r, d\) = \(4, 20\), got \(4, 19\) float32"),
-        ((A[:3], B), r"lam must be \(r, n\) = \(3, 7\), got \(4, 5\)"),
-        ((A, B[:29]), r"the dense B must be a floating \(D, K\) = \(30, 20\), got \(29, 20\)"),
-        ((A, B[:, :, None]), r"the dense B must be a floating \(D, K\)"),
-        ((A, B.int()), r"the dense B must be a floating .*, got \(30, 20\) int32"),
-        ((A[:0], B), "a must not be empty"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            call(*packed)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"x": torch.ones(2, 30).int()}, ["x", "int32", "floating"]),
+        ({"x": torch.ones(2, 31)}, ["x", "in_features = 30", "(2, 31)"]),
+        ({"weight": torch.ones(30, 40)}, ["weight", "(40, 30)", "(30, 40)"]),
+        ({"weight": torch.ones(40, 30).double()}, ["weight", "float32", "float64"]),
+        ({"weight": torch.ones(40, 30, device="meta")}, ["weight", "meta", "cpu"]),
+        ({"weight": None}, ["bias", "without a weight"]),
+        ({"bias": torch.ones(40, 1)}, ["bias", "(40,)", "(40, 1)"]),
+        ({"bias": torch.ones(1)}, ["bias", "(40,)", "(1,)"]),  # torch would broadcast it
+        ({"lam": torch.ones(4, 1)}, ["lam", "(4, 8)", "(4, 1)"]),
+        ({"lam": torch.ones(4, 8).int()}, ["lam", "floating", "int32"]),
+        ({"gam": torch.ones(1, 30)}, ["gam", "(8, 30)", "(1, 30)"]),
+        ({"gam": torch.ones(8, 30, device="meta")}, ["gam", "meta", "cpu"]),
+    ],
+)
+def test_errors(change, expected, path):
+    with pytest.raises((ValueError, RuntimeError)) as raised:
+        linear(**{**good(), **change}, path=path)
+    assert all(text in str(raised.value) for text in expected), raised.value
+
+
+def test_matrices_that_are_too_small():
+    A, B = torch.ones(4, 20), torch.ones(30, 20)
     with pytest.raises(
         ValueError, match=r"A must be \(r, >= d\) = \(4, >= 21\) and B .*\(30, 20\)"
     ):
         TernaryBasis.of_dense(DenseMatrices(A, B), 21, 30)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck_compile_and_vmap(dtype):
-    layer = dense_layer(20, 33, 6, 7, dtype)
-    packed = layer.basis.packed()
-    for path in PATHS:
-        args = layer.x, layer.weight, layer.bias, layer.lam, layer.gam, packed, 0.5, 33, path
-        torch.library.opcheck(torch.ops.randlora.linear, args)
-
-    def call(x, lam):
-        return linear(x, layer.weight, layer.bias, layer.basis, lam, layer.gam)
-
-    fast = torch.compile(call, fullgraph=True)
-    assert torch.equal(fast(layer.x, layer.lam), call(layer.x, layer.lam))
-    lams = torch.stack([layer.lam, 2 * layer.lam])
-    both = torch.func.vmap(call, in_dims=(None, 0))(layer.x, lams)
-    assert torch.equal(both[1], call(layer.x, lams[1]))

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from layer_cases import (  # noqa: F401
-    DENSITIES,
+    BASES,
+    CALLS,
+    PATHS,
     SHAPES,
     SIXTEEN_BITS,
     assert_rule,
@@ -12,6 +14,7 @@ from layer_cases import (  # noqa: F401
     make_layer,
     one_thread,
     ours,
+    paths_of,
     plain,
     rms_error,
 )
@@ -19,16 +22,13 @@ from layer_cases import (  # noqa: F401
 from randlora_ext import linear
 
 TOKENS = [0, 1, 3, 16, 33, 100, 257]  # 257 needs a second super-block of the backward on 2 threads
-PATHS = ["factored", "delta", "merged"]
 NAMES = ("y", "dx", "dlam", "dgam")
 FP64 = 1e-12  # relative; about 1e-13 is seen
 
 
 def assert_exact(layer, paths=PATHS):
     oracle = exact(layer)
-    for path in paths:
-        if path == "merged" and layer.weight is None:
-            continue
+    for path in set(paths) & set(paths_of(layer)):
         results = ours(layer, path)
         for name in NAMES:
             assert results[name].shape == oracle[name].shape, (path, name)
@@ -37,11 +37,11 @@ def assert_exact(layer, paths=PATHS):
             assert error <= FP64, f"{name} by {path} is off by {error:.3g}"
 
 
-@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_float64(shape, density):
+def test_float64(shape, basis):
     for tokens in TOKENS:
-        layer = make_layer(*shape, density, tokens)
+        layer = make_layer(*shape, basis, tokens)
         assert_exact(layer)
         assert_exact(layer.without_weight())
 
@@ -53,15 +53,15 @@ def test_float64_beyond_one_chunk_of_planes(shape, density):
     assert_exact(make_layer(*shape, density, 33), ["factored", "delta"])
 
 
-@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BITS], ids=str)
 @pytest.mark.parametrize("shape", [(64, 64, 8), (50, 37, 7), (37, 130, 16), (20, 24, 32)], ids=str)
-def test_error_rule(shape, dtype, density):
+def test_error_rule(shape, dtype, basis):
     for tokens in (1, 33, 257):
-        whole = make_layer(*shape, density, tokens, dtype)
+        whole = make_layer(*shape, basis, tokens, dtype)
         for layer in (whole, whole.without_weight()):
             oracle, simple = exact(layer), plain(layer)
-            for path in ("factored", "delta"):
+            for path in {"factored", "delta"} & set(paths_of(layer)):
                 results = ours(layer, path)
                 assert [results[n].dtype for n in NAMES] == [dtype, dtype, *[torch.float32] * 2]
                 assert_rule(results, simple, oracle, dtype)
@@ -70,10 +70,10 @@ def test_error_rule(shape, dtype, density):
             assert_rule(ours(whole, "merged"), plain(whole), exact(whole), dtype, floor=2)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_error_rule_with_many_tokens(path):
+@CALLS
+def test_error_rule_with_many_tokens(basis, path):
     # A running float32 sum over T tokens would err by sqrt(T) roundings.
-    layer = make_layer(64, 64, 8, 0.07, 8192, torch.float32)
+    layer = make_layer(64, 64, 8, basis, 8192, torch.float32)
     assert_rule(ours(layer, path), plain(layer), exact(layer), torch.float32)
 
 
@@ -94,12 +94,13 @@ def variants_of_x(layer):
     yield "4d", x.view(1, 2, 3, -1), layer.dy.view(1, 2, 3, -1)
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("density", [1 / 3, 0.07])
+@CALLS
 @pytest.mark.parametrize("shape", [(50, 37, 7), (37, 50, 7)], ids=str)
-def test_views_and_leading_dimensions_change_nothing(shape, density, path):
-    layer = make_layer(*shape, density, 6, torch.float32)
+def test_views_and_leading_dimensions_change_nothing(shape, basis, path):
+    layer = make_layer(*shape, basis, 6, torch.float32)
     expected = ours(layer, path)
+    # torch's GEMM on a transposed x may add up in another order; our kernels get contiguous ones.
+    tolerance = 1e-5 if basis == "dense" else 0
     for name, x, dy in variants_of_x(layer):
         x = x.detach().requires_grad_()
         diagonals = [t.clone().requires_grad_() for t in (layer.lam, layer.gam)]
@@ -107,21 +108,21 @@ def test_views_and_leading_dimensions_change_nothing(shape, density, path):
         assert y.shape == (*x.shape[:-1], shape[1]), name
         gradients = torch.autograd.grad(y, [x, *diagonals], dy)
         for key, value in zip(NAMES, (y, *gradients), strict=True):
-            assert torch.equal(value.reshape(expected[key].shape), expected[key]), (name, key)
+            value = value.reshape(expected[key].shape)
+            assert largest_error(value, expected[key]) <= tolerance, (name, key)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_one_dimensional_x_is_one_token(path):
-    layer = make_layer(50, 37, 7, 0.07, 1)
+@CALLS
+def test_one_dimensional_x_is_one_token(basis, path):
+    layer = make_layer(50, 37, 7, basis, 1)
     arguments = (layer.weight, layer.bias, layer.basis, layer.lam, layer.gam, 0.5, path)
     y = linear(layer.x[0], *arguments)
     assert y.shape == (37,) and torch.equal(y, linear(layer.x, *arguments)[0])
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("density", [1 / 3, 0.07])
-def test_expanded_and_transposed_dy(density, path):
-    layer = make_layer(50, 37, 7, density, 9, torch.float32)
+@CALLS
+def test_expanded_and_transposed_dy(basis, path):
+    layer = make_layer(50, 37, 7, basis, 9, torch.float32)
     layer.dy = torch.ones_like(layer.dy)
     expected = ours(layer, path)
     x, lam, gam = (t.clone().requires_grad_() for t in (layer.x, layer.lam, layer.gam))
@@ -130,18 +131,18 @@ def test_expanded_and_transposed_dy(density, path):
     for name, leaf in zip(NAMES[1:], (x, lam, gam), strict=True):
         assert torch.equal(leaf.grad, expected[name]), name
 
-    layer = make_layer(50, 37, 7, density, 9, torch.float32)
+    layer = make_layer(50, 37, 7, basis, 9, torch.float32)
     expected = ours(layer, path)
     layer.dy = layer.dy.T.contiguous().T
     results = ours(layer, path)
     assert all(torch.equal(results[name], expected[name]) for name in NAMES)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@CALLS
 @pytest.mark.parametrize("shape", [(50, 37, 7), (37, 50, 7)], ids=str)
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_diagonals_of_another_type(kind, shape, path):
-    layer = make_layer(*shape, 0.2, 20, torch.float32)
+def test_diagonals_of_another_type(kind, shape, basis, path):
+    layer = make_layer(*shape, basis, 20, torch.float32)
     layer.lam, layer.gam = layer.lam.to(kind), layer.gam.T.contiguous().T.to(kind)
     oracle, simple = exact(layer), plain(layer)
     results = ours(layer, path)
@@ -153,20 +154,23 @@ def test_diagonals_of_another_type(kind, shape, path):
     assert_rule(results, simple, oracle, rounding)
 
 
-def test_float64_x_with_float32_diagonals():
-    layer = make_layer(50, 37, 7, 0.2, 20)
+@pytest.mark.parametrize("basis", [1 / 3, 0.07, "hadamard", "dense"])
+def test_float64_x_with_float32_diagonals(basis):
+    layer = make_layer(50, 37, 7, basis, 20)
     layer.lam, layer.gam = layer.lam.float(), layer.gam.float()
     oracle, results = exact(layer), ours(layer, "factored")
     assert largest_error(results["y"], oracle["y"]) <= FP64
     assert results["dlam"].dtype == torch.float32
-    assert torch.equal(results["dlam"], oracle["dlam"].float())
+    assert rms_error(results["dlam"], oracle["dlam"].float()) < 1e-7
 
 
 @pytest.mark.parametrize("path", [*PATHS, "auto"])
 @pytest.mark.parametrize("wanted", ["x", "lam gam", "lam", "gam", "x gam"])
 def test_only_what_is_asked_for_gets_a_gradient(wanted, path):
-    for density in (1 / 3, 0.07):
-        layer = make_layer(37, 50, 7, density, 20)
+    for basis in (1 / 3, 0.07, "hadamard", "dense"):
+        layer = make_layer(37, 50, 7, basis, 20)
+        if path not in ("auto", *paths_of(layer)):
+            continue
         oracle = exact(layer)
         leaves = {k: getattr(layer, k).clone().requires_grad_(k in wanted) for k in ("x", "lam")}
         leaves["gam"] = layer.gam.clone().requires_grad_("gam" in wanted)
@@ -180,10 +184,10 @@ def test_only_what_is_asked_for_gets_a_gradient(wanted, path):
                 assert largest_error(leaf.grad, oracle[f"d{name}"]) <= FP64, name
 
 
-@pytest.mark.parametrize("path", PATHS)
+@CALLS
 @pytest.mark.parametrize("which", ["weight", "bias", "both"])
-def test_a_base_that_trains_gets_its_gradients(which, path):
-    layer = make_layer(37, 50, 7, 0.07, 6, lead=(3,))
+def test_a_base_that_trains_gets_its_gradients(which, basis, path):
+    layer = make_layer(37, 50, 7, basis, 6, lead=(3,))
     layer.weight.requires_grad_(which != "bias")
     layer.bias.requires_grad_(which != "weight")
     linear(
@@ -210,10 +214,10 @@ def test_raw_operator_is_what_linear_calls(path, monkeypatch):
     assert torch.equal(y, ours(layer, path)["y"])
 
 
-@pytest.mark.parametrize("path", [*PATHS, "auto"])
-def test_autocast_casts_as_linear_does(path):
-    layer = make_layer(50, 37, 7, 0.07, 20, torch.float32)
-    low = make_layer(50, 37, 7, 0.07, 20, torch.float32).cast(torch.bfloat16)
+@CALLS
+def test_autocast_casts_as_linear_does(basis, path):
+    layer = make_layer(50, 37, 7, basis, 20, torch.float32)
+    low = layer.cast(torch.bfloat16)
     arguments = (layer.basis, layer.lam, layer.gam, 0.75, path)
     with torch.autocast("cpu", torch.bfloat16):
         y = linear(layer.x, layer.weight, layer.bias, *arguments)

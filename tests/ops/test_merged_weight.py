@@ -11,8 +11,8 @@ from randlora_ext.reference import delta_weight_reference
 SIXTEEN_BITS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
-def make(in_features, out_features, r, density, dtype):
-    layer = make_layer(in_features, out_features, r, density, 1, dtype)
+def make(in_features, out_features, r, kind, dtype):
+    layer = make_layer(in_features, out_features, r, kind, 1, dtype)
     return layer.basis, layer.weight, layer.lam, layer.gam
 
 
@@ -23,11 +23,11 @@ def total(basis, weight, lam, gam, scaling):
     return weight.double() + dW
 
 
-@pytest.mark.parametrize("density", [0.05, 1 / 3])
+@pytest.mark.parametrize("kind", [0.05, 1 / 3, "hadamard"])
 @pytest.mark.parametrize("shape", [(40, 40, 8), (33, 70, 8), (70, 33, 7), (20, 30, 32)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_one_rounding_of_the_sum(shape, density, dtype):
-    basis, weight, lam, gam = make(*shape, density, dtype)
+def test_one_rounding_of_the_sum(shape, kind, dtype):
+    basis, weight, lam, gam = make(*shape, kind, dtype)
     got, want = merged_weight(basis, weight, lam, gam, 0.5), total(basis, weight, lam, gam, 0.5)
     assert got.dtype == dtype and got.shape == weight.shape
     ulp = torch.finfo(dtype).eps * want.abs()
@@ -36,8 +36,9 @@ def test_one_rounding_of_the_sum(shape, density, dtype):
 
 
 @SIXTEEN_BITS
-def test_stochastic_rounding_keeps_what_nearest_loses(dtype):
-    basis, weight, lam, gam = make(96, 130, 8, 0.1, dtype)
+@pytest.mark.parametrize("kind", [0.1, "hadamard", "dense"])
+def test_stochastic_rounding_keeps_what_nearest_loses(kind, dtype):
+    basis, weight, lam, gam = make(96, 130, 8, kind, dtype)
     weight = torch.ones_like(weight)
     scaling = 0.02 * torch.finfo(dtype).eps  # changes of a few hundredths of an ulp
     change = delta_weight(basis, lam.float(), gam.float(), scaling)
@@ -52,8 +53,10 @@ def test_stochastic_rounding_keeps_what_nearest_loses(dtype):
 
 
 @SIXTEEN_BITS
-def test_stochastic_rounding_takes_a_neighbour_and_is_reproducible(dtype):
-    basis, weight, lam, gam = make(33, 70, 8, 1 / 3, dtype)
+@pytest.mark.parametrize("kind", [1 / 3, "hadamard", "dense"])
+@pytest.mark.parametrize("shape", [(33, 70, 8), (70, 33, 7)], ids=str)
+def test_stochastic_rounding_takes_a_neighbour_and_is_reproducible(shape, kind, dtype):
+    basis, weight, lam, gam = make(*shape, kind, dtype)
     want = total(basis, weight, lam, gam, 0.5)
     got = merged_weight(basis, weight, lam, gam, 0.5, 2**64 - 1)
     assert torch.equal(got, merged_weight(basis, weight, lam, gam, 0.5, 2**64 - 1))
@@ -62,13 +65,14 @@ def test_stochastic_rounding_takes_a_neighbour_and_is_reproducible(dtype):
     assert bool(((got.double() - want).abs() <= ulp + 1e-5 * want.abs().max()).all())
 
 
-def test_errors():
-    basis, weight, lam, gam = make(33, 70, 8, 1 / 3, torch.float32)
+@pytest.mark.parametrize("kind", [1 / 3, "hadamard", "dense"])
+def test_errors(kind):
+    basis, weight, lam, gam = make(33, 70, 8, kind, torch.float32)
     with pytest.raises(
         ValueError, match=r"weight must be \(out, in\) = \(70, 33\), got \(33, 70\)"
     ):
         merged_weight(basis, weight.T, lam, gam)
-    with pytest.raises(RuntimeError, match="rounding_seed rounds to bfloat16 or float16"):
+    with pytest.raises(RuntimeError, match="bfloat16 or float16"):
         merged_weight(basis, weight, lam, gam, 1.0, 5)
     for wrong, error in ((-1, ValueError), (2**64, ValueError), (1.5, TypeError)):
         with pytest.raises(error, match="rounding_seed must be"):
@@ -79,7 +83,7 @@ def test_errors():
 def test_layer_merges_with_a_seed(kind):
     layer = randomize(RandLoraLinear(make_base(24, 40, kind, dtype=torch.bfloat16), r=5))
     before, delta = layer.weight.clone(), layer.get_delta_weight("default").detach()
-    layer.merge(rounding_seed=7, keep_original=True)
+    layer.merge(rounding_seed=7)
     error = (layer.weight.double() - (before.double() + delta.double())).abs()
     assert error.max() <= torch.finfo(torch.bfloat16).eps * (before.abs() + delta.abs()).max()
     layer.unmerge()

@@ -43,6 +43,25 @@ def tables():
     )
 
 
+def test_enable_says_what_merged_layers_keep():
+    layer = layers(made(sparse=True))[0]
+    weight = layer.get_base_layer().weight
+    W = weight.detach().clone()
+    try:
+        with pytest.raises(ValueError, match="keep_weight must be one of .*got 'disk'"):
+            accelerated.enable(keep_weight="disk")
+        for keep, way in (("host", True), ("device", True), ("nothing", False)):
+            accelerated.enable(keep_weight=keep)
+            layer.merge()
+            assert (layer._kept is not None) == way
+            layer.unmerge()
+            assert torch.equal(weight, W) or not way
+        layer.merge(keep_weight="host")  # for one call
+        assert layer._kept is not None
+    finally:
+        accelerated.enable()
+
+
 def test_enable_twice_and_disable():
     stock = tables()
     assert stock[:2] == (peft.RandLoraConfig, peft.tuners.randlora.RandLoraModel)

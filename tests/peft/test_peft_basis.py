@@ -179,7 +179,7 @@ BAD_OPTIONS = [
     ({"basis": "hadamard", "density": 0.3}, r"density must be None for Hadamard bases, got 0\.3"),
     ({"basis": "hadamard", "very_sparse": True}, "density must be None for Hadamard bases"),
     ({"basis": "hadamard", "projection_prng_key": -1}, "projection_prng_key .*got -1"),
-    ({"density": 0.1, "projection_prng_key": 2**64}, "seed must be .*18446744073709551616"),
+    ({"density": 0.1, "projection_prng_key": 2**64}, "projection_prng_key must .*73709551616"),
     ({"projection_prng_key": "generated-1:0"}, "'generated-1:0' is no key of a basis"),
     ({"projection_prng_key": KEY.replace("-1", "-2").format(0.1, 0)}, "independent-2.* knows"),
     ({"projection_prng_key": KEY.format(2.0, 0)}, "density must be"),

@@ -1,6 +1,7 @@
 """randlora_ext.peft: a file over an adapter that is there (`load_adapter`, `hotswap_adapter`)."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from peft_helpers import (
     Headed,
     accelerated,
     assert_unchanged,
+    config,
     deep_config,
     edit_config,
     layers,
@@ -21,6 +23,9 @@ from peft_helpers import (
     without_model,
 )
 from safetensors.torch import load_file, save_file
+from torch import nn
+
+import randlora_ext
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "stock_peft"),
@@ -330,3 +335,76 @@ def test_another_adapter_is_loaded_while_one_is_merged(tmp_path):
     model.set_adapter("two")
     x = torch.randn(6, 24)
     assert relative(model(x), theirs(x)) < 1e-5
+
+
+class Blocks(nn.Module):
+    """`count` blocks of two layers."""
+
+    def __init__(self, count):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"q": nn.Linear(24, 24), "v": nn.Linear(24, 24)}) for _ in range(count)
+        )
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block["v"](torch.tanh(block["q"](x)))
+        return x
+
+
+def in_blocks(count, targets=("q",)):
+    return randomize(
+        peft.get_peft_model(
+            Blocks(count), config(4, accelerated.RandLoraConfig, targets, sparse=True)
+        )
+    )
+
+
+def told(call):
+    """(result, what was said of a file that fits in part)."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = call()
+    return result, [str(w.message) for w in caught if "only in part" in str(w.message)]
+
+
+@pytest.mark.parametrize("way", ["from_pretrained", "new", "over"])
+def test_a_file_that_fits_in_part_is_told(tmp_path, way):
+    """Stock PEFT says nothing of tensors without a place, and little of those that are missing."""
+    accelerated.enable()
+    written = in_blocks(2)
+    written.save_pretrained(tmp_path)
+
+    def load_into(count, targets=("q",)):
+        if way == "from_pretrained":
+            return told(lambda: peft.PeftModel.from_pretrained(Blocks(count), tmp_path))
+        model = in_blocks(count, targets)
+        name = {"new": "two", "over": "default"}[way]
+        return model, told(lambda: model.load_adapter(tmp_path, name))[1]
+
+    assert load_into(2)[1] == []
+    model, (message,) = load_into(1)
+    lost = [f"base_model.model.blocks.1.q.randlora_{name}" for name in ("gamma", "lambda")]
+    assert repr(str(tmp_path)) in message and "2 of its tensors have no place" in message
+    assert all(key in message for key in lost) and "stay as they were" not in message
+    model, (message,) = load_into(3)
+    assert "2 tensors of the adapter are not in it and stay as they were" in message
+    assert "blocks.2.q.randlora_lambda" in message and "no place" not in message
+    if way != "over":  # what no file has filled changes nothing
+        name = "two" if way == "new" else "default"
+        assert not model.base_model.model.blocks[2]["q"].randlora_lambda[name].any()
+    if way == "over":
+        _, (message,) = load_into(2, ("v",))
+        assert "4 of its tensors have no place" in message and "4 tensors of the" in message
+
+
+def test_adapters_of_peft_cannot_be_nested_in_ours():
+    accelerated.enable()
+    model = randlora_ext.apply_randlora(nn.Sequential(nn.Linear(24, 24)), ["0"], r=4)
+    with pytest.raises(ValueError, match=r"target '0\.base_layer' lies inside '0'.*be nested"):
+        peft.get_peft_model(model, config(4, targets=["base_layer"], sparse=True))
+    assert type(model[0].base_layer) is nn.Linear
+    over = peft.get_peft_model(nn.Sequential(nn.Linear(24, 24)), config(4, targets=["0"]))
+    with pytest.raises(ValueError, match="base_layer.* not found"):
+        over.add_adapter("two", config(4, targets=["base_layer"]))

@@ -114,8 +114,14 @@ def test_merging(net):
             want = dense_copy(model.base_model.model)  # by calling the adapted layers
             model.merge_adapter()
             assert relative(model(x), want(x)) < 0.2  # 4 bits again
+            randomize(model, seed=1)
             model.unmerge_adapter()
-            assert relative(model(x), before) < 0.3
+            randomize(model)
+            assert torch.equal(model(x), before)  # the old base layer is back
+            for layer in layers(model):
+                layer.merge(keep_weight="nothing")
+            model.unmerge_adapter()
+            assert 0 < relative(model(x), before) < 0.3
             return
         with pytest.raises(TypeError, match="Merging/unmerging is not available"):
             model.merge_adapter()

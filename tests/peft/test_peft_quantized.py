@@ -19,6 +19,8 @@ from peft_helpers import (
 from safetensors.torch import load_file
 from torch import nn
 
+from randlora_ext.peft.layer import AcceleratedLayer
+
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "stock_peft"),
     pytest.mark.filterwarnings("ignore:.*(rounding errors|4-bit)"),
@@ -123,11 +125,50 @@ def test_dtype_is_that_of_the_input(bits):
     assert relative(model(x.bfloat16()), model(x)) < 0.05
 
 
+def stored(layer):
+    """Every byte of a quantized base layer."""
+    state = layer.get_base_layer().state_dict()
+    return {k: v.clone() for k, v in state.items() if isinstance(v, torch.Tensor)}
+
+
+@pytest.mark.parametrize("called", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_unmerging_puts_the_quantized_weight_back(bits, called):
+    """bitsandbytes keeps scales elsewhere after the first call, and reorders 4-bit weights."""
+    _, ours = quantized_pair(bits)
+    x = torch.randn(5, 64)
+    want = copy.deepcopy(ours).eval()(x)
+    bare = copy.deepcopy(ours).unload().eval()(x)
+    if called:
+        ours.eval()(x)
+    before = [stored(layer) for layer in adapted(ours)]
+    for cycle in range(3):
+        ours.merge_adapter()
+        assert relative(ours.eval()(x), bare) > 0.1
+        randomize(ours, seed=cycle)
+        (copy.deepcopy(ours) if cycle else ours.to("cpu")).unmerge_adapter()
+        if cycle:
+            ours.unmerge_adapter()
+        for layer, was in zip(adapted(ours), before, strict=True):
+            now = stored(layer)
+            assert was.keys() == now.keys() and layer._kept is None
+            assert all(torch.equal(was[key], now[key]) for key in was)
+    randomize(ours)
+    assert torch.equal(ours.eval()(x), want)
+    with torch.no_grad():
+        for layer in adapted(ours):
+            layer.randlora_lambda["default"].zero_()
+    ours.merge_adapter()  # changes nothing, so nothing is quantized again
+    assert all(layer.merged and layer._kept is None for layer in adapted(ours))
+    assert torch.equal(ours.eval()(x), bare)
+
+
 @pytest.mark.parametrize("safe", [True, False])
 @pytest.mark.parametrize("bits", BITS)
-def test_merging_is_dequantized_weight_plus_delta(bits, safe):
+def test_merging_is_dequantized_weight_plus_delta(bits, safe, monkeypatch):
     """Stock PEFT multiplies A' B: an error for the oblong layers, wrong for the square one."""
     stock, ours = quantized_pair(bits)
+    monkeypatch.setattr(AcceleratedLayer, "keep_weight", "nothing")
     x = torch.randn(5, 64)
     before, bare = ours.eval()(x), copy.deepcopy(ours).unload()(x)
     weights = [dense(layer) for layer in adapted(ours)]

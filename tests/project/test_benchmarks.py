@@ -24,6 +24,7 @@ import calibrate  # noqa: E402
 import checkpoint  # noqa: E402
 import finetune  # noqa: E402
 import layer  # noqa: E402
+import merge  # noqa: E402
 import micro  # noqa: E402
 import model_step  # noqa: E402
 import peft_llama  # noqa: E402
@@ -125,6 +126,16 @@ def test_the_numbers_of_the_page_are_those_of_the_budget(capsys):
     page = (ROOT / "docs" / "distributed.md").read_text().split("## What it takes")[1]
     numbers = re.findall(r"[\d.]+ [MGT]B", page)
     assert len(numbers) >= 10 and all(number in printed for number in numbers)
+
+
+def test_merge(tmp_path):
+    out = tmp_path / "merge"
+    merge.main(["--size", "64", "--layers", "2", "--rank", "8", "--cycles", "3", "--out", str(out)])
+    rows = {row["way"]: row for row in written(out)["rows"]}
+    assert tuple(rows) == merge.WAYS
+    assert all(row["merge"] > 0 and row["unmerge"] > 0 for row in rows.values())
+    assert rows["host"]["drift"] == rows["device"]["drift"] == 0
+    assert min(rows[way]["drift"] for way in ("lora", "peft", "nothing")) > 0
 
 
 def test_model_step(tmp_path):

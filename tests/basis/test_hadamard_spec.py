@@ -1,0 +1,188 @@
+"""Specification hadamard-1: vectors, NumPy reference and TernaryBasis agree; dW has full rank."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from basis_reference import hadamard, signs, sylvester
+from basis_vectors import HADAMARD_FILE, planes_digest, read_vectors, to_planes, to_signs
+from make_basis_vectors import LAYERS, render
+
+from randlora_ext import _C, TernaryBasis
+from randlora_ext.basis import BasisDescription
+from randlora_ext.basis.hadamard import signs as compiled_signs
+from randlora_ext.reference import scaled_basis_reference
+
+VECTORS = read_vectors(HADAMARD_FILE)
+CPU = torch.device("cpu")
+
+
+def compiled(in_features, out_features, r, seed):
+    basis = TernaryBasis(in_features, out_features, r, seed=seed, kind="hadamard")
+    return [matrix.to(torch.int8).numpy() for matrix in basis.dense(dtype=torch.float64)]
+
+
+@pytest.fixture(params=[hadamard, compiled], ids=["reference", "compiled"])
+def source(request):
+    return request.param
+
+
+# ---- known answers
+
+
+def test_vector_file_regenerates_byte_for_byte():
+    assert HADAMARD_FILE.read_bytes() == render(HADAMARD_FILE).encode("ascii")
+    assert sorted(VECTORS) == ["matrix_planes", "matrix_row", "signs"]
+
+
+@pytest.mark.parametrize("record", VECTORS["signs"], ids=lambda r: " ".join(r[:4]))
+def test_sign_vectors(record):
+    seed, role, first, count = map(int, record[:4])
+    assert to_signs(signs(seed, role, first, count)) == record[4]
+    assert to_signs(compiled_signs(seed, role, first, count, CPU).numpy()) == record[4]
+    t = _C.threshold(1.0)
+    single = [_C.element(seed, role, 0, e, t) for e in range(first, first + count)]
+    assert to_signs(np.array(single)) == record[4]
+
+
+@pytest.mark.parametrize("record", VECTORS["matrix_planes"], ids=lambda r: " ".join(r[:5]))
+def test_matrix_vectors(record, source):
+    *layer, name, digest = record
+    assert planes_digest(to_planes(source(*map(int, layer))["AB".index(name)])) == digest
+
+
+def test_row_vectors(source):
+    for *layer, name, row, expected in VECTORS["matrix_row"]:
+        assert to_signs(source(*map(int, layer))["AB".index(name)][int(row)]) == expected
+
+
+@pytest.mark.parametrize("layer", LAYERS[:4], ids=str)
+def test_elements_are_the_formulas_of_the_page(layer):
+    # On Python integers, of compiled elements of version 1.
+    in_features, out_features, r, seed = layer
+    d, D = min(in_features, out_features), max(in_features, out_features)
+    n, one = math.ceil(d / r), _C.threshold(1.0)
+
+    def sign(role, e):
+        return _C.element(seed, role, 0, e, one)
+
+    def H(a, b):
+        return (-1) ** bin(a & b).count("1")
+
+    A, B = hadamard(*layer)
+    assert A.tolist() == [[sign(3, k) * H(j, k // n) for k in range(d)] for j in range(r)]
+    assert B.tolist() == [
+        [sign(4, o) * H(o, c) * sign(5, c) for c in range(r * n)] for o in range(D)
+    ]
+
+
+def test_the_packed_form_holds_the_signs_and_nothing_else():
+    basis = TernaryBasis(61, 130, 7, seed=2**64 - 1, kind="hadamard")
+    s, row, col = basis.packed()
+    for role, (packed, count) in enumerate(((s, 61), (row, 130), (col, 63)), 3):
+        assert packed.dtype == torch.int8 and packed.shape == (count,)
+        assert np.array_equal(packed.numpy(), signs(2**64 - 1, role, 0, count))
+    assert basis.packed_bytes() == 61 + 130 + 63
+    assert (basis.kind, basis.format, basis.density, basis.scale) == ("hadamard",) * 2 + (1.0, 1.0)
+
+
+def test_the_key_of_saved_files():
+    description = TernaryBasis(5, 7, 3, seed=42, kind="hadamard").description
+    assert description.key() == "randlora_ext:hadamard-1:seed=42"
+    assert BasisDescription.parse(description.key()) == description
+    for wrong in ("hadamard-2:seed=42", "hadamard-1:density=1.0:seed=42"):
+        with pytest.raises(ValueError, match=r"hadamard"):
+            BasisDescription.parse(f"randlora_ext:{wrong}")
+    for density in (1.0, 0.5):
+        with pytest.raises(ValueError, match=f"density must be None for Hadamard.*{density}"):
+            TernaryBasis(5, 7, 3, density, kind="hadamard")
+
+
+# ---- what layers share
+
+
+def test_swapped_features_have_the_same_matrices(source):
+    (A, B), (other_a, other_b) = source(64, 96, 16, 9), source(96, 64, 16, 9)
+    assert np.array_equal(A, other_a) and np.array_equal(B, other_b)
+
+
+def test_layers_of_all_sizes_share_the_signs(source):
+    _, B = source(300, 420, 30, 6)
+    for layer in ((61, 130, 7), (130, 300, 31), (9, 8, 20), (1, 1, 1)):
+        a, b = source(*layer, 6)
+        assert np.array_equal(b, B[: b.shape[0], : b.shape[1]])
+        assert np.array_equal(a[0], signs(6, 3, 0, min(layer[:2])))  # row 0 of H is all +1
+    assert not np.array_equal(source(300, 420, 30, 7)[1], B)
+
+
+def test_roles_and_seeds_are_independent():
+    count = 1 << 14
+    sequences = {
+        (seed, role): signs(seed, role, 0, count).astype(int)
+        for seed in (0, 1, 2**32)
+        for role in (0, 1, 3, 4, 5)
+    }
+    for sequence in sequences.values():
+        assert abs(sequence.sum()) < 5 * math.sqrt(count)
+    for (name, one), (other_name, other) in itertools.combinations(sequences.items(), 2):
+        for shift in (0, 1, 16, 64):  # neighbours in a word, a counter, a group
+            agreement = (one[shift:] * other[: count - shift]).sum()
+            assert abs(agreement) < 5 * math.sqrt(count), (name, other_name, shift)
+
+
+# ---- the rank of dW
+
+
+def test_leading_parts_of_sylvester_are_regular():
+    # H = L diag((-2)^popcount) L^T: the page's proof, number by number.
+    a = np.arange(128)
+    L = ((a[:, None] & a) == a).astype(np.int64)  # 1 where the ones of b are among those of a
+    popcount = np.array([bin(x).count("1") for x in a])
+    assert np.array_equal(L, np.tril(L)) and (np.diag(L) == 1).all()
+    assert np.array_equal(L @ np.diag((-2) ** popcount) @ L.T, sylvester(128, 128))
+    for size in (1, 3, 7, 61, 100):
+        logarithm = popcount[:size].sum() * math.log(2)
+        sign, value = np.linalg.slogdet(sylvester(size, size).astype(float))
+        assert value == pytest.approx(logarithm) and sign == (-1) ** popcount[:size].sum()
+
+
+RANKS = [  # d, D, r
+    (61, 130, 7),
+    (61, 61, 7),
+    (300, 420, 30),
+    (300, 300, 30),
+    (12, 20, 32),  # r > d
+    (12, 12, 32),
+    (1, 9, 4),  # d = 1
+    (1, 1, 1),
+    (50, 51, 50),  # r = d
+    (101, 101, 1),  # K = d
+    (64, 64, 8),
+    (96, 100, 9),
+]
+
+
+@pytest.mark.parametrize("d, D, r", RANKS)
+def test_delta_weight_has_full_rank(d, D, r, one_thread):
+    A, B = (torch.from_numpy(matrix).double() for matrix in hadamard(d, D, r, 1))
+    n, generator = -(-d // r), torch.Generator().manual_seed(1)
+    lam, gam = (torch.randn(size, generator=generator).double() for size in ((r, n), (n, d)))
+    dW = B @ scaled_basis_reference(A, lam, gam)
+    assert torch.linalg.matrix_rank(dW).item() == d
+    # With a constant gamma it is what any bases have.
+    dW = B @ scaled_basis_reference(A, lam, torch.full_like(gam, 1 / D))
+    assert torch.linalg.matrix_rank(dW).item() == min(r, d)
+
+
+@pytest.mark.parametrize("d, D, r", RANKS)
+def test_the_choice_of_the_proof_has_full_rank(d, D, r, one_thread):
+    # gamma[i, k] = 1 at i = k mod n, lambda = 1 at the first d columns: the leading minors of B and
+    # of (leading part of H) x (identity), up to signs.
+    A, B = (torch.from_numpy(matrix).double() for matrix in hadamard(d, D, r, 2))
+    n = -(-d // r)
+    gam = (torch.arange(n)[:, None] == torch.arange(d) % n).double()
+    lam = (torch.arange(r * n) < d).double().view(r, n)
+    minor = (B @ scaled_basis_reference(A, lam, gam))[:d]
+    assert torch.linalg.matrix_rank(minor).item() == d

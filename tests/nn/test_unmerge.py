@@ -1,0 +1,319 @@
+"""Unmerging restores every bit of W, whatever happened since: our own layers and PEFT's."""
+
+import copy
+import gc
+import io
+import weakref
+
+import pytest
+import torch
+from layer_helpers import interrupts, make_base, randomize, relative, two_adapters
+from torch import nn
+
+from randlora_ext import apply_randlora, merge_and_unload
+from randlora_ext.nn import merging
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+def bits(weight):
+    """W as integers: equal numbers may differ in the sign of zero, and NaN equals nothing."""
+    return weight.detach().contiguous().view(BITS[weight.itemsize]).clone()
+
+
+class Ours:
+    """Two adapters, "default" and "two", on a layer of ours, on one of PEFT's, on quantized."""
+
+    def __init__(self, dtype):
+        self.layer = two_adapters(dtype)
+        self.layer.set_adapter(["default", "two"])
+
+    def merge(self, names=None, **options):
+        self.layer.merge(adapter_names=names, **options)
+
+
+class OfPeft:
+    def __init__(self, dtype):
+        pytest.importorskip("peft")
+        from peft_helpers import accelerated, config, layers, peft
+        from peft_helpers import randomize as randomize_model
+
+        accelerated.enable()
+        base = nn.Sequential(make_base(24, 40, dtype=dtype))
+        model = peft.get_peft_model(base, config(5, targets=["0"], sparse=True))
+        model.add_adapter("two", config(5, targets=["0"], sparse=True, randlora_alpha=50))
+        model.base_model.set_adapter(["default", "two"])
+        randomize_model(model)
+        self.model, (self.layer,) = model, layers(model)
+
+    def merge(self, names=None, **options):
+        self.layer.merge(adapter_names=names, **options)
+
+
+KINDS = pytest.mark.parametrize("kind", [Ours, OfPeft])
+
+
+def learn(layer, seed):
+    """Other numbers of about the same size in every adapter."""
+    make = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for diagonals in (layer.randlora_lambda, layer.randlora_gamma):
+            for p in diagonals.values():
+                p.mul_(1 + torch.randn(p.shape, generator=make).to(p.dtype) / 2)
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keep", ["host", "device"])
+def test_every_bit_comes_back_after_the_adapters_have_changed(kind, dtype, keep):
+    made = kind(dtype)
+    layer = made.layer
+    with torch.no_grad():
+        layer.get_base_layer().weight[0, :4] = torch.tensor([-0.0, 0.0, 1e-7, -1e4])
+    W = bits(layer.get_base_layer().weight)
+    orders = [["default"], ["two"], ["default", "two"], [["two"], ["default"]], None]
+    for seed, names in enumerate(orders):
+        steps = names if names and isinstance(names[0], list) else [names]
+        for step in steps:
+            with pytest.MonkeyPatch.context() as patch:  # PEFT warns of a second adapter
+                patch.setattr("warnings.warn", lambda *args, **kwargs: None)
+                made.merge(step, keep_weight=keep)
+        assert not torch.equal(bits(layer.get_base_layer().weight), W)
+        learn(layer, seed)
+        layer.unmerge()
+        assert torch.equal(bits(layer.get_base_layer().weight), W), names
+        assert not layer.merged and layer._kept is None and not layer._kept_without
+
+
+@KINDS
+def test_a_thousand_cycles_in_bfloat16_with_an_adapter_that_learns(kind):
+    made = kind(torch.bfloat16)
+    layer = made.layer
+    W = layer.get_base_layer().weight.detach().clone()
+    norm = layer.get_delta_weight("two").norm()
+    drift = {}
+    for keep in ("host", "nothing"):
+        for _ in range(1000):
+            made.merge(["two"], keep_weight=keep)
+            with torch.no_grad():
+                for p in (layer.randlora_lambda["two"], layer.randlora_gamma["two"]):
+                    p.add_(1e-3 * p.abs().mean() * torch.randn(p.shape))
+            layer.unmerge()
+        drift[keep] = (layer.get_base_layer().weight - W).float().norm() / norm
+        if keep == "host":
+            assert torch.equal(bits(layer.get_base_layer().weight), bits(W))
+    assert drift["host"] == 0 and drift["nothing"] > 0.01  # what it is good for
+
+
+@KINDS
+def test_an_adapter_that_changes_nothing_keeps_nothing(kind):
+    made = kind(torch.bfloat16)
+    layer, weight = made.layer, made.layer.get_base_layer().weight
+    with torch.no_grad():
+        weight[0, 0] = -0.0
+        layer.randlora_lambda["two"].zero_()
+    W = bits(weight)
+    made.merge(["two"])
+    assert layer.merged_adapters == ["two"] and layer._kept is None
+    assert torch.equal(bits(weight), W)
+    randomize(layer, 5) if kind is Ours else learn(layer, 5)
+    layer.unmerge()  # the adapter has learned, and is not subtracted
+    assert torch.equal(bits(weight), W) and not layer.merged
+    scaling, layer.scaling["default"] = layer.scaling["default"], 0.0
+    made.merge(["default"])
+    layer.scaling["default"] = scaling
+    assert layer._kept is None and torch.equal(bits(weight), W)
+    with torch.no_grad():
+        layer.randlora_lambda["two"].fill_(1e-2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *args, **kwargs: None)
+        made.merge(["two"])
+    assert layer._kept is not None
+    layer.unmerge()
+    assert torch.equal(bits(weight), W)
+
+
+@pytest.mark.parametrize("first", ["host", "nothing"])
+def test_kept_and_subtracted_adapters_may_be_mixed(first):
+    layer = two_adapters(torch.float32)
+    W = layer.weight.detach().clone()
+    second = "nothing" if first == "host" else "host"
+    layer.merge(adapter_names=["default"], keep_weight=first)
+    layer.merge(adapter_names=["two"], keep_weight=second)
+    with torch.no_grad():
+        layer.randlora_lambda["two"].zero_()  # never needed: a kept W is without "two"
+    layer.unmerge()
+    if first == "host":
+        assert torch.equal(layer.weight, W)
+    torch.testing.assert_close(layer.weight.detach(), W)
+
+
+@KINDS
+def test_what_is_kept_lives_until_unmerge(kind):
+    made = kind(torch.bfloat16)
+    layer = made.layer
+    for _ in range(2):
+        made.merge()
+        kept = layer._kept
+        assert kept.dtype == torch.bfloat16 and kept.shape == layer.get_base_layer().weight.shape
+        assert not any("kept" in key for key in layer.state_dict()) and kept.device.type == "cpu"
+        assert all(p is not kept for p in [*layer.parameters(), *layer.buffers()])
+        held = weakref.ref(kept)
+        del kept
+        layer.unmerge()
+        gc.collect()
+        assert held() is None
+
+
+@KINDS
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_of_a_merged_layer_unmerges_too(kind, how):
+    made = kind(torch.bfloat16)
+    layer, W = made.layer, bits(made.layer.get_base_layer().weight)
+    made.merge()
+    if how == "deepcopy":
+        other = copy.deepcopy(layer)
+    else:
+        stream = io.BytesIO()
+        torch.save(layer, stream)
+        stream.seek(0)
+        other = torch.load(stream, weights_only=False)
+    learn(other, 1)
+    other.unmerge()
+    assert torch.equal(bits(other.get_base_layer().weight), W)
+    assert layer.merged and not torch.equal(bits(layer.get_base_layer().weight), W)
+    layer.unmerge()
+    assert torch.equal(bits(layer.get_base_layer().weight), W)
+
+
+@KINDS
+def test_unmerging_and_casting_may_change_places(kind):
+    """`.to(dtype)` while merged: the old bits cannot be there; those of W.to(dtype) are."""
+    for dtype, then in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        made = kind(dtype)
+        layer, W = made.layer, made.layer.get_base_layer().weight.detach().clone()
+        made.merge()
+        layer.to(then)
+        layer.unmerge()
+        assert torch.equal(layer.get_base_layer().weight, W.to(then))
+        made.merge()  # W in its present dtype counts from now on
+        layer.to(dtype)
+        layer.unmerge()
+        assert torch.equal(layer.get_base_layer().weight, W.to(then).to(dtype))
+
+
+@KINDS
+def test_moving_to_meta_and_merging_under_inference_mode(kind):
+    made = kind(torch.bfloat16)
+    layer, W = made.layer, bits(made.layer.get_base_layer().weight)
+    with torch.inference_mode():
+        made.merge()
+    copy.deepcopy(layer).unmerge()
+    layer.unmerge()
+    assert torch.equal(bits(layer.get_base_layer().weight), W)
+    layer.to("meta")
+    if kind is Ours:
+        made.merge()
+        assert layer.merged
+        layer.unmerge()
+    assert not layer.merged and layer.get_base_layer().weight.is_meta
+
+
+def test_merge_and_unload_keeps_nothing(monkeypatch):
+    monkeypatch.setattr(merging.KeepsWeight, "_keep", None)  # would raise
+    model = apply_randlora(nn.Sequential(nn.Linear(24, 40)), ["0"], r=5)
+    randomize(model[0])
+    assert type(merge_and_unload(model)[0]) is nn.Linear
+    made = OfPeft(torch.float32)
+    assert type(made.model.merge_and_unload()[0]) is nn.Linear
+
+
+@KINDS
+def test_another_layout_of_the_weight_is_refused(kind):
+    made = kind(torch.float32)
+    made.merge()
+    base = made.layer.get_base_layer()
+    made.layer._kept = made.layer._kept[:3]
+    merged = base.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"\(40, 24\) on this rank, and was \(3, 24\) when"):
+        made.layer.unmerge()
+    assert made.layer.merged and torch.equal(base.weight, merged)
+
+
+@KINDS
+@pytest.mark.parametrize("keep", ["host", "nothing"])
+@pytest.mark.parametrize("action", ["merge", "unmerge"])
+def test_after_ctrl_c_weight_and_state_agree(kind, action, keep):
+    fresh = kind(torch.bfloat16)
+    W = fresh.layer.get_base_layer().weight.detach().clone()
+    merged = copy.deepcopy(fresh)
+    merged.merge()
+    merged = merged.layer.get_base_layer().weight.detach().clone()
+    states = set()
+
+    def start():
+        made = copy.deepcopy(fresh)
+        if action == "unmerge":
+            made.merge(keep_weight=keep)
+        return made
+
+    def call():
+        made.layer.unmerge() if action == "unmerge" else made.merge(keep_weight=keep)
+
+    made = start()
+    for _ in interrupts(call, merging.__file__):
+        layer, weight = made.layer, made.layer.get_base_layer().weight
+        states.add(layer.merged)
+        assert torch.equal(weight, merged if layer.merged else weight)
+        if layer.merged:
+            learn(layer, 1) if keep == "host" else None
+            layer.unmerge()
+        assert torch.equal(weight, W) if keep == "host" else relative(weight, W) < 0.02
+        with torch.no_grad():  # what an interrupted merge left behind is never restored
+            weight.add_(1)
+        one_more = weight.detach().clone()
+        made.merge(keep_weight="host")
+        layer.unmerge()
+        assert torch.equal(weight, one_more)
+        made = start()
+    assert states == {True, False}
+
+
+@pytest.mark.parametrize("action", ["merge_adapter", "unmerge_adapter"])
+def test_ctrl_c_leaves_a_model_that_unmerges(action):
+    pytest.importorskip("peft")
+    from peft_helpers import layers
+    from peft_helpers import made as make_model
+
+    model = make_model(sparse=True)
+    weights = [layer.get_base_layer().weight for layer in layers(model)]
+    before = [bits(weight) for weight in weights]
+    counts = set()
+    if action == "unmerge_adapter":
+        model.merge_adapter()
+    for _ in interrupts(getattr(model, action), "randlora_ext/nn/merging"):
+        counts.add(sum(layer.merged for layer in layers(model)))
+        with pytest.MonkeyPatch.context() as patch:  # layers that are unmerged warn
+            patch.setattr("warnings.warn", lambda *args, **kwargs: None)
+            model.unmerge_adapter()
+        assert all(map(torch.equal, map(bits, weights), before))
+        if action == "unmerge_adapter":
+            model.merge_adapter()
+    assert counts == {0, 1, 2, 3}
+    assert layers(model)[0].merged == (action == "merge_adapter")
+
+
+@pytest.mark.parametrize("keep", ["host", "nothing"])
+def test_a_merged_adapter_that_is_deleted(keep):
+    """PEFT up to 0.20 deletes it and leaves it in the weight; so it stays if nothing was kept."""
+    made = OfPeft(torch.float32)
+    weight = made.layer.get_base_layer().weight
+    W = weight.detach().clone()
+    made.merge(["two"], keep_weight=keep)
+    merged = weight.detach().clone()
+    del made.layer.randlora_lambda["two"], made.layer.randlora_gamma["two"]
+    made.layer.unmerge()
+    assert torch.equal(weight, W if keep == "host" else merged) and not made.layer.merged

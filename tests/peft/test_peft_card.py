@@ -1,0 +1,183 @@
+"""Model cards: which package opens the file. Their snippets are run."""
+
+import re
+
+import pytest
+import torch
+from cli_helpers import TARGETS, llama, run
+from huggingface_hub import ModelCard
+from peft_helpers import accelerated, config, made, peft, randomize
+from transformers import LlamaForCausalLM
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "stock_peft"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+KINDS = {
+    "stock": {"sparse": True},
+    "seed": {"basis": "independent"},
+    "density": {"density": 0.2, "save_projection": False},
+}
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    """A model saved in the folder "base" of the present folder."""
+    monkeypatch.chdir(tmp_path)
+    llama().save_pretrained("base")
+    return LlamaForCausalLM.from_pretrained("base")
+
+
+def adapted(base, task="CAUSAL_LM", name="default", **kind):
+    accelerated.enable()
+    chosen = config(4, accelerated.RandLoraConfig, TARGETS, task_type=task, **kind)
+    return randomize(peft.get_peft_model(base, chosen, adapter_name=name)).eval()
+
+
+def run_snippet(folder):
+    """The model that a card's snippet makes."""
+    (source,) = re.findall(r"```python\n(.*?)```", ModelCard.load(folder / "README.md").text, re.S)
+    namespace = {}
+    exec(source, namespace)
+    return source, namespace["model"].eval()
+
+
+def same(model, other):
+    tokens = torch.arange(6)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, other(tokens).logits)
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_snippet_opens_what_was_saved(base, tmp_path, kind, task):
+    model = adapted(base, task, **KINDS[kind])
+    model.save_pretrained("adapter")
+    accelerated.disable()
+    source, loaded = run_snippet(tmp_path / "adapter")
+    assert ("randlora_ext.peft.enable()" in source) == (kind != "stock")
+    assert "LlamaForCausalLM.from_pretrained('base')" in source
+    same(loaded, model)
+    card = ModelCard.load(tmp_path / "adapter" / "README.md")
+    assert card.data.library_name == "peft" and card.data.base_model == "base"
+    assert {"base_model:adapter:base", "transformers"} <= set(card.data.tags)
+    assert (card.data.pipeline_tag == "text-generation") == (task is not None)
+    assert ("Only `randlora-ext` opens it" in card.text) == (kind != "stock")
+
+
+def test_what_others_wrote_stays(base, tmp_path):
+    model = adapted(base, **KINDS["seed"])
+    model.save_pretrained("adapter")
+    file = tmp_path / "adapter" / "README.md"
+    first = file.read_text()
+    file.write_text(first.replace("# Model Card for Model ID", "# Mine"))
+    model.save_pretrained("adapter")
+    second = file.read_text()
+    assert second == first.replace("# Model Card for Model ID", "# Mine")
+    file.write_text("---\nlicense: mit\n---\n# Mine alone\n")
+    model.save_pretrained("adapter")
+    card = ModelCard.load(file)
+    assert card.data.license == "mit" and card.text.strip().startswith("# Mine alone")
+    same(run_snippet(tmp_path / "adapter")[1], model)
+
+
+def test_an_adapter_in_a_folder_of_its_name(base, tmp_path):
+    model = adapted(base, name="mine", **KINDS["seed"])
+    model.save_pretrained("adapter")
+    source, loaded = run_snippet(tmp_path / "adapter")
+    assert "subfolder='mine'" in source
+    same(loaded, model)
+
+
+def test_a_model_that_transformers_does_not_know_is_left_to_the_reader(tmp_path):
+    made(sparse=True).save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "base = ...  # the model that the adapter was trained on" in text
+
+
+def test_a_classifier_says_how_many_labels_it_has(base, tmp_path):
+    from transformers import LlamaForSequenceClassification
+
+    classifier = LlamaForSequenceClassification.from_pretrained("base", num_labels=5)
+    classifier.config.pad_token_id = 0
+    model = adapted(classifier, "SEQ_CLS", **KINDS["seed"])
+    model.save_pretrained("adapter")
+    source, loaded = run_snippet(tmp_path / "adapter")
+    assert "num_labels=5" in source
+    loaded.config.pad_token_id = 0
+    same(loaded, model)
+
+
+def test_other_processes_write_no_card(base, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    adapted(base, **KINDS["seed"]).save_pretrained("adapter", is_main_process=False)
+    assert not (tmp_path / "adapter" / "README.md").exists()
+
+
+def test_what_is_exported(base, tmp_path):
+    model = adapted(base, **KINDS["seed"])
+    done = accelerated.export_to_lora(model, "lora", rank=32)
+    accelerated.export_to_peft(model, "for-peft")
+    accelerated.disable()
+    source, loaded = run_snippet(tmp_path / "lora")
+    assert "randlora_ext" not in source and "'lora'" in source
+    tokens = torch.arange(6)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(tokens).logits, model(tokens).logits, rtol=1e-3, atol=1e-3
+        )
+    card = ModelCard.load(tmp_path / "lora" / "README.md")
+    assert "lora" in card.data.tags and card.data.base_model == "base"
+    assert "rank 32 that is nearest" in card.text and f"{done.energy:.4f}" in card.text
+    source, loaded = run_snippet(tmp_path / "for-peft")
+    assert "randlora_ext" not in source and "'for-peft'" in source
+    same(loaded, model)
+
+
+def test_the_command_line_writes_cards(base, tmp_path):
+    model = adapted(base, **KINDS["seed"])
+    model.save_pretrained("adapter")
+    assert (
+        run("convert", "adapter", "to-lora", "--to", "lora", "--rank", 32, "--base", "base")[0] == 0
+    )
+    assert run("convert", "adapter", "to-peft", "--to", "peft", "--base", "base")[0] == 0
+    accelerated.disable()
+    for name, tag in (("to-lora", "lora"), ("to-peft", "transformers")):
+        source, loaded = run_snippet(tmp_path / name)
+        assert "randlora_ext" not in source and type(loaded.base_model.model) is LlamaForCausalLM
+        assert tag in ModelCard.load(tmp_path / name / "README.md").data.tags
+
+
+def test_push_to_hub_uploads_the_card(base, tmp_path, monkeypatch):
+    """transformers puts the repository's card, or an empty one, over PEFT's before it uploads."""
+    from transformers.utils import hub
+
+    uploaded = {}
+
+    class Hub:
+        def create_repo(self, repo_id, **_):
+            return type("Url", (), {"repo_id": f"me/{repo_id}"})
+
+        def create_commit(self, repo_id, operations, **_):
+            uploaded[repo_id] = {
+                operation.path_in_repo: operation.path_or_fileobj for operation in operations
+            }
+            file = uploaded[repo_id]["README.md"]
+            uploaded["card"] = open(file).read()
+
+        def create_branch(self, *args, **kwargs):
+            pass
+
+    card = ModelCard("---\nlicense: mit\n---\n# On the hub\n")
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **kwargs: card)
+    if hasattr(hub, "hf_api"):
+        monkeypatch.setattr(hub, "hf_api", Hub)
+    else:
+        for name in ("create_repo", "create_commit", "create_branch"):
+            monkeypatch.setattr(hub, name, getattr(Hub(), name))
+    adapted(base, **KINDS["seed"]).push_to_hub("mine")
+    card = ModelCard(uploaded["card"])
+    assert card.data.license == "mit" and card.data.base_model == "base"
+    assert "# On the hub" in card.text and "from_pretrained(base, 'me/mine')" in card.text
+    assert "Only `randlora-ext` opens it" in card.text

@@ -1,0 +1,247 @@
+"""TRL's trainers on our layers: SFT, DPO, KTO and GRPO, with a fresh adapter and a trained one."""
+
+import functools
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cli_helpers import llama
+from peft_helpers import accelerated, peft, randomize
+from safetensors.torch import load_file
+
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+transformers = pytest.importorskip("transformers")
+
+from randlora_ext.peft import trl_reference  # noqa: E402
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "stock_peft"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+WORDS = [f"word{i}" for i in range(40)]
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+def tokenizer():
+    """Words by their number; nothing is downloaded."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
+
+
+def text(*numbers):
+    return " ".join(WORDS[n % len(WORDS)] for n in numbers)
+
+
+PAIRS = [
+    {"prompt": text(i, i + 1), "chosen": " " + text(i + 2, i + 3), "rejected": " " + text(7 * i)}
+    for i in range(4)
+]
+DATA = {
+    "SFT": [{"text": text(*range(i, i + 5))} for i in range(4)],
+    "DPO": PAIRS,
+    "KTO": [
+        {"prompt": row["prompt"], "completion": row[key], "label": key == "chosen"}
+        for row in PAIRS
+        for key in ("chosen", "rejected")
+    ],
+    "GRPO": [{"prompt": row["prompt"]} for row in PAIRS],
+}
+OPTIONS = {
+    "SFT": {"max_length": 8},
+    "DPO": {},
+    "KTO": {},
+    "GRPO": {"num_generations": 2, "max_completion_length": 4, "beta": 0.1},
+}
+
+
+def randlora(**fields):
+    kind = {"sparse": True} if not fields else fields
+    return accelerated.RandLoraConfig(
+        r=4, randlora_alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM", **kind
+    )
+
+
+def trained(base=None, scale=30.0, **fields):
+    """A model whose adapter changes what it says."""
+    accelerated.enable()
+    model = randomize(peft.get_peft_model(base or llama(), randlora(**fields)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "randlora_lambda" in name:
+                parameter.mul_(scale)
+    return model
+
+
+def trainer(method, model, folder, steps=2, **options):
+    settings = getattr(trl, f"{method}Config")(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        max_steps=steps,
+        logging_steps=1,
+        learning_rate=1e-3,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        **OPTIONS[method],
+    )
+    if method == "GRPO":
+        options["reward_funcs"] = lambda completions, **_: [float(len(c)) for c in completions]
+    return getattr(trl, f"{method}Trainer")(
+        model=model,
+        args=settings,
+        train_dataset=datasets.Dataset.from_list(DATA[method]),
+        processing_class=tokenizer(),
+        **options,
+    )
+
+
+def numbers(model, adapter="default"):
+    return {
+        name.removesuffix(f".{adapter}"): p.detach().clone()
+        for name, p in model.named_parameters()
+        if re.search(rf"randlora_(lambda|gamma)\.{adapter}$", name)
+    }
+
+
+def logged(run, key):
+    return [entry[key] for entry in run.state.log_history if key in entry]
+
+
+@pytest.mark.parametrize("start", ["fresh", "pretrained"])
+@pytest.mark.parametrize("method", ["SFT", "DPO", "KTO", "GRPO"])
+def test_trainers_run(method, start, tmp_path):
+    accelerated.enable()
+    if start == "fresh":
+        run = trainer(method, llama(vocab_size=43), tmp_path, peft_config=randlora())
+    else:
+        run = trainer(method, trained(llama(vocab_size=43)), tmp_path)
+    model = run.model
+    layers = [m for m in model.modules() if isinstance(m, accelerated.layer.AcceleratedLayer)]
+    assert len(layers) == 6
+    before, reference = numbers(model), numbers(model, "ref")
+    if start == "pretrained" and method != "SFT":
+        assert before.keys() == reference.keys()
+        assert all(torch.equal(before[name], reference[name]) for name in before)
+    else:
+        assert not reference
+    run.train()
+    losses = logged(run, "loss")
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+    after = numbers(model)
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert {"lambda" in name for name in moved} >= {True}  # gamma has no gradient while lambda is 0
+    assert all(torch.equal(reference[n], p) for n, p in numbers(model, "ref").items())
+    if method == "DPO":
+        assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    if method == "GRPO":
+        assert logged(run, "kl")[0] == pytest.approx(0, abs=1e-6)
+    run.save_model(str(tmp_path / "saved"))
+    file = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    names = {name.removesuffix(".weight") for name in file if "randlora_A" not in name}
+    assert {n for n in names if "randlora_B" not in n} == set(before)  # PEFT's keys
+
+
+KINDS = {
+    "sparse": {"sparse": True},
+    "dense": {"projection_prng_key": 3},
+    "independent": {"basis": "independent"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_the_first_loss_of_dpo_on_a_saved_adapter_is_ln_2(kind, tmp_path):
+    trained(llama(vocab_size=43), **kind).save_pretrained(tmp_path / "adapter")
+    losses = {}
+    for ours in (True, False):
+        if not ours and kind != KINDS["sparse"]:
+            break
+        accelerated.enable() if ours else accelerated.disable()
+        loaded = peft.PeftModel.from_pretrained(
+            llama(vocab_size=43), tmp_path / "adapter", is_trainable=True
+        )
+        run = trainer("DPO", loaded, tmp_path, steps=1)
+        run.train()
+        losses[ours] = logged(run, "loss")[0]
+    assert losses[True] == pytest.approx(math.log(2), abs=1e-6)
+    if False in losses and abs(losses[False] - math.log(2)) < 1e-4:
+        pytest.fail("stock RandLoRA is right, too: delete randlora_ext/peft/trl_reference.py")
+
+
+def test_other_added_adapters_stay_as_new(monkeypatch):
+    model = trained()
+    config = model.peft_config["default"]
+    model.add_adapter("other", config)
+    model.add_adapter("ref", randlora())  # not TRL: a configuration of its own
+    for name in ("other", "ref"):
+        fresh = numbers(model, name)
+        assert all(not value.any() for key, value in fresh.items() if "lambda" in key)
+    model.delete_adapter("ref")
+    monkeypatch.delitem(sys.modules, "trl")
+    model.add_adapter("ref", config)
+    assert not any(v.any() for key, v in numbers(model, "ref").items() if "lambda" in key)
+
+
+def test_a_newer_trl_is_told():
+    model = trained()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trl_reference, "NEWEST_TRL", "0.1")
+        with pytest.warns(UserWarning, match=r"TRL up to 0\.1 needs.*must be ln 2"):
+            model.add_adapter("ref", model.peft_config["default"])
+    assert all(map(torch.equal, numbers(model).values(), numbers(model, "ref").values()))
+
+
+def test_weights_sent_to_a_server_and_w_afterwards(tmp_path):
+    """What TRL does at every step of GRPO with vLLM: merge, send, unmerge, in 16 bits."""
+    model = trained(llama(vocab_size=43).bfloat16())
+    W = {n: p.clone() for n, p in model.named_parameters() if ".base_layer." in n}
+    run = trainer("GRPO", model, tmp_path)
+    for _ in range(3):
+        run.train()
+        model.merge_adapter()
+        sent = {
+            name.removeprefix("base_model.model.").replace(".base_layer", ""): p
+            for name, p in model.named_parameters()
+            if model.prefix not in name
+        }
+        assert sent.keys() == dict(llama().named_parameters()).keys()
+        model.unmerge_adapter()
+    for name, p in model.named_parameters():
+        assert name not in W or torch.equal(p, W[name])
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "trl.md"
+
+
+@pytest.mark.skipif(not PAGE.is_file(), reason="there are no docs beside these tests")
+def test_the_page_runs(tmp_path, monkeypatch):
+    (source,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    name = "HuggingFaceTB/SmolLM2-135M"
+    assert name in source
+    llama(vocab_size=43).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    rows = datasets.Dataset.from_list(DATA["SFT"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    small = functools.partial(
+        trl.SFTConfig, max_steps=2, logging_steps=1, use_cpu=True, bf16=False, report_to=[]
+    )
+    monkeypatch.setattr(trl, "SFTConfig", small)
+    namespace = {}
+    exec(source.replace(name, str(tmp_path / "model")), namespace)
+    assert len(logged(namespace["trainer"], "loss")) == 2
+    config = json.loads((tmp_path / "tuned" / "adapter_config.json").read_text())
+    assert config["randlora_alpha"] / config["r"] == 20
