@@ -154,10 +154,12 @@ def test_what_a_model_says_of_its_kernels(monkeypatch):
     independent.merge_adapter()
     printed = "24->40; default: r=5 density 0.2 factored at 512 tokens, merged"
     assert printed in repr(independent)
-    dense = "r=5 dense factored (units beside the frozen 2: "
+    dense = "r=5 dense factored (basis='hadamard' costs about LoRA's)"
     assert f"24->40; default: {dense}" in repr(made())
     assert f"2x 24->40 {dense}" in accelerated.kernel_summary(made(r=5))
-    assert "density=0.07 would cost 0." in repr(made())
+    hadamard = made(basis="hadamard")
+    assert "2x 24->40 r=5 hadamard factored" in accelerated.kernel_summary(hadamard)
+    assert "24->40; default: r=5 hadamard factored at 512 tokens" in repr(hadamard)
 
 
 def test_jit_trace_is_refused_by_name():

@@ -36,6 +36,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import randlora_ext
+from randlora_ext.reference import delta_weight_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 
@@ -85,12 +86,29 @@ def test_output_and_gradients_are_those_of_the_dense_formula():
         assert_close(ours, run(model, x, dy), 1e-6)  # dense bases round 1 / sqrt(density) to fp32
 
 
+def test_hadamard_bases_are_those_of_each_layer_alone():
+    """Layers of other sizes change nothing, and equal seeds give what our own layers have."""
+    accelerated.enable()
+    base = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 17), nn.Linear(17, 72)).double()
+    options = {"basis": "hadamard", "projection_prng_key": 5, "target_modules": ["0", "1", "2"]}
+    model = randomize(peft.get_peft_model(base, accelerated.RandLoraConfig(r=7, **options)))
+    for layer in layers(model):
+        sizes = layer.in_features, layer.out_features
+        A, B = randlora_ext.TernaryBasis(*sizes, 7, seed=5, kind="hadamard").dense()
+        lam, gam = layer.randlora_lambda["default"], layer.randlora_gamma["default"]
+        want = delta_weight_reference(
+            A.double(), B.double(), lam.double(), gam.double(), 640 / 7, *sizes[::-1]
+        )
+        assert relative(layer.get_delta_weight("default"), want) < 1e-6
+    assert "hadamard" in accelerated.kernel_summary(model)
+
+
 DESCRIBED = {
     "independent": {"basis": "independent", "density": 0.07},
     "one third": {"basis": "independent"},
     "very_sparse": {"basis": "independent", "very_sparse": True},
     "drawn": {"density": 0.07, "save_projection": False},
-    "block": {"basis": "block", "density": 1 / 4, "r": 8},
+    "hadamard": {"basis": "hadamard"},
 }
 
 
@@ -149,7 +167,7 @@ def test_a_configuration_holds_the_text_and_each_thing_once():
 
 
 BAD_OPTIONS = [
-    ({"basis": "generated"}, r"must be one of \('peft', 'independent', 'block'\), got 'generated'"),
+    ({"basis": "generated"}, r"one of \('peft', 'independent', 'hadamard'\), got 'generated'"),
     ({"basis": None}, "basis must be one of .* got None"),
     ({"density": 0.0}, r"density must be None or in \(0, 1\], got 0\.0"),
     ({"density": "0.1"}, r"density .*'0\.1'"),
@@ -158,8 +176,9 @@ BAD_OPTIONS = [
     ({"density": 1 / 3, "very_sparse": True}, r"contradicts .*very_sparse=True"),
     ({"basis": "independent", "projection_prng_key": -1}, r"projection_prng_key .*got -1"),
     ({"basis": "independent", "projection_prng_key": True}, "projection_prng_key .*True"),
-    ({"basis": "block", "density": 0.3}, r"must be 1 / G .* got 0\.3; the nearest is 1 / 3"),
-    ({"basis": "block", "very_sparse": True}, "basis='block' needs a density .* very_sparse=True"),
+    ({"basis": "hadamard", "density": 0.3}, r"density must be None for Hadamard bases, got 0\.3"),
+    ({"basis": "hadamard", "very_sparse": True}, "density must be None for Hadamard bases"),
+    ({"basis": "hadamard", "projection_prng_key": -1}, "projection_prng_key .*got -1"),
     ({"density": 0.1, "projection_prng_key": 2**64}, "projection_prng_key must .*73709551616"),
     ({"projection_prng_key": "generated-1:0"}, "'generated-1:0' is no key of a basis"),
     ({"projection_prng_key": KEY.replace("-1", "-2").format(0.1, 0)}, "independent-2.* knows"),
@@ -240,11 +259,11 @@ def test_a_density_without_a_value_in_it():
     "options",
     [
         {"basis": "independent"},
-        {"basis": "block", "density": 1 / 4, "r": 8},
+        {"basis": "hadamard"},
         {"sparse": True, "save_projection": False},
         {},
     ],
-    ids=["independent", "block", "sparse", "uniform, saved"],
+    ids=["independent", "hadamard", "sparse", "uniform, saved"],
 )
 def test_initialisation_on_the_meta_device(options):
     """As FSDP2 is fed: no weight exists before `to_empty`; what a seed decides survives it."""
