@@ -1,8 +1,8 @@
 """Dense bases, PEFT's default, in plain torch: the products are GEMMs of any A and B.
 
 Forward keeps x, weight, lambda and gamma; backward computes everything else again. In float16,
-powers of two keep A', x A'^T and the gradient of A' in range: |lambda gamma A| may be up to 65504 / d,
-|x A'^T| up to 65504 / sqrt(d), and each element of dy B must fit, as with LoRA.
+powers of two keep A', x A'^T and the gradient of A' in range: |lambda gamma A| may be up to
+65504 / d, |x A'^T| up to 65504 / sqrt(d), and each element of dy B must fit, as with LoRA.
 """
 
 import math

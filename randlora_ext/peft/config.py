@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import peft
-from peft import PeftType
+from peft import PeftType, TaskType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from ..basis.shape import check_r
@@ -18,13 +18,14 @@ from .files import refuse_torn_save
 _FLAGS = (
     "save_projection", "sparse", "very_sparse", "fan_in_fan_out", "init_weights", "inference_mode"
 )  # fmt: skip
-_TEXTS = "base_model_name_or_path", "revision", "peft_version", "open_with_randlora_ext"
+_TEXTS = "base_model_name_or_path", "revision", "peft_version"
+_NEEDS = "; needs randlora_ext"  # after the task in files that stock PEFT cannot open
 _BIASES = ("none", "all", "randlora_only")
 
 
 @dataclass
 class RandLoraConfig(peft.RandLoraConfig):
-    """PEFT's ``RandLoraConfig`` with all its fields, and three more.
+    """PEFT's ``RandLoraConfig`` with all its fields, and two more.
 
     Args:
         basis: "peft" draws the bases that stock PEFT draws from ``projection_prng_key``.
@@ -33,11 +34,11 @@ class RandLoraConfig(peft.RandLoraConfig):
         density: share of non-zeros in ternary bases, in (0, 1]. None leaves it to PEFT's flags;
             without a flag it means 1/3 for basis="independent". Hadamard bases take none. With
             basis="peft", PEFT's sparse bases are drawn with 1 / density as their ``sparsity``.
-        open_with_randlora_ext: set in files that stock PEFT cannot open; its warning names it.
 
     If PEFT's own fields cannot describe the bases, ``projection_prng_key`` becomes a text that
     does, for example ``randlora_ext:independent-1:density=0.07:seed=42``. The text is complete: a
-    configuration with this field alone has the same bases. Stock PEFT refuses it. A file that
+    configuration with this field alone has the same bases. Stock PEFT refuses the file: its
+    ``task_type`` also says what to type, and PEFT's error quotes that. A file that
     brings bases of basis="peft" (``save_projection=True``) holds the number, so that stock PEFT
     reads it. ``very_sparse`` with basis="independent" becomes a density when a model is made.
 
@@ -53,13 +54,13 @@ class RandLoraConfig(peft.RandLoraConfig):
         default="peft",
         metadata={"help": '"peft": as PEFT draws them; "hadamard", "independent": only a seed'},
     )
-    open_with_randlora_ext: str | None = field(
-        default=None, metadata={"help": "Marks a file that stock PEFT cannot open"}
-    )
 
     def __post_init__(self) -> None:
         # A file may hold anything, and PEFT would fail on it halfway through changing a model.
         _check_types(self)
+        if isinstance(self.task_type, str) and _NEEDS in self.task_type:
+            task = self.task_type.partition(_NEEDS)[0]
+            self.task_type = None if task == "none" else task
         check_r(self.r)
         check_alpha("randlora_alpha", self.randlora_alpha)
         set_basis(self, AdapterBasis.of(vars(self)))
@@ -96,15 +97,16 @@ class RandLoraConfig(peft.RandLoraConfig):
     def to_dict(self) -> dict:
         """PEFT's dictionary, with our fields only if PEFT's cannot describe the bases."""
         values, basis = super().to_dict(), AdapterBasis.of(vars(self))
-        for name in ("density", "basis", "open_with_randlora_ext"):
+        for name in ("density", "basis"):
             del values[name]
         if basis.known_to_stock:
             return values
         values["density"] = self.density
         if self.save_projection:
             return values | {"projection_prng_key": basis.seed}
+        task = "none" if self.task_type is None else TaskType(self.task_type).value
         how = "import randlora_ext.peft; randlora_ext.peft.enable()"
-        return values | {"basis": self.basis, "open_with_randlora_ext": how}
+        return values | {"basis": self.basis, "task_type": f"{task}{_NEEDS}: {how}"}
 
 
 def _check_types(config: RandLoraConfig) -> None:

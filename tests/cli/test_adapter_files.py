@@ -214,7 +214,7 @@ def test_a_config_that_is_none_raises_and_changes_nothing(victim, text):
         victim.assert_unchanged()
 
 
-TEXTS = ("base_model_name_or_path", "revision", "peft_version", "open_with_randlora_ext")
+TEXTS = ("base_model_name_or_path", "revision", "peft_version")
 ALLOWED = {
     **dict.fromkeys(("density",), (float, type(None))),
     **dict.fromkeys(("r", "randlora_alpha", "randlora_dropout"), (int, float)),

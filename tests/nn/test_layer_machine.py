@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from layer_helpers import make_base, relative
 from property_cases import DEEP, densities, examples, seeds
+from randlora_ext.basis.block import fits
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from randlora_ext import RandLoraLinear
-from randlora_ext.basis.block import fits
 from randlora_ext.nn.merging import KEEP_WEIGHT
 from randlora_ext.reference import delta_weight_reference
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from layer_cases import make_layer
+from randlora_ext.ops.costs import choose_b_side
 
 from randlora_ext import _C, TernaryBasis, explain, linear
-from randlora_ext.ops.costs import choose_b_side
 from randlora_ext.ops.path import PATHS, PathChoice, choose, path_regions
 
 SPARSE, DENSE = TernaryBasis(512, 512, 32, 1 / 22), TernaryBasis(512, 512, 32, 1.0)

@@ -21,6 +21,7 @@ from peft_helpers import (
     basis_of,
     config,
     deep_config,
+    edit_config,
     inputs,
     layers,
     made,
@@ -114,12 +115,15 @@ DESCRIBED = {
 
 @pytest.mark.parametrize("options", DESCRIBED.values(), ids=DESCRIBED)
 def test_the_text_alone_decides_the_bases_at_every_door(tmp_path, options):
-    """Stock PEFT's round trip keeps the key, drops `basis` and `density`, and tells nobody."""
+    """Stock PEFT's round trip would keep the key, drop `basis` and `density`, and tell nobody."""
     model = made(projection_prng_key=3, **options)
     x = torch.randn(6, 24)
     model.save_pretrained(tmp_path)
     accelerated.disable()
-    with pytest.warns(UserWarning, match="'open_with_randlora_ext'"):
+    with pytest.warns(UserWarning, match="'basis', 'density'"), pytest.raises(ValueError):
+        peft.PeftConfig.from_pretrained(tmp_path)
+    edit_config(tmp_path, task_type=None)
+    with pytest.warns(UserWarning, match="'basis', 'density'"):
         read_by_stock = peft.PeftConfig.from_pretrained(tmp_path)
     read_by_stock.save_pretrained(tmp_path)
     text = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -212,8 +216,12 @@ def test_a_configuration_does_not_outlive_enable(options):
         peft.get_peft_model(Deep(), chosen)
 
 
-def test_a_recipient_with_stock_peft_is_told_which_package_opens_the_file(tmp_path):
-    made(basis="independent", density=0.1).save_pretrained(tmp_path)
+@pytest.mark.parametrize("task", [None, "FEATURE_EXTRACTION"])
+def test_a_recipient_with_stock_peft_is_told_what_opens_the_file(tmp_path, task):
+    model = made(basis="independent", density=0.1, task_type=task)
+    model.save_pretrained(tmp_path)
+    assert peft.PeftConfig.from_pretrained(tmp_path).task_type == task
+    assert model.peft_config["default"].task_type == task
     code = f"""
 import peft, torch
 base = torch.nn.Sequential()
@@ -222,8 +230,10 @@ for name, sizes in (("a", (24, 40)), ("b", (40, 24)), ("c", (24, 40))):
 peft.PeftModel.from_pretrained(base, {str(tmp_path)!r})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and "manual_seed expected a long" in done.stderr
-    assert "arguments ['basis', 'density', 'open_with_randlora_ext'] for" in done.stderr
+    how = "needs randlora_ext: import randlora_ext.peft; randlora_ext.peft.enable()"
+    last = done.stderr.splitlines()[-1]
+    start = f"ValueError: Invalid task type: '{task or 'none'}; {how}'"
+    assert done.returncode == 1 and last.startswith(start)
 
 
 def test_adapters_of_other_keys_and_kinds_stand_side_by_side(tmp_path):

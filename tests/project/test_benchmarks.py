@@ -33,7 +33,6 @@ import to_lora  # noqa: E402
 from cli_helpers import llama  # noqa: E402
 from methods import METHODS  # noqa: E402
 from peft_helpers import randomize  # noqa: E402
-
 from randlora_ext.ops.rates import Rates  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
