@@ -49,6 +49,10 @@ def _register(name: str, device_type: str, key: torch._C.DispatchKey) -> None:
     _library.impl(f"{name}_backward", linear_backward, key.name)
 
 
-for _device_type, _key in KEYS.items():
-    for _name in ("linear", "hadamard_linear"):
-        _register(_name, _device_type, _key)
+def register(name: str) -> None:
+    for device_type, key in KEYS.items():
+        _register(name, device_type, key)
+
+
+for _name in ("linear", "hadamard_linear"):  # and dense_linear in dense.py
+    register(_name)

@@ -6,6 +6,7 @@ Function. The gradients are those of x, lambda and gamma, and of a weight and bi
 the adapter. Forward keeps x, weight, lambda and gamma; nothing of size (K, d), (T, K) or (D, d).
 """
 
+import math
 import sys
 
 import torch
@@ -71,8 +72,9 @@ def base_gradients(dy, x, need_weight: bool, need_bias: bool):
     """Of weight and bias, which may train beside the adapter (PEFT's bias="all", say)."""
     if not need_weight and not need_bias:
         return None, None
-    flat = dy.reshape(-1, dy.shape[-1])
-    weight = flat.T @ x.reshape(-1, x.shape[-1]) if need_weight else None
+    tokens = math.prod(dy.shape[:-1])  # vmap over nothing could not tell what -1 is
+    flat = dy.reshape(tokens, dy.shape[-1])
+    weight = flat.T @ x.reshape(tokens, x.shape[-1]) if need_weight else None
     return weight, flat.sum(0) if need_bias else None
 
 

@@ -1,7 +1,7 @@
 """Dense bases, PEFT's default, in plain torch: the products are GEMMs of any A and B.
 
 Forward keeps x, weight, lambda and gamma; backward computes everything else again. In float16,
-powers of two keep A', x A'^T and the gradient of A' in range: |lambda gamma A| may be up to
+powers of two keep A', x A'^T and the gradient of A' in range: |lambda gamma A| may be up to about
 65504 / d, |x A'^T| up to 65504 / sqrt(d), and each element of dy B must fit, as with LoRA.
 """
 
@@ -14,9 +14,12 @@ from torch import Tensor
 
 from ..basis import TernaryBasis
 from ..reference import scaled_basis_reference
-from .autograd import Operator, base_gradients, call_kernel
+from . import autocast, vmap
+from .autograd import Operator, base_gradients, call_kernel, entry, gradients
+from .fake_kernels import fake
 
 _ops = torch.ops.randlora
+_library = torch.library.Library("randlora", "FRAGMENT")  # registrations live as long as this
 
 
 def linear(
@@ -32,9 +35,7 @@ def linear(
     """As `functional.linear`, by one of its paths."""
     _check(basis, x, weight, bias, lam, gam)
     A, B = basis.packed(x.device)[0], basis.dense_b(x.device, x.dtype)
-    flat = x.reshape(-1, x.shape[-1])
-    y = DenseLinear.apply(flat, weight, bias, lam, gam, A, B, scaling, basis.expand, path)
-    return y.view(*x.shape[:-1], basis.out_features)
+    return _linear(x, weight, bias, lam, gam, A, B, float(scaling), basis.expand, path)
 
 
 def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float) -> Tensor:
@@ -92,12 +93,12 @@ class _Products:
     def scaled(self) -> Tensor:
         """factor * A' (K, d)."""
         wide = self.lam.to(torch.promote_types(self.lam.dtype, torch.float32))
-        return call_kernel(_ops.scaled_basis.default, self.A, wide * self.factor, self.gam)
+        return _ops.scaled_basis(self.A, wide * self.factor, self.gam)
 
     def contract(self, P: Tensor) -> tuple[Tensor, Tensor]:
         """(dlam, dgam) from gradient * P, the gradient of A' without the scale."""
         op = _ops.scaled_basis_backward.default
-        dlam, dgam = call_kernel(op, P, self.A, self.lam, self.gam)
+        dlam, dgam = op(P, self.A, self.lam, self.gam)
         scale = self.scale / self.gradient
         return dlam * scale, dgam * scale
 
@@ -118,62 +119,116 @@ def _product(left: Tensor, right: Tensor, alpha: float, added: Tensor | None = N
     return torch.addmm(added, left, right, beta=beta, alpha=alpha)
 
 
+def _dense_linear(x, weight, bias, lam, gam, A, B, scale, expand, path):
+    p = _Products(lam, gam, A, B, scale, expand, x.dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    if path == "merged":
+        y = F.linear(flat, p.formed(weight), bias)
+    else:
+        y = None if weight is None else F.linear(flat, weight, bias)
+        if path == "delta":
+            y = _product(flat, p.formed(None).T, 1.0, y)
+        elif expand:
+            V = _product(flat, p.scaled().T, p.inner / p.factor)
+            y = _product(V, B.T, scale / p.inner, y)
+        else:
+            y = _product(flat @ B, p.scaled(), scale / p.factor, y)
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+def _dense_linear_backward(
+    dy, x, weight, lam, gam, A, B, scale, expand, path, need_x, need_diagonals
+):
+    p = _Products(lam, gam, A, B, scale, expand, x.dtype)
+    dx, dlam, dgam = x.new_empty(0), lam.new_empty(0), gam.new_empty(0)
+    flat, dflat = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    factored = path == "factored"
+    U = dflat @ B if expand and factored else None
+    if need_x:
+        if path == "merged":
+            dx = dflat @ p.formed(weight)
+        else:
+            dx = None if weight is None else dflat @ weight
+            if path == "delta":
+                dx = _product(dflat, p.formed(None), 1.0, dx)
+            elif expand:
+                dx = _product(U, p.scaled(), scale / p.factor, dx)
+            else:
+                V = _product(dflat, p.scaled().T, p.inner / p.factor)
+                dx = _product(V, B.T, scale / p.inner, dx)
+        dx = dx.view(x.shape)
+    if need_diagonals:
+        dlam, dgam = p.contract(_gradient_of_scaled(flat, dflat, U, p, factored))
+    return dx, dlam, dgam
+
+
+for _name, _schema, _function in (
+    (
+        "dense_linear",
+        "(Tensor x, Tensor? weight, Tensor? bias, Tensor lam, Tensor gam, Tensor A, Tensor B, "
+        "float scale, bool expand, str path) -> Tensor",
+        _dense_linear,
+    ),
+    (
+        "dense_linear_backward",
+        "(Tensor dy, Tensor x, Tensor? weight, Tensor lam, Tensor gam, Tensor A, Tensor B, "
+        "float scale, bool expand, str path, bool need_x, bool need_diagonals) "
+        "-> (Tensor, Tensor, Tensor)",
+        _dense_linear_backward,
+    ),
+):
+    _library.define(_name + _schema)
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+autocast.register("dense_linear")
+vmap.register_linear("dense_linear")
+
+
+@fake
+def dense_linear(x, weight, bias, lam, gam, A, B, scale, expand, path):
+    return x.new_empty((*x.shape[:-1], B.shape[0] if expand else A.shape[1]))
+
+
+@fake
+def dense_linear_backward(
+    dy, x, weight, lam, gam, A, B, scale, expand, path, need_x, need_diagonals
+):
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        lam.new_empty(lam.shape if need_diagonals else (0,)),
+        gam.new_empty(gam.shape if need_diagonals else (0,)),
+    )
+
+
 class DenseLinear(Operator):
-    """x (T, in) -> (T, out)."""
+    """``randlora::dense_linear``; inputs as in its schema, which `linear` above has checked."""
 
     @staticmethod
     def forward(x, weight, bias, lam, gam, A, B, scale, expand, path):
-        with _no_autocast(x):
-            p = _Products(lam, gam, A, B, scale, expand, x.dtype)
-            if path == "merged":
-                return F.linear(x, p.formed(weight), bias)
-            y = None if weight is None else F.linear(x, weight, bias)
-            if path == "delta":
-                return _product(x, p.formed(None).T, 1.0, y)
-            scaled = p.scaled()
-            if expand:
-                V = _product(x, scaled.T, p.inner / p.factor)
-                return _product(V, B.T, scale / p.inner, y)
-            return _product(x @ B, scaled, scale / p.factor, y)
+        inputs = x, weight, bias, lam, gam, A, B, scale, expand, path
+        return call_kernel(_ops.dense_linear.default, *inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, lam, gam, ctx.A, ctx.B, ctx.scale, ctx.expand, ctx.path = inputs
-        ctx.save_for_backward(x, weight, lam, gam)  # the bases are constants
+        x, weight, _, lam, gam, *ctx.rest = inputs  # the bases are constants
+        ctx.save_for_backward(x, weight, lam, gam)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, lam, gam = ctx.saved_tensors
         need_x, need_weight, need_bias, need_lam, need_gam = ctx.needs_input_grad[:5]
-        dx = dlam = dgam = None
-        with _no_autocast(dy):
-            p = _Products(lam, gam, ctx.A, ctx.B, ctx.scale, ctx.expand, x.dtype)
-            factored = ctx.path == "factored"
-            scaled = p.scaled() if factored else None
-            U = dy @ ctx.B if ctx.expand and factored else None
-            if need_x:
-                base = None if weight is None else weight
-                if not factored:
-                    dx = dy @ p.formed(base if ctx.path == "merged" else None)
-                    if base is not None and ctx.path == "delta":
-                        dx = torch.addmm(dx, dy, base)
-                else:
-                    dx = None if base is None else dy @ base
-                    if ctx.expand:
-                        dx = _product(U, scaled, ctx.scale / p.factor, dx)
-                    else:
-                        V = _product(dy, scaled.T, p.inner / p.factor)
-                        dx = _product(V, ctx.B.T, ctx.scale / p.inner, dx)
-            if need_lam or need_gam:
-                dlam, dgam = p.contract(_gradient_of_scaled(x, dy, U, p, factored))
-                dlam, dgam = dlam.to(lam.dtype), dgam.to(gam.dtype)
+        arguments = dy, x, weight, lam, gam, *ctx.rest
+        needs = need_x, need_lam or need_gam
+        dx, dlam, dgam = gradients(_ops.dense_linear_backward.default, *arguments, *needs)
         return (
-            dx,
+            dx if need_x else None,
             *base_gradients(dy, x, need_weight, need_bias),
             dlam if need_lam else None,
             dgam if need_gam else None,
             None, None, None, None, None,
         )  # fmt: skip
+
+
+_linear = entry("dense_linear", DenseLinear)
 
 
 def _gradient_of_scaled(x, dy, U, p: _Products, factored: bool) -> Tensor:
@@ -202,6 +257,5 @@ def _plain_scaled_basis_backward(grad, A, lam, gam) -> tuple[Tensor, Tensor]:
     return dlam.to(lam.dtype), dgam.to(gam.dtype)
 
 
-_library = torch.library.Library("randlora", "IMPL")  # registrations live as long as this
 _library.impl("scaled_basis", _plain_scaled_basis, "CompositeExplicitAutograd")
 _library.impl("scaled_basis_backward", _plain_scaled_basis_backward, "CompositeExplicitAutograd")

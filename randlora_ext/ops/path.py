@@ -146,6 +146,8 @@ def _possible(forced: str, has_weight: bool, allowed: tuple[str, ...]) -> str:
 
 
 def _at_least(tokens: int, limit: int, unknown: bool = False) -> bool:
+    if limit >= MANY:  # of which a symbolic number of tokens cannot be known to fall short
+        return False
     if not torch.compiler.is_compiling():
         return tokens >= limit
     from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true

@@ -40,9 +40,13 @@ def register(name: str, rule=_loop) -> None:
     torch.library.register_vmap(f"randlora::{name}", partial(rule, call))
 
 
-for _name in ("linear", "hadamard_linear"):
-    register(_name, _linear)
-    register(f"{_name}_backward")
+def register_linear(name: str) -> None:
+    register(name, _linear)
+    register(f"{name}_backward")
+
+
+for _name in ("linear", "hadamard_linear"):  # and dense_linear in dense.py
+    register_linear(_name)
 for _name in ("delta_weight", "scaled_basis"):
     register(_name)
     register(f"{_name}_backward")

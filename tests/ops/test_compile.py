@@ -7,11 +7,12 @@ import pytest
 import torch
 from compile_helpers import assert_steps_agree, graphs, needs_compiler, needs_guards, step
 from compile_helpers import fresh_dynamo as fresh_dynamo
+from layer_cases import make_basis
 from layer_helpers import randomize
 from torch import nn
 
-from randlora_ext import RandLoraLinear, TernaryBasis, delta_weight, linear, scaled_basis
-from randlora_ext.ops.path import path_regions
+from randlora_ext import RandLoraLinear, delta_weight, linear, merged_weight, scaled_basis
+from randlora_ext.ops.path import limits
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
 
@@ -34,28 +35,32 @@ def x_of(tokens):
 
 @needs_compiler
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_inductor(dynamic):
+@pytest.mark.parametrize("basis", ["independent", "hadamard"])
+def test_inductor(basis, dynamic):
     # Seeds of no other test: bases are packed while it is traced.
-    eager = make(density=0.1 if dynamic else 1 / 3, projection_prng_key=77 + bool(dynamic))
+    density = None if basis == "hadamard" else 0.1 if dynamic else 1 / 3
+    eager = make(density, basis=basis, projection_prng_key=77 + bool(dynamic))
     fast = torch.compile(eager, fullgraph=True, dynamic=dynamic)
     for tokens in (7, 9, 40, 33):
         assert_steps_agree(fast, eager, x_of(tokens))
     assert graphs() == (1 if dynamic else 2)  # one for 7 tokens, one for any number
 
 
-def test_graphs_over_changing_tokens_are_as_many_as_regions():
-    eager = make(density=1 / 3)
-    first = eager[0]
-    regions = path_regions(first.bases["default"], torch.float32, True, "cpu")
-    assert {r.path for r in regions} == {"factored", "merged"}  # the test is of something
+@pytest.mark.parametrize("basis", ["independent", "hadamard"])
+def test_graphs_over_changing_tokens_are_as_many_as_paths(basis):
+    eager = make(density=None if basis == "hadamard" else 1 / 3, basis=basis)
+    edges = set()
+    for layer in (eager[0], eager[2]):
+        found = limits(layer.bases["default"], torch.float32, True, "cpu")
+        assert found.formed == "merged" and found.formed_from < 10**4  # the test is of something
+        edges.add(found.formed_from)
     fast = compiled(eager)
-    edge = regions[0].last
-    sizes = [2, 3, 5, 17, edge - 1, edge, edge + 1, edge + 2, 4 * edge]
-    for tokens in sizes:
+    sizes = [2, 3, 5, 17, *(edge + e for edge in edges for e in (-2, -1, 0, 1)), 2 * max(edges)]
+    for tokens in sorted(sizes):
         assert_steps_agree(fast, eager, x_of(tokens))
     number = graphs()
-    assert number <= 1 + 2 * len(regions)  # two layers have two edges; and the first static graph
-    for tokens in (*reversed(sizes), 11, 3 * edge):
+    assert number <= 2 + len(edges)  # a path more for each edge, and the first static graph
+    for tokens in (*reversed(sizes), 11, 3 * max(edges)):
         assert_steps_agree(fast, eager, x_of(tokens))
     assert graphs() == number
 
@@ -122,6 +127,7 @@ def test_states_of_a_layer():
     eager = make(randlora_dropout=0.5)
     layer, x = eager[0], x_of(7)
     layer.update_layer("two", r=7, density=0.3)
+    layer.update_layer("three", r=6, basis="hadamard")
     randomize(layer)
     fast = compiled(eager)
 
@@ -136,7 +142,7 @@ def test_states_of_a_layer():
     check()  # dropout
     eager.eval()
     check()
-    layer.set_adapter(["default", "two"])
+    layer.set_adapter(["default", "two", "three"])
     check()
     layer.merge()
     check()
@@ -146,8 +152,9 @@ def test_states_of_a_layer():
     check()
 
 
-def test_autocast():
-    eager = make(density=1 / 3)
+@pytest.mark.parametrize("basis", ["independent", "hadamard"])
+def test_autocast(basis):
+    eager = make(density=None if basis == "hadamard" else 1 / 3, basis=basis)
     fast = compiled(eager)
     with torch.autocast("cpu", torch.bfloat16):
         for tokens in (7, 40):
@@ -156,26 +163,44 @@ def test_autocast():
     assert fast(x_of(7)).dtype == torch.float32
 
 
-def test_other_functions():
-    basis = TernaryBasis(24, 40, 5, 0.1, seed=31)  # of no other test
-    lam, gam = torch.randn(basis.r, basis.n), torch.randn(basis.n, basis.d)
+@pytest.mark.parametrize("kind", [1 / 3, 0.1, "hadamard", "dense"])
+@pytest.mark.parametrize("shape", [(24, 40, 5), (40, 24, 5)], ids=str)
+def test_every_function_of_every_kind_of_basis(shape, kind):
+    basis = make_basis(*shape, kind, seed=31)  # of no other test
+    make = torch.Generator().manual_seed(0)
+    sizes = (basis.r, basis.n), (basis.n, basis.d), (7, shape[0]), (shape[1], shape[0])
+    lam, gam, x, W = (torch.randn(size, generator=make) for size in sizes)
+    dense_a = basis.dense()[0]
+    paths = ("auto", "factored", "merged") + (("delta",) if kind != "hadamard" else ())
+    functions = {
+        "scaled_basis": lambda lam, gam: scaled_basis(basis, lam, gam),
+        "scaled_basis of a tensor": lambda lam, gam: scaled_basis(dense_a, lam, gam),
+        "delta_weight": lambda lam, gam: delta_weight(basis, lam, gam, 0.5),
+        "merged_weight": lambda lam, gam: lam.sum() * merged_weight(basis, W, lam, gam, 0.5),
+        **{
+            f"linear, {path}": lambda lam, gam, path=path: linear(
+                x, W, None, basis, lam, gam, 0.5, path
+            )
+            for path in paths
+        },
+    }
+    for name, function in functions.items():
+        torch._dynamo.reset()
+        gradients = []
+        for run in (compiled(function), function):
+            leaves = [lam.clone().requires_grad_(), gam.clone().requires_grad_()]
+            result = run(*leaves)
+            gradients.append(
+                [result.detach(), *torch.autograd.grad(result.sum(), leaves, allow_unused=True)]
+            )
+        for result, wanted in zip(*gradients, strict=True):
+            torch.testing.assert_close(result, wanted, msg=lambda text, name=name: name + text)
 
-    def function(lam, gam, x):
-        dense = delta_weight(basis, lam, gam, 0.5).sum() + scaled_basis(basis, lam, gam).sum()
-        return dense + linear(x, None, None, basis, lam, gam, 0.5, "delta").sum()
 
-    gradients = []
-    for run in (compiled(function), function):
-        leaves = [lam.clone().requires_grad_(), gam.clone().requires_grad_()]
-        gradients.append(torch.autograd.grad(run(*leaves, x_of(7)), leaves))
-    for result, wanted in zip(*gradients, strict=True):
-        torch.testing.assert_close(result, wanted)
-    assert graphs() == 1
-
-
-def test_transforms_run_beside_the_graph():
+@pytest.mark.parametrize("basis", ["independent", "hadamard"])
+def test_transforms_run_beside_the_graph(basis):
     # Dynamo cannot trace an autograd.Function under torch.func; it must say so or step aside.
-    eager = make()
+    eager = make(density=None if basis == "hadamard" else 0.1, basis=basis)
     parameters = {k: p.detach() for k, p in eager.named_parameters() if p.requires_grad}
 
     def function(parameters, x):

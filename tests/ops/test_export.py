@@ -11,7 +11,7 @@ from torch import nn
 from torch.export import Dim
 
 from randlora_ext import RandLoraLinear
-from randlora_ext.ops.path import path_regions
+from randlora_ext.ops.path import limits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,6 +33,9 @@ print("same", len(torch.load(sys.argv[2])))
 
 
 def make(density, **options):
+    """`density` may be the kind of bases "hadamard"."""
+    if density == "hadamard":
+        density, options = None, {**options, "basis": density}
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24))
     for i in (0, 2):
@@ -41,9 +44,14 @@ def make(density, **options):
 
 
 def paths(program):
-    """Of each call of our operator in a graph."""
-    nodes = (n for n in program.graph.nodes if "randlora.linear" in str(n.target))
-    return [n.args[8] for n in nodes]
+    """Of each call of our operators in a graph."""
+    found = []
+    for node in program.graph.nodes:
+        if "randlora.linear" in str(node.target):
+            found.append(node.args[8])
+        if "randlora.hadamard_linear" in str(node.target):
+            found.append("merged" if node.args[12] else "factored")
+    return found
 
 
 def export(model, tokens, dim, strict=False):
@@ -64,7 +72,7 @@ def run_alone(program, file, model, tmp_path, sizes):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("density", [0.1, 1 / 3])
+@pytest.mark.parametrize("density", [0.1, 1 / 3, "hadamard"])
 def test_an_exported_program(density, strict):
     model = make(density, projection_prng_key=55 + strict)  # not packed yet
     program = export(model, 7, Dim.DYNAMIC, strict)
@@ -82,9 +90,10 @@ def test_an_exported_program(density, strict):
     model(x).sum().backward()
 
 
-def test_the_declared_range_of_tokens_decides_the_path():
-    model = make(1 / 3)
-    last = path_regions(model[0].bases["default"], torch.float32, True, "cpu")[0].last
+@pytest.mark.parametrize("density", [1 / 3, "hadamard"])
+def test_the_declared_range_of_tokens_decides_the_path(density):
+    model = make(density)
+    last = limits(model[0].bases["default"], torch.float32, True, "cpu").formed_from
     for dim, tokens, expected in (
         (None, 2, "factored"),
         (None, 10 * last, "merged"),
@@ -105,7 +114,8 @@ def test_the_path_can_be_chosen(monkeypatch):
 def test_several_adapters_and_autocast():
     model = make(0.2)
     model[0].update_layer("two", r=7, density=0.3)
-    model[0].set_adapter(["default", "two"])
+    model[0].update_layer("three", r=6, basis="hadamard")
+    model[0].set_adapter(["default", "two", "three"])
     randomize(model[0])
     x = torch.randn(7, 24)
     assert torch.equal(export(model, 7, Dim.DYNAMIC).module()(x), model(x))
@@ -114,16 +124,18 @@ def test_several_adapters_and_autocast():
         assert torch.equal(export(model, 7, None).module()(x), y)
 
 
-def test_an_exported_program_in_another_process(tmp_path):
-    model = make(0.1)
+@pytest.mark.parametrize("density", [0.1, "hadamard"])
+def test_an_exported_program_in_another_process(density, tmp_path):
+    model = make(density)
     file = tmp_path / "model.pt2"
     torch.export.save(export(model, 7, Dim.DYNAMIC), file)
     run_alone(RUN_PROGRAM, file, model, tmp_path, (1, 7, 300))
 
 
 @needs_compiler
-def test_an_aotinductor_package_in_another_process(tmp_path):
-    model = make(1 / 3)
+@pytest.mark.parametrize("density", [1 / 3, "hadamard"])
+def test_an_aotinductor_package_in_another_process(density, tmp_path):
+    model = make(density)
     program = export(model, 7, Dim("T", min=1, max=4096))
     file = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "m.pt2"))
     run_alone(RUN_PACKAGE, file, model, tmp_path, (1, 7, 300))

@@ -1,14 +1,15 @@
-"""`explain` and the choice of a path."""
+"""`explain`, `choose` and `limits`: which path a call takes, and why."""
 
 import pytest
 import torch
-from layer_cases import make_layer
-from randlora_ext.ops.costs import choose_b_side
+from layer_cases import make_basis, make_layer
 
 from randlora_ext import _C, TernaryBasis, explain, linear
-from randlora_ext.ops.path import PATHS, PathChoice, choose, path_regions
+from randlora_ext.kernels import cuda_available
+from randlora_ext.ops.path import MANY, PATHS, PathChoice, choose, limits
 
-SPARSE, DENSE = TernaryBasis(512, 512, 32, 1 / 22), TernaryBasis(512, 512, 32, 1.0)
+SPARSE, FULL = TernaryBasis(512, 512, 32, 1 / 22), TernaryBasis(512, 512, 32, 1.0)
+HADAMARD = TernaryBasis(512, 512, 32, kind="hadamard")
 SIXTEEN_BITS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
@@ -20,44 +21,55 @@ def no_override(monkeypatch):
 def test_structure():
     choice = explain(SPARSE, 1024)
     assert isinstance(choice, PathChoice)
-    assert choice.path in PATHS and choice.isa == _C.isa() and choice.reason
-    assert sorted(choice.costs) == sorted(PATHS)
-    assert all(isinstance(c, float) and c > 0 for c in choice.costs.values())
-    assert choice.path == min(choice.costs, key=choice.costs.get)
+    assert choice.path in PATHS and choice.reason and choice.b_side == "packed"
+    assert choice.isa == f"{_C.isa()} kernels"
     text = str(choice)
     assert choice.path in text and choice.isa in text and choice.reason in text
-    assert all(f"{path} {cost:.2f}" in text for path, cost in choice.costs.items())
 
 
-def test_the_model_ranks_what_is_plain():
-    # Few tokens never pay for forming dW; a sparse basis is never multiplied out; a dense one is,
-    # once there are tokens enough.
-    assert explain(SPARSE, 1).path == explain(DENSE, 1).path == "factored"
+def test_few_tokens_never_pay_for_forming_dw():
+    for basis in (SPARSE, FULL, HADAMARD):
+        assert explain(basis, 1).path == "factored"
+    # Of independent bases a sparse one is never multiplied out, a full one with many tokens.
     assert explain(SPARSE, 10**6).path == "factored"
-    assert explain(DENSE, 10**6).path == "merged"
-    assert explain(DENSE, 10**6, torch.bfloat16, has_weight=False).path == "delta"
-    costs = [explain(DENSE, tokens).costs for tokens in (16, 256, 4096)]
-    assert costs[0]["delta"] > costs[1]["delta"] > costs[2]["delta"]
-    assert explain(SPARSE, 16).costs["factored"] < explain(DENSE, 16).costs["factored"]
+    assert explain(FULL, 10**6).path == "merged"
+    assert explain(FULL, 10**6, torch.bfloat16, has_weight=False).path == "delta"
+
+
+def test_hadamard_bases_have_one_threshold():
+    found = limits(HADAMARD, torch.float32, True, "cpu")
+    assert found.formed == "merged" and 256 < found.formed_from < 10**5
+    assert explain(HADAMARD, found.formed_from).path == "merged"
+    assert explain(HADAMARD, found.formed_from - 1).path == "factored"
+    assert f"fewer than {found.formed_from} tokens" in explain(HADAMARD, 5).reason
+    for options in (
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.float16},
+        {"has_weight": False},
+        {"dropout": 0.1},
+        {"device": "cuda"},
+    ):
+        choice = explain(HADAMARD, 10**9, **options)
+        assert choice.path == "factored" and "any number of tokens" in choice.reason
 
 
 @SIXTEEN_BITS
 def test_16_bits_exclude_merged(dtype):
-    choice = explain(DENSE, 10**6, dtype)
+    choice = explain(FULL, 10**6, dtype)
     assert choice.path == "delta" and "16 bits" in choice.reason
-    assert choose("auto", DENSE, 10**6, dtype, True, "cpu")[0] == "delta"
+    assert explain(HADAMARD, 10**6, dtype).path == "factored"
+    assert choose("auto", FULL, 10**6, dtype, True, "cpu")[0] == "delta"
 
 
 def test_dropout_and_a_missing_weight_exclude_merged():
     for options in ({"dropout": 0.1}, {"has_weight": False}):
-        choice = explain(DENSE, 10**6, **options)
-        assert choice.path != "merged" and "merged" not in choice.costs
+        assert explain(FULL, 10**6, **options).path == "delta"
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_environment_overrides(path, monkeypatch):
     monkeypatch.setenv("RANDLORA_PATH", path)
-    for basis, tokens in ((SPARSE, 1), (DENSE, 10**6)):
+    for basis, tokens in ((SPARSE, 1), (FULL, 10**6)):
         choice = explain(basis, tokens)
         assert choice.path == path and "RANDLORA_PATH" in choice.reason
         assert choose("auto", basis, tokens, torch.float32, True, "cpu")[0] == path
@@ -66,55 +78,86 @@ def test_environment_overrides(path, monkeypatch):
 
 @pytest.mark.parametrize("value", ["auto", ""])
 def test_environment_that_leaves_the_choice(value, monkeypatch):
-    expected = explain(DENSE, 10**6)
+    expected = explain(FULL, 10**6)
     monkeypatch.setenv("RANDLORA_PATH", value)
-    assert explain(DENSE, 10**6) == expected
+    assert explain(FULL, 10**6) == expected
 
 
 def test_environment_asks_for_merged_where_it_cannot_be(monkeypatch):
     monkeypatch.setenv("RANDLORA_PATH", "merged")
     for options in ({"dropout": 0.1}, {"has_weight": False}):
-        choice = explain(DENSE, 16, **options)
-        assert choice.path == "delta" and "apart" in choice.reason
+        choice = explain(FULL, 16, **options)
+        assert choice.path == "delta" and "RANDLORA_PATH asks for merged" in choice.reason
+        assert explain(HADAMARD, 16, **options).path == "factored"
 
 
-def test_device_is_named():
-    assert explain(SPARSE, 16, device="cpu").isa == _C.isa()
-    assert explain(SPARSE, 16, device=torch.device("cuda", 0)).isa == "cuda"
+def test_environment_asks_for_delta_of_hadamard_bases(monkeypatch):
+    monkeypatch.setenv("RANDLORA_PATH", "delta")  # which they do not have
+    assert explain(HADAMARD, 16).path == "factored"
+    with pytest.raises(ValueError, match=r"path must be one of .*'merged'.*, got 'delta'"):
+        choose("delta", HADAMARD, 16, torch.float32, True, "cpu")
+
+
+def test_what_runs_is_named():
+    card = torch.device("cuda", 0)
+    assert explain(SPARSE, 16, device="cpu").isa == f"{_C.isa()} kernels"
+    assert explain(HADAMARD, 16, device="mps").isa == "plain torch"
+    assert explain(make_basis(40, 40, 4, "dense"), 16, device=card).isa == "torch's GEMMs"
+    served = "cuda kernels" if cuda_available() else "plain torch"
+    assert explain(HADAMARD, 16, device=card).isa == served
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-@pytest.mark.parametrize("density", [1.0, 1 / 3, 0.13, 0.07, 1 / 22])
+@pytest.mark.parametrize("kind", [1.0, 1 / 3, 0.13, 0.07, 1 / 22, "hadamard", "dense"])
 @pytest.mark.parametrize("features", [24, 512])
-def test_regions_tell_the_choice_for_any_number_of_tokens(features, density, device_type):
-    basis = TernaryBasis(features, 512, 32, density)
+def test_limits_tell_the_choice_for_any_number_of_tokens(features, kind, device_type):
+    basis = make_basis(features, 512, 32, kind)
     for dtype, has_weight in (
         (torch.float32, True),
         (torch.bfloat16, True),
         (torch.float32, False),
     ):
         arguments = (dtype, has_weight, device_type)
-        regions = path_regions(basis, *arguments)
-        assert 1 <= len(regions) <= 5 and regions[-1].last > 10**18
-        for tokens in (*range(2000), 10**4, 10**6, 10**7, 10**9):
+        found = limits(basis, *arguments)
+        near = {found.formed_from, found.dense_b_above} - {MANY}
+        sizes = {0, 1, 16, 10**6, *(edge + e for edge in near for e in (-1, 0, 1))}
+        for tokens in sizes:
             path, b_side = choose("auto", basis, tokens, *arguments)
-            told = explain(basis, tokens, dtype, device_type, has_weight)
-            assert path == told.path
-            if dtype == torch.float32:  # in 16 bits "merged" is told and not taken
-                assert told.costs[path] == min(told.costs.values())
-            if path == "factored":
-                assert b_side == choose_b_side(basis, tokens, device_type)
-        assert all(a[1:] != b[1:] for a, b in zip(regions, regions[1:], strict=False))
+            assert path == (found.formed if tokens >= found.formed_from else "factored")
+            assert (path, b_side) == (
+                (told := explain(basis, tokens, dtype, device_type, has_weight)).path,
+                told.b_side,
+            )
+            dense = path == "factored" and tokens > found.dense_b_above
+            assert b_side == ("dense" if dense else "packed")
+            if device_type == "cpu" or kind in ("hadamard", "dense"):
+                assert b_side == "packed"  # only our CUDA kernels for independent bases have both
+
+
+def test_the_b_side_of_cuda_can_be_chosen(monkeypatch):
+    def b_side(tokens, basis=SPARSE):
+        return choose("factored", basis, tokens, torch.bfloat16, True, "cuda")[1]
+
+    assert (b_side(1), b_side(10**5)) == ("packed", "dense")
+    monkeypatch.setenv("RANDLORA_B_SIDE", "dense")
+    assert (b_side(1), b_side(1, HADAMARD)) == ("dense", "packed")
+    monkeypatch.setenv("RANDLORA_B_SIDE", "packed")
+    assert b_side(10**5) == "packed"
+    monkeypatch.setenv("RANDLORA_B_SIDE", "wide")
+    with pytest.raises(ValueError, match="RANDLORA_B_SIDE must be auto, packed or dense, got 'wi"):
+        b_side(1)
 
 
 # ---- linear(path="auto") takes the path that explain names
 
 
-@pytest.mark.parametrize("density, tokens", [(1.0, 3), (1.0, 4000), (0.05, 40)])
+@pytest.mark.parametrize(
+    "basis, tokens", [(1.0, 3), (1.0, 4000), (0.05, 40), ("hadamard", 40), ("hadamard", 4100)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("has_weight", [True, False])
-def test_auto_is_what_explain_says(density, tokens, dtype, has_weight):
-    layer = make_layer(64, 64, 8, density, tokens, dtype, lead=(1,))
+def test_auto_is_what_explain_says(basis, tokens, dtype, has_weight):
+    layer = make_layer(64, 64, 8, basis, tokens, dtype, lead=(1,))
     if not has_weight:
         layer = layer.without_weight()
     arguments = (layer.x, layer.weight, layer.bias, layer.basis, layer.lam, layer.gam, 1.0)
@@ -138,4 +181,4 @@ def test_choices_do_not_grow_with_the_numbers_of_tokens():
     basis = TernaryBasis(64, 64, 8, 0.3, seed=77)
     for tokens in range(1, 600):
         choose("auto", basis, tokens, torch.float32, True, "cpu")
-    assert len(basis.path_regions) == 1
+    assert len(basis.path_limits) == 1
