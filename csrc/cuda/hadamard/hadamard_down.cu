@@ -225,8 +225,8 @@ void down(const HadamardDown& p, Device& device) {
 
 }  // namespace
 
-// One launch. If N numbers (with z: 3 N) do not fit shared memory: 3 (with z: 5) and up to 4 middle
-// passes for each chunk of tokens.
+// One launch. If N numbers (with z: 3 N) do not fit shared memory: for each chunk of tokens 3 (with
+// z: 5) launches, and one for each middle pass (transform.h).
 void hadamard_down(const HadamardDown& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) { down<decltype(s)>(p, device); });
 }

@@ -133,8 +133,8 @@ void up(const HadamardUp& p, Device& device) {
 
 }  // namespace
 
-// One launch. If N numbers do not fit shared memory: 3 and up to 4 (float64: 5) middle passes for
-// each chunk of tokens.
+// One launch. If N numbers do not fit shared memory: for each chunk of tokens 3 launches, and one
+// for each middle pass (transform.h).
 void hadamard_up(const HadamardUp& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) { up<decltype(s)>(p, device); });
 }

@@ -135,7 +135,7 @@ __device__ __forceinline__ void write_mixed(const HadamardSizes& sizes, const vo
 namespace {
 
 template <class S, class C = typename ComputeOf<S>::type>
-__global__ void __launch_bounds__(kScratchThreads)
+__global__ void __launch_bounds__(kScratchThreads, 1)
     hadamard_mix_kernel(HadamardSizes sizes, const void* z, int64_t T, C* mixed, int log,
                         int64_t t0, int64_t tokens) {
   write_mixed<S>(sizes, z, T, Rows<C, true>{mixed}, log, t0, tokens, share_of_grid());

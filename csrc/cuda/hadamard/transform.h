@@ -121,7 +121,7 @@ __device__ __forceinline__ void store_run(const C* from, C* to) {
   }
 }
 
-// Bits [0, kBits). before(v, x) and after(v, x) may change the numbers at positions x and following.
+// Bits [0, kBits). before(v, x) and after(v, x) may change the numbers from position x on.
 template <class C, bool Scratch, class Before, class After>
 __device__ __forceinline__ void low_pass(const Rows<C, Scratch>& rows, int64_t count,
                                          const Share& share, const Before& before,
