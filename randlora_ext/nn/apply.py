@@ -52,8 +52,8 @@ def apply_randlora(
         linear = [name for name in linear if name.rpartition(".")[0] not in adapted]
         raise ValueError(
             f"target_modules {target_modules!r} matches no module of {type(model).__name__} that "
-            f"is not adapted yet; its linear layers are called {_first(linear)}, those that are "
-            f"adapted already {_first(adapted)} (update_layer adds another adapter to one)"
+            f"is not adapted yet; its linear layers are called {first(linear)}, those that are "
+            f"adapted already {first(adapted)} (update_layer adds another adapter to one)"
         )
     for name, module in matches.items():
         matched = f"module {name!r}, matched by target_modules {target_modules!r},"
@@ -96,7 +96,8 @@ def check_is_called(model: nn.Module, name: str, argument: str) -> None:
         )
 
 
-def _first(names: list[str]) -> str:
+def first(names: list[str]) -> str:
+    """At most ten of them, for an error message."""
     return f"{names[:10]}{' ...' if len(names) > 10 else ''}"
 
 

@@ -91,6 +91,12 @@ class RandLoraConfig(peft.RandLoraConfig):
                 f"basis={self.basis!r} with density={self.density} needs "
                 "randlora_ext.peft.enable() to be called first; stock PEFT has no such bases"
             )
+        if not enabled:
+            warnings.warn(
+                "randlora_ext.peft.enable() has not been called: until it is, a model of this "
+                "configuration has PEFT's own layers, without our kernels",
+                stacklevel=3,
+            )
         if self.merged_rounding is not None and not enabled:
             raise RuntimeError(
                 f"merged_rounding={self.merged_rounding!r} needs randlora_ext.peft.enable() to be "
