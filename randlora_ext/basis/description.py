@@ -1,6 +1,8 @@
 """What decides the elements of A and B, whatever the layer's shape, and its form in saved files."""
 
+import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 # The version of docs/basis-spec.md that defines each kind.
@@ -28,8 +30,7 @@ class BasisDescription:
 
     def __post_init__(self) -> None:
         kind, density = self.kind, self.density
-        if not isinstance(kind, str) or kind not in SPECIFICATIONS:
-            raise ValueError(f"kind must be one of {[*SPECIFICATIONS]}, got {kind!r}")
+        check_kind("kind", kind)
         if isinstance(density, bool) or not isinstance(density, (int, float)):
             raise TypeError(f"density must be a number in (0, 1], got {density!r}")
         if not 0.0 < density <= 1.0:
@@ -86,6 +87,20 @@ class BasisDescription:
 def default_density(kind: str) -> float:
     """The density if the caller names none: 1/3, as PEFT's ``sparse``, or 1/8 for block bases."""
     return 1 / 8 if kind == "block" else 1 / 3
+
+
+def check_kind(name: str, kind: str, known: Iterable[str] = SPECIFICATIONS) -> None:
+    """Raises ValueError, naming `name` and the nearest of `known`, unless `kind` is one of them."""
+    if not isinstance(kind, str) or kind not in known:
+        raise ValueError(
+            f"{name} must be one of {[*known]}, got {kind!r}{did_you_mean(kind, known)}"
+        )
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """The end of an error message: the nearest of `known`, if one is near."""
+    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def check_seed(name: str, seed: int) -> None:

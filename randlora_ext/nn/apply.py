@@ -9,7 +9,7 @@ from torch import nn
 
 from ..basis import BasisDescription
 from ..basis.block import check_layers
-from ..basis.description import default_density
+from ..basis.description import default_density, did_you_mean
 from .base_layer import check_base_layer, disable_nested_tensors, features, is_conv1d
 from .linear import RandLoraLinear
 from .state_dict import refuse_misfit
@@ -37,8 +37,14 @@ def apply_randlora(
     Raises:
         ValueError: nothing matches, or a match is ``out_proj`` of nn.MultiheadAttention, which
             torch never calls. TypeError: a match is not an nn.Linear or Conv1D, or is adapted
-            already. Also the errors of RandLoraLinear. In all cases the model is as it was.
+            already; an option has another name. Also the errors of RandLoraLinear. In all cases
+            the model is as it was.
     """
+    known = [*inspect.signature(RandLoraLinear).parameters][1:]
+    for name in layer_options:
+        if name not in known:
+            told = did_you_mean(name, known) or f"; it takes {', '.join(known)}"
+            raise TypeError(f"apply_randlora has no argument {name!r}{told}")
     # A module that is registered twice (tied) is visited twice, and must be wrapped once.
     named = dict(model.named_modules(remove_duplicate=False))
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":

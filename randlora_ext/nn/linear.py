@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..basis import TernaryBasis
-from ..basis.description import check_seed, default_density
+from ..basis.description import check_kind, check_seed, default_density
 from ..ops import functional
 from ..ops.dtensor import full_tensor
 from ..ops.path import check_rounding, explain
@@ -117,6 +117,7 @@ class RandLoraLinear(Mergeable, nn.Module):
             raise ValueError(f"adapter_name {adapter_name!r} is merged; call unmerge() first")
         _check_options(randlora_alpha, projection_prng_key, randlora_dropout)
         check_rounding(merged_rounding)
+        check_kind("basis", basis)
         density = default_density(basis) if density is None else density
         bases = self._new_basis(r, density, projection_prng_key, basis)
 
