@@ -9,6 +9,8 @@ tools/run_sanitized_python.sh shows how to run the result.
 import hashlib
 import os
 import platform
+import shlex
+import shutil
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -65,6 +67,12 @@ class BuildLibraries(build_clib):
 
 class BuildKernels(BuildExtension):
     def run(self):
+        # First, because what is left over in build/ would let it fail at some later step.
+        compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX"))[0]
+        if shutil.which(compiler) is None:
+            raise SystemExit(
+                f"error: there is no C++ compiler {compiler!r}; install g++ or clang++, or set CXX"
+            )
         # `build_ext --inplace` and editable installs do not run build_clib by themselves.
         self.run_command("build_clib")
         super().run()
