@@ -36,6 +36,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_) -> NoReturn:
+        from randlora_ext import __version__
+
+        print(f"randlora_ext {__version__}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     """Each command takes the parameters of the function of its name in `randlora_ext.cli`."""
     parser = _Parser(
@@ -45,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: randlora merge my-model my-adapter merged",
         allow_abbrev=False,
     )
+    told = "print the version and exit"
+    parser.add_argument("--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help=told)
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
 
     def add(name: str, told: str, example: str = "", *operands: str) -> Callable:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..basis import BasisDescription
-from ..basis.description import SPECIFICATIONS, check_seed
+from ..basis.description import SPECIFICATIONS, check_kind, check_seed
 
 KINDS = ("peft", *SPECIFICATIONS)
 SPARSE = 1 / 3
@@ -55,8 +55,7 @@ class AdapterBasis:
         """
         kind, density = fields.get("basis", "peft"), fields.get("density")
         key = fields["projection_prng_key"]
-        if kind not in KINDS:
-            raise ValueError(f"basis must be one of {KINDS}, got {kind!r}")
+        check_kind("basis", kind, KINDS)
         if isinstance(density, bool) or not isinstance(density, (int, float, type(None))):
             raise TypeError(f"density must be None or a number in (0, 1], got {density!r}")
         if density is not None and not 0.0 < density <= 1.0:

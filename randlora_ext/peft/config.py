@@ -77,6 +77,12 @@ class RandLoraConfig(peft.RandLoraConfig):
                 f"basis={self.basis!r} needs "
                 "randlora_ext.peft.enable() to be called first; stock PEFT has no such bases"
             )
+        if not enabled:
+            warnings.warn(
+                "randlora_ext.peft.enable() has not been called: until it is, a model of this "
+                "configuration has PEFT's own layers, without our kernels",
+                stacklevel=3,
+            )
 
     @classmethod
     def from_pretrained(

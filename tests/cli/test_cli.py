@@ -4,9 +4,10 @@ import subprocess
 import sys
 
 import pytest
-from cli_helpers import refused
+from cli_helpers import refused, run
 
 import randlora_cli
+import randlora_ext
 from randlora_ext import diagnostics
 
 COMMANDS = ("check", "convert", "merge")
@@ -38,6 +39,10 @@ def test_help_fits_a_screen_and_needs_no_torch(monkeypatch):
         assert len(lines) <= 24 and max(map(len, lines)) <= 80
         example = lines[-1].removeprefix("example: randlora ").split()
         assert randlora_cli._parser().parse_args(example).command in (command or COMMANDS)
+
+
+def test_version():
+    assert run("--version") == (0, f"randlora_ext {randlora_ext.__version__}\n", "")
 
 
 def test_as_a_command(tmp_path):

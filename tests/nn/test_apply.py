@@ -51,7 +51,20 @@ def test_apply_wraps_a_tied_layer_once():
         ("q", {}, ValueError, "target_modules 'q' matches no module"),
         (["q", "norm"], {}, TypeError, r"'blocks\.0\.norm', matched by target_modules .*LayerNorm"),
         (["q"], {"r": 0}, ValueError, "r must be"),
-        (["q"], {"rank": 4}, TypeError, "rank"),
+        (["q"], {"rank": 4}, TypeError, "no argument 'rank'"),
+        (["q"], {"xyz": 4}, TypeError, "no argument 'xyz'; it takes r, randlora_alpha, density"),
+        (
+            ["q"],
+            {"alpha": 16},
+            TypeError,
+            "apply_randlora has no argument 'alpha'; did you mean 'randlora_alpha'",
+        ),
+        (
+            ["q"],
+            {"basis": "indepent"},
+            ValueError,
+            r"basis must be one of \['independent'.*\], got 'indepent'; did you mean 'independent'",
+        ),
         (
             ["q", "down"],
             {"basis": "block", "r": 4},

@@ -96,7 +96,11 @@ BAD_OPTIONS = [
     ({"density": 1.5}, ValueError, r"density must be in \(0, 1\], got 1\.5"),
     ({"basis": "block", "density": 0.3}, ValueError, r"1 / G .* got 0\.3; the nearest is 1 / 3"),
     ({"basis": "block", "r": 4}, ValueError, "got 8, 8 and r=4; densities that fit: 1/2"),
-    ({"basis": "blocks"}, ValueError, r"must be one of \['independent', 'block'\], got 'blocks'"),
+    (
+        {"basis": "indep"},
+        ValueError,
+        r"^basis must be one of .*'indep'; did you mean 'independent'",
+    ),
     ({"density": float("nan")}, ValueError, r"density must be .*nan"),
     ({"density": "1"}, TypeError, r"density must be .*'1'"),
     (

@@ -1,8 +1,10 @@
 """randlora_ext.peft: enable, disable and accelerate; which PEFT; what a model says of itself."""
 
 import copy
+import gc
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -78,6 +80,26 @@ def test_enable_twice_and_disable():
     assert {type(layer) for layer in layers(outside)} == {StockLinear}
     inside.add_adapter("two", deep_config(5, sparse=True))
     assert runs_on_kernels(inside)
+
+
+def test_what_was_made_too_early_is_told():
+    with pytest.warns(UserWarning, match=r"enable\(\) has not been called: until it is") as caught:
+        early = deep_config(5, accelerated.RandLoraConfig, sparse=True)
+    assert len(caught) == 1
+    gc.collect()  # models of other tests
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accelerated.enable()
+    accelerated.disable()
+    model = peft.get_peft_model(Deep(), early)
+    with pytest.warns(UserWarning, match=r"made before .*enable\(\) and keeps") as caught:
+        accelerated.enable()
+    assert len(caught) == 1 and caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accelerated.enable()  # told already
+        deep_config(5, accelerated.RandLoraConfig, sparse=True)
+    assert runs_on_kernels(accelerated.accelerate(model))
 
 
 ORDERS = (

@@ -171,7 +171,8 @@ def test_a_configuration_holds_the_text_and_each_thing_once():
 
 
 BAD_OPTIONS = [
-    ({"basis": "generated"}, r"one of \('peft', 'independent', 'hadamard'\), got 'generated'"),
+    ({"basis": "indep"}, "basis must be one of .*got 'indep'; did you mean 'independent'"),
+    ({"basis": "generated"}, r"basis must be one of \['peft', 'independent', .*got 'generated'"),
     ({"basis": None}, "basis must be one of .* got None"),
     ({"density": 0.0}, r"density must be None or in \(0, 1\], got 0\.0"),
     ({"density": "0.1"}, r"density .*'0\.1'"),
