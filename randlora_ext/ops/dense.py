@@ -15,7 +15,7 @@ from torch import Tensor
 from ..basis import TernaryBasis
 from ..reference import scaled_basis_reference
 from . import autocast, vmap
-from .autograd import Operator, base_gradients, call_kernel, entry, gradients
+from .autograd import Operator, base_gradients, call_kernel, entry, gradients, scaled_basis
 from .fake_kernels import fake
 
 _ops = torch.ops.randlora
@@ -43,7 +43,7 @@ def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float) 
     A, B = basis.packed(lam.device)[0], basis.dense_b(lam.device, lam.dtype)
     _check_diagonals(basis, lam, gam)
     with _no_autocast(lam):
-        product = (scaling * B) @ _ops.scaled_basis(A.to(lam.dtype), lam, gam)
+        product = (scaling * B) @ scaled_basis(A.to(lam.dtype), lam, gam)
     return product if basis.expand else product.T
 
 

@@ -31,6 +31,7 @@ def linear(
     scaling: float,
     merge: bool,
 ) -> Tensor:
+    _check_lam(basis, lam)
     return _linear(x, weight, bias, lam, gam, *_constants(basis, x, scaling), merge)
 
 
@@ -43,10 +44,19 @@ def weight(
     rounding_seed: int | None = None,
 ) -> Tensor:
     """``base + dW``, rounded once to the dtype of base; without a base dW, with a gradient."""
+    _check_lam(basis, lam)
     constants = _constants(basis, lam, scaling)
     if base is None:
         return _delta(lam, gam, *constants)
     return _ops.hadamard_weight(base, lam, gam, *constants, rounding_seed)
+
+
+def _check_lam(basis: TernaryBasis, lam: Tensor) -> None:
+    """The operators know K = r * n only."""
+    if tuple(lam.shape) != (basis.r, basis.n):
+        raise ValueError(
+            f"lam must be (r, n) = ({basis.r}, {basis.n}), got {tuple(lam.shape)} {lam.dtype}"
+        )
 
 
 def _constants(basis: TernaryBasis, like: Tensor, scaling: float) -> tuple:

@@ -18,7 +18,6 @@ from randlora_ext.reference import linear_reference
 
 DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-PATHS = ("factored", "delta", "merged")
 
 
 def examples(few: int, deep: int) -> settings:
@@ -42,10 +41,11 @@ densities = st.one_of(
 
 
 @st.composite
-def bases(draw) -> TernaryBasis:
-    return TernaryBasis(
-        draw(features), draw(features), draw(st.integers(1, 40)), draw(densities), draw(seeds)
-    )
+def bases(draw, kinds: tuple[str, ...] = ("independent", "hadamard")) -> TernaryBasis:
+    kind = draw(st.sampled_from(kinds))
+    sizes = draw(features), draw(features), draw(st.integers(1, 40))
+    density = draw(densities) if kind == "independent" else None
+    return TernaryBasis(*sizes, density, draw(seeds), kind)
 
 
 layouts = st.sampled_from(["plain", "transposed", "strided", "cut", "flipped", "first", "zero"])
@@ -81,9 +81,7 @@ def layers(draw) -> Layer:
     dtype = draw(st.sampled_from(DTYPES))
     lead = draw(st.sampled_from([(), (), (2,), (3, 1), (0,)]))
     tokens = draw(st.one_of(st.integers(0, 70), st.sampled_from([1, 16, 32, 33, 130])))
-    layer = make_layer(
-        basis.in_features, basis.out_features, basis.r, basis.density, tokens, dtype, lead
-    )
+    layer = make_layer(basis.in_features, basis.out_features, basis.r, 1.0, tokens, dtype, lead)
     layer = replace(layer, basis=basis, scaling=draw(st.sampled_from([1.0, 0.75, -2.0, 0.0])))
     diagonals = draw(st.sampled_from([layer.lam.dtype, layer.lam.dtype, torch.float32]))
     layer = replace(

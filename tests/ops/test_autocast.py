@@ -3,27 +3,33 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_cases import make_layer, one_thread  # noqa: F401
+from layer_cases import CALLS, make_layer, one_thread  # noqa: F401
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from randlora_ext import linear
 
 ops = torch.ops.randlora
-CASES = pytest.mark.parametrize("path", ["factored", "delta", "merged"])
 
 
 def raw(layer, path, **changes):
     t = {"x": layer.x, "weight": layer.weight, "bias": layer.bias, **changes}
-    return ops.linear(
-        t["x"], t["weight"], t["bias"], layer.lam, layer.gam, layer.basis.packed(),
-        layer.scaling * layer.basis.scale, layer.basis.out_features, path,
-    )  # fmt: skip
+    basis, inputs = layer.basis, (t["x"], t["weight"], t["bias"], layer.lam, layer.gam)
+    scale = layer.scaling * basis.scale
+    if basis.kind == "hadamard":
+        rest = scale, 0, 0, basis.expand, path == "merged"
+        return ops.hadamard_linear(*inputs, *basis.packed(), *rest)
+    if basis.kind == "dense":
+        A, B = (m.to(t["x"].dtype) for m in basis.packed())
+        if torch.is_autocast_enabled("cpu") and t["x"].dtype != torch.float64:
+            B = B.to(torch.get_autocast_dtype("cpu"))  # as linear() takes it
+        return ops.dense_linear(*inputs, A, B, scale, basis.expand, path)
+    return ops.linear(*inputs, basis.packed(), scale, basis.out_features, path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@CASES
-def test_the_operator_casts_as_linear_does(path, dtype):
-    layer = make_layer(50, 37, 7, 0.07, 20, torch.float32)
+@CALLS
+def test_the_operator_casts_as_linear_does(basis, path, dtype):
+    layer = make_layer(50, 37, 7, basis, 20, torch.float32)
     low = layer.cast(dtype)
     low.lam, low.gam = layer.lam, layer.gam  # which autocast leaves alone
     expected = raw(low, path)
@@ -35,8 +41,9 @@ def test_the_operator_casts_as_linear_does(path, dtype):
             assert raw(layer, path).dtype == torch.float32
 
 
-def test_float64_is_left_alone():
-    layer = make_layer(50, 37, 7, 0.07, 20)
+@pytest.mark.parametrize("basis", [0.07, "hadamard"])
+def test_float64_is_left_alone(basis):
+    layer = make_layer(50, 37, 7, basis, 20)
     expected = raw(layer, "factored")
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(raw(layer, "factored"), expected)
@@ -49,10 +56,10 @@ def test_float64_is_left_alone():
             raw(layer, "factored", weight=layer.weight.float(), bias=None)
 
 
-@CASES
+@CALLS
 @pytest.mark.parametrize("function", ["operator", "linear"])
-def test_gradients_arrive_in_the_dtypes_of_their_leaves(function, path):
-    layer = make_layer(50, 37, 7, 0.07, 20, torch.float32)
+def test_gradients_arrive_in_the_dtypes_of_their_leaves(function, basis, path):
+    layer = make_layer(50, 37, 7, basis, 20, torch.float32)
     leaves = [t.requires_grad_() for t in (layer.x, layer.lam, layer.gam)]
     low = layer.cast(torch.bfloat16)
     low.x, low.lam, low.gam = low.x.detach().requires_grad_(), layer.lam, layer.gam
@@ -73,11 +80,11 @@ def test_gradients_arrive_in_the_dtypes_of_their_leaves(function, path):
         assert torch.equal(gradient, wanted.float())
 
 
-@CASES
+@CALLS
 @pytest.mark.parametrize("function", ["operator", "linear"])
-def test_a_float32_forward_has_a_float32_backward_inside_of_autocast(function, path):
+def test_a_float32_forward_has_a_float32_backward_inside_of_autocast(function, basis, path):
     # torch's products inside the operator would be cast, and our kernels read them as float32
-    layer = make_layer(50, 37, 7, 0.07, 20, torch.float32)
+    layer = make_layer(50, 37, 7, basis, 20, torch.float32)
     leaves = [t.requires_grad_() for t in (layer.x, layer.lam, layer.gam)]
     if function == "operator":
         y = raw(layer, path)
@@ -90,7 +97,10 @@ def test_a_float32_forward_has_a_float32_backward_inside_of_autocast(function, p
     assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", ["linear", "linear_backward"])
+@pytest.mark.parametrize(
+    "name",
+    [f"{kind}linear{end}" for kind in ("", "hadamard_", "dense_") for end in ("", "_backward")],
+)
 @pytest.mark.parametrize("key", ["AutocastCPU", "AutocastCUDA"])
 def test_registered_at_the_dispatcher(name, key):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"randlora::{name}", key)

@@ -4,12 +4,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from layer_cases import make_layer, one_thread  # noqa: F401
+from layer_cases import CALLS, PATHS, make_basis, make_layer, one_thread  # noqa: F401
 
 from randlora_ext import TernaryBasis, delta_weight, linear, scaled_basis
 
 ops = torch.ops.randlora
-PATHS = ["factored", "delta", "merged"]
 # in, out, r, density: every packed form in both orientations, and 32-bit positions (D > 65536).
 BASES = {
     "lists": (9, 5, 2, 0.12),
@@ -18,10 +17,17 @@ BASES = {
     "planes reduce": (5, 9, 2, 1 / 3),
     "wide lists": (65537, 2, 2, 0.01),
 }
+GRADCHECKED = {
+    **{name: BASES[name] for name in list(BASES)[:-1]},
+    "hadamard": (9, 5, 2, "hadamard"),
+    "hadamard reduce": (5, 9, 2, "hadamard"),
+    "dense": (9, 5, 2, "dense"),
+    "dense reduce": (5, 9, 2, "dense"),
+}
 
 
 def tensors(name, dtype=torch.float32):
-    basis = TernaryBasis(*BASES[name], seed=2)
+    basis = make_basis(*{**BASES, **GRADCHECKED}[name], seed=2)
     make = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -128,17 +134,36 @@ def test_opcheck_packing(by_column, wide):
     torch.library.opcheck(ops.support_tables.default, (offset, index, basis.K), test_utils=shapes)
     check(ops.pack_dense, basis.dense()[1])
     check(ops.fill_planes_, torch.zeros_like(planes), 1, 1, 0, 0, basis.K, 5)
-    check(ops.fill_blocks_, torch.zeros_like(planes)[:1], 1, 60, 4, 1, 2, 5)
 
 
-def test_every_operator_is_checked_here():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["dense", "dense reduce"])
+def test_opcheck_dense(name, dtype):
+    t = tensors(name)
+    x, weight, bias, dy = (t[k].detach().to(dtype) for k in ("x", "weight", "bias", "dy"))
+    A, B = (m.to(dtype) for m in t["packed"])
+    for path in PATHS:
+        rest = t["lam"], t["gam"], A, B, 0.5, t["basis"].expand, path
+        check(ops.dense_linear, x.requires_grad_(), weight, bias, *rest)
+        rest = t["lam"].detach(), t["gam"].detach(), *rest[2:]
+        for needs in ((True, True), (True, False), (False, True)):
+            check(ops.dense_linear_backward, dy, x.detach(), weight, *rest, *needs)
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_opcheck_add_rounded(seed):
+    check(ops.add_rounded, torch.ones(3, 5).bfloat16(), torch.randn(3, 5), seed)
+
+
+def test_every_operator_is_checked_here():  # or in test_hadamard.py
     names = {n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names()
              if n.startswith("randlora::")}  # fmt: skip
     assert names == {
-        "fill_planes_", "fill_blocks_", "pack_dense", "planes_to_lists", "planes_to_dense",
-        "lists_to_dense", "support_tables",
-        "scaled_basis", "scaled_basis_backward", "delta_weight", "delta_weight_backward",
-        "merged_weight", "linear", "linear_backward",
+        "fill_planes_", "pack_dense", "planes_to_lists", "planes_to_dense", "lists_to_dense",
+        "support_tables", "scaled_basis", "scaled_basis_backward",
+        "delta_weight", "delta_weight_backward", "merged_weight", "add_rounded",
+        "linear", "linear_backward", "dense_linear", "dense_linear_backward",
+        "hadamard_linear", "hadamard_linear_backward", "hadamard_weight",
     }  # fmt: skip
 
 
@@ -146,8 +171,10 @@ def test_every_operator_is_checked_here():
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", list(BASES)[:-1])
+@pytest.mark.parametrize("name", GRADCHECKED)
 def test_gradcheck_linear(name, path):
+    if path == "delta" and "hadamard" in name:
+        pytest.skip("Hadamard bases have no path 'delta'")
     t = tensors(name, torch.float64)
 
     def function(x, weight, bias, lam, gam):
@@ -162,7 +189,7 @@ def test_gradcheck_linear(name, path):
         )
 
 
-@pytest.mark.parametrize("name", list(BASES)[:-1])
+@pytest.mark.parametrize("name", GRADCHECKED)
 def test_gradcheck_delta_weight_and_scaled_basis(name):
     t = tensors(name, torch.float64)
     diagonals = t["lam"], t["gam"]
@@ -193,16 +220,10 @@ def storage(tensor):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize(
-    "basis",
-    [(1 / 3, "independent"), (0.07, "independent"), (1 / 4, "block"), (1.0, "dense")],
-    ids=str,
-)
+@CALLS
 @pytest.mark.parametrize("shape", [(80, 44, 8), (44, 80, 8)], ids=str)
 def test_linear_keeps_nothing_new(shape, basis, path, dtype):
-    density, kind = basis
-    layer = make_layer(*shape, density, 20, dtype, kind=kind)
+    layer = make_layer(*shape, basis, 20, dtype)
     basis, x, lam, gam = layer.basis, layer.x, layer.lam, layer.gam
     packed = basis.packed("cpu")
     for leaf in (x, lam, gam):
@@ -217,9 +238,9 @@ def test_linear_keeps_nothing_new(shape, basis, path, dtype):
     assert lam.grad.any() and gam.grad.any() and x.grad.any()
 
 
-@pytest.mark.parametrize("density", [1 / 3, 0.07])
-def test_delta_weight_and_scaled_basis_keep_nothing_new(density):
-    layer = make_layer(50, 37, 7, density, 1, torch.float32)
+@pytest.mark.parametrize("kind", [1 / 3, 0.07, "hadamard"])
+def test_delta_weight_and_scaled_basis_keep_nothing_new(kind):
+    layer = make_layer(50, 37, 7, kind, 1, torch.float32)
     basis, lam, gam = layer.basis, layer.lam.requires_grad_(), layer.gam.requires_grad_()
     kept, _ = kept_by(lambda: delta_weight(basis, lam, gam))
     allowed = {storage(t) for t in (lam, gam, *basis.packed("cpu"))}
@@ -269,8 +290,9 @@ def test_scratch_does_not_grow_with_tokens(backward, density):
 
 
 @pytest.mark.parametrize("function", ["linear", "delta_weight", "scaled_basis"])
-def test_double_backward_is_refused(function):
-    t = tensors("planes", torch.float64)
+@pytest.mark.parametrize("name", ["planes", "hadamard"])
+def test_double_backward_is_refused(name, function):
+    t = tensors(name, torch.float64)
     basis, x, lam, gam = (t[k] for k in ("basis", "x", "lam", "gam"))
     y = {
         "linear": lambda: linear(x, None, None, basis, lam, gam, path="factored"),
@@ -282,17 +304,18 @@ def test_double_backward_is_refused(function):
         (y.sum() + dlam.pow(2).sum()).backward()
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_backward_twice_through_a_kept_graph(path):
-    layer = make_layer(50, 37, 7, 0.07, 20)
+@CALLS
+def test_backward_twice_through_a_kept_graph(basis, path):
+    layer = make_layer(50, 37, 7, basis, 20)
     lam = layer.lam.requires_grad_()
     y = linear(layer.x, layer.weight, None, layer.basis, lam, layer.gam, 0.5, path)
     first = torch.autograd.grad(y, lam, layer.dy, retain_graph=True)[0]
     assert torch.equal(torch.autograd.grad(y, lam, layer.dy)[0], first)
 
 
-def test_an_input_changed_in_place_is_noticed():
-    layer = make_layer(50, 37, 7, 0.07, 20)
+@pytest.mark.parametrize("kind", [0.07, "hadamard", "dense"])
+def test_an_input_changed_in_place_is_noticed(kind):
+    layer = make_layer(50, 37, 7, kind, 20)
     gam = layer.gam.requires_grad_()
     lam = layer.lam.clone()
     y = linear(layer.x, layer.weight, None, layer.basis, lam, gam, path="factored")

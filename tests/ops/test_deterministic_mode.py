@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layer_cases import make_layer, one_thread, ours  # noqa: F401
+from layer_cases import CALLS, make_basis, make_layer, one_thread, ours  # noqa: F401
 
 from randlora_ext import TernaryBasis, delta_weight, merged_weight, scaled_basis
 
@@ -35,11 +35,10 @@ def assert_mode_changes_nothing(switch, function):
             assert torch.equal(result, wanted)
 
 
-@pytest.mark.parametrize("path", ["factored", "delta", "merged"])
-@pytest.mark.parametrize("density", [1 / 3, 0.07])
+@CALLS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_linear(deterministic, dtype, density, path):
-    layer = make_layer(157, 93, 9, density, 70, dtype)
+def test_linear(deterministic, dtype, basis, path):
+    layer = make_layer(157, 93, 9, basis, 70, dtype)
     assert_mode_changes_nothing(deterministic, lambda: list(ours(layer, path).values()))
     if path != "merged":
         part = layer.without_weight()
@@ -62,6 +61,24 @@ def test_the_other_operators(deterministic, density):
             merged_weight(basis, weight, lam, gam, rounding_seed=3),
             *ops.delta_weight_backward(grad, lam, gam, basis.packed(), 0.5),
             *ops.scaled_basis_backward(torch.ones(basis.K, basis.d), dense_a, lam, gam),
+        ]  # fmt: skip
+
+    assert_mode_changes_nothing(deterministic, run)
+
+
+@pytest.mark.parametrize("shape", [(157, 93, 9), (93, 157, 9)], ids=str)
+def test_the_other_operators_on_hadamard_bases(deterministic, shape):
+    layer = make_layer(*shape, "hadamard", 1, torch.float32)
+    weight, grad = layer.weight.bfloat16(), torch.ones_like(layer.weight)
+
+    def run():
+        fresh = make_basis(*shape, "hadamard", seed=6)
+        leaves = [t.detach().clone().requires_grad_() for t in (layer.lam, layer.gam)]
+        dW = delta_weight(fresh, *leaves)
+        return [
+            *fresh._make(torch.device("cpu"), None), *fresh.dense(),
+            dW.detach(), *torch.autograd.grad(dW, leaves, grad),
+            merged_weight(fresh, weight, *leaves, rounding_seed=3),
         ]  # fmt: skip
 
     assert_mode_changes_nothing(deterministic, run)

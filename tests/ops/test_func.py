@@ -4,20 +4,36 @@ import copy
 
 import pytest
 import torch
+from layer_cases import PATHS, make_basis
 from layer_helpers import randomize
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 from torch.utils._pytree import tree_leaves
 
-from randlora_ext import RandLoraLinear, TernaryBasis, delta_weight, linear, scaled_basis
+from randlora_ext import RandLoraLinear, delta_weight, linear, scaled_basis
 from randlora_ext.reference import delta_weight_reference, linear_reference, scaled_basis_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SCALING = 0.5
-BASES = {"lists": (9, 5, 2, 0.12), "planes reduce": (5, 9, 2, 1 / 3)}
-CASES = pytest.mark.parametrize("path", ["factored", "delta", "merged"])
-SHAPES = pytest.mark.parametrize("name", BASES)
+BASES = {
+    "lists": (9, 5, 2, 0.12),
+    "planes reduce": (5, 9, 2, 1 / 3),
+    "hadamard": (9, 5, 2, "hadamard"),
+    "hadamard reduce": (5, 9, 2, "hadamard"),
+    "dense": (9, 5, 2, "dense"),
+    "dense reduce": (5, 9, 2, "dense"),
+}
+CASES = pytest.mark.parametrize(
+    "name, path",
+    [
+        (name, path)
+        for name in BASES
+        for path in PATHS
+        if not (path == "delta" and BASES[name][3] == "hadamard")
+    ],
+)
+NAMES = pytest.mark.parametrize("name", BASES)
 
 
 def normal(*shape):
@@ -27,7 +43,7 @@ def normal(*shape):
 def setup(name, path="factored"):
     """(our function, the reference, inputs x, weight, bias, lam, gam; x with two leading dims)."""
     torch.manual_seed(0)
-    basis = TernaryBasis(*BASES[name])
+    basis = make_basis(*BASES[name])
     A, B = basis.dense(dtype=torch.float64)
 
     def ours(x, weight, bias, lam, gam):
@@ -77,14 +93,12 @@ ENSEMBLES = {
 
 
 @CASES
-@SHAPES
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_linear(name, path, transform):
     assert_same(TRANSFORMS[transform], *setup(name, path))
 
 
 @CASES
-@SHAPES
 @pytest.mark.parametrize("transform", ENSEMBLES)
 def test_ensembles_of_linear(name, path, transform):
     ours, reference, (x, weight, bias, lam, gam) = setup(name, path)
@@ -94,10 +108,10 @@ def test_ensembles_of_linear(name, path, transform):
     assert_same(ENSEMBLES[transform], ours, reference, (x, weight, bias, *several))
 
 
-@SHAPES
+@NAMES
 def test_other_functions(name):
     torch.manual_seed(0)
-    basis = TernaryBasis(*BASES[name])
+    basis = make_basis(*BASES[name])
     A, B = basis.dense(dtype=torch.float64)
     sizes = basis.out_features, basis.in_features
     pairs = [
@@ -117,8 +131,9 @@ def test_other_functions(name):
         assert_same(lambda f: jacrev(f, (0, 1)), ours, reference, (lam[0], gam[0]))
 
 
-def test_an_ensemble_trains_by_ordinary_autograd():
-    ours, reference, (x, weight, bias, lam, gam) = setup("lists")
+@NAMES
+def test_an_ensemble_trains_by_ordinary_autograd(name):
+    ours, reference, (x, weight, bias, lam, gam) = setup(name)
     leaf = normal(lam.shape[0], 4, lam.shape[1]).requires_grad_()
     gradients = [
         torch.autograd.grad(
@@ -129,16 +144,25 @@ def test_an_ensemble_trains_by_ordinary_autograd():
     torch.testing.assert_close(*gradients)
 
 
-def test_vmap_over_nothing():
-    ours, _, (x, weight, bias, lam, gam) = setup("lists")
-    assert vmap(ours, X)(x[:0], weight, bias, lam, gam).shape == (0, 3, 5)
+@CASES
+def test_vmap_over_nothing(name, path):
+    ours, _, (x, weight, bias, lam, gam) = setup(name, path)
+    out = weight.shape[0]
+    assert vmap(ours, X)(x[:0], weight, bias, lam, gam).shape == (0, 3, out)
     none = lam.new_zeros(lam.shape[0], 0, lam.shape[1]), gam.new_zeros(0, *gam.shape)
-    assert vmap(ours, DIAGONALS)(x, weight, bias, *none).shape == (0, 4, 3, 5)
+    assert vmap(ours, DIAGONALS)(x, weight, bias, *none).shape == (0, 4, 3, out)
+    # Gradients of all, of the weight too, where x, the weight or everything has a batch of none.
+    values = x[0], weight, bias, lam, gam
+    for batched in ((0,), (1,), ALL):
+        arguments = [v.new_zeros(0, *v.shape) if k in batched else v for k, v in enumerate(values)]
+        dims = tuple(0 if k in batched else None for k in ALL)
+        gradients = vmap(grad(loss(ours), ALL), dims)(*arguments)
+        assert [tuple(g.shape) for g in gradients] == [(0, *v.shape) for v in values]
 
 
 def test_raw_operators_have_vmap_rules():
     ours, reference, (x, weight, bias, lam, gam) = setup("lists")
-    basis = TernaryBasis(*BASES["lists"])
+    basis = make_basis(*BASES["lists"])
     packed, scale = basis.packed(), SCALING * basis.scale
 
     def raw(x):
@@ -157,8 +181,8 @@ def layers(count, seed=0):
     nets = []
     for k in range(count):
         net = copy.deepcopy(base)
-        for i in (0, 2):
-            net[i] = randomize(RandLoraLinear(net[i], r=5, density=0.2), seed=k + seed)
+        for i, options in ((0, {"density": 0.2}), (2, {"basis": "hadamard"})):
+            net[i] = randomize(RandLoraLinear(net[i], r=5, **options), seed=k + seed)
         nets.append(net)
     return nets
 
@@ -201,8 +225,9 @@ def test_model_ensembling():
     torch.testing.assert_close(results, torch.stack([net(x) for net in nets]))
 
 
-def test_bases_packed_inside_a_transform_serve_afterwards():
-    basis = TernaryBasis(24, 40, 5, 0.2, seed=4321)  # of no other test
+@pytest.mark.parametrize("kind", [0.2, "hadamard"])
+def test_bases_packed_inside_a_transform_serve_afterwards(kind):
+    basis = make_basis(24, 40, 5, kind, seed=4321)  # of no other test
     x, lam, gam = normal(7, 24), normal(basis.r, basis.n), normal(basis.n, basis.d)
     vmap(grad(lambda x: linear(x, None, None, basis, lam, gam).sum()))(x)
     assert all(type(t) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(t)
@@ -225,9 +250,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("function", ["linear", "delta_weight", "scaled_basis"])
+@pytest.mark.parametrize("name", ["lists", "hadamard"])
 @pytest.mark.parametrize("transform", REFUSED)
-def test_forward_mode_and_second_derivatives_are_refused(transform, function):
-    basis = TernaryBasis(*BASES["lists"])
+def test_forward_mode_and_second_derivatives_are_refused(transform, name, function):
+    basis = make_basis(*BASES[name])
     x, gam = normal(3, 9), normal(basis.n, basis.d)
     functions = {
         "linear": lambda lam: linear(x, None, None, basis, lam, gam),

@@ -42,6 +42,16 @@ for density in (1 / 3, 0.07):
     scaled = scaled_basis(A.half(), layer.lam.float(), layer.gam.float())
     wide = scaled_basis_reference(A.half().float(), layer.lam.float(), layer.gam.float())
     assert torch.equal(scaled, wide.half())
+for shape in ((157, 93, 9), (93, 157, 9), (20, 24, 32), (600, 530, 16), (3, 2, 2)):
+    for tokens in (1, 7, 33, 100):
+        layer = make_layer(*shape, "hadamard", tokens)
+        oracle = exact(layer)
+        for path in ("factored", "merged"):
+            for name, value in ours(layer, path).items():
+                assert largest_error(value, oracle[name]) <= 1e-12, (shape, tokens, path, name)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        layer = make_layer(*shape, "hadamard", 33, dtype)
+        assert_rule(ours(layer, "factored"), plain(layer), exact(layer), dtype, floor=2)
 # Conversions to 16 bits: ties, subnormals, overflow, infinities and NaN as torch rounds them.
 values = torch.cat([torch.randn(4000) * 2.0 ** torch.randint(-30, 20, (4000,)), torch.tensor(
     [0.0, -0.0, 65504.0, 65519.0, 65520.0, 1e9, -1e9, 2.0**-24, 2.0**-25, 3 * 2.0**-25, 6e-5,
@@ -55,7 +65,7 @@ for dtype in (torch.float16, torch.bfloat16):
     back = torch.ops.randlora.scaled_basis_backward(
         low[None], torch.ones(1, len(values)), one, torch.ones(1, len(values)))[1][0]
     torch.testing.assert_close(back, low.float(), rtol=0, atol=0, equal_nan=True)
-print(_C.isa(), explain(basis, 4).isa)
+print(_C.isa(), explain(basis, 4).isa.split()[0])
 """
 
 WRONG = """

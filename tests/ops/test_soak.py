@@ -26,9 +26,21 @@ def calls():
     lam, gam = torch.randn(basis.r, basis.n), torch.randn(basis.n, basis.d)
     x, dy, W = torch.randn(2, 11), torch.randn(2, 70), torch.randn(70, 11)
     rest = (lam, gam, packed, 0.5)
+    hadamard = TernaryBasis(11, 70, 3, kind="hadamard")
+    signs = (lam, gam, *hadamard.packed("cpu"), 0.5, 0, 0, True)
     return {
         "linear": lambda: ops.linear(x, W, None, *rest, 70, "factored"),
         "linear_backward": lambda: ops.linear_backward(dy, x, W, *rest, "delta", True, True),
+        "hadamard_linear": lambda: ops.hadamard_linear(x, W, None, *signs, False),
+        "hadamard_linear_backward": lambda: ops.hadamard_linear_backward(
+            dy, x, W, *signs, False, True, True
+        ),
+        "hadamard_weight": lambda: ops.hadamard_weight(W.half(), *signs, 7),
+        "dense_linear": lambda: ops.dense_linear(x, W, None, lam, gam, A, B, 0.5, True, "factored"),
+        "dense_linear_backward": lambda: ops.dense_linear_backward(
+            dy, x, W, lam, gam, A, B, 0.5, True, "factored", True, True
+        ),
+        "add_rounded": lambda: ops.add_rounded(W.half(), W, 7),
         "delta_weight": lambda: ops.delta_weight(*rest, 70, 11),
         "delta_weight_backward": lambda: ops.delta_weight_backward(W, *rest),
         "merged_weight": lambda: ops.merged_weight(W.half(), *rest, 7),
