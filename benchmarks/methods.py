@@ -41,6 +41,12 @@ def density_of(text: str, d: int) -> float:
     return float(top) / float(bottom or 1)
 
 
+def paths_of(density: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """The paths that `auto` may take; 16 bits would lose much of a dW that is merged."""
+    paths = PATHS if dtype.itemsize > 2 else PATHS[:2]
+    return tuple(path for path in paths if path != "delta" or density != "hadamard")
+
+
 def basis_of(text: str, size: tuple[int, int], rank: int, seed: int = 0) -> TernaryBasis:
     """The bases that `text` names, for a layer of `size` = (in, out).
 

@@ -1,6 +1,6 @@
 """What LoRA keeps of a trained RandLoRA adapter, rank by rank, beside merging.
 
-    python benchmarks/to_lora.py --steps 24 --out benchmarks/results/to-lora-epyc-zen5
+    python benchmarks/to_lora.py --steps 24 --out benchmarks/results/to-lora-NAME
     python benchmarks/to_lora.py --adapter randlora-demo/adapter        one that is trained already
 
 Trains as finetune.py does, converts the adapter by `export_to_lora`, and measures each result as
