@@ -88,8 +88,8 @@ def test_layer_appends_paths(tmp_path, capsys):
 def test_micro_counts_and_shares(tmp_path):
     out = tmp_path / "micro"
     peaks = ["--gemm", "64", "--triads", "1"]
-    micro.main(["--sizes", "40x72,72x40", "--densities", "1/3,0.1,hadamard", "--tokens", "3", "--rank", "8",
-                "--least", "0.0001", *peaks, "--out", str(out)])  # fmt: skip
+    micro.main(["--sizes", "40x72,72x40", "--densities", "1/3,0.1,hadamard", "--tokens", "3",
+                "--rank", "8", "--least", "0.0001", *peaks, "--out", str(out)])  # fmt: skip
     found = written(out)
     (triad,) = found["peaks"]["bytes"].values()
     assert {row["op"] for row in found["rows"]} == {
