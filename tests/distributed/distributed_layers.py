@@ -2,12 +2,13 @@
 
 import copy
 import pickle
+from itertools import product
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed_ranks import Place, RecordedCollectives, full_tensor, worlds
-from distributed_tensor_parallel import EXACT, STYLES, T, diagonals, layer
+from distributed_tensor_parallel import EXACT, HADAMARD, STYLES, T, diagonals, layer
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import PrepareModuleInput, parallelize_module
@@ -40,7 +41,7 @@ def check_adapters(place: Place):
         sharded = shard(plain, place.mesh(), style)
         for each in (plain, sharded):
             torch.manual_seed(5)
-            each.update_layer("two", r=4, randlora_alpha=8, density=1 / 16)
+            each.update_layer("two", r=4, randlora_alpha=8, basis="hadamard")
         for ours, theirs in (
             (sharded.randlora_lambda["two"], plain.randlora_lambda["two"]),
             (sharded.randlora_gamma["two"], plain.randlora_gamma["two"]),
@@ -65,9 +66,9 @@ def check_adapters(place: Place):
 
 @worlds(2)
 def check_merging(place: Place):
-    for style in STYLES:
+    for style, kind in product(STYLES, ({}, HADAMARD)):
         for sizes in ((36, 52), (52, 36)):
-            plain = layer(*sizes)
+            plain = layer(*sizes, **kind)
             sharded, x = shard(plain, place.mesh(), style), inputs(plain)
             delta = sharded.get_delta_weight("default")
             torch.testing.assert_close(
@@ -118,8 +119,8 @@ def check_dropout_and_trained_bases(place: Place):
 
 @worlds(2)
 def check_16_bit(place: Place):
-    for style in STYLES:
-        plain = layer(36, 52, dtype=torch.bfloat16)
+    for style, kind in product(STYLES, ({}, HADAMARD)):
+        plain = layer(36, 52, dtype=torch.bfloat16, **kind)
         sharded, x = shard(plain, place.mesh(), style), inputs(plain, torch.bfloat16)
         y, want = sharded(x), plain(x)
         assert y.dtype == torch.bfloat16
@@ -127,15 +128,15 @@ def check_16_bit(place: Place):
         y.sum().backward(), want.sum().backward()
         for ours, theirs in zip(diagonals(sharded), diagonals(plain), strict=True):
             assert ours.grad.dtype == torch.float32
-            torch.testing.assert_close(full_tensor(ours.grad), theirs.grad, rtol=1e-2, atol=1e-1)
+            assert (full_tensor(ours.grad) - theirs.grad).norm() < 0.01 * theirs.grad.norm()
 
 
 @worlds(2, 4)
 def check_from_shard(place: Place):
     """A rank that has nothing but its own nn.Linear; no weight is sent before forward."""
     mesh = place.mesh()
-    for style in STYLES:
-        plain = layer(36, 52)
+    for style, kind in product(STYLES, ({"density": 1 / 3}, HADAMARD)):
+        plain = layer(36, 52, **kind)
         rows, columns = plain.base_layer.weight.shape
         weight = plain.base_layer.weight.detach().chunk(
             place.world, 0 if style is RandLoraColwise else 1
@@ -146,7 +147,7 @@ def check_from_shard(place: Place):
         shard.bias.data = bias.chunk(place.world)[place.rank] if rows != len(weight) else bias
         with RecordedCollectives() as collectives:
             sharded = ends(style).from_shard(
-                shard, mesh, r=5, randlora_alpha=10, density=1 / 3, projection_prng_key=9
+                shard, mesh, r=5, randlora_alpha=10, projection_prng_key=9, **kind
             )
         assert max(collectives.sizes) < 1000  # the options alone
         assert sharded.base_layer.weight.to_local().data_ptr() == shard.weight.data_ptr()
@@ -165,7 +166,6 @@ def check_from_shard(place: Place):
 def check_refusals(place: Place):
     """What cannot be sharded raises before anything has changed."""
     mesh = place.mesh()
-    blocks = {"r": 4, "density": 1 / 2, "basis": "block"}
     for style, sizes in ((RandLoraColwise, (36, 54)), (RandLoraRowwise, (54, 36))):
         plain = layer(*sizes)
         with pytest.raises(ValueError, match="must be divisible by the 4 ranks of .*, got 54"):
@@ -185,14 +185,8 @@ def check_refusals(place: Place):
         with pytest.raises(TypeError, match="without hooks"):
             parallelize_module(fit, mesh, style())
         hook.remove()
-        fit.update_layer("blocks", **blocks)
-        with pytest.raises(ValueError, match="equal slices of 1 or 2 ranks fit"):
-            parallelize_module(fit, mesh, style())
         assert type(fit) is RandLoraLinear
         done = parallelize_module(layer(36, 52), mesh, style())
-        with pytest.raises(ValueError, match="equal slices of 1 or 2 ranks fit"):
-            done.update_layer("blocks", **blocks)
-        assert [*done.bases] == ["default"]
         with pytest.raises(TypeError, match="got TensorParallelRandLoraLinear"):
             parallelize_module(done, mesh, style())
         with pytest.raises(TypeError, match="shard must be an nn.Linear"):
