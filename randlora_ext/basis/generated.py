@@ -55,10 +55,10 @@ class GeneratedMatrices(TernaryMatrices):
             object.__setattr__(self, name, its)
 
     def a_planes(self, shape: Shape, device: torch.device) -> Tensor:
-        seed, density = self.description.seed, self.description.density
+        seed, density = self.description.seed, self.density
         columns = shape.first_column, shape.d
         return generate_planes(seed, ROLE_A, 0, shape.r, *columns, density, device)
 
     def b_planes(self, shape: Shape, device: torch.device) -> Tensor:
-        seed, density = self.description.seed, self.description.density
+        seed, density = self.description.seed, self.density
         return generate_planes(seed, ROLE_B, shape.first_row, shape.D, 0, shape.K, density, device)

@@ -1,6 +1,7 @@
 """`TernaryBasis`: the random matrices A and B of a layer, and their packed form on a device."""
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class TernaryBasis:
     _shape: Shape
     _source: TernaryMatrices | HadamardMatrices | DenseMatrices
     _packed: dict[tuple, PackedTensors]  # by device, and dtype of a dense B or None
-    path_limits: dict[tuple, tuple]  # filled by ops/path.py
+    path_limits: dict[tuple, Any]  # filled by ops/path.py
     token: str  # of this object, in this process: compiled code guards on it
 
     def __new__(cls, *args, **kwargs) -> "TernaryBasis":

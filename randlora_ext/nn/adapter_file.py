@@ -104,7 +104,8 @@ def load_adapter(
     """
     inner = _without_ddp(model)
     modules = _modules(inner)
-    mesh = next((p.device_mesh for p in inner.parameters() if is_dtensor(p)), None)
+    sharded = (p for p in inner.parameters() if is_dtensor(p))
+    mesh = getattr(next(sharded, None), "device_mesh", None)
     with _failing_together(mesh):
         name_in_file, saved = read_adapter_file(path)
         name = name_in_file if adapter_name is None else adapter_name

@@ -23,7 +23,7 @@ from .model import AcceleratedRandLoraModel, parallel_plans
 from .saving import save_together
 from .trl_reference import fill_reference
 
-_patched: dict[str, tuple[Callable, Callable]] = {}  # (PEFT's, ours)
+_patched: dict[str, tuple[Any, Any]] = {}  # (PEFT's, ours)
 
 
 def install() -> None:

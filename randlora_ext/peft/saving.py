@@ -35,7 +35,8 @@ def save_together(
     If transformers has sharded the model, all ranks must call unless `state_dict` is whole, as
     with stock PEFT. If the main process cannot write, all ranks raise.
     """
-    state, mesh = state_dict, getattr(model.base_model.model, "_device_mesh", None)
+    state: Any = state_dict
+    mesh = getattr(model.base_model.model, "_device_mesh", None)
     if mesh is not None and state is None:
         state = model.state_dict()
     with ExitStack() as stack:
