@@ -58,10 +58,10 @@ class RandLoraConfig(peft.RandLoraConfig):
     def __post_init__(self) -> None:
         # A file may hold anything, and PEFT would fail on it halfway through changing a model.
         _check_types(self)
-        values: dict[str, Any] = vars(self)
-        if isinstance(values["task_type"], str) and _NEEDS in values["task_type"]:
-            task = values["task_type"].partition(_NEEDS)[0]
-            values["task_type"] = None if task == "none" else task
+        config: Any = self  # mypy cannot see the type of PEFT's field
+        if isinstance(config.task_type, str) and _NEEDS in config.task_type:
+            task = config.task_type.partition(_NEEDS)[0]
+            config.task_type = None if task == "none" else task
         check_r(self.r)
         check_alpha("randlora_alpha", self.randlora_alpha)
         set_basis(self, AdapterBasis.of(vars(self)))
