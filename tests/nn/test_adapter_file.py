@@ -137,7 +137,7 @@ def test_an_adapter_of_more_layers_than_there_are(file, x):
 
 def test_layers_of_different_options(file, x):
     model = apply_randlora(Model(), ["down"], r=3, density=0.9)
-    apply_randlora(model, ["up"], r=4, density=1 / 2, projection_prng_key=8, basis="block")
+    apply_randlora(model, ["up"], r=4, projection_prng_key=8, basis="hadamard")
     save_adapter(randomized(model), file)
     loaded = load_adapter(Model(), file)
     assert torch.equal(loaded(x), model(x)) and loaded.tied is loaded.block["up"].base_layer
@@ -193,7 +193,7 @@ MISFITS = {
     "untied": (lambda: untied(Model()), "tied: must be the same module as block.up"),
     "gone": (lambda: nn.Sequential(nn.Linear(16, 24)), "block.up: there is no such module"),
     "density": (lambda: adapted(density=0.2), r"basis randlora_ext:independent-1:density=0.2"),
-    "kind": (lambda: adapted(r=4, basis="block", density=1 / 2), "basis randlora_ext:block-1:"),
+    "kind": (lambda: adapted(basis="hadamard", density=None), "basis randlora_ext:hadamard-1:"),
     "key": (lambda: adapted(projection_prng_key=1), "seed=1, the file"),
     "rank": (lambda: adapted(r=4), "has r=4 and"),
     "merged": (lambda: merged(adapted()), "is merged; unmerge"),
@@ -292,8 +292,9 @@ DESCRIPTIONS = {
     "paths": (of_layer(also_at="x"), "also_at of 'up' is 'x'"),
     "basis": (of_layer(basis="independent"), "no key of a basis"),
     "basis to come": (of_layer(basis="randlora_ext:independent-2:density=0.3:seed=1"), "knows"),
-    "blocks that do not fit": (
-        of_layer(basis="randlora_ext:block-1:density=0.125:seed=1"), "block bases of density=1/8"
+    "a kind of before": (of_layer(basis="randlora_ext:block-1:density=0.125:seed=1"), "knows"),
+    "density of hadamard": (
+        of_layer(basis="randlora_ext:hadamard-1:density=0.125:seed=1"), "density must be None"
     ),
     "basis a number": (of_layer(basis=1), "no key of a basis"),
     "density": (of_layer(basis="randlora_ext:independent-1:density=7.0:seed=1"), "density"),

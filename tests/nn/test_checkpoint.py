@@ -53,6 +53,9 @@ class Counting(TorchDispatchMode):
 
 
 def make(density=0.1, **options):
+    """`density` may be the kind of bases "hadamard"."""
+    if density == "hadamard":
+        density, options = None, {**options, "basis": density}
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24))
     net[0] = randomize(RandLoraLinear(net[0], r=5, density=density, **options))
@@ -71,7 +74,7 @@ def gradients(function, net, x):
     return torch.autograd.grad(function(x).square().sum(), [x, *trained])
 
 
-@pytest.mark.parametrize("density", [0.1, 1 / 3])
+@pytest.mark.parametrize("density", [0.1, 1 / 3, "hadamard"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_policies(policy, density):
     net = make(density)

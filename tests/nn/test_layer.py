@@ -22,34 +22,26 @@ from randlora_ext.reference import delta_weight_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 INDEPENDENT = {"r": 5}
-BLOCK = {"r": 8, "density": 1 / 4, "basis": "block"}
+HADAMARD = {"r": 7, "basis": "hadamard"}
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("density", [1 / 3, 0.07, 1.0])
+@pytest.mark.parametrize(
+    "options", [{"density": d} for d in (1 / 3, 0.07, 1.0)] + [{"basis": "hadamard"}], ids=str
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_agrees_with_reference(shape, density, dtype, tolerance):
+def test_agrees_with_reference(shape, options, dtype, tolerance):
     in_features, out_features, r = shape
     base = make_base(in_features, out_features, dtype=dtype)
-    layer = randomize(RandLoraLinear(base, r=r, density=density, projection_prng_key=5))
+    layer = randomize(RandLoraLinear(base, r=r, projection_prng_key=5, **options))
+    density, kind = options.get("density"), options.get("basis", "independent")
+    assert layer.bases["default"] == TernaryBasis(*shape, density, 5, kind)
     x, dy = inputs(layer, 3, 7, dtype=dtype)
     assert layer(x).dtype == dtype
     assert_close(run(layer, x, dy), run_oracle(layer, x, dy), tolerance)
 
 
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("groups,r", [(1, 4), (2, 8), (4, 4), (4, 16)])
-@pytest.mark.parametrize("shape", [(16, 16), (24, 40), (40, 24)], ids=str)
-def test_block_bases_agree_with_reference(shape, groups, r, dtype, tolerance):
-    base = make_base(*shape, dtype=dtype)
-    options = {"r": r, "density": 1 / groups, "basis": "block", "projection_prng_key": 5}
-    layer = randomize(RandLoraLinear(base, **options))
-    assert layer.bases["default"] == TernaryBasis(*shape, r, 1 / groups, seed=5, kind="block")
-    x, dy = inputs(layer, 3, 7, dtype=dtype)
-    assert_close(run(layer, x, dy), run_oracle(layer, x, dy), tolerance)
-
-
-@pytest.mark.parametrize("basis", [INDEPENDENT, BLOCK], ids=["independent", "block"])
+@pytest.mark.parametrize("basis", [INDEPENDENT, HADAMARD], ids=["independent", "hadamard"])
 @pytest.mark.parametrize("path", ["factored", "delta", "merged"])
 @pytest.mark.parametrize("kind", ["linear", "no bias", "subclass", "hook", "conv1d"])
 def test_every_kind_of_base_on_every_path(monkeypatch, kind, path, basis):
@@ -71,7 +63,7 @@ def test_replaced_forward_is_called():
     assert torch.equal(layer(torch.zeros(3, 8)), torch.full((3, 6), 7.0))
 
 
-@pytest.mark.parametrize("basis", [INDEPENDENT, BLOCK], ids=["independent", "block"])
+@pytest.mark.parametrize("basis", [INDEPENDENT, HADAMARD], ids=["independent", "hadamard"])
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 def test_a_fresh_adapter_changes_nothing(kind, basis):
     base = make_base(24, 40, kind)
@@ -96,7 +88,7 @@ def test_initial_values_and_attributes():
     assert trained == {"randlora_lambda.mine", "randlora_gamma.mine"}
 
 
-@pytest.mark.parametrize("basis", [{"density": 0.07}, {"density": 1 / 3}, BLOCK], ids=str)
+@pytest.mark.parametrize("basis", [{"density": 0.07}, {"density": 1 / 3}, HADAMARD], ids=str)
 def test_shapes_on_the_meta_device(basis):
     base = make_base(24, 40).to("meta")
     layer = RandLoraLinear(base, **({"r": 8} | basis))
@@ -109,7 +101,7 @@ def test_shapes_on_the_meta_device(basis):
 
 
 def test_scaled_bases_and_delta_weight():
-    for kind, basis in (("linear", INDEPENDENT), ("conv1d", INDEPENDENT), ("conv1d", BLOCK)):
+    for kind, basis in (("linear", INDEPENDENT), ("conv1d", INDEPENDENT), ("conv1d", HADAMARD)):
         for in_features, out_features in ((24, 40), (40, 24)):
             base = make_base(in_features, out_features, kind, dtype=torch.float64)
             layer = randomize(RandLoraLinear(base, randlora_alpha=128 * basis["r"], **basis))
@@ -128,7 +120,7 @@ def test_scaled_bases_and_delta_weight():
             assert relative(gradient, wanted) < 1e-12
 
 
-@pytest.mark.parametrize("second", [{}, BLOCK], ids=["independent", "block"])
+@pytest.mark.parametrize("second", [{}, HADAMARD], ids=["independent", "hadamard"])
 def test_two_adapters_add_up(second):
     layer = two_adapters(**second)
     assert layer.active_adapters == ["default"]

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from randlora_ext import RandLoraLinear
-from randlora_ext.basis.block import fits
 from randlora_ext.nn.merging import KEEP_WEIGHT
 from randlora_ext.reference import delta_weight_reference
 
@@ -55,12 +54,10 @@ class Machine(RuleBasedStateMachine):
         else:
             self.layer.update_layer(name, r, 3.0 * r, density, key)
 
-    @rule(name=names, r=st.sampled_from([1, 2, 4, 8]), groups=st.sampled_from([1, 2, 4]), key=seeds)
-    def add_blocks(self, name, r, groups, key):
-        if name not in self.merged and fits(
-            groups, self.layer.in_features, self.layer.out_features, r
-        ):
-            self.layer.update_layer(name, r, 3.0 * r, 1 / groups, key, basis="block")
+    @rule(name=names, r=st.integers(1, 9), key=seeds)
+    def add_hadamard(self, name, r, key):
+        if name not in self.merged:
+            self.layer.update_layer(name, r, 3.0 * r, None, key, basis="hadamard")
 
     @rule(name=names, seed=st.integers(0, 99))
     def train(self, name, seed):

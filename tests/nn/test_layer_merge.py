@@ -28,7 +28,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 def test_merge_rounds_once_and_without_a_kept_weight_unmerge_nearly_restores(kind, dtype):
     base = make_base(24, 40, kind, dtype=dtype)
     layer = randomize(RandLoraLinear(base, r=5))
-    layer.update_layer("two", r=8, density=1 / 4, basis="block")
+    layer.update_layer("two", r=8, basis="hadamard")
     randomize(layer)
     layer.set_adapter(["default", "two"])
     x, _ = inputs(layer, 9, dtype=dtype)

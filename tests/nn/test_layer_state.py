@@ -52,7 +52,7 @@ def test_dtype_moves():
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_share_the_packed_basis(how):
-    layer = two_adapters(r=8, density=1 / 4, basis="block")
+    layer = two_adapters(basis="hadamard")
     layer.set_adapter(["default", "two"])
     x, _ = inputs(layer, 9, dtype=torch.float64)
     y = layer(x)
@@ -74,8 +74,8 @@ def test_repr_tells_rank_density_and_path():
     text = repr(RandLoraLinear(nn.Linear(24, 40), r=5, density=0.07))
     assert "in_features=24, out_features=40" in text
     assert "default: r=5, density=0.07, active, path " in text
-    text = repr(RandLoraLinear(nn.Linear(64, 96), r=8, basis="block"))
-    assert "default: r=8, block, density=0.125, active, path " in text
+    text = repr(RandLoraLinear(nn.Linear(64, 96), r=8, basis="hadamard"))
+    assert "default: r=8, hadamard, active, path " in text
 
 
 def test_core_needs_torch_alone():
@@ -94,9 +94,10 @@ BAD_OPTIONS = [
     ({"r": 2.0}, TypeError, r"r must be .*2\.0"),
     ({"density": 0.0}, ValueError, r"density must be in \(0, 1\], got 0\.0"),
     ({"density": 1.5}, ValueError, r"density must be in \(0, 1\], got 1\.5"),
-    ({"basis": "block", "density": 0.3}, ValueError, r"1 / G .* got 0\.3; the nearest is 1 / 3"),
-    ({"basis": "block", "r": 4}, ValueError, "got 8, 8 and r=4; densities that fit: 1/2"),
-    ({"basis": "blocks"}, ValueError, r"must be one of \['independent', 'block'\], got 'blocks'"),
+    ({"basis": "hadamard", "density": 0.3}, ValueError, r"density must be None for .*0\.3"),
+    ({"basis": "hadamards"}, ValueError, r"one of \['independent', 'hadamard'\], got 'hadamards'"),
+    ({"basis": None}, ValueError, r"must be one of .*got None"),
+    ({"basis": []}, ValueError, r"must be one of .*got \[\]"),
     ({"density": float("nan")}, ValueError, r"density must be .*nan"),
     ({"density": "1"}, TypeError, r"density must be .*'1'"),
     (
