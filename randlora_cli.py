@@ -36,15 +36,25 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_) -> NoReturn:
+        from randlora_ext import __version__
+
+        print(f"randlora_ext {__version__}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     """Each command takes the parameters of the function of its name in `randlora_ext.cli`."""
     parser = _Parser(
         prog="randlora",
         description="RandLoRA adapters from the shell. Exit code 0: done; 1: a check failed; "
         "2: something to put right, told in one line.",
-        epilog="example: randlora inspect my-adapter",
+        epilog="example: randlora merge my-model my-adapter merged",
         allow_abbrev=False,
     )
+    told = "print the version and exit"
+    parser.add_argument("--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help=told)
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
 
     def add(name: str, told: str, example: str = "", *operands: str) -> Callable:
@@ -62,12 +72,6 @@ def _parser() -> argparse.ArgumentParser:
 
     add("check", "what a bug report needs, and a self-check (the default)")
 
-    told, example = "tell what is in an adapter", "my-adapter --base my-model --plot spectra.png"
-    option = add("inspect", told, example, "source")
-    option("--base", metavar="MODEL", help=_BASE)
-    option("--layers", metavar="REGEX", help="only layers whose path it is found in")
-    option("--plot", metavar="PNG", type=Path, help="spectra of dW, and a heat map")
-
     told = "write an adapter with its bases, without them, or as LoRA"
     option = add("convert", told, "my-adapter for-stock-peft --to peft", "source", "out")
     told = "peft: with bases; compact: without; lora: the nearest"
@@ -82,6 +86,4 @@ def _parser() -> argparse.ArgumentParser:
     option = add("merge", told, "my-model my-adapter merged", "model", "source", "out")
     told = "round 16-bit sums up or down at random, so that small changes count"
     option("--rounding-seed", metavar="N", type=int, help=told)
-
-    add("bench", "a minute: frozen, LoRA, PEFT's RandLoRA and ours")
     return parser

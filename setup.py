@@ -9,6 +9,8 @@ tools/run_sanitized_python.sh shows how to run the result.
 import hashlib
 import os
 import platform
+import shlex
+import shutil
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -57,6 +59,12 @@ class BuildLibraries(build_clib):
     """Side by side: that for AVX-512 alone takes as long as the others together."""
 
     def build_libraries(self, libraries):
+        # First, because what is left over in build/ would let it fail at some later step.
+        compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX"))[0]
+        if shutil.which(compiler) is None:
+            raise SystemExit(
+                f"error: there is no C++ compiler {compiler!r}; install g++ or clang++, or set CXX"
+            )
         build_one = super().build_libraries
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with ThreadPoolExecutor(jobs) as pool:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from randlora_ext import delta_weight
 from randlora_ext.reference import delta_weight_reference
 
-BASES = ["dense", "1/3", "1/8", "0.07", "1/16", "very_sparse", "block:1/8", "block:1/16"]
+BASES = ["dense", "1/3", "1/8", "0.07", "1/16", "very_sparse", "hadamard"]
 
 
 def random_targets(size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:

@@ -127,11 +127,17 @@ def stock(setting: Setting, r: int) -> Costs:
     )
 
 
-def ours(setting: Setting, r: int, density: float, label: str) -> Costs:
-    """Packed bases, one for each shape."""
+def ours(setting: Setting, r: int, density: float | None, label: str) -> Costs:
+    """One basis for each shape: packed independent ones, or Hadamard ones, which have no density.
+
+    The latter's signs are a byte each, and no product makes B dense.
+    """
 
     def packed(gpus: int) -> float:
-        return sum(packed_bytes(*s, r, density) for s in {x.sizes(r, gpus) for x in setting.layers})
+        shapes = {layer.sizes(r, gpus) for layer in setting.layers}
+        if density is None:
+            return sum(map(sum, shapes))
+        return sum(packed_bytes(*sizes, r, density) for sizes in shapes)
 
     def sent(layer: Layer) -> float:
         """Lambda's gradient, and gamma's if the D side is cut, summed once."""
@@ -149,7 +155,7 @@ def ours(setting: Setting, r: int, density: float, label: str) -> Costs:
         checkpoint=SINGLE * numbers,
         rank_trained=setting.total(lambda layer: diagonals(layer, r, setting.gpus)),
         rank_bases=packed(setting.gpus),
-        rank_dense_b=sum(HALF * D * K for D, _, K in shapes),
+        rank_dense_b=0 if density is None else sum(HALF * D * K for D, _, K in shapes),
         rank_sent=setting.total(sent),
     )
 
@@ -246,7 +252,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} ({default})")
     args = parser.parse_args(arguments)
     setting, r, very = llama(args), args.rank, args.hidden**-0.5
-    densities = {"density 1/3": 1 / 3, "density 0.07": 0.07, f"very_sparse ({very:.4f})": very}
+    densities = {"Hadamard": None, "density 1/3": 1 / 3, "density 0.07": 0.07}
+    densities[f"very_sparse ({very:.4f})"] = very
     methods = [lora(setting, args.lora_rank), stock(setting, r)]
     methods += [ours(setting, r, density, label) for label, density in densities.items()]
     print(report(setting, methods))

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from methods import Ours, frozen_layer, make
+from methods import Ours, frozen_layer, make, paths_of
 from torch import Tensor, nn
 
 from randlora_ext import explain
 from randlora_ext.diagnostics import LIMITS, relative_error
-from randlora_ext.ops.path import PATHS
 
 
 def compare(
@@ -33,7 +32,7 @@ def compare(
         size: (in, out).
         density: as of `methods.density_of`.
         methods: of `methods.METHODS`. With all our paths among them the result has "regret": what
-            the choice of the cost model loses against the best path.
+            the choice of `auto` loses against the best path.
 
     Raises RuntimeError if one of ours disagrees with the float64 reference.
     """
@@ -50,13 +49,14 @@ def compare(
         "out": n_out,
         "tokens": tokens,
         "density": density,
+        "rank": rank,
         "dtype": str(dtype).removeprefix("torch."),
     }
     if ours:
         result |= {"path": explain(ours[0].basis, tokens, dtype).path, "error": error}
     result["frozen_ms"] = medians["frozen"] * 1e3
     result |= {name: medians[name] / medians["frozen"] for name in methods}
-    paths = PATHS if dtype == torch.float32 else PATHS[:2]  # 16 bits: merging would round dW away
+    paths = paths_of(density, dtype)
     if set(paths) <= set(methods):
         result["regret"] = result[result["path"]] / min(result[path] for path in paths) - 1
     return result

@@ -1,14 +1,15 @@
 """Does it learn as well, and what does it forget? RandLoRA beside LoRA, SHiRA, MiSS, full tuning.
 
-    python benchmarks/finetune.py --methods lora,"randlora block:1/8" --rates 3e-4,5e-4 --seeds 3
-    python benchmarks/finetune.py --methods "randlora block:1/8" --model bf16,bf16:nearest
+    python benchmarks/finetune.py --methods lora,"randlora hadamard" --rates 3e-4,5e-4 --seeds 3
+    python benchmarks/finetune.py --methods "randlora hadamard" --gamma constant,signs
     python benchmarks/finetune.py --parity 100      ours and stock PEFT, loss by loss
 
 The task is spelling.py's: English spelling to phonemes, SmolLM2-135M. Every method is trained with
-every rate, scaling, model and seed. Each run is written to OUT.jsonl as it ends: a stopped
-benchmark continues where it was. The table has a row per setting, with the mean over seeds.
+every rate, scaling, model, start of gamma and seed. Each run is written to OUT.jsonl as it ends: a
+stopped benchmark continues where it was. The table has a row per setting, means over seeds.
 
 Forgetting is how much the loss on English text (Python's own documentation, 1,024 tokens) rises.
+The effective rank of dW is exp of the entropy of its squared singular values, in layers 3 and 15.
 The ranks of the other methods give them as many parameters as RandLoRA with r = 32. Limits: few
 steps, one small model, one task; differences below the spread over seeds mean nothing.
 """
@@ -16,7 +17,6 @@ steps, one small model, one task; differences below the spread over seeds mean n
 import argparse
 import copy
 import json
-import os
 import statistics
 import sys
 from fractions import Fraction
@@ -28,24 +28,20 @@ TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
 RANK, SCALING = 32, 20.0
 JUMP = 0.5  # a rise of the training loss over the mean of the five steps before
 METHODS = ["lora", "rslora", "shira", "miss", "full"]
-RANDLORA = ["1/3", "0.07", "very_sparse", "dense", "1/8", "block:1/8"]
-MODELS = ["fp32", "bf16", "bf16:nearest", "bf16:stochastic"]
+RANDLORA = ["hadamard", "1/3", "0.07", "very_sparse", "dense", "1/8"]
+MODELS = ["fp32", "bf16"]
+GAMMAS = ["constant", "signs"]  # how gamma starts; signs are random ones of the constant's size
+MEASURED = 3, 15  # layers whose effective rank is told
 ANSWERED = 32  # held-out words whose phonemes are counted
-RANDOM_SIGNS, BANDS = 1000, 2000  # added to the seed: no cache has a basis of another kind for it
-_hadamard_signs = None  # how the package makes them
-KEY = "method", "lr", "seed", "steps", "scaling", "model"
+KEY = "method", "lr", "seed", "steps", "scaling", "model", "gamma"
 
 
-def adapted(base, method: str, seed: int, scaling: float = SCALING, rounding: str | None = None):
+def adapted(base, method: str, seed: int, scaling: float = SCALING, gamma: str = "constant"):
     """The model, in which only the method's parameters require gradients."""
     import peft
-    import torch
 
     import randlora_ext.peft
-    from randlora_ext.basis.block import BlockMatrices
 
-    global _hadamard_signs
-    _hadamard_signs = _hadamard_signs or BlockMatrices._a_blocks
     if method == "full":
         return base.requires_grad_(True)
     common = {"target_modules": TARGETS, "task_type": "CAUSAL_LM"}
@@ -58,61 +54,57 @@ def adapted(base, method: str, seed: int, scaling: float = SCALING, rounding: st
     }
     if method in others:
         return peft.get_peft_model(base, others[method]())
-    with_random_signs = method.endswith(" random signs")
-    if with_random_signs:  # in bf16 only, whose kernels take A's signs as they are
-        method = method.removesuffix(" random signs")
-        seed += RANDOM_SIGNS
-    BlockMatrices._a_blocks = random_signs if with_random_signs else _hadamard_signs
-    with_bands = method.endswith(" bands")
-    if with_bands:
-        method = method.removesuffix(" bands")
-        seed += BANDS
-    stock, density = method.startswith("peft"), method.split()[-1]
+    stock, bases = method.startswith("peft"), method.split()[-1]
     randlora_ext.peft.disable() if stock else randlora_ext.peft.enable()
     config = peft.RandLoraConfig if stock else randlora_ext.peft.RandLoraConfig
-    kinds = {"1/3": {"sparse": True}, "very_sparse": {"very_sparse": True}, "dense": {}}
+    kinds = {
+        "hadamard": {"basis": "hadamard"},
+        "1/3": {"sparse": True},
+        "very_sparse": {"very_sparse": True},
+        "dense": {},
+    }
+    kind = kinds[bases] if bases in kinds else {"density": float(Fraction(bases))}
     common |= {"r": RANK, "randlora_alpha": scaling * RANK, "projection_prng_key": seed}
-    if rounding:
-        common |= {"merged_rounding": rounding}
-    if density.startswith("block:"):
-        common |= {"basis": "block"}
-    number = density.removeprefix("block:")
-    kind = kinds[density] if density in kinds else {"density": float(Fraction(number))}
     tuned = peft.get_peft_model(base, config(save_projection=False, **kind, **common))
-    if with_bands:
-        for layer in tuned.modules():
-            if hasattr(layer, "basis_of"):
-                make_banded(layer.basis_of("default", torch.device("cpu"))[0])
+    if gamma == "signs":
+        give_signs(tuned, seed)
     return tuned
 
 
-def random_signs(matrices, shape, held, device):
-    """Random signs for A of block bases, instead of Hadamard's times one sign per column."""
+def give_signs(tuned, seed: int) -> None:
+    """Multiplies every gamma by random signs."""
     import torch
 
-    generator = torch.Generator().manual_seed(matrices.description.seed)
-    size = shape.r, shape.d // held.groups
-    return (2 * torch.randint(2, size, generator=generator, dtype=torch.int8) - 1).to(device)
+    generator = torch.Generator().manual_seed(seed)
+    for name, gamma in tuned.named_parameters():
+        if "randlora_gamma" in name:
+            signs = 2 * torch.randint(2, gamma.shape, generator=generator) - 1
+            gamma.detach().mul_(signs)
 
 
-def make_banded(basis, groups: int = 16, width: int = 2) -> None:
-    """An alternative to blocks of 1/8: each of 16 groups has two neighboring chunks per side."""
+def effective_ranks(base, tuned) -> dict[str, list[float]]:
+    """By kind of layer, the effective rank of dW in the layers MEASURED."""
     import torch
 
-    from randlora_ext.basis.dense import DenseMatrices
+    from randlora_ext.demo.finetune import effective_rank
 
-    if basis.kind == "dense":  # layers of one shape share it
-        return
-    generator = torch.Generator().manual_seed(basis.seed)
+    def by_path(model) -> dict:  # without what PEFT puts before the path
+        return {name.removeprefix("base_model.model."): m for name, m in model.named_modules()}
 
-    def banded(group: torch.Tensor, features: int) -> torch.Tensor:
-        chunk = torch.arange(features) // (features // groups)
-        held = (chunk - group[:, None]) % groups < width
-        signs = 2 * torch.randint(2, held.shape, generator=generator) - 1
-        return held * signs * (groups / width) ** 0.5
+    def outputs(layer):
+        layer = copy.deepcopy(layer).float()
+        with torch.no_grad():
+            return layer(torch.eye(layer.in_features))
 
-    A = banded(torch.arange(basis.r) // (basis.r // groups), basis.d)
-    basis._source = DenseMatrices(A, banded(torch.arange(basis.K) % groups, basis.D).T.contiguous())
+    before, after = by_path(base), by_path(tuned)
+    return {
+        kind: [
+            round(effective_rank(outputs(after[path]) - outputs(before[path])), 1)
+            for path in before
+            if path.endswith(kind) and any(f".layers.{i}." in path for i in MEASURED)
+        ]
+        for kind in TARGETS
+    }
 
 
 @cache
@@ -133,6 +125,7 @@ def run_one(
     steps: int,
     scaling: float = SCALING,
     model: str = "fp32",
+    gamma: str = "constant",
     answers: bool = False,
     nudge: bool = False,
 ) -> dict:
@@ -143,13 +136,10 @@ def run_one(
     import spelling
     import torch
 
-    dtype, _, rounding = model.partition(":")
-    # A rounding means the merged path, at any number of tokens; otherwise the exact one.
-    os.environ["RANDLORA_PATH"] = "merged" if rounding else "auto"
     torch.manual_seed(seed)
     training, held_out = spelling.read_words()
-    tokenizer, base, text_loss = loaded(dtype)
-    tuned = adapted(copy.deepcopy(base), method, seed, scaling, rounding or None)
+    tokenizer, base, text_loss = loaded(model)
+    tuned = adapted(copy.deepcopy(base), method, seed, scaling, gamma)
     trained = [p for p in tuned.parameters() if p.requires_grad]
     if nudge:
         with torch.no_grad():
@@ -158,7 +148,7 @@ def run_one(
             )
     batches = spelling.plan_batches(training, steps, 16, seed)
     parameters = sum(p.numel() for p in trained)
-    result = dict(zip(KEY, (method, lr, seed, steps, scaling, model), strict=True))
+    result = dict(zip(KEY, (method, lr, seed, steps, scaling, model, gamma), strict=True))
     result |= {"parameters": parameters}
     try:
         losses, seconds = spelling.train(tuned, tokenizer, batches, lr)
@@ -169,6 +159,7 @@ def run_one(
         "seconds_per_step": statistics.median(seconds),
         "held_out_loss": spelling.held_out_loss(tuned, tokenizer, held_out),
         "forgetting": spelling.text_loss(tuned, tokenizer) - text_loss,
+        "effective_rank": effective_ranks(base, tuned),
     }
     if answers:
         asked = held_out[:ANSWERED]
@@ -179,7 +170,8 @@ def run_one(
 def sweep(settings: list[dict], out: Path) -> list[dict]:
     """A row per setting, in their order; those that OUT has are not run again."""
     lines = out.read_text().splitlines() if out.exists() else []
-    done = {tuple(row[k] for k in KEY): row for row in map(json.loads, lines)}
+    rows = ({"gamma": "constant"} | json.loads(line) for line in lines)
+    done = {tuple(row[k] for k in KEY): row for row in rows}
     for setting in settings:
         key = tuple(setting[k] for k in KEY)
         if key in done:
@@ -198,25 +190,33 @@ def jumps(losses: list[float]) -> bool:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown, one row per setting: the mean over seeds, and each seed's loss."""
+    """Markdown, one row per setting: means over seeds, each seed's loss, effective ranks of dW."""
     lines = [
-        "| method | scaling | model | lr | held-out loss (seeds) | jumps | forgetting |",
-        "|---|---|---|---|---|---|---|",
+        "| method | scaling | model | gamma | lr | held-out loss (seeds) | jumps | forgetting | "
+        + " | ".join(TARGETS)
+        + " |",
+        "|" + "---|" * (8 + len(TARGETS)),
     ]
 
     def setting(row: dict) -> tuple:
-        return row["method"], row["scaling"], row["model"], row["lr"]
+        return row["method"], row["scaling"], row["model"], row["gamma"], row["lr"]
 
     for these in dict.fromkeys(map(setting, rows)):
         mine = [row for row in rows if setting(row) == these]
         losses = [row["held_out_loss"] for row in mine]
         forgot = [row.get("forgetting", float("inf")) for row in mine]
         jumped = sum(jumps(row.get("train_loss", [])) for row in mine)
-        method, scaling, model, lr = these
+        method, scaling, model, gamma, lr = these
+        ranks = [row["effective_rank"] for row in mine if "effective_rank" in row]
+        told = (
+            round(statistics.fmean(sum((r[kind] for r in ranks), []))) if ranks else ""
+            for kind in TARGETS
+        )
         lines.append(
-            f"| {method} | {scaling:g} | {model} | {lr:g} | {statistics.fmean(losses):.3f} "
-            f"({', '.join(f'{loss:.3f}' for loss in losses)}) | {jumped} of {len(mine)} | "
-            f"{statistics.fmean(forgot):.2f} |"
+            f"| {method} | {scaling:g} | {model} | {gamma} | {lr:g} | "
+            f"{statistics.fmean(losses):.3f} ({', '.join(f'{loss:.3f}' for loss in losses)}) | "
+            f"{jumped} of {len(mine)} | {statistics.fmean(forgot):.2f} | "
+            f"{' | '.join(map(str, told))} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -253,11 +253,12 @@ def main() -> None:
 
     everything = [*METHODS, *(f"randlora {d}" for d in RANDLORA), "peft randlora dense"]
     parser.add_argument(
-        "--methods", type=of(str), default=["lora", "randlora block:1/8"], help=f"{everything} ..."
+        "--methods", type=of(str), default=["lora", "randlora hadamard"], help=f"{everything} ..."
     )
     parser.add_argument("--rates", type=of(float), default=[5e-4], help="learning rates")
     parser.add_argument("--scalings", type=of(float), default=[SCALING], help="RandLoRA's alpha/r")
     parser.add_argument("--model", type=of(str), default=["fp32"], help=f"of {MODELS}")
+    parser.add_argument("--gamma", type=of(str), default=["constant"], help=f"of {GAMMAS}")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("finetune"), help="write OUT.jsonl")
@@ -269,9 +270,9 @@ def main() -> None:
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
     settings = [  # seeds outermost: a stopped benchmark has the first ones for every setting
-        dict(zip(KEY, (method, lr, seed, args.steps, scaling, model), strict=True))
-        for seed, method, scaling, model, lr in product(
-            range(args.seeds), args.methods, args.scalings, args.model, args.rates
+        dict(zip(KEY, (method, lr, seed, args.steps, scaling, model, gamma), strict=True))
+        for seed, method, scaling, model, gamma, lr in product(
+            range(args.seeds), args.methods, args.scalings, args.model, args.gamma, args.rates
         )
     ]
     print(table(sweep(settings, args.out.with_suffix(".jsonl"))))

@@ -6,7 +6,7 @@
 
     build       the extension and the CUDA library in place, before every stage that needs it
     check       self-check, GPU tests without the slowest, memcheck, a fault that it must find
-    block_gemm  products of block bases in plain torch beside LoRA; needs no build
+    hadamard_torch  a step on Hadamard bases in plain torch beside LoRA; needs no build
     layers      a layer by every method and path: sizes, tokens, densities
     kernels     every operator beside its floor
     racecheck   compute-sanitizer's racecheck on small shapes
@@ -40,9 +40,11 @@ sys.path.insert(0, str(HERE))
 
 from gpu import report, rows  # noqa: E402
 
-STAGES = ("build", "check", "block_gemm", "layers", "kernels", "racecheck", "ncu", "model", "slow")
-DEFAULT = STAGES[:3]
-NEEDS_NO_BUILD = "block_gemm"
+STAGES = (
+    "hadamard_torch", "build", "check", "layers", "model", "kernels", "racecheck", "ncu", "slow",
+)  # fmt: skip
+DEFAULT = STAGES[:4]
+NEEDS_NO_BUILD = "hadamard_torch"
 LEAST = 20.0  # seconds: with less left, a command is not started
 LAST_WORDS = 10.0  # seconds between Ctrl-C and the end of a command that takes too long
 FINDING = 9  # exit status of compute-sanitizer if it found something
@@ -117,7 +119,7 @@ def commands(stage: str, card: dict, dry: bool, csv: Path) -> list[Command]:
             sanitizer(memcheck, 90),
             sanitizer(memcheck, 30, "--plant"),
         ],
-        "block_gemm": [Command("block_gemm", gpu("block_gemm"), 230)],
+        "hadamard_torch": [Command("hadamard_torch", gpu("hadamard_torch"), 150)],
         "layers": [Command("layers", gpu("layers"), 300)],
         "kernels": [Command("kernels", gpu("kernels", "--rates", rates), 120)],
         "racecheck": [sanitizer("racecheck --racecheck-report all", 240)],

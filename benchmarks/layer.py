@@ -4,7 +4,8 @@
     python benchmarks/layer.py --quick               a smaller grid
     python benchmarks/layer.py --methods all         every method, and ours by each path
     python benchmarks/layer.py --memory              with the peak of memory of each method
-    python benchmarks/layer.py --densities dense     on PEFT's default bases
+    python benchmarks/layer.py --densities hadamard,dense     on our bases and PEFT's default
+    python benchmarks/layer.py --hadamard            LoRA and both paths of Hadamard bases
     python benchmarks/layer.py --paths               our paths alone, and what the choice loses
     python benchmarks/layer.py --append --out FILE   adds rows to those that FILE.json has
 
@@ -17,29 +18,31 @@ Columns named METHOD_mib are MiB over the frozen layer's.
 
 import argparse
 import json
+from itertools import product
 from pathlib import Path
 
 import torch
 from compare import compare
 from memory import peak_mib
-from methods import METHODS
+from methods import METHODS, paths_of
 from record import in_a_process, machine, show, write
 
 from randlora_ext.ops.path import PATHS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Case = tuple[tuple[int, int], int, str, str, int]  # (in, out), tokens, density, dtype, r
 
 
-def measure(size: tuple[int, int], tokens: int, density: str, methods: list[str], args) -> dict:
+def measure(case: Case, methods: list[str], repeats: int, memory: bool) -> dict:
     """One row; each process that it takes ends with it."""
-    dtype = DTYPES[args.dtype]
+    *shape, dtype_name, rank = case
+    dtype = DTYPES[dtype_name]
     row = in_a_process(
-        compare, size, tokens, density,
-        dtype=dtype, rank=args.rank, repeats=args.repeats, methods=methods,
+        compare, *shape, dtype=dtype, rank=rank, repeats=repeats, methods=methods
     )  # fmt: skip
-    if args.memory:
+    if memory:
         peaks = {
-            method: in_a_process(peak_mib, method, size, tokens, density, dtype, args.rank)
+            method: in_a_process(peak_mib, method, *shape, dtype, rank)
             for method in ("frozen", *methods)
         }
         row["frozen_mib"] = peaks["frozen"]
@@ -47,44 +50,59 @@ def measure(size: tuple[int, int], tokens: int, density: str, methods: list[str]
     return row
 
 
-def chosen(args) -> list[str]:
-    if args.paths:
-        return list(PATHS if args.dtype == "fp32" else PATHS[:2])
-    return list(METHODS) if args.methods == "all" else args.methods.split(",")
+def chosen(args, density: str, dtype: str) -> list[str]:
+    paths = list(paths_of(density, DTYPES[dtype]))
+    if args.paths or args.hadamard:
+        return ["lora"] * args.hadamard + paths
+    if args.methods == "all":
+        no_delta = paths_of(density, torch.float32)
+        return [method for method in METHODS if method not in PATHS or method in no_delta]
+    return args.methods.split(",")
+
+
+def cases(args) -> list[Case]:
+    sizes = [tuple(int(n) for n in s.split("x")) for s in args.sizes.split(",")]
+    tokens = [int(count) for count in args.tokens.split(",")]
+    found = list(product(sizes, tokens, args.densities.split(","), [args.dtype], [args.rank]))
+    if args.hadamard and not args.quick:
+        square = 2048, 2048
+        found += [(square, 512, "hadamard", "bf16", 32), (square, 1024, "hadamard", "fp32", 64)]
+    return found
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", default="1024x1024,2048x2048", help="in x out, comma separated")
     parser.add_argument("--tokens", default="16,256,1024")
-    parser.add_argument("--densities", default="1/3,0.07,very_sparse")
+    parser.add_argument("--densities", default="hadamard,1/3,0.07,very_sparse")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--methods", default="lora,peft,ours", help=f"all, or of {METHODS}")
     parser.add_argument("--memory", action="store_true", help="a process a method for its peak")
     parser.add_argument("--quick", action="store_true", help="one size, two token counts")
+    told = "LoRA of the same r and both paths of Hadamard bases, the rows of docs/benchmarks.md"
+    parser.add_argument("--hadamard", action="store_true", help=told)
     parser.add_argument("--paths", action="store_true", help="our paths instead of other methods")
     parser.add_argument("--out", type=Path, help="write FILE.json")
     parser.add_argument("--append", action="store_true", help="keep the rows that FILE.json has")
     args = parser.parse_args(arguments)
+    if args.hadamard:
+        args.sizes = "1024x1024,2048x2048,4096x4096,1024x4096,4096x1024"
+        args.tokens, args.densities = "16,256,1024,4096", "hadamard"
     if args.quick:
         args.sizes, args.tokens, args.repeats = "1024x1024", "16,256", 5
 
     print(json.dumps(machine()))
-    sizes = [tuple(int(n) for n in s.split("x")) for s in args.sizes.split(",")]
     before = args.out.with_suffix(".json") if args.out and args.append else None
     rows = json.loads(before.read_text())["rows"] if before and before.exists() else []
-    header = True
-    for size in sizes:
-        for tokens in (int(t) for t in args.tokens.split(",")):
-            for density in args.densities.split(","):
-                row = measure(size, tokens, density, chosen(args), args)
-                show(row, header)
-                header = False
-                rows.append(row)
-                if args.out:  # now, so that a stopped run keeps its rows
-                    write(args.out, rows)
+    for i, case in enumerate(cases(args)):
+        _, _, density, dtype, _ = case
+        row = measure(case, chosen(args, density, dtype), args.repeats, args.memory)
+        show(row, header=i == 0)
+        rows.append(row)
+        if args.out:  # now, so that a stopped run keeps its rows
+            write(args.out, rows)
     if args.paths:
         worst = max(r["regret"] for r in rows)
         near = sum(r["regret"] <= 0.1 for r in rows)

@@ -13,7 +13,7 @@ from randlora_ext.basis.dense import DenseMatrices
 from randlora_ext.ops.path import PATHS
 
 SCALING = 20.0  # PEFT's default, alpha / r = 640 / 32
-# "peft" is PEFT's own RandLoRA, "full" full fine-tuning, "ours" the path of the cost model.
+# "peft" is PEFT's own RandLoRA, "full" full fine-tuning, "ours" the path that `auto` takes.
 METHODS = ("lora", "peft", "dora", "vera", "full", "ours", *PATHS)
 
 
@@ -32,18 +32,26 @@ class Ours(nn.Module):
 
 
 def density_of(text: str, d: int) -> float:
-    """A number, a fraction, or PEFT's very_sparse (1 / sqrt(d)); after "block:" for block bases."""
-    number = text.removeprefix("block:")
-    if number == "very_sparse":
+    """A number, a fraction, or PEFT's very_sparse (1 / sqrt(d)); 1 for bases without zeros."""
+    if text in ("hadamard", "dense"):
+        return 1.0
+    if text == "very_sparse":
         return 1 / math.sqrt(d)
-    top, _, bottom = number.partition("/")
+    top, _, bottom = text.partition("/")
     return float(top) / float(bottom or 1)
 
 
-def basis_of(text: str, size: tuple[int, int], rank: int, seed: int = 0) -> TernaryBasis:
-    """The bases that `text` names, as of `density_of`, for a layer of `size` = (in, out).
+def paths_of(density: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """The paths that `auto` may take; 16 bits would lose much of a dW that is merged."""
+    paths = PATHS if dtype.itemsize > 2 else PATHS[:2]
+    return tuple(path for path in paths if path != "delta" or density != "hadamard")
 
-    "dense" names uniform ones of unit variance, PEFT's default.
+
+def basis_of(text: str, size: tuple[int, int], rank: int, seed: int = 0) -> TernaryBasis:
+    """The bases that `text` names, for a layer of `size` = (in, out).
+
+    A density (`density_of`) names independent ones, "hadamard" ours, "dense" uniform ones of unit
+    variance, PEFT's default.
     """
     if text == "dense":
         make, (d, D) = torch.Generator().manual_seed(seed), sorted(size)
@@ -52,8 +60,9 @@ def basis_of(text: str, size: tuple[int, int], rank: int, seed: int = 0) -> Tern
             for shape in ((rank, d), (D, -(-d // rank) * rank))
         )
         return TernaryBasis.of_dense(DenseMatrices(*matrices), *size)
-    kind = "block" if text.startswith("block:") else "independent"
-    return TernaryBasis(*size, rank, density_of(text, min(size)), seed, kind)
+    if text == "hadamard":
+        return TernaryBasis(*size, rank, seed=seed, kind="hadamard")
+    return TernaryBasis(*size, rank, density_of(text, min(size)), seed)
 
 
 def frozen_layer(size: tuple[int, int], dtype: torch.dtype) -> nn.Linear:

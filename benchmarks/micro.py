@@ -18,13 +18,16 @@ touch of its pages is part of the time.
 
 *Operations* are those of our algorithm, not those of the dense product that it replaces: one
 multiply-add, one addition or one integer instruction on a vector's lane each counts as one, since
-they share the processor's vector units. Per product: the A side density K d T, the B side from
-lists density D K T (a signed add for each non-zero), from bit planes D K T / 4 (b_planes.h adds a
-tabled sum for every four elements). For dW and its adjoint density^2 K D d. For A' and its
-gradient two products an entry. For fill_planes_ Philox's instructions; for planes_to_lists none.
+they share the processor's vector units. On Hadamard bases a product with A has K n T multiply-adds
+and one with B log2 N additions for each of N T numbers. On independent ones, per product: the A
+side density K d T, the B side from lists density D K T (a signed add for each non-zero), from bit
+planes D K T / 4 (b_planes.h adds a tabled sum for every four elements). For dW and its adjoint
+density^2 K D d. For A' and its gradient two products an entry. For fill_planes_ Philox's
+instructions; for planes_to_lists none.
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,7 +35,7 @@ from pathlib import Path
 
 import torch
 from gpu import floors
-from methods import density_of
+from methods import basis_of
 from record import machine, write
 from torch.utils.benchmark import Timer
 
@@ -133,6 +136,38 @@ def of_layers(b: TernaryBasis, dtype: torch.dtype, tokens: int) -> Iterator[Op]:
              2 * a_side + b_products * b_side, tokens)  # fmt: skip
 
 
+def of_hadamard(b: TernaryBasis, dtype: torch.dtype, tokens: list[int]) -> Iterator[Op]:
+    """W + dW, and the adapter without the base layer's GEMM."""
+    element, small = dtype.itemsize, 4 * (b.r * b.n + b.n * b.d)
+    lam, gam = torch.randn(b.r, b.n), torch.randn(b.n, b.d)
+    bases = (lam, gam, *b.packed("cpu"), b.scale, 0, 0, b.expand)
+    W = torch.randn(b.out_features, b.in_features, dtype=dtype)
+    floor = floors.hadamard_weight(b, element)
+    yield Op("hadamard_weight", lambda: ops.hadamard_weight(W, *bases), floor.bytes, floor.fma)
+    for count in tokens:
+        x, dy = (torch.randn(count, n, dtype=dtype) for n in W.shape[::-1])
+        forward, backward = floors.hadamard(b, count, element)
+        yield Op("hadamard_linear",
+                 lambda x=x: ops.hadamard_linear(x, None, None, *bases, False),
+                 element * (x.numel() + dy.numel()) + small,
+                 forward.matrix / 2 + forward.fma, count)  # fmt: skip
+        yield Op("hadamard_linear backward",
+                 lambda x=x, dy=dy: ops.hadamard_linear_backward(
+                     dy, x, None, *bases, False, True, True),
+                 element * (2 * x.numel() + dy.numel()) + 2 * small,
+                 backward.matrix / 2 + backward.fma, count)  # fmt: skip
+
+
+def making(size: tuple[int, int], r: int) -> Op:
+    """Hadamard bases from their seed, another at every call."""
+    seeds = itertools.count(1)
+    b = TernaryBasis(*size, r, kind="hadamard")
+    signs = b.d + b.D + b.K
+    return Op("hadamard basis from a seed",
+              lambda: TernaryBasis(*size, r, None, next(seeds), "hadamard").packed("cpu"),
+              signs, floors.INTEGERS_PER_ELEMENT * signs)  # fmt: skip
+
+
 def row(op: Op, peaks: Peaks, least: float) -> dict:
     taken = seconds(op.call, least)
     of_bytes = op.bytes / peaks.of_bytes(op.bytes) / taken
@@ -155,14 +190,19 @@ def row(op: Op, peaks: Peaks, least: float) -> dict:
 def measure(args, peaks: Peaks) -> Iterator[dict]:
     for size in (tuple(int(n) for n in s.split("x")) for s in args.sizes.split(",")):
         for density in args.densities.split(","):
-            basis = TernaryBasis(*size, args.rank, density_of(density, min(size)))
+            basis = basis_of(density, size, args.rank)
             about = {"in": size[0], "out": size[1], "density": density}
-            for op in of_bases(basis):
+            hadamard = basis.kind == "hadamard"
+            for op in [making(size, args.rank)] if hadamard else of_bases(basis):
                 yield {**about, "dtype": "", **row(op, peaks, args.least)}
+            tokens = [int(count) for count in args.tokens.split(",")]
             for dtype in args.dtypes.split(","):
-                cases = [*of_weights(basis, DTYPES[dtype])]
-                for tokens in args.tokens.split(","):
-                    cases += of_layers(basis, DTYPES[dtype], int(tokens))
+                if hadamard:
+                    cases = [*of_hadamard(basis, DTYPES[dtype], tokens)]
+                else:
+                    cases = [*of_weights(basis, DTYPES[dtype])]
+                    for count in tokens:
+                        cases += of_layers(basis, DTYPES[dtype], count)
                 for op in cases:
                     yield {**about, "dtype": dtype, **row(op, peaks, args.least)}
 
@@ -171,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", default="1024x1024,4096x4096", help="in x out, comma separated")
     parser.add_argument("--tokens", default="16,1024")
-    parser.add_argument("--densities", default="1/3,0.07,very_sparse")
+    parser.add_argument("--densities", default="hadamard,1/3,0.07,very_sparse")
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--least", type=float, default=0.3, help="seconds for each operator")

@@ -31,7 +31,7 @@ from randlora_ext.peft import RandLoraConfig
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 RANK = 32
-METHODS = ("lora", "ours block:1/8", "ours 0.07", "ours 1/3", "peft very_sparse")
+METHODS = ("lora", "ours hadamard", "ours 0.07", "ours 1/3", "peft very_sparse")
 SHAPES = {
     "smollm2-135m": {
         "hidden_size": 576,
@@ -51,7 +51,7 @@ SHAPES = {
         "vocab_size": 128256,
     },
     "toy": {  # for tests
-        "hidden_size": 128,  # block bases of 1/8 fit the 64 outputs of v_proj
+        "hidden_size": 128,
         "intermediate_size": 48,
         "num_hidden_layers": 1,
         "num_attention_heads": 4,
@@ -74,10 +74,10 @@ def adapted(method: str, shape: str) -> torch.nn.Module:
     common |= {"save_projection": False, "randlora_alpha": 20 * RANK}
     if density == "very_sparse":
         config = RandLoraConfig(very_sparse=True, **common)
+    elif density == "hadamard":
+        config = RandLoraConfig(basis="hadamard", **common)
     else:
-        kind = "block" if density.startswith("block:") else "peft"
-        number = float(Fraction(density.removeprefix("block:")))
-        config = RandLoraConfig(basis=kind, density=number, **common)
+        config = RandLoraConfig(density=float(Fraction(density)), **common)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return get_peft_model(model, config)

@@ -27,8 +27,7 @@ from matplotlib.ticker import (  # noqa: E402
 ROOT = Path(__file__).parent
 # The share of dW's full rank, 1 - (1 - density)^r, is for r = 32 and 1024 to 4096 features.
 DENSITIES = {
-    "block:1/8": ("tab:red", "block 1/8 (full rank)"),
-    "block:1/16": ("tab:purple", "block 1/16 (full rank)"),
+    "hadamard": ("tab:red", "Hadamard (full rank)"),
     "1/3": ("tab:blue", "1/3 (full rank)"),
     "0.07": ("tab:orange", "0.07 (90% of full rank)"),
     "very_sparse": ("tab:green", "very_sparse (40 to 64%)"),
@@ -54,8 +53,9 @@ def with_conditions(figure, result: dict):
 
 def by_tokens(result: dict):
     """LoRA, PEFT and ours against the number of tokens, one panel per layer size."""
-    rows = float32_rows(result)
-    sizes = sorted({(r["in"], r["out"]) for r in rows})
+    rows = [row for row in float32_rows(result) if row.get("rank", 32) == 32]
+    counts = {(r["in"], r["out"]): {o["tokens"] for o in rows if o["in"] == r["in"]} for r in rows}
+    sizes = sorted(size for size in counts if size[0] == size[1] and len(counts[size]) > 1)
     figure, axes = plt.subplots(1, len(sizes), figsize=(9, 3.9), sharey=True, squeeze=False)
     for axis, size in zip(axes[0], sizes, strict=True):
         mine = sorted((r for r in rows if (r["in"], r["out"]) == size), key=lambda r: r["tokens"])
@@ -64,11 +64,14 @@ def by_tokens(result: dict):
             line = [(r["tokens"], r[column]) for r in mine if r["density"] == density]
             axis.plot(*zip(*line, strict=True), **style)
 
-        # PEFT's and LoRA's times do not depend on the density; very_sparse is one of three rows.
-        draw("very_sparse", "peft", color="k", linestyle=":", label="RandLoRA in PEFT")
         for density, (color, label) in DENSITIES.items():
-            draw(density, "ours", color=color, marker="o", markersize=4, label=f"ours, {label}")
-        draw("very_sparse", "lora", color="k", linestyle="--", label="LoRA")
+            if any(row["density"] == density for row in mine):
+                draw(density, "ours", color=color, marker="o", markersize=4, label=f"ours, {label}")
+        # PEFT's and LoRA's times do not depend on the density: those of one are drawn.
+        others = {"peft": (":", "RandLoRA in PEFT"), "lora": ("--", "LoRA")}
+        for column, (style, label) in others.items():
+            if density := next((row["density"] for row in mine if column in row), None):
+                draw(density, column, color="k", linestyle=style, label=label)
         axis.set(xscale="log", yscale="log", title=f"{size[0]} x {size[1]}", xlabel="tokens")
         # Powers of four, whatever was measured: labels at every count would overlap.
         axis.xaxis.set_major_locator(LogLocator(4))

@@ -1,6 +1,6 @@
 """What LoRA keeps of a trained RandLoRA adapter, rank by rank, beside merging.
 
-    python benchmarks/to_lora.py --steps 24 --out benchmarks/results/to-lora-epyc-zen5
+    python benchmarks/to_lora.py --steps 24 --out benchmarks/results/to-lora-NAME
     python benchmarks/to_lora.py --adapter randlora-demo/adapter        one that is trained already
 
 Trains as finetune.py does, converts the adapter by `export_to_lora`, and measures each result as
@@ -68,7 +68,7 @@ def _bytes(folder: Path) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--method", default="randlora block:1/8", help="a RandLoRA of finetune.py")
+    parser.add_argument("--method", default="randlora hadamard", help="a RandLoRA of finetune.py")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)

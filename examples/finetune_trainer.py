@@ -4,7 +4,7 @@
     python examples/finetune_trainer.py --toy
 
 One line differs from a script for stock PEFT: `randlora_ext.peft.enable()`. The adapter is saved in
-PEFT's format; `basis="independent"` keeps it at lambda and gamma alone.
+PEFT's format; `basis="hadamard"` keeps it at lambda and gamma alone.
 """
 
 import peft
@@ -24,8 +24,7 @@ def main() -> None:
     config = randlora_ext.peft.RandLoraConfig(
         r=args.rank,
         randlora_alpha=20 * args.rank,  # scaling = alpha / r = 20, PEFT's default ratio
-        density=args.density,
-        basis="independent",
+        basis="hadamard",
         target_modules=TARGETS,
         task_type="CAUSAL_LM",
     )

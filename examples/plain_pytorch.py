@@ -17,7 +17,7 @@ SCALING = 20
 def main() -> None:
     args = parse(parser(__doc__.splitlines()[0]))
     device = torch.device("cuda" if torch.cuda.is_available() and not args.toy else "cpu")
-    options = {"r": args.rank, "randlora_alpha": SCALING * args.rank, "density": args.density}
+    options = {"r": args.rank, "randlora_alpha": SCALING * args.rank, "basis": "hadamard"}
     model = apply_randlora(load_model(args), TARGETS, **options).to(device).train()
     blocks = load_blocks(args).to(device)
     trained = [p for p in model.parameters() if p.requires_grad]

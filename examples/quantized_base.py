@@ -43,8 +43,7 @@ def main() -> None:
     config = randlora_ext.peft.RandLoraConfig(
         r=args.rank,
         randlora_alpha=20 * args.rank,
-        density=args.density,
-        basis="independent",
+        basis="hadamard",
         target_modules=TARGETS,
         task_type="CAUSAL_LM",
     )

@@ -42,8 +42,8 @@ randlora_ext.peft.enable()
 config = randlora_ext.peft.RandLoraConfig(
     r=options.rank,
     randlora_alpha=20 * options.rank,  # dW is scaled by alpha / r = 20
+    basis=options.basis,  # from the seed, so that the file holds no basis
     density=options.density,
-    basis="independent",  # from the seed, so that the file holds no basis
     projection_prng_key=options.seed,
     target_modules=options.target_modules,
     task_type="CAUSAL_LM",
@@ -96,12 +96,18 @@ model.save_pretrained(out / "adapter", save_embedding_layers=False)
 size = (out / "adapter" / "adapter_model.safetensors").stat().st_size
 print(f"{size / 1e6:.2g} MB for {sum(p.numel() for p in trained):,} parameters")
 
-# %% What was learned: the singular values of each dW (`randlora inspect` in a shell)
-spectra = out / "spectra.png"
-spectra.unlink(missing_ok=True)  # the command overwrites nothing
-randlora_cli.main(
-    ["inspect", str(out / "adapter"), "--base", str(out / "base"), "--plot", str(spectra)]
-)
+# %% What was learned: the singular values of each dW, and how many of them count
+for name, (rank, full) in finetune.effective_ranks(model).items():
+    print(f"{name}: effective rank of dW {rank:.0f} of {full:.0f}, mean over layers")
+plt.figure(figsize=(7, 4), layout="constrained")
+with torch.no_grad():
+    for layer in model.modules():
+        if hasattr(layer, "get_delta_weight"):
+            values = torch.linalg.svdvals(layer.get_delta_weight("default"))
+            plt.semilogy(values / values[0], lw=1)
+plt.gca().set(xlabel="index", ylabel="singular value / largest", ylim=(1e-4, 1.3))
+plt.savefig(out / "spectra.png", dpi=120)
+plt.show()
 
 # %% Merge into a folder that any program opens (`randlora merge` in a shell)
 shutil.rmtree(out / "merged", ignore_errors=True)

@@ -57,7 +57,7 @@ def main() -> None:
         if rank == 0:
             print(text, flush=True)
 
-    options = {"r": args.rank, "randlora_alpha": 20 * args.rank, "density": args.density}
+    options = {"r": args.rank, "randlora_alpha": 20 * args.rank, "basis": "hadamard"}
     model = apply_randlora(load_model(args), TARGETS, **options).to(device).train()
     cut(model, mesh)
     blocks = load_blocks(args).to(device)

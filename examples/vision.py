@@ -87,8 +87,7 @@ def main() -> None:
     config = randlora_ext.peft.RandLoraConfig(
         r=args.rank,
         randlora_alpha=10 * args.rank,
-        basis="block",
-        density=1 / 8,
+        basis="hadamard",
         target_modules=TARGETS,
         modules_to_save=["classifier"],
     )

@@ -42,7 +42,7 @@ def in_peft(model: nn.Module) -> nn.Module:
 
     randlora_ext.peft.enable()
     config = randlora_ext.peft.RandLoraConfig(
-        r=5, randlora_alpha=10, density=1 / 3, target_modules=["0", "2"]
+        r=5, randlora_alpha=10, basis="hadamard", target_modules=["0", "2"]
     )
     return peft.get_peft_model(model, config)
 

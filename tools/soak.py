@@ -57,7 +57,7 @@ class Trainer:
         self.model = nn.Sequential(
             RandLoraLinear(nn.Linear(48, 64), r=6, density=0.07),
             nn.ReLU(),
-            RandLoraLinear(nn.Linear(64, 32), r=6, density=1 / 3),
+            RandLoraLinear(nn.Linear(64, 32), r=6, basis="hadamard"),
         )
         self.optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad], lr=1e-3
@@ -78,7 +78,8 @@ class Trainer:
         """A layer that lives for one step."""
         n_in, n_out, r, density = SHAPES[number // 5 % len(SHAPES)]
         layer = RandLoraLinear(nn.Linear(n_in, n_out), r, density=density)
-        layer.update_layer("two", 3, density=0.2, projection_prng_key=number % 7)
+        kind = {"density": 0.2} if number % 2 else {"basis": "hadamard"}
+        layer.update_layer("two", 3, projection_prng_key=number % 7, **kind)
         layer.set_adapter(["default", "two"])
         with torch.autocast("cpu", torch.bfloat16, enabled=number % 2 == 0):
             layer(torch.randn(9, n_in, requires_grad=True)).float().sum().backward()

@@ -2,7 +2,7 @@
 
 card, rows, report      timing; results on disk; results as tables
 ceilings                what the card can do: copy rate, GEMM rates
-block_gemm              the products of block bases in plain torch; needs no extension
+hadamard_torch          a step on Hadamard bases in plain torch; needs no extension
 layers, kernels, model  a layer by every method; every operator; a whole model
 floors, expected        the least work of an operator; the table of docs/cuda.md made of it
 small_shapes            what compute-sanitizer watches

@@ -12,14 +12,13 @@ import argparse
 from randlora_ext import TernaryBasis
 
 from . import floors
-from .floors import Ceilings, Floor, is_block
+from .floors import Ceilings, Floor
 from .report import table
 
 BASES = {
     "density 1/64": (1 / 64, "independent"),
     "density 0.07": (0.07, "independent"),
     "density 1/3": (1 / 3, "independent"),
-    "block 1/8": (1 / 8, "block"),
 }
 SIZE, TOKENS, RANK = (4096, 4096), 8192, 32
 
@@ -41,8 +40,7 @@ def over_frozen(b: TernaryBasis, rates: Ceilings) -> dict[str, str]:
         for of in (False, True)
     )
     formed, merged = floors.delta_weight(b).us(rates), floors.merged_weight(b).us(rates)
-    # dW once each way; the gradient of dW is one GEMM, and is contracted. Block bases need neither.
-    gradients = floors.block_gradients(b, TOKENS).us(rates) if is_block(b) else gemm + formed
+    gradients = gemm + formed  # the gradient of dW is one GEMM, and is contracted
     steps = {
         "factored, packed B": 2 * gemm + packed,
         "factored, dense B": 2 * gemm + dense,
@@ -72,6 +70,23 @@ def lines(rates: Ceilings) -> list[list[str]]:
     ]
 
 
+LAYERS = [(8192, 4096, 4096), (2048, 4096, 4096), (840, 3072, 3072), (8192, 4096, 14336),
+          (8192, 4096, 1024)]  # fmt: skip
+
+
+def hadamard_lines(rates: Ceilings) -> list[list[str]]:
+    """For each layer the floors of the adapter on Hadamard bases, and of a step over frozen."""
+    made = []
+    for tokens, n_in, n_out in LAYERS:
+        b = TernaryBasis(n_in, n_out, RANK, kind="hadamard")
+        gemm = Floor(0, matrix=2 * tokens * b.D * b.d).us(rates)
+        forward, backward = (floor.us(rates) for floor in floors.hadamard(b, tokens))
+        over = 1 + (forward + backward) / (2 * gemm)
+        about = f"{tokens}, {n_in} to {n_out}"
+        made.append([about, f"{forward:.0f}", f"{backward:.0f}", f"{over:.2f}", ""])
+    return made
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--copy", type=float, default=3.0e12, help="bytes per second")
@@ -79,6 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--fp32", type=float, default=67e12, help="likewise")
     options = parser.parse_args(arguments)
     rates = Ceilings(options.copy, options.bf16, options.fp32)
+    head = ["tokens, layer", "adapter forward, us", "backward, us", "step over frozen", "measured"]
+    print(table(head, hadamard_lines(rates)))
     print(table(["at best, us", *BASES], lines(rates)), end="")
 
 

@@ -59,13 +59,7 @@ def index_bytes(b: TernaryBasis) -> int:
     return 4 if max(b.D, b.K) > 65536 else 2
 
 
-def is_block(b: TernaryBasis) -> bool:
-    return b.format == "blocks"
-
-
 def planes_bytes(b: TernaryBasis) -> float:
-    if is_block(b):
-        return 2 * b.K * -(-round(b.D * b.density) // 64) * 8
     return 2 * b.D * -(-b.K // 64) * 8
 
 
@@ -79,23 +73,17 @@ def packed_bytes(b: TernaryBasis) -> float:
     return list_bytes(b) if b.format == "lists" else planes_bytes(b)
 
 
-def b_elements(b: TernaryBasis) -> float:
-    """Elements of a dense B; for block bases, those of the blocks."""
-    return b.D * b.K * (b.density if is_block(b) else 1)
-
-
 def dense_bytes(b: TernaryBasis) -> float:
-    return 2 * b_elements(b)
+    return 2 * (b.D * b.K)
 
 
 def small_bytes(b: TernaryBasis) -> float:
-    """A (lists, or a byte an element of the blocks), lambda and gamma."""
-    entry = 1 if is_block(b) else index_bytes(b)
-    return b.density * b.r * b.d * entry + 4 * (b.r * b.n + b.n * b.d)
+    """A (lists), lambda and gamma."""
+    return b.density * b.r * b.d * index_bytes(b) + 4 * (b.r * b.n + b.n * b.d)
 
 
 def fill_planes(b: TernaryBasis) -> Floor:
-    return Floor(planes_bytes(b), integer=INTEGERS_PER_ELEMENT * b_elements(b))
+    return Floor(planes_bytes(b), integer=INTEGERS_PER_ELEMENT * (b.D * b.K))
 
 
 def planes_to_lists(b: TernaryBasis, by_column: bool) -> Floor:
@@ -111,7 +99,7 @@ def whole_basis(b: TernaryBasis) -> Floor:
     """From the seed to the packed form."""
     lists = list_bytes(b) + list_bytes(b, True)
     written = lists if b.format == "lists" else planes_bytes(b)
-    return Floor(written, integer=INTEGERS_PER_ELEMENT * b_elements(b))
+    return Floor(written, integer=INTEGERS_PER_ELEMENT * (b.D * b.K))
 
 
 def scaled_basis(b: TernaryBasis, element: int = 2) -> Floor:
@@ -122,12 +110,11 @@ def scaled_basis(b: TernaryBasis, element: int = 2) -> Floor:
 def delta_weight(b: TernaryBasis, element: int = 2) -> Floor:
     """dW written; backward reads its gradient instead, and contracts with as many terms.
 
-    From lists density^2 * K additions an entry; from planes a product of (D, K) and (K, d), of
-    blocks with density^2 * K terms.
+    From lists density^2 * K additions an entry; from planes a product of (D, K) and (K, d).
     """
     move = Floor(element * b.D * b.d + packed_bytes(b) + small_bytes(b))
     if b.format != "lists":
-        return move + Floor(0, matrix=2 * b_elements(b) * b.d * (b.density if is_block(b) else 1))
+        return move + Floor(0, matrix=2 * (b.D * b.K) * b.d)
     return move + Floor(0, fma=b.density**2 * b.K * b.D * b.d)
 
 
@@ -143,9 +130,9 @@ def a_side(b: TernaryBasis, tokens: int) -> Floor:
 def b_side(b: TernaryBasis, tokens: int, dense: bool) -> Floor:
     """One product with B: a GEMM on the dense one or on decoded planes; additions from lists."""
     if dense:
-        return Floor(dense_bytes(b), matrix=2 * b_elements(b) * tokens)
+        return Floor(dense_bytes(b), matrix=2 * (b.D * b.K) * tokens)
     if b.format != "lists":
-        return Floor(planes_bytes(b), matrix=2 * b_elements(b) * tokens)
+        return Floor(planes_bytes(b), matrix=2 * (b.D * b.K) * tokens)
     return Floor(list_bytes(b), fma=b.density * b.D * b.K * tokens)
 
 
@@ -163,7 +150,25 @@ def linear_backward(b: TernaryBasis, tokens: int, dense: bool, element: int = 2)
     return work if b.d == b.in_features else work + b_side(b, tokens, dense)
 
 
-def block_gradients(b: TernaryBasis, tokens: int, element: int = 2) -> Floor:
-    """dlam and dgam of block bases beside a formed dW: x and dy read, one product of each side."""
-    move = Floor(element * tokens * (b.in_features + b.out_features) + small_bytes(b))
-    return move + a_side(b, tokens) + b_side(b, tokens, True)
+def hadamard(b: TernaryBasis, tokens: int, element: int = 2) -> tuple[Floor, Floor]:
+    """Forward and backward of the adapter on Hadamard bases, each in its separate kernels.
+
+    The class products read or write a (T, d) tensor and z or w (T, K); the transform reads and
+    writes y. Additions: log2 r + log2 N for each of K and N numbers.
+    """
+    x, y, z = (element * tokens * size for size in (b.d, b.D, b.K))
+    N = 1 << (b.K - 1).bit_length()
+    adds = tokens * (b.K * (b.r - 1).bit_length() + N * (N.bit_length() - 1))
+    product = Floor(x + z, matrix=2 * tokens * b.K * b.n)
+    added = Floor(2 * x + z, matrix=2 * tokens * b.K * b.n)  # dx or y of d features
+    up, down = Floor(z + 2 * y, fma=adds), Floor(y + z, fma=adds)
+    diagonals = Floor(x + z, matrix=2 * tokens * b.K * b.n)
+    if b.expand:
+        return product + up, product + down + Floor(z) + added + diagonals
+    return down + added, product + up + down + Floor(z) + diagonals
+
+
+def hadamard_weight(b: TernaryBasis, element: int = 2) -> Floor:
+    """W read, W + dW written, log2 N additions an element."""
+    N = 1 << (b.K - 1).bit_length()
+    return Floor(2 * element * b.D * b.d, fma=b.d * N * (N.bit_length() - 1))

@@ -20,7 +20,7 @@ from .layers import DENSITIES, RANK
 
 ops = torch.ops.randlora
 BF16 = torch.bfloat16
-SIZES, TOKENS = [(4096, 4096), (14336, 4096)], [8192, 16]
+SIZES, TOKENS = [(4096, 4096), (4096, 14336)], [8192, 16]
 Op = tuple[str, int | None, Callable[[], object], Floor]  # name, tokens
 # They wait for the card, so no graph can capture them: their times include launch gaps.
 WAITING = ("whole basis", "planes_to_lists", "pack_dense")
@@ -34,10 +34,6 @@ def of_bases(b: TernaryBasis, device: torch.device) -> Iterator[Op]:
         TernaryBasis(*size, b.r, b.density, next(seeds), b.kind).packed(device)
 
     yield "whole basis", None, whole_basis, floors.whole_basis(b)
-    if floors.is_block(b):
-        blocks, floor = (b.packed(device)[1], round(b.D * b.density)), floors.expansion(b)
-        yield "planes_to_dense", None, lambda: ops.planes_to_dense(*blocks, 1.0, BF16), floor
-        return
     planes = torch.empty(2, b.D, -(-b.K // 64), dtype=torch.int64, device=device)
     fill = (planes, b.seed, 1, 0, 0, b.K, _C.threshold(b.density))
     yield "fill_planes_", None, lambda: ops.fill_planes_(*fill), floors.fill_planes(b)
@@ -61,12 +57,11 @@ def of_weights(b: TernaryBasis, device: torch.device) -> Iterator[Op]:
     packed, size = b.packed(device), (b.out_features, b.in_features)
     lam, gam = diagonals(b, device)
     G = torch.randn(*size, device=device).to(BF16)
-    if not floors.is_block(b):  # block bases make only the blocks
-        A, grad = b.dense_a(device, BF16), torch.randn(b.K, b.d, device=device).to(BF16)
-        floor = floors.scaled_basis(b)
-        yield "scaled_basis", None, lambda: ops.scaled_basis(A, lam, gam), floor
-        backward = (grad, A, lam, gam)
-        yield "scaled_basis backward", None, lambda: ops.scaled_basis_backward(*backward), floor
+    A, grad = b.dense_a(device, BF16), torch.randn(b.K, b.d, device=device).to(BF16)
+    floor = floors.scaled_basis(b)
+    yield "scaled_basis", None, lambda: ops.scaled_basis(A, lam, gam), floor
+    backward = (grad, A, lam, gam)
+    yield "scaled_basis backward", None, lambda: ops.scaled_basis_backward(*backward), floor
     floor, low = floors.delta_weight(b), lam.to(BF16)
     yield ("delta_weight", None,
            lambda: ops.delta_weight(low, gam, packed, b.scale, *size), floor)  # fmt: skip
@@ -97,6 +92,22 @@ def of_layers(b: TernaryBasis, device: torch.device, tokens: int) -> Iterator[Op
                floors.linear_backward(b, tokens, dense))  # fmt: skip
 
 
+def of_hadamard(b: TernaryBasis, device: torch.device, tokens: list[int]) -> Iterator[Op]:
+    """The operators on Hadamard bases, without the base layer's GEMM."""
+    bases = (*diagonals(b, device), *b.packed(device), 1.0, 0, 0, b.expand)
+    W = torch.randn(b.out_features, b.in_features, device=device).to(BF16)
+    yield ("hadamard_weight", None, lambda: ops.hadamard_weight(W, *bases),
+           floors.hadamard_weight(b))  # fmt: skip
+    for count in tokens:
+        x, dy = (torch.randn(count, n, device=device).to(BF16) for n in W.shape[::-1])
+        forward, backward = floors.hadamard(b, count)
+        yield ("hadamard_linear", count,
+               lambda x=x: ops.hadamard_linear(x, None, None, *bases, False), forward)  # fmt: skip
+        yield ("hadamard_linear backward", count,
+               lambda x=x, dy=dy: ops.hadamard_linear_backward(
+                   dy, x, None, *bases, False, True, True), backward)  # fmt: skip
+
+
 def diagonals(b: TernaryBasis, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(b.r, b.n, device=device), torch.randn(b.n, b.d, device=device)
 
@@ -118,9 +129,12 @@ def main() -> None:
                 continue
             b = basis_of(density, size, rank)
             try:
-                every = [*of_bases(b, card.device), *of_weights(b, card.device)]
-                for count in tokens:
-                    every += of_layers(b, card.device, count)
+                if b.kind == "hadamard":
+                    every = [*of_hadamard(b, card.device, tokens)]
+                else:
+                    every = [*of_bases(b, card.device), *of_weights(b, card.device)]
+                    for count in tokens:
+                        every += of_layers(b, card.device, count)
             except Exception as error:
                 rows.failed(str(about), error)
                 continue

@@ -53,8 +53,9 @@ def adapted(base: nn.Module, method: str, rank: int) -> nn.Module:
     if name == "LoRA":
         config = peft.LoraConfig(lora_alpha=rank, **common)
     elif name == "ours":
-        density = None if kind == DENSE else density_of(kind, base.config.hidden_size)
-        basis = "block" if kind.startswith("block:") else "peft"
+        drawn = kind not in (DENSE, "hadamard")
+        density = density_of(kind, base.config.hidden_size) if drawn else None
+        basis = kind if kind == "hadamard" else "peft"
         config = RandLoraConfig(basis=basis, density=density, **randlora)
     else:
         config = peft.RandLoraConfig(sparse=True, **randlora)
@@ -111,7 +112,7 @@ def main() -> None:
     card = Card(parser.parse_args().dry)
     torch.manual_seed(0)
     base = base_model(card)
-    batch, length = (2, 8) if card.dry else (4, 1024)
+    batch, length = (2, 8) if card.dry else (4, 840)
     ids = torch.randint(0, base.config.vocab_size, (batch, length), device=card.device)
     for method in METHODS:
         if rows.seconds_left() < 15:

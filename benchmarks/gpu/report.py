@@ -69,7 +69,7 @@ def figures(stage: str, rows: list[Row]) -> list[str]:
     timed = [row for row in rows if "us" in row or "step_ms" in row]
     if not timed:
         return []
-    if stage == "block_gemm":
+    if stage == "hadamard_torch":
         return [
             "Microseconds (over the frozen layer).\n",
             by_tokens(timed, lambda r: over(r, "us")),

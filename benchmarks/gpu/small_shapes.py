@@ -13,7 +13,7 @@ from randlora_ext import _C, TernaryBasis
 ops = torch.ops.randlora
 DTYPES = [torch.bfloat16, torch.float32, torch.float16, torch.float64]
 SHAPES = [(70, 45, 7), (45, 70, 7), (136, 136, 8)]  # in, out, r
-BLOCKS = [(70, 45, 10, 5), (45, 70, 10, 5), (272, 136, 8, 2)]  # in, out, r, groups
+HADAMARD = [(70, 45, 7), (45, 70, 10), (272, 136, 8), (61, 61, 70), (1, 5, 3)]  # in, out, r
 TOKENS = [1, 19, 70]
 DRY_TOKENS = [1, 19]
 
@@ -74,6 +74,22 @@ def operators(
     return calls
 
 
+def hadamard_operators(
+    basis: TernaryBasis, dtype: torch.dtype, device: torch.device, tokens: list[int]
+) -> int:
+    """hadamard_weight and hadamard_linear, forward and backward; returns how many calls."""
+    bases = (*diagonals(basis, dtype, device), *basis.packed(device), 1.0, 0, 0, basis.expand)
+    weight = torch.randn(basis.out_features, basis.in_features, device=device).to(dtype)
+    calls = finite(ops.hadamard_weight(weight, *bases)) + finite(ops.hadamard_weight(None, *bases))
+    for count in tokens:
+        x, dy = (torch.randn(count, n, device=device).to(dtype) for n in weight.shape[::-1])
+        for base in (weight, None):
+            calls += finite(ops.hadamard_linear(x, base, None, *bases, False))
+            backward = ops.hadamard_linear_backward
+            calls += finite(*backward(dy, x, base, *bases, False, True, True))
+    return calls
+
+
 def plant(device: torch.device) -> None:
     offset = torch.tensor([0, 1, 1], device=device)
     index = torch.tensor([30000], dtype=torch.int16, device=device)
@@ -100,9 +116,9 @@ def main() -> None:
                     calls += bases(basis, device)
                 calls += operators(basis, dtype, device, tokens)
             print(f"{calls} calls so far: {dtype}, {shape}", flush=True)
-        for *shape, groups in BLOCKS:
-            basis = TernaryBasis(*shape, 1 / groups, 1, "block")
-            calls += operators(basis, dtype, device, tokens)
+        for shape in HADAMARD:
+            basis = TernaryBasis(*shape, seed=1, kind="hadamard")
+            calls += hadamard_operators(basis, dtype, device, tokens)
     print(f"{calls} calls of operators, all finite")
 
 

@@ -60,7 +60,7 @@ def update():
     axes.plot([6.8, 6.8], [1, 6], color="#444", lw=0.8, ls="--")
     note(axes, 5.8, 3.5, "j = 0\nn columns")
     note(axes, 7.8, 3.5, "j = 1\n...")
-    note(axes, 6.8, 0.5, "B (D, K), ternary, from a seed")
+    note(axes, 6.8, 0.5, "B (D, K), fixed, from a seed")
     note(axes, 9.4, 3.5, "x", size=12)
     box(axes, 10, 1.5, 3, 4, "white")
     for j, label in enumerate(("$j = 0$", "$j = 1$")):
@@ -108,32 +108,59 @@ def a_side():
     return figure
 
 
-def blocks():
-    """Block bases: A' in blocks of rows, B in every G-th column; each output meets each input."""
-    figure, axes = canvas(9, 3.9, (18, 7.8))
-    groups, rows, width, height, size = 3, 3, 2, 2, 0.5
-    K, d, D = groups * rows, groups * width, groups * height
-    colors = (DATA, TRAINED, "#9ec9a3")
-    for c in range(K):
-        for k in range(d):
-            fill = colors[c // rows] if c // rows == k // width else "white"
-            cell = (12.2 + size * k, 1.6 + size * c)
-            axes.add_patch(Rectangle(cell, size, size, facecolor=fill, edgecolor="#bbb", lw=0.5))
-        note(axes, 12, 1.85 + size * c, f"c = {c}", size=8, ha="right")
-    note(axes, 13.7, 1.1, "A' (K, d): G blocks of rows", size=9)
-    for o in range(D):
-        for c in range(K):
-            fill = colors[c // rows] if o // height == c % groups else "white"
-            cell = (3.4 + size * c, 2.4 + size * o)
-            axes.add_patch(Rectangle(cell, size, size, facecolor=fill, edgecolor="#bbb", lw=0.5))
-    for g in range(groups):
-        note(axes, 3.2, 2.9 + 2 * size * g, f"outputs {g}", size=8, ha="right")
-    for c in range(K):
-        note(axes, 3.65 + size * c, 2.15, str(c), size=8)
-    note(axes, 5.65, 1.1, "B (D, K): G blocks of every G-th column", size=9)
-    note(axes, 9.4, 3.9, "x", size=12)
-    told = "G = 3. A color is a chunk of inputs. Every chunk of outputs meets all of them."
-    note(axes, 9, 7.2, told, size=9)
+def sylvester(size):
+    """Hadamard's matrix of a power of two, by Sylvester's doubling."""
+    H = np.ones((1, 1), dtype=int)
+    while len(H) < size:
+        H = np.block([[H, H], [H, -H]])
+    return H
+
+
+def hadamard():
+    """Hadamard bases: A by classes of columns, B a leading part of H, and a product with both."""
+    figure, axes = canvas(9, 5.6, (18, 11.2))
+    r, n, size = 4, 3, 0.3
+    H, d, D, K = sylvester(16), r * n, 16, r * n
+    classes = (DATA, TRAINED, "#9ec9a3", "#d8b4d8")
+    note(axes, 3, 0.5, "A (r, d): a class of n columns has one pattern", size=9)
+    ternary(axes, 1.2, 1.6, H[:r, np.arange(d) // n], size)
+    for m in range(r):
+        box(axes, 1.2 + m * n * size, 1.1, n * size, 0.35, classes[m], f"m = {m}", size=7)
+    note(axes, 3, 3.5, "Each column has a random sign as well.", size=9)
+    note(axes, 12.2, 0.5, "B (D, K): the first rows and columns of H", size=9)
+    ternary(axes, 10.4, 0.9, H[:D, :K], size)
+    told = "Each row and each\ncolumn has a\nrandom sign as well."
+    note(axes, 14.4, 2.9, told, size=9, ha="left")
+    for x, color, value in ((1.9, PLUS, "+1"), (3.5, MINUS, "-1")):
+        axes.add_patch(Rectangle((x, 4.45), size, size, facecolor=color, lw=0))
+        note(axes, x + 0.5, 4.6, value, size=9, ha="left")
+
+    top, height = 6.9, 2.2
+    for m in range(r):
+        box(axes, 0.6 + 0.6 * m, top, 0.6, height, classes[m])
+        box(axes, 4 + 0.55 * m, top + 0.55 * m, 0.55, 0.55, classes[m])
+        box(axes, 7.4 + 0.6 * m, top, 0.6, height, classes[m], f"m={m}", size=7)
+        box(axes, 11.2 + 0.6 * m, top, 0.6, height, "#e8eef4", f"j={m}", size=7)
+    box(axes, 15.4, top, 2, height, DATA)
+    for x, text in (
+        (1.8, "x (T, d)"),
+        (5.1, "γ, with A's signs"),
+        (8.6, "z (T, K)"),
+        (12.4, "V (T, K)"),
+        (16.4, "y (T, D)"),
+    ):
+        note(axes, x, top - 0.4, text, size=9)
+    for start, end in ((6.4, 7.2), (10, 11), (13.8, 15.2)):
+        arrow(axes, (start, top + 1.1), (end, top + 1.1))
+    note(axes, 3.5, top + 1.1, "x", size=12)
+    for x, text in (
+        (3.6, "r products, n x n each,\nby torch's GEMM"),
+        (10, "a transform over the r\nclasses, times λ\nand B's column signs"),
+        (15, "a transform over\nthe K columns, times\nB's row signs"),
+    ):
+        note(axes, x, top + 3.1, text, size=9)
+    told = "A transform over N numbers takes log2(N) additions for each and no multiplication."
+    note(axes, 9, 11, told, size=9)
     return figure
 
 
@@ -188,7 +215,13 @@ def paths():
     return figure
 
 
-FIGURES = {"update": update, "a-side": a_side, "b-side": b_side, "blocks": blocks, "paths": paths}
+FIGURES = {
+    "update": update,
+    "hadamard": hadamard,
+    "a-side": a_side,
+    "b-side": b_side,
+    "paths": paths,
+}
 
 
 def main(folder: Path) -> None:

@@ -1,6 +1,8 @@
 """What decides the elements of A and B, whatever the layer's shape, and its form in saved files."""
 
+import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 # The version of docs/basis-spec.md that defines each kind.
@@ -29,8 +31,7 @@ class BasisDescription:
 
     def __post_init__(self) -> None:
         kind, density = self.kind, self.density
-        if not isinstance(kind, str) or kind not in SPECIFICATIONS:
-            raise ValueError(f"kind must be one of {[*SPECIFICATIONS]}, got {kind!r}")
+        check_kind("kind", kind)
         check_seed("seed", self.seed)
         if kind == "hadamard":
             if density is not None:
@@ -65,16 +66,33 @@ class BasisDescription:
         if match is None:
             raise ValueError(f"{text!r} is no key of a basis, which looks like {example!r}")
         kind, version, density, seed = match.groups()
-        if SPECIFICATIONS.get(kind) != int(version):
+        if str(SPECIFICATIONS.get(kind)) != version:
             known = ", ".join(f"{name}-{number}" for name, number in SPECIFICATIONS.items())
             raise ValueError(
                 f"{text!r} is of basis specification {kind}-{version}; this version of "
                 f"randlora_ext knows {known}"
             )
         try:
-            return cls(kind, None if density is None else float(density), int(seed))
+            made = cls(kind, None if density is None else float(density), int(seed))
         except ValueError as error:
             raise ValueError(f"{text!r} is no key of a basis: {error}") from error
+        if made.key() != text:  # such as 0.30 or 007
+            raise ValueError(f"{text!r} is no key of a basis; it must read {made.key()!r}")
+        return made
+
+
+def check_kind(name: str, kind: str, known: Iterable[str] = SPECIFICATIONS) -> None:
+    """Raises ValueError, naming `name` and the nearest of `known`, unless `kind` is one of them."""
+    if not isinstance(kind, str) or kind not in known:
+        raise ValueError(
+            f"{name} must be one of {[*known]}, got {kind!r}{did_you_mean(kind, known)}"
+        )
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """The end of an error message: the nearest of `known`, if one is near."""
+    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def check_seed(name: str, seed: int) -> None:

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field, replace
 
+# Memory and time grow with r, which a file may name. No layer needs r > d.
+MAX_R = 2**16
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -27,18 +30,22 @@ class Shape:
 
     @classmethod
     def of(cls, in_features: int, out_features: int, r: int) -> "Shape":
-        """The shape of a whole layer. TypeError or ValueError unless all are positive integers."""
-        for name, value in (("in_features", in_features), ("out_features", out_features), ("r", r)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be a positive integer, got {value!r}")
-            if value <= 0:
-                raise ValueError(f"{name} must be a positive integer, got {value}")
+        """The shape of a whole layer.
+
+        TypeError or ValueError unless all are positive integers, and r at most `MAX_R`.
+        """
+        _check_positive("in_features", in_features)
+        _check_positive("out_features", out_features)
+        check_r(r)
         d, D = sorted((in_features, out_features))
         expand = in_features <= out_features
         return cls(in_features, out_features, r, -(-d // r), expand, d, D)
 
     def part(self, inputs: range, outputs: range) -> "Shape":
-        """The slice for these inputs and outputs. TypeError or ValueError for a bad range."""
+        """The slice for these inputs and outputs: `self` if they are all.
+
+        TypeError or ValueError for a bad range.
+        """
         for name, span, size in (
             ("inputs", inputs, self.in_features),
             ("outputs", outputs, self.out_features),
@@ -50,6 +57,8 @@ class Shape:
                     f"{name} must be a non-empty range of step 1 within range(0, {size}), "
                     f"got {span}"
                 )
+        if (len(inputs), len(outputs)) == (self.in_features, self.out_features):
+            return self  # a rank that holds the whole layer packs what the layer packs
         small, large = (inputs, outputs) if self.expand else (outputs, inputs)
         return replace(
             self,
@@ -88,3 +97,17 @@ class Shape:
     def wide(self) -> bool:
         """Whether list positions need 32 bits."""
         return max(self.D, self.d, self.K) > 65536
+
+
+def check_r(r: int) -> None:
+    """TypeError or ValueError unless `r` is an integer in [1, `MAX_R`]."""
+    _check_positive("r", r)
+    if r > MAX_R:
+        raise ValueError(f"r must be at most {MAX_R}, got {r}")
+
+
+def _check_positive(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a positive integer, got {value!r}")
+    if value <= 0:
+        raise ValueError(f"{name} must be a positive integer, got {value}")

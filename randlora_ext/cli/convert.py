@@ -7,6 +7,7 @@ them again (small). LoRA keeps the part of dW that its rank can hold.
 
 import dataclasses
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -23,8 +24,9 @@ from ..peft.adapter_basis import AdapterBasis
 from ..peft.card import write_card
 from ..peft.lora import shared_fields, write_lora, write_lora_card
 from ..peft.saving import stock_config
+from ..writing import appear_new
 from .adapter import BASES, CONFIG, GAMMA, LAMBDA, PREFIX, WEIGHTS, Adapter, read_adapter
-from .files import CliError, check_free, complete
+from .files import CliError, check_free
 from .layers import Shape, dense_bases, layer_changes, module_paths, shapes_of
 
 # Fields that say which bases an adapter has, or whether they are saved.
@@ -47,7 +49,8 @@ def convert(
             as by `export_to_peft`. If they are not saved, the base model's shapes are needed.
             Hadamard bases must belong to layers of one min(in, out).
             "compact": without bases. They are drawn or generated again from the adapter's key, and
-            compared bit for bit with the saved ones; if they differ, CliError.
+            compared bit for bit with the saved ones; if they differ, CliError. If a 16-bit model
+            has rounded the value of ternary ones, lambda takes up the factor.
             "lora": the nearest LoRA adapter, as by `export_to_lora`. A PEFT folder needs the base
             model's shapes.
         base: the base model, a folder or a name in the hub's cache.
@@ -65,6 +68,7 @@ def convert(
     shapes = shapes_of(adapter, base) if adapter.plain else None
     adapter = _in_terms_of_peft(adapter) if adapter.plain else adapter
     bases: Mapping[str, Tensor] = {}
+    factor = 1.0
     if to == "peft":
         bases = adapter.bases
         if not bases:
@@ -74,11 +78,15 @@ def convert(
     elif shapes:
         config, told = adapter.config, "a folder that randlora_ext.peft opens"
     else:
-        config, told = _without_bases(adapter, density)
-    written = {f"base_model.{name}": basis.contiguous() for name, basis in bases.items()}
-    with complete(out) as folder:
+        config, told, factor = _without_bases(adapter, density)
+    tensors = {
+        key: (tensor.double() * factor).to(tensor.dtype) if key.endswith(LAMBDA) else tensor
+        for key, tensor in adapter.tensors.items()
+    }
+    tensors |= {f"base_model.{name}": basis.contiguous() for name, basis in bases.items()}
+    with appear_new(out) as folder:
         folder.mkdir()
-        save_file({**adapter.tensors, **written}, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
         fields = json.loads((folder / CONFIG).read_text())
         # Fields that this version of PEFT does not know stay.
@@ -102,7 +110,7 @@ def _to_lora(
         fields = shared_fields(adapter.config)
     mine = {*adapter.ignored, *(key for key in adapter.tensors if key.endswith((LAMBDA, GAMMA)))}
     others = {key: tensor for key, tensor in adapter.tensors.items() if key not in mine}
-    with complete(out) as folder:
+    with appear_new(out) as folder:
         folder.mkdir()
         deltas = {path: change.delta for path, change in changes.items()}
         try:
@@ -151,21 +159,22 @@ def _in_terms_of_peft(adapter: Adapter) -> Adapter:
     return dataclasses.replace(adapter, plain=None, config=config, tensors=tensors)
 
 
-def _without_bases(adapter: Adapter, density: float | None) -> tuple[RandLoraConfig, str]:
+def _without_bases(adapter: Adapter, density: float | None) -> tuple[RandLoraConfig, str, float]:
+    """The configuration, what makes the bases, and the factor of `_factor`."""
     if not adapter.bases:
         raise CliError(f"{adapter.source} holds no bases: it is compact already")
-    if density is None and (config := _config(adapter)) and _makes_them(config, adapter):
+    if density is None and (config := _config(adapter)) and (factor := _factor(config, adapter)):
         stock = AdapterBasis.of(vars(config)).known_to_stock
         readers = "stock PEFT and randlora_ext" if stock else "randlora_ext"
-        return config, f"{readers} draws its bases again from the key"
+        return config, f"{readers} draws its bases again from the key", factor
     for guess in [density] if density is not None else _densities(adapter):
         for basis in ("hadamard", "independent", "peft"):
             share = None if basis == "hadamard" else guess
             config = _config(adapter, basis=basis, density=share, sparse=False, very_sparse=False)
-            if config is not None and _makes_them(config, adapter):
+            if config is not None and (factor := _factor(config, adapter)):
                 makes = "draws" if basis == "peft" else "generates"
                 which = basis if basis == "hadamard" else f"density {guess:.6g}"
-                return config, f"randlora_ext {makes} its bases again ({which})"
+                return config, f"randlora_ext {makes} its bases again ({which})", factor
     tried = "as PEFT draws them or as generated" if density is None else f"at density {density}"
     raise CliError(
         f"{adapter.source}: the saved bases are not those of projection_prng_key "
@@ -185,23 +194,29 @@ def _config(adapter: Adapter, **fields: Any) -> RandLoraConfig | None:
             return None
 
 
-def _makes_them(config: RandLoraConfig, adapter: Adapter) -> bool:
-    """Whether `config` makes the saved bases, perhaps rounded as by a 16-bit base model."""
+def _factor(config: RandLoraConfig, adapter: Adapter) -> float:
+    """What the product of the bases that `config` makes must be multiplied by to be the saved one.
+
+    It is 1, or near that if the saved ones were rounded as by a 16-bit base model. 0 if the bases
+    are others.
+    """
     width, D = adapter.bases["randlora_A"].shape[-1], adapter.bases["randlora_B"].shape[0]
     d = width
     if config.basis == "hadamard":
         sizes = {gam.shape[1] for _, gam in adapter.diagonals.values()}
         d = max(sizes)
         if len(sizes) > 1:
-            return False
+            return 0.0
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         shapes = {"wide": Shape(d, D, dtype)}
         if d < width:  # written for transposed layers, too
             shapes["tall"] = Shape(D, d, dtype)
         made = dense_bases(dataclasses.replace(adapter, config=config), shapes)
-        if all(torch.equal(made[name], adapter.bases[name].float()) for name in BASES):
-            return True
-    return False
+        pairs = [(adapter.bases[name].float(), made[name]) for name in BASES]
+        if all(torch.equal(saved, own.to(dtype).float()) for saved, own in pairs):
+            largest = [(float(saved.abs().max()), float(own.abs().max())) for saved, own in pairs]
+            return math.prod(saved / own if own else 1.0 for saved, own in largest)
+    return 0.0
 
 
 def _densities(adapter: Adapter) -> list[float]:

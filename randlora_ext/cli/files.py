@@ -1,12 +1,9 @@
-"""Errors that a user has to fix, and files that are read or written as a whole."""
+"""Errors that a user has to fix, and what is refused before long work."""
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+
+from ..writing import is_taken
 
 
 class CliError(Exception):
@@ -32,30 +29,8 @@ def read_json(path: Path, needed: str = "") -> dict:
 
 
 def check_free(out: Path) -> None:
-    """Refuses what `complete` would refuse: to be called before long work."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    """Refuses what `appear_new` would refuse: to be called before long work."""
+    if is_taken(out):
         raise CliError(f"{out} exists; choose another name or remove it first")
     if not out.absolute().parent.is_dir():
         raise CliError(f"{out.absolute().parent} does not exist")
-
-
-@contextmanager
-def complete(out: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `out` at the end; after an exception there is nothing.
-
-    CliError names `out` and the cause if the disk is full or something else forbids writing.
-    """
-    from safetensors import SafetensorError
-
-    check_free(out)
-    scratch = None
-    try:
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
-        yield scratch / out.name
-        check_free(out)
-        os.rename(scratch / out.name, out)
-    except (OSError, SafetensorError) as error:
-        raise CliError(f"{out} cannot be written: {first_line(error)}") from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)

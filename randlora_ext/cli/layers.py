@@ -186,6 +186,7 @@ def dense_bases(adapter: Adapter, layers: Mapping[str, Shape]) -> dict[str, Tens
     """A (r, 1, d) and B (D, n, r) of the largest layers in float32, generated or drawn by PEFT."""
     import peft
 
+    from ..peft.adapter_basis import AdapterBasis
     from ..peft.saving import dense_hadamard_bases
 
     shapes, config = list(layers.values()), adapter.config
@@ -199,7 +200,9 @@ def dense_bases(adapter: Adapter, layers: Mapping[str, Shape]) -> dict[str, Tens
         return {"randlora_A": A.unsqueeze(1), "randlora_B": B.unflatten(1, (-1, config.r))}
     # One layer of the largest sizes, whose weight takes no memory, has the bases of all.
     layer = nn.Linear(n_in, n_out, bias=False, device="meta")
-    dtype = min((shape.dtype for shape in shapes), key=lambda dtype: dtype.itemsize)
+    dtype = torch.float32  # a model does not round ternary bases that no file holds
+    if AdapterBasis.of(vars(config)).density is None:
+        dtype = min((shape.dtype for shape in shapes), key=lambda dtype: dtype.itemsize)
     layer.weight = nn.Parameter(torch.zeros((), dtype=dtype).expand(n_out, n_in), False)
     changes = {"target_modules": ["0"], "exclude_modules": None, "modules_to_save": None,
                "layers_to_transform": None, "layers_pattern": None, "bias": "none",

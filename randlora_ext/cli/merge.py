@@ -9,9 +9,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..basis import TernaryBasis
+from ..writing import appear_new
 from .adapter import read_adapter
 from .checkpoint import Checkpoint, locate, read_checkpoint
-from .files import CliError, check_free, complete
+from .files import CliError, check_free
 from .layers import LayerChange, layer_changes, shapes_in
 
 # Weights in other formats would be those of the unmerged model.
@@ -43,7 +44,7 @@ def merge(model: Path, source: Path, out: Path, rounding_seed: int | None = None
     _check_names(checkpoint, replaced, changes.keys() | replaced.keys())
     _check_space(checkpoint, out)
     with (
-        complete(out) as folder,
+        appear_new(out) as folder,
         tqdm(total=len(checkpoint.files) + len(changes), desc="merging", unit="step") as bar,
     ):
         folder.mkdir()

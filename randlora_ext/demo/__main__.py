@@ -54,10 +54,15 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--batch-size": (8, "examples per step"),
         "--lr": (5e-4, "peak learning rate"),
         "--rank": (32, "r of the adapter; a lower one trains more parameters"),
-        "--density": (0.07, "share of non-zeros in the bases"),
+        "--density": (None, "share of non-zeros in independent bases (default: 1/3)"),
     }
     for name, (default, meaning) in positive.items():
-        add(name, type=type(default), default=default, help=f"{meaning} (default: %(default)s)")
+        if default is None:
+            add(name, type=float, help=meaning)
+        else:
+            add(name, type=type(default), default=default, help=f"{meaning} (default: %(default)s)")
+    kinds = ("hadamard", "independent")
+    add("--basis", choices=kinds, default="hadamard", help="of the bases (default: %(default)s)")
     targets = ["q_proj", "v_proj", "o_proj", "down_proj"]
     add("--target-modules", nargs="+", default=targets, help="linear layers to adapt")
     add("--seed", type=int, default=0, help="of the bases and of the order of the examples")
@@ -68,7 +73,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     for name in positive:
         value = getattr(options, name.strip("-").replace("-", "_"))
-        if not 0 < value < float("inf"):
+        if value is not None and not 0 < value < float("inf"):
             parser.error(f"{name} must be positive, got {value}")
     return options
 

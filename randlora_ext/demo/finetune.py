@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ def run(trainer: Trainer, options: argparse.Namespace, began: float) -> int:
         results["before"] = evaluate(trainer, asked)
         train(trainer, options.out / "adapter", results)
         results["after"] = evaluate(trainer, asked)
+        results["effective_rank"] = effective_ranks(trainer.model)
         results["reload_difference"] = reload_difference(trainer, options, asked)
     except KeyboardInterrupt:
         print("\ninterrupted; the report so far:", file=sys.stderr)
@@ -68,8 +70,8 @@ def prepare(options: argparse.Namespace) -> Trainer:
     config = randlora_ext.peft.RandLoraConfig(
         r=options.rank,
         randlora_alpha=20 * options.rank,  # dW is scaled by alpha / r = 20, as PEFT advises
+        basis=options.basis,  # from the seed, so that the adapter's file holds no basis
         density=options.density,
-        basis="independent",  # from the seed, so that the adapter's file holds no basis
         projection_prng_key=options.seed,
         target_modules=options.target_modules,
         task_type="CAUSAL_LM",
@@ -129,6 +131,32 @@ def train(trainer: Trainer, folder: Path, results: dict[str, Any]) -> None:
             # "auto" would ask the hub whether the embeddings were resized.
             trainer.model.save_pretrained(folder, save_embedding_layers=False)
             results["adapter_bytes"] = (folder / "adapter_model.safetensors").stat().st_size
+
+
+@torch.no_grad()
+def effective_ranks(model: PeftModel) -> dict[str, list[float]]:
+    """By the last part of layers' names: the mean effective rank of dW, and min(in, out).
+
+    If layers of a name have several sizes, the mean of these.
+    """
+    found: dict[str, list[tuple[float, int]]] = {}
+    for path, layer in model.named_modules():
+        if hasattr(layer, "randlora_lambda") and hasattr(layer, "get_delta_weight"):
+            delta = layer.get_delta_weight("default")
+            pair = effective_rank(delta), min(delta.shape)
+            found.setdefault(path.rpartition(".")[2], []).append(pair)
+    return {
+        name: [statistics.fmean(each) for each in zip(*pairs, strict=True)]
+        for name, pairs in found.items()
+    }
+
+
+def effective_rank(matrix: torch.Tensor) -> float:
+    """exp of the entropy of the squared singular values: how many of them count; 0 if all are 0."""
+    energy = torch.linalg.svdvals(matrix.float()).square()
+    if not energy.any():
+        return 0.0
+    return float(torch.special.entr(energy / energy.sum()).sum().exp())
 
 
 @torch.no_grad()

@@ -37,6 +37,10 @@ def summary(results: Mapping[str, Any], out: Path) -> str:
         lines["kernels"] = results["kernels"]
         lines["adapter"] = f"{results['adapter_bytes'] / 1e6:.2g} MB in {out / 'adapter'}"
         lines["loss plot"] = str(out / "loss.png")
+    if "effective_rank" in results:
+        ranks = results["effective_rank"].items()
+        lines["effective rank"] = ", ".join(f"{name} {r:.0f} of {d:.0f}" for name, (r, d) in ranks)
+        lines["effective rank"] += " (of dW, mean over layers)"
     if "reload_difference" in results:
         lines["reloaded"] = f"largest difference of a logit: {results['reload_difference']:.1g}"
     lines["total time"] = f"{results['total_seconds']:.0f} s"
@@ -44,7 +48,7 @@ def summary(results: Mapping[str, Any], out: Path) -> str:
     columns += [results[stage]["answers"] for stage in stages]
     rows = [("prompt", "right answer", *stages), *zip(*columns, strict=True)]
     text = ["", *("".join(f"{cell[:26]:<28}" for cell in row).rstrip() for row in rows[:9])]
-    text += ["", *(f"{name:<15}{value}" for name, value in lines.items())]
+    text += ["", *(f"{name:<16}{value}" for name, value in lines.items())]
     if "train_loss" in results:
         text += _next_commands(results["options"], out)
     return "\n".join(text)
@@ -58,9 +62,8 @@ def _next_commands(options: Mapping[str, Any], out: Path) -> list[str]:
     if not Path(base).is_dir():
         base, named = out / "base", ["--model", options["model"]] if options["model"] else []
         commands.append(["python", "-m", "randlora_ext.demo", "--save-base", *named, "--out", out])
-    commands.append(["randlora", "inspect", adapter, "--base", base])
-    with_bases = out / "adapter-with-bases"
-    commands.append(["randlora", "convert", adapter, with_bases, "--to", "peft", "--base", base])
+    to_lora = ["--to", "lora", "--energy", "0.9", "--base", base]
+    commands.append(["randlora", "convert", adapter, out / "adapter-as-lora", *to_lora])
     commands.append(["randlora", "merge", base, adapter, out / "merged"])
     return ["", "Next:", *("  " + shlex.join(map(str, words)) for words in commands)]
 
@@ -76,7 +79,7 @@ def _plot_loss(results: Mapping[str, Any], path: Path) -> None:
     axes.plot(range(1, len(losses) + 1), losses, label="training batch")
     axes.plot([0, len(losses)][: len(held_out)], held_out, "ko", label="held-out examples")
     axes.set(xlabel="step", ylabel="loss per answer token", ylim=(0, None))
-    axes.set_title(f"RandLoRA, r = {options['rank']}, density {options['density']}")
+    axes.set_title(f"RandLoRA, r = {options['rank']}, {options['basis']} bases")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -1,5 +1,6 @@
 """`RandLoraLinear` over a base layer that is sharded by outputs or by inputs."""
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from ..basis import TernaryBasis
 from ..nn.base_layer import is_plain_linear, matches
 from ..nn.linear import RandLoraLinear
+from .agreement import same_on_all_ranks
 
 
 def slice_of_rank(basis: TernaryBasis, mesh: DeviceMesh, shards_outputs: bool) -> TernaryBasis:
@@ -70,6 +72,9 @@ class TensorParallelRandLoraLinear(RandLoraLinear):
     src_data_rank: int | None
 
     def update_layer(self, adapter_name: str, *args, **kwargs) -> None:
+        call = inspect.signature(super().update_layer).bind(adapter_name, *args, **kwargs)
+        call.apply_defaults()
+        same_on_all_ranks(self.device_mesh, call.arguments)
         super().update_layer(adapter_name, *args, **kwargs)
         self._shard_adapter(adapter_name)
 

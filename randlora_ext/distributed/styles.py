@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from ..nn.base_layer import is_plain_linear
 from ..nn.linear import RandLoraLinear
 from ..ops.dtensor import is_dtensor
+from .agreement import same_on_all_ranks
 from .layer import TensorParallelRandLoraLinear, slice_of_rank
 
 
@@ -41,6 +42,7 @@ class _RandLoraStyle(ParallelStyle):
 
     def _apply(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
         self._check_module(module, device_mesh)
+        _check_ranks(module, device_mesh)
         base = module.base_layer
         for name, parameter, placement in self._parameters_and_placements(base):
             sharded = distribute_tensor(
@@ -52,9 +54,10 @@ class _RandLoraStyle(ParallelStyle):
     def from_shard(
         self, shard: nn.Linear, device_mesh: DeviceMesh, **layer_options
     ) -> TensorParallelRandLoraLinear:
-        """Makes an adapted layer from this rank's part of a linear layer, without communication.
+        """Makes an adapted layer from this rank's part of a linear layer.
 
-        The layer shares the shard's memory; the shard itself stays as it is.
+        The layer shares the shard's memory; the shard itself stays as it is. The ranks compare the
+        options and send nothing else.
 
         Args:
             shard: an nn.Linear that holds this rank's rows of the weight and of the bias
@@ -78,6 +81,7 @@ class _RandLoraStyle(ParallelStyle):
         for name, local, placement in self._parameters_and_placements(shard):
             whole = DTensor.from_local(local.detach(), device_mesh, [placement], run_check=False)
             setattr(base, name, nn.Parameter(whole))
+        same_on_all_ranks(device_mesh, layer_options)
         layer = RandLoraLinear(base, **layer_options)
         return self._convert(layer.train(shard.training), device_mesh, None)  # equal on all ranks
 
@@ -146,9 +150,9 @@ class RandLoraColwise(_RandLoraStyle):
 
     Raises:
         TypeError: the module is not a RandLoraLinear over an nn.Linear without hooks.
-        ValueError: out_features is not divisible by the number of
-            ranks, an adapter is merged, or the mesh has more than one dimension. After an error
-            nothing has changed.
+        ValueError: out_features is not divisible by the number of ranks, an adapter is merged or
+            differs over ranks, or the mesh has more than one dimension. After an error nothing has
+            changed.
     """
 
     shards_outputs, input_layout, output_layout = True, Replicate(), Shard(-1)
@@ -179,6 +183,22 @@ def _check_mesh(device_mesh: DeviceMesh) -> None:
         raise ValueError(
             f"device_mesh must have one dimension, got {device_mesh.ndim}; pass mesh['tp'], say"
         )
+
+
+def _check_ranks(layer: RandLoraLinear, device_mesh: DeviceMesh) -> None:
+    """Raises ValueError if the adapters differ over ranks: sums would mix two bases."""
+    values: dict[str, Any] = {"the names of adapters": [*layer.bases]}
+    for name, basis in layer.bases.items():
+        own = {
+            "basis": basis.kind,
+            "projection_prng_key": basis.seed,
+            "density": basis.density,
+            "r": basis.r,
+            "randlora_alpha / r": layer.scaling[name],
+            "randlora_dropout": getattr(layer.randlora_dropout[name], "p", 0.0),
+        }
+        values |= {f"{option} of adapter {name!r}": value for option, value in own.items()}
+    same_on_all_ranks(device_mesh, values)
 
 
 def _prepare_input(given: Placement, needed: Placement, module, inputs, device_mesh) -> DTensor:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -43,9 +44,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
         ImportError: safetensors is not installed.
         ValueError: no layer has the adapter, or this process lacks its values (meta device,
             DeepSpeed ZeRO-3).
-        OSError: the file cannot be written; an older one stays as it was.
+        OSError: the file cannot be written, on all ranks; an older one stays as it was.
     """
-    saved, writes = {}, True
+    saved, mesh = {}, None
     for layer, (at, *also_at) in _layers_with(adapter_name, model).items():
         full: list[Tensor] = []
         for diagonals in DIAGONALS:
@@ -56,7 +57,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
                     f"here: it is {tuple(parameter.shape)} on {parameter.device}"
                 )
             if is_dtensor(parameter):
-                writes = not any(parameter.device_mesh.get_coordinate())
+                mesh = parameter.device_mesh
             full.append(full_tensor(parameter.detach()))
         # The basis of a tensor-parallel layer is a slice.
         basis = layer.bases[adapter_name].description
@@ -71,8 +72,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
             full[1],
             tuple(also_at),
         )
-    if writes:
-        write_adapter_file(path, adapter_name, saved)
+    with _failing_together(mesh):
+        if mesh is None or not any(mesh.get_coordinate()):
+            write_adapter_file(path, adapter_name, saved)
 
 
 def load_adapter(
@@ -100,16 +102,18 @@ def load_adapter(
         TypeError: a layer is not a linear layer.
             After any of these the model is as it was.
     """
-    name_in_file, saved = read_adapter_file(path)
-    name = name_in_file if adapter_name is None else adapter_name
-    check_adapter_name(name)
     inner = _without_ddp(model)
     modules = _modules(inner)
-    if misfits := list(_misfits(inner, modules, saved, name)):
-        raise ValueError(
-            f"{os.fspath(path)} does not fit the {type(model).__name__}, which is unchanged:\n\t"
-            + "\n\t".join(misfits)
-        )
+    mesh = next((p.device_mesh for p in inner.parameters() if is_dtensor(p)), None)
+    with _failing_together(mesh):
+        name_in_file, saved = read_adapter_file(path)
+        name = name_in_file if adapter_name is None else adapter_name
+        check_adapter_name(name)
+        if misfits := list(_misfits(inner, modules, saved, name)):
+            raise ValueError(
+                f"{os.fspath(path)} does not fit the {type(model).__name__}, which is unchanged:"
+                "\n\t" + "\n\t".join(misfits)
+            )
     ours = {at for at in modules if isinstance(modules[at], RandLoraLinear)}
     for at in saved.keys() & ours:
         layer: Any = modules[at]
@@ -125,6 +129,14 @@ def load_adapter(
         _copy(numbers.lam, layer.randlora_lambda[name])
         _copy(numbers.gam, layer.randlora_gamma[name])
     return model
+
+
+def _failing_together(mesh: Any) -> AbstractContextManager:
+    if mesh is None:
+        return nullcontext()
+    from ..distributed.agreement import failing_together  # imports torch.distributed
+
+    return failing_together(mesh)
 
 
 def _misfits(
@@ -186,7 +198,7 @@ def _wrap(model: nn.Module, saved: dict[str, SavedLayer], adapter_name: str) -> 
 def _options(layer: SavedLayer) -> dict[str, Any]:
     return {
         "r": layer.basis.r,
-        "density": layer.basis.density,
+        "density": layer.description.density,
         "projection_prng_key": layer.basis.seed,
         "basis": layer.basis.kind,
         "randlora_dropout": layer.randlora_dropout,

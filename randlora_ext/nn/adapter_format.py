@@ -10,15 +10,14 @@ layer).
 import json
 import math
 import os
-import uuid
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..basis.description import BasisDescription
 from ..basis.ternary_basis import TernaryBasis
+from ..writing import appear
 from .state_dict import DIAGONALS
 
 _METADATA = "randlora_adapter"
@@ -55,7 +54,6 @@ def write_adapter_file(
     Raises ImportError without safetensors, and OSError, naming the file, if it cannot be written.
     """
     safetensors = _safetensors()
-    path = Path(path)
     tensors, described = {}, {}
     for at, layer in layers.items():
         basis = layer.basis
@@ -72,14 +70,8 @@ def write_adapter_file(
         for name, tensor in zip(DIAGONALS, (layer.lam, layer.gam), strict=True):
             tensors[tensor_name(at, name)] = tensor.contiguous()
     text = json.dumps({"adapter_name": adapter_name, "layers": described})
-    scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}")  # several ranks may write
-    try:
+    with appear(path) as scratch:
         safetensors.torch.save_file(tensors, scratch, {_METADATA: text})
-        os.replace(scratch, path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def read_adapter_file(path: str | os.PathLike) -> tuple[str, dict[str, SavedLayer]]:

@@ -1,11 +1,13 @@
 """RandLoRA on a whole model without PEFT: `apply_randlora`, `merge_and_unload`, `unload`."""
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
+from ..basis.description import did_you_mean
 from .base_layer import check_base_layer, disable_nested_tensors, is_conv1d
 from .linear import RandLoraLinear
 from .state_dict import refuse_misfit
@@ -30,9 +32,14 @@ def apply_randlora(
     Raises:
         ValueError: nothing matches, a match is ``out_proj`` of nn.MultiheadAttention, which torch
             never calls, or it lies inside an adapted layer. TypeError: a match is not an nn.Linear
-            or Conv1D, or is adapted already. Also the errors of RandLoraLinear. In all cases the
-            model is as it was.
+            or Conv1D, or is adapted already; an option has another name. Also the errors of
+            RandLoraLinear. In all cases the model is as it was.
     """
+    known = [*inspect.signature(RandLoraLinear).parameters][1:]
+    for name in layer_options:
+        if name not in known:
+            told = did_you_mean(name, known) or f"; it takes {', '.join(known)}"
+            raise TypeError(f"apply_randlora has no argument {name!r}{told}")
     # A module that is registered twice (tied) is visited twice, and must be wrapped once.
     named = dict(model.named_modules(remove_duplicate=False))
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
@@ -46,8 +53,8 @@ def apply_randlora(
         linear = [name for name in linear if name.rpartition(".")[0] not in adapted]
         raise ValueError(
             f"target_modules {target_modules!r} matches no module of {type(model).__name__} that "
-            f"is not adapted yet; its linear layers are called {_first(linear)}, those that are "
-            f"adapted already {_first(adapted)} (update_layer adds another adapter to one)"
+            f"is not adapted yet; its linear layers are called {first(linear)}, those that are "
+            f"adapted already {first(adapted)} (update_layer adds another adapter to one)"
         )
     for name, module in matches.items():
         matched = f"module {name!r}, matched by target_modules {target_modules!r},"
@@ -93,7 +100,8 @@ def check_not_nested(model: nn.Module, name: str, argument: str) -> None:
             )
 
 
-def _first(names: list[str]) -> str:
+def first(names: list[str]) -> str:
+    """At most ten of them, for an error message."""
     return f"{names[:10]}{' ...' if len(names) > 10 else ''}"
 
 

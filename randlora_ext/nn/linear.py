@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..basis import TernaryBasis
-from ..basis.description import check_seed
+from ..basis.description import check_kind, check_seed
 from ..ops import functional
 from ..ops.dtensor import full_tensor
 from ..ops.path import explain
@@ -31,7 +31,7 @@ class RandLoraLinear(Mergeable, nn.Module):
 
     Args:
         base_layer: nn.Linear or transformers' Conv1D (which stores its weight as (in, out)).
-        r: rank of one base; n = ceil(d / r).
+        r: rank of one base, at most 65,536; n = ceil(d / r).
         randlora_alpha: scaling = randlora_alpha / r. None means 20 r, so a scaling of 20.
         density: share of non-zeros in independent bases, in (0, 1]. None means 1/3, PEFT's
             ``sparse``. Hadamard bases take none.
@@ -110,6 +110,7 @@ class RandLoraLinear(Mergeable, nn.Module):
         if adapter_name in self.merged_adapters:
             raise ValueError(f"adapter_name {adapter_name!r} is merged; call unmerge() first")
         _check_options(randlora_alpha, projection_prng_key, randlora_dropout)
+        check_kind("basis", basis)
         bases = self._new_basis(r, density, projection_prng_key, basis)
 
         weight = self.base_layer.weight

@@ -1,5 +1,7 @@
 """Replacing PEFT's classes by ours, and back."""
 
+import gc
+import warnings
 from typing import Any
 
 from peft import PeftType
@@ -23,10 +25,10 @@ def enable(float32_products: bool = False, keep_weight: str = "host") -> None:
 
     Equivalent to editing PEFT's two tables, from the type RANDLORA to its tuner and its config:
     `get_peft_model`, `PeftModel.from_pretrained`, `inject_adapter_in_model` and transformers' own
-    loading of adapters all look there. Models that exist already stay as they are. Calling it
-    again changes nothing else. ``PeftModel.save_pretrained`` and ``load_adapter`` are wrapped for
-    models on our layers: a file appears when it is complete, and what is loaded over an adapter
-    must belong to its bases.
+    loading of adapters all look there. Models that exist already stay as they are, which a warning
+    says. Calling it again changes nothing else. ``PeftModel.save_pretrained`` and ``load_adapter``
+    are wrapped for models on our layers: a file appears when it is complete, and what is loaded
+    over an adapter must belong to its bases.
 
     Args:
         float32_products: whether dense bases (PEFT's default) are multiplied in float32 in 16-bit
@@ -51,6 +53,12 @@ def enable(float32_products: bool = False, keep_weight: str = "host") -> None:
         )
         PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] = RandLoraConfig
         PEFT_TYPE_TO_TUNER_MAPPING[PeftType.RANDLORA] = AcceleratedRandLoraModel
+        if any(type(each) is RandLoraModel for each in gc.get_objects()):
+            warnings.warn(
+                "a RandLoRA model was made before randlora_ext.peft.enable() and keeps PEFT's own "
+                "layers; randlora_ext.peft.accelerate(model) puts it on our kernels",
+                stacklevel=2,
+            )
 
 
 def disable() -> None:

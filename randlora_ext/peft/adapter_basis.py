@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..basis import BasisDescription
-from ..basis.description import SPECIFICATIONS, check_seed
+from ..basis.description import SPECIFICATIONS, check_kind, check_seed
 
 KINDS = ("peft", *SPECIFICATIONS)
 SPARSE = 1 / 3
@@ -35,8 +35,14 @@ class AdapterBasis:
     seed: Any
 
     def __post_init__(self) -> None:
-        if not self.known_to_stock:
-            self.description(1)  # checks density and seed
+        if self.known_to_stock:  # torch takes it as 64 bits, also negative
+            if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+                raise TypeError(f"projection_prng_key must be an integer, got {self.seed!r}")
+            if not -(2**63) <= self.seed < 2**64:
+                raise ValueError(f"projection_prng_key must be in [-2**63, 2**64), got {self.seed}")
+            return
+        check_seed("projection_prng_key", self.seed)
+        self.description(1)  # checks the density
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> "AdapterBasis":
@@ -49,8 +55,7 @@ class AdapterBasis:
         """
         kind, density = fields.get("basis", "peft"), fields.get("density")
         key = fields["projection_prng_key"]
-        if kind not in KINDS:
-            raise ValueError(f"basis must be one of {KINDS}, got {kind!r}")
+        check_kind("basis", kind, KINDS)
         if isinstance(density, bool) or not isinstance(density, (int, float, type(None))):
             raise TypeError(f"density must be None or a number in (0, 1], got {density!r}")
         if density is not None and not 0.0 < density <= 1.0:
@@ -64,12 +69,13 @@ class AdapterBasis:
             )
         chosen = flag if density is None else float(density)
         if not isinstance(key, str):
-            if kind != "peft":
-                check_seed("projection_prng_key", key)
             if kind == "independent" and chosen is None:
                 chosen = SPARSE
             return cls(kind, chosen, key)
-        made = cls.parse(key)
+        try:
+            made = cls.parse(key)
+        except ValueError as error:
+            raise ValueError(f"projection_prng_key: {error}") from error
         if kind not in ("peft", made.kind) or chosen not in (None, made.density):
             raise ValueError(
                 f"projection_prng_key={key!r} contradicts basis={kind!r}, density={density}, "
@@ -82,9 +88,13 @@ class AdapterBasis:
         """The bases whose `key` is `text`; ValueError if `text` is not a key."""
         drawn = text.replace(_PEFT[1], _PEFT[0])
         plain = drawn.replace(_VERY_SPARSE[1], _VERY_SPARSE[0])
-        made = BasisDescription.parse(plain)
-        kind = made.kind if drawn == text else "peft"
-        return cls(kind, made.density if plain == drawn else VERY_SPARSE, made.seed)
+        described = BasisDescription.parse(plain)
+        kind = described.kind if drawn == text else "peft"
+        density = described.density if plain == drawn else VERY_SPARSE
+        made = cls(kind, density, described.seed)
+        if made.key != text:  # such as a text where stock PEFT's fields suffice
+            raise ValueError(f"{text!r} is no key; projection_prng_key must be {made.key!r}")
+        return made
 
     @property
     def known_to_stock(self) -> bool:

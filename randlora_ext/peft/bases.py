@@ -29,6 +29,9 @@ class PackedBufferDict(MutableMapping, BufferDict):
     tensor is packed as it is put in; another (PEFT's default uniform basis) is kept as it is. Model
     and layers share one dictionary. A state dict holds its saved bases dense and once: under the
     model, or under the first layer if `inject_adapter_in_model` made no model.
+
+    A cast to 16 bits rounds the value of a saved ternary basis, as PEFT's. If no file holds the
+    basis, a new model draws it without that rounding, so the value stays what was drawn.
     """
 
     __hash__ = nn.Module.__hash__
@@ -100,8 +103,17 @@ class PackedBufferDict(MutableMapping, BufferDict):
                 basis = self._unless_known(TernaryTensor.of(basis))
             except ValueError:
                 pass  # not ternary: layers multiply by it as it is
-        self._bases[key] = basis
+        self._bases[key] = self._unrounded(key, basis)
         self._changed()
+
+    def _unrounded(self, key: str, cast: Tensor) -> Tensor:
+        """`cast`, with the value from before the cast if the basis is ternary and not saved."""
+        old = self._bases.get(key)
+        if self.saved(key) or not isinstance(old, TernaryTensor):
+            return cast
+        if not isinstance(cast, TernaryTensor) or cast.signs is not old.signs:  # another basis
+            return cast
+        return TernaryTensor(cast.signs, old.value, cast.shape, cast.dtype, cast.device)
 
     def _unless_known(self, new: TernaryTensor) -> TernaryTensor:
         """`new`, sharing signs with an equal basis: every adapter's file holds its own copy."""
@@ -128,7 +140,7 @@ class PackedBufferDict(MutableMapping, BufferDict):
         for key, basis in self._bases.items():
             probe = fn(torch.empty(0, dtype=basis.dtype, device=basis.device))
             if isinstance(basis, TernaryTensor):
-                self._bases[key] = basis.moved(probe.device, probe.dtype)
+                self._bases[key] = self._unrounded(key, basis.moved(probe.device, probe.dtype))
             elif not probe.is_meta:
                 self._bases[key] = basis.to(probe.device, probe.dtype)
         self._changed()

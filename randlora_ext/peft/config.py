@@ -6,17 +6,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import peft
-from peft import PeftType
+from peft import PeftType, TaskType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from ..basis.shape import check_r
 from ..nn.linear import check_alpha
+from ..writing import appear_together
 from .adapter_basis import SPARSE, VERY_SPARSE, AdapterBasis
-from .files import appear_together, refuse_torn_save
+from .files import refuse_torn_save
+
+_FLAGS = (
+    "save_projection", "sparse", "very_sparse", "fan_in_fan_out", "init_weights", "inference_mode"
+)  # fmt: skip
+_TEXTS = "base_model_name_or_path", "revision", "peft_version"
+_NEEDS = "; needs randlora_ext"  # after the task in files that stock PEFT cannot open
+_BIASES = ("none", "all", "randlora_only")
 
 
 @dataclass
 class RandLoraConfig(peft.RandLoraConfig):
-    """PEFT's ``RandLoraConfig`` with all its fields, and three more.
+    """PEFT's ``RandLoraConfig`` with all its fields, and two more.
 
     Args:
         basis: "peft" draws the bases that stock PEFT draws from ``projection_prng_key``.
@@ -25,11 +34,11 @@ class RandLoraConfig(peft.RandLoraConfig):
         density: share of non-zeros in ternary bases, in (0, 1]. None leaves it to PEFT's flags;
             without a flag it means 1/3 for basis="independent". Hadamard bases take none. With
             basis="peft", PEFT's sparse bases are drawn with 1 / density as their ``sparsity``.
-        open_with_randlora_ext: set in files that stock PEFT cannot open; its warning names it.
 
     If PEFT's own fields cannot describe the bases, ``projection_prng_key`` becomes a text that
     does, for example ``randlora_ext:independent-1:density=0.07:seed=42``. The text is complete: a
-    configuration with this field alone has the same bases. Stock PEFT refuses it. A file that
+    configuration with this field alone has the same bases. Stock PEFT refuses the file: its
+    ``task_type`` also says what to type, and PEFT's error quotes that. A file that
     brings bases of basis="peft" (``save_projection=True``) holds the number, so that stock PEFT
     reads it. ``very_sparse`` with basis="independent" becomes a density when a model is made.
 
@@ -45,14 +54,14 @@ class RandLoraConfig(peft.RandLoraConfig):
         default="peft",
         metadata={"help": '"peft": as PEFT draws them; "hadamard", "independent": only a seed'},
     )
-    open_with_randlora_ext: str | None = field(
-        default=None, metadata={"help": "Marks a file that stock PEFT cannot open"}
-    )
 
     def __post_init__(self) -> None:
         # A file may hold anything, and PEFT would fail on it halfway through changing a model.
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or not 0 < self.r < 2**31:
-            raise ValueError(f"r must be an integer in [1, 2**31), got {self.r!r}")
+        _check_types(self)
+        if isinstance(self.task_type, str) and _NEEDS in self.task_type:
+            task = self.task_type.partition(_NEEDS)[0]
+            self.task_type = None if task == "none" else task
+        check_r(self.r)
         check_alpha("randlora_alpha", self.randlora_alpha)
         set_basis(self, AdapterBasis.of(vars(self)))
         only_a_seed = self.basis != "peft"
@@ -67,6 +76,12 @@ class RandLoraConfig(peft.RandLoraConfig):
             raise RuntimeError(
                 f"basis={self.basis!r} needs "
                 "randlora_ext.peft.enable() to be called first; stock PEFT has no such bases"
+            )
+        if not enabled:
+            warnings.warn(
+                "randlora_ext.peft.enable() has not been called: until it is, a model of this "
+                "configuration has PEFT's own layers, without our kernels",
+                stacklevel=3,
             )
 
     @classmethod
@@ -88,15 +103,44 @@ class RandLoraConfig(peft.RandLoraConfig):
     def to_dict(self) -> dict:
         """PEFT's dictionary, with our fields only if PEFT's cannot describe the bases."""
         values, basis = super().to_dict(), AdapterBasis.of(vars(self))
-        for name in ("density", "basis", "open_with_randlora_ext"):
+        for name in ("density", "basis"):
             del values[name]
         if basis.known_to_stock:
             return values
         values["density"] = self.density
         if self.save_projection:
             return values | {"projection_prng_key": basis.seed}
+        task = "none" if self.task_type is None else TaskType(self.task_type).value
         how = "import randlora_ext.peft; randlora_ext.peft.enable()"
-        return values | {"basis": self.basis, "open_with_randlora_ext": how}
+        return values | {"basis": self.basis, "task_type": f"{task}{_NEEDS}: {how}"}
+
+
+def _check_types(config: RandLoraConfig) -> None:
+    """Raises TypeError or ValueError, naming the field, for a value that PEFT cannot use."""
+
+    def check(name: str, allowed: str, *kinds: type, of: type = object) -> None:
+        value = getattr(config, name, None)  # older PEFT lacks peft_version
+        parts = value if isinstance(value, (list, tuple, set)) else ()
+        # True is an int, but no index.
+        is_bool = isinstance(value, bool) and bool not in kinds
+        if is_bool or not isinstance(value, kinds) or not all(isinstance(p, of) for p in parts):
+            raise TypeError(f"{name} must be {allowed}, got {value!r}")
+
+    none, several = type(None), (list, tuple, set)
+    for name in _FLAGS:
+        check(name, "True or False", bool)
+    for name in _TEXTS:
+        check(name, "a text or None", str, none)
+    for name in ("target_modules", "layers_pattern"):
+        check(name, "a text, several of them or None", str, none, *several, of=str)
+    check("modules_to_save", "several texts or None", none, *several, of=str)
+    check("layers_to_transform", "an integer, several of them or None", int, none, *several, of=int)
+    check("auto_mapping", "a dictionary or None", dict, none)
+    check("randlora_dropout", "a number in [0, 1]", int, float)
+    if not 0 <= config.randlora_dropout <= 1:
+        raise ValueError(f"randlora_dropout must be in [0, 1], got {config.randlora_dropout}")
+    if config.bias not in _BIASES:
+        raise ValueError(f"bias must be one of {_BIASES}, got {config.bias!r}")
 
 
 def set_basis(config: peft.RandLoraConfig, basis: AdapterBasis) -> None:

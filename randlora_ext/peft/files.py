@@ -1,12 +1,9 @@
-"""Saved adapters: files that appear when complete, and tensors that record their configuration."""
+"""Saved adapters: tensors that record their configuration, and what belongs together."""
 
-import fcntl
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -15,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from .adapter_basis import other_bases
 
-_SCRATCH = ".writing-"
 _METADATA = "randlora_ext"  # the entry of a safetensors header
 _RECORDED = (
     "projection_prng_key", "basis", "density", "sparse", "very_sparse", "save_projection", "r",
@@ -23,54 +19,10 @@ _RECORDED = (
 )  # fmt: skip
 
 
-@contextmanager
-def appear_together(folder: str | os.PathLike) -> Iterator[Path]:
-    """A scratch folder inside `folder`; its files are renamed into it when the block ends.
-
-    Configurations come last, since loading starts with them. If the block raises, nothing in
-    `folder` has changed. Scratch folders of processes that were killed are removed.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder), tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as scratch:
-        yield Path(scratch)
-        files = [path for path in Path(scratch).rglob("*") if path.is_file()]
-        for path in sorted(files, key=lambda path: (path.suffix == ".json", path)):
-            place = folder / path.relative_to(scratch)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, place)
-
-
 def copy_card(folder: str | os.PathLike, scratch: Path) -> None:
     """Copies the model card, because PEFT updates an existing card and keeps its text."""
     if (card := Path(folder, "README.md")).exists():
         shutil.copy(card, scratch)
-
-
-def name_of(folder: str | os.PathLike) -> str:
-    """The name of a folder, or of the one that a scratch folder's files will be moved to."""
-    place = Path(folder).absolute()
-    return (place.parent if place.name.startswith(_SCRATCH) else place).name
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from removing the scratch folder as a left-over.
-
-    The kernel releases a process's lock when it dies, so scratch folders in a folder without a
-    lock are left-overs.
-    """
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # another process is writing, or the file system has no locks
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left_over in folder.glob(f"{_SCRATCH}*"):
-                shutil.rmtree(left_over, ignore_errors=True)
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_SH)
-        yield
-    finally:
-        os.close(lock)
 
 
 def record_configurations(folder: Path) -> None:

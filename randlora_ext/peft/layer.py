@@ -123,8 +123,8 @@ class AcceleratedLayer(MergeableLayer):
             A, B = basis.dense(device, dtype)  # A and B have no dense form
             B = B.to(dtype_of_B)
         else:
-            A = A[:, 0, :d].to(device, dtype)
-            B = B[:D, :n].flatten(1).to(device, dtype_of_B)
+            A = A.to(device, dtype)[:, 0, :d]  # cast first: elements may be stored more exactly
+            B = B.to(device, dtype_of_B)[:D, :n].flatten(1)
         make = functional.scaled_basis if serve(device.type) else scaled_basis_reference
         scaled = make(A, lam.to(device), gam.to(device))
         return (scaled, B) if d == self.in_features else (B.T, scaled.T)

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ..writing import appear_together
 from .card import Base, write_card
-from .files import appear_together, copy_card, name_of
+from .files import copy_card
 from .layer import layers_with, refuse_sharded
 
 # What vLLM takes as --max-lora-rank (MaxLoRARanks in vllm/config/lora.py).
@@ -81,7 +82,8 @@ def export_to_lora(
         fields = shared_fields(model.peft_config[adapter_name])
         done = write_lora(scratch, deltas, fields, modules, rank, energy, others)
         copy_card(folder, scratch)
-        write_lora_card(scratch, name_of(folder), done, Base.of(model.get_base_model()))
+        name = Path(folder).absolute().name
+        write_lora_card(scratch, name, done, Base.of(model.get_base_model()))
         return done
 
 

@@ -13,7 +13,8 @@ from peft.tuners.randlora.model import RandLoraModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
-from ..nn.apply import check_is_called, check_not_nested
+from ..basis.shape import check_r
+from ..nn.apply import check_is_called, check_not_nested, first
 from ..nn.base_layer import disable_nested_tensors, features, force_module_call, is_conv1d
 from ..nn.linear import DEFAULT_SCALING, RandLoraLinear
 from ..nn.state_dict import misfit, refuse, refuse_misfit
@@ -62,6 +63,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
         It sees only adapters without a text as key; the others each have their own bases.
         """
+        self._check_targets(config)
         everyone = self.peft_config
         self.peft_config = {
             name: other
@@ -78,6 +80,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _pre_injection_hook(
         self, model: nn.Module, config: peft.RandLoraConfig, adapter_name: str
     ) -> None:
+        self._check_targets(config)
         _warn_of_scaling(config)
         # A second inject_adapter_in_model finds the first one's layers.
         layer = next((m for m in model.modules() if isinstance(m, AcceleratedLayer)), None)
@@ -109,6 +112,23 @@ class AcceleratedRandLoraModel(RandLoraModel):
             if plans := parallel_plans(self.model):
                 plans.shard(layer, self.model, kwargs["current_key"], adapter_name)
         disable_nested_tensors(self.model, kwargs["current_key"])
+
+    def _check_targets(self, config: peft.RandLoraConfig) -> None:
+        """Before anything is drawn: r, some linear layer, and equal configurations on all ranks."""
+        if plans := parallel_plans(self.model):
+            plans.check_ranks(self.model, config)
+        check_r(config.r)  # stock PEFT's configuration does not
+        if not self._target_sizes(config):
+            linear = [
+                name
+                for name, module in self.model.named_modules()
+                if isinstance(module, RandLoraLayer) or _is_linear(module)
+            ]
+            linear = [name for name in linear if not name.endswith(".base_layer")]
+            raise ValueError(
+                f"target_modules {config.target_modules!r} matches no linear layer of "
+                f"{type(self.model).__name__}; its linear layers are called {first(linear)}"
+            )
 
     def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str) -> None:
         """Finds the adapter's bases among those of other adapters, or makes them."""
@@ -174,8 +194,6 @@ class AcceleratedRandLoraModel(RandLoraModel):
         PEFT's method does not see quantized layers that have an adapter already.
         """
         sizes = self._target_sizes(config).values()
-        if not sizes:
-            return super()._find_dim(config)  # raises PEFT's error
         in_features, out_features = (max(each) for each in zip(*sizes, strict=True))
         return out_features, in_features
 
@@ -190,11 +208,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
                 continue
             if isinstance(module, RandLoraLayer):
                 sizes[name] = module.in_features, module.out_features
-            elif (
-                isinstance(module, nn.Linear)
-                or is_conv1d(module)
-                or other_quantized.backend_of(module)
-            ):
+            elif _is_linear(module):
                 sizes[name] = features(module)
         return sizes
 
@@ -259,6 +273,11 @@ def accelerate_layer(layer: Any) -> Any:
         layer.__class__ = accelerated
         force_module_call(layer)
     return layer
+
+
+def _is_linear(module: nn.Module) -> bool:
+    quantized = other_quantized.backend_of(module)
+    return isinstance(module, nn.Linear) or is_conv1d(module) or bool(quantized)
 
 
 def parallel_plans(model: nn.Module) -> ModuleType | None:

@@ -2,21 +2,24 @@
 
 The only patch of the package. PEFT has tables for tuners and configurations and calls methods of
 both, but only ``save_pretrained`` and ``load_adapter`` of `PeftModel` know the folder before
-tensors are written to it, or read from it over an existing adapter, and ``add_adapter`` is all that
-TRL calls to make a reference. ``push_to_hub`` writes the hub's empty card over PEFT's before it
-calls ``_upload_modified_files``. Models on other layers pass through.
+tensors are written to it, or read from it over an existing adapter. These two, and
+``from_pretrained``, are also where one rank of a model that transformers has sharded may fail
+alone. ``add_adapter`` is all that TRL calls to make a reference. ``push_to_hub`` writes the hub's
+empty card over PEFT's before it calls ``_upload_modified_files``. Models on other layers pass
+through, and so does ``from_pretrained`` for unsharded ones.
 """
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 
 from .card import Base, write_card
-from .files import name_of
 from .loading import check_load_over, warn_of_misfits
-from .model import AcceleratedRandLoraModel
+from .model import AcceleratedRandLoraModel, parallel_plans
 from .saving import save_together
 from .trl_reference import fill_reference
 
@@ -26,14 +29,15 @@ _patched: dict[str, tuple[Callable, Callable]] = {}  # (PEFT's, ours)
 def install() -> None:
     """Wraps the methods, once."""
     for name, around in (
-        ("save_pretrained", _save),
-        ("load_adapter", _load),
-        ("add_adapter", _add),
-        ("_upload_modified_files", _upload),
+        ("save_pretrained", _for_our_models(_save)),
+        ("load_adapter", _for_our_models(_load)),
+        ("add_adapter", _for_our_models(_add)),
+        ("_upload_modified_files", _for_our_models(_upload)),
+        ("from_pretrained", _from_pretrained),
     ):
-        stock = getattr(PeftModel, name, None)  # a private one may go
-        if name not in _patched and stock is not None:
-            ours = _for_our_models(stock, around)
+        stock = PeftModel.__dict__.get(name) or getattr(PeftModel, name, None)
+        if name not in _patched and stock is not None:  # a private one may go
+            ours = around(stock)
             _patched[name] = stock, ours
             setattr(PeftModel, name, ours)
 
@@ -41,36 +45,44 @@ def install() -> None:
 def uninstall() -> None:
     """Puts PEFT's own back, unless somebody else has wrapped ours since."""
     for name, (stock, ours) in list(_patched.items()):
-        if getattr(PeftModel, name) is ours:
+        if PeftModel.__dict__.get(name) is ours:
             setattr(PeftModel, name, stock)
             del _patched[name]
 
 
-def _for_our_models(stock: Callable, around: Callable) -> Callable:
-    @functools.wraps(stock)
-    def method(self, *args, **kwargs):
-        if isinstance(self.base_model, AcceleratedRandLoraModel):
-            return around(stock, self, *args, **kwargs)
-        return stock(self, *args, **kwargs)
+def _for_our_models(around: Callable) -> Callable:
+    def patched(stock: Callable) -> Callable:
+        @functools.wraps(stock)
+        def method(self, *args, **kwargs):
+            if isinstance(self.base_model, AcceleratedRandLoraModel):
+                return around(stock, self, *args, **kwargs)
+            return stock(self, *args, **kwargs)
 
-    return method
+        return method
+
+    return patched
 
 
-def _save(stock: Callable, model: PeftModel, save_directory, *args, **kwargs) -> None:
-    def save(folder: str) -> None:
-        stock(model, folder, *args, **kwargs)
-        if is_main:
-            write_card(Path(folder), name_of(save_directory), Base.of(model.get_base_model()))
+def _save(
+    stock: Callable, model: PeftModel, save_directory, *args, state_dict=None, **kwargs
+) -> None:
+    def save(folder: str, **state) -> None:
+        stock(model, folder, *args, **state, **kwargs)
+        if is_main_process:
+            name = Path(save_directory).absolute().name
+            write_card(Path(folder), name, Base.of(model.get_base_model()))
 
-    is_main = kwargs.get("is_main_process", True)
-    save_together(save, save_directory, is_main)
+    is_main_process = kwargs.get("is_main_process", True)
+    save_together(save, model, save_directory, is_main_process, state_dict)
 
 
 def _load(stock: Callable, model: PeftModel, model_id, adapter_name, *args, **kwargs):
-    # A new adapter takes its configuration from the file; one that is there keeps its own.
-    if adapter_name in model.peft_config:
-        check_load_over(model, model_id, adapter_name, kwargs)
-    result = stock(model, model_id, adapter_name, *args, **kwargs)
+    with _failing_together(model.base_model.model):
+        # A new adapter takes its configuration from the file; one that is there keeps its own.
+        if adapter_name in model.peft_config:
+            with _failing_together(model.base_model.model):  # before any rank has changed
+                check_load_over(model, model_id, adapter_name, kwargs)
+        result = stock(model, model_id, adapter_name, *args, **kwargs)
     warn_of_misfits(model_id, adapter_name, result)
     return result
 
@@ -84,3 +96,20 @@ def _upload(stock: Callable, model: PeftModel, working_dir, repo_id: str, *args,
     model.create_or_update_model_card(str(working_dir))
     write_card(Path(working_dir), repo_id, Base.of(model.get_base_model()))
     return stock(model, working_dir, repo_id, *args, **kwargs)
+
+
+def _from_pretrained(stock: classmethod) -> classmethod:
+    @functools.wraps(stock.__func__)
+    def method(cls, model, *args, **kwargs):
+        with _failing_together(model):
+            return stock.__get__(None, cls)(model, *args, **kwargs)
+
+    return classmethod(method)
+
+
+def _failing_together(model: Any) -> AbstractContextManager:
+    if parallel_plans(model) is None:
+        return nullcontext()
+    from ..distributed.agreement import failing_together  # imports torch.distributed
+
+    return failing_together(model._device_mesh)

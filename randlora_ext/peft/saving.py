@@ -4,7 +4,9 @@ import copy
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch.nn.functional as F
@@ -12,20 +14,44 @@ from safetensors.torch import save_model
 from torch import Tensor
 
 from ..basis import BasisDescription, TernaryBasis
+from ..ops.dtensor import full_tensor, is_dtensor
+from ..writing import appear_together
 from .adapter_basis import AdapterBasis
 from .bases import BASIS_NAMES
-from .files import appear_together, copy_card, record_configurations
+from .files import copy_card, record_configurations
 from .layer import layers_with, refuse_sharded
 from .ternary_tensor import TernaryTensor
 
 
-def save_together(save: Callable, folder: str | os.PathLike, is_main_process: bool = True) -> None:
-    """Has `save` (PeftModel's ``save_pretrained``) write into a scratch folder first."""
-    if os.path.isfile(folder) or not is_main_process:  # PEFT's own error; nothing is written
-        return save(folder)
-    with appear_together(folder) as scratch:
+def save_together(
+    save: Callable,
+    model: peft.PeftModel,
+    folder: str | os.PathLike,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Any] | None = None,
+) -> None:
+    """Has `save` (PeftModel's ``save_pretrained``) write into a scratch folder first.
+
+    If transformers has sharded the model, all ranks must call unless `state_dict` is whole, as
+    with stock PEFT. If the main process cannot write, all ranks raise.
+    """
+    state, mesh = state_dict, getattr(model.base_model.model, "_device_mesh", None)
+    if mesh is not None and state is None:
+        state = model.state_dict()
+    with ExitStack() as stack:
+        if mesh is not None and any(map(is_dtensor, state.values())):
+            from ..distributed.agreement import failing_together  # imports torch.distributed
+
+            # PEFT would gather while it writes, and the others wait for a rank that cannot.
+            state = {k: full_tensor(v).cpu() if is_dtensor(v) else v for k, v in state.items()}
+            stack.enter_context(failing_together(mesh))
+            if not is_main_process:
+                return
+        if os.path.isfile(folder) or not is_main_process:  # PEFT's own error; nothing is written
+            return save(folder, state_dict=state)
+        scratch = stack.enter_context(appear_together(folder))
         copy_card(folder, scratch)
-        save(str(scratch))
+        save(str(scratch), state_dict=state)
         record_configurations(scratch)
 
 

@@ -1,8 +1,10 @@
 """PEFT's layers over linear layers that transformers' ``tp_plan`` has sharded."""
 
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
+import peft
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..basis import TernaryBasis
+from ..distributed.agreement import same_on_all_ranks
 from ..distributed.layer import SumGradients, linear_of_rank, may_fuse, slice_of_rank
 from ..nn.base_layer import has_hooks
 from ..nn.state_dict import DIAGONALS
@@ -89,6 +92,20 @@ def plan_of(model: nn.Module, name: str) -> tuple[str, DeviceMesh] | None:
             return None
         mesh = mesh["tp"]
     return (style, mesh) if mesh.size() > 1 else None
+
+
+def check_ranks(model: Any, config: peft.RandLoraConfig) -> None:
+    """Raises ValueError on every rank if their configurations differ: sums would mix two bases."""
+    general = {field.name for field in fields(peft.PeftConfig)}  # such as a local path
+    own = {field.name: getattr(config, field.name) for field in fields(config)}
+    same_on_all_ranks(
+        model._device_mesh,
+        {
+            name: sorted(value) if isinstance(value, set) else value
+            for name, value in own.items()
+            if name not in general
+        },
+    )
 
 
 def check_plans(model: nn.Module, sizes: dict[str, tuple[int, int]]) -> None:

@@ -199,6 +199,7 @@ GOOD = {"in_features": 50, "out_features": 37, "r": 7, "density": 0.07, "seed": 
         *((name, None, TypeError) for name in GOOD if name != "density"),
         *(("density", value, ValueError) for value in (0, -0.1, 1.5, math.nan, math.inf)),
         *(("seed", value, ValueError) for value in (-1, 2**64)),
+        *(("r", value, ValueError) for value in (2**16 + 1, 2**31 - 1, 2**62 + 1)),
     ],
 )
 def test_bad_arguments(argument, value, error):
@@ -206,7 +207,12 @@ def test_bad_arguments(argument, value, error):
         TernaryBasis(**{**GOOD, argument: value})
     message = str(raised.value)
     assert message.startswith(argument) and str(value) in message
-    assert {"density": "(0, 1]", "seed": "[0, 2**64)"}.get(argument, "positive integer") in message
+    allowed = {"density": "(0, 1]", "seed": "[0, 2**64)"}.get(argument, "positive integer")
+    assert ("at most 65536" if value in (2**16 + 1, 2**31 - 1, 2**62 + 1) else allowed) in message
+
+
+def test_the_largest_r():
+    assert TernaryBasis(1, 1, 2**16, 0.5).K == 2**16
 
 
 @pytest.mark.parametrize("seed", [0, 2**63 - 1, 2**63, 2**64 - 1])
@@ -322,3 +328,20 @@ def test_the_key_is_stable():
 def test_what_is_no_key(text, message):
     with pytest.raises(ValueError, match=message):
         BasisDescription.parse(text)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(("0.25", text) for text in ("0.250", ".25", "25e-2", "+0.25", " 0.25", "0.2_5", "1/4")),
+        *(("0.25", text) for text in ("nan", "inf", "0.0", "1", "2.0", "-0.25", "0,25", "")),
+        *(("seed=7", text) for text in ("seed=07", "seed=+7", "seed=-7", "seed= 7", "seed=7 ")),
+        *(("seed=7", text) for text in ("seed=\u0667", "seed=" + "7" * 5000, "seed=7\n", "seed=")),
+        ("independent-1", "independent-01"), ("independent-1", "independent-\u0661"),
+        ("independent-1", "INDEPENDENT-1"), ("randlora_ext", "peft"), ("", " "),
+    ],
+)  # fmt: skip
+def test_what_key_does_not_write(change):
+    text = BasisDescription("independent", 0.25, 7).key()
+    with pytest.raises(ValueError, match="is no key of a basis|of basis specification"):
+        BasisDescription.parse(text.replace(*change, 1))

@@ -159,6 +159,26 @@ def test_slices_are_descriptions():
     assert (turned.in_features, turned.expand) == (30, False) and turned.packed() is part.packed()
 
 
+@pytest.mark.parametrize("kind", (*KINDS, "hadamard"))
+@pytest.mark.parametrize("sizes", ((32, 64, 8), (64, 32, 8), (32, 32, 8)))
+def test_a_slice_of_everything_is_the_layer(kind, sizes):
+    """A mesh of one rank: its slice and the layer may be in one process, in either order."""
+    if kind == "hadamard":
+        first, second = (TernaryBasis(*sizes, seed=seed, kind=kind) for seed in (1, 2))
+    else:
+        first, second = basis_of(kind, *sizes), basis_of(kind, *sizes)
+    n_in, n_out, r = sizes
+    x, lam, gam = torch.randn(5, n_in), torch.randn(r, first.n), torch.randn(first.n, first.d)
+    for whole, order in ((first, lambda pair: pair), (second, lambda pair: pair[::-1])):
+        part = whole.slice(range(n_in), range(n_out))
+        assert part == whole and hash(part) == hash(whole)
+        for path in ("factored",) if kind == "hadamard" else ("factored", "delta"):
+            got = [linear(x, None, None, b, lam, gam, 1.0, path) for b in order((whole, part))]
+            assert torch.equal(*got)
+        half = whole.slice(outputs=range(n_out // 2))
+        assert half.slice() == half and half != whole
+
+
 def test_only_the_slice_is_generated(monkeypatch):
     from randlora_ext.basis import generated as module
 

@@ -1,6 +1,7 @@
 """Adapter files that are cut off, altered, of another version or hostile: an error, and nothing
 changes. What is no error (a key that is missing) warns."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -10,7 +11,7 @@ import warnings
 
 import pytest
 import torch
-from peft_helpers import Deep, made, peft
+from peft_helpers import Deep, accelerated, made, peft
 from property_cases import DEEP
 from safetensors.torch import load_file, save, save_file
 
@@ -179,7 +180,8 @@ def test_nothing_of_a_pickle_runs(victim):
 KEY = "randlora_ext:independent-{}:density=0.2:seed={}"
 BAD_CONFIGS = [
     {"density": 2.0}, {"density": 0}, {"density": "0.2"}, {"density": float("nan")},
-    {"density": [0.2]}, {"r": 0}, {"r": -1}, {"r": 2**70}, {"r": "8"}, {"r": 1.5}, {"r": None},
+    {"density": [0.2]}, {"r": 0}, {"r": -1}, {"r": 2**70}, {"r": 2**31 - 1}, {"r": "8"},
+    {"r": 1.5}, {"r": None},
     {"basis": "other"}, {"basis": None},
     {"projection_prng_key": KEY.format(2, 5)},  # of a specification to come
     {"projection_prng_key": KEY.format(1, -5)}, {"projection_prng_key": KEY.format(1, "")},
@@ -210,3 +212,42 @@ def test_a_config_that_is_none_raises_and_changes_nothing(victim, text):
             load()
         assert not isinstance(caught.value, AssertionError)
         victim.assert_unchanged()
+
+
+TEXTS = ("base_model_name_or_path", "revision", "peft_version")
+ALLOWED = {
+    **dict.fromkeys(("density",), (float, type(None))),
+    **dict.fromkeys(("r", "randlora_alpha", "randlora_dropout"), (int, float)),
+    **dict.fromkeys(("bias", "projection_prng_key", "basis"), (str, int)),
+    **dict.fromkeys(("sparse", "very_sparse", "save_projection", "fan_in_fan_out"), (bool,)),
+    **dict.fromkeys(("init_weights", "inference_mode"), (bool,)),
+    **dict.fromkeys(TEXTS, (str, type(None))),
+    **dict.fromkeys(("target_modules", "layers_pattern"), (str, list, type(None))),
+    **dict.fromkeys(("modules_to_save",), (list, type(None))),
+    **dict.fromkeys(("layers_to_transform",), (int, list, type(None))),
+    **dict.fromkeys(("auto_mapping",), (dict, type(None))),
+}
+
+
+@pytest.mark.parametrize("field", ALLOWED)
+def test_a_field_of_a_wrong_type_is_named(victim, field):
+    for value in (5, 1.5, "x", None, [[]], {"a": 1}, True):
+        if isinstance(value, ALLOWED[field]) and not isinstance(value, list):
+            if isinstance(value, bool) <= (bool in ALLOWED[field]):
+                continue
+        victim.write(**{field: value})
+        for load in (victim.load_anew, lambda: victim.model.load_adapter(victim.folder, "two")):
+            with pytest.raises((TypeError, ValueError), match=f"^{field}\\b.* must be "):
+                load()
+    victim.assert_unchanged()
+    known = {f.name for f in dataclasses.fields(accelerated.RandLoraConfig)}
+    assert known - ALLOWED.keys() == {"peft_type", "task_type"}  # PEFT's tables
+
+
+@pytest.mark.parametrize(
+    "key", ["x", KEY.format(1, "07"), "randlora_ext:peft-1:density=0.20:seed=5"]
+)
+def test_a_key_that_is_none_names_the_field(victim, key):
+    victim.write(projection_prng_key=key)
+    with pytest.raises(ValueError, match="^projection_prng_key: '.*' is no key"):
+        victim.load_anew()

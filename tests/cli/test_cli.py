@@ -1,23 +1,23 @@
-"""The command line: arguments, help, and `randlora bench`."""
+"""The command line: arguments and help."""
 
 import subprocess
 import sys
 
 import pytest
-from cli_helpers import refused
+from cli_helpers import refused, run
 
 import randlora_cli
+import randlora_ext
 from randlora_ext import diagnostics
-from randlora_ext.cli import bench
 
-COMMANDS = ("check", "inspect", "convert", "merge", "bench")
+COMMANDS = ("check", "convert", "merge")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--nonsense"], "unrecognized arguments: --nonsense (see randlora --help)"),
-        (["inspect"], "required: ADAPTER (see randlora inspect --help)"),
+        (["merge"], "required: MODEL, ADAPTER, OUT (see randlora merge --help)"),
         (["merge", "a", "b", "c", "--rounding", "1"], "unrecognized"),  # nothing is abbreviated
     ],
 )
@@ -41,8 +41,12 @@ def test_help_fits_a_screen_and_needs_no_torch(monkeypatch):
         assert randlora_cli._parser().parse_args(example).command in (command or COMMANDS)
 
 
+def test_version():
+    assert run("--version") == (0, f"randlora_ext {randlora_ext.__version__}\n", "")
+
+
 def test_as_a_command(tmp_path):
-    command = [sys.executable, "-m", "randlora_ext", "inspect", "nowhere"]
+    command = [sys.executable, "-m", "randlora_ext", "convert", "nowhere", "out", "--to", "peft"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith("error: nowhere")
@@ -53,25 +57,3 @@ def test_an_error_of_ours_shows_where(monkeypatch, capsys):
     assert randlora_cli.main([]) == 2
     shown = capsys.readouterr().err
     assert "Traceback" in shown and "please report it" in shown
-
-
-def test_bench_at_a_small_size(stock_peft, one_thread, capsys):
-    rows = [((64, 96), 8, "very_sparse"), ((64, 64), 8, "1/3")]
-    assert bench.bench(rows=rows) == 0
-    lines = capsys.readouterr().out.splitlines()
-    for size, density in (("64 x 96", "very_sparse"), ("64 x 64", "1/3")):
-        (line,) = (line for line in lines if size in line)
-        frozen, _, lora, peft, ours = line.split()[5:]
-        assert density in line and min(map(float, (frozen, lora, peft, ours))) > 0
-
-
-def test_bench_ends_with_the_minute(stock_peft, one_thread, capsys):
-    assert bench.bench(seconds=-1) == 0
-    assert "7 larger layers were left out" in capsys.readouterr().out
-
-
-def test_a_wrong_result_is_not_timed(monkeypatch, stock_peft):
-    right = diagnostics.linear
-    monkeypatch.setattr(diagnostics, "linear", lambda *a: right(*a) * 1.001)
-    with pytest.raises(RuntimeError, match="verification failed"):
-        bench.bench(rows=[((64, 64), 8, "0.07")])

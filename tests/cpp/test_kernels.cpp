@@ -162,71 +162,6 @@ void run(const Problem& p, Form form, bool wide, int threads) {
 double value_of(float x) { return x; }
 double value_of(double x) { return x; }
 
-// A' and its gradients in groups of `rows` and w columns: loops over the whole of a block diagonal
-// A, zeros included.
-template <class S>
-void block_bases(DType dtype, int64_t groups, int64_t rows, int64_t w) {
-  using C = typename ComputeOf<S>::type;
-  const int64_t r = groups * rows, d = groups * w, n = 5, K = r * n;
-  const double scale = 0.3, exact = sizeof(C) == 8 ? 1e-13 : 1e-5,
-               tolerance = dtype == DType::bf16  ? 4e-3
-                           : dtype == DType::f16 ? 5e-4
-                                                 : exact;
-  std::mt19937 random(3);
-  std::normal_distribution<double> normal;
-  const auto drawn = [&](int64_t count) {
-    std::vector<C> v(count);
-    for (C& e : v) e = C(normal(random));
-    return v;
-  };
-  const auto A = drawn(r * w), lam = drawn(K), gam = drawn(n * d), G = drawn(K * w);
-  std::vector<S> grad(K * w);
-  for (int64_t e = 0; e < K * w; ++e) {
-    if constexpr (sizeof(S) == 2)
-      grad[e] = round_stochastic(G[e], 0, S{});
-    else
-      grad[e] = G[e];
-  }
-  std::vector<double> whole(r * d, 0), want(K * w), want_dlam(K, 0), want_dgam(n * d, 0);
-  for (int64_t j = 0; j < r; ++j)
-    for (int64_t k = 0; k < w; ++k) whole[j * d + j / rows * w + k] = A[j * w + k];
-  for (int64_t j = 0; j < r; ++j)
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t k = 0; k < d; ++k) {
-        const int64_t c = j * n + i, e = c * w + k % w;
-        const double a = scale * whole[j * d + k], g = value_of(grad[e]);
-        if (k / w == j / rows) want[e] = a * lam[c] * gam[i * d + k];
-        want_dlam[c] += g * a * gam[i * d + k];
-        want_dgam[i * d + k] += g * a * lam[c];
-      }
-
-  std::vector<S> first;
-  std::vector<C> first_dlam, first_dgam;
-  for (int threads : {1, 3}) {
-    ThreadRuntime rt(threads);
-    std::vector<S> out(K * w);
-    std::vector<double> got(K * w);
-    std::vector<C> dlam(K, C(NAN)), dgam(n * d, C(NAN));
-    std::memset(out.data(), 0xff, out.size() * sizeof(S));
-    cpu_kernels().scaled_basis(
-        {r, n, d, A.data(), lam.data(), gam.data(), out.data(), dtype, groups, scale}, rt);
-    cpu_kernels().scaled_basis_backward({r, n, d, A.data(), lam.data(), gam.data(), grad.data(),
-                                         dlam.data(), dgam.data(), dtype, groups, scale},
-                                        rt);
-    for (int64_t e = 0; e < K * w; ++e) got[e] = value_of(out[e]);
-    const double errors[] = {relative_error(got, want), relative_error(dlam, want_dlam),
-                             relative_error(dgam, want_dgam)};
-    EXPECT(errors[0] < tolerance && errors[1] < exact && errors[2] < exact,
-           "A' %.2e dlam %.2e dgam %.2e for %ld groups of (%ld, %ld), dtype %d", errors[0],
-           errors[1], errors[2], long(groups), long(rows), long(w), int(dtype));
-    if (threads == 1) first = out, first_dlam = dlam, first_dgam = dgam;
-    EXPECT(!std::memcmp(first.data(), out.data(), out.size() * sizeof(S)) && first_dlam == dlam &&
-               first_dgam == dgam,
-           "%d threads show in %ld groups of (%ld, %ld)", threads, long(groups), long(rows),
-           long(w));
-  }
-}
-
 // Stochastically rounded dW must equal round_stochastic of the same kernel's floats. Uses no base,
 // because compilers decide loop by loop whether to fuse its addition with the scale.
 template <class S>
@@ -284,65 +219,6 @@ void add_rounded(DType dtype, int64_t count) {
       }
 }
 
-// The A side by classes against its definition; whether threads and rows over T are left alone.
-template <class C>
-void block_classes(DType dtype, int64_t q, int64_t groups, int64_t n, int64_t T) {
-  const int64_t r = q * groups, w = q * n, d = groups * w, stride = T + 3, rows = r * n;
-  std::mt19937 random(unsigned(q * 100 + T));
-  std::normal_distribution<double> normal;
-  const auto values = [&](int64_t count) {
-    std::vector<C> v(count);
-    for (C& x : v) x = C(normal(random));
-    return v;
-  };
-  std::vector<int8_t> a(r * w);
-  for (int8_t& sign : a) sign = normal(random) > 0 ? 1 : -1;
-  const std::vector<C> in = values(rows * stride), other = values(rows * stride),
-                       lam = values(rows), gam = values(n * d), before = values(rows);
-  for (const int threads : {1, 3}) {
-    ThreadRuntime rt(threads);
-    std::vector<C> signed_gam(n * d);
-    cpu_kernels().sign_columns({n, d, w, q, a.data(), gam.data(), signed_gam.data(), dtype, 1.5},
-                               rt);
-    for (int64_t e = 0; e < n * d; ++e) {
-      const int64_t k = e % d;
-      const C want = C(1.5) * gam[e] * C(a[k / w * q * w + k % w]);
-      EXPECT(std::fabs(signed_gam[e] - want) <= 1e-6, "signed gamma %ld", long(e));
-    }
-    std::vector<C> dots = before;
-    cpu_kernels().row_dots({rows, T, stride, in.data(), other.data(), dots.data(), dtype, 0.5}, rt);
-    std::vector<double> want_dots(rows);
-    for (int64_t c = 0; c < rows; ++c) {
-      want_dots[c] = before[c];
-      for (int64_t t = 0; t < T; ++t)
-        want_dots[c] += 0.5 * in[c * stride + t] * other[c * stride + t];
-    }
-    const double bound = sizeof(C) == 8 ? 1e-14 : 1e-6;
-    EXPECT(relative_error(dots, want_dots) < bound, "row_dots: q %ld T %ld", long(q), long(T));
-    for (const bool scales_before : {false, true})
-      for (const bool in_place : {false, true}) {
-        std::vector<C> out = in_place ? in : std::vector<C>(rows * stride, C(7));
-        const C *from = in_place ? out.data() : in.data(),
-                *first = scales_before ? lam.data() : nullptr,
-                *last = scales_before ? nullptr : lam.data();
-        cpu_kernels().hadamard_mix({r, q, n, T, stride, from, out.data(), first, last, dtype}, rt);
-        std::vector<double> want(rows * stride);
-        for (int64_t c = 0; c < rows; ++c)
-          for (int64_t t = 0; t < stride; ++t) {
-            const int64_t j = c / n, i = c % n, e = c * stride + t;
-            want[e] = t < T ? 0 : in_place ? in[e] : 7;
-            for (int64_t m = 0; t < T && m < q; ++m) {
-              const int64_t at = (j / q * q + m) * n + i;
-              const double sign = __builtin_popcountll(j % q & m) % 2 ? -1 : 1;
-              want[e] += sign * in[at * stride + t] * (scales_before ? lam[at] : 1);
-            }
-            if (t < T && !scales_before) want[e] *= lam[c];
-          }
-        EXPECT(relative_error(out, want) < bound, "hadamard_mix: q %ld T %ld", long(q), long(T));
-      }
-  }
-}
-
 // Two records of tests/data/basis_v1.txt, for machines without Python (run_aarch64.sh). All are in
 // tests/basis/test_basis_spec.py.
 void known_answers() {
@@ -396,34 +272,6 @@ void generation() {
     }
 }
 
-void block_generation() {
-  ThreadRuntime rt(2);
-  struct Case {
-    int64_t height, groups, first_chunk, chunks, first_cycle, cycles;
-  };
-  for (const Case& c : {Case{64, 8, 0, 8, 0, 16},
-                        {100, 16, 3, 2, 5, 9},
-                        {7, 3, 0, 3, 20, 31},  // a counter's columns belong to several chunks
-                        {130, 5, 4, 1, 1, 1},
-                        {3, 1, 0, 1, 0, 70},
-                        {65, 70, 60, 10, 3, 2}}) {
-    const int64_t words = words_of(c.height), rows = c.cycles * c.chunks;
-    std::vector<uint64_t> signs(rows * words, ~uint64_t{0});
-    cpu_kernels().fill_blocks(
-        {77, c.height, c.groups, c.first_chunk, c.chunks, c.first_cycle, c.cycles, signs.data()},
-        rt);
-    for (int64_t e = 0; e < rows; ++e)
-      for (int64_t t = 0; t < words * 64; ++t) {
-        const int64_t g = c.first_chunk + e % c.chunks;
-        const int64_t column = (c.first_cycle + e / c.chunks) * c.groups + g;
-        const bool want = t < c.height && element(77, kRoleB, uint32_t(g * c.height + t),
-                                                  uint32_t(column), threshold(1.0)) > 0;
-        EXPECT((signs[e * words + t / 64] >> (t & 63) & 1) == want, "row %ld of height %ld, G %ld",
-               long(e), long(c.height), long(c.groups));
-      }
-  }
-}
-
 }  // namespace
 
 int main() {
@@ -436,24 +284,10 @@ int main() {
   known_answers();
   value_rule();
   generation();
-  block_generation();
   for (int64_t count : {1, 7, 4096, 9001}) {
     add_rounded<bf16>(DType::bf16, count);
     add_rounded<f16>(DType::f16, count);
   }
-  for (int64_t q : {1, 2, 4, 8})
-    for (int64_t T : {1, 17, 70}) {
-      block_classes<float>(DType::f32, q, 3, 5, T);
-      block_classes<double>(DType::f64, q, 1, 2, T);
-    }
-  for (int64_t groups : {1, 2, 5})
-    for (int64_t rows : {1, 2, 3, 4})
-      for (int64_t w : {1, 3, 33, 64}) {
-        block_bases<float>(DType::f32, groups, rows, w);
-        block_bases<double>(DType::f64, groups, rows, w);
-        block_bases<bf16>(DType::bf16, groups, rows, w);
-        block_bases<f16>(DType::f16, groups, rows, w);
-      }
   struct Shape {
     int64_t in, out, r, T;
   };

@@ -117,6 +117,9 @@ def test_from_a_gguf_to_a_merged_model_by_the_printed_commands(files, tmp_path, 
     results = json.loads((out / "results.json").read_text())
     before, after = results["before"]["held_out_loss"], results["after"]["held_out_loss"]
     assert after < before and f"{before:.3f} -> {after:.3f}" in printed
+    for name, full in (("q_proj", HIDDEN), ("v_proj", HIDDEN // 2), ("down_proj", HIDDEN)):
+        rank, of = results["effective_rank"][name]
+        assert 4 < rank < full == of and f"{name} {rank:.0f} of {full}" in printed
     assert len(results["train_loss"]) == 30 and results["reload_difference"] == 0
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     saved = load_file(out / "adapter" / "adapter_model.safetensors")
@@ -128,7 +131,7 @@ def test_from_a_gguf_to_a_merged_model_by_the_printed_commands(files, tmp_path, 
     assert save_base[:4] == ["python", "-m", "randlora_ext.demo", "--save-base"]
     assert main(save_base[3:]) == 0, capsys.readouterr().err
     assert [words[:2] for words in after] == [
-        ["randlora", command] for command in ("inspect", "convert", "merge")
+        ["randlora", command] for command in ("convert", "merge")
     ]
     for words in after:
         assert randlora_cli.main(words[1:]) == 0, capsys.readouterr().err
@@ -240,8 +243,10 @@ def test_missing_packages_are_named_at_once_with_the_commands(monkeypatch, capsy
     [
         (["--steps", "0"], "--steps must be positive, got 0"),
         (["--lr", "nan"], "--lr must be positive, got nan"),
-        (["--density", "1/3"], "--density"),
-        (["--density", "2"], "density"),
+        (["--basis", "block"], "--basis"),
+        (["--density", "0.1"], "density"),  # Hadamard bases take none
+        (["--basis", "independent", "--density", "1/3"], "--density"),
+        (["--basis", "independent", "--density", "2"], "density"),
         (["--target-modules", "nothing"], "target_modules"),
         (["--model", "nowhere.gguf"], "nowhere.gguf"),
         (["--data", "nowhere.dict"], "nowhere.dict"),

@@ -31,7 +31,8 @@ def make(dtype=torch.float64, density=1 / 3):
     model = nn.Sequential(
         nn.Linear(*SIZES, dtype=dtype), nn.Tanh(), nn.Linear(*reversed(SIZES), dtype=dtype)
     )
-    apply_randlora(model, ["0", "2"], r=5, randlora_alpha=10, density=density)
+    apply_randlora(model, ["0"], r=5, randlora_alpha=10, density=density)
+    apply_randlora(model, ["2"], r=5, randlora_alpha=10, basis="hadamard")
     for parameter in trained(model):
         nn.init.normal_(parameter)
     return model

@@ -2,16 +2,18 @@
 
 import copy
 import pickle
+from itertools import product
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed_ranks import Place, RecordedCollectives, full_tensor, worlds
-from distributed_tensor_parallel import EXACT, STYLES, T, diagonals, layer
+from distributed_tensor_parallel import EXACT, HADAMARD, STYLES, T, diagonals, layer
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import PrepareModuleInput, parallelize_module
 
-from randlora_ext import RandLoraLinear
+from randlora_ext import RandLoraLinear, load_adapter, save_adapter
 from randlora_ext.distributed import (
     RandLoraColwise,
     RandLoraRowwise,
@@ -39,7 +41,7 @@ def check_adapters(place: Place):
         sharded = shard(plain, place.mesh(), style)
         for each in (plain, sharded):
             torch.manual_seed(5)
-            each.update_layer("two", r=4, randlora_alpha=8, density=1 / 16)
+            each.update_layer("two", r=4, randlora_alpha=8, basis="hadamard")
         for ours, theirs in (
             (sharded.randlora_lambda["two"], plain.randlora_lambda["two"]),
             (sharded.randlora_gamma["two"], plain.randlora_gamma["two"]),
@@ -64,9 +66,9 @@ def check_adapters(place: Place):
 
 @worlds(2)
 def check_merging(place: Place):
-    for style in STYLES:
+    for style, kind in product(STYLES, ({}, HADAMARD)):
         for sizes in ((36, 52), (52, 36)):
-            plain = layer(*sizes)
+            plain = layer(*sizes, **kind)
             sharded, x = shard(plain, place.mesh(), style), inputs(plain)
             delta = sharded.get_delta_weight("default")
             torch.testing.assert_close(
@@ -117,8 +119,8 @@ def check_dropout_and_trained_bases(place: Place):
 
 @worlds(2)
 def check_16_bit(place: Place):
-    for style in STYLES:
-        plain = layer(36, 52, dtype=torch.bfloat16)
+    for style, kind in product(STYLES, ({}, HADAMARD)):
+        plain = layer(36, 52, dtype=torch.bfloat16, **kind)
         sharded, x = shard(plain, place.mesh(), style), inputs(plain, torch.bfloat16)
         y, want = sharded(x), plain(x)
         assert y.dtype == torch.bfloat16
@@ -126,15 +128,15 @@ def check_16_bit(place: Place):
         y.sum().backward(), want.sum().backward()
         for ours, theirs in zip(diagonals(sharded), diagonals(plain), strict=True):
             assert ours.grad.dtype == torch.float32
-            torch.testing.assert_close(full_tensor(ours.grad), theirs.grad, rtol=1e-2, atol=1e-1)
+            assert (full_tensor(ours.grad) - theirs.grad).norm() < 0.01 * theirs.grad.norm()
 
 
 @worlds(2, 4)
 def check_from_shard(place: Place):
-    """A rank that has nothing but its own nn.Linear; no communication until forward."""
+    """A rank that has nothing but its own nn.Linear; no weight is sent before forward."""
     mesh = place.mesh()
-    for style in STYLES:
-        plain = layer(36, 52)
+    for style, kind in product(STYLES, ({"density": 1 / 3}, HADAMARD)):
+        plain = layer(36, 52, **kind)
         rows, columns = plain.base_layer.weight.shape
         weight = plain.base_layer.weight.detach().chunk(
             place.world, 0 if style is RandLoraColwise else 1
@@ -145,9 +147,9 @@ def check_from_shard(place: Place):
         shard.bias.data = bias.chunk(place.world)[place.rank] if rows != len(weight) else bias
         with RecordedCollectives() as collectives:
             sharded = ends(style).from_shard(
-                shard, mesh, r=5, randlora_alpha=10, density=1 / 3, projection_prng_key=9
+                shard, mesh, r=5, randlora_alpha=10, projection_prng_key=9, **kind
             )
-        assert collectives.sizes == []
+        assert max(collectives.sizes) < 1000  # the options alone
         assert sharded.base_layer.weight.to_local().data_ptr() == shard.weight.data_ptr()
         assert (sharded.in_features, sharded.out_features) == (36, 52)
         x = inputs(plain)
@@ -164,7 +166,6 @@ def check_from_shard(place: Place):
 def check_refusals(place: Place):
     """What cannot be sharded raises before anything has changed."""
     mesh = place.mesh()
-    blocks = {"r": 4, "density": 1 / 2, "basis": "block"}
     for style, sizes in ((RandLoraColwise, (36, 54)), (RandLoraRowwise, (54, 36))):
         plain = layer(*sizes)
         with pytest.raises(ValueError, match="must be divisible by the 4 ranks of .*, got 54"):
@@ -184,18 +185,53 @@ def check_refusals(place: Place):
         with pytest.raises(TypeError, match="without hooks"):
             parallelize_module(fit, mesh, style())
         hook.remove()
-        fit.update_layer("blocks", **blocks)
-        with pytest.raises(ValueError, match="equal slices of 1 or 2 ranks fit"):
-            parallelize_module(fit, mesh, style())
         assert type(fit) is RandLoraLinear
         done = parallelize_module(layer(36, 52), mesh, style())
-        with pytest.raises(ValueError, match="equal slices of 1 or 2 ranks fit"):
-            done.update_layer("blocks", **blocks)
-        assert [*done.bases] == ["default"]
         with pytest.raises(TypeError, match="got TensorParallelRandLoraLinear"):
             parallelize_module(done, mesh, style())
         with pytest.raises(TypeError, match="shard must be an nn.Linear"):
             style().from_shard(nn.ReLU(), mesh)
+
+
+@worlds(2)
+def check_ranks_that_differ(place: Place):
+    """Sums over ranks would mix two bases."""
+    mesh, key = place.mesh(), 9 + place.rank
+    differs = "projection_prng_key{} must be equal on all ranks, got 9 on rank 0, 10 on rank 1"
+    for style in STYLES:
+        plain = layer(36, 52)
+        plain.update_layer("two", projection_prng_key=key)
+        with pytest.raises(ValueError, match=differs.format(" of adapter 'two'")):
+            parallelize_module(plain, mesh, style())
+        assert type(plain) is RandLoraLinear and type(plain.base_layer.weight) is nn.Parameter
+        sharded = shard(layer(36, 52), mesh, style)
+        with pytest.raises(ValueError, match=differs.format("")):
+            sharded.update_layer("two", 4, projection_prng_key=key)
+        assert [*sharded.bases] == ["default"]
+        with pytest.raises(ValueError, match=differs.format("")):
+            style().from_shard(nn.Linear(36, 26), mesh, projection_prng_key=key)
+
+
+@worlds(2)
+def check_a_file_that_one_rank_lacks(place: Place):
+    """Every rank raises, and all can go on."""
+    sharded, file = shard(layer(36, 52), place.mesh(), RandLoraColwise), place.folder / "one-rank"
+    here = file if place.rank else file / "no" / "folder"
+    with pytest.raises(OSError, match="rank 0: " if place.rank else "cannot be written"):
+        save_adapter(sharded, here)
+    assert not file.exists()
+    dist.barrier()
+    save_adapter(sharded, file)
+    before = full_tensor(sharded.randlora_gamma["default"].detach().clone())
+    with pytest.raises(OSError, match="rank 0: " if place.rank else "no.*folder"):
+        load_adapter(sharded, here)
+    if place.rank == 1:
+        save_adapter(layer(36, 52, r=4), place.folder / "one-rank-1")
+    other = file if place.rank == 0 else place.folder / "one-rank-1"
+    with pytest.raises(Exception, match="one-rank-1 does not fit"):
+        load_adapter(sharded, other)
+    load_adapter(sharded, file)
+    assert torch.equal(full_tensor(sharded.randlora_gamma["default"]), before)
 
 
 class Pair(nn.Module):

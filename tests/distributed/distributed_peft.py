@@ -11,15 +11,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 import randlora_ext.peft as accelerated
 
+KINDS = ({}, {"basis": "hadamard"})
 LIMITS = dict(rtol=1e-4, atol=1e-5)  # PEFT keeps lambda and gamma in float32
 
 
-def make(ours=True):
+def make(ours=True, **kind):
     accelerated.enable() if ours else accelerated.disable()
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(*SIZES), nn.Tanh(), nn.Linear(*reversed(SIZES)))
     options = dict(r=5, randlora_alpha=10, target_modules=["0", "2"], save_projection=False)
-    model = peft.get_peft_model(base, peft.RandLoraConfig(sparse=True, **options))
+    chosen = accelerated.RandLoraConfig if ours else peft.RandLoraConfig
+    model = peft.get_peft_model(base, chosen(**(kind or {"sparse": True}), **options))
     for parameter in trained(model):
         nn.init.normal_(parameter, std=0.3)
     return model
@@ -56,7 +58,11 @@ def check_ddp_trains_as_stock_in_one_process(place: Place):
 @worlds(2)
 def check_fsdp(place: Place):
     """Training as of one process, and the adapter's file that one process would write."""
-    reference, model = make(), make()
+    for kind in KINDS:
+        fsdp_trains(place, make(**kind), make(**kind))
+
+
+def fsdp_trains(place, reference, model):
     for layer in model.modules():
         if hasattr(layer, "base_layer"):
             fully_shard(layer)
@@ -77,7 +83,11 @@ def check_fsdp(place: Place):
 @worlds(2)
 def check_fsdp_merges(place: Place):
     """PEFT adds dW to each rank's part of W; stock PEFT fails here, mixing tensors and DTensors."""
-    model = make()
+    for kind in KINDS:
+        fsdp_merges(make(**kind))
+
+
+def fsdp_merges(model):
     x = batch(0, torch.float32)
     wanted = model(x).detach()
     layers = [m for m in model.modules() if hasattr(m, "base_layer")]

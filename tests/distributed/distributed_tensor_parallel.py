@@ -2,6 +2,7 @@
 
 import copy
 import os
+from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -37,9 +38,7 @@ SHAPES = (
     (20, 80, 3, 1 / 16),
     (80, 20, 3, 1 / 3),
 )
-# Block bases: as many chunks as ranks and more; of 5 and of 4 bases, so that a rank's rows of A'
-# start within a cycle of chunks of B and not.
-BLOCKS = ((20, 28, 4, 1 / 4), (28, 20, 4, 1 / 4), (32, 32, 8, 1 / 4))
+HADAMARD = {"density": None, "basis": "hadamard"}  # any slice: also one that begins in a class
 T = 6
 EXACT = dict(rtol=1e-11, atol=1e-11)
 
@@ -67,9 +66,11 @@ def check_parity(place: Place):
         for n_in, n_out, r, density in SHAPES:
             for path in ("factored", "delta", "merged"):
                 same_as_plain(mesh, style, layer(n_in, n_out, r, density), path)
-        for sizes in BLOCKS:
-            for path in ("factored", "delta", "merged"):
-                same_as_plain(mesh, style, layer(*sizes, basis="block"), path)
+            for path in ("factored", "merged"):
+                same_as_plain(mesh, style, layer(n_in, n_out, r, **HADAMARD), path)
+        one = place.mesh(place.world, 1, names=("dp", "tp"))["tp"]
+        for sizes in SHAPES[:2]:
+            same_as_plain(one, style, layer(*sizes), "factored")
 
 
 def same_as_plain(mesh, style, plain, path):
@@ -97,9 +98,9 @@ def same_as_plain(mesh, style, plain, path):
 def check_what_a_rank_holds(place: Place):
     """Each rank holds the shares of the basis and of gamma that the sharding table gives."""
     mesh, world = place.mesh(), place.world
-    for style in STYLES:
+    for style, kind in product(STYLES, ({}, HADAMARD)):
         for n_in, n_out in ((36, 52), (52, 36)):
-            plain = layer(n_in, n_out)
+            plain = layer(n_in, n_out, **kind)
             sharded = parallelize_module(copy.deepcopy(plain), mesh, style())
             whole_basis, basis = plain.bases["default"], sharded.bases["default"]
             lam, gam = diagonals(sharded)
@@ -111,6 +112,9 @@ def check_what_a_rank_holds(place: Place):
             assert gam.placements == ((Shard(1) if shards_d else Replicate()),)
             assert tuple(gam.shape) == (whole_basis.n, whole_basis.d)
             assert sharded.base_layer.weight.to_local().numel() == n_in * n_out // world
+            if kind:
+                signs = basis.d + basis.D + basis.K
+                assert sum(t.nbytes for t in basis.packed()) == signs
 
 
 @worlds(2, 4)
@@ -158,7 +162,8 @@ PLAN = {"up": RandLoraColwise, "down": RandLoraRowwise}
 
 def mlp():
     torch.manual_seed(4)
-    model = apply_randlora(Mlp(), ["up", "down"], r=5, randlora_alpha=10, density=1 / 3)
+    model = apply_randlora(Mlp(), ["up"], r=5, randlora_alpha=10, basis="hadamard")
+    model = apply_randlora(model, ["down"], r=5, randlora_alpha=10, density=1 / 3)
     for parameter in diagonals(model):
         nn.init.normal_(parameter, std=0.3)
     return model

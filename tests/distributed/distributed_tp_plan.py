@@ -21,7 +21,7 @@ from randlora_ext.peft.tensor_parallel import TensorParallelLinear
 TARGETS = ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj", "lm_head"]
 BASES = (
     dict(basis="independent", density=1 / 4),
-    dict(basis="block", density=1 / 4),
+    dict(basis="hadamard"),
     dict(density=0.2),
     dict(),  # PEFT's default, dense
 )
@@ -48,8 +48,8 @@ def load(place: Place, ranks: int = 1):
 
 
 def config(**basis):
-    options = dict(r=4, randlora_alpha=4, target_modules=TARGETS)
-    return accelerated.RandLoraConfig(**options, **{"save_projection": False, **basis})
+    options = dict(r=4, randlora_alpha=4, target_modules=TARGETS, save_projection=False)
+    return accelerated.RandLoraConfig(**(options | basis))
 
 
 def trained(model):
@@ -113,7 +113,7 @@ def check_adapters(place: Place):
     """Two adapters, each alone, both of one batch, and none; with a dropout that drops nothing."""
     whole, sharded = pair(place, basis="independent", density=1 / 4)
     for model in (whole, sharded):
-        model.add_adapter("two", config(basis="block", density=1 / 2, randlora_dropout=0.5))
+        model.add_adapter("two", config(basis="hadamard", randlora_dropout=0.5))
         model.set_adapter("two")
         set_diagonals(model, seed=1)
         model.eval()
@@ -131,7 +131,7 @@ def check_adapters(place: Place):
 @worlds(2)
 def check_file(place: Place):
     """All ranks save together, since PEFT gathers; one process, or the sharded model, opens it."""
-    for basis in BASES[::3]:
+    for basis in (BASES[0], BASES[1], BASES[3]):
         _, sharded = pair(place, **basis)
         file = place.folder / "-".join(["adapter", *map(str, basis.values())])
         sharded.save_pretrained(file, is_main_process=place.rank == 0)
@@ -139,6 +139,37 @@ def check_file(place: Place):
         for ranks in (1, place.world):
             model = peft.PeftModel.from_pretrained(load(place, ranks), file)
             torch.testing.assert_close(loss(model), loss(sharded), **LIMITS)
+
+
+@worlds(2)
+def check_what_one_rank_lacks(place: Place):
+    """Where one rank raises, all do, before any has changed, and all can go on."""
+    basis = dict(basis="independent", density=1 / 4)
+    _, sharded = pair(place, **basis)
+    want, good = loss(sharded), place.folder / "all-ranks"
+    base = load(place, place.world)
+    modules = [name for name, _ in base.named_modules()]
+    differs = "must be equal on all ranks, got "
+    with pytest.raises(ValueError, match=f"projection_prng_key {differs}.*seed=0' on rank 0, .*1'"):
+        peft.get_peft_model(base, config(projection_prng_key=place.rank, **basis))
+    with pytest.raises(ValueError, match=f"target_modules {differs}"):
+        sharded.add_adapter("two", config(target_modules=TARGETS[place.rank :], **basis))
+    bad = place.folder / "llama" / "config.json" / "no" if place.rank == 0 else good
+    told = "rank 0: " if place.rank else "no"
+    with pytest.raises(OSError, match=told):
+        sharded.save_pretrained(bad, is_main_process=place.rank == 0)
+    sharded.save_pretrained(good, is_main_process=place.rank == 0)
+    dist.barrier()
+    with pytest.raises(Exception, match=told):
+        peft.PeftModel.from_pretrained(base, bad)
+    assert [name for name, _ in base.named_modules()] == modules
+    for name in ("default", "three"):
+        with pytest.raises(Exception, match=told):
+            sharded.load_adapter(bad, name)
+    torch.testing.assert_close(loss(sharded), want, **LIMITS)
+    sharded.load_adapter(good, "four")
+    sharded.set_adapter("four")
+    torch.testing.assert_close(loss(sharded), want, **LIMITS)
 
 
 @worlds(2)
@@ -163,7 +194,7 @@ def check_communication(place: Place):
 @worlds(2)
 def check_what_layers_rely_on(place: Place):
     """Hooks of base layers, compiling before any call, equal diagonals, and deleted adapters."""
-    _, sharded = pair(place, basis="block", density=1 / 4)
+    _, sharded = pair(place, basis="hadamard")
     torch._dynamo.reset()
     compiled = torch.compile(sharded, backend="aot_eager")
     layer = sharded.get_submodule("base_model.model.model.layers.0.self_attn.o_proj")
@@ -198,18 +229,13 @@ def check_refusals(place: Place):
     accelerated.enable()
     model = load(place, place.world)
     modules = [name for name, _ in model.named_modules()]
-    cases = (
-        (dict(basis="block", density=1 / 2), "G divisible by the 4 tensor parallel ranks, got G ="),
-        (dict(style="packed_colwise"), "'model.layers.0.mlp.up_proj' is sharded by .*'packed_col"),
-    )
     plan = copy.deepcopy(model.tp_plan)
-    for basis, message in cases:
-        if style := basis.pop("style", None):
-            model.tp_plan = plan | {"model.layers.*.mlp.up_proj": style}
-        with pytest.raises(ValueError, match=message), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            peft.get_peft_model(model, config(**basis))
-        assert [name for name, _ in model.named_modules()] == modules
+    model.tp_plan = plan | {"model.layers.*.mlp.up_proj": "packed_colwise"}
+    message = "'model.layers.0.mlp.up_proj' is sharded by .*'packed_col"
+    with pytest.raises(ValueError, match=message), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.get_peft_model(model, config())
+    assert [name for name, _ in model.named_modules()] == modules
     model.tp_plan = plan
     up_proj = model.model.layers[0].mlp.up_proj
     up_proj.out_features = 42

@@ -72,28 +72,27 @@ def bits(t: Tensor) -> Tensor:
     return t.contiguous().view(kind)
 
 
-def run_linear(
-    layer: Layer, path: str, b_side: str, device, rounding_seed: int | None = None
-) -> dict[str, Tensor]:
-    """y, dx, dlam and dgam by the operators on `device`, back on the CPU."""
-    basis, dtype = layer.basis, layer.x.dtype
-    packed = basis.packed(device)
-    if b_side == "dense":
-        packed = [*packed, basis.dense_b(device, dtype)]
-    tensors = [layer.x, layer.weight, layer.bias, layer.lam, layer.gam, layer.dy]
-    x, weight, bias, lam, gam, dy = (moved(t, device) for t in tensors)
-    last = (lam, gam, packed, layer.scaling * basis.scale)
-    y = ops.linear(x, weight, bias, *last, basis.out_features, path, None, rounding_seed)
-    needs = True, True, None, rounding_seed
-    gradients = ops.linear_backward(dy, x, weight, *last, path, *needs)
-    return dict(zip(NAMES, moved((y, *gradients), "cpu"), strict=True))
+def run_linear(layer: Layer, path: str, b_side: str, device) -> dict[str, Tensor]:
+    """y, dx, dlam and dgam on `device`, back on the CPU."""
+    before = os.environ.get("RANDLORA_B_SIDE")
+    os.environ["RANDLORA_B_SIDE"] = b_side
+    try:
+        leaves = layer.x, layer.lam, layer.gam
+        x, lam, gam = (moved(t, device).detach().clone().requires_grad_() for t in leaves)
+        weight, bias, dy = (moved(t, device) for t in (layer.weight, layer.bias, layer.dy))
+        y = linear(x, weight, bias, layer.basis, lam, gam, layer.scaling, path)
+        gradients = torch.autograd.grad(y, (x, lam, gam), dy)
+    finally:
+        if before is None:
+            del os.environ["RANDLORA_B_SIDE"]
+        else:
+            os.environ["RANDLORA_B_SIDE"] = before
+    return dict(zip(NAMES, moved((y.detach(), *gradients), "cpu"), strict=True))
 
 
-def run_linear_by_cpu_kernels(
-    layer: Layer, path: str, rounding_seed: int | None = None
-) -> dict[str, Tensor]:
+def run_linear_by_cpu_kernels(layer: Layer, path: str) -> dict[str, Tensor]:
     with cpu_kernels():
-        return run_linear(layer, path, "packed", "cpu", rounding_seed)
+        return run_linear(layer, path, "packed", "cpu")
 
 
 def assert_parity(got: dict, layer: Layer, path: str, floor: float = 1.0) -> None:

@@ -88,7 +88,6 @@ def test_opcheck_packing(device):
     check(ops.lists_to_dense, *lists, basis.K, 0.5, torch.float32)
     check(ops.pack_dense, basis.dense(device)[1])
     check(ops.fill_planes_, torch.zeros_like(planes), 1, 1, 0, 0, basis.K, 5)
-    check(ops.fill_blocks_, torch.zeros_like(planes)[:1], 1, 60, 4, 1, 2, 5)
 
 
 @pytest.mark.parametrize("path, b_side", PATHS, ids=str)

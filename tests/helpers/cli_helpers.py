@@ -15,7 +15,7 @@ TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 KINDS = {
     "generated": {"basis": "independent", "density": 0.07, "projection_prng_key": 7},
     "generated third": {"basis": "independent"},
-    "block": {"basis": "block", "density": 1 / 4, "r": 8, "projection_prng_key": 7},
+    "hadamard": {"basis": "hadamard", "projection_prng_key": 7},
     "density": {"density": 0.2, "save_projection": False},
     "sparse": {"sparse": True, "save_projection": False},
     "sparse saved": {"sparse": True},

@@ -281,7 +281,10 @@ DESCRIPTIONS = {
     "a field less": (lambda said: said["layers"]["up"].pop("r"), "'r' is missing"),
     "r": (of_layer(r=6), "lambda and gamma of 'up'"),
     "r zero": (of_layer(r=0), "r must be"),
-    "r huge": (of_layer(r=10**400), "no sound file"),
+    "r huge": (of_layer(r=10**400), "r must be at most 65536"),
+    "r of hadamard huge": (
+        of_layer(r=2**62 + 1, basis="randlora_ext:hadamard-1:seed=1"), "at most 65536"
+    ),
     "r text": (of_layer(r="5"), "r must be"),
     "features": (of_layer(in_features=8), "lambda and gamma of 'up'"),
     "scaling": (of_layer(scaling=float("nan")), "finite"),
@@ -292,9 +295,8 @@ DESCRIPTIONS = {
     "paths": (of_layer(also_at="x"), "also_at of 'up' is 'x'"),
     "basis": (of_layer(basis="independent"), "no key of a basis"),
     "basis to come": (of_layer(basis="randlora_ext:independent-2:density=0.3:seed=1"), "knows"),
-    "a kind of before": (of_layer(basis="randlora_ext:block-1:density=0.125:seed=1"), "knows"),
-    "density of hadamard": (
-        of_layer(basis="randlora_ext:hadamard-1:density=0.125:seed=1"), "density must be None"
+    "a kind that was never released": (
+        of_layer(basis="randlora_ext:block-1:density=0.125:seed=1"), "knows independent-1, hadamard"
     ),
     "basis a number": (of_layer(basis=1), "no key of a basis"),
     "density": (of_layer(basis="randlora_ext:independent-1:density=7.0:seed=1"), "density"),
@@ -344,10 +346,40 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))
 randlora_ext.save_adapter(model, {str(file)!r})
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert f"OSError: {file} cannot be written: " in done.stderr and "File too large" in done.stderr
+    assert (
+        f"WritingError: {file} cannot be written: " in done.stderr
+        and "File too large" in done.stderr
+    )
     assert file.read_bytes() == before and os.listdir(file.parent) == [file.name]
     with pytest.raises(OSError, match="cannot be written"):
         save_adapter(adapted(), file.parent / "no" / "a.safetensors")
+
+
+@pytest.mark.parametrize("path", ["", "/", ".", "no/folder/a", "there/below"])
+def test_paths_that_name_no_file(monkeypatch, tmp_path, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").touch()
+    with pytest.raises(OSError, match=f"^{path or repr('')} cannot be written: ") as caught:
+        save_adapter(adapted(), path)
+    assert ".randlora" not in str(caught.value) and os.listdir(tmp_path) == ["there"]
+
+
+def test_a_link_stays_and_its_target_is_written(file, x):
+    file.symlink_to("target")  # which is not there yet
+    for seed in (1, 2):
+        save_adapter(adapted(seed=seed), file)
+        assert os.readlink(file) == "target" and sorted(os.listdir(file.parent)) == [
+            file.name,
+            "target",
+        ]
+        assert torch.equal(load_adapter(Model(), file)(x), adapted(seed=seed)(x))
+
+
+def test_the_longest_name(file):
+    save_adapter(adapted(), file.with_name("n" * 255))
+    with pytest.raises(OSError, match="cannot be written: .*name too long"):
+        save_adapter(adapted(), file.with_name("n" * 256))
+    assert os.listdir(file.parent) == ["n" * 255]
 
 
 def test_without_safetensors(monkeypatch, file):

@@ -1,8 +1,10 @@
 """randlora_ext.peft: enable, disable and accelerate; which PEFT; what a model says of itself."""
 
 import copy
+import gc
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -80,6 +82,26 @@ def test_enable_twice_and_disable():
     assert runs_on_kernels(inside)
 
 
+def test_what_was_made_too_early_is_told():
+    with pytest.warns(UserWarning, match=r"enable\(\) has not been called: until it is") as caught:
+        early = deep_config(5, accelerated.RandLoraConfig, sparse=True)
+    assert len(caught) == 1
+    gc.collect()  # models of other tests
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accelerated.enable()
+    accelerated.disable()
+    model = peft.get_peft_model(Deep(), early)
+    with pytest.warns(UserWarning, match=r"made before .*enable\(\) and keeps") as caught:
+        accelerated.enable()
+    assert len(caught) == 1 and caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accelerated.enable()  # told already
+        deep_config(5, accelerated.RandLoraConfig, sparse=True)
+    assert runs_on_kernels(accelerated.accelerate(model))
+
+
 ORDERS = (
     "import randlora_ext.peft as ours; ours.enable(); from peft import *; import transformers",
     "import transformers; from peft import *; import randlora_ext.peft as ours; ours.enable()",
@@ -154,10 +176,12 @@ def test_what_a_model_says_of_its_kernels(monkeypatch):
     independent.merge_adapter()
     printed = "24->40; default: r=5 density 0.2 factored at 512 tokens, merged"
     assert printed in repr(independent)
-    dense = "r=5 dense factored (units beside the frozen 2: "
+    dense = "r=5 dense factored (basis='hadamard' costs about LoRA's)"
     assert f"24->40; default: {dense}" in repr(made())
     assert f"2x 24->40 {dense}" in accelerated.kernel_summary(made(r=5))
-    assert "density=0.07 would cost 0." in repr(made())
+    hadamard = made(basis="hadamard")
+    assert "2x 24->40 r=5 hadamard factored" in accelerated.kernel_summary(hadamard)
+    assert "24->40; default: r=5 hadamard factored at 512 tokens" in repr(hadamard)
 
 
 def test_jit_trace_is_refused_by_name():

@@ -276,3 +276,22 @@ def test_adapters_come_and_go():
     with torch.no_grad():
         bare = model.unload()(x)
     assert torch.equal(bare, Deep()(x))
+
+
+@pytest.mark.parametrize("targets", ["q_proj", ["q_proj", "v_proj"], ["block"]], ids=str)
+def test_wrong_targets_list_the_layers_that_exist(targets):
+    accelerated.enable()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.block = nn.Embedding(9, 8), nn.ModuleList([nn.Linear(8, 8)] * 2)
+
+    message = r"target_modules .* matches no linear layer of Model; .* called \['block.0'\]"
+    model = Model()
+    with pytest.raises(ValueError, match=message):
+        peft.get_peft_model(model, accelerated.RandLoraConfig(r=2, target_modules=targets))
+    model = peft.get_peft_model(model, accelerated.RandLoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter("two", accelerated.RandLoraConfig(r=2, target_modules=targets))
+    assert list(model.peft_config) == ["default"]

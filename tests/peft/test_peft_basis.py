@@ -21,6 +21,7 @@ from peft_helpers import (
     basis_of,
     config,
     deep_config,
+    edit_config,
     inputs,
     layers,
     made,
@@ -36,6 +37,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import randlora_ext
+from randlora_ext.reference import delta_weight_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 
@@ -85,23 +87,43 @@ def test_output_and_gradients_are_those_of_the_dense_formula():
         assert_close(ours, run(model, x, dy), 1e-6)  # dense bases round 1 / sqrt(density) to fp32
 
 
+def test_hadamard_bases_are_those_of_each_layer_alone():
+    """Layers of other sizes change nothing, and equal seeds give what our own layers have."""
+    accelerated.enable()
+    base = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 17), nn.Linear(17, 72)).double()
+    options = {"basis": "hadamard", "projection_prng_key": 5, "target_modules": ["0", "1", "2"]}
+    model = randomize(peft.get_peft_model(base, accelerated.RandLoraConfig(r=7, **options)))
+    for layer in layers(model):
+        sizes = layer.in_features, layer.out_features
+        A, B = randlora_ext.TernaryBasis(*sizes, 7, seed=5, kind="hadamard").dense()
+        lam, gam = layer.randlora_lambda["default"], layer.randlora_gamma["default"]
+        want = delta_weight_reference(
+            A.double(), B.double(), lam.double(), gam.double(), 640 / 7, *sizes[::-1]
+        )
+        assert relative(layer.get_delta_weight("default"), want) < 1e-6
+    assert "hadamard" in accelerated.kernel_summary(model)
+
+
 DESCRIBED = {
     "independent": {"basis": "independent", "density": 0.07},
     "one third": {"basis": "independent"},
     "very_sparse": {"basis": "independent", "very_sparse": True},
     "drawn": {"density": 0.07, "save_projection": False},
-    "block": {"basis": "block", "density": 1 / 4, "r": 8},
+    "hadamard": {"basis": "hadamard"},
 }
 
 
 @pytest.mark.parametrize("options", DESCRIBED.values(), ids=DESCRIBED)
 def test_the_text_alone_decides_the_bases_at_every_door(tmp_path, options):
-    """Stock PEFT's round trip keeps the key, drops `basis` and `density`, and tells nobody."""
+    """Stock PEFT's round trip would keep the key, drop `basis` and `density`, and tell nobody."""
     model = made(projection_prng_key=3, **options)
     x = torch.randn(6, 24)
     model.save_pretrained(tmp_path)
     accelerated.disable()
-    with pytest.warns(UserWarning, match="'open_with_randlora_ext'"):
+    with pytest.warns(UserWarning, match="'basis', 'density'"), pytest.raises(ValueError):
+        peft.PeftConfig.from_pretrained(tmp_path)
+    edit_config(tmp_path, task_type=None)
+    with pytest.warns(UserWarning, match="'basis', 'density'"):
         read_by_stock = peft.PeftConfig.from_pretrained(tmp_path)
     read_by_stock.save_pretrained(tmp_path)
     text = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -149,7 +171,8 @@ def test_a_configuration_holds_the_text_and_each_thing_once():
 
 
 BAD_OPTIONS = [
-    ({"basis": "generated"}, r"must be one of \('peft', 'independent', 'block'\), got 'generated'"),
+    ({"basis": "indep"}, "basis must be one of .*got 'indep'; did you mean 'independent'"),
+    ({"basis": "generated"}, r"basis must be one of \['peft', 'independent', .*got 'generated'"),
     ({"basis": None}, "basis must be one of .* got None"),
     ({"density": 0.0}, r"density must be None or in \(0, 1\], got 0\.0"),
     ({"density": "0.1"}, r"density .*'0\.1'"),
@@ -158,9 +181,10 @@ BAD_OPTIONS = [
     ({"density": 1 / 3, "very_sparse": True}, r"contradicts .*very_sparse=True"),
     ({"basis": "independent", "projection_prng_key": -1}, r"projection_prng_key .*got -1"),
     ({"basis": "independent", "projection_prng_key": True}, "projection_prng_key .*True"),
-    ({"basis": "block", "density": 0.3}, r"must be 1 / G .* got 0\.3; the nearest is 1 / 3"),
-    ({"basis": "block", "very_sparse": True}, "basis='block' needs a density .* very_sparse=True"),
-    ({"density": 0.1, "projection_prng_key": 2**64}, "seed must be .*18446744073709551616"),
+    ({"basis": "hadamard", "density": 0.3}, r"density must be None for Hadamard bases, got 0\.3"),
+    ({"basis": "hadamard", "very_sparse": True}, "density must be None for Hadamard bases"),
+    ({"basis": "hadamard", "projection_prng_key": -1}, "projection_prng_key .*got -1"),
+    ({"density": 0.1, "projection_prng_key": 2**64}, "projection_prng_key must .*73709551616"),
     ({"projection_prng_key": "generated-1:0"}, "'generated-1:0' is no key of a basis"),
     ({"projection_prng_key": KEY.replace("-1", "-2").format(0.1, 0)}, "independent-2.* knows"),
     ({"projection_prng_key": KEY.format(2.0, 0)}, "density must be"),
@@ -193,8 +217,12 @@ def test_a_configuration_does_not_outlive_enable(options):
         peft.get_peft_model(Deep(), chosen)
 
 
-def test_a_recipient_with_stock_peft_is_told_which_package_opens_the_file(tmp_path):
-    made(basis="independent", density=0.1).save_pretrained(tmp_path)
+@pytest.mark.parametrize("task", [None, "FEATURE_EXTRACTION"])
+def test_a_recipient_with_stock_peft_is_told_what_opens_the_file(tmp_path, task):
+    model = made(basis="independent", density=0.1, task_type=task)
+    model.save_pretrained(tmp_path)
+    assert peft.PeftConfig.from_pretrained(tmp_path).task_type == task
+    assert model.peft_config["default"].task_type == task
     code = f"""
 import peft, torch
 base = torch.nn.Sequential()
@@ -203,8 +231,10 @@ for name, sizes in (("a", (24, 40)), ("b", (40, 24)), ("c", (24, 40))):
 peft.PeftModel.from_pretrained(base, {str(tmp_path)!r})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and "manual_seed expected a long" in done.stderr
-    assert "arguments ['basis', 'density', 'open_with_randlora_ext'] for" in done.stderr
+    how = "needs randlora_ext: import randlora_ext.peft; randlora_ext.peft.enable()"
+    last = done.stderr.splitlines()[-1]
+    start = f"ValueError: Invalid task type: '{task or 'none'}; {how}'"
+    assert done.returncode == 1 and last.startswith(start)
 
 
 def test_adapters_of_other_keys_and_kinds_stand_side_by_side(tmp_path):
@@ -240,11 +270,11 @@ def test_a_density_without_a_value_in_it():
     "options",
     [
         {"basis": "independent"},
-        {"basis": "block", "density": 1 / 4, "r": 8},
+        {"basis": "hadamard"},
         {"sparse": True, "save_projection": False},
         {},
     ],
-    ids=["independent", "block", "sparse", "uniform, saved"],
+    ids=["independent", "hadamard", "sparse", "uniform, saved"],
 )
 def test_initialisation_on_the_meta_device(options):
     """As FSDP2 is fed: no weight exists before `to_empty`; what a seed decides survives it."""

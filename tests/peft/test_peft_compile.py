@@ -26,7 +26,7 @@ KINDS = [
     {"sparse": True},
     {"density": 0.1},
     {"basis": "independent"},
-    {"basis": "block", "density": 1 / 4, "r": 8},
+    {"basis": "hadamard"},
 ]
 
 

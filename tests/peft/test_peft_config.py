@@ -145,7 +145,7 @@ def test_no_field_is_forgotten():
     mine = {field.name for field in dataclasses.fields(accelerated.RandLoraConfig)}
     theirs = {field.name for field in dataclasses.fields(peft.RandLoraConfig)}
     general = {field.name for field in dataclasses.fields(peft.PeftConfig)}
-    ours = {"density", "basis", "merged_rounding", "open_with_randlora_ext"}
+    ours = {"density", "basis"}
     assert mine - theirs == ours
     tested = {word for field in FIELDS for word in field.replace(",", "").split()}
     assert theirs - general <= tested | {"target_modules"}
@@ -162,3 +162,14 @@ def test_a_scaling_beyond_what_was_trained_warns(r, alpha, warns):
     found = [str(w.message) for w in caught if "scales dW" in str(w.message)]
     assert len(found) == warns
     assert all(f"r={r} scales dW by {alpha / r:g}" in text and "alpha=80" in text for text in found)
+
+
+@pytest.mark.parametrize("r", [2**16 + 1, 2**31 - 1])
+def test_a_mistyped_r_is_refused_before_anything_is_drawn(r):
+    accelerated.enable()
+    model = nn.Sequential(nn.Linear(40, 40))
+    with pytest.raises(ValueError, match=f"r must be at most 65536, got {r}"):
+        accelerated.RandLoraConfig(r=r)
+    with pytest.raises(ValueError, match=f"r must be at most 65536, got {r}"):
+        peft.get_peft_model(model, config(r, targets=["0"]))
+    assert type(model[0]) is nn.Linear

@@ -19,6 +19,7 @@ from peft_helpers import (
     relative,
 )
 from safetensors.torch import load_file
+from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 
@@ -27,7 +28,8 @@ KINDS = {
     "very_sparse": {"very_sparse": True},
     "density": {"density": 0.07, "save_projection": False},
     "generated": {"basis": "independent", "density": 0.07, "projection_prng_key": 2**64 - 1},
-    "block": {"basis": "block", "density": 1 / 4, "r": 8},
+    "hadamard": {"basis": "hadamard", "projection_prng_key": 9},
+    "hadamard, r > d": {"basis": "hadamard", "r": 30},
     "generated very_sparse": {"basis": "independent", "very_sparse": True},
     "uniform": {},
 }
@@ -58,6 +60,42 @@ def test_stock_opens_the_adapter(tmp_path, kind):
         assert relative(loaded(x), model(x)) < 1e-6
     accelerated.enable()
     assert relative(peft.PeftModel.from_pretrained(Deep(), tmp_path)(x), model(x)) < 1e-6
+
+
+def test_hadamard_bases_of_one_size_among_others(tmp_path):
+    """Layers of other sizes that are no targets, and D of several sizes."""
+
+    class Wide(Deep):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.other = nn.Linear(40, 24), nn.Linear(24, 90)
+
+        def forward(self, x):
+            return self.other(self.wide(super().forward(x)))
+
+    accelerated.enable()
+    options = {"basis": "hadamard", "target_modules": ["a", "b", "wide", "other"]}
+    model = peft.get_peft_model(Wide(), accelerated.RandLoraConfig(r=7, **options))
+    x = torch.randn(6, 24)
+    wanted = randomize(model)(x)
+    accelerated.export_to_peft(model, tmp_path)
+    assert relative(opened_by_stock(tmp_path, Wide)(x), wanted) < 1e-6
+
+
+def test_hadamard_bases_of_several_sizes_are_refused(tmp_path):
+    accelerated.enable()
+    base = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 24), nn.Linear(24, 20))
+    options = {"basis": "hadamard", "target_modules": ["0", "1", "2"]}
+    model = randomize(peft.get_peft_model(base, accelerated.RandLoraConfig(r=5, **options)))
+    message = "layer '.*0' has 24 -> 40 features, layer '.*2' 24 -> 20; merge instead"
+    with pytest.raises(ValueError, match=message):
+        accelerated.export_to_peft(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    wanted = model(x := torch.randn(6, 24))
+    accelerated.export_to_peft(model, tmp_path, merged=True)
+    plain = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 24), nn.Linear(24, 20))
+    plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert relative(plain(x), wanted) < 1e-5
 
 
 def test_bases_are_written_once(tmp_path):

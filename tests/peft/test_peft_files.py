@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import warnings
 
 import pytest
@@ -24,7 +25,7 @@ from peft_helpers import (
 from safetensors.torch import load_file
 
 from randlora_ext.peft.adapter_basis import AdapterBasis
-from randlora_ext.peft.files import appear_together
+from randlora_ext.writing import appear_together
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 
@@ -74,6 +75,7 @@ def test_a_file_in_float32_is_not_rounded_on_a_bf16_base(tmp_path, kind):
 OURS = {
     "independent": {"basis": "independent", "density": 0.07, "projection_prng_key": 2**64 - 1},
     "drawn": {"density": 0.07, "save_projection": False},
+    "hadamard": {"basis": "hadamard", "projection_prng_key": 3},
 }
 
 
@@ -88,11 +90,12 @@ def test_a_file_without_bases_comes_back_bit_for_bit(tmp_path, options, low_cpu_
         keys = list(load_file(folder / "adapter_model.safetensors"))
         assert keys and all(key.endswith(("randlora_lambda", "randlora_gamma")) for key in keys)
         loaded = peft.PeftModel.from_pretrained(Deep(), folder, low_cpu_mem_usage=low_cpu_mem_usage)
-        assert loaded.peft_config["default"].density == 0.07
+        assert loaded.peft_config["default"].density == options.get("density")
         assert torch.equal(loaded(x), model(x))
         model = loaded
-    B = layers(loaded)[0].randlora_B["default"]
-    assert 0.04 < B.count_nonzero() / B.numel() < 0.1
+    if "density" in options:
+        B = layers(loaded)[0].randlora_B["default"]
+        assert 0.04 < B.count_nonzero() / B.numel() < 0.1
 
 
 @pytest.mark.parametrize(
@@ -207,10 +210,10 @@ def test_tensors_with_the_configuration_of_another_save(tmp_path, monkeypatch, o
         with pytest.raises(ValueError, match=f"adapter_config.json does not belong .*{message}"):
             door()
     assert torch.equal(base(x), Deep()(x)) and torch.equal(running(x), before)
-    assert list(tmp_path.glob(".writing-*"))
+    assert list(tmp_path.glob(".randlora-writing-*"))
     model = made(seed=5, **new)
     model.save_pretrained(tmp_path)  # which also tidies up
-    assert not list(tmp_path.glob(".writing-*"))
+    assert not list(tmp_path.glob(".randlora-writing-*"))
     assert torch.equal(peft.PeftModel.from_pretrained(base, tmp_path)(x), model(x))
 
 
@@ -231,3 +234,73 @@ def test_a_file_in_the_place_of_the_folder(tmp_path):
         model.save_pretrained(file)
     with pytest.raises(AssertionError, match="should be a directory"):
         model.peft_config["default"].save_pretrained(file)
+
+
+WRITERS = {
+    "save_pretrained": lambda model, path: model.save_pretrained(path),
+    "a pickle": lambda model, path: model.save_pretrained(path, safe_serialization=False),
+    "configuration": lambda model, path: model.peft_config["default"].save_pretrained(path),
+    "export_to_peft": lambda model, path: accelerated.export_to_peft(model, path),
+    "merged": lambda model, path: accelerated.export_to_peft(model, path, merged=True),
+    "export_to_lora": lambda model, path: accelerated.export_to_lora(model, path, rank=2),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_what_cannot_be_written(tmp_path, monkeypatch, writer):
+    """A full disk and bad names: one kind of error, and the old files stay."""
+    model, write = made(density=0.2), WRITERS[writer]
+    write(model, tmp_path / "folder")
+    files = {p: p.read_bytes() for p in (tmp_path / "folder").iterdir()}
+    largest = max(map(len, files.values()))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (100, largest - 100):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            with pytest.raises(OSError, match="/folder cannot be written: .*(large|full)") as told:
+                write(model, tmp_path / "folder")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert ".randlora" not in str(told.value)
+        assert {p: p.read_bytes() for p in (tmp_path / "folder").iterdir()} == files
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="^'' cannot be written: the name is empty"):
+        write(model, "")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="^file/below cannot be written: .*Not a directory"):
+        write(model, "file/below")
+    (tmp_path / "link").symlink_to("target")
+    write(model, "link")
+    assert sorted(os.listdir("target")) == sorted(p.name for p in files)
+    assert sorted(os.listdir()) == ["file", "folder", "link", "target"]
+
+
+def test_files_that_are_links(tmp_path):
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    folder.mkdir(), elsewhere.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (folder / name).symlink_to(elsewhere / name)
+    model = made(density=0.2)
+    model.save_pretrained(folder)
+    assert all((folder / path.name).is_symlink() for path in elsewhere.iterdir())
+    x = torch.randn(6, 24)
+    assert torch.equal(peft.PeftModel.from_pretrained(Deep(), elsewhere)(x), model(x))
+
+
+@pytest.mark.parametrize("save_projection", [True, False])
+@pytest.mark.parametrize("options", [{kind: True} for kind in KINDS] + [{"density": 0.2}], ids=str)
+def test_a_round_trip_after_a_cast(tmp_path, options, save_projection):
+    """The value of 16-bit bases is rounded only where a file holds the rounded one."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for back in (dtype, torch.float32):
+            model = made(save_projection=save_projection, **options).to(dtype).to(back)
+            model.save_pretrained(tmp_path)
+            new = peft.PeftModel.from_pretrained(Deep().to(back), tmp_path)
+            over = made(save_projection=save_projection, **options).to(back)
+            over.load_adapter(tmp_path, "default")
+            for loaded in (new, over):
+                for ours, theirs in zip(layers(loaded), layers(model), strict=True):
+                    delta, want = (one.get_delta_weight("default") for one in (ours, theirs))
+                    assert relative(delta, want) < 1e-6
+                    dense = ours.get_scaled_bases("default"), theirs.get_scaled_bases("default")
+                    assert all(relative(a, b) < 1e-6 for a, b in zip(*dense, strict=True))

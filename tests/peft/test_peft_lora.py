@@ -21,7 +21,7 @@ KINDS = {
     "very_sparse": {"very_sparse": True},
     "drawn": {"density": 0.2},
     "independent": {"basis": "independent", "density": 0.2},
-    "block": {"basis": "block", "density": 1 / 4},
+    "hadamard": {"basis": "hadamard"},
 }
 X = torch.randn(6, 24, generator=torch.Generator().manual_seed(3))
 

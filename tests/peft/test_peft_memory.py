@@ -39,7 +39,13 @@ def step(model):
     model(torch.randn(3, IN)).square().sum().backward()
 
 
-KINDS = [{"sparse": True}, {"very_sparse": True}, {"density": 0.1}, {"basis": "independent"}]
+KINDS = [
+    {"sparse": True},
+    {"very_sparse": True},
+    {"density": 0.1},
+    {"basis": "independent"},
+    {"basis": "hadamard"},
+]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -36,11 +36,13 @@ def row_by_row(model, names, rows, call=None):
     return torch.cat(results)
 
 
-@pytest.mark.parametrize("kind", [{"sparse": True}, {}], ids=["packed", "uniform"])
+@pytest.mark.parametrize(
+    "kind", [{"sparse": True}, {"basis": "hadamard"}, {}], ids=["packed", "hadamard", "uniform"]
+)
 @pytest.mark.parametrize("extra", [(), (7,)], ids=["matrix", "sequence"])
 def test_each_row_is_that_of_its_adapter(kind, extra):
     accelerated.enable()
-    model = peft.get_peft_model(Deep(), deep_config(5, **kind))
+    model = peft.get_peft_model(Deep(), deep_config(5, accelerated.RandLoraConfig, **kind))
     adapters(model, lambda i: deep_config((5, 3)[i], sparse=True))
     names = ["two", "default", "__base__", "three", "two", "__base__"]
     x = torch.randn(6, *extra, 24)

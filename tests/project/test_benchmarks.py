@@ -1,10 +1,10 @@
 """The benchmark programs at toy size: what they write and what they draw."""
 
+import copy
 import json
 import math
 import re
 import sys
-from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import approximate  # noqa: E402
 import budget  # noqa: E402
-import calibrate  # noqa: E402
 import checkpoint  # noqa: E402
 import finetune  # noqa: E402
 import layer  # noqa: E402
@@ -33,8 +32,6 @@ import to_lora  # noqa: E402
 from cli_helpers import llama  # noqa: E402
 from methods import METHODS  # noqa: E402
 from peft_helpers import randomize  # noqa: E402
-
-from randlora_ext.ops.rates import Rates  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 
@@ -56,42 +53,53 @@ def test_layer_compares_every_method(tmp_path):
     assert all(row[method] > 0 and f"{method}_mib" in row for method in METHODS)
 
 
+def test_layer_has_a_row_for_each_target_of_hadamard_bases(monkeypatch, tmp_path):
+    asked = []
+
+    def compare(size, tokens, density, *, dtype, rank, repeats, methods):
+        asked.append((size, tokens, dtype, rank, tuple(methods)))
+        return {"density": density}
+
+    monkeypatch.setattr(layer, "compare", compare)
+    monkeypatch.setattr(layer, "in_a_process", lambda function, *a, **k: function(*a, **k))
+    layer.main(["--hadamard"])
+    assert len(asked) == 5 * 4 + 2
+    both = "lora", "factored", "merged"
+    assert ((4096, 1024), 4096, torch.float32, 32, both) in asked
+    assert asked[-2:] == [
+        ((2048, 2048), 512, torch.bfloat16, 32, both[:2]),
+        ((2048, 2048), 1024, torch.float32, 64, both),
+    ]
+
+
 def test_layer_appends_paths(tmp_path, capsys):
     out = tmp_path / "paths"
-    size = ["--sizes", "48x64", "--tokens", "4", "--repeats", "1", "--dtype", "bf16"]
-    for density in ("0.2", "1/3"):
-        layer.main([*size, "--densities", density, "--paths", "--append", "--out", str(out)])
+    size = ["--sizes", "48x64", "--tokens", "4", "--repeats", "1"]
+    for case in (["0.2", "--dtype", "bf16"], ["hadamard"]):
+        layer.main([*size, "--densities", *case, "--paths", "--append", "--out", str(out)])
     rows = written(out)["rows"]
-    assert [row["density"] for row in rows] == ["0.2", "1/3"] and "merged" not in rows[0]
+    assert [row["density"] for row in rows] == ["0.2", "hadamard"]
+    assert "merged" not in rows[0] and "delta" not in rows[1] and rows[1]["regret"] >= 0
     assert "of 2 rows" in capsys.readouterr().out
 
 
 def test_micro_counts_and_shares(tmp_path):
     out = tmp_path / "micro"
     peaks = ["--gemm", "64", "--triads", "1"]
-    micro.main(["--sizes", "40x72,72x40", "--densities", "1/3,0.1", "--tokens", "3", "--rank", "8",
-                "--least", "0.0001", *peaks, "--out", str(out)])  # fmt: skip
+    cases = ["--sizes", "40x72,72x40", "--densities", "1/3,0.1,hadamard", "--tokens", "3"]
+    micro.main([*cases, "--rank", "8", "--least", "0.0001", *peaks, "--out", str(out)])
     found = written(out)
     (triad,) = found["peaks"]["bytes"].values()
     assert {row["op"] for row in found["rows"]} == {
         "fill_planes_", "planes_to_lists, rows", "planes_to_lists, columns", "scaled_basis",
         "scaled_basis backward", "delta_weight", "delta_weight backward", "merged_weight",
-        "linear", "linear backward",
+        "linear", "linear backward", "hadamard basis from a seed", "hadamard_weight",
+        "hadamard_linear", "hadamard_linear backward",
     }  # fmt: skip
     for row in found["rows"]:
         of_bytes = row["bytes"] / triad
         of_operations = row["operations"] / found["peaks"]["operations"]
         assert row["roofline"] == pytest.approx(max(of_bytes, of_operations) / row["us"] * 1e6)
-
-
-def test_calibrate_prints_rates(monkeypatch, capsys):
-    monkeypatch.setattr(calibrate, "SIZES", ((256, 256),))
-    calibrate.calibrate("cpu", repeats=1)
-    fp32, sixteen = capsys.readouterr().out.splitlines()
-    assert fp32.startswith("cpu fp32, off by ") and sixteen.startswith("cpu 16bit, off by ")
-    for line in (fp32, sixteen):
-        measured = eval(line[line.index("Rates(") :], {"Rates": Rates})
-        assert max(measured.a_side, measured.b_lists) > 0 and min(astuple(measured)) >= 0
 
 
 def test_checkpoint_sizes():
@@ -109,15 +117,16 @@ def test_approximate(tmp_path):
     pytest.importorskip("tqdm")
     out = tmp_path / "fit"
     approximate.main(["--size", "32", "--ranks", "4,16", "--steps", "150", "--seeds", "1",
-                      "--bases", "dense,1/3", "--out", str(out)])  # fmt: skip
+                      "--bases", "dense,1/3,hadamard", "--out", str(out)])  # fmt: skip
     rows = {(r["target"], r["r"], r["bases"]): r for r in written(out)["rows"]}
-    assert len(rows) == 3 * 2 * 2
+    assert len(rows) == 3 * 2 * 3
     few, many = rows["gaussian", 16, "1/3"], rows["gaussian", 4, "1/3"]
     assert many["parameters"] > few["parameters"] and many["randlora"] < few["randlora"] < 1
     # A Gaussian target has no direction that is easier than another.
     assert few["randlora"] == pytest.approx(math.sqrt(1 - few["share"]), abs=0.05)
-    other = rows["gaussian", 16, "dense"]  # leaves out no input either
-    assert other["randlora"] == pytest.approx(math.sqrt(1 - other["share"]), abs=0.05)
+    for bases in ("dense", "hadamard"):  # leave out no input either
+        other = rows["gaussian", 16, bases]
+        assert other["randlora"] == pytest.approx(math.sqrt(1 - other["share"]), abs=0.05)
 
 
 def test_the_numbers_of_the_page_are_those_of_the_budget(capsys):
@@ -141,10 +150,11 @@ def test_merge(tmp_path):
 def test_model_step(tmp_path):
     out = tmp_path / "step"
     model_step.main(["--shape", "toy", "--batch", "1", "--tokens", "4", "--repeats", "1",
-                     "--methods", "lora,ours 0.07,peft very_sparse",
+                     "--methods", "lora,ours 0.07,ours hadamard,peft very_sparse",
                      "--out", str(out)])  # fmt: skip
-    lora, ours, stock = written(out)["rows"]
-    assert lora["over_first"] == 1.0 and ours["trained"] == stock["trained"] < lora["trained"]
+    lora, ours, hadamard, stock = written(out)["rows"]
+    assert lora["over_first"] == 1.0
+    assert ours["trained"] == hadamard["trained"] == stock["trained"] < lora["trained"]
     assert ours["peak_mib"] > 100
 
 
@@ -163,7 +173,7 @@ def test_to_lora(monkeypatch, tmp_path, capsys):
     for name, fake in fakes.items():
         monkeypatch.setattr(to_lora.spelling, name, fake)
     out = tmp_path / "to-lora"
-    to_lora.main(["--method", "randlora 1/3", "--ranks", "8", "48", "--out", str(out)])
+    to_lora.main(["--method", "randlora hadamard", "--ranks", "8", "48", "--out", str(out)])
     untuned, adapter, low, full, merged = written(out)["rows"]
     assert 0 < low["energy"] < full["energy"] == pytest.approx(1)
     assert 0 < adapter["bytes"] < low["bytes"] < full["bytes"]
@@ -179,11 +189,13 @@ def test_finetune_goes_on_where_it_was(monkeypatch, tmp_path):
         asked.append(setting["seed"])
         flat, jump = [2.0] * 12, [2.0] * 11 + [2.6]
         losses = jump if setting["seed"] else flat
-        return setting | {"held_out_loss": 1.0 + setting["seed"], "train_loss": losses}
+        ranks = {kind: [10.0, 20.0 + setting["seed"]] for kind in finetune.TARGETS}
+        done = {"held_out_loss": 1.0 + setting["seed"], "train_loss": losses}
+        return setting | done | {"effective_rank": ranks, "forgetting": 2.0}
 
     def settings(seeds):
         return [
-            dict(zip(finetune.KEY, ("lora", 5e-4, seed, 12, 20.0, "fp32"), strict=True))
+            dict(zip(finetune.KEY, ("lora", 5e-4, seed, 12, 20.0, "fp32", "signs"), strict=True))
             for seed in range(seeds)
         ]
 
@@ -191,7 +203,37 @@ def test_finetune_goes_on_where_it_was(monkeypatch, tmp_path):
     finetune.sweep(settings(1), tmp_path / "runs.jsonl")
     rows = finetune.sweep(settings(2), tmp_path / "runs.jsonl")
     assert asked == [0, 1]
-    assert "| lora | 20 | fp32 | 0.0005 | 1.500 (1.000, 2.000) | 1 of 2 |" in finetune.table(rows)
+    row = "| lora | 20 | fp32 | signs | 0.0005 | 1.500 (1.000, 2.000) | 1 of 2 | 2.00 | 15 | 15 |"
+    assert row in finetune.table(rows)
+    old = {k: v for k, v in rows[0].items() if k not in ("gamma", "effective_rank")}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(old) + "\n")  # of before gamma had a choice
+    (row,) = finetune.sweep([settings(1)[0] | {"gamma": "constant"}], tmp_path / "runs.jsonl")
+    assert asked == [0, 1] and "| constant | 0.0005 | 1.000 (1.000) |" in finetune.table([row])
+
+
+@pytest.mark.parametrize("method", ["randlora hadamard", "lora", "full"])
+def test_finetune_tells_the_effective_rank(method):
+    base = llama(num_hidden_layers=4)
+    changed = copy.deepcopy(base)
+    tuned = finetune.adapted(changed, method, seed=3, gamma="signs")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in tuned.named_parameters():
+            if "gamma" in name:
+                assert len(p.unique()) == 2 and p.abs().unique().numel() == 1
+                assert 0.3 < (p > 0).float().mean() < 0.7
+            elif p.requires_grad:
+                p.add_(0.01 * torch.randn(p.shape, generator=generator))
+    found = finetune.effective_ranks(base, tuned)  # of layer 3 alone: there is no 15
+    assert found.keys() == set(finetune.TARGETS) and all(len(r) == 1 for r in found.values())
+    layers = (model.model.layers[3].mlp.down_proj for model in (base, changed))
+    before, after = layers
+    delta = after.weight - before.weight if method == "full" else after.get_delta_weight("default")
+    share = torch.linalg.svdvals(delta.detach().double()).square()
+    share /= share.sum()
+    want = float((-torch.xlogy(share, share).sum()).exp())
+    assert found["down_proj"][0] == pytest.approx(want, rel=0.01)
+    assert want > 10 or method == "lora"
 
 
 @pytest.mark.skipif(not (ROOT / "benchmarks/results").is_dir(), reason="an sdist has no results")

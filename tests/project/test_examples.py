@@ -1,12 +1,16 @@
 """Each program of examples/ runs at toy size, learns, and saves what can be opened again."""
 
+import functools
+import importlib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -14,6 +18,8 @@ if not EXAMPLES.is_dir():
     pytest.skip("there are no examples beside these tests", allow_module_level=True)
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
+
+import cli_helpers  # noqa: E402
 
 from randlora_ext.cli.adapter import read_adapter  # noqa: E402
 
@@ -91,5 +97,67 @@ def test_tensor_parallel(tmp_path):
 def test_every_example_is_run():
     elsewhere = {"causal_lm.py", "smollm2.py"}  # shared code; tests/demo has the files it needs
     programs = {path.name for path in EXAMPLES.glob("*.py")} - elsewhere
-    tested = set(re.findall(r'run\("(\w+\.py)"', Path(__file__).read_text()))
+    text = Path(__file__).read_text()
+    tested = set(re.findall(r'run\("(\w+\.py)"', text))
+    tested |= {f"{name}.py" for name in re.findall(r'"(\w+_randlora)[."]', text)}
     assert programs - tested == set()
+
+
+def trains_and_loads(model, load, folder):
+    """One step moves lambda, and what was saved opens with the same logits."""
+    tokens = torch.arange(6)[None]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model(tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    model.save_pretrained(folder)
+    want = model.eval()(tokens).logits
+    assert torch.equal(load(folder).eval()(tokens).logits, want)
+    assert not torch.allclose(cli_helpers.llama()(tokens).logits, want)
+
+
+def test_axolotl(tmp_path, monkeypatch, stock_peft):
+    """Against axolotl's own loader; its requirements exclude ours, so it is tested where it is."""
+    monkeypatch.setenv("AXOLOTL_DO_NOT_TRACK", "1")
+    pytest.importorskip("axolotl")
+    from axolotl.integrations.base import PluginManager
+    from axolotl.loaders.adapter import load_adapter
+    from axolotl.utils.dict import DictDefault
+
+    monkeypatch.syspath_prepend(EXAMPLES)
+    manager = PluginManager.get_instance()
+    manager.register("axolotl_randlora.RandLoraPlugin")
+    assert manager.supports_adapter("randlora")
+    cfg = DictDefault(adapter="randlora", lora_r=4, lora_alpha=80, lora_target_linear=True)
+
+    def load(folder=None, **options):
+        changed = DictDefault(cfg | {"lora_model_dir": folder})
+        return load_adapter(cli_helpers.llama(), changed, "randlora", **options)
+
+    model, config = load()
+    assert type(model.base_model).__name__ == "AcceleratedRandLoraModel" and config.r == 4
+    assert load(config_only=True)[0] is None
+    trains_and_loads(model, lambda folder: load(str(folder))[0], tmp_path)
+    with pytest.raises(ValueError, match="needs lora_r, lora_alpha"):
+        load_adapter(cli_helpers.llama(), DictDefault(adapter="randlora"), "randlora")
+
+
+def test_ms_swift(tmp_path, monkeypatch, stock_peft):
+    pytest.importorskip("swift.tuner_plugin")
+    from swift.tuner_plugin import tuners_map
+
+    monkeypatch.syspath_prepend(EXAMPLES)
+    importlib.import_module("ms_swift_randlora")
+    tuner = tuners_map["randlora"]
+    base = cli_helpers.llama()
+    base.model_meta = SimpleNamespace(model_arch=None)
+    args = SimpleNamespace(
+        lora_rank=4, lora_alpha=80.0, lora_dropout=0.0, target_modules=["all-linear"]
+    )
+    model = tuner.prepare_model(args, base)
+    assert type(model.base_model).__name__ == "AcceleratedRandLoraModel"
+    layers = [m for m in model.modules() if hasattr(m, "randlora_lambda")]
+    assert len(layers) == 14
+    tuner.save_pretrained(model, str(tmp_path / "tuner"))
+    assert (tmp_path / "tuner" / "adapter_model.safetensors").exists()
+    load = functools.partial(tuner.from_pretrained, cli_helpers.llama())
+    trains_and_loads(model, lambda folder: load(str(folder)), tmp_path / "trained")

@@ -44,6 +44,21 @@ def test_the_build_refuses_cuda_that_it_cannot_build(wanted, says, tmp_path):
     assert done.returncode and says in done.stderr
 
 
+def test_a_build_without_a_compiler_says_so(tmp_path):
+    """At once, whatever an earlier build has left."""
+    for name in ("setup.py", "VERSION"):
+        shutil.copy(ROOT / name, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext"],
+        cwd=tmp_path,
+        env={**os.environ, "CXX": "no-such-compiler", "RANDLORA_CUDA": "0"},
+        capture_output=True,
+        text=True,
+    )
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode and last.startswith("error: there is no C++ compiler 'no-such-compiler'")
+
+
 def test_a_cuda_library_of_other_headers_is_refused(tmp_path):
     (tmp_path / "old.c").write_text(
         "static unsigned long long table[64];  /* begins with the hash of the headers: 0 */\n"

@@ -59,7 +59,7 @@ status=0
 ) >"$log" 2>&1 &
 others=$!
 "${run[@]}" -k "not wide" tests/ops/test_{linear,delta_weight,merged_weight,scaled_basis}.py \
-  tests/ops/test_{block,block_slices,dense,merged_rounding,autograd,nonfinite,determinism,errors}.py \
+  tests/ops/test_{hadamard,dense,autograd,nonfinite,determinism,errors}.py \
   tests/basis/test_{basis,basis_spec,packed,slice}.py tests/nn/test_{layer,layer_merge,apply}.py \
   tests/peft/test_{peft,peft_adapters,peft_activation}.py || status=1
 wait "$others" || status=1

@@ -1,7 +1,8 @@
 // What a step does with gamma before the class products, and with the gradients after them:
 //
 //   hadamard_gamma      out[i, k] = scale s[k] gam[i, k], rounded to the dtype of the activations
-//   hadamard_diagonals  dgam[i, k] = scale s[k] P[m, i, k'], dlam[c] = scale col[c] sum of sums[q, c]
+//   hadamard_diagonals  dgam[i, k] = scale s[k] P[m, i, k']
+//                       dlam[c] = scale col[c] * sum over q of sums[q, c]
 //
 // Floor: 1 / r of the layer's weight read and written, so what counts is that each is one launch.
 #include <algorithm>

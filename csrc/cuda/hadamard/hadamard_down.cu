@@ -68,27 +68,28 @@ __device__ __forceinline__ void write_w(const HadamardDown& p, const Rows<C, Scr
   const C scale = static_cast<C>(p.scale);
   const int n = static_cast<int>(p.sizes.n);
   const Index columns = Index(tokens) * n;
-  const int64_t stride = p.T * p.sizes.n, first_class = p.sizes.first_class(),
-                end_class = first_class + p.sizes.classes();
+  const int64_t stride = p.T * p.sizes.n;
+  const int r = static_cast<int>(p.sizes.r), first_class = static_cast<int>(p.sizes.first_class()),
+            end_class = first_class + static_cast<int>(p.sizes.classes());
   S* w = static_cast<S*>(p.w) + t0 * p.sizes.n - first_class * stride;
   with_constants<C>(p.sizes, [&](auto m, auto even) {
     constexpr int M = decltype(m)::value;
-    const int first_block = static_cast<int>(first_class / M),
-              blocks = static_cast<int>(ceil_div(end_class, M));
+    const int first_block = first_class / M, blocks = (end_class + M - 1) / M;
     const Index items = columns * (blocks - first_block);
     for (Index item = Index(share.first); item < items; item += Index(share.step)) {
       const int of_block = static_cast<int>(item / columns), block = first_block + of_block;
       const Index q = item - of_block * columns, t = q / n;
-      const Strided<C, Scratch, decltype(even)::value> u{rows.row(t, log),
-                                                         static_cast<int>(q - t * n), n};
       C v[M];
-      mix(v, block, 0, p.sizes.r,
-          [&](int64_t from, int e) { return u.at(static_cast<int>(from), e); });
-      S* to = w + q + int64_t{block} * M * stride;
+      mix(v, block, 0, r,
+          RowWalk<C, Scratch, decltype(even)::value>(rows.row(t, log), static_cast<int>(q - t * n),
+                                                     n));
+      Walk<S> to{w + q, stride};
+      to.skip(block * M);
 #pragma unroll
       for (int e = 0; e < M; ++e) {
-        const int64_t k = int64_t{block} * M + e;
-        if (k >= first_class && k < end_class) to[e * stride] = narrow<S>(scale * v[e]);
+        const int k = block * M + e;
+        S* at = to.next();
+        if (k >= first_class && k < end_class) *at = narrow<S>(scale * v[e]);
       }
     }
   });
@@ -110,8 +111,8 @@ __device__ __forceinline__ void add_products(const C (&a)[kValues<C>], const C* 
 }
 
 template <class S, bool Aligned, class C = typename ComputeOf<S>::type>
-__global__ void hadamard_down_kernel(HadamardDown p, Diagonal<C> diagonal, int log,
-                                     int64_t of_block) {
+__global__ void __launch_bounds__(kThreads, Aligned ? 2 : 1)
+    hadamard_down_kernel(HadamardDown p, Diagonal<C> diagonal, int log, int64_t of_block) {
   const int64_t N = int64_t{1} << log, K = p.sizes.K();
   const int64_t size = Rows<C, false>::bytes(of_block << log) / sizeof(C);
   const Rows<C, false> rows{reinterpret_cast<C*>(shared_memory())}, mixed{rows.numbers + size},
@@ -149,14 +150,14 @@ __global__ void hadamard_down_kernel(HadamardDown p, Diagonal<C> diagonal, int l
 }
 
 template <class S, class C = typename ComputeOf<S>::type>
-__global__ void hadamard_down_load_kernel(HadamardDown p, C* scratch, int log, int64_t t0,
-                                          int64_t tokens) {
+__global__ void __launch_bounds__(kScratchThreads)
+    hadamard_down_load_kernel(HadamardDown p, C* scratch, int log, int64_t t0, int64_t tokens) {
   read_y<S, false>(p, Rows<C, true>{scratch}, log, t0, tokens, share_of_grid());
 }
 // Replaces u by u times lam and col, and z, mixed (unless null), by its product with u.
 template <class C>
-__global__ void hadamard_down_low_kernel(Diagonal<C> diagonal, C* u, C* mixed, int log,
-                                         int64_t tokens) {
+__global__ void __launch_bounds__(kScratchThreads)
+    hadamard_down_low_kernel(Diagonal<C> diagonal, C* u, C* mixed, int log, int64_t tokens) {
   const int64_t N = int64_t{1} << log;
   low_pass(
       Rows<C, true>{u}, tokens << log, share_of_grid(), [](auto&, int64_t) {},
@@ -167,19 +168,15 @@ __global__ void hadamard_down_low_kernel(Diagonal<C> diagonal, C* u, C* mixed, i
       });
 }
 template <class S, class C = typename ComputeOf<S>::type>
-__global__ void hadamard_down_mix_z_kernel(HadamardDown p, C* mixed, int log, int64_t t0,
-                                           int64_t tokens) {
-  write_mixed<S>(p.sizes, p.z, p.T, Rows<C, true>{mixed}, log, t0, tokens, share_of_grid());
-}
-template <class S, class C = typename ComputeOf<S>::type>
-__global__ void hadamard_down_mix_kernel(HadamardDown p, C* scratch, int log, int64_t t0,
-                                         int64_t tokens) {
+__global__ void __launch_bounds__(kScratchThreads)
+    hadamard_down_store_kernel(HadamardDown p, C* scratch, int log, int64_t t0, int64_t tokens) {
   write_w<S>(p, Rows<C, true>{scratch}, log, t0, tokens, share_of_grid());
 }
 // Adds the products of tokens t0 to t0 + tokens - 1 to their slots; blockIdx.y is the slot.
 template <class C>
-__global__ void hadamard_down_sums_kernel(HadamardDown p, const C* products, int log, int64_t t0,
-                                          int64_t tokens) {
+__global__ void __launch_bounds__(kScratchThreads)
+    hadamard_down_sums_kernel(HadamardDown p, const C* products, int log, int64_t t0,
+                              int64_t tokens) {
   const int64_t slot = blockIdx.y, begin = slot * p.T / p.slots, end = (slot + 1) * p.T / p.slots;
   C* sums = static_cast<C*>(p.sums) + slot * p.sizes.K();
   for (int64_t c = share_of_grid().first; c < p.sizes.K(); c += share_of_grid().step) {
@@ -213,12 +210,12 @@ void down(const HadamardDown& p, Device& device) {
            p, all.numbers, plan.log, t0, tokens);
     all.transform(kEdgeBits<S>, tokens);
     if (p.z)
-      launch(device, "hadamard_down_mix_z", hadamard_down_mix_z_kernel<S>, of_bases, all.threads, 0,
-             p, mixed, plan.log, t0, tokens);
+      launch(device, "hadamard_mix", hadamard_mix_kernel<S>, of_bases, all.threads, 0, p.sizes, p.z,
+             p.T, mixed, plan.log, t0, tokens);
     launch(device, "hadamard_down_low", hadamard_down_low_kernel<C>, of_numbers, all.threads, 0,
            Diagonal<C>(p), all.numbers, mixed, plan.log, tokens);
-    launch(device, "hadamard_down_mix", hadamard_down_mix_kernel<S>, of_bases, all.threads, 0, p,
-           all.numbers, plan.log, t0, tokens);
+    launch(device, "hadamard_down_store", hadamard_down_store_kernel<S>, of_bases, all.threads, 0,
+           p, all.numbers, plan.log, t0, tokens);
     if (p.z)
       launch(device, "hadamard_down_sums", hadamard_down_sums_kernel<C>,
              dim3(all.blocks(p.sizes.K()), static_cast<unsigned>(p.slots)), all.threads, 0, p,
@@ -228,8 +225,8 @@ void down(const HadamardDown& p, Device& device) {
 
 }  // namespace
 
-// One launch. If N numbers (with z: 3 N) do not fit shared memory: 3 (with z: 5) and up to 4 middle
-// passes for each chunk of tokens.
+// One launch. If N numbers (with z: 3 N) do not fit shared memory: for each chunk of tokens 3 (with
+// z: 5) launches, and one for each middle pass (transform.h).
 void hadamard_down(const HadamardDown& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) { down<decltype(s)>(p, device); });
 }

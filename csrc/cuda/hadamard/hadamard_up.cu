@@ -74,7 +74,8 @@ __device__ __forceinline__ void write_y(const HadamardUp& p, const Rows<C, Scrat
 }
 
 template <class S, bool Aligned, class C = typename ComputeOf<S>::type>
-__global__ void hadamard_up_kernel(HadamardUp p, Diagonal<C> diagonal, int log, int64_t of_block) {
+__global__ void __launch_bounds__(kThreads, Aligned ? 2 : 1)
+    hadamard_up_kernel(HadamardUp p, Diagonal<C> diagonal, int log, int64_t of_block) {
   const Rows<C, false> rows{reinterpret_cast<C*>(shared_memory())};
   const int64_t t0 = blockIdx.x * of_block, tokens = min(of_block, p.T - t0), N = int64_t{1} << log;
   const Share share = share_of_block();
@@ -88,21 +89,17 @@ __global__ void hadamard_up_kernel(HadamardUp p, Diagonal<C> diagonal, int log, 
   write_y<S, Aligned>(p, rows, log, t0, tokens, share);
 }
 
-template <class S, class C = typename ComputeOf<S>::type>
-__global__ void hadamard_up_mix_kernel(HadamardUp p, C* scratch, int log, int64_t t0,
-                                       int64_t tokens) {
-  write_mixed<S>(p.sizes, p.z, p.T, Rows<C, true>{scratch}, log, t0, tokens, share_of_grid());
-}
 template <class C>
-__global__ void hadamard_up_low_kernel(Diagonal<C> diagonal, C* scratch, int log, int64_t tokens) {
+__global__ void __launch_bounds__(kScratchThreads)
+    hadamard_up_low_kernel(Diagonal<C> diagonal, C* scratch, int log, int64_t tokens) {
   const int64_t N = int64_t{1} << log;
   low_pass(
       Rows<C, true>{scratch}, tokens << log, share_of_grid(),
       [&](auto& v, int64_t x) { diagonal.apply(v, x & (N - 1)); }, [](auto&, int64_t) {});
 }
 template <class S, class C = typename ComputeOf<S>::type>
-__global__ void hadamard_up_store_kernel(HadamardUp p, C* scratch, int log, int64_t t0,
-                                         int64_t tokens) {
+__global__ void __launch_bounds__(kScratchThreads)
+    hadamard_up_store_kernel(HadamardUp p, C* scratch, int log, int64_t t0, int64_t tokens) {
   write_y<S, false>(p, Rows<C, true>{scratch}, log, t0, tokens, share_of_grid());
 }
 
@@ -122,8 +119,8 @@ void up(const HadamardUp& p, Device& device) {
   }
   InScratch<C> all(plan.log, p.T, device);
   all.each([&](int64_t t0, int64_t tokens) {
-    launch(device, "hadamard_up_mix", hadamard_up_mix_kernel<S>, all.blocks(tokens * p.sizes.n),
-           all.threads, 0, p, all.numbers, plan.log, t0, tokens);
+    launch(device, "hadamard_mix", hadamard_mix_kernel<S>, all.blocks(tokens * p.sizes.n),
+           all.threads, 0, p.sizes, p.z, p.T, all.numbers, plan.log, t0, tokens);
     launch(device, "hadamard_up_low", hadamard_up_low_kernel<C>,
            all.blocks(tokens << plan.log >> kBits<C>), all.threads, 0, Diagonal<C>(p), all.numbers,
            plan.log, tokens);
@@ -136,8 +133,8 @@ void up(const HadamardUp& p, Device& device) {
 
 }  // namespace
 
-// One launch. If N numbers do not fit shared memory: 3 and up to 4 (float64: 5) middle passes for
-// each chunk of tokens.
+// One launch. If N numbers do not fit shared memory: for each chunk of tokens 3 launches, and one
+// for each middle pass (transform.h).
 void hadamard_up(const HadamardUp& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) { up<decltype(s)>(p, device); });
 }

@@ -44,8 +44,9 @@ struct SignsOfRow {
 // ---- by columns: like tokens --------------------------------------------------------------------
 
 template <class S, bool Aligned, class C = typename ComputeOf<S>::type>
-__global__ void hadamard_weight_rows_kernel(HadamardWeight p, DeltaStore<S> store,
-                                            Diagonal<C> diagonal, int log, int64_t of_block) {
+__global__ void __launch_bounds__(kThreads, Aligned ? 2 : 1)
+    hadamard_weight_rows_kernel(HadamardWeight p, DeltaStore<S> store, Diagonal<C> diagonal,
+                                int log, int64_t of_block) {
   using At = Edge<S, Aligned>;
   constexpr int V = At::V;
   const Rows<C, false> rows{reinterpret_cast<C*>(shared_memory())};
@@ -142,8 +143,9 @@ __device__ __forceinline__ void column_pass(C* numbers, int bit, int bits, int l
 }
 
 template <class S>
-__global__ void hadamard_weight_kernel(HadamardWeight p, DeltaStore<S> store, int log, int log_all,
-                                       int64_t tiles, int64_t row_stride, int64_t column_stride) {
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
+    hadamard_weight_kernel(HadamardWeight p, DeltaStore<S> store, int log, int log_all,
+                           int64_t tiles, int64_t row_stride, int64_t column_stride) {
   using C = typename ComputeOf<S>::type;
   C* numbers = reinterpret_cast<C*>(shared_memory());
   const int64_t d = p.sizes.d, D = p.sizes.D, K = p.sizes.K(), n = p.sizes.n;
@@ -227,8 +229,8 @@ void weight(const HadamardWeight& p, Device& device) {
   int log = log_all;
   while (bytes(log) > std::min(device.shared_bytes, int64_t{72} << 10)) --log;
   const int64_t tiles = ceil_div(p.sizes.d, kColumns);
-  const int threads = static_cast<int>(std::clamp<int64_t>((int64_t{kColumns} << log) / kValues<C>,
-                                                           32, std::min(device.max_threads, 256)));
+  const int threads = static_cast<int>(std::clamp<int64_t>(
+      (int64_t{kColumns} << log) / kValues<C>, 32, std::min(device.max_threads, kThreads)));
   launch(device, "hadamard_weight", hadamard_weight_kernel<S>,
          static_cast<unsigned>(tiles << (log_all - log)), threads, bytes(log), p, store, log,
          log_all, tiles, p.transposed ? 1 : p.sizes.d, p.transposed ? p.sizes.D : 1);

@@ -14,44 +14,73 @@ __device__ __forceinline__ bool minus(int64_t a, int64_t b) {
   return __popcll(static_cast<unsigned long long>(a & b)) & 1;
 }
 
-// v[e] = sum over k of H[block * M + e, k] load(k), for begin <= k < end.
-template <int M, class C, class Load>
-__device__ __forceinline__ void mix(C (&v)[M], int64_t block, int64_t begin, int64_t end,
-                                    const Load& load) {
+// Walks: numbers whose ranks follow each other. An address that moves on takes fewer registers than
+// one for each number.
+template <class T>
+struct Walk {
+  T* at;
+  int64_t step;
+  __device__ __forceinline__ void skip(int64_t ranks) { at += ranks * step; }
+  __device__ __forceinline__ T* next() {
+    T* here = at;
+    at += step;
+    return here;
+  }
+};
+// In a row, at c = j * n + i for one i: a constant distance apart if n is a multiple of kValues
+// (Even).
+template <class C, bool Scratch, bool Even>
+struct RowWalk {
+  Rows<C, Scratch> row;
+  int c, n;
+  C* at;
+  int step;
+
+  __device__ __forceinline__ RowWalk(const Rows<C, Scratch>& row_, int i, int n_)
+      : row(row_), c(i), n(n_), at(row.in_row(i)), step(n + n / kValues<C> * row.kFree) {}
+  __device__ __forceinline__ void skip(int ranks) {
+    c += ranks * n;
+    at += ranks * step;
+  }
+  __device__ __forceinline__ C* next() {
+    C* here = Even ? at : row.in_row(c);
+    skip(1);
+    return here;
+  }
+};
+
+// v[e] = sum over k of H[block * M + e, k] x[k], for begin <= k < end. `walk` has x from rank 0 on.
+template <int M, class C, class Numbers>
+__device__ __forceinline__ void mix(C (&v)[M], int block, int begin, int end, Numbers walk) {
+  int from = begin / M * M;
+  walk.skip(from);
+  if (from == begin && from + M <= end) {
 #pragma unroll
-  for (int e = 0; e < M; ++e) v[e] = C(0);
-#pragma unroll 1
-  for (int64_t from = begin / M * M; from < end; from += M) {
-    C x[M];  // all loads before the first use
-    if (from >= begin && from + M <= end) {
+    for (int e = 0; e < M; ++e) v[e] = widen(*walk.next());
+  } else {
 #pragma unroll
-      for (int e = 0; e < M; ++e) x[e] = load(from, e);
-    } else {
-#pragma unroll
-      for (int e = 0; e < M; ++e) x[e] = from + e >= begin && from + e < end ? load(from, e) : C(0);
+    for (int e = 0; e < M; ++e) {
+      const auto* at = walk.next();
+      v[e] = from + e >= begin && from + e < end ? widen(*at) : C(0);
     }
+  }
+  if (end > M) {  // several blocks of ranks
     if (minus(block, from / M)) {
 #pragma unroll
-      for (int e = 0; e < M; ++e) v[e] -= x[e];
-    } else {
+      for (int e = 0; e < M; ++e) v[e] = -v[e];
+    }
+#pragma unroll 1
+    for (from += M; from < end; from += M) {
+      const bool negative = minus(block, from / M);
 #pragma unroll
-      for (int e = 0; e < M; ++e) v[e] += x[e];
+      for (int e = 0; e < M; ++e) {
+        const auto* at = walk.next();
+        if (from + e < end) v[e] += negative ? -widen(*at) : widen(*at);
+      }
     }
   }
   hadamard<1>(v);
 }
-
-// Elements of a row at c = j * n + i, for one i: successive j are a constant distance apart if n is
-// a multiple of kValues (Even).
-template <class C, bool Scratch, bool Even>
-struct Strided {
-  Rows<C, Scratch> row;
-  int i, n;
-  __device__ __forceinline__ C& at(int from, int e) const {
-    if constexpr (Even) return row.in_row(i + from * n)[e * (n + n / kValues<C> * row.kFree)];
-    return *row.in_row(i + (from + e) * n);
-  }
-};
 
 // Calls fn with constants: M, the ranks of a block, and whether n is a multiple of kValues.
 template <class C, class F>
@@ -77,8 +106,9 @@ __device__ __forceinline__ void write_mixed(const HadamardSizes& sizes, const vo
                                             const Rows<C, Scratch>& rows, int log, int64_t t0,
                                             int64_t tokens, const Share& share) {
   using Index = typename Rows<C, Scratch>::Index;
-  const int64_t stride = T * sizes.n, first_class = sizes.first_class(),
-                end_class = first_class + sizes.classes();
+  const int64_t stride = T * sizes.n;
+  const int first_class = static_cast<int>(sizes.first_class()),
+            end_class = first_class + static_cast<int>(sizes.classes());
   const S* numbers = static_cast<const S*>(z) + t0 * sizes.n - first_class * stride;
   const int n = static_cast<int>(sizes.n), r = static_cast<int>(sizes.r);
   const Index columns = Index(tokens) * n;
@@ -89,16 +119,29 @@ __device__ __forceinline__ void write_mixed(const HadamardSizes& sizes, const vo
       const int block = static_cast<int>(item / columns);
       const Index q = item - block * columns, t = q / n;
       C v[M];
-      mix(v, block, first_class, end_class,
-          [&](int64_t from, int e) { return widen(numbers[q + from * stride + e * stride]); });
-      const Strided<C, Scratch, decltype(even)::value> to{rows.row(t, log),
-                                                          static_cast<int>(q - t * n), n};
+      mix(v, block, first_class, end_class, Walk<const S>{numbers + q, stride});
+      RowWalk<C, Scratch, decltype(even)::value> to(rows.row(t, log), static_cast<int>(q - t * n),
+                                                    n);
+      to.skip(block * M);
 #pragma unroll
-      for (int e = 0; e < M; ++e)
-        if (block * M + e < r) to.at(block * M, e) = v[e];
+      for (int e = 0; e < M; ++e) {
+        C* at = to.next();
+        if (block * M + e < r) *at = v[e];
+      }
     }
   });
 }
+
+namespace {
+
+template <class S, class C = typename ComputeOf<S>::type>
+__global__ void __launch_bounds__(kScratchThreads, 1)
+    hadamard_mix_kernel(HadamardSizes sizes, const void* z, int64_t T, C* mixed, int log,
+                        int64_t t0, int64_t tokens) {
+  write_mixed<S>(sizes, z, T, Rows<C, true>{mixed}, log, t0, tokens, share_of_grid());
+}
+
+}  // namespace
 
 }  // namespace cuda
 }  // namespace randlora

@@ -30,6 +30,9 @@ constexpr int kBits = sizeof(C) == 8 ? 4 : 5;
 template <class C>
 constexpr int kValues = 1 << kBits<C>;  // 128 bytes
 
+// The most threads of a block: for rows in shared memory, and for rows in scratch memory.
+constexpr int kThreads = 256, kScratchThreads = 128;
+
 constexpr int log_of(int64_t power) {
   int log = 0;
   while (int64_t{1} << log < power) ++log;
@@ -118,7 +121,7 @@ __device__ __forceinline__ void store_run(const C* from, C* to) {
   }
 }
 
-// Bits [0, kBits). before(v, x) and after(v, x) may change the numbers at positions x and following.
+// Bits [0, kBits). before(v, x) and after(v, x) may change the numbers from position x on.
 template <class C, bool Scratch, class Before, class After>
 __device__ __forceinline__ void low_pass(const Rows<C, Scratch>& rows, int64_t count,
                                          const Share& share, const Before& before,
@@ -184,11 +187,12 @@ __device__ __forceinline__ void pass_of(const Rows<C, Scratch>& rows, int bit, i
   for (Index g = Index(share.first); g < Index(count / kValues<C>); g += Index(share.step)) {
     C v[kValues<C>];
     C* at = rows.at((g * V >> bit << (bit + K)) | (g * V & ((Index{1} << bit) - 1)));
+    C* from = at;
 #pragma unroll
-    for (int e = 0; e < 1 << K; ++e) load_run<V>(at + e * step, v + e * V);
+    for (int e = 0; e < 1 << K; ++e, from += step) load_run<V>(from, v + e * V);
     hadamard<V>(v);
 #pragma unroll
-    for (int e = 0; e < 1 << K; ++e) store_run<V>(v + e * V, at + e * step);
+    for (int e = 0; e < 1 << K; ++e, at += step) store_run<V>(v + e * V, at);
   }
 }
 
@@ -302,8 +306,8 @@ struct Plan {
     const int64_t of_row = int64_t{1} << (log - kBits<C>);
     rows = 1;
     while (rows * of_row < 128 && 2 * rows <= most) rows *= 2;  // short rows share a block
-    threads =
-        static_cast<int>(std::clamp<int64_t>(rows * of_row, 32, std::min(device.max_threads, 256)));
+    threads = static_cast<int>(
+        std::clamp<int64_t>(rows * of_row, 32, std::min(device.max_threads, kThreads)));
     shared = copies * Rows<C, false>::bytes(numbers());
   }
   int64_t numbers() const { return int64_t{rows} << log; }
@@ -315,7 +319,8 @@ struct Plan {
 namespace {
 
 template <class C>
-__global__ void hadamard_pass_kernel(C* numbers, int bit, int bits, int64_t count) {
+__global__ void __launch_bounds__(kScratchThreads)
+    hadamard_pass_kernel(C* numbers, int bit, int bits, int64_t count) {
   middle_pass(Rows<C, true>{numbers}, bit, bits, count, share_of_grid());
 }
 
@@ -329,7 +334,7 @@ struct InScratch {
 
   InScratch(int log_, int64_t count_, Device& device_)
       : log(log_),
-        threads(std::min(device_.max_threads, 128)),
+        threads(std::min(device_.max_threads, kScratchThreads)),
         count(count_),
         chunk(std::clamp<int64_t>((device_.chunk_bytes / int64_t{sizeof(C)}) >> log, 1,
                                   std::max<int64_t>(count, 1))),

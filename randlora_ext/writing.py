@@ -1,0 +1,157 @@
+"""Files that appear when they are complete, and one kind of error if they cannot be written.
+
+Everything is written into a scratch folder beside its place and then renamed, so a process that is
+killed leaves the old file or the new one. If the place is a symbolic link, the link stays and what
+it leads to is written. Scratch folders of killed processes are removed by the next write.
+"""
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_SCRATCH = ".randlora-writing-"
+
+
+class WritingError(OSError):
+    """``PATH cannot be written: REASON``: a full disk, no permission, a name that is none."""
+
+    reason = ""
+
+    @classmethod
+    def of(cls, path: str | os.PathLike, reason: str, number: int | None = None) -> "WritingError":
+        made = cls(f"{os.fspath(path) or repr('')} cannot be written: {reason}")
+        made.reason, made.errno = reason, number
+        return made
+
+
+@contextmanager
+def appear(file: str | os.PathLike) -> Iterator[Path]:
+    """A scratch path, renamed to `file` when the block ends. Its folder must exist.
+
+    If the block raises, nothing has changed. Raises `WritingError`.
+    """
+    place = _resolved(file)
+    if not place.name:
+        raise WritingError.of(file, "it names no file")
+    with _scratch_in(place.parent, file) as scratch:
+        yield scratch / place.name
+        _put(scratch / place.name, place)
+
+
+@contextmanager
+def appear_together(folder: str | os.PathLike) -> Iterator[Path]:
+    """A scratch folder inside `folder`; its files are renamed into it when the block ends.
+
+    `folder` is made if it is missing. Configurations come last, since loading starts with them. If
+    the block raises, nothing in `folder` has changed. Raises `WritingError`.
+    """
+    place = _resolved(folder)
+    with _scratch_in(place, folder, make=True) as scratch:
+        yield scratch
+        files = [path for path in scratch.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: (path.suffix == ".json", path)):
+            _put(path, place / path.relative_to(scratch))
+
+
+@contextmanager
+def appear_new(out: str | os.PathLike) -> Iterator[Path]:
+    """As `appear`, for a new file or folder: `out` must be free, or an empty folder."""
+    place = _resolved(out)
+    with _scratch_in(place.parent, out) as scratch:
+        yield scratch / place.name
+        if is_taken(place):
+            raise FileExistsError(errno.EEXIST, "it exists")
+        os.rename(scratch / place.name, place)
+
+
+def is_taken(out: Path) -> bool:
+    """Whether something is there that `appear_new` would have to replace."""
+    return out.exists() and (not out.is_dir() or any(out.iterdir()))
+
+
+def _resolved(path: str | os.PathLike) -> Path:
+    if not os.fspath(path):
+        raise WritingError.of(path, "the name is empty")
+    return Path(os.path.realpath(path))
+
+
+def _put(scratch: Path, place: Path) -> None:
+    place = Path(os.path.realpath(place))  # a file of the folder may be a link, too
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.replace(scratch, place)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=place.parent) as beside:
+            os.replace(shutil.copyfile(scratch, Path(beside, "file")), place)
+
+
+@contextmanager
+def _scratch_in(folder: Path, path: str | os.PathLike, make: bool = False) -> Iterator[Path]:
+    try:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        with (
+            _locked(folder),
+            tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as scratch,
+        ):
+            yield Path(scratch)
+    except Exception as error:
+        if not _is_of_writing(error):
+            raise
+        number = error.errno if isinstance(error, OSError) else None
+        raise WritingError.of(path, _reason(error), number) from error
+
+
+def _reason(error: Exception) -> str:
+    """In one line, without the name of the scratch folder."""
+    if isinstance(error, WritingError):  # of a file inside
+        return error.reason
+    if _is_of_torch_save(error):
+        return "torch.save could not write all of it, as on a full disk"
+    text = str(error).splitlines()[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None or _SCRATCH in text else text
+    return re.sub(rf"[^\s'\"]*{re.escape(_SCRATCH)}[^/]*/", "", text)  # others only write text
+
+
+def _is_of_writing(error: Exception) -> bool:
+    # safetensors, which is optional, has its own class.
+    return (
+        isinstance(error, OSError)
+        or type(error).__name__ == "SafetensorError"
+        or _is_of_torch_save(error)
+    )
+
+
+def _is_of_torch_save(error: Exception) -> bool:
+    """Whether its writer in C++ has failed, for which torch has no class."""
+    names = "PytorchStreamWriter", "inline_container.cc", "iostream error"
+    return isinstance(error, RuntimeError) and any(name in str(error) for name in names)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from removing the scratch folder as a left-over.
+
+    The kernel releases a process's lock when it dies, so scratch folders in a folder without a
+    lock are left-overs.
+    """
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # another process is writing, or the file system has no locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left_over in folder.glob(f"{_SCRATCH}*"):
+                shutil.rmtree(left_over, ignore_errors=True)
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(lock)
