@@ -107,7 +107,8 @@ def inputs(layer, *lead, dtype=torch.float32, seed=1):
 
 def two_adapters(dtype=torch.float64, **second):
     layer = RandLoraLinear(make_base(24, 40, dtype=dtype), r=5, projection_prng_key=1)
-    second = {"r": 7, "randlora_alpha": 70, "density": 0.2} | second
+    density = None if second.get("basis") == "hadamard" else 0.2
+    second = {"r": 7, "randlora_alpha": 70, "density": density} | second
     layer.update_layer("two", projection_prng_key=2**64 - 1, **second)
     return randomize(layer)
 

@@ -21,11 +21,12 @@ from randlora_ext import RandLoraLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OURS = torch.ops.randlora.linear.default
+ops = torch.ops.randlora
+OURS = [ops.linear.default, ops.hadamard_linear.default]
 
 
 def saves(ctx, op, *args, **kwargs):
-    return CheckpointPolicy.MUST_SAVE if op is OURS else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in OURS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def recomputes(ctx, op, *args, **kwargs):
@@ -34,7 +35,7 @@ def recomputes(ctx, op, *args, **kwargs):
 
 POLICIES = {
     "saves": (saves, 1),
-    "names": ([OURS], 1),
+    "names": (OURS, 1),
     "recomputes": (recomputes, 2),
     "none": (None, 2),
 }
@@ -53,6 +54,9 @@ class Counting(TorchDispatchMode):
 
 
 def make(density=0.1, **options):
+    """`density` may be the kind of bases "hadamard"."""
+    if density == "hadamard":
+        density, options = None, {**options, "basis": density}
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24))
     net[0] = randomize(RandLoraLinear(net[0], r=5, density=density, **options))
@@ -71,7 +75,7 @@ def gradients(function, net, x):
     return torch.autograd.grad(function(x).square().sum(), [x, *trained])
 
 
-@pytest.mark.parametrize("density", [0.1, 1 / 3])
+@pytest.mark.parametrize("density", [0.1, 1 / 3, "hadamard"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_policies(policy, density):
     net = make(density)
@@ -80,8 +84,9 @@ def test_policies(policy, density):
     expected = gradients(net, net, x)
     with Counting() as counting:
         results = gradients(checkpointed(net, chosen), net, x)
-    assert counting.count[OURS] == runs
-    assert counting.count[torch.ops.randlora.linear_backward.default] == 1
+    backward = ops.linear_backward.default, ops.hadamard_linear_backward.default
+    assert sum(counting.count[op] for op in OURS) == runs
+    assert sum(counting.count[op] for op in backward) == 1
     assert counting.count[torch.ops.aten.tanh.default] == 2
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
@@ -117,7 +122,7 @@ def test_policies_in_a_compiled_step(policy):
     counts = []
 
     def count(module, inputs):
-        counts.append(sum(node.target is OURS for node in module.graph.nodes))
+        counts.append(sum(node.target in OURS for node in module.graph.nodes))
         return module
 
     backend = aot_autograd(

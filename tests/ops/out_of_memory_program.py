@@ -16,7 +16,11 @@ from randlora_ext.basis import cache
 
 FAULTS = ctypes.CDLL(None)
 FAULTS.failures.restype = ctypes.c_long
-DENSITIES = {"planes": 1 / 3, "lists": 0.07}
+BASES = {
+    "planes": {"density": 1 / 3},
+    "lists": {"density": 0.07},
+    "hadamard": {"basis": "hadamard"},
+}
 
 
 def with_failing_allocation(n: int, action) -> bool:
@@ -53,23 +57,23 @@ def results(layer: RandLoraLinear, x: torch.Tensor, dy: torch.Tensor) -> list:
     return [layer(x)] if layer.merged else run(layer, x, dy)
 
 
-def fresh(density: float, dtype=torch.float32) -> RandLoraLinear:
+def fresh(options: dict, dtype=torch.float32) -> RandLoraLinear:
     """A layer whose basis is not packed yet."""
     assert not cache._cache, "somebody holds a basis"
     base = make_base(130, 70, dtype=dtype)
-    return randomize(RandLoraLinear(base, r=9, density=density))
+    return randomize(RandLoraLinear(base, r=9, **options))
 
 
-def try_all(name: str, density: float, action, prepare=lambda layer: None, dtype=torch.float32):
+def try_all(name: str, options: dict, action, prepare=lambda layer: None, dtype=torch.float32):
     """Prints how many allocations of `action(layer)` were made to fail."""
-    layer = fresh(density, dtype)
+    layer = fresh(options, dtype)
     prepare(layer)
     x, dy = inputs(layer, 33, dtype=dtype)
     expected = results(layer, x, dy)
     del layer
     faults = 0
     while True:
-        layer = fresh(density, dtype)
+        layer = fresh(options, dtype)
         prepare(layer)
         before = snapshot(layer)
         if not with_failing_allocation(faults, lambda layer=layer: action(layer)):
@@ -91,37 +95,40 @@ def step(layer):
 
 def main() -> None:
     torch.set_num_threads(2)
-    for kind, density in DENSITIES.items():
+    for kind, options in BASES.items():
         for path in ("factored", "delta", "merged"):
+            if (kind, path) == ("hadamard", "delta"):
+                continue
             os.environ["RANDLORA_PATH"] = path
-            try_all(f"step, {path}, {kind}", density, step)
+            try_all(f"step, {path}, {kind}", options, step)
         del os.environ["RANDLORA_PATH"]
-        try_all(f"bfloat16 step, {kind}", density, step, dtype=torch.bfloat16)
-        try_all(f"delta weight, {kind}", density, lambda layer: layer.get_delta_weight("default"))
-        try_all(f"dense bases, {kind}", density, lambda layer: layer.get_scaled_bases("default"))
-    density = DENSITIES["lists"]
-    try_all("merge", density, lambda layer: layer.merged or layer.merge())
+        try_all(f"bfloat16 step, {kind}", options, step, dtype=torch.bfloat16)
+        try_all(f"delta weight, {kind}", options, lambda layer: layer.get_delta_weight("default"))
+        try_all(f"dense bases, {kind}", options, lambda layer: layer.get_scaled_bases("default"))
+    lists = BASES["lists"]
+    try_all("merge", lists, lambda layer: layer.merged or layer.merge())
     try_all(
         "merge keeping nothing",
-        density,
+        lists,
         lambda layer: layer.merged or layer.merge(keep_weight="nothing"),
     )
     try_all(
         "unmerge",
-        density,
+        lists,
         lambda layer: layer.unmerge(),
         lambda layer: layer.merge(keep_weight="nothing"),  # putting W back allocates nothing
     )
-    try_all("another adapter", density, lambda layer: layer.update_layer("two", 5, density=0.3))
+    try_all("another adapter", lists, lambda layer: layer.update_layer("two", 5, density=0.3))
 
     def round_once(layer):
         basis = layer.bases["default"]
         lam, gam = (p["default"].detach() for p in (layer.randlora_lambda, layer.randlora_gamma))
         merged_weight(basis, layer.weight, lam, gam, 1.0, 5)
 
-    try_all("stochastic rounding", density, round_once, dtype=torch.bfloat16)
+    for kind in ("lists", "hadamard"):
+        try_all(f"stochastic rounding, {kind}", BASES[kind], round_once, dtype=torch.bfloat16)
     dense = TernaryBasis(130, 70, 9, 0.3).dense()
-    try_all("import", density, lambda layer: TernaryBasis.from_dense(*dense, 130, 70).packed())
+    try_all("import", lists, lambda layer: TernaryBasis.from_dense(*dense, 130, 70).packed())
 
 
 if __name__ == "__main__":

@@ -13,21 +13,21 @@ from layer_helpers import inputs, make_base, randomize, run
 
 from randlora_ext import RandLoraLinear, TernaryBasis
 
-DENSITIES = (1 / 3, 0.07)
+BASES = ({"density": 1 / 3}, {"density": 0.07}, {"basis": "hadamard"})
 
 
-def make_layer(density=0.07):
-    return randomize(RandLoraLinear(make_base(130, 70), r=9, density=density))
+def make_layer(**options):
+    return randomize(RandLoraLinear(make_base(130, 70), r=9, **options))
 
 
 @pytest.mark.parametrize("torch_threads", [1, 4])
-@pytest.mark.parametrize("density", DENSITIES)
-def test_python_threads_get_the_bits_of_one(density, torch_threads):
+@pytest.mark.parametrize("options", BASES, ids=str)
+def test_python_threads_get_the_bits_of_one(options, torch_threads):
     torch.set_num_threads(torch_threads)
-    layer = make_layer(density)
+    layer = make_layer(**options)
     cases = [inputs(layer, tokens, seed=tokens) for tokens in (1, 3, 16, 40, 65, 130)]
     alone = [run(layer, *case) for case in cases]
-    fresh = make_layer(density)  # its basis is packed by whoever comes first
+    fresh = make_layer(**options)  # its basis is packed by whoever comes first
     start = threading.Barrier(4)
 
     def work(worker):

@@ -39,7 +39,7 @@ def test_every_allocation_fails_once(tmp_path):
     done = run_python([str(HERE / "out_of_memory_program.py")], LD_PRELOAD=str(library))
     assert done.returncode == 0, done.stderr[-3000:]
     faults = dict(json.loads(line) for line in done.stdout.splitlines())
-    assert len(faults) == 18 and min(faults.values()) > 0, faults
+    assert len(faults) == 24 and min(faults.values()) > 0, faults
     print(f"{sum(faults.values())} faults in {len(faults)} actions")
 
 
