@@ -116,6 +116,35 @@ def test_each_reads_what_the_other_wrote(tmp_path, bits, save_projection):
 
 
 @pytest.mark.parametrize("bits", BITS)
+def test_hadamard_bases(bits, tmp_path):
+    """Stock PEFT has none, so layers are compared with their base layer and their dW."""
+    accelerated.enable()
+    options = {"cls": accelerated.RandLoraConfig, "sparse": False, "basis": "hadamard"}
+    model = randomize(peft.get_peft_model(Quantized(bits), chosen(r=7, **options))).eval()
+    for layer in adapted(model):
+        x = torch.randn(5, layer.in_features, requires_grad=True)
+        delta = layer.get_delta_weight("default")
+        y, want = layer(x), layer.base_layer(x) + x @ delta.T
+        assert relative(y, want) < 1e-5 and relative(want, layer.base_layer(x)) > 0.1
+        leaves = [x, layer.randlora_lambda["default"], layer.randlora_gamma["default"]]
+        dy = torch.randn_like(y)
+        gradients = (torch.autograd.grad(each, leaves, dy, retain_graph=True) for each in (y, want))
+        assert_close(*gradients, 1e-5)
+    x = torch.randn(5, 64)
+    before = model(x)
+    model.save_pretrained(tmp_path)
+    keys = list(load_file(tmp_path / "adapter_model.safetensors"))
+    assert all(key.endswith(("randlora_lambda", "randlora_gamma")) for key in keys)
+    loaded = peft.PeftModel.from_pretrained(Quantized(bits), tmp_path).eval()
+    assert relative(loaded(x), before) < 0.01  # bitsandbytes: state in 16 bits
+    deltas = [layer.get_delta_weight("default").detach() for layer in adapted(loaded)]
+    weights = [dense(layer) for layer in adapted(loaded)]
+    loaded.merge_adapter()
+    for layer, weight, delta in zip(adapted(loaded), weights, deltas, strict=True):
+        assert layer.merged and relative(dense(layer), rounded(layer, weight + delta)) < 1e-6
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_dtype_is_that_of_the_input(bits):
     """Stock PEFT answers float32 to a bfloat16 input where it upcast the adapter."""
     accelerated.enable()

@@ -46,11 +46,13 @@ def written(out: Path) -> dict:
 def test_layer_compares_every_method(tmp_path):
     out = tmp_path / "layer"
     size = ["--sizes", "48x64", "--tokens", "4", "--densities", "0.2", "--repeats", "1"]
-    layer.main([*size, "--methods", "all", "--memory", "--out", str(out)])
-    (row,) = written(out)["rows"]
+    layer.main([*size, "--methods", "all", "--out", str(out)])
+    layer.main([*size, "--methods", "peft,ours", "--memory", "--append", "--out", str(out)])
+    row, with_memory = written(out)["rows"]
     assert (row["in"], row["out"], row["tokens"], row["density"]) == (48, 64, 4, "0.2")
     assert row["error"] < 1e-5 and row["regret"] >= 0
-    assert all(row[method] > 0 and f"{method}_mib" in row for method in METHODS)
+    assert all(row[method] > 0 for method in METHODS)
+    assert with_memory["frozen_mib"] > 0 and {"peft_mib", "ours_mib"} <= set(with_memory)
 
 
 def test_layer_has_a_row_for_each_target_of_hadamard_bases(monkeypatch, tmp_path):
