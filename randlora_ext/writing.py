@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_SCRATCH = ".randlora-writing-"
+SCRATCH = ".randlora-writing-"
 
 
 class WritingError(OSError):
@@ -89,7 +89,7 @@ def _put(scratch: Path, place: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=place.parent) as beside:
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=place.parent) as beside:
             os.replace(shutil.copyfile(scratch, Path(beside, "file")), place)
 
 
@@ -100,7 +100,7 @@ def _scratch_in(folder: Path, path: str | os.PathLike, make: bool = False) -> It
             folder.mkdir(parents=True, exist_ok=True)
         with (
             _locked(folder),
-            tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as scratch,
+            tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch,
         ):
             yield Path(scratch)
     except Exception as error:
@@ -118,8 +118,8 @@ def _reason(error: Exception) -> str:
         return "torch.save could not write all of it, as on a full disk"
     text = str(error).splitlines()[0]
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror if error.filename is None or _SCRATCH in text else text
-    return re.sub(rf"[^\s'\"]*{re.escape(_SCRATCH)}[^/]*/", "", text)  # others only write text
+        return error.strerror if error.filename is None or SCRATCH in text else text
+    return re.sub(rf"[^\s'\"]*{re.escape(SCRATCH)}[^/]*/", "", text)  # others only write text
 
 
 def _is_of_writing(error: Exception) -> bool:
@@ -148,7 +148,7 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         with suppress(OSError):  # another process is writing, or the file system has no locks
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left_over in folder.glob(f"{_SCRATCH}*"):
+            for left_over in folder.glob(f"{SCRATCH}*"):
                 shutil.rmtree(left_over, ignore_errors=True)
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_SH)

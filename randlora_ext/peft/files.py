@@ -10,6 +10,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from ..writing import SCRATCH
 from .adapter_basis import other_bases
 
 _METADATA = "randlora_ext"  # the entry of a safetensors header
@@ -17,6 +18,12 @@ _RECORDED = (
     "projection_prng_key", "basis", "density", "sparse", "very_sparse", "save_projection", "r",
     "randlora_alpha",
 )  # fmt: skip
+
+
+def name_of(folder: str | os.PathLike) -> str:
+    """The name of a folder, or of the one that a scratch folder's files will be moved to."""
+    place = Path(folder).absolute()
+    return (place.parent if place.name.startswith(SCRATCH) else place).name
 
 
 def copy_card(folder: str | os.PathLike, scratch: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from peft import PeftModel
 
 from .card import Base, write_card
+from .files import name_of
 from .loading import check_load_over, warn_of_misfits
 from .model import AcceleratedRandLoraModel, parallel_plans
 from .saving import save_together
@@ -69,8 +70,7 @@ def _save(
     def save(folder: str, **state) -> None:
         stock(model, folder, *args, **state, **kwargs)
         if is_main_process:
-            name = Path(save_directory).absolute().name
-            write_card(Path(folder), name, Base.of(model.get_base_model()))
+            write_card(Path(folder), name_of(save_directory), Base.of(model.get_base_model()))
 
     is_main_process = kwargs.get("is_main_process", True)
     save_together(save, model, save_directory, is_main_process, state_dict)

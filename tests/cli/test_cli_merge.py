@@ -161,15 +161,14 @@ def test_only_what_peft_loads_is_applied(tmp_path, name, shape, applied):
 
 @pytest.mark.parametrize("kind", ["generated", "density"])
 def test_the_key_decides_the_bases(tmp_path, kind):
-    """Stock PEFT's config drops our fields and keeps the key."""
+    """The other fields may be gone, as after a program that knows PEFT's alone."""
     base = sharded(tmp_path / "model")
     save_adapter(base, tmp_path / "adapter", **KINDS[kind])
     assert run("merge", tmp_path / "model", tmp_path / "adapter", tmp_path / "before")[0] == 0
-    accelerated.disable()
-    stock = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
-    stock.save_pretrained(tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
-    assert not {"density", "basis"} & json.loads(file.read_text()).keys()
+    fields = json.loads(file.read_text())
+    kept = {key: value for key, value in fields.items() if key not in ("density", "basis")}
+    file.write_text(json.dumps(kept | {"task_type": None}))
     merge = ("merge", tmp_path / "model", tmp_path / "adapter")
     assert run(*merge, tmp_path / "after")[0] == 0
     before, after = tensors_of(tmp_path / "before"), tensors_of(tmp_path / "after")
