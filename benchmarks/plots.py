@@ -61,7 +61,9 @@ def by_tokens(result: dict):
         mine = sorted((r for r in rows if (r["in"], r["out"]) == size), key=lambda r: r["tokens"])
 
         def draw(density: str, column: str, axis=axis, mine=mine, **style) -> None:
-            line = [(r["tokens"], r[column]) for r in mine if r["density"] == density]
+            line = [
+                (r["tokens"], r[column]) for r in mine if r["density"] == density and column in r
+            ]
             axis.plot(*zip(*line, strict=True), **style)
 
         for density, (color, label) in DENSITIES.items():
