@@ -55,9 +55,7 @@ struct DeltaStore {
     return misfit(out) == 0 && misfit(base) == 0;
   }
 
-  __device__ __forceinline__ void one(int64_t e, C sum) const {
-    one(e, sum, base ? base[e] : S{});
-  }
+  __device__ __forceinline__ void one(int64_t e, C sum) const { one(e, sum, base ? base[e] : S{}); }
   // The same with the element of the base that the caller has loaded, or zero.
   __device__ __forceinline__ void one(int64_t e, C sum, S old) const {
     const C x = widen(old) + scale * sum;
