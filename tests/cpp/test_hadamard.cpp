@@ -185,6 +185,7 @@ void all(const HadamardSizes& s, DType dtype, int64_t T, int threads) {
     check_near(out, want, "add", s, T);
   }
 
+  if (T != 1) return;  // what follows has no tokens
   for (const bool transposed : {false, true})
     for (const bool adds : {false, true}) {
       const auto base_s = as<S>(base);
@@ -241,9 +242,9 @@ int main() {
   };
   for (const HadamardSizes& s :
        {sizes(1, 1, 1), sizes(9, 1, 4), sizes(64, 64, 8), sizes(96, 61, 7), sizes(11, 10, 3),
-        sizes(50, 50, 60), sizes(70, 33, 2), sizes(300, 96, 32), sizes(45, 130, 16, 5, 0, 130),
+        sizes(50, 50, 60), sizes(70, 33, 2), sizes(150, 70, 32), sizes(45, 130, 16, 5, 0, 130),
         sizes(40, 23, 7, 13, 20, 61), sizes(20, 9, 4, 3, 16, 64), sizes(33, 3, 5, 90, 11, 40),
-        sizes(600, 512, 32)})
+        sizes(330, 260, 32)})
     for (const int64_t T : {0, 1, 5}) {
       all<float>(s, DType::f32, T, 1);
       all<float>(s, DType::f32, T, 3);
