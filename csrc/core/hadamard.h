@@ -20,8 +20,8 @@
 
 namespace randlora {
 
-// A layer, or the part of one that a rank of tensor parallelism holds: D and d are the part's, r and
-// n the layer's.
+// A layer, or the part of one that a rank of tensor parallelism holds: D and d are the part's, r
+// and n the layer's.
 struct HadamardSizes {
   int64_t D, d, r, n;
   int64_t first_row = 0, first_column = 0;  // where the part begins, in the layer's rows of B and
@@ -37,8 +37,8 @@ struct HadamardSizes {
     while (p < least) p *= 2;
     return p;
   }
-  // Sizes of the transforms over the rank indices and over the columns of B. The bits of a row above
-  // those of N - 1 meet no column, so row o of H equals row o mod N, however large D is: products
+  // Sizes of the transforms over the rank indices and over the columns of B. The bits of a row
+  // above those of N - 1 meet no column, so row o of H equals row o mod N for any D: products
   // with B add up the rows of y with equal o mod N before the transform, or use its result for all
   // of them.
   RANDLORA_HD_MEMBER int64_t R() const { return power_of_two(r); }
@@ -108,8 +108,8 @@ struct HadamardDown {
   double scale;
 };
 
-// y[t, k] += scale * from[m, t, k'], or y = ... unless `accumulate`, with column k at place k' of its
-// class m. CPU only: torch's GEMM copies a result whose rows are not contiguous.
+// y[t, k] += scale * from[m, t, k'], or y = ... unless `accumulate`, with column k at place k' of
+// its class m. CPU only: torch's GEMM copies a result whose rows are not contiguous.
 struct HadamardAdd {
   HadamardSizes sizes;
   const void* from;  // (classes, T, n) in `dtype`

@@ -1,6 +1,6 @@
 // Compares the kernels of Hadamard bases (core/hadamard.h) of the set that RANDLORA_ISA names with
-// plain loops in double: odd shapes, parts of layers, every dtype, one thread and three. Exits 77 if
-// the set cannot run.
+// plain loops in double: odd shapes, parts of layers, every dtype, one thread and three. Exits 77
+// if the set cannot run.
 #include <cmath>
 #include <limits>
 #include <random>
