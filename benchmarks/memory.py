@@ -18,6 +18,7 @@ def peak_mib(
     Memory that making the layer used and freed does not: the kernel's record of the peak is reset
     after a first step, when everything that lasts (packed bases, MKL's buffers) is there.
     """
+    free_unused()
     before = status("VmRSS")
     layer = make(method, frozen_layer(size, dtype), rank, density)
     x = torch.randn(tokens, size[0], dtype=dtype, requires_grad=True)
@@ -27,11 +28,16 @@ def peak_mib(
         for leaf in leaves:
             leaf.grad = None
         if step == 1:
-            gc.collect()
-            ctypes.CDLL(None).malloc_trim(0)  # or freed memory of the start would still be resident
+            free_unused()
             Path("/proc/self/clear_refs").write_text("5")
         layer(x).backward(dy)
     return (status("VmHWM") - before) / MIB
+
+
+def free_unused() -> None:
+    """Gives freed memory back to the system, where it would still count as resident."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def status(key: str) -> int:
