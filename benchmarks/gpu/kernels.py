@@ -12,6 +12,7 @@ import torch
 from methods import basis_of
 
 from randlora_ext import _C, TernaryBasis
+from randlora_ext.ops.ternary import operands
 
 from . import floors, rows
 from .card import Card
@@ -46,7 +47,7 @@ def of_bases(b: TernaryBasis, device: torch.device) -> Iterator[Op]:
     if b.format == "planes":
         yield "planes_to_dense", None, lambda: ops.planes_to_dense(planes, b.K, 1.0, BF16), floor
     else:
-        rows_of_b = b.packed(device)[2:4]
+        rows_of_b = b.packed(device)[3:5]
         yield "lists_to_dense", None, lambda: ops.lists_to_dense(*rows_of_b, b.K, 1.0, BF16), floor
     dense = b.dense_b(device, BF16)
     yield ("pack_dense", None, lambda: ops.pack_dense(dense),
@@ -54,7 +55,7 @@ def of_bases(b: TernaryBasis, device: torch.device) -> Iterator[Op]:
 
 
 def of_weights(b: TernaryBasis, device: torch.device) -> Iterator[Op]:
-    packed, size = b.packed(device), (b.out_features, b.in_features)
+    bases, size = operands(b, device), (b.out_features, b.in_features)
     lam, gam = diagonals(b, device)
     G = torch.randn(*size, device=device).to(BF16)
     A, grad = b.dense_a(device, BF16), torch.randn(b.K, b.d, device=device).to(BF16)
@@ -64,14 +65,14 @@ def of_weights(b: TernaryBasis, device: torch.device) -> Iterator[Op]:
     yield "scaled_basis backward", None, lambda: ops.scaled_basis_backward(*backward), floor
     floor, low = floors.delta_weight(b), lam.to(BF16)
     yield ("delta_weight", None,
-           lambda: ops.delta_weight(low, gam, packed, b.scale, *size), floor)  # fmt: skip
+           lambda: ops.delta_weight(low, gam, *bases), floor)  # fmt: skip
     yield ("delta_weight backward", None,
-           lambda: ops.delta_weight_backward(G, lam, gam, packed, b.scale), floor)  # fmt: skip
+           lambda: ops.delta_weight_backward(G, lam, gam, *bases), floor)  # fmt: skip
     yield ("merged_weight", None,
-           lambda: ops.merged_weight(G, lam, gam, packed, b.scale, None),
+           lambda: ops.merged_weight(G, lam, gam, *bases, None),
            floors.merged_weight(b))  # fmt: skip
     yield ("merged_weight, stochastic", None,
-           lambda: ops.merged_weight(G, lam, gam, packed, b.scale, 1),
+           lambda: ops.merged_weight(G, lam, gam, *bases, 1),
            floors.merged_weight(b))  # fmt: skip
 
 
@@ -81,14 +82,14 @@ def of_layers(b: TernaryBasis, device: torch.device, tokens: int) -> Iterator[Op
         torch.randn(tokens, n, device=device).to(BF16) for n in (b.in_features, b.out_features)
     )
     for dense in (False, True):
-        packed = [*b.packed(device), *([b.dense_b(device, BF16)] if dense else [])]
-        last = (*diagonals(b, device), packed, b.scale)
+        b_dense = b.dense_b(device, BF16) if dense else None
+        last = (*diagonals(b, device), *operands(b, device), "factored", b_dense)
         side = "dense B" if dense else "packed B"
         yield (f"linear, {side}", tokens,
-               lambda last=last: ops.linear(x, None, None, *last, b.out_features, "factored"),
+               lambda last=last: ops.linear(x, None, None, *last),
                floors.linear(b, tokens, dense))  # fmt: skip
         yield (f"linear backward, {side}", tokens,
-               lambda last=last: ops.linear_backward(dy, x, None, *last, "factored", True, True),
+               lambda last=last: ops.linear_backward(dy, x, None, *last, True, True),
                floors.linear_backward(b, tokens, dense))  # fmt: skip
 
 
@@ -96,7 +97,7 @@ def of_hadamard(b: TernaryBasis, device: torch.device, tokens: list[int]) -> Ite
     """The operators on Hadamard bases, without the base layer's GEMM."""
     bases = (*diagonals(b, device), *b.packed(device), 1.0, 0, 0, b.expand)
     W = torch.randn(b.out_features, b.in_features, device=device).to(BF16)
-    yield ("hadamard_weight", None, lambda: ops.hadamard_weight(W, *bases),
+    yield ("hadamard_weight", None, lambda: ops.hadamard_weight(W, *bases, None),
            floors.hadamard_weight(b))  # fmt: skip
     for count in tokens:
         x, dy = (torch.randn(count, n, device=device).to(BF16) for n in W.shape[::-1])

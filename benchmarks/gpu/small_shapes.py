@@ -9,6 +9,7 @@ import argparse
 import torch
 
 from randlora_ext import _C, TernaryBasis
+from randlora_ext.ops.ternary import operands
 
 ops = torch.ops.randlora
 DTYPES = [torch.bfloat16, torch.float32, torch.float16, torch.float64]
@@ -53,24 +54,24 @@ def operators(
 ) -> int:
     """scaled_basis, delta_weight and linear, forward and backward; returns how many calls."""
     lam, gam = diagonals(basis, dtype, device)
-    packed, scale = basis.packed(device), basis.scale
+    bases = operands(basis, device)
     out, into = basis.out_features, basis.in_features
     A = basis.dense_a(device, dtype)
     scaled = ops.scaled_basis(A, lam, gam)
     calls = finite(scaled) + finite(*ops.scaled_basis_backward(scaled, A, lam, gam))
     low = [t.to(dtype) for t in (lam, gam)]
-    dW = ops.delta_weight(*low, packed, scale, out, into)
-    calls += finite(dW) + finite(*ops.delta_weight_backward(dW, lam, gam, packed, scale))
+    dW = ops.delta_weight(*low, *bases)
+    calls += finite(dW) + finite(*ops.delta_weight_backward(dW, lam, gam, *bases))
     weight = torch.randn(out, into, device=device).to(dtype)
-    with_dense = [*packed, basis.dense_b(device, dtype)]
+    b_dense = basis.dense_b(device, dtype)
     for count in tokens:
         x, dy = (torch.randn(count, f, device=device).to(dtype) for f in (into, out))
-        for path, tensors in (
-            ("factored", packed), ("factored", with_dense), ("delta", packed), ("merged", packed),
+        for path, given in (
+            ("factored", None), ("factored", b_dense), ("delta", None), ("merged", None),
         ):  # fmt: skip
-            last = (lam, gam, tensors, scale)
-            calls += finite(ops.linear(x, weight, None, *last, out, path))
-            calls += finite(*ops.linear_backward(dy, x, weight, *last, path, True, True))
+            last = (lam, gam, *bases, path, given)
+            calls += finite(ops.linear(x, weight, None, *last))
+            calls += finite(*ops.linear_backward(dy, x, weight, *last, True, True))
     return calls
 
 
@@ -80,7 +81,7 @@ def hadamard_operators(
     """hadamard_weight and hadamard_linear, forward and backward; returns how many calls."""
     bases = (*diagonals(basis, dtype, device), *basis.packed(device), 1.0, 0, 0, basis.expand)
     weight = torch.randn(basis.out_features, basis.in_features, device=device).to(dtype)
-    calls = finite(ops.hadamard_weight(weight, *bases)) + finite(ops.hadamard_weight(None, *bases))
+    calls = sum(finite(ops.hadamard_weight(w, *bases, None)) for w in (weight, None))
     for count in tokens:
         x, dy = (torch.randn(count, n, device=device).to(dtype) for n in weight.shape[::-1])
         for base in (weight, None):

@@ -159,16 +159,16 @@ Tensor lists_to_dense_op(Tensor offset, Tensor index, int64_t cols, double value
   return out;
 }
 
-std::vector<Tensor> support_tables_op(Tensor a_offset, Tensor a_index, int64_t d) {
+Tensor support_tables_op(Tensor a_offset, Tensor a_index, int64_t d) {
   const int64_t r = a_offset.numel() / 2;
   const AnyLists a = check_lists(a_offset, a_index, r, "a_");
   RANDLORA_CHECK(d > 0, "d must be positive, got ", d);
-  if (!runs_on_cuda(a_offset)) return {};
+  if (!runs_on_cuda(a_offset)) return allocate({0}, ScalarType::Int, a_offset);
   Tensor tables = allocate({support_numbers(a.count, r, d)}, ScalarType::Int, a_offset);
   TorchDevice device(a_offset);
   cuda_kernels().support_tables(a, a_index.scalar_type() == ScalarType::Int, r, d,
                                 tables.mutable_data_ptr<int32_t>(), device);
-  return {tables};
+  return tables;
 }
 
 void implement(OperatorLibrary& m) {
@@ -193,7 +193,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
   m.def(
       "lists_to_dense(Tensor offset, Tensor index, int cols, float value, ScalarType dtype) -> "
       "Tensor");
-  m.def("support_tables(Tensor a_offset, Tensor a_index, int d) -> Tensor[]");
+  m.def("support_tables(Tensor a_offset, Tensor a_index, int d) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) { randlora::implement(m); }

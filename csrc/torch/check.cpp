@@ -146,48 +146,49 @@ Tensor compute_copy(const Tensor& t, DType dtype) {
 
 namespace {
 
-// Checks and stores the sizes that do not depend on the packed form.
-void check_diagonals(Basis& b, int64_t r, const Tensor& lam, const Tensor& gam, int64_t in_features,
-                     int64_t out_features, std::optional<bool> expand) {
-  check_floating(lam, "lam");
-  check_floating(gam, "gam");
-  check_same_device(gam, "gam", lam, "lam");
-  RANDLORA_CHECK(in_features > 0 && out_features > 0,
-                 "in_features and out_features must be positive, got ", in_features, " and ",
-                 out_features);
-  b.r = r;
-  const bool d_is_in = expands(expand, in_features, out_features);
-  b.d = d_is_in ? in_features : out_features;
-  b.D = d_is_in ? out_features : in_features;
-  // The shape of a slice does not determine n, so n comes from lam.
-  b.n = expand && lam.dim() == 2 ? lam.size(1) : (b.d + r - 1) / r;
-  RANDLORA_CHECK(lam.dim() == 2 && lam.size(0) == r && lam.size(1) == b.n && b.n > 0,
-                 "lam must be (r, n) = (", r, ", ", b.n, "), got ", describe(lam),
-                 " with a packed basis of r = ", r, " for a layer of ", in_features, " to ",
-                 out_features, " features");
-  RANDLORA_CHECK(gam.dim() == 2 && gam.size(0) == b.n && gam.size(1) == b.d,
-                 "gam must be (n, d) = (", b.n, ", ", b.d, "), got ", describe(gam));
+Planes check_b_planes(const Basis& b, const Tensor& planes) {
+  RANDLORA_CHECK(b.n <= 65536, "packed: bit planes serve up to n = 65536 bases, got n = ", b.n);
+  const int64_t words = words_of(b.K());
+  RANDLORA_CHECK(planes.scalar_type() == ScalarType::Long && planes.is_contiguous() &&
+                     planes.dim() == 3 && planes.size(0) == 2 && planes.size(1) == b.D &&
+                     planes.size(2) == words,
+                 "packed: b_planes must be a contiguous int64 tensor (2, D, ceil(K / 64)) = (2, ",
+                 b.D, ", ", words, "), got ", describe(planes));
+  const auto* plus = static_cast<const uint64_t*>(planes.const_data_ptr());
+  return {plus, plus + b.D * words, words};
+}
+
+const int32_t* check_a_tables(const Basis& b, const Tensor& tables) {
+  const int64_t numbers = support_numbers(b.a.count, b.r, b.d);
+  RANDLORA_CHECK(tables.scalar_type() == ScalarType::Int && tables.dim() == 1 &&
+                     (tables.size(0) == numbers || tables.size(0) == 0),
+                 "packed: the support tables must be an int32 tensor of ", numbers,
+                 " numbers, or of none, got ", describe(tables));
+  return tables.size(0) ? tables.const_data_ptr<int32_t>() : nullptr;
 }
 
 }  // namespace
 
-Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
-               int64_t in_features, int64_t out_features, std::optional<bool> expand) {
-  RANDLORA_CHECK(!packed.empty(), "packed must hold 6 tensors (lists) or 3 (bit planes), got 0");
-  RANDLORA_CHECK(packed[0].dim() == 1 && packed[0].size(0) > 2 && packed[0].size(0) % 2 == 1,
-                 "packed: a_offset must be a tensor of 2 * r + 1 entries, got ",
-                 describe(packed[0]));
+Basis basis_of(const std::vector<Tensor>& packed, const std::string& format, int64_t D,
+               const Tensor& lam, const Tensor& gam) {
+  const bool planes = format == "planes";
+  RANDLORA_CHECK(planes || format == "lists", "format must be 'lists' or 'planes', got '", format,
+                 "'");
+  const size_t count = planes ? 4 : 7;
+  RANDLORA_CHECK(packed.size() == count, "packed must hold ", count, " tensors in format '", format,
+                 "', got ", packed.size(), "; take them from TernaryBasis.packed(device)");
+  check_floating(lam, "lam");
+  check_floating(gam, "gam");
+  check_same_device(gam, "gam", lam, "lam");
+  RANDLORA_CHECK(lam.dim() == 2 && lam.numel() > 0, "lam must be (r, n), got ", describe(lam));
   Basis b;
-  check_diagonals(b, (packed[0].size(0) - 1) / 2, lam, gam, in_features, out_features, expand);
-  size_t count = packed.size();
-  const bool dense = count > 0 && is_floating(packed[count - 1].scalar_type());
-  count -= dense;
-  const bool tables = count == 7 || count == 4;
-  count -= tables;
-  RANDLORA_CHECK(count == 6 || count == 3,
-                 "packed must hold 6 tensors (lists) or 3 (bit planes), and on CUDA perhaps the "
-                 "support tables of A and a dense B after them, got ",
-                 packed.size(), "; take it from TernaryBasis.packed(device)");
+  b.r = lam.size(0), b.n = lam.size(1), b.D = D;
+  RANDLORA_CHECK(gam.dim() == 2 && gam.size(0) == b.n && gam.size(1) > 0,
+                 "gam must be (n, d) with n = ", b.n, ", got ", describe(gam));
+  b.d = gam.size(1);
+  RANDLORA_CHECK(b.d <= b.K(), "gam must be (n, d) with d at most K = r * n = ", b.K(), ", got ",
+                 describe(gam), " with lam ", describe(lam));
+  RANDLORA_CHECK(D > 0, "D must be positive, got ", D);
   const bool on_cpu = lam.is_cpu();
   for (const Tensor& t : packed)
     if (!on_cpu || !t.is_cpu()) check_same_device(t, "packed", lam, "lam");
@@ -197,36 +198,14 @@ Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tenso
   RANDLORA_CHECK(b.wide || (b.D <= 65536 && b.d <= 65536 && b.K() <= 65536),
                  "packed: int16 positions end at 65535, but D = ", b.D, ", d = ", b.d,
                  " and K = ", b.K());
-  if (tables) {
-    const Tensor& t = packed[count];
-    const int64_t numbers = support_numbers(b.a.count, b.r, b.d);
-    RANDLORA_CHECK(t.scalar_type() == ScalarType::Int && t.dim() == 1 && t.size(0) == numbers,
-                   "packed: the support tables must be an int32 tensor of ", numbers,
-                   " numbers, got ", describe(t));
-    b.a_tables = t.const_data_ptr<int32_t>();
-  }
-  if (dense) {
-    const Tensor& B = packed[count + tables];
-    RANDLORA_CHECK(B.dim() == 2 && B.size(0) == b.D && B.size(1) == b.K() && B.is_contiguous(),
-                   "packed: the dense B must be a contiguous (D, K) = (", b.D, ", ", b.K(),
-                   "), got ", describe(B));
-    b.b_dense = B.const_data_ptr();
-  }
-  if (count == 3) {
-    RANDLORA_CHECK(b.n <= 65536, "packed: bit planes serve up to n = 65536 bases, got n = ", b.n);
-    const Tensor& p = packed[2];
-    const int64_t words = words_of(b.K());
-    RANDLORA_CHECK(p.scalar_type() == ScalarType::Long && p.is_contiguous() && p.dim() == 3 &&
-                       p.size(0) == 2 && p.size(1) == b.D && p.size(2) == words,
-                   "packed: b_planes must be a contiguous int64 tensor (2, D, ceil(K / 64)) = (2, ",
-                   b.D, ", ", words, "), got ", describe(p));
-    const auto* plus = static_cast<const uint64_t*>(p.const_data_ptr());
-    b.b_planes = {plus, plus + b.D * words, words};
+  b.a_tables = check_a_tables(b, packed[2]);
+  if (planes) {
+    b.b_planes = check_b_planes(b, packed[3]);
     return b;
   }
-  b.b_rows = check_lists(packed[2], packed[3], b.D, "packed: b_row_");
-  b.b_cols = check_lists(packed[4], packed[5], b.K(), "packed: b_col_");
-  for (int i = 3; i <= 5; i += 2)
+  b.b_rows = check_lists(packed[3], packed[4], b.D, "packed: b_row_");
+  b.b_cols = check_lists(packed[5], packed[6], b.K(), "packed: b_col_");
+  for (int i = 4; i <= 6; i += 2)
     RANDLORA_CHECK(packed[i].scalar_type() == packed[1].scalar_type(),
                    "packed: all index tensors must have one dtype, got ", describe(packed[1]),
                    " and ", describe(packed[i]));

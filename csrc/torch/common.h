@@ -111,22 +111,16 @@ inline Tensor cast(const Tensor& t, ScalarType type) {
 Tensor compute_copy(const Tensor& t, DType dtype);
 ScalarType compute_type(DType dtype);
 
-// The packed basis of a layer with these diagonals; throws if shapes disagree.
-//   lists   [a_offset, a_index, b_row_offset, b_row_index, b_col_offset, b_col_index]
-//   planes  [a_offset, a_index, b_planes]
-// On CUDA, the support_tables of A and then a dense unscaled B in the dtype of x may follow.
-//
-// Without `expand`, the layer is whole and d is its smaller side. With `expand`, the layer may be a
-// slice: d is the input side if *expand, even if that is larger, and n is the whole layer's.
-Basis basis_of(const std::vector<Tensor>& packed, const Tensor& lam, const Tensor& gam,
-               int64_t in_features, int64_t out_features, std::optional<bool> expand);
+// The packed bases A (r, d) and B (D, K) of a layer, or of the slice of one, with these diagonals:
+// r and n are lam's, d is gam's. Throws if anything disagrees.
+//   format "lists"   [a_offset, a_index, a_tables, b_row_offset, b_row_index, b_col_offset,
+//                     b_col_index]
+//   format "planes"  [a_offset, a_index, a_tables, b_planes]
+// a_tables are the support_tables of A, which CUDA kernels read; empty on the CPU.
+Basis basis_of(const std::vector<Tensor>& packed, const std::string& format, int64_t D,
+               const Tensor& lam, const Tensor& gam);
 // Throws if positions do not ascend; the CPU kernels that form dW rely on it. Reads all positions:
 // cheap next to forming dW, expensive next to a product of few tokens.
 void check_ascending(const Basis& b);
-
-// Whether d is the input side.
-inline bool expands(std::optional<bool> expand, int64_t in_features, int64_t out_features) {
-  return expand.value_or(in_features <= out_features);
-}
 
 }  // namespace randlora

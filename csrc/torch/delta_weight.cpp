@@ -33,38 +33,43 @@ std::tuple<Tensor, Tensor> contract_delta(const Basis& b, const Tensor& grad, co
 
 namespace {
 
-Tensor delta_weight(Tensor lam, Tensor gam, std::vector<Tensor> packed, double scale,
-                    int64_t out_features, int64_t in_features, std::optional<bool> expand) {
-  const Basis basis = basis_of(packed, lam, gam, in_features, out_features, expand);
+Tensor delta_weight(Tensor lam, Tensor gam, std::vector<Tensor> packed, std::string format,
+                    int64_t D, bool expand, double scale) {
+  const Basis b = basis_of(packed, format, D, lam, gam);
   const ScalarType type = scalar_type(activation_dtype(lam, "lam"));
-  Tensor out = allocate({out_features, in_features}, type, lam);
-  form_delta(basis, lam, gam, {}, scale, expands(expand, in_features, out_features), {}, out);
+  Tensor out = allocate({expand ? b.D : b.d, expand ? b.d : b.D}, type, lam);
+  form_delta(b, lam, gam, {}, scale, expand, {}, out);
   return out;
 }
 
+// Throws unless `t` is (out, in) of the layer and on the device of lam.
+void check_weight(const Tensor& t, const char* name, const Basis& b, bool expand,
+                  const Tensor& lam) {
+  const int64_t out = expand ? b.D : b.d, in = expand ? b.d : b.D;
+  RANDLORA_CHECK(t.dim() == 2 && t.size(0) == out && t.size(1) == in, name,
+                 " must be (out, in) = (", out, ", ", in, "), got ", describe(t));
+  check_same_device(t, name, lam, "lam");
+}
+
 Tensor merged_weight(Tensor weight, Tensor lam, Tensor gam, std::vector<Tensor> packed,
-                     double scale, std::optional<int64_t> rounding_seed,
-                     std::optional<bool> expand) {
-  RANDLORA_CHECK(weight.dim() == 2, "weight must be (out, in), got ", describe(weight));
-  check_same_device(weight, "weight", lam, "lam");
+                     std::string format, int64_t D, bool expand, double scale,
+                     std::optional<int64_t> rounding_seed) {
   const DType dtype = activation_dtype(weight, "weight");
   RANDLORA_CHECK(!rounding_seed || bytes_of(dtype) == 2,
                  "rounding_seed rounds to bfloat16 or float16, but weight is ", describe(weight));
-  const int64_t out = weight.size(0), in = weight.size(1);
-  const Basis basis = basis_of(packed, lam, gam, in, out, expand);
-  Tensor merged = allocate({out, in}, scalar_type(dtype), weight);
-  form_delta(basis, lam, gam, weight, scale, expands(expand, in, out), rounding_seed, merged);
+  const Basis b = basis_of(packed, format, D, lam, gam);
+  check_weight(weight, "weight", b, expand, lam);
+  Tensor merged = allocate_like(weight);
+  form_delta(b, lam, gam, weight, scale, expand, rounding_seed, merged);
   return merged;
 }
 
 std::tuple<Tensor, Tensor> delta_weight_backward(Tensor grad, Tensor lam, Tensor gam,
-                                                 std::vector<Tensor> packed, double scale,
-                                                 std::optional<bool> expand) {
-  RANDLORA_CHECK(grad.dim() == 2, "grad must be (out, in), got ", describe(grad));
-  check_same_device(grad, "grad", lam, "lam");
-  const int64_t out = grad.size(0), in = grad.size(1);
-  const Basis basis = basis_of(packed, lam, gam, in, out, expand);
-  return contract_delta(basis, grad, lam, gam, scale, expands(expand, in, out));
+                                                 std::vector<Tensor> packed, std::string format,
+                                                 int64_t D, bool expand, double scale) {
+  const Basis b = basis_of(packed, format, D, lam, gam);
+  check_weight(grad, "grad", b, expand, lam);
+  return contract_delta(b, grad, lam, gam, scale, expand);
 }
 
 Tensor add_rounded(Tensor weight, Tensor delta, std::optional<int64_t> rounding_seed) {
@@ -97,14 +102,14 @@ void implement(OperatorLibrary& m) {
 STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
   m.def("add_rounded(Tensor weight, Tensor delta, int? rounding_seed) -> Tensor");
   m.def(
-      "delta_weight(Tensor lam, Tensor gam, Tensor[] packed, float scale, SymInt out_features, "
-      "SymInt in_features, bool? expand=None) -> Tensor");
+      "delta_weight(Tensor lam, Tensor gam, Tensor[] packed, str format, SymInt D, bool expand, "
+      "float scale) -> Tensor");
   m.def(
-      "merged_weight(Tensor weight, Tensor lam, Tensor gam, Tensor[] packed, float scale, "
-      "int? rounding_seed, bool? expand=None) -> Tensor");
+      "merged_weight(Tensor weight, Tensor lam, Tensor gam, Tensor[] packed, str format, SymInt D, "
+      "bool expand, float scale, int? rounding_seed) -> Tensor");
   m.def(
-      "delta_weight_backward(Tensor grad, Tensor lam, Tensor gam, Tensor[] packed, float scale, "
-      "bool? expand=None) -> (Tensor, Tensor)");
+      "delta_weight_backward(Tensor grad, Tensor lam, Tensor gam, Tensor[] packed, str format, "
+      "SymInt D, bool expand, float scale) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) { randlora::implement(m); }

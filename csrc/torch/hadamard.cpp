@@ -353,8 +353,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
       "bool expand, bool merge, bool need_x, bool need_diagonals) -> (Tensor, Tensor, Tensor)");
   m.def(
       "hadamard_weight(Tensor? weight, Tensor lam, Tensor gam, Tensor s, Tensor row, Tensor col, "
-      "float scale, int first_row, int first_column, bool expand, int? rounding_seed=None) "
-      "-> Tensor");
+      "float scale, int first_row, int first_column, bool expand, int? rounding_seed) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) { randlora::implement(m); }

@@ -97,50 +97,64 @@ Tensor rows(const Tensor& t, int64_t T) {
   return t.dim() == 2 ? t : torch::stable::view(t, {T, t.size(-1)});
 }
 
-// A dense B is multiplied with x by GEMMs, so it must have the dtype of x.
-void check_dense(const Basis& b, const std::vector<Tensor>& packed, const Tensor& x) {
-  if (!b.b_dense) return;
-  RANDLORA_CHECK(runs_on_cuda(x), "packed holds a dense B, which only the CUDA kernels use; x is ",
-                 describe(x));
-  RANDLORA_CHECK(packed.back().scalar_type() == x.scalar_type(), "packed: the dense B is ",
-                 describe(packed.back()), " but x is ", describe(x), "; they must have one dtype");
+// The dense unscaled B (D, K), if given: products with it are GEMMs, so it has the dtype of x.
+const void* check_dense_b(const Basis& b, const OptionalTensor& b_dense, const Tensor& x) {
+  if (!b_dense) return nullptr;
+  RANDLORA_CHECK(runs_on_cuda(x), "b_dense is for the CUDA kernels only, but x is ", describe(x));
+  check_same_device(*b_dense, "b_dense", x, "x");
+  RANDLORA_CHECK(b_dense->dim() == 2 && b_dense->size(0) == b.D && b_dense->size(1) == b.K() &&
+                     b_dense->is_contiguous() && b_dense->scalar_type() == x.scalar_type(),
+                 "b_dense must be a contiguous (D, K) = (", b.D, ", ", b.K(),
+                 ") in the dtype of x, got ", describe(*b_dense));
+  return b_dense->const_data_ptr();
 }
 
 // A call on validated arguments.
 struct Call {
+  Basis basis;
   LinearSizes s;
   DType dtype;
   double scale;
   bool expand;  // d is the input side
 };
 
+Call checked(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+             const Tensor& lam, const Tensor& gam, const std::vector<Tensor>& packed,
+             const std::string& format, int64_t D, bool expand, double scale,
+             const OptionalTensor& b_dense) {
+  Call c{basis_of(packed, format, D, lam, gam), {}, activation_dtype(x, "x"), scale, expand};
+  const int64_t d = c.basis.d;
+  c.s = check_linear(x, weight, bias, lam, expand ? d : D, expand ? D : d);
+  c.basis.b_dense = check_dense_b(c.basis, b_dense, x);
+  return c;
+}
+
 // W + dW if there is a base, otherwise dW; (out, in).
-Tensor formed(const Basis& b, const Call& c, const Tensor& lam, const Tensor& gam,
-              const OptionalTensor& base) {
+Tensor formed(const Call& c, const Tensor& lam, const Tensor& gam, const OptionalTensor& base) {
   Tensor out = temporary({c.s.out, c.s.in}, c.dtype, lam);
-  form_delta(b, lam, gam, base, c.scale, c.expand, {}, out);
+  form_delta(c.basis, lam, gam, base, c.scale, c.expand, {}, out);
   return out;
 }
 
 // y += scale * x dW^T, or y = ... unless `accumulate`.
-void add_factored(const Basis& b, const Call& c, const Tensor& lam, const Tensor& gam,
-                  const Tensor& x, Tensor& y, bool accumulate) {
+void add_factored(const Call& c, const Tensor& lam, const Tensor& gam, const Tensor& x, Tensor& y,
+                  bool accumulate) {
   const Tensor l = compute_copy(lam, c.dtype), g = compute_copy(gam, c.dtype);
   run(x, &Kernels::linear, &CudaKernels::linear,
-      {b, l.const_data_ptr(), g.const_data_ptr(), x.const_data_ptr(), y.mutable_data_ptr(), c.dtype,
-       c.s.T, c.scale, c.expand, accumulate});
+      {c.basis, l.const_data_ptr(), g.const_data_ptr(), x.const_data_ptr(), y.mutable_data_ptr(),
+       c.dtype, c.s.T, c.scale, c.expand, accumulate});
 }
 
 // The gradients of add_factored from x and dy: sets `dx` if not null, or with `accumulate` adds to
 // it; returns (dlam, dgam) if `need_diagonals`.
-std::tuple<Tensor, Tensor> factored_backward(const Basis& b, const Call& c, const Tensor& lam,
-                                             const Tensor& gam, const Tensor& x, const Tensor& dy,
-                                             Tensor* dx, bool accumulate, bool need_diagonals) {
+std::tuple<Tensor, Tensor> factored_backward(const Call& c, const Tensor& lam, const Tensor& gam,
+                                             const Tensor& x, const Tensor& dy, Tensor* dx,
+                                             bool accumulate, bool need_diagonals) {
   const Tensor l = compute_copy(lam, c.dtype), g = compute_copy(gam, c.dtype);
   Tensor dlam, dgam;
   if (need_diagonals) dlam = allocate_like(l), dgam = allocate_like(g);
   run(x, &Kernels::linear_backward, &CudaKernels::linear_backward,
-      {b, l.const_data_ptr(), g.const_data_ptr(), x.const_data_ptr(), dy.const_data_ptr(),
+      {c.basis, l.const_data_ptr(), g.const_data_ptr(), x.const_data_ptr(), dy.const_data_ptr(),
        dx ? dx->mutable_data_ptr() : nullptr, c.dtype, c.s.T, c.scale, c.expand, accumulate,
        need_diagonals ? dlam.mutable_data_ptr() : nullptr,
        need_diagonals ? dgam.mutable_data_ptr() : nullptr});
@@ -149,52 +163,46 @@ std::tuple<Tensor, Tensor> factored_backward(const Basis& b, const Call& c, cons
 }
 
 Tensor linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor lam, Tensor gam,
-              std::vector<Tensor> packed, double scale, int64_t out_features, std::string path,
-              std::optional<bool> expand) {
+              std::vector<Tensor> packed, std::string format, int64_t D, bool expand, double scale,
+              std::string path, OptionalTensor b_dense) {
   const Path p = path_of(path, weight.has_value());
-  const int64_t in = x.dim() ? x.size(-1) : 0;
-  const Basis b = basis_of(packed, lam, gam, in, out_features, expand);
-  const Call c{check_linear(x, weight, bias, lam, in, out_features), activation_dtype(x, "x"),
-               scale, expands(expand, in, out_features)};
-  check_dense(b, packed, x);
+  const Call c = checked(x, weight, bias, lam, gam, packed, format, D, expand, scale, b_dense);
   const Tensor xc = as_contiguous(x);
-  if (p == Path::merged) return torch_linear(xc, formed(b, c, lam, gam, weight), bias);
+  if (p == Path::merged) return torch_linear(xc, formed(c, lam, gam, weight), bias);
   if (p == Path::delta) {
-    const Tensor y = torch_linear(xc, formed(b, c, lam, gam, {}), {});
+    const Tensor y = torch_linear(xc, formed(c, lam, gam, {}), {});
     return weight ? sum_of(torch_linear(xc, *weight, bias), y) : y;
   }
-  Tensor y =
-      weight ? as_contiguous(torch_linear(xc, *weight, bias)) : like_output(xc, out_features);
-  add_factored(b, c, lam, gam, xc, y, /*accumulate=*/weight.has_value());
+  Tensor y = weight ? as_contiguous(torch_linear(xc, *weight, bias)) : like_output(xc, c.s.out);
+  add_factored(c, lam, gam, xc, y, /*accumulate=*/weight.has_value());
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_backward(
-    Tensor dy, Tensor x, OptionalTensor weight, Tensor lam, Tensor gam, std::vector<Tensor> packed,
-    double scale, std::string path, bool need_x, bool need_diagonals, std::optional<bool> expand) {
+std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, OptionalTensor weight,
+                                                   Tensor lam, Tensor gam,
+                                                   std::vector<Tensor> packed, std::string format,
+                                                   int64_t D, bool expand, double scale,
+                                                   std::string path, OptionalTensor b_dense,
+                                                   bool need_x, bool need_diagonals) {
   const Path p = path_of(path, weight.has_value());
-  const int64_t in = x.dim() ? x.size(-1) : 0, out = dy.dim() ? dy.size(-1) : 0;
-  const Basis b = basis_of(packed, lam, gam, in, out, expand);
-  const Call c{check_linear(x, weight, {}, lam, in, out), activation_dtype(x, "x"), scale,
-               expands(expand, in, out)};
-  check_output_gradient(dy, x, out);
-  check_dense(b, packed, x);
+  const Call c = checked(x, weight, {}, lam, gam, packed, format, D, expand, scale, b_dense);
+  check_output_gradient(dy, x, c.s.out);
   const Tensor xc = as_contiguous(x), dyc = as_contiguous(dy);
   Tensor dx, dlam, dgam;
   if (p == Path::factored && (need_x || need_diagonals)) {
     if (need_x) dx = weight ? as_contiguous(product(dyc, *weight)) : allocate_like(xc);
-    std::tie(dlam, dgam) = factored_backward(b, c, lam, gam, xc, dyc, need_x ? &dx : nullptr,
+    std::tie(dlam, dgam) = factored_backward(c, lam, gam, xc, dyc, need_x ? &dx : nullptr,
                                              weight.has_value(), need_diagonals);
   }
   if (p != Path::factored && need_x) {
     const OptionalTensor base = p == Path::merged ? weight : OptionalTensor();
-    dx = product(dyc, formed(b, c, lam, gam, base));
+    dx = product(dyc, formed(c, lam, gam, base));
     if (p == Path::delta && weight) dx = sum_of(product(dyc, *weight), dx);
   }
   if (p != Path::factored && need_diagonals) {
     const Tensor dyT = torch::stable::transpose(rows(dyc, c.s.T), 0, 1);
     std::tie(dlam, dgam) =
-        contract_delta(b, product(dyT, rows(xc, c.s.T)), lam, gam, c.scale, c.expand);
+        contract_delta(c.basis, product(dyT, rows(xc, c.s.T)), lam, gam, c.scale, c.expand);
   }
   if (!need_x) dx = allocate({0}, x.scalar_type(), x);
   if (!need_diagonals)
@@ -213,11 +221,11 @@ void implement(OperatorLibrary& m) {
 STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
   m.def(
       "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor lam, Tensor gam, Tensor[] packed, "
-      "float scale, SymInt out_features, str path, bool? expand=None) -> Tensor");
+      "str format, SymInt D, bool expand, float scale, str path, Tensor? b_dense) -> Tensor");
   m.def(
       "linear_backward(Tensor dy, Tensor x, Tensor? weight, Tensor lam, Tensor gam, "
-      "Tensor[] packed, float scale, str path, bool need_x, bool need_diagonals, "
-      "bool? expand=None) -> (Tensor, Tensor, Tensor)");
+      "Tensor[] packed, str format, SymInt D, bool expand, float scale, str path, "
+      "Tensor? b_dense, bool need_x, bool need_diagonals) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) { randlora::implement(m); }

@@ -166,11 +166,6 @@ class TernaryBasis:
         return None if self.description is None else self.description.seed
 
     @property
-    def slice_expand(self) -> bool | None:
-        """The operators' ``expand``: a slice's sizes do not tell which side is d."""
-        return self._shape.expand if self._shape.is_slice else None
-
-    @property
     def first_row(self) -> int:
         """The row of the layer's B with which a slice begins; 0 for a layer."""
         return self._shape.first_row
@@ -186,11 +181,11 @@ class TernaryBasis:
         return self._source.format(self._shape)
 
     def packed(self, device: torch.device | str = "cpu") -> list[Tensor]:
-        """The tensors that ``torch.ops.randlora`` takes as ``packed``.
+        """The tensors of the bases that ``torch.ops.randlora`` takes, as `format` says.
 
-        Lists: ``[a_offset, a_index, b_row_offset, b_row_index, b_col_offset, b_col_index]``;
-        planes: ``[a_offset, a_index, b_planes]``; Hadamard: the signs ``[s, row, col]``; dense:
-        ``[A, B]`` (docs/formats.md).
+        Lists: ``[a_offset, a_index, a_tables, b_row_offset, b_row_index, b_col_offset,
+        b_col_index]``; planes: ``[a_offset, a_index, a_tables, b_planes]``; Hadamard: the signs
+        ``[s, row, col]``; dense: ``[A, B]`` (docs/formats.md).
         They are made on first use and shared by all layers of equal shape and description on that
         device, as long as one of them lives.
 

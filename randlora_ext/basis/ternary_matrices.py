@@ -64,8 +64,8 @@ class TernaryMatrices:
                 "cannot learn anything; take a larger density",
                 stacklevel=7,  # the caller of TernaryBasis.packed
             )
-        tables = _ops.support_tables(a_offset, a_index, shape.d)  # on CUDA one, elsewhere none
-        return [a_offset, a_index, *of_b, *tables]
+        a_tables = _ops.support_tables(a_offset, a_index, shape.d)  # empty but on CUDA
+        return [a_offset, a_index, a_tables, *of_b]
 
     def dense_a(self, shape: Shape, on: torch.device, dtype: torch.dtype, packed: Packed) -> Tensor:
         """A (r, d), scaled; `packed` gives what `pack` has made on a device."""
@@ -74,7 +74,7 @@ class TernaryMatrices:
 
     def dense_b(self, shape: Shape, on: torch.device, dtype: torch.dtype, packed: Packed) -> Tensor:
         """The factor of GEMMs, as `TernaryBasis.dense_b`."""
-        of_b = packed(on)[2:4]
+        of_b = packed(on)[3:5]
         if self.format(shape) == "lists":
             return _ops.lists_to_dense(*of_b, shape.K, 1.0, dtype)
         return _ops.planes_to_dense(of_b[0], shape.K, 1.0, dtype)

@@ -34,12 +34,10 @@ def _register(name: str, device_type: str, key: torch._C.DispatchKey) -> None:
     forward = getattr(torch.ops.randlora, name).default
     backward = getattr(torch.ops.randlora, f"{name}_backward").default
 
-    def linear(x, weight, bias, lam, gam, bases, *rest):
-        x, weight, bias = cast(device_type, (x, weight, bias))
-        if isinstance(bases, (list, tuple)):  # a dense B multiplies x
-            bases = list(cast(device_type, tuple(bases)))
+    def linear(x, weight, bias, lam, gam, *bases):
+        x, weight, bias, *bases = cast(device_type, (x, weight, bias, *bases))  # a dense B, too
         with torch._C._ExcludeDispatchKeyGuard(here):
-            return forward(x, weight, bias, lam, gam, bases, *rest)
+            return forward(x, weight, bias, lam, gam, *bases)
 
     def linear_backward(*inputs):  # keeps the dtypes of the forward, under autocast or not
         with torch._C._ExcludeDispatchKeyGuard(here):
@@ -52,7 +50,3 @@ def _register(name: str, device_type: str, key: torch._C.DispatchKey) -> None:
 def register(name: str) -> None:
     for device_type, key in KEYS.items():
         _register(name, device_type, key)
-
-
-for _name in ("linear", "hadamard_linear"):  # and dense_linear in dense.py
-    register(_name)

@@ -13,10 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..basis import TernaryBasis
-from ..reference import scaled_basis_reference
-from . import autocast, vmap
-from .autograd import Operator, base_gradients, call_kernel, entry, gradients, scaled_basis
-from .fake_kernels import fake
+from . import linear_operator
+from .scaled_basis import scale as scaled_basis
 
 _ops = torch.ops.randlora
 _library = torch.library.Library("randlora", "FRAGMENT")  # registrations live as long as this
@@ -38,10 +36,9 @@ def linear(
     return _linear(x, weight, bias, lam, gam, A, B, float(scaling), basis.expand, path)
 
 
-def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float) -> Tensor:
+def delta(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float) -> Tensor:
     """As `functional.delta_weight`; differentiable by torch."""
     A, B = basis.packed(lam.device)[0], basis.dense_b(lam.device, lam.dtype)
-    _check_diagonals(basis, lam, gam)
     with _no_autocast(lam):
         product = (scaling * B) @ scaled_basis(A.to(lam.dtype), lam, gam)
     return product if basis.expand else product.T
@@ -51,19 +48,10 @@ def _no_autocast(like: Tensor) -> AbstractContextManager:
     return torch.autocast(like.device.type if like.device.type != "meta" else "cpu", enabled=False)
 
 
-def _check_diagonals(basis: TernaryBasis, lam: Tensor, gam: Tensor) -> None:
-    for name, value, shape in (("lam", lam, (basis.r, basis.n)), ("gam", gam, (basis.n, basis.d))):
-        if tuple(value.shape) != shape or not value.is_floating_point():
-            raise ValueError(
-                f"{name} must be a floating tensor {shape}, got {tuple(value.shape)} {value.dtype}"
-            )
-
-
 def _check(basis, x, weight, bias, lam, gam) -> None:
     """What the operators on packed bases check; torch would broadcast or view much of it."""
     if not x.is_floating_point():
         raise ValueError(f"x must be a floating tensor, got {x.dtype}")
-    _check_diagonals(basis, lam, gam)
     if bias is not None and weight is None:
         raise ValueError("bias was given without a weight; add it to the base output")
     sizes = basis.out_features, basis.in_features
@@ -76,6 +64,22 @@ def _check(basis, x, weight, bias, lam, gam) -> None:
     for name, value in (("weight", weight), ("bias", bias), ("lam", lam), ("gam", gam)):
         if value is not None and value.device != x.device:
             raise ValueError(f"{name} is on {value.device} but x on {x.device}")
+
+
+def merged(
+    weight: Tensor,
+    basis: TernaryBasis,
+    lam: Tensor,
+    gam: Tensor,
+    scaling: float,
+    rounding_seed: int | None,
+) -> Tensor:
+    """As `functional.merged_weight`; `rounding_seed` is signed."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    dW = delta(basis, lam.to(wide), gam.to(wide), scaling)
+    if rounding_seed is None:
+        return (weight.to(wide) + dW).to(weight.dtype)
+    return _ops.add_rounded(weight, dW, rounding_seed)
 
 
 class _Products:
@@ -179,56 +183,10 @@ for _name, _schema, _function in (
 ):
     _library.define(_name + _schema)
     _library.impl(_name, _function, "CompositeExplicitAutograd")
-autocast.register("dense_linear")
-vmap.register_linear("dense_linear")
-
-
-@fake
-def dense_linear(x, weight, bias, lam, gam, A, B, scale, expand, path):
-    return x.new_empty((*x.shape[:-1], B.shape[0] if expand else A.shape[1]))
-
-
-@fake
-def dense_linear_backward(
-    dy, x, weight, lam, gam, A, B, scale, expand, path, need_x, need_diagonals
-):
-    return (
-        x.new_empty(x.shape if need_x else (0,)),
-        lam.new_empty(lam.shape if need_diagonals else (0,)),
-        gam.new_empty(gam.shape if need_diagonals else (0,)),
-    )
-
-
-class DenseLinear(Operator):
-    """``randlora::dense_linear``; inputs as in its schema, which `linear` above has checked."""
-
-    @staticmethod
-    def forward(x, weight, bias, lam, gam, A, B, scale, expand, path):
-        inputs = x, weight, bias, lam, gam, A, B, scale, expand, path
-        return call_kernel(_ops.dense_linear.default, *inputs)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, _, lam, gam, *ctx.rest = inputs  # the bases are constants
-        ctx.save_for_backward(x, weight, lam, gam)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, lam, gam = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_lam, need_gam = ctx.needs_input_grad[:5]
-        arguments = dy, x, weight, lam, gam, *ctx.rest
-        needs = need_x, need_lam or need_gam
-        dx, dlam, dgam = gradients(_ops.dense_linear_backward.default, *arguments, *needs)
-        return (
-            dx if need_x else None,
-            *base_gradients(dy, x, need_weight, need_bias),
-            dlam if need_lam else None,
-            dgam if need_gam else None,
-            None, None, None, None, None,
-        )  # fmt: skip
-
-
-_linear = entry("dense_linear", DenseLinear)
+_linear = linear_operator.register(
+    "dense_linear",
+    lambda gam, A, B, scale, expand, path: B.shape[0] if expand else A.shape[1],
+)
 
 
 def _gradient_of_scaled(x, dy, U, p: _Products, factored: bool) -> Tensor:
@@ -239,23 +197,3 @@ def _gradient_of_scaled(x, dy, U, p: _Products, factored: bool) -> Tensor:
         return _product(p.B.T, _product(large.T, small, p.gradient), 1.0)
     U = large @ p.B if U is None else U
     return _product(U.T, small, p.gradient)
-
-
-# ---- A' in plain torch, for devices without our kernels ------------------------------------
-
-
-def _plain_scaled_basis(A: Tensor, lam: Tensor, gam: Tensor) -> Tensor:
-    wide = torch.promote_types(A.dtype, torch.float32)
-    return scaled_basis_reference(A.to(wide), lam.to(wide), gam.to(wide)).to(A.dtype)
-
-
-def _plain_scaled_basis_backward(grad, A, lam, gam) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    by_rank = grad.to(wide).unflatten(0, lam.shape) * A.to(wide)[:, None]  # (r, n, d)
-    dlam = torch.einsum("jik,ik->ji", by_rank, gam.to(wide))
-    dgam = torch.einsum("jik,ji->ik", by_rank, lam.to(wide))
-    return dlam.to(lam.dtype), dgam.to(gam.dtype)
-
-
-_library.impl("scaled_basis", _plain_scaled_basis, "CompositeExplicitAutograd")
-_library.impl("scaled_basis_backward", _plain_scaled_basis_backward, "CompositeExplicitAutograd")

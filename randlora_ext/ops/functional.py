@@ -9,16 +9,18 @@ from torch import Tensor
 from ..basis import TernaryBasis
 from ..basis.description import as_signed, check_seed
 from ..kernels import serve
-from . import autocast, autograd, dense, hadamard
+from . import autocast, dense, hadamard, packing, ternary  # noqa: F401  (packing registers)
 from .dtensor import refuse_dtensor
 from .path import choose
+from .scaled_basis import scale
 
-_ops = torch.ops.randlora
+# One module a kind of bases, each with the functions `linear`, `delta` and `merged`.
+_KINDS = {"hadamard": hadamard, "dense": dense, "independent": ternary, "imported": ternary}
 _PLAIN = (Tensor, torch.nn.Parameter)  # subclasses are looked at more closely
 
 
 def _check_types(basis: TernaryBasis, **tensors: Tensor) -> None:
-    """Checks what C++ cannot know; csrc/torch/check.cpp checks shapes, dtypes and devices."""
+    """Checks what C++ cannot know; csrc/torch/check.cpp checks dtypes, devices and other shapes."""
     if not isinstance(basis, TernaryBasis):
         raise TypeError(f"basis must be a TernaryBasis, got {type(basis)}")
     for name, value in tensors.items():
@@ -30,6 +32,12 @@ def _check_types(basis: TernaryBasis, **tensors: Tensor) -> None:
         raise RuntimeError(
             "randlora_ext does not support torch.jit.trace; use torch.export or torch.compile"
         )
+    for name, shape in (("lam", (basis.r, basis.n)), ("gam", (basis.n, basis.d))):
+        value = tensors[name]
+        if tuple(value.shape) != shape or not value.is_floating_point():
+            raise ValueError(
+                f"{name} must be a floating tensor {shape}, got {tuple(value.shape)} {value.dtype}"
+            )
 
 
 def _check_served(basis: TernaryBasis, name: str, tensor: Tensor) -> None:
@@ -58,9 +66,8 @@ def scaled_basis(basis_or_A: TernaryBasis | Tensor, lam: Tensor, gam: Tensor) ->
     """
     if isinstance(basis_or_A, TernaryBasis):
         _check_types(basis_or_A, lam=lam, gam=gam)
-        dtype = lam.dtype if lam.is_floating_point() else torch.float32  # refused by the operator
-        basis_or_A = basis_or_A.dense_a(lam.device, dtype)
-    return autograd.scaled_basis(basis_or_A, lam, gam)
+        basis_or_A = basis_or_A.dense_a(lam.device, lam.dtype)
+    return scale(basis_or_A, lam, gam)
 
 
 def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float = 1.0) -> Tensor:
@@ -72,19 +79,7 @@ def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float =
     """
     _check_types(basis, lam=lam, gam=gam)
     _check_served(basis, "lam", lam)
-    if basis.kind == "hadamard":
-        return hadamard.weight(None, basis, lam, gam, scaling)
-    if basis.kind == "dense":
-        return dense.delta_weight(basis, lam, gam, scaling)
-    return autograd.delta_weight(
-        lam,
-        gam,
-        basis.packed(lam.device),
-        scaling * basis.scale,
-        basis.out_features,
-        basis.in_features,
-        basis.slice_expand,
-    )
+    return _KINDS[basis.kind].delta(basis, lam, gam, scaling)
 
 
 @torch.no_grad()
@@ -119,16 +114,7 @@ def merged_weight(
         if not serve(weight.device.type):
             raise ValueError(f"rounding_seed needs our kernels, which {weight.device} has none of")
     _check_served(basis, "weight", weight)
-    if basis.kind == "hadamard":
-        return hadamard.weight(weight, basis, lam, gam, scaling, rounding_seed)
-    if basis.kind == "dense":
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        delta = dense.delta_weight(basis, lam.to(wide), gam.to(wide), scaling)
-        if rounding_seed is None:
-            return (weight.to(wide) + delta).to(weight.dtype)
-        return _ops.add_rounded(weight, delta, rounding_seed)
-    packed, scale = basis.packed(lam.device), scaling * basis.scale
-    return _ops.merged_weight(weight, lam, gam, packed, scale, rounding_seed, basis.slice_expand)
+    return _KINDS[basis.kind].merged(weight, basis, lam, gam, scaling, rounding_seed)
 
 
 def linear(
@@ -170,22 +156,8 @@ def linear(
         x, weight, bias = autocast.cast(kind, (x, weight, bias))
     tokens = x.numel() // basis.in_features  # keeps a symbolic size symbolic
     path, b_side = choose(path, basis, tokens, x.dtype, weight is not None, kind)
-    if basis.kind == "hadamard":
-        return hadamard.linear(x, weight, bias, basis, lam, gam, scaling, path == "merged")
-    if basis.kind == "dense":
-        return dense.linear(x, weight, bias, basis, lam, gam, scaling, path)
-    packed = basis.packed(x.device)
-    if b_side == "dense" and path == "factored":
-        packed = [*packed, basis.dense_b(x.device, x.dtype)]
-    return autograd.linear(
-        x,
-        weight,
-        bias,
-        lam,
-        gam,
-        packed,
-        scaling * basis.scale,
-        basis.out_features,
-        path,
-        basis.slice_expand,
-    )
+    arguments = x, weight, bias, basis, lam, gam, scaling, path
+    if _KINDS[basis.kind] is not ternary:
+        return _KINDS[basis.kind].linear(*arguments)
+    dense_b = b_side == "dense" and path == "factored"
+    return ternary.linear(*arguments, basis.dense_b(x.device, x.dtype) if dense_b else None)

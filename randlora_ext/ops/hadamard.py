@@ -8,17 +8,37 @@ H is Sylvester's Hadamard matrix. csrc/torch/hadamard.cpp has the operators of C
 torch's dispatcher takes the functions ``_plain_*`` here for those of any other device.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..basis import TernaryBasis
 from ..basis.hadamard import sylvester
-from .autograd import Operator, base_gradients, call_kernel, entry, gradients
-from .fake_kernels import check_one_device, fake
+from . import linear_operator, vmap
+from .registration import Operator, call_kernel, check_one_device, entry, fake, gradients
 
 _ops = torch.ops.randlora
 _library = torch.library.Library("randlora", "IMPL")  # registrations live as long as this
+
+
+class Operands(NamedTuple):
+    """The operators' arguments that describe the bases."""
+
+    s: Tensor
+    row: Tensor
+    col: Tensor
+    scale: float  # of dW
+    first_row: int
+    first_column: int
+    expand: bool  # whether d is the input side
+
+
+def operands(basis: TernaryBasis, device: torch.device | str, scaling: float = 1.0) -> Operands:
+    """Those of `basis` on a device."""
+    first, expand = (basis.first_row, basis.first_column), basis.expand
+    return Operands(*basis.packed(device), float(scaling), *first, expand)
 
 
 def linear(
@@ -29,114 +49,60 @@ def linear(
     lam: Tensor,
     gam: Tensor,
     scaling: float,
-    merge: bool,
+    path: str,
 ) -> Tensor:
-    _check_lam(basis, lam)
-    return _linear(x, weight, bias, lam, gam, *_constants(basis, x, scaling), merge)
+    """As `functional.linear`, by path "factored" or "merged"."""
+    bases = operands(basis, x.device, scaling)
+    return _linear(x, weight, bias, lam, gam, *bases, path == "merged")
 
 
-def weight(
-    base: Tensor | None,
+def delta(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float) -> Tensor:
+    """As `functional.delta_weight`."""
+    return _weight(None, lam, gam, *operands(basis, lam.device, scaling), None)
+
+
+def merged(
+    weight: Tensor,
     basis: TernaryBasis,
     lam: Tensor,
     gam: Tensor,
     scaling: float,
-    rounding_seed: int | None = None,
+    rounding_seed: int | None,
 ) -> Tensor:
-    """``base + dW``, rounded once to the dtype of base; without a base dW, with a gradient."""
-    _check_lam(basis, lam)
-    constants = _constants(basis, lam, scaling)
-    if base is None:
-        return _delta(lam, gam, *constants)
-    return _ops.hadamard_weight(base, lam, gam, *constants, rounding_seed)
-
-
-def _check_lam(basis: TernaryBasis, lam: Tensor) -> None:
-    """The operators know K = r * n only."""
-    if tuple(lam.shape) != (basis.r, basis.n):
-        raise ValueError(
-            f"lam must be (r, n) = ({basis.r}, {basis.n}), got {tuple(lam.shape)} {lam.dtype}"
-        )
-
-
-def _constants(basis: TernaryBasis, like: Tensor, scaling: float) -> tuple:
-    """The operators' arguments from s to expand."""
-    s, row, col = basis.packed(like.device)
-    return s, row, col, float(scaling), basis.first_row, basis.first_column, basis.expand
+    """As `functional.merged_weight`; `rounding_seed` is signed."""
+    bases = operands(basis, lam.device, scaling)
+    return _ops.hadamard_weight(weight, lam, gam, *bases, rounding_seed)
 
 
 # ---- shapes and gradients ------------------------------------------------------------------------
 
 
-@fake
-def hadamard_linear(x, weight, bias, lam, gam, s, row, col, *rest):
-    check_one_device(x=x, lam=lam, gam=gam, s=s, row=row, col=col, weight=weight, bias=bias)
-    expand = rest[-2]
-    return x.new_empty((*x.shape[:-1], (row if expand else s).shape[0]))
+def _features(gam, s, row, col, scale, first_row, first_column, expand, merge):
+    return (row if expand else s).shape[0]
 
 
-@fake
-def hadamard_linear_backward(dy, x, weight, lam, gam, s, row, col, *rest):
-    check_one_device(x=x, lam=lam, gam=gam, s=s, row=row, col=col, weight=weight, dy=dy)
-    need_x, need_diagonals = rest[-2:]
-    return (
-        x.new_empty(x.shape if need_x else (0,)),
-        lam.new_empty(lam.shape if need_diagonals else (0,)),
-        gam.new_empty(gam.shape if need_diagonals else (0,)),
-    )
+_linear = linear_operator.register("hadamard_linear", _features)
 
 
 @fake
 def hadamard_weight(
-    weight, lam, gam, s, row, col, scale, first_row, first_column, expand, rounding_seed=None
+    weight, lam, gam, s, row, col, scale, first_row, first_column, expand, rounding_seed
 ):
     check_one_device(lam=lam, gam=gam, s=s, row=row, col=col, weight=weight)
     D, d = row.shape[0], s.shape[0]
     return (lam if weight is None else weight).new_empty((D, d) if expand else (d, D))
 
 
-class HadamardLinear(Operator):
-    """``randlora::hadamard_linear``; inputs as in its schema."""
+class HadamardWeight(Operator):
+    """A gradient for dW; `weight` and `rounding_seed` have none."""
 
     @staticmethod
-    def forward(
-        x, weight, bias, lam, gam, s, row, col, scale, first_row, first_column, expand, merge
-    ):
-        bases = s, row, col, scale, first_row, first_column, expand
-        return call_kernel(_ops.hadamard_linear.default, x, weight, bias, lam, gam, *bases, merge)
+    def forward(weight, lam, gam, *rest):
+        return call_kernel(_ops.hadamard_weight.default, weight, lam, gam, *rest)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, lam, gam, *ctx.bases, ctx.merge = inputs
-        ctx.save_for_backward(x, weight, lam, gam)  # the signs are constants
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, lam, gam = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_lam, need_gam = ctx.needs_input_grad[:5]
-        arguments = dy, x, weight, lam, gam, *ctx.bases, ctx.merge
-        needs = need_x, need_lam or need_gam
-        dx, dlam, dgam = gradients(_ops.hadamard_linear_backward.default, *arguments, *needs)
-        return (
-            dx if need_x else None,
-            *base_gradients(dy, x, need_weight, need_bias),
-            dlam if need_lam else None,
-            dgam if need_gam else None,
-            None, None, None, None, None, None, None, None,
-        )  # fmt: skip
-
-
-class HadamardDelta(Operator):
-    """``randlora::hadamard_weight`` without a weight and seed."""
-
-    @staticmethod
-    def forward(weight, lam, gam, s, row, col, scale, first_row, first_column, expand, seed=None):
-        bases = s, row, col, scale, first_row, first_column, expand
-        return call_kernel(_ops.hadamard_weight.default, weight, lam, gam, *bases, seed)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.weight, lam, gam, *ctx.bases, _ = inputs
+        _, lam, gam, *ctx.bases, _ = inputs
         ctx.save_for_backward(lam, gam)
 
     @staticmethod
@@ -148,15 +114,11 @@ class HadamardDelta(Operator):
         dy, x = (grad.T.contiguous(), one) if expand else (one, grad)
         arguments = dy, x, None, lam, gam, *ctx.bases, False, False, True
         _, dlam, dgam = gradients(_ops.hadamard_linear_backward.default, *arguments)
-        return None, dlam, dgam, *(None,) * 8
+        return None, dlam, dgam, *[None] * (len(ctx.bases) + 1)
 
 
-_linear = entry("hadamard_linear", HadamardLinear)
-_weight = entry("hadamard_weight", HadamardDelta)
-
-
-def _delta(lam, gam, *bases):
-    return _weight(None, lam, gam, *bases, None)
+_weight = entry("hadamard_weight", HadamardWeight)
+vmap.register("hadamard_weight")
 
 
 # ---- plain torch ---------------------------------------------------------------------------
@@ -298,7 +260,7 @@ def _plain_linear_backward(
 
 
 def _plain_weight(
-    weight, lam, gam, s, row, col, scale, first_row, first_column, expand, rounding_seed=None
+    weight, lam, gam, s, row, col, scale, first_row, first_column, expand, rounding_seed
 ):
     if rounding_seed is not None:
         raise RuntimeError(f"randlora: rounding_seed needs our kernels, {lam.device} has none")

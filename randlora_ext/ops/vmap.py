@@ -43,11 +43,3 @@ def register(name: str, rule=_loop) -> None:
 def register_linear(name: str) -> None:
     register(name, _linear)
     register(f"{name}_backward")
-
-
-for _name in ("linear", "hadamard_linear"):  # and dense_linear in dense.py
-    register_linear(_name)
-for _name in ("delta_weight", "scaled_basis"):
-    register(_name)
-    register(f"{_name}_backward")
-register("hadamard_weight")

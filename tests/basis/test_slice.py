@@ -7,6 +7,7 @@ import torch
 
 from randlora_ext import TernaryBasis, delta_weight, linear, merged_weight, scaled_basis
 from randlora_ext.basis.dense import DenseMatrices
+from randlora_ext.ops.ternary import operands
 from randlora_ext.reference import delta_weight_reference, scaled_basis_reference
 
 # (in, out, r, inputs, outputs): one side cut. The last base overhangs in all; in the comments how
@@ -131,18 +132,17 @@ def test_weights(cut, kind):
 def test_the_operators_refuse_what_does_not_fit():
     whole = TernaryBasis(144, 72, 8, 1 / 3)
     part = whole.slice(inputs=range(72, 144))  # 72 to 72: sizes alone would say d is the input side
-    lam, gam, packed = torch.randn(8, 9), torch.randn(9, 72), part.packed()
+    lam, gam, bases = torch.randn(8, 9), torch.randn(9, 72), operands(part, "cpu")
     op = torch.ops.randlora.delta_weight
-    assert op(lam, gam, packed, 1.0, 72, 72, False).shape == (72, 72)
-    assert not torch.equal(
-        op(lam, gam, packed, 1.0, 72, 72), op(lam, gam, packed, 1.0, 72, 72, False)
-    )
-    with pytest.raises(RuntimeError, match=r"gam must be \(n, d\) = \(9, 36\)"):
-        op(lam, gam, packed, 1.0, 36, 72, False)
-    with pytest.raises(RuntimeError, match=r"lam must be \(r, n\) = \(8, 9\), got \(8, 5\)"):
-        op(lam[:, :5], gam[:5], packed, 1.0, 72, 72)
-    with pytest.raises(RuntimeError, match=r"lam must be \(r, n\) = \(8, 0\)"):
-        op(lam[:, :0], gam[:0], packed, 1.0, 72, 72, False)
+    turned = bases._replace(expand=True)
+    assert op(lam, gam, *bases).shape == (72, 72)
+    assert torch.equal(op(lam, gam, *bases).T, op(lam, gam, *turned))
+    with pytest.raises(RuntimeError, match=r"packed: b_planes .* = \(2, 36, 2\)"):
+        op(lam, gam, *bases._replace(D=36))
+    with pytest.raises(RuntimeError, match=r"gam must be .* at most K = r \* n = 40"):
+        op(lam[:, :5], gam[:5], *bases)
+    with pytest.raises(RuntimeError, match=r"lam must be \(r, n\), got \(8, 0\)"):
+        op(lam[:, :0], gam[:0], *bases)
 
 
 def test_slices_are_descriptions():

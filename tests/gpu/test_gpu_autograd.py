@@ -6,6 +6,7 @@ from gpu_helpers import NAMES, PATHS, ops, run_linear
 from layer_cases import make_layer, rms_error
 
 from randlora_ext import TernaryBasis, delta_weight, linear, scaled_basis
+from randlora_ext.ops.ternary import operands
 
 pytestmark = pytest.mark.gpu
 # in, out, r, density: both packed forms in both orientations
@@ -27,7 +28,7 @@ def tensors(device, name, dtype=torch.float32):
 
     return {
         "basis": basis,
-        "packed": basis.packed(device),
+        "bases": operands(basis, device, 0.5),
         "x": normal(1, 3, basis.in_features),
         "weight": normal(basis.out_features, basis.in_features),
         "bias": normal(basis.out_features),
@@ -37,9 +38,8 @@ def tensors(device, name, dtype=torch.float32):
     }
 
 
-def packed_for(t, b_side, dtype=torch.float32):
-    dense = [t["basis"].dense_b(t["x"].device, dtype)] if b_side == "dense" else []
-    return [*t["packed"], *dense]
+def b_dense(t, b_side, dtype=torch.float32):
+    return t["basis"].dense_b(t["x"].device, dtype) if b_side == "dense" else None
 
 
 def check(op, *arguments):
@@ -51,12 +51,12 @@ def check(op, *arguments):
 @pytest.mark.parametrize("name", BASES)
 def test_opcheck_linear(device, name, path, b_side):
     t = tensors(device, name)
-    rest = (t["lam"], t["gam"], packed_for(t, b_side), 0.5, t["basis"].out_features, path)
+    rest = (t["lam"], t["gam"], *t["bases"], path, b_dense(t, b_side))
     check(ops.linear, t["x"], t["weight"], t["bias"], *rest)
     if path != "merged":
         check(ops.linear, t["x"], None, None, *rest)
     t = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in t.items()}
-    rest = (t["lam"], t["gam"], packed_for(t, b_side), 0.5, path)
+    rest = (t["lam"], t["gam"], *t["bases"], path, b_dense(t, b_side))
     for needs in ((True, True), (True, False), (False, True)):
         check(ops.linear_backward, t["dy"], t["x"], t["weight"], *rest, *needs)
 
@@ -66,10 +66,10 @@ def test_opcheck_linear(device, name, path, b_side):
 def test_opcheck_the_others(device, name):
     t = tensors(device, name)
     basis, sizes = t["basis"], (t["basis"].out_features, t["basis"].in_features)
-    check(ops.delta_weight, t["lam"], t["gam"], t["packed"], 0.5, *sizes)
+    check(ops.delta_weight, t["lam"], t["gam"], *t["bases"])
     lam, gam = t["lam"].detach(), t["gam"].detach()
     G = torch.ones(sizes, device=device)
-    check(ops.delta_weight_backward, G, lam, gam, t["packed"], 0.5)
+    check(ops.delta_weight_backward, G, lam, gam, *t["bases"])
     A = basis.dense_a(device, torch.bfloat16)
     check(ops.scaled_basis, A, t["lam"], t["gam"])
     grad = torch.ones(basis.K, basis.d, dtype=A.dtype, device=device)
@@ -79,7 +79,7 @@ def test_opcheck_the_others(device, name):
 @pytest.mark.slow
 def test_opcheck_packing(device):
     basis = TernaryBasis(11, 70, 3, 1 / 3)
-    planes = basis.packed(device)[2]
+    planes = basis.packed(device)[3]
     for by_column in (False, True):
         for wide in (False, True):
             check(ops.planes_to_lists, planes, basis.K, by_column, wide)
@@ -94,8 +94,7 @@ def test_opcheck_packing(device):
 @pytest.mark.parametrize("name", BASES)
 def test_gradcheck_linear(device, name, path, b_side):
     t = tensors(device, name, torch.float64)
-    packed = packed_for(t, b_side, torch.float64)
-    rest = (packed, 0.5, t["basis"].out_features, path)
+    rest = (*t["bases"], path, b_dense(t, b_side, torch.float64))
     leaves = [t[k] for k in ("x", "weight", "bias", "lam", "gam")]
     assert torch.autograd.gradcheck(lambda *a: ops.linear(*a, *rest), leaves)
     if path != "merged":

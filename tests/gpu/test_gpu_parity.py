@@ -18,6 +18,8 @@ from gpu_helpers import (
 )
 from layer_cases import exact, largest_error, make_layer, plain, rms_error
 
+from randlora_ext.ops.ternary import operands
+
 pytestmark = pytest.mark.gpu
 FP64 = 1e-12
 # Of 16-bit floats the largest multiple of the layer's sizes that their range allows is far away.
@@ -178,9 +180,8 @@ def test_one_part_of_the_gradient(device, path, b_side, needs):
     all_of_it = run_linear(layer, path, b_side, device)
 
     def part(x, weight, lam, gam, dy):
-        packed = layer.basis.packed(x.device)
-        scale = layer.scaling * layer.basis.scale
-        return ops.linear_backward(dy, x, weight, lam, gam, packed, scale, path, *needs)
+        bases = operands(layer.basis, x.device, layer.scaling)
+        return ops.linear_backward(dy, x, weight, lam, gam, *bases, path, None, *needs)
 
     if b_side == "packed":
         got, _ = on_both(device, part, layer.x, layer.weight, layer.lam, layer.gam, layer.dy)
@@ -195,14 +196,14 @@ def test_one_part_of_the_gradient(device, path, b_side, needs):
 @pytest.mark.parametrize("shape", [*SHAPES, (300, 520, 24), (520, 300, 24)], ids=str)
 def test_delta_weight(device, shape, density):
     layer = make_layer(*shape, density, 1)
-    basis, scale = layer.basis, 0.75 * layer.basis.scale
+    basis = layer.basis
     sizes = (basis.out_features, basis.in_features)
     grad = torch.randn(sizes, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def both(lam, gam, g):
-        packed = basis.packed(lam.device)
-        dW = ops.delta_weight(lam, gam, packed, scale, *sizes)
-        return (dW, *ops.delta_weight_backward(g, lam, gam, packed, scale))
+        bases = operands(basis, lam.device, 0.75)
+        dW = ops.delta_weight(lam, gam, *bases)
+        return (dW, *ops.delta_weight_backward(g, lam, gam, *bases))
 
     for dtype in ALL_TYPES:
         inputs = [t.to(dtype) for t in (layer.lam, layer.gam, grad)]
@@ -228,11 +229,9 @@ def test_merged_weight(device, shape, density, dtype, seed):
     if seed is not None and dtype.itemsize != 2:
         return  # refused: there is nothing to round
     layer = make_layer(*shape, density, 1, dtype)
-    scale = 1e-3 * layer.basis.scale
 
     def merged(weight, lam, gam):
-        packed = layer.basis.packed(lam.device)
-        return ops.merged_weight(weight, lam, gam, packed, scale, seed)
+        return ops.merged_weight(weight, lam, gam, *operands(layer.basis, lam.device, 1e-3), seed)
 
     got, want = on_both(device, merged, layer.weight, layer.lam, layer.gam)
     assert got.dtype == dtype and rms_error(got, want) <= 2 * torch.finfo(dtype).eps

@@ -12,6 +12,7 @@ from gpu_helpers import NAMES, PATHS, moved, ops, run_linear, same, step
 from layer_cases import Layer, make_layer, rms_error
 
 from randlora_ext import RandLoraLinear, TernaryBasis, linear
+from randlora_ext.ops.ternary import operands
 
 pytestmark = pytest.mark.gpu
 DENSITIES = [1 / 3, 0.07]
@@ -133,10 +134,8 @@ def test_two_streams_at_a_time(card):
             t = on_card(layer, card)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                last = (t["lam"], t["gam"], layer.basis.packed(card), 0.75 * layer.basis.scale)
-                got = ops.linear_backward(
-                    t["dy"], t["x"], t["weight"], *last, "factored", True, True
-                )
+                last = (t["lam"], t["gam"], *operands(layer.basis, card, 0.75), "factored", None)
+                got = ops.linear_backward(t["dy"], t["x"], t["weight"], *last, True, True)
                 results.append((t, got, want))
     torch.cuda.synchronize(card)
     for _, got, want in results:
@@ -151,7 +150,7 @@ def test_threads_that_start_one_kernel_with_different_needs(card):
             torch.randn(shape, device=card)
             for shape in ((basis.r, basis.n), (basis.n, basis.d), (2, features))
         )
-        last = (lam, gam, basis.packed(card), basis.scale, features, "factored")
+        last = (lam, gam, *operands(basis, card), "factored", None)
         want = ops.linear(x, None, None, *last)
         return all(torch.equal(ops.linear(x, None, None, *last), want) for _ in range(300))
 
@@ -250,9 +249,9 @@ def test_tensors_on_two_devices_are_refused(card):
     x, lam, gam = layer.x.to(card), layer.lam, layer.gam
     with pytest.raises((ValueError, RuntimeError), match="together|one device"):
         linear(x, None, None, layer.basis, lam, gam)
-    packed = layer.basis.packed("cpu")
+    bases = operands(layer.basis, "cpu")
     with pytest.raises(RuntimeError, match="one device|is on"):
-        ops.linear(x, None, None, lam.to(card), gam.to(card), packed, 1.0, 37, "factored")
+        ops.linear(x, None, None, lam.to(card), gam.to(card), *bases, "factored", None)
 
 
 @pytest.mark.parametrize("density", [1 / 3, 0.07])
@@ -264,16 +263,16 @@ def test_more_than_2_to_the_31_activations(card, room, density):
     lam = torch.randn(basis.r, basis.n, device=card) * 0.1
     gam = torch.randn(basis.n, basis.d, device=card) * 0.1
     x = torch.randn(tokens, features, device=card, dtype=torch.bfloat16)
-    last = (lam, gam, basis.packed(card), basis.scale)
-    y = ops.linear(x, None, None, *last, features, "factored")
+    last = (lam, gam, *operands(basis, card), "factored", None)
+    y = ops.linear(x, None, None, *last)
     eps = torch.finfo(torch.bfloat16).eps
     for rows in (slice(0, 40), slice(tokens - 40, tokens)):
-        few = ops.linear(x[rows], None, None, *last, features, "factored")
+        few = ops.linear(x[rows], None, None, *last)
         assert rms_error(y[rows], few) <= 2 * eps
-    dx, dlam, dgam = ops.linear_backward(y, x, None, *last, "factored", True, True)
+    dx, dlam, dgam = ops.linear_backward(y, x, None, *last, True, True)
     assert dlam.isfinite().all() and dgam.isfinite().all()
     rows = slice(tokens - 40, tokens)
-    few = ops.linear_backward(y[rows], x[rows], None, *last, "factored", True, False)[0]
+    few = ops.linear_backward(y[rows], x[rows], None, *last, True, False)[0]
     assert rms_error(dx[rows], few) <= 2 * eps
 
 

@@ -7,6 +7,7 @@ from layer_cases import CALLS, make_layer, one_thread  # noqa: F401
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from randlora_ext import linear
+from randlora_ext.ops.ternary import operands
 
 ops = torch.ops.randlora
 
@@ -23,7 +24,7 @@ def raw(layer, path, **changes):
         if torch.is_autocast_enabled("cpu") and t["x"].dtype != torch.float64:
             B = B.to(torch.get_autocast_dtype("cpu"))  # as linear() takes it
         return ops.dense_linear(*inputs, A, B, scale, basis.expand, path)
-    return ops.linear(*inputs, basis.packed(), scale, basis.out_features, path)
+    return ops.linear(*inputs, *operands(basis, "cpu", layer.scaling), path, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -113,8 +114,9 @@ def test_cuda_autocast_without_a_card():
         like = [torch.empty_like(t, device="cuda") for t in (layer.x, layer.weight, layer.bias)]
         diagonals = [torch.empty_like(t, device="cuda") for t in (layer.lam, layer.gam)]
         packed = [torch.empty_like(t, device="cuda") for t in layer.basis.packed()]
-        packed.append(torch.empty(50, layer.basis.K, device="cuda"))  # a dense B
-        arguments = (*like, *diagonals, packed, 1.0, 37, "factored")
+        b_dense = torch.empty(50, layer.basis.K, device="cuda")
+        bases = operands(layer.basis, "cpu")._replace(packed=packed)
+        arguments = (*like, *diagonals, *bases, "factored", b_dense)
         assert ops.linear(*arguments).dtype == torch.float32
         try:  # torch.autocast("cuda") turns itself off where there is no card
             torch.set_autocast_enabled("cuda", True)

@@ -7,6 +7,7 @@ import torch
 from layer_cases import CALLS, PATHS, make_basis, make_layer, one_thread  # noqa: F401
 
 from randlora_ext import TernaryBasis, delta_weight, linear, scaled_basis
+from randlora_ext.ops.ternary import operands
 
 ops = torch.ops.randlora
 # in, out, r, density: every packed form in both orientations, and 32-bit positions (D > 65536).
@@ -35,7 +36,7 @@ def tensors(name, dtype=torch.float32):
 
     return {
         "basis": basis,
-        "packed": basis.packed("cpu"),
+        "bases": basis.packed() if basis.kind == "dense" else operands(basis, "cpu", 0.5),
         "x": normal(1, 3, basis.in_features),
         "weight": normal(basis.out_features, basis.in_features),
         "bias": normal(basis.out_features),
@@ -60,7 +61,7 @@ def plain_values(tensors_):
 @pytest.mark.parametrize("name", BASES)
 def test_opcheck_linear(name, path):
     t = tensors(name)
-    rest = (t["lam"], t["gam"], t["packed"], 0.5, t["basis"].out_features, path)
+    rest = (t["lam"], t["gam"], *t["bases"], path, None)
     check(ops.linear, t["x"], t["weight"], t["bias"], *rest)
     if path != "merged":
         check(ops.linear, t["x"].detach(), None, None, *rest)
@@ -73,8 +74,8 @@ def test_opcheck_linear_backward(name, path):
     wanted = [(True, True), (True, False), (False, True)]
     for need_x, need_diagonals in wanted[:1] if name == "wide lists" else wanted:
         check(
-            ops.linear_backward, t["dy"], t["x"], t["weight"], t["lam"], t["gam"], t["packed"],
-            0.5, path, need_x, need_diagonals,
+            ops.linear_backward, t["dy"], t["x"], t["weight"], t["lam"], t["gam"], *t["bases"],
+            path, None, need_x, need_diagonals,
         )  # fmt: skip
 
 
@@ -82,9 +83,9 @@ def test_opcheck_linear_backward(name, path):
 def test_opcheck_delta_weight(name):
     t = tensors(name)
     sizes = t["basis"].out_features, t["basis"].in_features
-    check(ops.delta_weight, t["lam"], t["gam"], t["packed"], 0.5, *sizes)
+    check(ops.delta_weight, t["lam"], t["gam"], *t["bases"])
     t = plain_values(t)
-    check(ops.delta_weight_backward, torch.ones(sizes), t["lam"], t["gam"], t["packed"], 0.5)
+    check(ops.delta_weight_backward, torch.ones(sizes), t["lam"], t["gam"], *t["bases"])
 
 
 @pytest.mark.parametrize("seed", [None, 5])
@@ -92,7 +93,7 @@ def test_opcheck_delta_weight(name):
 def test_opcheck_merged_weight(name, seed):
     t = plain_values(tensors(name))
     weight = t["weight"] if seed is None else t["weight"].bfloat16()
-    check(ops.merged_weight, weight, t["lam"], t["gam"], t["packed"], 0.5, seed)
+    check(ops.merged_weight, weight, t["lam"], t["gam"], *t["bases"], seed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -109,12 +110,13 @@ def test_opcheck_with_strided_inputs(op):
     t = plain_values(tensors("lists"))
     lam, gam, dy, x = (t[k].transpose(-1, -2).contiguous().mT for k in ("lam", "gam", "dy", "x"))
     if op == "linear":
-        check(ops.linear, x, None, None, lam, gam, t["packed"], 0.5, 5, "factored")
+        check(ops.linear, x, None, None, lam, gam, *t["bases"], "factored", None)
     elif op == "linear_backward":
-        check(ops.linear_backward, dy, x, None, lam, gam, t["packed"], 0.5, "factored", True, True)
-        check(ops.linear_backward, dy, x, None, lam, gam, t["packed"], 0.5, "delta", True, True)
+        for path in ("factored", "delta"):
+            rest = *t["bases"], path, None, True, True
+            check(ops.linear_backward, dy, x, None, lam, gam, *rest)
     elif op == "delta_weight_backward":
-        check(ops.delta_weight_backward, torch.ones(5, 9), lam, gam, t["packed"], 0.5)
+        check(ops.delta_weight_backward, torch.ones(5, 9), lam, gam, *t["bases"])
     else:
         A = torch.ones(5, 2).T
         check(ops.scaled_basis, A, lam, gam)
@@ -125,7 +127,7 @@ def test_opcheck_with_strided_inputs(op):
 @pytest.mark.parametrize("by_column", [False, True])
 def test_opcheck_packing(by_column, wide):
     basis = TernaryBasis(11, 70, 3, 1 / 3)
-    planes = basis.packed("cpu")[2]
+    planes = basis.packed("cpu")[3]
     check(ops.planes_to_lists, planes, basis.K, by_column, wide)
     check(ops.planes_to_dense, planes, basis.K, 0.5, torch.float16)
     offset, index = ops.planes_to_lists(planes, basis.K, False, wide)
@@ -141,7 +143,7 @@ def test_opcheck_packing(by_column, wide):
 def test_opcheck_dense(name, dtype):
     t = tensors(name)
     x, weight, bias, dy = (t[k].detach().to(dtype) for k in ("x", "weight", "bias", "dy"))
-    A, B = (m.to(dtype) for m in t["packed"])
+    A, B = (m.to(dtype) for m in t["bases"])
     for path in PATHS:
         rest = t["lam"], t["gam"], A, B, 0.5, t["basis"].expand, path
         check(ops.dense_linear, x.requires_grad_(), weight, bias, *rest)
@@ -264,17 +266,17 @@ def test_nothing_is_kept_without_gradients():
 @pytest.mark.parametrize("backward", [False, True])
 def test_scratch_does_not_grow_with_tokens(backward, density):
     basis = TernaryBasis(50, 37, 7, density)
-    packed, lam, gam = basis.packed(), torch.randn(7, basis.n), torch.randn(basis.n, 37)
+    bases, lam, gam = operands(basis, "cpu"), torch.randn(7, basis.n), torch.randn(basis.n, 37)
 
     def scratch(tokens):
         x, dy = torch.randn(tokens, 50), torch.randn(tokens, 37)
         torch.set_num_threads(2)
         with torch.profiler.profile(profile_memory=True) as profile:
             if backward:
-                arguments = dy, x, None, lam, gam, packed, 1.0, "factored", True, True
+                arguments = dy, x, None, lam, gam, *bases, "factored", None, True, True
                 results = ops.linear_backward(*arguments)
             else:
-                results = [ops.linear(x, None, None, lam, gam, packed, 1.0, 37, "factored")]
+                results = [ops.linear(x, None, None, lam, gam, *bases, "factored", None)]
         events = profile.profiler.kineto_results.events()
         allocated = sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]")
         return allocated - sum(t.nbytes for t in results)

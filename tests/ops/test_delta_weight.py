@@ -13,6 +13,7 @@ from layer_cases import (  # noqa: F401
 )
 
 from randlora_ext import delta_weight
+from randlora_ext.ops.ternary import operands
 from randlora_ext.reference import delta_weight_reference
 
 SCALING = 0.75
@@ -139,14 +140,14 @@ def test_16_bit_results_are_rounded_once(kind):
 @pytest.mark.parametrize("kind", [1 / 3, 0.07])
 def test_raw_operators(kind):
     basis, lam, gam = diagonals((50, 37, 7), kind, torch.float32)
-    grad, scale = gradient_of(basis, torch.float32), SCALING * basis.scale
-    expected, packed = ours(basis, lam, gam, grad), basis.packed("cpu")
-    dW = torch.ops.randlora.delta_weight(lam, gam, packed, scale, 37, 50)
+    grad, bases = gradient_of(basis, torch.float32), operands(basis, "cpu", SCALING)
+    expected = ours(basis, lam, gam, grad)
+    dW = torch.ops.randlora.delta_weight(lam, gam, *bases)
     assert torch.equal(dW, expected["dW"])
-    dlam, dgam = torch.ops.randlora.delta_weight_backward(grad, lam, gam, packed, scale)
+    dlam, dgam = torch.ops.randlora.delta_weight_backward(grad, lam, gam, *bases)
     assert torch.equal(dlam, expected["dlam"]) and torch.equal(dgam, expected["dgam"])
     # A gradient in 16 bits: contracted in float32, returned in the types of lam and gam.
-    low = torch.ops.randlora.delta_weight_backward(grad.bfloat16(), lam, gam, packed, scale)
+    low = torch.ops.randlora.delta_weight_backward(grad.bfloat16(), lam, gam, *bases)
     wide = ours(basis, lam, gam, grad.bfloat16().float())
     assert low[0].dtype == low[1].dtype == torch.float32
     assert torch.equal(low[0], wide["dlam"]) and torch.equal(low[1], wide["dgam"])

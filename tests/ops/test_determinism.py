@@ -8,6 +8,7 @@ from layer_cases import PATHS, make_layer, ours
 from torch.nn import functional as F
 
 from randlora_ext import TernaryBasis, delta_weight, linear, merged_weight, scaled_basis
+from randlora_ext.ops.ternary import operands
 
 ops = torch.ops.randlora
 FORMATS = pytest.mark.parametrize("density", [1 / 3, 0.07], ids=["planes", "lists"])
@@ -123,8 +124,8 @@ def test_linear_backward_of_one_part_equals_that_of_all(shape, density):
 
     def backward(*needs):
         return ops.linear_backward(
-            layer.dy, layer.x, layer.weight, layer.lam, layer.gam, basis.packed("cpu"),
-            basis.scale, "factored", *needs,
+            layer.dy, layer.x, layer.weight, layer.lam, layer.gam,
+            *operands(basis, "cpu"), "factored", None, *needs,
         )  # fmt: skip
 
     dx, dlam, dgam = backward(True, True)

@@ -5,6 +5,7 @@ import torch
 from layer_cases import CALLS, make_basis, make_layer, one_thread, ours  # noqa: F401
 
 from randlora_ext import TernaryBasis, delta_weight, merged_weight, scaled_basis
+from randlora_ext.ops.ternary import operands
 
 ops = torch.ops.randlora
 
@@ -59,7 +60,7 @@ def test_the_other_operators(deterministic, density):
             *packed, *fresh.dense(), *ops.pack_dense(dense_b),
             delta_weight(basis, lam, gam), scaled_basis(basis, lam, gam),
             merged_weight(basis, weight, lam, gam, rounding_seed=3),
-            *ops.delta_weight_backward(grad, lam, gam, basis.packed(), 0.5),
+            *ops.delta_weight_backward(grad, lam, gam, *operands(basis, "cpu", 0.5)),
             *ops.scaled_basis_backward(torch.ones(basis.K, basis.d), dense_a, lam, gam),
         ]  # fmt: skip
 

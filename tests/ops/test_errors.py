@@ -8,6 +8,7 @@ import torch
 from layer_cases import make_layer
 
 from randlora_ext import TernaryBasis, delta_weight, explain, linear, scaled_basis
+from randlora_ext.ops.ternary import operands
 
 ops = torch.ops.randlora
 ERRORS = (ValueError, TypeError, RuntimeError)
@@ -157,48 +158,66 @@ def shifted(offset, position, by):
 
 def malformed():
     lists, planes = LISTS.packed("cpu"), PLANES.packed("cpu")
-    yield lists[:5], ["packed", "got 5", "6", "3"]
-    yield [], ["packed", "0", "6", "3"]
-    yield lists[:6] + planes[:3], ["packed", "9", "6", "3"]
+    yield "lists", lists[:6], ["packed", "got 6", "7", "lists"]
+    yield "planes", [], ["packed", "got 0", "4", "planes"]
+    yield "lists", planes, ["packed", "got 4", "7", "lists"]
+    yield "dense", planes, ["format", "'lists' or 'planes'", "dense"]
     tables = torch.zeros(8, dtype=torch.int32)
-    yield [*planes[:3], tables], ["packed", "support tables", "(8) int32"]
-    for position, name in ((0, "a_offset"), (2, "b_row_offset"), (4, "b_col_offset")):
+    yield "planes", replaced(planes, 2, tables), ["packed", "support tables", "(8) int32"]
+    for position, name in ((0, "a_offset"), (3, "b_row_offset"), (5, "b_col_offset")):
         offset = lists[position]
-        yield replaced(lists, position, offset.int()), ["packed", name, "int32", "int64"]
-        yield replaced(lists, position, offset[:-1]), ["packed", name, f"({len(offset) - 1})"]
-        yield replaced(lists, position, offset[None]), ["packed", name, f"(1, {len(offset)})"]
-        yield replaced(lists, position, shifted(offset, -1, -1)), ["packed", name]
-        yield replaced(lists, position, shifted(offset, 0, 1)), ["packed", name, "0", "1"]
-    for position, name in ((1, "a_index"), (3, "b_row_index"), (5, "b_col_index")):
+        yield "lists", replaced(lists, position, offset.int()), ["packed", name, "int32", "int64"]
+        yield (
+            "lists",
+            replaced(lists, position, offset[:-1]),
+            ["packed", name, f"({len(offset) - 1})"],
+        )
+        yield (
+            "lists",
+            replaced(lists, position, offset[None]),
+            ["packed", name, f"(1, {len(offset)})"],
+        )
+        yield "lists", replaced(lists, position, shifted(offset, -1, -1)), ["packed", name]
+        yield "lists", replaced(lists, position, shifted(offset, 0, 1)), ["packed", name, "0", "1"]
+    for position, name in ((1, "a_index"), (4, "b_row_index"), (6, "b_col_index")):
         index = lists[position]
-        yield replaced(lists, position, index.long()), ["packed", name, "int64", "int16"]
-        yield replaced(lists, position, index[:-1]), ["packed", name, str(len(index) - 1)]
-        yield replaced(lists, position, index.int()), ["packed", "int32", "int16"]
-        yield replaced(lists, position, index.to("meta")), ["packed", "meta", "cpu"]
+        yield "lists", replaced(lists, position, index.long()), ["packed", name, "int64", "int16"]
+        yield "lists", replaced(lists, position, index[:-1]), ["packed", name, str(len(index) - 1)]
+        yield "lists", replaced(lists, position, index.int()), ["packed", "int32", "int16"]
+        yield "lists", replaced(lists, position, index.to("meta")), ["packed", "meta", "cpu"]
         strided = torch.stack([index, index], 1)[:, 0]
-        yield replaced(lists, position, strided), ["packed", name, "contiguous"]
-    yield replaced(planes, 2, planes[2].int()), ["packed", "b_planes", "int32", "(2, 8, 1)"]
-    yield replaced(planes, 2, planes[2][:, :7].contiguous()), ["packed", "b_planes", "(2, 7, 1)"]
-    yield replaced(planes, 2, planes[2][0]), ["packed", "b_planes", "(8, 1)"]
+        yield "lists", replaced(lists, position, strided), ["packed", name, "contiguous"]
+    yield (
+        "planes",
+        replaced(planes, 3, planes[3].int()),
+        ["packed", "b_planes", "int32", "(2, 8, 1)"],
+    )
+    yield (
+        "planes",
+        replaced(planes, 3, planes[3][:, :7].contiguous()),
+        ["packed", "b_planes", "(2, 7, 1)"],
+    )
+    yield "planes", replaced(planes, 3, planes[3][0]), ["packed", "b_planes", "(8, 1)"]
     # Of a larger layer of r = 3, and with one column past the end.
     larger = TernaryBasis(16, 12, 3, 1 / 3).packed("cpu")
-    yield [*larger[:2], *planes[2:]], ["packed", "a_index", "d = 6"]
-    yield replaced(lists, 1, lists[1] + 6), ["packed", "a_index", "d = 6"]
-    yield replaced(lists, 3, lists[3] + 6), ["packed", "b_row_index", "K = 6"]
-    yield replaced(lists, 5, lists[5] + 8), ["packed", "b_col_index", "D = 8"]
+    yield "planes", [*larger[:2], *planes[2:]], ["packed", "a_index", "d = 6"]
+    yield "lists", replaced(lists, 1, lists[1] + 6), ["packed", "a_index", "d = 6"]
+    yield "lists", replaced(lists, 4, lists[4] + 6), ["packed", "b_row_index", "K = 6"]
+    yield "lists", replaced(lists, 6, lists[6] + 8), ["packed", "b_col_index", "D = 8"]
 
 
 CASES = list(malformed())
 
 
-@pytest.mark.parametrize("packed, expected", CASES, ids=[", ".join(c[1]) for c in CASES])
-def test_malformed_packed(packed, expected):
+@pytest.mark.parametrize("format, packed, expected", CASES, ids=[", ".join(c[2]) for c in CASES])
+def test_malformed_packed(format, packed, expected):
     lam, gam, x, dy = torch.ones(3, 2), torch.ones(2, 6), torch.ones(4, 8), torch.ones(4, 6)
+    bases = packed, format, 8, False, 1.0
     calls = {
-        ops.delta_weight: (lam, gam, packed, 1.0, 6, 8),
-        ops.delta_weight_backward: (torch.ones(6, 8), lam, gam, packed, 1.0),
-        ops.linear: (x, None, None, lam, gam, packed, 1.0, 6, "factored"),
-        ops.linear_backward: (dy, x, None, lam, gam, packed, 1.0, "factored", True, True),
+        ops.delta_weight: (lam, gam, *bases),
+        ops.delta_weight_backward: (torch.ones(6, 8), lam, gam, *bases),
+        ops.linear: (x, None, None, lam, gam, *bases, "factored", None),
+        ops.linear_backward: (dy, x, None, lam, gam, *bases, "factored", None, True, True),
     }
     for op, values in calls.items():
         refuses(lambda op=op, values=values: op(*values), {}, *expected)
@@ -215,17 +234,17 @@ lam, gam, x = torch.ones(3, 2), torch.ones(2, 6), torch.ones(4, 8)
 falls = lambda offset: offset[-1] + torch.arange(len(offset) - 2).flip(0)
 # Every step is positive modulo 2 ** 64.
 wraps = lambda offset: torch.tensor([2**62, -(2**63), -(2**62)] + [0] * (len(offset) - 5))
-cases = ((0, "a_offset"), (2, "b_row_offset"), (4, "b_col_offset"))
+cases = ((0, "a_offset"), (3, "b_row_offset"), (5, "b_col_offset"))
 for spoil, (position, name) in itertools.product((falls, wraps), cases):
     offset = lists[position].clone()
     offset[1:-1] = spoil(offset)
-    packed = [*lists[:position], offset, *lists[position + 1:]]
+    bases = [*lists[:position], offset, *lists[position + 1:]], "lists", 8, False, 1.0
     for call in (
-        lambda: ops.delta_weight(lam, gam, packed, 1.0, 6, 8),
-        lambda: ops.delta_weight_backward(torch.ones(6, 8), lam, gam, packed, 1.0),
-        lambda: ops.linear(x, None, None, lam, gam, packed, 1.0, 6, "factored"),
+        lambda: ops.delta_weight(lam, gam, *bases),
+        lambda: ops.delta_weight_backward(torch.ones(6, 8), lam, gam, *bases),
+        lambda: ops.linear(x, None, None, lam, gam, *bases, "factored", None),
         lambda: ops.linear_backward(
-            torch.ones(4, 6), x, None, lam, gam, packed, 1.0, "factored", True, True),
+            torch.ones(4, 6), x, None, lam, gam, *bases, "factored", None, True, True),
     ):
         try:
             call()
@@ -241,7 +260,7 @@ def test_decreasing_offsets():
     assert done.returncode == 0, (done.returncode, done.stderr)
 
 
-@pytest.mark.parametrize("position, name", [(1, "a_index"), (3, "b_row_index")])
+@pytest.mark.parametrize("position, name", [(1, "a_index"), (4, "b_row_index")])
 @pytest.mark.parametrize("wide", [False, True])
 def test_positions_for_dW_ascend(position, name, wide):
     basis = TernaryBasis(96, 60, 4, 0.1)
@@ -251,33 +270,36 @@ def test_positions_for_dW_ascend(position, name, wide):
     index[[start, start + 1]] = index[[start + 1, start]]
     packed[position] = index
     lam, gam, W = torch.ones(4, basis.n), torch.ones(basis.n, 60), torch.ones(60, 96)
+    bases = packed, "lists", 96, False, 1.0
     for call in (
-        lambda: ops.delta_weight(lam, gam, packed, 1.0, 60, 96),
-        lambda: ops.delta_weight_backward(W, lam, gam, packed, 1.0),
-        lambda: ops.linear(torch.ones(4, 96), W, None, lam, gam, packed, 1.0, 60, "merged"),
+        lambda: ops.delta_weight(lam, gam, *bases),
+        lambda: ops.delta_weight_backward(W, lam, gam, *bases),
+        lambda: ops.linear(torch.ones(4, 96), W, None, lam, gam, *bases, "merged", None),
     ):
         refuses(call, {}, "packed", name, "ascend")
 
 
 @pytest.mark.parametrize(
-    "op, values, expected",
+    "lam, gam, D, expected",
     [
-        ("delta_weight", (5, 8), ["gam", "(2, 6)", "(2, 5)"]),
-        ("delta_weight", (9, 9), ["lam", "(3, 2)", "(3, 3)"]),
-        ("delta_weight", (6, 9), ["packed"]),
-        ("delta_weight", (0, 8), ["out_features", "positive", "0"]),
-        ("delta_weight", (6, -8), ["in_features", "positive", "-8"]),
+        ((3, 2), (2, 7), 8, ["gam", "K = r * n = 6", "(2, 7)"]),
+        ((3, 2), (3, 6), 8, ["gam", "n = 2", "(3, 6)"]),
+        ((3, 3), (3, 6), 8, ["packed", "b_col_offset"]),
+        ((4, 2), (2, 6), 8, ["packed", "a_offset"]),
+        ((3, 2), (2, 6), 9, ["packed", "b_row_offset"]),
+        ((3, 2), (2, 6), 0, ["D", "positive", "0"]),
+        ((3, 2), (2, 6), -8, ["D", "positive", "-8"]),
     ],
 )
-def test_wrong_sizes(op, values, expected):
-    call = (torch.ones(3, 2), torch.ones(2, 6), LISTS.packed("cpu"), 1.0, *values)
-    refuses(lambda: getattr(ops, op)(*call), {}, *expected)
+def test_wrong_sizes(lam, gam, D, expected):
+    bases = operands(LISTS, "cpu")._replace(D=D)
+    refuses(lambda: ops.delta_weight(torch.ones(lam), torch.ones(gam), *bases), {}, *expected)
 
 
 @pytest.mark.parametrize(
     "change, expected",
     [
-        ({"dy": torch.ones(4, 5)}, ["gam", "(2, 5)", "(2, 6)"]),  # dy tells out_features
+        ({"dy": torch.ones(4, 5)}, ["dy", "(4, 5)", "6"]),
         ({"dy": torch.ones(3, 6)}, ["dy", "(3, 6)", "(4, 8)"]),
         ({"dy": torch.ones(6)}, ["dy", "(6)", "(4, 8)"]),
         ({"dy": torch.ones(4, 6).double()}, ["dy", "float64", "float32"]),
@@ -290,8 +312,9 @@ def test_wrong_sizes(op, values, expected):
 def test_linear_backward(change, expected):
     good = {
         "dy": torch.ones(4, 6), "x": torch.ones(4, 8), "weight": torch.ones(6, 8),
-        "lam": torch.ones(3, 2), "gam": torch.ones(2, 6), "packed": LISTS.packed("cpu"),
-        "scale": 1.0, "path": "factored", "need_x": True, "need_diagonals": True,
+        "lam": torch.ones(3, 2), "gam": torch.ones(2, 6),
+        **operands(LISTS, "cpu")._asdict(), "path": "factored", "b_dense": None, "need_x": True,
+        "need_diagonals": True,
     }  # fmt: skip
     refuses(ops.linear_backward, {**good, **change}, *expected)
 

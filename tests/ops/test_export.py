@@ -48,7 +48,7 @@ def paths(program):
     found = []
     for node in program.graph.nodes:
         if "randlora.linear" in str(node.target):
-            found.append(node.args[8])
+            found.append(node.args[10])
         if "randlora.hadamard_linear" in str(node.target):
             found.append("merged" if node.args[12] else "factored")
     return found

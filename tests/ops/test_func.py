@@ -11,6 +11,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 from torch.utils._pytree import tree_leaves
 
 from randlora_ext import RandLoraLinear, delta_weight, linear, scaled_basis
+from randlora_ext.ops.ternary import operands
 from randlora_ext.reference import delta_weight_reference, linear_reference, scaled_basis_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -163,10 +164,10 @@ def test_vmap_over_nothing(name, path):
 def test_raw_operators_have_vmap_rules():
     ours, reference, (x, weight, bias, lam, gam) = setup("lists")
     basis = make_basis(*BASES["lists"])
-    packed, scale = basis.packed(), SCALING * basis.scale
+    bases = operands(basis, "cpu", SCALING)
 
     def raw(x):
-        return torch.ops.randlora.linear(x, weight, bias, lam, gam, packed, scale, 5, "factored")
+        return torch.ops.randlora.linear(x, weight, bias, lam, gam, *bases, "factored", None)
 
     torch.testing.assert_close(vmap(raw)(x), reference(x, weight, bias, lam, gam))
 

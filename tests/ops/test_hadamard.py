@@ -59,7 +59,7 @@ ODD = pytest.mark.parametrize("size", SIZES, ids=str)
 
 
 def constants(layer):
-    return module._constants(layer.basis, layer.x, layer.scaling)
+    return module.operands(layer.basis, layer.x.device, layer.scaling)
 
 
 def plain_torch(layer, merge=False):

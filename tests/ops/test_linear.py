@@ -20,6 +20,7 @@ from layer_cases import (  # noqa: F401
 )
 
 from randlora_ext import linear
+from randlora_ext.ops.ternary import operands
 
 TOKENS = [0, 1, 3, 16, 33, 100, 257]  # 257 needs a second super-block of the backward on 2 threads
 NAMES = ("y", "dx", "dlam", "dgam")
@@ -209,7 +210,7 @@ def test_raw_operator_is_what_linear_calls(path, monkeypatch):
     basis = layer.basis
     y = torch.ops.randlora.linear(
         layer.x, layer.weight, layer.bias, layer.lam, layer.gam,
-        basis.packed("cpu"), 0.75 * basis.scale, basis.out_features, path,
+        *operands(basis, "cpu", 0.75), path, None,
     )  # fmt: skip
     assert torch.equal(y, ours(layer, path)["y"])
 

@@ -5,6 +5,7 @@ import soak
 import torch
 
 from randlora_ext import TernaryBasis
+from randlora_ext.ops.ternary import operands
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -20,17 +21,17 @@ def calls():
     """A call of every operator, by name; the results are dropped."""
     ops = torch.ops.randlora
     basis = TernaryBasis(11, 70, 3, 1 / 3)
-    packed, planes = basis.packed("cpu"), basis.packed("cpu")[2]
+    planes = basis.packed("cpu")[3]
     offset, index = ops.planes_to_lists(planes, basis.K, False, False)
     A, B = basis.dense()
     lam, gam = torch.randn(basis.r, basis.n), torch.randn(basis.n, basis.d)
     x, dy, W = torch.randn(2, 11), torch.randn(2, 70), torch.randn(70, 11)
-    rest = (lam, gam, packed, 0.5)
+    rest = (lam, gam, *operands(basis, "cpu", 0.5))
     hadamard = TernaryBasis(11, 70, 3, kind="hadamard")
     signs = (lam, gam, *hadamard.packed("cpu"), 0.5, 0, 0, True)
     return {
-        "linear": lambda: ops.linear(x, W, None, *rest, 70, "factored"),
-        "linear_backward": lambda: ops.linear_backward(dy, x, W, *rest, "delta", True, True),
+        "linear": lambda: ops.linear(x, W, None, *rest, "factored", None),
+        "linear_backward": lambda: ops.linear_backward(dy, x, W, *rest, "delta", None, True, True),
         "hadamard_linear": lambda: ops.hadamard_linear(x, W, None, *signs, False),
         "hadamard_linear_backward": lambda: ops.hadamard_linear_backward(
             dy, x, W, *signs, False, True, True
@@ -41,7 +42,7 @@ def calls():
             dy, x, W, lam, gam, A, B, 0.5, True, "factored", True, True
         ),
         "add_rounded": lambda: ops.add_rounded(W.half(), W, 7),
-        "delta_weight": lambda: ops.delta_weight(*rest, 70, 11),
+        "delta_weight": lambda: ops.delta_weight(*rest),
         "delta_weight_backward": lambda: ops.delta_weight_backward(W, *rest),
         "merged_weight": lambda: ops.merged_weight(W.half(), *rest, 7),
         "scaled_basis": lambda: ops.scaled_basis(A, lam, gam),
