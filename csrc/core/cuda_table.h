@@ -19,8 +19,7 @@ struct CudaKernels {
   // Makes GPU `index` current for this thread.
   void (*make_current)(int index);
 
-  // The operators: csrc/cuda/kernels.h.
-  void (*fill_planes)(const FillPlanes&, Device&);
+  // csrc/cuda/kernels.h
   int64_t (*count_lists)(const Planes&, int64_t rows, int64_t cols, bool by_column, int64_t* offset,
                          Device&);
   void (*fill_lists)(const Planes&, int64_t rows, int64_t cols, bool by_column,
@@ -33,18 +32,9 @@ struct CudaKernels {
                      uint64_t* minus, double* found, Device&);
   void (*support_tables)(const AnyLists& a, bool wide, int64_t r, int64_t d, int32_t* tables,
                          Device&);
-  void (*scaled_basis)(const ScaledBasis&, Device&);
-  void (*scaled_basis_backward)(const ScaledBasisBackward&, Device&);
-  void (*add_rounded)(const AddRounded&, Device&);
-  void (*delta_weight)(const DeltaWeight&, Device&);
-  void (*delta_weight_backward)(const DeltaWeightBackward&, Device&);
-  void (*linear)(const Linear&, Device&);
-  void (*linear_backward)(const LinearBackward&, Device&);
-  void (*hadamard_gamma)(const HadamardGamma&, Device&);
-  void (*hadamard_diagonals)(const HadamardDiagonals&, Device&);
-  void (*hadamard_up)(const HadamardUp&, Device&);
-  void (*hadamard_down)(const HadamardDown&, Device&);
-  void (*hadamard_weight)(const HadamardWeight&, Device&);
+#define RANDLORA_MEMBER(name, Operator) void (*name)(const Operator&, Device&);
+  RANDLORA_OPERATORS(RANDLORA_MEMBER)
+#undef RANDLORA_MEMBER
 };
 
 // A hash of csrc/core/*.h: both libraries must agree on the layout of the structs and classes

@@ -134,23 +134,30 @@ struct LinearBackward {
   void *dlam, *dgam;  // compute type
 };
 
-// One set of kernels, compiled for one instruction set.
+// The operators that CPU and CUDA both have, each with its struct. Every table of functions is made
+// from this list.
+#define RANDLORA_OPERATORS(X)                   \
+  X(fill_planes, FillPlanes)                    \
+  X(scaled_basis, ScaledBasis)                  \
+  X(scaled_basis_backward, ScaledBasisBackward) \
+  X(add_rounded, AddRounded)                    \
+  X(delta_weight, DeltaWeight)                  \
+  X(delta_weight_backward, DeltaWeightBackward) \
+  X(linear, Linear)                             \
+  X(linear_backward, LinearBackward)            \
+  X(hadamard_gamma, HadamardGamma)              \
+  X(hadamard_diagonals, HadamardDiagonals)      \
+  X(hadamard_up, HadamardUp)                    \
+  X(hadamard_down, HadamardDown)                \
+  X(hadamard_weight, HadamardWeight)
+
+// The CPU kernels, compiled for one instruction set.
 struct Kernels {
   const char* isa;
-  void (*fill_planes)(const FillPlanes&, Runtime&);
-  void (*scaled_basis)(const ScaledBasis&, Runtime&);
-  void (*scaled_basis_backward)(const ScaledBasisBackward&, Runtime&);
-  void (*add_rounded)(const AddRounded&, Runtime&);
-  void (*delta_weight)(const DeltaWeight&, Runtime&);
-  void (*delta_weight_backward)(const DeltaWeightBackward&, Runtime&);
-  void (*linear)(const Linear&, Runtime&);
-  void (*linear_backward)(const LinearBackward&, Runtime&);
-  void (*hadamard_gamma)(const HadamardGamma&, Runtime&);
-  void (*hadamard_diagonals)(const HadamardDiagonals&, Runtime&);
-  void (*hadamard_up)(const HadamardUp&, Runtime&);
-  void (*hadamard_down)(const HadamardDown&, Runtime&);
+#define RANDLORA_MEMBER(name, Operator) void (*name)(const Operator&, Runtime&);
+  RANDLORA_OPERATORS(RANDLORA_MEMBER)
+#undef RANDLORA_MEMBER
   void (*hadamard_add)(const HadamardAdd&, Runtime&);
-  void (*hadamard_weight)(const HadamardWeight&, Runtime&);
 };
 
 }  // namespace randlora

@@ -15,21 +15,10 @@ namespace randlora {
 namespace RANDLORA_ISA {
 
 const Kernels& kernels() {
+#define RANDLORA_FUNCTION(name, Operator) name,
   static constexpr Kernels table = {RANDLORA_STRING(RANDLORA_ISA),
-                                    fill_planes,
-                                    scaled_basis,
-                                    scaled_basis_backward,
-                                    add_rounded,
-                                    delta_weight,
-                                    delta_weight_backward,
-                                    linear,
-                                    linear_backward,
-                                    hadamard_gamma,
-                                    hadamard_diagonals,
-                                    hadamard_up,
-                                    hadamard_down,
-                                    hadamard_add,
-                                    hadamard_weight};
+                                    RANDLORA_OPERATORS(RANDLORA_FUNCTION) hadamard_add};
+#undef RANDLORA_FUNCTION
   return table;
 }
 

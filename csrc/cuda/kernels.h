@@ -10,8 +10,15 @@
 namespace randlora {
 namespace cuda {
 
-// generation and packing (fill_planes.cu, lists.cu, dense.cu): the CPU's results, bit for bit
-void fill_planes(const FillPlanes& p, Device& device);
+// fill_planes.cu   scaled_basis.cu   add_rounded.cu
+// delta_weight.cu  chooses delta_lists.cu or delta_planes.cu by the format of B
+// linear.cu        compositions of the products below
+// hadamard/*.cu    what surrounds the class products of Hadamard bases (core/hadamard.h)
+#define RANDLORA_DECLARE(name, Operator) void name(const Operator& p, Device& device);
+RANDLORA_OPERATORS(RANDLORA_DECLARE)
+#undef RANDLORA_DECLARE
+
+// packing (lists.cu, dense.cu): the CPU's results, bit for bit
 int64_t count_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column,
                     int64_t* offset, Device& device);
 void fill_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column,
@@ -27,28 +34,6 @@ void pack_dense(const void* dense, DType dtype, int64_t rows, int64_t cols, uint
 // a_support.cu: fills Basis::a_tables, support_numbers(a.count, r, d) numbers.
 void support_tables(const AnyLists& a, bool wide, int64_t r, int64_t d, int32_t* tables,
                     Device& device);
-
-// scaled_basis.cu
-void scaled_basis(const ScaledBasis& p, Device& device);
-void scaled_basis_backward(const ScaledBasisBackward& p, Device& device);
-
-// add_rounded.cu
-void add_rounded(const AddRounded& p, Device& device);
-
-// delta_weight.cu chooses delta_lists.cu or delta_planes.cu by the format of B
-void delta_weight(const DeltaWeight& p, Device& device);
-void delta_weight_backward(const DeltaWeightBackward& p, Device& device);
-
-// hadamard/*.cu: what surrounds the class products of Hadamard bases (core/hadamard.h)
-void hadamard_gamma(const HadamardGamma& p, Device& device);
-void hadamard_diagonals(const HadamardDiagonals& p, Device& device);
-void hadamard_up(const HadamardUp& p, Device& device);
-void hadamard_down(const HadamardDown& p, Device& device);
-void hadamard_weight(const HadamardWeight& p, Device& device);
-
-// linear.cu: compositions of the products below
-void linear(const Linear& p, Device& device);
-void linear_backward(const LinearBackward& p, Device& device);
 
 // ---- the products of the factored path, all matrices row-major in `dtype` -----------------------
 

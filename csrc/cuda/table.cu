@@ -16,28 +16,18 @@
 extern "C" __attribute__((visibility("default"))) const randlora::CudaKernels*
 randlora_cuda_kernels() {
   using namespace randlora;
+#define RANDLORA_FUNCTION(name, Operator) cuda::name,
   static constexpr CudaKernels table = {kCudaInterface,
                                         RANDLORA_COMPILER,
                                         cuda::describe,
                                         cuda::make_current,
-                                        cuda::fill_planes,
                                         cuda::count_lists,
                                         cuda::fill_lists,
                                         cuda::planes_to_dense,
                                         cuda::lists_to_dense,
                                         cuda::pack_dense,
                                         cuda::support_tables,
-                                        cuda::scaled_basis,
-                                        cuda::scaled_basis_backward,
-                                        cuda::add_rounded,
-                                        cuda::delta_weight,
-                                        cuda::delta_weight_backward,
-                                        cuda::linear,
-                                        cuda::linear_backward,
-                                        cuda::hadamard_gamma,
-                                        cuda::hadamard_diagonals,
-                                        cuda::hadamard_up,
-                                        cuda::hadamard_down,
-                                        cuda::hadamard_weight};
+                                        RANDLORA_OPERATORS(RANDLORA_FUNCTION)};
+#undef RANDLORA_FUNCTION
   return &table;
 }

@@ -162,4 +162,17 @@ int64_t TorchDevice::read(const int64_t* value) {
   return *here.const_data_ptr<int64_t>();
 }
 
+#define RANDLORA_RUN(name, Operator)              \
+  void run(const Tensor& on, const Operator& p) { \
+    if (runs_on_cuda(on)) {                       \
+      TorchDevice device(on);                     \
+      cuda_kernels().name(p, device);             \
+    } else {                                      \
+      TorchRuntime runtime;                       \
+      cpu_kernels().name(p, runtime);             \
+    }                                             \
+  }
+RANDLORA_OPERATORS(RANDLORA_RUN)
+#undef RANDLORA_RUN
+
 }  // namespace randlora

@@ -57,16 +57,9 @@ void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch
               double alpha, double beta, DType dtype, const Tensor& like,
               const void* base = nullptr);
 
-template <class P>
-void run(const Tensor& on, void (*Kernels::*cpu)(const P&, Runtime&),
-         void (*CudaKernels::*cuda)(const P&, Device&), const P& p) {
-  if (runs_on_cuda(on)) {
-    TorchDevice device(on);
-    (cuda_kernels().*cuda)(p, device);
-  } else {
-    TorchRuntime runtime;
-    (cpu_kernels().*cpu)(p, runtime);
-  }
-}
+// Runs the operator of that struct by the kernels of the device of `on`.
+#define RANDLORA_DECLARE(name, Operator) void run(const Tensor& on, const Operator& p);
+RANDLORA_OPERATORS(RANDLORA_DECLARE)
+#undef RANDLORA_DECLARE
 
 }  // namespace randlora

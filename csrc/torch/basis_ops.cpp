@@ -45,9 +45,9 @@ void fill_planes_(Tensor planes, int64_t seed, int64_t role, int64_t row_start, 
   RANDLORA_CHECK(threshold >= 1 && threshold <= int64_t{1} << 31,
                  "threshold must be in [1, 2^31], got ", threshold);
   auto* plus = static_cast<uint64_t*>(planes.mutable_data_ptr());
-  run(planes, &Kernels::fill_planes, &CudaKernels::fill_planes,
-      {static_cast<uint64_t>(seed), static_cast<uint32_t>(role), static_cast<uint32_t>(threshold),
-       row_start, shape.rows, col_start, cols, plus, plus + shape.rows * shape.words});
+  run(planes, FillPlanes{static_cast<uint64_t>(seed), static_cast<uint32_t>(role),
+                         static_cast<uint32_t>(threshold), row_start, shape.rows, col_start, cols,
+                         plus, plus + shape.rows * shape.words});
 }
 
 std::tuple<Tensor, Tensor> pack_dense_op(Tensor dense) {

@@ -12,10 +12,10 @@ void form_delta(const Basis& b, const Tensor& lam, const Tensor& gam, const Opti
   const DType dtype = activation_dtype(out, "out");
   const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
   const Tensor w = base ? as_contiguous(*base) : out;  // without a base nobody reads it
-  run(lam, &Kernels::delta_weight, &CudaKernels::delta_weight,
-      {b, l.const_data_ptr(), g.const_data_ptr(), base ? w.const_data_ptr() : nullptr,
-       out.mutable_data_ptr(), dtype, scale, /*transposed=*/!expand, rounding_seed.has_value(),
-       static_cast<uint64_t>(rounding_seed.value_or(0))});
+  run(lam,
+      DeltaWeight{b, l.const_data_ptr(), g.const_data_ptr(), base ? w.const_data_ptr() : nullptr,
+                  out.mutable_data_ptr(), dtype, scale, /*transposed=*/!expand,
+                  rounding_seed.has_value(), static_cast<uint64_t>(rounding_seed.value_or(0))});
 }
 
 std::tuple<Tensor, Tensor> contract_delta(const Basis& b, const Tensor& grad, const Tensor& lam,
@@ -25,9 +25,9 @@ std::tuple<Tensor, Tensor> contract_delta(const Basis& b, const Tensor& grad, co
   const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
   const Tensor G = as_contiguous(grad);
   Tensor dlam = allocate_like(l), dgam = allocate_like(g);
-  run(lam, &Kernels::delta_weight_backward, &CudaKernels::delta_weight_backward,
-      {b, l.const_data_ptr(), g.const_data_ptr(), G.const_data_ptr(), dtype, scale,
-       /*transposed=*/!expand, dlam.mutable_data_ptr(), dgam.mutable_data_ptr()});
+  run(lam, DeltaWeightBackward{
+               b, l.const_data_ptr(), g.const_data_ptr(), G.const_data_ptr(), dtype, scale,
+               /*transposed=*/!expand, dlam.mutable_data_ptr(), dgam.mutable_data_ptr()});
   return {cast(dlam, lam.scalar_type()), cast(dgam, gam.scalar_type())};
 }
 
@@ -82,10 +82,9 @@ Tensor add_rounded(Tensor weight, Tensor delta, std::optional<int64_t> rounding_
   check_same_device(delta, "delta", weight, "weight");
   const Tensor w = as_contiguous(weight), d = as_contiguous(delta);
   Tensor out = allocate_like(w);
-  run(w, &Kernels::add_rounded, &CudaKernels::add_rounded,
-      {w.numel(), w.const_data_ptr(), static_cast<const float*>(d.const_data_ptr()),
-       out.mutable_data_ptr(), dtype, rounding_seed.has_value(),
-       static_cast<uint64_t>(rounding_seed.value_or(0))});
+  run(w, AddRounded{w.numel(), w.const_data_ptr(), static_cast<const float*>(d.const_data_ptr()),
+                    out.mutable_data_ptr(), dtype, rounding_seed.has_value(),
+                    static_cast<uint64_t>(rounding_seed.value_or(0))});
   return out;
 }
 

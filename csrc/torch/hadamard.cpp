@@ -79,8 +79,8 @@ class Steps {
     lam_ = compute_copy(b.lam, dtype_);
     const Tensor gam = compute_copy(b.gam, dtype_);
     gam_ = temporary({s_.n, s_.d}, dtype_, like);
-    run(like, &Kernels::hadamard_gamma, &CudaKernels::hadamard_gamma,
-        {s_, gam.const_data_ptr(), signs(b.s), gam_.mutable_data_ptr(), dtype_, range_.gamma});
+    run(like, HadamardGamma{s_, gam.const_data_ptr(), signs(b.s), gam_.mutable_data_ptr(), dtype_,
+                            range_.gamma});
     const int64_t bytes = s_.classes() * s_.n * bytes_of(dtype_);
     const int64_t limit = (in_caches() ? int64_t{1} : int64_t{64}) << 20;
     const int64_t most = std::max<int64_t>(limit / bytes, kFewest);
@@ -156,10 +156,9 @@ class Steps {
   }
   // y (T, D) += the rest of the way from z, or y = ... unless `accumulate`.
   void up(const Tensor& z, const Tensor& y, int64_t t, bool accumulate) const {
-    run(like_, &Kernels::hadamard_up, &CudaKernels::hadamard_up,
-        {s_, z.const_data_ptr(), lam_.const_data_ptr(), signs(b_.row), signs(b_.col),
-         const_cast<void*>(element(y, t * s_.D)), dtype_, tokens_, b_.scale / range_.gamma,
-         accumulate});
+    run(like_, HadamardUp{s_, z.const_data_ptr(), lam_.const_data_ptr(), signs(b_.row),
+                          signs(b_.col), const_cast<void*>(element(y, t * s_.D)), dtype_, tokens_,
+                          b_.scale / range_.gamma, accumulate});
   }
   // w from y (T, D); with z, also the sums for the gradient of lambda.
   void down(const Tensor& y, int64_t t, const Tensor& w, const Tensor* z) const {
@@ -167,18 +166,17 @@ class Steps {
     if (z)
       sums = static_cast<char*>(sums_.mutable_data_ptr()) +
              chunk_ * slots_ * s_.K() * (dtype_ == DType::f64 ? 8 : 4);
-    run(like_, &Kernels::hadamard_down, &CudaKernels::hadamard_down,
-        {s_, element(y, t * s_.D), lam_.const_data_ptr(), signs(b_.row), signs(b_.col),
-         w.mutable_data_ptr(), z ? z->const_data_ptr() : nullptr, sums, slots_, dtype_, tokens_,
-         range_.back});
+    run(like_, HadamardDown{s_, element(y, t * s_.D), lam_.const_data_ptr(), signs(b_.row),
+                            signs(b_.col), w.mutable_data_ptr(), z ? z->const_data_ptr() : nullptr,
+                            sums, slots_, dtype_, tokens_, range_.back});
   }
   std::tuple<Tensor, Tensor> diagonals() const {
     const ScalarType type = compute_type(dtype_);
     Tensor dlam = allocate({s_.r, s_.n}, type, like_), dgam = allocate({s_.n, s_.d}, type, like_);
-    run(like_, &Kernels::hadamard_diagonals, &CudaKernels::hadamard_diagonals,
-        {s_, P_.const_data_ptr(), sums_.const_data_ptr(), chunks_ * slots_, signs(b_.s),
-         signs(b_.col), dlam.mutable_data_ptr(), dgam.mutable_data_ptr(), dtype_,
-         b_.scale / range_.gamma, b_.scale / range_.back});
+    run(like_, HadamardDiagonals{s_, P_.const_data_ptr(), sums_.const_data_ptr(), chunks_ * slots_,
+                                 signs(b_.s), signs(b_.col), dlam.mutable_data_ptr(),
+                                 dgam.mutable_data_ptr(), dtype_, b_.scale / range_.gamma,
+                                 b_.scale / range_.back});
     return {cast(dlam, b_.lam.scalar_type()), cast(dgam, b_.gam.scalar_type())};
   }
 
@@ -239,11 +237,11 @@ void form(const HadamardBasis& b, const OptionalTensor& base, std::optional<int6
   const DType dtype = activation_dtype(out, "out");
   const Tensor lam = compute_copy(b.lam, dtype), gam = compute_copy(b.gam, dtype);
   const Tensor w = base ? as_contiguous(*base) : out;
-  run(b.lam, &Kernels::hadamard_weight, &CudaKernels::hadamard_weight,
-      {b.sizes, lam.const_data_ptr(), gam.const_data_ptr(), signs(b.s), signs(b.row), signs(b.col),
-       base ? w.const_data_ptr() : nullptr, out.mutable_data_ptr(), dtype, b.scale,
-       /*transposed=*/!b.expand, rounding_seed.has_value(),
-       static_cast<uint64_t>(rounding_seed.value_or(0))});
+  run(b.lam, HadamardWeight{b.sizes, lam.const_data_ptr(), gam.const_data_ptr(), signs(b.s),
+                            signs(b.row), signs(b.col), base ? w.const_data_ptr() : nullptr,
+                            out.mutable_data_ptr(), dtype, b.scale,
+                            /*transposed=*/!b.expand, rounding_seed.has_value(),
+                            static_cast<uint64_t>(rounding_seed.value_or(0))});
 }
 
 Tensor merged(const HadamardBasis& b, const Tensor& weight) {

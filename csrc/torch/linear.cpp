@@ -140,9 +140,8 @@ Tensor formed(const Call& c, const Tensor& lam, const Tensor& gam, const Optiona
 void add_factored(const Call& c, const Tensor& lam, const Tensor& gam, const Tensor& x, Tensor& y,
                   bool accumulate) {
   const Tensor l = compute_copy(lam, c.dtype), g = compute_copy(gam, c.dtype);
-  run(x, &Kernels::linear, &CudaKernels::linear,
-      {c.basis, l.const_data_ptr(), g.const_data_ptr(), x.const_data_ptr(), y.mutable_data_ptr(),
-       c.dtype, c.s.T, c.scale, c.expand, accumulate});
+  run(x, Linear{c.basis, l.const_data_ptr(), g.const_data_ptr(), x.const_data_ptr(),
+                y.mutable_data_ptr(), c.dtype, c.s.T, c.scale, c.expand, accumulate});
 }
 
 // The gradients of add_factored from x and dy: sets `dx` if not null, or with `accumulate` adds to
@@ -153,11 +152,11 @@ std::tuple<Tensor, Tensor> factored_backward(const Call& c, const Tensor& lam, c
   const Tensor l = compute_copy(lam, c.dtype), g = compute_copy(gam, c.dtype);
   Tensor dlam, dgam;
   if (need_diagonals) dlam = allocate_like(l), dgam = allocate_like(g);
-  run(x, &Kernels::linear_backward, &CudaKernels::linear_backward,
-      {c.basis, l.const_data_ptr(), g.const_data_ptr(), x.const_data_ptr(), dy.const_data_ptr(),
-       dx ? dx->mutable_data_ptr() : nullptr, c.dtype, c.s.T, c.scale, c.expand, accumulate,
-       need_diagonals ? dlam.mutable_data_ptr() : nullptr,
-       need_diagonals ? dgam.mutable_data_ptr() : nullptr});
+  run(x, LinearBackward{c.basis, l.const_data_ptr(), g.const_data_ptr(), x.const_data_ptr(),
+                        dy.const_data_ptr(), dx ? dx->mutable_data_ptr() : nullptr, c.dtype, c.s.T,
+                        c.scale, c.expand, accumulate,
+                        need_diagonals ? dlam.mutable_data_ptr() : nullptr,
+                        need_diagonals ? dgam.mutable_data_ptr() : nullptr});
   if (!need_diagonals) return {};
   return {cast(dlam, lam.scalar_type()), cast(dgam, gam.scalar_type())};
 }

@@ -28,9 +28,8 @@ Tensor scaled_basis(Tensor A, Tensor lam, Tensor gam) {
   const Tensor a = compute_copy(A, dtype), l = compute_copy(lam, dtype),
                g = compute_copy(gam, dtype);
   Tensor out = allocate({s.r * s.n, s.d}, A.scalar_type(), A);
-  run(A, &Kernels::scaled_basis, &CudaKernels::scaled_basis,
-      {s.r, s.n, s.d, a.const_data_ptr(), l.const_data_ptr(), g.const_data_ptr(),
-       out.mutable_data_ptr(), dtype});
+  run(A, ScaledBasis{s.r, s.n, s.d, a.const_data_ptr(), l.const_data_ptr(), g.const_data_ptr(),
+                     out.mutable_data_ptr(), dtype});
   return out;
 }
 
@@ -44,9 +43,9 @@ std::tuple<Tensor, Tensor> scaled_basis_backward(Tensor grad, Tensor A, Tensor l
                g = compute_copy(gam, dtype);
   const Tensor G = as_contiguous(grad);
   Tensor dlam = allocate_like(l), dgam = allocate_like(g);
-  run(A, &Kernels::scaled_basis_backward, &CudaKernels::scaled_basis_backward,
-      {s.r, s.n, s.d, a.const_data_ptr(), l.const_data_ptr(), g.const_data_ptr(),
-       G.const_data_ptr(), dlam.mutable_data_ptr(), dgam.mutable_data_ptr(), dtype});
+  run(A, ScaledBasisBackward{s.r, s.n, s.d, a.const_data_ptr(), l.const_data_ptr(),
+                             g.const_data_ptr(), G.const_data_ptr(), dlam.mutable_data_ptr(),
+                             dgam.mutable_data_ptr(), dtype});
   return {cast(dlam, lam.scalar_type()), cast(dgam, gam.scalar_type())};
 }
 
