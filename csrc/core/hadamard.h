@@ -4,13 +4,14 @@
 //   A[j, k] = s[k] H[j, m]                m = (first_column + k) / n, the class of column k
 //   B[o, c] = row[o] H[first_row + o, c] col[c]                            c = j * n + i
 //
-// s, row and col hold -1 or +1. A product with A is one small matrix product for each class, which
-// torch's GEMM computes. The structs here are what surrounds these products. Between the two:
+// s, row and col hold -1 or +1. A product with A is one small matrix product for each class. Between these
+// products and everything else stand:
 //
 //   z[m, t, i] = factor * sum over the columns k of class m of s[k] gam[i, k] x[t, k]
 //   w[m, t, i] = the same numbers on the way back, from the D side
 //
-// Both are stored class by class, (classes, T, n), in the dtype of the activations. `factor` is a
+// Both are stored class by class, (classes, T, n), in the dtype of the activations, with room for a
+// vector behind. `factor` is a
 // power of two that keeps float16 in range.
 #pragma once
 #include <cstdint>
@@ -51,14 +52,15 @@ RANDLORA_HD bool hadamard_minus(int64_t a, int64_t b) {
   return ones & 1;
 }
 
-// out[i, k] = scale * s[k] * gam[i, k]
+// out[i, k] = scale * s[k] * gam[i, k], or the transposed matrix
 struct HadamardGamma {
   HadamardSizes sizes;
   const void* gam;  // (n, d) in the compute type
   const int8_t* s;
-  void* out;  // (n, d) in `dtype`
+  void* out;  // (n, d), or (d, n) if `transposed`, in `dtype`
   DType dtype;
   double scale;
+  bool transposed = false;  // CPU only
 };
 
 // dgam[i, k] = scale * s[k] * P[m, i, k'], with column k at place k' of its class m. The class
@@ -108,15 +110,42 @@ struct HadamardDown {
   double scale;
 };
 
-// y[t, k] += scale * from[m, t, k'], or y = ... unless `accumulate`, with column k at place k' of
-// its class m. CPU only: torch's GEMM copies a result whose rows are not contiguous.
-struct HadamardAdd {
+// The class products on the CPU, for float32 and float64. torch's GEMM has those of other dtypes
+// and devices.
+//
+// z[m, t, i] = sum over the columns k of class m of columns[k, i] x[t, k]
+struct HadamardInner {
   HadamardSizes sizes;
-  const void* from;  // (classes, T, n) in `dtype`
-  void* y;           // (T, d)
+  const void* columns;  // (d, n): HadamardGamma's result, transposed
+  const void* x;        // (T, d)
+  void* z;              // (classes, T, n)
+  DType dtype;
+  int64_t T;
+};
+
+// y[t, k] += scale * s[k] * sum over i of gam[i, k] w[m, t, i], or y = ... unless `accumulate`, with
+// the class m of column k.
+struct HadamardOuter {
+  HadamardSizes sizes;
+  const void* gam;  // (n, d)
+  const int8_t* s;
+  const void* w;  // (classes, T, n)
+  void* y;        // (T, d)
   DType dtype;
   int64_t T;
   double scale;
+  bool accumulate;
+};
+
+// P[m, i, k'] += sum over t of w[m, t, i] x[t, k], or P = ... unless `accumulate`, with column k at
+// place k' of its class m.
+struct HadamardGradient {
+  HadamardSizes sizes;
+  const void* w;  // (classes, T, n)
+  const void* x;  // (T, d)
+  void* P;        // (classes, n, n)
+  DType dtype;
+  int64_t T;
   bool accumulate;
 };
 
