@@ -1,26 +1,37 @@
 """Builds, checks and measures on a CUDA card. Starts from a bare checkout and installs nothing.
 
-    python benchmarks/gpu_run.py --stages STAGE,STAGE     see docs/cuda.md for the order
-    python benchmarks/gpu_run.py --stages build           works without a card, then for sm_90
-    python benchmarks/gpu_run.py --stages all --dry       toy sizes on the CPU
+A card that is at hand for thirty minutes, in commands of at most ten:
 
-    build       the extension and the CUDA library in place, before every stage that needs it
-    check       self-check, GPU tests without the slowest, memcheck, a fault that it must find
-    hadamard_torch  a step on Hadamard bases in plain torch beside LoRA; needs no build
+    python benchmarks/gpu_run.py                                    the most important, in order
+    python benchmarks/gpu_run.py --stages memcheck,tests,layers
+    python benchmarks/gpu_run.py --stages kernels,racecheck,ncu,slow
+
+    hadamard_torch  a step on Hadamard bases in plain torch beside LoRA. It needs torch alone, and
+                    runs while the processors build
+    build       the extension and the CUDA library in place, before every stage that needs them
+    parity      self-check; bases of every kind against float64 at 4096
+    hadamard    our kernels on Hadamard bases, for the same layers and tokens
+    model       training steps of a model of the shape of Llama-3.2-3B, 840 tokens
+    memcheck    compute-sanitizer on small shapes, and a fault that it must find
+    tests       the GPU tests without the slowest
     layers      a layer by every method and path: sizes, tokens, densities
     kernels     every operator beside its floor
     racecheck   compute-sanitizer's racecheck on small shapes
-    model       a model of the shape of Llama-3.2-3B
     ncu         Nsight Compute: time, bytes and shared-memory wavefronts of each kernel
     slow        the remaining GPU tests
 
 A stage is one or more processes with a time limit each, so one that dies or hangs costs only
 itself; it can run alone and again. Results are on disk as they come, in --out: gpu-CARD.jsonl (a
-line for each result, appended by later runs), gpu-CARD.md (tables), gpu-CARD.log.
+line for each result, appended by later runs), gpu-CARD.md (tables), a log for each stage.
+
+Without a card: --stages build builds (with CUDA, for sm_90); --dry runs toy sizes on the CPU, with
+the library of RANDLORA_CUDA_LIBRARY. Exit status: 0 all went well, 1 something failed, 2 something
+is missing or was typed wrongly, 3 nothing failed, but the time was over before the end.
 """
 
 import argparse
 import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -41,10 +52,19 @@ sys.path.insert(0, str(HERE))
 from gpu import report, rows  # noqa: E402
 
 STAGES = (
-    "hadamard_torch", "build", "check", "layers", "model", "kernels", "racecheck", "ncu", "slow",
+    "hadamard_torch", "build", "parity", "hadamard", "model", "memcheck", "tests", "layers",
+    "kernels", "racecheck", "ncu", "slow",
 )  # fmt: skip
-DEFAULT = STAGES[:4]
-NEEDS_NO_BUILD = "hadamard_torch"
+DEFAULT = STAGES[:5]
+UNBUILT = "hadamard_torch"  # the stage that needs no build
+SETUPTOOLS = 77  # the first that reads pyproject.toml's license
+PACKAGES = {
+    "build": ("setuptools", "pybind11", "numpy", "ninja"),
+    **dict.fromkeys(
+        ("parity", "hadamard", "model", "layers", "kernels", "ncu"), ("peft", "transformers")
+    ),
+    **dict.fromkeys(("tests", "slow"), ("pytest", "hypothesis")),
+}
 LEAST = 20.0  # seconds: with less left, a command is not started
 LAST_WORDS = 10.0  # seconds between Ctrl-C and the end of a command that takes too long
 FINDING = 9  # exit status of compute-sanitizer if it found something
@@ -66,6 +86,18 @@ class Command:
     settings: dict[str, str] = field(default_factory=dict)  # of the environment
     watched: list[str] = field(default_factory=list)  # the tool that starts it, with its options
     card_only: bool = False
+
+
+@dataclass
+class Started:
+    """A process, and where what it prints begins in its log."""
+
+    process: subprocess.Popen
+    argv: list[str]
+    log: Path
+    at: int
+    began: float
+    seconds: float
 
 
 def commands(stage: str, card: dict, dry: bool, csv: Path) -> list[Command]:
@@ -109,22 +141,23 @@ def commands(stage: str, card: dict, dry: bool, csv: Path) -> list[Command]:
            "--kernel-name-base", "demangled", "--kernel-name", "regex:randlora",
            "--metrics", METRICS, "--log-file", str(csv)]  # fmt: skip
     known = {
+        "hadamard_torch": [Command("hadamard_torch", gpu("hadamard_torch"), 150)],
         "build": [
-            *[Command("build", build, 900, settings=arch)] * (not dry),
+            Command("build", build, 500, settings={} if dry else arch),
             Command("load", [python, "-c", load], 60),
         ],
-        "check": [
+        "parity": [
             Command("self-check", [python, "-m", "randlora_ext"], 60),
-            tests("not slow", 150),
-            sanitizer(memcheck, 90),
-            sanitizer(memcheck, 30, "--plant"),
+            Command("parity", gpu("parity"), 90),
         ],
-        "hadamard_torch": [Command("hadamard_torch", gpu("hadamard_torch"), 150)],
-        "layers": [Command("layers", gpu("layers"), 300)],
+        "hadamard": [Command("hadamard", gpu("layers", "--hadamard"), 75)],
+        "model": [Command("model", gpu("model"), 120)],
+        "memcheck": [sanitizer(memcheck, 90), sanitizer(memcheck, 30, "--plant")],
+        "tests": [tests("not slow", 150)],
+        "layers": [Command("layers", gpu("layers"), 240)],
         "kernels": [Command("kernels", gpu("kernels", "--rates", rates), 120)],
-        "racecheck": [sanitizer("racecheck --racecheck-report all", 240)],
-        "ncu": [Command("ncu", gpu("kernels", "--once"), 150, watched=ncu)],
-        "model": [Command("model", gpu("model"), 200)],
+        "racecheck": [sanitizer("racecheck --racecheck-report all", 150)],
+        "ncu": [Command("ncu", gpu("kernels", "--once"), 120, watched=ncu)],
         "slow": [tests("slow", 300, card_only=True)],
     }
     return known[stage]
@@ -139,6 +172,23 @@ def environment(dry: bool) -> dict[str, str]:
     if dry:
         new |= {"RANDLORA_CUDA_SERVES_CPU": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return {**os.environ, **new}
+
+
+def missing(stages: list[str]) -> list[str]:
+    """What the stages need of Python's packages and is not there, as pip calls it."""
+    wanted = dict.fromkeys(name for stage in stages for name in PACKAGES.get(stage, ()))
+    found = [
+        name
+        for name in ("torch", *wanted)
+        if importlib.util.find_spec(name) is None
+        and not (name == "ninja" and shutil.which(name, path=environment(False)["PATH"]))
+    ]
+    if "setuptools" in wanted:
+        version = "0" if "setuptools" in found else importlib.metadata.version("setuptools")
+        if int(version.partition(".")[0]) < SETUPTOOLS:
+            others = [name for name in found if name != "setuptools"]
+            found = [f"'setuptools>={SETUPTOOLS}'", *others]
+    return found
 
 
 def commit() -> str:
@@ -164,6 +214,7 @@ class Run:
         name = card.get("card", "no card").lower().replace("nvidia", "")
         self.stem = out / ("gpu-" + re.sub(r"[^a-z0-9]+", "-", "dry" if dry else name).strip("-"))
         self.card, self.dry, self.end = card, dry, time.monotonic() + seconds
+        self.early: dict[str, Started] = {}  # by the command's name
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.add(stage="run", date=date, commit=commit(), **card)
 
@@ -174,62 +225,107 @@ class Run:
         with self.file(".jsonl").open("a") as file:
             file.write(json.dumps(values) + "\n")
 
-    def stage(self, name: str) -> bool:
-        """Runs the commands of a stage; returns whether all went well."""
+    def commands(self, stage: str) -> list[Command]:
+        return commands(stage, self.card, self.dry, self.file("-ncu.csv"))
+
+    def begin(self, stage: str) -> None:
+        """Starts the first command of a stage that `stage` runs later."""
+        first = self.commands(stage)[0]
+        self.early[first.name] = self.start(stage, first, self.seconds(first))
+
+    def stage(self, name: str) -> str:
+        """Runs the commands of a stage; returns its outcome."""
         print(f"== {name}", flush=True)
         self.add(stage=name, begins=True)
-        wells = [
+        for command in self.commands(name):
             self.command(name, command)
-            for command in commands(name, self.card, self.dry, self.file("-ncu.csv"))
-        ]
+        return self.report(name)
+
+    def leave_out(self, name: str, why: str) -> str:
+        print(f"== {name}", flush=True)
+        self.add(stage=name, begins=True)
+        self.add(stage=name, skipped=name, why=why)
+        return self.report(name)
+
+    def report(self, name: str) -> str:
         found = report.read(self.file(".jsonl"))
         self.file(".md").write_text(report.markdown(found))
         print(report.of_stage(name, found), flush=True)
-        return all(wells) and not any("failed" in row for row in report.latest(name, found))
+        return report.outcome(name, found)
 
-    def command(self, stage: str, command: Command) -> bool:
+    def seconds(self, command: Command) -> float:
+        return min(command.seconds, self.end - time.monotonic())
+
+    def start(self, stage: str, command: Command, seconds: float) -> Started:
+        argv = [*([] if self.dry else command.watched), *command.argv]
         settings = environment(self.dry) | command.settings
-        seconds = min(command.seconds, self.end - time.monotonic())
-        watched = [] if self.dry else command.watched
-        why = ""
-        if watched and not shutil.which(watched[0], path=settings["PATH"]):
-            why = f"{watched[0]} is not on PATH"
-        elif self.dry and command.card_only:
-            why = "only on a card"
-        elif seconds < LEAST:
-            why = "out of time"
-        if why:
-            self.add(stage=stage, skipped=command.name, why=why)
-            return True
-        argv = watched + command.argv
         settings |= rows.environment(str(self.file(".jsonl")), stage, seconds)
-        began = time.monotonic()
-        with self.file(".log").open("a+", errors="replace") as log:
-            print(f"\n==== {stage}: {' '.join(argv)}", file=log, flush=True)
-            at = log.tell()
+        path = self.file(f"-{stage}.log")
+        with path.open("a", errors="replace") as log:
+            print(f"\n==== {' '.join(argv)}", file=log, flush=True)
             process = subprocess.Popen(argv, cwd=ROOT, env=settings, stdout=log,
                                        stderr=log, start_new_session=True)  # fmt: skip
-            try:
-                status = process.wait(timeout=seconds)
-                verdict = "ok" if status == command.expected else f"exit status {status}"
-            except subprocess.TimeoutExpired:
-                verdict = f"stopped after {seconds:.0f} s"
-                with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                    os.killpg(process.pid, signal.SIGINT)  # pytest then says what has failed
-                    process.wait(timeout=LAST_WORDS)
-            finally:  # what it leaves running would disturb the next
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            log.seek(at)
-            said = [
-                line for line in log.read().splitlines() if not line.startswith('{"stage"')
-            ] or [""]
+            return Started(process, argv, path, log.tell(), time.monotonic(), seconds)
+
+    def command(self, stage: str, command: Command) -> None:
+        started = self.early.pop(command.name, None)
+        if started is None:
+            seconds, watched = self.seconds(command), [] if self.dry else command.watched
+            why = ""
+            if watched and not shutil.which(watched[0], path=environment(self.dry)["PATH"]):
+                why = f"{watched[0]} is not on PATH"
+            elif self.dry and command.card_only:
+                why = "only on a card"
+            elif seconds < LEAST:
+                why = rows.OUT_OF_TIME
+            if why:
+                self.add(stage=stage, skipped=command.name, why=why)
+                return
+            started = self.start(stage, command, seconds)
+        process = started.process
+        try:
+            status = process.wait(max(0.0, started.began + started.seconds - time.monotonic()))
+            verdict = "ok" if status == command.expected else f"exit status {status}"
+        except subprocess.TimeoutExpired:
+            verdict = f"{report.STOPPED} {started.seconds:.0f} s"
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, signal.SIGINT)  # pytest then says what has failed
+                process.wait(timeout=LAST_WORDS)
+        finally:
+            self.kill(started)
+        with started.log.open(errors="replace") as log:
+            log.seek(started.at)
+            said = [line for line in log.read().splitlines() if not line.startswith('{"stage"')]
         self.add(stage=stage, command=command.name, verdict=verdict,
-                 seconds=round(time.monotonic() - began, 1), said=said[-1][:200])  # fmt: skip
+                 seconds=round(time.monotonic() - started.began, 1),
+                 said=said[-1][:200] if said else "")  # fmt: skip
         if verdict != "ok":
             print("\n".join(f"   | {line[:200]}" for line in said[-20:]), flush=True)
-        return verdict == "ok"
+
+    @staticmethod
+    def kill(started: Started) -> None:
+        """Also what it leaves running, which would disturb the next."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.process.pid, signal.SIGKILL)
+        started.process.wait()
+
+
+def run_all(run: Run, names: list[str]) -> dict[str, str]:
+    """The outcome of each stage; they run in order, but for the build, which begins at once."""
+    outcomes: dict[str, str] = {}
+    if "build" in names:
+        run.begin("build")
+    try:
+        for name in names:
+            built = outcomes.get("build", "ok")
+            if built != "ok" and name != UNBUILT:
+                outcomes[name] = run.leave_out(name, report.NOT_BUILT)
+            else:
+                outcomes[name] = run.stage(name)
+    finally:
+        for started in run.early.values():
+            run.kill(started)
+    return outcomes
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -244,39 +340,36 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--built", action="store_true",
                         help="the libraries are here, built from this source")  # fmt: skip
-    parser.add_argument("--dry", action="store_true",
-                        help="on the CPU, by the library of RANDLORA_CUDA_LIBRARY")  # fmt: skip
+    parser.add_argument("--dry", action="store_true", help="toy sizes on the CPU")
     options = parser.parse_args(arguments)
-    names = list(STAGES) if options.stages == "all" else options.stages.split(",")
-    if unknown := set(names) - set(STAGES):
-        parser.error(f"unknown stages {sorted(unknown)}; known are {', '.join(STAGES)}")
     end = time.monotonic() + options.minutes * 60
+    asked = set(STAGES if options.stages == "all" else options.stages.split(","))
+    if unknown := asked - set(STAGES):
+        parser.error(f"unknown stages {sorted(unknown)}; known are {', '.join(STAGES)}")
+    if asked != {UNBUILT}:  # a build that is up to date takes seconds
+        asked = asked - {"build"} if options.built else asked | {"build"}
+    names = [name for name in STAGES if name in asked]
+    if lacking := missing(names):
+        print(f"missing: pip install {' '.join(lacking)}")
+        return 2
     card = card_at_hand(options.dry)
     no_card = f"torch {card['torch']} sees no CUDA card"
-    if "card" not in card:
-        if names != ["build"]:
-            print(f"{no_card}; without one only --stages build works")
-            return 1
-    elif names != [NEEDS_NO_BUILD]:  # a build that is up to date takes seconds
-        others = (name for name in names if name != "build")
-        names = [*["build"] * (not options.built), *others]
+    if "card" not in card and names != ["build"]:
+        print(f"{no_card}; without one only --stages build and --dry work")
+        return 2
     measures = "card" in card and not options.dry
     out = options.out or (HERE / "results" if measures else ROOT / "build" / "gpu-run")
     run = Run(out.resolve(), card, options.dry, end - time.monotonic())
-    wells = []
-    for name in names:
-        if wells and not wells[0] and names[0] == "build" and name != NEEDS_NO_BUILD:
-            run.add(stage=name, skipped=name, why="the build failed")
-            print(f"== {name}: left out, because the build failed")
-            wells.append(False)
-        else:
-            wells.append(run.stage(name))
-    print("results:", *(str(run.file(suffix)) for suffix in (".jsonl", ".md", ".log")))
+    outcomes = run_all(run, names)
+    print(report.table(["stage", "outcome"], outcomes.items()))
+    print("results:", *(str(run.file(suffix)) for suffix in (".jsonl", ".md", "-*.log")))
     if "card" not in card:
         print(
             no_card + ("" if card["cuda"] else ", as it was made without CUDA: CPU kernels alone")
         )
-    return 0 if all(wells) else 1
+    if "failed" in outcomes.values():
+        return 1
+    return 3 if report.EARLY in outcomes.values() else 0
 
 
 if __name__ == "__main__":
