@@ -26,7 +26,8 @@ def _load() -> str:
     try:
         _C.load_cuda(path or str(LIBRARY), _SERVES_CPU)
     except RuntimeError as error:
-        why = f"not loaded: {str(error).splitlines()[0].removeprefix('randlora: ')}"
+        why = str(error).splitlines()[0].rpartition("randlora: ")[2]  # without torch's position
+        why = f"not loaded: {why}"
         warnings.warn(
             f"randlora_ext: the CUDA kernels are {why}. On a card Hadamard and dense bases run in "
             "plain torch, and independent bases cannot run",
