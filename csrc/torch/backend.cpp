@@ -99,6 +99,7 @@ void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch
   products_made.fetch_add(1, std::memory_order_relaxed);
   MatrixBatch added = out;
   if (base) added.data = base;
+  // Without a base the summand must be the very tensor `out`: torch copies any other one to it.
   // torch's batched 16-bit products on the CPU copy matrices that are not contiguous.
   if (out.count == 1 || (like.is_cpu() && bytes_of(dtype) == 2)) {
     for (int64_t i = 0; i < out.count; ++i) {
@@ -106,13 +107,14 @@ void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch
         char* data = static_cast<char*>(const_cast<void*>(m.data)) + i * m.next * bytes_of(dtype);
         return view(data, m.rows, m.cols, m.row, m.col, like, dtype);
       };
-      const Tensor to = matrix(out), from = matrix(added), a = matrix(left), b = matrix(right);
+      const Tensor to = matrix(out), a = matrix(left), b = matrix(right);
+      const Tensor from = base ? matrix(added) : to;
       TORCH_ERROR_CODE_CHECK(
           addmm_out_of(like.is_cpu())(to.get(), from.get(), a.get(), b.get(), beta, alpha));
     }
     return;
   }
-  const Tensor to = view(out, like, dtype), from = view(added, like, dtype);
+  const Tensor to = view(out, like, dtype), from = base ? view(added, like, dtype) : to;
   const Tensor a = view(left, like, dtype), b = view(right, like, dtype);
   TORCH_ERROR_CODE_CHECK(
       baddbmm_out_of(like.is_cpu())(to.get(), from.get(), a.get(), b.get(), beta, alpha));
