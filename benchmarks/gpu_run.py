@@ -350,7 +350,8 @@ def main(arguments: list[str] | None = None) -> int:
         asked = asked - {"build"} if options.built else asked | {"build"}
     names = [name for name in STAGES if name in asked]
     if lacking := missing(names):
-        print(f"missing: pip install {' '.join(lacking)}")
+        but = f" (--stages {UNBUILT} needs torch alone)" if "torch" not in lacking else ""
+        print(f"missing: pip install {' '.join(lacking)}{but}")
         return 2
     card = card_at_hand(options.dry)
     no_card = f"torch {card['torch']} sees no CUDA card"
