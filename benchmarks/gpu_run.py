@@ -209,11 +209,14 @@ def card_at_hand(dry: bool) -> dict:
 class Run:
     """The files of one card, and the time that is left."""
 
-    def __init__(self, out: Path, card: dict, dry: bool, seconds: float) -> None:
+    def __init__(
+        self, out: Path, card: dict, dry: bool, seconds: float, built: bool = False
+    ) -> None:
         out.mkdir(parents=True, exist_ok=True)
         name = card.get("card", "no card").lower().replace("nvidia", "")
         self.stem = out / ("gpu-" + re.sub(r"[^a-z0-9]+", "-", "dry" if dry else name).strip("-"))
-        self.card, self.dry, self.end = card, dry, time.monotonic() + seconds
+        self.card, self.dry, self.built = card, dry, built
+        self.end = time.monotonic() + seconds
         self.early: dict[str, Started] = {}  # by the command's name
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.add(stage="run", date=date, commit=commit(), **card)
@@ -226,7 +229,8 @@ class Run:
             file.write(json.dumps(values) + "\n")
 
     def commands(self, stage: str) -> list[Command]:
-        return commands(stage, self.card, self.dry, self.file("-ncu.csv"))
+        made = commands(stage, self.card, self.dry, self.file("-ncu.csv"))
+        return [command for command in made if not (self.built and command.name == "build")]
 
     def begin(self, stage: str) -> None:
         """Starts the first command of a stage that `stage` runs later."""
@@ -313,7 +317,7 @@ class Run:
 def run_all(run: Run, names: list[str]) -> dict[str, str]:
     """The outcome of each stage; they run in order, but for the build, which begins at once."""
     outcomes: dict[str, str] = {}
-    if "build" in names:
+    if "build" in names and not run.built:
         run.begin("build")
     try:
         for name in names:
@@ -346,10 +350,10 @@ def main(arguments: list[str] | None = None) -> int:
     asked = set(STAGES if options.stages == "all" else options.stages.split(","))
     if unknown := asked - set(STAGES):
         parser.error(f"unknown stages {sorted(unknown)}; known are {', '.join(STAGES)}")
-    if asked != {UNBUILT}:  # a build that is up to date takes seconds
-        asked = asked - {"build"} if options.built else asked | {"build"}
+    if asked != {UNBUILT}:  # a build that is up to date takes seconds; what is built must load
+        asked |= {"build"}
     names = [name for name in STAGES if name in asked]
-    if lacking := missing(names):
+    if lacking := missing([name for name in names if name != "build" or not options.built]):
         but = f" (--stages {UNBUILT} needs torch alone)" if "torch" not in lacking else ""
         print(f"missing: pip install {' '.join(lacking)}{but}")
         return 2
@@ -360,7 +364,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     measures = "card" in card and not options.dry
     out = options.out or (HERE / "results" if measures else ROOT / "build" / "gpu-run")
-    run = Run(out.resolve(), card, options.dry, end - time.monotonic())
+    run = Run(out.resolve(), card, options.dry, end - time.monotonic(), options.built)
     outcomes = run_all(run, names)
     print(report.table(["stage", "outcome"], outcomes.items()))
     print("results:", *(str(run.file(suffix)) for suffix in (".jsonl", ".md", "-*.log")))

@@ -326,3 +326,15 @@ def test_tf32_on_request(card):
         env={**os.environ, "RANDLORA_TF32": "1", "PYTHONPATH": os.pathsep.join(paths)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_a_driver_tells_its_version_before_cuda_starts(card):
+    # Loading the library relies on it (csrc/torch/backend.cpp).
+    program = """
+import ctypes
+version = ctypes.c_int()
+print(ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)), version.value)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    status, version = map(int, done.stdout.split())
+    assert status == 0 and version // 1000 >= int(torch.version.cuda.split(".")[0])

@@ -219,6 +219,17 @@ def test_hadamard_bases_in_plain_torch_need_torch_alone(bare, tmp_path):
     assert [row["why"] for row in kept if "skipped" in row] == ["peft is not installed"]
 
 
+def test_kernels_that_do_not_load_are_not_measured(tmp_path):
+    # --built takes the build on trust, not that it loads: plain torch would be measured as ours.
+    environment = {**os.environ, "RANDLORA_CUDA_LIBRARY": str(tmp_path / "none.so")}
+    done = python(environment, "benchmarks/gpu_run.py", "--dry", "--built", "--stages",
+                  "parity", "--out", str(tmp_path))  # fmt: skip
+    assert done.returncode == 1 and "cannot load" in done.stdout, done.stdout
+    kept = report.read(tmp_path / "gpu-dry.jsonl")
+    assert report.outcome("build", kept) == "failed"
+    assert report.outcome("parity", kept) == "left out"
+
+
 @pytest.mark.skipif(
     os.environ.get("RANDLORA_GPU_RUN_DRY") != "1",
     reason="minutes: tools/cuda/run_python_tests.sh asks for it",
@@ -233,7 +244,7 @@ def test_the_whole_dry_run(tmp_path):
     left_out = {row["skipped"]: row["why"] for row in kept if "skipped" in row}
     assert left_out == {"memcheck --plant": "only on a card", "GPU tests, slow": "only on a card"}
     of = {name: report.latest(name, kept) for name in gpu_run.STAGES}
-    ran = set(of) - {"slow", "build"}
+    ran = set(of) - {"slow"}
     assert all(report.outcome(name, kept) == "ok" for name in ran)
     assert {row["method"].split(" r=")[0] for row in of["hadamard_torch"] if "error" in row} > {
         "LoRA by addmm", "PEFT's LoRA"
