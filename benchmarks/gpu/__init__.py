@@ -1,5 +1,6 @@
 """The stages of benchmarks/gpu_run.py. Each runs alone, too: `python -m gpu.NAME` in benchmarks/.
 
+stages                  their order and commands
 card, rows, report      timing; results on disk; results as tables
 ceilings                what the card can do: copy rate, GEMM rates
 hadamard_torch          a step on Hadamard bases in plain torch; needs no extension
