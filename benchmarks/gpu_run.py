@@ -1,26 +1,37 @@
 """Builds, checks and measures on a CUDA card. Starts from a bare checkout and installs nothing.
 
-    python benchmarks/gpu_run.py --stages STAGE,STAGE     see docs/cuda.md for the order
-    python benchmarks/gpu_run.py --stages build           works without a card, then for sm_90
-    python benchmarks/gpu_run.py --stages all --dry       toy sizes on the CPU
+A card that is at hand for thirty minutes, in commands of at most ten:
 
-    build       the extension and the CUDA library in place, before every stage that needs it
-    check       self-check, GPU tests without the slowest, memcheck, a fault that it must find
-    hadamard_torch  a step on Hadamard bases in plain torch beside LoRA; needs no build
+    python benchmarks/gpu_run.py                                    the most important, in order
+    python benchmarks/gpu_run.py --stages memcheck,tests,layers
+    python benchmarks/gpu_run.py --stages kernels,racecheck,ncu,slow
+
+    hadamard_torch  a step on Hadamard bases in plain torch beside LoRA. It needs torch alone, and
+                    runs while the processors build
+    build       the extension and the CUDA library in place, before every stage that needs them
+    parity      self-check; bases of every kind against float64 at 4096
+    hadamard    our kernels on Hadamard bases, for the same layers and tokens
+    model       training steps of a model of the shape of Llama-3.2-3B, 840 tokens
+    memcheck    compute-sanitizer on small shapes, and a fault that it must find
+    tests       the GPU tests without the slowest
     layers      a layer by every method and path: sizes, tokens, densities
     kernels     every operator beside its floor
     racecheck   compute-sanitizer's racecheck on small shapes
-    model       a model of the shape of Llama-3.2-3B
     ncu         Nsight Compute: time, bytes and shared-memory wavefronts of each kernel
     slow        the remaining GPU tests
 
 A stage is one or more processes with a time limit each, so one that dies or hangs costs only
 itself; it can run alone and again. Results are on disk as they come, in --out: gpu-CARD.jsonl (a
-line for each result, appended by later runs), gpu-CARD.md (tables), gpu-CARD.log.
+line for each result, appended by later runs), gpu-CARD.md (tables), a log for each stage.
+
+Without a card: --stages build builds (with CUDA, for sm_90); --dry runs toy sizes on the CPU, with
+the library of RANDLORA_CUDA_LIBRARY. Exit status: 0 all went well, 1 something failed, 2 something
+is missing or was typed wrongly, 3 nothing failed, but the time was over before the end.
 """
 
 import argparse
 import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -30,7 +41,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -39,95 +50,23 @@ ROOT = HERE.parent
 sys.path.insert(0, str(HERE))
 
 from gpu import report, rows  # noqa: E402
+from gpu.stages import DEFAULT, PACKAGES, STAGES, UNBUILT, Command, commands  # noqa: E402
 
-STAGES = (
-    "hadamard_torch", "build", "check", "layers", "model", "kernels", "racecheck", "ncu", "slow",
-)  # fmt: skip
-DEFAULT = STAGES[:4]
-NEEDS_NO_BUILD = "hadamard_torch"
+SETUPTOOLS = 77  # the first that reads pyproject.toml's license
 LEAST = 20.0  # seconds: with less left, a command is not started
 LAST_WORDS = 10.0  # seconds between Ctrl-C and the end of a command that takes too long
-FINDING = 9  # exit status of compute-sanitizer if it found something
-METRICS = (
-    "gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,lts__t_bytes.sum,"
-    "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum,smsp__inst_executed.sum,"
-    "sm__throughput.avg.pct_of_peak_sustained_elapsed,"
-    "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed,"
-    "sm__warps_active.avg.pct_of_peak_sustained_active"
-)
 
 
-@dataclass(frozen=True)
-class Command:
-    name: str
+@dataclass
+class Started:
+    """A process, and where what it prints begins in its log."""
+
+    process: subprocess.Popen
     argv: list[str]
-    seconds: float  # limit
-    expected: int = 0  # exit status
-    settings: dict[str, str] = field(default_factory=dict)  # of the environment
-    watched: list[str] = field(default_factory=list)  # the tool that starts it, with its options
-    card_only: bool = False
-
-
-def commands(stage: str, card: dict, dry: bool, csv: Path) -> list[Command]:
-    python, dry_option = sys.executable, ["--dry"] * dry
-
-    def gpu(name: str, *options: str) -> list[str]:
-        return [python, "-m", f"gpu.{name}", *options, *dry_option]
-
-    def sanitizer(tool: str, seconds: float, *options: str) -> Command:
-        # Only our kernels are watched, and no two tensors share an allocation.
-        watched = ["compute-sanitizer", "--tool", *tool.split(), "--kernel-name",
-                   "kernel_substring=randlora", "--print-limit", "20", "--launch-timeout", "120",
-                   "--error-exitcode", str(FINDING)]  # fmt: skip
-        name = " ".join([tool.split()[0], *options])
-        apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        planted = bool(options)
-        return Command(name, gpu("small_shapes", *options), seconds, FINDING * planted, apart,
-                       watched, card_only=planted)  # fmt: skip
-
-    def tests(which: str, seconds: float, card_only: bool = False) -> Command:
-        workers = ["-n", "4"] if importlib.util.find_spec("xdist") and not dry else []
-        path = "tests/gpu" + "/test_gpu_layer.py" * dry
-        # Each result is printed as it comes, so that a test that hangs hides no other.
-        argv = [python, "-m", "pytest", path, "-m", which, "-o", "addopts=", "-v", "-rfE",
-                "-o", "faulthandler_timeout=60", "--maxfail=30", "--tb=short",
-                "-p", "no:cacheprovider", *workers]  # fmt: skip
-        threads = str(max((os.cpu_count() or 1) // 4, 1))  # of the oracles, which run on the CPU
-        return Command(f"GPU tests, {which}", argv, seconds, settings={"OMP_NUM_THREADS": threads},
-                       card_only=card_only)  # fmt: skip
-
-    memcheck = "memcheck --report-api-errors no"
-    arch = {"TORCH_CUDA_ARCH_LIST": card.get("capability", "9.0")}
-    if card["cuda"]:
-        arch["RANDLORA_CUDA"] = "1"  # without nvcc the build fails
-    build = [python, "setup.py", "build_ext", "--inplace"]
-    load = "import randlora_ext; said = randlora_ext.build_info(); print(said)"
-    if "card" in card:
-        load += "; raise SystemExit(said['cuda'].startswith('not loaded'))"
-    rates = json.dumps({key: value for key, value in card.items() if key.endswith("_per_s")})
-    ncu = ["ncu", "--clock-control", "none", "--csv", "--page", "raw", "--print-units", "base",
-           "--kernel-name-base", "demangled", "--kernel-name", "regex:randlora",
-           "--metrics", METRICS, "--log-file", str(csv)]  # fmt: skip
-    known = {
-        "build": [
-            *[Command("build", build, 900, settings=arch)] * (not dry),
-            Command("load", [python, "-c", load], 60),
-        ],
-        "check": [
-            Command("self-check", [python, "-m", "randlora_ext"], 60),
-            tests("not slow", 150),
-            sanitizer(memcheck, 90),
-            sanitizer(memcheck, 30, "--plant"),
-        ],
-        "hadamard_torch": [Command("hadamard_torch", gpu("hadamard_torch"), 150)],
-        "layers": [Command("layers", gpu("layers"), 300)],
-        "kernels": [Command("kernels", gpu("kernels", "--rates", rates), 120)],
-        "racecheck": [sanitizer("racecheck --racecheck-report all", 240)],
-        "ncu": [Command("ncu", gpu("kernels", "--once"), 150, watched=ncu)],
-        "model": [Command("model", gpu("model"), 200)],
-        "slow": [tests("slow", 300, card_only=True)],
-    }
-    return known[stage]
+    log: Path
+    at: int
+    began: float
+    seconds: float
 
 
 def environment(dry: bool) -> dict[str, str]:
@@ -139,6 +78,23 @@ def environment(dry: bool) -> dict[str, str]:
     if dry:
         new |= {"RANDLORA_CUDA_SERVES_CPU": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return {**os.environ, **new}
+
+
+def missing(stages: list[str]) -> list[str]:
+    """What the stages need of Python's packages and is not there, as pip calls it."""
+    wanted = dict.fromkeys(name for stage in stages for name in PACKAGES.get(stage, ()))
+    found = [
+        name
+        for name in ("torch", *wanted)
+        if importlib.util.find_spec(name) is None
+        and not (name == "ninja" and shutil.which(name, path=environment(False)["PATH"]))
+    ]
+    if "setuptools" in wanted:
+        version = "0" if "setuptools" in found else importlib.metadata.version("setuptools")
+        if int(version.partition(".")[0]) < SETUPTOOLS:
+            others = [name for name in found if name != "setuptools"]
+            found = [f"'setuptools>={SETUPTOOLS}'", *others]
+    return found
 
 
 def commit() -> str:
@@ -159,11 +115,15 @@ def card_at_hand(dry: bool) -> dict:
 class Run:
     """The files of one card, and the time that is left."""
 
-    def __init__(self, out: Path, card: dict, dry: bool, seconds: float) -> None:
+    def __init__(
+        self, out: Path, card: dict, dry: bool, seconds: float, built: bool = False
+    ) -> None:
         out.mkdir(parents=True, exist_ok=True)
         name = card.get("card", "no card").lower().replace("nvidia", "")
         self.stem = out / ("gpu-" + re.sub(r"[^a-z0-9]+", "-", "dry" if dry else name).strip("-"))
-        self.card, self.dry, self.end = card, dry, time.monotonic() + seconds
+        self.card, self.dry, self.built = card, dry, built
+        self.end = time.monotonic() + seconds
+        self.early: dict[str, Started] = {}  # by the command's name
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.add(stage="run", date=date, commit=commit(), **card)
 
@@ -174,62 +134,108 @@ class Run:
         with self.file(".jsonl").open("a") as file:
             file.write(json.dumps(values) + "\n")
 
-    def stage(self, name: str) -> bool:
-        """Runs the commands of a stage; returns whether all went well."""
+    def commands(self, stage: str) -> list[Command]:
+        made = commands(stage, self.card, self.dry, self.file("-ncu.csv"))
+        return [command for command in made if not (self.built and command.name == "build")]
+
+    def begin(self, stage: str) -> None:
+        """Starts the first command of a stage that `stage` runs later."""
+        first = self.commands(stage)[0]
+        self.early[first.name] = self.start(stage, first, self.seconds(first))
+
+    def stage(self, name: str) -> str:
+        """Runs the commands of a stage; returns its outcome."""
         print(f"== {name}", flush=True)
         self.add(stage=name, begins=True)
-        wells = [
+        for command in self.commands(name):
             self.command(name, command)
-            for command in commands(name, self.card, self.dry, self.file("-ncu.csv"))
-        ]
+        return self.report(name)
+
+    def leave_out(self, name: str, why: str) -> str:
+        print(f"== {name}", flush=True)
+        self.add(stage=name, begins=True)
+        self.add(stage=name, skipped=name, why=why)
+        return self.report(name)
+
+    def report(self, name: str) -> str:
         found = report.read(self.file(".jsonl"))
         self.file(".md").write_text(report.markdown(found))
         print(report.of_stage(name, found), flush=True)
-        return all(wells) and not any("failed" in row for row in report.latest(name, found))
+        return report.outcome(name, found)
 
-    def command(self, stage: str, command: Command) -> bool:
+    def seconds(self, command: Command) -> float:
+        return min(command.seconds, self.end - time.monotonic())
+
+    def start(self, stage: str, command: Command, seconds: float) -> Started:
+        argv = [*([] if self.dry else command.watched), *command.argv]
         settings = environment(self.dry) | command.settings
-        seconds = min(command.seconds, self.end - time.monotonic())
-        watched = [] if self.dry else command.watched
-        why = ""
-        if watched and not shutil.which(watched[0], path=settings["PATH"]):
-            why = f"{watched[0]} is not on PATH"
-        elif self.dry and command.card_only:
-            why = "only on a card"
-        elif seconds < LEAST:
-            why = "out of time"
-        if why:
-            self.add(stage=stage, skipped=command.name, why=why)
-            return True
-        argv = watched + command.argv
         settings |= rows.environment(str(self.file(".jsonl")), stage, seconds)
-        began = time.monotonic()
-        with self.file(".log").open("a+", errors="replace") as log:
-            print(f"\n==== {stage}: {' '.join(argv)}", file=log, flush=True)
-            at = log.tell()
+        path = self.file(f"-{stage}.log")
+        with path.open("a", errors="replace") as log:
+            print(f"\n==== {' '.join(argv)}", file=log, flush=True)
             process = subprocess.Popen(argv, cwd=ROOT, env=settings, stdout=log,
                                        stderr=log, start_new_session=True)  # fmt: skip
-            try:
-                status = process.wait(timeout=seconds)
-                verdict = "ok" if status == command.expected else f"exit status {status}"
-            except subprocess.TimeoutExpired:
-                verdict = f"stopped after {seconds:.0f} s"
-                with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                    os.killpg(process.pid, signal.SIGINT)  # pytest then says what has failed
-                    process.wait(timeout=LAST_WORDS)
-            finally:  # what it leaves running would disturb the next
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            log.seek(at)
-            said = [
-                line for line in log.read().splitlines() if not line.startswith('{"stage"')
-            ] or [""]
+            return Started(process, argv, path, log.tell(), time.monotonic(), seconds)
+
+    def command(self, stage: str, command: Command) -> None:
+        started = self.early.pop(command.name, None)
+        if started is None:
+            seconds, watched = self.seconds(command), [] if self.dry else command.watched
+            why = ""
+            if watched and not shutil.which(watched[0], path=environment(self.dry)["PATH"]):
+                why = f"{watched[0]} is not on PATH"
+            elif self.dry and command.card_only:
+                why = "only on a card"
+            elif seconds < LEAST:
+                why = rows.OUT_OF_TIME
+            if why:
+                self.add(stage=stage, skipped=command.name, why=why)
+                return
+            started = self.start(stage, command, seconds)
+        process = started.process
+        try:
+            status = process.wait(max(0.0, started.began + started.seconds - time.monotonic()))
+            verdict = "ok" if status == command.expected else f"exit status {status}"
+        except subprocess.TimeoutExpired:
+            verdict = f"{report.STOPPED} {started.seconds:.0f} s"
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, signal.SIGINT)  # pytest then says what has failed
+                process.wait(timeout=LAST_WORDS)
+        finally:
+            self.kill(started)
+        with started.log.open(errors="replace") as log:
+            log.seek(started.at)
+            said = [line for line in log.read().splitlines() if not line.startswith('{"stage"')]
         self.add(stage=stage, command=command.name, verdict=verdict,
-                 seconds=round(time.monotonic() - began, 1), said=said[-1][:200])  # fmt: skip
+                 seconds=round(time.monotonic() - started.began, 1),
+                 said=said[-1][:200] if said else "")  # fmt: skip
         if verdict != "ok":
             print("\n".join(f"   | {line[:200]}" for line in said[-20:]), flush=True)
-        return verdict == "ok"
+
+    @staticmethod
+    def kill(started: Started) -> None:
+        """Also what it leaves running, which would disturb the next."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.process.pid, signal.SIGKILL)
+        started.process.wait()
+
+
+def run_all(run: Run, names: list[str]) -> dict[str, str]:
+    """The outcome of each stage; they run in order, but for the build, which begins at once."""
+    outcomes: dict[str, str] = {}
+    if "build" in names and not run.built:
+        run.begin("build")
+    try:
+        for name in names:
+            built = outcomes.get("build", "ok")
+            if built != "ok" and name != UNBUILT:
+                outcomes[name] = run.leave_out(name, report.NOT_BUILT)
+            else:
+                outcomes[name] = run.stage(name)
+    finally:
+        for started in run.early.values():
+            run.kill(started)
+    return outcomes
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -244,39 +250,37 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--built", action="store_true",
                         help="the libraries are here, built from this source")  # fmt: skip
-    parser.add_argument("--dry", action="store_true",
-                        help="on the CPU, by the library of RANDLORA_CUDA_LIBRARY")  # fmt: skip
+    parser.add_argument("--dry", action="store_true", help="toy sizes on the CPU")
     options = parser.parse_args(arguments)
-    names = list(STAGES) if options.stages == "all" else options.stages.split(",")
-    if unknown := set(names) - set(STAGES):
-        parser.error(f"unknown stages {sorted(unknown)}; known are {', '.join(STAGES)}")
     end = time.monotonic() + options.minutes * 60
+    asked = set(STAGES if options.stages == "all" else options.stages.split(","))
+    if unknown := asked - set(STAGES):
+        parser.error(f"unknown stages {sorted(unknown)}; known are {', '.join(STAGES)}")
+    if asked != {UNBUILT}:  # a build that is up to date takes seconds; what is built must load
+        asked |= {"build"}
+    names = [name for name in STAGES if name in asked]
+    if lacking := missing([name for name in names if name != "build" or not options.built]):
+        but = f" (--stages {UNBUILT} needs torch alone)" if "torch" not in lacking else ""
+        print(f"missing: pip install {' '.join(lacking)}{but}")
+        return 2
     card = card_at_hand(options.dry)
     no_card = f"torch {card['torch']} sees no CUDA card"
-    if "card" not in card:
-        if names != ["build"]:
-            print(f"{no_card}; without one only --stages build works")
-            return 1
-    elif names != [NEEDS_NO_BUILD]:  # a build that is up to date takes seconds
-        others = (name for name in names if name != "build")
-        names = [*["build"] * (not options.built), *others]
+    if "card" not in card and names != ["build"]:
+        print(f"{no_card}; without one only --stages build and --dry work")
+        return 2
     measures = "card" in card and not options.dry
     out = options.out or (HERE / "results" if measures else ROOT / "build" / "gpu-run")
-    run = Run(out.resolve(), card, options.dry, end - time.monotonic())
-    wells = []
-    for name in names:
-        if wells and not wells[0] and names[0] == "build" and name != NEEDS_NO_BUILD:
-            run.add(stage=name, skipped=name, why="the build failed")
-            print(f"== {name}: left out, because the build failed")
-            wells.append(False)
-        else:
-            wells.append(run.stage(name))
-    print("results:", *(str(run.file(suffix)) for suffix in (".jsonl", ".md", ".log")))
+    run = Run(out.resolve(), card, options.dry, end - time.monotonic(), options.built)
+    outcomes = run_all(run, names)
+    print(report.table(["stage", "outcome"], outcomes.items()))
+    print("results:", *(str(run.file(suffix)) for suffix in (".jsonl", ".md", "-*.log")))
     if "card" not in card:
         print(
             no_card + ("" if card["cuda"] else ", as it was made without CUDA: CPU kernels alone")
         )
-    return 0 if all(wells) else 1
+    if "failed" in outcomes.values():
+        return 1
+    return 3 if report.EARLY in outcomes.values() else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Which devices our kernels serve. Loads the CUDA library if torch has CUDA."""
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -25,7 +26,15 @@ def _load() -> str:
     try:
         _C.load_cuda(path or str(LIBRARY), _SERVES_CPU)
     except RuntimeError as error:
-        return f"not loaded: {str(error).splitlines()[0]}"
+        why = str(error).splitlines()[0].rpartition("randlora: ")[2]  # without torch's position
+        why = f"not loaded: {why}"
+        warnings.warn(
+            f"randlora_ext: the CUDA kernels are {why}. On a card Hadamard and dense bases run in "
+            "plain torch, and independent bases cannot run",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return why
     return _C.cuda_build()
 
 

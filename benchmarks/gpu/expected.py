@@ -1,20 +1,22 @@
-"""The table of docs/cuda.md: the least time that an operator can take on one card.
+"""The tables of docs/cuda.md: estimates, the least time that the card's rates allow.
 
-    python -m gpu.expected                                      in benchmarks/; for an H100
-    python -m gpu.expected --copy 4.3e12 --bf16 790e12          for another card
-
-The defaults were measured on an H100 SXM (a copy of 1 GiB, a product of 8192^3 in bf16), but for
-fp32, which is the data sheet's.
+python -m gpu.expected                             in benchmarks/; for an H100
+python -m gpu.expected results/gpu-CARD.jsonl      by the rates that gpu_run.py measured on a
+                                                   card, with what it measured of layers
 """
 
 import argparse
+from dataclasses import fields
+from pathlib import Path
 
 from randlora_ext import TernaryBasis
 
-from . import floors
+from . import floors, report
 from .floors import Ceilings, Floor
-from .report import table
 
+# Measured on an H100 SXM by plain torch (a copy of 1 GiB, a product of 8192^3 in bf16), but for
+# fp32, which is the data sheet's.
+H100 = Ceilings(copy_bytes_per_s=3.0e12, bf16_flop_per_s=798e12, fp32_flop_per_s=67e12)
 BASES = {
     "density 1/64": (1 / 64, "independent"),
     "density 0.07": (0.07, "independent"),
@@ -72,31 +74,45 @@ def lines(rates: Ceilings) -> list[list[str]]:
 
 LAYERS = [(8192, 4096, 4096), (2048, 4096, 4096), (840, 3072, 3072), (8192, 4096, 14336),
           (8192, 4096, 1024)]  # fmt: skip
+HEAD = ["tokens, layer", "adapter forward, us", "backward, us", "step over frozen",
+        "class product and transform in one kernel (not written)", f"LoRA, r = {RANK}, at best",
+        "measured"]  # fmt: skip
 
 
-def hadamard_lines(rates: Ceilings) -> list[list[str]]:
+def hadamard_lines(rates: Ceilings, rows: list[report.Row]) -> list[list[str]]:
     """For each layer the floors of the adapter on Hadamard bases, and of a step over frozen."""
+    measured = {
+        (row["tokens"], row["size"]): f"{row['over_frozen']:.2f}"
+        for row in report.latest("hadamard", rows)
+        if row.get("density") == "hadamard" and "over_frozen" in row
+    }
     made = []
     for tokens, n_in, n_out in LAYERS:
         b = TernaryBasis(n_in, n_out, RANK, kind="hadamard")
-        gemm = Floor(0, matrix=2 * tokens * b.D * b.d).us(rates)
-        forward, backward = (floor.us(rates) for floor in floors.hadamard(b, tokens))
-        over = 1 + (forward + backward) / (2 * gemm)
-        about = f"{tokens}, {n_in} to {n_out}"
-        made.append([about, f"{forward:.0f}", f"{backward:.0f}", f"{over:.2f}", ""])
+        frozen = 2 * Floor(0, matrix=2 * tokens * b.D * b.d).us(rates)
+        ways = [
+            floors.hadamard(b, tokens),
+            floors.hadamard(b, tokens, fused=True),
+            floors.lora(b, tokens, RANK),
+        ]
+        us = [[floor.us(rates) for floor in way] for way in ways]
+        over = [f"{1 + sum(each) / frozen:.2f}" for each in us]
+        times = [f"{each:.0f}" for each in us[0]]
+        seen = measured.get((tokens, f"{n_in}x{n_out}"), "")
+        made.append([f"{tokens}, {n_in} to {n_out}", *times, *over, seen])
     return made
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--copy", type=float, default=3.0e12, help="bytes per second")
-    parser.add_argument("--bf16", type=float, default=798e12, help="operations per second")
-    parser.add_argument("--fp32", type=float, default=67e12, help="likewise")
+    parser.add_argument("results", type=Path, nargs="?", help="gpu-CARD.jsonl of gpu_run.py")
     options = parser.parse_args(arguments)
-    rates = Ceilings(options.copy, options.bf16, options.fp32)
-    head = ["tokens, layer", "adapter forward, us", "backward, us", "step over frozen", "measured"]
-    print(table(head, hadamard_lines(rates)))
-    print(table(["at best, us", *BASES], lines(rates)), end="")
+    rows = report.read(options.results) if options.results else []
+    cards = [row for row in rows if row["stage"] == "run" and "copy_bytes_per_s" in row]
+    names = [each.name for each in fields(Ceilings)]
+    rates = Ceilings(*(cards[-1][name] for name in names)) if cards else H100
+    print(report.table(HEAD, hadamard_lines(rates, rows)))
+    print(report.table(["at best, us", *BASES], lines(rates)), end="")
 
 
 if __name__ == "__main__":

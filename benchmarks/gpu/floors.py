@@ -150,22 +150,37 @@ def linear_backward(b: TernaryBasis, tokens: int, dense: bool, element: int = 2)
     return work if b.d == b.in_features else work + b_side(b, tokens, dense)
 
 
-def hadamard(b: TernaryBasis, tokens: int, element: int = 2) -> tuple[Floor, Floor]:
+def hadamard(
+    b: TernaryBasis, tokens: int, fused: bool = False, element: int = 2
+) -> tuple[Floor, Floor]:
     """Forward and backward of the adapter on Hadamard bases, each in its separate kernels.
 
     The class products read or write a (T, d) tensor and z or w (T, K); the transform reads and
-    writes y. Additions: log2 r + log2 N for each of K and N numbers.
+    writes y. Additions: log2 r + log2 N for each of K and N numbers. `fused`: a transform and the
+    class product that follows or precedes it are one kernel, which keeps z or w on the chip.
     """
     x, y, z = (element * tokens * size for size in (b.d, b.D, b.K))
     N = 1 << (b.K - 1).bit_length()
     adds = tokens * (b.K * (b.r - 1).bit_length() + N * (N.bit_length() - 1))
-    product = Floor(x + z, matrix=2 * tokens * b.K * b.n)
-    added = Floor(2 * x + z, matrix=2 * tokens * b.K * b.n)  # dx or y of d features
-    up, down = Floor(z + 2 * y, fma=adds), Floor(y + z, fma=adds)
+    between = 0 if fused else z  # written by one kernel, read by the next
+    product = Floor(x + between, matrix=2 * tokens * b.K * b.n)
+    added = Floor(2 * x, matrix=2 * tokens * b.K * b.n)  # dx or y of d features
+    up, down = Floor(between + 2 * y, fma=adds), Floor(y, fma=adds)
     diagonals = Floor(x + z, matrix=2 * tokens * b.K * b.n)
+    # For gamma's gradient w is written in any case; z is read, or made again, for lambda's.
     if b.expand:
-        return product + up, product + down + Floor(z) + added + diagonals
-    return down + added, product + up + down + Floor(z) + diagonals
+        backward = product + Floor(between) + down + Floor(z) + Floor(z) + added + diagonals
+        return product + up, backward
+    again = product if fused else Floor(z)
+    forward = down + Floor(2 * between) + added
+    return forward, product + up + again + down + Floor(z) + diagonals
+
+
+def lora(b: TernaryBasis, tokens: int, rank: int, element: int = 2) -> tuple[Floor, Floor]:
+    """Forward and backward of LoRA at best: y and dx added to in the product that makes them."""
+    x, y = (element * tokens * size for size in (b.in_features, b.out_features))
+    work = 2 * tokens * rank * (b.in_features + b.out_features)
+    return Floor(x + 2 * y, matrix=work), Floor(3 * x + 2 * y, matrix=2 * work)
 
 
 def hadamard_weight(b: TernaryBasis, element: int = 2) -> Floor:

@@ -1,13 +1,16 @@
 """The ways to train one layer that `hadamard_torch` compares, in plain torch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-SCALING = 1.0  # multiplied in by a kernel of its own, as PEFT does
+peft = None
+with suppress(ModuleNotFoundError):  # the other methods need torch alone
+    import peft
 
 
 @dataclass
@@ -67,60 +70,42 @@ class Frozen:
         )
 
 
-class Lora(Frozen):
-    """As PEFT computes it: the adapter in its own dtype, x and the sum converted."""
+class AddmmLora(Frozen):
+    """LoRA in the dtype of x, written out: what it costs at best in torch's products."""
 
-    def __init__(self, p: Problem, dtype: torch.dtype, rank: int) -> None:
-        self.dtype, (d, D) = dtype, p.size
-        down, up = p.random(rank, d), p.random(D, rank)
-        super().__init__(p, [(t * 0.05).to(dtype).requires_grad_() for t in (down, up)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        down, up = self.leaves
-        y = super().forward(x) + F.linear(F.linear(x.to(self.dtype), down), up) * SCALING
-        return y.to(x.dtype)
+    def __init__(self, p: Problem, rank: int) -> None:
+        d, D = p.size
+        super().__init__(p, [p.random(*shape) * 0.05 for shape in ((rank, d), (D, rank))])
 
     def delta(self, *leaves: Tensor) -> Tensor:
         return leaves[1] @ leaves[0]
 
-
-class _ScaledA(torch.autograd.Function):
-    """lambda * A * gamma, (r, n, d), keeping only its operands."""
-
-    @staticmethod
-    def forward(ctx, A, lam, gam):
-        ctx.save_for_backward(A, lam, gam)
-        return lam[:, :, None] * A[:, None] * gam
-
-    @staticmethod
-    def backward(ctx, grad):
-        A, lam, gam = ctx.saved_tensors
-        of_lam = torch.einsum("jik,jk,ik->ji", grad, A, gam)
-        return None, of_lam, torch.einsum("jik,jk,ji->ik", grad, A, lam)
+    def step(self) -> tuple[Tensor, ...]:
+        p, (down, up) = self.p, self.leaves
+        h = p.x @ down.T
+        y = (p.x @ p.W.T).addmm_(h, up.T)
+        g = p.dy @ up
+        dx = (p.dy @ p.W).addmm_(g, down)
+        return y, dx, g.T @ p.x, p.dy.T @ h
 
 
-class Dense(Frozen):
-    """Dense bases as PEFT multiplies by them: two GEMMs forward, three backward."""
+class PeftLora(Frozen):
+    """PEFT's own layer with its defaults: in 16 bits the adapter is in float32."""
 
-    def __init__(self, p: Problem, dtype: torch.dtype) -> None:
-        self.dtype, (d, D) = dtype, p.size
-        n = -(-d // p.rank)
-        self.A, self.B = p.signs(p.rank, d).to(dtype), p.signs(D, p.rank * n).to(dtype)
-        super().__init__(p, diagonals(p, n, (d * p.rank * n) ** -0.5, dtype))
+    def __init__(self, p: Problem, rank: int) -> None:
+        base = nn.Linear(*p.size, bias=False, device="meta")
+        base.weight = nn.Parameter(p.W, requires_grad=False)
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"])
+        self.layer = peft.get_peft_model(nn.Sequential(base), config).base_model.model[0]
+        leaves = [part["default"].weight for part in (self.layer.lora_A, self.layer.lora_B)]
+        nn.init.normal_(leaves[1], std=0.05)
+        super().__init__(p, leaves)
 
     def forward(self, x: Tensor) -> Tensor:
-        scaled = _ScaledA.apply(self.A, *self.leaves).flatten(end_dim=1)
-        y = super().forward(x) + F.linear(F.linear(x.to(self.dtype), scaled), self.B) * SCALING
-        return y.to(x.dtype)
+        return self.layer(x)
 
     def delta(self, *leaves: Tensor) -> Tensor:
-        return self.B.double() @ _ScaledA.apply(self.A.double(), *leaves).flatten(end_dim=1)
-
-
-def diagonals(p: Problem, n: int, scale: float, dtype: torch.dtype) -> list[Tensor]:
-    """lambda (r, n) and gamma (n, d); `scale`, which makes dW half as large as W, is in gamma."""
-    lam, gam = p.random(p.rank, n), 0.5 * scale * p.random(n, p.size[0])
-    return [t.to(dtype).requires_grad_() for t in (lam, gam)]
+        return leaves[1] @ leaves[0]
 
 
 def sylvester(size: int, like: Tensor) -> Tensor:
@@ -132,14 +117,16 @@ def sylvester(size: int, like: Tensor) -> Tensor:
 
 
 class Hadamard(Frozen):
-    """Hadamard bases, d == in: class products by bmm, the transform as two matrix products.
+    """Hadamard bases: class products by bmm, the transform as two matrix products.
 
     Nothing is fused and every intermediate is in the dtype of x, so kernels can only be faster. The
-    steps are those of csrc/torch/hadamard.cpp.
+    steps are those of csrc/torch/hadamard.cpp: `expand` if the layer has more outputs than inputs,
+    otherwise dW is transposed. Tensors called x have d features, those called y have D.
     """
 
     def __init__(self, p: Problem) -> None:
-        (d, D), r = p.size, p.rank
+        (d, D), r = sorted(p.size), p.rank
+        self.expand, self.d, self.D = p.size[0] == d, d, D
         self.n = -(-d // r)
         self.K = r * self.n
         self.N = 1 << (self.K - 1).bit_length()
@@ -147,13 +134,20 @@ class Hadamard(Frozen):
         self.low, self.high = sylvester(low, p.W), sylvester(self.N // low, p.W)
         self.mixing = sylvester(1 << (r - 1).bit_length(), p.W)[:r, :r].contiguous()
         self.s, self.row, self.col = p.signs(d), p.signs(D), p.signs(self.K)
-        compute = torch.promote_types(p.dtype, torch.float32)
-        super().__init__(p, diagonals(p, self.n, (d * self.K) ** -0.5, compute))
+        self.x, self.y = (p.x, p.dy) if self.expand else (p.dy, p.x)
+        compute, scale = torch.promote_types(p.dtype, torch.float32), 0.5 * (d * self.K) ** -0.5
+        lam, gam = p.random(r, self.n), scale * p.random(self.n, d)  # dW is half as large as W
+        super().__init__(p, [lam.to(compute), gam.to(compute)])
 
     def blocks(self) -> Tensor:
         """gamma with the signs of A's columns, class by class: (r, columns of a class, n)."""
-        signed = (self.leaves[1].detach() * self.s).to(self.p.dtype)
+        signed = (self.leaves[1] * self.s).to(self.p.dtype)
         return signed.view(self.n, self.p.rank, self.n).permute(1, 2, 0)
+
+    def weights(self) -> Tensor:
+        """lambda with the signs of B's columns, (r, 1, n)."""
+        signed = self.leaves[0].flatten() * self.col
+        return signed.to(self.p.dtype).view(self.p.rank, 1, self.n)
 
     def classes(self, x: Tensor) -> Tensor:
         """(T, d) as (r, T, n)."""
@@ -168,67 +162,78 @@ class Hadamard(Frozen):
         halves = v.view(len(v), len(self.high), len(self.low))
         return (self.high @ halves @ self.low).flatten(1)
 
-    def weights(self) -> Tensor:
-        """lambda with the signs of B's columns, (r, 1, n)."""
-        signed = self.leaves[0].detach().flatten() * self.col
-        return signed.to(self.p.dtype).view(self.p.rank, 1, self.n)
-
     def repeated(self, v: Tensor) -> Tensor:
         """(T, N) at the D rows of B, which repeat."""
-        D = self.p.size[1]
-        return v[:, :D] if D <= self.N else v.repeat(1, -(-D // self.N))[:, :D]
+        return (
+            v[:, : self.D] if self.D <= self.N else v.repeat(1, -(-self.D // self.N))[:, : self.D]
+        )
 
     def folded(self, y: Tensor) -> Tensor:
         """The adjoint of `repeated`."""
-        times = -(-y.shape[1] // self.N)
-        y = F.pad(y, (0, times * self.N - y.shape[1]))
+        times = -(-self.D // self.N)
+        y = F.pad(y, (0, times * self.N - self.D))
         return y if times == 1 else y.view(len(y), times, self.N).sum(1)
 
-    def add_to_y(self, y: Tensor, z: Tensor, weights: Tensor) -> None:
+    def inner(self, blocks: Tensor) -> Tensor:
+        """z, the class products with x."""
+        return torch.bmm(self.classes(self.x), blocks)
+
+    def add_up(self, y: Tensor, z: Tensor, weights: Tensor) -> None:
         v = (self.mix(z) * weights).transpose(0, 1).flatten(1)
         y.addcmul_(self.repeated(self.transform(F.pad(v, (0, self.N - self.K)))), self.row)
 
-    def make_u(self, y: Tensor) -> Tensor:
-        """(r, T, n)."""
-        u = self.transform(self.folded(y * self.row))[:, : self.K]
-        return self.classes(u)
+    def down(self) -> Tensor:
+        """u, the transform of y: (r, T, n)."""
+        return self.classes(self.transform(self.folded(self.y * self.row))[:, : self.K])
+
+    def add_outer(self, x: Tensor, w: Tensor, blocks: Tensor) -> None:
+        self.classes(x).baddbmm_(w, blocks.transpose(1, 2))
 
     def gradients(self, u: Tensor, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         lam, gam = self.leaves
         of_lam = (u.to(lam.dtype) * self.mix(z)).sum(1).flatten() * self.col
-        P = torch.bmm(w.transpose(1, 2), self.classes(self.p.x))  # (r, n, columns)
+        P = torch.bmm(w.transpose(1, 2), self.classes(self.x))  # (r, n, columns)
         of_gam = P.permute(1, 0, 2).flatten(1).to(gam.dtype) * self.s
         return of_lam.view_as(lam), of_gam
 
     def step(self) -> tuple[Tensor, ...]:
         p, blocks, weights = self.p, self.blocks(), self.weights()
         y = F.linear(p.x, p.W)
-        self.add_to_y(y, torch.bmm(self.classes(p.x), blocks), weights)
-        dx = p.dy @ p.W
-        z, u = torch.bmm(self.classes(p.x), blocks), self.make_u(p.dy)
+        if self.expand:
+            self.add_up(y, self.inner(blocks), weights)
+        else:
+            self.add_outer(y, self.mix(self.down() * weights), blocks)
+        dx, z, u = p.dy @ p.W, self.inner(blocks), self.down()  # nothing is kept for backward
         w = self.mix(u * weights)
-        self.classes(dx).baddbmm_(w, blocks.transpose(1, 2))
+        if self.expand:
+            self.add_outer(dx, w, blocks)
+        else:
+            self.add_up(dx, z, weights)
         return y, dx, *self.gradients(u, z, w)
 
     def delta(self, *leaves: Tensor) -> Tensor:
         lam, gam = leaves
-        (d, D), wide = self.p.size, gam
-        A = sylvester(len(self.mixing), wide).repeat_interleave(self.n, 1)[:, :d] * self.s
-        H = sylvester(self.N, wide)
-        B = self.row[:, None] * H[torch.arange(D, device=H.device) % self.N, : self.K] * self.col
-        return B @ _ScaledA.apply(A, lam, gam).flatten(end_dim=1)
+        A = sylvester(len(self.mixing), gam).repeat_interleave(self.n, 1)[:, : self.d] * self.s
+        rows = torch.arange(self.D, device=gam.device) % self.N
+        B = self.row[:, None] * sylvester(self.N, gam)[rows, : self.K] * self.col
+        dW = B @ (lam[:, :, None] * A[:, None] * gam).flatten(end_dim=1)
+        return dW if self.expand else dW.T
 
 
 def methods(p: Problem) -> dict[str, Frozen]:
-    """All methods by name. One LoRA has as many parameters as RandLoRA."""
-    fp32, (d, D) = torch.promote_types(p.dtype, torch.float32), p.size
-    n = -(-d // p.rank)
-    equal = round((p.rank * n + n * d) / (d + D))
+    """All methods by name: LoRA of the same r, and of as many parameters as RandLoRA has."""
+    d, n = min(p.size), -(-min(p.size) // p.rank)
+    equal = round((p.rank * n + n * d) / sum(p.size))
+    of_lora = {f"r={p.rank}": p.rank, f"of equal parameters, r={equal}": equal}
+    kinds: dict[str, Callable[[Problem, int], Frozen]] = {"LoRA by addmm": AddmmLora}
+    if peft:
+        kinds["PEFT's LoRA"] = PeftLora
     return {
         "frozen": Frozen(p),
-        f"LoRA r={p.rank}, fp32 adapter (PEFT's default)": Lora(p, fp32, p.rank),
-        f"LoRA r={p.rank}, bf16 adapter": Lora(p, p.dtype, p.rank),
-        f"LoRA of equal parameters (r={equal}), bf16 adapter": Lora(p, p.dtype, equal),
-        "dense bases, bf16 adapter": Dense(p, p.dtype),
         "Hadamard, plain torch": Hadamard(p),
+        **{
+            f"{kind} {which}": made(p, rank)
+            for kind, made in kinds.items()
+            for which, rank in of_lora.items()
+        },
     }

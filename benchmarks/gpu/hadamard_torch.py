@@ -4,6 +4,8 @@
     backward    u = transform(dy)          w = mix(lambda * u)    dx += class products of w
                 dgamma = class products of w and x                dlambda from u and mix(z)
 
+(if the layer has fewer outputs than inputs, forward and the gradient of x change places).
+
 The class products are batches of r products (T, n) x (n, n), the transform is two small matrix
 products. What fused kernels save is the traffic between these steps. Every method is checked
 against float64 first; then all are timed in turn, captured in CUDA graphs, the L2 flushed before
@@ -18,12 +20,12 @@ import torch
 
 from . import rows
 from .card import Card
-from .hadamard_methods import Hadamard, Problem, methods
+from .hadamard_methods import Hadamard, Problem, methods, peft
 
-SIZES = [(4096, 4096), (3072, 3072), (4096, 14336)]  # in, out
+SIZES = [(4096, 4096), (3072, 3072), (4096, 14336), (4096, 1024)]  # in, out
 TOKENS = [8192, 840, 2048]  # the most telling first
 RANK = 32
-TOY = {"sizes": [(64, 64), (64, 160)], "tokens": [16, 3], "rank": 8}
+TOY = {"sizes": [(64, 64), (64, 160), (160, 64)], "tokens": [16, 3], "rank": 8}
 LIMIT = {torch.float64: 1e-12, torch.bfloat16: 3e-2}  # of relative errors, in the 2-norm
 
 
@@ -41,18 +43,18 @@ def check(p: Problem) -> None:
 
 
 def pieces(p: Problem) -> dict[str, Callable[[], object]]:
-    """What the step on Hadamard bases consists of."""
+    """What the step on Hadamard bases consists of; x and y as in `Hadamard`."""
     h = Hadamard(p)
-    blocks, weights, y = h.blocks(), h.weights(), p.x @ p.W.T
-    z, u = torch.bmm(h.classes(p.x), blocks), h.make_u(p.dy)
-    w, dx = h.mix(u * weights), p.dy @ p.W
+    blocks, weights, x, y = h.blocks(), h.weights(), h.x.clone(), h.y.clone()
+    z, u = h.inner(blocks), h.down()
+    w = h.mix(u * weights)
     return {
         "gamma with its signs": h.blocks,
-        "z": lambda: torch.bmm(h.classes(p.x), blocks),
-        "y += transform": lambda: h.add_to_y(y, z, weights),
-        "u": lambda: h.make_u(p.dy),
+        "z": lambda: h.inner(blocks),
+        "y += transform": lambda: h.add_up(y, z, weights),
+        "u": h.down,
         "w": lambda: h.mix(u * weights),
-        "dx += products": lambda: h.classes(dx).baddbmm_(w, blocks.transpose(1, 2)),
+        "x += class products": lambda: h.add_outer(x, w, blocks),
         "dgamma, dlambda": lambda: h.gradients(u, z, w),
     }
 
@@ -83,6 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit("no CUDA card; --dry runs toy sizes on the CPU")
     card = Card(dry)
     torch.manual_seed(0)
+    if peft is None:
+        rows.skipped("PEFT's LoRA", "peft is not installed")
     for size in TOY["sizes"]:
         check(Problem(size, 11, TOY["rank"], torch.float64, card.device))
     run = TOY if dry else {"sizes": SIZES, "tokens": TOKENS, "rank": RANK}

@@ -1,6 +1,7 @@
 """One layer in bf16, forward and backward, by every method, over sizes, tokens and densities.
 
-Each of our paths is compared with float64 on the same card first. x needs a gradient, as inside a
+Each of our paths is compared with float64 on the same card first. With --hadamard only what
+`hadamard_torch` asked: the frozen layer, LoRA, Hadamard bases. x needs a gradient, as inside a
 model. step_ms: forward and backward as a CUDA graph, L2 flushed before. forward_ms: the same
 without gradients. eager_ms: forward and backward launched by Python, as a training script does.
 """
@@ -27,15 +28,8 @@ RANK = 32
 LIMIT = 3e-2  # relative error of bf16 results, in the 2-norm
 BF16 = torch.bfloat16
 Key = tuple[str, str]  # a label, and a density if it matters
-# A label: the method of `make`; then "bf16" for PEFT's adapters in bf16, which are fp32 by default,
-# or how the factored path multiplies by B.
-OTHERS = {
-    "frozen": "frozen",
-    "LoRA, fp32 adapter": "lora",
-    "LoRA, bf16 adapter": "lora bf16",
-    "PEFT's RandLoRA, fp32 adapter": "peft",
-    "PEFT's RandLoRA, bf16 adapter": "peft bf16",
-}
+# A label: the method of `make`; then how the factored path multiplies by B.
+OTHERS = {"frozen": "frozen", "PEFT's LoRA": "lora", "PEFT's RandLoRA": "peft"}
 PACKED = "factored, packed B"
 OURS = {
     PACKED: "factored packed",
@@ -44,19 +38,21 @@ OURS = {
     "merged": "merged",
 }
 POSSIBLE = {"hadamard": (PACKED, "merged"), DENSE: ("factored, dense B", "delta", "merged")}
+ALL: list[Key] = [(label, "") for label in OTHERS] + [
+    (label, d) for d in [*DENSITIES, DENSE] for label in OURS if label in POSSIBLE.get(d, OURS)
+]
+HADAMARD: list[Key] = [("frozen", ""), ("PEFT's LoRA", ""), (PACKED, "hadamard")]
 
 
-def layers(size: tuple[int, int], device: torch.device, rank: int) -> dict[Key, nn.Module]:
-    """All methods on one frozen layer; a row names those that cannot be made."""
+def layers(
+    size: tuple[int, int], device: torch.device, rank: int, keys: list[Key]
+) -> dict[Key, nn.Module]:
+    """The methods on one frozen layer; a row names those that cannot be made."""
     base, made = frozen_layer(size, BF16).to(device), {}
-    keys = [(label, "") for label in OTHERS] + [
-        (label, d) for d in [*DENSITIES, DENSE] for label in OURS if label in POSSIBLE.get(d, OURS)
-    ]
     for label, density in keys:
-        method, _, how = (OTHERS | OURS)[label].partition(" ")
+        method = (OTHERS | OURS)[label].partition(" ")[0]
         try:
-            layer = make(method, base, rank, density or "1/3")
-            made[label, density] = layer.to(device, BF16 if how == "bf16" else None)
+            made[label, density] = make(method, base, rank, density or "1/3").to(device)
         except Exception as error:
             rows.failed(f"{label} {density} {size}", error)
     return made
@@ -139,17 +135,20 @@ def measure(card: Card, made: dict[Key, nn.Module], size: tuple[int, int], token
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry", action="store_true", help="toy sizes on the CPU")
-    card = Card(parser.parse_args().dry)
+    parser.add_argument("--hadamard", action="store_true", help="only what hadamard_torch asked")
+    options = parser.parse_args()
+    card, keys = Card(options.dry), HADAMARD if options.hadamard else ALL
     sizes = [(64, 64), (72, 64)] if card.dry else SIZES
+    every = [20, 1] if card.dry else TOKENS[:3] if options.hadamard else TOKENS
     made: dict[tuple[int, int], dict[Key, nn.Module]] = {}
-    for tokens in [20, 1] if card.dry else TOKENS:
+    for tokens in every:
         for size in sizes:
             if rows.seconds_left() < 15:
                 rows.skipped(f"{size} T={tokens}")
                 continue
             try:
                 if size not in made:
-                    made[size] = layers(size, card.device, 8 if card.dry else RANK)
+                    made[size] = layers(size, card.device, 8 if card.dry else RANK, keys)
                     verify(made[size], f"{size[0]}x{size[1]}")
                 measure(card, made[size], size, tokens)
             except Exception as error:

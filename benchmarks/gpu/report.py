@@ -9,7 +9,11 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from .rows import OUT_OF_TIME
+
 Row = dict
+STOPPED, EARLY = "stopped after", "stopped early"
+NOT_BUILT = "it was not built"
 
 
 def read(file: Path) -> list[Row]:
@@ -26,6 +30,18 @@ def latest(stage: str, rows: list[Row]) -> list[Row]:
     mine = [row for row in rows if row["stage"] == stage]
     starts = [at for at, row in enumerate(mine) if "begins" in row]
     return mine[starts[-1] + 1 :] if starts else mine
+
+
+def outcome(stage: str, rows: list[Row]) -> str:
+    """ "ok", "failed", EARLY if only time was lacking, or "left out"."""
+    mine = latest(stage, rows)
+    verdicts = [row["verdict"] for row in mine if "verdict" in row]
+    if any("failed" in row for row in mine) or any(v.startswith("exit") for v in verdicts):
+        return "failed"
+    late = any("skipped" in row and row["why"] == OUT_OF_TIME for row in mine)
+    if late or any(verdict.startswith(STOPPED) for verdict in verdicts):
+        return EARLY
+    return "ok" if verdicts else "left out"
 
 
 def cell(value: object) -> str:
@@ -60,9 +76,8 @@ def by_tokens(rows: list[Row], show: Callable[[Row], str]) -> str:
 
 
 def over(row: Row, key: str) -> str:
-    """A time, that over the frozen layer's, TFLOP/s if known, * if `auto` takes this path."""
-    rate = f", {row['tflop_per_s']:.0f} TFLOP/s" if "tflop_per_s" in row else ""
-    return f"{cell(row[key])} ({row['over_frozen']:.2f}x{rate}){' *' * row.get('chosen', False)}"
+    """A time, that over the frozen layer's, * if `auto` takes this path."""
+    return f"{cell(row[key])} ({row['over_frozen']:.2f}x){' *' * row.get('chosen', False)}"
 
 
 def figures(stage: str, rows: list[Row]) -> list[str]:
@@ -74,7 +89,7 @@ def figures(stage: str, rows: list[Row]) -> list[str]:
             "Microseconds (over the frozen layer).\n",
             by_tokens(timed, lambda r: over(r, "us")),
         ]
-    if stage == "layers":
+    if stage in ("layers", "hadamard"):
         return [
             "Forward and backward, ms (over the frozen layer); *: taken by `auto`.\n",
             by_tokens(timed, lambda row: over(row, "step_ms")),
@@ -88,9 +103,9 @@ def figures(stage: str, rows: list[Row]) -> list[str]:
 
 
 def of_stage(stage: str, rows: list[Row]) -> str:
-    """Figures, checks, commands with their verdicts, what failed and what was left out."""
+    """Outcome, figures, checks, commands with their verdicts, what failed or was left out."""
     mine = latest(stage, rows)
-    parts = figures(stage, mine)
+    parts = [f"{outcome(stage, rows)}\n", *figures(stage, mine)]
     if errors := [row["error"] for row in mine if "error" in row]:
         parts.append(f"{len(errors)} checks against float64, largest error {max(errors):.1e}.\n")
     parts.append(flat([r for r in mine if "command" in r], "command", "verdict", "seconds", "said"))

@@ -7,6 +7,7 @@ import json
 import os
 import time
 
+OUT_OF_TIME = "out of time"
 _FILE, _STAGE, _DEADLINE = "RANDLORA_ROWS", "RANDLORA_STAGE", "RANDLORA_DEADLINE"
 
 
@@ -30,7 +31,7 @@ def failed(what: str, error: BaseException) -> None:
     row(failed=what, why=why, **before)
 
 
-def skipped(what: str, why: str = "out of time") -> None:
+def skipped(what: str, why: str = OUT_OF_TIME) -> None:
     row(skipped=what, why=why)
 
 

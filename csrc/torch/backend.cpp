@@ -2,6 +2,8 @@
 
 #include <dlfcn.h>
 
+#include <atomic>
+#include <cstdio>
 #include <cstdlib>
 
 namespace randlora {
@@ -9,6 +11,7 @@ namespace {
 
 const CudaKernels* loaded = nullptr;
 bool serves_cpu = false;
+std::atomic<int64_t> products_made{0};
 
 // CPU builds of torch lack some of these functions. Looking them up at run time lets one binary
 // serve CPU and CUDA builds. Their C interface is stable (torch/csrc/inductor/aoti_torch).
@@ -62,6 +65,26 @@ Tensor view(const MatrixBatch& m, const Tensor& like, DType dtype) {
                                   like.device(), scalar_type(dtype));
 }
 
+// The CUDA version that the driver serves, such as 13000; 0 without a driver. Only asks: a process
+// that has started CUDA could not fork.
+int driver_version() {
+  void* driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
+  void* ask = driver ? dlsym(driver, "cuDriverGetVersion") : nullptr;
+  int version = 0;
+  return ask && reinterpret_cast<int (*)(int*)>(ask)(&version) == 0 ? version : 0;
+}
+
+// A driver serves libraries of its own major version of CUDA and of those before it; any call into
+// a newer one would fail.
+void check_driver(const CudaKernels& kernels) {
+  int major = 0, minor = 0;
+  if (std::sscanf(kernels.build, "nvcc %d.%d", &major, &minor) != 2) return;  // not for a card
+  const int driver = driver_version();
+  RANDLORA_CHECK(driver == 0 || driver / 1000 >= major, "the NVIDIA driver is for CUDA ",
+                 driver / 1000, ".", driver % 1000 / 10, ", and the kernels, built by nvcc ", major,
+                 ".", minor, ", need a driver for CUDA ", major);
+}
+
 std::vector<void (*)(OperatorLibrary&)>& cuda_operators() {
   static std::vector<void (*)(OperatorLibrary&)> all;
   return all;
@@ -73,8 +96,10 @@ OnCuda::OnCuda(void (*implement)(OperatorLibrary&)) { cuda_operators().push_back
 
 void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
               double alpha, double beta, DType dtype, const Tensor& like, const void* base) {
+  products_made.fetch_add(1, std::memory_order_relaxed);
   MatrixBatch added = out;
   if (base) added.data = base;
+  // Without a base the summand must be the very tensor `out`: torch copies any other one to it.
   // torch's batched 16-bit products on the CPU copy matrices that are not contiguous.
   if (out.count == 1 || (like.is_cpu() && bytes_of(dtype) == 2)) {
     for (int64_t i = 0; i < out.count; ++i) {
@@ -82,13 +107,14 @@ void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch
         char* data = static_cast<char*>(const_cast<void*>(m.data)) + i * m.next * bytes_of(dtype);
         return view(data, m.rows, m.cols, m.row, m.col, like, dtype);
       };
-      const Tensor to = matrix(out), from = matrix(added), a = matrix(left), b = matrix(right);
+      const Tensor to = matrix(out), a = matrix(left), b = matrix(right);
+      const Tensor from = base ? matrix(added) : to;
       TORCH_ERROR_CODE_CHECK(
           addmm_out_of(like.is_cpu())(to.get(), from.get(), a.get(), b.get(), beta, alpha));
     }
     return;
   }
-  const Tensor to = view(out, like, dtype), from = view(added, like, dtype);
+  const Tensor to = view(out, like, dtype), from = base ? view(added, like, dtype) : to;
   const Tensor a = view(left, like, dtype), b = view(right, like, dtype);
   TORCH_ERROR_CODE_CHECK(
       baddbmm_out_of(like.is_cpu())(to.get(), from.get(), a.get(), b.get(), beta, alpha));
@@ -102,12 +128,15 @@ void load_cuda(const std::string& path, bool serve_cpu_tensors) {
   const CudaKernels* kernels = table();
   RANDLORA_CHECK(kernels->interface == kCudaInterface, path,
                  " was built from other sources than this extension; install again");
+  check_driver(*kernels);
   loaded = kernels;
   serves_cpu = serve_cpu_tensors;
   static OperatorLibrary cuda(OperatorLibrary::Kind::IMPL, "randlora", "CUDA", __FILE__, __LINE__);
   for (const auto implement : cuda_operators()) implement(cuda);
   cuda_operators().clear();
 }
+
+int64_t products() { return products_made; }
 
 bool cuda_loaded() { return loaded != nullptr; }
 

@@ -11,8 +11,8 @@
 namespace randlora {
 
 // Loads librandlora_cuda.so. With `serve_cpu_tensors` its table also serves CPU tensors: for tests
-// that compile the CUDA kernels for the CPU (docs/cuda-on-cpu.md). Throws if the file cannot be
-// loaded or does not match this build.
+// that compile the CUDA kernels for the CPU (docs/cuda-on-cpu.md). Throws, and changes nothing, if
+// the file cannot be loaded, does not match this build, or is too new for the machine's driver.
 void load_cuda(const std::string& path, bool serve_cpu_tensors);
 bool cuda_loaded();
 
@@ -56,6 +56,8 @@ struct MatrixBatch {
 void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
               double alpha, double beta, DType dtype, const Tensor& like,
               const void* base = nullptr);
+// How often `multiply` was called: a GEMM each on a card, which tests count.
+int64_t products();
 
 // Runs the operator of that struct by the kernels of the device of `on`.
 #define RANDLORA_DECLARE(name, Operator) void run(const Tensor& on, const Operator& p);

@@ -1,4 +1,5 @@
-// Records which kernels a test started; tools/cuda/every_kernel.py checks that all are started.
+// Records which kernels a test started; tools/cuda/every_kernel.py checks that all are started, and
+// tests/gpu counts launches.
 #pragma once
 #include <dlfcn.h>
 #include <stdlib.h>
@@ -18,6 +19,13 @@ inline void note_start(const void* kernel) {
   if (!name || !seen.insert(kernel).second || !dladdr(kernel, &where)) return;
   file << where.dli_fname << ' '
        << static_cast<const char*>(kernel) - static_cast<const char*>(where.dli_fbase) << std::endl;
+}
+
+// Appends each launch, and how many thread blocks it has along x, to the file named by
+// CUDA_ON_CPU_LAUNCHES.
+inline void note_launch(const char* kernel, unsigned blocks) {
+  if (const char* name = getenv("CUDA_ON_CPU_LAUNCHES"))
+    std::ofstream(name, std::ios::app) << kernel << ' ' << blocks << std::endl;
 }
 
 }  // namespace cuda_on_cpu

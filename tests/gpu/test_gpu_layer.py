@@ -38,10 +38,13 @@ def trained(net, device, steps=6):
     return losses, [p.detach().cpu() for p in parameters]
 
 
+KINDS = [{"density": 1 / 3}, {"density": 0.07}, {"basis": "hadamard"}]
+
+
 @pytest.mark.parametrize("b_side", ["packed", "dense"])
-@pytest.mark.parametrize("density", [1 / 3, 0.07])
-def test_training_goes_as_on_the_cpu(device, monkeypatch, density, b_side):
-    net = apply_randlora(model(), ["0", "2", "4"], r=8, density=density)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_training_goes_as_on_the_cpu(device, monkeypatch, kind, b_side):
+    net = apply_randlora(model(), ["0", "2", "4"], r=8, **kind)
     with cpu_kernels():
         want, expected = trained(copy.deepcopy(net), "cpu")
     monkeypatch.setenv("RANDLORA_B_SIDE", b_side)
@@ -52,13 +55,13 @@ def test_training_goes_as_on_the_cpu(device, monkeypatch, density, b_side):
     assert all(rms_error(a, b) <= 1e-2 for a, b in zip(parameters, expected, strict=True))
 
 
-@pytest.mark.parametrize("density", [1 / 3, 0.07])
-def test_merging_and_state(device, density):
-    layer = RandLoraLinear(nn.Linear(50, 37), r=7, density=density).to(device)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_merging_and_state(device, kind):
+    layer = RandLoraLinear(nn.Linear(50, 37), r=7, **kind).to(device)
     nn.init.normal_(layer.randlora_lambda["default"], std=0.05)
     x = torch.randn(9, 50, device=device)
     y = layer(x).detach()
-    again = RandLoraLinear(nn.Linear(50, 37), r=7, density=density).to(device)
+    again = RandLoraLinear(nn.Linear(50, 37), r=7, **kind).to(device)
     again.load_state_dict(layer.state_dict())
     assert torch.equal(again(x), y)
     layer.merge()

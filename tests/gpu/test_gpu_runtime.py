@@ -9,25 +9,36 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from gpu_helpers import NAMES, PATHS, moved, ops, run_linear, same, step
-from layer_cases import Layer, make_layer, rms_error
+from layer_cases import Layer, make_basis, make_layer, rms_error
 
 from randlora_ext import RandLoraLinear, TernaryBasis, linear
 from randlora_ext.ops.ternary import operands
 
 pytestmark = pytest.mark.gpu
-DENSITIES = [1 / 3, 0.07]
+BASES = [1 / 3, 0.07, "hadamard"]
+# Each with its paths, and how the factored one multiplies by B; Hadamard bases have one B side.
+CASES = [
+    (basis, path, b_side)
+    for basis in BASES
+    for path, b_side in PATHS
+    if basis != "hadamard" or (path != "delta" and b_side == "packed")
+]
 DELAY = 20_000_000  # clock cycles: about 10 ms, longer than any launch here
+
+
+def adapter(base, basis, r=8):
+    kind = {"basis": basis} if basis == "hadamard" else {"density": basis}
+    return RandLoraLinear(base, r=r, **kind)
 
 
 def on_card(layer, card):
     return {k: moved(getattr(layer, k), card) for k in ("x", "weight", "lam", "gam", "dy")}
 
 
-@pytest.mark.parametrize("density", DENSITIES)
-@pytest.mark.parametrize("path, b_side", PATHS, ids=str)
-def test_everything_runs_on_the_current_stream(card, density, path, b_side):
+@pytest.mark.parametrize("basis, path, b_side", CASES, ids=str)
+def test_everything_runs_on_the_current_stream(card, basis, path, b_side):
     # x and dy become right only after a delay on that stream: work on any other reads NaN.
-    layer = make_layer(136, 72, 8, density, 40, torch.float32)
+    layer = make_layer(136, 72, 8, basis, 40, torch.float32)
     want = run_linear(layer, path, b_side, card)
     values = {
         name: moved(value, card) for name, value in vars(layer).items()
@@ -69,10 +80,10 @@ def test_packing_runs_on_the_current_stream(card):
     assert same(got, want) and same(packed, want[-1])
 
 
-@pytest.mark.parametrize("density", DENSITIES)
-def test_a_basis_packed_on_one_stream_serves_all(card, density):
+@pytest.mark.parametrize("basis", BASES)
+def test_a_basis_packed_on_one_stream_serves_all(card, basis):
     # The stream that packs is far behind; another, which does not wait for it, must find all done.
-    make = functools.partial(TernaryBasis, 300, 200, 8, density)
+    make = functools.partial(make_basis, 300, 200, 8, basis)
     first, second = (torch.cuda.Stream(card) for _ in range(2))
     torch.cuda.synchronize(card)
     for seed in range(3):
@@ -86,10 +97,11 @@ def test_a_basis_packed_on_one_stream_serves_all(card, density):
         assert same(got, want)
 
 
-def test_memory_of_a_dropped_basis_waits_for_other_streams(card, monkeypatch):
+@pytest.mark.parametrize("basis", [0.07, "hadamard"])
+def test_memory_of_a_dropped_basis_waits_for_other_streams(card, monkeypatch, basis):
     # Packed on one stream, used by one that is far behind, dropped, and its memory asked for again.
     monkeypatch.setenv("RANDLORA_B_SIDE", "packed")
-    layer = RandLoraLinear(torch.nn.Linear(256, 256, device=card), r=8, density=0.07)
+    layer = adapter(torch.nn.Linear(256, 256, device=card), basis)
     torch.nn.init.normal_(layer.randlora_lambda["default"])  # 0 would hide the bases
     x = torch.randn(64, 256, device=card)
     with torch.no_grad():  # a graph would keep the packed tensors alive
@@ -108,9 +120,10 @@ def test_memory_of_a_dropped_basis_waits_for_other_streams(card, monkeypatch):
     assert same(got, want) and len(again) == len(sizes)
 
 
-def test_no_basis_is_packed_during_a_capture(card):
+@pytest.mark.parametrize("basis", [0.07, "hadamard"])
+def test_no_basis_is_packed_during_a_capture(card, basis):
     torch.manual_seed(0)
-    layer = RandLoraLinear(torch.nn.Linear(72, 40, device=card), r=8, density=0.07)
+    layer = adapter(torch.nn.Linear(72, 40, device=card), basis)
     x, graph = torch.randn(5, 72, device=card), torch.cuda.CUDAGraph()
     before = torch.cuda.current_stream()
     with torch.no_grad():
@@ -124,19 +137,20 @@ def test_no_basis_is_packed_during_a_capture(card):
 
 
 def test_two_streams_at_a_time(card):
-    layers = [make_layer(136, 72, 8, density, 130, torch.bfloat16) for density in (1 / 3, 0.07)]
-    wants = [run_linear(layer, "factored", "packed", card) for layer in layers]
+    layers = [make_layer(136, 72, 8, basis, 130, torch.bfloat16) for basis in BASES]
+    wants = [run_linear(layer, "factored", "auto", card) for layer in layers]
     streams = [torch.cuda.Stream(card) for _ in layers]
     torch.cuda.synchronize(card)
     results = []
     for _ in range(5):
         for layer, stream, want in zip(layers, streams, wants, strict=True):
             t = on_card(layer, card)
+            leaves = [t[k].requires_grad_() for k in ("x", "lam", "gam")]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                last = (t["lam"], t["gam"], *operands(layer.basis, card, 0.75), "factored", None)
-                got = ops.linear_backward(t["dy"], t["x"], t["weight"], *last, True, True)
-                results.append((t, got, want))
+                last = (layer.basis, *leaves[1:], layer.scaling, "factored")
+                y = linear(leaves[0], t["weight"], None, *last)
+                results.append((t, torch.autograd.grad(y, leaves, t["dy"]), want))
     torch.cuda.synchronize(card)
     for _, got, want in results:
         assert same(moved(list(got), "cpu"), [want[n] for n in NAMES[1:]])
@@ -161,16 +175,14 @@ def test_threads_that_start_one_kernel_with_different_needs(card):
 # ---- graphs
 
 
-@pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("tokens", [1, 130])
-@pytest.mark.parametrize("path", ["factored", "delta", "merged"])
-@pytest.mark.parametrize("b_side", ["packed", "dense"])
-def test_a_training_step_in_a_graph(card, monkeypatch, path, b_side, tokens, density):
+@pytest.mark.parametrize("basis, path, b_side", CASES, ids=str)
+def test_a_training_step_in_a_graph(card, monkeypatch, basis, path, b_side, tokens):
     monkeypatch.setenv("RANDLORA_B_SIDE", b_side)
     monkeypatch.setenv("RANDLORA_PATH", path)
     torch.manual_seed(0)
     base = torch.nn.Linear(136, 72, device=card, dtype=torch.bfloat16)
-    layer = RandLoraLinear(base, r=8, density=density)
+    layer = adapter(base, basis)
     (lam,), (gam,) = layer.randlora_lambda.values(), layer.randlora_gamma.values()
     torch.nn.init.normal_(lam, std=0.1)
     x = torch.randn(tokens, 136, device=card).bfloat16().requires_grad_()
@@ -208,24 +220,23 @@ def test_a_training_step_in_a_graph(card, monkeypatch, path, b_side, tokens, den
         assert same(replayed, now())
 
 
-def test_waiting_for_the_card_is_nowhere_in_a_step(card):
-    for density in (1 / 3, 0.07):
-        layer = make_layer(136, 72, 8, density, 40, torch.bfloat16)
-        t = on_card(layer, card)
-        leaves = [t[k].requires_grad_() for k in ("x", "lam", "gam")]
+@pytest.mark.parametrize("basis, path", dict.fromkeys(case[:2] for case in CASES), ids=str)
+def test_waiting_for_the_card_is_nowhere_in_a_step(card, basis, path):
+    layer = make_layer(136, 72, 8, basis, 40, torch.bfloat16)
+    t = on_card(layer, card)
+    leaves = [t[k].requires_grad_() for k in ("x", "lam", "gam")]
 
-        def once(path, layer=layer, leaves=leaves, t=t):
-            y = linear(leaves[0], t["weight"], None, layer.basis, *leaves[1:], path=path)
-            return torch.autograd.grad(y, leaves, t["dy"])
+    def once():
+        y = linear(leaves[0], t["weight"], None, layer.basis, *leaves[1:], path=path)
+        return torch.autograd.grad(y, leaves, t["dy"])
 
-        for path in ("factored", "delta", "merged"):
-            once(path)  # packs, which waits once
-            torch.cuda.synchronize(card)
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                once(path)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+    once()  # packs, which waits once
+    torch.cuda.synchronize(card)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        once()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # ---- devices, memory, settings
@@ -235,13 +246,12 @@ def test_a_card_that_is_not_current(card):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two cards")
     other = torch.device("cuda", (card.index + 1) % torch.cuda.device_count())
-    for density in (1 / 3, 0.07):
-        layer = make_layer(50, 37, 7, density, 20, torch.float32)
-        for path, b_side in PATHS:
-            want = run_linear(layer, path, b_side, card)
-            got = run_linear(layer, path, b_side, other)
-            assert torch.cuda.current_device() == card.index
-            assert all(same(got[n], want[n]) for n in NAMES)
+    for basis, path, b_side in CASES:
+        layer = make_layer(50, 37, 7, basis, 20, torch.float32)
+        want = run_linear(layer, path, b_side, card)
+        got = run_linear(layer, path, b_side, other)
+        assert torch.cuda.current_device() == card.index
+        assert all(same(got[n], want[n]) for n in NAMES), (basis, path, b_side)
 
 
 def test_tensors_on_two_devices_are_refused(card):
@@ -254,31 +264,33 @@ def test_tensors_on_two_devices_are_refused(card):
         ops.linear(x, None, None, lam.to(card), gam.to(card), *bases, "factored", None)
 
 
-@pytest.mark.parametrize("density", [1 / 3, 0.07])
-def test_more_than_2_to_the_31_activations(card, room, density):
+@pytest.mark.parametrize("basis", BASES)
+def test_more_than_2_to_the_31_activations(card, room, basis):
     room(45 << 30)
     torch.manual_seed(0)
     tokens, features = (1 << 20) + 8, 2048 + 8
-    basis = TernaryBasis(features, features, 32, density)
-    lam = torch.randn(basis.r, basis.n, device=card) * 0.1
-    gam = torch.randn(basis.n, basis.d, device=card) * 0.1
-    x = torch.randn(tokens, features, device=card, dtype=torch.bfloat16)
-    last = (lam, gam, *operands(basis, card), "factored", None)
-    y = ops.linear(x, None, None, *last)
-    eps = torch.finfo(torch.bfloat16).eps
-    for rows in (slice(0, 40), slice(tokens - 40, tokens)):
-        few = ops.linear(x[rows], None, None, *last)
-        assert rms_error(y[rows], few) <= 2 * eps
-    dx, dlam, dgam = ops.linear_backward(y, x, None, *last, True, True)
+    basis = make_basis(features, features, 32, basis)
+    lam = (torch.randn(basis.r, basis.n, device=card) * 0.1).requires_grad_()
+    gam = (torch.randn(basis.n, basis.d, device=card) * 0.1).requires_grad_()
+    x = torch.randn(tokens, features, device=card, dtype=torch.bfloat16, requires_grad=True)
+
+    def run(x):
+        return linear(x, None, None, basis, lam, gam, path="factored")
+
+    y, eps = run(x), torch.finfo(torch.bfloat16).eps
+    with torch.no_grad():
+        for rows in (slice(0, 40), slice(tokens - 40, tokens)):
+            assert rms_error(y[rows], run(x[rows])) <= 2 * eps
+    dx, dlam, dgam = torch.autograd.grad(y, [x, lam, gam], y.detach())
     assert dlam.isfinite().all() and dgam.isfinite().all()
-    rows = slice(tokens - 40, tokens)
-    few = ops.linear_backward(y[rows], x[rows], None, *last, True, False)[0]
-    assert rms_error(dx[rows], few) <= 2 * eps
+    few = x[-40:].detach().requires_grad_()
+    (want,) = torch.autograd.grad(run(few), few, y[-40:].detach())
+    assert rms_error(dx[-40:], want) <= 2 * eps
 
 
 def test_a_step_leaves_no_memory_behind(card):
-    layer = make_layer(136, 72, 8, 0.07, 40, torch.bfloat16)
-    for path in ("factored", "delta", "merged"):
+    for basis, path in dict.fromkeys(case[:2] for case in CASES):
+        layer = make_layer(136, 72, 8, basis, 40, torch.bfloat16)
         tensors = (layer.x, layer.weight, layer.lam, layer.gam, layer.dy)
         step(card, layer.basis, *tensors, path)
         torch.cuda.synchronize(card)
@@ -286,15 +298,15 @@ def test_a_step_leaves_no_memory_behind(card):
         before = torch.cuda.memory_allocated(card)
         for _ in range(3):
             step(card, layer.basis, *tensors, path)
-        assert torch.cuda.memory_allocated(card) == before, path
+        assert torch.cuda.memory_allocated(card) == before, (basis, path)
 
 
 TF32 = """
 import torch
 from gpu_helpers import NAMES, run_linear
 from layer_cases import exact, make_layer, rms_error
-for density in (1 / 3, 0.07):
-    layer = make_layer(136, 72, 8, density, 70, torch.float32)
+for basis in (1 / 3, 0.07, "hadamard"):
+    layer = make_layer(136, 72, 8, basis, 70, torch.float32)
     want = exact(layer)
     got = run_linear(layer, "factored", "packed", "cuda")
     errors = [rms_error(got[n], want[n]) for n in NAMES]
@@ -315,3 +327,15 @@ def test_tf32_on_request(card):
         env={**os.environ, "RANDLORA_TF32": "1", "PYTHONPATH": os.pathsep.join(paths)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_a_driver_tells_its_version_before_cuda_starts(card):
+    # Loading the library relies on it (csrc/torch/backend.cpp).
+    program = """
+import ctypes
+version = ctypes.c_int()
+print(ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)), version.value)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    status, version = map(int, done.stdout.split())
+    assert status == 0 and version // 1000 >= int(torch.version.cuda.split(".")[0])

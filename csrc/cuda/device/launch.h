@@ -54,6 +54,7 @@ void launch(const Device& device, const char* name, void (*kernel)(P...), dim3 g
             int64_t shared_bytes, A... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   cuda_on_cpu::note_start(reinterpret_cast<const void*>(kernel));
+  cuda_on_cpu::note_launch(name, grid.x);
   const int64_t limit = device.shared_bytes > kFreeShared ? device.shared_bytes : kFreeShared;
   cuda_on_cpu::run(name, grid, threads, shared_bytes, limit,
                    [&] { kernel(static_cast<P>(arguments)...); });
