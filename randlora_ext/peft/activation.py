@@ -1,7 +1,8 @@
-"""Replacing PEFT's classes by ours, and back."""
+"""Replacing PEFT's classes by ours, and back; which kernels a model runs on."""
 
 import gc
 import warnings
+from collections import Counter
 from typing import Any
 
 from peft import PeftType
@@ -10,6 +11,7 @@ from peft.tuners.randlora.layer import RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
 from torch import nn
 
+from ..nn.adapted_layer import AdaptedLayer
 from ..nn.merging import check_keep_weight
 from . import peft_model_patch
 from .bases import BASIS_NAMES, PackedBufferDict
@@ -17,6 +19,7 @@ from .config import RandLoraConfig
 from .layer import AcceleratedLayer
 from .model import STOCK_QUANTIZED, AcceleratedRandLoraModel, accelerate_layer, parallel_plans
 
+_STOCK = "on PEFT's own code: made without randlora_ext.peft.enable(); see accelerate()"
 _stock: tuple[type, type] | None = None
 
 
@@ -108,6 +111,39 @@ def accelerate(model: nn.Module) -> nn.Module:
         tuner.__class__ = AcceleratedRandLoraModel
     peft_model_patch.install()
     return model
+
+
+def kernel_summary(model: nn.Module, tokens: int = 512) -> str:
+    """One line: how many layers run on our kernels, shapes, bases, instruction set and path.
+
+    Equal layers are counted together; others are named with the reason. "(counted)" marks the
+    share of non-zeros of bases that were drawn or loaded, which is near the density asked for.
+
+    Args:
+        model: a module that holds RandLoRA layers, of PEFT or `RandLoraLinear`.
+        tokens: rows of x for which the path is shown.
+    """
+    ours: Counter[str] = Counter()
+    others: Counter[str] = Counter()
+    isas = set()
+    for layer in (m for m in model.modules() if isinstance(m, (RandLoraLayer, AdaptedLayer))):
+        if not isinstance(layer, AdaptedLayer):
+            others[_STOCK] += 1
+            continue
+        for name in layer.active_adapters:
+            if name in layer.randlora_lambda:
+                isa, told = layer.describe(name, tokens)
+                if isa:
+                    isas.add(isa)
+                    ours[f"{layer.in_features}->{layer.out_features} {told}"] += 1
+                else:
+                    others[f"by {told}"] += 1
+    parts = [f"{count} layers {what}" for what, count in others.items()]
+    if ours:
+        listed = ", ".join(f"{count}x {what}" for what, count in sorted(ours.items()))
+        kernels = f"{'/'.join(sorted(isas))} kernels at {tokens} tokens"
+        parts.insert(0, f"{ours.total()} RandLoRA layers on randlora_ext's {kernels}: {listed}")
+    return "; ".join(parts) or "no RandLoRA layers"
 
 
 def _is_sharded(model: Any) -> bool:

@@ -10,20 +10,25 @@ through, and so does ``from_pretrained`` for unsharded ones.
 """
 
 import functools
+import sys
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+from packaging.version import Version
 from peft import PeftModel
 
-from .card import Base, write_card
-from .files import name_of
+from ..nn.state_dict import DIAGONALS
+from .card import Base, name_of, write_card
+from .layer import layers_with
 from .loading import check_load_over, warn_of_misfits
 from .model import AcceleratedRandLoraModel, parallel_plans
 from .saving import save_together
-from .trl_reference import fill_reference
 
+NEWEST_TRL = "1.16"  # as tests/peft/test_trl.py ran
 _patched: dict[str, tuple[Any, Any]] = {}  # (PEFT's, ours)
 
 
@@ -89,7 +94,36 @@ def _load(stock: Callable, model: PeftModel, model_id, adapter_name, *args, **kw
 
 def _add(stock: Callable, model: PeftModel, adapter_name, peft_config, *args, **kwargs) -> None:
     stock(model, adapter_name, peft_config, *args, **kwargs)
-    fill_reference(model, adapter_name, peft_config)
+    _fill_reference(model, adapter_name, peft_config)
+
+
+def _fill_reference(model: PeftModel, adapter_name: str, config: Any) -> None:
+    """Copies "default" into an added adapter "ref" as TRL means to; leaves all others alone.
+
+    DPO, KTO, GRPO and RLOO add "ref" where they go on training an adapter that is there already,
+    and copy every parameter whose name contains ".default." into it. Names of LoRA do; those of
+    RandLoRA *end* in ".default", so the reference would silently be the base model. See
+    docs/upstream/trl-reference-adapter.md. TRL passes the configuration object of "default"
+    itself. If it copies the numbers, too, as a mended version would, they are the same.
+    """
+    if (
+        adapter_name != "ref"
+        or config is not model.peft_config.get("default")
+        or "trl" not in sys.modules
+    ):
+        return
+    found = Version(sys.modules["trl"].__version__).release
+    if found[:2] > Version(NEWEST_TRL).release:
+        warnings.warn(
+            'TRL\'s reference adapter "ref" is made a copy of "default", as TRL up to '
+            f"{NEWEST_TRL} needs, and this is {'.'.join(map(str, found))}; the first loss of DPO "
+            "must be ln 2 = 0.6931",
+            stacklevel=4,
+        )
+    with torch.no_grad():
+        for layer in layers_with(model, "ref").values():
+            for diagonals in (getattr(layer, name) for name in DIAGONALS):
+                diagonals["ref"].copy_(diagonals["default"])
 
 
 def _upload(stock: Callable, model: PeftModel, working_dir, repo_id: str, *args, **kwargs):
