@@ -50,12 +50,11 @@ def check_version() -> None:
 
 check_version()
 
-from .activation import accelerate, disable, enable, kernel_summary  # noqa: E402  (after the check)
+from .activation import accelerate, disable, enable, kernel_summary  # noqa: E402
 from .config import RandLoraConfig  # noqa: E402
 from .loading import hotswap_adapter  # noqa: E402
 from .lora import export_to_lora  # noqa: E402
 from .saving import export_to_peft  # noqa: E402
-
 
 __all__ = [
     "RandLoraConfig",
