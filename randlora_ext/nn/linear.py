@@ -1,15 +1,17 @@
 """`RandLoraLinear`: a frozen linear layer with one or more RandLoRA adapters, without PEFT."""
 
+import functools
+import inspect
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..basis import TernaryBasis
-from ..basis.description import check_kind, check_seed
+from ..basis.description import check_kind, check_seed, did_you_mean
 from ..ops.dtensor import full_tensor, laid_out_like
 from ..ops.functional import merged_weight
 from .adapted_layer import AdaptedLayer
@@ -19,6 +21,27 @@ from .state_dict import refuse_misfit
 
 # The largest scaling that the authors and PEFT's examples train with.
 DEFAULT_SCALING = 20.0
+
+
+def refuse_unknown(called: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises TypeError, naming the nearest of `known`, unless all of `given` are known."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            told = did_you_mean(name, known) or f"; it takes {', '.join(known)}"
+            raise TypeError(f"{called} got an unexpected keyword argument {name!r}{told}")
+
+
+def names_unknown(method: Callable) -> Callable:
+    """`method`, whose error for an unknown argument names the nearest one that it has."""
+    called, known = method.__qualname__.removesuffix(".__init__"), inspect.signature(method)
+
+    @functools.wraps(method)
+    def checked(self, *args, **kwargs):
+        refuse_unknown(called, kwargs, [*known.parameters][1:])
+        return method(self, *args, **kwargs)
+
+    return checked
 
 
 class RandLoraLinear(AdaptedLayer, nn.Module):
@@ -58,6 +81,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
     Source: PEFT's ``randlora.layer.Linear``, which has the same names.
     """
 
+    @names_unknown
     def __init__(
         self,
         base_layer: nn.Module,
@@ -91,6 +115,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         self.register_load_state_dict_pre_hook(refuse_misfit)
         force_module_call(self)
 
+    @names_unknown
     def update_layer(
         self,
         adapter_name: str,

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..basis.shape import check_r
-from ..nn.linear import check_alpha
+from ..nn.linear import check_alpha, names_unknown
 from ..writing import appear_together
 from .adapter_basis import SPARSE, VERY_SPARSE, AdapterBasis, other_bases
 
@@ -93,7 +93,7 @@ class RandLoraConfig(peft.RandLoraConfig):
             warnings.warn(
                 "randlora_ext.peft.enable() has not been called: until it is, a model of this "
                 "configuration has PEFT's own layers, without our kernels",
-                stacklevel=3,
+                stacklevel=4,  # where the configuration is made
             )
 
     @classmethod
@@ -125,6 +125,9 @@ class RandLoraConfig(peft.RandLoraConfig):
         task = "none" if self.task_type is None else TaskType(self.task_type).value
         how = "import randlora_ext.peft; randlora_ext.peft.enable()"
         return values | {"basis": self.basis, "task_type": f"{task}{_NEEDS}: {how}"}
+
+
+RandLoraConfig.__init__ = names_unknown(RandLoraConfig.__init__)  # type: ignore[method-assign]
 
 
 def _check_types(config: RandLoraConfig) -> None:

@@ -93,6 +93,7 @@ def test_core_needs_torch_alone():
 
 
 BAD_OPTIONS = [
+    ({"alpha": 16}, TypeError, "got an .* argument 'alpha'; did you mean 'randlora_alpha'"),
     ({"r": 0}, ValueError, r"r must be a positive integer, got 0"),
     ({"r": -3}, ValueError, r"r must be a positive integer, got -3"),
     ({"r": 2.0}, TypeError, r"r must be .*2\.0"),

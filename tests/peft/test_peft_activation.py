@@ -84,7 +84,7 @@ def test_enable_twice_and_disable():
 def test_what_was_made_too_early_is_told():
     with pytest.warns(UserWarning, match=r"enable\(\) has not been called: until it is") as caught:
         early = deep_config(5, accelerated.RandLoraConfig, sparse=True)
-    assert len(caught) == 1
+    assert len(caught) == 1 and caught[0].filename == deep_config.__code__.co_filename
     gc.collect()  # models of other tests
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -171,6 +171,8 @@ def test_a_configuration_holds_the_text_and_each_thing_once():
 
 
 BAD_OPTIONS = [
+    ({"alpha": 16}, "RandLoraConfig got an .* argument 'alpha'; did you mean 'randlora_alpha'"),
+    ({"basis": "blocks"}, r"basis must be one of \['peft', 'independent', .*got 'blocks'"),
     ({"basis": "indep"}, "basis must be one of .*got 'indep'; did you mean 'independent'"),
     ({"basis": "generated"}, r"basis must be one of \['peft', 'independent', .*got 'generated'"),
     ({"basis": None}, "basis must be one of .* got None"),
