@@ -1,6 +1,7 @@
 """`RandLoraLinear` over a base layer that is sharded by outputs or by inputs."""
 
 import inspect
+from typing import Any
 
 import torch
 import torch.distributed._functional_collectives as funcol
@@ -33,19 +34,16 @@ class ShardedLayer(AdaptedLayer):
     device_mesh: DeviceMesh
     shards_outputs: bool
 
-    def _part(
-        self, name: str, x: DTensor, weight: DTensor | None = None, bias: DTensor | None = None
-    ) -> DTensor:
-        mesh = self.device_mesh
-        if bias is not None:
-            adds_bias = self.shards_outputs or mesh.get_local_rank() == 0
-            bias = bias.to_local() if adds_bias else None
+    def _part(self, name: str, x: Any, weight: Any = None, bias: Any = None) -> Tensor:
         last = Shard(x.ndim - 1)
-        local = x.to_local(grad_placements=[Partial()] if self.shards_outputs else [last])
-        y = super()._part(name, local, None if weight is None else weight.to_local(), bias)
-        return DTensor.from_local(
-            y, mesh, [last if self.shards_outputs else Partial()], run_check=False
-        )
+        if bias is not None:
+            adds_bias = self.shards_outputs or self.device_mesh.get_local_rank() == 0
+            bias = bias.to_local() if adds_bias else None
+        weight = None if weight is None else weight.to_local()
+        x = x.to_local(grad_placements=[Partial()] if self.shards_outputs else [last])
+        y = super()._part(name, x, weight, bias)
+        placement = last if self.shards_outputs else Partial()
+        return DTensor.from_local(y, self.device_mesh, [placement], run_check=False)
 
     def _can_fuse(self, name: str, x: Tensor) -> bool:
         base = self.base_layer

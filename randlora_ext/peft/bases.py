@@ -203,14 +203,13 @@ def layer_basis(
         )
     first, second = (t.signs if isinstance(t, TernaryTensor) else t for t in (A, B))
     made = _made.setdefault(first, WeakIdKeyDictionary()).setdefault(second, {})
-    ternary = isinstance(A, TernaryTensor) and isinstance(B, TernaryTensor)
-    packed = ternary and (served or A.is_hadamard)
+    packed = served or (isinstance(A, TernaryTensor) and A.is_hadamard)
     sizes, values = (in_features, out_features, r), (_value(A), _value(B), packed)
     if (sizes, values) not in made:
         turned = made.get(((out_features, in_features, r), values))
         if turned is not None:
             basis = turned.transposed()
-        elif packed:
+        elif packed and isinstance(A, TernaryTensor) and isinstance(B, TernaryTensor):
             basis = _ternary_basis(A, B, *sizes)
         else:
             if (r, values) not in made:

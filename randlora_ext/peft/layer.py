@@ -86,12 +86,13 @@ class AcceleratedLayer(AdaptedLayer):
     def _basis_on(self, device_type: str, adapter: str) -> TernaryBasis:
         A, B = self.randlora_A, self.randlora_B
         served = device_type == "meta" or serve(device_type)
-        if not served and isinstance(A[adapter], TernaryTensor) and not A[adapter].is_hadamard:
+        basis = layer_basis(A[adapter], B[adapter], *self._sizes(adapter), served)
+        if not served and basis.kind == "dense" and isinstance(A[adapter], TernaryTensor):
             A.warn_once(
                 "RandLoRA layers of this model multiply by dense bases: there are no randlora_ext "
                 f"kernels for device type {device_type!r}"
             )
-        return layer_basis(A[adapter], B[adapter], *self._sizes(adapter), served)
+        return basis
 
     @torch.compiler.assume_constant_result  # Dynamo runs it while it traces
     def _basis_while_tracing(

@@ -43,11 +43,10 @@ class TensorParallelLinear(ShardedLayer, AcceleratedLinear):
     def basis_of(self, adapter: str, device: torch.device) -> TernaryBasis:
         """This rank's slice."""
         basis = super().basis_of(adapter, device)
-        whole, part = self.slices.get(adapter, (None, None))
-        if whole is not basis:
+        if adapter not in self.slices or self.slices[adapter][0] is not basis:
             part = slice_of_rank(basis, self.device_mesh, self.shards_outputs)
             self.slices[adapter] = basis, part
-        return part
+        return self.slices[adapter][1]
 
     def _diagonals(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """This rank's lambda and gamma; backward sums their gradients over all ranks."""
@@ -61,7 +60,7 @@ class TensorParallelLinear(ShardedLayer, AcceleratedLinear):
     def _part(self, name: str, x: Tensor, weight: Any = None, bias: Any = None) -> Tensor:
         placement = Replicate() if self.shards_outputs else Shard(x.ndim - 1)
         placed = DTensor.from_local(x, self.device_mesh, [placement], run_check=False)
-        y = super()._part(name, placed, weight, bias)
+        y: Any = super()._part(name, placed, weight, bias)
         return y.to_local() if self.shards_outputs else y.full_tensor()
 
 
