@@ -24,6 +24,19 @@ def slice_of_rank(basis: TernaryBasis, mesh: DeviceMesh, shards_outputs: bool) -
     return basis.slice(**{"outputs" if shards_outputs else "inputs": range(first, first + share)})
 
 
+def check_divisible(argument: str, sizes: tuple[int, int], shards_outputs: bool, n: int) -> None:
+    """Raises ValueError, naming `argument`, unless `n` ranks can each hold an equal part.
+
+    Args:
+        sizes: in_features and out_features.
+    """
+    side = "out_features" if shards_outputs else "in_features"
+    if (size := sizes[shards_outputs]) % n:
+        raise ValueError(
+            f"{argument}: {side} must be divisible by the {n} ranks of the mesh, got {size}"
+        )
+
+
 class ShardedLayer(AdaptedLayer):
     """A layer whose base and adapters hold this rank's part of the inputs or of the outputs.
 
@@ -90,25 +103,17 @@ class TensorParallelRandLoraLinear(ShardedLayer, RandLoraLinear):
 
     def _shard_adapter(self, name: str) -> None:
         basis = slice_of_rank(self.bases[name], self.device_mesh, self.shards_outputs)
+        d_is_cut = basis.d < self.bases[name].d
         for diagonals, placement in (
             (self.randlora_lambda, Replicate()),
-            (self.randlora_gamma, Shard(1) if basis.d < self._d else Replicate()),
+            (self.randlora_gamma, Shard(1) if d_is_cut else Replicate()),
         ):
             parameter = diagonals[name]
-            diagonals[name] = nn.Parameter(
-                distribute_tensor(
-                    parameter.detach(),
-                    self.device_mesh,
-                    [placement],
-                    src_data_rank=self.src_data_rank,
-                ),
-                requires_grad=parameter.requires_grad,
+            made = distribute_tensor(
+                parameter.detach(), self.device_mesh, [placement], src_data_rank=self.src_data_rank
             )
+            diagonals[name] = nn.Parameter(made, requires_grad=parameter.requires_grad)
         self.bases[name] = basis
-
-    @property
-    def _d(self) -> int:
-        return min(self.in_features, self.out_features)
 
     # ---- the computation ---------------------------------------------------------------------
 

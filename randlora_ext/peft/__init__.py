@@ -50,8 +50,9 @@ def check_version() -> None:
 
 check_version()
 
-from .activation import accelerate, disable, enable, kernel_summary  # noqa: E402
+from .activation import accelerate, disable, enable  # noqa: E402
 from .config import RandLoraConfig  # noqa: E402
+from .layer import kernel_summary  # noqa: E402
 from .loading import hotswap_adapter  # noqa: E402
 from .lora import export_to_lora  # noqa: E402
 from .saving import export_to_peft  # noqa: E402

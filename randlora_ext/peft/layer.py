@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,8 @@ from ..ops.dtensor import is_dtensor
 from ..ops.path import SIXTEEN_BITS
 from .bases import PackedBufferDict, layer_basis
 from .ternary_tensor import TernaryTensor
+
+_STOCK = "on PEFT's own code: made without randlora_ext.peft.enable(); see accelerate()"
 
 
 class AcceleratedLayer(AdaptedLayer):
@@ -164,6 +167,39 @@ def warn_of_rounding(base: nn.Module) -> None:
         "rounding errors.",
         stacklevel=6,
     )
+
+
+def kernel_summary(model: nn.Module, tokens: int = 512) -> str:
+    """One line: how many layers run on our kernels, shapes, bases, instruction set and path.
+
+    Equal layers are counted together; others are named with the reason. "(counted)" marks the
+    share of non-zeros of bases that were drawn or loaded, which is near the density asked for.
+
+    Args:
+        model: a module that holds RandLoRA layers, of PEFT or `RandLoraLinear`.
+        tokens: rows of x for which the path is shown.
+    """
+    ours: Counter[str] = Counter()
+    others: Counter[str] = Counter()
+    isas = set()
+    for layer in (m for m in model.modules() if isinstance(m, (RandLoraLayer, AdaptedLayer))):
+        if not isinstance(layer, AdaptedLayer):
+            others[_STOCK] += 1
+            continue
+        for name in layer.active_adapters:
+            if name in layer.randlora_lambda:
+                isa, told = layer.describe(name, tokens)
+                if isa:
+                    isas.add(isa)
+                    ours[f"{layer.in_features}->{layer.out_features} {told}"] += 1
+                else:
+                    others[f"by {told}"] += 1
+    parts = [f"{count} layers {what}" for what, count in others.items()]
+    if ours:
+        listed = ", ".join(f"{count}x {what}" for what, count in sorted(ours.items()))
+        kernels = f"{'/'.join(sorted(isas))} kernels at {tokens} tokens"
+        parts.insert(0, f"{ours.total()} RandLoRA layers on randlora_ext's {kernels}: {listed}")
+    return "; ".join(parts) or "no RandLoRA layers"
 
 
 def layers_with(model: Any, adapter_name: str | None = None) -> dict[str, RandLoraLayer]:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..basis import TernaryBasis
 from ..distributed.agreement import same_on_all_ranks
-from ..distributed.layer import ShardedLayer, SumGradients, slice_of_rank
+from ..distributed.layer import ShardedLayer, SumGradients, check_divisible, slice_of_rank
 from ..nn.state_dict import DIAGONALS
 from ..ops.dtensor import is_dtensor
 from .layer import AcceleratedLinear
@@ -120,12 +120,7 @@ def check_plans(model: nn.Module, sizes: dict[str, tuple[int, int]]) -> None:
                 f"target {name!r} is sharded by the tensor parallel style {style!r}; an adapter "
                 f"needs 'colwise', 'rowwise' or one of {', '.join(map(repr, _WHOLE))}"
             )
-        side = "out_features" if style == "colwise" else "in_features"
-        if (size := features[style == "colwise"]) % mesh.size():
-            raise ValueError(
-                f"target {name!r}: {side} must be divisible by the {mesh.size()} tensor parallel "
-                f"ranks, got {size}"
-            )
+        check_divisible(f"target {name!r}", features, style == "colwise", mesh.size())
 
 
 def shard(layer: AcceleratedLinear, model: nn.Module, name: str, adapter: str) -> None:
