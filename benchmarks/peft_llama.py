@@ -115,7 +115,7 @@ def bytes_of_bases(model: torch.nn.Module) -> int:
             tensors += [basis] if signs is None else [signs.planes]
     for layer in model.modules():
         if hasattr(layer, "basis_of"):
-            basis, _ = layer.basis_of("default", next(layer.parameters()).device)
+            basis = layer.basis_of("default", next(layer.parameters()).device)
             tensors += basis.packed(next(layer.parameters()).device)
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()

@@ -57,6 +57,6 @@ def configuration(cfg) -> randlora_ext.peft.RandLoraConfig:
         randlora_dropout=cfg.lora_dropout or 0.0,
         target_modules=targets,
         modules_to_save=cfg.lora_modules_to_save or None,
-        basis="independent",
+        basis="hadamard",
         task_type="CAUSAL_LM",
     )

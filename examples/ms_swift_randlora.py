@@ -29,7 +29,7 @@ class RandLoraTuner(PeftTuner):
                 randlora_alpha=args.lora_alpha,
                 randlora_dropout=args.lora_dropout,
                 target_modules=targets,
-                basis="independent",
+                basis="hadamard",
                 task_type="CAUSAL_LM",
             ),
         )

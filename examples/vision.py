@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--model", default="openai/clip-vit-base-patch32", help="folder or name")
     parser.add_argument("--out", type=Path, default=Path("randlora-adapter"))
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--toy", action="store_true", help="a tiny model, nothing is downloaded")
     args = parser.parse_args()
@@ -86,7 +86,7 @@ def main() -> None:
     randlora_ext.peft.enable()
     config = randlora_ext.peft.RandLoraConfig(
         r=args.rank,
-        randlora_alpha=10 * args.rank,
+        randlora_alpha=20 * args.rank,
         basis="hadamard",
         target_modules=TARGETS,
         modules_to_save=["classifier"],

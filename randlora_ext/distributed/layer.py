@@ -1,7 +1,7 @@
 """`RandLoraLinear` over a base layer that is sharded by outputs or by inputs."""
 
 import inspect
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed._functional_collectives as funcol
@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from ..basis import TernaryBasis
-from ..nn.base_layer import is_plain_linear, matches
+from ..nn.adapted_layer import AdaptedLayer
+from ..nn.base_layer import has_hooks, is_plain_linear, matches
 from ..nn.linear import RandLoraLinear
 from .agreement import same_on_all_ranks
 
@@ -23,35 +24,52 @@ def slice_of_rank(basis: TernaryBasis, mesh: DeviceMesh, shards_outputs: bool) -
     return basis.slice(**{"outputs" if shards_outputs else "inputs": range(first, first + share)})
 
 
-def linear_of_rank(
-    linear: Callable[[Tensor, Tensor | None, Tensor | None], Tensor],
-    x: DTensor,
-    weight: DTensor | None,
-    bias: DTensor | None,
-    shards_outputs: bool,
-) -> DTensor:
-    """``linear(x, weight, bias)`` on this rank's parts: Shard(-1), or Partial if inputs are cut."""
-    mesh = x.device_mesh
-    weight = None if weight is None else weight.to_local()
-    if bias is not None:
-        adds_bias = shards_outputs or mesh.get_local_rank() == 0
-        bias = bias.to_local() if adds_bias else None
-    # This rank's outputs give a part of dx; it joins the sum that the base layer needs anyway.
-    x = x.to_local(grad_placements=[Partial()] if shards_outputs else [Shard(x.ndim - 1)])
-    y = linear(x, weight, bias)
-    placement = Shard(y.ndim - 1) if shards_outputs else Partial()
-    return DTensor.from_local(y, mesh, [placement], run_check=False)
+def check_divisible(argument: str, sizes: tuple[int, int], shards_outputs: bool, n: int) -> None:
+    """Raises ValueError, naming `argument`, unless `n` ranks can each hold an equal part.
+
+    Args:
+        sizes: in_features and out_features.
+    """
+    side = "out_features" if shards_outputs else "in_features"
+    if (size := sizes[shards_outputs]) % n:
+        raise ValueError(
+            f"{argument}: {side} must be divisible by the {n} ranks of the mesh, got {size}"
+        )
 
 
-def may_fuse(base: nn.Linear, x: Tensor, shards_outputs: bool) -> bool:
-    """Whether one operator may compute this rank's parts of base layer and adapter."""
-    if not matches(base.weight, x):
-        return False
-    # If inputs are sharded, only one rank adds the bias; the others would not see its gradient.
-    return shards_outputs or base.bias is None or not base.bias.requires_grad
+class ShardedLayer(AdaptedLayer):
+    """A layer whose base and adapters hold this rank's part of the inputs or of the outputs.
+
+    Mixed in before the class of the whole layer. Parts of dx and, if inputs are cut, of y are
+    `Partial`: their sums join those that the base layer needs anyway.
+    """
+
+    device_mesh: DeviceMesh
+    shards_outputs: bool
+
+    def _part(self, name: str, x: Any, weight: Any = None, bias: Any = None) -> Tensor:
+        last = Shard(x.ndim - 1)
+        if bias is not None:
+            adds_bias = self.shards_outputs or self.device_mesh.get_local_rank() == 0
+            bias = bias.to_local() if adds_bias else None
+        weight = None if weight is None else weight.to_local()
+        x = x.to_local(grad_placements=[Partial()] if self.shards_outputs else [last])
+        y = super()._part(name, x, weight, bias)
+        placement = last if self.shards_outputs else Partial()
+        return DTensor.from_local(y, self.device_mesh, [placement], run_check=False)
+
+    def _can_fuse(self, name: str, x: Tensor) -> bool:
+        base = self.base_layer
+        # If inputs are cut, only one rank adds the bias; the others would not see its gradient.
+        frozen = self.shards_outputs or base.bias is None or not base.bias.requires_grad
+        return frozen and not has_hooks(base) and matches(base.weight, x)
+
+    def _laid_out(self, delta: Tensor) -> DTensor:
+        placement = Shard(0) if self.shards_outputs else Shard(1)
+        return DTensor.from_local(delta, self.device_mesh, [placement], run_check=False)
 
 
-class TensorParallelRandLoraLinear(RandLoraLinear):
+class TensorParallelRandLoraLinear(ShardedLayer, RandLoraLinear):
     """A `RandLoraLinear` that `RandLoraColwise` or `RandLoraRowwise` has sharded, in place.
 
     ``forward`` is still ``base_layer(x) + scaling * x dW^T``, on DTensors. If outputs are sharded,
@@ -67,8 +85,6 @@ class TensorParallelRandLoraLinear(RandLoraLinear):
     are sharded too. `get_delta_weight` returns a DTensor, `get_scaled_bases` this rank's slices.
     """
 
-    device_mesh: DeviceMesh
-    shards_outputs: bool
     src_data_rank: int | None
 
     def update_layer(self, adapter_name: str, *args, **kwargs) -> None:
@@ -87,46 +103,24 @@ class TensorParallelRandLoraLinear(RandLoraLinear):
 
     def _shard_adapter(self, name: str) -> None:
         basis = slice_of_rank(self.bases[name], self.device_mesh, self.shards_outputs)
+        d_is_cut = basis.d < self.bases[name].d
         for diagonals, placement in (
             (self.randlora_lambda, Replicate()),
-            (self.randlora_gamma, Shard(1) if basis.d < self._d else Replicate()),
+            (self.randlora_gamma, Shard(1) if d_is_cut else Replicate()),
         ):
             parameter = diagonals[name]
-            diagonals[name] = nn.Parameter(
-                distribute_tensor(
-                    parameter.detach(),
-                    self.device_mesh,
-                    [placement],
-                    src_data_rank=self.src_data_rank,
-                ),
-                requires_grad=parameter.requires_grad,
+            made = distribute_tensor(
+                parameter.detach(), self.device_mesh, [placement], src_data_rank=self.src_data_rank
             )
+            diagonals[name] = nn.Parameter(made, requires_grad=parameter.requires_grad)
         self.bases[name] = basis
-
-    @property
-    def _d(self) -> int:
-        return min(self.in_features, self.out_features)
 
     # ---- the computation ---------------------------------------------------------------------
 
-    def _can_fuse(self, x: DTensor) -> bool:
-        base = self.base_layer
-        return is_plain_linear(base) and may_fuse(base, x, self.shards_outputs)
+    def _can_fuse(self, name: str, x: DTensor) -> bool:
+        return is_plain_linear(self.base_layer) and super()._can_fuse(name, x)
 
-    def _part(self, name: str, x: DTensor, weight: DTensor | None, bias: DTensor | None) -> DTensor:
-        lam, gam = self._diagonals(name)
-
-        def linear(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-            return self._linear(name, x, weight, bias, lam, gam)
-
-        return linear_of_rank(linear, x, weight, bias, self.shards_outputs)
-
-    def _delta(self, name: str, dtype: torch.dtype) -> DTensor:
-        delta = super()._delta(name, dtype)
-        placement = Shard(0) if self.shards_outputs else Shard(1)
-        return DTensor.from_local(delta, self.device_mesh, [placement], run_check=False)
-
-    def _diagonals(self, name: str) -> tuple[Tensor, Tensor]:
+    def _diagonals(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """This rank's lambda and gamma; backward sums the gradients of replicated ones."""
         lam, gam = self.randlora_lambda[name], self.randlora_gamma[name]
         if lam.device_mesh.ndim > 1:

@@ -20,7 +20,7 @@ from ..nn.base_layer import is_plain_linear
 from ..nn.linear import RandLoraLinear
 from ..ops.dtensor import is_dtensor
 from .agreement import same_on_all_ranks
-from .layer import TensorParallelRandLoraLinear, slice_of_rank
+from .layer import TensorParallelRandLoraLinear, check_divisible, slice_of_rank
 
 
 class _RandLoraStyle(ParallelStyle):
@@ -126,12 +126,8 @@ class _RandLoraStyle(ParallelStyle):
             raise ValueError(
                 f"{style}: adapters {module.merged_adapters} are merged; unmerge() first"
             )
-        name = "out_features" if self.shards_outputs else "in_features"
-        if (size := getattr(module, name)) % device_mesh.size():
-            raise ValueError(
-                f"{style}: {name} must be divisible by the {device_mesh.size()} ranks of the mesh, "
-                f"got {size}"
-            )
+        sizes = module.in_features, module.out_features
+        check_divisible(style, sizes, self.shards_outputs, device_mesh.size())
         for basis in module.bases.values():
             slice_of_rank(basis, device_mesh, self.shards_outputs)
 

@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..basis.description import did_you_mean
 from .base_layer import check_base_layer, disable_nested_tensors, is_conv1d
-from .linear import RandLoraLinear
+from .linear import RandLoraLinear, refuse_unknown
 from .state_dict import refuse_misfit
 
 
@@ -35,11 +34,8 @@ def apply_randlora(
             or Conv1D, or is adapted already; an option has another name. Also the errors of
             RandLoraLinear. In all cases the model is as it was.
     """
-    known = [*inspect.signature(RandLoraLinear).parameters][1:]
-    for name in layer_options:
-        if name not in known:
-            told = did_you_mean(name, known) or f"; it takes {', '.join(known)}"
-            raise TypeError(f"apply_randlora has no argument {name!r}{told}")
+    known = inspect.signature(RandLoraLinear).parameters
+    refuse_unknown("apply_randlora", layer_options, [*known][1:])
     # A module that is registered twice (tied) is visited twice, and must be wrapped once.
     named = dict(model.named_modules(remove_duplicate=False))
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":

@@ -1,28 +1,50 @@
 """`RandLoraLinear`: a frozen linear layer with one or more RandLoRA adapters, without PEFT."""
 
+import functools
+import inspect
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..basis import TernaryBasis
-from ..basis.description import check_kind, check_seed
-from ..ops import functional
-from ..ops.dtensor import full_tensor
-from ..ops.path import explain
-from .base_layer import can_fuse, check_base_layer, features, force_module_call, is_conv1d
-from .merging import Mergeable, adapter_dtype
+from ..basis.description import check_kind, check_seed, did_you_mean
+from ..ops.dtensor import full_tensor, laid_out_like
+from ..ops.functional import merged_weight
+from .adapted_layer import AdaptedLayer
+from .base_layer import check_base_layer, features, force_module_call, is_conv1d
+from .merging import adapter_dtype
 from .state_dict import refuse_misfit
-
-_REPR_TOKENS = 512  # `extra_repr` shows the path for this many tokens
 
 # The largest scaling that the authors and PEFT's examples train with.
 DEFAULT_SCALING = 20.0
 
 
-class RandLoraLinear(Mergeable, nn.Module):
+def refuse_unknown(called: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises TypeError, naming the nearest of `known`, unless all of `given` are known."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            told = did_you_mean(name, known) or f"; it takes {', '.join(known)}"
+            raise TypeError(f"{called} got an unexpected keyword argument {name!r}{told}")
+
+
+def names_unknown(method: Callable) -> Callable:
+    """`method`, whose error for an unknown argument names the nearest one that it has."""
+    called, known = method.__qualname__.removesuffix(".__init__"), inspect.signature(method)
+
+    @functools.wraps(method)
+    def checked(self, *args, **kwargs):
+        refuse_unknown(called, kwargs, [*known.parameters][1:])
+        return method(self, *args, **kwargs)
+
+    return checked
+
+
+class RandLoraLinear(AdaptedLayer, nn.Module):
     """``base_layer(x) + sum over active adapters of scaling * dropout(x) @ (B @ A')^T``.
 
     A' (K, d) is A scaled by lambda and gamma; B @ A' has the shape of the weight
@@ -59,6 +81,7 @@ class RandLoraLinear(Mergeable, nn.Module):
     Source: PEFT's ``randlora.layer.Linear``, which has the same names.
     """
 
+    @names_unknown
     def __init__(
         self,
         base_layer: nn.Module,
@@ -92,6 +115,7 @@ class RandLoraLinear(Mergeable, nn.Module):
         self.register_load_state_dict_pre_hook(refuse_misfit)
         force_module_call(self)
 
+    @names_unknown
     def update_layer(
         self,
         adapter_name: str,
@@ -148,7 +172,7 @@ class RandLoraLinear(Mergeable, nn.Module):
 
         Raises ValueError for an unknown or repeated name. A merged adapter stays merged.
         """
-        self._active = self._check_names("adapter_names", adapter_names)
+        self._active = self._chosen("adapter_names", adapter_names)
         self._mark_trained()
 
     def disable(self) -> None:
@@ -175,69 +199,90 @@ class RandLoraLinear(Mergeable, nn.Module):
 
     # ---- the computation ---------------------------------------------------------------------
 
+    def basis_of(self, adapter: str, device: torch.device) -> TernaryBasis:
+        return self.bases[adapter]
+
     def forward(self, x: Tensor) -> Tensor:
         names = [] if self._disabled else [a for a in self._active if a not in self.merged_adapters]
-        base = self.base_layer
-        if len(names) == 1 and not self._drops(names[0]) and self._can_fuse(x):
-            return self._part(names[0], x, base.weight, base.bias)
-        y = base(x)
-        for name in names:
-            y = y + self._part(name, self.randlora_dropout[name](x), None, None)
-        return y
+        return self._adapted(names, x)
 
-    def _can_fuse(self, x: Tensor) -> bool:
-        return can_fuse(self.base_layer, x)
-
-    def _drops(self, name: str) -> bool:
-        dropout = self.randlora_dropout[name]
-        return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
-
-    def _part(self, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        lam, gam = self.randlora_lambda[name], self.randlora_gamma[name]
-        return self._linear(name, x, weight, bias, lam, gam)
-
-    def _linear(
+    @torch.no_grad()
+    def merge(
         self,
-        name: str,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        lam: Tensor,
-        gam: Tensor,
-    ) -> Tensor:
-        return functional.linear(x, weight, bias, self.bases[name], lam, gam, self.scaling[name])
+        safe_merge: bool = False,
+        adapter_names: str | Sequence[str] | None = None,
+        keep_weight: str = "host",
+        rounding_seed: int | None = None,
+    ) -> None:
+        """Adds the adapters' weight changes to the base weight, in place.
 
-    def get_scaled_bases(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """The dense factors (P, Q) of ``scaling * F.linear(F.linear(x, P), Q)``, the adapter.
+        dW is computed in float32 (float64 for a float64 base). W + dW is computed in a wider dtype
+        than W and rounded once. A 16-bit W loses changes below half an ulp.
 
-        They are (A', B) if d == in, otherwise (B^T, A'^T), in the dtype of lambda. For study and
-        export; forward forms neither. Source: PEFT's method.
+        Args:
+            safe_merge: raise instead of writing NaN or inf.
+            adapter_names: the adapters to merge; None means the active ones.
+            keep_weight: where W is kept, so that `unmerge` restores every bit: "host" is CPU
+                memory, "device" the weight's own device. An adapter that changes no bit of W
+                keeps nothing. "nothing" keeps nothing, and `unmerge` subtracts dW; a W that an
+                earlier merge has kept is used nevertheless.
+            rounding_seed: round a 16-bit W stochastically with this seed, so that changes below
+                half an ulp count on average (`randlora_ext.merged_weight`). One adapter at a time.
+
+        Raises:
+            ValueError: an adapter is unknown, repeated or merged already, keep_weight is none of
+                the three, or safe_merge finds NaN or inf.
+            TypeError: the weight is not floating point (quantized).
+            RuntimeError: the layer is disabled, or ZeRO-3 holds the weight elsewhere.
+                After any of these nothing has changed.
         """
-        self._check_names("adapter", adapter)
-        lam, gam = self._diagonals(adapter)
-        basis = self.bases[adapter]
-        scaled = functional.scaled_basis(basis, lam, gam)
-        B = basis.dense(lam.device, lam.dtype)[1]
-        return (scaled, B) if basis.expand else (B.T, scaled.T)
+        chosen = self._active if adapter_names is None else adapter_names
+        names = self._chosen("adapter_names", chosen)
+        for name in names:
+            if name in self.merged_adapters:
+                rest = [a for a in self.bases if a not in self.merged_adapters]
+                choose = f", or choose from {rest}" if rest else ""
+                raise ValueError(
+                    f"adapter_names: {name!r} is merged already; unmerge() first{choose}"
+                )
+        if self._disabled:
+            raise RuntimeError("merge() on a disabled layer; call enable() first")
+        if rounding_seed is None:
+            self._merge(names, safe_merge, keep_weight)
+            return
+        self._merge(
+            names, safe_merge, keep_weight, lambda W: self._weight_rounded(W, names, rounding_seed)
+        )
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """``scaling * B @ A'`` in the shape of the base layer's weight and the dtype of lambda.
+    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
+        if self.merged:
+            warnings.warn(
+                f"{prefix}base_layer.weight of this state dict holds the merged adapters "
+                f"{self.merged_adapters}; a layer that loads it with their lambda and gamma adds "
+                "them twice. Call unmerge() first, or merge_and_unload() for weights alone",
+                stacklevel=2,
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
-        Differentiable for lambda and gamma. Raises ValueError for an unknown adapter.
-        """
-        self._check_names("adapter", adapter)
-        return self._delta(adapter, self.randlora_lambda[adapter].dtype)
-
-    def _delta(self, name: str, dtype: torch.dtype) -> Tensor:
-        lam, gam = (t.to(dtype) for t in self._diagonals(name))
-        delta = functional.delta_weight(self.bases[name], lam, gam, self.scaling[name])
-        return delta.T if self.fan_in_fan_out else delta
-
-    def _diagonals(self, name: str) -> tuple[Tensor, Tensor]:
-        """Lambda and gamma, gathered if FSDP2 has sharded them."""
-        return full_tensor(self.randlora_lambda[name]), full_tensor(self.randlora_gamma[name])
+    def _weight_rounded(self, weight: Tensor, names: list[str], seed: int) -> Tensor:
+        if len(names) != 1 or weight.itemsize != 2:
+            raise ValueError(
+                f"rounding_seed rounds one adapter into a 16-bit weight, got adapters {names} and "
+                f"a weight of {weight.dtype}"
+            )
+        (name,) = names
+        lam, gam = self._diagonals(name, weight.device)
+        oriented = (
+            full_tensor(weight).T.contiguous() if self.fan_in_fan_out else full_tensor(weight)
+        )
+        total = merged_weight(self.bases[name], oriented, lam, gam, self.scaling[name], seed)
+        return laid_out_like(total.T if self.fan_in_fan_out else total, weight)
 
     # ---- conveniences ------------------------------------------------------------------------
+
+    def get_base_layer(self) -> Any:
+        """The frozen layer. Source: PEFT's method."""
+        return self.base_layer
 
     @property
     def weight(self) -> Tensor:
@@ -248,31 +293,12 @@ class RandLoraLinear(Mergeable, nn.Module):
     def bias(self) -> Tensor | None:
         return self.base_layer.bias
 
-    def _check_names(self, argument: str, names: str | Sequence[str]) -> list[str]:
+    def _chosen(self, argument: str, names: str | Sequence[str]) -> list[str]:
         names = [names] if isinstance(names, str) else list(names)
-        for name in names:
-            if name not in self.bases:
-                raise ValueError(f"{argument}: unknown adapter {name!r}; known are {[*self.bases]}")
+        self._check_names(argument, names)
         if len(set(names)) != len(names):
             raise ValueError(f"{argument} must not repeat a name, got {names}")
         return names
-
-    def extra_repr(self) -> str:
-        parts = [f"in_features={self.in_features}, out_features={self.out_features}"]
-        for name, basis in self.bases.items():
-            dropout = self.randlora_dropout[name]
-            weight = self.base_layer.weight
-            p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
-            plain = type(self.base_layer) is nn.Linear
-            path = explain(basis, _REPR_TOKENS, weight.dtype, weight.device, plain, p).path
-            state = "merged" if name in self.merged_adapters else "inactive"
-            if name in self._active and name not in self.merged_adapters:
-                state = "disabled" if self._disabled else "active"
-            kind = "hadamard" if basis.kind == "hadamard" else f"density={basis.density:.4g}"
-            parts.append(
-                f"{name}: r={basis.r}, {kind}, {state}, path {path} at {_REPR_TOKENS} tokens"
-            )
-        return "; ".join(parts)
 
 
 def check_adapter_name(name: str) -> None:

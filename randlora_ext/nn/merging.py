@@ -1,7 +1,4 @@
-"""Merging adapters into the weight of a base layer, and taking them out again, bit for bit.
-
-`KeepsWeight` is what `RandLoraLinear` and the layers of randlora_ext.peft share.
-"""
+"""Merging adapters into the weight of a base layer, and taking them out again, bit for bit."""
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -10,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.dtensor import full_tensor, is_dtensor, laid_out_like
-from ..ops.functional import merged_weight
+from ..ops.dtensor import full_tensor, is_dtensor
 
 KEEP_WEIGHT = ("host", "device", "nothing")
 
@@ -76,7 +72,7 @@ class KeepsWeight(_Layer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        unknown = (name for name in self.merged_adapters if not self._has_adapter(name))
+        unknown = (name for name in self.merged_adapters if name not in self.randlora_lambda)
         restored = {*self._kept_without, *unknown}  # a deleted adapter cannot be subtracted
         rest = [name for name in self.merged_adapters if name not in restored]
         if self._kept is not None or not rest:
@@ -140,15 +136,8 @@ class KeepsWeight(_Layer):
         wide = torch.float32 if weight.itemsize < 4 or len(names) == 1 else torch.float64
         total = weight.to(torch.promote_types(wide, weight.dtype), copy=True)
         for name in names:
-            total.add_(laid_out_like(self._delta_to_merge(name), weight), alpha=sign)
+            total.add_(self._delta(name, adapter_dtype(weight.dtype)), alpha=sign)
         return total.to(weight.dtype)
-
-    def _has_adapter(self, name: str) -> bool:
-        return name in self.randlora_lambda
-
-    def _delta_to_merge(self, name: str) -> Tensor:
-        """dW in the layout of the weight."""
-        raise NotImplementedError
 
     # ---- an ordinary weight --------------------------------------------------------------------
 
@@ -194,86 +183,3 @@ def _local(t: Any) -> Tensor:
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return not a.is_meta and torch.equal(_local(a), _local(b))
-
-
-class Mergeable(KeepsWeight):
-    """The methods of `RandLoraLinear` that write to the base layer's weight."""
-
-    @torch.no_grad()
-    def merge(
-        self,
-        safe_merge: bool = False,
-        adapter_names: str | Sequence[str] | None = None,
-        keep_weight: str = "host",
-        rounding_seed: int | None = None,
-    ) -> None:
-        """Adds the adapters' weight changes to the base weight, in place.
-
-        dW is computed in float32 (float64 for a float64 base). W + dW is computed in a wider dtype
-        than W and rounded once. A 16-bit W loses changes below half an ulp.
-
-        Args:
-            safe_merge: raise instead of writing NaN or inf.
-            adapter_names: the adapters to merge; None means the active ones.
-            keep_weight: where W is kept, so that `unmerge` restores every bit: "host" is CPU
-                memory, "device" the weight's own device. An adapter that changes no bit of W
-                keeps nothing. "nothing" keeps nothing, and `unmerge` subtracts dW; a W that an
-                earlier merge has kept is used nevertheless.
-            rounding_seed: round a 16-bit W stochastically with this seed, so that changes below
-                half an ulp count on average (`randlora_ext.merged_weight`). One adapter at a time.
-
-        Raises:
-            ValueError: an adapter is unknown, repeated or merged already, keep_weight is none of
-                the three, or safe_merge finds NaN or inf.
-            TypeError: the weight is not floating point (quantized).
-            RuntimeError: the layer is disabled, or ZeRO-3 holds the weight elsewhere.
-                After any of these nothing has changed.
-        """
-        chosen = self._active if adapter_names is None else adapter_names
-        names = self._check_names("adapter_names", chosen)
-        for name in names:
-            if name in self.merged_adapters:
-                rest = [a for a in self.bases if a not in self.merged_adapters]
-                choose = f", or choose from {rest}" if rest else ""
-                raise ValueError(
-                    f"adapter_names: {name!r} is merged already; unmerge() first{choose}"
-                )
-        if self._disabled:
-            raise RuntimeError("merge() on a disabled layer; call enable() first")
-        if rounding_seed is None:
-            self._merge(names, safe_merge, keep_weight)
-            return
-        self._merge(
-            names, safe_merge, keep_weight, lambda W: self._weight_rounded(W, names, rounding_seed)
-        )
-
-    def get_base_layer(self) -> Any:
-        """The frozen layer. Source: PEFT's method."""
-        return self.base_layer
-
-    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
-        if self.merged:
-            warnings.warn(
-                f"{prefix}base_layer.weight of this state dict holds the merged adapters "
-                f"{self.merged_adapters}; a layer that loads it with their lambda and gamma adds "
-                "them twice. Call unmerge() first, or merge_and_unload() for weights alone",
-                stacklevel=2,
-            )
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _delta_to_merge(self, name: str) -> Tensor:
-        return self._delta(name, adapter_dtype(self.base_layer.weight.dtype))
-
-    def _weight_rounded(self, weight: Tensor, names: list[str], seed: int) -> Tensor:
-        if len(names) != 1 or weight.itemsize != 2:
-            raise ValueError(
-                f"rounding_seed rounds one adapter into a 16-bit weight, got adapters {names} and "
-                f"a weight of {weight.dtype}"
-            )
-        (name,) = names
-        lam, gam = self._diagonals(name)
-        oriented = (
-            full_tensor(weight).T.contiguous() if self.fan_in_fan_out else full_tensor(weight)
-        )
-        total = merged_weight(self.bases[name], oriented, lam, gam, self.scaling[name], seed)
-        return laid_out_like(total.T if self.fan_in_fan_out else total, weight)

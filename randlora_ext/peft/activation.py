@@ -1,22 +1,43 @@
-"""Replacing PEFT's classes by ours, and back."""
+"""Replacing PEFT's classes and methods by ours, and back.
 
+PEFT has tables for tuners and configurations and calls methods of both, but only `PeftModel`'s
+``save_pretrained`` and ``load_adapter`` know the folder before tensors are written to it, or read
+from it over an existing adapter. These two, and ``from_pretrained``, are also where one rank of a
+model that transformers has sharded may fail alone. ``add_adapter`` is all that TRL calls to make a
+reference. ``push_to_hub`` writes the hub's empty card over PEFT's before it calls
+``_upload_modified_files``. Models on other layers pass through, and so does ``from_pretrained`` for
+unsharded ones.
+"""
+
+import functools
 import gc
+import sys
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
-from peft import PeftType
+import torch
+from packaging.version import Version
+from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.randlora.layer import RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
 from torch import nn
 
 from ..nn.merging import check_keep_weight
-from . import peft_model_patch
+from ..nn.state_dict import DIAGONALS
 from .bases import BASIS_NAMES, PackedBufferDict
+from .card import Base, name_of, write_card
 from .config import RandLoraConfig
-from .layer import AcceleratedLayer
+from .layer import AcceleratedLayer, layers_with
+from .loading import check_load_over, warn_of_misfits
 from .model import STOCK_QUANTIZED, AcceleratedRandLoraModel, accelerate_layer, parallel_plans
+from .saving import save_together
 
+NEWEST_TRL = "1.16"  # as tests/peft/test_trl.py ran
+_patched: dict[str, tuple[Any, Any]] = {}  # (PEFT's, ours)
 _stock: tuple[type, type] | None = None
 
 
@@ -45,7 +66,7 @@ def enable(float32_products: bool = False, keep_weight: str = "host") -> None:
     check_keep_weight(keep_weight)
     AcceleratedLayer.keep_weight = keep_weight
     AcceleratedLayer.float32_products = float32_products
-    peft_model_patch.install()
+    _patch()
     if _stock is None:
         _stock = (
             PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA],
@@ -64,7 +85,7 @@ def enable(float32_products: bool = False, keep_weight: str = "host") -> None:
 def disable() -> None:
     """Puts stock PEFT back for models made afterwards; those made in between keep our kernels."""
     global _stock
-    peft_model_patch.uninstall()
+    _unpatch()
     if _stock is not None:
         PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] = _stock[0]
         PEFT_TYPE_TO_TUNER_MAPPING[PeftType.RANDLORA] = _stock[1]
@@ -106,7 +127,7 @@ def accelerate(model: nn.Module) -> nn.Module:
         accelerate_layer(layer)
     for tuner in tuners:
         tuner.__class__ = AcceleratedRandLoraModel
-    peft_model_patch.install()
+    _patch()
     return model
 
 
@@ -114,3 +135,123 @@ def _is_sharded(model: Any) -> bool:
     plans = parallel_plans(model)
     layers = (name for name, module in model.named_modules() if isinstance(module, RandLoraLayer))
     return plans is not None and any(plans.plan_of(model, name) for name in layers)
+
+
+# ---- methods of PeftModel --------------------------------------------------------------
+
+
+def _patch() -> None:
+    """Wraps the methods, once."""
+    for name, around in (
+        ("save_pretrained", _for_our_models(_save)),
+        ("load_adapter", _for_our_models(_load)),
+        ("add_adapter", _for_our_models(_add)),
+        ("_upload_modified_files", _for_our_models(_upload)),
+        ("from_pretrained", _from_pretrained),
+    ):
+        stock = PeftModel.__dict__.get(name) or getattr(PeftModel, name, None)
+        if name not in _patched and stock is not None:  # a private one may go
+            ours = around(stock)
+            _patched[name] = stock, ours
+            setattr(PeftModel, name, ours)
+
+
+def _unpatch() -> None:
+    """Puts PEFT's own back, unless somebody else has wrapped ours since."""
+    for name, (stock, ours) in list(_patched.items()):
+        if PeftModel.__dict__.get(name) is ours:
+            setattr(PeftModel, name, stock)
+            del _patched[name]
+
+
+def _for_our_models(around: Callable) -> Callable:
+    def patched(stock: Callable) -> Callable:
+        @functools.wraps(stock)
+        def method(self, *args, **kwargs):
+            if isinstance(self.base_model, AcceleratedRandLoraModel):
+                return around(stock, self, *args, **kwargs)
+            return stock(self, *args, **kwargs)
+
+        return method
+
+    return patched
+
+
+def _save(
+    stock: Callable, model: PeftModel, save_directory, *args, state_dict=None, **kwargs
+) -> None:
+    def save(folder: str, **state) -> None:
+        stock(model, folder, *args, **state, **kwargs)
+        if is_main_process:
+            write_card(Path(folder), name_of(save_directory), Base.of(model.get_base_model()))
+
+    is_main_process = kwargs.get("is_main_process", True)
+    save_together(save, model, save_directory, is_main_process, state_dict)
+
+
+def _load(stock: Callable, model: PeftModel, model_id, adapter_name, *args, **kwargs):
+    with _failing_together(model.base_model.model):
+        # A new adapter takes its configuration from the file; one that is there keeps its own.
+        if adapter_name in model.peft_config:
+            with _failing_together(model.base_model.model):  # before any rank has changed
+                check_load_over(model, model_id, adapter_name, kwargs)
+        result = stock(model, model_id, adapter_name, *args, **kwargs)
+    warn_of_misfits(model_id, adapter_name, result)
+    return result
+
+
+def _add(stock: Callable, model: PeftModel, adapter_name, peft_config, *args, **kwargs) -> None:
+    stock(model, adapter_name, peft_config, *args, **kwargs)
+    _fill_reference(model, adapter_name, peft_config)
+
+
+def _fill_reference(model: PeftModel, adapter_name: str, config: Any) -> None:
+    """Copies "default" into an added adapter "ref" as TRL means to; leaves all others alone.
+
+    DPO, KTO, GRPO and RLOO add "ref" where they go on training an adapter that is there already,
+    and copy every parameter whose name contains ".default." into it. Names of LoRA do; those of
+    RandLoRA *end* in ".default", so the reference would silently be the base model. See
+    docs/upstream/trl-reference-adapter.md. TRL passes the configuration object of "default"
+    itself. If it copies the numbers, too, as a mended version would, they are the same.
+    """
+    if (
+        adapter_name != "ref"
+        or config is not model.peft_config.get("default")
+        or "trl" not in sys.modules
+    ):
+        return
+    found = Version(sys.modules["trl"].__version__).release
+    if found[:2] > Version(NEWEST_TRL).release:
+        warnings.warn(
+            'TRL\'s reference adapter "ref" is made a copy of "default", as TRL up to '
+            f"{NEWEST_TRL} needs, and this is {'.'.join(map(str, found))}; the first loss of DPO "
+            "must be ln 2 = 0.6931",
+            stacklevel=4,
+        )
+    with torch.no_grad():
+        for layer in layers_with(model, "ref").values():
+            for diagonals in (getattr(layer, name) for name in DIAGONALS):
+                diagonals["ref"].copy_(diagonals["default"])
+
+
+def _upload(stock: Callable, model: PeftModel, working_dir, repo_id: str, *args, **kwargs):
+    model.create_or_update_model_card(str(working_dir))
+    write_card(Path(working_dir), repo_id, Base.of(model.get_base_model()))
+    return stock(model, working_dir, repo_id, *args, **kwargs)
+
+
+def _from_pretrained(stock: classmethod) -> classmethod:
+    @functools.wraps(stock.__func__)
+    def method(cls, model, *args, **kwargs):
+        with _failing_together(model):
+            return stock.__get__(None, cls)(model, *args, **kwargs)
+
+    return classmethod(method)
+
+
+def _failing_together(model: Any) -> AbstractContextManager:
+    if parallel_plans(model) is None:
+        return nullcontext()
+    from ..distributed.agreement import failing_together  # imports torch.distributed
+
+    return failing_together(model._device_mesh)

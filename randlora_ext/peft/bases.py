@@ -63,19 +63,12 @@ class PackedBufferDict(MutableMapping, BufferDict):
         # Plain values, which torch.compile can guard on, beside tensors that it cannot look into.
         self.__dict__["token"] = next(_tokens)  # of this content, in this process
         self.__dict__["dtypes"] = {name: basis.dtype for name, basis in self._bases.items()}
-        self.__dict__["hadamard"] = {
-            name
-            for name, basis in self._bases.items()
-            if isinstance(basis, TernaryTensor) and basis.is_hadamard
-        }
         self.__dict__["traced"] = _Traced()
 
-    @torch.compiler.assume_constant_result  # runs at tracing: graphs hold no warnings
-    def warn_once(self, reason: str) -> None:
-        """Warns once per model that it multiplies by dense bases."""
+    def warn_once(self, told: str) -> None:
+        """Warns once per model."""
         if not self.__dict__.get("_warned"):
             self.__dict__["_warned"] = True
-            told = f"RandLoRA layers of this model multiply by dense bases: {reason}"
             warnings.warn(told, stacklevel=4)
 
     # In PEFT's dictionary buffers are attributes; transformers loads adapters through them.
@@ -173,7 +166,7 @@ class PackedBufferDict(MutableMapping, BufferDict):
             unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
 
     def __getstate__(self) -> dict:
-        made = ("_written", "token", "dtypes", "hadamard", "traced")
+        made = ("_written", "token", "dtypes", "traced")
         return {key: value for key, value in self.__dict__.items() if key not in made}
 
     def __setstate__(self, state: dict) -> None:
@@ -185,7 +178,9 @@ class _Traced:
     """Bases of layers as attributes: Dynamo sees a new one, but no new entry of a dictionary."""
 
 
-def layer_basis(A: Tensor, B: Tensor, in_features: int, out_features: int, r: int) -> TernaryBasis:
+def layer_basis(
+    A: Tensor, B: Tensor, in_features: int, out_features: int, r: int, served: bool = True
+) -> TernaryBasis:
     """The basis of one layer shape, of kind "dense" if A or B is not ternary.
 
     Layers of equal shape get the same object, so they share what it packs. Bases of dense tensors
@@ -194,6 +189,7 @@ def layer_basis(A: Tensor, B: Tensor, in_features: int, out_features: int, r: in
     Args:
         A: (>= r, 1, >= d).  B: (>= D, >= n, >= r). A layer uses the leading slices; in PEFT's
             flat order those of B are its first K columns.
+        served: whether there are kernels for packed bases; otherwise ternary ones are made dense.
 
     Raises ValueError if they are too small.
     """
@@ -207,12 +203,13 @@ def layer_basis(A: Tensor, B: Tensor, in_features: int, out_features: int, r: in
         )
     first, second = (t.signs if isinstance(t, TernaryTensor) else t for t in (A, B))
     made = _made.setdefault(first, WeakIdKeyDictionary()).setdefault(second, {})
-    sizes, values = (in_features, out_features, r), (_value(A), _value(B))
+    packed = served or (isinstance(A, TernaryTensor) and A.is_hadamard)
+    sizes, values = (in_features, out_features, r), (_value(A), _value(B), packed)
     if (sizes, values) not in made:
         turned = made.get(((out_features, in_features, r), values))
         if turned is not None:
             basis = turned.transposed()
-        elif isinstance(A, TernaryTensor) and isinstance(B, TernaryTensor):
+        elif packed and isinstance(A, TernaryTensor) and isinstance(B, TernaryTensor):
             basis = _ternary_basis(A, B, *sizes)
         else:
             if (r, values) not in made:

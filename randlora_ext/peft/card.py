@@ -1,12 +1,16 @@
 """Model cards: which package opens an adapter, and a snippet that does."""
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import CONFIG_NAME
+
+from ..writing import SCRATCH
 
 _BEGIN, _END = "<!-- opens with -->", "<!-- end of opens with -->"  # our part of a card
 _OURS = re.compile(f"{_BEGIN}.*?{_END}", re.DOTALL)
@@ -71,6 +75,18 @@ def write_card(folder: Path, name: str, base: Base | None = None, note: str = ""
     else:
         card.text = f"{card.text.rstrip()}\n\n{ours}\n"
     card.save(file)
+
+
+def name_of(folder: str | os.PathLike) -> str:
+    """The name of a folder, or of the one that a scratch folder's files will be moved to."""
+    place = Path(folder).absolute()
+    return (place.parent if place.name.startswith(SCRATCH) else place).name
+
+
+def copy_card(folder: str | os.PathLike, scratch: Path) -> None:
+    """Copies the model card, because PEFT updates an existing card and keeps its text."""
+    if (card := Path(folder, "README.md")).exists():
+        shutil.copy(card, scratch)
 
 
 def _write_metadata(data: Any, fields: dict, base: Base) -> None:

@@ -1,19 +1,24 @@
 """`RandLoraConfig`: PEFT's, plus any density and bases that are saved as a seed."""
 
+import json
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import peft
 from peft import PeftType, TaskType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from ..basis.shape import check_r
-from ..nn.linear import check_alpha
+from ..nn.linear import check_alpha, names_unknown
 from ..writing import appear_together
-from .adapter_basis import SPARSE, VERY_SPARSE, AdapterBasis
-from .files import refuse_torn_save
+from .adapter_basis import SPARSE, VERY_SPARSE, AdapterBasis, other_bases
 
 _FLAGS = (
     "save_projection", "sparse", "very_sparse", "fan_in_fan_out", "init_weights", "inference_mode"
@@ -21,6 +26,12 @@ _FLAGS = (
 _TEXTS = "base_model_name_or_path", "revision", "peft_version"
 _NEEDS = "; needs randlora_ext"  # after the task in files that stock PEFT cannot open
 _BIASES = ("none", "all", "randlora_only")
+
+_METADATA = "randlora_ext"  # the entry of a safetensors header
+_RECORDED = (
+    "projection_prng_key", "basis", "density", "sparse", "very_sparse", "save_projection", "r",
+    "randlora_alpha",
+)  # fmt: skip
 
 
 @dataclass
@@ -82,7 +93,7 @@ class RandLoraConfig(peft.RandLoraConfig):
             warnings.warn(
                 "randlora_ext.peft.enable() has not been called: until it is, a model of this "
                 "configuration has PEFT's own layers, without our kernels",
-                stacklevel=3,
+                stacklevel=4,  # where the configuration is made
             )
 
     @classmethod
@@ -114,6 +125,9 @@ class RandLoraConfig(peft.RandLoraConfig):
         task = "none" if self.task_type is None else TaskType(self.task_type).value
         how = "import randlora_ext.peft; randlora_ext.peft.enable()"
         return values | {"basis": self.basis, "task_type": f"{task}{_NEEDS}: {how}"}
+
+
+RandLoraConfig.__init__ = names_unknown(RandLoraConfig.__init__)  # type: ignore[method-assign]
 
 
 def _check_types(config: RandLoraConfig) -> None:
@@ -152,3 +166,56 @@ def set_basis(config: peft.RandLoraConfig, basis: AdapterBasis) -> None:
     ours.density = None if late or stock else basis.density
     ours.sparse = stock and (ours.sparse or basis.density == SPARSE)
     ours.very_sparse = late
+
+
+# ---- tensors that record the configuration to which they belong ----------------------------------
+
+
+def record_configurations(folder: Path) -> None:
+    """Writes into every safetensors file which configuration it belongs to.
+
+    A process may be killed between renaming the tensors and renaming the configuration. Two
+    adapters of the same shapes cannot be told apart otherwise.
+    """
+    for config in folder.rglob(CONFIG_NAME):
+        tensors = config.with_name(SAFETENSORS_WEIGHTS_NAME)
+        if tensors.exists():
+            fields = json.loads(config.read_text())
+            text = json.dumps({name: fields[name] for name in _RECORDED if name in fields})
+            new = tensors.with_suffix(".recorded")
+            save_file(load_file(tensors), new, metadata={"format": "pt", _METADATA: text})
+            os.replace(new, tensors)
+
+
+def recorded_configuration(folder: str | os.PathLike) -> dict | None:
+    """What `record_configurations` wrote; None for other files, and for those of the hub."""
+    try:
+        with safe_open(Path(folder, SAFETENSORS_WEIGHTS_NAME), "pt") as file:
+            text = (file.metadata() or {}).get(_METADATA)
+    except (OSError, SafetensorError):  # reported by whoever reads the tensors
+        return None
+    return None if text is None else json.loads(text)
+
+
+def refuse_torn_save(folder: str | os.PathLike) -> None:
+    """Raises ValueError if tensors and configuration in `folder` are not from one save."""
+    config, recorded = Path(folder, CONFIG_NAME), recorded_configuration(folder)
+    if recorded is None or not config.exists():
+        return
+    if differences := misfits(json.loads(config.read_text()), recorded):
+        raise ValueError(
+            f"{config} does not belong to the {SAFETENSORS_WEIGHTS_NAME} beside it, whose "
+            + ", ".join(differences)
+            + ": a save was interrupted, or the file was edited. Save the adapter again; to load "
+            "it with other fields, pass config= instead of editing the file"
+        )
+
+
+def misfits(own: Mapping, saved: Mapping) -> list[str]:
+    """How the adapter of the fields `saved` differs from that of `own`, in words."""
+    found = [
+        f"{name} is {saved[name]!r}, not {own[name]!r}"
+        for name in ("r", "randlora_alpha")
+        if saved[name] != own[name]
+    ]
+    return found + ([] if saved.get("save_projection", True) else other_bases(own, saved))

@@ -1,65 +1,65 @@
 """PEFT's RandLoRA layers with forward, merging and delta weight on the compiled kernels."""
 
 import inspect
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.randlora.layer import Linear, RandLoraLayer
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, check_adapters_to_merge
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..basis import TernaryBasis
 from ..kernels import serve
-from ..nn.base_layer import can_fuse
-from ..nn.state_dict import DIAGONALS, refuse_misfit
-from ..ops import functional
-from ..ops.dtensor import full_tensor, is_dtensor, laid_out_like
-from ..ops.path import SIXTEEN_BITS, explain
-from ..reference import scaled_basis_reference
+from ..nn.adapted_layer import AdaptedLayer
+from ..nn.state_dict import refuse_misfit
+from ..ops.dtensor import is_dtensor
+from ..ops.path import SIXTEEN_BITS
 from .bases import PackedBufferDict, layer_basis
-from .merging import MergeableLayer
+from .ternary_tensor import TernaryTensor
 
-_REPR_TOKENS = 512  # a printed layer shows its path for this many tokens
+_STOCK = "on PEFT's own code: made without randlora_ext.peft.enable(); see accelerate()"
 
 
-class AcceleratedLayer(MergeableLayer):
+class AcceleratedLayer(AdaptedLayer):
     """Computes what a RandLoRA layer of PEFT computes, by ``torch.ops.randlora``.
 
     Mixed in before PEFT's layer class, which still does saving, adding, switching and the rest.
     A 16-bit x is multiplied by dense bases (PEFT's default) in 16 bits with float32 sums, unless
-    ``float32_products`` is set. Devices without our kernels compute Hadamard and dense bases in
-    plain torch, and others from PEFT's dense factors, with one warning per model.
+    ``float32_products`` is set. Devices without our kernels compute Hadamard bases in plain torch,
+    and ternary ones as dense bases, with one warning per model.
     """
 
     randlora_A: PackedBufferDict
     randlora_B: PackedBufferDict
-    float32_products = False  # of all layers; `enable` sets it
+    # Of all layers; `enable` sets them.
+    float32_products = False
+    keep_weight = "host"
+
+    @property
+    def disabled(self) -> bool:
+        return self.disable_adapters
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is not None and not self.disable_adapters:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+        elif adapter_names is not None:
             return self._mixed_batch(x, adapter_names, *args, **kwargs)
-        names = [name for name in self.active_adapters if name in self.randlora_lambda]
-        if self.disable_adapters or self.merged or not names:  # PEFT's: base alone, unmerging
-            return super().forward(x, *args, **kwargs)
-        if torch.jit.is_tracing():
+        off = self.disable_adapters or self.merged
+        names = [] if off else [a for a in self.active_adapters if a in self.randlora_lambda]
+        if names and torch.jit.is_tracing():
             raise RuntimeError(
                 "torch.jit.trace cannot record the kernels of randlora_ext; use torch.export or "
                 "torch.compile, or merge the adapters first"
             )
-        base, dtype = self.base_layer, x.dtype
-        plain = not args and not kwargs and len(names) == 1 and not self._drops(names[0])
-        if plain and self._can_fuse(x):
-            basis, _ = self.basis_of(names[0], x.device)
-            if basis is not None and not self._widens(basis, dtype):
-                return self._linear(names[0], x, base.weight, base.bias, basis).to(dtype)
-        result = base(x, *args, **kwargs)
-        for name in names:
-            x = x.to(self._input_dtype(name, x))
-            result = result + self._adapter(name, self.randlora_dropout[name](x))
-        return result.to(dtype)
+        return self._adapted(names, x, *args, **kwargs).to(x.dtype)
 
     def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args, **kwargs) -> Tensor:
         """Row b of the batch through adapter ``adapter_names[b]``; "__base__" means none."""
@@ -75,164 +75,131 @@ class AcceleratedLayer(MergeableLayer):
                 continue
             rows = [row for row, other in enumerate(adapter_names) if other == name]
             at = torch.tensor(rows, device=x.device)
-            part = x[at].to(self._input_dtype(name, x))
-            result = result.index_add(0, at, self._adapter(name, part).to(result.dtype))
+            part = self._part(name, self._cast(name, x[at]))
+            result = result.index_add(0, at, part.to(result.dtype))
         return result
 
-    def _adapter(self, name: str, x: Tensor) -> Tensor:
-        """The adapter's part alone."""
-        basis, reason = self.basis_of(name, x.device)
-        if basis is not None:
-            return self._linear(name, x, None, None, basis)
-        self.randlora_A.warn_once(reason)
-        first, second = self.get_scaled_bases(name, device=x.device)
-        return F.linear(F.linear(x, first), second) * self.scaling[name]
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """As PEFT's, differentiable, in float32 if CPU bases are 16-bit.
-
-        For a layer that FSDP2 has sharded, a DTensor placed like its weight; all ranks must call.
-        """
-        device = self.randlora_lambda[adapter].device
-        basis, reason = self.basis_of(adapter, device)
-        if basis is None:
-            self.randlora_A.warn_once(reason)
-            first, second = self.get_scaled_bases(adapter)
-            delta = second @ first * self.scaling[adapter]
-        else:
-            _, dtype = self._dtypes(adapter, device)
-            lam, gam = (t.to(dtype) for t in self._diagonals(adapter, device))
-            delta = functional.delta_weight(basis, lam, gam, self.scaling[adapter])
-        return self._laid_out(delta.T if self.fan_in_fan_out else delta)
-
-    def _laid_out(self, delta: Tensor) -> Tensor:
-        return laid_out_like(delta, self._base_weight())
-
-    def get_scaled_bases(
-        self, adapter: str, device: torch.device | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """PEFT's dense factors in the order in which x meets them: (A', B) or (B^T, A'^T)."""
-        A, B = self.randlora_A[adapter], self.randlora_B[adapter]
-        lam, gam = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
-        device = device or B.device
-        dtype_of_B, dtype = self._dtypes(adapter, device)
-        # The adapter's own number of bases; PEFT keeps one per layer, of the adapter added last.
-        (n, d), D = gam.shape, max(self.in_features, self.out_features)
-        if adapter in self.randlora_A.hadamard:
-            basis = layer_basis(A, B, *self._sizes(adapter))
-            A, B = basis.dense(device, dtype)  # A and B have no dense form
-            B = B.to(dtype_of_B)
-        else:
-            A = A.to(device, dtype)[:, 0, :d]  # cast first: elements may be stored more exactly
-            B = B.to(device, dtype_of_B)[:D, :n].flatten(1)
-        make = functional.scaled_basis if serve(device.type) else scaled_basis_reference
-        scaled = make(A, lam.to(device), gam.to(device))
-        return (scaled, B) if d == self.in_features else (B.T, scaled.T)
-
-    def basis_of(self, adapter: str, device: torch.device) -> tuple[TernaryBasis | None, str]:
-        """(the adapter's packed basis, ""), or (None, why there is none)."""
-        kind = device.type
-        if kind != "meta" and not serve(kind) and adapter not in self.randlora_A.hadamard:
-            return None, _no_kernels(kind)
+    def basis_of(self, adapter: str, device: torch.device) -> TernaryBasis:
         A, B = self.randlora_A, self.randlora_B
         if torch.compiler.is_dynamo_compiling():
-            return getattr(A.traced, self._basis_while_tracing(adapter, A.token, B.token)), ""
-        return layer_basis(A[adapter], B[adapter], *self._sizes(adapter)), ""
+            name = self._basis_while_tracing(adapter, device.type, A.token, B.token)
+            return getattr(A.traced, name)
+        return self._basis_on(device.type, adapter)
+
+    def _basis_on(self, device_type: str, adapter: str) -> TernaryBasis:
+        A, B = self.randlora_A, self.randlora_B
+        served = device_type == "meta" or serve(device_type)
+        basis = layer_basis(A[adapter], B[adapter], *self._sizes(adapter), served)
+        if not served and basis.kind == "dense" and isinstance(A[adapter], TernaryTensor):
+            A.warn_once(
+                "RandLoRA layers of this model multiply by dense bases: there are no randlora_ext "
+                f"kernels for device type {device_type!r}"
+            )
+        return basis
 
     @torch.compiler.assume_constant_result  # Dynamo runs it while it traces
-    def _basis_while_tracing(self, adapter: str, token_of_A: int, token_of_B: int) -> str:
+    def _basis_while_tracing(
+        self, adapter: str, kind: str, token_of_A: int, token_of_B: int
+    ) -> str:
         # The tokens are arguments so that compiled code guards on them: other bases have others.
-        A, B, sizes = self.randlora_A, self.randlora_B, self._sizes(adapter)
-        name = "_".join(map(str, (adapter, token_of_B, *sizes)))
-        setattr(A.traced, name, layer_basis(A[adapter], B[adapter], *sizes))
+        name = "_".join(map(str, (adapter, kind, token_of_B, *self._sizes(adapter))))
+        setattr(self.randlora_A.traced, name, self._basis_on(kind, adapter))
         return name
 
     def _sizes(self, adapter: str) -> tuple[int, int, int]:
         return self.in_features, self.out_features, self.r[adapter]
 
-    def describe(self, adapter: str, tokens: int) -> tuple[str, str]:
-        """(instruction set, basis and path for `tokens` rows of x), or ("", what runs and why)."""
-        base = self.get_base_layer()
-        weight = self._base_weight()
-        basis, reason = self.basis_of(adapter, weight.device)
-        if basis is None:
-            return "", f"dense bases: {reason}"
-        if weight.device.type != "meta" and not serve(weight.device.type):
-            return "", f"plain torch on Hadamard bases: {_no_kernels(weight.device.type)}"
-        alone = type(base) is nn.Linear and len(self.active_adapters) == 1
-        drop = self.randlora_dropout[adapter].p if self._drops(adapter) else 0.0
-        choice = explain(basis, tokens, weight.dtype, weight.device, alone, drop)
-        # Drawn or loaded bases have about the density that was asked for.
-        counted = " (counted)" if basis.kind == "imported" else ""
-        isa = choice.isa.removesuffix(" kernels")
-        if basis.kind == "dense":
-            return isa, f"r={basis.r} dense {choice.path} (basis='hadamard' costs about LoRA's)"
-        if basis.kind == "hadamard":
-            return isa, f"r={basis.r} hadamard {choice.path}"
-        return isa, f"r={basis.r} density {basis.density:.3g}{counted} {choice.path}"
+    def _can_fuse(self, name: str, x: Tensor) -> bool:
+        widens = self.float32_products and self._is_dense_in_16_bits(name, x)
+        return super()._can_fuse(name, x) and not widens
 
-    def _base_weight(self) -> Tensor:
-        return self.get_base_layer().weight
+    def _cast(self, name: str, x: Tensor) -> Tensor:
+        keeps = not self.float32_products and self._is_dense_in_16_bits(name, x)
+        return x if keeps else x.to(self._dtype_of(name, x.device))
 
-    def extra_repr(self) -> str:
-        parts = [f"{self.in_features}->{self.out_features}"]
-        for name in self.randlora_lambda:
-            isa, told = self.describe(name, _REPR_TOKENS)
-            if isa:
-                told = f"{told} at {_REPR_TOKENS} tokens"
-            else:
-                told = f"r={self.r[name]} {told.partition(':')[0]}"
-            parts.append(f"{name}: {told}" + ", merged" * (name in self.merged_adapters))
-        return "; ".join(parts)
+    def _is_dense_in_16_bits(self, name: str, x: Tensor) -> bool:
+        return x.dtype in SIXTEEN_BITS and self.basis_of(name, x.device).kind == "dense"
+
+    def _dtype_of(self, adapter: str, device: torch.device) -> torch.dtype:
+        dtype = self.randlora_B.dtypes[adapter]
+        if device.type == "cpu" and dtype in SIXTEEN_BITS:
+            return torch.float32  # as PEFT, since a CPU is slow in 16 bits
+        lam, gam = self.randlora_lambda[adapter].dtype, self.randlora_gamma[adapter].dtype
+        return torch.promote_types(torch.promote_types(dtype, lam), gam)
+
+    @torch.no_grad()
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        keep_weight: str | None = None,
+    ) -> None:
+        """As PEFT's, but all adapters are added before the sum is rounded, and W is kept.
+
+        Args:
+            keep_weight: "host", "device" or "nothing", as for `RandLoraLinear.merge`; None means
+                what `enable` was told. Quantized weights are kept on their own device.
+        """
+        chosen = check_adapters_to_merge(self, adapter_names) or []
+        if names := [name for name in dict.fromkeys(chosen) if name in self.randlora_lambda]:
+            self._merge(names, safe_merge, keep_weight or self.keep_weight)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """What PEFT puts in the layer's place; nothing is kept, because nothing can unmerge it."""
+        if merge:
+            self.merge(safe_merge, adapter_names, keep_weight="nothing")
+        return self.get_base_layer()
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         refuse_misfit(self, state_dict, prefix, *args)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _linear(
-        self, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, basis: TernaryBasis
-    ) -> Tensor:
-        lam, gam = self._diagonals(name, x.device)
-        return functional.linear(x, weight, bias, basis, lam, gam, self.scaling[name])
-
-    def _can_fuse(self, x: Tensor) -> bool:
-        return can_fuse(self.base_layer, x)
-
-    def _diagonals(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Lambda and gamma, gathered if FSDP2 has sharded them."""
-        lam, gam = (full_tensor(getattr(self, each)[name]).to(device) for each in DIAGONALS)
-        return lam, gam
-
-    def _widens(self, basis: TernaryBasis, dtype: torch.dtype) -> bool:
-        return self.float32_products and basis.kind == "dense" and dtype in SIXTEEN_BITS
-
-    def _input_dtype(self, name: str, x: Tensor) -> torch.dtype:
-        """The dtype to which x is cast before the adapter."""
-        basis, _ = self.basis_of(name, x.device)
-        narrow = basis is not None and basis.kind == "dense" and x.dtype in SIXTEEN_BITS
-        if narrow and not self.float32_products:
-            return x.dtype
-        return self._dtypes(name, x.device)[1]
-
-    def _dtypes(self, name: str, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
-        """The dtypes of B, and of scaled A, as PEFT casts them and x."""
-        dtype = self.randlora_B.dtypes[name]
-        if device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
-            return torch.float32, torch.float32  # as PEFT, since a CPU is slow in 16 bits
-        lam, gam = self.randlora_lambda[name].dtype, self.randlora_gamma[name].dtype
-        return dtype, torch.promote_types(torch.promote_types(dtype, lam), gam)
-
-    def _drops(self, name: str) -> bool:
-        dropout = self.randlora_dropout[name]
-        return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
 
 class AcceleratedLinear(AcceleratedLayer, Linear):
     """`peft.tuners.randlora.layer.Linear` on the compiled kernels: nn.Linear and Conv1D."""
 
 
-def _no_kernels(device_type: str) -> str:
-    return f"there are no randlora_ext kernels for device type {device_type!r}"
+def warn_of_rounding(base: nn.Module) -> None:
+    warnings.warn(
+        f"Merging or unmerging rounds the sum to that of {type(base).__name__} again, with "
+        "rounding errors.",
+        stacklevel=6,
+    )
+
+
+def kernel_summary(model: nn.Module, tokens: int = 512) -> str:
+    """One line: how many layers run on our kernels, shapes, bases, instruction set and path.
+
+    Equal layers are counted together; others are named with the reason. "(counted)" marks the
+    share of non-zeros of bases that were drawn or loaded, which is near the density asked for.
+
+    Args:
+        model: a module that holds RandLoRA layers, of PEFT or `RandLoraLinear`.
+        tokens: rows of x for which the path is shown.
+    """
+    ours: Counter[str] = Counter()
+    others: Counter[str] = Counter()
+    isas = set()
+    for layer in (m for m in model.modules() if isinstance(m, (RandLoraLayer, AdaptedLayer))):
+        if not isinstance(layer, AdaptedLayer):
+            others[_STOCK] += 1
+            continue
+        for name in layer.active_adapters:
+            if name in layer.randlora_lambda:
+                isa, told = layer.describe(name, tokens)
+                if isa:
+                    isas.add(isa)
+                    ours[f"{layer.in_features}->{layer.out_features} {told}"] += 1
+                else:
+                    others[f"by {told}"] += 1
+    parts = [f"{count} layers {what}" for what, count in others.items()]
+    if ours:
+        listed = ", ".join(f"{count}x {what}" for what, count in sorted(ours.items()))
+        kernels = f"{'/'.join(sorted(isas))} kernels at {tokens} tokens"
+        parts.insert(0, f"{ours.total()} RandLoRA layers on randlora_ext's {kernels}: {listed}")
+    return "; ".join(parts) or "no RandLoRA layers"
 
 
 def layers_with(model: Any, adapter_name: str | None = None) -> dict[str, RandLoraLayer]:
@@ -273,3 +240,47 @@ def add_adapter(
     else:
         options = (config.randlora_alpha, config.randlora_dropout, config.init_weights)
         layer.update_layer(name, A, B, config.r, *options)
+
+
+@contextmanager
+def adapter_per_row(tuner: nn.Module, names: list[str], call: dict) -> Iterator[None]:
+    """For ``model(..., adapter_names=[...])``: layers compute row b with adapter ``names[b]``.
+
+    Equivalent to running every row alone with its adapter active; "__base__" means none. PEFT has
+    this for LoRA. modules_to_save are switched as well.
+
+    Args:
+        call: the keyword arguments of the model's call. ``generate`` repeats every input
+            max(num_beams, num_return_sequences) times, but not in the encoder of a T5.
+
+    Raises ValueError in training mode and for unknown names, before anything is computed.
+    """
+    if tuner.training:
+        raise ValueError("adapter_names cannot be given in training mode; call model.eval()")
+    layers = [module for module in tuner.modules() if isinstance(module, AcceleratedLayer)]
+    known = {name for layer in layers for name in layer.randlora_lambda}
+    if unknown := sorted(set(names) - known - {"__base__"}):
+        raise ValueError(f"adapter_names has unknown {unknown}; known are {sorted(known)}")
+    config = call.get("generation_config")
+    counts = (
+        call.get(name, getattr(config, name, None))
+        for name in ("num_beams", "num_return_sequences")
+    )
+    copies = max((count for count in counts if isinstance(count, int)), default=1)
+
+    def give_names(module, args, kwargs):
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        repeated = len(inputs) == copies * len(names)
+        each = [name for name in names for _ in range(copies)] if repeated else names
+        return args, {**kwargs, "adapter_names": each}
+
+    wrappers = [m for m in tuner.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    hooks = [
+        module.register_forward_pre_hook(give_names, with_kwargs=True)
+        for module in layers + wrappers
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

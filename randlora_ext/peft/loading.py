@@ -16,7 +16,7 @@ from ..nn.linear import check_alpha
 from ..nn.state_dict import DIAGONALS, misfit
 from .adapter_basis import other_bases
 from .bases import BASIS_NAMES
-from .files import recorded_configuration, refuse_torn_save
+from .config import recorded_configuration, refuse_torn_save
 from .layer import layers_with
 from .model import AcceleratedRandLoraModel
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..writing import appear_together
-from .card import Base, write_card
-from .files import copy_card
+from .card import Base, copy_card, write_card
 from .layer import layers_with, refuse_sharded
 
 # What vLLM takes as --max-lora-rank (MaxLoRARanks in vllm/config/lora.py).

@@ -22,8 +22,7 @@ from . import other_quantized
 from .adapter_basis import AdapterBasis
 from .bases import BASIS_NAMES, PackedBufferDict
 from .config import set_basis
-from .layer import AcceleratedLayer, AcceleratedLinear, add_adapter
-from .mixed_batch import adapter_per_row
+from .layer import AcceleratedLayer, AcceleratedLinear, adapter_per_row, add_adapter
 from .ternary_tensor import TernaryTensor
 
 STOCK_QUANTIZED = "peft.tuners.randlora.bnb"  # imports bitsandbytes

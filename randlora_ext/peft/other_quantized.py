@@ -15,8 +15,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..nn.base_layer import force_module_call, is_conv1d
-from .layer import AcceleratedLinear
-from .merging import warn_of_rounding
+from .layer import AcceleratedLinear, warn_of_rounding
 
 try:
     from peft.utils.quantization_utils import resolve_quantization_backend

@@ -13,8 +13,7 @@ from peft.tuners.randlora import bnb as stock
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor
 
-from .layer import AcceleratedLayer
-from .merging import warn_of_rounding
+from .layer import AcceleratedLayer, warn_of_rounding
 
 
 class _QuantizedLayer(AcceleratedLayer):

@@ -18,7 +18,8 @@ from ..ops.dtensor import full_tensor, is_dtensor
 from ..writing import appear_together
 from .adapter_basis import AdapterBasis
 from .bases import BASIS_NAMES
-from .files import copy_card, record_configurations
+from .card import copy_card
+from .config import record_configurations
 from .layer import layers_with, refuse_sharded
 from .ternary_tensor import TernaryTensor
 

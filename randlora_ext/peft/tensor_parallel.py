@@ -1,7 +1,6 @@
 """PEFT's layers over linear layers that transformers' ``tp_plan`` has sharded."""
 
 from dataclasses import fields
-from functools import partial
 from typing import Any
 
 import peft
@@ -13,8 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..basis import TernaryBasis
 from ..distributed.agreement import same_on_all_ranks
-from ..distributed.layer import SumGradients, linear_of_rank, may_fuse, slice_of_rank
-from ..nn.base_layer import has_hooks
+from ..distributed.layer import ShardedLayer, SumGradients, check_divisible, slice_of_rank
 from ..nn.state_dict import DIAGONALS
 from ..ops.dtensor import is_dtensor
 from .layer import AcceleratedLinear
@@ -30,7 +28,7 @@ except ImportError as error:
 _WHOLE = ("colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep", "replicate")
 
 
-class TensorParallelLinear(AcceleratedLinear):
+class TensorParallelLinear(ShardedLayer, AcceleratedLinear):
     """`AcceleratedLinear` over an nn.Linear that is split over the ranks.
 
     x and y are plain tensors, as in the base layer: under "colwise" x is whole and y has this
@@ -39,30 +37,16 @@ class TensorParallelLinear(AcceleratedLinear):
     because backward sums their gradients. `get_delta_weight` returns a DTensor.
     """
 
-    device_mesh: DeviceMesh
-    shards_outputs: bool
     slices: dict[str, tuple[TernaryBasis, TernaryBasis]]  # (whole, slice) by adapter
     other_param_names = (*AcceleratedLinear.other_param_names, "slices")  # deleted with it
 
-    def basis_of(self, adapter: str, device: torch.device) -> tuple[TernaryBasis | None, str]:
-        """(this rank's slice of the adapter's basis, "")."""
-        basis, reason = super().basis_of(adapter, device)
-        if basis is None:
-            raise RuntimeError(f"a tensor-parallel layer needs our kernels, but {reason}")
-        whole, part = self.slices.get(adapter, (None, None))
-        if whole is not basis:
+    def basis_of(self, adapter: str, device: torch.device) -> TernaryBasis:
+        """This rank's slice."""
+        basis = super().basis_of(adapter, device)
+        if adapter not in self.slices or self.slices[adapter][0] is not basis:
             part = slice_of_rank(basis, self.device_mesh, self.shards_outputs)
             self.slices[adapter] = basis, part
-        return part, ""
-
-    def _laid_out(self, delta: Tensor) -> Tensor:
-        placement = Shard(0) if self.shards_outputs else Shard(1)
-        return DTensor.from_local(delta, self.device_mesh, [placement], run_check=False)
-
-    def _can_fuse(self, x: Tensor) -> bool:
-        # transformers has replaced the base layer's forward by one that does what `_linear` does.
-        base = self.base_layer
-        return not has_hooks(base) and may_fuse(base, x, self.shards_outputs)
+        return self.slices[adapter][1]
 
     def _diagonals(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """This rank's lambda and gamma; backward sums their gradients over all ranks."""
@@ -73,11 +57,10 @@ class TensorParallelLinear(AcceleratedLinear):
             gam = gam.chunk(ranks, dim=1)[rank].contiguous()
         return lam, gam
 
-    def _linear(self, name: str, x: Tensor, weight, bias, basis: TernaryBasis) -> Tensor:
+    def _part(self, name: str, x: Tensor, weight: Any = None, bias: Any = None) -> Tensor:
         placement = Replicate() if self.shards_outputs else Shard(x.ndim - 1)
         placed = DTensor.from_local(x, self.device_mesh, [placement], run_check=False)
-        linear = partial(super()._linear, name, basis=basis)
-        y = linear_of_rank(linear, placed, weight, bias, self.shards_outputs)
+        y: Any = super()._part(name, placed, weight, bias)
         return y.to_local() if self.shards_outputs else y.full_tensor()
 
 
@@ -137,12 +120,7 @@ def check_plans(model: nn.Module, sizes: dict[str, tuple[int, int]]) -> None:
                 f"target {name!r} is sharded by the tensor parallel style {style!r}; an adapter "
                 f"needs 'colwise', 'rowwise' or one of {', '.join(map(repr, _WHOLE))}"
             )
-        side = "out_features" if style == "colwise" else "in_features"
-        if (size := features[style == "colwise"]) % mesh.size():
-            raise ValueError(
-                f"target {name!r}: {side} must be divisible by the {mesh.size()} tensor parallel "
-                f"ranks, got {size}"
-            )
+        check_divisible(f"target {name!r}", features, style == "colwise", mesh.size())
 
 
 def shard(layer: AcceleratedLinear, model: nn.Module, name: str, adapter: str) -> None:

@@ -36,7 +36,7 @@ class Signs:
                 raise RuntimeError(
                     "randlora_A and randlora_B of Hadamard bases have no dense form: layers of "
                     "different shape have different matrices, which "
-                    "layer.basis_of(adapter, device)[0].dense() gives"
+                    "layer.basis_of(adapter, device).dense() gives"
                 )
             seed, density = self.description.seed, self.description.density
             assert density is not None

@@ -206,7 +206,9 @@ def check_fsdp_outside_forward(place: Place):
     reference, model = make(), sharded()
     layer, plain = model[0], reference[0]
     want = delta_weight(plain.bases["default"], *trained(plain), 2.0)
-    torch.testing.assert_close(layer.get_delta_weight("default"), want, rtol=1e-12, atol=1e-12)
+    delta = layer.get_delta_weight("default")
+    assert delta.placements == layer.base_layer.weight.placements
+    torch.testing.assert_close(full_tensor(delta), want, rtol=1e-12, atol=1e-12)
     factors = (each.get_scaled_bases("default") for each in (layer, plain))
     for ours, theirs in zip(*factors, strict=True):
         torch.testing.assert_close(ours, theirs)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_ranks import Place, RecordedCollectives, worlds
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.distributed import DistributedConfig
 from transformers.pytorch_utils import Conv1D
@@ -106,6 +106,44 @@ def check_training(place: Place):
         unsharded = whole.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
         wanted = unsharded.get_delta_weight("default")
         torch.testing.assert_close(delta.full_tensor(), wanted, **LIMITS)
+
+
+@worlds(2)
+def check_adapters_that_are_dtensors(place: Place):
+    """PEFT makes LoRA's parameters DTensors of the base layer's mesh; here it has RandLoRA's."""
+    for placement in (Replicate(), Shard(1)):
+        whole, sharded = pair(place, basis="hadamard")
+        layers = [m for m in sharded.modules() if isinstance(m, TensorParallelLinear)]
+        for layer in layers:
+            for diagonals, its in (
+                (layer.randlora_lambda, Replicate()),
+                (layer.randlora_gamma, placement),
+            ):
+                old = diagonals["default"].detach()
+                made = distribute_tensor(old.clone(), layer.device_mesh, [its])
+                diagonals["default"] = torch.nn.Parameter(made)
+                old.fill_(torch.nan)  # whoever holds it computes nonsense
+        steps = []
+        for model in (whole, sharded):
+            value = loss(model)
+            value.backward()
+            torch.optim.SGD(trained(model).values(), lr=0.1).step()
+            steps += [value.detach(), loss(model).detach()]
+        torch.testing.assert_close(steps[:2], steps[2:], **LIMITS)
+        assert abs(steps[0] - steps[1]) > 1e-4
+        assert len(layers) > 2 and isinstance(layers[0].randlora_gamma["default"].grad, DTensor)
+        weight = layers[0].base_layer.weight
+        before = weight.to_local().clone()
+        sharded.merge_adapter()
+        torch.testing.assert_close(loss(sharded).detach(), steps[3], **LIMITS)
+        sharded.unmerge_adapter()
+        assert torch.equal(weight.to_local(), before)
+        file = place.folder / f"dtensors-{placement.is_replicate()}"
+        sharded.save_pretrained(file, is_main_process=place.rank == 0)
+        dist.barrier()
+        for ranks in (1, place.world):
+            model = peft.PeftModel.from_pretrained(load(place, ranks), file)
+            torch.testing.assert_close(loss(model).detach(), steps[3], **LIMITS)
 
 
 @worlds(2)

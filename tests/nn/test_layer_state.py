@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 import subprocess
 import sys
 
@@ -71,11 +72,14 @@ def test_copies_share_the_packed_basis(how):
 
 
 def test_repr_tells_rank_density_and_path():
-    text = repr(RandLoraLinear(nn.Linear(24, 40), r=5, density=0.07))
-    assert "in_features=24, out_features=40" in text
-    assert "default: r=5, density=0.07, active, path " in text
-    text = repr(RandLoraLinear(nn.Linear(64, 96), r=8, basis="hadamard"))
-    assert "default: r=8, hadamard, active, path " in text
+    layer = RandLoraLinear(nn.Linear(24, 40), r=5, density=0.07)
+    assert re.search(r"24->40; default: r=5 density 0\.07 \w+ at 512 tokens\n", repr(layer))
+    layer.update_layer("two", r=8, basis="hadamard")
+    assert "; two: r=8 hadamard factored at 512 tokens, inactive\n" in repr(layer)
+    layer.merge()
+    assert re.search(r"default: .* tokens, merged; two: .* tokens, inactive\n", repr(layer))
+    layer.disable()
+    assert repr(layer).count("tokens, disabled") == 2
 
 
 def test_core_needs_torch_alone():
@@ -89,6 +93,7 @@ def test_core_needs_torch_alone():
 
 
 BAD_OPTIONS = [
+    ({"alpha": 16}, TypeError, "got an .* argument 'alpha'; did you mean 'randlora_alpha'"),
     ({"r": 0}, ValueError, r"r must be a positive integer, got 0"),
     ({"r": -3}, ValueError, r"r must be a positive integer, got -3"),
     ({"r": 2.0}, TypeError, r"r must be .*2\.0"),

@@ -171,6 +171,8 @@ def test_a_configuration_holds_the_text_and_each_thing_once():
 
 
 BAD_OPTIONS = [
+    ({"alpha": 16}, "RandLoraConfig got an .* argument 'alpha'; did you mean 'randlora_alpha'"),
+    ({"basis": "blocks"}, r"basis must be one of \['peft', 'independent', .*got 'blocks'"),
     ({"basis": "indep"}, "basis must be one of .*got 'indep'; did you mean 'independent'"),
     ({"basis": "generated"}, r"basis must be one of \['peft', 'independent', .*got 'generated'"),
     ({"basis": None}, "basis must be one of .* got None"),
@@ -300,7 +302,7 @@ def test_layers_of_one_shape_share_one_basis():
     a, b, c = layers(model)
     assert basis_of(a) is basis_of(c) and basis_of(a) is not basis_of(b)
     model.add_adapter("two", deep_config(5, sparse=True))
-    assert a.basis_of("two", torch.device("cpu"))[0] is basis_of(a)
+    assert a.basis_of("two", torch.device("cpu")) is basis_of(a)
 
 
 def test_changed_bases_are_noticed():

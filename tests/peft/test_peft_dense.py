@@ -132,3 +132,25 @@ def test_what_is_written_to_the_bases_is_noticed():
     with torch.no_grad():
         model.base_model.randlora_B["default"].mul_(2)  # there is a copy in 16 bits
     assert relative(model(x), before) > 0.1
+
+
+@pytest.mark.parametrize("kind", [{"sparse": True}, {"basis": "independent"}, {}], ids=str)
+def test_a_device_without_kernels(monkeypatch, kind):
+    """Ternary bases are multiplied as dense ones, and one warning says so."""
+    x, dy = inputs(24, 40)
+    served = made(**kind)
+    want = run(served, x, dy)
+    delta = layers(served)[0].get_delta_weight("default")
+    for module in ("peft.layer", "nn.adapted_layer"):
+        monkeypatch.setattr(f"randlora_ext.{module}.serve", lambda device_type: False)
+    model = made(**kind)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for call in (model, torch.compile(model, backend="aot_eager"), model):
+            assert_close(run(call, x, dy), want, 1e-5)
+        assert relative(layers(model)[0].get_delta_weight("default"), delta) < 1e-6
+    told = [each for each in caught if "no randlora_ext kernels for device type" in str(each)]
+    assert len(told) == (1 if kind else 0)
+    assert {layer.basis_of("default", x.device).kind for layer in layers(model)} == {"dense"}
+    assert "3 layers by plain torch on dense bases: " in accelerated.kernel_summary(model)
+    assert "; default: plain torch on dense bases\n" in repr(model)

@@ -17,7 +17,7 @@ trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
 
-from randlora_ext.peft import trl_reference  # noqa: E402
+from randlora_ext.peft import activation  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "stock_peft"),
@@ -178,7 +178,7 @@ def test_the_first_loss_of_dpo_on_a_saved_adapter_is_ln_2(kind, tmp_path):
         losses[ours] = logged(run, "loss")[0]
     assert losses[True] == pytest.approx(math.log(2), abs=1e-6)
     if False in losses and abs(losses[False] - math.log(2)) < 1e-4:
-        pytest.fail("stock RandLoRA is right, too: delete randlora_ext/peft/trl_reference.py")
+        pytest.fail("stock RandLoRA is right, too: delete _fill_reference of peft/activation.py")
 
 
 def test_other_added_adapters_stay_as_new(monkeypatch):
@@ -198,7 +198,7 @@ def test_other_added_adapters_stay_as_new(monkeypatch):
 def test_a_newer_trl_is_told():
     model = trained()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trl_reference, "NEWEST_TRL", "0.1")
+        patch.setattr(activation, "NEWEST_TRL", "0.1")
         with pytest.warns(UserWarning, match=r"TRL up to 0\.1 needs.*must be ln 2"):
             model.add_adapter("ref", model.peft_config["default"])
     assert all(map(torch.equal, numbers(model).values(), numbers(model, "ref").values()))

@@ -80,6 +80,23 @@ def test_operator_section(name):
         assert part in text, f"the section of {name} has no {part!r}"
 
 
+def test_one_recipe_everywhere():
+    """Scaling 20, a rate from 1e-4 to 3e-4 and no weight decay, in prose, snippets, programs."""
+    pages = [ROOT / page for page in PAGES] + sorted((ROOT / "examples").glob("*.py"))
+    text = "\n".join(path.read_text() for path in pages)
+    pairs = re.findall(r"\br=(\d+),\s+randlora_alpha=(\d+)", text)
+    pairs += re.findall(r"lora_r: (\d+)\s+lora_alpha: (\d+)", text)
+    pairs += re.findall(r"--lora_rank (\d+) --lora_alpha (\d+)", text)
+    assert len(pairs) >= 6 and all(int(alpha) == 20 * int(r) for r, alpha in pairs), pairs
+    settings = (
+        r"(?:learning_rate[=:] ?|--learning_rate |\blr=|\"--lr\", type=float, default=)([\d.e-]+)"
+    )
+    rates = [float(rate) for rate in re.findall(settings, text)]
+    assert len(rates) >= 5 and all(1e-4 <= rate <= 3e-4 for rate in rates), rates
+    decays = re.findall(r"weight_decay[=: ]+([\d.]+)", text)
+    assert len(decays) >= 4 and not any(map(float, decays)), decays
+
+
 def test_relative_links_lead_somewhere():
     for path in (ROOT / page for page in PAGES):
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):

@@ -1,0 +1,159 @@
+"""What a layer with RandLoRA adapters computes: `RandLoraLinear` and PEFT's layers alike."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..basis import TernaryBasis
+from ..kernels import serve
+from ..ops import functional
+from ..ops.dtensor import full_tensor, laid_out_like
+from ..ops.path import explain
+from .base_layer import can_fuse
+from .merging import KeepsWeight
+from .state_dict import DIAGONALS
+
+_REPR_TOKENS = 512  # a printed layer shows its path for this many tokens
+
+
+class AdaptedLayer(KeepsWeight):
+    """``base_layer(x) + sum over adapters of scaling * dropout(x) dW^T``, dW itself, and merging.
+
+    Classes that mix it in make the adapters, choose the active ones, and say which basis and which
+    dtype each has. ``scaling``, ``randlora_lambda``, ``randlora_gamma`` and ``randlora_dropout``
+    hold the adapters by name.
+    """
+
+    base_layer: Any
+    in_features: int
+    out_features: int
+    fan_in_fan_out: bool
+    scaling: dict[str, float]
+
+    def basis_of(self, adapter: str, device: torch.device) -> TernaryBasis:
+        """The basis by which the adapter multiplies on that device."""
+        raise NotImplementedError
+
+    def _dtype_of(self, adapter: str, device: torch.device) -> torch.dtype:
+        """The dtype of dW and of its factors."""
+        return self.randlora_lambda[adapter].dtype
+
+    def _check_names(self, argument: str, names: list[str]) -> None:
+        for name in names:
+            if name not in self.randlora_lambda:
+                raise ValueError(
+                    f"{argument}: unknown adapter {name!r}; known are {[*self.randlora_lambda]}"
+                )
+
+    def _diagonals(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Lambda and gamma, gathered if FSDP2 has sharded them."""
+        lam, gam = (full_tensor(getattr(self, each)[name]).to(device) for each in DIAGONALS)
+        return lam, gam
+
+    def _base_weight(self) -> Tensor:
+        """Has the dtype, device and layout in which the base layer computes."""
+        return self.get_base_layer().weight
+
+    # ---- forward -----------------------------------------------------------------------------
+
+    def _adapted(self, names: list[str], x: Tensor, *args, **kwargs) -> Tensor:
+        """The base layer's output and those of these adapters, by one operator if that may be."""
+        base = self.base_layer
+        alone = len(names) == 1 and not args and not kwargs
+        if alone and not self._dropped(names[0]) and self._can_fuse(names[0], x):
+            return self._part(names[0], x, base.weight, base.bias)
+        y = base(x, *args, **kwargs)
+        for name in names:
+            y = y + self._part(name, self.randlora_dropout[name](self._cast(name, x)))
+        return y
+
+    def _part(
+        self, name: str, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """The adapter's output, added to that of the base layer if its weight is given."""
+        basis, (lam, gam) = self.basis_of(name, x.device), self._diagonals(name, x.device)
+        return functional.linear(x, weight, bias, basis, lam, gam, self.scaling[name])
+
+    def _can_fuse(self, name: str, x: Tensor) -> bool:
+        return can_fuse(self.base_layer, x)
+
+    def _cast(self, name: str, x: Tensor) -> Tensor:
+        """x as the adapter alone takes it."""
+        return x
+
+    def _dropped(self, name: str) -> float:
+        """The probability that an input of the adapter is dropped now."""
+        dropout = self.randlora_dropout[name]
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+    # ---- the change of the weight --------------------------------------------------------------
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """``scaling * B @ A'`` in the shape of the base layer's weight.
+
+        Differentiable for lambda and gamma. In the dtype of lambda; under PEFT in the widest of
+        bases, lambda and gamma, float32 if CPU bases are 16-bit. If FSDP2 has sharded the layer, a
+        DTensor placed like its weight; all ranks must call. Raises ValueError for an unknown
+        adapter. Source: PEFT's method.
+        """
+        self._check_names("adapter", [adapter])
+        device = self.randlora_lambda[adapter].device
+        return self._delta(adapter, self._dtype_of(adapter, device))
+
+    def get_scaled_bases(
+        self, adapter: str, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The dense factors (P, Q) of ``scaling * F.linear(F.linear(x, P), Q)``, the adapter.
+
+        They are (A', B) if d == in, otherwise (B^T, A'^T), in the dtype of `get_delta_weight`. For
+        study and export; forward forms neither. Source: PEFT's method.
+        """
+        self._check_names("adapter", [adapter])
+        device = device or self.randlora_lambda[adapter].device
+        basis = self.basis_of(adapter, device)
+        A, B = basis.dense(device, self._dtype_of(adapter, device))
+        scaled = functional.scaled_basis(A, *self._diagonals(adapter, device))
+        return (scaled, B) if basis.expand else (B.T, scaled.T)
+
+    def _delta(self, name: str, dtype: torch.dtype) -> Tensor:
+        device = self.randlora_lambda[name].device
+        lam, gam = (t.to(dtype) for t in self._diagonals(name, device))
+        basis = self.basis_of(name, device)
+        delta = functional.delta_weight(basis, lam, gam, self.scaling[name])
+        return self._laid_out(delta.T if self.fan_in_fan_out else delta)
+
+    def _laid_out(self, delta: Tensor) -> Tensor:
+        return laid_out_like(delta, self._base_weight())
+
+    # ---- what a layer says of itself -----------------------------------------------------------
+
+    def describe(self, adapter: str, tokens: int) -> tuple[str, str]:
+        """(instruction set, basis and path for `tokens` rows of x), or ("", what runs and why)."""
+        weight, alone = self._base_weight(), len(self.active_adapters) == 1
+        basis, kind = self.basis_of(adapter, weight.device), weight.device.type
+        if kind != "meta" and not serve(kind):
+            why = f"there are no randlora_ext kernels for device type {kind!r}"
+            return "", f"plain torch on {basis.kind} bases: {why}"
+        alone = alone and type(self.get_base_layer()) is nn.Linear
+        dropped = self._dropped(adapter)
+        choice = explain(basis, tokens, weight.dtype, weight.device, alone, dropped)
+        told = f"r={basis.r} {basis.kind} {choice.path}"
+        if basis.kind == "dense":
+            told += " (basis='hadamard' costs about LoRA's)"
+        elif basis.kind != "hadamard":
+            # Drawn or loaded bases have about the density that was asked for.
+            counted = " (counted)" if basis.kind == "imported" else ""
+            told = f"r={basis.r} density {basis.density:.3g}{counted} {choice.path}"
+        return choice.isa.removesuffix(" kernels"), told
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_features}->{self.out_features}"]
+        for name in self.randlora_lambda:
+            isa, told = self.describe(name, _REPR_TOKENS)
+            told = f"{told} at {_REPR_TOKENS} tokens" if isa else told.partition(":")[0]
+            state = ", inactive" if name not in self.active_adapters else ""
+            state = ", disabled" if self.disabled else state
+            state = ", merged" if name in self.merged_adapters else state
+            parts.append(f"{name}: {told}{state}")
+        return "; ".join(parts)
