@@ -21,7 +21,6 @@ WANTED = (
     "py.typed",
     "_C.pyi",
     "cli/__init__.py",
-    "demo/__init__.py",
     "peft/__init__.py",
 )
 
