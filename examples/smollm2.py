@@ -16,6 +16,7 @@ import shutil
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -40,6 +41,7 @@ parser.add_argument("--seed", type=int, default=0, help="of the bases and of the
 options = parser.parse_args([] if "ipykernel" in sys.modules else None)
 if min(options.steps, options.batch_size) < 1:
     parser.error("--steps and --batch-size must be at least 1")
+warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT's calls of transformers
 began = time.perf_counter()
 out = options.out.resolve()
 base_folder, adapter_folder = out / "base", out / "adapter"

@@ -24,8 +24,8 @@ def merge(model: Path, source: Path, out: Path, rounding_seed: int | None = None
     """Writes the model folder `out`: the files of `model` with the adapter in their weights.
 
     The tensors are those of ``PeftModel.from_pretrained(...).merge_and_unload(safe_merge=True)``.
-    Every other byte of the files stays. Needs the memory of the adapter and of one layer, and the
-    disk space of the model.
+    Every other byte of the files stays. Needs the memory of two copies of the adapter and of one
+    layer, and the disk space of the model.
 
     Args:
         rounding_seed: in [0, 2**64): rounds 16-bit weights stochastically, see `merged_weight`. The
