@@ -5,8 +5,9 @@
     python benchmarks/finetune.py --parity 100      ours and stock PEFT, loss by loss
 
 The task is that of examples/spelling.py: English spelling to phonemes, SmolLM2-135M. Every method
-is trained with every rate, scaling, model, start of gamma and seed. Each run is written to OUT.jsonl as it ends: a
-stopped benchmark continues where it was. The table has a row per setting, means over seeds.
+is trained with every rate, scaling, model, start of gamma and seed. Each run is written to
+OUT.jsonl as it ends: a stopped benchmark continues where it was. The table has a row per setting,
+means over seeds.
 
 Forgetting is how much the loss on English text (Python's own documentation, 1,024 tokens) rises.
 The effective rank of dW is exp of the entropy of its squared singular values, in layers 3 and 15.

@@ -238,7 +238,7 @@ def skeleton(
             if shape.transposed:
                 from transformers.pytorch_utils import Conv1D
 
-                layer: nn.Module = Conv1D(*sizes[::-1])
+                layer: Any = Conv1D(*sizes[::-1])
             else:
                 layer = nn.Linear(*sizes)
         layer.bias = None

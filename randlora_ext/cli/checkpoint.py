@@ -1,5 +1,6 @@
 """A local model folder of safetensors files: which tensor lies where."""
 
+import functools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -137,10 +138,15 @@ def locate(paths: Iterable[str], checkpoint: Checkpoint) -> Callable[[str], str]
     parts = paths[0].split(".")
     shorter = [".".join(parts[:k]) + "." for k in range(1, len(parts))]
     for add, take in [("", ""), *((p, "") for p in longer), *(("", p) for p in shorter)]:
-        if all(add + f"{path}.weight".removeprefix(take) in tensors for path in paths):
-            return lambda name, add=add, take=take: add + name.removeprefix(take)
+        rename = functools.partial(_renamed, add=add, take=take)
+        if all(rename(f"{path}.weight") in tensors for path in paths):
+            return rename
     missing = next((path for path in paths if f"{path}.weight" not in tensors), paths[0])
     raise CliError(
         f"{checkpoint.folder} has no tensor {missing}.weight: the adapter is of another model, or "
         "that weight is tied to another"
     )
+
+
+def _renamed(name: str, add: str, take: str) -> str:
+    return add + name.removeprefix(take)
