@@ -142,7 +142,7 @@ def load_adapter(
         TypeError: a layer is not a linear layer.
             After any of these the model is as it was.
     """
-    inner = _without_ddp(model)
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
     modules = _modules(inner)
     sharded = (p for p in inner.parameters() if is_dtensor(p))
     mesh = getattr(next(sharded, None), "device_mesh", None)
@@ -156,7 +156,8 @@ def load_adapter(
                 "\n\t" + "\n\t".join(misfits)
             )
     ours = {at for at in modules if isinstance(modules[at], RandLoraLinear)}
-    inside = {_WRAPPERS.sub("", path): path for path, _ in _named_modules(inner)}
+    everything = inner.named_modules(remove_duplicate=False)
+    inside = {_WRAPPERS.sub("", path): path for path, _ in everything}
     alike: dict[tuple, list[str]] = {}  # paths of layers to be wrapped, by their options
     for at, numbers in saved.items():
         layer: Any = modules[at]
@@ -203,7 +204,7 @@ def read_adapter_file(path: str | os.PathLike) -> tuple[str, dict[str, SavedLaye
     try:
         values = json.loads(text)
         name, described = values["adapter_name"], values["layers"]
-        layers = {at: _saved_layer(at, fields, tensors) for at, fields in described.items()}
+        layers = {at: _saved_layer(at, each, tensors) for at, each in described.items()}
         if not isinstance(name, str) or not layers:
             raise ValueError(f"adapter_name is {name!r} and there are {len(layers)} layers")
         if tensors:
@@ -216,11 +217,11 @@ def read_adapter_file(path: str | os.PathLike) -> tuple[str, dict[str, SavedLaye
     return name, layers
 
 
-def _saved_layer(at: str, described: dict, tensors: dict[str, Tensor]) -> SavedLayer:
+def _saved_layer(at: str, said: dict, tensors: dict[str, Tensor]) -> SavedLayer:
     """Checks a layer's description, and takes its tensors out of `tensors`."""
     values = {}
     for each in fields(SavedLayer)[:-2]:
-        value, kind = described[each.name], each.type
+        value, kind = said[each.name], each.type
         kinds = (int, float) if kind is float else (kind,)
         if type(value) not in kinds or (kind is float and not math.isfinite(value)):
             told = "a finite number" if kind is float else f"of type {kind}"
@@ -228,12 +229,14 @@ def _saved_layer(at: str, described: dict, tensors: dict[str, Tensor]) -> SavedL
         values[each.name] = value
     lam, gam = (tensors.pop(_tensor_name(at, kind)) for kind in DIAGONALS)
     layer = SavedLayer(**values, lam=lam, gam=gam)
+    if not all(isinstance(path, str) for path in layer.also_at):
+        raise ValueError(f"also_at of {at!r} is {layer.also_at!r}, and must be a list of paths")
     if not 0 <= layer.randlora_dropout < 1:
         raise ValueError(f"randlora_dropout of {at!r} is {layer.randlora_dropout}, not in [0, 1)")
-    options = layer.description
-    # Checks the sizes and r.
-    basis = TernaryBasis(*layer.features, layer.r, options.density, options.seed, options.kind)
-    check_shapes(at, lam, gam, basis.r, basis.d)
+    basis = layer.description
+    sizes = *layer.features, layer.r
+    TernaryBasis(*sizes, basis.density, basis.seed, basis.kind)  # checks the sizes
+    check_shapes(at, lam, gam, layer.r, min(layer.features))
     return layer
 
 
@@ -304,23 +307,17 @@ def _failing_together(mesh: Any) -> AbstractContextManager:
     return failing_together(mesh)
 
 
-def _without_ddp(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return model.named_modules(remove_duplicate=False)  # a tied layer has several paths
-
-
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by their paths in the model without wrappers."""
-    return {_WRAPPERS.sub("", path): module for path, module in _named_modules(model)}
+    """Modules by their paths in the model without wrappers; a tied layer has several."""
+    named = model.named_modules(remove_duplicate=False)
+    return {_WRAPPERS.sub("", path): module for path, module in named}
 
 
 def _layers_with(adapter_name: str, model: nn.Module) -> dict[RandLoraLinear, list[str]]:
     """Layers with their paths."""
     layers: dict[RandLoraLinear, list[str]] = {}
-    for at, module in _modules(_without_ddp(model)).items():
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    for at, module in _modules(inner).items():
         if isinstance(module, RandLoraLinear):
             layers.setdefault(module, []).append(at)
     if not layers:

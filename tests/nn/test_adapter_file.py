@@ -292,6 +292,7 @@ DESCRIPTIONS = {
     "dropout": (of_layer(randlora_dropout=1), "in .0, 1"),
     "fan": (of_layer(fan_in_fan_out=1), "fan_in_fan_out of 'up' is 1"),
     "paths": (of_layer(also_at="x"), "also_at of 'up' is 'x'"),
+    "a path a list": (of_layer(also_at=[["x"]]), "must be a list of paths"),
     "basis": (of_layer(basis="independent"), "no key of a basis"),
     "basis to come": (of_layer(basis="randlora_ext:independent-2:density=0.3:seed=1"), "knows"),
     "a kind that was never released": (
