@@ -176,9 +176,9 @@ if not max(reloaded, merged) < 1e-3:
 generate = f"""
 import peft, randlora_ext.peft, transformers
 randlora_ext.peft.enable()
-model = peft.AutoPeftModelForCausalLM.from_pretrained({str(adapter_folder)!r})
-tokenizer = transformers.AutoTokenizer.from_pretrained({str(base_folder)!r})
-tokens = tokenizer('f r i e n d ->', return_tensors='pt')
+model = peft.AutoPeftModelForCausalLM.from_pretrained({json.dumps(str(adapter_folder))})
+tokenizer = transformers.AutoTokenizer.from_pretrained({json.dumps(str(base_folder))})
+tokens = tokenizer("f r i e n d ->", return_tensors="pt")
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=16)[0]))
 """
 lora = ["randlora", "convert", adapter_folder, out / "lora", "--to", "lora", "--energy", "0.9"]

@@ -160,7 +160,8 @@ def answers(model, tokenizer, words: list[Example]) -> list[str]:
     tokens = model.generate(
         **prompts.to(model.device), max_new_tokens=longest, do_sample=False, **end
     )[:, prompts["input_ids"].shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [" ".join(text.split()) for text in texts]
 
 
 def phoneme_error_rate(words: list[Example], given: list[str]) -> float:
