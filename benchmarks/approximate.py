@@ -7,11 +7,12 @@ The motivation of the paper (section 3) as a table for choosing a density: lambd
 fitted to a target matrix by Adam, with bases of several ranks and kinds, and the relative
 error ||target - dW|| / ||target|| is put beside that of the best LoRA of as many parameters, which
 is the truncated singular value decomposition. A real target is what full fine-tuning on the
-task of spelling.py changes in a layer of SmolLM2-135M.
+task of examples/spelling.py changes in a layer of SmolLM2-135M.
 """
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from tqdm import tqdm
 
 from randlora_ext import delta_weight
 from randlora_ext.reference import delta_weight_reference
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))  # spelling.py
 
 BASES = ["dense", "1/3", "1/8", "0.07", "1/16", "very_sparse", "hadamard"]
 
@@ -47,7 +50,7 @@ def real_targets(steps: int) -> dict[str, torch.Tensor]:
     layers = {"q_proj": "model.layers.15.self_attn.q_proj", "down": "model.layers.15.mlp.down_proj"}
     before = {k: model.get_submodule(name).weight.detach().clone() for k, name in layers.items()}
     training, _ = read_words()
-    train(model, tokenizer, plan_batches(training, steps, 16, 0), 1e-4)
+    list(train(model, tokenizer, plan_batches(training, steps, 16, 0), 1e-4))
     return {
         f"SmolLM2 {k}": model.get_submodule(name).weight.detach() - before[k]
         for k, name in layers.items()

@@ -4,9 +4,10 @@
     python benchmarks/finetune.py --methods "randlora hadamard" --gamma constant,signs
     python benchmarks/finetune.py --parity 100      ours and stock PEFT, loss by loss
 
-The task is spelling.py's: English spelling to phonemes, SmolLM2-135M. Every method is trained with
-every rate, scaling, model, start of gamma and seed. Each run is written to OUT.jsonl as it ends: a
-stopped benchmark continues where it was. The table has a row per setting, means over seeds.
+The task is that of examples/spelling.py: English spelling to phonemes, SmolLM2-135M. Every method
+is trained with every rate, scaling, model, start of gamma and seed. Each run is written to
+OUT.jsonl as it ends: a stopped benchmark continues where it was. The table has a row per setting,
+means over seeds.
 
 Forgetting is how much the loss on English text (Python's own documentation, 1,024 tokens) rises.
 The effective rank of dW is exp of the entropy of its squared singular values, in layers 3 and 15.
@@ -23,6 +24,8 @@ from fractions import Fraction
 from functools import cache
 from itertools import product
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))  # spelling.py
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
 RANK, SCALING = 32, 20.0
@@ -84,9 +87,8 @@ def give_signs(tuned, seed: int) -> None:
 
 def effective_ranks(base, tuned) -> dict[str, list[float]]:
     """By kind of layer, the effective rank of dW in the layers MEASURED."""
+    import spelling
     import torch
-
-    from randlora_ext.demo.finetune import effective_rank
 
     def by_path(model) -> dict:  # without what PEFT puts before the path
         return {name.removeprefix("base_model.model."): m for name, m in model.named_modules()}
@@ -97,9 +99,13 @@ def effective_ranks(base, tuned) -> dict[str, list[float]]:
             return layer(torch.eye(layer.in_features))
 
     before, after = by_path(base), by_path(tuned)
+
+    def changed(path: str):
+        return torch.linalg.svdvals(outputs(after[path]) - outputs(before[path]))
+
     return {
         kind: [
-            round(effective_rank(outputs(after[path]) - outputs(before[path])), 1)
+            round(spelling.effective_rank(changed(path)), 1)
             for path in before
             if path.endswith(kind) and any(f".layers.{i}." in path for i in MEASURED)
         ]
@@ -115,7 +121,20 @@ def loaded(dtype: str) -> tuple:
 
     tokenizer, model = spelling.load_model()
     model.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
-    return tokenizer, model, spelling.text_loss(model, tokenizer)
+    return tokenizer, model, text_loss(model, tokenizer)
+
+
+def text_loss(model, tokenizer, rows: int = 2, columns: int = 512) -> float:
+    """Mean loss per token of English text that the task does not train: Python's own manual."""
+    from pydoc_data.topics import topics
+
+    import torch
+
+    model.eval()
+    tokens = tokenizer("\n".join(topics.values())[: 8 * rows * columns])["input_ids"]
+    block = torch.tensor(tokens[: rows * columns]).view(rows, columns)
+    with torch.no_grad():
+        return sum(model(row[None], labels=row[None]).loss.item() for row in block) / rows
 
 
 def run_one(
@@ -138,7 +157,7 @@ def run_one(
 
     torch.manual_seed(seed)
     training, held_out = spelling.read_words()
-    tokenizer, base, text_loss = loaded(model)
+    tokenizer, base, loss_before = loaded(model)
     tuned = adapted(copy.deepcopy(base), method, seed, scaling, gamma)
     trained = [p for p in tuned.parameters() if p.requires_grad]
     if nudge:
@@ -151,19 +170,20 @@ def run_one(
     result = dict(zip(KEY, (method, lr, seed, steps, scaling, model, gamma), strict=True))
     result |= {"parameters": parameters}
     try:
-        losses, seconds = spelling.train(tuned, tokenizer, batches, lr)
+        losses, seconds = zip(*spelling.train(tuned, tokenizer, batches, lr), strict=True)
     except FloatingPointError as error:  # a rate that diverges is a result
         return {**result, "held_out_loss": float("inf"), "failed": str(error)}
     result |= {
         "train_loss": [round(loss, 4) for loss in losses],
         "seconds_per_step": statistics.median(seconds),
         "held_out_loss": spelling.held_out_loss(tuned, tokenizer, held_out),
-        "forgetting": spelling.text_loss(tuned, tokenizer) - text_loss,
+        "forgetting": text_loss(tuned, tokenizer) - loss_before,
         "effective_rank": effective_ranks(base, tuned),
     }
     if answers:
         asked = held_out[:ANSWERED]
-        result["phoneme_error_rate"] = spelling.phoneme_error_rate(tuned, tokenizer, asked)
+        given = spelling.answers(tuned, tokenizer, asked)
+        result["phoneme_error_rate"] = spelling.phoneme_error_rate(asked, given)
     return result
 
 

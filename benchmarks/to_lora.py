@@ -14,7 +14,6 @@ from pathlib import Path
 
 import peft
 import record
-import spelling
 import torch
 from finetune import adapted
 
@@ -26,6 +25,8 @@ RANKS = (16, 32, 64, 128, 256)
 def measured(
     method: str, lr: float, steps: int, ranks: Sequence[int], adapter: Path | None
 ) -> list[dict]:
+    import spelling  # of examples/, which finetune has put into the path
+
     torch.manual_seed(0)
     training, held_out = spelling.read_words()
     tokenizer, base = spelling.load_model()
@@ -42,7 +43,8 @@ def measured(
         place = Path(folder)
         if adapter is None:
             tuned = adapted(base, method, seed=0)
-            spelling.train(tuned, tokenizer, spelling.plan_batches(training, steps, 16, 0), lr)
+            batches = spelling.plan_batches(training, steps, 16, 0)
+            list(spelling.train(tuned, tokenizer, batches, lr))
             adapter = place / "adapter"
             tuned.save_pretrained(adapter)
             base = tuned.unload()

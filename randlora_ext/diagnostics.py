@@ -6,6 +6,7 @@ import os
 import platform
 import struct
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -32,6 +33,23 @@ _SHAPES = ((96, 160, 16, 0.07), (160, 96, 16, 1 / 3), (70, 70, 32, 0.3))
 _TOKENS = 33
 # Relative error of outputs and gradients against float64.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def check() -> int:
+    """Prints the report and the self-check; returns 1 if a check fails or cannot run."""
+    print("\n".join(describe()))
+    print("self-check, relative error against the float64 reference (limit):")
+    try:
+        checks = self_check()
+    except Exception:
+        traceback.print_exc()
+        print("verdict: FAILED, the check could not run")
+        return 1
+    wrong = [what for what, error, limit in checks if not error <= limit]
+    for what, error, limit in checks:
+        print(f"  {what:28} {error:8.1e} ({limit:.0e}){'  WRONG' if what in wrong else ''}")
+    print(f"verdict: {'FAILED: ' + ', '.join(wrong) if wrong else 'all is well'}")
+    return 1 if wrong else 0
 
 
 def describe() -> list[str]:

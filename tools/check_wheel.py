@@ -21,7 +21,6 @@ WANTED = (
     "py.typed",
     "_C.pyi",
     "cli/__init__.py",
-    "demo/__init__.py",
     "peft/__init__.py",
 )
 
@@ -58,8 +57,8 @@ def wheel_findings(wheel: Path) -> list[str]:
         (metadata,) = Path(folder).glob("*.dist-info/METADATA")
         requires = email.message_from_string(metadata.read_text()).get_all("Requires-Dist", [])
         core = [requirement for requirement in requires if "extra ==" not in requirement]
-        if core != ["torch>=2.11"]:
-            found.append(f"requires {core} and not torch alone")
+        if core != ["torch>=2.11", "safetensors>=0.8"]:
+            found.append(f"requires {core} and not torch and safetensors alone")
         for library in sorted(Path(folder).rglob("*.so")):
             found += library_findings(library)
     return found

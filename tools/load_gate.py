@@ -78,7 +78,7 @@ def main() -> None:
             python = work / "venv" / "bin" / "python"
             # Settings of pip may prefer a torch without CUDA.
             plain = {**os.environ, "PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1"}
-            run(python, "-m", "pip", "install", "-q", TORCH, "numpy", env=plain)
+            run(python, "-m", "pip", "install", "-q", TORCH, "numpy", "safetensors", env=plain)
         pip = [python, "-m", "pip", "install", "-q", "--target"]
         tools, site = work / "tools", work / "site"
         run(*pip, tools, "setuptools>=77,<82", "wheel", "pybind11", "ninja")

@@ -1,13 +1,20 @@
-"""What the commands of `randlora_cli` do: one module each, with a function of that name."""
+"""What the commands of `randlora_cli` do: a module of that name, with a function of that name.
+
+`convert` and `merge` open an adapter over a skeleton of its model (adapter.py): the layers have no
+weights, but everything else that the functions of Python need.
+"""
 
 import sys
 import traceback
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from .files import CliError, first_line
+from ..writing import is_taken
 
-__all__ = ["CliError", "run"]
+
+class CliError(Exception):
+    """A message of one line: what was wrong, and what would be right."""
 
 
 def run(command: str, **options: Any) -> int:
@@ -16,15 +23,16 @@ def run(command: str, **options: Any) -> int:
     0: done; 1: a check failed; 2: something to fix, named in one line, with nothing
     half-written.
     """
+    place = "..diagnostics" if command == "check" else f".{command}"
     try:
-        return getattr(import_module(f".{command}", __package__), command)(**options)
+        return getattr(import_module(place, __package__), command)(**options)
     except ImportError as error:
         told = (
-            f"{command} needs another package: {first_line(error)}; "
+            f"{command} needs another package: {one_line(error)}; "
             'pip install "randlora-ext[peft]" brings all'
         )
     except (CliError, OSError) as error:
-        told = first_line(error)
+        told = one_line(error)
     except KeyboardInterrupt:
         print("error: interrupted; nothing was written", file=sys.stderr)
         return 130
@@ -33,3 +41,15 @@ def run(command: str, **options: Any) -> int:
         told = f"unexpected {type(error).__name__}; please report it"
     print(f"error: {told}", file=sys.stderr)
     return 2
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def check_free(out: Path) -> None:
+    """Refuses what `appear_new` would refuse: to be called before long work."""
+    if is_taken(out):
+        raise CliError(f"{out} exists; choose another name or remove it first")
+    if not out.absolute().parent.is_dir():
+        raise CliError(f"{out.absolute().parent} does not exist")

@@ -1,23 +1,40 @@
-"""A saved adapter, read without its model: a PEFT folder or a file of `save_adapter`."""
+"""A saved adapter, read without its model, and its layers over a skeleton of that model."""
 
+import dataclasses
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..nn.adapter_format import SavedLayer, check_shapes, read_adapter_file
+from ..nn.adapter_file import SavedLayer, check_shapes, load_adapter, read_adapter_file
+from ..nn.linear import RandLoraLinear
 from ..nn.state_dict import DIAGONALS
-from .files import CliError, first_line, read_json
+from . import CliError, one_line
+from .checkpoint import Checkpoint, find_base, locate, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NAME = "default"  # of the adapter in the models that are made here
 PREFIX = "base_model.model."  # of PEFT's keys
 LAMBDA, GAMMA = (f".{name}" for name in DIAGONALS)
 BASES = ("randlora_A", "randlora_B")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a layer; `transposed`: the model stores its weight as (in, out), as Conv1D does."""
+
+    in_features: int
+    out_features: int
+    dtype: torch.dtype = torch.float32
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,9 +67,14 @@ class Adapter:
     others: Mapping[str, Tensor] = field(default_factory=dict)
     ignored: Sequence[str] = ()
 
-    @property
-    def file_bytes(self) -> int:
-        return self.file.stat().st_size
+
+@contextmanager
+def told_of(what: object, kinds: Any = Exception):
+    """Names the adapter or file in another function's error."""
+    try:
+        yield
+    except kinds as error:
+        raise CliError(f"{what}: {one_line(error)}") from error
 
 
 def read_adapter(source: Path) -> Adapter:
@@ -62,7 +84,7 @@ def read_adapter(source: Path) -> Adapter:
     try:
         plain = read_adapter_file(source)[1]
     except (ValueError, OSError) as error:
-        raise CliError(first_line(error)) from error
+        raise CliError(one_line(error)) from error
     return Adapter(
         source, source, {at: (layer.lam, layer.gam) for at, layer in plain.items()}, plain
     )
@@ -76,25 +98,37 @@ def _read_folder(folder: Path) -> Adapter:
     if (kind := settings.get("peft_type")) != "RANDLORA":
         raise CliError(f"{folder / CONFIG}: peft_type must be RANDLORA, got {kind!r}")
     enable()  # so that PEFT reads our fields
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Specified to not save")
-            config = RandLoraConfig.from_pretrained(str(folder))
-    except Exception as error:  # PEFT raises whatever the conversion of its fields raises
-        raise CliError(f"{folder / CONFIG}: {first_line(error)}") from error
+    # PEFT raises whatever the conversion of its fields raises.
+    with told_of(folder / CONFIG), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Specified to not save")
+        config = RandLoraConfig.from_pretrained(str(folder))
     if not file.is_file():
         raise CliError(
             f"{file} does not exist; only safetensors are read, never a pickle such as "
             "adapter_model.bin: open that in PEFT and save it again"
         )
-    try:
+    with told_of(
+        f"{file} is damaged or no safetensors file", (SafetensorError, OSError, ValueError)
+    ):
         saved = load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CliError(f"{file} is damaged or no safetensors file: {first_line(error)}") from error
     if alien := next((key for key in saved if not key.startswith("base_model.")), None):
         raise CliError(f"{file}: tensor {alien!r} must start with {PREFIX!r}")
     tensors = {k: v for k, v in saved.items() if k.rpartition(".")[2] not in BASES}
-    diagonals = _diagonals(file, tensors, config.r)
+    diagonals = {}
+    for path in sorted(k.rpartition(".")[0] for k in tensors if k.endswith((LAMBDA, GAMMA))):
+        lam, gam = tensors.get(path + LAMBDA), tensors.get(path + GAMMA)
+        if lam is None or gam is None:
+            raise CliError(f"{file}: {path} must have both lambda and gamma")
+        with told_of(file, ValueError):
+            check_shapes(path, lam, gam, config.r, gam.shape[-1] if gam.dim() else 0)
+        diagonals[path.removeprefix(PREFIX)] = lam, gam
+    if not diagonals:
+        raise CliError(f"{file} holds no randlora_lambda: it is no RandLoRA adapter")
+    # The model's bases have the shortest keys; transformers writes only copies under a layer.
+    bases = {k.rpartition(".")[2]: saved[k] for k in sorted(saved, key=len, reverse=True)
+             if k not in tensors}  # fmt: skip
+    if len(bases) == 1:
+        raise CliError(f"{file} holds {next(iter(bases))} alone; both bases belong together")
     others, ignored = {}, []
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
@@ -106,46 +140,116 @@ def _read_folder(folder: Path) -> Adapter:
             others[f"{layer}.{inner.removeprefix('base_layer.')}"] = tensor
         elif not name.endswith((LAMBDA, GAMMA)):
             ignored.append(key)
-    bases = _bases(file, saved, config.r, diagonals)
     return Adapter(folder, file, diagonals, None, config, settings, tensors, bases, others, ignored)
 
 
-def _diagonals(file: Path, tensors: dict[str, Tensor], r: int) -> dict[str, tuple[Tensor, Tensor]]:
-    found = {}
-    for key in (key for key in tensors if key.endswith((LAMBDA, GAMMA))):
-        path = key.rpartition(".")[0]
-        lam, gam = tensors.get(path + LAMBDA), tensors.get(path + GAMMA)
-        try:
-            if lam is None or gam is None:
-                raise ValueError(f"{path} must have both lambda and gamma")
-            check_shapes(path, lam, gam, r, gam.shape[-1] if gam.dim() else 0)
-        except ValueError as error:
-            raise CliError(f"{file}: {error}") from error
-        found[path.removeprefix(PREFIX)] = lam, gam
-    if not found:
-        raise CliError(f"{file} holds no randlora_lambda: it is no RandLoRA adapter")
-    return found
+def base_of(adapter: Adapter, base: str | None) -> Checkpoint:
+    return find_base(base or (adapter.config and adapter.config.base_model_name_or_path))
 
 
-def _bases(file: Path, saved: dict[str, Tensor], r: int, diagonals: dict) -> dict[str, Tensor]:
-    """The model's bases, else the copies under a layer, which are all that transformers writes."""
-    found = {}
-    for key in sorted(saved, key=len, reverse=True):
-        if (name := key.rpartition(".")[2]) in BASES:
-            found[name] = saved[key]  # the shortest key is that of the model
-    if not found:
-        return {}
-    if len(found) == 1:
-        raise CliError(f"{file} holds {next(iter(found))} alone; both bases belong together")
-    n, d = (max(gam.shape[k] for _, gam in diagonals.values()) for k in (0, 1))
-    A, B = (found[name] for name in BASES)
-    # Every layer takes its slice from the front.
-    sound = A.dim() == B.dim() == 3 and A.shape[1] == 1 and A.shape[0] >= r and A.shape[2] >= d
-    sound = sound and all(have >= need for have, need in zip(B.shape, (d, n, r), strict=True))
-    if not sound or not (A.is_floating_point() and B.is_floating_point()):
+def shapes_in_file(adapter: Adapter) -> dict[str, Shape]:
+    """Sizes with which bases that are in the file fit, whatever the layers' real D."""
+    if adapter.plain:
+        return {
+            path: Shape(*layer.features, transposed=layer.fan_in_fan_out)
+            for path, layer in adapter.plain.items()
+        }
+    A, B = (adapter.bases[name] for name in BASES)
+    sizes = {path: gam.shape[1] for path, (_, gam) in adapter.diagonals.items()}
+    if A.dim() != 3 or B.dim() != 3 or min(A.shape[2], B.shape[0]) < max(sizes.values()):
         raise CliError(
-            f"{file}: randlora_A {A.dtype} {tuple(A.shape)} or randlora_B {B.dtype} "
-            f"{tuple(B.shape)} is too small; they must be floating point of at least "
-            f"({r}, 1, {d}) and ({d}, {n}, {r})"
+            f"{adapter.file}: randlora_A {tuple(A.shape)} or randlora_B {tuple(B.shape)} is too "
+            f"small for layers of min(in, out) = {max(sizes.values())}"
         )
-    return found
+    shapes = {path: Shape(d, B.shape[0]) for path, d in sizes.items()}
+    if A.shape[2] > max(sizes.values()):  # the largest in and out belong to different layers
+        path, d = next(iter(sizes.items()))
+        shapes[path] = Shape(A.shape[2], d)
+    return shapes
+
+
+def shapes_in(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Shape]:
+    """The base layers' shapes by path. CliError if the adapter does not fit them."""
+    if "quantization_config" in checkpoint.config:
+        raise CliError(f"{checkpoint.folder} is quantized; its 16 or 32 bit original is needed")
+    name_in = locate(adapter.diagonals, checkpoint)
+    shapes = {}
+    for path, (_, gam) in adapter.diagonals.items():
+        entry = checkpoint.tensors[name_in(f"{path}.weight")]
+        if entry.dtype is None or len(entry.shape) != 2:
+            raise CliError(
+                f"{entry.file}: {path}.weight must be a float64, float32, float16 or bfloat16 "
+                "matrix"
+            )
+        transposed = (adapter.plain[path] if adapter.plain else adapter.config).fan_in_fan_out
+        if min(entry.shape) != gam.shape[1]:
+            raise CliError(
+                f"{path}: the adapter is for min(in, out) = {gam.shape[1]} features, the weight in "
+                f"{checkpoint.folder} is {entry.shape}"
+            )
+        sizes = entry.shape if transposed else entry.shape[::-1]
+        shapes[path] = Shape(*sizes, entry.dtype, transposed)
+    return shapes
+
+
+def layers_of(adapter: Adapter, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """The adapter's layers over base layers without weights: `RandLoraLinear`, or PEFT's."""
+    if adapter.plain:
+        model = skeleton(shapes, {at: layer.also_at for at, layer in adapter.plain.items()})
+        with told_of(adapter.source, (ValueError, TypeError)):
+            load_adapter(model, adapter.source, NAME)
+        return {n: m for n, m in model.named_modules() if isinstance(m, RandLoraLinear)}
+    from ..peft.layer import layers_with
+
+    return layers_with(peft_model(adapter, adapter.config, shapes, adapter.bases), NAME)
+
+
+def peft_model(
+    adapter: Adapter, config: Any, shapes: Mapping[str, Shape], bases: Mapping[str, Tensor]
+) -> Any:
+    """A PeftModel over base layers without weights; without `bases` they are made by `config`."""
+    import peft
+
+    fields = {"target_modules": "|".join(map(re.escape, shapes)), "save_projection": bool(bases),
+              "exclude_modules": None, "modules_to_save": None, "layers_to_transform": None,
+              "layers_pattern": None, "bias": "none", "task_type": None}  # fmt: skip
+    known = {each.name for each in dataclasses.fields(config)}
+    state = {f"base_model.{name}": basis for name, basis in bases.items()}
+    for path, pair in adapter.diagonals.items():
+        state |= {f"{PREFIX}{path}.{each}": t for each, t in zip(DIAGONALS, pair, strict=True)}
+    with told_of(adapter.source), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Specified to not save")
+        # The model has no name.
+        warnings.filterwarnings("ignore", message=".*base_model_name_or_path. was renamed")
+        changed = dataclasses.replace(config, **{k: fields[k] for k in fields.keys() & known})
+        model = peft.get_peft_model(skeleton(shapes), changed)
+        peft.set_peft_model_state_dict(model, state)
+    return model
+
+
+def skeleton(
+    shapes: Mapping[str, Shape], also_at: Mapping[str, Iterable[str]] | None = None
+) -> nn.Module:
+    """Linear layers at their paths in empty modules, with weights of 0 that take no memory."""
+    root = nn.Module()
+    for path, shape in shapes.items():
+        sizes = shape.in_features, shape.out_features
+        with torch.device("meta"):
+            if shape.transposed:
+                from transformers.pytorch_utils import Conv1D
+
+                layer: Any = Conv1D(*sizes[::-1])
+            else:
+                layer = nn.Linear(*sizes)
+        layer.bias = None
+        stored = sizes if shape.transposed else sizes[::-1]
+        layer.weight = nn.Parameter(torch.zeros((), dtype=shape.dtype).expand(stored), False)
+        for at in (path, *(also_at or {}).get(path, ())):
+            *parents, name = at.split(".")
+            place = root
+            for parent in parents:
+                if parent not in place._modules:
+                    place.add_module(parent, nn.Module())
+                place = place.get_submodule(parent)
+            place.add_module(name, layer)
+    return root

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .files import CliError, first_line, read_json
+from . import CliError, one_line
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {
@@ -49,6 +49,19 @@ class Checkpoint:
         return tied and self.tensors[name].shape[:1] == (self.config.get("vocab_size"),)
 
 
+def read_json(path: Path, needed: str = "") -> dict:
+    """The JSON object in a file; `needed` says in the error why it must exist."""
+    if not path.is_file():
+        raise CliError(f"{path} does not exist{needed}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CliError(f"{path} is no JSON: {one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise CliError(f"{path} must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Reads only headers. CliError if the folder has no sound safetensors files."""
     if not folder.is_dir():
@@ -67,9 +80,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     ):
         raise CliError(f"{folder / INDEX} must map tensors to files of its folder")
     files = [folder / name for name in sorted(set(weight_map.values()))]
-    tensors: dict[str, Entry] = {}
-    for file in files:
-        tensors |= _entries(file)
+    tensors = {name: entry for file in files for name, entry in _entries(file).items()}
     for tensor, name in weight_map.items():
         if tensor not in tensors or tensors[tensor].file.name != name:
             raise CliError(f"{folder / INDEX} says that {tensor} is in {name}; it is not")
@@ -83,7 +94,7 @@ def _entries(file: Path) -> dict[str, Entry]:
         with safe_open(file, framework="pt"):  # checks header, offsets and length
             pass
     except (SafetensorError, OSError) as error:
-        raise CliError(f"{file} is damaged or no safetensors file: {first_line(error)}") from error
+        raise CliError(f"{file} is damaged or no safetensors file: {one_line(error)}") from error
     # The library does not give offsets. Eight bytes of length, a JSON header, then the data.
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

@@ -6,12 +6,12 @@ them again (small). LoRA keeps the part of dW that its rank can hold.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import shutil
 import warnings
-from collections.abc import Mapping
-from fractions import Fraction
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,29 @@ from torch import Tensor
 from ..peft import RandLoraConfig, enable
 from ..peft.adapter_basis import AdapterBasis
 from ..peft.card import write_card
-from ..peft.lora import shared_fields, write_lora, write_lora_card
-from ..peft.saving import stock_config
+from ..peft.lora import shared_fields, weight_change, write_lora, write_lora_card
+from ..peft.saving import dense_bases, stock_config
 from ..writing import appear_new
-from .adapter import BASES, CONFIG, GAMMA, LAMBDA, PREFIX, WEIGHTS, Adapter, read_adapter
-from .files import CliError, check_free
-from .layers import Shape, dense_bases, layer_changes, module_paths, shapes_of
+from . import CliError, check_free
+from .adapter import (
+    BASES,
+    CONFIG,
+    GAMMA,
+    LAMBDA,
+    NAME,
+    PREFIX,
+    WEIGHTS,
+    Adapter,
+    Shape,
+    base_of,
+    layers_of,
+    peft_model,
+    read_adapter,
+    shapes_in,
+    shapes_in_file,
+    told_of,
+)
+from .checkpoint import locate
 
 # Fields that say which bases an adapter has, or whether they are saved.
 _OF_BASES = {"density", "basis", "sparse", "very_sparse", "save_projection", "projection_prng_key"}
@@ -54,7 +71,7 @@ def convert(
             "lora": the nearest LoRA adapter, as by `export_to_lora`. A PEFT folder needs the base
             model's shapes.
         base: the base model, a folder or a name in the hub's cache.
-        density: of the saved bases, if it cannot be inferred from them.
+        density: of the saved bases, if the adapter's configuration does not say it.
         rank, energy: with "lora", one of them.
     """
     check_free(out)
@@ -65,20 +82,24 @@ def convert(
     adapter = read_adapter(source)
     if to == "lora":
         return _to_lora(adapter, out, base, rank, energy)
-    shapes = shapes_of(adapter, base) if adapter.plain else None
-    adapter = _in_terms_of_peft(adapter) if adapter.plain else adapter
-    bases: Mapping[str, Tensor] = {}
-    factor = 1.0
-    if to == "peft":
-        bases = adapter.bases
-        if not bases:
-            bases = dense_bases(adapter, shapes or shapes_of(adapter, base))
-        config = stock_config(adapter.config, _is_ternary(bases["randlora_A"]))
-        told = "stock PEFT opens it"
-    elif shapes:
-        config, told = adapter.config, "a folder that randlora_ext.peft opens"
+    if to == "compact" and not (adapter.bases or adapter.plain):
+        raise CliError(f"{source} holds no bases: it is compact already")
+    if adapter.bases or (adapter.plain and base is None):
+        shapes = shapes_in_file(adapter)
     else:
-        config, told, factor = _without_bases(adapter, density)
+        shapes = shapes_in(adapter, base_of(adapter, base))
+    adapter = _in_terms_of_peft(adapter)
+    bases, factor = {}, 1.0
+    if to == "peft" or adapter.bases:
+        bases = _bases(adapter, adapter.config, shapes, adapter.bases)
+    if to == "peft":
+        config, told = stock_config(adapter.config, _is_ternary(bases[BASES[0]])), "stock PEFT"
+    elif bases:
+        config, factor = _without_bases(adapter, shapes, bases, density)
+        stock = AdapterBasis.of(vars(config)).known_to_stock
+        told, bases = f"{'stock PEFT and ' * stock}randlora_ext.peft", {}
+    else:
+        config, told = adapter.config, "randlora_ext.peft"
     tensors = {
         key: (tensor.double() * factor).to(tensor.dtype) if key.endswith(LAMBDA) else tensor
         for key, tensor in adapter.tensors.items()
@@ -95,30 +116,37 @@ def convert(
         if (source / "README.md").is_file():
             shutil.copyfile(source / "README.md", folder / "README.md")
             write_card(folder, out.name)
-        size = (folder / WEIGHTS).stat().st_size
-    print(f"{out}: {size:,} bytes, was {adapter.file_bytes:,}; {told}")
+        size, was = (file.stat().st_size for file in (folder / WEIGHTS, adapter.file))
+    print(f"{out}: {size:,} bytes, was {was:,}; {told} opens it")
     return 0
 
 
 def _to_lora(
     adapter: Adapter, out: Path, base: str | None, rank: int | None, energy: float | None
 ) -> int:
-    changes = layer_changes(adapter, shapes_of(adapter, base))
+    if adapter.plain and base is None:
+        shapes, modules = shapes_in_file(adapter), set(adapter.plain)
+    else:
+        checkpoint = base_of(adapter, base)
+        shapes = shapes_in(adapter, checkpoint)
+        parts = [name.split(".")[:-1] for name in checkpoint.tensors]
+        modules = {".".join(part[:k]) for part in parts for k in range(1, len(part) + 1)}
+        name_in = locate(shapes, checkpoint)  # adapted ones are named as the adapter does
+        modules = modules - set(map(name_in, shapes)) | set(shapes)
     if adapter.plain:
-        fields = {"fan_in_fan_out": any(s.fan_in_fan_out for s in adapter.plain.values())}
+        fields = {"fan_in_fan_out": any(shape.transposed for shape in shapes.values())}
     else:
         fields = shared_fields(adapter.config)
+    deltas = {
+        path: functools.partial(weight_change, layer, NAME)
+        for path, layer in layers_of(adapter, shapes).items()
+    }
     mine = {*adapter.ignored, *(key for key in adapter.tensors if key.endswith((LAMBDA, GAMMA)))}
     others = {key: tensor for key, tensor in adapter.tensors.items() if key not in mine}
     with appear_new(out) as folder:
         folder.mkdir()
-        deltas = {path: change.delta for path, change in changes.items()}
-        try:
-            done = write_lora(
-                folder, deltas, fields, module_paths(adapter, base), rank, energy, others
-            )
-        except ValueError as error:
-            raise CliError(f"{adapter.source}: {error}") from error
+        with told_of(adapter.source, ValueError):
+            done = write_lora(folder, deltas, fields, modules, rank, energy, others)
         write_lora_card(folder, out.name, done)
         size = (folder / WEIGHTS).stat().st_size
     width = max(map(len, done.layers))
@@ -131,9 +159,10 @@ def _to_lora(
 
 def _in_terms_of_peft(adapter: Adapter) -> Adapter:
     """A file of `save_adapter`, as if it were read from a PEFT folder."""
-    assert adapter.plain is not None
+    if adapter.plain is None:
+        return adapter
     options = {
-        (s.basis.r, s.scaling, s.randlora_dropout, s.fan_in_fan_out, s.description)
+        (s.r, s.scaling, s.randlora_dropout, s.fan_in_fan_out, s.description)
         for s in adapter.plain.values()
     }
     if len(options) > 1:
@@ -152,6 +181,7 @@ def _in_terms_of_peft(adapter: Adapter) -> Adapter:
         basis=basis.kind,
         density=basis.density,
         projection_prng_key=basis.seed,
+        inference_mode=True,
     )
     tensors: dict[str, Tensor] = {}
     for path, (lam, gam) in adapter.diagonals.items():
@@ -159,78 +189,55 @@ def _in_terms_of_peft(adapter: Adapter) -> Adapter:
     return dataclasses.replace(adapter, plain=None, config=config, tensors=tensors)
 
 
-def _without_bases(adapter: Adapter, density: float | None) -> tuple[RandLoraConfig, str, float]:
-    """The configuration, what makes the bases, and the factor of `_factor`."""
-    if not adapter.bases:
-        raise CliError(f"{adapter.source} holds no bases: it is compact already")
-    if density is None and (config := _config(adapter)) and (factor := _factor(config, adapter)):
-        stock = AdapterBasis.of(vars(config)).known_to_stock
-        readers = "stock PEFT and randlora_ext" if stock else "randlora_ext"
-        return config, f"{readers} draws its bases again from the key", factor
-    for guess in [density] if density is not None else _densities(adapter):
-        for basis in ("hadamard", "independent", "peft"):
-            share = None if basis == "hadamard" else guess
-            config = _config(adapter, basis=basis, density=share, sparse=False, very_sparse=False)
-            if config is not None and (factor := _factor(config, adapter)):
-                makes = "draws" if basis == "peft" else "generates"
-                which = basis if basis == "hadamard" else f"density {guess:.6g}"
-                return config, f"randlora_ext {makes} its bases again ({which})", factor
-    tried = "as PEFT draws them or as generated" if density is None else f"at density {density}"
+def _bases(
+    adapter: Adapter, config: Any, shapes: Mapping[str, Shape], saved: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """A (r, 1, d) and B (D, n, r) of the largest layers: the `saved` ones, or those of `config`."""
+    model = peft_model(adapter, config, shapes, saved)
+    with told_of(adapter.source, ValueError):
+        return dict(zip(BASES, dense_bases(model, NAME), strict=True))
+
+
+def _without_bases(
+    adapter: Adapter, shapes: Mapping[str, Shape], saved: Mapping[str, Tensor], share: float | None
+) -> tuple[Any, float]:
+    """The configuration that makes the bases again, and what lambda must be multiplied by.
+
+    The factor is 1, or near that if the saved bases were rounded as by a 16-bit base model.
+    """
+    for config in _candidates(adapter.config, share):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            rounded = {at: dataclasses.replace(s, dtype=dtype) for at, s in shapes.items()}
+            try:
+                made = _bases(adapter, config, rounded, {})
+            except CliError:  # Hadamard bases do not exist for these layers
+                break
+            pairs = [(saved[name].float(), made[name].float()) for name in BASES]
+            if all(torch.equal(was, own.to(dtype).float()) for was, own in pairs):
+                largest = [(float(was.abs().max()), float(own.abs().max())) for was, own in pairs]
+                return config, math.prod(was / own if own else 1.0 for was, own in largest)
+    tried = "as its configuration says" if share is None else f"at density {share}"
     raise CliError(
         f"{adapter.source}: the saved bases are not those of projection_prng_key "
-        f"{adapter.config.projection_prng_key} {tried}, so they must stay"
+        f"{adapter.config.projection_prng_key} {tried}, so they must stay; --density gives that of "
+        "bases that --to peft has written"
     )
 
 
-def _config(adapter: Adapter, **fields: Any) -> RandLoraConfig | None:
-    """The config without saved bases and with `fields` replaced; None if that is invalid."""
-    if fields:  # a text would contradict them
-        fields["projection_prng_key"] = AdapterBasis.of(vars(adapter.config)).seed
+def _candidates(config: Any, share: float | None) -> Iterator[Any]:
+    """Configurations without saved bases that may make the saved ones."""
+    seed = AdapterBasis.of(vars(config)).seed
+    plain = {"sparse": False, "very_sparse": False, "projection_prng_key": seed}
+    changes: list[dict[str, Any]] = [{}, plain | {"basis": "hadamard", "density": None}]
+    if share is None:
+        changes.append({"basis": "independent"})
+    else:
+        changes = [plain | {"basis": kind, "density": share} for kind in ("independent", "peft")]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Specified to not save")
-        try:
-            return dataclasses.replace(adapter.config, save_projection=False, **fields)
-        except (ValueError, TypeError):
-            return None
-
-
-def _factor(config: RandLoraConfig, adapter: Adapter) -> float:
-    """What the product of the bases that `config` makes must be multiplied by to be the saved one.
-
-    It is 1, or near that if the saved ones were rounded as by a 16-bit base model. 0 if the bases
-    are others.
-    """
-    width, D = adapter.bases["randlora_A"].shape[-1], adapter.bases["randlora_B"].shape[0]
-    d = width
-    if config.basis == "hadamard":
-        sizes = {gam.shape[1] for _, gam in adapter.diagonals.values()}
-        d = max(sizes)
-        if len(sizes) > 1:
-            return 0.0
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        shapes = {"wide": Shape(d, D, dtype)}
-        if d < width:  # written for transposed layers, too
-            shapes["tall"] = Shape(D, d, dtype)
-        made = dense_bases(dataclasses.replace(adapter, config=config), shapes)
-        pairs = [(adapter.bases[name].float(), made[name]) for name in BASES]
-        if all(torch.equal(saved, own.to(dtype).float()) for saved, own in pairs):
-            largest = [(float(saved.abs().max()), float(own.abs().max())) for saved, own in pairs]
-            return math.prod(saved / own if own else 1.0 for saved, own in largest)
-    return 0.0
-
-
-def _densities(adapter: Adapter) -> list[float]:
-    """Densities that explain the value of +1 in B, which has more elements than A. The value is
-    1 / sqrt(density) or, in PEFT's draw, 1 / the sample's standard deviation, which is near that.
-    """
-    A, B = (adapter.bases[name].float() for name in BASES)
-    if not _is_ternary(B) or not bool(B.any()):
-        return []
-    exact = 1 / float(B.abs().max()) ** 2
-    guesses = [A.shape[-1] ** -0.5]
-    guesses += [float(Fraction(exact).limit_denominator(k)) for k in (16, 100, 1000)]
-    guesses += [float(f"{exact:.{digits}g}") for digits in (1, 2, 3, 4, 5)]
-    return [guess for guess in dict.fromkeys(guesses) if guess <= 1 and 0.95 < guess / exact < 1.05]
+        for change in changes:
+            with told_of("--density", (ValueError, TypeError)):
+                yield dataclasses.replace(config, save_projection=False, **change)
 
 
 def _is_ternary(basis: Tensor) -> bool:

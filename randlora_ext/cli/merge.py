@@ -1,19 +1,20 @@
 """``randlora merge``: W + dW into a copy of the model's files, a layer at a time."""
 
 import shutil
+import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from ..basis import TernaryBasis
+from ..nn.linear import RandLoraLinear
+from ..ops.functional import merged_weight
 from ..writing import appear_new
-from .adapter import read_adapter
+from . import CliError, check_free
+from .adapter import NAME, layers_of, read_adapter, shapes_in
 from .checkpoint import Checkpoint, locate, read_checkpoint
-from .files import CliError, check_free
-from .layers import LayerChange, layer_changes, shapes_in
 
 # Weights in other formats would be those of the unmerged model.
 _NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
@@ -22,10 +23,9 @@ _NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"
 def merge(model: Path, source: Path, out: Path, rounding_seed: int | None = None) -> int:
     """Writes the model folder `out`: the files of `model` with the adapter in their weights.
 
-    The tensors are those of ``PeftModel.from_pretrained(...).merge_and_unload(safe_merge=True)``:
-    W + dW is made in float32 (float64 for a float64 W) and rounded once to W's dtype. Every other
-    byte of the files stays. Needs the memory of the adapter and of one layer, and the disk space of
-    the model.
+    The tensors are those of ``PeftModel.from_pretrained(...).merge_and_unload(safe_merge=True)``.
+    Every other byte of the files stays. Needs the memory of two copies of the adapter and of one
+    layer, and the disk space of the model.
 
     Args:
         rounding_seed: in [0, 2**64): rounds 16-bit weights stochastically, see `merged_weight`. The
@@ -37,21 +37,15 @@ def merge(model: Path, source: Path, out: Path, rounding_seed: int | None = None
     adapter, checkpoint = read_adapter(source), read_checkpoint(model)
     name_in = locate(adapter.diagonals, checkpoint)
     replaced = {name_in(path): t for path, t in adapter.others.items()}
-    changes = {
-        name_in(f"{path}.weight"): (path, change)
-        for path, change in layer_changes(adapter, shapes_in(adapter, checkpoint)).items()
-    }
+    layers = layers_of(adapter, shapes_in(adapter, checkpoint))
+    changes = {name_in(f"{path}.weight"): (path, layer) for path, layer in layers.items()}
     _check_names(checkpoint, replaced, changes.keys() | replaced.keys())
     _check_space(checkpoint, out)
-    with (
-        appear_new(out) as folder,
-        tqdm(total=len(checkpoint.files) + len(changes), desc="merging", unit="step") as bar,
-    ):
+    with appear_new(out) as folder:
         folder.mkdir()
         for file in checkpoint.files:
-            bar.set_postfix_str(file.name)
+            print(f"merging {file.name}", file=sys.stderr)
             shutil.copyfile(file, folder / file.name)
-            bar.update()
             with open(folder / file.name, "r+b") as copy:
                 for name in changes.keys() | replaced.keys():
                     entry = checkpoint.tensors[name]
@@ -61,7 +55,6 @@ def merge(model: Path, source: Path, out: Path, rounding_seed: int | None = None
                     weight = weight.to(entry.dtype)
                     if name in changes:
                         weight = _sum(*changes[name], weight, rounding_seed)
-                        bar.update()
                     copy.seek(entry.start)
                     _write(copy, weight)
         left = _copy_rest(checkpoint, folder)
@@ -76,16 +69,27 @@ def merge(model: Path, source: Path, out: Path, rounding_seed: int | None = None
     return 0
 
 
-def _sum(path: str, change: LayerChange, weight: Tensor, seed: int | None) -> Tensor:
+@torch.no_grad()
+def _sum(path: str, layer: Any, weight: Tensor, seed: int | None) -> Tensor:
     """W + dW in the dtype and layout of W."""
-    if seed is not None:
-        if not isinstance(change.bases, TernaryBasis) or weight.itemsize != 2:
+    base = layer.get_base_layer()
+    if seed is None:
+        weightless, base.weight = base.weight, nn.Parameter(weight.clone(), False)
+        layer.merge(keep_weight="nothing")
+        total, base.weight = base.weight.detach(), weightless
+    else:
+        plain = isinstance(layer, RandLoraLinear)
+        basis = layer.bases[NAME] if plain else layer.basis_of(NAME, weight.device)[0]
+        if basis.kind == "dense" or weight.itemsize != 2:
             what = "its bases are not ternary" if weight.itemsize == 2 else f"it is {weight.dtype}"
             raise CliError(
                 f"{path}: --rounding-seed needs ternary bases and 16-bit weights; {what}"
             )
+        W = weight.T.contiguous() if layer.fan_in_fan_out else weight
+        lam, gam = layer.randlora_lambda[NAME], layer.randlora_gamma[NAME]
         seed ^= zlib.crc32(path.encode()) << 32
-    total = change.added_to(weight, seed)
+        total = merged_weight(basis, W, lam, gam, layer.scaling[NAME], seed)
+        total = total.T if layer.fan_in_fan_out else total
     if not bool(torch.isfinite(total).all()):
         raise CliError(f"{path}: the merged weight would hold NaN or inf; nothing was written")
     return total

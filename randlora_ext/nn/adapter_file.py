@@ -1,30 +1,74 @@
-"""`save_adapter` and `load_adapter`: from a model to a file and back, without PEFT."""
+"""`save_adapter` and `load_adapter`: from a model to a safetensors file and back, without PEFT.
 
+The file holds ``PATH.randlora_lambda`` and ``PATH.randlora_gamma`` of every layer. Its metadata
+"randlora_adapter" is JSON with adapter_name and layers, which maps the path of each layer in the
+base model to the fields of `SavedLayer` that are no tensors.
+"""
+
+import json
+import math
 import os
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..basis.description import BasisDescription
 from ..basis.ternary_basis import TernaryBasis
 from ..ops.dtensor import full_tensor, is_dtensor, laid_out_like
-from .adapter_format import (
-    DIAGONALS,
-    SavedLayer,
-    read_adapter_file,
-    tensor_name,
-    write_adapter_file,
-)
+from ..writing import appear
 from .apply import apply_randlora, check_is_called, check_not_nested
 from .base_layer import check_base_layer, features
 from .linear import RandLoraLinear, check_adapter_name
+from .state_dict import DIAGONALS
 
+_METADATA = "randlora_adapter"
 # Names that torch.compile and activation checkpointing put into the paths of modules.
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_checkpoint_wrapped_module)(\.|$)")
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """The adapter of one layer.
+
+    Attributes:
+        fan_in_fan_out: the base weight is stored as (in, out), as in transformers' Conv1D.
+        basis: the key of a `BasisDescription`.
+        also_at: other paths of a tied layer.
+        lam, gam: lambda (r, n) and gamma (n, d).
+    """
+
+    in_features: int
+    out_features: int
+    fan_in_fan_out: bool
+    r: int
+    scaling: float
+    randlora_dropout: float
+    basis: str
+    also_at: list
+    lam: Tensor
+    gam: Tensor
+
+    @property
+    def features(self) -> tuple[int, int]:
+        return self.in_features, self.out_features
+
+    @property
+    def description(self) -> BasisDescription:
+        return BasisDescription.parse(self.basis)
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `RandLoraLinear`."""
+        basis = self.description
+        return {"r": self.r, "density": basis.density, "projection_prng_key": basis.seed,
+                "basis": basis.kind, "randlora_dropout": self.randlora_dropout}  # fmt: skip
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = "default") -> None:
@@ -41,40 +85,37 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
         adapter_name: which adapter.
 
     Raises:
-        ImportError: safetensors is not installed.
         ValueError: no layer has the adapter, or this process lacks its values (meta device,
             DeepSpeed ZeRO-3).
         OSError: the file cannot be written, on all ranks; an older one stays as it was.
     """
-    saved, mesh = {}, None
+    tensors, layers, mesh = {}, {}, None
     for layer, (at, *also_at) in _layers_with(adapter_name, model).items():
-        full: list[Tensor] = []
-        for diagonals in DIAGONALS:
-            parameter = getattr(layer, diagonals)[adapter_name]
+        for kind in DIAGONALS:
+            parameter, name = getattr(layer, kind)[adapter_name], _tensor_name(at, kind)
             if not _is_here(parameter):
                 raise ValueError(
-                    f"{tensor_name(at, diagonals)} of adapter {adapter_name!r} has no numbers "
-                    f"here: it is {tuple(parameter.shape)} on {parameter.device}"
+                    f"{name} of adapter {adapter_name!r} has no numbers here: it is "
+                    f"{tuple(parameter.shape)} on {parameter.device}"
                 )
             if is_dtensor(parameter):
                 mesh = parameter.device_mesh
-            full.append(full_tensor(parameter.detach()))
-        # The basis of a tensor-parallel layer is a slice.
-        basis = layer.bases[adapter_name].description
-        assert basis is not None
-        sizes = layer.in_features, layer.out_features, layer.r[adapter_name]
-        saved[at] = SavedLayer(
-            TernaryBasis(*sizes, basis.density, basis.seed, basis.kind),
-            layer.scaling[adapter_name],
-            getattr(layer.randlora_dropout[adapter_name], "p", 0.0),
-            layer.fan_in_fan_out,
-            full[0],
-            full[1],
-            tuple(also_at),
-        )
+            tensors[name] = full_tensor(parameter.detach()).contiguous()
+        layers[at] = {
+            "in_features": layer.in_features,
+            "out_features": layer.out_features,
+            "fan_in_fan_out": layer.fan_in_fan_out,
+            "r": layer.r[adapter_name],
+            "scaling": layer.scaling[adapter_name],
+            "randlora_dropout": getattr(layer.randlora_dropout[adapter_name], "p", 0.0),
+            "basis": layer.bases[adapter_name].description.key(),  # type: ignore[union-attr]
+            "also_at": also_at,
+        }
+    text = json.dumps({"adapter_name": adapter_name, "layers": layers})
     with _failing_together(mesh):
         if mesh is None or not any(mesh.get_coordinate()):
-            write_adapter_file(path, adapter_name, saved)
+            with appear(path) as scratch:
+                save_file(tensors, scratch, {_METADATA: text})
 
 
 def load_adapter(
@@ -94,7 +135,6 @@ def load_adapter(
         adapter_name: the adapter's name in the model; None means the name in the file.
 
     Raises:
-        ImportError: safetensors is not installed.
         OSError: the file cannot be read.
         ValueError: the file is damaged or not an adapter, or it does not fit the model: a layer is
             missing or has other sizes; an adapter of that name has another basis, is merged, or is
@@ -102,7 +142,7 @@ def load_adapter(
         TypeError: a layer is not a linear layer.
             After any of these the model is as it was.
     """
-    inner = _without_ddp(model)
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
     modules = _modules(inner)
     sharded = (p for p in inner.parameters() if is_dtensor(p))
     mesh = getattr(next(sharded, None), "device_mesh", None)
@@ -116,28 +156,105 @@ def load_adapter(
                 "\n\t" + "\n\t".join(misfits)
             )
     ours = {at for at in modules if isinstance(modules[at], RandLoraLinear)}
-    for at in saved.keys() & ours:
+    everything = inner.named_modules(remove_duplicate=False)
+    inside = {_WRAPPERS.sub("", path): path for path, _ in everything}
+    alike: dict[tuple, list[str]] = {}  # paths of layers to be wrapped, by their options
+    for at, numbers in saved.items():
         layer: Any = modules[at]
-        if name not in layer.bases:
-            layer.update_layer(name, **_options(saved[at]))
-    _wrap(inner, {at: saved[at] for at in saved.keys() - ours}, name)
+        if at not in ours:
+            paths = alike.setdefault(tuple(numbers.options().items()), [])
+            paths += [inside[each] for each in (at, *numbers.also_at)]
+        elif name not in layer.bases:
+            layer.update_layer(name, **numbers.options())
+    for options, paths in alike.items():
+        pattern = "|".join(map(re.escape, paths))
+        apply_randlora(inner, pattern, adapter_name=name, **dict(options))
     modules = _modules(inner)
     for at, numbers in saved.items():
         layer = modules[at]
         if ours and at not in ours:
             layer.set_adapter([])  # an added adapter is not active
         layer.scaling[name] = numbers.scaling
-        _copy(numbers.lam, layer.randlora_lambda[name])
-        _copy(numbers.gam, layer.randlora_gamma[name])
+        for kind, tensor in zip(DIAGONALS, (numbers.lam, numbers.gam), strict=True):
+            parameter = getattr(layer, kind)[name]
+            with torch.no_grad():
+                tensor = tensor.to(parameter.device, parameter.dtype)
+                parameter.copy_(laid_out_like(tensor, parameter))
     return model
 
 
-def _failing_together(mesh: Any) -> AbstractContextManager:
-    if mesh is None:
-        return nullcontext()
-    from ..distributed.agreement import failing_together  # imports torch.distributed
+def read_adapter_file(path: str | os.PathLike) -> tuple[str, dict[str, SavedLayer]]:
+    """The adapter's name, and its layers by their paths in the base model.
 
-    return failing_together(mesh)
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is damaged, or its description is missing or does not fit its tensors.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_METADATA)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+    if text is None:
+        raise ValueError(
+            f"{path} does not say which bases it belongs to: it has no metadata {_METADATA!r}, "
+            "which save_adapter writes"
+        )
+    try:
+        values = json.loads(text)
+        name, described = values["adapter_name"], values["layers"]
+        layers = {at: _saved_layer(at, each, tensors) for at, each in described.items()}
+        if not isinstance(name, str) or not layers:
+            raise ValueError(f"adapter_name is {name!r} and there are {len(layers)} layers")
+        if tensors:
+            raise ValueError(f"tensor {min(tensors)!r} belongs to no layer")
+    except RecursionError as error:
+        raise ValueError(f"{path}: the JSON of its metadata is nested too deeply") from error
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is no sound file of save_adapter: {reason}") from error
+    return name, layers
+
+
+def _saved_layer(at: str, said: dict, tensors: dict[str, Tensor]) -> SavedLayer:
+    """Checks a layer's description, and takes its tensors out of `tensors`."""
+    values = {}
+    for each in fields(SavedLayer)[:-2]:
+        value, kind = said[each.name], each.type
+        kinds = (int, float) if kind is float else (kind,)
+        if type(value) not in kinds or (kind is float and not math.isfinite(value)):
+            told = "a finite number" if kind is float else f"of type {kind}"
+            raise ValueError(f"{each.name} of {at!r} is {value!r}, and must be {told}")
+        values[each.name] = value
+    lam, gam = (tensors.pop(_tensor_name(at, kind)) for kind in DIAGONALS)
+    layer = SavedLayer(**values, lam=lam, gam=gam)
+    if not all(isinstance(path, str) for path in layer.also_at):
+        raise ValueError(f"also_at of {at!r} is {layer.also_at!r}, and must be a list of paths")
+    if not 0 <= layer.randlora_dropout < 1:
+        raise ValueError(f"randlora_dropout of {at!r} is {layer.randlora_dropout}, not in [0, 1)")
+    basis = layer.description
+    sizes = *layer.features, layer.r
+    TernaryBasis(*sizes, basis.density, basis.seed, basis.kind)  # checks the sizes
+    check_shapes(at, lam, gam, layer.r, min(layer.features))
+    return layer
+
+
+def check_shapes(at: str, lam: Tensor, gam: Tensor, r: int, d: int) -> None:
+    """Raises ValueError unless lambda is (r, n) and gamma (n, d), floating point."""
+    shapes = (r, -(-d // r)), (-(-d // r), d)
+    if (lam.shape, gam.shape) != shapes or not (
+        lam.is_floating_point() and gam.is_floating_point()
+    ):
+        raise ValueError(
+            f"lambda and gamma of {at!r} must be floating point of shapes (r, n) = {shapes[0]} "
+            f"and (n, d) = {shapes[1]}, got {lam.dtype} {tuple(lam.shape)} and {gam.dtype} "
+            f"{tuple(gam.shape)}"
+        )
+
+
+def _tensor_name(path: str, diagonals: str) -> str:
+    return f"{path}.{diagonals}" if path else diagonals  # the model itself may be the layer
 
 
 def _misfits(
@@ -151,28 +268,30 @@ def _misfits(
         for other in layer.also_at:
             if modules.get(other) is not module:
                 yield f"{other}: must be the same module as {at}"
-        want: tuple = layer.basis.in_features, layer.basis.out_features
         if isinstance(module, RandLoraLinear):
             sizes = module.in_features, module.out_features
         else:
-            check_base_layer(module, f"layer {at!r} of the adapter")
-            check_is_called(model, at, f"layer {at!r} of the adapter")
-            check_not_nested(model, at, f"layer {at!r} of the adapter")
+            argument = f"layer {at!r} of the adapter"
+            check_base_layer(module, argument)
+            check_is_called(model, at, argument)
+            check_not_nested(model, at, argument)
             sizes = features(module)
             if not at:
                 yield "the model is the layer itself, which cannot be replaced in place"
         here = [module.weight]
-        if sizes != want:
-            yield f"{at}: in_features and out_features are {sizes}, in the file {want}"
+        if sizes != layer.features:
+            yield f"{at}: in_features and out_features are {sizes}, in the file {layer.features}"
         if isinstance(module, RandLoraLinear) and name in module.bases:
             own = module.r[name], module.bases[name].description
-            want = layer.basis.r, layer.basis.description
-            if own != want:
-                yield f"{at}: adapter {name!r} has {_described(*own)}, the file {_described(*want)}"
+            if own != (layer.r, layer.description):
+                yield (
+                    f"{at}: adapter {name!r} has r={own[0]} and basis {own[1] and own[1].key()}, "
+                    f"the file r={layer.r} and basis {layer.basis}"
+                )
             if name in module.merged_adapters:
                 yield f"{at}: adapter {name!r} is merged; unmerge() first"
             here = [getattr(module, diagonals)[name] for diagonals in DIAGONALS]
-        if not all(_is_here(parameter) for parameter in here):
+        if not all(map(_is_here, here)):
             yield f"{at}: its parameters have no numbers here (meta device, DeepSpeed ZeRO-3)"
     in_file = {at for first, layer in saved.items() for at in (first, *layer.also_at)}
     for at, module in modules.items():
@@ -180,49 +299,25 @@ def _misfits(
             yield f"{at}: it has an adapter {name!r}, and the file has none for it"
 
 
-def _described(r: int, description: Any) -> str:
-    return f"r={r} and basis {description.key()}"
+def _failing_together(mesh: Any) -> AbstractContextManager:
+    if mesh is None:
+        return nullcontext()
+    from ..distributed.agreement import failing_together  # imports torch.distributed
 
-
-def _wrap(model: nn.Module, saved: dict[str, SavedLayer], adapter_name: str) -> None:
-    """`apply_randlora` to plain layers, each with its own options."""
-    paths: dict[tuple, list[str]] = {}
-    inside = {_WRAPPERS.sub("", path): path for path, _ in _named_modules(model)}
-    for at, layer in saved.items():
-        alike = paths.setdefault(tuple(_options(layer).items()), [])
-        alike += [inside[name] for name in (at, *layer.also_at)]
-    for options, names in paths.items():
-        pattern = "|".join(map(re.escape, names))
-        apply_randlora(model, pattern, adapter_name=adapter_name, **dict(options))
-
-
-def _options(layer: SavedLayer) -> dict[str, Any]:
-    return {
-        "r": layer.basis.r,
-        "density": layer.description.density,
-        "projection_prng_key": layer.basis.seed,
-        "basis": layer.basis.kind,
-        "randlora_dropout": layer.randlora_dropout,
-    }
-
-
-def _without_ddp(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return model.named_modules(remove_duplicate=False)  # a tied layer has several paths
+    return failing_together(mesh)
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by their paths in the model without wrappers."""
-    return {_WRAPPERS.sub("", path): module for path, module in _named_modules(model)}
+    """Modules by their paths in the model without wrappers; a tied layer has several."""
+    named = model.named_modules(remove_duplicate=False)
+    return {_WRAPPERS.sub("", path): module for path, module in named}
 
 
 def _layers_with(adapter_name: str, model: nn.Module) -> dict[RandLoraLinear, list[str]]:
     """Layers with their paths."""
     layers: dict[RandLoraLinear, list[str]] = {}
-    for at, module in _modules(_without_ddp(model)).items():
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    for at, module in _modules(inner).items():
         if isinstance(module, RandLoraLinear):
             layers.setdefault(module, []).append(at)
     if not layers:
@@ -239,8 +334,3 @@ def _layers_with(adapter_name: str, model: nn.Module) -> dict[RandLoraLinear, li
 
 def _is_here(parameter: Tensor) -> bool:
     return not parameter.is_meta and parameter.numel() > 0  # ZeRO-3 leaves nothing
-
-
-@torch.no_grad()
-def _copy(saved: Tensor, parameter: Tensor) -> None:
-    parameter.copy_(laid_out_like(saved.to(parameter.device, parameter.dtype), parameter))

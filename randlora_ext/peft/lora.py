@@ -68,7 +68,7 @@ def export_to_lora(
     """
     refuse_sharded(model)
     deltas = {
-        path: functools.partial(layer.get_delta_weight, adapter_name)
+        path: functools.partial(weight_change, layer, adapter_name)
         for path, layer in layers_with(model, adapter_name).items()
     }
     others = {
@@ -84,6 +84,12 @@ def export_to_lora(
         name = Path(folder).absolute().name
         write_lora_card(scratch, name, done, Base.of(model.get_base_model()))
         return done
+
+
+def weight_change(layer: Any, adapter_name: str) -> Tensor:
+    """dW (out, in) of a layer, whatever the layout of its weight."""
+    delta = layer.get_delta_weight(adapter_name)
+    return delta.T if getattr(layer, "fan_in_fan_out", False) else delta
 
 
 def write_lora(

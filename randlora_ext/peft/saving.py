@@ -101,8 +101,7 @@ def _save_adapters(model: peft.PeftModel, folder: Path) -> None:
     copies = tuple(f".{bases}." for bases in BASIS_NAMES)
     state = {k: v for k, v in model.state_dict().items() if not any(part in k for part in copies)}
     for name in configs:
-        pair = [getattr(model.base_model, bases)[name] for bases in BASIS_NAMES]
-        for bases, dense in zip(BASIS_NAMES, _dense_bases(model, name, *pair), strict=True):
+        for bases, dense in zip(BASIS_NAMES, dense_bases(model, name), strict=True):
             state[f"base_model.{bases}.{name}"] = dense.detach()
     try:
         for name, config in configs.items():
@@ -113,8 +112,9 @@ def _save_adapters(model: peft.PeftModel, folder: Path) -> None:
         model.peft_config.update(configs)
 
 
-def _dense_bases(model: peft.PeftModel, name: str, *bases: Tensor) -> tuple[Tensor, ...]:
+def dense_bases(model: peft.PeftModel, name: str) -> tuple[Tensor, ...]:
     """An adapter's A and B as layers multiply by them: PEFT's casts do not round generated ones."""
+    bases = [getattr(model.base_model, each)[name] for each in BASIS_NAMES]
     A, _ = bases
     if isinstance(A, TernaryTensor) and A.is_hadamard:
         assert A.signs.description is not None

@@ -123,7 +123,7 @@ def test_what_does_not_fit_is_told(saved, tmp_path):
     model = llama(intermediate_size=64)
     model.save_pretrained(tmp_path / "other")
     line = refused("merge", tmp_path / "other", file, tmp_path / "out")
-    assert "in -> out = 32 -> 48" in line and "(64, 32)" in line
+    assert "up_proj: in_features and out_features are (32, 64), in the file (32, 48)" in line
     apply_randlora(model, ["q_proj"], r=4)
     apply_randlora(model, ["v_proj"], r=8)
     save_adapter(model, tmp_path / "two")

@@ -8,6 +8,7 @@ import torch
 from cli_helpers import llama
 from peft_helpers import PEFT, Deep, Headed, accelerated, layers, peft, randomize, relative
 from safetensors.torch import load_file
+from transformers.pytorch_utils import Conv1D
 
 from randlora_ext.peft.lora import RANKS, target_modules
 
@@ -67,6 +68,23 @@ def test_is_the_truncated_svd(tmp_path, kind, rank):
     for path in done.layers:  # neither side vanishes in 16 bits
         sides = [saved[f"base_model.model.{path}.lora_{side}.weight"].norm() for side in "AB"]
         assert sides[0] == pytest.approx(float(sides[1]), 1e-4)
+
+
+class Transposed(Deep):
+    """Whose weights are stored as (in, out)."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = Conv1D(40, 24), Conv1D(24, 40), Conv1D(40, 24)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_conv1d(tmp_path, ours):
+    model = made(ours, Transposed, fan_in_fan_out=True)
+    accelerated.export_to_lora(model, tmp_path, 24)
+    loaded = peft.PeftModel.from_pretrained(Transposed(), tmp_path).eval()
+    with torch.no_grad():
+        assert relative(loaded(X), model(X)) < 1e-5
 
 
 @pytest.mark.parametrize("energy", [0.02, 0.6, 0.9, 1.0])

@@ -28,6 +28,7 @@ import micro  # noqa: E402
 import model_step  # noqa: E402
 import peft_llama  # noqa: E402
 import plots  # noqa: E402
+import spelling  # noqa: E402
 import to_lora  # noqa: E402
 from cli_helpers import llama  # noqa: E402
 from methods import METHODS  # noqa: E402
@@ -177,11 +178,11 @@ def test_to_lora(monkeypatch, tmp_path, capsys):
         "read_words": lambda: ([], []),
         "plan_batches": lambda *_: [],
         "load_model": lambda: (None, llama()),
-        "train": lambda tuned, *_: randomize(tuned),
+        "train": lambda tuned, *_: [randomize(tuned)],
         "held_out_loss": square,
     }
     for name, fake in fakes.items():
-        monkeypatch.setattr(to_lora.spelling, name, fake)
+        monkeypatch.setattr(spelling, name, fake)
     out = tmp_path / "to-lora"
     to_lora.main(["--method", "randlora hadamard", "--ranks", "8", "48", "--out", str(out)])
     untuned, adapter, low, full, merged = written(out)["rows"]

@@ -47,7 +47,7 @@ for test in "${cpu_only[@]}"; do deselected+=(--deselect "$test"); done
 run=(python -m pytest -q -p no:cacheprovider "${deselected[@]}" "$@")
 
 # Side by side: operators and what stands on them; the GPU tests, B as a dense matrix, and the dry
-# run of benchmarks/gpu_run.py. Not here: test_isa (the CPU's instruction sets), test_demo, test_docs
+# run of benchmarks/gpu_run.py. Not here: test_isa (the CPU's instruction sets), test_smollm2, test_docs
 # (blocks that measure CPU memory), builds, and statistics of the specification.
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT

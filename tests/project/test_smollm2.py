@@ -1,0 +1,204 @@
+"""examples/smollm2.py on a toy GGUF file: what it writes, and the commands that it prints."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+PROGRAM = Path(__file__).parents[2] / "examples" / "smollm2.py"
+if not PROGRAM.exists():
+    pytest.skip("there are no examples beside these tests", allow_module_level=True)
+gguf = pytest.importorskip("gguf")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+
+import spelling  # noqa: E402
+
+WORDS = """
+;;; a comment
+cat K AE T
+cat(2) K AH T
+'cause K AH Z
+dog D AO G
+bad B AE D
+tag T AE G
+god G AA D
+cab K AE B
+coat K OW T
+goat G OW T
+boat B OW T
+tab T AE B
+dab D AE B
+cot K AA T
+at AE T
+"""
+HIDDEN, INNER, LAYERS = 32, 48, 2
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A Llama of two layers over bytes, as a GGUF file, and a small dictionary."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    folder = tmp_path_factory.mktemp("toy files")
+    tokens = ["<end>", *bytes_to_unicode().values(), "th"]
+    writer = gguf.GGUFWriter(folder / "toy.gguf", "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(HIDDEN // 4)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["t h"])
+    writer.add_eos_token_id(0)
+    shapes = {"token_embd": (len(tokens), HIDDEN), "output_norm": (HIDDEN,)}
+    for i in range(LAYERS):
+        for name, shape in {
+            "attn_norm": (HIDDEN,), "ffn_norm": (HIDDEN,),
+            "attn_q": (HIDDEN, HIDDEN), "attn_output": (HIDDEN, HIDDEN),
+            "attn_k": (HIDDEN // 2, HIDDEN), "attn_v": (HIDDEN // 2, HIDDEN),
+            "ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN), "ffn_down": (HIDDEN, INNER),
+        }.items():  # fmt: skip
+            shapes[f"blk.{i}.{name}"] = shape
+    generator = np.random.default_rng(0)
+    weights = {
+        name: np.float32(generator.normal(size=shape) * 0.2 + ("norm" in name))
+        for name, shape in shapes.items()
+    }
+    for name, weight in weights.items():
+        writer.add_tensor(f"{name}.weight", weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (folder / "words.dict").write_text(WORDS, encoding="utf-8")
+    return folder / "toy.gguf", folder / "words.dict", weights
+
+
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+ENVIRONMENT |= {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def command(files, *options) -> list:
+    model, words, _ = files
+    small = ["--steps", "30", "--batch-size", "4", "--rank", "8", "--lr", "0.01"]
+    return [sys.executable, PROGRAM, "--model", model, "--words", words, *small, *options]
+
+
+def run(words, folder) -> str:
+    done = subprocess.run(words, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@torch.no_grad()
+def logits(model, rows=((*range(1, 21),), (*range(21, 41),))) -> torch.Tensor:
+    return model.eval()(torch.tensor(rows)).logits
+
+
+def test_from_a_gguf_to_a_merged_model_and_the_printed_commands(files, tmp_path):
+    printed = run(command(files, "--out", "an out"), tmp_path)
+    out = tmp_path / "an out"
+    results = json.loads((out / "results.json").read_text())
+    before, after = results["before"]["held_out_loss"], results["after"]["held_out_loss"]
+    assert after < before and f"{before:.3f} -> {after:.3f}" in printed
+    for name, full in (("q_proj", HIDDEN), ("v_proj", HIDDEN // 2), ("down_proj", HIDDEN)):
+        rank, of = results["effective_rank"][name]
+        assert 4 < rank < full == of
+        assert f"{name}: effective rank of dW {rank:.0f} of {full}" in printed
+    assert len(results["train_loss"]) == 30
+    assert results["reload_difference"] == 0 and results["merge_difference"] < 1e-4
+    for picture in ("loss.png", "spectra.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    saved = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert {key.rpartition(".")[2] for key in saved} == {"randlora_lambda", "randlora_gamma"}
+    assert sum(tensor.numel() for tensor in saved.values()) == results["parameters"]["trained"]
+    down = load_file(out / "base" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    assert np.array_equal(down, files[2]["blk.1.ffn_down"])
+
+    # Pasted into a shell, elsewhere; this checkout may not be the one that is installed.
+    script = printed.partition("Next, ")[2].partition("\n")[2]
+    ours = f'python() {{ {sys.executable} "$@"; }}; randlora() {{ python -m randlora_ext "$@"; }}\n'
+    shown = run(["bash", "-euo", "pipefail", "-c", ours + script], tmp_path)
+    assert "f r i e n d ->" in shown and "of |dW|^2" in shown
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    assert (logits(load(out / "merged")) - logits(load(out / "base"))).abs().max() > 0.01
+    fields = json.loads((out / "lora" / "adapter_config.json").read_text())
+    assert fields["peft_type"] == "LORA" and fields["base_model_name_or_path"] == str(out / "base")
+
+
+def test_ctrl_c_ends_training_and_what_was_learned_is_kept(files, tmp_path):
+    started = subprocess.Popen(
+        command(files, "--steps", "100000"), cwd=tmp_path, env=ENVIRONMENT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    shown = ""
+    while "3/100000" not in shown:  # of the progress bar
+        shown += (read := started.stderr.read(1))
+        assert read, shown
+    started.send_signal(signal.SIGINT)
+    printed, _ = started.communicate(timeout=300)
+    assert started.returncode == 0 and "interrupted after " in printed
+    results = json.loads((tmp_path / "randlora-demo" / "results.json").read_text())
+    assert 3 <= len(results["train_loss"]) < 100000 and results["reload_difference"] == 0
+    adapter = load_file(tmp_path / "randlora-demo" / "adapter" / "adapter_model.safetensors")
+    assert any(tensor.any() for key, tensor in adapter.items() if key.endswith("lambda"))
+
+
+def test_the_loss_is_that_of_the_answers_alone(files):
+    """Against the plain definition: one row at a time, without padding."""
+    tokenizer, model = spelling.load_model(str(files[0]))
+    rows = [("g o a t", "G OW T"), ("a", "the K AE T"), ("t a b", "T")]
+    total, count = 0.0, 0
+    for prompt, answer in rows:
+        prompt = tokenizer(f"{prompt} ->")["input_ids"]
+        answer = [*tokenizer(f" {answer}")["input_ids"], tokenizer.eos_token_id]
+        log_p = logits(model, [prompt + answer])[0].log_softmax(-1)
+        for position, token in enumerate(answer, start=len(prompt) - 1):
+            total, count = total - log_p[position, token].item(), count + 1
+    assert spelling.held_out_loss(model, tokenizer, rows) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_dictionary_gives_plain_words_spelled_out(files, tmp_path):
+    training, held_out = spelling.read_words(files[1])
+    assert len(held_out) == 1 and not set(training) & set(held_out)
+    words = dict(training + held_out)
+    assert len(words) == 12 and words["c a t"] == "K AE T"
+    (tmp_path / "short").write_text("cat K AE T\ndog\n")
+    with pytest.raises(SystemExit, match="has 1 lines of the form"):
+        spelling.read_words(tmp_path / "short")
+
+
+def test_phoneme_error_rate():
+    right = [("c a t", "K AE T"), ("g o a t", "G OW T")]
+    assert spelling.phoneme_error_rate(right, ["K AE T", "G OW T"]) == 0
+    # A deletion, an insertion; a replacement.
+    assert spelling.phoneme_error_rate(right, ["K T", "G OW T S"]) == pytest.approx(2 / 6)
+    assert spelling.phoneme_error_rate(right, ["K AE T", "K OW T"]) == pytest.approx(1 / 6)
+
+
+def test_a_missing_package_is_named_with_the_command(monkeypatch):
+    monkeypatch.setattr(spelling.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pocketsphinx is missing; pip install --no-deps"):
+        spelling.read_words()
+
+
+def test_bad_options_are_named(files, tmp_path):
+    for options, message in ((["--steps", "0"], "--steps"), (["--rank", "0"], "r must be")):
+        done = subprocess.run(
+            command(files, *options), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
+        )
+        assert done.returncode != 0 and message in done.stderr
