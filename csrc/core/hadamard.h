@@ -68,7 +68,7 @@ struct HadamardGamma {
 // never read. dlam[c] = scale * col[c] * the sum over slots q of sums[q, c].
 struct HadamardDiagonals {
   HadamardSizes sizes;
-  const void* P;
+  const void* P;     // or null: dgam is not written
   const void* sums;  // (slots, K) in the compute type, from HadamardDown
   int64_t slots;
   const int8_t *s, *col;
@@ -113,10 +113,12 @@ struct HadamardDown {
 // The class products on the CPU, for float32 and float64. torch's GEMM has those of other dtypes
 // and devices.
 //
-// z[m, t, i] = sum over the columns k of class m of columns[k, i] x[t, k]
+// z[m, t, i] = sum over the columns k of class m of s[k] gam[i, k] x[t, k]
 struct HadamardInner {
   HadamardSizes sizes;
-  const void* columns;  // (d, n): HadamardGamma's result, transposed
+  const void* gam;  // (n, d)
+  const int8_t* s;
+  const void* columns;  // HadamardGamma's transposed result, which pays for many tokens; or null
   const void* x;        // (T, d)
   void* z;              // (classes, T, n)
   DType dtype;
@@ -137,15 +139,17 @@ struct HadamardOuter {
   bool accumulate;
 };
 
-// P[m, i, k'] += sum over t of w[m, t, i] x[t, k], or P = ... unless `accumulate`, with column k at
-// place k' of its class m.
+// dgam[i, k] += scale * s[k] * sum over t of w[m, t, i] x[t, k], or dgam = ... unless `accumulate`,
+// with the class m of column k.
 struct HadamardGradient {
   HadamardSizes sizes;
+  const int8_t* s;
   const void* w;  // (classes, T, n)
   const void* x;  // (T, d)
-  void* P;        // (classes, n, n)
+  void* dgam;     // (n, d)
   DType dtype;
   int64_t T;
+  double scale;
   bool accumulate;
 };
 

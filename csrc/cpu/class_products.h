@@ -25,6 +25,7 @@ RANDLORA_INLINE void tile(Strided<C> left, const C* right, int64_t next, int64_t
   constexpr int L = sizeof(V) / sizeof(C);
   V sum[A][NV] = {};
   for (int64_t b = 0; b < depth; ++b, right += next, left.data += left.column) {
+    __builtin_prefetch(right + NV * L);  // where the next tile begins
     V r[NV];
     unrolled<NV>([&](auto v) RANDLORA_INLINED {
       r[v] = all_readable ? load<V>(right + v * L) : load_some<V>(right + v * L, readable - v * L);
@@ -67,15 +68,21 @@ RANDLORA_INLINE void multiply(Strided<C> left, int64_t rows, const C* right, int
   }
 }
 
-// The columns [begin, end) of one class, the first of which has that place in its class.
+// to = factor * v, or to += ... if `accumulate`; up to `count` lanes.
+template <class C>
+RANDLORA_INLINE void put_scaled(C* to, Vec<C> v, const C* factor, bool accumulate, int64_t count) {
+  const Vec<C> f = load<Vec<C>>(factor);
+  store_some(to, accumulate ? fused(v, f, load_some<Vec<C>>(to, count)) : v * f, count);
+}
+
+// The columns [begin, end) of one class.
 struct ClassColumns {
-  int64_t begin, end, place;
+  int64_t begin, end;
 
   RANDLORA_HOST_MEMBER ClassColumns(const HadamardSizes& s, int64_t m) {
     const int64_t first = (s.first_class() + m) * s.n - s.first_column;
     begin = first < 0 ? 0 : first;
     end = first + s.n < s.d ? first + s.n : s.d;
-    place = begin - first;
   }
   RANDLORA_HOST_MEMBER int64_t count() const { return end - begin; }
 };
@@ -83,48 +90,94 @@ struct ClassColumns {
 // Below this many multiply-adds one thread is faster than two.
 constexpr int64_t kProductsOneThread = 1 << 21;
 
+// fn(class, first token, behind the last) for all of them, on all threads: few tokens are not
+// split, because every share of them reads gamma.
+template <class F>
+RANDLORA_INLINE void split_classes(const HadamardSizes& s, int64_t T, Runtime& rt, const F& fn) {
+  const auto classes = [&](int64_t begin, int64_t end, int64_t t0, int64_t t1) {
+    for (int64_t m = begin; m < end; ++m) fn(m, t0, t1);
+  };
+  if (T <= s.n)
+    rt.split(s.classes(), 1, [&](int64_t begin, int64_t end) { classes(begin, end, 0, T); });
+  else
+    rt.split(T, kTileRows, [&](int64_t t0, int64_t t1) { classes(0, s.classes(), t0, t1); });
+}
+
+// For few tokens: gamma is read once, in order, and the tokens are the lanes.
+template <class C>
+void inner_of_few(const HadamardInner& p, Runtime& rt) {
+  const HadamardSizes& s = p.sizes;
+  const int64_t n = s.n, d = s.d, T = p.T;
+  constexpr int L = kVectorBytes / int(sizeof(C));
+  const C *x = static_cast<const C*>(p.x), *gam = static_cast<const C*>(p.gam);
+  C* z = static_cast<C*>(p.z);
+  // x with the signs as (d, T); the products of a class as (n, T), for each thread.
+  const int64_t of_thread = n * T + L, width = rt.width();
+  C* columns =
+      static_cast<C*>(rt.scratch(size_t(d + 2 * L + d * T + L + width * of_thread) * sizeof(C)));
+  C *sign = columns + d * T + L, *one = sign + d + L, *products = one + L;
+  for (int64_t k = 0; k < d; ++k) sign[k] = C(p.s[k]);
+  for (int l = 0; l < L; ++l) one[l] = 1, sign[d + l] = 0;
+  rt.split(d, L, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; k += L)
+      transpose_columns(x + k, T, d, d - k, sign + k, columns + k * T);
+  });
+  const int64_t shares = s.classes() < width ? s.classes() : width;
+  rt.each_slot(int(shares), [&](int64_t share) {
+    C* own = products + share * of_thread;
+    for (int64_t m = s.classes() * share / shares; m < s.classes() * (share + 1) / shares; ++m) {
+      const ClassColumns of(s, m);
+      multiply(Strided<C>{gam + of.begin, d, 1}, n, columns + of.begin * T, T, T, of.count(),
+               INT64_MAX,
+               [&](int64_t i, int64_t t, Vec<C> v) { store_some(own + i * T + t, v, T - t); });
+      for (int64_t t = 0; t < T; t += L)
+        transpose_columns(own + t, n, T, T - t, one, z + (m * T + t) * n);
+    }
+  });
+}
+
 template <class C>
 void hadamard_inner_as(const HadamardInner& p, Runtime& rt) {
   const HadamardSizes& s = p.sizes;
   const int64_t n = s.n, d = s.d;
-  const C *x = static_cast<const C*>(p.x), *gam = static_cast<const C*>(p.columns);
-  C* z = static_cast<C*>(p.z);
   rt.set_single(p.T * d * n < kProductsOneThread);
-  rt.split(p.T, kTileRows, [&](int64_t begin, int64_t end) {
-    for (int64_t m = 0; m < s.classes(); ++m) {
-      const ClassColumns of(s, m);
-      C* to = z + (m * p.T + begin) * n;
-      multiply(Strided<C>{x + begin * d + of.begin, d, 1}, end - begin, gam + of.begin * n, n, n,
-               of.count(), INT64_MAX,
-               [&](int64_t t, int64_t i, Vec<C> v) { store_some(to + t * n + i, v, n - i); });
-    }
+  if (!p.columns) return inner_of_few<C>(p, rt);
+  const C *x = static_cast<const C*>(p.x), *columns = static_cast<const C*>(p.columns);
+  C* z = static_cast<C*>(p.z);
+  split_classes(s, p.T, rt, [&](int64_t m, int64_t t0, int64_t t1) {
+    const ClassColumns of(s, m);
+    C* to = z + (m * p.T + t0) * n;
+    multiply(Strided<C>{x + t0 * d + of.begin, d, 1}, t1 - t0, columns + of.begin * n, n, n,
+             of.count(), INT64_MAX,
+             [&](int64_t t, int64_t i, Vec<C> v) { store_some(to + t * n + i, v, n - i); });
   });
+}
+
+// scale * s, with room for a vector behind.
+template <class C>
+RANDLORA_INLINE const C* scaled_signs(const int8_t* s, int64_t d, double scale, Runtime& rt) {
+  constexpr int L = kVectorBytes / int(sizeof(C));
+  C* sign = static_cast<C*>(rt.scratch(size_t(d + L) * sizeof(C)));
+  for (int64_t k = 0; k < d; ++k) sign[k] = C(scale) * C(s[k]);
+  for (int l = 0; l < L; ++l) sign[d + l] = 0;
+  return sign;
 }
 
 template <class C>
 void hadamard_outer_as(const HadamardOuter& p, Runtime& rt) {
   const HadamardSizes& s = p.sizes;
   const int64_t n = s.n, d = s.d;
-  constexpr int L = kVectorBytes / int(sizeof(C));
   const C *w = static_cast<const C*>(p.w), *gam = static_cast<const C*>(p.gam);
   C* y = static_cast<C*>(p.y);
   rt.set_single(p.T * d * n < kProductsOneThread);
-  C* sign = static_cast<C*>(rt.scratch(size_t(d + L) * sizeof(C)));
-  for (int64_t k = 0; k < d; ++k) sign[k] = C(p.scale) * C(p.s[k]);
-  rt.split(p.T, kTileRows, [&](int64_t begin, int64_t end) {
-    for (int64_t m = 0; m < s.classes(); ++m) {
-      const ClassColumns of(s, m);
-      C* to = y + begin * d + of.begin;
-      multiply(Strided<C>{w + (m * p.T + begin) * n, n, 1}, end - begin, gam + of.begin, d,
-               of.count(), n, d - of.begin, [&](int64_t t, int64_t k, Vec<C> v) {
-                 C* at = to + t * d + k;
-                 const int64_t count = of.count() - k;
-                 const Vec<C> signs = load<Vec<C>>(sign + of.begin + k);
-                 store_some(
-                     at, p.accumulate ? fused(v, signs, load_some<Vec<C>>(at, count)) : v * signs,
-                     count);
-               });
-    }
+  const C* sign = scaled_signs<C>(p.s, d, p.scale, rt);
+  split_classes(s, p.T, rt, [&](int64_t m, int64_t t0, int64_t t1) {
+    const ClassColumns of(s, m);
+    C* to = y + t0 * d + of.begin;
+    multiply(Strided<C>{w + (m * p.T + t0) * n, n, 1}, t1 - t0, gam + of.begin, d, of.count(), n,
+             d - of.begin, [&](int64_t t, int64_t k, Vec<C> v) {
+               put_scaled(to + t * d + k, v, sign + of.begin + k, p.accumulate, of.count() - k);
+             });
   });
 }
 
@@ -133,20 +186,19 @@ void hadamard_gradient_as(const HadamardGradient& p, Runtime& rt) {
   const HadamardSizes& s = p.sizes;
   const int64_t n = s.n, d = s.d, blocks = (n + kTileRows - 1) / kTileRows;
   const C *w = static_cast<const C*>(p.w), *x = static_cast<const C*>(p.x);
-  C* P = static_cast<C*>(p.P);
+  C* dgam = static_cast<C*>(p.dgam);
   rt.set_single(p.T * d * n < kProductsOneThread);
+  const C* sign = scaled_signs<C>(p.s, d, p.scale, rt);
   rt.split(s.classes() * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t share = begin; share < end;) {
       const int64_t m = share / blocks, first = share % blocks;
       const int64_t stop = first + end - share < blocks ? first + end - share : blocks;
       const int64_t i = first * kTileRows, rows = (stop * kTileRows < n ? stop * kTileRows : n) - i;
       const ClassColumns of(s, m);
-      C* to = P + (m * n + i) * n + of.place;
+      C* to = dgam + i * d + of.begin;
       multiply(Strided<C>{w + m * p.T * n + i, 1, n}, rows, x + of.begin, d, of.count(), p.T,
                d - of.begin, [&](int64_t a, int64_t k, Vec<C> v) {
-                 C* at = to + a * n + k;
-                 const int64_t count = of.count() - k;
-                 store_some(at, p.accumulate ? v + load_some<Vec<C>>(at, count) : v, count);
+                 put_scaled(to + a * d + k, v, sign + of.begin + k, p.accumulate, of.count() - k);
                });
       share += stop - first;
     }

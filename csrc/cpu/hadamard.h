@@ -398,7 +398,7 @@ void hadamard_diagonals_as(const HadamardDiagonals& p, Runtime& rt) {
   const C* sums = static_cast<const C*>(p.sums);
   C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
   rt.set_single(n * d < kHadamardOneThread);
-  rt.split(n, 1, [&](int64_t begin, int64_t end) {
+  rt.split(P ? n : 0, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t k = 0; k < d;) {  // class by class
         const int64_t m = (s.first_column + k) / n, place = s.first_column + k - m * n;

@@ -80,7 +80,7 @@ class Steps {
       : b_(b), s_(b.sizes), like_(like), dtype_(activation_dtype(like, "x")), range_(s_, dtype_) {
     lam_ = compute_copy(b.lam, dtype_);
     gam_ = compute_copy(b.gam, dtype_);
-    if (inner_too || !our_products()) {
+    if (our_products() ? inner_too && T > s_.n : true) {
       signed_ = temporary({s_.n * s_.d + 64}, dtype_, like);
       run(like, HadamardGamma{s_, gam_.const_data_ptr(), signs(b.s), signed_.mutable_data_ptr(),
                               dtype_, range_.gamma, /*transposed=*/our_products()});
@@ -113,16 +113,19 @@ class Steps {
     return temporary({s_.classes() * largest_ * s_.n + 64}, dtype_, like_);
   }
   void reserve_gradients() {
-    P_ = temporary({s_.classes(), s_.n, s_.n}, dtype_, like_);
+    dgam_ = allocate({s_.n, s_.d}, compute_type(dtype_), like_);
+    if (!our_products()) P_ = temporary({s_.classes(), s_.n, s_.n}, dtype_, like_);
     sums_ = allocate({chunks_ * slots_, s_.K()}, compute_type(dtype_), like_);
-    if (T_ == 0) torch::stable::zero_(P_);
+    if (T_ == 0) torch::stable::zero_(our_products() ? dgam_ : P_);
   }
 
   // z = the class products with x (T, d).
   void inner(const Tensor& x, int64_t t, const Tensor& z) const {
     if (our_products())
-      return on_cpu(&Kernels::hadamard_inner, {s_, signed_.const_data_ptr(), element(x, t * s_.d),
-                                               z.mutable_data_ptr(), dtype_, tokens_});
+      return on_cpu(&Kernels::hadamard_inner,
+                    {s_, gam_.const_data_ptr(), signs(b_.s),
+                     signed_.defined() ? signed_.const_data_ptr() : nullptr, element(x, t * s_.d),
+                     z.mutable_data_ptr(), dtype_, tokens_});
     each_part([&](const Part& p) {
       multiply(at_classes(z, p), columns(x, t, p), gamma(p).transposed(), 1, 0, dtype_, like_);
     });
@@ -141,9 +144,10 @@ class Steps {
   // The gradient of gamma from w and x (T, d); from the second chunk on, added.
   void gradient(const Tensor& w, const Tensor& x, int64_t t) const {
     if (our_products())
-      return on_cpu(&Kernels::hadamard_gradient,
-                    {s_, w.const_data_ptr(), element(x, t * s_.d), P_.mutable_data_ptr(), dtype_,
-                     tokens_, chunk_ > 0});
+      return on_cpu(
+          &Kernels::hadamard_gradient,
+          {s_, signs(b_.s), w.const_data_ptr(), element(x, t * s_.d), dgam_.mutable_data_ptr(),
+           dtype_, tokens_, b_.scale / range_.back, chunk_ > 0});
     each_part([&](const Part& p) {
       const MatrixBatch out{element(P_, p.first * s_.n * s_.n + p.place),
                             p.count,
@@ -173,13 +177,12 @@ class Steps {
                             sums, slots_, dtype_, tokens_, range_.back});
   }
   std::tuple<Tensor, Tensor> diagonals() const {
-    const ScalarType type = compute_type(dtype_);
-    Tensor dlam = allocate({s_.r, s_.n}, type, like_), dgam = allocate({s_.n, s_.d}, type, like_);
-    run(like_, HadamardDiagonals{s_, P_.const_data_ptr(), sums_.const_data_ptr(), chunks_ * slots_,
-                                 signs(b_.s), signs(b_.col), dlam.mutable_data_ptr(),
-                                 dgam.mutable_data_ptr(), dtype_, b_.scale / range_.gamma,
-                                 b_.scale / range_.back});
-    return {cast(dlam, b_.lam.scalar_type()), cast(dgam, b_.gam.scalar_type())};
+    Tensor dlam = allocate({s_.r, s_.n}, compute_type(dtype_), like_);
+    run(like_, HadamardDiagonals{s_, P_.defined() ? P_.const_data_ptr() : nullptr,
+                                 sums_.const_data_ptr(), chunks_ * slots_, signs(b_.s),
+                                 signs(b_.col), dlam.mutable_data_ptr(), dgam_.mutable_data_ptr(),
+                                 dtype_, b_.scale / range_.gamma, b_.scale / range_.back});
+    return {cast(dlam, b_.lam.scalar_type()), cast(dgam_, b_.gam.scalar_type())};
   }
 
  private:
@@ -235,7 +238,7 @@ class Steps {
   const Tensor& like_;
   DType dtype_;
   Range range_;
-  Tensor lam_, gam_, signed_, P_, sums_;
+  Tensor lam_, gam_, signed_, P_, dgam_, sums_;
   int64_t T_, chunks_, largest_, slots_, chunk_ = 0, tokens_ = 0;
 };
 

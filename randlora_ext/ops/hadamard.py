@@ -37,8 +37,9 @@ class Operands(NamedTuple):
 
 def operands(basis: TernaryBasis, device: torch.device | str, scaling: float = 1.0) -> Operands:
     """Those of `basis` on a device."""
-    first, expand = (basis.first_row, basis.first_column), basis.expand
-    return Operands(*basis.packed(device), float(scaling), *first, expand)
+    s, row, col = basis.packed(device)
+    scale = float(scaling)
+    return Operands(s, row, col, scale, basis.first_row, basis.first_column, basis.expand)
 
 
 def linear(
