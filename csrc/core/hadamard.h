@@ -4,14 +4,13 @@
 //   A[j, k] = s[k] H[j, m]                m = (first_column + k) / n, the class of column k
 //   B[o, c] = row[o] H[first_row + o, c] col[c]                            c = j * n + i
 //
-// s, row and col hold -1 or +1. A product with A is one small matrix product for each class. Between these
-// products and everything else stand:
+// s, row and col hold -1 or +1. A product with A is one small matrix product for each class, which
+// torch's GEMM computes. The structs here are what surrounds these products. Between the two:
 //
 //   z[m, t, i] = factor * sum over the columns k of class m of s[k] gam[i, k] x[t, k]
 //   w[m, t, i] = the same numbers on the way back, from the D side
 //
-// Both are stored class by class, (classes, T, n), in the dtype of the activations, with room for a
-// vector behind. `factor` is a
+// Both are stored class by class, (classes, T, n), in the dtype of the activations. `factor` is a
 // power of two that keeps float16 in range.
 #pragma once
 #include <cstdint>
@@ -52,15 +51,14 @@ RANDLORA_HD bool hadamard_minus(int64_t a, int64_t b) {
   return ones & 1;
 }
 
-// out[i, k] = scale * s[k] * gam[i, k], or the transposed matrix
+// out[i, k] = scale * s[k] * gam[i, k]
 struct HadamardGamma {
   HadamardSizes sizes;
   const void* gam;  // (n, d) in the compute type
   const int8_t* s;
-  void* out;  // (n, d), or (d, n) if `transposed`, in `dtype`
+  void* out;  // (n, d) in `dtype`
   DType dtype;
   double scale;
-  bool transposed = false;  // CPU only
 };
 
 // dgam[i, k] = scale * s[k] * P[m, i, k'], with column k at place k' of its class m. The class
@@ -68,7 +66,7 @@ struct HadamardGamma {
 // never read. dlam[c] = scale * col[c] * the sum over slots q of sums[q, c].
 struct HadamardDiagonals {
   HadamardSizes sizes;
-  const void* P;     // or null: dgam is not written
+  const void* P;
   const void* sums;  // (slots, K) in the compute type, from HadamardDown
   int64_t slots;
   const int8_t *s, *col;
@@ -110,43 +108,12 @@ struct HadamardDown {
   double scale;
 };
 
-// The class products on the CPU, for float32 and float64. torch's GEMM has those of other dtypes
-// and devices.
-//
-// z[m, t, i] = sum over the columns k of class m of s[k] gam[i, k] x[t, k]
-struct HadamardInner {
+// y[t, k] += scale * from[m, t, k'], or y = ... unless `accumulate`, with column k at place k' of
+// its class m. CPU only: torch's GEMM copies a result whose rows are not contiguous.
+struct HadamardAdd {
   HadamardSizes sizes;
-  const void* gam;  // (n, d)
-  const int8_t* s;
-  const void* columns;  // HadamardGamma's transposed result, which pays for many tokens; or null
-  const void* x;        // (T, d)
-  void* z;              // (classes, T, n)
-  DType dtype;
-  int64_t T;
-};
-
-// y[t, k] += scale * s[k] * sum over i of gam[i, k] w[m, t, i], or y = ... unless `accumulate`, with
-// the class m of column k.
-struct HadamardOuter {
-  HadamardSizes sizes;
-  const void* gam;  // (n, d)
-  const int8_t* s;
-  const void* w;  // (classes, T, n)
-  void* y;        // (T, d)
-  DType dtype;
-  int64_t T;
-  double scale;
-  bool accumulate;
-};
-
-// dgam[i, k] += scale * s[k] * sum over t of w[m, t, i] x[t, k], or dgam = ... unless `accumulate`,
-// with the class m of column k.
-struct HadamardGradient {
-  HadamardSizes sizes;
-  const int8_t* s;
-  const void* w;  // (classes, T, n)
-  const void* x;  // (T, d)
-  void* dgam;     // (n, d)
+  const void* from;  // (classes, T, n) in `dtype`
+  void* y;           // (T, d)
   DType dtype;
   int64_t T;
   double scale;

@@ -157,9 +157,7 @@ struct Kernels {
 #define RANDLORA_MEMBER(name, Operator) void (*name)(const Operator&, Runtime&);
   RANDLORA_OPERATORS(RANDLORA_MEMBER)
 #undef RANDLORA_MEMBER
-  void (*hadamard_inner)(const HadamardInner&, Runtime&);
-  void (*hadamard_outer)(const HadamardOuter&, Runtime&);
-  void (*hadamard_gradient)(const HadamardGradient&, Runtime&);
+  void (*hadamard_add)(const HadamardAdd&, Runtime&);
 };
 
 }  // namespace randlora

@@ -1,4 +1,4 @@
-// Hadamard bases (core/hadamard.h): everything around the class products (class_products.h).
+// Hadamard bases (core/hadamard.h): everything around the class products.
 //
 // A token's row of K numbers stays in the L1 cache from the first load to the last store. Reading n
 // numbers as whole vectors reads past the end of a row: z, w and lambda have room for a vector
@@ -216,7 +216,7 @@ struct HadamardRow {
 };
 
 // Below this many numbers one thread is faster than two.
-constexpr int64_t kHadamardOneThread = 1 << 14;
+constexpr int64_t kHadamardOneThread = 1 << 15;
 
 template <class S>
 void hadamard_up_as(const HadamardUp& p, Runtime& rt) {
@@ -273,6 +273,30 @@ void hadamard_down_as(const HadamardDown& p, Runtime& rt) {
       for (int64_t j = 0; j < r; ++j)
         __builtin_memcpy(to + j * n, sum + j * row.padded, size_t(n) * sizeof(C));
     }
+  });
+}
+
+template <class S>
+void hadamard_add_as(const HadamardAdd& p, Runtime& rt) {
+  using C = typename ComputeOf<S>::type;
+  using V = Vec<C>;
+  constexpr int L = kVectorBytes / int(sizeof(C));
+  const int64_t n = p.sizes.n, d = p.sizes.d, first = p.sizes.first_column;
+  rt.set_single(p.T * d < kHadamardOneThread);
+  rt.split(p.T, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t k = 0; k < d;) {
+        const int64_t m = (first + k) / n, place = first + k - m * n;
+        const int64_t stop = k + n - place < d ? k + n - place : d;
+        const S* from =
+            static_cast<const S*>(p.from) + ((m - p.sizes.first_class()) * p.T + t) * n + place - k;
+        S* y = static_cast<S*>(p.y) + t * d;
+        for (; k < stop; k += L) {
+          const V sum = C(p.scale) * load_some<V>(from + k, stop - k);
+          store_some(y + k, p.accumulate ? sum + load_some<V>(y + k, stop - k) : sum, stop - k);
+        }
+        k = stop;
+      }
   });
 }
 
@@ -343,25 +367,6 @@ void hadamard_weight_as(const HadamardWeight& p, Runtime& rt) {
   });
 }
 
-// to (L, n) = factor * the first L columns of `from` (n, ...), of whose rows `readable` numbers may
-// be read.
-template <class C, class S>
-RANDLORA_INLINE void transpose_columns(const C* from, int64_t n, int64_t next, int64_t readable,
-                                       const C* factor, S* to) {
-  using V = Vec<C>;
-  constexpr int L = kVectorBytes / int(sizeof(C));
-  for (int64_t i = 0; i < n; i += L) {
-    V m[L];
-    unrolled<L>([&](auto q) {
-      m[q] = i + q < n ? load_some<V>(from + (i + q) * next, readable) * load<V>(factor) : V{};
-    });
-    transpose<L>(m);
-    unrolled<L>([&](auto q) {
-      if (q < readable) store_some(to + q * n + i, m[q], n - i);
-    });
-  }
-}
-
 template <class S>
 void hadamard_gamma_as(const HadamardGamma& p, Runtime& rt) {
   using C = typename ComputeOf<S>::type;
@@ -373,13 +378,6 @@ void hadamard_gamma_as(const HadamardGamma& p, Runtime& rt) {
   rt.set_single(n * d < kHadamardOneThread);
   C* s = static_cast<C*>(rt.scratch(size_t(d + L) * sizeof(C)));
   for (int64_t k = 0; k < d; ++k) s[k] = C(p.scale) * C(p.s[k]);
-  if (p.transposed) {
-    rt.split(d, L, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; k += L)
-        transpose_columns(gam + k, n, d, d - k, s + k, out + k * n);
-    });
-    return;
-  }
   rt.split(n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t k = 0; k < d; k += L) {
@@ -398,7 +396,7 @@ void hadamard_diagonals_as(const HadamardDiagonals& p, Runtime& rt) {
   const C* sums = static_cast<const C*>(p.sums);
   C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
   rt.set_single(n * d < kHadamardOneThread);
-  rt.split(P ? n : 0, 1, [&](int64_t begin, int64_t end) {
+  rt.split(n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t k = 0; k < d;) {  // class by class
         const int64_t m = (s.first_column + k) / n, place = s.first_column + k - m * n;
@@ -420,6 +418,9 @@ inline void hadamard_up(const HadamardUp& p, Runtime& rt) {
 }
 inline void hadamard_down(const HadamardDown& p, Runtime& rt) {
   with_dtype(p.dtype, [&](auto s) { hadamard_down_as<decltype(s)>(p, rt); });
+}
+inline void hadamard_add(const HadamardAdd& p, Runtime& rt) {
+  with_dtype(p.dtype, [&](auto s) { hadamard_add_as<decltype(s)>(p, rt); });
 }
 inline void hadamard_weight(const HadamardWeight& p, Runtime& rt) {
   with_dtype(p.dtype, [&](auto s) { hadamard_weight_as<decltype(s)>(p, rt); });

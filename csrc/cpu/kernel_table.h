@@ -1,9 +1,9 @@
 // The table of one instruction set's kernels; dispatch.cpp chooses among these tables.
 #pragma once
 #include "add_rounded.h"
-#include "class_products.h"
 #include "delta_weight.h"
 #include "fill_planes.h"
+#include "hadamard.h"
 #include "linear.h"
 #include "linear_backward.h"
 #include "scaled_basis.h"
@@ -17,8 +17,7 @@ namespace RANDLORA_ISA {
 const Kernels& kernels() {
 #define RANDLORA_FUNCTION(name, Operator) name,
   static constexpr Kernels table = {RANDLORA_STRING(RANDLORA_ISA),
-                                    RANDLORA_OPERATORS(RANDLORA_FUNCTION) hadamard_inner,
-                                    hadamard_outer, hadamard_gradient};
+                                    RANDLORA_OPERATORS(RANDLORA_FUNCTION) hadamard_add};
 #undef RANDLORA_FUNCTION
   return table;
 }

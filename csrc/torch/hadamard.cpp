@@ -2,8 +2,7 @@
 //
 //   y = x W^T + bias + scale * x dW^T,   dW = B (lambda * A * gamma), transposed unless `expand`
 //
-// On the CPU our kernels do all of it in float32 and float64 (core/hadamard.h). In 16 bits and on
-// CUDA torch's GEMM multiplies by the classes of A.
+// torch's GEMM multiplies by the classes of A, our kernels do the rest (core/hadamard.h).
 #include <algorithm>
 #include <cmath>
 
@@ -75,22 +74,19 @@ struct Range {
 // on the A side, D on the B side.
 class Steps {
  public:
-  // `inner_too`: whether `inner` will be called.
-  Steps(const HadamardBasis& b, const Tensor& like, int64_t T, bool inner_too)
+  Steps(const HadamardBasis& b, const Tensor& like, int64_t T)
       : b_(b), s_(b.sizes), like_(like), dtype_(activation_dtype(like, "x")), range_(s_, dtype_) {
     lam_ = compute_copy(b.lam, dtype_);
-    gam_ = compute_copy(b.gam, dtype_);
-    if (our_products() ? inner_too && T > s_.n : true) {
-      signed_ = temporary({s_.n * s_.d + 64}, dtype_, like);
-      run(like, HadamardGamma{s_, gam_.const_data_ptr(), signs(b.s), signed_.mutable_data_ptr(),
-                              dtype_, range_.gamma, /*transposed=*/our_products()});
-    }
+    const Tensor gam = compute_copy(b.gam, dtype_);
+    gam_ = temporary({s_.n, s_.d}, dtype_, like);
+    run(like, HadamardGamma{s_, gam.const_data_ptr(), signs(b.s), gam_.mutable_data_ptr(), dtype_,
+                            range_.gamma});
     const int64_t bytes = s_.classes() * s_.n * bytes_of(dtype_);
-    const int64_t limit = (our_products() ? int64_t{1} : int64_t{64}) << 20;
+    const int64_t limit = (in_caches() ? int64_t{1} : int64_t{64}) << 20;
     const int64_t most = std::max<int64_t>(limit / bytes, kFewest);
     chunks_ = (T + most - 1) / most;
     // Rows of z that one token reads should not all fall into the same sets of a cache.
-    if (our_products() && T >= kFewest)
+    if (in_caches() && T >= kFewest)
       while (chunks_ < T && (T + chunks_ - 1) / chunks_ % 16 == 0) ++chunks_;
     largest_ = chunks_ ? (T + chunks_ - 1) / chunks_ : 0;
     slots_ = runs_on_cuda(like) ? std::min<int64_t>(largest_, 512)
@@ -113,41 +109,39 @@ class Steps {
     return temporary({s_.classes() * largest_ * s_.n + 64}, dtype_, like_);
   }
   void reserve_gradients() {
-    dgam_ = allocate({s_.n, s_.d}, compute_type(dtype_), like_);
-    if (!our_products()) P_ = temporary({s_.classes(), s_.n, s_.n}, dtype_, like_);
+    P_ = temporary({s_.classes(), s_.n, s_.n}, dtype_, like_);
     sums_ = allocate({chunks_ * slots_, s_.K()}, compute_type(dtype_), like_);
-    if (T_ == 0) torch::stable::zero_(our_products() ? dgam_ : P_);
+    if (T_ == 0) torch::stable::zero_(P_);
   }
 
   // z = the class products with x (T, d).
   void inner(const Tensor& x, int64_t t, const Tensor& z) const {
-    if (our_products())
-      return on_cpu(&Kernels::hadamard_inner,
-                    {s_, gam_.const_data_ptr(), signs(b_.s),
-                     signed_.defined() ? signed_.const_data_ptr() : nullptr, element(x, t * s_.d),
-                     z.mutable_data_ptr(), dtype_, tokens_});
     each_part([&](const Part& p) {
       multiply(at_classes(z, p), columns(x, t, p), gamma(p).transposed(), 1, 0, dtype_, like_);
     });
   }
-  // y (T, d) += the class products with w, or y = ... unless `accumulate`.
-  void outer(const Tensor& w, const Tensor& y, int64_t t, bool accumulate) const {
+  // y (T, d) += the class products with w, or y = ... unless `accumulate`. `room` may be written.
+  void outer(const Tensor& w, const Tensor& y, int64_t t, bool accumulate,
+             const Tensor& room) const {
     const double scale = b_.scale / (range_.gamma * range_.back);
-    if (our_products())
-      return on_cpu(&Kernels::hadamard_outer,
-                    {s_, gam_.const_data_ptr(), signs(b_.s), w.const_data_ptr(),
-                     const_cast<void*>(element(y, t * s_.d)), dtype_, tokens_, scale, accumulate});
+    if (!in_caches()) {
+      each_part([&](const Part& p) {
+        multiply(columns(y, t, p), at_classes(w, p), gamma(p), scale, accumulate, dtype_, like_);
+      });
+      return;
+    }
     each_part([&](const Part& p) {
-      multiply(columns(y, t, p), at_classes(w, p), gamma(p), scale, accumulate, dtype_, like_);
+      MatrixBatch out = at_classes(room, p);
+      out.data = element(room, p.first * out.next + p.place), out.cols = p.width;
+      multiply(out, at_classes(w, p), gamma(p), 1, 0, dtype_, like_);
     });
+    TorchRuntime runtime;
+    cpu_kernels().hadamard_add({s_, room.const_data_ptr(), const_cast<void*>(element(y, t * s_.d)),
+                                dtype_, tokens_, scale, accumulate},
+                               runtime);
   }
   // The gradient of gamma from w and x (T, d); from the second chunk on, added.
   void gradient(const Tensor& w, const Tensor& x, int64_t t) const {
-    if (our_products())
-      return on_cpu(
-          &Kernels::hadamard_gradient,
-          {s_, signs(b_.s), w.const_data_ptr(), element(x, t * s_.d), dgam_.mutable_data_ptr(),
-           dtype_, tokens_, b_.scale / range_.back, chunk_ > 0});
     each_part([&](const Part& p) {
       const MatrixBatch out{element(P_, p.first * s_.n * s_.n + p.place),
                             p.count,
@@ -177,12 +171,13 @@ class Steps {
                             sums, slots_, dtype_, tokens_, range_.back});
   }
   std::tuple<Tensor, Tensor> diagonals() const {
-    Tensor dlam = allocate({s_.r, s_.n}, compute_type(dtype_), like_);
-    run(like_, HadamardDiagonals{s_, P_.defined() ? P_.const_data_ptr() : nullptr,
-                                 sums_.const_data_ptr(), chunks_ * slots_, signs(b_.s),
-                                 signs(b_.col), dlam.mutable_data_ptr(), dgam_.mutable_data_ptr(),
-                                 dtype_, b_.scale / range_.gamma, b_.scale / range_.back});
-    return {cast(dlam, b_.lam.scalar_type()), cast(dgam_, b_.gam.scalar_type())};
+    const ScalarType type = compute_type(dtype_);
+    Tensor dlam = allocate({s_.r, s_.n}, type, like_), dgam = allocate({s_.n, s_.d}, type, like_);
+    run(like_, HadamardDiagonals{s_, P_.const_data_ptr(), sums_.const_data_ptr(), chunks_ * slots_,
+                                 signs(b_.s), signs(b_.col), dlam.mutable_data_ptr(),
+                                 dgam.mutable_data_ptr(), dtype_, b_.scale / range_.gamma,
+                                 b_.scale / range_.back});
+    return {cast(dlam, b_.lam.scalar_type()), cast(dgam, b_.gam.scalar_type())};
   }
 
  private:
@@ -219,18 +214,12 @@ class Steps {
     return {element(x, t * s_.d + p.column), p.count, tokens_, p.width, p.width, s_.d, 1};
   }
   MatrixBatch gamma(const Part& p) const {
-    return {element(signed_, p.column), p.count, s_.n, p.width, p.width, s_.d, 1};
+    return {element(gam_, p.column), p.count, s_.n, p.width, p.width, s_.d, 1};
   }
 
-  // Whether our kernels compute the class products. Then z and w of a chunk should stay in the
-  // caches. In 16 bits each chunk rounds the gradient of gamma, and on a GPU each costs launches:
-  // there only memory limits a chunk.
-  bool our_products() const { return !runs_on_cuda(like_) && bytes_of(dtype_) > 2; }
-  template <class P>
-  static void on_cpu(void (*Kernels::*kernel)(const P&, Runtime&), const P& p) {
-    TorchRuntime runtime;
-    (cpu_kernels().*kernel)(p, runtime);
-  }
+  // Whether z and w of one chunk should stay in the caches. In 16 bits each chunk rounds the
+  // gradient of gamma, and on a GPU each costs launches: there only memory limits a chunk.
+  bool in_caches() const { return !runs_on_cuda(like_) && bytes_of(dtype_) > 2; }
   static constexpr int64_t kFewest = 64;
 
   const HadamardBasis& b_;
@@ -238,7 +227,7 @@ class Steps {
   const Tensor& like_;
   DType dtype_;
   Range range_;
-  Tensor lam_, gam_, signed_, P_, dgam_, sums_;
+  Tensor lam_, gam_, P_, sums_;
   int64_t T_, chunks_, largest_, slots_, chunk_ = 0, tokens_ = 0;
 };
 
@@ -271,15 +260,15 @@ Tensor hadamard_linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Ten
   const Tensor xc = as_contiguous(x);
   if (merge) return torch_linear(xc, merged(b, *weight), bias);
   Tensor y = weight ? as_contiguous(torch_linear(xc, *weight, bias)) : like_output(xc, b.out());
-  Steps steps(b, xc, sizes.T, /*inner_too=*/expand);
-  const Tensor z = steps.for_classes();
+  Steps steps(b, xc, sizes.T);
+  const Tensor z = steps.for_classes(), room = expand ? z : steps.for_classes();
   steps.each_chunk([&](int64_t t) {
     if (expand) {
       steps.inner(xc, t, z);
       steps.up(z, y, t, weight.has_value());
     } else {
       steps.down(xc, t, z, nullptr);
-      steps.outer(z, y, t, weight.has_value());
+      steps.outer(z, y, t, weight.has_value(), room);
     }
   });
   return y;
@@ -302,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensor> hadamard_linear_backward(
     dx = weight ? as_contiguous(product(dyc, *weight)) : allocate_like(xc);
   const bool add_x = need_x && !merge;
   if (add_x || need_diagonals) {
-    Steps steps(b, xc, sizes.T, /*inner_too=*/need_diagonals || !expand);
+    Steps steps(b, xc, sizes.T);
     if (need_diagonals) steps.reserve_gradients();
     const Tensor z = steps.for_classes(), w = steps.for_classes();
     const Tensor &of_d = expand ? xc : dyc, &of_D = expand ? dyc : xc;
@@ -310,7 +299,7 @@ std::tuple<Tensor, Tensor, Tensor> hadamard_linear_backward(
       if (need_diagonals || !expand) steps.inner(of_d, t, z);
       if (add_x && !expand) steps.up(z, dx, t, weight.has_value());
       if (need_diagonals || expand) steps.down(of_D, t, w, need_diagonals ? &z : nullptr);
-      if (add_x && expand) steps.outer(w, dx, t, weight.has_value());
+      if (add_x && expand) steps.outer(w, dx, t, weight.has_value(), z);
       if (need_diagonals) steps.gradient(w, of_d, t);
     });
     if (need_diagonals) std::tie(dlam, dgam) = steps.diagonals();

@@ -84,63 +84,6 @@ void check_near(const std::vector<S>& got, const std::vector<double>& want, cons
          std::sqrt(error), std::sqrt(norm));
 }
 
-// Without room behind x, gamma and its gradient, which are the caller's.
-template <class C>
-void check_products(const HadamardSizes& s, DType dtype, int64_t T, const std::vector<double>& gam,
-                    const std::vector<int8_t>& sd, const std::vector<double>& z,
-                    ThreadRuntime& rt) {
-  std::mt19937 random(5);
-  const Kernels& kernels = cpu_kernels();
-  const int64_t n = s.n, classes = s.classes(), first = s.first_class();
-  const auto x = numbers(T * s.d, random), before = numbers(n * s.d, random);
-  const std::vector<C> gam_c(gam.begin(), gam.end()), x_c(x.begin(), x.end());
-  const auto z_c = as<C>(z);
-
-  std::vector<C> columns = as<C>(std::vector<double>(s.d * n));
-  kernels.hadamard_gamma({s, gam_c.data(), sd.data(), columns.data(), dtype, 1.0, true}, rt);
-  std::vector<double> want(s.d * n);
-  for (int64_t e = 0; e < s.d * n; ++e) want[e] = sd[e / n] * gam[e % n * s.d + e / n];
-  check_near(columns, want, "columns of gamma", s, T);
-
-  want.assign(classes * T * n, 0);
-  const auto each = [&](const auto& fn) {  // fn(t, i, k, index of z)
-    for (int64_t t = 0; t < T; ++t)
-      for (int64_t k = 0; k < s.d; ++k)
-        for (int64_t i = 0; i < n; ++i) {
-          const int64_t at = s.first_column + k, m = at / n - first;
-          fn(t, i, k, (m * T + t) * n + i);
-        }
-  };
-  each([&](int64_t t, int64_t i, int64_t k, int64_t of_z) {
-    want[of_z] += sd[k] * gam[i * s.d + k] * x[t * s.d + k];
-  });
-  for (const C* given : {static_cast<const C*>(columns.data()), static_cast<const C*>(nullptr)}) {
-    std::vector<C> inner(classes * T * n);
-    kernels.hadamard_inner({s, gam_c.data(), sd.data(), given, x_c.data(), inner.data(), dtype, T},
-                           rt);
-    check_near(inner, want, given ? "inner" : "inner of few", s, T);
-  }
-
-  for (const bool accumulate : {false, true}) {
-    std::vector<C> out = x_c, dgam(before.begin(), before.end());
-    kernels.hadamard_outer(
-        {s, gam_c.data(), sd.data(), z_c.data(), out.data(), dtype, T, 0.5, accumulate}, rt);
-    want = accumulate ? x : std::vector<double>(T * s.d);
-    each([&](int64_t t, int64_t i, int64_t k, int64_t of_z) {
-      want[t * s.d + k] += 0.5 * sd[k] * gam[i * s.d + k] * z[of_z];
-    });
-    check_near(out, want, "outer", s, T);
-
-    kernels.hadamard_gradient(
-        {s, sd.data(), z_c.data(), x_c.data(), dgam.data(), dtype, T, 0.5, accumulate}, rt);
-    want = accumulate ? before : std::vector<double>(n * s.d);
-    each([&](int64_t t, int64_t i, int64_t k, int64_t of_z) {
-      want[i * s.d + k] += 0.5 * sd[k] * z[of_z] * x[t * s.d + k];
-    });
-    check_near(dgam, want, "gradient", s, T);
-  }
-}
-
 template <class S>
 void all(const HadamardSizes& s, DType dtype, int64_t T, int threads) {
   using C = typename ComputeOf<S>::type;
@@ -229,7 +172,18 @@ void all(const HadamardSizes& s, DType dtype, int64_t T, int threads) {
   for (int64_t e = 0; e < n * s.d; ++e) want[e] = 2.0 * sd[e % s.d] * gam[e];
   check_near(signed_gam, want, "gamma", s, T);
 
-  if constexpr (sizeof(S) == sizeof(C)) check_products<C>(s, dtype, T, gam, sd, z, rt);
+  for (const bool accumulate : {false, true}) {
+    const auto x = numbers(T * s.d, random);
+    std::vector<S> out = as<S>(x);
+    kernels.hadamard_add({s, z_s.data(), out.data(), dtype, T, scale, accumulate}, rt);
+    want.resize(T * s.d);
+    for (int64_t t = 0; t < T; ++t)
+      for (int64_t k = 0; k < s.d; ++k) {
+        const int64_t at = s.first_column + k, m = at / n - first;
+        want[t * s.d + k] = scale * z[(m * T + t) * n + at % n] + (accumulate ? x[t * s.d + k] : 0);
+      }
+    check_near(out, want, "add", s, T);
+  }
 
   if (T != 1) return;  // what follows has no tokens
   for (const bool transposed : {false, true})
