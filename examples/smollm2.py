@@ -35,7 +35,7 @@ parser.add_argument("--words", type=Path, help="lines 'word PH PH', instead of t
 parser.add_argument("--out", type=Path, default=Path("randlora-demo"), help="folder to write")
 parser.add_argument("--steps", type=int, default=120)
 parser.add_argument("--batch-size", type=int, default=8)
-parser.add_argument("--lr", type=float, default=5e-4)
+parser.add_argument("--lr", type=float, default=3e-4)
 parser.add_argument("--rank", type=int, default=32, help="a lower one trains more parameters")
 parser.add_argument("--seed", type=int, default=0, help="of the bases and of the batches")
 options = parser.parse_args([] if "ipykernel" in sys.modules else None)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.linear import RandLoraLinear
 from ..ops.functional import merged_weight
 from ..writing import appear_new
 from . import CliError, check_free
@@ -78,8 +77,7 @@ def _sum(path: str, layer: Any, weight: Tensor, seed: int | None) -> Tensor:
         layer.merge(keep_weight="nothing")
         total, base.weight = base.weight.detach(), weightless
     else:
-        plain = isinstance(layer, RandLoraLinear)
-        basis = layer.bases[NAME] if plain else layer.basis_of(NAME, weight.device)[0]
+        basis = layer.basis_of(NAME, weight.device)
         if basis.kind == "dense" or weight.itemsize != 2:
             what = "its bases are not ternary" if weight.itemsize == 2 else f"it is {weight.dtype}"
             raise CliError(
