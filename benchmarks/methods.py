@@ -59,7 +59,7 @@ def basis_of(text: str, size: tuple[int, int], rank: int, seed: int = 0) -> Tern
             3**0.5 * (2 * torch.rand(shape, generator=make) - 1)
             for shape in ((rank, d), (D, -(-d // rank) * rank))
         )
-        return TernaryBasis.of_dense(DenseMatrices(*matrices), *size)
+        return TernaryBasis.from_dense(DenseMatrices(*matrices), *size)
     if text == "hadamard":
         return TernaryBasis(*size, rank, seed=seed, kind="hadamard")
     return TernaryBasis(*size, rank, density_of(text, min(size)), seed)

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import build_info, kernels
+from . import build_info
 from .basis import TernaryBasis
 from .basis.description import SPECIFICATIONS
 from .basis.generated import generate_planes
+from .devices import cuda_available
 from .ops.functional import linear
 from .reference import linear_reference
 
@@ -28,8 +29,9 @@ _PACKAGES = (
 # that tests/data/basis_v1.txt has for it.
 _SLICE = (11, 1, 0, 576, 0, 576, 0.07)
 _DIGEST = "d0ab1e87028220f28b424b06ea873001782e923f6ac3a444a3048af672291547"
-# in, out, r, density: wide, tall, an overhanging last base; every packed form.
+# in, out, r, density of independent bases: wide, tall, an overhanging last base; lists and planes.
 _SHAPES = ((96, 160, 16, 0.07), (160, 96, 16, 1 / 3), (70, 70, 32, 0.3))
+_CHECKED = (("hadamard", "factored"), ("independent", "factored"), ("independent", "delta"))
 _TOKENS = 33
 # Relative error of outputs and gradients against float64.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -47,7 +49,7 @@ def check() -> int:
         return 1
     wrong = [what for what, error, limit in checks if not error <= limit]
     for what, error, limit in checks:
-        print(f"  {what:28} {error:8.1e} ({limit:.0e}){'  WRONG' if what in wrong else ''}")
+        print(f"  {what:38} {error:8.1e} ({limit:.0e}){'  WRONG' if what in wrong else ''}")
     print(f"verdict: {'FAILED: ' + ', '.join(wrong) if wrong else 'all is well'}")
     return 1 if wrong else 0
 
@@ -59,7 +61,7 @@ def describe() -> list[str]:
     overrides = ", ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if _overrides(k))
     return [
         f"randlora_ext {build['version']}, compiler {build['compiler']}, "
-        f"basis specification {SPECIFICATIONS['independent']}",
+        f"basis specifications {', '.join(f'{k}-{v}' for k, v in SPECIFICATIONS.items())}",
         f"installed in {Path(__file__).parent}",
         f"python {sys.version.split()[0]} on {platform.platform()}, {_processor()}",
         f"packages: {packages}",
@@ -74,14 +76,14 @@ def describe() -> list[str]:
 def self_check() -> list[tuple[str, float, float]]:
     """(what, relative error, limit): bases, and the operator in every dtype, on every device."""
     devices = [torch.device("cpu")]
-    if kernels.cuda_available() and torch.cuda.is_available():
+    if cuda_available() and torch.cuda.is_available():
         devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     bases = [(f"{device} generated basis", _wrong_basis(device), 0.0) for device in devices]
     return bases + [
-        (f"{device} {str(dtype)[6:]} {path}", _worst_error(device, dtype, path), limit)
+        (f"{device} {str(dtype)[6:]} {kind} {path}", _worst_error(device, dtype, kind, path), limit)
         for device in devices
         for dtype, limit in LIMITS.items()
-        for path in ("factored", "delta")
+        for kind, path in _CHECKED
     ]
 
 
@@ -92,8 +94,11 @@ def _wrong_basis(device: torch.device) -> float:
     return float(hashlib.sha256(words).hexdigest() != _DIGEST)
 
 
-def _worst_error(device: torch.device, dtype: torch.dtype, path: str) -> float:
-    bases = (TernaryBasis(*sizes, seed=1) for sizes in _SHAPES)
+def _worst_error(device: torch.device, dtype: torch.dtype, kind: str, path: str) -> float:
+    bases = (
+        TernaryBasis(n_in, n_out, r, density if kind == "independent" else None, 1, kind)
+        for n_in, n_out, r, density in _SHAPES
+    )
     return max(relative_error(basis, _TOKENS, dtype, device, path) for basis in bases)
 
 

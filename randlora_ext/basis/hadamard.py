@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import kernels
+from .. import devices
 from .description import BasisDescription
 from .generated import generate_planes
 from .shape import Shape
@@ -68,7 +68,7 @@ class HadamardMatrices:
 
     def dense(self, shape: Shape, on: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         def packed(device: torch.device) -> list[Tensor]:
-            served = kernels.serve(device.type)
+            served = devices.serve(device.type)
             made = self.pack(shape, device if served else torch.device("cpu"), "")
             return [t.to(device) for t in made]
 

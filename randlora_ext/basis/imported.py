@@ -81,7 +81,7 @@ def _share_of_non_zeros(planes: Tensor, shape: Shape) -> float:
 def pack_layer(
     A: Tensor, B: Tensor, in_features: int, out_features: int
 ) -> tuple[Tensor, Tensor, float, float]:
-    """Planes and values of A and B, which are given as `TernaryBasis.from_dense` takes them."""
+    """Planes and values of A and B, which are given as `TernaryBasis.from_ternary` takes them."""
     A, B = A.detach(), B.detach()
     if A.dim() == 3 and A.shape[1] == 1:
         A = A.flatten(1)

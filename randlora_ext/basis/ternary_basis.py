@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import kernels
+from .. import devices
 from .cache import PackedTensors, get_or_make, with_index
 from .dense import DenseMatrices
 from .description import BasisDescription
@@ -23,7 +23,7 @@ class TernaryBasis:
 
     A (r, d) and B (D, K) have the values -1 and +1 or, if independent, ``{-1, 0, +1} /
     sqrt(density)``. They are a pure function of the seed (docs/basis-spec.md), equal on every
-    device. `of_dense` makes a basis from any given matrices.
+    device. `from_dense` makes a basis from any given matrices.
 
     Args:
         in_features: of the base layer.
@@ -42,7 +42,7 @@ class TernaryBasis:
 
     Bases of equal shape and description are equal; imported and dense ones compare the identity of
     their matrices. A basis never changes, so a deep copy is the same object. Pickling writes the
-    description or, for imported (`from_dense`, `from_planes`) and dense ones, the matrices.
+    description or, for imported (`from_ternary`, `from_planes`) and dense ones, the matrices.
     Source: paper section 4.3 (sparse bases) and PEFT's ``_init_randlora_A_randlora_B_sparse``;
     Hadamard bases are ours.
     """
@@ -73,7 +73,7 @@ class TernaryBasis:
         self._source.check(self._shape)
 
     @classmethod
-    def from_dense(
+    def from_ternary(
         cls, A: Tensor, B: Tensor, in_features: int, out_features: int
     ) -> "TernaryBasis":
         """Imports dense bases in PEFT's layout exactly.
@@ -118,7 +118,7 @@ class TernaryBasis:
         return cls._of(shape, ImportedMatrices.of(*planes, shape))
 
     @classmethod
-    def of_dense(
+    def from_dense(
         cls, matrices: DenseMatrices, in_features: int, out_features: int
     ) -> "TernaryBasis":
         """A basis of dense A and B of any values; products use the tensors themselves.
@@ -205,16 +205,16 @@ class TernaryBasis:
         if torch.compiler.is_dynamo_compiling():
             name = self._while_tracing(self.token, torch.device(device), dtype)
             return getattr(self, name).tensors
-        held = self._packed.get((device, dtype))  # found at once for a tensor's device
-        if held is None:
+        found = self._packed.get((device, dtype))  # found at once for a tensor's device
+        if found is None:
             on = with_index(torch.device(device))
             key = self._shape.of_matrices, self._source, on, dtype
-            held = self._packed[on, dtype] = get_or_make(key, on, lambda: self._make(on, dtype))
-        return held.on_current_stream()
+            found = self._packed[on, dtype] = get_or_make(key, on, lambda: self._make(on, dtype))
+        return found.on_current_stream()
 
     def _make(self, device: torch.device, dtype: torch.dtype | None) -> list[Tensor]:
         # "meta" needs the CPU's, too: the lengths of lists depend on the elements.
-        if self._source.needs_kernels and not kernels.serve(device.type):
+        if self._source.needs_kernels and not devices.serve(device.type):
             return [t.to(device) for t in self._cached("cpu", dtype)]
         if dtype is None:
             return self._source.pack(self._shape, device, repr(self))

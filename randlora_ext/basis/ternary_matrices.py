@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import kernels
+from .. import devices
 from .description import BasisDescription
 from .shape import Shape
 
@@ -81,7 +81,7 @@ class TernaryMatrices:
 
     def dense(self, shape: Shape, on: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (r, d) and B (D, K), scaled, newly made."""
-        if on.type != "meta" and not kernels.serve(on.type):
+        if on.type != "meta" and not devices.serve(on.type):
             A, B = self.dense(shape, torch.device("cpu"), dtype)
             return A.to(on), B.to(on)
         a, b = self.a_planes(shape, on), self.b_planes(shape, on)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..basis import TernaryBasis
-from ..kernels import serve
+from ..devices import serve
 from ..ops import functional
 from ..ops.dtensor import full_tensor, laid_out_like
 from ..ops.path import explain

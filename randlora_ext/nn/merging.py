@@ -22,7 +22,7 @@ def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def complete(write: Callable[[], Any]) -> None:
+def even_if_interrupted(write: Callable[[], Any]) -> None:
     """Calls `write`, and again if Ctrl-C comes between two of its lines; it must allow that."""
     try:
         write()
@@ -128,7 +128,7 @@ class KeepsWeight(_Layer):
             self._kept, self._kept_without = kept, kept_without
             self.merged_adapters = merged
 
-        complete(write_all)
+        even_if_interrupted(write_all)
 
     def _plus(self, weight: Tensor, names: Iterable[str], sign: int) -> Tensor:
         names = list(names)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..basis import TernaryBasis
 from ..basis.description import as_signed, check_seed
-from ..kernels import serve
+from ..devices import serve
 from . import autocast, dense, hadamard, packing, ternary  # noqa: F401  (packing registers)
 from .dtensor import refuse_dtensor
 from .path import choose

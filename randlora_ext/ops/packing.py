@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import kernels
+from .. import devices
 from .registration import check_one_device, fake
 
 
@@ -46,7 +46,7 @@ def support_tables(a_offset, a_index, d):
     check_one_device(a_offset=a_offset, a_index=a_index)
     r, group = a_offset.shape[0] // 2, 32
     entries = (a_index.shape[0] // group + r) * group
-    used = kernels.cuda_serves(a_offset.device.type)
+    used = devices.cuda_serves(a_offset.device.type)
     return a_offset.new_empty((entries + r * d if used else 0,), dtype=torch.int32)
 
 

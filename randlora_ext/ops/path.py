@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import _C, kernels
+from .. import _C, devices
 from ..basis import TernaryBasis
 from ..basis.tracing import living, run_while_tracing
 
@@ -97,7 +97,7 @@ def explain(
         reason = f"{fewer} {found.formed_from} tokens, from which {found.formed} costs less"
     if has_weight and dtype in SIXTEEN_BITS:
         reason += "; merged is excluded because W + dW would lose small changes in 16 bits"
-    served = kind == "meta" or kernels.serve(kind)
+    served = kind == "meta" or devices.serve(kind)
     isa = f"{_C.isa() if kind == 'cpu' else kind} kernels" if served else "plain torch"
     if basis.kind == "dense":
         isa = "torch's GEMMs"
@@ -201,7 +201,7 @@ def _dense_b_above(basis: TernaryBasis, device_type: str) -> int:
 
     RANDLORA_B_SIDE (packed, dense) overrides it on CUDA.
     """
-    if basis.kind == "dense" or not kernels.cuda_serves(device_type):
+    if basis.kind == "dense" or not devices.cuda_serves(device_type):
         return MANY
     forced = os.environ.get("RANDLORA_B_SIDE") or "auto"
     if forced not in ("auto", "packed", "dense"):

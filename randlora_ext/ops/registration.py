@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils._pytree import tree_leaves
 
-from .. import kernels  # noqa: F401  (loads the operators)
+from .. import devices  # noqa: F401  (loads the operators)
 from . import autocast
 
 _ops = torch.ops.randlora

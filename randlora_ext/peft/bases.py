@@ -214,7 +214,7 @@ def layer_basis(
         else:
             if (r, values) not in made:
                 made[r, values] = _dense_matrices(A, B, r)
-            basis = TernaryBasis.of_dense(made[r, values], in_features, out_features)
+            basis = TernaryBasis.from_dense(made[r, values], in_features, out_features)
         made[sizes, values] = basis
     return made[sizes, values]
 
@@ -246,6 +246,6 @@ def _ternary_basis(
             density, seed, kind = described.density, described.seed, described.kind
             return TernaryBasis(in_features, out_features, r, density, seed, kind)
         if B.shape[2] != r:  # takes columns from inside every row: needs a dense B
-            return TernaryBasis.from_dense(A.dense()[:r], B.dense()[:, :, :r], *features)
+            return TernaryBasis.from_ternary(A.dense()[:r], B.dense()[:, :, :r], *features)
         planes = A.signs.on(A.device)[:, :r], B.signs.on(B.device)
         return TernaryBasis.from_planes(*planes, A.value, B.value, *features)

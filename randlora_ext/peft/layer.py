@@ -15,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..basis import TernaryBasis
-from ..kernels import serve
+from ..devices import serve
 from ..nn.adapted_layer import AdaptedLayer
 from ..nn.state_dict import refuse_misfit
 from ..ops.dtensor import is_dtensor

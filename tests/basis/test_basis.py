@@ -88,7 +88,7 @@ def test_equality_and_hash_are_those_of_the_description():
 def test_a_copy_is_equal_and_shares_the_packed_tensors(twin, imported):
     basis = TernaryBasis(500, 370, 7, 0.07, seed=2**64 - 1)
     if imported:
-        basis = TernaryBasis.from_dense(*basis.dense(), 500, 370)
+        basis = TernaryBasis.from_ternary(*basis.dense(), 500, 370)
     packed = basis.packed("cpu")
     other = twin(basis)
     assert other == basis and hash(other) == hash(basis) and repr(other) == repr(basis)
@@ -105,7 +105,7 @@ def test_repr():
     text = repr(TernaryBasis(50, 37, 7, 1 / 3, seed=9))
     start = "TernaryBasis(50, 37, r=7, density=0.333333, seed=9, kind='independent', "
     assert text == start + "format='planes')"
-    imported = TernaryBasis.from_dense(torch.eye(2, 4), torch.ones(4, 4), 4, 4)
+    imported = TernaryBasis.from_ternary(torch.eye(2, 4), torch.ones(4, 4), 4, 4)
     assert "imported" in repr(imported) and "seed" not in repr(imported)
 
 
@@ -131,7 +131,7 @@ def peft_layout(basis, dtype, room):
 def test_import_of_peft_is_exact(shape, dtype, density, room):
     generated = TernaryBasis(*shape, density, seed=1)
     A, B = peft_layout(generated, dtype, room)
-    imported = TernaryBasis.from_dense(A, B, *shape[:2])
+    imported = TernaryBasis.from_ternary(A, B, *shape[:2])
     for value, expected in zip(
         imported.dense(dtype=dtype), generated.dense(dtype=dtype), strict=True
     ):
@@ -145,7 +145,7 @@ def test_import_of_peft_is_exact(shape, dtype, density, room):
 
 def test_import_of_flat_matrices_and_of_different_magnitudes():
     A, B = TernaryBasis(50, 37, 7, 0.3).dense(dtype=torch.float64)
-    imported = TernaryBasis.from_dense(A.sign() * 0.1, B.sign() * 7.0, 50, 37)
+    imported = TernaryBasis.from_ternary(A.sign() * 0.1, B.sign() * 7.0, 50, 37)
     assert imported.scale == 0.1 * 7.0
     a, b = imported.dense(dtype=torch.float64)
     assert torch.equal(a, A.sign() * 0.1) and torch.equal(b, B.sign() * 7.0)
@@ -154,7 +154,7 @@ def test_import_of_flat_matrices_and_of_different_magnitudes():
 def test_import_takes_parameters_and_views_and_keeps_its_own_copy():
     A, B = TernaryBasis(50, 37, 7, 0.3).dense()
     left, right = torch.nn.Parameter(A.clone()), B.T.contiguous().T.requires_grad_()
-    imported = TernaryBasis.from_dense(left, right, 50, 37)
+    imported = TernaryBasis.from_ternary(left, right, 50, 37)
     with torch.no_grad():
         left.zero_()
     assert torch.equal(imported.dense()[0], A) and not imported.dense()[0].requires_grad
@@ -163,7 +163,7 @@ def test_import_takes_parameters_and_views_and_keeps_its_own_copy():
 def test_a_basis_of_zeros():
     A, B = torch.zeros(3, 10), torch.zeros(12, 12)
     for a, b in ((A, B), (A, torch.ones(12, 12)), (torch.ones(3, 10), B)):
-        basis = TernaryBasis.from_dense(a, b, 12, 10)
+        basis = TernaryBasis.from_ternary(a, b, 12, 10)
         assert torch.equal(basis.dense()[0], a) and torch.equal(basis.dense()[1], b)
         lam, gam = torch.randn(3, 4).requires_grad_(), torch.randn(4, 10).requires_grad_()
         assert not delta_weight(basis, lam, gam).any()
@@ -176,7 +176,7 @@ def test_a_basis_of_zeros():
 
 def test_imported_bases_are_equal_by_identity():
     A, B = TernaryBasis(50, 37, 7, 0.3).dense()
-    first, second = (TernaryBasis.from_dense(A, B, 50, 37) for _ in range(2))
+    first, second = (TernaryBasis.from_ternary(A, B, 50, 37) for _ in range(2))
     assert first == first and first == copy.copy(first) and first != second
     assert first != TernaryBasis(50, 37, 7, 0.3)
     loaded = pickle.loads(pickle.dumps(first))
@@ -252,7 +252,7 @@ def dense_pair(**change):
 )
 def test_bad_dense_bases(name, change):
     with pytest.raises(ValueError, match=rf"\b{name}\b"):
-        TernaryBasis.from_dense(**dense_pair(**change))
+        TernaryBasis.from_ternary(**dense_pair(**change))
 
 
 @pytest.mark.parametrize("which, place", [("A", (6, 36)), ("B", (49, 41))])
@@ -261,7 +261,7 @@ def test_one_wrong_element_is_found_and_located(which, place, value):
     pair = dense_pair()
     pair[which][place] = value
     with pytest.raises(ValueError, match=which) as raised:
-        TernaryBasis.from_dense(**pair)
+        TernaryBasis.from_ternary(**pair)
     assert f"({place[0]}, {place[1]})" in str(raised.value)
 
 

@@ -13,7 +13,7 @@ from layer_cases import exact, largest_error, make_layer, one_thread, ours  # no
 from randlora_ext import TernaryBasis, delta_weight, linear
 from randlora_ext.basis.cache import _cache
 from randlora_ext.basis.ternary_matrices import PLANES_ABOVE_DENSITY
-from randlora_ext.kernels import cuda_serves
+from randlora_ext.devices import cuda_serves
 from randlora_ext.ops.ternary import operands
 from randlora_ext.reference import delta_weight_reference
 
@@ -51,7 +51,7 @@ def from_lists(offset, index, lines, length):
 def test_packed_equals_dense(shape, density, imported):
     basis = TernaryBasis(*shape, density, seed=8)
     if imported:
-        basis = TernaryBasis.from_dense(*basis.dense(), *shape[:2])
+        basis = TernaryBasis.from_ternary(*basis.dense(), *shape[:2])
     A, B = signs(basis)
     packed = basis.packed("cpu")
     tables, of_b = packed[2], packed[3:]
@@ -82,9 +82,9 @@ def test_format_threshold():
     assert above.format == "planes" and above.packed("cpu")[3].dim() == 3
     B = torch.zeros(50, 42)
     B.view(-1)[: 50 * 42 // 8] = 1
-    assert TernaryBasis.from_dense(torch.ones(7, 37), B, 50, 37).format == "lists"
+    assert TernaryBasis.from_ternary(torch.ones(7, 37), B, 50, 37).format == "lists"
     B.view(-1)[50 * 42 // 8] = 1
-    assert TernaryBasis.from_dense(torch.ones(7, 37), B, 50, 37).format == "planes"
+    assert TernaryBasis.from_ternary(torch.ones(7, 37), B, 50, 37).format == "planes"
 
 
 # ---- sizes at which 16-bit positions end
@@ -213,7 +213,7 @@ def test_zeros_of_either_sign_are_zeros():
 def test_a_transposed_basis_is_the_same_matrices_and_shares_them(imported):
     basis = TernaryBasis(40, 24, 5, 0.2, seed=3)
     if imported:
-        basis = TernaryBasis.from_dense(*basis.dense(), 40, 24)
+        basis = TernaryBasis.from_ternary(*basis.dense(), 40, 24)
     packed = basis.packed()
     turned = basis.transposed()
     assert (turned.in_features, turned.out_features) == (24, 40) and turned != basis

@@ -39,9 +39,9 @@ def basis_of(kind, n_in, n_out, r):
         n, (d, D) = -(-min(n_in, n_out) // r), sorted((n_in, n_out))
         generator = torch.Generator().manual_seed(5)
         A, B = (torch.rand(size, generator=generator) - 0.5 for size in ((r, d), (D, n * r)))
-        return TernaryBasis.of_dense(DenseMatrices(A, B), n_in, n_out)
+        return TernaryBasis.from_dense(DenseMatrices(A, B), n_in, n_out)
     generated = basis_of(1 / 16 if "lists" in kind else 1 / 3, n_in, n_out, r)
-    return TernaryBasis.from_dense(*generated.dense(), n_in, n_out)
+    return TernaryBasis.from_ternary(*generated.dense(), n_in, n_out)
 
 
 def parts(cut, kind):

@@ -17,7 +17,7 @@ def test_the_command_reports_and_passes():
     assert run.returncode == 0, run.stdout + run.stderr
     for needed in (randlora_ext.__version__, torch.__version__, "CUDA kernels", "all is well"):
         assert needed in run.stdout
-    assert run.stdout.count("cpu bfloat16") == 2
+    assert run.stdout.count("cpu bfloat16") == 3
     assert str(Path(randlora_ext.__file__).parent) in run.stdout
 
 
@@ -36,7 +36,7 @@ def test_a_wrong_kernel_fails_the_check(monkeypatch, capsys):
     right = diagnostics.linear
     monkeypatch.setattr(diagnostics, "linear", lambda *a: right(*a) * 1.001)
     assert main(["check"]) == 1
-    assert "FAILED: cpu float32 factored" in capsys.readouterr().out
+    assert "FAILED: cpu float32 hadamard factored" in capsys.readouterr().out
 
 
 def test_wrong_bases_fail_the_check(monkeypatch, capsys):

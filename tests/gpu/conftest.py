@@ -6,7 +6,7 @@ import pytest
 import torch
 from gpu_helpers import DRY
 
-from randlora_ext import kernels as cuda
+from randlora_ext import devices as cuda
 
 
 @pytest.hookimpl(hookwrapper=True)

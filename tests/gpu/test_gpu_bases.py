@@ -94,7 +94,7 @@ def test_positions_beyond_16_bits(device):
 def test_import_from_the_card(device):
     with cpu_kernels():
         A, B = TernaryBasis(50, 37, 7, 0.3).dense(dtype=torch.float64)
-    imported = TernaryBasis.from_dense(A.to(device), B.to(device), 50, 37)
+    imported = TernaryBasis.from_ternary(A.to(device), B.to(device), 50, 37)
     assert same(moved(imported.dense(device, torch.float64), "cpu"), (A, B))
 
 

@@ -125,7 +125,7 @@ def dense_basis(in_features: int, out_features: int, r: int, dtype: torch.dtype)
         (12**0.5 * (torch.rand(shape, generator=make, dtype=torch.float64) - 0.5)).to(dtype)
         for shape in ((r, d + 3), (D + 5, -(-d // r) * r + 2))
     )
-    return TernaryBasis.of_dense(DenseMatrices(A, B), in_features, out_features)
+    return TernaryBasis.from_dense(DenseMatrices(A, B), in_features, out_features)
 
 
 def paths_of(layer: Layer) -> list[str]:

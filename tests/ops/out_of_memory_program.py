@@ -128,7 +128,7 @@ def main() -> None:
     for kind in ("lists", "hadamard"):
         try_all(f"stochastic rounding, {kind}", BASES[kind], round_once, dtype=torch.bfloat16)
     dense = TernaryBasis(130, 70, 9, 0.3).dense()
-    try_all("import", lists, lambda layer: TernaryBasis.from_dense(*dense, 130, 70).packed())
+    try_all("import", lists, lambda layer: TernaryBasis.from_ternary(*dense, 130, 70).packed())
 
 
 if __name__ == "__main__":

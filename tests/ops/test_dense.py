@@ -91,7 +91,7 @@ def test_merged_weight_is_rounded_once(sizes, dtype):
 def test_bases_are_views_of_the_matrices_and_one_copy_in_another_dtype():
     A, B = torch.rand(4, 40), torch.rand(60, 40)
     matrices = DenseMatrices(A, B)
-    one, other = (TernaryBasis.of_dense(matrices, *sizes) for sizes in ((40, 60), (50, 20)))
+    one, other = (TernaryBasis.from_dense(matrices, *sizes) for sizes in ((40, 60), (50, 20)))
     turned = one.transposed()
     for basis in (one, other, turned):
         a, b = basis.packed()
@@ -158,4 +158,4 @@ def test_matrices_that_are_too_small():
     with pytest.raises(
         ValueError, match=r"A must be \(r, >= d\) = \(4, >= 21\) and B .*\(30, 20\)"
     ):
-        TernaryBasis.of_dense(DenseMatrices(A, B), 21, 30)
+        TernaryBasis.from_dense(DenseMatrices(A, B), 21, 30)

@@ -5,7 +5,7 @@ import torch
 from layer_cases import make_basis, make_layer
 
 from randlora_ext import _C, TernaryBasis, explain, linear
-from randlora_ext.kernels import cuda_available
+from randlora_ext.devices import cuda_available
 from randlora_ext.ops.path import MANY, PATHS, PathChoice, choose, limits
 
 SPARSE, FULL = TernaryBasis(512, 512, 32, 1 / 22), TernaryBasis(512, 512, 32, 1.0)

@@ -159,7 +159,7 @@ def test_bases_survive_packing(basis, dtype, room, wide):
         torch.nn.functional.pad(A, (0, room)),
         torch.nn.functional.pad(B.view(basis.D, basis.n, basis.r), (0, 0, 0, room, 0, room)),
     )
-    again = TernaryBasis.from_dense(*spare, basis.in_features, basis.out_features)
+    again = TernaryBasis.from_ternary(*spare, basis.in_features, basis.out_features)
     for got, want in zip(again.dense(dtype=dtype), (A, B), strict=True):
         assert torch.equal(got, want)
     planes, value = ops.pack_dense(B)
