@@ -99,6 +99,8 @@ def explain(
         reason += "; merged is excluded because W + dW would lose small changes in 16 bits"
     served = kind == "meta" or devices.serve(kind)
     isa = f"{_C.isa() if kind == 'cpu' else kind} kernels" if served else "plain torch"
+    if not served and basis.format in ("lists", "planes"):
+        isa = f"no kernels of ours for {kind}, which these bases need"
     if basis.kind == "dense":
         isa = "torch's GEMMs"
     return PathChoice(path, reason, isa, b_side)

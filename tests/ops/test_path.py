@@ -102,6 +102,7 @@ def test_what_runs_is_named():
     card = torch.device("cuda", 0)
     assert explain(SPARSE, 16, device="cpu").isa == f"{_C.isa()} kernels"
     assert explain(HADAMARD, 16, device="mps").isa == "plain torch"
+    assert "no kernels of ours for mps" in explain(SPARSE, 16, device="mps").isa
     assert explain(make_basis(40, 40, 4, "dense"), 16, device=card).isa == "torch's GEMMs"
     served = "cuda kernels" if cuda_available() else "plain torch"
     assert explain(HADAMARD, 16, device=card).isa == served
