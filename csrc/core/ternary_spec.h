@@ -22,8 +22,6 @@ enum Role : uint32_t {
   kRoleColumns = 5,
 };
 
-// Sixteen counters with four output words each give 64 columns: one word of a bit plane.
-constexpr uint32_t kColumnsPerGroup = 64;
 constexpr uint32_t kCountersPerGroup = 16;
 
 // First counter word of a column.

@@ -93,7 +93,7 @@ void planes_up(const Basis& b, const Blocks<typename B::C>& on,
     // A word's 64 columns give 16 numbers per row, in order of column: number 4 * part + quad.
     for (int64_t row = 0; row < b.D; ++row) {
       uint64_t plus = planes.plus[row * planes.words + word];
-      uint64_t minus = planes.minus[row * planes.words + word];
+      uint64_t minus = planes.minus[row * planes.words + word] & ~plus;  // in range for any bits
       for (int byte = 0; byte < 8; ++byte, plus >>= 8, minus >>= 8)
         store(scratch.number + 16 * row + 2 * byte,
               static_cast<uint16_t>(kDigits.both[plus & 255] + 2 * kDigits.both[minus & 255]));
@@ -124,7 +124,7 @@ void planes_down(const Basis& b, const Blocks<typename B::C>& on,
         for (int row = 0; row < 4; ++row) {
           const int64_t o = first + 4 * quad + row;
           plus[row] = o < b.D ? planes.plus[o * planes.words + word] : 0;
-          minus[row] = o < b.D ? planes.minus[o * planes.words + word] : 0;
+          minus[row] = o < b.D ? planes.minus[o * planes.words + word] & ~plus[row] : 0;
         }
         for (int byte = 0; byte < 8; ++byte) {
           uint64_t numbers = 0;

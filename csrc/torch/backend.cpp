@@ -95,11 +95,9 @@ std::vector<void (*)(OperatorLibrary&)>& cuda_operators() {
 OnCuda::OnCuda(void (*implement)(OperatorLibrary&)) { cuda_operators().push_back(implement); }
 
 void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
-              double alpha, double beta, DType dtype, const Tensor& like, const void* base) {
+              double alpha, double beta, DType dtype, const Tensor& like) {
   products_made.fetch_add(1, std::memory_order_relaxed);
-  MatrixBatch added = out;
-  if (base) added.data = base;
-  // Without a base the summand must be the very tensor `out`: torch copies any other one to it.
+  // The summand is the very tensor `out`: torch would copy any other one to it.
   // torch's batched 16-bit products on the CPU copy matrices that are not contiguous.
   if (out.count == 1 || (like.is_cpu() && bytes_of(dtype) == 2)) {
     for (int64_t i = 0; i < out.count; ++i) {
@@ -108,16 +106,15 @@ void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch
         return view(data, m.rows, m.cols, m.row, m.col, like, dtype);
       };
       const Tensor to = matrix(out), a = matrix(left), b = matrix(right);
-      const Tensor from = base ? matrix(added) : to;
       TORCH_ERROR_CODE_CHECK(
-          addmm_out_of(like.is_cpu())(to.get(), from.get(), a.get(), b.get(), beta, alpha));
+          addmm_out_of(like.is_cpu())(to.get(), to.get(), a.get(), b.get(), beta, alpha));
     }
     return;
   }
-  const Tensor to = view(out, like, dtype), from = base ? view(added, like, dtype) : to;
-  const Tensor a = view(left, like, dtype), b = view(right, like, dtype);
+  const Tensor to = view(out, like, dtype), a = view(left, like, dtype),
+               b = view(right, like, dtype);
   TORCH_ERROR_CODE_CHECK(
-      baddbmm_out_of(like.is_cpu())(to.get(), from.get(), a.get(), b.get(), beta, alpha));
+      baddbmm_out_of(like.is_cpu())(to.get(), to.get(), a.get(), b.get(), beta, alpha));
 }
 
 void load_cuda(const std::string& path, bool serve_cpu_tensors) {
@@ -129,11 +126,11 @@ void load_cuda(const std::string& path, bool serve_cpu_tensors) {
   RANDLORA_CHECK(kernels->interface == kCudaInterface, path,
                  " was built from other sources than this extension; install again");
   check_driver(*kernels);
-  loaded = kernels;
-  serves_cpu = serve_cpu_tensors;
   static OperatorLibrary cuda(OperatorLibrary::Kind::IMPL, "randlora", "CUDA", __FILE__, __LINE__);
   for (const auto implement : cuda_operators()) implement(cuda);
   cuda_operators().clear();
+  loaded = kernels;
+  serves_cpu = serve_cpu_tensors;
 }
 
 int64_t products() { return products_made; }

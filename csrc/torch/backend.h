@@ -52,10 +52,9 @@ struct MatrixBatch {
 };
 
 // out = beta * out + alpha * left @ right by torch's GEMM, all in `dtype` on the device of `like`.
-// With beta = 0, out is not read. A `base`, in the layout of `out`, replaces `out` in the sum.
+// With beta = 0, out is not read.
 void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
-              double alpha, double beta, DType dtype, const Tensor& like,
-              const void* base = nullptr);
+              double alpha, double beta, DType dtype, const Tensor& like);
 // How often `multiply` was called: a GEMM each on a card, which tests count.
 int64_t products();
 

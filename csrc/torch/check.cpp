@@ -161,7 +161,7 @@ Planes check_b_planes(const Basis& b, const Tensor& planes) {
 const int32_t* check_a_tables(const Basis& b, const Tensor& tables) {
   const int64_t numbers = support_numbers(b.a.count, b.r, b.d);
   RANDLORA_CHECK(tables.scalar_type() == ScalarType::Int && tables.dim() == 1 &&
-                     (tables.size(0) == numbers || tables.size(0) == 0),
+                     tables.is_contiguous() && (tables.size(0) == numbers || tables.size(0) == 0),
                  "packed: the support tables must be an int32 tensor of ", numbers,
                  " numbers, or of none, got ", describe(tables));
   return tables.size(0) ? tables.const_data_ptr<int32_t>() : nullptr;

@@ -72,12 +72,18 @@ std::tuple<Tensor, Tensor> delta_weight_backward(Tensor grad, Tensor lam, Tensor
   return contract_delta(b, grad, lam, gam, scale, expand);
 }
 
+bool same_sizes(const Tensor& a, const Tensor& b) {
+  bool same = a.dim() == b.dim();
+  for (int64_t i = 0; same && i < a.dim(); ++i) same = a.size(i) == b.size(i);
+  return same;
+}
+
 Tensor add_rounded(Tensor weight, Tensor delta, std::optional<int64_t> rounding_seed) {
   const DType dtype = activation_dtype(weight, "weight");
   RANDLORA_CHECK(bytes_of(dtype) == 2, "weight must be bfloat16 or float16, got ",
                  describe(weight));
-  RANDLORA_CHECK(delta.scalar_type() == ScalarType::Float && delta.numel() == weight.numel(),
-                 "delta must be float32 and have ", weight.numel(), " elements, got ",
+  RANDLORA_CHECK(delta.scalar_type() == ScalarType::Float && same_sizes(delta, weight),
+                 "delta must be float32 in the shape of weight ", describe(weight), ", got ",
                  describe(delta));
   check_same_device(delta, "delta", weight, "weight");
   const Tensor w = as_contiguous(weight), d = as_contiguous(delta);

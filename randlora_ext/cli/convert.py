@@ -80,6 +80,12 @@ def convert(
     if to != "lora" and (rank, energy) != (None, None):
         raise CliError("--rank and --energy go with --to lora")
     adapter = read_adapter(source)
+    for path, layer in (adapter.plain or {}).items():
+        if layer.also_at:
+            raise CliError(
+                f"{source}: {path} is also {', '.join(layer.also_at)}, and PEFT would adapt one of "
+                "these paths; untie the layers, or merge"
+            )
     if to == "lora":
         return _to_lora(adapter, out, base, rank, energy)
     if to == "compact" and not (adapter.bases or adapter.plain):

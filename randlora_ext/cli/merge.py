@@ -38,6 +38,9 @@ def merge(model: Path, source: Path, out: Path, rounding_seed: int | None = None
     replaced = {name_in(path): t for path, t in adapter.others.items()}
     layers = layers_of(adapter, shapes_in(adapter, checkpoint))
     changes = {name_in(f"{path}.weight"): (path, layer) for path, layer in layers.items()}
+    for path, saved in (adapter.plain or {}).items():  # tied weights that the files hold twice
+        copies = (f"{other}.weight" for other in saved.also_at)
+        changes |= {n: (path, layers[path]) for n in copies if n in checkpoint.tensors}
     _check_names(checkpoint, replaced, changes.keys() | replaced.keys())
     _check_space(checkpoint, out)
     with appear_new(out) as folder:
@@ -78,11 +81,8 @@ def _sum(path: str, layer: Any, weight: Tensor, seed: int | None) -> Tensor:
         total, base.weight = base.weight.detach(), weightless
     else:
         basis = layer.basis_of(NAME, weight.device)
-        if basis.kind == "dense" or weight.itemsize != 2:
-            what = "its bases are not ternary" if weight.itemsize == 2 else f"it is {weight.dtype}"
-            raise CliError(
-                f"{path}: --rounding-seed needs ternary bases and 16-bit weights; {what}"
-            )
+        if weight.itemsize != 2:
+            raise CliError(f"{path}: --rounding-seed needs 16-bit weights; it is {weight.dtype}")
         W = weight.T.contiguous() if layer.fan_in_fan_out else weight
         lam, gam = layer.randlora_lambda[NAME], layer.randlora_gamma[NAME]
         seed ^= zlib.crc32(path.encode()) << 32

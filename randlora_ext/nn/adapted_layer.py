@@ -61,7 +61,8 @@ class AdaptedLayer(KeepsWeight):
         """The base layer's output and those of these adapters, by one operator if that may be."""
         base = self.base_layer
         alone = len(names) == 1 and not args and not kwargs
-        if alone and not self._dropped(names[0]) and self._can_fuse(names[0], x):
+        fuses = alone and not self._dropped(names[0]) and not self._widens(names[0], x)
+        if fuses and self._can_fuse(names[0], x):
             return self._part(names[0], x, base.weight, base.bias)
         y = base(x, *args, **kwargs)
         for name in names:
@@ -77,6 +78,10 @@ class AdaptedLayer(KeepsWeight):
 
     def _can_fuse(self, name: str, x: Tensor) -> bool:
         return can_fuse(self.base_layer, x)
+
+    def _widens(self, name: str, x: Tensor) -> bool:
+        """Whether the adapter multiplies in a wider dtype than the base layer."""
+        return False
 
     def _cast(self, name: str, x: Tensor) -> Tensor:
         """x as the adapter alone takes it."""

@@ -72,7 +72,13 @@ class KeepsWeight(_Layer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        unknown = (name for name in self.merged_adapters if name not in self.randlora_lambda)
+        unknown = [name for name in self.merged_adapters if name not in self.randlora_lambda]
+        if lost := [name for name in unknown if name not in self._kept_without]:
+            warnings.warn(
+                f"the adapters {lost} were deleted while merged, and W was not kept: their dW "
+                "stays in it",
+                stacklevel=2,
+            )
         restored = {*self._kept_without, *unknown}  # a deleted adapter cannot be subtracted
         rest = [name for name in self.merged_adapters if name not in restored]
         if self._kept is not None or not rest:
@@ -182,4 +188,5 @@ def _local(t: Any) -> Tensor:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return not a.is_meta and torch.equal(_local(a), _local(b))
+    """False for DTensors, whose ranks might disagree."""
+    return not (a.is_meta or is_dtensor(a)) and torch.equal(a, b)

@@ -10,6 +10,8 @@ KEYS = {
     "cpu": torch._C.DispatchKey.AutocastCPU,
     "cuda": torch._C.DispatchKey.AutocastCUDA,
 }
+# Of every device; `functional.linear` casts for those that have no key of ours.
+ALL_KEYS = [name for name in torch._C.DispatchKey.__members__ if name.startswith("Autocast")]
 _library = torch.library.Library("randlora", "IMPL")  # registrations live as long as this
 
 

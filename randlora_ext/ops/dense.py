@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..basis import TernaryBasis
 from . import linear_operator
+from .path import PATHS
 from .scaled_basis import scale as scaled_basis
 
 _ops = torch.ops.randlora
@@ -31,31 +32,40 @@ def linear(
     path: str,
 ) -> Tensor:
     """As `functional.linear`, by one of its paths."""
-    _check(basis, x, weight, bias, lam, gam)
     A, B = basis.packed(x.device)[0], basis.dense_b(x.device, x.dtype)
     return _linear(x, weight, bias, lam, gam, A, B, float(scaling), basis.expand, path)
 
 
 def delta(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float) -> Tensor:
     """As `functional.delta_weight`; differentiable by torch."""
-    A, B = basis.packed(lam.device)[0], basis.dense_b(lam.device, lam.dtype)
+    wide = torch.promote_types(lam.dtype, torch.float32)
+    A, B = basis.packed(lam.device)[0], basis.dense_b(lam.device, wide)
     with _no_autocast(lam):
-        product = (scaling * B) @ scaled_basis(A.to(lam.dtype), lam, gam)
-    return product if basis.expand else product.T
+        product = (scaling * B) @ scaled_basis(A.to(wide), lam.to(wide), gam.to(wide))
+    return (product if basis.expand else product.T).to(lam.dtype)
 
 
 def _no_autocast(like: Tensor) -> AbstractContextManager:
     return torch.autocast(like.device.type if like.device.type != "meta" else "cpu", enabled=False)
 
 
-def _check(basis, x, weight, bias, lam, gam) -> None:
-    """What the operators on packed bases check; torch would broadcast or view much of it."""
-    if not x.is_floating_point():
-        raise ValueError(f"x must be a floating tensor, got {x.dtype}")
-    if bias is not None and weight is None:
-        raise ValueError("bias was given without a weight; add it to the base output")
-    sizes = basis.out_features, basis.in_features
-    for name, value, shape in (("weight", weight, sizes), ("bias", bias, sizes[:1])):
+def _check(x, weight, bias, lam, gam, A, B, expand, path) -> None:
+    """What csrc/torch checks for other bases; torch would broadcast or view much of it."""
+    for name, value in (("x", x), ("lam", lam), ("gam", gam)):
+        if not value.is_floating_point():
+            raise ValueError(f"{name} must be a floating tensor, got {value.dtype}")
+    if path not in PATHS:
+        raise ValueError(f"path must be one of {PATHS}, got {path!r}")
+    if weight is None and (bias is not None or path == "merged"):
+        what = "bias" if bias is not None else "path 'merged'"
+        raise ValueError(f"{what} was given without a weight; add it to the base output")
+    d, D = A.shape[1], B.shape[0]
+    n_in, n_out = (d, D) if expand else (D, d)
+    for name, value, shape in (
+        ("x", x, (*x.shape[:-1], n_in)),
+        ("weight", weight, (n_out, n_in)),
+        ("bias", bias, (n_out,)),
+    ):
         if value is not None and (tuple(value.shape) != shape or value.dtype != x.dtype):
             raise ValueError(
                 f"{name} must be {shape} in the dtype of x, {x.dtype}, got "
@@ -124,6 +134,7 @@ def _product(left: Tensor, right: Tensor, alpha: float, added: Tensor | None = N
 
 
 def _dense_linear(x, weight, bias, lam, gam, A, B, scale, expand, path):
+    _check(x, weight, bias, lam, gam, A, B, expand, path)
     p = _Products(lam, gam, A, B, scale, expand, x.dtype)
     flat = x.reshape(-1, x.shape[-1])
     if path == "merged":
@@ -143,6 +154,10 @@ def _dense_linear(x, weight, bias, lam, gam, A, B, scale, expand, path):
 def _dense_linear_backward(
     dy, x, weight, lam, gam, A, B, scale, expand, path, need_x, need_diagonals
 ):
+    _check(x, weight, None, lam, gam, A, B, expand, path)
+    out = len(B) if expand else A.shape[1]
+    if tuple(dy.shape) != (*x.shape[:-1], out) or dy.dtype != x.dtype:
+        raise ValueError(f"dy is {tuple(dy.shape)} {dy.dtype}, which does not fit x and {out}")
     p = _Products(lam, gam, A, B, scale, expand, x.dtype)
     dx, dlam, dgam = x.new_empty(0), lam.new_empty(0), gam.new_empty(0)
     flat, dflat = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])

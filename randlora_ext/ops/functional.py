@@ -102,7 +102,7 @@ def merged_weight(
     Raises:
         ValueError, TypeError, RuntimeError: naming the argument.
     """
-    _check_types(basis, lam=lam, gam=gam)
+    _check_types(basis, lam=lam, gam=gam, weight=weight)
     if tuple(weight.shape) != (basis.out_features, basis.in_features):
         raise ValueError(
             f"weight must be (out, in) = ({basis.out_features}, {basis.in_features}), "
@@ -111,7 +111,7 @@ def merged_weight(
     if rounding_seed is not None:
         check_seed("rounding_seed", rounding_seed)
         rounding_seed = as_signed(rounding_seed)
-        if not serve(weight.device.type):
+        if weight.device.type != "meta" and not serve(weight.device.type):
             raise ValueError(f"rounding_seed needs our kernels, which {weight.device} has none of")
     _check_served(basis, "weight", weight)
     return _KINDS[basis.kind].merged(weight, basis, lam, gam, scaling, rounding_seed)
@@ -144,7 +144,8 @@ def linear(
     Raises:
         ValueError, TypeError: naming the argument. RuntimeError: from the operator's own checks.
     """
-    _check_types(basis, x=x, lam=lam, gam=gam)
+    given = {name: t for name, t in (("weight", weight), ("bias", bias)) if t is not None}
+    _check_types(basis, x=x, lam=lam, gam=gam, **given)
     if x.dim() == 0 or x.shape[-1] != basis.in_features:
         raise ValueError(
             f"x must be (..., in_features) with in_features = {basis.in_features}, "

@@ -95,7 +95,7 @@ def hadamard_weight(
 
 
 class HadamardWeight(Operator):
-    """A gradient for dW; `weight` and `rounding_seed` have none."""
+    """Of W + dW; rounding counts as the identity."""
 
     @staticmethod
     def forward(weight, lam, gam, *rest):
@@ -115,7 +115,8 @@ class HadamardWeight(Operator):
         dy, x = (grad.T.contiguous(), one) if expand else (one, grad)
         arguments = dy, x, None, lam, gam, *ctx.bases, False, False, True
         _, dlam, dgam = gradients(_ops.hadamard_linear_backward.default, *arguments)
-        return None, dlam, dgam, *[None] * (len(ctx.bases) + 1)
+        of_weight = grad if ctx.needs_input_grad[0] else None
+        return of_weight, dlam, dgam, *[None] * (len(ctx.bases) + 1)
 
 
 _weight = entry("hadamard_weight", HadamardWeight)
@@ -196,7 +197,9 @@ class _Plain:
         return dlam * (self.scale / self.of_gamma), dgam * (self.scale / self.back)
 
 
-def _check(x, weight, bias, lam, gam, s, row, col, first_row, first_column, expand) -> None:
+def _check(
+    x, weight, bias, lam, gam, s, row, col, first_row, first_column, expand, merge=False
+) -> None:
     """What csrc/torch/hadamard.cpp checks; torch would broadcast or view much of it."""
     r, n = lam.shape if lam.dim() == 2 else (0, 0)
     d, D = s.numel(), row.numel()
@@ -217,8 +220,8 @@ def _check(x, weight, bias, lam, gam, s, row, col, first_row, first_column, expa
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != x.dtype:
             raise RuntimeError(f"randlora: {name} must be {x.dtype} as x, got {value.dtype}")
-    if bias is not None and weight is None:
-        raise RuntimeError("randlora: bias was given without a weight")
+    if (bias is not None or merge) and weight is None:
+        raise RuntimeError(f"randlora: {'merge' if merge else 'bias'} was given without a weight")
     if first_row < 0 or not 0 <= first_column <= r * n - d:
         raise RuntimeError(
             f"randlora: first_row must not be negative and first_column in [0, {r * n - d}], got "
@@ -229,7 +232,7 @@ def _check(x, weight, bias, lam, gam, s, row, col, first_row, first_column, expa
 def _plain_linear(
     x, weight, bias, lam, gam, s, row, col, scale, first_row, first_column, expand, merge
 ):
-    _check(x, weight, bias, lam, gam, s, row, col, first_row, first_column, expand)
+    _check(x, weight, bias, lam, gam, s, row, col, first_row, first_column, expand, merge)
     p = _Plain(lam, gam, s, row, col, scale, first_row, first_column, expand, x.dtype)
     flat = x.reshape(-1, x.shape[-1])
     y = p.up(p.inner(flat)) if expand else p.outer(p.w(p.u(flat)))
@@ -242,7 +245,10 @@ def _plain_linear_backward(
     dy, x, weight, lam, gam, s, row, col, scale, first_row, first_column, expand, merge, need_x,
     need_diagonals,
 ):  # fmt: skip
-    _check(x, weight, None, lam, gam, s, row, col, first_row, first_column, expand)
+    _check(x, weight, None, lam, gam, s, row, col, first_row, first_column, expand, merge)
+    out = (row if expand else s).shape[0]
+    if tuple(dy.shape) != (*x.shape[:-1], out) or dy.dtype != x.dtype:
+        raise RuntimeError(f"randlora: dy is {tuple(dy.shape)}, which does not fit x and {out}")
     p = _Plain(lam, gam, s, row, col, scale, first_row, first_column, expand, x.dtype)
     flat, dflat = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     small, large = (flat, dflat) if expand else (dflat, flat)
@@ -266,6 +272,9 @@ def _plain_weight(
     if rounding_seed is not None:
         raise RuntimeError(f"randlora: rounding_seed needs our kernels, {lam.device} has none")
     like = lam if weight is None else weight
+    sizes = (row.numel(), s.numel())[:: 1 if expand else -1]
+    if weight is not None and tuple(weight.shape) != sizes:
+        raise RuntimeError(f"randlora: weight must be {sizes}, got {tuple(weight.shape)}")
     dtype = torch.promote_types(like.dtype, torch.float32)
     one = torch.eye(s.shape[0], dtype=dtype, device=lam.device)
     _check(one, None, None, lam, gam, s, row, col, first_row, first_column, True)

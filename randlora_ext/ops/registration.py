@@ -23,8 +23,8 @@ _library = torch.library.Library("randlora", "IMPL")  # registrations live as lo
 # returns there in the dtype of x. torch._C._AutoDispatchBelowAutograd excludes only autograd.
 _keys = torch._C.DispatchKey
 _ABOVE_KERNELS = torch._C.DispatchKeySet(_keys.AutogradFunctionality)
-for _key in (_keys.AutogradOther, _keys.AutogradNestedTensor, *autocast.KEYS.values()):
-    _ABOVE_KERNELS = _ABOVE_KERNELS.add(_key)
+for _name in ("AutogradOther", "AutogradNestedTensor", *autocast.ALL_KEYS):
+    _ABOVE_KERNELS = _ABOVE_KERNELS.add(getattr(_keys, _name))
 
 
 # ---- fake kernels: the shapes, dtypes and devices of results, for torch.compile -----------------

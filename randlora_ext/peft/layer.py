@@ -109,9 +109,8 @@ class AcceleratedLayer(AdaptedLayer):
     def _sizes(self, adapter: str) -> tuple[int, int, int]:
         return self.in_features, self.out_features, self.r[adapter]
 
-    def _can_fuse(self, name: str, x: Tensor) -> bool:
-        widens = self.float32_products and self._is_dense_in_16_bits(name, x)
-        return super()._can_fuse(name, x) and not widens
+    def _widens(self, name: str, x: Tensor) -> bool:
+        return self.float32_products and self._is_dense_in_16_bits(name, x)
 
     def _cast(self, name: str, x: Tensor) -> Tensor:
         keeps = not self.float32_products and self._is_dense_in_16_bits(name, x)

@@ -355,6 +355,46 @@ def test_no_basis():
         linear(torch.ones(1, 2), None, None, None, torch.ones(1, 2), torch.ones(2, 2))
 
 
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"path": "none"}, ["path", "factored", "none"]),
+        ({"weight": None, "path": "merged"}, ["merged", "without a weight"]),
+        ({"weight": torch.ones(6, 1)}, ["weight", "(6, 8)", "(6, 1)"]),
+        ({"x": torch.ones(4, 6)}, ["x", "(4, 8)", "(4, 6)"]),
+        ({"dy": torch.ones(1, 6)}, ["dy", "(1, 6)"]),
+        ({"bias": torch.ones(6), "weight": None}, ["bias", "without a weight"]),
+    ],
+)
+def test_the_operator_on_dense_bases(change, expected, backward):
+    good = {
+        "dy": torch.ones(4, 6), "x": torch.ones(4, 8), "weight": torch.ones(6, 8), "bias": None,
+        "lam": torch.ones(3, 2), "gam": torch.ones(2, 6), "A": torch.ones(3, 6),
+        "B": torch.ones(8, 6), "scale": 1.0, "expand": False, "path": "factored",
+    }  # fmt: skip
+    if ("bias" if backward else "dy") in change:
+        return
+    needs = {"need_x": True, "need_diagonals": True} if backward else {}
+    values = {**good, **change, **needs}
+    del values["bias" if backward else "dy"]
+    refuses(ops.dense_linear_backward if backward else ops.dense_linear, values, *expected)
+
+
+def test_add_rounded_of_another_shape():
+    values = {"weight": torch.ones(2, 3).half(), "delta": torch.ones(3, 2), "rounding_seed": None}
+    refuses(ops.add_rounded, values, "delta", "(2, 3)", "(3, 2)")
+
+
+@pytest.mark.parametrize("path", ["factored", "delta"])
+def test_planes_that_share_a_bit_stay_in_memory(path):
+    bases = operands(PLANES, "cpu")
+    both = bases._replace(packed=replaced(bases.packed, 3, torch.full_like(bases.packed[3], -1)))
+    lam, gam = torch.ones(3, 2), torch.ones(2, 6)
+    y = ops.linear(torch.ones(40, 8), None, None, lam, gam, *both, path, None)
+    assert y.isfinite().all() and y.abs().max() <= 8 * 6 * 3
+
+
 def test_torch_jit_trace_is_refused_by_name():
     layer = make_layer(8, 8, 2, 0.5, 3, torch.float32)
     with pytest.raises(RuntimeError, match="does not support torch.jit.trace; use torch.export"):

@@ -491,6 +491,28 @@ def test_plain_torch_refuses(change, expected):
         module._plain_linear(*inputs)
 
 
+def test_plain_torch_refuses_what_our_kernels_refuse():
+    layer = make_layer(9, 5, 2, "hadamard", 3)
+    bases = constants(layer)
+    rest = layer.lam, layer.gam, *bases
+    for call in (
+        lambda: module._plain_weight(layer.weight[:1], *rest, None),
+        lambda: module._plain_linear(layer.x, None, None, *rest, True),
+        lambda: module._plain_linear_backward(
+            layer.dy[:1], layer.x, layer.weight, *rest, False, True, True
+        ),
+    ):
+        with pytest.raises(RuntimeError, match="randlora: (weight|merge|dy)"):
+            call()
+
+
+def test_the_weight_has_a_gradient():
+    layer = make_layer(9, 5, 2, "hadamard", 3)
+    W = layer.weight.clone().requires_grad_()
+    ops.hadamard_weight(W, layer.lam, layer.gam, *constants(layer), None).sum().backward()
+    assert torch.equal(W.grad, torch.ones_like(W))
+
+
 def test_plain_torch_has_no_random_rounding():
     layer = make_layer(8, 6, 3, "hadamard", 4, torch.bfloat16)
     _, inputs = call("hadamard_weight", layer, rounding_seed=3)
