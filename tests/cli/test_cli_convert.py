@@ -8,6 +8,9 @@ from cli_helpers import KINDS, Q0, TARGETS, llama, refused, run, save_adapter, w
 from peft_helpers import accelerated, edit_config, layers, peft, randomize, relative
 from safetensors.torch import load_file, save_file
 
+from randlora_ext import apply_randlora
+from randlora_ext import save_adapter as save_own_adapter
+
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "stock_peft"),
     pytest.mark.filterwarnings(
@@ -220,3 +223,13 @@ def test_bases_that_only_a_layer_holds_are_found(tmp_path, base_folder):
     assert run("convert", tmp_path / "a", tmp_path / "once", "--to", "peft")[0] == 0
     with torch.no_grad():
         assert relative(logits(tmp_path / "once", False), model(TOKENS).logits) < 1e-6
+
+
+def test_tied_layers_are_refused(tmp_path):
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(8, 8), "b": torch.nn.Linear(8, 8)})
+    model["c"] = model["a"]
+    apply_randlora(model, ["a", "b", "c"], r=2)
+    save_own_adapter(model, tmp_path / "a.safetensors")
+    for options in (("--to", "peft"), ("--to", "lora", "--rank", 2)):
+        said = refused("convert", tmp_path / "a.safetensors", tmp_path / "o", *options)
+        assert "a is also c" in said and not (tmp_path / "o").exists()

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import warnings
 import weakref
 
 import pytest
@@ -315,5 +316,9 @@ def test_a_merged_adapter_that_is_deleted(keep):
     made.merge(["two"], keep_weight=keep)
     merged = weight.detach().clone()
     del made.layer.randlora_lambda["two"], made.layer.randlora_gamma["two"]
-    made.layer.unmerge()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made.layer.unmerge()
+    told = [str(w.message) for w in caught if "deleted while merged" in str(w.message)]
+    assert len(told) == (keep == "nothing") and all("'two'" in each for each in told)
     assert torch.equal(weight, W if keep == "host" else merged) and not made.layer.merged
