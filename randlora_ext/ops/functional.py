@@ -32,11 +32,13 @@ def _check_types(basis: TernaryBasis, **tensors: Tensor) -> None:
         raise RuntimeError(
             "randlora_ext does not support torch.jit.trace; use torch.export or torch.compile"
         )
-    for name, shape in (("lam", (basis.r, basis.n)), ("gam", (basis.n, basis.d))):
+    r, n, d = basis.r, basis.n, basis.d
+    for name, letters, shape in (("lam", "(r, n)", (r, n)), ("gam", "(n, d)", (n, d))):
         value = tensors[name]
         if tuple(value.shape) != shape or not value.is_floating_point():
             raise ValueError(
-                f"{name} must be a floating tensor {shape}, got {tuple(value.shape)} {value.dtype}"
+                f"{name} must be {letters} = {shape} of a floating dtype, got "
+                f"{tuple(value.shape)} {value.dtype}"
             )
 
 

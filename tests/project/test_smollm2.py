@@ -131,7 +131,9 @@ def test_from_a_gguf_to_a_merged_model_and_the_printed_commands(files, tmp_path)
 
     # Pasted into a shell, elsewhere; this checkout may not be the one that is installed.
     script = printed.partition("Next, ")[2].partition("\n")[2]
-    ours = f'python() {{ {sys.executable} "$@"; }}; randlora() {{ python -m randlora_ext "$@"; }}\n'
+    ours = (
+        f'python() {{ "{sys.executable}" "$@"; }}; randlora() {{ python -m randlora_ext "$@"; }}\n'
+    )
     shown = run(["bash", "-euo", "pipefail", "-c", ours + script], tmp_path)
     assert "f r i e n d ->" in shown and "of |dW|^2" in shown
     load = transformers.AutoModelForCausalLM.from_pretrained
