@@ -93,7 +93,9 @@ def test_a_basis_packed_on_one_stream_serves_all(card, basis):
             torch.cuda._sleep(DELAY)
             packed, dense = basis.packed(card), basis.dense_b(card, torch.float32)
         with torch.cuda.stream(second):
-            got = moved([*packed[: len(want) - 1], dense], "cpu")  # without A's tables
+            got = moved([*packed, dense], "cpu")
+        if basis.kind != "hadamard":
+            del got[2], want[2]  # A's tables, which the CPU has none of
         assert same(got, want)
 
 
