@@ -15,7 +15,7 @@ from torch import Tensor
 from ..basis import TernaryBasis
 from . import linear_operator
 from .path import PATHS
-from .scaled_basis import scale as scaled_basis
+from .scaled_basis import scaled as scaled_basis
 
 _ops = torch.ops.randlora
 _library = torch.library.Library("randlora", "FRAGMENT")  # registrations live as long as this

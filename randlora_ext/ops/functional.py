@@ -9,10 +9,10 @@ from torch import Tensor
 from ..basis import TernaryBasis
 from ..basis.description import as_signed, check_seed
 from ..devices import serve
-from . import autocast, dense, hadamard, packing, ternary  # noqa: F401  (packing registers)
+from . import autocast, basis_ops, dense, hadamard, ternary  # noqa: F401  (basis_ops registers)
 from .dtensor import refuse_dtensor
 from .path import choose
-from .scaled_basis import scale
+from .scaled_basis import scaled
 
 # One module a kind of bases, each with the functions `linear`, `delta` and `merged`.
 _KINDS = {"hadamard": hadamard, "dense": dense, "independent": ternary, "imported": ternary}
@@ -69,7 +69,7 @@ def scaled_basis(basis_or_A: TernaryBasis | Tensor, lam: Tensor, gam: Tensor) ->
     if isinstance(basis_or_A, TernaryBasis):
         _check_types(basis_or_A, lam=lam, gam=gam)
         basis_or_A = basis_or_A.dense_a(lam.device, lam.dtype)
-    return scale(basis_or_A, lam, gam)
+    return scaled(basis_or_A, lam, gam)
 
 
 def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float = 1.0) -> Tensor:

@@ -26,7 +26,7 @@ class ScaledBasis(Operator):
         return None, dlam, dgam
 
 
-scale = entry("scaled_basis", ScaledBasis)
+scaled = entry("scaled_basis", ScaledBasis)
 vmap.register("scaled_basis")
 vmap.register("scaled_basis_backward")
 
