@@ -1,7 +1,6 @@
 """`TernaryBasis`: the random matrices A and B of a layer, and their packed form on a device."""
 
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,12 +49,11 @@ class TernaryBasis:
     _shape: Shape
     _source: TernaryMatrices | HadamardMatrices | DenseMatrices
     _packed: dict[tuple, PackedTensors]  # by device, and dtype of a dense B or None
-    path_limits: dict[tuple, Any]  # filled by ops/path.py
     token: str  # of this object, in this process: compiled code guards on it
 
     def __new__(cls, *args, **kwargs) -> "TernaryBasis":
         self = super().__new__(cls)
-        self._packed, self.path_limits, self.token = {}, {}, new_token(self)
+        self._packed, self.token = {}, new_token()
         return self
 
     def __init__(

@@ -1,11 +1,12 @@
-"""Functions that run while torch.compile traces, and tokens for the objects they need."""
+"""What behaves differently while torch.compile or torch.export traces."""
 
 import itertools
-import weakref
-from typing import Any
+
+import torch
+
+MANY = 2**62  # tokens: more than any call has
 
 _tokens = itertools.count()
-_by_token: "weakref.WeakValueDictionary[str, Any]" = weakref.WeakValueDictionary()
 
 
 def run_while_tracing(function):
@@ -14,13 +15,23 @@ def run_while_tracing(function):
     return function
 
 
-def new_token(thing: Any) -> str:
+def new_token() -> str:
     """A name for an object in this process: `run_while_tracing` allows only constants."""
-    token = str(next(_tokens))
-    _by_token[token] = thing
-    return token
+    return str(next(_tokens))
 
 
-def living(token: str) -> Any:
-    """The object of that token, while it lives."""
-    return _by_token[token]
+def at_least(tokens: int, limit: int, unknown: bool = False) -> bool:
+    """tokens >= limit. torch.compile guards on the answer for a symbolic number. An exported one
+    holds for a whole range: where that leaves the answer open, it is `unknown`.
+    """
+    if limit >= MANY:  # of which a symbolic number cannot be known to fall short
+        return False
+    if not torch.compiler.is_compiling():
+        return tokens >= limit
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
+
+    if not torch.compiler.is_exporting():
+        return guard_or_false(tokens >= limit)
+    if statically_known_true(tokens >= limit):
+        return True
+    return unknown and not statically_known_true(tokens < limit)

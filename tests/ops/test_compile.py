@@ -12,7 +12,7 @@ from layer_helpers import randomize
 from torch import nn
 
 from randlora_ext import RandLoraLinear, delta_weight, linear, merged_weight, scaled_basis
-from randlora_ext.ops.path import limits
+from randlora_ext.ops.path import formed_from
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
 
@@ -51,9 +51,8 @@ def test_graphs_over_changing_tokens_are_as_many_as_paths(basis):
     eager = make(density=None if basis == "hadamard" else 1 / 3, basis=basis)
     edges = set()
     for layer in (eager[0], eager[2]):
-        found = limits(layer.bases["default"], torch.float32, True, "cpu")
-        assert found.formed == "merged" and found.formed_from < 10**4  # the test is of something
-        edges.add(found.formed_from)
+        edges.add(formed_from(layer.bases["default"], torch.float32, True, "cpu"))
+    assert max(edges) < 10**4  # the test is of something
     fast = compiled(eager)
     sizes = [2, 3, 5, 17, *(edge + e for edge in edges for e in (-2, -1, 0, 1)), 2 * max(edges)]
     for tokens in sorted(sizes):

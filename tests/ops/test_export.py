@@ -11,7 +11,7 @@ from torch import nn
 from torch.export import Dim
 
 from randlora_ext import RandLoraLinear
-from randlora_ext.ops.path import limits
+from randlora_ext.ops.path import formed_from
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,7 +93,7 @@ def test_an_exported_program(density, strict):
 @pytest.mark.parametrize("density", [1 / 3, "hadamard"])
 def test_the_declared_range_of_tokens_decides_the_path(density):
     model = make(density)
-    last = limits(model[0].bases["default"], torch.float32, True, "cpu").formed_from
+    last = formed_from(model[0].bases["default"], torch.float32, True, "cpu")
     for dim, tokens, expected in (
         (None, 2, "factored"),
         (None, 10 * last, "merged"),
