@@ -96,8 +96,8 @@ class TensorParallelRandLoraLinear(ShardedLayer, RandLoraLinear):
 
     update_layer.__doc__ = RandLoraLinear.update_layer.__doc__
 
-    def _new_basis(self, *description) -> TernaryBasis:
-        basis = super()._new_basis(*description)
+    def _new_basis(self, r: int, density: float | None, seed: int, kind: str) -> TernaryBasis:
+        basis = super()._new_basis(r, density=density, seed=seed, kind=kind)
         slice_of_rank(basis, self.device_mesh, self.shards_outputs)  # before anything changes
         return basis
 

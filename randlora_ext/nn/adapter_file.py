@@ -234,8 +234,9 @@ def _saved_layer(at: str, said: dict, tensors: dict[str, Tensor]) -> SavedLayer:
     if not 0 <= layer.randlora_dropout < 1:
         raise ValueError(f"randlora_dropout of {at!r} is {layer.randlora_dropout}, not in [0, 1)")
     basis = layer.description
-    sizes = *layer.features, layer.r
-    TernaryBasis(*sizes, basis.density, basis.seed, basis.kind)  # checks the sizes
+    TernaryBasis(  # checks the sizes
+        *layer.features, layer.r, density=basis.density, seed=basis.seed, kind=basis.kind
+    )
     check_shapes(at, lam, gam, layer.r, min(layer.features))
     return layer
 

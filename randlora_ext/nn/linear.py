@@ -108,8 +108,15 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         self.randlora_dropout = nn.ModuleDict()
         self.randlora_lambda = nn.ParameterDict()
         self.randlora_gamma = nn.ParameterDict()
-        options = randlora_alpha, density, projection_prng_key, randlora_dropout, basis
-        self.update_layer(adapter_name, r, *options)
+        self.update_layer(
+            adapter_name,
+            r,
+            randlora_alpha=randlora_alpha,
+            density=density,
+            projection_prng_key=projection_prng_key,
+            randlora_dropout=randlora_dropout,
+            basis=basis,
+        )
         base_layer.requires_grad_(False)
         self.train(base_layer.training)
         self.register_load_state_dict_pre_hook(refuse_misfit)
@@ -135,7 +142,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
             raise ValueError(f"adapter_name {adapter_name!r} is merged; call unmerge() first")
         _check_options(randlora_alpha, projection_prng_key, randlora_dropout)
         check_kind("basis", basis)
-        bases = self._new_basis(r, density, projection_prng_key, basis)
+        bases = self._new_basis(r, density=density, seed=projection_prng_key, kind=basis)
 
         weight = self.base_layer.weight
         device, dtype = weight.device, adapter_dtype(weight.dtype)
@@ -153,8 +160,11 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         self.randlora_gamma[adapter_name] = nn.Parameter(gam)
         self._mark_trained()
 
-    def _new_basis(self, *description) -> TernaryBasis:
-        return TernaryBasis(self.in_features, self.out_features, *description).canonical()
+    def _new_basis(self, r: int, density: float | None, seed: int, kind: str) -> TernaryBasis:
+        basis = TernaryBasis(
+            self.in_features, self.out_features, r, density=density, seed=seed, kind=kind
+        )
+        return basis.canonical()
 
     # ---- active adapters ---------------------------------------------------------------------
 

@@ -237,8 +237,15 @@ def add_adapter(
     if "config" in inspect.signature(layer.update_layer).parameters:  # since 0.20
         layer.update_layer(name, A, B, config.r, config=config)
     else:
-        options = (config.randlora_alpha, config.randlora_dropout, config.init_weights)
-        layer.update_layer(name, A, B, config.r, *options)
+        layer.update_layer(
+            name,
+            A,
+            B,
+            config.r,
+            randlora_alpha=config.randlora_alpha,
+            randlora_dropout=config.randlora_dropout,
+            init_weights=config.init_weights,
+        )
 
 
 @contextmanager
