@@ -106,8 +106,8 @@ def choose(
 def formed_from(basis: TernaryBasis, dtype: torch.dtype, has_weight: bool, device_type: str) -> int:
     """The number of tokens from which dW is formed first, or `MANY`.
 
-    Measured on CPUs (docs/benchmarks.md); on CUDA an estimate. Dense bases are counted instead:
-    multiply-adds per entry of dW.
+    Measured on two CPUs (docs/math.md), on CUDA an estimate. With dense bases it counts the
+    multiply-adds per entry of dW; the large GEMMs that form it cost two thirds of their count.
     """
     merged, d, D = _formed(dtype, has_weight) == "merged", basis.d, basis.D
     if basis.kind == "hadamard":
@@ -115,13 +115,10 @@ def formed_from(basis: TernaryBasis, dtype: torch.dtype, has_weight: bool, devic
     if basis.kind == "dense":
         factored = 3 * basis.K / D + (2 if basis.expand else 3) * basis.K / d
         saved = factored - (1 if merged else 3)  # products of a formed dW
-        return math.ceil((3 * basis.K + 200) / saved) if saved > 0 else MANY
-    if basis.format == "planes" and D < 2 * d:
-        if merged:
-            return 2 * d
-        if dtype in SIXTEEN_BITS:
-            return 4 * d
-    return MANY
+        return math.ceil(2 * basis.K / saved) if saved > 0 else MANY
+    if basis.format == "planes" and merged:
+        return 2 * d
+    return d + D if basis.format == "planes" and dtype in SIXTEEN_BITS else MANY
 
 
 def dense_b_above(basis: TernaryBasis, device_type: str) -> int:

@@ -11,6 +11,7 @@ unsharded ones.
 
 import functools
 import gc
+import inspect
 import sys
 import warnings
 from collections.abc import Callable
@@ -160,7 +161,10 @@ def _unpatch() -> None:
     """Puts PEFT's own back, unless somebody else has wrapped ours since."""
     for name, (stock, ours) in list(_patched.items()):
         if PeftModel.__dict__.get(name) is ours:
-            setattr(PeftModel, name, stock)
+            if stock is getattr(super(PeftModel, PeftModel), name, None):  # was inherited
+                delattr(PeftModel, name)
+            else:
+                setattr(PeftModel, name, stock)
             del _patched[name]
 
 
@@ -177,15 +181,17 @@ def _for_our_models(around: Callable) -> Callable:
     return patched
 
 
-def _save(
-    stock: Callable, model: PeftModel, save_directory, *args, state_dict=None, **kwargs
-) -> None:
+def _save(stock: Callable, model: PeftModel, save_directory, *args, **kwargs) -> None:
+    call = inspect.signature(stock).bind(model, save_directory, *args, **kwargs)
+    call.apply_defaults()
+    is_main_process = call.arguments["is_main_process"]
+    state_dict = kwargs.pop("state_dict", None)
+
     def save(folder: str, **state) -> None:
         stock(model, folder, *args, **state, **kwargs)
         if is_main_process:
             write_card(Path(folder), name_of(save_directory), Base.of(model.get_base_model()))
 
-    is_main_process = kwargs.get("is_main_process", True)
     save_together(save, model, save_directory, is_main_process, state_dict)
 
 

@@ -74,6 +74,7 @@ def test_enable_twice_and_disable():
     inside = peft.get_peft_model(Deep(), deep_config(5, sparse=True))
     accelerated.disable()
     assert tables() == stock
+    assert "_upload_modified_files" not in vars(peft.PeftModel)  # inherited, as before
     outside = peft.get_peft_model(Deep(), deep_config(5, sparse=True))
     assert type(outside.base_model) is peft.tuners.randlora.RandLoraModel
     assert {type(layer) for layer in layers(outside)} == {StockLinear}

@@ -111,7 +111,9 @@ def test_a_classifier_says_how_many_labels_it_has(base, tmp_path):
 
 def test_other_processes_write_no_card(base, tmp_path):
     (tmp_path / "adapter").mkdir()
-    adapted(base, **KINDS["seed"]).save_pretrained("adapter", is_main_process=False)
+    model = adapted(base, **KINDS["seed"])
+    model.save_pretrained("adapter", is_main_process=False)
+    model.save_pretrained("adapter", True, None, "auto", False)
     assert not (tmp_path / "adapter" / "README.md").exists()
 
 
