@@ -11,7 +11,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.utils._pytree import tree_leaves
 
 from .. import devices  # noqa: F401  (loads the operators)
 from . import autocast
@@ -40,7 +39,7 @@ def check_one_device(**tensors) -> None:
     named = [
         (name, t)
         for name, value in tensors.items()
-        for t in tree_leaves(value)
+        for t in (value if isinstance(value, (list, tuple)) else [value])
         if isinstance(t, Tensor)
     ]
     first, reference = named[0]

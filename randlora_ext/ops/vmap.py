@@ -4,7 +4,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 
 def _element(value, dim, index: int):
@@ -29,8 +28,12 @@ def _loop(op, info, in_dims: tuple, *inputs) -> tuple:
     return tuple(map(stack, zip(*results, strict=True))), (0,) * len(results[0])
 
 
+def _is_batched(dim) -> bool:
+    return any(map(_is_batched, dim)) if isinstance(dim, (list, tuple)) else dim is not None
+
+
 def _linear(op, info, in_dims: tuple, x: Tensor, *rest) -> tuple:
-    if any(dim is not None for dim in tree_leaves(in_dims[1:])):
+    if any(_is_batched(dim) for dim in in_dims[1:]):
         return _loop(op, info, in_dims, x, *rest)
     return op(x.movedim(in_dims[0], 0), *rest), 0  # more tokens
 
