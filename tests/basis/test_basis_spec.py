@@ -151,33 +151,23 @@ def test_list_vectors(record):
 
 
 @pytest.mark.parametrize(
-    "argument, change",
+    "argument, value",
     [
-        ("role", {"role": 2}),  # of stochastic rounding
-        ("role", {"role": 6}),
-        ("role", {"role": -1}),
-        ("row_start", {"row_start": -1}),
-        ("row_start", {"row_start": LIMIT - 1}),
-        ("col_start", {"col_start": -1}),
-        ("col_start", {"col_start": LIMIT - 69}),
-        ("col_start", {"col_start": 2**63 - 1}),
-        ("row_start", {"row_start": 2**63 - 1}),
-        ("cols", {"cols": 64}),
-        ("cols", {"cols": 129}),
-        ("cols", {"cols": -1}),
-        ("threshold", {"threshold": 0}),
-        ("threshold", {"threshold": 2**31 + 1}),
-        ("planes", {"planes": torch.zeros(2, 2, 2, dtype=torch.int32)}),
-        ("planes", {"planes": torch.zeros(3, 2, 2, dtype=torch.int64)}),
-        ("planes", {"planes": torch.zeros(2, 2, dtype=torch.int64)}),
+        *(("role", value) for value in (2, 6, -1)),  # 2 is of stochastic rounding
+        *(("row_start", value) for value in (-1, LIMIT - 1, 2**63 - 1)),
+        *(("col_start", value) for value in (-1, LIMIT - 69, 2**63 - 1)),
+        *(("cols", value) for value in (64, 129, -1)),
+        *(("threshold", value) for value in (0, 2**31 + 1)),
+        ("planes", torch.zeros(2, 2, 2, dtype=torch.int32)),
+        *(("planes", torch.zeros(shape, dtype=torch.int64)) for shape in ((3, 2, 2), (2, 2))),
     ],
 )
-def test_fill_planes_refuses_and_names_the_argument(argument, change):
+def test_fill_planes_refuses_and_names_the_argument(argument, value):
     good = {
         "planes": torch.zeros(2, 2, 2, dtype=torch.int64), "seed": 0, "role": 0, "row_start": 0,
         "col_start": 0, "cols": 70, "threshold": 5,
     }  # fmt: skip
-    arguments = {**good, **change}
+    arguments = {**good, argument: value}
     with pytest.raises((RuntimeError, ValueError), match=argument):
         torch.ops.randlora.fill_planes_(**arguments)
     assert not arguments["planes"].any()  # nothing is changed
