@@ -63,26 +63,6 @@ def test_packing_operators(device, shape, density):
                 assert same(*on_both(device, ops.lists_to_dense, *lists, length, 0.1, dtype))
 
 
-def test_views_are_packed_as_what_they_show(device):
-    dense = TernaryBasis(50, 37, 7, 0.3).dense()[1]
-    for view in (dense.T, dense[::2, ::3], dense[1:, 1:], dense[:1].expand(9, -1)):
-        assert same(*on_both(device, ops.pack_dense, view))
-
-
-@pytest.mark.parametrize("value", [0.1, float("nan"), float("inf")])
-@pytest.mark.parametrize("place", [(0, 0), (49, 41), (20, 7)])
-def test_what_is_not_ternary_is_found_where_the_cpu_finds_it(device, place, value):
-    dense = TernaryBasis(50, 37, 7, 1.0).dense()[1]
-    dense[place] = value
-
-    def message(matrix):
-        with pytest.raises(RuntimeError, match="dense is not ternary") as raised:
-            ops.pack_dense(matrix)
-        return str(raised.value).splitlines()[0].split("randlora: ")[-1]
-
-    assert len(set(on_both(device, message, dense))) == 1
-
-
 @pytest.mark.slow
 def test_positions_beyond_16_bits(device):
     basis = TernaryBasis(65537, 3, 2, 0.01)

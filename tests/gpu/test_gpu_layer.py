@@ -55,21 +55,6 @@ def test_training_goes_as_on_the_cpu(device, monkeypatch, kind, b_side):
     assert all(rms_error(a, b) <= 1e-2 for a, b in zip(parameters, expected, strict=True))
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_merging_and_state(device, kind):
-    layer = RandLoraLinear(nn.Linear(50, 37), r=7, **kind).to(device)
-    nn.init.normal_(layer.randlora_lambda["default"], std=0.05)
-    x = torch.randn(9, 50, device=device)
-    y = layer(x).detach()
-    again = RandLoraLinear(nn.Linear(50, 37), r=7, **kind).to(device)
-    again.load_state_dict(layer.state_dict())
-    assert torch.equal(again(x), y)
-    layer.merge()
-    assert rms_error(layer(x).detach().cpu(), y.cpu()) <= 1e-5
-    layer.unmerge()
-    assert rms_error(layer(x).detach().cpu(), y.cpu()) <= 1e-5
-
-
 def test_a_layer_moves_between_devices(device):
     with cpu_kernels():
         layer = RandLoraLinear(nn.Linear(50, 37), r=7, density=0.07)

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -40,9 +41,8 @@ def test_everything_runs_on_the_current_stream(card, basis, path, b_side):
     # x and dy become right only after a delay on that stream: work on any other reads NaN.
     layer = make_layer(136, 72, 8, basis, 40, torch.float32)
     want = run_linear(layer, path, b_side, card)
-    values = {
-        name: moved(value, card) for name, value in vars(layer).items()
-    }  # no copy waits later
+    # No copy waits later.
+    values = {name: moved(value, card) for name, value in vars(layer).items()}
     late = Layer(**values)
     late.x, late.dy = (torch.full_like(values[name], torch.nan) for name in ("x", "dy"))
     stream = torch.cuda.Stream(card)
@@ -319,15 +319,9 @@ for basis in (1 / 3, 0.07, "hadamard"):
 
 def test_tf32_on_request(card):
     # Read once a process, so in one of its own.
-    import os
-    from pathlib import Path
-
-    here = Path(__file__).parent
-    paths = [str(here), str(here.parent / "helpers"), str(here.parent.parent), *sys.path]
-    done = subprocess.run(
-        [sys.executable, "-c", TF32], capture_output=True, text=True, timeout=120,
-        env={**os.environ, "RANDLORA_TF32": "1", "PYTHONPATH": os.pathsep.join(paths)},
-    )  # fmt: skip
+    environment = os.environ | {"RANDLORA_TF32": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", TF32]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
 
 
