@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from basis_reference import hadamard, signs, sylvester
+from basis_reference import hadamard, signs
 from basis_vectors import HADAMARD_FILE, planes_digest, read_vectors, to_planes, to_signs
 from make_basis_vectors import LAYERS, render
 
@@ -135,33 +135,10 @@ def test_roles_and_seeds_are_independent():
 # ---- the rank of dW
 
 
-def test_leading_parts_of_sylvester_are_regular():
-    # H = L diag((-2)^popcount) L^T: the page's proof, number by number.
-    a = np.arange(128)
-    L = ((a[:, None] & a) == a).astype(np.int64)  # 1 where the ones of b are among those of a
-    popcount = np.array([bin(x).count("1") for x in a])
-    assert np.array_equal(L, np.tril(L)) and (np.diag(L) == 1).all()
-    assert np.array_equal(L @ np.diag((-2) ** popcount) @ L.T, sylvester(128, 128))
-    for size in (1, 3, 7, 61, 100):
-        logarithm = popcount[:size].sum() * math.log(2)
-        sign, value = np.linalg.slogdet(sylvester(size, size).astype(float))
-        assert value == pytest.approx(logarithm) and sign == (-1) ** popcount[:size].sum()
-
-
-RANKS = [  # d, D, r
-    (61, 130, 7),
-    (61, 61, 7),
-    (300, 420, 30),
-    (300, 300, 30),
-    (12, 20, 32),  # r > d
-    (12, 12, 32),
-    (1, 9, 4),  # d = 1
-    (1, 1, 1),
-    (50, 51, 50),  # r = d
-    (101, 101, 1),  # K = d
-    (64, 64, 8),
-    (96, 100, 9),
-]
+RANKS = [  # d, D, r; r > d, d = 1, r = d, K = d
+    (61, 130, 7), (61, 61, 7), (300, 420, 30), (300, 300, 30), (12, 20, 32), (12, 12, 32),
+    (1, 9, 4), (1, 1, 1), (50, 51, 50), (101, 101, 1), (64, 64, 8), (96, 100, 9),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("d, D, r", RANKS)
@@ -174,15 +151,3 @@ def test_delta_weight_has_full_rank(d, D, r, one_thread):
     # With a constant gamma it is what any bases have.
     dW = B @ scaled_basis_reference(A, lam, torch.full_like(gam, 1 / D))
     assert torch.linalg.matrix_rank(dW).item() == min(r, d)
-
-
-@pytest.mark.parametrize("d, D, r", RANKS)
-def test_the_choice_of_the_proof_has_full_rank(d, D, r, one_thread):
-    # gamma[i, k] = 1 at i = k mod n, lambda = 1 at the first d columns: the leading minors of B and
-    # of (leading part of H) x (identity), up to signs.
-    A, B = (torch.from_numpy(matrix).double() for matrix in hadamard(d, D, r, 2))
-    n = -(-d // r)
-    gam = (torch.arange(n)[:, None] == torch.arange(d) % n).double()
-    lam = (torch.arange(r * n) < d).double().view(r, n)
-    minor = (B @ scaled_basis_reference(A, lam, gam))[:d]
-    assert torch.linalg.matrix_rank(minor).item() == d

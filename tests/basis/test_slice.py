@@ -4,9 +4,10 @@ import pickle
 
 import pytest
 import torch
+from layer_cases import make_basis, rms_error
 
 from randlora_ext import TernaryBasis, delta_weight, linear, merged_weight, scaled_basis
-from randlora_ext.basis.dense import DenseMatrices
+from randlora_ext.ops import hadamard
 from randlora_ext.ops.ternary import operands
 from randlora_ext.reference import delta_weight_reference, scaled_basis_reference
 
@@ -23,23 +24,29 @@ CUTS = {
     "both cut": (72, 80, 7, range(24, 70), range(5, 45)),
 }
 
-# Generated at a density, imported, and PEFT's default.
-KINDS = (1 / 16, 1 / 3, "imported lists", "imported planes", "dense")
+# Within classes of Hadamard bases and between them, to less than a class, and rows about N.
+HADAMARD_CUTS = {
+    "d cut in classes": (72, 80, 7, range(5, 48), range(80)),
+    "d cut between classes": (72, 80, 6, range(24, 48), range(80)),
+    "less than a class": (72, 80, 7, range(25, 31), range(80)),
+    "one column": (72, 80, 7, range(71, 72), range(80)),
+    "the last columns": (72, 80, 7, range(60, 72), range(80)),
+    "D cut to one row": (72, 200, 7, range(72), range(199, 200)),
+    "D cut beyond N": (5, 300, 2, range(5), range(290, 300)),
+    "D cut about N": (30, 300, 2, range(30), range(20, 290)),
+    "reduce, d cut": (200, 72, 7, range(200), range(13, 40)),
+}
 
-
-@pytest.fixture(params=CUTS.values(), ids=CUTS)
-def cut(request):
-    return request.param
+# Generated at a density, imported, PEFT's default; and those with cuts of their own.
+KINDS = (1 / 16, 1 / 3, "imported lists", "imported planes", "dense", "hadamard")
+CASES = {f"{kind}: {name}": (cut, kind) for kind in KINDS for name, cut in CUTS.items()}
+CASES |= {f"hadamard: {name}, too": (cut, "hadamard") for name, cut in HADAMARD_CUTS.items()}
+cases = pytest.mark.parametrize("cut, kind", CASES.values(), ids=CASES)
 
 
 def basis_of(kind, n_in, n_out, r):
-    if isinstance(kind, float):
-        return TernaryBasis(n_in, n_out, r, kind, seed=3)
-    if kind == "dense":
-        n, (d, D) = -(-min(n_in, n_out) // r), sorted((n_in, n_out))
-        generator = torch.Generator().manual_seed(5)
-        A, B = (torch.rand(size, generator=generator) - 0.5 for size in ((r, d), (D, n * r)))
-        return TernaryBasis.from_dense(DenseMatrices(A, B), n_in, n_out)
+    if "imported" not in str(kind):
+        return make_basis(n_in, n_out, r, kind, dtype=torch.float32)
     generated = basis_of(1 / 16 if "lists" in kind else 1 / 3, n_in, n_out, r)
     return TernaryBasis.from_ternary(*generated.dense(), n_in, n_out)
 
@@ -62,7 +69,7 @@ def close(got, want):
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@cases
 def test_matrices(cut, kind):
     _, _, _, inputs, outputs = cut
     whole, part, *_ = parts(cut, kind)
@@ -71,49 +78,65 @@ def test_matrices(cut, kind):
     got = part.dense()
     assert torch.equal(got[0], A[:, columns.start : columns.stop])
     assert torch.equal(got[1], B[rows.start : rows.stop])
-    assert torch.equal(part.dense_a("cpu", torch.float32), got[0])
+    if kind != "hadamard":
+        assert torch.equal(part.dense_a("cpu", torch.float32), got[0])
     assert (part.n, part.K, part.r) == (whole.n, whole.K, whole.r)
     assert (part.in_features, part.out_features) == (len(inputs), len(outputs))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def assert_linear(part, path, dtype, lam, gam):
+    """y and gradients, by our kernels and, of Hadamard bases, by plain torch, against float64."""
+    make = torch.Generator().manual_seed(1)
+    sizes = (40, part.in_features), (part.out_features, part.in_features), (40, part.out_features)
+    x, W, dy = (torch.randn(size, generator=make, dtype=torch.float64).to(dtype) for size in sizes)
+    wide = torch.promote_types(dtype, torch.float32)
+    leaves = [t.detach().requires_grad_() for t in (x, lam.to(wide), gam.to(wide))]
+    weight = W if path == "merged" or dtype == torch.float64 else None
+    y = linear(leaves[0], weight, None, part, *leaves[1:], 2.0, path)
+    results = [[y.detach(), *torch.autograd.grad(y, leaves, dy)]]
+    if part.kind == "hadamard":
+        rest = *(t.detach() for t in leaves[1:]), *hadamard.operands(part, x.device, 2.0), False
+        y = hadamard._plain_linear(x, weight, None, *rest)
+        gradients = hadamard._plain_linear_backward(dy, x, weight, *rest, True, True)
+        results.append([y, *gradients])
+    leaves = [t.detach().double().requires_grad_() for t in leaves]
+    A, B = part.dense(dtype=torch.float64)
+    M = 2.0 * B @ scaled_basis_reference(A, *leaves[1:])
+    total = (M if part.expand else M.T) + (0 if weight is None else weight.double())
+    want = leaves[0] @ total.T
+    want = [want, *torch.autograd.grad(want, leaves, dy.double())]
+    limit = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 5e-3}.get(dtype, 2e-2)
+    for got in results:
+        assert all(rms_error(*pair) < limit for pair in zip(got, want, strict=True))
+
+
+@cases
 @pytest.mark.parametrize("path", ("factored", "delta", "merged"))
 def test_linear(cut, kind, path):
-    _, part, lam, gam, dW = parts(cut, kind)
-    out_features, in_features = dW.shape
-    x = torch.randn(5, in_features, dtype=torch.float64, requires_grad=True)
-    weight, dy = torch.randn_like(dW), torch.randn(5, out_features, dtype=torch.float64)
-    y = linear(x, weight, None, part, lam, gam, 2.0, path)
-    got = y.detach(), *torch.autograd.grad(y, (x, lam, gam), dy)
-    A, B = part.dense(dtype=torch.float64)
-    M = 2.0 * B @ scaled_basis_reference(A, lam, gam)
-    want = x @ (weight + (M if part.expand else M.T)).T
-    close(got[0], x.detach() @ (weight + dW).T)
-    for ours, reference in zip(got[1:], torch.autograd.grad(want, (x, lam, gam), dy), strict=True):
-        close(ours, reference)
+    _, part, lam, gam, _ = parts(cut, kind)
+    if (kind, path) == ("hadamard", "delta"):
+        return
+    assert_linear(part, path, torch.float64, lam, gam)
+    # Vectors and tensor cores have other tiles than float64, and 40 tokens fill several.
+    if path != "merged":
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert_linear(part, path, dtype, lam, gam)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("path", ("factored", "delta"))
-@pytest.mark.parametrize("dtype, limit", ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)))
-def test_linear_in_training_dtypes(cut, kind, path, dtype, limit):
-    """Vectors and tensor cores have other tiles than float64, and 40 tokens fill several."""
-    _, part, lam, gam, dW = parts(cut, kind)
-    x = torch.randn(40, part.in_features).to(dtype).requires_grad_()
-    dy = torch.randn(40, part.out_features).to(dtype)
-    small = [t.detach().float().requires_grad_() for t in (lam, gam)]
-    y = linear(x, None, None, part, *small, 2.0, path)
-    got = y, *torch.autograd.grad(y, (x, *small), dy)
-    A, B = part.dense(dtype=torch.float64)
-    wide = x.detach().double().requires_grad_()
-    M = 2.0 * B @ scaled_basis_reference(A, lam, gam)
-    want = wide @ (M.T if part.expand else M)
-    want = want, *torch.autograd.grad(want, (wide, lam, gam), dy.double())
-    for ours, reference in zip(got, want, strict=True):
-        assert (ours.double() - reference).norm() < limit * reference.norm()
+@pytest.mark.parametrize("turned", [False, True])
+def test_transforms_of_more_than_65536(turned):
+    # K is 70,005 and N 131,072; a small part of that layer has an oracle that fits in memory.
+    part = make_basis(70_001, 70_003, 5, "hadamard")
+    part = part.slice(range(30_000, 30_060), range(69_950, 70_003))
+    part = part.transposed() if turned else part
+    assert part.K > 65_536
+    make = torch.Generator().manual_seed(1)
+    lam, gam = torch.randn(5, part.n, generator=make), torch.randn(part.n, part.d, generator=make)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        assert_linear(part, "factored", dtype, lam, gam / part.K)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@cases
 def test_weights(cut, kind):
     _, part, lam, gam, dW = parts(cut, kind)
     got = delta_weight(part, lam, gam, 2.0)
@@ -159,14 +182,11 @@ def test_slices_are_descriptions():
     assert (turned.in_features, turned.expand) == (30, False) and turned.packed() is part.packed()
 
 
-@pytest.mark.parametrize("kind", (*KINDS, "hadamard"))
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", ((32, 64, 8), (64, 32, 8), (32, 32, 8)))
 def test_a_slice_of_everything_is_the_layer(kind, sizes):
     """A mesh of one rank: its slice and the layer may be in one process, in either order."""
-    if kind == "hadamard":
-        first, second = (TernaryBasis(*sizes, seed=seed, kind=kind) for seed in (1, 2))
-    else:
-        first, second = basis_of(kind, *sizes), basis_of(kind, *sizes)
+    first, second = basis_of(kind, *sizes), basis_of(kind, *sizes)
     n_in, n_out, r = sizes
     x, lam, gam = torch.randn(5, n_in), torch.randn(r, first.n), torch.randn(first.n, first.d)
     for whole, order in ((first, lambda pair: pair), (second, lambda pair: pair[::-1])):

@@ -16,18 +16,9 @@ SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 # in, out, r: square, wide, tall, d not a multiple of r (the last base overhangs), r > d, r == d,
 # r == 1 (n > 64: several plane words per rank index), one feature, sizes near vector lengths.
 SHAPES = [
-    (64, 64, 8),
-    (48, 80, 8),
-    (80, 48, 8),
-    (50, 37, 7),
-    (37, 50, 7),
-    (20, 24, 32),
-    (24, 24, 24),
-    (101, 67, 1),
-    (1, 1, 1),
-    (5, 1, 2),
-    (33, 130, 16),
-]
+    (64, 64, 8), (48, 80, 8), (80, 48, 8), (50, 37, 7), (37, 50, 7), (20, 24, 32), (24, 24, 24),
+    (101, 67, 1), (1, 1, 1), (5, 1, 2), (33, 130, 16),
+]  # fmt: skip
 DENSITIES = [1.0, 1 / 3, 0.07, 1 / 64]  # the first two are packed as planes, the others as lists
 # Independent bases by their density, others by their kind.
 BASES = [*DENSITIES, "hadamard", "dense"]
@@ -138,7 +129,7 @@ def paths_of(layer: Layer) -> list[str]:
 
 def forward_backward(function, layer: Layer) -> dict[str, Tensor]:
     """y, dx, dlam and dgam of function(x, lam, gam)."""
-    leaves = [t.detach().clone().requires_grad_() for t in (layer.x, layer.lam, layer.gam)]
+    leaves = [t.detach().requires_grad_() for t in (layer.x, layer.lam, layer.gam)]
     y = function(*leaves)
     gradients = torch.autograd.grad(y, leaves, layer.dy.to(y.dtype))
     return dict(zip(("y", "dx", "dlam", "dgam"), (y.detach(), *gradients), strict=True))

@@ -12,21 +12,9 @@ from randlora_ext.reference import linear_reference
 
 # (in, out, r): square, wide, tall, overhanging last base, r > d, r = d, r = 1, a single feature
 SHAPES = [
-    (16, 16, 4),
-    (24, 40, 4),
-    (40, 24, 4),
-    (24, 40, 5),
-    (40, 24, 7),
-    (20, 20, 6),
-    (6, 10, 8),
-    (10, 6, 9),
-    (64, 64, 64),
-    (33, 65, 1),
-    (130, 70, 32),
-    (70, 130, 3),
-    (1, 9, 2),
-    (9, 1, 2),
-]
+    (16, 16, 4), (24, 40, 4), (40, 24, 4), (24, 40, 5), (40, 24, 7), (20, 20, 6), (6, 10, 8),
+    (10, 6, 9), (64, 64, 64), (33, 65, 1), (130, 70, 32), (70, 130, 3), (1, 9, 2), (9, 1, 2),
+]  # fmt: skip
 
 
 def make_base(in_features, out_features, kind="linear", bias=True, dtype=torch.float32):
@@ -103,6 +91,24 @@ def inputs(layer, *lead, dtype=torch.float32, seed=1):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*lead, layer.in_features, generator=generator).to(dtype)
     return x, torch.randn(*lead, layer.out_features, generator=generator).to(dtype)
+
+
+def small_net(kind=0.1, **options):
+    """24 -> 40 -> 24 with adapters of rank 5 in both layers, of a density or "hadamard"."""
+    options |= {"basis": kind} if kind == "hadamard" else {"density": kind}
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24))
+    for i in (0, 2):
+        net[i] = randomize(RandLoraLinear(net[i], r=5, **options), seed=i)
+    return net
+
+
+def mixed_net(**options):
+    """`small_net` with bases of a density in one layer and Hadamard bases in the other."""
+    net = small_net(1 / 3, **options)
+    net[2].update_layer("default", r=5, basis="hadamard", **options)
+    randomize(net[2])
+    return net
 
 
 def two_adapters(dtype=torch.float64, **second):

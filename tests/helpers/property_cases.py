@@ -101,14 +101,6 @@ def layers(draw) -> Layer:
     return replace(layer, bias=None) if kind == "weight" else layer
 
 
-def in_place(function, layer: Layer) -> dict[str, Tensor]:
-    """`forward_backward` with the leaves laid out as they are."""
-    leaves = [t.detach().requires_grad_() for t in (layer.x, layer.lam, layer.gam)]
-    y = function(*leaves)
-    gradients = torch.autograd.grad(y, leaves, layer.dy)
-    return dict(zip(("y", "dx", "dlam", "dgam"), (y.detach(), *gradients), strict=True))
-
-
 def magnitudes(layer: Layer) -> dict[str, Tensor]:
     """The sum of the absolute values of every result's terms, to which rounding errors scale."""
     wide = layer.cast(torch.float64)

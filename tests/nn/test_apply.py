@@ -37,13 +37,6 @@ def test_apply_by_suffix_and_by_pattern():
     assert not model["blocks"][0]["norm"].weight.requires_grad
 
 
-def test_apply_wraps_a_tied_layer_once():
-    model = nn.ModuleDict({"a": nn.Linear(6, 6)})
-    model["b"] = model["a"]
-    apply_randlora(model, ["a", "b"], r=2)
-    assert model["a"] is model["b"] and isinstance(model["a"], RandLoraLinear)
-
-
 @pytest.mark.parametrize(
     "targets,options,error,message",
     [
@@ -53,26 +46,15 @@ def test_apply_wraps_a_tied_layer_once():
         (["q"], {"r": 0}, ValueError, "r must be"),
         (["q"], {"rank": 4}, TypeError, "argument 'rank'; did you mean 'r'\\?"),
         (["q"], {"xyz": 4}, TypeError, "argument 'xyz'; it takes r, randlora_alpha, density"),
-        (
-            ["q"],
-            {"alpha": 16},
-            TypeError,
-            "apply_randlora got an .* argument 'alpha'; did you mean 'randlora_alpha'",
-        ),
-        (
-            ["q"],
-            {"basis": "indepent"},
-            ValueError,
-            r"basis must be one of \['independent'.*\], got 'indepent'; did you mean 'independent'",
-        ),
-        (["q"], {"basis": "hadamard", "r": 0}, ValueError, "r must be"),
+        (["q"], {"alpha": 16}, TypeError, "apply_randlora got .* did you mean 'randlora_alpha'"),
+        (["q"], {"basis": "indepent"}, ValueError, r"basis .*\], got 'indepent'; .* 'independent'"),
         (["q"], {"basis": "hadamard", "density": 0.1}, ValueError, "density must be None"),
         (None, {}, TypeError, "target_modules must be names or a regular expression, got None"),
         (["q", 2], {}, TypeError, r"target_modules must be names .* got \['q', 2\]"),
         ("(", {}, ValueError, r"target_modules '\(' is no regular expression: missing \)"),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_apply_errors_change_nothing(targets, options, error, message):
     model = small_model()
     with pytest.raises(error, match=message):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from layer_cases import make_basis
 from layer_helpers import (
     SHAPES,
     assert_close,
@@ -17,7 +18,7 @@ from layer_helpers import (
 from torch import nn
 from torch.nn import functional as F
 
-from randlora_ext import RandLoraLinear, TernaryBasis
+from randlora_ext import RandLoraLinear
 from randlora_ext.reference import delta_weight_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,25 +27,16 @@ HADAMARD = {"r": 7, "basis": "hadamard", "density": None}
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("density", [1 / 3, 0.07, 1.0])
+@pytest.mark.parametrize("kind", [1 / 3, 0.07, 1.0, "hadamard"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_agrees_with_reference(shape, density, dtype, tolerance):
-    in_features, out_features, r = shape
-    base = make_base(in_features, out_features, dtype=dtype)
-    layer = randomize(RandLoraLinear(base, r=r, density=density, projection_prng_key=5))
+def test_agrees_with_reference(shape, kind, dtype, tolerance):
+    *features, r = shape
+    options = {"basis": kind} if kind == "hadamard" else {"density": kind}
+    base = make_base(*features, dtype=dtype)
+    layer = randomize(RandLoraLinear(base, r=r, projection_prng_key=5, **options))
+    assert layer.bases["default"] == make_basis(*shape, kind, seed=5)
     x, dy = inputs(layer, 3, 7, dtype=dtype)
     assert layer(x).dtype == dtype
-    assert_close(run(layer, x, dy), run_oracle(layer, x, dy), tolerance)
-
-
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_hadamard_bases_agree_with_reference(shape, dtype, tolerance):
-    *features, r = shape
-    base = make_base(*features, dtype=dtype)
-    layer = randomize(RandLoraLinear(base, r=r, basis="hadamard", projection_prng_key=5))
-    assert layer.bases["default"] == TernaryBasis(*shape, seed=5, kind="hadamard")
-    x, dy = inputs(layer, 3, 7, dtype=dtype)
     assert_close(run(layer, x, dy), run_oracle(layer, x, dy), tolerance)
 
 
@@ -155,8 +147,3 @@ def test_dropout():
     layer.eval()
     assert relative(layer(x), oracle(layer, x)[0]) < 1e-5
     assert not RandLoraLinear(nn.Linear(4, 4).eval(), randlora_dropout=0.5).training
-
-
-def test_bases_are_those_of_the_specification():
-    layer = RandLoraLinear(nn.Linear(24, 40), r=5, density=0.2, projection_prng_key=9)
-    assert layer.bases["default"] == TernaryBasis(24, 40, 5, 0.2, seed=9)

@@ -4,14 +4,7 @@ import copy
 
 import pytest
 import torch
-from layer_helpers import (
-    inputs,
-    make_base,
-    oracle,
-    randomize,
-    relative,
-    two_adapters,
-)
+from layer_helpers import inputs, make_base, oracle, randomize, relative, two_adapters
 from torch import nn
 
 from randlora_ext import RandLoraLinear
@@ -20,11 +13,8 @@ from randlora_ext.nn.merging import KEEP_WEIGHT
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_merge_rounds_once_and_without_a_kept_weight_unmerge_nearly_restores(kind, dtype):
     base = make_base(24, 40, kind, dtype=dtype)
     layer = randomize(RandLoraLinear(base, r=5))
@@ -60,19 +50,19 @@ def test_merging_errors_change_nothing():
         for key, value in layer.state_dict().items():
             torch.testing.assert_close(value, before[key], rtol=0, atol=0, equal_nan=True)
 
-    for names in (None, ["default"], ["two", "default"]):
-        with pytest.raises(ValueError, match=r"'default' is merged already.*'two'"):
-            layer.merge(adapter_names=names)
+    for names, keep_weight, message in (
+        (None, "host", r"'default' is merged already.*'two'"),
+        (["default"], "host", r"'default' is merged already.*'two'"),
+        (["two", "default"], "host", r"'default' is merged already.*'two'"),
+        (["two", "x"], "host", r"adapter_names: unknown adapter 'x'.*default.*two"),
+        (["two", "two"], "host", "must not repeat"),
+        (["two"], "disk", "keep_weight must be one of .*'host'.*got 'disk'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer.merge(adapter_names=names, keep_weight=keep_weight)
         unchanged()
-    with pytest.raises(ValueError, match=r"adapter_names: unknown adapter 'x'.*default.*two"):
-        layer.merge(adapter_names=["two", "x"])
-    with pytest.raises(ValueError, match="must not repeat"):
-        layer.merge(adapter_names=["two", "two"])
-    with pytest.raises(ValueError, match="keep_weight must be one of .*'host'.*got 'disk'"):
-        layer.merge(adapter_names=["two"], keep_weight="disk")
     with pytest.raises(ValueError, match="'default' is merged"):
         layer.update_layer("default")
-    unchanged()
     with torch.no_grad():
         layer.randlora_lambda["two"][0, 0] = float("nan")
     before = copy.deepcopy(layer.state_dict())

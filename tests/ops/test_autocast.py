@@ -27,19 +27,32 @@ def raw(layer, path, **changes):
     return ops.linear(*inputs, *operands(basis, "cpu", layer.scaling), path, None)
 
 
+def run(function, layer, path, **changes):
+    if function == "operator":
+        return raw(layer, path, **changes)
+    values = {**vars(layer), **changes}
+    names = ("x", "weight", "bias", "basis", "lam", "gam", "scaling")
+    return linear(*(values[name] for name in names), path)
+
+
+FUNCTIONS = pytest.mark.parametrize("function", ["operator", "linear"])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@FUNCTIONS
 @CALLS
-def test_the_operator_casts_as_linear_does(basis, path, dtype):
+def test_ours_cast_as_linear_does(function, basis, path, dtype):
     layer = make_layer(50, 37, 7, basis, 20, torch.float32)
     low = layer.cast(dtype)
     low.lam, low.gam = layer.lam, layer.gam  # which autocast leaves alone
-    expected = raw(low, path)
+    expected = run(function, low, path)
     with torch.autocast("cpu", dtype):
-        assert F.linear(layer.x, layer.weight).dtype == dtype
-        assert torch.equal(raw(layer, path), expected)
-        assert torch.equal(raw(layer, path, bias=low.bias), expected)  # each input for itself
+        assert F.linear(layer.x, layer.weight).dtype == expected.dtype == dtype
+        assert torch.equal(run(function, layer, path), expected)
+        # each input for itself
+        assert torch.equal(run(function, layer, path, bias=low.bias), expected)
         with torch.autocast("cpu", enabled=False):
-            assert raw(layer, path).dtype == torch.float32
+            assert run(function, layer, path).dtype == torch.float32
 
 
 @pytest.mark.parametrize("basis", [0.07, "hadamard"])
@@ -47,51 +60,28 @@ def test_float64_is_left_alone(basis):
     layer = make_layer(50, 37, 7, basis, 20)
     expected = raw(layer, "factored")
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(raw(layer, "factored"), expected)
-        assert torch.equal(
-            linear(layer.x, layer.weight, layer.bias, layer.basis, layer.lam, layer.gam,
-                   layer.scaling, "factored"),
-            expected,
-        )  # fmt: skip
+        for function in ("operator", "linear"):
+            assert torch.equal(run(function, layer, "factored"), expected)
         with pytest.raises(RuntimeError, match="must have one dtype|same dtype"):
             raw(layer, "factored", weight=layer.weight.float(), bias=None)
 
 
 @CALLS
-@pytest.mark.parametrize("function", ["operator", "linear"])
-def test_gradients_arrive_in_the_dtypes_of_their_leaves(function, basis, path):
+@FUNCTIONS
+def test_gradients(function, basis, path):
     layer = make_layer(50, 37, 7, basis, 20, torch.float32)
     leaves = [t.requires_grad_() for t in (layer.x, layer.lam, layer.gam)]
     low = layer.cast(torch.bfloat16)
     low.x, low.lam, low.gam = low.x.detach().requires_grad_(), layer.lam, layer.gam
-
-    def run(layer):
-        if function == "operator":
-            return raw(layer, path)
-        rest = layer.basis, layer.lam, layer.gam, layer.scaling, path
-        return linear(layer.x, layer.weight, layer.bias, *rest)
-
     dy = layer.dy.bfloat16()
-    expected = torch.autograd.grad(run(low), [low.x, layer.lam, layer.gam], dy)
+    expected = torch.autograd.grad(run(function, low, path), [low.x, layer.lam, layer.gam], dy)
     with torch.autocast("cpu", torch.bfloat16):
-        y = run(layer)
-    gradients = torch.autograd.grad(y, leaves, dy)
-    assert {g.dtype for g in gradients} == {torch.float32}
-    for gradient, wanted in zip(gradients, expected, strict=True):
-        assert torch.equal(gradient, wanted.float())
-
-
-@CALLS
-@pytest.mark.parametrize("function", ["operator", "linear"])
-def test_a_float32_forward_has_a_float32_backward_inside_of_autocast(function, basis, path):
-    # torch's products inside the operator would be cast, and our kernels read them as float32
-    layer = make_layer(50, 37, 7, basis, 20, torch.float32)
-    leaves = [t.requires_grad_() for t in (layer.x, layer.lam, layer.gam)]
-    if function == "operator":
-        y = raw(layer, path)
-    else:
-        rest = layer.basis, layer.lam, layer.gam, layer.scaling, path
-        y = linear(layer.x, layer.weight, layer.bias, *rest)
+        y = run(function, layer, path)
+    for gradient, wanted in zip(torch.autograd.grad(y, leaves, dy), expected, strict=True):
+        assert gradient.dtype == torch.float32 and torch.equal(gradient, wanted.float())
+    # Of a float32 forward, inside of autocast: torch's products inside the operator would be cast,
+    # and our kernels read them as float32.
+    y = run(function, layer, path)
     expected = torch.autograd.grad(y, leaves, layer.dy, retain_graph=True)
     with torch.autocast("cpu", torch.bfloat16):
         gradients = torch.autograd.grad(y, leaves, layer.dy)

@@ -8,21 +8,13 @@ import torch
 from compile_helpers import assert_steps_agree, graphs, needs_compiler, needs_guards, step
 from compile_helpers import fresh_dynamo as fresh_dynamo
 from layer_cases import make_basis
-from layer_helpers import randomize
+from layer_helpers import mixed_net, randomize, small_net
 from torch import nn
 
 from randlora_ext import RandLoraLinear, delta_weight, linear, merged_weight, scaled_basis
 from randlora_ext.ops.path import formed_from
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
-
-
-def make(density=0.1, **options):
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24))
-    for i in (0, 2):
-        net[i] = randomize(RandLoraLinear(net[i], r=5, density=density, **options), seed=i)
-    return net
 
 
 def compiled(model):
@@ -35,20 +27,18 @@ def x_of(tokens):
 
 @needs_compiler
 @pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("basis", ["independent", "hadamard"])
-def test_inductor(basis, dynamic):
+def test_inductor(dynamic):
     # Seeds of no other test: bases are packed while it is traced.
-    density = None if basis == "hadamard" else 0.1 if dynamic else 1 / 3
-    eager = make(density, basis=basis, projection_prng_key=77 + bool(dynamic))
+    eager = mixed_net(projection_prng_key=77 + bool(dynamic))
     fast = torch.compile(eager, fullgraph=True, dynamic=dynamic)
     for tokens in (7, 9, 40, 33):
         assert_steps_agree(fast, eager, x_of(tokens))
     assert graphs() == (1 if dynamic else 2)  # one for 7 tokens, one for any number
 
 
-@pytest.mark.parametrize("basis", ["independent", "hadamard"])
+@pytest.mark.parametrize("basis", [1 / 3, "hadamard"])
 def test_graphs_over_changing_tokens_are_as_many_as_paths(basis):
-    eager = make(density=None if basis == "hadamard" else 1 / 3, basis=basis)
+    eager = small_net(basis)
     edges = set()
     for layer in (eager[0], eager[2]):
         edges.add(formed_from(layer.bases["default"], torch.float32, True, "cpu"))
@@ -64,8 +54,8 @@ def test_graphs_over_changing_tokens_are_as_many_as_paths(basis):
     assert graphs() == number
 
 
-def test_leading_dimensions_and_marked_dynamic_sizes():
-    eager = make()
+def test_marked_dynamic_sizes_and_tokens_that_only_the_data_tell():
+    eager = small_net()
     fast = compiled(eager)
     for sizes in ((2, 7), (3, 9), (5, 4)):
         x = torch.randn(*sizes, 24)
@@ -73,21 +63,12 @@ def test_leading_dimensions_and_marked_dynamic_sizes():
         torch._dynamo.mark_dynamic(x, 1)
         assert torch.equal(fast(x), eager(x))
     assert graphs() == 1
-
-
-def test_a_number_of_tokens_that_only_the_data_tell():
-    eager = make()
-
-    def experts(x, chosen):
-        return eager(x[chosen])
-
-    x = x_of(12)
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        fast = compiled(experts)
+        experts = compiled(lambda x, chosen: eager(x[chosen]))
         for count in (3, 12, 0):
-            chosen = torch.arange(12) < count
-            assert torch.equal(fast(x, chosen), eager(x[chosen]))
-    assert graphs() == 1
+            x, chosen = x_of(12), torch.arange(12) < count
+            assert torch.equal(experts(x, chosen), eager(x[chosen]))
+    assert graphs() == 2
 
 
 @pytest.mark.parametrize("warm", [False, True], ids=["packed while tracing", "packed before"])
@@ -111,7 +92,7 @@ def test_layers_of_one_shape_share_what_is_compiled(warm):
 
 
 def test_another_basis_is_noticed():
-    eager = make()
+    eager = small_net()
     fast = compiled(eager)
     assert torch.equal(fast(x_of(7)), eager(x_of(7)))
     before = eager(x_of(7))
@@ -123,7 +104,7 @@ def test_another_basis_is_noticed():
 
 @needs_guards
 def test_states_of_a_layer():
-    eager = make(randlora_dropout=0.5)
+    eager = small_net(randlora_dropout=0.5)
     layer, x = eager[0], x_of(7)
     layer.update_layer("two", r=7, density=0.3)
     layer.update_layer("three", r=6, basis="hadamard")
@@ -139,21 +120,20 @@ def test_states_of_a_layer():
             assert torch.equal(y, eager(x))
 
     check()  # dropout
-    eager.eval()
-    check()
-    layer.set_adapter(["default", "two", "three"])
-    check()
-    layer.merge()
-    check()
-    layer.unmerge()
-    check()
-    layer.disable()
-    check()
+    for change in (
+        eager.eval,
+        lambda: layer.set_adapter(["default", "two", "three"]),
+        layer.merge,
+        layer.unmerge,
+        layer.disable,
+    ):
+        change()
+        check()
 
 
-@pytest.mark.parametrize("basis", ["independent", "hadamard"])
+@pytest.mark.parametrize("basis", [1 / 3, "hadamard"])
 def test_autocast(basis):
-    eager = make(density=None if basis == "hadamard" else 1 / 3, basis=basis)
+    eager = small_net(basis)
     fast = compiled(eager)
     with torch.autocast("cpu", torch.bfloat16):
         for tokens in (7, 40):
@@ -196,10 +176,10 @@ def test_every_function_of_every_kind_of_basis(shape, kind):
             torch.testing.assert_close(result, wanted, msg=lambda text, name=name: name + text)
 
 
-@pytest.mark.parametrize("basis", ["independent", "hadamard"])
+@pytest.mark.parametrize("basis", [1 / 3, "hadamard"])
 def test_transforms_run_beside_the_graph(basis):
     # Dynamo cannot trace an autograd.Function under torch.func; it must say so or step aside.
-    eager = make(density=None if basis == "hadamard" else 0.1, basis=basis)
+    eager = small_net(basis)
     parameters = {k: p.detach() for k, p in eager.named_parameters() if p.requires_grad}
 
     def function(parameters, x):
@@ -215,7 +195,7 @@ def test_transforms_run_beside_the_graph(basis):
 
 
 def test_a_compiled_model_holds_its_bases_no_longer_than_it_lives():
-    eager = make(projection_prng_key=123)
+    eager = small_net(projection_prng_key=123)
     fast = compiled(eager)
     step(fast, x_of(7))
     packed = [

@@ -1,15 +1,17 @@
 """One layer used from several threads and processes at a time."""
 
+import faulthandler
+import os
 import signal
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from layer_helpers import inputs, make_base, randomize, run
+from torch.utils.data import DataLoader, Dataset
 
 from randlora_ext import RandLoraLinear, TernaryBasis
 
@@ -71,6 +73,52 @@ def test_a_dense_b_can_be_the_first_that_is_asked_for():
     assert not worker.is_alive(), "waits for itself"
 
 
+# ---- data loaders, by this file run as a program: a child forked from pytest's process may wait
+# for a lock that some thread of another test held. That one has OpenMP's threads only.
+
+
+class Adapted(Dataset):
+    """Items computed by a layer of the parent's: frozen feature extraction in a loader."""
+
+    def __init__(self, layer, x):
+        self.layer, self.x = layer, x
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, k):
+        with torch.no_grad():
+            return self.layer(self.x[k])
+
+
+def show_where_it_hangs(worker):
+    faulthandler.dump_traceback_later(60)
+
+
+def load(method):
+    torch.set_num_threads(2)
+    layer = make_layer(density=0.07)
+    x, dy = inputs(layer, 24, 20)
+    expected = layer(x).detach()
+    before = run(layer, x, dy)  # OpenMP's threads exist by now
+    workers = {"num_workers": 2 if method == "fork" else 1, "multiprocessing_context": method}
+    workers |= {"timeout": 90, "worker_init_fn": show_where_it_hangs}
+    batches = []
+    for batch in DataLoader(Adapted(layer, x), batch_size=4, **workers):
+        batches.append(batch)
+        results = run(layer, x, dy)  # the parent goes on training
+        assert all(torch.equal(a, b) for a, b in zip(results, before, strict=True))
+    torch.testing.assert_close(torch.cat(batches), expected)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_data_loaders_beside_and_with_layers_of_the_parent(method):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, __file__, method]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 FORKS = """
 import os, signal, threading, torch
 from randlora_ext import TernaryBasis
@@ -103,12 +151,5 @@ def test_fork_while_another_thread_packs():
     assert code == 0
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_data_loaders_beside_and_with_layers_of_the_parent(method):
-    # In a process of its own: a child forked from pytest's may wait for a lock that some thread of
-    # another test held. This one has OpenMP's threads only, which the test is about.
-    program = Path(__file__).with_name("data_loader_program.py")
-    done = subprocess.run(
-        [sys.executable, program, method], capture_output=True, text=True, timeout=150
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+if __name__ == "__main__":
+    load(sys.argv[1])

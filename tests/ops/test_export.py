@@ -6,11 +6,9 @@ import sys
 import pytest
 import torch
 from compile_helpers import needs_compiler
-from layer_helpers import randomize
-from torch import nn
+from layer_helpers import mixed_net, randomize, small_net
 from torch.export import Dim
 
-from randlora_ext import RandLoraLinear
 from randlora_ext.ops.path import formed_from
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,17 +28,6 @@ for x, y in torch.load(sys.argv[2]):
     torch.testing.assert_close(program(x), y, rtol=1e-4, atol=1e-4)
 print("same", len(torch.load(sys.argv[2])))
 """
-
-
-def make(density, **options):
-    """`density` may be the kind of bases "hadamard"."""
-    if density == "hadamard":
-        density, options = None, {**options, "basis": density}
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24))
-    for i in (0, 2):
-        net[i] = randomize(RandLoraLinear(net[i], r=5, density=density, **options), seed=i)
-    return net.eval()
 
 
 def paths(program):
@@ -74,7 +61,7 @@ def run_alone(program, file, model, tmp_path, sizes):
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("density", [0.1, 1 / 3, "hadamard"])
 def test_an_exported_program(density, strict):
-    model = make(density, projection_prng_key=55 + strict)  # not packed yet
+    model = small_net(density, projection_prng_key=55 + strict).eval()  # not packed yet
     program = export(model, 7, Dim.DYNAMIC, strict)
     assert paths(program) == ["factored", "factored"]  # base and adapter in one, for any T
     # The two layers' shapes are one turned around: their packed tensors are the same constants.
@@ -92,7 +79,7 @@ def test_an_exported_program(density, strict):
 
 @pytest.mark.parametrize("density", [1 / 3, "hadamard"])
 def test_the_declared_range_of_tokens_decides_the_path(density):
-    model = make(density)
+    model = small_net(density).eval()
     last = formed_from(model[0].bases["default"], torch.float32, True, "cpu")
     for dim, tokens, expected in (
         (None, 2, "factored"),
@@ -108,11 +95,11 @@ def test_the_declared_range_of_tokens_decides_the_path(density):
 
 def test_the_path_can_be_chosen(monkeypatch):
     monkeypatch.setenv("RANDLORA_PATH", "delta")
-    assert paths(export(make(0.1), 7, Dim.DYNAMIC)) == ["delta"] * 2
+    assert paths(export(small_net(0.1).eval(), 7, Dim.DYNAMIC)) == ["delta"] * 2
 
 
 def test_several_adapters_and_autocast():
-    model = make(0.2)
+    model = small_net(0.2).eval()
     model[0].update_layer("two", r=7, density=0.3)
     model[0].update_layer("three", r=6, basis="hadamard")
     model[0].set_adapter(["default", "two", "three"])
@@ -124,18 +111,16 @@ def test_several_adapters_and_autocast():
         assert torch.equal(export(model, 7, None).module()(x), y)
 
 
-@pytest.mark.parametrize("density", [0.1, "hadamard"])
-def test_an_exported_program_in_another_process(density, tmp_path):
-    model = make(density)
+def test_an_exported_program_in_another_process(tmp_path):
+    model = mixed_net().eval()
     file = tmp_path / "model.pt2"
     torch.export.save(export(model, 7, Dim.DYNAMIC), file)
     run_alone(RUN_PROGRAM, file, model, tmp_path, (1, 7, 300))
 
 
 @needs_compiler
-@pytest.mark.parametrize("density", [1 / 3, "hadamard"])
-def test_an_aotinductor_package_in_another_process(density, tmp_path):
-    model = make(density)
+def test_an_aotinductor_package_in_another_process(tmp_path):
+    model = mixed_net().eval()
     program = export(model, 7, Dim("T", min=1, max=4096))
     file = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "m.pt2"))
     run_alone(RUN_PACKAGE, file, model, tmp_path, (1, 7, 300))

@@ -1,8 +1,10 @@
 """`linear` against the plain PyTorch reference: float64 exactly, other types by the error rule."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from layer_cases import (  # noqa: F401
+from layer_cases import (
     BASES,
     CALLS,
     PATHS,
@@ -12,15 +14,14 @@ from layer_cases import (  # noqa: F401
     exact,
     largest_error,
     make_layer,
-    one_thread,
     ours,
     paths_of,
     plain,
     rms_error,
 )
+from layer_cases import one_thread as one_thread
 
 from randlora_ext import linear
-from randlora_ext.ops.ternary import operands
 
 TOKENS = [0, 1, 3, 16, 33, 100, 257]  # 257 needs a second super-block of the backward on 2 threads
 NAMES = ("y", "dx", "dlam", "dgam")
@@ -78,21 +79,18 @@ def test_error_rule_with_many_tokens(basis, path):
     assert_rule(ours(layer, path), plain(layer), exact(layer), torch.float32)
 
 
-def variants_of_x(layer):
-    """Views with the values of layer.x (6, in) that are not contiguous, or have other shapes."""
-    x = layer.x
+def variants(layer):
+    """x and dy of six tokens as views that are not contiguous, or with other leading dimensions."""
+    x, dy = layer.x, layer.dy
     spread = torch.full((12, 2 * x.shape[1]), torch.nan, dtype=x.dtype)
     spread[::2, ::2] = x
-    yield "transposed", x.T.contiguous().T, layer.dy
-    yield "strided", spread[::2, ::2], layer.dy
-    yield "columns", torch.cat([spread[:6], x], 1)[:, -x.shape[1] :], layer.dy
-    yield "3d", x.view(2, 3, -1), layer.dy.view(2, 3, -1)
-    yield (
-        "permuted",
-        x.view(3, 2, -1).transpose(0, 1).contiguous().transpose(0, 1),
-        layer.dy.view(3, 2, -1),
-    )
-    yield "4d", x.view(1, 2, 3, -1), layer.dy.view(1, 2, 3, -1)
+    yield x.T.contiguous().T, dy.T.contiguous().T
+    yield spread[::2, ::2], dy
+    yield torch.cat([spread[:6], x], 1)[:, -x.shape[1] :], dy
+    yield x.view(2, 3, -1), dy.view(2, 3, -1)
+    permuted = x.view(3, 2, -1).transpose(0, 1).contiguous().transpose(0, 1)
+    yield permuted, dy.view(3, 2, -1)
+    yield x.view(1, 2, 3, -1), dy.view(1, 2, 3, -1)
 
 
 @CALLS
@@ -102,15 +100,16 @@ def test_views_and_leading_dimensions_change_nothing(shape, basis, path):
     expected = ours(layer, path)
     # torch's GEMM on a transposed x may add up in another order; our kernels get contiguous ones.
     tolerance = 1e-5 if basis == "dense" else 0
-    for name, x, dy in variants_of_x(layer):
-        x = x.detach().requires_grad_()
-        diagonals = [t.clone().requires_grad_() for t in (layer.lam, layer.gam)]
-        y = linear(x, layer.weight, layer.bias, layer.basis, *diagonals, layer.scaling, path)
-        assert y.shape == (*x.shape[:-1], shape[1]), name
-        gradients = torch.autograd.grad(y, [x, *diagonals], dy)
-        for key, value in zip(NAMES, (y, *gradients), strict=True):
-            value = value.reshape(expected[key].shape)
-            assert largest_error(value, expected[key]) <= tolerance, (name, key)
+    for number, (x, dy) in enumerate(variants(layer)):
+        results = ours(replace(layer, x=x, dy=dy), path)
+        assert results["y"].shape == (*x.shape[:-1], shape[1])
+        for name, value in results.items():
+            value = value.reshape(expected[name].shape)
+            assert largest_error(value, expected[name]) <= tolerance, (number, name)
+    # An expanded scalar: all strides are zero.
+    results = ours(replace(layer, dy=torch.ones(()).expand_as(layer.dy)), path)
+    expected = ours(replace(layer, dy=torch.ones_like(layer.dy)), path)
+    assert all(torch.equal(results[name], expected[name]) for name in NAMES)
 
 
 @CALLS
@@ -119,24 +118,6 @@ def test_one_dimensional_x_is_one_token(basis, path):
     arguments = (layer.weight, layer.bias, layer.basis, layer.lam, layer.gam, 0.5, path)
     y = linear(layer.x[0], *arguments)
     assert y.shape == (37,) and torch.equal(y, linear(layer.x, *arguments)[0])
-
-
-@CALLS
-def test_expanded_and_transposed_dy(basis, path):
-    layer = make_layer(50, 37, 7, basis, 9, torch.float32)
-    layer.dy = torch.ones_like(layer.dy)
-    expected = ours(layer, path)
-    x, lam, gam = (t.clone().requires_grad_() for t in (layer.x, layer.lam, layer.gam))
-    y = linear(x, layer.weight, layer.bias, layer.basis, lam, gam, layer.scaling, path)
-    y.sum().backward()  # an expanded scalar: all strides are zero
-    for name, leaf in zip(NAMES[1:], (x, lam, gam), strict=True):
-        assert torch.equal(leaf.grad, expected[name]), name
-
-    layer = make_layer(50, 37, 7, basis, 9, torch.float32)
-    expected = ours(layer, path)
-    layer.dy = layer.dy.T.contiguous().T
-    results = ours(layer, path)
-    assert all(torch.equal(results[name], expected[name]) for name in NAMES)
 
 
 @CALLS
@@ -155,14 +136,15 @@ def test_diagonals_of_another_type(kind, shape, basis, path):
     assert_rule(results, simple, oracle, rounding)
 
 
-@pytest.mark.parametrize("basis", [1 / 3, 0.07, "hadamard", "dense"])
-def test_float64_x_with_float32_diagonals(basis):
-    layer = make_layer(50, 37, 7, basis, 20)
-    layer.lam, layer.gam = layer.lam.float(), layer.gam.float()
-    oracle, results = exact(layer), ours(layer, "factored")
-    assert largest_error(results["y"], oracle["y"]) <= FP64
-    assert results["dlam"].dtype == torch.float32
-    assert rms_error(results["dlam"], oracle["dlam"].float()) < 1e-7
+@pytest.mark.parametrize("kind", ["hadamard", "dense"])
+def test_float16_keeps_small_diagonals(kind):
+    # lambda * gamma of 1e-7, as early in training, is about float16's smallest number.
+    layer = make_layer(256, 300, 16, kind, 40, torch.float16).without_weight()
+    layer.lam, layer.gam, layer.scaling = layer.lam * 1e-4, layer.gam / 16, 5e4
+    oracle = exact(layer)
+    for path in paths_of(layer):
+        for name, value in ours(layer, path).items():
+            assert rms_error(value, oracle[name]) < 2e-3, (path, name)
 
 
 @pytest.mark.parametrize("path", [*PATHS, "auto"])
@@ -201,26 +183,3 @@ def test_a_base_that_trains_gets_its_gradients(which, basis, path):
         torch.testing.assert_close(layer.bias.grad, dy.sum(0))
     assert (layer.weight.grad is None) == (which == "bias")
     assert (layer.bias.grad is None) == (which == "weight")
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_raw_operator_is_what_linear_calls(path, monkeypatch):
-    monkeypatch.setenv("RANDLORA_B_SIDE", "packed")  # where CUDA kernels may be given a dense B
-    layer = make_layer(50, 37, 7, 0.07, 20, torch.float32)
-    basis = layer.basis
-    y = torch.ops.randlora.linear(
-        layer.x, layer.weight, layer.bias, layer.lam, layer.gam,
-        *operands(basis, "cpu", 0.75), path, None,
-    )  # fmt: skip
-    assert torch.equal(y, ours(layer, path)["y"])
-
-
-@CALLS
-def test_autocast_casts_as_linear_does(basis, path):
-    layer = make_layer(50, 37, 7, basis, 20, torch.float32)
-    low = layer.cast(torch.bfloat16)
-    arguments = (layer.basis, layer.lam, layer.gam, 0.75, path)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = linear(layer.x, layer.weight, layer.bias, *arguments)
-    assert y.dtype == torch.bfloat16
-    assert torch.equal(y, linear(low.x, low.weight, low.bias, *arguments))

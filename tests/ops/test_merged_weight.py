@@ -23,8 +23,8 @@ def total(basis, weight, lam, gam, scaling):
     return weight.double() + dW
 
 
-@pytest.mark.parametrize("kind", [0.05, 1 / 3, "hadamard"])
-@pytest.mark.parametrize("shape", [(40, 40, 8), (33, 70, 8), (70, 33, 7), (20, 30, 32)])
+@pytest.mark.parametrize("kind", [0.05, 1 / 3, "hadamard", "dense"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (40, 40, 8), (33, 70, 8), (70, 33, 7), (20, 30, 32)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_one_rounding_of_the_sum(shape, kind, dtype):
     basis, weight, lam, gam = make(*shape, kind, dtype)
@@ -32,6 +32,8 @@ def test_one_rounding_of_the_sum(shape, kind, dtype):
     assert got.dtype == dtype and got.shape == weight.shape
     ulp = torch.finfo(dtype).eps * want.abs()
     noise = (1e-12 if dtype == torch.float64 else 1e-5) * want.abs().max()
+    if kind == "dense" and dtype.itemsize == 2:  # A' and B are rounded, too
+        noise = noise + 4 * torch.finfo(dtype).eps * (want - weight.double()).square().mean().sqrt()
     assert bool(((got.double() - want).abs() <= ulp / 2 + noise).all())
 
 
@@ -43,26 +45,13 @@ def test_stochastic_rounding_keeps_what_nearest_loses(kind, dtype):
     scaling = 0.02 * torch.finfo(dtype).eps  # changes of a few hundredths of an ulp
     change = delta_weight(basis, lam.float(), gam.float(), scaling)
     assert torch.equal(merged_weight(basis, weight, lam, gam, scaling), weight)
-    draws = 200
-    mean = torch.stack(
-        [merged_weight(basis, weight, lam, gam, scaling, seed).double() for seed in range(draws)]
-    ).mean(0)
+    drawn = [merged_weight(basis, weight, lam, gam, scaling, seed) for seed in range(200)]
+    assert torch.equal(drawn[7], merged_weight(basis, weight, lam, gam, scaling, 7))
+    assert not torch.equal(drawn[7], drawn[8])
+    mean = torch.stack(drawn).double().mean(0)
     # The share of the change that survives, by regression over all elements: 1 without bias.
     kept = ((mean - 1) * change).sum() / (change.double() ** 2).sum()
     assert abs(kept - 1) < 0.1
-
-
-@SIXTEEN_BITS
-@pytest.mark.parametrize("kind", [1 / 3, "hadamard", "dense"])
-@pytest.mark.parametrize("shape", [(33, 70, 8), (70, 33, 7)], ids=str)
-def test_stochastic_rounding_takes_a_neighbour_and_is_reproducible(shape, kind, dtype):
-    basis, weight, lam, gam = make(*shape, kind, dtype)
-    want = total(basis, weight, lam, gam, 0.5)
-    got = merged_weight(basis, weight, lam, gam, 0.5, 2**64 - 1)
-    assert torch.equal(got, merged_weight(basis, weight, lam, gam, 0.5, 2**64 - 1))
-    assert not torch.equal(got, merged_weight(basis, weight, lam, gam, 0.5, 3))
-    ulp = torch.finfo(dtype).eps * want.abs() + torch.finfo(dtype).tiny
-    assert bool(((got.double() - want).abs() <= ulp + 1e-5 * want.abs().max()).all())
 
 
 @pytest.mark.parametrize("kind", [1 / 3, "hadamard", "dense"])

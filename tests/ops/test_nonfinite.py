@@ -84,10 +84,9 @@ def test_diagonals_spoil_what_they_are_connected_to(shape, density, value, path,
     y = call(layer, path, **{which: diagonal})
     assert outputs.any() and not y[:, outputs].isfinite().any()
     assert torch.equal(y[:, ~outputs], clean[:, ~outputs])
-    dW = delta_weight(basis, layer.lam if which == "gam" else diagonal,
-                      layer.gam if which == "lam" else diagonal)  # fmt: skip
-    oriented = reached if basis.d == shape[0] else reached.T
-    assert torch.equal(~dW.isfinite(), oriented)
+    setattr(layer, which, diagonal)
+    dW = delta_weight(basis, layer.lam, layer.gam)
+    assert torch.equal(~dW.isfinite(), reached if basis.d == shape[0] else reached.T)
 
 
 @pytest.mark.parametrize("which", ["A", "lam", "gam"])
@@ -123,10 +122,3 @@ def test_scaling(basis, path):
     layer = make_layer(50, 37, 7, basis, 4, torch.float32)
     y = linear(layer.x, layer.weight, None, layer.basis, layer.lam, layer.gam, math.nan, path)
     assert y.isnan().all()
-
-
-@CALLS
-def test_overflow_of_float16_is_infinite(basis, path):
-    layer = make_layer(50, 37, 7, 1.0 if isinstance(basis, float) else basis, 4, torch.float16)
-    y = call(layer, path, lam=layer.lam * 1e8)
-    assert not y.isfinite().any()

@@ -10,21 +10,11 @@ from randlora_ext.ops.path import MANY, PATHS, PathChoice, choose, dense_b_above
 
 SPARSE, FULL = TernaryBasis(512, 512, 32, 1 / 22), TernaryBasis(512, 512, 32, 1.0)
 HADAMARD = TernaryBasis(512, 512, 32, kind="hadamard")
-SIXTEEN_BITS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
 @pytest.fixture(autouse=True)
 def no_override(monkeypatch):
     monkeypatch.delenv("RANDLORA_PATH", raising=False)
-
-
-def test_structure():
-    choice = explain(SPARSE, 1024)
-    assert isinstance(choice, PathChoice)
-    assert choice.path in PATHS and choice.reason and choice.b_side == "packed"
-    assert choice.isa == f"{_C.isa()} kernels"
-    text = str(choice)
-    assert choice.path in text and choice.isa in text and choice.reason in text
 
 
 def test_few_tokens_never_pay_for_forming_dw():
@@ -42,49 +32,47 @@ def test_hadamard_bases_have_one_threshold():
     assert explain(HADAMARD, limit).path == "merged"
     assert explain(HADAMARD, limit - 1).path == "factored"
     assert f"fewer than {limit} tokens" in explain(HADAMARD, 5).reason
-    for options in (
-        {"dtype": torch.bfloat16},
-        {"dtype": torch.float16},
-        {"has_weight": False},
-        {"dropout": 0.1},
-        {"device": "cuda"},
-    ):
+    of_types = [{"dtype": dtype} for dtype in (torch.bfloat16, torch.float16)]
+    for options in (*of_types, {"has_weight": False}, {"dropout": 0.1}, {"device": "cuda"}):
         choice = explain(HADAMARD, 10**9, **options)
         assert choice.path == "factored" and "any number of tokens" in choice.reason
 
 
-@SIXTEEN_BITS
-def test_16_bits_exclude_merged(dtype):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_excludes_merged(dtype):
     choice = explain(FULL, 10**6, dtype)
     assert choice.path == "delta" and "16 bits" in choice.reason
-    assert explain(HADAMARD, 10**6, dtype).path == "factored"
     assert choose("auto", FULL, 10**6, dtype, True, "cpu")[0] == "delta"
-
-
-def test_dropout_and_a_missing_weight_exclude_merged():
     for options in ({"dropout": 0.1}, {"has_weight": False}):
         assert explain(make_basis(512, 512, 32, "dense"), 10**6, **options).path == "delta"
         assert explain(FULL, 10**6, **options).path == "factored"  # in float32; measured
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_environment_overrides(path, monkeypatch):
-    monkeypatch.setenv("RANDLORA_PATH", path)
-    for basis, tokens in ((SPARSE, 1), (FULL, 10**6)):
-        choice = explain(basis, tokens)
-        assert choice.path == path and "RANDLORA_PATH" in choice.reason
-        assert choose("auto", basis, tokens, torch.float32, True, "cpu")[0] == path
-        assert explain(basis, tokens, torch.bfloat16).path == path  # asked for is asked for
+def test_the_environment_decides_where_no_path_is_given(monkeypatch):
+    unset = explain(FULL, 10**6)
+    layer = make_layer(64, 64, 8, 1.0, 5, torch.float32, lead=(2, 3))
+    arguments = (layer.x, layer.weight, layer.bias, layer.basis, layer.lam, layer.gam, 1.0)
+    results = {path: linear(*arguments, path=path) for path in PATHS}
+    assert not torch.equal(results["factored"], results["delta"])  # the test can tell them apart
+    for path in PATHS:
+        monkeypatch.setenv("RANDLORA_PATH", path)
+        for basis, tokens in ((SPARSE, 1), (FULL, 10**6)):
+            choice = explain(basis, tokens)
+            assert choice.path == path and "RANDLORA_PATH" in choice.reason
+            assert choose("auto", basis, tokens, torch.float32, True, "cpu")[0] == path
+            assert explain(basis, tokens, torch.bfloat16).path == path  # asked for is asked for
+        assert torch.equal(linear(*arguments), results[path])
+        assert torch.equal(linear(*arguments, path="factored"), results["factored"])
+    for value in ("auto", ""):
+        monkeypatch.setenv("RANDLORA_PATH", value)
+        assert explain(FULL, 10**6) == unset
 
 
-@pytest.mark.parametrize("value", ["auto", ""])
-def test_environment_that_leaves_the_choice(value, monkeypatch):
-    expected = explain(FULL, 10**6)
-    monkeypatch.setenv("RANDLORA_PATH", value)
-    assert explain(FULL, 10**6) == expected
-
-
-def test_environment_asks_for_merged_where_it_cannot_be(monkeypatch):
+def test_environment_asks_for_what_cannot_be(monkeypatch):
+    monkeypatch.setenv("RANDLORA_PATH", "delta")  # which Hadamard bases do not have
+    assert explain(HADAMARD, 16).path == "factored"
+    with pytest.raises(ValueError, match=r"path must be one of .*'merged'.*, got 'delta'"):
+        choose("delta", HADAMARD, 16, torch.float32, True, "cpu")
     monkeypatch.setenv("RANDLORA_PATH", "merged")
     for options in ({"dropout": 0.1}, {"has_weight": False}):
         choice = explain(FULL, 16, **options)
@@ -92,15 +80,10 @@ def test_environment_asks_for_merged_where_it_cannot_be(monkeypatch):
         assert explain(HADAMARD, 16, **options).path == "factored"
 
 
-def test_environment_asks_for_delta_of_hadamard_bases(monkeypatch):
-    monkeypatch.setenv("RANDLORA_PATH", "delta")  # which they do not have
-    assert explain(HADAMARD, 16).path == "factored"
-    with pytest.raises(ValueError, match=r"path must be one of .*'merged'.*, got 'delta'"):
-        choose("delta", HADAMARD, 16, torch.float32, True, "cpu")
-
-
 def test_what_runs_is_named():
-    card = torch.device("cuda", 0)
+    choice, card = explain(SPARSE, 1024), torch.device("cuda", 0)
+    assert isinstance(choice, PathChoice) and choice.b_side == "packed"
+    assert all(text in str(choice) for text in (choice.path, choice.isa, choice.reason))
     assert explain(SPARSE, 16, device="cpu").isa == f"{_C.isa()} kernels"
     assert explain(HADAMARD, 16, device="mps").isa == "plain torch"
     assert "no kernels of ours for mps" in explain(SPARSE, 16, device="mps").isa
@@ -114,11 +97,8 @@ def test_what_runs_is_named():
 @pytest.mark.parametrize("features", [24, 512])
 def test_limits_tell_the_choice_for_any_number_of_tokens(features, kind, device_type):
     basis = make_basis(features, 512, 32, kind)
-    for dtype, has_weight in (
-        (torch.float32, True),
-        (torch.bfloat16, True),
-        (torch.float32, False),
-    ):
+    fp32 = torch.float32
+    for dtype, has_weight in ((fp32, True), (torch.bfloat16, True), (fp32, False)):
         arguments = (dtype, has_weight, device_type)
         limit, dense_above = formed_from(basis, *arguments), dense_b_above(basis, device_type)
         near = {limit, dense_above} - {MANY}
@@ -127,10 +107,8 @@ def test_limits_tell_the_choice_for_any_number_of_tokens(features, kind, device_
             path, b_side = choose("auto", basis, tokens, *arguments)
             formed = "merged" if has_weight and dtype == torch.float32 else "delta"
             assert path == (formed if tokens >= limit else "factored")
-            assert (path, b_side) == (
-                (told := explain(basis, tokens, dtype, device_type, has_weight)).path,
-                told.b_side,
-            )
+            told = explain(basis, tokens, dtype, device_type, has_weight)
+            assert (path, b_side) == (told.path, told.b_side)
             dense = path == "factored" and tokens > dense_above
             assert b_side == ("dense" if dense else "packed")
             if device_type == "cpu" or kind in ("hadamard", "dense"):
@@ -166,15 +144,3 @@ def test_auto_is_what_explain_says(basis, tokens, dtype, has_weight):
     arguments = (layer.x, layer.weight, layer.bias, layer.basis, layer.lam, layer.gam, 1.0)
     choice = explain(layer.basis, tokens, dtype, has_weight=has_weight)
     assert torch.equal(linear(*arguments), linear(*arguments, path=choice.path))
-
-
-def test_the_environment_decides_only_where_no_path_is_given(monkeypatch):
-    layer = make_layer(64, 64, 8, 1.0, 5, torch.float32, lead=(2, 3))
-    arguments = (layer.x, layer.weight, layer.bias, layer.basis, layer.lam, layer.gam, 1.0)
-    results = {path: linear(*arguments, path=path) for path in PATHS}
-    for path in PATHS:
-        monkeypatch.setenv("RANDLORA_PATH", path)
-        assert torch.equal(linear(*arguments), results[path])
-    monkeypatch.setenv("RANDLORA_PATH", "delta")
-    assert torch.equal(linear(*arguments, path="factored"), results["factored"])
-    assert not torch.equal(results["factored"], results["delta"])  # the test can tell them apart

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from layer_cases import PATHS, paths_of
+from layer_cases import PATHS, ours, paths_of
 from property_cases import (
     DTYPES,
     assert_all_within,
@@ -16,14 +16,13 @@ from property_cases import (
     bases,
     densities,
     examples,
-    in_place,
     laid_out,
     layers,
     layouts,
     seeds,
 )
 
-from randlora_ext import TernaryBasis, delta_weight, linear, merged_weight, scaled_basis
+from randlora_ext import TernaryBasis, delta_weight, merged_weight, scaled_basis
 from randlora_ext.basis.generated import generate_planes
 from randlora_ext.reference import delta_weight_reference, scaled_basis_reference
 
@@ -38,10 +37,7 @@ def test_linear(layer, path, threads):
         path = "factored"  # merged needs a weight, and loses small changes in 16 bits by design
     if path not in paths_of(layer):
         path = "factored"
-    constants = (layer.weight, layer.bias, layer.basis)
-    results = in_place(
-        lambda x, lam, gam: linear(x, *constants, lam, gam, layer.scaling, path), layer
-    )
+    results = ours(layer, path)
     assert results["y"].dtype == results["dx"].dtype == layer.x.dtype
     assert results["dlam"].dtype == layer.lam.dtype and results["dgam"].dtype == layer.gam.dtype
     assert_all_within(results, layer)

@@ -25,7 +25,6 @@ cpu_only=(
   tests/ops/test_delta_weight.py::test_16_bit_results_are_rounded_once
   tests/ops/test_delta_weight.py::test_raw_operators
   tests/ops/test_merged_weight.py::test_one_rounding_of_the_sum
-  tests/ops/test_merged_weight.py::test_stochastic_rounding_takes_a_neighbour_and_is_reproducible
   'tests/peft/test_peft.py::test_adapters_err_at_most_twice_as_much_as_stock[fp32'
   # The scale multiplies V, so a NaN there reaches connected outputs only.
   tests/ops/test_nonfinite.py::test_scaling
