@@ -86,7 +86,7 @@ def check(kernels: Kernels, budget: Budget, tolerance: int) -> list[str]:
 
 
 def new_budget(kernels: Kernels, old: Budget) -> Budget:
-    """The measured figures. Instructions that the old budget names stay, for the check to refute."""
+    """The measured figures. Instructions that the old budget names stay: the check may refute."""
     return {
         name: {
             "registers": {arch: by_arch[arch].registers for arch in BUDGETED},
