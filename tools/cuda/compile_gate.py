@@ -177,7 +177,7 @@ def compile_one(
 
 
 def measure(
-    nvcc: str, nvdisasm: str, sources: list[Path], archs: list[str], jobs: int
+    nvcc: str, nvdisasm: str, sources: list[Path], archs: list[str]
 ) -> tuple[dict[str, Kernels], dict[str, float]]:
     """Kernels and seconds of compilation by source."""
     kernels: dict[str, Kernels] = {source.name: {} for source in sources}
@@ -191,7 +191,7 @@ def measure(
         found = compile_one(nvcc, nvdisasm, *job, Path(folder))
         return job[0], found, time.monotonic() - started
 
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         jobs_in_order = [(source, group) for source in sources for group in groups.values()]
         for source, by_arch, took in pool.map(one, jobs_in_order):
             seconds[source.name] += took
@@ -224,7 +224,7 @@ def print_table(kernels: dict[str, Kernels], seconds: dict[str, float], budget: 
 
 def control(nvcc: str, nvdisasm: str) -> list[str]:
     """A gate that cannot fail shows nothing: these kernels must."""
-    kernels, _ = measure(nvcc, nvdisasm, [BAD_KERNELS], ["sm_90"], 1)
+    kernels, _ = measure(nvcc, nvdisasm, [BAD_KERNELS], ["sm_90"])
     wrong = "\n".join(check(kernels[BAD_KERNELS.name], {}, 0))
     expected = [
         "spills on sm_90: spills",
@@ -238,7 +238,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sources", nargs="*", help="names of files in csrc/cuda; default: all")
     parser.add_argument("--archs", default=",".join(PTX_OF), help="default: %(default)s")
-    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
     parser.add_argument("--update", action="store_true", help="write budget.json anew")
     args = parser.parse_args()
 
@@ -262,7 +261,7 @@ def main() -> int:
     version = nvcc_version(nvcc)
     try:
         wrong = control(nvcc, nvdisasm)
-        kernels, seconds = measure(nvcc, nvdisasm, sources, archs, args.jobs)
+        kernels, seconds = measure(nvcc, nvdisasm, sources, archs)
     except ToolError as error:
         print(f"compile gate: failed:\n{error}")
         return 1
