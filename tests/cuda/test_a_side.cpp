@@ -36,10 +36,7 @@ struct Side {
         gam(compute, L.gam) {
     device.tf32 = tf32, device.shared_bytes = c.shared, device.multiprocessors = c.multiprocessors;
     device.chunk_bytes = c.chunk_bytes;
-    set_case("density %g multiprocessors %d ", c.density, c.multiprocessors);
-    const std::string begin = where;
-    set_case_of(device, L, basis, dtype, T, tf32, c.skip);
-    where = begin + where;
+    set_case_of(device, L, basis, dtype, T, false, c.skip);
   }
   cuda::ASide side() const { return {basis, lam.get(), gam.get(), dtype, T}; }
 

@@ -29,7 +29,7 @@ class TestDevice : public Device {
   }
   std::string settings() const {
     return "threads " + std::to_string(max_threads) + " shared " + std::to_string(shared_bytes) +
-           " tf32 " + std::to_string(tf32);
+           " multiprocessors " + std::to_string(multiprocessors) + " tf32 " + std::to_string(tf32);
   }
 #define RANDLORA_CALL(name, Operator) \
   void name(const Operator& p) { cuda::name(p, *this); }
