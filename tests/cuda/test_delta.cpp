@@ -1,5 +1,5 @@
-// dW and its adjoint from lists (delta_lists*.cu) and from planes (delta_planes*.cu, delta_codes.cu)
-// against plain sums in double.
+// dW and its adjoint, from lists (delta_lists*.cu) and from planes (delta_planes*.cu,
+// delta_codes.cu), against plain sums in double.
 #include "layer.h"
 #include "test_device.h"
 
@@ -19,7 +19,7 @@ void check(const Layer& L, const Basis& basis, DType dtype, bool transposed, int
 // The setting of each case takes turns, at periods that have nothing in common with those of dtype
 // and orientation.
 void lists() {
-  // r > d; d not divisible by r; n = 1; supports of over 96 and rows of over 32 entries; empty ones.
+  // r > d; d not divisible by r; n = 1; supports of over 96 and rows of over 32 entries; none.
   const Layer layers[] = {
       {1, 1, 1, 1},          {33, 20, 32, 1.0 / 3},       {40, 40, 8, 0.05},
       {70, 33, 8, 0.3, 0.1}, {48, 16, 16, 0.2, 0.3},      {64, 64, 64, 0.1, 0.05},
