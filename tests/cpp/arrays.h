@@ -146,8 +146,8 @@ inline Values sum(Values a, const Values& b) {
   return a;
 }
 
-// out (M, N) = scale * left (M, K) right (K, N); right is (N, K), transposed, where `lines`, and left
-// is (K, M), transposed, where `by_column`.
+// out (M, N) = scale * left (M, K) right (K, N). Where `lines`, right is (N, K); where `by_column`,
+// left is (K, M).
 inline Values product(const Values& left, const Values& right, int64_t M, int64_t N, int64_t K,
                       bool lines, double scale = 1, bool by_column = false) {
   Values out(M * N, 0);

@@ -1,5 +1,5 @@
-// A' and the gradients of lambda and gamma on the card, against plain loops in double; A' bit for bit
-// as the CPU's.
+// A' and the gradients of lambda and gamma on the card, against plain loops in double; A' also bit
+// for bit as the CPU's.
 #include "layer.h"
 #include "test_device.h"
 
