@@ -43,7 +43,7 @@ from randlora_ext import _C, TernaryBasis
 from randlora_ext.ops.ternary import operands
 
 ops = torch.ops.randlora
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MIB = 2**20
 
 
@@ -199,15 +199,15 @@ def measure(args, peaks: Peaks) -> Iterator[dict]:
             for op in [making(size, args.rank)] if hadamard else of_bases(basis):
                 yield {**about, "dtype": "", **row(op, peaks, args.least)}
             tokens = [int(count) for count in args.tokens.split(",")]
-            for dtype in args.dtypes.split(","):
+            for name, dtype in DTYPES.items():
                 if hadamard:
-                    cases = [*of_hadamard(basis, DTYPES[dtype], tokens)]
+                    cases = [*of_hadamard(basis, dtype, tokens)]
                 else:
-                    cases = [*of_weights(basis, DTYPES[dtype])]
+                    cases = [*of_weights(basis, dtype)]
                     for count in tokens:
-                        cases += of_layers(basis, DTYPES[dtype], count)
+                        cases += of_layers(basis, dtype, count)
                 for op in cases:
-                    yield {**about, "dtype": dtype, **row(op, peaks, args.least)}
+                    yield {**about, "dtype": name, **row(op, peaks, args.least)}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -215,7 +215,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sizes", default="1024x1024,4096x4096", help="in x out, comma separated")
     parser.add_argument("--tokens", default="16,1024")
     parser.add_argument("--densities", default="hadamard,1/3,0.07,very_sparse")
-    parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--least", type=float, default=0.3, help="seconds for each operator")
     parser.add_argument("--gemm", default="1024,2048,4096", help="products for the peak")

@@ -112,13 +112,12 @@ def by_density(result: dict):
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", help="the machine's name in the names of the results")
-    parser.add_argument("--results", type=Path, default=ROOT / "results")
     parser.add_argument("--out", type=Path, default=ROOT.parent / "docs" / "figures")
     args = parser.parse_args(arguments)
 
     args.out.mkdir(parents=True, exist_ok=True)
     for name, kind, draw in (("tokens", "layer", by_tokens), ("density", "density", by_density)):
-        path = args.results / f"{kind}-{args.name}.json"
+        path = ROOT / "results" / f"{kind}-{args.name}.json"
         if not path.exists():
             print(f"no {path.name}: bench-{name}.png stays as it is")
             continue

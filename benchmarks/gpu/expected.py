@@ -84,7 +84,7 @@ def hadamard_lines(rates: Ceilings, rows: list[report.Row]) -> list[list[str]]:
     measured = {
         (row["tokens"], row["size"]): f"{row['over_frozen']:.2f}"
         for row in report.latest("hadamard", rows)
-        if row.get("density") == "hadamard" and "over_frozen" in row
+        if row.get("bases") == "hadamard" and "over_frozen" in row
     }
     made = []
     for tokens, n_in, n_out in LAYERS:

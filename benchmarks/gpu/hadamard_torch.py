@@ -32,7 +32,7 @@ LIMIT = {torch.float64: 1e-12, torch.bfloat16: 3e-2}  # of relative errors, in t
 def check(p: Problem) -> None:
     """A row for each method; in float64 one that is wrong ends the program."""
     for name, method in methods(p).items():
-        about = {"method": name, "density": "", "dtype": str(p.dtype), "size": p.size}
+        about = {"method": name, "dtype": str(p.dtype), "size": p.size}
         error = method.error()
         rows.row(**about, error=error)
         if not error < LIMIT[p.dtype]:  # true for NaN, too
@@ -74,7 +74,7 @@ def measure(card: Card, p: Problem) -> None:
     times = card.medians(calls)
     for name, ms in times.items():
         over = ms / times["frozen"]
-        rows.row(method=name, density="", **about, us=ms * 1e3, over_frozen=over)
+        rows.row(method=name, **about, us=ms * 1e3, over_frozen=over)
 
 
 def main(arguments: list[str] | None = None) -> None:

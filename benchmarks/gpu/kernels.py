@@ -17,7 +17,7 @@ from randlora_ext.ops.ternary import operands
 from . import floors, rows
 from .card import Card
 from .floors import Ceilings, Floor
-from .layers import DENSITIES, RANK
+from .layers import BASES, RANK
 
 ops = torch.ops.randlora
 BF16 = torch.bfloat16
@@ -123,12 +123,12 @@ def main() -> None:
     rates = Ceilings(**options.rates) if options.rates else None
     sizes, tokens, rank = ([(64, 72)], [20, 3], 8) if options.dry else (SIZES, TOKENS, RANK)
     for size in sizes[:1] if options.once else sizes:
-        for density in DENSITIES:
-            about = {"size": f"{size[0]}x{size[1]}", "density": density}
+        for bases in BASES:
+            about = {"size": f"{size[0]}x{size[1]}", "bases": bases}
             if rows.seconds_left() < 10:
                 rows.skipped(str(about))
                 continue
-            b = basis_of(density, size, rank)
+            b = basis_of(bases, size, rank)
             try:
                 if b.kind == "hadamard":
                     every = [*of_hadamard(b, card.device, tokens)]

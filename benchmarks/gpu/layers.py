@@ -1,4 +1,4 @@
-"""One layer in bf16, forward and backward, by every method, over sizes, tokens and densities.
+"""One layer in bf16, forward and backward, by every method, over sizes, tokens and bases.
 
 Each of our paths is compared with float64 on the same card first. With --hadamard only what
 `hadamard_torch` asked: the frozen layer, LoRA, Hadamard bases. x needs a gradient, as inside a
@@ -22,12 +22,12 @@ from .card import Card
 
 SIZES = [(4096, 4096), (3072, 3072), (4096, 14336), (4096, 1024)]  # in, out
 TOKENS = [8192, 840, 2048, 16, 1]  # the most telling first: time may run out
-DENSITIES = ["hadamard", "1/3", "0.07", "very_sparse"]
+BASES = ["hadamard", "1/3", "0.07", "very_sparse"]  # a number: independent, of that density
 DENSE = "dense"  # PEFT's default, which nothing packs
 RANK = 32
 LIMIT = 3e-2  # relative error of bf16 results, in the 2-norm
 BF16 = torch.bfloat16
-Key = tuple[str, str]  # a label, and a density if it matters
+Key = tuple[str, str]  # a label, and bases if it has any
 # A label: the method of `make`; then how the factored path multiplies by B.
 OTHERS = {"frozen": "frozen", "PEFT's LoRA": "lora", "PEFT's RandLoRA": "peft"}
 PACKED = "factored, packed B"
@@ -39,7 +39,10 @@ OURS = {
 }
 POSSIBLE = {"hadamard": (PACKED, "merged"), DENSE: ("factored, dense B", "delta", "merged")}
 ALL: list[Key] = [(label, "") for label in OTHERS] + [
-    (label, d) for d in [*DENSITIES, DENSE] for label in OURS if label in POSSIBLE.get(d, OURS)
+    (label, bases)
+    for bases in [*BASES, DENSE]
+    for label in OURS
+    if label in POSSIBLE.get(bases, OURS)
 ]
 HADAMARD: list[Key] = [("frozen", ""), ("PEFT's LoRA", ""), (PACKED, "hadamard")]
 
@@ -49,12 +52,12 @@ def layers(
 ) -> dict[Key, nn.Module]:
     """The methods on one frozen layer; a row names those that cannot be made."""
     base, made = frozen_layer(size, BF16).to(device), {}
-    for label, density in keys:
+    for label, bases in keys:
         method = (OTHERS | OURS)[label].partition(" ")[0]
         try:
-            made[label, density] = make(method, base, rank, density or "1/3").to(device)
+            made[label, bases] = make(method, base, rank, bases or "1/3").to(device)
         except Exception as error:
-            rows.failed(f"{label} {density} {size}", error)
+            rows.failed(f"{label} {bases} {size}", error)
     return made
 
 
@@ -97,7 +100,7 @@ def verify(made: dict[Key, nn.Module], size: str) -> None:
             error = error_of(layer)
             if not error < LIMIT:  # true for NaN, too
                 raise ValueError(f"relative error {error:.1e}")
-            rows.row(method=key[0], density=key[1], size=size, error=error)
+            rows.row(method=key[0], bases=key[1], size=size, error=error)
         except Exception as failure:
             rows.failed(f"verification of {key} {size}", failure)
             del made[key]
@@ -127,7 +130,7 @@ def measure(card: Card, made: dict[Key, nn.Module], size: tuple[int, int], token
     times, without = card.medians(steps), card.medians(forwards)
     for key, ms in times.items():
         chosen = isinstance(made[key], Ours) and is_chosen(key, made[key], tokens)
-        rows.row(method=key[0], density=key[1], **about, step_ms=ms, forward_ms=without[key],
+        rows.row(method=key[0], bases=key[1], **about, step_ms=ms, forward_ms=without[key],
                  over_frozen=ms / times["frozen", ""], eager_ms=eager[key],
                  chosen=chosen)  # fmt: skip
 

@@ -61,14 +61,16 @@ def flat(rows: list[Row], *keys: str) -> str:
 
 
 def by_tokens(rows: list[Row], show: Callable[[Row], str]) -> str:
-    """For each size a table: a line for each method and density, a column for each T."""
+    """For each size a table: a line for each method and its bases, a column for each T."""
     parts = []
     for size in dict.fromkeys(row["size"] for row in rows):
         cells = {
-            (r["method"], r["density"], r["tokens"]): show(r) for r in rows if r["size"] == size
+            (r["method"], r.get("bases", ""), r["tokens"]): show(r)
+            for r in rows
+            if r["size"] == size
         }
         tokens = sorted({key[2] for key in cells})
-        head = [f"{size} (in x out)", "density", *(f"T = {count}" for count in tokens)]
+        head = [f"{size} (in x out)", "bases", *(f"T = {count}" for count in tokens)]
         lines = ([*key, *(cells.get((*key, count)) for count in tokens)]
                  for key in dict.fromkeys(key[:2] for key in cells))  # fmt: skip
         parts.append(table(head, lines))
@@ -97,7 +99,7 @@ def figures(stage: str, rows: list[Row]) -> list[str]:
             by_tokens(timed, lambda row: cell(row["eager_ms"])),
         ]
     if stage == "kernels":
-        keys = ("op", "size", "density", "tokens", "us", "byte_us", "operation_us", "over_floor")
+        keys = ("op", "size", "bases", "tokens", "us", "byte_us", "operation_us", "over_floor")
         return [flat(timed, *keys)]
     return [flat(timed, "method", "tokens_per_s", "step_ms", "peak_bytes", "adapter_bytes")]
 

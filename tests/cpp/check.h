@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdio>
 #include <random>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -12,6 +13,18 @@
 namespace randlora {
 
 inline int failures = 0;
+inline std::string where;  // the case that runs; EXPECT prints it
+
+template <class... Numbers>
+void set_case(const char* format, Numbers... numbers) {
+  char text[256];
+  std::snprintf(text, sizeof text, format, numbers...);
+  where = text;
+}
+inline int finish() {
+  std::printf("%d failures\n", failures);
+  return failures != 0;
+}
 
 #define EXPECT(condition, ...)                                    \
   do {                                                            \
@@ -19,7 +32,7 @@ inline int failures = 0;
       ++::randlora::failures;                                     \
       std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
       std::printf(__VA_ARGS__);                                   \
-      std::printf("\n");                                          \
+      std::printf(" %s\n", ::randlora::where.c_str());            \
     }                                                             \
   } while (0)
 
@@ -36,7 +49,7 @@ double value_of(S x) {
   return x.bits & 0x8000 ? -v : v;
 }
 
-// A random ternary matrix with its packed forms.
+// A random ternary matrix with its packed forms, in memory of exactly their size.
 struct Ternary {
   int64_t rows, cols;
   std::vector<double> dense;
@@ -47,7 +60,8 @@ struct Ternary {
     std::vector<uint16_t> narrow;
     std::vector<uint32_t> wide;
     AnyLists view(bool as_wide) const {
-      return {offset.data(), as_wide ? static_cast<const void*>(wide.data()) : narrow.data()};
+      return {offset.data(), as_wide ? static_cast<const void*>(wide.data()) : narrow.data(),
+              offset.back()};
     }
   } by_row, by_column;
 
@@ -64,8 +78,8 @@ struct Ternary {
       OwnedLists& l = column ? by_column : by_row;
       l.offset.resize(2 * (column ? cols : rows) + 1);
       const int64_t total = count_lists(planes, rows, cols, column, l.offset.data(), rt);
-      l.narrow.resize(total + 1);
-      l.wide.resize(total + 1);
+      l.narrow.resize(total);
+      l.wide.resize(total);
       fill_lists(planes, rows, cols, column, l.offset.data(), false, l.narrow.data(), rt);
       fill_lists(planes, rows, cols, column, l.offset.data(), true, l.wide.data(), rt);
     }

@@ -1,191 +1,10 @@
 // Compares every kernel of the set that RANDLORA_ISA names with plain loops in double: odd shapes,
 // both index widths, every form of B, one thread and three. Exits 77 if the set cannot run.
-#include <cmath>
-#include <cstring>
-#include <stdexcept>
-#include <string>
-
-#include "check.h"
-#include "core/stochastic.h"
-#include "core/ternary_spec.h"
-#include "cpu/dispatch.h"
-#include "thread_runtime.h"
+#include "layer.h"
 
 using namespace randlora;
 
 namespace {
-
-enum class Form { lists, planes };
-
-// The equations of docs/math.md, unscaled bases, one loop each.
-struct Problem {
-  int64_t D, d, r, n, K, T;
-  bool expand;
-  double scale = 0.7;
-  ThreadRuntime setup{1};
-  Ternary A, B;
-  std::vector<double> lam, gam, x, dy, y, dx, dlam, dgam, dW, dA;
-
-  Problem(int64_t in, int64_t out, int64_t rank, int64_t tokens, double density)
-      : D(std::max(in, out)),
-        d(std::min(in, out)),
-        r(rank),
-        n((d + r - 1) / r),
-        K(r * n),
-        T(tokens),
-        expand(d == in),
-        A(r, d, density, 1, setup),
-        B(D, K, density, 2, setup) {
-    std::mt19937 random(3);
-    std::normal_distribution<double> normal;
-    const auto fill = [&](std::vector<double>& v, int64_t count) {
-      v.resize(count);
-      for (double& e : v) e = float(normal(random));  // exact in float
-    };
-    fill(lam, K), fill(gam, n * d), fill(x, T * in), fill(dy, T * out);
-    dA.assign(K * d, 0);
-    for (int64_t c = 0; c < K; ++c)
-      for (int64_t k = 0; k < d; ++k)
-        dA[c * d + k] = lam[c] * A.dense[c / n * d + k] * gam[c % n * d + k];
-    std::vector<double> M(D * d, 0);
-    for (int64_t o = 0; o < D; ++o)
-      for (int64_t c = 0; c < K; ++c)
-        for (int64_t k = 0; k < d; ++k) M[o * d + k] += scale * B.dense[o * K + c] * dA[c * d + k];
-    dW.resize(D * d);  // (out, in)
-    for (int64_t o = 0; o < D; ++o)
-      for (int64_t k = 0; k < d; ++k) dW[expand ? o * d + k : k * D + o] = M[o * d + k];
-    y.assign(T * out, 0), dx.assign(T * in, 0);
-    std::vector<double> G(D * d, 0);  // gradient of dW (out, in)
-    for (int64_t t = 0; t < T; ++t)
-      for (int64_t o = 0; o < out; ++o)
-        for (int64_t k = 0; k < in; ++k) {
-          y[t * out + o] += x[t * in + k] * dW[o * in + k];
-          dx[t * in + k] += dy[t * out + o] * dW[o * in + k];
-          G[o * in + k] += dy[t * out + o] * x[t * in + k];
-        }
-    contract(G);
-  }
-
-  void contract(const std::vector<double>& G) {
-    dlam.assign(K, 0), dgam.assign(n * d, 0);
-    for (int64_t c = 0; c < K; ++c)
-      for (int64_t k = 0; k < d; ++k) {
-        double g = 0;
-        for (int64_t o = 0; o < D; ++o)
-          g += scale * B.dense[o * K + c] * G[expand ? o * d + k : k * D + o];
-        dlam[c] += g * A.dense[c / n * d + k] * gam[c % n * d + k];
-        dgam[c % n * d + k] += g * A.dense[c / n * d + k] * lam[c];
-      }
-  }
-
-  Basis basis(Form form, bool wide) const {
-    Basis b;
-    b.D = D, b.d = d, b.r = r, b.n = n, b.wide = wide;
-    b.a = A.by_row.view(wide);
-    if (form == Form::planes) {
-      b.b_planes = B.planes;
-    } else {
-      b.b_rows = B.by_row.view(wide);
-      b.b_cols = B.by_column.view(wide);
-    }
-    return b;
-  }
-};
-
-template <class C>
-std::vector<C> cast(const std::vector<double>& v) {
-  return std::vector<C>(v.begin(), v.end());
-}
-
-template <class C>
-double relative_error(const std::vector<C>& got, const std::vector<double>& want) {
-  double error = 0, norm = 1e-30;
-  for (size_t i = 0; i < want.size(); ++i) {
-    error += (double(got[i]) - want[i]) * (double(got[i]) - want[i]);
-    norm += want[i] * want[i];
-  }
-  return std::sqrt(error / norm);
-}
-
-template <class C>
-void compare(const char* what, const std::vector<C>& got, const std::vector<double>& want,
-             double tolerance, const Problem& p) {
-  const double error = relative_error(got, want);
-  EXPECT(error < tolerance, "%s: %.2e for D %ld d %ld r %ld T %ld", what, error, long(p.D),
-         long(p.d), long(p.r), long(p.T));
-}
-
-template <class C>
-void run(const Problem& p, Form form, bool wide, int threads) {
-  const DType dtype = sizeof(C) == 8 ? DType::f64 : DType::f32;
-  const double tolerance = sizeof(C) == 8 ? 1e-13 : 1e-5;
-  const Kernels& k = cpu_kernels();
-  ThreadRuntime rt(threads);
-  const Basis b = p.basis(form, wide);
-  const auto lam = cast<C>(p.lam), gam = cast<C>(p.gam), x = cast<C>(p.x), dy = cast<C>(p.dy);
-  std::vector<C> y(p.y.size(), C(NAN)), dx(p.dx.size(), C(NAN)), dlam(p.K, C(NAN)),
-      dgam(p.n * p.d, C(NAN)), dW(p.D * p.d, C(NAN));
-
-  k.linear({b, lam.data(), gam.data(), x.data(), y.data(), dtype, p.T, p.scale, p.expand, false},
-           rt);
-  compare("y", y, p.y, tolerance, p);
-  k.linear_backward({b, lam.data(), gam.data(), x.data(), dy.data(), dx.data(), dtype, p.T, p.scale,
-                     p.expand, false, dlam.data(), dgam.data()},
-                    rt);
-  compare("dx", dx, p.dx, tolerance, p);
-  compare("dlam", dlam, p.dlam, 3 * tolerance, p);
-  compare("dgam", dgam, p.dgam, 3 * tolerance, p);
-
-  k.delta_weight({b, lam.data(), gam.data(), nullptr, dW.data(), dtype, p.scale, !p.expand}, rt);
-  compare("dW", dW, p.dW, tolerance, p);
-  const auto base = dW;
-  k.delta_weight({b, lam.data(), gam.data(), base.data(), dW.data(), dtype, p.scale, !p.expand},
-                 rt);
-  auto twice = p.dW;
-  for (double& v : twice) v *= 2;
-  compare("W + dW", dW, twice, tolerance, p);
-
-  Problem contracted = p;
-  contracted.contract(p.dW);
-  k.delta_weight_backward(
-      {b, lam.data(), gam.data(), base.data(), dtype, p.scale, !p.expand, dlam.data(), dgam.data()},
-      rt);
-  compare("delta dlam", dlam, contracted.dlam, 3 * tolerance, p);
-  compare("delta dgam", dgam, contracted.dgam, 3 * tolerance, p);
-
-  std::vector<C> scaled(p.K * p.d, C(NAN));
-  const auto A = cast<C>(p.A.dense);
-  k.scaled_basis({p.r, p.n, p.d, A.data(), lam.data(), gam.data(), scaled.data(), dtype}, rt);
-  compare("A'", scaled, p.dA, tolerance, p);
-}
-
-double value_of(float x) { return x; }
-double value_of(double x) { return x; }
-
-// Stochastically rounded dW must equal round_stochastic of the same kernel's floats. Uses no base,
-// because compilers decide loop by loop whether to fuse its addition with the scale.
-template <class S>
-void stochastic(const Problem& p, DType dtype) {
-  ThreadRuntime rt(3);
-  const auto lam = cast<float>(p.lam), gam = cast<float>(p.gam);
-  std::vector<float> sum(p.dW.size(), NAN);
-  std::vector<S> got(p.dW.size());
-  DeltaWeight call{p.basis(Form::lists, false),
-                   lam.data(),
-                   gam.data(),
-                   nullptr,
-                   sum.data(),
-                   DType::f32,
-                   p.scale,
-                   !p.expand};
-  cpu_kernels().delta_weight(call, rt);
-  call.out = got.data(), call.dtype = dtype;
-  call.stochastic = true, call.rounding_seed = 0x123456789abcu;
-  cpu_kernels().delta_weight(call, rt);
-  for (size_t e = 0; e < got.size(); ++e)
-    EXPECT(got[e].bits == round_stochastic(sum[e], rounding_word(call.rounding_seed, e), S{}).bits,
-           "element %zu of D %ld d %ld", e, long(p.D), long(p.d));
-}
 
 // base + delta, to nearest and stochastically, in every magnitude of S.
 template <class S>
@@ -275,12 +94,7 @@ void generation() {
 }  // namespace
 
 int main() {
-  try {
-    std::printf("kernels: %s\n", cpu_kernels().isa);
-  } catch (const std::runtime_error& e) {
-    std::printf("skipped: %s\n", e.what());
-    return 77;
-  }
+  if (!kernels_can_run()) return 77;
   known_answers();
   value_rule();
   generation();
@@ -293,19 +107,25 @@ int main() {
   };
   for (const Shape s : {Shape{1, 1, 1, 1}, Shape{40, 40, 8, 33}, Shape{33, 70, 8, 5},
                         Shape{70, 33, 8, 17}, Shape{20, 30, 32, 3}, Shape{130, 65, 7, 40},
-                        Shape{64, 64, 64, 70}, Shape{48, 96, 16, 0}, Shape{96, 600, 32, 150}}) {
-    for (double density : {0.05, 1.0 / 3, 1.0}) {
-      const Problem p(s.in, s.out, s.r, s.T, density);
-      stochastic<bf16>(p, DType::bf16);
-      stochastic<f16>(p, DType::f16);
-      for (Form form : {Form::lists, Form::planes})
-        for (bool wide : {false, true})
-          for (int threads : {1, 3}) {
-            run<double>(p, form, wide, threads);
-            run<float>(p, form, wide, threads);
-          }
+                        Shape{64, 64, 64, 70}, Shape{48, 96, 16, 0}, Shape{96, 600, 32, 150}})
+    for (const double density : {0.05, 1.0 / 3, 1.0}) {
+      const Layer L(std::max(s.in, s.out), std::min(s.in, s.out), s.r, density);
+      const bool expand = L.d == s.in;
+      for (const DType dtype : {DType::bf16, DType::f16}) {
+        CpuKernels kernels(3);
+        check_stochastic(kernels, L, L.basis(Form::lists), dtype, !expand, 0);
+      }
+      for (const Form form : {Form::lists, Form::planes})
+        for (const bool wide : {false, true})
+          for (const int threads : {1, 3})
+            for (const DType dtype : {DType::f64, DType::f32}) {
+              CpuKernels kernels(threads);
+              const Basis basis = L.basis(form, wide);
+              const double bound = tolerance(dtype);
+              check_linear(kernels, L, basis, dtype, s.T, expand, false, 0, bound);
+              check_delta(kernels, L, basis, dtype, !expand, 0, bound, bound);
+              check_scaled_basis(kernels, L, dtype, 0);
+            }
     }
-  }
-  std::printf("%d failures\n", failures);
-  return failures != 0;
+  return finish();
 }

@@ -136,6 +136,5 @@ int main() {
   words();
   all<bf16>();
   all<f16>();
-  std::printf("%d failures\n", failures);
-  return failures != 0;
+  return finish();
 }

@@ -1,12 +1,14 @@
 // The Runtime of the C++ tests: one std::thread per slot, and scratch filled with NaN patterns so
-// that reads of unwritten memory show.
+// that reads of unwritten memory show. And the CPU kernels as the shared checks call them.
 #pragma once
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
-#include "core/runtime.h"
+#include "cpu/dispatch.h"
 
 namespace randlora {
 
@@ -34,5 +36,28 @@ class ThreadRuntime : public Runtime {
   int threads_;
   std::vector<void*> held_;
 };
+
+// The set of kernels that RANDLORA_ISA names.
+struct CpuKernels {
+  static constexpr int64_t kBehind = 64;  // z, w and lambda of Hadamard bases have a vector more
+  ThreadRuntime runtime;
+  explicit CpuKernels(int threads) : runtime(threads) {}
+  std::string settings() const { return "threads " + std::to_string(runtime.threads()); }
+#define RANDLORA_CALL(name, Operator) \
+  void name(const Operator& p) { cpu_kernels().name(p, runtime); }
+  RANDLORA_OPERATORS(RANDLORA_CALL)
+#undef RANDLORA_CALL
+};
+
+// False where the set cannot run: the test exits with 77, which CTest takes for skipped.
+inline bool kernels_can_run() {
+  try {
+    std::printf("kernels: %s\n", cpu_kernels().isa);
+    return true;
+  } catch (const std::runtime_error& e) {
+    std::printf("skipped: %s\n", e.what());
+    return false;
+  }
+}
 
 }  // namespace randlora

@@ -1,7 +1,6 @@
 // Up, down and gradient of the A side against plain sums in double.
-#include "cuda/kernels.h"
-#include "factored.h"
-#include "run_tests.h"
+#include "layer.h"
+#include "test_device.h"
 
 using namespace randlora;
 
@@ -17,148 +16,102 @@ struct Case {
   int64_t chunk_bytes = 64 << 20;
 };
 
-struct Run {
+struct Side {
   const Case& c;
-  DType dtype;
-  bool tf32;
-  Factored f;
-  TestDevice device;
-  double scale = 0.7;
+  const DType dtype, compute;
+  const int64_t T;
+  Layer L;
+  Basis basis;
   Array lam, gam;
-  std::vector<double> scaled;
+  TestDevice device;
 
-  Run(const Case& c_, DType dtype_, bool tf32_)
+  Side(const Case& c_, DType dtype_, bool tf32 = false)
       : c(c_),
         dtype(dtype_),
-        tf32(tf32_),
-        f(1, c.d, c.r, c.density, c.wide),
-        lam(compute_of(dtype), normal_values(f.K, 1)),
-        gam(compute_of(dtype), normal_values(f.n * c.d, 2)),
-        scaled(f.scaled(lam.values(), gam.values())) {
+        compute(compute_of(dtype)),
+        T(c.T),
+        L(1, c.d, c.r, c.density),
+        basis(L.basis(Form::lists, c.wide)),
+        lam(compute, L.lam),
+        gam(compute, L.gam) {
     device.tf32 = tf32, device.shared_bytes = c.shared, device.multiprocessors = c.multiprocessors;
     device.chunk_bytes = c.chunk_bytes;
+    set_case_of(device, L, basis, dtype, T, false, c.skip);
   }
-  cuda::ASide side() const { return {f.basis, lam.get(), gam.get(), dtype, c.T}; }
-  void compare(const char* what, const Array& got, const std::vector<double>& want, double bound) {
-    const double error = relative_error(got.values(), want);
-    EXPECT(error <= bound,
-           "%s: %.2e for dtype %d tf32 %d d %ld r %ld T %ld density %.2f wide %d skip %ld", what,
-           error, int(dtype), tf32, long(c.d), long(c.r), long(c.T), c.density, c.wide,
-           long(c.skip));
+  cuda::ASide side() const { return {basis, lam.get(), gam.get(), dtype, T}; }
+
+  struct Results {
+    Array V, out, dlam, dgam;
+  };
+  Results run(const Array& z, const Array& U) {
+    Results all{Array(dtype, T * L.K, c.skip), Array(dtype, T * L.d, c.skip), Array(compute, L.K),
+                Array(compute, L.n * L.d)};
+    cuda::a_up(side(), z.get(), all.V.get(), L.scale, device);
+    cuda::a_down(side(), U.get(), all.out.get(), L.scale, false, device);
+    cuda::a_grad(side(), U.get(), z.get(), L.scale, all.dlam.get(), all.dgam.get(), device);
+    return all;
   }
 };
 
 void check(const Case& c, DType dtype, bool tf32 = false) {
-  Run run(c, dtype, tf32);
-  const int64_t T = c.T, d = c.d, K = run.f.K, n = run.f.n;
+  Side s(c, dtype, tf32);
+  const int64_t T = c.T, d = c.d, K = s.L.K;
   const double bound = tolerance(dtype, tf32);
-  const Array z(dtype, normal_values(T * d, 3), c.skip), U(dtype, normal_values(T * K, 4), c.skip),
-      start(dtype, normal_values(T * d, 5), c.skip), V(dtype, T * K, c.skip),
-      out(dtype, T * d, c.skip);
-  const auto zs = z.values(), us = U.values();
-
-  cuda::a_up(run.side(), z.get(), V.get(), run.scale, run.device);
-  run.compare("V", V, product(zs, run.scaled, T, K, d, true, run.scale), bound);
-
-  const auto want = product(us, run.scaled, T, d, K, false, run.scale);
-  cuda::a_down(run.side(), U.get(), out.get(), run.scale, false, run.device);
-  run.compare("out", out, want, bound);
-  const auto old = start.values();
-  cuda::a_down(run.side(), U.get(), start.get(), run.scale, true, run.device);
-  run.compare("out + out", start, sum(old, want), bound);
-
-  const auto P = product(us, zs, K, d, T, false, run.scale, true);
-  const auto l = run.lam.values(), g = run.gam.values();
-  std::vector<double> dlam(K, 0.0), dgam(n * d, 0.0);
-  for (int64_t col = 0; col < K; ++col)
-    for (int64_t k = 0; k < d; ++k) {
-      const double AP = run.f.A.dense[col / n * d + k] * P[col * d + k];
-      dlam[col] += AP * g[col % n * d + k];
-      dgam[col % n * d + k] += AP * l[col];
-    }
-  const Array got_dlam(compute_of(dtype), K), got_dgam(compute_of(dtype), n * d);
-  cuda::a_grad(run.side(), U.get(), z.get(), run.scale, got_dlam.get(), got_dgam.get(), run.device);
+  const Array z(dtype, normal(T * d, 3), c.skip), U(dtype, normal(T * K, 4), c.skip),
+      start(dtype, normal(T * d, 5), c.skip);
+  const Values zs = z.values(), us = U.values(), scaled = s.L.scaled(), old = start.values();
+  const auto got = s.run(z, U);
+  compare("V", got.V, product(zs, scaled, T, K, d, true, s.L.scale), bound);
+  const Values want = product(us, scaled, T, d, K, false, s.L.scale);
+  compare("out", got.out, want, bound);
+  cuda::a_down(s.side(), U.get(), start.get(), s.L.scale, true, s.device);
+  compare("out + out", start, sum(old, want), bound);
   // No rounding but of sums: U and z are exact.
-  const double exact = tf32 ? bound : tolerance(compute_of(dtype));
-  run.compare("dlam", got_dlam, dlam, exact);
-  run.compare("dgam", got_dgam, dgam, exact);
+  const double exact = tf32 ? bound : tolerance(s.compute);
+  const auto [dlam, dgam] = s.L.gradients(product(us, zs, K, d, T, false, s.L.scale, true));
+  compare("dlam", got.dlam, dlam, exact);
+  compare("dgam", got.dgam, dgam, exact);
 
   // The same bits with tables that the basis brings along.
-  const AnyLists& a = run.f.basis.a;
+  const AnyLists& a = s.basis.a;
   const Poisoned tables(support_numbers(a.count, c.r, d) * 4);
-  run.f.basis.a_tables = static_cast<const int32_t*>(tables.get());
-  cuda::support_tables(a, c.wide, c.r, d, static_cast<int32_t*>(tables.get()), run.device);
-  const Array V2(dtype, T * K, c.skip), out2(dtype, T * d, c.skip), dlam2(compute_of(dtype), K),
-      dgam2(compute_of(dtype), n * d);
-  cuda::a_up(run.side(), z.get(), V2.get(), run.scale, run.device);
-  cuda::a_down(run.side(), U.get(), out2.get(), run.scale, false, run.device);
-  cuda::a_grad(run.side(), U.get(), z.get(), run.scale, dlam2.get(), dgam2.get(), run.device);
-  EXPECT(V2.raw() == V.raw() && out2.raw() == out.raw() && dlam2.raw() == got_dlam.raw() &&
-             dgam2.raw() == got_dgam.raw(),
-         "tables change results: dtype %d d %ld r %ld T %ld", int(dtype), long(d), long(c.r),
-         long(T));
+  s.basis.a_tables = static_cast<const int32_t*>(tables.get());
+  cuda::support_tables(a, c.wide, c.r, d, static_cast<int32_t*>(tables.get()), s.device);
+  const auto again = s.run(z, U);
+  EXPECT(again.V.raw() == got.V.raw() && again.out.raw() == got.out.raw() &&
+             again.dlam.raw() == got.dlam.raw() && again.dgam.raw() == got.dgam.raw(),
+         "tables change results,");
 }
 
 // NaN and infinity reach the outputs that A connects them to, and no others.
-void not_finite() {
-  for (const DType dtype : kTypes)
-    for (const int64_t T : {3, 40}) {
-      const Case c{45, 4, T, 0.15, false};
-      Run run(c, dtype, false);
-      const int64_t d = c.d, K = run.f.K, n = run.f.n, bad_t = 2, bad_k = 7, bad_c = 2 * n + 1;
-      auto zs = normal_values(T * d, 3), us = normal_values(T * K, 4);
-      zs[bad_t * d + bad_k] = NAN, us[bad_t * K + bad_c] = INFINITY;
-      const Array z(dtype, zs), U(dtype, us), V(dtype, T * K), out(dtype, T * d);
-      const auto connected = [&](int64_t j, int64_t k) { return run.f.A.dense[j * d + k] != 0; };
-
-      cuda::a_up(run.side(), z.get(), V.get(), run.scale, run.device);
-      cuda::a_down(run.side(), U.get(), out.get(), run.scale, false, run.device);
-      const auto v = V.values(), o = out.values();
-      for (int64_t t = 0; t < T; ++t) {
-        for (int64_t col = 0; col < K; ++col)
-          EXPECT(std::isfinite(v[t * K + col]) == !(t == bad_t && connected(col / n, bad_k)),
-                 "V[%ld, %ld] dtype %d T %ld", long(t), long(col), int(dtype), long(T));
-        for (int64_t k = 0; k < d; ++k)
-          EXPECT(std::isfinite(o[t * d + k]) == !(t == bad_t && connected(bad_c / n, k)),
-                 "out[%ld, %ld] dtype %d T %ld", long(t), long(k), int(dtype), long(T));
-      }
-      const Array clean(dtype, normal_values(T * d, 3));
-      const Array dlam(compute_of(dtype), K), dgam(compute_of(dtype), n * d);
-      cuda::a_grad(run.side(), U.get(), clean.get(), run.scale, dlam.get(), dgam.get(), run.device);
-      const auto l = dlam.values(), g = dgam.values();
-      for (int64_t col = 0; col < K; ++col)
-        EXPECT(std::isfinite(l[col]) == (col != bad_c), "dlam[%ld] dtype %d T %ld", long(col),
-               int(dtype), long(T));
-      for (int64_t i = 0; i < n; ++i)
-        for (int64_t k = 0; k < d; ++k)
-          EXPECT(std::isfinite(g[i * d + k]) == !(i == bad_c % n && connected(bad_c / n, k)),
-                 "dgam[%ld, %ld] dtype %d T %ld", long(i), long(k), int(dtype), long(T));
-    }
+void not_finite(DType dtype, int64_t T) {
+  const Case c{45, 4, T, 0.15, false};
+  Side s(c, dtype);
+  const int64_t d = c.d, K = s.L.K, n = s.L.n, bad_t = 2, bad_k = 7, bad_c = 2 * n + 1;
+  Values zs = normal(T * d, 3), us = normal(T * K, 4);
+  const Array clean(dtype, zs);
+  zs[bad_t * d + bad_k] = NAN, us[bad_t * K + bad_c] = INFINITY;
+  const Array z(dtype, zs), U(dtype, us);
+  const auto connected = [&](int64_t j, int64_t k) { return s.L.A.dense[j * d + k] != 0; };
+  const Values V = s.run(z, U).V.values();
+  for (int64_t e = 0; e < T * K; ++e)
+    EXPECT(std::isfinite(V[e]) == !(e / K == bad_t && connected(e % K / n, bad_k)), "V[%ld],",
+           long(e));
+  const auto got = s.run(clean, U);
+  const Values out = got.out.values(), dlam = got.dlam.values(), dgam = got.dgam.values();
+  for (int64_t e = 0; e < T * d; ++e)
+    EXPECT(std::isfinite(out[e]) == !(e / d == bad_t && connected(bad_c / n, e % d)), "out[%ld],",
+           long(e));
+  for (int64_t e = 0; e < K; ++e)
+    EXPECT(std::isfinite(dlam[e]) == (e != bad_c), "dlam[%ld],", long(e));
+  for (int64_t e = 0; e < n * d; ++e)
+    EXPECT(std::isfinite(dgam[e]) == !(e / d == bad_c % n && connected(bad_c / n, e % d)),
+           "dgam[%ld],", long(e));
 }
 
-// The same bits in whatever order blocks and threads run.
-void deterministic() {
+void few() {
   for (const DType dtype : {DType::f32, DType::bf16})
-    for (const int64_t T : {2, 150}) {
-      const Case c{70, 3, T, 0.3, false, 0, 227 << 10, 40};
-      Run run(c, dtype, false);
-      const int64_t K = run.f.K, n = run.f.n;
-      const Array z(dtype, normal_values(T * c.d, 3)), U(dtype, normal_values(T * K, 4));
-      EXPECT(cuda_on_cpu::same_bits_under_all_schedules([&] {
-               const Array V(dtype, T * K), out(dtype, T * c.d), dlam(compute_of(dtype), K),
-                   dgam(compute_of(dtype), n * c.d);
-               cuda::a_up(run.side(), z.get(), V.get(), 1, run.device);
-               cuda::a_down(run.side(), U.get(), out.get(), 1, false, run.device);
-               cuda::a_grad(run.side(), U.get(), z.get(), 1, dlam.get(), dgam.get(), run.device);
-               std::vector<unsigned char> all;
-               for (const Array* a : {&V, &out, &dlam, &dgam}) {
-                 const auto raw = a->raw();
-                 all.insert(all.end(), raw.begin(), raw.end());
-               }
-               return all;
-             }),
-             "schedules change the result: dtype %d T %ld", int(dtype), long(T));
-    }
+    for (const int64_t T : {2, 150}) check({70, 3, T, 0.3, false, 0, 227 << 10, 40}, dtype);
 }
 
 void tests() {
@@ -184,15 +137,14 @@ void tests() {
       {48, 3, 600, 0.3, false, 0, 227 << 10, 50},   // splits of the gradient
       {48, 3, 900, 0.3, true, 0, 227 << 10, 50, 384 * 48 * 2 * 4},  // and z in parts
   };
-  for (const Case& c : cases)
-    for (const DType dtype : kTypes) {
-      check(c, dtype);
-      if (dtype == DType::f32) check(c, dtype, true);
-    }
-  not_finite();
-  deterministic();
+  for (const Case& c : cases) {
+    for (const DType dtype : kTypes) check(c, dtype);
+    check(c, DType::f32, true);
+  }
+  for (const DType dtype : kTypes)
+    for (const int64_t T : {3, 40}) not_finite(dtype, T);
 }
 
 }  // namespace
 
-int main() { return run_tests(tests); }
+int main() { return run_tests(tests, few); }

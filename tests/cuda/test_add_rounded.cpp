@@ -1,10 +1,4 @@
 // add_rounded against the CPU kernel, bit for bit.
-#include <random>
-
-#include "check.h"
-#include "cpu/dispatch.h"
-#include "cuda/kernels.h"
-#include "run_tests.h"
 #include "test_device.h"
 #include "thread_runtime.h"
 
@@ -29,11 +23,9 @@ void run(DType dtype, int64_t count, int64_t skip, int64_t delta_skip, bool stoc
        {static_cast<const void*>(nullptr), static_cast<const void*>(base.get())}) {
     const Array out(dtype, count, skip), want(dtype, count);
     AddRounded call{count, from, delta.as<float>(), out.get(), dtype, stochastic, 0x123456789abcu};
-    TestDevice device;
-    ThreadRuntime rt(1);
-    cuda::add_rounded(call, device);
+    TestDevice().add_rounded(call);
     call.out = want.get();
-    cpu_kernels().add_rounded(call, rt);
+    CpuKernels(1).add_rounded(call);
     EXPECT(out.raw() == want.raw(), "dtype %d count %ld skip %ld, %ld stochastic %d base %d",
            int(dtype), long(count), long(skip), long(delta_skip), stochastic, from != nullptr);
   }

@@ -1,160 +1,19 @@
-// What the tests of the CUDA kernels need: a Device on the CPU, arrays of any dtype whose ends the
-// sanitizers know, and comparison by norm.
+// What the tests of the CUDA kernels need: a Device on the CPU, which also calls the kernels, and a
+// main() that runs a test under every schedule, with results equal to the last bit.
 #pragma once
-#include <cmath>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <vector>
+#include <string>
 
+#include "arrays.h"
 #include "core/device.h"
-#include "core/dtype.h"
+#include "cuda/kernels.h"
 #include "cuda_on_cpu.h"
 
 namespace randlora {
 
-inline double double_of(float x) { return x; }
-inline double double_of(double x) { return x; }
-inline double double_of(bf16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-inline double double_of(f16 x) {
-  _Float16 h;
-  std::memcpy(&h, &x.bits, 2);
-  return static_cast<double>(h);
-}
-
-// To nearest, ties to even.
-inline void store_rounded(double v, float* to) { *to = static_cast<float>(v); }
-inline void store_rounded(double v, double* to) { *to = v; }
-inline void store_rounded(double v, bf16* to) {
-  float f = static_cast<float>(v);
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  to->bits =
-      static_cast<uint16_t>(std::isnan(f) ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-inline void store_rounded(double v, f16* to) {
-  const _Float16 h = static_cast<_Float16>(static_cast<float>(v));
-  std::memcpy(&to->bits, &h, 2);
-}
-
-// f(S*) with the storage type of `dtype`.
-template <class F>
-auto with_storage(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::f64: return f(static_cast<double*>(nullptr));
-    case DType::bf16: return f(static_cast<bf16*>(nullptr));
-    case DType::f16: return f(static_cast<f16*>(nullptr));
-    default: return f(static_cast<float*>(nullptr));
-  }
-}
-
-// The dtype that lambda, gamma and their gradients have.
-inline DType compute_of(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
-
-// Memory of exactly this size, 256-byte aligned (or `shift` bytes past that), all bits set: NaN in
-// every dtype. ASan sees its ends.
-class Poisoned {
- public:
-  explicit Poisoned(int64_t bytes, int64_t shift = 0) : shift_(shift) {
-    const size_t size = static_cast<size_t>(bytes + shift);
-    if (posix_memalign(&memory_, 256, size)) throw std::bad_alloc();
-    std::memset(memory_, 0xff, size);
-  }
-  ~Poisoned() { std::free(memory_); }
-  Poisoned(const Poisoned&) = delete;
-  Poisoned& operator=(const Poisoned&) = delete;
-  void* get() const { return static_cast<char*>(memory_) + shift_; }
-
- private:
-  void* memory_ = nullptr;
-  int64_t shift_;
-};
-
-// Changes with every bit that a test reads out of an Array (run_tests.h).
-constexpr uint64_t kDigestStart = 0xcbf29ce484222325u;
-inline uint64_t digest = kDigestStart;
-inline void add_to_digest(const void* data, int64_t bytes) {
-  const auto* p = static_cast<const unsigned char*>(data);
-  for (int64_t i = 0; i < bytes; ++i) digest = (digest ^ p[i]) * 0x100000001b3u;  // FNV-1a
-}
-
-// An array of `dtype` in "device" memory: poisoned, or holding `values` rounded to dtype.
-// `skip` elements lie before it, to take its 16-byte alignment away.
-class Array {
- public:
-  Array(DType dtype, int64_t count, int64_t skip = 0)
-      : dtype_(dtype),
-        count_(count),
-        memory_(new Poisoned(count * bytes_of(dtype), skip * bytes_of(dtype))) {}
-  Array(DType dtype, const std::vector<double>& values, int64_t skip = 0)
-      : Array(dtype, static_cast<int64_t>(values.size()), skip) {
-    with_storage(dtype, [&](auto* s) {
-      auto* p = static_cast<decltype(s)>(get());
-      for (int64_t i = 0; i < count_; ++i) store_rounded(values[i], p + i);
-    });
-  }
-  void* get() const { return memory_->get(); }
-  template <class T>
-  T* as() const {
-    return static_cast<T*>(get());
-  }
-  int64_t count() const { return count_; }
-  int64_t bytes() const { return count_ * bytes_of(dtype_); }
-  std::vector<double> values() const {
-    add_to_digest(get(), bytes());
-    std::vector<double> v(count_);
-    with_storage(dtype_, [&](auto* s) {
-      const auto* p = static_cast<decltype(s)>(get());
-      for (int64_t i = 0; i < count_; ++i) v[i] = double_of(p[i]);
-    });
-    return v;
-  }
-  std::vector<unsigned char> raw() const {
-    add_to_digest(get(), bytes());
-    const auto* p = static_cast<const unsigned char*>(get());
-    return {p, p + bytes()};
-  }
-
- private:
-  DType dtype_;
-  int64_t count_;
-  std::unique_ptr<Poisoned> memory_;
-};
-
-// What `values` become when stored in dtype.
-inline std::vector<double> rounded(DType dtype, const std::vector<double>& values) {
-  return Array(dtype, values).values();
-}
-
-// |got - want| / |want| in the 2-norm; NaN (which no bound accepts) when an element is.
-inline double relative_error(const std::vector<double>& got, const std::vector<double>& want) {
-  if (got.size() != want.size()) return NAN;
-  double error = 0, norm = 0;
-  for (size_t i = 0; i < want.size(); ++i) {
-    error += (got[i] - want[i]) * (got[i] - want[i]);
-    norm += want[i] * want[i];
-  }
-  return error == 0 ? 0 : std::sqrt(error / norm);
-}
-
-// The bound of the error rule for one rounding of inputs, intermediates and result.
-inline double tolerance(DType dtype, bool tf32 = false) {
-  switch (dtype) {
-    case DType::f64: return 1e-12;
-    case DType::bf16: return 1e-2;
-    case DType::f16: return 2e-3;
-    default: return tf32 ? 2e-3 : 1e-5;
-  }
-}
-
 // Host pointers serve as device pointers.
 class TestDevice : public Device {
  public:
+  static constexpr int64_t kBehind = 0;  // CUDA kernels read no element that is not there
   TestDevice() {
     multiprocessors = 3;
     shared_bytes = 227 << 10;
@@ -168,7 +27,14 @@ class TestDevice : public Device {
   void gemm(const Gemm& g) override {
     with_storage(g.dtype, [&](auto* s) { loops(g, s); });
   }
-  void free_scratch() { held_.clear(); }  // between operators
+  std::string settings() const {
+    return "threads " + std::to_string(max_threads) + " shared " + std::to_string(shared_bytes) +
+           " multiprocessors " + std::to_string(multiprocessors) + " tf32 " + std::to_string(tf32);
+  }
+#define RANDLORA_CALL(name, Operator) \
+  void name(const Operator& p) { cuda::name(p, *this); }
+  RANDLORA_OPERATORS(RANDLORA_CALL)
+#undef RANDLORA_CALL
 
  private:
   template <class S>
@@ -192,5 +58,33 @@ class TestDevice : public Device {
 
   std::vector<std::unique_ptr<Poisoned>> held_;
 };
+
+// The same results in whatever order blocks and threads run.
+inline void under_all_schedules(void (*tests)()) {
+  std::vector<uint64_t> digests;
+  cuda_on_cpu::under_all_schedules([&] {
+    digest = kDigestStart;
+    tests();
+    digests.push_back(digest);
+  });
+  for (const uint64_t d : digests) EXPECT(d == digests[0], "results depend on the schedule");
+}
+
+// Sanitizers take their time: they run the tests under one schedule, which CUDA_ON_CPU_SCHEDULE may
+// choose, and only `few` of them under all.
+inline int run_tests(void (*tests)(), void (*few)() = [] {}) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  const bool one = true;
+#else
+  const bool one = std::getenv("CUDA_ON_CPU_SCHEDULE") != nullptr;
+#endif
+  if (one)
+    under_all_schedules(few), tests();
+  else
+    under_all_schedules(tests);
+  // A change that should not touch results leaves this number alone.
+  std::printf("digest of all results %016llx\n", static_cast<unsigned long long>(digest));
+  return finish();
+}
 
 }  // namespace randlora

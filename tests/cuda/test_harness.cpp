@@ -7,7 +7,6 @@
 #include "cuda/device/element.h"
 #include "cuda/device/launch.h"
 #include "cuda/device/ptx.h"
-#include "run_tests.h"
 #include "test_device.h"
 
 using namespace randlora;

@@ -30,7 +30,7 @@ def test_the_page_shows_what_to_expect(capsys):
 
 def test_what_a_card_measured_goes_into_the_table(tmp_path, capsys):
     rates = {"copy_bytes_per_s": 1.5e12, "bf16_flop_per_s": 399e12, "fp32_flop_per_s": 33e12}
-    about = {"stage": "hadamard", "density": "hadamard", "size": "4096x1024", "tokens": 8192}
+    about = {"stage": "hadamard", "bases": "hadamard", "size": "4096x1024", "tokens": 8192}
     made = [{"stage": "run", **rates}, {"stage": "hadamard", "begins": True},
             {**about, "over_frozen": 1.924}]  # fmt: skip
     (tmp_path / "rows").write_text("\n".join(map(json.dumps, made)))

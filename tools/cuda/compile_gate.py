@@ -4,11 +4,11 @@
     python tools/cuda/compile_gate.py --archs sm_90 a_up.cu # while working on one file
     python tools/cuda/compile_gate.py --update              # writes the budget anew
 
-A kernel fails if it spills or has a stack (on architectures other than sm_80 and sm_90 the budget
-may excuse some bytes); uses more registers or shared memory than its budget on sm_80 or sm_90; is
-not in the budget; is said to have tensor cores or 16-byte stores and has none (HMMA, STG.128); or
-has ATOMS.CAST.SPIN, the lock that a shared float atomicAdd turns into. So does a budget entry
-without a kernel. Kernels that must fail are compiled along (bad_kernels.cu).
+A kernel fails if it spills, has a stack or static shared memory; uses more registers than its
+budget on sm_80 or sm_90; is not in the budget; lacks an instruction that the budget says it has:
+HMMA of tensor cores, STG.128 of 16-byte stores; or has ATOMS.CAST.SPIN, the lock that a shared
+float atomicAdd turns into. So does a budget entry without a kernel. Kernels that must fail are
+compiled along (bad_kernels.cu).
 
 It needs nvcc, nvdisasm (PATH, beside nvcc, or `pip install nvidia-cuda-nvdisasm`) and c++filt.
 Exit status: 0 passed, 1 failed, 77 skipped as there is no nvcc.
@@ -24,7 +24,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 from kernel_usage import ToolError, Usage, add_instructions, parse_ptxas, short_names
@@ -42,52 +41,43 @@ PTX_OF = {
     **dict.fromkeys(("sm_100", "sm_120"), "compute_100"),
 }
 SKIPPED = 77
-# What the budget may say of a kernel, and what it must then have: the field of Usage, and in words.
-SAID = {"tensor_cores": ("hmma", "HMMA"), "wide_stores": ("wide_stores", "16-byte store")}
+INSTRUCTIONS = {"HMMA": "hmma", "STG.128": "wide_stores"}  # and the fields of Usage that count them
 
 
 Kernels = dict[str, dict[str, Usage]]  # name -> architecture -> usage
+Budget = dict[str, dict]  # name -> {"registers": {architecture: number}, "has": [instruction]}
 
 
 # ---- the rules -----------------------------------------------------------------------------------
 
 
-def check(kernels: Kernels, budget: dict, tolerance: int) -> list[str]:
+def check(kernels: Kernels, budget: Budget, tolerance: int) -> list[str]:
     """What is wrong with the kernels of one source, given its part of the budget."""
     wrong = []
     for name, by_arch in kernels.items():
-        for arch, usage in by_arch.items():
-            excused = {} if arch in BUDGETED else budget.get(name, {}).get(arch, {})
-            if usage.spills > excused.get("spills", 0):
-                wrong.append(f"{name} on {arch}: spills {usage.spills} bytes")
-            if usage.stack > excused.get("stack", 0):
-                wrong.append(f"{name} on {arch}: has a stack of {usage.stack} bytes")
-            if usage.spin_locks:
-                wrong.append(f"{name} on {arch}: has ATOMS.CAST.SPIN")
+        allowed = budget.get(name, {"registers": {}, "has": []})
         if name not in budget:
             wrong.append(f"{name}: is not in the budget")
-            continue
         for arch, usage in by_arch.items():
-            for said, (count, what) in SAID.items():
-                if budget[name].get(said) and getattr(usage, count) == 0:
-                    wrong.append(
-                        f"{name} on {arch}: has no {what}, and the budget says "
-                        f"{said.replace('_', ' ')}"
-                    )
-            if arch not in BUDGETED:
-                continue
-            if (allowed := budget[name].get(arch)) is None:
-                wrong.append(f"{name}: the budget does not know {arch}")
-                continue
-            if usage.registers > allowed["registers"] + tolerance:
+            here = f"{name} on {arch}"
+            if usage.spills:
+                wrong.append(f"{here}: spills {usage.spills} bytes")
+            if usage.stack:
+                wrong.append(f"{here}: has a stack of {usage.stack} bytes")
+            if usage.shared:
+                wrong.append(f"{here}: has {usage.shared} bytes of static shared memory")
+            if usage.spin_locks:
+                wrong.append(f"{here}: has ATOMS.CAST.SPIN")
+            for instruction in allowed["has"]:
+                if getattr(usage, INSTRUCTIONS[instruction]) == 0:
+                    wrong.append(f"{here}: has no {instruction}, and the budget says it has")
+            registers = allowed["registers"].get(arch)
+            if registers is None:
+                if arch in BUDGETED and name in budget:
+                    wrong.append(f"{name}: the budget does not know {arch}")
+            elif usage.registers > registers + tolerance:
                 wrong.append(
-                    f"{name} on {arch}: {usage.registers} registers, budget {allowed['registers']}"
-                    f" + {tolerance}"
-                )
-            if usage.shared > allowed["shared"]:
-                wrong.append(
-                    f"{name} on {arch}: {usage.shared} bytes of static shared memory, "
-                    f"budget {allowed['shared']}"
+                    f"{here}: {usage.registers} registers, budget {registers} + {tolerance}"
                 )
     wrong += [
         f"{name}: is in the budget but not in the source" for name in budget if name not in kernels
@@ -95,32 +85,43 @@ def check(kernels: Kernels, budget: dict, tolerance: int) -> list[str]:
     return wrong
 
 
-def new_budget(kernels: Kernels, old: dict) -> dict:
-    """The measured figures. The old budget's entries of SAID, which the check may refute, and
-    its excused spills of other architectures stay."""
-    budget = {}
-    for name, by_arch in sorted(kernels.items()):
-        entry = {k: v for k, v in old.get(name, {}).items() if k.startswith("sm_")}
-        for arch in BUDGETED:
-            numbers = asdict(by_arch[arch])
-            entry[arch] = {k: numbers[k] for k in ("registers", "shared", "stack", "spills")}
-        for said, (count, _) in SAID.items():
-            entry[said] = old.get(name, {}).get(said, False) or all(
-                getattr(usage, count) > 0 for usage in by_arch.values()
-            )
-        budget[name] = entry
+def new_budget(kernels: Kernels, old: Budget) -> Budget:
+    """The measured figures. Instructions that the old budget names stay: the check may refute."""
+    return {
+        name: {
+            "registers": {arch: by_arch[arch].registers for arch in BUDGETED},
+            "has": [
+                instruction
+                for instruction, count in INSTRUCTIONS.items()
+                if instruction in old.get(name, {}).get("has", [])
+                or all(getattr(usage, count) > 0 for usage in by_arch.values())
+            ],
+        }
+        for name, by_arch in kernels.items()
+    }
+
+
+# In the file, kernels of a source with equal figures share a line.
+def load(text: str) -> dict:
+    budget = json.loads(text)
+    for source, lines in budget["sources"].items():
+        budget["sources"][source] = {name: line for line in lines for name in line.pop("kernels")}
     return budget
 
 
 def dump(budget: dict) -> str:
-    """JSON with one kernel a line, so that a diff shows what changed."""
-    lines = ["{", f'  "nvcc": {json.dumps(budget["nvcc"])},']
-    lines += [f'  "register_tolerance": {budget["register_tolerance"]},', '  "sources": {']
     sources = []
     for source, kernels in sorted(budget["sources"].items()):
-        entries = [f"      {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(kernels.items())]
-        sources.append(f"    {json.dumps(source)}: {{\n" + ",\n".join(entries) + "\n    }")
-    return "\n".join([*lines, ",\n".join(sources), "  }", "}"]) + "\n"
+        groups: dict[str, list[str]] = {}
+        for name, figures in sorted(kernels.items()):
+            groups.setdefault(json.dumps(figures), []).append(name)
+        lines = [
+            f"      {json.dumps({**json.loads(figures), 'kernels': names})}"
+            for figures, names in groups.items()
+        ]
+        sources.append(f"    {json.dumps(source)}: [\n" + ",\n".join(lines) + "\n    ]")
+    head = [f'  "{key}": {json.dumps(budget[key])},' for key in ("nvcc", "register_tolerance")]
+    return "\n".join(["{", *head, '  "sources": {', ",\n".join(sources), "  }", "}"]) + "\n"
 
 
 # ---- running the tools ---------------------------------------------------------------------------
@@ -176,7 +177,7 @@ def compile_one(
 
 
 def measure(
-    nvcc: str, nvdisasm: str, sources: list[Path], archs: list[str], jobs: int
+    nvcc: str, nvdisasm: str, sources: list[Path], archs: list[str]
 ) -> tuple[dict[str, Kernels], dict[str, float]]:
     """Kernels and seconds of compilation by source."""
     kernels: dict[str, Kernels] = {source.name: {} for source in sources}
@@ -190,7 +191,7 @@ def measure(
         found = compile_one(nvcc, nvdisasm, *job, Path(folder))
         return job[0], found, time.monotonic() - started
 
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         jobs_in_order = [(source, group) for source in sources for group in groups.values()]
         for source, by_arch, took in pool.map(one, jobs_in_order):
             seconds[source.name] += took
@@ -211,22 +212,19 @@ def print_table(kernels: dict[str, Kernels], seconds: dict[str, float], budget: 
         print(f"\n{source}: {len(found)} kernels, compiled in {seconds[source]:.0f} s")
         archs = list(next(iter(found.values()))) if found else []
         if archs:
-            print(f"  {'':64}" + "".join(f"{arch:>9}" for arch in archs) + "   shared  HMMA")
+            print(f"  {'':64}" + "".join(f"{arch:>9}" for arch in archs) + "  HMMA")
         for name, by_arch in sorted(found.items()):
             cells = ""
             for arch, usage in by_arch.items():
-                allowed = budget.get(source, {}).get(name, {}).get(arch)
-                cell = (
-                    f"{usage.registers}/{allowed['registers']}" if allowed else str(usage.registers)
-                )
+                allowed = budget.get(source, {}).get(name, {"registers": {}})["registers"]
+                cell = f"{usage.registers}/{allowed[arch]}" if arch in allowed else usage.registers
                 cells += f"{cell:>9}"
-            last = by_arch[archs[-1]]
-            print(f"  {name:64}{cells}{last.shared:9}{last.hmma:6}")
+            print(f"  {name:64}{cells}{by_arch[archs[-1]].hmma:6}")
 
 
 def control(nvcc: str, nvdisasm: str) -> list[str]:
     """A gate that cannot fail shows nothing: these kernels must."""
-    kernels, _ = measure(nvcc, nvdisasm, [BAD_KERNELS], ["sm_90"], 1)
+    kernels, _ = measure(nvcc, nvdisasm, [BAD_KERNELS], ["sm_90"])
     wrong = "\n".join(check(kernels[BAD_KERNELS.name], {}, 0))
     expected = [
         "spills on sm_90: spills",
@@ -240,7 +238,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sources", nargs="*", help="names of files in csrc/cuda; default: all")
     parser.add_argument("--archs", default=",".join(PTX_OF), help="default: %(default)s")
-    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
     parser.add_argument("--update", action="store_true", help="write budget.json anew")
     args = parser.parse_args()
 
@@ -260,12 +257,11 @@ def main() -> int:
         parser.error(f"csrc/cuda has no such files: {' '.join(args.sources)}")
 
     started = time.monotonic()
-    budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
-    budget = {"nvcc": "", "register_tolerance": 8, "sources": {}, **budget}
+    budget = load(BUDGET.read_text())
     version = nvcc_version(nvcc)
     try:
         wrong = control(nvcc, nvdisasm)
-        kernels, seconds = measure(nvcc, nvdisasm, sources, archs, args.jobs)
+        kernels, seconds = measure(nvcc, nvdisasm, sources, archs)
     except ToolError as error:
         print(f"compile gate: failed:\n{error}")
         return 1

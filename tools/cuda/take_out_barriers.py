@@ -22,11 +22,9 @@ BUILD = ROOT / "build-tsan"
 WAIT = re.compile(r"^\s*(__syncthreads\(\)|__syncwarp\(\)|cp_async_wait<.*>\(\));", re.MULTILINE)
 TESTS = {  # test_NAME.cpp of the execution gate, and the kernels that it runs
     "a_side": ("a_*.cu", "panels.cu"),
-    "b_lists": ("b_lists.cu",),
-    "b_planes": ("b_planes.cu",),
+    "b_side": ("b_lists.cu", "b_planes.cu"),
     "basis_gpu": ("fill_planes.cu", "lists.cu", "dense.cu"),
-    "delta_lists": ("delta_lists*.cu",),
-    "delta_planes": ("delta_planes*.cu", "delta_codes.cu"),
+    "delta": ("delta_lists*.cu", "delta_planes*.cu", "delta_codes.cu"),
     "hadamard": ("hadamard_*.cu",),
     "scaled_basis": ("scaled_basis.cu",),
 }

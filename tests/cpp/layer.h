@@ -1,0 +1,208 @@
+// A layer on ternary bases with the equations of docs/math.md as loops in double, and the checks of
+// operators that the tests of the CPU and the CUDA kernels share.
+#pragma once
+#include "arrays.h"
+#include "core/stochastic.h"
+#include "thread_runtime.h"
+
+namespace randlora {
+
+enum class Form { lists, planes };
+
+struct Layer {
+  int64_t D, d, r, n, K;
+  double scale = 0.7;
+  Ternary A, B;
+  Values lam, gam;
+
+  Layer(int64_t D_, int64_t d_, int64_t r_, double density_A, double density_B)
+      : Layer(D_, d_, r_, density_A, density_B, ThreadRuntime(1)) {}
+  Layer(int64_t D_, int64_t d_, int64_t r_, double density) : Layer(D_, d_, r_, density, density) {}
+
+  Basis basis(Form form, bool wide = false) const {
+    Basis b;
+    b.D = D, b.d = d, b.r = r, b.n = n, b.wide = wide;
+    b.a = A.by_row.view(wide);
+    if (form == Form::planes)
+      b.b_planes = B.planes;
+    else
+      b.b_rows = B.by_row.view(wide), b.b_cols = B.by_column.view(wide);
+    return b;
+  }
+  // A' (K, d)
+  Values scaled() const {
+    Values S(K * d);
+    for (int64_t c = 0; c < K; ++c)
+      for (int64_t k = 0; k < d; ++k)
+        S[c * d + k] = lam[c] * A.dense[c / n * d + k] * gam[c % n * d + k];
+    return S;
+  }
+  // dW (D, d), or (d, D)
+  Values delta(bool transposed) const {
+    return transposed ? product(scaled(), B.dense, d, D, K, true, scale, true)
+                      : product(B.dense, scaled(), D, d, K, false, scale);
+  }
+  // dlam and dgam from AP = A * P, P (K, d)
+  std::pair<Values, Values> gradients(const Values& P) const {
+    Values dlam(K, 0.0), dgam(n * d, 0.0);
+    for (int64_t c = 0; c < K; ++c)
+      for (int64_t k = 0; k < d; ++k) {
+        const double AP = A.dense[c / n * d + k] * P[c * d + k];
+        dlam[c] += AP * gam[c % n * d + k];
+        dgam[c % n * d + k] += AP * lam[c];
+      }
+    return {dlam, dgam};
+  }
+  // the same from the gradient of dW
+  std::pair<Values, Values> contract(const Values& G, bool transposed) const {
+    return gradients(product(B.dense, G, K, d, D, transposed, scale, true));
+  }
+
+ private:
+  Layer(int64_t D_, int64_t d_, int64_t r_, double density_A, double density_B, ThreadRuntime&& rt)
+      : D(D_),
+        d(d_),
+        r(r_),
+        n((d + r - 1) / r),
+        K(r * n),
+        A(r, d, density_A, unsigned(d + r), rt),
+        B(D, K, density_B, unsigned(D + r), rt),
+        lam(normal(K, 1)),
+        gam(normal(n * d, 2)) {}
+};
+
+template <class Kernels>
+void set_case_of(const Kernels& kernels, const Layer& L, const Basis& basis, DType dtype, int64_t T,
+                 bool turned, int64_t skip) {
+  set_case("D %ld d %ld r %ld T %ld planes %d dense %d wide %d dtype %d turned %d skip %ld %s",
+           long(L.D), long(L.d), long(L.r), long(T), basis.has_planes(), basis.b_dense != nullptr,
+           basis.wide, int(dtype), turned, long(skip), kernels.settings().c_str());
+}
+
+// y, dx, dlam and dgam, also where only some of them are wanted.
+template <class Kernels>
+void check_linear(Kernels& kernels, const Layer& L, const Basis& basis, DType dtype, int64_t T,
+                  bool expand, bool accumulate, int64_t skip, double bound) {
+  set_case_of(kernels, L, basis, dtype, T, !expand, skip);
+  const int64_t in = expand ? L.d : L.D, out = expand ? L.D : L.d;
+  const DType compute = compute_of(dtype);
+  const Array lam(compute, L.lam), gam(compute, L.gam);
+  const Array x(dtype, normal(T * in, 3), skip), dy(dtype, normal(T * out, 4), skip);
+  const auto begun = [&](int64_t count, unsigned seed) {
+    return accumulate ? Array(dtype, normal(count, seed), skip) : Array(dtype, count, skip);
+  };
+  const Array y = begun(T * out, 5), dx = begun(T * in, 6), dx_alone = begun(T * in, 6);
+  const Array dlam(compute, L.K), dgam(compute, L.n * L.d);
+  const Array dlam_alone(compute, L.K), dgam_alone(compute, L.n * L.d);
+
+  const Values xs = x.values(), dys = dy.values(), dW = L.delta(!expand);
+  Values want_y = product(xs, dW, T, out, in, true), want_dx = product(dys, dW, T, in, out, false);
+  if (accumulate) want_y = sum(want_y, y.values()), want_dx = sum(want_dx, dx.values());
+  const auto [want_dlam, want_dgam] =
+      L.contract(product(dys, xs, out, in, T, false, 1, true), !expand);
+
+  kernels.linear(
+      {basis, lam.get(), gam.get(), x.get(), y.get(), dtype, T, L.scale, expand, accumulate});
+  LinearBackward back{basis, lam.get(), gam.get(), x.get(),    dy.get(),   dx.get(),  dtype,
+                      T,     L.scale,   expand,    accumulate, dlam.get(), dgam.get()};
+  kernels.linear_backward(back);
+  compare("y", y, want_y, bound);
+  compare("dx", dx, want_dx, bound);
+  compare("dlam", dlam, want_dlam, bound);
+  compare("dgam", dgam, want_dgam, bound);
+  back.dx = nullptr, back.dlam = dlam_alone.get(), back.dgam = dgam_alone.get();
+  kernels.linear_backward(back);
+  back.dx = dx_alone.get(), back.dlam = back.dgam = nullptr;
+  kernels.linear_backward(back);
+  EXPECT(dx_alone.raw() == dx.raw() && dlam_alone.raw() == dlam.raw() &&
+             dgam_alone.raw() == dgam.raw(),
+         "what is not wanted changes what is,");
+}
+
+// dW, W + dW, the same in place, and the adjoint.
+template <class Kernels>
+void check_delta(Kernels& kernels, const Layer& L, const Basis& basis, DType dtype, bool transposed,
+                 int64_t skip, double bound, double gradient_bound) {
+  set_case_of(kernels, L, basis, dtype, 0, transposed, skip);
+  const int64_t size = L.D * L.d;
+  const DType compute = compute_of(dtype);
+  const Array lam(compute, L.lam), gam(compute, L.gam), base(dtype, normal(size, 5), skip),
+      out(dtype, size, skip), merged(dtype, size, skip), dlam(compute, L.K),
+      dgam(compute, L.n * L.d);
+  const Values W = base.values(), dW = L.delta(transposed);
+  DeltaWeight call{basis, lam.get(), gam.get(), nullptr, out.get(), dtype, L.scale, transposed};
+  kernels.delta_weight(call);
+  compare("dW", out, dW, bound);
+  call.base = base.get(), call.out = merged.get();
+  kernels.delta_weight(call);
+  compare("W + dW", merged, sum(W, dW), bound);
+  std::memcpy(out.get(), base.get(), base.bytes());
+  call.base = call.out = out.get();
+  kernels.delta_weight(call);
+  EXPECT(out.raw() == merged.raw(), "in place,");
+
+  // Gradients are computed from what dtype holds, and come in the compute type.
+  kernels.delta_weight_backward({basis, lam.get(), gam.get(), base.get(), dtype, L.scale,
+                                 transposed, dlam.get(), dgam.get()});
+  const auto [want_dlam, want_dgam] = L.contract(W, transposed);
+  compare("dlam of dW", dlam, want_dlam, gradient_bound);
+  compare("dgam of dW", dgam, want_dgam, gradient_bound);
+}
+
+// Elements of out against sums that are exact in float, rounded as core/stochastic.h says with seed
+// 99. Nothing is rounded but in 16 bits.
+inline void compare_stochastic(const Array& out, DType dtype, const Values& sums) {
+  with_storage(dtype, [&](auto* s) {
+    using S = std::remove_pointer_t<decltype(s)>;
+    const Values got = out.values();
+    for (size_t e = 0; e < sums.size(); ++e) {
+      double want = sums[e];
+      if constexpr (sizeof(S) == 2)
+        want = double_of(round_stochastic(float(sums[e]), rounding_word(99, e), S{}));
+      else
+        want = float(want);
+      EXPECT(got[e] == want, "stochastic [%zu],", e);
+    }
+  });
+}
+
+// lambda, gamma and scale are powers of two, so that the sums are exact.
+template <class Kernels>
+void check_stochastic(Kernels& kernels, Layer L, const Basis& basis, DType dtype, bool transposed,
+                      int64_t skip) {
+  set_case_of(kernels, L, basis, dtype, 0, transposed, skip);
+  for (double& v : L.lam) v = v > 0 ? 0.5 : -2;
+  for (double& v : L.gam) v = v > 0 ? 1 : 0.25;
+  L.scale = 1.0 / 1024;
+  const int64_t size = L.D * L.d;
+  const Array lam(DType::f32, L.lam), gam(DType::f32, L.gam), base(dtype, normal(size, 5), skip),
+      out(dtype, size, skip);
+  for (const bool with_base : {false, true}) {
+    kernels.delta_weight({basis, lam.get(), gam.get(), with_base ? base.get() : nullptr, out.get(),
+                          dtype, L.scale, transposed, true, 99});
+    const Values dW = L.delta(transposed);
+    compare_stochastic(out, dtype, with_base ? sum(dW, base.values()) : dW);
+  }
+}
+
+// A', which it returns, and its gradients; every matrix `skip` elements off alignment. A is dense.
+template <class Kernels>
+Array check_scaled_basis(Kernels& kernels, Layer L, DType dtype, int64_t skip) {
+  for (double& a : L.A.dense) a *= 1.75;
+  set_case_of(kernels, L, L.basis(Form::lists), dtype, 0, false, skip);
+  const DType compute = compute_of(dtype);
+  const Array A(compute, L.A.dense, skip), lam(compute, L.lam, skip), gam(compute, L.gam, skip),
+      grad(dtype, normal(L.K * L.d, 3), skip), dlam(compute, L.K, skip),
+      dgam(compute, L.n * L.d, skip);
+  Array out(dtype, L.K * L.d, skip);
+  kernels.scaled_basis({L.r, L.n, L.d, A.get(), lam.get(), gam.get(), out.get(), dtype});
+  compare("A'", out, L.scaled(), tolerance(dtype));
+  kernels.scaled_basis_backward(
+      {L.r, L.n, L.d, A.get(), lam.get(), gam.get(), grad.get(), dlam.get(), dgam.get(), dtype});
+  const auto [want_dlam, want_dgam] = L.gradients(grad.values());
+  compare("dlam of A'", dlam, want_dlam, tolerance(compute));
+  compare("dgam of A'", dgam, want_dgam, tolerance(compute));
+  return out;
+}
+
+}  // namespace randlora

@@ -1,0 +1,111 @@
+// The products with B, as lists (b_lists.cu) and as planes (b_planes.cu), against plain sums in
+// double.
+#include "layer.h"
+#include "test_device.h"
+
+using namespace randlora;
+
+namespace {
+
+struct Case {
+  Form form;
+  int64_t D, d, r, T;
+  double density;
+  bool wide = false;
+  int64_t skip = 0;            // elements that take the alignment of every matrix away
+  int multiprocessors = 3;     // many of them: blocks share the contraction of a tile
+  int64_t shared = 227 << 10;  // of a block
+};
+
+void up(Form form, const cuda::BSide& p, const Array& V, const Array& y, double scale,
+        bool accumulate, TestDevice& device) {
+  (form == Form::lists ? cuda::b_up_lists : cuda::b_up_planes)(p, V.get(), y.get(), scale,
+                                                               accumulate, device);
+}
+void down(Form form, const cuda::BSide& p, const Array& x, const Array& U, TestDevice& device) {
+  (form == Form::lists ? cuda::b_down_lists : cuda::b_down_planes)(p, x.get(), U.get(), device);
+}
+
+void check(const Case& c, DType dtype, bool tf32 = false) {
+  const Layer L(c.D, c.d, c.r, c.density);
+  const Basis basis = L.basis(c.form, c.wide);
+  const int64_t T = c.T, D = c.D, K = L.K;
+  TestDevice device;
+  device.tf32 = tf32, device.shared_bytes = c.shared, device.multiprocessors = c.multiprocessors;
+  set_case_of(device, L, basis, dtype, T, false, c.skip);
+  const double bound = tolerance(dtype, tf32);
+  const Array V(dtype, normal(T * K, 3), c.skip), x(dtype, normal(T * D, 4), c.skip),
+      start(dtype, normal(T * D, 5), c.skip), y(dtype, T * D, c.skip), U(dtype, T * K, c.skip);
+  const cuda::BSide side{basis, dtype, T};
+  const Values want = product(V.values(), L.B.dense, T, D, K, true, L.scale), old = start.values();
+  up(c.form, side, V, y, L.scale, false, device);
+  compare("y", y, want, bound);
+  up(c.form, side, V, start, L.scale, true, device);
+  compare("y + y", start, sum(old, want), bound);
+  down(c.form, side, x, U, device);
+  compare("U", U, product(x.values(), L.B.dense, T, K, D, false), bound);
+}
+
+// An infinity spoils its own token and no other: what B connects it to, and through tensor cores,
+// which multiply it by zeros too, all of the token.
+void not_finite(Form form, DType dtype, int64_t T) {
+  const Layer L(70, 66, 6, form == Form::lists ? 0.15 : 1.0 / 3);
+  const int64_t bad = 5;
+  const bool all = form == Form::planes && bytes_of(dtype) == 2;
+  Values values = normal(T * L.K, 3);
+  values[(T - 1) * L.K + bad] = INFINITY;
+  const Array V(dtype, values), y(dtype, T * L.D);
+  const Basis basis = L.basis(form);
+  TestDevice device;
+  set_case_of(device, L, basis, dtype, T, false, 0);
+  up(form, {basis, dtype, T}, V, y, 1, false, device);
+  const Values got = y.values();
+  for (int64_t e = 0; e < T * L.D; ++e) {
+    const bool reached = e / L.D == T - 1 && (all || L.B.dense[e % L.D * L.K + bad] != 0);
+    EXPECT(std::isfinite(got[e]) == !reached, "y[%ld],", long(e));
+  }
+}
+
+void few() {
+  for (const int64_t T : {1, 5, 37}) check({Form::lists, 130, 70, 8, T, 0.2}, DType::bf16);
+}
+
+void tests() {
+  const Form lists = Form::lists, planes = Form::planes;
+  const double third = 1.0 / 3;
+  const Case cases[] = {
+      // form, D, d, r, T, density, wide, skip, multiprocessors, shared
+      {lists, 1, 1, 1, 1, 1.0},                                // everything is one
+      {lists, 70, 33, 8, 1, third, true},                      // one token
+      {lists, 40, 40, 8, 0, third},                            // no tokens
+      {lists, 33, 20, 32, 5, 0.05},                            // r > d; empty lines
+      {lists, 64, 64, 64, 17, third, true},                    // n = 1
+      {lists, 40, 30, 4, 9, 0.0},                              // B is zero
+      {lists, 300, 130, 7, 33, 1.0},                           // longer than what is fetched ahead
+      {lists, 300, 130, 7, 8, third, false, 1},                // unaligned
+      {lists, 130, 130, 1, 130, 0.05, false, 3},               // many tiles
+      {lists, 530, 100, 8, 40, 0.05, false, 0, 20, 99 << 10},  // ranges of lines
+      {lists, 300, 100, 8, 40, 0.1, false, 0, 3, 6 << 10},     // no room for 16 tokens,
+      {lists, 300, 100, 8, 40, 0.1, true, 0, 40, 3 << 10},     // nor for 8: panels
+      {lists, 300, 100, 8, 40, 0.1, false, 0, 40, 3 << 10},
+      {planes, 1, 1, 1, 1, 1.0},
+      {planes, 64, 64, 8, 17, third, false, 0, 1},
+      {planes, 33, 20, 7, 5, 0.05, false, 1},
+      {planes, 130, 65, 16, 33, third, false, 0, 60},
+      {planes, 48, 16, 32, 130, 1.0, false, 0, 1},
+      {planes, 300, 96, 4, 16, third, false, 0, 100},
+      {planes, 200, 136, 136, 70, 0.05, false, 1, 1},
+      {planes, 260, 130, 2, 130, third, false, 0, 1},
+      {planes, 40, 40, 8, 0, 1.0}};
+  for (const Case& c : cases) {
+    for (const DType dtype : kTypes) check(c, dtype);
+    if (c.form == planes) check(c, DType::f32, true);
+  }
+  for (const Form form : {lists, planes})
+    for (const DType dtype : kTypes)
+      for (const int64_t T : {1, 3, 21}) not_finite(form, dtype, T);
+}
+
+}  // namespace
+
+int main() { return run_tests(tests, few); }

@@ -1,0 +1,132 @@
+// dW and its adjoint, from lists (delta_lists*.cu) and from planes (delta_planes*.cu,
+// delta_codes.cu), against plain sums in double.
+#include "layer.h"
+#include "test_device.h"
+
+using namespace randlora;
+
+namespace {
+
+void check(const Layer& L, const Basis& basis, DType dtype, bool transposed, int64_t skip,
+           TestDevice& device) {
+  const DType sums = device.tf32 ? dtype : compute_of(dtype);  // 16-bit gradients widen exactly
+  check_delta(device, L, basis, dtype, transposed, skip, tolerance(dtype, device.tf32),
+              tolerance(sums, device.tf32));
+  if (!device.tf32 && dtype != DType::f64)
+    check_stochastic(device, L, basis, dtype, transposed, skip);
+}
+
+// The setting of each case takes turns, at periods that have nothing in common with those of dtype
+// and orientation.
+void lists() {
+  // r > d; d not divisible by r; n = 1; supports of over 96 and rows of over 32 entries; none.
+  const Layer layers[] = {
+      {1, 1, 1, 1},          {33, 20, 32, 1.0 / 3},       {40, 40, 8, 0.05},
+      {70, 33, 8, 0.3, 0.1}, {48, 16, 16, 0.2, 0.3},      {64, 64, 64, 0.1, 0.05},
+      {260, 130, 4, 1, 0.3}, {300, 136, 33, 0.05},        {65, 65, 7, 0, 0.1},
+      {65, 65, 7, 0.1, 0},   {600, 96, 32, 1.0 / 3, 0.05}};
+  int number = 0;
+  for (const Layer& L : layers)
+    for (const DType dtype : kTypes)
+      for (const bool transposed : {false, true}) {
+        ++number;
+        TestDevice device;
+        device.shared_bytes = number % 3 ? 227 << 10 : 6 << 10;
+        device.max_threads = number % 5 == 0 ? 64 : number % 11 == 0 ? 32 : 128;
+        check(L, L.basis(Form::lists, number % 7 < 3), dtype, transposed, number % 9 < 4, device);
+      }
+}
+
+void planes() {
+  struct Case {
+    int64_t D, d, r;
+    double density;
+    int64_t skip = 0;
+    bool wide = false;
+  };
+  for (const Case& c : {Case{1, 1, 1, 1.0},
+                        {40, 40, 8, 1.0 / 3},
+                        {70, 33, 7, 0.05, 1},
+                        {48, 20, 32, 1.0},
+                        {160, 140, 2, 1.0 / 3, 0, true},
+                        {264, 136, 6, 1.0 / 3},
+                        {130, 65, 16, 0.05, 1, true}}) {
+    Layer L(c.D, c.d, c.r, c.density);
+    // As they are in training: products of lambda and gamma are far below float16's range.
+    for (double& v : L.lam) v = float(v * 1e-4);
+    for (double& v : L.gam) v = float(v * 1e-3);
+    L.scale = 0.7e7;
+    for (const bool transposed : {false, true})
+      for (const bool tf32 : {false, true})
+        for (const DType dtype : kTypes) {
+          TestDevice device;
+          device.tf32 = tf32;
+          if (!tf32 || dtype == DType::f32)
+            check(L, L.basis(Form::planes, c.wide), dtype, transposed, c.skip, device);
+        }
+  }
+}
+
+// A NaN reaches what A and B connect it to, and nothing else; tensor cores, which take 16 bits, do
+// not skip the zeros of B.
+void not_finite(Form form, DType dtype) {
+  Layer L(140, 40, 8, 1.0 / 3);
+  const int64_t D = L.D, d = L.d, K = L.K, n = L.n, i = 2, k = 7, row = 5;
+  const bool all = form == Form::planes && bytes_of(dtype) == 2;
+  const DType compute = compute_of(dtype);
+  const Basis basis = L.basis(form);
+  const auto a = [&](int64_t j) { return L.A.dense[j * d + k] != 0; };
+  const auto b = [&](int64_t o, int64_t c) { return all || L.B.dense[o * K + c] != 0; };
+  TestDevice device;
+  set_case_of(device, L, basis, dtype, 0, false, 0);
+  const Array lam(compute, L.lam), clean(compute, L.gam), ones(dtype, Values(D * d, 1)),
+      out(dtype, D * d), dlam(compute, K), dgam(compute, n * d);
+  L.gam[i * d + k] = NAN;
+  const Array gam(compute, L.gam);
+
+  cuda::delta_weight({basis, lam.get(), gam.get(), nullptr, out.get(), dtype, 1, false}, device);
+  const Values dW = out.values();
+  for (int64_t e = 0; e < D * d; ++e) {
+    bool reached = false;
+    for (int64_t j = 0; j < L.r; ++j) reached |= e % d == k && a(j) && b(e / d, j * n + i);
+    EXPECT(std::isnan(dW[e]) == reached, "dW[%ld] of a NaN in gamma,", long(e));
+  }
+  // Zeros of A are skipped, so dlam[j, i] is NaN where A[j, k] is not zero.
+  cuda::delta_weight_backward(
+      {basis, lam.get(), gam.get(), ones.get(), dtype, 1, false, dlam.get(), dgam.get()}, device);
+  Values got = dlam.values();
+  for (int64_t c = 0; c < K; ++c)
+    EXPECT(std::isnan(got[c]) == (c % n == i && a(c / n)), "dlam[%ld] of gamma's NaN,", long(c));
+  for (const double v : dgam.values()) EXPECT(std::isfinite(v), "dgam of a NaN in gamma,");
+
+  Values G = normal(D * d, 6);
+  G[row * d + k] = NAN;
+  const Array grad(dtype, G);
+  cuda::delta_weight_backward(
+      {basis, lam.get(), clean.get(), grad.get(), dtype, 1, false, dlam.get(), dgam.get()}, device);
+  got = dlam.values();
+  for (int64_t c = 0; c < K; ++c)
+    EXPECT(std::isnan(got[c]) == (a(c / n) && b(row, c)), "dlam[%ld] of grad's NaN,", long(c));
+  got = dgam.values();
+  for (int64_t e = 0; e < n * d; ++e)
+    if (e % d != k) EXPECT(std::isfinite(got[e]), "dgam[%ld] of a NaN in the gradient,", long(e));
+}
+
+void few() {
+  const Layer L(80, 72, 8, 0.3, 0.2);
+  TestDevice device;
+  device.shared_bytes = 8 << 10;
+  for (const bool transposed : {false, true})
+    check(L, L.basis(Form::lists), DType::bf16, transposed, 0, device);
+}
+
+void tests() {
+  lists();
+  planes();
+  for (const Form form : {Form::lists, Form::planes})
+    for (const DType dtype : kTypes) not_finite(form, dtype);
+}
+
+}  // namespace
+
+int main() { return run_tests(tests, few); }
