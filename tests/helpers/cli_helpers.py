@@ -5,7 +5,7 @@ import io
 import json
 
 import torch
-from peft_helpers import accelerated, peft, randomize
+from peft_helpers import adapted
 from safetensors.torch import load_file, save_file
 
 from randlora_cli import main
@@ -56,9 +56,7 @@ def llama(**changes):
 
 def with_adapter(base, targets=TARGETS, r=5, **kind):
     """A PeftModel on our kernels whose adapter is not zero."""
-    accelerated.enable()
-    config = accelerated.RandLoraConfig(r=r, target_modules=list(targets), **kind)
-    return randomize(peft.get_peft_model(base, config)).eval()
+    return adapted(base, targets, r, **kind).eval()
 
 
 def save_adapter(base, folder, **options):

@@ -82,7 +82,7 @@ def config(r=4, cls=None, targets=("lin", "back", "big"), **options):
 
 
 def deep_config(r=4, cls=None, **options):
-    return config(r, cls, ("a", "b", "c"), **options)
+    return config(r, cls, "abc", **options)
 
 
 def randomize(model, seed=0):
@@ -97,11 +97,19 @@ def randomize(model, seed=0):
     return model
 
 
-def made(seed=0, base=Deep, r=5, **options):
-    """A model on our layers, of our configuration."""
+def adapted(base, targets, r=5, seed=0, **options):
+    """`base` on our layers, by our configuration, with random diagonals."""
     accelerated.enable()
-    chosen = deep_config(r, accelerated.RandLoraConfig, **options)
-    return randomize(peft.get_peft_model(base(), chosen), seed)
+    chosen = config(r, accelerated.RandLoraConfig, targets, **options)
+    return randomize(peft.get_peft_model(base, chosen), seed)
+
+
+def made(seed=0, base=Deep, r=5, targets="abc", **options):
+    return adapted(base(), targets, r, seed, **options)
+
+
+def opened(folder, base=Deep, **options):
+    return peft.PeftModel.from_pretrained(base(), folder, **options)
 
 
 def numbers(model):
@@ -170,9 +178,7 @@ def assert_close(results, expected, tolerance):
 
 def inputs(in_features, out_features, dtype=torch.float32, tokens=12):
     torch.manual_seed(1)
-    return torch.randn(2, tokens, in_features).to(dtype), torch.randn(2, tokens, out_features).to(
-        dtype
-    )
+    return [torch.randn(2, tokens, n).to(dtype) for n in (in_features, out_features)]
 
 
 def basis_of(layer):

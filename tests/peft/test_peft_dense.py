@@ -18,7 +18,6 @@ from peft_helpers import (
     made,
     pair,
     peft,
-    randomize,
     relative,
     run,
     runs_on_kernels,
@@ -26,10 +25,9 @@ from peft_helpers import (
 from transformers.pytorch_utils import Conv1D
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
-PATHS = ["factored", "delta", "merged"]
 
 
-@pytest.fixture(params=PATHS)
+@pytest.fixture(params=["factored", "delta", "merged"])
 def path(request, monkeypatch):
     monkeypatch.setenv("RANDLORA_PATH", request.param)
     return request.param
@@ -42,16 +40,14 @@ def test_same_numbers_as_stock(in_features, out_features, r, dtype, path):
     if dtype is torch.float64:
         stock.double(), ours.double()
     x, dy = inputs(in_features, out_features, dtype)
-    tolerance = 1e-12 if dtype is torch.float64 else 1e-5
+    tolerance, of_delta = (1e-12, 1e-12) if dtype is torch.float64 else (1e-5, 1e-6)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         results = run(ours, x, dy)
     assert_close(results, run(stock, x, dy), tolerance)
     assert runs_on_kernels(ours)
-    for ours_layer, stock_layer in zip(layers(ours), layers(stock), strict=True):
-        delta, wanted = (m.get_delta_weight("default") for m in (ours_layer, stock_layer))
-        assert delta.dtype == wanted.dtype
-        assert relative(delta, wanted) < (1e-12 if dtype is torch.float64 else 1e-6)
+    deltas = [[m.get_delta_weight("default") for m in layers(each)] for each in (ours, stock)]
+    assert_close(*deltas, of_delta)
 
 
 def test_conv1d(path):
@@ -77,40 +73,11 @@ def test_products_in_16_bits_or_as_stock(dtype, path):
         assert relative(ours_is, value) <= 2 * relative(theirs_is, value) + 2 * eps
     accelerated.enable(float32_products=True)
     try:
-        for one, other in zip(run(ours, x, dy), theirs, strict=True):
-            assert one.dtype == other.dtype and relative(one, other) < eps
+        assert_close(run(ours, x, dy), theirs, eps)
     finally:
         accelerated.enable()
     saved = {v.dtype for k, v in ours.state_dict().items() if "randlora" in k}
     assert saved == {torch.float32}
-
-
-def test_several_adapters_dropout_mixed_batches_and_merging():
-    def adapted(model):
-        model.add_adapter("two", deep_config(5))
-        return randomize(model).eval()
-
-    stock, ours = (adapted(model) for model in pair(Deep(), lambda: deep_config(5)))
-    x = torch.randn(6, 24)
-    for model in (stock, ours):
-        model.base_model.set_adapter(["default", "two"])
-    both = stock(x)
-    assert relative(ours(x), both) < 1e-6
-    for model in (stock, ours):
-        model.merge_adapter()
-    assert relative(ours(x), both) < 1e-5
-    ours.unmerge_adapter()
-    ours.set_adapter("two")
-    second = ours(x)
-    mixed = ours(x, adapter_names=["two", "__base__", "two", "default", "two", "two"])
-    assert relative(mixed[[0, 2, 4, 5]], second[[0, 2, 4, 5]]) < 1e-6
-    assert relative(ours.merge_and_unload()(x), second) < 1e-5
-    stock, ours = pair(Deep(), lambda: deep_config(5, randlora_dropout=0.5))
-    results = []
-    for model in (stock.train(), ours.train()):
-        torch.manual_seed(2)
-        results.append(model(x))
-    assert relative(*results) < 1e-6
 
 
 def test_layers_multiply_by_the_tensors_of_the_model():
