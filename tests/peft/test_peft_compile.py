@@ -5,29 +5,16 @@ import sys
 
 import pytest
 import torch
+from cli_helpers import llama
 from compile_helpers import assert_steps_agree, graphs, needs_guards
 from compile_helpers import fresh_dynamo as fresh_dynamo
-from peft_helpers import (
-    Deep,
-    accelerated,
-    deep_config,
-    layers,
-    made,
-    peft,
-    randomize,
-    runs_on_kernels,
-)
+from peft_helpers import Deep, accelerated, adapted, deep_config, layers, made, runs_on_kernels
 from torch import nn
 from torch.export import Dim
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft", "fresh_dynamo")
 
-KINDS = [
-    {"sparse": True},
-    {"density": 0.1},
-    {"basis": "independent"},
-    {"basis": "hadamard"},
-]
+KINDS = [{"sparse": True}, {"density": 0.1}, {"basis": "independent"}, {"basis": "hadamard"}]
 
 
 def compiled(model):
@@ -62,8 +49,7 @@ def test_dropout_and_two_adapters():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_uniform_bases(dtype):
-    accelerated.enable()
-    eager = randomize(peft.get_peft_model(Deep().to(dtype), deep_config(5)))
+    eager = made(base=lambda: Deep().to(dtype))
     assert_steps_agree(compiled(eager), eager, torch.randn(7, 24, dtype=dtype))
 
 
@@ -81,8 +67,6 @@ def test_other_bases_are_noticed(name):
 
 
 def test_blocks_of_one_shape_share_what_is_compiled():
-    accelerated.enable()
-
     class Blocks(nn.Module):
         def __init__(self):
             super().__init__()
@@ -94,9 +78,7 @@ def test_blocks_of_one_shape_share_what_is_compiled():
                 x = torch.tanh(block(x))
             return x
 
-    names = [str(i) for i in range(12)]
-    options = accelerated.RandLoraConfig(r=5, density=0.2, target_modules=names)
-    model = randomize(peft.get_peft_model(Blocks(), options))
+    model = adapted(Blocks(), map(str, range(12)), density=0.2)
     x = torch.randn(7, 24, requires_grad=True)  # as between blocks: without, the first differs
     expected = model(x)
     for block in layers(model):
@@ -106,20 +88,10 @@ def test_blocks_of_one_shape_share_what_is_compiled():
 
 
 def test_a_language_model_in_one_graph():
-    transformers = pytest.importorskip("transformers")
-    accelerated.enable()
-    torch.manual_seed(0)
-    shape = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, vocab_size=64,
-    )  # fmt: skip
-    options = accelerated.RandLoraConfig(
-        r=5, sparse=True, target_modules=["q_proj", "v_proj", "down_proj"]
-    )
-    eager = randomize(peft.get_peft_model(transformers.LlamaForCausalLM(shape), options))
+    eager = adapted(llama().train(), ["q_proj", "v_proj", "down_proj"], sparse=True)
     fast = compiled(eager)
     for tokens in (7, 9, 30, 8):
-        assert_steps_agree(fast, eager, torch.randint(0, 64, (2, tokens)))
+        assert_steps_agree(fast, eager, torch.randint(0, 50, (2, tokens)))
     assert graphs() == 2
 
 
