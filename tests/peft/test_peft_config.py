@@ -45,6 +45,8 @@ FIELDS = {
     "target_modules all-linear": {"target_modules": "all-linear"},
     "projection_prng_key": {"projection_prng_key": 1234567890123},
     "save_projection": {"save_projection": False},
+    "save_projection very_sparse": {"save_projection": False, "sparse": False, "very_sparse": True},
+    "save_projection uniform": {"save_projection": False, "sparse": False},
     "sparse": {"sparse": True},
     "very_sparse": {"sparse": False, "very_sparse": True},
     "uniform": {"sparse": False},
@@ -86,11 +88,17 @@ def test_output_gradients_and_saved_file_are_those_of_stock(tmp_path, field):
     assert mine.keys() == theirs.keys() - copies
     for key, value in mine.items():
         assert relative(value, theirs[key]) < 1e-12 and value.dtype == theirs[key].dtype
-    # what ours saved, read by stock
-    accelerated.disable()
-    with pytest.warns() if copies else contextlib.nullcontext():
+    # each reads what the other wrote
+    want = ours.eval()(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="Specified to not save basis_A")
+        for writer in ("stock", "ours"):
+            assert relative(opened(tmp_path / writer, lambda: Stack().double())(x), want) < 1e-6
+        accelerated.disable()
+    with pytest.warns() if copies else contextlib.nullcontext():  # there is no copy in each layer
         loaded = opened(tmp_path / "ours", lambda: Stack().double())
-    assert relative(loaded(x), ours.eval()(x)) < 1e-6
+    assert relative(loaded(x), want) < 1e-6
 
 
 @pytest.mark.parametrize("init_weights", [True, False])

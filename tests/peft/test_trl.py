@@ -79,8 +79,9 @@ def trained(base=None, **fields):
 
 
 def trainer(method, model, folder, steps=2, **options):
-    about = {"output_dir": str(folder), "max_steps": steps, "logging_steps": 1, "learning_rate": 1e-3, "save_strategy": "no",
-             "per_device_train_batch_size": 2, "gradient_checkpointing": False, "report_to": [],
+    about = {"output_dir": str(folder), "save_strategy": "no", "report_to": [],
+             "max_steps": steps, "logging_steps": 1, "learning_rate": 1e-3,
+             "per_device_train_batch_size": 2, "gradient_checkpointing": False,
              "use_cpu": True, "bf16": False, "disable_tqdm": True}  # fmt: skip
     settings = getattr(trl, f"{method}Config")(**about, **OPTIONS[method])
     if method == "GRPO":
