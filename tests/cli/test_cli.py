@@ -61,12 +61,12 @@ def test_an_error_of_ours_shows_where(monkeypatch, capsys):
 
 
 def test_the_command_reports_and_passes():
-    run = subprocess.run([sys.executable, "-m", "randlora_ext"], capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
+    done = subprocess.run([sys.executable, "-m", "randlora_ext"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     for needed in (randlora_ext.__version__, torch.__version__, "CUDA kernels", "all is well"):
-        assert needed in run.stdout
-    assert run.stdout.count("cpu bfloat16") == 3
-    assert str(Path(randlora_ext.__file__).parent) in run.stdout
+        assert needed in done.stdout
+    assert done.stdout.count("cpu bfloat16") == 3
+    assert str(Path(randlora_ext.__file__).parent) in done.stdout
 
 
 def test_overrides_are_named(monkeypatch):
@@ -75,23 +75,7 @@ def test_overrides_are_named(monkeypatch):
         monkeypatch.setenv(name, "0")
     (line,) = (line for line in diagnostics.describe() if line.startswith("environment:"))
     told = line.removeprefix("environment: ").split(", ")  # torch may set others, such as KMP_...
-    assert [each for each in told if each.endswith("=0") and each[:-2] in names] == [
-        f"{name}=0" for name in names
-    ]
-
-
-def test_a_wrong_kernel_fails_the_check(monkeypatch, capsys):
-    right = diagnostics.linear
-    monkeypatch.setattr(diagnostics, "linear", lambda *a: right(*a) * 1.001)
-    assert randlora_cli.main(["check"]) == 1
-    assert "FAILED: cpu float32 hadamard factored" in capsys.readouterr().out
-
-
-def test_wrong_bases_fail_the_check(monkeypatch, capsys):
-    right = diagnostics.generate_planes
-    monkeypatch.setattr(diagnostics, "generate_planes", lambda *a: right(*a) ^ 1)
-    assert randlora_cli.main(["check"]) == 1
-    assert "FAILED: cpu generated basis" in capsys.readouterr().out
+    assert [each for each in told if each[:-2] in names] == [f"{name}=0" for name in names]
 
 
 def test_the_known_answer_is_that_of_the_specification():
@@ -101,11 +85,20 @@ def test_the_known_answer_is_that_of_the_specification():
     assert " ".join(map(str, line)) in known
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no kernel"), ValueError("bad")])
-def test_a_check_that_cannot_run_fails(monkeypatch, capsys, error):
-    def broken(*arguments):
-        raise error
+def raises(*arguments):
+    raise ValueError("bad")
 
-    monkeypatch.setattr(diagnostics, "linear", broken)
+
+linear, planes = diagnostics.linear, diagnostics.generate_planes
+WRONG = [
+    ("linear", lambda *a: linear(*a) * 1.001, "FAILED: cpu float32 hadamard factored"),
+    ("generate_planes", lambda *a: planes(*a) ^ 1, "FAILED: cpu generated basis"),
+    ("linear", raises, "could not run"),
+]
+
+
+@pytest.mark.parametrize("name, wrong, told", WRONG)
+def test_a_wrong_kernel_fails_the_check(monkeypatch, capsys, name, wrong, told):
+    monkeypatch.setattr(diagnostics, name, wrong)
     assert randlora_cli.main(["check"]) == 1
-    assert "could not run" in capsys.readouterr().out
+    assert told in capsys.readouterr().out
