@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from cli_helpers import KINDS, Q0, added, edit, llama, refused, run, save_adapter, sharded
-from peft_helpers import accelerated, peft
+from cli_helpers import KINDS, Q0, added, edit, gpt2, llama, refused, run, save_adapter, sharded
+from peft_helpers import accelerated, opened, shake
 from safetensors.torch import load_file, save_file
 
 pytestmark = [
@@ -21,7 +21,7 @@ def by_peft(model_folder, adapter, dtype, out):
 
     accelerated.enable()
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
-    merged = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
+    merged = opened(adapter, lambda: base).merge_and_unload(safe_merge=True)
     merged.save_pretrained(out)
     return tensors_of(out)
 
@@ -103,25 +103,16 @@ def test_one_file_and_an_adapter_of_the_inner_model(tmp_path):
 
 
 def test_conv1d_and_replaced_modules(tmp_path):
-    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    options = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 40, "n_positions": 16}
-    base = GPT2LMHeadModel(GPT2Config(**options))
-    base.save_pretrained(tmp_path / "model")
+    base = gpt2(tmp_path / "model")
     extra = {"targets": ["c_attn", "c_fc"], "basis": "independent", "modules_to_save": ["ln_f"]}
     with pytest.warns(UserWarning, match="fan_in_fan_out"):
         model = save_adapter(base, tmp_path / "adapter", **extra)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "modules_to_save" in name:
-                parameter.add_(torch.randn_like(parameter))
+    shake(model)
     model.save_pretrained(tmp_path / "adapter")
     assert "ln_f.weight" in merge(tmp_path)
     tokens = torch.randint(0, 40, (2, 6))
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    with torch.no_grad():
-        torch.testing.assert_close(merged.eval()(tokens).logits, model.eval()(tokens).logits)
+    merged = type(base).from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(merged(tokens).logits, model(tokens).logits)
 
 
 def test_diagonals_of_another_dtype(tmp_path):

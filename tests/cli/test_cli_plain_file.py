@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from cli_helpers import TARGETS, llama, refused, run
+from cli_helpers import TARGETS, gpt2, llama, refused, run
 from peft_helpers import accelerated, opened, relative
 from safetensors.torch import load_file
 
@@ -48,17 +48,6 @@ def test_merge_without_peft(saved, tmp_path):
         want = model(TOKENS).logits
         assert relative(llama()(TOKENS).logits, want) > 0.01
         assert relative(merged(TOKENS).logits, want) < 1e-5
-
-
-def gpt2(folder, **options):
-    """Saves a model of Conv1D layers; returns it."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 40, "n_positions": 16}
-    base = GPT2LMHeadModel(GPT2Config(**shape, **options)).eval()
-    base.save_pretrained(folder)
-    return base
 
 
 @pytest.mark.parametrize("seed", [None, 3])

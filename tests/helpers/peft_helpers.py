@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layer_helpers import relative as relative
 from packaging.version import Version
 from torch import nn
 
@@ -97,6 +98,14 @@ def randomize(model, seed=0):
     return model
 
 
+def shake(model):
+    """Changes what is trained beside the diagonals: biases, modules_to_save."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "randlora_" not in name:
+                parameter.add_(torch.randn_like(parameter))
+
+
 def adapted(base, targets, r=5, seed=0, **options):
     """`base` on our layers, by our configuration, with random diagonals."""
     accelerated.enable()
@@ -152,12 +161,6 @@ def runs_on_kernels(model):
         for m in layers(model)
         for name in m.active_adapters
     )
-
-
-def relative(value, expected):
-    expected = expected.detach().double()
-    error = (value.detach().double() - expected).norm() / expected.norm().clamp_min(1e-300)
-    return error.item()
 
 
 def run(model, x, dy):

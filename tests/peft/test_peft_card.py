@@ -1,6 +1,7 @@
 """Model cards: which package opens the file. Their snippets are run."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,24 +136,20 @@ def test_push_to_hub_uploads_the_card(base, tmp_path, monkeypatch):
 
     uploaded = {}
 
-    class Hub:
-        def create_repo(self, repo_id, **_):
-            return type("Url", (), {"repo_id": f"me/{repo_id}"})
+    def commit(repo_id, operations, **_):
+        files = {each.path_in_repo: each.path_or_fileobj for each in operations}
+        uploaded["card"] = open(files["README.md"]).read()
 
-        def create_commit(self, repo_id, operations, **_):
-            uploaded.update({each.path_in_repo: each.path_or_fileobj for each in operations})
-            uploaded["card"] = open(uploaded["README.md"]).read()
-
-        def create_branch(self, *args, **kwargs):
-            pass
-
+    fakes = {
+        "create_repo": lambda repo_id, **_: SimpleNamespace(repo_id=f"me/{repo_id}"),
+        "create_commit": commit,
+        "create_branch": lambda *_, **__: None,
+    }
     card = ModelCard("---\nlicense: mit\n---\n# On the hub\n")
-    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **kwargs: card)
-    if hasattr(hub, "hf_api"):
-        monkeypatch.setattr(hub, "hf_api", Hub)
-    else:
-        for name in ("create_repo", "create_commit", "create_branch"):
-            monkeypatch.setattr(hub, name, getattr(Hub(), name))
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: card)
+    monkeypatch.setattr(hub, "hf_api", lambda: SimpleNamespace(**fakes), raising=False)
+    for name, fake in fakes.items():  # of older transformers
+        monkeypatch.setattr(hub, name, fake, raising=False)
     adapted(base).push_to_hub("mine")
     card = ModelCard(uploaded["card"])
     assert card.data.license == "mit" and card.data.base_model == "base"

@@ -1,8 +1,5 @@
 """PEFT models on our layers: torch.compile in one graph, torch.export, torch.func."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from cli_helpers import llama
@@ -89,26 +86,18 @@ def test_a_language_model_in_one_graph():
     assert graphs() == 2
 
 
-def test_an_exported_model_in_another_process(tmp_path):
+def test_an_exported_model(tmp_path):
+    """It holds our operators and plain tensors alone; test_export.py loads such in a process."""
     model = made(projection_prng_key=23, sparse=True).eval()
     x = torch.randn(7, 24)
     program = torch.export.export(model.base_model.model, (x,), dynamic_shapes=({0: Dim.DYNAMIC},))
     assert sum("randlora.linear" in str(n.target) for n in program.graph.nodes) == 3
     assert all(type(t) is torch.Tensor for t in program.constants.values())
     torch.export.save(program, tmp_path / "model.pt2")
-    with torch.no_grad():
-        torch.save(
-            [(x, model(x)) for x in (torch.randn(t, 24) for t in (1, 7, 90))], tmp_path / "xy"
-        )
-    code = """
-import torch, randlora_ext  # no PEFT
-program = torch.export.load("model.pt2").module()
-for x, y in torch.load("xy"):
-    torch.testing.assert_close(program(x), y, rtol=1e-4, atol=1e-5)
-"""
-    run = [sys.executable, "-c", code]
-    result = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    for tokens in (1, 7, 90):
+        row = torch.randn(tokens, 24)
+        torch.testing.assert_close(loaded(row), model(row), rtol=1e-4, atol=1e-5)
     model(x).sum().backward()  # the bases that the export packed serve training
 
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from cli_helpers import llama
+from cli_helpers import KINDS, llama
 from peft_helpers import (
     PEFT,
     Deep,
@@ -19,6 +19,7 @@ from peft_helpers import (
     peft,
     randomize,
     relative,
+    shake,
 )
 from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
@@ -29,20 +30,12 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread", "stock_peft"),
     pytest.mark.filterwarnings("ignore:RandLoRA layers of this", "ignore:Specified to not save"),
 ]
-KINDS = {
-    "dense": {},
-    "sparse": {"sparse": True},
-    "very_sparse": {"very_sparse": True},
-    "drawn": {"density": 0.2},
-    "independent": {"basis": "independent", "density": 0.2},
-    "hadamard": {"basis": "hadamard"},
-}
 X = torch.randn(6, 24, generator=torch.Generator().manual_seed(3))
 
 
-def stock(base=Deep, **fields):
+def stock(base=Deep, r=8, **fields):
     accelerated.disable()
-    return randomize(peft.get_peft_model(base(), deep_config(8, **fields)))
+    return randomize(peft.get_peft_model(base(), deep_config(r, **fields)))
 
 
 def spectra(model):
@@ -54,7 +47,9 @@ def spectra(model):
 
 
 @pytest.mark.parametrize("rank", [1, 5, 24, 32])
-@pytest.mark.parametrize("kind", [*KINDS, "stock dense", "stock sparse", "stock very_sparse"])
+@pytest.mark.parametrize(
+    "kind", [*KINDS, "stock uniform", "stock sparse saved", "stock very_sparse"]
+)
 def test_is_the_truncated_svd(tmp_path, kind, rank):
     model = (stock if "stock" in kind else made)(**KINDS[kind.removeprefix("stock ")], r=8)
     done = accelerated.export_to_lora(model, tmp_path, rank)
@@ -119,10 +114,7 @@ def test_layers_without_change(tmp_path):
 def test_other_tensors_go_along(tmp_path):
     bias = "all" if PEFT >= (0, 21) else "none"  # older ones save none
     model = made(base=Headed, sparse=True, modules_to_save=["head"], bias=bias)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "randlora_" not in name:
-                parameter.normal_()
+    shake(model)
     accelerated.export_to_lora(model, tmp_path, 24)
     assert relative(opened(tmp_path, Headed)(X), model(X)) < 1e-5
 
