@@ -76,6 +76,17 @@ class Headed(Deep):
         return self.head(super().forward(x))
 
 
+class Wide(Deep):
+    """With layers of other sizes, one of which is larger than the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.other = nn.Linear(40, 24), nn.Linear(24, 90)
+
+    def forward(self, x):
+        return self.other(self.wide(super().forward(x)))
+
+
 def config(r=4, cls=None, targets=("lin", "back", "big"), **options):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Specified to not save basis_A")

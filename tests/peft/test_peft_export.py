@@ -11,6 +11,7 @@ from peft_helpers import (
     Deep,
     Headed,
     StockLinear,
+    Wide,
     accelerated,
     adapted,
     deep_config,
@@ -65,15 +66,6 @@ def test_stock_opens_the_adapter(tmp_path, kind):
 
 def test_hadamard_bases_of_one_size_among_others(tmp_path):
     """Layers of other sizes that are no targets, and D of several sizes."""
-
-    class Wide(Deep):
-        def __init__(self):
-            super().__init__()
-            self.wide, self.other = nn.Linear(40, 24), nn.Linear(24, 90)
-
-        def forward(self, x):
-            return self.other(self.wide(super().forward(x)))
-
     model = adapted(Wide(), ["a", "b", "wide", "other"], 7, basis="hadamard")
     x = torch.randn(6, 24)
     wanted = model(x)
