@@ -113,11 +113,7 @@ print(type(model.base_model.model[0]).__name__)
 """
 WITHOUT_PEFT = """
 import sys
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"peft", "transformers", "accelerate", "bitsandbytes"}:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Missing())
+sys.modules |= dict.fromkeys(["peft", "transformers", "accelerate", "bitsandbytes"])
 import torch, randlora_ext
 model = torch.nn.Sequential(torch.nn.Linear(12, 20))
 randlora_ext.apply_randlora(model, target_modules=["0"], r=4)

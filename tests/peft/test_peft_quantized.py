@@ -258,7 +258,7 @@ def test_added_adapters_stand_beside_the_first(bits, tmp_path):
     outputs = {}
     for name in ("default", "two", "three"):
         ours.set_adapter(name)
-        outputs[name] = ours(x)
+        outputs[name] = ours.eval()(x)
     for other in (outputs["three"], first):
         assert relative(other, outputs["two"]) > 0.1
     mixed = ours(x, adapter_names=["three", "default", "two"])
