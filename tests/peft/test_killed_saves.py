@@ -16,7 +16,8 @@ def test_killed_saves():
     settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     settings["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, "-W", "ignore", PROGRAM, step, trials]
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+    options = {"env": os.environ | settings, "timeout": 3600 if DEEP else 600}
+    done = subprocess.run(command, **options, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     kills = {name: counts["killed"] for name, counts in map(json.loads, done.stdout.splitlines())}
     assert len(kills) == 5 and min(kills.values()) >= 8, kills
