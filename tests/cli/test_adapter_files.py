@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 import torch
-from peft_helpers import Deep, accelerated, made, peft
+from peft_helpers import accelerated, assert_unchanged, made, numbers, opened
 from property_cases import DEEP
 from safetensors.torch import load_file, save, save_file
 
@@ -32,7 +32,7 @@ class Victim:
         make_model(1).save_pretrained(folder)
         self.weights = (folder / WEIGHTS).read_bytes()
         self.config = json.loads((folder / CONFIG).read_text())
-        self.state = {k: v.clone() for k, v in self.model.state_dict().items()}
+        self.state = numbers(self.model)
         self.y = self.model(self.x).detach()
 
     def write(self, weights=None, **changes):
@@ -40,9 +40,7 @@ class Victim:
         (self.folder / CONFIG).write_text(json.dumps(self.config | changes))
 
     def assert_unchanged(self):
-        state = self.model.state_dict()
-        for key, value in self.state.items():
-            assert torch.equal(state[key], value), f"{key} has changed"
+        assert_unchanged(self.model, self.state)
         assert self.model.active_adapters == ["default"]
         assert torch.equal(self.model(self.x), self.y)
 
@@ -50,8 +48,11 @@ class Victim:
         """The adapter in use is to be replaced."""
         return self.model.load_adapter(self.folder, "default")
 
+    def load_beside(self):
+        return self.model.load_adapter(self.folder, "two")
+
     def load_anew(self):
-        return peft.PeftModel.from_pretrained(Deep(), self.folder)
+        return opened(self.folder)
 
 
 @pytest.fixture
@@ -77,23 +78,18 @@ def spoiled(weights: bytes) -> dict[str, bytes]:
     def with_first(**changes):
         return joined(header | {names[0]: first | changes}, data)
 
-    begin, end = first["data_offsets"]
+    begin, _ = first["data_offsets"]
     return {
         "empty": b"",
-        "no header": weights[:7],
         "header of 2^63 bytes": struct.pack("<Q", 2**63) + weights[8:],
-        "header longer than the file": struct.pack("<Q", len(weights)) + weights[8:],
         "header is no JSON": joined(b"\xff{" * 40, data),
-        "header is a list": joined(b"[]", data),
         "header nested 100,000 deep": joined(b"[" * 100_000, data),
         "one byte short": weights[:-1],
         "bytes left over": weights + b"x",
         "unknown dtype": with_first(dtype="Q8"),
         "integers": with_first(dtype="I32"),
-        "shape too large": with_first(shape=[2**62, 4]),
         "negative shape": with_first(shape=[-5, -5]),
         "shape of another size": with_first(shape=[*first["shape"], 2]),
-        "offsets reversed": with_first(data_offsets=[end, begin]),
         "offsets beyond the end": with_first(data_offsets=[begin, 2**40]),
         "offsets of another tensor": with_first(**second | {"dtype": first["dtype"]}),
         "transposed": with_first(shape=first["shape"][::-1]),
@@ -119,8 +115,7 @@ def test_a_spoiled_file_raises_and_changes_nothing(victim, kind):
 
 def test_a_file_cut_off_anywhere(victim):
     length = len(victim.weights)
-    cuts = range(length) if DEEP else random.Random(0).sample(range(length), 60)
-    for cut in cuts:
+    for cut in range(length) if DEEP else random.Random(0).sample(range(length), 60):
         victim.write(victim.weights[:cut])
         with pytest.raises(Exception, match="(?i)header|safetensor|file|incomplete"):
             victim.load_over()
@@ -134,7 +129,8 @@ def test_flipped_bits_in_the_header(victim):
     flips = [(at, bit) for at in range(8 + length) for bit in range(8)]
     random.Random(1).shuffle(flips)
     loaded = 0
-    for at, bit in flips[: 3000 if DEEP else 80]:
+    flips = flips[: 3000 if DEEP else 80]
+    for at, bit in flips:
         weights = bytearray(victim.weights)
         weights[at] ^= 1 << bit
         victim.write(bytes(weights))
@@ -148,7 +144,7 @@ def test_flipped_bits_in_the_header(victim):
             loaded += 1
             victim.model.load_state_dict(victim.state)
             victim.assert_unchanged()
-    assert 0 < loaded < len(flips[: 3000 if DEEP else 80]) / 2
+    assert 0 < loaded < len(flips) / 2
 
 
 def test_a_missing_tensor_warns(victim):
@@ -186,31 +182,26 @@ BAD_CONFIGS = [
     {"projection_prng_key": KEY.format(2, 5)},  # of a specification to come
     {"projection_prng_key": KEY.format(1, -5)}, {"projection_prng_key": KEY.format(1, "")},
     {"projection_prng_key": KEY.format(1, 2**64)}, {"projection_prng_key": "__import__('os')"},
-    {"projection_prng_key": 1.5}, {"projection_prng_key": None},
+    {"projection_prng_key": 1.5}, {"projection_prng_key": None}, {"projection_prng_key": "x"},
+    {"projection_prng_key": KEY.format(1, "07")},
+    {"projection_prng_key": "randlora_ext:peft-1:density=0.20:seed=5"},
     {"randlora_alpha": "x"}, {"randlora_alpha": float("nan")}, {"randlora_alpha": None},
     {"randlora_alpha": float("inf")}, {"randlora_alpha": 10**400},
     {"randlora_dropout": 1.5},
     {"target_modules": ["nowhere"]}, {"peft_type": "RANDLORA2"}, {"peft_type": 5},
+    "", "{", "[]", "null", '{"peft_type"', "\x00\xff",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", BAD_CONFIGS, ids=str)
 def test_a_bad_config_raises_and_changes_nothing(victim, change):
-    victim.write(**change)
-    with pytest.raises((ValueError, TypeError, RuntimeError, KeyError)):
-        victim.load_anew()
-    with pytest.raises((ValueError, TypeError, RuntimeError, KeyError)):
-        victim.model.load_adapter(victim.folder, "two")
-    victim.assert_unchanged()
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"peft_type"', "\x00\xff"], ids=repr)
-def test_a_config_that_is_none_raises_and_changes_nothing(victim, text):
-    (victim.folder / CONFIG).write_text(text)
-    for load in (victim.load_anew, lambda: victim.model.load_adapter(victim.folder, "two")):
-        with pytest.raises(Exception) as caught:
+    if isinstance(change, str):
+        (victim.folder / CONFIG).write_text(change)
+    else:
+        victim.write(**change)
+    for load in (victim.load_anew, victim.load_beside):
+        with pytest.raises((ValueError, TypeError, RuntimeError, KeyError)):
             load()
-        assert not isinstance(caught.value, AssertionError)
         victim.assert_unchanged()
 
 
@@ -236,18 +227,9 @@ def test_a_field_of_a_wrong_type_is_named(victim, field):
             if isinstance(value, bool) <= (bool in ALLOWED[field]):
                 continue
         victim.write(**{field: value})
-        for load in (victim.load_anew, lambda: victim.model.load_adapter(victim.folder, "two")):
+        for load in (victim.load_anew, victim.load_beside):
             with pytest.raises((TypeError, ValueError), match=f"^{field}\\b.* must be "):
                 load()
     victim.assert_unchanged()
     known = {f.name for f in dataclasses.fields(accelerated.RandLoraConfig)}
     assert known - ALLOWED.keys() == {"peft_type", "task_type"}  # PEFT's tables
-
-
-@pytest.mark.parametrize(
-    "key", ["x", KEY.format(1, "07"), "randlora_ext:peft-1:density=0.20:seed=5"]
-)
-def test_a_key_that_is_none_names_the_field(victim, key):
-    victim.write(projection_prng_key=key)
-    with pytest.raises(ValueError, match="^projection_prng_key: '.*' is no key"):
-        victim.load_anew()

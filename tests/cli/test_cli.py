@@ -1,9 +1,11 @@
-"""The command line: arguments and help."""
+"""The command line: arguments, help, and `randlora check`, which runs without arguments too."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from cli_helpers import refused, run
 
 import randlora_cli
@@ -31,9 +33,8 @@ def test_help_fits_a_screen_and_needs_no_torch(monkeypatch):
         "import sys; sys.modules['torch'] = None\nfrom randlora_cli import main; main(sys.argv[1:])"
     )
     for command in ([], *([name] for name in COMMANDS)):
-        shown = subprocess.run(
-            [sys.executable, "-c", program, *command, "--help"], capture_output=True, text=True
-        )
+        command_line = [sys.executable, "-c", program, *command, "--help"]
+        shown = subprocess.run(command_line, capture_output=True, text=True)
         assert shown.returncode == 0, shown.stderr
         lines = shown.stdout.splitlines()
         assert len(lines) <= 24 and max(map(len, lines)) <= 80
@@ -57,3 +58,47 @@ def test_an_error_of_ours_shows_where(monkeypatch, capsys):
     assert randlora_cli.main([]) == 2
     shown = capsys.readouterr().err
     assert "Traceback" in shown and "please report it" in shown
+
+
+def test_the_command_reports_and_passes():
+    done = subprocess.run([sys.executable, "-m", "randlora_ext"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for needed in (randlora_ext.__version__, torch.__version__, "CUDA kernels", "all is well"):
+        assert needed in done.stdout
+    assert done.stdout.count("cpu bfloat16") == 3
+    assert str(Path(randlora_ext.__file__).parent) in done.stdout
+
+
+def test_overrides_are_named(monkeypatch):
+    names = "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "RANDLORA_MISSPELT", "RANDLORA_PATH"
+    for name in names:
+        monkeypatch.setenv(name, "0")
+    (line,) = (line for line in diagnostics.describe() if line.startswith("environment:"))
+    told = line.removeprefix("environment: ").split(", ")  # torch may set others, such as KMP_...
+    assert [each for each in told if each[:-2] in names] == [f"{name}=0" for name in names]
+
+
+def test_the_known_answer_is_that_of_the_specification():
+    known = (Path(__file__).parents[1] / "data" / "basis_v1.txt").read_text().splitlines()
+    seed, role, row, rows, column, columns, density = diagnostics._SLICE
+    line = ("planes", seed, role, row, column, rows, columns, density, diagnostics._DIGEST)
+    assert " ".join(map(str, line)) in known
+
+
+def raises(*arguments):
+    raise ValueError("bad")
+
+
+linear, planes = diagnostics.linear, diagnostics.generate_planes
+WRONG = [
+    ("linear", lambda *a: linear(*a) * 1.001, "FAILED: cpu float32 hadamard factored"),
+    ("generate_planes", lambda *a: planes(*a) ^ 1, "FAILED: cpu generated basis"),
+    ("linear", raises, "could not run"),
+]
+
+
+@pytest.mark.parametrize("name, wrong, told", WRONG)
+def test_a_wrong_kernel_fails_the_check(monkeypatch, capsys, name, wrong, told):
+    monkeypatch.setattr(diagnostics, name, wrong)
+    assert randlora_cli.main(["check"]) == 1
+    assert told in capsys.readouterr().out

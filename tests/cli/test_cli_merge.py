@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from cli_helpers import KINDS, Q0, added, edit, llama, refused, run, save_adapter, sharded
-from peft_helpers import accelerated, peft
+from cli_helpers import KINDS, Q0, added, edit, gpt2, llama, refused, run, save_adapter, sharded
+from peft_helpers import accelerated, opened, shake
 from safetensors.torch import load_file, save_file
 
 pytestmark = [
@@ -21,9 +21,16 @@ def by_peft(model_folder, adapter, dtype, out):
 
     accelerated.enable()
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
-    merged = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
+    merged = opened(adapter, lambda: base).merge_and_unload(safe_merge=True)
     merged.save_pretrained(out)
     return tensors_of(out)
+
+
+def merge(root, out="out", *options, model="model", adapter="adapter"):
+    """Merges root/adapter into root/model, and returns what was printed."""
+    code, said, err = run("merge", root / model, root / adapter, root / out, *options)
+    assert code == 0, err
+    return said + err
 
 
 def tensors_of(folder):
@@ -39,8 +46,8 @@ def test_equals_merge_and_unload(tmp_path, kind, dtype):
     base = sharded(tmp_path / "model", dtype)
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
     save_adapter(base, tmp_path / "adapter", **kind)
-    code, out, err = run("merge", tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
-    assert code == 0 and "8 layers merged" in out and "merging model-00001-of" in err
+    said = merge(tmp_path)
+    assert "8 layers merged" in said and "merging model-00001-of" in said
     got = tensors_of(tmp_path / "out")
     want = by_peft(tmp_path / "model", tmp_path / "adapter", dtype, tmp_path / "peft")
     before = tensors_of(tmp_path / "model")
@@ -64,8 +71,7 @@ def test_the_folder_opens_and_the_sources_stay(tmp_path):
     model = save_adapter(base, tmp_path / "adapter", basis="independent")
     (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"unmerged")
     files = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    code, out, _ = run("merge", tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
-    assert code == 0 and "pytorch_model.bin" in out
+    assert "pytorch_model.bin" in merge(tmp_path)
     assert all(p.read_bytes() == content for p, content in files.items())
     assert (tmp_path / "out" / "tokenizer.json").exists()
     assert not (tmp_path / "out" / "pytorch_model.bin").exists()
@@ -84,14 +90,12 @@ def test_one_file_and_an_adapter_of_the_inner_model(tmp_path):
     inner = {k.replace("model.model.model.", "model.model."): v for k, v in saved.items()}
     shutil.copytree(tmp_path / "whole", tmp_path / "inner")
     save_file(inner, tmp_path / "inner" / "adapter_model.safetensors")
-    base.model.save_pretrained(tmp_path / "bare")
-    assert run("merge", tmp_path / "model", tmp_path / "whole", tmp_path / "a")[0] == 0
-    assert run("merge", tmp_path / "model", tmp_path / "inner", tmp_path / "b")[0] == 0
-    shutil.rmtree(tmp_path / "bare")
+    merge(tmp_path, "a", adapter="whole")
+    merge(tmp_path, "b", adapter="inner")
     bare = {k.removeprefix("model."): v for k, v in tensors_of(tmp_path / "model").items()}
     (tmp_path / "bare").mkdir()
     save_file(bare, tmp_path / "bare" / "model.safetensors")
-    assert run("merge", tmp_path / "bare", tmp_path / "whole", tmp_path / "c")[0] == 0
+    merge(tmp_path, "c", model="bare", adapter="whole")
     a, b, c = (tensors_of(tmp_path / name) for name in "abc")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert all(torch.equal(a[name], c[name.removeprefix("model.")]) for name in a)
@@ -99,26 +103,16 @@ def test_one_file_and_an_adapter_of_the_inner_model(tmp_path):
 
 
 def test_conv1d_and_replaced_modules(tmp_path):
-    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    options = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 40, "n_positions": 16}
-    base = GPT2LMHeadModel(GPT2Config(**options))
-    base.save_pretrained(tmp_path / "model")
+    base = gpt2(tmp_path / "model")
     extra = {"targets": ["c_attn", "c_fc"], "basis": "independent", "modules_to_save": ["ln_f"]}
     with pytest.warns(UserWarning, match="fan_in_fan_out"):
         model = save_adapter(base, tmp_path / "adapter", **extra)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "modules_to_save" in name:
-                parameter.add_(torch.randn_like(parameter))
+    shake(model)
     model.save_pretrained(tmp_path / "adapter")
-    code, out, _ = run("merge", tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
-    assert code == 0 and "ln_f.weight" in out
+    assert "ln_f.weight" in merge(tmp_path)
     tokens = torch.randint(0, 40, (2, 6))
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    with torch.no_grad():
-        torch.testing.assert_close(merged.eval()(tokens).logits, model.eval()(tokens).logits)
+    merged = type(base).from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(merged(tokens).logits, model(tokens).logits)
 
 
 def test_diagonals_of_another_dtype(tmp_path):
@@ -129,7 +123,7 @@ def test_diagonals_of_another_dtype(tmp_path):
     dtypes = (torch.float8_e4m3fn, torch.bfloat16, torch.float64)
     state = sorted(load_file(file).items())
     save_file({name: t.to(dtypes[k % 3]) for k, (name, t) in enumerate(state)}, file)
-    assert run("merge", tmp_path / "model", tmp_path / "adapter", tmp_path / "out")[0] == 0
+    merge(tmp_path)
     got = tensors_of(tmp_path / "out")
     want = by_peft(tmp_path / "model", tmp_path / "adapter", torch.float32, tmp_path / "peft")
     assert all(torch.allclose(got[name], tensor, atol=1e-6) for name, tensor in want.items())
@@ -148,10 +142,9 @@ def test_only_what_peft_loads_is_applied(tmp_path, name, shape, applied):
     base = sharded(tmp_path / "model")
     save_adapter(base, tmp_path / "adapter", basis="independent")
     added(**{name: torch.randn(shape)})(tmp_path)
-    merge = ("merge", tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
-    code, out, _ = run(*merge)
-    assert code == 0 and ("replaced" in out) == applied and ("ignored" in out) != applied
-    assert name.replace(".base_layer", "") in out
+    said = merge(tmp_path)
+    assert ("replaced" in said) == applied and ("ignored" in said) != applied
+    assert name.replace(".base_layer", "") in said
     got = tensors_of(tmp_path / "out")
     want = by_peft(tmp_path / "model", tmp_path / "adapter", torch.float32, tmp_path / "peft")
     assert got.keys() == want.keys() | {"lm_head.weight"}
@@ -164,20 +157,20 @@ def test_the_key_decides_the_bases(tmp_path, kind):
     """The other fields may be gone, as after a program that knows PEFT's alone."""
     base = sharded(tmp_path / "model")
     save_adapter(base, tmp_path / "adapter", **KINDS[kind])
-    assert run("merge", tmp_path / "model", tmp_path / "adapter", tmp_path / "before")[0] == 0
+    merge(tmp_path, "before")
     file = tmp_path / "adapter" / "adapter_config.json"
     fields = json.loads(file.read_text())
     kept = {key: value for key, value in fields.items() if key not in ("density", "basis")}
     file.write_text(json.dumps(kept | {"task_type": None}))
-    merge = ("merge", tmp_path / "model", tmp_path / "adapter")
-    assert run(*merge, tmp_path / "after")[0] == 0
+    merge(tmp_path, "after")
     before, after = tensors_of(tmp_path / "before"), tensors_of(tmp_path / "after")
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     base = ("--base", tmp_path / "model")
     convert = ("convert", tmp_path / "adapter", tmp_path / "peft", "--to", "peft", *base)
+    merging = ("merge", tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
     for change in ({"density": 0.5}, {"very_sparse": True}):
         edit(file, **change)
-        for action in ((*merge, tmp_path / "out"), convert):
+        for action in (merging, convert):
             assert "contradicts" in refused(*action)
         edit(file, density=None, very_sparse=False)
     assert run(*convert)[0] == 0
@@ -201,10 +194,8 @@ def test_stochastic_rounding(tmp_path):
     """Changes far below an ulp vanish when rounded to nearest, and count on average otherwise."""
     base = sharded(tmp_path / "model", torch.bfloat16)
     save_adapter(base, tmp_path / "adapter", basis="independent", randlora_alpha=0.0005)
-    merge = ("merge", tmp_path / "model", tmp_path / "adapter")
-    for name, options in {"near": (), "s1": (1,), "again": (1,), "s2": (2,)}.items():
-        seed = ("--rounding-seed", *options) if options else ()
-        assert run(*merge, tmp_path / name, *seed)[0] == 0
+    for name, seed in {"near": None, "s1": 1, "again": 1, "s2": 2}.items():
+        merge(tmp_path, name, *(("--rounding-seed", seed) if seed else ()))
     before, near, s1, again, s2 = (
         tensors_of(tmp_path / name) for name in ("model", "near", "s1", "again", "s2")
     )
@@ -221,11 +212,7 @@ def test_rounding_seed_needs_16_bits(tmp_path):
     sharded(tmp_path / "f32")
     sharded(tmp_path / "bf16", torch.bfloat16)
     save_adapter(llama(), tmp_path / "ternary", basis="independent")
-    seed = ("--rounding-seed", 3)
-    assert "float32" in refused(
-        "merge", tmp_path / "f32", tmp_path / "ternary", tmp_path / "o", *seed
-    )
-    assert "rounding-seed" in refused(
-        "merge", tmp_path / "bf16", tmp_path / "ternary", tmp_path / "o", "--rounding-seed", -1
-    )
+    for name, seed, told in (("f32", 3, "float32"), ("bf16", -1, "rounding-seed")):
+        merging = ("merge", tmp_path / name, tmp_path / "ternary", tmp_path / "o")
+        assert told in refused(*merging, "--rounding-seed", seed)
     assert not (tmp_path / "o").exists()

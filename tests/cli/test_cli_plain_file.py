@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from cli_helpers import TARGETS, llama, refused, run
-from peft_helpers import accelerated, peft, relative
+from cli_helpers import TARGETS, gpt2, llama, refused, run
+from peft_helpers import accelerated, opened, relative
 from safetensors.torch import load_file
 
 from randlora_ext import RandLoraLinear, apply_randlora, merge_and_unload, save_adapter
@@ -53,10 +53,7 @@ def test_merge_without_peft(saved, tmp_path):
 @pytest.mark.parametrize("seed", [None, 3])
 def test_merge_of_square_conv1d(tmp_path, seed):
     """Whose weight is (in, out), which a square one's shape does not tell."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 40, "n_positions": 16}
-    base = GPT2LMHeadModel(GPT2Config(**shape)).to(torch.bfloat16 if seed else torch.float32)
+    base = gpt2(tmp_path / "base").to(torch.bfloat16 if seed else torch.float32)
     base.save_pretrained(tmp_path / "base")
     model = adapted(base, ["c_proj"], tmp_path / "a.safetensors")
     rounding = ("--rounding-seed", seed) if seed else ()
@@ -79,10 +76,10 @@ def test_hadamard_bases(tmp_path):
     line = refused("convert", file, tmp_path / "peft", "--to", "peft")
     assert "32 -> 16" in line and "merge instead" in line
     accelerated.enable()
-    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path / "small").eval()
+    loaded = opened(tmp_path / "small", llama).eval()
     merged = type(llama()).from_pretrained(tmp_path / "merged").eval()
     assert run("convert", file, tmp_path / "lora", "--to", "lora", "--rank", 32)[0] == 0
-    lora = peft.PeftModel.from_pretrained(llama(), tmp_path / "lora").eval()
+    lora = opened(tmp_path / "lora", llama).eval()
     with torch.no_grad():
         want = model(TOKENS).logits
         for other in (loaded, merged, lora):
@@ -91,19 +88,14 @@ def test_hadamard_bases(tmp_path):
 
 def test_conv1d_to_lora(tmp_path):
     """Of layers with different options, and square ones whose weight is (in, out)."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 40, "n_positions": 16}
-    base = GPT2LMHeadModel(GPT2Config(**shape, tie_word_embeddings=False)).eval()
-    base.save_pretrained(tmp_path / "base")
+    base = gpt2(tmp_path / "base", tie_word_embeddings=False)
     apply_randlora(base, ["c_proj"], r=5)
     model = adapted(base, ["lm_head"], tmp_path / "a")
     convert = ("convert", tmp_path / "a", tmp_path / "lora", "--to", "lora", "--rank", 32)
     assert run(*convert, "--base", tmp_path / "base")[0] == 0
-    plain = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    plain = type(base).from_pretrained(tmp_path / "base")
     with pytest.warns(UserWarning, match="fan_in_fan_out"):  # PEFT's, of lm_head
-        lora = peft.PeftModel.from_pretrained(plain, tmp_path / "lora").eval()
+        lora = opened(tmp_path / "lora", lambda: plain).eval()
     with torch.no_grad():
         assert relative(lora(TOKENS).logits, model(TOKENS).logits) < 1e-5
 
@@ -113,7 +105,7 @@ def test_convert_to_a_folder_of_peft(saved, tmp_path, to):
     model, file, _ = saved
     assert run("convert", file, tmp_path / "out", "--to", to)[0] == 0
     accelerated.disable() if to == "peft" else accelerated.enable()
-    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path / "out").eval()
+    loaded = opened(tmp_path / "out", llama).eval()
     with torch.no_grad():
         assert relative(loaded(TOKENS).logits, model(TOKENS).logits) < 1e-5
 

@@ -44,7 +44,6 @@ with FakeTensorMode():
 """
 
 
-@pytest.fixture(scope="module")
 def interface() -> str:
     """As setup.py computes it."""
     files = sorted((ROOT / "csrc" / "core").glob("*.h"))
@@ -53,7 +52,7 @@ def interface() -> str:
 
 
 @pytest.fixture
-def machine(tmp_path, interface):
+def machine(tmp_path):
     """Makes the environment of a process that finds the stand-ins; without a version no driver."""
 
     def compiled(name: str, source: str, definition: str) -> None:
@@ -61,7 +60,7 @@ def machine(tmp_path, interface):
         subprocess.run(argv, input=source, text=True, check=True)
 
     def make(version: int | None) -> dict[str, str]:
-        compiled("library.so", LIBRARY, f"INTERFACE={interface}")
+        compiled("library.so", LIBRARY, f"INTERFACE={interface()}")
         if version is not None:
             compiled("libcuda.so.1", DRIVER, f"VERSION={version}")
         settings = {k: v for k, v in os.environ.items() if not k.startswith("RANDLORA_")}
@@ -79,8 +78,9 @@ def python(environment: dict[str, str], *arguments: str) -> subprocess.Completed
                           capture_output=True)  # fmt: skip
 
 
-def test_an_old_driver_leaves_plain_torch(machine):
-    done = python(machine(12080), "-c", PROGRAM)
+def test_an_old_driver_leaves_plain_torch_and_randlora_says_so(machine):
+    environment = machine(12080)
+    done = python(environment, "-c", PROGRAM)
     assert done.returncode == 0, done.stderr
     said = "the CUDA kernels are not loaded: the NVIDIA driver is for CUDA 12.8, and the kernels, "
     assert done.stderr.count(f"RuntimeWarning: randlora_ext: {said}") == 1, done.stderr
@@ -88,10 +88,7 @@ def test_an_old_driver_leaves_plain_torch(machine):
     registered, hadamard, independent = done.stdout.splitlines()
     assert registered.endswith("False") and hadamard == "plain torch"
     assert "no kernels are loaded" in independent and "build_info()['cuda']" in independent
-
-
-def test_randlora_says_so(machine):
-    done = python(machine(12080), "-W", "ignore", "-m", "randlora_ext", "check")
+    done = python(environment, "-W", "ignore", "-m", "randlora_ext", "check")
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("CUDA kernels"))
     assert line.startswith("CUDA kernels: not loaded: the NVIDIA driver is for CUDA 12.8")
 

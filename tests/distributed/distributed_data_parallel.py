@@ -92,12 +92,10 @@ def check_bases_are_not_state(place: Place):
         model(batch(0))  # generates and packs
         names = {name.removeprefix("module.") for name in model.state_dict()}
         assert names == set(make().state_dict())
-        assert {name.split(".")[1] for name in names} == {
-            "base_layer",
-            "randlora_lambda",
-            "randlora_gamma",
-        }
-        assert not list(model.buffers())
+        parts = {"base_layer", "randlora_lambda", "randlora_gamma"}
+        assert {name.split(".")[1] for name in names} == parts and not list(model.buffers())
+    twin = copy.deepcopy(make()[0])  # shares the packed basis of the sharded one
+    assert twin.bases["default"].packed() is model[0].bases["default"].packed()
 
 
 @worlds(2)
@@ -107,17 +105,14 @@ def check_fsdp_communication(place: Place):
     x = share(place, batch(0))
     with RecordedCollectives() as collectives:
         model(x).square().mean().backward()
-    layers = [sum(p.numel() * p.itemsize for p in layer.parameters()) for layer in make()]
-    gradients = [sum(p.numel() * p.itemsize for p in trained(layer)) for layer in make()]
+    gradients = sum(p.numel() * p.itemsize for p in trained(make()))
     gathered = [size for name, size in collectives.sent if "allgather" in name]
     reduced = [size for name, size in collectives.sent if "reduce_scatter" in name]
     # Parts are padded to equal numbers of rows: n = 5 in two parts is 3 and 3, for r as well.
     assert sorted(set(gathered)) == sorted({padded(layer, False) for layer in make()[::2]})
     assert sorted(reduced) == sorted(padded(layer, True) for layer in make()[::2])
-    assert len(collectives.sent) == len(gathered) + len(reduced) and len(gathered) <= 2 * len(
-        layers
-    )
-    assert sum(reduced) < 1.3 * sum(gradients)
+    assert len(collectives.sent) == len(gathered) + len(reduced) and len(gathered) <= 6
+    assert sum(reduced) < 1.3 * gradients
 
 
 def padded(layer, only_trained):
@@ -171,12 +166,8 @@ def check_fsdp_checkpoint(place: Place):
         nn.init.zeros_(parameter)
     states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
     dcp.load(states, checkpoint_id=path)
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=states["model"],
-        optim_state_dict=states["optimizer"],
-    )
+    loaded = {"model_state_dict": states["model"], "optim_state_dict": states["optimizer"]}
+    set_state_dict(model, optimizer, **loaded)
     train(model, optimizer, range(2, 4), lambda x: share(place, x))
     same_parameters(model, reference)
 
@@ -240,12 +231,3 @@ def check_functions_refuse_dtensors(place: Place):
     for arguments in ((lam, gam), (full_tensor(lam), gam)):
         with pytest.raises(TypeError, match="must be a plain tensor, got a DTensor"):
             delta_weight(basis, *arguments)
-
-
-@worlds(2)
-def check_copies(place: Place):
-    """A copied sharded layer shares the packed basis."""
-    model = sharded()
-    model(batch(0))
-    twin = copy.deepcopy(make()[0])
-    assert twin.bases["default"].packed() is model[0].bases["default"].packed()

@@ -29,6 +29,12 @@ def shard(plain, mesh, style):
     return parallelize_module(copy.deepcopy(plain), mesh, ends(style))
 
 
+def pair(place, style, *sizes, **options):
+    """(whole layer, sharded layer) of equal numbers."""
+    plain = layer(*(sizes or (36, 52)), **options)
+    return plain, shard(plain, place.mesh(), style)
+
+
 def inputs(plain, dtype=torch.float64):
     return torch.randn(T, plain.in_features, dtype=torch.float64).to(dtype)
 
@@ -37,8 +43,7 @@ def inputs(plain, dtype=torch.float64):
 def check_adapters(place: Place):
     """A second adapter added after sharding, both at once, none, and switching."""
     for style in STYLES:
-        plain = layer(36, 52)
-        sharded = shard(plain, place.mesh(), style)
+        plain, sharded = pair(place, style)
         for each in (plain, sharded):
             torch.manual_seed(5)
             each.update_layer("two", r=4, randlora_alpha=8, basis="hadamard")
@@ -56,7 +61,6 @@ def check_adapters(place: Place):
             torch.testing.assert_close(sharded(x), plain(x), **EXACT)
         for each in (plain, sharded):
             each.set_adapter(["default", "two"])
-        for each in (plain, sharded):
             each(x).sum().backward()
         for ours, theirs in zip(diagonals(sharded), diagonals(plain), strict=True):
             torch.testing.assert_close(full_tensor(ours.grad), theirs.grad, **EXACT)
@@ -66,62 +70,57 @@ def check_adapters(place: Place):
 
 @worlds(2)
 def check_merging(place: Place):
-    for style, kind in product(STYLES, ({}, HADAMARD)):
-        for sizes in ((36, 52), (52, 36)):
-            plain = layer(*sizes, **kind)
-            sharded, x = shard(plain, place.mesh(), style), inputs(plain)
-            delta = sharded.get_delta_weight("default")
-            torch.testing.assert_close(
-                full_tensor(delta), plain.get_delta_weight("default"), **EXACT
-            )
-            want, before = plain(x), sharded.weight.to_local().clone()
-            for keep in ("host", "device", "nothing"):
-                with RecordedCollectives() as collectives:
-                    sharded.merge(keep_weight=keep)
-                    sharded.unmerge()
-                assert collectives.sizes == []
-                assert torch.equal(sharded.weight.to_local(), before) or keep == "nothing"
+    for style, kind, sizes in product(STYLES, ({}, HADAMARD), ((36, 52), (52, 36))):
+        plain, sharded = pair(place, style, *sizes, **kind)
+        deltas = (each.get_delta_weight("default") for each in (sharded, plain))
+        torch.testing.assert_close(*map(full_tensor, deltas), **EXACT)
+        x = inputs(plain)
+        want, before = plain(x), sharded.weight.to_local().clone()
+        for keep in ("host", "device", "nothing"):
+            with RecordedCollectives() as collectives:
+                sharded.merge(keep_weight=keep)
+                sharded.unmerge()
+            assert collectives.sizes == []
+            assert torch.equal(sharded.weight.to_local(), before) or keep == "nothing"
+        sharded.merge(safe_merge=True)
+        torch.testing.assert_close(sharded(x), want, **EXACT)
+        sharded.unmerge()
+        torch.testing.assert_close(sharded(x), want, **EXACT)
+        with pytest.raises(ValueError, match="rounding_seed"):
+            sharded.merge(rounding_seed=1)
+        if place.rank == 1:  # where gamma is replicated this is one rank's mistake, too
+            with torch.no_grad():
+                sharded.randlora_gamma["default"].to_local().fill_(float("nan"))
+        with pytest.raises(ValueError, match="NaN"):
             sharded.merge(safe_merge=True)
-            torch.testing.assert_close(sharded(x), want, **EXACT)
-            sharded.unmerge()
-            torch.testing.assert_close(sharded(x), want, **EXACT)
-            with pytest.raises(ValueError, match="rounding_seed"):
-                sharded.merge(rounding_seed=1)
-            if place.rank == 1:  # where gamma is replicated this is one rank's mistake, too
-                with torch.no_grad():
-                    sharded.randlora_gamma["default"].to_local().fill_(float("nan"))
-            with pytest.raises(ValueError, match="NaN"):
-                sharded.merge(safe_merge=True)
-            assert not sharded.merged
+        assert not sharded.merged
 
 
 @worlds(2)
 def check_dropout_and_trained_bases(place: Place):
     """Dropout keeps its mean; a base layer that trains along gets its gradients."""
     for style in STYLES:
-        plain = layer(36, 52, randlora_dropout=0.5)
-        sharded = shard(plain, place.mesh(), style)
+        plain, sharded = pair(place, style, randlora_dropout=0.5)
         x = torch.ones(4000, 36, dtype=torch.float64)
         difference = sharded(x).mean(0) - plain.eval()(x).mean(0)
         spread = plain(x).mean(0).abs().max()
         assert 1e-6 < difference.abs().max() / spread < 0.5
         torch.testing.assert_close(sharded.eval()(x[:3]), plain(x[:3]), **EXACT)
 
-        plain = layer(36, 52)
-        sharded, x = shard(plain, place.mesh(), style), inputs(plain)
+        plain, sharded = pair(place, style)
+        x = inputs(plain)
         for each in (plain, sharded):
             each.base_layer.requires_grad_(True)
             each(x).square().sum().backward()
-        pairs = zip(sharded.parameters(), plain.parameters(), strict=True)
-        for ours, theirs in pairs:
+        for ours, theirs in zip(sharded.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(full_tensor(ours.grad), theirs.grad, rtol=1e-9, atol=1e-9)
 
 
 @worlds(2)
 def check_16_bit(place: Place):
     for style, kind in product(STYLES, ({}, HADAMARD)):
-        plain = layer(36, 52, dtype=torch.bfloat16, **kind)
-        sharded, x = shard(plain, place.mesh(), style), inputs(plain, torch.bfloat16)
+        plain, sharded = pair(place, style, dtype=torch.bfloat16, **kind)
+        x = inputs(plain, torch.bfloat16)
         y, want = sharded(x), plain(x)
         assert y.dtype == torch.bfloat16
         assert (y - want).float().norm() < 0.01 * want.float().norm()
@@ -138,24 +137,21 @@ def check_from_shard(place: Place):
     for style, kind in product(STYLES, ({"density": 1 / 3}, HADAMARD)):
         plain = layer(36, 52, **kind)
         rows, columns = plain.base_layer.weight.shape
-        weight = plain.base_layer.weight.detach().chunk(
-            place.world, 0 if style is RandLoraColwise else 1
-        )[place.rank]
+        dim = 0 if style is RandLoraColwise else 1
+        weight = plain.base_layer.weight.detach().chunk(place.world, dim)[place.rank]
         shard = nn.Linear(*reversed(weight.shape), dtype=torch.float64)
         shard.weight.data = weight.clone()
         bias = plain.base_layer.bias.detach()
         shard.bias.data = bias.chunk(place.world)[place.rank] if rows != len(weight) else bias
         with RecordedCollectives() as collectives:
-            sharded = ends(style).from_shard(
-                shard, mesh, r=5, randlora_alpha=10, projection_prng_key=9, **kind
-            )
+            options = {"r": 5, "randlora_alpha": 10, "projection_prng_key": 9} | kind
+            sharded = ends(style).from_shard(shard, mesh, **options)
         assert max(collectives.sizes) < 1000  # the options alone
         assert sharded.base_layer.weight.to_local().data_ptr() == shard.weight.data_ptr()
         assert (sharded.in_features, sharded.out_features) == (36, 52)
         x = inputs(plain)
-        torch.testing.assert_close(
-            sharded(x), nn.functional.linear(x, plain.base_layer.weight, bias), **EXACT
-        )  # a fresh adapter changes nothing
+        # a fresh adapter changes nothing
+        torch.testing.assert_close(sharded(x), plain.base_layer(x), **EXACT)
         with torch.no_grad():
             for ours, theirs in zip(diagonals(sharded), diagonals(plain), strict=True):
                 ours.copy_(DTensor.from_local(theirs.detach(), mesh, [Replicate()]))
@@ -204,7 +200,7 @@ def check_ranks_that_differ(place: Place):
         with pytest.raises(ValueError, match=differs.format(" of adapter 'two'")):
             parallelize_module(plain, mesh, style())
         assert type(plain) is RandLoraLinear and type(plain.base_layer.weight) is nn.Parameter
-        sharded = shard(layer(36, 52), mesh, style)
+        _, sharded = pair(place, style)
         with pytest.raises(ValueError, match=differs.format("")):
             sharded.update_layer("two", 4, projection_prng_key=key)
         assert [*sharded.bases] == ["default"]
@@ -215,7 +211,7 @@ def check_ranks_that_differ(place: Place):
 @worlds(2)
 def check_a_file_that_one_rank_lacks(place: Place):
     """Every rank raises, and all can go on."""
-    sharded, file = shard(layer(36, 52), place.mesh(), RandLoraColwise), place.folder / "one-rank"
+    (_, sharded), file = pair(place, RandLoraColwise), place.folder / "one-rank"
     here = file if place.rank else file / "no" / "folder"
     with pytest.raises(OSError, match="rank 0: " if place.rank else "cannot be written"):
         save_adapter(sharded, here)
@@ -266,7 +262,7 @@ def check_a_shared_input(place: Place):
 
 @worlds(2)
 def check_copies_and_repr(place: Place):
-    sharded = shard(layer(36, 52), place.mesh(), RandLoraColwise)
+    _, sharded = pair(place, RandLoraColwise)
     twin, x = copy.deepcopy(sharded), torch.randn(T, 36, dtype=torch.float64)
     assert type(twin) is TensorParallelRandLoraLinear
     assert torch.equal(twin(x), sharded(x))

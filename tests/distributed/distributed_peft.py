@@ -55,53 +55,43 @@ def check_ddp_trains_as_stock_in_one_process(place: Place):
     same_parameters(model, reference, rtol=1e-4, atol=1e-6)
 
 
+def shard(model):
+    for layer in model.modules():
+        if hasattr(layer, "base_layer"):
+            fully_shard(layer)
+    return fully_shard(model)
+
+
 @worlds(2)
 def check_fsdp(place: Place):
     """Training as of one process, and the adapter's file that one process would write."""
     for kind in KINDS:
-        fsdp_trains(place, make(**kind), make(**kind))
-
-
-def fsdp_trains(place, reference, model):
-    for layer in model.modules():
-        if hasattr(layer, "base_layer"):
-            fully_shard(layer)
-    fully_shard(model)
-    steps = range(3)
-    train(reference, adam(reference), steps, lambda x: x.float())
-    train(model, adam(model), steps, lambda x: share(place, x).float())
-    same_parameters(model, reference, **LIMITS)
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    if place.rank == 0:
-        mine = peft.get_peft_model_state_dict(model, state_dict=state)
-        theirs = peft.get_peft_model_state_dict(reference)
-        assert mine.keys() == theirs.keys()
-        for key in mine:
-            torch.testing.assert_close(mine[key], theirs[key], **LIMITS)
+        reference, model = make(**kind), shard(make(**kind))
+        train(reference, adam(reference), range(3), lambda x: x.float())
+        train(model, adam(model), range(3), lambda x: share(place, x).float())
+        same_parameters(model, reference, **LIMITS)
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        if place.rank == 0:
+            mine = peft.get_peft_model_state_dict(model, state_dict=state)
+            theirs = peft.get_peft_model_state_dict(reference)
+            torch.testing.assert_close(mine, theirs, **LIMITS)
 
 
 @worlds(2)
 def check_fsdp_merges(place: Place):
     """PEFT adds dW to each rank's part of W; stock PEFT fails here, mixing tensors and DTensors."""
     for kind in KINDS:
-        fsdp_merges(make(**kind))
-
-
-def fsdp_merges(model):
-    x = batch(0, torch.float32)
-    wanted = model(x).detach()
-    layers = [m for m in model.modules() if hasattr(m, "base_layer")]
-    before = [layer.base_layer.weight.detach().clone() for layer in layers]
-    for layer in layers:
-        fully_shard(layer)
-    fully_shard(model)
-    model.merge_adapter(safe_merge=True)
-    for layer, weight in zip(layers, before, strict=True):
-        merged = layer.base_layer.weight
-        assert merged.to_local().numel() < weight.numel()  # sharded still
-        assert (merged.full_tensor() - weight).abs().max() > 0.1
-    torch.testing.assert_close(model(x).detach(), wanted, **LIMITS)
-    model.unmerge_adapter()
-    torch.testing.assert_close(model(x).detach(), wanted, **LIMITS)
-    for layer, weight in zip(layers, before, strict=True):
-        assert torch.equal(layer.base_layer.weight.full_tensor(), weight)
+        model, x = make(**kind), batch(0, torch.float32)
+        wanted = model(x).detach()
+        layers = [m for m in model.modules() if hasattr(m, "base_layer")]
+        before = [layer.base_layer.weight.detach().clone() for layer in layers]
+        shard(model).merge_adapter(safe_merge=True)
+        for layer, weight in zip(layers, before, strict=True):
+            merged = layer.base_layer.weight
+            assert merged.to_local().numel() < weight.numel()  # sharded still
+            assert (merged.full_tensor() - weight).abs().max() > 0.1
+        torch.testing.assert_close(model(x).detach(), wanted, **LIMITS)
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(x).detach(), wanted, **LIMITS)
+        for layer, weight in zip(layers, before, strict=True):
+            assert torch.equal(layer.base_layer.weight.full_tensor(), weight)

@@ -78,6 +78,12 @@ def adam(model):
     return torch.optim.Adam(trained(model), lr=1e-2)
 
 
+def equal_on_all_ranks(t, world):
+    copies = [torch.empty_like(t) for _ in range(world)]
+    dist.all_gather(copies, t)
+    return all(torch.equal(t, other) for other in copies)
+
+
 def full_tensor(t):
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
@@ -116,10 +122,8 @@ def run(world: int, folder: Path) -> dict[str, str]:
     processes = []
     for rank, output in enumerate(outputs):
         command = [sys.executable, __file__, str(rank), str(world), str(folder)]
-        with output.open("w") as stream:
-            processes.append(
-                subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
-            )
+        with output.open("w") as out:
+            processes.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out))
     deadline = time.monotonic() + OVERALL
     try:
         while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
@@ -130,18 +134,17 @@ def run(world: int, folder: Path) -> dict[str, str]:
         for process in processes:
             process.kill()
             process.wait()
-    found: dict[str, str] = {}
-    for rank, output in enumerate(outputs):
+    found: dict[str, list[str]] = {name: [] for name in checks(world)}
+    for output in outputs:
         for line in output.read_text().splitlines():
             if line.startswith("RESULT "):
                 name, verdict = json.loads(line[7:])
-                if verdict != "ok":
-                    found[name] = found.get(name, "").removeprefix("ok") + f"rank {rank}: {verdict}"
-                else:
-                    found.setdefault(name, "ok")
+                found[name].append(verdict)
     tails = "\n".join(f"--- {o.name}\n{o.read_text()[-1500:]}" for o in outputs)
-    missing = f"did not run; the ranks' last words:\n{tails}"
-    return {name: found.get(name, missing) for name in checks(world)}
+    return {
+        name: "ok" if verdicts == ["ok"] * world else f"{verdicts or 'did not run'}\n{tails}"
+        for name, verdicts in found.items()
+    }
 
 
 def main(rank: int, world: int, folder: Path) -> None:

@@ -11,15 +11,13 @@ from distributed_ranks import (
     Place,
     RecordedCollectives,
     adam,
+    equal_on_all_ranks,
     full_tensor,
     same_parameters,
     worlds,
 )
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
@@ -169,6 +167,15 @@ def mlp():
     return model
 
 
+def sharded_mlp(mesh):
+    return parallelize_module(mlp(), mesh, {name: style() for name, style in PLAN.items()})
+
+
+def zero(parameters):
+    for parameter in parameters:
+        nn.init.zeros_(parameter)
+
+
 def train(model, steps, rows=slice(None)):
     optimizer = adam(model)
     for step in range(steps):
@@ -182,16 +189,13 @@ def train(model, steps, rows=slice(None)):
 @worlds(2, 4)
 def check_training(place: Place):
     """Adam steps of the sharded model follow the whole one's; replicas stay equal bit for bit."""
-    mesh, reference, model = place.mesh(), mlp(), mlp()
-    parallelize_module(model, mesh, {name: style() for name, style in PLAN.items()})
+    reference, model = mlp(), sharded_mlp(place.mesh())
     train(reference, 3)
     train(model, 3)
     same_parameters(model, reference)
     for parameter in diagonals(model):
         if parameter.placements == (Replicate(),):
-            copies = [torch.empty_like(parameter.to_local()) for _ in range(place.world)]
-            dist.all_gather(copies, parameter.to_local().detach())
-            assert all(torch.equal(copies[0], other) for other in copies)
+            assert equal_on_all_ranks(parameter.to_local().detach(), place.world)
 
 
 @worlds(2, 4)
@@ -212,25 +216,17 @@ def check_sequence_parallel(place: Place):
 def check_checkpoint(place: Place):
     """torch.distributed.checkpoint: one model in any number of processes, or none at all."""
     path = place.folder / "tensor-parallel"
-    mesh, model = place.mesh(), mlp()
-    parallelize_module(model, mesh, {name: style() for name, style in PLAN.items()})
-    reference = mlp()
+    reference, model = mlp(), sharded_mlp(place.mesh())
     train(reference, 2)
     if place.world == 2:  # the run of 4 processes, and a single one, read what 2 have written
         train(model, 2)
         dcp.save({"model": model.state_dict()}, checkpoint_id=path)
     whole_state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    for parameter in model.parameters():
-        nn.init.zeros_(parameter)
-    state = {"model": model.state_dict()}
-    dcp.load(state, checkpoint_id=path)
-    same_parameters(model, reference)
     alone = mlp()
-    for parameter in alone.parameters():
-        nn.init.zeros_(parameter)
-    state = {"model": alone.state_dict()}
-    dcp.load(state, checkpoint_id=path)  # plain tensors take the whole of each DTensor
-    same_parameters(alone, reference)
+    for each in (model, alone):  # plain tensors take the whole of each DTensor
+        zero(each.parameters())
+        dcp.load({"model": each.state_dict()}, checkpoint_id=path)
+        same_parameters(each, reference)
     assert list(model.state_dict()) == list(alone.state_dict()) == list(reference.state_dict())
     assert not any("basis" in key or "_A" in key or "_B" in key for key in model.state_dict())
     if place.world == 2 and place.rank == 0:  # as one ordinary file, exactly
@@ -242,19 +238,17 @@ def check_checkpoint(place: Place):
 def check_adapter_file(place: Place):
     """One process's file goes into a model sharded in two ways and comes out again, bit for bit."""
     mesh = place.mesh(2, 2, names=("dp", "tp"))
-    source, model = mlp(), mlp()
-    for parameter in diagonals(model):
-        nn.init.zeros_(parameter)
-    parallelize_module(model, mesh["tp"], {name: style() for name, style in PLAN.items()})
+    model = sharded_mlp(mesh["tp"])
+    zero(diagonals(model))
+    one, four = (place.folder / f"{name}.safetensors" for name in ("one", "sharded"))
     if place.rank == 0:
-        save_adapter(source, place.folder / "one.safetensors")
+        save_adapter(mlp(), one)
     dist.barrier()
     for shard in (lambda: None, lambda: fully_shard(model, mesh=mesh["dp"])):
         shard()
-        load_adapter(model, place.folder / "one.safetensors")
-        save_adapter(model, place.folder / "sharded.safetensors")
+        load_adapter(model, one)
+        save_adapter(model, four)
         dist.barrier()
-        one, four = (place.folder / f"{name}.safetensors" for name in ("one", "sharded"))
         assert one.read_bytes() == four.read_bytes()
         dist.barrier()
 
@@ -263,8 +257,7 @@ def check_adapter_file(place: Place):
 def check_with_fsdp(place: Place):
     """Two by two: tensor parallel within, FSDP2 over halves of the batch."""
     mesh = place.mesh(2, 2, names=("dp", "tp"))
-    reference, model = mlp(), mlp()
-    parallelize_module(model, mesh["tp"], {name: style() for name, style in PLAN.items()})
+    reference, model = mlp(), sharded_mlp(mesh["tp"])
     fully_shard(model, mesh=mesh["dp"])
     model.set_gradient_divide_factor(1.0)  # the loss is a sum
     train(reference, 2)

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_ranks import Place, RecordedCollectives, worlds
+from distributed_ranks import Place, RecordedCollectives, equal_on_all_ranks, worlds
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.distributed import DistributedConfig
@@ -33,9 +33,7 @@ def load(place: Place, ranks: int = 1):
     folder = place.folder / "llama"
     if place.rank == 0 and not folder.exists():
         sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=64)
-        heads = dict(
-            num_attention_heads=8, num_key_value_heads=4, head_dim=8, initializer_range=0.2
-        )
+        heads = dict(num_attention_heads=8, num_key_value_heads=4, initializer_range=0.2)
         torch.manual_seed(0)
         made = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads, attention_bias=True))
         for name, parameter in made.named_parameters():
@@ -75,6 +73,19 @@ def loss(model):
     return model(TOKENS, labels=TOKENS).loss
 
 
+def parallel_layers(model):
+    return [m for m in model.modules() if isinstance(m, TensorParallelLinear)]
+
+
+def saved_and_opened(place: Place, sharded, name):
+    """All ranks save together, since PEFT gathers; one process, or the sharded model, opens it."""
+    sharded.save_pretrained(place.folder / name, is_main_process=place.rank == 0)
+    dist.barrier()
+    for ranks in (1, place.world):
+        model = peft.PeftModel.from_pretrained(load(place, ranks), place.folder / name)
+        torch.testing.assert_close(loss(model), loss(sharded), **LIMITS)
+
+
 @worlds(2, 4)
 def check_training(place: Place):
     """Loss, gradients and merging for each kind of bases."""
@@ -89,9 +100,7 @@ def check_training(place: Place):
         for name, parameter in trained(whole).items():
             grad = parameters[name].grad
             assert (grad - parameter.grad).norm() < 1e-4 * parameter.grad.norm(), (basis, name)
-            copies = [torch.empty_like(grad) for _ in range(place.world)]
-            dist.all_gather(copies, grad)
-            assert all(torch.equal(grad, other) for other in copies)
+            assert equal_on_all_ranks(grad, place.world)
         with torch.no_grad():  # transformers has another way without gradients
             torch.testing.assert_close(loss(sharded), want.detach(), **LIMITS)
         layer = sharded.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
@@ -113,12 +122,10 @@ def check_adapters_that_are_dtensors(place: Place):
     """PEFT makes LoRA's parameters DTensors of the base layer's mesh; here it has RandLoRA's."""
     for placement in (Replicate(), Shard(1)):
         whole, sharded = pair(place, basis="hadamard")
-        layers = [m for m in sharded.modules() if isinstance(m, TensorParallelLinear)]
+        layers = parallel_layers(sharded)
         for layer in layers:
-            for diagonals, its in (
-                (layer.randlora_lambda, Replicate()),
-                (layer.randlora_gamma, placement),
-            ):
+            lam, gam = layer.randlora_lambda, layer.randlora_gamma
+            for diagonals, its in ((lam, Replicate()), (gam, placement)):
                 old = diagonals["default"].detach()
                 made = distribute_tensor(old.clone(), layer.device_mesh, [its])
                 diagonals["default"] = torch.nn.Parameter(made)
@@ -138,12 +145,7 @@ def check_adapters_that_are_dtensors(place: Place):
         torch.testing.assert_close(loss(sharded).detach(), steps[3], **LIMITS)
         sharded.unmerge_adapter()
         assert torch.equal(weight.to_local(), before)
-        file = place.folder / f"dtensors-{placement.is_replicate()}"
-        sharded.save_pretrained(file, is_main_process=place.rank == 0)
-        dist.barrier()
-        for ranks in (1, place.world):
-            model = peft.PeftModel.from_pretrained(load(place, ranks), file)
-            torch.testing.assert_close(loss(model).detach(), steps[3], **LIMITS)
+        saved_and_opened(place, sharded, f"dtensors-{placement.is_replicate()}")
 
 
 @worlds(2)
@@ -168,15 +170,9 @@ def check_adapters(place: Place):
 
 @worlds(2)
 def check_file(place: Place):
-    """All ranks save together, since PEFT gathers; one process, or the sharded model, opens it."""
     for basis in (BASES[0], BASES[1], BASES[3]):
         _, sharded = pair(place, **basis)
-        file = place.folder / "-".join(["adapter", *map(str, basis.values())])
-        sharded.save_pretrained(file, is_main_process=place.rank == 0)
-        dist.barrier()
-        for ranks in (1, place.world):
-            model = peft.PeftModel.from_pretrained(load(place, ranks), file)
-            torch.testing.assert_close(loss(model), loss(sharded), **LIMITS)
+        saved_and_opened(place, sharded, "-".join(["adapter", *map(str, basis.values())]))
 
 
 @worlds(2)
@@ -222,7 +218,7 @@ def check_communication(place: Place):
             model(inputs_embeds=embedded).logits.sum().backward()
         return sorted(collectives.sizes)
 
-    layers = [m for m in sharded.modules() if isinstance(m, TensorParallelLinear)]
+    layers = parallel_layers(sharded)
     assert len(layers) == 2 * (len(TARGETS) - 1)
     pairs = [(m.randlora_lambda["default"], m.randlora_gamma["default"]) for m in layers]
     own = [4 * (lam.numel() + gam.numel()) for lam, gam in pairs]
@@ -247,9 +243,7 @@ def check_what_layers_rely_on(place: Place):
     torch.manual_seed(place.rank)
     sharded.add_adapter("two", config(basis="independent", density=1 / 2, init_weights=False))
     lam = layer.randlora_lambda["two"].detach()
-    copies = [torch.empty_like(lam) for _ in range(place.world)]
-    dist.all_gather(copies, lam)
-    assert lam.any() and all(torch.equal(lam, other) for other in copies)
+    assert lam.any() and equal_on_all_ranks(lam, place.world)
     sharded.delete_adapter("two")
     assert layer.slices.keys() == {"default"}
     for export in (
@@ -281,20 +275,15 @@ def check_refusals(place: Place):
         peft.get_peft_model(model, config())
     for other in (torch.nn.Linear(64, 96), Conv1D(96, 64)):
         model.model.layers[0].mlp.up_proj = other
-        message = (
-            f"'.*up_proj' must be an nn.Linear whose .*, got {type(other).__name__} with Param"
-        )
+        message = f"up_proj' must be an nn.Linear whose .*, got {type(other).__name__} with Param"
         with pytest.raises(TypeError, match=message):
             peft.get_peft_model(model, config())
-    config_of_both = DistributedConfig(tp_size=2, fsdp_size=2)
-    both = AutoModelForCausalLM.from_pretrained(
-        place.folder / "llama", distributed_config=config_of_both
-    )
+    both = {"distributed_config": DistributedConfig(tp_size=2, fsdp_size=2)}
+    both = AutoModelForCausalLM.from_pretrained(place.folder / "llama", **both)
     with pytest.raises(ValueError, match="must be the only parallelism of the model.*fsdp=2"):
         peft.get_peft_model(both, config())
     accelerated.disable()
-    stock = peft.get_peft_model(
-        load(place, place.world), peft.RandLoraConfig(target_modules=TARGETS)
-    )
+    chosen = peft.RandLoraConfig(target_modules=TARGETS)
+    stock = peft.get_peft_model(load(place, place.world), chosen)
     with pytest.raises(ValueError, match="model is sharded by transformers; call enable"):
         accelerated.accelerate(stock)

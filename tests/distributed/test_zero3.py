@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from layer_helpers import make_base
 from torch import nn
 
 from randlora_ext import RandLoraLinear
@@ -38,19 +39,14 @@ def layer():
     return made
 
 
-def test_sizes_of_a_partitioned_conv1d():
-    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D(SIZES[1], SIZES[0])
-    partition(conv1d.weight)
-    made = RandLoraLinear(conv1d, r=5)
-    assert (made.in_features, made.out_features) == SIZES
-    assert made.randlora_gamma["default"].shape == (5, 24)
-
-
-def test_adapters_are_added_without_the_weight():
-    base = nn.Linear(*SIZES)
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_adapters_are_added_without_the_weight(kind):
+    base = make_base(*SIZES, kind)
     partition(base.weight)
     made = RandLoraLinear(base, r=5)
     made.update_layer("two", r=3)
+    assert (made.in_features, made.out_features) == SIZES
+    assert made.randlora_gamma["default"].shape == (5, 24)
     assert made.randlora_gamma["two"].shape == (8, 24)
     assert made.randlora_lambda["default"].dtype == torch.float32
 

@@ -5,7 +5,7 @@ import io
 import json
 
 import torch
-from peft_helpers import accelerated, peft, randomize
+from peft_helpers import adapted
 from safetensors.torch import load_file, save_file
 
 from randlora_cli import main
@@ -54,11 +54,20 @@ def llama(**changes):
     return LlamaForCausalLM(LlamaConfig(**(shape | heads | changes))).eval()
 
 
+def gpt2(folder, **options):
+    """Saves a model of Conv1D layers; returns it."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 40, "n_positions": 16}
+    base = GPT2LMHeadModel(GPT2Config(**shape, **options)).eval()
+    base.save_pretrained(folder)
+    return base
+
+
 def with_adapter(base, targets=TARGETS, r=5, **kind):
     """A PeftModel on our kernels whose adapter is not zero."""
-    accelerated.enable()
-    config = accelerated.RandLoraConfig(r=r, target_modules=list(targets), **kind)
-    return randomize(peft.get_peft_model(base, config)).eval()
+    return adapted(base, targets, r, **kind).eval()
 
 
 def save_adapter(base, folder, **options):

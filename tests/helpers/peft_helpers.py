@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layer_helpers import relative as relative
 from packaging.version import Version
 from torch import nn
 
@@ -75,6 +76,17 @@ class Headed(Deep):
         return self.head(super().forward(x))
 
 
+class Wide(Deep):
+    """With layers of other sizes, one of which is larger than the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.other = nn.Linear(40, 24), nn.Linear(24, 90)
+
+    def forward(self, x):
+        return self.other(self.wide(super().forward(x)))
+
+
 def config(r=4, cls=None, targets=("lin", "back", "big"), **options):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Specified to not save basis_A")
@@ -82,7 +94,7 @@ def config(r=4, cls=None, targets=("lin", "back", "big"), **options):
 
 
 def deep_config(r=4, cls=None, **options):
-    return config(r, cls, ("a", "b", "c"), **options)
+    return config(r, cls, "abc", **options)
 
 
 def randomize(model, seed=0):
@@ -97,11 +109,27 @@ def randomize(model, seed=0):
     return model
 
 
-def made(seed=0, base=Deep, r=5, **options):
-    """A model on our layers, of our configuration."""
+def shake(model):
+    """Changes what is trained beside the diagonals: biases, modules_to_save."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "randlora_" not in name:
+                parameter.add_(torch.randn_like(parameter))
+
+
+def adapted(base, targets, r=5, seed=0, **options):
+    """`base` on our layers, by our configuration, with random diagonals."""
     accelerated.enable()
-    chosen = deep_config(r, accelerated.RandLoraConfig, **options)
-    return randomize(peft.get_peft_model(base(), chosen), seed)
+    chosen = config(r, accelerated.RandLoraConfig, targets, **options)
+    return randomize(peft.get_peft_model(base, chosen), seed)
+
+
+def made(seed=0, base=Deep, r=5, targets="abc", **options):
+    return adapted(base(), targets, r, seed, **options)
+
+
+def opened(folder, base=Deep, **options):
+    return peft.PeftModel.from_pretrained(base(), folder, **options)
 
 
 def numbers(model):
@@ -146,12 +174,6 @@ def runs_on_kernels(model):
     )
 
 
-def relative(value, expected):
-    expected = expected.detach().double()
-    error = (value.detach().double() - expected).norm() / expected.norm().clamp_min(1e-300)
-    return error.item()
-
-
 def run(model, x, dy):
     """y, dx and every gradient of lambda and gamma that the model gives."""
     model.zero_grad()
@@ -170,9 +192,7 @@ def assert_close(results, expected, tolerance):
 
 def inputs(in_features, out_features, dtype=torch.float32, tokens=12):
     torch.manual_seed(1)
-    return torch.randn(2, tokens, in_features).to(dtype), torch.randn(2, tokens, out_features).to(
-        dtype
-    )
+    return [torch.randn(2, tokens, n).to(dtype) for n in (in_features, out_features)]
 
 
 def basis_of(layer):

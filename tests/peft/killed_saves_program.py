@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from peft_helpers import Deep, accelerated, deep_config, peft, randomize
+from peft_helpers import Deep, accelerated, deep_config, made, peft, randomize
 from safetensors.torch import load_file, save_file
 
 WEIGHTS, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
@@ -85,13 +85,12 @@ def at_every_line(save, model, step: int) -> dict:
         states = [tensors(f) for f in (first, second)]
         configs = [(f / CONFIG).read_text() for f in (first, second)]
         lines = killed_at(-1, lambda: save(second))
-        found, leftovers = [0, 0], set()
+        found = [0, 0]
         for line in range(0, lines, step):
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(first, folder)
             assert killed_at(line, lambda: save(folder)) is None
             found[version_of(folder, states, configs)] += 1
-            leftovers |= {p.name[:8] for p in folder.iterdir() if p.name[0] == "."}
         assert found[0], found
         save(folder)  # what a killed save left does not stand in the way of the next
         assert version_of(folder, states, configs) == 1
@@ -124,29 +123,22 @@ def while_writing(trials: int) -> dict:
 def main() -> None:
     step, trials = map(int, sys.argv[1:])
     torch.set_num_threads(1)  # the children have no other
-    accelerated.enable()
     random.seed(0)
-    for basis in ("peft", "independent"):
-        options = {"density": 0.2, "basis": basis, "save_projection": False}
-        config = deep_config(5, accelerated.RandLoraConfig, **options)
-        model = randomize(peft.get_peft_model(Deep(), config))
-        report(f"save_pretrained, {basis}", at_every_line(model.save_pretrained, model, step))
-    report(
-        "export_to_peft",
-        at_every_line(lambda folder: accelerated.export_to_peft(model, folder), model, step),
+    peft_s, ours = (
+        made(density=0.2, basis=basis, save_projection=False) for basis in ("peft", "independent")
     )
     plain = randomize(peft.get_peft_model(Deep(), deep_config(5, save_projection=False)))
-    report(
-        "a pickle and PEFT's own configuration",
-        at_every_line(
-            lambda folder: plain.save_pretrained(folder, safe_serialization=False), plain, step
+    saves = {
+        "save_pretrained, peft": (peft_s, peft_s.save_pretrained),
+        "save_pretrained, independent": (ours, ours.save_pretrained),
+        "export_to_peft": (ours, lambda folder: accelerated.export_to_peft(ours, folder)),
+        "a pickle and PEFT's own configuration": (
+            plain, lambda folder: plain.save_pretrained(folder, safe_serialization=False),
         ),
-    )
-    report("40 MB", while_writing(trials))
-
-
-def report(name: str, counts: dict) -> None:
-    print(json.dumps([name, counts]))
+    }  # fmt: skip
+    for name, (model, save) in saves.items():
+        print(json.dumps([name, at_every_line(save, model, step)]))
+    print(json.dumps(["40 MB", while_writing(trials)]))
 
 
 if __name__ == "__main__":

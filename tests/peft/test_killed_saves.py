@@ -8,20 +8,16 @@ from pathlib import Path
 
 from property_cases import DEEP
 
-HERE = Path(__file__).resolve().parent
+PROGRAM = Path(__file__).with_name("killed_saves_program.py")
 
 
 def test_killed_saves():
     step, trials = ("1", "200") if DEEP else ("67", "8")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(HERE / "killed_saves_program.py"), step, trials],
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=3600 if DEEP else 300,
-    )
+    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    settings["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, "-W", "ignore", PROGRAM, step, trials]
+    options = {"env": os.environ | settings, "timeout": 3600 if DEEP else 600}
+    done = subprocess.run(command, **options, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    print(done.stdout)
     kills = {name: counts["killed"] for name, counts in map(json.loads, done.stdout.splitlines())}
     assert len(kills) == 5 and min(kills.values()) >= 8, kills

@@ -1,6 +1,7 @@
 """randlora_ext.peft: the numbers of stock PEFT, forward and backward."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -22,19 +23,28 @@ from torch import nn
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 
 
+PATHS = ["factored", "delta", "merged"]
+
+
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind,path", [*((kind, "auto") for kind in KINDS),
+                                       *(("uniform", path) for path in PATHS)])  # fmt: skip
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_same_numbers_as_stock(shape, kind, dtype, tolerance):
+def test_same_numbers_as_stock(monkeypatch, shape, kind, path, dtype, tolerance):
+    monkeypatch.setenv("RANDLORA_PATH", path)
     in_features, out_features, r = shape
-    base = Net(in_features, out_features).to(dtype)
-    stock, ours = pair(base, lambda: config(r, **{kind: True}))
+    options = {} if kind == "uniform" else {kind: True}
+    stock, ours = pair(Net(in_features, out_features).to(dtype), lambda: config(r, **options))
     assert runs_on_kernels(ours)
+    if dtype is torch.float64:
+        stock.double(), ours.double()
     x, dy = inputs(in_features, out_features, dtype)
-    assert_close(run(ours, x, dy), run(stock, x, dy), tolerance)
-    for ours_layer, stock_layer in zip(layers(ours), layers(stock), strict=True):
-        delta, wanted = (m.get_delta_weight("default") for m in (ours_layer, stock_layer))
-        assert delta.dtype == wanted.dtype and relative(delta, wanted) < tolerance
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results = run(ours, x, dy)
+    assert_close(results, run(stock, x, dy), tolerance)
+    deltas = [[m.get_delta_weight("default") for m in layers(each)] for each in (ours, stock)]
+    assert_close(*deltas, tolerance)
 
 
 @pytest.mark.parametrize("shape", [(48, 64, 8), (64, 48, 8), (64, 64, 12)], ids=str)
@@ -54,23 +64,25 @@ def test_adapters_err_at_most_twice_as_much_as_stock(shape, dtype, autocast_adap
         assert relative(mine, wanted) <= 2 * relative(theirs, wanted)
 
 
-@pytest.mark.parametrize("path", ["factored", "delta", "merged"])
-@pytest.mark.parametrize("kind", ["conv1d", "hook", "subclass"])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", ["conv1d", "uniform conv1d", "hook", "subclass"])
 def test_other_base_layers(monkeypatch, kind, path):
     monkeypatch.setenv("RANDLORA_PATH", path)
     from transformers.pytorch_utils import Conv1D
 
-    base = Net(24, 40, Conv1D if kind == "conv1d" else nn.Linear).double()
-    if kind == "conv1d":
+    conv1d = "conv1d" in kind
+    base = Net(24, 40, Conv1D if conv1d else nn.Linear).double()
+    if conv1d:
         nn.init.normal_(base.lin.bias)
     if kind == "subclass":
         base.lin.__class__ = type("Special", (nn.Linear,), {})
     calls = []
     if kind == "hook":
         base.lin.register_forward_hook(lambda *_: calls.append(1))
-    targets = ("lin",) if kind == "conv1d" else ("lin", "back", "big")
-    options = {"fan_in_fan_out": kind == "conv1d", "sparse": True}
+    targets = ("lin",) if conv1d else ("lin", "back", "big")
+    options = {"fan_in_fan_out": conv1d, "sparse": "uniform" not in kind}
     stock, ours = pair(base, lambda: config(5, targets=targets, **options))
+    stock.double(), ours.double()
     calls.clear()
     x, dy = inputs(24, 40, torch.float64)
     assert_close(run(ours, x, dy), run(stock, x, dy), 1e-10)

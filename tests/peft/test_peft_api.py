@@ -7,25 +7,27 @@ import json
 
 import pytest
 import torch
+from cli_helpers import llama
 from peft_helpers import (
     PEFT,
     Deep,
+    Wide,
     accelerated,
+    adapted,
     assert_close,
     config,
     deep_config,
     edit_config,
     layers,
+    made,
     pair,
     peft,
     randomize,
     relative,
     run,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
-
-from randlora_ext.peft.ternary_tensor import TernaryTensor
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 
@@ -128,12 +130,7 @@ def test_a_second_injected_adapter_leaves_the_first(tmp_path):
 @pytest.mark.parametrize("targets", [None, "all-linear"], ids=str)
 def test_targets_that_peft_chooses(targets):
     """By the type of the model, or all linear layers; a second adapter meets wrapped layers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, vocab_size=50))
-    tokens = torch.randint(0, 50, (2, 6))
+    base, tokens = llama(num_hidden_layers=1), torch.randint(0, 50, (2, 6))
 
     def chosen():
         return peft.RandLoraConfig(r=8, sparse=True, target_modules=targets)
@@ -158,51 +155,21 @@ def test_transformers_integration(tmp_path, monkeypatch):
     if PEFT < (0, 19):
         pytest.skip("transformers 5 imports modules of PEFT that 0.18 does not have")
     integration = pytest.importorskip("transformers.integrations.peft")
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     monkeypatch.setattr(integration, "MIN_PEFT_VERSION", "0.18.0")  # newer ones ask for 0.22
     monkeypatch.setattr("transformers.utils.peft_utils.check_peft_version", lambda **_: None)
     accelerated.enable()
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-
-    def base():
-        torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, vocab_size=50)).eval()
-
     tokens = torch.randint(0, 50, (2, 6))
-    model = base()
+    model = llama()
     model.add_adapter(config(8, targets=["q_proj", "down_proj"], sparse=True))
     wanted = randomize(model)(tokens).logits
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert sum(key.endswith("randlora_A") for key in saved) == 1
     edit_config(tmp_path, projection_prng_key=9)
-    loaded = base()
+    loaded = llama()
     loaded.load_adapter(tmp_path)
-    assert relative(loaded(tokens).logits, wanted) < 1e-6
-    loaded = peft.PeftModel.from_pretrained(base(), tmp_path)
-    assert relative(loaded(tokens).logits, wanted) < 1e-6
-
-
-@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
-def test_a_file_with_copies_under_every_layer(tmp_path, monkeypatch, low_cpu_mem_usage):
-    stock, _ = pair(Deep(), lambda: deep_config(5, sparse=True))
-    stock.save_pretrained(tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    saved = load_file(file)
-    bases = {k: v for k, v in saved.items() if k.startswith("base_model.randlora_")}
-    copies = {k.replace("base_model", f"base_model.model.{layer}"): v.clone()
-              for layer in "abc" for k, v in bases.items()}  # fmt: skip
-    assert saved.keys() in ((saved | copies).keys(), saved.keys() - copies.keys())
-    save_file(saved | copies, file)  # PEFT after 0.21.2 writes none
-    edit_config(tmp_path, projection_prng_key=9)
-    packed = []
-    of = TernaryTensor.of
-    monkeypatch.setattr(TernaryTensor, "of", lambda dense: packed.append(1) or of(dense))
-    model = peft.PeftModel.from_pretrained(Deep(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-    x = torch.randn(6, 24)
-    assert relative(model(x), stock(x)) < 1e-6
-    assert len(packed) == 4  # drawn from the key, and read: not once a layer
+    for model in (loaded, peft.PeftModel.from_pretrained(llama(), tmp_path)):
+        assert relative(model(tokens).logits, wanted) < 1e-6
 
 
 @pytest.mark.parametrize("kind", [{"sparse": True}, {}], ids=["packed", "uniform"])
@@ -237,42 +204,28 @@ def test_conversion_to_lora():
 
 def test_an_adapter_of_larger_layers():
     """Stock PEFT refuses it and asks for the reverse order."""
-
-    class Wide(Deep):
-        def __init__(self):
-            super().__init__()
-            self.wide = nn.Linear(40, 90)
-
-        def forward(self, x):
-            return self.wide(super().forward(x))
-
-    accelerated.enable()
-    model = peft.get_peft_model(Wide(), deep_config(5, sparse=True))
-    larger = config(5, targets=["wide", "a"], sparse=True)
-    model.add_adapter("two", larger)
-    alone = randomize(peft.get_peft_model(Wide(), larger))
+    larger = {"targets": ["other", "a"], "sparse": True}
+    model, alone = made(base=Wide, sparse=True), made(base=Wide, **larger)
+    model.add_adapter("two", config(5, **larger))
     randomize(model)
     model.set_adapter("two")
     state = peft.get_peft_model_state_dict(model, adapter_name="two")
-    peft.set_peft_model_state_dict(
-        alone, {k: v for k, v in state.items() if "base_model.randlora" not in k}
-    )
+    state = {k: v for k, v in state.items() if "base_model.randlora" not in k}
+    peft.set_peft_model_state_dict(alone, state)
     x = torch.randn(6, 24)
     assert torch.equal(model(x), alone(x))
 
 
 def test_adapters_come_and_go():
-    accelerated.enable()
-    model = peft.get_peft_model(Deep(), deep_config(5, sparse=True))
+    model = made(sparse=True)
     model.add_adapter("two", deep_config(3, sparse=True))
     model.delete_adapter("default")
     assert list(model.base_model.randlora_A) == ["two"]
     model.add_adapter("default", deep_config(5, sparse=True))
     model.set_adapter("default")
     model.delete_adapter("two")
-    fresh = peft.get_peft_model(Deep(), deep_config(5, sparse=True))
     x = torch.randn(6, 24)
-    assert torch.equal(randomize(model)(x), randomize(fresh)(x))
+    assert torch.equal(randomize(model)(x), made(sparse=True)(x))
     with torch.no_grad():
         bare = model.unload()(x)
     assert torch.equal(bare, Deep()(x))
@@ -280,18 +233,16 @@ def test_adapters_come_and_go():
 
 @pytest.mark.parametrize("targets", ["q_proj", ["q_proj", "v_proj"], ["block"]], ids=str)
 def test_wrong_targets_list_the_layers_that_exist(targets):
-    accelerated.enable()
-
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
             self.embed, self.block = nn.Embedding(9, 8), nn.ModuleList([nn.Linear(8, 8)] * 2)
 
     message = r"target_modules .* matches no linear layer of Model; .* called \['block.0'\]"
-    model = Model()
-    with pytest.raises(ValueError, match=message):
-        peft.get_peft_model(model, accelerated.RandLoraConfig(r=2, target_modules=targets))
-    model = peft.get_peft_model(model, accelerated.RandLoraConfig(r=2, target_modules=["0"]))
-    with pytest.raises(ValueError, match=message):
-        model.add_adapter("two", accelerated.RandLoraConfig(r=2, target_modules=targets))
+    base, model = Model(), adapted(Model(), "0")
+    wrong = accelerated.RandLoraConfig(r=2, target_modules=targets)
+    for add in (lambda: peft.get_peft_model(base, wrong), lambda: model.add_adapter("two", wrong)):
+        with pytest.raises(ValueError, match=message):
+            add()
+    assert type(base.block[0]) is nn.Linear
     assert list(model.peft_config) == ["default"]

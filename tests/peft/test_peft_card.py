@@ -1,13 +1,14 @@
 """Model cards: which package opens the file. Their snippets are run."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
-from cli_helpers import TARGETS, llama, run
+from cli_helpers import llama, with_adapter
 from huggingface_hub import ModelCard
-from peft_helpers import accelerated, config, made, peft, randomize
-from transformers import LlamaForCausalLM
+from peft_helpers import accelerated, made, randomize
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "stock_peft"),
@@ -29,10 +30,8 @@ def base(tmp_path, monkeypatch):
     return LlamaForCausalLM.from_pretrained("base")
 
 
-def adapted(base, task="CAUSAL_LM", name="default", **kind):
-    accelerated.enable()
-    chosen = config(4, accelerated.RandLoraConfig, TARGETS, task_type=task, **kind)
-    return randomize(peft.get_peft_model(base, chosen, adapter_name=name)).eval()
+def adapted(base, task="CAUSAL_LM", kind="seed"):
+    return with_adapter(base, r=4, task_type=task, **KINDS[kind])
 
 
 def run_snippet(folder):
@@ -43,16 +42,15 @@ def run_snippet(folder):
     return source, namespace["model"].eval()
 
 
-def same(model, other):
+def same(model, other, **limits):
     tokens = torch.arange(6)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(model(tokens).logits, other(tokens).logits)
+    torch.testing.assert_close(model(tokens).logits, other(tokens).logits, **limits)
 
 
 @pytest.mark.parametrize("task", ["CAUSAL_LM", None])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_snippet_opens_what_was_saved(base, tmp_path, kind, task):
-    model = adapted(base, task, **KINDS[kind])
+    model = adapted(base, task, kind)
     model.save_pretrained("adapter")
     accelerated.disable()
     source, loaded = run_snippet(tmp_path / "adapter")
@@ -67,7 +65,7 @@ def test_the_snippet_opens_what_was_saved(base, tmp_path, kind, task):
 
 
 def test_what_others_wrote_stays(base, tmp_path):
-    model = adapted(base, **KINDS["seed"])
+    model = adapted(base)
     model.save_pretrained("adapter")
     file = tmp_path / "adapter" / "README.md"
     first = file.read_text()
@@ -83,8 +81,11 @@ def test_what_others_wrote_stays(base, tmp_path):
 
 
 def test_an_adapter_in_a_folder_of_its_name(base, tmp_path):
-    model = adapted(base, name="mine", **KINDS["seed"])
-    model.save_pretrained("adapter")
+    model = adapted(base)
+    model.add_adapter("mine", model.peft_config["default"])
+    model.delete_adapter("default")
+    model.set_adapter("mine")
+    randomize(model).save_pretrained("adapter")
     source, loaded = run_snippet(tmp_path / "adapter")
     assert "subfolder='mine'" in source
     same(loaded, model)
@@ -97,11 +98,9 @@ def test_a_model_that_transformers_does_not_know_is_left_to_the_reader(tmp_path)
 
 
 def test_a_classifier_says_how_many_labels_it_has(base, tmp_path):
-    from transformers import LlamaForSequenceClassification
-
     classifier = LlamaForSequenceClassification.from_pretrained("base", num_labels=5)
     classifier.config.pad_token_id = 0
-    model = adapted(classifier, "SEQ_CLS", **KINDS["seed"])
+    model = adapted(classifier, "SEQ_CLS")
     model.save_pretrained("adapter")
     source, loaded = run_snippet(tmp_path / "adapter")
     assert "num_labels=5" in source
@@ -111,24 +110,20 @@ def test_a_classifier_says_how_many_labels_it_has(base, tmp_path):
 
 def test_other_processes_write_no_card(base, tmp_path):
     (tmp_path / "adapter").mkdir()
-    model = adapted(base, **KINDS["seed"])
+    model = adapted(base)
     model.save_pretrained("adapter", is_main_process=False)
     model.save_pretrained("adapter", True, None, "auto", False)
     assert not (tmp_path / "adapter" / "README.md").exists()
 
 
 def test_what_is_exported(base, tmp_path):
-    model = adapted(base, **KINDS["seed"])
+    model = adapted(base)
     done = accelerated.export_to_lora(model, "lora", rank=32)
     accelerated.export_to_peft(model, "for-peft")
     accelerated.disable()
     source, loaded = run_snippet(tmp_path / "lora")
     assert "randlora_ext" not in source and "'lora'" in source
-    tokens = torch.arange(6)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(
-            loaded(tokens).logits, model(tokens).logits, rtol=1e-3, atol=1e-3
-        )
+    same(loaded, model, rtol=1e-3, atol=1e-3)
     card = ModelCard.load(tmp_path / "lora" / "README.md")
     assert "lora" in card.data.tags and card.data.base_model == "base"
     assert "rank 32 that is nearest" in card.text and f"{done.energy:.4f}" in card.text
@@ -137,48 +132,27 @@ def test_what_is_exported(base, tmp_path):
     same(loaded, model)
 
 
-def test_the_command_line_writes_cards(base, tmp_path):
-    model = adapted(base, **KINDS["seed"])
-    model.save_pretrained("adapter")
-    assert (
-        run("convert", "adapter", "to-lora", "--to", "lora", "--rank", 32, "--base", "base")[0] == 0
-    )
-    assert run("convert", "adapter", "to-peft", "--to", "peft", "--base", "base")[0] == 0
-    accelerated.disable()
-    for name, tag in (("to-lora", "lora"), ("to-peft", "transformers")):
-        source, loaded = run_snippet(tmp_path / name)
-        assert "randlora_ext" not in source and type(loaded.base_model.model) is LlamaForCausalLM
-        assert tag in ModelCard.load(tmp_path / name / "README.md").data.tags
-
-
 def test_push_to_hub_uploads_the_card(base, tmp_path, monkeypatch):
     """transformers puts the repository's card, or an empty one, over PEFT's before it uploads."""
     from transformers.utils import hub
 
     uploaded = {}
 
-    class Hub:
-        def create_repo(self, repo_id, **_):
-            return type("Url", (), {"repo_id": f"me/{repo_id}"})
+    def commit(repo_id, operations, **_):
+        files = {each.path_in_repo: each.path_or_fileobj for each in operations}
+        uploaded["card"] = open(files["README.md"]).read()
 
-        def create_commit(self, repo_id, operations, **_):
-            uploaded[repo_id] = {
-                operation.path_in_repo: operation.path_or_fileobj for operation in operations
-            }
-            file = uploaded[repo_id]["README.md"]
-            uploaded["card"] = open(file).read()
-
-        def create_branch(self, *args, **kwargs):
-            pass
-
+    fakes = {
+        "create_repo": lambda repo_id, **_: SimpleNamespace(repo_id=f"me/{repo_id}"),
+        "create_commit": commit,
+        "create_branch": lambda *_, **__: None,
+    }
     card = ModelCard("---\nlicense: mit\n---\n# On the hub\n")
-    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **kwargs: card)
-    if hasattr(hub, "hf_api"):
-        monkeypatch.setattr(hub, "hf_api", Hub)
-    else:
-        for name in ("create_repo", "create_commit", "create_branch"):
-            monkeypatch.setattr(hub, name, getattr(Hub(), name))
-    adapted(base, **KINDS["seed"]).push_to_hub("mine")
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: card)
+    monkeypatch.setattr(hub, "hf_api", lambda: SimpleNamespace(**fakes), raising=False)
+    for name, fake in fakes.items():  # of older transformers
+        monkeypatch.setattr(hub, name, fake, raising=False)
+    adapted(base).push_to_hub("mine")
     card = ModelCard(uploaded["card"])
     assert card.data.license == "mit" and card.data.base_model == "base"
     assert "# On the hub" in card.text and "from_pretrained(base, 'me/mine')" in card.text

@@ -1,33 +1,17 @@
 """PEFT models on our layers: torch.compile in one graph, torch.export, torch.func."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from cli_helpers import llama
 from compile_helpers import assert_steps_agree, graphs, needs_guards
 from compile_helpers import fresh_dynamo as fresh_dynamo
-from peft_helpers import (
-    Deep,
-    accelerated,
-    deep_config,
-    layers,
-    made,
-    peft,
-    randomize,
-    runs_on_kernels,
-)
+from peft_helpers import accelerated, adapted, deep_config, layers, made, runs_on_kernels
 from torch import nn
 from torch.export import Dim
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft", "fresh_dynamo")
 
-KINDS = [
-    {"sparse": True},
-    {"density": 0.1},
-    {"basis": "independent"},
-    {"basis": "hadamard"},
-]
+KINDS = [{"sparse": True}, {"density": 0.1}, {"basis": "independent"}, {"basis": "hadamard"}, {}]
 
 
 def compiled(model):
@@ -60,13 +44,6 @@ def test_dropout_and_two_adapters():
     assert_steps_agree(compiled(eager.eval()), eager, x)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_uniform_bases(dtype):
-    accelerated.enable()
-    eager = randomize(peft.get_peft_model(Deep().to(dtype), deep_config(5)))
-    assert_steps_agree(compiled(eager), eager, torch.randn(7, 24, dtype=dtype))
-
-
 @needs_guards
 @pytest.mark.parametrize("name", ["randlora_A", "randlora_B"])
 def test_other_bases_are_noticed(name):
@@ -81,8 +58,6 @@ def test_other_bases_are_noticed(name):
 
 
 def test_blocks_of_one_shape_share_what_is_compiled():
-    accelerated.enable()
-
     class Blocks(nn.Module):
         def __init__(self):
             super().__init__()
@@ -94,9 +69,7 @@ def test_blocks_of_one_shape_share_what_is_compiled():
                 x = torch.tanh(block(x))
             return x
 
-    names = [str(i) for i in range(12)]
-    options = accelerated.RandLoraConfig(r=5, density=0.2, target_modules=names)
-    model = randomize(peft.get_peft_model(Blocks(), options))
+    model = adapted(Blocks(), map(str, range(12)), density=0.2)
     x = torch.randn(7, 24, requires_grad=True)  # as between blocks: without, the first differs
     expected = model(x)
     for block in layers(model):
@@ -106,43 +79,25 @@ def test_blocks_of_one_shape_share_what_is_compiled():
 
 
 def test_a_language_model_in_one_graph():
-    transformers = pytest.importorskip("transformers")
-    accelerated.enable()
-    torch.manual_seed(0)
-    shape = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, vocab_size=64,
-    )  # fmt: skip
-    options = accelerated.RandLoraConfig(
-        r=5, sparse=True, target_modules=["q_proj", "v_proj", "down_proj"]
-    )
-    eager = randomize(peft.get_peft_model(transformers.LlamaForCausalLM(shape), options))
+    eager = adapted(llama().train(), ["q_proj", "v_proj", "down_proj"], sparse=True)
     fast = compiled(eager)
     for tokens in (7, 9, 30, 8):
-        assert_steps_agree(fast, eager, torch.randint(0, 64, (2, tokens)))
+        assert_steps_agree(fast, eager, torch.randint(0, 50, (2, tokens)))
     assert graphs() == 2
 
 
-def test_an_exported_model_in_another_process(tmp_path):
+def test_an_exported_model(tmp_path):
+    """It holds our operators and plain tensors alone; test_export.py loads such in a process."""
     model = made(projection_prng_key=23, sparse=True).eval()
     x = torch.randn(7, 24)
     program = torch.export.export(model.base_model.model, (x,), dynamic_shapes=({0: Dim.DYNAMIC},))
     assert sum("randlora.linear" in str(n.target) for n in program.graph.nodes) == 3
     assert all(type(t) is torch.Tensor for t in program.constants.values())
     torch.export.save(program, tmp_path / "model.pt2")
-    with torch.no_grad():
-        torch.save(
-            [(x, model(x)) for x in (torch.randn(t, 24) for t in (1, 7, 90))], tmp_path / "xy"
-        )
-    code = """
-import torch, randlora_ext  # no PEFT
-program = torch.export.load("model.pt2").module()
-for x, y in torch.load("xy"):
-    torch.testing.assert_close(program(x), y, rtol=1e-4, atol=1e-5)
-"""
-    run = [sys.executable, "-c", code]
-    result = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    for tokens in (1, 7, 90):
+        row = torch.randn(tokens, 24)
+        torch.testing.assert_close(loaded(row), model(row), rtol=1e-4, atol=1e-5)
     model(x).sum().backward()  # the bases that the export packed serve training
 
 

@@ -5,33 +5,33 @@ import warnings
 
 import pytest
 import torch
+from cli_helpers import KINDS, llama
 from peft_helpers import (
     PEFT,
     Deep,
     Headed,
     StockLinear,
+    Wide,
     accelerated,
+    adapted,
     deep_config,
     layers,
     made,
+    opened,
     peft,
     randomize,
     relative,
+    shake,
 )
 from safetensors.torch import load_file
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 
-KINDS = {
-    "sparse": {"sparse": True},
-    "very_sparse": {"very_sparse": True},
-    "density": {"density": 0.07, "save_projection": False},
-    "generated": {"basis": "independent", "density": 0.07, "projection_prng_key": 2**64 - 1},
-    "hadamard": {"basis": "hadamard", "projection_prng_key": 9},
+MORE_KINDS = KINDS | {
+    "the largest key": {"basis": "independent", "density": 0.07, "projection_prng_key": 2**64 - 1},
     "hadamard, r > d": {"basis": "hadamard", "r": 30},
     "generated very_sparse": {"basis": "independent", "very_sparse": True},
-    "uniform": {},
 }
 
 
@@ -40,70 +40,52 @@ def opened_by_stock(folder, base=Deep, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="Found missing adapter keys .*randlora_A")
-        model = peft.PeftModel.from_pretrained(base(), folder, **options)
+        model = opened(folder, base, **options)
     assert {type(layer) for layer in layers(model)} == {StockLinear}
     return model
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("kind", MORE_KINDS.values(), ids=MORE_KINDS)
 def test_stock_opens_the_adapter(tmp_path, kind):
     model = made(**kind)
     x = torch.randn(6, 24)
     accelerated.export_to_peft(model, tmp_path)
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {"adapter_config.json", "README.md", "adapter_model.safetensors"}
-    assert not {"density", "basis"} & set(
-        json.loads((tmp_path / "adapter_config.json").read_text())
-    )
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert not {"density", "basis"} & set(fields)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    bases = [key for key in saved if key.endswith(("randlora_A", "randlora_B"))]
+    assert bases == ["base_model.randlora_A", "base_model.randlora_B"]  # once
     for low_cpu_mem_usage in (True, False):
         loaded = opened_by_stock(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
         assert relative(loaded(x), model(x)) < 1e-6
     accelerated.enable()
-    assert relative(peft.PeftModel.from_pretrained(Deep(), tmp_path)(x), model(x)) < 1e-6
+    assert relative(opened(tmp_path)(x), model(x)) < 1e-6
 
 
 def test_hadamard_bases_of_one_size_among_others(tmp_path):
     """Layers of other sizes that are no targets, and D of several sizes."""
-
-    class Wide(Deep):
-        def __init__(self):
-            super().__init__()
-            self.wide, self.other = nn.Linear(40, 24), nn.Linear(24, 90)
-
-        def forward(self, x):
-            return self.other(self.wide(super().forward(x)))
-
-    accelerated.enable()
-    options = {"basis": "hadamard", "target_modules": ["a", "b", "wide", "other"]}
-    model = peft.get_peft_model(Wide(), accelerated.RandLoraConfig(r=7, **options))
+    model = adapted(Wide(), ["a", "b", "wide", "other"], 7, basis="hadamard")
     x = torch.randn(6, 24)
-    wanted = randomize(model)(x)
+    wanted = model(x)
     accelerated.export_to_peft(model, tmp_path)
     assert relative(opened_by_stock(tmp_path, Wide)(x), wanted) < 1e-6
 
 
 def test_hadamard_bases_of_several_sizes_are_refused(tmp_path):
-    accelerated.enable()
-    base = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 24), nn.Linear(24, 20))
-    options = {"basis": "hadamard", "target_modules": ["0", "1", "2"]}
-    model = randomize(peft.get_peft_model(base, accelerated.RandLoraConfig(r=5, **options)))
+    sizes = (24, 40), (40, 24), (24, 20)
+    base, plain = (nn.Sequential(*(nn.Linear(*each) for each in sizes)) for _ in range(2))
+    model = adapted(base, "012", basis="hadamard")
     message = "layer '.*0' has 24 -> 40 features, layer '.*2' 24 -> 20; merge instead"
     with pytest.raises(ValueError, match=message):
         accelerated.export_to_peft(model, tmp_path)
     assert not list(tmp_path.iterdir())
     wanted = model(x := torch.randn(6, 24))
     accelerated.export_to_peft(model, tmp_path, merged=True)
-    plain = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 24), nn.Linear(24, 20))
+    assert torch.equal(model(x), wanted) and len(layers(model)) == 3
     plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
     assert relative(plain(x), wanted) < 1e-5
-
-
-def test_bases_are_written_once(tmp_path):
-    model = made(basis="independent", density=0.2)
-    accelerated.export_to_peft(model, tmp_path)
-    saved = load_file(tmp_path / "adapter_model.safetensors")
-    bases = [key for key in saved if key.endswith(("randlora_A", "randlora_B"))]
-    assert bases == ["base_model.randlora_A", "base_model.randlora_B"]
 
 
 def test_the_model_stays_as_it_was_and_every_adapter_is_written(tmp_path):
@@ -123,9 +105,7 @@ def test_the_model_stays_as_it_was_and_every_adapter_is_written(tmp_path):
 
 @pytest.mark.parametrize("density", [0.07, 0.2])
 def test_generated_bases_of_a_bf16_model_are_not_rounded(tmp_path, density):
-    accelerated.enable()
-    chosen = deep_config(5, accelerated.RandLoraConfig, basis="independent", density=density)
-    model = randomize(peft.get_peft_model(Deep().bfloat16(), chosen))
+    model = adapted(Deep().bfloat16(), "abc", basis="independent", density=density)
     accelerated.export_to_peft(model, tmp_path)
     stock = opened_by_stock(tmp_path)
     for mine, theirs in zip(layers(model), layers(stock), strict=True):
@@ -134,43 +114,18 @@ def test_generated_bases_of_a_bf16_model_are_not_rounded(tmp_path, density):
 
 
 def test_modules_to_save_and_biases_are_written(tmp_path):
-    accelerated.enable()
-    options = {"modules_to_save": ["head"], "bias": "all" if PEFT >= (0, 21) else "none"}
-    # Before 0.21 PEFT saves no biases of RandLoRA.
-    chosen = deep_config(5, accelerated.RandLoraConfig, density=0.3, **options)
-
-    model = randomize(peft.get_peft_model(Headed(), chosen))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "randlora_" not in name:
-                parameter.add_(torch.randn_like(parameter))
+    bias = "all" if PEFT >= (0, 21) else "none"  # older PEFT saves none of RandLoRA
+    model = made(base=Headed, density=0.3, modules_to_save=["head"], bias=bias)
+    shake(model)
     accelerated.export_to_peft(model, tmp_path)
     x = torch.randn(6, 24)
     assert relative(opened_by_stock(tmp_path, Headed)(x), model(x)) < 1e-6
 
 
-def test_merged_without_save_pretrained(tmp_path):
-    model = made(basis="independent", density=0.3)
-    x = torch.randn(6, 24)
-    before = model(x)
-    accelerated.export_to_peft(model, tmp_path, merged=True)
-    assert torch.equal(model(x), before) and len(layers(model)) == 3
-    plain = Deep()
-    plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
-    assert relative(plain(x), before) < 1e-5
-
-
 def test_merged_transformers_model(tmp_path):
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    accelerated.enable()
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    base = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, vocab_size=50)).eval()
-    chosen = accelerated.RandLoraConfig(
-        r=8, target_modules=["q_proj", "down_proj"], basis="independent"
-    )
-    model = randomize(peft.get_peft_model(base, chosen)).eval()
+    model = adapted(llama(), ["q_proj", "down_proj"], 8, basis="independent").eval()
     tokens = torch.randint(0, 50, (2, 6))
     wanted = model(tokens).logits
     accelerated.export_to_peft(model, tmp_path, merged=True)
@@ -194,16 +149,3 @@ def test_the_card_that_is_there_is_kept(tmp_path):
     accelerated.export_to_peft(model, tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "# Our adapter" in card and "license: mit" in card and "library_name: peft" in card
-
-
-def test_a_failed_export_leaves_the_old_files(tmp_path, monkeypatch):
-    model = made(density=0.3)
-    accelerated.export_to_peft(model, tmp_path)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    randomize(model, seed=9)
-    monkeypatch.setattr(
-        "peft.peft_model.safe_save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("full"))
-    )
-    with pytest.raises(OSError, match="full"):
-        accelerated.export_to_peft(model, tmp_path)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -5,8 +5,22 @@ import re
 
 import pytest
 import torch
-from cli_helpers import llama
-from peft_helpers import PEFT, Deep, Headed, accelerated, layers, peft, randomize, relative
+from cli_helpers import KINDS, llama
+from peft_helpers import (
+    PEFT,
+    Deep,
+    Headed,
+    accelerated,
+    config,
+    deep_config,
+    layers,
+    made,
+    opened,
+    peft,
+    randomize,
+    relative,
+    shake,
+)
 from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
@@ -16,22 +30,12 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread", "stock_peft"),
     pytest.mark.filterwarnings("ignore:RandLoRA layers of this", "ignore:Specified to not save"),
 ]
-KINDS = {
-    "dense": {},
-    "sparse": {"sparse": True},
-    "very_sparse": {"very_sparse": True},
-    "drawn": {"density": 0.2},
-    "independent": {"basis": "independent", "density": 0.2},
-    "hadamard": {"basis": "hadamard"},
-}
 X = torch.randn(6, 24, generator=torch.Generator().manual_seed(3))
 
 
-def made(ours=True, base=Deep, targets=("a", "b", "c"), **fields):
-    accelerated.enable() if ours else accelerated.disable()
-    config = accelerated.RandLoraConfig if ours else peft.RandLoraConfig
-    model = peft.get_peft_model(base(), config(r=8, target_modules=list(targets), **fields))
-    return randomize(model).eval()
+def stock(base=Deep, r=8, **fields):
+    accelerated.disable()
+    return randomize(peft.get_peft_model(base(), deep_config(r, **fields)))
 
 
 def spectra(model):
@@ -43,9 +47,11 @@ def spectra(model):
 
 
 @pytest.mark.parametrize("rank", [1, 5, 24, 32])
-@pytest.mark.parametrize("kind", [*KINDS, "stock dense", "stock sparse", "stock very_sparse"])
+@pytest.mark.parametrize(
+    "kind", [*KINDS, "stock uniform", "stock sparse saved", "stock very_sparse"]
+)
 def test_is_the_truncated_svd(tmp_path, kind, rank):
-    model = made("stock" not in kind, **KINDS[kind.removeprefix("stock ")])
+    model = (stock if "stock" in kind else made)(**KINDS[kind.removeprefix("stock ")], r=8)
     done = accelerated.export_to_lora(model, tmp_path, rank)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["peft_type"]) == (rank, rank, "LORA")
@@ -59,7 +65,7 @@ def test_is_the_truncated_svd(tmp_path, kind, rank):
         kept, total = kept + squares[:rank].sum(), total + squares.sum()
         assert done.layers[path] == pytest.approx(float(squares[:rank].sum() / squares.sum()), 1e-6)
     assert done.rank == rank and done.energy == pytest.approx(float(kept / total), 1e-6)
-    loaded = peft.PeftModel.from_pretrained(Deep(), tmp_path).eval()
+    loaded = opened(tmp_path)
     assert isinstance(loaded.base_model, peft.tuners.lora.LoraModel)
     with torch.no_grad():
         assert relative(loaded(X), truncated(X)) < 1e-5
@@ -78,13 +84,11 @@ class Transposed(Deep):
         self.a, self.b, self.c = Conv1D(40, 24), Conv1D(24, 40), Conv1D(40, 24)
 
 
-@pytest.mark.parametrize("ours", [True, False])
-def test_conv1d(tmp_path, ours):
-    model = made(ours, Transposed, fan_in_fan_out=True)
+@pytest.mark.parametrize("make", [made, stock])
+def test_conv1d(tmp_path, make):
+    model = make(base=Transposed, fan_in_fan_out=True)
     accelerated.export_to_lora(model, tmp_path, 24)
-    loaded = peft.PeftModel.from_pretrained(Transposed(), tmp_path).eval()
-    with torch.no_grad():
-        assert relative(loaded(X), model(X)) < 1e-5
+    assert relative(opened(tmp_path, Transposed)(X), model(X)) < 1e-5
 
 
 @pytest.mark.parametrize("energy", [0.02, 0.6, 0.9, 1.0])
@@ -99,29 +103,25 @@ def test_energy_chooses_the_smallest_rank(tmp_path, energy):
 
 
 def test_layers_without_change(tmp_path):
-    accelerated.enable()
-    config = accelerated.RandLoraConfig(r=8, target_modules=["a"], density=0.2)
-    done = accelerated.export_to_lora(peft.get_peft_model(Deep(), config), tmp_path, energy=0.9)
-    assert done == (1, 1.0, {"a": 1.0})
+    model = made(targets="a", density=0.2)
     with torch.no_grad():
-        assert torch.equal(peft.PeftModel.from_pretrained(Deep(), tmp_path)(X), Deep()(X))
+        layers(model)[0].randlora_lambda["default"].zero_()
+    done = accelerated.export_to_lora(model, tmp_path, energy=0.9)
+    assert done == (1, 1.0, {"a": 1.0})
+    assert torch.equal(opened(tmp_path)(X), Deep()(X))
 
 
 def test_other_tensors_go_along(tmp_path):
     bias = "all" if PEFT >= (0, 21) else "none"  # older ones save none
     model = made(base=Headed, sparse=True, modules_to_save=["head"], bias=bias)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "randlora_" not in name:
-                parameter.normal_()
-        accelerated.export_to_lora(model, tmp_path, 24)
-        loaded = peft.PeftModel.from_pretrained(Headed(), tmp_path).eval()
-        assert relative(loaded(X), model(X)) < 1e-5
+    shake(model)
+    accelerated.export_to_lora(model, tmp_path, 24)
+    assert relative(opened(tmp_path, Headed)(X), model(X)) < 1e-5
 
 
 def test_one_of_several_adapters(tmp_path):
     model = made(sparse=True)
-    model.add_adapter("b", peft.RandLoraConfig(r=8, target_modules=["b"], sparse=True))
+    model.add_adapter("b", config(8, targets="b", sparse=True))
     assert accelerated.export_to_lora(model, tmp_path, 4, adapter_name="b").layers == {"b": 1.0}
 
 

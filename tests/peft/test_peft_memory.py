@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from peft_helpers import accelerated, config, layers, peft
+from peft_helpers import accelerated, adapted, config, opened, peft
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
@@ -31,42 +31,31 @@ def dense_tensors():
     ]
 
 
-def chosen(cls=None, **options):
-    return config(R, cls, ["0", "2"], **options)
-
-
 def step(model):
     model(torch.randn(3, IN)).square().sum().backward()
 
 
-KINDS = [
-    {"sparse": True},
-    {"very_sparse": True},
-    {"density": 0.1},
-    {"basis": "independent"},
-    {"basis": "hadamard"},
-]
+KINDS = [{"sparse": True}, {"very_sparse": True}, {"density": 0.1}]
+KINDS += [{"basis": "independent"}, {"basis": "hadamard"}]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_no_dense_basis_is_alive(tmp_path, kind):
     assert not dense_tensors()
-    accelerated.enable()
-    model = peft.get_peft_model(Net(), chosen(accelerated.RandLoraConfig, **kind))
-    assert not dense_tensors()
+    model = adapted(Net(), "02", R, **kind)
+    assert not dense_tensors() and not list(model.buffers())
     step(model)
     assert not dense_tensors()
     model.save_pretrained(tmp_path)
     model.double().float()
-    model.add_adapter("two", chosen(accelerated.RandLoraConfig, **kind))
+    model.add_adapter("two", config(R, accelerated.RandLoraConfig, "02", **kind))
     assert not dense_tensors()
-    loaded = peft.PeftModel.from_pretrained(Net(), tmp_path, is_trainable=True)
-    step(loaded)
+    step(opened(tmp_path, Net, is_trainable=True))
     assert not dense_tensors()
 
 
 def test_accelerate_drops_the_dense_bases():
-    model = peft.get_peft_model(Net(), chosen(sparse=True))
+    model = peft.get_peft_model(Net(), config(R, targets="02", sparse=True))
     assert dense_tensors()
     accelerated.accelerate(model)
     step(model)
@@ -75,10 +64,9 @@ def test_accelerate_drops_the_dense_bases():
 
 def test_what_stays_is_small():
     """2 bits an element of B, once, where the layer takes all of it."""
-    accelerated.enable()
     gc.collect()
     before = {id(thing) for thing in gc.get_objects()}
-    model = peft.get_peft_model(Net(), config(R, targets=["0"], sparse=True))
+    model = adapted(Net(), "0", R, sparse=True)
     step(model)
     gc.collect()
     known = [p.data_ptr() for p in model.parameters()]
@@ -92,10 +80,3 @@ def test_what_stays_is_small():
     }
     dense = 4 * DENSE
     assert 0 < sum(storages.values()) < dense / 10  # 2 bits for 32, and the lists of A
-
-
-def test_the_bases_are_no_buffers():
-    accelerated.enable()
-    model = peft.get_peft_model(Net(), chosen(sparse=True))
-    assert not list(model.buffers())
-    assert all(not list(layer.buffers()) for layer in layers(model))

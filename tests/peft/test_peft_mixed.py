@@ -2,16 +2,8 @@
 
 import pytest
 import torch
-from peft_helpers import (
-    SEQ_2_SEQ_LM,
-    Deep,
-    Headed,
-    accelerated,
-    config,
-    deep_config,
-    peft,
-    randomize,
-)
+from cli_helpers import llama
+from peft_helpers import SEQ_2_SEQ_LM, Headed, adapted, config, deep_config, made, randomize, shake
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 
@@ -41,9 +33,7 @@ def row_by_row(model, names, rows, call=None):
 )
 @pytest.mark.parametrize("extra", [(), (7,)], ids=["matrix", "sequence"])
 def test_each_row_is_that_of_its_adapter(kind, extra):
-    accelerated.enable()
-    model = peft.get_peft_model(Deep(), deep_config(5, accelerated.RandLoraConfig, **kind))
-    adapters(model, lambda i: deep_config((5, 3)[i], sparse=True))
+    model = adapters(made(**kind), lambda i: deep_config((5, 3)[i], sparse=True))
     names = ["two", "default", "__base__", "three", "two", "__base__"]
     x = torch.randn(6, *extra, 24)
     mixed = model(x, adapter_names=names)
@@ -54,8 +44,7 @@ def test_each_row_is_that_of_its_adapter(kind, extra):
 
 
 def test_adapters_of_other_layers_and_gradients():
-    accelerated.enable()
-    model = peft.get_peft_model(Deep(), config(5, targets=["a", "b"], sparse=True))
+    model = made(targets="ab", sparse=True)
     adapters(model, lambda i: config(5, targets=["c"], sparse=True), ["two"])
     names = ["two", "default", "two"]
     x = torch.randn(3, 24, requires_grad=True)
@@ -65,28 +54,22 @@ def test_adapters_of_other_layers_and_gradients():
 
 
 def test_modules_to_save_follow():
-    accelerated.enable()
     options = {"sparse": True, "modules_to_save": ["head"]}
-    model = peft.get_peft_model(Headed(), deep_config(5, **options))
+    model = made(base=Headed, **options)
     adapters(model, lambda i: deep_config(5, **options), ["two"])
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "modules_to_save" in name:
-                parameter.add_(torch.randn_like(parameter))
+    for name in ("default", "two"):
+        model.set_adapter(name)
+        shake(model)
     names = ["default", "two", "__base__"]
     x = torch.randn(3, 24)
     torch.testing.assert_close(model(x, adapter_names=names), row_by_row(model, names, x))
 
 
 def test_errors():
-    accelerated.enable()
-    model = adapters(
-        peft.get_peft_model(Deep(), deep_config(5, sparse=True)), lambda _: deep_config(5)
-    )
+    model = adapters(made(sparse=True), lambda _: deep_config(5))
     x = torch.randn(2, 24)
-    with pytest.raises(
-        ValueError, match=r"unknown \['tow'\]; known are \['default', 'three', 'two'\]"
-    ):
+    known = r"\['default', 'three', 'two'\]"
+    with pytest.raises(ValueError, match=rf"unknown \['tow'\]; known are {known}"):
         model(x, adapter_names=["tow", "default"])
     with pytest.raises(ValueError, match="one name per input, got 3 for 2"):
         model(x, adapter_names=["two"] * 3)
@@ -97,42 +80,24 @@ def test_errors():
         model(x, adapter_names=["two"] * 2)
 
 
-def llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50}
-    return LlamaForCausalLM(LlamaConfig(**shape, **heads)), ["q_proj", "down_proj"]
-
-
 def t5():
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
     shape = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    return T5ForConditionalGeneration(T5Config(**shape, vocab_size=50, decoder_start_token_id=0)), [
-        "q",
-        "v",
-        "wo",
-    ]
+    return T5ForConditionalGeneration(T5Config(**shape, vocab_size=50, decoder_start_token_id=0))
+
+
+BEAMS = {"num_beams": 4, "num_return_sequences": 2}
 
 
 @pytest.mark.parametrize("make", [llama, t5])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}],
-    ids=["greedy", "beams", "beams and sequences"],
-)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, BEAMS], ids=str)
 def test_generation(make, options):
-    accelerated.enable()
-    base, targets = make()
-    task = SEQ_2_SEQ_LM if make is t5 else "CAUSAL_LM"
-
-    def chosen(_):
-        return config(8, targets=targets, sparse=True, task_type=task)
-
-    model = adapters(peft.get_peft_model(base, chosen(0)), chosen)
+    targets = ["q", "v", "wo"] if make is t5 else ["q_proj", "down_proj"]
+    chosen = {"sparse": True, "task_type": SEQ_2_SEQ_LM if make is t5 else "CAUSAL_LM"}
+    model = adapted(make(), targets, 8, **chosen)
+    adapters(model, lambda _: config(8, targets=targets, **chosen))
     randomize(model, seed=1)
     with torch.no_grad():  # far from each other, so that the adapters answer differently
         for name, parameter in model.named_parameters():

@@ -9,28 +9,28 @@ from peft_helpers import (
     Deep,
     accelerated,
     deep_config,
+    edit_config,
     layers,
     made,
-    peft,
+    opened,
     randomize,
     relative,
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from randlora_ext.peft.ternary_tensor import TernaryTensor
+
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "stock_peft"),
     pytest.mark.filterwarnings("ignore:(Found missing|randlora_alpha)"),
 ]
 
-DICTIONARIES = ("randlora_lambda", "randlora_gamma")
-
 
 def replace_parameters(model, name):
     """New objects with the same numbers, as `cast_adapter_dtype` makes of 16-bit ones."""
     for layer in layers(model):
-        for each in DICTIONARIES:
-            dictionary = getattr(layer, each)
+        for dictionary in (layer.randlora_lambda, layer.randlora_gamma):
             if name in dictionary:
                 old = dictionary[name]
                 dictionary[name] = nn.Parameter(old.detach().clone(), old.requires_grad)
@@ -69,7 +69,7 @@ def test_parameters_that_are_replaced_when_an_adapter_is_made(replacing, tmp_pat
     for ours, want in zip(step(model, x), step(plain, x), strict=True):
         assert torch.equal(ours, want)
     model.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(Deep(), tmp_path)
+    loaded = opened(tmp_path)
     loaded.load_adapter(tmp_path, "two")
     for name in ("default", "two"):
         loaded.set_adapter(name)
@@ -152,23 +152,31 @@ def test_trainability_that_is_kept_or_not_when_an_adapter_is_added(monkeypatch, 
     step(model, x)
 
 
-@pytest.mark.parametrize("layout", ["model", "first layer", "every layer"])
-def test_files_with_bases_at_other_places(tmp_path, layout):
+LAYOUTS = {
+    "model": ["base_model"],
+    "first layer": ["base_model.model.a"],
+    "every layer": ["base_model", *(f"base_model.model.{n}" for n in "abc")],
+}
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+@pytest.mark.parametrize("places", LAYOUTS.values(), ids=LAYOUTS)
+def test_files_with_bases_at_other_places(tmp_path, monkeypatch, places, low_cpu_mem_usage):
     """Older files hold them under every layer, too; deduplicated ones at one place."""
     model, x = made(sparse=True), torch.randn(6, 24)
     model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
     bases = {n: tensors.pop(f"base_model.{n}") for n in ("randlora_A", "randlora_B")}
-    places = {
-        "model": ["base_model"],
-        "first layer": ["base_model.model.a"],
-        "every layer": ["base_model", *(f"base_model.model.{n}" for n in "abc")],
-    }[layout]
     for place in places:
         tensors |= {f"{place}.{name}": basis.clone() for name, basis in bases.items()}
-    save_file(tensors, file, metadata={"format": "pt"})
-    loaded = peft.PeftModel.from_pretrained(Deep(), tmp_path)
+    save_file(tensors, file)
+    edit_config(tmp_path, projection_prng_key=9)
+    packed, of = [], TernaryTensor.of
+    with monkeypatch.context() as patch:
+        patch.setattr(TernaryTensor, "of", lambda dense: packed.append(1) or of(dense))
+        loaded = opened(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert len(packed) == 4  # drawn from the key, and read: not once a layer
     assert torch.equal(loaded(x), model(x))
     randomize(loaded, seed=3)
     loaded.load_adapter(tmp_path, "default")

@@ -5,7 +5,7 @@ Skipped without `pip install hqq gptqmodel optimum`.
 
 import pytest
 import torch
-from peft_helpers import accelerated, config, layers, peft, randomize, relative
+from peft_helpers import accelerated, adapted, layers, opened, randomize, relative
 from torch import nn
 
 pytestmark = [
@@ -82,13 +82,10 @@ def net(request):
 
 @pytest.mark.parametrize("kind", [{"sparse": True}, {}, {"basis": "hadamard"}], ids=str)
 def test_is_the_layer_over_its_dense_weight(net, kind, tmp_path):
-    accelerated.enable()
-    make = accelerated.RandLoraConfig
-    plain = peft.get_peft_model(dense_copy(net), config(8, make, targets="abc", **kind))
-    model = peft.get_peft_model(net, config(8, make, targets="abc", **kind))
+    plain, model = (adapted(base, "abc", 8, **kind) for base in (dense_copy(net), net))
     assert len(layers(model)) == 3 and "kernels" in accelerated.kernel_summary(model)
     x, grads = torch.randn(6, 64), []
-    for each in (randomize(plain), randomize(model)):
+    for each in (plain, model):
         inputs = x.clone().requires_grad_()
         each(inputs).float().square().sum().backward()
         named = {n: p.grad for n, p in each.named_parameters() if "randlora_" in n}
@@ -99,14 +96,12 @@ def test_is_the_layer_over_its_dense_weight(net, kind, tmp_path):
         assert relative(ours, want) < 1e-2
     model.save_pretrained(tmp_path)
     with torch.no_grad():
-        loaded = peft.PeftModel.from_pretrained(model.unload(), tmp_path)
-        assert relative(loaded(x), plain(x)) < 1e-3
+        assert relative(opened(tmp_path, model.unload)(x), plain(x)) < 1e-3
 
 
 def test_merging(net):
     """What PEFT's backend can do, else its error, with nothing changed."""
-    accelerated.enable()
-    model = randomize(peft.get_peft_model(net, config(8, targets="abc", sparse=True))).eval()
+    model = adapted(net, "abc", 8, sparse=True).eval()
     x = torch.randn(6, 64)
     with torch.no_grad():
         before = model(x)

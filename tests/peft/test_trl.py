@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_helpers import llama
-from peft_helpers import accelerated, peft, randomize
+from peft_helpers import accelerated, adapted, config, opened
 from safetensors.torch import load_file
 
 trl = pytest.importorskip("trl")
@@ -57,47 +57,33 @@ DATA = {
     ],
     "GRPO": [{"prompt": row["prompt"]} for row in PAIRS],
 }
-OPTIONS = {
-    "SFT": {"max_length": 8},
-    "DPO": {},
-    "KTO": {},
-    "GRPO": {"num_generations": 2, "max_completion_length": 4, "beta": 0.1},
-}
+GRPO = {"num_generations": 2, "max_completion_length": 4, "beta": 0.1}
+OPTIONS = {"SFT": {"max_length": 8}, "DPO": {}, "KTO": {}, "GRPO": GRPO}
 
 
-def randlora(**fields):
-    kind = {"sparse": True} if not fields else fields
-    return accelerated.RandLoraConfig(
-        r=4, randlora_alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM", **kind
-    )
+ABOUT = {"randlora_alpha": 8, "task_type": "CAUSAL_LM"}
 
 
-def trained(base=None, scale=30.0, **fields):
+def randlora():
+    return config(4, accelerated.RandLoraConfig, TARGETS, sparse=True, **ABOUT)
+
+
+def trained(base=None, **fields):
     """A model whose adapter changes what it says."""
-    accelerated.enable()
-    model = randomize(peft.get_peft_model(base or llama(), randlora(**fields)))
+    model = adapted(base or llama(), TARGETS, 4, **ABOUT, **(fields or {"sparse": True}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "randlora_lambda" in name:
-                parameter.mul_(scale)
+                parameter.mul_(30)
     return model
 
 
 def trainer(method, model, folder, steps=2, **options):
-    settings = getattr(trl, f"{method}Config")(
-        output_dir=str(folder),
-        per_device_train_batch_size=2,
-        max_steps=steps,
-        logging_steps=1,
-        learning_rate=1e-3,
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        save_strategy="no",
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        **OPTIONS[method],
-    )
+    about = {"output_dir": str(folder), "save_strategy": "no", "report_to": [],
+             "max_steps": steps, "logging_steps": 1, "learning_rate": 1e-3,
+             "per_device_train_batch_size": 2, "gradient_checkpointing": False,
+             "use_cpu": True, "bf16": False, "disable_tqdm": True}  # fmt: skip
+    settings = getattr(trl, f"{method}Config")(**about, **OPTIONS[method])
     if method == "GRPO":
         options["reward_funcs"] = lambda completions, **_: [float(len(c)) for c in completions]
     return getattr(trl, f"{method}Trainer")(
@@ -170,9 +156,7 @@ def test_the_first_loss_of_dpo_on_a_saved_adapter_is_ln_2(kind, tmp_path):
         if not ours and kind != KINDS["sparse"]:
             break
         accelerated.enable() if ours else accelerated.disable()
-        loaded = peft.PeftModel.from_pretrained(
-            llama(vocab_size=43), tmp_path / "adapter", is_trainable=True
-        )
+        loaded = opened(tmp_path / "adapter", lambda: llama(vocab_size=43), is_trainable=True)
         run = trainer("DPO", loaded, tmp_path, steps=1)
         run.train()
         losses[ours] = logged(run, "loss")[0]

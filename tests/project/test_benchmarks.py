@@ -54,33 +54,16 @@ def test_layer_compares_every_method(tmp_path):
     assert all(row[method] > 0 for method in METHODS)
 
 
-def test_layer_measures_memory_and_appends(tmp_path):
-    out = tmp_path / "layer"
-    case = ["--sizes", "2048x2048", "--tokens", "4", "--densities", "0.2", "--repeats", "1"]
-    for methods in ("peft,ours", "ours"):
-        layer.main([*case, "--methods", methods, "--memory", "--append", "--out", str(out)])
-    row, second = written(out)["rows"]
-    assert row["frozen_mib"] > 8, "a weight of 16 MiB"
-    assert "peft_mib" in row and "ours_mib" in second
+def test_layer_measures_memory(monkeypatch, tmp_path):
+    def in_a_process(function, *arguments, **options):  # no time is measured
+        return {} if function is layer.compare else separately(function, *arguments, **options)
 
-
-def test_layer_has_a_row_for_each_target_of_hadamard_bases(monkeypatch, tmp_path):
-    asked = []
-
-    def compare(size, tokens, density, *, dtype, rank, repeats, methods):
-        asked.append((size, tokens, dtype, rank, tuple(methods)))
-        return {"density": density}
-
-    monkeypatch.setattr(layer, "compare", compare)
-    monkeypatch.setattr(layer, "in_a_process", lambda function, *a, **k: function(*a, **k))
-    layer.main(["--hadamard"])
-    assert len(asked) == 5 * 4 + 2
-    both = "lora", "factored", "merged"
-    assert ((4096, 1024), 4096, torch.float32, 32, both) in asked
-    assert asked[-2:] == [
-        ((2048, 2048), 512, torch.bfloat16, 32, both[:2]),
-        ((2048, 2048), 1024, torch.float32, 64, both),
-    ]
+    separately = layer.in_a_process
+    monkeypatch.setattr(layer, "in_a_process", in_a_process)
+    case = ["--sizes", "2048x2048", "--tokens", "4", "--densities", "0.2", "--methods", "ours"]
+    layer.main([*case, "--memory", "--out", str(tmp_path / "layer")])
+    (row,) = written(tmp_path / "layer")["rows"]
+    assert row["frozen_mib"] > 8 and "ours_mib" in row, "a weight of 16 MiB"
 
 
 def test_layer_appends_paths(tmp_path, capsys):
@@ -124,19 +107,21 @@ def test_checkpoint_sizes():
     assert stock == ours + (2 * 3 + 1) * bases
 
 
-def test_approximate(tmp_path):
+def test_approximate(monkeypatch, tmp_path):
     pytest.importorskip("tqdm")
-    out = tmp_path / "fit"
+    out, targets = tmp_path / "fit", approximate.random_targets
+    gaussian = lambda *a: {"gaussian": targets(*a)["gaussian"]}  # noqa: E731
+    monkeypatch.setattr(approximate, "random_targets", gaussian)
     approximate.main(["--size", "32", "--ranks", "4,16", "--steps", "150", "--seeds", "1",
                       "--bases", "dense,1/3,hadamard", "--out", str(out)])  # fmt: skip
-    rows = {(r["target"], r["r"], r["bases"]): r for r in written(out)["rows"]}
-    assert len(rows) == 3 * 2 * 3
-    few, many = rows["gaussian", 16, "1/3"], rows["gaussian", 4, "1/3"]
+    rows = {(r["r"], r["bases"]): r for r in written(out)["rows"]}
+    assert len(rows) == 2 * 3
+    few, many = rows[16, "1/3"], rows[4, "1/3"]
     assert many["parameters"] > few["parameters"] and many["randlora"] < few["randlora"] < 1
     # A Gaussian target has no direction that is easier than another.
     assert few["randlora"] == pytest.approx(math.sqrt(1 - few["share"]), abs=0.05)
     for bases in ("dense", "hadamard"):  # leave out no input either
-        other = rows["gaussian", 16, bases]
+        other = rows[16, bases]
         assert other["randlora"] == pytest.approx(math.sqrt(1 - other["share"]), abs=0.05)
 
 
@@ -198,17 +183,15 @@ def test_finetune_goes_on_where_it_was(monkeypatch, tmp_path):
 
     def run(**setting):
         asked.append(setting["seed"])
-        flat, jump = [2.0] * 12, [2.0] * 11 + [2.6]
-        losses = jump if setting["seed"] else flat
+        losses = [2.0] * 11 + [2.6 if setting["seed"] else 2.0]  # the second jumps
         ranks = {kind: [10.0, 20.0 + setting["seed"]] for kind in finetune.TARGETS}
         done = {"held_out_loss": 1.0 + setting["seed"], "train_loss": losses}
         return setting | done | {"effective_rank": ranks, "forgetting": 2.0}
 
-    def settings(seeds):
-        return [
-            dict(zip(finetune.KEY, ("lora", 5e-4, seed, 12, 20.0, "fp32", "signs"), strict=True))
-            for seed in range(seeds)
-        ]
+    def settings(seeds, gamma="signs"):
+        rest = ("lora", 5e-4), (12, 20.0, "fp32", gamma)
+        each = [(*rest[0], seed, *rest[1]) for seed in range(seeds)]
+        return [dict(zip(finetune.KEY, values, strict=True)) for values in each]
 
     monkeypatch.setattr(finetune, "run_one", run)
     finetune.sweep(settings(1), tmp_path / "runs.jsonl")
@@ -218,7 +201,7 @@ def test_finetune_goes_on_where_it_was(monkeypatch, tmp_path):
     assert row in finetune.table(rows)
     old = {k: v for k, v in rows[0].items() if k not in ("gamma", "effective_rank")}
     (tmp_path / "runs.jsonl").write_text(json.dumps(old) + "\n")  # of before gamma had a choice
-    (row,) = finetune.sweep([settings(1)[0] | {"gamma": "constant"}], tmp_path / "runs.jsonl")
+    (row,) = finetune.sweep(settings(1, "constant"), tmp_path / "runs.jsonl")
     assert asked == [0, 1] and "| constant | 0.0005 | 1.000 (1.000) |" in finetune.table([row])
 
 

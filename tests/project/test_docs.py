@@ -2,6 +2,8 @@
 
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,19 @@ def test_every_public_name_is_in_the_api_reference():
     for module in (randlora_ext, peft, randlora_ext.distributed):
         public = {f"{module.__name__}.{n}" for n in module.__all__ if not n.startswith("__")}
         assert public <= named, "each needs a line `::: NAME` in docs/api"
+
+
+def test_figures_are_those_of_the_script(tmp_path):
+    figures = ROOT / "docs" / "figures"
+    script = [sys.executable, str(figures / "make_figures.py"), str(tmp_path)]
+    subprocess.run(script, check=True, timeout=120)
+    drawn = {path.name: path.read_text() for path in tmp_path.glob("*.svg")}
+    assert drawn.keys() == {path.name for path in figures.glob("*.svg")}
+
+    def words(svg: str) -> list[str]:  # versions of matplotlib differ in the rest
+        return re.findall(r"<text[^>]*>(.*?)</text>", svg, re.DOTALL)
+
+    for name, svg in drawn.items():
+        assert words(svg) and words(svg) == words((figures / name).read_text())
+        shown = [p for p in (ROOT / "docs").glob("*.md") if f"figures/{name}" in p.read_text()]
+        assert shown, f"no page shows {name}"

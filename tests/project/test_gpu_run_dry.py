@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -92,15 +93,11 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize(
-    "stage, way",
-    [
-        (stage, way)
-        for stage in gpu_run.STAGES
-        for way in WAYS
-        if (stage, way) != ("build", "says that a part failed")  # it writes no rows
-    ],
-)
+FAILURES = set(product(gpu_run.STAGES, WAYS))
+FAILURES.remove(("build", "says that a part failed"))  # it writes no rows
+
+
+@pytest.mark.parametrize("stage, way", sorted(FAILURES))
 def test_a_stage_that_fails_is_told(monkeypatch, tmp_path, capsys, stage, way):
     status, kept = toys(monkeypatch, tmp_path, **{stage: WAYS[way]})
     printed = capsys.readouterr().out
@@ -139,9 +136,8 @@ def test_no_command_takes_ten_minutes(tmp_path):
     for stage in gpu_run.STAGES:
         for command in gpu_run.commands(stage, card, False, tmp_path):
             assert command.seconds <= 500, command.name
-    assert [gpu_run.DEFAULT[k] for k in (0, 2, 3, 4)] == [
-        "hadamard_torch", "parity", "hadamard", "model"
-    ]  # fmt: skip
+    first = [gpu_run.DEFAULT[k] for k in (0, 2, 3, 4)]
+    assert first == ["hadamard_torch", "parity", "hadamard", "model"]
 
 
 @pytest.mark.parametrize("version, wanted", [("76.1", ["'setuptools>=77'"]), ("77.0.3", [])])
@@ -246,22 +242,17 @@ def test_the_whole_dry_run(tmp_path):
     of = {name: report.latest(name, kept) for name in gpu_run.STAGES}
     ran = set(of) - {"slow"}
     assert all(report.outcome(name, kept) == "ok" for name in ran)
-    assert {row["method"].split(" r=")[0] for row in of["hadamard_torch"] if "error" in row} > {
-        "LoRA by addmm", "PEFT's LoRA"
-    }  # fmt: skip
-    assert {row["basis"] for row in of["parity"] if "error" in row} == {
-        "hadamard", "1/3", "0.07", "dense"
-    }  # fmt: skip
+    methods = {row["method"].split(" r=")[0] for row in of["hadamard_torch"] if "error" in row}
+    assert methods > {"LoRA by addmm", "PEFT's LoRA"}
+    compared = {row["basis"] for row in of["parity"] if "error" in row}
+    assert compared == {"hadamard", "1/3", "0.07", "dense"}
     assert len([row for row in of["hadamard"] if "step_ms" in row]) == 2 * 2 * 3
-    ours, others = (
-        3 * 4 + 2 + 3,
-        3,
-    )  # three densities by four paths, Hadamard by two, dense by three
+    # three densities by four paths, Hadamard by two, dense by three
+    ours, others = 3 * 4 + 2 + 3, 3
     assert len([row for row in of["layers"] if "error" in row]) == 2 * ours
     assert len([row for row in of["layers"] if "step_ms" in row]) == 2 * 2 * (ours + others)
-    assert {row["method"].split(",")[0] for row in of["model"] if "loss" in row} == {
-        "frozen", "LoRA", "ours", "PEFT's RandLoRA",
-    }  # fmt: skip
+    methods = {row["method"].split(",")[0] for row in of["model"] if "loss" in row}
+    assert methods == {"frozen", "LoRA", "ours", "PEFT's RandLoRA"}
     assert len({row["op"] for row in of["kernels"] if "over_floor" in row}) == 20
     (passed,) = (row["said"] for row in of["tests"] if row.get("command") == "GPU tests, not slow")
     assert int(passed.split(" passed")[0].split()[-1]) > 5, json.dumps(passed)

@@ -25,38 +25,24 @@ def test_version():
     assert _C.build_info()["version"] == version
 
 
-@pytest.mark.parametrize(
-    ("wanted", "says"),
-    [("1", "RANDLORA_CUDA=1, but this torch has no CUDA"), ("yes", "must be 0, 1 or unset")],
-)
-def test_the_build_refuses_cuda_that_it_cannot_build(wanted, says, tmp_path):
-    if wanted == "1" and torch.version.cuda:
+NO_COMPILER = "there is no C++ compiler 'no-such-compiler'"
+REFUSED = [
+    ("--version", {"RANDLORA_CUDA": "1"}, "RANDLORA_CUDA=1, but this torch has no CUDA"),
+    ("--version", {"RANDLORA_CUDA": "yes"}, "must be 0, 1 or unset"),
+    # At once, whatever an earlier build has left.
+    ("build_ext", {"CXX": "no-such-compiler", "RANDLORA_CUDA": "0"}, f"error: {NO_COMPILER}"),
+]
+
+
+@pytest.mark.parametrize("command, settings, says", REFUSED)
+def test_the_build_refuses_what_it_cannot_build(command, settings, says, tmp_path):
+    if settings["RANDLORA_CUDA"] == "1" and torch.version.cuda:
         pytest.skip("this torch has CUDA")
     for name in ("setup.py", "VERSION"):  # away from a library that this checkout may have
         shutil.copy(ROOT / name, tmp_path)
-    done = subprocess.run(
-        [sys.executable, "setup.py", "--version"],
-        cwd=tmp_path,
-        env={**os.environ, "RANDLORA_CUDA": wanted},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode and says in done.stderr
-
-
-def test_a_build_without_a_compiler_says_so(tmp_path):
-    """At once, whatever an earlier build has left."""
-    for name in ("setup.py", "VERSION"):
-        shutil.copy(ROOT / name, tmp_path)
-    done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext"],
-        cwd=tmp_path,
-        env={**os.environ, "CXX": "no-such-compiler", "RANDLORA_CUDA": "0"},
-        capture_output=True,
-        text=True,
-    )
-    last = done.stderr.splitlines()[-1]
-    assert done.returncode and last.startswith("error: there is no C++ compiler 'no-such-compiler'")
+    done = subprocess.run([sys.executable, "setup.py", command], cwd=tmp_path,
+                          env=os.environ | settings, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode and says in done.stderr.splitlines()[-1]
 
 
 def test_a_cuda_library_of_other_headers_is_refused(tmp_path):

@@ -51,19 +51,15 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy files")
     tokens = ["<end>", *bytes_to_unicode().values(), "th"]
     writer = gguf.GGUFWriter(folder / "toy.gguf", "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(INNER)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_rope_dimension_count(HIDDEN // 4)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_merges(["t h"])
-    writer.add_eos_token_id(0)
+    fields = {
+        "context_length": 64, "embedding_length": HIDDEN, "block_count": LAYERS,
+        "feed_forward_length": INNER, "head_count": 4, "head_count_kv": 2,
+        "rope_dimension_count": HIDDEN // 4, "layer_norm_rms_eps": 1e-6,
+        "vocab_size": len(tokens), "tokenizer_model": "gpt2", "token_list": tokens,
+        "token_merges": ["t h"], "eos_token_id": 0,
+    }  # fmt: skip
+    for name, value in fields.items():
+        getattr(writer, f"add_{name}")(value)
     shapes = {"token_embd": (len(tokens), HIDDEN), "output_norm": (HIDDEN,)}
     for i in range(LAYERS):
         for name, shape in {
