@@ -150,6 +150,13 @@ def test_list_vectors(record):
     assert [",".join(map(str, part.tolist())) for part in (offset, index)] == expected
 
 
+@pytest.mark.parametrize("shape, cols", [((2, 0, 1), 5), ((2, 3, 0), 0), ((2, 0, 0), 0)])
+def test_fill_planes_empty(shape, cols):
+    planes = torch.empty(shape, dtype=torch.int64)
+    torch.ops.randlora.fill_planes_(planes, 0, 0, 0, 0, cols, 1)
+    assert planes.shape == shape
+
+
 @pytest.mark.parametrize(
     "argument, value",
     [

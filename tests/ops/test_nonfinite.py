@@ -122,3 +122,10 @@ def test_scaling(basis, path):
     layer = make_layer(50, 37, 7, basis, 4, torch.float32)
     y = linear(layer.x, layer.weight, None, layer.basis, layer.lam, layer.gam, math.nan, path)
     assert y.isnan().all()
+
+
+@CALLS
+def test_overflow_of_float16_is_infinite(basis, path):
+    layer = make_layer(50, 37, 7, 1.0 if isinstance(basis, float) else basis, 4, torch.float16)
+    y = call(layer, path, lam=layer.lam * 1e8)
+    assert not y.isfinite().any()
