@@ -10,7 +10,7 @@
 
 namespace randlora {
 
-// Loads librandlora_cuda.so. With `serve_cpu_tensors` its table also serves CPU tensors: for tests
+// Loads librandlora_cuda.so. With `serve_cpu_tensors` its kernels also serve CPU tensors: for tests
 // that compile the CUDA kernels for the CPU (docs/cuda-on-cpu.md). Throws, and changes nothing, if
 // the file cannot be loaded, does not match this build, or is too new for the machine's driver.
 void load_cuda(const std::string& path, bool serve_cpu_tensors);
@@ -58,7 +58,7 @@ void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch
 // How often `multiply` was called: a GEMM each on a card, which tests count.
 int64_t products();
 
-// Runs the operator of that struct by the kernels of the device of `on`.
+// Runs operator `p` by the kernels for the device of `on`.
 #define RANDLORA_DECLARE(name, Operator) void run(const Tensor& on, const Operator& p);
 RANDLORA_OPERATORS(RANDLORA_DECLARE)
 #undef RANDLORA_DECLARE

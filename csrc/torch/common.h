@@ -111,8 +111,8 @@ inline Tensor cast(const Tensor& t, ScalarType type) {
 Tensor compute_copy(const Tensor& t, DType dtype);
 ScalarType compute_type(DType dtype);
 
-// The packed bases A (r, d) and B (D, K) of a layer, or of the slice of one, with these diagonals:
-// r and n are lam's, d is gam's. Throws if anything disagrees.
+// The packed bases A (r, d) and B (D, K) of a layer, or of a slice of one; r and n are lam's, d is
+// gam's. Throws if anything disagrees.
 //   format "lists"   [a_offset, a_index, a_tables, b_row_offset, b_row_index, b_col_offset,
 //                     b_col_index]
 //   format "planes"  [a_offset, a_index, a_tables, b_planes]

@@ -4,8 +4,8 @@
 
 namespace randlora {
 
-// out (out_features, in_features) = scale * dW, added to `base` (if given) before the single
-// rounding to the dtype of `out`.
+// out (out_features, in_features) = dW, added to `base` (if given) before the single rounding to
+// the dtype of `out`.
 void form_delta(const Basis& b, const Tensor& lam, const Tensor& gam, const OptionalTensor& base,
                 double scale, bool expand, std::optional<int64_t> rounding_seed, Tensor& out);
 

@@ -1,8 +1,8 @@
 // torch.ops.randlora.hadamard_*: a linear layer with an adapter on Hadamard bases.
 //
-//   y = x W^T + bias + scale * x dW^T,   dW = B (lambda * A * gamma), transposed unless `expand`
+//   y = x W^T + bias + x dW^T,   dW = scale * B (lambda * A * gamma), transposed unless `expand`
 //
-// torch's GEMM multiplies by the classes of A, our kernels do the rest (core/hadamard.h).
+// torch's GEMMs compute the class products, our kernels the rest (core/hadamard.h).
 #include <algorithm>
 #include <cmath>
 
@@ -58,8 +58,8 @@ HadamardBasis check_basis(const Tensor& lam, const Tensor& gam, const Tensor& s,
           expand};
 }
 
-// Powers of two that keep float16 in range: gamma is about 1 / K, and each number on the way back
-// is a sum of D terms and then of r.
+// Powers of two that keep float16 in range: gamma is about 1 / K, and each number of w is a sum of
+// D terms and then of r.
 struct Range {
   double gamma = 1, back = 1;
 
@@ -70,8 +70,8 @@ struct Range {
   }
 };
 
-// The steps of one call, for one chunk of tokens at a time. Tensors named x and y have d features
-// on the A side, D on the B side.
+// The steps of one call, for one chunk of tokens at a time. x and y have d features in inner, outer
+// and gradient, D in up and down; `t` is the chunk's first token.
 class Steps {
  public:
   Steps(const HadamardBasis& b, const Tensor& like, int64_t T)
@@ -120,7 +120,7 @@ class Steps {
       multiply(at_classes(z, p), columns(x, t, p), gamma(p).transposed(), 1, 0, dtype_, like_);
     });
   }
-  // y (T, d) += the class products with w, or y = ... unless `accumulate`. `room` may be written.
+  // Adds the class products with w to y (T, d), or sets y unless `accumulate`. `room` is scratch.
   void outer(const Tensor& w, const Tensor& y, int64_t t, bool accumulate,
              const Tensor& room) const {
     const double scale = b_.scale / (range_.gamma * range_.back);
@@ -154,7 +154,7 @@ class Steps {
                like_);
     });
   }
-  // y (T, D) += the rest of the way from z, or y = ... unless `accumulate`.
+  // Adds to y (T, D) what z gives by mix and transform, or sets y unless `accumulate`.
   void up(const Tensor& z, const Tensor& y, int64_t t, bool accumulate) const {
     run(like_, HadamardUp{s_, z.const_data_ptr(), lam_.const_data_ptr(), signs(b_.row),
                           signs(b_.col), const_cast<void*>(element(y, t * s_.D)), dtype_, tokens_,
@@ -181,11 +181,11 @@ class Steps {
   }
 
  private:
-  // Classes whose columns are equally many: those that are whole, and one that a part cuts off or
-  // that r does not fill.
+  // Neighboring classes with equally many columns: the whole ones, or one that the edge of a rank's
+  // slice cuts or that d does not fill.
   struct Part {
-    int64_t first, count;   // classes, counted from the part's first
-    int64_t column, width;  // the first one's columns
+    int64_t first, count;   // classes, counted from the slice's first
+    int64_t column, width;  // the first class's first column; columns per class
     int64_t place;          // of that column in its class
   };
   template <class F>
@@ -231,7 +231,7 @@ class Steps {
   int64_t T_, chunks_, largest_, slots_, chunk_ = 0, tokens_ = 0;
 };
 
-// W + scale * dW, or scale * dW without a base; (out, in) in the dtype of `like`.
+// W + dW, or dW without a base; (out, in) in the dtype of `out`.
 void form(const HadamardBasis& b, const OptionalTensor& base, std::optional<int64_t> rounding_seed,
           const Tensor& out) {
   const DType dtype = activation_dtype(out, "out");

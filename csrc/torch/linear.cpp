@@ -1,4 +1,4 @@
-// torch.ops.randlora.linear: y = x W^T + bias + scale * x dW^T by one of three paths.
+// torch.ops.randlora.linear: y = x W^T + bias + x dW^T, dW = scale * B A', by one of three paths.
 //
 //   factored  both sides of the basis applied to x; dW never exists
 //   delta     dW is formed, then two GEMMs; the base output is untouched
@@ -12,8 +12,8 @@
 namespace randlora {
 namespace {
 
-// Kernels read and write these tensors in the dtype of x. Autocast could change that, so
-// randlora_ext/ops/autocast.py disables it around this operator.
+// y, a result of torch's, which kernels read and write in the dtype of x. Autocast could change its
+// dtype, so randlora_ext/ops/autocast.py disables it around this operator.
 Tensor of_dtype(const Tensor& y, const Tensor& x) {
   RANDLORA_CHECK(y.scalar_type() == x.scalar_type(), "torch computed ", describe(y), " of x ",
                  describe(x), "; autocast must not be active inside this operator");
@@ -136,7 +136,7 @@ Tensor formed(const Call& c, const Tensor& lam, const Tensor& gam, const Optiona
   return out;
 }
 
-// y += scale * x dW^T, or y = ... unless `accumulate`.
+// y += x dW^T; y = x dW^T unless `accumulate`.
 void add_factored(const Call& c, const Tensor& lam, const Tensor& gam, const Tensor& x, Tensor& y,
                   bool accumulate) {
   const Tensor l = compute_copy(lam, c.dtype), g = compute_copy(gam, c.dtype);

@@ -14,7 +14,7 @@ LinearSizes check_linear(const Tensor& x, const OptionalTensor& weight, const Op
 // Throws unless dy is like x with `out` features.
 void check_output_gradient(const Tensor& dy, const Tensor& x, int64_t out);
 
-// a @ b and F.linear, which must keep the dtype of their first argument.
+// a @ b and F.linear; throw if the result has another dtype than the first argument.
 Tensor product(const Tensor& a, const Tensor& b);
 Tensor torch_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
 
