@@ -248,7 +248,8 @@ def _plain_linear_backward(
     _check(x, weight, None, lam, gam, s, row, col, first_row, first_column, expand, merge)
     out = (row if expand else s).shape[0]
     if tuple(dy.shape) != (*x.shape[:-1], out) or dy.dtype != x.dtype:
-        raise RuntimeError(f"randlora: dy is {tuple(dy.shape)}, which does not fit x and {out}")
+        given = f"{tuple(dy.shape)} {dy.dtype}"
+        raise RuntimeError(f"randlora: dy is {given}, which does not fit x and {out}")
     p = _Plain(lam, gam, s, row, col, scale, first_row, first_column, expand, x.dtype)
     flat, dflat = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     small, large = (flat, dflat) if expand else (dflat, flat)

@@ -106,8 +106,8 @@ def choose(
 def formed_from(basis: TernaryBasis, dtype: torch.dtype, has_weight: bool, device_type: str) -> int:
     """The number of tokens from which dW is formed first, or `MANY`.
 
-    Measured on two CPUs (docs/math.md), on CUDA an estimate. With dense bases it counts the
-    multiply-adds per entry of dW; the large GEMMs that form it cost two thirds of their count.
+    Measured on two CPUs (docs/math.md), on CUDA an estimate; below 256 the calls decide. With dense
+    bases it counts multiply-adds per entry of dW; the GEMMs that form it cost two thirds of that.
     """
     merged, d, D = _formed(dtype, has_weight) == "merged", basis.d, basis.D
     if basis.kind == "hadamard":
@@ -115,10 +115,10 @@ def formed_from(basis: TernaryBasis, dtype: torch.dtype, has_weight: bool, devic
     if basis.kind == "dense":
         factored = 3 * basis.K / D + (2 if basis.expand else 3) * basis.K / d
         saved = factored - (1 if merged else 3)  # products of a formed dW
-        return math.ceil(2 * basis.K / saved) if saved > 0 else MANY
+        return max(256, math.ceil(2 * basis.K / saved)) if saved > 0 else MANY
     if basis.format == "planes" and merged:
-        return 2 * d
-    return d + D if basis.format == "planes" and dtype in SIXTEEN_BITS else MANY
+        return max(256, 2 * d)
+    return max(256, d + D) if basis.format == "planes" and dtype in SIXTEEN_BITS else MANY
 
 
 def dense_b_above(basis: TernaryBasis, device_type: str) -> int:

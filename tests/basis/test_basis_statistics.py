@@ -114,3 +114,7 @@ def test_neighbouring_rows_are_independent(density):
 @DENSITIES
 def test_neighbouring_seeds_are_independent(density, other):
     assert plausible(joint(sample(density), sample(density, seed=other), density))
+
+
+def test_wrong_density_is_detected():
+    assert not plausible(marginal(sample(1 / 64), 1.05 / 64))

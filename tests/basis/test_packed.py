@@ -172,10 +172,12 @@ def test_packed_in_any_grad_mode_serves_training_later(mode, kind):
     basis = make_basis(50, 37, 7, kind, seed=81)  # packed anew: the one before is gone
     lam, gam, x = torch.randn(7, 6), torch.randn(6, 37), torch.randn(4, 50)
     with mode():
-        linear(x, None, None, basis, lam, gam, path="factored")
+        y = linear(x, None, None, basis, lam, gam, path="factored")
+    assert y.is_inference() == (mode is torch.inference_mode)
     assert not any(t.is_inference() for t in basis.packed("cpu"))
-    lam.requires_grad_()
-    linear(x, None, None, basis, lam, gam, path="factored").sum().backward()
+    again = linear(x, None, None, basis, lam.requires_grad_(), gam, path="factored")
+    assert torch.equal(again.detach(), y)
+    again.sum().backward()
     assert lam.grad is not None
 
 

@@ -103,12 +103,9 @@ def small_net(kind=0.1, **options):
     return net
 
 
-def mixed_net(**options):
-    """`small_net` with bases of a density in one layer and Hadamard bases in the other."""
-    net = small_net(1 / 3, **options)
-    net[2].update_layer("default", r=5, basis="hadamard", **options)
-    randomize(net[2])
-    return net
+def mixed_net(kind=1 / 3, **options):
+    """Bases of a density, then Hadamard bases, each in both orientations."""
+    return nn.Sequential(*small_net(kind, **options), *small_net("hadamard", **options))
 
 
 def two_adapters(dtype=torch.float64, **second):

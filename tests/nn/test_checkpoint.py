@@ -119,3 +119,11 @@ def test_policies_in_a_compiled_step(policy):
     for result, wanted in zip(gradients(step, net, x), expected, strict=True):
         torch.testing.assert_close(result, wanted)
     assert counts == [1, runs - 1]  # forward, backward
+
+
+def test_dropout_is_the_same_when_it_is_computed_again():
+    net, x, both = make(randlora_dropout=0.5), torch.randn(7, 24, requires_grad=True), []
+    for function in (net, checkpointed(net, saves)):
+        torch.manual_seed(1)
+        both.append(gradients(function, net, x))
+    assert all(map(torch.equal, *both))

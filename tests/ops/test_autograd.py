@@ -1,6 +1,7 @@
 """Autograd of the operators: opcheck, gradcheck, what is kept for backward, double backward."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -253,3 +254,11 @@ def test_an_input_changed_in_place_is_noticed(kind):
     lam.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_every_operator_has_an_opcheck():
+    here = Path(__file__)
+    text = here.read_text() + here.with_name("test_hadamard.py").read_text()
+    every = torch._C._dispatch_get_all_op_names()
+    ours = {name.split("::")[1].split(".")[0] for name in every if name.startswith("randlora::")}
+    assert ours and [n for n in ours if f"ops.{n}" not in text and f'"{n}"' not in text] == []

@@ -28,7 +28,7 @@ def refuses(function, arguments_, *expected):
     before = [t.clone() for t in tensors if not t.is_meta]
     with pytest.raises(ERRORS) as raised:
         function(**arguments_)
-    message = str(raised.value)
+    message = str(raised.value).replace(",)", ")")  # of a shape that Python prints
     for text in expected:
         assert text in message, f"{text!r} is not in: {message}"
     for tensor, copy in zip((t for t in tensors if not t.is_meta), before, strict=True):
@@ -37,7 +37,7 @@ def refuses(function, arguments_, *expected):
 
 DIAGONALS = [
     ({"lam": torch.ones(2, 3)}, ["lam", "(2, 3)", "(3, 2)"]),
-    ({"lam": torch.ones(3)}, ["lam", "(3", "(3, 2)"]),
+    ({"lam": torch.ones(3)}, ["lam", "(3)", "(3, 2)"]),
     ({"lam": torch.ones(3, 2, 1)}, ["lam", "(3, 2, 1)", "(3, 2)"]),
     ({"lam": torch.ones(3, 2, dtype=torch.int64)}, ["lam", "int64", "floating"]),
     ({"lam": [1.0]}, ["lam", "list", "tensor"]),
@@ -71,13 +71,13 @@ def test_diagonals(basis, change, expected):
         ({"x": [1.0]}, ["x", "list", "tensor"]),
         ({"x": torch.ones(4, 8, device="meta")}, ["x", "meta", "cpu"]),
         ({"weight": torch.ones(8, 6)}, ["weight", "(8, 6)", "(6, 8)"]),
-        ({"weight": torch.ones(6)}, ["weight", "(6", "(6, 8)"]),
+        ({"weight": torch.ones(6)}, ["weight", "(6)", "(6, 8)"]),
         ({"weight": torch.ones(6, 8).double()}, ["weight", "float64", "float32"]),
         ({"weight": torch.ones(6, 8).bfloat16()}, ["weight", "bfloat16", "float32"]),
         ({"weight": torch.ones(6, 8, device="meta")}, ["weight", "meta", "cpu"]),
-        ({"bias": torch.ones(8)}, ["bias", "(8", "(6"]),
-        ({"bias": torch.ones(1)}, ["bias", "(1", "(6"]),  # torch would broadcast it
-        ({"bias": torch.ones(6, 1)}, ["bias", "(6, 1)", "(6"]),
+        ({"bias": torch.ones(8)}, ["bias", "(8)", "(6)"]),
+        ({"bias": torch.ones(1)}, ["bias", "(1)", "(6)"]),  # torch would broadcast it
+        ({"bias": torch.ones(6, 1)}, ["bias", "(6, 1)", "(6)"]),
         ({"bias": torch.ones(6).half()}, ["bias", "float16"]),
         ({"bias": torch.ones(6, device="meta")}, ["bias", "meta", "cpu"]),
         ({"weight": None}, ["weight"]),  # a bias of its own has no base output to go to
@@ -88,6 +88,8 @@ def test_diagonals(basis, change, expected):
 def test_linear(basis, change, expected, path):
     if path == "delta" and basis is HADAMARD:
         pytest.skip("Hadamard bases have no path 'delta'")
+    if basis is not DENSE and expected[-1] == "float":
+        expected = [*expected[:-1], "float32"]
     refuses(linear, {**arguments(basis), "path": path, **change}, *expected)
 
 
@@ -199,6 +201,7 @@ def malformed():
 @pytest.mark.parametrize("case", malformed(), ids=lambda case: ", ".join(case[2:]))
 def test_malformed_packed(case):
     format, packed, *expected = case
+    expected = expected if expected[0] == "format" else ["packed", *expected]
     lam, gam, x, dy = torch.ones(3, 2), torch.ones(2, 6), torch.ones(4, 8), torch.ones(4, 6)
     bases = packed, format, 8, False, 1.0
     calls = {

@@ -112,7 +112,7 @@ def test_several_adapters_and_autocast():
 
 
 def test_an_exported_program_in_another_process(tmp_path):
-    model = mixed_net().eval()
+    model = mixed_net(0.1).eval()
     file = tmp_path / "model.pt2"
     torch.export.save(export(model, 7, Dim.DYNAMIC), file)
     run_alone(RUN_PROGRAM, file, model, tmp_path, (1, 7, 300))

@@ -183,3 +183,12 @@ def test_a_base_that_trains_gets_its_gradients(which, basis, path):
         torch.testing.assert_close(layer.bias.grad, dy.sum(0))
     assert (layer.weight.grad is None) == (which == "bias")
     assert (layer.bias.grad is None) == (which == "weight")
+
+
+def test_float64_x_with_float32_diagonals_on_dense_bases():
+    layer = make_layer(50, 37, 7, "dense", 20)
+    layer.lam, layer.gam = layer.lam.float(), layer.gam.float()
+    oracle, results = exact(layer), ours(layer, "factored")
+    assert largest_error(results["y"], oracle["y"]) <= FP64
+    assert results["dlam"].dtype == torch.float32
+    assert rms_error(results["dlam"], oracle["dlam"].float()) < 1e-7

@@ -35,6 +35,11 @@ def test_one_rounding_of_the_sum(shape, kind, dtype):
     if kind == "dense" and dtype.itemsize == 2:  # A' and B are rounded, too
         noise = noise + 4 * torch.finfo(dtype).eps * (want - weight.double()).square().mean().sqrt()
     assert bool(((got.double() - want).abs() <= ulp / 2 + noise).all())
+    if dtype.itemsize == 2:
+        seeded = merged_weight(basis, weight, lam, gam, 0.5, 2**64 - 1)
+        assert bool(((seeded.double() - want).abs() <= ulp + noise).all())
+    else:
+        assert (got.double() - want).norm() < 4 * torch.finfo(dtype).eps * want.norm()
 
 
 @SIXTEEN_BITS

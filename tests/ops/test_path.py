@@ -24,6 +24,10 @@ def test_few_tokens_never_pay_for_forming_dw():
     assert explain(SPARSE, 10**6).path == "factored"
     assert explain(FULL, 10**6).path == "merged"
     assert explain(FULL, 10**6, torch.bfloat16, has_weight=False).path == "delta"
+    dense = make_basis(1024, 1024, 32, "dense")
+    assert [explain(dense, tokens).path for tokens in (64, 4096)] == ["factored", "merged"]
+    for options in ({"dtype": torch.bfloat16}, {"dropout": 0.1}):
+        assert explain(dense, 4096, **options).path == "delta"
 
 
 def test_hadamard_bases_have_one_threshold():

@@ -33,6 +33,7 @@ PATHS = ["factored", "delta", "merged"]
 def test_same_numbers_as_stock(monkeypatch, shape, kind, path, dtype, tolerance):
     monkeypatch.setenv("RANDLORA_PATH", path)
     in_features, out_features, r = shape
+    tolerance = min(tolerance, 1e-12) if (kind, dtype) == ("uniform", torch.float64) else tolerance
     options = {} if kind == "uniform" else {kind: True}
     stock, ours = pair(Net(in_features, out_features).to(dtype), lambda: config(r, **options))
     assert runs_on_kernels(ours)

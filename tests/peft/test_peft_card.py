@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cli_helpers import llama, with_adapter
+from cli_helpers import run as cli
 from huggingface_hub import ModelCard
 from peft_helpers import accelerated, made, randomize
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
@@ -120,6 +121,9 @@ def test_what_is_exported(base, tmp_path):
     model = adapted(base)
     done = accelerated.export_to_lora(model, "lora", rank=32)
     accelerated.export_to_peft(model, "for-peft")
+    model.save_pretrained("adapter")
+    for to, more in (("lora", ("--rank", 32)), ("peft", ())):
+        assert cli("convert", "adapter", f"to-{to}", "--to", to, *more, "--base", "base")[0] == 0
     accelerated.disable()
     source, loaded = run_snippet(tmp_path / "lora")
     assert "randlora_ext" not in source and "'lora'" in source
@@ -130,6 +134,11 @@ def test_what_is_exported(base, tmp_path):
     source, loaded = run_snippet(tmp_path / "for-peft")
     assert "randlora_ext" not in source and "'for-peft'" in source
     same(loaded, model)
+    for to, tag in (("to-lora", "lora"), ("to-peft", "transformers")):
+        source, loaded = run_snippet(tmp_path / to)
+        assert "randlora_ext" not in source
+        assert type(loaded.base_model.model) is LlamaForCausalLM
+        assert tag in ModelCard.load(tmp_path / to / "README.md").data.tags
 
 
 def test_push_to_hub_uploads_the_card(base, tmp_path, monkeypatch):

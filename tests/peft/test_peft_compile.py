@@ -1,5 +1,8 @@
 """PEFT models on our layers: torch.compile in one graph, torch.export, torch.func."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from cli_helpers import llama
@@ -99,6 +102,10 @@ def test_an_exported_model(tmp_path):
         row = torch.randn(tokens, 24)
         torch.testing.assert_close(loaded(row), model(row), rtol=1e-4, atol=1e-5)
     model(x).sum().backward()  # the bases that the export packed serve training
+    code = "import sys, torch, randlora_ext\n"
+    code += "torch.export.load('model.pt2').module()(torch.ones(3, 24))\n"
+    code += "assert 'peft' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
 def test_functional_call_and_gradients_for_each_sample():

@@ -22,6 +22,7 @@ import approximate  # noqa: E402
 import budget  # noqa: E402
 import checkpoint  # noqa: E402
 import finetune  # noqa: E402
+import hadamard_floors  # noqa: E402
 import layer  # noqa: E402
 import merge  # noqa: E402
 import micro  # noqa: E402
@@ -247,3 +248,26 @@ def test_peft_llama(monkeypatch, capsys, kind):
     monkeypatch.setattr(sys, "argv", ["peft_llama.py", "--tiny", "--added", "--kind", kind])
     peft_llama.main()  # exits with an error if the losses differ
     assert "times what stock's adds" in capsys.readouterr().out
+
+
+def test_layer_has_a_row_for_each_target_of_hadamard_bases(monkeypatch):
+    asked = []
+
+    def compare(size, tokens, density, *, dtype, rank, **_):
+        asked.append((size, tokens, dtype, rank))
+        return {"density": density}
+
+    monkeypatch.setattr(layer, "compare", compare)
+    monkeypatch.setattr(layer, "in_a_process", lambda function, *a, **k: function(*a, **k))
+    layer.main(["--hadamard"])
+    square = 2048, 2048
+    last = [(square, 512, torch.bfloat16, 32), (square, 1024, torch.float32, 64)]
+    assert len(asked) == 5 * 4 + 2 and asked[-2:] == last
+
+
+def test_the_floors_of_hadamard_bases():
+    row = {"in": 2048, "out": 2048, "rank": 32, "tokens": 10, "dtype": "float32"}
+    operations, moved = hadamard_floors.work(row)
+    K, n = 2048, 64  # four class products, two transforms of 11 stages, three mixes of 5
+    assert operations == 10 * (4 * K * n + 2 * 2048 * 11 + 3 * K * 5)
+    assert moved == 10 * 4 * (7 * 2048 + 6 * K)

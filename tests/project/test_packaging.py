@@ -40,6 +40,7 @@ def test_the_build_refuses_what_it_cannot_build(command, settings, says, tmp_pat
         pytest.skip("this torch has CUDA")
     for name in ("setup.py", "VERSION"):  # away from a library that this checkout may have
         shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "build" / "temp").mkdir(parents=True)
     done = subprocess.run([sys.executable, "setup.py", command], cwd=tmp_path,
                           env=os.environ | settings, capture_output=True, text=True)  # fmt: skip
     assert done.returncode and says in done.stderr.splitlines()[-1]
