@@ -49,7 +49,8 @@ def wheel_findings(wheel: Path) -> list[str]:
         names = [name for name in archive.namelist() if not name.endswith("/")]
         archive.extractall(folder)
         ours = re.compile(
-            r"randlora_cli\.py|randlora_ext/(.*\.(py|pyi|typed)|_C\.[\w-]+\.so|librandlora_cuda\.so)|"
+            r"randlora_cli\.py|"
+            r"randlora_ext/(.*\.(py|pyi|typed)|_C\.[\w-]+\.so|librandlora_cuda\.so)|"
             r"randlora_ext-[^/]*\.dist-info/.*"
         )
         found = [f"{name} does not belong here" for name in names if not ours.fullmatch(name)]

@@ -3,8 +3,8 @@
 #   bash tools/run_sanitized_python.sh                           # ASan and UBSan
 #   bash tools/run_sanitized_python.sh thread                    # TSan: Python threads on one layer
 #   bash tools/run_sanitized_python.sh address,undefined tests/ops/test_linear.py -k float64
-# Builds into build/sanitized-NAME of a copy, so that the installed module stays as it is. Python and
-# torch are not instrumented, so the sanitizer's library is loaded before them.
+# Builds into build/sanitized-NAME of a copy, so that the installed module stays as it is. Python
+# and torch are not instrumented, so the sanitizer's library is loaded before them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 repo=$PWD
@@ -14,7 +14,8 @@ name=${kind//,/-}
 copy=$repo/build/sanitized-$name
 
 mkdir -p "$copy"
-cp -r --update setup.py pyproject.toml VERSION README.md LICENSE csrc cmake tests tools benchmarks "$copy"
+cp -r --update setup.py pyproject.toml VERSION README.md LICENSE "$copy"
+cp -r --update csrc cmake tests tools benchmarks "$copy"
 cp -r --update --parents $(git ls-files randlora_ext) "$copy"
 cd "$copy"
 RANDLORA_CUDA=0 RANDLORA_SANITIZE=$kind python setup.py -q build_ext --inplace >build.log 2>&1 ||

@@ -29,7 +29,7 @@ __global__ void barriers_only(int count) {
   for (int i = 0; i < count; ++i) __syncthreads();
 }
 
-// ---- faults --------------------------------------------------------------------------------------
+// ---- faults -------------------------------------------------------------------------------------
 
 __global__ void missing_barrier(float* out) {
   float* s = shared_as<float>();
@@ -184,7 +184,7 @@ const Fault kFaults[] = {
     FAULT(ldmatrix_outside, "not in the block's"),
 };
 
-// One block of 128 threads (two where blocks are at fault) over an array of zeros, in all schedules.
+// One block of 128 threads (two if blocks are at fault) over an array of zeros, in all schedules.
 int commit_fault(const char* name) {
   for (const Fault& f : kFaults) {
     if (strcmp(f.name, name)) continue;

@@ -20,7 +20,7 @@ __device__ T* shared_as() {
   return reinterpret_cast<T*>(shared_memory());
 }
 
-// ---- primitives ----------------------------------------------------------------------------------
+// ---- primitives ---------------------------------------------------------------------------------
 
 TestDevice device;
 
@@ -147,8 +147,8 @@ void ldmatrix() {
       }
 }
 
-// D = A B + C with the element positions of the PTX manual (sections on the fragments of mma.m16n8k16
-// and mma.m16n8k8), element by element.
+// D = A B + C with the element positions of the PTX manual (fragments of mma.m16n8k16 and
+// mma.m16n8k8), element by element.
 template <class S>
 __global__ void mma_kernel(const S* A, const S* B, float* C) {
   constexpr int k = sizeof(S) == 2 ? 16 : 8, per = 4 / sizeof(S);
@@ -190,7 +190,7 @@ void mma_product(DType dtype) {
   EXPECT(C.values() == c, "mma, k = %d", k);
 }
 
-// ---- the machine ---------------------------------------------------------------------------------
+// ---- the machine --------------------------------------------------------------------------------
 
 __attribute__((noinline)) void touch(volatile int* p, int n) {
   for (int i = 0; i < n; ++i) p[i] = p[i] + i;

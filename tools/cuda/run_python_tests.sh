@@ -2,8 +2,8 @@
 # The Python tests on the CUDA kernels, without a card: the CUDA library compiled for the CPU serves
 # CPU tensors (docs/cuda-on-cpu.md), so binding, checks, autograd and kernels are those of a card.
 #   bash tools/cuda/run_python_tests.sh [pytest arguments]
-# Needs CMake, g++ and the built extension; about four minutes on two cores. RANDLORA_CUDA_LIBRARY may
-# name the library, if it has been built.
+# Needs CMake, g++ and the built extension; about four minutes on two cores. RANDLORA_CUDA_LIBRARY
+# may name the library, if it has been built.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -46,8 +46,8 @@ for test in "${cpu_only[@]}"; do deselected+=(--deselect "$test"); done
 run=(python -m pytest -q -p no:cacheprovider "${deselected[@]}" "$@")
 
 # Side by side: operators and what stands on them; the GPU tests, B as a dense matrix, and the dry
-# run of benchmarks/gpu_run.py. Not here: test_isa (the CPU's instruction sets), test_smollm2, test_docs
-# (blocks that measure CPU memory), builds, and statistics of the specification.
+# run of benchmarks/gpu_run.py. Not here: test_isa (the CPU's instruction sets), test_smollm2,
+# test_docs (blocks that measure CPU memory), builds, and statistics of the specification.
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 status=0
