@@ -21,8 +21,10 @@ def new_token() -> str:
 
 
 def at_least(tokens: int, limit: int, unknown: bool = False) -> bool:
-    """tokens >= limit. torch.compile guards on the answer for a symbolic number. An exported one
-    holds for a whole range: where that leaves the answer open, it is `unknown`.
+    """tokens >= limit, for a symbolic number too: torch.compile guards on the answer.
+
+    An exported program serves a range of numbers. Where the range leaves the answer open, it is
+    `unknown`.
     """
     if limit >= MANY:  # of which a symbolic number cannot be known to fall short
         return False
