@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..ops.functional import delta_weight
 from ..peft import RandLoraConfig, enable
-from ..peft.adapter_basis import AdapterBasis
+from ..peft.adapter_basis import AdapterBasis, largest, make_bases
 from ..peft.card import write_card
-from ..peft.lora import shared_fields, weight_change, write_lora, write_lora_card
+from ..peft.lora import shared_fields, write_lora, write_lora_card
 from ..peft.saving import dense_bases, stock_config
 from ..writing import appear_new
 from . import CliError, check_free
@@ -31,20 +32,18 @@ from .adapter import (
     CONFIG,
     GAMMA,
     LAMBDA,
-    NAME,
     PREFIX,
     WEIGHTS,
     Adapter,
     Shape,
     base_of,
-    layers_of,
-    peft_model,
+    changes_of,
+    is_transposed,
     read_adapter,
     shapes_in,
-    shapes_in_file,
     told_of,
 )
-from .checkpoint import locate
+from .checkpoint import locate, read_json
 
 # Fields that say which bases an adapter has, or whether they are saved.
 _OF_BASES = {"density", "basis", "sparse", "very_sparse", "save_projection", "projection_prng_key"}
@@ -90,48 +89,62 @@ def convert(
         return _to_lora(adapter, out, base, rank, energy)
     if to == "compact" and not (adapter.bases or adapter.plain):
         raise CliError(f"{source} holds no bases: it is compact already")
-    if adapter.bases or (adapter.plain and base is None):
-        shapes = shapes_in_file(adapter)
-    else:
-        shapes = shapes_in(adapter, base_of(adapter, base))
+    sizes = {}
+    if to == "peft" and adapter.bases is None:
+        sizes = _sizes(adapter, base)
     adapter = _in_terms_of_peft(adapter)
-    bases, factor = {}, 1.0
-    if to == "peft" or adapter.bases:
-        bases = _bases(adapter, adapter.config, shapes, adapter.bases)
+    bases, factor = adapter.bases, 1.0
     if to == "peft":
-        config, told = stock_config(adapter.config, _is_ternary(bases[BASES[0]])), "stock PEFT"
+        with told_of(source, ValueError):
+            bases = bases or dense_bases(
+                *make_bases(adapter.config, *largest(sizes.values())), sizes
+            )
+        config, told = stock_config(adapter.config, _is_ternary(bases[0])), "stock PEFT"
     elif bases:
-        config, factor = _without_bases(adapter, shapes, bases, density)
+        config, factor = _without_bases(adapter, bases, density)
         stock = AdapterBasis.of(vars(config)).known_to_stock
-        told, bases = f"{'stock PEFT and ' * stock}randlora_ext.peft", {}
+        told, bases = f"{'stock PEFT and ' * stock}randlora_ext.peft", None
     else:
         config, told = adapter.config, "randlora_ext.peft"
     tensors = {
         key: (tensor.double() * factor).to(tensor.dtype) if key.endswith(LAMBDA) else tensor
         for key, tensor in adapter.tensors.items()
     }
-    tensors |= {f"base_model.{name}": basis.contiguous() for name, basis in bases.items()}
+    if bases:
+        named = zip(BASES, bases, strict=True)
+        tensors |= {f"base_model.{name}": basis.contiguous() for name, basis in named}
     with appear_new(out) as folder:
         folder.mkdir()
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
         fields = json.loads((folder / CONFIG).read_text())
         # Fields that this version of PEFT does not know stay.
-        kept = {k: v for k, v in adapter.settings.items() if k not in _OF_BASES | fields.keys()}
+        was = read_json(source / CONFIG) if source.is_dir() else {}
+        kept = {k: v for k, v in was.items() if k not in _OF_BASES | fields.keys()}
         (folder / CONFIG).write_text(json.dumps(fields | kept, indent=2, sort_keys=True) + "\n")
         if (source / "README.md").is_file():
             shutil.copyfile(source / "README.md", folder / "README.md")
             write_card(folder, out.name)
-        size, was = (file.stat().st_size for file in (folder / WEIGHTS, adapter.file))
-    print(f"{out}: {size:,} bytes, was {was:,}; {told} opens it")
+        files = folder / WEIGHTS, source if source.is_file() else source / WEIGHTS
+        size, old = (file.stat().st_size for file in files)
+    print(f"{out}: {size:,} bytes, was {old:,}; {told} opens it")
     return 0
+
+
+def _sizes(adapter: Adapter, base: str | None) -> dict[str, tuple[int, int]]:
+    """(in_features, out_features) by path."""
+    if adapter.plain and base is None:
+        return {path: layer.features for path, layer in adapter.plain.items()}
+    shapes = shapes_in(adapter, base_of(adapter, base))
+    return {path: (shape.in_features, shape.out_features) for path, shape in shapes.items()}
 
 
 def _to_lora(
     adapter: Adapter, out: Path, base: str | None, rank: int | None, energy: float | None
 ) -> int:
     if adapter.plain and base is None:
-        shapes, modules = shapes_in_file(adapter), set(adapter.plain)
+        shapes = {path: Shape(*layer.features) for path, layer in adapter.plain.items()}
+        modules = set(adapter.plain)
     else:
         checkpoint = base_of(adapter, base)
         shapes = shapes_in(adapter, checkpoint)
@@ -140,15 +153,12 @@ def _to_lora(
         name_in = locate(shapes, checkpoint)  # adapted ones are named as the adapter does
         modules = modules - set(map(name_in, shapes)) | set(shapes)
     if adapter.plain:
-        fields = {"fan_in_fan_out": any(shape.transposed for shape in shapes.values())}
+        fields = {"fan_in_fan_out": any(is_transposed(adapter, path) for path in shapes)}
     else:
         fields = shared_fields(adapter.config)
-    deltas = {
-        path: functools.partial(weight_change, layer, NAME)
-        for path, layer in layers_of(adapter, shapes).items()
-    }
-    mine = {*adapter.ignored, *(key for key in adapter.tensors if key.endswith((LAMBDA, GAMMA)))}
-    others = {key: tensor for key, tensor in adapter.tensors.items() if key not in mine}
+    changes = changes_of(adapter, shapes)
+    deltas = {path: functools.partial(delta_weight, *each) for path, each in changes.items()}
+    others = {key: adapter.tensors[key] for key in adapter.others}
     with appear_new(out) as folder:
         folder.mkdir()
         with told_of(adapter.source, ValueError):
@@ -173,7 +183,7 @@ def _in_terms_of_peft(adapter: Adapter) -> Adapter:
     }
     if len(options) > 1:
         raise CliError(
-            f"{adapter.file} has layers of different options; an adapter of PEFT has one r, "
+            f"{adapter.source} has layers of different options; an adapter of PEFT has one r, "
             "scaling, dropout and basis"
         )
     ((r, scaling, dropout, fan_in_fan_out, basis),) = options
@@ -195,30 +205,21 @@ def _in_terms_of_peft(adapter: Adapter) -> Adapter:
     return dataclasses.replace(adapter, plain=None, config=config, tensors=tensors)
 
 
-def _bases(
-    adapter: Adapter, config: Any, shapes: Mapping[str, Shape], saved: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """A (r, 1, d) and B (D, n, r) of the largest layers: the `saved` ones, or those of `config`."""
-    model = peft_model(adapter, config, shapes, saved)
-    with told_of(adapter.source, ValueError):
-        return dict(zip(BASES, dense_bases(model, NAME), strict=True))
-
-
 def _without_bases(
-    adapter: Adapter, shapes: Mapping[str, Shape], saved: Mapping[str, Tensor], share: float | None
+    adapter: Adapter, saved: tuple[Tensor, Tensor], share: float | None
 ) -> tuple[Any, float]:
     """The configuration that makes the bases again, and what lambda must be multiplied by.
 
     The factor is 1, or near that if the saved bases were rounded as by a 16-bit base model.
     """
+    layers = {path: gam.shape[1:] * 2 for path, (_, gam) in adapter.diagonals.items()}
     for config in _candidates(adapter.config, share):
+        try:
+            made = dense_bases(*make_bases(config, len(saved[1]), saved[0].shape[2]), layers)
+        except ValueError:  # these bases do not exist for these layers
+            continue
+        pairs = [(was.float(), own) for was, own in zip(saved, made, strict=True)]
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            rounded = {at: dataclasses.replace(s, dtype=dtype) for at, s in shapes.items()}
-            try:
-                made = _bases(adapter, config, rounded, {})
-            except CliError:  # Hadamard bases do not exist for these layers
-                break
-            pairs = [(saved[name].float(), made[name].float()) for name in BASES]
             if all(torch.equal(was, own.to(dtype).float()) for was, own in pairs):
                 largest = [(float(was.abs().max()), float(own.abs().max())) for was, own in pairs]
                 return config, math.prod(was / own if own else 1.0 for was, own in largest)

@@ -4,15 +4,14 @@ import shutil
 import sys
 import zlib
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.functional import merged_weight
 from ..writing import appear_new
 from . import CliError, check_free
-from .adapter import NAME, layers_of, read_adapter, shapes_in
+from .adapter import Change, changes_of, is_transposed, read_adapter, shapes_in
 from .checkpoint import Checkpoint, locate, read_checkpoint
 
 # Weights in other formats would be those of the unmerged model.
@@ -35,13 +34,14 @@ def merge(model: Path, source: Path, out: Path, rounding_seed: int | None = None
     check_free(out)
     adapter, checkpoint = read_adapter(source), read_checkpoint(model)
     name_in = locate(adapter.diagonals, checkpoint)
-    replaced = {name_in(path): t for path, t in adapter.others.items()}
-    layers = layers_of(adapter, shapes_in(adapter, checkpoint))
-    changes = {name_in(f"{path}.weight"): (path, layer) for path, layer in layers.items()}
+    replaced = {name_in(name): adapter.tensors[key] for key, name in adapter.others.items()}
+    changes = changes_of(adapter, shapes_in(adapter, checkpoint))
+    path_of = {name_in(f"{path}.weight"): path for path in changes}
     for path, saved in (adapter.plain or {}).items():  # tied weights that the files hold twice
         copies = (f"{other}.weight" for other in saved.also_at)
-        changes |= {n: (path, layers[path]) for n in copies if n in checkpoint.tensors}
-    _check_names(checkpoint, replaced, changes.keys() | replaced.keys())
+        path_of |= {name: path for name in copies if name in checkpoint.tensors}
+    written = path_of.keys() | replaced.keys()
+    _check_names(checkpoint, replaced, written)
     _check_space(checkpoint, out)
     with appear_new(out) as folder:
         folder.mkdir()
@@ -49,18 +49,19 @@ def merge(model: Path, source: Path, out: Path, rounding_seed: int | None = None
             print(f"merging {file.name}", file=sys.stderr)
             shutil.copyfile(file, folder / file.name)
             with open(folder / file.name, "r+b") as copy:
-                for name in changes.keys() | replaced.keys():
+                for name in written:
                     entry = checkpoint.tensors[name]
                     if entry.file != file:
                         continue
                     weight = replaced[name] if name in replaced else checkpoint.read(name)
                     weight = weight.to(entry.dtype)
-                    if name in changes:
-                        weight = _sum(*changes[name], weight, rounding_seed)
+                    if path := path_of.get(name):
+                        transposed = is_transposed(adapter, path)
+                        weight = _sum(path, changes[path], weight, transposed, rounding_seed)
                     copy.seek(entry.start)
                     _write(copy, weight)
         left = _copy_rest(checkpoint, folder)
-    print(f"{len(changes)} layers merged into {len(checkpoint.files)} files of {out}")
+    print(f"{len(path_of)} layers merged into {len(checkpoint.files)} files of {out}")
     for names, told in (
         (replaced, "replaced by the adapter's own"),
         (adapter.ignored, "ignored, since PEFT would not load them"),
@@ -71,26 +72,17 @@ def merge(model: Path, source: Path, out: Path, rounding_seed: int | None = None
     return 0
 
 
-@torch.no_grad()
-def _sum(path: str, layer: Any, weight: Tensor, seed: int | None) -> Tensor:
+def _sum(path: str, change: Change, weight: Tensor, transposed: bool, seed: int | None) -> Tensor:
     """W + dW in the dtype and layout of W."""
-    base = layer.get_base_layer()
-    if seed is None:
-        weightless, base.weight = base.weight, nn.Parameter(weight.clone(), False)
-        layer.merge(keep_weight="nothing")
-        total, base.weight = base.weight.detach(), weightless
-    else:
-        basis = layer.basis_of(NAME, weight.device)
+    if seed is not None:
         if weight.itemsize != 2:
             raise CliError(f"{path}: --rounding-seed needs 16-bit weights; it is {weight.dtype}")
-        W = weight.T.contiguous() if layer.fan_in_fan_out else weight
-        lam, gam = layer.randlora_lambda[NAME], layer.randlora_gamma[NAME]
         seed ^= zlib.crc32(path.encode()) << 32
-        total = merged_weight(basis, W, lam, gam, layer.scaling[NAME], seed)
-        total = total.T if layer.fan_in_fan_out else total
+    basis, *factors = change
+    total = merged_weight(basis, weight.T.contiguous() if transposed else weight, *factors, seed)
     if not bool(torch.isfinite(total).all()):
         raise CliError(f"{path}: the merged weight would hold NaN or inf; nothing was written")
-    return total
+    return total.T if transposed else total
 
 
 def _check_names(checkpoint: Checkpoint, replaced: dict[str, Tensor], written: set[str]) -> None:

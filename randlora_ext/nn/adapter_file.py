@@ -64,6 +64,12 @@ class SavedLayer:
     def description(self) -> BasisDescription:
         return BasisDescription.parse(self.basis)
 
+    def make_basis(self) -> TernaryBasis:
+        basis = self.description
+        return TernaryBasis(
+            *self.features, self.r, density=basis.density, seed=basis.seed, kind=basis.kind
+        )
+
     def options(self) -> dict[str, Any]:
         """Arguments of `RandLoraLinear`."""
         basis = self.description
@@ -233,10 +239,7 @@ def _saved_layer(at: str, said: dict, tensors: dict[str, Tensor]) -> SavedLayer:
         raise ValueError(f"also_at of {at!r} is {layer.also_at!r}, and must be a list of paths")
     if not 0 <= layer.randlora_dropout < 1:
         raise ValueError(f"randlora_dropout of {at!r} is {layer.randlora_dropout}, not in [0, 1)")
-    basis = layer.description
-    TernaryBasis(  # checks the sizes
-        *layer.features, layer.r, density=basis.density, seed=basis.seed, kind=basis.kind
-    )
+    layer.make_basis()  # checks the sizes
     check_shapes(at, lam, gam, layer.r, min(layer.features))
     return layer
 

@@ -29,7 +29,8 @@ from torch import nn
 
 from ..nn.merging import check_keep_weight
 from ..nn.state_dict import DIAGONALS
-from .bases import BASIS_NAMES, PackedBufferDict
+from .adapter_basis import BASIS_NAMES
+from .bases import PackedBufferDict
 from .card import Base, name_of, write_card
 from .config import RandLoraConfig
 from .layer import AcceleratedLayer, layers_with

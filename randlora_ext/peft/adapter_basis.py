@@ -1,12 +1,21 @@
-"""`AdapterBasis`: which bases an adapter multiplies by, as its configuration says."""
+"""`AdapterBasis`: which bases an adapter multiplies by, as its configuration says, and A and B."""
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import peft
+import torch
+from peft.tuners.randlora.model import RandLoraModel
+from torch import Tensor, nn
+
 from ..basis import BasisDescription
 from ..basis.description import SPECIFICATIONS, check_kind, check_seed
+from .ternary_tensor import TernaryTensor
+
+BASIS_NAMES = ("randlora_A", "randlora_B")  # PEFT's attributes of models and layers
 
 KINDS = ("peft", *SPECIFICATIONS)
 SPARSE = 1 / 3
@@ -129,3 +138,51 @@ def other_bases(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
         for name, value in names.items()
         if getattr(theirs, value) != getattr(mine, value)
     ]
+
+
+def largest(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """(D, d) of the bases that PEFT shares among layers of these (in_features, out_features)."""
+    d, D = sorted(max(each) for each in zip(*sizes, strict=True))
+    return D, d
+
+
+def make_bases(config: peft.RandLoraConfig, D: int, d: int) -> tuple[Tensor, Tensor]:
+    """A (r, 1, d) and B (D, n, r) of a new adapter: generated, or drawn by PEFT.
+
+    Raises ValueError if the density leaves no non-zero in one of them.
+    """
+    basis, r = AdapterBasis.of(vars(config)), config.r
+    if basis.kind != "peft":
+        described = basis.description(d)
+        A, B = (
+            TernaryTensor.generated(described, *role)
+            for role in enumerate(((r, 1, d), (D, -(-d // r), r)))
+        )
+        return A, B
+    stock = copy.copy(config)
+    stock.projection_prng_key = basis.seed
+    made, name = _Drawing(D, d), "default"
+    with torch.device("cpu"):  # real values, also for a model on the meta device
+        if basis.known_to_stock:
+            made._pre_injection_hook(made, stock, name)
+        else:
+            made._init_randlora_A_randlora_B_sparse(stock, name, 1 / float(basis.density or 0))
+    A, B = (getattr(made, each)[name] for each in BASIS_NAMES)
+    for each, matrix in zip(BASIS_NAMES, (A, B), strict=True):
+        if not bool(matrix.isfinite().all()):  # PEFT divides by the standard deviation, 0
+            raise ValueError(
+                f"density={basis.density} leaves no non-zero in {each} {tuple(matrix.shape)}; "
+                f"it must be well above 1 / {matrix.numel()}"
+            )
+    return A, B
+
+
+class _Drawing(RandLoraModel):
+    """PEFT's drawing, with the largest sizes instead of a model in which to look for them."""
+
+    def __init__(self, D: int, d: int) -> None:
+        nn.Module.__init__(self)
+        self.sizes = D, d
+
+    def _find_dim(self, config) -> tuple[int, int]:
+        return self.sizes

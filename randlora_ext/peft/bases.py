@@ -16,7 +16,6 @@ from ..basis.dense import DenseMatrices
 from ..nn.state_dict import misfit
 from .ternary_tensor import TernaryTensor
 
-BASIS_NAMES = ("randlora_A", "randlora_B")  # PEFT's attributes of models and layers
 _tokens = itertools.count()
 # Bases that layers made from an A and a B (keys: their signs, or dense tensors), by features and r.
 _made: WeakIdKeyDictionary = WeakIdKeyDictionary()

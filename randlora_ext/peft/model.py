@@ -1,17 +1,15 @@
 """PEFT's RandLoRA model with accelerated layers over packed bases, of every kind and density."""
 
-import copy
 import warnings
 from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
 import peft
-import torch
 from peft.tuners.randlora.layer import Linear, RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
-from torch import Tensor, nn
+from torch import nn
 
 from ..basis.shape import check_r
 from ..nn.apply import check_is_called, check_not_nested, first
@@ -19,11 +17,10 @@ from ..nn.base_layer import disable_nested_tensors, features, force_module_call,
 from ..nn.linear import DEFAULT_SCALING, RandLoraLinear
 from ..nn.state_dict import misfit, refuse, refuse_misfit
 from . import other_quantized
-from .adapter_basis import AdapterBasis
-from .bases import BASIS_NAMES, PackedBufferDict
+from .adapter_basis import BASIS_NAMES, AdapterBasis, largest, make_bases
+from .bases import PackedBufferDict
 from .config import set_basis
 from .layer import AcceleratedLayer, AcceleratedLinear, adapter_per_row, add_adapter
-from .ternary_tensor import TernaryTensor
 
 STOCK_QUANTIZED = "peft.tuners.randlora.bnb"  # imports bitsandbytes
 
@@ -139,8 +136,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
                 check_not_nested(self.model, name, f"target {name!r}")
         if plans := parallel_plans(self.model):
             plans.check_plans(self.model, targets)
-        out_features, in_features = self._find_dim(config)
-        D, d = max(out_features, in_features), min(out_features, in_features)
+        D, d = largest(targets.values())
         if basis.kind != "peft":  # from now on `very_sparse` is a number
             basis = AdapterBasis(basis.kind, basis.description(d).density, basis.seed)
             set_basis(config, basis)
@@ -152,49 +148,9 @@ class AcceleratedRandLoraModel(RandLoraModel):
                 made = A[name], B[name]
                 break
         else:
-            with torch.device("cpu"):  # real values, also for a model on the meta device
-                made = self._made_bases(basis, config, adapter_name, D, d)
+            made = make_bases(config, D, d)
         for bases, matrix in zip((A, B), made, strict=True):
             bases.add(adapter_name, matrix, config.save_projection and basis.kind == "peft")
-
-    def _made_bases(
-        self, basis: AdapterBasis, config: peft.RandLoraConfig, adapter_name: str, D: int, d: int
-    ) -> tuple[Tensor, Tensor]:
-        """A and B as the adapter would have them alone."""
-        n, r = -(-d // config.r), config.r
-        if basis.kind != "peft":
-            described = basis.description(d)
-            shapes = (r, 1, d), (D, n, r)
-            A, B = (TernaryTensor.generated(described, *role) for role in enumerate(shapes))
-            return A, B
-        ours = self.randlora_A, self.randlora_B
-        stock = copy.copy(config)
-        stock.projection_prng_key = basis.seed
-        try:  # PEFT's methods replace both dictionaries
-            if basis.known_to_stock:
-                super()._pre_injection_hook(self.model, stock, adapter_name)
-            else:
-                sparsity = 1 / float(basis.density or 0)
-                self._init_randlora_A_randlora_B_sparse(stock, adapter_name, sparsity)
-            drawn = self.randlora_A[adapter_name], self.randlora_B[adapter_name]
-        finally:
-            self.randlora_A, self.randlora_B = ours
-        for name, matrix in zip(BASIS_NAMES, drawn, strict=True):
-            if not bool(matrix.isfinite().all()):  # PEFT divides by the standard deviation, 0
-                raise ValueError(
-                    f"density={basis.density} leaves no non-zero in {name} {tuple(matrix.shape)}; "
-                    f"it must be well above 1 / {matrix.numel()}"
-                )
-        return drawn
-
-    def _find_dim(self, config: peft.RandLoraConfig) -> tuple[int, int]:
-        """(largest out_features, largest in_features) of the targets.
-
-        PEFT's method does not see quantized layers that have an adapter already.
-        """
-        sizes = self._target_sizes(config).values()
-        in_features, out_features = (max(each) for each in zip(*sizes, strict=True))
-        return out_features, in_features
 
     def _target_sizes(self, config: peft.RandLoraConfig) -> dict[str, tuple[int, int]]:
         """(in_features, out_features) of the targets by their names."""

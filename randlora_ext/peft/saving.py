@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_model
 from torch import Tensor
 
-from ..basis import BasisDescription, TernaryBasis
+from ..basis import TernaryBasis
 from ..ops.dtensor import full_tensor, is_dtensor
 from ..writing import appear_together
-from .adapter_basis import AdapterBasis
-from .bases import BASIS_NAMES
+from .adapter_basis import BASIS_NAMES, AdapterBasis, largest, make_bases
 from .card import copy_card
 from .config import record_configurations
 from .layer import layers_with, refuse_sharded
@@ -100,8 +99,16 @@ def _save_adapters(model: peft.PeftModel, folder: Path) -> None:
     configs = dict(model.peft_config)
     copies = tuple(f".{bases}." for bases in BASIS_NAMES)
     state = {k: v for k, v in model.state_dict().items() if not any(part in k for part in copies)}
-    for name in configs:
-        for bases, dense in zip(BASIS_NAMES, dense_bases(model, name), strict=True):
+    for name, config in configs.items():
+        layers = {
+            path: (layer.in_features, layer.out_features)
+            for path, layer in layers_with(model, name).items()
+        }
+        A, B = (getattr(model.base_model, bases)[name] for bases in BASIS_NAMES)
+        if AdapterBasis.of(vars(config)).kind != "peft":
+            # Another adapter's may be larger, and PEFT's casts do not round generated ones.
+            A, B = make_bases(config, *largest(layers.values()))
+        for bases, dense in zip(BASIS_NAMES, dense_bases(A, B, layers), strict=True):
             state[f"base_model.{bases}.{name}"] = dense.detach()
     try:
         for name, config in configs.items():
@@ -112,40 +119,22 @@ def _save_adapters(model: peft.PeftModel, folder: Path) -> None:
         model.peft_config.update(configs)
 
 
-def dense_bases(model: peft.PeftModel, name: str) -> tuple[Tensor, ...]:
-    """An adapter's A and B as layers multiply by them: PEFT's casts do not round generated ones."""
-    bases = [getattr(model.base_model, each)[name] for each in BASIS_NAMES]
-    A, _ = bases
-    if isinstance(A, TernaryTensor) and A.is_hadamard:
-        assert A.signs.description is not None
-        layers = {
-            path: (module.in_features, module.out_features)
-            for path, module in layers_with(model, name).items()
-        }
-        return dense_hadamard_bases(A.signs.description, A.shape[0], layers)
-    return tuple(_dense(basis) for basis in bases)
-
-
-def _dense(basis: Tensor) -> Tensor:
-    if not isinstance(basis, TernaryTensor):
-        return basis
-    description = basis.signs.description
-    if description is None:
-        return basis.dense()
-    return TernaryTensor.generated(description, basis.signs.role, basis.shape).dense()
-
-
-def dense_hadamard_bases(
-    description: BasisDescription, r: int, layers: Mapping[str, tuple[int, int]]
+def dense_bases(
+    A: Tensor, B: Tensor, layers: Mapping[str, tuple[int, int]]
 ) -> tuple[Tensor, Tensor]:
-    """A (r, 1, d) and B (D, n, r) from which every layer of stock PEFT slices its Hadamard bases.
+    """A (r, 1, d) and B (D, n, r), dense, from which stock PEFT slices the bases of all layers.
 
     Args:
-        layers: (in_features, out_features) by name. B of a smaller layer is a part of that of a
-            larger one; A is so only if min(in, out) is equal, since it decides the classes.
+        layers: (in_features, out_features) by name. Of Hadamard bases, B of a smaller layer is a
+            part of that of a larger one; A is so only if min(in, out) is equal, since it decides
+            the classes.
 
-    Raises ValueError, naming two layers, if their min(in, out) differ.
+    Raises ValueError, naming two layers, if Hadamard bases belong to layers whose min(in, out)
+    differ.
     """
+    if not (isinstance(A, TernaryTensor) and A.is_hadamard):
+        A, B = (t.dense() if isinstance(t, TernaryTensor) else t for t in (A, B))
+        return A, B
     (first, sizes), *others = layers.items()
     for other, its in others:
         if min(its) != min(sizes):
@@ -155,11 +144,9 @@ def dense_hadamard_bases(
                 f"{other!r} {its[0]} -> {its[1]}; merge instead (export_to_peft(..., merged=True) "
                 "or `randlora merge`)"
             )
-    # PEFT's A has the smaller of the largest in and the largest out features.
-    n_in, n_out = (max(each) for each in zip(*layers.values(), strict=True))
-    d, D, small = min(n_in, n_out), max(n_in, n_out), min(sizes)
-    A, B = TernaryBasis(small, D, r, None, description.seed, "hadamard").dense()
-    n = -(-d // r)
+    assert A.signs.description is not None
+    (r, _, d), (D, n, _), small = A.shape, B.shape, min(sizes)
+    A, B = TernaryBasis(small, D, r, None, A.signs.description.seed, "hadamard").dense()
     A, B = F.pad(A, (0, d - small)), F.pad(B, (0, n * r - B.shape[1]))
     return A.unsqueeze(1), B.unflatten(1, (n, r))
 
