@@ -27,7 +27,7 @@ def _force_sparse() -> None:
 
 def _count_calls() -> None:
     """Shows that it was our layers that the tests ran."""
-    from randlora_ext.peft.layer import AcceleratedLayer
+    from randlora_ext.peft.layer import AcceleratedLinear
 
     def counting(name: str, method):
         def call(*args, **kwargs):
@@ -36,8 +36,8 @@ def _count_calls() -> None:
 
         return call
 
-    AcceleratedLayer.forward = counting("forward", AcceleratedLayer.forward)
-    AcceleratedLayer._linear = counting("kernels", AcceleratedLayer._linear)
+    AcceleratedLinear.forward = counting("forward", AcceleratedLinear.forward)
+    AcceleratedLinear._part = counting("kernels", AcceleratedLinear._part)
 
 
 # At import, thus before any test file is collected.

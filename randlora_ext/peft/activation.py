@@ -33,7 +33,7 @@ from .adapter_basis import BASIS_NAMES
 from .bases import PackedBufferDict
 from .card import Base, name_of, write_card
 from .config import RandLoraConfig
-from .layer import AcceleratedLayer, layers_with
+from .layer import AcceleratedLinear, layers_with
 from .loading import check_load_over, warn_of_misfits
 from .model import STOCK_QUANTIZED, AcceleratedRandLoraModel, accelerate_layer, parallel_plans
 from .saving import save_together
@@ -66,8 +66,8 @@ def enable(float32_products: bool = False, keep_weight: str = "host") -> None:
     """
     global _stock
     check_keep_weight(keep_weight)
-    AcceleratedLayer.keep_weight = keep_weight
-    AcceleratedLayer.float32_products = float32_products
+    AcceleratedLinear.keep_weight = keep_weight
+    AcceleratedLinear.float32_products = float32_products
     _patch()
     if _stock is None:
         _stock = (

@@ -1,7 +1,5 @@
 """PEFT's RandLoRA layers with forward, merging and delta weight on the compiled kernels."""
 
-import inspect
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +24,10 @@ from .ternary_tensor import TernaryTensor
 _STOCK = "on PEFT's own code: made without randlora_ext.peft.enable(); see accelerate()"
 
 
-class AcceleratedLayer(AdaptedLayer):
-    """Computes what a RandLoRA layer of PEFT computes, by ``torch.ops.randlora``.
+class AcceleratedLinear(AdaptedLayer, Linear):
+    """Computes what PEFT's ``Linear`` of RandLoRA computes, by ``torch.ops.randlora``.
 
-    Mixed in before PEFT's layer class, which still does saving, adding, switching and the rest.
+    PEFT's class still does saving, adding, switching and the rest.
     A 16-bit x is multiplied by dense bases (PEFT's default) in 16 bits with float32 sums, unless
     ``float32_products`` is set. Devices without our kernels compute Hadamard bases in plain torch,
     and ternary ones as dense bases, with one warning per model.
@@ -156,18 +154,6 @@ class AcceleratedLayer(AdaptedLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class AcceleratedLinear(AcceleratedLayer, Linear):
-    """`peft.tuners.randlora.layer.Linear` on the compiled kernels: nn.Linear and Conv1D."""
-
-
-def warn_of_rounding(base: nn.Module) -> None:
-    warnings.warn(
-        f"Merging or unmerging rounds the sum to that of {type(base).__name__} again, with "
-        "rounding errors.",
-        stacklevel=6,
-    )
-
-
 def kernel_summary(model: nn.Module, tokens: int = 512) -> str:
     """One line: how many layers run on our kernels, shapes, bases, instruction set and path.
 
@@ -230,24 +216,6 @@ def refuse_sharded(model: PeftModel) -> None:
         )
 
 
-def add_adapter(
-    layer: AcceleratedLayer, name: str, A: PackedBufferDict, B: PackedBufferDict, config
-) -> None:
-    """Adds an adapter to a layer, passing its options as this version of PEFT expects."""
-    if "config" in inspect.signature(layer.update_layer).parameters:  # since 0.20
-        layer.update_layer(name, A, B, config.r, config=config)
-    else:
-        layer.update_layer(
-            name,
-            A,
-            B,
-            config.r,
-            randlora_alpha=config.randlora_alpha,
-            randlora_dropout=config.randlora_dropout,
-            init_weights=config.init_weights,
-        )
-
-
 @contextmanager
 def adapter_per_row(tuner: nn.Module, names: list[str], call: dict) -> Iterator[None]:
     """For ``model(..., adapter_names=[...])``: layers compute row b with adapter ``names[b]``.
@@ -263,7 +231,7 @@ def adapter_per_row(tuner: nn.Module, names: list[str], call: dict) -> Iterator[
     """
     if tuner.training:
         raise ValueError("adapter_names cannot be given in training mode; call model.eval()")
-    layers = [module for module in tuner.modules() if isinstance(module, AcceleratedLayer)]
+    layers = [module for module in tuner.modules() if isinstance(module, AcceleratedLinear)]
     known = {name for layer in layers for name in layer.randlora_lambda}
     if unknown := sorted(set(names) - known - {"__base__"}):
         raise ValueError(f"adapter_names has unknown {unknown}; known are {sorted(known)}")

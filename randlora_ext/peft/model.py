@@ -16,13 +16,13 @@ from ..nn.apply import check_is_called, check_not_nested, first
 from ..nn.base_layer import disable_nested_tensors, features, force_module_call, is_conv1d
 from ..nn.linear import DEFAULT_SCALING, RandLoraLinear
 from ..nn.state_dict import misfit, refuse, refuse_misfit
-from . import other_quantized
+from . import quantized
 from .adapter_basis import BASIS_NAMES, AdapterBasis, largest, make_bases
 from .bases import PackedBufferDict
 from .config import set_basis
-from .layer import AcceleratedLayer, AcceleratedLinear, adapter_per_row, add_adapter
+from .layer import AcceleratedLinear, adapter_per_row
 
-STOCK_QUANTIZED = "peft.tuners.randlora.bnb"  # imports bitsandbytes
+STOCK_QUANTIZED = "peft.tuners.randlora.bnb"
 
 
 class AcceleratedRandLoraModel(RandLoraModel):
@@ -41,18 +41,18 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     @staticmethod
     def _create_new_module(config, A, B, adapter_name, target, **kwargs) -> nn.Module:
-        if backend := other_quantized.backend_of(target):
-            args = config, A, B, adapter_name, target
-            return other_quantized.wrap(backend, *args, **kwargs)
+        if backend := quantized.backend_of(target):
+            return quantized.wrap(backend, config, A, B, adapter_name, target, **kwargs)
+        kwargs |= {"loaded_in_8bit": False, "loaded_in_4bit": False}  # PEFT has a class for each
         return accelerate_layer(
             RandLoraModel._create_new_module(config, A, B, adapter_name, target, **kwargs)
         )
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
-        if other_quantized.backend_of(new_module):  # unloading, where PEFT would set its weight
+        if quantized.backend_of(new_module):  # unloading, where PEFT would set its weight
             setattr(parent, child_name, new_module)
             return
-        super()._replace_module(parent, child_name, new_module, other_quantized.with_weight(child))
+        super()._replace_module(parent, child_name, new_module, quantized.with_weight(child))
 
     def _check_new_adapter_config(self, config: peft.RandLoraConfig) -> None:
         """PEFT's check, which requires one key and one ``save_projection`` for all adapters.
@@ -79,18 +79,13 @@ class AcceleratedRandLoraModel(RandLoraModel):
         self._check_targets(config)
         _warn_of_scaling(config)
         # A second inject_adapter_in_model finds the first one's layers.
-        layer = next((m for m in model.modules() if isinstance(m, AcceleratedLayer)), None)
+        layer = next((m for m in model.modules() if isinstance(m, AcceleratedLinear)), None)
         for name in BASIS_NAMES:
             setattr(self, name, PackedBufferDict() if layer is None else getattr(layer, name))
         self._add_bases(config, adapter_name)
 
     def _create_and_replace(
-        self,
-        randlora_config: peft.RandLoraConfig,
-        adapter_name: str,
-        target: nn.Module,
-        *args,
-        **kwargs,
+        self, randlora_config: peft.RandLoraConfig, adapter_name: str, *args, **kwargs
     ) -> None:
         if adapter_name not in self.randlora_A:
             self._add_bases(randlora_config, adapter_name)
@@ -98,13 +93,9 @@ class AcceleratedRandLoraModel(RandLoraModel):
             check_is_called(self.model, kwargs["current_key"], f"module {kwargs['current_key']!r}")
         except ValueError as error:  # not raised: files of stock PEFT must load
             warnings.warn(str(error), stacklevel=2)
-        if isinstance(target, AcceleratedLayer) and not isinstance(target, Linear):
-            # PEFT would put a second layer around a quantized one.
-            add_adapter(target, adapter_name, self.randlora_A, self.randlora_B, randlora_config)
-        else:
-            super()._create_and_replace(randlora_config, adapter_name, target, *args, **kwargs)
+        super()._create_and_replace(randlora_config, adapter_name, *args, **kwargs)
         layer = self.model.get_submodule(kwargs["current_key"])
-        if isinstance(layer, AcceleratedLayer):
+        if isinstance(layer, AcceleratedLinear):
             if plans := parallel_plans(self.model):
                 plans.shard(layer, self.model, kwargs["current_key"], adapter_name)
         disable_nested_tensors(self.model, kwargs["current_key"])
@@ -211,28 +202,23 @@ class AcceleratedRandLoraModel(RandLoraModel):
             for key, value in remapped.items()
         }
         for path, layer in model.named_modules():  # the layers may stand in any model
-            if isinstance(layer, AcceleratedLayer) and layer.merged:
+            if isinstance(layer, AcceleratedLinear) and layer.merged:
                 refuse_misfit(layer, remapped, f"{path}.", {}, False, [], [], [])
         return remapped
 
 
 def accelerate_layer(layer: Any) -> Any:
     """Gives a RandLoRA layer of PEFT its accelerated class, in place; others stay as they are."""
-    stock = type(layer)
-    accelerated: type | None = AcceleratedLinear if stock is Linear else None
-    if stock.__module__ == STOCK_QUANTIZED:
-        from . import quantized  # imports bitsandbytes, as stock has already
-
-        accelerated = quantized.accelerated_class(stock)
-    if accelerated is not None:
-        layer.__class__ = accelerated
+    if type(layer) is Linear or type(layer).__module__ == STOCK_QUANTIZED:
+        on_bits = quantized.is_bitsandbytes(layer.get_base_layer())
+        layer.__class__ = quantized.BitsAndBytesLinear if on_bits else AcceleratedLinear
         force_module_call(layer)
     return layer
 
 
 def _is_linear(module: nn.Module) -> bool:
-    quantized = other_quantized.backend_of(module)
-    return isinstance(module, nn.Linear) or is_conv1d(module) or bool(quantized)
+    backend = quantized.backend_of(module)
+    return isinstance(module, nn.Linear) or is_conv1d(module) or backend is not None
 
 
 def parallel_plans(model: nn.Module) -> ModuleType | None:

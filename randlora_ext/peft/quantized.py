@@ -1,28 +1,56 @@
-"""PEFT's RandLoRA layers over bitsandbytes: 8 and 4 bits.
+"""RandLoRA layers over quantized bases: bitsandbytes, and HQQ, GPTQ and AWQ by PEFT's backends.
 
-Imported when such a layer exists, since it imports bitsandbytes.
+The base computes its own part. Merging quantizes the sum of the dequantized weight and dW again;
+unmerging puts the old quantized weight back.
 """
 
+import itertools
+import sys
+import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
-from peft.import_utils import is_bnb_4bit_available
-from peft.tuners.randlora import bnb as stock
+from peft.tuners.randlora.layer import RandLoraLayer
+from peft.tuners.randlora.model import RandLoraModel
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_bnb_weight
-from torch import Tensor
+from torch import Tensor, nn
 
-from .layer import AcceleratedLayer, warn_of_rounding
+from ..nn.base_layer import force_module_call, is_conv1d
+from .layer import AcceleratedLinear
+
+try:
+    from peft.utils.quantization_utils import resolve_quantization_backend
+except ImportError:  # older PEFT, which refuses such bases
+
+    def resolve_quantization_backend(base_layer: nn.Module, **kwargs: Any) -> None:
+        return None
 
 
-class _QuantizedLayer(AcceleratedLayer):
-    """Merges by quantizing the sum of the dequantized weight and B A' again.
+def _warn_of_rounding(base: nn.Module) -> None:
+    warnings.warn(
+        f"Merging or unmerging rounds the sum to that of {type(base).__name__} again, with "
+        "rounding errors.",
+        stacklevel=6,
+    )
 
-    Unmerging puts the old quantized weight back.
 
-    Stock PEFT multiplies A' B, another matrix. In 4 bits it also gives ``Params4bit`` the old
-    weight's flag that it is quantized already, which newer bitsandbytes obeys.
+# ---- bitsandbytes, whose layers are nn.Linear ----------------------------------------------------
+
+
+def is_bitsandbytes(base: nn.Module) -> bool:
+    bnb = sys.modules.get("bitsandbytes")  # without it nothing can be its layer
+    return bnb is not None and isinstance(base, (bnb.nn.Linear8bitLt, bnb.nn.Linear4bit))
+
+
+class BitsAndBytesLinear(AcceleratedLinear):
+    """`AcceleratedLinear` over 8 or 4 bits of bitsandbytes.
+
+    Stock PEFT, which has a class for each, merges A' B, another matrix. In 4 bits it also gives
+    ``Params4bit`` the old weight's flag that it is quantized already, which newer bitsandbytes
+    obeys.
     """
 
     def _dense_weight(self) -> Tensor:
@@ -33,8 +61,8 @@ class _QuantizedLayer(AcceleratedLayer):
 
     def _writer(self, total: Tensor) -> Callable[[], None]:
         base = self.get_base_layer()
-        warn_of_rounding(base)
-        return _assign(base, _requantized(total, base.weight, total.dtype))
+        _warn_of_rounding(base)
+        return _assign(base, _requantized(total, base.weight))
 
     def _keep(self, keep_weight: str) -> tuple:
         """The quantized weight itself, without a copy: the sum will be another tensor."""
@@ -52,7 +80,7 @@ class _QuantizedLayer(AcceleratedLayer):
         return _assign(base, weight.to(base.weight.device))
 
 
-def _assign(base, weight) -> Callable[[], None]:
+def _assign(base: Any, weight: Tensor) -> Callable[[], None]:
     def write() -> None:
         base.weight = weight
         if hasattr(base, "state"):
@@ -61,14 +89,16 @@ def _assign(base, weight) -> Callable[[], None]:
     return write
 
 
-def _requantized(total: Tensor, old, dtype: torch.dtype):
+def _requantized(total: Tensor, old: Any) -> Tensor:
     """`total` in the format of the quantized parameter `old`."""
-    if isinstance(old, bnb.nn.Int8Params):
+    from bitsandbytes.nn import Int8Params, Params4bit
+
+    if isinstance(old, Int8Params):
         fp16 = old.has_fp16_weights
-        new = bnb.nn.Int8Params(total.to("cpu"), requires_grad=False, has_fp16_weights=fp16)
+        new: Any = Int8Params(total.to("cpu"), requires_grad=False, has_fp16_weights=fp16)
     else:
-        new = bnb.nn.Params4bit(
-            total.to(dtype),
+        new = Params4bit(
+            total,
             requires_grad=False,
             compress_statistics=old.compress_statistics,
             blocksize=old.blocksize,
@@ -79,19 +109,69 @@ def _requantized(total: Tensor, old, dtype: torch.dtype):
     return new.to(old.device)
 
 
-class AcceleratedLinear8bitLt(_QuantizedLayer, stock.Linear8bitLt):
-    """`peft.tuners.randlora.bnb.Linear8bitLt` on the compiled kernels."""
+# ---- layers that are not nn.Linear, which stock RandLoRA refuses ---------------------------------
 
 
-if is_bnb_4bit_available():
+class OtherQuantizedLinear(AcceleratedLinear):
+    """`AcceleratedLinear` over a base without an ordinary weight."""
 
-    class AcceleratedLinear4bit(_QuantizedLayer, stock.Linear4bit):
-        """`peft.tuners.randlora.bnb.Linear4bit` on the compiled kernels."""
+    quantization_backend: Any
+
+    def _base_weight(self) -> Tensor:
+        return _stand_in(self.get_base_layer())
+
+    def _dense_weight(self) -> Tensor:
+        """Raises PEFT's TypeError if this kind of base cannot be merged."""
+        return self.quantization_backend.get_base_weight(self.get_base_layer())
+
+    def _writer(self, total: Tensor) -> Callable[[], None]:
+        base: Any = self.get_base_layer()
+        _warn_of_rounding(base)
+
+        def write() -> None:
+            self.quantization_backend.set_base_weight(self, total)
+            self.get_base_layer().bias = base.bias  # PEFT does not copy it
+
+        return write
+
+    def _keep(self, keep_weight: str) -> tuple:
+        """The base layer itself, without a copy: PEFT puts another one in its place."""
+        return (self.base_layer,)
+
+    def _restorer(self, kept: Any) -> Callable[[], None]:
+        return lambda: setattr(self, "base_layer", kept[0])
 
 
-def accelerated_class(layer: type) -> type | None:
-    if layer is stock.Linear8bitLt:
-        return AcceleratedLinear8bitLt
-    if is_bnb_4bit_available() and layer is stock.Linear4bit:
-        return AcceleratedLinear4bit
-    return None
+def backend_of(base: nn.Module) -> Any:
+    """PEFT's backend for a quantized layer that is not an nn.Linear; None for other modules."""
+    # PEFT 0.20 fails on any other layer beside a newer torchao, so it is not asked needlessly.
+    others = nn.Linear, RandLoraLayer, ModulesToSaveWrapper
+    if isinstance(base, others) or is_conv1d(base) or not hasattr(base, "in_features"):
+        return None
+    return resolve_quantization_backend(base)
+
+
+def _stand_in(base: Any) -> Tensor:
+    """An empty tensor of the device and the dtype that a quantized layer computes with."""
+    tensors = list(itertools.chain(base.parameters(), base.buffers()))
+    floating = (t.dtype for t in tensors if t.is_floating_point())
+    dtype = getattr(base, "compute_dtype", None) or next(floating, torch.float32)
+    return torch.empty(0, dtype=dtype, device=tensors[0].device)
+
+
+def wrap(backend: Any, config: Any, A: Any, B: Any, name: str, base: Any, **kwargs: Any) -> Any:
+    """PEFT's layer around `base`, made from a linear layer of its sizes that takes no memory."""
+    like = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+    zero = _stand_in(base).new_zeros(())
+    like.weight = nn.Parameter(zero.expand(base.out_features, base.in_features), False)
+    layer = RandLoraModel._create_new_module(config, A, B, name, like, **kwargs)
+    layer.base_layer = base
+    layer.__class__ = OtherQuantizedLinear
+    layer.quantization_backend = backend
+    force_module_call(layer)
+    return layer
+
+
+def with_weight(base: nn.Module) -> Any:
+    """A module whose weight tells PEFT the device when it replaces `base`."""
+    return base if backend_of(base) is None else SimpleNamespace(weight=_stand_in(base))

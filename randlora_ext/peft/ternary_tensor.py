@@ -7,6 +7,7 @@ on a dense copy that is made for it and dropped.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,7 +114,14 @@ class TernaryTensor(Tensor):
             return cls(t.signs, t.value, t.shape, t.dtype, t.device)
         if func is _aten._to_copy.default:
             return t.moved(kwargs.get("device") or t.device, kwargs.get("dtype") or t.dtype)
-        if func._schema.is_mutable and isinstance(t, cls):
+        in_place = func.overloadpacket.__name__.endswith("_") and isinstance(t, cls)
+        if in_place or isinstance(kwargs.get("out"), cls):
             raise RuntimeError(f"a TernaryTensor is constant, but {func} would write to it")
-        args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.dense, (args, kwargs))
-        return func(*args, **kwargs)
+        return func(*map(_dense, args), **{name: _dense(its) for name, its in kwargs.items()})
+
+
+def _dense(argument: Any) -> Any:
+    """An operator's argument with dense tensors for ternary ones."""
+    if isinstance(argument, (list, tuple)):
+        return [_dense(each) for each in argument]
+    return argument.dense() if isinstance(argument, TernaryTensor) else argument

@@ -116,7 +116,7 @@ def test_trainers_run(method, start, tmp_path):
     else:
         run = trainer(method, trained(llama(vocab_size=43)), tmp_path)
     model = run.model
-    layers = [m for m in model.modules() if isinstance(m, accelerated.layer.AcceleratedLayer)]
+    layers = [m for m in model.modules() if isinstance(m, accelerated.layer.AcceleratedLinear)]
     assert len(layers) == 6
     before, reference = numbers(model), numbers(model, "ref")
     if start == "pretrained" and method != "SFT":
