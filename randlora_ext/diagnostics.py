@@ -58,7 +58,8 @@ def describe() -> list[str]:
     """Lines of versions, instruction sets, cards and overrides."""
     build = build_info()
     packages = ", ".join(f"{name} {version}" for name in _PACKAGES if (version := _version(name)))
-    overrides = ", ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if _overrides(k))
+    set_here = sorted((k, v) for k, v in os.environ.items() if k.startswith(_OVERRIDES))
+    overrides = ", ".join(f"{name}={value}" for name, value in set_here)
     return [
         f"randlora_ext {build['version']}, compiler {build['compiler']}, "
         f"basis specifications {', '.join(f'{k}-{v}' for k, v in SPECIFICATIONS.items())}",
@@ -142,10 +143,6 @@ def relative_error(
         float((mine.detach().cpu().double() - true).norm() / true.norm())
         for mine, true in zip(got, (t.detach() for t in want), strict=True)
     )
-
-
-def _overrides(name: str) -> bool:
-    return name.startswith(_OVERRIDES)
 
 
 def _version(package: str) -> str | None:

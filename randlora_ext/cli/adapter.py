@@ -16,8 +16,9 @@ from ..basis import TernaryBasis
 from ..nn.adapter_file import SavedLayer, check_shapes, read_adapter_file
 from ..nn.merging import adapter_dtype
 from ..nn.state_dict import DIAGONALS
+from ..ops.functional import delta_weight, merged_weight
 from . import CliError, one_line
-from .checkpoint import Checkpoint, find_base, locate, read_json
+from .checkpoint import Checkpoint, locate, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of PEFT's keys
@@ -50,6 +51,10 @@ class Adapter:
     bases: tuple[Tensor, Tensor] | None = None
     others: Mapping[str, str] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
+
+    def is_transposed(self, path: str) -> bool:
+        """Whether the model stores the layer's weight as (in, out), as Conv1D does."""
+        return (self.plain[path] if self.plain else self.config).fan_in_fan_out
 
 
 @contextmanager
@@ -143,10 +148,6 @@ def _saved_bases(
     return A, B
 
 
-def base_of(adapter: Adapter, base: str | None) -> Checkpoint:
-    return find_base(base or (adapter.config and adapter.config.base_model_name_or_path))
-
-
 # ---- what it adds to the weights -----------------------------------------------------------------
 
 
@@ -159,17 +160,23 @@ class Shape(NamedTuple):
 
 
 class Change(NamedTuple):
-    """dW of one layer: what `delta_weight` and `merged_weight` take."""
+    """dW of one layer."""
 
     basis: TernaryBasis
     lam: Tensor
     gam: Tensor
     scaling: float
+    transposed: bool  # the model stores the weight as (in, out), as Conv1D does
 
+    def delta(self) -> Tensor:
+        """dW (out, in)."""
+        return delta_weight(self.basis, self.lam, self.gam, self.scaling)
 
-def is_transposed(adapter: Adapter, path: str) -> bool:
-    """Whether the model stores the layer's weight as (in, out), as Conv1D does."""
-    return (adapter.plain[path] if adapter.plain else adapter.config).fan_in_fan_out
+    def added_to(self, weight: Tensor, rounding_seed: int | None) -> Tensor:
+        """W + dW in the dtype and layout of W."""
+        W = weight.T.contiguous() if self.transposed else weight
+        total = merged_weight(self.basis, W, self.lam, self.gam, self.scaling, rounding_seed)
+        return total.T if self.transposed else total
 
 
 def shapes_in(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Shape]:
@@ -185,7 +192,7 @@ def shapes_in(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Shape]:
                 f"{entry.file}: {path}.weight must be a float64, float32, float16 or bfloat16 "
                 "matrix"
             )
-        sizes = entry.shape if is_transposed(adapter, path) else entry.shape[::-1]
+        sizes = entry.shape if adapter.is_transposed(path) else entry.shape[::-1]
         if min(sizes) != gam.shape[1]:
             raise CliError(
                 f"{path}: the adapter is for min(in, out) = {gam.shape[1]} features, the weight in "
@@ -215,7 +222,8 @@ def changes_of(adapter: Adapter, shapes: Mapping[str, Shape]) -> dict[str, Chang
     changes = {}
     for path, (lam, gam) in adapter.diagonals.items():
         dtype = adapter_dtype(shapes[path].dtype)
-        changes[path] = Change(bases[path], lam.to(dtype), gam.to(dtype), scaling[path])
+        diagonals = lam.to(dtype), gam.to(dtype)
+        changes[path] = Change(bases[path], *diagonals, scaling[path], adapter.is_transposed(path))
     return changes
 
 
@@ -223,9 +231,9 @@ def _bases_of_peft(adapter: Adapter, shapes: Mapping[str, Shape]) -> dict[str, T
     from ..peft.adapter_basis import largest, make_bases
     from ..peft.bases import PackedBufferDict, layer_basis
 
-    sizes = {path: (shape.in_features, shape.out_features) for path, shape in shapes.items()}
-    bases = adapter.bases or make_bases(adapter.config, *largest(sizes.values()))
-    cast = {}
+    sizes = ((shape.in_features, shape.out_features) for shape in shapes.values())
+    bases = adapter.bases or make_bases(adapter.config, *largest(sizes))
+    cast: dict[torch.dtype, list[Tensor]] = {}
     for dtype in {shape.dtype for shape in shapes.values()}:
         cast[dtype] = []
         for basis in bases:  # PEFT casts them to the dtype of the weights
@@ -233,7 +241,8 @@ def _bases_of_peft(adapter: Adapter, shapes: Mapping[str, Shape]) -> dict[str, T
             held.add("default", basis, adapter.bases is not None)
             held["default"] = held["default"].to(dtype)
             cast[dtype].append(held["default"])
-    return {
-        path: layer_basis(*cast[shape.dtype], *sizes[path], adapter.config.r)
-        for path, shape in shapes.items()
-    }
+    made = {}
+    for path, shape in shapes.items():
+        A, B = cast[shape.dtype]
+        made[path] = layer_basis(A, B, shape.in_features, shape.out_features, adapter.config.r)
+    return made

@@ -1,6 +1,5 @@
 """A local model folder of safetensors files: which tensor lies where."""
 
-import functools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -138,7 +137,10 @@ def locate(paths: Iterable[str], checkpoint: Checkpoint) -> Callable[[str], str]
     parts = paths[0].split(".")
     shorter = [".".join(parts[:k]) + "." for k in range(1, len(parts))]
     for add, take in [("", ""), *((p, "") for p in longer), *(("", p) for p in shorter)]:
-        rename = functools.partial(_renamed, add=add, take=take)
+
+        def rename(name: str, add: str = add, take: str = take) -> str:
+            return add + name.removeprefix(take)
+
         if all(rename(f"{path}.weight") in tensors for path in paths):
             return rename
     missing = next((path for path in paths if f"{path}.weight" not in tensors), paths[0])
@@ -146,7 +148,3 @@ def locate(paths: Iterable[str], checkpoint: Checkpoint) -> Callable[[str], str]
         f"{checkpoint.folder} has no tensor {missing}.weight: the adapter is of another model, or "
         "that weight is tied to another"
     )
-
-
-def _renamed(name: str, add: str, take: str) -> str:
-    return add + name.removeprefix(take)

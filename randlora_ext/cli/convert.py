@@ -6,7 +6,6 @@ them again (small). LoRA keeps the part of dW that its rank can hold.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import shutil
@@ -19,12 +18,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..ops.functional import delta_weight
 from ..peft import RandLoraConfig, enable
 from ..peft.adapter_basis import AdapterBasis, largest, make_bases
-from ..peft.card import write_card
 from ..peft.lora import shared_fields, write_lora, write_lora_card
-from ..peft.saving import dense_bases, stock_config
+from ..peft.saving import dense_bases, stock_config, write_card
 from ..writing import appear_new
 from . import CliError, check_free
 from .adapter import (
@@ -36,14 +33,12 @@ from .adapter import (
     WEIGHTS,
     Adapter,
     Shape,
-    base_of,
     changes_of,
-    is_transposed,
     read_adapter,
     shapes_in,
     told_of,
 )
-from .checkpoint import locate, read_json
+from .checkpoint import Checkpoint, find_base, locate, read_json
 
 # Fields that say which bases an adapter has, or whether they are saved.
 _OF_BASES = {"density", "basis", "sparse", "very_sparse", "save_projection", "projection_prng_key"}
@@ -89,22 +84,22 @@ def convert(
         return _to_lora(adapter, out, base, rank, energy)
     if to == "compact" and not (adapter.bases or adapter.plain):
         raise CliError(f"{source} holds no bases: it is compact already")
-    sizes = {}
-    if to == "peft" and adapter.bases is None:
-        sizes = _sizes(adapter, base)
-    adapter = _in_terms_of_peft(adapter)
     bases, factor = adapter.bases, 1.0
     if to == "peft":
-        with told_of(source, ValueError):
-            bases = bases or dense_bases(
-                *make_bases(adapter.config, *largest(sizes.values())), sizes
-            )
+        if bases is None:
+            shapes = _shapes(adapter, base)[0].items()
+            sizes = {path: (shape.in_features, shape.out_features) for path, shape in shapes}
+            adapter = _in_terms_of_peft(adapter)
+            with told_of(source, ValueError):
+                made = make_bases(adapter.config, *largest(sizes.values()))
+                bases = dense_bases(*made, sizes)
         config, told = stock_config(adapter.config, _is_ternary(bases[0])), "stock PEFT"
     elif bases:
         config, factor = _without_bases(adapter, bases, density)
         stock = AdapterBasis.of(vars(config)).known_to_stock
         told, bases = f"{'stock PEFT and ' * stock}randlora_ext.peft", None
     else:
+        adapter = _in_terms_of_peft(adapter)
         config, told = adapter.config, "randlora_ext.peft"
     tensors = {
         key: (tensor.double() * factor).to(tensor.dtype) if key.endswith(LAMBDA) else tensor
@@ -131,33 +126,29 @@ def convert(
     return 0
 
 
-def _sizes(adapter: Adapter, base: str | None) -> dict[str, tuple[int, int]]:
-    """(in_features, out_features) by path."""
+def _shapes(adapter: Adapter, base: str | None) -> tuple[dict[str, Shape], Checkpoint | None]:
+    """The layers' shapes, and the base model if only that knows them, or `base` is given."""
     if adapter.plain and base is None:
-        return {path: layer.features for path, layer in adapter.plain.items()}
-    shapes = shapes_in(adapter, base_of(adapter, base))
-    return {path: (shape.in_features, shape.out_features) for path, shape in shapes.items()}
+        return {path: Shape(*layer.features) for path, layer in adapter.plain.items()}, None
+    checkpoint = find_base(base or (adapter.config and adapter.config.base_model_name_or_path))
+    return shapes_in(adapter, checkpoint), checkpoint
 
 
 def _to_lora(
     adapter: Adapter, out: Path, base: str | None, rank: int | None, energy: float | None
 ) -> int:
-    if adapter.plain and base is None:
-        shapes = {path: Shape(*layer.features) for path, layer in adapter.plain.items()}
-        modules = set(adapter.plain)
-    else:
-        checkpoint = base_of(adapter, base)
-        shapes = shapes_in(adapter, checkpoint)
+    shapes, checkpoint = _shapes(adapter, base)
+    modules = set(shapes)
+    if checkpoint is not None:
         parts = [name.split(".")[:-1] for name in checkpoint.tensors]
-        modules = {".".join(part[:k]) for part in parts for k in range(1, len(part) + 1)}
+        there = {".".join(part[:k]) for part in parts for k in range(1, len(part) + 1)}
         name_in = locate(shapes, checkpoint)  # adapted ones are named as the adapter does
-        modules = modules - set(map(name_in, shapes)) | set(shapes)
+        modules |= there - set(map(name_in, shapes))
     if adapter.plain:
-        fields = {"fan_in_fan_out": any(is_transposed(adapter, path) for path in shapes)}
+        fields = {"fan_in_fan_out": any(adapter.is_transposed(path) for path in shapes)}
     else:
         fields = shared_fields(adapter.config)
-    changes = changes_of(adapter, shapes)
-    deltas = {path: functools.partial(delta_weight, *each) for path, each in changes.items()}
+    deltas = {path: change.delta for path, change in changes_of(adapter, shapes).items()}
     others = {key: adapter.tensors[key] for key in adapter.others}
     with appear_new(out) as folder:
         folder.mkdir()
@@ -174,7 +165,7 @@ def _to_lora(
 
 
 def _in_terms_of_peft(adapter: Adapter) -> Adapter:
-    """A file of `save_adapter`, as if it were read from a PEFT folder."""
+    """A file of `save_adapter`, as if it were read from a PEFT folder; such a one as it is."""
     if adapter.plain is None:
         return adapter
     options = {
@@ -212,7 +203,7 @@ def _without_bases(
 
     The factor is 1, or near that if the saved bases were rounded as by a 16-bit base model.
     """
-    layers = {path: gam.shape[1:] * 2 for path, (_, gam) in adapter.diagonals.items()}
+    layers = {at: (gam.shape[1], gam.shape[1]) for at, (_, gam) in adapter.diagonals.items()}
     for config in _candidates(adapter.config, share):
         try:
             made = dense_bases(*make_bases(config, len(saved[1]), saved[0].shape[2]), layers)

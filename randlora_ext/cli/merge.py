@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..ops.functional import merged_weight
 from ..writing import appear_new
 from . import CliError, check_free
-from .adapter import Change, changes_of, is_transposed, read_adapter, shapes_in
+from .adapter import Change, changes_of, read_adapter, shapes_in
 from .checkpoint import Checkpoint, locate, read_checkpoint
 
 # Weights in other formats would be those of the unmerged model.
@@ -55,9 +54,9 @@ def merge(model: Path, source: Path, out: Path, rounding_seed: int | None = None
                         continue
                     weight = replaced[name] if name in replaced else checkpoint.read(name)
                     weight = weight.to(entry.dtype)
-                    if path := path_of.get(name):
-                        transposed = is_transposed(adapter, path)
-                        weight = _sum(path, changes[path], weight, transposed, rounding_seed)
+                    if name in path_of:
+                        path = path_of[name]
+                        weight = _sum(path, changes[path], weight, rounding_seed)
                     copy.seek(entry.start)
                     _write(copy, weight)
         left = _copy_rest(checkpoint, folder)
@@ -72,17 +71,15 @@ def merge(model: Path, source: Path, out: Path, rounding_seed: int | None = None
     return 0
 
 
-def _sum(path: str, change: Change, weight: Tensor, transposed: bool, seed: int | None) -> Tensor:
-    """W + dW in the dtype and layout of W."""
+def _sum(path: str, change: Change, weight: Tensor, seed: int | None) -> Tensor:
     if seed is not None:
         if weight.itemsize != 2:
             raise CliError(f"{path}: --rounding-seed needs 16-bit weights; it is {weight.dtype}")
         seed ^= zlib.crc32(path.encode()) << 32
-    basis, *factors = change
-    total = merged_weight(basis, weight.T.contiguous() if transposed else weight, *factors, seed)
+    total = change.added_to(weight, seed)
     if not bool(torch.isfinite(total).all()):
         raise CliError(f"{path}: the merged weight would hold NaN or inf; nothing was written")
-    return total.T if transposed else total
+    return total
 
 
 def _check_names(checkpoint: Checkpoint, replaced: dict[str, Tensor], written: set[str]) -> None:

@@ -11,7 +11,6 @@ unsharded ones.
 
 import functools
 import gc
-import inspect
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from packaging.version import Version
 from peft import PeftModel, PeftType
@@ -31,16 +31,14 @@ from ..nn.merging import check_keep_weight
 from ..nn.state_dict import DIAGONALS
 from .adapter_basis import BASIS_NAMES
 from .bases import PackedBufferDict
-from .card import Base, name_of, write_card
 from .config import RandLoraConfig
 from .layer import AcceleratedLinear, layers_with
 from .loading import check_load_over, warn_of_misfits
 from .model import STOCK_QUANTIZED, AcceleratedRandLoraModel, accelerate_layer, parallel_plans
-from .saving import save_together
+from .saving import save_together, write_card
 
 NEWEST_TRL = "1.16"  # as tests/peft/test_trl.py ran
 _patched: dict[str, tuple[Any, Any]] = {}  # (PEFT's, ours)
-_stock: tuple[type, type] | None = None
 
 
 def enable(float32_products: bool = False, keep_weight: str = "host") -> None:
@@ -64,34 +62,29 @@ def enable(float32_products: bool = False, keep_weight: str = "host") -> None:
     Adapters are saved in PEFT's format, and stock PEFT loads them unless `RandLoraConfig` says
     otherwise.
     """
-    global _stock
     check_keep_weight(keep_weight)
     AcceleratedLinear.keep_weight = keep_weight
     AcceleratedLinear.float32_products = float32_products
     _patch()
-    if _stock is None:
-        _stock = (
-            PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA],
-            PEFT_TYPE_TO_TUNER_MAPPING[PeftType.RANDLORA],
+    was_enabled = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] is RandLoraConfig
+    _use(RandLoraConfig, AcceleratedRandLoraModel)
+    if not was_enabled and any(type(each) is RandLoraModel for each in gc.get_objects()):
+        warnings.warn(
+            "a RandLoRA model was made before randlora_ext.peft.enable() and keeps PEFT's own "
+            "layers; randlora_ext.peft.accelerate(model) puts it on our kernels",
+            stacklevel=2,
         )
-        PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] = RandLoraConfig
-        PEFT_TYPE_TO_TUNER_MAPPING[PeftType.RANDLORA] = AcceleratedRandLoraModel
-        if any(type(each) is RandLoraModel for each in gc.get_objects()):
-            warnings.warn(
-                "a RandLoRA model was made before randlora_ext.peft.enable() and keeps PEFT's own "
-                "layers; randlora_ext.peft.accelerate(model) puts it on our kernels",
-                stacklevel=2,
-            )
 
 
 def disable() -> None:
     """Puts stock PEFT back for models made afterwards; those made in between keep our kernels."""
-    global _stock
     _unpatch()
-    if _stock is not None:
-        PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] = _stock[0]
-        PEFT_TYPE_TO_TUNER_MAPPING[PeftType.RANDLORA] = _stock[1]
-        _stock = None
+    _use(peft.RandLoraConfig, RandLoraModel)
+
+
+def _use(config: type, tuner: type) -> None:
+    PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] = config
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.RANDLORA] = tuner
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -145,17 +138,29 @@ def _is_sharded(model: Any) -> bool:
 def _patch() -> None:
     """Wraps the methods, once."""
     for name, around in (
-        ("save_pretrained", _for_our_models(_save)),
-        ("load_adapter", _for_our_models(_load)),
-        ("add_adapter", _for_our_models(_add)),
-        ("_upload_modified_files", _for_our_models(_upload)),
+        ("save_pretrained", save_together),
+        ("load_adapter", _load),
+        ("add_adapter", _add),
+        ("_upload_modified_files", _upload),
         ("from_pretrained", _from_pretrained),
     ):
         stock = PeftModel.__dict__.get(name) or getattr(PeftModel, name, None)
         if name not in _patched and stock is not None:  # a private one may go
-            ours = around(stock)
-            _patched[name] = stock, ours
-            setattr(PeftModel, name, ours)
+            _patched[name] = stock, _wrapped(stock, around)
+            setattr(PeftModel, name, _patched[name][1])
+
+
+def _wrapped(stock: Any, around: Callable) -> Any:
+    """`stock`, but ``around(stock, ...)`` for models on our layers and if it is a class method."""
+    function = getattr(stock, "__func__", stock)
+
+    @functools.wraps(function)
+    def method(self, *args, **kwargs):
+        if isinstance(self, type) or isinstance(self.base_model, AcceleratedRandLoraModel):
+            return around(function, self, *args, **kwargs)
+        return function(self, *args, **kwargs)
+
+    return method if function is stock else classmethod(method)
 
 
 def _unpatch() -> None:
@@ -167,33 +172,6 @@ def _unpatch() -> None:
             else:
                 setattr(PeftModel, name, stock)
             del _patched[name]
-
-
-def _for_our_models(around: Callable) -> Callable:
-    def patched(stock: Callable) -> Callable:
-        @functools.wraps(stock)
-        def method(self, *args, **kwargs):
-            if isinstance(self.base_model, AcceleratedRandLoraModel):
-                return around(stock, self, *args, **kwargs)
-            return stock(self, *args, **kwargs)
-
-        return method
-
-    return patched
-
-
-def _save(stock: Callable, model: PeftModel, save_directory, *args, **kwargs) -> None:
-    call = inspect.signature(stock).bind(model, save_directory, *args, **kwargs)
-    call.apply_defaults()
-    is_main_process = call.arguments["is_main_process"]
-    state_dict = kwargs.pop("state_dict", None)
-
-    def save(folder: str, **state) -> None:
-        stock(model, folder, *args, **state, **kwargs)
-        if is_main_process:
-            write_card(Path(folder), name_of(save_directory), Base.of(model.get_base_model()))
-
-    save_together(save, model, save_directory, is_main_process, state_dict)
 
 
 def _load(stock: Callable, model: PeftModel, model_id, adapter_name, *args, **kwargs):
@@ -208,12 +186,7 @@ def _load(stock: Callable, model: PeftModel, model_id, adapter_name, *args, **kw
 
 
 def _add(stock: Callable, model: PeftModel, adapter_name, peft_config, *args, **kwargs) -> None:
-    stock(model, adapter_name, peft_config, *args, **kwargs)
-    _fill_reference(model, adapter_name, peft_config)
-
-
-def _fill_reference(model: PeftModel, adapter_name: str, config: Any) -> None:
-    """Copies "default" into an added adapter "ref" as TRL means to; leaves all others alone.
+    """Also copies "default" into an added adapter "ref" as TRL means to.
 
     DPO, KTO, GRPO and RLOO add "ref" where they go on training an adapter that is there already,
     and copy every parameter whose name contains ".default." into it. Names of LoRA do; those of
@@ -221,9 +194,10 @@ def _fill_reference(model: PeftModel, adapter_name: str, config: Any) -> None:
     docs/upstream/trl-reference-adapter.md. TRL passes the configuration object of "default"
     itself. If it copies the numbers, too, as a mended version would, they are the same.
     """
+    stock(model, adapter_name, peft_config, *args, **kwargs)
     if (
         adapter_name != "ref"
-        or config is not model.peft_config.get("default")
+        or peft_config is not model.peft_config.get("default")
         or "trl" not in sys.modules
     ):
         return
@@ -233,7 +207,7 @@ def _fill_reference(model: PeftModel, adapter_name: str, config: Any) -> None:
             'TRL\'s reference adapter "ref" is made a copy of "default", as TRL up to '
             f"{NEWEST_TRL} needs, and this is {'.'.join(map(str, found))}; the first loss of DPO "
             "must be ln 2 = 0.6931",
-            stacklevel=4,
+            stacklevel=3,
         )
     with torch.no_grad():
         for layer in layers_with(model, "ref").values():
@@ -243,17 +217,13 @@ def _fill_reference(model: PeftModel, adapter_name: str, config: Any) -> None:
 
 def _upload(stock: Callable, model: PeftModel, working_dir, repo_id: str, *args, **kwargs):
     model.create_or_update_model_card(str(working_dir))
-    write_card(Path(working_dir), repo_id, Base.of(model.get_base_model()))
+    write_card(Path(working_dir), repo_id, model)
     return stock(model, working_dir, repo_id, *args, **kwargs)
 
 
-def _from_pretrained(stock: classmethod) -> classmethod:
-    @functools.wraps(stock.__func__)
-    def method(cls, model, *args, **kwargs):
-        with _failing_together(model):
-            return stock.__get__(None, cls)(model, *args, **kwargs)
-
-    return classmethod(method)
+def _from_pretrained(stock: Callable, cls: type[PeftModel], model, *args, **kwargs) -> PeftModel:
+    with _failing_together(model):
+        return stock(cls, model, *args, **kwargs)
 
 
 def _failing_together(model: Any) -> AbstractContextManager:

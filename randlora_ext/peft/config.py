@@ -23,7 +23,6 @@ from .adapter_basis import SPARSE, VERY_SPARSE, AdapterBasis, other_bases
 _FLAGS = (
     "save_projection", "sparse", "very_sparse", "fan_in_fan_out", "init_weights", "inference_mode"
 )  # fmt: skip
-_TEXTS = "base_model_name_or_path", "revision", "peft_version"
 _NEEDS = "; needs randlora_ext"  # after the task in files that stock PEFT cannot open
 _BIASES = ("none", "all", "randlora_only")
 
@@ -144,7 +143,7 @@ def _check_types(config: RandLoraConfig) -> None:
     none, several = type(None), (list, tuple, set)
     for name in _FLAGS:
         check(name, "True or False", bool)
-    for name in _TEXTS:
+    for name in ("base_model_name_or_path", "revision", "peft_version"):
         check(name, "a text or None", str, none)
     for name in ("target_modules", "layers_pattern"):
         check(name, "a text, several of them or None", str, none, *several, of=str)

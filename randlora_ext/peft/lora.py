@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..writing import appear_together
-from .card import Base, copy_card, write_card
 from .layer import layers_with, refuse_sharded
+from .saving import copy_card, write_card
 
 # What vLLM takes as --max-lora-rank (MaxLoRARanks in vllm/config/lora.py).
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -82,7 +82,7 @@ def export_to_lora(
         done = write_lora(scratch, deltas, fields, modules, rank, energy, others)
         copy_card(folder, scratch)
         name = Path(folder).absolute().name
-        write_lora_card(scratch, name, done, Base.of(model.get_base_model()))
+        write_lora_card(scratch, name, done, model)
         return done
 
 
@@ -138,13 +138,15 @@ def write_lora(
     return LoraExport(rank, _kept(squares.values(), rank), layers)
 
 
-def write_lora_card(folder: Path, name: str, done: LoraExport, base: Base | None = None) -> None:
+def write_lora_card(
+    folder: Path, name: str, done: LoraExport, model: peft.PeftModel | None = None
+) -> None:
     """Writes the model card of what `write_lora` wrote."""
     note = (
         f"It is the one of rank {done.rank} that is nearest to a RandLoRA adapter, and keeps "
         f"{done.energy:.4f} of the squared norm of its change of the weights."
     )
-    write_card(folder, name, base, note)
+    write_card(folder, name, model, note)
 
 
 def shared_fields(config: peft.PeftConfig) -> dict[str, Any]:

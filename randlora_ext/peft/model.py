@@ -135,7 +135,9 @@ class AcceleratedRandLoraModel(RandLoraModel):
             sizes = A[name].shape[-1], B[name].shape[0]
             # PEFT lets all adapters share the first one's bases, whatever their flags.
             fits = sizes == (d, D) or (i == 0 and sizes[0] >= d and sizes[1] >= D)
-            if fits and _draw_alike(self.peft_config.get(name), config):
+            other: Any = self.peft_config.get(name)
+            key = config.r, config.projection_prng_key
+            if fits and (other.r, other.projection_prng_key) == key:
                 made = A[name], B[name]
                 break
         else:
@@ -240,12 +242,3 @@ def _warn_of_scaling(config: peft.RandLoraConfig) -> None:
             f"randlora_alpha={DEFAULT_SCALING * config.r:g}",
             stacklevel=2,
         )
-
-
-def _draw_alike(one: Any, other: peft.RandLoraConfig) -> bool:
-    """Whether two adapters on the same layers have the same bases.
-
-    The flags of stock PEFT are left out: its added adapters share the first one's bases whatever
-    their flags, and saved models depend on that.
-    """
-    return (one.r, one.projection_prng_key) == (other.r, other.projection_prng_key)

@@ -1,8 +1,12 @@
-"""Saving: files that are complete when they appear, and files that stock PEFT opens."""
+"""Saving: files that are complete when they appear, for stock PEFT too, and their model cards."""
 
 import copy
 import dataclasses
+import inspect
+import json
 import os
+import re
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,32 +14,43 @@ from typing import Any
 
 import peft
 import torch.nn.functional as F
+from huggingface_hub import ModelCard, ModelCardData
+from peft.utils import CONFIG_NAME
 from safetensors.torch import save_model
 from torch import Tensor
 
 from ..basis import TernaryBasis
 from ..ops.dtensor import full_tensor, is_dtensor
-from ..writing import appear_together
+from ..writing import SCRATCH, appear_together
 from .adapter_basis import BASIS_NAMES, AdapterBasis, largest, make_bases
-from .card import copy_card
 from .config import record_configurations
 from .layer import layers_with, refuse_sharded
 from .ternary_tensor import TernaryTensor
 
+_BEGIN, _END = "<!-- opens with -->", "<!-- end of opens with -->"  # our part of a card
+_OURS = re.compile(f"{_BEGIN}.*?{_END}", re.DOTALL)
+# What the hub's template has at that place.
+_EMPTY = "Use the code below to get started with the model.\n\n[More Information Needed]"
+_AUTO = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
 
-def save_together(
-    save: Callable,
-    model: peft.PeftModel,
-    folder: str | os.PathLike,
-    is_main_process: bool = True,
-    state_dict: Mapping[str, Any] | None = None,
-) -> None:
-    """Has `save` (PeftModel's ``save_pretrained``) write into a scratch folder first.
 
-    If transformers has sharded the model, all ranks must call unless `state_dict` is whole, as
+def save_together(stock: Callable, model: peft.PeftModel, save_directory, *args, **kwargs) -> None:
+    """Has PeftModel's ``save_pretrained`` write into a scratch folder first, and adds our card.
+
+    If transformers has sharded the model, all ranks must call unless ``state_dict`` is whole, as
     with stock PEFT. If the main process cannot write, all ranks raise.
     """
-    state: Any = state_dict
+    call = inspect.signature(stock).bind(model, save_directory, *args, **kwargs)
+    call.apply_defaults()
+    is_main_process = call.arguments["is_main_process"]
+    state: Any = kwargs.pop("state_dict", None)
     mesh = getattr(model.base_model.model, "_device_mesh", None)
     if mesh is not None and state is None:
         state = model.state_dict()
@@ -48,12 +63,15 @@ def save_together(
             stack.enter_context(failing_together(mesh))
             if not is_main_process:
                 return
-        if os.path.isfile(folder) or not is_main_process:  # PEFT's own error; nothing is written
-            return save(folder, state_dict=state)
-        scratch = stack.enter_context(appear_together(folder))
-        copy_card(folder, scratch)
-        save(str(scratch), state_dict=state)
-        record_configurations(scratch)
+        folder = save_directory
+        writes = is_main_process and not os.path.isfile(folder)  # a file is PEFT's own error
+        if writes:
+            folder = stack.enter_context(appear_together(save_directory))
+            copy_card(save_directory, folder)
+        stock(model, str(folder), *args, state_dict=state, **kwargs)
+        if writes:
+            write_card(folder, name_of(save_directory), model)
+            record_configurations(folder)
 
 
 def export_to_peft(model: peft.PeftModel, folder: str | os.PathLike, merged: bool = False) -> None:
@@ -168,3 +186,114 @@ def stock_config(config: peft.RandLoraConfig, packed: bool) -> peft.RandLoraConf
     # which would round the value, and sparse ones in float32.
     values["sparse"] = packed and not config.very_sparse
     return peft.RandLoraConfig(**values)
+
+
+# ---- model cards: which package opens an adapter, and a snippet that does --------------------
+
+
+def write_card(
+    folder: Path, name: str, model: peft.PeftModel | None = None, note: str = ""
+) -> None:
+    """Writes our part of README.md in `folder`, which holds saved adapters, and its metadata.
+
+    The card keeps what others have written; tags, base model and library are PEFT's.
+
+    Args:
+        name: what the snippet loads: the folder's name, or a repository.
+        model: what was saved; None knows only the configuration's ``task_type``.
+        note: another sentence.
+    """
+    configs = sorted(folder.rglob(CONFIG_NAME), key=lambda path: (len(path.parts), path))
+    if not configs:
+        return
+    fields = json.loads(configs[0].read_text())
+    subfolder = configs[0].parent.relative_to(folder).as_posix()
+    file = folder / "README.md"
+    card = ModelCard.load(file) if file.exists() else ModelCard.from_template(ModelCardData())
+    loads = _AUTO.get(fields.get("task_type") or "", ""), ""
+    if model is not None:
+        loads = _loader_of(model.get_base_model())
+    _write_metadata(card.data, fields, loads[0])
+    ours = _section(fields, name, "" if subfolder == "." else subfolder, *loads, note)
+    if _OURS.search(card.text):
+        card.text = _OURS.sub(lambda _: ours, card.text)
+    elif _EMPTY in card.text:
+        card.text = card.text.replace(_EMPTY, ours)
+    else:
+        card.text = f"{card.text.rstrip()}\n\n{ours}\n"
+    card.save(file)
+
+
+def _loader_of(base: Any) -> tuple[str, str]:
+    """The class of transformers whose ``from_pretrained`` loads `base`, or "", and arguments."""
+    import transformers
+
+    name = type(base).__name__
+    if not isinstance(base, transformers.PreTrainedModel) or not hasattr(transformers, name):
+        return "", ""
+    # A base model's files do not know how many outputs a classifier has.
+    classifies = name.endswith("Classification")
+    return name, f", num_labels={base.config.num_labels}" if classifies else ""
+
+
+def name_of(folder: str | os.PathLike) -> str:
+    """The name of a folder, or of the one that a scratch folder's files will be moved to."""
+    place = Path(folder).absolute()
+    return (place.parent if place.name.startswith(SCRATCH) else place).name
+
+
+def copy_card(folder: str | os.PathLike, scratch: Path) -> None:
+    """Copies the model card, because PEFT updates an existing card and keeps its text."""
+    if (card := Path(folder, "README.md")).exists():
+        shutil.copy(card, scratch)
+
+
+def _write_metadata(data: Any, fields: dict, loader: str) -> None:
+    tags = set(data.tags or [])
+    data.library_name = "peft"
+    if fields["peft_type"] == "LORA":
+        tags.add("lora")
+    if loader:
+        tags.add("transformers")
+    if path := fields.get("base_model_name_or_path"):
+        data.base_model = data.base_model or path
+        tags.add(f"base_model:adapter:{path}")
+    if fields.get("task_type") == "CAUSAL_LM":
+        data.pipeline_tag = data.pipeline_tag or "text-generation"
+    data.tags = sorted(tags)
+
+
+def _section(
+    fields: dict, name: str, subfolder: str, loader: str, arguments: str, note: str
+) -> str:
+    needs_ours = isinstance(fields.get("projection_prng_key"), str)
+    if fields["peft_type"] == "LORA":
+        told = "This is a LoRA adapter of Hugging Face PEFT."
+    elif needs_ours:
+        told = (
+            "This is a RandLoRA adapter that holds its bases as a seed. Only `randlora-ext` opens "
+            "it, a package for Hugging Face PEFT."
+        )
+    else:
+        told = (
+            "This is a RandLoRA adapter of Hugging Face PEFT. With `randlora-ext` it runs on "
+            "compiled kernels: `import randlora_ext.peft` and `randlora_ext.peft.enable()` first."
+        )
+    lines = ["import peft"]
+    if needs_ours:
+        lines += ["import randlora_ext.peft"]
+    path = fields.get("base_model_name_or_path")
+    if loader and path:
+        load = [f"base = {loader}.from_pretrained({path!r}{arguments})"]
+        lines += [f"from transformers import {loader}"]
+    else:
+        load = ["base = ...  # the model that the adapter was trained on"]
+    lines += ["", *(["randlora_ext.peft.enable()"] if needs_ours else []), *load]
+    inside = f", subfolder={subfolder!r}" if subfolder else ""
+    lines += [f"model = peft.PeftModel.from_pretrained(base, {name!r}{inside})"]
+    packages = "randlora-ext[peft]" if needs_ours else "peft"
+    text = f"{told} {note}".strip()
+    return "\n".join(
+        [_BEGIN, text, "", "```bash", f'pip install "{packages}"', "```", "", "```python", *lines]
+        + ["```", _END]
+    )

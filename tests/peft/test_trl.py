@@ -162,7 +162,7 @@ def test_the_first_loss_of_dpo_on_a_saved_adapter_is_ln_2(kind, tmp_path):
         losses[ours] = logged(run, "loss")[0]
     assert losses[True] == pytest.approx(math.log(2), abs=1e-6)
     if False in losses and abs(losses[False] - math.log(2)) < 1e-4:
-        pytest.fail("stock RandLoRA is right, too: delete _fill_reference of peft/activation.py")
+        pytest.fail("stock RandLoRA is right, too: delete the copy in _add of peft/activation.py")
 
 
 def test_other_added_adapters_stay_as_new(monkeypatch):
