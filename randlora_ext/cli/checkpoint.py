@@ -34,8 +34,11 @@ class Entry:
 class Checkpoint:
     folder: Path
     config: dict  # config.json; empty if there is none
-    files: list[Path]
     tensors: dict[str, Entry]
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({entry.file for entry in self.tensors.values()})
 
     def read(self, name: str) -> Tensor:
         """One tensor; nothing else of its file is read."""
@@ -72,18 +75,19 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 f"{folder} has neither {SINGLE} nor {INDEX}; other formats are not read: save the "
                 "model by transformers' save_pretrained first"
             )
-        return Checkpoint(folder, config, [folder / SINGLE], _entries(folder / SINGLE))
+        return Checkpoint(folder, config, _entries(folder / SINGLE))
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) and Path(name).name == name for name in weight_map.values()
     ):
         raise CliError(f"{folder / INDEX} must map tensors to files of its folder")
-    files = [folder / name for name in sorted(set(weight_map.values()))]
-    tensors = {name: entry for file in files for name, entry in _entries(file).items()}
+    tensors = {}
+    for name in sorted(set(weight_map.values())):
+        tensors |= _entries(folder / name)
     for tensor, name in weight_map.items():
         if tensor not in tensors or tensors[tensor].file.name != name:
             raise CliError(f"{folder / INDEX} says that {tensor} is in {name}; it is not")
-    return Checkpoint(folder, config, files, tensors)
+    return Checkpoint(folder, config, tensors)
 
 
 def _entries(file: Path) -> dict[str, Entry]:

@@ -56,15 +56,11 @@ def convert(
     """Writes the folder `out`. Except with LoRA, the new adapter computes the same.
 
     Args:
-        to: "peft": bases included, once, and PEFT's own fields alone, so that stock PEFT opens it,
-            as by `export_to_peft`. If they are not saved, the base model's shapes are needed.
-            Hadamard bases must belong to layers of one min(in, out).
-            "compact": without bases. They are drawn or generated again from the adapter's key, and
-            compared bit for bit with the saved ones; if they differ, CliError. If a 16-bit model
-            has rounded the value of ternary ones, lambda takes up the factor.
-            "lora": the nearest LoRA adapter, as by `export_to_lora`. A PEFT folder needs the base
-            model's shapes.
-        base: the base model, a folder or a name in the hub's cache.
+        to: "peft": with bases and PEFT's own fields alone, as by `export_to_peft`. "compact":
+            without bases, if making them again gives the saved ones bit for bit; if a 16-bit model
+            has rounded the value of ternary ones, lambda takes up the factor. "lora": as by
+            `export_to_lora`.
+        base: the base model, a folder or a name in the hub's cache, if its shapes are needed.
         density: of the saved bases, if the adapter's configuration does not say it.
         rank, energy: with "lora", one of them.
     """

@@ -3,7 +3,6 @@
 import json
 import os
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -201,20 +200,18 @@ def refuse_torn_save(folder: str | os.PathLike) -> None:
     config, recorded = Path(folder, CONFIG_NAME), recorded_configuration(folder)
     if recorded is None or not config.exists():
         return
-    if differences := misfits(json.loads(config.read_text()), recorded):
+    own = json.loads(config.read_text())
+    differences = [
+        f"{name} is {recorded[name]!r}, not {own[name]!r}"
+        for name in ("r", "randlora_alpha")
+        if recorded[name] != own[name]
+    ]
+    if not recorded.get("save_projection", True):
+        differences += other_bases(own, recorded)
+    if differences:
         raise ValueError(
             f"{config} does not belong to the {SAFETENSORS_WEIGHTS_NAME} beside it, whose "
             + ", ".join(differences)
             + ": a save was interrupted, or the file was edited. Save the adapter again; to load "
             "it with other fields, pass config= instead of editing the file"
         )
-
-
-def misfits(own: Mapping, saved: Mapping) -> list[str]:
-    """How the adapter of the fields `saved` differs from that of `own`, in words."""
-    found = [
-        f"{name} is {saved[name]!r}, not {own[name]!r}"
-        for name in ("r", "randlora_alpha")
-        if saved[name] != own[name]
-    ]
-    return found + ([] if saved.get("save_projection", True) else other_bases(own, saved))

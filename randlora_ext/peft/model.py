@@ -51,8 +51,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         if quantized.backend_of(new_module):  # unloading, where PEFT would set its weight
             setattr(parent, child_name, new_module)
-            return
-        super()._replace_module(parent, child_name, new_module, quantized.with_weight(child))
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _check_new_adapter_config(self, config: peft.RandLoraConfig) -> None:
         """PEFT's check, which requires one key and one ``save_projection`` for all adapters.

@@ -8,7 +8,6 @@ import itertools
 import sys
 import warnings
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -170,8 +169,3 @@ def wrap(backend: Any, config: Any, A: Any, B: Any, name: str, base: Any, **kwar
     layer.quantization_backend = backend
     force_module_call(layer)
     return layer
-
-
-def with_weight(base: nn.Module) -> Any:
-    """A module whose weight tells PEFT the device when it replaces `base`."""
-    return base if backend_of(base) is None else SimpleNamespace(weight=_stand_in(base))

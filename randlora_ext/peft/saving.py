@@ -98,19 +98,15 @@ def export_to_peft(model: peft.PeftModel, folder: str | os.PathLike, merged: boo
     if merged:
         refuse_sharded(model)
     with appear_together(folder) as scratch:
-        if merged:
-            _save_merged(model, scratch)
-        else:
+        if not merged:
             copy_card(folder, scratch)
             _save_adapters(model, scratch)
-
-
-def _save_merged(model: peft.PeftModel, folder: Path) -> None:
-    plain = copy.deepcopy(model).merge_and_unload(safe_merge=True)
-    if hasattr(plain, "save_pretrained"):
-        plain.save_pretrained(folder)
-    else:
-        save_model(plain, str(folder / "model.safetensors"))
+            return
+        plain = copy.deepcopy(model).merge_and_unload(safe_merge=True)
+        if hasattr(plain, "save_pretrained"):
+            plain.save_pretrained(scratch)
+        else:
+            save_model(plain, str(scratch / "model.safetensors"))
 
 
 def _save_adapters(model: peft.PeftModel, folder: Path) -> None:
