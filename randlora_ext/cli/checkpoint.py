@@ -81,7 +81,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         isinstance(name, str) and Path(name).name == name for name in weight_map.values()
     ):
         raise CliError(f"{folder / INDEX} must map tensors to files of its folder")
-    tensors = {}
+    tensors: dict[str, Entry] = {}
     for name in sorted(set(weight_map.values())):
         tensors |= _entries(folder / name)
     for tensor, name in weight_map.items():

@@ -110,7 +110,7 @@ def export_to_peft(model: peft.PeftModel, folder: str | os.PathLike, merged: boo
 
 
 def _save_adapters(model: peft.PeftModel, folder: Path) -> None:
-    configs = dict(model.peft_config)
+    configs, stock = dict(model.peft_config), {}
     copies = tuple(f".{bases}." for bases in BASIS_NAMES)
     state = {k: v for k, v in model.state_dict().items() if not any(part in k for part in copies)}
     for name, config in configs.items():
@@ -122,12 +122,11 @@ def _save_adapters(model: peft.PeftModel, folder: Path) -> None:
         if AdapterBasis.of(vars(config)).kind != "peft":
             # Another adapter's may be larger, and PEFT's casts do not round generated ones.
             A, B = make_bases(config, *largest(layers.values()))
+        stock[name] = stock_config(config, isinstance(A, TernaryTensor))
         for bases, dense in zip(BASIS_NAMES, dense_bases(A, B, layers), strict=True):
             state[f"base_model.{bases}.{name}"] = dense.detach()
     try:
-        for name, config in configs.items():
-            packed = isinstance(model.base_model.randlora_A[name], TernaryTensor)
-            model.peft_config[name] = stock_config(config, packed)
+        model.peft_config.update(stock)
         model.save_pretrained(str(folder), state_dict=state)
     finally:
         model.peft_config.update(configs)
