@@ -16,8 +16,6 @@ from ..basis import BasisDescription
 from ..basis.generated import generate_planes
 from ..basis.imported import pack_dense
 
-_aten = torch.ops.aten
-
 
 @dataclass(eq=False)  # by identity: signs are the keys of what is made from them
 class Signs:
@@ -109,15 +107,14 @@ class TernaryTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        kwargs, t = kwargs or {}, args[0]
-        if func in (_aten.detach.default, _aten.alias.default, _aten.clone.default):
+        kwargs, t, name = kwargs or {}, args[0], func.overloadpacket.__name__
+        if name in ("detach", "alias", "clone"):
             return cls(t.signs, t.value, t.shape, t.dtype, t.device)
-        if func is _aten._to_copy.default:
+        if name == "_to_copy":
             return t.moved(kwargs.get("device") or t.device, kwargs.get("dtype") or t.dtype)
-        in_place = func.overloadpacket.__name__.endswith("_") and isinstance(t, cls)
-        if in_place or isinstance(kwargs.get("out"), cls):
+        if (name.endswith("_") and isinstance(t, cls)) or isinstance(kwargs.get("out"), cls):
             raise RuntimeError(f"a TernaryTensor is constant, but {func} would write to it")
-        return func(*map(_dense, args), **{name: _dense(its) for name, its in kwargs.items()})
+        return func(*map(_dense, args), **{k: _dense(v) for k, v in kwargs.items()})
 
 
 def _dense(argument: Any) -> Any:
