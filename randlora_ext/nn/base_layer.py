@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import is_lazy
 
-from ..ops import autocast
+from ..ops.registration import autocast_is_on
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -52,8 +51,9 @@ def can_fuse(base_layer: Any, x: Tensor) -> bool:
     if not is_plain_linear(base_layer):
         return False
     weight = base_layer.weight
-    # Parameters are FakeTensors while torch.export traces.
-    return type(weight) in (Tensor, nn.Parameter, FakeTensor) and matches(weight, x)
+    # While torch.export traces, parameters are FakeTensors, which have a fake_mode.
+    plain = type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "fake_mode")
+    return plain and matches(weight, x)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -100,5 +100,5 @@ def matches(weight: Tensor, x: Tensor) -> bool:
         return False
     # Mixed dtypes are an error unless autocast casts both; it does not cast float64.
     return x.dtype == weight.dtype or (
-        autocast.is_on(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+        autocast_is_on(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
     )
