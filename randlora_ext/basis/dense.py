@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .shape import Shape
+from .description import Shape
 
 
 class DenseMatrices:

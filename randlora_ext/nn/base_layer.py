@@ -42,20 +42,6 @@ def features(base_layer: Any) -> tuple[int, int]:
     return base_layer.in_features, base_layer.out_features
 
 
-def can_fuse(base_layer: Any, x: Tensor) -> bool:
-    """Whether base_layer(x) is F.linear(x, weight, bias) and nothing else.
-
-    If so, one operator computes base and adapter. A subclass, a hook, a replaced forward
-    (accelerate's offloading) or a quantized or distributed weight needs the layer's own call.
-    """
-    if not is_plain_linear(base_layer):
-        return False
-    weight = base_layer.weight
-    # While torch.export traces, parameters are FakeTensors, which have a fake_mode.
-    plain = type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "fake_mode")
-    return plain and matches(weight, x)
-
-
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether `module` is exactly an nn.Linear, without hooks and with its own forward."""
     return type(module) is nn.Linear and "forward" not in module.__dict__ and not has_hooks(module)

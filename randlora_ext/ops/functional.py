@@ -4,6 +4,7 @@ Each is differentiable with respect to lam, gam (and x); the bases are constants
 """
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from ..basis.description import as_signed, check_seed
 from ..devices import serve
 from . import dense, hadamard, ternary
 from .basis_ops import scaled
-from .dtensor import refuse_dtensor
+from .dtensor import is_dtensor
 from .path import choose
 from .registration import autocast, autocast_is_on
 
@@ -21,7 +22,7 @@ _ops = torch.ops.randlora
 _PLAIN = (Tensor, torch.nn.Parameter)  # subclasses are looked at more closely
 
 
-def _check_types(basis: TernaryBasis, **tensors: Tensor) -> None:
+def _check_types(basis: TernaryBasis, **tensors: Any) -> None:
     """Checks what C++ cannot know; csrc/torch/check.cpp checks dtypes, devices and other shapes."""
     if not isinstance(basis, TernaryBasis):
         raise TypeError(f"basis must be a TernaryBasis, got {type(basis)}")
@@ -29,7 +30,13 @@ def _check_types(basis: TernaryBasis, **tensors: Tensor) -> None:
         if type(value) not in _PLAIN:
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(value)}")
-            refuse_dtensor(name, value)
+            if is_dtensor(value):  # torch's own message would not say what to do
+                placements = tuple(tensors[name].placements)
+                raise TypeError(
+                    f"{name} must be a plain tensor, got a DTensor placed {placements}; in forward "
+                    "FSDP2 gives plain ones, for tensor parallelism there is "
+                    "randlora_ext.distributed, and elsewhere take t.to_local() or t.full_tensor()"
+                )
     if torch.jit.is_tracing():
         raise RuntimeError(
             "randlora_ext does not support torch.jit.trace; use torch.export or torch.compile"
@@ -181,12 +188,11 @@ def linear(
         x, weight, bias = autocast(kind, (x, weight, bias))
     tokens = x.numel() // basis.in_features  # keeps a symbolic size symbolic
     path, b_side = choose(path, basis, tokens, x.dtype, weight is not None, kind)
+    inputs = x, weight, bias, lam, gam
     if module is hadamard:
         bases = hadamard.operands(basis, x.device, scaling)
-        return hadamard.linear(x, weight, bias, lam, gam, *bases, path == "merged")
+        return hadamard.linear(*inputs, *bases, path == "merged")
     if module is dense:
-        bases = dense.operands(basis, x.device, scaling, x.dtype)
-        return dense.linear(x, weight, bias, lam, gam, *bases, path)
-    bases = ternary.operands(basis, x.device, scaling)
+        return dense.linear(*inputs, *dense.operands(basis, x.device, scaling, x.dtype), path)
     b_dense = basis.dense_b(x.device, x.dtype) if b_side == "dense" else None
-    return ternary.linear(x, weight, bias, lam, gam, *bases, path, b_dense)
+    return ternary.linear(*inputs, *ternary.operands(basis, x.device, scaling), path, b_dense)
