@@ -56,12 +56,9 @@ def _module(basis: TernaryBasis, name: str, tensor: Tensor) -> ModuleType:
 
     Raises ValueError if this kind of bases needs kernels that the device does not have.
     """
-    served = tensor.is_meta or serve(tensor.device.type)
-    if basis.kind == "hadamard" and served:
-        return hadamard
     if basis.kind in ("hadamard", "dense"):
-        return dense
-    if not served:
+        return hadamard if basis.kind == "hadamard" else dense
+    if not tensor.is_meta and not serve(tensor.device.type):
         raise ValueError(
             f"{name} is on {tensor.device}, for which no kernels are loaded here "
             "(randlora_ext.build_info()['cuda']); Hadamard and dense bases work without, in plain "

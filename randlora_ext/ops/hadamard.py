@@ -4,15 +4,17 @@
     ``A[j, k] = s[k] H[j, m]`` with the class ``m = (first_column + k) // n`` of column k
     ``B[o, c] = row[o] H[first_row + o, c] col[c]``, c = j * n + i
 
-H is Sylvester's Hadamard matrix. Devices without our kernels take the bases as dense ones.
+H is Sylvester's Hadamard matrix. Devices without our kernels take the same steps in plain torch.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..basis import TernaryBasis
+from ..basis.hadamard import sylvester
 from .registration import (
     Operator,
     call_kernel,
@@ -24,6 +26,7 @@ from .registration import (
 )
 
 _ops = torch.ops.randlora
+_library = torch.library.Library("randlora", "IMPL")  # registrations live as long as this
 
 
 class Operands(NamedTuple):
@@ -88,3 +91,173 @@ class HadamardWeight(Operator):
 
 
 weight = entry("hadamard_weight", HadamardWeight)
+
+
+# ---- plain torch ---------------------------------------------------------------------------
+
+
+class _Plain:
+    """The steps between x (T, d), its class products, and y (T, D)."""
+
+    def __init__(self, lam, gam, s, row, col, scale, first_row, first_column, expand, dtype):
+        (self.r, self.n), self.d, self.D = lam.shape, s.shape[0], row.shape[0]
+        self.dtype, self.expand, self.scale = dtype, expand, scale
+        self.wide = torch.promote_types(dtype, torch.float32)
+        self.first = first_column // self.n
+        self.place = first_column - self.first * self.n  # of the first column in its class
+        self.classes = -(-(self.place + self.d) // self.n)
+        K = self.r * self.n
+        self.N = 1 << (K - 1).bit_length()
+        self.rows = (torch.arange(self.D, device=row.device) + first_row) % self.N
+        self.s, self.row, self.col = (t.to(self.wide) for t in (s, row, col))
+        self.lam = lam.to(self.wide) * self.col.view(self.r, self.n)
+        # Powers of two that keep float16 in range, as in csrc/torch/hadamard.cpp.
+        half = dtype == torch.float16
+        self.of_gamma = 2.0 ** (round(torch.tensor(K).log2().item()) - 3) if half else 1.0
+        self.back = 2.0 ** -(((self.D * self.r).bit_length() + 1) // 2) if half else 1.0
+        signed = (gam.to(self.wide) * (self.s * self.of_gamma)).to(dtype)
+        self.blocks = self.by_class(signed).movedim(1, 0)  # (classes, n, columns of a class)
+
+    def by_class(self, x: Tensor) -> Tensor:
+        """(T, d) as (T, classes, n); columns that are missing are zero."""
+        missing = self.classes * self.n - self.place - self.d
+        return F.pad(x, (self.place, missing)).unflatten(-1, (self.classes, self.n))
+
+    def columns(self, x: Tensor) -> Tensor:
+        """The inverse of `by_class`."""
+        return x.flatten(-2)[..., self.place : self.place + self.d]
+
+    def mix(self, z: Tensor, to_classes: bool = False) -> Tensor:
+        """Between the rank indices (T, r, n) and the classes (T, classes, n)."""
+        classes = torch.arange(self.classes, device=z.device) + self.first
+        H = sylvester(torch.arange(self.r, device=z.device), classes).to(self.wide)
+        return torch.einsum("jm,tji->tmi" if to_classes else "jm,tmi->tji", H, z)
+
+    def transform(self, v: Tensor) -> Tensor:
+        """v (T, N) @ H, as two small products."""
+        low = 1 << (self.N.bit_length() - 1) // 2
+        one, other = (torch.arange(size, device=v.device) for size in (self.N // low, low))
+        left, right = (sylvester(i, i).to(v.dtype) for i in (one, other))
+        return (left @ v.unflatten(-1, (self.N // low, low)) @ right).flatten(-2)
+
+    def inner(self, x: Tensor) -> Tensor:
+        return torch.einsum("tmk,mik->tmi", self.by_class(x), self.blocks).to(self.wide)
+
+    def outer(self, w: Tensor) -> Tensor:
+        y = torch.einsum("tmi,mik->tmk", w, self.blocks).to(self.wide)
+        return self.columns(y) * (self.scale / (self.of_gamma * self.back))
+
+    def up(self, z: Tensor) -> Tensor:
+        v = (self.mix(z) * self.lam).flatten(1)
+        sums = self.transform(F.pad(v, (0, self.N - v.shape[1])))[:, self.rows]
+        return sums * self.row * (self.scale / self.of_gamma)
+
+    def u(self, y: Tensor) -> Tensor:
+        folded = y.new_zeros(len(y), self.N, dtype=self.wide)
+        folded = folded.index_add(1, self.rows, y.to(self.wide) * self.row)
+        return self.transform(folded)[:, : self.r * self.n].unflatten(-1, (self.r, self.n))
+
+    def w(self, u: Tensor) -> Tensor:
+        return (self.mix(u * self.lam, to_classes=True) * self.back).to(self.dtype)
+
+    def diagonals(self, x: Tensor, z: Tensor, u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        dlam = (u * self.mix(z)).sum(0) * self.col.view(self.r, self.n)
+        P = torch.einsum("tmi,tmk->imk", w, self.by_class(x)).to(self.wide)
+        dgam = self.columns(P) * self.s
+        return dlam * (self.scale / self.of_gamma), dgam * (self.scale / self.back)
+
+
+def _check(
+    x, weight, bias, lam, gam, s, row, col, first_row, first_column, expand, merge=False
+) -> None:
+    """What csrc/torch/hadamard.cpp checks; torch would broadcast or view much of it."""
+    r, n = lam.shape if lam.dim() == 2 else (0, 0)
+    d, D = s.numel(), row.numel()
+    features = (d, D) if expand else (D, d)
+    for name, value, shape in (
+        ("lam", lam, (r, n)),
+        ("gam", gam, (n, d)),
+        ("col", col, (r * n,)),
+        ("x", x, (*x.shape[:-1], features[0])),
+        ("weight", weight, features[::-1]),
+        ("bias", bias, features[1:]),
+    ):
+        if value is not None and (tuple(value.shape) != shape or 0 in (r, n)):
+            raise RuntimeError(f"randlora: {name} must be {shape}, got {tuple(value.shape)}")
+    for name, value in (("x", x), ("lam", lam), ("gam", gam)):
+        if not value.is_floating_point():
+            raise RuntimeError(f"randlora: {name} must be a floating tensor, got {value.dtype}")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype != x.dtype:
+            raise RuntimeError(f"randlora: {name} must be {x.dtype} as x, got {value.dtype}")
+    if (bias is not None or merge) and weight is None:
+        raise RuntimeError(f"randlora: {'merge' if merge else 'bias'} was given without a weight")
+    if first_row < 0 or not 0 <= first_column <= r * n - d:
+        raise RuntimeError(
+            f"randlora: first_row must not be negative and first_column in [0, {r * n - d}], got "
+            f"{first_row} and {first_column}"
+        )
+
+
+def _plain_linear(
+    x, weight, bias, lam, gam, s, row, col, scale, first_row, first_column, expand, merge
+):
+    _check(x, weight, bias, lam, gam, s, row, col, first_row, first_column, expand, merge)
+    p = _Plain(lam, gam, s, row, col, scale, first_row, first_column, expand, x.dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    y = p.up(p.inner(flat)) if expand else p.outer(p.w(p.u(flat)))
+    if weight is not None:
+        y = y + F.linear(flat, weight, bias)
+    return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _plain_linear_backward(
+    dy, x, weight, lam, gam, s, row, col, scale, first_row, first_column, expand, merge, need_x,
+    need_diagonals,
+):  # fmt: skip
+    _check(x, weight, None, lam, gam, s, row, col, first_row, first_column, expand, merge)
+    out = (row if expand else s).shape[0]
+    if tuple(dy.shape) != (*x.shape[:-1], out) or dy.dtype != x.dtype:
+        given = f"{tuple(dy.shape)} {dy.dtype}"
+        raise RuntimeError(f"randlora: dy is {given}, which does not fit x and {out}")
+    p = _Plain(lam, gam, s, row, col, scale, first_row, first_column, expand, x.dtype)
+    flat, dflat = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    small, large = (flat, dflat) if expand else (dflat, flat)
+    z, u = p.inner(small), p.u(large)
+    w = p.w(u)
+    dx, dlam, dgam = x.new_empty(0), lam.new_empty(0), gam.new_empty(0)
+    if need_x:
+        dx = p.outer(w) if expand else p.up(z)
+        if weight is not None:
+            dx = dx + dflat @ weight
+        dx = dx.to(x.dtype).view(x.shape)
+    if need_diagonals:
+        dlam, dgam = p.diagonals(small, z, u, w)
+        dlam, dgam = dlam.to(lam.dtype), dgam.to(gam.dtype)
+    return dx, dlam, dgam
+
+
+def _plain_weight(
+    weight, lam, gam, s, row, col, scale, first_row, first_column, expand, rounding_seed
+):
+    if rounding_seed is not None:
+        raise RuntimeError(f"randlora: rounding_seed needs our kernels, {lam.device} has none")
+    like = lam if weight is None else weight
+    sizes = (row.numel(), s.numel())[:: 1 if expand else -1]
+    if weight is not None and tuple(weight.shape) != sizes:
+        raise RuntimeError(f"randlora: weight must be {sizes}, got {tuple(weight.shape)}")
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    one = torch.eye(s.shape[0], dtype=dtype, device=lam.device)
+    _check(one, None, None, lam, gam, s, row, col, first_row, first_column, True)
+    p = _Plain(lam, gam, s, row, col, scale, first_row, first_column, True, dtype)
+    delta = p.up(p.inner(one))  # row k is column k of B (lambda * A * gamma)
+    delta = delta.T if expand else delta
+    return (delta if weight is None else weight.to(dtype) + delta).to(like.dtype).contiguous()
+
+
+for _name, _function in (
+    ("hadamard_linear", _plain_linear),
+    ("hadamard_linear_backward", _plain_linear_backward),
+    ("hadamard_weight", _plain_weight),
+):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")

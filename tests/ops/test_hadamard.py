@@ -6,7 +6,6 @@ for devices without kernels; tests/basis/test_slice.py has slices.
 
 import itertools
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -27,8 +26,7 @@ from layer_cases import (  # noqa: F401
 )
 
 from randlora_ext import delta_weight, merged_weight
-from randlora_ext.ops import functional
-from randlora_ext.ops.hadamard import operands
+from randlora_ext.ops import hadamard as module
 
 ops = torch.ops.randlora
 NAMES = ("y", "dx", "dlam", "dgam")
@@ -43,14 +41,18 @@ ODD = pytest.mark.parametrize("size", SIZES, ids=str)
 
 
 def constants(layer):
-    return operands(layer.basis, layer.x.device, layer.scaling)
+    return module.operands(layer.basis, layer.x.device, layer.scaling)
 
 
-def without_kernels(function, *arguments):
-    """As on a device that our kernels do not serve: by dense bases in plain torch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional, "serve", lambda device_type: False)
-        return function(*arguments)
+def plain_torch(layer, merge=False):
+    """y and the gradients by the functions for devices without kernels."""
+    inputs = layer.x, layer.weight, layer.bias, layer.lam, layer.gam, *constants(layer), merge
+    x, weight, _, *rest = inputs
+    results = (
+        module._plain_linear(*inputs),
+        *module._plain_linear_backward(layer.dy, x, weight, *rest, True, True),
+    )
+    return dict(zip(NAMES, results, strict=True))
 
 
 # ---- numbers
@@ -63,10 +65,7 @@ def test_odd_sizes(size, dtype):
         whole = make_layer(*size, "hadamard", tokens, dtype, lead)
         for layer in (whole, replace(whole, bias=None), whole.without_weight()):
             oracle = exact(layer)
-            results = {
-                "kernels": ours(layer, "factored"),
-                "plain torch": without_kernels(ours, layer, "factored"),
-            }
+            results = {"kernels": ours(layer, "factored"), "plain torch": plain_torch(layer)}
             if layer.weight is not None and dtype.itemsize > 2:
                 results["merged"] = ours(layer, "merged")
             for how, result in results.items():
@@ -89,18 +88,21 @@ def test_delta_weight_and_merged_weight(size, dtype):
         assert_delta_weight(layer, dtype)
     weight, wide = layer.weight, torch.promote_types(dtype, torch.float32)
     total = weight.to(wide) + delta_weight(layer.basis, layer.lam.to(wide), layer.gam.to(wide), 0.5)
-    arguments = layer.basis, weight, layer.lam, layer.gam, 0.5
-    for result in (merged_weight(*arguments), without_kernels(merged_weight, *arguments)):
+    half = replace(layer, scaling=0.5)
+    for result in (
+        merged_weight(layer.basis, weight, layer.lam, layer.gam, 0.5),
+        module._plain_weight(weight, layer.lam, layer.gam, *constants(half), None),
+    ):
         assert result.dtype == dtype and result.is_contiguous()
         error = (result.to(wide) - total).abs()
         assert (error <= torch.finfo(dtype).eps * total.abs() + 4e-6 * total.abs().max()).all()
     if dtype.itemsize == 2:
         expected = ops.add_rounded(weight, total - weight.to(wide), 5)
-        seeded = merged_weight(*arguments, 5)
+        seeded = merged_weight(layer.basis, weight, layer.lam, layer.gam, 0.5, 5)
         # The words depend on seed and element alone: what differs are sums on an edge.
         assert (seeded != expected).double().mean() < 0.01
-        with pytest.raises(ValueError, match="rounding_seed needs our kernels"):
-            without_kernels(merged_weight, *arguments, 3)
+        with pytest.raises(RuntimeError, match="rounding_seed needs our kernels"):
+            module._plain_weight(weight, layer.lam, layer.gam, *constants(half), 3)
 
 
 @pytest.mark.parametrize("sizes", [(4096, 4096), (4096, 4608), (4608, 4096)], ids=str)
@@ -115,8 +117,7 @@ def test_a_large_activation_in_float16_stays_finite(sizes, how):
     dy[0], dy[1, 5] = layer.dy[0] / 100, 5000
     lam, gam = torch.ones(basis.r, basis.n), torch.full((basis.n, basis.d), 1 / basis.d)
     layer = replace(layer, x=x, dy=dy, lam=lam, gam=gam, scaling=1.0)
-    run = ours if how == "kernels" else partial(without_kernels, ours)
-    results = run(layer, "factored")
+    results = ours(layer, "factored") if how == "kernels" else plain_torch(layer)
     oracle = exact(layer)
     for name in NAMES:
         assert results[name].isfinite().all(), name
@@ -199,6 +200,11 @@ def test_opcheck(shape, merge, dtype):
         torch.library.opcheck(*call("hadamard_linear", layer, weight=None, bias=None))
 
 
+PLAIN = {
+    "hadamard_linear": module._plain_linear,
+    "hadamard_linear_backward": module._plain_linear_backward,
+    "hadamard_weight": module._plain_weight,
+}
 # in = 8, out = 6, r = 3: d = 6, D = 8, n = 2, K = 6
 WRONG = [
     (OPERATORS, {"lam": torch.ones(6)}, ["lam"]),
@@ -222,6 +228,9 @@ WRONG = [
     (OPERATORS[1:2], {"dy": torch.ones(4, 5)}, ["dy", "(4, 5)"]),
     (OPERATORS[1:2], {"dy": torch.ones(3, 6)}, ["dy", "(3, 6)", "(4, 8)"]),
     (OPERATORS[1:2], {"dy": torch.ones(4, 6).double()}, ["dy", "float64"]),
+]
+# What plain torch finds itself, or need not know.
+WRONG_FOR_KERNELS = [
     (OPERATORS[2:], {"rounding_seed": 3}, ["rounding_seed", "float32"]),
     (OPERATORS, {"gam": torch.ones(2, 6, device="meta")}, ["gam", "meta", "cpu"]),
     (OPERATORS[2:], {"s": torch.ones(5).char()}, ["gam", "(2, 5)", "(2, 6)"]),
@@ -236,16 +245,21 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("names, change, expected", WRONG)
-def test_one_wrong_argument(names, change, expected):
+@pytest.mark.parametrize(
+    "names, change, expected, by_both",
+    [*((*case, True) for case in WRONG), *((*case, False) for case in WRONG_FOR_KERNELS)],
+)
+def test_one_wrong_argument(names, change, expected, by_both):
     layer = make_layer(8, 6, 3, "hadamard", 4, torch.float32)
     before = {k: v.clone() for k, v in vars(layer).items() if isinstance(v, torch.Tensor)}
     for name in names:
         op, inputs = call(name, layer, **change)
-        with pytest.raises(RuntimeError, match="randlora: ") as raised:
-            op(*inputs)
-        message = str(raised.value).splitlines()[0]
-        assert all(text in message for text in expected), message
+        for function in (op, PLAIN[name])[: 1 + by_both]:
+            with pytest.raises(RuntimeError, match="randlora: ") as raised:
+                function(*inputs)
+            message = str(raised.value).splitlines()[0]
+            told = expected if function is op else expected[:2]
+            assert all(text in message for text in told), (function, message)
     assert all(torch.equal(getattr(layer, k), v) for k, v in before.items())
 
 
@@ -264,6 +278,28 @@ def test_meta_tensors(shape, path):
     merged = merged_weight(meta.basis, meta.weight, meta.lam, meta.gam)
     assert merged.is_meta and merged.shape == layer.weight.shape
     assert delta_weight(meta.basis, meta.lam, meta.gam).shape == layer.weight.shape
+
+
+def test_plain_torch_is_registered_for_every_other_device():
+    for name in OPERATORS:
+        has = torch._C._dispatch_has_kernel_for_dispatch_key
+        assert has(f"randlora::{name}", "CompositeExplicitAutograd")
+        assert has(f"randlora::{name}", "CPU")
+        for key in ("XPU", "MPS", "PrivateUse1"):
+            assert not has(f"randlora::{name}", key)  # so that the composite one is taken
+            table = torch._C._dispatch_dump_table(f"randlora::{name}")
+            (line,) = [line for line in table.splitlines() if line.startswith(f"{key}:")]
+            assert "default backend kernel" in line, line
+
+
+def test_the_dispatcher_reaches_plain_torch(monkeypatch):
+    # Without the CPU's own kernels the call goes where that of any other device goes.
+    layer = make_layer(37, 50, 7, "hadamard", 20, torch.float32)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    op, inputs = call("hadamard_linear", layer)
+    plain_y = module._plain_linear(*inputs)
+    assert torch.equal(op.redispatch(keys, *inputs), ours(layer, "factored")["y"])
+    assert rms_error(plain_y, exact(layer)["y"]) < 1e-6
 
 
 def test_the_weight_has_a_gradient():
