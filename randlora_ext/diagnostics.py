@@ -15,7 +15,7 @@ from torch import Tensor
 from . import build_info
 from .basis import TernaryBasis
 from .basis.description import SPECIFICATIONS
-from .basis.generated import generate_planes
+from .basis.ternary import generate_planes
 from .devices import cuda_available
 from .ops.functional import linear
 from .reference import linear_reference

@@ -104,37 +104,27 @@ def _scratch_in(folder: Path, path: str | os.PathLike, make: bool = False) -> It
         ):
             yield Path(scratch)
     except Exception as error:
-        if not _is_of_writing(error):
-            raise
-        number = error.errno if isinstance(error, OSError) else None
-        raise WritingError.of(path, _reason(error), number) from error
+        if reason := _reason(error):
+            number = error.errno if isinstance(error, OSError) else None
+            raise WritingError.of(path, reason, number) from error
+        raise
 
 
 def _reason(error: Exception) -> str:
-    """In one line, without the name of the scratch folder."""
+    """In one line, without the name of the scratch folder; "" if the error is not of writing."""
     if isinstance(error, WritingError):  # of a file inside
         return error.reason
-    if _is_of_torch_save(error):
+    # The writer of torch.save, in C++, has no class of errors.
+    names = "PytorchStreamWriter", "inline_container.cc", "iostream error"
+    if isinstance(error, RuntimeError) and any(name in str(error) for name in names):
         return "torch.save could not write all of it, as on a full disk"
-    text = str(error).splitlines()[0]
+    # safetensors, which is optional, has its own class.
+    if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+        return ""
+    text = (str(error) or repr(error)).splitlines()[0]
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None or SCRATCH in text else text
     return re.sub(rf"[^\s'\"]*{re.escape(SCRATCH)}[^/]*/", "", text)  # others only write text
-
-
-def _is_of_writing(error: Exception) -> bool:
-    # safetensors, which is optional, has its own class.
-    return (
-        isinstance(error, OSError)
-        or type(error).__name__ == "SafetensorError"
-        or _is_of_torch_save(error)
-    )
-
-
-def _is_of_torch_save(error: Exception) -> bool:
-    """Whether its writer in C++ has failed, for which torch has no class."""
-    names = "PytorchStreamWriter", "inline_container.cc", "iostream error"
-    return isinstance(error, RuntimeError) and any(name in str(error) for name in names)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ namespace randlora {
 namespace {
 
 // y, a result of torch's, which kernels read and write in the dtype of x. Autocast could change its
-// dtype, so randlora_ext/ops/autocast.py disables it around this operator.
+// dtype, so randlora_ext/ops/registration.py disables it around this operator.
 Tensor of_dtype(const Tensor& y, const Tensor& x) {
   RANDLORA_CHECK(y.scalar_type() == x.scalar_type(), "torch computed ", describe(y), " of x ",
                  describe(x), "; autocast must not be active inside this operator");

@@ -1,15 +1,30 @@
 """The cache of packed tensors, which layers of equal bases share."""
 
+import functools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.utils._python_dispatch import _disable_current_modes
+
+
+def ordinary_tensors(function: Callable) -> Callable:
+    """`function`, run so that it computes plain tensors, whatever the caller's context is.
+
+    What it makes outlives that context. Fake tensors of torch.export, wrappers of torch.func and
+    inference tensors (which cannot be saved for a later backward) must not get into a cache. All
+    of these are states of a thread, and a new thread has none.
+    """
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.no_grad()(function), *args, **kwargs).result()
+
+    return run
 
 
 class PackedTensors:
@@ -29,21 +44,23 @@ class PackedTensors:
         if self._device is not None:
             stream = torch.cuda.current_stream(self._device)
             if stream.cuda_stream not in self._recorded:
-                with ordinary_tensors():
-                    for tensor in self.tensors:
-                        tensor.record_stream(stream)
+                self._record(stream)
                 self._recorded.add(stream.cuda_stream)
         return self.tensors
 
+    @ordinary_tensors
+    def _record(self, stream: torch.cuda.Stream) -> None:
+        for tensor in self.tensors:
+            tensor.record_stream(stream)
+
 
 _cache: "weakref.WeakValueDictionary[tuple, PackedTensors]" = weakref.WeakValueDictionary()
-# Re-entrant: making a dense B asks for the packed tensors.
-_cache_lock = threading.RLock()
+_cache_lock = threading.Lock()
 
 
 def _new_lock() -> None:
     global _cache_lock
-    _cache_lock = threading.RLock()
+    _cache_lock = threading.Lock()
 
 
 # A forked process (a DataLoader's worker) lacks the thread that may hold the lock.
@@ -53,21 +70,21 @@ os.register_at_fork(after_in_child=_new_lock)
 def get_or_make(
     key: tuple, device: torch.device, make: Callable[[], list[Tensor]]
 ) -> PackedTensors:
-    """The packed tensors under `key`, made once and kept as long as something holds them."""
+    """The packed tensors under `key`, made once and kept as long as something holds them.
+
+    `make` runs in a thread of its own while this one holds the lock, so it must not ask for others.
+    """
     with _cache_lock:
         packed = _cache.get(key)
         if packed is None:
-            with ordinary_tensors(), _complete_for_every_stream(device):
-                packed = _cache[key] = PackedTensors(make(), device)
+            packed = _cache[key] = PackedTensors(_made_for_every_stream(device, make), device)
         return packed
 
 
-@contextmanager
-def _complete_for_every_stream(device: torch.device) -> Iterator[None]:
-    """Synchronizes before it ends: a cached tensor may be used from any stream."""
+def _made_for_every_stream(device: torch.device, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """Waits for what `make` enqueues: a cached tensor may be used from any stream."""
     if device.type != "cuda":
-        yield
-        return
+        return ordinary_tensors(make)()
     with torch.cuda.device(device):
         # A captured packing would not run before the replay, in memory that belongs to the graph.
         if torch.cuda.is_current_stream_capturing():
@@ -75,25 +92,16 @@ def _complete_for_every_stream(device: torch.device) -> Iterator[None]:
                 "randlora: a basis cannot be packed while a CUDA graph is captured; call the layer "
                 "once before, or TernaryBasis.packed(device) and .dense_b(device, dtype)"
             )
-        yield
-        torch.cuda.current_stream().synchronize()
+        stream = torch.cuda.current_stream()
 
+        @ordinary_tensors
+        def make_on_stream() -> list[Tensor]:
+            with torch.cuda.stream(stream):
+                return make()
 
-@contextmanager
-def ordinary_tensors() -> Iterator[None]:
-    """Computes plain tensors inside torch.export, torch.func transforms and inference_mode too.
-
-    Cached tensors outlive the caller's context. Fake tensors, functorch wrappers and inference
-    tensors (which cannot be saved for a later backward) must not get into the cache.
-    """
-    with (
-        torch._C.DisableTorchFunction(),
-        temporarily_clear_interpreter_stack(),
-        _disable_current_modes(),
-        torch.inference_mode(False),
-        torch.no_grad(),
-    ):
-        yield
+        tensors = make_on_stream()
+        stream.synchronize()
+        return tensors
 
 
 def with_index(device: torch.device) -> torch.device:

@@ -1,28 +1,25 @@
 """Dense matrices: A and B of any values, as PEFT draws them by default."""
 
-from dataclasses import dataclass, field
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from .shape import Shape
-from .ternary_matrices import Packed
+from .description import Shape
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity: comparing elements would be slow
 class DenseMatrices:
-    """A (r, >= d) and B (>= D, >= K). A layer uses the leading part, a slice a part of that."""
+    """A (r, >= d) and B (>= D, >= K). A layer uses the leading part, a slice a part of that.
 
-    A: Tensor
-    B: Tensor
-    _cast: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    The methods are those of `TernaryMatrices`.
+    """
 
-    kind: ClassVar = "dense"
-    description: ClassVar = None
-    needs_kernels: ClassVar = False
-    density: ClassVar = 1.0
-    scale: ClassVar = 1.0
+    kind = "dense"
+    description = None
+    needs_kernels = False
+    density = scale = b_value = 1.0
+
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        self.A, self.B = A, B
+        self._copies: dict[tuple, Tensor] = {}  # of B, by device and dtype
 
     def check(self, shape: Shape) -> None:
         """Raises ValueError unless both are large enough for a layer of that shape."""
@@ -34,31 +31,24 @@ class DenseMatrices:
                 f"(>= {D}, >= {shape.K}), got {A} and {B}"
             )
 
-    def part(
-        self, shape: Shape, device: torch.device, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """A (r, d) and B (D, K) as views of the matrices, or of one copy in another dtype."""
-        if (device, dtype) not in self._cast:
-            self._cast[device, dtype] = self.A.to(device, dtype), self.B.to(device, dtype)
-        A, B = self._cast[device, dtype]
-        column, row = shape.first_column, shape.first_row
-        return A[:, column : column + shape.d], B[row : row + shape.D, : shape.K]
-
     def format(self, shape: Shape) -> str:
         return "dense"
 
-    def pack(self, shape: Shape, on: torch.device, name: str) -> list[Tensor]:
-        return list(self.part(shape, on))
+    def pack(self, shape: Shape, on: torch.device) -> list[Tensor]:
+        A = self.A[:, shape.first_column : shape.first_column + shape.d]
+        return [A.to(on), self._part_of_b(shape, on, self.B.dtype)]
 
-    def dense_a(self, shape: Shape, on: torch.device, dtype: torch.dtype, packed: Packed) -> Tensor:
-        return packed(on)[0].to(dtype)
+    def dense_a(self, shape: Shape, dtype: torch.dtype, packed: list[Tensor]) -> Tensor:
+        return packed[0].to(dtype)
 
-    def dense_b(self, shape: Shape, on: torch.device, dtype: torch.dtype, packed: Packed) -> Tensor:
-        return self.part(shape, on, dtype)[1]
+    def dense_b(self, shape: Shape, dtype: torch.dtype, packed: list[Tensor]) -> Tensor:
+        return self._part_of_b(shape, packed[1].device, dtype)
 
-    def dense(self, shape: Shape, on: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        A, B = self.part(shape, on)
-        return A.to(dtype, copy=True), B.to(dtype, copy=True)
+    def _part_of_b(self, shape: Shape, on: torch.device, dtype: torch.dtype) -> Tensor:
+        """A view of B, or of one copy on another device or in another dtype."""
+        if (on, dtype) not in self._copies:
+            self._copies[on, dtype] = self.B.to(on, dtype)
+        return self._copies[on, dtype][shape.first_row : shape.first_row + shape.D, : shape.K]
 
     def __reduce__(self):
         return DenseMatrices, (self.A, self.B)

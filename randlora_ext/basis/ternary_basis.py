@@ -1,20 +1,22 @@
 """`TernaryBasis`: the random matrices A and B of a layer, and their packed form on a device."""
 
+import itertools
+import warnings
 import weakref
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import devices
 from .cache import PackedTensors, get_or_make, with_index
 from .dense import DenseMatrices
-from .description import BasisDescription
-from .generated import GeneratedMatrices
+from .description import BasisDescription, Shape
 from .hadamard import HadamardMatrices
-from .imported import ImportedMatrices, pack_layer
-from .shape import Shape
-from .ternary_matrices import TernaryMatrices
-from .tracing import new_token, run_while_tracing
+from .ternary import GeneratedMatrices, ImportedMatrices, TernaryMatrices, pack_layer
+
+_Matrices = TernaryMatrices | HadamardMatrices | DenseMatrices
+_tokens = itertools.count()
 
 
 class TernaryBasis:
@@ -46,15 +48,33 @@ class TernaryBasis:
     Hadamard bases are ours.
     """
 
-    _shape: Shape
-    _source: TernaryMatrices | HadamardMatrices | DenseMatrices
-    _packed: dict[tuple, PackedTensors]  # by device, and dtype of a dense B or None
+    in_features: int
+    out_features: int
+    r: int
+    n: int
+    K: int
+    d: int
+    D: int
+    expand: bool
+    """Whether d is the input side."""
+    first_row: int
+    """The row of the layer's B with which a slice begins; 0 for a layer."""
+    first_column: int
+    """The column of the layer's A with which a slice begins; 0 for a layer."""
+    kind: str
+    """``"independent"``, ``"hadamard"``, ``"imported"`` or ``"dense"``."""
+    density: float
+    """Share of non-zeros, in (0, 1]."""
+    scale: float
+    """What the product of the unscaled matrices must be multiplied by."""
+    description: BasisDescription | None
+    """Kind, density and seed; None for an imported or dense basis."""
+    seed: int | None
+    """None for an imported or dense basis."""
+    format: str
+    """``"lists"``, ``"planes"``, ``"hadamard"`` or ``"dense"`` (docs/formats.md)."""
     token: str  # of this object, in this process: compiled code guards on it
-
-    def __new__(cls, *args, **kwargs) -> "TernaryBasis":
-        self = super().__new__(cls)
-        self._packed, self.token = {}, new_token()
-        return self
+    _packed: dict[tuple, PackedTensors]  # by device, and dtype of a dense B or None
 
     def __init__(
         self,
@@ -65,10 +85,21 @@ class TernaryBasis:
         seed: int = 0,
         kind: str = "independent",
     ) -> None:
-        self._shape = Shape.of(in_features, out_features, r)
+        shape = Shape.of(in_features, out_features, r)
         generated = HadamardMatrices if kind == "hadamard" else GeneratedMatrices
-        self._source = generated(BasisDescription(kind, density, seed))
-        self._source.check(self._shape)
+        self._set(shape, generated(BasisDescription(kind, density, seed)))
+
+    def _set(self, shape: Shape, source: _Matrices) -> None:
+        # Attributes, not properties: a call reads a dozen of them.
+        for name in ("in_features", "out_features", "r", "n", "K", "d", "D", "expand",
+                     "first_row", "first_column"):  # fmt: skip
+            setattr(self, name, getattr(shape, name))
+        self.kind, self.density, self.scale = source.kind, source.density, source.scale
+        self.description = source.description
+        self.seed = None if source.description is None else source.description.seed
+        self.format = source.format(shape)
+        self._shape, self._source = shape, source
+        self._packed, self.token = {}, str(next(_tokens))
 
     @classmethod
     def from_ternary(
@@ -112,8 +143,7 @@ class TernaryBasis:
             ValueError: a shape is too small, or an element is +1 and -1 at once.
         """
         shape = Shape.of(in_features, out_features, a_planes.shape[1])
-        planes = a_planes, b_planes, a_value, b_value
-        return cls._of(shape, ImportedMatrices.of(*planes, shape))
+        return cls._of(shape, ImportedMatrices(a_planes, b_planes, a_value, b_value, shape))
 
     @classmethod
     def from_dense(
@@ -123,60 +153,15 @@ class TernaryBasis:
 
         Do not write to them afterwards. ValueError if one is too small.
         """
-        return cls._of(Shape.of(in_features, out_features, matrices.A.shape[0]), matrices)
+        shape = Shape.of(in_features, out_features, matrices.A.shape[0])
+        matrices.check(shape)
+        return cls._of(shape, matrices)
 
     @classmethod
-    def _of(
-        cls, shape: Shape, source: TernaryMatrices | HadamardMatrices | DenseMatrices
-    ) -> "TernaryBasis":
-        source.check(shape)
+    def _of(cls, shape: Shape, source: _Matrices) -> "TernaryBasis":
         self = cls.__new__(cls)
-        self._shape, self._source = shape, source
+        self._set(shape, source)
         return self
-
-    in_features = property(lambda self: self._shape.in_features)
-    out_features = property(lambda self: self._shape.out_features)
-    r = property(lambda self: self._shape.r)
-    n = property(lambda self: self._shape.n)
-    K = property(lambda self: self._shape.K)
-    d = property(lambda self: self._shape.d)
-    D = property(lambda self: self._shape.D)
-    expand = property(lambda self: self._shape.expand, doc="Whether d is the input side.")
-    density = property(lambda self: self._source.density, doc="Share of non-zeros, in (0, 1].")
-    scale = property(
-        lambda self: self._source.scale,
-        doc="What the product of the unscaled matrices must be multiplied by.",
-    )
-
-    @property
-    def description(self) -> BasisDescription | None:
-        """Kind, density and seed; None for an imported or dense basis."""
-        return self._source.description
-
-    @property
-    def kind(self) -> str:
-        """``"independent"``, ``"hadamard"``, ``"imported"`` or ``"dense"``."""
-        return self._source.kind
-
-    @property
-    def seed(self) -> int | None:
-        """None for an imported or dense basis."""
-        return None if self.description is None else self.description.seed
-
-    @property
-    def first_row(self) -> int:
-        """The row of the layer's B with which a slice begins; 0 for a layer."""
-        return self._shape.first_row
-
-    @property
-    def first_column(self) -> int:
-        """The column of the layer's A with which a slice begins; 0 for a layer."""
-        return self._shape.first_column
-
-    @property
-    def format(self) -> str:
-        """``"lists"``, ``"planes"``, ``"hadamard"`` or ``"dense"`` (docs/formats.md)."""
-        return self._source.format(self._shape)
 
     def packed(self, device: torch.device | str = "cpu") -> list[Tensor]:
         """The tensors of the bases that ``torch.ops.randlora`` takes, as `format` says.
@@ -201,36 +186,53 @@ class TernaryBasis:
     def _cached(self, device: torch.device | str, dtype: torch.dtype | None) -> list[Tensor]:
         """The packed form or, for a dtype, the dense B."""
         if torch.compiler.is_dynamo_compiling():
-            name = self._while_tracing(self.token, torch.device(device), dtype)
-            return getattr(self, name).tensors
+            return getattr(self, self._while_tracing(self.token, torch.device(device), dtype))
         found = self._packed.get((device, dtype))  # found at once for a tensor's device
         if found is None:
             on = with_index(torch.device(device))
-            key = self._shape.of_matrices, self._source, on, dtype
-            found = self._packed[on, dtype] = get_or_make(key, on, lambda: self._make(on, dtype))
+            new = (on, dtype) not in self._packed
+            # "meta" needs the CPU's, too: the lengths of lists depend on the elements.
+            elsewhere = self._source.needs_kernels and not devices.serve(on.type)
+            packed = [] if dtype is None else self.packed(on)
+            ready = self._cached("cpu", dtype) if elsewhere else []
+
+            def make() -> list[Tensor]:
+                if elsewhere:
+                    return [t.to(on) for t in ready]
+                if dtype is None:
+                    return self._source.pack(self._shape, on)
+                return [self._source.dense_b(self._shape, dtype, packed)]
+
+            key = self._shape.of_matrices, self.description or self._source, on, dtype
+            found = self._packed[on, dtype] = get_or_make(key, on, make)
+            if dtype is None and new and not elsewhere:
+                self._warn_of_zeros(found.tensors)
         return found.on_current_stream()
 
-    def _make(self, device: torch.device, dtype: torch.dtype | None) -> list[Tensor]:
-        # "meta" needs the CPU's, too: the lengths of lists depend on the elements.
-        if self._source.needs_kernels and not devices.serve(device.type):
-            return [t.to(device) for t in self._cached("cpu", dtype)]
-        if dtype is None:
-            return self._source.pack(self._shape, device, repr(self))
-        return [self._source.dense_b(self._shape, device, dtype, self.packed)]
+    def _warn_of_zeros(self, packed: list[Tensor]) -> None:
+        lists = {"lists": {"A": 1, "B": 4}, "planes": {"A": 1}}.get(self.format, {})
+        empty = [name for name, place in lists.items() if packed[place].numel() == 0]
+        if empty and not self._shape.is_slice:
+            warnings.warn(
+                f"{self!r} has no non-zero element in {empty[-1]}, so its adapter cannot learn "
+                "anything; take a larger density",
+                stacklevel=4,  # the caller of `packed`
+            )
 
     # Dynamo calls this with constants while it traces (torch 2.11 takes no object as an argument)
     # and finds the tensors as an attribute, which makes them inputs of the graph. Constants of the
-    # graph would live as long as it does, and no guard could tell that a model has moved.
-    @run_while_tracing
+    # graph would live as long as it does, and no guard could tell that a model has moved. As
+    # parameters they have no symbolic sizes, and CUDA graphs need not copy them.
     def _while_tracing(self, token: str, device: torch.device, dtype: torch.dtype | None) -> str:
-        self._cached(device, dtype)
-        made = self._packed[with_index(device), dtype]
         name = f"_cached_{device}_{str(dtype).removeprefix('torch.')}"  # Dynamo refuses the dot
-        for tensor in made.tensors:  # no symbolic sizes, and CUDA graphs need not copy them
-            torch._dynamo.mark_static(tensor)
-            torch._dynamo.mark_static_address(tensor, guard=False)
+        made = self._cached(device, dtype)
+        if not torch.compiler.is_exporting():  # which knows the parameters of modules alone
+            made = [nn.Parameter(t, requires_grad=False) for t in made]
         setattr(self, name, made)
         return name
+
+    # torch.compiler.assume_constant_result, without its import of torch._dynamo (1.5 s).
+    _while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def packed_bytes(self, device: torch.device | str = "cpu") -> int:
         """Bytes of the packed form on that device."""
@@ -240,11 +242,16 @@ class TernaryBasis:
         self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
         """The scaled dense bases A (r, d) and B (D, K), newly made: for tests, export and study."""
-        return self._source.dense(self._shape, torch.device(device), dtype)
+        on = torch.device(device)
+        if self._source.needs_kernels and not devices.serve(on.type):
+            A, B = self.dense("cpu", dtype)
+            return A.to(on), B.to(on)
+        B = self._source.dense_b(self._shape, dtype, self.packed(on))
+        return self.dense_a(on, dtype).clone(), B * self._source.b_value
 
     def dense_a(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """A (r, d) alone, scaled."""
-        return self._source.dense_a(self._shape, torch.device(device), dtype, self.packed)
+        return self._source.dense_a(self._shape, dtype, self.packed(device))
 
     def transposed(self) -> "TernaryBasis":
         """The same matrices for a layer with in and out swapped; packed tensors are shared."""
@@ -274,7 +281,7 @@ class TernaryBasis:
         return _by_key.setdefault(self._key(), self)
 
     def _key(self) -> tuple:
-        return self._shape, self._source
+        return self._shape, self.description or self._source
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TernaryBasis) and self._key() == other._key()
@@ -286,15 +293,18 @@ class TernaryBasis:
         return self
 
     def __getstate__(self) -> dict:
-        return {"_shape": self._shape, "_source": self._source}
+        return {"shape": self._shape, "source": self._source}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._set(**state)
 
     def __repr__(self) -> str:
         origin = self.kind if self.description is None else f"seed={self.seed}, kind={self.kind!r}"
-        if self._source.kind != "hadamard":
+        if self.kind != "hadamard":
             origin = f"density={self.density:.6g}, {origin}"
-        shape, part = self._shape, ""
-        if shape.is_slice:
-            part = f", slice from row {shape.first_row} of B and column {shape.first_column} of A"
+        part = ""
+        if self._shape.is_slice:
+            part = f", slice from row {self.first_row} of B and column {self.first_column} of A"
         return (
             f"TernaryBasis({self.in_features}, {self.out_features}, r={self.r}, {origin}, "
             f"format={self.format!r}{part})"

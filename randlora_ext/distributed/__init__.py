@@ -4,7 +4,6 @@ DDP, FSDP2 and distributed checkpoints need nothing from here: lambda and gamma 
 parameters, and bases are neither parameters nor buffers.
 """
 
-from .layer import TensorParallelRandLoraLinear
-from .styles import RandLoraColwise, RandLoraRowwise
+from .tensor_parallel import RandLoraColwise, RandLoraRowwise, TensorParallelRandLoraLinear
 
 __all__ = ["RandLoraColwise", "RandLoraRowwise", "TensorParallelRandLoraLinear"]

@@ -10,7 +10,7 @@ from ..devices import serve
 from ..ops import functional
 from ..ops.dtensor import full_tensor, laid_out_like
 from ..ops.path import explain
-from .base_layer import can_fuse
+from .base_layer import is_plain_linear, matches
 from .merging import KeepsWeight
 from .state_dict import DIAGONALS
 
@@ -77,7 +77,17 @@ class AdaptedLayer(KeepsWeight):
         return functional.linear(x, weight, bias, basis, lam, gam, self.scaling[name])
 
     def _can_fuse(self, name: str, x: Tensor) -> bool:
-        return can_fuse(self.base_layer, x)
+        """Whether base_layer(x) is F.linear(x, weight, bias) and nothing else.
+
+        A subclass, a hook, a replaced forward (accelerate's offloading) or a quantized or
+        distributed weight needs the layer's own call.
+        """
+        if not is_plain_linear(self.base_layer):
+            return False
+        weight = self.base_layer.weight
+        # While torch.export traces, parameters are FakeTensors, which have a fake_mode.
+        plain = type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "fake_mode")
+        return plain and matches(weight, x)
 
     def _widens(self, name: str, x: Tensor) -> bool:
         """Whether the adapter multiplies in a wider dtype than the base layer."""

@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import is_lazy
 
-from ..ops import autocast
+from ..ops.registration import autocast_is_on
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -41,19 +40,6 @@ def features(base_layer: Any) -> tuple[int, int]:
         in_features, out_features = getattr(weight, "ds_shape", weight.shape)
         return in_features, out_features
     return base_layer.in_features, base_layer.out_features
-
-
-def can_fuse(base_layer: Any, x: Tensor) -> bool:
-    """Whether base_layer(x) is F.linear(x, weight, bias) and nothing else.
-
-    If so, one operator computes base and adapter. A subclass, a hook, a replaced forward
-    (accelerate's offloading) or a quantized or distributed weight needs the layer's own call.
-    """
-    if not is_plain_linear(base_layer):
-        return False
-    weight = base_layer.weight
-    # Parameters are FakeTensors while torch.export traces.
-    return type(weight) in (Tensor, nn.Parameter, FakeTensor) and matches(weight, x)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -100,5 +86,5 @@ def matches(weight: Tensor, x: Tensor) -> bool:
         return False
     # Mixed dtypes are an error unless autocast casts both; it does not cast float64.
     return x.dtype == weight.dtype or (
-        autocast.is_on(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+        autocast_is_on(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
     )

@@ -6,47 +6,35 @@ powers of two keep A', x A'^T and the gradient of A' in range: |lambda gamma A| 
 """
 
 import math
-from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..basis import TernaryBasis
-from . import linear_operator
+from .basis_ops import scaled as scaled_basis
 from .path import PATHS
-from .scaled_basis import scaled as scaled_basis
+from .registration import register_linear
 
 _ops = torch.ops.randlora
 _library = torch.library.Library("randlora", "FRAGMENT")  # registrations live as long as this
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    basis: TernaryBasis,
-    lam: Tensor,
-    gam: Tensor,
-    scaling: float,
-    path: str,
-) -> Tensor:
-    """As `functional.linear`, by one of its paths."""
-    A, B = basis.packed(x.device)[0], basis.dense_b(x.device, x.dtype)
-    return _linear(x, weight, bias, lam, gam, A, B, float(scaling), basis.expand, path)
+def operands(
+    basis: TernaryBasis, device: torch.device, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, float, bool]:
+    """The operators' arguments that describe the bases, which may be Hadamard bases."""
+    A, B = basis.dense_a(device, dtype), basis.dense_b(device, dtype)
+    return A, B, float(scaling), basis.expand
 
 
 def delta(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float) -> Tensor:
     """As `functional.delta_weight`; differentiable by torch."""
-    wide = torch.promote_types(lam.dtype, torch.float32)
-    A, B = basis.packed(lam.device)[0], basis.dense_b(lam.device, wide)
-    with _no_autocast(lam):
-        product = (scaling * B) @ scaled_basis(A.to(wide), lam.to(wide), gam.to(wide))
+    wide, kind = torch.promote_types(lam.dtype, torch.float32), lam.device.type
+    A, B, *_ = operands(basis, lam.device, scaling, wide)
+    with torch.autocast(kind if kind != "meta" else "cpu", enabled=False):
+        product = (scaling * B) @ scaled_basis(A, lam.to(wide), gam.to(wide))
     return (product if basis.expand else product.T).to(lam.dtype)
-
-
-def _no_autocast(like: Tensor) -> AbstractContextManager:
-    return torch.autocast(like.device.type if like.device.type != "meta" else "cpu", enabled=False)
 
 
 def _check(x, weight, bias, lam, gam, A, B, expand, path) -> None:
@@ -74,22 +62,6 @@ def _check(x, weight, bias, lam, gam, A, B, expand, path) -> None:
     for name, value in (("weight", weight), ("bias", bias), ("lam", lam), ("gam", gam)):
         if value is not None and value.device != x.device:
             raise ValueError(f"{name} is on {value.device} but x on {x.device}")
-
-
-def merged(
-    weight: Tensor,
-    basis: TernaryBasis,
-    lam: Tensor,
-    gam: Tensor,
-    scaling: float,
-    rounding_seed: int | None,
-) -> Tensor:
-    """As `functional.merged_weight`; `rounding_seed` is signed."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    dW = delta(basis, lam.to(wide), gam.to(wide), scaling)
-    if rounding_seed is None:
-        return (weight.to(wide) + dW).to(weight.dtype)
-    return _ops.add_rounded(weight, dW, rounding_seed)
 
 
 class _Products:
@@ -181,29 +153,6 @@ def _dense_linear_backward(
     return dx, dlam, dgam
 
 
-for _name, _schema, _function in (
-    (
-        "dense_linear",
-        "(Tensor x, Tensor? weight, Tensor? bias, Tensor lam, Tensor gam, Tensor A, Tensor B, "
-        "float scale, bool expand, str path) -> Tensor",
-        _dense_linear,
-    ),
-    (
-        "dense_linear_backward",
-        "(Tensor dy, Tensor x, Tensor? weight, Tensor lam, Tensor gam, Tensor A, Tensor B, "
-        "float scale, bool expand, str path, bool need_x, bool need_diagonals) "
-        "-> (Tensor, Tensor, Tensor)",
-        _dense_linear_backward,
-    ),
-):
-    _library.define(_name + _schema)
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
-_linear = linear_operator.register(
-    "dense_linear",
-    lambda gam, A, B, scale, expand, path: B.shape[0] if expand else A.shape[1],
-)
-
-
 def _gradient_of_scaled(x, dy, U, p: _Products, factored: bool) -> Tensor:
     """gradient * P (K, d): from U, or from dy^T x if that takes fewer operations."""
     small, large = (x, dy) if p.expand else (dy, x)
@@ -212,3 +161,17 @@ def _gradient_of_scaled(x, dy, U, p: _Products, factored: bool) -> Tensor:
         return _product(p.B.T, _product(large.T, small, p.gradient), 1.0)
     U = large @ p.B if U is None else U
     return _product(U.T, small, p.gradient)
+
+
+_BASES = "Tensor lam, Tensor gam, Tensor A, Tensor B, float scale, bool expand, str path"
+_library.define(f"dense_linear(Tensor x, Tensor? weight, Tensor? bias, {_BASES}) -> Tensor")
+_library.define(
+    f"dense_linear_backward(Tensor dy, Tensor x, Tensor? weight, {_BASES}, bool need_x, "
+    "bool need_diagonals) -> (Tensor, Tensor, Tensor)"
+)
+_library.impl("dense_linear", _dense_linear, "CompositeExplicitAutograd")
+_library.impl("dense_linear_backward", _dense_linear_backward, "CompositeExplicitAutograd")
+linear = register_linear(
+    "dense_linear",
+    lambda gam, A, B, scale, expand, path: B.shape[0] if expand else A.shape[1],
+)

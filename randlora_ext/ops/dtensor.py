@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 
-def is_dtensor(t: object) -> bool:
+def is_dtensor(t: Any) -> bool:
     # isinstance(t, DTensor) would import torch.distributed.tensor, which is slow.
     return isinstance(t, Tensor) and hasattr(t, "full_tensor")
 
@@ -24,13 +24,3 @@ def laid_out_like(t: Tensor, weight: Any) -> Tensor:
     mesh = weight.device_mesh
     replicated = DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return replicated.redistribute(placements=weight.placements)
-
-
-def refuse_dtensor(name: str, t: Any) -> None:
-    """Raises TypeError if `t` is a DTensor; torch's own message would not say what to do."""
-    if is_dtensor(t):
-        raise TypeError(
-            f"{name} must be a plain tensor, got a DTensor placed {tuple(t.placements)}; in "
-            "forward FSDP2 gives plain ones, for tensor parallelism there is "
-            "randlora_ext.distributed, and elsewhere take t.to_local() or t.full_tensor()"
-        )

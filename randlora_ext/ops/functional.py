@@ -3,23 +3,26 @@
 Each is differentiable with respect to lam, gam (and x); the bases are constants.
 """
 
+from types import ModuleType
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..basis import TernaryBasis
 from ..basis.description import as_signed, check_seed
 from ..devices import serve
-from . import autocast, basis_ops, dense, hadamard, ternary  # noqa: F401  (basis_ops registers)
-from .dtensor import refuse_dtensor
+from . import dense, hadamard, ternary
+from .basis_ops import scaled
+from .dtensor import is_dtensor
 from .path import choose
-from .scaled_basis import scaled
+from .registration import autocast, autocast_is_on
 
-# One module a kind of bases, each with the functions `linear`, `delta` and `merged`.
-_KINDS = {"hadamard": hadamard, "dense": dense, "independent": ternary, "imported": ternary}
+_ops = torch.ops.randlora
 _PLAIN = (Tensor, torch.nn.Parameter)  # subclasses are looked at more closely
 
 
-def _check_types(basis: TernaryBasis, **tensors: Tensor) -> None:
+def _check_types(basis: TernaryBasis, **tensors: Any) -> None:
     """Checks what C++ cannot know; csrc/torch/check.cpp checks dtypes, devices and other shapes."""
     if not isinstance(basis, TernaryBasis):
         raise TypeError(f"basis must be a TernaryBasis, got {type(basis)}")
@@ -27,7 +30,13 @@ def _check_types(basis: TernaryBasis, **tensors: Tensor) -> None:
         if type(value) not in _PLAIN:
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(value)}")
-            refuse_dtensor(name, value)
+            if is_dtensor(value):  # torch's own message would not say what to do
+                placements = tuple(tensors[name].placements)
+                raise TypeError(
+                    f"{name} must be a plain tensor, got a DTensor placed {placements}; in forward "
+                    "FSDP2 gives plain ones, for tensor parallelism there is "
+                    "randlora_ext.distributed, and elsewhere take t.to_local() or t.full_tensor()"
+                )
     if torch.jit.is_tracing():
         raise RuntimeError(
             "randlora_ext does not support torch.jit.trace; use torch.export or torch.compile"
@@ -42,15 +51,20 @@ def _check_types(basis: TernaryBasis, **tensors: Tensor) -> None:
             )
 
 
-def _check_served(basis: TernaryBasis, name: str, tensor: Tensor) -> None:
-    """Raises ValueError if this kind of bases needs kernels that the device does not have."""
-    kind = tensor.device.type
-    if kind != "meta" and not serve(kind) and basis.format in ("lists", "planes"):
+def _module(basis: TernaryBasis, name: str, tensor: Tensor) -> ModuleType:
+    """`hadamard`, `ternary` or `dense`: the operators that compute on the device of `tensor`.
+
+    Raises ValueError if this kind of bases needs kernels that the device does not have.
+    """
+    if basis.kind in ("hadamard", "dense"):
+        return hadamard if basis.kind == "hadamard" else dense
+    if not tensor.is_meta and not serve(tensor.device.type):
         raise ValueError(
             f"{name} is on {tensor.device}, for which no kernels are loaded here "
             "(randlora_ext.build_info()['cuda']); Hadamard and dense bases work without, in plain "
             "torch"
         )
+    return ternary
 
 
 def scaled_basis(basis_or_A: TernaryBasis | Tensor, lam: Tensor, gam: Tensor) -> Tensor:
@@ -80,8 +94,13 @@ def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float =
     Source: PEFT's ``get_delta_weight``; paper equation 3.
     """
     _check_types(basis, lam=lam, gam=gam)
-    _check_served(basis, "lam", lam)
-    return _KINDS[basis.kind].delta(basis, lam, gam, scaling)
+    module = _module(basis, "lam", lam)
+    if module is dense:
+        return dense.delta(basis, lam, gam, scaling)
+    bases = module.operands(basis, lam.device, scaling)
+    if module is hadamard:
+        return hadamard.weight(None, lam, gam, *bases, None)
+    return ternary.delta(lam, gam, *bases)
 
 
 @torch.no_grad()
@@ -115,8 +134,16 @@ def merged_weight(
         rounding_seed = as_signed(rounding_seed)
         if weight.device.type != "meta" and not serve(weight.device.type):
             raise ValueError(f"rounding_seed needs our kernels, which {weight.device} has none of")
-    _check_served(basis, "weight", weight)
-    return _KINDS[basis.kind].merged(weight, basis, lam, gam, scaling, rounding_seed)
+    module = _module(basis, "weight", weight)
+    if module is dense:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        dW = dense.delta(basis, lam.to(wide), gam.to(wide), scaling)
+        if rounding_seed is None:
+            return (weight.to(wide) + dW).to(weight.dtype)
+        return _ops.add_rounded(weight, dW, rounding_seed)
+    bases = module.operands(basis, lam.device, scaling)
+    operator = _ops.hadamard_weight if module is hadamard else _ops.merged_weight
+    return operator(weight, lam, gam, *bases, rounding_seed)
 
 
 def linear(
@@ -153,14 +180,16 @@ def linear(
             f"x must be (..., in_features) with in_features = {basis.in_features}, "
             f"got {tuple(x.shape)}"
         )
-    kind = x.device.type
-    _check_served(basis, "x", x)
-    if autocast.is_on(kind):  # the path depends on the dtype
-        x, weight, bias = autocast.cast(kind, (x, weight, bias))
+    module, kind = _module(basis, "x", x), x.device.type
+    if autocast_is_on(kind):  # the path depends on the dtype
+        x, weight, bias = autocast(kind, (x, weight, bias))
     tokens = x.numel() // basis.in_features  # keeps a symbolic size symbolic
     path, b_side = choose(path, basis, tokens, x.dtype, weight is not None, kind)
-    arguments = x, weight, bias, basis, lam, gam, scaling, path
-    if _KINDS[basis.kind] is not ternary:
-        return _KINDS[basis.kind].linear(*arguments)
-    dense_b = b_side == "dense" and path == "factored"
-    return ternary.linear(*arguments, basis.dense_b(x.device, x.dtype) if dense_b else None)
+    inputs = x, weight, bias, lam, gam
+    if module is hadamard:
+        bases = hadamard.operands(basis, x.device, scaling)
+        return hadamard.linear(*inputs, *bases, path == "merged")
+    if module is dense:
+        return dense.linear(*inputs, *dense.operands(basis, x.device, scaling, x.dtype), path)
+    b_dense = basis.dense_b(x.device, x.dtype) if b_side == "dense" else None
+    return ternary.linear(*inputs, *ternary.operands(basis, x.device, scaling), path, b_dense)

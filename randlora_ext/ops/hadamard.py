@@ -1,11 +1,10 @@
-"""The operators on Hadamard bases: shapes, gradients, and plain torch for devices without kernels.
+"""The operators on Hadamard bases, csrc/torch/hadamard.cpp: shapes and gradients.
 
     ``y = x W^T + bias + scale * x dW^T``,  ``dW = B (lambda * A * gamma)`` or its transpose
     ``A[j, k] = s[k] H[j, m]`` with the class ``m = (first_column + k) // n`` of column k
     ``B[o, c] = row[o] H[first_row + o, c] col[c]``, c = j * n + i
 
-H is Sylvester's Hadamard matrix. csrc/torch/hadamard.cpp has the operators of CPU and CUDA tensors;
-torch's dispatcher takes the functions ``_plain_*`` here for those of any other device.
+H is Sylvester's Hadamard matrix. Devices without our kernels take the same steps in plain torch.
 """
 
 from typing import NamedTuple
@@ -16,8 +15,15 @@ from torch import Tensor
 
 from ..basis import TernaryBasis
 from ..basis.hadamard import sylvester
-from . import linear_operator, vmap
-from .registration import Operator, call_kernel, check_one_device, entry, fake, gradients
+from .registration import (
+    Operator,
+    call_kernel,
+    check_one_device,
+    entry,
+    fake,
+    gradients,
+    register_linear,
+)
 
 _ops = torch.ops.randlora
 _library = torch.library.Library("randlora", "IMPL")  # registrations live as long as this
@@ -42,47 +48,12 @@ def operands(basis: TernaryBasis, device: torch.device | str, scaling: float = 1
     return Operands(s, row, col, scale, basis.first_row, basis.first_column, basis.expand)
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    basis: TernaryBasis,
-    lam: Tensor,
-    gam: Tensor,
-    scaling: float,
-    path: str,
-) -> Tensor:
-    """As `functional.linear`, by path "factored" or "merged"."""
-    bases = operands(basis, x.device, scaling)
-    return _linear(x, weight, bias, lam, gam, *bases, path == "merged")
-
-
-def delta(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float) -> Tensor:
-    """As `functional.delta_weight`."""
-    return _weight(None, lam, gam, *operands(basis, lam.device, scaling), None)
-
-
-def merged(
-    weight: Tensor,
-    basis: TernaryBasis,
-    lam: Tensor,
-    gam: Tensor,
-    scaling: float,
-    rounding_seed: int | None,
-) -> Tensor:
-    """As `functional.merged_weight`; `rounding_seed` is signed."""
-    bases = operands(basis, lam.device, scaling)
-    return _ops.hadamard_weight(weight, lam, gam, *bases, rounding_seed)
-
-
-# ---- shapes and gradients ------------------------------------------------------------------------
-
-
-def _features(gam, s, row, col, scale, first_row, first_column, expand, merge):
-    return (row if expand else s).shape[0]
-
-
-_linear = linear_operator.register("hadamard_linear", _features)
+linear = register_linear(
+    "hadamard_linear",
+    lambda gam, s, row, col, scale, first_row, first_column, expand, merge: (
+        row if expand else s
+    ).shape[0],
+)
 
 
 @fake
@@ -119,8 +90,7 @@ class HadamardWeight(Operator):
         return of_weight, dlam, dgam, *[None] * (len(ctx.bases) + 1)
 
 
-_weight = entry("hadamard_weight", HadamardWeight)
-vmap.register("hadamard_weight")
+weight = entry("hadamard_weight", HadamardWeight)
 
 
 # ---- plain torch ---------------------------------------------------------------------------

@@ -11,9 +11,9 @@ import torch
 
 from .. import _C, devices
 from ..basis import TernaryBasis
-from ..basis.tracing import MANY, at_least
 
 PATHS = ("factored", "delta", "merged")
+MANY = 2**62  # tokens: more than any call has
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
@@ -95,11 +95,11 @@ def choose(
         path = _from_environment("RANDLORA_PATH", PATHS)
         path = "delta" if path == "merged" and not has_weight else path
         if path == "auto":
-            formed = at_least(tokens, formed_from(basis, dtype, has_weight, device_type))
+            formed = _at_least(tokens, formed_from(basis, dtype, has_weight, device_type))
             path = _formed(dtype, has_weight) if formed else "factored"
         elif path not in allowed:
             path = "factored"
-    many = at_least(tokens, dense_b_above(basis, device_type) + 1, unknown=True)
+    many = _at_least(tokens, dense_b_above(basis, device_type) + 1, unknown=True)
     return path, "dense" if path == "factored" and many else "packed"
 
 
@@ -146,3 +146,22 @@ def _from_environment(variable: str, values: tuple[str, ...]) -> str:
     if value not in ("auto", *values):
         raise ValueError(f"{variable} must be one of {('auto', *values)}, got {value!r}")
     return value
+
+
+def _at_least(tokens: int, limit: int, unknown: bool = False) -> bool:
+    """tokens >= limit, for a symbolic number too: torch.compile guards on the answer.
+
+    An exported program serves a range of numbers. Where the range leaves the answer open, it is
+    `unknown`.
+    """
+    if limit >= MANY:  # of which a symbolic number cannot be known to fall short
+        return False
+    if not torch.compiler.is_compiling():
+        return tokens >= limit
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
+
+    if not torch.compiler.is_exporting():
+        return guard_or_false(tokens >= limit)
+    if statically_known_true(tokens >= limit):
+        return True
+    return unknown and not statically_known_true(tokens < limit)

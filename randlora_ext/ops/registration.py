@@ -1,32 +1,27 @@
-"""What registers an operator with torch: its fake kernel, its gradient, and what eager code calls.
+"""What torch asks of an operator: fake kernel, gradient, vmap, autocast; and what eager code calls.
 
 Eager code and torch.func call an operator's autograd Function; torch.compile and torch.export call
 ``torch.ops.randlora.*``, whose Autograd key leads to the same Function. Forward keeps x, weight,
 lambda and gamma; nothing of size (K, d), (T, K) or (D, d).
 """
 
+import inspect
+import math
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from .. import devices  # noqa: F401  (loads the operators)
-from . import autocast
 
 _ops = torch.ops.randlora
 _library = torch.library.Library("randlora", "IMPL")  # registrations live as long as this
 
-# Inside an operator neither autograd nor autocast may act again: the kernels read what torch's GEMM
-# returns there in the dtype of x. torch._C._AutoDispatchBelowAutograd excludes only autograd.
-_keys = torch._C.DispatchKey
-_ABOVE_KERNELS = torch._C.DispatchKeySet(_keys.AutogradFunctionality)
-for _name in ("AutogradOther", "AutogradNestedTensor", *autocast.ALL_KEYS):
-    _ABOVE_KERNELS = _ABOVE_KERNELS.add(getattr(_keys, _name))
 
-
-# ---- fake kernels: the shapes, dtypes and devices of results, for torch.compile -----------------
+# ---- fake kernels: the shapes, dtypes and devices of results, for torch.compile ------------------
 
 
 def fake(function):
@@ -51,11 +46,95 @@ def check_one_device(**tensors) -> None:
             )
 
 
+# ---- autocast ------------------------------------------------------------------------------------
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """torch.is_autocast_enabled, but False for "meta", for which that raises."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def autocast(device_type: str, values: tuple) -> tuple:
+    """Casts floating tensors other than float64 to autocast's dtype; leaves all else as it is."""
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        v.to(dtype)
+        if isinstance(v, Tensor) and v.is_floating_point() and v.dtype is not torch.float64
+        else v
+        for v in values
+    )
+
+
+def _without_autocast(device_type: str, op, *inputs):
+    # The context manager torch.autocast takes 10 us.
+    torch.set_autocast_enabled(device_type, False)
+    try:
+        return op(*inputs)
+    finally:
+        torch.set_autocast_enabled(device_type, True)
+
+
+def _register_autocast(name: str) -> None:
+    """As torch has it for F.linear. torch.library.register_autocast would cast lambda and gamma as
+    well, and always to one dtype."""
+    forward = getattr(_ops, name).default
+    backward = getattr(_ops, f"{name}_backward").default
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+
+        def linear(x, weight, bias, lam, gam, *bases, device_type=device_type):
+            x, weight, bias, *bases = autocast(device_type, (x, weight, bias, *bases))  # a dense B
+            return _without_autocast(device_type, forward, x, weight, bias, lam, gam, *bases)
+
+        _library.impl(name, linear, key)
+        # Keeps the dtypes of the forward.
+        _library.impl(f"{name}_backward", partial(_without_autocast, device_type, backward), key)
+
+
+# ---- vmap: one call per element; one for a linear layer if only x varies -------------------------
+
+
+def _element(value, dim, index: int):
+    if isinstance(value, (list, tuple)):
+        return [_element(v, d, index) for v, d in zip(value, dim, strict=True)]
+    if dim is None:
+        return value
+    if value.shape[dim] == 0:  # an empty batch still needs the shapes of the results
+        return value.new_zeros(value.movedim(dim, 0).shape[1:])
+    return value.select(dim, index)
+
+
+def _vmap(op, info, in_dims: tuple, *inputs) -> tuple:
+    """The rule that torch.library.register_vmap asks for."""
+    results = [op(*_element(inputs, in_dims, i)) for i in range(max(info.batch_size, 1))]
+
+    def stack(parts):
+        return torch.stack(parts)[: info.batch_size]
+
+    if isinstance(results[0], Tensor):
+        return stack(results), 0
+    return tuple(map(stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+
+def _is_batched(dim) -> bool:
+    return any(map(_is_batched, dim)) if isinstance(dim, (list, tuple)) else dim is not None
+
+
+def _vmap_linear(op, info, in_dims: tuple, x: Tensor, *rest) -> tuple:
+    if any(_is_batched(dim) for dim in in_dims[1:]):
+        return _vmap(op, info, in_dims, x, *rest)
+    return op(x.movedim(in_dims[0], 0), *rest), 0  # more tokens
+
+
 # ---- gradients -----------------------------------------------------------------------------------
 
 
 def call_kernel(op, *inputs):
-    with torch._C._ExcludeDispatchKeyGuard(_ABOVE_KERNELS):
+    """Calls `op` where neither autograd nor autocast act again: the kernels read what torch's GEMM
+    returns inside in the dtype of x."""
+    device_type = (inputs[1] if inputs[0] is None else inputs[0]).device.type
+    with torch._C._AutoDispatchBelowAutograd():
+        if autocast_is_on(device_type):
+            return _without_autocast(device_type, op, *inputs)
         return op(*inputs)
 
 
@@ -97,10 +176,14 @@ def gradients(op, *inputs):
     return results
 
 
-def entry(name: str, function: type[Function]) -> Callable:
-    """Registers `function` at the operator's Autograd key; returns what eager code calls."""
+def entry(name: str, function: type[Function], vmap_rule: Callable = _vmap) -> Callable:
+    """Registers gradient and vmap of the operator `name`; returns what eager code calls."""
     op = getattr(_ops, name)
     _library.impl(name, function.apply, "Autograd")
+    torch.library.register_vmap(f"randlora::{name}", partial(vmap_rule, op.default))
+    if backward := getattr(_ops, f"{name}_backward", None):
+        rule = partial(_vmap, backward.default)
+        torch.library.register_vmap(f"randlora::{name}_backward", rule)
     # Function.apply binds default arguments by inspect.signature if there is a setup_context: 50 us
     # a call, a tenth of a training step of 16 tokens. This is the C++ method under it.
     apply_eager = super(Function, function).apply  # type: ignore[misc]
@@ -119,3 +202,76 @@ def entry(name: str, function: type[Function]) -> Callable:
         return apply_eager(*inputs)
 
     return call
+
+
+# ---- the operators of a linear layer -------------------------------------------------------------
+
+
+def register_linear(name: str, features: Callable[..., int]) -> Callable:
+    """Registers the operator of a linear layer, whatever its bases; returns what eager code calls.
+
+        ``NAME(x, weight, bias, lam, gam, *bases) -> y``
+        ``NAME_backward(dy, x, weight, lam, gam, *bases, need_x, need_diagonals) -> dx, dlam, dgam``
+
+    `bases` are constants. A gradient that is not needed comes back empty.
+
+    Args:
+        features: out_features of ``(gam, *bases)``, whose names are those of its arguments.
+    """
+    forward_op = getattr(_ops, name).default
+    backward_op = getattr(_ops, f"{name}_backward").default
+    names = [*inspect.signature(features).parameters][1:]
+
+    @torch.library.register_fake(f"randlora::{name}")
+    def fake_forward(x, weight, bias, lam, gam, *bases):
+        named = dict(zip(names, bases, strict=True))
+        check_one_device(x=x, weight=weight, bias=bias, lam=lam, gam=gam, **named)
+        return x.new_empty((*x.shape[:-1], features(gam, *bases)))
+
+    @torch.library.register_fake(f"randlora::{name}_backward")
+    def fake_backward(dy, x, weight, lam, gam, *rest):
+        *bases, need_x, need_diagonals = rest
+        named = dict(zip(names, bases, strict=True))
+        check_one_device(dy=dy, x=x, weight=weight, lam=lam, gam=gam, **named)
+        return (
+            x.new_empty(x.shape if need_x else (0,)),
+            lam.new_empty(lam.shape if need_diagonals else (0,)),
+            gam.new_empty(gam.shape if need_diagonals else (0,)),
+        )
+
+    class Linear(Operator):
+        @staticmethod
+        def forward(x, weight, bias, lam, gam, *bases):
+            return call_kernel(forward_op, x, weight, bias, lam, gam, *bases)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            x, weight, _, lam, gam, *ctx.bases = inputs
+            ctx.save_for_backward(x, weight, lam, gam)
+
+        @staticmethod
+        def backward(ctx, dy):
+            x, weight, lam, gam = ctx.saved_tensors
+            need_x, need_weight, need_bias, need_lam, need_gam = ctx.needs_input_grad[:5]
+            arguments = dy, x, weight, lam, gam, *ctx.bases, need_x, need_lam or need_gam
+            dx, dlam, dgam = gradients(backward_op, *arguments)
+            return (
+                dx if need_x else None,
+                *_base_gradients(dy, x, need_weight, need_bias),
+                dlam if need_lam else None,
+                dgam if need_gam else None,
+                *[None] * len(ctx.bases),
+            )
+
+    _register_autocast(name)
+    return entry(name, Linear, _vmap_linear)
+
+
+def _base_gradients(dy, x, need_weight: bool, need_bias: bool):
+    """Of weight and bias, which may train beside the adapter (PEFT's bias="all", say)."""
+    if not need_weight and not need_bias:
+        return None, None
+    tokens = math.prod(dy.shape[:-1])  # vmap over nothing could not tell what -1 is
+    flat = dy.reshape(tokens, dy.shape[-1])
+    weight = flat.T @ x.reshape(tokens, x.shape[-1]) if need_weight else None
+    return weight, flat.sum(0) if need_bias else None

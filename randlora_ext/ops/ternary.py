@@ -7,8 +7,15 @@ import torch
 from torch import Tensor
 
 from ..basis import TernaryBasis
-from . import linear_operator, vmap
-from .registration import Operator, call_kernel, check_one_device, entry, fake, gradients
+from .registration import (
+    Operator,
+    call_kernel,
+    check_one_device,
+    entry,
+    fake,
+    gradients,
+    register_linear,
+)
 
 _ops = torch.ops.randlora
 
@@ -29,43 +36,7 @@ def operands(basis: TernaryBasis, device: torch.device | str, scaling: float = 1
     return Operands(packed, basis.format, basis.D, basis.expand, float(scaling * basis.scale))
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    basis: TernaryBasis,
-    lam: Tensor,
-    gam: Tensor,
-    scaling: float,
-    path: str,
-    b_dense: Tensor | None,
-) -> Tensor:
-    """As `functional.linear`; with `b_dense`, the unscaled B, products with B are GEMMs."""
-    bases = operands(basis, x.device, scaling)
-    return _linear(x, weight, bias, lam, gam, *bases, path, b_dense)
-
-
-def delta(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float) -> Tensor:
-    """As `functional.delta_weight`."""
-    return _delta_weight(lam, gam, *operands(basis, lam.device, scaling))
-
-
-def merged(
-    weight: Tensor,
-    basis: TernaryBasis,
-    lam: Tensor,
-    gam: Tensor,
-    scaling: float,
-    rounding_seed: int | None,
-) -> Tensor:
-    """As `functional.merged_weight`; `rounding_seed` is signed."""
-    bases = operands(basis, lam.device, scaling)
-    return _ops.merged_weight(weight, lam, gam, *bases, rounding_seed)
-
-
-# ---- shapes and gradients ------------------------------------------------------------------------
-
-_linear = linear_operator.register(
+linear = register_linear(
     "linear",
     lambda gam, packed, format, D, expand, scale, path, b_dense: D if expand else gam.shape[1],
 )
@@ -107,6 +78,4 @@ class DeltaWeight(Operator):
         return dlam, dgam, *[None] * len(ctx.bases)
 
 
-_delta_weight = entry("delta_weight", DeltaWeight)
-vmap.register("delta_weight")
-vmap.register("delta_weight_backward")
+delta = entry("delta_weight", DeltaWeight)

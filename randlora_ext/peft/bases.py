@@ -225,26 +225,25 @@ def _value(basis: Tensor) -> float | int:
     return 0 if basis.is_inference() else basis._version
 
 
+@ordinary_tensors
 def _dense_matrices(A: Tensor, B: Tensor, r: int) -> DenseMatrices:
-    with ordinary_tensors():
-        # `data`, because the value must not keep the tensor that is its weak key alive.
-        A, B = (
-            t.moved("cpu", t.dtype).dense() if isinstance(t, TernaryTensor) else t.data
-            for t in (A, B)
-        )
-        return DenseMatrices(A[:r].flatten(1), B[..., :r].flatten(1))
+    # `data`, because the value must not keep the tensor that is its weak key alive.
+    A, B = (
+        t.moved("cpu", t.dtype).dense() if isinstance(t, TernaryTensor) else t.data for t in (A, B)
+    )
+    return DenseMatrices(A[:r].flatten(1), B[..., :r].flatten(1))
 
 
+@ordinary_tensors
 def _ternary_basis(
     A: TernaryTensor, B: TernaryTensor, in_features: int, out_features: int, r: int
 ) -> TernaryBasis:
     features, described = (in_features, out_features), A.signs.description
     A, B = (t.moved("cpu", t.dtype) if t.is_meta else t for t in (A, B))
-    with ordinary_tensors():
-        if described is not None and described == B.signs.description:
-            density, seed, kind = described.density, described.seed, described.kind
-            return TernaryBasis(in_features, out_features, r, density, seed, kind)
-        if B.shape[2] != r:  # takes columns from inside every row: needs a dense B
-            return TernaryBasis.from_ternary(A.dense()[:r], B.dense()[:, :, :r], *features)
-        planes = A.signs.on(A.device)[:, :r], B.signs.on(B.device)
-        return TernaryBasis.from_planes(*planes, A.value, B.value, *features)
+    if described is not None and described == B.signs.description:
+        density, seed, kind = described.density, described.seed, described.kind
+        return TernaryBasis(in_features, out_features, r, density, seed, kind)
+    if B.shape[2] != r:  # takes columns from inside every row: needs a dense B
+        return TernaryBasis.from_ternary(A.dense()[:r], B.dense()[:, :, :r], *features)
+    planes = A.signs.on(A.device)[:, :r], B.signs.on(B.device)
+    return TernaryBasis.from_planes(*planes, A.value, B.value, *features)

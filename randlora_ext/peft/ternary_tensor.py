@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ..basis import BasisDescription
-from ..basis.generated import generate_planes
-from ..basis.imported import pack_dense
+from ..basis.ternary import generate_planes, pack_dense
 
 
 @dataclass(eq=False)  # by identity: signs are the keys of what is made from them

@@ -14,7 +14,7 @@ from layer_cases import one_thread as one_thread
 
 from randlora_ext import TernaryBasis, delta_weight, linear
 from randlora_ext.basis.cache import _cache
-from randlora_ext.basis.ternary_matrices import PLANES_ABOVE_DENSITY
+from randlora_ext.basis.ternary import PLANES_ABOVE_DENSITY
 from randlora_ext.devices import cuda_serves
 from randlora_ext.reference import delta_weight_reference
 

@@ -201,7 +201,7 @@ def test_a_slice_of_everything_is_the_layer(kind, sizes):
 
 
 def test_only_the_slice_is_generated(monkeypatch):
-    from randlora_ext.basis import generated as module
+    from randlora_ext.basis import ternary as module
 
     asked = []
     generate = module.generate_planes

@@ -5,7 +5,7 @@ import torch
 from gpu_helpers import ALL_TYPES, DENSITIES, DRY, cpu_kernels, moved, on_both, ops, same
 
 from randlora_ext import TernaryBasis
-from randlora_ext.basis.generated import generate_planes
+from randlora_ext.basis.ternary import generate_planes
 
 pytestmark = pytest.mark.gpu
 SHAPES = [(64, 64, 8), (50, 37, 7), (37, 50, 7), (20, 24, 32), (1, 1, 1), (130, 200, 1),

@@ -23,7 +23,7 @@ from property_cases import (
 )
 
 from randlora_ext import TernaryBasis, delta_weight, merged_weight, scaled_basis
-from randlora_ext.basis.generated import generate_planes
+from randlora_ext.basis.ternary import generate_planes
 from randlora_ext.reference import delta_weight_reference, scaled_basis_reference
 
 ops = torch.ops.randlora

@@ -1,0 +1,208 @@
+"""Ternary matrices, generated or imported, packed as index lists or as bit planes."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from .description import BasisDescription, Shape, as_signed
+
+# Above this density B is kept as bit planes (2 bits an element), at or below it as index lists by
+# row and by column (32 * density bits an element): equal memory at 1/16. docs/formats.md.
+PLANES_ABOVE_DENSITY = 1 / 8
+ROLE_A, ROLE_B = 0, 1  # of the specification
+
+_ops = torch.ops.randlora
+
+
+class TernaryMatrices:
+    """A and B of -1, 0 and +1 times a value, for a layer, or a slice of one, of any `shape`.
+
+    A subclass provides the elements, as bit planes.
+    """
+
+    needs_kernels = True  # the methods need a device that our kernels serve
+    kind: str
+    description: BasisDescription | None = None
+    a_value: float  # what +1 stands for in A
+    b_value: float
+    density: float
+    scale: float  # a_value * b_value
+
+    def a_planes(self, shape: Shape, device: torch.device) -> Tensor:
+        """A of one layer as bit planes (2, r, ceil(d / 64))."""
+        raise NotImplementedError
+
+    def b_planes(self, shape: Shape, device: torch.device) -> Tensor:
+        """B of one layer as bit planes (2, D, ceil(K / 64))."""
+        raise NotImplementedError
+
+    def format(self, shape: Shape) -> str:
+        # Planes are decoded with 16-bit base numbers.
+        return "planes" if shape.n <= 65536 and self.density > PLANES_ABOVE_DENSITY else "lists"
+
+    def pack(self, shape: Shape, on: torch.device) -> list[Tensor]:
+        """The tensors of `TernaryBasis.packed`."""
+        a_planes, b_planes = self.a_planes(shape, on), self.b_planes(shape, on)
+        a_offset, a_index = _ops.planes_to_lists(a_planes, shape.d, False, shape.wide)
+        of_b = [b_planes]
+        if self.format(shape) == "lists":
+            by_row = _ops.planes_to_lists(b_planes, shape.K, False, shape.wide)
+            of_b = [*by_row, *_ops.planes_to_lists(b_planes, shape.K, True, shape.wide)]
+        a_tables = _ops.support_tables(a_offset, a_index, shape.d)  # empty but on CUDA
+        return [a_offset, a_index, a_tables, *of_b]
+
+    def dense_a(self, shape: Shape, dtype: torch.dtype, packed: list[Tensor]) -> Tensor:
+        """A (r, d), scaled, of what `pack` has made."""
+        return _ops.lists_to_dense(*packed[:2], shape.d, self.a_value, dtype)
+
+    def dense_b(self, shape: Shape, dtype: torch.dtype, packed: list[Tensor]) -> Tensor:
+        """The factor of GEMMs, as `TernaryBasis.dense_b`."""
+        if self.format(shape) == "lists":
+            return _ops.lists_to_dense(*packed[3:5], shape.K, 1.0, dtype)
+        return _ops.planes_to_dense(packed[3], shape.K, 1.0, dtype)
+
+
+class GeneratedMatrices(TernaryMatrices):
+    """A and B of a description: a pure function of it (docs/basis-spec.md).
+
+    Layers of different shapes see slices of the same matrices.
+    """
+
+    kind = "independent"
+
+    def __init__(self, description: BasisDescription) -> None:
+        density = description.density
+        assert density is not None
+        self.description, self.density = description, density
+        self.a_value = self.b_value = 1.0 / math.sqrt(density)
+        self.scale = 1.0 / density  # without the square root's rounding
+
+    def a_planes(self, shape: Shape, device: torch.device) -> Tensor:
+        return self._planes(ROLE_A, 0, shape.r, shape.first_column, shape.d, device)
+
+    def b_planes(self, shape: Shape, device: torch.device) -> Tensor:
+        return self._planes(ROLE_B, shape.first_row, shape.D, 0, shape.K, device)
+
+    def _planes(self, role: int, row: int, rows: int, column: int, columns: int, device) -> Tensor:
+        seed = self.description.seed  # type: ignore[union-attr]
+        return generate_planes(seed, role, row, rows, column, columns, self.density, device)
+
+
+def generate_planes(
+    seed: int,
+    role: int,
+    row_start: int,
+    rows: int,
+    col_start: int,
+    cols: int,
+    density: float,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Bit planes (2, rows, ceil(cols / 64)) of any slice of the infinite matrix of that role.
+
+    Equivalent to slicing the infinite matrix of docs/basis-spec.md; independent of layer shapes.
+    """
+    planes = torch.empty((2, rows, -(-cols // 64)), dtype=torch.int64, device=device)
+    limit = _C.threshold(density)
+    _ops.fill_planes_(planes, as_signed(seed), role, row_start, col_start, cols, limit)
+    return planes
+
+
+class ImportedMatrices(TernaryMatrices):
+    """A and B of one layer as bit planes, as `TernaryBasis.from_planes` takes them."""
+
+    kind = "imported"
+
+    def __init__(
+        self, a_planes: Tensor, b_planes: Tensor, a_value: float, b_value: float, shape: Shape
+    ) -> None:
+        self._a = _checked("a_planes", a_planes, shape.r, shape.d)
+        self._b = _checked("b_planes", b_planes, shape.D, shape.K)
+        self.a_value, self.b_value, self.scale = a_value, b_value, a_value * b_value
+        # The share of non-zeros of B decides the packed format and the predicted cost. Eight bits
+        # at a time by a table: torch has no population count.
+        ones = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.int64)
+        counts = torch.bincount(self._b.cpu().view(torch.uint8).flatten(), minlength=256)
+        self.density = max(int(counts @ ones) / (shape.D * shape.K), 2.0**-31)
+
+    def a_planes(self, shape: Shape, device: torch.device) -> Tensor:
+        word, shift = divmod(shape.first_column, 64)
+        part = self._a[:, :, word:]
+        if shift:
+            upper = part[:, :, 1:] << (64 - shift)
+            part = (part >> shift) & ((1 << (64 - shift)) - 1)  # >> repeats the sign bit
+            part[:, :, :-1] |= upper
+        return _leading(part, shape.r, shape.d).to(device)
+
+    def b_planes(self, shape: Shape, device: torch.device) -> Tensor:
+        return _leading(self._b[:, shape.first_row :], shape.D, shape.K).to(device)
+
+
+def _checked(name: str, planes: Tensor, rows: int, cols: int) -> Tensor:
+    """The part of imported planes that a layer uses; ValueError unless they are sound."""
+    words, size = -(-cols // 64), tuple(planes.shape)
+    if planes.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64, got {planes.dtype}")
+    if len(size) != 3 or size[0] != 2 or size[1] < rows or size[2] < words:
+        raise ValueError(f"{name} must be (2, >= {rows}, >= {words}), got {size}")
+    part = _leading(planes, rows, cols)
+    if bool((part[0] & part[1]).any()):
+        raise ValueError(
+            f"{name} has elements that are +1 and -1 at once; its two planes must not share a bit"
+        )
+    return part
+
+
+def _leading(planes: Tensor, rows: int, cols: int) -> Tensor:
+    """The planes of the first `rows` rows and `cols` columns; `planes` itself if that is all."""
+    words = -(-cols // 64)
+    part = planes[:, :rows, :words].contiguous()
+    if cols % 64:  # bits past the last column are zero
+        outside = ~((1 << cols % 64) - 1)
+        if bool((part[:, :, -1] & outside).any()):
+            part = part.clone() if part.data_ptr() == planes.data_ptr() else part
+            part[:, :, -1] &= ~outside
+    return part
+
+
+def pack_layer(
+    A: Tensor, B: Tensor, in_features: int, out_features: int
+) -> tuple[Tensor, Tensor, float, float]:
+    """Planes and values of A and B, which are given as `TernaryBasis.from_ternary` takes them."""
+    A, B = A.detach(), B.detach()
+    if A.dim() == 3 and A.shape[1] == 1:
+        A = A.flatten(1)
+    if A.dim() != 2 or len(A) == 0:
+        raise ValueError(f"A must be (r, d) or (r, 1, d), got {tuple(A.shape)}")
+    shape = Shape.of(in_features, out_features, len(A))
+    if A.shape[1] < shape.d:
+        raise ValueError(f"A must have at least d = {shape.d} columns, got {tuple(A.shape)}")
+    if B.dim() == 3:
+        if B.shape[0] < shape.D or B.shape[1] < shape.n or B.shape[2] != shape.r:
+            raise ValueError(
+                f"B must be (>= D, >= n, r) = (>= {shape.D}, >= {shape.n}, {shape.r}), "
+                f"got {tuple(B.shape)}"
+            )
+        B = B[: shape.D, : shape.n].flatten(1)
+    elif tuple(B.shape) != (shape.D, shape.K):
+        raise ValueError(
+            f"B must be (D, K) = ({shape.D}, {shape.K}) or (D, n, r), got {tuple(B.shape)}"
+        )
+    (a, a_value), (b, b_value) = pack_dense("A", A[:, : shape.d]), pack_dense("B", B)
+    return a, b, a_value, b_value
+
+
+def pack_dense(name: str, matrix: Tensor) -> tuple[Tensor, float]:
+    """Bit planes of `matrix` and the value of +1; ValueError if `matrix` is not ternary."""
+    if not matrix.is_floating_point():
+        raise ValueError(f"{name} must be a floating point matrix, got {matrix.dtype}")
+    try:
+        planes, value = _ops.pack_dense(matrix.cpu())
+    except RuntimeError as error:
+        message = str(error).splitlines()[0].split("randlora: ")[-1]
+        if not message.startswith("dense "):
+            raise  # no fault of the matrix: memory ran out
+        raise ValueError(f"{name} cannot be packed: {message}") from error
+    return planes, float(value)
