@@ -197,8 +197,8 @@ void down(const HadamardDown& p, Device& device) {
     if (p.z)
       all.start("hadamard_mix", hadamard_mix_kernel<S>, of_bases, p.sizes, p.z, p.T, mixed,
                 plan.log, t0, tokens);
-    all.start("hadamard_low", hadamard_low_kernel<C>, of_numbers, Diagonal<C>(p), all.numbers,
-              mixed, false, plan.log, tokens);
+    all.start("hadamard_low", hadamard_low_kernel<false, C>, of_numbers, Diagonal<C>(p),
+              all.numbers, mixed, plan.log, tokens);
     all.start("hadamard_down_store", hadamard_down_store_kernel<S>, of_bases, p, all.numbers,
               plan.log, t0, tokens);
     if (p.z)

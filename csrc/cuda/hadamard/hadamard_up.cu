@@ -113,8 +113,8 @@ void up(const HadamardUp& p, Device& device) {
     const int64_t of_numbers = all.of_numbers(tokens);
     all.start("hadamard_mix", hadamard_mix_kernel<S>, all.blocks(tokens * p.sizes.n), p.sizes, p.z,
               p.T, all.numbers, plan.log, t0, tokens);
-    all.start("hadamard_low", hadamard_low_kernel<C>, of_numbers, Diagonal<C>(p), all.numbers,
-              nullptr, true, plan.log, tokens);
+    all.start("hadamard_low", hadamard_low_kernel<true, C>, of_numbers, Diagonal<C>(p), all.numbers,
+              nullptr, plan.log, tokens);
     all.transform(kEdgeBits<S>, tokens);
     all.start("hadamard_up_store", hadamard_up_store_kernel<S>, of_numbers, p, all.numbers,
               plan.log, t0, tokens);

@@ -140,23 +140,22 @@ __global__ void __launch_bounds__(kScratchThreads, 1)
   write_mixed<S>(sizes, z, T, Rows<C, true>{mixed}, log, t0, tokens, share_of_grid());
 }
 
-// The low pass. Before it, v becomes v times lam and col, if `up`; after it, otherwise, and mixed
+// The low pass. Before it, v becomes v times lam and col, if Up; after it, otherwise, and mixed
 // (unless null) becomes its product with v.
-template <class C>
+template <bool Up, class C>
 __global__ void __launch_bounds__(kScratchThreads)
-    hadamard_low_kernel(Diagonal<C> diagonal, C* scratch, C* mixed, bool up, int log,
-                        int64_t tokens) {
+    hadamard_low_kernel(Diagonal<C> diagonal, C* scratch, C* mixed, int log, int64_t tokens) {
   const int64_t N = int64_t{1} << log;
   const auto apply = [&](auto& v, int64_t x) { diagonal.apply(v, x & (N - 1)); };
   low_pass(
       Rows<C, true>{scratch}, tokens << log, share_of_grid(),
       [&](auto& v, int64_t x) {
-        if (up) apply(v, x);
+        if constexpr (Up) apply(v, x);
       },
       [&](auto& v, int64_t x) {
-        if (mixed)
+        if (!Up && mixed)
           for (int e = 0; e < kValues<C>; ++e) mixed[x + e] *= v[e];
-        if (!up) apply(v, x);
+        if constexpr (!Up) apply(v, x);
       });
 }
 
