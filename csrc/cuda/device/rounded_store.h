@@ -3,6 +3,7 @@
 #pragma once
 #include "../../core/stochastic.h"
 #include "element.h"
+#include "ptx.h"
 
 namespace randlora {
 
@@ -21,7 +22,7 @@ __device__ __forceinline__ void load_words(const void* p, uint32_t (&w)[Words]) 
 template <int Words>
 __device__ __forceinline__ void store_words(void* p, const uint32_t (&w)[Words]) {
   if constexpr (Words == 2) *static_cast<uint64_t*>(p) = uint64_t{w[1]} << 32 | w[0];
-  if constexpr (Words == 4) *static_cast<uint4*>(p) = make_uint4(w[0], w[1], w[2], w[3]);
+  if constexpr (Words == 4) store16(p, w[0], w[1], w[2], w[3]);
 }
 
 // Unless Seeded it always rounds to nearest.
