@@ -9,6 +9,8 @@
 // both planes with two loads and six ballots for 64 elements.
 //
 // Floor: the dense matrix is written once (expansion) or read once (packing).
+#include <algorithm>
+
 #include "../device/columns.h"
 #include "../device/launch.h"
 #include "../kernels.h"
@@ -56,12 +58,12 @@ __global__ void lists_to_dense_kernel(Lists<Index> lists, int64_t rows, int64_t 
 
 // Threads for a row: no more than have work.
 int64_t threads_for(int64_t accesses, const Device& device) {
-  return max(int64_t{32}, min(ceil_div(accesses, 32) * 32, device.max_threads));
+  return std::clamp<int64_t>(ceil_div(accesses, 32) * 32, 32, device.max_threads);
 }
 
 // A block per row (per few rows if a grid cannot hold them all), and `parts` blocks along it.
 Grid grid_of_rows(int64_t rows, int64_t parts) {
-  return {min(rows, 0x7fffffff), min(parts, 65535)};
+  return {std::min<int64_t>(rows, 0x7fffffff), std::min<int64_t>(parts, 65535)};
 }
 
 // ---- packing ------------------------------------------------------------------------------------
