@@ -16,8 +16,8 @@ namespace randlora {
 void load_cuda(const std::string& path, bool serve_cpu_tensors);
 std::string cuda_build();  // "" if nothing is loaded
 
-// Registers operators of torch.ops.randlora: their schemas, and their functions for CPU tensors; for
-// CUDA tensors, too, once our library is loaded. Until then torch's dispatcher takes plain torch
+// Registers operators of torch.ops.randlora: schemas, and functions for CPU tensors; for CUDA
+// tensors, too, once our library is loaded. Until then torch's dispatcher takes plain torch
 // (randlora_ext/ops), where an operator has that.
 struct Operator {
   const char* schema;

@@ -1,7 +1,7 @@
-// Rows of B A' for B as lists (delta_lists.cu), in two steps. Once per call, prepare makes the compact
-// rows of A', and puts the entries of B in the order in which a row of dW visits them. Then one warp
-// makes a row in shared memory: for each rank index j it sums compact rows with signs in registers,
-// and adds the sum at positions S_j.
+// Rows of B A' for B as lists (delta_lists.cu), in two steps. Once per call, prepare makes the
+// compact rows of A', and puts the entries of B in the order in which a row of dW visits them. Then
+// one warp makes a row in shared memory: for each rank index j it sums compact rows with signs in
+// registers, and adds the sum at positions S_j.
 #pragma once
 #include "../factored/a_side.h"
 

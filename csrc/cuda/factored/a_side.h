@@ -74,8 +74,8 @@ class ASideCall {
   void up(void* V);                            // (T, K)
   void grad(const void* U, void* dlam, void* dgam, bool accumulate);
   void down(const void* U, int64_t T, void* out, bool accumulate);
-  // dlam and dgam from P (parts, room, bases) in the compute type, whose parts are added; P[., p, i]
-  // as above. Behind n bases nothing need be there.
+  // dlam and dgam from P (parts, room, bases) in the compute type, as above; its parts are added.
+  // Behind n bases nothing need be there.
   void contract(const void* P, int64_t parts, void* dlam, void* dgam, bool accumulate);
   const Support& support();
 
