@@ -26,12 +26,11 @@ struct CudaKernels {
                      const int64_t* offset, bool wide, void* index, Device&);
   void (*planes_to_dense)(const Planes&, int64_t rows, int64_t cols, double value, void* out, DType,
                           Device&);
-  void (*lists_to_dense)(const AnyLists&, bool wide, int64_t rows, int64_t cols, double value,
-                         void* out, DType, Device&);
+  void (*lists_to_dense)(const AnyLists&, int64_t rows, int64_t cols, double value, void* out,
+                         DType, Device&);
   void (*pack_dense)(const void* dense, DType, int64_t rows, int64_t cols, uint64_t* plus,
                      uint64_t* minus, double* found, Device&);
-  void (*support_tables)(const AnyLists& a, bool wide, int64_t r, int64_t d, int32_t* tables,
-                         Device&);
+  void (*support_tables)(const AnyLists& a, int64_t r, int64_t d, int32_t* tables, Device&);
 #define RANDLORA_MEMBER(name, Operator) void (*name)(const Operator&, Device&);
   RANDLORA_OPERATORS(RANDLORA_MEMBER)
 #undef RANDLORA_MEMBER
@@ -44,7 +43,6 @@ struct CudaKernels {
 #endif
 constexpr uint64_t kCudaInterface = RANDLORA_CUDA_INTERFACE;
 
-constexpr const char* kCudaLibrary = "librandlora_cuda.so";
 constexpr const char* kCudaSymbol = "randlora_cuda_kernels";
 using CudaKernelsFunction = const CudaKernels* (*)();
 

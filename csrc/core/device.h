@@ -9,14 +9,13 @@
 
 namespace randlora {
 
-// out (M, N) = scale * left right^T [+ out], all row-major in `dtype`. With `right_rows_are_k`,
+// out (M, N) = left right^T [+ out], all row-major in `dtype`. With `right_rows_are_k`,
 // right is (K, N) and not transposed. Sums are in the compute type and rounded once.
 struct Gemm {
   int64_t M, N, K;
   const void *left, *right;
   void* out;
   DType dtype;
-  double scale;
   bool right_rows_are_k, accumulate;
 };
 

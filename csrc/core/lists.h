@@ -11,8 +11,9 @@
 
 namespace randlora {
 
-template <class Index>  // uint16_t if every position fits, else uint32_t
+template <class Index_>  // uint16_t if every position fits, else uint32_t
 struct Lists {
+  using Index = Index_;
   const int64_t* offset;
   const Index* index;
 
@@ -21,15 +22,21 @@ struct Lists {
   RANDLORA_HD_MEMBER int64_t end(int64_t q) const { return offset[2 * q + 2]; }
 };
 
-// Lists with the index type erased, for the operator structs.
+// Lists of either type, for the operator structs.
 struct AnyLists {
   const int64_t* offset = nullptr;
   const void* index = nullptr;
   int64_t count = 0;  // total entries; with CUDA the host cannot read `offset`
+  bool wide = false;  // positions are uint32, not uint16
 
   template <class Index>
   RANDLORA_HD_MEMBER Lists<Index> as() const {
     return {offset, static_cast<const Index*>(index)};
+  }
+  // fn(the lists as what they are)
+  template <class F>
+  RANDLORA_HOST_MEMBER auto typed(const F& fn) const {
+    return wide ? fn(as<uint32_t>()) : fn(as<uint16_t>());
   }
 };
 

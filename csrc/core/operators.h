@@ -18,11 +18,10 @@ namespace randlora {
 // those are empty, as lists by row and by column.
 struct Basis {
   int64_t D = 0, d = 0, r = 0, n = 0;
-  bool wide = false;  // list positions are uint32, not uint16
-  AnyLists a;         // r lines over d
-  AnyLists b_rows;    // D lines over K
-  AnyLists b_cols;    // K lines over D
-  Planes b_planes;    // (D, K)
+  AnyLists a;       // r lines over d
+  AnyLists b_rows;  // D lines over K
+  AnyLists b_cols;  // K lines over D
+  Planes b_planes;  // (D, K)
   // CUDA, optional: the support_tables of `a`. Without them, every call computes the tables.
   const int32_t* a_tables = nullptr;
   // CUDA, optional: dense unscaled B (D, K) in the dtype of x. Products with B are then GEMMs.

@@ -8,8 +8,7 @@
 #include "../core/operators.h"
 #include "token_block.h"
 
-namespace randlora {
-namespace RANDLORA_ISA {
+namespace randlora::RANDLORA_ISA {
 
 // Rows of a register tile. With NV = 2 a tile holds 2 * kTile accumulators: half of AVX-512's 32
 // registers, half of AVX2's 16.
@@ -155,27 +154,23 @@ void a_grad_lists(const Index* index, int64_t support, int64_t ldg, int64_t toke
 template <class B>
 void a_up(const Basis& b, const typename B::C* lam, const typename B::C* gT, int64_t ldg,
           const typename B::C* z, typename B::C* v) {
-  b.wide ? a_up_lists<B>(b.a.as<uint32_t>(), b.r, b.n, lam, gT, ldg, z, v)
-         : a_up_lists<B>(b.a.as<uint16_t>(), b.r, b.n, lam, gT, ldg, z, v);
+  b.a.typed([&](const auto& a) { a_up_lists<B>(a, b.r, b.n, lam, gT, ldg, z, v); });
 }
 
 template <class B>
 void a_down(const Basis& b, int64_t j, const typename B::C* lam, const typename B::C* gT,
             int64_t ldg, const typename B::C* u, typename B::C* scaled, typename B::C* z) {
-  b.wide ? a_down_lists<B>(b.a.as<uint32_t>(), j, b.n, lam, gT, ldg, u, scaled, z)
-         : a_down_lists<B>(b.a.as<uint16_t>(), j, b.n, lam, gT, ldg, u, scaled, z);
+  b.a.typed([&](const auto& a) { a_down_lists<B>(a, j, b.n, lam, gT, ldg, u, scaled, z); });
 }
 
 // P (positions, ldg) covers all rank indices; ut (TB, ldg) is for j alone.
 template <class B>
 void a_grad(const Basis& b, int64_t j, int64_t ldg, int64_t tokens, const typename B::C* z,
             const typename B::C* ut, typename B::C* P, bool fresh) {
-  const auto run = [&](const auto& a) {
+  b.a.typed([&](const auto& a) {
     const int64_t first = a.plus(j), support = a.end(j) - first;
     a_grad_lists<B>(a.index + first, support, ldg, tokens, z, ut, P + first * ldg, fresh);
-  };
-  b.wide ? run(b.a.as<uint32_t>()) : run(b.a.as<uint16_t>());
+  });
 }
 
-}  // namespace RANDLORA_ISA
-}  // namespace randlora
+}  // namespace randlora::RANDLORA_ISA

@@ -4,8 +4,7 @@
 #include "../core/stochastic.h"
 #include "token_block.h"
 
-namespace randlora {
-namespace RANDLORA_ISA {
+namespace randlora::RANDLORA_ISA {
 
 template <class S>
 void add_rounded_as(const AddRounded& p, Runtime& rt) {
@@ -30,5 +29,4 @@ inline void add_rounded(const AddRounded& p, Runtime& rt) {
   p.dtype == DType::bf16 ? add_rounded_as<bf16>(p, rt) : add_rounded_as<f16>(p, rt);
 }
 
-}  // namespace RANDLORA_ISA
-}  // namespace randlora
+}  // namespace randlora::RANDLORA_ISA

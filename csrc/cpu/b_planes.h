@@ -10,8 +10,7 @@
 #pragma once
 #include "b_side.h"
 
-namespace randlora {
-namespace RANDLORA_ISA {
+namespace randlora::RANDLORA_ISA {
 
 constexpr int kEntries = 81;  // per table: 3^4
 constexpr int kQuads = 4;     // tables in use at a time: 41 kB in float32, about an L1 cache
@@ -145,5 +144,4 @@ void planes_down(const Basis& b, const Blocks<typename B::C>& on,
   }
 }
 
-}  // namespace RANDLORA_ISA
-}  // namespace randlora
+}  // namespace randlora::RANDLORA_ISA

@@ -1,15 +1,14 @@
 // The B side of the factored path: each output line is a sum of signed source rows.
 //
-//   b_up    dst[o] = sum_c B[o, c] src[c]     lines are rows of B      (V -> y)
-//   b_down  dst[c] = sum_o B[o, c] src[o]     lines are columns of B   (x or dy -> U)
+//   up    dst[o] = sum_c B[o, c] src[c]     lines are rows of B      (V -> y)
+//   down  dst[c] = sum_o B[o, c] src[o]     lines are columns of B   (x or dy -> U)
 //
 // This file sums by lists, in memory order, for any range of lines; b_planes.h by bit planes.
 #pragma once
 #include "../core/operators.h"
 #include "token_block.h"
 
-namespace randlora {
-namespace RANDLORA_ISA {
+namespace randlora::RANDLORA_ISA {
 
 // Token blocks side by side: bit planes are decoded once for all of them.
 template <class C>
@@ -42,30 +41,18 @@ RANDLORA_INLINE void sum_line(const Index* plus, int64_t n_plus, const Index* mi
   for (int q = 0; q < B::NV; ++q) acc[q] += positive[q] - negative[q];
 }
 
-template <class B, class Index>
-void sum_lists(const Lists<Index>& lists, int64_t begin, int64_t end, const typename B::C* src,
-               typename B::C* dst) {
-  for (int64_t line = begin; line < end; ++line) {
-    typename B::V acc[B::NV] = {};
-    const int64_t plus = lists.plus(line), minus = lists.minus(line), last = lists.end(line);
-    sum_line<B>(lists.index + plus, minus - plus, lists.index + minus, last - minus, src, acc);
-    for (int q = 0; q < B::NV; ++q) store(dst + (line - begin) * B::TB + q * B::L, acc[q]);
-  }
-}
-
 // dst[line - begin] for lines [begin, end) of B's rows or columns.
 template <class B>
-void b_up(const Basis& b, int64_t begin, int64_t end, const typename B::C* src,
-          typename B::C* dst) {
-  b.wide ? sum_lists<B>(b.b_rows.as<uint32_t>(), begin, end, src, dst)
-         : sum_lists<B>(b.b_rows.as<uint16_t>(), begin, end, src, dst);
-}
-template <class B>
-void b_down(const Basis& b, int64_t begin, int64_t end, const typename B::C* src,
-            typename B::C* dst) {
-  b.wide ? sum_lists<B>(b.b_cols.as<uint32_t>(), begin, end, src, dst)
-         : sum_lists<B>(b.b_cols.as<uint16_t>(), begin, end, src, dst);
+void sum_lists(const AnyLists& any, int64_t begin, int64_t end, const typename B::C* src,
+               typename B::C* dst) {
+  any.typed([&](const auto& lists) {
+    for (int64_t line = begin; line < end; ++line) {
+      typename B::V acc[B::NV] = {};
+      const int64_t plus = lists.plus(line), minus = lists.minus(line), last = lists.end(line);
+      sum_line<B>(lists.index + plus, minus - plus, lists.index + minus, last - minus, src, acc);
+      for (int q = 0; q < B::NV; ++q) store(dst + (line - begin) * B::TB + q * B::L, acc[q]);
+    }
+  });
 }
 
-}  // namespace RANDLORA_ISA
-}  // namespace randlora
+}  // namespace randlora::RANDLORA_ISA

@@ -11,8 +11,7 @@
 #include "../core/stochastic.h"
 #include "rows_by_rank.h"
 
-namespace randlora {
-namespace RANDLORA_ISA {
+namespace randlora::RANDLORA_ISA {
 
 // The offsets of each rank index's compact rows, which are padded to whole vectors.
 template <class C>
@@ -33,8 +32,8 @@ struct Compact {
     return most;
   }
   RANDLORA_HD_MEMBER int64_t position(int64_t p) const {
-    return b.wide ? static_cast<const uint32_t*>(b.a.index)[p]
-                  : static_cast<const uint16_t*>(b.a.index)[p];
+    return b.a.wide ? static_cast<const uint32_t*>(b.a.index)[p]
+                    : static_cast<const uint16_t*>(b.a.index)[p];
   }
   C sign(int64_t j, int64_t p) const {  // A[j, position(first(j) + p)]
     return first(j) + p < b.a.offset[2 * j + 1] ? C(1) : C(-1);
@@ -79,8 +78,9 @@ RANDLORA_INLINE void sum_compact(const C* rows, int64_t stride, const Index* plu
   for (; p < stride; p += L) columns(std::integral_constant<int, 1>{}, p);
 }
 
-template <class C, class S>
+template <class S>
 void delta_weight_as(const DeltaWeight& p, Runtime& rt) {
+  using C = typename ComputeOf<S>::type;
   using B = Block<C, kVectorBytes, 1>;  // L rows of dW at a time; the transposed store needs L = TB
   constexpr int Rows = B::TB;
   const Basis& b = p.basis;
@@ -149,14 +149,12 @@ void delta_weight_as(const DeltaWeight& p, Runtime& rt) {
 }
 
 inline void delta_weight(const DeltaWeight& p, Runtime& rt) {
-  if (p.dtype == DType::f64) return delta_weight_as<double, double>(p, rt);
-  with_storage<float>(p.dtype, p.out, [&](auto* out) {
-    delta_weight_as<float, std::remove_reference_t<decltype(*out)>>(p, rt);
-  });
+  with_dtype(p.dtype, [&](auto s) { delta_weight_as<decltype(s)>(p, rt); });
 }
 
-template <class C, class S>
+template <class S>
 void delta_weight_backward_as(const DeltaWeightBackward& p, Runtime& rt) {
+  using C = typename ComputeOf<S>::type;
   using V = Vec<C>;
   constexpr int L = Compact<C>::L, Rows = L;
   const Basis& b = p.basis;
@@ -236,11 +234,7 @@ void delta_weight_backward_as(const DeltaWeightBackward& p, Runtime& rt) {
 }
 
 inline void delta_weight_backward(const DeltaWeightBackward& p, Runtime& rt) {
-  if (p.dtype == DType::f64) return delta_weight_backward_as<double, double>(p, rt);
-  with_storage<float>(p.dtype, p.grad, [&](auto* grad) {
-    delta_weight_backward_as<float, std::remove_reference_t<decltype(*grad)>>(p, rt);
-  });
+  with_dtype(p.dtype, [&](auto s) { delta_weight_backward_as<decltype(s)>(p, rt); });
 }
 
-}  // namespace RANDLORA_ISA
-}  // namespace randlora
+}  // namespace randlora::RANDLORA_ISA

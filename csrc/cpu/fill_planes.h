@@ -5,8 +5,7 @@
 #include "../core/ternary_spec.h"
 #include "simd.h"
 
-namespace randlora {
-namespace RANDLORA_ISA {
+namespace randlora::RANDLORA_ISA {
 
 // Bit l is set if lanes[l] < bound.
 RANDLORA_INLINE uint64_t below(const uint32_t (&lanes)[16], uint32_t bound) {
@@ -81,5 +80,4 @@ inline void fill_planes(const FillPlanes& p, Runtime& rt) {
   });
 }
 
-}  // namespace RANDLORA_ISA
-}  // namespace randlora
+}  // namespace randlora::RANDLORA_ISA

@@ -11,8 +11,7 @@
 #define RANDLORA_STRING_(x) #x
 #define RANDLORA_STRING(x) RANDLORA_STRING_(x)
 
-namespace randlora {
-namespace RANDLORA_ISA {
+namespace randlora::RANDLORA_ISA {
 
 const Kernels& kernels() {
 #define RANDLORA_FUNCTION(name, Operator) name,
@@ -22,5 +21,4 @@ const Kernels& kernels() {
   return table;
 }
 
-}  // namespace RANDLORA_ISA
-}  // namespace randlora
+}  // namespace randlora::RANDLORA_ISA

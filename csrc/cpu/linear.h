@@ -8,8 +8,7 @@
 #include "a_side.h"
 #include "b_planes.h"
 
-namespace randlora {
-namespace RANDLORA_ISA {
+namespace randlora::RANDLORA_ISA {
 
 constexpr int kLines = 64;  // rows of B per output tile, for lists
 constexpr int kGroup = 4;   // blocks that share one decoding of B's planes
@@ -83,7 +82,7 @@ void emit_up(const Basis& b, const TokenSplit& split, Slot<B>& s, int64_t first,
   for (int64_t o = 0; o < b.D; o += kLines) {
     const int64_t lines = b.D - o < kLines ? b.D - o : kLines;
     for (int g = 0; g < count; ++g) {
-      b_up<B>(b, o, o + lines, s.mid + g * s.mid_step, s.lines);
+      sum_lists<B>(b.b_rows, o, o + lines, s.mid + g * s.mid_step, s.lines);
       emit(g, s.lines, o, lines);
     }
   }
@@ -98,7 +97,7 @@ void down(const Basis& b, Slot<B>& s, int count, const F& fn) {
     for (int g = 0; g < count; ++g) {
       auto* u = s.mid + g * s.mid_step;
       if (b.has_lists())
-        b_down<B>(b, j * b.n, (j + 1) * b.n, s.large + g * s.large_step, u);
+        sum_lists<B>(b.b_cols, j * b.n, (j + 1) * b.n, s.large + g * s.large_step, u);
       else
         u += j * b.n * B::TB;
       fn(g, j, u);
@@ -153,16 +152,7 @@ void linear_blocks(const Linear& p, Runtime& rt) {
 }
 
 inline void linear(const Linear& p, Runtime& rt) {
-  const auto run = [&](auto b) {
-    using B = decltype(b);
-    rt.set_single(p.T <= B::TB);
-    linear_blocks<B>(p, rt);
-  };
-  if (p.dtype == DType::f64)
-    with_block<double>(p.T, run);
-  else
-    with_block<float>(p.T, run);
+  with_block(p.dtype, p.T, rt, [&](auto b) { linear_blocks<decltype(b)>(p, rt); });
 }
 
-}  // namespace RANDLORA_ISA
-}  // namespace randlora
+}  // namespace randlora::RANDLORA_ISA

@@ -13,8 +13,7 @@
 #pragma once
 #include "linear.h"
 
-namespace randlora {
-namespace RANDLORA_ISA {
+namespace randlora::RANDLORA_ISA {
 
 // Blocks per thread in a super-block for lists (kGroup for planes): their z and U should stay in
 // the thread's L2 cache from phase 1 to phase 2.
@@ -193,20 +192,11 @@ void linear_backward_blocks(const LinearBackward& p, Runtime& rt) {
     });
   }
   if (!grads) return;
-  b.wide ? reduce_P<B>(p, b.a.as<uint32_t>(), w, rt) : reduce_P<B>(p, b.a.as<uint16_t>(), w, rt);
+  b.a.typed([&](const auto& a) { reduce_P<B>(p, a, w, rt); });
 }
 
 inline void linear_backward(const LinearBackward& p, Runtime& rt) {
-  const auto run = [&](auto b) {
-    using B = decltype(b);
-    rt.set_single(p.T <= B::TB);
-    linear_backward_blocks<B>(p, rt);
-  };
-  if (p.dtype == DType::f64)
-    with_block<double>(p.T, run);
-  else
-    with_block<float>(p.T, run);
+  with_block(p.dtype, p.T, rt, [&](auto b) { linear_backward_blocks<decltype(b)>(p, rt); });
 }
 
-}  // namespace RANDLORA_ISA
-}  // namespace randlora
+}  // namespace randlora::RANDLORA_ISA

@@ -6,7 +6,7 @@
 
 #define RANDLORA_ISA packing
 #define RANDLORA_VECTOR_BYTES 16
-#include "scaled_basis.h"  // with_dtype, widen, narrow
+#include "simd.h"
 
 namespace randlora {
 namespace {
@@ -136,8 +136,8 @@ void planes_to_dense(const Planes& planes, int64_t rows, int64_t cols, double va
   });
 }
 
-void lists_to_dense(const AnyLists& lists, bool wide, int64_t rows, int64_t cols, double value,
-                    void* out, DType dtype, Runtime& rt) {
+void lists_to_dense(const AnyLists& lists, int64_t rows, int64_t cols, double value, void* out,
+                    DType dtype, Runtime& rt) {
   with_dtype(dtype, [&](auto tag) {
     using S = decltype(tag);
     using C = typename ComputeOf<S>::type;
@@ -145,7 +145,7 @@ void lists_to_dense(const AnyLists& lists, bool wide, int64_t rows, int64_t cols
     narrow(C(value), &plus);
     narrow(C(-value), &minus);
     S* to = static_cast<S*>(out);
-    const auto expand = [&](const auto& l) {
+    lists.typed([&](const auto& l) {
       rt.split(rows, 1, [&](int64_t begin, int64_t end) {
         std::memset(static_cast<void*>(to + begin * cols), 0,
                     size_t((end - begin) * cols) * sizeof(S));
@@ -154,8 +154,7 @@ void lists_to_dense(const AnyLists& lists, bool wide, int64_t rows, int64_t cols
           for (int64_t p = l.minus(row); p < l.end(row); ++p) to[row * cols + l.index[p]] = minus;
         }
       });
-    };
-    wide ? expand(lists.as<uint32_t>()) : expand(lists.as<uint16_t>());
+    });
   });
 }
 

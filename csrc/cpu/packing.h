@@ -21,7 +21,7 @@ void fill_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column
 // out (rows, cols) = value * ternary element.
 void planes_to_dense(const Planes& planes, int64_t rows, int64_t cols, double value, void* out,
                      DType dtype, Runtime& rt);
-void lists_to_dense(const AnyLists& lists, bool wide, int64_t rows, int64_t cols, double value,
-                    void* out, DType dtype, Runtime& rt);
+void lists_to_dense(const AnyLists& lists, int64_t rows, int64_t cols, double value, void* out,
+                    DType dtype, Runtime& rt);
 
 }  // namespace randlora

@@ -3,8 +3,7 @@
 #pragma once
 #include "b_side.h"
 
-namespace randlora {
-namespace RANDLORA_ISA {
+namespace randlora::RANDLORA_ISA {
 
 // The positions and number of set bits of each byte. Decoding then never branches on a bit: it
 // writes eight entries and advances by the number of bits.
@@ -43,8 +42,7 @@ class RowsByRank {
     first_ = first;
     if (b_.has_planes()) return;
     for (int q = 0; q < rows; ++q)
-      b_.wide ? place(b_.b_rows.as<uint32_t>(), q, j * b_.n)
-              : place(b_.b_rows.as<uint16_t>(), q, j * b_.n);
+      b_.b_rows.typed([&](const auto& rows) { place(rows, q, j * b_.n); });
   }
 
   // fn(plus, n_plus, minus, n_minus, origin): base i is entry - origin.
@@ -55,10 +53,8 @@ class RowsByRank {
       const uint16_t* plus_end = decode(b_.b_planes.plus + row, j, plus_);
       const uint16_t* minus_end = decode(b_.b_planes.minus + row, j, minus_);
       fn(plus_, plus_end - plus_, minus_, minus_end - minus_, 0);
-    } else if (b_.wide) {
-      advance(b_.b_rows.as<uint32_t>(), q, j, fn);
     } else {
-      advance(b_.b_rows.as<uint16_t>(), q, j, fn);
+      b_.b_rows.typed([&](const auto& rows) { advance(rows, q, j, fn); });
     }
   }
 
@@ -108,5 +104,4 @@ class RowsByRank {
   uint16_t *plus_, *minus_;
 };
 
-}  // namespace RANDLORA_ISA
-}  // namespace randlora
+}  // namespace randlora::RANDLORA_ISA

@@ -4,8 +4,7 @@
 #include "../core/operators.h"
 #include "token_block.h"
 
-namespace randlora {
-namespace RANDLORA_ISA {
+namespace randlora::RANDLORA_ISA {
 
 template <class S>
 void scaled_basis_as(const ScaledBasis& p, Runtime& rt) {
@@ -63,16 +62,6 @@ void scaled_basis_backward_as(const ScaledBasisBackward& p, Runtime& rt) {
   });
 }
 
-template <class F>
-RANDLORA_INLINE void with_dtype(DType dtype, const F& fn) {
-  switch (dtype) {
-    case DType::f32: return fn(float{});
-    case DType::f64: return fn(double{});
-    case DType::bf16: return fn(bf16{});
-    case DType::f16: return fn(f16{});
-  }
-}
-
 inline void scaled_basis(const ScaledBasis& p, Runtime& rt) {
   with_dtype(p.dtype, [&](auto s) { scaled_basis_as<decltype(s)>(p, rt); });
 }
@@ -80,5 +69,4 @@ inline void scaled_basis_backward(const ScaledBasisBackward& p, Runtime& rt) {
   with_dtype(p.dtype, [&](auto s) { scaled_basis_backward_as<decltype(s)>(p, rt); });
 }
 
-}  // namespace RANDLORA_ISA
-}  // namespace randlora
+}  // namespace randlora::RANDLORA_ISA

@@ -21,8 +21,7 @@
 #define RANDLORA_INLINE RANDLORA_HD
 // For lambdas in hot loops: without inlining, their accumulators would live in memory.
 #define RANDLORA_INLINED __attribute__((always_inline))
-namespace randlora {
-namespace RANDLORA_ISA {
+namespace randlora::RANDLORA_ISA {
 
 constexpr int kVectorBytes = RANDLORA_VECTOR_BYTES;
 
@@ -210,6 +209,17 @@ RANDLORA_INLINE void store_as(S* p, V v) {
   }
 }
 
+// fn(S{}) for the storage type S of a dtype.
+template <class F>
+RANDLORA_INLINE void with_dtype(DType dtype, const F& fn) {
+  switch (dtype) {
+    case DType::f32: return fn(float{});
+    case DType::f64: return fn(double{});
+    case DType::bf16: return fn(bf16{});
+    case DType::f16: return fn(f16{});
+  }
+}
+
 // ---- transposing an L x L square held in L vectors ----------------------------------------------
 
 template <int S, int L, class V, size_t... I>
@@ -235,5 +245,4 @@ RANDLORA_INLINE void transpose(V (&m)[L]) {
   if constexpr (2 * S < L) transpose<L, V, 2 * S>(m);
 }
 
-}  // namespace RANDLORA_ISA
-}  // namespace randlora
+}  // namespace randlora::RANDLORA_ISA

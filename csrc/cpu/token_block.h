@@ -4,10 +4,10 @@
 // whole vectors. Every product of the factored path then multiplies vectors by scalars: no sum
 // crosses lanes, and a token's result does not depend on its block or on TB.
 #pragma once
+#include "../core/runtime.h"
 #include "simd.h"
 
-namespace randlora {
-namespace RANDLORA_ISA {
+namespace randlora::RANDLORA_ISA {
 
 template <class C_, int Bytes, int NV_>
 struct Block {
@@ -19,15 +19,25 @@ struct Block {
 };
 
 // Calls fn(Block<...>{}) with a block type for T tokens. The choice depends on T alone: gradients
-// are summed block by block and must not change with the thread count.
+// are summed block by block and must not change with the thread count. A single block is computed
+// by one thread.
 template <class C, class F>
-RANDLORA_INLINE void with_block(int64_t tokens, const F& fn) {
+RANDLORA_INLINE void with_block_of(int64_t tokens, Runtime& rt, const F& fn) {
   constexpr int lanes = kVectorBytes / int(sizeof(C));
-  if (tokens > 4 * lanes) return fn(Block<C, kVectorBytes, 2>{});
+  const auto call = [&](auto block) {
+    rt.set_single(tokens <= block.TB);
+    fn(block);
+  };
+  if (tokens > 4 * lanes) return call(Block<C, kVectorBytes, 2>{});
   if constexpr (kVectorBytes >= 32) {
-    if (tokens <= lanes / 2) return fn(Block<C, kVectorBytes / 2, 1>{});
+    if (tokens <= lanes / 2) return call(Block<C, kVectorBytes / 2, 1>{});
   }
-  fn(Block<C, kVectorBytes, 1>{});
+  call(Block<C, kVectorBytes, 1>{});
+}
+template <class F>
+RANDLORA_INLINE void with_block(DType dtype, int64_t tokens, Runtime& rt, const F& fn) {
+  if (dtype == DType::f64) return with_block_of<double>(tokens, rt, fn);
+  with_block_of<float>(tokens, rt, fn);
 }
 
 // z[f][t] = x[t][f] for `tokens` <= TB rows of x (row stride `ld`); absent tokens become zero.
@@ -101,36 +111,29 @@ void transpose_matrix(const C* from, int64_t ldf, int64_t rows, int64_t cols, C*
   }
 }
 
-// Calls fn(p) with p typed as `dtype`, which must be one whose compute type is C.
-template <class C, class F>
-RANDLORA_INLINE void with_storage(DType dtype, const void* p, const F& fn) {
-  void* q = const_cast<void*>(p);
-  if constexpr (sizeof(C) == 8) {
-    fn(static_cast<double*>(q));
-  } else if (dtype == DType::bf16) {
-    fn(static_cast<bf16*>(q));
-  } else if (dtype == DType::f16) {
-    fn(static_cast<f16*>(q));
-  } else {
-    fn(static_cast<float*>(q));
-  }
+// load and store for a (T, ld) matrix of `dtype`, whose compute type is B::C, starting at token `t`
+// and feature `f`.
+template <class B, class F>
+RANDLORA_INLINE void with_storage(DType dtype, const F& fn) {
+  with_dtype(dtype, [&](auto s) {
+    if constexpr (std::is_same_v<typename ComputeOf<decltype(s)>::type, typename B::C>) fn(s);
+  });
 }
-
-// load and store for a (T, ld) matrix of run-time type, starting at token `t` and feature `f`.
 template <class B>
 RANDLORA_INLINE void load_block(const void* x, DType dtype, int64_t t, int64_t ld, int64_t tokens,
                                 typename B::C* z) {
-  with_storage<typename B::C>(dtype, x,
-                              [&](auto* p) { load_block_from<B>(p + t * ld, ld, tokens, ld, z); });
+  with_storage<B>(dtype, [&](auto s) {
+    load_block_from<B>(static_cast<const decltype(s)*>(x) + t * ld, ld, tokens, ld, z);
+  });
 }
 template <class B>
 RANDLORA_INLINE void store_block(const typename B::C* z, typename B::C scale, bool accumulate,
                                  int64_t tokens, int64_t features, void* y, DType dtype, int64_t t,
                                  int64_t ld, int64_t f) {
-  with_storage<typename B::C>(dtype, y, [&](auto* p) {
-    store_block_to<B>(z, scale, accumulate, tokens, features, p + t * ld + f, ld);
+  with_storage<B>(dtype, [&](auto s) {
+    store_block_to<B>(z, scale, accumulate, tokens, features,
+                      static_cast<decltype(s)*>(y) + t * ld + f, ld);
   });
 }
 
-}  // namespace RANDLORA_ISA
-}  // namespace randlora
+}  // namespace randlora::RANDLORA_ISA

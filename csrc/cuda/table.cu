@@ -1,6 +1,5 @@
 // The library's one exported symbol (exports.map).
 #include "../core/cuda_table.h"
-#include "device/context.h"
 #include "kernels.h"
 
 #define RANDLORA_TEXT_OF(...) #__VA_ARGS__

@@ -9,6 +9,8 @@
 namespace randlora {
 namespace {
 
+using OperatorLibrary = torch::stable::detail::StableLibrary;
+
 const CudaKernels* loaded = nullptr;
 bool serves_cpu = false;
 std::atomic<int64_t> products_made{0};
@@ -29,21 +31,19 @@ F entry(const char* library, const char* name) {
   return reinterpret_cast<F>(found);
 }
 
-ProductOut addmm_out_of(bool cpu) {
-  if (cpu) {
-    static const auto on_cpu = entry<ProductOut>("libtorch_cpu.so", "aoti_torch_cpu_addmm_out");
-    return on_cpu;
-  }
-  static const auto on_cuda = entry<ProductOut>("libtorch_cuda.so", "aoti_torch_cuda_addmm_out");
-  return on_cuda;
-}
+struct Products {
+  ProductOut one, batch;
+  Products(const char* library, const std::string& device)
+      : one(entry<ProductOut>(library, ("aoti_torch_" + device + "_addmm_out").c_str())),
+        batch(entry<ProductOut>(library, ("aoti_torch_" + device + "_baddbmm_out").c_str())) {}
+};
 
-ProductOut baddbmm_out_of(bool cpu) {
+const Products& products_of(bool cpu) {
   if (cpu) {
-    static const auto on_cpu = entry<ProductOut>("libtorch_cpu.so", "aoti_torch_cpu_baddbmm_out");
+    static const Products on_cpu("libtorch_cpu.so", "cpu");
     return on_cpu;
   }
-  static const auto on_cuda = entry<ProductOut>("libtorch_cuda.so", "aoti_torch_cuda_baddbmm_out");
+  static const Products on_cuda("libtorch_cuda.so", "cuda");
   return on_cuda;
 }
 
@@ -52,16 +52,13 @@ bool tf32_requested() {
   return value && std::string(value) == "1";
 }
 
-Tensor view(void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
-            const Tensor& like, DType dtype) {
-  const int64_t sizes[2] = {rows, cols}, strides[2] = {row_stride, col_stride};
-  return torch::stable::from_blob(data, {sizes, 2}, {strides, 2}, like.device(),
-                                  scalar_type(dtype));
-}
-
-Tensor view(const MatrixBatch& m, const Tensor& like, DType dtype) {
+// All matrices, or matrix i alone.
+Tensor view(const MatrixBatch& m, const Tensor& like, DType dtype, std::optional<int64_t> i = {}) {
   const int64_t sizes[3] = {m.count, m.rows, m.cols}, strides[3] = {m.next, m.row, m.col};
-  return torch::stable::from_blob(const_cast<void*>(m.data), {sizes, 3}, {strides, 3},
+  const size_t skip = i ? 1 : 0;
+  char* data = static_cast<char*>(const_cast<void*>(m.data));
+  return torch::stable::from_blob(data + i.value_or(0) * m.next * bytes_of(dtype),
+                                  {sizes + skip, 3 - skip}, {strides + skip, 3 - skip},
                                   like.device(), scalar_type(dtype));
 }
 
@@ -85,36 +82,42 @@ void check_driver(const CudaKernels& kernels) {
                  ".", minor, ", need a driver for CUDA ", major);
 }
 
-std::vector<void (*)(OperatorLibrary&)>& cuda_operators() {
-  static std::vector<void (*)(OperatorLibrary&)> all;
+// Not yet registered for CUDA tensors.
+std::vector<Operator>& waiting() {
+  static std::vector<Operator> all;
   return all;
+}
+
+void implement(OperatorLibrary& library, const Operator& op) {
+  const std::string schema = op.schema;
+  library.impl(schema.substr(0, schema.find('(')).c_str(), op.boxed);
 }
 
 }  // namespace
 
-OnCuda::OnCuda(void (*implement)(OperatorLibrary&)) { cuda_operators().push_back(implement); }
+Operators::Operators(std::initializer_list<Operator> all) {
+  using Kind = OperatorLibrary::Kind;
+  static OperatorLibrary schemas(Kind::FRAGMENT, "randlora", nullptr, __FILE__, __LINE__);
+  static OperatorLibrary cpu(Kind::IMPL, "randlora", "CPU", __FILE__, __LINE__);
+  for (const Operator& op : all) schemas.def(op.schema), implement(cpu, op);
+  waiting().insert(waiting().end(), all);
+}
 
 void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
               double alpha, double beta, DType dtype, const Tensor& like) {
   products_made.fetch_add(1, std::memory_order_relaxed);
   // The summand is the very tensor `out`: torch would copy any other one to it.
   // torch's batched 16-bit products on the CPU copy matrices that are not contiguous.
-  if (out.count == 1 || (like.is_cpu() && bytes_of(dtype) == 2)) {
-    for (int64_t i = 0; i < out.count; ++i) {
-      const auto matrix = [&](const MatrixBatch& m) {
-        char* data = static_cast<char*>(const_cast<void*>(m.data)) + i * m.next * bytes_of(dtype);
-        return view(data, m.rows, m.cols, m.row, m.col, like, dtype);
-      };
-      const Tensor to = matrix(out), a = matrix(left), b = matrix(right);
-      TORCH_ERROR_CODE_CHECK(
-          addmm_out_of(like.is_cpu())(to.get(), to.get(), a.get(), b.get(), beta, alpha));
-    }
-    return;
+  const bool each = out.count == 1 || (like.is_cpu() && bytes_of(dtype) == 2);
+  const Products& torch_products = products_of(like.is_cpu());
+  for (int64_t i = 0; i < (each ? out.count : 1); ++i) {
+    const auto matrix = [&](const MatrixBatch& m) {
+      return each ? view(m, like, dtype, i) : view(m, like, dtype);
+    };
+    const Tensor to = matrix(out), a = matrix(left), b = matrix(right);
+    TORCH_ERROR_CODE_CHECK((each ? torch_products.one : torch_products.batch)(
+        to.get(), to.get(), a.get(), b.get(), beta, alpha));
   }
-  const Tensor to = view(out, like, dtype), a = view(left, like, dtype),
-               b = view(right, like, dtype);
-  TORCH_ERROR_CODE_CHECK(
-      baddbmm_out_of(like.is_cpu())(to.get(), to.get(), a.get(), b.get(), beta, alpha));
 }
 
 void load_cuda(const std::string& path, bool serve_cpu_tensors) {
@@ -127,15 +130,13 @@ void load_cuda(const std::string& path, bool serve_cpu_tensors) {
                  " was built from other sources than this extension; install again");
   check_driver(*kernels);
   static OperatorLibrary cuda(OperatorLibrary::Kind::IMPL, "randlora", "CUDA", __FILE__, __LINE__);
-  for (const auto implement : cuda_operators()) implement(cuda);
-  cuda_operators().clear();
+  for (const Operator& op : waiting()) implement(cuda, op);
+  waiting().clear();
   loaded = kernels;
   serves_cpu = serve_cpu_tensors;
 }
 
 int64_t products() { return products_made; }
-
-bool cuda_loaded() { return loaded != nullptr; }
 
 std::string cuda_build() { return loaded ? loaded->build : ""; }
 
@@ -170,14 +171,10 @@ void* TorchDevice::scratch(size_t bytes) {
 
 void TorchDevice::gemm(const Gemm& g) {
   if (g.M == 0 || g.N == 0) return;
-  const ProductOut addmm_out = addmm_out_of(like_.is_cpu());
-  const Tensor out = view(g.out, g.M, g.N, g.N, 1, like_, g.dtype);
-  const Tensor left = view(const_cast<void*>(g.left), g.M, g.K, g.K, 1, like_, g.dtype);
-  const Tensor right = g.right_rows_are_k
-                           ? view(const_cast<void*>(g.right), g.K, g.N, g.N, 1, like_, g.dtype)
-                           : view(const_cast<void*>(g.right), g.K, g.N, 1, g.K, like_, g.dtype);
-  TORCH_ERROR_CODE_CHECK(
-      addmm_out(out.get(), out.get(), left.get(), right.get(), g.accumulate ? 1.0 : 0.0, g.scale));
+  const MatrixBatch left{g.left, 1, g.M, g.K, 0, g.K, 1};
+  const MatrixBatch right = g.right_rows_are_k ? MatrixBatch{g.right, 1, g.K, g.N, 0, g.N, 1}
+                                               : MatrixBatch{g.right, 1, g.K, g.N, 0, 1, g.K};
+  multiply({g.out, 1, g.M, g.N, 0, g.N, 1}, left, right, 1, g.accumulate, g.dtype, like_);
 }
 
 int64_t TorchDevice::read(const int64_t* value) {

@@ -14,15 +14,18 @@ namespace randlora {
 // that compile the CUDA kernels for the CPU (docs/cuda-on-cpu.md). Throws, and changes nothing, if
 // the file cannot be loaded, does not match this build, or is too new for the machine's driver.
 void load_cuda(const std::string& path, bool serve_cpu_tensors);
-bool cuda_loaded();
-
-using OperatorLibrary = torch::stable::detail::StableLibrary;
-// Has `implement` register its operators for CUDA tensors once our library is loaded. Until then
-// torch's dispatcher takes plain torch (randlora_ext/ops), where an operator has that.
-struct OnCuda {
-  explicit OnCuda(void (*implement)(OperatorLibrary&));
-};
 std::string cuda_build();  // "" if nothing is loaded
+
+// Registers operators of torch.ops.randlora: schemas, and functions for CPU tensors; for CUDA
+// tensors, too, once our library is loaded. Until then torch's dispatcher takes plain torch
+// (randlora_ext/ops), where an operator has that.
+struct Operator {
+  const char* schema;
+  void (*boxed)(StableIValue*, uint64_t, uint64_t);  // RANDLORA_BOX(function)
+};
+struct Operators {
+  Operators(std::initializer_list<Operator> all);
+};
 
 // Throws if the library is not loaded.
 const CudaKernels& cuda_kernels();

@@ -110,13 +110,9 @@ std::tuple<Tensor, Tensor> planes_to_lists(Tensor planes, int64_t cols, bool by_
 }
 
 DType dense_dtype(ScalarType t) {
-  RANDLORA_CHECK(t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::BFloat16 ||
-                     t == ScalarType::Half,
-                 "dtype must be float32, float64, bfloat16 or float16");
-  return t == ScalarType::Float      ? DType::f32
-         : t == ScalarType::Double   ? DType::f64
-         : t == ScalarType::BFloat16 ? DType::bf16
-                                     : DType::f16;
+  const auto dtype = dtype_of(t);
+  RANDLORA_CHECK(dtype, "dtype must be float32, float64, bfloat16 or float16");
+  return *dtype;
 }
 
 Tensor planes_to_dense_op(Tensor planes, int64_t cols, double value, ScalarType dtype) {
@@ -140,22 +136,19 @@ Tensor lists_to_dense_op(Tensor offset, Tensor index, int64_t cols, double value
   const int64_t rows = offset.numel() / 2;
   const AnyLists lists = check_lists(offset, index, rows, "");
   RANDLORA_CHECK(cols >= 0, "cols may not be negative, got ", cols);
-  const bool wide = index.scalar_type() == ScalarType::Int;
   Tensor out = allocate({rows, cols}, dtype, offset);
   if (runs_on_cuda(offset)) {  // entries go unchecked: reading them would make the host wait
     TorchDevice device(offset);
-    cuda_kernels().lists_to_dense(lists, wide, rows, cols, value, out.mutable_data_ptr(), type,
-                                  device);
+    cuda_kernels().lists_to_dense(lists, rows, cols, value, out.mutable_data_ptr(), type, device);
     return out;
   }
   for (int64_t p = 0; p < index.size(0); ++p) {
-    const int64_t col = wide ? static_cast<const uint32_t*>(index.const_data_ptr())[p]
-                             : static_cast<const uint16_t*>(index.const_data_ptr())[p];
+    const int64_t col = lists.typed([&](const auto& l) { return int64_t{l.index[p]}; });
     RANDLORA_CHECK(col < cols, "index[", p, "] is ", col, ", but there are only ", cols,
                    " columns");
   }
   TorchRuntime runtime;
-  lists_to_dense(lists, wide, rows, cols, value, out.mutable_data_ptr(), type, runtime);
+  lists_to_dense(lists, rows, cols, value, out.mutable_data_ptr(), type, runtime);
   return out;
 }
 
@@ -166,35 +159,25 @@ Tensor support_tables_op(Tensor a_offset, Tensor a_index, int64_t d) {
   if (!runs_on_cuda(a_offset)) return allocate({0}, ScalarType::Int, a_offset);
   Tensor tables = allocate({support_numbers(a.count, r, d)}, ScalarType::Int, a_offset);
   TorchDevice device(a_offset);
-  cuda_kernels().support_tables(a, a_index.scalar_type() == ScalarType::Int, r, d,
-                                tables.mutable_data_ptr<int32_t>(), device);
+  cuda_kernels().support_tables(a, r, d, tables.mutable_data_ptr<int32_t>(), device);
   return tables;
 }
 
-void implement(OperatorLibrary& m) {
-  m.impl("fill_planes_", RANDLORA_BOX(fill_planes_));
-  m.impl("pack_dense", RANDLORA_BOX(pack_dense_op));
-  m.impl("planes_to_lists", RANDLORA_BOX(planes_to_lists));
-  m.impl("planes_to_dense", RANDLORA_BOX(planes_to_dense_op));
-  m.impl("lists_to_dense", RANDLORA_BOX(lists_to_dense_op));
-  m.impl("support_tables", RANDLORA_BOX(support_tables_op));
-}
+const Operators operators{
+    {"fill_planes_(Tensor(a!) planes, int seed, int role, int row_start, int col_start, int cols, "
+     "int threshold) -> ()",
+     RANDLORA_BOX(fill_planes_)},
+    {"pack_dense(Tensor dense) -> (Tensor, Tensor)", RANDLORA_BOX(pack_dense_op)},
+    {"planes_to_lists(Tensor planes, int cols, bool by_column, bool wide) -> (Tensor, Tensor)",
+     RANDLORA_BOX(planes_to_lists)},
+    {"planes_to_dense(Tensor planes, int cols, float value, ScalarType dtype) -> Tensor",
+     RANDLORA_BOX(planes_to_dense_op)},
+    {"lists_to_dense(Tensor offset, Tensor index, int cols, float value, ScalarType dtype) -> "
+     "Tensor",
+     RANDLORA_BOX(lists_to_dense_op)},
+    {"support_tables(Tensor a_offset, Tensor a_index, int d) -> Tensor",
+     RANDLORA_BOX(support_tables_op)},
+};
 
 }  // namespace
 }  // namespace randlora
-
-STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
-  m.def(
-      "fill_planes_(Tensor(a!) planes, int seed, int role, int row_start, int col_start, int cols, "
-      "int threshold) -> ()");
-  m.def("pack_dense(Tensor dense) -> (Tensor, Tensor)");
-  m.def("planes_to_lists(Tensor planes, int cols, bool by_column, bool wide) -> (Tensor, Tensor)");
-  m.def("planes_to_dense(Tensor planes, int cols, float value, ScalarType dtype) -> Tensor");
-  m.def(
-      "lists_to_dense(Tensor offset, Tensor index, int cols, float value, ScalarType dtype) -> "
-      "Tensor");
-  m.def("support_tables(Tensor a_offset, Tensor a_index, int d) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) { randlora::implement(m); }
-static const randlora::OnCuda on_cuda(&randlora::implement);

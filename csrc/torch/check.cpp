@@ -23,42 +23,36 @@ const char* name_of(ScalarType t) {
   }
 }
 
-bool is_floating(ScalarType t) {
-  return t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::BFloat16 ||
-         t == ScalarType::Half;
-}
-
 // Positions in a run ascend, so checking the last one bounds them all. For an empty run this reads
 // the position before it, which is harmless and keeps the loop free of branches.
 template <class Index>
-int64_t largest_last(const AnyLists& lists, int64_t runs) {
+int64_t largest_last(const Lists<Index>& lists, int64_t runs) {
   Index largest = 0;
-  const auto* position = static_cast<const Index*>(lists.index);
   for (int64_t run = 1; run <= runs; ++run) {
     const int64_t last = lists.offset[run] > 0 ? lists.offset[run] - 1 : 0;
-    largest = position[last] > largest ? position[last] : largest;
+    largest = lists.index[last] > largest ? lists.index[last] : largest;
   }
   return largest;
 }
 
-void check_last(const AnyLists& lists, bool wide, int64_t lines, int64_t limit, const char* name,
+void check_last(const AnyLists& any, int64_t lines, int64_t limit, const char* name,
                 const char* limit_name) {
-  if (lists.count == 0) return;
+  if (any.count == 0) return;
   const int64_t largest =
-      wide ? largest_last<uint32_t>(lists, 2 * lines) : largest_last<uint16_t>(lists, 2 * lines);
+      any.typed([&](const auto& lists) { return largest_last(lists, 2 * lines); });
   RANDLORA_CHECK(largest < limit, "packed: ", name, "_index has a position ", largest, ", but ",
                  limit_name, " = ", limit, "; these tensors are of another layer");
 }
 
 // Whether every run of positions ascends: all steps that do not ascend must lie between two runs.
 template <class Index>
-bool runs_ascend(const AnyLists& lists, int64_t runs) {
-  const auto* position = static_cast<const Index*>(lists.index);
+bool runs_ascend(const Lists<Index>& lists, int64_t count, int64_t runs) {
+  const Index* position = lists.index;
   int64_t falls = 0, between = 0;
-  for (int64_t p = 1; p < lists.count; ++p) falls += position[p] <= position[p - 1];
+  for (int64_t p = 1; p < count; ++p) falls += position[p] <= position[p - 1];
   for (int64_t run = 1; run < runs; ++run) {
     const int64_t p = lists.offset[run];
-    if (p > lists.offset[run - 1] && p < lists.count) between += position[p] <= position[p - 1];
+    if (p > lists.offset[run - 1] && p < count) between += position[p] <= position[p - 1];
   }
   return falls == between;
 }
@@ -78,7 +72,7 @@ AnyLists check_lists(const Tensor& offset, const Tensor& index, int64_t lines,
       prefix, "index must be a contiguous int16 or int32 tensor, got ", describe(index));
   check_same_device(index, "index", offset, "offset");
   const int64_t *at = offset.const_data_ptr<int64_t>(), runs = 2 * lines;
-  const AnyLists lists{at, index.const_data_ptr(), index.size(0)};
+  const AnyLists lists{at, index.const_data_ptr(), index.size(0), t == ScalarType::Int};
   if (!offset.is_cpu()) return lists;  // reading them would make the host wait
   RANDLORA_CHECK(at[0] == 0 && at[runs] == lists.count, prefix, "offset must run from 0 to ",
                  lists.count, ", the length of ", prefix, "index, but runs from ", at[0], " to ",
@@ -105,16 +99,20 @@ std::string describe(const Tensor& t) {
   return s.str();
 }
 
-DType activation_dtype(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
+std::optional<DType> dtype_of(ScalarType t) {
+  switch (t) {
     case ScalarType::Float: return DType::f32;
     case ScalarType::Double: return DType::f64;
     case ScalarType::BFloat16: return DType::bf16;
     case ScalarType::Half: return DType::f16;
-    default:
-      RANDLORA_CHECK(false, name, " must be float32, float64, bfloat16 or float16, got ",
-                     describe(t));
+    default: return {};
   }
+}
+
+DType activation_dtype(const Tensor& t, const char* name) {
+  const auto dtype = dtype_of(t.scalar_type());
+  RANDLORA_CHECK(dtype, name, " must be float32, float64, bfloat16 or float16, got ", describe(t));
+  return *dtype;
 }
 
 ScalarType scalar_type(DType t) {
@@ -128,11 +126,6 @@ ScalarType scalar_type(DType t) {
 
 ScalarType compute_type(DType t) {
   return t == DType::f64 ? ScalarType::Double : ScalarType::Float;
-}
-
-void check_floating(const Tensor& t, const char* name) {
-  RANDLORA_CHECK(is_floating(t.scalar_type()), name,
-                 " must be float32, float64, bfloat16 or float16, got ", describe(t));
 }
 
 void check_same_device(const Tensor& t, const char* name, const Tensor& as, const char* as_name) {
@@ -193,9 +186,8 @@ Basis basis_of(const std::vector<Tensor>& packed, const std::string& format, int
   for (const Tensor& t : packed)
     if (!on_cpu || !t.is_cpu()) check_same_device(t, "packed", lam, "lam");
   b.a = check_lists(packed[0], packed[1], b.r, "packed: a_");
-  b.wide = packed[1].scalar_type() == ScalarType::Int;
-  if (on_cpu) check_last(b.a, b.wide, b.r, b.d, "a", "d");
-  RANDLORA_CHECK(b.wide || (b.D <= 65536 && b.d <= 65536 && b.K() <= 65536),
+  if (on_cpu) check_last(b.a, b.r, b.d, "a", "d");
+  RANDLORA_CHECK(b.a.wide || (b.D <= 65536 && b.d <= 65536 && b.K() <= 65536),
                  "packed: int16 positions end at 65535, but D = ", b.D, ", d = ", b.d,
                  " and K = ", b.K());
   b.a_tables = check_a_tables(b, packed[2]);
@@ -210,16 +202,16 @@ Basis basis_of(const std::vector<Tensor>& packed, const std::string& format, int
                    "packed: all index tensors must have one dtype, got ", describe(packed[1]),
                    " and ", describe(packed[i]));
   if (on_cpu) {
-    check_last(b.b_rows, b.wide, b.D, b.K(), "b_row", "K");
-    check_last(b.b_cols, b.wide, b.K(), b.D, "b_col", "D");
+    check_last(b.b_rows, b.D, b.K(), "b_row", "K");
+    check_last(b.b_cols, b.K(), b.D, "b_col", "D");
   }
   return b;
 }
 
 void check_ascending(const Basis& b) {
-  const auto check = [&](const AnyLists& lists, int64_t lines, const char* name) {
+  const auto check = [&](const AnyLists& any, int64_t lines, const char* name) {
     const bool ascend =
-        b.wide ? runs_ascend<uint32_t>(lists, 2 * lines) : runs_ascend<uint16_t>(lists, 2 * lines);
+        any.typed([&](const auto& lists) { return runs_ascend(lists, any.count, 2 * lines); });
     RANDLORA_CHECK(ascend, "packed: the positions of ", name,
                    "_index must ascend from each entry of ", name, "_offset to the next");
   };

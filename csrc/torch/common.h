@@ -83,9 +83,10 @@ struct Explained<function> {
 // ---- checks (check.cpp); each message names the argument, what it was and what is allowed ------
 
 std::string describe(const Tensor& t);  // "(2, 3) float32 on cpu"
-DType activation_dtype(const Tensor& t, const char* name);
+std::optional<DType> dtype_of(ScalarType t);
 ScalarType scalar_type(DType t);
-void check_floating(const Tensor& t, const char* name);
+DType activation_dtype(const Tensor& t, const char* name);
+inline void check_floating(const Tensor& t, const char* name) { activation_dtype(t, name); }
 void check_same_device(const Tensor& t, const char* name, const Tensor& as, const char* as_name);
 
 // Checks lists of `lines` lines in tensors named `prefix`offset and `prefix`index. On the CPU it

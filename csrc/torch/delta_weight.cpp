@@ -1,8 +1,6 @@
 // torch.ops.randlora.delta_weight (scale * B @ A', oriented as a Linear's weight), its backward,
 // merged_weight, and add_rounded for a dW that already exists.
-#include "delta_weight.h"
-
-#include "backend.h"
+#include "linear.h"
 
 namespace randlora {
 
@@ -94,28 +92,19 @@ Tensor add_rounded(Tensor weight, Tensor delta, std::optional<int64_t> rounding_
   return out;
 }
 
-void implement(OperatorLibrary& m) {
-  m.impl("add_rounded", RANDLORA_BOX(add_rounded));
-  m.impl("delta_weight", RANDLORA_BOX(delta_weight));
-  m.impl("merged_weight", RANDLORA_BOX(merged_weight));
-  m.impl("delta_weight_backward", RANDLORA_BOX(delta_weight_backward));
-}
+const Operators operators{
+    {"add_rounded(Tensor weight, Tensor delta, int? rounding_seed) -> Tensor",
+     RANDLORA_BOX(add_rounded)},
+    {"delta_weight(Tensor lam, Tensor gam, Tensor[] packed, str format, SymInt D, bool expand, "
+     "float scale) -> Tensor",
+     RANDLORA_BOX(delta_weight)},
+    {"merged_weight(Tensor weight, Tensor lam, Tensor gam, Tensor[] packed, str format, SymInt D, "
+     "bool expand, float scale, int? rounding_seed) -> Tensor",
+     RANDLORA_BOX(merged_weight)},
+    {"delta_weight_backward(Tensor grad, Tensor lam, Tensor gam, Tensor[] packed, str format, "
+     "SymInt D, bool expand, float scale) -> (Tensor, Tensor)",
+     RANDLORA_BOX(delta_weight_backward)},
+};
 
 }  // namespace
 }  // namespace randlora
-
-STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
-  m.def("add_rounded(Tensor weight, Tensor delta, int? rounding_seed) -> Tensor");
-  m.def(
-      "delta_weight(Tensor lam, Tensor gam, Tensor[] packed, str format, SymInt D, bool expand, "
-      "float scale) -> Tensor");
-  m.def(
-      "merged_weight(Tensor weight, Tensor lam, Tensor gam, Tensor[] packed, str format, SymInt D, "
-      "bool expand, float scale, int? rounding_seed) -> Tensor");
-  m.def(
-      "delta_weight_backward(Tensor grad, Tensor lam, Tensor gam, Tensor[] packed, str format, "
-      "SymInt D, bool expand, float scale) -> (Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) { randlora::implement(m); }
-static const randlora::OnCuda on_cuda(&randlora::implement);

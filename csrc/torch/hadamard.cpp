@@ -330,29 +330,19 @@ Tensor hadamard_weight(OptionalTensor base, Tensor lam, Tensor gam, Tensor s, Te
   return out;
 }
 
-void implement(OperatorLibrary& m) {
-  m.impl("hadamard_linear", RANDLORA_BOX(hadamard_linear));
-  m.impl("hadamard_linear_backward", RANDLORA_BOX(hadamard_linear_backward));
-  m.impl("hadamard_weight", RANDLORA_BOX(hadamard_weight));
-}
+const Operators operators{
+    {"hadamard_linear(Tensor x, Tensor? weight, Tensor? bias, Tensor lam, Tensor gam, Tensor s, "
+     "Tensor row, Tensor col, float scale, int first_row, int first_column, bool expand, "
+     "bool merge) -> Tensor",
+     RANDLORA_BOX(hadamard_linear)},
+    {"hadamard_linear_backward(Tensor dy, Tensor x, Tensor? weight, Tensor lam, Tensor gam, "
+     "Tensor s, Tensor row, Tensor col, float scale, int first_row, int first_column, "
+     "bool expand, bool merge, bool need_x, bool need_diagonals) -> (Tensor, Tensor, Tensor)",
+     RANDLORA_BOX(hadamard_linear_backward)},
+    {"hadamard_weight(Tensor? weight, Tensor lam, Tensor gam, Tensor s, Tensor row, Tensor col, "
+     "float scale, int first_row, int first_column, bool expand, int? rounding_seed) -> Tensor",
+     RANDLORA_BOX(hadamard_weight)},
+};
 
 }  // namespace
-
 }  // namespace randlora
-
-STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
-  m.def(
-      "hadamard_linear(Tensor x, Tensor? weight, Tensor? bias, Tensor lam, Tensor gam, Tensor s, "
-      "Tensor row, Tensor col, float scale, int first_row, int first_column, bool expand, "
-      "bool merge) -> Tensor");
-  m.def(
-      "hadamard_linear_backward(Tensor dy, Tensor x, Tensor? weight, Tensor lam, Tensor gam, "
-      "Tensor s, Tensor row, Tensor col, float scale, int first_row, int first_column, "
-      "bool expand, bool merge, bool need_x, bool need_diagonals) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "hadamard_weight(Tensor? weight, Tensor lam, Tensor gam, Tensor s, Tensor row, Tensor col, "
-      "float scale, int first_row, int first_column, bool expand, int? rounding_seed) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) { randlora::implement(m); }
-static const randlora::OnCuda on_cuda(&randlora::implement);

@@ -7,8 +7,6 @@
 // Without a weight the result is only the adapter's part, for base layers of any kind.
 #include "linear.h"
 
-#include "delta_weight.h"
-
 namespace randlora {
 namespace {
 
@@ -136,31 +134,6 @@ Tensor formed(const Call& c, const Tensor& lam, const Tensor& gam, const Optiona
   return out;
 }
 
-// y += x dW^T; y = x dW^T unless `accumulate`.
-void add_factored(const Call& c, const Tensor& lam, const Tensor& gam, const Tensor& x, Tensor& y,
-                  bool accumulate) {
-  const Tensor l = compute_copy(lam, c.dtype), g = compute_copy(gam, c.dtype);
-  run(x, Linear{c.basis, l.const_data_ptr(), g.const_data_ptr(), x.const_data_ptr(),
-                y.mutable_data_ptr(), c.dtype, c.s.T, c.scale, c.expand, accumulate});
-}
-
-// The gradients of add_factored from x and dy: sets `dx` if not null, or with `accumulate` adds to
-// it; returns (dlam, dgam) if `need_diagonals`.
-std::tuple<Tensor, Tensor> factored_backward(const Call& c, const Tensor& lam, const Tensor& gam,
-                                             const Tensor& x, const Tensor& dy, Tensor* dx,
-                                             bool accumulate, bool need_diagonals) {
-  const Tensor l = compute_copy(lam, c.dtype), g = compute_copy(gam, c.dtype);
-  Tensor dlam, dgam;
-  if (need_diagonals) dlam = allocate_like(l), dgam = allocate_like(g);
-  run(x, LinearBackward{c.basis, l.const_data_ptr(), g.const_data_ptr(), x.const_data_ptr(),
-                        dy.const_data_ptr(), dx ? dx->mutable_data_ptr() : nullptr, c.dtype, c.s.T,
-                        c.scale, c.expand, accumulate,
-                        need_diagonals ? dlam.mutable_data_ptr() : nullptr,
-                        need_diagonals ? dgam.mutable_data_ptr() : nullptr});
-  if (!need_diagonals) return {};
-  return {cast(dlam, lam.scalar_type()), cast(dgam, gam.scalar_type())};
-}
-
 Tensor linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor lam, Tensor gam,
               std::vector<Tensor> packed, std::string format, int64_t D, bool expand, double scale,
               std::string path, OptionalTensor b_dense) {
@@ -173,7 +146,10 @@ Tensor linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor lam, 
     return weight ? sum_of(torch_linear(xc, *weight, bias), y) : y;
   }
   Tensor y = weight ? as_contiguous(torch_linear(xc, *weight, bias)) : like_output(xc, c.s.out);
-  add_factored(c, lam, gam, xc, y, /*accumulate=*/weight.has_value());
+  const Tensor l = compute_copy(lam, c.dtype), g = compute_copy(gam, c.dtype);
+  run(x, Linear{c.basis, l.const_data_ptr(), g.const_data_ptr(), xc.const_data_ptr(),
+                y.mutable_data_ptr(), c.dtype, c.s.T, c.scale, c.expand,
+                /*accumulate=*/weight.has_value()});
   return y;
 }
 
@@ -189,9 +165,15 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Optional
   const Tensor xc = as_contiguous(x), dyc = as_contiguous(dy);
   Tensor dx, dlam, dgam;
   if (p == Path::factored && (need_x || need_diagonals)) {
+    const Tensor l = compute_copy(lam, c.dtype), g = compute_copy(gam, c.dtype);
     if (need_x) dx = weight ? as_contiguous(product(dyc, *weight)) : allocate_like(xc);
-    std::tie(dlam, dgam) = factored_backward(c, lam, gam, xc, dyc, need_x ? &dx : nullptr,
-                                             weight.has_value(), need_diagonals);
+    if (need_diagonals) dlam = allocate_like(l), dgam = allocate_like(g);
+    run(x, LinearBackward{c.basis, l.const_data_ptr(), g.const_data_ptr(), xc.const_data_ptr(),
+                          dyc.const_data_ptr(), need_x ? dx.mutable_data_ptr() : nullptr, c.dtype,
+                          c.s.T, c.scale, c.expand, /*accumulate=*/weight.has_value(),
+                          need_diagonals ? dlam.mutable_data_ptr() : nullptr,
+                          need_diagonals ? dgam.mutable_data_ptr() : nullptr});
+    if (need_diagonals) dlam = cast(dlam, lam.scalar_type()), dgam = cast(dgam, gam.scalar_type());
   }
   if (p != Path::factored && need_x) {
     const OptionalTensor base = p == Path::merged ? weight : OptionalTensor();
@@ -209,23 +191,15 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Optional
   return {dx, dlam, dgam};
 }
 
-void implement(OperatorLibrary& m) {
-  m.impl("linear", RANDLORA_BOX(linear));
-  m.impl("linear_backward", RANDLORA_BOX(linear_backward));
-}
+const Operators operators{
+    {"linear(Tensor x, Tensor? weight, Tensor? bias, Tensor lam, Tensor gam, Tensor[] packed, "
+     "str format, SymInt D, bool expand, float scale, str path, Tensor? b_dense) -> Tensor",
+     RANDLORA_BOX(linear)},
+    {"linear_backward(Tensor dy, Tensor x, Tensor? weight, Tensor lam, Tensor gam, "
+     "Tensor[] packed, str format, SymInt D, bool expand, float scale, str path, "
+     "Tensor? b_dense, bool need_x, bool need_diagonals) -> (Tensor, Tensor, Tensor)",
+     RANDLORA_BOX(linear_backward)},
+};
 
 }  // namespace
 }  // namespace randlora
-
-STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
-  m.def(
-      "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor lam, Tensor gam, Tensor[] packed, "
-      "str format, SymInt D, bool expand, float scale, str path, Tensor? b_dense) -> Tensor");
-  m.def(
-      "linear_backward(Tensor dy, Tensor x, Tensor? weight, Tensor lam, Tensor gam, "
-      "Tensor[] packed, str format, SymInt D, bool expand, float scale, str path, "
-      "Tensor? b_dense, bool need_x, bool need_diagonals) -> (Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) { randlora::implement(m); }
-static const randlora::OnCuda on_cuda(&randlora::implement);

@@ -21,4 +21,12 @@ Tensor torch_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&
 // Uninitialised, shaped like x with `features` in the last dimension.
 Tensor like_output(const Tensor& x, int64_t features);
 
+// delta_weight.cpp: out (out, in) = dW, added to `base` (if given) before the single rounding to
+// the dtype of `out`.
+void form_delta(const Basis& b, const Tensor& lam, const Tensor& gam, const OptionalTensor& base,
+                double scale, bool expand, std::optional<int64_t> rounding_seed, Tensor& out);
+// (dlam, dgam) from the gradient of the result, in the types of lam and gam.
+std::tuple<Tensor, Tensor> contract_delta(const Basis& b, const Tensor& grad, const Tensor& lam,
+                                          const Tensor& gam, double scale, bool expand);
+
 }  // namespace randlora

@@ -3,14 +3,19 @@
 namespace randlora {
 namespace {
 
-Tensor allocate_on(const std::vector<int64_t>& sizes, ScalarType type, int32_t device_type,
-                   int32_t device_index) {
+std::vector<int64_t> strides_of(const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = stride;
     stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
+  return strides;
+}
+
+Tensor allocate_on(const std::vector<int64_t>& sizes, ScalarType type, int32_t device_type,
+                   int32_t device_index) {
+  const std::vector<int64_t> strides = strides_of(sizes);
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
@@ -73,12 +78,9 @@ thread_local KeptBlocks kept_blocks;
 
 Tensor temporary(const std::vector<int64_t>& sizes, DType dtype, const Tensor& like) {
   if (!like.is_cpu()) return allocate(sizes, scalar_type(dtype), like);
-  std::vector<int64_t> strides(sizes.size());
+  const std::vector<int64_t> strides = strides_of(sizes);
   int64_t count = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = count;
-    count *= sizes[i];
-  }
+  for (const int64_t size : sizes) count *= size;
   const Tensor block = kept_blocks.take(count * bytes_of(dtype));
   return torch::stable::from_blob(
       block.mutable_data_ptr(), {sizes.data(), sizes.size()}, {strides.data(), strides.size()},

@@ -49,18 +49,11 @@ std::tuple<Tensor, Tensor> scaled_basis_backward(Tensor grad, Tensor A, Tensor l
   return {cast(dlam, lam.scalar_type()), cast(dgam, gam.scalar_type())};
 }
 
-void implement(OperatorLibrary& m) {
-  m.impl("scaled_basis", RANDLORA_BOX(scaled_basis));
-  m.impl("scaled_basis_backward", RANDLORA_BOX(scaled_basis_backward));
-}
+const Operators operators{
+    {"scaled_basis(Tensor A, Tensor lam, Tensor gam) -> Tensor", RANDLORA_BOX(scaled_basis)},
+    {"scaled_basis_backward(Tensor grad, Tensor A, Tensor lam, Tensor gam) -> (Tensor, Tensor)",
+     RANDLORA_BOX(scaled_basis_backward)},
+};
 
 }  // namespace
 }  // namespace randlora
-
-STABLE_TORCH_LIBRARY_FRAGMENT(randlora, m) {
-  m.def("scaled_basis(Tensor A, Tensor lam, Tensor gam) -> Tensor");
-  m.def("scaled_basis_backward(Tensor grad, Tensor A, Tensor lam, Tensor gam) -> (Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(randlora, CPU, m) { randlora::implement(m); }
-static const randlora::OnCuda on_cuda(&randlora::implement);

@@ -61,7 +61,7 @@ struct Ternary {
     std::vector<uint32_t> wide;
     AnyLists view(bool as_wide) const {
       return {offset.data(), as_wide ? static_cast<const void*>(wide.data()) : narrow.data(),
-              offset.back()};
+              offset.back(), as_wide};
     }
   } by_row, by_column;
 

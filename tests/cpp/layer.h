@@ -21,7 +21,7 @@ struct Layer {
 
   Basis basis(Form form, bool wide = false) const {
     Basis b;
-    b.D = D, b.d = d, b.r = r, b.n = n, b.wide = wide;
+    b.D = D, b.d = d, b.r = r, b.n = n;
     b.a = A.by_row.view(wide);
     if (form == Form::planes)
       b.b_planes = B.planes;
@@ -76,7 +76,7 @@ void set_case_of(const Kernels& kernels, const Layer& L, const Basis& basis, DTy
                  bool turned, int64_t skip) {
   set_case("D %ld d %ld r %ld T %ld planes %d dense %d wide %d dtype %d turned %d skip %ld %s",
            long(L.D), long(L.d), long(L.r), long(T), basis.has_planes(), basis.b_dense != nullptr,
-           basis.wide, int(dtype), turned, long(skip), kernels.settings().c_str());
+           basis.a.wide, int(dtype), turned, long(skip), kernels.settings().c_str());
 }
 
 // y, dx, dlam and dgam, also where only some of them are wanted.

@@ -14,10 +14,10 @@ static void round_trip(int64_t rows, int64_t cols, double density, int threads) 
   EXPECT(out == t.dense, "planes (%ld, %ld) at %g", long(rows), long(cols), density);
   for (bool wide : {false, true}) {
     std::fill(out.begin(), out.end(), 9.0);
-    lists_to_dense(t.by_row.view(wide), wide, rows, cols, 1.0, out.data(), DType::f64, rt);
+    lists_to_dense(t.by_row.view(wide), rows, cols, 1.0, out.data(), DType::f64, rt);
     EXPECT(out == t.dense, "lists by row, wide = %d", wide);
     std::vector<double> turned(rows * cols, 9.0);
-    lists_to_dense(t.by_column.view(wide), wide, cols, rows, 1.0, turned.data(), DType::f64, rt);
+    lists_to_dense(t.by_column.view(wide), cols, rows, 1.0, turned.data(), DType::f64, rt);
     bool equal = true;
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < cols; ++j) equal &= turned[j * rows + i] == t.dense[i * cols + j];

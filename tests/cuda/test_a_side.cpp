@@ -1,4 +1,5 @@
 // Up, down and gradient of the A side against plain sums in double.
+#include "cuda/factored/a_side.h"
 #include "layer.h"
 #include "test_device.h"
 
@@ -38,7 +39,11 @@ struct Side {
     device.chunk_bytes = c.chunk_bytes;
     set_case_of(device, L, basis, dtype, T, false, c.skip);
   }
-  cuda::ASide side() const { return {basis, lam.get(), gam.get(), dtype, T}; }
+  cuda::ASideCall call(const Array& z) {
+    cuda::ASideCall made({basis, lam.get(), gam.get(), dtype, T}, L.scale, device);
+    made.set_operand(z.get(), T);
+    return made;
+  }
 
   struct Results {
     Array V, out, dlam, dgam;
@@ -46,9 +51,10 @@ struct Side {
   Results run(const Array& z, const Array& U) {
     Results all{Array(dtype, T * L.K, c.skip), Array(dtype, T * L.d, c.skip), Array(compute, L.K),
                 Array(compute, L.n * L.d)};
-    cuda::a_up(side(), z.get(), all.V.get(), L.scale, device);
-    cuda::a_down(side(), U.get(), all.out.get(), L.scale, false, device);
-    cuda::a_grad(side(), U.get(), z.get(), L.scale, all.dlam.get(), all.dgam.get(), device);
+    cuda::ASideCall a = call(z);
+    a.up(all.V.get());
+    a.down(U.get(), T, all.out.get(), false);
+    a.grad(U.get(), all.dlam.get(), all.dgam.get(), false);
     return all;
   }
 };
@@ -64,7 +70,7 @@ void check(const Case& c, DType dtype, bool tf32 = false) {
   compare("V", got.V, product(zs, scaled, T, K, d, true, s.L.scale), bound);
   const Values want = product(us, scaled, T, d, K, false, s.L.scale);
   compare("out", got.out, want, bound);
-  cuda::a_down(s.side(), U.get(), start.get(), s.L.scale, true, s.device);
+  s.call(z).down(U.get(), T, start.get(), true);
   compare("out + out", start, sum(old, want), bound);
   // No rounding but of sums: U and z are exact.
   const double exact = tf32 ? bound : tolerance(s.compute);
@@ -76,7 +82,7 @@ void check(const Case& c, DType dtype, bool tf32 = false) {
   const AnyLists& a = s.basis.a;
   const Poisoned tables(support_numbers(a.count, c.r, d) * 4);
   s.basis.a_tables = static_cast<const int32_t*>(tables.get());
-  cuda::support_tables(a, c.wide, c.r, d, static_cast<int32_t*>(tables.get()), s.device);
+  cuda::support_tables(a, c.r, d, static_cast<int32_t*>(tables.get()), s.device);
   const auto again = s.run(z, U);
   EXPECT(again.V.raw() == got.V.raw() && again.out.raw() == got.out.raw() &&
              again.dlam.raw() == got.dlam.raw() && again.dgam.raw() == got.dgam.raw(),

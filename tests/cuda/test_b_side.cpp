@@ -17,13 +17,8 @@ struct Case {
   int64_t shared = 227 << 10;  // of a block
 };
 
-void up(Form form, const cuda::BSide& p, const Array& V, const Array& y, double scale,
-        bool accumulate, TestDevice& device) {
-  (form == Form::lists ? cuda::b_up_lists : cuda::b_up_planes)(p, V.get(), y.get(), scale,
-                                                               accumulate, device);
-}
-void down(Form form, const cuda::BSide& p, const Array& x, const Array& U, TestDevice& device) {
-  (form == Form::lists ? cuda::b_down_lists : cuda::b_down_planes)(p, x.get(), U.get(), device);
+void b_side(Form form, const cuda::BSide& p, TestDevice& device) {
+  (form == Form::lists ? cuda::b_lists : cuda::b_planes)(p, device);
 }
 
 void check(const Case& c, DType dtype, bool tf32 = false) {
@@ -36,13 +31,12 @@ void check(const Case& c, DType dtype, bool tf32 = false) {
   const double bound = tolerance(dtype, tf32);
   const Array V(dtype, normal(T * K, 3), c.skip), x(dtype, normal(T * D, 4), c.skip),
       start(dtype, normal(T * D, 5), c.skip), y(dtype, T * D, c.skip), U(dtype, T * K, c.skip);
-  const cuda::BSide side{basis, dtype, T};
-  const Values want = product(V.values(), L.B.dense, T, D, K, true, L.scale), old = start.values();
-  up(c.form, side, V, y, L.scale, false, device);
+  const Values want = product(V.values(), L.B.dense, T, D, K, true), old = start.values();
+  b_side(c.form, {basis, dtype, T, true, V.get(), y.get(), false}, device);
   compare("y", y, want, bound);
-  up(c.form, side, V, start, L.scale, true, device);
+  b_side(c.form, {basis, dtype, T, true, V.get(), start.get(), true}, device);
   compare("y + y", start, sum(old, want), bound);
-  down(c.form, side, x, U, device);
+  b_side(c.form, {basis, dtype, T, false, x.get(), U.get(), false}, device);
   compare("U", U, product(x.values(), L.B.dense, T, K, D, false), bound);
 }
 
@@ -58,7 +52,7 @@ void not_finite(Form form, DType dtype, int64_t T) {
   const Basis basis = L.basis(form);
   TestDevice device;
   set_case_of(device, L, basis, dtype, T, false, 0);
-  up(form, {basis, dtype, T}, V, y, 1, false, device);
+  b_side(form, {basis, dtype, T, true, V.get(), y.get(), false}, device);
   const Values got = y.values();
   for (int64_t e = 0; e < T * L.D; ++e) {
     const bool reached = e / L.D == T - 1 && (all || L.B.dense[e % L.D * L.K + bad] != 0);

@@ -117,7 +117,7 @@ void dense(int64_t rows, int64_t cols, double density, DType dtype, int threads,
          long(cols), int(dtype), threads);
   for (bool wide : {false, true}) {
     const Array spread(dtype, rows * cols, skip);
-    cuda::lists_to_dense(t.by_row.view(wide), wide, rows, cols, value, spread.get(), dtype, device);
+    cuda::lists_to_dense(t.by_row.view(wide), rows, cols, value, spread.get(), dtype, device);
     EXPECT(spread.raw() == want.raw(), "lists (%ld, %ld) to dtype %d, wide %d, threads %d",
            long(rows), long(cols), int(dtype), wide, threads);
   }

@@ -49,7 +49,6 @@ class TestDevice : public Device {
         for (int64_t k = 0; k < g.K; ++k)
           sum += static_cast<C>(double_of(left[m * g.K + k])) *
                  static_cast<C>(double_of(right[g.right_rows_are_k ? k * g.N + n : n * g.K + k]));
-        sum *= static_cast<C>(g.scale);
         S* o = out + m * g.N + n;
         if (g.accumulate) sum += static_cast<C>(double_of(*o));
         store_rounded(sum, o);
@@ -72,7 +71,8 @@ inline void under_all_schedules(void (*tests)()) {
 
 // Sanitizers take their time: they run the tests under one schedule, which CUDA_ON_CPU_SCHEDULE may
 // choose, and only `few` of them under all.
-inline int run_tests(void (*tests)(), void (*few)() = [] {}) {
+inline int run_tests(
+    void (*tests)(), void (*few)() = [] {}) {
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
   const bool one = true;
 #else

@@ -157,7 +157,8 @@ const char *kDisagree = kThread ? "ThreadSanitizer: data race" : "schedules disa
            *kRace = kThread ? kDisagree : "", *kNaN = "NaN in the result",
            *kOverflow = kAddress ? "heap-buffer-overflow" : "",
            *kMisaligned = "not 16-byte aligned";
-#define FAULT(name, want) {#name, name, want}
+#define FAULT(name, want) \
+  { #name, name, want }
 const Fault kFaults[] = {
     FAULT(missing_barrier, kDisagree),
     FAULT(missing_second_barrier, kDisagree),
@@ -244,7 +245,7 @@ void errors() {
   cuda_on_cpu::schedule = {};
   std::vector<float> out(128);
   const auto start = [&](void (*kernel)(float*), int threads, int64_t shared = 512,
-                         dim3 grid = {1, 3}) {
+                         Grid grid = {1, 3}) {
     return error_of([&] { launch(device, "k", kernel, grid, threads, shared, out.data()); });
   };
   const std::string e = start(skipped_barrier, 128);

@@ -208,7 +208,7 @@ __global__ void reuse_kernel(int* out) {
 }
 std::vector<int> reuse() {
   std::vector<int> out(3 * 2 * 2 * 64, -1);
-  launch(device, "reuse", reuse_kernel, dim3(3, 2, 2), 64, 64 * 4, out.data());
+  launch(device, "reuse", reuse_kernel, {3, 2, 2}, 64, 64 * 4, out.data());
   for (int i = 0; i < static_cast<int>(out.size()); ++i)
     EXPECT(out[i] == i / 64 + 15, "thread %d: %d", i, out[i]);
   return out;

@@ -2,17 +2,16 @@
 //
 // Floor: base and delta read and out written once, 8 bytes an element.
 #include "../device/launch.h"
+#include "../device/rounded_store.h"
 #include "../kernels.h"
-#include "delta_store.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 namespace {
 
 constexpr int kPerThread = 8;  // 16 bytes of out
 
 template <class S, bool Aligned>
-__global__ void add_rounded_kernel(DeltaStore<S> store, const float* __restrict__ delta,
+__global__ void add_rounded_kernel(RoundedStore<S> store, const float* __restrict__ delta,
                                    int64_t count) {
   const int64_t first = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kPerThread;
   if (Aligned && first + kPerThread <= count) {
@@ -31,16 +30,12 @@ __global__ void add_rounded_kernel(DeltaStore<S> store, const float* __restrict_
 
 template <class S>
 void add_rounded_as(const AddRounded& p, Device& device) {
-  DeltaWeight as{};
-  as.out = p.out, as.base = p.base, as.scale = 1;
-  as.stochastic = p.stochastic, as.rounding_seed = p.rounding_seed;
-  const DeltaStore<S> store(as);
+  const auto store = RoundedStore<S>::of(p, 1);
   const bool aligned = store.aligned(kPerThread) && reinterpret_cast<uintptr_t>(p.delta) % 16 == 0;
-  const int threads = device.max_threads < 256 ? device.max_threads : 256;
+  const int threads = min(256, device.max_threads);
   launch(device, "add_rounded",
          aligned ? add_rounded_kernel<S, true> : add_rounded_kernel<S, false>,
-         static_cast<unsigned>(ceil_div(p.count, int64_t{threads} * kPerThread)), threads, 0, store,
-         p.delta, p.count);
+         ceil_div(p.count, threads * kPerThread), threads, 0, store, p.delta, p.count);
 }
 
 }  // namespace
@@ -49,5 +44,4 @@ void add_rounded(const AddRounded& p, Device& device) {
   p.dtype == DType::bf16 ? add_rounded_as<bf16>(p, device) : add_rounded_as<f16>(p, device);
 }
 
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

@@ -1,8 +1,7 @@
 // Makes what delta_planes.h declares: B's codes in tiles, A's signs as bytes.
 #include "delta_planes.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 namespace {
 
 // Both planes of a row at columns (j, i .. i + 63).
@@ -75,9 +74,8 @@ const uint32_t* row_codes(const Basis& b, Device& device) {
   const DeltaShape s(b);
   const int64_t row_blocks = ceil_div(s.D, kLines);
   auto* tiles = scratch<uint32_t>(device, row_blocks * s.chunks() * s.quads() * kTileWords);
-  launch(device, "row_codes", row_codes_kernel,
-         blocks_of(row_blocks * s.quads() * kQuad * s.groups()), kTileThreads, 0, b.b_planes, s,
-         tiles);
+  launch(device, "row_codes", row_codes_kernel, row_blocks * s.quads() * kQuad * s.groups(),
+         kTileThreads, 0, b.b_planes, s, tiles);
   return tiles;
 }
 
@@ -85,24 +83,19 @@ const uint32_t* column_codes(const Basis& b, Device& device) {
   const DeltaShape s(b);
   const int64_t steps = ceil_div(s.D, kSlots);
   auto* tiles = scratch<uint32_t>(device, s.chunks() * s.octets() * steps * kTileWords);
-  launch(device, "column_codes", column_codes_kernel,
-         blocks_of(steps * s.octets() * kOctet / 2 * s.groups()), kTileThreads, 0, b.b_planes, s,
-         tiles);
+  launch(device, "column_codes", column_codes_kernel, steps * s.octets() * kOctet / 2 * s.groups(),
+         kTileThreads, 0, b.b_planes, s, tiles);
   return tiles;
 }
 
 const uint32_t* signs_of_A(const Basis& b, Device& device) {
   const DeltaShape s(b);
   auto* signs = scratch<int8_t>(device, s.octets() * kOctet * s.d);
-  const dim3 grid = blocks_of(s.octets() * kOctet);
-  if (b.wide)
-    launch(device, "signs", signs_kernel<uint32_t>, grid, kTileThreads, 0, b.a.as<uint32_t>(), s,
-           signs);
-  else
-    launch(device, "signs", signs_kernel<uint16_t>, grid, kTileThreads, 0, b.a.as<uint16_t>(), s,
-           signs);
+  b.a.typed([&](auto a) {
+    launch(device, "signs", signs_kernel<typename decltype(a)::Index>, s.octets() * kOctet,
+           kTileThreads, 0, a, s, signs);
+  });
   return reinterpret_cast<const uint32_t*>(signs);
 }
 
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

@@ -5,9 +5,9 @@
 // For each j, row o of dW gets the signed sum of the rows i with B[o, (j, i)] != 0, added once at
 // the positions S_j.
 //
-//   prepare   (delta_prepare.h) makes value and regroups the lists so that one walk makes a row of
+//   prepare   (delta_rows.h) makes value and regroups the lists so that one walk makes a row of
 //             dW: a row of B by j, a row of A by chunks of columns
-//   form      (delta_rows.h) a warp makes a chunk of a row of dW (4096 columns in fp32) in shared
+//   form      a warp makes a chunk of a row of dW (4096 columns in fp32) in shared
 //             memory. Each lane unpacks one of 32 entries of B. Then lanes are positions of S_j:
 //             up to 96 sums stay in registers over the entries of one j and are added to the row
 //             when j ends. Positions of one j differ, so plain additions and a warp barrier after
@@ -20,12 +20,10 @@
 // Zeros of A and B are skipped: an infinite gamma reaches only the elements that depend on it.
 #include <algorithm>
 
+#include "../device/rounded_store.h"
 #include "delta_rows.h"
-#include "delta_store.h"
-#include "delta_weight.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 namespace {
 
 constexpr int kTransposedRows = 16;  // a 32-byte sector of 16-bit elements
@@ -44,7 +42,7 @@ constexpr int kRun = 16 / int(Transposed ? sizeof(S) : sizeof(typename ComputeOf
 
 template <class S>
 __device__ void store_row(const typename ComputeOf<S>::type* row, int64_t first, int count,
-                          const Tile& t, const DeltaStore<S>& store) {
+                          const Tile& t, const RoundedStore<S>& store) {
   using C = typename ComputeOf<S>::type;
   constexpr int N = kRun<S, false>;
   const int lane = threadIdx.x % 32;
@@ -65,7 +63,7 @@ __device__ void store_row(const typename ComputeOf<S>::type* row, int64_t first,
 template <class S>
 __device__ void store_columns(const typename ComputeOf<S>::type* tile, int64_t k0, int columns,
                               int64_t o0, int rows, int64_t D, const Tile& t,
-                              const DeltaStore<S>& store) {
+                              const RoundedStore<S>& store) {
   using C = typename ComputeOf<S>::type;
   constexpr int N = kRun<S, true>, kRuns = kTransposedRows / N;
   if (!t.aligned) {
@@ -86,8 +84,8 @@ __device__ void store_columns(const typename ComputeOf<S>::type* tile, int64_t k
 }
 
 template <class S, bool Transposed>
-__global__ void __launch_bounds__(256, 2)
-    form_kernel(Prepared<typename ComputeOf<S>::type> in, int64_t D, Tile t, DeltaStore<S> store) {
+__global__ void __launch_bounds__(256, 2) form_kernel(Prepared<typename ComputeOf<S>::type> in,
+                                                      int64_t D, Tile t, RoundedStore<S> store) {
   using C = typename ComputeOf<S>::type;
   C* tile = reinterpret_cast<C*>(shared_memory());                      // (t.rows, t.stride)
   uint4* batches = reinterpret_cast<uint4*>(tile + t.rows * t.stride);  // 32 entries a warp
@@ -96,13 +94,13 @@ __global__ void __launch_bounds__(256, 2)
   const int64_t o0 = blockIdx.x / in.chunks * t.rows, q = blockIdx.x % in.chunks;
   const int rows = static_cast<int>(min(D - o0, int64_t{t.rows}));
   const int64_t k0 = q * in.columns;
-  const int columns = static_cast<int>(min(in.d - k0, in.columns));
+  const int columns = static_cast<int>(min(in.a.d - k0, in.columns));
 
   constexpr int kClear = 16 / int(sizeof(C));
   for (int e = threadIdx.x * kClear; e < t.rows * t.stride; e += blockDim.x * kClear)
     *reinterpret_cast<uint4*>(tile + e) = make_uint4(0, 0, 0, 0);
   if (t.positions)
-    for (int64_t e = threadIdx.x; e < in.positions; e += blockDim.x) staged[e] = in.position[e];
+    for (int64_t e = threadIdx.x; e < in.a.count; e += blockDim.x) staged[e] = in.position[e];
   __syncthreads();
   C* row = tile + warp * t.stride;
   for (int w = warp; w < rows; w += warps, row += warps * t.stride)
@@ -112,7 +110,8 @@ __global__ void __launch_bounds__(256, 2)
     __syncthreads();
     store_columns(tile, k0, columns, o0, rows, D, t, store);
   } else {
-    if (warp < rows) store_row(tile + warp * t.stride, (o0 + warp) * in.d + k0, columns, t, store);
+    if (warp < rows)
+      store_row(tile + warp * t.stride, (o0 + warp) * in.a.d + k0, columns, t, store);
   }
 }
 
@@ -128,7 +127,7 @@ void delta_weight_as(const DeltaWeight& p, Device& device) {
   using C = typename ComputeOf<S>::type;
   constexpr int N = kRun<S, Transposed>;
   const Basis& b = p.basis;
-  const DeltaStore<S> store(p);
+  const auto store = RoundedStore<S>::of(p, p.scale);
   const int threads = std::min(device.max_threads, Transposed ? 256 : 32 * kRowWarps);
   const int64_t batches = threads * int64_t{sizeof(uint4)};
   // 32 elements after each row are written but never read. Transposed, a stride of 2 modulo 32 puts
@@ -147,18 +146,18 @@ void delta_weight_as(const DeltaWeight& p, Device& device) {
   if (t.positions) shared += position_bytes;
 
   const Prepared<C> in = prepare<C>(p, columns, chunks, device);
-  launch(device, "delta_weight_form", form_kernel<S, Transposed>,
-         static_cast<unsigned>(ceil_div(b.D, rows) * chunks), threads, shared, in, b.D, t, store);
+  launch(device, "delta_weight_form", form_kernel<S, Transposed>, ceil_div(b.D, rows) * chunks,
+         threads, shared, in, b.D, t, store);
 }
 
 }  // namespace
 
 void delta_weight_lists(const DeltaWeight& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) {
-    using S = decltype(s);
-    p.transposed ? delta_weight_as<S, true>(p, device) : delta_weight_as<S, false>(p, device);
+    with_flag(p.transposed, [&](auto transposed) {
+      delta_weight_as<decltype(s), decltype(transposed)::value>(p, device);
+    });
   });
 }
 
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

@@ -10,8 +10,7 @@
 //              rows of G. Those columns lie side by side in shared memory, so one 16-byte load
 //              serves 8 sums. Eight lanes share a column (j, i) of B: they walk its contiguous
 //              list, then exchange sums until each lane holds one of the 8.
-//   contract   two kinds of blocks: dlam, for one rank index and 32 bases; dgam, a warp per 8
-//              columns and 32 bases. A lane is a base i, so Z is read in its own order.
+//   contract   is that of the factored path (a_grad.cu); its P is Z
 //
 // Floor: G is read once (34 MB at 4096 x 4096 in 16 bits); density^2 D K d additions (17 million at
 // density 1/64). Gathering from G without the transpose would read a 32-byte sector per element.
@@ -20,36 +19,88 @@
 #include <algorithm>
 
 #include "../../core/stochastic.h"
-#include "../device/element.h"
-#include "../device/list_blocks.h"
-#include "delta_contract.h"
-#include "delta_weight.h"
-#include "transpose_used.h"
+#include "../device/warp_sums.h"
+#include "../factored/a_side.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 namespace {
 
+// ---- transpose, 39 percent of the columns at density 1/64 and r = 32 ----------------------------
+
+constexpr int kSide = 64;  // of a tile
+constexpr int kTiles = 4;  // tiles per block, one below the other
+template <class S>         // between rows of a tile; odd in 32-bit words
+constexpr int kTileStride = kSide + (sizeof(S) == 2 ? 2 : 1);
+
+// Bit b: column k0 + b is in some S_j. Every warp computes it; a lane has columns 32 apart.
+__device__ __forceinline__ uint64_t used_columns(const Support& a, int64_t k0) {
+  const int64_t low = k0 + threadIdx.x % 32, high = low + 32;
+  bool use_low = false, use_high = false;
+#pragma unroll 4
+  for (int64_t j = 0; j < a.r; ++j) {
+    use_low |= low < a.d && a.at[j * a.d + low] >= 0;
+    use_high |= high < a.d && a.at[j * a.d + high] >= 0;
+  }
+  return uint64_t{__ballot_sync(kWarp, use_high)} << 32 | __ballot_sync(kWarp, use_low);
+}
+
+// out (d, D): rows k that are used.
 template <class S>
-constexpr int kGroup = 16 / int(sizeof(S));  // positions a block takes
-constexpr int kTeam = 8;                     // lanes that share a column of B
-constexpr int kAhead = 4;                    // entries of the column that a lane takes at a time
-
-// Groups of positions before rank index j, with room for a partial group in each.
-template <int Group, class Index>
-__device__ __forceinline__ int64_t groups_before(const Lists<Index>& a, int64_t j) {
-  return (a.plus(j) + j * (Group - 1)) / Group;
-}
-
-template <int Group, class Index>
-__device__ __forceinline__ int64_t rank_of_group(const Lists<Index>& a, int64_t r, int64_t g) {
-  int started = 0;
-#pragma unroll 1
-  for (int64_t j = threadIdx.x % 32; j < r; j += 32) started += groups_before<Group>(a, j) <= g;
+__global__ void transpose_kernel(const S* in, int64_t D, Support a, int64_t across, bool aligned,
+                                 S* out) {
+  const int64_t d = a.d;
+  constexpr int N = 16 / int(sizeof(S)), kStride = kTileStride<S>;
+  S* tile = reinterpret_cast<S*>(shared_memory());  // (kSide columns, kStride)
+  const int64_t k0 = blockIdx.x % across * kSide;
+  const int cols = static_cast<int>(min(d - k0, int64_t{kSide}));
+  const uint64_t used = used_columns(a, k0);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  for (int step = 0; step < kTiles; ++step) {
+    const int64_t o0 = (blockIdx.x / across * kTiles + step) * kSide;
+    if (o0 >= D) break;
+    const int rows = static_cast<int>(min(D - o0, int64_t{kSide}));
+    if (aligned) {
+      for (int e = threadIdx.x; e < kSide * kSide / N; e += blockDim.x) {
+        const int row = e / (kSide / N), k = e % (kSide / N) * N;
+        if (row >= rows || k >= cols) continue;
+        const uint4 words = *reinterpret_cast<const uint4*>(in + (o0 + row) * d + k0 + k);
+        S v[N];
+        memcpy(v, &words, 16);
 #pragma unroll
-  for (int step = 16; step != 0; step /= 2) started += __shfl_xor_sync(kWarp, started, step);
-  return started - 1;
+        for (int u = 0; u < N; ++u) tile[(k + u) * kStride + row] = v[u];
+      }
+    } else {
+      for (int e = threadIdx.x; e < kSide * kSide; e += blockDim.x) {
+        const int row = e / kSide, k = e % kSide;
+        if (row < rows && k < cols) tile[k * kStride + row] = in[(o0 + row) * d + k0 + k];
+      }
+    }
+    __syncthreads();
+    for (int k = warp; k < cols; k += warps)
+      if (used >> k & 1)
+        for (int row = lane; row < rows; row += 32)
+          out[(k0 + k) * D + o0 + row] = tile[k * kStride + row];
+    __syncthreads();
+  }
 }
+
+// Transposes `in` from (D, d) to (d, D). If no S_j contains column k, row k of the result is unset.
+template <class S>
+const S* transpose_used(const S* in, int64_t D, const Support& a, Device& device) {
+  S* out = scratch<S>(device, D * a.d);
+  const int64_t across = ceil_div(a.d, kSide), down = ceil_div(D, kSide * kTiles);
+  launch(device, "delta_weight_transpose", transpose_kernel<S>, across * down,
+         std::min(device.max_threads, 256), kSide * kTileStride<S> * int64_t{sizeof(S)}, in, D, a,
+         across, aligned_rows(a.d, kPerAccess<S>, in), out);
+  return out;
+}
+
+// ---- gather -------------------------------------------------------------------------------------
+
+template <class S>
+constexpr int kPositions = 16 / int(sizeof(S));  // of S_j that a block takes
+constexpr int kTeam = 8;                         // lanes that share a column of B
+constexpr int kAhead = 4;                        // entries of it that a lane takes at a time
 
 // sum += sign * (the elements of 16 bytes)
 template <int N, class C>
@@ -67,23 +118,6 @@ __device__ __forceinline__ void add_words(C (&sum)[N], C sign, uint4 words, S) {
   memcpy(v, &words, 16);
 #pragma unroll
   for (int u = 0; u < N; ++u) sum[u] += sign * widen(v[u]);
-}
-
-// Sums over the team's lanes. Lane l returns the sum of position l / (kTeam / N).
-template <int N, class C>
-__device__ __forceinline__ C team_sum(C (&sum)[N]) {
-  const int lane = threadIdx.x % kTeam;
-#pragma unroll
-  for (int step = kTeam / 2, width = N / 2; step != 0; step /= 2, width /= 2) {
-    const bool upper = lane & step;
-    if (width == 0) sum[0] += __shfl_xor_sync(kWarp, sum[0], step);
-#pragma unroll
-    for (int v = 0; v < width; ++v) {
-      const C send = upper ? sum[v] : sum[v + width], keep = upper ? sum[v + width] : sum[v];
-      sum[v] = keep + __shfl_xor_sync(kWarp, send, step);
-    }
-  }
-  return sum[0];
 }
 
 // tile[o] = element o of each column; zero for columns past `here`. `in_words` says that columns of
@@ -138,26 +172,25 @@ __device__ __forceinline__ void add_rows(const Index* list, int count, int pluse
   }
 }
 
-// Z[t][x][i] sums over the rows o of tile t, for entry x of A's lists and base i.
+// Z (tiles, room, bases): Z[t][e][i] sums over the rows o of tile t, for entry e of A and base i.
 template <class S, class Index>
-__global__ void gather_kernel(const S* GT, int64_t D, int64_t r, int64_t n, Lists<Index> a,
-                              Lists<Index> b_cols, int rows, unsigned tiles, bool in_words,
-                              int64_t positions, typename ComputeOf<S>::type* Z) {
+__global__ void gather_kernel(const S* GT, int64_t D, Support a, Lists<Index> b_cols, int rows,
+                              unsigned tiles, bool in_words, typename ComputeOf<S>::type* Z) {
   using C = typename ComputeOf<S>::type;
-  constexpr int N = kGroup<S>;
+  constexpr int N = kPositions<S>;
   // (rows + 1), N positions each; the last row is zero.
   uint4* tile = reinterpret_cast<uint4*>(shared_memory());
   const unsigned group = blockIdx.x / tiles, t = blockIdx.x % tiles;
-  const int64_t j = rank_of_group<N>(a, r, group);
-  const int64_t x0 = a.plus(j) + (group - groups_before<N>(a, j)) * N;
-  if (x0 >= a.end(j)) return;  // an unused group
-  const int here = static_cast<int>(min(a.end(j) - x0, int64_t{N}));
+  const int64_t j = line_of_tile(a.offset, a.r, group, N);
+  const int64_t p0 = (group - first_tile(a.offset, j, N)) * N, e0 = a.first(j) + p0, n = a.n;
+  if (p0 >= a.size(j)) return;  // an unused group
+  const int here = static_cast<int>(min(a.size(j) - p0, int64_t{N}));
 
   const int64_t o0 = int64_t{t} * rows;
   const int height = static_cast<int>(min(D - o0, int64_t{rows}));
   const S* column[N];
 #pragma unroll
-  for (int u = 0; u < N; ++u) column[u] = GT + (u < here ? a.index[x0 + u] : 0) * D + o0;
+  for (int u = 0; u < N; ++u) column[u] = GT + (u < here ? a.entry[e0 + u] / 2 : 0) * D + o0;
   fill_tile<N>(column, here, height, in_words, tile);
   if (threadIdx.x == 0) tile[rows] = make_uint4(0, 0, 0, 0);
   __syncthreads();
@@ -186,45 +219,38 @@ __global__ void gather_kernel(const S* GT, int64_t D, int64_t r, int64_t n, List
       add_rows(b_cols.index + plus, pluses, pluses, o0, rows, tile, sum, S{});
       add_rows(b_cols.index + minus, minuses, 0, o0, rows, tile, sum, S{});
     }
-    const C z = team_sum(sum);
+    const C z = warp_sums<N, 1, kTeam>(sum);
     constexpr int kCopies = kTeam / N;  // lanes that end with the same sum
     const int u = lane / kCopies;
-    if (i < n && u < here && lane % kCopies == 0) Z[(t * positions + x0 + u) * n + i] = z;
+    if (i < n && u < here && lane % kCopies == 0) Z[(t * a.room() + e0 + u) * a.bases + i] = z;
   }
 }
 
 constexpr int64_t kGatherBytes = 64 << 10;  // 4096 rows: three blocks fit an SM with 227 KB
 
-template <class S, class Index>
-void delta_weight_backward_as(const DeltaWeightBackward& p, Device& device) {
-  using C = typename ComputeOf<S>::type;
-  const Basis& b = p.basis;
-  const Lists<Index> a = b.a.as<Index>();
-  const S* GT = static_cast<const S*>(p.grad);
-  if (!p.transposed) GT = transpose_used(GT, b.D, b.d, a, b.r, device);
-  constexpr int64_t kRow = sizeof(uint4);  // and one more row, of zeros
-  const int64_t most = std::min(device.shared_bytes - kRow, kGatherBytes) / kRow / 2 * 2;
-  const int64_t tiles = ceil_div(b.D, most), rows = ceil_div(ceil_div(b.D, tiles), 2) * 2;
-  const bool in_words = b.D % 2 == 0 && reinterpret_cast<uintptr_t>(GT) % 4 == 0;
-  C* Z = scratch<C>(device, tiles * b.a.count * b.n);
-  const int64_t groups = (b.a.count + b.r * (kGroup<S> - 1)) / kGroup<S>;
-  launch(device, "delta_weight_gather", gather_kernel<S, Index>,
-         static_cast<unsigned>(groups * tiles), std::min(device.max_threads, 256),
-         (rows + 1) * kRow, GT, b.D, b.r, b.n, a, b.b_cols.as<Index>(), rows, tiles, in_words,
-         b.a.count, Z);
-
-  contract(p, a, Z, tiles, device);
-}
-
 }  // namespace
 
 void delta_weight_backward_lists(const DeltaWeightBackward& p, Device& device) {
+  const Basis& b = p.basis;
+  ASideCall call({b, p.lam, p.gam, p.dtype, 0}, p.scale, device);
+  const Support& a = call.support();
   with_dtype(p.dtype, [&](auto s) {
     using S = decltype(s);
-    p.basis.wide ? delta_weight_backward_as<S, uint32_t>(p, device)
-                 : delta_weight_backward_as<S, uint16_t>(p, device);
+    using C = typename ComputeOf<S>::type;
+    const S* GT = static_cast<const S*>(p.grad);
+    if (!p.transposed) GT = transpose_used(GT, b.D, a, device);
+    constexpr int64_t kRow = sizeof(uint4);  // and one more row, of zeros
+    const int64_t most = std::min(device.shared_bytes - kRow, kGatherBytes) / kRow / 2 * 2;
+    const int64_t tiles = ceil_div(b.D, most), rows = ceil_div(ceil_div(b.D, tiles), 2) * 2;
+    const bool in_words = b.D % 2 == 0 && reinterpret_cast<uintptr_t>(GT) % 4 == 0;
+    C* Z = scratch<C>(device, tiles * a.room() * a.bases);
+    b.b_cols.typed([&](auto b_cols) {
+      launch(device, "delta_weight_gather", gather_kernel<S, typename decltype(b_cols)::Index>,
+             most_tiles(a.count, a.r, kPositions<S>) * tiles, std::min(device.max_threads, 256),
+             (rows + 1) * kRow, GT, b.D, a, b_cols, rows, tiles, in_words, Z);
+    });
+    call.contract(Z, tiles, p.dlam, p.dgam, false);
   });
 }
 
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

@@ -15,24 +15,22 @@
 // Zeros of A are exact: A' is 0 there whatever lambda and gamma are. FMA (f32, f64) skips zeros of
 // B; on tensor cores an infinite or NaN A'[c, k] makes column k of B A' NaN in all rows.
 #include <algorithm>
-#include <type_traits>
 
 #include "../device/ternary_io.h"
+#include "../kernels.h"
 #include "delta_planes.h"
-#include "delta_weight.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 namespace {
 
-template <class S, bool Stochastic>
+template <class S>
 struct Formation {
   using C = typename ComputeOf<S>::type;
   DeltaShape shape;
   const uint32_t *codes, *signs;
   const C *lam, *gam;
   int64_t row_blocks;
-  Output<S, Stochastic> out;
+  Output<RoundedStore<S>> out;
 };
 
 // f16 has few exponents, and lambda * gamma is small. So each column of A' is scaled by a 2^e that
@@ -86,8 +84,7 @@ struct FormedColumn {
   const uint32_t* signs_;  // column k of (quads, d)
   C gam[kBases];
 
-  template <bool Stochastic>
-  __device__ __forceinline__ FormedColumn(const Formation<S, Stochastic>& p, int64_t col0)
+  __device__ __forceinline__ FormedColumn(const Formation<S>& p, int64_t col0)
       : shape(p.shape), lam_(p.lam) {
     const int64_t k = min(col0 + threadIdx.x % N, p.shape.d - 1);
     gam_ = p.gam + k, signs_ = p.signs + k;
@@ -166,8 +163,8 @@ struct FormedColumn {
   }
 };
 
-template <class S, bool Tf32, bool Transposed, bool Stochastic>
-__global__ void __launch_bounds__(kTileThreads, 1) delta_planes_kernel(Formation<S, Stochastic> p) {
+template <class S, bool Tf32, bool Transposed>
+__global__ void __launch_bounds__(kTileThreads, 1) delta_planes_kernel(Formation<S> p) {
   using Shared = FormationMemory<S>;
   using C = typename ComputeOf<S>::type;
   constexpr int N = kColumns<S>;
@@ -227,45 +224,32 @@ __global__ void __launch_bounds__(kTileThreads, 1) delta_planes_kernel(Formation
   store_tile<Transposed>(tile, shared_memory(), row_block * kLines, col0, p.out);
 }
 
-template <class S, bool Tf32, bool Transposed, bool Stochastic>
+template <class S, bool Tf32, bool Transposed>
 void form(const DeltaWeight& w, Device& device) {
   using C = typename ComputeOf<S>::type;
   const Basis& b = w.basis;
   const int64_t rows = Transposed ? b.d : b.D, cols = Transposed ? b.D : b.d;
-  const S* base = static_cast<const S*>(w.base);
-  const Formation<S, Stochastic> p{
-      DeltaShape(b),
-      row_codes(b, device),
-      signs_of_A(b, device),
-      static_cast<const C*>(w.lam),
-      static_cast<const C*>(w.gam),
-      ceil_div(b.D, kLines),
-      {static_cast<S*>(w.out), base, rows, cols,
-       static_cast<C>(w.scale / 2),  // codes stand for doubled numbers
-       aligned_rows(cols, kPerAccess<S>, w.out, base), w.rounding_seed}};
-  launch(device, "delta_planes", delta_planes_kernel<S, Tf32, Transposed, Stochastic>,
-         blocks_of(p.row_blocks * ceil_div(b.d, kColumns<S>)), kTileThreads,
-         FormationMemory<S>::bytes(), p);
-}
-
-template <class S, bool Transposed>
-void form_oriented(const DeltaWeight& w, Device& device) {
-  if constexpr (sizeof(S) == 2) {
-    if (w.stochastic) return form<S, false, Transposed, true>(w, device);
-  } else if constexpr (sizeof(S) == 4) {
-    if (device.tf32) return form<S, true, Transposed, false>(w, device);
-  }
-  form<S, false, Transposed, false>(w, device);
+  const Formation<S> p{DeltaShape(b),
+                       row_codes(b, device),
+                       signs_of_A(b, device),
+                       static_cast<const C*>(w.lam),
+                       static_cast<const C*>(w.gam),
+                       ceil_div(b.D, kLines),
+                       {RoundedStore<S>::of(w, w.scale / 2),  // codes stand for doubled numbers
+                        rows, cols, aligned_rows(cols, kPerAccess<S>, w.out, w.base)}};
+  launch(device, "delta_planes", delta_planes_kernel<S, Tf32, Transposed>,
+         p.row_blocks * ceil_div(b.d, kColumns<S>), kTileThreads, FormationMemory<S>::bytes(), p);
 }
 
 }  // namespace
 
-void delta_weight_planes(const DeltaWeight& p, Device& device) {
-  with_dtype(p.dtype, [&](auto s) {
-    using S = decltype(s);
-    p.transposed ? form_oriented<S, true>(p, device) : form_oriented<S, false>(p, device);
+void delta_weight(const DeltaWeight& p, Device& device) {
+  if (p.basis.has_lists()) return delta_weight_lists(p, device);
+  with_engine(p.dtype, device.tf32, [&](auto s, auto tf32) {
+    with_flag(p.transposed, [&](auto transposed) {
+      form<decltype(s), decltype(tf32)::value, decltype(transposed)::value>(p, device);
+    });
   });
 }
 
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

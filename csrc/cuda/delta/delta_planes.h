@@ -13,8 +13,7 @@
 #include "../device/launch.h"
 #include "../device/ternary_tile.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 
 constexpr int kBases = 16;              // of one rank index in a code word
 constexpr int kQuad = 4;                // rank indices in a 64-slot step of delta_weight
@@ -38,8 +37,6 @@ const uint32_t* column_codes(const Basis& b, Device& device);
 // signs[quad][k]: A[j, k] for the four j of a quad, one byte each.
 const uint32_t* signs_of_A(const Basis& b, Device& device);
 
-inline dim3 blocks_of(int64_t count) { return dim3(static_cast<unsigned>(count)); }
-
 // Copies a tile of codes from global to shared memory by cp.async.
 __device__ __forceinline__ void load_codes(uint32_t* to, const uint32_t* tile) {
   const int q = threadIdx.x / 32, line = threadIdx.x % 32 * 4;
@@ -51,5 +48,4 @@ __device__ __forceinline__ int sign_of(uint32_t signs, int at) {
   return static_cast<int8_t>(signs >> 8 * at);
 }
 
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

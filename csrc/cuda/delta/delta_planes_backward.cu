@@ -15,11 +15,10 @@
 #include <algorithm>
 
 #include "../device/ternary_io.h"
+#include "../kernels.h"
 #include "delta_planes.h"
-#include "delta_weight.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 namespace {
 
 template <class S>
@@ -103,8 +102,8 @@ __device__ __forceinline__ void contract(const Tile& tile, const Contraction<S>&
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       C sum = dlam[m][h];
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      sum += __shfl_xor_sync(kWarp, sum, 1);
+      sum += __shfl_xor_sync(kWarp, sum, 2);
       if (threadIdx.x % 4 == 0)
         Shared::dlam()[Tile::warp_n() * kLines + Tile::line(m, 2 * h)] = sum;
     }
@@ -200,25 +199,21 @@ void contract_gradient(const DeltaWeightBackward& w, Device& device) {
                          scratch<C>(device, col_blocks * lambdas),
                          scratch<C>(device, s.octets() * gammas)};
   launch(device, "delta_planes_backward", delta_planes_backward_kernel<S, Tf32, Transposed>,
-         blocks_of(s.chunks() * s.octets() * col_blocks), kTileThreads,
+         s.chunks() * s.octets() * col_blocks, kTileThreads,
          ContractionMemory<S, Transposed>::bytes(), p);
-  launch(device, "delta_gradients", delta_gradients_kernel<C>,
-         blocks_of(ceil_div(gammas + lambdas, 128)), 128, 0, p.dlam, col_blocks, lambdas, w.dlam,
-         p.dgam, s.octets(), gammas, w.dgam);
-}
-
-template <class S, bool Tf32>
-void contract_oriented(const DeltaWeightBackward& w, Device& device) {
-  w.transposed ? contract_gradient<S, Tf32, true>(w, device)
-               : contract_gradient<S, Tf32, false>(w, device);
+  launch(device, "delta_gradients", delta_gradients_kernel<C>, ceil_div(gammas + lambdas, 128), 128,
+         0, p.dlam, col_blocks, lambdas, w.dlam, p.dgam, s.octets(), gammas, w.dgam);
 }
 
 }  // namespace
 
-void delta_weight_backward_planes(const DeltaWeightBackward& p, Device& device) {
-  if (p.dtype == DType::f32 && device.tf32) return contract_oriented<float, true>(p, device);
-  with_dtype(p.dtype, [&](auto s) { contract_oriented<decltype(s), false>(p, device); });
+void delta_weight_backward(const DeltaWeightBackward& p, Device& device) {
+  if (p.basis.has_lists()) return delta_weight_backward_lists(p, device);
+  with_engine(p.dtype, device.tf32, [&](auto s, auto tf32) {
+    with_flag(p.transposed, [&](auto transposed) {
+      contract_gradient<decltype(s), decltype(tf32)::value, decltype(transposed)::value>(p, device);
+    });
+  });
 }
 
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

@@ -3,17 +3,14 @@
 // make_current does not restore the previous card: setting a card without a context creates one,
 // which takes half a gigabyte. torch's guard restores it, since torch knows which cards have a
 // context.
-#include "context.h"
-
 #include <cuda_runtime_api.h>
 
-#include <mutex>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
-namespace randlora {
-namespace cuda {
+#include "../kernels.h"
+
+namespace randlora::cuda {
 namespace {
 
 void check(cudaError_t error, const char* what) {
@@ -28,24 +25,11 @@ int attribute(cudaDeviceAttr attr, int index) {
   return value;
 }
 
-struct Facts {
-  int multiprocessors = 0, shared_bytes = 0;
-};
-
 }  // namespace
 
 void describe(int index, Device& device) {
-  static std::mutex mutex;
-  static std::vector<Facts> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (index >= static_cast<int>(known.size())) known.resize(index + 1);
-  Facts& facts = known[index];
-  if (facts.multiprocessors == 0) {
-    facts.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-    facts.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
-  }
-  device.multiprocessors = facts.multiprocessors;
-  device.shared_bytes = facts.shared_bytes;
+  device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
+  device.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
 }
 
 void make_current(int index) {
@@ -54,5 +38,4 @@ void make_current(int index) {
   if (current != index) check(cudaSetDevice(index), "making a card current");
 }
 
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

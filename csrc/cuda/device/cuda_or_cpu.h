@@ -6,3 +6,9 @@
 #else
 #include "cuda_on_cpu.h"
 #endif
+
+namespace randlora {
+
+constexpr unsigned kWarp = 0xffffffffu;  // all lanes
+
+}  // namespace randlora

@@ -75,7 +75,7 @@ __device__ __forceinline__ uint32_t transpose_codes(uint32_t x) {
   for (int round = 3; round >= 0; --round) {
     const bool upper = threadIdx.x >> round & 1;
     const int by = 2 << round;
-    const uint32_t other = __shfl_xor_sync(0xffffffffu, x, 1 << round);
+    const uint32_t other = __shfl_xor_sync(kWarp, x, 1 << round);
     const uint32_t moved = upper ? other >> by : other << by;
     const uint32_t keep = upper ? ~kLower[round] : kLower[round];
     x = (x & keep) | (moved & ~keep);

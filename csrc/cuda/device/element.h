@@ -1,6 +1,7 @@
 // Conversions between storage types (f32, f64, bf16, f16) and the type they compute in.
 #pragma once
 #include <cstring>
+#include <type_traits>
 
 #include "../../core/dtype.h"
 #include "cuda_or_cpu.h"
@@ -92,16 +93,18 @@ void with_dtype(DType dtype, const F& fn) {
   }
 }
 
-// +1 in a 16-bit type: a ternary element is this, this with the sign bit, or zero.
-template <class S>
-struct One;
-template <>
-struct One<bf16> {
-  static constexpr uint32_t bits = 0x3f80;
-};
-template <>
-struct One<f16> {
-  static constexpr uint32_t bits = 0x3c00;
-};
+// Calls fn(S{}, std::bool_constant): whether tensor cores multiply S as TF32, which they may for
+// float if `tf32`.
+template <class F>
+void with_engine(DType dtype, bool tf32, const F& fn) {
+  if (tf32 && dtype == DType::f32) return fn(float{}, std::true_type{});
+  with_dtype(dtype, [&](auto s) { fn(s, std::false_type{}); });
+}
+
+// Calls fn(std::bool_constant).
+template <class F>
+void with_flag(bool flag, const F& fn) {
+  flag ? fn(std::true_type{}) : fn(std::false_type{});
+}
 
 }  // namespace randlora

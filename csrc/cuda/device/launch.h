@@ -7,7 +7,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "device.h"
+#include "../../core/device.h"
+#include "cuda_or_cpu.h"
 
 namespace randlora {
 
@@ -16,6 +17,12 @@ namespace randlora {
 constexpr int64_t kFreeShared = 48 << 10, kLeastShared = 99 << 10;
 
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Blocks.
+struct Grid : dim3 {
+  Grid(int64_t x, int64_t y = 1, int64_t z = 1)
+      : dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)) {}
+};
 
 #if defined(__CUDACC__)
 
@@ -27,7 +34,7 @@ inline void check_cuda(cudaError_t error, const char* what) {
 }
 
 template <class... P, class... A>
-void launch(const Device& device, const char* name, void (*kernel)(P...), dim3 grid, int threads,
+void launch(const Device& device, const char* name, void (*kernel)(P...), Grid grid, int threads,
             int64_t shared_bytes, A... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   // The limit is what the card has, not what this launch needs: another thread that starts the same
@@ -50,7 +57,7 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 #else
 
 template <class... P, class... A>
-void launch(const Device& device, const char* name, void (*kernel)(P...), dim3 grid, int threads,
+void launch(const Device& device, const char* name, void (*kernel)(P...), Grid grid, int threads,
             int64_t shared_bytes, A... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   cuda_on_cpu::note_start(reinterpret_cast<const void*>(kernel));

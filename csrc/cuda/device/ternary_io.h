@@ -1,6 +1,7 @@
 // Loads the operand of a TernaryTile (ternary_tile.h) and stores its results: to rows or, turned,
-// to columns of a matrix; scaled, added to a base and rounded once.
+// to columns of a matrix; rounded once (rounded_store.h).
 #pragma once
+#include "rounded_store.h"
 #include "ternary_tile.h"
 
 namespace randlora {
@@ -34,50 +35,27 @@ __device__ __forceinline__ void load_operand(S* to, int stride, const S* from, i
   }
 }
 
-// out (rows, cols) = scale * result [+ base], rounded once: to nearest, or by core/stochastic.h.
-template <class S_, bool Stochastic = false>
+// A matrix (rows, cols) of results.
+template <class Store_>
 struct Output {
-  using S = S_;
-  using C = typename ComputeOf<S>::type;
-  S* out;
-  const S* base;  // like out, or null
+  using Store = Store_;
+  using S = typename Store::S;
+  static constexpr int V = kPerAccess<S>;
+  Store store;
   int64_t rows, cols;
-  C scale;
   bool aligned;
-  uint64_t seed = 0;
 
-  __device__ __forceinline__ void put(int64_t row, int64_t col, const C (&v)[kPerAccess<S>]) const {
-    constexpr int V = kPerAccess<S>;
+  __device__ __forceinline__ void put(int64_t row, int64_t col,
+                                      const typename Store::C (&v)[V]) const {
     if (row >= rows || col >= cols) return;
-    const int64_t to = row * cols + col;
-    if (aligned) {
-      Pack<S, V> sum = {}, old = {};
-      if (base) old = *reinterpret_cast<const Pack<S, V>*>(base + to);
-      Counter4 words = {};
-#pragma unroll
-      for (int e = 0; e < V; ++e) {
-        if (Stochastic && e % 4 == 0) words = rounding_words(seed, (to + e) / 4);
-        sum.set(e, round(base ? widen(old.get(e)) + scale * v[e] : scale * v[e], words.v[e % 4]));
-      }
-      sum.store(out + to);
-    } else {
+    if (aligned) return store.template run<V>(row * cols + col, v);
 #pragma unroll 1
-      for (int e = 0; e < V && col + e < cols; ++e) {
-        const uint32_t word = Stochastic ? rounding_word(seed, to + e) : 0;
-        C x = C(0);
+    for (int e = 0; e < V && col + e < cols; ++e) {
+      typename Store::C x = 0;
 #pragma unroll
-        for (int f = 0; f < V; ++f) x = f == e ? v[f] : x;  // registers cannot be indexed
-        out[to + e] = round(base ? widen(base[to + e]) + scale * x : scale * x, word);
-      }
+      for (int f = 0; f < V; ++f) x = f == e ? v[f] : x;  // registers cannot be indexed
+      store.one(row * cols + col + e, x);
     }
-  }
-
- private:
-  __device__ __forceinline__ S round(C x, uint32_t word) const {
-    if constexpr (Stochastic)
-      return round_stochastic(x, word, S{});
-    else
-      return narrow<S>(x);
   }
 };
 

@@ -4,25 +4,26 @@
 
 namespace randlora {
 
-// Sums v[0 .. N) over all lanes that differ by multiples of Apart; N and Apart are powers of two,
-// N * Apart <= 32. Returns sum number lane / (32 / N). A lane gives away half of its values in each
-// round while it has several: N - 1 + log2(32 / N) shuffles instead of 5 N. The order is fixed.
-template <int N, int Apart = 1, class C>
+// Sums v[0 .. N) over the lanes of a segment (of `Lanes` adjacent ones) that differ by multiples of
+// Apart; all are powers of two, N * Apart <= Lanes. Lane l of a segment gets sum number
+// l / (Lanes / N). A lane gives away half of its values in each round while it has several:
+// N - 1 + log2(Lanes / N) shuffles instead of N log2(Lanes). The order is fixed.
+template <int N, int Apart = 1, int Lanes = 32, class C>
 __device__ __forceinline__ C warp_sums(C (&v)[N]) {
-  static_assert(N * Apart <= 32, "a lane for every sum");
+  static_assert(N * Apart <= Lanes, "a lane for every sum");
   const int lane = threadIdx.x % 32;
-  int bit = 16;
+  int bit = Lanes / 2;
 #pragma unroll
   for (int half = N / 2; half > 0; half /= 2, bit /= 2) {
     const bool upper = lane & bit;
 #pragma unroll
     for (int i = 0; i < half; ++i) {
       const C give = upper ? v[i] : v[half + i], keep = upper ? v[half + i] : v[i];
-      v[i] = keep + __shfl_xor_sync(0xffffffffu, give, bit);
+      v[i] = keep + __shfl_xor_sync(kWarp, give, bit);
     }
   }
 #pragma unroll
-  for (; bit >= Apart; bit /= 2) v[0] += __shfl_xor_sync(0xffffffffu, v[0], bit);
+  for (; bit >= Apart; bit /= 2) v[0] += __shfl_xor_sync(kWarp, v[0], bit);
   return v[0];
 }
 

@@ -17,8 +17,7 @@
 #include "a_side.h"
 #include "column_sums.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 namespace {
 
 // Tile shapes. A slice has kDepth bases; registers sum kFlush bases before they are flushed.
@@ -236,7 +235,7 @@ TileSize choose_tile(const Support& a, const Device& device, int warps) {
 void ASideCall::down(const void* U, int64_t T, void* out, bool accumulate) {
   if (T == 0 || (few(T) && down_few(U, T, out, accumulate))) return;
   const Support& a = support();
-  with_engine(p_.dtype, device_, [&](auto storage, auto tf32) {
+  with_engine(p_.dtype, device_.tf32, [&](auto storage, auto tf32) {
     using S = decltype(storage);
     constexpr bool kTf32 = decltype(tf32)::value;
     const auto start = [&](auto kernel, auto shape) {
@@ -249,8 +248,7 @@ void ASideCall::down(const void* U, int64_t T, void* out, bool accumulate) {
           max(ceil_div(a.d, tile.columns),
               min(ceil_div(device_.multiprocessors, token_tiles), ceil_div(a.d, 64)));
       const int64_t range = ceil_div(ceil_div(a.d, ranges), 16) * 16;
-      launch(device_, "a_down", kernel,
-             dim3(static_cast<unsigned>(token_tiles * ceil_div(a.d, range))), threads,
+      launch(device_, "a_down", kernel, token_tiles * ceil_div(a.d, range), threads,
              B::shared(tile.chunk, range), a, values(true), U, T, range, tile.chunk,
              aligned_rows(a.n, kPerAccess<S>, U), out, accumulate,
              aligned_rows(a.d, kPerAccess<S>, out));
@@ -265,10 +263,4 @@ void ASideCall::down(const void* U, int64_t T, void* out, bool accumulate) {
   });
 }
 
-void a_down(const ASide& p, const void* U, void* out, double scale, bool accumulate,
-            Device& device) {
-  ASideCall(p, scale, device).down(U, p.T, out, accumulate);
-}
-
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

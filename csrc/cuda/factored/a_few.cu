@@ -13,8 +13,7 @@
 #include "../device/warp_sums.h"
 #include "a_side.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 namespace {
 
 // ---- up -----------------------------------------------------------------------------------------
@@ -107,15 +106,8 @@ __global__ void down_few_kernel(Lists<Index> a, int64_t r, int64_t n, int64_t d,
   // holes: a thread searches a run of A's lists for column k0, and a warp reads on from there.
   const auto run = [&](int64_t q) { return a.offset + q; };  // [run(q)[0], run(q)[1])
   for (int64_t q = threadIdx.x; q < 2 * r; q += blockDim.x) {
-    int64_t begin = run(q)[0], end = run(q)[1];
-    while (begin < end) {
-      const int64_t middle = (begin + end) / 2;
-      if (a.index[middle] < k0)
-        begin = middle + 1;
-      else
-        end = middle;
-    }
-    low[q] = static_cast<int32_t>(begin - run(q)[0]);
+    const int64_t begin = run(q)[0];
+    low[q] = static_cast<int32_t>(lower_bound(a.index, begin, run(q)[1], k0) - begin);
   }
   for (int64_t x = threadIdx.x; x < r * 32; x += blockDim.x) code[x] = -1;
   __syncthreads();
@@ -199,18 +191,17 @@ bool ASideCall::up_few(void* V) {
       const int64_t blocks = b.n * ceil_div(T_, TT);
       const int64_t slices =
           max(int64_t{1}, min(2 * device_.multiprocessors / blocks, ceil_div(b.r, threads / 32)));
-      launch(device_, "a_up_few", kernel, dim3(static_cast<unsigned>(blocks * slices)), threads,
-             TT * row, lists, b.r, b.n, b.d, slices, p_.lam, p_.gam, scale_, z_, T_, V);
+      launch(device_, "a_up_few", kernel, blocks * slices, threads, TT * row, lists, b.r, b.n, b.d,
+             slices, p_.lam, p_.gam, scale_, z_, T_, V);
       done = true;
     };
-    const auto pick = [&](auto lists) {
-      using Index = std::remove_const_t<std::remove_pointer_t<decltype(lists.index)>>;
+    b.a.typed([&](auto lists) {
+      using Index = typename decltype(lists)::Index;
       if (T_ > 1 && 4 * row <= device_.shared_bytes)
         start(up_few_kernel<S, Index, 4>, lists, 4);
       else if (row <= device_.shared_bytes)
         start(up_few_kernel<S, Index, 1>, lists, 1);
-    };
-    b.wide ? pick(b.a.as<uint32_t>()) : pick(b.a.as<uint16_t>());
+    });
   });
   return done;
 }
@@ -227,17 +218,14 @@ bool ASideCall::down_few(const void* U, int64_t T, void* out, bool accumulate) {
     const int64_t columns = ceil_div(b.d, 32);
     const int64_t slice =
         ceil_div(T, max(int64_t{1}, min(T, 4 * device_.multiprocessors / columns)));
-    const auto start = [&](auto kernel, auto lists) {
-      launch(device_, "a_down_few", kernel,
-             dim3(static_cast<unsigned>(columns * ceil_div(T, slice))), threads, shared, lists, b.r,
-             b.n, b.d, slice, p_.lam, p_.gam, scale_, U, T, out, accumulate);
-    };
-    b.wide ? start(down_few_kernel<S, uint32_t>, b.a.as<uint32_t>())
-           : start(down_few_kernel<S, uint16_t>, b.a.as<uint16_t>());
+    b.a.typed([&](auto lists) {
+      launch(device_, "a_down_few", down_few_kernel<S, typename decltype(lists)::Index>,
+             columns * ceil_div(T, slice), threads, shared, lists, b.r, b.n, b.d, slice, p_.lam,
+             p_.gam, scale_, U, T, out, accumulate);
+    });
     done = true;
   });
   return done;
 }
 
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

@@ -18,8 +18,7 @@
 #include "../device/warp_sums.h"
 #include "a_side.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 namespace {
 
 template <class S, int MI, int NI, bool Tf32>
@@ -45,8 +44,8 @@ __global__ void __launch_bounds__(128)
 
   const int64_t base_tiles = ceil_div(a.n, B::kN);
   const int64_t i0 = blockIdx.x % base_tiles * B::kN, number = blockIdx.x / base_tiles;
-  const int64_t j = a.rank_of_tile(number, B::kM);
-  const int64_t p0 = (number - a.first_tile(j, B::kM)) * B::kM, entries = a.size(j) - p0;
+  const int64_t j = line_of_tile(a.offset, a.r, number, B::kM);
+  const int64_t p0 = (number - first_tile(a.offset, j, B::kM)) * B::kM, entries = a.size(j) - p0;
   if (entries <= 0) return;
   const int64_t e0 = a.first(j) + p0;
   const int64_t t0 = blockIdx.y * split, t1 = min(T, t0 + split);
@@ -159,7 +158,7 @@ __global__ void contract_kernel(Support a, const C* __restrict__ P, int splits,
         part[u] = v * gamma[u];
       }
     }
-    if (!__any_sync(0xffffffffu, code >= 0)) {  // at low density, most of the time
+    if (!__any_sync(kWarp, code >= 0)) {  // at low density, most of the time
       if (lane < kBases) partial[(columns * a.r + j) * a.bases + i0 + lane] = 0;
       continue;
     }
@@ -212,12 +211,12 @@ __global__ void sum_lambda(Support a, const C* __restrict__ partial, int64_t row
 void ASideCall::grad(const void* U, void* dlam, void* dgam, bool accumulate) {
   const Support& a = support();
   int64_t splits = 0;
-  with_engine(p_.dtype, device_, [&](auto storage, auto tf32) {
+  with_engine(p_.dtype, device_.tf32, [&](auto storage, auto tf32) {
     using S = decltype(storage);
     using C = typename ComputeOf<S>::type;
     const auto start = [&](auto kernel, auto shape) {
       using B = decltype(shape);
-      const int64_t tiles = a.tiles(B::kM) * ceil_div(a.n, B::kN);
+      const int64_t tiles = most_tiles(a.count, a.r, B::kM) * ceil_div(a.n, B::kN);
       // Enough splits for two blocks per SM, but of at least 256 tokens: a shorter split would not
       // pay for its P. Each part of the tokens adds to the P of earlier parts, split by split.
       const int64_t tokens = max(part_, int64_t{1});
@@ -235,10 +234,8 @@ void ASideCall::grad(const void* U, void* dlam, void* dgam, bool accumulate) {
       for (int64_t t = 0; t < T_; t += part_) {
         const Panels& z = panels(t);
         const int64_t T = min(part_, T_ - t);
-        launch(device_, "a_grad", kernel,
-               dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(ceil_div(T, split))),
-               B::kThreads, B::kShared, a, z.data, z.width,
-               static_cast<const S*>(U) + t * a.r * a.n, T, split,
+        launch(device_, "a_grad", kernel, {tiles, ceil_div(T, split)}, B::kThreads, B::kShared, a,
+               z.data, z.width, static_cast<const S*>(U) + t * a.r * a.n, T, split,
                aligned_rows(a.n, kPerAccess<S>, U), t > 0, partial_);
       }
     };
@@ -250,25 +247,24 @@ void ASideCall::grad(const void* U, void* dlam, void* dgam, bool accumulate) {
       a.n > 32 ? start(grad_kernel<S, 4, 8, kTf32>, Grad<S, 4, 8, kTf32>{})
                : start(grad_kernel<S, 4, 2, kTf32>, Grad<S, 4, 2, kTf32>{});
     }
+  });
+  contract(partial_, splits, dlam, dgam, accumulate);
+}
 
+void ASideCall::contract(const void* P, int64_t parts, void* dlam, void* dgam, bool accumulate) {
+  const Support& a = support();
+  const auto start = [&](auto compute) {
+    using C = decltype(compute);
     const int64_t columns = ceil_div(a.d, 32);
     if (!partial_lam_) partial_lam_ = scratch<C>(device_, columns * a.r * a.bases);
     const int threads = 128;
     launch(device_, "a_grad_contract", contract_kernel<C>,
-           dim3(static_cast<unsigned>(ceil_div(columns * (a.bases / kBases), threads / 32))),
-           threads, 0, a, partial_, splits, p_.lam, p_.gam, scale_, dgam, accumulate, partial_lam_);
-    launch(device_, "a_grad_sum", sum_lambda<C>,
-           dim3(static_cast<unsigned>(a.r * ceil_div(a.n, 32))), threads,
+           ceil_div(columns * (a.bases / kBases), threads / 32), threads, 0, a, P, parts, p_.lam,
+           p_.gam, scale_, dgam, accumulate, partial_lam_);
+    launch(device_, "a_grad_sum", sum_lambda<C>, a.r * ceil_div(a.n, 32), threads,
            threads * int64_t{sizeof(C)}, a, partial_lam_, columns, dlam, accumulate);
-  });
+  };
+  p_.dtype == DType::f64 ? start(double{}) : start(float{});
 }
 
-void a_grad(const ASide& p, const void* U, const void* z, double scale, void* dlam, void* dgam,
-            Device& device) {
-  ASideCall call(p, scale, device);
-  call.set_operand(z, p.T);
-  call.grad(U, dlam, dgam, false);
-}
-
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

@@ -15,15 +15,55 @@
 #pragma once
 #include "../device/columns.h"
 #include "../device/launch.h"
+#include "../device/list_search.h"
 #include "../device/tile.h"
 #include "../kernels.h"
 #include "panels.h"
-#include "support.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
+
+// ---- tables -------------------------------------------------------------------------------------
+
+// Tables of the supports S_j. They depend only on the basis: made once and kept with the packed
+// basis, or made in every call if it has none. dW from lists uses them, too (delta_lists*.cu).
+constexpr int kGroup = kSupportGroup;  // the entries of a rank index are padded to whole groups
+
+struct Support {
+  const int64_t* offset;  // (2 r + 1), that of A's lists: j has offset[2 j] .. offset[2 j + 2)
+  int64_t r, n, d;
+  int64_t bases;         // n padded to whole pieces of 16 bytes
+  int64_t count;         // number of entries
+  const int32_t* entry;  // (room), ascending by column: 2 k, plus 1 if A is -1; padding is -1
+  const int32_t* at;  // (r, d): 2 p, plus 1 if A is -1, for the p-th entry of j; without an entry
+                      // at column k, -1 - before(j, k)
+
+  // Entries of j begin at first(j), which leaves room for whole groups without summing over smaller
+  // j.
+  __host__ __device__ int64_t room() const { return support_room(count, r); }
+  __device__ __forceinline__ int64_t first(int64_t j) const {
+    return (offset[2 * j] / kGroup + j) * kGroup;
+  }
+  __device__ __forceinline__ int64_t size(int64_t j) const {
+    return offset[2 * j + 2] - offset[2 * j];
+  }
+  // How many entries of j lie before column k.
+  __device__ __forceinline__ int before(int64_t j, int64_t k) const {
+    if (k >= d) return static_cast<int>(size(j));
+    const int32_t code = at[j * d + k];
+    return code < 0 ? -1 - code : code / 2;
+  }
+};
+
+Support support_of(const Basis& b, Device& device);
 
 // ---- one operator call --------------------------------------------------------------------------
+
+struct ASide {
+  const Basis& basis;
+  const void *lam, *gam;  // (r, n), (n, d) in the compute type
+  DType dtype;
+  int64_t T;
+};
 
 // The products of the A side for up to p.T tokens at a time. Makes tables and values on first use.
 class ASideCall {
@@ -34,12 +74,15 @@ class ASideCall {
   void up(void* V);                            // (T, K)
   void grad(const void* U, void* dlam, void* dgam, bool accumulate);
   void down(const void* U, int64_t T, void* out, bool accumulate);
+  // dlam and dgam from P (parts, room, bases) in the compute type, as above; its parts are added.
+  // Behind n bases nothing need be there.
+  void contract(const void* P, int64_t parts, void* dlam, void* dgam, bool accumulate);
+  const Support& support();
 
  private:
   bool few(int64_t T) const;
   bool up_few(void* V);  // a_few.cu: false if shared memory is too small
   bool down_few(const void* U, int64_t T, void* out, bool accumulate);
-  const Support& support();
   const void* values(bool with_lambda);  // (room, bases): scale lam G, or G
   // part_ tokens of z from t on, as panels: few enough that a part and its results stay in L2.
   const Panels& panels(int64_t t);
@@ -154,17 +197,4 @@ __device__ __forceinline__ void store_rows(const WarpTile<S, MI, NI, Tf32>& tile
   }
 }
 
-// Calls fn(S{}, tf32). S is the storage type of `dtype`; tf32, a std::bool_constant, says whether
-// tensor cores multiply it as TF32.
-template <class F>
-void with_engine(DType dtype, const Device& device, const F& fn) {
-  with_dtype(dtype, [&](auto s) {
-    if constexpr (std::is_same_v<decltype(s), float>) {
-      if (device.tf32) return fn(s, std::true_type{});
-    }
-    fn(s, std::false_type{});
-  });
-}
-
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

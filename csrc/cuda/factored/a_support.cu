@@ -10,24 +10,8 @@
 // and writes as many values. Latency dominates both.
 #include "a_side.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 namespace {
-
-// How many of the ascending index[begin, end) are below k.
-template <class Index>
-__device__ __forceinline__ int64_t lower_bound(const Index* index, int64_t begin, int64_t end,
-                                               int64_t k) {
-  const int64_t start = begin;
-  while (begin < end) {
-    const int64_t middle = (begin + end) / 2;
-    if (index[middle] < k)
-      begin = middle + 1;
-    else
-      end = middle;
-  }
-  return begin - start;
-}
 
 template <class Index>
 __global__ void find_entries(Lists<Index> a, int64_t r, int64_t d, int32_t* entry, int32_t* place) {
@@ -36,11 +20,11 @@ __global__ void find_entries(Lists<Index> a, int64_t r, int64_t d, int32_t* entr
   const int64_t j = x / d, k = x % d;
   const int64_t plus = a.plus(j), minus = a.minus(j), end = a.end(j);
   const int64_t first = (plus / kGroup + j) * kGroup, size = end - plus;  // as in Support
-  const int64_t in_plus = lower_bound(a.index, plus, minus, k);
-  const int64_t in_minus = lower_bound(a.index, minus, end, k);
-  const bool is_plus = plus + in_plus < minus && a.index[plus + in_plus] == k;
-  const bool is_minus = minus + in_minus < end && a.index[minus + in_minus] == k;
-  const int64_t p = in_plus + in_minus;
+  const int64_t at_plus = lower_bound(a.index, plus, minus, k);
+  const int64_t at_minus = lower_bound(a.index, minus, end, k);
+  const bool is_plus = at_plus < minus && a.index[at_plus] == k;
+  const bool is_minus = at_minus < end && a.index[at_minus] == k;
+  const int64_t p = at_plus - plus + at_minus - minus;
   if (is_plus || is_minus) entry[first + p] = static_cast<int32_t>(2 * k + is_minus);
   place[x] = static_cast<int32_t>(is_plus || is_minus ? 2 * p + is_minus : -1 - p);
   for (int64_t q = size + k; q < ceil_div(size, kGroup) * kGroup; q += d) entry[first + q] = -1;
@@ -56,7 +40,7 @@ __global__ void form_values(Support s, const C* __restrict__ lam, const C* __res
   constexpr int kStride = kBases + 2;
   const int64_t chunks = ceil_div(s.bases, kBases);
   const int64_t group = blockIdx.x / chunks, i0 = blockIdx.x % chunks * kBases;
-  const int64_t j = s.rank_of_tile(group, kGroup);
+  const int64_t j = line_of_tile(s.offset, s.r, group, kGroup);
   if (group * kGroup - s.first(j) >= s.size(j)) return;
   const int64_t e0 = group * kGroup;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -82,17 +66,13 @@ __global__ void form_values(Support s, const C* __restrict__ lam, const C* __res
 
 }  // namespace
 
-void support_tables(const AnyLists& a, bool wide, int64_t r, int64_t d, int32_t* tables,
-                    Device& device) {
+void support_tables(const AnyLists& a, int64_t r, int64_t d, int32_t* tables, Device& device) {
   const int threads = min(256, device.max_threads);
-  const dim3 grid(static_cast<unsigned>(ceil_div(r * d, threads)));
-  int32_t* place = tables + support_room(a.count, r);
-  if (wide)
-    launch(device, "find_entries", find_entries<uint32_t>, grid, threads, 0, a.as<uint32_t>(), r, d,
-           tables, place);
-  else
-    launch(device, "find_entries", find_entries<uint16_t>, grid, threads, 0, a.as<uint16_t>(), r, d,
-           tables, place);
+  a.typed([&](auto lists) {
+    launch(device, "find_entries", find_entries<typename decltype(lists)::Index>,
+           ceil_div(r * d, threads), threads, 0, lists, r, d, tables,
+           tables + support_room(a.count, r));
+  });
 }
 
 // A part of z takes at most a quarter of chunk_bytes.
@@ -102,19 +82,20 @@ ASideCall::ASideCall(const ASide& p, double scale, Device& device)
   part_ = min(p.T, max(tokens / 128, int64_t{1}) * 128);
 }
 
-const Support& ASideCall::support() {
-  Support& s = support_;
-  if (s.entry) return s;
-  const Basis& b = p_.basis;
+Support support_of(const Basis& b, Device& device) {
   const int32_t* tables = b.a_tables;
   if (!tables) {
-    auto* made = scratch<int32_t>(device_, support_numbers(b.a.count, b.r, b.d));
-    support_tables(b.a, b.wide, b.r, b.d, made, device_);
+    auto* made = scratch<int32_t>(device, support_numbers(b.a.count, b.r, b.d));
+    support_tables(b.a, b.r, b.d, made, device);
     tables = made;
   }
-  s = {b.a.offset,           b.r,       b.n,    b.d,
-       ceil_div(b.n, 8) * 8, b.a.count, tables, tables + support_room(b.a.count, b.r)};
-  return s;
+  return {b.a.offset,           b.r,       b.n,    b.d,
+          ceil_div(b.n, 8) * 8, b.a.count, tables, tables + support_room(b.a.count, b.r)};
+}
+
+const Support& ASideCall::support() {
+  if (!support_.entry) support_ = support_of(p_.basis, device_);
+  return support_;
 }
 
 const void* ASideCall::values(bool with_lambda) {
@@ -126,7 +107,7 @@ const void* ASideCall::values(bool with_lambda) {
     using C = typename ComputeOf<S>::type;
     made = scratch<S>(device_, s.room() * s.bases);
     launch(device_, "form_values", form_values<S, C>,
-           dim3(static_cast<unsigned>(s.tiles(kGroup) * ceil_div(s.bases, kBases))),
+           most_tiles(s.count, s.r, kGroup) * ceil_div(s.bases, kBases),
            min(256, device_.max_threads), kGroup * (kBases + 2) * int64_t{sizeof(S)}, s,
            with_lambda ? p_.lam : nullptr, p_.gam, scale_, made);
   });
@@ -145,5 +126,4 @@ const Panels& ASideCall::panels(int64_t t) {
   return panels_;
 }
 
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

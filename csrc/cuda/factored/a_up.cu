@@ -1,4 +1,4 @@
-// V (T, K) = scale * z (T, d) A'^T, one rank index at a time (support.h, a_side.h):
+// V (T, K) = scale * z (T, d) A'^T, one rank index at a time (a_side.h):
 //
 //   V[t, (j, i)] = scale lam[j, i] sum_{p in S_j} G[p, i] z[t, k_p]
 //
@@ -11,8 +11,7 @@
 // Floor: V written and z read once; 2 T n nnz(A) operations.
 #include "a_side.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 namespace {
 
 template <class S, int MI, int NI, bool Tf32>
@@ -109,7 +108,7 @@ __global__ void __launch_bounds__(128)
 void ASideCall::up(void* V) {
   if (T_ == 0 || (few(T_) && up_few(V))) return;
   const Support& a = support();
-  with_engine(p_.dtype, device_, [&](auto storage, auto tf32) {
+  with_engine(p_.dtype, device_.tf32, [&](auto storage, auto tf32) {
     using S = decltype(storage);
     const auto start = [&](auto kernel, auto shape) {
       using B = decltype(shape);
@@ -118,9 +117,8 @@ void ASideCall::up(void* V) {
         const Panels& z = panels(t);
         S* to = static_cast<S*>(V) + t * a.r * a.n;
         const int64_t blocks = ceil_div(T, B::kM) * a.r * ceil_div(a.n, B::kN);
-        launch(device_, "a_up", kernel, dim3(static_cast<unsigned>(blocks)), B::kThreads,
-               B::kShared, a, values(false), z.data, z.width, T, p_.lam, scale_, to,
-               aligned_rows(a.n, kPerAccess<S>, to));
+        launch(device_, "a_up", kernel, blocks, B::kThreads, B::kShared, a, values(false), z.data,
+               z.width, T, p_.lam, scale_, to, aligned_rows(a.n, kPerAccess<S>, to));
       }
     };
     constexpr bool kTf32 = decltype(tf32)::value;
@@ -136,11 +134,4 @@ void ASideCall::up(void* V) {
   });
 }
 
-void a_up(const ASide& p, const void* z, void* V, double scale, Device& device) {
-  ASideCall call(p, scale, device);
-  call.set_operand(z, p.T);
-  call.up(V);
-}
-
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

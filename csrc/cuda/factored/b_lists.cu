@@ -1,7 +1,7 @@
 // The B side of the factored path from sorted sign-split lists, one kernel for both directions:
 //
-//   up     y[t, o] = scale sum_c B[o, c] V[t, c] [+ y]     lines are the rows of B, over K
-//   down   U[t, c] = sum_o B[o, c] x[t, o]                 lines are its columns, over D
+//   up     y[t, o] = sum_c B[o, c] V[t, c] [+ y]     lines are the rows of B, over K
+//   down   U[t, c] = sum_o B[o, c] x[t, o]           lines are its columns, over D
 //
 // A block takes a tile of tokens and a range of lines. It stages its tokens' operand once in shared
 // memory, transposed to (features, tokens), so that gathers cause no L2 traffic. A warp takes a
@@ -22,8 +22,7 @@
 #include "../kernels.h"
 #include "panels.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 namespace {
 
 // Lines of a warp between two barriers. One token makes few blocks, so each should be short.
@@ -56,7 +55,7 @@ constexpr int kResident = 4;
 template <class S, class Index, int TT, bool Staged>
 __global__ void __launch_bounds__(256, kResident)
     sum_lists(Lists<Index> lists, Shape shape, const S* __restrict__ source, S* __restrict__ out,
-              typename ComputeOf<S>::type scale, bool accumulate) {
+              bool accumulate) {
   using G = TokenTile<S, TT>;
   using C = typename ComputeOf<S>::type;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -104,7 +103,7 @@ __global__ void __launch_bounds__(256, kResident)
   const auto offsets = [&](int64_t c) {
     return lists.offset[min(2 * (first + c * chunk + warp * kLines) + lane, 2 * last)];
   };
-  const auto of_lane = [&](auto x, int l) { return __shfl_sync(0xffffffffu, x, l); };
+  const auto of_lane = [&](auto x, int l) { return __shfl_sync(kWarp, x, l); };
   Index ahead[G::kAhead];
   const auto fetch = [&](const Index* line, int count) {
 #pragma unroll
@@ -162,19 +161,20 @@ __global__ void __launch_bounds__(256, kResident)
     }
     __syncthreads();
     each_result([&](int u, C* from, S* to) {
-      const C v = *from * scale;
-      *to = narrow<S>(accumulate ? widen(old[u]) + v : v);
+      *to = narrow<S>(accumulate ? widen(old[u]) + *from : *from);
     });
     origin = next_origin, offset = next_offset;
   }
 }
 
-// out (T, lines) = scale * each line's signed sum of operand (T, features) [+ out].
-void run(const AnyLists& any, bool wide, int64_t lines, int64_t features, int64_t T, DType dtype,
-         const void* operand, void* out, double scale, bool accumulate, Device& device) {
+}  // namespace
+
+void b_lists(const BSide& p, Device& device) {
+  const Basis& b = p.basis;
+  const int64_t T = p.T, lines = p.up ? b.D : b.K(), features = p.up ? b.K() : b.D;
   if (T == 0) return;
   const int threads = min(256, device.max_threads);
-  with_dtype(dtype, [&](auto storage) {
+  with_dtype(p.dtype, [&](auto storage) {
     using S = decltype(storage);
     using C = typename ComputeOf<S>::type;
     constexpr int L = kPerAccess<S>;
@@ -188,40 +188,24 @@ void run(const AnyLists& any, bool wide, int64_t lines, int64_t features, int64_
       const int64_t ranges =
           min(ceil_div(lines, chunk), ceil_div(blocks_an_sm * device.multiprocessors, tiles));
       const Shape shape{lines, features, T, ceil_div(ceil_div(lines, ranges), chunk) * chunk};
-      const void* source = operand;
+      const void* source = p.from;
       if (TT > 1 && !stages) {
-        const Panels panels = make_panels(T, features, TT, dtype, device);
-        fill_panels(operand, T, panels, dtype, device);
+        const Panels panels = make_panels(T, features, TT, p.dtype, device);
+        fill_panels(p.from, T, panels, p.dtype, device);
         source = panels.data;
       }
-      launch(device, "b_lists", kernel,
-             dim3(static_cast<unsigned>(tiles * ceil_div(lines, shape.range))), threads,
-             (stages ? staged(TT) : 0) + results(TT), lists, shape, source, out, scale, accumulate);
+      launch(device, "b_lists", kernel, tiles * ceil_div(lines, shape.range), threads,
+             (stages ? staged(TT) : 0) + results(TT), lists, shape, source, p.to, p.accumulate);
     };
-    const auto pick = [&](auto lists) {
-      using Index = std::remove_const_t<std::remove_pointer_t<decltype(lists.index)>>;
+    (p.up ? b.b_rows : b.b_cols).typed([&](auto lists) {
+      using Index = typename decltype(lists)::Index;
       if (T == 1) return start(sum_lists<S, Index, 1, false>, lists, 1, false, 4);
       if (T > L && fits(2 * L))
         return start(sum_lists<S, Index, 2 * L, true>, lists, 2 * L, true, 1);
       if (fits(L)) return start(sum_lists<S, Index, L, true>, lists, L, true, 2);
       start(sum_lists<S, Index, 2 * L, false>, lists, 2 * L, false, 4);
-    };
-    wide ? pick(any.as<uint32_t>()) : pick(any.as<uint16_t>());
+    });
   });
 }
 
-}  // namespace
-
-void b_up_lists(const BSide& p, const void* V, void* y, double scale, bool accumulate,
-                Device& device) {
-  const Basis& b = p.basis;
-  run(b.b_rows, b.wide, b.D, b.K(), p.T, p.dtype, V, y, scale, accumulate, device);
-}
-
-void b_down_lists(const BSide& p, const void* x, void* U, Device& device) {
-  const Basis& b = p.basis;
-  run(b.b_cols, b.wide, b.K(), b.D, p.T, p.dtype, x, U, 1, false, device);
-}
-
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

@@ -1,7 +1,7 @@
 // The B side of the factored path for B as bit planes, decoded in registers:
 //
-//   up     y (T, D) = scale * V (T, K) B^T [+ y]      lines are rows of B
-//   down   U (T, K) = x (T, D) B                      lines are columns of B
+//   up     y (T, D) = V (T, K) B^T [+ y]      lines are rows of B
+//   down   U (T, K) = x (T, D) B              lines are columns of B
 //
 // A block computes 128 lines of N tokens (ternary_tile.h), N = 16 for few tokens. While it
 // multiplies one step, cp.async brings the next step's tokens; the next step's plane words come
@@ -20,8 +20,7 @@
 #include "../device/ternary_io.h"
 #include "../kernels.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 namespace {
 
 // The plane words of `Tiles` successive 64-slot steps of 128 lines, held until they are stored.
@@ -76,9 +75,9 @@ struct Product {
   const S* tokens;  // (T, depth)
   bool aligned;
   int64_t line_blocks, token_blocks;
-  int64_t splits, slots;  // blocks that share a tile, and the slots of each
-  C* partial;             // (splits, T, lines), null if splits == 1
-  Output<S> out;          // (T, lines)
+  int64_t splits, slots;               // blocks that share a tile, and the slots of each
+  C* partial;                          // (splits, T, lines), null if splits == 1
+  Output<RoundedStore<S, false>> out;  // (T, lines)
 };
 
 // Steps of kSlots of the contraction that a thread block loads at a time: more if the tokens are
@@ -138,8 +137,10 @@ __global__ void __launch_bounds__(kTileThreads, 1) b_planes_kernel(Product<S> p)
 
   using C = typename ComputeOf<S>::type;
   if (p.partial) {
-    const Output<C> sums{p.partial + split * p.T * p.lines, nullptr, p.T, p.lines, C(1),
-                         p.lines % kPerAccess<C> == 0};
+    const Output<RoundedStore<C, false>> sums{{p.partial + split * p.T * p.lines, nullptr, C(1)},
+                                              p.T,
+                                              p.lines,
+                                              p.lines % kPerAccess<C> == 0};
     store_tile<true>(tile, shared_memory(), line0, token0, sums);
   } else {
     store_tile<true>(tile, shared_memory(), line0, token0, p.out);
@@ -148,15 +149,13 @@ __global__ void __launch_bounds__(kTileThreads, 1) b_planes_kernel(Product<S> p)
 
 template <class S>
 __global__ void add_partial_kernel(const typename ComputeOf<S>::type* partial, int64_t splits,
-                                   Output<S> out) {
+                                   int64_t count, RoundedStore<S, false> out) {
   using C = typename ComputeOf<S>::type;
-  const int64_t count = out.rows * out.cols;
   const int64_t at = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
   if (at >= count) return;
   C sum = C(0);
   for (int64_t s = 0; s < splits; ++s) sum += partial[s * count + at];
-  sum *= out.scale;
-  out.out[at] = narrow<S>(out.base ? widen(out.base[at]) + sum : sum);
+  out.one(at, sum);
 }
 
 template <class S, bool Tf32, bool Up, int N>
@@ -171,12 +170,10 @@ void run(Product<S>& p, Device& device) {
   p.splits = ceil_div(p.depth, p.slots);
   p.partial = p.splits > 1 ? scratch<C>(device, p.splits * p.T * p.lines) : nullptr;
   launch(device, Up ? "b_up_planes" : "b_down_planes", b_planes_kernel<S, Tf32, Up, N>,
-         dim3(static_cast<unsigned>(tiles * p.splits)), kTileThreads, SharedMemory<S, N>::bytes(),
-         p);
+         tiles * p.splits, kTileThreads, SharedMemory<S, N>::bytes(), p);
   if (p.partial)
-    launch(device, "add_partial", add_partial_kernel<S>,
-           dim3(static_cast<unsigned>(ceil_div(p.T * p.lines, 128))), 128, 0, p.partial, p.splits,
-           p.out);
+    launch(device, "add_partial", add_partial_kernel<S>, ceil_div(p.T * p.lines, 128), 128, 0,
+           p.partial, p.splits, p.T * p.lines, p.out.store);
 }
 
 // Chooses N by the number of tokens: half a full tile if full tiles would not fill the card twice.
@@ -189,39 +186,28 @@ void run_for_tokens(Product<S>& p, Device& device) {
   run<S, Tf32, Up, kColumns<S>>(p, device);
 }
 
-template <class S, bool Up>
-void product(const BSide& side, const void* from, void* to, double scale, bool accumulate,
-             Device& device) {
-  const Basis& b = side.basis;
-  Product<S> p{};
-  p.b = b.b_planes, p.D = b.D, p.T = side.T;
-  p.lines = Up ? b.D : b.K(), p.depth = Up ? b.K() : b.D;
-  p.tokens = static_cast<const S*>(from);
-  p.aligned = aligned_rows(p.depth, kPerAccess<S>, from);
-  S* out = static_cast<S*>(to);
-  p.out = {out,
-           accumulate ? out : nullptr,
-           p.T,
-           p.lines,
-           static_cast<typename Product<S>::C>(scale / 2),  // codes stand for doubled numbers
-           aligned_rows(p.lines, kPerAccess<S>, to)};
-  if (p.T == 0) return;
-  if constexpr (std::is_same<S, float>::value)
-    if (device.tf32) return run_for_tokens<S, true, Up>(p, device);
-  run_for_tokens<S, false, Up>(p, device);
-}
-
 }  // namespace
 
-void b_up_planes(const BSide& p, const void* V, void* y, double scale, bool accumulate,
-                 Device& device) {
-  with_dtype(p.dtype,
-             [&](auto s) { product<decltype(s), true>(p, V, y, scale, accumulate, device); });
+void b_planes(const BSide& side, Device& device) {
+  if (side.T == 0) return;
+  const Basis& b = side.basis;
+  with_engine(side.dtype, device.tf32, [&](auto s, auto tf32) {
+    using S = decltype(s);
+    Product<S> p{};
+    p.b = b.b_planes, p.D = b.D, p.T = side.T;
+    p.lines = side.up ? b.D : b.K(), p.depth = side.up ? b.K() : b.D;
+    p.tokens = static_cast<const S*>(side.from);
+    p.aligned = aligned_rows(p.depth, kPerAccess<S>, side.from);
+    S* to = static_cast<S*>(side.to);
+    // Codes stand for doubled numbers.
+    p.out = {{to, side.accumulate ? to : nullptr, typename Product<S>::C(0.5)},
+             p.T,
+             p.lines,
+             aligned_rows(p.lines, kPerAccess<S>, to)};
+    with_flag(side.up, [&](auto up) {
+      run_for_tokens<S, decltype(tf32)::value, decltype(up)::value>(p, device);
+    });
+  });
 }
 
-void b_down_planes(const BSide& p, const void* x, void* U, Device& device) {
-  with_dtype(p.dtype, [&](auto s) { product<decltype(s), false>(p, x, U, 1, false, device); });
-}
-
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

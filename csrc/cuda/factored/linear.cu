@@ -17,8 +17,7 @@
 
 #include "a_side.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 namespace {
 
 // Rows of (T, features) matrices from token t on.
@@ -78,29 +77,24 @@ class BSideCall {
 
   // y (T, D) = V (T, K) B^T [+ y]
   void up(const void* V, int64_t T, void* y, bool accumulate) {
-    if (T == 0) return;
-    device_.next_chunk();
-    if (b_.b_dense)
-      device_.gemm({T, b_.D, b_.K(), V, b_.b_dense, y, dtype_, 1, false, accumulate});
-    else if (b_.has_planes())
-      b_up_planes({b_, dtype_, T}, V, y, 1, accumulate, device_);
-    else
-      b_up_lists({b_, dtype_, T}, V, y, 1, accumulate, device_);
+    product({b_, dtype_, T, true, V, y, accumulate});
   }
-
   // U (T, K) = x (T, D) B
-  void down(const void* x, int64_t T, void* U) {
-    if (T == 0) return;
-    device_.next_chunk();
-    if (b_.b_dense)
-      device_.gemm({T, b_.K(), b_.D, x, b_.b_dense, U, dtype_, 1, true, false});
-    else if (b_.has_planes())
-      b_down_planes({b_, dtype_, T}, x, U, device_);
-    else
-      b_down_lists({b_, dtype_, T}, x, U, device_);
-  }
+  void down(const void* x, int64_t T, void* U) { product({b_, dtype_, T, false, x, U, false}); }
 
  private:
+  void product(const BSide& p) {
+    device_.next_chunk();
+    const int64_t D = b_.D, K = b_.K();
+    if (b_.b_dense)
+      device_.gemm(
+          {p.T, p.up ? D : K, p.up ? K : D, p.from, b_.b_dense, p.to, dtype_, !p.up, p.accumulate});
+    else if (b_.has_planes())
+      b_planes(p, device_);
+    else
+      b_lists(p, device_);
+  }
+
   const Basis& b_;
   const DType dtype_;
   ScratchReuse device_;
@@ -150,5 +144,4 @@ void linear_backward(const LinearBackward& p, Device& device) {
   });
 }
 
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

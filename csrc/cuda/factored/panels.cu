@@ -8,8 +8,7 @@
 #include "../device/launch.h"
 #include "panels.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 namespace {
 
 constexpr int kFeatures = 64;  // of a block's tile
@@ -64,12 +63,10 @@ void fill_panels(const void* z, int64_t T, const Panels& panels, DType dtype, De
     using S = decltype(s);
     const int64_t blocks =
         ceil_div(T, panels.width) * ceil_div(panels.features, int64_t{kFeatures});
-    launch(device, "fill_panels", fill<S>, dim3(static_cast<unsigned>(blocks)),
-           min(256, device.max_threads), panels.width * kStride<S> * int64_t{sizeof(S)}, z, T,
-           panels.features, panels.width, aligned_rows(panels.features, kPerAccess<S>, z),
-           panels.data);
+    launch(device, "fill_panels", fill<S>, blocks, min(256, device.max_threads),
+           panels.width * kStride<S> * int64_t{sizeof(S)}, z, T, panels.features, panels.width,
+           aligned_rows(panels.features, kPerAccess<S>, z), panels.data);
   });
 }
 
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

@@ -26,8 +26,7 @@
 #include "../device/launch.h"
 #include "../kernels.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 namespace {
 
 constexpr int kRows = 4;   // rows of A per thread, forward
@@ -149,10 +148,9 @@ void forward(const ScaledBasis& p, Device& device) {
   const int64_t base_blocks = ceil_div(p.n, bases);
   const auto kernel = aligned_rows(p.d, V, p.A, p.gam, p.out) ? scaled_basis_kernel<S, true, C>
                                                               : scaled_basis_kernel<S, false, C>;
-  launch(device, "scaled_basis", kernel,
-         static_cast<unsigned>(col_blocks * base_blocks * row_blocks), static_cast<int>(threads), 0,
-         p.r, p.n, p.d, static_cast<const C*>(p.A), static_cast<const C*>(p.lam),
-         static_cast<const C*>(p.gam), static_cast<S*>(p.out), col_blocks, base_blocks, bases);
+  launch(device, "scaled_basis", kernel, col_blocks * base_blocks * row_blocks,
+         static_cast<int>(threads), 0, p.r, p.n, p.d, p.A, p.lam, p.gam, p.out, col_blocks,
+         base_blocks, bases);
 }
 
 template <class S>
@@ -168,16 +166,13 @@ void backward(const ScaledBasisBackward& p, Device& device) {
   const auto kernel = aligned_rows(p.d, V, p.A, p.gam, p.grad, p.dgam)
                           ? scaled_basis_backward_kernel<S, true, C>
                           : scaled_basis_backward_kernel<S, false, C>;
-  launch(device, "scaled_basis_backward", kernel,
-         static_cast<unsigned>(parts * base_blocks * batches), threads, warps * shared_of_warp<C>(),
-         p.r, p.n, p.d, static_cast<const C*>(p.A), static_cast<const C*>(p.lam),
-         static_cast<const C*>(p.gam), static_cast<const S*>(p.grad), dlam_parts, dgam_parts, parts,
-         base_blocks);
+  launch(device, "scaled_basis_backward", kernel, parts * base_blocks * batches, threads,
+         warps * shared_of_warp<C>(), p.r, p.n, p.d, p.A, p.lam, p.gam, p.grad, dlam_parts,
+         dgam_parts, parts, base_blocks);
   const auto add = [&](const C* part, int64_t count_of_parts, int64_t count, C* out) {
     if (count_of_parts > 1)
-      launch(device, "sum_parts", sum_parts_kernel<C>,
-             static_cast<unsigned>(ceil_div(count, threads)), threads, 0, part, count_of_parts,
-             count, out);
+      launch(device, "sum_parts", sum_parts_kernel<C>, ceil_div(count, threads), threads, 0, part,
+             count_of_parts, count, out);
   };
   add(dlam_parts, parts, K, dlam);
   add(dgam_parts, batches, p.n * p.d, dgam);
@@ -193,5 +188,4 @@ void scaled_basis_backward(const ScaledBasisBackward& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) { backward<decltype(s)>(p, device); });
 }
 
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

@@ -12,8 +12,7 @@
 #include "../kernels.h"
 #include "transform.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 namespace {
 
 template <class S, bool Aligned, class C = typename ComputeOf<S>::type>
@@ -72,7 +71,7 @@ void gamma_as(const HadamardGamma& p, Device& device) {
   launch(device, "hadamard_gamma",
          aligned_rows(p.sizes.d, V, p.gam, p.out) ? hadamard_gamma_kernel<S, true>
                                                   : hadamard_gamma_kernel<S, false>,
-         static_cast<unsigned>(col_blocks * p.sizes.n), threads, 0, p, col_blocks);
+         col_blocks * p.sizes.n, threads, 0, p, col_blocks);
 }
 
 template <class S>
@@ -81,8 +80,8 @@ void diagonals_as(const HadamardDiagonals& p, Device& device) {
   const int threads = threads_of(device);
   const int64_t gamma_blocks = ceil_div(p.sizes.n * p.sizes.d, threads);
   launch(device, "hadamard_diagonals", hadamard_diagonals_kernel<S>,
-         static_cast<unsigned>(gamma_blocks + ceil_div(p.sizes.K(), kAcross)), threads,
-         threads * int64_t{sizeof(C)}, p, gamma_blocks);
+         gamma_blocks + ceil_div(p.sizes.K(), kAcross), threads, threads * int64_t{sizeof(C)}, p,
+         gamma_blocks);
 }
 
 }  // namespace
@@ -97,5 +96,4 @@ void hadamard_diagonals(const HadamardDiagonals& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) { diagonals_as<decltype(s)>(p, device); });
 }
 
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

@@ -16,8 +16,7 @@
 #include "../kernels.h"
 #include "mix.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 namespace {
 
 template <class S, bool Aligned, bool Scratch, class C = typename ComputeOf<S>::type>
@@ -154,19 +153,6 @@ __global__ void __launch_bounds__(kScratchThreads)
     hadamard_down_load_kernel(HadamardDown p, C* scratch, int log, int64_t t0, int64_t tokens) {
   read_y<S, false>(p, Rows<C, true>{scratch}, log, t0, tokens, share_of_grid());
 }
-// Replaces u by u times lam and col, and z, mixed (unless null), by its product with u.
-template <class C>
-__global__ void __launch_bounds__(kScratchThreads)
-    hadamard_down_low_kernel(Diagonal<C> diagonal, C* u, C* mixed, int log, int64_t tokens) {
-  const int64_t N = int64_t{1} << log;
-  low_pass(
-      Rows<C, true>{u}, tokens << log, share_of_grid(), [](auto&, int64_t) {},
-      [&](auto& v, int64_t x) {
-        if (mixed)
-          for (int e = 0; e < kValues<C>; ++e) mixed[x + e] *= v[e];
-        diagonal.apply(v, x & (N - 1));
-      });
-}
 template <class S, class C = typename ComputeOf<S>::type>
 __global__ void __launch_bounds__(kScratchThreads)
     hadamard_down_store_kernel(HadamardDown p, C* scratch, int log, int64_t t0, int64_t tokens) {
@@ -197,29 +183,27 @@ void down(const HadamardDown& p, Device& device) {
                          reinterpret_cast<uintptr_t>(p.row) % V == 0;
     launch(device, "hadamard_down",
            aligned ? hadamard_down_kernel<S, true> : hadamard_down_kernel<S, false>,
-           static_cast<unsigned>(p.z ? p.slots : ceil_div(p.T, plan.rows)), plan.threads,
-           plan.shared, p, Diagonal<C>(p), plan.log, plan.rows);
+           p.z ? p.slots : ceil_div(p.T, plan.rows), plan.threads, plan.shared, p, Diagonal<C>(p),
+           plan.log, plan.rows);
     return;
   }
   InScratch<C> all(plan.log, p.T, device);
   C* mixed = p.z ? scratch<C>(device, all.chunk << plan.log) : nullptr;
   all.each([&](int64_t t0, int64_t tokens) {
-    const auto of_numbers = all.blocks(tokens << plan.log >> kBits<C>),
-               of_bases = all.blocks(tokens * p.sizes.n);
-    launch(device, "hadamard_down_load", hadamard_down_load_kernel<S>, of_numbers, all.threads, 0,
-           p, all.numbers, plan.log, t0, tokens);
+    const int64_t of_numbers = all.of_numbers(tokens), of_bases = all.blocks(tokens * p.sizes.n);
+    all.start("hadamard_down_load", hadamard_down_load_kernel<S>, of_numbers, p, all.numbers,
+              plan.log, t0, tokens);
     all.transform(kEdgeBits<S>, tokens);
     if (p.z)
-      launch(device, "hadamard_mix", hadamard_mix_kernel<S>, of_bases, all.threads, 0, p.sizes, p.z,
-             p.T, mixed, plan.log, t0, tokens);
-    launch(device, "hadamard_down_low", hadamard_down_low_kernel<C>, of_numbers, all.threads, 0,
-           Diagonal<C>(p), all.numbers, mixed, plan.log, tokens);
-    launch(device, "hadamard_down_store", hadamard_down_store_kernel<S>, of_bases, all.threads, 0,
-           p, all.numbers, plan.log, t0, tokens);
+      all.start("hadamard_mix", hadamard_mix_kernel<S>, of_bases, p.sizes, p.z, p.T, mixed,
+                plan.log, t0, tokens);
+    all.start("hadamard_low", hadamard_low_kernel<false, C>, of_numbers, Diagonal<C>(p),
+              all.numbers, mixed, plan.log, tokens);
+    all.start("hadamard_down_store", hadamard_down_store_kernel<S>, of_bases, p, all.numbers,
+              plan.log, t0, tokens);
     if (p.z)
-      launch(device, "hadamard_down_sums", hadamard_down_sums_kernel<C>,
-             dim3(all.blocks(p.sizes.K()), static_cast<unsigned>(p.slots)), all.threads, 0, p,
-             mixed, plan.log, t0, tokens);
+      all.start("hadamard_down_sums", hadamard_down_sums_kernel<C>,
+                {all.blocks(p.sizes.K()), p.slots}, p, mixed, plan.log, t0, tokens);
   });
 }
 
@@ -231,5 +215,4 @@ void hadamard_down(const HadamardDown& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) { down<decltype(s)>(p, device); });
 }
 
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

@@ -12,8 +12,7 @@
 #include "../kernels.h"
 #include "mix.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 namespace {
 
 template <class S, bool Aligned, bool Scratch, class C = typename ComputeOf<S>::type>
@@ -89,14 +88,6 @@ __global__ void __launch_bounds__(kThreads, Aligned ? 2 : 1)
   write_y<S, Aligned>(p, rows, log, t0, tokens, share);
 }
 
-template <class C>
-__global__ void __launch_bounds__(kScratchThreads)
-    hadamard_up_low_kernel(Diagonal<C> diagonal, C* scratch, int log, int64_t tokens) {
-  const int64_t N = int64_t{1} << log;
-  low_pass(
-      Rows<C, true>{scratch}, tokens << log, share_of_grid(),
-      [&](auto& v, int64_t x) { diagonal.apply(v, x & (N - 1)); }, [](auto&, int64_t) {});
-}
 template <class S, class C = typename ComputeOf<S>::type>
 __global__ void __launch_bounds__(kScratchThreads)
     hadamard_up_store_kernel(HadamardUp p, C* scratch, int log, int64_t t0, int64_t tokens) {
@@ -113,21 +104,20 @@ void up(const HadamardUp& p, Device& device) {
                          reinterpret_cast<uintptr_t>(p.row) % V == 0;
     launch(device, "hadamard_up",
            aligned ? hadamard_up_kernel<S, true> : hadamard_up_kernel<S, false>,
-           static_cast<unsigned>(ceil_div(p.T, plan.rows)), plan.threads, plan.shared, p,
-           Diagonal<C>(p), plan.log, plan.rows);
+           ceil_div(p.T, plan.rows), plan.threads, plan.shared, p, Diagonal<C>(p), plan.log,
+           plan.rows);
     return;
   }
   InScratch<C> all(plan.log, p.T, device);
   all.each([&](int64_t t0, int64_t tokens) {
-    launch(device, "hadamard_mix", hadamard_mix_kernel<S>, all.blocks(tokens * p.sizes.n),
-           all.threads, 0, p.sizes, p.z, p.T, all.numbers, plan.log, t0, tokens);
-    launch(device, "hadamard_up_low", hadamard_up_low_kernel<C>,
-           all.blocks(tokens << plan.log >> kBits<C>), all.threads, 0, Diagonal<C>(p), all.numbers,
-           plan.log, tokens);
+    const int64_t of_numbers = all.of_numbers(tokens);
+    all.start("hadamard_mix", hadamard_mix_kernel<S>, all.blocks(tokens * p.sizes.n), p.sizes, p.z,
+              p.T, all.numbers, plan.log, t0, tokens);
+    all.start("hadamard_low", hadamard_low_kernel<true, C>, of_numbers, Diagonal<C>(p), all.numbers,
+              nullptr, plan.log, tokens);
     all.transform(kEdgeBits<S>, tokens);
-    launch(device, "hadamard_up_store", hadamard_up_store_kernel<S>,
-           all.blocks(tokens << plan.log >> kBits<C>), all.threads, 0, p, all.numbers, plan.log, t0,
-           tokens);
+    all.start("hadamard_up_store", hadamard_up_store_kernel<S>, of_numbers, p, all.numbers,
+              plan.log, t0, tokens);
   });
 }
 
@@ -139,5 +129,4 @@ void hadamard_up(const HadamardUp& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) { up<decltype(s)>(p, device); });
 }
 
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

@@ -15,13 +15,12 @@
 // fewer rows, and each block forms all v of its columns.
 #include <algorithm>
 
-#include "../delta/delta_store.h"
 #include "../device/launch.h"
+#include "../device/rounded_store.h"
 #include "../kernels.h"
 #include "mix.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 namespace {
 
 // The signs of row m of H by j, from a word for 32 of them.
@@ -45,7 +44,7 @@ struct SignsOfRow {
 
 template <class S, bool Aligned, class C = typename ComputeOf<S>::type>
 __global__ void __launch_bounds__(kThreads, Aligned ? 2 : 1)
-    hadamard_weight_rows_kernel(HadamardWeight p, DeltaStore<S> store, Diagonal<C> diagonal,
+    hadamard_weight_rows_kernel(HadamardWeight p, RoundedStore<S> store, Diagonal<C> diagonal,
                                 int log, int64_t of_block) {
   using At = Edge<S, Aligned>;
   constexpr int V = At::V;
@@ -144,7 +143,7 @@ __device__ __forceinline__ void column_pass(C* numbers, int bit, int bits, int l
 
 template <class S>
 __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
-    hadamard_weight_kernel(HadamardWeight p, DeltaStore<S> store, int log, int log_all,
+    hadamard_weight_kernel(HadamardWeight p, RoundedStore<S> store, int log, int log_all,
                            int64_t tiles, int64_t row_stride, int64_t column_stride) {
   using C = typename ComputeOf<S>::type;
   C* numbers = reinterpret_cast<C*>(shared_memory());
@@ -211,15 +210,15 @@ template <class S>
 void weight(const HadamardWeight& p, Device& device) {
   using C = typename ComputeOf<S>::type;
   constexpr int V = kPerAccess<S>;
-  const DeltaStore<S> store(p);
+  const auto store = RoundedStore<S>::of(p, p.scale);
   const Plan<S> plan(p.sizes, p.sizes.d / device.multiprocessors, device);
   if (p.transposed && plan.fits(device)) {
     const bool aligned = store.aligned(V) && p.sizes.D % V == 0 && p.sizes.first_row % V == 0 &&
                          reinterpret_cast<uintptr_t>(p.row) % V == 0;
     launch(device, "hadamard_weight_rows",
            aligned ? hadamard_weight_rows_kernel<S, true> : hadamard_weight_rows_kernel<S, false>,
-           static_cast<unsigned>(ceil_div(p.sizes.d, plan.rows)), plan.threads, plan.shared, p,
-           store, Diagonal<C>(p), plan.log, plan.rows);
+           ceil_div(p.sizes.d, plan.rows), plan.threads, plan.shared, p, store, Diagonal<C>(p),
+           plan.log, plan.rows);
     return;
   }
   const int log_all = log_of(p.sizes.N());
@@ -231,9 +230,9 @@ void weight(const HadamardWeight& p, Device& device) {
   const int64_t tiles = ceil_div(p.sizes.d, kColumns);
   const int threads = static_cast<int>(std::clamp<int64_t>(
       (int64_t{kColumns} << log) / kValues<C>, 32, std::min(device.max_threads, kThreads)));
-  launch(device, "hadamard_weight", hadamard_weight_kernel<S>,
-         static_cast<unsigned>(tiles << (log_all - log)), threads, bytes(log), p, store, log,
-         log_all, tiles, p.transposed ? 1 : p.sizes.d, p.transposed ? p.sizes.D : 1);
+  launch(device, "hadamard_weight", hadamard_weight_kernel<S>, tiles << (log_all - log), threads,
+         bytes(log), p, store, log, log_all, tiles, p.transposed ? 1 : p.sizes.d,
+         p.transposed ? p.sizes.D : 1);
 }
 
 }  // namespace
@@ -243,5 +242,4 @@ void hadamard_weight(const HadamardWeight& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) { weight<decltype(s)>(p, device); });
 }
 
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

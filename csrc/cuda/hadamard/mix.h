@@ -7,8 +7,7 @@
 #pragma once
 #include "transform.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 
 __device__ __forceinline__ bool minus(int64_t a, int64_t b) {
   return __popcll(static_cast<unsigned long long>(a & b)) & 1;
@@ -141,7 +140,25 @@ __global__ void __launch_bounds__(kScratchThreads, 1)
   write_mixed<S>(sizes, z, T, Rows<C, true>{mixed}, log, t0, tokens, share_of_grid());
 }
 
+// The low pass. Before it, v becomes v times lam and col, if Up; after it, otherwise, and mixed
+// (unless null) becomes its product with v.
+template <bool Up, class C>
+__global__ void __launch_bounds__(kScratchThreads)
+    hadamard_low_kernel(Diagonal<C> diagonal, C* scratch, C* mixed, int log, int64_t tokens) {
+  const int64_t N = int64_t{1} << log;
+  const auto apply = [&](auto& v, int64_t x) { diagonal.apply(v, x & (N - 1)); };
+  low_pass(
+      Rows<C, true>{scratch}, tokens << log, share_of_grid(),
+      [&](auto& v, int64_t x) {
+        if constexpr (Up) apply(v, x);
+      },
+      [&](auto& v, int64_t x) {
+        if (!Up && mixed)
+          for (int e = 0; e < kValues<C>; ++e) mixed[x + e] *= v[e];
+        if constexpr (!Up) apply(v, x);
+      });
+}
+
 }  // namespace
 
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

@@ -22,8 +22,7 @@
 #include "../device/columns.h"
 #include "../device/launch.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 
 template <class C>
 constexpr int kBits = sizeof(C) == 8 ? 4 : 5;
@@ -350,20 +349,23 @@ struct InScratch {
     } while ((first += chunk) < count);
   }
   // For kernels whose threads take several items if there are very many.
-  unsigned blocks(int64_t items) const {
-    return static_cast<unsigned>(std::min(ceil_div(items, threads), int64_t{1} << 20));
+  int64_t blocks(int64_t items) const {
+    return std::min(ceil_div(items, threads), int64_t{1} << 20);
+  }
+  int64_t of_numbers(int64_t rows) const { return blocks(rows << log >> kBits<C>); }
+  template <class Kernel, class... A>
+  void start(const char* name, Kernel kernel, Grid grid, A... arguments) {
+    launch(device, name, kernel, grid, threads, 0, arguments...);
   }
   // The middle passes, a launch for each.
   void transform(int edge, int64_t rows) {
     const Middle<C> middle(log, edge);
     for (int s = 0; s < middle.passes; ++s)
-      launch(device, "hadamard_pass", hadamard_pass_kernel<C>, blocks(rows << log >> kBits<C>),
-             threads, 0, numbers, middle.begin(s), middle.begin(s + 1) - middle.begin(s),
-             rows << log);
+      start("hadamard_pass", hadamard_pass_kernel<C>, of_numbers(rows), numbers, middle.begin(s),
+            middle.begin(s + 1) - middle.begin(s), rows << log);
   }
 };
 
 }  // namespace
 
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

@@ -9,15 +9,14 @@
 // both planes with two loads and six ballots for 64 elements.
 //
 // Floor: the dense matrix is written once (expansion) or read once (packing).
+#include <algorithm>
+
 #include "../device/columns.h"
 #include "../device/launch.h"
 #include "../kernels.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 namespace {
-
-constexpr unsigned kWarp = 0xffffffffu;
 
 // ---- expansion ----------------------------------------------------------------------------------
 
@@ -58,15 +57,13 @@ __global__ void lists_to_dense_kernel(Lists<Index> lists, int64_t rows, int64_t 
 }
 
 // Threads for a row: no more than have work.
-int threads_for(int64_t accesses, const Device& device) {
-  const int64_t warps = ceil_div(accesses, 32), most = device.max_threads / 32;
-  return static_cast<int>(warps < 1 ? 1 : warps < most ? warps : most) * 32;
+int64_t threads_for(int64_t accesses, const Device& device) {
+  return std::clamp<int64_t>(ceil_div(accesses, 32) * 32, 32, device.max_threads);
 }
 
 // A block per row (per few rows if a grid cannot hold them all), and `parts` blocks along it.
-dim3 grid_of_rows(int64_t rows, int64_t parts) {
-  return dim3(static_cast<unsigned>(rows < 0x7fffffff ? rows : 0x7fffffff),
-              static_cast<unsigned>(parts < 65535 ? parts : 65535));
+Grid grid_of_rows(int64_t rows, int64_t parts) {
+  return {std::min<int64_t>(rows, 0x7fffffff), std::min<int64_t>(parts, 65535)};
 }
 
 // ---- packing ------------------------------------------------------------------------------------
@@ -145,28 +142,26 @@ void planes_to_dense(const Planes& planes, int64_t rows, int64_t cols, double va
   with_dtype(dtype, [&](auto tag) {
     using S = decltype(tag);
     const int64_t accesses = ceil_div(cols, kPerAccess<S>);
-    const int threads = threads_for(accesses, device);
+    const int64_t threads = threads_for(accesses, device);
     const auto kernel = aligned_rows(cols, kPerAccess<S>, out) ? planes_to_dense_kernel<S, true>
                                                                : planes_to_dense_kernel<S, false>;
     launch(device, "planes_to_dense", kernel, grid_of_rows(rows, ceil_div(accesses, threads)),
-           threads, 0, planes, rows, cols, value, static_cast<S*>(out));
+           threads, 0, planes, rows, cols, value, out);
   });
 }
 
-void lists_to_dense(const AnyLists& lists, bool wide, int64_t rows, int64_t cols, double value,
-                    void* out, DType dtype, Device& device) {
+void lists_to_dense(const AnyLists& any, int64_t rows, int64_t cols, double value, void* out,
+                    DType dtype, Device& device) {
   with_dtype(dtype, [&](auto tag) {
-    using S = decltype(tag);
-    const bool aligned = aligned_rows(cols, kPerAccess<S>, out);
-    const auto expand = [&](auto index) {
-      using Index = decltype(index);
-      const auto kernel =
-          aligned ? lists_to_dense_kernel<S, Index, true> : lists_to_dense_kernel<S, Index, false>;
+    any.typed([&](auto lists) {
+      using S = decltype(tag);
+      using Index = typename decltype(lists)::Index;
+      const auto kernel = aligned_rows(cols, kPerAccess<S>, out)
+                              ? lists_to_dense_kernel<S, Index, true>
+                              : lists_to_dense_kernel<S, Index, false>;
       launch(device, "lists_to_dense", kernel, grid_of_rows(rows, cols > 0),
-             threads_for(ceil_div(cols, kPerAccess<S>), device), 0, lists.as<Index>(), rows, cols,
-             value, static_cast<S*>(out));
-    };
-    wide ? expand(uint32_t{}) : expand(uint16_t{});
+             threads_for(ceil_div(cols, kPerAccess<S>), device), 0, lists, rows, cols, value, out);
+    });
   });
 }
 
@@ -175,16 +170,14 @@ void pack_dense(const void* dense, DType dtype, int64_t rows, int64_t cols, uint
   const int64_t count = rows * cols, threads = device.max_threads, warps = threads / 32;
   Report* report = scratch<Report>(device, 1);
   with_dtype(dtype, [&](auto tag) {
-    const auto* x = static_cast<const decltype(tag)*>(dense);
     launch(device, "find_magnitude", find_magnitude_kernel<decltype(tag)>, 1, threads,
-           warps * int64_t{sizeof(int64_t)}, x, count, report);
+           warps * int64_t{sizeof(int64_t)}, dense, count, report);
     constexpr int kWords = 4;  // about this many per warp
     launch(device, "pack_dense", pack_dense_kernel<decltype(tag)>,
-           grid_of_rows(rows, ceil_div(words_of(cols), warps * kWords)), threads, 0, x, rows, cols,
-           plus, minus, report);
+           grid_of_rows(rows, ceil_div(words_of(cols), warps * kWords)), threads, 0, dense, rows,
+           cols, plus, minus, report);
   });
   launch(device, "pack_dense report", report_kernel, 1, 32, 0, report, count, found);
 }
 
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

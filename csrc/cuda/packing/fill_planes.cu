@@ -13,8 +13,7 @@
 #include "../device/launch.h"
 #include "../kernels.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 namespace {
 
 struct Words {
@@ -69,10 +68,9 @@ __global__ void fill_planes_kernel(FillPlanes p, int64_t words) {
 
 void fill_planes(const FillPlanes& p, Device& device) {
   const int64_t words = words_of(p.cols);
-  const int threads = device.max_threads < 128 ? device.max_threads : 128;
-  launch(device, "fill_planes", fill_planes_kernel,
-         static_cast<unsigned>(ceil_div(p.rows * words, threads)), threads, 0, p, words);
+  const int threads = min(128, device.max_threads);
+  launch(device, "fill_planes", fill_planes_kernel, ceil_div(p.rows * words, threads), threads, 0,
+         p, words);
 }
 
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

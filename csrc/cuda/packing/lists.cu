@@ -16,13 +16,11 @@
 // Floor: the planes are read twice (2 bits per element each time), and 2 bytes per non-zero element
 // are written, 4 if wide. By column, each step first reads and writes the planes to transpose them.
 #include "../device/launch.h"
+#include "../device/warp_sums.h"
 #include "../kernels.h"
 
-namespace randlora {
-namespace cuda {
+namespace randlora::cuda {
 namespace {
-
-constexpr unsigned kWarp = 0xffffffffu;
 
 // The sum of x over this lane and those below it.
 template <class T>
@@ -93,17 +91,13 @@ __global__ void count_lists_kernel(Planes p, int64_t lines, int64_t* offset) {
   const int lane = threadIdx.x % 32;
   if (line == 0 && lane == 0) offset[0] = 0;
   if (line >= lines) return;
-  int64_t plus = 0, minus = 0;
+  int64_t sums[2] = {};
   for (int64_t w = line * p.words + lane; w < (line + 1) * p.words; w += 32) {
-    plus += __popcll(p.plus[w]);
-    minus += __popcll(p.minus[w]);
+    sums[0] += __popcll(p.plus[w]);
+    sums[1] += __popcll(p.minus[w]);
   }
-#pragma unroll
-  for (int step = 16; step != 0; step /= 2) {
-    plus += __shfl_xor_sync(kWarp, plus, step);
-    minus += __shfl_xor_sync(kWarp, minus, step);
-  }
-  if (lane == 0) offset[2 * line + 1] = plus, offset[2 * line + 2] = minus;
+  const int64_t sum = warp_sums<2>(sums);
+  if (lane % 16 == 0) offset[2 * line + 1 + lane / 16] = sum;
 }
 
 constexpr int kItems = 4;  // values a thread scans
@@ -184,14 +178,10 @@ Planes by_line(const Planes& planes, int64_t rows, int64_t cols, bool by_column,
   const int64_t words = words_of(rows), across = ceil_div(cols, kSide);
   uint64_t* plus = scratch<uint64_t>(device, 2 * cols * words);
   uint64_t* minus = plus + cols * words;
-  launch(device, "transpose_planes", transpose_planes_kernel,
-         dim3(static_cast<unsigned>(ceil_div(rows, kSide) * across), 2), device.max_threads,
-         2 * kSide * kStride * int64_t{sizeof(uint32_t)}, planes, rows, cols, plus, minus, across);
+  launch(device, "transpose_planes", transpose_planes_kernel, {ceil_div(rows, kSide) * across, 2},
+         device.max_threads, 2 * kSide * kStride * int64_t{sizeof(uint32_t)}, planes, rows, cols,
+         plus, minus, across);
   return {plus, minus, words};
-}
-
-unsigned blocks_of_warps(int64_t lines, const Device& device) {
-  return static_cast<unsigned>(ceil_div(lines, device.max_threads / 32));
 }
 
 }  // namespace
@@ -200,17 +190,16 @@ int64_t count_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_co
                     int64_t* offset, Device& device) {
   const int64_t lines = by_column ? cols : rows, threads = device.max_threads;
   const Planes p = by_line(planes, rows, cols, by_column, device);
-  const unsigned blocks = blocks_of_warps(lines, device);
-  launch(device, "count_lists", count_lists_kernel, blocks == 0 ? 1 : blocks, threads, 0, p, lines,
-         offset);
+  const int64_t blocks = max(int64_t{1}, ceil_div(lines, threads / 32));
+  launch(device, "count_lists", count_lists_kernel, blocks, threads, 0, p, lines, offset);
   const int64_t count = 2 * lines, tiles = ceil_div(count, threads * kItems);
   if (tiles > 0) {
     int64_t* totals = scratch<int64_t>(device, tiles);
     const int64_t shared = threads / 32 * int64_t{sizeof(int64_t)};
-    launch(device, "scan_tiles", scan_tiles_kernel, static_cast<unsigned>(tiles), threads, shared,
-           offset + 1, count, totals);
-    launch(device, "add_totals", add_totals_kernel, static_cast<unsigned>(tiles - 1), threads,
-           shared, offset + 1, count, totals);
+    launch(device, "scan_tiles", scan_tiles_kernel, tiles, threads, shared, offset + 1, count,
+           totals);
+    launch(device, "add_totals", add_totals_kernel, tiles - 1, threads, shared, offset + 1, count,
+           totals);
   }
   return device.read(offset + count);
 }
@@ -219,14 +208,11 @@ void fill_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column
                 const int64_t* offset, bool wide, void* index, Device& device) {
   const int64_t lines = by_column ? cols : rows;
   const Planes p = by_line(planes, rows, cols, by_column, device);
-  const unsigned blocks = blocks_of_warps(lines, device);
-  if (wide)
-    launch(device, "fill_lists", fill_lists_kernel<uint32_t>, blocks, device.max_threads, 0, p,
-           lines, offset, index);
-  else
-    launch(device, "fill_lists", fill_lists_kernel<uint16_t>, blocks, device.max_threads, 0, p,
-           lines, offset, index);
+  const auto fill = [&](auto kernel) {
+    launch(device, "fill_lists", kernel, ceil_div(lines, device.max_threads / 32),
+           device.max_threads, 0, p, lines, offset, index);
+  };
+  wide ? fill(fill_lists_kernel<uint32_t>) : fill(fill_lists_kernel<uint16_t>);
 }
 
-}  // namespace cuda
-}  // namespace randlora
+}  // namespace randlora::cuda

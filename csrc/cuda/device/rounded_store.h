@@ -1,18 +1,15 @@
-// The last step of delta_weight from lists, hadamard_weight and add_rounded: a sum in the compute
-// type becomes an element of dW, out[e] = round(base[e] + scale * sum), to nearest or
-// stochastically. (From planes: Output in ternary_io.h.)
+// The last step of operators that add to a matrix: a sum in the compute type becomes an element,
+// out[e] = round(base[e] + scale * sum), to nearest or stochastically.
 #pragma once
-#include "../../core/operators.h"
 #include "../../core/stochastic.h"
-#include "../device/element.h"
+#include "element.h"
+#include "ptx.h"
 
 namespace randlora {
-namespace cuda {
 
-// One access of 4, 8 or 16 bytes.
+// One access of 8 or 16 bytes.
 template <int Words>
 __device__ __forceinline__ void load_words(const void* p, uint32_t (&w)[Words]) {
-  if constexpr (Words == 1) w[0] = *static_cast<const uint32_t*>(p);
   if constexpr (Words == 2) {
     const uint2 u = *static_cast<const uint2*>(p);
     w[0] = u.x, w[1] = u.y;
@@ -24,28 +21,27 @@ __device__ __forceinline__ void load_words(const void* p, uint32_t (&w)[Words]) 
 }
 template <int Words>
 __device__ __forceinline__ void store_words(void* p, const uint32_t (&w)[Words]) {
-  if constexpr (Words == 1) *static_cast<uint32_t*>(p) = w[0];
   if constexpr (Words == 2) *static_cast<uint64_t*>(p) = uint64_t{w[1]} << 32 | w[0];
-  if constexpr (Words == 4) *static_cast<uint4*>(p) = make_uint4(w[0], w[1], w[2], w[3]);
+  if constexpr (Words == 4) store16(p, w[0], w[1], w[2], w[3]);
 }
 
-template <class S>
-struct DeltaStore {
+// Unless Seeded it always rounds to nearest.
+template <class S_, bool Seeded = sizeof(S_) == 2>
+struct RoundedStore {
+  using S = S_;
   using C = typename ComputeOf<S>::type;
   S* out;
   const S* base;  // null for none; may be `out` itself
   C scale;
-  bool stochastic;
-  uint64_t seed;
+  bool stochastic = false;
+  uint64_t seed = 0;
 
   // P is DeltaWeight or HadamardWeight.
   template <class P>
-  explicit DeltaStore(const P& p)
-      : out(static_cast<S*>(p.out)),
-        base(static_cast<const S*>(p.base)),
-        scale(static_cast<C>(p.scale)),
-        stochastic(p.stochastic && sizeof(S) == 2),
-        seed(p.rounding_seed) {}
+  static RoundedStore of(const P& p, double scale) {
+    return {static_cast<S*>(p.out), static_cast<const S*>(p.base), static_cast<C>(scale),
+            p.stochastic, p.rounding_seed};
+  }
 
   // Whether runs of N are aligned at every e that N divides.
   bool aligned(int N) const {
@@ -59,7 +55,7 @@ struct DeltaStore {
   // The same with the element of the base that the caller has loaded, or zero.
   __device__ __forceinline__ void one(int64_t e, C sum, S old) const {
     const C x = widen(old) + scale * sum;
-    if constexpr (sizeof(S) == 2)
+    if constexpr (Seeded)
       if (stochastic) {
         out[e] = round_stochastic(x, rounding_word(seed, static_cast<uint64_t>(e)), S{});
         return;
@@ -67,7 +63,7 @@ struct DeltaStore {
     out[e] = narrow<S>(x);
   }
 
-  // Elements e .. e + N - 1; N is 2, 4 or 8 and divides e, and `aligned(N)` holds.
+  // Elements e .. e + N - 1, of 8 or 16 bytes together; N divides e, and `aligned(N)` holds.
   template <int N>
   __device__ __forceinline__ void run(int64_t e, const C (&sum)[N]) const {
     uint32_t w[N * sizeof(S) / 4];
@@ -83,7 +79,7 @@ struct DeltaStore {
     }
     if constexpr (sizeof(S) != 2) {
       memcpy(w, x, sizeof(w));
-    } else if (stochastic) {
+    } else if (Seeded && stochastic) {
       round_pairs(e, x, w);
     } else {
 #pragma unroll
@@ -96,17 +92,16 @@ struct DeltaStore {
   template <int N>
   __device__ __forceinline__ void round_pairs(int64_t e, const C (&x)[N],
                                               uint32_t (&w)[N / 2]) const {
+    static_assert(N % 4 == 0, "whole draws");
     Counter4 words = {};
 #pragma unroll
     for (int v = 0; v < N; ++v) {
       const uint64_t at = static_cast<uint64_t>(e) + v;
       if (v % 4 == 0) words = rounding_words(seed, at >> 2);  // four elements share a draw
-      const uint32_t u = N % 4 == 0 ? words.v[v % 4] : word_of_element(words, at);
-      const uint32_t bits = round_stochastic(x[v], u, S{}).bits;
+      const uint32_t bits = round_stochastic(x[v], words.v[v % 4], S{}).bits;
       w[v / 2] = v % 2 ? w[v / 2] | bits << 16 : bits;
     }
   }
 };
 
-}  // namespace cuda
 }  // namespace randlora
