@@ -2,8 +2,13 @@
 
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before torch, whose threads would keep cores waiting
+# Before torch: a thread that waits for others leaves its core to them, and to the other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch

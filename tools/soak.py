@@ -33,16 +33,20 @@ class Mallinfo2(ctypes.Structure):
     )]  # fmt: skip
 
 
-def counts() -> dict[str, int]:
-    gc.collect()
+def allocated() -> int:
     mallinfo2 = ctypes.CDLL(None).mallinfo2
     mallinfo2.restype = Mallinfo2
     info = mallinfo2()
+    return info.uordblks + info.hblkhd
+
+
+def counts() -> dict[str, int]:
+    gc.collect()
     with open("/proc/self/statm") as statm:
         resident = int(statm.read().split()[1]) * resource.getpagesize()
     objects = gc.get_objects()
     return {
-        "malloc": info.uordblks + info.hblkhd,
+        "malloc": allocated(),
         "resident": resident,
         "tensors": sum(isinstance(o, torch.Tensor) for o in objects),
         "objects": len(objects),

@@ -46,11 +46,11 @@ def test_version():
     assert run("--version") == (0, f"randlora_ext {randlora_ext.__version__}\n", "")
 
 
-def test_as_a_command(tmp_path):
-    command = [sys.executable, "-m", "randlora_ext", "convert", "nowhere", "out", "--to", "peft"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+def test_as_a_command():
+    command = [sys.executable, "-m", "randlora_ext", "convert", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith("error: nowhere")
+    assert done.stderr.splitlines()[-1].startswith("error: the following arguments are required")
 
 
 def test_an_error_of_ours_shows_where(monkeypatch, capsys):

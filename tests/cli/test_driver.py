@@ -26,7 +26,7 @@ DRIVER = "int cuDriverGetVersion(int *version) { *version = VERSION; return 0; }
 PROGRAM = """
 import torch
 from torch._subclasses import FakeTensorMode
-from randlora_ext import TernaryBasis, explain, linear
+from randlora_ext import TernaryBasis, diagnostics, explain, linear
 
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 print("CUDA kernels registered:", has("randlora::hadamard_linear", "CUDA"))
@@ -41,6 +41,7 @@ with FakeTensorMode():
         linear(x, W, None, basis, lam, gam)
     except ValueError as error:
         print(error)
+print(*diagnostics.describe(), sep="\\n")
 """
 
 
@@ -79,21 +80,19 @@ def python(environment: dict[str, str], *arguments: str) -> subprocess.Completed
 
 
 def test_an_old_driver_leaves_plain_torch_and_randlora_says_so(machine):
-    environment = machine(12080)
-    done = python(environment, "-c", PROGRAM)
+    done = python(machine(12080), "-c", PROGRAM)
     assert done.returncode == 0, done.stderr
     said = "the CUDA kernels are not loaded: the NVIDIA driver is for CUDA 12.8, and the kernels, "
     assert done.stderr.count(f"RuntimeWarning: randlora_ext: {said}") == 1, done.stderr
     assert "need a driver for CUDA 13" in done.stderr
-    registered, hadamard, independent = done.stdout.splitlines()
+    registered, hadamard, independent, *checked = done.stdout.splitlines()
     assert registered.endswith("False") and hadamard == "plain torch"
     assert "no kernels are loaded" in independent and "build_info()['cuda']" in independent
-    done = python(environment, "-W", "ignore", "-m", "randlora_ext", "check")
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("CUDA kernels"))
+    (line,) = (line for line in checked if line.startswith("CUDA kernels"))
     assert line.startswith("CUDA kernels: not loaded: the NVIDIA driver is for CUDA 12.8")
 
 
-@pytest.mark.parametrize("version", [13000, 13020, 14000, None])
+@pytest.mark.parametrize("version", [13000, 14000, None])
 def test_other_drivers_and_none_load_the_kernels(machine, version):
     program = PROGRAM.partition("print(explain")[0]
     program += "import randlora_ext\nprint(randlora_ext.build_info())"

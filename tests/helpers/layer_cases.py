@@ -1,5 +1,6 @@
 """What operator tests share: random layers, the ways to run them, and the error rule."""
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -64,6 +65,7 @@ class Layer:
         return replace(self, weight=None, bias=None)
 
 
+@functools.lru_cache(4)  # packed once for the calls that follow each other
 def make_basis(
     in_features: int,
     out_features: int,
@@ -127,6 +129,11 @@ def paths_of(layer: Layer) -> list[str]:
     return [path for path in PATHS if path not in impossible]
 
 
+@functools.lru_cache(8)
+def matrices(basis: TernaryBasis, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return basis.dense(dtype=dtype)
+
+
 def forward_backward(function, layer: Layer) -> dict[str, Tensor]:
     """y, dx, dlam and dgam of function(x, lam, gam)."""
     leaves = [t.detach().requires_grad_() for t in (layer.x, layer.lam, layer.gam)]
@@ -147,7 +154,7 @@ def ours(layer: Layer, path: str) -> dict[str, Tensor]:
 def plain(layer: Layer) -> dict[str, Tensor]:
     """The plain PyTorch expression, everything in the dtype of x, gradients included."""
     layer = layer.cast(layer.x.dtype)
-    A, B = layer.basis.dense(dtype=layer.x.dtype)
+    A, B = matrices(layer.basis, layer.x.dtype)
     return forward_backward(
         lambda x, lam, gam: linear_reference(
             x, layer.weight, layer.bias, A, B, lam, gam, layer.scaling
@@ -205,7 +212,7 @@ def assert_delta_weight(layer, dtype: torch.dtype) -> None:
         return {"dW": delta, "dlam": dlam, "dgam": dgam}
 
     def reference(dtype):
-        A, B = basis.dense(dtype=dtype)
+        A, B = matrices(basis, dtype)
         return results(
             lambda lam, gam: delta_weight_reference(A, B, lam, gam, 0.5, *shape),
             layer.lam.to(dtype),

@@ -48,23 +48,28 @@ def tensors(name, dtype=torch.float32):
 # ---- opcheck: schema, fake kernel, autograd registration, AOT dispatch with dynamic shapes
 
 
-def check(op, *arguments):
-    torch.library.opcheck(op.default, arguments)
+# Without AOT dispatch, which takes nearly all of the time, for more cases of a kind.
+FAST = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def check(op, *arguments, **options):
+    torch.library.opcheck(op.default, arguments, **options)
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", BASES)
 def test_opcheck_linear(name, path):
     t = tensors(name)
+    fast = {} if name in ("lists", "planes reduce") else {"test_utils": FAST}
     rest = (t["lam"], t["gam"], *t["bases"], path, None)
-    check(ops.linear, t["x"], t["weight"], t["bias"], *rest)
+    check(ops.linear, t["x"], t["weight"], t["bias"], *rest, **fast)
     if path != "merged":
-        check(ops.linear, t["x"].detach(), None, None, *rest)
+        check(ops.linear, t["x"].detach(), None, None, *rest, test_utils=FAST)
     dy, x, weight, lam, gam = (t[k].detach() for k in ("dy", "x", "weight", "lam", "gam"))
     rest = (lam, gam, *t["bases"], path, None)
-    wanted = [(True, True), (True, False), (False, True)]
-    for needs in wanted[:1] if name == "wide lists" else wanted:
-        check(ops.linear_backward, dy, x, weight, *rest, *needs)
+    check(ops.linear_backward, dy, x, weight, *rest, True, True, **fast)
+    for needs in ((True, False), (False, True)):
+        check(ops.linear_backward, dy, x, weight, *rest, *needs, test_utils=FAST)
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -116,8 +121,9 @@ def test_opcheck_packing(wide):
     check(ops.fill_planes_, torch.zeros_like(planes), 1, 1, 0, 0, basis.K, 5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["dense", "dense reduce"])
+@pytest.mark.parametrize(
+    "name, dtype", [("dense", torch.float32), ("dense reduce", torch.bfloat16)], ids=str
+)
 def test_opcheck_dense(name, dtype):
     t = tensors(name)
     x, weight, bias, dy = (t[k].detach().to(dtype) for k in ("x", "weight", "bias", "dy"))
@@ -126,8 +132,9 @@ def test_opcheck_dense(name, dtype):
         rest = t["lam"], t["gam"], A, B, 0.5, t["basis"].expand, path
         check(ops.dense_linear, x.requires_grad_(), weight, bias, *rest)
         rest = t["lam"].detach(), t["gam"].detach(), *rest[2:]
-        for needs in ((True, True), (True, False), (False, True)):
-            check(ops.dense_linear_backward, dy, x.detach(), weight, *rest, *needs)
+        check(ops.dense_linear_backward, dy, x.detach(), weight, *rest, True, True)
+        for needs in ((True, False), (False, True)):
+            check(ops.dense_linear_backward, dy, x.detach(), weight, *rest, *needs, test_utils=FAST)
 
 
 # ---- gradcheck

@@ -14,6 +14,7 @@ from layer_helpers import inputs, make_base, randomize, run
 from torch.utils.data import DataLoader, Dataset
 
 from randlora_ext import RandLoraLinear, TernaryBasis
+from randlora_ext.basis import cache
 
 BASES = ({"density": 1 / 3}, {"density": 0.07}, {"basis": "hadamard"})
 
@@ -73,8 +74,8 @@ def test_a_dense_b_can_be_the_first_that_is_asked_for():
     assert not worker.is_alive(), "waits for itself"
 
 
-# ---- data loaders, by this file run as a program: a child forked from pytest's process may wait
-# for a lock that some thread of another test held. That one has OpenMP's threads only.
+# ---- Processes, by this file run as a program: a child forked from pytest's process may wait for a
+# lock that some thread of another test held. That program has OpenMP's threads only.
 
 
 class Adapted(Dataset):
@@ -95,7 +96,31 @@ def show_where_it_hangs(worker):
     faulthandler.dump_traceback_later(60)
 
 
-def load(method):
+def fork_while_another_thread_packs():
+    inside, leave = threading.Event(), threading.Event()
+
+    def make():
+        inside.set()
+        leave.wait()
+        return []
+
+    wanted = ("a slow one",), torch.device("cpu"), make
+    thread = threading.Thread(target=cache.get_or_make, args=wanted)
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        TernaryBasis(16, 16, 4, 0.3).packed()
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    leave.set()
+    thread.join()
+    assert code != -signal.SIGALRM, "the child waits for a thread that it does not have"
+    assert code == 0
+
+
+def data_loader_beside_and_with_a_layer_of_the_parent(method):
     torch.set_num_threads(2)
     layer = make_layer(density=0.07)
     x, dy = inputs(layer, 24, 20)
@@ -111,45 +136,15 @@ def load(method):
     torch.testing.assert_close(torch.cat(batches), expected)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_data_loaders_beside_and_with_layers_of_the_parent(method):
+def test_forked_and_spawned_processes():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, __file__, method]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment)
+    command = [sys.executable, __file__]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-FORKS = """
-import os, signal, threading, torch
-from randlora_ext import TernaryBasis
-from randlora_ext.basis import cache
-torch.set_num_threads(1)
-inside, leave = threading.Event(), threading.Event()
-def make():
-    inside.set()
-    leave.wait()
-    return []
-wanted = ("a slow one",), torch.device("cpu"), make
-thread = threading.Thread(target=cache.get_or_make, args=wanted)
-thread.start()
-inside.wait()
-child = os.fork()
-if child == 0:
-    signal.alarm(20)
-    TernaryBasis(16, 16, 4, 0.3).packed()
-    os._exit(0)
-status = os.waitpid(child, 0)[1]
-leave.set()
-thread.join()
-raise SystemExit(os.waitstatus_to_exitcode(status))
-"""
-
-
-def test_fork_while_another_thread_packs():
-    code = subprocess.run([sys.executable, "-c", FORKS], timeout=60).returncode
-    assert code != -signal.SIGALRM, "the child waits for a thread that it does not have"
-    assert code == 0
-
-
 if __name__ == "__main__":
-    load(sys.argv[1])
+    torch.set_num_threads(1)
+    fork_while_another_thread_packs()
+    for method in ("fork", "spawn"):
+        data_loader_beside_and_with_a_layer_of_the_parent(method)

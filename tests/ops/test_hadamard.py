@@ -33,7 +33,7 @@ NAMES = ("y", "dx", "dlam", "dgam")
 ALL_TYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *SIXTEEN_BITS], ids=str)
 PATHS = pytest.mark.parametrize("path", ["factored", "merged"])
 SIZES = [
-    (512, 512, 32), (192, 576, 32), (1536, 576, 32), (64, 96, 8), (300, 420, 30), (61, 100, 6),
+    (256, 256, 32), (96, 288, 16), (768, 288, 32), (64, 96, 8), (300, 420, 30), (61, 100, 6),
     (50, 50, 7), (10, 11, 3), (1, 1, 4), (9, 7, 50), (130, 61, 7), (40, 512, 2), (1, 37, 1),
     (5, 6, 1), (129, 131, 8), (17, 700, 3),
 ]  # fmt: skip
@@ -61,9 +61,12 @@ def plain_torch(layer, merge=False):
 @ODD
 @ALL_TYPES
 def test_odd_sizes(size, dtype):
-    for tokens, lead in ((1, ()), (5, (3,)), (130, ()), (0, ()), (0, (2,))):
+    for tokens, lead in ((1, ()), (5, (3,)), (130, ()), (0, (2,))):
         whole = make_layer(*size, "hadamard", tokens, dtype, lead)
-        for layer in (whole, replace(whole, bias=None), whole.without_weight()):
+        for layer in (
+            whole if tokens == 130 else replace(whole, bias=None),
+            whole.without_weight(),
+        ):
             oracle = exact(layer)
             results = {"kernels": ours(layer, "factored"), "plain torch": plain_torch(layer)}
             if layer.weight is not None and dtype.itemsize > 2:
@@ -105,7 +108,7 @@ def test_delta_weight_and_merged_weight(size, dtype):
             module._plain_weight(weight, layer.lam, layer.gam, *constants(half), 3)
 
 
-@pytest.mark.parametrize("sizes", [(4096, 4096), (4096, 4608), (4608, 4096)], ids=str)
+@pytest.mark.parametrize("sizes", [(1024, 1024), (1024, 1152), (1152, 1024)], ids=str)
 @pytest.mark.parametrize("how", ["kernels", "plain torch"])
 def test_a_large_activation_in_float16_stays_finite(sizes, how):
     # Language models have activations of some thousands in a few features. lambda = 1 and
@@ -180,24 +183,25 @@ OPERATORS = ("hadamard_linear", "hadamard_linear_backward", "hadamard_weight")
 
 
 @pytest.mark.parametrize("merge", [False, True])
-@pytest.mark.parametrize("shape", [(9, 5, 2), (5, 9, 2)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(shape, merge, dtype):
+@pytest.mark.parametrize(
+    "shape, dtype", [((9, 5, 2), torch.float32), ((5, 9, 2), torch.bfloat16)], ids=str
+)
+def test_opcheck(shape, dtype, merge):
     layer = make_layer(*shape, "hadamard", 3, dtype, lead=(1,))
-    for needs in ((True, True), (True, False), (False, True)):
+    for needs in ((True, True), (True, False), (False, True))[: 3 - 2 * merge]:
         change = dict(zip(("need_x", "need_diagonals"), needs, strict=True))
         torch.library.opcheck(*call("hadamard_linear_backward", layer, merge=merge, **change))
-    for weight in (None, layer.weight):
-        torch.library.opcheck(*call("hadamard_weight", layer, weight=weight))
-    if dtype == torch.bfloat16:
-        torch.library.opcheck(*call("hadamard_weight", layer, rounding_seed=5))
-    strided = layer.x.mT.contiguous().mT
-    torch.library.opcheck(*call("hadamard_linear", layer, x=strided, merge=merge))
+    if merge:
+        torch.library.opcheck(*call("hadamard_weight", layer))
+    else:
+        torch.library.opcheck(*call("hadamard_weight", layer, weight=None))
+        torch.library.opcheck(*call("hadamard_linear", layer, weight=None, bias=None))
+        if dtype == torch.bfloat16:
+            torch.library.opcheck(*call("hadamard_weight", layer, rounding_seed=5))
     for leaf in (layer.x, layer.lam, layer.gam):
         leaf.requires_grad_()
-    torch.library.opcheck(*call("hadamard_linear", layer, merge=merge))
-    if not merge:
-        torch.library.opcheck(*call("hadamard_linear", layer, weight=None, bias=None))
+    strided = layer.x.mT.contiguous().mT if merge else layer.x
+    torch.library.opcheck(*call("hadamard_linear", layer, x=strided, merge=merge))
 
 
 PLAIN = {

@@ -12,7 +12,7 @@ PROGRAM = Path(__file__).with_name("killed_saves_program.py")
 
 
 def test_killed_saves():
-    step, trials = ("1", "200") if DEEP else ("67", "8")
+    step, trials = ("1", "200") if DEEP else ("211", "8")
     settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     settings["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, "-W", "ignore", PROGRAM, step, trials]

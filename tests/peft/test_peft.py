@@ -26,14 +26,17 @@ pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 PATHS = ["factored", "delta", "merged"]
 
 
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("kind,path", [*((kind, "auto") for kind in KINDS),
                                        *(("uniform", path) for path in PATHS)])  # fmt: skip
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_same_numbers_as_stock(monkeypatch, shape, kind, path, dtype, tolerance):
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [*((s, torch.float64) for s in SHAPES), *((s, torch.float32) for s in SHAPES[1::4])],
+    ids=str,
+)
+def test_same_numbers_as_stock(monkeypatch, shape, kind, path, dtype):
     monkeypatch.setenv("RANDLORA_PATH", path)
     in_features, out_features, r = shape
-    tolerance = min(tolerance, 1e-12) if (kind, dtype) == ("uniform", torch.float64) else tolerance
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-12 if kind == "uniform" else 1e-10
     options = {} if kind == "uniform" else {kind: True}
     stock, ours = pair(Net(in_features, out_features).to(dtype), lambda: config(r, **options))
     assert runs_on_kernels(ours)

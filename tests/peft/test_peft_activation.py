@@ -102,19 +102,11 @@ def test_what_was_made_too_early_is_told():
     assert runs_on_kernels(accelerated.accelerate(model))
 
 
-ORDERS = (
-    "import randlora_ext.peft as ours; ours.enable(); from peft import *; import transformers",
-    "import transformers; from peft import *; import randlora_ext.peft as ours; ours.enable()",
-)
-USE = """
-from torch import nn
-config = RandLoraConfig(r=4, target_modules=["0"], sparse=True)
-model = get_peft_model(nn.Sequential(nn.Linear(8, 9)), config)
-print(type(model.base_model.model[0]).__name__)
-"""
-WITHOUT_PEFT = """
+# Two processes, since importing peft takes seconds: one that first lacks PEFT, one that lacks us.
+OURS_FIRST = """
 import sys
-sys.modules |= dict.fromkeys(["peft", "transformers", "accelerate", "bitsandbytes"])
+absent = dict.fromkeys(["peft", "transformers", "accelerate", "bitsandbytes"])
+sys.modules |= absent
 import torch, randlora_ext
 model = torch.nn.Sequential(torch.nn.Linear(12, 20))
 randlora_ext.apply_randlora(model, target_modules=["0"], r=4)
@@ -124,17 +116,38 @@ try:
     import randlora_ext.peft
 except ImportError as error:
     print(error)
+for name in absent:
+    del sys.modules[name]
+import randlora_ext.peft as ours; ours.enable(); from peft import *; import transformers
+"""
+PEFT_FIRST = """
+import sys, torch, transformers
+from peft import *
+try:
+    PeftModel.from_pretrained(torch.nn.Sequential(), sys.argv[1])
+except ValueError as error:
+    print(str(error).splitlines()[0])
+import randlora_ext.peft as ours; ours.enable()
+"""
+USE = """
+config = RandLoraConfig(r=4, target_modules=["0"], sparse=True)
+model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 9)), config)
+print(type(model.base_model.model[0]).__name__)
 """
 
 
-def test_any_order_of_imports_and_none_of_peft():
-    runs = [  # at the same time: importing transformers takes seconds
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        for code in (*(order + USE for order in ORDERS), WITHOUT_PEFT)
+def test_any_order_of_imports_none_of_peft_and_none_of_ours(tmp_path):
+    made(basis="independent").save_pretrained(tmp_path)
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code + USE, tmp_path], stdout=subprocess.PIPE, text=True
+        )
+        for code in (OURS_FIRST, PEFT_FIRST)
     ]
-    first, second, without = (run.communicate()[0].strip() for run in runs)
+    (without, first), (told, second) = (run.communicate()[0].splitlines() for run in runs)
     assert first == second == "AcceleratedLinear"
     assert "not installed; install it with `pip install 'peft>=0.18'`" in without
+    assert told.startswith("Invalid task type: 'none; needs randlora_ext: import randlora_ext.peft")
 
 
 def test_missing_old_or_newer_peft(monkeypatch):

@@ -1,8 +1,5 @@
 """PEFT models on our layers: torch.compile in one graph, torch.export, torch.func."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from cli_helpers import llama
@@ -14,15 +11,21 @@ from torch.export import Dim
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft", "fresh_dynamo")
 
-KINDS = [{"sparse": True}, {"density": 0.1}, {"basis": "independent"}, {"basis": "hadamard"}, {}]
+CASES = [
+    ({"sparse": True}, torch.float32),
+    ({"density": 0.1}, torch.bfloat16),
+    ({"basis": "independent"}, torch.float32),
+    ({"basis": "hadamard"}, torch.bfloat16),
+    ({}, torch.float32),
+    ({}, torch.bfloat16),
+]
 
 
 def compiled(model):
     return torch.compile(model, fullgraph=True, backend="aot_eager")
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind, dtype", CASES, ids=str)
 def test_one_graph_for_any_number_of_tokens(kind, dtype):
     eager = made(projection_prng_key=17, **kind).to(dtype)  # not packed before it is traced
     fast = compiled(eager)
@@ -82,19 +85,23 @@ def test_blocks_of_one_shape_share_what_is_compiled():
 
 
 def test_a_language_model_in_one_graph():
-    eager = adapted(llama().train(), ["q_proj", "v_proj", "down_proj"], sparse=True)
+    eager = adapted(
+        llama(num_hidden_layers=1).train(), ["q_proj", "v_proj", "down_proj"], sparse=True
+    )
     fast = compiled(eager)
-    for tokens in (7, 9, 30, 8):
+    for tokens in (7, 9, 30):
         assert_steps_agree(fast, eager, torch.randint(0, 50, (2, tokens)))
     assert graphs() == 2
 
 
 def test_an_exported_model(tmp_path):
-    """It holds our operators and plain tensors alone; test_export.py loads such in a process."""
+    """It holds operators and plain tensors alone; test_export.py loads such in a process."""
     model = made(projection_prng_key=23, sparse=True).eval()
     x = torch.randn(7, 24)
     program = torch.export.export(model.base_model.model, (x,), dynamic_shapes=({0: Dim.DYNAMIC},))
-    assert sum("randlora.linear" in str(n.target) for n in program.graph.nodes) == 3
+    called = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+    assert {name.partition(".")[0] for name in called} == {"aten", "randlora"}
+    assert sum("randlora.linear" in name for name in called) == 3
     assert all(type(t) is torch.Tensor for t in program.constants.values())
     torch.export.save(program, tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2").module()
@@ -102,10 +109,6 @@ def test_an_exported_model(tmp_path):
         row = torch.randn(tokens, 24)
         torch.testing.assert_close(loaded(row), model(row), rtol=1e-4, atol=1e-5)
     model(x).sum().backward()  # the bases that the export packed serve training
-    code = "import sys, torch, randlora_ext\n"
-    code += "torch.export.load('model.pt2').module()(torch.ones(3, 24))\n"
-    code += "assert 'peft' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
 def test_functional_call_and_gradients_for_each_sample():

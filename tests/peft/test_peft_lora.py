@@ -1,5 +1,6 @@
 """export_to_lora: the adapter of LoRA that PEFT loads is the truncated SVD of dW."""
 
+import itertools
 import json
 import re
 
@@ -46,9 +47,15 @@ def spectra(model):
             yield path, *torch.linalg.svd(delta, full_matrices=False)
 
 
-@pytest.mark.parametrize("rank", [1, 5, 24, 32])
+SOURCES = [*KINDS, "stock uniform", "stock sparse saved", "stock very_sparse"]
+
+
 @pytest.mark.parametrize(
-    "kind", [*KINDS, "stock uniform", "stock sparse saved", "stock very_sparse"]
+    "kind, rank",
+    [
+        *((kind, 5) for kind in SOURCES),
+        *itertools.product(["hadamard", "stock uniform"], [1, 24, 32]),
+    ],
 )
 def test_is_the_truncated_svd(tmp_path, kind, rank):
     model = (stock if "stock" in kind else made)(**KINDS[kind.removeprefix("stock ")], r=8)

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import os
 import re
 import subprocess
 import sys
@@ -24,17 +23,6 @@ import cli_helpers  # noqa: E402
 from randlora_ext.cli.adapter import read_adapter  # noqa: E402
 
 
-def run(name: str, folder: Path, *launcher: str) -> str:
-    """Its output; the environment is a newcomer's, without the network."""
-    command = [sys.executable, *launcher, str(EXAMPLES / name), "--toy"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def losses(output: str) -> list[float]:
     return [float(number) for number in re.findall(r"^step \d+: loss ([\d.]+)$", output, re.M)]
 
@@ -50,31 +38,31 @@ def saved(folder: Path) -> list[str]:
     return names
 
 
-def test_finetune_trainer(tmp_path):
-    output = run("finetune_trainer.py", tmp_path)
+def test_finetune_trainer(tmp_path, run_example):
+    output = run_example("finetune_trainer.py", "--toy")
     first, last = map(float, re.search(r"^loss (\S+) -> (\S+)$", output, re.M).groups())
     assert last < first
     assert "14 RandLoRA layers on randlora_ext's" in output
     assert difference(output, "reloaded") < 1e-5 and len(saved(tmp_path)) == 28
 
 
-def test_plain_pytorch(tmp_path):
-    output = run("plain_pytorch.py", tmp_path)
+def test_plain_pytorch(tmp_path, run_example):
+    output = run_example("plain_pytorch.py", "--toy")
     assert losses(output)[-1] < losses(output)[0]
     assert difference(output, "reloaded") == 0 and difference(output, "merged") < 1e-4
     assert len(load_file(tmp_path / "randlora-adapter" / "randlora.safetensors")) == 28
 
 
-def test_quantized_base(tmp_path):
+def test_quantized_base(tmp_path, run_example):
     pytest.importorskip("bitsandbytes")
-    output = run("quantized_base.py", tmp_path)
+    output = run_example("quantized_base.py", "--toy")
     assert losses(output)[-1] < losses(output)[0] and len(saved(tmp_path)) == 28
     assert "14 layers of 4 bits; 14 RandLoRA layers on randlora_ext's" in output
 
 
-def test_vision(tmp_path):
+def test_vision(tmp_path, run_example):
     pytest.importorskip("sklearn")
-    output = run("vision.py", tmp_path)
+    output = run_example("vision.py", "--toy", "--steps", 100, "--lr", 1e-3)
     assert losses(output)[-1] < losses(output)[0] / 10
     assert "10 RandLoRA layers on randlora_ext's" in output
     before, after = map(float, re.search(r"images: (\S+)% -> (\S+)%", output).groups())
@@ -84,8 +72,11 @@ def test_vision(tmp_path):
 
 
 def test_tensor_parallel(tmp_path):
-    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
-    output = run("tensor_parallel.py", tmp_path, *launcher)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [EXAMPLES / "tensor_parallel.py", "--toy"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    output = done.stdout
     assert losses(output)[-1] < losses(output)[0]
     # Every weight divides by two ranks: 64 x 64, 32, 32, 64, 128, 128 and 64 x 128, two blocks.
     weights = 2 * 4 * 64 * (64 + 32 + 32 + 64 + 3 * 128) // 2
@@ -99,7 +90,7 @@ def test_every_example_is_run():
     elsewhere = {"causal_lm.py", "spelling.py", "smollm2.py"}  # shared code; test_smollm2.py
     programs = {path.name for path in EXAMPLES.glob("*.py")} - elsewhere
     text = Path(__file__).read_text()
-    tested = set(re.findall(r'run\("(\w+\.py)"', text))
+    tested = set(re.findall(r'(?:run_example\(|EXAMPLES / )"(\w+\.py)"', text))
     tested |= {f"{name}.py" for name in re.findall(r'"(\w+_randlora)[."]', text)}
     assert programs - tested == set()
 

@@ -72,11 +72,13 @@ def test_a_process_that_dies_or_hangs_costs_only_itself(tmp_path, monkeypatch):
 
 
 def toys(monkeypatch, tmp_path, **programs):
-    """gpu_run.main with a program in the place of each stage's commands; "pass" if not given."""
+    """gpu_run.main with a program, or nothing, in the place of each stage's commands."""
 
     def commands(stage, *_):
-        program = "import time\nfrom gpu import rows\n" + programs.get(stage, "pass")
-        return [gpu_run.Command(f"of {stage}", [sys.executable, "-c", program], 3)]
+        argv = ["true"]
+        if stage in programs:
+            argv = [sys.executable, "-c", f"import time\nfrom gpu import rows\n{programs[stage]}"]
+        return [gpu_run.Command(f"of {stage}", argv, 3)]
 
     monkeypatch.setattr(gpu_run, "commands", commands)
     monkeypatch.setattr(gpu_run, "LEAST", 0.0)

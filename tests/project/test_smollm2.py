@@ -1,10 +1,8 @@
 """examples/smollm2.py on a toy GGUF file: what it writes, and the commands that it prints."""
 
 import json
-import os
+import shlex
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,8 @@ pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
 import spelling  # noqa: E402
+
+import randlora_cli  # noqa: E402
 
 WORDS = """
 ;;; a comment
@@ -84,20 +84,10 @@ def files(tmp_path_factory):
     return folder / "toy.gguf", folder / "words.dict", weights
 
 
-ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-ENVIRONMENT |= {"CUDA_VISIBLE_DEVICES": ""}
-
-
-def command(files, *options) -> list:
+def arguments(files, *others) -> list:
     model, words, _ = files
-    small = ["--steps", "30", "--batch-size", "4", "--rank", "8", "--lr", "0.01"]
-    return [sys.executable, PROGRAM, "--model", model, "--words", words, *small, *options]
-
-
-def run(words, folder) -> str:
-    done = subprocess.run(words, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    small = ["--steps", 30, "--batch-size", 4, "--rank", 8, "--lr", 0.01]
+    return ["--model", model, "--words", words, *small, *others]
 
 
 @torch.no_grad()
@@ -105,8 +95,10 @@ def logits(model, rows=((*range(1, 21),), (*range(21, 41),))) -> torch.Tensor:
     return model.eval()(torch.tensor(rows)).logits
 
 
-def test_from_a_gguf_to_a_merged_model_and_the_printed_commands(files, tmp_path):
-    printed = run(command(files, "--out", "an out"), tmp_path)
+def test_from_a_gguf_to_a_merged_model_and_the_printed_commands(
+    files, tmp_path, run_example, capsys
+):
+    printed = run_example("smollm2.py", *arguments(files, "--out", "an out"))
     out = tmp_path / "an out"
     results = json.loads((out / "results.json").read_text())
     before, after = results["before"]["held_out_loss"], results["after"]["held_out_loss"]
@@ -125,12 +117,12 @@ def test_from_a_gguf_to_a_merged_model_and_the_printed_commands(files, tmp_path)
     down = load_file(out / "base" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
     assert np.array_equal(down, files[2]["blk.1.ffn_down"])
 
-    # Pasted into a shell, elsewhere; this checkout may not be the one that is installed.
-    script = printed.partition("Next, ")[2].partition("\n")[2]
-    ours = (
-        f'python() {{ "{sys.executable}" "$@"; }}; randlora() {{ python -m randlora_ext "$@"; }}\n'
-    )
-    shown = run(["bash", "-euo", "pipefail", "-c", ours + script], tmp_path)
+    # Split as by a shell, but run without new processes.
+    script = shlex.split(printed.partition("Next, ")[2].partition("\n")[2])
+    assert script[:2] == ["python", "-c"] and script[3] == "randlora"
+    exec(script[2], {})
+    assert randlora_cli.main(script[4:]) == 0
+    shown = capsys.readouterr().out
     assert "f r i e n d ->" in shown and "of |dW|^2" in shown
     load = transformers.AutoModelForCausalLM.from_pretrained
     assert (logits(load(out / "merged")) - logits(load(out / "base"))).abs().max() > 0.01
@@ -138,20 +130,21 @@ def test_from_a_gguf_to_a_merged_model_and_the_printed_commands(files, tmp_path)
     assert fields["peft_type"] == "LORA" and fields["base_model_name_or_path"] == str(out / "base")
 
 
-def test_ctrl_c_ends_training_and_what_was_learned_is_kept(files, tmp_path):
-    started = subprocess.Popen(
-        command(files, "--steps", "100000"), cwd=tmp_path, env=ENVIRONMENT,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    shown = ""
-    while "3/100000" not in shown:  # of the progress bar
-        shown += (read := started.stderr.read(1))
-        assert read, shown
-    started.send_signal(signal.SIGINT)
-    printed, _ = started.communicate(timeout=300)
-    assert started.returncode == 0 and "interrupted after " in printed
+def test_ctrl_c_ends_training_and_what_was_learned_is_kept(
+    files, tmp_path, run_example, monkeypatch
+):
+    def interrupted(*arguments):
+        for number, step in enumerate(train(*arguments)):
+            if number == 3:
+                signal.raise_signal(signal.SIGINT)
+            yield step
+
+    train = spelling.train
+    monkeypatch.setattr(spelling, "train", interrupted)
+    printed = run_example("smollm2.py", *arguments(files, "--steps", 100000))
+    assert "interrupted after 3 steps" in printed
     results = json.loads((tmp_path / "randlora-demo" / "results.json").read_text())
-    assert 3 <= len(results["train_loss"]) < 100000 and results["reload_difference"] == 0
+    assert len(results["train_loss"]) == 3 and results["reload_difference"] == 0
     adapter = load_file(tmp_path / "randlora-demo" / "adapter" / "adapter_model.safetensors")
     assert any(tensor.any() for key, tensor in adapter.items() if key.endswith("lambda"))
 
@@ -194,9 +187,9 @@ def test_a_missing_package_is_named_with_the_command(monkeypatch):
         spelling.read_words()
 
 
-def test_bad_options_are_named(files, tmp_path):
-    for options, message in ((["--steps", "0"], "--steps"), (["--rank", "0"], "r must be")):
-        done = subprocess.run(
-            command(files, *options), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
-        )
-        assert done.returncode != 0 and message in done.stderr
+def test_bad_options_are_named(files, run_example, capsys):
+    with pytest.raises(SystemExit):
+        run_example("smollm2.py", *arguments(files, "--steps", 0))
+    assert "--steps" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="^r must be"):
+        run_example("smollm2.py", *arguments(files, "--rank", 0))
