@@ -141,7 +141,11 @@ def test_ctrl_c_ends_training_and_what_was_learned_is_kept(
 
     train = spelling.train
     monkeypatch.setattr(spelling, "train", interrupted)
-    printed = run_example("smollm2.py", *arguments(files, "--steps", 100000))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist ignores it
+    try:
+        printed = run_example("smollm2.py", *arguments(files, "--steps", 100000))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "interrupted after 3 steps" in printed
     results = json.loads((tmp_path / "randlora-demo" / "results.json").read_text())
     assert len(results["train_loss"]) == 3 and results["reload_difference"] == 0
