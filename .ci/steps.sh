@@ -1,4 +1,4 @@
-# What .ci/run and .ci/kernels share; both have set $repo and $work, a folder for all that they write.
+# What .ci/run and .ci/kernels share; both have set $repo and $work, a folder for what they write.
 
 step() {
   [ -z "${step_name:-}" ] || printf -- '--- took %d s: %s\n' $((SECONDS - step_began)) "$step_name"
