@@ -71,8 +71,7 @@ inline void under_all_schedules(void (*tests)()) {
 
 // Sanitizers take their time: they run the tests under one schedule, which CUDA_ON_CPU_SCHEDULE may
 // choose, and only `few` of them under all.
-inline int run_tests(
-    void (*tests)(), void (*few)() = [] {}) {
+inline int run_tests(void (*tests)(), void (*few)() = [] {}) {
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
   const bool one = true;
 #else

@@ -157,8 +157,7 @@ const char *kDisagree = kThread ? "ThreadSanitizer: data race" : "schedules disa
            *kRace = kThread ? kDisagree : "", *kNaN = "NaN in the result",
            *kOverflow = kAddress ? "heap-buffer-overflow" : "",
            *kMisaligned = "not 16-byte aligned";
-#define FAULT(name, want) \
-  { #name, name, want }
+#define FAULT(name, want) {#name, name, want}
 const Fault kFaults[] = {
     FAULT(missing_barrier, kDisagree),
     FAULT(missing_second_barrier, kDisagree),
