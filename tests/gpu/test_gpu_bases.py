@@ -18,9 +18,10 @@ LIMIT = 2**32  # of rows and columns of the infinite matrices
 def test_packed_forms(device, shape, density):
     basis, on_cpu = (TernaryBasis(*shape, density, seed=2**64 - 1) for _ in range(2))
     with cpu_kernels():
-        want = on_cpu._make(torch.device("cpu"), None)  # not shared with what the card makes
+        # Not by the cache, which would share what the card makes.
+        want = on_cpu._source.pack(on_cpu._shape, torch.device("cpu"))
         dense = on_cpu.dense()
-    got = moved(basis._make(device, None), "cpu")
+    got = moved(basis._source.pack(basis._shape, device), "cpu")
     tables, none = got.pop(2), want.pop(2)
     assert same(got, want) and tables.dtype == torch.int32 and none.numel() == 0
     assert same(moved(basis.dense(device), "cpu"), dense)
@@ -87,8 +88,8 @@ def test_what_is_not_ternary_is_found_where_the_cpu_finds_it(device, place, valu
 def test_positions_beyond_16_bits(device):
     basis = TernaryBasis(65537, 3, 2, 0.01)
     with cpu_kernels():
-        want = basis._make(torch.device("cpu"), None)
-    got = basis._make(device, None)
+        want = basis._source.pack(basis._shape, torch.device("cpu"))
+    got = basis._source.pack(basis._shape, device)
     del got[2], want[2]  # A's tables, which the CPU has none of
     assert got[1].dtype == torch.int32 and same(moved(got, "cpu"), want)
 
