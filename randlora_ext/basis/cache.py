@@ -72,7 +72,8 @@ def get_or_make(
 ) -> PackedTensors:
     """The packed tensors under `key`, made once and kept as long as something holds them.
 
-    `make` runs in a thread of its own while this one holds the lock, so it must not ask for others.
+    `make` runs in a thread of its own while this one holds the cache's lock: if it called
+    `get_or_make`, both would wait for ever.
     """
     with _cache_lock:
         packed = _cache.get(key)

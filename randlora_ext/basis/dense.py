@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .description import Shape
+from .shape import Shape
 
 
 class DenseMatrices:

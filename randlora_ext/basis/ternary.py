@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .description import BasisDescription, Shape, as_signed
+from .description import BasisDescription, as_signed
+from .shape import Shape
 
 # Above this density B is kept as bit planes (2 bits an element), at or below it as index lists by
 # row and by column (32 * density bits an element): equal memory at 1/16. docs/formats.md.

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from .. import devices
 from .cache import PackedTensors, get_or_make, with_index
 from .dense import DenseMatrices
-from .description import BasisDescription, Shape
+from .description import BasisDescription
 from .hadamard import HadamardMatrices
+from .shape import Shape
 from .ternary import GeneratedMatrices, ImportedMatrices, TernaryMatrices, pack_layer
 
 _Matrices = TernaryMatrices | HadamardMatrices | DenseMatrices

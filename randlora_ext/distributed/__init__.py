@@ -4,6 +4,7 @@ DDP, FSDP2 and distributed checkpoints need nothing from here: lambda and gamma 
 parameters, and bases are neither parameters nor buffers.
 """
 
-from .tensor_parallel import RandLoraColwise, RandLoraRowwise, TensorParallelRandLoraLinear
+from .layer import TensorParallelRandLoraLinear
+from .styles import RandLoraColwise, RandLoraRowwise
 
 __all__ = ["RandLoraColwise", "RandLoraRowwise", "TensorParallelRandLoraLinear"]

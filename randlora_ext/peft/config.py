@@ -14,7 +14,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from ..basis.description import check_r
+from ..basis.shape import check_r
 from ..nn.linear import check_alpha, names_unknown
 from ..writing import appear_together
 from .adapter_basis import SPARSE, VERY_SPARSE, AdapterBasis, other_bases

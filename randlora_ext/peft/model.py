@@ -11,7 +11,7 @@ from peft.tuners.randlora.model import RandLoraModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import nn
 
-from ..basis.description import check_r
+from ..basis.shape import check_r
 from ..nn.apply import check_is_called, check_not_nested, first
 from ..nn.base_layer import disable_nested_tensors, features, force_module_call, is_conv1d
 from ..nn.linear import DEFAULT_SCALING, RandLoraLinear

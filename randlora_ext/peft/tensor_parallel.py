@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..basis import TernaryBasis
 from ..distributed.agreement import same_on_all_ranks
-from ..distributed.tensor_parallel import ShardedLayer, SumGradients, check_divisible, slice_of_rank
+from ..distributed.layer import ShardedLayer, SumGradients, check_divisible, slice_of_rank
 from ..nn.state_dict import DIAGONALS
 from ..ops.dtensor import is_dtensor
 from .layer import AcceleratedLinear

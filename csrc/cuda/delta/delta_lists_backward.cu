@@ -25,7 +25,7 @@
 namespace randlora::cuda {
 namespace {
 
-// ---- transpose, 39 percent of the columns at density 1/64 and r = 32 ----------------------------
+// ---- transpose: the columns that some S_j has, 39 percent at density 1/64 and r = 32 -----------
 
 constexpr int kSide = 64;  // of a tile
 constexpr int kTiles = 4;  // tiles per block, one below the other
