@@ -105,7 +105,9 @@ class _Plain:
         self.wide = torch.promote_types(dtype, torch.float32)
         self.first = first_column // self.n
         self.place = first_column - self.first * self.n  # of the first column in its class
-        self.classes = -(-(self.place + self.d) // self.n)
+        self.classes, self.columns_of_class = -(-(self.place + self.d) // self.n), self.n
+        if self.classes == 1:  # a slice of a wide layer: no zeros for the rest of its class
+            self.place, self.columns_of_class = 0, self.d
         K = self.r * self.n
         self.N = 1 << (K - 1).bit_length()
         self.rows = (torch.arange(self.D, device=row.device) + first_row) % self.N
@@ -119,9 +121,9 @@ class _Plain:
         self.blocks = self.by_class(signed).movedim(1, 0)  # (classes, n, columns of a class)
 
     def by_class(self, x: Tensor) -> Tensor:
-        """(T, d) as (T, classes, n); columns that are missing are zero."""
-        missing = self.classes * self.n - self.place - self.d
-        return F.pad(x, (self.place, missing)).unflatten(-1, (self.classes, self.n))
+        """(T, d) as (T, classes, columns of a class); columns that are missing are zero."""
+        missing = self.classes * self.columns_of_class - self.place - self.d
+        return F.pad(x, (self.place, missing)).unflatten(-1, (self.classes, self.columns_of_class))
 
     def columns(self, x: Tensor) -> Tensor:
         """The inverse of `by_class`."""

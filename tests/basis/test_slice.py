@@ -84,10 +84,11 @@ def test_matrices(cut, kind):
     assert (part.in_features, part.out_features) == (len(inputs), len(outputs))
 
 
-def assert_linear(part, path, dtype, lam, gam):
+def assert_linear(part, path, dtype, lam, gam, tokens=40):
     """y and gradients, by our kernels and, of Hadamard bases, by plain torch, against float64."""
     make = torch.Generator().manual_seed(1)
-    sizes = (40, part.in_features), (part.out_features, part.in_features), (40, part.out_features)
+    features = part.in_features, part.out_features
+    sizes = (tokens, features[0]), features[::-1], (tokens, features[1])
     x, W, dy = (torch.randn(size, generator=make, dtype=torch.float64).to(dtype) for size in sizes)
     wide = torch.promote_types(dtype, torch.float32)
     leaves = [t.detach().requires_grad_() for t in (x, lam.to(wide), gam.to(wide))]
@@ -134,7 +135,7 @@ def test_transforms_of_more_than_65536(turned):
     lam, gam = torch.randn(5, part.n, generator=make), torch.randn(part.n, part.d, generator=make)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         for path in ("factored", "merged")[: 1 + (dtype.itemsize > 2)]:
-            assert_linear(part, path, dtype, lam, gam / part.K)
+            assert_linear(part, path, dtype, lam, gam / part.K, tokens=3)
 
 
 @cases

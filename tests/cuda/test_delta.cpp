@@ -31,7 +31,7 @@ void lists() {
       for (const bool transposed : {false, true}) {
         ++number;
         TestDevice device;
-        device.shared_bytes = number % 3 ? 227 << 10 : 6 << 10;
+        device.shared_bytes = number % 13 < 4 ? 6 << 10 : 227 << 10;
         device.max_threads = number % 5 == 0 ? 64 : number % 11 == 0 ? 32 : 128;
         check(L, L.basis(Form::lists, number % 7 < 3), dtype, transposed, number % 9 < 4, device);
       }
