@@ -1,15 +1,17 @@
 """Runs checks of distributed programs: one start of the processes for all that need so many.
 
-    python tests/distributed/distributed_ranks.py RANK WORLD FOLDER      one rank; started by `run`
+    python tests/distributed/distributed_ranks.py FOLDER      all ranks; started by `run`
 
 A check is a function ``check_NAME(place)`` of one of `MODULES`; its ``WORLDS`` says for which
 numbers of processes. After each check the ranks compare their results, and stop if some failed
 and some did not.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -35,8 +37,9 @@ if importable("peft"):
     MODULES += ["distributed_peft"]
     if importable("transformers.distributed.tensor_parallel"):  # since 5.17
         MODULES += ["distributed_tp_plan"]
+NUMBERS = (2, 4)  # of processes, in this order: 4 read the checkpoints of 2
 HANG = 120  # seconds in one collective
-OVERALL = 600  # seconds for all checks
+OVERALL = 900  # seconds for all checks
 
 
 @dataclass
@@ -115,40 +118,55 @@ def worlds(*sizes: int):
     return mark
 
 
-def run(world: int, folder: Path) -> dict[str, str]:
+def run(folder: Path) -> dict[str, str]:
     """The result of each check: "ok", or what every failing rank reported."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
-    outputs = [folder / f"{world}-{rank}.txt" for rank in range(world)]
-    processes = []
-    for rank, output in enumerate(outputs):
-        command = [sys.executable, __file__, str(rank), str(world), str(folder)]
-        with output.open("w") as out:
-            processes.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out))
-    deadline = time.monotonic() + OVERALL
-    try:
-        while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
-            if any(p.poll() not in (None, 0) for p in processes):
-                deadline = min(deadline, time.monotonic() + 5)  # the others wait in vain
-            time.sleep(0.05)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    found: dict[str, list[str]] = {name: [] for name in checks(world)}
-    for output in outputs:
-        for line in output.read_text().splitlines():
-            if line.startswith("RESULT "):
-                name, verdict = json.loads(line[7:])
-                found[name].append(verdict)
-    tails = "\n".join(f"--- {o.name}\n{o.read_text()[-1500:]}" for o in outputs)
-    return {
-        name: "ok" if verdicts == ["ok"] * world else f"{verdicts or 'did not run'}\n{tails}"
-        for name, verdicts in found.items()
-    }
+    command = [sys.executable, __file__, str(folder)]
+    ranks = subprocess.Popen(command, env=environment, start_new_session=True)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        ranks.wait(OVERALL)
+    with contextlib.suppress(ProcessLookupError):  # there is none left
+        os.killpg(ranks.pid, signal.SIGKILL)
+    ranks.wait()
+    results = {}
+    for world in NUMBERS:
+        found: dict[str, list[str]] = {name: [] for name in checks(world)}
+        tails = ""
+        for output in sorted(folder.glob(f"{world}-*.txt")):
+            said = output.read_text()
+            tails += f"--- {output.name}\n{said[-1500:]}\n"
+            for line in said.splitlines():
+                if line.startswith("RESULT "):
+                    name, verdict = json.loads(line[7:])
+                    found[name].append(verdict)
+        for name, verdicts in found.items():
+            told = "ok" if verdicts == ["ok"] * world else f"{verdicts or 'did not run'}\n{tails}"
+            results[f"{name} on {world}"] = told
+    return results
 
 
-def main(rank: int, world: int, folder: Path) -> None:
+def main(folder: Path) -> None:
+    """Forks the ranks when all is imported, and waits for them; after one failed not for long."""
     torch.set_num_threads(1)
+    checks(2)
+    for world in NUMBERS:
+        children = set()
+        for rank in range(world):
+            if (child := os.fork()) == 0:
+                with (folder / f"{world}-{rank}.txt").open("w") as out:
+                    os.dup2(out.fileno(), 1)
+                    os.dup2(out.fileno(), 2)
+                run_rank(rank, world, folder)
+            children.add(child)
+        while children:
+            child, status = os.wait()
+            children.remove(child)
+            if status:
+                time.sleep(5)  # the others wait in vain
+                sys.exit(1)
+
+
+def run_rank(rank: int, world: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder / f'{world}.store'}",
@@ -174,4 +192,4 @@ def main(rank: int, world: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(Path(sys.argv[1]))
