@@ -26,7 +26,9 @@ def in_a_process(function: Callable, *args: Any, **options: Any) -> Any:
     """`function(*args, **options)` in a new process; BrokenProcessPool if it was killed."""
     context = multiprocessing.get_context("forkserver")
     # By name: Python before 3.11.9 tells the server neither the script nor the path of imports.
-    context.set_forkserver_preload(["randlora_ext.peft", "transformers.models.llama.modeling_llama"])
+    context.set_forkserver_preload(
+        ["randlora_ext.peft", "transformers.models.llama.modeling_llama"]
+    )
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *args, **options).result()
 
