@@ -6,6 +6,7 @@ library compiled for the CPU (docs/cuda-on-cpu.md). There too the CPU kernels ca
 
 import os
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 from layer_cases import Layer, exact, plain, rms_error
@@ -74,19 +75,12 @@ def bits(t: Tensor) -> Tensor:
 
 def run_linear(layer: Layer, path: str, b_side: str, device) -> dict[str, Tensor]:
     """y, dx, dlam and dgam on `device`, back on the CPU."""
-    before = os.environ.get("RANDLORA_B_SIDE")
-    os.environ["RANDLORA_B_SIDE"] = b_side
-    try:
+    with mock.patch.dict(os.environ, {"RANDLORA_B_SIDE": b_side}):
         leaves = layer.x, layer.lam, layer.gam
         x, lam, gam = (moved(t, device).detach().clone().requires_grad_() for t in leaves)
         weight, bias, dy = (moved(t, device) for t in (layer.weight, layer.bias, layer.dy))
         y = linear(x, weight, bias, layer.basis, lam, gam, layer.scaling, path)
         gradients = torch.autograd.grad(y, (x, lam, gam), dy)
-    finally:
-        if before is None:
-            del os.environ["RANDLORA_B_SIDE"]
-        else:
-            os.environ["RANDLORA_B_SIDE"] = before
     return dict(zip(NAMES, moved((y.detach(), *gradients), "cpu"), strict=True))
 
 

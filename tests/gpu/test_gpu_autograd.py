@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gpu_helpers import NAMES, PATHS, ops, run_linear
-from layer_cases import make_layer, rms_error
+from layer_cases import kept_by, make_layer, rms_error
 
 from randlora_ext import TernaryBasis, delta_weight, linear, scaled_basis
 from randlora_ext.ops.ternary import operands
@@ -110,19 +110,6 @@ def test_gradcheck_delta_weight_and_scaled_basis(device, name):
     diagonals = t["lam"], t["gam"]
     assert torch.autograd.gradcheck(lambda *a: delta_weight(t["basis"], *a, 0.5), diagonals)
     assert torch.autograd.gradcheck(lambda *a: scaled_basis(t["basis"], *a), diagonals)
-
-
-def kept_by(function):
-    """Every tensor that autograd saves while function runs, and its result."""
-    kept = []
-
-    def pack(tensor):
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = function()
-    return kept, result
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

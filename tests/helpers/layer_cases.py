@@ -142,6 +142,19 @@ def forward_backward(function, layer: Layer) -> dict[str, Tensor]:
     return dict(zip(("y", "dx", "dlam", "dgam"), (y.detach(), *gradients), strict=True))
 
 
+def kept_by(function):
+    """Every tensor that autograd saves while function runs, and its result."""
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    return kept, result
+
+
 def ours(layer: Layer, path: str) -> dict[str, Tensor]:
     return forward_backward(
         lambda x, lam, gam: linear(

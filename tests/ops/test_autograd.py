@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from layer_cases import CALLS, PATHS, make_basis, make_layer, one_thread  # noqa: F401
+from layer_cases import CALLS, PATHS, kept_by, make_basis, make_layer
+from layer_cases import one_thread as one_thread
 
 from randlora_ext import TernaryBasis, delta_weight, linear, scaled_basis
 from randlora_ext.ops.ternary import operands
@@ -154,19 +155,6 @@ def test_gradcheck(name):
 
 
 # ---- what is kept for backward
-
-
-def kept_by(function):
-    """Every tensor that autograd saves while function runs, and its result."""
-    kept = []
-
-    def pack(tensor):
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = function()
-    return kept, result
 
 
 def storage(tensor):
