@@ -54,3 +54,14 @@ def cuda_serves(device_type: str) -> bool:
 def serve(device_type: str) -> bool:
     """Whether any of our kernels run on tensors of this device type."""
     return device_type == "cpu" or (device_type == "cuda" and cuda_available())
+
+
+def what_computes(kind: str, device_type: str) -> str:
+    """What multiplies by bases of this kind on this device type, in words."""
+    if kind == "dense":
+        return "torch's GEMMs"
+    if device_type == "meta" or serve(device_type):
+        return f"{_C.isa() if device_type == 'cpu' else device_type} kernels"
+    if kind == "hadamard":
+        return "plain torch"
+    return f"no kernels of ours for {device_type}, which these bases need"

@@ -5,11 +5,11 @@
 
 import math
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from .. import _C, devices
+from .. import devices
 from ..basis import TernaryBasis
 
 PATHS = ("factored", "delta", "merged")
@@ -17,8 +17,7 @@ MANY = 2**62  # tokens: more than any call has
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class PathChoice:
+class PathChoice(NamedTuple):
     """The path of a call and the reason."""
 
     path: str
@@ -43,10 +42,7 @@ def explain(
 
     `merged` is excluded with dropout, since the adapter then sees another x than the base layer,
     and in 16 bits, since W + dW loses a dW below half an ulp of W. The environment variable
-    RANDLORA_PATH overrides the choice.
-
-    Raises:
-        ValueError: RANDLORA_PATH is none of auto, factored, delta, merged.
+    RANDLORA_PATH overrides the choice. Raises ValueError if it is none of auto and the paths.
     """
     kind = torch.device(device).type
     has_weight = has_weight and dropout == 0.0
@@ -61,17 +57,7 @@ def explain(
         reason = f"{fewer} {limit} tokens, from which {_formed(dtype, has_weight)} costs less"
     if has_weight and dtype in SIXTEEN_BITS:
         reason += "; merged is excluded because W + dW would lose small changes in 16 bits"
-    return PathChoice(path, reason, _what_runs(basis, kind), b_side)
-
-
-def _what_runs(basis: TernaryBasis, device_type: str) -> str:
-    if basis.kind == "dense":
-        return "torch's GEMMs"
-    if device_type == "meta" or devices.serve(device_type):
-        return f"{_C.isa() if device_type == 'cpu' else device_type} kernels"
-    if basis.kind == "hadamard":
-        return "plain torch"
-    return f"no kernels of ours for {device_type}, which these bases need"
+    return PathChoice(path, reason, devices.what_computes(basis.kind, kind), b_side)
 
 
 def choose(
@@ -130,10 +116,8 @@ def dense_b_above(basis: TernaryBasis, device_type: str) -> int:
     if basis.kind in ("dense", "hadamard") or not devices.cuda_serves(device_type):
         return MANY
     forced = _from_environment("RANDLORA_B_SIDE", ("packed", "dense"))
-    if forced == "dense":
-        return 0
-    if forced == "packed" or device_type != "cuda":
-        return MANY
+    if forced != "auto" or device_type != "cuda":
+        return 0 if forced == "dense" else MANY
     return max(16, int(2 / basis.density)) if basis.format == "lists" else 16
 
 
@@ -162,6 +146,5 @@ def _at_least(tokens: int, limit: int, unknown: bool = False) -> bool:
 
     if not torch.compiler.is_exporting():
         return guard_or_false(tokens >= limit)
-    if statically_known_true(tokens >= limit):
-        return True
-    return unknown and not statically_known_true(tokens < limit)
+    may_be = not statically_known_true(tokens < limit)
+    return statically_known_true(tokens >= limit) or (unknown and may_be)
