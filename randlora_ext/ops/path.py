@@ -42,7 +42,10 @@ def explain(
 
     `merged` is excluded with dropout, since the adapter then sees another x than the base layer,
     and in 16 bits, since W + dW loses a dW below half an ulp of W. The environment variable
-    RANDLORA_PATH overrides the choice. Raises ValueError if it is none of auto and the paths.
+    RANDLORA_PATH overrides the choice.
+
+    Raises:
+        ValueError: RANDLORA_PATH is none of auto, factored, delta, merged.
     """
     kind = torch.device(device).type
     has_weight = has_weight and dropout == 0.0
@@ -61,12 +64,7 @@ def explain(
 
 
 def choose(
-    path: str,
-    basis: TernaryBasis,
-    tokens: int,
-    dtype: torch.dtype,
-    has_weight: bool,
-    device_type: str,
+    path: str, basis: TernaryBasis, tokens: int, dtype: torch.dtype, has_weight: bool, device: str
 ) -> tuple[str, str]:
     """(path, B side); the path "auto" becomes that of `explain`.
 
@@ -81,15 +79,15 @@ def choose(
         path = _from_environment("RANDLORA_PATH", PATHS)
         path = "delta" if path == "merged" and not has_weight else path
         if path == "auto":
-            formed = _at_least(tokens, formed_from(basis, dtype, has_weight, device_type))
+            formed = _at_least(tokens, formed_from(basis, dtype, has_weight, device))
             path = _formed(dtype, has_weight) if formed else "factored"
         elif path not in allowed:
             path = "factored"
-    many = _at_least(tokens, dense_b_above(basis, device_type) + 1, unknown=True)
+    many = _at_least(tokens, dense_b_above(basis, device) + 1, unknown=True)
     return path, "dense" if path == "factored" and many else "packed"
 
 
-def formed_from(basis: TernaryBasis, dtype: torch.dtype, has_weight: bool, device_type: str) -> int:
+def formed_from(basis: TernaryBasis, dtype: torch.dtype, has_weight: bool, device: str) -> int:
     """The number of tokens from which dW is formed first, or `MANY`.
 
     Measured on two CPUs (docs/math.md), on CUDA an estimate. Never below 256, where the overhead of
@@ -98,7 +96,7 @@ def formed_from(basis: TernaryBasis, dtype: torch.dtype, has_weight: bool, devic
     """
     merged, d, D = _formed(dtype, has_weight) == "merged", basis.d, basis.D
     if basis.kind == "hadamard":
-        return 4096 if merged and device_type == "cpu" else MANY
+        return 4096 if merged and device == "cpu" else MANY
     if basis.kind == "dense":
         factored = 3 * basis.K / D + (2 if basis.expand else 3) * basis.K / d
         saved = factored - (1 if merged else 3)  # products of a formed dW
@@ -108,15 +106,15 @@ def formed_from(basis: TernaryBasis, dtype: torch.dtype, has_weight: bool, devic
     return max(256, d + D) if basis.format == "planes" and dtype in SIXTEEN_BITS else MANY
 
 
-def dense_b_above(basis: TernaryBasis, device_type: str) -> int:
+def dense_b_above(basis: TernaryBasis, device: str) -> int:
     """Up to this many tokens a CUDA call is bound by reading B, and the packed form is smallest.
 
     RANDLORA_B_SIDE (packed, dense) overrides it on CUDA.
     """
-    if basis.kind in ("dense", "hadamard") or not devices.cuda_serves(device_type):
+    if basis.kind in ("dense", "hadamard") or not devices.cuda_serves(device):
         return MANY
     forced = _from_environment("RANDLORA_B_SIDE", ("packed", "dense"))
-    if forced != "auto" or device_type != "cuda":
+    if forced != "auto" or device != "cuda":
         return 0 if forced == "dense" else MANY
     return max(16, int(2 / basis.density)) if basis.format == "lists" else 16
 
@@ -146,5 +144,5 @@ def _at_least(tokens: int, limit: int, unknown: bool = False) -> bool:
 
     if not torch.compiler.is_exporting():
         return guard_or_false(tokens >= limit)
-    may_be = not statically_known_true(tokens < limit)
-    return statically_known_true(tokens >= limit) or (unknown and may_be)
+    may_reach = not statically_known_true(tokens < limit)
+    return statically_known_true(tokens >= limit) or (unknown and may_reach)

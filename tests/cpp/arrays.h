@@ -14,7 +14,8 @@
 namespace randlora {
 
 using Values = std::vector<double>;
-#if defined(__SANITIZE_THREAD__)  // sees who writes when, which the two 16-bit types have in common
+#if defined( \
+    __SANITIZE_THREAD__)  // It looks for races. float16's kernels synchronise as bfloat16's.
 constexpr DType kTypes[] = {DType::f32, DType::f64, DType::bf16};
 #else
 constexpr DType kTypes[] = {DType::f32, DType::f64, DType::bf16, DType::f16};

@@ -21,8 +21,8 @@ PEFT = tuple(Version(peft.__version__).release)
 SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM" if PEFT >= (0, 21, 2) else None
 StockLinear = peft.tuners.randlora.layer.Linear
 RANDLORA = peft.PeftType.RANDLORA
-# Before 0.19 stock PEFT does not look at the task of RandLoRA, and refuses our key when it draws.
-CHECKS_TASK = Version(peft.__version__) >= Version("0.19")
+# Before 0.20 stock PEFT does not look at the task of RandLoRA, and refuses our key when it draws.
+CHECKS_TASK = PEFT >= (0, 20)
 
 # (in, out, r): square, wide, tall, overhanging last base, r > d, r = d, r = 1
 SHAPES = [

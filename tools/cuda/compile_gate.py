@@ -11,13 +11,10 @@ float atomicAdd turns into. So does a budget entry without a kernel. Kernels tha
 compiled along (bad_kernels.cu).
 
 It needs nvcc, nvdisasm (PATH, beside nvcc, or `pip install nvidia-cuda-nvdisasm`) and c++filt.
-What has been compiled before, by this nvcc and from these files, is not compiled again; its figures
-are in ~/.cache/randlora-compile-gate. Exit status: 0 passed, 1 failed, 77 skipped as there is no
-nvcc.
+Exit status: 0 passed, 1 failed, 77 skipped as there is no nvcc.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -27,7 +24,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 from kernel_usage import ToolError, Usage, add_instructions, parse_ptxas, short_names
@@ -37,7 +33,6 @@ ROOT = HERE.parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
 BUDGET = HERE / "budget.json"
 BAD_KERNELS = HERE / "bad_kernels.cu"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "randlora-compile-gate"
 BUDGETED = ("sm_80", "sm_90")
 # Compiling to PTX takes most of nvcc's time, and two PTX serve all cards: the kernels use nothing
 # newer than 8.0, except for a limit of their own from 10.0 on (b_lists.cu).
@@ -167,10 +162,6 @@ def compile_one(
     nvcc: str, nvdisasm: str, source: Path, archs: list[str], folder: Path
 ) -> dict[str, dict[str, Usage]]:
     """Usage by architecture and mangled name, for architectures that share one PTX."""
-    kept = figures_of(nvcc, source, archs)
-    if kept.exists():
-        known = json.loads(kept.read_text())
-        return {a: {name: Usage(**u) for name, u in known[a].items()} for a in archs}
     ptx = folder / f"{source.stem}.{archs[0]}.ptx"
     command = [nvcc, "-std=c++17", f"-I{SOURCES}", str(source)]
     run([*command, "-ptx", f"-arch={PTX_OF[archs[0]]}", "-o", str(ptx)])
@@ -182,20 +173,7 @@ def compile_one(
         found[arch] = parse_ptxas(said.stderr + said.stdout)
         if found[arch]:
             add_instructions(found[arch], run([nvdisasm, "-c", str(cubin)]).stdout)
-    CACHE.mkdir(parents=True, exist_ok=True)
-    new = kept.with_suffix(".new")
-    new.write_text(json.dumps(found, default=asdict))
-    new.replace(kept)  # complete or not at all
     return found
-
-
-def figures_of(nvcc: str, source: Path, archs: list[str]) -> Path:
-    """The file of CACHE for a source: its name tells everything that decides the figures."""
-    headers = sorted(p for p in (ROOT / "csrc").rglob("*.h") if p.parent.name != "torch")
-    digest = hashlib.sha256(f"{nvcc_version(nvcc)} {archs}".encode())
-    for path in (source, *headers, *sorted(HERE.glob("*.py"))):
-        digest.update(f"{path.relative_to(ROOT)} ".encode() + path.read_bytes())
-    return CACHE / f"{source.stem}-{digest.hexdigest()}.json"
 
 
 def measure(
@@ -209,9 +187,9 @@ def measure(
         groups.setdefault(PTX_OF[arch], []).append(arch)
 
     def one(job: tuple[Path, list[str]]) -> tuple[Path, dict[str, dict[str, Usage]], float]:
-        new, started = not figures_of(nvcc, *job).exists(), time.monotonic()
+        started = time.monotonic()
         found = compile_one(nvcc, nvdisasm, *job, Path(folder))
-        return job[0], found, new * (time.monotonic() - started)
+        return job[0], found, time.monotonic() - started
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         jobs_in_order = [(source, group) for source in sources for group in groups.values()]
@@ -231,8 +209,7 @@ def measure(
 def print_table(kernels: dict[str, Kernels], seconds: dict[str, float], budget: dict) -> None:
     """Registers as used/budget."""
     for source, found in kernels.items():
-        took = f"compiled in {seconds[source]:.0f} s" if seconds[source] else "compiled before"
-        print(f"\n{source}: {len(found)} kernels, {took}")
+        print(f"\n{source}: {len(found)} kernels, compiled in {seconds[source]:.0f} s")
         archs = list(next(iter(found.values()))) if found else []
         if archs:
             print(f"  {'':64}" + "".join(f"{arch:>9}" for arch in archs) + "  HMMA")
