@@ -14,8 +14,8 @@
 namespace randlora {
 
 using Values = std::vector<double>;
-#if defined( \
-    __SANITIZE_THREAD__)  // It looks for races. float16's kernels synchronise as bfloat16's.
+// ThreadSanitizer looks for races, and float16's kernels synchronise as bfloat16's.
+#if defined(__SANITIZE_THREAD__)
 constexpr DType kTypes[] = {DType::f32, DType::f64, DType::bf16};
 #else
 constexpr DType kTypes[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
