@@ -11,27 +11,34 @@
 
 namespace randlora {
 
-template <class Index_>  // uint16_t if every position fits, else uint32_t
-struct Lists {
-  using Index = Index_;
-  const int64_t* offset;
-  const Index* index;
+struct Runs {
+  const int64_t* offset = nullptr;
 
   RANDLORA_HD_MEMBER int64_t plus(int64_t q) const { return offset[2 * q]; }
   RANDLORA_HD_MEMBER int64_t minus(int64_t q) const { return offset[2 * q + 1]; }
   RANDLORA_HD_MEMBER int64_t end(int64_t q) const { return offset[2 * q + 2]; }
 };
 
+template <class Index_>  // uint16_t if every position fits, else uint32_t
+struct Lists : Runs {
+  using Index = Index_;
+  const Index* index;
+};
+
 // Lists of either type, for the operator structs.
-struct AnyLists {
-  const int64_t* offset = nullptr;
+struct AnyLists : Runs {
   const void* index = nullptr;
   int64_t count = 0;  // total entries; with CUDA the host cannot read `offset`
   bool wide = false;  // positions are uint32, not uint16
 
+  // For loops that have much to do for each entry; others take `typed`.
+  RANDLORA_HOST_MEMBER int64_t at(int64_t entry) const {
+    return wide ? int64_t{static_cast<const uint32_t*>(index)[entry]}
+                : int64_t{static_cast<const uint16_t*>(index)[entry]};
+  }
   template <class Index>
   RANDLORA_HD_MEMBER Lists<Index> as() const {
-    return {offset, static_cast<const Index*>(index)};
+    return {{offset}, static_cast<const Index*>(index)};
   }
   // fn(the lists as what they are)
   template <class F>

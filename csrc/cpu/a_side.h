@@ -60,14 +60,21 @@ void a_up_lists(const Lists<Index>& a, int64_t r, int64_t n, const typename B::C
   }
 }
 
+template <class B>
+void a_up(const Basis& b, const typename B::C* lam, const typename B::C* gT, int64_t ldg,
+          const typename B::C* z, typename B::C* v) {
+  b.a.typed([&](const auto& a) { a_up_lists<B>(a, b.r, b.n, lam, gT, ldg, z, v); });
+}
+
 // z[k] += sum_i A[j, k] gamma[i, k] lam[i] u[i] for one rank index j. u is (n, TB), lam row j of
 // lambda, and `scaled` (n, TB) scratch.
-template <class B, class Index>
-void a_down_lists(const Lists<Index>& a, int64_t j, int64_t n, const typename B::C* lam,
-                  const typename B::C* gT, int64_t ldg, const typename B::C* u,
-                  typename B::C* scaled, typename B::C* z) {
+template <class B>
+void a_down(const Basis& b, int64_t j, const typename B::C* lam, const typename B::C* gT,
+            int64_t ldg, const typename B::C* u, typename B::C* scaled, typename B::C* z) {
   using C = typename B::C;
   using V = typename B::V;
+  const AnyLists& a = b.a;
+  const int64_t n = b.n;
   for (int64_t i = 0; i < n; ++i)
     for (int q = 0; q < B::NV; ++q)
       store(scaled + i * B::TB + q * B::L, load<V>(u + i * B::TB + q * B::L) * lam[i]);
@@ -75,7 +82,7 @@ void a_down_lists(const Lists<Index>& a, int64_t j, int64_t n, const typename B:
   tiles(a.plus(j), a.end(j), [&](auto rows, int64_t p) RANDLORA_INLINED {
     V acc[rows][B::NV] = {};
     const C* g[rows];
-    unrolled<rows>([&](auto m) RANDLORA_INLINED { g[m] = gT + a.index[p + m] * ldg; });
+    unrolled<rows>([&](auto m) RANDLORA_INLINED { g[m] = gT + a.at(p + m) * ldg; });
     for (int64_t i = 0; i < n; ++i) {
       unrolled<rows>([&](auto m) RANDLORA_INLINED {
         for (int q = 0; q < B::NV; ++q)
@@ -85,7 +92,7 @@ void a_down_lists(const Lists<Index>& a, int64_t j, int64_t n, const typename B:
     unrolled<rows>([&](auto m) RANDLORA_INLINED {
       const C sign = p + m < minus ? C(1) : C(-1);
       for (int q = 0; q < B::NV; ++q) {
-        C* to = z + int64_t(a.index[p + m]) * B::TB + q * B::L;
+        C* to = z + a.at(p + m) * B::TB + q * B::L;
         store(to, load<V>(to) + sign * acc[m][q]);
       }
     });
@@ -113,24 +120,26 @@ RANDLORA_INLINE void prefetch_row(const typename B::C* row) {
     __builtin_prefetch(row + x);
 }
 
-// P[p][i] (+)= sum_t z[index[p]][t] * ut[t][i] for the `support` positions of one rank index. If
+// P[p][i] (+)= sum_t z[k][t] * ut[t][i] for the entries p of one rank index j, at position k. If
 // `fresh`, sets P instead of adding to it. Each token adds a rank-one update; a vector holds
 // consecutive bases i. Prefetches z a tile ahead, because much of it lies in the caches of other
 // threads. Sums the tokens of a block before adding to P, so rounding errors grow with
-// sqrt(TB + T / TB), not sqrt(T).
-template <class B, class Index>
-void a_grad_lists(const Index* index, int64_t support, int64_t ldg, int64_t tokens,
-                  const typename B::C* z, const typename B::C* ut, typename B::C* P, bool fresh) {
+// sqrt(TB + T / TB), not sqrt(T). P (entries, ldg) has all rank indices; ut (TB, ldg) is for j alone.
+template <class B>
+void a_grad(const Basis& b, int64_t j, int64_t ldg, int64_t tokens, const typename B::C* z,
+            const typename B::C* ut, typename B::C* P, bool fresh) {
   using C = typename B::C;
   using V = Vec<C>;
   constexpr int L = kVectorBytes / int(sizeof(C));
+  const AnyLists& a = b.a;
+  const int64_t end = a.end(j);
   const auto columns = [&](auto vectors, int64_t i) RANDLORA_INLINED {
-    tiles(0, support, [&](auto rows, int64_t p) RANDLORA_INLINED {
+    tiles(a.plus(j), end, [&](auto rows, int64_t p) RANDLORA_INLINED {
       V acc[rows][vectors] = {};
       const C* zk[rows];
-      unrolled<rows>([&](auto m) RANDLORA_INLINED { zk[m] = z + int64_t(index[p + m]) * B::TB; });
-      for (int64_t next = p + rows; next < p + rows + kTile && next < support; ++next)
-        prefetch_row<B>(z + int64_t(index[next]) * B::TB);
+      unrolled<rows>([&](auto m) RANDLORA_INLINED { zk[m] = z + a.at(p + m) * B::TB; });
+      for (int64_t next = p + rows; next < p + rows + kTile && next < end; ++next)
+        prefetch_row<B>(z + a.at(next) * B::TB);
       for (int64_t t = 0; t < tokens; ++t)
         unrolled<rows>([&](auto m) RANDLORA_INLINED {
           for (int q = 0; q < vectors; ++q)
@@ -147,30 +156,6 @@ void a_grad_lists(const Index* index, int64_t support, int64_t ldg, int64_t toke
   int64_t i = 0;
   for (; i + 2 * L <= ldg; i += 2 * L) columns(std::integral_constant<int, 2>{}, i);
   if (i < ldg) columns(std::integral_constant<int, 1>{}, i);
-}
-
-// ---- dispatch by the index type of the basis ---------------------------------------------------
-
-template <class B>
-void a_up(const Basis& b, const typename B::C* lam, const typename B::C* gT, int64_t ldg,
-          const typename B::C* z, typename B::C* v) {
-  b.a.typed([&](const auto& a) { a_up_lists<B>(a, b.r, b.n, lam, gT, ldg, z, v); });
-}
-
-template <class B>
-void a_down(const Basis& b, int64_t j, const typename B::C* lam, const typename B::C* gT,
-            int64_t ldg, const typename B::C* u, typename B::C* scaled, typename B::C* z) {
-  b.a.typed([&](const auto& a) { a_down_lists<B>(a, j, b.n, lam, gT, ldg, u, scaled, z); });
-}
-
-// P (positions, ldg) covers all rank indices; ut (TB, ldg) is for j alone.
-template <class B>
-void a_grad(const Basis& b, int64_t j, int64_t ldg, int64_t tokens, const typename B::C* z,
-            const typename B::C* ut, typename B::C* P, bool fresh) {
-  b.a.typed([&](const auto& a) {
-    const int64_t first = a.plus(j), support = a.end(j) - first;
-    a_grad_lists<B>(a.index + first, support, ldg, tokens, z, ut, P + first * ldg, fresh);
-  });
 }
 
 }  // namespace randlora::RANDLORA_ISA

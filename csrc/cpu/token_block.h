@@ -70,21 +70,24 @@ void store_block_to(const typename B::C* z, typename B::C scale, bool accumulate
   for (int v = 0; v < B::NV; ++v) {
     const int64_t first = v * B::L;
     const int64_t have = tokens - first < B::L ? tokens - first : B::L;
-    for (int64_t f = 0; f < features; f += B::L) {
-      const int64_t here = features - f < B::L ? features - f : B::L;
+    int64_t f = 0;
+    for (; f + B::L <= features; f += B::L) {
       V m[B::L];
-      unrolled<B::L>(
-          [&](auto l) { m[l] = l < here ? load<V>(z + (f + l) * B::TB + first) * scale : V{}; });
+      unrolled<B::L>([&](auto l) { m[l] = load<V>(z + (f + l) * B::TB + first) * scale; });
       transpose<B::L>(m);
       unrolled<B::L>([&](auto t) {
         S* to = y + (first + t) * ld + f;
-        if (t >= have) return;
-        if (here == B::L) return store_as(to, accumulate ? load_as<V>(to) + m[t] : m[t]);
-        // A product and a sum as above, not a fused operation: a feature's last bit must not depend
-        // on whether L divides the number of features.
-        for (int64_t l = 0; l < here; ++l)
-          narrow(accumulate ? C(widen(to[l])) + m[t][l] : m[t][l], to + l);
+        if (t < have) store_as(to, accumulate ? load_as<V>(to) + m[t] : m[t]);
       });
+    }
+    // A product and a sum as above, not a fused operation: a feature's last bit must not depend on
+    // whether L divides the number of features.
+    for (; f < features; ++f) {
+      const V m = load<V>(z + f * B::TB + first) * scale;
+      for (int64_t t = 0; t < have; ++t) {
+        S* to = y + (first + t) * ld + f;
+        narrow(accumulate ? C(widen(*to)) + m[t] : m[t], to);
+      }
     }
   }
 }
