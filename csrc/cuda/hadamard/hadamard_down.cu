@@ -71,7 +71,7 @@ __device__ __forceinline__ void write_w(const HadamardDown& p, const Rows<C, Scr
   const int r = static_cast<int>(p.sizes.r), first_class = static_cast<int>(p.sizes.first_class()),
             end_class = first_class + static_cast<int>(p.sizes.classes());
   S* w = static_cast<S*>(p.w) + t0 * p.sizes.n - first_class * stride;
-  with_constants<C>(p.sizes, [&](auto m, auto even) {
+  with_ranks<C>(p.sizes.r, [&](auto m) {
     constexpr int M = decltype(m)::value;
     const int first_block = first_class / M, blocks = (end_class + M - 1) / M;
     const Index items = columns * (blocks - first_block);
@@ -79,9 +79,7 @@ __device__ __forceinline__ void write_w(const HadamardDown& p, const Rows<C, Scr
       const int of_block = static_cast<int>(item / columns), block = first_block + of_block;
       const Index q = item - of_block * columns, t = q / n;
       C v[M];
-      mix(v, block, 0, r,
-          RowWalk<C, Scratch, decltype(even)::value>(rows.row(t, log), static_cast<int>(q - t * n),
-                                                     n));
+      mix(v, block, 0, r, walk_row(rows.row(t, log), static_cast<int>(q - t * n), n));
       Walk<S> to{w + q, stride};
       to.skip(block * M);
 #pragma unroll

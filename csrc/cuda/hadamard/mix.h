@@ -26,27 +26,26 @@ struct Walk {
     return here;
   }
 };
-// In a row, at c = j * n + i for one i: a constant distance apart if n is a multiple of kValues
-// (Even).
-template <class C, bool Scratch, bool Even>
+// The numbers j * n + i of a row, for one i and the ranks j from 0 on.
+template <class C>
 struct RowWalk {
-  Rows<C, Scratch> row;
+  Rows<C, false> row;
   int c, n;
-  C* at;
-  int step;
-
-  __device__ __forceinline__ RowWalk(const Rows<C, Scratch>& row_, int i, int n_)
-      : row(row_), c(i), n(n_), at(row.in_row(i)), step(n + n / kValues<C> * row.kFree) {}
-  __device__ __forceinline__ void skip(int ranks) {
-    c += ranks * n;
-    at += ranks * step;
-  }
+  __device__ __forceinline__ void skip(int ranks) { c += ranks * n; }
   __device__ __forceinline__ C* next() {
-    C* here = Even ? at : row.in_row(c);
-    skip(1);
+    C* here = row.in_row(c);
+    c += n;
     return here;
   }
 };
+template <class C>
+__device__ __forceinline__ RowWalk<C> walk_row(const Rows<C, false>& row, int i, int n) {
+  return {row, i, n};
+}
+template <class C>
+__device__ __forceinline__ Walk<C> walk_row(const Rows<C, true>& row, int i, int n) {
+  return {row.in_row(i), n};
+}
 
 // v[e] = sum over k of H[block * M + e, k] x[k], for begin <= k < end. `walk` has x from rank 0 on.
 template <int M, class C, class Numbers>
@@ -81,21 +80,13 @@ __device__ __forceinline__ void mix(C (&v)[M], int block, int begin, int end, Nu
   hadamard<1>(v);
 }
 
-// Calls fn with constants: M, the ranks of a block, and whether n is a multiple of kValues.
+// Calls fn with a constant M, the ranks of a block.
 template <class C, class F>
-__device__ __forceinline__ void with_constants(const HadamardSizes& sizes, const F& fn) {
-  const auto with_ranks = [&](auto even) {
-    if constexpr (kValues<C> == 16)
-      fn(std::integral_constant<int, 16>{}, even);
-    else if (sizes.r <= 16)
-      fn(std::integral_constant<int, 16>{}, even);
-    else
-      fn(std::integral_constant<int, 32>{}, even);
-  };
-  if (sizes.n % kValues<C> == 0)
-    with_ranks(std::true_type{});
+__device__ __forceinline__ void with_ranks(int64_t r, const F& fn) {
+  if (kValues<C> == 16 || r <= 16)
+    fn(std::integral_constant<int, 16>{});
   else
-    with_ranks(std::false_type{});
+    fn(std::integral_constant<int, kValues<C>>{});
 }
 
 // rows[t - t0, j * n + i] = sum over m of H[j, m] z[m, t, i], for `tokens` tokens t from t0 on. In
@@ -111,7 +102,7 @@ __device__ __forceinline__ void write_mixed(const HadamardSizes& sizes, const vo
   const S* numbers = static_cast<const S*>(z) + t0 * sizes.n - first_class * stride;
   const int n = static_cast<int>(sizes.n), r = static_cast<int>(sizes.r);
   const Index columns = Index(tokens) * n;
-  with_constants<C>(sizes, [&](auto m, auto even) {
+  with_ranks<C>(sizes.r, [&](auto m) {
     constexpr int M = decltype(m)::value;
     const Index items = columns * ((r + M - 1) / M);
     for (Index item = Index(share.first); item < items; item += Index(share.step)) {
@@ -119,8 +110,7 @@ __device__ __forceinline__ void write_mixed(const HadamardSizes& sizes, const vo
       const Index q = item - block * columns, t = q / n;
       C v[M];
       mix(v, block, first_class, end_class, Walk<const S>{numbers + q, stride});
-      RowWalk<C, Scratch, decltype(even)::value> to(rows.row(t, log), static_cast<int>(q - t * n),
-                                                    n);
+      auto to = walk_row(rows.row(t, log), static_cast<int>(q - t * n), n);
       to.skip(block * M);
 #pragma unroll
       for (int e = 0; e < M; ++e) {
