@@ -28,7 +28,7 @@ struct HadamardProblem {
   HadamardSizes sizes;
   int64_t D, d, r, n, K, T, classes, first_class;
   Signs s, row, col;
-  Values lam, gam;
+  Values lam, gam, B;
 
   explicit HadamardProblem(const HadamardCase& c_)
       : c(c_),
@@ -50,9 +50,12 @@ struct HadamardProblem {
         row(signs(D, 2)),
         col(signs(K, 3)),
         lam(normal(K, 4)),
-        gam(normal(n * d, 5)) {}
+        gam(normal(n * d, 5)),
+        B(D * K) {
+    for (int64_t o = 0; o < D; ++o)
+      for (int64_t k = 0; k < K; ++k) B[o * K + k] = row[o] * h(sizes.first_row + o, k) * col[k];
+  }
 
-  double b(int64_t o, int64_t k) const { return row[o] * h(sizes.first_row + o, k) * col[k]; }
   int64_t class_of(int64_t k) const { return (sizes.first_column + k) / n; }
   // Where column k of a row is, in a (classes, rows, n) matrix.
   int64_t place(int64_t row_, int64_t rows, int64_t k) const {
@@ -71,17 +74,12 @@ struct HadamardProblem {
   }
   // dW (D, d), or (d, D)
   Values delta(double scale, bool transposed) const {
-    Values dW(D * d), column(K);
-    for (int64_t k = 0; k < d; ++k) {
-      for (int64_t c = 0; c < K; ++c)
-        column[c] = scale * lam[c] * h(c / n, class_of(k)) * s[k] * gam[c % n * d + k];
-      for (int64_t o = 0; o < D; ++o) {
-        double sum = 0;
-        for (int64_t c = 0; c < K; ++c) sum += b(o, c) * column[c];
-        dW[transposed ? k * D + o : o * d + k] = sum;
-      }
-    }
-    return dW;
+    Values scaled(K * d);
+    for (int64_t c = 0; c < K; ++c)
+      for (int64_t k = 0; k < d; ++k)
+        scaled[c * d + k] = lam[c] * h(c / n, class_of(k)) * s[k] * gam[c % n * d + k];
+    return transposed ? product(scaled, B, d, D, K, true, scale, true)
+                      : product(B, scaled, D, d, K, false, scale);
   }
 };
 
@@ -114,17 +112,13 @@ void check_up(Kernels& kernels, const HadamardProblem& p, DType dtype, bool accu
       lam(compute_of(dtype), p.lam, skip, behind);
   const Array y =
       accumulate ? Array(dtype, normal(p.T * p.D, 7), skip) : Array(dtype, p.T * p.D, skip);
-  const Values before = y.values(), mixed = p.mixed(z.values());
+  const Values before = y.values();
+  Values v = p.mixed(z.values());
   kernels.hadamard_up({p.sizes, z.get(), lam.get(), p.row.data(), p.col.data(), y.get(), dtype, p.T,
                        scale, accumulate});
-  Values want(p.T * p.D, 0.0);
-  for (int64_t t = 0; t < p.T; ++t)
-    for (int64_t o = 0; o < p.D; ++o) {
-      double sum = 0;
-      for (int64_t k = 0; k < p.K; ++k) sum += p.b(o, k) * p.lam[k] * mixed[t * p.K + k];
-      want[t * p.D + o] = scale * sum + (accumulate ? before[t * p.D + o] : 0);
-    }
-  expect_close("up", dtype, y, want);
+  for (int64_t e = 0; e < p.T * p.K; ++e) v[e] *= p.lam[e % p.K];
+  const Values want = product(v, p.B, p.T, p.D, p.K, true, scale);
+  expect_close("up", dtype, y, accumulate ? sum(want, before) : want);
 }
 
 template <class Kernels>
@@ -136,24 +130,20 @@ void check_down(Kernels& kernels, const HadamardProblem& p, DType dtype, int64_t
   const Array y(dtype, normal(p.T * p.D, 8), skip), lam(compute, p.lam, skip, behind);
   const Array z(dtype, normal(count, 9), skip, behind), w(dtype, count, skip, behind),
       sums(compute, slots * p.K, skip);
-  const Values from = y.values(), mixed = p.mixed(z.values());
+  const Values mixed = p.mixed(z.values()), u = product(y.values(), p.B, p.T, p.K, p.D, false);
   kernels.hadamard_down({p.sizes, y.get(), lam.get(), p.row.data(), p.col.data(), w.get(),
                          with_z ? z.get() : nullptr, with_z ? sums.get() : nullptr, slots, dtype,
                          p.T, scale});
-  Values u(p.T * p.K, 0.0), want(count, 0.0), want_sums(slots * p.K, 0.0);
-  for (int64_t t = 0; t < p.T; ++t)
-    for (int64_t k = 0; k < p.K; ++k)  // without the signs of the columns
-      for (int64_t o = 0; o < p.D; ++o)
-        u[t * p.K + k] += p.row[o] * h(p.sizes.first_row + o, k) * from[t * p.D + o];
+  Values want(count, 0.0), want_sums(slots * p.K, 0.0);
   for (int64_t m = 0; m < p.classes; ++m)
     for (int64_t t = 0; t < p.T; ++t)
       for (int64_t k = 0; k < p.K; ++k)
         want[(m * p.T + t) * p.n + k % p.n] +=
-            scale * h(k / p.n, p.first_class + m) * p.col[k] * p.lam[k] * u[t * p.K + k];
+            scale * h(k / p.n, p.first_class + m) * p.lam[k] * u[t * p.K + k];
   for (int64_t q = 0; q < slots; ++q)
     for (int64_t t = q * p.T / slots; t < (q + 1) * p.T / slots; ++t)
-      for (int64_t k = 0; k < p.K; ++k)
-        want_sums[q * p.K + k] += u[t * p.K + k] * mixed[t * p.K + k];
+      for (int64_t k = 0; k < p.K; ++k)  // without the signs of the columns
+        want_sums[q * p.K + k] += p.col[k] * u[t * p.K + k] * mixed[t * p.K + k];
   expect_close("w", dtype, w, want);
   if (with_z) expect_close("sums", compute, sums, want_sums);
 }
