@@ -108,7 +108,7 @@ def test_delta_weight_and_merged_weight(size, dtype):
             module._plain_weight(weight, layer.lam, layer.gam, *constants(half), 3)
 
 
-@pytest.mark.parametrize("sizes", [(4096, 4096), (4096, 4608), (4608, 4096)], ids=str)
+@pytest.mark.parametrize("sizes", [(4096, 4096), (1024, 1152), (1152, 1024)], ids=str)
 @pytest.mark.parametrize("how", ["kernels", "plain torch"])
 def test_a_large_activation_in_float16_stays_finite(sizes, how):
     # Language models have activations of some thousands in a few features. lambda = 1 and

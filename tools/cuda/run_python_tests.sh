@@ -35,8 +35,9 @@ cpu_only=(
   # Threads are nothing to a card; tests/gpu compares two runs.
   tests/ops/test_determinism.py::test_linear
   tests/ops/test_hadamard.py::test_any_number_of_threads_gives_the_same_bits
-  # Twenty seconds each; tests/gpu has a smaller one.
+  # Half a minute each; tests/gpu has smaller ones.
   tests/basis/test_packed.py::test_wide_lists
+  tests/basis/test_slice.py::test_transforms_of_more_than_65536
 )
 deselected=()
 for test in "${cpu_only[@]}"; do deselected+=(--deselect "$test"); done
@@ -44,7 +45,7 @@ for test in "${cpu_only[@]}"; do deselected+=(--deselect "$test"); done
 # The GPU tests, which have every path and B as a dense matrix; then what the CPU's tests have and
 # these lack. Not here: what tests Python alone, the CPU's instruction sets, and the CPU's memory.
 RANDLORA_GPU_RUN_DRY=1 python -m pytest -q -n 2 -p no:cacheprovider "${deselected[@]}" "$@" \
-  tests/project/test_gpu_run_dry.py tests/gpu \
+  tests/project/test_gpu_run_dry.py::test_the_whole_dry_run tests/gpu \
   tests/ops/test_linear.py::test_{float64_beyond_one_chunk_of_planes,error_rule_with_many_tokens} \
   tests/ops/test_{delta_weight,merged_weight,scaled_basis,hadamard,dense}.py \
   tests/ops/test_{nonfinite,determinism,errors}.py tests/basis/test_{basis_spec,packed,slice}.py \
