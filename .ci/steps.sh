@@ -9,7 +9,7 @@ step() {
   printf '\n=== [%4ds] %s\n' "$SECONDS" "$*"
 }
 
-# A clone with a space in its path: what is not committed is not there, and nothing is left behind.
+# A clone: what is not committed is not there, and nothing is left behind.
 clone() {
   git clone -q "$repo" "$work/$1"
   cd "$work/$1"

@@ -15,6 +15,7 @@
 #include "../device/launch.h"
 #include "../kernels.h"
 #include "mix.h"
+#include "scratch.h"
 
 namespace randlora::cuda {
 namespace {
@@ -188,17 +189,13 @@ void down(const HadamardDown& p, Device& device) {
   InScratch<C> all(plan.log, p.T, device);
   C* mixed = p.z ? scratch<C>(device, all.chunk << plan.log) : nullptr;
   all.each([&](int64_t t0, int64_t tokens) {
-    const int64_t of_numbers = all.of_numbers(tokens), of_bases = all.blocks(tokens * p.sizes.n);
-    all.start("hadamard_down_load", hadamard_down_load_kernel<S>, of_numbers, p, all.numbers,
-              plan.log, t0, tokens);
+    all.start("hadamard_down_load", hadamard_down_load_kernel<S>, all.of_numbers(tokens), p,
+              all.numbers, plan.log, t0, tokens);
     all.transform(kEdgeBits<S>, tokens);
-    if (p.z)
-      all.start("hadamard_mix", hadamard_mix_kernel<S>, of_bases, p.sizes, p.z, p.T, mixed,
-                plan.log, t0, tokens);
-    all.start("hadamard_low", hadamard_low_kernel<false, C>, of_numbers, Diagonal<C>(p),
-              all.numbers, mixed, plan.log, tokens);
-    all.start("hadamard_down_store", hadamard_down_store_kernel<S>, of_bases, p, all.numbers,
-              plan.log, t0, tokens);
+    if (p.z) all.template mix<S>(p.sizes, p.z, p.T, mixed, t0, tokens);
+    all.template low<false>(Diagonal<C>(p), mixed, tokens);
+    all.start("hadamard_down_store", hadamard_down_store_kernel<S>, all.blocks(tokens * p.sizes.n),
+              p, all.numbers, plan.log, t0, tokens);
     if (p.z)
       all.start("hadamard_down_sums", hadamard_down_sums_kernel<C>,
                 {all.blocks(p.sizes.K()), p.slots}, p, mixed, plan.log, t0, tokens);
@@ -208,7 +205,7 @@ void down(const HadamardDown& p, Device& device) {
 }  // namespace
 
 // One launch. If N numbers (with z: 3 N) do not fit shared memory: for each chunk of tokens 3 (with
-// z: 5) launches, and one for each middle pass (transform.h).
+// z: 5) launches, and one for each middle pass (hadamard_scratch.cu).
 void hadamard_down(const HadamardDown& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) { down<decltype(s)>(p, device); });
 }

@@ -11,6 +11,7 @@
 #include "../device/launch.h"
 #include "../kernels.h"
 #include "mix.h"
+#include "scratch.h"
 
 namespace randlora::cuda {
 namespace {
@@ -110,21 +111,18 @@ void up(const HadamardUp& p, Device& device) {
   }
   InScratch<C> all(plan.log, p.T, device);
   all.each([&](int64_t t0, int64_t tokens) {
-    const int64_t of_numbers = all.of_numbers(tokens);
-    all.start("hadamard_mix", hadamard_mix_kernel<S>, all.blocks(tokens * p.sizes.n), p.sizes, p.z,
-              p.T, all.numbers, plan.log, t0, tokens);
-    all.start("hadamard_low", hadamard_low_kernel<true, C>, of_numbers, Diagonal<C>(p), all.numbers,
-              nullptr, plan.log, tokens);
+    all.template mix<S>(p.sizes, p.z, p.T, all.numbers, t0, tokens);
+    all.template low<true>(Diagonal<C>(p), nullptr, tokens);
     all.transform(kEdgeBits<S>, tokens);
-    all.start("hadamard_up_store", hadamard_up_store_kernel<S>, of_numbers, p, all.numbers,
-              plan.log, t0, tokens);
+    all.start("hadamard_up_store", hadamard_up_store_kernel<S>, all.of_numbers(tokens), p,
+              all.numbers, plan.log, t0, tokens);
   });
 }
 
 }  // namespace
 
 // One launch. If N numbers do not fit shared memory: for each chunk of tokens 3 launches, and one
-// for each middle pass (transform.h).
+// for each middle pass (hadamard_scratch.cu).
 void hadamard_up(const HadamardUp& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) { up<decltype(s)>(p, device); });
 }

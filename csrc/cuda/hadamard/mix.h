@@ -121,34 +121,4 @@ __device__ __forceinline__ void write_mixed(const HadamardSizes& sizes, const vo
   });
 }
 
-namespace {
-
-template <class S, class C = typename ComputeOf<S>::type>
-__global__ void __launch_bounds__(kScratchThreads, 1)
-    hadamard_mix_kernel(HadamardSizes sizes, const void* z, int64_t T, C* mixed, int log,
-                        int64_t t0, int64_t tokens) {
-  write_mixed<S>(sizes, z, T, Rows<C, true>{mixed}, log, t0, tokens, share_of_grid());
-}
-
-// The low pass. Before it, v becomes v times lam and col, if Up; after it, otherwise, and mixed
-// (unless null) becomes its product with v.
-template <bool Up, class C>
-__global__ void __launch_bounds__(kScratchThreads)
-    hadamard_low_kernel(Diagonal<C> diagonal, C* scratch, C* mixed, int log, int64_t tokens) {
-  const int64_t N = int64_t{1} << log;
-  const auto apply = [&](auto& v, int64_t x) { diagonal.apply(v, x & (N - 1)); };
-  low_pass(
-      Rows<C, true>{scratch}, tokens << log, share_of_grid(),
-      [&](auto& v, int64_t x) {
-        if constexpr (Up) apply(v, x);
-      },
-      [&](auto& v, int64_t x) {
-        if (!Up && mixed)
-          for (int e = 0; e < kValues<C>; ++e) mixed[x + e] *= v[e];
-        if constexpr (!Up) apply(v, x);
-      });
-}
-
-}  // namespace
-
 }  // namespace randlora::cuda

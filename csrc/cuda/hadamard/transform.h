@@ -13,8 +13,7 @@
 //                                  accesses of 16 bytes
 //
 // In shared memory, 16 bytes are left free after every 128: without them all threads of the low
-// pass would meet in four banks. Rows too long for shared memory lie in scratch memory, and every
-// pass is a kernel of its own (Rows<C, true>).
+// pass would meet in four banks. Rows too long for shared memory lie in scratch memory (scratch.h).
 #pragma once
 #include <algorithm>
 
@@ -312,60 +311,5 @@ struct Plan {
   int64_t numbers() const { return int64_t{rows} << log; }
   bool fits(const Device& device) const { return shared <= device.shared_bytes; }
 };
-
-// ---- rows in scratch memory ---------------------------------------------------------------------
-
-namespace {
-
-template <class C>
-__global__ void __launch_bounds__(kScratchThreads)
-    hadamard_pass_kernel(C* numbers, int bit, int bits, int64_t count) {
-  middle_pass(Rows<C, true>{numbers}, bit, bits, count, share_of_grid());
-}
-
-// Rows of scratch memory that chunks of tokens share.
-template <class C>
-struct InScratch {
-  int log, threads;
-  int64_t count, chunk;  // of rows
-  C* numbers;
-  Device& device;
-
-  InScratch(int log_, int64_t count_, Device& device_)
-      : log(log_),
-        threads(std::min(device_.max_threads, kScratchThreads)),
-        count(count_),
-        chunk(std::clamp<int64_t>((device_.chunk_bytes / int64_t{sizeof(C)}) >> log, 1,
-                                  std::max<int64_t>(count, 1))),
-        numbers(scratch<C>(device_, chunk << log)),
-        device(device_) {}
-
-  // At least once.
-  template <class F>
-  void each(const F& fn) {
-    int64_t first = 0;
-    do {
-      fn(first, std::min(chunk, count - first));
-    } while ((first += chunk) < count);
-  }
-  // For kernels whose threads take several items if there are very many.
-  int64_t blocks(int64_t items) const {
-    return std::min(ceil_div(items, threads), int64_t{1} << 20);
-  }
-  int64_t of_numbers(int64_t rows) const { return blocks(rows << log >> kBits<C>); }
-  template <class Kernel, class... A>
-  void start(const char* name, Kernel kernel, Grid grid, A... arguments) {
-    launch(device, name, kernel, grid, threads, 0, arguments...);
-  }
-  // The middle passes, a launch for each.
-  void transform(int edge, int64_t rows) {
-    const Middle<C> middle(log, edge);
-    for (int s = 0; s < middle.passes; ++s)
-      start("hadamard_pass", hadamard_pass_kernel<C>, of_numbers(rows), numbers, middle.begin(s),
-            middle.begin(s + 1) - middle.begin(s), rows << log);
-  }
-};
-
-}  // namespace
 
 }  // namespace randlora::cuda

@@ -1,0 +1,53 @@
+// Rows of N numbers too long for shared memory: they lie in scratch memory, in chunks of tokens, and
+// every pass of the transform is a kernel of its own (hadamard_scratch.cu).
+#pragma once
+#include "transform.h"
+
+namespace randlora::cuda {
+
+template <class C>
+struct InScratch {
+  int log, threads;
+  int64_t count, chunk;  // of rows
+  C* numbers;
+  Device& device;
+
+  InScratch(int log_, int64_t count_, Device& device_)
+      : log(log_),
+        threads(std::min(device_.max_threads, kScratchThreads)),
+        count(count_),
+        chunk(std::clamp<int64_t>((device_.chunk_bytes / int64_t{sizeof(C)}) >> log, 1,
+                                  std::max<int64_t>(count, 1))),
+        numbers(scratch<C>(device_, chunk << log)),
+        device(device_) {}
+
+  // At least once.
+  template <class F>
+  void each(const F& fn) {
+    int64_t first = 0;
+    do {
+      fn(first, std::min(chunk, count - first));
+    } while ((first += chunk) < count);
+  }
+  // For kernels whose threads take several items if there are very many.
+  int64_t blocks(int64_t items) const {
+    return std::min(ceil_div(items, threads), int64_t{1} << 20);
+  }
+  int64_t of_numbers(int64_t rows) const { return blocks(rows << log >> kBits<C>); }
+  template <class Kernel, class... A>
+  void start(const char* name, Kernel kernel, Grid grid, A... arguments) {
+    launch(device, name, kernel, grid, threads, 0, arguments...);
+  }
+
+  // One launch each; `transform` one for each middle pass.
+  template <class S>
+  void mix(const HadamardSizes& sizes, const void* z, int64_t T, C* mixed, int64_t t0,
+           int64_t tokens);
+  // Before the low pass v becomes v times lam and col, if Up; after it, otherwise, and mixed (unless
+  // null) becomes its product with v.
+  template <bool Up>
+  void low(const Diagonal<C>& diagonal, C* mixed, int64_t tokens);
+  void transform(int edge, int64_t tokens);
+};
+
+}  // namespace randlora::cuda
