@@ -4,7 +4,6 @@ import copy
 import math
 import warnings
 
-import peft
 import torch
 from torch import Tensor, nn
 
@@ -88,6 +87,8 @@ def make(method: str, base: nn.Linear, rank: int, density: str) -> nn.Module:
 
 
 def _of_peft(method: str, base: nn.Linear, rank: int, density: str) -> nn.Module:
+    import peft  # takes seconds, which a card that measures nothing of it should not wait
+
     targets = {"target_modules": ["1"]}
     kind = {"dense": {}, "very_sparse": {"very_sparse": True}}.get(density, {"sparse": True})
     configs = {
