@@ -124,7 +124,8 @@ RANDLORA_INLINE void prefetch_row(const typename B::C* row) {
 // `fresh`, sets P instead of adding to it. Each token adds a rank-one update; a vector holds
 // consecutive bases i. Prefetches z a tile ahead, because much of it lies in the caches of other
 // threads. Sums the tokens of a block before adding to P, so rounding errors grow with
-// sqrt(TB + T / TB), not sqrt(T). P (entries, ldg) has all rank indices; ut (TB, ldg) is for j alone.
+// sqrt(TB + T / TB), not sqrt(T). P (entries, ldg) has all rank indices; ut (TB, ldg) is for j
+// alone.
 template <class B>
 void a_grad(const Basis& b, int64_t j, int64_t ldg, int64_t tokens, const typename B::C* z,
             const typename B::C* ut, typename B::C* P, bool fresh) {

@@ -1,5 +1,5 @@
-// Rows of N numbers too long for shared memory: they lie in scratch memory, in chunks of tokens, and
-// every pass of the transform is a kernel of its own (hadamard_scratch.cu).
+// Rows of N numbers too long for shared memory: they lie in scratch memory, in chunks of tokens,
+// and every pass of the transform is a kernel of its own (hadamard_scratch.cu).
 #pragma once
 #include "transform.h"
 
@@ -43,8 +43,8 @@ struct InScratch {
   template <class S>
   void mix(const HadamardSizes& sizes, const void* z, int64_t T, C* mixed, int64_t t0,
            int64_t tokens);
-  // Before the low pass v becomes v times lam and col, if Up; after it, otherwise, and mixed (unless
-  // null) becomes its product with v.
+  // Before the low pass v becomes v times lam and col, if Up; after it, otherwise, and mixed
+  // (unless null) becomes its product with v.
   template <bool Up>
   void low(const Diagonal<C>& diagonal, C* mixed, int64_t tokens);
   void transform(int edge, int64_t tokens);
