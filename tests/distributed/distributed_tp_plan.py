@@ -230,10 +230,13 @@ def check_what_layers_rely_on(place: Place):
     """Hooks of base layers, compiling before any call, equal diagonals, and deleted adapters."""
     _, sharded = pair(place, basis="hadamard")
     torch._dynamo.reset()
-    compiled = torch.compile(sharded, backend="aot_eager")
-    layer = sharded.get_submodule("base_model.model.model.layers.0.self_attn.o_proj")
+    block = sharded.get_submodule("base_model.model.model.layers.0")
+    layer = block.self_attn.o_proj
     assert torch._dynamo.explain(layer)(torch.randn(2, 8, 64 // place.world)).graph_break_count == 0
-    torch.testing.assert_close(loss(compiled), loss(sharded), **LIMITS)
+    block.compile(backend="aot_eager")
+    compiled = loss(sharded)
+    block._compiled_call_impl = None
+    torch.testing.assert_close(compiled, loss(sharded), **LIMITS)
     called = []
     layer.base_layer.register_forward_hook(lambda *_: called.append(1))
     want = loss(sharded).detach()
