@@ -87,7 +87,7 @@ def make(method: str, base: nn.Linear, rank: int, density: str) -> nn.Module:
 
 
 def _of_peft(method: str, base: nn.Linear, rank: int, density: str) -> nn.Module:
-    import peft  # takes seconds, which a card that measures nothing of it should not wait
+    import peft  # here, because it takes seconds and not every program compares with PEFT
 
     targets = {"target_modules": ["1"]}
     kind = {"dense": {}, "very_sparse": {"very_sparse": True}}.get(density, {"sparse": True})

@@ -11,6 +11,7 @@
 
 namespace randlora {
 
+// Where the runs of line q begin and end.
 struct Runs {
   const int64_t* offset = nullptr;
 

@@ -16,7 +16,7 @@
 namespace randlora {
 
 using Values = std::vector<double>;
-// For the tests' own loops over numbers, which took half of a sanitizer's time.
+// Marks the tests' own arithmetic, which the sanitizers skip: it took half of their time.
 #define RANDLORA_UNWATCHED __attribute__((no_sanitize("address", "undefined", "thread")))
 // ThreadSanitizer looks for races: float64's kernels synchronise as float32's, float16's as
 // bfloat16's.
