@@ -1,5 +1,5 @@
 #!/bin/sh
-# check_symbols.sh OBJECT ISA: fails when OBJECT defines a weak symbol that does not belong to
+# check_symbols.sh LIBRARY ISA: fails when LIBRARY defines a weak symbol that does not belong to
 # namespace randlora::ISA. The linker keeps one copy of such a symbol for all kernel sets, and it
 # might be the copy with instructions that the machine does not have.
 set -eu
