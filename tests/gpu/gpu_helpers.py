@@ -6,6 +6,7 @@ library compiled for the CPU (docs/cuda-on-cpu.md). There too the CPU kernels ca
 
 import os
 from contextlib import contextmanager
+from itertools import product
 from unittest import mock
 
 import torch
@@ -20,13 +21,22 @@ ALL_TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("y", "dx", "dlam", "dgam")
 # path, how the factored one multiplies by B
 PATHS = [("factored", "packed"), ("factored", "dense"), ("delta", "packed"), ("merged", "packed")]
-# As layer_cases.SHAPES, fewer: square, wide, tall, overhanging last base, r > d, n > 64; then sizes
-# beyond one tile of every kernel.
+# As layer_cases.SHAPES, fewer: square, wide, tall, overhanging last base, r > d, n > 64, and sizes
+# beyond one tile of every kernel. So ordered that in turns each path meets wide and tall ones.
 SHAPES = [
-    (64, 64, 8), (50, 37, 7), (37, 50, 7), (20, 24, 32), (101, 67, 1), (1, 1, 1), (33, 130, 16),
-    (136, 72, 8), (72, 136, 8),
+    (64, 64, 8), (50, 37, 7), (37, 50, 7), (136, 72, 8), (33, 130, 16), (72, 136, 8), (101, 67, 1),
+    (20, 24, 32), (1, 1, 1),
 ]  # fmt: skip
 DENSITIES = [1.0, 1 / 3, 0.07, 1 / 64]  # the first two are packed as planes, the others as lists
+
+
+def in_turn(last: list, *others: list) -> list[tuple]:
+    """The product of `others`, each case with one more value: those of `last` take turns, so that
+    each of them meets each value of the others."""
+    return [
+        (*(value for _, value in case), last[sum(at for at, _ in case) % len(last)])
+        for case in product(*map(enumerate, others))
+    ]
 
 
 @contextmanager
@@ -101,10 +111,3 @@ def assert_parity(got: dict, layer: Layer, path: str, floor: float = 1.0) -> Non
         allowed = max(rms_error(t[name], oracle[name]) for t in (simple, kernels))
         bound = 2 * allowed + floor * torch.finfo(dtype).eps
         assert error <= bound, f"{name} by {path} errs by {error:.3g}, allowed are {bound:.3g}"
-
-
-def step(device, basis, x, weight, lam, gam, dy, path="auto"):
-    """A training step by the public function; gradients of x, lam and gam."""
-    leaves = [moved(t, device).detach().requires_grad_() for t in (x, lam, gam)]
-    y = linear(leaves[0], moved(weight, device), None, basis, *leaves[1:], 0.75, path)
-    return moved([y.detach(), *torch.autograd.grad(y, leaves, moved(dy, device))], "cpu")

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from gpu_helpers import DRY, assert_parity, moved, run_linear
+from gpu_helpers import DRY, assert_parity, in_turn, moved, run_linear
 from layer_cases import make_layer, rms_error
 
 from randlora_ext import TernaryBasis, linear
@@ -13,7 +13,7 @@ from randlora_ext.ops import hadamard
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(params=[True, False], ids=["reduced", "full"])
+@pytest.fixture(params=[True] if DRY else [True, False], ids=str)
 def reductions(request):
     """Whether cuBLAS may add up partial sums in 16 bits: torch's settings for both dtypes."""
     matmul = torch.backends.cuda.matmul
@@ -46,8 +46,7 @@ def test_float16_does_not_overflow_in_a_sum_over_tokens(device, reductions):
 WIDE = [(16500, 17000, 100), (16500, 16500, 64), (40, 33000, 20000), (17000, 16500, 100)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", WIDE, ids=str)
+@pytest.mark.parametrize("shape, dtype", in_turn([torch.float32, torch.bfloat16], WIDE), ids=str)
 def test_rows_of_32768_numbers(device, shape, dtype):
     # The oracle is plain torch in float64, on the same device: dense bases would take gigabytes.
     basis = TernaryBasis(*shape, seed=3, kind="hadamard")

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from gpu_helpers import NAMES, PATHS, moved, ops, run_linear, same, step
+from gpu_helpers import NAMES, PATHS, moved, ops, run_linear, same
 from layer_cases import Layer, make_basis, make_layer, rms_error
 
 from randlora_ext import RandLoraLinear, TernaryBasis, linear
@@ -40,9 +40,7 @@ def test_everything_runs_on_the_current_stream(card, basis, path, b_side):
     # x and dy become right only after a delay on that stream: work on any other reads NaN.
     layer = make_layer(136, 72, 8, basis, 40, torch.float32)
     want = run_linear(layer, path, b_side, card)
-    values = {
-        name: moved(value, card) for name, value in vars(layer).items()
-    }  # no copy waits later
+    values = {name: moved(value, card) for name, value in vars(layer).items()}  # no copy then waits
     late = Layer(**values)
     late.x, late.dy = (torch.full_like(values[name], torch.nan) for name in ("x", "dy"))
     stream = torch.cuda.Stream(card)
@@ -291,16 +289,15 @@ def test_more_than_2_to_the_31_activations(card, room, basis):
 
 
 def test_a_step_leaves_no_memory_behind(card):
-    for basis, path in dict.fromkeys(case[:2] for case in CASES):
+    for basis, path, b_side in CASES:
         layer = make_layer(136, 72, 8, basis, 40, torch.bfloat16)
-        tensors = (layer.x, layer.weight, layer.lam, layer.gam, layer.dy)
-        step(card, layer.basis, *tensors, path)
+        run_linear(layer, path, b_side, card)
         torch.cuda.synchronize(card)
         gc.collect()  # what earlier tests left
         before = torch.cuda.memory_allocated(card)
         for _ in range(3):
-            step(card, layer.basis, *tensors, path)
-        assert torch.cuda.memory_allocated(card) == before, (basis, path)
+            run_linear(layer, path, b_side, card)
+        assert torch.cuda.memory_allocated(card) == before, (basis, path, b_side)
 
 
 TF32 = """
