@@ -29,6 +29,7 @@ import micro  # noqa: E402
 import model_step  # noqa: E402
 import peft_llama  # noqa: E402
 import plots  # noqa: E402
+import record  # noqa: E402
 import spelling  # noqa: E402
 import to_lora  # noqa: E402
 from cli_helpers import llama  # noqa: E402
@@ -45,7 +46,14 @@ def written(out: Path) -> dict:
     return found
 
 
-def test_layer_compares_every_method(tmp_path):
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """The server that forks each measurement would import for seconds."""
+    for module in (layer, model_step, record):
+        monkeypatch.setattr(module, "in_a_process", lambda function, *a, **k: function(*a, **k))
+
+
+def test_layer_compares_every_method(tmp_path, in_this_process):
     out = tmp_path / "layer"
     size = ["--sizes", "48x64", "--tokens", "4", "--densities", "0.2", "--repeats", "1"]
     layer.main([*size, "--methods", "all", "--out", str(out)])
@@ -67,7 +75,7 @@ def test_layer_measures_memory(monkeypatch, tmp_path):
     assert row["frozen_mib"] > 8 and "ours_mib" in row, "a weight of 16 MiB"
 
 
-def test_layer_appends_paths(tmp_path, capsys):
+def test_layer_appends_paths(tmp_path, capsys, in_this_process):
     out = tmp_path / "paths"
     size = ["--sizes", "48x64", "--tokens", "4", "--repeats", "1"]
     for case in (["0.2", "--dtype", "bf16"], ["hadamard"]):
@@ -134,7 +142,7 @@ def test_the_numbers_of_the_page_are_those_of_the_budget(capsys):
     assert len(numbers) >= 10 and all(number in printed for number in numbers)
 
 
-def test_merge(tmp_path):
+def test_merge(tmp_path, in_this_process):
     out = tmp_path / "merge"
     merge.main(["--size", "64", "--layers", "2", "--rank", "8", "--cycles", "3", "--out", str(out)])
     rows = {row["way"]: row for row in written(out)["rows"]}
@@ -144,7 +152,7 @@ def test_merge(tmp_path):
     assert min(rows[way]["drift"] for way in ("lora", "peft", "nothing")) > 0
 
 
-def test_model_step(tmp_path):
+def test_model_step(tmp_path, in_this_process):
     out = tmp_path / "step"
     model_step.main(["--shape", "toy", "--batch", "1", "--tokens", "4", "--repeats", "1",
                      "--methods", "lora,ours 0.07,ours hadamard,peft very_sparse",
@@ -250,7 +258,7 @@ def test_peft_llama(monkeypatch, capsys, kind):
     assert "times what stock's adds" in capsys.readouterr().out
 
 
-def test_layer_has_a_row_for_each_target_of_hadamard_bases(monkeypatch):
+def test_layer_has_a_row_for_each_target_of_hadamard_bases(monkeypatch, in_this_process):
     asked = []
 
     def compare(size, tokens, density, *, dtype, rank, **_):
@@ -258,7 +266,6 @@ def test_layer_has_a_row_for_each_target_of_hadamard_bases(monkeypatch):
         return {"density": density}
 
     monkeypatch.setattr(layer, "compare", compare)
-    monkeypatch.setattr(layer, "in_a_process", lambda function, *a, **k: function(*a, **k))
     layer.main(["--hadamard"])
     square = 2048, 2048
     last = [(square, 512, torch.bfloat16, 32), (square, 1024, torch.float32, 64)]
