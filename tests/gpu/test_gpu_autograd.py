@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpu_helpers import PATHS, in_turn, ops
+from gpu_helpers import LOW, PATHS, cases, in_turn, ops
 from layer_cases import kept_by, make_layer
 
 from randlora_ext import TernaryBasis, delta_weight, linear, scaled_basis
@@ -16,7 +16,7 @@ BASES = {
     "planes": (9, 5, 2, 1 / 3),
     "planes reduce": (5, 9, 2, 1 / 3),
 }
-CASES = pytest.mark.parametrize("name, way", list(zip(BASES, PATHS, strict=True)), ids=str)
+CASES = cases("name, way", list(zip(BASES, PATHS, strict=True)))
 
 
 def tensors(device, name, dtype=torch.float32):
@@ -49,73 +49,36 @@ def check(op, *arguments):
 
 @pytest.mark.slow
 @CASES
-def test_opcheck_linear(device, name, way):
+def test_opcheck(device, name, way):
     t, (path, b_side) = tensors(device, name), way
-    rest = (t["lam"], t["gam"], *t["bases"], path, b_dense(t, b_side))
-    check(ops.linear, t["x"], t["weight"], t["bias"], *rest)
-    if path != "merged":
-        check(ops.linear, t["x"], None, None, *rest)
-    t = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in t.items()}
-    rest = (t["lam"], t["gam"], *t["bases"], path, b_dense(t, b_side))
+    lam, gam, bases = t["lam"], t["gam"], t["bases"]
+    last = (*bases, path, b_dense(t, b_side))
+    A = t["basis"].dense_a(device, torch.bfloat16)
+    check(ops.linear, t["x"], t["weight"], t["bias"], lam, gam, *last)
+    check(ops.delta_weight, lam, gam, *bases)
+    check(ops.scaled_basis, A, lam, gam)
+    dy, x, weight, lam, gam = (t[k].detach() for k in ("dy", "x", "weight", "lam", "gam"))
     for needs in ((True, True), (True, False), (False, True)):
-        check(ops.linear_backward, t["dy"], t["x"], t["weight"], *rest, *needs)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["lists", "planes reduce"])
-def test_opcheck_the_others(device, name):
-    t = tensors(device, name)
-    basis, sizes = t["basis"], (t["basis"].out_features, t["basis"].in_features)
-    check(ops.delta_weight, t["lam"], t["gam"], *t["bases"])
-    lam, gam = t["lam"].detach(), t["gam"].detach()
-    G = torch.ones(sizes, device=device)
-    check(ops.delta_weight_backward, G, lam, gam, *t["bases"])
-    A = basis.dense_a(device, torch.bfloat16)
-    check(ops.scaled_basis, A, t["lam"], t["gam"])
-    grad = torch.ones(basis.K, basis.d, dtype=A.dtype, device=device)
+        check(ops.linear_backward, dy, x, weight, lam, gam, *last, *needs)
+    check(ops.delta_weight_backward, torch.ones_like(weight), lam, gam, *bases)
+    grad = A.new_ones(t["basis"].K, t["basis"].d)
     check(ops.scaled_basis_backward, grad, A, lam, gam)
 
 
-@pytest.mark.slow
-def test_opcheck_packing(device):
-    basis = TernaryBasis(11, 70, 3, 1 / 3)
-    planes = basis.packed(device)[3]
-    for by_column in (False, True):
-        for wide in (False, True):
-            check(ops.planes_to_lists, planes, basis.K, by_column, wide)
-    check(ops.planes_to_dense, planes, basis.K, 0.5, torch.float16)
-    lists = ops.planes_to_lists(planes, basis.K, False, False)
-    check(ops.lists_to_dense, *lists, basis.K, 0.5, torch.float32)
-    check(ops.pack_dense, basis.dense(device)[1])
-    check(ops.fill_planes_, torch.zeros_like(planes), 1, 1, 0, 0, basis.K, 5)
-
-
 @CASES
-def test_gradcheck_linear(device, name, way):
+def test_gradcheck(device, name, way):
     t, (path, b_side) = tensors(device, name, torch.float64), way
     rest = (*t["bases"], path, b_dense(t, b_side, torch.float64))
-    leaves = [t[k] for k in ("x", "weight", "bias", "lam", "gam")]
-    assert torch.autograd.gradcheck(lambda *a: ops.linear(*a, *rest), leaves)
+    x, weight, bias, lam, gam = (t[k] for k in ("x", "weight", "bias", "lam", "gam"))
+    gradcheck = torch.autograd.gradcheck
+    assert gradcheck(lambda *a: ops.linear(*a, *rest), (x, weight, bias, lam, gam))
     if path != "merged":
-        assert torch.autograd.gradcheck(
-            lambda x, lam, gam: ops.linear(x, None, None, lam, gam, *rest),
-            [t[k] for k in ("x", "lam", "gam")],
-        )
+        assert gradcheck(lambda x, *a: ops.linear(x, None, None, *a, *rest), (x, lam, gam))
+    assert gradcheck(lambda *a: delta_weight(t["basis"], *a, 0.5), (lam, gam))
+    assert gradcheck(lambda *a: scaled_basis(t["basis"], *a), (lam, gam))
 
 
-@pytest.mark.parametrize("name", ["lists reduce", "planes"])
-def test_gradcheck_delta_weight_and_scaled_basis(device, name):
-    t = tensors(device, name, torch.float64)
-    diagonals = t["lam"], t["gam"]
-    assert torch.autograd.gradcheck(lambda *a: delta_weight(t["basis"], *a, 0.5), diagonals)
-    assert torch.autograd.gradcheck(lambda *a: scaled_basis(t["basis"], *a), diagonals)
-
-
-@pytest.mark.parametrize(
-    "way, density, shape",
-    in_turn([(50, 37, 7), (37, 50, 7)], PATHS, [1 / 3, 0.07]),
-    ids=str,
-)
+@cases("way, density, shape", in_turn([(50, 37, 7), (37, 50, 7)], PATHS, [1 / 3, 0.07]))
 def test_only_x_and_the_diagonals_are_kept(device, monkeypatch, shape, density, way):
     (path, b_side), dtype = way, torch.bfloat16 if density == 0.07 else torch.float32
     monkeypatch.setenv("RANDLORA_B_SIDE", b_side)
@@ -130,11 +93,7 @@ def test_only_x_and_the_diagonals_are_kept(device, monkeypatch, shape, density, 
     assert lam.grad.any() and gam.grad.any() and x.grad.any()
 
 
-@pytest.mark.parametrize(
-    "path, dtype",
-    in_turn([torch.bfloat16, torch.float16], ["factored", "delta", "merged", "auto"]),
-    ids=str,
-)
+@cases("path, dtype", in_turn(LOW[1:], ["factored", "delta", "merged", "auto"]))
 def test_autocast_casts_as_linear_does(device, path, dtype):
     layer = make_layer(50, 37, 7, 0.07, 20, torch.float32)
     x, weight, bias, lam, gam = (

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from gpu_helpers import cpu_kernels
+from gpu_helpers import cases, cpu_kernels
 from layer_cases import rms_error
 from torch import nn
 
@@ -41,9 +41,7 @@ def trained(net, device, steps=6):
 KINDS = [{"density": 1 / 3}, {"density": 0.07}, {"basis": "hadamard"}]
 
 
-@pytest.mark.parametrize(
-    "kind, b_side", [*((k, "packed") for k in KINDS), *((k, "dense") for k in KINDS[:2])], ids=str
-)
+@cases("kind, b_side", [*((k, "packed") for k in KINDS), *((k, "dense") for k in KINDS[:2])])
 def test_training_goes_as_on_the_cpu(device, monkeypatch, kind, b_side):
     net = apply_randlora(model(), ["0", "2", "4"], r=8, **kind)
     with cpu_kernels():
@@ -56,7 +54,7 @@ def test_training_goes_as_on_the_cpu(device, monkeypatch, kind, b_side):
     assert all(rms_error(a, b) <= 1e-2 for a, b in zip(parameters, expected, strict=True))
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@cases("kind", KINDS)
 def test_merging_and_state(device, kind):
     layer = RandLoraLinear(nn.Linear(50, 37), r=7, **kind).to(device)
     nn.init.normal_(layer.randlora_lambda["default"], std=0.05)
@@ -82,7 +80,7 @@ def test_a_layer_moves_between_devices(device):
         assert torch.equal(layer.cpu()(x), y)
 
 
-@pytest.mark.parametrize("sparse", [{"sparse": True}, {"very_sparse": True}], ids=str)
+@cases("sparse", [{"sparse": True}, {"very_sparse": True}])
 def test_peft_accelerated_equals_stock(device, stock_peft, sparse):
     peft = pytest.importorskip("peft")
     from randlora_ext.peft import enable

@@ -1,8 +1,5 @@
-"""The version, what the build refuses, and the stub of the compiled module."""
+"""The version, and what the build refuses."""
 
-import ast
-import inspect
-import re
 import runpy
 import shutil
 from pathlib import Path
@@ -15,7 +12,6 @@ import randlora_ext
 from randlora_ext import _C
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = Path(randlora_ext.__file__).parent
 
 
 def test_version():
@@ -49,23 +45,3 @@ def test_the_build_refuses_what_it_cannot_build(cuda, compiler, says, tmp_path, 
     monkeypatch.setattr(setuptools, "setup", setup)
     with pytest.raises(SystemExit, match=says):
         runpy.run_path("setup.py")
-
-
-def test_the_stub_declares_the_compiled_functions():
-    """mypy.stubtest cannot: pybind11 gives signatures in docstrings only."""
-    stub = ast.parse((PACKAGE / "_C.pyi").read_text())
-    declared = {node.name: node for node in stub.body if isinstance(node, ast.FunctionDef)}
-    assert set(declared) == {name for name in dir(_C) if not name.startswith("__")}
-    for name, node in declared.items():
-        # pybind11's first line: name(arg0: ..., path: str, flag: bool = False) -> ...
-        signature = inspect.getdoc(getattr(_C, name)).splitlines()[0]
-        assert signature.startswith(f"{name}(")
-        theirs = re.findall(r"(\w+): ", signature)
-        ours = [a.arg for a in (*node.args.posonlyargs, *node.args.args)]
-        assert theirs == ours, signature
-        assert signature.count(" = ") == len(node.args.defaults), signature
-        annotated = {a.arg: ast.unparse(a.annotation) for a in node.args.args}
-        for argument, annotation in annotated.items():
-            assert f"{argument}: {annotation}" in signature, signature
-    keys = next(node for node in stub.body if isinstance(node, ast.ClassDef)).body
-    assert {node.target.id for node in keys} == set(_C.build_info())
