@@ -133,24 +133,12 @@ def test_no_command_takes_ten_minutes(tmp_path):
     assert first == ["hadamard_torch", "parity", "hadamard", "model"]
 
 
-OLD, NEW = "76.1", "77.0.3"
-
-
-@pytest.mark.parametrize(
-    "version, gone, named",
-    [
-        (NEW, ["pybind11"], ["pybind11"]),
-        (OLD, ["numpy", "ninja"], ["'setuptools>=77'", "numpy", "ninja"]),
-        (NEW, ["setuptools"], ["'setuptools>=77'"]),
-    ],
-)
-def test_what_is_missing_is_named(monkeypatch, version, gone, named):
+def test_what_is_missing_is_named(monkeypatch):
+    find = {"numpy": None, "ninja": None}.get
+    monkeypatch.setattr(gpu_run.importlib.util, "find_spec", lambda name: find(name, name))
+    monkeypatch.setattr(gpu_run.importlib.metadata, "version", lambda package: "76.1")
     monkeypatch.setattr(gpu_run.shutil, "which", lambda program, path=None: None)
-    monkeypatch.setattr(gpu_run.importlib.metadata, "version", lambda package: version)
-    monkeypatch.setattr(
-        gpu_run.importlib.util, "find_spec", lambda name: None if name in gone else name
-    )
-    assert gpu_run.missing(["build", "layers"]) == named
+    assert gpu_run.missing(["build", "layers"]) == ["'setuptools>=77'", "numpy", "ninja"]
     assert gpu_run.missing(["hadamard_torch"]) == []
 
 
@@ -167,14 +155,7 @@ def test_help_says_what_to_type(capsys):
 def bare(tmp_path) -> dict[str, str]:
     """The environment of a process that finds torch, but neither the extension nor other tools."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import importlib.machinery, sys\n"
-        "Finder = importlib.machinery.PathFinder\n"
-        "class Fewer(Finder):\n"
-        "    @classmethod\n"
-        "    def find_spec(cls, name, path=None, target=None):\n"
-        "        hidden = name in ('randlora_ext', 'peft', 'pybind11')\n"
-        "        return None if hidden else super().find_spec(name, path, target)\n"
-        "sys.meta_path = [Fewer if finder is Finder else finder for finder in sys.meta_path]\n"
+        "import sys; sys.modules.update(dict.fromkeys(['randlora_ext', 'peft', 'pybind11']))"
     )
     paths = os.pathsep.join([str(tmp_path), str(ROOT / "benchmarks")])
     return {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -190,7 +171,7 @@ def test_torch_alone_gets_one_line_in_the_first_second(bare):
     done = python(bare, "benchmarks/gpu_run.py")
     assert done.returncode == 2 and time.monotonic() - began < 5  # the machine may be busy
     assert done.stdout.startswith("missing: pip install ") and len(done.stdout.splitlines()) == 1
-    assert "pybind11" in done.stdout and "peft" in done.stdout
+    assert {"pybind11", "peft"} < set(done.stdout.split()) and "setuptools" not in done.stdout
 
 
 def test_a_machine_without_a_card_says_so(monkeypatch, capsys):

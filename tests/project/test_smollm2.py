@@ -177,6 +177,12 @@ def test_phoneme_error_rate():
     assert spelling.phoneme_error_rate(right, ["K AE T", "K OW T"]) == pytest.approx(1 / 6)
 
 
+def test_a_missing_package_is_named_with_the_command(monkeypatch):
+    monkeypatch.setattr(spelling.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pocketsphinx is missing; pip install --no-deps"):
+        spelling.read_words()
+
+
 def test_bad_options_are_named(files, run_example, capsys):
     with pytest.raises(SystemExit):
         run_example("smollm2.py", *arguments(files, "--steps", 0))
