@@ -56,11 +56,11 @@ def commands(stage: str, card: dict, dry: bool, csv: Path) -> list[Command]:
         apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         planted = bool(options)
         return Command(name, gpu("small_shapes", *options), seconds, FINDING * planted, apart,
-                       watched, card_only=planted)  # fmt: skip
+                       watched, card_only=name != "memcheck")  # fmt: skip
 
     def tests(which: str, seconds: float, card_only: bool = False) -> Command:
         workers = ["-n", "4"] if importlib.util.find_spec("xdist") and not dry else []
-        path = "tests/gpu" + "/test_gpu_layer.py" * dry
+        path = "tests/gpu" + "/test_gpu_launches.py" * dry
         # Each result is printed as it comes, so that a test that hangs hides no other.
         argv = [python, "-m", "pytest", path, "-m", which, "-o", "addopts=", "-v", "-rfE",
                 "-o", "faulthandler_timeout=60", "--maxfail=30", "--tb=short",

@@ -4,12 +4,15 @@ The tests here run on a card, or in dry mode on the CPU: RANDLORA_CUDA_SERVES_CP
 library compiled for the CPU (docs/cuda-on-cpu.md). There too the CPU kernels can be reached.
 """
 
+import functools
 import os
 from contextlib import contextmanager
+from itertools import product
 from unittest import mock
 
+import pytest
 import torch
-from layer_cases import Layer, exact, plain, rms_error
+from layer_cases import Layer, exact, largest_error, plain, rms_error
 from torch import Tensor
 
 from randlora_ext import _C, linear
@@ -17,16 +20,29 @@ from randlora_ext import _C, linear
 ops = torch.ops.randlora
 DRY = os.environ.get("RANDLORA_CUDA_SERVES_CPU") == "1"
 ALL_TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+LOW = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("y", "dx", "dlam", "dgam")
 # path, how the factored one multiplies by B
 PATHS = [("factored", "packed"), ("factored", "dense"), ("delta", "packed"), ("merged", "packed")]
-# As layer_cases.SHAPES, fewer: square, wide, tall, overhanging last base, r > d, n > 64; then sizes
-# beyond one tile of every kernel.
+# As layer_cases.SHAPES, fewer: square, wide, tall, overhanging last base, r > d, n > 64, and sizes
+# beyond one tile of every kernel. So ordered that in turns each path meets wide and tall ones.
 SHAPES = [
-    (64, 64, 8), (50, 37, 7), (37, 50, 7), (20, 24, 32), (101, 67, 1), (1, 1, 1), (33, 130, 16),
-    (136, 72, 8), (72, 136, 8),
+    (64, 64, 8), (50, 37, 7), (37, 50, 7), (136, 72, 8), (33, 130, 16), (72, 136, 8), (101, 67, 1),
+    (20, 24, 32), (1, 1, 1),
 ]  # fmt: skip
 DENSITIES = [1.0, 1 / 3, 0.07, 1 / 64]  # the first two are packed as planes, the others as lists
+
+
+cases = functools.partial(pytest.mark.parametrize, ids=str)
+
+
+def in_turn(last: list, *others: list) -> list[tuple]:
+    """The product of `others`, each case with one more value: those of `last` take turns, so that
+    each of them meets each value of the others."""
+    return [
+        (*(value for _, value in case), last[sum(at for at, _ in case) % len(last)])
+        for case in product(*map(enumerate, others))
+    ]
 
 
 @contextmanager
@@ -89,22 +105,26 @@ def run_linear_by_cpu_kernels(layer: Layer, path: str) -> dict[str, Tensor]:
         return run_linear(layer, path, "packed", "cpu")
 
 
-def assert_parity(got: dict, layer: Layer, path: str, floor: float = 1.0) -> None:
+def assert_as_by_cpu_kernels(
+    layer: Layer, path: str, b_side: str, device, bound: float, error=largest_error
+) -> dict[str, Tensor]:
+    """Returns what the CPU kernels make of it."""
+    got, want = run_linear(layer, path, b_side, device), run_linear_by_cpu_kernels(layer, path)
+    for name in NAMES:
+        assert got[name].dtype == want[name].dtype and got[name].shape == want[name].shape, name
+        assert error(got[name], want[name]) <= bound, (name, len(layer.x))
+    return want
+
+
+def assert_parity(layer: Layer, path: str, b_side: str, device, floor: float = 1.0) -> None:
     """The rule of the CPU tests, with the CPU kernels as a second measure: each result errs at most
     twice as much as plain PyTorch or the CPU kernels do, whichever more, plus `floor` eps."""
-    dtype = layer.x.dtype
-    oracle, simple, kernels = exact(layer), plain(layer), run_linear_by_cpu_kernels(layer, path)
+    got, kernels = run_linear(layer, path, b_side, device), run_linear_by_cpu_kernels(layer, path)
+    oracle, simple = exact(layer), plain(layer)
     for name in NAMES:
         value = got[name]
         assert value.dtype == kernels[name].dtype and value.shape == oracle[name].shape, name
         error = rms_error(value, oracle[name])
         allowed = max(rms_error(t[name], oracle[name]) for t in (simple, kernels))
-        bound = 2 * allowed + floor * torch.finfo(dtype).eps
+        bound = 2 * allowed + floor * torch.finfo(layer.x.dtype).eps
         assert error <= bound, f"{name} by {path} errs by {error:.3g}, allowed are {bound:.3g}"
-
-
-def step(device, basis, x, weight, lam, gam, dy, path="auto"):
-    """A training step by the public function; gradients of x, lam and gam."""
-    leaves = [moved(t, device).detach().requires_grad_() for t in (x, lam, gam)]
-    y = linear(leaves[0], moved(weight, device), None, basis, *leaves[1:], 0.75, path)
-    return moved([y.detach(), *torch.autograd.grad(y, leaves, moved(dy, device))], "cpu")

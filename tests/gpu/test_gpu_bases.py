@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from gpu_helpers import ALL_TYPES, DENSITIES, DRY, cpu_kernels, moved, on_both, ops, same
+from gpu_helpers import (
+    ALL_TYPES,
+    DENSITIES,
+    DRY,
+    cases,
+    cpu_kernels,
+    in_turn,
+    moved,
+    on_both,
+    ops,
+    same,
+)
 
 from randlora_ext import TernaryBasis
 from randlora_ext.basis.ternary import generate_planes
@@ -13,8 +24,8 @@ SHAPES = [(64, 64, 8), (50, 37, 7), (37, 50, 7), (20, 24, 32), (1, 1, 1), (130, 
 LIMIT = 2**32  # of rows and columns of the infinite matrices
 
 
-@pytest.mark.parametrize("density", [*DENSITIES, 1e-3])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@cases("density", [*DENSITIES, 1e-3])
+@cases("shape", SHAPES)
 def test_packed_forms(device, shape, density):
     basis, on_cpu = (TernaryBasis(*shape, density, seed=2**64 - 1) for _ in range(2))
     with cpu_kernels():
@@ -29,10 +40,10 @@ def test_packed_forms(device, shape, density):
     assert all(t.device == device for t in basis.packed(device))
 
 
-@pytest.mark.parametrize("corner", [(0, 0), (1, 1), (7, 63), (65, 128), (2**31, 2**31),
-                                    (LIMIT - 70, LIMIT - 200)], ids=str)  # fmt: skip
-@pytest.mark.parametrize("role", [0, 1])
-@pytest.mark.parametrize("cols", [1, 64, 130, 200])
+CORNERS = [(0, 0), (1, 1), (7, 63), (65, 128), (2**31, 2**31), (LIMIT - 70, LIMIT - 200)]
+
+
+@cases("corner, cols, role", in_turn([0, 1], CORNERS, [1, 64, 130, 200]))
 def test_any_slice_of_the_infinite_matrix(device, role, corner, cols):
     def planes(where):
         return generate_planes(2**63 + 5, role, corner[0], 70, corner[1], cols, 0.3, where)
@@ -42,9 +53,10 @@ def test_any_slice_of_the_infinite_matrix(device, role, corner, cols):
     assert same(planes(device).cpu(), want)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 64), (64, 3), (65, 127), (200, 1), (1, 200),
-                                   (130, 700)], ids=str)  # fmt: skip
-@pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
+MATRICES = [(1, 1), (3, 64), (64, 3), (65, 127), (200, 1), (1, 200), (130, 700)]
+
+
+@cases("shape, density", in_turn([0.0, 0.5], MATRICES) + in_turn([1.0, 0.02], MATRICES))
 def test_packing_operators(device, shape, density):
     make = torch.Generator().manual_seed(shape[0] + 1000 * shape[1])
     signs = torch.randn(shape, generator=make).sign().double()
@@ -70,8 +82,7 @@ def test_views_are_packed_as_what_they_show(device):
         assert same(*on_both(device, ops.pack_dense, view))
 
 
-@pytest.mark.parametrize("value", [0.1, float("nan"), float("inf")])
-@pytest.mark.parametrize("place", [(0, 0), (49, 41), (20, 7)])
+@cases("place, value", [((0, 0), 0.1), ((49, 41), float("nan")), ((20, 7), float("inf"))])
 def test_what_is_not_ternary_is_found_where_the_cpu_finds_it(device, place, value):
     dense = TernaryBasis(50, 37, 7, 1.0).dense()[1]
     dense[place] = value
@@ -82,16 +93,6 @@ def test_what_is_not_ternary_is_found_where_the_cpu_finds_it(device, place, valu
         return str(raised.value).splitlines()[0].split("randlora: ")[-1]
 
     assert len(set(on_both(device, message, dense))) == 1
-
-
-@pytest.mark.slow
-def test_positions_beyond_16_bits(device):
-    basis = TernaryBasis(65537, 3, 2, 0.01)
-    with cpu_kernels():
-        want = basis._source.pack(basis._shape, torch.device("cpu"))
-    got = basis._source.pack(basis._shape, device)
-    del got[2], want[2]  # A's tables, which the CPU has none of
-    assert got[1].dtype == torch.int32 and same(moved(got, "cpu"), want)
 
 
 def test_import_from_the_card(device):

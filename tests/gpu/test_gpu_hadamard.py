@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from gpu_helpers import DRY, assert_parity, moved, run_linear
+from gpu_helpers import DRY, LOW, assert_parity, cases, in_turn, moved
 from layer_cases import make_layer, rms_error
 
 from randlora_ext import TernaryBasis, linear
@@ -13,7 +13,7 @@ from randlora_ext.ops import hadamard
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(params=[True, False], ids=["reduced", "full"])
+@pytest.fixture(params=[True] if DRY else [True, False], ids=str)
 def reductions(request):
     """Whether cuBLAS may add up partial sums in 16 bits: torch's settings for both dtypes."""
     matmul = torch.backends.cuda.matmul
@@ -26,19 +26,19 @@ def reductions(request):
         setattr(matmul, name, value)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(512, 640, 32), (640, 512, 32), (300, 310, 7)], ids=str)
+@cases("dtype", LOW[1:])
+@cases("shape", [(512, 640, 32), (640, 512, 32), (300, 310, 7)])
 def test_gradients_of_8192_tokens(device, reductions, shape, dtype):
     # Every element of gamma's and lambda's gradient is a sum over all tokens.
     layer = make_layer(*shape, "hadamard", 256 if DRY else 8192, dtype)
-    assert_parity(run_linear(layer, "factored", "packed", device), layer, "factored")
+    assert_parity(layer, "factored", "packed", device)
 
 
 def test_float16_does_not_overflow_in_a_sum_over_tokens(device, reductions):
     # Tokens that agree: sums grow with their number, not with its root.
     layer = make_layer(256, 256, 32, "hadamard", 64 if DRY else 8192, torch.float16)
     layer.x, layer.dy = (t[:1].expand_as(t).contiguous() for t in (layer.x, layer.dy))
-    assert_parity(run_linear(layer, "factored", "packed", device), layer, "factored")
+    assert_parity(layer, "factored", "packed", device)
 
 
 # in, out, r: N = 32,768. d of 16,500 with and without a class that is cut off, B's rows cut off and
@@ -46,8 +46,7 @@ def test_float16_does_not_overflow_in_a_sum_over_tokens(device, reductions):
 WIDE = [(16500, 17000, 100), (16500, 16500, 64), (40, 33000, 20000), (17000, 16500, 100)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", WIDE, ids=str)
+@cases("shape, dtype", in_turn(LOW[:2], WIDE))
 def test_rows_of_32768_numbers(device, shape, dtype):
     # The oracle is plain torch in float64, on the same device: dense bases would take gigabytes.
     basis = TernaryBasis(*shape, seed=3, kind="hadamard")

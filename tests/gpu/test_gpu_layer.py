@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from gpu_helpers import cpu_kernels
+from gpu_helpers import cases, cpu_kernels
 from layer_cases import rms_error
 from torch import nn
 
@@ -41,8 +41,7 @@ def trained(net, device, steps=6):
 KINDS = [{"density": 1 / 3}, {"density": 0.07}, {"basis": "hadamard"}]
 
 
-@pytest.mark.parametrize("b_side", ["packed", "dense"])
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@cases("kind, b_side", [*((k, "packed") for k in KINDS), *((k, "dense") for k in KINDS[:2])])
 def test_training_goes_as_on_the_cpu(device, monkeypatch, kind, b_side):
     net = apply_randlora(model(), ["0", "2", "4"], r=8, **kind)
     with cpu_kernels():
@@ -55,33 +54,29 @@ def test_training_goes_as_on_the_cpu(device, monkeypatch, kind, b_side):
     assert all(rms_error(a, b) <= 1e-2 for a, b in zip(parameters, expected, strict=True))
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_merging_and_state(device, kind):
-    layer = RandLoraLinear(nn.Linear(50, 37), r=7, **kind).to(device)
-    nn.init.normal_(layer.randlora_lambda["default"], std=0.05)
-    x = torch.randn(9, 50, device=device)
-    y = layer(x).detach()
-    again = RandLoraLinear(nn.Linear(50, 37), r=7, **kind).to(device)
-    again.load_state_dict(layer.state_dict())
-    assert torch.equal(again(x), y)
-    layer.merge()
-    assert rms_error(layer(x).detach().cpu(), y.cpu()) <= 1e-5
-    layer.unmerge()
-    assert rms_error(layer(x).detach().cpu(), y.cpu()) <= 1e-5
+@cases("kind", KINDS)
+def test_moving_state_and_merging(device, kind):
+    def errs(layer):
+        return rms_error(layer(x.to(device)).detach().cpu(), y)
 
-
-def test_a_layer_moves_between_devices(device):
     with cpu_kernels():
-        layer = RandLoraLinear(nn.Linear(50, 37), r=7, density=0.07)
+        layer = RandLoraLinear(nn.Linear(50, 37), r=7, **kind)
         nn.init.normal_(layer.randlora_lambda["default"], std=0.05)
         x = torch.randn(9, 50)
         y = layer(x).detach()
-    assert rms_error(layer.to(device)(x.to(device)).detach().cpu(), y) <= 1e-5
+    assert errs(layer.to(device)) <= 1e-5
+    again = RandLoraLinear(nn.Linear(50, 37), r=7, **kind).to(device)
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again(x.to(device)), layer(x.to(device)))
+    layer.merge()
+    assert errs(layer) <= 1e-5
+    layer.unmerge()
+    assert errs(layer) <= 1e-5
     with cpu_kernels():
         assert torch.equal(layer.cpu()(x), y)
 
 
-@pytest.mark.parametrize("sparse", [{"sparse": True}, {"very_sparse": True}], ids=str)
+@cases("sparse", [{"sparse": True}, {"very_sparse": True}])
 def test_peft_accelerated_equals_stock(device, stock_peft, sparse):
     peft = pytest.importorskip("peft")
     from randlora_ext.peft import enable

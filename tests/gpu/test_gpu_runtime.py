@@ -2,13 +2,15 @@
 
 import functools
 import gc
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
-from gpu_helpers import NAMES, PATHS, moved, ops, run_linear, same, step
+from gpu_helpers import NAMES, PATHS, cases, moved, ops, run_linear, same
 from layer_cases import Layer, make_basis, make_layer, rms_error
 
 from randlora_ext import RandLoraLinear, TernaryBasis, linear
@@ -31,24 +33,29 @@ def adapter(base, basis, r=8):
     return RandLoraLinear(base, r=r, **kind)
 
 
+@contextmanager
+def late_stream(card, delay=DELAY):
+    """Within, a stream that begins late, while the device has nothing else to do."""
+    stream = torch.cuda.Stream(card)
+    torch.cuda.synchronize(card)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(delay)
+        yield
+
+
 def on_card(layer, card):
     return {k: moved(getattr(layer, k), card) for k in ("x", "weight", "lam", "gam", "dy")}
 
 
-@pytest.mark.parametrize("basis, path, b_side", CASES, ids=str)
+@cases("basis, path, b_side", CASES)
 def test_everything_runs_on_the_current_stream(card, basis, path, b_side):
     # x and dy become right only after a delay on that stream: work on any other reads NaN.
     layer = make_layer(136, 72, 8, basis, 40, torch.float32)
     want = run_linear(layer, path, b_side, card)
-    values = {
-        name: moved(value, card) for name, value in vars(layer).items()
-    }  # no copy waits later
+    values = {name: moved(value, card) for name, value in vars(layer).items()}  # no copy then waits
     late = Layer(**values)
     late.x, late.dy = (torch.full_like(values[name], torch.nan) for name in ("x", "dy"))
-    stream = torch.cuda.Stream(card)
-    torch.cuda.synchronize(card)
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(DELAY)
+    with late_stream(card):
         late.x.copy_(values["x"])
         late.dy.copy_(values["dy"])
         got = run_linear(late, path, b_side, card)
@@ -68,10 +75,7 @@ def test_packing_runs_on_the_current_stream(card):
 
     want = pack(right, dense)
     late = torch.zeros_like(right), torch.zeros_like(dense)
-    stream = torch.cuda.Stream(card)
-    torch.cuda.synchronize(card)
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(DELAY)
+    with late_stream(card):
         late[0].copy_(right)
         got = pack(late[0], dense)
         torch.cuda._sleep(DELAY)
@@ -84,13 +88,11 @@ def test_packing_runs_on_the_current_stream(card):
 def test_a_basis_packed_on_one_stream_serves_all(card, basis):
     # The stream that packs is far behind; another, which does not wait for it, must find all done.
     make = functools.partial(make_basis, 300, 200, 8, basis)
-    first, second = (torch.cuda.Stream(card) for _ in range(2))
-    torch.cuda.synchronize(card)
+    second = torch.cuda.Stream(card)
     for seed in range(3):
         basis = make(seed=seed)
         want = [*basis.packed("cpu"), basis.dense("cpu")[1].sign()]
-        with torch.cuda.stream(first):
-            torch.cuda._sleep(DELAY)
+        with late_stream(card):
             packed, dense = basis.packed(card), basis.dense_b(card, torch.float32)
         with torch.cuda.stream(second):
             got = moved([*packed, dense], "cpu")
@@ -107,11 +109,9 @@ def test_memory_of_a_dropped_basis_waits_for_other_streams(card, monkeypatch, ba
     torch.nn.init.normal_(layer.randlora_lambda["default"])  # 0 would hide the bases
     x = torch.randn(64, 256, device=card)
     with torch.no_grad():  # a graph would keep the packed tensors alive
-        want, stream = layer(x), torch.cuda.Stream(card)
+        want = layer(x)
     gc.collect()  # the next one is quicker
-    torch.cuda.synchronize(card)
-    with torch.no_grad(), torch.cuda.stream(stream):
-        torch.cuda._sleep(50 * DELAY)  # longer than the collection below
+    with torch.no_grad(), late_stream(card, 50 * DELAY):  # longer than the collection below
         got = layer(x)
     sizes = [t.numel() * t.element_size() for t in layer.bases["default"].packed(card)]
     layer.to("cpu")
@@ -178,7 +178,7 @@ def test_threads_that_start_one_kernel_with_different_needs(card):
 
 
 @pytest.mark.parametrize("tokens", [1, 130])
-@pytest.mark.parametrize("basis, path, b_side", CASES, ids=str)
+@cases("basis, path, b_side", CASES)
 def test_a_training_step_in_a_graph(card, monkeypatch, basis, path, b_side, tokens):
     monkeypatch.setenv("RANDLORA_B_SIDE", b_side)
     monkeypatch.setenv("RANDLORA_PATH", path)
@@ -222,7 +222,7 @@ def test_a_training_step_in_a_graph(card, monkeypatch, basis, path, b_side, toke
         assert same(replayed, now())
 
 
-@pytest.mark.parametrize("basis, path", dict.fromkeys(case[:2] for case in CASES), ids=str)
+@cases("basis, path", dict.fromkeys(case[:2] for case in CASES))
 def test_waiting_for_the_card_is_nowhere_in_a_step(card, basis, path):
     layer = make_layer(136, 72, 8, basis, 40, torch.bfloat16)
     t = on_card(layer, card)
@@ -291,16 +291,15 @@ def test_more_than_2_to_the_31_activations(card, room, basis):
 
 
 def test_a_step_leaves_no_memory_behind(card):
-    for basis, path in dict.fromkeys(case[:2] for case in CASES):
+    for basis, path, b_side in CASES:
         layer = make_layer(136, 72, 8, basis, 40, torch.bfloat16)
-        tensors = (layer.x, layer.weight, layer.lam, layer.gam, layer.dy)
-        step(card, layer.basis, *tensors, path)
+        run_linear(layer, path, b_side, card)
         torch.cuda.synchronize(card)
         gc.collect()  # what earlier tests left
         before = torch.cuda.memory_allocated(card)
         for _ in range(3):
-            step(card, layer.basis, *tensors, path)
-        assert torch.cuda.memory_allocated(card) == before, (basis, path)
+            run_linear(layer, path, b_side, card)
+        assert torch.cuda.memory_allocated(card) == before, (basis, path, b_side)
 
 
 TF32 = """
@@ -319,15 +318,10 @@ for basis in (1 / 3, 0.07, "hadamard"):
 
 def test_tf32_on_request(card):
     # Read once a process, so in one of its own.
-    import os
-    from pathlib import Path
-
-    here = Path(__file__).parent
-    paths = [str(here), str(here.parent / "helpers"), str(here.parent.parent), *sys.path]
+    environment = {**os.environ, "RANDLORA_TF32": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-c", TF32], capture_output=True, text=True, timeout=120,
-        env={**os.environ, "RANDLORA_TF32": "1", "PYTHONPATH": os.pathsep.join(paths)},
-    )  # fmt: skip
+        [sys.executable, "-c", TF32], capture_output=True, text=True, timeout=120, env=environment
+    )
     assert done.returncode == 0, done.stderr
 
 

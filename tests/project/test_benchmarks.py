@@ -4,37 +4,29 @@ import copy
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
+import approximate
+import budget
+import checkpoint
+import finetune
+import hadamard_floors
+import layer
+import merge
+import micro
+import model_step
+import peft_llama
+import plots
 import pytest
+import record
+import spelling
+import to_lora
 import torch
+from cli_helpers import llama
+from methods import METHODS
+from peft_helpers import randomize
 
 ROOT = Path(__file__).parents[2]
-if not (ROOT / "benchmarks" / "layer.py").is_file():
-    pytest.skip("there are no benchmarks beside these tests", allow_module_level=True)
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
-pytest.importorskip("matplotlib")
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import approximate  # noqa: E402
-import budget  # noqa: E402
-import checkpoint  # noqa: E402
-import finetune  # noqa: E402
-import hadamard_floors  # noqa: E402
-import layer  # noqa: E402
-import merge  # noqa: E402
-import micro  # noqa: E402
-import model_step  # noqa: E402
-import peft_llama  # noqa: E402
-import plots  # noqa: E402
-import spelling  # noqa: E402
-import to_lora  # noqa: E402
-from cli_helpers import llama  # noqa: E402
-from methods import METHODS  # noqa: E402
-from peft_helpers import randomize  # noqa: E402
-
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 
 
@@ -45,7 +37,14 @@ def written(out: Path) -> dict:
     return found
 
 
-def test_layer_compares_every_method(tmp_path):
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """The server that forks each measurement would import for seconds."""
+    for module in (layer, model_step, record):
+        monkeypatch.setattr(module, "in_a_process", lambda function, *a, **k: function(*a, **k))
+
+
+def test_layer_compares_every_method(tmp_path, in_this_process):
     out = tmp_path / "layer"
     size = ["--sizes", "48x64", "--tokens", "4", "--densities", "0.2", "--repeats", "1"]
     layer.main([*size, "--methods", "all", "--out", str(out)])
@@ -67,7 +66,7 @@ def test_layer_measures_memory(monkeypatch, tmp_path):
     assert row["frozen_mib"] > 8 and "ours_mib" in row, "a weight of 16 MiB"
 
 
-def test_layer_appends_paths(tmp_path, capsys):
+def test_layer_appends_paths(tmp_path, capsys, in_this_process):
     out = tmp_path / "paths"
     size = ["--sizes", "48x64", "--tokens", "4", "--repeats", "1"]
     for case in (["0.2", "--dtype", "bf16"], ["hadamard"]):
@@ -109,7 +108,6 @@ def test_checkpoint_sizes():
 
 
 def test_approximate(monkeypatch, tmp_path):
-    pytest.importorskip("tqdm")
     out, targets = tmp_path / "fit", approximate.random_targets
     gaussian = lambda *a: {"gaussian": targets(*a)["gaussian"]}  # noqa: E731
     monkeypatch.setattr(approximate, "random_targets", gaussian)
@@ -134,7 +132,7 @@ def test_the_numbers_of_the_page_are_those_of_the_budget(capsys):
     assert len(numbers) >= 10 and all(number in printed for number in numbers)
 
 
-def test_merge(tmp_path):
+def test_merge(tmp_path, in_this_process):
     out = tmp_path / "merge"
     merge.main(["--size", "64", "--layers", "2", "--rank", "8", "--cycles", "3", "--out", str(out)])
     rows = {row["way"]: row for row in written(out)["rows"]}
@@ -144,7 +142,7 @@ def test_merge(tmp_path):
     assert min(rows[way]["drift"] for way in ("lora", "peft", "nothing")) > 0
 
 
-def test_model_step(tmp_path):
+def test_model_step(tmp_path, in_this_process):
     out = tmp_path / "step"
     model_step.main(["--shape", "toy", "--batch", "1", "--tokens", "4", "--repeats", "1",
                      "--methods", "lora,ours 0.07,ours hadamard,peft very_sparse",
@@ -190,8 +188,7 @@ def test_finetune_goes_on_where_it_was(monkeypatch, tmp_path):
         return setting | done | {"effective_rank": ranks, "forgetting": 2.0}
 
     def settings(seeds, gamma="signs"):
-        rest = ("lora", 5e-4), (12, 20.0, "fp32", gamma)
-        each = [(*rest[0], seed, *rest[1]) for seed in range(seeds)]
+        each = [("lora", 5e-4, seed, 12, 20.0, "fp32", gamma) for seed in range(seeds)]
         return [dict(zip(finetune.KEY, values, strict=True)) for values in each]
 
     monkeypatch.setattr(finetune, "run_one", run)
@@ -245,24 +242,9 @@ def test_plots_are_drawn_from_the_results_and_shown(tmp_path):
 
 @pytest.mark.parametrize("kind", ["sparse", "dense"])
 def test_peft_llama(monkeypatch, capsys, kind):
-    monkeypatch.setattr(sys, "argv", ["peft_llama.py", "--tiny", "--added", "--kind", kind])
+    monkeypatch.setattr("sys.argv", ["peft_llama.py", "--tiny", "--added", "--kind", kind])
     peft_llama.main()  # exits with an error if the losses differ
     assert "times what stock's adds" in capsys.readouterr().out
-
-
-def test_layer_has_a_row_for_each_target_of_hadamard_bases(monkeypatch):
-    asked = []
-
-    def compare(size, tokens, density, *, dtype, rank, **_):
-        asked.append((size, tokens, dtype, rank))
-        return {"density": density}
-
-    monkeypatch.setattr(layer, "compare", compare)
-    monkeypatch.setattr(layer, "in_a_process", lambda function, *a, **k: function(*a, **k))
-    layer.main(["--hadamard"])
-    square = 2048, 2048
-    last = [(square, 512, torch.bfloat16, 32), (square, 1024, torch.float32, 64)]
-    assert len(asked) == 5 * 4 + 2 and asked[-2:] == last
 
 
 def test_the_floors_of_hadamard_bases():

@@ -2,7 +2,7 @@
 
 import importlib
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -56,30 +56,17 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, torch_settings, stock_pe
         exec(compile("\n" * (line - 1) + source, str(path), "exec"), namespace)
 
 
-def registered() -> dict[str, str]:
-    """Schema by name of every operator in the namespace."""
-    assert randlora_ext.__version__  # importing it registers them
-    schemas = torch._C._jit_get_all_schemas()
-    return {s.name.split("::")[1]: str(s) for s in schemas if s.name.startswith("randlora::")}
-
-
-def documented() -> dict[str, str]:
-    """Text of docs/ops.md by operator."""
-    return dict(SECTION.findall((ROOT / "docs/ops.md").read_text()))
-
-
 def test_every_operator_is_documented_and_no_other():
-    assert sorted(documented()) == sorted(registered())
-
-
-@pytest.mark.parametrize("name", sorted(registered()))
-def test_operator_section(name):
-    text = documented()[name]
-    lines = text.splitlines()
-    schemas = [line for line in lines if line.startswith("randlora::")]
-    assert schemas == [registered()[name]]
-    for part in ("**Equivalent.**", "**Errors.**", "```python\n"):
-        assert part in text, f"the section of {name} has no {part!r}"
+    assert randlora_ext.__version__  # importing it registers them
+    schemas = [str(schema) for schema in torch._C._jit_get_all_schemas()]
+    registered = {s[10 : s.index("(")]: s for s in schemas if s.startswith("randlora::")}
+    documented = dict(SECTION.findall((ROOT / "docs/ops.md").read_text()))
+    assert sorted(documented) == sorted(registered)
+    for name, text in documented.items():
+        shown = [line for line in text.splitlines() if line.startswith("randlora::")]
+        assert shown == [registered[name]]
+        for part in ("**Equivalent.**", "**Errors.**", "```python\n"):
+            assert part in text, f"the section of {name} has no {part!r}"
 
 
 def test_one_recipe_everywhere():
@@ -99,21 +86,6 @@ def test_one_recipe_everywhere():
     assert len(decays) >= 4 and not any(map(float, decays)), decays
 
 
-def test_relative_links_lead_somewhere():
-    for path in (ROOT / page for page in PAGES):
-        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
-            if "://" not in target:
-                assert (path.parent / target).exists(), f"{path.name} links to {target}"
-
-
-def test_every_page_is_in_the_navigation():
-    nav = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1]
-    named = set(re.findall(r"(\S+\.md)$", nav, re.MULTILINE))
-    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
-    above = {"index.md", "contributing.md", "changelog.md"}
-    assert named == pages | above, "every page needs a line under nav: of mkdocs.yml"
-
-
 def test_every_public_name_is_in_the_api_reference():
     peft = pytest.importorskip("randlora_ext.peft")
 
@@ -124,10 +96,10 @@ def test_every_public_name_is_in_the_api_reference():
         assert public <= named, "each needs a line `::: NAME` in docs/api"
 
 
-def test_figures_are_those_of_the_script(tmp_path):
+def test_figures_are_those_of_the_script(tmp_path, monkeypatch):
     figures = ROOT / "docs" / "figures"
-    script = [sys.executable, str(figures / "make_figures.py"), str(tmp_path)]
-    subprocess.run(script, check=True, timeout=120)
+    monkeypatch.setattr(sys, "argv", ["make_figures.py", str(tmp_path)])
+    runpy.run_path(str(figures / "make_figures.py"), run_name="__main__")
     drawn = {path.name: path.read_text() for path in tmp_path.glob("*.svg")}
     assert drawn.keys() == {path.name for path in figures.glob("*.svg")}
 

@@ -3,24 +3,16 @@
 import json
 import shlex
 import signal
-from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
+import spelling
 import torch
+import transformers
 from safetensors.torch import load_file
 
-PROGRAM = Path(__file__).parents[2] / "examples" / "smollm2.py"
-if not PROGRAM.exists():
-    pytest.skip("there are no examples beside these tests", allow_module_level=True)
-gguf = pytest.importorskip("gguf")
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("peft")
-pytest.importorskip("matplotlib")
-
-import spelling  # noqa: E402
-
-import randlora_cli  # noqa: E402
+import randlora_cli
 
 WORDS = """
 ;;; a comment
