@@ -2,13 +2,12 @@
 
 import copy
 import pickle
-from itertools import product
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed_ranks import Place, RecordedCollectives, full_tensor, worlds
-from distributed_tensor_parallel import EXACT, HADAMARD, STYLES, T, diagonals, layer
+from distributed_tensor_parallel import EXACT, FOUR_CASES, HADAMARD, STYLES, T, diagonals, layer
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import PrepareModuleInput, parallelize_module
@@ -25,23 +24,24 @@ def ends(style):
     return style(input_layouts=Replicate(), output_layouts=Replicate())
 
 
-def shard(plain, mesh, style):
-    return parallelize_module(copy.deepcopy(plain), mesh, ends(style))
-
-
 def pair(place, style, *sizes, **options):
     """(whole layer, sharded layer) of equal numbers."""
     plain = layer(*(sizes or (36, 52)), **options)
-    return plain, shard(plain, place.mesh(), style)
+    return plain, parallelize_module(copy.deepcopy(plain), place.mesh(), ends(style))
 
 
 def inputs(plain, dtype=torch.float64):
     return torch.randn(T, plain.in_features, dtype=torch.float64).to(dtype)
 
 
+def same_gradients(sharded, plain, parameters=diagonals, **limits):
+    for ours, theirs in zip(parameters(sharded), parameters(plain), strict=True):
+        torch.testing.assert_close(full_tensor(ours.grad), theirs.grad, **(limits or EXACT))
+
+
 @worlds(2)
 def check_adapters(place: Place):
-    """A second adapter added after sharding, both at once, none, and switching."""
+    """A second adapter added after sharding, both at once, none, switching, and copies."""
     for style in STYLES:
         plain, sharded = pair(place, style)
         for each in (plain, sharded):
@@ -55,22 +55,26 @@ def check_adapters(place: Place):
             theirs.data.copy_(values)
             ours.data.copy_(DTensor.from_local(values, place.mesh(), [Replicate()]))
         x = inputs(plain)
-        for active in (["default"], ["two"], ["default", "two"], []):
+        for active in (["default"], ["two"], [], ["default", "two"]):
             for each in (plain, sharded):
                 each.set_adapter(active)
             torch.testing.assert_close(sharded(x), plain(x), **EXACT)
+        twin = copy.deepcopy(sharded)
+        assert type(twin) is TensorParallelRandLoraLinear and torch.equal(twin(x), sharded(x))
+        basis = sharded.bases["default"]
+        assert twin.bases["default"].packed() is basis.packed()
+        assert pickle.loads(pickle.dumps(basis)) == basis
+        assert "36->52; default: r=" in repr(sharded)
         for each in (plain, sharded):
-            each.set_adapter(["default", "two"])
             each(x).sum().backward()
-        for ours, theirs in zip(diagonals(sharded), diagonals(plain), strict=True):
-            torch.testing.assert_close(full_tensor(ours.grad), theirs.grad, **EXACT)
+        same_gradients(sharded, plain)
         sharded.disable(), plain.disable()
         torch.testing.assert_close(sharded(x), plain(x), **EXACT)
 
 
 @worlds(2)
 def check_merging(place: Place):
-    for style, kind, sizes in product(STYLES, ({}, HADAMARD), ((36, 52), (52, 36))):
+    for style, sizes, kind in FOUR_CASES:
         plain, sharded = pair(place, style, *sizes, **kind)
         deltas = (each.get_delta_weight("default") for each in (sharded, plain))
         torch.testing.assert_close(*map(full_tensor, deltas), **EXACT)
@@ -80,7 +84,7 @@ def check_merging(place: Place):
             with RecordedCollectives() as collectives:
                 sharded.merge(keep_weight=keep)
                 sharded.unmerge()
-            assert collectives.sizes == []
+            assert collectives.sizes() == []
             assert torch.equal(sharded.weight.to_local(), before) or keep == "nothing"
         sharded.merge(safe_merge=True)
         torch.testing.assert_close(sharded(x), want, **EXACT)
@@ -112,14 +116,13 @@ def check_dropout_and_trained_bases(place: Place):
         for each in (plain, sharded):
             each.base_layer.requires_grad_(True)
             each(x).square().sum().backward()
-        for ours, theirs in zip(sharded.parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(full_tensor(ours.grad), theirs.grad, rtol=1e-9, atol=1e-9)
+        same_gradients(sharded, plain, nn.Module.parameters, rtol=1e-9, atol=1e-9)
 
 
 @worlds(2)
 def check_16_bit(place: Place):
-    for style, kind in product(STYLES, ({}, HADAMARD)):
-        plain, sharded = pair(place, style, dtype=torch.bfloat16, **kind)
+    for style, sizes, kind in FOUR_CASES:
+        plain, sharded = pair(place, style, *sizes, dtype=torch.bfloat16, **kind)
         x = inputs(plain, torch.bfloat16)
         y, want = sharded(x), plain(x)
         assert y.dtype == torch.bfloat16
@@ -130,25 +133,24 @@ def check_16_bit(place: Place):
             assert (full_tensor(ours.grad) - theirs.grad).norm() < 0.01 * theirs.grad.norm()
 
 
-@worlds(2, 4)
+@worlds(4)
 def check_from_shard(place: Place):
     """A rank that has nothing but its own nn.Linear; no weight is sent before forward."""
     mesh = place.mesh()
-    for style, kind in product(STYLES, ({"density": 1 / 3}, HADAMARD)):
-        plain = layer(36, 52, **kind)
-        rows, columns = plain.base_layer.weight.shape
-        dim = 0 if style is RandLoraColwise else 1
-        weight = plain.base_layer.weight.detach().chunk(place.world, dim)[place.rank]
+    for style, sizes, kind in FOUR_CASES:
+        plain = layer(*sizes, **kind)
+        weight, bias = (p.detach() for p in plain.base_layer.parameters())
+        cuts_outputs = style is RandLoraColwise
+        weight = weight.chunk(place.world, 0 if cuts_outputs else 1)[place.rank].clone()
         shard = nn.Linear(*reversed(weight.shape), dtype=torch.float64)
-        shard.weight.data = weight.clone()
-        bias = plain.base_layer.bias.detach()
-        shard.bias.data = bias.chunk(place.world)[place.rank] if rows != len(weight) else bias
+        shard.weight.data = weight
+        shard.bias.data = bias.chunk(place.world)[place.rank] if cuts_outputs else bias
         with RecordedCollectives() as collectives:
-            options = {"r": 5, "randlora_alpha": 10, "projection_prng_key": 9} | kind
-            sharded = ends(style).from_shard(shard, mesh, **options)
-        assert max(collectives.sizes) < 1000  # the options alone
-        assert sharded.base_layer.weight.to_local().data_ptr() == shard.weight.data_ptr()
-        assert (sharded.in_features, sharded.out_features) == (36, 52)
+            options = {"r": 5, "randlora_alpha": 10, "projection_prng_key": 9, "density": 1 / 3}
+            sharded = ends(style).from_shard(shard, mesh, **(options | kind))
+        assert max(collectives.sizes()) < 1000  # the options alone
+        assert sharded.base_layer.weight.to_local().data_ptr() == weight.data_ptr()
+        assert (sharded.in_features, sharded.out_features) == sizes
         x = inputs(plain)
         # a fresh adapter changes nothing
         torch.testing.assert_close(sharded(x), plain.base_layer(x), **EXACT)
@@ -167,7 +169,7 @@ def check_refusals(place: Place):
         with pytest.raises(ValueError, match="must be divisible by the 4 ranks of .*, got 54"):
             parallelize_module(plain, mesh, style())
         assert type(plain) is RandLoraLinear and type(plain.base_layer.weight) is nn.Parameter
-    for style in STYLES:
+
         fit = layer(36, 52)
         with pytest.raises(TypeError, match="serves RandLoraLinear, got Linear"):
             parallelize_module(nn.Linear(36, 52), mesh, style())
@@ -182,7 +184,7 @@ def check_refusals(place: Place):
             parallelize_module(fit, mesh, style())
         hook.remove()
         assert type(fit) is RandLoraLinear
-        done = parallelize_module(layer(36, 52), mesh, style())
+        done = parallelize_module(fit, mesh, style())
         with pytest.raises(TypeError, match="got TensorParallelRandLoraLinear"):
             parallelize_module(done, mesh, style())
         with pytest.raises(TypeError, match="shard must be an nn.Linear"):
@@ -235,7 +237,7 @@ class Pair(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.q, self.k = layer(36, 52), layer(36, 20)
+        self.q, self.k = layer(36, 52), layer(36, 20, **HADAMARD)
 
     def forward(self, x):
         return self.q(x).sum() + self.k(x).sum()
@@ -257,16 +259,5 @@ def check_a_shared_input(place: Place):
         gradients.append(x.grad)
     torch.testing.assert_close(*gradients, **EXACT)
     # One for dx, and one for lambda and gamma of each layer.
-    assert len(collectives.sizes) == 3 and collectives.sizes.count(8 * T * 36) == 1
-
-
-@worlds(2)
-def check_copies_and_repr(place: Place):
-    _, sharded = pair(place, RandLoraColwise)
-    twin, x = copy.deepcopy(sharded), torch.randn(T, 36, dtype=torch.float64)
-    assert type(twin) is TensorParallelRandLoraLinear
-    assert torch.equal(twin(x), sharded(x))
-    assert twin.bases["default"].packed() is sharded.bases["default"].packed()
-    assert "36->52; default: r=" in repr(sharded)
-    basis = sharded.bases["default"]
-    assert pickle.loads(pickle.dumps(basis)) == basis
+    sizes = collectives.sizes()
+    assert len(sizes) == 3 and sizes.count(8 * T * 36) == 1

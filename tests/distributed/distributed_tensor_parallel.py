@@ -36,7 +36,15 @@ SHAPES = (
     (20, 80, 3, 1 / 16),
     (80, 20, 3, 1 / 3),
 )
+PATHS = ("factored", "delta", "merged")
 HADAMARD = {"density": None, "basis": "hadamard"}  # any slice: also one that begins in a class
+# The four cases of the table, each kind of bases in every style and every orientation.
+FOUR_CASES = (
+    (RandLoraColwise, (36, 52), {}),
+    (RandLoraColwise, (52, 36), HADAMARD),
+    (RandLoraRowwise, (36, 52), HADAMARD),
+    (RandLoraRowwise, (52, 36), {}),
+)
 T = 6
 EXACT = dict(rtol=1e-11, atol=1e-11)
 
@@ -59,16 +67,15 @@ def diagonals(layer):
 @worlds(2, 4)
 def check_parity(place: Place):
     """y, dx, dlam, dgam against the unsharded layer in plain PyTorch; every case of the table."""
-    mesh = place.mesh()
+    mesh, two = place.mesh(), place.world == 2
+    for at, (style, (n_in, n_out, r, density)) in enumerate(product(STYLES, SHAPES)):
+        for path in PATHS if two else [PATHS[at % 3]]:
+            same_as_plain(mesh, style, layer(n_in, n_out, r, density), path)
+        for path in PATHS[::2] if two else [PATHS[::2][at % 2]]:
+            same_as_plain(mesh, style, layer(n_in, n_out, r, **HADAMARD), path)
+    one = place.mesh(place.world, 1, names=("dp", "tp"))["tp"]
     for style in STYLES:
-        for n_in, n_out, r, density in SHAPES:
-            for path in ("factored", "delta", "merged"):
-                same_as_plain(mesh, style, layer(n_in, n_out, r, density), path)
-            for path in ("factored", "merged"):
-                same_as_plain(mesh, style, layer(n_in, n_out, r, **HADAMARD), path)
-        one = place.mesh(place.world, 1, names=("dp", "tp"))["tp"]
-        for sizes in SHAPES[:2]:
-            same_as_plain(one, style, layer(*sizes), "factored")
+        same_as_plain(one, style, layer(36, 52), "factored")
 
 
 def same_as_plain(mesh, style, plain, path):
@@ -92,57 +99,36 @@ def same_as_plain(mesh, style, plain, path):
     assert all(p.grad.placements == p.placements for p in diagonals(sharded))
 
 
-@worlds(2, 4)
-def check_what_a_rank_holds(place: Place):
-    """Each rank holds the shares of the basis and of gamma that the sharding table gives."""
+@worlds(4)
+def check_what_a_rank_holds_and_sends(place: Place):
+    """Its shares of the basis and of gamma; one reduction of the gradients beside x's or y's."""
     mesh, world = place.mesh(), place.world
-    for style, kind in product(STYLES, ({}, HADAMARD)):
-        for n_in, n_out in ((36, 52), (52, 36)):
-            plain = layer(n_in, n_out, **kind)
-            sharded = parallelize_module(copy.deepcopy(plain), mesh, style())
-            whole_basis, basis = plain.bases["default"], sharded.bases["default"]
-            lam, gam = diagonals(sharded)
-            A, B = basis.dense()
-            shards_d = (style is RandLoraRowwise) == whole_basis.expand
-            assert A.shape == (whole_basis.r, whole_basis.d // (world if shards_d else 1))
-            assert B.shape == (whole_basis.D // (1 if shards_d else world), whole_basis.K)
-            assert lam.placements == (Replicate(),)
-            assert gam.placements == ((Shard(1) if shards_d else Replicate()),)
-            assert tuple(gam.shape) == (whole_basis.n, whole_basis.d)
-            assert sharded.base_layer.weight.to_local().numel() == n_in * n_out // world
-            if kind:
-                signs = basis.d + basis.D + basis.K
-                assert sum(t.nbytes for t in basis.packed()) == signs
+    for style, (n_in, n_out), kind in FOUR_CASES:
+        plain, cuts_outputs = layer(n_in, n_out, **kind), style is RandLoraColwise
+        whole, cuts_d = plain.bases["default"], cuts_outputs != plain.bases["default"].expand
+        sharded = parallelize_module(plain, mesh, style(), src_data_rank=None)
+        basis, (lam, gam) = sharded.bases["default"], diagonals(sharded)
+        A, B = basis.dense()
+        assert A.shape == (whole.r, whole.d // (world if cuts_d else 1))
+        assert B.shape == (whole.D // (1 if cuts_d else world), whole.K)
+        assert lam.placements == (Replicate(),)
+        assert gam.placements == ((Shard(1) if cuts_d else Replicate()),)
+        assert tuple(gam.shape) == (whole.n, whole.d)
+        assert sharded.base_layer.weight.to_local().numel() == n_in * n_out // world
+        if kind:
+            assert sum(t.nbytes for t in basis.packed()) == basis.d + basis.D + basis.K  # signs
 
-
-@worlds(2, 4)
-def check_communication(place: Place):
-    """One reduction of lambda's and gamma's gradients beside what the frozen layer sends anyway."""
-    mesh, bytes_of = place.mesh(), 8
-    for style in STYLES:
-        for n_in, n_out in ((36, 52), (52, 36)):
-            plain = layer(n_in, n_out)
-            basis = plain.bases["default"]
-            sharded = parallelize_module(plain, mesh, style(), src_data_rank=None)
-            x = torch.randn(T, n_in if style is RandLoraColwise else n_in // place.world)
-            x = x.double().requires_grad_()
-            shards_d = (style is RandLoraRowwise) == basis.expand
-            numbers = basis.K + (0 if shards_d else basis.n * basis.d)
+        x = torch.randn(T, n_in if cuts_outputs else n_in // world).double()
+        activations = 8 * T * (n_in if cuts_outputs else n_out)
+        gradients = 8 * (whole.K + (0 if cuts_d else whole.n * whole.d))
+        for wants_dx in (True, False):
             with RecordedCollectives() as forward:  # the bases are generated in here
-                y = sharded(x)
+                y = sharded(x.requires_grad_(wants_dx))
             with RecordedCollectives() as backward:
                 y.sum().backward()
-            activations = bytes_of * T * (n_in if style is RandLoraColwise else n_out)
-            diagonal = bytes_of * numbers
-            if style is RandLoraColwise:
-                assert forward.sizes == []
-                assert sorted(backward.sizes) == sorted([activations, diagonal])
-            else:
-                assert forward.sizes == [activations] and backward.sizes == [diagonal]
-            with RecordedCollectives() as nothing:
-                y = sharded(x.detach())
-                y.sum().backward() if style is RandLoraColwise else None
-            assert nothing.sizes == ([diagonal] if style is RandLoraColwise else [activations])
+            assert forward.sizes() == ([] if cuts_outputs else [activations])
+            sums = {gradients, activations} if cuts_outputs and wants_dx else {gradients}
+            assert sorted(backward.sizes()) == sorted(sums)
 
 
 class Mlp(nn.Module):
@@ -155,9 +141,6 @@ class Mlp(nn.Module):
         return x + self.down(torch.tanh(self.up(x)))
 
 
-PLAN = {"up": RandLoraColwise, "down": RandLoraRowwise}
-
-
 def mlp():
     torch.manual_seed(4)
     model = apply_randlora(Mlp(), ["up"], r=5, randlora_alpha=10, basis="hadamard")
@@ -167,8 +150,9 @@ def mlp():
     return model
 
 
-def sharded_mlp(mesh):
-    return parallelize_module(mlp(), mesh, {name: style() for name, style in PLAN.items()})
+def sharded_mlp(mesh, up=(), down=()):
+    plan = {"up": RandLoraColwise(**dict(up)), "down": RandLoraRowwise(**dict(down))}
+    return parallelize_module(mlp(), mesh, plan)
 
 
 def zero(parameters):
@@ -186,40 +170,30 @@ def train(model, steps, rows=slice(None)):
         optimizer.step()
 
 
-@worlds(2, 4)
-def check_training(place: Place):
-    """Adam steps of the sharded model follow the whole one's; replicas stay equal bit for bit."""
-    reference, model = mlp(), sharded_mlp(place.mesh())
-    train(reference, 3)
-    train(model, 3)
-    same_parameters(model, reference)
-    for parameter in diagonals(model):
-        if parameter.placements == (Replicate(),):
-            assert equal_on_all_ranks(parameter.to_local().detach(), place.world)
-
-
-@worlds(2, 4)
+@worlds(4)
 def check_sequence_parallel(place: Place):
     """Tokens sharded outside the pair of layers: gathered before, reduce-scattered after."""
-    mesh, reference, model = place.mesh(), mlp(), mlp()
-    tokens = RandLoraColwise(input_layouts=Shard(0)), RandLoraRowwise(output_layouts=Shard(0))
-    parallelize_module(model, mesh, dict(zip(PLAN, tokens, strict=True)))
+    tokens = {"input_layouts": Shard(0)}, {"output_layouts": Shard(0)}
+    reference, model = mlp(), sharded_mlp(place.mesh(), *tokens)
     train(reference, 1)
     share = 8 // place.world
     with RecordedCollectives() as collectives:
         train(model, 1, rows=slice(place.rank * share, (place.rank + 1) * share))
     same_parameters(model, reference)
-    assert "reduce_scatter_tensor.default" in [name for name, _ in collectives.sent]
+    assert collectives.sizes("reduce_scatter_tensor.default")
 
 
 @worlds(2, 4)
-def check_checkpoint(place: Place):
-    """torch.distributed.checkpoint: one model in any number of processes, or none at all."""
+def check_training_and_checkpoint(place: Place):
+    """Adam as of the whole model, replicas equal bit for bit; saved by 2, read by 2, 4 and one."""
     path = place.folder / "tensor-parallel"
     reference, model = mlp(), sharded_mlp(place.mesh())
     train(reference, 2)
-    if place.world == 2:  # the run of 4 processes, and a single one, read what 2 have written
+    if place.world == 2:
         train(model, 2)
+        for parameter in diagonals(model):
+            if parameter.placements == (Replicate(),):
+                assert equal_on_all_ranks(parameter.to_local().detach(), place.world)
         dcp.save({"model": model.state_dict()}, checkpoint_id=path)
     whole_state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     alone = mlp()
@@ -235,30 +209,22 @@ def check_checkpoint(place: Place):
 
 
 @worlds(4)
-def check_adapter_file(place: Place):
-    """One process's file goes into a model sharded in two ways and comes out again, bit for bit."""
+def check_with_fsdp(place: Place):
+    """Two by two: tensor parallel within, FSDP2 over halves of the batch; one process's file."""
     mesh = place.mesh(2, 2, names=("dp", "tp"))
-    model = sharded_mlp(mesh["tp"])
-    zero(diagonals(model))
+    reference, model = mlp(), sharded_mlp(mesh["tp"])
     one, four = (place.folder / f"{name}.safetensors" for name in ("one", "sharded"))
     if place.rank == 0:
-        save_adapter(mlp(), one)
+        save_adapter(reference, one)
     dist.barrier()
     for shard in (lambda: None, lambda: fully_shard(model, mesh=mesh["dp"])):
         shard()
+        zero(diagonals(model))
         load_adapter(model, one)
         save_adapter(model, four)
         dist.barrier()
         assert one.read_bytes() == four.read_bytes()
         dist.barrier()
-
-
-@worlds(4)
-def check_with_fsdp(place: Place):
-    """Two by two: tensor parallel within, FSDP2 over halves of the batch."""
-    mesh = place.mesh(2, 2, names=("dp", "tp"))
-    reference, model = mlp(), sharded_mlp(mesh["tp"])
-    fully_shard(model, mesh=mesh["dp"])
     model.set_gradient_divide_factor(1.0)  # the loss is a sum
     train(reference, 2)
     half = mesh["dp"].get_local_rank()
