@@ -26,8 +26,15 @@ INDEPENDENT = {"r": 5}
 HADAMARD = {"r": 7, "basis": "hadamard", "density": None}
 
 
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("kind", [1 / 3, 0.07, 1.0, "hadamard"])
+@pytest.mark.parametrize(
+    "kind, dtype, tolerance",
+    [
+        (1 / 3, torch.float64, 1e-10),
+        (0.07, torch.float32, 1e-5),
+        (1.0, torch.float32, 1e-5),
+        ("hadamard", torch.float64, 1e-10),
+    ],
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_agrees_with_reference(shape, kind, dtype, tolerance):
     *features, r = shape
