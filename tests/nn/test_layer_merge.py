@@ -77,14 +77,6 @@ def test_merging_errors_change_nothing():
         layer.merge()
 
 
-def test_merge_needs_a_floating_point_weight():
-    base = nn.Linear(8, 8)
-    layer = RandLoraLinear(base, r=2)
-    base.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TypeError, match="int8"):
-        layer.merge()
-
-
 @pytest.mark.parametrize("keep_weight", KEEP_WEIGHT)
 def test_a_merged_layer_refuses_to_load_before_anything_is_taken(keep_weight):
     layer = randomize(RandLoraLinear(make_base(24, 40), r=5))
