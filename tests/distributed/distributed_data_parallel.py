@@ -3,11 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from distributed_ranks import (
     Place,
     RecordedCollectives,
-    adam,
     bytes_of,
     full_tensor,
     same_parameters,
@@ -15,7 +13,6 @@ from distributed_ranks import (
     worlds,
 )
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -106,31 +103,6 @@ def check_fsdp_16_bit(place: Place):
             assert ours.dtype == ours.grad.dtype == torch.float32
             gradient = full_tensor(ours.grad)
             assert (gradient - theirs.grad.float()).norm() < 0.02 * theirs.grad.float().norm()
-
-
-@worlds(2, 4)
-def check_fsdp_trains_and_resumes(place: Place):
-    """As one process; model and optimizer, saved by 2 after step 2, are resumed by 2 and by 4."""
-    path = place.folder / "fsdp"
-    if place.world == 2:
-        model = sharded()
-        optimizer = adam(model)
-        train(model, optimizer, range(2), lambda x: share(place, x))
-        states = get_state_dict(model, optimizer)
-        dcp.save(dict(zip(("model", "optimizer"), states, strict=True)), checkpoint_id=path)
-    reference = make()
-    train(reference, adam(reference), range(4))
-
-    model = sharded()
-    optimizer = adam(model)
-    for parameter in model.parameters():
-        nn.init.zeros_(parameter)
-    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    dcp.load(states, checkpoint_id=path)
-    loaded = {"model_state_dict": states["model"], "optim_state_dict": states["optimizer"]}
-    set_state_dict(model, optimizer, **loaded)
-    train(model, optimizer, range(2, 4), lambda x: share(place, x))
-    same_parameters(model, reference)
 
 
 @worlds(2)

@@ -7,6 +7,7 @@ from itertools import product
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from distributed_data_parallel import batch, make, sharded, share, train
 from distributed_ranks import (
     Place,
     RecordedCollectives,
@@ -14,15 +15,16 @@ from distributed_ranks import (
     equal_on_all_ranks,
     full_tensor,
     same_parameters,
+    trained,
     worlds,
 )
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
-from randlora_ext import RandLoraLinear, apply_randlora, load_adapter, save_adapter
+from randlora_ext import RandLoraLinear, load_adapter, save_adapter
 from randlora_ext.distributed import RandLoraColwise, RandLoraRowwise
 from randlora_ext.reference import linear_reference
 
@@ -131,28 +133,60 @@ def check_what_a_rank_holds_and_sends(place: Place):
             assert sorted(backward.sizes()) == sorted(sums)
 
 
-class Mlp(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up = nn.Linear(36, 60, dtype=torch.float64)
-        self.down = nn.Linear(60, 36, dtype=torch.float64)
-
-    def forward(self, x):
-        return x + self.down(torch.tanh(self.up(x)))
+def tensor_parallel(mesh, first=(), second=()):
+    """Hadamard bases, cut by inputs, after independent ones, cut by outputs."""
+    plan = {"0": RandLoraColwise(**dict(first)), "2": RandLoraRowwise(**dict(second))}
+    return parallelize_module(make(), mesh, plan)
 
 
-def mlp():
-    torch.manual_seed(4)
-    model = apply_randlora(Mlp(), ["up"], r=5, randlora_alpha=10, basis="hadamard")
-    model = apply_randlora(model, ["down"], r=5, randlora_alpha=10, density=1 / 3)
+@worlds(4)
+def check_sequence_parallel(place: Place):
+    """Tokens sharded outside the pair of layers: gathered before, reduce-scattered after."""
+    tokens = {"input_layouts": Shard(0)}, {"output_layouts": Shard(0)}
+    reference, model = make(), tensor_parallel(place.mesh(), *tokens)
+    reference(batch(0)).square().sum().backward()
+    with RecordedCollectives() as collectives:
+        model(share(place, batch(0))).square().sum().backward()
+    assert collectives.sizes("reduce_scatter_tensor.default")
+    for ours, theirs in zip(trained(model), trained(reference), strict=True):
+        torch.testing.assert_close(full_tensor(ours.grad), theirs.grad, rtol=1e-9, atol=1e-9)
+
+
+@worlds(2, 4)
+def check_training_and_checkpoints(place: Place):
+    """Adam as of one process; model and optimizer, saved by 2, are resumed by 2, by 4 and by one.
+
+    Replicas stay equal bit for bit.
+    """
+    reference, mesh = make(), place.mesh()
+    train(reference, adam(reference), range(4))
+    for name, build, select in (
+        ("fsdp", sharded, lambda x: share(place, x)),
+        ("tensor-parallel", lambda: tensor_parallel(mesh), lambda x: x),
+    ):
+        path = place.folder / name
+        if place.world == 2:
+            model = build()
+            optimizer = adam(model)
+            train(model, optimizer, range(2), select)
+            dcp.save(states(model, optimizer), checkpoint_id=path)
+        for model, rows in ((make(), lambda x: x), (build(), select)):
+            optimizer = adam(model)
+            zero(model.parameters())
+            loaded = states(model, optimizer)
+            dcp.load(loaded, checkpoint_id=path)
+            set_state_dict(model, optimizer, **loaded)
+            train(model, optimizer, range(2, 4), rows)
+            same_parameters(model, reference)
+            assert list(model.state_dict()) == list(reference.state_dict())
     for parameter in diagonals(model):
-        nn.init.normal_(parameter, std=0.3)
-    return model
+        if parameter.placements == (Replicate(),):
+            assert equal_on_all_ranks(parameter.to_local().detach(), place.world)
 
 
-def sharded_mlp(mesh, up=(), down=()):
-    plan = {"up": RandLoraColwise(**dict(up)), "down": RandLoraRowwise(**dict(down))}
-    return parallelize_module(mlp(), mesh, plan)
+def states(model, optimizer):
+    names = ("model_state_dict", "optim_state_dict")
+    return dict(zip(names, get_state_dict(model, optimizer), strict=True))
 
 
 def zero(parameters):
@@ -160,59 +194,11 @@ def zero(parameters):
         nn.init.zeros_(parameter)
 
 
-def train(model, steps, rows=slice(None)):
-    optimizer = adam(model)
-    for step in range(steps):
-        x = torch.randn(8, 36, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
-        loss = model(x[rows]).square().sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
-@worlds(4)
-def check_sequence_parallel(place: Place):
-    """Tokens sharded outside the pair of layers: gathered before, reduce-scattered after."""
-    tokens = {"input_layouts": Shard(0)}, {"output_layouts": Shard(0)}
-    reference, model = mlp(), sharded_mlp(place.mesh(), *tokens)
-    train(reference, 1)
-    share = 8 // place.world
-    with RecordedCollectives() as collectives:
-        train(model, 1, rows=slice(place.rank * share, (place.rank + 1) * share))
-    same_parameters(model, reference)
-    assert collectives.sizes("reduce_scatter_tensor.default")
-
-
-@worlds(2, 4)
-def check_training_and_checkpoint(place: Place):
-    """Adam as of the whole model, replicas equal bit for bit; saved by 2, read by 2, 4 and one."""
-    path = place.folder / "tensor-parallel"
-    reference, model = mlp(), sharded_mlp(place.mesh())
-    train(reference, 2)
-    if place.world == 2:
-        train(model, 2)
-        for parameter in diagonals(model):
-            if parameter.placements == (Replicate(),):
-                assert equal_on_all_ranks(parameter.to_local().detach(), place.world)
-        dcp.save({"model": model.state_dict()}, checkpoint_id=path)
-    whole_state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    alone = mlp()
-    for each in (model, alone):  # plain tensors take the whole of each DTensor
-        zero(each.parameters())
-        dcp.load({"model": each.state_dict()}, checkpoint_id=path)
-        same_parameters(each, reference)
-    assert list(model.state_dict()) == list(alone.state_dict()) == list(reference.state_dict())
-    assert not any("basis" in key or "_A" in key or "_B" in key for key in model.state_dict())
-    if place.world == 2 and place.rank == 0:  # as one ordinary file, exactly
-        for key, value in whole_state.items():
-            assert torch.equal(value, alone.state_dict()[key])
-
-
 @worlds(4)
 def check_with_fsdp(place: Place):
     """Two by two: tensor parallel within, FSDP2 over halves of the batch; one process's file."""
     mesh = place.mesh(2, 2, names=("dp", "tp"))
-    reference, model = mlp(), sharded_mlp(mesh["tp"])
+    reference, model = make(), tensor_parallel(mesh["tp"])
     one, four = (place.folder / f"{name}.safetensors" for name in ("one", "sharded"))
     if place.rank == 0:
         save_adapter(reference, one)
@@ -225,8 +211,6 @@ def check_with_fsdp(place: Place):
         dist.barrier()
         assert one.read_bytes() == four.read_bytes()
         dist.barrier()
-    model.set_gradient_divide_factor(1.0)  # the loss is a sum
-    train(reference, 2)
-    half = mesh["dp"].get_local_rank()
-    train(model, 2, rows=slice(4 * half, 4 * half + 4))
+    train(reference, adam(reference), range(2))
+    train(model, adam(model), range(2), lambda x: x.chunk(2)[mesh["dp"].get_local_rank()])
     same_parameters(model, reference)

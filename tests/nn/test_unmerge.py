@@ -239,6 +239,30 @@ def test_after_ctrl_c_weight_and_state_agree(kind, action, keep):
     assert states == {True, False}
 
 
+@pytest.mark.parametrize("action", ["merge_adapter", "unmerge_adapter"])
+def test_ctrl_c_leaves_a_model_that_unmerges(action):
+    pytest.importorskip("peft")
+    from peft_helpers import layers
+    from peft_helpers import made as make_model
+
+    model = make_model(sparse=True)
+    weights = [layer.get_base_layer().weight for layer in layers(model)]
+    before = [bits(weight) for weight in weights]
+    counts = set()
+    if action == "unmerge_adapter":
+        model.merge_adapter()
+    for _ in interrupts(getattr(model, action), "randlora_ext/nn/merging"):
+        counts.add(sum(layer.merged for layer in layers(model)))
+        with warnings.catch_warnings():  # layers that are unmerged warn
+            warnings.simplefilter("ignore")
+            model.unmerge_adapter()
+        assert all(map(torch.equal, map(bits, weights), before))
+        if action == "unmerge_adapter":
+            model.merge_adapter()
+    assert counts == {0, 1, 2, 3}
+    assert layers(model)[0].merged == (action == "merge_adapter")
+
+
 @pytest.mark.parametrize("keep", ["host", "nothing"])
 def test_a_merged_adapter_that_is_deleted(keep):
     """PEFT up to 0.20 deletes it and leaves it in the weight; so it stays if nothing was kept."""
