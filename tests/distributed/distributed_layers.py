@@ -1,15 +1,16 @@
-"""Checks of the rest of a tensor-parallel layer, run by test_distributed.py."""
+"""Checks of a tensor-parallel layer, run by test_distributed.py."""
 
 import copy
+import os
 import pickle
+from itertools import product
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed_ranks import Place, RecordedCollectives, full_tensor, worlds
-from distributed_tensor_parallel import EXACT, FOUR_CASES, HADAMARD, STYLES, T, diagonals, layer
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import PrepareModuleInput, parallelize_module
 
 from randlora_ext import RandLoraLinear, load_adapter, save_adapter
@@ -18,10 +19,115 @@ from randlora_ext.distributed import (
     RandLoraRowwise,
     TensorParallelRandLoraLinear,
 )
+from randlora_ext.reference import linear_reference
+
+STYLES = (RandLoraColwise, RandLoraRowwise)
+# in, out, r, density: odd multiples of 4, overhanging last bases, both packed formats, slices whose
+# D is below their d, and a sharded side that ends as large as the other.
+SHAPES = (
+    (36, 52, 5, 1 / 3),
+    (52, 36, 5, 1 / 16),
+    (44, 44, 7, 1 / 3),
+    (20, 80, 3, 1 / 16),
+    (80, 20, 3, 1 / 3),
+)
+PATHS = ("factored", "delta", "merged")
+HADAMARD = {"density": None, "basis": "hadamard"}  # any slice: also one that begins in a class
+# The four cases of the table, each kind of bases in every style and every orientation.
+FOUR_CASES = (
+    (RandLoraColwise, (36, 52), {}),
+    (RandLoraColwise, (52, 36), HADAMARD),
+    (RandLoraRowwise, (36, 52), HADAMARD),
+    (RandLoraRowwise, (52, 36), {}),
+)
+T = 6
+EXACT = dict(rtol=1e-11, atol=1e-11)
+
+
+def layer(n_in, n_out, r=5, density=1 / 3, dtype=torch.float64, **options):
+    """An adapted layer with lambda and gamma that are no longer the initial ones."""
+    torch.manual_seed(0)
+    made = RandLoraLinear(
+        nn.Linear(n_in, n_out, dtype=dtype), r, r * 2.0, density, projection_prng_key=9, **options
+    )
+    for parameter in made.adapter_parameters():
+        nn.init.normal_(parameter)
+    return made
+
+
+def diagonals(layer):
+    return [p for name, p in layer.named_parameters() if "randlora" in name]
 
 
 def ends(style):
     return style(input_layouts=Replicate(), output_layouts=Replicate())
+
+
+@worlds(2, 4)
+def check_parity(place: Place):
+    """y, dx, dlam, dgam against the unsharded layer in plain PyTorch; every case of the table."""
+    mesh, two = place.mesh(), place.world == 2
+    for at, (style, (n_in, n_out, r, density)) in enumerate(product(STYLES, SHAPES)):
+        for path in PATHS if two else [PATHS[at % 3]]:
+            same_as_plain(mesh, style, layer(n_in, n_out, r, density), path)
+        for path in PATHS[::2] if two else [PATHS[::2][at % 2]]:
+            same_as_plain(mesh, style, layer(n_in, n_out, r, **HADAMARD), path)
+    one = place.mesh(place.world, 1, names=("dp", "tp"))["tp"]
+    for style in STYLES:
+        same_as_plain(one, style, layer(36, 52), "factored")
+
+
+def same_as_plain(mesh, style, plain, path):
+    sharded = copy.deepcopy(plain)
+    os.environ["RANDLORA_PATH"] = path
+    parallelize_module(sharded, mesh, ends(style))
+    x = torch.randn(2, T // 2, plain.in_features, dtype=torch.float64)
+    dy = torch.randn(2, T // 2, plain.out_features, dtype=torch.float64)
+    leaves = [t.detach().clone().requires_grad_() for t in (x, *diagonals(plain))]
+    A, B = plain.bases["default"].dense(dtype=torch.float64)
+    base = plain.base_layer
+    want = linear_reference(leaves[0], base.weight, base.bias, A, B, *leaves[1:], 2.0)
+    x.requires_grad_()
+    got = sharded(x)
+    del os.environ["RANDLORA_PATH"]
+    torch.testing.assert_close(got, want, **EXACT)
+    want.backward(dy)
+    got.backward(dy)
+    for ours, reference in zip((x, *diagonals(sharded)), leaves, strict=True):
+        torch.testing.assert_close(full_tensor(ours.grad), reference.grad, **EXACT)
+    assert all(p.grad.placements == p.placements for p in diagonals(sharded))
+
+
+@worlds(4)
+def check_what_a_rank_holds_and_sends(place: Place):
+    """Its shares of the basis and of gamma; one reduction of the gradients beside x's or y's."""
+    mesh, world = place.mesh(), place.world
+    for style, (n_in, n_out), kind in FOUR_CASES:
+        plain, cuts_outputs = layer(n_in, n_out, **kind), style is RandLoraColwise
+        whole, cuts_d = plain.bases["default"], cuts_outputs != plain.bases["default"].expand
+        sharded = parallelize_module(plain, mesh, style(), src_data_rank=None)
+        basis, (lam, gam) = sharded.bases["default"], diagonals(sharded)
+        A, B = basis.dense()
+        assert A.shape == (whole.r, whole.d // (world if cuts_d else 1))
+        assert B.shape == (whole.D // (1 if cuts_d else world), whole.K)
+        assert lam.placements == (Replicate(),)
+        assert gam.placements == ((Shard(1) if cuts_d else Replicate()),)
+        assert tuple(gam.shape) == (whole.n, whole.d)
+        assert sharded.base_layer.weight.to_local().numel() == n_in * n_out // world
+        if kind:
+            assert sum(t.nbytes for t in basis.packed()) == basis.d + basis.D + basis.K  # signs
+
+        x = torch.randn(T, n_in if cuts_outputs else n_in // world).double()
+        activations = 8 * T * (n_in if cuts_outputs else n_out)
+        gradients = 8 * (whole.K + (0 if cuts_d else whole.n * whole.d))
+        for wants_dx in (True, False):
+            with RecordedCollectives() as forward:  # the bases are generated in here
+                y = sharded(x.requires_grad_(wants_dx))
+            with RecordedCollectives() as backward:
+                y.sum().backward()
+            assert forward.sizes() == ([] if cuts_outputs else [activations])
+            sums = {gradients, activations} if cuts_outputs and wants_dx else {gradients}
+            assert sorted(backward.sizes()) == sorted(sums)
 
 
 def pair(place, style, *sizes, **options):

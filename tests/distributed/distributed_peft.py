@@ -2,7 +2,6 @@
 
 import peft
 import torch
-from distributed_data_parallel import SIZES, batch, share, train
 from distributed_ranks import (
     Place,
     RecordedCollectives,
@@ -12,6 +11,7 @@ from distributed_ranks import (
     trained,
     worlds,
 )
+from distributed_training import SIZES, batch, share, train
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard

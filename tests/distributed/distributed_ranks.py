@@ -26,7 +26,7 @@ def importable(name: str) -> bool:
     return (not package or importable(package)) and importlib.util.find_spec(name) is not None
 
 
-MODULES = ["distributed_data_parallel", "distributed_tensor_parallel", "distributed_layers"]
+MODULES = ["distributed_training", "distributed_layers"]
 if importable("peft"):
     MODULES += ["distributed_peft"]
     if importable("transformers.distributed.tensor_parallel"):  # since 5.17

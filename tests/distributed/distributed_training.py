@@ -1,23 +1,29 @@
-"""Checks of DDP and FSDP2, run by test_distributed.py."""
+"""Checks of DDP, FSDP2 and tensor-parallel training, run by test_distributed.py."""
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from distributed_ranks import (
     Place,
     RecordedCollectives,
+    adam,
     bytes_of,
+    equal_on_all_ranks,
     full_tensor,
     same_parameters,
     trained,
     worlds,
 )
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from randlora_ext import apply_randlora, delta_weight, load_adapter, save_adapter
+from randlora_ext.distributed import RandLoraColwise, RandLoraRowwise
 
 ROWS, SIZES = 8, (24, 40)
 
@@ -41,6 +47,12 @@ def sharded(dtype=torch.float64, **options):
     return fully_shard(model, **options)
 
 
+def tensor_parallel(mesh, first=(), second=()):
+    """Hadamard bases, cut by inputs, after independent ones, cut by outputs."""
+    plan = {"0": RandLoraColwise(**dict(first)), "2": RandLoraRowwise(**dict(second))}
+    return parallelize_module(make(), mesh, plan)
+
+
 def batch(step, dtype=torch.float64):
     generator = torch.Generator().manual_seed(step)
     return torch.randn(ROWS, SIZES[0], generator=generator, dtype=torch.float64).to(dtype)
@@ -56,6 +68,16 @@ def train(model, optimizer, steps, select=lambda x: x):
         optimizer.zero_grad()
         model(select(batch(step))).square().mean().backward()
         optimizer.step()
+
+
+def states(model, optimizer):
+    names = ("model_state_dict", "optim_state_dict")
+    return dict(zip(names, get_state_dict(model, optimizer), strict=True))
+
+
+def zero(parameters):
+    for parameter in parameters:
+        nn.init.zeros_(parameter)
 
 
 @worlds(2)
@@ -115,8 +137,7 @@ def check_adapter_file(place: Place):
     assert file.read_bytes() == alone.read_bytes()
     ddp = DistributedDataParallel(make())
     for each in (model, ddp):
-        for parameter in trained(each):
-            nn.init.zeros_(parameter)
+        zero(trained(each))
         load_adapter(each, file)
         same_parameters(getattr(each, "module", each), reference, rtol=0, atol=0)
 
@@ -157,3 +178,70 @@ def check_fsdp_outside_forward(place: Place):
     with pytest.raises(ValueError, match="NaNs detected"):
         layer.merge(safe_merge=True)
     assert not layer.merged and torch.equal(full_tensor(layer.base_layer.weight), before)
+
+
+@worlds(4)
+def check_sequence_parallel(place: Place):
+    """Tokens sharded outside the pair of layers: gathered before, reduce-scattered after."""
+    tokens = {"input_layouts": Shard(0)}, {"output_layouts": Shard(0)}
+    reference, model = make(), tensor_parallel(place.mesh(), *tokens)
+    reference(batch(0)).square().sum().backward()
+    with RecordedCollectives() as collectives:
+        model(share(place, batch(0))).square().sum().backward()
+    assert collectives.sizes("reduce_scatter_tensor.default")
+    for ours, theirs in zip(trained(model), trained(reference), strict=True):
+        torch.testing.assert_close(full_tensor(ours.grad), theirs.grad, rtol=1e-9, atol=1e-9)
+
+
+@worlds(2, 4)
+def check_training_and_checkpoints(place: Place):
+    """Adam as of one process; model and optimizer, saved by 2, are resumed by 2, by 4 and by one.
+
+    Replicas stay equal bit for bit.
+    """
+    reference, mesh = make(), place.mesh()
+    train(reference, adam(reference), range(4))
+    for name, build, select in (
+        ("fsdp", sharded, lambda x: share(place, x)),
+        ("tensor-parallel", lambda: tensor_parallel(mesh), lambda x: x),
+    ):
+        path = place.folder / name
+        if place.world == 2:
+            model = build()
+            optimizer = adam(model)
+            train(model, optimizer, range(2), select)
+            dcp.save(states(model, optimizer), checkpoint_id=path)
+        for model, rows in ((make(), lambda x: x), (build(), select)):
+            optimizer = adam(model)
+            zero(model.parameters())
+            loaded = states(model, optimizer)
+            dcp.load(loaded, checkpoint_id=path)
+            set_state_dict(model, optimizer, **loaded)
+            train(model, optimizer, range(2, 4), rows)
+            same_parameters(model, reference)
+            assert list(model.state_dict()) == list(reference.state_dict())
+    for parameter in trained(model):
+        if parameter.placements == (Replicate(),):
+            assert equal_on_all_ranks(parameter.to_local().detach(), place.world)
+
+
+@worlds(4)
+def check_with_fsdp(place: Place):
+    """Two by two: tensor parallel within, FSDP2 over halves of the batch; one process's file."""
+    mesh = place.mesh(2, 2, names=("dp", "tp"))
+    reference, model = make(), tensor_parallel(mesh["tp"])
+    one, four = (place.folder / f"{name}.safetensors" for name in ("one", "sharded"))
+    if place.rank == 0:
+        save_adapter(reference, one)
+    dist.barrier()
+    for shard in (lambda: None, lambda: fully_shard(model, mesh=mesh["dp"])):
+        shard()
+        zero(trained(model))
+        load_adapter(model, one)
+        save_adapter(model, four)
+        dist.barrier()
+        assert one.read_bytes() == four.read_bytes()
+        dist.barrier()
+    train(reference, adam(reference), range(2))
+    train(model, adam(model), range(2), lambda x: x.chunk(2)[mesh["dp"].get_local_rank()])
+    same_parameters(model, reference)
