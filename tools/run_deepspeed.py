@@ -6,14 +6,12 @@ Not part of the suite, as DeepSpeed is large and compiles an extension when it f
 """
 
 import os
-import socket
-import subprocess
-import sys
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.run import main as launch
 
-WORLD, STEPS, LIMIT = 2, 3, 900
+WORLD, STEPS = 2, 3
 CONFIG = {
     "train_micro_batch_size_per_gpu": 4,
     # Every parameter is partitioned, the smallest too.
@@ -115,40 +113,20 @@ def compare(title: str, adapt, build_partitioned: bool, rank: int) -> None:
 
 
 def main() -> None:
-    if "RANK" in os.environ:
-        import deepspeed
+    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    if "RANK" not in os.environ:
+        launch(["--standalone", "--nproc-per-node", str(WORLD), __file__])
+        return
+    import deepspeed
 
-        torch.set_num_threads(1)
-        deepspeed.init_distributed(dist_backend="gloo")
-        for partitioned in (False, True):
-            built = "built partitioned (zero.Init)" if partitioned else "partitioned afterwards"
-            compare(f"RandLoraLinear, {built}", plain, partitioned, int(os.environ["RANK"]))
-            compare(f"PEFT on our kernels, {built}", in_peft, partitioned, int(os.environ["RANK"]))
-        torch.distributed.barrier()
-        os._exit(0)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = os.environ | {
-        "DS_ACCELERATOR": "cpu",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": str(WORLD),
-        "OMP_NUM_THREADS": "1",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        codes = [rank.wait(timeout=LIMIT) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    raise SystemExit(any(codes))
+    torch.set_num_threads(1)
+    deepspeed.init_distributed(dist_backend="gloo")
+    for partitioned in (False, True):
+        built = "built partitioned (zero.Init)" if partitioned else "partitioned afterwards"
+        compare(f"RandLoraLinear, {built}", plain, partitioned, int(os.environ["RANK"]))
+        compare(f"PEFT on our kernels, {built}", in_peft, partitioned, int(os.environ["RANK"]))
+    torch.distributed.barrier()
+    os._exit(0)
 
 
 if __name__ == "__main__":

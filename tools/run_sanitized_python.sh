@@ -35,7 +35,7 @@ if [ $# -eq 0 ]; then
   case $kind in
     *address*) set -- tests/ops/test_{linear,autograd,delta_weight,scaled_basis,errors}.py \
       tests/ops/test_{nonfinite,merged_weight,properties,isa}.py \
-      tests/basis/test_{packed,basis,basis_spec}.py tests/nn/test_{layer,layer_merge}.py \
+      tests/basis/test_{packed,basis,basis_spec}.py tests/nn/test_layer.py \
       -k "not test_compiled_layer" ;;
     *thread*) set -- tests/ops/test_concurrency.py -k "(bits or drop or dense_b) and not -4]" ;;
   esac

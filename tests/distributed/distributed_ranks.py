@@ -1,22 +1,16 @@
 """Runs checks of distributed programs: one start of the processes for all that need so many.
 
-    python tests/distributed/distributed_ranks.py FOLDER      all ranks; started by `run`
+    python tests/distributed/distributed_ranks.py FOLDER
 
-A check is a function ``check_NAME(place)`` of one of `MODULES`; its ``WORLDS`` says for which
-numbers of processes. After each check the ranks compare their results, and stop if some failed
-and some did not.
+A check is a function ``check_NAME(place)`` of one of `MODULES`; `worlds` says for which numbers of
+processes. The first that fails ends all. What rank 1 of 4 says is in FOLDER/4-1.txt.
 """
 
-import contextlib
 import importlib.util
-import json
 import os
-import signal
-import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -32,14 +26,13 @@ def importable(name: str) -> bool:
     return (not package or importable(package)) and importlib.util.find_spec(name) is not None
 
 
-MODULES = ["distributed_data_parallel", "distributed_tensor_parallel", "distributed_layers"]
+MODULES = ["distributed_training", "distributed_layers"]
 if importable("peft"):
     MODULES += ["distributed_peft"]
     if importable("transformers.distributed.tensor_parallel"):  # since 5.17
         MODULES += ["distributed_tp_plan"]
 NUMBERS = (2, 4)  # of processes, in this order: 4 read the checkpoints of 2
 HANG = 120  # seconds in one collective
-OVERALL = 900  # seconds for all checks
 
 
 @dataclass
@@ -68,13 +61,16 @@ class RecordedCollectives(TorchDispatchMode):
             self.sent.append((func.__name__, max(t.numel() * t.itemsize for t in tensors)))
         return func(*args, **(kwargs or {}))
 
-    @property
-    def sizes(self) -> list[int]:
-        return [size for _, size in self.sent]
+    def sizes(self, operator: str = "") -> list[int]:
+        return [size for name, size in self.sent if operator in name]
 
 
 def trained(model):
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def bytes_of(parameters):
+    return sum(p.numel() * p.itemsize for p in parameters)
 
 
 def adam(model):
@@ -98,65 +94,30 @@ def same_parameters(model, reference, rtol=1e-9, atol=1e-9):
         torch.testing.assert_close(full_tensor(ours), theirs, rtol=rtol, atol=atol)
 
 
-def checks(world: int) -> dict[str, Callable[[Place], None]]:
-    """The checks for so many processes by name, in the order of the files."""
-    return {
-        f"{module}.{name}": check
-        for module in MODULES
-        for name, check in vars(importlib.import_module(module)).items()
-        if name.startswith("check_") and world in check.WORLDS
-    }
-
-
 def worlds(*sizes: int):
     """Decorator: the numbers of processes of a check."""
 
     def mark(check):
-        check.WORLDS = sizes
+        check.worlds = sizes
         return check
 
     return mark
 
 
-def run(folder: Path) -> dict[str, str]:
-    """The result of each check: "ok", or what every failing rank reported."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
-    command = [sys.executable, __file__, str(folder)]
-    ranks = subprocess.Popen(command, env=environment, start_new_session=True)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        ranks.wait(OVERALL)
-    with contextlib.suppress(ProcessLookupError):  # there is none left
-        os.killpg(ranks.pid, signal.SIGKILL)
-    ranks.wait()
-    results = {}
-    for world in NUMBERS:
-        found: dict[str, list[str]] = {name: [] for name in checks(world)}
-        tails = ""
-        for output in sorted(folder.glob(f"{world}-*.txt")):
-            said = output.read_text()
-            tails += f"--- {output.name}\n{said[-1500:]}\n"
-            for line in said.splitlines():
-                if line.startswith("RESULT "):
-                    name, verdict = json.loads(line[7:])
-                    found[name].append(verdict)
-        for name, verdicts in found.items():
-            told = "ok" if verdicts == ["ok"] * world else f"{verdicts or 'did not run'}\n{tails}"
-            results[f"{name} on {world}"] = told
-    return results
-
-
 def main(folder: Path) -> None:
     """Forks the ranks when all is imported, and waits for them; after one failed not for long."""
     torch.set_num_threads(1)
-    checks(2)
+    modules = [importlib.import_module(name) for name in MODULES]
+    everything = [value for module in modules for value in vars(module).values()]
     for world in NUMBERS:
+        checks = [value for value in everything if world in getattr(value, "worlds", ())]
         children = set()
         for rank in range(world):
             if (child := os.fork()) == 0:
                 with (folder / f"{world}-{rank}.txt").open("w") as out:
                     os.dup2(out.fileno(), 1)
                     os.dup2(out.fileno(), 2)
-                run_rank(rank, world, folder)
+                run_rank(Place(rank, world, folder), checks)
             children.add(child)
         while children:
             child, status = os.wait()
@@ -166,28 +127,24 @@ def main(folder: Path) -> None:
                 sys.exit(1)
 
 
-def run_rank(rank: int, world: int, folder: Path) -> None:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / f'{world}.store'}",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=HANG),
-    )
-    place = Place(rank, world, folder)
-    for name, check in checks(world).items():
-        began = time.perf_counter()
-        try:
+def run_rank(place: Place, checks: list) -> None:
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{place.folder / f'{place.world}.store'}",
+            rank=place.rank,
+            world_size=place.world,
+            timeout=timedelta(seconds=HANG),
+        )
+        for check in checks:
+            began = time.perf_counter()
+            print(f"{check.__module__}.{check.__name__}", flush=True)
             check(place)
-            verdict = "ok"
-        except BaseException:
-            verdict = traceback.format_exc()
-        print("RESULT", json.dumps([name, verdict]), flush=True)
-        print(f"{name} took {time.perf_counter() - began:.2f} s", flush=True)
-        verdicts = [None] * world
-        dist.all_gather_object(verdicts, verdict)
-        if len({v == "ok" for v in verdicts}) > 1:
-            os._exit(1)  # ranks are no longer at the same place
+            print(f"  passed in {time.perf_counter() - began:.2f} s", flush=True)
+            dist.barrier()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
     os._exit(0)  # taking the gloo group down at exit hangs now and then
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_ranks import Place, RecordedCollectives, equal_on_all_ranks, worlds
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.distributed import DistributedConfig
 from transformers.pytorch_utils import Conv1D
@@ -27,12 +27,13 @@ BASES = (
 )
 TOKENS = torch.arange(24).view(3, 8)
 LIMITS = dict(rtol=1e-4, atol=1e-6)
+UP = "base_model.model.model.layers.0.mlp.up_proj"
 
 
 def load(place: Place, ranks: int = 1):
     folder = place.folder / "llama"
     if place.rank == 0 and not folder.exists():
-        sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=64)
+        sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, vocab_size=64)
         heads = dict(num_attention_heads=8, num_key_value_heads=4, initializer_range=0.2)
         torch.manual_seed(0)
         made = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads, attention_bias=True))
@@ -69,41 +70,34 @@ def pair(place: Place, **basis):
     return models
 
 
-def loss(model):
-    return model(TOKENS, labels=TOKENS).loss
+def loss(model, **inputs):
+    return model(**(inputs or {"input_ids": TOKENS}), labels=TOKENS).loss
 
 
 def parallel_layers(model):
     return [m for m in model.modules() if isinstance(m, TensorParallelLinear)]
 
 
-def saved_and_opened(place: Place, sharded, name):
-    """All ranks save together, since PEFT gathers; one process, or the sharded model, opens it."""
-    sharded.save_pretrained(place.folder / name, is_main_process=place.rank == 0)
-    dist.barrier()
-    for ranks in (1, place.world):
-        model = peft.PeftModel.from_pretrained(load(place, ranks), place.folder / name)
-        torch.testing.assert_close(loss(model), loss(sharded), **LIMITS)
-
-
 @worlds(2, 4)
 def check_training(place: Place):
-    """Loss, gradients and merging for each kind of bases."""
-    for basis in BASES:
-        whole, sharded = pair(place, **basis)
-        want, got = loss(whole), loss(sharded)
-        torch.testing.assert_close(got, want, **LIMITS)
-        want.backward()
-        got.backward()
-        parameters = trained(sharded)
-        assert parameters.keys() == trained(whole).keys()
-        for name, parameter in trained(whole).items():
-            grad = parameters[name].grad
-            assert (grad - parameter.grad).norm() < 1e-4 * parameter.grad.norm(), (basis, name)
+    """Loss, gradients, merging and the file for each kind of bases."""
+    for at, basis in enumerate(BASES):
+        models, losses, gradients = pair(place, **basis), [], []
+        for model in models:
+            x = torch.randn(3, 8, 64, generator=torch.Generator().manual_seed(1))
+            losses.append(loss(model, inputs_embeds=x.requires_grad_()))
+            losses[-1].backward()
+            gradients.append({"x": x.grad} | {n: p.grad for n, p in trained(model).items()})
+        torch.testing.assert_close(*losses, **LIMITS)
+        (whole, sharded), (want, got) = models, gradients
+        assert got.keys() == want.keys()
+        for name, grad in got.items():
+            assert (grad - want[name]).norm() < 1e-4 * want[name].norm(), (basis, name)
             assert equal_on_all_ranks(grad, place.world)
+        want = loss(whole).detach()
         with torch.no_grad():  # transformers has another way without gradients
-            torch.testing.assert_close(loss(sharded), want.detach(), **LIMITS)
-        layer = sharded.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+            torch.testing.assert_close(loss(sharded), want, **LIMITS)
+        layer, unsharded = (model.get_submodule(UP) for model in (sharded, whole))
         before = layer.base_layer.weight.to_local().clone()
         sharded.merge_adapter(safe_merge=True)
         torch.testing.assert_close(loss(sharded), want, **LIMITS)
@@ -112,49 +106,30 @@ def check_training(place: Place):
         assert torch.equal(layer.base_layer.weight.to_local(), before)
         delta = layer.get_delta_weight("default")
         assert isinstance(delta, DTensor) and delta.placements == layer.base_layer.weight.placements
-        unsharded = whole.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
         wanted = unsharded.get_delta_weight("default")
         torch.testing.assert_close(delta.full_tensor(), wanted, **LIMITS)
-
-
-@worlds(2)
-def check_adapters_that_are_dtensors(place: Place):
-    """PEFT makes LoRA's parameters DTensors of the base layer's mesh; here it has RandLoRA's."""
-    for placement in (Replicate(), Shard(1)):
-        whole, sharded = pair(place, basis="hadamard")
-        layers = parallel_layers(sharded)
-        for layer in layers:
-            lam, gam = layer.randlora_lambda, layer.randlora_gamma
-            for diagonals, its in ((lam, Replicate()), (gam, placement)):
-                old = diagonals["default"].detach()
-                made = distribute_tensor(old.clone(), layer.device_mesh, [its])
-                diagonals["default"] = torch.nn.Parameter(made)
-                old.fill_(torch.nan)  # whoever holds it computes nonsense
-        steps = []
-        for model in (whole, sharded):
-            value = loss(model)
-            value.backward()
-            torch.optim.SGD(trained(model).values(), lr=0.1).step()
-            steps += [value.detach(), loss(model).detach()]
-        torch.testing.assert_close(steps[:2], steps[2:], **LIMITS)
-        assert abs(steps[0] - steps[1]) > 1e-4
-        assert len(layers) > 2 and isinstance(layers[0].randlora_gamma["default"].grad, DTensor)
-        weight = layers[0].base_layer.weight
-        before = weight.to_local().clone()
-        sharded.merge_adapter()
-        torch.testing.assert_close(loss(sharded).detach(), steps[3], **LIMITS)
-        sharded.unmerge_adapter()
-        assert torch.equal(weight.to_local(), before)
-        saved_and_opened(place, sharded, f"dtensors-{placement.is_replicate()}")
+        if place.world == 2:
+            saved = place.folder / f"adapter-{at}"  # by all ranks together, since PEFT gathers
+            sharded.save_pretrained(saved, is_main_process=place.rank == 0)
+            dist.barrier()
+            for ranks in (1, 2):
+                opened = peft.PeftModel.from_pretrained(load(place, ranks), saved)
+                torch.testing.assert_close(loss(opened), want, **LIMITS)
 
 
 @worlds(2)
 def check_adapters(place: Place):
     """Two adapters, each alone, both of one batch, and none; with a dropout that drops nothing."""
     whole, sharded = pair(place, basis="independent", density=1 / 4)
+    torch.manual_seed(place.rank)
     for model in (whole, sharded):
-        model.add_adapter("two", config(basis="hadamard", randlora_dropout=0.5))
+        chosen = config(basis="hadamard", randlora_dropout=0.5, init_weights=False)
+        model.add_adapter("two", chosen)
         model.set_adapter("two")
+    layer = parallel_layers(sharded)[0]
+    drawn = layer.randlora_lambda["two"].detach()
+    assert drawn.any() and equal_on_all_ranks(drawn, place.world)
+    for model in (whole, sharded):
         set_diagonals(model, seed=1)
         model.eval()
     torch.testing.assert_close(loss(sharded), loss(whole), **LIMITS)
@@ -166,13 +141,7 @@ def check_adapters(place: Place):
     sharded.delete_adapter("two")
     whole.delete_adapter("two")
     torch.testing.assert_close(loss(sharded), loss(whole), **LIMITS)
-
-
-@worlds(2)
-def check_file(place: Place):
-    for basis in (BASES[0], BASES[1], BASES[3]):
-        _, sharded = pair(place, **basis)
-        saved_and_opened(place, sharded, "-".join(["adapter", *map(str, basis.values())]))
+    assert layer.slices.keys() == {"default"}
 
 
 @worlds(2)
@@ -216,39 +185,27 @@ def check_communication(place: Place):
     def step(model):
         with RecordedCollectives() as collectives:
             model(inputs_embeds=embedded).logits.sum().backward()
-        return sorted(collectives.sizes)
+        return sorted(collectives.sizes())
 
     layers = parallel_layers(sharded)
-    assert len(layers) == 2 * (len(TARGETS) - 1)
+    assert len(layers) == len(TARGETS) - 1
     pairs = [(m.randlora_lambda["default"], m.randlora_gamma["default"]) for m in layers]
     own = [4 * (lam.numel() + gam.numel()) for lam, gam in pairs]
     assert step(sharded) == sorted([*step(frozen), *own])
 
 
 @worlds(2)
-def check_what_layers_rely_on(place: Place):
-    """Hooks of base layers, compiling before any call, equal diagonals, and deleted adapters."""
+def check_compiling_hooks_and_export(place: Place):
+    """Compiling before any call, hooks of base layers, and what needs an unsharded model."""
     _, sharded = pair(place, basis="hadamard")
-    torch._dynamo.reset()
-    block = sharded.get_submodule("base_model.model.model.layers.0")
-    layer = block.self_attn.o_proj
-    assert torch._dynamo.explain(layer)(torch.randn(2, 8, 64 // place.world)).graph_break_count == 0
-    block.compile(backend="aot_eager")
-    compiled = loss(sharded)
-    block._compiled_call_impl = None
-    torch.testing.assert_close(compiled, loss(sharded), **LIMITS)
+    layer = sharded.get_submodule("base_model.model.model.layers.0.self_attn.o_proj")
+    x = torch.randn(2, 8, 64 // place.world)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(compiled, layer(x), **LIMITS)
     called = []
     layer.base_layer.register_forward_hook(lambda *_: called.append(1))
-    want = loss(sharded).detach()
+    torch.testing.assert_close(layer(x), compiled, **LIMITS)
     assert called == [1]
-    layer.base_layer._forward_hooks.clear()
-    torch.testing.assert_close(loss(sharded), want, **LIMITS)
-    torch.manual_seed(place.rank)
-    sharded.add_adapter("two", config(basis="independent", density=1 / 2, init_weights=False))
-    lam = layer.randlora_lambda["two"].detach()
-    assert lam.any() and equal_on_all_ranks(lam, place.world)
-    sharded.delete_adapter("two")
-    assert layer.slices.keys() == {"default"}
     for export in (
         lambda: accelerated.export_to_lora(sharded, place.folder / "no", rank=2),
         lambda: accelerated.export_to_peft(sharded, place.folder / "no", merged=True),

@@ -1,9 +1,9 @@
 """`save_adapter` and `load_adapter`: what they keep, and what they refuse before a change."""
 
+import copy
 import json
 import os
-import subprocess
-import sys
+import resource
 
 import pytest
 import torch
@@ -46,10 +46,6 @@ def adapted(seed=1, **options):
     return randomized(apply_randlora(Model(), ["up", "down", "tied"], **(OPTIONS | options)), seed)
 
 
-def state_of(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
 def layers(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, RandLoraLinear)}
 
@@ -77,7 +73,7 @@ def test_a_round_trip_onto_the_base_model(file, x):
     trained = [n for n, p in base.named_parameters() if p.requires_grad]
     assert trained == [n for n, p in model.named_parameters() if p.requires_grad]
     assert torch.equal(base.eval()(x), model.eval()(x))
-    assert state_of(base).keys() == state_of(model).keys()
+    assert base.state_dict().keys() == model.state_dict().keys()
     assert os.listdir(file.parent) == [file.name]
 
 
@@ -136,7 +132,7 @@ def test_an_adapter_of_more_layers_than_there_are(file, x):
     assert torch.equal(model(x), adapted()(x))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_layers_of_different_options_and_dtypes(file, x, dtype):
     model = apply_randlora(Model().to(dtype), ["down"], r=3, density=0.9)
     apply_randlora(model, ["up"], r=4, projection_prng_key=8, basis="hadamard")
@@ -146,8 +142,7 @@ def test_layers_of_different_options_and_dtypes(file, x, dtype):
     assert loaded.tied is loaded.block["up"].base_layer
 
 
-@pytest.mark.parametrize("wrap", [torch.compile, lambda m: m], ids=["compiled", "plain"])
-@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("kind, wrap", [("linear", torch.compile), ("conv1d", nn.Module.train)])
 def test_one_layer_and_names_of_wrappers(file, kind, wrap):
     layer = randomized(RandLoraLinear(make_base(8, 12, kind), r=3))
     save_adapter(wrap(layer), file)
@@ -162,26 +157,27 @@ def test_one_layer_and_names_of_wrappers(file, kind, wrap):
 # ---- what is refused, before anything changes ---------------------------------------------------
 
 
-def merged(model):
-    for layer in layers(model).values():
-        layer.merge()
+def merged():
+    model = adapted()
+    model.up.merge()
     return model
 
 
-def untied(model):
+def untied():
+    model = Model()
     model.tied = nn.Linear(16, 16)
     return model
 
 
 MISFITS = {
     "wider": (lambda: Model(hidden=32), r"up: in_features and out_features are \(16, 32\)"),
-    "untied": (lambda: untied(Model()), "tied: must be the same module as block.up"),
+    "untied": (untied, "tied: must be the same module as block.up"),
     "gone": (lambda: nn.Sequential(nn.Linear(16, 24)), "block.up: there is no such module"),
     "density": (lambda: adapted(density=0.2), r"basis randlora_ext:independent-1:density=0.2"),
     "kind": (lambda: adapted(basis="hadamard", density=None), "basis randlora_ext:hadamard-1:"),
     "key": (lambda: adapted(projection_prng_key=1), "seed=1, the file"),
     "rank": (lambda: adapted(r=4), "has r=4 and"),
-    "merged": (lambda: merged(adapted()), "is merged; unmerge"),
+    "merged": (merged, "up: .* is merged; unmerge"),
     "meta": (lambda: Model().to("meta"), "no numbers here"),
     "other layers": (
         lambda: apply_randlora(adapted(), "block.spare", **OPTIONS),
@@ -195,12 +191,12 @@ def test_a_model_that_does_not_fit(file, case):
     save_adapter(adapted(), file)
     make, message = MISFITS[case]
     model = make()
-    before, modules = state_of(model), [type(m) for m in model.modules()]
+    before, modules = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
     with pytest.raises(ValueError, match=message):
         load_adapter(model, file)
     assert [type(m) for m in model.modules()] == modules
     assert all(p.requires_grad for p in Model().parameters())
-    after = state_of(model)
+    after = model.state_dict()
     assert after.keys() == before.keys()
     assert case == "meta" or all(torch.equal(after[key], before[key]) for key in before)
 
@@ -261,7 +257,6 @@ DESCRIPTIONS = {
     ),
     "a field less": (lambda said: said["layers"]["up"].pop("r"), "'r' is missing"),
     "r": (of_layer(r=6), "lambda and gamma of 'up'"),
-    "r zero": (of_layer(r=0), "r must be"),
     "r huge": (of_layer(r=10**400), "r must be at most 65536"),
     "r of hadamard huge": (
         of_layer(r=2**62 + 1, basis="randlora_ext:hadamard-1:seed=1"), "at most 65536"
@@ -270,17 +265,11 @@ DESCRIPTIONS = {
     "features": (of_layer(in_features=8), "lambda and gamma of 'up'"),
     "scaling": (of_layer(scaling=float("nan")), "finite"),
     "scaling huge": (of_layer(scaling=10**400), "no sound file"),
-    "scaling text": (of_layer(scaling="1"), "scaling of 'up' is '1'"),
     "dropout": (of_layer(randlora_dropout=1), "in .0, 1"),
-    "fan": (of_layer(fan_in_fan_out=1), "fan_in_fan_out of 'up' is 1"),
     "paths": (of_layer(also_at="x"), "also_at of 'up' is 'x'"),
     "a path a list": (of_layer(also_at=[["x"]]), "must be a list of paths"),
     "basis": (of_layer(basis="independent"), "no key of a basis"),
     "basis to come": (of_layer(basis="randlora_ext:independent-2:density=0.3:seed=1"), "knows"),
-    "a kind that was never released": (
-        of_layer(basis="randlora_ext:block-1:density=0.125:seed=1"), "knows independent-1, hadamard"
-    ),
-    "basis a number": (of_layer(basis=1), "basis of 'up' is 1"),
     "density": (of_layer(basis="randlora_ext:independent-1:density=7.0:seed=1"), "density"),
 }  # fmt: skip
 
@@ -321,18 +310,14 @@ def test_files_that_are_none(file):
 def test_a_save_that_fails_leaves_the_old_file(file):
     save_adapter(adapted(), file)
     before = file.read_bytes()
-    program = f"""
-import resource, sys, torch, randlora_ext
-model = randlora_ext.apply_randlora(torch.nn.Sequential(torch.nn.Linear(64, 64)), ["0"])
-resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))
-randlora_ext.save_adapter(model, {str(file)!r})
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert f"WritingError: {file} cannot be written: " in done.stderr
-    assert "File too large" in done.stderr
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"^{file} cannot be written: .*File too large"):
+            save_adapter(adapted(seed=2), file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert file.read_bytes() == before and os.listdir(file.parent) == [file.name]
-    with pytest.raises(OSError, match="cannot be written"):
-        save_adapter(adapted(), file.parent / "no" / "a.safetensors")
 
 
 @pytest.mark.parametrize("path", ["", "/", ".", "no/folder/a", "there/below"])

@@ -31,14 +31,6 @@ def recomputes(ctx, op, *args, **kwargs):
     return CheckpointPolicy.MUST_RECOMPUTE
 
 
-POLICIES = {
-    "saves": (saves, 1),
-    "names": (OURS, 1),
-    "recomputes": (recomputes, 2),
-    "none": (None, 2),
-}
-
-
 class Counting(TorchDispatchMode):
     """Counts the operators that are computed, not those whose result was kept."""
 
@@ -69,15 +61,23 @@ def gradients(function, net, x):
     return torch.autograd.grad(function(x).square().sum(), [x, *trained])
 
 
-@pytest.mark.parametrize("density", [0.1, 1 / 3, "hadamard"])
-@pytest.mark.parametrize("policy", POLICIES)
-def test_policies(policy, density):
+@pytest.mark.parametrize(
+    "policy, runs, density",
+    [
+        (saves, 1, "hadamard"),
+        (OURS, 1, 0.1),
+        (OURS, 1, "hadamard"),
+        (recomputes, 2, 1 / 3),
+        (recomputes, 2, "hadamard"),
+        (None, 2, 0.1),
+    ],
+)
+def test_policies(policy, runs, density):
     net = make(density)
-    chosen, runs = POLICIES[policy]
     x = torch.randn(7, 24, requires_grad=True)
     expected = gradients(net, net, x)
     with Counting() as counting:
-        results = gradients(checkpointed(net, chosen), net, x)
+        results = gradients(checkpointed(net, policy), net, x)
     backward = ops.linear_backward.default, ops.hadamard_linear_backward.default
     assert sum(counting.count[op] for op in OURS) == runs
     assert sum(counting.count[op] for op in backward) == 1
@@ -85,8 +85,7 @@ def test_policies(policy, density):
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
-@pytest.mark.parametrize("density", [0.1, "hadamard"])
-@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("reentrant, density", [(True, "hadamard"), (False, 0.1)])
 def test_plain_checkpoints_under_autocast(reentrant, density):
     net = make(density)
     x = torch.randn(7, 24, requires_grad=True)
@@ -100,11 +99,9 @@ def test_plain_checkpoints_under_autocast(reentrant, density):
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("policy", ["saves", "recomputes"])
-def test_policies_in_a_compiled_step(policy):
-    net = make()
-    chosen, runs = POLICIES[policy]
-    counts = []
+@pytest.mark.parametrize("policy, runs", [(saves, 1), (recomputes, 2)])
+def test_policies_in_a_compiled_step(policy, runs):
+    net, counts = make(), []
 
     def count(module, inputs):
         counts.append(sum(node.target in OURS for node in module.graph.nodes))
@@ -115,7 +112,7 @@ def test_policies_in_a_compiled_step(policy):
     )
     x = torch.randn(7, 24, requires_grad=True)
     expected = gradients(net, net, x)
-    step = torch.compile(checkpointed(net, chosen), fullgraph=True, backend=backend)
+    step = torch.compile(checkpointed(net, policy), fullgraph=True, backend=backend)
     for result, wanted in zip(gradients(step, net, x), expected, strict=True):
         torch.testing.assert_close(result, wanted)
     assert counts == [1, runs - 1]  # forward, backward

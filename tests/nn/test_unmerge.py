@@ -65,8 +65,7 @@ def learn(layer, seed):
 
 
 @KINDS
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("keep", ["host", "device"])
+@pytest.mark.parametrize("dtype, keep", zip(DTYPES, ["host", "device"] * 2, strict=True))
 def test_every_bit_comes_back_after_the_adapters_have_changed(kind, dtype, keep):
     made = kind(dtype)
     layer = made.layer
@@ -88,26 +87,6 @@ def test_every_bit_comes_back_after_the_adapters_have_changed(kind, dtype, keep)
         assert torch.equal(bits(layer.get_base_layer().weight), W), names
         assert not layer.merged and layer._kept is None and not layer._kept_without
         assert held() is None
-
-
-@KINDS
-def test_a_thousand_cycles_in_bfloat16_with_an_adapter_that_learns(kind):
-    made = kind(torch.bfloat16)
-    layer = made.layer
-    W = layer.get_base_layer().weight.detach().clone()
-    norm = layer.get_delta_weight("two").norm()
-    drift = {}
-    for keep in ("host", "nothing"):
-        for _ in range(1000):
-            made.merge(["two"], keep_weight=keep)
-            with torch.no_grad():
-                for p in (layer.randlora_lambda["two"], layer.randlora_gamma["two"]):
-                    p.add_(1e-3 * p.abs().mean() * torch.randn(p.shape))
-            layer.unmerge()
-        drift[keep] = (layer.get_base_layer().weight - W).float().norm() / norm
-        if keep == "host":
-            assert torch.equal(bits(layer.get_base_layer().weight), bits(W))
-    assert drift["host"] == 0 and drift["nothing"] > 0.01  # what it is good for
 
 
 @KINDS
@@ -215,9 +194,15 @@ def test_another_layout_of_the_weight_is_refused(kind):
     assert made.layer.merged and torch.equal(base.weight, merged)
 
 
-@KINDS
-@pytest.mark.parametrize("keep", ["host", "nothing"])
-@pytest.mark.parametrize("action", ["merge", "unmerge"])
+@pytest.mark.parametrize(
+    "kind, action, keep",
+    [
+        (Ours, "merge", "host"),
+        (Ours, "unmerge", "nothing"),
+        (OfPeft, "merge", "nothing"),
+        (OfPeft, "unmerge", "host"),
+    ],
+)
 def test_after_ctrl_c_weight_and_state_agree(kind, action, keep):
     fresh = kind(torch.bfloat16)
     W = fresh.layer.get_base_layer().weight.detach().clone()

@@ -49,4 +49,4 @@ RANDLORA_GPU_RUN_DRY=1 python -m pytest -q -n 2 -p no:cacheprovider "${deselecte
   tests/ops/test_linear.py::test_{float64_beyond_one_chunk_of_planes,error_rule_with_many_tokens} \
   tests/ops/test_{delta_weight,merged_weight,scaled_basis,hadamard,dense}.py \
   tests/ops/test_{nonfinite,determinism,errors}.py tests/basis/test_{basis_spec,packed,slice}.py \
-  tests/nn/test_{layer,layer_merge}.py tests/peft/test_{peft,peft_adapters}.py
+  tests/nn/test_layer.py tests/peft/test_{peft,peft_adapters}.py

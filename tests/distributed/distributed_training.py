@@ -1,6 +1,4 @@
-"""Checks of DDP and FSDP2, run by test_distributed.py."""
-
-import copy
+"""Checks of DDP, FSDP2 and tensor-parallel training, run by test_distributed.py."""
 
 import pytest
 import torch
@@ -10,6 +8,8 @@ from distributed_ranks import (
     Place,
     RecordedCollectives,
     adam,
+    bytes_of,
+    equal_on_all_ranks,
     full_tensor,
     same_parameters,
     trained,
@@ -18,20 +18,22 @@ from distributed_ranks import (
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from randlora_ext import apply_randlora, delta_weight, load_adapter, save_adapter
+from randlora_ext.distributed import RandLoraColwise, RandLoraRowwise
 
 ROWS, SIZES = 8, (24, 40)
 
 
-def make(dtype=torch.float64, density=1 / 3):
+def make(dtype=torch.float64):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(*SIZES, dtype=dtype), nn.Tanh(), nn.Linear(*reversed(SIZES), dtype=dtype)
     )
-    apply_randlora(model, ["0"], r=5, randlora_alpha=10, density=density)
+    apply_randlora(model, ["0"], r=5, randlora_alpha=10, density=1 / 3)
     apply_randlora(model, ["2"], r=5, randlora_alpha=10, basis="hadamard")
     for parameter in trained(model):
         nn.init.normal_(parameter)
@@ -43,6 +45,12 @@ def sharded(dtype=torch.float64, **options):
     for layer in (model[0], model[2]):
         fully_shard(layer, **options)
     return fully_shard(model, **options)
+
+
+def tensor_parallel(mesh, first=(), second=()):
+    """Hadamard bases, cut by inputs, after independent ones, cut by outputs."""
+    plan = {"0": RandLoraColwise(**dict(first)), "2": RandLoraRowwise(**dict(second))}
+    return parallelize_module(make(), mesh, plan)
 
 
 def batch(step, dtype=torch.float64):
@@ -62,13 +70,19 @@ def train(model, optimizer, steps, select=lambda x: x):
         optimizer.step()
 
 
-def bases(model):
-    return [layer.bases["default"] for layer in (model[0], model[2])]
+def states(model, optimizer):
+    names = ("model_state_dict", "optim_state_dict")
+    return dict(zip(names, get_state_dict(model, optimizer), strict=True))
+
+
+def zero(parameters):
+    for parameter in parameters:
+        nn.init.zeros_(parameter)
 
 
 @worlds(2)
-def check_ddp(place: Place):
-    """Gradients equal those of one process; only parameters and gradients are sent."""
+def check_communication(place: Place):
+    """DDP sends parameters and gradients, FSDP layers and gradients, nobody bases."""
     reference, model = make(), make()
     reference(batch(0)).square().mean().backward()
     with RecordedCollectives() as starts:
@@ -77,55 +91,21 @@ def check_ddp(place: Place):
         parallel(share(place, batch(0))).square().mean().backward()
     for ours, theirs in zip(trained(model), trained(reference), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-11, atol=1e-11)
-    everything = sum(p.numel() * p.itemsize for p in model.parameters())
-    gradients = sum(p.numel() * p.itemsize for p in trained(model))
-    assert [size for name, size in starts.sent if "broadcast" in name][-1] == everything
+    everything, gradients = bytes_of(model.parameters()), bytes_of(trained(model))
+    assert starts.sizes("broadcast")[-1] == everything
     # Beside the parameters: their shapes, compared. All bases would be 10 times as much.
-    assert sum(starts.sizes) - everything < 200 < sum(b.packed_bytes() for b in bases(model))
-    assert step.sizes == [gradients]
+    bases = sum(layer.bases["default"].packed_bytes() for layer in model[::2])
+    assert sum(starts.sizes()) - everything < 200 < bases
+    assert step.sizes() == [gradients]
 
-
-@worlds(2)
-def check_bases_are_not_state(place: Place):
-    """Neither parameters nor buffers nor entries of a state dict, under any wrapper."""
-    for model in (make(), DistributedDataParallel(make()), sharded()):
-        model(batch(0))  # generates and packs
-        names = {name.removeprefix("module.") for name in model.state_dict()}
-        assert names == set(make().state_dict())
-        parts = {"base_layer", "randlora_lambda", "randlora_gamma"}
-        assert {name.split(".")[1] for name in names} == parts and not list(model.buffers())
-    twin = copy.deepcopy(make()[0])  # shares the packed basis of the sharded one
-    assert twin.bases["default"].packed() is model[0].bases["default"].packed()
-
-
-@worlds(2)
-def check_fsdp_communication(place: Place):
-    """FSDP gathers the parameters of a layer and reduces the gradients of lambda and gamma."""
     model = sharded()
-    x = share(place, batch(0))
-    with RecordedCollectives() as collectives:
-        model(x).square().mean().backward()
-    gradients = sum(p.numel() * p.itemsize for p in trained(make()))
-    gathered = [size for name, size in collectives.sent if "allgather" in name]
-    reduced = [size for name, size in collectives.sent if "reduce_scatter" in name]
+    with RecordedCollectives() as step:
+        model(share(place, batch(0))).square().mean().backward()
+    gathered, reduced = step.sizes("allgather"), step.sizes("reduce_scatter")
+    assert len(step.sent) == len(gathered) + len(reduced)
     # Parts are padded to equal numbers of rows: n = 5 in two parts is 3 and 3, for r as well.
-    assert sorted(set(gathered)) == sorted({padded(layer, False) for layer in make()[::2]})
-    assert sorted(reduced) == sorted(padded(layer, True) for layer in make()[::2])
-    assert len(collectives.sent) == len(gathered) + len(reduced) and len(gathered) <= 6
     assert sum(reduced) < 1.3 * gradients
-
-
-def padded(layer, only_trained):
-    parameters = trained(layer) if only_trained else list(layer.parameters())
-    return sum(2 * -(-len(p) // 2) * p[0].numel() * p.itemsize for p in parameters)
-
-
-@worlds(2, 4)
-def check_fsdp_trains(place: Place):
-    reference, model = make(), sharded()
-    train(reference, adam(reference), range(3))
-    train(model, adam(model), range(3), lambda x: share(place, x))
-    same_parameters(model, reference)
+    assert len(gathered) <= 6 and sum(set(gathered)) < 1.1 * everything
 
 
 @worlds(2)
@@ -147,31 +127,6 @@ def check_fsdp_16_bit(place: Place):
             assert (gradient - theirs.grad.float()).norm() < 0.02 * theirs.grad.float().norm()
 
 
-@worlds(2, 4)
-def check_fsdp_checkpoint(place: Place):
-    """Model and optimizer, saved by 2 processes after step 2 and resumed by 2 and by 4."""
-    path = place.folder / "fsdp"
-    if place.world == 2:
-        model = sharded()
-        optimizer = adam(model)
-        train(model, optimizer, range(2), lambda x: share(place, x))
-        states = get_state_dict(model, optimizer)
-        dcp.save(dict(zip(("model", "optimizer"), states, strict=True)), checkpoint_id=path)
-    reference = make()
-    train(reference, adam(reference), range(4))
-
-    model = sharded()
-    optimizer = adam(model)
-    for parameter in model.parameters():
-        nn.init.zeros_(parameter)
-    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    dcp.load(states, checkpoint_id=path)
-    loaded = {"model_state_dict": states["model"], "optim_state_dict": states["optimizer"]}
-    set_state_dict(model, optimizer, **loaded)
-    train(model, optimizer, range(2, 4), lambda x: share(place, x))
-    same_parameters(model, reference)
-
-
 @worlds(2)
 def check_adapter_file(place: Place):
     """The file of a sharded model is that of one process, bit for bit, and goes back into it."""
@@ -180,15 +135,11 @@ def check_adapter_file(place: Place):
     dist.barrier()
     save_adapter(reference, alone := place.folder / f"alone-{place.rank}.safetensors")
     assert file.read_bytes() == alone.read_bytes()
-    optimizer = adam(model)
-    train(model, optimizer, range(2), lambda x: share(place, x))
-    load_adapter(model, file)
-    same_parameters(model, reference, rtol=0, atol=0)
     ddp = DistributedDataParallel(make())
-    for parameter in trained(ddp):
-        nn.init.zeros_(parameter)
-    load_adapter(ddp, file)
-    same_parameters(ddp.module, reference, rtol=0, atol=0)
+    for each in (model, ddp):
+        zero(trained(each))
+        load_adapter(each, file)
+        same_parameters(getattr(each, "module", each), reference, rtol=0, atol=0)
 
 
 @worlds(2)
@@ -203,6 +154,11 @@ def check_fsdp_outside_forward(place: Place):
     factors = (each.get_scaled_bases("default") for each in (layer, plain))
     for ours, theirs in zip(*factors, strict=True):
         torch.testing.assert_close(ours, theirs)
+    lam, gam = trained(layer)
+    for arguments in ((lam, gam), (full_tensor(lam), gam)):
+        with pytest.raises(TypeError, match="must be a plain tensor, got a DTensor"):
+            delta_weight(layer.bases["default"], *arguments)
+
     before = full_tensor(layer.base_layer.weight).clone()
     layer.merge(safe_merge=True)
     plain.merge()
@@ -224,10 +180,68 @@ def check_fsdp_outside_forward(place: Place):
     assert not layer.merged and torch.equal(full_tensor(layer.base_layer.weight), before)
 
 
-@worlds(2)
-def check_functions_refuse_dtensors(place: Place):
-    model = sharded()
-    basis, (lam, gam) = model[0].bases["default"], trained(model[0])
-    for arguments in ((lam, gam), (full_tensor(lam), gam)):
-        with pytest.raises(TypeError, match="must be a plain tensor, got a DTensor"):
-            delta_weight(basis, *arguments)
+@worlds(4)
+def check_sequence_parallel(place: Place):
+    """Tokens sharded outside the pair of layers: gathered before, reduce-scattered after."""
+    tokens = {"input_layouts": Shard(0)}, {"output_layouts": Shard(0)}
+    reference, model = make(), tensor_parallel(place.mesh(), *tokens)
+    reference(batch(0)).square().sum().backward()
+    with RecordedCollectives() as collectives:
+        model(share(place, batch(0))).square().sum().backward()
+    assert collectives.sizes("reduce_scatter_tensor.default")
+    for ours, theirs in zip(trained(model), trained(reference), strict=True):
+        torch.testing.assert_close(full_tensor(ours.grad), theirs.grad, rtol=1e-9, atol=1e-9)
+
+
+@worlds(2, 4)
+def check_training_and_checkpoints(place: Place):
+    """Adam as of one process; model and optimizer, saved by 2, are resumed by 2, by 4 and by one.
+
+    Replicas stay equal bit for bit.
+    """
+    reference, mesh = make(), place.mesh()
+    train(reference, adam(reference), range(4))
+    for name, build, select in (
+        ("fsdp", sharded, lambda x: share(place, x)),
+        ("tensor-parallel", lambda: tensor_parallel(mesh), lambda x: x),
+    ):
+        path = place.folder / name
+        if place.world == 2:
+            model = build()
+            optimizer = adam(model)
+            train(model, optimizer, range(2), select)
+            dcp.save(states(model, optimizer), checkpoint_id=path)
+        for model, rows in ((make(), lambda x: x), (build(), select)):
+            optimizer = adam(model)
+            zero(model.parameters())
+            loaded = states(model, optimizer)
+            dcp.load(loaded, checkpoint_id=path)
+            set_state_dict(model, optimizer, **loaded)
+            train(model, optimizer, range(2, 4), rows)
+            same_parameters(model, reference)
+            assert list(model.state_dict()) == list(reference.state_dict())
+    for parameter in trained(model):
+        if parameter.placements == (Replicate(),):
+            assert equal_on_all_ranks(parameter.to_local().detach(), place.world)
+
+
+@worlds(4)
+def check_with_fsdp(place: Place):
+    """Two by two: tensor parallel within, FSDP2 over halves of the batch; one process's file."""
+    mesh = place.mesh(2, 2, names=("dp", "tp"))
+    reference, model = make(), tensor_parallel(mesh["tp"])
+    one, four = (place.folder / f"{name}.safetensors" for name in ("one", "sharded"))
+    if place.rank == 0:
+        save_adapter(reference, one)
+    dist.barrier()
+    for shard in (lambda: None, lambda: fully_shard(model, mesh=mesh["dp"])):
+        shard()
+        zero(trained(model))
+        load_adapter(model, one)
+        save_adapter(model, four)
+        dist.barrier()
+        assert one.read_bytes() == four.read_bytes()
+        dist.barrier()
+    train(reference, adam(reference), range(2))
+    train(model, adam(model), range(2), lambda x: x.chunk(2)[mesh["dp"].get_local_rank()])
+    same_parameters(model, reference)
