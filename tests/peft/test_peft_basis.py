@@ -93,7 +93,6 @@ def test_hadamard_bases_are_those_of_each_layer_alone():
 
 DESCRIBED = {
     "independent": {"basis": "independent", "density": 0.07},
-    "one third": {"basis": "independent"},
     "very_sparse": {"basis": "independent", "very_sparse": True},
     "drawn": {"density": 0.07, "save_projection": False},
     "hadamard": {"basis": "hadamard"},
@@ -158,51 +157,45 @@ def test_a_configuration_holds_the_text_and_each_thing_once():
 
 BAD_OPTIONS = [
     ({"alpha": 16}, "RandLoraConfig got an .* argument 'alpha'; did you mean 'randlora_alpha'"),
-    ({"basis": "blocks"}, r"basis must be one of \['peft', 'independent', .*got 'blocks'"),
     ({"basis": "indep"}, "basis must be one of .*got 'indep'; did you mean 'independent'"),
     ({"basis": "generated"}, r"basis must be one of \['peft', 'independent', .*got 'generated'"),
-    ({"basis": None}, "basis must be one of .* got None"),
     ({"density": 0.0}, r"density must be None or in \(0, 1\], got 0\.0"),
-    ({"density": "0.1"}, r"density .*'0\.1'"),
     ({"density": True}, r"density .*True"),
     ({"density": 0.1, "sparse": True}, r"density=0\.1 contradicts sparse=True"),
-    ({"density": 1 / 3, "very_sparse": True}, r"contradicts .*very_sparse=True"),
     ({"basis": "independent", "projection_prng_key": -1}, r"projection_prng_key .*got -1"),
-    ({"basis": "independent", "projection_prng_key": True}, "projection_prng_key .*True"),
     ({"basis": "hadamard", "density": 0.3}, r"density must be None for Hadamard bases, got 0\.3"),
     ({"basis": "hadamard", "very_sparse": True}, "density must be None for Hadamard bases"),
-    ({"basis": "hadamard", "projection_prng_key": -1}, "projection_prng_key .*got -1"),
     ({"density": 0.1, "projection_prng_key": 2**64}, "projection_prng_key must .*73709551616"),
     ({"projection_prng_key": "generated-1:0"}, "'generated-1:0' is no key of a basis"),
     ({"projection_prng_key": KEY.replace("-1", "-2").format(0.1, 0)}, "independent-2.* knows"),
-    ({"projection_prng_key": KEY.format(2.0, 0)}, "density must be"),
     ({"projection_prng_key": KEY.format(0.1, 0), "density": 0.2}, r"contradicts .*density=0\.2"),
     ({"projection_prng_key": KEY.format(0.1, 0), "sparse": True}, "contradicts .*sparse=True"),
     ({"projection_prng_key": "randlora_ext:peft-1:density=0.1:seed=0", "basis": "independent"},
      "contradicts basis='independent'"),
     ({"randlora_alpha": math.inf}, "randlora_alpha must be a finite number, got inf"),
     ({"randlora_alpha": 10**400}, "randlora_alpha must be a finite number, got an integer of 1329"),
-    ({"randlora_alpha": "64"}, "randlora_alpha must be a finite number, got '64'"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("options,message", BAD_OPTIONS, ids=str)
-def test_bad_options(options, message):
+def test_bad_options():
     accelerated.enable()
-    with pytest.raises((TypeError, ValueError), match=message):
-        deep_config(5, accelerated.RandLoraConfig, **options)
+    for options, message in BAD_OPTIONS:
+        with pytest.raises((TypeError, ValueError), match=message):
+            deep_config(5, accelerated.RandLoraConfig, **options)
 
 
-@pytest.mark.parametrize("options", DESCRIBED.values(), ids=DESCRIBED)
-def test_a_configuration_does_not_outlive_enable(options):
+def test_a_configuration_does_not_outlive_enable():
     """Stock PEFT must not draw other bases from it."""
-    with pytest.raises(RuntimeError, match=r"needs randlora_ext\.peft\.enable\(\)"):
-        deep_config(cls=accelerated.RandLoraConfig, **options)
+    chosen = []
     accelerated.enable()
-    chosen = deep_config(cls=accelerated.RandLoraConfig, **options)
+    for options in DESCRIBED.values():
+        chosen.append(deep_config(cls=accelerated.RandLoraConfig, **options))
     accelerated.disable()
-    with pytest.raises(Exception, match="expected a long, but got str"):
-        peft.get_peft_model(Deep(), chosen)
+    for each, options in zip(chosen, DESCRIBED.values(), strict=True):
+        with pytest.raises(RuntimeError, match=r"needs randlora_ext\.peft\.enable\(\)"):
+            deep_config(cls=accelerated.RandLoraConfig, **options)
+        with pytest.raises(Exception, match="expected a long, but got str"):
+            peft.get_peft_model(Deep(), each)
 
 
 @pytest.mark.parametrize("task", [None, "FEATURE_EXTRACTION"])
@@ -246,9 +239,7 @@ def test_a_density_without_a_value_in_it():
         made(basis="independent", density=1e-7)(torch.randn(2, 24))
 
 
-@pytest.mark.parametrize(
-    "options", [{"basis": "independent"}, {"basis": "hadamard"}, {"sparse": True}, {}], ids=str
-)
+@pytest.mark.parametrize("options", [{"basis": "hadamard"}, {"sparse": True}, {}], ids=str)
 def test_initialisation_on_the_meta_device(recwarn, options):
     """As FSDP2 is fed: no weight exists before `to_empty`; what a seed decides survives it."""
     full = made(**options)
@@ -316,21 +307,28 @@ def test_a_basis_serves_as_the_dense_tensor():
         model(x)
 
 
+@pytest.fixture
+def nothing_older():
+    """Objects that are there before a test take no time to look through."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.parametrize("options", [{"sparse": True}, {}], ids=["packed", "uniform"])
 @pytest.mark.filterwarnings("ignore")
-def test_bases_go_with_their_model(options):
-    def living() -> int:  # other tests' bases may be among them
+def test_bases_go_with_their_model(nothing_older, options):
+    def living() -> int:
         gc.collect()
         return sum(isinstance(thing, randlora_ext.TernaryBasis) for thing in gc.get_objects())
 
-    before = living()
     model = made(**options)
     model(torch.randn(2, 24))
     first = weakref.ref(basis_of(layers(model)[0]))
-    for _ in range(50):  # and moves keep nothing
+    for _ in range(20):  # and moves keep nothing
         model.double()(torch.randn(2, 24, dtype=torch.float64))
         model.float()(torch.randn(2, 24))
-    assert 0 < living() - before <= (8 if options else 6)
+    assert 0 < living() <= (8 if options else 6)
     assert first() is not None or not options
     del model
-    assert living() == before and first() is None
+    assert living() == 0 and first() is None
