@@ -63,26 +63,6 @@ def test_what_peft_tells_of_a_model():
             model.merge_adapter(["default"])
 
 
-def test_state_dict_of_the_adapter():
-    stock, ours = pair(Deep(), lambda: deep_config(5, sparse=True))
-    theirs, mine = (
-        {key: value.clone() for key, value in peft.get_peft_model_state_dict(model).items()}
-        for model in (stock, ours)
-    )
-    once = {key for key in theirs if not (".model." in key and key.endswith(("_A", "_B")))}
-    assert mine.keys() == once
-    for key, value in mine.items():
-        torch.testing.assert_close(value, theirs[key])
-    x = torch.randn(6, 24)
-    wanted = ours(x)
-    for state in (theirs, mine):
-        for model in (stock, ours):
-            randomize(model, seed=3)
-            result = peft.set_peft_model_state_dict(model, state)
-            assert not result.unexpected_keys
-            assert relative(model(x), wanted) < 1e-6
-
-
 def test_injected_adapters():
     """Without a PeftModel, as diffusers and transformers use PEFT. Bases are written once: by ours
     under the first layer, by PEFT after 0.21.2 (huggingface/peft#3714) under any.

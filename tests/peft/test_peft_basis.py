@@ -2,12 +2,10 @@
 
 import copy
 import dataclasses
-import gc
 import json
 import math
 import pickle
 import re
-import weakref
 
 import pytest
 import torch
@@ -116,8 +114,8 @@ def test_the_text_alone_decides_the_bases_at_every_door(tmp_path, options):
     text = json.loads((tmp_path / "adapter_config.json").read_text())
     assert not {"basis", "density"} & text.keys()
     accelerated.enable()
-    fields = {"r": options.get("r", 5), "target_modules": ["a", "b", "c"]}
-    alone = accelerated.RandLoraConfig(projection_prng_key=text["projection_prng_key"], **fields)
+    key = text["projection_prng_key"]
+    alone = deep_config(5, accelerated.RandLoraConfig, projection_prng_key=key)
     doors = [
         opened(tmp_path),
         opened(tmp_path, config=read_by_stock),
@@ -158,7 +156,6 @@ def test_a_configuration_holds_the_text_and_each_thing_once():
 BAD_OPTIONS = [
     ({"alpha": 16}, "RandLoraConfig got an .* argument 'alpha'; did you mean 'randlora_alpha'"),
     ({"basis": "indep"}, "basis must be one of .*got 'indep'; did you mean 'independent'"),
-    ({"basis": "generated"}, r"basis must be one of \['peft', 'independent', .*got 'generated'"),
     ({"density": 0.0}, r"density must be None or in \(0, 1\], got 0\.0"),
     ({"density": True}, r"density .*True"),
     ({"density": 0.1, "sparse": True}, r"density=0\.1 contradicts sparse=True"),
@@ -172,7 +169,6 @@ BAD_OPTIONS = [
     ({"projection_prng_key": KEY.format(0.1, 0), "sparse": True}, "contradicts .*sparse=True"),
     ({"projection_prng_key": "randlora_ext:peft-1:density=0.1:seed=0", "basis": "independent"},
      "contradicts basis='independent'"),
-    ({"randlora_alpha": math.inf}, "randlora_alpha must be a finite number, got inf"),
     ({"randlora_alpha": 10**400}, "randlora_alpha must be a finite number, got an integer of 1329"),
 ]  # fmt: skip
 
@@ -305,30 +301,3 @@ def test_a_basis_serves_as_the_dense_tensor():
     model.base_model.randlora_B["default"] = model.base_model.randlora_B["default"][:, :2]
     with pytest.raises(ValueError, match=r"randlora_B \(40, 2, 5\) are too small .*24 -> 40 .*r=5"):
         model(x)
-
-
-@pytest.fixture
-def nothing_older():
-    """Objects that are there before a test take no time to look through."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.mark.parametrize("options", [{"sparse": True}, {}], ids=["packed", "uniform"])
-@pytest.mark.filterwarnings("ignore")
-def test_bases_go_with_their_model(nothing_older, options):
-    def living() -> int:
-        gc.collect()
-        return sum(isinstance(thing, randlora_ext.TernaryBasis) for thing in gc.get_objects())
-
-    model = made(**options)
-    model(torch.randn(2, 24))
-    first = weakref.ref(basis_of(layers(model)[0]))
-    for _ in range(20):  # and moves keep nothing
-        model.double()(torch.randn(2, 24, dtype=torch.float64))
-        model.float()(torch.randn(2, 24))
-    assert 0 < living() <= (8 if options else 6)
-    assert first() is not None or not options
-    del model
-    assert living() == 0 and first() is None

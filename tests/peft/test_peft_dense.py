@@ -22,11 +22,10 @@ from peft_helpers import (
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 
 
-@pytest.mark.parametrize(
-    "path,dtype",
-    [("factored", torch.bfloat16), ("delta", torch.float16), ("merged", torch.bfloat16)],
-    ids=str,
-)
+PRODUCTS = {"factored": torch.bfloat16, "delta": torch.float16, "merged": torch.bfloat16}
+
+
+@pytest.mark.parametrize("path,dtype", PRODUCTS.items(), ids=str)
 def test_products_in_16_bits_or_as_stock(monkeypatch, path, dtype):
     """Adapters, gradients and files stay float32; errors are those of 16-bit activations."""
     monkeypatch.setenv("RANDLORA_PATH", path)
