@@ -50,7 +50,7 @@ KEY = "randlora_ext:independent-1:density={}:seed={}"
     ids=str,
 )
 def test_bases_are_those_of_the_specification(tmp_path, options, density):
-    model = made(basis="independent", projection_prng_key=7, save_projection=True, **options)
+    model = made(basis="independent", projection_prng_key=7, **options)
     assert runs_on_kernels(model)
     for layer in layers(model):
         sizes = layer.in_features, layer.out_features
@@ -59,8 +59,6 @@ def test_bases_are_those_of_the_specification(tmp_path, options, density):
         assert torch.equal(layer.randlora_A["default"][:, 0, :24], A)
         assert torch.equal(layer.randlora_B["default"][:40, :5].flatten(1), B)
     model.save_pretrained(tmp_path)
-    keys = list(load_file(tmp_path / "adapter_model.safetensors"))
-    assert keys and all(key.endswith(("randlora_lambda", "randlora_gamma")) for key in keys)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["projection_prng_key"] == KEY.format(density, 7)
 
@@ -90,19 +88,26 @@ def test_hadamard_bases_are_those_of_each_layer_alone():
 
 
 DESCRIBED = {
-    "independent": {"basis": "independent", "density": 0.07},
+    "independent": {"basis": "independent", "density": 0.07, "projection_prng_key": 2**64 - 1},
     "very_sparse": {"basis": "independent", "very_sparse": True},
     "drawn": {"density": 0.07, "save_projection": False},
-    "hadamard": {"basis": "hadamard"},
+    "hadamard": {"basis": "hadamard", "save_projection": True},  # which is overruled
 }
 
 
 @pytest.mark.parametrize("options", DESCRIBED.values(), ids=DESCRIBED)
 def test_the_text_alone_decides_the_bases_at_every_door(tmp_path, options):
     """Stock PEFT's round trip would keep the key, drop `basis` and `density`, and tell nobody."""
-    model = made(projection_prng_key=3, **options)
+    options = {"projection_prng_key": 3} | options
+    model = made(**options)
     x = torch.randn(6, 24)
     model.save_pretrained(tmp_path)
+    keys = list(load_file(tmp_path / "adapter_model.safetensors"))
+    assert keys and all(key.endswith(("randlora_lambda", "randlora_gamma")) for key in keys)
+    loaded = opened(tmp_path, low_cpu_mem_usage=True)
+    assert loaded.peft_config["default"].density == model.peft_config["default"].density
+    assert torch.equal(loaded(x), model(x))
+    loaded.save_pretrained(tmp_path)
     accelerated.disable()
     if CHECKS_TASK:
         with pytest.warns(UserWarning, match="'basis', 'density'"), pytest.raises(ValueError):
@@ -120,7 +125,7 @@ def test_the_text_alone_decides_the_bases_at_every_door(tmp_path, options):
         opened(tmp_path),
         opened(tmp_path, config=read_by_stock),
         opened(tmp_path, config=alone),
-        *(made(seed=4, projection_prng_key=key, **options) for key in (3, 3, 8)),
+        *(made(seed=4, **options | other) for other in ({}, {}, {"projection_prng_key": 8})),
         peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(tmp_path), Deep()),
     ]
     accelerated.hotswap_adapter(doors[3], tmp_path)

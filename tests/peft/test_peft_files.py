@@ -15,7 +15,6 @@ from peft_helpers import (
     peft,
     randomize,
     relative,
-    runs_on_kernels,
 )
 from safetensors.torch import load_file
 
@@ -25,6 +24,7 @@ from randlora_ext.writing import appear_together
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 
 KEY_ALONE = {"sparse": True, "save_projection": False}
+DRAWN = {"density": 0.07, "save_projection": False}
 
 
 @pytest.mark.parametrize("kind", [{"sparse": True}, {}], ids=["packed", "uniform"])
@@ -45,33 +45,14 @@ def test_a_file_in_float32_is_not_rounded_on_a_bf16_base(tmp_path, kind):
     assert all(torch.equal(again[name], first[name]) for name in again)
 
 
-OURS = {
-    "independent": {"basis": "independent", "density": 0.07, "projection_prng_key": 2**64 - 1},
-    "drawn": {"density": 0.07, "save_projection": False},
-    "hadamard": {"basis": "hadamard", "projection_prng_key": 3},
-}
-
-
-@pytest.mark.parametrize("options", OURS.values(), ids=OURS)
-def test_a_file_without_bases_comes_back_bit_for_bit(tmp_path, options):
-    model, x = made(**options), torch.randn(6, 24)
-    assert runs_on_kernels(model)
-    for low_cpu_mem_usage in (True, False):
-        model.save_pretrained(tmp_path)
-        keys = list(load_file(tmp_path / "adapter_model.safetensors"))
-        assert keys and all(key.endswith(("randlora_lambda", "randlora_gamma")) for key in keys)
-        loaded = opened(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-        assert loaded.peft_config["default"].density == options.get("density")
-        assert torch.equal(loaded(x), model(x))
-        model = loaded
-
-
 @pytest.mark.parametrize(
     "options", [{"density": 1 / 3, "save_projection": False}, {"density": 0.1}], ids=str
 )
 def test_stock_reads_one_third_and_any_density_with_its_bases(tmp_path, options):
     model = made(**options)
     model.save_pretrained(tmp_path)
+    B = model.base_model.randlora_B["default"]
+    assert 0.6 < B.count_nonzero() / (options["density"] * B.numel()) < 1.4
     read = peft.PeftConfig.from_pretrained(tmp_path)
     assert AdapterBasis.of(vars(read)) == AdapterBasis.of(vars(model.peft_config["default"]))
     accelerated.disable()
@@ -107,7 +88,7 @@ def killed_between(monkeypatch, model, folder):
 TORN = {
     "key": (KEY_ALONE, KEY_ALONE | {"projection_prng_key": 2}, "projection_prng_key is 2, not 0"),
     "alpha": ({"sparse": True}, {"sparse": True, "randlora_alpha": 9}, "randlora_alpha is 9, not"),
-    "seed": (OURS["drawn"], OURS["independent"], "basis is 'independent', not 'peft'"),
+    "seed": (DRAWN, {"basis": "independent"}, "basis is 'independent', not 'peft'"),
     "r": ({"r": 5, **KEY_ALONE}, {"r": 6, **KEY_ALONE}, "r is 6, not 5"),
 }
 

@@ -139,15 +139,7 @@ def test_hadamard_bases(bits, tmp_path):
     x = torch.randn(5, 64)
     before = model(x)
     model.save_pretrained(tmp_path)
-    keys = list(load_file(tmp_path / "adapter_model.safetensors"))
-    assert all(key.endswith(("randlora_lambda", "randlora_gamma")) for key in keys)
-    loaded = reopened(bits, tmp_path)
-    assert relative(loaded(x), before) < 0.01  # bitsandbytes: state in 16 bits
-    deltas = [layer.get_delta_weight("default").detach() for layer in adapted(loaded)]
-    weights = [dense(layer) for layer in adapted(loaded)]
-    loaded.merge_adapter()
-    for layer, weight, delta in zip(adapted(loaded), weights, deltas, strict=True):
-        assert layer.merged and relative(dense(layer), rounded(layer, weight + delta)) < 1e-6
+    assert relative(reopened(bits, tmp_path)(x), before) < 0.01  # bitsandbytes: state in 16 bits
 
 
 @pytest.mark.parametrize("bits", BITS)
