@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from layer_helpers import small_net
-from peft_helpers import Deep, accelerated, deep_config, made, peft, randomize
+from peft_helpers import accelerated, deep_config, made, randomize
 
 import randlora_ext
 
@@ -62,15 +62,10 @@ def of_several_adapters():
     return model
 
 
-def of_stock_configuration():
-    accelerated.enable()
-    return peft.get_peft_model(Deep(), deep_config(5, sparse=True))
-
-
 SAVES = {
     "save_pretrained": (of_several_adapters, lambda model, to: model.save_pretrained(to)),
     "a pickle": (
-        of_stock_configuration,
+        lambda: made(sparse=True),
         lambda model, to: model.save_pretrained(to, safe_serialization=False),
     ),
     "export_to_peft": (lambda: made(density=0.2), accelerated.export_to_peft),

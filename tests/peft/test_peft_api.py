@@ -1,8 +1,6 @@
 """randlora_ext.peft: the rest of PEFT's interface, with stock PEFT as the oracle."""
 
-import contextlib
 import copy
-import io
 import json
 
 import pytest
@@ -32,13 +30,6 @@ from torch import nn
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 
 
-def printed(model):
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        model.print_trainable_parameters()
-    return out.getvalue()
-
-
 def status(value):
     """As plain values, without the names of our classes."""
     text = json.dumps(value, default=vars, sort_keys=True)
@@ -52,7 +43,6 @@ def test_what_peft_tells_of_a_model():
     for model in (stock, ours):
         model.add_adapter("two", deep_config(5, sparse=True))
     for _ in range(2):
-        assert printed(ours) == printed(stock)
         assert ours.get_nb_trainable_parameters() == stock.get_nb_trainable_parameters()
         assert status(ours.get_layer_status()) == status(stock.get_layer_status())
         assert status(ours.get_model_status()) == status(stock.get_model_status())
