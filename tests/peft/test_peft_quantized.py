@@ -4,7 +4,6 @@ The last three, which stock RandLoRA refuses, are skipped without hqq, gptqmodel
 """
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -22,7 +21,6 @@ from peft_helpers import (
     run,
 )
 from peft_helpers import adapted as adapt
-from safetensors.torch import load_file
 from torch import nn
 
 from randlora_ext.peft.layer import AcceleratedLinear
@@ -125,17 +123,11 @@ def test_forward_and_gradients_are_those_of_stock(bits, kind):
 def test_each_reads_what_the_other_wrote(tmp_path, bits, save_projection):
     stock, ours = quantized_pair(bits, save_projection=save_projection)
     x = torch.randn(5, 64)
-    files = []
     for model, reader in ((stock, accelerated.enable), (ours, accelerated.disable)):
         model.save_pretrained(tmp_path)
         reader()
         loaded = reopened(bits, tmp_path)
         assert relative(loaded(x), model.eval()(x)) < 0.01  # bitsandbytes: state in 16 bits
-        files.append(load_file(tmp_path / "adapter_model.safetensors"))
-    theirs, mine = files
-    copies = {key for key in theirs if ".model." in key and key.endswith(("_A", "_B"))}
-    assert mine.keys() == theirs.keys() - copies
-    assert all(relative(value, theirs[key]) < 1e-6 for key, value in mine.items())
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -314,9 +306,7 @@ def test_torchao():
     outcomes = []
     for model in (stock, ours):
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model.merge_adapter()
+            model.merge_adapter()
             outcomes.append(relative(model(x), run(model, x, dy)[0]) < 0.1)
         except Exception as error:
             outcomes.append(type(error))
