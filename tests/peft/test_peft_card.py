@@ -48,8 +48,9 @@ def same(model, other, **limits):
     torch.testing.assert_close(model(tokens).logits, other(tokens).logits, **limits)
 
 
-@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind,task", [("stock", "CAUSAL_LM"), ("seed", None), ("density", "CAUSAL_LM")]
+)
 def test_the_snippet_opens_what_was_saved(base, tmp_path, kind, task):
     model = adapted(base, task, kind)
     model.save_pretrained("adapter")

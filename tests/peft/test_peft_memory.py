@@ -1,11 +1,14 @@
-"""randlora_ext.peft: nothing dense stays."""
+"""randlora_ext.peft: nothing dense stays, and bases go with their model."""
 
 import gc
+import weakref
 
 import pytest
 import torch
-from peft_helpers import accelerated, adapted, config, opened, peft
+from peft_helpers import accelerated, adapted, basis_of, config, layers, made, opened, peft
 from torch import nn
+
+from randlora_ext import TernaryBasis
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 
@@ -43,8 +46,7 @@ def step(model):
     model(torch.randn(3, IN)).square().sum().backward()
 
 
-KINDS = [{"sparse": True}, {"very_sparse": True}, {"density": 0.1}]
-KINDS += [{"basis": "independent"}, {"basis": "hadamard"}]
+KINDS = [{"sparse": True}, {"density": 0.1}, {"basis": "independent"}, {"basis": "hadamard"}]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -84,3 +86,22 @@ def test_what_stays_is_small():
     }
     dense = 4 * DENSE
     assert 0 < sum(storages.values()) < dense / 10  # 2 bits for 32, and the lists of A
+
+
+@pytest.mark.parametrize("options", [{"sparse": True}, {}], ids=["packed", "uniform"])
+@pytest.mark.filterwarnings("ignore")
+def test_bases_go_with_their_model(options):
+    def living() -> int:
+        gc.collect()
+        return sum(isinstance(thing, TernaryBasis) for thing in gc.get_objects())
+
+    model = made(**options)
+    model(torch.randn(2, 24))
+    first = weakref.ref(basis_of(layers(model)[0]))
+    for _ in range(20):  # and moves keep nothing
+        model.double()(torch.randn(2, 24, dtype=torch.float64))
+        model.float()(torch.randn(2, 24))
+    assert 0 < living() <= (8 if options else 6)
+    assert first() is not None or not options
+    del model
+    assert living() == 0 and first() is None
