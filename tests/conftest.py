@@ -1,5 +1,6 @@
 """Fixtures that several test files use."""
 
+import gc
 import os
 
 # Before torch: a thread that waits for others leaves its core to them, and to the other processes.
@@ -38,5 +39,7 @@ def stock_peft(monkeypatch):
         "peft.tuners.lora.torchao.is_torchao_available", lambda: False, raising=False
     )
     disable()
+    gc.freeze()  # enable() looks through all objects: now through the test's alone
     yield
+    gc.unfreeze()
     disable()

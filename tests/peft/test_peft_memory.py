@@ -21,14 +21,6 @@ class Net(nn.Sequential):
         super().__init__(nn.Linear(IN, OUT), nn.Tanh(), nn.Linear(OUT, IN))
 
 
-@pytest.fixture(autouse=True)
-def only_new_objects():
-    """What is there before a test is nothing to it, and takes no time to look through."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def dense_tensors():
     """Ordinary tensors that are as large as a dense B."""
     gc.collect()
