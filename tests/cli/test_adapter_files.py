@@ -1,5 +1,5 @@
 """Adapter files that are cut off, altered, of another version or hostile: an error, and nothing
-changes. What is no error (a key that is missing) warns."""
+changes."""
 
 import dataclasses
 import json
@@ -13,27 +13,22 @@ import pytest
 import torch
 from peft_helpers import accelerated, assert_unchanged, made, numbers, opened
 from property_cases import DEEP
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import save
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-def make_model(seed=0):
-    return made(seed, density=0.2, basis="independent")
 
 
 class Victim:
     """A model in use, and a good adapter beside it that a test spoils."""
 
     def __init__(self, folder):
-        self.folder, self.model = folder, make_model()
-        self.x = torch.randn(6, 24)
-        make_model(1).save_pretrained(folder)
+        options = {"density": 0.2, "basis": "independent"}
+        self.folder, self.model, self.x = folder, made(**options), torch.randn(6, 24)
+        made(1, **options).save_pretrained(folder)
         self.weights = (folder / WEIGHTS).read_bytes()
         self.config = json.loads((folder / CONFIG).read_text())
-        self.state = numbers(self.model)
-        self.y = self.model(self.x).detach()
+        self.state, self.y = numbers(self.model), self.model(self.x).detach()
 
     def write(self, weights=None, **changes):
         (self.folder / WEIGHTS).write_bytes(self.weights if weights is None else weights)
@@ -55,9 +50,17 @@ class Victim:
         return opened(self.folder)
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return Victim(tmp_path_factory.mktemp("victim"))
+
+
 @pytest.fixture
-def victim(tmp_path):
-    return Victim(tmp_path)
+def victim(shared, stock_peft):
+    accelerated.enable()
+    shared.write()
+    shared.assert_unchanged()
+    return shared
 
 
 def parts(weights: bytes) -> tuple[dict, bytes]:
@@ -80,11 +83,9 @@ def spoiled(weights: bytes) -> dict[str, bytes]:
 
     begin, _ = first["data_offsets"]
     return {
-        "empty": b"",
         "header of 2^63 bytes": struct.pack("<Q", 2**63) + weights[8:],
         "header is no JSON": joined(b"\xff{" * 40, data),
         "header nested 100,000 deep": joined(b"[" * 100_000, data),
-        "one byte short": weights[:-1],
         "bytes left over": weights + b"x",
         "unknown dtype": with_first(dtype="Q8"),
         "integers": with_first(dtype="I32"),
@@ -108,9 +109,6 @@ def test_a_spoiled_file_raises_and_changes_nothing(victim, kind):
             load()
         assert not isinstance(caught.value, (AssertionError, AttributeError)), caught.value
         victim.assert_unchanged()
-    victim.write()
-    victim.load_over()
-    assert not torch.equal(victim.model(victim.x), victim.y)
 
 
 def test_a_file_cut_off_anywhere(victim):
@@ -120,6 +118,10 @@ def test_a_file_cut_off_anywhere(victim):
         with pytest.raises(Exception, match="(?i)header|safetensor|file|incomplete"):
             victim.load_over()
         victim.assert_unchanged()
+    victim.write()
+    victim.load_over()
+    assert not torch.equal(victim.model(victim.x), victim.y)
+    victim.model.load_state_dict(victim.state)
 
 
 def test_flipped_bits_in_the_header(victim):
@@ -147,14 +149,6 @@ def test_flipped_bits_in_the_header(victim):
     assert 0 < loaded < len(flips) / 2
 
 
-def test_a_missing_tensor_warns(victim):
-    state = load_file(victim.folder / WEIGHTS)
-    del state[sorted(state)[0]]
-    save_file(state, victim.folder / WEIGHTS, metadata={"format": "pt"})
-    with pytest.warns(UserWarning, match="missing adapter keys"):
-        victim.load_anew()
-
-
 def test_nothing_of_a_pickle_runs(victim):
     mark = victim.folder / "ran"
 
@@ -163,33 +157,28 @@ def test_nothing_of_a_pickle_runs(victim):
             return os.mkdir, (str(mark),)
 
     (victim.folder / WEIGHTS).unlink()
-    for write in (torch.save, lambda o, f: f.write(pickle.dumps(o))):
-        with open(victim.folder / "adapter_model.bin", "wb") as file:
-            write({"base_model.model.a": Hostile()}, file)
+    file = victim.folder / "adapter_model.bin"
+    for write in (torch.save, lambda state, file: file.write_bytes(pickle.dumps(state))):
+        write({"base_model.model.a": Hostile()}, file)
         for load in (victim.load_over, victim.load_anew):
             with pytest.raises(Exception, match="(?i)weights.only|unpickl"):
                 load()
             victim.assert_unchanged()
+    file.unlink()
     assert not mark.exists()
 
 
 KEY = "randlora_ext:independent-{}:density=0.2:seed={}"
 BAD_CONFIGS = [
-    {"density": 2.0}, {"density": 0}, {"density": "0.2"}, {"density": float("nan")},
-    {"density": [0.2]}, {"r": 0}, {"r": -1}, {"r": 2**70}, {"r": 2**31 - 1}, {"r": "8"},
-    {"r": 1.5}, {"r": None},
-    {"basis": "other"}, {"basis": None},
+    {"density": 2.0}, {"density": "0.2"}, {"density": float("nan")}, {"density": [0.2]},
+    {"r": 0}, {"r": 2**70}, {"r": 2**31 - 1}, {"r": "8"}, {"r": None}, {"basis": "other"},
     {"projection_prng_key": KEY.format(2, 5)},  # of a specification to come
-    {"projection_prng_key": KEY.format(1, -5)}, {"projection_prng_key": KEY.format(1, "")},
     {"projection_prng_key": KEY.format(1, 2**64)}, {"projection_prng_key": "__import__('os')"},
-    {"projection_prng_key": 1.5}, {"projection_prng_key": None}, {"projection_prng_key": "x"},
-    {"projection_prng_key": KEY.format(1, "07")},
+    {"projection_prng_key": 1.5}, {"projection_prng_key": None},
     {"projection_prng_key": "randlora_ext:peft-1:density=0.20:seed=5"},
-    {"randlora_alpha": "x"}, {"randlora_alpha": float("nan")}, {"randlora_alpha": None},
-    {"randlora_alpha": float("inf")}, {"randlora_alpha": 10**400},
-    {"randlora_dropout": 1.5},
-    {"target_modules": ["nowhere"]}, {"peft_type": "RANDLORA2"}, {"peft_type": 5},
-    "", "{", "[]", "null", '{"peft_type"', "\x00\xff",
+    {"randlora_alpha": "x"}, {"randlora_alpha": float("nan")}, {"randlora_alpha": 10**400},
+    {"randlora_dropout": 1.5}, {"target_modules": ["nowhere"]},
+    {"peft_type": "RANDLORA2"}, {"peft_type": 5}, "", "[]", '{"peft_type"', "\x00\xff",
 ]  # fmt: skip
 
 
@@ -205,38 +194,36 @@ def test_a_bad_config_raises_and_changes_nothing(victim, change):
         victim.assert_unchanged()
 
 
-TEXTS = ("base_model_name_or_path", "revision", "peft_version")
 ALLOWED = {
-    **dict.fromkeys(("density",), (float, type(None))),
+    "density": (float, type(None)),
     **dict.fromkeys(("r", "randlora_alpha", "randlora_dropout"), (int, float)),
     **dict.fromkeys(("bias", "projection_prng_key", "basis"), (str, int)),
     **dict.fromkeys(("sparse", "very_sparse", "save_projection", "fan_in_fan_out"), (bool,)),
     **dict.fromkeys(("init_weights", "inference_mode"), (bool,)),
-    **dict.fromkeys(TEXTS, (str, type(None))),
+    **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version"), (str, type(None))),
     **dict.fromkeys(("target_modules", "layers_pattern"), (str, list, type(None))),
-    **dict.fromkeys(("modules_to_save",), (list, type(None))),
-    **dict.fromkeys(("layers_to_transform",), (int, list, type(None))),
-    **dict.fromkeys(("auto_mapping",), (dict, type(None))),
+    "modules_to_save": (list, type(None)),
+    "layers_to_transform": (int, list, type(None)),
+    "auto_mapping": (dict, type(None)),
 }
 
 
-@pytest.mark.parametrize("field", ALLOWED)
-def test_a_field_of_a_wrong_type_is_named(victim, field):
-    for value in (5, 1.5, "x", None, [[]], {"a": 1}, True):
-        if isinstance(value, ALLOWED[field]) and not isinstance(value, list):
-            if isinstance(value, bool) <= (bool in ALLOWED[field]):
-                continue
-        victim.write(**{field: value})
-        for load in (victim.load_anew, victim.load_beside):
-            with pytest.raises((TypeError, ValueError), match=f"^{field}\\b.* must be "):
-                load()
+def test_a_field_of_a_wrong_type_is_named(victim):
+    for field, allowed in ALLOWED.items():
+        for value in (5, 1.5, "x", None, [[]], {"a": 1}, True):
+            if isinstance(value, allowed) and not isinstance(value, list):
+                if isinstance(value, bool) <= (bool in allowed):
+                    continue
+            victim.write(**{field: value})
+            for load in (victim.load_anew, victim.load_beside):
+                with pytest.raises((TypeError, ValueError), match=f"^{field}\\b.* must be "):
+                    load()
     victim.assert_unchanged()
     known = {f.name for f in dataclasses.fields(accelerated.RandLoraConfig)}
     assert known - ALLOWED.keys() == {"peft_type", "task_type"}  # PEFT's tables
 
 
-@pytest.mark.parametrize("key", ["x", KEY.format(1, "07")])
-def test_a_key_that_is_none_names_the_field(victim, key):
-    victim.write(projection_prng_key=key)
+def test_a_key_that_is_none_names_the_field(victim):
+    victim.write(projection_prng_key=KEY.format(1, "07"))
     with pytest.raises(ValueError, match="^projection_prng_key: '.*' is no key"):
         victim.load_anew()

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from cli_helpers import Q0, added, edit, refused, run, save_adapter, sharded
+from cli_helpers import Q0, added, edit, refused, run, sharded
 
 import randlora_ext.cli.merge as merging
 
@@ -13,14 +13,6 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread", "stock_peft"),
     pytest.mark.filterwarnings("ignore:Specified to not save", "ignore:RandLoRA layers of this"),
 ]
-
-
-@pytest.fixture
-def whole(tmp_path):
-    """A sound model and adapter, to be broken."""
-    base = sharded(tmp_path / "model")
-    save_adapter(base, tmp_path / "adapter", basis="independent")
-    return tmp_path
 
 
 def config(**changes):
