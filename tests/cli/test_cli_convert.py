@@ -84,14 +84,6 @@ def test_to_peft_and_back(tmp_path, convert, kind):
         assert key == "randlora_ext:hadamard-1:seed=7"
 
 
-def test_hadamard_bases_of_two_sizes_have_no_dense_form(tmp_path, sound):
-    saved(tmp_path / "a", **KINDS["hadamard"])
-    to_peft = ("convert", tmp_path / "a", tmp_path / "peft", "--to", "peft")
-    line = refused(*to_peft, "--base", sound / "model")
-    assert "_proj' has " in line and "v_proj' 32 -> 16;" in line
-    assert "merge instead" in line and not (tmp_path / "peft").exists()
-
-
 def test_density_that_cannot_be_read_off_is_given(tmp_path, convert):
     saved(tmp_path / "a", basis="independent", density=0.123456789)
     convert("a", "peft", "peft", base=True)
@@ -102,13 +94,6 @@ def test_density_that_cannot_be_read_off_is_given(tmp_path, convert):
     convert("peft", "small", "compact", "--density", 0.123456789)
     settings = fields(tmp_path / "small")
     assert settings["basis"] == "independent" and settings["density"] == 0.123456789
-
-
-def test_bases_of_another_key_stay(tmp_path):
-    saved(tmp_path / "a", sparse=True)
-    edit_config(tmp_path / "a", projection_prng_key=5)
-    line = refused("convert", tmp_path / "a", tmp_path / "b", "--to", "compact")
-    assert "projection_prng_key 5" in line and not (tmp_path / "b").exists()
 
 
 def test_bases_of_a_bf16_model(tmp_path, convert):
@@ -156,29 +141,23 @@ def test_bases_under_layers(tmp_path, convert, only_one_layer):
         assert relative(logits(tmp_path / name, False), model(TOKENS).logits) < 1e-6
 
 
-def test_to_lora(tmp_path, convert):
+def test_to_lora(tmp_path, sound, convert):
     """Of the full rank, so nothing is lost; test_peft_lora.py has the truncation."""
-    want = saved(tmp_path / "a")
-    said = convert("a", "lora", "lora", "--rank", 32, base=True)
-    assert "rank 32 keeps 1.0000 of |dW|^2" in said
-    assert len(said.splitlines()) == 9 and f"{Q0} " in said
-    settings = fields(tmp_path / "lora")
-    assert sorted(settings["target_modules"]) == sorted(TARGETS)
-    assert (settings["r"], settings["lora_alpha"]) == (32, 32)
-    assert relative(logits(tmp_path / "lora", False), want) < 1e-5
-
-
-def test_to_lora_by_energy(tmp_path, sound, convert):
-    kind = {"modules_to_save": ["lm_head"], "layers_to_transform": [1], "sparse": True}
+    kind = {"modules_to_save": ["lm_head"], "layers_to_transform": [1]}
     want = saved(tmp_path / "a", **kind)
     command = ("convert", tmp_path / "a", tmp_path / "lora", "--base", sound / "model", "--to")
     assert "either --rank or --energy" in refused(*command, "lora")
     assert "energy must be in (0, 1], got 2.0" in refused(*command, "lora", "--energy", 2)
     assert "go with --to lora" in refused(*command, "peft", "--rank", 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
-    said = convert("a", "lora", "lora", "--energy", 1, base=True)
-    assert "rank 32 keeps 1.0000" in said and "vLLM refuses it" in said
-    assert relative(logits(tmp_path / "lora", False), want) < 1e-5
+    for name, how in (("rank", 32), ("energy", 1)):
+        said = convert("a", name, "lora", f"--{name}", how, base=True)
+        assert "rank 32 keeps 1.0000 of |dW|^2" in said and "vLLM refuses it" in said
+        assert len(said.splitlines()) == 6 and "model.layers.1.self_attn.q_proj " in said
+        settings = fields(tmp_path / name)
+        assert {path.split(".")[-1] for path in settings["target_modules"]} == set(TARGETS)
+        assert (settings["r"], settings["lora_alpha"]) == (32, 32)
+        assert relative(logits(tmp_path / name, False), want) < 1e-5
 
 
 def test_what_cannot_be_done_is_told(whole):
@@ -196,7 +175,10 @@ def test_what_cannot_be_done_is_told(whole):
     save_file(load_file(file) | {"base_model.randlora_B": torch.zeros(2, 2, 2)}, file)
     for to in ("peft", "compact"):
         assert "too small" in refused(*convert, "--to", to)
-        assert not (whole / "b").exists()
+    save_adapter(llama(), whole / "adapter", sparse=True)
+    edit_config(whole / "adapter", projection_prng_key=5)
+    assert "projection_prng_key 5" in refused(*convert, "--to", "compact")
+    assert not (whole / "b").exists()
 
 
 def test_broken_adapters_and_models_are_told(tmp_path, sound):
