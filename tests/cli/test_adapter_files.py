@@ -174,7 +174,7 @@ BAD_CONFIGS = [
     {"r": 0}, {"r": 2**70}, {"r": 2**31 - 1}, {"r": "8"}, {"r": None}, {"basis": "other"},
     {"projection_prng_key": KEY.format(2, 5)},  # of a specification to come
     {"projection_prng_key": KEY.format(1, 2**64)}, {"projection_prng_key": "__import__('os')"},
-    {"projection_prng_key": 1.5}, {"projection_prng_key": None},
+    {"projection_prng_key": 1.5}, {"projection_prng_key": None}, {"projection_prng_key": 10**300},
     {"projection_prng_key": "randlora_ext:peft-1:density=0.20:seed=5"},
     {"randlora_alpha": "x"}, {"randlora_alpha": float("nan")}, {"randlora_alpha": 10**400},
     {"randlora_dropout": 1.5}, {"target_modules": ["nowhere"]},
