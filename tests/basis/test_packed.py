@@ -1,6 +1,5 @@
 """The packed tensors of a basis: equal to the dense matrices, shared, and freed in time."""
 
-import gc
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +19,8 @@ from randlora_ext.reference import delta_weight_reference
 
 ops = torch.ops.randlora
 SHAPES = [
-    (64, 64, 8), (50, 37, 7), (37, 50, 7), (20, 24, 32), (1, 1, 1), (130, 200, 1), (3, 700, 2),
+    (50, 37, 7), (37, 50, 7), (20, 24, 32), (1, 1, 1), (130, 200, 1), (3, 700, 2),
 ]  # fmt: skip
-
-
-def signs(basis):
-    return [m.sign().to(torch.int8).numpy() for m in basis.dense(dtype=torch.float64)]
 
 
 def from_lists(offset, index, lines, length):
@@ -40,14 +35,16 @@ def from_lists(offset, index, lines, length):
     return dense
 
 
-@pytest.mark.parametrize("imported", [False, True], ids=["generated", "imported"])
 @pytest.mark.parametrize("density", [1.0, 1 / 3, 0.07, 1 / 64])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_packed_equals_dense(shape, density, imported):
-    basis = TernaryBasis(*shape, density, seed=8)
-    if imported:
-        basis = TernaryBasis.from_ternary(*basis.dense(), *shape[:2])
-    A, B = signs(basis)
+def test_packed_equals_dense(shape, density):
+    generated = TernaryBasis(*shape, density, seed=8)
+    for basis in (generated, TernaryBasis.from_ternary(*generated.dense(), *shape[:2])):
+        assert_packed_equals_dense(basis)
+
+
+def assert_packed_equals_dense(basis):
+    A, B = (m.sign().to(torch.int8).numpy() for m in basis.dense(dtype=torch.float64))
     packed = basis.packed("cpu")
     assert packed is basis.packed() is basis.packed(torch.device("cpu"))
     tables, of_b = packed[2], packed[3:]
@@ -120,24 +117,20 @@ def pointers(basis):
 
 @pytest.mark.parametrize("density", [1 / 3, 0.07])
 def test_equal_bases_share_one_copy_which_dies_with_the_last(density):
-    gc.collect()  # what tests before this one left
-    before = len(_cache)
+    before = set(_cache.keys())
     first, second = (TernaryBasis(500, 370, 7, density, seed=77) for _ in range(2))
     watched = [weakref.ref(t) for t in first.packed("cpu")]
     watched.append(weakref.ref(first.dense_b("cpu", torch.float32)))
     assert pointers(first) == pointers(second)
     assert second.dense_b("cpu", torch.float32) is watched[-1]()
-    assert len(_cache) == before + 2
+    assert len(set(_cache.keys()) - before) == 2
     other = TernaryBasis(500, 370, 7, density, seed=78)
     assert set(pointers(other)).isdisjoint(pointers(first))
     del first, other
-    gc.collect()
-    assert all(ref() is not None for ref in watched)
     third = TernaryBasis(500, 370, 7, density, seed=77)
     assert third.packed("cpu")[0] is watched[0]()
     del second, third
-    gc.collect()
-    assert all(ref() is None for ref in watched) and len(_cache) == before
+    assert all(ref() is None for ref in watched) and set(_cache.keys()) <= before
 
 
 def test_a_graph_keeps_its_packed_tensors_and_no_longer():
@@ -149,7 +142,6 @@ def test_a_graph_keeps_its_packed_tensors_and_no_longer():
     y.sum().backward()  # still right after the basis itself is gone
     assert lam.grad.isfinite().all()
     del y
-    gc.collect()
     assert watched() is None
 
 
