@@ -15,7 +15,6 @@ from randlora_ext.basis.hadamard import signs as compiled_signs
 from randlora_ext.reference import scaled_basis_reference
 
 VECTORS = read_vectors(HADAMARD_FILE)
-LAYERS = sorted({tuple(map(int, record[:4])) for record in VECTORS["matrix_planes"]})
 CPU = torch.device("cpu")
 
 
@@ -51,26 +50,6 @@ def test_matrix_vectors(source):
 def test_row_vectors(source):
     for *layer, name, row, expected in VECTORS["matrix_row"]:
         assert to_signs(source(*map(int, layer))["AB".index(name)][int(row)]) == expected
-
-
-@pytest.mark.parametrize("layer", [layer for layer in LAYERS if max(layer[:2]) < 200], ids=str)
-def test_elements_are_the_formulas_of_the_page(layer):
-    # On Python integers, of compiled elements of version 1.
-    in_features, out_features, r, seed = layer
-    d, D = min(in_features, out_features), max(in_features, out_features)
-    n, one = math.ceil(d / r), _C.threshold(1.0)
-
-    def sign(role, e):
-        return _C.element(seed, role, 0, e, one)
-
-    def H(a, b):
-        return (-1) ** bin(a & b).count("1")
-
-    A, B = hadamard(*layer)
-    assert A.tolist() == [[sign(3, k) * H(j, k // n) for k in range(d)] for j in range(r)]
-    assert B.tolist() == [
-        [sign(4, o) * H(o, c) * sign(5, c) for c in range(r * n)] for o in range(D)
-    ]
 
 
 def test_the_packed_form_holds_the_signs_and_nothing_else():

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from basis_vectors import from_planes, to_lists, to_planes
+from basis_vectors import to_lists, to_planes
 from layer_cases import exact, largest_error, make_basis, make_layer, ours
 from layer_cases import one_thread as one_thread
 
@@ -23,16 +23,11 @@ SHAPES = [
 ]  # fmt: skip
 
 
-def from_lists(offset, index, lines, length):
-    """A dense matrix (lines, length) of -1, 0, +1 from lists, position by position."""
-    unsigned = index.numpy().view({2: np.uint16, 4: np.uint32}[index.element_size()])
-    dense = np.zeros((lines, length), dtype=np.int8)
-    assert offset.shape == (2 * lines + 1,) and offset[0] == 0 and offset[-1] == len(unsigned)
-    for q in range(2 * lines):
-        run = unsigned[offset[q] : offset[q + 1]]
-        assert (np.diff(run.astype(np.int64)) > 0).all()  # ascending, no position twice
-        dense[q // 2, run] += -1 if q % 2 else 1
-    return dense
+def assert_lists(packed, values, by_column=False):
+    offset, index = to_lists(values, by_column)
+    assert [t.dtype for t in packed] == [torch.int64, torch.int16]
+    assert np.array_equal(packed[0].numpy(), offset)
+    assert np.array_equal(packed[1].numpy().view(np.uint16), index)
 
 
 @pytest.mark.parametrize("density", [1.0, 1 / 3, 0.07, 1 / 64])
@@ -49,22 +44,12 @@ def assert_packed_equals_dense(basis):
     assert packed is basis.packed() is basis.packed(torch.device("cpu"))
     tables, of_b = packed[2], packed[3:]
     assert tables.dtype == torch.int32 and bool(tables.numel()) == cuda_serves("cpu")
-    assert [t.dtype for t in packed[:2]] == [torch.int64, torch.int16]
-    assert np.array_equal(from_lists(*packed[:2], basis.r, basis.d), A)
+    assert_lists(packed[:2], A)
     if basis.format == "planes":
-        assert len(of_b) == 1 and of_b[0].dtype == torch.int64
-        assert of_b[0].shape == (2, basis.D, -(-basis.K // 64))
-        assert np.array_equal(from_planes(of_b[0].numpy(), basis.K), B)
-        assert np.array_equal(of_b[0].numpy(), to_planes(B))  # also the bits past the end
+        assert np.array_equal(of_b[0].numpy(), to_planes(B)) and len(of_b) == 1
     else:
-        assert len(of_b) == 4
-        assert np.array_equal(from_lists(*of_b[:2], basis.D, basis.K), B)
-        assert np.array_equal(from_lists(*of_b[2:], basis.K, basis.D), B.T)
-        for by_column in (False, True):
-            offset, index = to_lists(B, by_column)
-            got = of_b[2 * by_column : 2 + 2 * by_column]
-            assert np.array_equal(got[0].numpy(), offset)
-            assert np.array_equal(got[1].numpy().view(np.uint16), index)
+        assert_lists(of_b[:2], B)
+        assert_lists(of_b[2:], B, by_column=True)
     assert all(t.is_contiguous() and not t.requires_grad for t in packed)
     assert basis.packed_bytes("cpu") == sum(t.nbytes for t in packed)
 

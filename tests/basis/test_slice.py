@@ -76,9 +76,9 @@ def close(got, want):
 
 
 @cases
-def test_matrices(cut, kind):
+def test_matrices_and_weights(cut, kind):
     _, _, _, inputs, outputs = cut
-    whole, part, *_ = parts(cut, kind)
+    whole, part, lam, gam, dW = parts(cut, kind)
     A, B = whole.dense()
     rows, columns = (outputs, inputs) if whole.expand else (inputs, outputs)
     got = part.dense()
@@ -88,6 +88,16 @@ def test_matrices(cut, kind):
         assert torch.equal(part.dense_a("cpu", torch.float32), got[0])
     assert (part.n, part.K, part.r) == (whole.n, whole.K, whole.r)
     assert (part.in_features, part.out_features) == (len(inputs), len(outputs))
+    delta = delta_weight(part, lam, gam, 2.0)
+    close(delta.detach(), dW)
+    A, B = part.dense(dtype=torch.float64)
+    scaled, dy = scaled_basis_reference(A, lam, gam), torch.randn_like(dW)
+    M = 2.0 * B @ scaled
+    want = torch.autograd.grad(M if part.expand else M.T, (lam, gam), dy, retain_graph=True)
+    for ours, reference in zip(torch.autograd.grad(delta, (lam, gam), dy), want, strict=True):
+        close(ours, reference)
+    close(merged_weight(part, dy, lam, gam, 2.0), dy + dW)
+    close(scaled_basis(part, lam, gam).detach(), scaled.detach())
 
 
 def assert_linear(part, path, dtype, lam, gam, tokens=40):
@@ -140,22 +150,6 @@ def test_transforms_of_more_than_65536():
         (part, "factored", torch.bfloat16),
     ):
         assert_linear(layer, path, dtype, lam, gam / part.K, tokens=3)
-
-
-@cases
-def test_weights(cut, kind):
-    _, part, lam, gam, dW = parts(cut, kind)
-    got = delta_weight(part, lam, gam, 2.0)
-    close(got.detach(), dW)
-    G = torch.randn_like(dW)
-    A, B = part.dense(dtype=torch.float64)
-    M = 2.0 * B @ scaled_basis_reference(A, lam, gam)
-    want = torch.autograd.grad(M if part.expand else M.T, (lam, gam), G)
-    for ours, reference in zip(torch.autograd.grad(got, (lam, gam), G), want, strict=True):
-        close(ours, reference)
-    weight = torch.randn_like(dW)
-    close(merged_weight(part, weight, lam, gam, 2.0), weight + dW)
-    close(scaled_basis(part, lam, gam).detach(), scaled_basis_reference(A, lam, gam).detach())
 
 
 def test_the_operators_refuse_what_does_not_fit():

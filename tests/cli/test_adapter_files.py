@@ -13,7 +13,6 @@ import pytest
 import torch
 from peft_helpers import accelerated, assert_unchanged, made, numbers, opened
 from property_cases import DEEP
-from safetensors.torch import save
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -63,52 +62,39 @@ def victim(shared, stock_peft):
     return shared
 
 
-def parts(weights: bytes) -> tuple[dict, bytes]:
-    (length,) = struct.unpack("<Q", weights[:8])
-    return json.loads(weights[8 : 8 + length]), weights[8 + length :]
-
-
-def joined(header, data: bytes) -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
-
-
 def spoiled(weights: bytes) -> dict[str, bytes]:
-    header, data = parts(weights)
-    names = [name for name in header if name != "__metadata__"]
-    first, second = (dict(header[name]) for name in names[:2])
+    (length,) = struct.unpack("<Q", weights[:8])
+    header, data = json.loads(weights[8 : 8 + length]), weights[8 + length :]
+    name, other = [name for name in header if name != "__metadata__"][:2]
+    first, begin = header[name], header[name]["data_offsets"][0]
 
-    def with_first(**changes):
-        return joined(header | {names[0]: first | changes}, data)
+    def joined(text: bytes) -> bytes:
+        return struct.pack("<Q", len(text)) + text + data
 
-    begin, _ = first["data_offsets"]
+    def with_first(**changes) -> bytes:
+        return joined(json.dumps(header | {name: first | changes}).encode())
+
     return {
         "header of 2^63 bytes": struct.pack("<Q", 2**63) + weights[8:],
-        "header is no JSON": joined(b"\xff{" * 40, data),
-        "header nested 100,000 deep": joined(b"[" * 100_000, data),
+        "header nested 100,000 deep": joined(b"[" * 100_000),
         "bytes left over": weights + b"x",
-        "unknown dtype": with_first(dtype="Q8"),
         "integers": with_first(dtype="I32"),
-        "negative shape": with_first(shape=[-5, -5]),
         "shape of another size": with_first(shape=[*first["shape"], 2]),
         "offsets beyond the end": with_first(data_offsets=[begin, 2**40]),
-        "offsets of another tensor": with_first(**second | {"dtype": first["dtype"]}),
+        "another tensor's place": with_first(**header[other]),
         "transposed": with_first(shape=first["shape"][::-1]),
-        "a pickle": pickle.dumps({names[0]: [1.0]}),
+        "a pickle": pickle.dumps({name: [1.0]}),
     }
 
 
-KINDS = list(spoiled(save({"a": torch.zeros(2, 3), "b": torch.zeros(4)})))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_spoiled_file_raises_and_changes_nothing(victim, kind):
-    victim.write(spoiled(victim.weights)[kind])
-    for load in (victim.load_over, victim.load_anew):
-        with pytest.raises(Exception) as caught:  # safetensors has its own class
-            load()
-        assert not isinstance(caught.value, (AssertionError, AttributeError)), caught.value
-        victim.assert_unchanged()
+def test_a_spoiled_file_raises_and_changes_nothing(victim):
+    for kind, weights in spoiled(victim.weights).items():
+        victim.write(weights)
+        for load in (victim.load_over, victim.load_anew):
+            with pytest.raises(Exception) as caught:  # safetensors has its own class
+                load()
+            assert not isinstance(caught.value, (AssertionError, AttributeError)), kind
+            victim.assert_unchanged()
 
 
 def test_a_file_cut_off_anywhere(victim):
@@ -129,9 +115,8 @@ def test_flipped_bits_in_the_header(victim):
     # the header says can be found to be wrong.
     (length,) = struct.unpack("<Q", victim.weights[:8])
     flips = [(at, bit) for at in range(8 + length) for bit in range(8)]
-    random.Random(1).shuffle(flips)
+    flips = random.Random(1).sample(flips, 3000 if DEEP else 80)
     loaded = 0
-    flips = flips[: 3000 if DEEP else 80]
     for at, bit in flips:
         weights = bytearray(victim.weights)
         weights[at] ^= 1 << bit
