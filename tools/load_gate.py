@@ -4,10 +4,9 @@
     python tools/load_gate.py --python VENV/bin/python    # of a venv that has such a torch
     python tools/load_gate.py --python ... --install dist/NAME.whl   # what another torch built
 
-Installs into a temporary folder, so the venv stays as it is. Then checks that the CUDA library
-exports one symbol and links neither torch nor a CUDA runtime; that the package loads it and
-registers its operators under the CUDA key; that torch has the functions which operators look up by
-name at their first call on a card; and that CPU tensors still work.
+Installs into a temporary folder. Checks that the CUDA library exports one symbol and links neither
+torch nor a CUDA runtime; that the package loads it and registers its operators under the CUDA key;
+that torch has the functions which operators look up by name; and that CPU tensors still work.
 """
 
 import argparse

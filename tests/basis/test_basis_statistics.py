@@ -1,16 +1,15 @@
 """The generated matrices look random: density, signs, and independence, by chi-square tests.
 
-Every test uses fixed seeds and so always gives the same answer. One asks that the probability of a
-statistic at least as large lies within (ALPHA, 1 - ALPHA): neither too irregular nor too regular.
-The null hypothesis is complete (probabilities come from the integer threshold, none is estimated),
-so a table of k cells has k - 1 degrees of freedom.
+Seeds are fixed. The probability of a statistic at least as large must lie in (ALPHA, 1 - ALPHA):
+neither too irregular nor too regular. Probabilities come from the integer threshold, none is
+estimated, so a table of k cells has k - 1 degrees of freedom.
 """
 
 import math
 
 import numpy as np
 import pytest
-from basis_reference import ROLE_A, ROLE_B, threshold
+from basis_reference import ROLE_A, ROLE_B, ROLE_COL, ROLE_ROW, ROLE_S, threshold
 from basis_vectors import from_planes
 
 from randlora_ext.basis.ternary import generate_planes
@@ -76,7 +75,8 @@ def test_density_and_signs(density):
 @DENSITIES
 def test_roles_neighbours_and_seeds_are_independent(density):
     values = sample(density)
-    assert independent(values, sample(density, ROLE_A), density)
+    for role in (ROLE_A, ROLE_S, ROLE_ROW, ROLE_COL):
+        assert independent(values, sample(density, role), density), role
     assert independent(values[0::2], values[1::2], density)
     # Distance 16 and 32: the same counter, another output word. 64: the same word, another group.
     for distance in (1, 16, 32, 64):

@@ -25,12 +25,12 @@ def events(monkeypatch):
     return events
 
 
-def packed(number, events, device=CARD):
+def packed(number, events):
     def make():
         events.append("made")
         return [torch.zeros(1)]
 
-    return cache.get_or_make(("streams", number), device, make)
+    return cache.get_or_make(("streams", number), CARD, make)
 
 
 def test_memory_outlives_what_other_streams_enqueued(events, monkeypatch):
@@ -58,8 +58,3 @@ def test_a_capture_fills_no_cache(events):
     assert events == ["capture"] and ("streams", 2) not in cache._cache
     events.clear()
     assert packed(2, events).tensors
-
-
-def test_tensors_on_the_cpu_wait_for_nothing(events):
-    held = packed(3, events, torch.device("cpu"))
-    assert held.on_current_stream() is held.tensors and events == ["made"]

@@ -157,15 +157,14 @@ def test_the_operators_refuse_what_does_not_fit():
     part = whole.slice(inputs=range(72, 144))  # 72 to 72: sizes alone would say d is the input side
     lam, gam, bases = torch.randn(8, 9), torch.randn(9, 72), operands(part, "cpu")
     op = torch.ops.randlora.delta_weight
-    turned = bases._replace(expand=True)
-    assert op(lam, gam, *bases).shape == (72, 72)
-    assert torch.equal(op(lam, gam, *bases).T, op(lam, gam, *turned))
-    with pytest.raises(RuntimeError, match=r"packed: b_planes .* = \(2, 36, 2\)"):
-        op(lam, gam, *bases._replace(D=36))
-    with pytest.raises(RuntimeError, match=r"gam must be .* at most K = r \* n = 40"):
-        op(lam[:, :5], gam[:5], *bases)
-    with pytest.raises(RuntimeError, match=r"lam must be \(r, n\), got \(8, 0\)"):
-        op(lam[:, :0], gam[:0], *bases)
+    assert torch.equal(op(lam, gam, *bases).T, op(lam, gam, *bases._replace(expand=True)))
+    for message, bad_lam, bad_gam, D in (
+        (r"packed: b_planes .* = \(2, 36, 2\)", lam, gam, 36),
+        (r"gam must be .* at most K = r \* n = 40", lam[:, :5], gam[:5], 72),
+        (r"lam must be \(r, n\), got \(8, 0\)", lam[:, :0], gam[:0], 72),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op(bad_lam, bad_gam, *bases._replace(D=D))
 
 
 def test_slices_are_descriptions():

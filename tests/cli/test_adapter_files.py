@@ -206,9 +206,6 @@ def test_a_field_of_a_wrong_type_is_named(victim):
     victim.assert_unchanged()
     known = {f.name for f in dataclasses.fields(accelerated.RandLoraConfig)}
     assert known - ALLOWED.keys() == {"peft_type", "task_type"}  # PEFT's tables
-
-
-def test_a_key_that_is_none_names_the_field(victim):
     victim.write(projection_prng_key=KEY.format(1, "07"))
     with pytest.raises(ValueError, match="^projection_prng_key: '.*' is no key"):
         victim.load_anew()
