@@ -175,7 +175,9 @@ def test_slices_are_descriptions():
     assert part != whole and part != whole.slice(outputs=range(0, 30))
     again = pickle.loads(pickle.dumps(part))
     assert again == part and not again._packed
-    assert part.slice(outputs=range(10, 20)).dense()[1].equal(whole.dense()[1][40:50])
+    twice = part.slice(range(10, 40), range(10, 20)).slice(range(5, 20))
+    assert twice.dense()[0].equal(whole.dense()[0][:, 15:30])
+    assert twice.dense()[1].equal(whole.dense()[1][40:50])
     assert "slice from row 30 of B and column 0 of A" in repr(part)
     turned = part.transposed()
     assert (turned.in_features, turned.expand) == (30, False) and turned.packed() is part.packed()

@@ -2,13 +2,16 @@
 
 import json
 import shutil
+import zlib
 
 import pytest
 import torch
 from cli_helpers import KINDS, Q0, added, edit, gpt2, llama, refused, run, save_adapter, sharded
-from peft_helpers import accelerated, opened, shake
+from peft_helpers import StockLinear, accelerated, basis_of, opened, shake
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+
+from randlora_ext import merged_weight
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "stock_peft"),
@@ -181,9 +184,16 @@ def test_stochastic_rounding(tmp_path, bf16, sound):
     for name in (name for name in before if name.endswith(("up_proj.weight", "down_proj.weight"))):
         assert torch.equal(s1[name], again[name]) and not torch.equal(s1[name], s2[name])
         assert (near[name] != before[name]).sum() < (s1[name] != before[name]).sum()
-    ups = [f"model.layers.{k}.mlp.up_proj.weight" for k in (0, 1)]
-    moved = [s1[name] != before[name] for name in ups]
-    assert not torch.equal(*moved)  # layers round by words of their own
+    accelerated.enable()
+    model = opened(tmp_path / "adapter", lambda: llama().bfloat16())
+    for path, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, StockLinear):
+            continue
+        diagonals = layer.randlora_lambda["default"], layer.randlora_gamma["default"]
+        # Layers round by words of their own.
+        seed, scaling = 1 ^ (zlib.crc32(path.encode()) << 32), layer.scaling["default"]
+        args = (basis_of(layer), before[f"{path}.weight"], *diagonals, scaling, seed)
+        assert torch.equal(s1[f"{path}.weight"], merged_weight(*args))
     for model, seed, told in ((sound / "model", 3, "float32"), (bf16, -1, "rounding-seed")):
         merging = ("merge", model, tmp_path / "adapter", tmp_path / "o", "--rounding-seed", seed)
         assert told in refused(*merging) and not (tmp_path / "o").exists()
