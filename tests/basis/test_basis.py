@@ -205,9 +205,6 @@ def test_one_wrong_element_is_found_and_located(which, place):
         assert str(place) in str(raised.value)
 
 
-# ---- planes given by the caller
-
-
 def test_an_element_of_planes_has_one_sign():
     A, B = TernaryBasis(50, 37, 7, 0.3, seed=3).dense()
     a, b = (torch.ops.randlora.pack_dense(matrix)[0] for matrix in (A, B))

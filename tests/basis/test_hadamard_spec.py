@@ -25,9 +25,6 @@ def source(request):
     return request.param
 
 
-# ---- known answers
-
-
 def test_sign_vectors():
     t = _C.threshold(1.0)
     for record in VECTORS["signs"]:
@@ -42,9 +39,6 @@ def test_matrix_vectors(source):
     for *layer, name, digest in VECTORS["matrix_planes"]:
         matrix = source(*map(int, layer))["AB".index(name)]
         assert planes_digest(to_planes(matrix)) == digest, (layer, name)
-
-
-def test_row_vectors(source):
     for *layer, name, row, expected in VECTORS["matrix_row"]:
         assert to_signs(source(*map(int, layer))["AB".index(name)][int(row)]) == expected
 
@@ -70,9 +64,6 @@ def test_the_key_of_saved_files():
             TernaryBasis(5, 7, 3, density, kind="hadamard")
 
 
-# ---- what layers share
-
-
 def test_swapped_features_have_the_same_matrices(source):
     (A, B), (other_a, other_b) = source(64, 96, 16, 9), source(96, 64, 16, 9)
     assert np.array_equal(A, other_a) and np.array_equal(B, other_b)
@@ -85,9 +76,6 @@ def test_layers_of_all_sizes_share_the_signs(source):
         assert np.array_equal(b, B[: b.shape[0], : b.shape[1]])
         assert np.array_equal(a[0], signs(6, 3, 0, min(layer[:2])))  # row 0 of H is all +1
     assert not np.array_equal(source(300, 420, 30, 7)[1], B)
-
-
-# ---- the rank of dW
 
 
 RANKS = [  # d, D, r; r > d, d = 1, r = d, K = d

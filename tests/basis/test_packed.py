@@ -18,9 +18,7 @@ from randlora_ext.devices import cuda_serves
 from randlora_ext.reference import delta_weight_reference
 
 ops = torch.ops.randlora
-SHAPES = [
-    (50, 37, 7), (37, 50, 7), (20, 24, 32), (1, 1, 1), (130, 200, 1), (3, 700, 2),
-]  # fmt: skip
+SHAPES = [(50, 37, 7), (37, 50, 7), (20, 24, 32), (1, 1, 1), (130, 200, 1), (3, 700, 2)]
 
 
 def assert_lists(packed, values, by_column=False):
@@ -64,9 +62,6 @@ def test_format_threshold():
         B = torch.zeros(50, 42)
         B.view(-1)[:non_zeros] = 1
         assert TernaryBasis.from_ternary(torch.ones(7, 37), B, 50, 37).format == form
-
-
-# ---- sizes at which 16-bit positions end
 
 
 @pytest.mark.parametrize("shape", [(65536, 2, 1), (65537, 2, 1), (3, 65540, 2)], ids=str)
@@ -156,9 +151,6 @@ def test_packed_in_any_grad_mode_serves_training_later(mode, kind):
     assert torch.equal(again.detach(), y)
     again.sum().backward()
     assert lam.grad is not None
-
-
-# ---- the packing operators on their own
 
 
 def test_zeros_of_either_sign_are_zeros():
