@@ -16,19 +16,11 @@ from pathlib import Path
 
 # C++ names of torch would bind to one version; its stable C functions are called aoti_torch_...
 TORCH_CPP = re.compile(r"_Z\w*(?:2at|3c10|5torch)\d")
-WANTED = (
-    "__init__.py",
-    "py.typed",
-    "_C.pyi",
-    "cli/__init__.py",
-    "peft/__init__.py",
-)
+WANTED = ("__init__.py", "py.typed", "_C.pyi", "cli/__init__.py", "peft/__init__.py")
 
 
 def run(*command: object) -> str:
-    return subprocess.run(
-        list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
+    return subprocess.check_output(list(map(str, command)), text=True)
 
 
 def library_findings(path: Path) -> list[str]:

@@ -4,10 +4,9 @@
     python tools/load_gate.py --python VENV/bin/python    # of a venv that has such a torch
     python tools/load_gate.py --python ... --install dist/NAME.whl   # what another torch built
 
-Installs into a temporary folder, so the venv stays as it is. Then checks that the CUDA library
-exports one symbol and links neither torch nor a CUDA runtime; that the package loads it and
-registers its operators under the CUDA key; that torch has the functions which operators look up by
-name at their first call on a card; and that CPU tensors still work.
+Installs into a temporary folder. Checks that the CUDA library exports one symbol and links neither
+torch nor a CUDA runtime; that the package loads it and registers its operators under the CUDA key;
+that torch has the functions which operators look up by name; and that CPU tensors still work.
 """
 
 import argparse
@@ -50,12 +49,12 @@ print("CPU tensors work")
 """
 
 
-def run(*command: str | Path, **more) -> str:
+def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> str:
     """What the command printed; stops the gate if it fails."""
-    line = list(map(str, command))
-    done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
+    line, env = list(map(str, command)), os.environ | environment
+    done = subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=env)
     if done.returncode:
-        sys.exit(f"{done.stdout}\nload gate: failed: {' '.join(line)}")
+        sys.exit(f"{done.stdout}{done.stderr}\nload gate: failed: {' '.join(line)}")
     return done.stdout
 
 
@@ -77,17 +76,17 @@ def main() -> None:
             run(sys.executable, "-m", "venv", work / "venv")
             python = work / "venv" / "bin" / "python"
             # Settings of pip may prefer a torch without CUDA.
-            plain = {**os.environ, "PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1"}
-            run(python, "-m", "pip", "install", "-q", TORCH, "numpy", "safetensors", env=plain)
+            plain = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1"}
+            run(python, "-m", "pip", "install", "-q", TORCH, "numpy", "safetensors", **plain)
         pip = [python, "-m", "pip", "install", "-q", "--target"]
         tools, site = work / "tools", work / "site"
         run(*pip, tools, "setuptools>=77,<82", "wheel", "pybind11", "ninja")
 
         step(f"install {args.install}")
         # torch is the environment's own; its setuptools may be too old.
-        build_env = {**os.environ, "PYTHONPATH": str(tools), "RANDLORA_CUDA": "1"}
-        build_env["PATH"] = f"{tools / 'bin'}:{os.environ['PATH']}"
-        run(*pip, site, "--no-build-isolation", "--no-deps", args.install, env=build_env)
+        build = {"PYTHONPATH": str(tools), "PATH": f"{tools / 'bin'}:{os.environ['PATH']}"}
+        command = (*pip, site, "--no-build-isolation", "--no-deps", args.install)
+        run(*command, RANDLORA_CUDA="1", **build)
 
         library = site / "randlora_ext" / "librandlora_cuda.so"
         step(f"{library.name}: {library.stat().st_size / 1e6:.1f} MB")
@@ -95,9 +94,8 @@ def main() -> None:
             sys.exit(f"load gate: failed: {findings}")
 
         step("the package")
-        env = {**os.environ, "PYTHONPATH": str(site)}
         binding = ROOT / "csrc" / "torch" / "backend.cpp"
-        print(run(python, "-c", USE, site, binding, cwd=work, env=env), end="")
+        print(run(python, "-c", USE, site, binding, cwd=work, PYTHONPATH=str(site)), end="")
         step("load gate: passed")
 
 

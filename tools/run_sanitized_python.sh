@@ -21,16 +21,9 @@ cd "$copy"
 RANDLORA_CUDA=0 RANDLORA_SANITIZE=$kind python setup.py -q build_ext --inplace >build.log 2>&1 ||
   { tail -30 build.log; exit 1; }
 
-libraries=
-case $kind in
-  *address*) libraries="libasan.so libubsan.so" ;;
-  *thread*) libraries="libtsan.so" ;;
-esac
+libraries=$(case $kind in *address*) echo libasan libubsan ;; *thread*) echo libtsan ;; esac)
 # libstdc++ with them: the sanitizer looks for its __cxa_throw when it starts.
-preload=
-for library in $libraries libstdc++.so; do
-  preload+="${preload:+ }$(g++ -print-file-name="$library")"
-done
+preload=$(for library in $libraries libstdc++; do g++ -print-file-name="$library.so"; done)
 if [ $# -eq 0 ]; then
   case $kind in
     *address*) set -- tests/ops/test_{linear,autograd,delta_weight,scaled_basis,errors}.py \
@@ -47,7 +40,7 @@ export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_st
 export TSAN_OPTIONS=ignore_noninstrumented_modules=1:report_signal_unsafe=0
 export PYTHONPATH=$copy PYTHONDONTWRITEBYTECODE=1
 case $kind in *thread*) export OMP_NUM_THREADS=1 ;; esac
-export LD_PRELOAD=$preload
+export LD_PRELOAD=${preload//$'\n'/ }
 python - <<'PY'
 import randlora_ext
 assert "/build/sanitized-" in randlora_ext._C.__file__, randlora_ext._C.__file__

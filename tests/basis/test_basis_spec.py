@@ -1,5 +1,6 @@
 """Basis specification, version 1: vectors, NumPy reference and compiled code agree bit for bit."""
 
+import hashlib
 import math
 from fractions import Fraction
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from basis_reference import philox4x32_10, ternary, threshold
 from basis_vectors import (
+    HADAMARD_FILE,
     VECTOR_FILE,
     from_planes,
     planes_digest,
@@ -16,17 +18,11 @@ from basis_vectors import (
     to_planes,
     to_signs,
 )
-from make_basis_vectors import DENSITIES, render, slice_values
 
 from randlora_ext import _C
 
 VECTORS = read_vectors()
 LIMIT = 2**32
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request, threads_restored):
-    torch.set_num_threads(request.param)
 
 
 def signed(seed: int) -> int:
@@ -41,42 +37,37 @@ def fill(seed, role, row, col, rows, cols, density):
     return planes.numpy()
 
 
-def parse_slice(fields):
-    return (*map(int, fields[:6]), float(fields[6]))
+def values(seed, role, row, col, rows, cols, density):
+    """The slice from the NumPy reference."""
+    at = (np.arange(start, start + n, dtype=np.uint64) for start, n in ((row, rows), (col, cols)))
+    return ternary(seed, role, *np.ix_(*at), density)
 
 
-def scalar_philox(counter, key):
-    """Philox in Random123's own order, on Python integers: the key is bumped between rounds."""
-    (a, b, c, d), (k, m) = counter, key
-    for number in range(10):
-        if number:
-            k, m = (k + 0x9E3779B9) % LIMIT, (m + 0xBB67AE85) % LIMIT
-        high, low = divmod(0xD2511F53 * a, LIMIT)
-        high2, low2 = divmod(0xCD9E8D57 * c, LIMIT)
-        a, b, c, d = high2 ^ b ^ k, low2, high ^ d ^ m, low
-    return a, b, c, d
+def place_of(fields):
+    """Seed to density of a record."""
+    return (*map(int, fields[:-1]), float(fields[-1]))
 
 
-# ---- the vector file and the NumPy reference
+def test_what_is_published_never_changes():
+    files = {
+        VECTOR_FILE: "6896195c385a9299a07e707a9c25c3c2fcc5e4ce7b7a462adc4aff9c02da1a5c",
+        HADAMARD_FILE: "e88ecf169ccb5de2068edc252b1862a0575b246e8e028f6ee6a528ce70007c3b",
+    }
+    for file, digest in files.items():
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == digest
 
 
-def test_vector_file_regenerates_byte_for_byte():
-    assert VECTOR_FILE.read_bytes() == render(VECTOR_FILE).encode("ascii")
+def test_philox_vectors():
+    for record in VECTORS["philox"]:
+        words = tuple(int(word, 16) for word in record)
+        counter, key, output = words[:4], words[4:6], words[6:]
+        assert tuple(philox4x32_10(counter, key).tolist()) == output
+        assert tuple(_C.philox4x32_10(counter, key)) == output
 
 
-@pytest.mark.parametrize("record", VECTORS["philox"], ids=" ".join)
-def test_philox_vectors(record):
-    words = tuple(int(word, 16) for word in record)
-    counter, key, output = words[:4], words[4:6], words[6:]
-    assert tuple(philox4x32_10(counter, key).tolist()) == output
-    assert scalar_philox(counter, key) == output
-    assert tuple(_C.philox4x32_10(counter, key)) == output
-
-
-@pytest.mark.parametrize("density, expected", VECTORS["threshold"])
-def test_threshold_vectors(density, expected):
-    assert threshold(float(density)) == int(expected)
-    assert _C.threshold(float(density)) == int(expected)
+def test_threshold_vectors():
+    for density, expected in VECTORS["threshold"]:
+        assert threshold(float(density)) == _C.threshold(float(density)) == int(expected)
 
 
 def test_threshold_is_exact_rounding():
@@ -84,7 +75,8 @@ def test_threshold_is_exact_rounding():
     drawn = np.random.default_rng(1).random(2000)
     near_half = [(k + 0.5) * 2.0**-31 for k in (0, 1, 2, 3, 2**20 - 1, 2**30 - 1, 2**30)]
     near = [math.nextafter(x, limit) for x in near_half for limit in (0.0, 1.0)]
-    for density in [*DENSITIES, *drawn, *drawn * 2.0**-31, *near_half, *near]:
+    published = [float(density) for density, _ in VECTORS["threshold"]]
+    for density in [*published, *drawn, *drawn * 2.0**-31, *near_half, *near]:
         exact = max(1, math.floor(Fraction(float(density)) * 2**31 + Fraction(1, 2)))
         assert threshold(density) == exact
         assert _C.threshold(density) == exact
@@ -101,60 +93,45 @@ def test_threshold_refuses(density):
 
 @pytest.mark.parametrize("record", VECTORS["elements"], ids=lambda r: " ".join(r[:6]))
 def test_element_vectors(record):
-    *place, density, signs = record
-    seed, role, row, col, count = map(int, place)
-    density = float(density)
-    assert to_signs(slice_values(seed, role, row, col, 1, count, density)[0]) == signs
+    seed, role, row, col, count, density = place_of(record[:6])
+    signs = record[6]
+    assert to_signs(values(seed, role, row, col, 1, count, density)[0]) == signs
     assert to_signs(from_planes(fill(seed, role, row, col, 1, count, density), count)[0]) == signs
     single = [_C.element(seed, role, row, c, threshold(density)) for c in range(col, col + count)]
     assert to_signs(np.array(single)) == signs
 
 
-def test_elements_are_the_value_rule_on_the_right_word():
-    # The layout of the text, spelled out on Python integers, against the vectorised reference.
-    t = threshold(1 / 3)
-    seed, row = 0xFEDCBA9876543210, 12345
-    for col in [0, 1, 15, 16, 31, 47, 48, 63, 64, 79, 100, 127, 128, 2**20 + 33, LIMIT - 1]:
-        group, within = divmod(col, 64)
-        word, lane = divmod(within, 16)
-        u = scalar_philox((group * 16 + lane, row, 1, 1), (seed % LIMIT, seed // LIMIT))[word]
-        expected = 1 if u < t else -1 if u < 2 * t else 0
-        assert ternary(seed, 1, row, col, 1 / 3) == expected
-        assert _C.element(seed, 1, row, col, t) == expected
+SLICES = [(*r[:7], *n[7:], r[7]) for r, n in zip(VECTORS["planes"], VECTORS["counts"], strict=True)]
 
 
-# ---- the compiled op
+@pytest.mark.parametrize("record", SLICES, ids=lambda r: " ".join(r[:7]))
+def test_slice_vectors(record, threads_restored):
+    place, (*counts, digest) = place_of(record[:7]), record[7:]
+    assert planes_digest(to_planes(values(*place))) == digest
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        planes = fill(*place)
+        assert planes_digest(planes) == digest
+    bits = np.unpackbits(planes.view(np.uint8), axis=-1).sum(axis=(1, 2))
+    assert bits.tolist() == list(map(int, counts))
 
 
-@pytest.mark.parametrize("record", VECTORS["planes"], ids=lambda r: " ".join(r[:7]))
-def test_planes_vectors(record, threads):
-    assert planes_digest(to_planes(slice_values(*parse_slice(record)))) == record[7]
-    assert planes_digest(fill(*parse_slice(record))) == record[7]
+def test_list_vectors():
+    for record in VECTORS["lists"]:
+        place, (by, *expected) = place_of(record[:7]), record[7:]
+        offset, index = to_lists(values(*place), by == "column")
+        assert [",".join(map(str, part)) for part in (offset, index)] == expected
+        planes = torch.from_numpy(fill(*place))
+        got = torch.ops.randlora.planes_to_lists(planes, place[5], by == "column", False)
+        assert [part.dtype for part in got] == [torch.int64, torch.int16]
+        assert [",".join(map(str, part.tolist())) for part in got] == expected
 
 
-@pytest.mark.parametrize("record", VECTORS["counts"], ids=lambda r: " ".join(r[:7]))
-def test_count_vectors(record):
-    planes = fill(*parse_slice(record))
-    set_bits = np.unpackbits(planes.view(np.uint8), axis=-1).sum(axis=(1, 2))
-    assert set_bits.tolist() == [int(record[7]), int(record[8])]
-
-
-@pytest.mark.parametrize("record", VECTORS["lists"], ids=lambda r: " ".join(r[:8]))
-def test_list_vectors(record):
-    place, (by, *expected) = parse_slice(record), record[7:]
-    offset, index = to_lists(slice_values(*place), by == "column")
-    assert [",".join(map(str, part)) for part in (offset, index)] == expected
-    planes = torch.from_numpy(fill(*place))
-    offset, index = torch.ops.randlora.planes_to_lists(planes, place[5], by == "column", False)
-    assert offset.dtype == torch.int64 and index.dtype == torch.int16
-    assert [",".join(map(str, part.tolist())) for part in (offset, index)] == expected
-
-
-@pytest.mark.parametrize("shape, cols", [((2, 0, 1), 5), ((2, 3, 0), 0), ((2, 0, 0), 0)])
-def test_fill_planes_empty(shape, cols):
-    planes = torch.empty(shape, dtype=torch.int64)
-    torch.ops.randlora.fill_planes_(planes, 0, 0, 0, 0, cols, 1)
-    assert planes.shape == shape
+def test_fill_planes_empty():
+    for shape, cols in (((2, 0, 1), 5), ((2, 3, 0), 0), ((2, 0, 0), 0)):
+        planes = torch.empty(shape, dtype=torch.int64)
+        torch.ops.randlora.fill_planes_(planes, 0, 0, 0, 0, cols, 1)
+        assert planes.shape == shape
 
 
 @pytest.mark.parametrize(
@@ -170,11 +147,8 @@ def test_fill_planes_empty(shape, cols):
     ],
 )
 def test_fill_planes_refuses_and_names_the_argument(argument, value):
-    good = {
-        "planes": torch.zeros(2, 2, 2, dtype=torch.int64), "seed": 0, "role": 0, "row_start": 0,
-        "col_start": 0, "cols": 70, "threshold": 5,
-    }  # fmt: skip
-    arguments = {**good, argument: value}
+    place = {"seed": 0, "role": 0, "row_start": 0, "col_start": 0, "cols": 70, "threshold": 5}
+    arguments = {"planes": torch.zeros(2, 2, 2, dtype=torch.int64)} | place | {argument: value}
     with pytest.raises((RuntimeError, ValueError), match=argument):
         torch.ops.randlora.fill_planes_(**arguments)
     assert not arguments["planes"].any()  # nothing is changed

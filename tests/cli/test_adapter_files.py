@@ -1,5 +1,5 @@
 """Adapter files that are cut off, altered, of another version or hostile: an error, and nothing
-changes. What is no error (a key that is missing) warns."""
+changes."""
 
 import dataclasses
 import json
@@ -13,27 +13,21 @@ import pytest
 import torch
 from peft_helpers import accelerated, assert_unchanged, made, numbers, opened
 from property_cases import DEEP
-from safetensors.torch import load_file, save, save_file
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-def make_model(seed=0):
-    return made(seed, density=0.2, basis="independent")
 
 
 class Victim:
     """A model in use, and a good adapter beside it that a test spoils."""
 
     def __init__(self, folder):
-        self.folder, self.model = folder, make_model()
-        self.x = torch.randn(6, 24)
-        make_model(1).save_pretrained(folder)
+        options = {"density": 0.2, "basis": "independent"}
+        self.folder, self.model, self.x = folder, made(**options), torch.randn(6, 24)
+        made(1, **options).save_pretrained(folder)
         self.weights = (folder / WEIGHTS).read_bytes()
         self.config = json.loads((folder / CONFIG).read_text())
-        self.state = numbers(self.model)
-        self.y = self.model(self.x).detach()
+        self.state, self.y = numbers(self.model), self.model(self.x).detach()
 
     def write(self, weights=None, **changes):
         (self.folder / WEIGHTS).write_bytes(self.weights if weights is None else weights)
@@ -55,62 +49,52 @@ class Victim:
         return opened(self.folder)
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return Victim(tmp_path_factory.mktemp("victim"))
+
+
 @pytest.fixture
-def victim(tmp_path):
-    return Victim(tmp_path)
-
-
-def parts(weights: bytes) -> tuple[dict, bytes]:
-    (length,) = struct.unpack("<Q", weights[:8])
-    return json.loads(weights[8 : 8 + length]), weights[8 + length :]
-
-
-def joined(header, data: bytes) -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
+def victim(shared, stock_peft):
+    accelerated.enable()
+    shared.write()
+    shared.assert_unchanged()
+    return shared
 
 
 def spoiled(weights: bytes) -> dict[str, bytes]:
-    header, data = parts(weights)
-    names = [name for name in header if name != "__metadata__"]
-    first, second = (dict(header[name]) for name in names[:2])
+    (length,) = struct.unpack("<Q", weights[:8])
+    header, data = json.loads(weights[8 : 8 + length]), weights[8 + length :]
+    name, other = [name for name in header if name != "__metadata__"][:2]
+    first, begin = header[name], header[name]["data_offsets"][0]
 
-    def with_first(**changes):
-        return joined(header | {names[0]: first | changes}, data)
+    def joined(text: bytes) -> bytes:
+        return struct.pack("<Q", len(text)) + text + data
 
-    begin, _ = first["data_offsets"]
+    def with_first(**changes) -> bytes:
+        return joined(json.dumps(header | {name: first | changes}).encode())
+
     return {
-        "empty": b"",
         "header of 2^63 bytes": struct.pack("<Q", 2**63) + weights[8:],
-        "header is no JSON": joined(b"\xff{" * 40, data),
-        "header nested 100,000 deep": joined(b"[" * 100_000, data),
-        "one byte short": weights[:-1],
+        "header nested 100,000 deep": joined(b"[" * 100_000),
         "bytes left over": weights + b"x",
-        "unknown dtype": with_first(dtype="Q8"),
         "integers": with_first(dtype="I32"),
-        "negative shape": with_first(shape=[-5, -5]),
         "shape of another size": with_first(shape=[*first["shape"], 2]),
         "offsets beyond the end": with_first(data_offsets=[begin, 2**40]),
-        "offsets of another tensor": with_first(**second | {"dtype": first["dtype"]}),
+        "another tensor's place": with_first(**header[other]),
         "transposed": with_first(shape=first["shape"][::-1]),
-        "a pickle": pickle.dumps({names[0]: [1.0]}),
+        "a pickle": pickle.dumps({name: [1.0]}),
     }
 
 
-KINDS = list(spoiled(save({"a": torch.zeros(2, 3), "b": torch.zeros(4)})))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_spoiled_file_raises_and_changes_nothing(victim, kind):
-    victim.write(spoiled(victim.weights)[kind])
-    for load in (victim.load_over, victim.load_anew):
-        with pytest.raises(Exception) as caught:  # safetensors has its own class
-            load()
-        assert not isinstance(caught.value, (AssertionError, AttributeError)), caught.value
-        victim.assert_unchanged()
-    victim.write()
-    victim.load_over()
-    assert not torch.equal(victim.model(victim.x), victim.y)
+def test_a_spoiled_file_raises_and_changes_nothing(victim):
+    for kind, weights in spoiled(victim.weights).items():
+        victim.write(weights)
+        for load in (victim.load_over, victim.load_anew):
+            with pytest.raises(Exception) as caught:  # safetensors has its own class
+                load()
+            assert not isinstance(caught.value, (AssertionError, AttributeError)), kind
+            victim.assert_unchanged()
 
 
 def test_a_file_cut_off_anywhere(victim):
@@ -120,6 +104,10 @@ def test_a_file_cut_off_anywhere(victim):
         with pytest.raises(Exception, match="(?i)header|safetensor|file|incomplete"):
             victim.load_over()
         victim.assert_unchanged()
+    victim.write()
+    victim.load_over()
+    assert not torch.equal(victim.model(victim.x), victim.y)
+    victim.model.load_state_dict(victim.state)
 
 
 def test_flipped_bits_in_the_header(victim):
@@ -127,9 +115,8 @@ def test_flipped_bits_in_the_header(victim):
     # the header says can be found to be wrong.
     (length,) = struct.unpack("<Q", victim.weights[:8])
     flips = [(at, bit) for at in range(8 + length) for bit in range(8)]
-    random.Random(1).shuffle(flips)
+    flips = random.Random(1).sample(flips, 3000 if DEEP else 80)
     loaded = 0
-    flips = flips[: 3000 if DEEP else 80]
     for at, bit in flips:
         weights = bytearray(victim.weights)
         weights[at] ^= 1 << bit
@@ -147,14 +134,6 @@ def test_flipped_bits_in_the_header(victim):
     assert 0 < loaded < len(flips) / 2
 
 
-def test_a_missing_tensor_warns(victim):
-    state = load_file(victim.folder / WEIGHTS)
-    del state[sorted(state)[0]]
-    save_file(state, victim.folder / WEIGHTS, metadata={"format": "pt"})
-    with pytest.warns(UserWarning, match="missing adapter keys"):
-        victim.load_anew()
-
-
 def test_nothing_of_a_pickle_runs(victim):
     mark = victim.folder / "ran"
 
@@ -163,33 +142,28 @@ def test_nothing_of_a_pickle_runs(victim):
             return os.mkdir, (str(mark),)
 
     (victim.folder / WEIGHTS).unlink()
-    for write in (torch.save, lambda o, f: f.write(pickle.dumps(o))):
-        with open(victim.folder / "adapter_model.bin", "wb") as file:
-            write({"base_model.model.a": Hostile()}, file)
+    file = victim.folder / "adapter_model.bin"
+    for write in (torch.save, lambda state, file: file.write_bytes(pickle.dumps(state))):
+        write({"base_model.model.a": Hostile()}, file)
         for load in (victim.load_over, victim.load_anew):
             with pytest.raises(Exception, match="(?i)weights.only|unpickl"):
                 load()
             victim.assert_unchanged()
+    file.unlink()
     assert not mark.exists()
 
 
 KEY = "randlora_ext:independent-{}:density=0.2:seed={}"
 BAD_CONFIGS = [
-    {"density": 2.0}, {"density": 0}, {"density": "0.2"}, {"density": float("nan")},
-    {"density": [0.2]}, {"r": 0}, {"r": -1}, {"r": 2**70}, {"r": 2**31 - 1}, {"r": "8"},
-    {"r": 1.5}, {"r": None},
-    {"basis": "other"}, {"basis": None},
+    {"density": 2.0}, {"density": "0.2"}, {"density": float("nan")}, {"density": [0.2]},
+    {"r": 0}, {"r": 2**70}, {"r": 2**31 - 1}, {"r": "8"}, {"r": None}, {"basis": "other"},
     {"projection_prng_key": KEY.format(2, 5)},  # of a specification to come
-    {"projection_prng_key": KEY.format(1, -5)}, {"projection_prng_key": KEY.format(1, "")},
     {"projection_prng_key": KEY.format(1, 2**64)}, {"projection_prng_key": "__import__('os')"},
-    {"projection_prng_key": 1.5}, {"projection_prng_key": None}, {"projection_prng_key": "x"},
-    {"projection_prng_key": KEY.format(1, "07")},
+    {"projection_prng_key": 1.5}, {"projection_prng_key": None}, {"projection_prng_key": 10**300},
     {"projection_prng_key": "randlora_ext:peft-1:density=0.20:seed=5"},
-    {"randlora_alpha": "x"}, {"randlora_alpha": float("nan")}, {"randlora_alpha": None},
-    {"randlora_alpha": float("inf")}, {"randlora_alpha": 10**400},
-    {"randlora_dropout": 1.5},
-    {"target_modules": ["nowhere"]}, {"peft_type": "RANDLORA2"}, {"peft_type": 5},
-    "", "{", "[]", "null", '{"peft_type"', "\x00\xff",
+    {"randlora_alpha": "x"}, {"randlora_alpha": float("nan")}, {"randlora_alpha": 10**400},
+    {"randlora_dropout": 1.5}, {"target_modules": ["nowhere"]},
+    {"peft_type": "RANDLORA2"}, {"peft_type": 5}, "", "[]", '{"peft_type"', "\x00\xff",
 ]  # fmt: skip
 
 
@@ -205,38 +179,33 @@ def test_a_bad_config_raises_and_changes_nothing(victim, change):
         victim.assert_unchanged()
 
 
-TEXTS = ("base_model_name_or_path", "revision", "peft_version")
 ALLOWED = {
-    **dict.fromkeys(("density",), (float, type(None))),
+    "density": (float, type(None)),
     **dict.fromkeys(("r", "randlora_alpha", "randlora_dropout"), (int, float)),
     **dict.fromkeys(("bias", "projection_prng_key", "basis"), (str, int)),
     **dict.fromkeys(("sparse", "very_sparse", "save_projection", "fan_in_fan_out"), (bool,)),
     **dict.fromkeys(("init_weights", "inference_mode"), (bool,)),
-    **dict.fromkeys(TEXTS, (str, type(None))),
+    **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version"), (str, type(None))),
     **dict.fromkeys(("target_modules", "layers_pattern"), (str, list, type(None))),
-    **dict.fromkeys(("modules_to_save",), (list, type(None))),
-    **dict.fromkeys(("layers_to_transform",), (int, list, type(None))),
-    **dict.fromkeys(("auto_mapping",), (dict, type(None))),
+    "modules_to_save": (list, type(None)),
+    "layers_to_transform": (int, list, type(None)),
+    "auto_mapping": (dict, type(None)),
 }
 
 
-@pytest.mark.parametrize("field", ALLOWED)
-def test_a_field_of_a_wrong_type_is_named(victim, field):
-    for value in (5, 1.5, "x", None, [[]], {"a": 1}, True):
-        if isinstance(value, ALLOWED[field]) and not isinstance(value, list):
-            if isinstance(value, bool) <= (bool in ALLOWED[field]):
-                continue
-        victim.write(**{field: value})
-        for load in (victim.load_anew, victim.load_beside):
-            with pytest.raises((TypeError, ValueError), match=f"^{field}\\b.* must be "):
-                load()
+def test_a_field_of_a_wrong_type_is_named(victim):
+    for field, allowed in ALLOWED.items():
+        for value in (5, 1.5, "x", None, [[]], {"a": 1}, True):
+            if isinstance(value, allowed) and not isinstance(value, list):
+                if isinstance(value, bool) <= (bool in allowed):
+                    continue
+            victim.write(**{field: value})
+            for load in (victim.load_anew, victim.load_beside):
+                with pytest.raises((TypeError, ValueError), match=f"^{field}\\b.* must be "):
+                    load()
     victim.assert_unchanged()
     known = {f.name for f in dataclasses.fields(accelerated.RandLoraConfig)}
     assert known - ALLOWED.keys() == {"peft_type", "task_type"}  # PEFT's tables
-
-
-@pytest.mark.parametrize("key", ["x", KEY.format(1, "07")])
-def test_a_key_that_is_none_names_the_field(victim, key):
-    victim.write(projection_prng_key=key)
+    victim.write(projection_prng_key=KEY.format(1, "07"))
     with pytest.raises(ValueError, match="^projection_prng_key: '.*' is no key"):
         victim.load_anew()

@@ -1,5 +1,6 @@
 """The command line: arguments, help, and `randlora check`, which runs without arguments too."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ COMMANDS = ("check", "convert", "merge")
     ("arguments", "message"),
     [
         (["--nonsense"], "unrecognized arguments: --nonsense (see randlora --help)"),
+        (["convert", "nowhere"], "the following arguments are required: OUT, --to"),
         (["merge"], "required: MODEL, ADAPTER, OUT (see randlora merge --help)"),
         (["merge", "a", "b", "c", "--rounding", "1"], "unrecognized"),  # nothing is abbreviated
     ],
@@ -46,27 +48,26 @@ def test_version():
     assert run("--version") == (0, f"randlora_ext {randlora_ext.__version__}\n", "")
 
 
-def test_as_a_command():
-    command = [sys.executable, "-m", "randlora_ext", "convert", "nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith("error: the following arguments are required")
+def as_a_module(monkeypatch, capsys, *arguments):
+    """(exit code, stdout, stderr) of ``python -m randlora_ext arguments``, in this process."""
+    monkeypatch.setattr(sys, "argv", ["randlora", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("randlora_ext", run_name="__main__")
+    return stop.value.code, *capsys.readouterr()
+
+
+def test_the_module_reports_and_passes(monkeypatch, capsys):
+    code, out, _ = as_a_module(monkeypatch, capsys)
+    assert code == 0, out
+    for needed in (randlora_ext.__version__, torch.__version__, "CUDA kernels", "all is well"):
+        assert needed in out
+    assert out.count("cpu bfloat16") == 3 and str(Path(randlora_ext.__file__).parent) in out
 
 
 def test_an_error_of_ours_shows_where(monkeypatch, capsys):
     monkeypatch.setattr(diagnostics, "describe", lambda: 1 // 0)
-    assert randlora_cli.main([]) == 2
-    shown = capsys.readouterr().err
-    assert "Traceback" in shown and "please report it" in shown
-
-
-def test_the_command_reports_and_passes():
-    done = subprocess.run([sys.executable, "-m", "randlora_ext"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    for needed in (randlora_ext.__version__, torch.__version__, "CUDA kernels", "all is well"):
-        assert needed in done.stdout
-    assert done.stdout.count("cpu bfloat16") == 3
-    assert str(Path(randlora_ext.__file__).parent) in done.stdout
+    code, out, err = as_a_module(monkeypatch, capsys)
+    assert code == 2 and out == "" and "Traceback" in err and "please report it" in err
 
 
 def test_overrides_are_named(monkeypatch):
@@ -90,15 +91,17 @@ def raises(*arguments):
 
 
 linear, planes = diagnostics.linear, diagnostics.generate_planes
-WRONG = [
-    ("linear", lambda *a: linear(*a) * 1.001, "FAILED: cpu float32 hadamard factored"),
-    ("generate_planes", lambda *a: planes(*a) ^ 1, "FAILED: cpu generated basis"),
-    ("linear", raises, "could not run"),
-]
 
 
-@pytest.mark.parametrize("name, wrong, told", WRONG)
+@pytest.mark.parametrize(
+    "name, wrong, told",
+    [
+        ("linear", lambda *a: linear(*a) * 1.001, "FAILED: cpu float32 hadamard factored"),
+        ("generate_planes", lambda *a: planes(*a) ^ 1, "FAILED: cpu generated basis"),
+        ("linear", raises, "could not run"),
+    ],
+)
 def test_a_wrong_kernel_fails_the_check(monkeypatch, capsys, name, wrong, told):
     monkeypatch.setattr(diagnostics, name, wrong)
-    assert randlora_cli.main(["check"]) == 1
-    assert told in capsys.readouterr().out
+    code, out, _ = as_a_module(monkeypatch, capsys, "check")
+    assert code == 1 and told in out

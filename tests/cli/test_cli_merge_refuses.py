@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from cli_helpers import Q0, added, edit, refused, run, save_adapter, sharded
+from cli_helpers import Q0, added, edit, refused, run, sharded
 
 import randlora_ext.cli.merge as merging
 
@@ -13,14 +13,6 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread", "stock_peft"),
     pytest.mark.filterwarnings("ignore:Specified to not save", "ignore:RandLoRA layers of this"),
 ]
-
-
-@pytest.fixture
-def whole(tmp_path):
-    """A sound model and adapter, to be broken."""
-    base = sharded(tmp_path / "model")
-    save_adapter(base, tmp_path / "adapter", basis="independent")
-    return tmp_path
 
 
 def config(**changes):
@@ -57,10 +49,8 @@ BROKEN = {
     "out exists": (lambda r: ((r / "out").mkdir(), (r / "out" / "a").touch()), "exists"),
     "shard missing": (lambda r: sorted(r.glob(SHARD))[0].unlink(), "does not exist"),
     "shard truncated": (written(SHARD, lambda data: data[:-5]), "damaged"),
-    "huge header": (written(SHARD, b"\xff" * 64), "damaged"),
     "index lies": (index(w="model-00001-of-00004.safetensors"), "it is not"),
     "index leads out": (index(w="../adapter/x"), "files of its folder"),
-    "index no json": (written(f"model/{INDEX}", "{"), "no JSON"),
     "index deep": (written(f"model/{INDEX}", DEEP), "no JSON"),
     "model config deep": (written("model/config.json", DEEP), "config.json is no JSON"),
     "quantized": (
@@ -73,16 +63,11 @@ BROKEN = {
     ),
     "config no json": (written(CONFIG, "["), "JSON"),
     "config a list": (written(CONFIG, "[1]"), "JSON object"),
-    "config deep": (written(CONFIG, DEEP), "no JSON"),
     "lora": (config(peft_type="LORA"), "RANDLORA"),
     "bad density": (config(density=7), "density"),
     "r zero": (config(r=0), "r must be"),
-    "r text": (config(r="5"), "r must be"),
-    "r huge": (config(r=10**400), "r must be"),
     "other r": (config(r=6), "r is 5, not 6"),
-    "alpha text": (config(randlora_alpha="x"), "randlora_alpha"),
     "alpha huge": (config(randlora_alpha=10**400), "randlora_alpha must be a finite number"),
-    "key huge": (config(basis="peft", projection_prng_key=10**300), "key"),
     "other spec": (config(projection_prng_key="generated-99:1"), "generated-99"),
     "other model": (another_model, "min(in, out) = 32"),
     "other names": (

@@ -8,6 +8,7 @@ import torch
 from cli_helpers import TARGETS, gpt2, llama, refused, run
 from peft_helpers import accelerated, opened, relative
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from randlora_ext import RandLoraLinear, apply_randlora, merge_and_unload, save_adapter
 
@@ -24,30 +25,33 @@ def adapted(base, targets, file, **options):
         for layer in (m for m in model.modules() if isinstance(m, RandLoraLinear)):
             layer.randlora_lambda["default"].normal_(0, 0.01, generator=generator)
     save_adapter(model, file)
-    return model.eval()
+    return model
 
 
 @pytest.fixture
 def saved(tmp_path):
-    """(model, file, folder of the base model)."""
-    llama().save_pretrained(tmp_path / "base")
+    """(logits, file) of a model like that of `sound` with an adapter."""
     file = tmp_path / "a.safetensors"
-    return adapted(llama(), TARGETS, file), file, tmp_path / "base"
+    return logits_of(adapted(llama(), TARGETS, file)), file
 
 
-def test_merge_without_peft(saved, tmp_path):
-    from transformers import AutoModelForCausalLM
+def logits_of(model):
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
 
-    model, file, base = saved
-    program = "import sys; sys.modules['peft'] = None; import randlora_cli; randlora_cli.main()"
-    arguments = ("merge", base, file, tmp_path / "out")
+
+def test_merge_without_peft(saved, sound, tmp_path):
+    want, file = saved
+    program = (
+        "import runpy, sys; sys.modules['peft'] = None; "
+        "runpy.run_module('randlora_ext', run_name='__main__')"
+    )
+    arguments = ("merge", sound / "model", file, tmp_path / "out")
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True)
     assert done.returncode == 0, done.stderr
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    with torch.no_grad():
-        want = model(TOKENS).logits
-        assert relative(llama()(TOKENS).logits, want) > 0.01
-        assert relative(merged(TOKENS).logits, want) < 1e-5
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert relative(logits_of(llama()), want) > 0.01
+    assert relative(logits_of(merged), want) < 1e-5
 
 
 @pytest.mark.parametrize("seed", [None, 3])
@@ -55,63 +59,54 @@ def test_merge_of_square_conv1d(tmp_path, seed):
     """Whose weight is (in, out), which a square one's shape does not tell."""
     base = gpt2(tmp_path / "base").to(torch.bfloat16 if seed else torch.float32)
     base.save_pretrained(tmp_path / "base")
-    model = adapted(base, ["c_proj"], tmp_path / "a.safetensors")
+    model = adapted(base, ["c_proj"], tmp_path / "a")
     rounding = ("--rounding-seed", seed) if seed else ()
-    out = tmp_path / "out"
-    assert run("merge", tmp_path / "base", tmp_path / "a.safetensors", out, *rounding)[0] == 0
-    got = load_file(out / "model.safetensors")
+    merging = ("merge", tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    assert run(*merging, *rounding)[0] == 0
+    got = load_file(tmp_path / "out" / "model.safetensors")
     for name, weight in merge_and_unload(model).state_dict().items():
         if name.endswith("c_proj.weight"):
             ulp = 2**-7 if seed else 1e-5
             torch.testing.assert_close(got[name], weight, rtol=ulp, atol=1e-5)
 
 
-def test_hadamard_bases(tmp_path):
-    options = {"basis": "hadamard", "density": None}
-    file, base = tmp_path / "a.safetensors", tmp_path / "base"
-    llama().save_pretrained(base)
-    model = adapted(llama(), TARGETS, file, **options)
-    assert run("merge", base, file, tmp_path / "merged")[0] == 0
-    assert run("convert", file, tmp_path / "small", "--to", "compact")[0] == 0
+def test_hadamard_bases(sound, tmp_path):
+    file, model = tmp_path / "a.safetensors", sound / "model"
+    want = logits_of(adapted(llama(), TARGETS, file, basis="hadamard", density=None))
     line = refused("convert", file, tmp_path / "peft", "--to", "peft")
-    assert "32 -> 16" in line and "merge instead" in line
-    accelerated.enable()
-    loaded = opened(tmp_path / "small", llama).eval()
-    merged = type(llama()).from_pretrained(tmp_path / "merged").eval()
+    assert "32 -> 16" in line and "merge instead" in line and not (tmp_path / "peft").exists()
+    assert run("merge", model, file, tmp_path / "merged")[0] == 0
+    assert run("convert", file, tmp_path / "small", "--to", "compact")[0] == 0
     assert run("convert", file, tmp_path / "lora", "--to", "lora", "--rank", 32)[0] == 0
-    lora = opened(tmp_path / "lora", llama).eval()
-    with torch.no_grad():
-        want = model(TOKENS).logits
-        for other in (loaded, merged, lora):
-            assert relative(other(TOKENS).logits, want) < 1e-5
+    accelerated.enable()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    for other in (merged, *(opened(tmp_path / name, llama) for name in ("small", "lora"))):
+        assert relative(logits_of(other), want) < 1e-5
 
 
 def test_conv1d_to_lora(tmp_path):
     """Of layers with different options, and square ones whose weight is (in, out)."""
     base = gpt2(tmp_path / "base", tie_word_embeddings=False)
     apply_randlora(base, ["c_proj"], r=5)
-    model = adapted(base, ["lm_head"], tmp_path / "a")
+    want = logits_of(adapted(base, ["lm_head"], tmp_path / "a"))
     convert = ("convert", tmp_path / "a", tmp_path / "lora", "--to", "lora", "--rank", 32)
     assert run(*convert, "--base", tmp_path / "base")[0] == 0
     plain = type(base).from_pretrained(tmp_path / "base")
     with pytest.warns(UserWarning, match="fan_in_fan_out"):  # PEFT's, of lm_head
-        lora = opened(tmp_path / "lora", lambda: plain).eval()
-    with torch.no_grad():
-        assert relative(lora(TOKENS).logits, model(TOKENS).logits) < 1e-5
+        lora = opened(tmp_path / "lora", lambda: plain)
+    assert relative(logits_of(lora), want) < 1e-5
 
 
-@pytest.mark.parametrize("to", ["peft", "compact"])
-def test_convert_to_a_folder_of_peft(saved, tmp_path, to):
-    model, file, _ = saved
-    assert run("convert", file, tmp_path / "out", "--to", to)[0] == 0
-    accelerated.disable() if to == "peft" else accelerated.enable()
-    loaded = opened(tmp_path / "out", llama).eval()
-    with torch.no_grad():
-        assert relative(loaded(TOKENS).logits, model(TOKENS).logits) < 1e-5
+def test_convert_to_a_folder_of_peft(saved, tmp_path):
+    want, file = saved
+    for to, switch in (("peft", accelerated.disable), ("compact", accelerated.enable)):
+        assert run("convert", file, tmp_path / to, "--to", to)[0] == 0
+        switch()
+        assert relative(logits_of(opened(tmp_path / to, llama)), want) < 1e-5
 
 
 def test_what_does_not_fit_is_told(saved, tmp_path):
-    _, file, base = saved
+    _, file = saved
     model = llama(intermediate_size=64)
     model.save_pretrained(tmp_path / "other")
     line = refused("merge", tmp_path / "other", file, tmp_path / "out")
