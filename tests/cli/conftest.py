@@ -1,12 +1,9 @@
 """A model folder and an adapter that several tests of the command line read."""
 
-import gc
 import shutil
 
 import pytest
 from cli_helpers import save_adapter, sharded
-
-gc.freeze()  # `enable` looks at every object that is not frozen: 70 ms with those of the imports
 
 
 @pytest.fixture(scope="session")
