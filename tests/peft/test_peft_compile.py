@@ -1,4 +1,4 @@
-"""PEFT models on our layers: torch.compile in one graph, torch.export, torch.func."""
+"""PEFT models on our layers: torch.compile in one graph, torch.export."""
 
 import pytest
 import torch
@@ -104,20 +104,3 @@ def test_an_exported_model(tmp_path):
         row = torch.randn(tokens, 24)
         torch.testing.assert_close(loaded(row), model(row), rtol=1e-4, atol=1e-5)
     model(x).sum().backward()  # the bases that the export packed serve training
-
-
-def test_functional_call_and_gradients_for_each_sample():
-    model = made(sparse=True).double()  # in float32 rounding alone is 1e-4 of an element
-    x = torch.randn(3, 24, dtype=torch.float64)
-    parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-
-    def loss(parameters, x):
-        return torch.func.functional_call(model, parameters, (x,)).square().sum()
-
-    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
-    for k, sample in enumerate(x):
-        model.zero_grad()
-        model(sample).square().sum().backward()
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                torch.testing.assert_close(each[name][k], parameter.grad)
