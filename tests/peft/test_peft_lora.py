@@ -1,7 +1,6 @@
 """export_to_lora: the adapter of LoRA that PEFT loads is the truncated SVD of dW."""
 
 import json
-import re
 
 import pytest
 import torch
@@ -155,7 +154,4 @@ def test_what_cannot_be_exported_keeps_old_files(tmp_path, monkeypatch):
 )
 def test_target_modules(chosen, others, want):
     """The last ones would be taken for more by PEFT, which compares the ends of names."""
-    targets = target_modules(chosen, [*chosen, *others])
-    assert targets == want
-    if isinstance(targets, str):
-        assert [name for name in chosen + others if re.fullmatch(targets, name)] == chosen
+    assert target_modules(chosen, [*chosen, *others]) == want
