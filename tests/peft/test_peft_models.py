@@ -1,16 +1,15 @@
 """randlora_ext.peft in transformers models with random weights, and in its Trainer."""
 
 import copy
-import warnings
 
 import pytest
 import torch
 from cli_helpers import llama as tiny_llama
 from peft_helpers import (
     SEQ_2_SEQ_LM,
-    StockLinear,
     accelerated,
     config,
+    layers,
     opened,
     pair,
     peft,
@@ -85,42 +84,25 @@ def test_forward_gradients_and_merging_are_those_of_stock(make):
     for name, gradient in gradients.items():
         assert relative(gradient, gradients0[name]) < 1e-4, name
 
-    merged = []
-    for model in (stock.eval(), ours.eval()):
-        before = model(**inputs).logits
-        for change in (model.merge_adapter, model.unmerge_adapter):
-            change()
-            torch.testing.assert_close(model(**inputs).logits, before, rtol=1e-3, atol=1e-4)
-        merged.append(model.merge_and_unload())
-    for (name, mine), (other, theirs) in zip(
-        merged[1].named_parameters(), merged[0].named_parameters(), strict=True
-    ):
-        assert name == other and relative(mine, theirs) < 1e-5
+    merged = [dict(m.eval().merge_and_unload().named_parameters()) for m in (ours, stock)]
+    assert merged[0].keys() == merged[1].keys()
+    assert all(relative(merged[0][name], merged[1][name]) < 1e-5 for name in merged[1])
 
 
 @pytest.mark.parametrize("make, reentrant", [(gpt2, True), (llama, False), (t5, False)])
 def test_gradient_checkpointing(make, reentrant):
-    """As without it, and as stock PEFT with it."""
-    stock, ours = models(make)
-    inputs = batch()
-    without = loss_and_gradients(ours.train(), inputs)
-    results, runs = [], []
-    for model in (ours, stock.train()):
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.enable_input_require_grads()
-        layer = next(m for m in model.modules() if isinstance(m, StockLinear))
-        calls = []
-        layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            results.append(loss_and_gradients(model, inputs))
-        runs.append(len(calls))
-    assert runs[0] == runs[1] >= 2  # computed again for backward
-    for wanted, tolerance in ((results[1], 1e-4), (without, 1e-5)):
-        assert relative(results[0][0], wanted[0]) < 1e-6
-        assert results[0][2].keys() == wanted[2].keys()
-        for name, gradient in results[0][2].items():
-            assert relative(gradient, wanted[2][name]) < tolerance, name
+    _, model = models(make)
+    model.train()
+    wanted_loss, _, wanted = loss_and_gradients(model, batch())
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    calls = []
+    layers(model)[0].register_forward_hook(lambda *_: calls.append(1))
+    loss, _, gradients = loss_and_gradients(model, batch())
+    assert len(calls) >= 2  # computed again for backward
+    assert relative(loss, wanted_loss) < 1e-6
+    assert gradients.keys() == wanted.keys()
+    assert all(relative(gradients[name], wanted[name]) < 1e-5 for name in wanted)
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])

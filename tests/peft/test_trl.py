@@ -181,25 +181,6 @@ def test_a_newer_trl_is_told():
     assert all(map(torch.equal, numbers(model).values(), numbers(model, "ref").values()))
 
 
-def test_weights_sent_to_a_server_and_w_afterwards(tmp_path):
-    """What TRL does at every step of GRPO with vLLM: merge, send, unmerge, in 16 bits."""
-    model = trained(llama(vocab_size=43).bfloat16())
-    W = {n: p.clone() for n, p in model.named_parameters() if ".base_layer." in n}
-    run = trainer("GRPO", model, tmp_path, steps=1)
-    for _ in range(2):
-        run.train()
-        model.merge_adapter()
-        sent = {
-            name.removeprefix("base_model.model.").replace(".base_layer", ""): p
-            for name, p in model.named_parameters()
-            if model.prefix not in name
-        }
-        assert sent.keys() == dict(llama().named_parameters()).keys()
-        model.unmerge_adapter()
-    for name, p in model.named_parameters():
-        assert name not in W or torch.equal(p, W[name])
-
-
 PAGE = Path(__file__).parents[2] / "docs" / "trl.md"
 
 
