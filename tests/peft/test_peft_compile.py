@@ -1,11 +1,11 @@
-"""PEFT models on our layers: torch.compile in one graph, torch.export, torch.func."""
+"""PEFT models on our layers: torch.compile in one graph, torch.export."""
 
 import pytest
 import torch
 from cli_helpers import llama
 from compile_helpers import assert_steps_agree, graphs, needs_guards
 from compile_helpers import fresh_dynamo as fresh_dynamo
-from peft_helpers import accelerated, adapted, deep_config, layers, made, runs_on_kernels
+from peft_helpers import adapted, config, layers, made, runs_on_kernels
 from torch import nn
 from torch.export import Dim
 
@@ -13,10 +13,8 @@ pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft", "fresh_dynamo")
 
 CASES = [
     ({"sparse": True}, torch.float32),
-    ({"density": 0.1}, torch.bfloat16),
-    ({"basis": "independent"}, torch.float32),
-    ({"basis": "hadamard"}, torch.bfloat16),
-    ({}, torch.float32),
+    ({"basis": "independent"}, torch.bfloat16),
+    ({"basis": "hadamard"}, torch.float32),
     ({}, torch.bfloat16),
 ]
 
@@ -29,15 +27,15 @@ def compiled(model):
 def test_one_graph_for_any_number_of_tokens(kind, dtype):
     eager = made(projection_prng_key=17, **kind).to(dtype)  # not packed before it is traced
     fast = compiled(eager)
-    for tokens in (7, 9, 30, 8):
+    for tokens in (7, 9, 30):
         x = torch.randn(2, tokens, 24).to(dtype)
         assert_steps_agree(fast, eager, x, 1e-5 if dtype == torch.float32 else 1e-2)
-    assert graphs() == 2
+    assert graphs() == 2  # one for 7 tokens, one for any number
     assert runs_on_kernels(eager)
 
 
 def test_dropout_and_two_adapters():
-    eager = made(sparse=True, randlora_dropout=0.5)
+    eager = made(targets="a", sparse=True, randlora_dropout=0.5)
     x = torch.randn(7, 24)
     fast = compiled(eager)
     results = []
@@ -45,37 +43,29 @@ def test_dropout_and_two_adapters():
         torch.manual_seed(1)
         results.append(model(x))
     torch.testing.assert_close(*results)
-    eager.add_adapter("two", deep_config(5, accelerated.RandLoraConfig, sparse=True))
+    eager.add_adapter("two", config(5, targets="a", sparse=True))
     eager.base_model.set_adapter(["default", "two"])
     assert_steps_agree(compiled(eager.eval()), eager, x)
 
 
 @needs_guards
-@pytest.mark.parametrize("name", ["randlora_A", "randlora_B"])
-def test_other_bases_are_noticed(name):
-    eager, other = (made(projection_prng_key=key, sparse=True) for key in (0, 1))
+def test_other_bases_are_noticed():
+    eager, other = (made(targets="a", projection_prng_key=key, sparse=True) for key in (0, 1))
     x = torch.randn(7, 24)
     fast = compiled(eager)
     before = fast(x)
-    bases = getattr(eager.base_model, name)
-    bases["default"] = getattr(other.base_model, name)["default"].dense()
-    after = fast(x)
-    assert torch.equal(after, eager(x)) and not torch.equal(after, before)
+    for name in ("randlora_A", "randlora_B"):
+        bases = getattr(eager.base_model, name)
+        bases["default"] = getattr(other.base_model, name)["default"].dense()
+        after = fast(x)
+        assert torch.equal(after, eager(x)) and not torch.equal(after, before)
+        before = after
 
 
 def test_blocks_of_one_shape_share_what_is_compiled():
-    class Blocks(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.blocks = nn.ModuleList(nn.Linear(24, 24) for _ in range(12))
-
-        def forward(self, x):
-            for block in self.blocks:
-                x = torch.tanh(block(x))
-            return x
-
-    model = adapted(Blocks(), map(str, range(12)), density=0.2)
+    torch.manual_seed(0)
+    base = nn.Sequential(*(layer for _ in range(12) for layer in (nn.Linear(24, 24), nn.Tanh())))
+    model = adapted(base, map(str, range(0, 24, 2)), density=0.2)
     x = torch.randn(7, 24, requires_grad=True)  # as between blocks: without, the first differs
     expected = model(x)
     for block in layers(model):
@@ -85,13 +75,9 @@ def test_blocks_of_one_shape_share_what_is_compiled():
 
 
 def test_a_language_model_in_one_graph():
-    eager = adapted(
-        llama(num_hidden_layers=1).train(), ["q_proj", "v_proj", "down_proj"], sparse=True
-    )
-    fast = compiled(eager)
-    for tokens in (7, 9, 30):
-        assert_steps_agree(fast, eager, torch.randint(0, 50, (2, tokens)))
-    assert graphs() == 2
+    eager = adapted(llama(num_hidden_layers=1).train(), ["q_proj", "down_proj"], sparse=True)
+    assert_steps_agree(compiled(eager), eager, torch.randint(0, 50, (2, 7)))
+    assert graphs() == 1
 
 
 def test_an_exported_model(tmp_path):
@@ -109,20 +95,3 @@ def test_an_exported_model(tmp_path):
         row = torch.randn(tokens, 24)
         torch.testing.assert_close(loaded(row), model(row), rtol=1e-4, atol=1e-5)
     model(x).sum().backward()  # the bases that the export packed serve training
-
-
-def test_functional_call_and_gradients_for_each_sample():
-    model = made(sparse=True).double()  # in float32 rounding alone is 1e-4 of an element
-    x = torch.randn(3, 24, dtype=torch.float64)
-    parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-
-    def loss(parameters, x):
-        return torch.func.functional_call(model, parameters, (x,)).square().sum()
-
-    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
-    for k, sample in enumerate(x):
-        model.zero_grad()
-        model(sample).square().sum().backward()
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                torch.testing.assert_close(each[name][k], parameter.grad)

@@ -28,11 +28,12 @@ from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 
-MORE_KINDS = KINDS | {
+GENERATED = {
     "the largest key": {"basis": "independent", "density": 0.07, "projection_prng_key": 2**64 - 1},
     "hadamard, r > d": {"basis": "hadamard", "r": 30},
     "generated very_sparse": {"basis": "independent", "very_sparse": True},
 }
+DRAWN = {name: kind for name, kind in KINDS.items() if "basis" not in kind}
 
 
 def opened_by_stock(folder, base=Deep, **options):
@@ -45,7 +46,7 @@ def opened_by_stock(folder, base=Deep, **options):
     return model
 
 
-@pytest.mark.parametrize("kind", MORE_KINDS.values(), ids=MORE_KINDS)
+@pytest.mark.parametrize("kind", [*GENERATED.values(), *DRAWN.values()], ids=[*GENERATED, *DRAWN])
 def test_stock_opens_the_adapter(tmp_path, kind):
     model = made(**kind)
     x = torch.randn(6, 24)
@@ -103,9 +104,8 @@ def test_the_model_stays_as_it_was_and_every_adapter_is_written(tmp_path):
         accelerated.enable()
 
 
-@pytest.mark.parametrize("density", [0.07, 0.2])
-def test_generated_bases_of_a_bf16_model_are_not_rounded(tmp_path, density):
-    model = adapted(Deep().bfloat16(), "abc", basis="independent", density=density)
+def test_generated_bases_of_a_bf16_model_are_not_rounded(tmp_path):
+    model = adapted(Deep().bfloat16(), "abc", basis="independent", density=0.07)
     accelerated.export_to_peft(model, tmp_path)
     stock = opened_by_stock(tmp_path)
     for mine, theirs in zip(layers(model), layers(stock), strict=True):
@@ -113,13 +113,23 @@ def test_generated_bases_of_a_bf16_model_are_not_rounded(tmp_path, density):
         assert relative(theirs.get_delta_weight("default"), want) < 1e-6
 
 
-def test_modules_to_save_and_biases_are_written(tmp_path):
+@pytest.mark.parametrize("lora", [False, True])
+def test_what_else_is_there_goes_along(tmp_path, lora):
+    """Biases, modules_to_save, and what people wrote into the card, as save_pretrained keeps it."""
     bias = "all" if PEFT >= (0, 21) else "none"  # older PEFT saves none of RandLoRA
     model = made(base=Headed, density=0.3, modules_to_save=["head"], bias=bias)
     shake(model)
-    accelerated.export_to_peft(model, tmp_path)
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Our adapter\n")
+    if lora:
+        accelerated.export_to_lora(model, tmp_path, 24)
+        loaded = opened(tmp_path, Headed)
+    else:
+        accelerated.export_to_peft(model, tmp_path)
+        loaded = opened_by_stock(tmp_path, Headed)
     x = torch.randn(6, 24)
-    assert relative(opened_by_stock(tmp_path, Headed)(x), model(x)) < 1e-6
+    assert relative(loaded(x), model(x)) < (1e-5 if lora else 1e-6)
+    card = (tmp_path / "README.md").read_text()
+    assert "# Our adapter" in card and "license: mit" in card and "library_name: peft" in card
 
 
 def test_merged_transformers_model(tmp_path):
@@ -140,12 +150,3 @@ def test_a_stock_model_and_no_peft_model(tmp_path):
     assert torch.equal(opened_by_stock(tmp_path)(x), stock(x))
     with pytest.raises(TypeError, match="must be a PeftModel with RandLoRA .*, got .*Deep"):
         accelerated.export_to_peft(Deep(), tmp_path)
-
-
-def test_the_card_that_is_there_is_kept(tmp_path):
-    """As save_pretrained does: it updates a README.md, and what people wrote there stays."""
-    model = made(density=0.3)
-    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Our adapter\n")
-    accelerated.export_to_peft(model, tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    assert "# Our adapter" in card and "license: mit" in card and "library_name: peft" in card
