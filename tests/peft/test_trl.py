@@ -181,6 +181,19 @@ def test_a_newer_trl_is_told():
     assert all(map(torch.equal, numbers(model).values(), numbers(model, "ref").values()))
 
 
+def test_weights_that_trl_sends_to_vllm():
+    """TRL merges, sends all but the adapter under the base model's names, and unmerges."""
+    model = trained(llama().bfloat16())
+    model.merge_adapter()
+    sent = [
+        name.removeprefix("base_model.model.").replace(".base_layer", "")
+        for name, _ in model.named_parameters()
+        if model.prefix not in name
+    ]
+    assert sent == [name for name, _ in llama().named_parameters()]
+    model.unmerge_adapter()
+
+
 PAGE = Path(__file__).parents[2] / "docs" / "trl.md"
 
 
