@@ -1,12 +1,14 @@
 """Run by test_out_of_memory.py with fail_allocations.cpp preloaded; prints faults by action.
 
-Every action is tried with its first allocation failing, then its second, and so on until one goes
-through. After each fault nothing may have changed, and the layer has to compute the same bits.
+Two ways: every action is tried with its first allocation failing, then its second, and so on until
+one goes through; and a step under a limit on the address space, as on a machine that is full.
+After each fault nothing may have changed, and the layer has to compute the same bits.
 """
 
 import ctypes
 import json
 import os
+import resource
 
 import torch
 from layer_helpers import inputs, make_base, randomize, run
@@ -93,8 +95,31 @@ def step(layer):
     layer.zero_grad()
 
 
+def full_machine() -> None:
+    layer = randomize(RandLoraLinear(make_base(256, 384), r=16, density=0.07))
+    small, large = inputs(layer, 40), inputs(layer, 20_000)
+    expected = run(layer, *small)
+    failed = 0
+    for spare in range(0, 200 << 20, 20 << 20):
+        with open("/proc/self/statm") as statm:
+            used = int(statm.read().split()[0]) * resource.getpagesize()
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (used + spare, hard))
+        try:
+            run(layer, *large)
+        except (RuntimeError, MemoryError) as error:
+            assert "memory" in str(error) or isinstance(error, MemoryError), error
+            failed += 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+        assert same(run(layer, *small), expected)
+    run(layer, *large)
+    print(json.dumps(["a full machine", failed]))
+
+
 def main() -> None:
     torch.set_num_threads(2)
+    full_machine()
     for kind, options in BASES.items():
         for path in ("factored", "delta", "merged"):
             if (kind, path) == ("hadamard", "delta"):
@@ -106,18 +131,12 @@ def main() -> None:
         try_all(f"delta weight, {kind}", options, lambda layer: layer.get_delta_weight("default"))
         try_all(f"dense bases, {kind}", options, lambda layer: layer.get_scaled_bases("default"))
     lists = BASES["lists"]
-    try_all("merge", lists, lambda layer: layer.merged or layer.merge())
-    try_all(
-        "merge keeping nothing",
-        lists,
-        lambda layer: layer.merged or layer.merge(keep_weight="nothing"),
-    )
-    try_all(
-        "unmerge",
-        lists,
-        lambda layer: layer.unmerge(),
-        lambda layer: layer.merge(keep_weight="nothing"),  # putting W back allocates nothing
-    )
+    nothing = {"keep_weight": "nothing"}  # putting a kept W back allocates nothing
+    for options in ({}, nothing):
+        try_all(
+            f"merge {options}", lists, lambda layer, o=options: layer.merged or layer.merge(**o)
+        )
+    try_all("unmerge", lists, lambda layer: layer.unmerge(), lambda layer: layer.merge(**nothing))
     try_all("another adapter", lists, lambda layer: layer.update_layer("two", 5, density=0.3))
 
     def round_once(layer):
