@@ -10,7 +10,6 @@ from layer_cases import PATHS, make_layer, ours
 from torch.nn import functional as F
 
 from randlora_ext import TernaryBasis, delta_weight, linear, merged_weight, scaled_basis
-from randlora_ext.ops.ternary import operands
 
 ops = torch.ops.randlora
 FORMATS = pytest.mark.parametrize("density", [1 / 3, 0.07], ids=["planes", "lists"])
@@ -20,9 +19,8 @@ CALLS_OF_KERNELS = pytest.mark.parametrize(
     [(kind, path) for kind in (1 / 3, 0.07) for path in PATHS]
     + [("hadamard", "factored"), ("hadamard", "merged")],
 )
-DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
-)
+TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+DTYPES = pytest.mark.parametrize("dtype", TYPES, ids=str)
 # Neither a multiple of a vector (4, 8, 16) nor of a tile of lines (64); several slots everywhere.
 SHAPES = pytest.mark.parametrize("shape", [(157, 93, 9), (93, 157, 9), (108, 88, 6)], ids=str)
 
@@ -112,35 +110,17 @@ def torch_is_the_same_for_any_threads(layer):
 
 @SHAPES
 @CALLS_OF_KERNELS
-@pytest.mark.parametrize("tokens", [1, 16, 40, 300])
-def test_linear(shape, basis, path, tokens):
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        layer = make_layer(*shape, basis, tokens, dtype)
+def test_linear(shape, basis, path):
+    # Over the shapes, bases and paths each dtype meets each number of tokens.
+    first = shape[0] + PATHS.index(path) + int(basis == 0.07)
+    for k, tokens in enumerate((1, 16, 40, 300)):
+        layer = make_layer(*shape, basis, tokens, TYPES[(first + k) % 4])
         if not torch_is_the_same_for_any_threads(layer):
             assert tokens == 1  # no other products are allowed to differ
             continue
         for case in (layer, layer.without_weight()):
             if case.weight is not None or path != "merged":
                 same_for_any_threads(lambda case=case: list(ours(case, path).values()))
-
-
-@SHAPES
-@FORMATS
-def test_linear_backward_of_one_part_equals_that_of_all(shape, density):
-    layer = make_layer(*shape, density, 40, torch.float32)
-    basis = layer.basis
-
-    def backward(*needs):
-        return ops.linear_backward(
-            layer.dy, layer.x, layer.weight, layer.lam, layer.gam,
-            *operands(basis, "cpu"), "factored", None, *needs,
-        )  # fmt: skip
-
-    dx, dlam, dgam = backward(True, True)
-    assert torch.equal(backward(True, False)[0], dx)
-    only = backward(False, True)
-    assert torch.equal(only[1], dlam) and torch.equal(only[2], dgam)
-    assert only[0].numel() == backward(True, False)[1].numel() == 0
 
 
 BATCHES = [slice(0, 1), slice(0, 5), slice(0, 16), slice(0, 33), slice(0, 150), slice(171, 300)]
@@ -166,19 +146,6 @@ def test_a_token_does_not_depend_on_its_batch(shape, density, dtype):
     # could only come from how the adapter's part is added.
     layer.weight.zero_()
     assert_tokens_are_independent(layer, ("y",))
-
-
-@SHAPES
-@FORMATS
-def test_zero_tokens_at_the_end_change_nothing(shape, density):
-    # Another number of blocks, groups and super-blocks, but the same sums.
-    layer = make_layer(*shape, density, 70, torch.float32).without_weight()
-    expected = ours(layer, "factored")
-    for padding in (1, 3, 32, 200):
-        x, dy = (torch.cat([t, t.new_zeros(padding, t.shape[1])]) for t in (layer.x, layer.dy))
-        results = ours(replace(layer, x=x, dy=dy), "factored")
-        assert torch.equal(results["dlam"], expected["dlam"]), padding
-        assert torch.equal(results["dgam"], expected["dgam"]), padding
 
 
 def test_results_do_not_depend_on_the_random_state():

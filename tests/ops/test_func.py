@@ -1,17 +1,16 @@
 """torch.func: grad, vjp, jacrev, vmap and functional_call, against the reference in float64."""
 
-import copy
 from functools import partial
 
 import pytest
 import torch
+from compile_helpers import mixed_net
 from layer_cases import PATHS, make_basis
 from layer_helpers import randomize
-from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 from torch.utils._pytree import tree_leaves
 
-from randlora_ext import RandLoraLinear, delta_weight, linear, scaled_basis
+from randlora_ext import delta_weight, linear, scaled_basis
 from randlora_ext.reference import delta_weight_reference, linear_reference, scaled_basis_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -142,40 +141,11 @@ def test_vmap_over_nothing(name, path):
 # ---- layers
 
 
-def layers(count, seed=0):
-    """Networks of equal frozen weights, each with diagonals of its own."""
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24)).double()
-    nets = []
-    for k in range(count):
-        net = copy.deepcopy(base)
-        for i, options in ((0, {"density": 0.2}), (2, {"basis": "hadamard"})):
-            net[i] = randomize(RandLoraLinear(net[i], r=5, **options), seed=k + seed)
-        nets.append(net)
-    return nets
-
-
-def test_functional_call_and_gradients_for_each_sample():
-    (net,) = layers(1)
-    x, parameters = normal(3, 24), {n: p for n, p in net.named_parameters() if p.requires_grad}
-    detached = {name: p.detach() for name, p in parameters.items()}
-
-    def function(parameters, x):
-        return functional_call(net, parameters, (x,)).pow(2).sum()
-
-    gradients = vmap(grad(function), (None, 0))(detached, x)
-    for k, sample in enumerate(x):
-        wanted = torch.autograd.grad(net(sample).pow(2).sum(), parameters.values())
-        for got, one in zip(gradients.values(), wanted, strict=True):
-            torch.testing.assert_close(got[k], one, rtol=1e-10, atol=1e-10)
-    y = functional_call(net, {name: 2 * p for name, p in detached.items()}, (x,))
-    for parameter in parameters.values():
-        parameter.data.mul_(2)
-    assert torch.equal(y, net(x))
-
-
 def test_model_ensembling():
-    nets = layers(3)
+    nets = [mixed_net(0.2).double() for _ in range(3)]  # of equal frozen weights
+    for k, net in enumerate(nets):
+        randomize(net[0], seed=k)
+        randomize(net[2], seed=k)
     x = normal(7, 24)
     parameters, buffers = stack_module_state(nets)
     results = vmap(lambda p, b: functional_call(nets[0], (p, b), (x,)))(parameters, buffers)

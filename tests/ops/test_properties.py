@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from layer_cases import PATHS, ours, paths_of
 from property_cases import (
     DTYPES,
+    EVERY_KIND,
     assert_all_within,
     assert_within,
     bases,
@@ -29,7 +30,7 @@ from randlora_ext.reference import delta_weight_reference, scaled_basis_referenc
 ops = torch.ops.randlora
 
 
-@examples(120, 4000)
+@examples(200, 4000)
 @given(layer=layers(), path=st.sampled_from(PATHS), threads=st.sampled_from([1, 1, 2]))
 def test_linear(layer, path, threads):
     torch.set_num_threads(threads)
@@ -44,9 +45,9 @@ def test_linear(layer, path, threads):
 
 
 @st.composite
-def diagonals(draw):
+def diagonals(draw, kinds=("independent", "hadamard")):
     """(basis, lam, gam, grad of dW): float64, float32, or 16-bit as after `module.half()`."""
-    basis = draw(bases())
+    basis = draw(bases(kinds))
     dtype = draw(st.sampled_from(DTYPES))
     make = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     shapes = ((basis.r, basis.n), (basis.n, basis.d), (basis.out_features, basis.in_features))
@@ -64,8 +65,8 @@ def by_reference(basis, lam, gam, grad, absolute=False):
     return [delta.detach(), *torch.autograd.grad(delta, leaves, grad)]
 
 
-@examples(80, 3000)
-@given(case=diagonals(), threads=st.sampled_from([1, 1, 2]))
+@examples(100, 3000)
+@given(case=diagonals(EVERY_KIND), threads=st.sampled_from([1, 1, 2]))
 def test_delta_weight(case, threads):
     torch.set_num_threads(threads)
     basis, lam, gam, grad = case
