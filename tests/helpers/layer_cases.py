@@ -156,6 +156,13 @@ def kept_by(function):
     return kept, result
 
 
+def opcheck(op, *arguments, fast=False) -> None:
+    """Schema, fake kernel, autograd; unless fast, AOT dispatch, which takes most of the time."""
+    fast_ones = ("test_schema", "test_autograd_registration", "test_faketensor")
+    options = {"test_utils": fast_ones} if fast else {}
+    torch.library.opcheck(op.default, arguments, **options)
+
+
 def ours(layer: Layer, path: str) -> dict[str, Tensor]:
     return forward_backward(
         lambda x, lam, gam: linear(

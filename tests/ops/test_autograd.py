@@ -6,6 +6,7 @@ import pytest
 import torch
 from layer_cases import CALLS, PATHS, kept_by, make_basis, make_layer
 from layer_cases import one_thread as one_thread
+from layer_cases import opcheck as check
 
 from randlora_ext import TernaryBasis, delta_weight, linear, scaled_basis
 from randlora_ext.ops.ternary import operands
@@ -53,12 +54,6 @@ WITH_AOT = {
     *zip(("lists", "planes reduce", "lists"), PATHS, strict=True),
     *zip(("dense", "dense reduce", "dense"), PATHS, strict=True),
 }
-FAST = ("test_schema", "test_autograd_registration", "test_faketensor")
-
-
-def check(op, *arguments, fast=False):
-    options = {"test_utils": FAST} if fast else {}
-    torch.library.opcheck(op.default, arguments, **options)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -184,28 +179,6 @@ def test_linear_keeps_nothing_new(shape, basis, path, dtype):
     assert forbidden.isdisjoint(t.numel() for t in own)
     y.backward(layer.dy)  # and it suffices
     assert lam.grad.any() and gam.grad.any() and x.grad.any()
-
-
-@pytest.mark.parametrize("kind", [1 / 3, 0.07, "hadamard"])
-def test_delta_weight_and_scaled_basis_keep_nothing_new(kind):
-    layer = make_layer(50, 37, 7, kind, 1, torch.float32)
-    basis, lam, gam = layer.basis, layer.lam.requires_grad_(), layer.gam.requires_grad_()
-    kept, _ = kept_by(lambda: delta_weight(basis, lam, gam))
-    allowed = {storage(t) for t in (lam, gam, *basis.packed("cpu"))}
-    assert kept and all(storage(t) in allowed for t in kept)
-    A = basis.dense()[0]
-    kept, _ = kept_by(lambda: scaled_basis(A, lam, gam))
-    assert kept and {storage(t) for t in kept} <= {storage(t) for t in (A, lam, gam)}
-
-
-def test_nothing_is_kept_without_gradients():
-    layer = make_layer(50, 37, 7, 0.07, 20, torch.float32)
-    arguments = (layer.x, layer.weight, None, layer.basis, layer.lam, layer.gam)
-    assert kept_by(lambda: linear(*arguments))[0] == []
-    layer.lam.requires_grad_()
-    with torch.no_grad():
-        kept, y = kept_by(lambda: linear(*arguments))
-    assert kept == [] and not y.requires_grad
 
 
 @pytest.mark.parametrize("density", [1 / 3, 0.07])

@@ -123,6 +123,14 @@ def test_linear(shape, basis, path):
                 same_for_any_threads(lambda case=case: list(ours(case, path).values()))
 
 
+@pytest.mark.parametrize(
+    "size, dtype", [((1500, 700, 5), torch.float32), ((1024, 1024, 8), torch.bfloat16)], ids=str
+)
+def test_linear_on_hadamard_bases_in_chunks_of_tokens(size, dtype):
+    layer = make_layer(*size, "hadamard", 300, dtype).without_weight()
+    same_for_any_threads(lambda: list(ours(layer, "factored").values()))
+
+
 BATCHES = [slice(0, 1), slice(0, 5), slice(0, 16), slice(0, 33), slice(0, 150), slice(171, 300)]
 
 

@@ -15,6 +15,7 @@ from layer_cases import (
     exact,
     largest_error,
     make_layer,
+    opcheck,
     ours,
     plain,
     rms_error,
@@ -55,17 +56,12 @@ def plain_torch(layer, merge=False):
 @ODD
 @ALL_TYPES
 def test_odd_sizes(size, dtype):
-    tokens_1, tokens_15, tokens_130, none = (
+    one, some, many, none = (
         make_layer(*size, "hadamard", tokens, dtype, lead)
         for tokens, lead in ((1, ()), (5, (3,)), (130, ()), (0, (2,)))
     )
-    for layer in (
-        tokens_1.without_weight(),
-        replace(tokens_15, bias=None),
-        tokens_130,
-        tokens_130.without_weight(),
-        none,
-    ):
+    some = replace(some, bias=None)
+    for layer in (one.without_weight(), some, many, many.without_weight(), none):
         oracle = exact(layer)
         results = {"kernels": ours(layer, "factored"), "plain torch": plain_torch(layer)}
         if layer.weight is not None and dtype.itemsize > 2:
@@ -97,10 +93,6 @@ def test_merged_weight(size, dtype):
         error = (result.to(wide) - total).abs()
         assert (error <= torch.finfo(dtype).eps * total.abs() + 4e-6 * total.abs().max()).all()
     if dtype.itemsize == 2:
-        expected = ops.add_rounded(weight, total - weight.to(wide), 5)
-        seeded = merged_weight(layer.basis, weight, layer.lam, layer.gam, 0.5, 5)
-        # The words depend on seed and element alone: what differs are sums on an edge.
-        assert (seeded != expected).double().mean() < 0.01
         with pytest.raises(RuntimeError, match="rounding_seed needs our kernels"):
             module._plain_weight(weight, layer.lam, layer.gam, *constants(half), 3)
 
@@ -124,23 +116,6 @@ def test_a_large_activation_in_float16_stays_finite(sizes, how):
         assert rms_error(results[name], oracle[name]) < 2e-3, name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", [(1024, 1024, 8), (1500, 700, 5)], ids=str)
-def test_any_number_of_threads_gives_the_same_bits(size, dtype):
-    for tokens in (1, 300):
-        layer = make_layer(*size, "hadamard", tokens, dtype).without_weight()
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(ours(layer, "factored"))
-        for other in results[1:]:
-            for name in NAMES:
-                a, b = other[name], results[0][name]
-                # torch's own products differ where n is no multiple of 32.
-                same = dtype == torch.float32 or layer.basis.n % 32 == 0
-                assert torch.equal(a, b) if same else rms_error(a, b) < 1e-3, (name, tokens)
-
-
 # ---- the operators themselves
 
 
@@ -156,7 +131,7 @@ def call(name, layer, **changes):
     op = getattr(ops, name)
     names = [argument.name for argument in op.default._schema.arguments]
     assert set(changes) <= set(names)
-    return op.default, tuple(values[k] for k in names)
+    return op, *(values[k] for k in names)
 
 
 OPERATORS = ("hadamard_linear", "hadamard_linear_backward", "hadamard_weight")
@@ -168,20 +143,22 @@ OPERATORS = ("hadamard_linear", "hadamard_linear_backward", "hadamard_weight")
 )
 def test_opcheck(shape, dtype, merge):
     layer = make_layer(*shape, "hadamard", 3, dtype, lead=(1,))
+    fast = merge == (dtype == torch.float32)
     for needs in ((True, True), (True, False), (False, True))[: 3 - 2 * merge]:
         change = dict(zip(("need_x", "need_diagonals"), needs, strict=True))
-        torch.library.opcheck(*call("hadamard_linear_backward", layer, merge=merge, **change))
+        backward = call("hadamard_linear_backward", layer, merge=merge, **change)
+        opcheck(*backward, fast=fast or not all(needs))
     if merge:
-        torch.library.opcheck(*call("hadamard_weight", layer))
+        opcheck(*call("hadamard_weight", layer), fast=fast)
     else:
-        torch.library.opcheck(*call("hadamard_weight", layer, weight=None))
-        torch.library.opcheck(*call("hadamard_linear", layer, weight=None, bias=None))
+        opcheck(*call("hadamard_weight", layer, weight=None), fast=fast)
+        opcheck(*call("hadamard_linear", layer, weight=None, bias=None), fast=True)
         if dtype == torch.bfloat16:
-            torch.library.opcheck(*call("hadamard_weight", layer, rounding_seed=5))
+            opcheck(*call("hadamard_weight", layer, rounding_seed=5), fast=True)
     for leaf in (layer.x, layer.lam, layer.gam):
         leaf.requires_grad_()
     strided = layer.x.mT.contiguous().mT if merge else layer.x
-    torch.library.opcheck(*call("hadamard_linear", layer, x=strided, merge=merge))
+    opcheck(*call("hadamard_linear", layer, x=strided, merge=merge), fast=fast)
 
 
 PLAIN = {
@@ -237,7 +214,7 @@ def test_one_wrong_argument(names, change, expected, by_both):
     layer = make_layer(8, 6, 3, "hadamard", 4, torch.float32)
     before = {k: v.clone() for k, v in vars(layer).items() if isinstance(v, torch.Tensor)}
     for name in names:
-        op, inputs = call(name, layer, **change)
+        op, *inputs = call(name, layer, **change)
         for function in (op, PLAIN[name])[: 1 + by_both]:
             with pytest.raises(RuntimeError, match="randlora: ") as raised:
                 function(*inputs)

@@ -16,8 +16,7 @@ import numpy as np, torch
 from basis_reference import ternary
 from basis_vectors import from_planes
 from layer_cases import assert_rule, exact, largest_error, make_layer, ours, paths_of, plain
-from randlora_ext import TernaryBasis, _C, build_info, delta_weight, explain, scaled_basis
-from randlora_ext.reference import delta_weight_reference, scaled_basis_reference
+from randlora_ext import TernaryBasis, _C, build_info, explain, scaled_basis
 
 planes = torch.zeros(2, 1, 1, dtype=torch.int64)
 for call in (
@@ -62,14 +61,6 @@ for density in (1 / 3, 0.07):
     basis = TernaryBasis(157, 93, 9, density, seed=5)
     B = ternary(5, 1, np.arange(157)[:, None], np.arange(basis.K), density)
     assert torch.equal(basis.dense()[1].sign(), torch.from_numpy(B).float())
-    A, B = basis.dense(dtype=torch.float64)
-    layer = make_layer(157, 93, 9, density, 1)
-    dW = delta_weight(basis, layer.lam, layer.gam)
-    wide = delta_weight_reference(A, B, layer.lam, layer.gam, 1.0, 93, 157)
-    assert largest_error(dW, wide) <= 1e-12
-    scaled = scaled_basis(A.half(), layer.lam.float(), layer.gam.float())
-    wide = scaled_basis_reference(A.half().float(), layer.lam.float(), layer.gam.float())
-    assert torch.equal(scaled, wide.half())
 # Conversions to 16 bits: ties, subnormals, overflow, infinities and NaN as torch rounds them.
 values = torch.cat([torch.randn(4000) * 2.0 ** torch.randint(-30, 20, (4000,)), torch.tensor(
     [0.0, -0.0, 65504.0, 65519.0, 65520.0, 1e9, -1e9, 2.0**-24, 2.0**-25, 3 * 2.0**-25, 6e-5,

@@ -23,7 +23,7 @@ from property_cases import (
     seeds,
 )
 
-from randlora_ext import TernaryBasis, delta_weight, merged_weight, scaled_basis
+from randlora_ext import delta_weight, merged_weight, scaled_basis
 from randlora_ext.basis.ternary import generate_planes
 from randlora_ext.reference import delta_weight_reference, scaled_basis_reference
 
@@ -146,22 +146,3 @@ def test_any_slice_is_the_specification(seed, role, row, col, rows, cols, densit
     assert (got == basis_reference.ternary(seed, role, *at, density)).all()
     if cols % 64:  # bits past the last column are zero
         assert not (planes[..., -1] & ~((1 << cols % 64) - 1)).any()
-
-
-@examples(60, 2000)
-@given(basis=bases(), dtype=st.sampled_from(DTYPES), room=st.integers(0, 3), wide=st.booleans())
-def test_bases_survive_packing(basis, dtype, room, wide):
-    A, B = basis.dense(dtype=dtype)
-    spare = (
-        torch.nn.functional.pad(A, (0, room)),
-        torch.nn.functional.pad(B.view(basis.D, basis.n, basis.r), (0, 0, 0, room, 0, room)),
-    )
-    again = TernaryBasis.from_ternary(*spare, basis.in_features, basis.out_features)
-    for got, want in zip(again.dense(dtype=dtype), (A, B), strict=True):
-        assert torch.equal(got, want)
-    planes, value = ops.pack_dense(B)
-    for by_column in (False, True):
-        lists = ops.planes_to_lists(planes, basis.K, by_column, wide)
-        lines = B.T if by_column else B
-        dense = ops.lists_to_dense(*lists, lines.shape[1], float(value), dtype)
-        assert torch.equal(dense, lines)

@@ -31,7 +31,6 @@ cpu_only=(
   tests/ops/test_errors.py::test_packing_operators
   # Threads are nothing to a card; tests/gpu compares two runs.
   tests/ops/test_determinism.py::test_linear
-  tests/ops/test_hadamard.py::test_any_number_of_threads_gives_the_same_bits
   # Half a minute each; tests/gpu has smaller ones.
   tests/basis/test_packed.py::test_wide_lists
   tests/basis/test_slice.py::test_transforms_of_more_than_65536
