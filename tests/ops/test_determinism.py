@@ -9,7 +9,7 @@ import torch
 from layer_cases import PATHS, make_layer, ours
 from torch.nn import functional as F
 
-from randlora_ext import TernaryBasis, delta_weight, linear, merged_weight, scaled_basis
+from randlora_ext import TernaryBasis, delta_weight, merged_weight, scaled_basis
 
 ops = torch.ops.randlora
 FORMATS = pytest.mark.parametrize("density", [1 / 3, 0.07], ids=["planes", "lists"])
@@ -154,14 +154,3 @@ def test_a_token_does_not_depend_on_its_batch(shape, density, dtype):
     # could only come from how the adapter's part is added.
     layer.weight.zero_()
     assert_tokens_are_independent(layer, ("y",))
-
-
-def test_results_do_not_depend_on_the_random_state():
-    layer = make_layer(157, 93, 9, 0.07, 16, torch.float32)
-    first = TernaryBasis(157, 93, 9, 0.07, seed=1).dense()
-    torch.manual_seed(123)
-    state = torch.get_rng_state()
-    linear(layer.x, layer.weight, None, layer.basis, layer.lam, layer.gam)
-    second = TernaryBasis(157, 93, 9, 0.07, seed=1).dense()
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
