@@ -13,6 +13,7 @@ from randlora_ext import _C, build_info
 CHECK = """
 import os
 import numpy as np, torch
+import torch.distributed.tensor  # as autograd and assert_close do: here, once for every child
 from basis_reference import ternary
 from basis_vectors import from_planes
 from layer_cases import assert_rule, exact, largest_error, make_layer, ours, paths_of, plain

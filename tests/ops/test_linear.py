@@ -40,10 +40,9 @@ def assert_exact(layer, paths=PATHS):
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_float64(shape, basis):
-    for tokens in TOKENS:
+    for k, tokens in enumerate(TOKENS):
         layer = make_layer(*shape, basis, tokens)
-        assert_exact(layer)
-        assert_exact(layer.without_weight())
+        assert_exact(layer.without_weight() if (k + shape[0]) % 2 else layer)
 
 
 @pytest.mark.parametrize("shape", [(530, 640, 16), (640, 530, 16), (1030, 520, 64)], ids=str)
@@ -57,17 +56,17 @@ def test_float64_beyond_one_chunk_of_planes(shape, density):
 @pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BITS], ids=str)
 @pytest.mark.parametrize("shape", [(64, 64, 8), (50, 37, 7), (37, 130, 16), (20, 24, 32)], ids=str)
 def test_error_rule(shape, dtype, basis):
-    for tokens in (1, 33, 257):
-        whole = make_layer(*shape, basis, tokens, dtype)
-        for layer in (whole, whole.without_weight()):
-            oracle, simple = exact(layer), plain(layer)
-            for path in {"factored", "delta"} & set(paths_of(layer)):
-                results = ours(layer, path)
-                assert [results[n].dtype for n in NAMES] == [dtype, dtype, *[torch.float32] * 2]
-                assert_rule(results, simple, oracle, dtype)
-        if dtype is torch.float32:
+    for tokens, has_weight in ((1, True), (33, False), (33, True), (257, False)):
+        layer = make_layer(*shape, basis, tokens, dtype)
+        layer = layer if has_weight else layer.without_weight()
+        oracle, simple = exact(layer), plain(layer)
+        for path in paths_of(layer):
+            if path == "merged" and dtype is not torch.float32:
+                continue  # W + dW loses small changes in 16 bits by design
+            results = ours(layer, path)
+            assert [results[n].dtype for n in NAMES] == [dtype, dtype, *[torch.float32] * 2]
             # One GEMM on the sum rounds otherwise than the sum of two: one eps more.
-            assert_rule(ours(whole, "merged"), plain(whole), exact(whole), dtype, floor=2)
+            assert_rule(results, simple, oracle, dtype, floor=2 if path == "merged" else 1)
 
 
 @CALLS
