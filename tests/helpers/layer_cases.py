@@ -26,15 +26,9 @@ DENSITIES = [1.0, 1 / 3, 0.07, 1 / 64]  # the first two are packed as planes, th
 BASES = [*DENSITIES, "hadamard", "dense"]
 PATHS = ["factored", "delta", "merged"]
 # What a call can be, with every way in which a basis is stored.
-CALLS = pytest.mark.parametrize(
-    "basis, path",
-    [
-        (basis, path)
-        for basis in (1 / 3, 0.07, "hadamard", "dense")
-        for path in PATHS
-        if (basis, path) != ("hadamard", "delta")
-    ],
-)
+KINDS = [1 / 3, 0.07, "hadamard", "dense"]
+PAIRS = [(kind, path) for kind in KINDS for path in PATHS if (kind, path) != ("hadamard", "delta")]
+CALLS = pytest.mark.parametrize("basis, path", PAIRS)
 
 
 @pytest.fixture(autouse=True)
