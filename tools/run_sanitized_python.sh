@@ -26,8 +26,8 @@ libraries=$(case $kind in *address*) echo libasan libubsan ;; *thread*) echo lib
 preload=$(for library in $libraries libstdc++; do g++ -print-file-name="$library.so"; done)
 if [ $# -eq 0 ]; then
   case $kind in
-    *address*) set -- tests/ops/test_{linear,autograd,delta_weight,scaled_basis,errors}.py \
-      tests/ops/test_{nonfinite,merged_weight,properties,isa}.py \
+    *address*) set -- tests/ops/test_{linear,autograd,weights,errors}.py \
+      tests/ops/test_{nonfinite,properties,isa}.py \
       tests/basis/test_{packed,basis,basis_spec}.py tests/nn/test_layer.py \
       -k "not test_compiled_layer" ;;
     *thread*) set -- tests/ops/test_concurrency.py -k "(bits or drop or dense_b) and not -4]" ;;

@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 import torch._dynamo
+from layer_helpers import small_net
+from torch import nn
 from torch._dynamo.utils import counters
 
 needs_compiler = pytest.mark.skipif(
@@ -35,6 +37,12 @@ def graphs() -> int:
     """Graphs compiled so far, including recompilations; fails on a graph break."""
     assert not counters["graph_break"], dict(counters["graph_break"])
     return counters["stats"]["unique_graphs"]
+
+
+def mixed_net(kind=1 / 3, **options):
+    """Bases of a density, then Hadamard bases: expand and reduce."""
+    one, other = small_net(kind, **options), small_net("hadamard", **options)
+    return nn.Sequential(one[0], nn.Tanh(), other[2])
 
 
 def step(model, x):

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from randlora_ext import TernaryBasis, delta_weight, linear
+from randlora_ext import TernaryBasis, linear
 from randlora_ext.basis.dense import DenseMatrices
-from randlora_ext.reference import delta_weight_reference, linear_reference
+from randlora_ext.reference import linear_reference
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+NAMES = ("y", "dx", "dlam", "dgam")
 
 # in, out, r: square, wide, tall, d not a multiple of r (the last base overhangs), r > d, r == d,
 # r == 1 (n > 64: several plane words per rank index), one feature, sizes near vector lengths.
@@ -25,15 +26,9 @@ DENSITIES = [1.0, 1 / 3, 0.07, 1 / 64]  # the first two are packed as planes, th
 BASES = [*DENSITIES, "hadamard", "dense"]
 PATHS = ["factored", "delta", "merged"]
 # What a call can be, with every way in which a basis is stored.
-CALLS = pytest.mark.parametrize(
-    "basis, path",
-    [
-        (basis, path)
-        for basis in (1 / 3, 0.07, "hadamard", "dense")
-        for path in PATHS
-        if (basis, path) != ("hadamard", "delta")
-    ],
-)
+KINDS = [1 / 3, 0.07, "hadamard", "dense"]
+PAIRS = [(kind, path) for kind in KINDS for path in PATHS if (kind, path) != ("hadamard", "delta")]
+CALLS = pytest.mark.parametrize("basis, path", PAIRS)
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +134,7 @@ def forward_backward(function, layer: Layer) -> dict[str, Tensor]:
     leaves = [t.detach().requires_grad_() for t in (layer.x, layer.lam, layer.gam)]
     y = function(*leaves)
     gradients = torch.autograd.grad(y, leaves, layer.dy.to(y.dtype))
-    return dict(zip(("y", "dx", "dlam", "dgam"), (y.detach(), *gradients), strict=True))
+    return dict(zip(NAMES, (y.detach(), *gradients), strict=True))
 
 
 def kept_by(function):
@@ -153,6 +148,13 @@ def kept_by(function):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = function()
     return kept, result
+
+
+def opcheck(op, *arguments, fast=False) -> None:
+    """Schema, fake kernel, autograd; unless fast, AOT dispatch, which takes most of the time."""
+    fast_ones = ("test_schema", "test_autograd_registration", "test_faketensor")
+    options = {"test_utils": fast_ones} if fast else {}
+    torch.library.opcheck(op.default, arguments, **options)
 
 
 def ours(layer: Layer, path: str) -> dict[str, Tensor]:
@@ -210,28 +212,3 @@ def assert_rule(
         error, allowed = rms_error(value, oracle[name]), rms_error(simple[name], oracle[name])
         bound = 2 * allowed + floor * torch.finfo(dtype).eps
         assert error <= bound, f"{name} errs by {error:.3g}, PyTorch by {allowed:.3g} in {dtype}"
-
-
-def assert_delta_weight(layer, dtype: torch.dtype) -> None:
-    """The error rule for dW and its gradients, with a scaling of 0.5."""
-    basis = layer.basis
-    shape = basis.out_features, basis.in_features
-    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-    def results(function, lam, gam, grad):
-        leaves = [t.clone().requires_grad_() for t in (lam, gam)]
-        delta = function(*leaves)
-        dlam, dgam = torch.autograd.grad(delta, leaves, grad)
-        return {"dW": delta, "dlam": dlam, "dgam": dgam}
-
-    def reference(dtype):
-        A, B = matrices(basis, dtype)
-        return results(
-            lambda lam, gam: delta_weight_reference(A, B, lam, gam, 0.5, *shape),
-            layer.lam.to(dtype),
-            layer.gam.to(dtype),
-            grad.to(dtype),
-        )
-
-    mine = results(lambda lam, gam: delta_weight(basis, lam, gam, 0.5), layer.lam, layer.gam, grad)
-    assert_rule(mine, reference(dtype), reference(torch.float64), dtype, floor=2)

@@ -103,11 +103,6 @@ def small_net(kind=0.1, **options):
     return net
 
 
-def mixed_net(kind=1 / 3, **options):
-    """Bases of a density, then Hadamard bases, each in both orientations."""
-    return nn.Sequential(*small_net(kind, **options), *small_net("hadamard", **options))
-
-
 def two_adapters(dtype=torch.float64, **second):
     layer = RandLoraLinear(make_base(24, 40, dtype=dtype), r=5, projection_prng_key=1)
     density = None if second.get("basis") == "hadamard" else 0.2

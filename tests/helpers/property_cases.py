@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from layer_cases import Layer, exact, forward_backward, make_layer
+from layer_cases import Layer, dense_basis, exact, forward_backward, make_layer
 from torch import Tensor
 
 from randlora_ext import TernaryBasis
@@ -44,10 +44,13 @@ densities = st.one_of(
 def bases(draw, kinds: tuple[str, ...] = ("independent", "hadamard")) -> TernaryBasis:
     kind = draw(st.sampled_from(kinds))
     sizes = draw(features), draw(features), draw(st.integers(1, 40))
+    if kind == "dense":
+        return dense_basis(*sizes, torch.float64)
     density = draw(densities) if kind == "independent" else None
     return TernaryBasis(*sizes, density, draw(seeds), kind)
 
 
+EVERY_KIND = ("independent", "hadamard", "dense")
 layouts = st.sampled_from(["plain", "transposed", "strided", "cut", "flipped", "first", "zero"])
 
 
@@ -77,13 +80,13 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
 @st.composite
 def layers(draw) -> Layer:
     """A call of `linear` with any shape, layout, dtype, density and seed."""
-    basis = draw(bases())
+    basis = draw(bases(EVERY_KIND))
     dtype = draw(st.sampled_from(DTYPES))
     lead = draw(st.sampled_from([(), (), (2,), (3, 1), (0,)]))
     tokens = draw(st.one_of(st.integers(0, 70), st.sampled_from([1, 16, 32, 33, 130])))
     layer = make_layer(basis.in_features, basis.out_features, basis.r, 1.0, tokens, dtype, lead)
     layer = replace(layer, basis=basis, scaling=draw(st.sampled_from([1.0, 0.75, -2.0, 0.0])))
-    diagonals = draw(st.sampled_from([layer.lam.dtype, layer.lam.dtype, torch.float32]))
+    diagonals = draw(st.sampled_from([*[layer.lam.dtype] * 3, *DTYPES]))
     layer = replace(
         layer,
         **{

@@ -12,76 +12,51 @@ from randlora_ext.ops.ternary import operands
 ops = torch.ops.randlora
 
 
-def raw(layer, path, **changes):
-    t = {"x": layer.x, "weight": layer.weight, "bias": layer.bias, **changes}
-    basis, inputs = layer.basis, (t["x"], t["weight"], t["bias"], layer.lam, layer.gam)
-    scale = layer.scaling * basis.scale
-    if basis.kind == "hadamard":
-        rest = scale, 0, 0, basis.expand, path == "merged"
-        return ops.hadamard_linear(*inputs, *basis.packed(), *rest)
-    if basis.kind == "dense":
-        A, B = (m.to(t["x"].dtype) for m in basis.packed())
-        if torch.is_autocast_enabled("cpu") and t["x"].dtype != torch.float64:
-            B = B.to(torch.get_autocast_dtype("cpu"))  # as linear() takes it
-        return ops.dense_linear(*inputs, A, B, scale, basis.expand, path)
-    return ops.linear(*inputs, *operands(basis, "cpu", layer.scaling), path, None)
-
-
-def run(function, layer, path, **changes):
-    if function == "operator":
-        return raw(layer, path, **changes)
+def run(layer, path, **changes):
     values = {**vars(layer), **changes}
     names = ("x", "weight", "bias", "basis", "lam", "gam", "scaling")
     return linear(*(values[name] for name in names), path)
 
 
-FUNCTIONS = pytest.mark.parametrize("function", ["operator", "linear"])
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@FUNCTIONS
 @CALLS
-def test_ours_cast_as_linear_does(function, basis, path, dtype):
+def test_ours_cast_as_linear_does(basis, path, dtype):
     layer = make_layer(50, 37, 7, basis, 20, torch.float32)
     low = layer.cast(dtype)
     low.lam, low.gam = layer.lam, layer.gam  # which autocast leaves alone
-    expected = run(function, low, path)
+    expected = run(low, path)
     with torch.autocast("cpu", dtype):
         assert F.linear(layer.x, layer.weight).dtype == expected.dtype == dtype
-        assert torch.equal(run(function, layer, path), expected)
+        assert torch.equal(run(layer, path), expected)
         # each input for itself
-        assert torch.equal(run(function, layer, path, bias=low.bias), expected)
+        assert torch.equal(run(layer, path, bias=low.bias), expected)
         with torch.autocast("cpu", enabled=False):
-            assert run(function, layer, path).dtype == torch.float32
+            assert run(layer, path).dtype == torch.float32
 
 
 @pytest.mark.parametrize("basis", [0.07, "hadamard"])
 def test_float64_is_left_alone(basis):
     layer = make_layer(50, 37, 7, basis, 20)
-    expected = raw(layer, "factored")
+    expected = run(layer, "factored")
     with torch.autocast("cpu", torch.bfloat16):
-        for function in ("operator", "linear"):
-            assert torch.equal(run(function, layer, "factored"), expected)
-        with pytest.raises(RuntimeError, match="must have one dtype|same dtype"):
-            raw(layer, "factored", weight=layer.weight.float(), bias=None)
+        assert torch.equal(run(layer, "factored"), expected)
 
 
 @CALLS
-@FUNCTIONS
-def test_gradients(function, basis, path):
+def test_gradients(basis, path):
     layer = make_layer(50, 37, 7, basis, 20, torch.float32)
     leaves = [t.requires_grad_() for t in (layer.x, layer.lam, layer.gam)]
     low = layer.cast(torch.bfloat16)
     low.x, low.lam, low.gam = low.x.detach().requires_grad_(), layer.lam, layer.gam
     dy = layer.dy.bfloat16()
-    expected = torch.autograd.grad(run(function, low, path), [low.x, layer.lam, layer.gam], dy)
+    expected = torch.autograd.grad(run(low, path), [low.x, layer.lam, layer.gam], dy)
     with torch.autocast("cpu", torch.bfloat16):
-        y = run(function, layer, path)
+        y = run(layer, path)
     for gradient, wanted in zip(torch.autograd.grad(y, leaves, dy), expected, strict=True):
         assert gradient.dtype == torch.float32 and torch.equal(gradient, wanted.float())
     # Of a float32 forward, inside of autocast: torch's products inside the operator would be cast,
     # and our kernels read them as float32.
-    y = run(function, layer, path)
+    y = run(layer, path)
     expected = torch.autograd.grad(y, leaves, layer.dy, retain_graph=True)
     with torch.autocast("cpu", torch.bfloat16):
         gradients = torch.autograd.grad(y, leaves, layer.dy)

@@ -1,4 +1,4 @@
-"""One layer used from several threads and processes at a time."""
+"""One layer used from several threads and forked processes at a time."""
 
 import faulthandler
 import os
@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from layer_helpers import inputs, make_base, randomize, run
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from randlora_ext import RandLoraLinear, TernaryBasis
 from randlora_ext.basis import cache
@@ -78,24 +78,6 @@ def test_a_dense_b_can_be_the_first_that_is_asked_for():
 # lock that some thread of another test held. That program has OpenMP's threads only.
 
 
-class Adapted(Dataset):
-    """Items computed by a layer of the parent's: frozen feature extraction in a loader."""
-
-    def __init__(self, layer, x):
-        self.layer, self.x = layer, x
-
-    def __len__(self):
-        return len(self.x)
-
-    def __getitem__(self, k):
-        with torch.no_grad():
-            return self.layer(self.x[k])
-
-
-def show_where_it_hangs(worker):
-    faulthandler.dump_traceback_later(60)
-
-
 def fork_while_another_thread_packs():
     inside, leave = threading.Event(), threading.Event()
 
@@ -120,23 +102,35 @@ def fork_while_another_thread_packs():
     assert code == 0
 
 
-def data_loader_beside_and_with_a_layer_of_the_parent(method):
+def data_loader_beside_and_with_a_layer_of_the_parent():
     torch.set_num_threads(2)
     layer = make_layer(density=0.07)
     x, dy = inputs(layer, 24, 20)
     expected = layer(x).detach()
     before = run(layer, x, dy)  # OpenMP's threads exist by now
-    workers = {"num_workers": 2 if method == "fork" else 1, "multiprocessing_context": method}
-    workers |= {"timeout": 90, "worker_init_fn": show_where_it_hangs}
+
+    def in_a_worker(rows):  # frozen feature extraction in a loader
+        with torch.no_grad():
+            return layer(torch.stack(rows))
+
+    loader = DataLoader(
+        x,
+        batch_size=4,
+        collate_fn=in_a_worker,
+        num_workers=2,
+        multiprocessing_context="fork",
+        timeout=90,
+        worker_init_fn=lambda worker: faulthandler.dump_traceback_later(60),  # where it hangs
+    )
     batches = []
-    for batch in DataLoader(Adapted(layer, x), batch_size=4, **workers):
+    for batch in loader:
         batches.append(batch)
         results = run(layer, x, dy)  # the parent goes on training
         assert all(torch.equal(a, b) for a, b in zip(results, before, strict=True))
     torch.testing.assert_close(torch.cat(batches), expected)
 
 
-def test_forked_and_spawned_processes():
+def test_forked_processes():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, __file__]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
@@ -146,5 +140,4 @@ def test_forked_and_spawned_processes():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     fork_while_another_thread_packs()
-    for method in ("fork", "spawn"):
-        data_loader_beside_and_with_a_layer_of_the_parent(method)
+    data_loader_beside_and_with_a_layer_of_the_parent()

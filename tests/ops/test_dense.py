@@ -4,17 +4,7 @@ import pickle
 
 import pytest
 import torch
-from layer_cases import (
-    PATHS,
-    SHAPES,
-    SIXTEEN_BITS,
-    assert_delta_weight,
-    exact,
-    largest_error,
-    make_layer,
-    ours,
-    rms_error,
-)
+from layer_cases import PATHS, exact, largest_error, make_layer, ours, rms_error
 from layer_cases import one_thread as one_thread
 
 from randlora_ext import TernaryBasis
@@ -70,9 +60,3 @@ def test_matrices_that_are_too_small():
         ValueError, match=r"A must be \(r, >= d\) = \(4, >= 21\) and B .*\(30, 20\)"
     ):
         TernaryBasis.from_dense(DenseMatrices(A, B), 21, 30)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BITS], ids=str)
-@pytest.mark.parametrize("sizes", SHAPES, ids=str)
-def test_delta_weight(sizes, dtype):
-    assert_delta_weight(make_layer(*sizes, "dense", 0, dtype).cast(dtype), dtype)

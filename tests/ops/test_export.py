@@ -5,28 +5,22 @@ import sys
 
 import pytest
 import torch
-from compile_helpers import needs_compiler
-from layer_helpers import mixed_net, randomize, small_net
+from compile_helpers import mixed_net, needs_compiler
+from layer_helpers import randomize, small_net
 from torch.export import Dim
 
 from randlora_ext.ops.path import formed_from
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-RUN_PROGRAM = """
+RUN = """
 import sys, torch
 import randlora_ext  # registers the operators, and nothing else of it is used
-program = torch.export.load(sys.argv[1]).module()
-"""
-RUN_PACKAGE = """
-import sys, torch
-import randlora_ext
-program = torch._inductor.aoti_load_package(sys.argv[1])
-"""
-COMPARE = """
-for x, y in torch.load(sys.argv[2]):
-    torch.testing.assert_close(program(x), y, rtol=1e-4, atol=1e-4)
-print("same", len(torch.load(sys.argv[2])))
+program, package, cases = sys.argv[1:]
+programs = torch.export.load(program).module(), torch._inductor.aoti_load_package(package)
+for x, y in torch.load(cases):
+    for program in programs:
+        torch.testing.assert_close(program(x), y, rtol=1e-4, atol=1e-4)
 """
 
 
@@ -48,18 +42,7 @@ def export(model, tokens, dim, strict=False):
     )
 
 
-def run_alone(program, file, model, tmp_path, sizes):
-    with torch.no_grad():
-        cases = [(x, model(x)) for x in (torch.randn(size, 24) for size in sizes)]
-    torch.save(cases, tmp_path / "cases.pt")
-    command = [sys.executable, "-c", program + COMPARE, str(file), str(tmp_path / "cases.pt")]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.strip() == f"same {len(sizes)}"
-
-
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("density", [0.1, 1 / 3, "hadamard"])
+@pytest.mark.parametrize("density, strict", [(0.1, False), (1 / 3, True), ("hadamard", False)])
 def test_an_exported_program(density, strict):
     model = small_net(density, projection_prng_key=55 + strict).eval()  # not packed yet
     program = export(model, 7, Dim.DYNAMIC, strict)
@@ -111,16 +94,15 @@ def test_several_adapters_and_autocast():
         assert torch.equal(export(model, 7, None).module()(x), y)
 
 
-def test_an_exported_program_in_another_process(tmp_path):
-    model = mixed_net(0.1).eval()
-    file = tmp_path / "model.pt2"
-    torch.export.save(export(model, 7, Dim.DYNAMIC), file)
-    run_alone(RUN_PROGRAM, file, model, tmp_path, (1, 7, 300))
-
-
 @needs_compiler
-def test_an_aotinductor_package_in_another_process(tmp_path):
+def test_a_program_and_an_aotinductor_package_in_another_process(tmp_path):
     model = mixed_net().eval()
     program = export(model, 7, Dim("T", min=1, max=4096))
-    file = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "m.pt2"))
-    run_alone(RUN_PACKAGE, file, model, tmp_path, (1, 7, 300))
+    files = [str(tmp_path / name) for name in ("program.pt2", "package.pt2", "cases.pt")]
+    torch.export.save(program, files[0])
+    torch._inductor.aoti_compile_and_package(program, package_path=files[1])
+    with torch.no_grad():
+        torch.save([(x, model(x)) for x in (torch.randn(T, 24) for T in (1, 7, 300))], files[2])
+    command = [sys.executable, "-c", RUN, *files]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]

@@ -1,17 +1,16 @@
 """torch.func: grad, vjp, jacrev, vmap and functional_call, against the reference in float64."""
 
-import copy
 from functools import partial
 
 import pytest
 import torch
+from compile_helpers import mixed_net
 from layer_cases import PATHS, make_basis
 from layer_helpers import randomize
-from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 from torch.utils._pytree import tree_leaves
 
-from randlora_ext import RandLoraLinear, delta_weight, linear, scaled_basis
+from randlora_ext import delta_weight, linear, scaled_basis
 from randlora_ext.reference import delta_weight_reference, linear_reference, scaled_basis_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,16 +24,11 @@ BASES = {
     "dense": (9, 5, 2, "dense"),
     "dense reduce": (5, 9, 2, "dense"),
 }
-CASES = pytest.mark.parametrize(
-    "name, path",
-    [
-        (name, path)
-        for name in BASES
-        for path in PATHS
-        if not (path == "delta" and BASES[name][3] == "hadamard")
-    ],
-)
 NAMES = pytest.mark.parametrize("name", BASES)
+
+
+def paths_of(name):
+    return [path for path in PATHS if (BASES[name][3], path) != ("hadamard", "delta")]
 
 
 def normal(*shape):
@@ -93,10 +87,13 @@ ENSEMBLES = {
 }
 
 
-@CASES
+@NAMES
 @pytest.mark.parametrize("transform", [*TRANSFORMS, *ENSEMBLES])
-def test_linear(name, path, transform):
-    ours, reference, (x, weight, bias, lam, gam) = setup(name, path)
+def test_linear(name, transform):
+    # Each transform meets each path on two names, each name each path on many transforms.
+    paths = paths_of(name)
+    at = [*BASES].index(name) + [*TRANSFORMS, *ENSEMBLES].index(transform)
+    ours, reference, (x, weight, bias, lam, gam) = setup(name, paths[at % len(paths)])
     if "all" in transform:
         weight, bias = normal(4, *weight.shape), normal(4, *bias.shape)
     if transform in ENSEMBLES:
@@ -123,59 +120,33 @@ def test_other_functions(name):
         assert_same(lambda f: jacrev(f, (0, 1)), ours, reference, (lam[0], gam[0]))
 
 
-@CASES
-def test_vmap_over_nothing(name, path):
-    ours, _, (x, weight, bias, lam, gam) = setup(name, path)
-    out = weight.shape[0]
-    assert vmap(ours, X)(x[:0], weight, bias, lam, gam).shape == (0, 3, out)
-    none = lam.new_zeros(lam.shape[0], 0, lam.shape[1]), gam.new_zeros(0, *gam.shape)
-    assert vmap(ours, DIAGONALS)(x, weight, bias, *none).shape == (0, 4, 3, out)
-    # Gradients of all, of the weight too, where x, the weight or everything has a batch of none.
-    values = x[0], weight, bias, lam, gam
-    for batched in ((0,), (1,), ALL):
-        arguments = [v.new_zeros(0, *v.shape) if k in batched else v for k, v in enumerate(values)]
-        dims = tuple(0 if k in batched else None for k in ALL)
-        gradients = vmap(grad(loss(ours), ALL), dims)(*arguments)
-        assert [tuple(g.shape) for g in gradients] == [(0, *v.shape) for v in values]
+@NAMES
+def test_vmap_over_nothing(name):
+    for path in paths_of(name):
+        ours, _, (x, weight, bias, lam, gam) = setup(name, path)
+        out = weight.shape[0]
+        assert vmap(ours, X)(x[:0], weight, bias, lam, gam).shape == (0, 3, out)
+        none = lam.new_zeros(lam.shape[0], 0, lam.shape[1]), gam.new_zeros(0, *gam.shape)
+        assert vmap(ours, DIAGONALS)(x, weight, bias, *none).shape == (0, 4, 3, out)
+        # Gradients of all, where x, the weight or everything has a batch of none.
+        values = x[0], weight, bias, lam, gam
+        for batched in ((0,), (1,), ALL):
+            dims = tuple(0 if k in batched else None for k in ALL)
+            inputs = [
+                v if dim is None else v[None][:0] for v, dim in zip(values, dims, strict=True)
+            ]
+            gradients = vmap(grad(loss(ours), ALL), dims)(*inputs)
+            assert [tuple(g.shape) for g in gradients] == [(0, *v.shape) for v in values]
 
 
 # ---- layers
 
 
-def layers(count, seed=0):
-    """Networks of equal frozen weights, each with diagonals of its own."""
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24)).double()
-    nets = []
-    for k in range(count):
-        net = copy.deepcopy(base)
-        for i, options in ((0, {"density": 0.2}), (2, {"basis": "hadamard"})):
-            net[i] = randomize(RandLoraLinear(net[i], r=5, **options), seed=k + seed)
-        nets.append(net)
-    return nets
-
-
-def test_functional_call_and_gradients_for_each_sample():
-    (net,) = layers(1)
-    x, parameters = normal(3, 24), {n: p for n, p in net.named_parameters() if p.requires_grad}
-    detached = {name: p.detach() for name, p in parameters.items()}
-
-    def function(parameters, x):
-        return functional_call(net, parameters, (x,)).pow(2).sum()
-
-    gradients = vmap(grad(function), (None, 0))(detached, x)
-    for k, sample in enumerate(x):
-        wanted = torch.autograd.grad(net(sample).pow(2).sum(), parameters.values())
-        for got, one in zip(gradients.values(), wanted, strict=True):
-            torch.testing.assert_close(got[k], one, rtol=1e-10, atol=1e-10)
-    y = functional_call(net, {name: 2 * p for name, p in detached.items()}, (x,))
-    for parameter in parameters.values():
-        parameter.data.mul_(2)
-    assert torch.equal(y, net(x))
-
-
 def test_model_ensembling():
-    nets = layers(3)
+    nets = [mixed_net(0.2).double() for _ in range(3)]  # of equal frozen weights
+    for k, net in enumerate(nets):
+        randomize(net[0], seed=k)
+        randomize(net[2], seed=k)
     x = normal(7, 24)
     parameters, buffers = stack_module_state(nets)
     results = vmap(lambda p, b: functional_call(nets[0], (p, b), (x,)))(parameters, buffers)

@@ -1,25 +1,23 @@
 """Every kernel set that this processor can run gives right results; an unknown one is refused.
 
-The set is chosen once a process by RANDLORA_ISA, so each runs in a process of its own; the best one
-in all other tests.
+The set is chosen once a process by RANDLORA_ISA, so each runs in a child of a program that has not
+chosen any; the best one runs in all other tests.
 """
 
 import os
 import subprocess
 import sys
 
-import pytest
-
 from randlora_ext import _C, build_info
 
 CHECK = """
 import os
 import numpy as np, torch
+import torch.distributed.tensor  # as autograd and assert_close do: here, once for every child
 from basis_reference import ternary
 from basis_vectors import from_planes
 from layer_cases import assert_rule, exact, largest_error, make_layer, ours, paths_of, plain
-from randlora_ext import TernaryBasis, _C, build_info, delta_weight, explain, scaled_basis
-from randlora_ext.reference import delta_weight_reference, scaled_basis_reference
+from randlora_ext import TernaryBasis, _C, build_info, explain, scaled_basis
 
 planes = torch.zeros(2, 1, 1, dtype=torch.int64)
 for call in (
@@ -37,10 +35,19 @@ for call in (
     else:
         raise AssertionError("AVX2 is no kernel set; in small letters it is one")
 assert not planes.any()
-os.environ["RANDLORA_ISA"] = os.environ["WANTED_ISA"]
+for isa in ("", *_C.available_isas()[1:]):
+    os.environ["RANDLORA_ISA"] = isa
+    child = os.fork()
+    if not child:
+        break
+    assert os.waitpid(child, 0)[1] == 0, isa
+else:
+    raise SystemExit  # every child went through
+wanted = isa or _C.available_isas()[0]  # empty means the default
+assert _C.isa() == explain(TernaryBasis(4, 4, 2, 0.5), 4).isa.split()[0] == wanted
 for kind in (1 / 3, 0.07, "hadamard"):
     for shape in ((157, 93, 9), (93, 157, 9), (20, 24, 32), (600, 530, 16), (3, 2, 2)):
-        for tokens in (1, 7, 33, 100) if max(shape) < 600 else (33,):
+        for tokens in (1, 7, 100) if max(shape) < 600 else (33,):
             layer = make_layer(*shape, kind, tokens)
             oracle = exact(layer)
             for path in paths_of(layer):
@@ -48,21 +55,14 @@ for kind in (1 / 3, 0.07, "hadamard"):
                     assert largest_error(value, oracle[name]) <= 1e-12, (shape, tokens, path, name)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             layer = make_layer(*shape, kind, 33, dtype)
+            simple, oracle = plain(layer), exact(layer)
             for path in {"factored", "delta"} & set(paths_of(layer)):
                 floor = 2 if kind == "hadamard" else 1
-                assert_rule(ours(layer, path), plain(layer), exact(layer), dtype, floor=floor)
+                assert_rule(ours(layer, path), simple, oracle, dtype, floor=floor)
 for density in (1 / 3, 0.07):
     basis = TernaryBasis(157, 93, 9, density, seed=5)
     B = ternary(5, 1, np.arange(157)[:, None], np.arange(basis.K), density)
     assert torch.equal(basis.dense()[1].sign(), torch.from_numpy(B).float())
-    A, B = basis.dense(dtype=torch.float64)
-    layer = make_layer(157, 93, 9, density, 1)
-    dW = delta_weight(basis, layer.lam, layer.gam)
-    wide = delta_weight_reference(A, B, layer.lam, layer.gam, 1.0, 93, 157)
-    assert largest_error(dW, wide) <= 1e-12
-    scaled = scaled_basis(A.half(), layer.lam.float(), layer.gam.float())
-    wide = scaled_basis_reference(A.half().float(), layer.lam.float(), layer.gam.float())
-    assert torch.equal(scaled, wide.half())
 # Conversions to 16 bits: ties, subnormals, overflow, infinities and NaN as torch rounds them.
 values = torch.cat([torch.randn(4000) * 2.0 ** torch.randint(-30, 20, (4000,)), torch.tensor(
     [0.0, -0.0, 65504.0, 65519.0, 65520.0, 1e9, -1e9, 2.0**-24, 2.0**-25, 3 * 2.0**-25, 6e-5,
@@ -76,19 +76,16 @@ for dtype in (torch.float16, torch.bfloat16):
     back = torch.ops.randlora.scaled_basis_backward(
         low[None], torch.ones(1, len(values)), one, torch.ones(1, len(values)))[1][0]
     torch.testing.assert_close(back, low.float(), rtol=0, atol=0, equal_nan=True)
-print(_C.isa(), explain(basis, 4).isa.split()[0])
 """
 
 
-@pytest.mark.parametrize("isa", [*_C.available_isas()[1:], ""])
-def test_kernel_set(isa):
-    # One thread: test_determinism.py tells that the number changes nothing.
+def test_every_kernel_set():
+    # One thread: test_determinism.py tells that the number changes nothing. And none to fork.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    environment |= {"RANDLORA_ISA": "AVX2", "WANTED_ISA": isa, "RANDLORA_PATH": ""}
+    environment |= {"RANDLORA_ISA": "AVX2", "RANDLORA_PATH": ""}
     command = [sys.executable, "-c", CHECK]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [isa or _C.available_isas()[0]] * 2  # empty means the default
 
 
 def test_portable_kernels_are_always_there_and_the_best_come_first():

@@ -1,12 +1,11 @@
 """`linear` against the plain PyTorch reference: float64 exactly, other types by the error rule."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from layer_cases import (
     BASES,
     CALLS,
+    NAMES,
     PATHS,
     SHAPES,
     SIXTEEN_BITS,
@@ -24,7 +23,6 @@ from layer_cases import one_thread as one_thread
 from randlora_ext import linear
 
 TOKENS = [0, 1, 3, 16, 33, 100, 257]  # 257 needs a second super-block of the backward on 2 threads
-NAMES = ("y", "dx", "dlam", "dgam")
 FP64 = 1e-12  # relative; about 1e-13 is seen
 
 
@@ -42,10 +40,9 @@ def assert_exact(layer, paths=PATHS):
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_float64(shape, basis):
-    for tokens in TOKENS:
+    for k, tokens in enumerate(TOKENS):
         layer = make_layer(*shape, basis, tokens)
-        assert_exact(layer)
-        assert_exact(layer.without_weight())
+        assert_exact(layer.without_weight() if (k + shape[0]) % 2 else layer)
 
 
 @pytest.mark.parametrize("shape", [(530, 640, 16), (640, 530, 16), (1030, 520, 64)], ids=str)
@@ -59,17 +56,17 @@ def test_float64_beyond_one_chunk_of_planes(shape, density):
 @pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BITS], ids=str)
 @pytest.mark.parametrize("shape", [(64, 64, 8), (50, 37, 7), (37, 130, 16), (20, 24, 32)], ids=str)
 def test_error_rule(shape, dtype, basis):
-    for tokens in (1, 33, 257):
-        whole = make_layer(*shape, basis, tokens, dtype)
-        for layer in (whole, whole.without_weight()):
-            oracle, simple = exact(layer), plain(layer)
-            for path in {"factored", "delta"} & set(paths_of(layer)):
-                results = ours(layer, path)
-                assert [results[n].dtype for n in NAMES] == [dtype, dtype, *[torch.float32] * 2]
-                assert_rule(results, simple, oracle, dtype)
-        if dtype is torch.float32:
+    for tokens, has_weight in ((1, True), (33, False), (33, True), (257, False)):
+        layer = make_layer(*shape, basis, tokens, dtype)
+        layer = layer if has_weight else layer.without_weight()
+        oracle, simple = exact(layer), plain(layer)
+        for path in paths_of(layer):
+            if path == "merged" and dtype is not torch.float32:
+                continue  # W + dW loses small changes in 16 bits by design
+            results = ours(layer, path)
+            assert [results[n].dtype for n in NAMES] == [dtype, dtype, *[torch.float32] * 2]
             # One GEMM on the sum rounds otherwise than the sum of two: one eps more.
-            assert_rule(ours(whole, "merged"), plain(whole), exact(whole), dtype, floor=2)
+            assert_rule(results, simple, oracle, dtype, floor=2 if path == "merged" else 1)
 
 
 @CALLS
@@ -79,61 +76,12 @@ def test_error_rule_with_many_tokens(basis, path):
     assert_rule(ours(layer, path), plain(layer), exact(layer), torch.float32)
 
 
-def variants(layer):
-    """x and dy of six tokens as views that are not contiguous, or with other leading dimensions."""
-    x, dy = layer.x, layer.dy
-    spread = torch.full((12, 2 * x.shape[1]), torch.nan, dtype=x.dtype)
-    spread[::2, ::2] = x
-    yield x.T.contiguous().T, dy.T.contiguous().T
-    yield spread[::2, ::2], dy
-    yield torch.cat([spread[:6], x], 1)[:, -x.shape[1] :], dy
-    yield x.view(2, 3, -1), dy.view(2, 3, -1)
-    permuted = x.view(3, 2, -1).transpose(0, 1).contiguous().transpose(0, 1)
-    yield permuted, dy.view(3, 2, -1)
-    yield x.view(1, 2, 3, -1), dy.view(1, 2, 3, -1)
-
-
-@CALLS
-@pytest.mark.parametrize("shape", [(50, 37, 7), (37, 50, 7)], ids=str)
-def test_views_and_leading_dimensions_change_nothing(shape, basis, path):
-    layer = make_layer(*shape, basis, 6, torch.float32)
-    expected = ours(layer, path)
-    # torch's GEMM on a transposed x may add up in another order; our kernels get contiguous ones.
-    tolerance = 1e-5 if basis == "dense" else 0
-    for number, (x, dy) in enumerate(variants(layer)):
-        results = ours(replace(layer, x=x, dy=dy), path)
-        assert results["y"].shape == (*x.shape[:-1], shape[1])
-        for name, value in results.items():
-            value = value.reshape(expected[name].shape)
-            assert largest_error(value, expected[name]) <= tolerance, (number, name)
-    # An expanded scalar: all strides are zero.
-    results = ours(replace(layer, dy=torch.ones(()).expand_as(layer.dy)), path)
-    expected = ours(replace(layer, dy=torch.ones_like(layer.dy)), path)
-    assert all(torch.equal(results[name], expected[name]) for name in NAMES)
-
-
 @CALLS
 def test_one_dimensional_x_is_one_token(basis, path):
     layer = make_layer(50, 37, 7, basis, 1)
     arguments = (layer.weight, layer.bias, layer.basis, layer.lam, layer.gam, 0.5, path)
     y = linear(layer.x[0], *arguments)
     assert y.shape == (37,) and torch.equal(y, linear(layer.x, *arguments)[0])
-
-
-@CALLS
-@pytest.mark.parametrize("shape", [(50, 37, 7), (37, 50, 7)], ids=str)
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_diagonals_of_another_type(kind, shape, basis, path):
-    layer = make_layer(*shape, basis, 20, torch.float32)
-    layer.lam, layer.gam = layer.lam.to(kind), layer.gam.T.contiguous().T.to(kind)
-    oracle, simple = exact(layer), plain(layer)
-    results = ours(layer, path)
-    assert results["y"].dtype == results["dx"].dtype == torch.float32
-    assert results["dlam"].dtype == results["dgam"].dtype == kind
-    activations = {n: results.pop(n) for n in ("y", "dx")}
-    assert_rule(activations, simple, oracle, torch.float32, floor=2)
-    rounding = max(torch.float32, kind, key=lambda t: torch.finfo(t).eps)
-    assert_rule(results, simple, oracle, rounding)
 
 
 @pytest.mark.parametrize("kind", ["hadamard", "dense"])
@@ -148,47 +96,21 @@ def test_float16_keeps_small_diagonals(kind):
 
 
 @pytest.mark.parametrize("path", [*PATHS, "auto"])
-@pytest.mark.parametrize("wanted", ["x", "lam gam", "lam", "gam", "x gam"])
+@pytest.mark.parametrize("wanted", ["x", "lam gam", "lam", "gam", "x gam", "weight", "bias"])
 def test_only_what_is_asked_for_gets_a_gradient(wanted, path):
     for basis in (1 / 3, 0.07, "hadamard", "dense"):
-        layer = make_layer(37, 50, 7, basis, 20)
+        layer = make_layer(37, 50, 7, basis, 6, lead=(3,))
         if path not in ("auto", *paths_of(layer)):
             continue
-        oracle = exact(layer)
-        leaves = {k: getattr(layer, k).clone().requires_grad_(k in wanted) for k in ("x", "lam")}
-        leaves["gam"] = layer.gam.clone().requires_grad_("gam" in wanted)
-        weight, bias = layer.weight, layer.bias
-        x, lam, gam = leaves.values()
+        dy, x = layer.dy.flatten(0, 1), layer.x.flatten(0, 1)
+        oracle = exact(layer) | {"dweight": dy.T @ x, "dbias": dy.sum(0)}
+        leaves = {
+            name: getattr(layer, name).clone().requires_grad_(name in wanted.split())
+            for name in ("x", "weight", "bias", "lam", "gam")
+        }
+        x, weight, bias, lam, gam = leaves.values()
         linear(x, weight, bias, layer.basis, lam, gam, 0.75, path).backward(layer.dy)
-        assert weight.grad is None and bias.grad is None
         for name, leaf in leaves.items():
-            assert (leaf.grad is not None) == (name in wanted), name
-            if name in wanted:
+            assert (leaf.grad is not None) == (name in wanted.split()), name
+            if leaf.grad is not None:
                 assert largest_error(leaf.grad, oracle[f"d{name}"]) <= FP64, name
-
-
-@CALLS
-@pytest.mark.parametrize("which", ["weight", "bias", "both"])
-def test_a_base_that_trains_gets_its_gradients(which, basis, path):
-    layer = make_layer(37, 50, 7, basis, 6, lead=(3,))
-    layer.weight.requires_grad_(which != "bias")
-    layer.bias.requires_grad_(which != "weight")
-    linear(
-        layer.x, layer.weight, layer.bias, layer.basis, layer.lam, layer.gam, 0.75, path
-    ).backward(layer.dy)
-    dy, x = layer.dy.flatten(0, 1), layer.x.flatten(0, 1)
-    if which != "bias":
-        torch.testing.assert_close(layer.weight.grad, dy.T @ x)
-    if which != "weight":
-        torch.testing.assert_close(layer.bias.grad, dy.sum(0))
-    assert (layer.weight.grad is None) == (which == "bias")
-    assert (layer.bias.grad is None) == (which == "weight")
-
-
-def test_float64_x_with_float32_diagonals_on_dense_bases():
-    layer = make_layer(50, 37, 7, "dense", 20)
-    layer.lam, layer.gam = layer.lam.float(), layer.gam.float()
-    oracle, results = exact(layer), ours(layer, "factored")
-    assert largest_error(results["y"], oracle["y"]) <= FP64
-    assert results["dlam"].dtype == torch.float32
-    assert rms_error(results["dlam"], oracle["dlam"].float()) < 1e-7

@@ -26,8 +26,13 @@ def test_few_tokens_never_pay_for_forming_dw():
     assert explain(FULL, 10**6, torch.bfloat16, has_weight=False).path == "delta"
     dense = make_basis(1024, 1024, 32, "dense")
     assert [explain(dense, tokens).path for tokens in (64, 4096)] == ["factored", "merged"]
-    for options in ({"dtype": torch.bfloat16}, {"dropout": 0.1}):
+    for options in ({"dtype": torch.bfloat16}, {"dropout": 0.1}, {"has_weight": False}):
         assert explain(dense, 4096, **options).path == "delta"
+    # What excludes merged: in float32 delta does not pay on independent bases.
+    for options in ({"dropout": 0.1}, {"has_weight": False}):
+        assert explain(FULL, 10**6, **options).path == "factored"
+    choice = explain(FULL, 10**6, torch.float16)
+    assert choice.path == "delta" and "16 bits" in choice.reason
 
 
 def test_hadamard_bases_have_one_threshold():
@@ -40,16 +45,6 @@ def test_hadamard_bases_have_one_threshold():
     for options in (*of_types, {"has_weight": False}, {"dropout": 0.1}, {"device": "cuda"}):
         choice = explain(HADAMARD, 10**9, **options)
         assert choice.path == "factored" and "any number of tokens" in choice.reason
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_what_excludes_merged(dtype):
-    choice = explain(FULL, 10**6, dtype)
-    assert choice.path == "delta" and "16 bits" in choice.reason
-    assert choose("auto", FULL, 10**6, dtype, True, "cpu")[0] == "delta"
-    for options in ({"dropout": 0.1}, {"has_weight": False}):
-        assert explain(make_basis(512, 512, 32, "dense"), 10**6, **options).path == "delta"
-        assert explain(FULL, 10**6, **options).path == "factored"  # in float32; measured
 
 
 def test_the_environment_decides_where_no_path_is_given(monkeypatch):

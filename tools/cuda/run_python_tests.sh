@@ -21,20 +21,16 @@ raise SystemExit(0 if status.endswith('on the CPU') else status)"
 # What holds of the CPU kernels only, and why.
 cpu_only=(
   # In 16 bits tensor cores take A', V and U rounded to 16 bits; the CPU keeps them in float32.
-  tests/ops/test_delta_weight.py::test_16_bit_results_are_rounded_once
-  tests/ops/test_delta_weight.py::test_raw_operators
-  'tests/ops/test_merged_weight.py::test_one_rounding_of_the_sum[dtype2'
-  'tests/ops/test_merged_weight.py::test_one_rounding_of_the_sum[dtype3'
+  tests/ops/test_weights.py::test_16_bit_results_are_rounded_once
+  'tests/ops/test_weights.py::test_one_rounding_of_the_sum[torch.bfloat16'
+  'tests/ops/test_weights.py::test_one_rounding_of_the_sum[torch.float16'
   'tests/peft/test_peft.py::test_adapters_err_at_most_twice_as_much_as_stock[fp32'
-  # The scale multiplies V, so a NaN there reaches connected outputs only.
-  tests/ops/test_nonfinite.py::test_scaling
   # Few tokens have kernels of their own, which add in another order.
   tests/ops/test_determinism.py::test_a_token_does_not_depend_on_its_batch
   # Indices are trusted on a card: to look at them the host would have to wait.
   tests/ops/test_errors.py::test_packing_operators
   # Threads are nothing to a card; tests/gpu compares two runs.
   tests/ops/test_determinism.py::test_linear
-  tests/ops/test_hadamard.py::test_any_number_of_threads_gives_the_same_bits
   # Half a minute each; tests/gpu has smaller ones.
   tests/basis/test_packed.py::test_wide_lists
   tests/basis/test_slice.py::test_transforms_of_more_than_65536
@@ -47,6 +43,6 @@ for test in "${cpu_only[@]}"; do deselected+=(--deselect "$test"); done
 RANDLORA_GPU_RUN_DRY=1 python -m pytest -q -n 2 -p no:cacheprovider "${deselected[@]}" "$@" \
   tests/project/test_gpu_run_dry.py::test_the_whole_dry_run tests/gpu \
   tests/ops/test_linear.py::test_{float64_beyond_one_chunk_of_planes,error_rule_with_many_tokens} \
-  tests/ops/test_{delta_weight,merged_weight,scaled_basis,hadamard,dense}.py \
+  tests/ops/test_{weights,hadamard,dense}.py \
   tests/ops/test_{nonfinite,determinism,errors}.py tests/basis/test_{basis_spec,packed,slice}.py \
   tests/nn/test_layer.py tests/peft/test_{peft,peft_adapters}.py

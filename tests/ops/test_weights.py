@@ -1,0 +1,204 @@
+"""`delta_weight`, `scaled_basis` and `merged_weight`; test_properties.py tries more shapes, strides
+and types of the first two."""
+
+import pytest
+import torch
+from layer_cases import BASES, SHAPES, SIXTEEN_BITS, largest_error, make_basis, make_layer
+from layer_cases import one_thread as one_thread
+from layer_helpers import make_base, randomize
+
+from randlora_ext import RandLoraLinear, delta_weight, merged_weight, scaled_basis
+from randlora_ext.reference import delta_weight_reference, scaled_basis_reference
+
+ALL_TYPES = [torch.float64, torch.float32, *SIXTEEN_BITS]
+SCALING = 0.75
+FP64 = 1e-12  # relative; about 1e-13 is seen
+
+
+def normal(*shape, dtype=torch.float64):
+    make = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=make, dtype=torch.float64).to(dtype)
+
+
+def run(function, lam, gam, grad):
+    leaves = [t.detach().clone().requires_grad_() for t in (lam, gam)]
+    out = function(*leaves)
+    gradients = torch.autograd.grad(out, leaves, grad.to(out.dtype))
+    return dict(zip(("out", "dlam", "dgam"), (out.detach(), *gradients), strict=True))
+
+
+# ---- delta_weight
+
+
+def ours(basis, lam, gam, grad):
+    return run(lambda *diagonals: delta_weight(basis, *diagonals, SCALING), lam, gam, grad)
+
+
+def reference(basis, lam, gam, scaling=SCALING):
+    A, B = basis.dense(dtype=torch.float64)
+    return delta_weight_reference(A, B, lam, gam, scaling, basis.out_features, basis.in_features)
+
+
+def case(shape, kind, dtype=torch.float64):
+    """A basis, lam, gam, and a gradient of dW."""
+    layer = make_layer(*shape, kind, 1)
+    return layer.basis, layer.lam.to(dtype), layer.gam.to(dtype), normal(shape[1], shape[0])
+
+
+@pytest.mark.parametrize("kind", [*BASES, 0.12, 0.13])
+@pytest.mark.parametrize("shape", [*SHAPES, (530, 640, 16), (1000, 129, 2)], ids=str)
+def test_delta_weight_in_float64(shape, kind):
+    basis, lam, gam, grad = case(shape, kind)
+    oracle = run(lambda *diagonals: reference(basis, *diagonals), lam, gam, grad)
+    results = ours(basis, lam, gam, grad)
+    assert results["out"].shape == (shape[1], shape[0])
+    for name, value in results.items():
+        assert value.dtype == torch.float64 and value.shape == oracle[name].shape
+        assert largest_error(value, oracle[name]) <= FP64, name
+
+
+def test_diagonals_of_two_types_give_the_type_of_lam():
+    basis, lam, gam, grad = case((50, 37, 7), 0.07, torch.float32)
+    lam = lam.bfloat16()
+    results = ours(basis, lam, gam, grad)
+    assert results["out"].dtype == results["dlam"].dtype == torch.bfloat16
+    assert results["dgam"].dtype == torch.float32
+    assert torch.equal(results["out"], delta_weight(basis, lam.float(), gam, SCALING).bfloat16())
+
+
+@pytest.mark.parametrize("kind", [1 / 3, 0.07, "hadamard"])
+def test_16_bit_results_are_rounded_once(kind):
+    for dtype in SIXTEEN_BITS:
+        basis, lam, gam, _ = case((50, 37, 7), kind, dtype)
+        wide = delta_weight(basis, lam.float(), gam.float(), SCALING)
+        assert torch.equal(delta_weight(basis, lam, gam, SCALING), wide.to(dtype))
+
+
+# ---- scaled_basis: two multiplications an element, equal to the reference to the last bit
+
+# r, n, d: about the vector lengths (4 to 16 lanes), odd, n > d, r > d, one of each.
+SIZES = [(8, 4, 32), (3, 5, 7), (1, 1, 1), (1, 9, 1), (40, 1, 17), (2, 100, 3), (5, 3, 130)]
+
+
+@pytest.mark.parametrize("dtype", ALL_TYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_scaled_basis_multiplies_in_32_or_64_bits_and_rounds_once(size, dtype):
+    r, n, d = size
+    wide = torch.promote_types(dtype, torch.float32)
+    lam, gam = normal(r, n, dtype=wide), normal(n, d, dtype=wide)
+    for kind, A in {
+        "contiguous": normal(r, d, dtype=dtype),
+        "transposed": normal(d, r, dtype=dtype).T,
+        "strided": normal(2 * r, 3 * d, dtype=dtype)[::2, ::3],
+        "one row": normal(1, d, dtype=dtype).expand(r, d),
+    }.items():
+        out = scaled_basis(A, lam, gam)
+        assert out.dtype == dtype and out.is_contiguous() and out.shape == (r * n, d)
+        assert torch.equal(out, scaled_basis_reference(A.to(wide), lam, gam).to(dtype)), kind
+
+
+@pytest.mark.parametrize("a_type", ALL_TYPES, ids=str)
+@pytest.mark.parametrize("diagonal_type", ALL_TYPES, ids=str)
+def test_gradients_have_the_types_of_the_diagonals(a_type, diagonal_type):
+    A = normal(5, 33, dtype=a_type)
+    lam, gam = normal(5, 7, dtype=diagonal_type), normal(7, 33, dtype=diagonal_type)
+    results = run(lambda *diagonals: scaled_basis(A, *diagonals), lam, gam, normal(35, 33))
+    assert results["out"].dtype == a_type
+    assert results["dlam"].dtype == results["dgam"].dtype == diagonal_type
+    grad, A = normal(35, 33).to(a_type).double(), A.double()
+    wide = lam.double(), gam.double(), grad
+    oracle = run(lambda *diagonals: scaled_basis_reference(A, *diagonals), *wide)
+    bound = 4 * max(torch.finfo(t).eps for t in (a_type, diagonal_type))
+    assert all(largest_error(results[name], oracle[name]) <= bound for name in results)
+
+
+def test_a_dense_basis_gets_no_gradient():
+    A = normal(5, 33).requires_grad_()
+    lam, gam = normal(5, 7).requires_grad_(), normal(7, 33)
+    scaled_basis(A, lam, gam).sum().backward()  # an expanded scalar
+    assert A.grad is None and gam.grad is None
+    torch.testing.assert_close(lam.grad, (A[:, None] * gam).sum(2).detach())
+
+
+@pytest.mark.parametrize("kind", [1.0, 0.07, "hadamard", "dense"])
+def test_scaled_basis_of_a_basis(kind):
+    basis = make_basis(50, 37, 7, kind)
+    for dtype in ALL_TYPES:
+        lam, gam = normal(basis.r, basis.n, dtype=dtype), normal(basis.n, basis.d, dtype=dtype)
+        out = scaled_basis(basis, lam, gam)
+        assert out.dtype == dtype and out.shape == (basis.K, basis.d)
+        assert torch.equal(out, scaled_basis(basis.dense(dtype=dtype)[0], lam, gam))
+
+
+# ---- merged_weight: W + dW rounded once, to nearest or stochastically
+
+
+def sum_of(shape, kind, dtype):
+    """A basis, W, lam and gam."""
+    layer = make_layer(*shape, kind, 1, dtype)
+    return layer.basis, layer.weight, layer.lam, layer.gam
+
+
+@pytest.mark.parametrize("kind", [0.05, 1 / 3, "hadamard", "dense"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (40, 40, 8), (33, 70, 8), (70, 33, 7), (20, 30, 32)])
+@pytest.mark.parametrize("dtype", ALL_TYPES, ids=str)
+def test_one_rounding_of_the_sum(shape, kind, dtype):
+    basis, weight, lam, gam = sum_of(shape, kind, dtype)
+    got = merged_weight(basis, weight, lam, gam, 0.5)
+    want = weight.double() + reference(basis, lam.double(), gam.double(), 0.5)
+    assert got.dtype == dtype and got.shape == weight.shape
+    ulp = torch.finfo(dtype).eps * want.abs()
+    noise = (1e-12 if dtype == torch.float64 else 1e-5) * want.abs().max()
+    if kind == "dense" and dtype.itemsize == 2:  # A' and B are rounded, too
+        noise = noise + 4 * torch.finfo(dtype).eps * (want - weight.double()).square().mean().sqrt()
+    assert bool(((got.double() - want).abs() <= ulp / 2 + noise).all())
+    if dtype.itemsize == 2:
+        seeded = merged_weight(basis, weight, lam, gam, 0.5, 2**64 - 1)
+        assert bool(((seeded.double() - want).abs() <= ulp + noise).all())
+    else:
+        assert (got.double() - want).norm() < 4 * torch.finfo(dtype).eps * want.norm()
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+@pytest.mark.parametrize("kind", [0.1, "hadamard", "dense"])
+def test_stochastic_rounding_keeps_what_nearest_loses(kind, dtype):
+    basis, weight, lam, gam = sum_of((96, 130, 8), kind, dtype)
+    weight = torch.ones_like(weight)
+    scaling = 0.02 * torch.finfo(dtype).eps  # changes of a few hundredths of an ulp
+    change = delta_weight(basis, lam.float(), gam.float(), scaling)
+    assert torch.equal(merged_weight(basis, weight, lam, gam, scaling), weight)
+    drawn = [merged_weight(basis, weight, lam, gam, scaling, seed) for seed in range(200)]
+    assert torch.equal(drawn[7], merged_weight(basis, weight, lam, gam, scaling, 7))
+    assert not torch.equal(drawn[7], drawn[8])
+    mean = torch.stack(drawn).double().mean(0)
+    # The share of the change that survives, by regression over all elements: 1 without bias.
+    kept = ((mean - 1) * change).sum() / (change.double() ** 2).sum()
+    assert abs(kept - 1) < 0.1
+
+
+@pytest.mark.parametrize("kind", [1 / 3, "hadamard", "dense"])
+def test_errors_of_merged_weight(kind):
+    basis, weight, lam, gam = sum_of((33, 70, 8), kind, torch.float32)
+    wrong_shape = r"weight must be \(out, in\) = \(70, 33\), got \(33, 70\)"
+    with pytest.raises(ValueError, match=wrong_shape):
+        merged_weight(basis, weight.T, lam, gam)
+    with pytest.raises(RuntimeError, match="bfloat16 or float16"):
+        merged_weight(basis, weight, lam, gam, 1.0, 5)
+    for wrong, error in ((-1, ValueError), (2**64, ValueError), (1.5, TypeError)):
+        with pytest.raises(error, match="rounding_seed must be"):
+            merged_weight(basis, weight.bfloat16(), lam, gam, 1.0, wrong)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_a_layer_merges_with_a_seed(kind):
+    layer = randomize(RandLoraLinear(make_base(24, 40, kind, dtype=torch.bfloat16), r=5))
+    before, delta = layer.weight.clone(), layer.get_delta_weight("default").detach()
+    layer.merge(rounding_seed=7)
+    error = (layer.weight.double() - (before.double() + delta.double())).abs()
+    assert error.max() <= torch.finfo(torch.bfloat16).eps * (before.abs() + delta.abs()).max()
+    layer.unmerge()
+    assert torch.equal(layer.weight, before)
+    layer.float()
+    with pytest.raises(ValueError, match="rounding_seed rounds one adapter into a 16-bit weight"):
+        layer.merge(rounding_seed=7)
+    assert not layer.merged and torch.equal(layer.weight, before.float())
