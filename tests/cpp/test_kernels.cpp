@@ -105,6 +105,17 @@ int main() {
   struct Shape {
     int64_t in, out, r, T;
   };
+  struct Way {
+    Form form;
+    DType dtype;
+    int threads;
+    bool wide;
+  };
+  const Way ways[] = {{Form::lists, DType::f32, 1, false},  // any two values meet
+                      {Form::lists, DType::f64, 3, true},
+                      {Form::planes, DType::f32, 3, true},
+                      {Form::planes, DType::f64, 1, true},
+                      {Form::planes, DType::f64, 3, false}};
   for (const Shape s : {Shape{1, 1, 1, 1}, Shape{40, 40, 8, 33}, Shape{33, 70, 8, 5},
                         Shape{70, 33, 8, 17}, Shape{20, 30, 32, 3}, Shape{130, 65, 7, 40},
                         Shape{64, 64, 64, 70}, Shape{48, 96, 16, 0}, Shape{96, 600, 32, 150}})
@@ -115,17 +126,15 @@ int main() {
         CpuKernels kernels(3);
         check_stochastic(kernels, L, L.basis(Form::lists), dtype, !expand, 0);
       }
-      for (const Form form : {Form::lists, Form::planes})
-        for (const bool wide : {false, true})
-          for (const int threads : {1, 3})
-            for (const DType dtype : {DType::f64, DType::f32}) {
-              CpuKernels kernels(threads);
-              const Basis basis = L.basis(form, wide);
-              const double bound = tolerance(dtype);
-              check_linear(kernels, L, basis, dtype, s.T, expand, false, 0, bound);
-              check_delta(kernels, L, basis, dtype, !expand, 0, bound, bound);
-              check_scaled_basis(kernels, L, dtype, 0);
-            }
+      for (const Way& way : ways) {
+        const DType dtype = way.dtype;
+        CpuKernels kernels(way.threads);
+        const Basis basis = L.basis(way.form, way.wide);
+        const double bound = tolerance(dtype);
+        check_linear(kernels, L, basis, dtype, s.T, expand, false, 0, bound);
+        check_delta(kernels, L, basis, dtype, !expand, 0, bound, bound);
+        check_scaled_basis(kernels, L, dtype, 0);
+      }
     }
   return finish();
 }

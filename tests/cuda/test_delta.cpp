@@ -27,14 +27,14 @@ void lists() {
       {65, 65, 7, 0.1, 0},   {600, 96, 32, 1.0 / 3, 0.05}};
   int number = 0;
   for (const Layer& L : layers)
-    for (const DType dtype : kTypes)
-      for (const bool transposed : {false, true}) {
-        ++number;
-        TestDevice device;
-        device.shared_bytes = number % 13 < 4 ? 6 << 10 : 227 << 10;
-        device.max_threads = number % 5 == 0 ? 64 : number % 11 == 0 ? 32 : 128;
-        check(L, L.basis(Form::lists, number % 7 < 3), dtype, transposed, number % 9 < 4, device);
-      }
+    for (const DType dtype : kTypes) {
+      ++number;
+      TestDevice device;
+      device.shared_bytes = number % 13 < 4 ? 6 << 10 : 227 << 10;
+      device.max_threads = number % 5 == 0 ? 64 : number % 11 == 0 ? 32 : 128;
+      const bool wide = number % 7 < 3, transposed = number / 4 % 2 == number % 2;
+      check(L, L.basis(Form::lists, wide), dtype, transposed, number % 9 < 4, device);
+    }
 }
 
 void planes() {
@@ -44,6 +44,7 @@ void planes() {
     int64_t skip = 0;
     bool wide = false;
   };
+  int number = 0;
   for (const Case& c : {Case{1, 1, 1, 1.0},
                         {40, 40, 8, 1.0 / 3},
                         {70, 33, 7, 0.05, 1},
@@ -57,13 +58,11 @@ void planes() {
     for (double& v : L.gam) v = float(v * 1e-3);
     L.scale = 0.7e7;
     for (const bool transposed : {false, true})
-      for (const bool tf32 : {false, true})
-        for (const DType dtype : kTypes) {
-          TestDevice device;
-          device.tf32 = tf32;
-          if (!tf32 || dtype == DType::f32)
-            check(L, L.basis(Form::planes, c.wide), dtype, transposed, c.skip, device);
-        }
+      for (const auto [dtype, tf32] : products(number++, 3)) {
+        TestDevice device;
+        device.tf32 = tf32;
+        check(L, L.basis(Form::planes, c.wide), dtype, transposed, c.skip, device);
+      }
   }
 }
 

@@ -48,12 +48,10 @@ void tests() {
   // r > d, d not divisible by r, n = 1, r over 32 (two batches), d over a warp's columns (parts).
   for (const Shape s :
        {Shape{1, 1}, {4, 16}, {16, 8}, {5, 33}, {3, 130}, {40, 64}, {70, 264}, {33, 513}, {8, 64}})
-    for (const double density : {0.05, 1.0 / 3, 1.0}) {
-      const Layer L(1, s.d, s.r, density);
-      for (const DType dtype : kTypes) {
-        check(L, dtype, density == 1 ? 32 : 128, 0);
-        check(L, dtype, 64, 1);
-      }
+    for (const DType dtype : kTypes) {
+      const Layer L(1, s.d, s.r, 1.0 / 3);
+      check(L, dtype, s.d % 2 ? 32 : 128, 0);
+      check(L, dtype, 64, 1);
     }
   for (const DType dtype : kTypes) not_finite(dtype);
 }
