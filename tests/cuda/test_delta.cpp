@@ -66,51 +66,6 @@ void planes() {
   }
 }
 
-// A NaN reaches what A and B connect it to, and nothing else; tensor cores, which take 16 bits, do
-// not skip the zeros of B.
-void not_finite(Form form, DType dtype) {
-  Layer L(140, 40, 8, 1.0 / 3);
-  const int64_t D = L.D, d = L.d, K = L.K, n = L.n, i = 2, k = 7, row = 5;
-  const bool all = form == Form::planes && bytes_of(dtype) == 2;
-  const DType compute = compute_of(dtype);
-  const Basis basis = L.basis(form);
-  const auto a = [&](int64_t j) { return L.A.dense[j * d + k] != 0; };
-  const auto b = [&](int64_t o, int64_t c) { return all || L.B.dense[o * K + c] != 0; };
-  TestDevice device;
-  set_case_of(device, L, basis, dtype, 0, false, 0);
-  const Array lam(compute, L.lam), clean(compute, L.gam), ones(dtype, Values(D * d, 1)),
-      out(dtype, D * d), dlam(compute, K), dgam(compute, n * d);
-  L.gam[i * d + k] = NAN;
-  const Array gam(compute, L.gam);
-
-  cuda::delta_weight({basis, lam.get(), gam.get(), nullptr, out.get(), dtype, 1, false}, device);
-  const Values dW = out.values();
-  for (int64_t e = 0; e < D * d; ++e) {
-    bool reached = false;
-    for (int64_t j = 0; j < L.r; ++j) reached |= e % d == k && a(j) && b(e / d, j * n + i);
-    EXPECT(std::isnan(dW[e]) == reached, "dW[%ld] of a NaN in gamma,", long(e));
-  }
-  // Zeros of A are skipped, so dlam[j, i] is NaN where A[j, k] is not zero.
-  cuda::delta_weight_backward(
-      {basis, lam.get(), gam.get(), ones.get(), dtype, 1, false, dlam.get(), dgam.get()}, device);
-  Values got = dlam.values();
-  for (int64_t c = 0; c < K; ++c)
-    EXPECT(std::isnan(got[c]) == (c % n == i && a(c / n)), "dlam[%ld] of gamma's NaN,", long(c));
-  for (const double v : dgam.values()) EXPECT(std::isfinite(v), "dgam of a NaN in gamma,");
-
-  Values G = normal(D * d, 6);
-  G[row * d + k] = NAN;
-  const Array grad(dtype, G);
-  cuda::delta_weight_backward(
-      {basis, lam.get(), clean.get(), grad.get(), dtype, 1, false, dlam.get(), dgam.get()}, device);
-  got = dlam.values();
-  for (int64_t c = 0; c < K; ++c)
-    EXPECT(std::isnan(got[c]) == (a(c / n) && b(row, c)), "dlam[%ld] of grad's NaN,", long(c));
-  got = dgam.values();
-  for (int64_t e = 0; e < n * d; ++e)
-    if (e % d != k) EXPECT(std::isfinite(got[e]), "dgam[%ld] of a NaN in the gradient,", long(e));
-}
-
 void few() {
   const Layer L(80, 72, 8, 0.3, 0.2);
   TestDevice device;
@@ -122,8 +77,6 @@ void few() {
 void tests() {
   lists();
   planes();
-  for (const Form form : {Form::lists, Form::planes})
-    for (const DType dtype : kTypes) not_finite(form, dtype);
 }
 
 }  // namespace

@@ -175,25 +175,18 @@ def compile_one(
     return found
 
 
-def measure(
-    nvcc: str, nvdisasm: str, sources: list[Path], archs: list[str]
-) -> tuple[dict[str, Kernels], dict[str, float]]:
-    """Kernels and seconds of compilation by source."""
+def measure(nvcc: str, nvdisasm: str, sources: list[Path], archs: list[str]) -> dict[str, Kernels]:
     kernels: dict[str, Kernels] = {source.name: {} for source in sources}
-    seconds = dict.fromkeys(kernels, 0.0)
     groups: dict[str, list[str]] = {}
     for arch in archs:
         groups.setdefault(PTX_OF[arch], []).append(arch)
 
-    def one(job: tuple[Path, list[str]]) -> tuple[Path, dict[str, dict[str, Usage]], float]:
-        started = time.monotonic()
-        found = compile_one(nvcc, nvdisasm, *job, Path(folder))
-        return job[0], found, time.monotonic() - started
+    def one(job: tuple[Path, list[str]]) -> tuple[Path, dict[str, dict[str, Usage]]]:
+        return job[0], compile_one(nvcc, nvdisasm, *job, Path(folder))
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         jobs_in_order = [(source, group) for source in sources for group in groups.values()]
-        for source, by_arch, took in pool.map(one, jobs_in_order):
-            seconds[source.name] += took
+        for source, by_arch in pool.map(one, jobs_in_order):
             for arch, usages in by_arch.items():
                 names = short_names(sorted(usages)) if usages else {}
                 for mangled, usage in usages.items():
@@ -202,13 +195,13 @@ def measure(
         for name, by_arch in found.items():
             if missing := set(archs) - set(by_arch):
                 raise ToolError(f"{source}: {name} does not exist on {sorted(missing)}")
-    return kernels, seconds
+    return kernels
 
 
-def print_table(kernels: dict[str, Kernels], seconds: dict[str, float], budget: dict) -> None:
+def print_table(kernels: dict[str, Kernels], budget: dict[str, Budget]) -> None:
     """Registers as used/budget."""
     for source, found in kernels.items():
-        print(f"\n{source}: {len(found)} kernels, compiled in {seconds[source]:.0f} s")
+        print(f"\n{source}: {len(found)} kernels")
         for name, by_arch in sorted(found.items()):
             allowed = budget.get(source, {}).get(name, {"registers": {}})["registers"]
             cells = [f"{arch} {u.registers}/{allowed.get(arch, '')}" for arch, u in by_arch.items()]
@@ -217,7 +210,7 @@ def print_table(kernels: dict[str, Kernels], seconds: dict[str, float], budget: 
 
 def control(nvcc: str, nvdisasm: str) -> list[str]:
     """A gate that cannot fail shows nothing: these kernels must."""
-    kernels, _ = measure(nvcc, nvdisasm, [BAD_KERNELS], ["sm_90"])
+    kernels = measure(nvcc, nvdisasm, [BAD_KERNELS], ["sm_90"])
     wrong = "\n".join(check(kernels[BAD_KERNELS.name], {}, 0))
     expected = (
         "spills on sm_90: spills",
@@ -255,7 +248,7 @@ def main() -> int:
     version = nvcc_version(nvcc)
     try:
         wrong = control(nvcc, nvdisasm)
-        kernels, seconds = measure(nvcc, nvdisasm, sources, archs)
+        kernels = measure(nvcc, nvdisasm, sources, archs)
     except ToolError as error:
         print(f"compile gate: failed:\n{error}")
         return 1
@@ -267,7 +260,7 @@ def main() -> int:
         if not args.sources:
             budget = {source: budget[source] for source in kernels}
         BUDGET.write_text(dump(version, tolerance, budget))
-    print_table(kernels, seconds, budget)
+    print_table(kernels, budget)
     if file["nvcc"] != version:
         print(f"\nThe budget was made with nvcc {file['nvcc']}; this is {version}.")
 
