@@ -213,11 +213,12 @@ void check_stochastic(Kernels& kernels, HadamardProblem p, DType dtype, bool tra
   compare_stochastic(out, dtype, sum(base.values(), p.delta(scale, transposed)));
 }
 
-// Products of all dtypes.
+// Every `step`-th dtype from `first` on.
 template <class Kernels>
-void check_products(Kernels& kernels, const HadamardCase& c) {
+void check_products(Kernels& kernels, const HadamardCase& c, size_t first = 0, size_t step = 1) {
   const HadamardProblem p(c);
-  for (const DType dtype : kTypes) {
+  for (size_t i = first; i < std::size(kTypes); i += step) {
+    const DType dtype = kTypes[i];
     set_case_of(kernels, p, dtype);
     for (const bool accumulate : {false, true}) check_up(kernels, p, dtype, accumulate);
     for (const int64_t slots : {1, 2, 5}) check_down(kernels, p, dtype, slots);
@@ -225,9 +226,10 @@ void check_products(Kernels& kernels, const HadamardCase& c) {
   }
 }
 template <class Kernels>
-void check_weights(Kernels& kernels, const HadamardCase& c) {
+void check_weights(Kernels& kernels, const HadamardCase& c, size_t first = 0, size_t step = 1) {
   const HadamardProblem p(c);
-  for (const DType dtype : kTypes) {
+  for (size_t i = first; i < std::size(kTypes); i += step) {
+    const DType dtype = kTypes[i];
     set_case_of(kernels, p, dtype);
     check_diagonals(kernels, p, dtype);
     for (const bool transposed : {false, true}) check_weight(kernels, p, dtype, transposed);

@@ -7,6 +7,7 @@
 #include "core/device.h"
 #include "cuda/kernels.h"
 #include "cuda_on_cpu.h"
+#include "schedule.h"
 
 namespace randlora {
 
@@ -57,6 +58,27 @@ class TestDevice : public Device {
 
   std::vector<std::unique_ptr<Poisoned>> held_;
 };
+
+// What the cases of a test take turns at, `count` for each: every kind meets every idea, if not every
+// case. ThreadSanitizer looks for races: float64's kernels synchronise as float32's, float16's as
+// bfloat16's.
+struct Product {
+  DType dtype;
+  bool tf32;
+};
+inline std::vector<Product> products(int number, int count) {
+  const std::vector<Product> kinds{{DType::f32, false},
+                                   {DType::bf16, false},
+                                   {DType::f32, true},
+#if !defined(__SANITIZE_THREAD__)
+                                   {DType::f64, false},
+                                   {DType::f16, false}
+#endif
+  };
+  std::vector<Product> some;
+  for (int i = 0; i < count; ++i) some.push_back(kinds[(number + i) % kinds.size()]);
+  return some;
+}
 
 // The same results in whatever order blocks and threads run.
 inline void under_all_schedules(void (*tests)()) {

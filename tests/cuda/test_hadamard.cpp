@@ -17,20 +17,6 @@ struct Way : TestDevice {
   }
 };
 
-// A NaN in gamma[i, k] reaches column k of dW and no other.
-void not_finite(DType dtype, bool transposed) {
-  HadamardProblem p({5, 33, 20});
-  p.gam[2 * p.d + 17] = NAN;
-  const Array lam(compute_of(dtype), p.lam), gam(compute_of(dtype), p.gam), out(dtype, p.D * p.d);
-  TestDevice device;
-  device.hadamard_weight({p.sizes, lam.get(), gam.get(), p.s.data(), p.row.data(), p.col.data(),
-                          nullptr, out.get(), dtype, 1, transposed});
-  const Values got = out.values();
-  for (int64_t e = 0; e < p.D * p.d; ++e)
-    EXPECT(std::isnan(got[e]) == ((transposed ? e / p.D : e % p.d) == 17), "dtype %d [%ld]",
-           int(dtype), long(e));
-}
-
 void tests() {
   const Case cases[] = {{1, 1, 1},
                         {4, 1, 3, 1},
@@ -50,8 +36,12 @@ void tests() {
   Way plain, one(32, 227 << 10, 64 << 20, 1);
   // All passes, in shared memory and in scratch memory, there in chunks of two tokens.
   Way small(64, 1 << 10, 2 * 4096 * 8);
-  for (const Case& c : cases)
-    for (Way* way : {&plain, &one}) check_products(*way, c), check_weights(*way, c);
+  size_t turn = 0;
+  for (const Case& c : cases) {
+    ++turn;
+    check_products(plain, c, turn % 2, 2), check_weights(plain, c, turn % 2, 2);
+    check_products(one, c, 1 - turn % 2, 2), check_weights(one, c, 1 - turn % 2, 2);
+  }
   for (const Case& c : {Case{2, 4090, 9, 5}, {32, 512, 512, 3, 1}, {45, 100, 72, 3}})
     check_products(plain, c), check_products(small, c);
   check_products(plain, {1, 8000, 3, 2, 0, 17, 40});
@@ -64,7 +54,6 @@ void tests() {
     for (const bool transposed : {false, true}) {
       for (const Case& c : {Case{8, 64, 96}, {8, 64, 96, 1, 1}, {7, 35, 70}})
         if (bytes_of(dtype) == 2) check_stochastic(plain, HadamardProblem(c), dtype, transposed);
-      not_finite(dtype, transposed);
     }
 }
 

@@ -13,13 +13,6 @@ using namespace randlora;
 
 namespace {
 
-constexpr unsigned kFull = 0xffffffffu;
-
-template <class T>
-__device__ T* shared_as() {
-  return reinterpret_cast<T*>(shared_memory());
-}
-
 // ---- primitives ---------------------------------------------------------------------------------
 
 TestDevice device;
@@ -35,10 +28,10 @@ int source_lane(int mode, int l, int by, int width) {
 template <class T>
 __global__ void shuffle_kernel(T* out, int mode, int by, int width) {
   const T v = static_cast<T>(threadIdx.x) * 3;
-  out[threadIdx.x] = mode == 0   ? __shfl_sync(kFull, v, by, width)
-                     : mode == 1 ? __shfl_up_sync(kFull, v, by, width)
-                     : mode == 2 ? __shfl_down_sync(kFull, v, by, width)
-                                 : __shfl_xor_sync(kFull, v, by, width);
+  out[threadIdx.x] = mode == 0   ? __shfl_sync(kWarp, v, by, width)
+                     : mode == 1 ? __shfl_up_sync(kWarp, v, by, width)
+                     : mode == 2 ? __shfl_down_sync(kWarp, v, by, width)
+                                 : __shfl_xor_sync(kWarp, v, by, width);
 }
 template <class T>
 void shuffles() {
@@ -55,8 +48,8 @@ void shuffles() {
 
 __global__ void vote_kernel(unsigned* out) {
   const unsigned t = threadIdx.x;
-  out[t] = __ballot_sync(kFull, t % 3 == 0);
-  out[64 + t] = static_cast<unsigned>(__any_sync(kFull, t == 40));
+  out[t] = __ballot_sync(kWarp, t % 3 == 0);
+  out[64 + t] = static_cast<unsigned>(__any_sync(kWarp, t == 40));
 }
 void votes() {
   std::vector<unsigned> out(128);
@@ -126,7 +119,7 @@ void stores() {
 }
 
 __global__ void ldmatrix_kernel(uint32_t* out) {
-  auto* s = shared_as<uint16_t>();
+  auto* s = reinterpret_cast<uint16_t*>(shared_memory());
   for (unsigned i = threadIdx.x; i < 32 * 24; i += 32) s[i] = static_cast<uint16_t>(i);
   __syncwarp();
   uint32_t r[4];
@@ -197,7 +190,7 @@ __attribute__((noinline)) void touch(volatile int* p, int n) {
 }
 // Stack and shared memory of one block are the next one's: no race, and NaN again.
 __global__ void reuse_kernel(int* out) {
-  auto* s = shared_as<uint32_t>();
+  auto* s = reinterpret_cast<uint32_t*>(shared_memory());
   const bool fresh = s[threadIdx.x] == 0xffffffffu;
   int local[16] = {};
   touch(local, 16);
@@ -227,8 +220,7 @@ void schedules() {
 }
 
 void tests() {
-  shuffles<int>(), shuffles<unsigned>(), shuffles<float>(), shuffles<double>();
-  shuffles<int64_t>(), shuffles<uint64_t>();
+  shuffles<int>(), shuffles<float>(), shuffles<double>(), shuffles<uint64_t>();
   votes(), atomics(), arithmetic(), cp_async(), stores(), ldmatrix();
   mma_product<bf16>(DType::bf16), mma_product<f16>(DType::f16), mma_product<float>(DType::f32);
   reuse(), schedules();

@@ -1,17 +1,15 @@
 // The part of the CUDA language that csrc/cuda uses, for g++. The same .cu files then run on the
 // CPU, one fiber per CUDA thread, under sanitizers and checks (docs/cuda-on-cpu.md). This file has
-// the language and ptx_on_cpu.h the instructions; engine.h runs grids, fiber.h switches threads,
+// the language and ptx_on_cpu.h the instructions; engine.cpp runs grids, fiber.h switches threads,
 // and schedule.h orders them.
 #pragma once
 #include <math.h>
 #include <string.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
 #include "engine.h"
-#include "started.h"
 
 #define __global__
 #define __device__
@@ -83,46 +81,14 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, CUDA_ON_CPU_SITE) {
 
 namespace cuda_on_cpu {
 
-struct Shuffle {
-  uint64_t in, out;
-  int source;
-};
-CUDA_ON_CPU_UNSEEN inline void shuffle_lanes(void* const* lane, unsigned mask) {
-  for (int l = 0; l < 32; ++l) {
-    if (!(mask >> l & 1)) continue;
-    Shuffle* s = static_cast<Shuffle*>(lane[l]);
-    const bool defined = mask >> s->source & 1;  // lanes outside the mask give no value
-    s->out = defined ? static_cast<Shuffle*>(lane[s->source])->in : ~uint64_t{0};
-  }
-}
-
 template <class T>
-T shuffle(Site site, unsigned mask, T value, int source, int width, bool out_of_segment) {
+T shuffle_of(Site site, unsigned mask, T value, int source, int width, bool out_of_segment) {
   static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "no such shuffle");
-  require(width > 0 && width <= 32 && (width & (width - 1)) == 0, site, "width is no power of two");
-  require(out_of_segment || (source >= 0 && source < 32), site, "no such lane");
-  Shuffle s{0, 0, out_of_segment ? lane() : source};
-  memcpy(&s.in, &value, sizeof(T));
-  collective(site, mask, &s, shuffle_lanes);
-  memcpy(&value, &s.out, sizeof(T));
+  uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof(T));
+  bits = shuffle(site, mask, bits, source, width, out_of_segment);
+  memcpy(&value, &bits, sizeof(T));
   return value;
-}
-
-struct Vote {
-  bool yes;
-  unsigned ballot;
-};
-CUDA_ON_CPU_UNSEEN inline void count_votes(void* const* lane, unsigned mask) {
-  unsigned ballot = 0;
-  for (int l = 0; l < 32; ++l)
-    if ((mask >> l & 1) && static_cast<Vote*>(lane[l])->yes) ballot |= 1u << l;
-  for (int l = 0; l < 32; ++l)
-    if (mask >> l & 1) static_cast<Vote*>(lane[l])->ballot = ballot;
-}
-inline unsigned vote(Site site, unsigned mask, bool yes) {
-  Vote v{yes, 0};
-  collective(site, mask, &v, count_votes);
-  return v.ballot;
 }
 
 }  // namespace cuda_on_cpu
@@ -130,26 +96,26 @@ inline unsigned vote(Site site, unsigned mask, bool yes) {
 template <class T>
 T __shfl_sync(unsigned mask, T v, int source, int width = 32, CUDA_ON_CPU_SITE) {
   const int l = cuda_on_cpu::lane();
-  return cuda_on_cpu::shuffle({"__shfl_sync", file, line}, mask, v,
-                              (l & ~(width - 1)) | (source & (width - 1)), width, false);
+  return cuda_on_cpu::shuffle_of({"__shfl_sync", file, line}, mask, v,
+                                 (l & ~(width - 1)) | (source & (width - 1)), width, false);
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T v, unsigned delta, int width = 32, CUDA_ON_CPU_SITE) {
   const int l = cuda_on_cpu::lane(), from = l - static_cast<int>(delta);
-  return cuda_on_cpu::shuffle({"__shfl_up_sync", file, line}, mask, v, from, width,
-                              from < (l & ~(width - 1)));
+  return cuda_on_cpu::shuffle_of({"__shfl_up_sync", file, line}, mask, v, from, width,
+                                 from < (l & ~(width - 1)));
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T v, unsigned delta, int width = 32, CUDA_ON_CPU_SITE) {
   const int l = cuda_on_cpu::lane(), from = l + static_cast<int>(delta);
-  return cuda_on_cpu::shuffle({"__shfl_down_sync", file, line}, mask, v, from, width,
-                              from > (l | (width - 1)));
+  return cuda_on_cpu::shuffle_of({"__shfl_down_sync", file, line}, mask, v, from, width,
+                                 from > (l | (width - 1)));
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T v, int lane_mask, int width = 32, CUDA_ON_CPU_SITE) {
   const int l = cuda_on_cpu::lane(), from = l ^ lane_mask;
-  return cuda_on_cpu::shuffle({"__shfl_xor_sync", file, line}, mask, v, from, width,
-                              from > (l | (width - 1)));
+  return cuda_on_cpu::shuffle_of({"__shfl_xor_sync", file, line}, mask, v, from, width,
+                                 from > (l | (width - 1)));
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate, CUDA_ON_CPU_SITE) {
   return cuda_on_cpu::vote({"__ballot_sync", file, line}, mask, predicate != 0);

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <new>
 
+#include "engine.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -28,10 +30,6 @@ extern "C" void AnnotateIgnoreReadsEnd(const char*, int);
 extern "C" void AnnotateIgnoreWritesBegin(const char*, int);
 extern "C" void AnnotateIgnoreWritesEnd(const char*, int);
 #endif
-
-// Hides a function from the sanitizers. It must not pass hidden memory to code that they see.
-#define CUDA_ON_CPU_UNSEEN \
-  __attribute__((no_sanitize("thread"), no_sanitize("address"), no_sanitize("undefined")))
 
 #if defined(__x86_64__)
 // void cuda_on_cpu_switch(void** save, void* to): registers that a callee keeps, and the stack.
@@ -66,11 +64,6 @@ extern "C" void cuda_on_cpu_switch(void** save, void* to);
 
 namespace cuda_on_cpu {
 
-#if defined(__SANITIZE_THREAD__)
-constexpr bool kThreadSanitizer = true;
-#else
-constexpr bool kThreadSanitizer = false;
-#endif
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
 constexpr size_t kStack = 256 << 10;
 #else
@@ -79,10 +72,10 @@ constexpr size_t kStack = 64 << 10;
 
 #if defined(__x86_64__)
 using Context = void*;  // the stack pointer
-CUDA_ON_CPU_UNSEEN inline void switch_context(Context& from, Context& to) {
+CUDA_ON_CPU_UNSEEN void switch_context(Context& from, Context& to) {
   cuda_on_cpu_switch(&from, to);
 }
-CUDA_ON_CPU_UNSEEN inline void make_context(Context& c, char* stack, void (*entry)()) {
+CUDA_ON_CPU_UNSEEN void make_context(Context& c, char* stack, void (*entry)()) {
   // From above: where `entry` would return to, `entry`, six registers; the ABI wants the stack 8
   // below a multiple of 16 on entry.
   void** top = reinterpret_cast<void**>(stack + kStack) - 1;
@@ -93,10 +86,8 @@ CUDA_ON_CPU_UNSEEN inline void make_context(Context& c, char* stack, void (*entr
 }
 #else
 using Context = ucontext_t;  // slower: a system call per switch
-CUDA_ON_CPU_UNSEEN inline void switch_context(Context& from, Context& to) {
-  swapcontext(&from, &to);
-}
-CUDA_ON_CPU_UNSEEN inline void make_context(Context& c, char* stack, void (*entry)()) {
+CUDA_ON_CPU_UNSEEN void switch_context(Context& from, Context& to) { swapcontext(&from, &to); }
+CUDA_ON_CPU_UNSEEN void make_context(Context& c, char* stack, void (*entry)()) {
   getcontext(&c);
   c.uc_stack.ss_sp = stack;
   c.uc_stack.ss_size = kStack;
@@ -116,13 +107,13 @@ struct Host {
 inline Host host;
 
 // Tells TSan that all before release(p) in one thread precedes all after acquire(p) in another.
-CUDA_ON_CPU_UNSEEN inline void sync_release(void* p) {
+CUDA_ON_CPU_UNSEEN void sync_release(void* p) {
 #if defined(__SANITIZE_THREAD__)
   __tsan_release(p);
 #endif
   (void)p;
 }
-CUDA_ON_CPU_UNSEEN inline void sync_acquire(void* p) {
+CUDA_ON_CPU_UNSEEN void sync_acquire(void* p) {
 #if defined(__SANITIZE_THREAD__)
   __tsan_acquire(p);
 #endif
@@ -143,7 +134,7 @@ constexpr int64_t kSpoilt = -2;
 // So neighbouring blocks need different fibers, but TSan can tell only 255 threads apart. Fibers
 // therefore take turns, and one whose turn comes again in the very next block is created anew.
 constexpr int kFibers = kThreadSanitizer ? 254 : 1024;
-CUDA_ON_CPU_UNSEEN inline Fiber& start_fiber(int thread, int64_t block, void (*entry)()) {
+CUDA_ON_CPU_UNSEEN Fiber& start_fiber(int thread, int64_t block, void (*entry)()) {
   static Fiber pool[kFibers];
   static int turn = 0;
   Fiber& f = pool[kThreadSanitizer ? turn++ % kFibers : thread];
@@ -170,7 +161,7 @@ CUDA_ON_CPU_UNSEEN inline Fiber& start_fiber(int thread, int64_t block, void (*e
 }
 
 // Called when the host is done with a fiber; `abandoned` if it still waits for something.
-CUDA_ON_CPU_UNSEEN inline void end_fiber(Fiber& f, bool abandoned) {
+CUDA_ON_CPU_UNSEEN void end_fiber(Fiber& f, bool abandoned) {
 #if defined(__SANITIZE_ADDRESS__)
   if (abandoned) __asan_unpoison_memory_region(f.stack, kStack);
 #endif
@@ -183,7 +174,7 @@ CUDA_ON_CPU_UNSEEN inline void end_fiber(Fiber& f, bool abandoned) {
 }
 
 // Runs a fiber from the host until it calls leave_fiber.
-CUDA_ON_CPU_UNSEEN inline void run_fiber(Fiber& f) {
+CUDA_ON_CPU_UNSEEN void run_fiber(Fiber& f) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&host.fake_stack, f.stack, kStack);
 #endif
@@ -196,14 +187,14 @@ CUDA_ON_CPU_UNSEEN inline void run_fiber(Fiber& f) {
   __sanitizer_finish_switch_fiber(host.fake_stack, nullptr, nullptr);
 #endif
 }
-CUDA_ON_CPU_UNSEEN inline void enter_fiber() {  // first thing in a fiber
+CUDA_ON_CPU_UNSEEN void enter_fiber() {  // first thing in a fiber
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &host.stack, &host.stack_bytes);
 #endif
   sync_acquire(&host.began);
   sync_release(&host.ended);  // else TSan of gcc 12 has no stack for code before a barrier
 }
-CUDA_ON_CPU_UNSEEN inline void leave_fiber(Fiber& f, bool for_ever) {
+CUDA_ON_CPU_UNSEEN void leave_fiber(Fiber& f, bool for_ever) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(for_ever ? nullptr : &f.fake_stack, host.stack, host.stack_bytes);
 #endif

@@ -1,5 +1,4 @@
 // The functions of csrc/cuda/device/ptx.h on the CPU, with the fragment layouts documented there.
-// The lanes of a warp meet, and the last to arrive computes for all.
 #pragma once
 #include "core/dtype.h"
 #include "cuda_on_cpu.h"
@@ -9,138 +8,9 @@ namespace randlora {
 template <class T>
 void pin(T&) {}
 
-namespace on_cpu {
-
-using cuda_on_cpu::Site;
-
-struct MmaOperand {
-  float c[4];
-  uint32_t a[4], b[2];
-};
-
-CUDA_ON_CPU_UNSEEN inline float as_float(uint32_t bits) {
-  float f;
-  __builtin_memcpy(&f, &bits, 4);
-  return f;
-}
-struct Bf16 {
-  static constexpr int kPerRegister = 2;
-  CUDA_ON_CPU_UNSEEN static float element(uint32_t reg, int i) {
-    return as_float(i ? reg & 0xffff0000u : reg << 16);
-  }
-};
-struct F16 {
-  static constexpr int kPerRegister = 2;
-  CUDA_ON_CPU_UNSEEN static float element(uint32_t reg, int i) {
-    const uint16_t bits = static_cast<uint16_t>(reg >> (16 * i));
-    _Float16 h;
-    __builtin_memcpy(&h, &bits, 2);
-    return static_cast<float>(h);
-  }
-};
-struct TF32 {  // the unit ignores the low 13 bits
-  static constexpr int kPerRegister = 1;
-  CUDA_ON_CPU_UNSEEN static float element(uint32_t reg, int) { return as_float(reg & 0xffffe000u); }
-};
-
-// C (16, 8) += A (16, k) B (k, 8), k = 8 registers' worth.
-template <class E>
-CUDA_ON_CPU_UNSEEN void multiply(void* const* lane, unsigned) {
-  constexpr int P = E::kPerRegister, k = 8 * P;
-  float A[16][k], B[k][8], C[16][8];
-  for (int l = 0; l < 32; ++l) {
-    const MmaOperand& o = *static_cast<const MmaOperand*>(lane[l]);
-    const int g = l / 4, q = l % 4;
-    for (int i = 0; i < P; ++i) {
-      for (int h = 0; h < 4; ++h)
-        A[g + h % 2 * 8][q * P + i + h / 2 * 4 * P] = E::element(o.a[h], i);
-      for (int h = 0; h < 2; ++h) B[q * P + i + h * 4 * P][g] = E::element(o.b[h], i);
-    }
-    for (int e = 0; e < 4; ++e) C[g + e / 2 * 8][2 * q + e % 2] = o.c[e];
-  }
-  for (int m = 0; m < 16; ++m)
-    for (int i = 0; i < k; ++i)
-      for (int n = 0; n < 8; ++n) C[m][n] += A[m][i] * B[i][n];
-  for (int l = 0; l < 32; ++l) {
-    MmaOperand& o = *static_cast<MmaOperand*>(lane[l]);
-    for (int e = 0; e < 4; ++e) o.c[e] = C[l / 4 + e / 2 * 8][2 * (l % 4) + e % 2];
-  }
-}
-
-template <class E>
-void mma(Site site, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  MmaOperand o;
-  memcpy(o.c, c, sizeof(c)), memcpy(o.a, a, sizeof(a)), memcpy(o.b, b, sizeof(b));
-  cuda_on_cpu::collective(site, 0xffffffffu, &o, multiply<E>);
-  memcpy(c, o.c, sizeof(c));
-}
-
-// Every lane reads the row at its address; the exchange distributes the elements.
-struct Row {
-  uint16_t row[8];
-  uint32_t r[4];
-};
-template <bool Trans>
-CUDA_ON_CPU_UNSEEN void exchange(void* const* lane, unsigned) {
-  for (int l = 0; l < 32; ++l)
-    for (int m = 0; m < 4; ++m) {
-      uint32_t element[2];
-      for (int i = 0; i < 2; ++i) {
-        const int g = l / 4, at = l % 4 * 2 + i, row = Trans ? at : g, col = Trans ? g : at;
-        element[i] = static_cast<const Row*>(lane[m * 8 + row])->row[col];
-      }
-      static_cast<Row*>(lane[l])->r[m] = element[0] | element[1] << 16;
-    }
-}
-inline void require_shared(const Site& site, const void* p) {
-  const unsigned char *at = static_cast<const unsigned char*>(p), *shared = cuda_on_cpu::shared();
-  cuda_on_cpu::require(reinterpret_cast<uintptr_t>(p) % 16 == 0, site,
-                       "the address in shared memory is not 16-byte aligned");
-  cuda_on_cpu::require(at >= shared && at + 16 <= shared + cuda_on_cpu::block.shared_bytes, site,
-                       "the address is not in the block's shared memory");
-}
-template <bool Trans>
-void ldmatrix(Site site, uint32_t (&r)[4], const void* shared_row) {
-  require_shared(site, shared_row);
-  Row o;
-  memcpy(o.row, shared_row, 16);
-  cuda_on_cpu::collective(site, 0xffffffffu, &o, exchange<Trans>);
-  memcpy(r, o.r, sizeof(r));
-}
-
-// cp.async: reads the source at once, and fills the destination with NaN until the wait delivers.
-CUDA_ON_CPU_UNSEEN inline bool push_copy(void* to, const uint64_t* data) {
-  auto& t = *cuda_on_cpu::block.current;
-  if (t.end_copy - t.first_copy == t.kCopies) return false;
-  auto& c = t.copy[t.end_copy++ % t.kCopies];
-  c.to = to, c.data[0] = data[0], c.data[1] = data[1], c.group = t.groups;
-  return true;
-}
-CUDA_ON_CPU_UNSEEN inline bool pop_copy(int pending, void** to, uint64_t* data) {
-  auto& t = *cuda_on_cpu::block.current;
-  if (t.end_copy == t.first_copy) return false;
-  auto& c = t.copy[t.first_copy % t.kCopies];
-  if (c.group >= t.groups - pending) return false;
-  ++t.first_copy;
-  *to = c.to, data[0] = c.data[0], data[1] = c.data[1];
-  return true;
-}
-CUDA_ON_CPU_UNSEEN inline void commit_copies() { ++cuda_on_cpu::block.current->groups; }
-
-}  // namespace on_cpu
-
-inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bf16,
-                CUDA_ON_CPU_SITE) {
-  on_cpu::mma<on_cpu::Bf16>({"mma bf16", file, line}, c, a, b);
-}
-inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], f16,
-                CUDA_ON_CPU_SITE) {
-  on_cpu::mma<on_cpu::F16>({"mma f16", file, line}, c, a, b);
-}
-inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                     CUDA_ON_CPU_SITE) {
-  on_cpu::mma<on_cpu::TF32>({"mma tf32", file, line}, c, a, b);
-}
+void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bf16, CUDA_ON_CPU_SITE);
+void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], f16, CUDA_ON_CPU_SITE);
+void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], CUDA_ON_CPU_SITE);
 
 // To nearest, ties away from zero.
 inline uint32_t round_tf32(float x) {
@@ -150,38 +20,19 @@ inline uint32_t round_tf32(float x) {
   return bits & 0xffffe000u;
 }
 
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row, CUDA_ON_CPU_SITE) {
-  on_cpu::ldmatrix<false>({"ldmatrix", file, line}, r, shared_row);
-}
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row, CUDA_ON_CPU_SITE) {
-  on_cpu::ldmatrix<true>({"ldmatrix trans", file, line}, r, shared_row);
-}
+void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row, CUDA_ON_CPU_SITE);
+void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row, CUDA_ON_CPU_SITE);
 
-inline void store16(void* global, uint32_t a, uint32_t b, uint32_t c, uint32_t d,
-                    CUDA_ON_CPU_SITE) {
-  cuda_on_cpu::require(reinterpret_cast<uintptr_t>(global) % 16 == 0, {"store16", file, line},
-                       "the address in global memory is not 16-byte aligned");
-  const uint32_t words[4] = {a, b, c, d};
-  memcpy(global, words, 16);
-}
+void store16(void* global, uint32_t a, uint32_t b, uint32_t c, uint32_t d, CUDA_ON_CPU_SITE);
 
-inline void cp_async16(void* shared, const void* global, int bytes = 16, CUDA_ON_CPU_SITE) {
-  const on_cpu::Site site{"cp.async", file, line};
-  on_cpu::require_shared(site, shared);
-  cuda_on_cpu::require(reinterpret_cast<uintptr_t>(global) % 16 == 0, site,
-                       "the address in global memory is not 16-byte aligned");
-  cuda_on_cpu::require(bytes >= 0 && bytes <= 16, site, "between 0 and 16 bytes");
-  uint64_t data[2] = {0, 0};
-  if (bytes > 0) memcpy(data, global, static_cast<size_t>(bytes));
-  memset(shared, 0xff, 16);
-  cuda_on_cpu::require(on_cpu::push_copy(shared, data), site, "too many copies under way");
-}
-inline void cp_async_commit() { on_cpu::commit_copies(); }
+// Reads the source at once, and fills the destination with NaN until the wait delivers.
+void cp_async16(void* shared, const void* global, int bytes = 16, CUDA_ON_CPU_SITE);
+inline void cp_async_commit() { cuda_on_cpu::commit_copies(); }
 template <int Pending>
 void cp_async_wait() {
   void* to;
   uint64_t data[2];
-  while (on_cpu::pop_copy(Pending, &to, data)) memcpy(to, data, 16);
+  while (cuda_on_cpu::pop_copy(Pending, &to, data)) memcpy(to, data, 16);
 }
 
 }  // namespace randlora

@@ -1,4 +1,4 @@
-// The order in which blocks and their threads run, and the error thrown if a kernel breaks a rule.
+// The order in which blocks and their threads run.
 #pragma once
 #include <stdlib.h>
 #include <string.h>
@@ -7,14 +7,11 @@
 #include <cstdint>
 #include <numeric>
 #include <random>
-#include <stdexcept>
 #include <vector>
 
-namespace cuda_on_cpu {
+#include "engine.h"
 
-struct Error : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
+namespace cuda_on_cpu {
 
 struct Schedule {
   enum Order { forward, reverse, random } order = forward;

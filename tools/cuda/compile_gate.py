@@ -86,10 +86,11 @@ def check(kernels: Kernels, budget: Budget, tolerance: int) -> list[str]:
 
 
 def new_budget(kernels: Kernels, old: Budget) -> Budget:
-    """The measured figures. Instructions that the old budget names stay: the check may refute."""
+    """The measured figures, registers in eights, as a card gives them out. Instructions that the
+    old budget names stay: the check may refute."""
     return {
         name: {
-            "registers": {arch: by_arch[arch].registers for arch in BUDGETED},
+            "registers": {arch: by_arch[arch].registers // 8 * 8 for arch in BUDGETED},
             "has": [
                 instruction
                 for instruction, count in INSTRUCTIONS.items()
@@ -102,26 +103,24 @@ def new_budget(kernels: Kernels, old: Budget) -> Budget:
 
 
 # In the file, kernels of a source with equal figures share a line.
-def load(text: str) -> dict:
-    budget = json.loads(text)
-    for source, lines in budget["sources"].items():
-        budget["sources"][source] = {name: line for line in lines for name in line.pop("kernels")}
-    return budget
+def load(text: str) -> tuple[dict, dict[str, Budget]]:
+    """The file, and the budget of each source."""
+    file = json.loads(text)
+    sources: dict[str, Budget] = {}
+    for line in file["kernels"]:
+        figures = {key: line[key] for key in ("registers", "has")}
+        sources.setdefault(line["source"], {}).update(dict.fromkeys(line["names"], figures))
+    return file, sources
 
 
-def dump(budget: dict) -> str:
-    sources = []
-    for source, kernels in sorted(budget["sources"].items()):
-        groups: dict[str, list[str]] = {}
+def dump(nvcc: str, tolerance: int, sources: dict[str, Budget]) -> str:
+    groups: dict[str, list[str]] = {}
+    for source, kernels in sorted(sources.items()):
         for name, figures in sorted(kernels.items()):
-            groups.setdefault(json.dumps(figures), []).append(name)
-        lines = [
-            f"      {json.dumps({**json.loads(figures), 'kernels': names})}"
-            for figures, names in groups.items()
-        ]
-        sources.append(f"    {json.dumps(source)}: [\n" + ",\n".join(lines) + "\n    ]")
-    head = [f'  "{key}": {json.dumps(budget[key])},' for key in ("nvcc", "register_tolerance")]
-    return "\n".join(["{", *head, '  "sources": {', ",\n".join(sources), "  }", "}"]) + "\n"
+            groups.setdefault(json.dumps({"source": source, **figures}), []).append(name)
+    lines = [json.dumps({**json.loads(key), "names": names}) for key, names in groups.items()]
+    head = f'{{"nvcc": "{nvcc}", "register_tolerance": {tolerance}, "kernels": [\n  '
+    return head + ",\n  ".join(lines) + "\n]}\n"
 
 
 # ---- running the tools ---------------------------------------------------------------------------
@@ -176,25 +175,18 @@ def compile_one(
     return found
 
 
-def measure(
-    nvcc: str, nvdisasm: str, sources: list[Path], archs: list[str]
-) -> tuple[dict[str, Kernels], dict[str, float]]:
-    """Kernels and seconds of compilation by source."""
+def measure(nvcc: str, nvdisasm: str, sources: list[Path], archs: list[str]) -> dict[str, Kernels]:
     kernels: dict[str, Kernels] = {source.name: {} for source in sources}
-    seconds = dict.fromkeys(kernels, 0.0)
     groups: dict[str, list[str]] = {}
     for arch in archs:
         groups.setdefault(PTX_OF[arch], []).append(arch)
 
-    def one(job: tuple[Path, list[str]]) -> tuple[Path, dict[str, dict[str, Usage]], float]:
-        started = time.monotonic()
-        found = compile_one(nvcc, nvdisasm, *job, Path(folder))
-        return job[0], found, time.monotonic() - started
+    def one(job: tuple[Path, list[str]]) -> tuple[Path, dict[str, dict[str, Usage]]]:
+        return job[0], compile_one(nvcc, nvdisasm, *job, Path(folder))
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         jobs_in_order = [(source, group) for source in sources for group in groups.values()]
-        for source, by_arch, took in pool.map(one, jobs_in_order):
-            seconds[source.name] += took
+        for source, by_arch in pool.map(one, jobs_in_order):
             for arch, usages in by_arch.items():
                 names = short_names(sorted(usages)) if usages else {}
                 for mangled, usage in usages.items():
@@ -203,34 +195,28 @@ def measure(
         for name, by_arch in found.items():
             if missing := set(archs) - set(by_arch):
                 raise ToolError(f"{source}: {name} does not exist on {sorted(missing)}")
-    return kernels, seconds
+    return kernels
 
 
-def print_table(kernels: dict[str, Kernels], seconds: dict[str, float], budget: dict) -> None:
+def print_table(kernels: dict[str, Kernels], budget: dict[str, Budget]) -> None:
     """Registers as used/budget."""
     for source, found in kernels.items():
-        print(f"\n{source}: {len(found)} kernels, compiled in {seconds[source]:.0f} s")
-        archs = list(next(iter(found.values()))) if found else []
-        if archs:
-            print(f"  {'':64}" + "".join(f"{arch:>9}" for arch in archs) + "  HMMA")
+        print(f"\n{source}: {len(found)} kernels")
         for name, by_arch in sorted(found.items()):
-            cells = ""
-            for arch, usage in by_arch.items():
-                allowed = budget.get(source, {}).get(name, {"registers": {}})["registers"]
-                cell = f"{usage.registers}/{allowed[arch]}" if arch in allowed else usage.registers
-                cells += f"{cell:>9}"
-            print(f"  {name:64}{cells}{by_arch[archs[-1]].hmma:6}")
+            allowed = budget.get(source, {}).get(name, {"registers": {}})["registers"]
+            cells = [f"{arch} {u.registers}/{allowed.get(arch, '')}" for arch, u in by_arch.items()]
+            print(f"  {name:64}" + "".join(f"{cell:15}" for cell in cells))
 
 
 def control(nvcc: str, nvdisasm: str) -> list[str]:
     """A gate that cannot fail shows nothing: these kernels must."""
-    kernels, _ = measure(nvcc, nvdisasm, [BAD_KERNELS], ["sm_90"])
+    kernels = measure(nvcc, nvdisasm, [BAD_KERNELS], ["sm_90"])
     wrong = "\n".join(check(kernels[BAD_KERNELS.name], {}, 0))
-    expected = [
+    expected = (
         "spills on sm_90: spills",
         "indexes on sm_90: has a stack",
         "locks on sm_90: has ATOMS",
-    ]
+    )
     return [f"bad_kernels.cu: not found: {e}" for e in expected if e not in wrong]
 
 
@@ -257,35 +243,32 @@ def main() -> int:
         parser.error(f"csrc/cuda has no such files: {' '.join(args.sources)}")
 
     started = time.monotonic()
-    budget = load(BUDGET.read_text())
+    file, budget = load(BUDGET.read_text())
+    tolerance = file["register_tolerance"]
     version = nvcc_version(nvcc)
     try:
         wrong = control(nvcc, nvdisasm)
-        kernels, seconds = measure(nvcc, nvdisasm, sources, archs)
+        kernels = measure(nvcc, nvdisasm, sources, archs)
     except ToolError as error:
         print(f"compile gate: failed:\n{error}")
         return 1
 
     if args.update:
-        budget["nvcc"] = version
+        file["nvcc"] = version
         for source, found in kernels.items():
-            budget["sources"][source] = new_budget(found, budget["sources"].get(source, {}))
+            budget[source] = new_budget(found, budget.get(source, {}))
         if not args.sources:
-            budget["sources"] = {s: v for s, v in budget["sources"].items() if s in kernels and v}
-        BUDGET.write_text(dump(budget))
-    print_table(kernels, seconds, budget["sources"])
-    if budget["nvcc"] != version:
-        print(f"\nThe budget was made with nvcc {budget['nvcc']}; this is {version}.")
+            budget = {source: budget[source] for source in kernels}
+        BUDGET.write_text(dump(version, tolerance, budget))
+    print_table(kernels, budget)
+    if file["nvcc"] != version:
+        print(f"\nThe budget was made with nvcc {file['nvcc']}; this is {version}.")
 
     for source, found in kernels.items():
-        allowed = budget["sources"].get(source, {})
-        wrong += [f"{source}: {w}" for w in check(found, allowed, budget["register_tolerance"])]
+        wrong += [f"{source}: {w}" for w in check(found, budget.get(source, {}), tolerance)]
     if not args.sources:
-        wrong += [
-            f"{s}: is in the budget, but not in csrc/cuda"
-            for s in budget["sources"]
-            if s not in kernels
-        ]
+        gone = sorted(set(budget) - set(kernels))
+        wrong += [f"{source}: is in the budget, but not in csrc/cuda" for source in gone]
     total = sum(map(len, kernels.values()))
     if total == 0:
         wrong.append("there is no kernel at all")
