@@ -33,7 +33,7 @@ parser = argparse.ArgumentParser(description="Fine-tune SmolLM2-135M: spelling t
 parser.add_argument("--model", help="a folder, a .gguf file or a hub name, instead of SmolLM2")
 parser.add_argument("--words", type=Path, help="lines 'word PH PH', instead of the CMU dictionary")
 parser.add_argument("--out", type=Path, default=Path("randlora-demo"), help="folder to write")
-parser.add_argument("--steps", type=int, default=120)
+parser.add_argument("--steps", type=int, default=60)
 parser.add_argument("--batch-size", type=int, default=8)
 parser.add_argument("--lr", type=float, default=3e-4)
 parser.add_argument("--rank", type=int, default=32, help="a lower one trains more parameters")
