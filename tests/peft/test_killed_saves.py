@@ -12,8 +12,6 @@ from peft_helpers import accelerated, deep_config, made, randomize
 
 import randlora_ext
 
-pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
-
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 

@@ -20,9 +20,6 @@ from peft_helpers import (
 )
 from torch import nn
 
-pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
-
-
 PATHS = ["factored", "delta", "merged"]
 
 

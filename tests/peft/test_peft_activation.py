@@ -28,10 +28,7 @@ from torch import nn
 
 from randlora_ext import RandLoraLinear
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread", "stock_peft"),
-    pytest.mark.filterwarnings("ignore:RandLoRA layers of this model multiply by dense"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:RandLoRA layers of this model multiply by dense")
 
 
 def tables():

@@ -18,8 +18,6 @@ from peft_helpers import (
     run,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
-
 
 def pair_of_two_adapters(kind, base=Deep):
     """(stock PEFT's model, ours) with adapters "default" and "two"."""
@@ -50,7 +48,7 @@ def test_two_adapters_as_stock(kind):
 @pytest.mark.parametrize(
     "r, kind", [(3, {"sparse": True}), (11, {}), (11, {"density": 0.2}), (3, {"basis": "hadamard"})]
 )
-def test_an_adapter_of_another_rank_or_density_is_what_it_is_alone(tmp_path, r, kind):
+def test_an_adapter_of_another_rank_or_density_is_what_it_is_alone(tmp_path, r, kind, x):
     model = made(sparse=True)
     for name in ("two", "three"):
         model.add_adapter(name, deep_config(r, accelerated.RandLoraConfig, **kind))
@@ -58,7 +56,6 @@ def test_an_adapter_of_another_rank_or_density_is_what_it_is_alone(tmp_path, r, 
     A = model.base_model.randlora_A
     first, two, three = (getattr(A[n], "signs", A[n]) for n in ("default", "two", "three"))
     assert two is three and two is not first
-    x = torch.randn(6, 24)
     outputs = {}
     for name in ("default", "two"):
         model.set_adapter(name)
@@ -86,9 +83,8 @@ def test_adapters_of_files_share_one_basis(tmp_path):
 
 @pytest.mark.parametrize("safe, kind", [(True, {"sparse": True}), (False, {})])
 @pytest.mark.parametrize("names", [["two"], ["default", "two"], ["two", "default"], None], ids=str)
-def test_merging_as_stock(names, kind, safe):
+def test_merging_as_stock(names, kind, safe, x):
     stock, ours = pair_of_two_adapters(kind)
-    x = torch.randn(6, 24)
     ours.base_model.set_adapter(names or ["default"])
     before, weight = ours(x), layers(ours)[0].weight.clone()
     for model in (stock, ours):
@@ -116,9 +112,8 @@ def test_safe_merge_refuses_nan():
     assert not layers(model)[0].merged and layers(model)[0].weight.isfinite().all()
 
 
-def test_copy_pickle_and_cast(tmp_path):
+def test_copy_pickle_and_cast(tmp_path, x):
     model = made(sparse=True)
-    x = torch.randn(6, 24)
     y = model(x)
     assert torch.equal(copy.deepcopy(model)(x), y)
     torch.save(model, tmp_path / "model.pt")

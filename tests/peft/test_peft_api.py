@@ -27,8 +27,6 @@ from peft_helpers import (
 from safetensors.torch import load_file
 from torch import nn
 
-pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
-
 
 def status(value):
     """As plain values, without the names of our classes."""
@@ -53,11 +51,10 @@ def test_what_peft_tells_of_a_model():
             model.merge_adapter(["default"])
 
 
-def test_injected_adapters():
+def test_injected_adapters(x):
     """Without a PeftModel, as diffusers and transformers use PEFT. Bases are written once: by ours
     under the first layer, by PEFT after 0.21.2 (huggingface/peft#3714) under any.
     """
-    x = torch.randn(6, 24)
     states, outputs = {}, {}
     for backend in ("stock", "ours"):
         accelerated.enable() if backend == "ours" else accelerated.disable()
@@ -82,11 +79,10 @@ def test_injected_adapters():
             assert relative(model(x), outputs[writer]) < 1e-6
 
 
-def test_a_second_injected_adapter_leaves_the_first(tmp_path):
+def test_a_second_injected_adapter_leaves_the_first(tmp_path, x):
     """Stock PEFT gives every layer a new dictionary of bases, without the first adapter's."""
     accelerated.enable()
     model = peft.inject_adapter_in_model(deep_config(5, sparse=True), Deep())
-    x = torch.randn(6, 24)
     first = randomize(model)(x)
     peft.inject_adapter_in_model(deep_config(3, sparse=True), model, adapter_name="two")
     for layer in layers(model):
@@ -172,7 +168,7 @@ def test_conversion_to_lora():
         assert relative(*products) < 1e-3  # the factors have free signs
 
 
-def test_an_adapter_of_larger_layers():
+def test_an_adapter_of_larger_layers(x):
     """Stock PEFT refuses it and asks for the reverse order."""
     larger = {"targets": ["other", "a"], "sparse": True}
     model, alone = made(base=Wide, sparse=True), made(base=Wide, **larger)
@@ -182,11 +178,10 @@ def test_an_adapter_of_larger_layers():
     state = peft.get_peft_model_state_dict(model, adapter_name="two")
     state = {k: v for k, v in state.items() if "base_model.randlora" not in k}
     peft.set_peft_model_state_dict(alone, state)
-    x = torch.randn(6, 24)
     assert torch.equal(model(x), alone(x))
 
 
-def test_adapters_come_and_go():
+def test_adapters_come_and_go(x):
     model = made(sparse=True)
     model.add_adapter("two", deep_config(3, sparse=True))
     model.delete_adapter("default")
@@ -194,7 +189,6 @@ def test_adapters_come_and_go():
     model.add_adapter("default", deep_config(5, sparse=True))
     model.set_adapter("default")
     model.delete_adapter("two")
-    x = torch.randn(6, 24)
     assert torch.equal(randomize(model)(x), made(sparse=True)(x))
     with torch.no_grad():
         bare = model.unload()(x)

@@ -43,8 +43,6 @@ from torch import nn
 import randlora_ext
 from randlora_ext.reference import delta_weight_reference
 
-pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
-
 KEY = "randlora_ext:independent-1:density={}:seed={}"
 
 
@@ -100,11 +98,10 @@ DESCRIBED = {
 
 
 @pytest.mark.parametrize("options", DESCRIBED.values(), ids=DESCRIBED)
-def test_the_text_alone_decides_the_bases_at_every_door(tmp_path, options):
+def test_the_text_alone_decides_the_bases_at_every_door(tmp_path, options, x):
     """Stock PEFT's round trip would keep the key, drop `basis` and `density`, and tell nobody."""
     options = {"projection_prng_key": 3} | options
     model = made(**options)
-    x = torch.randn(6, 24)
     model.save_pretrained(tmp_path)
     keys = list(load_file(tmp_path / "adapter_model.safetensors"))
     assert keys and all(key.endswith(("randlora_lambda", "randlora_gamma")) for key in keys)
@@ -217,7 +214,7 @@ def test_a_recipient_with_stock_peft_is_told_what_opens_the_file(tmp_path, task)
         opened(tmp_path)
 
 
-def test_adapters_of_other_keys_and_kinds_stand_side_by_side(tmp_path):
+def test_adapters_of_other_keys_and_kinds_stand_side_by_side(tmp_path, x):
     """Stock PEFT wants one key and one save_projection for all; it still does for its own bases."""
     others = {
         "one": {"basis": "independent", "projection_prng_key": 1},
@@ -225,7 +222,6 @@ def test_adapters_of_other_keys_and_kinds_stand_side_by_side(tmp_path):
         "three": {"density": 0.2, "projection_prng_key": 3},
     }
     model = made(sparse=True, save_projection=False)
-    x = torch.randn(6, 24)
     for name, options in others.items():
         model.add_adapter(name, deep_config(5, accelerated.RandLoraConfig, **options))
     randomize(model).save_pretrained(tmp_path)
@@ -267,9 +263,8 @@ def test_layers_of_one_shape_share_one_basis():
     assert a.basis_of("two", torch.device("cpu")) is basis_of(a)
 
 
-def test_changed_bases_are_noticed():
+def test_changed_bases_are_noticed(x):
     stock, ours = pair(Deep(), lambda: deep_config(5, sparse=True))
-    x = torch.randn(6, 24)
     ours(x)
     state = {
         key: value.flip(0) * 0.5 if "randlora_A" in key or "randlora_B" in key else value

@@ -11,10 +11,7 @@ from huggingface_hub import ModelCard
 from peft_helpers import accelerated, made, randomize
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread", "stock_peft"),
-    pytest.mark.filterwarnings("ignore"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 KINDS = {
     "stock": {"sparse": True},

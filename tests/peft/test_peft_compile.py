@@ -9,7 +9,7 @@ from peft_helpers import adapted, config, layers, made, runs_on_kernels
 from torch import nn
 from torch.export import Dim
 
-pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft", "fresh_dynamo")
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 CASES = [
     ({"sparse": True}, torch.float32),

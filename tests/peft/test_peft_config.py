@@ -13,8 +13,6 @@ from torch import nn
 
 from randlora_ext.peft.adapter_basis import BASIS_NAMES
 
-pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
-
 
 class Stack(nn.Module):
     def __init__(self):

@@ -26,8 +26,6 @@ from peft_helpers import (
 from safetensors.torch import load_file
 from torch import nn
 
-pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
-
 GENERATED = {
     "the largest key": {"basis": "independent", "density": 0.07, "projection_prng_key": 2**64 - 1},
     "hadamard, r > d": {"basis": "hadamard", "r": 30},
@@ -47,9 +45,8 @@ def opened_by_stock(folder, base=Deep, **options):
 
 
 @pytest.mark.parametrize("kind", [*GENERATED.values(), *DRAWN.values()], ids=[*GENERATED, *DRAWN])
-def test_stock_opens_the_adapter(tmp_path, kind):
+def test_stock_opens_the_adapter(tmp_path, kind, x):
     model = made(**kind)
-    x = torch.randn(6, 24)
     accelerated.export_to_peft(model, tmp_path)
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {"adapter_config.json", "README.md", "adapter_model.safetensors"}
@@ -65,10 +62,9 @@ def test_stock_opens_the_adapter(tmp_path, kind):
     assert relative(opened(tmp_path)(x), model(x)) < 1e-6
 
 
-def test_hadamard_bases_of_one_size_among_others(tmp_path):
+def test_hadamard_bases_of_one_size_among_others(tmp_path, x):
     """Layers of other sizes that are no targets, and D of several sizes."""
     model = adapted(Wide(), ["a", "b", "wide", "other"], 7, basis="hadamard")
-    x = torch.randn(6, 24)
     wanted = model(x)
     accelerated.export_to_peft(model, tmp_path)
     assert relative(opened_by_stock(tmp_path, Wide)(x), wanted) < 1e-6
@@ -89,14 +85,13 @@ def test_hadamard_bases_of_several_sizes_are_refused(tmp_path):
     assert relative(plain(x), wanted) < 1e-5
 
 
-def test_the_model_stays_as_it_was_and_every_adapter_is_written(tmp_path):
+def test_the_model_stays_as_it_was_and_every_adapter_is_written(tmp_path, x):
     model = made(basis="independent", density=0.3)
     model.add_adapter("two", deep_config(3, accelerated.RandLoraConfig, basis="independent"))
     randomize(model)
     config = model.peft_config["two"]
     accelerated.export_to_peft(model, tmp_path)
     assert model.peft_config["two"] is config and config.basis == "independent"
-    x = torch.randn(6, 24)
     for name, folder in (("default", tmp_path), ("two", tmp_path / "two")):
         model.set_adapter(name)
         wanted = model(x)
@@ -114,7 +109,7 @@ def test_generated_bases_of_a_bf16_model_are_not_rounded(tmp_path):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_what_else_is_there_goes_along(tmp_path, lora):
+def test_what_else_is_there_goes_along(tmp_path, lora, x):
     """Biases, modules_to_save, and what people wrote into the card, as save_pretrained keeps it."""
     bias = "all" if PEFT >= (0, 21) else "none"  # older PEFT saves none of RandLoRA
     model = made(base=Headed, density=0.3, modules_to_save=["head"], bias=bias)
@@ -126,7 +121,6 @@ def test_what_else_is_there_goes_along(tmp_path, lora):
     else:
         accelerated.export_to_peft(model, tmp_path)
         loaded = opened_by_stock(tmp_path, Headed)
-    x = torch.randn(6, 24)
     assert relative(loaded(x), model(x)) < (1e-5 if lora else 1e-6)
     card = (tmp_path / "README.md").read_text()
     assert "# Our adapter" in card and "license: mit" in card and "library_name: peft" in card
@@ -143,10 +137,9 @@ def test_merged_transformers_model(tmp_path):
     assert relative(plain(tokens).logits, wanted) < 1e-5
 
 
-def test_a_stock_model_and_no_peft_model(tmp_path):
+def test_a_stock_model_and_no_peft_model(tmp_path, x):
     stock = randomize(peft.get_peft_model(Deep(), deep_config(5, sparse=True)))
     accelerated.export_to_peft(stock, tmp_path)
-    x = torch.randn(6, 24)
     assert torch.equal(opened_by_stock(tmp_path)(x), stock(x))
     with pytest.raises(TypeError, match="must be a PeftModel with RandLoRA .*, got .*Deep"):
         accelerated.export_to_peft(Deep(), tmp_path)

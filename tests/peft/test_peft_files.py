@@ -21,8 +21,6 @@ from safetensors.torch import load_file
 from randlora_ext.peft.adapter_basis import AdapterBasis
 from randlora_ext.writing import appear_together
 
-pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
-
 KEY_ALONE = {"sparse": True, "save_projection": False}
 DRAWN = {"density": 0.07, "save_projection": False}
 
@@ -48,7 +46,7 @@ def test_a_file_in_float32_is_not_rounded_on_a_bf16_base(tmp_path, kind):
 @pytest.mark.parametrize(
     "options", [{"density": 1 / 3, "save_projection": False}, {"density": 0.1}], ids=str
 )
-def test_stock_reads_one_third_and_any_density_with_its_bases(tmp_path, options):
+def test_stock_reads_one_third_and_any_density_with_its_bases(tmp_path, options, x):
     model = made(**options)
     model.save_pretrained(tmp_path)
     B = model.base_model.randlora_B["default"]
@@ -56,7 +54,6 @@ def test_stock_reads_one_third_and_any_density_with_its_bases(tmp_path, options)
     read = peft.PeftConfig.from_pretrained(tmp_path)
     assert AdapterBasis.of(vars(read)) == AdapterBasis.of(vars(model.peft_config["default"]))
     accelerated.disable()
-    x = torch.randn(6, 24)
     assert relative(opened(tmp_path)(x), model(x)) < 1e-5
 
 
@@ -171,7 +168,7 @@ def test_what_cannot_be_written(tmp_path, monkeypatch, writer):
     assert sorted(os.listdir()) == ["file", "folder", "link", "target"]
 
 
-def test_files_that_are_links(tmp_path):
+def test_files_that_are_links(tmp_path, x):
     folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
     folder.mkdir(), elsewhere.mkdir()
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -179,7 +176,6 @@ def test_files_that_are_links(tmp_path):
     model = made(density=0.2)
     model.save_pretrained(folder)
     assert all((folder / path.name).is_symlink() for path in elsewhere.iterdir())
-    x = torch.randn(6, 24)
     assert torch.equal(opened(elsewhere)(x), model(x))
 
 

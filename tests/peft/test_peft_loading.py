@@ -30,10 +30,7 @@ from torch import nn
 
 import randlora_ext
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread", "stock_peft"),
-    pytest.mark.filterwarnings("ignore:RandLoRA layers of this model multiply by dense"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:RandLoRA layers of this model multiply by dense")
 
 KEY_ALONE = {"sparse": True, "save_projection": False}
 SEED = {"basis": "independent", "density": 0.2, "projection_prng_key": 7}
@@ -91,13 +88,12 @@ SAME = {
 
 
 @pytest.mark.parametrize("own,other", SAME.values(), ids=SAME)
-def test_the_same_or_saved_bases_load_in_place(tmp_path, own, other):
+def test_the_same_or_saved_bases_load_in_place(tmp_path, own, other, x):
     head = {"modules_to_save": ["head"], "base": Headed}
     theirs = made(seed=3, randlora_alpha=99, **head, **other).eval()
     with torch.no_grad():
         theirs.base_model.model.head.modules_to_save["default"].weight.add_(1)
     theirs.save_pretrained(tmp_path)
-    x = torch.randn(6, 24)
     for replace in (load, accelerated.hotswap_adapter):
         model = made(randlora_alpha=99 if replace is load else 640, **head, **own).eval()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -112,7 +108,7 @@ def test_the_same_or_saved_bases_load_in_place(tmp_path, own, other):
     assert relative(model(x), theirs(x)) > 1e-3
 
 
-def test_load_adapter_keeps_alpha_as_stock_does_and_says_so(tmp_path):
+def test_load_adapter_keeps_alpha_as_stock_does_and_says_so(tmp_path, x):
     accelerated.disable()
     other = deep_config(5, randlora_alpha=99, **KEY_ALONE)
     randomize(peft.get_peft_model(Deep(), other), seed=3).save_pretrained(tmp_path)
@@ -122,19 +118,17 @@ def test_load_adapter_keeps_alpha_as_stock_does_and_says_so(tmp_path):
     with pytest.warns(UserWarning, match=message) as told:
         ours.load_adapter(tmp_path, "default")
     assert any(warning.filename == __file__ for warning in told)
-    x = torch.randn(6, 24)
     assert layers(ours)[0].scaling["default"] == 640 / 5
     assert relative(ours(x), stock(x)) < 1e-6
 
 
-def test_a_file_without_a_configuration(tmp_path):
+def test_a_file_without_a_configuration(tmp_path, x):
     """Stock PEFT reads the tensors; so do we. Their header tells, or nobody does."""
     theirs = made(seed=3, **KEY_ALONE)
     theirs.save_pretrained(tmp_path / "sub" / "folder")
     (tmp_path / "sub/folder/adapter_config.json").unlink()
     model = made(**KEY_ALONE)
     model.load_adapter(tmp_path / "sub", "default", subfolder="folder")
-    x = torch.randn(6, 24)
     assert torch.equal(model(x), theirs(x))
     other = made(**KEY_ALONE, projection_prng_key=9)
     with pytest.raises(ValueError, match="projection_prng_key is 0, not 9"):
@@ -166,13 +160,12 @@ def test_models_on_other_layers_pass_through(tmp_path):
     assert (tmp_path / "fourier/adapter_model.safetensors").exists()
 
 
-def test_hotswap_one_of_several_by_a_file_of_stock(tmp_path):
+def test_hotswap_one_of_several_by_a_file_of_stock(tmp_path, x):
     stock = randomize(peft.get_peft_model(Deep(), deep_config(5, sparse=True)), 3)
     stock.save_pretrained(tmp_path)
     model = made(sparse=True)
     model.add_adapter("two", deep_config(5, sparse=True))
     randomize(model, 4)
-    x = torch.randn(6, 24)
     before = model(x)
     accelerated.hotswap_adapter(model, tmp_path, "two")
     assert torch.equal(model(x), before)
@@ -286,12 +279,11 @@ MERGED = {
 
 
 @pytest.mark.parametrize("make,door", MERGED.values(), ids=MERGED)
-def test_nothing_is_loaded_into_a_merged_layer(tmp_path, make, door):
+def test_nothing_is_loaded_into_a_merged_layer(tmp_path, make, door, x):
     """Unmerging would take another adapter out of the weight than is in it."""
     made(seed=3, sparse=True).save_pretrained(tmp_path)
     model = make()
     weights = [layer.weight.clone() for layer in layers(model)]
-    x = torch.randn(6, 24)
     before = model(x)
     for layer in layers(model):
         layer.merge()

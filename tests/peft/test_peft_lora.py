@@ -22,10 +22,9 @@ from transformers.pytorch_utils import Conv1D
 
 from randlora_ext.peft.lora import RANKS, target_modules
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread", "stock_peft"),
-    pytest.mark.filterwarnings("ignore:RandLoRA layers of this", "ignore:Specified to not save"),
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:RandLoRA layers of this", "ignore:Specified to not save"
+)
 X = torch.randn(6, 24, generator=torch.Generator().manual_seed(3))
 
 

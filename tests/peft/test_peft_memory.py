@@ -10,8 +10,6 @@ from torch import nn
 
 from randlora_ext import TernaryBasis
 
-pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
-
 IN, OUT, R = 200, 256, 16
 DENSE = OUT * 13 * R  # numbers of B: D * n * r, which no weight has
 

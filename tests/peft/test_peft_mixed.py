@@ -5,8 +5,6 @@ import torch
 from cli_helpers import llama
 from peft_helpers import SEQ_2_SEQ_LM, Headed, adapted, config, deep_config, made, randomize, shake
 
-pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
-
 
 def adapters(model, make, names=("two", "three")):
     """A model in eval mode with "default" and more adapters, all of other numbers."""

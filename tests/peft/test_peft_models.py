@@ -21,10 +21,9 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread", "stock_peft"),
-    pytest.mark.filterwarnings("ignore:.*(gradient_checkpointing|use_reentrant|pin_memory)"),
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*(gradient_checkpointing|use_reentrant|pin_memory)"
+)
 VOCAB = 50
 
 

@@ -9,10 +9,7 @@ from torch import nn
 
 from randlora_ext.peft.ternary_tensor import TernaryTensor
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread", "stock_peft"),
-    pytest.mark.filterwarnings("ignore:(Found missing|randlora_alpha)"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:(Found missing|randlora_alpha)")
 
 
 def replace_parameters(model, adapter_name="default", **_):
@@ -38,8 +35,7 @@ def step(model, x):
 
 
 @pytest.mark.parametrize("kind", [{"sparse": True}, {"basis": "independent"}], ids=str)
-def test_parameters_that_are_replaced_when_an_adapter_is_made(monkeypatch, tmp_path, kind):
-    x = torch.randn(6, 24)
+def test_parameters_that_are_replaced_when_an_adapter_is_made(monkeypatch, tmp_path, kind, x):
     plain = made(**kind)
     monkeypatch.setattr(BaseTuner, "_cast_adapter_dtype", replace_parameters)
     model = made(**kind)

@@ -26,10 +26,7 @@ from torch import nn
 from randlora_ext.peft.layer import AcceleratedLinear
 from randlora_ext.peft.quantized import BitsAndBytesLinear
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread", "stock_peft"),
-    pytest.mark.filterwarnings("ignore"),  # of these packages
-]
+pytestmark = pytest.mark.filterwarnings("ignore")  # of these packages
 
 BITS = [8, 4]
 SIZES = {"a": (64, 128), "b": (128, 64), "c": (64, 64)}

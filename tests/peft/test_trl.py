@@ -19,10 +19,7 @@ transformers = pytest.importorskip("transformers")
 
 from randlora_ext.peft import activation  # noqa: E402
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread", "stock_peft"),
-    pytest.mark.filterwarnings("ignore"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 WORDS = [f"word{i}" for i in range(40)]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
