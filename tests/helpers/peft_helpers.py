@@ -24,23 +24,6 @@ RANDLORA = peft.PeftType.RANDLORA
 # Before 0.20 stock PEFT does not look at the task of RandLoRA, and refuses our key when it draws.
 CHECKS_TASK = PEFT >= (0, 20)
 
-# (in, out, r): square, wide, tall, overhanging last base, r > d, r = d, r = 1
-SHAPES = [
-    (16, 16, 4),
-    (24, 40, 4),
-    (40, 24, 4),
-    (24, 40, 5),
-    (40, 24, 7),
-    (20, 20, 6),
-    (6, 10, 8),
-    (10, 6, 9),
-    (32, 32, 32),
-    (33, 65, 2),
-    (70, 50, 32),
-    (50, 70, 3),
-]
-KINDS = ["sparse", "very_sparse"]
-
 
 class Net(nn.Module):
     """Two more targeted layers of other shapes make PEFT's shared bases larger than needed."""
@@ -49,12 +32,11 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(in_features * 1000 + out_features)
         make = (lambda i, o: kind(o, i)) if kind is not nn.Linear else nn.Linear
-        self.lin = make(in_features, out_features)
-        self.back = make(out_features, in_features)
-        self.big = nn.Linear(72, 80)
+        self.a, self.b = make(in_features, out_features), make(out_features, in_features)
+        self.c = nn.Linear(72, 80)
 
     def forward(self, x):
-        return self.lin(x)
+        return self.a(x)
 
 
 class Deep(nn.Module):
@@ -89,23 +71,28 @@ class Wide(Deep):
         return self.other(self.wide(super().forward(x)))
 
 
-def config(r=4, cls=None, targets=("lin", "back", "big"), **options):
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    more = {"vocab_size": 50, "decoder_start_token_id": 0, "dropout_rate": 0.0}
+    return T5ForConditionalGeneration(T5Config(**shape, **more))
+
+
+def config(r=4, cls=None, targets="abc", **options):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Specified to not save basis_A")
         return (cls or peft.RandLoraConfig)(r=r, target_modules=list(targets), **options)
 
 
-def deep_config(r=4, cls=None, **options):
-    return config(r, cls, "abc", **options)
-
-
-def randomize(model, seed=0):
-    """Random diagonals that make adapter and base equally important."""
+def randomize(model, seed=0, size=1):
+    """Random diagonals: of `size` 1 they make adapter and base equally important."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "randlora_lambda" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 1e-3)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * size * 1e-3)
             elif "randlora_gamma" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
@@ -128,6 +115,12 @@ def adapted(base, targets, r=5, seed=0, **options):
 
 def made(seed=0, base=Deep, r=5, targets="abc", **options):
     return adapted(base(), targets, r, seed, **options)
+
+
+def stock_made(seed=0, base=Deep, r=5, targets="abc", **options):
+    """The same on stock PEFT, which is in force afterwards."""
+    accelerated.disable()
+    return randomize(peft.get_peft_model(base(), config(r, None, targets, **options)), seed)
 
 
 def opened(folder, base=Deep, **options):
@@ -155,17 +148,22 @@ def edit_config(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def pair(base, make_config, **options):
+def pair(base, make_config, seed=0, **options):
     """(stock PEFT's model, ours), equal in all numbers."""
-    accelerated.disable()
-    stock = randomize(peft.get_peft_model(copy.deepcopy(base), make_config(), **options))
-    accelerated.enable()
-    ours = randomize(peft.get_peft_model(copy.deepcopy(base), make_config(), **options))
-    return stock, ours
+    models = []
+    for choose in (accelerated.disable, accelerated.enable):
+        choose()
+        model = peft.get_peft_model(copy.deepcopy(base), make_config(), **options)
+        models.append(randomize(model, seed))
+    return models
 
 
 def layers(model):
     return [m for m in model.modules() if isinstance(m, StockLinear)]
+
+
+def deltas(model):
+    return [layer.get_delta_weight("default") for layer in layers(model)]
 
 
 def runs_on_kernels(model):

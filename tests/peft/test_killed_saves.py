@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from layer_helpers import small_net
-from peft_helpers import accelerated, deep_config, made, randomize
+from peft_helpers import accelerated, config, made, randomize
 
 import randlora_ext
 
@@ -56,7 +56,7 @@ def contents(folder):
 
 def of_several_adapters():
     model = made(basis="independent", density=0.2)
-    model.add_adapter("two", deep_config(5, accelerated.RandLoraConfig, density=0.1))
+    model.add_adapter("two", config(5, accelerated.RandLoraConfig, density=0.1))
     return model
 
 

@@ -5,22 +5,15 @@ import warnings
 
 import pytest
 import torch
-from peft_helpers import (
-    KINDS,
-    SHAPES,
-    Net,
-    assert_close,
-    config,
-    inputs,
-    layers,
-    pair,
-    relative,
-    run,
-    runs_on_kernels,
-)
+from layer_helpers import SHAPES as ALL_SHAPES
+from layer_helpers import relative
+from peft_helpers import Net, assert_close, config, deltas, inputs, pair, run, runs_on_kernels
 from torch import nn
 
+# Few numbers may all be zero, of which a warning tells.
+SHAPES = [shape for shape in ALL_SHAPES if 1 not in shape[:2]]
 PATHS = ["factored", "delta", "merged"]
+KINDS = ["sparse", "very_sparse", "uniform"]
 
 
 @pytest.mark.parametrize(
@@ -28,7 +21,7 @@ PATHS = ["factored", "delta", "merged"]
     [
         *((shape, kind, torch.float64) for shape in SHAPES for kind in ("sparse", "uniform")),
         *((shape, "very_sparse", torch.float64) for shape in SHAPES[::4]),
-        *((shape, kind, torch.float32) for shape in SHAPES[1::4] for kind in (*KINDS, "uniform")),
+        *((shape, kind, torch.float32) for shape in SHAPES[1::4] for kind in KINDS),
     ],
     ids=str,
 )
@@ -42,13 +35,12 @@ def test_same_numbers_as_stock(monkeypatch, shape, kind, dtype):
         stock.double(), ours.double()
     x, dy = inputs(in_features, out_features, dtype)
     wanted = run(stock, x, dy)
-    deltas = [m.get_delta_weight("default") for m in layers(stock)]
     for path in PATHS if kind == "uniform" else ["auto"]:
         monkeypatch.setenv("RANDLORA_PATH", path)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert_close(run(ours, x, dy), wanted, tolerance)
-        assert_close([m.get_delta_weight("default") for m in layers(ours)], deltas, tolerance)
+        assert_close(deltas(ours), deltas(stock), tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -76,13 +68,13 @@ def test_other_base_layers(monkeypatch, kind):
     conv1d = "conv1d" in kind
     base = Net(24, 40, Conv1D if conv1d else nn.Linear).double()
     if conv1d:
-        nn.init.normal_(base.lin.bias)
+        nn.init.normal_(base.a.bias)
     if kind == "subclass":
-        base.lin.__class__ = type("Special", (nn.Linear,), {})
+        base.a.__class__ = type("Special", (nn.Linear,), {})
     calls = []
     if kind == "hook":
-        base.lin.register_forward_hook(lambda *_: calls.append(1))
-    targets = ("lin",) if conv1d else ("lin", "back", "big")
+        base.a.register_forward_hook(lambda *_: calls.append(1))
+    targets = "a" if conv1d else "abc"
     options = {"fan_in_fan_out": conv1d, "sparse": "uniform" not in kind}
     stock, ours = pair(base, lambda: config(5, targets=targets, **options))
     stock.double(), ours.double()
@@ -93,8 +85,8 @@ def test_other_base_layers(monkeypatch, kind):
         monkeypatch.setenv("RANDLORA_PATH", path)
         assert_close(run(ours, x, dy), wanted, 1e-10)
     assert len(calls) == (len(PATHS) if kind == "hook" else 0)
-    mine, theirs = (m.base_model.model.lin.get_delta_weight("default") for m in (ours, stock))
-    assert mine.shape == base.lin.weight.shape and relative(mine, theirs) < 1e-10
+    mine, theirs = (deltas(model)[0] for model in (ours, stock))
+    assert mine.shape == base.a.weight.shape and relative(mine, theirs) < 1e-10
 
 
 def test_autocast_and_dtype_of_the_result():

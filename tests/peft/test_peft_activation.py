@@ -3,7 +3,6 @@
 import gc
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from peft_helpers import (
     StockLinear,
     accelerated,
     assert_close,
-    deep_config,
+    config,
     layers,
     made,
     opened,
@@ -23,6 +22,7 @@ from peft_helpers import (
     relative,
     run,
     runs_on_kernels,
+    stock_made,
 )
 from torch import nn
 
@@ -66,34 +66,31 @@ def test_enable_twice_and_disable():
     accelerated.enable()
     accelerated.enable()
     assert all(one is not other for one, other in zip(stock, tables(), strict=True))
-    inside = peft.get_peft_model(Deep(), deep_config(5, sparse=True))
+    inside = peft.get_peft_model(Deep(), config(5, sparse=True))
     accelerated.disable()
     assert tables() == stock
     assert "_upload_modified_files" not in vars(peft.PeftModel)  # inherited, as before
-    outside = peft.get_peft_model(Deep(), deep_config(5, sparse=True))
+    outside = peft.get_peft_model(Deep(), config(5, sparse=True))
     assert type(outside.base_model) is peft.tuners.randlora.RandLoraModel
     assert {type(layer) for layer in layers(outside)} == {StockLinear}
-    inside.add_adapter("two", deep_config(5, sparse=True))
+    inside.add_adapter("two", config(5, sparse=True))
     assert runs_on_kernels(inside)
 
 
+@pytest.mark.filterwarnings("error")
 def test_what_was_made_too_early_is_told():
     with pytest.warns(UserWarning, match=r"enable\(\) has not been called: until it is") as caught:
-        early = deep_config(5, accelerated.RandLoraConfig, sparse=True)
-    assert len(caught) == 1 and caught[0].filename == deep_config.__code__.co_filename
+        early = config(5, accelerated.RandLoraConfig, sparse=True)
+    assert len(caught) == 1 and caught[0].filename == config.__code__.co_filename
     gc.collect()  # models of other tests
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        accelerated.enable()
+    accelerated.enable()  # without a warning
     accelerated.disable()
     model = peft.get_peft_model(Deep(), early)
     with pytest.warns(UserWarning, match=r"made before .*enable\(\) and keeps") as caught:
         accelerated.enable()
     assert len(caught) == 1 and caught[0].filename == __file__
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        accelerated.enable()  # told already
-        deep_config(5, accelerated.RandLoraConfig, sparse=True)
+    accelerated.enable()  # told already
+    config(5, accelerated.RandLoraConfig, sparse=True)
     assert runs_on_kernels(accelerated.accelerate(model))
 
 
@@ -137,10 +134,9 @@ def test_old_or_newer_peft(monkeypatch):
 
 def test_what_a_model_says_of_its_kernels(monkeypatch):
     monkeypatch.setenv("RANDLORA_PATH", "factored")
-    stock, ours = pair(Deep(), lambda: deep_config(5, sparse=True))
+    stock, ours = pair(Deep(), lambda: config(5, sparse=True))
     text = accelerated.kernel_summary(ours, tokens=64)
-    assert "\n" not in text
-    assert text.startswith("3 RandLoRA layers on randlora_ext's ")
+    assert "\n" not in text and text.startswith("3 RandLoRA layers on randlora_ext's ")
     assert "at 64 tokens: 2x 24->40 r=5 density 0.3" in text and "1x 40->24" in text
     assert text.count(" (counted) factored") == 2
     independent = made(basis="independent", density=0.2)
@@ -150,14 +146,11 @@ def test_what_a_model_says_of_its_kernels(monkeypatch):
     layer = RandLoraLinear(nn.Linear(2, 2), r=1)
     assert "kernels at 512 tokens: 1x 2->2 r=1 density 0.333 f" in accelerated.kernel_summary(layer)
     independent.merge_adapter()
-    printed = "24->40; default: r=5 density 0.2 factored at 512 tokens, merged"
-    assert printed in repr(independent)
+    assert "default: r=5 density 0.2 factored at 512 tokens, merged" in repr(independent)
     dense = "r=5 dense factored (basis='hadamard' costs about LoRA's)"
-    assert f"24->40; default: {dense}" in repr(made())
-    assert f"2x 24->40 {dense}" in accelerated.kernel_summary(made(r=5))
-    hadamard = made(basis="hadamard")
-    assert "2x 24->40 r=5 hadamard factored" in accelerated.kernel_summary(hadamard)
-    assert "24->40; default: r=5 hadamard factored at 512 tokens" in repr(hadamard)
+    for model, told in ((made(), dense), (made(basis="hadamard"), "r=5 hadamard factored")):
+        assert f"2x 24->40 {told}" in accelerated.kernel_summary(model)
+        assert f"24->40; default: {told}" in repr(model)
 
 
 def test_jit_trace_is_refused_by_name():
@@ -166,10 +159,6 @@ def test_jit_trace_is_refused_by_name():
         torch.jit.trace(model.base_model.model, (x,))
     model.merge_adapter()
     assert torch.equal(torch.jit.trace(model.base_model.model, (x,))(x), model(x))
-
-
-def stock(base=Deep, **options):
-    return randomize(peft.get_peft_model(base(), deep_config(5, **options)))
 
 
 def train(model, optimizer, steps):
@@ -187,7 +176,7 @@ def train(model, optimizer, steps):
 @pytest.mark.parametrize("kind", [{"very_sparse": True}, {}], ids=str)
 def test_accelerate_in_the_middle_of_training(kind):
     """Two steps of stock PEFT and then three of ours are five of stock PEFT."""
-    model, control = stock(**kind), stock(**kind)
+    model, control = stock_made(**kind), stock_made(**kind)
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (model, control)]
     assert train(model, optimizers[0], 2) == train(control, optimizers[1], 2)
     parameters = dict(model.named_parameters())
@@ -196,28 +185,27 @@ def test_accelerate_in_the_middle_of_training(kind):
         after = dict(model.named_parameters())
         assert list(after) == list(parameters)
         assert all(after[name] is parameters[name] for name in after)
-    losses = [train(m, o, 3) for m, o in zip((model, control), optimizers, strict=True)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    losses = train(model, optimizers[0], 3)
+    assert losses == pytest.approx(train(control, optimizers[1], 3), rel=1e-5)
     for mine, theirs in zip(model.parameters(), control.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_accelerate_several_adapters_and_dtypes(dtype):
-    model = stock(lambda: Deep().to(dtype), sparse=True)
-    model.add_adapter("two", deep_config(5, sparse=True, randlora_alpha=100))
+def test_accelerate_several_adapters_and_dtypes(dtype, x):
+    model = stock_made(base=lambda: Deep().to(dtype), sparse=True)
+    model.add_adapter("two", config(5, sparse=True, randlora_alpha=100))
     model.base_model.set_adapter(["default", "two"])
     randomize(model, 1)
-    x, dy = torch.randn(6, 24).to(dtype), torch.randn(6, 40).to(dtype)
+    x, dy = x.to(dtype), torch.randn(6, 40, dtype=dtype)
     wanted = run(model, x, dy)
     accelerated.accelerate(model)
     assert runs_on_kernels(model)
     assert_close(run(model, x, dy), wanted, 1e-10 if dtype is torch.float64 else 0.02)
 
 
-def test_accelerate_a_merged_and_an_injected_model(tmp_path):
-    model = stock(sparse=True)
-    x, dy = torch.randn(6, 24), torch.randn(6, 40)
+def test_accelerate_a_merged_and_an_injected_model(tmp_path, x):
+    model, dy = stock_made(sparse=True), torch.randn(6, 40)
     weight, before = layers(model)[0].weight.clone(), model(x)
     model.merge_adapter()
     accelerated.accelerate(model)
@@ -227,7 +215,7 @@ def test_accelerate_a_merged_and_an_injected_model(tmp_path):
     model.save_pretrained(tmp_path)  # as stock's
     assert relative(opened(tmp_path)(x), before) < 1e-6
     accelerated.disable()
-    injected = randomize(peft.inject_adapter_in_model(deep_config(5, sparse=True), Deep()))
+    injected = randomize(peft.inject_adapter_in_model(config(5, sparse=True), Deep()))
     wanted = run(injected, x, dy)
     accelerated.accelerate(injected)
     assert runs_on_kernels(injected)
@@ -240,7 +228,7 @@ def test_what_cannot_be_accelerated():
         with pytest.raises(ValueError, match="holds no RandLoRA layer of PEFT"):
             accelerated.accelerate(model)
     with torch.device("meta"):
-        model = stock()
+        model = stock_made()
     with pytest.raises(ValueError, match="basis of adapter 'default' is on the meta device"):
         accelerated.accelerate(model)
     assert {type(layer) for layer in layers(model)} == {StockLinear}

@@ -8,7 +8,7 @@ from peft_helpers import (
     Deep,
     accelerated,
     assert_close,
-    deep_config,
+    config,
     layers,
     made,
     opened,
@@ -21,9 +21,9 @@ from peft_helpers import (
 
 def pair_of_two_adapters(kind, base=Deep):
     """(stock PEFT's model, ours) with adapters "default" and "two"."""
-    models = pair(base(), lambda: deep_config(5, **kind))
+    models = pair(base(), lambda: config(5, **kind))
     for model in models:
-        model.add_adapter("two", deep_config(5, **kind, randlora_alpha=100))
+        model.add_adapter("two", config(5, **kind, randlora_alpha=100))
         randomize(model, seed=4)
     return models
 
@@ -51,7 +51,7 @@ def test_two_adapters_as_stock(kind):
 def test_an_adapter_of_another_rank_or_density_is_what_it_is_alone(tmp_path, r, kind, x):
     model = made(sparse=True)
     for name in ("two", "three"):
-        model.add_adapter(name, deep_config(r, accelerated.RandLoraConfig, **kind))
+        model.add_adapter(name, config(r, accelerated.RandLoraConfig, **kind))
     randomize(model)
     A = model.base_model.randlora_A
     first, two, three = (getattr(A[n], "signs", A[n]) for n in ("default", "two", "three"))

@@ -14,7 +14,6 @@ from peft_helpers import (
     adapted,
     assert_close,
     config,
-    deep_config,
     edit_config,
     layers,
     made,
@@ -37,9 +36,9 @@ def status(value):
 
 
 def test_what_peft_tells_of_a_model():
-    stock, ours = pair(Deep(), lambda: deep_config(5, sparse=True))
+    stock, ours = pair(Deep(), lambda: config(5, sparse=True))
     for model in (stock, ours):
-        model.add_adapter("two", deep_config(5, sparse=True))
+        model.add_adapter("two", config(5, sparse=True))
     for _ in range(2):
         assert ours.get_nb_trainable_parameters() == stock.get_nb_trainable_parameters()
         assert status(ours.get_layer_status()) == status(stock.get_layer_status())
@@ -58,7 +57,7 @@ def test_injected_adapters(x):
     states, outputs = {}, {}
     for backend in ("stock", "ours"):
         accelerated.enable() if backend == "ours" else accelerated.disable()
-        model = randomize(peft.inject_adapter_in_model(deep_config(5, sparse=True), Deep()))
+        model = randomize(peft.inject_adapter_in_model(config(5, sparse=True), Deep()))
         states[backend] = peft.get_peft_model_state_dict(model)
         outputs[backend] = model(x)
     assert relative(outputs["ours"], outputs["stock"]) < 1e-6
@@ -73,7 +72,7 @@ def test_injected_adapters(x):
     for writer, state in states.items():
         for reader in ("stock", "ours"):
             accelerated.enable() if reader == "ours" else accelerated.disable()
-            other = deep_config(5, sparse=True, projection_prng_key=9)  # other bases at first
+            other = config(5, sparse=True, projection_prng_key=9)  # other bases at first
             model = peft.inject_adapter_in_model(other, Deep())
             peft.set_peft_model_state_dict(model, state)
             assert relative(model(x), outputs[writer]) < 1e-6
@@ -82,9 +81,9 @@ def test_injected_adapters(x):
 def test_a_second_injected_adapter_leaves_the_first(tmp_path, x):
     """Stock PEFT gives every layer a new dictionary of bases, without the first adapter's."""
     accelerated.enable()
-    model = peft.inject_adapter_in_model(deep_config(5, sparse=True), Deep())
+    model = peft.inject_adapter_in_model(config(5, sparse=True), Deep())
     first = randomize(model)(x)
-    peft.inject_adapter_in_model(deep_config(3, sparse=True), model, adapter_name="two")
+    peft.inject_adapter_in_model(config(3, sparse=True), model, adapter_name="two")
     for layer in layers(model):
         layer.set_adapter("default")
     assert torch.equal(model(x), first)
@@ -142,7 +141,7 @@ def test_transformers_integration(tmp_path, monkeypatch):
 @pytest.mark.parametrize("autocast", [True, False])
 def test_dtypes_of_a_bf16_model(autocast, kind):
     options = {"autocast_adapter_dtype": autocast}
-    stock, ours = pair(Deep().bfloat16(), lambda: deep_config(5, **kind), **options)
+    stock, ours = pair(Deep().bfloat16(), lambda: config(5, **kind), **options)
     for (name, mine), (other, theirs) in zip(
         ours.named_parameters(), stock.named_parameters(), strict=True
     ):
@@ -160,7 +159,7 @@ def test_conversion_to_lora():
     convert = getattr(peft, "convert_to_lora", None)
     if convert is None:
         pytest.skip("this version of PEFT has no convert_to_lora")
-    stock, ours = pair(Deep(), lambda: deep_config(5, sparse=True))
+    stock, ours = pair(Deep(), lambda: config(5, sparse=True))
     (_, theirs), (_, mine) = convert(stock, rank=4), convert(ours, rank=4)
     assert mine.keys() == theirs.keys()
     for name in {key.rsplit(".lora_", 1)[0] for key in mine}:
@@ -183,10 +182,10 @@ def test_an_adapter_of_larger_layers(x):
 
 def test_adapters_come_and_go(x):
     model = made(sparse=True)
-    model.add_adapter("two", deep_config(3, sparse=True))
+    model.add_adapter("two", config(3, sparse=True))
     model.delete_adapter("default")
     assert list(model.base_model.randlora_A) == ["two"]
-    model.add_adapter("default", deep_config(5, sparse=True))
+    model.add_adapter("default", config(5, sparse=True))
     model.set_adapter("default")
     model.delete_adapter("two")
     assert torch.equal(randomize(model)(x), made(sparse=True)(x))

@@ -23,7 +23,7 @@ from peft_helpers import (
     adapted,
     assert_close,
     basis_of,
-    deep_config,
+    config,
     edit_config,
     inputs,
     layers,
@@ -67,7 +67,7 @@ def test_bases_are_those_of_the_specification(tmp_path, options, density):
 
 def test_output_and_gradients_are_those_of_the_dense_formula():
     for options in ({"basis": "independent", "density": 0.2}, {"density": 0.1}):
-        model = adapted(Net(24, 40).double(), ["lin", "big"], 7, **options)
+        model = adapted(Net(24, 40).double(), "ac", 7, **options)
         x, dy = inputs(24, 40, torch.float64)
         ours = run(model, x, dy)
         for layer in layers(model):
@@ -121,7 +121,7 @@ def test_the_text_alone_decides_the_bases_at_every_door(tmp_path, options, x):
     assert not {"basis", "density"} & text.keys()
     accelerated.enable()
     key = text["projection_prng_key"]
-    alone = deep_config(5, accelerated.RandLoraConfig, projection_prng_key=key)
+    alone = config(5, accelerated.RandLoraConfig, projection_prng_key=key)
     doors = [
         opened(tmp_path),
         opened(tmp_path, config=read_by_stock),
@@ -183,7 +183,7 @@ def test_bad_options():
     accelerated.enable()
     for options, message in BAD_OPTIONS:
         with pytest.raises((TypeError, ValueError), match=message):
-            deep_config(5, accelerated.RandLoraConfig, **options)
+            config(5, accelerated.RandLoraConfig, **options)
 
 
 def test_a_configuration_does_not_outlive_enable():
@@ -191,11 +191,11 @@ def test_a_configuration_does_not_outlive_enable():
     chosen = []
     accelerated.enable()
     for options in DESCRIBED.values():
-        chosen.append(deep_config(cls=accelerated.RandLoraConfig, **options))
+        chosen.append(config(cls=accelerated.RandLoraConfig, **options))
     accelerated.disable()
     for each, options in zip(chosen, DESCRIBED.values(), strict=True):
         with pytest.raises(RuntimeError, match=r"needs randlora_ext\.peft\.enable\(\)"):
-            deep_config(cls=accelerated.RandLoraConfig, **options)
+            config(cls=accelerated.RandLoraConfig, **options)
         with pytest.raises(Exception, match="expected a long, but got str"):
             peft.get_peft_model(Deep(), each)
 
@@ -223,13 +223,13 @@ def test_adapters_of_other_keys_and_kinds_stand_side_by_side(tmp_path, x):
     }
     model = made(sparse=True, save_projection=False)
     for name, options in others.items():
-        model.add_adapter(name, deep_config(5, accelerated.RandLoraConfig, **options))
+        model.add_adapter(name, config(5, accelerated.RandLoraConfig, **options))
     randomize(model).save_pretrained(tmp_path)
     for name in others:
         model.set_adapter(name)
         assert torch.equal(opened(tmp_path / name)(x), model(x))
     with pytest.raises(ValueError, match="PRNG initialisation key must be the same"):
-        model.add_adapter("four", deep_config(5, sparse=True, projection_prng_key=9))
+        model.add_adapter("four", config(5, sparse=True, projection_prng_key=9))
 
 
 def test_a_density_without_a_value_in_it():
@@ -259,12 +259,12 @@ def test_layers_of_one_shape_share_one_basis():
     model = made(sparse=True)
     a, b, c = layers(model)
     assert basis_of(a) is basis_of(c) and basis_of(a) is not basis_of(b)
-    model.add_adapter("two", deep_config(5, sparse=True))
+    model.add_adapter("two", config(5, sparse=True))
     assert a.basis_of("two", torch.device("cpu")) is basis_of(a)
 
 
 def test_changed_bases_are_noticed(x):
-    stock, ours = pair(Deep(), lambda: deep_config(5, sparse=True))
+    stock, ours = pair(Deep(), lambda: config(5, sparse=True))
     ours(x)
     state = {
         key: value.flip(0) * 0.5 if "randlora_A" in key or "randlora_B" in key else value
@@ -317,9 +317,9 @@ PRODUCTS = {"factored": torch.bfloat16, "delta": torch.float16, "merged": torch.
 def test_products_in_16_bits_or_as_stock(monkeypatch, path, dtype):
     """Adapters, gradients and files stay float32; errors are those of 16-bit activations."""
     monkeypatch.setenv("RANDLORA_PATH", path)
-    stock, ours = pair(Deep().to(dtype), lambda: deep_config(5))
+    stock, ours = pair(Deep().to(dtype), lambda: config(5))
     # The same 16-bit weights and activations, all else exact.
-    exact, _ = pair(Deep().to(dtype).double(), lambda: deep_config(5))
+    exact, _ = pair(Deep().to(dtype).double(), lambda: config(5))
     exact.load_state_dict({k: v.double() for k, v in stock.state_dict().items()})
     x, dy = inputs(24, 40, dtype)
     wanted = run(exact.double(), x.double(), dy.double())
@@ -346,7 +346,7 @@ def test_layers_multiply_by_the_tensors_of_the_model():
     for basis in (a, b):
         assert basis.kind == "dense"
         assert [t.data_ptr() for t in basis.packed()] == [A.data_ptr(), B.data_ptr()]
-    bases = accelerated.accelerate(peft.get_peft_model(Deep(), deep_config(5))).base_model
+    bases = accelerated.accelerate(peft.get_peft_model(Deep(), config(5))).base_model
     assert bases.randlora_B["default"].dtype == torch.float32
 
 

@@ -8,38 +8,37 @@ import torch
 from peft_helpers import (
     Deep,
     accelerated,
-    deep_config,
+    assert_close,
+    deltas,
     layers,
     made,
     opened,
     peft,
-    randomize,
     relative,
+    stock_made,
 )
 from safetensors.torch import load_file
 
 from randlora_ext.peft.adapter_basis import AdapterBasis
 from randlora_ext.writing import appear_together
 
+TENSORS = "adapter_model.safetensors"
 KEY_ALONE = {"sparse": True, "save_projection": False}
 DRAWN = {"density": 0.07, "save_projection": False}
 
 
 @pytest.mark.parametrize("kind", [{"sparse": True}, {}], ids=["packed", "uniform"])
 def test_a_file_in_float32_is_not_rounded_on_a_bf16_base(tmp_path, kind):
-    accelerated.disable()
-    stock = randomize(peft.get_peft_model(Deep(), deep_config(5, **kind)))
+    stock = stock_made(**kind)
     stock.save_pretrained(tmp_path / "float32")
     accelerated.enable()
     loaded = opened(tmp_path / "float32", lambda: Deep().bfloat16())
+    assert_close(deltas(loaded), deltas(stock), 1e-6)
     for mine, theirs in zip(layers(loaded), layers(stock), strict=True):
-        want = theirs.get_delta_weight("default")
-        assert relative(mine.get_delta_weight("default"), want) < 1e-6
         for name in ("randlora_A", "randlora_B"):
             assert torch.equal(getattr(mine, name)["default"] + 0, getattr(theirs, name)["default"])
     loaded.save_pretrained(tmp_path / "again")
-    file = "adapter_model.safetensors"
-    first, again = (load_file(tmp_path / folder / file) for folder in ("float32", "again"))
+    first, again = (load_file(tmp_path / each / TENSORS) for each in ("float32", "again"))
     assert all(torch.equal(again[name], first[name]) for name in again)
 
 
@@ -57,10 +56,6 @@ def test_stock_reads_one_third_and_any_density_with_its_bases(tmp_path, options,
     assert relative(opened(tmp_path)(x), model(x)) < 1e-5
 
 
-class Killed(Exception):
-    pass
-
-
 def contents(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -71,14 +66,14 @@ def killed_between(monkeypatch, model, folder):
 
     def once(source, target):
         if str(target) == str(folder / "adapter_config.json"):
-            raise Killed
+            raise KeyboardInterrupt
         replace(source, target)
 
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", once)
         # A killed process tidies nothing. (Debian's tempfile has an rmtree of its own.)
         patch.setattr("tempfile.TemporaryDirectory.cleanup", lambda self: self._finalizer.detach())
-        with pytest.raises(Killed):
+        with pytest.raises(KeyboardInterrupt):
             model.save_pretrained(folder)
 
 
@@ -91,11 +86,12 @@ TORN = {
 
 
 @pytest.mark.parametrize("old,new,message", TORN.values(), ids=TORN)
-def test_tensors_with_the_configuration_of_another_save(tmp_path, monkeypatch, old, new, message):
+def test_tensors_with_the_configuration_of_another_save(
+    tmp_path, monkeypatch, old, new, message, x
+):
     made(**old).save_pretrained(tmp_path)
     killed_between(monkeypatch, made(seed=2, **new), tmp_path)
-    base, x = Deep(), torch.randn(6, 24)
-    running = made(seed=4, **old)
+    base, running = Deep(), made(seed=4, **old)
     before = running(x)
     for door in (
         lambda: opened(tmp_path, lambda: base),
@@ -171,7 +167,7 @@ def test_what_cannot_be_written(tmp_path, monkeypatch, writer):
 def test_files_that_are_links(tmp_path, x):
     folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
     folder.mkdir(), elsewhere.mkdir()
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
+    for name in (TENSORS, "adapter_config.json"):
         (folder / name).symlink_to(elsewhere / name)
     model = made(density=0.2)
     model.save_pretrained(folder)
@@ -198,8 +194,6 @@ def test_a_round_trip_after_a_cast(tmp_path, options, save_projection, dtype, ba
     over = made(save_projection=save_projection, **options).to(back)
     over.load_adapter(tmp_path, "default")
     for loaded in (new, over):
+        assert_close(deltas(loaded), deltas(model), 1e-6)
         for ours, theirs in zip(layers(loaded), layers(model), strict=True):
-            delta, want = (one.get_delta_weight("default") for one in (ours, theirs))
-            assert relative(delta, want) < 1e-6
-            dense = ours.get_scaled_bases("default"), theirs.get_scaled_bases("default")
-            assert all(relative(a, b) < 1e-6 for a, b in zip(*dense, strict=True))
+            assert_close(*(one.get_scaled_bases("default") for one in (ours, theirs)), 1e-6)

@@ -13,7 +13,6 @@ from peft_helpers import (
     adapted,
     assert_unchanged,
     config,
-    deep_config,
     edit_config,
     layers,
     made,
@@ -71,7 +70,7 @@ def test_other_bases_are_named_and_nothing_changes(tmp_path, own, other, message
         plain_tensors(tmp_path) if recorded else None
     assert_unchanged(model, before)
     # also if the adapter is made of another configuration than the file's
-    chosen = deep_config(cls=accelerated.RandLoraConfig, **({"r": 5} | own))
+    chosen = config(cls=accelerated.RandLoraConfig, **({"r": 5} | own))
     with pytest.raises(ValueError, match=message):
         opened(tmp_path, config=chosen)
 
@@ -110,9 +109,9 @@ def test_the_same_or_saved_bases_load_in_place(tmp_path, own, other, x):
 
 def test_load_adapter_keeps_alpha_as_stock_does_and_says_so(tmp_path, x):
     accelerated.disable()
-    other = deep_config(5, randlora_alpha=99, **KEY_ALONE)
+    other = config(5, randlora_alpha=99, **KEY_ALONE)
     randomize(peft.get_peft_model(Deep(), other), seed=3).save_pretrained(tmp_path)
-    stock, ours = pair(Deep(), lambda: deep_config(5, **KEY_ALONE))
+    stock, ours = pair(Deep(), lambda: config(5, **KEY_ALONE))
     stock.load_adapter(tmp_path, "default")
     message = "randlora_alpha of .* is 99, .* keeps its own, 640"
     with pytest.warns(UserWarning, match=message) as told:
@@ -142,7 +141,7 @@ def test_a_model_that_was_accelerated_without_enable(tmp_path):
     """Stock PEFT's table is in force then, whose configuration drops the density."""
     made(seed=3, density=0.2, save_projection=False).save_pretrained(tmp_path)
     accelerated.disable()
-    model = peft.get_peft_model(Deep(), deep_config(5, save_projection=False))
+    model = peft.get_peft_model(Deep(), config(5, save_projection=False))
     accelerated.accelerate(model)
     with pytest.raises(ValueError, match=r"density is 0\.2, not None"):
         model.load_adapter(tmp_path, "default")
@@ -151,7 +150,7 @@ def test_a_model_that_was_accelerated_without_enable(tmp_path):
 def test_models_on_other_layers_pass_through(tmp_path):
     """Stock PEFT's behaviour on stock models and on FourierFT stays, with our methods in force."""
     accelerated.disable()
-    stock = randomize(peft.get_peft_model(Deep(), deep_config(5, **KEY_ALONE)))
+    stock = randomize(peft.get_peft_model(Deep(), config(5, **KEY_ALONE)))
     made(seed=3, **KEY_ALONE, projection_prng_key=9).save_pretrained(tmp_path)
     stock.load_adapter(tmp_path, "default")
     fourier = peft.get_peft_model(Deep(), peft.FourierFTConfig(n_frequency=9, target_modules=["a"]))
@@ -161,10 +160,10 @@ def test_models_on_other_layers_pass_through(tmp_path):
 
 
 def test_hotswap_one_of_several_by_a_file_of_stock(tmp_path, x):
-    stock = randomize(peft.get_peft_model(Deep(), deep_config(5, sparse=True)), 3)
+    stock = randomize(peft.get_peft_model(Deep(), config(5, sparse=True)), 3)
     stock.save_pretrained(tmp_path)
     model = made(sparse=True)
-    model.add_adapter("two", deep_config(5, sparse=True))
+    model.add_adapter("two", config(5, sparse=True))
     randomize(model, 4)
     before = model(x)
     accelerated.hotswap_adapter(model, tmp_path, "two")
@@ -251,7 +250,7 @@ def test_what_cannot_be_swapped(tmp_path):
     model.set_adapter("two")
     assert relative(model(x), before) < 1e-5
     accelerated.disable()
-    stock = peft.get_peft_model(Deep(), deep_config(5, sparse=True))
+    stock = peft.get_peft_model(Deep(), config(5, sparse=True))
     for other in (stock, Deep()):
         with pytest.raises(TypeError, match="needs a PeftModel on randlora_ext's layers, got "):
             accelerated.hotswap_adapter(other, tmp_path)
@@ -264,7 +263,7 @@ def set_state(model, folder):
 
 def injected():
     accelerated.enable()
-    return randomize(peft.inject_adapter_in_model(deep_config(5, sparse=True), Deep()))
+    return randomize(peft.inject_adapter_in_model(config(5, sparse=True), Deep()))
 
 
 def ours():

@@ -5,32 +5,13 @@ import json
 import pytest
 import torch
 from cli_helpers import KINDS, llama
-from peft_helpers import (
-    Deep,
-    accelerated,
-    config,
-    deep_config,
-    layers,
-    made,
-    opened,
-    peft,
-    randomize,
-    relative,
-)
+from peft_helpers import Deep, accelerated, config, layers, made, opened, peft, relative, stock_made
 from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
 from randlora_ext.peft.lora import RANKS, target_modules
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:RandLoRA layers of this", "ignore:Specified to not save"
-)
-X = torch.randn(6, 24, generator=torch.Generator().manual_seed(3))
-
-
-def stock(base=Deep, r=8, **fields):
-    accelerated.disable()
-    return randomize(peft.get_peft_model(base(), deep_config(r, **fields)))
+pytestmark = pytest.mark.filterwarnings("ignore:RandLoRA layers of", "ignore:Specified to not save")
 
 
 def spectra(model):
@@ -46,8 +27,8 @@ OTHER_RANKS = [("hadamard", 1), ("hadamard", 24), ("stock uniform", 32)]
 
 
 @pytest.mark.parametrize("kind, rank", [*((kind, 5) for kind in KINDS_AT_5), *OTHER_RANKS])
-def test_is_the_truncated_svd(tmp_path, kind, rank):
-    model = (stock if "stock" in kind else made)(**KINDS[kind.removeprefix("stock ")], r=8)
+def test_is_the_truncated_svd(tmp_path, kind, rank, x):
+    model = (stock_made if "stock" in kind else made)(**KINDS[kind.removeprefix("stock ")], r=8)
     done = accelerated.export_to_lora(model, tmp_path, rank)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["peft_type"]) == (rank, rank, "LORA")
@@ -64,7 +45,7 @@ def test_is_the_truncated_svd(tmp_path, kind, rank):
     loaded = opened(tmp_path)
     assert isinstance(loaded.base_model, peft.tuners.lora.LoraModel)
     with torch.no_grad():
-        assert relative(loaded(X), truncated(X)) < 1e-5
+        assert relative(loaded(x), truncated(x)) < 1e-5
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert {len(t) for key, t in saved.items() if "lora_A" in key} == {rank}
     for path in done.layers:  # neither side vanishes in 16 bits
@@ -80,11 +61,11 @@ class Transposed(Deep):
         self.a, self.b, self.c = Conv1D(40, 24), Conv1D(24, 40), Conv1D(40, 24)
 
 
-@pytest.mark.parametrize("make", [made, stock])
-def test_conv1d(tmp_path, make):
+@pytest.mark.parametrize("make", [made, stock_made])
+def test_conv1d(tmp_path, make, x):
     model = make(base=Transposed, fan_in_fan_out=True)
     accelerated.export_to_lora(model, tmp_path, 24)
-    assert relative(opened(tmp_path, Transposed)(X), model(X)) < 1e-5
+    assert relative(opened(tmp_path, Transposed)(x), model(x)) < 1e-5
 
 
 @pytest.mark.parametrize("energy", [0.02, 0.6, 0.9, 1.0])
@@ -98,13 +79,13 @@ def test_energy_chooses_the_smallest_rank(tmp_path, energy):
     assert done.rank == want and done.energy >= energy - 1e-9
 
 
-def test_layers_without_change(tmp_path):
+def test_layers_without_change(tmp_path, x):
     model = made(targets="a", density=0.2)
     with torch.no_grad():
         layers(model)[0].randlora_lambda["default"].zero_()
     done = accelerated.export_to_lora(model, tmp_path, energy=0.9)
     assert done == (1, 1.0, {"a": 1.0})
-    assert torch.equal(opened(tmp_path)(X), Deep()(X))
+    assert torch.equal(opened(tmp_path)(x), Deep()(x))
 
 
 def test_one_of_several_adapters(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cli_helpers import llama
-from peft_helpers import SEQ_2_SEQ_LM, Headed, adapted, config, deep_config, made, randomize, shake
+from peft_helpers import SEQ_2_SEQ_LM, Headed, adapted, config, made, randomize, shake, t5
 
 
 def adapters(model, make, names=("two", "three")):
@@ -31,7 +31,7 @@ def row_by_row(model, names, rows, call=None):
     [({"sparse": True}, (6, 24)), ({"basis": "hadamard"}, (6, 7, 24)), ({}, (6, 7, 24))],
 )
 def test_each_row_is_that_of_its_adapter(kind, shape):
-    model = adapters(made(**kind), lambda i: deep_config((5, 3)[i], sparse=True))
+    model = adapters(made(**kind), lambda i: config((5, 3)[i], sparse=True))
     names = ["two", "default", "__base__", "three", "two", "__base__"]
     x = torch.randn(shape)
     mixed = model(x, adapter_names=names)
@@ -54,7 +54,7 @@ def test_adapters_of_other_layers_and_gradients():
 def test_modules_to_save_follow():
     options = {"sparse": True, "modules_to_save": ["head"]}
     model = made(base=Headed, **options)
-    adapters(model, lambda i: deep_config(5, **options), ["two"])
+    adapters(model, lambda i: config(5, **options), ["two"])
     for name in ("default", "two"):
         model.set_adapter(name)
         shake(model)
@@ -64,7 +64,7 @@ def test_modules_to_save_follow():
 
 
 def test_errors():
-    model = adapters(made(sparse=True), lambda _: deep_config(5))
+    model = adapters(made(sparse=True), lambda _: config(5))
     x = torch.randn(2, 24)
     known = r"\['default', 'three', 'two'\]"
     with pytest.raises(ValueError, match=rf"unknown \['tow'\]; known are {known}"):
@@ -78,14 +78,6 @@ def test_errors():
         model(x, adapter_names=["two"] * 2)
 
 
-def t5():
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    torch.manual_seed(0)
-    shape = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    return T5ForConditionalGeneration(T5Config(**shape, vocab_size=50, decoder_start_token_id=0))
-
-
 @pytest.mark.parametrize(
     "make, options",
     [(llama, {}), (llama, {"num_beams": 4, "num_return_sequences": 2}), (t5, {"num_beams": 3})],
@@ -95,11 +87,7 @@ def test_generation(make, options):
     chosen = {"sparse": True, "task_type": SEQ_2_SEQ_LM if make is t5 else "CAUSAL_LM"}
     model = adapted(make(), targets, 8, **chosen)
     adapters(model, lambda _: config(8, targets=targets, **chosen))
-    randomize(model, seed=1)
-    with torch.no_grad():  # far from each other, so that the adapters answer differently
-        for name, parameter in model.named_parameters():
-            if "randlora_lambda" in name:
-                parameter.mul_(30)
+    randomize(model, 1, size=30)  # far from each other, so that the adapters answer differently
     names = ["two", "__base__", "default", "three"]
     tokens = torch.randint(3, 50, (4, 6))
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **options}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_helpers import llama
-from peft_helpers import accelerated, adapted, config, opened
+from peft_helpers import accelerated, adapted, config, opened, randomize
 from safetensors.torch import load_file
 
 trl = pytest.importorskip("trl")
@@ -65,12 +65,7 @@ def randlora():
 
 def trained(base=None):
     """A model whose adapter changes what it says."""
-    model = adapted(base or llama(), TARGETS, 4, **ABOUT, sparse=True)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "randlora_lambda" in name:
-                parameter.mul_(30)
-    return model
+    return randomize(adapted(base or llama(), TARGETS, 4, **ABOUT, sparse=True), size=30)
 
 
 def trainer(method, model, folder, steps=2, **options):
