@@ -48,17 +48,14 @@ FIELDS = [
 
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: ", ".join(field))
-def test_output_gradients_and_saved_file_are_those_of_stock(tmp_path, field):
+def test_output_gradients_and_saved_file_are_those_of_stock(tmp_path, field, x):
     fields = {"r": 5, "target_modules": ["up", "down"], "sparse": True} | field
     stock, ours = pair(Stack().double(), lambda: peft.RandLoraConfig(**fields))
     names = [name for name, p in stock.named_parameters() if p.requires_grad]
     assert names == [name for name, p in ours.named_parameters() if p.requires_grad]
-    x, dy = torch.randn(6, 24).double(), torch.randn(6, 5).double()
-    results = []
-    for model in (stock, ours):
-        torch.manual_seed(3)  # for dropout
-        results.append(run(model, x, dy))
-    assert_close(*reversed(results), 1e-6)  # uniform bases are stored in 16 bits
+    x, dy = x.double(), torch.randn(6, 5).double()
+    # uniform bases are stored in 16 bits
+    assert_close(run(ours, x, dy), run(stock, x, dy), 1e-6)
 
     tensors, fields = [], []
     for model, name in ((stock, "stock"), (ours, "ours")):
