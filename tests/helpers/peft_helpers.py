@@ -72,12 +72,14 @@ class Wide(Deep):
 
 
 def t5():
+    """(a model of an encoder and a decoder, what of it is adapted)"""
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
     shape = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     more = {"vocab_size": 50, "decoder_start_token_id": 0, "dropout_rate": 0.0}
-    return T5ForConditionalGeneration(T5Config(**shape, **more))
+    adapt = {"targets": ["q", "v", "wi", "wo"], "task_type": SEQ_2_SEQ_LM}
+    return T5ForConditionalGeneration(T5Config(**shape, **more)), adapt
 
 
 def config(r=4, cls=None, targets="abc", **options):

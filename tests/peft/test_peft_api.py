@@ -78,7 +78,7 @@ def test_injected_adapters(x):
             assert relative(model(x), outputs[writer]) < 1e-6
 
 
-def test_a_second_injected_adapter_leaves_the_first(tmp_path, x):
+def test_a_second_injected_adapter_leaves_the_first(x):
     """Stock PEFT gives every layer a new dictionary of bases, without the first adapter's."""
     accelerated.enable()
     model = peft.inject_adapter_in_model(config(5, sparse=True), Deep())

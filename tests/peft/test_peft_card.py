@@ -33,11 +33,12 @@ def adapted(base, task="CAUSAL_LM", kind="seed"):
 
 
 def run_snippet(folder):
-    """The model that a card's snippet makes."""
-    (source,) = re.findall(r"```python\n(.*?)```", ModelCard.load(folder / "README.md").text, re.S)
+    """(card, its snippet, the model that this makes)"""
+    card = ModelCard.load(folder / "README.md")
+    (source,) = re.findall(r"```python\n(.*?)```", card.text, re.S)
     namespace = {}
     exec(source, namespace)
-    return source, namespace["model"].eval()
+    return card, source, namespace["model"].eval()
 
 
 def same(model, other, **limits):
@@ -52,11 +53,10 @@ def test_the_snippet_opens_what_was_saved(base, tmp_path, kind, task):
     model = adapted(base, task, kind)
     model.save_pretrained("adapter")
     accelerated.disable()
-    source, loaded = run_snippet(tmp_path / "adapter")
+    card, source, loaded = run_snippet(tmp_path / "adapter")
     assert ("randlora_ext.peft.enable()" in source) == (kind != "stock")
     assert "LlamaForCausalLM.from_pretrained('base')" in source
     same(loaded, model)
-    card = ModelCard.load(tmp_path / "adapter" / "README.md")
     assert card.data.library_name == "peft" and card.data.base_model == "base"
     assert {"base_model:adapter:base", "transformers"} <= set(card.data.tags)
     assert (card.data.pipeline_tag == "text-generation") == (task is not None)
@@ -70,13 +70,12 @@ def test_what_others_wrote_stays(base, tmp_path):
     first = file.read_text()
     file.write_text(first.replace("# Model Card for Model ID", "# Mine"))
     model.save_pretrained("adapter")
-    second = file.read_text()
-    assert second == first.replace("# Model Card for Model ID", "# Mine")
+    assert file.read_text() == first.replace("# Model Card for Model ID", "# Mine")
     file.write_text("---\nlicense: mit\n---\n# Mine alone\n")
     model.save_pretrained("adapter")
-    card = ModelCard.load(file)
+    card, _, loaded = run_snippet(tmp_path / "adapter")
     assert card.data.license == "mit" and card.text.strip().startswith("# Mine alone")
-    same(run_snippet(tmp_path / "adapter")[1], model)
+    same(loaded, model)
 
 
 def test_an_adapter_in_a_folder_of_its_name(base, tmp_path):
@@ -85,7 +84,7 @@ def test_an_adapter_in_a_folder_of_its_name(base, tmp_path):
     model.delete_adapter("default")
     model.set_adapter("mine")
     randomize(model).save_pretrained("adapter")
-    source, loaded = run_snippet(tmp_path / "adapter")
+    _, source, loaded = run_snippet(tmp_path / "adapter")
     assert "subfolder='mine'" in source
     same(loaded, model)
 
@@ -101,7 +100,7 @@ def test_a_classifier_says_how_many_labels_it_has(base, tmp_path):
     classifier.config.pad_token_id = 0
     model = adapted(classifier, "SEQ_CLS")
     model.save_pretrained("adapter")
-    source, loaded = run_snippet(tmp_path / "adapter")
+    _, source, loaded = run_snippet(tmp_path / "adapter")
     assert "num_labels=5" in source
     loaded.config.pad_token_id = 0
     same(loaded, model)
@@ -123,20 +122,18 @@ def test_what_is_exported(base, tmp_path):
     for to, more in (("lora", ("--rank", 32)), ("peft", ())):
         assert cli("convert", "adapter", f"to-{to}", "--to", to, *more, "--base", "base")[0] == 0
     accelerated.disable()
-    source, loaded = run_snippet(tmp_path / "lora")
+    card, source, loaded = run_snippet(tmp_path / "lora")
     assert "randlora_ext" not in source and "'lora'" in source
     same(loaded, model, rtol=1e-3, atol=1e-3)
-    card = ModelCard.load(tmp_path / "lora" / "README.md")
     assert "lora" in card.data.tags and card.data.base_model == "base"
     assert "rank 32 that is nearest" in card.text and f"{done.energy:.4f}" in card.text
-    source, loaded = run_snippet(tmp_path / "for-peft")
+    _, source, loaded = run_snippet(tmp_path / "for-peft")
     assert "randlora_ext" not in source and "'for-peft'" in source
     same(loaded, model)
     for to, tag in (("to-lora", "lora"), ("to-peft", "transformers")):
-        source, loaded = run_snippet(tmp_path / to)
-        assert "randlora_ext" not in source
+        card, source, loaded = run_snippet(tmp_path / to)
+        assert "randlora_ext" not in source and tag in card.data.tags
         assert type(loaded.base_model.model) is LlamaForCausalLM
-        assert tag in ModelCard.load(tmp_path / to / "README.md").data.tags
 
 
 def test_push_to_hub_uploads_the_card(base, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from peft_helpers import (
     peft,
     randomize,
     relative,
+    stock_made,
     without_model,
 )
 from safetensors.torch import load_file, save_file
@@ -108,9 +109,7 @@ def test_the_same_or_saved_bases_load_in_place(tmp_path, own, other, x):
 
 
 def test_load_adapter_keeps_alpha_as_stock_does_and_says_so(tmp_path, x):
-    accelerated.disable()
-    other = config(5, randlora_alpha=99, **KEY_ALONE)
-    randomize(peft.get_peft_model(Deep(), other), seed=3).save_pretrained(tmp_path)
+    stock_made(seed=3, randlora_alpha=99, **KEY_ALONE).save_pretrained(tmp_path)
     stock, ours = pair(Deep(), lambda: config(5, **KEY_ALONE))
     stock.load_adapter(tmp_path, "default")
     message = "randlora_alpha of .* is 99, .* keeps its own, 640"
@@ -140,17 +139,14 @@ def test_a_file_without_a_configuration(tmp_path, x):
 def test_a_model_that_was_accelerated_without_enable(tmp_path):
     """Stock PEFT's table is in force then, whose configuration drops the density."""
     made(seed=3, density=0.2, save_projection=False).save_pretrained(tmp_path)
-    accelerated.disable()
-    model = peft.get_peft_model(Deep(), config(5, save_projection=False))
-    accelerated.accelerate(model)
+    model = accelerated.accelerate(stock_made(save_projection=False))
     with pytest.raises(ValueError, match=r"density is 0\.2, not None"):
         model.load_adapter(tmp_path, "default")
 
 
 def test_models_on_other_layers_pass_through(tmp_path):
     """Stock PEFT's behaviour on stock models and on FourierFT stays, with our methods in force."""
-    accelerated.disable()
-    stock = randomize(peft.get_peft_model(Deep(), config(5, **KEY_ALONE)))
+    stock = stock_made(**KEY_ALONE)
     made(seed=3, **KEY_ALONE, projection_prng_key=9).save_pretrained(tmp_path)
     stock.load_adapter(tmp_path, "default")
     fourier = peft.get_peft_model(Deep(), peft.FourierFTConfig(n_frequency=9, target_modules=["a"]))
@@ -160,7 +156,7 @@ def test_models_on_other_layers_pass_through(tmp_path):
 
 
 def test_hotswap_one_of_several_by_a_file_of_stock(tmp_path, x):
-    stock = randomize(peft.get_peft_model(Deep(), config(5, sparse=True)), 3)
+    stock = stock_made(seed=3, sparse=True)
     stock.save_pretrained(tmp_path)
     model = made(sparse=True)
     model.add_adapter("two", config(5, sparse=True))
@@ -201,17 +197,12 @@ def test_hotswap_refuses_an_alpha_that_is_no_finite_number(tmp_path):
         refuses_to_swap(model, tmp_path, "randlora_alpha must be a finite number, got ")
 
 
-@pytest.mark.parametrize(
-    "options,message",
-    [
-        ({"r": 6}, r"r is 6, not 5\n\t.*a\.randlora_lambda is \(6, 4\), and must be "),
-        ({"randlora_dropout": 0.5}, r"randlora_dropout is 0\.5, not 0\.0"),
-    ],
-    ids=str,
-)
-def test_what_hotswap_asks_more_than_load_adapter(tmp_path, options, message):
-    made(seed=3, **SEED, **options).save_pretrained(tmp_path)
-    refuses_to_swap(made(**SEED), tmp_path, rf"(?s)does not fit 'default'.*:\n\t.*{message}")
+def test_what_hotswap_asks_more_than_load_adapter(tmp_path):
+    rank = r"r is 6, not 5\n\t.*a\.randlora_lambda is \(6, 4\), and must be "
+    dropout = r"randlora_dropout is 0\.5, not 0\.0"
+    for options, message in (({"r": 6}, rank), ({"randlora_dropout": 0.5}, dropout)):
+        made(seed=3, **SEED, **options).save_pretrained(tmp_path)
+        refuses_to_swap(made(**SEED), tmp_path, rf"(?s)does not fit 'default'.*:\n\t.*{message}")
 
 
 def test_hotswap_names_tensors_that_are_missing_too_many_or_wrong(tmp_path):
@@ -231,17 +222,16 @@ def test_hotswap_names_tensors_that_are_missing_too_many_or_wrong(tmp_path):
     refuses_to_swap(made(seed=2, **SEED, **head), tmp_path, message)
 
 
-def test_what_cannot_be_swapped(tmp_path):
+def test_what_cannot_be_swapped(tmp_path, x):
     model = made(sparse=True)
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"adapter_name must be one of \['default'\], got 'two'"):
         accelerated.hotswap_adapter(model, tmp_path, "two")
-    peft.get_peft_model(
-        Deep(), peft.FourierFTConfig(n_frequency=9, target_modules=["a"])
-    ).save_pretrained(tmp_path / "fourier")
+    fourier = peft.get_peft_model(Deep(), peft.FourierFTConfig(n_frequency=9, target_modules=["a"]))
+    fourier.save_pretrained(tmp_path / "fourier")
     with pytest.raises(ValueError, match="peft_type is .*FOURIERFT, not .*RANDLORA"):
         accelerated.hotswap_adapter(model, tmp_path / "fourier")
-    before = model(x := torch.randn(6, 24))
+    before = model(x)
     model.merge_adapter()
     with pytest.raises(ValueError, match="'default' is merged"):
         accelerated.hotswap_adapter(model, tmp_path)
@@ -249,48 +239,37 @@ def test_what_cannot_be_swapped(tmp_path):
     model.unmerge_adapter()
     model.set_adapter("two")
     assert relative(model(x), before) < 1e-5
-    accelerated.disable()
-    stock = peft.get_peft_model(Deep(), config(5, sparse=True))
-    for other in (stock, Deep()):
+    for other in (stock_made(sparse=True), Deep()):
         with pytest.raises(TypeError, match="needs a PeftModel on randlora_ext's layers, got "):
             accelerated.hotswap_adapter(other, tmp_path)
 
 
 def set_state(model, folder):
+    """As for an adapter that is injected without a PeftModel."""
     state = load_file(folder / "adapter_model.safetensors")
-    peft.set_peft_model_state_dict(model, without_model(state))
+    peft.set_peft_model_state_dict(model.base_model.model, without_model(state))
 
 
-def injected():
-    accelerated.enable()
-    return randomize(peft.inject_adapter_in_model(config(5, sparse=True), Deep()))
-
-
-def ours():
-    return made(sparse=True)
-
-
-MERGED = {
-    "load_adapter": (ours, load),
-    "set_peft_model_state_dict": (injected, set_state),
-    "load_state_dict": (ours, lambda model, _: model.load_state_dict(model.state_dict())),
+DOORS = {
+    "load_adapter": load,
+    "set_peft_model_state_dict": set_state,
+    "load_state_dict": lambda model, _: model.load_state_dict(model.state_dict()),
 }
 
 
-@pytest.mark.parametrize("make,door", MERGED.values(), ids=MERGED)
-def test_nothing_is_loaded_into_a_merged_layer(tmp_path, make, door, x):
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+def test_nothing_is_loaded_into_a_merged_layer(tmp_path, door, x):
     """Unmerging would take another adapter out of the weight than is in it."""
     made(seed=3, sparse=True).save_pretrained(tmp_path)
-    model = make()
+    model = made(sparse=True)
     weights = [layer.weight.clone() for layer in layers(model)]
     before = model(x)
-    for layer in layers(model):
-        layer.merge()
+    model.merge_adapter()
     with pytest.raises(RuntimeError, match=r"has merged \['default'\] into its weight"):
         door(model, tmp_path)
     assert relative(model(x), before) < 1e-5
+    model.unmerge_adapter()
     for layer, weight in zip(layers(model), weights, strict=True):
-        layer.unmerge()
         torch.testing.assert_close(layer.weight, weight)
     assert relative(model(x), before) < 1e-5
 

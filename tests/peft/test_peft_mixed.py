@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cli_helpers import llama
-from peft_helpers import SEQ_2_SEQ_LM, Headed, adapted, config, made, randomize, shake, t5
+from peft_helpers import Headed, adapted, config, made, randomize, shake, t5
 
 
 def adapters(model, make, names=("two", "three")):
@@ -78,15 +78,22 @@ def test_errors():
         model(x, adapter_names=["two"] * 2)
 
 
+def small_llama():
+    return llama(), {"targets": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+
+
 @pytest.mark.parametrize(
     "make, options",
-    [(llama, {}), (llama, {"num_beams": 4, "num_return_sequences": 2}), (t5, {"num_beams": 3})],
+    [
+        (small_llama, {}),
+        (small_llama, {"num_beams": 4, "num_return_sequences": 2}),
+        (t5, {"num_beams": 3}),
+    ],
 )
 def test_generation(make, options):
-    targets = ["q", "v", "wo"] if make is t5 else ["q_proj", "down_proj"]
-    chosen = {"sparse": True, "task_type": SEQ_2_SEQ_LM if make is t5 else "CAUSAL_LM"}
-    model = adapted(make(), targets, 8, **chosen)
-    adapters(model, lambda _: config(8, targets=targets, **chosen))
+    base, chosen = make()
+    model = adapted(base, r=8, sparse=True, **chosen)
+    adapters(model, lambda _: config(8, sparse=True, **chosen))
     randomize(model, 1, size=30)  # far from each other, so that the adapters answer differently
     names = ["two", "__base__", "default", "three"]
     tokens = torch.randint(3, 50, (4, 6))

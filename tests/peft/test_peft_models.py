@@ -5,17 +5,7 @@ import copy
 import pytest
 import torch
 from cli_helpers import llama as tiny_llama
-from peft_helpers import (
-    SEQ_2_SEQ_LM,
-    adapted,
-    config,
-    layers,
-    opened,
-    pair,
-    relative,
-    runs_on_kernels,
-    t5,
-)
+from peft_helpers import adapted, config, layers, opened, pair, relative, runs_on_kernels, t5
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -38,10 +28,6 @@ def llama():
     return tiny_llama(vocab_size=VOCAB).train(), {"targets": targets, "task_type": "CAUSAL_LM"}
 
 
-def tiny_t5():
-    return t5(), {"targets": ["q", "v", "wi", "wo"], "task_type": SEQ_2_SEQ_LM}
-
-
 def batch():
     tokens = torch.randint(1, VOCAB, (3, 10), generator=torch.Generator().manual_seed(1))
     return {"input_ids": tokens, "labels": tokens}
@@ -61,7 +47,7 @@ def loss_and_gradients(model, inputs):
     return output.loss, output.logits, gradients
 
 
-@pytest.mark.parametrize("make", [gpt2, llama, tiny_t5])
+@pytest.mark.parametrize("make", [gpt2, llama, t5])
 def test_forward_gradients_and_merging_are_those_of_stock(make):
     stock, ours = models(make)
     assert runs_on_kernels(ours)
@@ -80,7 +66,7 @@ def test_forward_gradients_and_merging_are_those_of_stock(make):
     assert all(relative(merged[0][name], merged[1][name]) < 1e-5 for name in merged[1])
 
 
-@pytest.mark.parametrize("make, reentrant", [(gpt2, True), (llama, False), (tiny_t5, False)])
+@pytest.mark.parametrize("make, reentrant", [(gpt2, True), (llama, False), (t5, False)])
 def test_gradient_checkpointing(make, reentrant):
     _, model = models(make)
     model.train()

@@ -76,6 +76,7 @@ def made(bits, dtype=torch.float32, r=8, sparse=True, **options):
 
 
 def reopened(bits, folder):
+    """Its output may differ by 1%: bitsandbytes keeps its state in 16 bits."""
     return opened(folder, lambda: quantized(bits)).eval()
 
 
@@ -118,7 +119,7 @@ def test_each_reads_what_the_other_wrote(tmp_path, bits, save_projection):
         model.save_pretrained(tmp_path)
         reader()
         loaded = reopened(bits, tmp_path)
-        assert relative(loaded(x), model.eval()(x)) < 0.01  # bitsandbytes: state in 16 bits
+        assert relative(loaded(x), model.eval()(x)) < 0.01
 
 
 def test_hadamard_bases(bits, tmp_path):
@@ -135,7 +136,7 @@ def test_hadamard_bases(bits, tmp_path):
         assert_close(*gradients, 1e-5)
     x = torch.randn(5, 64)
     model.save_pretrained(tmp_path)
-    assert relative(reopened(bits, tmp_path)(x), model(x)) < 0.01  # bitsandbytes: state in 16 bits
+    assert relative(reopened(bits, tmp_path)(x), model(x)) < 0.01
 
 
 def test_dtype_is_that_of_the_input(bits):
@@ -246,7 +247,7 @@ def test_added_adapters_stand_beside_the_first(bits, tmp_path):
     wanted = torch.stack([outputs["three"][0], outputs["default"][1], outputs["two"][2]])
     assert relative(mixed, wanted) < 0.02  # bitsandbytes rounds 8-bit activations row by row
     ours.save_pretrained(tmp_path)
-    assert relative(reopened(bits, tmp_path / "three")(x), outputs["three"]) < 0.01  # as above
+    assert relative(reopened(bits, tmp_path / "three")(x), outputs["three"]) < 0.01
 
 
 def test_pickle_and_accelerate(tmp_path, bits):
