@@ -302,9 +302,6 @@ def test_a_basis_serves_as_the_dense_tensor(x):
         model(x)
 
 
-# ---- dense bases --------------------------------------------------------------------------------
-
-
 PRODUCTS = {"factored": torch.bfloat16, "delta": torch.float16, "merged": torch.bfloat16}
 
 

@@ -86,9 +86,7 @@ TORN = {
 
 
 @pytest.mark.parametrize("old,new,message", TORN.values(), ids=TORN)
-def test_tensors_with_the_configuration_of_another_save(
-    tmp_path, monkeypatch, old, new, message, x
-):
+def test_tensors_of_another_save(tmp_path, monkeypatch, old, new, message, x):
     made(**old).save_pretrained(tmp_path)
     killed_between(monkeypatch, made(seed=2, **new), tmp_path)
     base, running = Deep(), made(seed=4, **old)
