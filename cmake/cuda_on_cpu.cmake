@@ -29,6 +29,9 @@ function(randlora_cuda_test NAME)
   endif()
   add_dependencies(cuda_tests test_cuda_${NAME})
   add_test(NAME cuda_${NAME} COMMAND test_cuda_${NAME})
+  if(NAME MATCHES "linear|delta")
+    set_tests_properties(cuda_${NAME} PROPERTIES COST 100)  # the longest begin first
+  endif()
   set_tests_properties(cuda_${NAME} PROPERTIES FIXTURES_SETUP cuda_kernels
     ENVIRONMENT CUDA_ON_CPU_KERNELS=${CMAKE_CURRENT_BINARY_DIR}/kernels/${NAME}.txt)
 endfunction()

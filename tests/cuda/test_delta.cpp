@@ -58,7 +58,7 @@ void planes() {
     for (double& v : L.gam) v = float(v * 1e-3);
     L.scale = 0.7e7;
     for (const bool transposed : {false, true})
-      for (const auto [dtype, tf32] : products(number++, 3)) {
+      for (const auto [dtype, tf32] : products(number++, cuda_on_cpu::kThreadSanitizer ? 1 : 3)) {
         TestDevice device;
         device.tf32 = tf32;
         check(L, L.basis(Form::planes, c.wide), dtype, transposed, c.skip, device);
