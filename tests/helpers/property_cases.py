@@ -106,7 +106,7 @@ def layers(draw) -> Layer:
 
 def magnitudes(layer: Layer) -> dict[str, Tensor]:
     """The sum of the absolute values of every result's terms, to which rounding errors scale."""
-    wide = layer.cast(torch.float64)
+    wide = layer.to(torch.float64)
     A, B = (t.abs() for t in layer.basis.dense(dtype=torch.float64))
     weight, bias = (None if t is None else t.abs() for t in (wide.weight, wide.bias))
     positive = replace(wide, x=wide.x.abs(), lam=wide.lam.abs(), gam=wide.gam.abs())

@@ -21,7 +21,7 @@ from torch import nn
 from randlora_ext import RandLoraLinear, delta_weight, linear, merged_weight, scaled_basis
 from randlora_ext.ops.path import formed_from
 
-pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def compiled(model, dynamic=None):

@@ -13,8 +13,6 @@ from torch.utils._pytree import tree_leaves
 from randlora_ext import delta_weight, linear, scaled_basis
 from randlora_ext.reference import delta_weight_reference, linear_reference, scaled_basis_reference
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SCALING = 0.5
 BASES = {
     "lists": (9, 5, 2, 0.12),

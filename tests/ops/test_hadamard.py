@@ -20,7 +20,6 @@ from layer_cases import (
     plain,
     rms_error,
 )
-from layer_cases import one_thread as one_thread
 
 from randlora_ext import delta_weight, merged_weight
 from randlora_ext.ops import hadamard as module
@@ -81,7 +80,7 @@ def test_odd_sizes(size, dtype):
 @ODD
 @ALL_TYPES
 def test_merged_weight(size, dtype):
-    layer = make_layer(*size, "hadamard", 1, dtype).cast(dtype)
+    layer = make_layer(*size, "hadamard", 1, dtype).to(dtype)
     weight, wide = layer.weight, torch.promote_types(dtype, torch.float32)
     total = weight.to(wide) + delta_weight(layer.basis, layer.lam.to(wide), layer.gam.to(wide), 0.5)
     half = replace(layer, scaling=0.5)

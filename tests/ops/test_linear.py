@@ -18,7 +18,6 @@ from layer_cases import (
     plain,
     rms_error,
 )
-from layer_cases import one_thread as one_thread
 
 from randlora_ext import linear
 

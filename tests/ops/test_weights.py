@@ -4,7 +4,6 @@ and types of the first two."""
 import pytest
 import torch
 from layer_cases import BASES, SHAPES, SIXTEEN_BITS, largest_error, make_basis, make_layer
-from layer_cases import one_thread as one_thread
 from layer_helpers import make_base, randomize
 
 from randlora_ext import RandLoraLinear, delta_weight, merged_weight, scaled_basis
