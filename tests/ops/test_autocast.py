@@ -1,9 +1,11 @@
 """torch.autocast of the operator itself: registered for CPU and CUDA, kept out of its inside."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_cases import CALLS, call, make_layer
+from layer_cases import CALLS, call, make_layer, ours
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from randlora_ext.ops.ternary import operands
@@ -15,8 +17,7 @@ ops = torch.ops.randlora
 @CALLS
 def test_ours_cast_as_linear_does(basis, path, dtype):
     layer = make_layer(50, 37, 7, basis, 20, torch.float32)
-    low = layer.to(dtype)
-    low.lam, low.gam = layer.lam, layer.gam  # which autocast leaves alone
+    low = replace(layer.to(dtype), lam=layer.lam, gam=layer.gam)  # which autocast leaves alone
     expected = call(low, path)
     with torch.autocast("cpu", dtype):
         assert F.linear(layer.x, layer.weight).dtype == expected.dtype == dtype
@@ -39,13 +40,11 @@ def test_float64_is_left_alone(basis):
 def test_gradients(basis, path):
     layer = make_layer(50, 37, 7, basis, 20, torch.float32)
     leaves = [t.requires_grad_() for t in (layer.x, layer.lam, layer.gam)]
-    low = layer.to(torch.bfloat16)
-    low.x, low.lam, low.gam = low.x.detach().requires_grad_(), layer.lam, layer.gam
-    dy = layer.dy.bfloat16()
-    expected = torch.autograd.grad(call(low, path), [low.x, layer.lam, layer.gam], dy)
+    low = replace(layer.to(torch.bfloat16), lam=layer.lam, gam=layer.gam)
+    _, *expected = ours(low, path).values()
     with torch.autocast("cpu", torch.bfloat16):
         y = call(layer, path)
-    for gradient, wanted in zip(torch.autograd.grad(y, leaves, dy), expected, strict=True):
+    for gradient, wanted in zip(torch.autograd.grad(y, leaves, low.dy), expected, strict=True):
         assert gradient.dtype == torch.float32 and torch.equal(gradient, wanted.float())
     # Of a float32 forward, inside of autocast: torch's products inside the operator would be cast,
     # and our kernels read them as float32.
