@@ -21,7 +21,8 @@ CASES = cases("name, way", list(zip(BASES, PATHS, strict=True)))
 
 def tensors(device, name, way, dtype=torch.float32):
     """A layer, what describes its basis, and what follows that in calls of `linear`."""
-    (path, b_side), (layer, bases) = way, with_operands(BASES[name], dtype, device)
+    path, b_side = way
+    layer, bases = with_operands(BASES[name], dtype, device)
     return layer, bases, (path, layer.basis.dense_b(device, dtype) if b_side == "dense" else None)
 
 

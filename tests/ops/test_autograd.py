@@ -68,7 +68,7 @@ def test_opcheck_weights(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_scaled_basis_and_add_rounded(dtype):
-    (t, _), low = with_operands(BASES["planes"]), dtype == torch.bfloat16
+    t, low = with_operands(BASES["planes"])[0], dtype == torch.bfloat16
     A = t.basis.dense(dtype=dtype)[0]
     check(ops.scaled_basis, A, t.lam, t.gam, fast=low)
     grad = torch.ones(t.basis.K, t.basis.d, dtype=dtype)
