@@ -23,7 +23,7 @@ WARM_UP = 100
 TOKENS = (1, 7, 16, 33, 64, 130)
 SHAPES = ((40, 24, 5, 0.07), (24, 40, 7, 1 / 3), (33, 33, 4, 0.3), (64, 20, 8, 0.1))
 # A leak of one small tensor in a hundred steps would show; what remains is Python's own pools.
-MALLOC_BYTES, RESIDENT_BYTES, OBJECTS = 200_000, 16 << 20, 500
+LIMITS = {"malloc": 200_000, "resident": 16 << 20, "tensors": 0, "packed": 0, "objects": 500}
 
 
 class Mallinfo2(ctypes.Structure):
@@ -117,9 +117,7 @@ def soak(steps: int) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def grown(before: dict[str, int], after: dict[str, int]) -> list[str]:
-    limits = {"malloc": MALLOC_BYTES, "resident": RESIDENT_BYTES, "tensors": 0, "packed": 0}
-    limits["objects"] = OBJECTS
-    return [name for name, limit in limits.items() if after[name] - before[name] > limit]
+    return [name for name, limit in LIMITS.items() if after[name] - before[name] > limit]
 
 
 def main() -> None:

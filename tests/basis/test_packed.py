@@ -9,7 +9,6 @@ import pytest
 import torch
 from basis_vectors import to_lists, to_planes
 from layer_cases import exact, largest_error, make_basis, make_layer, ours
-from layer_cases import one_thread as one_thread
 
 from randlora_ext import TernaryBasis, delta_weight, linear
 from randlora_ext.basis.cache import _cache
@@ -17,6 +16,7 @@ from randlora_ext.basis.ternary import PLANES_ABOVE_DENSITY
 from randlora_ext.devices import cuda_serves
 from randlora_ext.reference import delta_weight_reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ops = torch.ops.randlora
 SHAPES = [(50, 37, 7), (37, 50, 7), (20, 24, 32), (1, 1, 1), (130, 200, 1), (3, 700, 2)]
 

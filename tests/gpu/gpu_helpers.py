@@ -12,16 +12,16 @@ from unittest import mock
 
 import pytest
 import torch
-from layer_cases import Layer, exact, largest_error, plain, rms_error
+from layer_cases import DENSITIES as DENSITIES
+from layer_cases import NAMES, Layer, exact, largest_error, ours, plain, rms_error
 from torch import Tensor
 
-from randlora_ext import _C, linear
+from randlora_ext import _C
 
 ops = torch.ops.randlora
 DRY = os.environ.get("RANDLORA_CUDA_SERVES_CPU") == "1"
 ALL_TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LOW = [torch.float32, torch.bfloat16, torch.float16]
-NAMES = ("y", "dx", "dlam", "dgam")
 # path, how the factored one multiplies by B
 PATHS = [("factored", "packed"), ("factored", "dense"), ("delta", "packed"), ("merged", "packed")]
 # As layer_cases.SHAPES, fewer: square, wide, tall, overhanging last base, r > d, n > 64, and sizes
@@ -30,8 +30,6 @@ SHAPES = [
     (64, 64, 8), (50, 37, 7), (37, 50, 7), (136, 72, 8), (33, 130, 16), (72, 136, 8), (101, 67, 1),
     (20, 24, 32), (1, 1, 1),
 ]  # fmt: skip
-DENSITIES = [1.0, 1 / 3, 0.07, 1 / 64]  # the first two are packed as planes, the others as lists
-
 
 cases = functools.partial(pytest.mark.parametrize, ids=str)
 
@@ -92,12 +90,7 @@ def bits(t: Tensor) -> Tensor:
 def run_linear(layer: Layer, path: str, b_side: str, device) -> dict[str, Tensor]:
     """y, dx, dlam and dgam on `device`, back on the CPU."""
     with mock.patch.dict(os.environ, {"RANDLORA_B_SIDE": b_side}):
-        leaves = layer.x, layer.lam, layer.gam
-        x, lam, gam = (moved(t, device).detach().clone().requires_grad_() for t in leaves)
-        weight, bias, dy = (moved(t, device) for t in (layer.weight, layer.bias, layer.dy))
-        y = linear(x, weight, bias, layer.basis, lam, gam, layer.scaling, path)
-        gradients = torch.autograd.grad(y, (x, lam, gam), dy)
-    return dict(zip(NAMES, moved((y.detach(), *gradients), "cpu"), strict=True))
+        return {name: t.cpu() for name, t in ours(layer.to(device), path).items()}
 
 
 def run_linear_by_cpu_kernels(layer: Layer, path: str) -> dict[str, Tensor]:

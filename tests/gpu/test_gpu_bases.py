@@ -5,7 +5,6 @@ import torch
 from gpu_helpers import (
     ALL_TYPES,
     DENSITIES,
-    DRY,
     cases,
     cpu_kernels,
     in_turn,
@@ -110,7 +109,6 @@ def test_equal_descriptions_share_one_copy(device):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(DRY, reason="a size for a card")
 def test_more_than_2_to_the_31_elements(card, room):
     # The dense matrix has 2^31 + 2^16 * 8 elements: every offset needs 64 bits.
     rows, cols = 65536, 32768 + 8

@@ -4,8 +4,8 @@ import gc
 
 import pytest
 import torch
-from gpu_helpers import DRY, LOW, assert_parity, cases, in_turn, moved
-from layer_cases import make_layer, rms_error
+from gpu_helpers import DRY, LOW, assert_parity, cases, in_turn
+from layer_cases import call, make_layer, rms_error
 
 from randlora_ext import TernaryBasis, linear
 from randlora_ext.ops import hadamard
@@ -74,24 +74,21 @@ def test_rows_of_32768_numbers(device, shape, dtype):
 
 def test_peak_memory_is_that_of_z_and_w(card):
     tokens, n_in, n_out = 8192, 1024, 2048
-    layer = make_layer(n_in, n_out, 32, "hadamard", tokens, torch.bfloat16)
-    x, weight, lam, gam, dy = (
-        moved(t, card) for t in (layer.x, layer.weight, layer.lam, layer.gam, layer.dy)
-    )
-    leaves = [t.requires_grad_() for t in (x, lam, gam)]
+    layer = make_layer(n_in, n_out, 32, "hadamard", tokens, torch.bfloat16).to(card)
+    leaves = [t.requires_grad_() for t in (layer.x, layer.lam, layer.gam)]
 
-    def peak(call, of):
-        torch.autograd.grad(call(), of, dy)  # cuBLAS keeps its workspace
+    def peak(forward, of):
+        torch.autograd.grad(forward(), of, layer.dy)  # cuBLAS keeps its workspace
         gc.collect()
         torch.cuda.synchronize(card)
         torch.cuda.reset_peak_memory_stats(card)
         before = torch.cuda.memory_allocated(card)
-        torch.autograd.grad(call(), of, dy)
+        torch.autograd.grad(forward(), of, layer.dy)
         torch.cuda.synchronize(card)
         return torch.cuda.max_memory_allocated(card) - before
 
-    frozen = peak(lambda: torch.nn.functional.linear(x, weight), [x])
-    ours = peak(lambda: linear(x, weight, None, layer.basis, lam, gam, path="factored"), leaves)
+    frozen = peak(lambda: torch.nn.functional.linear(layer.x, layer.weight), leaves[:1])
+    ours = peak(lambda: call(layer, "factored", bias=None), leaves)
     chunk, slots, K = 2 * tokens * layer.basis.K, 512, layer.basis.K
-    small = 2 * 2 * K * layer.basis.n + 4 * slots * K + 16 * gam.numel()
+    small = 2 * 2 * K * layer.basis.n + 4 * slots * K + 16 * layer.gam.numel()
     assert ours <= frozen + 2 * chunk + small + (1 << 20)

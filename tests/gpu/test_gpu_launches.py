@@ -6,11 +6,11 @@ torch for are counted, each of which is one GEMM on a card.
 
 import pytest
 import torch
-from gpu_helpers import DRY, cases, moved
-from layer_cases import make_layer
+from gpu_helpers import DRY, cases
+from layer_cases import call, make_layer
 from torch.profiler import ProfilerActivity, profile
 
-from randlora_ext import _C, linear
+from randlora_ext import _C
 
 pytestmark = pytest.mark.gpu
 
@@ -44,20 +44,18 @@ def launches(device, tmp_path, monkeypatch):
 
 def step(layer, device, frozen=False):
     """Two functions: forward without a graph, and backward of one forward."""
-    x, weight, lam, gam, dy = (
-        moved(getattr(layer, name), device) for name in ("x", "weight", "lam", "gam", "dy")
-    )
-    leaves = [x.requires_grad_(), *([] if frozen else [lam.requires_grad_(), gam.requires_grad_()])]
+    layer = layer.to(device)
+    leaves = [t.requires_grad_() for t in (layer.x, layer.lam, layer.gam)[: 1 if frozen else 3]]
 
-    def call():
+    def forward():
         if frozen:
-            return torch.nn.functional.linear(x, weight)
-        return linear(x, weight, None, layer.basis, lam, gam, 0.75, "factored")
+            return torch.nn.functional.linear(layer.x, layer.weight)
+        return call(layer, "factored", bias=None)
 
-    y = call()
+    y = forward()
     return (
-        torch.no_grad()(call),
-        lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True),
+        torch.no_grad()(forward),
+        lambda: torch.autograd.grad(y, leaves, layer.dy, retain_graph=True),
     )
 
 

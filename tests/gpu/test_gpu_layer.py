@@ -78,29 +78,9 @@ def test_moving_state_and_merging(device, kind):
 
 @cases("sparse", [{"sparse": True}, {"very_sparse": True}])
 def test_peft_accelerated_equals_stock(device, stock_peft, sparse):
-    peft = pytest.importorskip("peft")
-    from randlora_ext.peft import enable
+    pytest.importorskip("peft")
+    from peft_helpers import assert_close, config, inputs, pair, run
 
-    config = {"r": 8, "target_modules": ["0", "2", "4"], "save_projection": True, **sparse}
-
-    def adapted():
-        torch.manual_seed(0)
-        made = peft.get_peft_model(model(), peft.RandLoraConfig(**config))
-        make = torch.Generator().manual_seed(2)
-        with torch.no_grad():
-            for name, p in made.named_parameters():
-                if "randlora_lambda" in name:
-                    p.copy_(torch.randn(p.shape, generator=make) * 0.05)
-        return made.to(device)
-
-    stock = adapted()
-    enable()
-    ours = adapted()
-    x = torch.randn(33, 48, generator=torch.Generator().manual_seed(3)).to(device)
-    gradients = []
-    for net in (stock, ours):
-        y = net(x)
-        y.square().sum().backward()
-        gradients.append([y.detach(), *(p.grad for p in net.parameters() if p.requires_grad)])
-    for got, want in zip(gradients[1], gradients[0], strict=True):
-        assert rms_error(got.cpu(), want.cpu()) <= 1e-4
+    stock, ours = pair(model(), lambda: config(8, targets="024", save_projection=True, **sparse))
+    x, dy = (t.to(device) for t in inputs(48, 24))
+    assert_close(run(ours.to(device), x, dy), run(stock.to(device), x, dy), 1e-4)

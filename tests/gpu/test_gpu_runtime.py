@@ -2,16 +2,14 @@
 
 import functools
 import gc
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from gpu_helpers import NAMES, PATHS, cases, moved, ops, run_linear, same
-from layer_cases import Layer, make_basis, make_layer, rms_error
+from layer_cases import make_basis, make_layer, ours, rms_error, run_python
 
 from randlora_ext import RandLoraLinear, TernaryBasis, linear
 from randlora_ext.ops.ternary import operands
@@ -43,22 +41,16 @@ def late_stream(card, delay=DELAY):
         yield
 
 
-def on_card(layer, card):
-    return {k: moved(getattr(layer, k), card) for k in ("x", "weight", "lam", "gam", "dy")}
-
-
 @cases("basis, path, b_side", CASES)
 def test_everything_runs_on_the_current_stream(card, basis, path, b_side):
     # x and dy become right only after a delay on that stream: work on any other reads NaN.
-    layer = make_layer(136, 72, 8, basis, 40, torch.float32)
+    layer = make_layer(136, 72, 8, basis, 40, torch.float32).to(card)  # no copy then waits
     want = run_linear(layer, path, b_side, card)
-    values = {name: moved(value, card) for name, value in vars(layer).items()}  # no copy then waits
-    late = Layer(**values)
-    late.x, late.dy = (torch.full_like(values[name], torch.nan) for name in ("x", "dy"))
+    x, dy = (torch.full_like(t, torch.nan) for t in (layer.x, layer.dy))
     with late_stream(card):
-        late.x.copy_(values["x"])
-        late.dy.copy_(values["dy"])
-        got = run_linear(late, path, b_side, card)
+        x.copy_(layer.x)
+        dy.copy_(layer.dy)
+        got = run_linear(replace(layer, x=x, dy=dy), path, b_side, card)
     assert all(same(got[n], want[n]) for n in NAMES)
 
 
@@ -146,16 +138,13 @@ def test_two_streams_at_a_time(card):
     results = []
     for _ in range(5):
         for layer, stream, want in zip(layers, streams, wants, strict=True):
-            t = on_card(layer, card)
-            leaves = [t[k].requires_grad_() for k in ("x", "lam", "gam")]
+            there = layer.to(card)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                last = (layer.basis, *leaves[1:], layer.scaling, "factored")
-                y = linear(leaves[0], t["weight"], None, *last)
-                results.append((t, torch.autograd.grad(y, leaves, t["dy"]), want))
+                results.append((there, ours(there, "factored"), want))
     torch.cuda.synchronize(card)
     for _, got, want in results:
-        assert same(moved(list(got), "cpu"), [want[n] for n in NAMES[1:]])
+        assert all(same(got[n].cpu(), want[n]) for n in NAMES)
 
 
 def test_threads_that_start_one_kernel_with_different_needs(card):
@@ -197,9 +186,6 @@ def test_a_training_step_in_a_graph(card, monkeypatch, basis, path, b_side, toke
         result.backward(dy)
         y.copy_(result.detach())
 
-    def now():
-        return [t.clone() for t in (y, x.grad, lam.grad, gam.grad)]
-
     side = torch.cuda.Stream(card)
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -219,24 +205,17 @@ def test_a_training_step_in_a_graph(card, monkeypatch, basis, path, b_side, toke
         graph.replay()
         replayed = [t.clone() for t in held]
         once()
-        assert same(replayed, now())
+        assert same(replayed, [y, x.grad, lam.grad, gam.grad])
 
 
 @cases("basis, path", dict.fromkeys(case[:2] for case in CASES))
 def test_waiting_for_the_card_is_nowhere_in_a_step(card, basis, path):
-    layer = make_layer(136, 72, 8, basis, 40, torch.bfloat16)
-    t = on_card(layer, card)
-    leaves = [t[k].requires_grad_() for k in ("x", "lam", "gam")]
-
-    def once():
-        y = linear(leaves[0], t["weight"], None, layer.basis, *leaves[1:], path=path)
-        return torch.autograd.grad(y, leaves, t["dy"])
-
-    once()  # packs, which waits once
+    layer = make_layer(136, 72, 8, basis, 40, torch.bfloat16).to(card)
+    ours(layer, path)  # packs, which waits once
     torch.cuda.synchronize(card)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        once()
+        ours(layer, path)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -312,17 +291,11 @@ for basis in (1 / 3, 0.07, "hadamard"):
     got = run_linear(layer, "factored", "packed", "cuda")
     errors = [rms_error(got[n], want[n]) for n in NAMES]
     assert max(errors) < 2e-3, errors
-    print(max(errors))
 """
 
 
 def test_tf32_on_request(card):
-    # Read once a process, so in one of its own.
-    environment = {**os.environ, "RANDLORA_TF32": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", TF32], capture_output=True, text=True, timeout=120, env=environment
-    )
-    assert done.returncode == 0, done.stderr
+    run_python("-c", TF32, RANDLORA_TF32="1")  # read once a process, so in one of its own
 
 
 def test_a_driver_tells_its_version_before_cuda_starts(card):
@@ -332,6 +305,5 @@ import ctypes
 version = ctypes.c_int()
 print(ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)), version.value)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    status, version = map(int, done.stdout.split())
+    status, version = map(int, run_python("-c", program).split())
     assert status == 0 and version // 1000 >= int(torch.version.cuda.split(".")[0])

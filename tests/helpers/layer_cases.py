@@ -2,6 +2,9 @@
 
 import functools
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from randlora_ext import TernaryBasis, linear
 from randlora_ext.basis.dense import DenseMatrices
+from randlora_ext.ops.ternary import operands
 from randlora_ext.reference import linear_reference
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -31,14 +35,6 @@ PAIRS = [(kind, path) for kind in KINDS for path in PATHS if (kind, path) != ("h
 CALLS = pytest.mark.parametrize("basis, path", PAIRS)
 
 
-@pytest.fixture(autouse=True)
-def one_thread(threads_restored):
-    """One thread for modules that import this: in thousands of tiny calls, waking a second thread
-    would take longer than the work. test_determinism.py shows that it changes no bit.
-    """
-    torch.set_num_threads(1)
-
-
 @dataclass
 class Layer:
     """The arguments of one call of `linear`, and the gradient of its result."""
@@ -52,9 +48,10 @@ class Layer:
     dy: Tensor
     scaling: float = 0.75
 
-    def cast(self, dtype: torch.dtype) -> "Layer":
+    def to(self, target: torch.dtype | torch.device | str) -> "Layer":
+        """With its tensors in that dtype, or on that device."""
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **{k: v.to(dtype) for k, v in tensors.items()})
+        return replace(self, **{k: v.to(target) for k, v in tensors.items()})
 
     def without_weight(self) -> "Layer":
         return replace(self, weight=None, bias=None)
@@ -85,10 +82,11 @@ def make_layer(
     tokens: int,
     dtype: torch.dtype = torch.float64,
     lead: tuple[int, ...] = (),
+    seed: int = 3,
 ) -> Layer:
     """Unit-variance x and dy, W of variance 1 / in; diagonals in float32, float64 for float64."""
     diagonals = torch.promote_types(dtype, torch.float32)
-    basis = make_basis(in_features, out_features, r, basis, dtype=diagonals)
+    basis = make_basis(in_features, out_features, r, basis, seed, diagonals)
     make = torch.Generator().manual_seed(1000 * in_features + 10 * out_features + r + tokens)
 
     def normal(*shape, like=dtype, std=1.0):
@@ -103,6 +101,18 @@ def make_layer(
         normal(basis.n, basis.d, like=diagonals, std=basis.d**-0.5),
         normal(*lead, tokens, out_features),
     )
+
+
+def with_operands(
+    shape_and_basis: tuple, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[Layer, tuple]:
+    """A small layer, each of whose tensors wants a gradient, and its basis as operators take it."""
+    # Of this seed neither A nor B is without elements.
+    layer = make_layer(*shape_and_basis, 3, dtype, lead=(1,), seed=4).to(device)
+    for tensor in (layer.x, layer.weight, layer.bias, layer.lam, layer.gam, layer.dy):
+        tensor.requires_grad_()
+    basis = layer.basis
+    return layer, basis.packed() if basis.kind == "dense" else operands(basis, device, 0.5)
 
 
 def dense_basis(in_features: int, out_features: int, r: int, dtype: torch.dtype) -> TernaryBasis:
@@ -157,18 +167,20 @@ def opcheck(op, *arguments, fast=False) -> None:
     torch.library.opcheck(op.default, arguments, **options)
 
 
+def call(layer: Layer, path: str = "auto", **changes) -> Tensor:
+    """y of `linear`, with other arguments where some are given."""
+    names = ("x", "weight", "bias", "basis", "lam", "gam", "scaling")
+    values = vars(layer) | changes
+    return linear(*(values[name] for name in names), path)
+
+
 def ours(layer: Layer, path: str) -> dict[str, Tensor]:
-    return forward_backward(
-        lambda x, lam, gam: linear(
-            x, layer.weight, layer.bias, layer.basis, lam, gam, layer.scaling, path
-        ),
-        layer,
-    )
+    return forward_backward(lambda x, lam, gam: call(layer, path, x=x, lam=lam, gam=gam), layer)
 
 
 def plain(layer: Layer) -> dict[str, Tensor]:
     """The plain PyTorch expression, everything in the dtype of x, gradients included."""
-    layer = layer.cast(layer.x.dtype)
+    layer = layer.to(layer.x.dtype)
     A, B = matrices(layer.basis, layer.x.dtype)
     return forward_backward(
         lambda x, lam, gam: linear_reference(
@@ -180,7 +192,7 @@ def plain(layer: Layer) -> dict[str, Tensor]:
 
 def exact(layer: Layer) -> dict[str, Tensor]:
     """The oracle: the same numbers, computed in float64."""
-    return plain(layer.cast(torch.float64))
+    return plain(layer.to(torch.float64))
 
 
 def rms_error(value: Tensor, oracle: Tensor) -> float:
@@ -212,3 +224,12 @@ def assert_rule(
         error, allowed = rms_error(value, oracle[name]), rms_error(simple[name], oracle[name])
         bound = 2 * allowed + floor * torch.finfo(dtype).eps
         assert error <= bound, f"{name} errs by {error:.3g}, PyTorch by {allowed:.3g} in {dtype}"
+
+
+def run_python(*arguments: object, **environment: str) -> str:
+    """What a new process with this one's modules prints; it must succeed."""
+    settings = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return done.stdout

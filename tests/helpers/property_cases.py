@@ -87,17 +87,9 @@ def layers(draw) -> Layer:
     layer = make_layer(basis.in_features, basis.out_features, basis.r, 1.0, tokens, dtype, lead)
     layer = replace(layer, basis=basis, scaling=draw(st.sampled_from([1.0, 0.75, -2.0, 0.0])))
     diagonals = draw(st.sampled_from([*[layer.lam.dtype] * 3, *DTYPES]))
-    layer = replace(
-        layer,
-        **{
-            name: laid_out(getattr(layer, name), draw(layouts))
-            for name in ("x", "weight", "bias", "dy")
-        },
-        **{
-            name: laid_out(getattr(layer, name).to(diagonals), draw(layouts))
-            for name in ("lam", "gam")
-        },
-    )
+    layer = replace(layer, lam=layer.lam.to(diagonals), gam=layer.gam.to(diagonals))
+    for name in ("x", "weight", "bias", "dy", "lam", "gam"):
+        setattr(layer, name, laid_out(getattr(layer, name), draw(layouts)))
     kind = draw(st.sampled_from(["weight and bias", "weight", "adapter"]))
     if kind == "adapter":
         return layer.without_weight()
@@ -106,7 +98,7 @@ def layers(draw) -> Layer:
 
 def magnitudes(layer: Layer) -> dict[str, Tensor]:
     """The sum of the absolute values of every result's terms, to which rounding errors scale."""
-    wide = layer.cast(torch.float64)
+    wide = layer.to(torch.float64)
     A, B = (t.abs() for t in layer.basis.dense(dtype=torch.float64))
     weight, bias = (None if t is None else t.abs() for t in (wide.weight, wide.bias))
     positive = replace(wide, x=wide.x.abs(), lam=wide.lam.abs(), gam=wide.gam.abs())
@@ -132,15 +124,11 @@ def assert_within(name: str, got: Tensor, want: Tensor, size: Tensor, dtype: tor
     )
 
 
-def coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
-    return max(a, b, key=lambda dtype: torch.finfo(dtype).eps)
-
-
 def assert_all_within(results: dict[str, Tensor], layer: Layer) -> None:
     """Each by the dtype of x, in which it is computed, or by its own where that has fewer digits,
     as gradients of float32 diagonals beside a float64 x.
     """
     oracle, sizes = exact(layer), magnitudes(layer)
     for name, got in results.items():
-        dtype = coarser(layer.x.dtype, got.dtype)
+        dtype = max(layer.x.dtype, got.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         assert_within(name, got, oracle[name], sizes[name], dtype)

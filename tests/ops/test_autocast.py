@@ -1,62 +1,54 @@
 """torch.autocast of the operator itself: registered for CPU and CUDA, kept out of its inside."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_cases import CALLS, make_layer, one_thread  # noqa: F401
+from layer_cases import CALLS, call, make_layer, ours
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from randlora_ext import linear
 from randlora_ext.ops.ternary import operands
 
 ops = torch.ops.randlora
-
-
-def run(layer, path, **changes):
-    values = {**vars(layer), **changes}
-    names = ("x", "weight", "bias", "basis", "lam", "gam", "scaling")
-    return linear(*(values[name] for name in names), path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @CALLS
 def test_ours_cast_as_linear_does(basis, path, dtype):
     layer = make_layer(50, 37, 7, basis, 20, torch.float32)
-    low = layer.cast(dtype)
-    low.lam, low.gam = layer.lam, layer.gam  # which autocast leaves alone
-    expected = run(low, path)
+    low = replace(layer.to(dtype), lam=layer.lam, gam=layer.gam)  # which autocast leaves alone
+    expected = call(low, path)
     with torch.autocast("cpu", dtype):
         assert F.linear(layer.x, layer.weight).dtype == expected.dtype == dtype
-        assert torch.equal(run(layer, path), expected)
+        assert torch.equal(call(layer, path), expected)
         # each input for itself
-        assert torch.equal(run(layer, path, bias=low.bias), expected)
+        assert torch.equal(call(layer, path, bias=low.bias), expected)
         with torch.autocast("cpu", enabled=False):
-            assert run(layer, path).dtype == torch.float32
+            assert call(layer, path).dtype == torch.float32
 
 
 @pytest.mark.parametrize("basis", [0.07, "hadamard"])
 def test_float64_is_left_alone(basis):
     layer = make_layer(50, 37, 7, basis, 20)
-    expected = run(layer, "factored")
+    expected = call(layer, "factored")
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(run(layer, "factored"), expected)
+        assert torch.equal(call(layer, "factored"), expected)
 
 
 @CALLS
 def test_gradients(basis, path):
     layer = make_layer(50, 37, 7, basis, 20, torch.float32)
     leaves = [t.requires_grad_() for t in (layer.x, layer.lam, layer.gam)]
-    low = layer.cast(torch.bfloat16)
-    low.x, low.lam, low.gam = low.x.detach().requires_grad_(), layer.lam, layer.gam
-    dy = layer.dy.bfloat16()
-    expected = torch.autograd.grad(run(low, path), [low.x, layer.lam, layer.gam], dy)
+    low = replace(layer.to(torch.bfloat16), lam=layer.lam, gam=layer.gam)
+    _, *expected = ours(low, path).values()
     with torch.autocast("cpu", torch.bfloat16):
-        y = run(layer, path)
-    for gradient, wanted in zip(torch.autograd.grad(y, leaves, dy), expected, strict=True):
+        y = call(layer, path)
+    for gradient, wanted in zip(torch.autograd.grad(y, leaves, low.dy), expected, strict=True):
         assert gradient.dtype == torch.float32 and torch.equal(gradient, wanted.float())
     # Of a float32 forward, inside of autocast: torch's products inside the operator would be cast,
     # and our kernels read them as float32.
-    y = run(layer, path)
+    y = call(layer, path)
     expected = torch.autograd.grad(y, leaves, layer.dy, retain_graph=True)
     with torch.autocast("cpu", torch.bfloat16):
         gradients = torch.autograd.grad(y, leaves, layer.dy)

@@ -4,8 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from layer_cases import CALLS, PATHS, kept_by, make_basis, make_layer
-from layer_cases import one_thread as one_thread
+from layer_cases import CALLS, PATHS, call, kept_by, make_layer, with_operands
 from layer_cases import opcheck as check
 
 from randlora_ext import TernaryBasis, delta_weight, linear, scaled_basis
@@ -25,26 +24,10 @@ OTHERS = {
     "dense": (9, 5, 2, "dense"),
     "dense reduce": (5, 9, 2, "dense"),
 }
-GRADCHECKED = [name for name in {**BASES, **OTHERS} if "wide" not in name]
 
 
-def tensors(name, dtype=torch.float32):
-    basis = make_basis(*{**BASES, **OTHERS}[name], seed=4)  # non-zeros in each A
-    make = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=make, dtype=torch.float64).to(dtype).requires_grad_()
-
-    return {
-        "basis": basis,
-        "bases": basis.packed() if basis.kind == "dense" else operands(basis, "cpu", 0.5),
-        "x": normal(1, 3, basis.in_features),
-        "weight": normal(basis.out_features, basis.in_features),
-        "bias": normal(basis.out_features),
-        "lam": normal(basis.r, basis.n),
-        "gam": normal(basis.n, basis.d),
-        "dy": normal(1, 3, basis.out_features),
-    }
+def detached(layer, names):
+    return [getattr(layer, name).detach() for name in names.split()]
 
 
 # ---- opcheck: schema, fake kernel, autograd registration, AOT dispatch with dynamic shapes
@@ -60,24 +43,24 @@ WITH_AOT = {
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", BASES)
 def test_opcheck_linear(name, path):
-    t = tensors(name)
+    t, bases = with_operands(BASES[name])
     fast = (name, path) not in WITH_AOT
-    rest = (t["lam"], t["gam"], *t["bases"], path, None)
-    check(ops.linear, t["x"], t["weight"], t["bias"], *rest, fast=fast)
+    rest = t.lam, t.gam, *bases, path, None
+    check(ops.linear, t.x, t.weight, t.bias, *rest, fast=fast)
     if path != "merged":
-        check(ops.linear, t["x"].detach(), None, None, *rest, fast=True)
-    dy, x, weight, lam, gam = (t[k].detach() for k in ("dy", "x", "weight", "lam", "gam"))
-    rest = (lam, gam, *t["bases"], path, None)
-    check(ops.linear_backward, dy, x, weight, *rest, True, True, fast=fast)
+        check(ops.linear, t.x.detach(), None, None, *rest, fast=True)
+    arguments = *detached(t, "dy x weight lam gam"), *bases, path, None
+    check(ops.linear_backward, *arguments, True, True, fast=fast)
     for needs in ((True, False), (False, True)):
-        check(ops.linear_backward, dy, x, weight, *rest, *needs, fast=True)
+        check(ops.linear_backward, *arguments, *needs, fast=True)
 
 
 @pytest.mark.parametrize("name", BASES)
 def test_opcheck_weights(name):
-    t, fast = tensors(name), name not in ("lists", "planes reduce")
-    check(ops.delta_weight, t["lam"], t["gam"], *t["bases"], fast=fast)
-    weight, *rest = t["weight"].detach(), t["lam"].detach(), t["gam"].detach(), *t["bases"]
+    fast = name not in ("lists", "planes reduce")
+    t, bases = with_operands(BASES[name])
+    check(ops.delta_weight, t.lam, t.gam, *bases, fast=fast)
+    weight, *rest = *detached(t, "weight lam gam"), *bases
     check(ops.delta_weight_backward, torch.ones_like(weight), *rest, fast=fast)
     check(ops.merged_weight, weight, *rest, None, fast=True)
     check(ops.merged_weight, weight.bfloat16(), *rest, 5, fast=fast)
@@ -85,23 +68,23 @@ def test_opcheck_weights(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_scaled_basis_and_add_rounded(dtype):
-    t, low = tensors("planes"), dtype == torch.bfloat16
-    A = t["basis"].dense(dtype=dtype)[0]
-    check(ops.scaled_basis, A, t["lam"], t["gam"], fast=low)
-    grad = torch.ones(t["basis"].K, t["basis"].d, dtype=dtype)
-    check(ops.scaled_basis_backward, grad, A, t["lam"].detach(), t["gam"].detach(), fast=low)
+    t, low = with_operands(BASES["planes"])[0], dtype == torch.bfloat16
+    A = t.basis.dense(dtype=dtype)[0]
+    check(ops.scaled_basis, A, t.lam, t.gam, fast=low)
+    grad = torch.ones(t.basis.K, t.basis.d, dtype=dtype)
+    check(ops.scaled_basis_backward, grad, A, *detached(t, "lam gam"), fast=low)
     seed = 5 if low else None
     check(ops.add_rounded, torch.ones(3, 5).bfloat16(), torch.randn(3, 5), seed, fast=not low)
 
 
 def test_opcheck_with_strided_inputs():
-    t = tensors("lists")
-    lam, gam, dy, x = (t[k].detach().mT.contiguous().mT for k in ("lam", "gam", "dy", "x"))
-    check(ops.linear, x, None, None, lam, gam, *t["bases"], "factored", None, fast=True)
+    t, bases = with_operands(BASES["lists"])
+    lam, gam, dy, x = (v.mT.contiguous().mT for v in detached(t, "lam gam dy x"))
+    check(ops.linear, x, None, None, lam, gam, *bases, "factored", None, fast=True)
     for path in ("factored", "delta"):
-        rest = *t["bases"], path, None, True, True
+        rest = *bases, path, None, True, True
         check(ops.linear_backward, dy, x, None, lam, gam, *rest, fast=True)
-    check(ops.delta_weight_backward, torch.ones(5, 9), lam, gam, *t["bases"], fast=True)
+    check(ops.delta_weight_backward, torch.ones(5, 9), lam, gam, *bases, fast=True)
     A = torch.ones(5, 2).T
     check(ops.scaled_basis, A, lam, gam, fast=True)
     check(ops.scaled_basis_backward, torch.ones(6, 5), A, lam, gam, fast=True)
@@ -127,14 +110,14 @@ def test_opcheck_packing():
     "name, dtype", [("dense", torch.float32), ("dense reduce", torch.bfloat16)], ids=str
 )
 def test_opcheck_dense(name, dtype):
-    t = tensors(name)
-    x, weight, bias, dy = (t[k].detach().to(dtype) for k in ("x", "weight", "bias", "dy"))
-    A, B = (m.to(dtype) for m in t["bases"])
+    t, bases = with_operands(OTHERS[name])
+    x, weight, bias, dy = (v.to(dtype) for v in detached(t, "x weight bias dy"))
+    A, B = (m.to(dtype) for m in bases)
     for path in PATHS:
         fast = (name, path) not in WITH_AOT
-        rest = t["lam"], t["gam"], A, B, 0.5, t["basis"].expand, path
+        rest = t.lam, t.gam, A, B, 0.5, t.basis.expand, path
         check(ops.dense_linear, x.requires_grad_(), weight, bias, *rest, fast=fast)
-        rest = t["lam"].detach(), t["gam"].detach(), *rest[2:]
+        rest = *detached(t, "lam gam"), *rest[2:]
         for needs in ((True, True), (True, False), (False, True)):
             arguments = dy, x.detach(), weight, *rest, *needs
             check(ops.dense_linear_backward, *arguments, fast=fast or not all(needs))
@@ -143,10 +126,10 @@ def test_opcheck_dense(name, dtype):
 # ---- gradcheck
 
 
-@pytest.mark.parametrize("name", GRADCHECKED)
+@pytest.mark.parametrize("name", [name for name in BASES | OTHERS if "wide" not in name])
 def test_gradcheck(name):
-    t = tensors(name, torch.float64)
-    basis, leaves = t["basis"], [t[k] for k in ("x", "weight", "bias", "lam", "gam")]
+    t, _ = with_operands((BASES | OTHERS)[name], torch.float64)
+    basis, leaves = t.basis, [t.x, t.weight, t.bias, t.lam, t.gam]
     gradcheck, diagonals = torch.autograd.gradcheck, leaves[3:]
     for path in PATHS:
         if (basis.kind, path) != ("hadamard", "delta"):
@@ -168,11 +151,9 @@ def storage(tensor):
 @pytest.mark.parametrize("shape", [(80, 44, 8), (44, 80, 8)], ids=str)
 def test_linear_keeps_nothing_new(shape, basis, path, dtype):
     layer = make_layer(*shape, basis, 20, dtype)
-    basis, x, lam, gam = layer.basis, layer.x, layer.lam, layer.gam
-    packed = basis.packed("cpu")
-    for leaf in (x, lam, gam):
-        leaf.requires_grad_()
-    kept, y = kept_by(lambda: linear(x, layer.weight, layer.bias, basis, lam, gam, 0.5, path))
+    basis, packed = layer.basis, layer.basis.packed("cpu")
+    x, lam, gam = (leaf.requires_grad_() for leaf in (layer.x, layer.lam, layer.gam))
+    kept, y = kept_by(lambda: call(layer, path))
     allowed = {storage(t) for t in (x, layer.weight, lam, gam, *packed)}
     assert kept and all(storage(t) in allowed for t in kept)
     forbidden = {basis.K * basis.d, 20 * basis.K, basis.D * basis.d}
@@ -212,7 +193,7 @@ def test_scratch_does_not_grow_with_tokens(density):
 def test_backward_twice_through_a_kept_graph(basis, path):
     layer = make_layer(50, 37, 7, basis, 20)
     lam = layer.lam.requires_grad_()
-    y = linear(layer.x, layer.weight, None, layer.basis, lam, layer.gam, 0.5, path)
+    y = call(layer, path)
     first = torch.autograd.grad(y, lam, layer.dy, retain_graph=True)[0]
     assert torch.equal(torch.autograd.grad(y, lam, layer.dy)[0], first)
 
@@ -220,9 +201,8 @@ def test_backward_twice_through_a_kept_graph(basis, path):
 @pytest.mark.parametrize("kind", [0.07, "hadamard", "dense"])
 def test_an_input_changed_in_place_is_noticed(kind):
     layer = make_layer(50, 37, 7, kind, 20)
-    gam = layer.gam.requires_grad_()
-    lam = layer.lam.clone()
-    y = linear(layer.x, layer.weight, None, layer.basis, lam, gam, path="factored")
-    lam.mul_(2)
+    layer.gam.requires_grad_()
+    y = call(layer, "factored")
+    layer.lam.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()

@@ -14,14 +14,14 @@ from compile_helpers import (
     step,
 )
 from compile_helpers import fresh_dynamo as fresh_dynamo
-from layer_cases import PATHS, make_basis
+from layer_cases import PATHS, make_layer
 from layer_helpers import randomize, small_net
 from torch import nn
 
 from randlora_ext import RandLoraLinear, delta_weight, linear, merged_weight, scaled_basis
 from randlora_ext.ops.path import formed_from
 
-pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def compiled(model, dynamic=None):
@@ -154,11 +154,8 @@ def test_autocast():
     ],
 )
 def test_every_function_of_every_kind_of_basis(shape, kind):
-    basis = make_basis(*shape, kind, seed=31)  # of no other test
-    make = torch.Generator().manual_seed(0)
-    sizes = (basis.r, basis.n), (basis.n, basis.d), (7, shape[0]), (shape[1], shape[0])
-    lam, gam, x, W = (torch.randn(size, generator=make) for size in sizes)
-    dense_a = basis.dense()[0]
+    layer = make_layer(*shape, kind, 7, torch.float32, seed=31)  # of no other test
+    basis, x, W, dense_a = layer.basis, layer.x, layer.weight, layer.basis.dense()[0]
     paths = [path for path in PATHS if (kind, path) != ("hadamard", "delta")]
 
     def everything(lam, gam):
@@ -171,7 +168,7 @@ def test_every_function_of_every_kind_of_basis(shape, kind):
         ]
 
     def run(function):
-        leaves = [lam.clone().requires_grad_(), gam.clone().requires_grad_()]
+        leaves = [layer.lam.clone().requires_grad_(), layer.gam.clone().requires_grad_()]
         results = function(*leaves)
         total = sum(k * result.sum() for k, result in enumerate(results, 1))
         return [*results, *torch.autograd.grad(total, leaves)]

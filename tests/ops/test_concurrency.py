@@ -3,13 +3,12 @@
 import faulthandler
 import os
 import signal
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from layer_cases import run_python
 from layer_helpers import inputs, make_base, randomize, run
 from torch.utils.data import DataLoader
 
@@ -131,10 +130,7 @@ def data_loader_beside_and_with_a_layer_of_the_parent():
 
 
 def test_forked_processes():
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, __file__]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_python(__file__)
 
 
 if __name__ == "__main__":

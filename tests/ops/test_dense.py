@@ -5,7 +5,6 @@ import pickle
 import pytest
 import torch
 from layer_cases import PATHS, exact, largest_error, make_layer, ours, rms_error
-from layer_cases import one_thread as one_thread
 
 from randlora_ext import TernaryBasis
 from randlora_ext.basis.dense import DenseMatrices

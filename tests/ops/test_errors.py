@@ -232,6 +232,11 @@ def test_wrong_sizes(lam, gam, D, expected):
     refuses(lambda: ops.delta_weight(torch.ones(lam), torch.ones(gam), *bases), {}, *expected)
 
 
+def wrong_lists(offset, index, *expected, device="cpu"):
+    offset = torch.tensor(offset, device=device)
+    return "lists_to_dense", (offset, index, 3, 1.0, torch.half), expected
+
+
 @pytest.mark.parametrize(
     "op, values, expected",
     [
@@ -246,22 +251,13 @@ def test_wrong_sizes(lam, gam, D, expected):
         ("planes_to_lists", (torch.zeros(1, 1, 1).long(), 5, True, True), ["planes", "(1, 1, 1)"]),
         ("planes_to_dense", (torch.zeros(2, 1, 1).long(), 5, 1.0, torch.int32), ["dtype"]),
         ("planes_to_dense", (torch.zeros(2, 1, 1).long(), -1, 1.0, torch.half), ["cols", "-1"]),
-        ("lists_to_dense", (torch.tensor([0, 1]), torch.zeros(1).short(), 3, 1.0, torch.half),
-         ["offset", "(2)"]),
-        ("lists_to_dense", (torch.tensor([0, 1, 1]), torch.zeros(2).short(), 3, 1.0, torch.half),
-         ["offset", "2", "1"]),
-        ("lists_to_dense", (torch.tensor([0, 2, 1]), torch.zeros(1).short(), 3, 1.0, torch.half),
-         ["offset", "decrease", "2"]),
-        ("lists_to_dense", (torch.tensor([0, 1, 1]), torch.ones(1).short() * 3, 3, 1.0, torch.half),
-         ["index", "3"]),
-        ("lists_to_dense", (torch.tensor([0, 1, 1]), torch.zeros(1).long(), 3, 1.0, torch.half),
-         ["index", "int64", "int16"]),
-        ("lists_to_dense",
-         (torch.tensor([0, 1, 1]), torch.zeros(1, device="meta").short(), 3, 1.0, torch.half),
-         ["index", "meta", "offset", "cpu"]),
-        ("lists_to_dense",
-         (torch.tensor([0, 1, 1], device="meta"), torch.zeros(1).short(), 3, 1.0, torch.half),
-         ["one device"]),
+        wrong_lists([0, 1], torch.zeros(1).short(), "offset", "(2)"),
+        wrong_lists([0, 1, 1], torch.zeros(2).short(), "offset", "2", "1"),
+        wrong_lists([0, 2, 1], torch.zeros(1).short(), "offset", "decrease", "2"),
+        wrong_lists([0, 1, 1], torch.ones(1).short() * 3, "index", "3"),
+        wrong_lists([0, 1, 1], torch.zeros(1).long(), "index", "int64", "int16"),
+        wrong_lists([0, 1, 1], torch.zeros(1).short().to("meta"), "index", "meta", "offset", "cpu"),
+        wrong_lists([0, 1, 1], torch.zeros(1).short(), "one device", device="meta"),
     ],
 )  # fmt: skip
 def test_packing_operators(op, values, expected):

@@ -1,17 +1,13 @@
 """torch.export and AOTInductor of models with unmerged adapters, run in a process of their own."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from compile_helpers import mixed_net, needs_compiler
+from layer_cases import run_python
 from layer_helpers import randomize, small_net
 from torch.export import Dim
 
 from randlora_ext.ops.path import formed_from
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 RUN = """
 import sys, torch
@@ -103,6 +99,4 @@ def test_a_program_and_an_aotinductor_package_in_another_process(tmp_path):
     torch._inductor.aoti_compile_and_package(program, package_path=files[1])
     with torch.no_grad():
         torch.save([(x, model(x)) for x in (torch.randn(T, 24) for T in (1, 7, 300))], files[2])
-    command = [sys.executable, "-c", RUN, *files]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_python("-c", RUN, *files)

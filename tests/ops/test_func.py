@@ -5,15 +5,13 @@ from functools import partial
 import pytest
 import torch
 from compile_helpers import mixed_net
-from layer_cases import PATHS, make_basis
+from layer_cases import PATHS, make_basis, make_layer
 from layer_helpers import randomize
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 from torch.utils._pytree import tree_leaves
 
 from randlora_ext import delta_weight, linear, scaled_basis
 from randlora_ext.reference import delta_weight_reference, linear_reference, scaled_basis_reference
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 SCALING = 0.5
 BASES = {
@@ -38,20 +36,16 @@ def normal(*shape):
 def setup(name, path="factored"):
     """(our function, the reference, inputs x, weight, bias, lam, gam; x with two leading dims)."""
     torch.manual_seed(0)
-    basis = make_basis(*BASES[name])
-    A, B = basis.dense(dtype=torch.float64)
+    layer = make_layer(*BASES[name], 3, lead=(4,))
+    A, B = layer.basis.dense(dtype=torch.float64)
 
     def ours(x, weight, bias, lam, gam):
-        return linear(x, weight, bias, basis, lam, gam, SCALING, path)
+        return linear(x, weight, bias, layer.basis, lam, gam, SCALING, path)
 
     def reference(x, weight, bias, lam, gam):
         return linear_reference(x, weight, bias, A, B, lam, gam, SCALING)
 
-    inputs = (
-        normal(4, 3, basis.in_features), normal(basis.out_features, basis.in_features),
-        normal(basis.out_features), normal(basis.r, basis.n), normal(basis.n, basis.d),
-    )  # fmt: skip
-    return ours, reference, inputs
+    return ours, reference, (layer.x, layer.weight, layer.bias, layer.lam, layer.gam)
 
 
 def loss(function):

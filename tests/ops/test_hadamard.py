@@ -20,7 +20,6 @@ from layer_cases import (
     plain,
     rms_error,
 )
-from layer_cases import one_thread as one_thread
 
 from randlora_ext import delta_weight, merged_weight
 from randlora_ext.ops import hadamard as module
@@ -81,7 +80,7 @@ def test_odd_sizes(size, dtype):
 @ODD
 @ALL_TYPES
 def test_merged_weight(size, dtype):
-    layer = make_layer(*size, "hadamard", 1, dtype).cast(dtype)
+    layer = make_layer(*size, "hadamard", 1, dtype).to(dtype)
     weight, wide = layer.weight, torch.promote_types(dtype, torch.float32)
     total = weight.to(wide) + delta_weight(layer.basis, layer.lam.to(wide), layer.gam.to(wide), 0.5)
     half = replace(layer, scaling=0.5)
@@ -167,11 +166,6 @@ def test_opcheck(shape, dtype, merge):
     opcheck(*call("hadamard_linear", layer, x=strided, merge=merge), fast=fast)
 
 
-PLAIN = {
-    "hadamard_linear": module._plain_linear,
-    "hadamard_linear_backward": module._plain_linear_backward,
-    "hadamard_weight": module._plain_weight,
-}
 # in = 8, out = 6, r = 3: d = 6, D = 8, n = 2, K = 6
 WRONG = [
     (OPERATORS, {"lam": torch.ones(6)}, ["lam"]),
@@ -221,7 +215,8 @@ def test_one_wrong_argument(names, change, expected, by_both):
     before = {k: v.clone() for k, v in vars(layer).items() if isinstance(v, torch.Tensor)}
     for name in names:
         op, *inputs = call(name, layer, **change)
-        for function in (op, PLAIN[name])[: 1 + by_both]:
+        by_torch = getattr(module, name.replace("hadamard", "_plain"))
+        for function in (op, by_torch)[: 1 + by_both]:
             with pytest.raises(RuntimeError, match="randlora: ") as raised:
                 function(*inputs)
             message = str(raised.value).splitlines()[0]
@@ -234,8 +229,8 @@ def test_one_wrong_argument(names, change, expected, by_both):
 
 
 def test_plain_torch_is_registered_for_every_other_device():
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in OPERATORS:
-        has = torch._C._dispatch_has_kernel_for_dispatch_key
         assert has(f"randlora::{name}", "CompositeExplicitAutograd")
         assert has(f"randlora::{name}", "CPU")
         for key in ("XPU", "MPS", "PrivateUse1"):

@@ -5,8 +5,8 @@ chosen any; the best one runs in all other tests.
 """
 
 import os
-import subprocess
-import sys
+
+from layer_cases import run_python
 
 from randlora_ext import _C, build_info
 
@@ -81,11 +81,7 @@ for dtype in (torch.float16, torch.bfloat16):
 
 def test_every_kernel_set():
     # One thread: test_determinism.py tells that the number changes nothing. And none to fork.
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    environment |= {"RANDLORA_ISA": "AVX2", "RANDLORA_PATH": ""}
-    command = [sys.executable, "-c", CHECK]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_python("-c", CHECK, OMP_NUM_THREADS="1", RANDLORA_ISA="AVX2", RANDLORA_PATH="")
 
 
 def test_portable_kernels_are_always_there_and_the_best_come_first():

@@ -10,6 +10,7 @@ from layer_cases import (
     SHAPES,
     SIXTEEN_BITS,
     assert_rule,
+    call,
     exact,
     largest_error,
     make_layer,
@@ -18,9 +19,6 @@ from layer_cases import (
     plain,
     rms_error,
 )
-from layer_cases import one_thread as one_thread
-
-from randlora_ext import linear
 
 TOKENS = [0, 1, 3, 16, 33, 100, 257]  # 257 needs a second super-block of the backward on 2 threads
 FP64 = 1e-12  # relative; about 1e-13 is seen
@@ -79,9 +77,8 @@ def test_error_rule_with_many_tokens(basis, path):
 @CALLS
 def test_one_dimensional_x_is_one_token(basis, path):
     layer = make_layer(50, 37, 7, basis, 1)
-    arguments = (layer.weight, layer.bias, layer.basis, layer.lam, layer.gam, 0.5, path)
-    y = linear(layer.x[0], *arguments)
-    assert y.shape == (37,) and torch.equal(y, linear(layer.x, *arguments)[0])
+    y = call(layer, path, x=layer.x[0])
+    assert y.shape == (37,) and torch.equal(y, call(layer, path)[0])
 
 
 @pytest.mark.parametrize("kind", ["hadamard", "dense"])
@@ -108,8 +105,7 @@ def test_only_what_is_asked_for_gets_a_gradient(wanted, path):
             name: getattr(layer, name).clone().requires_grad_(name in wanted.split())
             for name in ("x", "weight", "bias", "lam", "gam")
         }
-        x, weight, bias, lam, gam = leaves.values()
-        linear(x, weight, bias, layer.basis, lam, gam, 0.75, path).backward(layer.dy)
+        call(layer, path, **leaves).backward(layer.dy)
         for name, leaf in leaves.items():
             assert (leaf.grad is not None) == (name in wanted.split()), name
             if leaf.grad is not None:

@@ -4,22 +4,15 @@ import math
 
 import pytest
 import torch
-from layer_cases import CALLS, PATHS, make_layer, one_thread, ours  # noqa: F401
+from layer_cases import CALLS, call, make_layer, ours
 from torch.nn import functional as F
 
-from randlora_ext import delta_weight, linear
+from randlora_ext import delta_weight
 
 FORMATS = pytest.mark.parametrize("density", [1 / 3, 0.07], ids=["planes", "lists"])
 SHAPES = pytest.mark.parametrize("shape", [(50, 37, 7), (37, 50, 7)], ids=str)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 VALUES = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-
-
-def call(layer, path, **change):
-    values = {**vars(layer), **change}
-    return linear(
-        **{k: values[k] for k in ("x", "weight", "bias", "basis", "lam", "gam")}, path=path
-    )
 
 
 @SHAPES

@@ -12,11 +12,11 @@ import os
 import resource
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from layer_cases import run_python
 from layer_helpers import inputs, make_base, randomize, run
 
 from randlora_ext import RandLoraLinear, TernaryBasis, merged_weight
@@ -166,16 +166,8 @@ def test_memory_that_runs_out(tmp_path):
     subprocess.run(command, check=True)
     # One arena, since a new one for every thread would count as used address space.
     environment = {"OMP_NUM_THREADS": "2", "MALLOC_ARENA_MAX": "1", "LD_PRELOAD": str(library)}
-    environment |= {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    faults = dict(json.loads(line) for line in done.stdout.splitlines())
+    printed = run_python("-W", "ignore", __file__, **environment)
+    faults = dict(map(json.loads, printed.splitlines()))
     assert 3 <= faults.pop("a full machine") <= 10
     assert len(faults) == 24 and min(faults.values()) > 0, faults
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from layer_cases import make_basis, make_layer
+from layer_cases import call, make_basis, make_layer
 
-from randlora_ext import _C, TernaryBasis, explain, linear
+from randlora_ext import _C, TernaryBasis, explain
 from randlora_ext.devices import cuda_available
 from randlora_ext.ops.path import MANY, PATHS, PathChoice, choose, dense_b_above, formed_from
 
@@ -50,8 +50,7 @@ def test_hadamard_bases_have_one_threshold():
 def test_the_environment_decides_where_no_path_is_given(monkeypatch):
     unset = explain(FULL, 10**6)
     layer = make_layer(64, 64, 8, 1.0, 5, torch.float32, lead=(2, 3))
-    arguments = (layer.x, layer.weight, layer.bias, layer.basis, layer.lam, layer.gam, 1.0)
-    results = {path: linear(*arguments, path=path) for path in PATHS}
+    results = {path: call(layer, path) for path in PATHS}
     assert not torch.equal(results["factored"], results["delta"])  # the test can tell them apart
     for path in PATHS:
         monkeypatch.setenv("RANDLORA_PATH", path)
@@ -60,8 +59,8 @@ def test_the_environment_decides_where_no_path_is_given(monkeypatch):
             assert choice.path == path and "RANDLORA_PATH" in choice.reason
             assert choose("auto", basis, tokens, torch.float32, True, "cpu")[0] == path
             assert explain(basis, tokens, torch.bfloat16).path == path  # asked for is asked for
-        assert torch.equal(linear(*arguments), results[path])
-        assert torch.equal(linear(*arguments, path="factored"), results["factored"])
+        assert torch.equal(call(layer), results[path])
+        assert torch.equal(call(layer, "factored"), results["factored"])
     for value in ("auto", ""):
         monkeypatch.setenv("RANDLORA_PATH", value)
         assert explain(FULL, 10**6) == unset
@@ -140,6 +139,5 @@ def test_auto_is_what_explain_says(basis, tokens, dtype, has_weight):
     layer = make_layer(64, 64, 8, basis, tokens, dtype, lead=(1,))
     if not has_weight:
         layer = layer.without_weight()
-    arguments = (layer.x, layer.weight, layer.bias, layer.basis, layer.lam, layer.gam, 1.0)
     choice = explain(layer.basis, tokens, dtype, has_weight=has_weight)
-    assert torch.equal(linear(*arguments), linear(*arguments, path=choice.path))
+    assert torch.equal(call(layer), call(layer, choice.path))

@@ -9,8 +9,6 @@ from layer_cases import make_layer, ours, paths_of
 
 from randlora_ext import TernaryBasis, delta_weight, merged_weight, scaled_basis
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_memory_does_not_grow():
     torch.manual_seed(0)

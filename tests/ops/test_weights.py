@@ -4,7 +4,6 @@ and types of the first two."""
 import pytest
 import torch
 from layer_cases import BASES, SHAPES, SIXTEEN_BITS, largest_error, make_basis, make_layer
-from layer_cases import one_thread as one_thread
 from layer_helpers import make_base, randomize
 
 from randlora_ext import RandLoraLinear, delta_weight, merged_weight, scaled_basis
@@ -133,17 +132,12 @@ def test_scaled_basis_of_a_basis(kind):
 # ---- merged_weight: W + dW rounded once, to nearest or stochastically
 
 
-def sum_of(shape, kind, dtype):
-    """A basis, W, lam and gam."""
-    layer = make_layer(*shape, kind, 1, dtype)
-    return layer.basis, layer.weight, layer.lam, layer.gam
-
-
 @pytest.mark.parametrize("kind", [0.05, 1 / 3, "hadamard", "dense"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (40, 40, 8), (33, 70, 8), (70, 33, 7), (20, 30, 32)])
 @pytest.mark.parametrize("dtype", ALL_TYPES, ids=str)
 def test_one_rounding_of_the_sum(shape, kind, dtype):
-    basis, weight, lam, gam = sum_of(shape, kind, dtype)
+    layer = make_layer(*shape, kind, 1, dtype)
+    basis, weight, lam, gam = layer.basis, layer.weight, layer.lam, layer.gam
     got = merged_weight(basis, weight, lam, gam, 0.5)
     want = weight.double() + reference(basis, lam.double(), gam.double(), 0.5)
     assert got.dtype == dtype and got.shape == weight.shape
@@ -162,8 +156,8 @@ def test_one_rounding_of_the_sum(shape, kind, dtype):
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
 @pytest.mark.parametrize("kind", [0.1, "hadamard", "dense"])
 def test_stochastic_rounding_keeps_what_nearest_loses(kind, dtype):
-    basis, weight, lam, gam = sum_of((96, 130, 8), kind, dtype)
-    weight = torch.ones_like(weight)
+    layer = make_layer(96, 130, 8, kind, 1, dtype)
+    basis, lam, gam, weight = layer.basis, layer.lam, layer.gam, torch.ones_like(layer.weight)
     scaling = 0.02 * torch.finfo(dtype).eps  # changes of a few hundredths of an ulp
     change = delta_weight(basis, lam.float(), gam.float(), scaling)
     assert torch.equal(merged_weight(basis, weight, lam, gam, scaling), weight)
@@ -178,7 +172,8 @@ def test_stochastic_rounding_keeps_what_nearest_loses(kind, dtype):
 
 @pytest.mark.parametrize("kind", [1 / 3, "hadamard", "dense"])
 def test_errors_of_merged_weight(kind):
-    basis, weight, lam, gam = sum_of((33, 70, 8), kind, torch.float32)
+    layer = make_layer(33, 70, 8, kind, 1, torch.float32)
+    basis, weight, lam, gam = layer.basis, layer.weight, layer.lam, layer.gam
     wrong_shape = r"weight must be \(out, in\) = \(70, 33\), got \(33, 70\)"
     with pytest.raises(ValueError, match=wrong_shape):
         merged_weight(basis, weight.T, lam, gam)

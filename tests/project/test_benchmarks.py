@@ -30,11 +30,19 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 
 
-def written(out: Path) -> dict:
-    found = json.loads(out.with_suffix(".json").read_text())
-    machine = found["machine"]
-    assert {"date", "cpu", "threads", "torch", "peft", "commit", "version", "isa"} <= set(machine)
-    return found
+@pytest.fixture
+def run(tmp_path):
+    """Runs a benchmark with the options of a line; returns what it wrote."""
+
+    def run(module, line: str, *more: str) -> dict:
+        out = tmp_path / module.__name__
+        module.main([*line.split(), *more, "--out", str(out)])
+        found = json.loads(out.with_suffix(".json").read_text())
+        about = {"date", "cpu", "threads", "torch", "peft", "commit", "version", "isa"}
+        assert about <= set(found["machine"])
+        return found
+
+    return run
 
 
 @pytest.fixture
@@ -44,45 +52,38 @@ def in_this_process(monkeypatch):
         monkeypatch.setattr(module, "in_a_process", lambda function, *a, **k: function(*a, **k))
 
 
-def test_layer_compares_every_method(tmp_path, in_this_process):
-    out = tmp_path / "layer"
-    size = ["--sizes", "48x64", "--tokens", "4", "--densities", "0.2", "--repeats", "1"]
-    layer.main([*size, "--methods", "all", "--out", str(out)])
-    row = written(out)["rows"][0]
+SMALL = "--sizes 48x64 --tokens 4 --repeats 1 --densities"
+
+
+def test_layer_compares_every_method(run, in_this_process):
+    row = run(layer, f"{SMALL} 0.2 --methods all")["rows"][0]
     assert (row["in"], row["out"], row["tokens"], row["density"]) == (48, 64, 4, "0.2")
     assert row["error"] < 1e-5 and row["regret"] >= 0
     assert all(row[method] > 0 for method in METHODS)
 
 
-def test_layer_measures_memory(monkeypatch, tmp_path):
+def test_layer_measures_memory(monkeypatch, run):
     def in_a_process(function, *arguments, **options):  # no time is measured
         return {} if function is layer.compare else separately(function, *arguments, **options)
 
     separately = layer.in_a_process
     monkeypatch.setattr(layer, "in_a_process", in_a_process)
-    case = ["--sizes", "2048x2048", "--tokens", "4", "--densities", "0.2", "--methods", "ours"]
-    layer.main([*case, "--memory", "--out", str(tmp_path / "layer")])
-    (row,) = written(tmp_path / "layer")["rows"]
+    case = "--sizes 2048x2048 --tokens 4 --densities 0.2 --methods ours --memory"
+    (row,) = run(layer, case)["rows"]
     assert row["frozen_mib"] > 8 and "ours_mib" in row, "a weight of 16 MiB"
 
 
-def test_layer_appends_paths(tmp_path, capsys, in_this_process):
-    out = tmp_path / "paths"
-    size = ["--sizes", "48x64", "--tokens", "4", "--repeats", "1"]
-    for case in (["0.2", "--dtype", "bf16"], ["hadamard"]):
-        layer.main([*size, "--densities", *case, "--paths", "--append", "--out", str(out)])
-    rows = written(out)["rows"]
+def test_layer_appends_paths(run, capsys, in_this_process):
+    for case in ("0.2 --dtype bf16", "hadamard"):
+        rows = run(layer, f"{SMALL} {case} --paths --append")["rows"]
     assert [row["density"] for row in rows] == ["0.2", "hadamard"]
     assert "merged" not in rows[0] and "delta" not in rows[1] and rows[1]["regret"] >= 0
     assert "of 2 rows" in capsys.readouterr().out
 
 
-def test_micro_counts_and_shares(tmp_path):
-    out = tmp_path / "micro"
-    peaks = ["--gemm", "64", "--triads", "1"]
-    cases = ["--sizes", "40x72,72x40", "--densities", "1/3,0.1,hadamard", "--tokens", "3"]
-    micro.main([*cases, "--rank", "8", "--least", "0.0001", *peaks, "--out", str(out)])
-    found = written(out)
+def test_micro_counts_and_shares(run):
+    cases = "--sizes 40x72,72x40 --densities 1/3,0.1,hadamard --tokens 3 --rank 8"
+    found = run(micro, f"{cases} --least 0.0001 --gemm 64 --triads 1")
     (triad,) = found["peaks"]["bytes"].values()
     assert {row["op"] for row in found["rows"]} == {
         "fill_planes_", "planes_to_lists, rows", "planes_to_lists, columns", "scaled_basis",
@@ -107,13 +108,12 @@ def test_checkpoint_sizes():
     assert stock == ours + (2 * 3 + 1) * bases
 
 
-def test_approximate(monkeypatch, tmp_path):
-    out, targets = tmp_path / "fit", approximate.random_targets
+def test_approximate(monkeypatch, run):
+    targets = approximate.random_targets
     gaussian = lambda *a: {"gaussian": targets(*a)["gaussian"]}  # noqa: E731
     monkeypatch.setattr(approximate, "random_targets", gaussian)
-    approximate.main(["--size", "32", "--ranks", "4,16", "--steps", "150", "--seeds", "1",
-                      "--bases", "dense,1/3,hadamard", "--out", str(out)])  # fmt: skip
-    rows = {(r["r"], r["bases"]): r for r in written(out)["rows"]}
+    line = "--size 32 --ranks 4,16 --steps 150 --seeds 1 --bases dense,1/3,hadamard"
+    rows = {(r["r"], r["bases"]): r for r in run(approximate, line)["rows"]}
     assert len(rows) == 2 * 3
     few, many = rows[16, "1/3"], rows[4, "1/3"]
     assert many["parameters"] > few["parameters"] and many["randlora"] < few["randlora"] < 1
@@ -132,28 +132,25 @@ def test_the_numbers_of_the_page_are_those_of_the_budget(capsys):
     assert len(numbers) >= 10 and all(number in printed for number in numbers)
 
 
-def test_merge(tmp_path, in_this_process):
-    out = tmp_path / "merge"
-    merge.main(["--size", "64", "--layers", "2", "--rank", "8", "--cycles", "3", "--out", str(out)])
-    rows = {row["way"]: row for row in written(out)["rows"]}
+def test_merge(run, in_this_process):
+    written = run(merge, "--size 64 --layers 2 --rank 8 --cycles 3")["rows"]
+    rows = {row["way"]: row for row in written}
     assert tuple(rows) == merge.WAYS
     assert all(row["merge"] > 0 and row["unmerge"] > 0 for row in rows.values())
     assert rows["host"]["drift"] == rows["device"]["drift"] == 0
     assert min(rows[way]["drift"] for way in ("lora", "peft", "nothing")) > 0
 
 
-def test_model_step(tmp_path, in_this_process):
-    out = tmp_path / "step"
-    model_step.main(["--shape", "toy", "--batch", "1", "--tokens", "4", "--repeats", "1",
-                     "--methods", "lora,ours 0.07,ours hadamard,peft very_sparse",
-                     "--out", str(out)])  # fmt: skip
-    lora, ours, hadamard, stock = written(out)["rows"]
+def test_model_step(run, in_this_process):
+    methods = "--methods", "lora,ours 0.07,ours hadamard,peft very_sparse"
+    rows = run(model_step, "--shape toy --batch 1 --tokens 4 --repeats 1", *methods)["rows"]
+    lora, ours, hadamard, stock = rows
     assert lora["over_first"] == 1.0
     assert ours["trained"] == hadamard["trained"] == stock["trained"] < lora["trained"]
     assert ours["peak_mib"] > 100
 
 
-def test_to_lora(monkeypatch, tmp_path, capsys):
+def test_to_lora(monkeypatch, run):
     def square(model, *_):
         with torch.no_grad():
             return model(torch.arange(6)[None]).logits.square().mean().item()
@@ -167,9 +164,8 @@ def test_to_lora(monkeypatch, tmp_path, capsys):
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(spelling, name, fake)
-    out = tmp_path / "to-lora"
-    to_lora.main(["--method", "randlora hadamard", "--ranks", "8", "48", "--out", str(out)])
-    untuned, adapter, low, full, merged = written(out)["rows"]
+    rows = run(to_lora, "--ranks 8 48", "--method", "randlora hadamard")["rows"]
+    untuned, adapter, low, full, merged = rows
     assert 0 < low["energy"] < full["energy"] == pytest.approx(1)
     assert 0 < adapter["bytes"] < low["bytes"] < full["bytes"]
     for row in (full, merged):

@@ -4,14 +4,13 @@ import functools
 import importlib
 import re
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import cli_helpers
 import pytest
 import torch
+from layer_cases import run_python
 from safetensors.torch import load_file
 
 from randlora_ext.cli.adapter import read_adapter
@@ -81,13 +80,11 @@ sys.exit(os.waitstatus_to_exitcode(os.wait()[1]) if rank == 0 else 0)
 """
 
 
-def test_tensor_parallel(tmp_path):
+def test_tensor_parallel(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
-    command = [sys.executable, "-c", RANKS, str(port), EXAMPLES / "tensor_parallel.py", "--toy"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    output = done.stdout
+    output = run_python("-c", RANKS, port, EXAMPLES / "tensor_parallel.py", "--toy")
     assert losses(output)[-1] < losses(output)[0]
     # Every weight divides by two ranks: 64 x 64, 32, 32, 64, 128, 128 and 64 x 128, two blocks.
     weights = 2 * 4 * 64 * (64 + 32 + 32 + 64 + 3 * 128) // 2

@@ -17,6 +17,7 @@ import pytest
 from gpu import expected, report
 
 ROOT = Path(__file__).parents[2]
+CARD = {"card": "NVIDIA Toy 9", "cuda": "13.0", "torch": "2.11", "capability": "9.0"}
 
 
 def test_the_page_shows_what_to_expect(capsys):
@@ -52,7 +53,7 @@ def test_a_process_that_dies_or_hangs_costs_only_itself(tmp_path, monkeypatch):
     ]
     monkeypatch.setattr(gpu_run, "commands", lambda *arguments: made)
     monkeypatch.setattr(gpu_run, "LEAST", 0.0)
-    run = gpu_run.Run(tmp_path, {"card": "NVIDIA Toy 9", "cuda": "13.0"}, False, 60)
+    run = gpu_run.Run(tmp_path, CARD, False, 60)
     started = time.monotonic()
     assert run.stage("check") == "failed"
     assert time.monotonic() - started < 50  # the sleeping grandchild went with its parent
@@ -78,8 +79,7 @@ def toys(monkeypatch, tmp_path, **programs):
 
     monkeypatch.setattr(gpu_run, "commands", commands)
     monkeypatch.setattr(gpu_run, "LEAST", 0.0)
-    card = {"card": "NVIDIA Toy 9", "cuda": "13.0", "torch": "2.11"}
-    monkeypatch.setattr(gpu_run, "card_at_hand", lambda dry: card)
+    monkeypatch.setattr(gpu_run, "card_at_hand", lambda dry: CARD)
     monkeypatch.setattr(gpu_run, "missing", lambda stages: [])
     status = gpu_run.main(["--stages", "all", "--out", str(tmp_path)])
     return status, report.read(tmp_path / "gpu-toy-9.jsonl")
@@ -125,9 +125,8 @@ def test_all_is_well(monkeypatch, tmp_path):
 
 
 def test_no_command_takes_ten_minutes(tmp_path):
-    card = {"card": "NVIDIA Toy 9", "cuda": "13.0", "capability": "9.0"}
     for stage in gpu_run.STAGES:
-        for command in gpu_run.commands(stage, card, False, tmp_path):
+        for command in gpu_run.commands(stage, CARD, False, tmp_path):
             assert command.seconds <= 500, command.name
     first = [gpu_run.DEFAULT[k] for k in (0, 2, 3, 4)]
     assert first == ["hadamard_torch", "parity", "hadamard", "model"]
@@ -218,9 +217,8 @@ def test_kernels_that_do_not_load_are_not_measured(tmp_path, monkeypatch, capsys
     reason="minutes: tools/cuda/run_python_tests.sh asks for it",
 )
 def test_the_whole_dry_run(tmp_path):
-    command = [sys.executable, "benchmarks/gpu_run.py", "--dry", "--built", "--stages", "all"]
-    done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True,
-                          text=True)  # fmt: skip
+    everything = ("--dry", "--built", "--stages", "all", "--out", str(tmp_path))
+    done = python(os.environ, "benchmarks/gpu_run.py", *everything)
     assert done.returncode == 0, done.stdout
     kept = report.read(tmp_path / "gpu-dry.jsonl")
     assert not any("failed" in row for row in kept)
