@@ -1,5 +1,6 @@
 """Layers with random diagonals, and their results by the plain PyTorch reference."""
 
+import io
 import sys
 
 import pytest
@@ -9,12 +10,6 @@ from torch.nn import functional as F
 
 from randlora_ext import RandLoraLinear
 from randlora_ext.reference import linear_reference
-
-# (in, out, r): square, wide, tall, overhanging last base, r > d, r = d, r = 1, a single feature
-SHAPES = [
-    (16, 16, 4), (24, 40, 4), (40, 24, 4), (24, 40, 5), (40, 24, 7), (20, 20, 6), (6, 10, 8),
-    (10, 6, 9), (64, 64, 64), (33, 65, 1), (130, 70, 32), (70, 130, 3), (1, 9, 2), (9, 1, 2),
-]  # fmt: skip
 
 
 def make_base(in_features, out_features, kind="linear", bias=True, dtype=torch.float32):
@@ -30,32 +25,36 @@ def make_base(in_features, out_features, kind="linear", bias=True, dtype=torch.f
     return base.to(dtype)
 
 
-def randomize(layer, seed=0):
-    """Random diagonals that make adapter and base equally important; exact in bfloat16."""
+def layers(model):
+    """Our layers by their paths."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, RandLoraLinear)}
+
+
+def randomize(model, seed=0):
+    """Random diagonals that make adapters and base equally important; exact in bfloat16."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, basis in layer.bases.items():
-            factor = basis.density * (basis.K * basis.density) ** -0.5 / layer.scaling[name]
-            for parameter, size in (
-                (layer.randlora_lambda[name], factor),
-                (layer.randlora_gamma[name], 1.0),
-            ):
-                value = torch.randn(parameter.shape, generator=generator) * size
-                parameter.copy_(value.bfloat16())
-    return layer
+        for layer in layers(model).values():
+            for name, basis in layer.bases.items():
+                lam, gam = layer.randlora_lambda[name], layer.randlora_gamma[name]
+                factor = basis.density * (basis.K * basis.density) ** -0.5 / layer.scaling[name]
+                for parameter, size in ((lam, factor), (gam, 1.0)):
+                    value = torch.randn(parameter.shape, generator=generator) * size
+                    parameter.copy_(value.bfloat16())
+    return model
 
 
-def oracle(layer, x, dtype=torch.float64):
+def oracle(layer, x):
     """The layer's output by the reference, from leaves (x, lam, gam, ...) that record gradients."""
     base = layer.base_layer
     weight = base.weight.T if layer.fan_in_fan_out else base.weight
-    bias = None if base.bias is None else base.bias.to(dtype)
-    leaves = [x.detach().to(dtype).requires_grad_()]
-    y = F.linear(leaves[0], weight.to(dtype), bias)
+    bias = None if base.bias is None else base.bias.double()
+    leaves = [x.detach().double().requires_grad_()]
+    y = F.linear(leaves[0], weight.double(), bias)
     for name in layer.active_adapters:
-        A, B = layer.bases[name].dense(dtype=dtype)
-        lam = layer.randlora_lambda[name].detach().to(dtype).requires_grad_()
-        gam = layer.randlora_gamma[name].detach().to(dtype).requires_grad_()
+        A, B = layer.bases[name].dense(dtype=torch.float64)
+        lam = layer.randlora_lambda[name].detach().double().requires_grad_()
+        gam = layer.randlora_gamma[name].detach().double().requires_grad_()
         leaves += [lam, gam]
         y = y + linear_reference(leaves[0], None, None, A, B, lam, gam, layer.scaling[name])
     return y, leaves
@@ -77,13 +76,11 @@ def run(layer, x, dy):
     return [y, *torch.autograd.grad(y, [x, *parameters], dy)]
 
 
-def run_oracle(layer, x, dy, dtype=torch.float64):
-    y, leaves = oracle(layer, x, dtype)
-    return [y, *torch.autograd.grad(y, leaves, dy.to(dtype))]
-
-
-def assert_close(results, expected, tolerance):
-    for result, wanted in zip(results, expected, strict=True):
+def assert_right(layer, x, dy, tolerance):
+    """What `run` gives is what the reference gives in float64."""
+    y, leaves = oracle(layer, x)
+    expected = [y, *torch.autograd.grad(y, leaves, dy.double())]
+    for result, wanted in zip(run(layer, x, dy), expected, strict=True):
         assert relative(result, wanted) < tolerance
 
 
@@ -109,6 +106,15 @@ def two_adapters(dtype=torch.float64, **second):
     second = {"r": 7, "randlora_alpha": 70, "density": density} | second
     layer.update_layer("two", projection_prng_key=2**64 - 1, **second)
     return randomize(layer)
+
+
+def pickled(module):
+    """(a copy through a file of torch.save, the size of that file)"""
+    stream = io.BytesIO()
+    torch.save(module, stream)
+    size = stream.tell()
+    stream.seek(0)
+    return torch.load(stream, weights_only=False), size
 
 
 def interrupts(call, watched="randlora"):

@@ -7,7 +7,7 @@ import resource
 
 import pytest
 import torch
-from layer_helpers import make_base
+from layer_helpers import layers, make_base, randomize
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -33,21 +33,8 @@ class Model(nn.Module):
         return self.block["norm"](self.tied(self.down(self.up(x)) + self.block["up"](x)))
 
 
-def randomized(model, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "randlora_" in name:
-                parameter.normal_(generator=generator)
-    return model
-
-
 def adapted(seed=1, **options):
-    return randomized(apply_randlora(Model(), ["up", "down", "tied"], **(OPTIONS | options)), seed)
-
-
-def layers(model):
-    return {n: m for n, m in model.named_modules() if isinstance(m, RandLoraLinear)}
+    return randomize(apply_randlora(Model(), ["up", "down", "tied"], **(OPTIONS | options)), seed)
 
 
 @pytest.fixture
@@ -84,8 +71,7 @@ def test_the_file_says_what_it_belongs_to(file):
         for layer in ("up", "down", "block.up")
         for kind in ("lambda", "gamma")
     }
-    with safe_open(file, "pt") as opened:
-        said = json.loads(opened.metadata()["randlora_adapter"])
+    said = description(file)
     assert said["adapter_name"] == "default" and list(said["layers"]) == ["up", "down", "block.up"]
     assert said["layers"]["down"] == {
         "in_features": 24, "out_features": 16, "fan_in_fan_out": False, "r": 5, "scaling": 9 / 5,
@@ -136,7 +122,7 @@ def test_an_adapter_of_more_layers_than_there_are(file, x):
 def test_layers_of_different_options_and_dtypes(file, x, dtype):
     model = apply_randlora(Model().to(dtype), ["down"], r=3, density=0.9)
     apply_randlora(model, ["up"], r=4, projection_prng_key=8, basis="hadamard")
-    save_adapter(randomized(model), file)
+    save_adapter(randomize(model), file)
     loaded = load_adapter(Model().to(dtype), file)
     assert torch.equal(loaded(x.to(dtype)), model(x.to(dtype)))
     assert loaded.tied is loaded.block["up"].base_layer
@@ -144,7 +130,7 @@ def test_layers_of_different_options_and_dtypes(file, x, dtype):
 
 @pytest.mark.parametrize("kind, wrap", [("linear", torch.compile), ("conv1d", nn.Module.train)])
 def test_one_layer_and_names_of_wrappers(file, kind, wrap):
-    layer = randomized(RandLoraLinear(make_base(8, 12, kind), r=3))
+    layer = randomize(RandLoraLinear(make_base(8, 12, kind), r=3))
     save_adapter(wrap(layer), file)
     assert load_file(file).keys() == {"randlora_lambda", "randlora_gamma"}
     other = RandLoraLinear(make_base(8, 12, kind), r=3)
@@ -163,15 +149,21 @@ def merged():
     return model
 
 
-def untied():
+def replaced(path, module):
     model = Model()
-    model.tied = nn.Linear(16, 16)
+    model.set_submodule(path, module)
     return model
 
 
 MISFITS = {
     "wider": (lambda: Model(hidden=32), r"up: in_features and out_features are \(16, 32\)"),
-    "untied": (untied, "tied: must be the same module as block.up"),
+    "untied": (
+        lambda: replaced("tied", nn.Linear(16, 16)), "tied: must be the same module as block.up"
+    ),
+    "not linear": (
+        lambda: replaced("block.up", nn.Conv1d(16, 16, 1)),
+        "layer 'block.up' of the adapter must be an nn.Linear",
+    ),
     "gone": (lambda: nn.Sequential(nn.Linear(16, 24)), "block.up: there is no such module"),
     "density": (lambda: adapted(density=0.2), r"basis randlora_ext:independent-1:density=0.2"),
     "kind": (lambda: adapted(basis="hadamard", density=None), "basis randlora_ext:hadamard-1:"),
@@ -192,30 +184,22 @@ def test_a_model_that_does_not_fit(file, case):
     make, message = MISFITS[case]
     model = make()
     before, modules = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
-    with pytest.raises(ValueError, match=message):
+    trained = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(TypeError if case == "not linear" else ValueError, match=message):
         load_adapter(model, file)
     assert [type(m) for m in model.modules()] == modules
-    assert all(p.requires_grad for p in Model().parameters())
+    assert [p.requires_grad for p in model.parameters()] == trained
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert case == "meta" or all(torch.equal(after[key], before[key]) for key in before)
-
-
-def test_what_is_no_linear_layer_is_no_place(file):
-    save_adapter(adapted(), file)
-    model = Model()
-    model.block["up"] = nn.Conv1d(16, 16, 1)
-    with pytest.raises(TypeError, match="layer 'block.up' of the adapter must be an nn.Linear"):
-        load_adapter(model, file)
-    assert not layers(model)
-    with pytest.raises(ValueError, match="adapter_name must be non-empty"):
-        load_adapter(Model(), file, adapter_name="a.b")
 
 
 def test_a_file_cannot_nest_adapters(file):
     holder = nn.ModuleDict({"base_layer": nn.Linear(24, 40)})
     save_adapter(apply_randlora(nn.Sequential(holder), ["base_layer"], r=4), file)
     model = apply_randlora(nn.Sequential(nn.Linear(24, 40)), ["0"], r=4)
+    with pytest.raises(ValueError, match="adapter_name must be non-empty"):
+        load_adapter(Model(), file, adapter_name="a.b")
     with pytest.raises(ValueError, match=r"'0\.base_layer' of the adapter lies inside '0'.*nested"):
         load_adapter(model, file)
     assert len(layers(model)) == 1
@@ -233,12 +217,9 @@ def test_what_has_no_adapter_is_not_saved(file):
     assert not file.exists()
 
 
-def described(file, change):
-    """The file with `change` made to its description."""
+def description(file):
     with safe_open(file, "pt") as opened:
-        said = json.loads(opened.metadata()["randlora_adapter"])
-    change(said)
-    save_file(load_file(file), file, metadata={"randlora_adapter": json.dumps(said)})
+        return json.loads(opened.metadata()["randlora_adapter"])
 
 
 def of_layer(**fields):
@@ -278,8 +259,9 @@ DESCRIPTIONS = {
 def test_a_description_that_is_wrong(file, case):
     change, message = DESCRIPTIONS[case]
     save_adapter(adapted(), file)
-    described(file, change)
-    model = Model()
+    said, model = description(file), Model()
+    change(said)
+    save_file(load_file(file), file, metadata={"randlora_adapter": json.dumps(said)})
     with pytest.raises(ValueError, match=message) as caught:
         load_adapter(model, file)
     assert str(file) in str(caught.value) and not layers(model)
@@ -287,7 +269,10 @@ def test_a_description_that_is_wrong(file, case):
 
 def test_files_that_are_none(file):
     save_adapter(adapted(), file)
-    tensors = load_file(file)
+    tensors, metadata = load_file(file), {"randlora_adapter": json.dumps(description(file))}
+    save_file({k: v.to(torch.int8) for k, v in tensors.items()}, file, metadata)
+    with pytest.raises(ValueError, match="must be floating point"):
+        load_adapter(Model(), file)
     for metadata, message in (
         (None, "does not say which bases"),
         ({"randlora_adapter": "{"}, "no sound file"),
@@ -302,9 +287,6 @@ def test_files_that_are_none(file):
         load_adapter(Model(), file)
     with pytest.raises(FileNotFoundError):
         load_adapter(Model(), file.with_name("nowhere"))
-    save_file({k: v.to(torch.int8) for k, v in tensors.items()}, file)
-    with pytest.raises(ValueError, match="does not say"):
-        load_adapter(Model(), file)
 
 
 def test_a_save_that_fails_leaves_the_old_file(file):

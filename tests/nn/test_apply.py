@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from layer_helpers import layers, randomize
 from torch import nn
 
 from randlora_ext import RandLoraLinear, apply_randlora, merge_and_unload, unload
@@ -20,7 +21,7 @@ def small_model():
 
 
 def adapted(model):
-    return [name for name, module in model.named_modules() if isinstance(module, RandLoraLinear)]
+    return list(layers(model))
 
 
 def test_apply_by_suffix_and_by_pattern():
@@ -60,14 +61,6 @@ def test_apply_errors_change_nothing(targets, options, error, message):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def randomized(model):
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter)
-    return model
-
-
 def encoder(**options):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
@@ -78,7 +71,7 @@ def encoder(**options):
 def test_an_encoder_of_torch_calls_the_layers_in_eval_mode_too(nested):
     """Where its fast path is taken it reads the base layers' weights alone."""
     model = apply_randlora(encoder(enable_nested_tensor=nested), ["linear1", "linear2"], r=4)
-    randomized(model)
+    randomize(model)
     x, padded = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     with torch.no_grad():
         for options in ({}, {"src_key_padding_mask": padded}):
@@ -108,7 +101,7 @@ def test_a_layer_that_torch_never_calls_is_refused():
 def test_merge_and_unload_and_unload():
     plain = small_model()["blocks"]
     plain.append(plain[0])  # tied
-    model = randomized(apply_randlora(copy.deepcopy(plain), ["q", "down"], r=3))
+    model = randomize(apply_randlora(copy.deepcopy(plain), ["q", "down"], r=3))
     x, layer = torch.randn(5, 12), model[1]["q"]
     layer.update_layer("idle", r=2)
     nn.init.normal_(layer.randlora_lambda["idle"])
@@ -127,7 +120,7 @@ def test_merge_and_unload_and_unload():
 
 
 def test_merge_and_unload_that_cannot_changes_nothing():
-    model = randomized(apply_randlora(small_model(), ["q"], r=3))
+    model = randomize(apply_randlora(small_model(), ["q"], r=3))
     first, second = (block["q"] for block in model["blocks"])
     weight = first.weight.clone()
     second.base_layer.weight = nn.Parameter(second.weight.to(torch.int8), requires_grad=False)
@@ -137,7 +130,7 @@ def test_merge_and_unload_that_cannot_changes_nothing():
 
 
 def test_the_state_dict_of_a_merged_layer_warns():
-    layer = randomized(RandLoraLinear(nn.Linear(6, 6), r=2))
+    layer = randomize(RandLoraLinear(nn.Linear(6, 6), r=2))
     layer.merge()
     with pytest.warns(UserWarning, match=r"base_layer.weight .* holds the merged adapters \['def"):
         layer.state_dict()

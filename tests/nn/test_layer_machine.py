@@ -4,14 +4,13 @@ HYPOTHESIS_PROFILE=deep python -m pytest tests/nn/test_layer_machine.py
 """
 
 import copy
-import io
 
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from layer_helpers import make_base, relative
+from layer_helpers import make_base, pickled, relative
 from property_cases import DEEP, densities, examples, seeds
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -46,18 +45,14 @@ class Machine(RuleBasedStateMachine):
 
     # ---- what can be done -------------------------------------------------------------------
 
-    @rule(name=names, r=st.integers(1, 9), density=densities, key=seeds)
+    @rule(name=names, r=st.integers(1, 9), density=densities | st.none(), key=seeds)
     def add(self, name, r, density, key):
+        basis = "hadamard" if density is None else "independent"
         if name in self.merged:
             with pytest.raises(ValueError, match="merged"):
-                self.layer.update_layer(name, r, density=density, projection_prng_key=key)
+                self.layer.update_layer(name, r, 3.0 * r, density, key, basis=basis)
         else:
-            self.layer.update_layer(name, r, 3.0 * r, density, key)
-
-    @rule(name=names, r=st.integers(1, 9), key=seeds)
-    def add_hadamard(self, name, r, key):
-        if name not in self.merged:
-            self.layer.update_layer(name, r, 3.0 * r, None, key, basis="hadamard")
+            self.layer.update_layer(name, r, 3.0 * r, density, key, basis=basis)
 
     @rule(name=names, seed=st.integers(0, 99))
     def train(self, name, seed):
@@ -105,10 +100,7 @@ class Machine(RuleBasedStateMachine):
         if how == "deepcopy" or type(self.layer.base_layer).__name__ == "Special":  # a local class
             self.layer = copy.deepcopy(self.layer)
         else:
-            stream = io.BytesIO()
-            torch.save(self.layer, stream)
-            stream.seek(0)
-            self.layer = torch.load(stream, weights_only=False)
+            self.layer, _ = pickled(self.layer)
 
     @precondition(lambda self: not self.merged)
     @rule()

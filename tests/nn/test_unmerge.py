@@ -1,19 +1,21 @@
 """Unmerging restores every bit of W, whatever happened since: our own layers and PEFT's."""
 
 import copy
-import io
 import warnings
 import weakref
 
 import pytest
 import torch
-from layer_helpers import interrupts, make_base, randomize, relative, two_adapters
+from layer_helpers import interrupts, make_base, pickled, randomize, relative, two_adapters
 from torch import nn
 
 from randlora_ext import apply_randlora, merge_and_unload
 from randlora_ext.nn import merging
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*merg"),  # PEFT warns of second and of unmerged adapters
+]
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -31,10 +33,12 @@ class Ours:
         self.layer = two_adapters(dtype)
         self.layer.set_adapter(["default", "two"])
 
+    @property
+    def weight(self):
+        return self.layer.get_base_layer().weight
+
     def merge(self, names=None, **options):
-        with warnings.catch_warnings():  # PEFT warns of a second adapter
-            warnings.simplefilter("ignore")
-            self.layer.merge(adapter_names=names, **options)
+        self.layer.merge(adapter_names=names, **options)
 
 
 class OfPeft(Ours):
@@ -70,21 +74,20 @@ def test_every_bit_comes_back_after_the_adapters_have_changed(kind, dtype, keep)
     made = kind(dtype)
     layer = made.layer
     with torch.no_grad():
-        layer.get_base_layer().weight[0, :4] = torch.tensor([-0.0, 0.0, 1e-7, -1e4])
-    W = bits(layer.get_base_layer().weight)
-    orders = [["default"], ["two"], ["default", "two"], [["two"], ["default"]], None]
-    for seed, names in enumerate(orders):
-        steps = names if names and isinstance(names[0], list) else [names]
-        for step in steps:
-            made.merge(step, keep_weight=keep)
-        assert not torch.equal(bits(layer.get_base_layer().weight), W)
+        made.weight[0, :4] = torch.tensor([-0.0, 0.0, 1e-7, -1e4])
+    W = bits(made.weight)
+    orders = [[["default"]], [["two"]], [["default", "two"]], [["two"], ["default"]], [None]]
+    for seed, steps in enumerate(orders):
+        for names in steps:
+            made.merge(names, keep_weight=keep)
+        assert not torch.equal(bits(made.weight), W)
         held = weakref.ref(layer._kept)
         assert (held().dtype, held().device.type) == (dtype, "cpu")
         assert not any("kept" in key for key in layer.state_dict())
         assert all(p is not held() for p in [*layer.parameters(), *layer.buffers()])
         learn(layer, seed)
         layer.unmerge()
-        assert torch.equal(bits(layer.get_base_layer().weight), W), names
+        assert torch.equal(bits(made.weight), W), steps
         assert not layer.merged and layer._kept is None and not layer._kept_without
         assert held() is None
 
@@ -92,7 +95,7 @@ def test_every_bit_comes_back_after_the_adapters_have_changed(kind, dtype, keep)
 @KINDS
 def test_an_adapter_that_changes_nothing_keeps_nothing(kind):
     made = kind(torch.bfloat16)
-    layer, weight = made.layer, made.layer.get_base_layer().weight
+    layer, weight = made.layer, made.weight
     with torch.no_grad():
         weight[0, 0] = -0.0
         layer.randlora_lambda["two"].zero_()
@@ -130,16 +133,14 @@ def test_kept_and_subtracted_adapters_may_be_mixed(first, second):
 
 @KINDS
 def test_a_copy_of_a_merged_layer_unmerges_too(kind):
-    made, stream = kind(torch.bfloat16), io.BytesIO()
-    layer, W = made.layer, bits(made.layer.get_base_layer().weight)
+    made = kind(torch.bfloat16)
+    layer, W = made.layer, bits(made.weight)
     made.merge()
-    torch.save(layer, stream)
-    stream.seek(0)
-    for other in (copy.deepcopy(layer), torch.load(stream, weights_only=False)):
+    for other in (copy.deepcopy(layer), pickled(layer)[0]):
         learn(other, 1)
         other.unmerge()
         assert torch.equal(bits(other.get_base_layer().weight), W)
-        assert layer.merged and not torch.equal(bits(layer.get_base_layer().weight), W)
+        assert layer.merged and not torch.equal(bits(made.weight), W)
 
 
 @KINDS
@@ -147,30 +148,30 @@ def test_a_copy_of_a_merged_layer_unmerges_too(kind):
 def test_unmerging_and_casting_may_change_places(kind, dtype, then):
     """`.to(dtype)` while merged: the old bits cannot be there; those of W.to(dtype) are."""
     made = kind(dtype)
-    layer, W = made.layer, made.layer.get_base_layer().weight.detach().clone()
+    layer, W = made.layer, made.weight.detach().clone()
     for target in (then, dtype):  # at the second merge W in its present dtype counts
         made.merge()
         layer.to(target)
         layer.unmerge()
         W = W.to(target)
-        assert torch.equal(layer.get_base_layer().weight, W)
+        assert torch.equal(made.weight, W)
 
 
 @KINDS
 def test_moving_to_meta_and_merging_under_inference_mode(kind):
     made = kind(torch.bfloat16)
-    layer, W = made.layer, bits(made.layer.get_base_layer().weight)
+    layer, W = made.layer, bits(made.weight)
     with torch.inference_mode():
         made.merge()
     copy.deepcopy(layer).unmerge()
     layer.unmerge()
-    assert torch.equal(bits(layer.get_base_layer().weight), W)
+    assert torch.equal(bits(made.weight), W)
     layer.to("meta")
     if kind is Ours:
         made.merge()
         assert layer.merged
         layer.unmerge()
-    assert not layer.merged and layer.get_base_layer().weight.is_meta
+    assert not layer.merged and made.weight.is_meta
 
 
 def test_merge_and_unload_keeps_nothing(monkeypatch):
@@ -186,12 +187,11 @@ def test_merge_and_unload_keeps_nothing(monkeypatch):
 def test_another_layout_of_the_weight_is_refused(kind):
     made = kind(torch.float32)
     made.merge()
-    base = made.layer.get_base_layer()
     made.layer._kept = made.layer._kept[:3]
-    merged = base.weight.detach().clone()
+    merged = made.weight.detach().clone()
     with pytest.raises(RuntimeError, match=r"\(40, 24\) on this rank, and was \(3, 24\) when"):
         made.layer.unmerge()
-    assert made.layer.merged and torch.equal(base.weight, merged)
+    assert made.layer.merged and torch.equal(made.weight, merged)
 
 
 @pytest.mark.parametrize(
@@ -204,12 +204,9 @@ def test_another_layout_of_the_weight_is_refused(kind):
     ],
 )
 def test_after_ctrl_c_weight_and_state_agree(kind, action, keep):
-    fresh = kind(torch.bfloat16)
-    W = fresh.layer.get_base_layer().weight.detach().clone()
-    merged = copy.deepcopy(fresh)
+    fresh, states = kind(torch.bfloat16), set()
+    W, merged = fresh.weight.detach().clone(), copy.deepcopy(fresh)
     merged.merge()
-    merged = merged.layer.get_base_layer().weight.detach().clone()
-    states = set()
 
     def start():
         made = copy.deepcopy(fresh)
@@ -222,9 +219,9 @@ def test_after_ctrl_c_weight_and_state_agree(kind, action, keep):
 
     made = start()
     for _ in interrupts(call, merging.__file__):
-        layer, weight = made.layer, made.layer.get_base_layer().weight
+        layer, weight = made.layer, made.weight
         states.add(layer.merged)
-        assert torch.equal(weight, merged if layer.merged else weight)
+        assert not layer.merged or torch.equal(weight, merged.weight)
         if layer.merged:
             learn(layer, 1) if keep == "host" else None
             layer.unmerge()
@@ -253,9 +250,7 @@ def test_ctrl_c_leaves_a_model_that_unmerges(action):
         model.merge_adapter()
     for _ in interrupts(getattr(model, action), "randlora_ext/nn/merging"):
         counts.add(sum(layer.merged for layer in layers(model)))
-        with warnings.catch_warnings():  # layers that are unmerged warn
-            warnings.simplefilter("ignore")
-            model.unmerge_adapter()
+        model.unmerge_adapter()
         assert all(map(torch.equal, map(bits, weights), before))
         if action == "unmerge_adapter":
             model.merge_adapter()
@@ -267,7 +262,7 @@ def test_ctrl_c_leaves_a_model_that_unmerges(action):
 def test_a_merged_adapter_that_is_deleted(keep):
     """PEFT up to 0.20 deletes it and leaves it in the weight; so it stays if nothing was kept."""
     made = OfPeft(torch.float32)
-    weight = made.layer.get_base_layer().weight
+    weight = made.weight
     W = weight.detach().clone()
     made.merge(["two"], keep_weight=keep)
     merged = weight.detach().clone()
