@@ -5,7 +5,16 @@ import copy
 import pytest
 import torch
 from layer_cases import make_basis
-from layer_helpers import assert_right, inputs, make_base, oracle, randomize, relative, two_adapters
+from layer_helpers import (
+    SHAPES,
+    assert_right,
+    inputs,
+    make_base,
+    oracle,
+    randomize,
+    relative,
+    two_adapters,
+)
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,11 +23,6 @@ from randlora_ext.nn.merging import KEEP_WEIGHT
 from randlora_ext.reference import delta_weight_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-# (in, out, r): square, wide, tall, overhanging last base, r > d, r = d, r = 1, a single feature
-SHAPES = [
-    (16, 16, 4), (24, 40, 4), (40, 24, 4), (24, 40, 5), (40, 24, 7), (20, 20, 6), (6, 10, 8),
-    (10, 6, 9), (64, 64, 64), (33, 65, 1), (130, 70, 32), (70, 130, 3), (1, 9, 2), (9, 1, 2),
-]  # fmt: skip
 INDEPENDENT = {"r": 5}
 HADAMARD = {"r": 7, "basis": "hadamard", "density": None}
 BOTH = pytest.mark.parametrize("basis", [INDEPENDENT, HADAMARD], ids=["independent", "hadamard"])
