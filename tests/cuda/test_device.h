@@ -59,9 +59,9 @@ class TestDevice : public Device {
   std::vector<std::unique_ptr<Poisoned>> held_;
 };
 
-// What the cases of a test take turns at, `count` for each: every kind meets every idea, if not every
-// case. ThreadSanitizer looks for races: float64's kernels synchronise as float32's, float16's as
-// bfloat16's.
+// The dtypes with which case `number` of a test is tried: `count` of the list below, in turn, so
+// that neighbouring cases take different ones. ThreadSanitizer looks for races alone: float64's
+// kernels synchronise as float32's, float16's as bfloat16's.
 struct Product {
   DType dtype;
   bool tf32;

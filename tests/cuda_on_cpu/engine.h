@@ -1,5 +1,5 @@
-// Where a kernel meets the machine that runs it: its place in the grid, and calls that wait for other
-// threads. engine.cpp is compiled once for all kernels.
+// What a kernel sees of the machine that runs it: its place in the grid, and the calls that wait
+// for other threads. engine.cpp implements them, and is compiled once, not with every kernel.
 #pragma once
 #include <cstdint>
 #include <stdexcept>

@@ -1,4 +1,5 @@
-// Fibers: stacks, switching between them, and what the sanitizers must know of both.
+// Fibers: stacks, switching between them, and what the sanitizers must know of both. A part of
+// engine.cpp, which alone includes it.
 #pragma once
 #include <stdlib.h>
 #include <string.h>

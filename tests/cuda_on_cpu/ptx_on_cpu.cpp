@@ -1,4 +1,4 @@
-// The lanes of a warp meet, and the last to arrive computes for all.
+// Instructions of a whole warp: its lanes wait for each other; the last to arrive computes for all.
 #include "ptx_on_cpu.h"
 
 namespace randlora {
