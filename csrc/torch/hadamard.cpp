@@ -83,7 +83,8 @@ class Steps {
                             range_.gamma});
     const int64_t bytes = s_.classes() * s_.n * bytes_of(dtype_);
     const int64_t limit = (in_caches() ? int64_t{1} : int64_t{64}) << 20;
-    const int64_t most = std::max<int64_t>(limit / bytes, kFewest);
+    const int64_t most =
+        std::clamp(limit / bytes, kFewest, sums_apart() ? kMostApart : T + kFewest);
     chunks_ = (T + most - 1) / most;
     // Rows of z that one token reads should not all fall into the same sets of a cache.
     if (in_caches() && T >= kFewest)
@@ -109,7 +110,7 @@ class Steps {
     return temporary({s_.classes() * largest_ * s_.n + 64}, dtype_, like_);
   }
   void reserve_gradients() {
-    P_ = temporary({s_.classes(), s_.n, s_.n}, dtype_, like_);
+    P_ = temporary({sums_apart() ? chunks_ : 1, s_.classes(), s_.n, s_.n}, dtype_, like_);
     sums_ = allocate({chunks_ * slots_, s_.K()}, compute_type(dtype_), like_);
     if (T_ == 0) torch::stable::zero_(P_);
   }
@@ -140,18 +141,19 @@ class Steps {
                                 dtype_, tokens_, scale, accumulate},
                                runtime);
   }
-  // The gradient of gamma from w and x (T, d); from the second chunk on, added.
+  // The gradient of gamma from w and x (T, d); from the second chunk on, added or apart.
   void gradient(const Tensor& w, const Tensor& x, int64_t t) const {
+    const int64_t first_class = sums_apart() ? chunk_ * s_.classes() : 0;
     each_part([&](const Part& p) {
-      const MatrixBatch out{element(P_, p.first * s_.n * s_.n + p.place),
+      const MatrixBatch out{element(P_, (first_class + p.first) * s_.n * s_.n + p.place),
                             p.count,
                             s_.n,
                             p.width,
                             s_.n * s_.n,
                             s_.n,
                             1};
-      multiply(out, at_classes(w, p).transposed(), columns(x, t, p), 1, chunk_ ? 1 : 0, dtype_,
-               like_);
+      multiply(out, at_classes(w, p).transposed(), columns(x, t, p), 1,
+               chunk_ && !sums_apart() ? 1 : 0, dtype_, like_);
     });
   }
   // Adds to y (T, D) what z gives by mix and transform, or sets y unless `accumulate`.
@@ -173,7 +175,8 @@ class Steps {
   std::tuple<Tensor, Tensor> diagonals() const {
     const ScalarType type = compute_type(dtype_);
     Tensor dlam = allocate({s_.r, s_.n}, type, like_), dgam = allocate({s_.n, s_.d}, type, like_);
-    run(like_, HadamardDiagonals{s_, P_.const_data_ptr(), sums_.const_data_ptr(), chunks_ * slots_,
+    const Tensor P = sums_apart() ? torch::stable::sum(P_, {{0}}) : P_;
+    run(like_, HadamardDiagonals{s_, P.const_data_ptr(), sums_.const_data_ptr(), chunks_ * slots_,
                                  signs(b_.s), signs(b_.col), dlam.mutable_data_ptr(),
                                  dgam.mutable_data_ptr(), dtype_, b_.scale / range_.gamma,
                                  b_.scale / range_.back});
@@ -220,7 +223,10 @@ class Steps {
   // Whether z and w of one chunk should stay in the caches. In 16 bits each chunk rounds the
   // gradient of gamma, and on a GPU each costs launches: there only memory limits a chunk.
   bool in_caches() const { return !runs_on_cuda(like_) && bytes_of(dtype_) > 2; }
-  static constexpr int64_t kFewest = 64;
+  // Whether the gradients of gamma of all chunks are added at the end: products of at most 128
+  // numbers MKL adds token by token, on AMD's processors, which errs by the root of T.
+  bool sums_apart() const { return in_caches() && s_.n <= 16; }
+  static constexpr int64_t kFewest = 64, kMostApart = 512;
 
   const HadamardBasis& b_;
   const HadamardSizes& s_;
