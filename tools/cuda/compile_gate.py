@@ -5,12 +5,11 @@
     python tools/cuda/compile_gate.py --update              # writes the budget anew
 
 A kernel fails if it spills, has a stack or static shared memory; uses more registers than its
-budget on sm_80 or sm_90; is not in the budget; lacks an instruction that the budget says it has:
-HMMA of tensor cores, STG.128 of 16-byte stores; or has ATOMS.CAST.SPIN, the lock that a shared
-float atomicAdd turns into. So does a budget entry without a kernel. Kernels that must fail are
-compiled along (bad_kernels.cu).
+budget on sm_80 or sm_90; is not in the budget; lacks an instruction that the budget says it has;
+or locks to add (INSTRUCTIONS in kernel_usage.py). So does a budget entry without a kernel. Kernels
+that must fail are compiled along (bad_kernels.cu).
 
-It needs nvcc, nvdisasm (PATH, beside nvcc, or `pip install nvidia-cuda-nvdisasm`) and c++filt.
+It needs nvcc and c++filt.
 Exit status: 0 passed, 1 failed, 77 skipped as there is no nvcc.
 """
 
@@ -26,7 +25,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from kernel_usage import ToolError, Usage, add_instructions, parse_ptxas, short_names
+from kernel_usage import (
+    INSTRUCTIONS,
+    ToolError,
+    Usage,
+    instructions_by_name,
+    parse_ptxas,
+    short_names,
+)
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -41,7 +47,7 @@ PTX_OF = {
     **dict.fromkeys(("sm_100", "sm_120"), "compute_100"),
 }
 SKIPPED = 77
-INSTRUCTIONS = {"HMMA": "hmma", "STG.128": "wide_stores"}  # and the fields of Usage that count them
+LOCK = "ATOMS.CAST.SPIN"
 
 
 Kernels = dict[str, dict[str, Usage]]  # name -> architecture -> usage
@@ -66,10 +72,10 @@ def check(kernels: Kernels, budget: Budget, tolerance: int) -> list[str]:
                 wrong.append(f"{here}: has a stack of {usage.stack} bytes")
             if usage.shared:
                 wrong.append(f"{here}: has {usage.shared} bytes of static shared memory")
-            if usage.spin_locks:
-                wrong.append(f"{here}: has ATOMS.CAST.SPIN")
+            if LOCK in usage.instructions:
+                wrong.append(f"{here}: has {LOCK}")
             for instruction in allowed["has"]:
-                if getattr(usage, INSTRUCTIONS[instruction]) == 0:
+                if instruction not in usage.instructions:
                     wrong.append(f"{here}: has no {instruction}, and the budget says it has")
             registers = allowed["registers"].get(arch)
             if registers is None:
@@ -93,9 +99,9 @@ def new_budget(kernels: Kernels, old: Budget) -> Budget:
             "registers": {arch: by_arch[arch].registers // 8 * 8 for arch in BUDGETED},
             "has": [
                 instruction
-                for instruction, count in INSTRUCTIONS.items()
+                for instruction in INSTRUCTIONS
                 if instruction in old.get(name, {}).get("has", [])
-                or all(getattr(usage, count) > 0 for usage in by_arch.values())
+                or all(instruction in usage.instructions for usage in by_arch.values())
             ],
         }
         for name, by_arch in kernels.items()
@@ -148,41 +154,33 @@ def kernel_sources() -> list[Path]:
     return sorted(found, key=lambda path: (-path.stat().st_size, path.name))
 
 
-def find_nvdisasm(nvcc: str) -> str | None:
-    """On PATH, beside nvcc, or of the PyPI package nvidia-cuda-nvdisasm (nvidia/cu13/bin)."""
-    beside = os.path.join(os.path.dirname(os.path.realpath(nvcc)), "nvdisasm")
-    packaged = [
-        str(p) for base in sys.path for p in Path(base or ".").glob("nvidia/*/bin/nvdisasm")
-    ]
-    return next(filter(None, map(shutil.which, ["nvdisasm", beside, *packaged])), None)
-
-
 def compile_one(
-    nvcc: str, nvdisasm: str, source: Path, archs: list[str], folder: Path
+    nvcc: str, source: Path, archs: list[str], folder: Path
 ) -> dict[str, dict[str, Usage]]:
     """Usage by architecture and mangled name, for architectures that share one PTX."""
     ptx = folder / f"{source.stem}.{archs[0]}.ptx"
     command = [nvcc, "-std=c++17", f"-I{SOURCES}", str(source)]
     run([*command, "-ptx", f"-arch={PTX_OF[archs[0]]}", "-o", str(ptx)])
+    instructions = instructions_by_name(ptx.read_text())
     found = {}
     for arch in archs:
         cubin = ptx.with_suffix(f".{arch}.cubin")
         command = [nvcc, "-cubin", f"-arch={arch}", "-Xptxas", "-v", str(ptx), "-o", str(cubin)]
         said = run(command)
         found[arch] = parse_ptxas(said.stderr + said.stdout)
-        if found[arch]:
-            add_instructions(found[arch], run([nvdisasm, "-c", str(cubin)]).stdout)
+        for name, usage in found[arch].items():
+            usage.instructions = instructions[name]
     return found
 
 
-def measure(nvcc: str, nvdisasm: str, sources: list[Path], archs: list[str]) -> dict[str, Kernels]:
+def measure(nvcc: str, sources: list[Path], archs: list[str]) -> dict[str, Kernels]:
     kernels: dict[str, Kernels] = {source.name: {} for source in sources}
     groups: dict[str, list[str]] = {}
     for arch in archs:
         groups.setdefault(PTX_OF[arch], []).append(arch)
 
     def one(job: tuple[Path, list[str]]) -> tuple[Path, dict[str, dict[str, Usage]]]:
-        return job[0], compile_one(nvcc, nvdisasm, *job, Path(folder))
+        return job[0], compile_one(nvcc, *job, Path(folder))
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         jobs_in_order = [(source, group) for source in sources for group in groups.values()]
@@ -208,9 +206,9 @@ def print_table(kernels: dict[str, Kernels], budget: dict[str, Budget]) -> None:
             print(f"  {name:64}" + "".join(f"{cell:15}" for cell in cells))
 
 
-def control(nvcc: str, nvdisasm: str) -> list[str]:
+def control(nvcc: str) -> list[str]:
     """A gate that cannot fail shows nothing: these kernels must."""
-    kernels = measure(nvcc, nvdisasm, [BAD_KERNELS], ["sm_90"])
+    kernels = measure(nvcc, [BAD_KERNELS], ["sm_90"])
     wrong = "\n".join(check(kernels[BAD_KERNELS.name], {}, 0))
     expected = (
         "spills on sm_90: spills",
@@ -231,10 +229,6 @@ def main() -> int:
     if nvcc is None:
         print("compile gate: skipped: no nvcc (set CUDA_HOME, or put it on PATH)")
         return SKIPPED
-    nvdisasm = find_nvdisasm(nvcc)
-    if nvdisasm is None:
-        print("compile gate: failed: no nvdisasm: pip install nvidia-cuda-nvdisasm")
-        return 1
     archs = args.archs.split(",")
     if args.update and not set(BUDGETED) <= set(archs):
         parser.error(f"--update needs {' and '.join(BUDGETED)}")
@@ -247,8 +241,8 @@ def main() -> int:
     tolerance = file["register_tolerance"]
     version = nvcc_version(nvcc)
     try:
-        wrong = control(nvcc, nvdisasm)
-        kernels = measure(nvcc, nvdisasm, sources, archs)
+        wrong = control(nvcc)
+        kernels = measure(nvcc, sources, archs)
     except ToolError as error:
         print(f"compile gate: failed:\n{error}")
         return 1
