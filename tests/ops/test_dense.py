@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from layer_cases import PATHS, exact, largest_error, make_layer, ours, rms_error
+from layer_cases import exact, largest_error, make_layer, ours, rms_error
 
 from randlora_ext import TernaryBasis
 from randlora_ext.basis.dense import DenseMatrices
@@ -17,8 +17,7 @@ def test_float64_in_chunks_of_tokens():
         assert largest_error(value, oracle[name]) <= 1e-12, name
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("r", [16, 64])
+@pytest.mark.parametrize(("r", "path"), [(16, "factored"), (64, "delta"), (16, "merged")])
 def test_float16_stays_in_range_at_full_size(r, path):
     # |lambda gamma| of 0.1 is a hundred times what training reaches: elements of dW are of size
     # 0.1 sqrt(K) = 3.2, those of y and dx of 100.
