@@ -90,7 +90,7 @@ def choose(
 def formed_from(basis: TernaryBasis, dtype: torch.dtype, has_weight: bool, device: str) -> int:
     """The number of tokens from which dW is formed first, or `MANY`.
 
-    Measured on three CPUs (docs/math.md), on CUDA an estimate. Never below 256, where the overhead of
+    Measured on CPUs (docs/math.md), on CUDA an estimate. Never below 256, where the overhead of
     a call hides what is saved. For dense bases it counts multiply-adds per entry of dW; forming dW
     takes 3 K of them but, in large GEMMs, only the time of 2 K (Zen 4) to 2.7 K (Xeon).
     """
