@@ -120,10 +120,16 @@ def test_linear(shape, basis, path):
 
 
 @pytest.mark.parametrize(
-    "size, dtype", [((1500, 700, 5), torch.float32), ((1024, 1024, 8), torch.bfloat16)], ids=str
+    "size, tokens, dtype",
+    [
+        ((1500, 700, 5), 300, torch.float32),
+        ((1024, 1024, 8), 300, torch.bfloat16),
+        ((512, 512, 64), 5000, torch.float32),  # gamma's gradient in parts
+    ],
+    ids=str,
 )
-def test_linear_on_hadamard_bases_in_chunks_of_tokens(size, dtype):
-    layer = make_layer(*size, "hadamard", 300, dtype).without_weight()
+def test_linear_on_hadamard_bases_in_chunks_of_tokens(size, tokens, dtype):
+    layer = make_layer(*size, "hadamard", tokens, dtype).without_weight()
     same_for_any_threads(lambda: list(ours(layer, "factored").values()))
 
 

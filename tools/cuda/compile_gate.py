@@ -168,6 +168,8 @@ def compile_one(
         command = [nvcc, "-cubin", f"-arch={arch}", "-Xptxas", "-v", str(ptx), "-o", str(cubin)]
         said = run(command)
         found[arch] = parse_ptxas(said.stderr + said.stdout)
+        if set(found[arch]) != set(instructions):
+            raise ToolError(f"{source.name}: the PTX has other functions than ptxas tells of")
         for name, usage in found[arch].items():
             usage.instructions = instructions[name]
     return found

@@ -25,7 +25,8 @@ cpu_only=(
   'tests/ops/test_weights.py::test_one_rounding_of_the_sum[torch.bfloat16'
   'tests/ops/test_weights.py::test_one_rounding_of_the_sum[torch.float16'
   'tests/peft/test_peft.py::test_adapters_err_at_most_twice_as_much_as_stock[fp32'
-  # Products with gamma are torch's, which on the CPU may add token by token (hadamard.cpp).
+  # Products with gamma are torch's, which on the CPU may add token by token (hadamard.cpp);
+  # tests/gpu has gradients of 8,192 tokens.
   'tests/ops/test_linear.py::test_error_rule_with_many_tokens[hadamard'
   # Few tokens have kernels of their own, which add in another order.
   tests/ops/test_determinism.py::test_a_token_does_not_depend_on_its_batch
@@ -33,8 +34,9 @@ cpu_only=(
   tests/ops/test_errors.py::test_packing_operators
   # Threads are nothing to a card; tests/gpu compares two runs.
   tests/ops/test_determinism.py::test_linear
-  # Long; tests/gpu has smaller ones.
+  # Long, and torch's GEMMs alone.
   tests/ops/test_dense.py::test_float16_stays_in_range_at_full_size
+  # Half a minute each; tests/gpu has smaller ones.
   tests/basis/test_packed.py::test_wide_lists
   tests/basis/test_slice.py::test_transforms_of_more_than_65536
 )
