@@ -90,9 +90,10 @@ def choose(
 def formed_from(basis: TernaryBasis, dtype: torch.dtype, has_weight: bool, device: str) -> int:
     """The number of tokens from which dW is formed first, or `MANY`.
 
-    Measured on CPUs (docs/math.md), on CUDA an estimate. Never below 256, where the overhead of
-    a call hides what is saved. For dense bases it counts multiply-adds per entry of dW; forming dW
-    takes 3 K of them but, in large GEMMs, only the time of 2 K (Zen 4) to 2.7 K (Xeon).
+    Measured on two CPUs (docs/math.md), on CUDA an estimate; on Zen 5, measured later, independent
+    bases lose up to 13% by it. Never below 256, where the overhead of a call hides what is saved.
+    For dense bases it counts multiply-adds per entry of dW; forming dW takes 3 K of them but, in
+    large GEMMs, only the time of 2 K (Zen 4) to 2.7 K (Xeon).
     """
     merged, d, D = _formed(dtype, has_weight) == "merged", basis.d, basis.D
     if basis.kind == "hadamard":
@@ -102,8 +103,8 @@ def formed_from(basis: TernaryBasis, dtype: torch.dtype, has_weight: bool, devic
         saved = factored - (1 if merged else 3)  # products of a formed dW
         return max(256, math.ceil(2.5 * basis.K / saved)) if saved > 0 else MANY
     if basis.format == "planes" and merged:
-        return max(256, 3 * d)
-    return max(256, 2 * (d + D)) if basis.format == "planes" and dtype in SIXTEEN_BITS else MANY
+        return max(256, 2 * d)
+    return max(256, d + D) if basis.format == "planes" and dtype in SIXTEEN_BITS else MANY
 
 
 def dense_b_above(basis: TernaryBasis, device: str) -> int:
