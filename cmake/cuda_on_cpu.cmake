@@ -12,7 +12,7 @@ set_source_files_properties(csrc/cuda/table.cu PROPERTIES
 add_library(cuda_on_cpu STATIC tests/cuda_on_cpu/engine.cpp tests/cuda_on_cpu/ptx_on_cpu.cpp)
 target_include_directories(cuda_on_cpu PUBLIC csrc tests/cuda_on_cpu tests/cpp tests/cuda)
 target_compile_options(cuda_on_cpu PUBLIC -O1 -Wno-unknown-pragmas)
-target_compile_options(cuda_on_cpu PRIVATE -O2 -fno-sanitize=undefined)  # UBSan is for kernels
+target_compile_options(cuda_on_cpu PRIVATE -O2 -fno-sanitize=undefined)  # UBSan watches kernels
 target_link_libraries(cuda_on_cpu PUBLIC ${CMAKE_DL_LIBS})
 
 # A library, so that a test links the kernels it calls and no others.

@@ -83,8 +83,8 @@ class Steps {
                             range_.gamma});
     const int64_t bytes = s_.classes() * s_.n * bytes_of(dtype_);
     const int64_t limit = (in_caches() ? int64_t{1} : int64_t{64}) << 20;
-    const int64_t most =
-        std::clamp(limit / bytes, kFewest, sums_apart() ? kMostApart : T + kFewest);
+    int64_t most = std::max(limit / bytes, kFewest);
+    if (in_spans()) most = std::min(most, kSpan);
     chunks_ = (T + most - 1) / most;
     // Rows of z that one token reads should not all fall into the same sets of a cache.
     if (in_caches() && T >= kFewest)
@@ -110,8 +110,8 @@ class Steps {
     return temporary({s_.classes() * largest_ * s_.n + 64}, dtype_, like_);
   }
   void reserve_gradients() {
-    if (sums_apart()) parts_ = std::min((T_ + kMostApart - 1) / kMostApart, chunks_);
-    P_ = temporary({parts_, s_.classes(), s_.n, s_.n}, dtype_, like_);
+    if (in_spans()) spans_ = std::min((T_ + kSpan - 1) / kSpan, chunks_);
+    P_ = temporary({spans_, s_.classes(), s_.n, s_.n}, dtype_, like_);
     sums_ = allocate({chunks_ * slots_, s_.K()}, compute_type(dtype_), like_);
     if (T_ == 0) torch::stable::zero_(P_);
   }
@@ -142,11 +142,11 @@ class Steps {
                                 dtype_, tokens_, scale, accumulate},
                                runtime);
   }
-  // The gradient of gamma from w and x (T, d), added to that of the chunks before in its part of P.
+  // The gradient of gamma from w and x (T, d), added to that of the chunks before in its span.
   void gradient(const Tensor& w, const Tensor& x, int64_t t) const {
-    const auto part_of = [&](int64_t chunk) { return chunk * parts_ / chunks_; };
-    const int64_t part = part_of(chunk_), first_class = part * s_.classes();
-    const bool add = chunk_ > 0 && part_of(chunk_ - 1) == part;
+    const auto span_of = [&](int64_t chunk) { return chunk * spans_ / chunks_; };
+    const int64_t span = span_of(chunk_), first_class = span * s_.classes();
+    const bool add = chunk_ > 0 && span_of(chunk_ - 1) == span;
     each_part([&](const Part& p) {
       const MatrixBatch out{element(P_, (first_class + p.first) * s_.n * s_.n + p.place),
                             p.count,
@@ -177,7 +177,7 @@ class Steps {
   std::tuple<Tensor, Tensor> diagonals() const {
     const ScalarType type = compute_type(dtype_);
     Tensor dlam = allocate({s_.r, s_.n}, type, like_), dgam = allocate({s_.n, s_.d}, type, like_);
-    const Tensor P = parts_ == 1 ? P_ : torch::stable::sum(P_, {{0}});
+    const Tensor P = spans_ == 1 ? P_ : torch::stable::sum(P_, {{0}});
     run(like_, HadamardDiagonals{s_, P.const_data_ptr(), sums_.const_data_ptr(), chunks_ * slots_,
                                  signs(b_.s), signs(b_.col), dlam.mutable_data_ptr(),
                                  dgam.mutable_data_ptr(), dtype_, b_.scale / range_.gamma,
@@ -225,11 +225,11 @@ class Steps {
   // Whether z and w of one chunk should stay in the caches. In 16 bits each chunk rounds the
   // gradient of gamma, and on a GPU each costs launches: there only memory limits a chunk.
   bool in_caches() const { return !runs_on_cuda(like_) && bytes_of(dtype_) > 2; }
-  // Whether the gradient of gamma is summed in parts of about kMostApart tokens, added at the end.
-  // On AMD's processors MKL sums products of at most 128 numbers token by token, which errs by the
-  // root of T: those of whole classes up to n = 11.
-  bool sums_apart() const { return in_caches() && s_.n <= 11; }
-  static constexpr int64_t kFewest = 64, kMostApart = 512;
+  // Whether the gradient of gamma is summed in spans of about kSpan tokens, added at the end. On AMD's
+  // processors MKL computes products of at most 128 elements (here n x n) token by token, and their
+  // error grows with the root of the number of tokens.
+  bool in_spans() const { return in_caches() && s_.n <= 11; }
+  static constexpr int64_t kFewest = 64, kSpan = 512;
 
   const HadamardBasis& b_;
   const HadamardSizes& s_;
@@ -237,7 +237,7 @@ class Steps {
   DType dtype_;
   Range range_;
   Tensor lam_, gam_, P_, sums_;
-  int64_t T_, chunks_, largest_, slots_, parts_ = 1, chunk_ = 0, tokens_ = 0;
+  int64_t T_, chunks_, largest_, slots_, spans_ = 1, chunk_ = 0, tokens_ = 0;
 };
 
 // W + dW, or dW without a base; (out, in) in the dtype of `out`.

@@ -124,7 +124,7 @@ def test_linear(shape, basis, path):
     [
         ((1500, 700, 5), 300, torch.float32),
         ((1024, 1024, 8), 300, torch.bfloat16),
-        ((512, 512, 64), 5000, torch.float32),  # gamma's gradient in parts
+        ((512, 512, 64), 5000, torch.float32),  # gamma's gradient in spans
     ],
     ids=str,
 )

@@ -21,8 +21,9 @@ class Usage:
     instructions: set[str] = field(default_factory=set)  # keys of INSTRUCTIONS
 
 
-# What the gate looks for: its name in a card's own code, and the PTX that ptxas makes it of. Of
-# 1,830 disassembled kernels (305, six architectures) just those with the one had the other.
+# The instructions that the gate looks for: the name of each in a card's code, and the PTX that
+# ptxas translates to it. In 1,830 disassembled kernels (305, six architectures), a kernel had the
+# one if and only if it had the other.
 INSTRUCTIONS = {
     "HMMA": r"\bmma\.",  # tensor cores
     "STG.128": r"\bst\.global(\.\w+)*\.(v4\.\w32|v2\.\w64)\b",  # 16-byte stores
