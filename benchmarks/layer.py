@@ -105,8 +105,8 @@ def main(arguments: list[str] | None = None) -> None:
             write(args.out, rows)
     if args.paths:
         worst = max(r["regret"] for r in rows)
-        near = sum(r["regret"] <= 0.1 for r in rows)
-        print(f"the choice is within 10% of the best path in {near} of {len(rows)} rows; "
+        near = sum(r["regret"] <= 0.05 for r in rows)
+        print(f"the choice is within 5% of the best path in {near} of {len(rows)} rows; "
               f"at worst it loses {worst:.0%}")  # fmt: skip
 
 

@@ -38,7 +38,18 @@ def _load() -> str:
     return _C.cuda_build()
 
 
+def _cpu() -> str:
+    """The key of this CPU in `ops.path.LIMITS`."""
+    has = torch.cpu.get_capabilities()
+    if has.get("amx_tile"):
+        return "amx"
+    # Only AMD has SSE4a. Zen 4 lacks AVX-VNNI.
+    zen5 = has.get("sse4a") and has.get("avx512_f") and has.get("avx_vnni")
+    return "zen5" if zen5 else "other"
+
+
 CUDA_STATUS: str = _load()
+CPU = _cpu()
 
 
 def cuda_available() -> bool:

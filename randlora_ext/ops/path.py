@@ -14,7 +14,14 @@ from ..basis import TernaryBasis
 
 PATHS = ("factored", "delta", "merged")
 MANY = 2**62  # tokens: more than any call has
-SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+# The tokens from which dW is formed: with Hadamard bases, and with independent bases per d (merged)
+# and per d + D (delta). Measured on the processor, for "other" on Zen 4; for CUDA an estimate.
+LIMITS = {
+    "amx": (4096, 2, 1),
+    "zen5": (1024, MANY, 3),
+    "other": (4096, 2, 3),
+    "cuda": (MANY, 2, 1),
+}
 
 
 class PathChoice(NamedTuple):
@@ -41,8 +48,7 @@ def explain(
     """The path that `linear(..., path="auto")` takes for `tokens` rows of x, and why.
 
     `merged` is excluded with dropout, since the adapter then sees another x than the base layer,
-    and in 16 bits, since W + dW loses a dW below half an ulp of W. The environment variable
-    RANDLORA_PATH overrides the choice.
+    and in 16 bits, since W + dW loses a dW below half an ulp of W. RANDLORA_PATH overrides it.
 
     Raises:
         ValueError: RANDLORA_PATH is none of auto, factored, delta, merged.
@@ -58,7 +64,7 @@ def explain(
     else:
         fewer = "fewer than" if tokens < limit else "at least"
         reason = f"{fewer} {limit} tokens, from which {_formed(dtype, has_weight)} costs less"
-    if has_weight and dtype in SIXTEEN_BITS:
+    if has_weight and dtype.itemsize == 2:
         reason += "; merged is excluded because W + dW would lose small changes in 16 bits"
     return PathChoice(path, reason, devices.what_computes(basis.kind, kind), b_side)
 
@@ -68,9 +74,8 @@ def choose(
 ) -> tuple[str, str]:
     """(path, B side); the path "auto" becomes that of `explain`.
 
-    `tokens` may be symbolic. torch.compile then guards on the side of each limit that tokens is on.
-    An exported program must hold for every size, so it takes the factored path unless the declared
-    range of T decides.
+    `tokens` may be symbolic: torch.compile guards on the side of each limit that it is on. An
+    exported program takes the factored path unless the declared range of T decides.
     """
     allowed = ("factored", "merged") if basis.kind == "hadamard" else PATHS
     if path not in ("auto", *allowed):
@@ -90,21 +95,20 @@ def choose(
 def formed_from(basis: TernaryBasis, dtype: torch.dtype, has_weight: bool, device: str) -> int:
     """The number of tokens from which dW is formed first, or `MANY`.
 
-    Measured on two CPUs (docs/math.md), on CUDA an estimate; on Zen 5, measured later, independent
-    bases lose up to 13% by it. Never below 256, where the overhead of a call hides what is saved.
-    For dense bases it counts multiply-adds per entry of dW; forming dW takes 3 K of them but, in
-    large GEMMs, only the time of 2 K (Zen 4) to 2.7 K (Xeon).
+    Never below 256, where the overhead of a call hides what is saved. For dense bases it counts
+    multiply-adds per entry of dW: forming dW takes 3 K, in large GEMMs the time of 2 K to 2.7 K.
     """
     merged, d, D = _formed(dtype, has_weight) == "merged", basis.d, basis.D
+    hadamard, per_d, per_both = LIMITS[devices.CPU if device == "cpu" else "cuda"]
     if basis.kind == "hadamard":
-        return 4096 if merged and device == "cpu" else MANY
+        return hadamard if merged else MANY
     if basis.kind == "dense":
         factored = 3 * basis.K / D + (2 if basis.expand else 3) * basis.K / d
         saved = factored - (1 if merged else 3)  # products of a formed dW
         return max(256, math.ceil(2.5 * basis.K / saved)) if saved > 0 else MANY
-    if basis.format == "planes" and merged:
-        return max(256, 2 * d)
-    return max(256, d + D) if basis.format == "planes" and dtype in SIXTEEN_BITS else MANY
+    if basis.format == "lists" or not (merged or dtype.itemsize == 2):
+        return MANY
+    return min(MANY, max(256, per_d * d if merged else per_both * (d + D)))
 
 
 def dense_b_above(basis: TernaryBasis, device: str) -> int:
@@ -121,7 +125,7 @@ def dense_b_above(basis: TernaryBasis, device: str) -> int:
 
 
 def _formed(dtype: torch.dtype, has_weight: bool) -> str:
-    return "merged" if has_weight and dtype not in SIXTEEN_BITS else "delta"
+    return "merged" if has_weight and dtype.itemsize > 2 else "delta"
 
 
 def _from_environment(variable: str, values: tuple[str, ...]) -> str:
@@ -134,13 +138,10 @@ def _from_environment(variable: str, values: tuple[str, ...]) -> str:
 def _at_least(tokens: int, limit: int, unknown: bool = False) -> bool:
     """tokens >= limit, for a symbolic number too: torch.compile guards on the answer.
 
-    An exported program serves a range of numbers. Where the range leaves the answer open, it is
-    `unknown`.
+    Where the range of an exported program leaves the answer open, it is `unknown`.
     """
-    if limit >= MANY:  # of which a symbolic number cannot be known to fall short
-        return False
-    if not torch.compiler.is_compiling():
-        return tokens >= limit
+    if limit >= MANY or not torch.compiler.is_compiling():
+        return limit < MANY and tokens >= limit  # a symbolic number is not known to be below MANY
     from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
     if not torch.compiler.is_exporting():

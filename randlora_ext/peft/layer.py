@@ -17,7 +17,6 @@ from ..devices import serve
 from ..nn.adapted_layer import AdaptedLayer
 from ..nn.state_dict import refuse_misfit
 from ..ops.dtensor import is_dtensor
-from ..ops.path import SIXTEEN_BITS
 from .bases import PackedBufferDict, layer_basis
 from .ternary_tensor import TernaryTensor
 
@@ -115,11 +114,11 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         return x if keeps else x.to(self._dtype_of(name, x.device))
 
     def _is_dense_in_16_bits(self, name: str, x: Tensor) -> bool:
-        return x.dtype in SIXTEEN_BITS and self.basis_of(name, x.device).kind == "dense"
+        return x.dtype.itemsize == 2 and self.basis_of(name, x.device).kind == "dense"
 
     def _dtype_of(self, adapter: str, device: torch.device) -> torch.dtype:
         dtype = self.randlora_B.dtypes[adapter]
-        if device.type == "cpu" and dtype in SIXTEEN_BITS:
+        if device.type == "cpu" and dtype.itemsize == 2:
             return torch.float32  # as PEFT, since a CPU is slow in 16 bits
         lam, gam = self.randlora_lambda[adapter].dtype, self.randlora_gamma[adapter].dtype
         return torch.promote_types(torch.promote_types(dtype, lam), gam)

@@ -4,8 +4,7 @@ import pytest
 import torch
 from layer_cases import call, make_basis, make_layer
 
-from randlora_ext import _C, TernaryBasis, explain
-from randlora_ext.devices import cuda_available
+from randlora_ext import _C, TernaryBasis, devices, explain
 from randlora_ext.ops.path import MANY, PATHS, PathChoice, choose, dense_b_above, formed_from
 
 SPARSE, FULL = TernaryBasis(512, 512, 32, 1 / 22), TernaryBasis(512, 512, 32, 1.0)
@@ -13,8 +12,9 @@ HADAMARD = TernaryBasis(512, 512, 32, kind="hadamard")
 
 
 @pytest.fixture(autouse=True)
-def no_override(monkeypatch):
+def one_processor(monkeypatch):
     monkeypatch.delenv("RANDLORA_PATH", raising=False)
+    monkeypatch.setattr(devices, "CPU", "other")  # the limits of every machine alike
 
 
 def test_few_tokens_never_pay_for_forming_dw():
@@ -33,6 +33,34 @@ def test_few_tokens_never_pay_for_forming_dw():
         assert explain(FULL, 10**6, **options).path == "factored"
     choice = explain(FULL, 10**6, torch.float16)
     assert choice.path == "delta" and "16 bits" in choice.reason
+
+
+@pytest.mark.parametrize(
+    "cpu, hadamard, float32, bfloat16",
+    [("amx", 4096, 1024, 1024), ("zen5", 1024, MANY, 3072), ("other", 4096, 1024, 3072)],
+)
+def test_limits_depend_on_the_processor(monkeypatch, cpu, hadamard, float32, bfloat16):
+    monkeypatch.setattr(devices, "CPU", cpu)
+    assert formed_from(HADAMARD, torch.float32, True, "cpu") == hadamard
+    assert formed_from(FULL, torch.float32, True, "cpu") == float32
+    assert formed_from(FULL, torch.bfloat16, True, "cpu") == bfloat16
+    assert formed_from(HADAMARD, torch.float32, True, "cuda") == MANY  # a card has its own
+    assert formed_from(FULL, torch.float32, True, "cuda") == 1024
+
+
+@pytest.mark.parametrize(
+    "cpu, features",
+    [
+        ("amx", {"avx512_f", "avx_vnni", "amx_tile"}),
+        ("zen5", {"avx512_f", "avx_vnni", "sse4a"}),
+        ("other", {"avx512_f", "sse4a"}),  # Zen 4
+        ("other", {"avx512_f", "avx_vnni"}),  # an Intel without AMX
+        ("other", {"neon"}),
+    ],
+)
+def test_processors_are_told_by_their_instructions(monkeypatch, cpu, features):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(features, True))
+    assert devices._cpu() == cpu
 
 
 def test_hadamard_bases_have_one_threshold():
@@ -86,7 +114,7 @@ def test_what_runs_is_named():
     assert explain(HADAMARD, 16, device="mps").isa == "plain torch"
     assert "no kernels of ours for mps" in explain(SPARSE, 16, device="mps").isa
     assert explain(make_basis(40, 40, 4, "dense"), 16, device=card).isa == "torch's GEMMs"
-    served = "cuda kernels" if cuda_available() else "plain torch"
+    served = "cuda kernels" if devices.cuda_available() else "plain torch"
     assert explain(HADAMARD, 16, device=card).isa == served
 
 
