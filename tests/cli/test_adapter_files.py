@@ -51,7 +51,10 @@ class Victim:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    return Victim(tmp_path_factory.mktemp("victim"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the tests: torch's GEMM may round otherwise with two
+    yield Victim(tmp_path_factory.mktemp("victim"))
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
