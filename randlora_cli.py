@@ -26,6 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = vars(_parser().parse_args(arguments))
     command = options.pop("command") or "check"
+    if options.pop("version"):
+        from randlora_ext import __version__
+
+        print(f"randlora_ext {__version__}")
+        return 0
     from randlora_ext.cli import run
 
     return run(command, **options)
@@ -34,14 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
-
-
-class _Version(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_) -> NoReturn:
-        from randlora_ext import __version__
-
-        print(f"randlora_ext {__version__}")
-        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,8 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: randlora merge my-model my-adapter merged",
         allow_abbrev=False,
     )
-    told = "print the version and exit"
-    parser.add_argument("--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help=told)
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
 
     def add(name: str, told: str, example: str = "", *operands: str) -> Callable:

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 SCRATCH = ".randlora-writing-"
 
 
@@ -118,8 +120,7 @@ def _reason(error: Exception) -> str:
     names = "PytorchStreamWriter", "inline_container.cc", "iostream error"
     if isinstance(error, RuntimeError) and any(name in str(error) for name in names):
         return "torch.save could not write all of it, as on a full disk"
-    # safetensors, which is optional, has its own class.
-    if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+    if not isinstance(error, (OSError, SafetensorError)):
         return ""
     text = (str(error) or repr(error)).splitlines()[0]
     if isinstance(error, OSError) and error.strerror:

@@ -25,7 +25,7 @@ class DenseMatrices:
         """Raises ValueError unless both are large enough for a layer of that shape."""
         A, B = tuple(self.A.shape), tuple(self.B.shape)
         d, D = shape.layer_d, shape.layer_D
-        if A[0] != shape.r or A[1] < d or B[0] < D or B[1] < shape.K:
+        if A[1] < d or B[0] < D or B[1] < shape.K:
             raise ValueError(
                 f"A must be (r, >= d) = ({shape.r}, >= {d}) and B (>= D, >= K) = "
                 f"(>= {D}, >= {shape.K}), got {A} and {B}"

@@ -70,8 +70,6 @@ class Shape:
         )
 
     def transposed(self) -> "Shape":
-        if not self.is_slice:
-            return Shape.of(self.out_features, self.in_features, self.r)
         return replace(
             self,
             in_features=self.out_features,

@@ -237,7 +237,7 @@ class TernaryBasis:
 
     def packed_bytes(self, device: torch.device | str = "cpu") -> int:
         """Bytes of the packed form on that device."""
-        return sum(t.numel() * t.element_size() for t in self.packed(device))
+        return sum(t.nbytes for t in self.packed(device))
 
     def dense(
         self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32

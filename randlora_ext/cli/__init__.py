@@ -1,11 +1,12 @@
 """What the commands of `randlora_cli` do: a module of that name, with a function of that name.
 
-`convert` and `merge` open an adapter over a skeleton of its model (adapter.py): the layers have no
-weights, but everything else that the functions of Python need.
+`convert` and `merge` read an adapter without its model (adapter.py), and of a model folder the
+headers of its files, or one tensor at a time (checkpoint.py).
 """
 
 import sys
 import traceback
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,15 @@ def run(command: str, **options: Any) -> int:
 
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def told_of(what: object, kinds: Any = Exception):
+    """Names the adapter or file in another function's error."""
+    try:
+        yield
+    except kinds as error:
+        raise CliError(f"{what}: {one_line(error)}") from error
 
 
 def check_free(out: Path) -> None:

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +16,11 @@ from ..nn.adapter_file import SavedLayer, check_shapes, read_adapter_file
 from ..nn.merging import adapter_dtype
 from ..nn.state_dict import DIAGONALS
 from ..ops.functional import delta_weight, merged_weight
-from . import CliError, one_line
+from . import CliError, one_line, told_of
 from .checkpoint import Checkpoint, locate, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_CONV1D_MODELS = "gpt2", "openai-gpt", "imagegpt", "decision_transformer"  # of transformers
 PREFIX = "base_model.model."  # of PEFT's keys
 LAMBDA, GAMMA = (f".{name}" for name in DIAGONALS)
 BASES = ("randlora_A", "randlora_B")
@@ -55,15 +55,6 @@ class Adapter:
     def is_transposed(self, path: str) -> bool:
         """Whether the model stores the layer's weight as (in, out), as Conv1D does."""
         return (self.plain[path] if self.plain else self.config).fan_in_fan_out
-
-
-@contextmanager
-def told_of(what: object, kinds: Any = Exception):
-    """Names the adapter or file in another function's error."""
-    try:
-        yield
-    except kinds as error:
-        raise CliError(f"{what}: {one_line(error)}") from error
 
 
 def read_adapter(source: Path) -> Adapter:
@@ -192,7 +183,15 @@ def shapes_in(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Shape]:
                 f"{entry.file}: {path}.weight must be a float64, float32, float16 or bfloat16 "
                 "matrix"
             )
-        sizes = entry.shape if adapter.is_transposed(path) else entry.shape[::-1]
+        transposed = adapter.is_transposed(path)
+        may_be_conv1d = not adapter.plain and checkpoint.config.get("model_type") in _CONV1D_MODELS
+        if may_be_conv1d and not transposed and entry.shape[0] == entry.shape[1]:
+            raise CliError(
+                f"{path}: PEFT saves fan_in_fan_out of one layer, here of an nn.Linear, and "
+                "a square weight does not tell whether it is a Conv1D's; merge in PEFT, by "
+                "merge_and_unload()"
+            )
+        sizes = entry.shape if transposed else entry.shape[::-1]
         if min(sizes) != gam.shape[1]:
             raise CliError(
                 f"{path}: the adapter is for min(in, out) = {gam.shape[1]} features, the weight in "
@@ -233,16 +232,14 @@ def _bases_of_peft(adapter: Adapter, shapes: Mapping[str, Shape]) -> dict[str, T
 
     sizes = ((shape.in_features, shape.out_features) for shape in shapes.values())
     bases = adapter.bases or make_bases(adapter.config, *largest(sizes))
-    cast: dict[torch.dtype, list[Tensor]] = {}
+    cast: dict[torch.dtype, PackedBufferDict] = {}
     for dtype in {shape.dtype for shape in shapes.values()}:
-        cast[dtype] = []
-        for basis in bases:  # PEFT casts them to the dtype of the weights
-            held = PackedBufferDict()
-            held.add("default", basis, adapter.bases is not None)
-            held["default"] = held["default"].to(dtype)
-            cast[dtype].append(held["default"])
+        held = PackedBufferDict()
+        for name, basis in zip(BASES, bases, strict=True):
+            held.add(name, basis, adapter.bases is not None)
+        cast[dtype] = held.to(dtype)  # as PEFT does, to the dtype of the weights
     made = {}
     for path, shape in shapes.items():
-        A, B = cast[shape.dtype]
+        A, B = (cast[shape.dtype][name] for name in BASES)
         made[path] = layer_basis(A, B, shape.in_features, shape.out_features, adapter.config.r)
     return made

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from . import CliError, one_line
+from . import CliError, told_of
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {
@@ -47,7 +47,7 @@ class Checkpoint:
 
     def is_tied(self, name: str) -> bool:
         """Whether the model uses this tensor for its embeddings and for its head."""
-        tied = self.config.get("tie_word_embeddings", False)
+        tied = self.config.get("tie_word_embeddings", True)  # transformers 4 leaves a True out
         return tied and self.tensors[name].shape[:1] == (self.config.get("vocab_size"),)
 
 
@@ -55,10 +55,8 @@ def read_json(path: Path, needed: str = "") -> dict:
     """The JSON object in a file; `needed` says in the error why it must exist."""
     if not path.is_file():
         raise CliError(f"{path} does not exist{needed}")
-    try:
+    with told_of(f"{path} is no JSON", (OSError, ValueError, RecursionError)):
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CliError(f"{path} is no JSON: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise CliError(f"{path} must hold a JSON object, got {type(values).__name__}")
     return values
@@ -93,11 +91,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 def _entries(file: Path) -> dict[str, Entry]:
     if not file.is_file():
         raise CliError(f"{file} does not exist")
-    try:
+    with told_of(f"{file} is damaged or no safetensors file", (SafetensorError, OSError)):
         with safe_open(file, framework="pt"):  # checks header, offsets and length
             pass
-    except (SafetensorError, OSError) as error:
-        raise CliError(f"{file} is damaged or no safetensors file: {one_line(error)}") from error
     # The library does not give offsets. Eight bytes of length, a JSON header, then the data.
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

@@ -23,7 +23,7 @@ from ..peft.adapter_basis import AdapterBasis, largest, make_bases
 from ..peft.lora import shared_fields, write_lora, write_lora_card
 from ..peft.saving import dense_bases, stock_config, write_card
 from ..writing import appear_new
-from . import CliError, check_free
+from . import CliError, check_free, told_of
 from .adapter import (
     BASES,
     CONFIG,
@@ -36,7 +36,6 @@ from .adapter import (
     changes_of,
     read_adapter,
     shapes_in,
-    told_of,
 )
 from .checkpoint import Checkpoint, find_base, locate, read_json
 
@@ -69,6 +68,8 @@ def convert(
         raise CliError("--to lora needs either --rank or --energy")
     if to != "lora" and (rank, energy) != (None, None):
         raise CliError("--rank and --energy go with --to lora")
+    if to != "compact" and density is not None:
+        raise CliError("--density goes with --to compact")
     adapter = read_adapter(source)
     for path, layer in (adapter.plain or {}).items():
         if layer.also_at:
@@ -222,11 +223,11 @@ def _candidates(config: Any, share: float | None) -> Iterator[Any]:
     """Configurations without saved bases that may make the saved ones."""
     seed = AdapterBasis.of(vars(config)).seed
     plain = {"sparse": False, "very_sparse": False, "projection_prng_key": seed}
-    changes: list[dict[str, Any]] = [{}, plain | {"basis": "hadamard", "density": None}]
-    if share is None:
-        changes.append({"basis": "independent"})
-    else:
+    changes: list[dict[str, Any]] = [{}]
+    if share is not None:
         changes = [plain | {"basis": kind, "density": share} for kind in ("independent", "peft")]
+    elif 0 <= seed < 2**64:  # stock PEFT takes negative ones, too
+        changes += [plain | {"basis": "hadamard", "density": None}, {"basis": "independent"}]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Specified to not save")
         for change in changes:

@@ -37,7 +37,7 @@ def merge(model: Path, source: Path, out: Path, rounding_seed: int | None = None
     changes = changes_of(adapter, shapes_in(adapter, checkpoint))
     path_of = {name_in(f"{path}.weight"): path for path in changes}
     for path, saved in (adapter.plain or {}).items():  # tied weights that the files hold twice
-        copies = (f"{other}.weight" for other in saved.also_at)
+        copies = (name_in(f"{other}.weight") for other in saved.also_at)
         path_of |= {name: path for name in copies if name in checkpoint.tensors}
     written = path_of.keys() | replaced.keys()
     _check_names(checkpoint, replaced, written)

@@ -1,4 +1,5 @@
-"""Dense bases, PEFT's default, in plain torch: the products are GEMMs of any A and B.
+"""Dense bases, PEFT's default, in plain torch: the products are GEMMs of any A and B. A' =
+lambda * A * gamma (`scaled`) and `add_rounded` have kernels.
 
 Forward keeps x, weight, lambda and gamma; backward computes everything else again. In float16,
 powers of two keep A', x A'^T and the gradient of A' in range: |lambda gamma A| may be up to about
@@ -12,18 +13,74 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..basis import TernaryBasis
-from .basis_ops import scaled as scaled_basis
+from ..reference import scaled_basis_reference
 from .path import PATHS
-from .registration import register_linear
+from .registration import (
+    Operator,
+    call_kernel,
+    entry,
+    fake,
+    gradients,
+    register_linear,
+)
 
 _ops = torch.ops.randlora
-_library = torch.library.Library("randlora", "FRAGMENT")  # registrations live as long as this
+
+
+class ScaledBasis(Operator):
+    @staticmethod
+    def forward(A, lam, gam):
+        return call_kernel(_ops.scaled_basis.default, A, lam, gam)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        dlam, dgam = gradients(_ops.scaled_basis_backward.default, grad, *ctx.saved_tensors)
+        return None, dlam, dgam
+
+
+scaled = entry("scaled_basis", ScaledBasis)
+
+
+@fake
+def scaled_basis(A, lam, gam):
+    return A.new_empty((lam.shape[0] * lam.shape[1], A.shape[1]))
+
+
+@fake
+def scaled_basis_backward(grad, A, lam, gam):
+    return lam.new_empty(lam.shape), gam.new_empty(gam.shape)
+
+
+def _plain_scaled_basis(A: Tensor, lam: Tensor, gam: Tensor) -> Tensor:
+    wide = torch.promote_types(A.dtype, torch.float32)
+    return scaled_basis_reference(A.to(wide), lam.to(wide), gam.to(wide)).to(A.dtype)
+
+
+def _plain_scaled_basis_backward(grad, A, lam, gam) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    by_rank = grad.to(wide).unflatten(0, lam.shape) * A.to(wide)[:, None]  # (r, n, d)
+    dlam = torch.einsum("jik,ik->ji", by_rank, gam.to(wide))
+    dgam = torch.einsum("jik,ji->ik", by_rank, lam.to(wide))
+    return dlam.to(lam.dtype), dgam.to(gam.dtype)
+
+
+torch.library.impl("randlora::scaled_basis", "default", _plain_scaled_basis)
+torch.library.impl("randlora::scaled_basis_backward", "default", _plain_scaled_basis_backward)
+
+
+@fake
+def add_rounded(weight, delta, rounding_seed):
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
 def operands(
     basis: TernaryBasis, device: torch.device, scaling: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, float, bool]:
-    """The operators' arguments that describe the bases, which may be Hadamard bases."""
+    """The operators' arguments that describe the bases."""
     A, B = basis.dense_a(device, dtype), basis.dense_b(device, dtype)
     return A, B, float(scaling), basis.expand
 
@@ -33,41 +90,47 @@ def delta(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float) -> Tens
     wide, kind = torch.promote_types(lam.dtype, torch.float32), lam.device.type
     A, B, *_ = operands(basis, lam.device, scaling, wide)
     with torch.autocast(kind if kind != "meta" else "cpu", enabled=False):
-        product = (scaling * B) @ scaled_basis(A, lam.to(wide), gam.to(wide))
+        product = (scaling * B) @ scaled(A, lam.to(wide), gam.to(wide))
     return (product if basis.expand else product.T).to(lam.dtype)
 
 
-def _check(x, weight, bias, lam, gam, A, B, expand, path) -> None:
-    """What csrc/torch checks for other bases; torch would broadcast or view much of it."""
-    for name, value in (("x", x), ("lam", lam), ("gam", gam)):
-        if not value.is_floating_point():
-            raise ValueError(f"{name} must be a floating tensor, got {value.dtype}")
-    if path not in PATHS:
-        raise ValueError(f"path must be one of {PATHS}, got {path!r}")
-    if weight is None and (bias is not None or path == "merged"):
-        what = "bias" if bias is not None else "path 'merged'"
-        raise ValueError(f"{what} was given without a weight; add it to the base output")
-    d, D = A.shape[1], B.shape[0]
-    n_in, n_out = (d, D) if expand else (D, d)
-    for name, value, shape in (
-        ("x", x, (*x.shape[:-1], n_in)),
-        ("weight", weight, (n_out, n_in)),
-        ("bias", bias, (n_out,)),
+def check_plain(x, weight, bias, lam, gam, r, d, D, expand, merged, dy=None) -> None:
+    """For an operator in plain torch what csrc/torch checks for others: torch would broadcast."""
+    if weight is None and (bias is not None or merged):
+        what = "merge" if bias is None else "bias"
+        raise RuntimeError(
+            f"randlora: {what} was given without a weight; add it to the base output"
+        )
+    n = lam.shape[-1] if lam.dim() else 0
+    ends = (d, D) if expand else (D, d)
+    for name, t, shape in (
+        ("lam", lam, (r, n)),
+        ("gam", gam, (n, d)),
+        ("x", x, (*x.shape[:-1], ends[0])),
+        ("weight", weight, ends[::-1]),
+        ("bias", bias, ends[1:]),
+        ("dy", dy, (*x.shape[:-1], ends[1])),
     ):
-        if value is not None and (tuple(value.shape) != shape or value.dtype != x.dtype):
-            raise ValueError(
-                f"{name} must be {shape} in the dtype of x, {x.dtype}, got "
-                f"{tuple(value.shape)} {value.dtype}"
+        if t is None:
+            continue
+        same = t.device == x.device and (name in ("lam", "gam") or t.dtype == x.dtype)
+        if not same or not t.is_floating_point() or tuple(t.shape) != shape:
+            raise RuntimeError(
+                f"randlora: {name} must be a floating tensor {shape} on {x.device}, in the dtype "
+                f"of x {tuple(x.shape)} {x.dtype} unless it is lam or gam, got {tuple(t.shape)} "
+                f"{t.dtype} on {t.device}"
             )
-    for name, value in (("weight", weight), ("bias", bias), ("lam", lam), ("gam", gam)):
-        if value is not None and value.device != x.device:
-            raise ValueError(f"{name} is on {value.device} but x on {x.device}")
 
 
 class _Products:
     """The products of one call. A factor of A' or of its gradient is a power of two."""
 
-    def __init__(self, lam, gam, A, B, scale, expand, dtype):
+    def __init__(self, x, weight, bias, lam, gam, A, B, scale, expand, path, dy=None):
+        if path not in PATHS:
+            raise RuntimeError(f"randlora: path must be one of {PATHS}, got {path!r}")
+        sizes = len(A), A.shape[1], len(B)
+        check_plain(x, weight, bias, lam, gam, *sizes, expand, path == "merged", dy)
+        dtype = x.dtype
         self.lam, self.gam, self.B, self.scale, self.expand = lam, gam, B, scale, expand
         self.A, self.dtype = A.to(dtype), dtype
         half = dtype == torch.float16
@@ -106,8 +169,7 @@ def _product(left: Tensor, right: Tensor, alpha: float, added: Tensor | None = N
 
 
 def _dense_linear(x, weight, bias, lam, gam, A, B, scale, expand, path):
-    _check(x, weight, bias, lam, gam, A, B, expand, path)
-    p = _Products(lam, gam, A, B, scale, expand, x.dtype)
+    p = _Products(x, weight, bias, lam, gam, A, B, scale, expand, path)
     flat = x.reshape(-1, x.shape[-1])
     if path == "merged":
         y = F.linear(flat, p.formed(weight), bias)
@@ -126,11 +188,7 @@ def _dense_linear(x, weight, bias, lam, gam, A, B, scale, expand, path):
 def _dense_linear_backward(
     dy, x, weight, lam, gam, A, B, scale, expand, path, need_x, need_diagonals
 ):
-    _check(x, weight, None, lam, gam, A, B, expand, path)
-    out = len(B) if expand else A.shape[1]
-    if tuple(dy.shape) != (*x.shape[:-1], out) or dy.dtype != x.dtype:
-        raise ValueError(f"dy is {tuple(dy.shape)} {dy.dtype}, which does not fit x and {out}")
-    p = _Products(lam, gam, A, B, scale, expand, x.dtype)
+    p = _Products(x, weight, None, lam, gam, A, B, scale, expand, path, dy)
     dx, dlam, dgam = x.new_empty(0), lam.new_empty(0), gam.new_empty(0)
     flat, dflat = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     factored = path == "factored"
@@ -164,13 +222,16 @@ def _gradient_of_scaled(x, dy, U, p: _Products, factored: bool) -> Tensor:
 
 
 _BASES = "Tensor lam, Tensor gam, Tensor A, Tensor B, float scale, bool expand, str path"
-_library.define(f"dense_linear(Tensor x, Tensor? weight, Tensor? bias, {_BASES}) -> Tensor")
-_library.define(
-    f"dense_linear_backward(Tensor dy, Tensor x, Tensor? weight, {_BASES}, bool need_x, "
-    "bool need_diagonals) -> (Tensor, Tensor, Tensor)"
+torch.library.define(
+    "randlora::dense_linear", f"(Tensor x, Tensor? weight, Tensor? bias, {_BASES}) -> Tensor"
 )
-_library.impl("dense_linear", _dense_linear, "CompositeExplicitAutograd")
-_library.impl("dense_linear_backward", _dense_linear_backward, "CompositeExplicitAutograd")
+torch.library.define(
+    "randlora::dense_linear_backward",
+    f"(Tensor dy, Tensor x, Tensor? weight, {_BASES}, bool need_x, bool need_diagonals) -> "
+    "(Tensor, Tensor, Tensor)",
+)
+torch.library.impl("randlora::dense_linear", "default", _dense_linear)
+torch.library.impl("randlora::dense_linear_backward", "default", _dense_linear_backward)
 linear = register_linear(
     "dense_linear",
     lambda gam, A, B, scale, expand, path: B.shape[0] if expand else A.shape[1],

@@ -13,7 +13,6 @@ from ..basis import TernaryBasis
 from ..basis.description import as_signed, check_seed
 from ..devices import serve
 from . import dense, hadamard, ternary
-from .basis_ops import scaled
 from .dtensor import is_dtensor
 from .path import choose
 from .registration import autocast, autocast_is_on
@@ -83,7 +82,7 @@ def scaled_basis(basis_or_A: TernaryBasis | Tensor, lam: Tensor, gam: Tensor) ->
     if isinstance(basis_or_A, TernaryBasis):
         _check_types(basis_or_A, lam=lam, gam=gam)
         basis_or_A = basis_or_A.dense_a(lam.device, lam.dtype)
-    return scaled(basis_or_A, lam, gam)
+    return dense.scaled(basis_or_A, lam, gam)
 
 
 def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float = 1.0) -> Tensor:

@@ -7,7 +7,7 @@
 H is Sylvester's Hadamard matrix. Devices without our kernels take the same steps in plain torch.
 """
 
-from typing import NamedTuple
+import math
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..basis import TernaryBasis
 from ..basis.hadamard import sylvester
+from .dense import check_plain
 from .registration import (
     Operator,
     call_kernel,
-    check_one_device,
     entry,
     fake,
     gradients,
@@ -26,26 +26,12 @@ from .registration import (
 )
 
 _ops = torch.ops.randlora
-_library = torch.library.Library("randlora", "IMPL")  # registrations live as long as this
 
 
-class Operands(NamedTuple):
-    """The operators' arguments that describe the bases."""
-
-    s: Tensor
-    row: Tensor
-    col: Tensor
-    scale: float  # of dW
-    first_row: int
-    first_column: int
-    expand: bool  # whether d is the input side
-
-
-def operands(basis: TernaryBasis, device: torch.device | str, scaling: float = 1.0) -> Operands:
-    """Those of `basis` on a device."""
-    s, row, col = basis.packed(device)
-    scale = float(scaling)
-    return Operands(s, row, col, scale, basis.first_row, basis.first_column, basis.expand)
+def operands(basis: TernaryBasis, device: torch.device | str, scaling: float = 1.0) -> tuple:
+    """The operators' arguments that describe the bases, from `s` to `expand`."""
+    signs, first = basis.packed(device), (basis.first_row, basis.first_column)
+    return *signs, float(scaling), *first, basis.expand
 
 
 linear = register_linear(
@@ -60,7 +46,6 @@ linear = register_linear(
 def hadamard_weight(
     weight, lam, gam, s, row, col, scale, first_row, first_column, expand, rounding_seed
 ):
-    check_one_device(lam=lam, gam=gam, s=s, row=row, col=col, weight=weight)
     D, d = row.shape[0], s.shape[0]
     return (lam if weight is None else weight).new_empty((D, d) if expand else (d, D))
 
@@ -97,10 +82,24 @@ weight = entry("hadamard_weight", HadamardWeight)
 
 
 class _Plain:
-    """The steps between x (T, d), its class products, and y (T, D)."""
+    """The steps between x (T, d), its class products, and y (T, D). Checks what
+    csrc/torch/hadamard.cpp checks."""
 
-    def __init__(self, lam, gam, s, row, col, scale, first_row, first_column, expand, dtype):
-        (self.r, self.n), self.d, self.D = lam.shape, s.shape[0], row.shape[0]
+    def __init__(
+        self, x, weight, bias, lam, gam, s, row, col, scale, first_row, first_column, expand,
+        merge=False, dy=None,
+    ):  # fmt: skip
+        dtype, self.d, self.D = x.dtype, len(s), len(row)
+        r = len(lam) if lam.dim() else 0
+        check_plain(x, weight, bias, lam, gam, r, self.d, self.D, expand, merge, dy)
+        self.r, self.n = lam.shape
+        if tuple(col.shape) != (lam.numel(),):
+            raise RuntimeError(f"randlora: col must be ({lam.numel()}), got {tuple(col.shape)}")
+        if first_row < 0 or not 0 <= first_column <= lam.numel() - self.d:
+            raise RuntimeError(
+                f"randlora: first_row must not be negative and first_column in "
+                f"[0, {lam.numel() - self.d}], got {first_row} and {first_column}"
+            )
         self.dtype, self.expand, self.scale = dtype, expand, scale
         self.wide = torch.promote_types(dtype, torch.float32)
         self.first = first_column // self.n
@@ -115,7 +114,7 @@ class _Plain:
         self.lam = lam.to(self.wide) * self.col.view(self.r, self.n)
         # Powers of two that keep float16 in range, as in csrc/torch/hadamard.cpp.
         half = dtype == torch.float16
-        self.of_gamma = 2.0 ** (round(torch.tensor(K).log2().item()) - 3) if half else 1.0
+        self.of_gamma = 2.0 ** (round(math.log2(K)) - 3) if half else 1.0
         self.back = 2.0 ** -(((self.D * self.r).bit_length() + 1) // 2) if half else 1.0
         signed = (gam.to(self.wide) * (self.s * self.of_gamma)).to(dtype)
         self.blocks = self.by_class(signed).movedim(1, 0)  # (classes, n, columns of a class)
@@ -169,45 +168,13 @@ class _Plain:
         return dlam * (self.scale / self.of_gamma), dgam * (self.scale / self.back)
 
 
-def _check(
-    x, weight, bias, lam, gam, s, row, col, first_row, first_column, expand, merge=False
-) -> None:
-    """What csrc/torch/hadamard.cpp checks; torch would broadcast or view much of it."""
-    r, n = lam.shape if lam.dim() == 2 else (0, 0)
-    d, D = s.numel(), row.numel()
-    features = (d, D) if expand else (D, d)
-    for name, value, shape in (
-        ("lam", lam, (r, n)),
-        ("gam", gam, (n, d)),
-        ("col", col, (r * n,)),
-        ("x", x, (*x.shape[:-1], features[0])),
-        ("weight", weight, features[::-1]),
-        ("bias", bias, features[1:]),
-    ):
-        if value is not None and (tuple(value.shape) != shape or 0 in (r, n)):
-            raise RuntimeError(f"randlora: {name} must be {shape}, got {tuple(value.shape)}")
-    for name, value in (("x", x), ("lam", lam), ("gam", gam)):
-        if not value.is_floating_point():
-            raise RuntimeError(f"randlora: {name} must be a floating tensor, got {value.dtype}")
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != x.dtype:
-            raise RuntimeError(f"randlora: {name} must be {x.dtype} as x, got {value.dtype}")
-    if (bias is not None or merge) and weight is None:
-        raise RuntimeError(f"randlora: {'merge' if merge else 'bias'} was given without a weight")
-    if first_row < 0 or not 0 <= first_column <= r * n - d:
-        raise RuntimeError(
-            f"randlora: first_row must not be negative and first_column in [0, {r * n - d}], got "
-            f"{first_row} and {first_column}"
-        )
-
-
 def _plain_linear(
     x, weight, bias, lam, gam, s, row, col, scale, first_row, first_column, expand, merge
 ):
-    _check(x, weight, bias, lam, gam, s, row, col, first_row, first_column, expand, merge)
-    p = _Plain(lam, gam, s, row, col, scale, first_row, first_column, expand, x.dtype)
+    bases = s, row, col, scale, first_row, first_column, expand
+    p = _Plain(x, weight, bias, lam, gam, *bases, merge)
     flat = x.reshape(-1, x.shape[-1])
-    y = p.up(p.inner(flat)) if expand else p.outer(p.w(p.u(flat)))
+    y = p.up(p.inner(flat)) if p.expand else p.outer(p.w(p.u(flat)))
     if weight is not None:
         y = y + F.linear(flat, weight, bias)
     return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
@@ -217,19 +184,15 @@ def _plain_linear_backward(
     dy, x, weight, lam, gam, s, row, col, scale, first_row, first_column, expand, merge, need_x,
     need_diagonals,
 ):  # fmt: skip
-    _check(x, weight, None, lam, gam, s, row, col, first_row, first_column, expand, merge)
-    out = (row if expand else s).shape[0]
-    if tuple(dy.shape) != (*x.shape[:-1], out) or dy.dtype != x.dtype:
-        given = f"{tuple(dy.shape)} {dy.dtype}"
-        raise RuntimeError(f"randlora: dy is {given}, which does not fit x and {out}")
-    p = _Plain(lam, gam, s, row, col, scale, first_row, first_column, expand, x.dtype)
+    bases = s, row, col, scale, first_row, first_column, expand
+    p = _Plain(x, weight, None, lam, gam, *bases, merge, dy)
     flat, dflat = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    small, large = (flat, dflat) if expand else (dflat, flat)
+    small, large = (flat, dflat) if p.expand else (dflat, flat)
     z, u = p.inner(small), p.u(large)
     w = p.w(u)
     dx, dlam, dgam = x.new_empty(0), lam.new_empty(0), gam.new_empty(0)
     if need_x:
-        dx = p.outer(w) if expand else p.up(z)
+        dx = p.outer(w) if p.expand else p.up(z)
         if weight is not None:
             dx = dx + dflat @ weight
         dx = dx.to(x.dtype).view(x.shape)
@@ -250,8 +213,8 @@ def _plain_weight(
         raise RuntimeError(f"randlora: weight must be {sizes}, got {tuple(weight.shape)}")
     dtype = torch.promote_types(like.dtype, torch.float32)
     one = torch.eye(s.shape[0], dtype=dtype, device=lam.device)
-    _check(one, None, None, lam, gam, s, row, col, first_row, first_column, True)
-    p = _Plain(lam, gam, s, row, col, scale, first_row, first_column, True, dtype)
+    bases = s, row, col, scale, first_row, first_column, True
+    p = _Plain(one, None, None, lam, gam, *bases, merge=False)
     delta = p.up(p.inner(one))  # row k is column k of B (lambda * A * gamma)
     delta = delta.T if expand else delta
     return (delta if weight is None else weight.to(dtype) + delta).to(like.dtype).contiguous()
@@ -262,4 +225,4 @@ for _name, _function in (
     ("hadamard_linear_backward", _plain_linear_backward),
     ("hadamard_weight", _plain_weight),
 ):
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.impl(f"randlora::{_name}", "default", _function)

@@ -64,7 +64,7 @@ def explain(
     else:
         fewer = "fewer than" if tokens < limit else "at least"
         reason = f"{fewer} {limit} tokens, from which {_formed(dtype, has_weight)} costs less"
-    if has_weight and dtype.itemsize == 2:
+    if has_weight and dtype.itemsize == 2 and path != "merged":
         reason += "; merged is excluded because W + dW would lose small changes in 16 bits"
     return PathChoice(path, reason, devices.what_computes(basis.kind, kind), b_side)
 

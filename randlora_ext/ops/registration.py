@@ -5,7 +5,6 @@ Eager code and torch.func call an operator's autograd Function; torch.compile an
 lambda and gamma; nothing of size (K, d), (T, K) or (D, d).
 """
 
-import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -18,32 +17,37 @@ from torch.autograd import Function
 from .. import devices  # noqa: F401  (loads the operators)
 
 _ops = torch.ops.randlora
-_library = torch.library.Library("randlora", "IMPL")  # registrations live as long as this
 
 
 # ---- fake kernels: the shapes, dtypes and devices of results, for torch.compile ------------------
 
 
-def fake(function):
-    """Registers `function` as the fake kernel of the operator that it is named after."""
-    return torch.library.register_fake(f"randlora::{function.__name__}")(function)
+def fake(function: Callable, name: str = "") -> Callable:
+    """Registers the fake kernel of the operator `name`, by default the one of the function's name.
 
+    It also makes the check of csrc/torch/check.cpp that calls with a meta tensor do not reach.
+    """
+    name = name or function.__name__
+    names = [argument.name for argument in getattr(_ops, name).default._schema.arguments]
 
-def check_one_device(**tensors) -> None:
-    """The check of csrc/torch/check.cpp, which calls with a meta tensor do not reach."""
-    named = [
-        (name, t)
-        for name, value in tensors.items()
-        for t in (value if isinstance(value, (list, tuple)) else [value])
-        if isinstance(t, Tensor)
-    ]
-    first, reference = named[0]
-    for name, t in named[1:]:
-        if t.device != reference.device:
-            raise RuntimeError(
-                f"randlora: {name} is on {t.device} but {first} on {reference.device}; they must "
-                "be on one device"
-            )
+    def checked(*args, **kwargs):
+        tensors = [
+            (argument, t)
+            for argument, value in (dict(zip(names, args, strict=False)) | kwargs).items()
+            for t in (value if isinstance(value, (list, tuple)) else [value])
+            if isinstance(t, Tensor)
+        ]
+        first, reference = tensors[0]
+        for argument, t in tensors[1:]:
+            if t.device != reference.device:
+                raise RuntimeError(
+                    f"randlora: {argument} is on {t.device} but {first} on {reference.device}; "
+                    "they must be on one device"
+                )
+        return function(*args, **kwargs)
+
+    torch.library.register_fake(f"randlora::{name}")(checked)
+    return function
 
 
 # ---- autocast ------------------------------------------------------------------------------------
@@ -85,9 +89,10 @@ def _register_autocast(name: str) -> None:
             x, weight, bias, *bases = autocast(device_type, (x, weight, bias, *bases))  # a dense B
             return _without_autocast(device_type, forward, x, weight, bias, lam, gam, *bases)
 
-        _library.impl(name, linear, key)
+        torch.library.impl(f"randlora::{name}", key, linear)
         # Keeps the dtypes of the forward.
-        _library.impl(f"{name}_backward", partial(_without_autocast, device_type, backward), key)
+        without = partial(_without_autocast, device_type, backward)
+        torch.library.impl(f"randlora::{name}_backward", key, without)
 
 
 # ---- vmap: one call per element; one for a linear layer if only x varies -------------------------
@@ -179,7 +184,7 @@ def gradients(op, *inputs):
 def entry(name: str, function: type[Function], vmap_rule: Callable = _vmap) -> Callable:
     """Registers gradient and vmap of the operator `name`; returns what eager code calls."""
     op = getattr(_ops, name)
-    _library.impl(name, function.apply, "Autograd")
+    torch.library.impl(f"randlora::{name}", "Autograd", function.apply)
     torch.library.register_vmap(f"randlora::{name}", partial(vmap_rule, op.default))
     if backward := getattr(_ops, f"{name}_backward", None):
         rule = partial(_vmap, backward.default)
@@ -216,23 +221,16 @@ def register_linear(name: str, features: Callable[..., int]) -> Callable:
     `bases` are constants. A gradient that is not needed comes back empty.
 
     Args:
-        features: out_features of ``(gam, *bases)``, whose names are those of its arguments.
+        features: out_features of ``(gam, *bases)``.
     """
     forward_op = getattr(_ops, name).default
     backward_op = getattr(_ops, f"{name}_backward").default
-    names = [*inspect.signature(features).parameters][1:]
 
-    @torch.library.register_fake(f"randlora::{name}")
     def fake_forward(x, weight, bias, lam, gam, *bases):
-        named = dict(zip(names, bases, strict=True))
-        check_one_device(x=x, weight=weight, bias=bias, lam=lam, gam=gam, **named)
         return x.new_empty((*x.shape[:-1], features(gam, *bases)))
 
-    @torch.library.register_fake(f"randlora::{name}_backward")
     def fake_backward(dy, x, weight, lam, gam, *rest):
-        *bases, need_x, need_diagonals = rest
-        named = dict(zip(names, bases, strict=True))
-        check_one_device(dy=dy, x=x, weight=weight, lam=lam, gam=gam, **named)
+        *_, need_x, need_diagonals = rest
         return (
             x.new_empty(x.shape if need_x else (0,)),
             lam.new_empty(lam.shape if need_diagonals else (0,)),
@@ -263,6 +261,8 @@ def register_linear(name: str, features: Callable[..., int]) -> Callable:
                 *[None] * len(ctx.bases),
             )
 
+    fake(fake_forward, name)
+    fake(fake_backward, f"{name}_backward")
     _register_autocast(name)
     return entry(name, Linear, _vmap_linear)
 

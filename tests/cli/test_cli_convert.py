@@ -91,9 +91,21 @@ def test_density_that_cannot_be_read_off_is_given(tmp_path, convert):
     assert "not those of projection_prng_key 0" in refused(*compact)
     for wrong in (0.2, 3):
         assert "density" in refused(*compact, "--density", wrong)
+    back = ("convert", tmp_path / "peft", tmp_path / "back", "--to", "peft", "--density", 0.2)
+    assert "--density goes with --to compact" in refused(*back)
     convert("peft", "small", "compact", "--density", 0.123456789)
     settings = fields(tmp_path / "small")
     assert settings["basis"] == "independent" and settings["density"] == 0.123456789
+
+
+def test_bases_that_stock_peft_drew_from_a_negative_seed(tmp_path):
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    saved(tmp_path / "a", sparse=True, projection_prng_key=-1)
+    bases = load_file(file)
+    (key,) = (key for key in bases if key.endswith("randlora_B"))
+    save_file(bases | {key: bases[key].flip(0).contiguous()}, file)
+    line = refused("convert", tmp_path / "a", tmp_path / "small", "--to", "compact")
+    assert "not those of projection_prng_key -1" in line
 
 
 def test_bases_of_a_bf16_model(tmp_path, convert):

@@ -174,6 +174,26 @@ def test_a_tied_weight_is_refused(tmp_path):
     assert "lm_head.weight is tied" in refused("merge", model, adapter, tmp_path / "out")
 
 
+def test_weights_are_tied_where_the_configuration_does_not_say(tmp_path):
+    """transformers 4 leaves out tie_word_embeddings=True, its default."""
+    model, adapter = tmp_path / "model", tmp_path / "adapter"
+    base = gpt2(model)
+    settings = json.loads((model / "config.json").read_text())
+    settings.pop("tie_word_embeddings", None)
+    (model / "config.json").write_text(json.dumps(settings))
+    save_adapter(base, adapter, targets=["c_attn"], basis="independent", modules_to_save=["wte"])
+    assert "wte.weight is tied" in refused("merge", model, adapter, tmp_path / "out")
+
+
+def test_conv1d_and_linear_layers_in_one_adapter(tmp_path):
+    """PEFT saves the fan_in_fan_out of the last layer alone."""
+    model, adapter = tmp_path / "model", tmp_path / "adapter"
+    base = gpt2(model, tie_word_embeddings=False)
+    save_adapter(base, adapter, targets=["c_proj", "lm_head"], basis="independent")
+    line = refused("merge", model, adapter, tmp_path / "out")
+    assert "attn.c_proj: PEFT saves fan_in_fan_out of one layer" in line
+
+
 def test_stochastic_rounding(tmp_path, bf16, sound):
     """Changes far below an ulp vanish when rounded to nearest, and count on average otherwise."""
     save_adapter(llama(), tmp_path / "adapter", basis="independent", randlora_alpha=0.0005)

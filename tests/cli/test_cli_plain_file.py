@@ -7,7 +7,8 @@ import pytest
 import torch
 from cli_helpers import TARGETS, gpt2, llama, refused, run
 from peft_helpers import accelerated, opened, relative
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from randlora_ext import RandLoraLinear, apply_randlora, merge_and_unload, save_adapter
@@ -68,6 +69,23 @@ def test_merge_of_square_conv1d(tmp_path, seed):
         if name.endswith("c_proj.weight"):
             ulp = 2**-7 if seed else 1e-5
             torch.testing.assert_close(got[name], weight, rtol=ulp, atol=1e-5)
+
+
+def test_copies_of_tied_layers_are_merged(tmp_path):
+    """Of a bare model, whose layers have a longer name in the files."""
+    net = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in "ab"})
+    net["c"] = net["a"]
+    before = {f"model.{name}.weight": net[name].weight.detach().clone() for name in "abc"}
+    (tmp_path / "model").mkdir()
+    save_file(before, tmp_path / "model" / "model.safetensors")
+    adapted(net, [*"abc"], tmp_path / "a.safetensors")
+    merging = ("merge", tmp_path / "model", tmp_path / "a.safetensors", tmp_path / "out")
+    assert run(*merging)[0] == 0
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    merge_and_unload(net)
+    for name in "abc":
+        torch.testing.assert_close(after[f"model.{name}.weight"], net[name].weight)
+        assert not torch.equal(after[f"model.{name}.weight"], before[f"model.{name}.weight"])
 
 
 def test_hadamard_bases(sound, tmp_path):

@@ -86,7 +86,9 @@ def test_the_environment_decides_where_no_path_is_given(monkeypatch):
             choice = explain(basis, tokens)
             assert choice.path == path and "RANDLORA_PATH" in choice.reason
             assert choose("auto", basis, tokens, torch.float32, True, "cpu")[0] == path
-            assert explain(basis, tokens, torch.bfloat16).path == path  # asked for is asked for
+            choice = explain(basis, tokens, torch.bfloat16)
+            assert choice.path == path  # asked for is asked for
+            assert ("merged is excluded" in choice.reason) == (path != "merged")
         assert torch.equal(call(layer), results[path])
         assert torch.equal(call(layer, "factored"), results["factored"])
     for value in ("auto", ""):
