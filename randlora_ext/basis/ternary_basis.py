@@ -143,6 +143,8 @@ class TernaryBasis:
         Raises:
             ValueError: a shape is too small, or an element is +1 and -1 at once.
         """
+        if a_planes.dim() != 3:
+            raise ValueError(f"a_planes must be (2, r, words), got {tuple(a_planes.shape)}")
         shape = Shape.of(in_features, out_features, a_planes.shape[1])
         return cls._of(shape, ImportedMatrices(a_planes, b_planes, a_value, b_value, shape))
 

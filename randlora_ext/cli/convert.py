@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..peft import RandLoraConfig, enable
 from ..peft.adapter_basis import AdapterBasis, largest, make_bases
-from ..peft.lora import shared_fields, write_lora, write_lora_card
+from ..peft.lora import shared_fields, write_lora
 from ..peft.saving import dense_bases, stock_config, write_card
 from ..writing import appear_new
 from . import CliError, check_free, told_of
@@ -151,7 +151,7 @@ def _to_lora(
         folder.mkdir()
         with told_of(adapter.source, ValueError):
             done = write_lora(folder, deltas, fields, modules, rank, energy, others)
-        write_lora_card(folder, out.name, done)
+        write_card(folder, out.name, note=done.note)
         size = (folder / WEIGHTS).stat().st_size
     width = max(map(len, done.layers))
     print("\n".join(f"{path:{width}}  {kept:.4f}" for path, kept in done.layers.items()))

@@ -13,7 +13,7 @@ from ..basis import TernaryBasis
 from ..nn.adapted_layer import AdaptedLayer
 from ..nn.base_layer import has_hooks, is_plain_linear, matches
 from ..nn.linear import RandLoraLinear
-from .agreement import same_on_all_ranks
+from ..ranks import same_on_all_ranks
 
 
 def slice_of_rank(basis: TernaryBasis, mesh: DeviceMesh, shards_outputs: bool) -> TernaryBasis:

@@ -18,8 +18,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from ..nn.base_layer import is_plain_linear
 from ..nn.linear import RandLoraLinear
-from ..ops.dtensor import is_dtensor
-from .agreement import same_on_all_ranks
+from ..ranks import failing_together, is_dtensor, same_on_all_ranks
 from .layer import TensorParallelRandLoraLinear, check_divisible, slice_of_rank
 
 
@@ -41,8 +40,10 @@ class _RandLoraStyle(ParallelStyle):
         self.use_local_output = use_local_output
 
     def _apply(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
-        self._check_module(module, device_mesh)
-        same_on_all_ranks(device_mesh, _decided(module))  # sums would mix two bases
+        _check_mesh(device_mesh)
+        with failing_together(device_mesh):
+            self._check_module(module, device_mesh)
+            same_on_all_ranks(device_mesh, _decided(module))  # sums would mix two bases
         base = module.base_layer
         for name, parameter, placement in self._parameters_and_placements(base):
             sharded = distribute_tensor(
@@ -72,16 +73,17 @@ class _RandLoraStyle(ParallelStyle):
         Raises:
             TypeError, ValueError: as the style and `RandLoraLinear` raise them.
         """
-        if type(shard) is not nn.Linear:
-            raise TypeError(f"shard must be an nn.Linear, got {type(shard).__name__}")
         _check_mesh(device_mesh)
+        with failing_together(device_mesh):
+            if type(shard) is not nn.Linear:
+                raise TypeError(f"shard must be an nn.Linear, got {type(shard).__name__}")
+            same_on_all_ranks(device_mesh, layer_options)
         inputs, outputs, ranks = shard.in_features, shard.out_features, device_mesh.size()
         sizes = (inputs, outputs * ranks) if self.shards_outputs else (inputs * ranks, outputs)
         base = nn.Linear(*sizes, bias=shard.bias is not None, device="meta")
         for name, local, placement in self._parameters_and_placements(shard):
             whole = DTensor.from_local(local.detach(), device_mesh, [placement], run_check=False)
             setattr(base, name, nn.Parameter(whole))
-        same_on_all_ranks(device_mesh, layer_options)
         layer = RandLoraLinear(base, **layer_options)
         return self._convert(layer.train(shard.training), device_mesh, None)  # equal on all ranks
 
@@ -109,7 +111,6 @@ class _RandLoraStyle(ParallelStyle):
 
     def _check_module(self, module: nn.Module, device_mesh: DeviceMesh) -> None:
         style = type(self).__name__
-        _check_mesh(device_mesh)
         if type(module) is not RandLoraLinear:
             raise TypeError(f"{style} serves RandLoraLinear, got {type(module).__name__}")
         if not is_plain_linear(module.base_layer):

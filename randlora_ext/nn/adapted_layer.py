@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from ..basis import TernaryBasis
 from ..devices import serve
 from ..ops import functional
-from ..ops.dtensor import full_tensor, laid_out_like
 from ..ops.path import explain
+from ..ranks import full_tensor, laid_out_like
 from .base_layer import is_plain_linear, matches
 from .merging import KeepsWeight
 from .state_dict import DIAGONALS

@@ -10,7 +10,6 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..basis.description import BasisDescription
 from ..basis.ternary_basis import TernaryBasis
-from ..ops.dtensor import full_tensor, is_dtensor, laid_out_like
+from ..ranks import failing_together, full_tensor, is_dtensor, laid_out_like
 from ..writing import appear
 from .apply import apply_randlora, check_is_called, check_not_nested
 from .base_layer import check_base_layer, features
@@ -118,7 +117,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
             "also_at": also_at,
         }
     text = json.dumps({"adapter_name": adapter_name, "layers": layers})
-    with _failing_together(mesh):
+    with failing_together(mesh):
         if mesh is None or not any(mesh.get_coordinate()):
             with appear(path) as scratch:
                 save_file(tensors, scratch, {_METADATA: text})
@@ -152,7 +151,7 @@ def load_adapter(
     modules = _modules(inner)
     sharded = (p for p in inner.parameters() if is_dtensor(p))
     mesh = getattr(next(sharded, None), "device_mesh", None)
-    with _failing_together(mesh):
+    with failing_together(mesh):
         name_in_file, saved = read_adapter_file(path)
         name = name_in_file if adapter_name is None else adapter_name
         check_adapter_name(name)
@@ -264,11 +263,14 @@ def _tensor_name(path: str, diagonals: str) -> str:
 def _misfits(
     model: nn.Module, modules: dict[str, nn.Module], saved: dict[str, SavedLayer], name: str
 ) -> Iterator[str]:
+    seen: dict[int, str] = {}
     for at, layer in saved.items():
         module: Any = modules.get(at)
         if module is None:
             yield f"{at}: there is no such module"
             continue
+        if (first := seen.setdefault(id(module), at)) != at:
+            yield f"{at}: is the same module as {first} here, and another one in the file"
         for other in layer.also_at:
             if modules.get(other) is not module:
                 yield f"{other}: must be the same module as {at}"
@@ -301,14 +303,6 @@ def _misfits(
     for at, module in modules.items():
         if isinstance(module, RandLoraLinear) and name in module.bases and at not in in_file:
             yield f"{at}: it has an adapter {name!r}, and the file has none for it"
-
-
-def _failing_together(mesh: Any) -> AbstractContextManager:
-    if mesh is None:
-        return nullcontext()
-    from ..distributed.agreement import failing_together  # imports torch.distributed
-
-    return failing_together(mesh)
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:

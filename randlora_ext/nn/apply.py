@@ -9,7 +9,7 @@ from torch import nn
 
 from .base_layer import check_base_layer, disable_nested_tensors, is_conv1d
 from .linear import RandLoraLinear, refuse_unknown
-from .state_dict import refuse_misfit
+from .state_dict import guard, unguard
 
 
 def apply_randlora(
@@ -57,21 +57,22 @@ def apply_randlora(
         check_base_layer(module, matched)
         check_is_called(model, name, matched)
         check_not_nested(model, name, matched)
-    # A wrong option raises at the first layer, before anything is frozen.
     unique = {id(module): module for module in matches.values()}
-    wrapped = {key: RandLoraLinear(module, **layer_options) for key, module in unique.items()}
-    layers = [m for m in model.modules() if isinstance(m, RandLoraLinear)]
-    adapters = {id(p) for layer in layers for p in layer.adapter_parameters()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        wrapped = {key: RandLoraLinear(module, **layer_options) for key, module in unique.items()}
+    except BaseException:  # the layers before have frozen their base layers
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        raise
+    adapters = {id(p) for layer in _layers(model) for p in layer.adapter_parameters()}
     for parameter in model.parameters():
         if id(parameter) not in adapters:
             parameter.requires_grad_(False)
     for name, module in matches.items():
         _put(model, name, wrapped[id(module)])
         disable_nested_tensors(model, name)
-    # On the model, so that all layers are checked before the first one is loaded.
-    hooks = model._load_state_dict_pre_hooks.values()
-    if refuse_misfit not in (getattr(hook, "hook", None) for hook in hooks):
-        model.register_load_state_dict_pre_hook(refuse_misfit)
+    guard(model)
     return model
 
 
@@ -173,6 +174,7 @@ def _without(model: nn.Module) -> nn.Module:
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, RandLoraLinear):
             _put(model, name, module.base_layer)
+    unguard(model)
     return model
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..basis import TernaryBasis
 from ..basis.description import check_kind, check_seed, did_you_mean
-from ..ops.dtensor import full_tensor, laid_out_like
 from ..ops.functional import merged_weight
+from ..ranks import full_tensor, laid_out_like
 from .adapted_layer import AdaptedLayer
 from .base_layer import check_base_layer, features, force_module_call, is_conv1d
 from .merging import adapter_dtype
@@ -282,10 +282,9 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
             )
         (name,) = names
         lam, gam = self._diagonals(name, weight.device)
-        oriented = (
-            full_tensor(weight).T.contiguous() if self.fan_in_fan_out else full_tensor(weight)
-        )
-        total = merged_weight(self.bases[name], oriented, lam, gam, self.scaling[name], seed)
+        W = full_tensor(weight)
+        W = W.T.contiguous() if self.fan_in_fan_out else W
+        total = merged_weight(self.bases[name], W, lam, gam, self.scaling[name], seed)
         return laid_out_like(total.T if self.fan_in_fan_out else total, weight)
 
     # ---- conveniences ------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.dtensor import full_tensor, is_dtensor
+from ..ranks import full_tensor, is_dtensor
 
 KEEP_WEIGHT = ("host", "device", "nothing")
 
@@ -20,15 +20,6 @@ def check_keep_weight(keep_weight: str) -> None:
 def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of lambda, gamma and dW beside a weight of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def even_if_interrupted(write: Callable[[], Any]) -> None:
-    """Calls `write`, and again if Ctrl-C comes between two of its lines; it must allow that."""
-    try:
-        write()
-    except BaseException:
-        write()
-        raise
 
 
 _Layer: Any = object  # mypy: this is mixed into layers
@@ -134,7 +125,11 @@ class KeepsWeight(_Layer):
             self._kept, self._kept_without = kept, kept_without
             self.merged_adapters = merged
 
-        even_if_interrupted(write_all)
+        try:
+            write_all()
+        except BaseException:
+            write_all()
+            raise
 
     def _plus(self, weight: Tensor, names: Iterable[str], sign: int) -> Tensor:
         names = list(names)

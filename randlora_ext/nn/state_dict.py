@@ -10,16 +10,23 @@ from .base_layer import is_conv1d
 DIAGONALS = ("randlora_lambda", "randlora_gamma")
 
 
-def refuse_misfit(
-    module: nn.Module,
-    state_dict: dict[str, Tensor],
-    prefix: str,
-    local_metadata: dict,
-    strict: bool,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    error_msgs: list[str],
-) -> None:
+def guard(model: nn.Module) -> None:
+    """Registers `refuse_misfit`, once: all layers are checked before the first one is loaded."""
+    if not _guards(model):
+        model.register_load_state_dict_pre_hook(refuse_misfit)
+
+
+def unguard(model: nn.Module) -> None:
+    for key in _guards(model):
+        del model._load_state_dict_pre_hooks[key]
+
+
+def _guards(model: nn.Module) -> list[int]:
+    hooks = model._load_state_dict_pre_hooks.items()
+    return [key for key, hook in hooks if getattr(hook, "hook", None) is refuse_misfit]
+
+
+def refuse_misfit(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Pre-hook of ``load_state_dict`` for a `RandLoraLinear`, or for a model that holds some.
 
     torch copies what fits and then raises for the rest. That would leave half of one adapter mixed

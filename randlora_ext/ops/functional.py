@@ -12,8 +12,8 @@ from torch import Tensor
 from ..basis import TernaryBasis
 from ..basis.description import as_signed, check_seed
 from ..devices import serve
+from ..ranks import is_dtensor
 from . import dense, hadamard, ternary
-from .dtensor import is_dtensor
 from .path import choose
 from .registration import autocast, autocast_is_on
 
@@ -81,6 +81,7 @@ def scaled_basis(basis_or_A: TernaryBasis | Tensor, lam: Tensor, gam: Tensor) ->
     """
     if isinstance(basis_or_A, TernaryBasis):
         _check_types(basis_or_A, lam=lam, gam=gam)
+        _module(basis_or_A, "lam", lam)
         basis_or_A = basis_or_A.dense_a(lam.device, lam.dtype)
     return dense.scaled(basis_or_A, lam, gam)
 

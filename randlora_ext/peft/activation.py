@@ -11,10 +11,10 @@ unsharded ones.
 
 import functools
 import gc
+import os
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,25 @@ import peft
 import torch
 from packaging.version import Version
 from peft import PeftModel, PeftType
+from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.randlora.layer import RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
 from torch import nn
 
 from ..nn.merging import check_keep_weight
-from ..nn.state_dict import DIAGONALS
+from ..nn.state_dict import DIAGONALS, guard
+from ..ranks import failing_together
 from .adapter_basis import BASIS_NAMES
 from .bases import PackedBufferDict
-from .config import RandLoraConfig
+from .config import RandLoraConfig, refuse_torn_save
 from .layer import AcceleratedLinear, layers_with
 from .loading import check_load_over, warn_of_misfits
 from .model import STOCK_QUANTIZED, AcceleratedRandLoraModel, accelerate_layer, parallel_plans
 from .saving import save_together, write_card
 
 NEWEST_TRL = "1.16"  # as tests/peft/test_trl.py ran
-_patched: dict[str, tuple[Any, Any]] = {}  # (PEFT's, ours)
+_patched: dict[tuple[type, str], tuple[Any, Any]] = {}  # (PEFT's, ours)
 
 
 def enable(float32_products: bool = False, keep_weight: str = "host") -> None:
@@ -105,23 +107,19 @@ def accelerate(model: nn.Module) -> nn.Module:
         raise ValueError(
             "model has quantized layers merged by stock PEFT; call unmerge_adapter() first"
         )
-    tuners = [module for module in model.modules() if type(module) is RandLoraModel]
+    tuners: list[Any] = [module for module in model.modules() if type(module) is RandLoraModel]
     if any(_is_sharded(tuner.model) for tuner in tuners):
         raise ValueError("model is sharded by transformers; call enable() before adding adapters")
-    packed: dict[int, PackedBufferDict] = {}
-    for holder in tuners + layers:
-        for name in BASIS_NAMES:
-            bases = getattr(holder, name)
-            if id(bases) not in packed:
-                ours = isinstance(bases, PackedBufferDict)
-                packed[id(bases)] = bases if ours else PackedBufferDict.of(bases)
-    for holder in tuners + layers:
-        for name in BASIS_NAMES:
-            setattr(holder, name, packed[id(getattr(holder, name))])
+    held = [(one, name, getattr(one, name)) for one in tuners + layers for name in BASIS_NAMES]
+    different = {id(bases): bases for *_, bases in held}
+    packed = {key: PackedBufferDict.of(bases) for key, bases in different.items()}
+    for one, name, bases in held:
+        setattr(one, name, packed[id(bases)])
     for layer in layers:
         accelerate_layer(layer)
     for tuner in tuners:
         tuner.__class__ = AcceleratedRandLoraModel
+        guard(tuner.model)
     _patch()
     return model
 
@@ -137,17 +135,18 @@ def _is_sharded(model: Any) -> bool:
 
 def _patch() -> None:
     """Wraps the methods, once."""
-    for name, around in (
-        ("save_pretrained", save_together),
-        ("load_adapter", _load),
-        ("add_adapter", _add),
-        ("_upload_modified_files", _upload),
-        ("from_pretrained", _from_pretrained),
+    for owner, name, around in (
+        (PeftModel, "save_pretrained", save_together),
+        (PeftModel, "load_adapter", _load),
+        (PeftModel, "add_adapter", _add),
+        (PeftModel, "_upload_modified_files", _upload),
+        (PeftModel, "from_pretrained", _from_pretrained),
+        (PeftConfigMixin, "from_pretrained", _read_config),
     ):
-        stock = PeftModel.__dict__.get(name) or getattr(PeftModel, name, None)
-        if name not in _patched and stock is not None:  # a private one may go
-            _patched[name] = stock, _wrapped(stock, around)
-            setattr(PeftModel, name, _patched[name][1])
+        stock, key = owner.__dict__.get(name) or getattr(owner, name, None), (owner, name)
+        if key not in _patched and stock is not None:  # a private one may go
+            _patched[key] = stock, _wrapped(stock, around)
+            setattr(owner, name, _patched[key][1])
 
 
 def _wrapped(stock: Any, around: Callable) -> Any:
@@ -165,20 +164,21 @@ def _wrapped(stock: Any, around: Callable) -> Any:
 
 def _unpatch() -> None:
     """Puts PEFT's own back, unless somebody else has wrapped ours since."""
-    for name, (stock, ours) in list(_patched.items()):
-        if PeftModel.__dict__.get(name) is ours:
-            if stock is getattr(super(PeftModel, PeftModel), name, None):  # was inherited
-                delattr(PeftModel, name)
+    for (owner, name), (stock, ours) in list(_patched.items()):
+        if owner.__dict__.get(name) is ours:
+            if stock is getattr(super(owner, owner), name, None):  # was inherited
+                delattr(owner, name)
             else:
-                setattr(PeftModel, name, stock)
-            del _patched[name]
+                setattr(owner, name, stock)
+            del _patched[owner, name]
 
 
 def _load(stock: Callable, model: PeftModel, model_id, adapter_name, *args, **kwargs):
-    with _failing_together(model.base_model.model):
+    mesh = getattr(model.base_model.model, "_device_mesh", None)
+    with failing_together(mesh):
         # A new adapter takes its configuration from the file; one that is there keeps its own.
         if adapter_name in model.peft_config:
-            with _failing_together(model.base_model.model):  # before any rank has changed
+            with failing_together(mesh):  # before any rank has changed
                 check_load_over(model, model_id, adapter_name, kwargs)
         result = stock(model, model_id, adapter_name, *args, **kwargs)
     warn_of_misfits(model_id, adapter_name, result)
@@ -221,14 +221,14 @@ def _upload(stock: Callable, model: PeftModel, working_dir, repo_id: str, *args,
     return stock(model, working_dir, repo_id, *args, **kwargs)
 
 
+def _read_config(stock: Callable, cls, path, subfolder=None, **kwargs):
+    """The check of `RandLoraConfig.from_pretrained`, which transformers does not call."""
+    config = stock(cls, path, subfolder, **kwargs)
+    if isinstance(config, RandLoraConfig):
+        refuse_torn_save(os.path.join(path, subfolder or ""))
+    return config
+
+
 def _from_pretrained(stock: Callable, cls: type[PeftModel], model, *args, **kwargs) -> PeftModel:
-    with _failing_together(model):
+    with failing_together(getattr(model, "_device_mesh", None)):
         return stock(cls, model, *args, **kwargs)
-
-
-def _failing_together(model: Any) -> AbstractContextManager:
-    if parallel_plans(model) is None:
-        return nullcontext()
-    from ..distributed.agreement import failing_together  # imports torch.distributed
-
-    return failing_together(model._device_mesh)

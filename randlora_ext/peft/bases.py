@@ -44,6 +44,8 @@ class PackedBufferDict(MutableMapping, BufferDict):
 
     @classmethod
     def of(cls, dense: BufferDict) -> "PackedBufferDict":
+        if isinstance(dense, cls):
+            return dense
         packed = cls()
         for adapter, basis in dense.items():
             packed.add(adapter, basis, dense.persistent)

@@ -16,7 +16,7 @@ from ..basis import TernaryBasis
 from ..devices import serve
 from ..nn.adapted_layer import AdaptedLayer
 from ..nn.state_dict import refuse_misfit
-from ..ops.dtensor import is_dtensor
+from ..ranks import is_dtensor
 from .bases import PackedBufferDict, layer_basis
 from .ternary_tensor import TernaryTensor
 
@@ -149,7 +149,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         return self.get_base_layer()
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        refuse_misfit(self, state_dict, prefix, *args)
+        refuse_misfit(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -36,6 +36,14 @@ class LoraExport(NamedTuple):
     energy: float
     layers: dict[str, float]
 
+    @property
+    def note(self) -> str:
+        """What the model card says of it."""
+        return (
+            f"It is the one of rank {self.rank} that is nearest to a RandLoRA adapter, and keeps "
+            f"{self.energy:.4f} of the squared norm of its change of the weights."
+        )
+
 
 def export_to_lora(
     model: peft.PeftModel,
@@ -81,8 +89,7 @@ def export_to_lora(
         fields = shared_fields(model.peft_config[adapter_name])
         done = write_lora(scratch, deltas, fields, modules, rank, energy, others)
         copy_card(folder, scratch)
-        name = Path(folder).absolute().name
-        write_lora_card(scratch, name, done, model)
+        write_card(scratch, Path(folder).absolute().name, model, done.note)
         return done
 
 
@@ -136,17 +143,6 @@ def write_lora(
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     layers = {path: _kept([values], rank) for path, values in squares.items()}
     return LoraExport(rank, _kept(squares.values(), rank), layers)
-
-
-def write_lora_card(
-    folder: Path, name: str, done: LoraExport, model: peft.PeftModel | None = None
-) -> None:
-    """Writes the model card of what `write_lora` wrote."""
-    note = (
-        f"It is the one of rank {done.rank} that is nearest to a RandLoRA adapter, and keeps "
-        f"{done.energy:.4f} of the squared norm of its change of the weights."
-    )
-    write_card(folder, name, model, note)
 
 
 def shared_fields(config: peft.PeftConfig) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """PEFT's RandLoRA model with accelerated layers over packed bases, of every kind and density."""
 
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
 import peft
-from peft.tuners.randlora.layer import Linear, RandLoraLayer
+from peft.tuners.randlora.layer import Linear
 from peft.tuners.randlora.model import RandLoraModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import nn
@@ -15,7 +15,7 @@ from ..basis.shape import check_r
 from ..nn.apply import check_is_called, check_not_nested, first
 from ..nn.base_layer import disable_nested_tensors, features, force_module_call, is_conv1d
 from ..nn.linear import DEFAULT_SCALING, RandLoraLinear
-from ..nn.state_dict import misfit, refuse, refuse_misfit
+from ..nn.state_dict import guard, misfit, refuse, unguard
 from . import quantized
 from .adapter_basis import BASIS_NAMES, AdapterBasis, largest, make_bases
 from .bases import PackedBufferDict
@@ -83,6 +83,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
         for name in BASIS_NAMES:
             setattr(self, name, PackedBufferDict() if layer is None else getattr(layer, name))
         self._add_bases(config, adapter_name)
+        guard(model)
 
     def _create_and_replace(
         self, randlora_config: peft.RandLoraConfig, adapter_name: str, *args, **kwargs
@@ -109,9 +110,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
             linear = [
                 name
                 for name, module in self.model.named_modules()
-                if isinstance(module, RandLoraLayer) or _is_linear(module)
+                if _is_linear(module) and not name.endswith(".base_layer")
             ]
-            linear = [name for name in linear if not name.endswith(".base_layer")]
             raise ValueError(
                 f"target_modules {config.target_modules!r} matches no linear layer of "
                 f"{type(self.model).__name__}; its linear layers are called {first(linear)}"
@@ -154,18 +154,19 @@ class AcceleratedRandLoraModel(RandLoraModel):
         for name, module in self.model.named_modules():
             if not self._check_target_module_exists(config, name):
                 continue
-            if isinstance(module, RandLoraLayer):
-                sizes[name] = module.in_features, module.out_features
-            elif _is_linear(module):
+            if _is_linear(module):
                 sizes[name] = features(module)
         return sizes
 
-    @contextmanager
+    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        unguard(model)
+        return model
+
     def _enable_peft_forward_hooks(self, *args, **kwargs):
         """PEFT's hook for ``model(..., adapter_names=[...])``."""
         names = kwargs.pop("adapter_names", None)
-        with nullcontext() if names is None else adapter_per_row(self, names, kwargs):
-            yield
+        return nullcontext() if names is None else adapter_per_row(self, names, kwargs)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -175,7 +176,6 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, *others
     ) -> None:
-        refuse_misfit(self, state_dict, prefix, local_metadata, strict, missing_keys, *others)
         own = {
             f"{prefix}{name}.{adapter}": basis
             for name in BASIS_NAMES
@@ -199,14 +199,10 @@ class AcceleratedRandLoraModel(RandLoraModel):
         remapped = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        remapped = {
+        return {
             f"{key}.{adapter_name}" if key.endswith(BASIS_NAMES) else key: value
             for key, value in remapped.items()
         }
-        for path, layer in model.named_modules():  # the layers may stand in any model
-            if isinstance(layer, AcceleratedLinear) and layer.merged:
-                refuse_misfit(layer, remapped, f"{path}.", {}, False, [], [], [])
-        return remapped
 
 
 def accelerate_layer(layer: Any) -> Any:
@@ -219,8 +215,7 @@ def accelerate_layer(layer: Any) -> Any:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    backend = quantized.backend_of(module)
-    return isinstance(module, nn.Linear) or is_conv1d(module) or backend is not None
+    return isinstance(module, nn.Linear) or is_conv1d(module) or bool(quantized.backend_of(module))
 
 
 def parallel_plans(model: nn.Module) -> ModuleType | None:

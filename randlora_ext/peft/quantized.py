@@ -96,15 +96,9 @@ def _requantized(total: Tensor, old: Any) -> Tensor:
         fp16 = old.has_fp16_weights
         new: Any = Int8Params(total.to("cpu"), requires_grad=False, has_fp16_weights=fp16)
     else:
-        new = Params4bit(
-            total,
-            requires_grad=False,
-            compress_statistics=old.compress_statistics,
-            blocksize=old.blocksize,
-            quant_type=old.quant_type,
-            quant_storage=old.quant_storage,
-            module=old.module,
-        )
+        kept = "compress_statistics", "blocksize", "quant_type", "quant_storage", "module"
+        options = {name: getattr(old, name) for name in kept}
+        new = Params4bit(total, requires_grad=False, **options)
     return new.to(old.device)
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_model
 from torch import Tensor
 
 from ..basis import TernaryBasis
-from ..ops.dtensor import full_tensor, is_dtensor
+from ..ranks import failing_together, full_tensor, is_dtensor
 from ..writing import SCRATCH, appear_together
 from .adapter_basis import BASIS_NAMES, AdapterBasis, largest, make_bases
 from .config import record_configurations
@@ -56,8 +56,6 @@ def save_together(stock: Callable, model: peft.PeftModel, save_directory, *args,
         state = model.state_dict()
     with ExitStack() as stack:
         if mesh is not None and any(map(is_dtensor, state.values())):
-            from ..distributed.agreement import failing_together  # imports torch.distributed
-
             # PEFT would gather while it writes, and the others wait for a rank that cannot.
             state = {k: full_tensor(v).cpu() if is_dtensor(v) else v for k, v in state.items()}
             stack.enter_context(failing_together(mesh))
@@ -70,7 +68,9 @@ def save_together(stock: Callable, model: peft.PeftModel, save_directory, *args,
             copy_card(save_directory, folder)
         stock(model, str(folder), *args, state_dict=state, **kwargs)
         if writes:
-            write_card(folder, name_of(save_directory), model)
+            place = Path(save_directory).absolute()  # or a scratch folder in it
+            place = place.parent if place.name.startswith(SCRATCH) else place
+            write_card(folder, place.name, model)
             record_configurations(folder)
 
 
@@ -229,12 +229,6 @@ def _loader_of(base: Any) -> tuple[str, str]:
     # A base model's files do not know how many outputs a classifier has.
     classifies = name.endswith("Classification")
     return name, f", num_labels={base.config.num_labels}" if classifies else ""
-
-
-def name_of(folder: str | os.PathLike) -> str:
-    """The name of a folder, or of the one that a scratch folder's files will be moved to."""
-    place = Path(folder).absolute()
-    return (place.parent if place.name.startswith(SCRATCH) else place).name
 
 
 def copy_card(folder: str | os.PathLike, scratch: Path) -> None:

@@ -11,10 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..basis import TernaryBasis
-from ..distributed.agreement import same_on_all_ranks
 from ..distributed.layer import ShardedLayer, SumGradients, check_divisible, slice_of_rank
 from ..nn.state_dict import DIAGONALS
-from ..ops.dtensor import is_dtensor
+from ..ranks import is_dtensor, same_on_all_ranks
 from .layer import AcceleratedLinear
 
 try:
@@ -80,15 +79,9 @@ def plan_of(model: nn.Module, name: str) -> tuple[str, DeviceMesh] | None:
 def check_ranks(model: Any, config: peft.RandLoraConfig) -> None:
     """Raises ValueError on every rank if their configurations differ: sums would mix two bases."""
     general = {field.name for field in fields(peft.PeftConfig)}  # such as a local path
-    own = {field.name: getattr(config, field.name) for field in fields(config)}
-    same_on_all_ranks(
-        model._device_mesh,
-        {
-            name: sorted(value) if isinstance(value, set) else value
-            for name, value in own.items()
-            if name not in general
-        },
-    )
+    own = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in general}
+    own |= {name: sorted(value) for name, value in own.items() if isinstance(value, set)}
+    same_on_all_ranks(model._device_mesh, own)
 
 
 def check_plans(model: nn.Module, sizes: dict[str, tuple[int, int]]) -> None:

@@ -216,6 +216,8 @@ def test_an_element_of_planes_has_one_sign():
     for bad in (b.int(), b[:1]):
         with pytest.raises(ValueError, match="b_planes must be"):
             TernaryBasis.from_planes(a, bad, 1.0, 1.0, 50, 37)
+    with pytest.raises(ValueError, match=r"a_planes must be \(2, r, words\), got \(3,\)"):
+        TernaryBasis.from_planes(a[0, 0, :1].expand(3), b, 1.0, 1.0, 50, 37)
 
 
 def test_a_basis_without_a_non_zero_warns():

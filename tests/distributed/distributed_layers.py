@@ -312,6 +312,14 @@ def check_ranks_that_differ(place: Place):
         with pytest.raises(ValueError, match=differs.format("")):
             sharded.update_layer("two", 4, projection_prng_key=key)
         assert [*sharded.bases] == ["default"]
+        plain = layer(36, 52)
+        if place.rank == 0:
+            plain.merge()
+        with pytest.raises(Exception, match=r"are merged; unmerge\(\) first"):  # on both
+            parallelize_module(plain, mesh, style())
+        assert type(plain) is RandLoraLinear and type(plain.base_layer.weight) is nn.Parameter
+        with pytest.raises(Exception, match="shard must be an nn.Linear"):
+            style().from_shard(nn.ReLU() if place.rank else nn.Linear(36, 26), mesh)
         with pytest.raises(ValueError, match=differs.format("")):
             style().from_shard(nn.Linear(36, 26), mesh, projection_prng_key=key)
 

@@ -194,6 +194,16 @@ def test_a_model_that_does_not_fit(file, case):
     assert case == "meta" or all(torch.equal(after[key], before[key]) for key in before)
 
 
+def test_two_layers_of_a_file_are_one_here(file):
+    save_adapter(
+        apply_randlora(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), [*"01"], r=2), file
+    )
+    tied = nn.Sequential(layer := nn.Linear(8, 8), layer)
+    with pytest.raises(ValueError, match="1: is the same module as 0 here, and another one in"):
+        load_adapter(tied, file)
+    assert tied[0] is layer and layer.weight.requires_grad
+
+
 def test_a_file_cannot_nest_adapters(file):
     holder = nn.ModuleDict({"base_layer": nn.Linear(24, 40)})
     save_adapter(apply_randlora(nn.Sequential(holder), ["base_layer"], r=4), file)

@@ -1,6 +1,7 @@
 """apply_randlora: which layers it takes, and what it leaves alone."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -61,6 +62,14 @@ def test_apply_errors_change_nothing(targets, options, error, message):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_later_layer_that_fails_leaves_the_first_as_it_was():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 0))
+    model[0].bias.requires_grad_(False)
+    with pytest.raises(ValueError, match="out_features"):
+        apply_randlora(model, ["0", "1"], r=2)
+    assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
+
+
 def encoder(**options):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
@@ -110,6 +119,7 @@ def test_merge_and_unload_and_unload():
     merged, bare = (f(copy.deepcopy(model)) for f in (merge_and_unload, unload))
     for result in (merged, bare):
         assert adapted(result) == [] and result[0] is result[2]
+        assert b"randlora" not in pickle.dumps(result)
         names = [name for name, _ in plain.named_parameters()]
         assert [name for name, _ in result.named_parameters()] == names
     for got, y in zip((b[name](x) for b in merged for name in ("q", "down")), want, strict=True):

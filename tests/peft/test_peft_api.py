@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -135,6 +136,13 @@ def test_transformers_integration(tmp_path, monkeypatch):
     loaded.load_adapter(tmp_path)
     for model in (loaded, peft.PeftModel.from_pretrained(llama(), tmp_path)):
         assert relative(model(tokens).logits, wanted) < 1e-6
+    for seed in (1, 2):
+        adapted(llama(), ["q_proj"], 4, basis="hadamard", projection_prng_key=seed).save_pretrained(
+            tmp_path / str(seed)
+        )
+    shutil.copy(tmp_path / "2" / "adapter_config.json", tmp_path / "1")  # a torn save
+    with pytest.raises(ValueError, match="does not belong to the adapter_model"):
+        llama().load_adapter(tmp_path / "1")
 
 
 @pytest.mark.parametrize("kind", [{"sparse": True}, {}], ids=["packed", "uniform"])

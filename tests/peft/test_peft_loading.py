@@ -1,7 +1,9 @@
 """randlora_ext.peft: a file over an adapter that is there (`load_adapter`, `hotswap_adapter`)."""
 
 import contextlib
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -313,6 +315,25 @@ def test_a_file_that_fits_in_part_is_told(tmp_path, recwarn, way):
     if way == "over":
         _, (message,) = load_into(2, "v")
         assert "4 of its tensors have no place" in message and "4 tensors of the" in message
+
+
+def test_an_injected_model_is_loaded_as_a_whole_or_not_at_all():
+    """It has no PeftModel around it, which would check all layers first."""
+    accelerated.enable()
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    peft.inject_adapter_in_model(config(4, targets=["0", "1"], sparse=True), model)
+    saved = {key: value + 5 for key, value in peft.get_peft_model_state_dict(model).items()}
+    saved["1.randlora_lambda"] = torch.zeros(3, 3)
+    with pytest.raises(RuntimeError, match=r"1\.randlora_lambda\.default is \(3, 3\)"):
+        peft.set_peft_model_state_dict(model, saved)
+    assert not model[0].randlora_lambda["default"].any()
+
+
+def test_a_merged_model_needs_none_of_ours():
+    accelerated.enable()
+    model = adapted(nn.Sequential(nn.Linear(8, 8)), "0", 4, sparse=True)
+    for plain in (copy.deepcopy(model).merge_and_unload(), model.unload()):
+        assert b"randlora" not in pickle.dumps(plain)
 
 
 def test_adapters_of_peft_cannot_be_nested_in_ours():

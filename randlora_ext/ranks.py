@@ -1,4 +1,4 @@
-"""Ranks that compare what they are about to do, and fail together.
+"""Models spread over ranks: DTensor parameters, and ranks that agree or fail together.
 
 An error on one rank alone would leave the others waiting for it in the next collective.
 """
@@ -8,7 +8,29 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+
+
+def is_dtensor(t: Any) -> bool:
+    # isinstance(t, DTensor) would import torch.distributed.tensor, which is slow.
+    return isinstance(t, Tensor) and hasattr(t, "full_tensor")
+
+
+def full_tensor(t: Any) -> Tensor:
+    """A DTensor gathered to a plain tensor, differentiable (all ranks must call); else `t`."""
+    return t.full_tensor() if is_dtensor(t) else t
+
+
+def laid_out_like(t: Tensor, weight: Any) -> Tensor:
+    """`t` in the layout of `weight` if that is a DTensor; `t` must be equal on all ranks."""
+    if not is_dtensor(weight) or is_dtensor(t):
+        return t
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = weight.device_mesh
+    replicated = DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(placements=weight.placements)
 
 
 class OtherRankError(RuntimeError):
@@ -29,13 +51,16 @@ def same_on_all_ranks(mesh: DeviceMesh, values: dict[str, Any]) -> None:
 
 
 @contextmanager
-def failing_together(mesh: DeviceMesh) -> Iterator[None]:
+def failing_together(mesh: DeviceMesh | None) -> Iterator[None]:
     """If the block raises on one rank, every rank raises at the end of it.
 
     The others raise `OtherRankError`, or OSError if the one did; at once if they are in
     `same_on_all_ranks`. There must be no other collective in the block before what may raise on
-    one rank alone.
+    one rank alone. Without a mesh there is one process.
     """
+    if mesh is None:
+        yield
+        return
     try:
         yield
     except Exception as error:
