@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <stdexcept>
 
 namespace randlora {
 namespace {
@@ -22,10 +23,15 @@ using CurrentStream = AOTITorchError (*)(int32_t, void**);
 using ProductOut = AOTITorchError (*)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle,
                                       AtenTensorHandle, double, double);
 
+// Null if `library` is not loaded or lacks it.
+void* symbol(const char* library, const char* name) {
+  void* handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+  return handle ? dlsym(handle, name) : nullptr;
+}
+
 template <class F>
 F entry(const char* library, const char* name) {
-  void* handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
-  void* found = handle ? dlsym(handle, name) : nullptr;
+  void* found = symbol(library, name);
   RANDLORA_CHECK(found != nullptr, "this torch has no ", name, " in ", library,
                  ", which the CUDA kernels need; torch >= 2.11 with CUDA has it");
   return reinterpret_cast<F>(found);
@@ -94,6 +100,18 @@ void implement(OperatorLibrary& library, const Operator& op) {
 }
 
 }  // namespace
+
+void throw_with_reason(const std::exception& error) {
+  const std::string said = error.what();
+  if (said.find("API call failed") == std::string::npos) throw;
+  // torch 2.11 lacks this function.
+  void* what = symbol("libtorch_cpu.so", "torch_exception_get_what_without_backtrace");
+  const char* reason = what ? reinterpret_cast<const char* (*)()>(what)() : nullptr;
+  if (reason && *reason) throw std::runtime_error(std::string("randlora: ") + reason);
+  throw std::runtime_error(
+      "randlora: torch refused, most likely for lack of memory; its own words are on stderr. " +
+      said);
+}
 
 Operators::Operators(std::initializer_list<Operator> all) {
   using Kind = OperatorLibrary::Kind;
