@@ -8,11 +8,8 @@ namespace {
 
 constexpr int64_t kIndexLimit = int64_t{1} << 32;  // the specification has 32-bit rows and columns
 
-struct PlaneShape {
-  int64_t rows, words;
-};
-
-PlaneShape check_planes(const Tensor& planes, int64_t cols) {
+// Returns the number of rows.
+int64_t check_planes(const Tensor& planes, int64_t cols) {
   RANDLORA_CHECK(planes.scalar_type() == ScalarType::Long && planes.dim() == 3 &&
                      planes.size(0) == 2 && planes.is_contiguous(),
                  "planes must be a contiguous int64 tensor (2, rows, words), got ",
@@ -20,7 +17,7 @@ PlaneShape check_planes(const Tensor& planes, int64_t cols) {
   RANDLORA_CHECK(cols >= 0 && planes.size(2) == words_of(cols), "cols = ", cols, " needs ",
                  words_of(cols < 0 ? 0 : cols), " words a row and may not be negative; planes is ",
                  describe(planes));
-  return {planes.size(1), planes.size(2)};
+  return planes.size(1);
 }
 
 Planes view(const Tensor& planes) {
@@ -29,25 +26,21 @@ Planes view(const Tensor& planes) {
   return {plus, plus + planes.size(1) * words, words};
 }
 
-void check_role(int64_t role) {
-  RANDLORA_CHECK(role >= 0 && role <= kRoleColumns && role != kRoleRounding,
-                 "role must be 0 (A), 1 (B), or 3 to 5 (the signs of Hadamard bases), got ", role);
-}
-
 void fill_planes_(Tensor planes, int64_t seed, int64_t role, int64_t row_start, int64_t col_start,
                   int64_t cols, int64_t threshold) {
-  const PlaneShape shape = check_planes(planes, cols);
-  check_role(role);
-  RANDLORA_CHECK(row_start >= 0 && row_start <= kIndexLimit - shape.rows, "row_start = ", row_start,
-                 " with ", shape.rows, " rows leaves the allowed range [0, 2^32)");
+  const int64_t rows = check_planes(planes, cols);
+  RANDLORA_CHECK(role >= 0 && role <= kRoleColumns && role != kRoleRounding,
+                 "role must be 0 (A), 1 (B), or 3 to 5 (the signs of Hadamard bases), got ", role);
+  RANDLORA_CHECK(row_start >= 0 && row_start <= kIndexLimit - rows, "row_start = ", row_start,
+                 " with ", rows, " rows leaves the allowed range [0, 2^32)");
   RANDLORA_CHECK(col_start >= 0 && col_start <= kIndexLimit - cols, "col_start = ", col_start,
                  " with ", cols, " columns leaves the allowed range [0, 2^32)");
   RANDLORA_CHECK(threshold >= 1 && threshold <= int64_t{1} << 31,
                  "threshold must be in [1, 2^31], got ", threshold);
   auto* plus = static_cast<uint64_t*>(planes.mutable_data_ptr());
   run(planes, FillPlanes{static_cast<uint64_t>(seed), static_cast<uint32_t>(role),
-                         static_cast<uint32_t>(threshold), row_start, shape.rows, col_start, cols,
-                         plus, plus + shape.rows * shape.words});
+                         static_cast<uint32_t>(threshold), row_start, rows, col_start, cols, plus,
+                         plus + rows * words_of(cols)});
 }
 
 std::tuple<Tensor, Tensor> pack_dense_op(Tensor dense) {
@@ -84,8 +77,8 @@ std::tuple<Tensor, Tensor> pack_dense_op(Tensor dense) {
 }
 
 std::tuple<Tensor, Tensor> planes_to_lists(Tensor planes, int64_t cols, bool by_column, bool wide) {
-  const PlaneShape shape = check_planes(planes, cols);
-  const int64_t lines = by_column ? cols : shape.rows, longest = by_column ? shape.rows : cols;
+  const int64_t rows = check_planes(planes, cols);
+  const int64_t lines = by_column ? cols : rows, longest = by_column ? rows : cols;
   RANDLORA_CHECK(wide ? longest <= kIndexLimit : longest <= 65536, "wide = ", wide,
                  " cannot hold positions up to ", longest - 1, "; 16-bit lists end at 65535");
   Tensor offset = allocate({2 * lines + 1}, ScalarType::Long, planes);
@@ -97,14 +90,13 @@ std::tuple<Tensor, Tensor> planes_to_lists(Tensor planes, int64_t cols, bool by_
   if (runs_on_cuda(planes)) {
     TorchDevice device(planes);
     const CudaKernels& cuda = cuda_kernels();
-    index = index_of(cuda.count_lists(view(planes), shape.rows, cols, by_column, at, device));
-    cuda.fill_lists(view(planes), shape.rows, cols, by_column, at, wide, index.mutable_data_ptr(),
+    index = index_of(cuda.count_lists(view(planes), rows, cols, by_column, at, device));
+    cuda.fill_lists(view(planes), rows, cols, by_column, at, wide, index.mutable_data_ptr(),
                     device);
   } else {
     TorchRuntime runtime;
-    index = index_of(count_lists(view(planes), shape.rows, cols, by_column, at, runtime));
-    fill_lists(view(planes), shape.rows, cols, by_column, at, wide, index.mutable_data_ptr(),
-               runtime);
+    index = index_of(count_lists(view(planes), rows, cols, by_column, at, runtime));
+    fill_lists(view(planes), rows, cols, by_column, at, wide, index.mutable_data_ptr(), runtime);
   }
   return {offset, index};
 }
@@ -116,16 +108,16 @@ DType dense_dtype(ScalarType t) {
 }
 
 Tensor planes_to_dense_op(Tensor planes, int64_t cols, double value, ScalarType dtype) {
-  const PlaneShape shape = check_planes(planes, cols);
+  const int64_t rows = check_planes(planes, cols);
   const DType type = dense_dtype(dtype);
-  Tensor out = allocate({shape.rows, cols}, dtype, planes);
+  Tensor out = allocate({rows, cols}, dtype, planes);
   if (runs_on_cuda(planes)) {
     TorchDevice device(planes);
-    cuda_kernels().planes_to_dense(view(planes), shape.rows, cols, value, out.mutable_data_ptr(),
-                                   type, device);
+    cuda_kernels().planes_to_dense(view(planes), rows, cols, value, out.mutable_data_ptr(), type,
+                                   device);
   } else {
     TorchRuntime runtime;
-    planes_to_dense(view(planes), shape.rows, cols, value, out.mutable_data_ptr(), type, runtime);
+    planes_to_dense(view(planes), rows, cols, value, out.mutable_data_ptr(), type, runtime);
   }
   return out;
 }
