@@ -26,8 +26,6 @@ class Device {
   // returns.
   virtual void* scratch(size_t bytes) = 0;
   virtual void gemm(const Gemm& g) = 0;
-  // Waits for the stream, then reads a value from device memory. Nothing else here waits.
-  virtual int64_t read(const int64_t* device_value) = 0;
 
   void* stream = nullptr;  // a cudaStream_t
   int multiprocessors = 1;
