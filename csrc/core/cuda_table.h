@@ -20,27 +20,15 @@ struct CudaKernels {
   void (*make_current)(int index);
 
   // csrc/cuda/kernels.h
-  int64_t (*count_lists)(const Planes&, int64_t rows, int64_t cols, bool by_column, int64_t* offset,
-                         Device&);
-  void (*fill_lists)(const Planes&, int64_t rows, int64_t cols, bool by_column,
-                     const int64_t* offset, bool wide, void* index, Device&);
-  void (*planes_to_dense)(const Planes&, int64_t rows, int64_t cols, double value, void* out, DType,
-                          Device&);
-  void (*lists_to_dense)(const AnyLists&, int64_t rows, int64_t cols, double value, void* out,
-                         DType, Device&);
-  void (*pack_dense)(const void* dense, DType, int64_t rows, int64_t cols, uint64_t* plus,
-                     uint64_t* minus, double* found, Device&);
   void (*support_tables)(const AnyLists& a, int64_t r, int64_t d, int32_t* tables, Device&);
 #define RANDLORA_MEMBER(name, Operator) void (*name)(const Operator&, Device&);
+  RANDLORA_PACKING(RANDLORA_MEMBER)
   RANDLORA_OPERATORS(RANDLORA_MEMBER)
 #undef RANDLORA_MEMBER
 };
 
 // A hash of csrc/core/*.h: both libraries must agree on the layout of the structs and classes
 // there. setup.py and CMakeLists.txt compute it.
-#if !defined(RANDLORA_CUDA_INTERFACE)
-#error "the build defines RANDLORA_CUDA_INTERFACE"
-#endif
 constexpr uint64_t kCudaInterface = RANDLORA_CUDA_INTERFACE;
 
 constexpr const char* kCudaSymbol = "randlora_cuda_kernels";

@@ -26,13 +26,11 @@ class Device {
   // returns.
   virtual void* scratch(size_t bytes) = 0;
   virtual void gemm(const Gemm& g) = 0;
-  // Waits for the stream, then reads a value from device memory. Nothing else here waits.
-  virtual int64_t read(const int64_t* device_value) = 0;
 
   void* stream = nullptr;  // a cudaStream_t
   int multiprocessors = 1;
   int64_t shared_bytes = 48 << 10;  // the most dynamic shared memory a block may have
-  int max_threads = 256;            // per block; a multiple of 32
+  int max_threads = 256;            // per block; a multiple of 32, at most 256
   bool tf32 = false;                // fp32 products may run as tf32 on tensor cores
   int64_t chunk_bytes = 64 << 20;   // limit for a (T, K) intermediate; larger T is chunked
 };

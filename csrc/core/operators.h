@@ -133,8 +133,58 @@ struct LinearBackward {
   void *dlam, *dgam;  // compute type
 };
 
+// Fills the planes of a dense matrix with elements -a, 0, a only, and says whether it is one.
+struct PackReport {
+  double a;      // magnitude of the first element that is not zero; 0 if all are zero
+  uint64_t bad;  // the first element that is none of -a, 0, a; rows * cols if there is none
+};
+struct PackDense {
+  const void* dense;
+  DType dtype;
+  int64_t rows, cols;
+  uint64_t *plus, *minus;  // (rows, words_of(cols))
+  PackReport* report;
+};
+
+// Fills in the offsets of lists by row or by column; the last is the number of entries.
+struct CountLists {
+  Planes planes;
+  int64_t rows, cols;
+  bool by_column;
+  int64_t* offset;  // 2 * lines() + 1
+
+  RANDLORA_HD_MEMBER int64_t lines() const { return by_column ? cols : rows; }
+};
+// Fills in the positions, given those offsets.
+struct FillLists : CountLists {
+  bool wide;    // uint32, else uint16
+  void* index;  // as many as there are entries
+};
+
+// out (rows, cols) = value * ternary element, in `dtype`.
+struct PlanesToDense {
+  Planes planes;
+  int64_t rows, cols;
+  double value;
+  void* out;
+  DType dtype;
+};
+struct ListsToDense {
+  AnyLists lists;  // by row
+  int64_t rows, cols;
+  double value;
+  void* out;
+  DType dtype;
+};
+
 // The operators that CPU and CUDA both have, each with its struct. Every table of functions is made
-// from this list.
+// from these lists. Packing is done once per basis, so the CPU has it for one instruction set.
+#define RANDLORA_PACKING(X)         \
+  X(pack_dense, PackDense)          \
+  X(count_lists, CountLists)        \
+  X(fill_lists, FillLists)          \
+  X(planes_to_dense, PlanesToDense) \
+  X(lists_to_dense, ListsToDense)
 #define RANDLORA_OPERATORS(X)                   \
   X(fill_planes, FillPlanes)                    \
   X(scaled_basis, ScaledBasis)                  \

@@ -1,5 +1,6 @@
 #include "packing.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -17,19 +18,19 @@ using packing::with_dtype;
 
 // fn(line, plus word, minus word, base) for every word of every line in [begin, end).
 template <class F>
-void each_word(const Planes& p, int64_t rows, bool by_column, int64_t begin, int64_t end,
-               const F& fn) {
-  if (!by_column) {
+void each_word(const CountLists& lists, int64_t begin, int64_t end, const F& fn) {
+  const Planes& p = lists.planes;
+  if (!lists.by_column) {
     for (int64_t row = begin; row < end; ++row)
       for (int64_t w = 0; w < p.words; ++w)
         fn(row, p.plus[row * p.words + w], p.minus[row * p.words + w], w * 64);
     return;
   }
   for (int64_t word = begin / 64; word * 64 < end; ++word)
-    for (int64_t first = 0; first < rows; first += 64) {
+    for (int64_t first = 0; first < lists.rows; first += 64) {
       uint64_t plus[64], minus[64];
       for (int64_t q = 0; q < 64; ++q) {
-        const bool inside = first + q < rows;
+        const bool inside = first + q < lists.rows;
         plus[q] = inside ? p.plus[(first + q) * p.words + word] : 0;
         minus[q] = inside ? p.minus[(first + q) * p.words + word] : 0;
       }
@@ -48,110 +49,96 @@ Index* put(uint64_t m, int64_t base, Index* at) {
 
 }  // namespace
 
-double pack_dense(const void* dense, DType dtype, int64_t rows, int64_t cols, uint64_t* plus,
-                  uint64_t* minus, int64_t* bad, Runtime& rt) {
-  double value = -1;
-  with_dtype(dtype, [&](auto tag) {
-    const auto* x = static_cast<const decltype(tag)*>(dense);
-    const int64_t count = rows * cols, words = words_of(cols);
+void pack_dense(const PackDense& p, Runtime& rt) {
+  with_dtype(p.dtype, [&](auto tag) {
+    const auto* x = static_cast<const decltype(tag)*>(p.dense);
+    const int64_t count = p.rows * p.cols, words = words_of(p.cols);
     double a = 0;
     for (int64_t e = 0; e < count && a == 0; ++e) a = std::fabs(double(widen(x[e])));
-    std::vector<int64_t> first_bad(rows, -1);
-    rt.split(rows, 1, [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> first_bad(p.rows, count);
+    rt.split(p.rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row)
         for (int64_t w = 0; w < words; ++w) {
-          uint64_t p = 0, m = 0, other = 0;
-          const int64_t here = cols - w * 64 < 64 ? cols - w * 64 : 64;
+          uint64_t plus = 0, minus = 0, other = 0;
+          const int64_t first = row * p.cols + w * 64;
+          const int64_t here = p.cols - w * 64 < 64 ? p.cols - w * 64 : 64;
           for (int64_t b = 0; b < here; ++b) {
-            const double v = widen(x[row * cols + w * 64 + b]);
+            const double v = widen(x[first + b]);
             const bool is_plus = v == a && a != 0, is_minus = v == -a && a != 0;
-            p |= uint64_t{is_plus} << b;
-            m |= uint64_t{is_minus} << b;
+            plus |= uint64_t{is_plus} << b;
+            minus |= uint64_t{is_minus} << b;
             other |= uint64_t{!(is_plus || is_minus || v == 0)} << b;
           }
-          plus[row * words + w] = p;
-          minus[row * words + w] = m;
-          if (other && first_bad[row] < 0)
-            first_bad[row] = row * cols + w * 64 + __builtin_ctzll(other);
+          p.plus[row * words + w] = plus;
+          p.minus[row * words + w] = minus;
+          if (other && first_bad[row] == count) first_bad[row] = first + __builtin_ctzll(other);
         }
     });
-    // Reports the first bad element, else 0 if a is infinite: the same for any thread count.
-    *bad = -1;
-    for (int64_t row = 0; row < rows && *bad < 0; ++row) *bad = first_bad[row];
-    if (*bad < 0 && std::isfinite(a)) value = a;
-    if (*bad < 0 && !std::isfinite(a)) *bad = 0;
+    int64_t bad = count;  // the first of all: the same for any thread count
+    for (const int64_t of_row : first_bad) bad = std::min(bad, of_row);
+    *p.report = {a, static_cast<uint64_t>(bad)};
   });
-  return value;
 }
 
-int64_t count_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column,
-                    int64_t* offset, Runtime& rt) {
-  const int64_t lines = by_column ? cols : rows;
-  std::memset(offset, 0, size_t(2 * lines + 1) * sizeof(int64_t));
-  rt.split(lines, 64, [&](int64_t begin, int64_t end) {
-    each_word(planes, rows, by_column, begin, end,
-              [&](int64_t line, uint64_t plus, uint64_t minus, int64_t) {
-                offset[2 * line + 1] += __builtin_popcountll(plus);
-                offset[2 * line + 2] += __builtin_popcountll(minus);
-              });
+void count_lists(const CountLists& p, Runtime& rt) {
+  const int64_t count = 2 * p.lines();
+  std::memset(p.offset, 0, size_t(count + 1) * sizeof(int64_t));
+  rt.split(p.lines(), 64, [&](int64_t begin, int64_t end) {
+    each_word(p, begin, end, [&](int64_t line, uint64_t plus, uint64_t minus, int64_t) {
+      p.offset[2 * line + 1] += __builtin_popcountll(plus);
+      p.offset[2 * line + 2] += __builtin_popcountll(minus);
+    });
   });
-  for (int64_t q = 0; q < 2 * lines; ++q) offset[q + 1] += offset[q];
-  return offset[2 * lines];
+  for (int64_t q = 0; q < count; ++q) p.offset[q + 1] += p.offset[q];
 }
 
-void fill_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column,
-                const int64_t* offset, bool wide, void* index, Runtime& rt) {
-  const int64_t lines = by_column ? cols : rows;
-  std::vector<int64_t> next(offset, offset + 2 * lines);
+void fill_lists(const FillLists& p, Runtime& rt) {
+  std::vector<int64_t> next(p.offset, p.offset + 2 * p.lines());
   const auto fill = [&](auto* to) {
-    rt.split(lines, 64, [&](int64_t begin, int64_t end) {
-      each_word(planes, rows, by_column, begin, end,
-                [&](int64_t line, uint64_t plus, uint64_t minus, int64_t base) {
-                  next[2 * line] = put(plus, base, to + next[2 * line]) - to;
-                  next[2 * line + 1] = put(minus, base, to + next[2 * line + 1]) - to;
-                });
+    rt.split(p.lines(), 64, [&](int64_t begin, int64_t end) {
+      each_word(p, begin, end, [&](int64_t line, uint64_t plus, uint64_t minus, int64_t base) {
+        next[2 * line] = put(plus, base, to + next[2 * line]) - to;
+        next[2 * line + 1] = put(minus, base, to + next[2 * line + 1]) - to;
+      });
     });
   };
-  wide ? fill(static_cast<uint32_t*>(index)) : fill(static_cast<uint16_t*>(index));
+  p.wide ? fill(static_cast<uint32_t*>(p.index)) : fill(static_cast<uint16_t*>(p.index));
 }
 
-void planes_to_dense(const Planes& planes, int64_t rows, int64_t cols, double value, void* out,
-                     DType dtype, Runtime& rt) {
-  with_dtype(dtype, [&](auto tag) {
+void planes_to_dense(const PlanesToDense& p, Runtime& rt) {
+  with_dtype(p.dtype, [&](auto tag) {
     using S = decltype(tag);
     using C = typename ComputeOf<S>::type;
     S element[3];
-    for (int s = 0; s < 3; ++s) narrow(C((s - 1) * value), element + s);
+    for (int s = 0; s < 3; ++s) narrow(C((s - 1) * p.value), element + s);
     element[1] = S{};
-    S* to = static_cast<S*>(out);
-    rt.split(rows, 1, [&](int64_t begin, int64_t end) {
+    S* to = static_cast<S*>(p.out);
+    rt.split(p.rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row)
-        for (int64_t col = 0; col < cols; ++col) {
-          const int64_t word = row * planes.words + (col >> 6);
-          const int bit = int(col & 63), plus = int(planes.plus[word] >> bit & 1);
-          const int minus = int(planes.minus[word] >> bit & 1);
-          to[row * cols + col] = element[1 + plus - minus];
+        for (int64_t col = 0; col < p.cols; ++col) {
+          const int64_t word = row * p.planes.words + (col >> 6);
+          const int bit = int(col & 63), plus = int(p.planes.plus[word] >> bit & 1);
+          const int minus = int(p.planes.minus[word] >> bit & 1);
+          to[row * p.cols + col] = element[1 + plus - minus];
         }
     });
   });
 }
 
-void lists_to_dense(const AnyLists& lists, int64_t rows, int64_t cols, double value, void* out,
-                    DType dtype, Runtime& rt) {
-  with_dtype(dtype, [&](auto tag) {
+void lists_to_dense(const ListsToDense& p, Runtime& rt) {
+  with_dtype(p.dtype, [&](auto tag) {
     using S = decltype(tag);
     using C = typename ComputeOf<S>::type;
     S plus, minus;
-    narrow(C(value), &plus);
-    narrow(C(-value), &minus);
-    S* to = static_cast<S*>(out);
-    lists.typed([&](const auto& l) {
-      rt.split(rows, 1, [&](int64_t begin, int64_t end) {
-        std::memset(static_cast<void*>(to + begin * cols), 0,
-                    size_t((end - begin) * cols) * sizeof(S));
+    narrow(C(p.value), &plus);
+    narrow(C(-p.value), &minus);
+    p.lists.typed([&](const auto& l) {
+      rt.split(p.rows, 1, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
-          for (int64_t p = l.plus(row); p < l.minus(row); ++p) to[row * cols + l.index[p]] = plus;
-          for (int64_t p = l.minus(row); p < l.end(row); ++p) to[row * cols + l.index[p]] = minus;
+          S* to = static_cast<S*>(p.out) + row * p.cols;
+          std::fill(to, to + p.cols, S{});
+          for (int64_t e = l.plus(row); e < l.minus(row); ++e) to[l.index[e]] = plus;
+          for (int64_t e = l.minus(row); e < l.end(row); ++e) to[l.index[e]] = minus;
         }
       });
     });

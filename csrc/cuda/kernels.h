@@ -1,7 +1,6 @@
 // Every launcher of the CUDA library. They take the structs of csrc/core with device
-// pointers and enqueue on device.stream. Only count_lists waits for the card, because the host
-// needs its result. Offsets of lists are on the card, so the host knows only the number of entries
-// (AnyLists::count).
+// pointers and enqueue on device.stream; none waits for the card. Offsets of lists are on the card,
+// so the host knows only the number of entries (AnyLists::count).
 #pragma once
 #include "../core/device.h"
 #include "../core/hadamard.h"
@@ -13,7 +12,9 @@ namespace randlora::cuda {
 // delta_planes*.cu B as planes; call the functions below if it is lists
 // linear.cu        compositions of the products below
 // hadamard/*.cu    what surrounds the class products of Hadamard bases (core/hadamard.h)
+// packing/*.cu     the CPU's results, bit for bit
 #define RANDLORA_DECLARE(name, Operator) void name(const Operator& p, Device& device);
+RANDLORA_PACKING(RANDLORA_DECLARE)
 RANDLORA_OPERATORS(RANDLORA_DECLARE)
 #undef RANDLORA_DECLARE
 
@@ -24,19 +25,6 @@ void delta_weight_backward_lists(const DeltaWeightBackward& p, Device& device);
 // device/context.cpp: facts about a card, and which card is current
 void describe(int index, Device& device);
 void make_current(int index);
-
-// packing (lists.cu, dense.cu): the CPU's results, bit for bit
-int64_t count_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column,
-                    int64_t* offset, Device& device);
-void fill_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column,
-                const int64_t* offset, bool wide, void* index, Device& device);
-void planes_to_dense(const Planes& planes, int64_t rows, int64_t cols, double value, void* out,
-                     DType dtype, Device& device);
-void lists_to_dense(const AnyLists& lists, int64_t rows, int64_t cols, double value, void* out,
-                    DType dtype, Device& device);
-// found[0] = a, or -1 if the matrix is not ternary; found[1] = the first offending element.
-void pack_dense(const void* dense, DType dtype, int64_t rows, int64_t cols, uint64_t* plus,
-                uint64_t* minus, double* found, Device& device);
 
 // a_support.cu: fills Basis::a_tables, support_numbers(a.count, r, d) numbers.
 void support_tables(const AnyLists& a, int64_t r, int64_t d, int32_t* tables, Device& device);

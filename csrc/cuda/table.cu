@@ -16,17 +16,13 @@ extern "C" __attribute__((visibility("default"))) const randlora::CudaKernels*
 randlora_cuda_kernels() {
   using namespace randlora;
 #define RANDLORA_FUNCTION(name, Operator) cuda::name,
-  static constexpr CudaKernels table = {kCudaInterface,
-                                        RANDLORA_COMPILER,
-                                        cuda::describe,
-                                        cuda::make_current,
-                                        cuda::count_lists,
-                                        cuda::fill_lists,
-                                        cuda::planes_to_dense,
-                                        cuda::lists_to_dense,
-                                        cuda::pack_dense,
-                                        cuda::support_tables,
-                                        RANDLORA_OPERATORS(RANDLORA_FUNCTION)};
+  static constexpr CudaKernels table = {
+      kCudaInterface,
+      RANDLORA_COMPILER,
+      cuda::describe,
+      cuda::make_current,
+      cuda::support_tables,
+      RANDLORA_PACKING(RANDLORA_FUNCTION) RANDLORA_OPERATORS(RANDLORA_FUNCTION)};
 #undef RANDLORA_FUNCTION
   return &table;
 }

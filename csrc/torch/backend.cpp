@@ -5,6 +5,9 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <stdexcept>
+
+#include "../cpu/packing.h"
 
 namespace randlora {
 namespace {
@@ -22,10 +25,15 @@ using CurrentStream = AOTITorchError (*)(int32_t, void**);
 using ProductOut = AOTITorchError (*)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle,
                                       AtenTensorHandle, double, double);
 
+// Null if `library` is not loaded or lacks it.
+void* symbol(const char* library, const char* name) {
+  void* handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+  return handle ? dlsym(handle, name) : nullptr;
+}
+
 template <class F>
 F entry(const char* library, const char* name) {
-  void* handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
-  void* found = handle ? dlsym(handle, name) : nullptr;
+  void* found = symbol(library, name);
   RANDLORA_CHECK(found != nullptr, "this torch has no ", name, " in ", library,
                  ", which the CUDA kernels need; torch >= 2.11 with CUDA has it");
   return reinterpret_cast<F>(found);
@@ -94,6 +102,18 @@ void implement(OperatorLibrary& library, const Operator& op) {
 }
 
 }  // namespace
+
+void throw_with_reason(const std::exception& error) {
+  const std::string said = error.what();
+  if (said.find("API call failed") == std::string::npos) throw;
+  // torch 2.11 lacks this function.
+  void* what = symbol("libtorch_cpu.so", "torch_exception_get_what_without_backtrace");
+  const char* reason = what ? reinterpret_cast<const char* (*)()>(what)() : nullptr;
+  if (reason && *reason) throw std::runtime_error(std::string("randlora: ") + reason);
+  throw std::runtime_error(
+      "randlora: torch refused, most likely for lack of memory; its own words are on stderr. " +
+      said);
+}
 
 Operators::Operators(std::initializer_list<Operator> all) {
   using Kind = OperatorLibrary::Kind;
@@ -177,25 +197,35 @@ void TorchDevice::gemm(const Gemm& g) {
   multiply({g.out, 1, g.M, g.N, 0, g.N, 1}, left, right, 1, g.accumulate, g.dtype, like_);
 }
 
-int64_t TorchDevice::read(const int64_t* value) {
-  Tensor there = torch::stable::from_blob(const_cast<int64_t*>(value), {}, {}, like_.device(),
-                                          ScalarType::Long);
-  const Tensor here =
-      torch::stable::to(there, torch::stable::Device(torch::headeronly::DeviceType::CPU));
-  return *here.const_data_ptr<int64_t>();
+namespace {
+
+// `cpu` returns the CPU's function, which may throw for want of an instruction set.
+template <class P, class Function>
+void run_on(const Tensor& on, const P& p, void (*CudaKernels::*cuda)(const P&, Device&),
+            const Function& cpu) {
+  if (runs_on_cuda(on)) {
+    TorchDevice device(on);
+    (cuda_kernels().*cuda)(p, device);
+  } else {
+    TorchRuntime runtime;
+    cpu()(p, runtime);
+  }
 }
 
-#define RANDLORA_RUN(name, Operator)              \
-  void run(const Tensor& on, const Operator& p) { \
-    if (runs_on_cuda(on)) {                       \
-      TorchDevice device(on);                     \
-      cuda_kernels().name(p, device);             \
-    } else {                                      \
-      TorchRuntime runtime;                       \
-      cpu_kernels().name(p, runtime);             \
-    }                                             \
+}  // namespace
+
+#define RANDLORA_RUN(name, Operator)                                      \
+  void run(const Tensor& on, const Operator& p) {                         \
+    run_on(on, p, &CudaKernels::name, [] { return cpu_kernels().name; }); \
   }
 RANDLORA_OPERATORS(RANDLORA_RUN)
+#undef RANDLORA_RUN
+
+#define RANDLORA_RUN(name, Operator)                         \
+  void run(const Tensor& on, const Operator& p) {            \
+    run_on(on, p, &CudaKernels::name, [] { return &name; }); \
+  }
+RANDLORA_PACKING(RANDLORA_RUN)
 #undef RANDLORA_RUN
 
 }  // namespace randlora

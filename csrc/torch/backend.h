@@ -38,7 +38,6 @@ class TorchDevice : public Device {
   explicit TorchDevice(const Tensor& like);
   void* scratch(size_t bytes) override;
   void gemm(const Gemm& g) override;
-  int64_t read(const int64_t* value) override;
 
  private:
   const Tensor& like_;
@@ -63,6 +62,7 @@ int64_t products();
 
 // Runs operator `p` by the kernels for the device of `on`.
 #define RANDLORA_DECLARE(name, Operator) void run(const Tensor& on, const Operator& p);
+RANDLORA_PACKING(RANDLORA_DECLARE)
 RANDLORA_OPERATORS(RANDLORA_DECLARE)
 #undef RANDLORA_DECLARE
 

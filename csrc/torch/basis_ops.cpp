@@ -1,6 +1,7 @@
 // torch.ops.randlora: generation, packing and expansion of ternary bases.
+#include <cmath>
+
 #include "../core/ternary_spec.h"
-#include "../cpu/packing.h"
 #include "backend.h"
 
 namespace randlora {
@@ -8,11 +9,8 @@ namespace {
 
 constexpr int64_t kIndexLimit = int64_t{1} << 32;  // the specification has 32-bit rows and columns
 
-struct PlaneShape {
-  int64_t rows, words;
-};
-
-PlaneShape check_planes(const Tensor& planes, int64_t cols) {
+// Returns the number of rows.
+int64_t check_planes(const Tensor& planes, int64_t cols) {
   RANDLORA_CHECK(planes.scalar_type() == ScalarType::Long && planes.dim() == 3 &&
                      planes.size(0) == 2 && planes.is_contiguous(),
                  "planes must be a contiguous int64 tensor (2, rows, words), got ",
@@ -20,7 +18,7 @@ PlaneShape check_planes(const Tensor& planes, int64_t cols) {
   RANDLORA_CHECK(cols >= 0 && planes.size(2) == words_of(cols), "cols = ", cols, " needs ",
                  words_of(cols < 0 ? 0 : cols), " words a row and may not be negative; planes is ",
                  describe(planes));
-  return {planes.size(1), planes.size(2)};
+  return planes.size(1);
 }
 
 Planes view(const Tensor& planes) {
@@ -29,25 +27,26 @@ Planes view(const Tensor& planes) {
   return {plus, plus + planes.size(1) * words, words};
 }
 
-void check_role(int64_t role) {
-  RANDLORA_CHECK(role >= 0 && role <= kRoleColumns && role != kRoleRounding,
-                 "role must be 0 (A), 1 (B), or 3 to 5 (the signs of Hadamard bases), got ", role);
+// Waits for the device.
+Tensor on_cpu(const Tensor& t) {
+  return torch::stable::to(t, torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
 void fill_planes_(Tensor planes, int64_t seed, int64_t role, int64_t row_start, int64_t col_start,
                   int64_t cols, int64_t threshold) {
-  const PlaneShape shape = check_planes(planes, cols);
-  check_role(role);
-  RANDLORA_CHECK(row_start >= 0 && row_start <= kIndexLimit - shape.rows, "row_start = ", row_start,
-                 " with ", shape.rows, " rows leaves the allowed range [0, 2^32)");
+  const int64_t rows = check_planes(planes, cols);
+  RANDLORA_CHECK(role >= 0 && role <= kRoleColumns && role != kRoleRounding,
+                 "role must be 0 (A), 1 (B), or 3 to 5 (the signs of Hadamard bases), got ", role);
+  RANDLORA_CHECK(row_start >= 0 && row_start <= kIndexLimit - rows, "row_start = ", row_start,
+                 " with ", rows, " rows leaves the allowed range [0, 2^32)");
   RANDLORA_CHECK(col_start >= 0 && col_start <= kIndexLimit - cols, "col_start = ", col_start,
                  " with ", cols, " columns leaves the allowed range [0, 2^32)");
   RANDLORA_CHECK(threshold >= 1 && threshold <= int64_t{1} << 31,
                  "threshold must be in [1, 2^31], got ", threshold);
   auto* plus = static_cast<uint64_t*>(planes.mutable_data_ptr());
   run(planes, FillPlanes{static_cast<uint64_t>(seed), static_cast<uint32_t>(role),
-                         static_cast<uint32_t>(threshold), row_start, shape.rows, col_start, cols,
-                         plus, plus + shape.rows * shape.words});
+                         static_cast<uint32_t>(threshold), row_start, rows, col_start, cols, plus,
+                         plus + rows * words_of(cols)});
 }
 
 std::tuple<Tensor, Tensor> pack_dense_op(Tensor dense) {
@@ -59,53 +58,33 @@ std::tuple<Tensor, Tensor> pack_dense_op(Tensor dense) {
   Tensor planes = allocate({2, rows, words}, ScalarType::Long, x);
   Tensor value = torch::stable::empty({}, ScalarType::Double);
   auto* plus = static_cast<uint64_t*>(planes.mutable_data_ptr());
-  int64_t bad = -1;
-  double a;
-  if (runs_on_cuda(x)) {
-    const Tensor found = allocate({2}, ScalarType::Double, x);
-    {
-      TorchDevice device(x);
-      cuda_kernels().pack_dense(x.const_data_ptr(), dtype, rows, cols, plus, plus + rows * words,
-                                found.mutable_data_ptr<double>(), device);
-    }
-    const Tensor here =
-        torch::stable::to(found, torch::stable::Device(torch::headeronly::DeviceType::CPU));
-    a = here.const_data_ptr<double>()[0];
-    bad = static_cast<int64_t>(here.const_data_ptr<double>()[1]);
-  } else {
-    TorchRuntime runtime;
-    a = pack_dense(x.const_data_ptr(), dtype, rows, cols, plus, plus + rows * words, &bad, runtime);
-  }
+  const Tensor there = allocate({sizeof(PackReport)}, ScalarType::Byte, x);
+  run(x, PackDense{x.const_data_ptr(), dtype, rows, cols, plus, plus + rows * words,
+                   static_cast<PackReport*>(there.mutable_data_ptr())});
+  const Tensor here = on_cpu(there);
+  const auto report = *static_cast<const PackReport*>(here.const_data_ptr());
+  // If a is infinite and all else is right, we name element (0, 0).
+  const int64_t count = rows * cols, bad = static_cast<int64_t>(report.bad) % count;
   RANDLORA_CHECK(
-      a >= 0, "dense is not ternary: element (", bad / cols, ", ", bad % cols,
+      static_cast<int64_t>(report.bad) == count && std::isfinite(report.a),
+      "dense is not ternary: element (", bad / cols, ", ", bad % cols,
       ") is none of -a, 0, +a, where a is the magnitude of its first element that is not zero");
-  *value.mutable_data_ptr<double>() = a;
+  *value.mutable_data_ptr<double>() = report.a;
   return {planes, value};
 }
 
 std::tuple<Tensor, Tensor> planes_to_lists(Tensor planes, int64_t cols, bool by_column, bool wide) {
-  const PlaneShape shape = check_planes(planes, cols);
-  const int64_t lines = by_column ? cols : shape.rows, longest = by_column ? shape.rows : cols;
+  const int64_t rows = check_planes(planes, cols);
+  const int64_t lines = by_column ? cols : rows, longest = by_column ? rows : cols;
   RANDLORA_CHECK(wide ? longest <= kIndexLimit : longest <= 65536, "wide = ", wide,
                  " cannot hold positions up to ", longest - 1, "; 16-bit lists end at 65535");
   Tensor offset = allocate({2 * lines + 1}, ScalarType::Long, planes);
-  auto* at = offset.mutable_data_ptr<int64_t>();
-  const auto index_of = [&](int64_t total) {
-    return allocate({total}, wide ? ScalarType::Int : ScalarType::Short, planes);
-  };
-  Tensor index;
-  if (runs_on_cuda(planes)) {
-    TorchDevice device(planes);
-    const CudaKernels& cuda = cuda_kernels();
-    index = index_of(cuda.count_lists(view(planes), shape.rows, cols, by_column, at, device));
-    cuda.fill_lists(view(planes), shape.rows, cols, by_column, at, wide, index.mutable_data_ptr(),
-                    device);
-  } else {
-    TorchRuntime runtime;
-    index = index_of(count_lists(view(planes), shape.rows, cols, by_column, at, runtime));
-    fill_lists(view(planes), shape.rows, cols, by_column, at, wide, index.mutable_data_ptr(),
-               runtime);
-  }
+  const CountLists lists{view(planes), rows, cols, by_column, offset.mutable_data_ptr<int64_t>()};
+  run(planes, lists);
+  const Tensor total = on_cpu(torch::stable::narrow(offset, 0, 2 * lines, 1));
+  Tensor index = allocate({*total.const_data_ptr<int64_t>()},
+                          wide ? ScalarType::Int : ScalarType::Short, planes);
+  run(planes, FillLists{lists, wide, index.mutable_data_ptr()});
   return {offset, index};
 }
 
@@ -116,17 +95,10 @@ DType dense_dtype(ScalarType t) {
 }
 
 Tensor planes_to_dense_op(Tensor planes, int64_t cols, double value, ScalarType dtype) {
-  const PlaneShape shape = check_planes(planes, cols);
+  const int64_t rows = check_planes(planes, cols);
   const DType type = dense_dtype(dtype);
-  Tensor out = allocate({shape.rows, cols}, dtype, planes);
-  if (runs_on_cuda(planes)) {
-    TorchDevice device(planes);
-    cuda_kernels().planes_to_dense(view(planes), shape.rows, cols, value, out.mutable_data_ptr(),
-                                   type, device);
-  } else {
-    TorchRuntime runtime;
-    planes_to_dense(view(planes), shape.rows, cols, value, out.mutable_data_ptr(), type, runtime);
-  }
+  Tensor out = allocate({rows, cols}, dtype, planes);
+  run(planes, PlanesToDense{view(planes), rows, cols, value, out.mutable_data_ptr(), type});
   return out;
 }
 
@@ -137,18 +109,14 @@ Tensor lists_to_dense_op(Tensor offset, Tensor index, int64_t cols, double value
   const AnyLists lists = check_lists(offset, index, rows, "");
   RANDLORA_CHECK(cols >= 0, "cols may not be negative, got ", cols);
   Tensor out = allocate({rows, cols}, dtype, offset);
-  if (runs_on_cuda(offset)) {  // entries go unchecked: reading them would make the host wait
-    TorchDevice device(offset);
-    cuda_kernels().lists_to_dense(lists, rows, cols, value, out.mutable_data_ptr(), type, device);
-    return out;
-  }
-  for (int64_t p = 0; p < index.size(0); ++p) {
-    const int64_t col = lists.typed([&](const auto& l) { return int64_t{l.index[p]}; });
+  // On CUDA positions go unchecked: reading them would make the host wait.
+  const int64_t readable = runs_on_cuda(offset) ? 0 : lists.count;
+  for (int64_t p = 0; p < readable; ++p) {
+    const int64_t col = lists.at(p);
     RANDLORA_CHECK(col < cols, "index[", p, "] is ", col, ", but there are only ", cols,
                    " columns");
   }
-  TorchRuntime runtime;
-  lists_to_dense(lists, rows, cols, value, out.mutable_data_ptr(), type, runtime);
+  run(offset, ListsToDense{lists, rows, cols, value, out.mutable_data_ptr(), type});
   return out;
 }
 

@@ -34,7 +34,7 @@ class TorchRuntime : public Runtime {
   std::optional<Tensor> block_;
 };
 
-// ---- errors from torch (reason.cpp) ------------------------------------------------------------
+// ---- errors from torch (backend.cpp) -----------------------------------------------------------
 
 // torch's C interface reports a failed call by a code, and its C++ wrappers then throw the source
 // text of the call. This throws torch's own message instead (callers look for "CUDA out of

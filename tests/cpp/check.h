@@ -70,18 +70,20 @@ struct Ternary {
 
   Ternary(int64_t r, int64_t c, std::vector<double> elements, Runtime& rt)
       : rows(r), cols(c), dense(std::move(elements)), bits(2 * r * words_of(c)) {
-    int64_t bad;
-    pack_dense(dense.data(), DType::f64, rows, cols, bits.data(),
-               bits.data() + rows * words_of(cols), &bad, rt);
+    PackReport report;
+    pack_dense({dense.data(), DType::f64, rows, cols, bits.data(),
+                bits.data() + rows * words_of(cols), &report},
+               rt);
     planes = {bits.data(), bits.data() + rows * words_of(cols), words_of(cols)};
     for (bool column : {false, true}) {
       OwnedLists& l = column ? by_column : by_row;
       l.offset.resize(2 * (column ? cols : rows) + 1);
-      const int64_t total = count_lists(planes, rows, cols, column, l.offset.data(), rt);
-      l.narrow.resize(total);
-      l.wide.resize(total);
-      fill_lists(planes, rows, cols, column, l.offset.data(), false, l.narrow.data(), rt);
-      fill_lists(planes, rows, cols, column, l.offset.data(), true, l.wide.data(), rt);
+      const CountLists lists{planes, rows, cols, column, l.offset.data()};
+      count_lists(lists, rt);
+      l.narrow.resize(l.offset.back());
+      l.wide.resize(l.offset.back());
+      fill_lists({lists, false, l.narrow.data()}, rt);
+      fill_lists({lists, true, l.wide.data()}, rt);
     }
   }
 

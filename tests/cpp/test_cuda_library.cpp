@@ -22,7 +22,6 @@ void expect(bool condition, const char* what) {
 class NoDevice : public randlora::Device {
   void* scratch(size_t) override { return nullptr; }
   void gemm(const randlora::Gemm&) override {}
-  int64_t read(const int64_t*) override { return 0; }
 };
 
 }  // namespace

@@ -30,26 +30,26 @@ struct Packed {
 };
 
 Packed pack(const Words& words, int64_t rows, int64_t cols, bool by_column, bool wide,
-            Device& device) {
+            TestDevice& device) {
   Packed packed{unwritten<int64_t>(2 * (by_column ? cols : rows) + 1), {}};
   const Planes planes{words.data(), words.data() + rows * words_of(cols), words_of(cols)};
-  const int64_t total =
-      cuda::count_lists(planes, rows, cols, by_column, packed.offset.data(), device);
-  if (total != packed.offset.back()) return {};
+  const CountLists lists{planes, rows, cols, by_column, packed.offset.data()};
+  device.count_lists(lists);
+  const int64_t total = packed.offset.back();
   packed.index = unwritten<uint32_t>(total);
   auto narrow = unwritten<uint16_t>(total);
-  cuda::fill_lists(planes, rows, cols, by_column, packed.offset.data(), wide,
-                   wide ? static_cast<void*>(packed.index.data()) : narrow.data(), device);
+  device.fill_lists({lists, wide, wide ? static_cast<void*>(packed.index.data()) : narrow.data()});
   if (!wide) packed.index.assign(narrow.begin(), narrow.end());
   return packed;
 }
 
-// Planes of a dense matrix; found[0] and found[1] as pack_dense gives them.
-Words pack_dense(const Array& x, DType dtype, int64_t rows, int64_t cols, double* found,
-                 Device& device) {
+// Planes of a dense matrix, from the card or the CPU.
+template <class Pack>
+Words planes_of(const Array& x, DType dtype, int64_t rows, int64_t cols, PackReport* report,
+                const Pack& pack_dense) {
   Words words = unwritten<uint64_t>(2 * rows * words_of(cols));
-  cuda::pack_dense(x.get(), dtype, rows, cols, words.data(), words.data() + rows * words_of(cols),
-                   found, device);
+  pack_dense(PackDense{x.get(), dtype, rows, cols, words.data(),
+                       words.data() + rows * words_of(cols), report});
   return words;
 }
 
@@ -96,26 +96,30 @@ void dense(int64_t rows, int64_t cols, double density, DType dtype, int threads,
   const Ternary t(rows, cols, density, unsigned(rows * 5 + cols), rt);
   const double value = 1 / std::sqrt(0.07);
   Array want(dtype, rows * cols);
-  planes_to_dense(t.planes, rows, cols, value, want.get(), dtype, rt);
+  planes_to_dense({t.planes, rows, cols, value, want.get(), dtype}, rt);
   TestDevice device = device_with(threads);
   const Array out(dtype, rows * cols, skip);
-  cuda::planes_to_dense(t.planes, rows, cols, value, out.get(), dtype, device);
+  device.planes_to_dense({t.planes, rows, cols, value, out.get(), dtype});
   EXPECT(out.raw() == want.raw(), "planes (%ld, %ld) to dtype %d, threads %d", long(rows),
          long(cols), int(dtype), threads);
   for (bool wide : {false, true}) {
     const Array spread(dtype, rows * cols, skip), of_cpu(dtype, rows * cols);
-    cuda::lists_to_dense(t.by_row.view(wide), rows, cols, value, spread.get(), dtype, device);
-    lists_to_dense(t.by_row.view(wide), rows, cols, value, of_cpu.get(), dtype, rt);
+    ListsToDense call{t.by_row.view(wide), rows, cols, value, spread.get(), dtype};
+    device.lists_to_dense(call);
+    call.out = of_cpu.get();
+    lists_to_dense(call, rt);
     EXPECT(spread.raw() == want.raw() && of_cpu.raw() == want.raw(),
            "lists (%ld, %ld) to dtype %d, wide %d, threads %d", long(rows), long(cols), int(dtype),
            wide, threads);
   }
-  double found[2];
-  const Words again = pack_dense(out, dtype, rows, cols, found, device);
+  PackReport report;
+  const Words again =
+      planes_of(out, dtype, rows, cols, &report, [&](const PackDense& p) { device.pack_dense(p); });
   const bool empty = t.by_row.offset.back() == 0;
   const double a = rounded(dtype, {value})[0];
   EXPECT(again == t.bits, "packed (%ld, %ld) of dtype %d", long(rows), long(cols), int(dtype));
-  EXPECT(found[0] == (empty ? 0 : a) && found[1] == -1, "found %g, %g", found[0], found[1]);
+  EXPECT(report.a == (empty ? 0 : a) && int64_t(report.bad) == rows * cols, "found %g, bad %ld",
+         report.a, long(report.bad));
 }
 
 // Whatever is not ternary is told as the CPU tells it, and leaves the same planes.
@@ -137,15 +141,15 @@ void not_ternary() {
       ThreadRuntime rt(1);
       TestDevice device = device_with(32);  // so that the search takes several steps
       const Array x(dtype, m);
-      Words want(2 * rows * words_of(cols));
-      int64_t bad = -2;
-      const double value = pack_dense(x.get(), dtype, rows, cols, want.data(),
-                                      want.data() + rows * words_of(cols), &bad, rt);
-      double found[2];
-      const Words words = pack_dense(x, dtype, rows, cols, found, device);
-      EXPECT(found[0] == value && found[1] == double(bad), "found %g, %g instead of %g, %ld",
-             found[0], found[1], value, long(bad));
-      EXPECT(words == want, "planes of a matrix with value %g, bad %ld", value, long(bad));
+      PackReport got, cpu;
+      const Words words =
+          planes_of(x, dtype, rows, cols, &got, [&](const PackDense& p) { device.pack_dense(p); });
+      const Words want =
+          planes_of(x, dtype, rows, cols, &cpu, [&](const PackDense& p) { pack_dense(p, rt); });
+      const bool same_a = got.a == cpu.a || (std::isnan(got.a) && std::isnan(cpu.a));
+      EXPECT(same_a && got.bad == cpu.bad, "found %g, %ld instead of %g, %ld", got.a, long(got.bad),
+             cpu.a, long(cpu.bad));
+      EXPECT(words == want, "planes of a matrix with value %g, bad %ld", cpu.a, long(cpu.bad));
     }
 }
 

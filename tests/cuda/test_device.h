@@ -24,7 +24,6 @@ class TestDevice : public Device {
     held_.emplace_back(new Poisoned(static_cast<int64_t>(bytes)));
     return held_.back()->get();
   }
-  int64_t read(const int64_t* device_value) override { return *device_value; }
   void gemm(const Gemm& g) override {
     with_storage(g.dtype, [&](auto* s) { loops(g, s); });
   }
@@ -34,6 +33,7 @@ class TestDevice : public Device {
   }
 #define RANDLORA_CALL(name, Operator) \
   void name(const Operator& p) { cuda::name(p, *this); }
+  RANDLORA_PACKING(RANDLORA_CALL)
   RANDLORA_OPERATORS(RANDLORA_CALL)
 #undef RANDLORA_CALL
 
@@ -67,12 +67,12 @@ struct Product {
   bool tf32;
 };
 inline std::vector<Product> products(int number, int count) {
-  const std::vector<Product> kinds{{DType::f32, false},
-                                   {DType::bf16, false},
-                                   {DType::f32, true},
+  const std::vector<Product> kinds {
+    {DType::f32, false}, {DType::bf16, false}, {DType::f32, true},
 #if !defined(__SANITIZE_THREAD__)
-                                   {DType::f64, false},
-                                   {DType::f16, false}
+        {DType::f64, false}, {
+      DType::f16, false
+    }
 #endif
   };
   std::vector<Product> some;
@@ -93,7 +93,8 @@ inline void under_all_schedules(void (*tests)()) {
 
 // Sanitizers take their time: they run the tests under one schedule, which CUDA_ON_CPU_SCHEDULE may
 // choose, and only `few` of them under all.
-inline int run_tests(void (*tests)(), void (*few)() = [] {}) {
+inline int run_tests(
+    void (*tests)(), void (*few)() = [] {}) {
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
   const bool one = true;
 #else

@@ -39,7 +39,6 @@ class ScratchReuse : public Device {
     return block.memory;
   }
   void gemm(const Gemm& g) override { device_.gemm(g); }
-  int64_t read(const int64_t* value) override { return device_.read(value); }
   void next_chunk() { next_ = 0; }
 
  private:

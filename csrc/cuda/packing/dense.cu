@@ -68,15 +68,10 @@ Grid grid_of_rows(int64_t rows, int64_t parts) {
 
 // ---- packing ------------------------------------------------------------------------------------
 
-struct Report {
-  double a;                // magnitude of the first element that is not zero; 0 if all are zero
-  unsigned long long bad;  // first element that is none of -a, 0, a; `count` if there is none
-};
-
 // One block suffices: the first non-zero element of a real basis is never far. Only an all-zero
 // matrix is read whole.
 template <class S>
-__global__ void find_magnitude_kernel(const S* x, int64_t count, Report* report) {
+__global__ void find_magnitude_kernel(const S* x, int64_t count, PackReport* report) {
   constexpr int kAhead = 8;
   auto* of_warp = reinterpret_cast<int64_t*>(shared_memory());
   int64_t first = count;
@@ -96,12 +91,12 @@ __global__ void find_magnitude_kernel(const S* x, int64_t count, Report* report)
   }
   if (threadIdx.x != 0) return;
   const double value = first < count ? static_cast<double>(widen(x[first])) : 0.0;
-  *report = {value < 0 ? -value : value, static_cast<unsigned long long>(count)};
+  *report = {value < 0 ? -value : value, static_cast<uint64_t>(count)};
 }
 
 template <class S>
 __global__ void pack_dense_kernel(const S* x, int64_t rows, int64_t cols, uint64_t* plus,
-                                  uint64_t* minus, Report* report) {
+                                  uint64_t* minus, PackReport* report) {
   using C = typename ComputeOf<S>::type;
   const C a = static_cast<C>(report->a);
   const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
@@ -119,65 +114,53 @@ __global__ void pack_dense_kernel(const S* x, int64_t rows, int64_t cols, uint64
         m |= uint64_t{__ballot_sync(kWarp, is_minus)} << (32 * half);
         const unsigned other = __ballot_sync(kWarp, !(is_plus || is_minus || v == 0));
         if (other != 0 && lane == 0)  // the minimum, in any order of warps
-          atomicMin(&report->bad,
+          atomicMin(reinterpret_cast<unsigned long long*>(&report->bad),
                     static_cast<unsigned long long>(row * cols + first + __ffs(other) - 1));
       }
       if (lane == 0) plus[row * words + w] = p, minus[row * words + w] = m;
     }
 }
 
-__global__ void report_kernel(const Report* report, int64_t count, double* found) {
-  if (threadIdx.x != 0) return;
-  const double a = report->a;
-  const bool ternary = report->bad == static_cast<unsigned long long>(count);
-  const bool finite = a - a == 0;
-  found[0] = ternary && finite ? a : -1;
-  found[1] = ternary ? (finite ? -1 : 0) : static_cast<double>(report->bad);
-}
-
 }  // namespace
 
-void planes_to_dense(const Planes& planes, int64_t rows, int64_t cols, double value, void* out,
-                     DType dtype, Device& device) {
-  with_dtype(dtype, [&](auto tag) {
+void planes_to_dense(const PlanesToDense& p, Device& device) {
+  with_dtype(p.dtype, [&](auto tag) {
     using S = decltype(tag);
-    const int64_t accesses = ceil_div(cols, kPerAccess<S>);
+    const int64_t accesses = ceil_div(p.cols, kPerAccess<S>);
     const int64_t threads = threads_for(accesses, device);
-    const auto kernel = aligned_rows(cols, kPerAccess<S>, out) ? planes_to_dense_kernel<S, true>
-                                                               : planes_to_dense_kernel<S, false>;
-    launch(device, "planes_to_dense", kernel, grid_of_rows(rows, ceil_div(accesses, threads)),
-           threads, 0, planes, rows, cols, value, out);
+    const auto kernel = aligned_rows(p.cols, kPerAccess<S>, p.out)
+                            ? planes_to_dense_kernel<S, true>
+                            : planes_to_dense_kernel<S, false>;
+    launch(device, "planes_to_dense", kernel, grid_of_rows(p.rows, ceil_div(accesses, threads)),
+           threads, 0, p.planes, p.rows, p.cols, p.value, p.out);
   });
 }
 
-void lists_to_dense(const AnyLists& any, int64_t rows, int64_t cols, double value, void* out,
-                    DType dtype, Device& device) {
-  with_dtype(dtype, [&](auto tag) {
-    any.typed([&](auto lists) {
+void lists_to_dense(const ListsToDense& p, Device& device) {
+  with_dtype(p.dtype, [&](auto tag) {
+    p.lists.typed([&](auto lists) {
       using S = decltype(tag);
       using Index = typename decltype(lists)::Index;
-      const auto kernel = aligned_rows(cols, kPerAccess<S>, out)
+      const auto kernel = aligned_rows(p.cols, kPerAccess<S>, p.out)
                               ? lists_to_dense_kernel<S, Index, true>
                               : lists_to_dense_kernel<S, Index, false>;
-      launch(device, "lists_to_dense", kernel, grid_of_rows(rows, cols > 0),
-             threads_for(ceil_div(cols, kPerAccess<S>), device), 0, lists, rows, cols, value, out);
+      launch(device, "lists_to_dense", kernel, grid_of_rows(p.rows, p.cols > 0),
+             threads_for(ceil_div(p.cols, kPerAccess<S>), device), 0, lists, p.rows, p.cols,
+             p.value, p.out);
     });
   });
 }
 
-void pack_dense(const void* dense, DType dtype, int64_t rows, int64_t cols, uint64_t* plus,
-                uint64_t* minus, double* found, Device& device) {
-  const int64_t count = rows * cols, threads = device.max_threads, warps = threads / 32;
-  Report* report = scratch<Report>(device, 1);
-  with_dtype(dtype, [&](auto tag) {
+void pack_dense(const PackDense& p, Device& device) {
+  const int64_t threads = device.max_threads, warps = threads / 32;
+  with_dtype(p.dtype, [&](auto tag) {
     launch(device, "find_magnitude", find_magnitude_kernel<decltype(tag)>, 1, threads,
-           warps * int64_t{sizeof(int64_t)}, dense, count, report);
+           warps * int64_t{sizeof(int64_t)}, p.dense, p.rows * p.cols, p.report);
     constexpr int kWords = 4;  // about this many per warp
     launch(device, "pack_dense", pack_dense_kernel<decltype(tag)>,
-           grid_of_rows(rows, ceil_div(words_of(cols), warps * kWords)), threads, 0, dense, rows,
-           cols, plus, minus, report);
+           grid_of_rows(p.rows, ceil_div(words_of(p.cols), warps * kWords)), threads, 0, p.dense,
+           p.rows, p.cols, p.plus, p.minus, p.report);
   });
-  launch(device, "pack_dense report", report_kernel, 1, 32, 0, report, count, found);
 }
 
 }  // namespace randlora::cuda

@@ -173,46 +173,41 @@ __global__ void fill_lists_kernel(Planes p, int64_t lines, const int64_t* offset
 // ---- host ---------------------------------------------------------------------------------------
 
 // Planes whose rows are the lines of the lists.
-Planes by_line(const Planes& planes, int64_t rows, int64_t cols, bool by_column, Device& device) {
-  if (!by_column) return planes;
-  const int64_t words = words_of(rows), across = ceil_div(cols, kSide);
-  uint64_t* plus = scratch<uint64_t>(device, 2 * cols * words);
-  uint64_t* minus = plus + cols * words;
-  launch(device, "transpose_planes", transpose_planes_kernel, {ceil_div(rows, kSide) * across, 2},
-         device.max_threads, 2 * kSide * kStride * int64_t{sizeof(uint32_t)}, planes, rows, cols,
-         plus, minus, across);
+Planes by_line(const CountLists& p, Device& device) {
+  if (!p.by_column) return p.planes;
+  const int64_t words = words_of(p.rows), across = ceil_div(p.cols, kSide);
+  uint64_t* plus = scratch<uint64_t>(device, 2 * p.cols * words);
+  uint64_t* minus = plus + p.cols * words;
+  launch(device, "transpose_planes", transpose_planes_kernel, {ceil_div(p.rows, kSide) * across, 2},
+         device.max_threads, 2 * kSide * kStride * int64_t{sizeof(uint32_t)}, p.planes, p.rows,
+         p.cols, plus, minus, across);
   return {plus, minus, words};
 }
 
 }  // namespace
 
-int64_t count_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column,
-                    int64_t* offset, Device& device) {
-  const int64_t lines = by_column ? cols : rows, threads = device.max_threads;
-  const Planes p = by_line(planes, rows, cols, by_column, device);
+void count_lists(const CountLists& p, Device& device) {
+  const int64_t lines = p.lines(), threads = device.max_threads;
   const int64_t blocks = max(int64_t{1}, ceil_div(lines, threads / 32));
-  launch(device, "count_lists", count_lists_kernel, blocks, threads, 0, p, lines, offset);
+  launch(device, "count_lists", count_lists_kernel, blocks, threads, 0, by_line(p, device), lines,
+         p.offset);
   const int64_t count = 2 * lines, tiles = ceil_div(count, threads * kItems);
   if (tiles > 0) {
     int64_t* totals = scratch<int64_t>(device, tiles);
     const int64_t shared = threads / 32 * int64_t{sizeof(int64_t)};
-    launch(device, "scan_tiles", scan_tiles_kernel, tiles, threads, shared, offset + 1, count,
+    launch(device, "scan_tiles", scan_tiles_kernel, tiles, threads, shared, p.offset + 1, count,
            totals);
-    launch(device, "add_totals", add_totals_kernel, tiles - 1, threads, shared, offset + 1, count,
+    launch(device, "add_totals", add_totals_kernel, tiles - 1, threads, shared, p.offset + 1, count,
            totals);
   }
-  return device.read(offset + count);
 }
 
-void fill_lists(const Planes& planes, int64_t rows, int64_t cols, bool by_column,
-                const int64_t* offset, bool wide, void* index, Device& device) {
-  const int64_t lines = by_column ? cols : rows;
-  const Planes p = by_line(planes, rows, cols, by_column, device);
+void fill_lists(const FillLists& p, Device& device) {
   const auto fill = [&](auto kernel) {
-    launch(device, "fill_lists", kernel, ceil_div(lines, device.max_threads / 32),
-           device.max_threads, 0, p, lines, offset, index);
+    launch(device, "fill_lists", kernel, ceil_div(p.lines(), device.max_threads / 32),
+           device.max_threads, 0, by_line(p, device), p.lines(), p.offset, p.index);
   };
-  wide ? fill(fill_lists_kernel<uint32_t>) : fill(fill_lists_kernel<uint16_t>);
+  p.wide ? fill(fill_lists_kernel<uint32_t>) : fill(fill_lists_kernel<uint16_t>);
 }
 
 }  // namespace randlora::cuda
