@@ -1,6 +1,7 @@
 // out = base + delta, rounded once to 16 bits: W + dW for dense bases, whose dW comes from a GEMM.
 //
 // Floor: base and delta read and out written once, 8 bytes an element.
+#include "../device/columns.h"
 #include "../device/launch.h"
 #include "../device/rounded_store.h"
 #include "../kernels.h"
@@ -16,12 +17,7 @@ __global__ void add_rounded_kernel(RoundedStore<S> store, const float* __restric
   const int64_t first = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kPerThread;
   if (Aligned && first + kPerThread <= count) {
     float sum[kPerThread];
-    uint32_t words[4];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      load_words(delta + first + 4 * half, words);
-      memcpy(sum + 4 * half, words, sizeof(words));
-    }
+    load_run<kPerThread>(delta + first, sum);
     store.template run<kPerThread>(first, sum);
     return;
   }

@@ -52,9 +52,7 @@ __device__ void store_row(const typename ComputeOf<S>::type* row, int64_t first,
   }
   for (int k = lane * N; k < count; k += 32 * N) {
     C sum[N];
-    uint32_t words[4];
-    load_words(row + k, words);
-    memcpy(sum, words, sizeof(sum));
+    load_run<N>(row + k, sum);
     store.template run<N>(first + k, sum);
   }
 }

@@ -126,7 +126,7 @@ struct FormedColumn {
   }
 
   __device__ __forceinline__ void form(S* operand, const C* lam, uint32_t signs) const {
-    constexpr int V = kPerAccess<S>, VC = kPerAccess<C>;
+    constexpr int V = kPerAccess<S>;
     operand += threadIdx.x % N * FormationMemory<S>::kStride;
 #pragma unroll
     for (int turn = 0; turn < kQuad / kGroups; ++turn) {
@@ -135,12 +135,9 @@ struct FormedColumn {
 #pragma unroll
       for (int b = 0; b < kBases; b += V) {
         C v[V];
+        load_run<V>(lam + q * kBases + b, v);
 #pragma unroll
-        for (int c = 0; c < V; c += VC) {
-          const auto l = *reinterpret_cast<const Pack<C, VC>*>(lam + q * kBases + b + c);
-#pragma unroll
-          for (int e = 0; e < VC; ++e) v[c + e] = l.get(e) * gam[b + c + e];
-        }
+        for (int e = 0; e < V; ++e) v[e] *= gam[b + e];
         *reinterpret_cast<Pack<S, V>*>(operand + q * kBases + b) = signed_pack(v, sign);
       }
     }

@@ -41,6 +41,35 @@ struct alignas(16) [[gnu::may_alias]] Pack {
 template <class S>
 constexpr int kPerAccess = 16 / int(sizeof(S));
 
+// N numbers that move together.
+template <class C, int N>
+struct alignas(N * sizeof(C)) [[gnu::may_alias]] Piece {
+  C v[N];
+};
+
+// V adjacent numbers, in accesses of up to 16 bytes, for which `from` and `to` are aligned.
+template <int V, class C>
+__device__ __forceinline__ void load_run(const C* from, C* to) {
+  constexpr int N = V < kPerAccess<C> ? V : kPerAccess<C>;
+#pragma unroll
+  for (int u = 0; u < V; u += N) {
+    const auto piece = *reinterpret_cast<const Piece<C, N>*>(from + u);
+#pragma unroll
+    for (int x = 0; x < N; ++x) to[u + x] = piece.v[x];
+  }
+}
+template <int V, class C>
+__device__ __forceinline__ void store_run(const C* from, C* to) {
+  constexpr int N = V < kPerAccess<C> ? V : kPerAccess<C>;
+#pragma unroll
+  for (int u = 0; u < V; u += N) {
+    Piece<C, N> piece;
+#pragma unroll
+    for (int x = 0; x < N; ++x) piece.v[x] = from[u + x];
+    *reinterpret_cast<Piece<C, N>*>(to + u) = piece;
+  }
+}
+
 // Whether all these matrices allow aligned access to V elements of rows of `cols` at a time.
 template <class... P>
 bool aligned_rows(int64_t cols, int V, const P*... matrix) {

@@ -70,7 +70,7 @@ template <bool Turned, class Tile, class Out>
 __device__ __forceinline__ void store_tile(const Tile& tile, unsigned char* shared, int64_t line0,
                                            int64_t col0, const Out& out) {
   using C = typename Tile::C;
-  constexpr int V = kPerAccess<typename Out::S>, VC = kPerAccess<C>;
+  constexpr int V = kPerAccess<typename Out::S>;
   constexpr int kCols = Tile::WN * 16, kInner = Turned ? kLines : kCols;
   constexpr int kPitch = kInner + (Turned ? 4 : 8);  // no bank conflicts between lanes' fragments
   C* buffer = reinterpret_cast<C*>(shared);
@@ -92,12 +92,7 @@ __device__ __forceinline__ void store_tile(const Tile& tile, unsigned char* shar
     for (int at = threadIdx.x * V; at < kLines * kCols; at += kTileThreads * V) {
       const int outer = at / kInner, inner = at % kInner;
       C v[V];
-#pragma unroll
-      for (int e = 0; e < V; e += VC) {
-        const auto p = *reinterpret_cast<const Pack<C, VC>*>(buffer + outer * kPitch + inner + e);
-#pragma unroll
-        for (int c = 0; c < VC; ++c) v[e + c] = p.get(c);
-      }
+      load_run<V>(buffer + outer * kPitch + inner, v);
       const int buffered = Turned ? outer : inner;
       const int64_t line = line0 + (Turned ? inner : outer);
       const int64_t col = col0 + buffered / 16 * Tile::NI * 8 + first * 8 + buffered % 16;

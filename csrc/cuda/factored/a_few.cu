@@ -18,12 +18,6 @@ namespace {
 
 // ---- up -----------------------------------------------------------------------------------------
 
-// A row of z' in shared memory: TT tokens, read at once.
-template <class C, int TT>
-struct alignas(sizeof(C) * TT) Row {
-  C t[TT];
-};
-
 template <class S, class Index, int TT>
 __global__ void up_few_kernel(Lists<Index> a, int64_t r, int64_t n, int64_t d, int64_t slices,
                               const typename ComputeOf<S>::type* __restrict__ lam,
@@ -31,7 +25,8 @@ __global__ void up_few_kernel(Lists<Index> a, int64_t r, int64_t n, int64_t d, i
                               typename ComputeOf<S>::type scale, const S* __restrict__ z, int64_t T,
                               S* __restrict__ V) {
   using C = typename ComputeOf<S>::type;
-  Row<C, TT>* row = reinterpret_cast<Row<C, TT>*>(shared_memory());  // (d)
+  using Row = Piece<C, TT>;                            // of z': TT tokens, read at once
+  Row* row = reinterpret_cast<Row*>(shared_memory());  // (d)
   int64_t block = blockIdx.x;
   const int64_t slice = block % slices;
   block /= slices;
@@ -52,9 +47,9 @@ __global__ void up_few_kernel(Lists<Index> a, int64_t r, int64_t n, int64_t d, i
     }
 #pragma unroll
     for (int u = 0; u < columns.value; ++u) {
-      Row<C, TT> product;
+      Row product;
 #pragma unroll
-      for (int t = 0; t < TT; ++t) product.t[t] = g[u] * widen(value[u][t]);
+      for (int t = 0; t < TT; ++t) product.v[t] = g[u] * widen(value[u][t]);
       row[first + u * blockDim.x] = product;
     }
   };
@@ -69,10 +64,10 @@ __global__ void up_few_kernel(Lists<Index> a, int64_t r, int64_t n, int64_t d, i
     C sum[TT] = {};
 #pragma unroll 4
     for (int64_t p = a.plus(j) + lane; p < end; p += 32) {
-      const Row<C, TT> product = row[a.index[p]];
+      const Row product = row[a.index[p]];
       const C sign = p < minus ? C(1) : C(-1);
 #pragma unroll
-      for (int t = 0; t < TT; ++t) sum[t] += sign * product.t[t];
+      for (int t = 0; t < TT; ++t) sum[t] += sign * product.v[t];
     }
     const C total = warp_sums<TT>(sum);
     const int64_t t = t0 + lane / (32 / TT);

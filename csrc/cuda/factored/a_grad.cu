@@ -108,7 +108,6 @@ template <class C>
 __global__ void contract_kernel(Support a, const C* __restrict__ P, int splits,
                                 const C* __restrict__ lam, const C* __restrict__ gam, C scale,
                                 C* __restrict__ dgam, bool accumulate, C* __restrict__ partial) {
-  constexpr int L = kPerAccess<C>;
   const int lane = threadIdx.x % 32;
   const int64_t chunks = a.bases / kBases;
   const int64_t warp = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / 32;
@@ -144,13 +143,12 @@ __global__ void contract_kernel(Support a, const C* __restrict__ P, int splits,
       const C* row = P + (a.first(j) + code / 2) * a.bases + i0;
       const C sign = code & 1 ? -scale : scale;
       C signed_P[kBases] = {};
-      for (int s = 0; s < splits; ++s, row += split_stride)
+      for (int s = 0; s < splits; ++s, row += split_stride) {
+        C of_split[kBases];
+        load_run<kBases>(row, of_split);
 #pragma unroll
-        for (int u = 0; u < kBases; u += L) {
-          const Pack<C, L> pack = *reinterpret_cast<const Pack<C, L>*>(row + u);
-#pragma unroll
-          for (int e = 0; e < L; ++e) signed_P[u + e] += pack.get(e);
-        }
+        for (int u = 0; u < kBases; ++u) signed_P[u] += of_split[u];
+      }
 #pragma unroll
       for (int u = 0; u < kBases; ++u) {
         const C v = sign * signed_P[u];

@@ -55,11 +55,6 @@ __device__ __forceinline__ void hadamard(C (&v)[M]) {
       }
 }
 
-template <class C, int N>
-struct alignas(N * sizeof(C)) [[gnu::may_alias]] Piece {
-  C v[N];
-};
-
 template <class C>
 __device__ __forceinline__ C with_sign(C x, int8_t sign) {
   return sign < 0 ? -x : x;
@@ -94,29 +89,6 @@ struct Share {
 __device__ __forceinline__ Share share_of_block() { return {threadIdx.x, blockDim.x}; }
 __device__ __forceinline__ Share share_of_grid() {
   return {int64_t{blockIdx.x} * blockDim.x + threadIdx.x, int64_t{gridDim.x} * blockDim.x};
-}
-
-// V adjacent numbers from or to rows, in accesses of up to 16 bytes. V divides the position.
-template <int V, class C>
-__device__ __forceinline__ void load_run(const C* from, C* to) {
-  constexpr int N = V < kPerAccess<C> ? V : kPerAccess<C>;
-#pragma unroll
-  for (int u = 0; u < V; u += N) {
-    const auto piece = *reinterpret_cast<const Piece<C, N>*>(from + u);
-#pragma unroll
-    for (int x = 0; x < N; ++x) to[u + x] = piece.v[x];
-  }
-}
-template <int V, class C>
-__device__ __forceinline__ void store_run(const C* from, C* to) {
-  constexpr int N = V < kPerAccess<C> ? V : kPerAccess<C>;
-#pragma unroll
-  for (int u = 0; u < V; u += N) {
-    Piece<C, N> piece;
-#pragma unroll
-    for (int x = 0; x < N; ++x) piece.v[x] = from[u + x];
-    *reinterpret_cast<Piece<C, N>*>(to + u) = piece;
-  }
 }
 
 // Bits [0, kBits). before(v, x) and after(v, x) may change the numbers from position x on.
