@@ -40,7 +40,7 @@ struct Support {
   // j.
   __host__ __device__ int64_t room() const { return support_room(count, r); }
   __device__ __forceinline__ int64_t first(int64_t j) const {
-    return (offset[2 * j] / kGroup + j) * kGroup;
+    return support_room(offset[2 * j], j);
   }
   __device__ __forceinline__ int64_t size(int64_t j) const {
     return offset[2 * j + 2] - offset[2 * j];

@@ -19,7 +19,7 @@ __global__ void find_entries(Lists<Index> a, int64_t r, int64_t d, int32_t* entr
   if (x >= r * d) return;
   const int64_t j = x / d, k = x % d;
   const int64_t plus = a.plus(j), minus = a.minus(j), end = a.end(j);
-  const int64_t first = (plus / kGroup + j) * kGroup, size = end - plus;  // as in Support
+  const int64_t first = support_room(plus, j), size = end - plus;
   const int64_t at_plus = lower_bound(a.index, plus, minus, k);
   const int64_t at_minus = lower_bound(a.index, minus, end, k);
   const bool is_plus = at_plus < minus && a.index[at_plus] == k;
