@@ -30,7 +30,6 @@ struct Contraction {
   const S* grad;
   bool aligned;
   C scale;
-  int64_t col_blocks;
   C *dlam, *dgam;  // parts: (column blocks, r, n), (octets, n, d)
 };
 
@@ -131,19 +130,12 @@ __global__ void __launch_bounds__(kTileThreads, 1) delta_planes_backward_kernel(
     else
       load_operand<Order::by_k, kSlots, N>(Shared::operand(half), Shared::kStride, p.grad, s.D, s.d,
                                            step * kSlots, col0, p.aligned);
-    cp_async_commit();
   };
   TernaryTile<S, N, Tf32> tile;
   tile.warp.zero();
-  load(0, 0);
-#pragma unroll 1
-  for (int64_t step = 0; step < steps; ++step) {
-    const int half = step % 2;
-    cp_async_wait<0>();
-    __syncthreads();
-    if (step + 1 < steps) load(step + 1, half ^ 1);
+  pipeline<2>(static_cast<int>(steps), load, [&](int half) {
     tile.template step<kOrder>(Shared::codes(half), Shared::operand(half), Shared::kStride);
-  }
+  });
   __syncthreads();
   contract<Shared>(tile, p, j0, i0, col0);
   __syncthreads();
@@ -195,7 +187,6 @@ void contract_gradient(const DeltaWeightBackward& w, Device& device) {
                          static_cast<const S*>(w.grad),
                          aligned_rows(Transposed ? s.D : s.d, kPerAccess<S>, w.grad),
                          static_cast<C>(w.scale / 2),  // codes stand for doubled numbers
-                         col_blocks,
                          scratch<C>(device, col_blocks * lambdas),
                          scratch<C>(device, s.octets() * gammas)};
   launch(device, "delta_planes_backward", delta_planes_backward_kernel<S, Tf32, Transposed>,

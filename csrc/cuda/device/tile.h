@@ -20,6 +20,26 @@ namespace randlora {
 
 enum class Order { by_line, by_k };
 
+// load(step, stage) issues copies (cp.async, or plain stores) Stages - 1 steps ahead of use(stage).
+template <int Stages, class Load, class Use>
+__device__ __forceinline__ void pipeline(int steps, const Load& load, const Use& use) {
+#pragma unroll
+  for (int s = 0; s < Stages - 1; ++s) {
+    if (s < steps) load(s, s);
+    cp_async_commit();
+  }
+  int stage = 0;
+  for (int s = 0; s < steps; ++s) {
+    cp_async_wait<Stages - 2>();
+    __syncthreads();
+    const int free = stage == 0 ? Stages - 1 : stage - 1;
+    if (s + Stages - 1 < steps) load(s + Stages - 1, free);
+    cp_async_commit();
+    use(stage);
+    stage = stage == Stages - 1 ? 0 : stage + 1;
+  }
+}
+
 template <class S, int MI, int NI, bool Tf32 = false>
 struct WarpTile {
   using C = typename ComputeOf<S>::type;

@@ -167,26 +167,6 @@ __device__ __forceinline__ void each_piece(const F& fn) {
        static_cast<int>(threadIdx.x) % Pieces, u);
 }
 
-// load(step, stage) issues copies (cp.async, or plain stores) two steps ahead of use(stage).
-template <int Stages, class Load, class Use>
-__device__ __forceinline__ void pipeline(int steps, const Load& load, const Use& use) {
-#pragma unroll
-  for (int s = 0; s < Stages - 1; ++s) {
-    if (s < steps) load(s, s);
-    cp_async_commit();
-  }
-  int stage = 0;
-  for (int s = 0; s < steps; ++s) {
-    cp_async_wait<Stages - 2>();
-    __syncthreads();
-    const int free = stage == 0 ? Stages - 1 : stage - 1;
-    if (s + Stages - 1 < steps) load(s + Stages - 1, free);
-    cp_async_commit();
-    use(stage);
-    stage = stage == Stages - 1 ? 0 : stage + 1;
-  }
-}
-
 // Writes the warp's accumulators to to[row * stride + col], for row < rows and col < cols. If
 // `accumulate`, adds them to what is there. `shared` is a buffer of 16 rows in shared memory that
 // no other warp uses.
