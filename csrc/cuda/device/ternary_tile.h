@@ -98,10 +98,15 @@ struct TernaryTile {
     if constexpr (O == Order::by_k) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        uint32_t fa[MI][4];
+        uint32_t fb[NI][2];
+        warp.template load_b<O>(fb, operand + 16 * k * stride, stride);
 #pragma unroll
-        for (int m = 0; m < MI; ++m) decode(fa[m], word[m], k);
-        warp.template step_with<O>(fa, operand + 16 * k * stride, stride);
+        for (int m = 0; m < MI; ++m) {
+          uint32_t fa[4];
+          decode(fa, word[m], k);
+#pragma unroll
+          for (int n = 0; n < NI; ++n) mma(warp.acc[m][n], fa, fb[n], S{});
+        }
       }
     } else {
       operand += g() * stride + q() * 16;

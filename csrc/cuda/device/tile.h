@@ -83,15 +83,20 @@ struct WarpTile {
     }
   }
 
-  // The same with the 16-bit fragments of A already in registers (decoded, say): fa[m].
-  template <Order OB>
-  __device__ __forceinline__ void step_with(const uint32_t (&fa)[MI][4], const S* b, int b_stride) {
-    uint32_t fb[NI][2];
-    load_b<OB>(fb, b, b_stride);
+  // The 16-bit right fragments of a step.
+  template <Order O>
+  static __device__ __forceinline__ void load_b(uint32_t (&fb)[NI][2], const S* b, int stride) {
+    static_assert(NI % 2 == 0, "ldmatrix x4 loads two column tiles");
+    const int l = threadIdx.x % 32;
 #pragma unroll
-    for (int m = 0; m < MI; ++m)
-#pragma unroll
-      for (int n = 0; n < NI; ++n) mma(acc[m][n], fa[m], fb[n], S{});
+    for (int n = 0; n < NI; n += 2) {
+      uint32_t r[4];  // k 0-7 and k 8-15 of columns 8n.., then of columns 8n+8..
+      if constexpr (O == Order::by_line)
+        ldmatrix_x4(r, b + (n * 8 + l % 8 + l / 16 * 8) * stride + l / 8 % 2 * 8);
+      else
+        ldmatrix_x4_trans(r, b + (l % 16) * stride + n * 8 + l / 16 * 8);
+      fb[n][0] = r[0], fb[n][1] = r[1], fb[n + 1][0] = r[2], fb[n + 1][1] = r[3];
+    }
   }
 
  private:
@@ -108,21 +113,6 @@ struct WarpTile {
       ldmatrix_x4(fa, a + (line + l % 16) * stride + l / 16 * 8);
     else  // matrices: lines 0-7 k 0-7, lines 8-15 k 0-7, lines 0-7 k 8-15, lines 8-15 k 8-15
       ldmatrix_x4_trans(fa, a + (l % 8 + l / 16 * 8) * stride + line + l / 8 % 2 * 8);
-  }
-
-  template <Order O>
-  static __device__ __forceinline__ void load_b(uint32_t (&fb)[NI][2], const S* b, int stride) {
-    static_assert(NI % 2 == 0, "ldmatrix x4 loads two column tiles");
-    const int l = threadIdx.x % 32;
-#pragma unroll
-    for (int n = 0; n < NI; n += 2) {
-      uint32_t r[4];  // k 0-7 and k 8-15 of columns 8n.., then of columns 8n+8..
-      if constexpr (O == Order::by_line)
-        ldmatrix_x4(r, b + (n * 8 + l % 8 + l / 16 * 8) * stride + l / 8 % 2 * 8);
-      else
-        ldmatrix_x4_trans(r, b + (l % 16) * stride + n * 8 + l / 16 * 8);
-      fb[n][0] = r[0], fb[n][1] = r[1], fb[n + 1][0] = r[2], fb[n + 1][1] = r[3];
-    }
   }
 
   template <Order OA, Order OB>
