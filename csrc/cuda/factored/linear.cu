@@ -68,36 +68,17 @@ void each_chunk(int64_t T, int64_t chunk, const F& fn) {
   } while (t < T);
 }
 
-// The products of the B side, chunk after chunk of tokens, by the form of B.
-class BSideCall {
- public:
-  BSideCall(const Basis& basis, DType dtype, Device& device)
-      : b_(basis), dtype_(dtype), device_(device) {}
-
-  // y (T, D) = V (T, K) B^T [+ y]
-  void up(const void* V, int64_t T, void* y, bool accumulate) {
-    product({b_, dtype_, T, true, V, y, accumulate});
-  }
-  // U (T, K) = x (T, D) B
-  void down(const void* x, int64_t T, void* U) { product({b_, dtype_, T, false, x, U, false}); }
-
- private:
-  void product(const BSide& p) {
-    device_.next_chunk();
-    const int64_t D = b_.D, K = b_.K();
-    if (b_.b_dense)
-      device_.gemm(
-          {p.T, p.up ? D : K, p.up ? K : D, p.from, b_.b_dense, p.to, dtype_, !p.up, p.accumulate});
-    else if (b_.has_planes())
-      b_planes(p, device_);
-    else
-      b_lists(p, device_);
-  }
-
-  const Basis& b_;
-  const DType dtype_;
-  ScratchReuse device_;
-};
+// A product of the B side for a chunk of tokens, by the form of B.
+void b_side(const BSide& p, ScratchReuse& device) {
+  device.next_chunk();
+  const Basis& b = p.basis;
+  const int64_t D = b.D, K = b.K();
+  if (b.b_dense)
+    device.gemm(
+        {p.T, p.up ? D : K, p.up ? K : D, p.from, b.b_dense, p.to, p.dtype, !p.up, p.accumulate});
+  else
+    (b.has_planes() ? b_planes : b_lists)(p, device);
+}
 
 }  // namespace
 
@@ -107,14 +88,14 @@ void linear(const Linear& p, Device& device) {
   const int64_t chunk = chunk_of(b, p.T, p.dtype, device);
   ASideCall a({b, p.lam, p.gam, p.dtype, chunk}, p.scale, device);
   void* between = device.scratch(static_cast<size_t>(chunk * b.K() * bytes_of(p.dtype)));
-  BSideCall b_side(b, p.dtype, device);
+  ScratchReuse reuse(device);
   each_chunk(p.T, chunk, [&](int64_t t, int64_t T) {
     if (p.expand) {
       a.set_operand(from(p.x, t, b.d, p.dtype), T);
       a.up(between);
-      b_side.up(between, T, from(p.y, t, b.D, p.dtype), p.accumulate);
+      b_side({b, p.dtype, T, true, between, from(p.y, t, b.D, p.dtype), p.accumulate}, reuse);
     } else {
-      b_side.down(from(p.x, t, b.D, p.dtype), T, between);
+      b_side({b, p.dtype, T, false, from(p.x, t, b.D, p.dtype), between, false}, reuse);
       a.down(between, T, from(p.y, t, b.d, p.dtype), p.accumulate);
     }
   });
@@ -129,15 +110,15 @@ void linear_backward(const LinearBackward& p, Device& device) {
   void* between = device.scratch(static_cast<size_t>(chunk * b.K() * bytes_of(p.dtype)));
   // The operands on the d side and on the D side.
   const void *z = p.expand ? p.x : p.dy, *large = p.expand ? p.dy : p.x;
-  BSideCall b_side(b, p.dtype, device);
+  ScratchReuse reuse(device);
   each_chunk(p.T, chunk, [&](int64_t t, int64_t T) {
     a.set_operand(from(z, t, b.d, p.dtype), T);
     if (!p.expand && p.dx) {
       a.up(between);
-      b_side.up(between, T, from(p.dx, t, b.D, p.dtype), p.accumulate);
+      b_side({b, p.dtype, T, true, between, from(p.dx, t, b.D, p.dtype), p.accumulate}, reuse);
     }
     if (!p.expand && !grads) return;
-    b_side.down(from(large, t, b.D, p.dtype), T, between);
+    b_side({b, p.dtype, T, false, from(large, t, b.D, p.dtype), between, false}, reuse);
     if (p.expand && p.dx) a.down(between, T, from(p.dx, t, b.d, p.dtype), p.accumulate);
     if (grads) a.grad(between, p.dlam, p.dgam, t > 0);
   });
