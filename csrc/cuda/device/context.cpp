@@ -10,18 +10,21 @@
 
 #include "../kernels.h"
 
-namespace randlora::cuda {
-namespace {
+namespace randlora {
 
-void check(cudaError_t error, const char* what) {
+void check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // clears it, or the next launch would report it
-  throw std::runtime_error(std::string("randlora: ") + what + ": " + cudaGetErrorString(error));
+  throw std::runtime_error(std::string("randlora: CUDA error in ") + what + ": " +
+                           cudaGetErrorString(error));
 }
+
+namespace cuda {
+namespace {
 
 int attribute(cudaDeviceAttr attr, int index) {
   int value = 0;
-  check(cudaDeviceGetAttribute(&value, attr, index), "facts about the card");
+  check_cuda(cudaDeviceGetAttribute(&value, attr, index), "describe");
   return value;
 }
 
@@ -34,8 +37,9 @@ void describe(int index, Device& device) {
 
 void make_current(int index) {
   int current = 0;
-  check(cudaGetDevice(&current), "the current card");
-  if (current != index) check(cudaSetDevice(index), "making a card current");
+  check_cuda(cudaGetDevice(&current), "make_current");
+  if (current != index) check_cuda(cudaSetDevice(index), "make_current");
 }
 
-}  // namespace randlora::cuda
+}  // namespace cuda
+}  // namespace randlora

@@ -4,9 +4,6 @@
 //
 // All shared memory is dynamic: a kernel gets it from shared_memory() and divides it itself.
 #pragma once
-#include <stdexcept>
-#include <string>
-
 #include "../../core/device.h"
 #include "cuda_or_cpu.h"
 
@@ -26,12 +23,7 @@ struct Grid : dim3 {
 
 #if defined(__CUDACC__)
 
-inline void check_cuda(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // clears it, or the next launch would report it
-  throw std::runtime_error(std::string("randlora: CUDA error in ") + what + ": " +
-                           cudaGetErrorString(error));
-}
+void check_cuda(cudaError_t error, const char* what);  // context.cpp
 
 template <class... P, class... A>
 void launch(const Device& device, const char* name, void (*kernel)(P...), Grid grid, int threads,
