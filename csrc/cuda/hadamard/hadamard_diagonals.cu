@@ -61,39 +61,32 @@ __global__ void hadamard_diagonals_kernel(HadamardDiagonals p, int64_t gamma_blo
   static_cast<C*>(p.dlam)[c] = with_sign(static_cast<C>(p.dlam_scale) * sum, p.col[c]);
 }
 
-int threads_of(const Device& device) { return std::min(device.max_threads, 256); }
-
-template <class S>
-void gamma_as(const HadamardGamma& p, Device& device) {
-  constexpr int V = kPerAccess<S>;
-  const int threads = threads_of(device);
-  const int64_t col_blocks = ceil_div(p.sizes.d, int64_t{threads} * V);
-  launch(device, "hadamard_gamma",
-         aligned_rows(p.sizes.d, V, p.gam, p.out) ? hadamard_gamma_kernel<S, true>
-                                                  : hadamard_gamma_kernel<S, false>,
-         col_blocks * p.sizes.n, threads, 0, p, col_blocks);
-}
-
-template <class S>
-void diagonals_as(const HadamardDiagonals& p, Device& device) {
-  using C = typename ComputeOf<S>::type;
-  const int threads = threads_of(device);
-  const int64_t gamma_blocks = ceil_div(p.sizes.n * p.sizes.d, threads);
-  launch(device, "hadamard_diagonals", hadamard_diagonals_kernel<S>,
-         gamma_blocks + ceil_div(p.sizes.K(), kAcross), threads, threads * int64_t{sizeof(C)}, p,
-         gamma_blocks);
-}
-
 }  // namespace
 
 // One launch.
 void hadamard_gamma(const HadamardGamma& p, Device& device) {
-  with_dtype(p.dtype, [&](auto s) { gamma_as<decltype(s)>(p, device); });
+  with_dtype(p.dtype, [&](auto s) {
+    using S = decltype(s);
+    constexpr int V = kPerAccess<S>;
+    const int threads = std::min(device.max_threads, 256);
+    const int64_t col_blocks = ceil_div(p.sizes.d, int64_t{threads} * V);
+    launch(device, "hadamard_gamma",
+           aligned_rows(p.sizes.d, V, p.gam, p.out) ? hadamard_gamma_kernel<S, true>
+                                                    : hadamard_gamma_kernel<S, false>,
+           col_blocks * p.sizes.n, threads, 0, p, col_blocks);
+  });
 }
 
 // One launch.
 void hadamard_diagonals(const HadamardDiagonals& p, Device& device) {
-  with_dtype(p.dtype, [&](auto s) { diagonals_as<decltype(s)>(p, device); });
+  with_dtype(p.dtype, [&](auto s) {
+    using S = decltype(s);
+    const int threads = std::min(device.max_threads, 256);
+    const int64_t gamma_blocks = ceil_div(p.sizes.n * p.sizes.d, threads);
+    launch(device, "hadamard_diagonals", hadamard_diagonals_kernel<S>,
+           gamma_blocks + ceil_div(p.sizes.K(), kAcross), threads,
+           threads * int64_t{sizeof(typename ComputeOf<S>::type)}, p, gamma_blocks);
+  });
 }
 
 }  // namespace randlora::cuda
