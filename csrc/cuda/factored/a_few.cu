@@ -177,50 +177,42 @@ bool ASideCall::few(int64_t T) const {
 
 bool ASideCall::up_few(void* V) {
   const Basis& b = p_.basis;
-  bool done = false;
+  const int64_t row = b.d * (p_.dtype == DType::f64 ? 8 : 4);
+  if (row > device_.shared_bytes) return false;
+  const int TT = T_ > 1 && 4 * row <= device_.shared_bytes ? 4 : 1;
+  const int threads = min(256, device_.max_threads);
+  const int64_t blocks = b.n * ceil_div(T_, TT);
+  const int64_t slices =
+      max(int64_t{1}, min(2 * device_.multiprocessors / blocks, ceil_div(b.r, threads / 32)));
   with_dtype(p_.dtype, [&](auto storage) {
     using S = decltype(storage);
-    const int64_t row = b.d * bytes_of(p_.dtype == DType::f64 ? DType::f64 : DType::f32);
-    const auto start = [&](auto kernel, auto lists, int TT) {
-      const int threads = min(256, device_.max_threads);
-      const int64_t blocks = b.n * ceil_div(T_, TT);
-      const int64_t slices =
-          max(int64_t{1}, min(2 * device_.multiprocessors / blocks, ceil_div(b.r, threads / 32)));
-      launch(device_, "a_up_few", kernel, blocks * slices, threads, TT * row, lists, b.r, b.n, b.d,
-             slices, p_.lam, p_.gam, scale_, z_, T_, V);
-      done = true;
-    };
     b.a.typed([&](auto lists) {
       using Index = typename decltype(lists)::Index;
-      if (T_ > 1 && 4 * row <= device_.shared_bytes)
-        start(up_few_kernel<S, Index, 4>, lists, 4);
-      else if (row <= device_.shared_bytes)
-        start(up_few_kernel<S, Index, 1>, lists, 1);
+      launch(device_, "a_up_few", TT == 4 ? up_few_kernel<S, Index, 4> : up_few_kernel<S, Index, 1>,
+             blocks * slices, threads, TT * row, lists, b.r, b.n, b.d, slices, p_.lam, p_.gam,
+             scale_, z_, T_, V);
     });
   });
-  return done;
+  return true;
 }
 
 bool ASideCall::down_few(const void* U, int64_t T, void* out, bool accumulate) {
   const Basis& b = p_.basis;
   const int threads = min(256, device_.max_threads);
-  bool done = false;
+  const int64_t shared =
+      (b.r * (b.n | 1) + threads) * (p_.dtype == DType::f64 ? 8 : 4) + b.r * 34 * 4;
+  if (shared > device_.shared_bytes) return false;
+  const int64_t columns = ceil_div(b.d, 32);
+  const int64_t slice = ceil_div(T, max(int64_t{1}, min(T, 4 * device_.multiprocessors / columns)));
   with_dtype(p_.dtype, [&](auto storage) {
     using S = decltype(storage);
-    using C = typename ComputeOf<S>::type;
-    const int64_t shared = (b.r * (b.n | 1) + threads) * int64_t{sizeof(C)} + b.r * 34 * 4;
-    if (shared > device_.shared_bytes) return;
-    const int64_t columns = ceil_div(b.d, 32);
-    const int64_t slice =
-        ceil_div(T, max(int64_t{1}, min(T, 4 * device_.multiprocessors / columns)));
     b.a.typed([&](auto lists) {
       launch(device_, "a_down_few", down_few_kernel<S, typename decltype(lists)::Index>,
              columns * ceil_div(T, slice), threads, shared, lists, b.r, b.n, b.d, slice, p_.lam,
              p_.gam, scale_, U, T, out, accumulate);
     });
-    done = true;
   });
-  return done;
+  return true;
 }
 
 }  // namespace randlora::cuda
