@@ -128,12 +128,11 @@ __global__ void __launch_bounds__(kThreads, Aligned ? 2 : 1)
     if (p.z) write_mixed<S>(p.sizes, p.z, p.T, mixed, log, t0, tokens, share);
     __syncthreads();
     middle_passes(rows, log, kEdgeBits<S>, tokens << log);
-    low_pass(
-        rows, tokens << log, share, [](auto&, int) {},
-        [&](auto& v, int x) {
-          if (p.z) add_products(v, mixed.at(x), sums.at(x));
-          diagonal.apply(v, x & (N - 1));
-        });
+    low_pass(rows, tokens << log, share, [&](auto& v, int x) {
+      hadamard<1>(v);
+      if (p.z) add_products(v, mixed.at(x), sums.at(x));
+      diagonal.apply(v, x & (N - 1));
+    });
     __syncthreads();
     write_w<S>(p, rows, log, t0, tokens, share);
     __syncthreads();
@@ -192,8 +191,8 @@ void down(const HadamardDown& p, Device& device) {
     all.start("hadamard_down_load", hadamard_down_load_kernel<S>, all.of_numbers(tokens), p,
               all.numbers, plan.log, t0, tokens);
     all.transform(kEdgeBits<S>, tokens);
-    if (p.z) all.template mix<S>(p.sizes, p.z, p.T, mixed, t0, tokens);
-    all.template low<false>(Diagonal<C>(p), mixed, tokens);
+    if (p.z) all.mix(p.sizes, p.z, p.dtype, p.T, mixed, t0, tokens);
+    all.low(false, Diagonal<C>(p), mixed, tokens);
     all.start("hadamard_down_store", hadamard_down_store_kernel<S>, all.blocks(tokens * p.sizes.n),
               p, all.numbers, plan.log, t0, tokens);
     if (p.z)

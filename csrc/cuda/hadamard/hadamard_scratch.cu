@@ -16,18 +16,16 @@ __global__ void __launch_bounds__(kScratchThreads, 1)
 template <bool Up, class C>
 __global__ void __launch_bounds__(kScratchThreads)
     hadamard_low_kernel(Diagonal<C> diagonal, C* scratch, C* mixed, int log, int64_t tokens) {
-  const int64_t N = int64_t{1} << log;
-  const auto apply = [&](auto& v, int64_t x) { diagonal.apply(v, x & (N - 1)); };
-  low_pass(
-      Rows<C, true>{scratch}, tokens << log, share_of_grid(),
-      [&](auto& v, int64_t x) {
-        if constexpr (Up) apply(v, x);
-      },
-      [&](auto& v, int64_t x) {
-        if (!Up && mixed)
-          for (int e = 0; e < kValues<C>; ++e) mixed[x + e] *= v[e];
-        if constexpr (!Up) apply(v, x);
-      });
+  low_pass(Rows<C, true>{scratch}, tokens << log, share_of_grid(), [&](auto& v, int64_t x) {
+    const int64_t c = x & ((int64_t{1} << log) - 1);
+    if constexpr (Up) diagonal.apply(v, c);
+    hadamard<1>(v);
+    if constexpr (!Up) {
+      if (mixed)
+        for (int e = 0; e < kValues<C>; ++e) mixed[x + e] *= v[e];
+      diagonal.apply(v, c);
+    }
+  });
 }
 
 template <class C>
@@ -39,18 +37,20 @@ __global__ void __launch_bounds__(kScratchThreads)
 }  // namespace
 
 template <class C>
-template <class S>
-void InScratch<C>::mix(const HadamardSizes& sizes, const void* z, int64_t T, C* mixed, int64_t t0,
-                       int64_t tokens) {
-  start("hadamard_mix", hadamard_mix_kernel<S>, blocks(tokens * sizes.n), sizes, z, T, mixed, log,
-        t0, tokens);
+void InScratch<C>::mix(const HadamardSizes& sizes, const void* z, DType dtype, int64_t T, C* mixed,
+                       int64_t t0, int64_t tokens) {
+  with_dtype(dtype, [&](auto s) {
+    using S = decltype(s);
+    if constexpr (std::is_same<typename ComputeOf<S>::type, C>::value)
+      start("hadamard_mix", hadamard_mix_kernel<S>, blocks(tokens * sizes.n), sizes, z, T, mixed,
+            log, t0, tokens);
+  });
 }
 
 template <class C>
-template <bool Up>
-void InScratch<C>::low(const Diagonal<C>& diagonal, C* mixed, int64_t tokens) {
-  start("hadamard_low", hadamard_low_kernel<Up, C>, of_numbers(tokens), diagonal, numbers, mixed,
-        log, tokens);
+void InScratch<C>::low(bool up, const Diagonal<C>& diagonal, C* mixed, int64_t tokens) {
+  start("hadamard_low", up ? hadamard_low_kernel<true, C> : hadamard_low_kernel<false, C>,
+        of_numbers(tokens), diagonal, numbers, mixed, log, tokens);
 }
 
 template <class C>
@@ -61,20 +61,7 @@ void InScratch<C>::transform(int edge, int64_t tokens) {
           middle.begin(s + 1) - middle.begin(s), tokens << log);
 }
 
-#define RANDLORA_MIX(S)                                                                           \
-  template void InScratch<ComputeOf<S>::type>::mix<S>(const HadamardSizes&, const void*, int64_t, \
-                                                      ComputeOf<S>::type*, int64_t, int64_t);
-RANDLORA_MIX(float)
-RANDLORA_MIX(double)
-RANDLORA_MIX(bf16)
-RANDLORA_MIX(f16)
-#undef RANDLORA_MIX
-#define RANDLORA_PASSES(C)                                                 \
-  template void InScratch<C>::low<true>(const Diagonal<C>&, C*, int64_t);  \
-  template void InScratch<C>::low<false>(const Diagonal<C>&, C*, int64_t); \
-  template void InScratch<C>::transform(int, int64_t);
-RANDLORA_PASSES(float)
-RANDLORA_PASSES(double)
-#undef RANDLORA_PASSES
+template struct InScratch<float>;
+template struct InScratch<double>;
 
 }  // namespace randlora::cuda

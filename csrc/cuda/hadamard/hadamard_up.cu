@@ -81,9 +81,10 @@ __global__ void __launch_bounds__(kThreads, Aligned ? 2 : 1)
   const Share share = share_of_block();
   write_mixed<S>(p.sizes, p.z, p.T, rows, log, t0, tokens, share);
   __syncthreads();
-  low_pass(
-      rows, tokens << log, share, [&](auto& v, int x) { diagonal.apply(v, x & (N - 1)); },
-      [](auto&, int) {});
+  low_pass(rows, tokens << log, share, [&](auto& v, int x) {
+    diagonal.apply(v, x & (N - 1));
+    hadamard<1>(v);
+  });
   __syncthreads();
   middle_passes(rows, log, kEdgeBits<S>, tokens << log);
   write_y<S, Aligned>(p, rows, log, t0, tokens, share);
@@ -111,8 +112,8 @@ void up(const HadamardUp& p, Device& device) {
   }
   InScratch<C> all(plan.log, p.T, device);
   all.each([&](int64_t t0, int64_t tokens) {
-    all.template mix<S>(p.sizes, p.z, p.T, all.numbers, t0, tokens);
-    all.template low<true>(Diagonal<C>(p), nullptr, tokens);
+    all.mix(p.sizes, p.z, p.dtype, p.T, all.numbers, t0, tokens);
+    all.low(true, Diagonal<C>(p), nullptr, tokens);
     all.transform(kEdgeBits<S>, tokens);
     all.start("hadamard_up_store", hadamard_up_store_kernel<S>, all.of_numbers(tokens), p,
               all.numbers, plan.log, t0, tokens);

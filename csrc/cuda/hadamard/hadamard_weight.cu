@@ -67,9 +67,10 @@ __global__ void __launch_bounds__(kThreads, Aligned ? 2 : 1)
     }
   }
   __syncthreads();
-  low_pass(
-      rows, count, share_of_block(), [&](auto& v, int x) { diagonal.apply(v, x & (N - 1)); },
-      [](auto&, int) {});
+  low_pass(rows, count, share_of_block(), [&](auto& v, int x) {
+    diagonal.apply(v, x & (N - 1));
+    hadamard<1>(v);
+  });
   __syncthreads();
   middle_passes(rows, log, kEdgeBits<S>, count);
 

@@ -39,14 +39,12 @@ struct InScratch {
     launch(device, name, kernel, grid, threads, 0, arguments...);
   }
 
-  // One launch each; `transform` one for each middle pass.
-  template <class S>
-  void mix(const HadamardSizes& sizes, const void* z, int64_t T, C* mixed, int64_t t0,
+  // One launch each; `transform` one for each middle pass. C is the compute type of z's `dtype`.
+  void mix(const HadamardSizes& sizes, const void* z, DType dtype, int64_t T, C* mixed, int64_t t0,
            int64_t tokens);
-  // Before the low pass v becomes v times lam and col, if Up; after it, otherwise, and mixed
+  // Before the low pass v becomes v times lam and col, if `up`; after it, otherwise, and mixed
   // (unless null) becomes its product with v.
-  template <bool Up>
-  void low(const Diagonal<C>& diagonal, C* mixed, int64_t tokens);
+  void low(bool up, const Diagonal<C>& diagonal, C* mixed, int64_t tokens);
   void transform(int edge, int64_t tokens);
 };
 

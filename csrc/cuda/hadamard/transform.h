@@ -91,19 +91,17 @@ __device__ __forceinline__ Share share_of_grid() {
   return {int64_t{blockIdx.x} * blockDim.x + threadIdx.x, int64_t{gridDim.x} * blockDim.x};
 }
 
-// Bits [0, kBits). before(v, x) and after(v, x) may change the numbers from position x on.
-template <class C, bool Scratch, class Before, class After>
+// Bits [0, kBits). work(v, x) transforms the numbers from position x on by hadamard<1>, and may
+// change them before and after.
+template <class C, bool Scratch, class Work>
 __device__ __forceinline__ void low_pass(const Rows<C, Scratch>& rows, int64_t count,
-                                         const Share& share, const Before& before,
-                                         const After& after) {
+                                         const Share& share, const Work& work) {
   using Index = typename Rows<C, Scratch>::Index;
   for (Index g = Index(share.first); g < Index(count / kValues<C>); g += Index(share.step)) {
     C v[kValues<C>];
     C* at = rows.at(g * kValues<C>);
     load_run<kValues<C>>(at, v);
-    before(v, g * kValues<C>);
-    hadamard<1>(v);
-    after(v, g * kValues<C>);
+    work(v, g * kValues<C>);
     store_run<kValues<C>>(v, at);
   }
 }
