@@ -22,13 +22,14 @@ struct Grid : dim3 {
 };
 
 #if defined(__CUDACC__)
-
 void check_cuda(cudaError_t error, const char* what);  // context.cpp
+#endif
 
 template <class... P, class... A>
 void launch(const Device& device, const char* name, void (*kernel)(P...), Grid grid, int threads,
             int64_t shared_bytes, A... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+#if defined(__CUDACC__)
   // The limit is what the card has, not what this launch needs: another thread that starts the same
   // kernel with less could lower it before this launch.
   if (shared_bytes > kFreeShared)
@@ -39,28 +40,22 @@ void launch(const Device& device, const char* name, void (*kernel)(P...), Grid g
   kernel<<<grid, threads, static_cast<size_t>(shared_bytes),
            static_cast<cudaStream_t>(device.stream)>>>(static_cast<P>(arguments)...);
   check_cuda(cudaGetLastError(), name);
-}
-
-__device__ __forceinline__ unsigned char* shared_memory() {
-  extern __shared__ __align__(128) unsigned char randlora_shared[];
-  return randlora_shared;
-}
-
 #else
-
-template <class... P, class... A>
-void launch(const Device& device, const char* name, void (*kernel)(P...), Grid grid, int threads,
-            int64_t shared_bytes, A... arguments) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   cuda_on_cpu::note_start(reinterpret_cast<const void*>(kernel));
   cuda_on_cpu::note_launch(name, grid.x);
   const int64_t limit = device.shared_bytes > kFreeShared ? device.shared_bytes : kFreeShared;
   cuda_on_cpu::run(name, grid, threads, shared_bytes, limit,
                    [&] { kernel(static_cast<P>(arguments)...); });
+#endif
 }
 
-inline unsigned char* shared_memory() { return cuda_on_cpu::shared(); }
-
+__device__ __forceinline__ unsigned char* shared_memory() {
+#if defined(__CUDACC__)
+  extern __shared__ __align__(128) unsigned char randlora_shared[];
+  return randlora_shared;
+#else
+  return cuda_on_cpu::shared();
 #endif
+}
 
 }  // namespace randlora
