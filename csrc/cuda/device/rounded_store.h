@@ -36,7 +36,7 @@ struct RoundedStore {
   bool stochastic = false;
   uint64_t seed = 0;
 
-  // P is DeltaWeight or HadamardWeight.
+  // P is DeltaWeight, HadamardWeight or AddRounded.
   template <class P>
   static RoundedStore of(const P& p, double scale) {
     return {static_cast<S*>(p.out), static_cast<const S*>(p.base), static_cast<C>(scale),

@@ -240,6 +240,7 @@ void ASideCall::down(const void* U, int64_t T, void* out, bool accumulate) {
     constexpr bool kTf32 = decltype(tf32)::value;
     const auto start = [&](auto kernel, auto shape) {
       using B = decltype(shape);
+      static_assert(B::shared(8 * B::kLines, 64) <= kLeastShared, "on every card");
       const int threads = min(256, device_.max_threads);
       const TileSize tile = choose_tile<B>(a, device_, threads / 32);
       // As wide as fits, but narrower (down to 64 columns) if SMs would be idle otherwise.
@@ -255,9 +256,8 @@ void ASideCall::down(const void* U, int64_t T, void* out, bool accumulate) {
     };
     if constexpr (sizeof(S) < 8) {
       // The larger tile if a j has many entries in a range: density above 1/16.
-      using Dense = Down<S, 2, 8, kTf32>;
-      static_assert(Dense::shared(8 * Dense::kLines, 64) <= kLeastShared, "on every card");
-      if (T > 32 && 16 * a.count > a.r * a.d) return start(down_kernel<S, 2, 8, kTf32>, Dense{});
+      if (T > 32 && 16 * a.count > a.r * a.d)
+        return start(down_kernel<S, 2, 8, kTf32>, Down<S, 2, 8, kTf32>{});
     }
     start(down_kernel<S, 1, 4, kTf32>, Down<S, 1, 4, kTf32>{});
   });
