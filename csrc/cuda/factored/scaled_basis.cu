@@ -133,59 +133,54 @@ __global__ void sum_parts_kernel(const C* part, int64_t parts, int64_t count, C*
   out[e] = sum;
 }
 
-int block_of(const Device& device) { return device.max_threads < 128 ? device.max_threads : 128; }
-
-template <class S>
-void forward(const ScaledBasis& p, Device& device) {
-  using C = typename ComputeOf<S>::type;
-  constexpr int V = kPerAccess<S>;
-  const int64_t col_warps = ceil_div(p.d, 32 * V), row_blocks = ceil_div(p.r, kRows);
-  const int64_t threads = std::clamp<int64_t>(32 * col_warps, 32, block_of(device));
-  const int64_t col_blocks = ceil_div(p.d, threads * V);
-  // Threads walk several bases only if every multiprocessor still has eight warps.
-  const int64_t warps = col_warps * row_blocks * p.n;  // with one base each
-  const int64_t bases = std::clamp<int64_t>(warps / (8 * device.multiprocessors), 1, kBases);
-  const int64_t base_blocks = ceil_div(p.n, bases);
-  const auto kernel = aligned_rows(p.d, V, p.A, p.gam, p.out) ? scaled_basis_kernel<S, true, C>
-                                                              : scaled_basis_kernel<S, false, C>;
-  launch(device, "scaled_basis", kernel, col_blocks * base_blocks * row_blocks,
-         static_cast<int>(threads), 0, p.r, p.n, p.d, p.A, p.lam, p.gam, p.out, col_blocks,
-         base_blocks, bases);
-}
-
-template <class S>
-void backward(const ScaledBasisBackward& p, Device& device) {
-  using C = typename ComputeOf<S>::type;
-  constexpr int V = kPerAccess<S>;
-  const int threads = block_of(device), warps = threads / 32;
-  const int64_t K = p.r * p.n, base_blocks = ceil_div(p.n, warps);
-  const int64_t parts = ceil_div(p.d, 32 * V), batches = ceil_div(p.r, kBatch);
-  C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
-  C* dlam_parts = parts > 1 ? scratch<C>(device, parts * K) : dlam;
-  C* dgam_parts = batches > 1 ? scratch<C>(device, batches * p.n * p.d) : dgam;
-  const auto kernel = aligned_rows(p.d, V, p.A, p.gam, p.grad, p.dgam)
-                          ? scaled_basis_backward_kernel<S, true, C>
-                          : scaled_basis_backward_kernel<S, false, C>;
-  launch(device, "scaled_basis_backward", kernel, parts * base_blocks * batches, threads,
-         warps * shared_of_warp<C>(), p.r, p.n, p.d, p.A, p.lam, p.gam, p.grad, dlam_parts,
-         dgam_parts, parts, base_blocks);
-  const auto add = [&](const C* part, int64_t count_of_parts, int64_t count, C* out) {
-    if (count_of_parts > 1)
-      launch(device, "sum_parts", sum_parts_kernel<C>, ceil_div(count, threads), threads, 0, part,
-             count_of_parts, count, out);
-  };
-  add(dlam_parts, parts, K, dlam);
-  add(dgam_parts, batches, p.n * p.d, dgam);
-}
-
 }  // namespace
 
 void scaled_basis(const ScaledBasis& p, Device& device) {
-  with_dtype(p.dtype, [&](auto s) { forward<decltype(s)>(p, device); });
+  with_dtype(p.dtype, [&](auto s) {
+    using S = decltype(s);
+    using C = typename ComputeOf<S>::type;
+    constexpr int V = kPerAccess<S>;
+    const int64_t col_warps = ceil_div(p.d, 32 * V), row_blocks = ceil_div(p.r, kRows);
+    const int64_t threads =
+        std::clamp<int64_t>(32 * col_warps, 32, std::min(128, device.max_threads));
+    const int64_t col_blocks = ceil_div(p.d, threads * V);
+    // Threads walk several bases only if every multiprocessor still has eight warps.
+    const int64_t warps = col_warps * row_blocks * p.n;  // with one base each
+    const int64_t bases = std::clamp<int64_t>(warps / (8 * device.multiprocessors), 1, kBases);
+    const int64_t base_blocks = ceil_div(p.n, bases);
+    const auto kernel = aligned_rows(p.d, V, p.A, p.gam, p.out) ? scaled_basis_kernel<S, true, C>
+                                                                : scaled_basis_kernel<S, false, C>;
+    launch(device, "scaled_basis", kernel, col_blocks * base_blocks * row_blocks,
+           static_cast<int>(threads), 0, p.r, p.n, p.d, p.A, p.lam, p.gam, p.out, col_blocks,
+           base_blocks, bases);
+  });
 }
 
 void scaled_basis_backward(const ScaledBasisBackward& p, Device& device) {
-  with_dtype(p.dtype, [&](auto s) { backward<decltype(s)>(p, device); });
+  with_dtype(p.dtype, [&](auto s) {
+    using S = decltype(s);
+    using C = typename ComputeOf<S>::type;
+    constexpr int V = kPerAccess<S>;
+    const int threads = std::min(128, device.max_threads), warps = threads / 32;
+    const int64_t K = p.r * p.n, base_blocks = ceil_div(p.n, warps);
+    const int64_t parts = ceil_div(p.d, 32 * V), batches = ceil_div(p.r, kBatch);
+    C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
+    C* dlam_parts = parts > 1 ? scratch<C>(device, parts * K) : dlam;
+    C* dgam_parts = batches > 1 ? scratch<C>(device, batches * p.n * p.d) : dgam;
+    const auto kernel = aligned_rows(p.d, V, p.A, p.gam, p.grad, p.dgam)
+                            ? scaled_basis_backward_kernel<S, true, C>
+                            : scaled_basis_backward_kernel<S, false, C>;
+    launch(device, "scaled_basis_backward", kernel, parts * base_blocks * batches, threads,
+           warps * shared_of_warp<C>(), p.r, p.n, p.d, p.A, p.lam, p.gam, p.grad, dlam_parts,
+           dgam_parts, parts, base_blocks);
+    const auto add = [&](const C* part, int64_t count_of_parts, int64_t count, C* out) {
+      if (count_of_parts > 1)
+        launch(device, "sum_parts", sum_parts_kernel<C>, ceil_div(count, threads), threads, 0, part,
+               count_of_parts, count, out);
+    };
+    add(dlam_parts, parts, K, dlam);
+    add(dgam_parts, batches, p.n * p.d, dgam);
+  });
 }
 
 }  // namespace randlora::cuda

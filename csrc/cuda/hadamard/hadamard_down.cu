@@ -171,42 +171,41 @@ __global__ void __launch_bounds__(kScratchThreads)
   }
 }
 
-template <class S>
-void down(const HadamardDown& p, Device& device) {
-  using C = typename ComputeOf<S>::type;
-  const Plan<S> plan(p.sizes, p.T / (p.z ? p.slots : device.multiprocessors), device, p.z ? 3 : 1);
-  if (plan.fits(device)) {
-    constexpr int V = kPerAccess<S>;
-    const bool aligned = aligned_rows(p.sizes.D, V, p.y) && p.sizes.first_row % V == 0 &&
-                         reinterpret_cast<uintptr_t>(p.row) % V == 0;
-    launch(device, "hadamard_down",
-           aligned ? hadamard_down_kernel<S, true> : hadamard_down_kernel<S, false>,
-           p.z ? p.slots : ceil_div(p.T, plan.rows), plan.threads, plan.shared, p, Diagonal<C>(p),
-           plan.log, plan.rows);
-    return;
-  }
-  InScratch<C> all(plan.log, p.T, device);
-  C* mixed = p.z ? scratch<C>(device, all.chunk << plan.log) : nullptr;
-  all.each([&](int64_t t0, int64_t tokens) {
-    all.start("hadamard_down_load", hadamard_down_load_kernel<S>, all.of_numbers(tokens), p,
-              all.numbers, plan.log, t0, tokens);
-    all.transform(kEdgeBits<S>, tokens);
-    if (p.z) all.mix(p.sizes, p.z, p.dtype, p.T, mixed, t0, tokens);
-    all.low(false, Diagonal<C>(p), mixed, tokens);
-    all.start("hadamard_down_store", hadamard_down_store_kernel<S>, all.blocks(tokens * p.sizes.n),
-              p, all.numbers, plan.log, t0, tokens);
-    if (p.z)
-      all.start("hadamard_down_sums", hadamard_down_sums_kernel<C>,
-                {all.blocks(p.sizes.K()), p.slots}, p, mixed, plan.log, t0, tokens);
-  });
-}
-
 }  // namespace
 
 // One launch. If N numbers (with z: 3 N) do not fit shared memory: for each chunk of tokens 3 (with
 // z: 5) launches, and one for each middle pass (hadamard_scratch.cu).
 void hadamard_down(const HadamardDown& p, Device& device) {
-  with_dtype(p.dtype, [&](auto s) { down<decltype(s)>(p, device); });
+  with_dtype(p.dtype, [&](auto s) {
+    using S = decltype(s);
+    using C = typename ComputeOf<S>::type;
+    const Plan<S> plan(p.sizes, p.T / (p.z ? p.slots : device.multiprocessors), device,
+                       p.z ? 3 : 1);
+    if (plan.fits(device)) {
+      constexpr int V = kPerAccess<S>;
+      const bool aligned = aligned_rows(p.sizes.D, V, p.y) && p.sizes.first_row % V == 0 &&
+                           reinterpret_cast<uintptr_t>(p.row) % V == 0;
+      launch(device, "hadamard_down",
+             aligned ? hadamard_down_kernel<S, true> : hadamard_down_kernel<S, false>,
+             p.z ? p.slots : ceil_div(p.T, plan.rows), plan.threads, plan.shared, p, Diagonal<C>(p),
+             plan.log, plan.rows);
+      return;
+    }
+    InScratch<C> all(plan.log, p.T, device);
+    C* mixed = p.z ? scratch<C>(device, all.chunk << plan.log) : nullptr;
+    all.each([&](int64_t t0, int64_t tokens) {
+      all.start("hadamard_down_load", hadamard_down_load_kernel<S>, all.of_numbers(tokens), p,
+                all.numbers, plan.log, t0, tokens);
+      all.transform(kEdgeBits<S>, tokens);
+      if (p.z) all.mix(p.sizes, p.z, p.dtype, p.T, mixed, t0, tokens);
+      all.low(false, Diagonal<C>(p), mixed, tokens);
+      all.start("hadamard_down_store", hadamard_down_store_kernel<S>,
+                all.blocks(tokens * p.sizes.n), p, all.numbers, plan.log, t0, tokens);
+      if (p.z)
+        all.start("hadamard_down_sums", hadamard_down_sums_kernel<C>,
+                  {all.blocks(p.sizes.K()), p.slots}, p, mixed, plan.log, t0, tokens);
+    });
+  });
 }
 
 }  // namespace randlora::cuda

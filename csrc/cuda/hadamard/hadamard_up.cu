@@ -96,36 +96,34 @@ __global__ void __launch_bounds__(kScratchThreads)
   write_y<S, false>(p, Rows<C, true>{scratch}, log, t0, tokens, share_of_grid());
 }
 
-template <class S>
-void up(const HadamardUp& p, Device& device) {
-  using C = typename ComputeOf<S>::type;
-  const Plan<S> plan(p.sizes, p.T / device.multiprocessors, device);
-  if (plan.fits(device)) {
-    constexpr int V = kPerAccess<S>;
-    const bool aligned = aligned_rows(p.sizes.D, V, p.y) && p.sizes.first_row % V == 0 &&
-                         reinterpret_cast<uintptr_t>(p.row) % V == 0;
-    launch(device, "hadamard_up",
-           aligned ? hadamard_up_kernel<S, true> : hadamard_up_kernel<S, false>,
-           ceil_div(p.T, plan.rows), plan.threads, plan.shared, p, Diagonal<C>(p), plan.log,
-           plan.rows);
-    return;
-  }
-  InScratch<C> all(plan.log, p.T, device);
-  all.each([&](int64_t t0, int64_t tokens) {
-    all.mix(p.sizes, p.z, p.dtype, p.T, all.numbers, t0, tokens);
-    all.low(true, Diagonal<C>(p), nullptr, tokens);
-    all.transform(kEdgeBits<S>, tokens);
-    all.start("hadamard_up_store", hadamard_up_store_kernel<S>, all.of_numbers(tokens), p,
-              all.numbers, plan.log, t0, tokens);
-  });
-}
-
 }  // namespace
 
 // One launch. If N numbers do not fit shared memory: for each chunk of tokens 3 launches, and one
 // for each middle pass (hadamard_scratch.cu).
 void hadamard_up(const HadamardUp& p, Device& device) {
-  with_dtype(p.dtype, [&](auto s) { up<decltype(s)>(p, device); });
+  with_dtype(p.dtype, [&](auto s) {
+    using S = decltype(s);
+    using C = typename ComputeOf<S>::type;
+    const Plan<S> plan(p.sizes, p.T / device.multiprocessors, device);
+    if (plan.fits(device)) {
+      constexpr int V = kPerAccess<S>;
+      const bool aligned = aligned_rows(p.sizes.D, V, p.y) && p.sizes.first_row % V == 0 &&
+                           reinterpret_cast<uintptr_t>(p.row) % V == 0;
+      launch(device, "hadamard_up",
+             aligned ? hadamard_up_kernel<S, true> : hadamard_up_kernel<S, false>,
+             ceil_div(p.T, plan.rows), plan.threads, plan.shared, p, Diagonal<C>(p), plan.log,
+             plan.rows);
+      return;
+    }
+    InScratch<C> all(plan.log, p.T, device);
+    all.each([&](int64_t t0, int64_t tokens) {
+      all.mix(p.sizes, p.z, p.dtype, p.T, all.numbers, t0, tokens);
+      all.low(true, Diagonal<C>(p), nullptr, tokens);
+      all.transform(kEdgeBits<S>, tokens);
+      all.start("hadamard_up_store", hadamard_up_store_kernel<S>, all.of_numbers(tokens), p,
+                all.numbers, plan.log, t0, tokens);
+    });
+  });
 }
 
 }  // namespace randlora::cuda

@@ -207,40 +207,38 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
   });
 }
 
-template <class S>
-void weight(const HadamardWeight& p, Device& device) {
-  using C = typename ComputeOf<S>::type;
-  constexpr int V = kPerAccess<S>;
-  const auto store = RoundedStore<S>::of(p, p.scale);
-  const Plan<S> plan(p.sizes, p.sizes.d / device.multiprocessors, device);
-  if (p.transposed && plan.fits(device)) {
-    const bool aligned = store.aligned(V) && p.sizes.D % V == 0 && p.sizes.first_row % V == 0 &&
-                         reinterpret_cast<uintptr_t>(p.row) % V == 0;
-    launch(device, "hadamard_weight_rows",
-           aligned ? hadamard_weight_rows_kernel<S, true> : hadamard_weight_rows_kernel<S, false>,
-           ceil_div(p.sizes.d, plan.rows), plan.threads, plan.shared, p, store, Diagonal<C>(p),
-           plan.log, plan.rows);
-    return;
-  }
-  const int log_all = log_of(p.sizes.N());
-  const auto bytes = [](int log) {
-    return ((int64_t{1} << log) + (int64_t{1} << log) / kValues<C>)*kColumns * int64_t{sizeof(C)};
-  };
-  int log = log_all;
-  while (bytes(log) > std::min(device.shared_bytes, int64_t{72} << 10)) --log;
-  const int64_t tiles = ceil_div(p.sizes.d, kColumns);
-  const int threads = static_cast<int>(std::clamp<int64_t>(
-      (int64_t{kColumns} << log) / kValues<C>, 32, std::min(device.max_threads, kThreads)));
-  launch(device, "hadamard_weight", hadamard_weight_kernel<S>, tiles << (log_all - log), threads,
-         bytes(log), p, store, log, log_all, tiles, p.transposed ? 1 : p.sizes.d,
-         p.transposed ? p.sizes.D : 1);
-}
-
 }  // namespace
 
 // One launch.
 void hadamard_weight(const HadamardWeight& p, Device& device) {
-  with_dtype(p.dtype, [&](auto s) { weight<decltype(s)>(p, device); });
+  with_dtype(p.dtype, [&](auto s) {
+    using S = decltype(s);
+    using C = typename ComputeOf<S>::type;
+    constexpr int V = kPerAccess<S>;
+    const auto store = RoundedStore<S>::of(p, p.scale);
+    const Plan<S> plan(p.sizes, p.sizes.d / device.multiprocessors, device);
+    if (p.transposed && plan.fits(device)) {
+      const bool aligned = store.aligned(V) && p.sizes.D % V == 0 && p.sizes.first_row % V == 0 &&
+                           reinterpret_cast<uintptr_t>(p.row) % V == 0;
+      launch(device, "hadamard_weight_rows",
+             aligned ? hadamard_weight_rows_kernel<S, true> : hadamard_weight_rows_kernel<S, false>,
+             ceil_div(p.sizes.d, plan.rows), plan.threads, plan.shared, p, store, Diagonal<C>(p),
+             plan.log, plan.rows);
+      return;
+    }
+    const int log_all = log_of(p.sizes.N());
+    const auto bytes = [](int log) {
+      return ((int64_t{1} << log) + (int64_t{1} << log) / kValues<C>)*kColumns * int64_t{sizeof(C)};
+    };
+    int log = log_all;
+    while (bytes(log) > std::min(device.shared_bytes, int64_t{72} << 10)) --log;
+    const int64_t tiles = ceil_div(p.sizes.d, kColumns);
+    const int threads = static_cast<int>(std::clamp<int64_t>(
+        (int64_t{kColumns} << log) / kValues<C>, 32, std::min(device.max_threads, kThreads)));
+    launch(device, "hadamard_weight", hadamard_weight_kernel<S>, tiles << (log_all - log), threads,
+           bytes(log), p, store, log, log_all, tiles, p.transposed ? 1 : p.sizes.d,
+           p.transposed ? p.sizes.D : 1);
+  });
 }
 
 }  // namespace randlora::cuda
