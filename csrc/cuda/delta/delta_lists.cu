@@ -31,20 +31,15 @@ constexpr int kTransposedRows = 16;  // a 32-byte sector of 16-bit elements
 // The rows of dW that a block makes.
 struct Tile {
   int rows, stride;  // a warp per row; kTransposedRows if transposed
-  bool aligned;      // out and base allow runs of kRun
+  bool aligned;      // out and base allow runs of 16 bytes
   bool positions;    // whether A's positions fit in shared memory, too
 };
 
-// Elements per store: in rows 16 bytes of sums, so that the lanes' loads from shared memory do not
-// conflict; transposed, 16 bytes of dW.
-template <class S, bool Transposed>
-constexpr int kRun = 16 / int(Transposed ? sizeof(S) : sizeof(typename ComputeOf<S>::type));
-
-template <class S>
-__device__ void store_row(const typename ComputeOf<S>::type* row, int64_t first, int count,
-                          const Tile& t, const RoundedStore<S>& store) {
-  using C = typename ComputeOf<S>::type;
-  constexpr int N = kRun<S, false>;
+// In runs of 16 bytes of sums, so that the lanes' loads from shared memory do not conflict.
+template <class S, class C>
+__device__ void store_row(const C* row, int64_t first, int count, const Tile& t,
+                          const RoundedStore<S>& store) {
+  constexpr int N = kPerAccess<C>;
   const int lane = threadIdx.x % 32;
   if (!t.aligned) {
     for (int k = lane; k < count; k += 32) store.one(first + k, row[k]);
@@ -57,13 +52,12 @@ __device__ void store_row(const typename ComputeOf<S>::type* row, int64_t first,
   }
 }
 
-// out[k][o] for the tile's rows o. Neighbouring threads take neighbouring o, then the next k.
-template <class S>
-__device__ void store_columns(const typename ComputeOf<S>::type* tile, int64_t k0, int columns,
-                              int64_t o0, int rows, int64_t D, const Tile& t,
-                              const RoundedStore<S>& store) {
-  using C = typename ComputeOf<S>::type;
-  constexpr int N = kRun<S, true>, kRuns = kTransposedRows / N;
+// out[k][o] for the tile's rows o, in runs of 16 bytes of dW. Neighbouring threads take
+// neighbouring o, then the next k.
+template <class S, class C>
+__device__ void store_columns(const C* tile, int64_t k0, int columns, int64_t o0, int rows,
+                              int64_t D, const Tile& t, const RoundedStore<S>& store) {
+  constexpr int N = kPerAccess<S>, kRuns = kTransposedRows / N;
   if (!t.aligned) {
     for (int e = threadIdx.x; e < columns * kTransposedRows; e += blockDim.x) {
       const int k = e / kTransposedRows, q = e % kTransposedRows;
@@ -94,8 +88,8 @@ __global__ void __launch_bounds__(256, 2) form_kernel(Prepared<typename ComputeO
   const int64_t k0 = q * in.columns;
   const int columns = static_cast<int>(min(in.a.d - k0, in.columns));
 
-  constexpr int kClear = 16 / int(sizeof(C));
-  for (int e = threadIdx.x * kClear; e < t.rows * t.stride; e += blockDim.x * kClear)
+  constexpr int kRun = kPerAccess<C>;
+  for (int e = threadIdx.x * kRun; e < t.rows * t.stride; e += blockDim.x * kRun)
     *reinterpret_cast<uint4*>(tile + e) = make_uint4(0, 0, 0, 0);
   if (t.positions)
     for (int64_t e = threadIdx.x; e < in.a.count; e += blockDim.x) staged[e] = in.position[e];
@@ -120,41 +114,35 @@ __global__ void __launch_bounds__(256, 2) form_kernel(Prepared<typename ComputeO
 constexpr int kRowWarps = 4;
 constexpr int64_t kRowBytes = 16 << 10, kTransposedBytes = 104 << 10, kPositionBytes = 6 << 10;
 
-template <class S, bool Transposed>
-void delta_weight_as(const DeltaWeight& p, Device& device) {
-  using C = typename ComputeOf<S>::type;
-  constexpr int N = kRun<S, Transposed>;
-  const Basis& b = p.basis;
-  const auto store = RoundedStore<S>::of(p, p.scale);
-  const int threads = std::min(device.max_threads, Transposed ? 256 : 32 * kRowWarps);
-  const int64_t batches = threads * int64_t{sizeof(uint4)};
-  // 32 elements after each row are written but never read. Transposed, a stride of 2 modulo 32 puts
-  // the runs of a column in different banks.
-  const int64_t rows = Transposed ? kTransposedRows : threads / 32, pad = Transposed ? 34 : 32;
-  const int64_t room = std::min(device.shared_bytes - batches,
-                                Transposed ? kTransposedBytes : rows * (kRowBytes + 128));
-  const int64_t most = (room / (rows * int64_t{sizeof(C)}) - pad) / 32 * 32;
-  const int64_t chunks = ceil_div(b.d, std::max<int64_t>(most, 32));
-  const int64_t columns = ceil_div(ceil_div(b.d, chunks), 32) * 32;
-  Tile t{static_cast<int>(rows), static_cast<int>(columns + pad),
-         store.aligned(N) && (Transposed ? b.D : b.d) % N == 0, false};
-  int64_t shared = t.rows * t.stride * int64_t{sizeof(C)} + batches;
-  const int64_t position_bytes = b.a.count * int64_t{sizeof(uint16_t)};
-  t.positions = position_bytes <= std::min(kPositionBytes, device.shared_bytes - shared);
-  if (t.positions) shared += position_bytes;
-
-  const Prepared<C> in = prepare<C>(p, columns, chunks, device);
-  launch(device, "delta_weight_form", form_kernel<S, Transposed>, ceil_div(b.D, rows) * chunks,
-         threads, shared, in, b.D, t, store);
-}
-
 }  // namespace
 
 void delta_weight_lists(const DeltaWeight& p, Device& device) {
+  const Basis& b = p.basis;
+  const int threads = std::min(device.max_threads, p.transposed ? 256 : 32 * kRowWarps);
+  const int64_t batches = threads * int64_t{sizeof(uint4)};
+  // 32 elements after each row are written but never read. Transposed, a stride of 2 modulo 32 puts
+  // the runs of a column in different banks.
+  const int64_t rows = p.transposed ? kTransposedRows : threads / 32, pad = p.transposed ? 34 : 32;
+  const int64_t room = std::min(device.shared_bytes - batches,
+                                p.transposed ? kTransposedBytes : rows * (kRowBytes + 128));
   with_dtype(p.dtype, [&](auto s) {
-    with_flag(p.transposed, [&](auto transposed) {
-      delta_weight_as<decltype(s), decltype(transposed)::value>(p, device);
-    });
+    using S = decltype(s);
+    using C = typename ComputeOf<S>::type;
+    const int64_t most = (room / (rows * int64_t{sizeof(C)}) - pad) / 32 * 32;
+    const int64_t chunks = ceil_div(b.d, std::max<int64_t>(most, 32));
+    const int64_t columns = ceil_div(ceil_div(b.d, chunks), 32) * 32;
+    const auto store = RoundedStore<S>::of(p, p.scale);
+    const int run = p.transposed ? kPerAccess<S> : kPerAccess<C>;
+    Tile t{static_cast<int>(rows), static_cast<int>(columns + pad),
+           store.aligned(run) && (p.transposed ? b.D : b.d) % run == 0, false};
+    int64_t shared = t.rows * t.stride * int64_t{sizeof(C)} + batches;
+    const int64_t position_bytes = b.a.count * int64_t{sizeof(uint16_t)};
+    t.positions = position_bytes <= std::min(kPositionBytes, device.shared_bytes - shared);
+    if (t.positions) shared += position_bytes;
+
+    const Prepared<C> in = prepare<C>(p, columns, chunks, device);
+    launch(device, "delta_weight_form", p.transposed ? form_kernel<S, true> : form_kernel<S, false>,
+           ceil_div(b.D, rows) * chunks, threads, shared, in, b.D, t, store);
   });
 }
 

@@ -49,7 +49,7 @@ template <class S>
 __global__ void transpose_kernel(const S* in, int64_t D, Support a, int64_t across, bool aligned,
                                  S* out) {
   const int64_t d = a.d;
-  constexpr int N = 16 / int(sizeof(S)), kStride = kTileStride<S>;
+  constexpr int N = kPerAccess<S>, kStride = kTileStride<S>;
   S* tile = reinterpret_cast<S*>(shared_memory());  // (kSide columns, kStride)
   const int64_t k0 = blockIdx.x % across * kSide;
   const int cols = static_cast<int>(min(d - k0, int64_t{kSide}));
@@ -97,10 +97,8 @@ const S* transpose_used(const S* in, int64_t D, const Support& a, Device& device
 
 // ---- gather -------------------------------------------------------------------------------------
 
-template <class S>
-constexpr int kPositions = 16 / int(sizeof(S));  // of S_j that a block takes
-constexpr int kTeam = 8;                         // lanes that share a column of B
-constexpr int kAhead = 4;                        // entries of it that a lane takes at a time
+constexpr int kTeam = 8;   // lanes that share a column of B
+constexpr int kAhead = 4;  // entries of it that a lane takes at a time
 
 // sum += sign * (the elements of 16 bytes)
 template <int N, class C>
@@ -177,7 +175,7 @@ template <class S, class Index>
 __global__ void gather_kernel(const S* GT, int64_t D, Support a, Lists<Index> b_cols, int rows,
                               unsigned tiles, bool in_words, typename ComputeOf<S>::type* Z) {
   using C = typename ComputeOf<S>::type;
-  constexpr int N = kPositions<S>;
+  constexpr int N = kPerAccess<S>;  // positions of S_j that a block takes
   // (rows + 1), N positions each; the last row is zero.
   uint4* tile = reinterpret_cast<uint4*>(shared_memory());
   const unsigned group = blockIdx.x / tiles, t = blockIdx.x % tiles;
@@ -246,7 +244,7 @@ void delta_weight_backward_lists(const DeltaWeightBackward& p, Device& device) {
     C* Z = scratch<C>(device, tiles * a.room() * a.bases);
     b.b_cols.typed([&](auto b_cols) {
       launch(device, "delta_weight_gather", gather_kernel<S, typename decltype(b_cols)::Index>,
-             most_tiles(a.count, a.r, kPositions<S>) * tiles, std::min(device.max_threads, 256),
+             most_tiles(a.count, a.r, kPerAccess<S>) * tiles, std::min(device.max_threads, 256),
              (rows + 1) * kRow, GT, b.D, a, b_cols, rows, tiles, in_words, Z);
     });
     call.contract(Z, tiles, p.dlam, p.dgam, false);

@@ -221,31 +221,28 @@ __global__ void __launch_bounds__(kTileThreads, 1) delta_planes_kernel(Formation
   store_tile<Transposed>(tile, shared_memory(), row_block * kLines, col0, p.out);
 }
 
-template <class S, bool Tf32, bool Transposed>
-void form(const DeltaWeight& w, Device& device) {
-  using C = typename ComputeOf<S>::type;
-  const Basis& b = w.basis;
-  const int64_t rows = Transposed ? b.d : b.D, cols = Transposed ? b.D : b.d;
-  const Formation<S> p{DeltaShape(b),
-                       row_codes(b, device),
-                       signs_of_A(b, device),
-                       static_cast<const C*>(w.lam),
-                       static_cast<const C*>(w.gam),
-                       ceil_div(b.D, kLines),
-                       {RoundedStore<S>::of(w, w.scale / 2),  // codes stand for doubled numbers
-                        rows, cols, aligned_rows(cols, kPerAccess<S>, w.out, w.base)}};
-  launch(device, "delta_planes", delta_planes_kernel<S, Tf32, Transposed>,
-         p.row_blocks * ceil_div(b.d, kColumns<S>), kTileThreads, FormationMemory<S>::bytes(), p);
-}
-
 }  // namespace
 
 void delta_weight(const DeltaWeight& p, Device& device) {
-  if (p.basis.has_lists()) return delta_weight_lists(p, device);
-  with_engine(p.dtype, device.tf32, [&](auto s, auto tf32) {
-    with_flag(p.transposed, [&](auto transposed) {
-      form<decltype(s), decltype(tf32)::value, decltype(transposed)::value>(p, device);
-    });
+  const Basis& b = p.basis;
+  if (b.has_lists()) return delta_weight_lists(p, device);
+  const int64_t rows = p.transposed ? b.d : b.D, cols = p.transposed ? b.D : b.d;
+  with_engine(p.dtype, device.tf32, [&](auto storage, auto tf32) {
+    using S = decltype(storage);
+    using C = typename ComputeOf<S>::type;
+    constexpr bool kTf32 = decltype(tf32)::value;
+    const Formation<S> all{DeltaShape(b),
+                           row_codes(b, device),
+                           signs_of_A(b, device),
+                           static_cast<const C*>(p.lam),
+                           static_cast<const C*>(p.gam),
+                           ceil_div(b.D, kLines),
+                           {RoundedStore<S>::of(p, p.scale / 2),  // codes stand for doubled numbers
+                            rows, cols, aligned_rows(cols, kPerAccess<S>, p.out, p.base)}};
+    const auto kernel =
+        p.transposed ? delta_planes_kernel<S, kTf32, true> : delta_planes_kernel<S, kTf32, false>;
+    launch(device, "delta_planes", kernel, all.row_blocks * ceil_div(b.d, kColumns<S>),
+           kTileThreads, FormationMemory<S>::bytes(), all);
   });
 }
 

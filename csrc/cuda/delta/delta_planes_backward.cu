@@ -173,37 +173,37 @@ __global__ void delta_gradients_kernel(const C* dlam_parts, int64_t col_blocks, 
     add_parts(dlam_parts, col_blocks, lambdas, e - gammas, dlam);
 }
 
-template <class S, bool Tf32, bool Transposed>
-void contract_gradient(const DeltaWeightBackward& w, Device& device) {
-  using C = typename ComputeOf<S>::type;
-  const Basis& b = w.basis;
-  const DeltaShape s(b);
-  const int64_t col_blocks = ceil_div(s.d, kColumns<S>), lambdas = s.r * s.n, gammas = s.n * s.d;
-  const Contraction<S> p{s,
-                         column_codes(b, device),
-                         signs_of_A(b, device),
-                         static_cast<const C*>(w.lam),
-                         static_cast<const C*>(w.gam),
-                         static_cast<const S*>(w.grad),
-                         aligned_rows(Transposed ? s.D : s.d, kPerAccess<S>, w.grad),
-                         static_cast<C>(w.scale / 2),  // codes stand for doubled numbers
-                         scratch<C>(device, col_blocks * lambdas),
-                         scratch<C>(device, s.octets() * gammas)};
-  launch(device, "delta_planes_backward", delta_planes_backward_kernel<S, Tf32, Transposed>,
-         s.chunks() * s.octets() * col_blocks, kTileThreads,
-         ContractionMemory<S, Transposed>::bytes(), p);
-  launch(device, "delta_gradients", delta_gradients_kernel<C>, ceil_div(gammas + lambdas, 128), 128,
-         0, p.dlam, col_blocks, lambdas, w.dlam, p.dgam, s.octets(), gammas, w.dgam);
-}
-
 }  // namespace
 
 void delta_weight_backward(const DeltaWeightBackward& p, Device& device) {
-  if (p.basis.has_lists()) return delta_weight_backward_lists(p, device);
-  with_engine(p.dtype, device.tf32, [&](auto s, auto tf32) {
-    with_flag(p.transposed, [&](auto transposed) {
-      contract_gradient<decltype(s), decltype(tf32)::value, decltype(transposed)::value>(p, device);
-    });
+  const Basis& b = p.basis;
+  if (b.has_lists()) return delta_weight_backward_lists(p, device);
+  with_engine(p.dtype, device.tf32, [&](auto storage, auto tf32) {
+    using S = decltype(storage);
+    using C = typename ComputeOf<S>::type;
+    constexpr bool kTf32 = decltype(tf32)::value;
+    const DeltaShape s(b);
+    const int64_t col_blocks = ceil_div(s.d, kColumns<S>), lambdas = s.r * s.n, gammas = s.n * s.d;
+    const Contraction<S> all{s,
+                             column_codes(b, device),
+                             signs_of_A(b, device),
+                             static_cast<const C*>(p.lam),
+                             static_cast<const C*>(p.gam),
+                             static_cast<const S*>(p.grad),
+                             aligned_rows(p.transposed ? s.D : s.d, kPerAccess<S>, p.grad),
+                             static_cast<C>(p.scale / 2),  // codes stand for doubled numbers
+                             scratch<C>(device, col_blocks * lambdas),
+                             scratch<C>(device, s.octets() * gammas)};
+    const auto start = [&](auto kernel, int64_t shared) {
+      launch(device, "delta_planes_backward", kernel, s.chunks() * s.octets() * col_blocks,
+             kTileThreads, shared, all);
+    };
+    p.transposed
+        ? start(delta_planes_backward_kernel<S, kTf32, true>, ContractionMemory<S, true>::bytes())
+        : start(delta_planes_backward_kernel<S, kTf32, false>,
+                ContractionMemory<S, false>::bytes());
+    launch(device, "delta_gradients", delta_gradients_kernel<C>, ceil_div(gammas + lambdas, 128),
+           128, 0, all.dlam, col_blocks, lambdas, p.dlam, all.dgam, s.octets(), gammas, p.dgam);
   });
 }
 
