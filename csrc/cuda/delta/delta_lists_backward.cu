@@ -18,7 +18,6 @@
 // Scratch: G^T as large as G, and (D / 4096) n nnz(A) sums.
 #include <algorithm>
 
-#include "../../core/stochastic.h"
 #include "../device/warp_sums.h"
 #include "../factored/a_side.h"
 
@@ -63,11 +62,9 @@ __global__ void transpose_kernel(const S* in, int64_t D, Support a, int64_t acro
       for (int e = threadIdx.x; e < kSide * kSide / N; e += blockDim.x) {
         const int row = e / (kSide / N), k = e % (kSide / N) * N;
         if (row >= rows || k >= cols) continue;
-        const uint4 words = *reinterpret_cast<const uint4*>(in + (o0 + row) * d + k0 + k);
-        S v[N];
-        memcpy(v, &words, 16);
+        const auto pack = *reinterpret_cast<const Pack<S, N>*>(in + (o0 + row) * d + k0 + k);
 #pragma unroll
-        for (int u = 0; u < N; ++u) tile[(k + u) * kStride + row] = v[u];
+        for (int u = 0; u < N; ++u) tile[(k + u) * kStride + row] = pack.get(u);
       }
     } else {
       for (int e = threadIdx.x; e < kSide * kSide; e += blockDim.x) {
@@ -100,54 +97,34 @@ const S* transpose_used(const S* in, int64_t D, const Support& a, Device& device
 constexpr int kTeam = 8;   // lanes that share a column of B
 constexpr int kAhead = 4;  // entries of it that a lane takes at a time
 
-// sum += sign * (the elements of 16 bytes)
-template <int N, class C>
-__device__ __forceinline__ void add_words(C (&sum)[N], C sign, uint4 words, bf16) {
-  const uint32_t w[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int u = 0; u < 4; ++u) {  // a bf16 is the upper half of a float
-    sum[2 * u] += sign * float_of_bits(w[u] << 16);
-    sum[2 * u + 1] += sign * float_of_bits(w[u] & 0xffff0000u);
-  }
-}
-template <int N, class C, class S>
-__device__ __forceinline__ void add_words(C (&sum)[N], C sign, uint4 words, S) {
-  S v[N];
-  memcpy(v, &words, 16);
-#pragma unroll
-  for (int u = 0; u < N; ++u) sum[u] += sign * widen(v[u]);
-}
-
 // tile[o] = element o of each column; zero for columns past `here`. `in_words` says that columns of
 // 16-bit elements are aligned to 4 bytes, so that rows can be loaded in pairs.
 template <int N, class S>
 __device__ __forceinline__ void fill_tile(const S* const (&column)[N], int here, int height,
-                                          bool in_words, uint4* tile) {
+                                          bool in_words, Pack<S, N>* tile) {
   int o = threadIdx.x;
   if constexpr (sizeof(S) == 2) {
     for (int pair = o; in_words && pair < height / 2; pair += blockDim.x) {
-      uint32_t w[N], low[N / 2], high[N / 2];
+      uint32_t w[N];
+      Pack<S, N> low, high;
 #pragma unroll
       for (int u = 0; u < N; ++u)
         w[u] = u < here ? reinterpret_cast<const uint32_t*>(column[u])[pair] : 0;
 #pragma unroll
       for (int u = 0; u < N; u += 2) {
-        low[u / 2] = (w[u] & 0xffffu) | w[u + 1] << 16;
-        high[u / 2] = w[u] >> 16 | (w[u + 1] & 0xffff0000u);
+        low.word[u / 2] = (w[u] & 0xffffu) | w[u + 1] << 16;
+        high.word[u / 2] = w[u] >> 16 | (w[u + 1] & 0xffff0000u);
       }
-      tile[2 * pair] = make_uint4(low[0], low[1], low[2], low[3]);
-      tile[2 * pair + 1] = make_uint4(high[0], high[1], high[2], high[3]);
+      tile[2 * pair] = low, tile[2 * pair + 1] = high;
     }
     if (in_words) o += height / 2 * 2;
   }
   for (; o < height; o += blockDim.x) {
-    S v[N] = {};
+    Pack<S, N> row = {};
 #pragma unroll
     for (int u = 0; u < N; ++u)
-      if (u < here) v[u] = column[u][o];
-    uint4 words;
-    memcpy(&words, v, 16);
-    tile[o] = words;
+      if (u < here) row.set(u, column[u][o]);
+    tile[o] = row;
   }
 }
 
@@ -155,7 +132,7 @@ __device__ __forceinline__ void fill_tile(const S* const (&column)[N], int here,
 // lane takes every kTeam-th row; past the end it takes the row of zeros, `rows`.
 template <int N, class Index, class C, class S>
 __device__ __forceinline__ void add_rows(const Index* list, int count, int pluses, int64_t o0,
-                                         int rows, const uint4* tile, C (&sum)[N], S) {
+                                         int rows, const Pack<S, N>* tile, C (&sum)[N]) {
   const int lane = threadIdx.x % kTeam;
   const Index* at = list + lane;
   const int first = static_cast<int>(o0), none = first + rows;
@@ -165,8 +142,12 @@ __device__ __forceinline__ void add_rows(const Index* list, int count, int pluse
     for (int u = 0; u < kAhead; ++u)
       o[u] = e + u * kTeam < count ? static_cast<int>(at[u * kTeam]) : none;
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u)
-      add_words(sum, e + u * kTeam < pluses ? C(1) : C(-1), tile[o[u] - first], S{});
+    for (int u = 0; u < kAhead; ++u) {
+      const C sign = e + u * kTeam < pluses ? C(1) : C(-1);
+      const Pack<S, N> row = tile[o[u] - first];
+#pragma unroll
+      for (int v = 0; v < N; ++v) sum[v] += sign * widen(row.get(v));
+    }
   }
 }
 
@@ -177,7 +158,7 @@ __global__ void gather_kernel(const S* GT, int64_t D, Support a, Lists<Index> b_
   using C = typename ComputeOf<S>::type;
   constexpr int N = kPerAccess<S>;  // positions of S_j that a block takes
   // (rows + 1), N positions each; the last row is zero.
-  uint4* tile = reinterpret_cast<uint4*>(shared_memory());
+  auto* tile = reinterpret_cast<Pack<S, N>*>(shared_memory());
   const unsigned group = blockIdx.x / tiles, t = blockIdx.x % tiles;
   const int64_t j = line_of_tile(a.offset, a.r, group, N);
   const int64_t p0 = (group - first_tile(a.offset, j, N)) * N, e0 = a.first(j) + p0, n = a.n;
@@ -190,7 +171,7 @@ __global__ void gather_kernel(const S* GT, int64_t D, Support a, Lists<Index> b_
 #pragma unroll
   for (int u = 0; u < N; ++u) column[u] = GT + (u < here ? a.entry[e0 + u] / 2 : 0) * D + o0;
   fill_tile<N>(column, here, height, in_words, tile);
-  if (threadIdx.x == 0) tile[rows] = make_uint4(0, 0, 0, 0);
+  if (threadIdx.x == 0) tile[rows] = {};
   __syncthreads();
 
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -212,10 +193,10 @@ __global__ void gather_kernel(const S* GT, int64_t D, Support a, Lists<Index> b_
     const int pluses = static_cast<int>(plus_end - plus), minuses = static_cast<int>(end - minus);
     C sum[N] = {};
     if (tiles == 1) {
-      add_rows(b_cols.index + plus, pluses + minuses, pluses, o0, rows, tile, sum, S{});
+      add_rows(b_cols.index + plus, pluses + minuses, pluses, o0, rows, tile, sum);
     } else {
-      add_rows(b_cols.index + plus, pluses, pluses, o0, rows, tile, sum, S{});
-      add_rows(b_cols.index + minus, minuses, 0, o0, rows, tile, sum, S{});
+      add_rows(b_cols.index + plus, pluses, pluses, o0, rows, tile, sum);
+      add_rows(b_cols.index + minus, minuses, 0, o0, rows, tile, sum);
     }
     const C z = warp_sums<N, 1, kTeam>(sum);
     constexpr int kCopies = kTeam / N;  // lanes that end with the same sum
@@ -237,7 +218,7 @@ void delta_weight_backward_lists(const DeltaWeightBackward& p, Device& device) {
     using C = typename ComputeOf<S>::type;
     const S* GT = static_cast<const S*>(p.grad);
     if (!p.transposed) GT = transpose_used(GT, b.D, a, device);
-    constexpr int64_t kRow = sizeof(uint4);  // and one more row, of zeros
+    constexpr int64_t kRow = 16;  // and one more row, of zeros
     const int64_t most = std::min(device.shared_bytes - kRow, kGatherBytes) / kRow / 2 * 2;
     const int64_t tiles = ceil_div(b.D, most), rows = ceil_div(ceil_div(b.D, tiles), 2) * 2;
     const bool in_words = b.D % 2 == 0 && reinterpret_cast<uintptr_t>(GT) % 4 == 0;
