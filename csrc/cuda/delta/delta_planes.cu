@@ -183,7 +183,6 @@ __global__ void __launch_bounds__(kTileThreads, 1) delta_planes_kernel(Formation
   column.form(Shared::operand(0), Shared::lam(0), column.load_signs(0));
 
   TernaryTile<S, N, Tf32> tile;
-  tile.warp.zero();
   int chunk = 1 / quads, quad = 1 % quads;  // of the next step
 #pragma unroll 1
   for (int s = 0; s < steps; ++s) {

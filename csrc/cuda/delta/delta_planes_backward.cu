@@ -132,7 +132,6 @@ __global__ void __launch_bounds__(kTileThreads, 1) delta_planes_backward_kernel(
                                            step * kSlots, col0, p.aligned);
   };
   TernaryTile<S, N, Tf32> tile;
-  tile.warp.zero();
   pipeline<2>(static_cast<int>(steps), load, [&](int half) {
     tile.template step<kOrder>(Shared::codes(half), Shared::operand(half), Shared::kStride);
   });

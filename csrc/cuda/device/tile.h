@@ -44,16 +44,7 @@ template <class S, int MI, int NI, bool Tf32 = false>
 struct WarpTile {
   using C = typename ComputeOf<S>::type;
   static constexpr int kStep = 16;  // k advances by this; callers pad k with zeros
-  C acc[MI][NI][4];
-
-  __device__ __forceinline__ void zero() {
-#pragma unroll
-    for (int m = 0; m < MI; ++m)
-#pragma unroll
-      for (int n = 0; n < NI; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) acc[m][n][e] = C(0);
-  }
+  C acc[MI][NI][4] = {};
 
   // Row and column within the warp's tile of acc[m][n][e].
   static __device__ __forceinline__ int row(int m, int e) {

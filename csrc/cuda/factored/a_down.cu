@@ -128,7 +128,6 @@ __global__ void __launch_bounds__(256, 1)
   };
 
   Tile tile;
-  tile.zero();
   const int p0 = warp * B::kLines;  // the warp's first entry in a chunk
   const auto use = [&](const Stage& stage, int buffer) {
     if (p0 >= stage.count) return;
@@ -157,7 +156,7 @@ __global__ void __launch_bounds__(256, 1)
     }
     if (!flushes) return;
     sums.add(tile, column);
-    tile.zero();
+    tile = {};
   };
 
   for (int x = threadIdx.x; x < columns * B::kTokens; x += blockDim.x) sums.sums[x] = 0;

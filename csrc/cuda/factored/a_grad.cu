@@ -83,7 +83,6 @@ __global__ void __launch_bounds__(128)
   };
 
   Tile tile;
-  tile.zero();
   const int wm = B::warp_m(), wn = B::warp_n();
   const bool works = wm < entries && i0 + wn < a.n;
   pipeline<B::kStages>(steps, load, [&](int stage) {

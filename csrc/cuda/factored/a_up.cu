@@ -72,7 +72,6 @@ __global__ void __launch_bounds__(128)
   };
 
   Tile tile;
-  tile.zero();
   const int wm = B::warp_m(), wn = B::warp_n();
   const bool works = i0 + wn < a.n;
   fetch(0);

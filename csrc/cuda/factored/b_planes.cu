@@ -119,7 +119,6 @@ __global__ void __launch_bounds__(kTileThreads, 1) b_planes_kernel(Product<S> p)
     cp_async_commit();
   };
   TernaryTile<S, N, Tf32> tile;
-  tile.warp.zero();
   load(first, 0);
   words.store(Shared::codes(0));
 #pragma unroll 1
