@@ -157,8 +157,8 @@ __global__ void add_partial_kernel(const typename ComputeOf<S>::type* partial, i
   out.one(at, sum);
 }
 
-template <class S, bool Tf32, bool Up, int N>
-void run(Product<S>& p, Device& device) {
+template <class S, bool Tf32, int N>
+void run(Product<S>& p, bool up, Device& device) {
   using C = typename ComputeOf<S>::type;
   constexpr int64_t kStep = kTiles<S, N> * kSlots;
   p.line_blocks = ceil_div(p.lines, kLines), p.token_blocks = ceil_div(p.T, N);
@@ -168,21 +168,12 @@ void run(Product<S>& p, Device& device) {
   p.slots = ceil_div(steps, std::max<int64_t>(1, std::min(wanted, steps))) * kStep;
   p.splits = ceil_div(p.depth, p.slots);
   p.partial = p.splits > 1 ? scratch<C>(device, p.splits * p.T * p.lines) : nullptr;
-  launch(device, Up ? "b_up_planes" : "b_down_planes", b_planes_kernel<S, Tf32, Up, N>,
+  launch(device, up ? "b_up_planes" : "b_down_planes",
+         up ? b_planes_kernel<S, Tf32, true, N> : b_planes_kernel<S, Tf32, false, N>,
          tiles * p.splits, kTileThreads, SharedMemory<S, N>::bytes(), p);
   if (p.partial)
     launch(device, "add_partial", add_partial_kernel<S>, ceil_div(p.T * p.lines, 128), 128, 0,
            p.partial, p.splits, p.T * p.lines, p.out.store);
-}
-
-// Chooses N by the number of tokens: half a full tile if full tiles would not fill the card twice.
-template <class S, bool Tf32, bool Up>
-void run_for_tokens(Product<S>& p, Device& device) {
-  if (p.T <= 16) return run<S, Tf32, Up, 16>(p, device);
-  if constexpr (kColumns<S> == 128)
-    if (ceil_div(p.lines, kLines) * ceil_div(p.T, 128) < 2 * device.multiprocessors)
-      return run<S, Tf32, Up, 64>(p, device);
-  run<S, Tf32, Up, kColumns<S>>(p, device);
 }
 
 }  // namespace
@@ -203,9 +194,13 @@ void b_planes(const BSide& side, Device& device) {
              p.T,
              p.lines,
              aligned_rows(p.lines, kPerAccess<S>, to)};
-    with_flag(side.up, [&](auto up) {
-      run_for_tokens<S, decltype(tf32)::value, decltype(up)::value>(p, device);
-    });
+    constexpr bool kTf32 = decltype(tf32)::value;
+    if (p.T <= 16) return run<S, kTf32, 16>(p, side.up, device);
+    if constexpr (kColumns<S> ==
+                  128)  // half a full tile if full ones would not fill the card twice
+      if (ceil_div(p.lines, kLines) * ceil_div(p.T, 128) < 2 * device.multiprocessors)
+        return run<S, kTf32, 64>(p, side.up, device);
+    run<S, kTf32, kColumns<S>>(p, side.up, device);
   });
 }
 
