@@ -58,16 +58,6 @@ int64_t chunk_of(const Basis& b, int64_t T, DType dtype, const Device& device) {
   return min(T, most);
 }
 
-// Calls fn(first token, tokens) for every chunk; once if T is 0.
-template <class F>
-void each_chunk(int64_t T, int64_t chunk, const F& fn) {
-  int64_t t = 0;
-  do {
-    fn(t, min(chunk, T - t));
-    t += chunk;
-  } while (t < T);
-}
-
 // A product of the B side for a chunk of tokens, by the form of B.
 void b_side(const BSide& p, ScratchReuse& device) {
   device.next_chunk();

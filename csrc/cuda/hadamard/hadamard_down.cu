@@ -193,7 +193,7 @@ void hadamard_down(const HadamardDown& p, Device& device) {
     }
     InScratch<C> all(plan.log, p.T, device);
     C* mixed = p.z ? scratch<C>(device, all.chunk << plan.log) : nullptr;
-    all.each([&](int64_t t0, int64_t tokens) {
+    each_chunk(p.T, all.chunk, [&](int64_t t0, int64_t tokens) {
       all.start("hadamard_down_load", hadamard_down_load_kernel<S>, all.of_numbers(tokens), p,
                 all.numbers, plan.log, t0, tokens);
       all.transform(kEdgeBits<S>, tokens);

@@ -116,7 +116,7 @@ void hadamard_up(const HadamardUp& p, Device& device) {
       return;
     }
     InScratch<C> all(plan.log, p.T, device);
-    all.each([&](int64_t t0, int64_t tokens) {
+    each_chunk(p.T, all.chunk, [&](int64_t t0, int64_t tokens) {
       all.mix(p.sizes, p.z, p.dtype, p.T, all.numbers, t0, tokens);
       all.low(true, Diagonal<C>(p), nullptr, tokens);
       all.transform(kEdgeBits<S>, tokens);

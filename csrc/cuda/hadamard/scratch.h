@@ -8,27 +8,18 @@ namespace randlora::cuda {
 template <class C>
 struct InScratch {
   int log, threads;
-  int64_t count, chunk;  // of rows
+  int64_t chunk;  // of rows
   C* numbers;
   Device& device;
 
-  InScratch(int log_, int64_t count_, Device& device_)
+  InScratch(int log_, int64_t count, Device& device_)
       : log(log_),
         threads(std::min(device_.max_threads, kScratchThreads)),
-        count(count_),
         chunk(std::clamp<int64_t>((device_.chunk_bytes / int64_t{sizeof(C)}) >> log, 1,
                                   std::max<int64_t>(count, 1))),
         numbers(scratch<C>(device_, chunk << log)),
         device(device_) {}
 
-  // At least once.
-  template <class F>
-  void each(const F& fn) {
-    int64_t first = 0;
-    do {
-      fn(first, std::min(chunk, count - first));
-    } while ((first += chunk) < count);
-  }
   // For kernels whose threads take several items if there are very many.
   int64_t blocks(int64_t items) const {
     return std::min(ceil_div(items, threads), int64_t{1} << 20);
