@@ -47,7 +47,7 @@ struct alignas(N * sizeof(C)) [[gnu::may_alias]] Piece {
   C v[N];
 };
 
-// V adjacent numbers, in accesses of up to 16 bytes, for which `from` and `to` are aligned.
+// V adjacent numbers between registers and memory aligned for accesses of up to 16 bytes.
 template <int V, class C>
 __device__ __forceinline__ void load_run(const C* from, C* to) {
   constexpr int N = V < kPerAccess<C> ? V : kPerAccess<C>;

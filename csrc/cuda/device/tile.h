@@ -20,7 +20,8 @@ namespace randlora {
 
 enum class Order { by_line, by_k };
 
-// load(step, stage) issues copies (cp.async, or plain stores) Stages - 1 steps ahead of use(stage).
+// A block's loop over stages of shared memory: load(step, stage) issues copies (cp.async, or plain
+// stores) Stages - 1 steps ahead of use(stage).
 template <int Stages, class Load, class Use>
 __device__ __forceinline__ void pipeline(int steps, const Load& load, const Use& use) {
 #pragma unroll
