@@ -1,6 +1,9 @@
 // Element types of activations and weights as the kernels see them. No torch header here.
 #pragma once
 #include <cstdint>
+#include <cstring>
+
+#include "host_device.h"
 
 namespace randlora {
 
@@ -23,6 +26,28 @@ struct ComputeOf<double> {
   using type = double;
 };
 
-inline int64_t bytes_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+RANDLORA_HD int64_t bytes_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+
+// Calls fn(S{}) for the storage type S of a dtype.
+template <class F>
+static RANDLORA_HOST_MEMBER void with_dtype(DType dtype, const F& fn) {
+  switch (dtype) {
+    case DType::f32: return fn(float{});
+    case DType::f64: return fn(double{});
+    case DType::bf16: return fn(bf16{});
+    case DType::f16: return fn(f16{});
+  }
+}
+
+RANDLORA_HD float float_of_bits(uint32_t bits) {
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+RANDLORA_HD uint32_t bits_of_float(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  return bits;
+}
 
 }  // namespace randlora

@@ -4,8 +4,6 @@
 // x lies between two neighbours of the 16-bit type, down (towards zero) and up; it becomes up with
 // probability (|x| - |down|) / (|up| - |down|), so the expected result is x itself.
 #pragma once
-#include <cstring>
-
 #include "dtype.h"
 #include "host_device.h"
 #include "ternary_spec.h"
@@ -14,8 +12,7 @@ namespace randlora {
 
 // The words of elements 4 * block .. 4 * block + 3.
 RANDLORA_HD Counter4 rounding_words(uint64_t seed, uint64_t block) {
-  return philox4x32_10(Counter4{{static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32),
-                                 kRoleRounding, kSpecVersion}},
+  return philox4x32_10(counter_of(kRoleRounding, uint32_t(block >> 32), uint32_t(block)),
                        key0_of(seed), key1_of(seed));
 }
 
@@ -45,17 +42,6 @@ class RoundingWords {
   uint64_t seed_, block_ = ~uint64_t{0};  // no element has this block
   Counter4 words_ = {};
 };
-
-RANDLORA_HD float float_of_bits(uint32_t bits) {
-  float f;
-  memcpy(&f, &bits, 4);
-  return f;
-}
-RANDLORA_HD uint32_t bits_of_float(float f) {
-  uint32_t bits;
-  memcpy(&bits, &f, 4);
-  return bits;
-}
 
 // `u` is the random word. NaN and infinity are unchanged. The upper neighbour of the largest finite
 // value is the next power of two, stored as infinity. Between the two, x becomes infinity with the

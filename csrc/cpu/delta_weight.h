@@ -10,6 +10,7 @@
 #pragma once
 #include "../core/stochastic.h"
 #include "rows_by_rank.h"
+#include "token_block.h"
 
 namespace randlora::RANDLORA_ISA {
 
@@ -20,8 +21,8 @@ struct Compact {
   const Basis& b;
   explicit Compact(const Basis& basis) : b(basis) {}
 
-  int64_t first(int64_t j) const { return b.a.offset[2 * j]; }
-  int64_t support(int64_t j) const { return b.a.offset[2 * j + 2] - first(j); }
+  int64_t first(int64_t j) const { return b.a.plus(j); }
+  int64_t support(int64_t j) const { return b.a.end(j) - first(j); }
   int64_t stride(int64_t j) const { return (support(j) + L - 1) / L * L; }
   // Leaves room for L - 1 elements of padding for each rank index before j, in closed form.
   int64_t start(int64_t j) const { return (first(j) + (j + 1) * (L - 1)) / L * L * b.n; }
@@ -31,13 +32,7 @@ struct Compact {
     for (int64_t j = 0; j < b.r; ++j) most = stride(j) > most ? stride(j) : most;
     return most;
   }
-  RANDLORA_HD_MEMBER int64_t position(int64_t p) const {
-    return b.a.wide ? static_cast<const uint32_t*>(b.a.index)[p]
-                    : static_cast<const uint16_t*>(b.a.index)[p];
-  }
-  C sign(int64_t j, int64_t p) const {  // A[j, position(first(j) + p)]
-    return first(j) + p < b.a.offset[2 * j + 1] ? C(1) : C(-1);
-  }
+  C sign(int64_t j, int64_t p) const { return first(j) + p < b.a.minus(j) ? C(1) : C(-1); }
 };
 
 template <class C>
@@ -49,7 +44,7 @@ void compact_values(const Compact<C>& at, const C* lam, const C* gam, C* value, 
         C* row = value + at.start(j) + i * at.stride(j);
         const C l = lam[j * b.n + i];
         for (int64_t p = 0; p < at.support(j); ++p)
-          row[p] = at.sign(j, p) * l * gam[i * b.d + at.position(at.first(j) + p)];
+          row[p] = at.sign(j, p) * l * gam[i * b.d + b.a.at(at.first(j) + p)];
         for (int64_t p = at.support(j); p < at.stride(j); ++p) row[p] = C(0);
       }
   });
@@ -134,7 +129,7 @@ void delta_weight_as(const DeltaWeight& p, Runtime& rt) {
                 if (n_plus + n_minus == 0) return;
                 sum_compact(compact, stride, plus, n_plus, minus, n_minus, origin, s.sum);
                 C* row = s.rows + q * b.d;
-                for (int64_t e = 0; e < support; ++e) row[at.position(first + e)] += s.sum[e];
+                for (int64_t e = 0; e < support; ++e) row[b.a.at(first + e)] += s.sum[e];
               });
       }
       if (p.transposed) {
@@ -148,9 +143,7 @@ void delta_weight_as(const DeltaWeight& p, Runtime& rt) {
   });
 }
 
-inline void delta_weight(const DeltaWeight& p, Runtime& rt) {
-  with_dtype(p.dtype, [&](auto s) { delta_weight_as<decltype(s)>(p, rt); });
-}
+RANDLORA_BY_DTYPE(delta_weight, DeltaWeight)
 
 template <class S>
 void delta_weight_backward_as(const DeltaWeightBackward& p, Runtime& rt) {
@@ -187,7 +180,7 @@ void delta_weight_backward_as(const DeltaWeightBackward& p, Runtime& rt) {
       for (int64_t j = j0; j < j1; ++j) {
         const int64_t first = at.first(j), support = at.support(j), stride = at.stride(j);
         for (int64_t e = 0; e < stride; ++e) {
-          const int64_t k = e < support ? at.position(first + e) : -1;
+          const int64_t k = e < support ? b.a.at(first + e) : -1;
           for (int q = 0; q < rows; ++q)
             s.grad[q * stride + e] =
                 k < 0 ? C(0) : C(widen(G[p.transposed ? k * b.D + o + q : (o + q) * b.d + k]));
@@ -222,7 +215,7 @@ void delta_weight_backward_as(const DeltaWeightBackward& p, Runtime& rt) {
         const C *row = Z + at.start(j) + i * at.stride(j), l = lam[j * b.n + i] * scale;
         C sum = 0;
         for (int64_t e = 0; e < at.support(j); ++e) {
-          const int64_t k = i * b.d + at.position(at.first(j) + e);
+          const int64_t k = i * b.d + b.a.at(at.first(j) + e);
           const C z = at.sign(j, e) * row[e];
           sum += z * gam[k];
           dgam[k] += z * l;
@@ -233,8 +226,6 @@ void delta_weight_backward_as(const DeltaWeightBackward& p, Runtime& rt) {
   });
 }
 
-inline void delta_weight_backward(const DeltaWeightBackward& p, Runtime& rt) {
-  with_dtype(p.dtype, [&](auto s) { delta_weight_backward_as<decltype(s)>(p, rt); });
-}
+RANDLORA_BY_DTYPE(delta_weight_backward, DeltaWeightBackward)
 
 }  // namespace randlora::RANDLORA_ISA

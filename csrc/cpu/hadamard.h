@@ -1,17 +1,14 @@
 // Hadamard bases (core/hadamard.h): everything around the class products.
 //
-// A token's row of K numbers stays in the L1 cache from the first load to the last store. Reading n
-// numbers as whole vectors reads past the end of a row: z, w and lambda have room for a vector
-// behind their last element.
+// A token's row of K numbers stays in the L1 cache from the first load to the last store. Rows of z
+// are read in whole vectors, past their ends: z has room for a vector behind its last element.
 #pragma once
 #include "../core/hadamard.h"
 #include "../core/runtime.h"
 #include "../core/stochastic.h"
-#include "scaled_basis.h"  // with_dtype
 #include "simd.h"
 
-namespace randlora {
-namespace RANDLORA_ISA {
+namespace randlora::RANDLORA_ISA {
 
 // v becomes its Hadamard transform over the 2^G vectors.
 template <int G, class V>
@@ -376,7 +373,7 @@ void hadamard_gamma_as(const HadamardGamma& p, Runtime& rt) {
   S* out = static_cast<S*>(p.out);
   const int64_t n = p.sizes.n, d = p.sizes.d;
   rt.set_single(n * d < kHadamardOneThread);
-  C* s = static_cast<C*>(rt.scratch(size_t(d + L) * sizeof(C)));
+  C* s = static_cast<C*>(rt.scratch(size_t(d) * sizeof(C)));
   for (int64_t k = 0; k < d; ++k) s[k] = C(p.scale) * C(p.s[k]);
   rt.split(n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
@@ -413,24 +410,11 @@ void hadamard_diagonals_as(const HadamardDiagonals& p, Runtime& rt) {
   });
 }
 
-inline void hadamard_up(const HadamardUp& p, Runtime& rt) {
-  with_dtype(p.dtype, [&](auto s) { hadamard_up_as<decltype(s)>(p, rt); });
-}
-inline void hadamard_down(const HadamardDown& p, Runtime& rt) {
-  with_dtype(p.dtype, [&](auto s) { hadamard_down_as<decltype(s)>(p, rt); });
-}
-inline void hadamard_add(const HadamardAdd& p, Runtime& rt) {
-  with_dtype(p.dtype, [&](auto s) { hadamard_add_as<decltype(s)>(p, rt); });
-}
-inline void hadamard_weight(const HadamardWeight& p, Runtime& rt) {
-  with_dtype(p.dtype, [&](auto s) { hadamard_weight_as<decltype(s)>(p, rt); });
-}
-inline void hadamard_gamma(const HadamardGamma& p, Runtime& rt) {
-  with_dtype(p.dtype, [&](auto s) { hadamard_gamma_as<decltype(s)>(p, rt); });
-}
-inline void hadamard_diagonals(const HadamardDiagonals& p, Runtime& rt) {
-  with_dtype(p.dtype, [&](auto s) { hadamard_diagonals_as<decltype(s)>(p, rt); });
-}
+RANDLORA_BY_DTYPE(hadamard_up, HadamardUp)
+RANDLORA_BY_DTYPE(hadamard_down, HadamardDown)
+RANDLORA_BY_DTYPE(hadamard_add, HadamardAdd)
+RANDLORA_BY_DTYPE(hadamard_weight, HadamardWeight)
+RANDLORA_BY_DTYPE(hadamard_gamma, HadamardGamma)
+RANDLORA_BY_DTYPE(hadamard_diagonals, HadamardDiagonals)
 
-}  // namespace RANDLORA_ISA
-}  // namespace randlora
+}  // namespace randlora::RANDLORA_ISA

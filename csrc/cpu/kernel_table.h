@@ -1,12 +1,11 @@
 // The table of one instruction set's kernels; dispatch.cpp chooses among these tables.
 #pragma once
-#include "add_rounded.h"
 #include "delta_weight.h"
+#include "dense.h"
 #include "fill_planes.h"
 #include "hadamard.h"
 #include "linear.h"
 #include "linear_backward.h"
-#include "scaled_basis.h"
 
 #define RANDLORA_STRING_(x) #x
 #define RANDLORA_STRING(x) RANDLORA_STRING_(x)

@@ -14,7 +14,6 @@ namespace {
 
 using packing::narrow;
 using packing::widen;
-using packing::with_dtype;
 
 // fn(line, plus word, minus word, base) for every word of every line in [begin, end).
 template <class F>

@@ -100,12 +100,7 @@ RANDLORA_INLINE V add_product(V c, C s, V a) {
 
 RANDLORA_INLINE float widen(float v) { return v; }
 RANDLORA_INLINE double widen(double v) { return v; }
-RANDLORA_INLINE float widen(bf16 v) {
-  const uint32_t bits = uint32_t{v.bits} << 16;
-  float f;
-  __builtin_memcpy(&f, &bits, 4);
-  return f;
-}
+RANDLORA_INLINE float widen(bf16 v) { return float_of_bits(uint32_t{v.bits} << 16); }
 RANDLORA_INLINE float widen(f16 v) {
 #if defined(__F16C__)
   return _cvtsh_ss(v.bits);
@@ -113,23 +108,16 @@ RANDLORA_INLINE float widen(f16 v) {
   // Shift exponent and mantissa into place, then let one multiplication by 2^112 rebias the
   // exponent; it also normalises subnormals. Only inf and NaN need their exponent set by hand.
   const uint32_t sign = uint32_t{v.bits & 0x8000u} << 16;
-  uint32_t bits = uint32_t{v.bits & 0x7fffu} << 13;
-  float f;
-  __builtin_memcpy(&f, &bits, 4);
-  f *= 0x1p112f;
-  __builtin_memcpy(&bits, &f, 4);
-  if ((v.bits & 0x7c00u) == 0x7c00u) bits |= 0x7f800000u;
-  bits |= sign;
-  __builtin_memcpy(&f, &bits, 4);
-  return f;
+  const float magnitude = float_of_bits(uint32_t{v.bits & 0x7fffu} << 13) * 0x1p112f;
+  const uint32_t special = (v.bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
+  return float_of_bits(sign | bits_of_float(magnitude) | special);
 #endif
 }
 
 RANDLORA_INLINE void narrow(float v, float* to) { *to = v; }
 RANDLORA_INLINE void narrow(double v, double* to) { *to = v; }
 RANDLORA_INLINE void narrow(float v, bf16* to) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &v, 4);
+  const uint32_t bits = bits_of_float(v);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   to->bits = static_cast<uint16_t>(v != v ? (bits >> 16) | 0x40u : rounded);
 }
@@ -137,8 +125,7 @@ RANDLORA_INLINE void narrow(float v, f16* to) {
 #if defined(__F16C__)
   to->bits = static_cast<uint16_t>(_cvtss_sh(v, 0));
 #else
-  uint32_t bits;
-  __builtin_memcpy(&bits, &v, 4);
+  uint32_t bits = bits_of_float(v);
   const uint32_t sign = bits >> 16 & 0x8000u;
   bits &= 0x7fffffffu;
   if (bits >= 0x47800000u) {  // 2^16 and more, inf, NaN
@@ -146,10 +133,7 @@ RANDLORA_INLINE void narrow(float v, f16* to) {
     return;
   }
   if (bits < 0x38800000u) {  // subnormal: adding 0.5 makes the FPU round at the right place
-    float magnitude;
-    __builtin_memcpy(&magnitude, &bits, 4);
-    magnitude += 0.5f;
-    __builtin_memcpy(&bits, &magnitude, 4);
+    bits = bits_of_float(float_of_bits(bits) + 0.5f);
     to->bits = static_cast<uint16_t>(sign | (bits - 0x3f000000u));
     return;
   }
@@ -209,16 +193,11 @@ RANDLORA_INLINE void store_as(S* p, V v) {
   }
 }
 
-// fn(S{}) for the storage type S of a dtype.
-template <class F>
-RANDLORA_INLINE void with_dtype(DType dtype, const F& fn) {
-  switch (dtype) {
-    case DType::f32: return fn(float{});
-    case DType::f64: return fn(double{});
-    case DType::bf16: return fn(bf16{});
-    case DType::f16: return fn(f16{});
+// Defines the kernel `name`, which calls name_as<S> for the storage type S of its dtype.
+#define RANDLORA_BY_DTYPE(name, Operator)                                \
+  inline void name(const Operator& p, Runtime& rt) {                     \
+    with_dtype(p.dtype, [&](auto s) { name##_as<decltype(s)>(p, rt); }); \
   }
-}
 
 // ---- transposing an L x L square held in L vectors ----------------------------------------------
 

@@ -28,12 +28,7 @@ constexpr DType kTypes[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
 
 inline double double_of(float x) { return x; }
 inline double double_of(double x) { return x; }
-inline double double_of(bf16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
+inline double double_of(bf16 x) { return float_of_bits(uint32_t{x.bits} << 16); }
 inline double double_of(f16 x) {
   _Float16 h;
   std::memcpy(&h, &x.bits, 2);
@@ -44,9 +39,8 @@ inline double double_of(f16 x) {
 inline void store_rounded(double v, float* to) { *to = static_cast<float>(v); }
 inline void store_rounded(double v, double* to) { *to = v; }
 inline void store_rounded(double v, bf16* to) {
-  float f = static_cast<float>(v);
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
+  const float f = static_cast<float>(v);
+  const uint32_t bits = bits_of_float(f);
   to->bits =
       static_cast<uint16_t>(std::isnan(f) ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }

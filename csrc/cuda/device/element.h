@@ -13,12 +13,7 @@ namespace randlora {
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(bf16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float f;
-  memcpy(&f, &bits, 4);
-  return f;
-}
+__device__ __forceinline__ float widen(bf16 x) { return float_of_bits(uint32_t{x.bits} << 16); }
 __device__ __forceinline__ float widen(f16 x) {
 #if defined(__CUDACC__)
   return __half2float(__ushort_as_half(x.bits));
@@ -31,15 +26,8 @@ __device__ __forceinline__ float widen(f16 x) {
 
 // narrow<S>(x) rounds to nearest, ties to even.
 template <class S>
-__device__ __forceinline__ S narrow(typename ComputeOf<S>::type x);
-
-template <>
-__device__ __forceinline__ float narrow<float>(float x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ double narrow<double>(double x) {
-  return x;
+__device__ __forceinline__ S narrow(typename ComputeOf<S>::type x) {
+  return x;  // float and double
 }
 template <>
 __device__ __forceinline__ bf16 narrow<bf16>(float x) {
@@ -48,8 +36,7 @@ __device__ __forceinline__ bf16 narrow<bf16>(float x) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r.bits) : "f"(x));
   return r;
 #else
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
+  const uint32_t bits = bits_of_float(x);
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return bf16{static_cast<uint16_t>(nan ? 0x7fc0u : rounded)};
@@ -81,17 +68,6 @@ __device__ __forceinline__ uint32_t pack<bf16>(float low, float high) {
   return r;
 }
 #endif
-
-// Calls fn(S{}) for the storage type S of a dtype: a launcher picks its kernel with it.
-template <class F>
-void with_dtype(DType dtype, const F& fn) {
-  switch (dtype) {
-    case DType::f32: return fn(float{});
-    case DType::f64: return fn(double{});
-    case DType::bf16: return fn(bf16{});
-    case DType::f16: return fn(f16{});
-  }
-}
 
 // Calls fn(S{}, std::bool_constant): whether tensor cores multiply S as TF32, which they may for
 // float if `tf32`.
