@@ -8,7 +8,8 @@
 // Entries add or subtract rows but never multiply them by 0, so NaN and inf spread only to lines
 // in which B is not zero.
 #pragma once
-#include "b_side.h"
+#include "../core/operators.h"
+#include "token_block.h"
 
 namespace randlora::RANDLORA_ISA {
 
@@ -83,9 +84,10 @@ void add_entries(const typename B::C* table, const uint8_t* number, int64_t line
   }
 }
 
-// dst[o] = sum_c B[o, c] src[c] for all rows of B (V -> y).
+// dst[o] = sum_c B[o, c] src[c] for all rows of B (V -> y) and `count` token blocks side by side:
+// planes are decoded once for all of them.
 template <class B>
-void planes_up(const Basis& b, const Blocks<typename B::C>& on,
+void planes_up(const Basis& b, int count, const typename B::C* src, typename B::C* dst,
                const QuadScratch<typename B::C>& scratch) {
   const Planes& planes = b.b_planes;
   for (int64_t word = 0; word < planes.words; ++word) {
@@ -100,18 +102,18 @@ void planes_up(const Basis& b, const Blocks<typename B::C>& on,
     for (int part = 0; part < 4; ++part) {
       const int64_t first = 64 * word + kQuadRows * part;
       if (first >= b.K()) break;
-      for (int g = 0; g < on.count; ++g) {
-        fill_tables<B>(on.src + g * on.src_step + first * B::TB, b.K() - first, scratch.table);
-        add_entries<B>(scratch.table, scratch.number + 4 * part, 16, 1, b.D,
-                       on.dst + g * on.dst_step, first == 0);
+      for (int g = 0; g < count; ++g) {
+        fill_tables<B>(src + (g * b.K() + first) * B::TB, b.K() - first, scratch.table);
+        add_entries<B>(scratch.table, scratch.number + 4 * part, 16, 1, b.D, dst + g * b.D * B::TB,
+                       first == 0);
       }
     }
   }
 }
 
-// dst[c] = sum_o B[o, c] src[o] for all columns of B (x or dy -> U).
+// dst[c] = sum_o B[o, c] src[o] for all columns of B (x or dy -> U), likewise.
 template <class B>
-void planes_down(const Basis& b, const Blocks<typename B::C>& on,
+void planes_down(const Basis& b, int count, const typename B::C* src, typename B::C* dst,
                  const QuadScratch<typename B::C>& scratch) {
   const Planes& planes = b.b_planes;
   const int64_t padded = 64 * planes.words;
@@ -136,9 +138,9 @@ void planes_down(const Basis& b, const Blocks<typename B::C>& on,
         }
       }
     }
-    for (int g = 0; g < on.count; ++g) {
-      fill_tables<B>(on.src + g * on.src_step + first * B::TB, b.D - first, scratch.table);
-      add_entries<B>(scratch.table, scratch.number, 1, padded, b.K(), on.dst + g * on.dst_step,
+    for (int g = 0; g < count; ++g) {
+      fill_tables<B>(src + (g * b.D + first) * B::TB, b.D - first, scratch.table);
+      add_entries<B>(scratch.table, scratch.number, 1, padded, b.K(), dst + g * b.K() * B::TB,
                      first == 0);
     }
   }

@@ -7,6 +7,7 @@
 #pragma once
 #include "a_side.h"
 #include "b_planes.h"
+#include "b_side.h"
 
 namespace randlora::RANDLORA_ISA {
 
@@ -75,7 +76,7 @@ void emit_up(const Basis& b, const TokenSplit& split, Slot<B>& s, int64_t first,
                    dtype, (first + g) * B::TB, b.D, o);
   };
   if (!b.has_lists()) {
-    planes_up<B>(b, {count, s.mid, s.mid_step, s.large, s.large_step}, s.quads);
+    planes_up<B>(b, count, s.mid, s.large, s.quads);
     for (int g = 0; g < count; ++g) emit(g, s.large + g * s.large_step, 0, b.D);
     return;
   }
@@ -92,7 +93,7 @@ void emit_up(const Basis& b, const TokenSplit& split, Slot<B>& s, int64_t first,
 // index at a time, always in the same memory, so that u stays in the L1 cache.
 template <class B, class F>
 void down(const Basis& b, Slot<B>& s, int count, const F& fn) {
-  if (b.has_planes()) planes_down<B>(b, {count, s.large, s.large_step, s.mid, s.mid_step}, s.quads);
+  if (b.has_planes()) planes_down<B>(b, count, s.large, s.mid, s.quads);
   for (int64_t j = 0; j < b.r; ++j)
     for (int g = 0; g < count; ++g) {
       auto* u = s.mid + g * s.mid_step;

@@ -1,7 +1,8 @@
 // Visits rows of B one rank index at a time: for row o and rank index j, the bases i for which
 // B[o, j * n + i] is +1 and those for which it is -1. Used by delta_weight and its adjoint.
 #pragma once
-#include "b_side.h"
+#include "../core/operators.h"
+#include "simd.h"
 
 namespace randlora::RANDLORA_ISA {
 
@@ -41,8 +42,13 @@ class RowsByRank {
   void start(int64_t first, int rows, int64_t j) {
     first_ = first;
     if (b_.has_planes()) return;
-    for (int q = 0; q < rows; ++q)
-      b_.b_rows.typed([&](const auto& rows) { place(rows, q, j * b_.n); });
+    b_.b_rows.typed([&](const auto& lists) {
+      for (int q = 0; q < rows; ++q) {
+        const int64_t o = first + q, column = j * b_.n;
+        cursor_[q][0] = lower_bound(lists.index, lists.plus(o), lists.minus(o), column);
+        cursor_[q][1] = lower_bound(lists.index, lists.minus(o), lists.end(o), column);
+      }
+    });
   }
 
   // fn(plus, n_plus, minus, n_minus, origin): base i is entry - origin.
@@ -54,7 +60,16 @@ class RowsByRank {
       const uint16_t* minus_end = decode(b_.b_planes.minus + row, j, minus_);
       fn(plus_, plus_end - plus_, minus_, minus_end - minus_, 0);
     } else {
-      b_.b_rows.typed([&](const auto& rows) { advance(rows, q, j, fn); });
+      b_.b_rows.typed([&](const auto& lists) RANDLORA_INLINED {
+        const int64_t o = first_ + q, stop = (j + 1) * b_.n;
+        const int64_t p = cursor_[q][0], m = cursor_[q][1];
+        int64_t p_end = p, m_end = m;
+        while (p_end < lists.minus(o) && lists.index[p_end] < stop) ++p_end;
+        while (m_end < lists.end(o) && lists.index[m_end] < stop) ++m_end;
+        cursor_[q][0] = p_end;
+        cursor_[q][1] = m_end;
+        fn(lists.index + p, p_end - p, lists.index + m, m_end - m, j * b_.n);
+      });
     }
   }
 
@@ -68,13 +83,6 @@ class RowsByRank {
   }
 
   template <class Index>
-  void place(const Lists<Index>& rows, int q, int64_t column) {
-    const int64_t o = first_ + q;
-    cursor_[q][0] = lower_bound(rows.index, rows.plus(o), rows.minus(o), column);
-    cursor_[q][1] = lower_bound(rows.index, rows.minus(o), rows.end(o), column);
-  }
-
-  template <class Index>
   static int64_t lower_bound(const Index* index, int64_t begin, int64_t end, int64_t column) {
     while (begin < end) {
       const int64_t middle = (begin + end) / 2;
@@ -84,18 +92,6 @@ class RowsByRank {
         end = middle;
     }
     return begin;
-  }
-
-  template <class Index, class F>
-  RANDLORA_HD_MEMBER void advance(const Lists<Index>& rows, int q, int64_t j, const F& fn) {
-    const int64_t o = first_ + q, stop = (j + 1) * b_.n;
-    const int64_t p = cursor_[q][0], m = cursor_[q][1];
-    int64_t p_end = p, m_end = m;
-    while (p_end < rows.minus(o) && rows.index[p_end] < stop) ++p_end;
-    while (m_end < rows.end(o) && rows.index[m_end] < stop) ++m_end;
-    cursor_[q][0] = p_end;
-    cursor_[q][1] = m_end;
-    fn(rows.index + p, p_end - p, rows.index + m, m_end - m, j * b_.n);
   }
 
   const Basis& b_;
