@@ -37,14 +37,11 @@ struct AnyLists : Runs {
     return wide ? int64_t{static_cast<const uint32_t*>(index)[entry]}
                 : int64_t{static_cast<const uint16_t*>(index)[entry]};
   }
-  template <class Index>
-  RANDLORA_HD_MEMBER Lists<Index> as() const {
-    return {{offset}, static_cast<const Index*>(index)};
-  }
   // fn(the lists as what they are)
   template <class F>
   RANDLORA_HOST_MEMBER auto typed(const F& fn) const {
-    return wide ? fn(as<uint32_t>()) : fn(as<uint16_t>());
+    return wide ? fn(Lists<uint32_t>{{offset}, static_cast<const uint32_t*>(index)})
+                : fn(Lists<uint16_t>{{offset}, static_cast<const uint16_t*>(index)});
   }
 };
 

@@ -18,7 +18,7 @@ RANDLORA_INLINE uint64_t below(const uint32_t (&lanes)[16], uint32_t bound) {
 #endif
 }
 
-// The ten rounds of core/philox.h on 16 counters at once, so that compilers vectorize each line.
+// philox4x32_10 on 16 counters at once, so that compilers vectorize each line.
 RANDLORA_INLINE void philox_16(uint64_t seed, uint32_t (&c)[4][16]) {
   uint32_t key0 = key0_of(seed), key1 = key1_of(seed);
   for (int round = 0; round < kPhiloxRounds; ++round) {
@@ -58,20 +58,17 @@ inline void fill_planes(const FillPlanes& p, Runtime& rt) {
   rt.split(p.rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t q = begin; q < end; ++q) {
       const uint32_t row = uint32_t(p.row_start + q);
-      uint64_t next[2] = {0, 0};
-      if (shift) group_words(p.seed, p.role, row, uint32_t(group), p.threshold, next, next + 1);
+      uint64_t next[2];
+      const auto draw = [&](int64_t g) {
+        group_words(p.seed, p.role, row, uint32_t(group + g), p.threshold, next, next + 1);
+      };
+      draw(0);
       for (int64_t w = 0; w < words; ++w) {
         uint64_t word[2] = {next[0], next[1]};
-        if (shift) {
-          // The last word may need no bits of the next group, which may not exist.
-          const bool more = 64 * w + 64 - shift < p.cols;
-          next[0] = next[1] = 0;
-          if (more)
-            group_words(p.seed, p.role, row, uint32_t(group + w + 1), p.threshold, next, next + 1);
-          for (int s = 0; s < 2; ++s) word[s] = word[s] >> shift | next[s] << (64 - shift);
-        } else {
-          group_words(p.seed, p.role, row, uint32_t(group + w), p.threshold, word, word + 1);
-        }
+        // The last word may need no bits of the next group, which may not exist.
+        if (64 * (w + 1) - shift < p.cols) draw(w + 1);
+        for (int s = 0; s < 2 && shift != 0; ++s)
+          word[s] = word[s] >> shift | next[s] << (64 - shift);
         const uint64_t keep = w + 1 == words ? tail : ~uint64_t{0};
         p.plus[q * words + w] = word[0] & keep;
         p.minus[q * words + w] = word[1] & keep;
