@@ -16,31 +16,23 @@ target_compile_options(cuda_on_cpu PRIVATE -O2 -fno-sanitize=undefined)  # UBSan
 target_link_libraries(cuda_on_cpu PUBLIC ${CMAKE_DL_LIBS})
 
 # A library, so that a test links the kernels it calls and no others.
-if(cuda_sources)
-  add_library(randlora_cuda_on_cpu STATIC ${cuda_sources})
-  target_link_libraries(randlora_cuda_on_cpu PUBLIC cuda_on_cpu)
-endif()
+add_library(randlora_cuda_on_cpu STATIC ${cuda_sources})
+target_link_libraries(randlora_cuda_on_cpu PUBLIC cuda_on_cpu)
 add_custom_target(cuda_tests)  # all of them
-
-function(randlora_cuda_test NAME)
-  add_executable(test_cuda_${NAME} tests/cuda/test_${NAME}.cpp)
-  target_link_libraries(test_cuda_${NAME} PRIVATE cuda_on_cpu randlora_kernels Threads::Threads)
-  if(TARGET randlora_cuda_on_cpu)
-    target_link_libraries(test_cuda_${NAME} PRIVATE randlora_cuda_on_cpu)
-  endif()
-  add_dependencies(cuda_tests test_cuda_${NAME})
-  add_test(NAME cuda_${NAME} COMMAND test_cuda_${NAME})
-  if(NAME MATCHES "linear|delta")
-    set_tests_properties(cuda_${NAME} PROPERTIES COST 100)  # the longest begin first
-  endif()
-  set_tests_properties(cuda_${NAME} PROPERTIES FIXTURES_SETUP cuda_kernels
-    ENVIRONMENT CUDA_ON_CPU_KERNELS=${CMAKE_CURRENT_BINARY_DIR}/kernels/${NAME}.txt)
-endfunction()
 
 foreach(source ${cuda_tests})
   get_filename_component(name ${source} NAME_WE)
   string(REGEX REPLACE "^test_" "" name ${name})
-  randlora_cuda_test(${name})
+  add_executable(test_cuda_${name} ${source})
+  target_link_libraries(test_cuda_${name} PRIVATE randlora_cuda_on_cpu randlora_kernels
+    Threads::Threads)
+  add_dependencies(cuda_tests test_cuda_${name})
+  add_test(NAME cuda_${name} COMMAND test_cuda_${name})
+  if(name MATCHES "linear|delta")
+    set_tests_properties(cuda_${name} PROPERTIES COST 100)  # the longest begin first
+  endif()
+  set_tests_properties(cuda_${name} PROPERTIES FIXTURES_SETUP cuda_kernels
+    ENVIRONMENT CUDA_ON_CPU_KERNELS=${CMAKE_CURRENT_BINARY_DIR}/kernels/${name}.txt)
 endforeach()
 
 # For Python tests (tools/cuda/run_python_tests.sh).

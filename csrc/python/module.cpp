@@ -14,9 +14,6 @@
 #else
 #define RANDLORA_COMPILER "g++ " __VERSION__
 #endif
-#ifndef RANDLORA_VERSION
-#define RANDLORA_VERSION "unknown"
-#endif
 
 namespace py = pybind11;
 using Words4 = std::array<uint32_t, 4>;
@@ -46,11 +43,7 @@ PYBIND11_MODULE(_C, m) {
         randlora::philox4x32_10({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
     return std::make_tuple(out.v[0], out.v[1], out.v[2], out.v[3]);
   });
-  m.def(
-      "threshold", [](double density) { return randlora::threshold(density); },
-      "Integer threshold of a density; 0 where it is outside (0, 1].");
-  m.def("element",
-        [](uint64_t seed, uint32_t role, uint32_t row, uint32_t col, uint32_t threshold) {
-          return randlora::element(seed, role, row, col, threshold);
-        });
+  m.def("threshold", &randlora::threshold,
+        "Integer threshold of a density; 0 where it is outside (0, 1].");
+  m.def("element", &randlora::element);
 }

@@ -100,13 +100,9 @@ std::string describe(const Tensor& t) {
 }
 
 std::optional<DType> dtype_of(ScalarType t) {
-  switch (t) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: return {};
-  }
+  for (const DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16})
+    if (scalar_type(dtype) == t) return dtype;
+  return {};
 }
 
 DType activation_dtype(const Tensor& t, const char* name) {

@@ -40,15 +40,6 @@ Tensor delta_weight(Tensor lam, Tensor gam, std::vector<Tensor> packed, std::str
   return out;
 }
 
-// Throws unless `t` is (out, in) of the layer and on the device of lam.
-void check_weight(const Tensor& t, const char* name, const Basis& b, bool expand,
-                  const Tensor& lam) {
-  const int64_t out = expand ? b.D : b.d, in = expand ? b.d : b.D;
-  RANDLORA_CHECK(t.dim() == 2 && t.size(0) == out && t.size(1) == in, name,
-                 " must be (out, in) = (", out, ", ", in, "), got ", describe(t));
-  check_same_device(t, name, lam, "lam");
-}
-
 Tensor merged_weight(Tensor weight, Tensor lam, Tensor gam, std::vector<Tensor> packed,
                      std::string format, int64_t D, bool expand, double scale,
                      std::optional<int64_t> rounding_seed) {
@@ -56,7 +47,7 @@ Tensor merged_weight(Tensor weight, Tensor lam, Tensor gam, std::vector<Tensor> 
   RANDLORA_CHECK(!rounding_seed || bytes_of(dtype) == 2,
                  "rounding_seed rounds to bfloat16 or float16, but weight is ", describe(weight));
   const Basis b = basis_of(packed, format, D, lam, gam);
-  check_weight(weight, "weight", b, expand, lam);
+  check_weight(weight, "weight", expand ? b.D : b.d, expand ? b.d : b.D, lam);
   Tensor merged = allocate_like(weight);
   form_delta(b, lam, gam, weight, scale, expand, rounding_seed, merged);
   return merged;
@@ -66,21 +57,15 @@ std::tuple<Tensor, Tensor> delta_weight_backward(Tensor grad, Tensor lam, Tensor
                                                  std::vector<Tensor> packed, std::string format,
                                                  int64_t D, bool expand, double scale) {
   const Basis b = basis_of(packed, format, D, lam, gam);
-  check_weight(grad, "grad", b, expand, lam);
+  check_weight(grad, "grad", expand ? b.D : b.d, expand ? b.d : b.D, lam);
   return contract_delta(b, grad, lam, gam, scale, expand);
-}
-
-bool same_sizes(const Tensor& a, const Tensor& b) {
-  bool same = a.dim() == b.dim();
-  for (int64_t i = 0; same && i < a.dim(); ++i) same = a.size(i) == b.size(i);
-  return same;
 }
 
 Tensor add_rounded(Tensor weight, Tensor delta, std::optional<int64_t> rounding_seed) {
   const DType dtype = activation_dtype(weight, "weight");
   RANDLORA_CHECK(bytes_of(dtype) == 2, "weight must be bfloat16 or float16, got ",
                  describe(weight));
-  RANDLORA_CHECK(delta.scalar_type() == ScalarType::Float && same_sizes(delta, weight),
+  RANDLORA_CHECK(delta.scalar_type() == ScalarType::Float && delta.sizes() == weight.sizes(),
                  "delta must be float32 in the shape of weight ", describe(weight), ", got ",
                  describe(delta));
   check_same_device(delta, "delta", weight, "weight");

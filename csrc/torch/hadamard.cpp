@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "backend.h"
 #include "linear.h"
 
 namespace randlora {
@@ -48,14 +47,8 @@ HadamardBasis check_basis(const Tensor& lam, const Tensor& gam, const Tensor& s,
   RANDLORA_CHECK(first_row >= 0, "first_row must not be negative, got ", first_row);
   RANDLORA_CHECK(first_column >= 0 && first_column <= r * n - s.numel(), "first_column must be in ",
                  "[0, K - d] = [0, ", r * n - s.numel(), "], got ", first_column);
-  return {{row.numel(), s.numel(), r, n, first_row, first_column},
-          lam,
-          gam,
-          s,
-          row,
-          col,
-          scale,
-          expand};
+  const HadamardSizes sizes{row.numel(), s.numel(), r, n, first_row, first_column};
+  return {sizes, lam, gam, s, row, col, scale, expand};
 }
 
 // Powers of two that keep float16 in range: gamma is about 1 / K, and each number of w is a sum of
@@ -148,13 +141,8 @@ class Steps {
     const int64_t span = span_of(chunk_), first_class = span * s_.classes();
     const bool add = chunk_ > 0 && span_of(chunk_ - 1) == span;
     each_part([&](const Part& p) {
-      const MatrixBatch out{element(P_, (first_class + p.first) * s_.n * s_.n + p.place),
-                            p.count,
-                            s_.n,
-                            p.width,
-                            s_.n * s_.n,
-                            s_.n,
-                            1};
+      const void* P = element(P_, (first_class + p.first) * s_.n * s_.n + p.place);
+      const MatrixBatch out{P, p.count, s_.n, p.width, s_.n * s_.n, s_.n, 1};
       multiply(out, at_classes(w, p).transposed(), columns(x, t, p), 1, add, dtype_, like_);
     });
   }
@@ -225,9 +213,9 @@ class Steps {
   // Whether z and w of one chunk should stay in the caches. In 16 bits each chunk rounds the
   // gradient of gamma, and on a GPU each costs launches: there only memory limits a chunk.
   bool in_caches() const { return !runs_on_cuda(like_) && bytes_of(dtype_) > 2; }
-  // Whether the gradient of gamma is summed in spans of about kSpan tokens, added at the end. On AMD's
-  // processors MKL computes products of at most 128 elements (here n x n) token by token, and their
-  // error grows with the root of the number of tokens.
+  // Whether the gradient of gamma is summed in spans of about kSpan tokens, added at the end. On
+  // AMD's processors MKL computes products of at most 128 elements (here n x n) token by token, and
+  // their error grows with the root of the number of tokens.
   bool in_spans() const { return in_caches() && s_.n <= 11; }
   static constexpr int64_t kFewest = 64, kSpan = 512;
 
@@ -264,12 +252,12 @@ Tensor hadamard_linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Ten
                        int64_t first_column, bool expand, bool merge) {
   const HadamardBasis b =
       check_basis(lam, gam, s, row, col, scale, first_row, first_column, expand);
-  const LinearSizes sizes = check_linear(x, weight, bias, lam, b.in(), b.out());
+  const int64_t T = check_linear(x, weight, bias, lam, b.in(), b.out());
   RANDLORA_CHECK(!merge || weight, "merge adds to the weight, but weight is None");
   const Tensor xc = as_contiguous(x);
   if (merge) return torch_linear(xc, merged(b, *weight), bias);
   Tensor y = weight ? as_contiguous(torch_linear(xc, *weight, bias)) : like_output(xc, b.out());
-  Steps steps(b, xc, sizes.T);
+  Steps steps(b, xc, T);
   const Tensor z = steps.for_classes(), room = expand ? z : steps.for_classes();
   steps.each_chunk([&](int64_t t) {
     if (expand) {
@@ -289,7 +277,7 @@ std::tuple<Tensor, Tensor, Tensor> hadamard_linear_backward(
     bool need_x, bool need_diagonals) {
   const HadamardBasis b =
       check_basis(lam, gam, s, row, col, scale, first_row, first_column, expand);
-  const LinearSizes sizes = check_linear(x, weight, {}, lam, b.in(), b.out());
+  const int64_t T = check_linear(x, weight, {}, lam, b.in(), b.out());
   check_output_gradient(dy, x, b.out());
   RANDLORA_CHECK(!merge || weight, "merge adds to the weight, but weight is None");
   const Tensor xc = as_contiguous(x), dyc = as_contiguous(dy);
@@ -300,7 +288,7 @@ std::tuple<Tensor, Tensor, Tensor> hadamard_linear_backward(
     dx = weight ? as_contiguous(product(dyc, *weight)) : allocate_like(xc);
   const bool add_x = need_x && !merge;
   if (add_x || need_diagonals) {
-    Steps steps(b, xc, sizes.T);
+    Steps steps(b, xc, T);
     if (need_diagonals) steps.reserve_gradients();
     const Tensor z = steps.for_classes(), w = steps.for_classes();
     const Tensor &of_d = expand ? xc : dyc, &of_D = expand ? dyc : xc;
@@ -326,12 +314,7 @@ Tensor hadamard_weight(OptionalTensor base, Tensor lam, Tensor gam, Tensor s, Te
       check_basis(lam, gam, s, row, col, scale, first_row, first_column, expand);
   const Tensor& like = base ? *base : lam;
   const DType dtype = activation_dtype(like, base ? "weight" : "lam");
-  if (base) {
-    check_same_device(*base, "weight", lam, "lam");
-    RANDLORA_CHECK(base->dim() == 2 && base->size(0) == b.out() && base->size(1) == b.in(),
-                   "weight must be (out, in) = (", b.out(), ", ", b.in(), "), got ",
-                   describe(*base));
-  }
+  if (base) check_weight(*base, "weight", b.out(), b.in(), lam);
   RANDLORA_CHECK(!rounding_seed || bytes_of(dtype) == 2,
                  "rounding_seed rounds to bfloat16 or float16, but weight is ", describe(like));
   const Tensor out = allocate({b.out(), b.in()}, scalar_type(dtype), like);

@@ -39,19 +39,20 @@ Tensor like_output(const Tensor& x, int64_t features) {
   return allocate(shape, x.scalar_type(), x);
 }
 
-LinearSizes check_linear(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                         const Tensor& lam, int64_t in, int64_t out) {
+void check_weight(const Tensor& t, const char* name, int64_t out, int64_t in, const Tensor& lam) {
+  RANDLORA_CHECK(t.dim() == 2 && t.size(0) == out && t.size(1) == in, name,
+                 " must be (out, in) = (", out, ", ", in, "), got ", describe(t));
+  check_same_device(t, name, lam, "lam");
+}
+
+int64_t check_linear(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                     const Tensor& lam, int64_t in, int64_t out) {
   activation_dtype(x, "x");
   RANDLORA_CHECK(x.dim() >= 1 && x.size(-1) == in,
                  "x must be (..., in_features) with in_features = ", in, ", got ", describe(x));
   check_same_device(x, "x", lam, "lam");
-  LinearSizes s{1, in, out};
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) s.T *= x.size(i);
   if (weight) {
-    check_same_device(*weight, "weight", x, "x");
-    RANDLORA_CHECK(weight->dim() == 2 && weight->size(0) == out && weight->size(1) == in,
-                   "weight must be (out, in) = (", out, ", ", in, ") for x ", describe(x), ", got ",
-                   describe(*weight));
+    check_weight(*weight, "weight", out, in, lam);
     RANDLORA_CHECK(weight->scalar_type() == x.scalar_type(), "weight is ", describe(*weight),
                    " but x is ", describe(x), "; they must have one dtype");
   }
@@ -63,7 +64,9 @@ LinearSizes check_linear(const Tensor& x, const OptionalTensor& weight, const Op
         bias->dim() == 1 && bias->size(0) == out && bias->scalar_type() == x.scalar_type(),
         "bias must be (", out, ") in the dtype of x, got ", describe(*bias));
   }
-  return s;
+  int64_t T = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) T *= x.size(i);
+  return T;
 }
 
 void check_output_gradient(const Tensor& dy, const Tensor& x, int64_t out) {
@@ -110,26 +113,28 @@ const void* check_dense_b(const Basis& b, const OptionalTensor& b_dense, const T
 // A call on validated arguments.
 struct Call {
   Basis basis;
-  LinearSizes s;
   DType dtype;
   double scale;
   bool expand;  // d is the input side
+  int64_t T = 0;
+
+  int64_t in() const { return expand ? basis.d : basis.D; }
+  int64_t out() const { return expand ? basis.D : basis.d; }
 };
 
 Call checked(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
              const Tensor& lam, const Tensor& gam, const std::vector<Tensor>& packed,
              const std::string& format, int64_t D, bool expand, double scale,
              const OptionalTensor& b_dense) {
-  Call c{basis_of(packed, format, D, lam, gam), {}, activation_dtype(x, "x"), scale, expand};
-  const int64_t d = c.basis.d;
-  c.s = check_linear(x, weight, bias, lam, expand ? d : D, expand ? D : d);
+  Call c{basis_of(packed, format, D, lam, gam), activation_dtype(x, "x"), scale, expand};
+  c.T = check_linear(x, weight, bias, lam, c.in(), c.out());
   c.basis.b_dense = check_dense_b(c.basis, b_dense, x);
   return c;
 }
 
 // W + dW if there is a base, otherwise dW; (out, in).
 Tensor formed(const Call& c, const Tensor& lam, const Tensor& gam, const OptionalTensor& base) {
-  Tensor out = temporary({c.s.out, c.s.in}, c.dtype, lam);
+  Tensor out = temporary({c.out(), c.in()}, c.dtype, lam);
   form_delta(c.basis, lam, gam, base, c.scale, c.expand, {}, out);
   return out;
 }
@@ -145,10 +150,10 @@ Tensor linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor lam, 
     const Tensor y = torch_linear(xc, formed(c, lam, gam, {}), {});
     return weight ? sum_of(torch_linear(xc, *weight, bias), y) : y;
   }
-  Tensor y = weight ? as_contiguous(torch_linear(xc, *weight, bias)) : like_output(xc, c.s.out);
+  Tensor y = weight ? as_contiguous(torch_linear(xc, *weight, bias)) : like_output(xc, c.out());
   const Tensor l = compute_copy(lam, c.dtype), g = compute_copy(gam, c.dtype);
   run(x, Linear{c.basis, l.const_data_ptr(), g.const_data_ptr(), xc.const_data_ptr(),
-                y.mutable_data_ptr(), c.dtype, c.s.T, c.scale, c.expand,
+                y.mutable_data_ptr(), c.dtype, c.T, c.scale, c.expand,
                 /*accumulate=*/weight.has_value()});
   return y;
 }
@@ -161,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Optional
                                                    bool need_x, bool need_diagonals) {
   const Path p = path_of(path, weight.has_value());
   const Call c = checked(x, weight, {}, lam, gam, packed, format, D, expand, scale, b_dense);
-  check_output_gradient(dy, x, c.s.out);
+  check_output_gradient(dy, x, c.out());
   const Tensor xc = as_contiguous(x), dyc = as_contiguous(dy);
   Tensor dx, dlam, dgam;
   if (p == Path::factored && (need_x || need_diagonals)) {
@@ -170,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Optional
     if (need_diagonals) dlam = allocate_like(l), dgam = allocate_like(g);
     run(x, LinearBackward{c.basis, l.const_data_ptr(), g.const_data_ptr(), xc.const_data_ptr(),
                           dyc.const_data_ptr(), need_x ? dx.mutable_data_ptr() : nullptr, c.dtype,
-                          c.s.T, c.scale, c.expand, /*accumulate=*/weight.has_value(),
+                          c.T, c.scale, c.expand, /*accumulate=*/weight.has_value(),
                           need_diagonals ? dlam.mutable_data_ptr() : nullptr,
                           need_diagonals ? dgam.mutable_data_ptr() : nullptr});
     if (need_diagonals) dlam = cast(dlam, lam.scalar_type()), dgam = cast(dgam, gam.scalar_type());
@@ -181,9 +186,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Optional
     if (p == Path::delta && weight) dx = sum_of(product(dyc, *weight), dx);
   }
   if (p != Path::factored && need_diagonals) {
-    const Tensor dyT = torch::stable::transpose(rows(dyc, c.s.T), 0, 1);
+    const Tensor dyT = torch::stable::transpose(rows(dyc, c.T), 0, 1);
     std::tie(dlam, dgam) =
-        contract_delta(c.basis, product(dyT, rows(xc, c.s.T)), lam, gam, c.scale, c.expand);
+        contract_delta(c.basis, product(dyT, rows(xc, c.T)), lam, gam, c.scale, c.expand);
   }
   if (!need_x) dx = allocate({0}, x.scalar_type(), x);
   if (!need_diagonals)

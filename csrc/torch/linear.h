@@ -4,13 +4,11 @@
 
 namespace randlora {
 
-struct LinearSizes {
-  int64_t T, in, out;
-};
-
-// Throws unless the tensors are those of a layer (out, in) on the device of `lam`.
-LinearSizes check_linear(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                         const Tensor& lam, int64_t in, int64_t out);
+// Throws unless the tensors are those of a layer (out, in) on the device of `lam`. Returns T.
+int64_t check_linear(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                     const Tensor& lam, int64_t in, int64_t out);
+// Throws unless `t` is (out, in) and on the device of `lam`.
+void check_weight(const Tensor& t, const char* name, int64_t out, int64_t in, const Tensor& lam);
 // Throws unless dy is like x with `out` features.
 void check_output_gradient(const Tensor& dy, const Tensor& x, int64_t out);
 
