@@ -193,6 +193,7 @@ WRONG = [
 # What plain torch finds itself, or need not know.
 WRONG_FOR_KERNELS = [
     (OPERATORS[2:], {"rounding_seed": 3}, ["rounding_seed", "float32"]),
+    (OPERATORS, {"first_row": 2**63 - 1}, ["first_row", "[0, 4294967288]", str(2**63 - 1)]),
     (OPERATORS, {"gam": torch.ones(2, 6, device="meta")}, ["gam", "meta", "cpu"]),
     (OPERATORS[2:], {"s": torch.ones(5).char()}, ["gam", "(2, 5)", "(2, 6)"]),
     (OPERATORS, {"s": torch.ones(6)}, ["s", "int8", "float32"]),
