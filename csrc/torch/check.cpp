@@ -57,6 +57,34 @@ bool runs_ascend(const Lists<Index>& lists, int64_t count, int64_t runs) {
   return falls == between;
 }
 
+void check_ascending(const AnyLists& any, int64_t lines, const char* name) {
+  const bool ascend =
+      any.typed([&](const auto& lists) { return runs_ascend(lists, any.count, 2 * lines); });
+  RANDLORA_CHECK(ascend, "packed: the positions of ", name,
+                 "_index must ascend from each entry of ", name, "_offset to the next");
+}
+
+Planes check_b_planes(const Basis& b, const Tensor& planes) {
+  RANDLORA_CHECK(b.n <= 65536, "packed: bit planes serve up to n = 65536 bases, got n = ", b.n);
+  const int64_t words = words_of(b.K());
+  RANDLORA_CHECK(planes.scalar_type() == ScalarType::Long && planes.is_contiguous() &&
+                     planes.dim() == 3 && planes.size(0) == 2 && planes.size(1) == b.D &&
+                     planes.size(2) == words,
+                 "packed: b_planes must be a contiguous int64 tensor (2, D, ceil(K / 64)) = (2, ",
+                 b.D, ", ", words, "), got ", describe(planes));
+  const auto* plus = static_cast<const uint64_t*>(planes.const_data_ptr());
+  return {plus, plus + b.D * words, words};
+}
+
+const int32_t* check_a_tables(const Basis& b, const Tensor& tables) {
+  const int64_t numbers = support_numbers(b.a.count, b.r, b.d);
+  RANDLORA_CHECK(tables.scalar_type() == ScalarType::Int && tables.dim() == 1 &&
+                     tables.is_contiguous() && (tables.size(0) == numbers || tables.size(0) == 0),
+                 "packed: the support tables must be an int32 tensor of ", numbers,
+                 " numbers, or of none, got ", describe(tables));
+  return tables.size(0) ? tables.const_data_ptr<int32_t>() : nullptr;
+}
+
 }  // namespace
 
 AnyLists check_lists(const Tensor& offset, const Tensor& index, int64_t lines,
@@ -133,31 +161,6 @@ Tensor compute_copy(const Tensor& t, DType dtype) {
   return as_contiguous(cast(t, compute_type(dtype)));
 }
 
-namespace {
-
-Planes check_b_planes(const Basis& b, const Tensor& planes) {
-  RANDLORA_CHECK(b.n <= 65536, "packed: bit planes serve up to n = 65536 bases, got n = ", b.n);
-  const int64_t words = words_of(b.K());
-  RANDLORA_CHECK(planes.scalar_type() == ScalarType::Long && planes.is_contiguous() &&
-                     planes.dim() == 3 && planes.size(0) == 2 && planes.size(1) == b.D &&
-                     planes.size(2) == words,
-                 "packed: b_planes must be a contiguous int64 tensor (2, D, ceil(K / 64)) = (2, ",
-                 b.D, ", ", words, "), got ", describe(planes));
-  const auto* plus = static_cast<const uint64_t*>(planes.const_data_ptr());
-  return {plus, plus + b.D * words, words};
-}
-
-const int32_t* check_a_tables(const Basis& b, const Tensor& tables) {
-  const int64_t numbers = support_numbers(b.a.count, b.r, b.d);
-  RANDLORA_CHECK(tables.scalar_type() == ScalarType::Int && tables.dim() == 1 &&
-                     tables.is_contiguous() && (tables.size(0) == numbers || tables.size(0) == 0),
-                 "packed: the support tables must be an int32 tensor of ", numbers,
-                 " numbers, or of none, got ", describe(tables));
-  return tables.size(0) ? tables.const_data_ptr<int32_t>() : nullptr;
-}
-
-}  // namespace
-
 Basis basis_of(const std::vector<Tensor>& packed, const std::string& format, int64_t D,
                const Tensor& lam, const Tensor& gam) {
   const bool planes = format == "planes";
@@ -182,7 +185,10 @@ Basis basis_of(const std::vector<Tensor>& packed, const std::string& format, int
   for (const Tensor& t : packed)
     if (!on_cpu || !t.is_cpu()) check_same_device(t, "packed", lam, "lam");
   b.a = check_lists(packed[0], packed[1], b.r, "packed: a_");
-  if (on_cpu) check_last(b.a, b.r, b.d, "a", "d");
+  if (on_cpu) {
+    check_last(b.a, b.r, b.d, "a", "d");
+    check_ascending(b.a, b.r, "a");
+  }
   RANDLORA_CHECK(b.a.wide || (b.D <= 65536 && b.d <= 65536 && b.K() <= 65536),
                  "packed: int16 positions end at 65535, but D = ", b.D, ", d = ", b.d,
                  " and K = ", b.K());
@@ -204,15 +210,8 @@ Basis basis_of(const std::vector<Tensor>& packed, const std::string& format, int
   return b;
 }
 
-void check_ascending(const Basis& b) {
-  const auto check = [&](const AnyLists& any, int64_t lines, const char* name) {
-    const bool ascend =
-        any.typed([&](const auto& lists) { return runs_ascend(lists, any.count, 2 * lines); });
-    RANDLORA_CHECK(ascend, "packed: the positions of ", name,
-                   "_index must ascend from each entry of ", name, "_offset to the next");
-  };
-  check(b.a, b.r, "a");
-  if (b.has_lists()) check(b.b_rows, b.D, "b_row");
+void check_b_ascending(const Basis& b) {
+  if (b.has_lists()) check_ascending(b.b_rows, b.D, "b_row");
 }
 
 }  // namespace randlora

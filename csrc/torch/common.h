@@ -120,8 +120,9 @@ ScalarType compute_type(DType dtype);
 // a_tables are the support_tables of A, which CUDA kernels read; empty on the CPU.
 Basis basis_of(const std::vector<Tensor>& packed, const std::string& format, int64_t D,
                const Tensor& lam, const Tensor& gam);
-// Throws if positions do not ascend; the CPU kernels that form dW rely on it. Reads all positions:
-// cheap next to forming dW, expensive next to a product of few tokens.
-void check_ascending(const Basis& b);
+// Throws if positions in the rows of B do not ascend; the CPU kernels that form dW rely on it.
+// Reads all positions: cheap next to forming dW, expensive next to a product of few tokens. basis_of
+// checks A, which is n times smaller.
+void check_b_ascending(const Basis& b);
 
 }  // namespace randlora

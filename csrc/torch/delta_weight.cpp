@@ -6,7 +6,7 @@ namespace randlora {
 
 void form_delta(const Basis& b, const Tensor& lam, const Tensor& gam, const OptionalTensor& base,
                 double scale, bool expand, std::optional<int64_t> rounding_seed, Tensor& out) {
-  if (lam.is_cpu()) check_ascending(b);
+  if (lam.is_cpu()) check_b_ascending(b);
   const DType dtype = activation_dtype(out, "out");
   const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
   const Tensor w = base ? as_contiguous(*base) : out;  // without a base nobody reads it
@@ -18,7 +18,7 @@ void form_delta(const Basis& b, const Tensor& lam, const Tensor& gam, const Opti
 
 std::tuple<Tensor, Tensor> contract_delta(const Basis& b, const Tensor& grad, const Tensor& lam,
                                           const Tensor& gam, double scale, bool expand) {
-  if (lam.is_cpu()) check_ascending(b);
+  if (lam.is_cpu()) check_b_ascending(b);
   const DType dtype = activation_dtype(grad, "grad");
   const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
   const Tensor G = as_contiguous(grad);

@@ -198,7 +198,7 @@ def test_malformed_packed(case):
 
 @pytest.mark.parametrize("position, name", [(1, "a_index"), (4, "b_row_index")])
 @pytest.mark.parametrize("wide", [False, True])
-def test_positions_for_dW_ascend(position, name, wide):
+def test_positions_ascend(position, name, wide):
     basis = TernaryBasis(96, 60, 4, 0.1)
     packed = [t.int() if wide and t.dtype == torch.int16 else t for t in basis.packed("cpu")]
     offset, index = packed[position - 1], packed[position].clone()
@@ -206,12 +206,20 @@ def test_positions_for_dW_ascend(position, name, wide):
     index[[start, start + 1]] = index[[start + 1, start]]
     packed[position] = index
     lam, gam, W = torch.ones(4, basis.n), torch.ones(basis.n, 60), torch.ones(60, 96)
+    x, dy = torch.ones(4, 96), torch.ones(4, 60)
     bases = packed, "lists", 96, False, 1.0
-    for call in (
+    calls = [
         lambda: ops.delta_weight(lam, gam, *bases),
         lambda: ops.delta_weight_backward(W, lam, gam, *bases),
-        lambda: ops.linear(torch.ones(4, 96), W, None, lam, gam, *bases, "merged", None),
-    ):
+        lambda: ops.linear(x, W, None, lam, gam, *bases, "merged", None),
+    ]
+    if name == "a_index":  # B's are read in any order where dW is not formed
+        last = *bases, "factored", None
+        calls += [
+            lambda: ops.linear(x, W, None, lam, gam, *last),
+            lambda: ops.linear_backward(dy, x, W, lam, gam, *last, True, True),
+        ]
+    for call in calls:
         refuses(call, {}, "packed", name, "ascend")
 
 
