@@ -45,8 +45,8 @@ HadamardBasis check_basis(const Tensor& lam, const Tensor& gam, const Tensor& s,
   RANDLORA_CHECK(gam.dim() == 2 && gam.size(0) == n && gam.size(1) == s.numel(),
                  "gam must be (n, d) = (", n, ", ", s.numel(), "), got ", describe(gam));
   const int64_t last_row = (int64_t{1} << 32) - row.numel();  // the specification's rows end there
-  RANDLORA_CHECK(first_row >= 0 && first_row <= last_row, "first_row must be in [0, 2^32 - D] = ",
-                 "[0, ", last_row, "], got ", first_row);
+  RANDLORA_CHECK(first_row >= 0 && first_row <= last_row,
+                 "first_row must be in [0, 2^32 - D] = ", "[0, ", last_row, "], got ", first_row);
   RANDLORA_CHECK(first_column >= 0 && first_column <= r * n - s.numel(), "first_column must be in ",
                  "[0, K - d] = [0, ", r * n - s.numel(), "], got ", first_column);
   const HadamardSizes sizes{row.numel(), s.numel(), r, n, first_row, first_column};

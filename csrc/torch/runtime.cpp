@@ -24,16 +24,6 @@ Tensor allocate_on(const std::vector<int64_t>& sizes, ScalarType type, int32_t d
   return Tensor(handle);
 }
 
-}  // namespace
-
-Tensor allocate(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
-  int32_t device_type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  return allocate_on(sizes, type, device_type, like.get_device_index());
-}
-
-namespace {
-
 // Memory that a thread keeps for its next temporaries. malloc returns freed memory to the system,
 // and getting it back faults page by page: this took a fifth of a training step of SmolLM2 that
 // formed W + dW.
@@ -75,6 +65,12 @@ class KeptBlocks {
 thread_local KeptBlocks kept_blocks;
 
 }  // namespace
+
+Tensor allocate(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  return allocate_on(sizes, type, device_type, like.get_device_index());
+}
 
 Tensor temporary(const std::vector<int64_t>& sizes, DType dtype, const Tensor& like) {
   if (!like.is_cpu()) return allocate(sizes, scalar_type(dtype), like);
