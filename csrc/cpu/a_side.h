@@ -23,47 +23,43 @@ RANDLORA_INLINE void tiles(int64_t first, int64_t count, const F& fn) {
 }
 
 // v[j * n + i] = lam[j, i] * sum_{k in S_j} A[j, k] gamma[i, k] z[k]
-template <class B, class Index>
-void a_up_lists(const Lists<Index>& a, int64_t r, int64_t n, const typename B::C* lam,
-                const typename B::C* gT, int64_t ldg, const typename B::C* z, typename B::C* v) {
-  using C = typename B::C;
-  using V = typename B::V;
-  for (int64_t j = 0; j < r; ++j) {
-    const int64_t plus = a.plus(j), minus = a.minus(j), end = a.end(j);
-    tiles(0, n, [&](auto rows, int64_t i) RANDLORA_INLINED {
-      V acc[rows][B::NV] = {};
-      const auto add = [&](int64_t first, int64_t last) RANDLORA_INLINED {
-        for (int64_t p = first; p < last; ++p) {
-          const C *g = gT + a.index[p] * ldg + i, *zk = z + int64_t(a.index[p]) * B::TB;
-          unrolled<rows>([&](auto m) RANDLORA_INLINED {
-            for (int q = 0; q < B::NV; ++q)
-              acc[m][q] = add_product(acc[m][q], g[m], load<V>(zk + q * B::L));
-          });
-        }
-      };
-      const auto negate = [&] {
-        unrolled<rows>([&](auto m) RANDLORA_INLINED {
-          for (int q = 0; q < B::NV; ++q) acc[m][q] = -acc[m][q];
-        });
-      };
-      // Negates the sums once between the runs: negating every gamma instead takes a fifth longer.
-      add(plus, minus);
-      negate();
-      add(minus, end);
-      negate();
-      const int64_t c = j * n + i;
-      unrolled<rows>([&](auto m) RANDLORA_INLINED {
-        for (int q = 0; q < B::NV; ++q)
-          store(v + (c + m) * B::TB + q * B::L, acc[m][q] * lam[c + m]);
-      });
-    });
-  }
-}
-
 template <class B>
 void a_up(const Basis& b, const typename B::C* lam, const typename B::C* gT, int64_t ldg,
           const typename B::C* z, typename B::C* v) {
-  b.a.typed([&](const auto& a) { a_up_lists<B>(a, b.r, b.n, lam, gT, ldg, z, v); });
+  using C = typename B::C;
+  using V = typename B::V;
+  b.a.typed([&](const auto& a) RANDLORA_INLINED {
+    for (int64_t j = 0; j < b.r; ++j) {
+      const int64_t plus = a.plus(j), minus = a.minus(j), end = a.end(j);
+      tiles(0, b.n, [&](auto rows, int64_t i) RANDLORA_INLINED {
+        V acc[rows][B::NV] = {};
+        const auto add = [&](int64_t first, int64_t last) RANDLORA_INLINED {
+          for (int64_t p = first; p < last; ++p) {
+            const C *g = gT + a.index[p] * ldg + i, *zk = z + int64_t(a.index[p]) * B::TB;
+            unrolled<rows>([&](auto m) RANDLORA_INLINED {
+              for (int q = 0; q < B::NV; ++q)
+                acc[m][q] = add_product(acc[m][q], g[m], load<V>(zk + q * B::L));
+            });
+          }
+        };
+        const auto negate = [&] {
+          unrolled<rows>([&](auto m) RANDLORA_INLINED {
+            for (int q = 0; q < B::NV; ++q) acc[m][q] = -acc[m][q];
+          });
+        };
+        // Negates the sums between the runs: negating every gamma instead takes a fifth longer.
+        add(plus, minus);
+        negate();
+        add(minus, end);
+        negate();
+        const int64_t c = j * b.n + i;
+        unrolled<rows>([&](auto m) RANDLORA_INLINED {
+          for (int q = 0; q < B::NV; ++q)
+            store(v + (c + m) * B::TB + q * B::L, acc[m][q] * lam[c + m]);
+        });
+      });
+    }
+  });
 }
 
 // z[k] += sum_i A[j, k] gamma[i, k] lam[i] u[i] for one rank index j. u is (n, TB), lam row j of
@@ -114,12 +110,6 @@ void transpose_bases(const typename B::C* u, int64_t n, int64_t ldg, typename B:
     }
 }
 
-template <class B>
-RANDLORA_INLINE void prefetch_row(const typename B::C* row) {
-  for (int64_t x = 0; x < B::TB; x += 64 / int64_t{sizeof(typename B::C)})
-    __builtin_prefetch(row + x);
-}
-
 // P[p][i] (+)= sum_t z[k][t] * ut[t][i] for the entries p of one rank index j, at position k. If
 // `fresh`, sets P instead of adding to it. Each token adds a rank-one update; a vector holds
 // consecutive bases i. Prefetches z a tile ahead, because much of it lies in the caches of other
@@ -140,7 +130,8 @@ void a_grad(const Basis& b, int64_t j, int64_t ldg, int64_t tokens, const typena
       const C* zk[rows];
       unrolled<rows>([&](auto m) RANDLORA_INLINED { zk[m] = z + a.at(p + m) * B::TB; });
       for (int64_t next = p + rows; next < p + rows + kTile && next < end; ++next)
-        prefetch_row<B>(z + a.at(next) * B::TB);
+        for (int x = 0; x < B::TB; x += 64 / int(sizeof(C)))
+          __builtin_prefetch(z + a.at(next) * B::TB + x);
       for (int64_t t = 0; t < tokens; ++t)
         unrolled<rows>([&](auto m) RANDLORA_INLINED {
           for (int q = 0; q < vectors; ++q)

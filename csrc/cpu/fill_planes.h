@@ -35,20 +35,20 @@ RANDLORA_INLINE void philox_16(uint64_t seed, uint32_t (&c)[4][16]) {
   }
 }
 
-// Both plane words of aligned group `group` (columns 64 * group ...) of one row.
-RANDLORA_INLINE void group_words(uint64_t seed, uint32_t role, uint32_t row, uint32_t group,
-                                 uint32_t threshold, uint64_t* plus, uint64_t* minus) {
+// The words of both planes for aligned group `group` (columns 64 * group ...) of one row.
+RANDLORA_INLINE void group_words(const FillPlanes& p, uint32_t row, uint32_t group,
+                                 uint64_t (&words)[2]) {
   uint32_t c[4][16];
   for (uint32_t l = 0; l < 16; ++l) {
-    const Counter4 start = counter_of(role, row, group * kCountersPerGroup + l);
+    const Counter4 start = counter_of(p.role, row, group * kCountersPerGroup + l);
     for (int w = 0; w < 4; ++w) c[w][l] = start.v[w];
   }
-  philox_16(seed, c);
-  *plus = *minus = 0;
+  philox_16(p.seed, c);
+  words[0] = words[1] = 0;
   for (int w = 0; w < 4; ++w) {
-    *plus |= below(c[w], threshold) << (16 * w);
-    for (int l = 0; l < 16; ++l) c[w][l] -= threshold;  // wraps, see is_minus in ternary_spec.h
-    *minus |= below(c[w], threshold) << (16 * w);
+    words[0] |= below(c[w], p.threshold) << (16 * w);
+    for (int l = 0; l < 16; ++l) c[w][l] -= p.threshold;  // wraps, see is_minus in ternary_spec.h
+    words[1] |= below(c[w], p.threshold) << (16 * w);
   }
 }
 
@@ -59,14 +59,11 @@ inline void fill_planes(const FillPlanes& p, Runtime& rt) {
     for (int64_t q = begin; q < end; ++q) {
       const uint32_t row = uint32_t(p.row_start + q);
       uint64_t next[2];
-      const auto draw = [&](int64_t g) {
-        group_words(p.seed, p.role, row, uint32_t(group + g), p.threshold, next, next + 1);
-      };
-      draw(0);
+      group_words(p, row, uint32_t(group), next);
       for (int64_t w = 0; w < words; ++w) {
         uint64_t word[2] = {next[0], next[1]};
         // The last word may need no bits of the next group, which may not exist.
-        if (64 * (w + 1) - shift < p.cols) draw(w + 1);
+        if (64 * (w + 1) - shift < p.cols) group_words(p, row, uint32_t(group + w + 1), next);
         for (int s = 0; s < 2 && shift != 0; ++s)
           word[s] = word[s] >> shift | next[s] << (64 - shift);
         const uint64_t keep = w + 1 == words ? tail : ~uint64_t{0};

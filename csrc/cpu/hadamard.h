@@ -108,20 +108,15 @@ struct HadamardRow {
   static constexpr int L = kVectorBytes / int(sizeof(C));
 
   HadamardSizes s;
-  int64_t K, N;    // N in whole vectors: rows of H repeat, so a larger power of two is right, too
-  int64_t padded;  // n in whole vectors
-  int64_t mix_bits, N_bits;
+  int64_t K = s.K();
+  int64_t N = s.N() < L ? L : s.N();  // rows of H repeat, so a larger power of two is right, too
+  int64_t padded = (s.n + L - 1) / L * L;  // n in whole vectors
+  // The logarithms of R and of N in vectors.
+  int64_t mix_bits = __builtin_ctzll(uint64_t(s.R())), N_bits = __builtin_ctzll(uint64_t(N / L));
   C *lam, *row;  // lam * col (K), scale * row (D)
   C *v, *mixed;  // (N), and behind it the first numbers again; (R, padded)
 
-  RANDLORA_HOST_MEMBER explicit HadamardRow(const HadamardSizes& sizes)
-      : s(sizes), K(s.K()), N(s.N() < L ? L : s.N()), padded((s.n + L - 1) / L * L) {
-    mix_bits = log2_of(s.R());
-    N_bits = log2_of(N / L);
-  }
-  RANDLORA_HOST_MEMBER static int64_t log2_of(int64_t power) {
-    return 63 - __builtin_clzll(uint64_t(power));
-  }
+  RANDLORA_HOST_MEMBER explicit HadamardRow(const HadamardSizes& sizes) : s(sizes) {}
 
   // Takes scratch memory for all threads, with `more` numbers for each.
   RANDLORA_HOST_MEMBER void prepare(Runtime& rt, const void* lam_of, const int8_t* col,

@@ -49,17 +49,6 @@ inline void store_rounded(double v, f16* to) {
   std::memcpy(&to->bits, &h, 2);
 }
 
-// f(S*) with the storage type of `dtype`.
-template <class F>
-auto with_storage(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::f64: return f(static_cast<double*>(nullptr));
-    case DType::bf16: return f(static_cast<bf16*>(nullptr));
-    case DType::f16: return f(static_cast<f16*>(nullptr));
-    default: return f(static_cast<float*>(nullptr));
-  }
-}
-
 // The dtype that lambda, gamma and their gradients have.
 inline DType compute_of(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
@@ -102,8 +91,8 @@ class Array {
         memory_(new Poisoned((count + behind) * bytes_of(dtype), skip * bytes_of(dtype))) {}
   Array(DType dtype, const Values& values, int64_t skip = 0, int64_t behind = 0)
       : Array(dtype, static_cast<int64_t>(values.size()), skip, behind) {
-    with_storage(dtype, [&](auto* s) {
-      auto* p = static_cast<decltype(s)>(get());
+    with_dtype(dtype, [&](auto s) {
+      auto* p = static_cast<decltype(s)*>(get());
       for (int64_t i = 0; i < count_; ++i) store_rounded(values[i], p + i);
     });
   }
@@ -117,8 +106,8 @@ class Array {
   Values values() const {
     add_to_digest(get(), bytes());
     Values v(count_);
-    with_storage(dtype_, [&](auto* s) {
-      const auto* p = static_cast<decltype(s)>(get());
+    with_dtype(dtype_, [&](auto s) {
+      const auto* p = static_cast<decltype(s)*>(get());
       for (int64_t i = 0; i < count_; ++i) v[i] = double_of(p[i]);
     });
     return v;

@@ -152,8 +152,8 @@ void check_delta(Kernels& kernels, const Layer& L, const Basis& basis, DType dty
 // Elements of out against sums that are exact in float, rounded as core/stochastic.h says with seed
 // 99. Nothing is rounded but in 16 bits.
 inline void compare_stochastic(const Array& out, DType dtype, const Values& sums) {
-  with_storage(dtype, [&](auto* s) {
-    using S = std::remove_pointer_t<decltype(s)>;
+  with_dtype(dtype, [&](auto s) {
+    using S = decltype(s);
     const Values got = out.values();
     for (size_t e = 0; e < sums.size(); ++e) {
       double want = sums[e];

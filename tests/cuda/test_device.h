@@ -25,7 +25,7 @@ class TestDevice : public Device {
     return held_.back()->get();
   }
   void gemm(const Gemm& g) override {
-    with_storage(g.dtype, [&](auto* s) { loops(g, s); });
+    with_dtype(g.dtype, [&](auto s) { loops(g, s); });
   }
   std::string settings() const {
     return "threads " + std::to_string(max_threads) + " shared " + std::to_string(shared_bytes) +
@@ -39,7 +39,7 @@ class TestDevice : public Device {
 
  private:
   template <class S>
-  static void loops(const Gemm& g, S*) {
+  static void loops(const Gemm& g, S) {
     using C = typename ComputeOf<S>::type;
     const auto* left = static_cast<const S*>(g.left);
     const auto* right = static_cast<const S*>(g.right);
