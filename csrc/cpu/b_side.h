@@ -19,18 +19,19 @@ void sum_lists(const AnyLists& any, int64_t begin, int64_t end, const typename B
   any.typed([&](const auto& lists) {
     for (int64_t line = begin; line < end; ++line) {
       V positive[B::NV] = {}, negative[B::NV] = {};
-      const auto add = [&](V(&to)[B::NV], int64_t p) RANDLORA_INLINED {
-        const auto* row = src + int64_t(lists.index[p]) * B::TB;
-        for (int q = 0; q < B::NV; ++q) to[q] += load<V>(row + q * B::L);
+      const auto add = [src](V(&to)[B::NV], const auto* index, int64_t p) RANDLORA_INLINED {
+        for (int q = 0; q < B::NV; ++q)
+          to[q] += load<V>(src + int64_t(index[p]) * B::TB + q * B::L);
       };
-      int64_t p = lists.plus(line), m = lists.minus(line);
-      const int64_t p_end = m, m_end = lists.end(line);
-      for (; p < p_end && m < m_end; ++p, ++m) {
-        add(positive, p);
-        add(negative, m);
+      const auto *plus = lists.index + lists.plus(line), *minus = lists.index + lists.minus(line);
+      const int64_t n_plus = minus - plus, n_minus = lists.end(line) - lists.minus(line);
+      const int64_t both = n_plus < n_minus ? n_plus : n_minus;
+      for (int64_t p = 0; p < both; ++p) {
+        add(positive, plus, p);
+        add(negative, minus, p);
       }
-      for (; p < p_end; ++p) add(positive, p);
-      for (; m < m_end; ++m) add(negative, m);
+      for (int64_t p = both; p < n_plus; ++p) add(positive, plus, p);
+      for (int64_t p = both; p < n_minus; ++p) add(negative, minus, p);
       for (int q = 0; q < B::NV; ++q)
         store(dst + (line - begin) * B::TB + q * B::L, positive[q] - negative[q]);
     }

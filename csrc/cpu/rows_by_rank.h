@@ -60,7 +60,7 @@ class RowsByRank {
       const uint16_t* minus_end = decode(b_.b_planes.minus + row, j, minus_);
       fn(plus_, plus_end - plus_, minus_, minus_end - minus_, 0);
     } else {
-      b_.b_rows.typed([&](const auto& lists) RANDLORA_INLINED {
+      b_.b_rows.typed([&](const auto& lists) {
         const int64_t o = first_ + q, stop = (j + 1) * b_.n;
         const int64_t p = cursor_[q][0], m = cursor_[q][1];
         int64_t p_end = p, m_end = m;
