@@ -8,7 +8,7 @@
 
 namespace randlora {
 
-// ---- Philox4x32-10 -------------------------------------------------------------------------------
+// ---- Philox4x32-10 -----------------------------------------------------------------------------
 // A counter-based generator; maps a 128-bit counter and a 64-bit key to 128 bits. Salmon, Moraes,
 // Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11; constants from the authors'
 // Random123. docs/basis-spec.md section 1 states it in full.

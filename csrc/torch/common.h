@@ -121,8 +121,8 @@ ScalarType compute_type(DType dtype);
 Basis basis_of(const std::vector<Tensor>& packed, const std::string& format, int64_t D,
                const Tensor& lam, const Tensor& gam);
 // Throws if positions in the rows of B do not ascend; the CPU kernels that form dW rely on it.
-// Reads all positions: cheap next to forming dW, expensive next to a product of few tokens. basis_of
-// checks A, which is n times smaller.
+// Reads all of them: cheap next to forming dW, expensive next to a product of few tokens. basis_of
+// itself checks A, which has far fewer.
 void check_b_ascending(const Basis& b);
 
 }  // namespace randlora
