@@ -171,8 +171,9 @@ class _Plain:
 def _plain_linear(
     x, weight, bias, lam, gam, s, row, col, scale, first_row, first_column, expand, merge
 ):
-    bases = s, row, col, scale, first_row, first_column, expand
-    p = _Plain(x, weight, bias, lam, gam, *bases, merge)
+    p = _Plain(
+        x, weight, bias, lam, gam, s, row, col, scale, first_row, first_column, expand, merge
+    )
     flat = x.reshape(-1, x.shape[-1])
     y = p.up(p.inner(flat)) if p.expand else p.outer(p.w(p.u(flat)))
     if weight is not None:
@@ -184,8 +185,9 @@ def _plain_linear_backward(
     dy, x, weight, lam, gam, s, row, col, scale, first_row, first_column, expand, merge, need_x,
     need_diagonals,
 ):  # fmt: skip
-    bases = s, row, col, scale, first_row, first_column, expand
-    p = _Plain(x, weight, None, lam, gam, *bases, merge, dy)
+    p = _Plain(
+        x, weight, None, lam, gam, s, row, col, scale, first_row, first_column, expand, merge, dy
+    )
     flat, dflat = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     small, large = (flat, dflat) if p.expand else (dflat, flat)
     z, u = p.inner(small), p.u(large)
@@ -213,8 +215,7 @@ def _plain_weight(
         raise RuntimeError(f"randlora: weight must be {sizes}, got {tuple(weight.shape)}")
     dtype = torch.promote_types(like.dtype, torch.float32)
     one = torch.eye(s.shape[0], dtype=dtype, device=lam.device)
-    bases = s, row, col, scale, first_row, first_column, True
-    p = _Plain(one, None, None, lam, gam, *bases, merge=False)
+    p = _Plain(one, None, None, lam, gam, s, row, col, scale, first_row, first_column, expand=True)
     delta = p.up(p.inner(one))  # row k is column k of B (lambda * A * gamma)
     delta = delta.T if expand else delta
     return (delta if weight is None else weight.to(dtype) + delta).to(like.dtype).contiguous()
