@@ -40,7 +40,7 @@ class OtherRankError(RuntimeError):
 def same_on_all_ranks(mesh: DeviceMesh, values: dict[str, Any]) -> None:
     """Raises ValueError on every rank unless each has the same `values` by name.
 
-    All ranks of `mesh` must call, or be in `failing_together`.
+    Every rank of `mesh` must call this or be in `failing_together`.
     """
     everyone = _exchanged(mesh, values)
     for name in {name: None for _, its in everyone for name in its}:  # in order
@@ -54,9 +54,9 @@ def same_on_all_ranks(mesh: DeviceMesh, values: dict[str, Any]) -> None:
 def failing_together(mesh: DeviceMesh | None) -> Iterator[None]:
     """If the block raises on one rank, every rank raises at the end of it.
 
-    The others raise `OtherRankError`, or OSError if the one did; at once if they are in
-    `same_on_all_ranks`. There must be no other collective in the block before what may raise on
-    one rank alone. Without a mesh there is one process.
+    The others raise `OtherRankError`, or OSError if the first did; those in `same_on_all_ranks`
+    raise immediately. Code that may raise on one rank alone must not follow another collective in
+    the block. Without a mesh there is one process.
     """
     if mesh is None:
         yield

@@ -1,7 +1,7 @@
 """What the commands of `randlora_cli` do: a module of that name, with a function of that name.
 
-`convert` and `merge` read an adapter without its model (adapter.py), and of a model folder the
-headers of its files, or one tensor at a time (checkpoint.py).
+`convert` and `merge` read an adapter without its model (adapter.py), and a model folder by the
+headers of its files or one tensor at a time (checkpoint.py).
 """
 
 import sys
@@ -50,7 +50,7 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def told_of(what: object, kinds: Any = Exception):
-    """Names the adapter or file in another function's error."""
+    """Raises the block's error as a CliError that begins with `what`."""
     try:
         yield
     except kinds as error:

@@ -187,9 +187,8 @@ def shapes_in(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Shape]:
         may_be_conv1d = not adapter.plain and checkpoint.config.get("model_type") in _CONV1D_MODELS
         if may_be_conv1d and not transposed and entry.shape[0] == entry.shape[1]:
             raise CliError(
-                f"{path}: PEFT saves fan_in_fan_out of one layer, here of an nn.Linear, and "
-                "a square weight does not tell whether it is a Conv1D's; merge in PEFT, by "
-                "merge_and_unload()"
+                f"{path}: PEFT saved the fan_in_fan_out of one layer only, an nn.Linear, and this "
+                "square weight may be a Conv1D's; merge in PEFT, with merge_and_unload()"
             )
         sizes = entry.shape if transposed else entry.shape[::-1]
         if min(sizes) != gam.shape[1]:

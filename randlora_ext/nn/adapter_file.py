@@ -270,7 +270,7 @@ def _misfits(
             yield f"{at}: there is no such module"
             continue
         if (first := seen.setdefault(id(module), at)) != at:
-            yield f"{at}: is the same module as {first} here, and another one in the file"
+            yield f"{at}: shares its module with {first} here, but not in the file"
         for other in layer.also_at:
             if modules.get(other) is not module:
                 yield f"{other}: must be the same module as {at}"

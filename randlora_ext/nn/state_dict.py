@@ -32,9 +32,9 @@ def refuse_misfit(module: nn.Module, state_dict: dict[str, Tensor], prefix: str,
     torch copies what fits and then raises for the rest. That would leave half of one adapter mixed
     with another.
 
-    Raises RuntimeError that names every entry of a RandLoRA layer that has another shape or is not
-    a floating point tensor, and every merged layer: its weight holds an adapter that could not be
-    subtracted with the new lambda and gamma. Missing and unknown keys are left to torch, which
+    Raises a RuntimeError that names every entry of a RandLoRA layer whose shape differs or that is
+    no floating point tensor, and every merged layer of which the state dict has entries: the new
+    lambda and gamma could not undo its merge. Missing and unknown keys are left to torch, which
     alone knows whether loading is strict.
     """
     refuse(

@@ -1,5 +1,5 @@
 """Dense bases, PEFT's default, in plain torch: the products are GEMMs of any A and B. A' =
-lambda * A * gamma (`scaled`) and `add_rounded` have kernels.
+lambda * A * gamma (`scaled`) and `add_rounded` have our kernels.
 
 Forward keeps x, weight, lambda and gamma; backward computes everything else again. In float16,
 powers of two keep A', x A'^T and the gradient of A' in range: |lambda gamma A| may be up to about
@@ -95,7 +95,7 @@ def delta(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float) -> Tens
 
 
 def check_plain(x, weight, bias, lam, gam, r, d, D, expand, merged, dy=None) -> None:
-    """For an operator in plain torch what csrc/torch checks for others: torch would broadcast."""
+    """Checks for plain torch what csrc/torch checks for the kernels; torch would broadcast."""
     if weight is None and (bias is not None or merged):
         what = "merge" if bias is None else "bias"
         raise RuntimeError(

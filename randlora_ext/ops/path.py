@@ -14,8 +14,8 @@ from ..basis import TernaryBasis
 
 PATHS = ("factored", "delta", "merged")
 MANY = 2**62  # tokens: more than any call has
-# The tokens from which dW is formed: with Hadamard bases, and with independent bases per d (merged)
-# and per d + D (delta). Measured on the processor, for "other" on Zen 4; for CUDA an estimate.
+# The fewest tokens for which dW is formed: Hadamard bases; independent ones in multiples of d
+# (merged) and of d + D (delta). Measured on that processor, "other" on Zen 4; "cuda" is estimated.
 LIMITS = {
     "amx": (4096, 2, 1),
     "zen5": (1024, MANY, 3),
@@ -74,8 +74,8 @@ def choose(
 ) -> tuple[str, str]:
     """(path, B side); the path "auto" becomes that of `explain`.
 
-    `tokens` may be symbolic: torch.compile guards on the side of each limit that it is on. An
-    exported program takes the factored path unless the declared range of T decides.
+    `tokens` may be symbolic: torch.compile guards on whether it reaches each limit. An exported
+    program takes the factored path unless its whole declared range of tokens reaches the limit.
     """
     allowed = ("factored", "merged") if basis.kind == "hadamard" else PATHS
     if path not in ("auto", *allowed):
@@ -95,8 +95,8 @@ def choose(
 def formed_from(basis: TernaryBasis, dtype: torch.dtype, has_weight: bool, device: str) -> int:
     """The number of tokens from which dW is formed first, or `MANY`.
 
-    Never below 256, where the overhead of a call hides what is saved. For dense bases it counts
-    multiply-adds per entry of dW: forming dW takes 3 K, in large GEMMs the time of 2 K to 2.7 K.
+    Never below 256, where the overhead of a call hides the saving. For dense bases it follows from
+    multiply-adds per entry of dW: 3 * K to form it, which large GEMMs do in the time of 2 to 2.7 K.
     """
     merged, d, D = _formed(dtype, has_weight) == "merged", basis.d, basis.D
     hadamard, per_d, per_both = LIMITS[devices.CPU if device == "cpu" else "cuda"]
@@ -138,7 +138,7 @@ def _from_environment(variable: str, values: tuple[str, ...]) -> str:
 def _at_least(tokens: int, limit: int, unknown: bool = False) -> bool:
     """tokens >= limit, for a symbolic number too: torch.compile guards on the answer.
 
-    Where the range of an exported program leaves the answer open, it is `unknown`.
+    Returns `unknown` if the token range of an exported program leaves the answer open.
     """
     if limit >= MANY or not torch.compiler.is_compiling():
         return limit < MANY and tokens >= limit  # a symbolic number is not known to be below MANY

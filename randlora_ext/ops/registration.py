@@ -25,7 +25,7 @@ _ops = torch.ops.randlora
 def fake(function: Callable, name: str = "") -> Callable:
     """Registers the fake kernel of the operator `name`, by default the one of the function's name.
 
-    It also makes the check of csrc/torch/check.cpp that calls with a meta tensor do not reach.
+    It repeats the check of csrc/torch/check.cpp that calls with a meta tensor never reach.
     """
     name = name or function.__name__
     names = [argument.name for argument in getattr(_ops, name).default._schema.arguments]

@@ -40,8 +40,8 @@ class LoraExport(NamedTuple):
     def note(self) -> str:
         """What the model card says of it."""
         return (
-            f"It is the one of rank {self.rank} that is nearest to a RandLoRA adapter, and keeps "
-            f"{self.energy:.4f} of the squared norm of its change of the weights."
+            f"It is the LoRA of rank {self.rank} that is nearest to a RandLoRA adapter, and keeps "
+            f"{self.energy:.4f} of the squared norm of that adapter's change of the weights."
         )
 
 

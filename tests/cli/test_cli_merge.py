@@ -191,7 +191,7 @@ def test_conv1d_and_linear_layers_in_one_adapter(tmp_path):
     base = gpt2(model, tie_word_embeddings=False)
     save_adapter(base, adapter, targets=["c_proj", "lm_head"], basis="independent")
     line = refused("merge", model, adapter, tmp_path / "out")
-    assert "attn.c_proj: PEFT saves fan_in_fan_out of one layer" in line
+    assert "attn.c_proj: PEFT saved the fan_in_fan_out of one layer" in line
 
 
 def test_stochastic_rounding(tmp_path, bf16, sound):

@@ -67,12 +67,12 @@ struct Product {
   bool tf32;
 };
 inline std::vector<Product> products(int number, int count) {
-  const std::vector<Product> kinds {
-    {DType::f32, false}, {DType::bf16, false}, {DType::f32, true},
+  const std::vector<Product> kinds{{DType::f32, false},
+                                   {DType::bf16, false},
+                                   {DType::f32, true},
 #if !defined(__SANITIZE_THREAD__)
-        {DType::f64, false}, {
-      DType::f16, false
-    }
+                                   {DType::f64, false},
+                                   {DType::f16, false}
 #endif
   };
   std::vector<Product> some;
@@ -93,8 +93,7 @@ inline void under_all_schedules(void (*tests)()) {
 
 // Sanitizers take their time: they run the tests under one schedule, which CUDA_ON_CPU_SCHEDULE may
 // choose, and only `few` of them under all.
-inline int run_tests(
-    void (*tests)(), void (*few)() = [] {}) {
+inline int run_tests(void (*tests)(), void (*few)() = [] {}) {
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
   const bool one = true;
 #else

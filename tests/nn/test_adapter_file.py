@@ -199,7 +199,7 @@ def test_two_layers_of_a_file_are_one_here(file):
         apply_randlora(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), [*"01"], r=2), file
     )
     tied = nn.Sequential(layer := nn.Linear(8, 8), layer)
-    with pytest.raises(ValueError, match="1: is the same module as 0 here, and another one in"):
+    with pytest.raises(ValueError, match="1: shares its module with 0 here, but not in"):
         load_adapter(tied, file)
     assert tied[0] is layer and layer.weight.requires_grad
 
