@@ -123,6 +123,9 @@ def test_scaled_bases_and_delta_weight():
             x = torch.randn(3, in_features, dtype=torch.float64)
             part = 128.0 * F.linear(F.linear(x, first), second)
             assert relative(part, F.linear(x, expected)) < 1e-12
+            (gradient,) = torch.autograd.grad(delta.sum(), lam)
+            (wanted,) = torch.autograd.grad(expected.sum(), lam)
+            assert relative(gradient, wanted) < 1e-12
 
 
 @pytest.mark.parametrize("second", [{}, HADAMARD], ids=["independent", "hadamard"])
