@@ -2,7 +2,6 @@
 
 import copy
 import os
-import pickle
 from itertools import product
 
 import pytest
@@ -167,10 +166,6 @@ def check_adapters(place: Place):
             torch.testing.assert_close(sharded(x), plain(x), **EXACT)
         twin = copy.deepcopy(sharded)
         assert type(twin) is TensorParallelRandLoraLinear and torch.equal(twin(x), sharded(x))
-        basis = sharded.bases["default"]
-        assert twin.bases["default"].packed() is basis.packed()
-        assert pickle.loads(pickle.dumps(basis)) == basis
-        assert "36->52; default: r=" in repr(sharded)
         for each in (plain, sharded):
             each(x).sum().backward()
         same_gradients(sharded, plain)

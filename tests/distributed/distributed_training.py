@@ -167,9 +167,6 @@ def check_fsdp_outside_forward(place: Place):
     torch.testing.assert_close(model(batch(0)), reference(batch(0)))
     layer.unmerge()
     assert torch.equal(full_tensor(layer.base_layer.weight), before)
-    layer.merge(keep_weight="nothing")
-    layer.unmerge()
-    torch.testing.assert_close(full_tensor(layer.base_layer.weight), before)
     # An infinity in one rank's part of the weight stops the merge on every rank.
     if place.rank == 1:
         with torch.no_grad():

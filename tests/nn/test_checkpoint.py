@@ -85,19 +85,6 @@ def test_policies(policy, runs, density):
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
-@pytest.mark.parametrize("reentrant, density", [(True, "hadamard"), (False, 0.1)])
-def test_plain_checkpoints_under_autocast(reentrant, density):
-    net = make(density)
-    x = torch.randn(7, 24, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = gradients(lambda x: net(x).float(), net, x)
-        y = checkpoint(net, x, use_reentrant=reentrant).float()
-    trained = [p for p in net.parameters() if p.requires_grad]
-    y.square().sum().backward()
-    for result, wanted in zip([x.grad, *(p.grad for p in trained)], expected, strict=True):
-        assert torch.equal(result, wanted)
-
-
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("policy, runs", [(saves, 1), (recomputes, 2)])
 def test_policies_in_a_compiled_step(policy, runs):

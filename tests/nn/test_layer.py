@@ -131,17 +131,10 @@ def test_scaled_bases_and_delta_weight():
 @pytest.mark.parametrize("second", [{}, HADAMARD], ids=["independent", "hadamard"])
 def test_two_adapters_add_up(second):
     layer = two_adapters(**second)
-    assert layer.active_adapters == ["default"]
-    assert not layer.randlora_lambda["two"].requires_grad
     x, dy = inputs(layer, 9, dtype=torch.float64)
     for names in ("default", ["two"], ["default", "two"]):
         layer.set_adapter(names)
         assert_right(layer, x, dy, 1e-10)
-    layer.set_adapter("two")
-    trained = {n for n, p in layer.named_parameters() if p.requires_grad}
-    assert trained == {"randlora_lambda.two", "randlora_gamma.two"}
-    layer.set_adapter([])
-    assert torch.equal(layer(x), layer.base_layer(x))
 
 
 def test_dropout():

@@ -1,7 +1,6 @@
 """RandLoraLinear: dtypes, copies, state, and what it says to bad input."""
 
 import copy
-import re
 import subprocess
 import sys
 
@@ -49,17 +48,6 @@ def test_copies_share_the_packed_basis():
             assert other.bases[name].packed()[0] is basis.packed()[0]
 
 
-def test_repr_tells_rank_density_and_path():
-    layer = RandLoraLinear(nn.Linear(24, 40), r=5, density=0.07)
-    assert re.search(r"24->40; default: r=5 density 0\.07 \w+ at 512 tokens\n", repr(layer))
-    layer.update_layer("two", r=8, basis="hadamard")
-    assert "; two: r=8 hadamard factored at 512 tokens, inactive\n" in repr(layer)
-    layer.merge()
-    assert re.search(r"default: .* tokens, merged; two: .* tokens, inactive\n", repr(layer))
-    layer.disable()
-    assert repr(layer).count("tokens, disabled") == 2
-
-
 def test_core_needs_torch_alone():
     apart = {"peft", "transformers", "numpy.f2py"}
     code = f"import sys, randlora_ext; assert not {apart} & {{*sys.modules}}"
@@ -80,7 +68,6 @@ BAD_OPTIONS = [
     ({"projection_prng_key": 2**64}, ValueError, r"projection_prng_key .*18446744073709551616"),
     ({"projection_prng_key": 0.5}, TypeError, r"projection_prng_key .*0\.5"),
     ({"randlora_dropout": 1.0}, ValueError, r"randlora_dropout must be in \[0, 1\), got 1\.0"),
-    ({"randlora_dropout": -0.1}, ValueError, r"randlora_dropout .*-0\.1"),
     ({"randlora_dropout": "x"}, TypeError, r"randlora_dropout .*'x'"),
     *(
         ({"randlora_alpha": value}, ValueError, "randlora_alpha must be a finite number")

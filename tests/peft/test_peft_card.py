@@ -8,7 +8,7 @@ import torch
 from cli_helpers import llama, with_adapter
 from cli_helpers import run as cli
 from huggingface_hub import ModelCard
-from peft_helpers import accelerated, made, randomize
+from peft_helpers import accelerated, randomize
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -87,12 +87,6 @@ def test_an_adapter_in_a_folder_of_its_name(base, tmp_path):
     _, source, loaded = run_snippet(tmp_path / "adapter")
     assert "subfolder='mine'" in source
     same(loaded, model)
-
-
-def test_a_model_that_transformers_does_not_know_is_left_to_the_reader(tmp_path):
-    made(sparse=True).save_pretrained(tmp_path)
-    text = (tmp_path / "README.md").read_text()
-    assert "base = ...  # the model that the adapter was trained on" in text
 
 
 def test_a_classifier_says_how_many_labels_it_has(base, tmp_path):

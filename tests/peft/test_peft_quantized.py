@@ -383,10 +383,6 @@ def test_merging(net):
             model.unmerge_adapter()
             randomize(model)
             assert torch.equal(model(x), before)  # the old base layer is back
-            for layer in layers(model):
-                layer.merge(keep_weight="nothing")
-            model.unmerge_adapter()
-            assert 0 < relative(model(x), before) < 0.3
             return
         with pytest.raises(TypeError, match="Merging/unmerging is not available"):
             model.merge_adapter()
