@@ -1,7 +1,6 @@
 """Adapter files that are cut off, altered, of another version or hostile: an error, and nothing
 changes."""
 
-import dataclasses
 import json
 import os
 import pickle
@@ -158,14 +157,12 @@ def test_nothing_of_a_pickle_runs(victim):
 
 KEY = "randlora_ext:independent-{}:density=0.2:seed={}"
 BAD_CONFIGS = [
-    {"density": 2.0}, {"density": "0.2"}, {"density": float("nan")}, {"density": [0.2]},
-    {"r": 0}, {"r": 2**70}, {"r": 2**31 - 1}, {"r": "8"}, {"r": None}, {"basis": "other"},
+    {"density": 2.0}, {"density": float("nan")}, {"r": 0}, {"r": 2**70}, {"r": 2**31 - 1},
+    {"basis": "other"}, {"target_modules": ["nowhere"]}, {"randlora_dropout": 1.5},
     {"projection_prng_key": KEY.format(2, 5)},  # of a specification to come
     {"projection_prng_key": KEY.format(1, 2**64)}, {"projection_prng_key": "__import__('os')"},
-    {"projection_prng_key": 1.5}, {"projection_prng_key": None}, {"projection_prng_key": 10**300},
     {"projection_prng_key": "randlora_ext:peft-1:density=0.20:seed=5"},
-    {"randlora_alpha": "x"}, {"randlora_alpha": float("nan")}, {"randlora_alpha": 10**400},
-    {"randlora_dropout": 1.5}, {"target_modules": ["nowhere"]},
+    {"projection_prng_key": 10**300}, {"randlora_alpha": float("nan")}, {"randlora_alpha": 10**400},
     {"peft_type": "RANDLORA2"}, {"peft_type": 5}, "", "[]", '{"peft_type"', "\x00\xff",
 ]  # fmt: skip
 
@@ -207,8 +204,6 @@ def test_a_field_of_a_wrong_type_is_named(victim):
                 with pytest.raises((TypeError, ValueError), match=f"^{field}\\b.* must be "):
                     load()
     victim.assert_unchanged()
-    known = {f.name for f in dataclasses.fields(accelerated.RandLoraConfig)}
-    assert known - ALLOWED.keys() == {"peft_type", "task_type"}  # PEFT's tables
     victim.write(projection_prng_key=KEY.format(1, "07"))
     with pytest.raises(ValueError, match="^projection_prng_key: '.*' is no key"):
         victim.load_anew()

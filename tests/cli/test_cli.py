@@ -70,22 +70,6 @@ def test_an_error_of_ours_shows_where(monkeypatch, capsys):
     assert code == 2 and out == "" and "Traceback" in err and "please report it" in err
 
 
-def test_overrides_are_named(monkeypatch):
-    names = "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "RANDLORA_MISSPELT", "RANDLORA_PATH"
-    for name in names:
-        monkeypatch.setenv(name, "0")
-    (line,) = (line for line in diagnostics.describe() if line.startswith("environment:"))
-    told = line.removeprefix("environment: ").split(", ")  # torch may set others, such as KMP_...
-    assert [each for each in told if each[:-2] in names] == [f"{name}=0" for name in names]
-
-
-def test_the_known_answer_is_that_of_the_specification():
-    known = (Path(__file__).parents[1] / "data" / "basis_v1.txt").read_text().splitlines()
-    seed, role, row, rows, column, columns, density = diagnostics._SLICE
-    line = ("planes", seed, role, row, column, rows, columns, density, diagnostics._DIGEST)
-    assert " ".join(map(str, line)) in known
-
-
 def raises(*arguments):
     raise ValueError("bad")
 

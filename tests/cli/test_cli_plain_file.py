@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 from cli_helpers import TARGETS, gpt2, llama, refused, run
-from peft_helpers import accelerated, opened, relative
+from peft_helpers import accelerated, opened, randomize, relative
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from randlora_ext import RandLoraLinear, apply_randlora, merge_and_unload, save_adapter
+from randlora_ext import apply_randlora, merge_and_unload, save_adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 OPTIONS = {"r": 5, "randlora_alpha": 100, "density": 0.3, "projection_prng_key": 9}
@@ -20,11 +20,7 @@ TOKENS = torch.arange(12).view(2, 6)
 
 def adapted(base, targets, file, **options):
     """`base` with an adapter, which `file` has too."""
-    model = apply_randlora(base, targets, **(OPTIONS | options))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for layer in (m for m in model.modules() if isinstance(m, RandLoraLinear)):
-            layer.randlora_lambda["default"].normal_(0, 0.01, generator=generator)
+    model = randomize(apply_randlora(base, targets, **(OPTIONS | options)))
     save_adapter(model, file)
     return model
 

@@ -4,7 +4,7 @@
 namespace randlora {
 namespace cuda {
 
-// More live values than registers.
+// More live values than registers, which need a stack.
 __global__ void __launch_bounds__(1024) spills(float* x) {
   float a[128];
 #pragma unroll
@@ -13,14 +13,6 @@ __global__ void __launch_bounds__(1024) spills(float* x) {
 #pragma unroll
   for (int i = 0; i < 128; ++i)
     x[i * 1024 + threadIdx.x] = a[127 - i] + a[(i * 37 + 11) % 128] * a[(i * 53 + 5) % 128];
-}
-
-// An array whose index the compiler cannot know.
-__global__ void indexes(float* x, int n) {
-  float a[64];
-  for (int i = 0; i < 64; ++i) a[i] = x[i];
-  for (int i = 0; i < n; ++i) a[static_cast<int>(x[i]) & 63] += 1;
-  for (int i = 0; i < 64; ++i) x[i] = a[i];
 }
 
 __global__ void locks(float* x) {

@@ -214,7 +214,7 @@ def control(nvcc: str) -> list[str]:
     wrong = "\n".join(check(kernels[BAD_KERNELS.name], {}, 0))
     expected = (
         "spills on sm_90: spills",
-        "indexes on sm_90: has a stack",
+        "spills on sm_90: has a stack",
         "locks on sm_90: has ATOMS",
     )
     return [f"bad_kernels.cu: not found: {e}" for e in expected if e not in wrong]
