@@ -178,14 +178,13 @@ struct ListsToDense {
 };
 
 // The operators that CPU and CUDA both have, each with its struct. Every table of functions is made
-// from these lists. Packing is done once per basis, so the CPU has it for one instruction set.
-#define RANDLORA_PACKING(X)         \
-  X(pack_dense, PackDense)          \
-  X(count_lists, CountLists)        \
-  X(fill_lists, FillLists)          \
-  X(planes_to_dense, PlanesToDense) \
-  X(lists_to_dense, ListsToDense)
+// from this list.
 #define RANDLORA_OPERATORS(X)                   \
+  X(pack_dense, PackDense)                      \
+  X(count_lists, CountLists)                    \
+  X(fill_lists, FillLists)                      \
+  X(planes_to_dense, PlanesToDense)             \
+  X(lists_to_dense, ListsToDense)               \
   X(fill_planes, FillPlanes)                    \
   X(scaled_basis, ScaledBasis)                  \
   X(scaled_basis_backward, ScaledBasisBackward) \

@@ -2,6 +2,7 @@
 #pragma once
 #include "delta_weight.h"
 #include "dense.h"
+#include "dispatch.h"
 #include "fill_planes.h"
 #include "hadamard.h"
 #include "linear.h"

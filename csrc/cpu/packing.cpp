@@ -1,9 +1,10 @@
-#include "packing.h"
-
+// Converts a ternary matrix between dense, bit-plane and list forms, once per basis.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
+
+#include "dispatch.h"
 
 #define RANDLORA_ISA packing
 #define RANDLORA_VECTOR_BYTES 16

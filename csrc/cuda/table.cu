@@ -22,7 +22,7 @@ randlora_cuda_kernels() {
       cuda::describe,
       cuda::make_current,
       cuda::support_tables,
-      RANDLORA_PACKING(RANDLORA_FUNCTION) RANDLORA_OPERATORS(RANDLORA_FUNCTION)};
+      RANDLORA_OPERATORS(RANDLORA_FUNCTION)};
 #undef RANDLORA_FUNCTION
   return &table;
 }

@@ -33,7 +33,6 @@ class TestDevice : public Device {
   }
 #define RANDLORA_CALL(name, Operator) \
   void name(const Operator& p) { cuda::name(p, *this); }
-  RANDLORA_PACKING(RANDLORA_CALL)
   RANDLORA_OPERATORS(RANDLORA_CALL)
 #undef RANDLORA_CALL
 
