@@ -77,10 +77,4 @@ void with_engine(DType dtype, bool tf32, const F& fn) {
   with_dtype(dtype, [&](auto s) { fn(s, std::false_type{}); });
 }
 
-// Calls fn(std::bool_constant).
-template <class F>
-void with_flag(bool flag, const F& fn) {
-  flag ? fn(std::true_type{}) : fn(std::false_type{});
-}
-
 }  // namespace randlora
