@@ -8,8 +8,7 @@
 
 #include "dtype.h"
 #include "hadamard.h"
-#include "lists.h"
-#include "planes.h"
+#include "packed.h"
 #include "runtime.h"
 
 namespace randlora {
