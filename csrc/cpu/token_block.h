@@ -119,7 +119,7 @@ void transpose_matrix(const C* from, int64_t ldf, int64_t rows, int64_t cols, C*
 template <class B, class F>
 RANDLORA_INLINE void with_storage(DType dtype, const F& fn) {
   with_dtype(dtype, [&](auto s) {
-    if constexpr (std::is_same_v<typename ComputeOf<decltype(s)>::type, typename B::C>) fn(s);
+    if constexpr (std::is_same_v<ComputeOf<decltype(s)>, typename B::C>) fn(s);
   });
 }
 template <class B>

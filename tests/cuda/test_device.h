@@ -39,7 +39,7 @@ class TestDevice : public Device {
  private:
   template <class S>
   static void loops(const Gemm& g, S) {
-    using C = typename ComputeOf<S>::type;
+    using C = ComputeOf<S>;
     const auto* left = static_cast<const S*>(g.left);
     const auto* right = static_cast<const S*>(g.right);
     auto* out = static_cast<S*>(g.out);

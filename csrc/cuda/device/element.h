@@ -26,7 +26,7 @@ __device__ __forceinline__ float widen(f16 x) {
 
 // narrow<S>(x) rounds to nearest, ties to even.
 template <class S>
-__device__ __forceinline__ S narrow(typename ComputeOf<S>::type x) {
+__device__ __forceinline__ S narrow(ComputeOf<S> x) {
   return x;  // float and double
 }
 template <>

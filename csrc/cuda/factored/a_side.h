@@ -158,8 +158,8 @@ __device__ __forceinline__ void each_piece(const F& fn) {
 // no other warp uses.
 template <class Out, class S, int MI, int NI, bool Tf32>
 __device__ __forceinline__ void store_rows(const WarpTile<S, MI, NI, Tf32>& tile,
-                                           typename ComputeOf<S>::type* shared, Out* to,
-                                           int64_t stride, int64_t rows, int64_t cols, bool aligned,
+                                           ComputeOf<S>* shared, Out* to, int64_t stride,
+                                           int64_t rows, int64_t cols, bool aligned,
                                            bool accumulate) {
   using Tile = WarpTile<S, MI, NI, Tf32>;
   constexpr int kCols = 8 * NI, kStride = kCols + 8, L = kPerAccess<Out>;
