@@ -18,7 +18,6 @@
 // Scratch: G^T as large as G, and (D / 4096) n nnz(A) sums.
 #include <algorithm>
 
-#include "../device/warp_sums.h"
 #include "../factored/a_side.h"
 
 namespace randlora::cuda {

@@ -10,7 +10,6 @@
 //
 // Floor: gamma (n d elements) read once; T n nnz(A) additions. Latency dominates.
 #include "../device/ptx.h"
-#include "../device/warp_sums.h"
 #include "a_side.h"
 
 namespace randlora::cuda {

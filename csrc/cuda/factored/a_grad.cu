@@ -15,7 +15,6 @@
 // Sums that span blocks go through scratch in a fixed order: deterministic.
 //
 // Floor: U and z read once; 2 T n nnz(A) operations.
-#include "../device/warp_sums.h"
 #include "a_side.h"
 
 namespace randlora::cuda {

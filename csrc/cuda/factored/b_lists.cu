@@ -18,7 +18,6 @@
 // additions.
 #include "../device/columns.h"
 #include "../device/launch.h"
-#include "../device/warp_sums.h"
 #include "../kernels.h"
 #include "panels.h"
 

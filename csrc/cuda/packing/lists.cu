@@ -16,7 +16,6 @@
 // Floor: the planes are read twice (2 bits per element each time), and 2 bytes per non-zero element
 // are written, 4 if wide. By column, each step first reads and writes the planes to transpose them.
 #include "../device/launch.h"
-#include "../device/warp_sums.h"
 #include "../kernels.h"
 
 namespace randlora::cuda {
