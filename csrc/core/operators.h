@@ -198,6 +198,10 @@ struct ListsToDense {
   X(hadamard_down, HadamardDown)                \
   X(hadamard_weight, HadamardWeight)
 
+// What a macro stands for, as text.
+#define RANDLORA_TEXT_OF(...) #__VA_ARGS__
+#define RANDLORA_TEXT(...) RANDLORA_TEXT_OF(__VA_ARGS__)
+
 // The CPU kernels, compiled for one instruction set.
 struct Kernels {
   const char* isa;
