@@ -1,7 +1,7 @@
 """What mkdocs needs to know of this repository: pages above docs/, and links to sources.
 
 The pages are read on the repository's own pages as well, so their links are those that hold there:
-`../csrc/core/planes.h`, `docs/math.md`. Here they are turned to those of the site, into which each
+`../csrc/core/packed.h`, `docs/math.md`. Here they are turned to those of the site, into which each
 source that is linked is copied. A link that leads nowhere stays as it is, and mkdocs warns of it.
 """
 

@@ -22,7 +22,6 @@ struct CudaKernels {
   // csrc/cuda/kernels.h
   void (*support_tables)(const AnyLists& a, int64_t r, int64_t d, int32_t* tables, Device&);
 #define RANDLORA_MEMBER(name, Operator) void (*name)(const Operator&, Device&);
-  RANDLORA_PACKING(RANDLORA_MEMBER)
   RANDLORA_OPERATORS(RANDLORA_MEMBER)
 #undef RANDLORA_MEMBER
 };

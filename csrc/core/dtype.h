@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "host_device.h"
 
@@ -18,13 +19,7 @@ struct f16 {
 
 // Kernels accumulate in the compute type: double for f64, float for the rest.
 template <class S>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
+using ComputeOf = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 RANDLORA_HD int64_t bytes_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 

@@ -8,8 +8,7 @@
 
 #include "dtype.h"
 #include "hadamard.h"
-#include "lists.h"
-#include "planes.h"
+#include "packed.h"
 #include "runtime.h"
 
 namespace randlora {
@@ -178,14 +177,13 @@ struct ListsToDense {
 };
 
 // The operators that CPU and CUDA both have, each with its struct. Every table of functions is made
-// from these lists. Packing is done once per basis, so the CPU has it for one instruction set.
-#define RANDLORA_PACKING(X)         \
-  X(pack_dense, PackDense)          \
-  X(count_lists, CountLists)        \
-  X(fill_lists, FillLists)          \
-  X(planes_to_dense, PlanesToDense) \
-  X(lists_to_dense, ListsToDense)
+// from this list.
 #define RANDLORA_OPERATORS(X)                   \
+  X(pack_dense, PackDense)                      \
+  X(count_lists, CountLists)                    \
+  X(fill_lists, FillLists)                      \
+  X(planes_to_dense, PlanesToDense)             \
+  X(lists_to_dense, ListsToDense)               \
   X(fill_planes, FillPlanes)                    \
   X(scaled_basis, ScaledBasis)                  \
   X(scaled_basis_backward, ScaledBasisBackward) \
@@ -199,6 +197,10 @@ struct ListsToDense {
   X(hadamard_up, HadamardUp)                    \
   X(hadamard_down, HadamardDown)                \
   X(hadamard_weight, HadamardWeight)
+
+// What a macro stands for, as text.
+#define RANDLORA_TEXT_OF(...) #__VA_ARGS__
+#define RANDLORA_TEXT(...) RANDLORA_TEXT_OF(__VA_ARGS__)
 
 // The CPU kernels, compiled for one instruction set.
 struct Kernels {

@@ -75,7 +75,7 @@ RANDLORA_INLINE void sum_compact(const C* rows, int64_t stride, const Index* plu
 
 template <class S>
 void delta_weight_as(const DeltaWeight& p, Runtime& rt) {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   using B = Block<C, kVectorBytes, 1>;  // L rows of dW at a time; the transposed store needs L = TB
   constexpr int Rows = B::TB;
   const Basis& b = p.basis;
@@ -147,7 +147,7 @@ RANDLORA_BY_DTYPE(delta_weight, DeltaWeight)
 
 template <class S>
 void delta_weight_backward_as(const DeltaWeightBackward& p, Runtime& rt) {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   using V = Vec<C>;
   constexpr int L = Compact<C>::L, Rows = L;
   const Basis& b = p.basis;

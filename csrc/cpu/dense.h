@@ -10,7 +10,7 @@ namespace randlora::RANDLORA_ISA {
 // way takes one pass over the (K, d) matrix, without temporaries of that size.
 template <class S>
 void scaled_basis_as(const ScaledBasis& p, Runtime& rt) {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   const C *A = static_cast<const C*>(p.A), *lam = static_cast<const C*>(p.lam),
           *gam = static_cast<const C*>(p.gam);
   S* out = static_cast<S*>(p.out);
@@ -27,7 +27,7 @@ void scaled_basis_as(const ScaledBasis& p, Runtime& rt) {
 
 template <class S>
 void scaled_basis_backward_as(const ScaledBasisBackward& p, Runtime& rt) {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   using V = Vec<C>;
   constexpr int L = kVectorBytes / int(sizeof(C));
   const C *A = static_cast<const C*>(p.A), *lam = static_cast<const C*>(p.lam),

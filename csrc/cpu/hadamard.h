@@ -93,7 +93,7 @@ RANDLORA_INLINE void store_some(S* to, V v, int64_t count) {
 }
 template <class V, class S>
 RANDLORA_INLINE V load_some(const S* from, int64_t count) {
-  constexpr int L = sizeof(V) / sizeof(typename ComputeOf<S>::type);
+  constexpr int L = sizeof(V) / sizeof(ComputeOf<S>);
   if (count >= L) return load_as<V>(from);
   S some[L] = {};
   for (int64_t l = 0; l < count; ++l) some[l] = from[l];
@@ -212,7 +212,7 @@ constexpr int64_t kHadamardOneThread = 1 << 15;
 
 template <class S>
 void hadamard_up_as(const HadamardUp& p, Runtime& rt) {
-  using Row = HadamardRow<typename ComputeOf<S>::type>;
+  using Row = HadamardRow<ComputeOf<S>>;
   using V = typename Row::V;
   Row all(p.sizes);
   rt.set_single(p.T * all.N < kHadamardOneThread);
@@ -236,7 +236,7 @@ void hadamard_up_as(const HadamardUp& p, Runtime& rt) {
 
 template <class S>
 void hadamard_down_as(const HadamardDown& p, Runtime& rt) {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   using Row = HadamardRow<C>;
   using V = typename Row::V;
   Row all(p.sizes);
@@ -270,7 +270,7 @@ void hadamard_down_as(const HadamardDown& p, Runtime& rt) {
 
 template <class S>
 void hadamard_add_as(const HadamardAdd& p, Runtime& rt) {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   using V = Vec<C>;
   constexpr int L = kVectorBytes / int(sizeof(C));
   const int64_t n = p.sizes.n, d = p.sizes.d, first = p.sizes.first_column;
@@ -294,7 +294,7 @@ void hadamard_add_as(const HadamardAdd& p, Runtime& rt) {
 
 template <class S>
 void hadamard_weight_as(const HadamardWeight& p, Runtime& rt) {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   using Row = HadamardRow<C>;
   using V = typename Row::V;
   constexpr int L = Row::L;
@@ -361,7 +361,7 @@ void hadamard_weight_as(const HadamardWeight& p, Runtime& rt) {
 
 template <class S>
 void hadamard_gamma_as(const HadamardGamma& p, Runtime& rt) {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   using V = Vec<C>;
   constexpr int L = kVectorBytes / int(sizeof(C));
   const C* gam = static_cast<const C*>(p.gam);
@@ -381,7 +381,7 @@ void hadamard_gamma_as(const HadamardGamma& p, Runtime& rt) {
 
 template <class S>
 void hadamard_diagonals_as(const HadamardDiagonals& p, Runtime& rt) {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   const HadamardSizes& s = p.sizes;
   const int64_t n = s.n, d = s.d, K = s.K();
   const S* P = static_cast<const S*>(p.P);

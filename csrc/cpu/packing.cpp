@@ -1,9 +1,10 @@
-#include "packing.h"
-
+// Converts a ternary matrix between dense, bit-plane and list forms, once per basis.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
+
+#include "dispatch.h"
 
 #define RANDLORA_ISA packing
 #define RANDLORA_VECTOR_BYTES 16
@@ -107,7 +108,7 @@ void fill_lists(const FillLists& p, Runtime& rt) {
 void planes_to_dense(const PlanesToDense& p, Runtime& rt) {
   with_dtype(p.dtype, [&](auto tag) {
     using S = decltype(tag);
-    using C = typename ComputeOf<S>::type;
+    using C = ComputeOf<S>;
     S element[3];
     for (int s = 0; s < 3; ++s) narrow(C((s - 1) * p.value), element + s);
     element[1] = S{};
@@ -127,7 +128,7 @@ void planes_to_dense(const PlanesToDense& p, Runtime& rt) {
 void lists_to_dense(const ListsToDense& p, Runtime& rt) {
   with_dtype(p.dtype, [&](auto tag) {
     using S = decltype(tag);
-    using C = typename ComputeOf<S>::type;
+    using C = ComputeOf<S>;
     S plus, minus;
     narrow(C(p.value), &plus);
     narrow(C(-p.value), &minus);

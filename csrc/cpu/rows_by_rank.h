@@ -82,18 +82,6 @@ class RowsByRank {
     return out;
   }
 
-  template <class Index>
-  static int64_t lower_bound(const Index* index, int64_t begin, int64_t end, int64_t column) {
-    while (begin < end) {
-      const int64_t middle = (begin + end) / 2;
-      if (index[middle] < column)
-        begin = middle + 1;
-      else
-        end = middle;
-    }
-    return begin;
-  }
-
   const Basis& b_;
   int64_t first_ = 0;
   int64_t cursor_[Rows][2];

@@ -144,7 +144,7 @@ RANDLORA_INLINE void narrow(float v, f16* to) {
 
 template <class V, class S>
 RANDLORA_INLINE V load_as(const S* p) {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   constexpr int lanes = sizeof(V) / sizeof(C);
   if constexpr (sizeof(S) == sizeof(C)) {
     return load<V>(p);
@@ -168,7 +168,7 @@ RANDLORA_INLINE V load_as(const S* p) {
 
 template <class V, class S>
 RANDLORA_INLINE void store_as(S* p, V v) {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   constexpr int lanes = sizeof(V) / sizeof(C);
   if constexpr (sizeof(S) == sizeof(C)) {
     store(p, v);

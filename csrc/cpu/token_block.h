@@ -21,23 +21,22 @@ struct Block {
 // Calls fn(Block<...>{}) with a block type for T tokens. The choice depends on T alone: gradients
 // are summed block by block and must not change with the thread count. A single block is computed
 // by one thread.
-template <class C, class F>
-RANDLORA_INLINE void with_block_of(int64_t tokens, Runtime& rt, const F& fn) {
-  constexpr int lanes = kVectorBytes / int(sizeof(C));
+template <class F>
+RANDLORA_INLINE void with_block(DType dtype, int64_t tokens, Runtime& rt, const F& fn) {
   const auto call = [&](auto block) {
     rt.set_single(tokens <= block.TB);
     fn(block);
   };
-  if (tokens > 4 * lanes) return call(Block<C, kVectorBytes, 2>{});
-  if constexpr (kVectorBytes >= 32) {
-    if (tokens <= lanes / 2) return call(Block<C, kVectorBytes / 2, 1>{});
-  }
-  call(Block<C, kVectorBytes, 1>{});
-}
-template <class F>
-RANDLORA_INLINE void with_block(DType dtype, int64_t tokens, Runtime& rt, const F& fn) {
-  if (dtype == DType::f64) return with_block_of<double>(tokens, rt, fn);
-  with_block_of<float>(tokens, rt, fn);
+  const auto choose = [&](auto compute) {
+    using C = decltype(compute);
+    constexpr int lanes = kVectorBytes / int(sizeof(C));
+    if (tokens > 4 * lanes) return call(Block<C, kVectorBytes, 2>{});
+    if constexpr (kVectorBytes >= 32) {
+      if (tokens <= lanes / 2) return call(Block<C, kVectorBytes / 2, 1>{});
+    }
+    call(Block<C, kVectorBytes, 1>{});
+  };
+  dtype == DType::f64 ? choose(double{}) : choose(float{});
 }
 
 // z[f][t] = x[t][f] for `tokens` <= TB rows of x (row stride `ld`); absent tokens become zero.
@@ -119,7 +118,7 @@ void transpose_matrix(const C* from, int64_t ldf, int64_t rows, int64_t cols, C*
 template <class B, class F>
 RANDLORA_INLINE void with_storage(DType dtype, const F& fn) {
   with_dtype(dtype, [&](auto s) {
-    if constexpr (std::is_same_v<typename ComputeOf<decltype(s)>::type, typename B::C>) fn(s);
+    if constexpr (std::is_same_v<ComputeOf<decltype(s)>, typename B::C>) fn(s);
   });
 }
 template <class B>

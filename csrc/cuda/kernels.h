@@ -14,7 +14,6 @@ namespace randlora::cuda {
 // hadamard/*.cu    what surrounds the class products of Hadamard bases (core/hadamard.h)
 // packing/*.cu     the CPU's results, bit for bit
 #define RANDLORA_DECLARE(name, Operator) void name(const Operator& p, Device& device);
-RANDLORA_PACKING(RANDLORA_DECLARE)
 RANDLORA_OPERATORS(RANDLORA_DECLARE)
 #undef RANDLORA_DECLARE
 

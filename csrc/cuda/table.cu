@@ -2,9 +2,6 @@
 #include "../core/cuda_table.h"
 #include "kernels.h"
 
-#define RANDLORA_TEXT_OF(...) #__VA_ARGS__
-#define RANDLORA_TEXT(...) RANDLORA_TEXT_OF(__VA_ARGS__)
-
 #if defined(__CUDACC__)
 #define RANDLORA_NVCC RANDLORA_TEXT(__CUDACC_VER_MAJOR__) "." RANDLORA_TEXT(__CUDACC_VER_MINOR__)
 #define RANDLORA_COMPILER "nvcc " RANDLORA_NVCC ": " RANDLORA_TEXT(__CUDA_ARCH_LIST__)
@@ -17,12 +14,8 @@ randlora_cuda_kernels() {
   using namespace randlora;
 #define RANDLORA_FUNCTION(name, Operator) cuda::name,
   static constexpr CudaKernels table = {
-      kCudaInterface,
-      RANDLORA_COMPILER,
-      cuda::describe,
-      cuda::make_current,
-      cuda::support_tables,
-      RANDLORA_PACKING(RANDLORA_FUNCTION) RANDLORA_OPERATORS(RANDLORA_FUNCTION)};
+      kCudaInterface,     RANDLORA_COMPILER,    cuda::describe,
+      cuda::make_current, cuda::support_tables, RANDLORA_OPERATORS(RANDLORA_FUNCTION)};
 #undef RANDLORA_FUNCTION
   return &table;
 }

@@ -7,8 +7,6 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#include "../cpu/packing.h"
-
 namespace randlora {
 namespace {
 
@@ -197,35 +195,17 @@ void TorchDevice::gemm(const Gemm& g) {
   multiply({g.out, 1, g.M, g.N, 0, g.N, 1}, left, right, 1, g.accumulate, g.dtype, like_);
 }
 
-namespace {
-
-// `cpu` returns the CPU's function, which may throw for want of an instruction set.
-template <class P, class Function>
-void run_on(const Tensor& on, const P& p, void (*CudaKernels::*cuda)(const P&, Device&),
-            const Function& cpu) {
-  if (runs_on_cuda(on)) {
-    TorchDevice device(on);
-    (cuda_kernels().*cuda)(p, device);
-  } else {
-    TorchRuntime runtime;
-    cpu()(p, runtime);
-  }
-}
-
-}  // namespace
-
-#define RANDLORA_RUN(name, Operator)                                      \
-  void run(const Tensor& on, const Operator& p) {                         \
-    run_on(on, p, &CudaKernels::name, [] { return cpu_kernels().name; }); \
+#define RANDLORA_RUN(name, Operator)              \
+  void run(const Tensor& on, const Operator& p) { \
+    if (runs_on_cuda(on)) {                       \
+      TorchDevice device(on);                     \
+      cuda_kernels().name(p, device);             \
+    } else {                                      \
+      TorchRuntime runtime;                       \
+      cpu_kernels().name(p, runtime);             \
+    }                                             \
   }
 RANDLORA_OPERATORS(RANDLORA_RUN)
-#undef RANDLORA_RUN
-
-#define RANDLORA_RUN(name, Operator)                         \
-  void run(const Tensor& on, const Operator& p) {            \
-    run_on(on, p, &CudaKernels::name, [] { return &name; }); \
-  }
-RANDLORA_PACKING(RANDLORA_RUN)
 #undef RANDLORA_RUN
 
 }  // namespace randlora

@@ -62,7 +62,6 @@ int64_t products();
 
 // Runs operator `p` by the kernels for the device of `on`.
 #define RANDLORA_DECLARE(name, Operator) void run(const Tensor& on, const Operator& p);
-RANDLORA_PACKING(RANDLORA_DECLARE)
 RANDLORA_OPERATORS(RANDLORA_DECLARE)
 #undef RANDLORA_DECLARE
 

@@ -25,41 +25,33 @@ const char* name_of(ScalarType t) {
 
 // Positions in a run ascend, so checking the last one bounds them all. For an empty run this reads
 // the position before it, which is harmless and keeps the loop free of branches.
-template <class Index>
-int64_t largest_last(const Lists<Index>& lists, int64_t runs) {
-  Index largest = 0;
-  for (int64_t run = 1; run <= runs; ++run) {
-    const int64_t last = lists.offset[run] > 0 ? lists.offset[run] - 1 : 0;
-    largest = lists.index[last] > largest ? lists.index[last] : largest;
-  }
-  return largest;
-}
-
 void check_last(const AnyLists& any, int64_t lines, int64_t limit, const char* name,
                 const char* limit_name) {
   if (any.count == 0) return;
-  const int64_t largest =
-      any.typed([&](const auto& lists) { return largest_last(lists, 2 * lines); });
+  const int64_t largest = any.typed([&](const auto& lists) {
+    int64_t most = 0;
+    for (int64_t run = 1; run <= 2 * lines; ++run) {
+      const int64_t last = lists.offset[run] > 0 ? lists.offset[run] - 1 : 0;
+      most = lists.index[last] > most ? lists.index[last] : most;
+    }
+    return most;
+  });
   RANDLORA_CHECK(largest < limit, "packed: ", name, "_index has a position ", largest, ", but ",
                  limit_name, " = ", limit, "; these tensors are of another layer");
 }
 
-// Whether every run of positions ascends: all steps that do not ascend must lie between two runs.
-template <class Index>
-bool runs_ascend(const Lists<Index>& lists, int64_t count, int64_t runs) {
-  const Index* position = lists.index;
-  int64_t falls = 0, between = 0;
-  for (int64_t p = 1; p < count; ++p) falls += position[p] <= position[p - 1];
-  for (int64_t run = 1; run < runs; ++run) {
-    const int64_t p = lists.offset[run];
-    if (p > lists.offset[run - 1] && p < count) between += position[p] <= position[p - 1];
-  }
-  return falls == between;
-}
-
+// Every run of positions must ascend: all steps that do not ascend lie between two runs.
 void check_ascending(const AnyLists& any, int64_t lines, const char* name) {
-  const bool ascend =
-      any.typed([&](const auto& lists) { return runs_ascend(lists, any.count, 2 * lines); });
+  const bool ascend = any.typed([&](const auto& lists) {
+    const auto* position = lists.index;
+    int64_t falls = 0, between = 0;
+    for (int64_t p = 1; p < any.count; ++p) falls += position[p] <= position[p - 1];
+    for (int64_t run = 1; run < 2 * lines; ++run) {
+      const int64_t p = lists.offset[run];
+      if (p > lists.offset[run - 1] && p < any.count) between += position[p] <= position[p - 1];
+    }
+    return falls == between;
+  });
   RANDLORA_CHECK(ascend, "packed: the positions of ", name,
                  "_index must ascend from each entry of ", name, "_offset to the next");
 }

@@ -4,39 +4,37 @@
 
 namespace randlora {
 
-void form_delta(const Basis& b, const Tensor& lam, const Tensor& gam, const OptionalTensor& base,
-                double scale, bool expand, std::optional<int64_t> rounding_seed, Tensor& out) {
-  if (lam.is_cpu()) check_b_ascending(b);
+void form_delta(const Adapter& a, const OptionalTensor& base, std::optional<int64_t> rounding_seed,
+                Tensor& out) {
+  if (a.lam.is_cpu()) check_b_ascending(a.basis);
   const DType dtype = activation_dtype(out, "out");
-  const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
+  const Tensor l = compute_copy(a.lam, dtype), g = compute_copy(a.gam, dtype);
   const Tensor w = base ? as_contiguous(*base) : out;  // without a base nobody reads it
-  run(lam,
-      DeltaWeight{b, l.const_data_ptr(), g.const_data_ptr(), base ? w.const_data_ptr() : nullptr,
-                  out.mutable_data_ptr(), dtype, scale, /*transposed=*/!expand,
-                  rounding_seed.has_value(), static_cast<uint64_t>(rounding_seed.value_or(0))});
+  run(a.lam, DeltaWeight{a.basis, l.const_data_ptr(), g.const_data_ptr(),
+                         base ? w.const_data_ptr() : nullptr, out.mutable_data_ptr(), dtype,
+                         a.scale, /*transposed=*/!a.expand, rounding_seed.has_value(),
+                         static_cast<uint64_t>(rounding_seed.value_or(0))});
 }
 
-std::tuple<Tensor, Tensor> contract_delta(const Basis& b, const Tensor& grad, const Tensor& lam,
-                                          const Tensor& gam, double scale, bool expand) {
-  if (lam.is_cpu()) check_b_ascending(b);
+std::tuple<Tensor, Tensor> contract_delta(const Adapter& a, const Tensor& grad) {
+  if (a.lam.is_cpu()) check_b_ascending(a.basis);
   const DType dtype = activation_dtype(grad, "grad");
-  const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
+  const Tensor l = compute_copy(a.lam, dtype), g = compute_copy(a.gam, dtype);
   const Tensor G = as_contiguous(grad);
   Tensor dlam = allocate_like(l), dgam = allocate_like(g);
-  run(lam, DeltaWeightBackward{
-               b, l.const_data_ptr(), g.const_data_ptr(), G.const_data_ptr(), dtype, scale,
-               /*transposed=*/!expand, dlam.mutable_data_ptr(), dgam.mutable_data_ptr()});
-  return {cast(dlam, lam.scalar_type()), cast(dgam, gam.scalar_type())};
+  run(a.lam, DeltaWeightBackward{a.basis, l.const_data_ptr(), g.const_data_ptr(),
+                                 G.const_data_ptr(), dtype, a.scale, /*transposed=*/!a.expand,
+                                 dlam.mutable_data_ptr(), dgam.mutable_data_ptr()});
+  return {cast(dlam, a.lam.scalar_type()), cast(dgam, a.gam.scalar_type())};
 }
 
 namespace {
 
 Tensor delta_weight(Tensor lam, Tensor gam, std::vector<Tensor> packed, std::string format,
                     int64_t D, bool expand, double scale) {
-  const Basis b = basis_of(packed, format, D, lam, gam);
-  const ScalarType type = scalar_type(activation_dtype(lam, "lam"));
-  Tensor out = allocate({expand ? b.D : b.d, expand ? b.d : b.D}, type, lam);
-  form_delta(b, lam, gam, {}, scale, expand, {}, out);
+  const Adapter a{basis_of(packed, format, D, lam, gam), lam, gam, scale, expand};
+  Tensor out = allocate({a.out(), a.in()}, lam.scalar_type(), lam);
+  form_delta(a, {}, {}, out);
   return out;
 }
 
@@ -46,19 +44,19 @@ Tensor merged_weight(Tensor weight, Tensor lam, Tensor gam, std::vector<Tensor> 
   const DType dtype = activation_dtype(weight, "weight");
   RANDLORA_CHECK(!rounding_seed || bytes_of(dtype) == 2,
                  "rounding_seed rounds to bfloat16 or float16, but weight is ", describe(weight));
-  const Basis b = basis_of(packed, format, D, lam, gam);
-  check_weight(weight, "weight", expand ? b.D : b.d, expand ? b.d : b.D, lam);
+  const Adapter a{basis_of(packed, format, D, lam, gam), lam, gam, scale, expand};
+  check_weight(weight, "weight", a.out(), a.in(), lam);
   Tensor merged = allocate_like(weight);
-  form_delta(b, lam, gam, weight, scale, expand, rounding_seed, merged);
+  form_delta(a, weight, rounding_seed, merged);
   return merged;
 }
 
 std::tuple<Tensor, Tensor> delta_weight_backward(Tensor grad, Tensor lam, Tensor gam,
                                                  std::vector<Tensor> packed, std::string format,
                                                  int64_t D, bool expand, double scale) {
-  const Basis b = basis_of(packed, format, D, lam, gam);
-  check_weight(grad, "grad", expand ? b.D : b.d, expand ? b.d : b.D, lam);
-  return contract_delta(b, grad, lam, gam, scale, expand);
+  const Adapter a{basis_of(packed, format, D, lam, gam), lam, gam, scale, expand};
+  check_weight(grad, "grad", a.out(), a.in(), lam);
+  return contract_delta(a, grad);
 }
 
 Tensor add_rounded(Tensor weight, Tensor delta, std::optional<int64_t> rounding_seed) {

@@ -110,32 +110,10 @@ const void* check_dense_b(const Basis& b, const OptionalTensor& b_dense, const T
   return b_dense->const_data_ptr();
 }
 
-// A call on validated arguments.
-struct Call {
-  Basis basis;
-  DType dtype;
-  double scale;
-  bool expand;  // d is the input side
-  int64_t T = 0;
-
-  int64_t in() const { return expand ? basis.d : basis.D; }
-  int64_t out() const { return expand ? basis.D : basis.d; }
-};
-
-Call checked(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-             const Tensor& lam, const Tensor& gam, const std::vector<Tensor>& packed,
-             const std::string& format, int64_t D, bool expand, double scale,
-             const OptionalTensor& b_dense) {
-  Call c{basis_of(packed, format, D, lam, gam), activation_dtype(x, "x"), scale, expand};
-  c.T = check_linear(x, weight, bias, lam, c.in(), c.out());
-  c.basis.b_dense = check_dense_b(c.basis, b_dense, x);
-  return c;
-}
-
 // W + dW if there is a base, otherwise dW; (out, in).
-Tensor formed(const Call& c, const Tensor& lam, const Tensor& gam, const OptionalTensor& base) {
-  Tensor out = temporary({c.out(), c.in()}, c.dtype, lam);
-  form_delta(c.basis, lam, gam, base, c.scale, c.expand, {}, out);
+Tensor formed(const Adapter& a, DType dtype, const OptionalTensor& base) {
+  Tensor out = temporary({a.out(), a.in()}, dtype, a.lam);
+  form_delta(a, base, {}, out);
   return out;
 }
 
@@ -143,17 +121,20 @@ Tensor linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor lam, 
               std::vector<Tensor> packed, std::string format, int64_t D, bool expand, double scale,
               std::string path, OptionalTensor b_dense) {
   const Path p = path_of(path, weight.has_value());
-  const Call c = checked(x, weight, bias, lam, gam, packed, format, D, expand, scale, b_dense);
+  Adapter a{basis_of(packed, format, D, lam, gam), lam, gam, scale, expand};
+  const int64_t T = check_linear(x, weight, bias, lam, a.in(), a.out());
+  a.basis.b_dense = check_dense_b(a.basis, b_dense, x);
+  const DType dtype = activation_dtype(x, "x");
   const Tensor xc = as_contiguous(x);
-  if (p == Path::merged) return torch_linear(xc, formed(c, lam, gam, weight), bias);
+  if (p == Path::merged) return torch_linear(xc, formed(a, dtype, weight), bias);
   if (p == Path::delta) {
-    const Tensor y = torch_linear(xc, formed(c, lam, gam, {}), {});
+    const Tensor y = torch_linear(xc, formed(a, dtype, {}), {});
     return weight ? sum_of(torch_linear(xc, *weight, bias), y) : y;
   }
-  Tensor y = weight ? as_contiguous(torch_linear(xc, *weight, bias)) : like_output(xc, c.out());
-  const Tensor l = compute_copy(lam, c.dtype), g = compute_copy(gam, c.dtype);
-  run(x, Linear{c.basis, l.const_data_ptr(), g.const_data_ptr(), xc.const_data_ptr(),
-                y.mutable_data_ptr(), c.dtype, c.T, c.scale, c.expand,
+  Tensor y = weight ? as_contiguous(torch_linear(xc, *weight, bias)) : like_output(xc, a.out());
+  const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
+  run(x, Linear{a.basis, l.const_data_ptr(), g.const_data_ptr(), xc.const_data_ptr(),
+                y.mutable_data_ptr(), dtype, T, scale, expand,
                 /*accumulate=*/weight.has_value()});
   return y;
 }
@@ -165,30 +146,31 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Optional
                                                    std::string path, OptionalTensor b_dense,
                                                    bool need_x, bool need_diagonals) {
   const Path p = path_of(path, weight.has_value());
-  const Call c = checked(x, weight, {}, lam, gam, packed, format, D, expand, scale, b_dense);
-  check_output_gradient(dy, x, c.out());
+  Adapter a{basis_of(packed, format, D, lam, gam), lam, gam, scale, expand};
+  const int64_t T = check_linear(x, weight, {}, lam, a.in(), a.out());
+  a.basis.b_dense = check_dense_b(a.basis, b_dense, x);
+  check_output_gradient(dy, x, a.out());
+  const DType dtype = activation_dtype(x, "x");
   const Tensor xc = as_contiguous(x), dyc = as_contiguous(dy);
   Tensor dx, dlam, dgam;
   if (p == Path::factored && (need_x || need_diagonals)) {
-    const Tensor l = compute_copy(lam, c.dtype), g = compute_copy(gam, c.dtype);
+    const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
     if (need_x) dx = weight ? as_contiguous(product(dyc, *weight)) : allocate_like(xc);
     if (need_diagonals) dlam = allocate_like(l), dgam = allocate_like(g);
-    run(x, LinearBackward{c.basis, l.const_data_ptr(), g.const_data_ptr(), xc.const_data_ptr(),
-                          dyc.const_data_ptr(), need_x ? dx.mutable_data_ptr() : nullptr, c.dtype,
-                          c.T, c.scale, c.expand, /*accumulate=*/weight.has_value(),
+    run(x, LinearBackward{a.basis, l.const_data_ptr(), g.const_data_ptr(), xc.const_data_ptr(),
+                          dyc.const_data_ptr(), need_x ? dx.mutable_data_ptr() : nullptr, dtype, T,
+                          scale, expand, /*accumulate=*/weight.has_value(),
                           need_diagonals ? dlam.mutable_data_ptr() : nullptr,
                           need_diagonals ? dgam.mutable_data_ptr() : nullptr});
     if (need_diagonals) dlam = cast(dlam, lam.scalar_type()), dgam = cast(dgam, gam.scalar_type());
   }
   if (p != Path::factored && need_x) {
-    const OptionalTensor base = p == Path::merged ? weight : OptionalTensor();
-    dx = product(dyc, formed(c, lam, gam, base));
+    dx = product(dyc, formed(a, dtype, p == Path::merged ? weight : OptionalTensor()));
     if (p == Path::delta && weight) dx = sum_of(product(dyc, *weight), dx);
   }
   if (p != Path::factored && need_diagonals) {
-    const Tensor dyT = torch::stable::transpose(rows(dyc, c.T), 0, 1);
-    std::tie(dlam, dgam) =
-        contract_delta(c.basis, product(dyT, rows(xc, c.T)), lam, gam, c.scale, c.expand);
+    const Tensor dyT = torch::stable::transpose(rows(dyc, T), 0, 1);
+    std::tie(dlam, dgam) = contract_delta(a, product(dyT, rows(xc, T)));
   }
   if (!need_x) dx = allocate({0}, x.scalar_type(), x);
   if (!need_diagonals)

@@ -19,12 +19,21 @@ Tensor torch_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&
 // Uninitialised, shaped like x with `features` in the last dimension.
 Tensor like_output(const Tensor& x, int64_t features);
 
+// What decides dW (out, in).
+struct Adapter {
+  Basis basis;
+  const Tensor &lam, &gam;
+  double scale;
+  bool expand;  // d is the input side
+
+  int64_t in() const { return expand ? basis.d : basis.D; }
+  int64_t out() const { return expand ? basis.D : basis.d; }
+};
 // delta_weight.cpp: out (out, in) = dW, added to `base` (if given) before the single rounding to
 // the dtype of `out`.
-void form_delta(const Basis& b, const Tensor& lam, const Tensor& gam, const OptionalTensor& base,
-                double scale, bool expand, std::optional<int64_t> rounding_seed, Tensor& out);
+void form_delta(const Adapter& a, const OptionalTensor& base, std::optional<int64_t> rounding_seed,
+                Tensor& out);
 // (dlam, dgam) from the gradient of the result, in the types of lam and gam.
-std::tuple<Tensor, Tensor> contract_delta(const Basis& b, const Tensor& grad, const Tensor& lam,
-                                          const Tensor& gam, double scale, bool expand);
+std::tuple<Tensor, Tensor> contract_delta(const Adapter& a, const Tensor& grad);
 
 }  // namespace randlora

@@ -4,11 +4,7 @@
 namespace randlora {
 namespace {
 
-struct Sizes {
-  int64_t r, n, d;
-};
-
-Sizes check(const Tensor& A, const Tensor& lam, const Tensor& gam) {
+void check(const Tensor& A, const Tensor& lam, const Tensor& gam) {
   check_floating(A, "A");
   check_floating(lam, "lam");
   check_floating(gam, "gam");
@@ -19,33 +15,34 @@ Sizes check(const Tensor& A, const Tensor& lam, const Tensor& gam) {
                  "lam must be (r, n) with r = ", A.size(0), ", got ", describe(lam));
   RANDLORA_CHECK(gam.dim() == 2 && gam.size(0) == lam.size(1) && gam.size(1) == A.size(1),
                  "gam must be (n, d) = (", lam.size(1), ", ", A.size(1), "), got ", describe(gam));
-  return {A.size(0), lam.size(1), A.size(1)};
 }
 
 Tensor scaled_basis(Tensor A, Tensor lam, Tensor gam) {
-  const Sizes s = check(A, lam, gam);
+  check(A, lam, gam);
+  const int64_t r = A.size(0), n = lam.size(1), d = A.size(1);
   const DType dtype = activation_dtype(A, "A");
   const Tensor a = compute_copy(A, dtype), l = compute_copy(lam, dtype),
                g = compute_copy(gam, dtype);
-  Tensor out = allocate({s.r * s.n, s.d}, A.scalar_type(), A);
-  run(A, ScaledBasis{s.r, s.n, s.d, a.const_data_ptr(), l.const_data_ptr(), g.const_data_ptr(),
+  Tensor out = allocate({r * n, d}, A.scalar_type(), A);
+  run(A, ScaledBasis{r, n, d, a.const_data_ptr(), l.const_data_ptr(), g.const_data_ptr(),
                      out.mutable_data_ptr(), dtype});
   return out;
 }
 
 std::tuple<Tensor, Tensor> scaled_basis_backward(Tensor grad, Tensor A, Tensor lam, Tensor gam) {
-  const Sizes s = check(A, lam, gam);
-  RANDLORA_CHECK(grad.dim() == 2 && grad.size(0) == s.r * s.n && grad.size(1) == s.d,
-                 "grad must be (K, d) = (", s.r * s.n, ", ", s.d, "), got ", describe(grad));
+  check(A, lam, gam);
+  const int64_t r = A.size(0), n = lam.size(1), d = A.size(1);
+  RANDLORA_CHECK(grad.dim() == 2 && grad.size(0) == r * n && grad.size(1) == d,
+                 "grad must be (K, d) = (", r * n, ", ", d, "), got ", describe(grad));
   check_same_device(grad, "grad", A, "A");
   const DType dtype = activation_dtype(grad, "grad");
   const Tensor a = compute_copy(A, dtype), l = compute_copy(lam, dtype),
                g = compute_copy(gam, dtype);
   const Tensor G = as_contiguous(grad);
   Tensor dlam = allocate_like(l), dgam = allocate_like(g);
-  run(A, ScaledBasisBackward{s.r, s.n, s.d, a.const_data_ptr(), l.const_data_ptr(),
-                             g.const_data_ptr(), G.const_data_ptr(), dlam.mutable_data_ptr(),
-                             dgam.mutable_data_ptr(), dtype});
+  run(A, ScaledBasisBackward{r, n, d, a.const_data_ptr(), l.const_data_ptr(), g.const_data_ptr(),
+                             G.const_data_ptr(), dlam.mutable_data_ptr(), dgam.mutable_data_ptr(),
+                             dtype});
   return {cast(dlam, lam.scalar_type()), cast(dgam, gam.scalar_type())};
 }
 

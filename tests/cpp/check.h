@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "core/operators.h"
-#include "cpu/packing.h"
+#include "cpu/dispatch.h"
 
 namespace randlora {
 

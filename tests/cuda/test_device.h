@@ -33,14 +33,13 @@ class TestDevice : public Device {
   }
 #define RANDLORA_CALL(name, Operator) \
   void name(const Operator& p) { cuda::name(p, *this); }
-  RANDLORA_PACKING(RANDLORA_CALL)
   RANDLORA_OPERATORS(RANDLORA_CALL)
 #undef RANDLORA_CALL
 
  private:
   template <class S>
   static void loops(const Gemm& g, S) {
-    using C = typename ComputeOf<S>::type;
+    using C = ComputeOf<S>;
     const auto* left = static_cast<const S*>(g.left);
     const auto* right = static_cast<const S*>(g.right);
     auto* out = static_cast<S*>(g.out);

@@ -76,9 +76,9 @@ __device__ void store_columns(const C* tile, int64_t k0, int columns, int64_t o0
 }
 
 template <class S, bool Transposed>
-__global__ void __launch_bounds__(256, 2) form_kernel(Prepared<typename ComputeOf<S>::type> in,
-                                                      int64_t D, Tile t, RoundedStore<S> store) {
-  using C = typename ComputeOf<S>::type;
+__global__ void __launch_bounds__(256, 2)
+    form_kernel(Prepared<ComputeOf<S>> in, int64_t D, Tile t, RoundedStore<S> store) {
+  using C = ComputeOf<S>;
   C* tile = reinterpret_cast<C*>(shared_memory());                      // (t.rows, t.stride)
   uint4* batches = reinterpret_cast<uint4*>(tile + t.rows * t.stride);  // 32 entries a warp
   uint16_t* staged = reinterpret_cast<uint16_t*>(batches + blockDim.x);
@@ -127,7 +127,7 @@ void delta_weight_lists(const DeltaWeight& p, Device& device) {
                                 p.transposed ? kTransposedBytes : rows * (kRowBytes + 128));
   with_dtype(p.dtype, [&](auto s) {
     using S = decltype(s);
-    using C = typename ComputeOf<S>::type;
+    using C = ComputeOf<S>;
     const int64_t most = (room / (rows * int64_t{sizeof(C)}) - pad) / 32 * 32;
     const int64_t chunks = ceil_div(b.d, std::max<int64_t>(most, 32));
     const int64_t columns = ceil_div(ceil_div(b.d, chunks), 32) * 32;

@@ -18,7 +18,6 @@
 // Scratch: G^T as large as G, and (D / 4096) n nnz(A) sums.
 #include <algorithm>
 
-#include "../device/warp_sums.h"
 #include "../factored/a_side.h"
 
 namespace randlora::cuda {
@@ -154,8 +153,8 @@ __device__ __forceinline__ void add_rows(const Index* list, int count, int pluse
 // Z (tiles, room, bases): Z[t][e][i] sums over the rows o of tile t, for entry e of A and base i.
 template <class S, class Index>
 __global__ void gather_kernel(const S* GT, int64_t D, Support a, Lists<Index> b_cols, int rows,
-                              unsigned tiles, bool in_words, typename ComputeOf<S>::type* Z) {
-  using C = typename ComputeOf<S>::type;
+                              unsigned tiles, bool in_words, ComputeOf<S>* Z) {
+  using C = ComputeOf<S>;
   constexpr int N = kPerAccess<S>;  // positions of S_j that a block takes
   // (rows + 1), N positions each; the last row is zero.
   auto* tile = reinterpret_cast<Pack<S, N>*>(shared_memory());
@@ -215,7 +214,7 @@ void delta_weight_backward_lists(const DeltaWeightBackward& p, Device& device) {
   const Support& a = call.support();
   with_dtype(p.dtype, [&](auto s) {
     using S = decltype(s);
-    using C = typename ComputeOf<S>::type;
+    using C = ComputeOf<S>;
     const S* GT = static_cast<const S*>(p.grad);
     if (!p.transposed) GT = transpose_used(GT, b.D, a, device);
     constexpr int64_t kRow = 16;  // and one more row, of zeros

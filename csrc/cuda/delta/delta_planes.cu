@@ -25,7 +25,7 @@ namespace {
 
 template <class S>
 struct Formation {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   DeltaShape shape;
   const uint32_t *codes, *signs;
   const C *lam, *gam;
@@ -40,7 +40,7 @@ constexpr bool kScaled = std::is_same<S, f16>::value;
 
 template <class S>
 struct FormationMemory {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   static constexpr int N = kColumns<S>, kStride = TernaryTile<S, N>::stride(kSlots);
   static int64_t bytes() {
     const int64_t loop =
@@ -77,7 +77,7 @@ __device__ __forceinline__ float larger_finite(float most, float x) {
 // One column k of A', formed by its thread. (Threads past column d repeat the last one.)
 template <class S>
 struct FormedColumn {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   static constexpr int N = kColumns<S>, kGroups = kTileThreads / N;  // groups share a step's j
   const DeltaShape& shape;
   const C *lam_, *gam_;    // all of (r, n), and column k of (n, d)
@@ -163,7 +163,7 @@ struct FormedColumn {
 template <class S, bool Tf32, bool Transposed>
 __global__ void __launch_bounds__(kTileThreads, 1) delta_planes_kernel(Formation<S> p) {
   using Shared = FormationMemory<S>;
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   constexpr int N = kColumns<S>;
   const int64_t row_block = blockIdx.x % p.row_blocks, col0 = blockIdx.x / p.row_blocks * N;
   const int quads = p.shape.quads(), steps = p.shape.chunks() * quads;
@@ -228,7 +228,7 @@ void delta_weight(const DeltaWeight& p, Device& device) {
   const int64_t rows = p.transposed ? b.d : b.D, cols = p.transposed ? b.D : b.d;
   with_engine(p.dtype, device.tf32, [&](auto storage, auto tf32) {
     using S = decltype(storage);
-    using C = typename ComputeOf<S>::type;
+    using C = ComputeOf<S>;
     constexpr bool kTf32 = decltype(tf32)::value;
     const Formation<S> all{DeltaShape(b),
                            row_codes(b, device),

@@ -23,7 +23,7 @@ namespace {
 
 template <class S>
 struct Contraction {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   DeltaShape shape;
   const uint32_t *codes, *signs;
   const C *lam, *gam;
@@ -35,7 +35,7 @@ struct Contraction {
 
 template <class S, bool Transposed>
 struct ContractionMemory {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   using Tile = TernaryTile<S, kColumns<S>>;
   static constexpr int N = kColumns<S>, kStride = Tile::stride(Transposed ? kSlots : N);
   static constexpr int kOperand = (Transposed ? N : kSlots) * kStride;
@@ -111,7 +111,7 @@ __device__ __forceinline__ void contract(const Tile& tile, const Contraction<S>&
 template <class S, bool Tf32, bool Transposed>
 __global__ void __launch_bounds__(kTileThreads, 1) delta_planes_backward_kernel(Contraction<S> p) {
   using Shared = ContractionMemory<S, Transposed>;
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   constexpr int N = kColumns<S>;
   constexpr Order kOrder = Transposed ? Order::by_line : Order::by_k;
   const DeltaShape& s = p.shape;
@@ -179,7 +179,7 @@ void delta_weight_backward(const DeltaWeightBackward& p, Device& device) {
   if (b.has_lists()) return delta_weight_backward_lists(p, device);
   with_engine(p.dtype, device.tf32, [&](auto storage, auto tf32) {
     using S = decltype(storage);
-    using C = typename ComputeOf<S>::type;
+    using C = ComputeOf<S>;
     constexpr bool kTf32 = decltype(tf32)::value;
     const DeltaShape s(b);
     const int64_t col_blocks = ceil_div(s.d, kColumns<S>), lambdas = s.r * s.n, gammas = s.n * s.d;

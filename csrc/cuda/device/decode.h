@@ -15,7 +15,7 @@
 // Planes run along rows. A code word of a row takes two shifts and three selections for 32
 // elements; a code word of a column takes a transpose of 16 x 16 codes by four shuffles.
 #pragma once
-#include "../../core/planes.h"
+#include "../../core/packed.h"
 #include "../../core/stochastic.h"
 #include "element.h"
 

@@ -26,7 +26,7 @@ __device__ __forceinline__ float widen(f16 x) {
 
 // narrow<S>(x) rounds to nearest, ties to even.
 template <class S>
-__device__ __forceinline__ S narrow(typename ComputeOf<S>::type x) {
+__device__ __forceinline__ S narrow(ComputeOf<S> x) {
   return x;  // float and double
 }
 template <>
@@ -75,12 +75,6 @@ template <class F>
 void with_engine(DType dtype, bool tf32, const F& fn) {
   if (tf32 && dtype == DType::f32) return fn(float{}, std::true_type{});
   with_dtype(dtype, [&](auto s) { fn(s, std::false_type{}); });
-}
-
-// Calls fn(std::bool_constant).
-template <class F>
-void with_flag(bool flag, const F& fn) {
-  flag ? fn(std::true_type{}) : fn(std::false_type{});
 }
 
 }  // namespace randlora

@@ -29,7 +29,7 @@ __device__ __forceinline__ void store_words(void* p, const uint32_t (&w)[Words])
 template <class S_, bool Seeded = sizeof(S_) == 2>
 struct RoundedStore {
   using S = S_;
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   S* out;
   const S* base;  // null for none; may be `out` itself
   C scale;

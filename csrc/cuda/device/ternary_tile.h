@@ -37,7 +37,7 @@ __device__ __forceinline__ constexpr int row_of_slot(int slot) {
 template <class S_, int N_, bool Tf32 = false>
 struct TernaryTile {
   using S = S_;
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   static constexpr int N = N_;
   static constexpr int WN = N >= 64 ? 2 : 1, WM = 4 / WN;       // warps
   static constexpr int MI = kLines / 16 / WM, NI = N / 8 / WN;  // mma tiles of a warp

@@ -43,7 +43,7 @@ __device__ __forceinline__ void pipeline(int steps, const Load& load, const Use&
 
 template <class S, int MI, int NI, bool Tf32 = false>
 struct WarpTile {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   static constexpr int kStep = 16;  // k advances by this; callers pad k with zeros
   C acc[MI][NI][4] = {};
 

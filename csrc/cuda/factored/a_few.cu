@@ -10,7 +10,6 @@
 //
 // Floor: gamma (n d elements) read once; T n nnz(A) additions. Latency dominates.
 #include "../device/ptx.h"
-#include "../device/warp_sums.h"
 #include "a_side.h"
 
 namespace randlora::cuda {
@@ -20,11 +19,10 @@ namespace {
 
 template <class S, class Index, int TT>
 __global__ void up_few_kernel(Lists<Index> a, int64_t r, int64_t n, int64_t d, int64_t slices,
-                              const typename ComputeOf<S>::type* __restrict__ lam,
-                              const typename ComputeOf<S>::type* __restrict__ gam,
-                              typename ComputeOf<S>::type scale, const S* __restrict__ z, int64_t T,
-                              S* __restrict__ V) {
-  using C = typename ComputeOf<S>::type;
+                              const ComputeOf<S>* __restrict__ lam,
+                              const ComputeOf<S>* __restrict__ gam, ComputeOf<S> scale,
+                              const S* __restrict__ z, int64_t T, S* __restrict__ V) {
+  using C = ComputeOf<S>;
   using Row = Piece<C, TT>;                            // of z': TT tokens, read at once
   Row* row = reinterpret_cast<Row*>(shared_memory());  // (d)
   int64_t block = blockIdx.x;
@@ -82,11 +80,11 @@ constexpr int kBases = 4;  // bases whose sums a lane keeps at once
 
 template <class S, class Index>
 __global__ void down_few_kernel(Lists<Index> a, int64_t r, int64_t n, int64_t d, int64_t slice,
-                                const typename ComputeOf<S>::type* __restrict__ lam,
-                                const typename ComputeOf<S>::type* __restrict__ gam,
-                                typename ComputeOf<S>::type scale, const S* __restrict__ U,
-                                int64_t T, S* __restrict__ out, bool accumulate) {
-  using C = typename ComputeOf<S>::type;
+                                const ComputeOf<S>* __restrict__ lam,
+                                const ComputeOf<S>* __restrict__ gam, ComputeOf<S> scale,
+                                const S* __restrict__ U, int64_t T, S* __restrict__ out,
+                                bool accumulate) {
+  using C = ComputeOf<S>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int stride = static_cast<int>(n | 1);    // odd: fewer bank conflicts between lanes
   C* u = reinterpret_cast<C*>(shared_memory());  // (r, stride): scale lam U

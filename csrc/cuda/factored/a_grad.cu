@@ -15,7 +15,6 @@
 // Sums that span blocks go through scratch in a fixed order: deterministic.
 //
 // Floor: U and z read once; 2 T n nnz(A) operations.
-#include "../device/warp_sums.h"
 #include "a_side.h"
 
 namespace randlora::cuda {
@@ -34,7 +33,7 @@ template <class S, int MI, int NI, bool Tf32>
 __global__ void __launch_bounds__(128)
     grad_kernel(Support a, const S* __restrict__ panels, int width, const S* __restrict__ U,
                 int64_t T, int64_t split, bool aligned, bool accumulate,
-                typename ComputeOf<S>::type* __restrict__ P) {
+                ComputeOf<S>* __restrict__ P) {
   using B = Grad<S, MI, NI, Tf32>;
   using C = typename B::C;
   using Tile = typename B::Tile;
@@ -210,7 +209,7 @@ void ASideCall::grad(const void* U, void* dlam, void* dgam, bool accumulate) {
   int64_t splits = 0;
   with_engine(p_.dtype, device_.tf32, [&](auto storage, auto tf32) {
     using S = decltype(storage);
-    using C = typename ComputeOf<S>::type;
+    using C = ComputeOf<S>;
     const auto start = [&](auto kernel, auto shape) {
       using B = decltype(shape);
       const int64_t tiles = most_tiles(a.count, a.r, B::kM) * ceil_div(a.n, B::kN);

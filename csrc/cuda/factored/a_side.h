@@ -99,21 +99,7 @@ class ASideCall {
   void *partial_ = nullptr, *partial_lam_ = nullptr;  // for grad
 };
 
-// ---- searching sign-split lists (core/lists.h) --------------------------------------------------
-
-// The first x in [begin, end) with index[x] >= bound, or end.
-template <class Index>
-__device__ __forceinline__ int64_t lower_bound(const Index* index, int64_t begin, int64_t end,
-                                               int64_t bound) {
-  while (begin < end) {
-    const int64_t middle = (begin + end) / 2;
-    if (index[middle] < bound)
-      begin = middle + 1;
-    else
-      end = middle;
-  }
-  return begin;
-}
+// ---- tiles of sign-split lists (core/packed.h) --------------------------------------------------
 
 // Tiles of `tile` entries of each line, numbered so that finding the line of a tile needs no sum.
 // There are most_tiles of them; some are empty.
@@ -172,8 +158,8 @@ __device__ __forceinline__ void each_piece(const F& fn) {
 // no other warp uses.
 template <class Out, class S, int MI, int NI, bool Tf32>
 __device__ __forceinline__ void store_rows(const WarpTile<S, MI, NI, Tf32>& tile,
-                                           typename ComputeOf<S>::type* shared, Out* to,
-                                           int64_t stride, int64_t rows, int64_t cols, bool aligned,
+                                           ComputeOf<S>* shared, Out* to, int64_t stride,
+                                           int64_t rows, int64_t cols, bool aligned,
                                            bool accumulate) {
   using Tile = WarpTile<S, MI, NI, Tf32>;
   constexpr int kCols = 8 * NI, kStride = kCols + 8, L = kPerAccess<Out>;

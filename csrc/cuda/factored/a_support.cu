@@ -104,7 +104,7 @@ const void* ASideCall::values(bool with_lambda) {
   const Support& s = support();
   with_dtype(p_.dtype, [&](auto storage) {
     using S = decltype(storage);
-    using C = typename ComputeOf<S>::type;
+    using C = ComputeOf<S>;
     made = scratch<S>(device_, s.room() * s.bases);
     launch(device_, "form_values", form_values<S, C>,
            most_tiles(s.count, s.r, kGroup) * ceil_div(s.bases, kBases),

@@ -26,8 +26,8 @@ struct Up : BlockTile<S, MI, NI, Tf32> {
 template <class S, int MI, int NI, bool Tf32>
 __global__ void __launch_bounds__(128)
     up_kernel(Support a, const S* __restrict__ values, const S* __restrict__ panels, int width,
-              int64_t T, const typename ComputeOf<S>::type* __restrict__ lam,
-              typename ComputeOf<S>::type scale, S* __restrict__ V, bool aligned) {
+              int64_t T, const ComputeOf<S>* __restrict__ lam, ComputeOf<S> scale,
+              S* __restrict__ V, bool aligned) {
   using B = Up<S, MI, NI, Tf32>;
   using C = typename B::C;
   using Tile = typename B::Tile;

@@ -18,7 +18,6 @@
 // additions.
 #include "../device/columns.h"
 #include "../device/launch.h"
-#include "../device/warp_sums.h"
 #include "../kernels.h"
 #include "panels.h"
 
@@ -57,7 +56,7 @@ __global__ void __launch_bounds__(256, kResident)
     sum_lists(Lists<Index> lists, Shape shape, const S* __restrict__ source, S* __restrict__ out,
               bool accumulate) {
   using G = TokenTile<S, TT>;
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   constexpr int kLines = G::kLines;
   const int chunk = kLines * warps, stride = chunk + 1;
@@ -176,7 +175,7 @@ void b_lists(const BSide& p, Device& device) {
   const int threads = min(256, device.max_threads);
   with_dtype(p.dtype, [&](auto storage) {
     using S = decltype(storage);
-    using C = typename ComputeOf<S>::type;
+    using C = ComputeOf<S>;
     constexpr int L = kPerAccess<S>;
     const auto chunk_of = [&](int TT) { return lines_of_warp(TT) * threads / 32; };
     const auto results = [&](int TT) { return 2 * TT * (chunk_of(TT) + 1) * int64_t{sizeof(C)}; };

@@ -69,7 +69,7 @@ struct PlaneWords {
 
 template <class S>
 struct Product {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   Planes b;
   int64_t D, lines, depth, T;
   const S* tokens;  // (T, depth)
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) b_planes_kernel(Product<S> p)
     if (more) words.store(Shared::codes(half ^ 1));
   }
 
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   if (p.partial) {
     const Output<RoundedStore<C, false>> sums{{p.partial + split * p.T * p.lines, nullptr, C(1)},
                                               p.T,
@@ -147,9 +147,9 @@ __global__ void __launch_bounds__(kTileThreads, 1) b_planes_kernel(Product<S> p)
 }
 
 template <class S>
-__global__ void add_partial_kernel(const typename ComputeOf<S>::type* partial, int64_t splits,
-                                   int64_t count, RoundedStore<S, false> out) {
-  using C = typename ComputeOf<S>::type;
+__global__ void add_partial_kernel(const ComputeOf<S>* partial, int64_t splits, int64_t count,
+                                   RoundedStore<S, false> out) {
+  using C = ComputeOf<S>;
   const int64_t at = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
   if (at >= count) return;
   C sum = C(0);
@@ -159,7 +159,7 @@ __global__ void add_partial_kernel(const typename ComputeOf<S>::type* partial, i
 
 template <class S, bool Tf32, int N>
 void run(Product<S>& p, bool up, Device& device) {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   constexpr int64_t kStep = kTiles<S, N> * kSlots;
   p.line_blocks = ceil_div(p.lines, kLines), p.token_blocks = ceil_div(p.T, N);
   const int64_t tiles = p.line_blocks * p.token_blocks, steps = ceil_div(p.depth, kStep);

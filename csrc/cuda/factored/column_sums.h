@@ -16,7 +16,7 @@ namespace randlora {
 
 template <class S, int Tokens>
 struct ColumnSums {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   static constexpr int kUnit = kPerAccess<C>, kPart = 4 * kUnit, kParts = Tokens / kPart;
   static_assert(kParts % 2 == 0, "parts are taken in pairs");
   C* sums;

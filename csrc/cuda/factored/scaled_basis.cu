@@ -32,7 +32,7 @@ namespace {
 constexpr int kRows = 4;   // rows of A per thread, forward
 constexpr int kBases = 8;  // most bases per thread, forward
 
-template <class S, bool Aligned, class C = typename ComputeOf<S>::type>
+template <class S, bool Aligned, class C = ComputeOf<S>>
 __global__ void scaled_basis_kernel(int64_t r, int64_t n, int64_t d, const C* __restrict__ A,
                                     const C* __restrict__ lam, const C* __restrict__ gam,
                                     S* __restrict__ out, int64_t col_blocks, int64_t base_blocks,
@@ -72,7 +72,7 @@ RANDLORA_HD int64_t shared_of_warp() {
 }
 
 // dlam: (parts, r, n), a sum per part of the columns; dgam: (batches, n, d), per batch of rows.
-template <class S, bool Aligned, class C = typename ComputeOf<S>::type>
+template <class S, bool Aligned, class C = ComputeOf<S>>
 __global__ void scaled_basis_backward_kernel(int64_t r, int64_t n, int64_t d,
                                              const C* __restrict__ A, const C* __restrict__ lam,
                                              const C* __restrict__ gam, const S* __restrict__ grad,
@@ -138,7 +138,7 @@ __global__ void sum_parts_kernel(const C* part, int64_t parts, int64_t count, C*
 void scaled_basis(const ScaledBasis& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) {
     using S = decltype(s);
-    using C = typename ComputeOf<S>::type;
+    using C = ComputeOf<S>;
     constexpr int V = kPerAccess<S>;
     const int64_t col_warps = ceil_div(p.d, 32 * V), row_blocks = ceil_div(p.r, kRows);
     const int64_t threads =
@@ -159,7 +159,7 @@ void scaled_basis(const ScaledBasis& p, Device& device) {
 void scaled_basis_backward(const ScaledBasisBackward& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) {
     using S = decltype(s);
-    using C = typename ComputeOf<S>::type;
+    using C = ComputeOf<S>;
     constexpr int V = kPerAccess<S>;
     const int threads = std::min(128, device.max_threads), warps = threads / 32;
     const int64_t K = p.r * p.n, base_blocks = ceil_div(p.n, warps);

@@ -15,7 +15,7 @@
 namespace randlora::cuda {
 namespace {
 
-template <class S, bool Aligned, class C = typename ComputeOf<S>::type>
+template <class S, bool Aligned, class C = ComputeOf<S>>
 __global__ void hadamard_gamma_kernel(HadamardGamma p, int64_t col_blocks) {
   constexpr int V = kPerAccess<S>;
   const int64_t d = p.sizes.d, i = blockIdx.x / col_blocks;
@@ -33,7 +33,7 @@ constexpr int kAcross = 32;  // columns c of a block that sums slots
 
 // The first `gamma_blocks` blocks make dgam, an element a thread; the others dlam. There a warp
 // adds every warps-th slot, and the first warp adds the results of all.
-template <class S, class C = typename ComputeOf<S>::type>
+template <class S, class C = ComputeOf<S>>
 __global__ void hadamard_diagonals_kernel(HadamardDiagonals p, int64_t gamma_blocks) {
   const int64_t n = p.sizes.n, d = p.sizes.d;
   if (blockIdx.x < gamma_blocks) {
@@ -85,7 +85,7 @@ void hadamard_diagonals(const HadamardDiagonals& p, Device& device) {
     const int64_t gamma_blocks = ceil_div(p.sizes.n * p.sizes.d, threads);
     launch(device, "hadamard_diagonals", hadamard_diagonals_kernel<S>,
            gamma_blocks + ceil_div(p.sizes.K(), kAcross), threads,
-           threads * int64_t{sizeof(typename ComputeOf<S>::type)}, p, gamma_blocks);
+           threads * int64_t{sizeof(ComputeOf<S>)}, p, gamma_blocks);
   });
 }
 

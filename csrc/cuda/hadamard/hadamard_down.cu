@@ -20,7 +20,7 @@
 namespace randlora::cuda {
 namespace {
 
-template <class S, bool Aligned, bool Scratch, class C = typename ComputeOf<S>::type>
+template <class S, bool Aligned, bool Scratch, class C = ComputeOf<S>>
 __device__ __forceinline__ void read_y(const HadamardDown& p, const Rows<C, Scratch>& rows, int log,
                                        int64_t t0, int64_t tokens, const Share& share) {
   using At = Edge<S, Aligned>;
@@ -61,7 +61,7 @@ __device__ __forceinline__ void read_y(const HadamardDown& p, const Rows<C, Scra
 }
 
 // From u times lam and col in rows.
-template <class S, bool Scratch, class C = typename ComputeOf<S>::type>
+template <class S, bool Scratch, class C = ComputeOf<S>>
 __device__ __forceinline__ void write_w(const HadamardDown& p, const Rows<C, Scratch>& rows,
                                         int log, int64_t t0, int64_t tokens, const Share& share) {
   using Index = typename Rows<C, Scratch>::Index;
@@ -108,7 +108,7 @@ __device__ __forceinline__ void add_products(const C (&a)[kValues<C>], const C* 
   }
 }
 
-template <class S, bool Aligned, class C = typename ComputeOf<S>::type>
+template <class S, bool Aligned, class C = ComputeOf<S>>
 __global__ void __launch_bounds__(kThreads, Aligned ? 2 : 1)
     hadamard_down_kernel(HadamardDown p, Diagonal<C> diagonal, int log, int64_t of_block) {
   const int64_t N = int64_t{1} << log, K = p.sizes.K();
@@ -146,12 +146,12 @@ __global__ void __launch_bounds__(kThreads, Aligned ? 2 : 1)
   }
 }
 
-template <class S, class C = typename ComputeOf<S>::type>
+template <class S, class C = ComputeOf<S>>
 __global__ void __launch_bounds__(kScratchThreads)
     hadamard_down_load_kernel(HadamardDown p, C* scratch, int log, int64_t t0, int64_t tokens) {
   read_y<S, false>(p, Rows<C, true>{scratch}, log, t0, tokens, share_of_grid());
 }
-template <class S, class C = typename ComputeOf<S>::type>
+template <class S, class C = ComputeOf<S>>
 __global__ void __launch_bounds__(kScratchThreads)
     hadamard_down_store_kernel(HadamardDown p, C* scratch, int log, int64_t t0, int64_t tokens) {
   write_w<S>(p, Rows<C, true>{scratch}, log, t0, tokens, share_of_grid());
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kScratchThreads)
 void hadamard_down(const HadamardDown& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) {
     using S = decltype(s);
-    using C = typename ComputeOf<S>::type;
+    using C = ComputeOf<S>;
     const Plan<S> plan(p.sizes, p.T / (p.z ? p.slots : device.multiprocessors), device,
                        p.z ? 3 : 1);
     if (plan.fits(device)) {

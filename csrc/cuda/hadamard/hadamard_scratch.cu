@@ -6,7 +6,7 @@
 namespace randlora::cuda {
 namespace {
 
-template <class S, class C = typename ComputeOf<S>::type>
+template <class S, class C = ComputeOf<S>>
 __global__ void __launch_bounds__(kScratchThreads, 1)
     hadamard_mix_kernel(HadamardSizes sizes, const void* z, int64_t T, C* mixed, int log,
                         int64_t t0, int64_t tokens) {
@@ -41,7 +41,7 @@ void InScratch<C>::mix(const HadamardSizes& sizes, const void* z, DType dtype, i
                        int64_t t0, int64_t tokens) {
   with_dtype(dtype, [&](auto s) {
     using S = decltype(s);
-    if constexpr (std::is_same<typename ComputeOf<S>::type, C>::value)
+    if constexpr (std::is_same<ComputeOf<S>, C>::value)
       start("hadamard_mix", hadamard_mix_kernel<S>, blocks(tokens * sizes.n), sizes, z, T, mixed,
             log, t0, tokens);
   });

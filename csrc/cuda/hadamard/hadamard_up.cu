@@ -16,7 +16,7 @@
 namespace randlora::cuda {
 namespace {
 
-template <class S, bool Aligned, bool Scratch, class C = typename ComputeOf<S>::type>
+template <class S, bool Aligned, bool Scratch, class C = ComputeOf<S>>
 __device__ __forceinline__ void write_y(const HadamardUp& p, const Rows<C, Scratch>& rows, int log,
                                         int64_t t0, int64_t tokens, const Share& share) {
   using At = Edge<S, Aligned>;
@@ -73,7 +73,7 @@ __device__ __forceinline__ void write_y(const HadamardUp& p, const Rows<C, Scrat
   }
 }
 
-template <class S, bool Aligned, class C = typename ComputeOf<S>::type>
+template <class S, bool Aligned, class C = ComputeOf<S>>
 __global__ void __launch_bounds__(kThreads, Aligned ? 2 : 1)
     hadamard_up_kernel(HadamardUp p, Diagonal<C> diagonal, int log, int64_t of_block) {
   const Rows<C, false> rows{reinterpret_cast<C*>(shared_memory())};
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, Aligned ? 2 : 1)
   write_y<S, Aligned>(p, rows, log, t0, tokens, share);
 }
 
-template <class S, class C = typename ComputeOf<S>::type>
+template <class S, class C = ComputeOf<S>>
 __global__ void __launch_bounds__(kScratchThreads)
     hadamard_up_store_kernel(HadamardUp p, C* scratch, int log, int64_t t0, int64_t tokens) {
   write_y<S, false>(p, Rows<C, true>{scratch}, log, t0, tokens, share_of_grid());
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kScratchThreads)
 void hadamard_up(const HadamardUp& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) {
     using S = decltype(s);
-    using C = typename ComputeOf<S>::type;
+    using C = ComputeOf<S>;
     const Plan<S> plan(p.sizes, p.T / device.multiprocessors, device);
     if (plan.fits(device)) {
       constexpr int V = kPerAccess<S>;

@@ -42,7 +42,7 @@ struct SignsOfRow {
 
 // ---- by columns: like tokens --------------------------------------------------------------------
 
-template <class S, bool Aligned, class C = typename ComputeOf<S>::type>
+template <class S, bool Aligned, class C = ComputeOf<S>>
 __global__ void __launch_bounds__(kThreads, Aligned ? 2 : 1)
     hadamard_weight_rows_kernel(HadamardWeight p, RoundedStore<S> store, Diagonal<C> diagonal,
                                 int log, int64_t of_block) {
@@ -146,7 +146,7 @@ template <class S>
 __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
     hadamard_weight_kernel(HadamardWeight p, RoundedStore<S> store, int log, int log_all,
                            int64_t tiles, int64_t row_stride, int64_t column_stride) {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   C* numbers = reinterpret_cast<C*>(shared_memory());
   const int64_t d = p.sizes.d, D = p.sizes.D, K = p.sizes.K(), n = p.sizes.n;
   const int64_t k0 = blockIdx.x % tiles * kColumns, part = blockIdx.x / tiles;
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
 void hadamard_weight(const HadamardWeight& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) {
     using S = decltype(s);
-    using C = typename ComputeOf<S>::type;
+    using C = ComputeOf<S>;
     constexpr int V = kPerAccess<S>;
     const auto store = RoundedStore<S>::of(p, p.scale);
     const Plan<S> plan(p.sizes, p.sizes.d / device.multiprocessors, device);

@@ -91,7 +91,7 @@ __device__ __forceinline__ void with_ranks(int64_t r, const F& fn) {
 
 // rows[t - t0, j * n + i] = sum over m of H[j, m] z[m, t, i], for `tokens` tokens t from t0 on. In
 // z (classes, T, n), bases of successive tokens are adjacent.
-template <class S, bool Scratch, class C = typename ComputeOf<S>::type>
+template <class S, bool Scratch, class C = ComputeOf<S>>
 __device__ __forceinline__ void write_mixed(const HadamardSizes& sizes, const void* z, int64_t T,
                                             const Rows<C, Scratch>& rows, int log, int64_t t0,
                                             int64_t tokens, const Share& share) {

@@ -39,7 +39,7 @@ constexpr int log_of(int64_t power) {
 
 // The bits of the edge of rows that are S in global memory.
 template <class S>
-constexpr int kEdgeBits = kBits<typename ComputeOf<S>::type> - log_of(kPerAccess<S>);
+constexpr int kEdgeBits = kBits<ComputeOf<S>> - log_of(kPerAccess<S>);
 
 // Over the bits of e / Apart, where v[e].
 template <int Apart, int M, class C>
@@ -208,7 +208,7 @@ __device__ __forceinline__ void middle_passes(const Rows<C, false>& rows, int lo
 // neighbouring threads have adjacent columns.
 template <class S, bool Aligned>
 struct Edge {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   static constexpr int V = kPerAccess<S>, kCount = 1 << kEdgeBits<S>;
   int64_t row;
   int first, apart, log;
@@ -262,7 +262,7 @@ struct Edge {
 
 template <class S>
 struct Plan {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   int log;   // of N, at least what the low pass and the edge take
   int rows;  // of a block
   int threads;

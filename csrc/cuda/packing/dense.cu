@@ -22,7 +22,7 @@ namespace {
 
 template <class S, bool Aligned>
 __global__ void planes_to_dense_kernel(Planes p, int64_t rows, int64_t cols, double value, S* out) {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   constexpr int V = kPerAccess<S>;
   const S plus = narrow<S>(static_cast<C>(value)), minus = narrow<S>(static_cast<C>(-value));
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x)
@@ -42,7 +42,7 @@ __global__ void planes_to_dense_kernel(Planes p, int64_t rows, int64_t cols, dou
 template <class S, class Index, bool Aligned>
 __global__ void lists_to_dense_kernel(Lists<Index> lists, int64_t rows, int64_t cols, double value,
                                       S* out) {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   constexpr int V = kPerAccess<S>;
   const S plus = narrow<S>(static_cast<C>(value)), minus = narrow<S>(static_cast<C>(-value));
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
@@ -97,7 +97,7 @@ __global__ void find_magnitude_kernel(const S* x, int64_t count, PackReport* rep
 template <class S>
 __global__ void pack_dense_kernel(const S* x, int64_t rows, int64_t cols, uint64_t* plus,
                                   uint64_t* minus, PackReport* report) {
-  using C = typename ComputeOf<S>::type;
+  using C = ComputeOf<S>;
   const C a = static_cast<C>(report->a);
   const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
   const int64_t words = words_of(cols);

@@ -1,4 +1,4 @@
-// Packing: sorted sign-split lists (core/lists.h) of a ternary matrix in bit planes, by row or by
+// Packing: sorted sign-split lists (core/packed.h) of a ternary matrix in bit planes, by row or by
 // column, as in csrc/cpu/packing.cpp. There are two steps because the length must be known first:
 //
 //   count_lists   offset[2 q + 1], offset[2 q + 2] = how many +1, -1 in line q; inclusive scan
@@ -16,7 +16,6 @@
 // Floor: the planes are read twice (2 bits per element each time), and 2 bytes per non-zero element
 // are written, 4 if wide. By column, each step first reads and writes the planes to transpose them.
 #include "../device/launch.h"
-#include "../device/warp_sums.h"
 #include "../kernels.h"
 
 namespace randlora::cuda {
@@ -41,7 +40,7 @@ constexpr int kTileWords = kSide / 64;  // per row of a tile
 constexpr int kStride =
     kSide / 32 + 1;  // 32-bit words a row in shared memory; odd: no bank conflicts
 
-// Bit c of lane r's word becomes bit r of lane c's, like transpose_64x64 of core/planes.h.
+// Bit c of lane r's word becomes bit r of lane c's, like transpose_64x64 of core/packed.h.
 __device__ __forceinline__ uint32_t transpose_32x32(uint32_t x) {
   const int lane = threadIdx.x % 32;
   uint32_t mask = 0x0000ffffu;
