@@ -1,5 +1,5 @@
-// Tests of the execution gate itself: what the kernels' own tests would not show to be wrong, such as
-// where the lanes of a fragment are. test_faults.cpp has what must not go unseen.
+// Tests of the execution gate itself: what the kernels' own tests would not show to be wrong, such
+// as where the lanes of a fragment are. test_faults.cpp has what must not go unseen.
 #include "check.h"
 #include "cuda/device/launch.h"
 #include "cuda/device/ptx.h"
