@@ -79,21 +79,9 @@ __global__ void mask_lacks_caller(float* out) {
 __global__ void mask_names_absent_lanes(float* out) {
   if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_xor_sync(kWarp, 1.f, 1);
 }
-__global__ void masks_differ(float* out) {
-  out[threadIdx.x] = __shfl_xor_sync(threadIdx.x % 2 ? kWarp : 0x55555555u, 1.f, 2);
-}
 __global__ void shuffle_from_outside_mask(float* out) {
   out[threadIdx.x] = 0;
   if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_down_sync(0x0000ffffu, 1.f, 8);
-}
-__global__ void missing_cp_async_wait(float* out) {
-  auto* s = reinterpret_cast<float*>(shared_memory());
-  cp_async16(s + 4 * threadIdx.x, out + 4 * threadIdx.x);
-  cp_async_commit();
-  __syncthreads();
-  const float x = s[4 * threadIdx.x];
-  __syncthreads();
-  out[4 * threadIdx.x] = x;
 }
 __global__ void cp_async_wait_too_few(float* out) {  // of two groups the second is not awaited
   auto* s = reinterpret_cast<float*>(shared_memory());
@@ -119,11 +107,6 @@ __global__ void cp_async_over_readers(float* out) {  // no barrier between a rea
 __global__ void misaligned_cp_async(float* out) { cp_async16(shared_memory(), out + 1); }
 __global__ void misaligned_store16(float* out) {
   if (threadIdx.x == 0) store16(out + 1, 0, 0, 0, 0);
-}
-__global__ void misaligned_ldmatrix(float* out) {
-  uint32_t r[4];
-  ldmatrix_x4(r, shared_memory() + 2);
-  out[threadIdx.x] = static_cast<float>(r[0]);
 }
 __global__ void ldmatrix_outside(float* out) {
   uint32_t r[4];
@@ -153,14 +136,11 @@ const Fault kFaults[] = {
     FAULT(uninitialised_read, kNaN),
     FAULT(mask_lacks_caller, "lacks the calling lane"),
     FAULT(mask_names_absent_lanes, "exit"),
-    FAULT(masks_differ, "different masks"),
     FAULT(shuffle_from_outside_mask, kNaN),
-    FAULT(missing_cp_async_wait, kNaN),
     FAULT(cp_async_wait_too_few, kNaN),
     FAULT(cp_async_over_readers, kDisagree),
     FAULT(misaligned_cp_async, kMisaligned),
     FAULT(misaligned_store16, kMisaligned),
-    FAULT(misaligned_ldmatrix, kMisaligned),
     FAULT(ldmatrix_outside, "not in the block's"),
 };
 

@@ -1,10 +1,6 @@
-// Tests of the execution gate itself: every primitive does what CUDA says, under every schedule.
-// test_faults.cpp has what must not go unseen.
-#include <cstdio>
-#include <string>
-
+// Tests of the execution gate itself: what the kernels' own tests would not show to be wrong, such
+// as where the lanes of a fragment are. test_faults.cpp has what must not go unseen.
 #include "check.h"
-#include "cuda/device/element.h"
 #include "cuda/device/launch.h"
 #include "cuda/device/ptx.h"
 #include "test_device.h"
@@ -46,41 +42,6 @@ void shuffles() {
       }
 }
 
-__global__ void vote_kernel(unsigned* out) {
-  const unsigned t = threadIdx.x;
-  out[t] = __ballot_sync(kWarp, t % 3 == 0);
-  out[64 + t] = static_cast<unsigned>(__any_sync(kWarp, t == 40));
-}
-void votes() {
-  std::vector<unsigned> out(128);
-  launch(device, "vote", vote_kernel, 1, 64, 0, out.data());
-  for (unsigned t = 0; t < 64; ++t) {
-    unsigned ballot = 0;
-    for (unsigned l = 0; l < 32; ++l) ballot |= ((t / 32 * 32 + l) % 3 == 0 ? 1u : 0u) << l;
-    EXPECT(out[t] == ballot, "ballot of %u", t);
-    EXPECT(out[64 + t] == (t < 32 ? 0u : 1u), "any of %u", t);
-  }
-}
-
-__global__ void atomic_kernel(unsigned long long* least) {
-  atomicMin(least, static_cast<unsigned long long>(blockIdx.x * blockDim.x + threadIdx.x) + 5);
-}
-void atomics() {
-  unsigned long long least = 1000;
-  launch(device, "atomic", atomic_kernel, 5, 96, 0, &least);
-  EXPECT(least == 5, "%llu", least);
-}
-
-void arithmetic() {
-  EXPECT(__popc(0xf0f0u) == 8 && __popcll(~0ull) == 64, "popc");
-  EXPECT(__ffs(0) == 0 && __ffs(8) == 4 && __ffsll(1ll << 40) == 41, "ffs");
-  EXPECT(min(3, 5u) == 3u && max(int64_t{1} << 40, int64_t{2}) == int64_t{1} << 40, "min, max");
-  EXPECT(max(NAN, 1.f) == 1.f && min(2.0, 3.0) == 2.0, "min, max of floats");
-  EXPECT(sizeof(float4) == 16 && alignof(uint2) == 8 && alignof(uint4) == 16, "vectors");
-  EXPECT(round_tf32(1.f + 0x1p-11f) == 0x3f802000u && round_tf32(1.f + 0x1p-12f) == 0x3f800000u,
-         "round_tf32");
-}
-
 // Copies of 16, 10, 4 and 0 bytes; the first group is awaited while the second is under way.
 __global__ void cp_async_kernel(const unsigned char* in, unsigned char* out) {
   unsigned char* s = shared_memory() + threadIdx.x * 64;
@@ -105,17 +66,6 @@ void cp_async() {
       EXPECT(to[t * 128 + i] == (i < 32 ? want : 0xff), "byte %d after the first wait", i);
       EXPECT(to[t * 128 + 64 + i] == want, "byte %d after the second wait", i);
     }
-}
-
-__global__ void store16_kernel(uint32_t* out) {
-  const uint32_t t = threadIdx.x;
-  store16(out + 4 * t, t, t + 100, t + 200, t + 300);
-}
-void stores() {
-  std::vector<uint32_t> out(128 + 3);
-  auto* at = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(out.data()) + 15) / 16 * 16);
-  launch(device, "store16", store16_kernel, 1, 32, 0, at);
-  for (uint32_t i = 0; i < 128; ++i) EXPECT(at[i] == i / 4 + i % 4 * 100, "word %u", i);
 }
 
 __global__ void ldmatrix_kernel(uint32_t* out) {
@@ -199,31 +149,19 @@ __global__ void reuse_kernel(int* out) {
   const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   out[block * blockDim.x + threadIdx.x] = fresh ? static_cast<int>(block + s[threadIdx.x ^ 1]) : -1;
 }
-std::vector<int> reuse() {
+void reuse() {
   std::vector<int> out(3 * 2 * 2 * 64, -1);
   launch(device, "reuse", reuse_kernel, {3, 2, 2}, 64, 64 * 4, out.data());
   for (int i = 0; i < static_cast<int>(out.size()); ++i)
     EXPECT(out[i] == i / 64 + 15, "thread %d: %d", i, out[i]);
-  return out;
-}
-
-void schedules() {
-  using cuda_on_cpu::Schedule;
-  EXPECT((Schedule{Schedule::reverse, 0}.permutation(3, 0) == std::vector<int64_t>{2, 1, 0}),
-         "reverse");
-  auto p = Schedule{Schedule::random, 1}.permutation(100, 0);
-  EXPECT((p == Schedule{Schedule::random, 1}.permutation(100, 0)), "reproducible");
-  EXPECT((p != Schedule{Schedule::random, 2}.permutation(100, 0)), "the seed counts");
-  std::sort(p.begin(), p.end());
-  EXPECT((p == Schedule{}.permutation(100, 0)), "a permutation");
-  EXPECT(cuda_on_cpu::same_bits_under_all_schedules(reuse), "reuse");
 }
 
 void tests() {
+  EXPECT(round_tf32(1.f + 0x1p-11f) == 0x3f802000u && round_tf32(1.f + 0x1p-12f) == 0x3f800000u,
+         "round_tf32");
   shuffles<int>(), shuffles<float>(), shuffles<double>(), shuffles<uint64_t>();
-  votes(), atomics(), arithmetic(), cp_async(), stores(), ldmatrix();
+  cp_async(), ldmatrix(), reuse();
   mma_product<bf16>(DType::bf16), mma_product<f16>(DType::f16), mma_product<float>(DType::f32);
-  reuse(), schedules();
 }
 
 }  // namespace

@@ -4,7 +4,6 @@ import pytest
 import torch
 from gpu_helpers import LOW, PATHS, cases, in_turn, ops
 from layer_cases import call, kept_by, make_layer, with_operands
-from layer_cases import opcheck as check
 
 from randlora_ext import delta_weight, scaled_basis
 
@@ -24,21 +23,6 @@ def tensors(device, name, way, dtype=torch.float32):
     path, b_side = way
     layer, bases = with_operands(BASES[name], dtype, device)
     return layer, bases, (path, layer.basis.dense_b(device, dtype) if b_side == "dense" else None)
-
-
-@pytest.mark.slow
-@CASES
-def test_opcheck(device, name, way):
-    t, bases, last = tensors(device, name, way)
-    A = t.basis.dense_a(device, torch.bfloat16)
-    check(ops.linear, t.x, t.weight, t.bias, t.lam, t.gam, *bases, *last)
-    check(ops.delta_weight, t.lam, t.gam, *bases)
-    check(ops.scaled_basis, A, t.lam, t.gam)
-    dy, x, weight, lam, gam = (v.detach() for v in (t.dy, t.x, t.weight, t.lam, t.gam))
-    check(ops.linear_backward, dy, x, weight, lam, gam, *bases, *last, True, True)
-    check(ops.delta_weight_backward, torch.ones_like(weight), lam, gam, *bases)
-    grad = A.new_ones(t.basis.K, t.basis.d)
-    check(ops.scaled_basis_backward, grad, A, lam, gam)
 
 
 @CASES

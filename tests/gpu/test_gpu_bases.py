@@ -101,13 +101,6 @@ def test_import_from_the_card(device):
     assert same(moved(imported.dense(device, torch.float64), "cpu"), (A, B))
 
 
-def test_equal_descriptions_share_one_copy(device):
-    first, second = (TernaryBasis(500, 370, 7, 0.07, seed=77) for _ in range(2))
-    pointers = [[t.data_ptr() for t in b.packed(device)] for b in (first, second)]
-    assert pointers[0] == pointers[1]
-    assert first.dense_b(device, torch.float16) is second.dense_b(device, torch.float16)
-
-
 @pytest.mark.slow
 def test_more_than_2_to_the_31_elements(card, room):
     # The dense matrix has 2^31 + 2^16 * 8 elements: every offset needs 64 bits.

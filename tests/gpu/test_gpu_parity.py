@@ -129,45 +129,6 @@ def test_linear_with_32_bit_positions(device):
         assert density == 1 / 3 or layer.basis.packed(device)[1].dtype == torch.int32
 
 
-@cases("kind", [torch.bfloat16, torch.float16, torch.float64])
-def test_diagonals_of_another_type(device, kind):
-    layer = make_layer(50, 37, 7, 0.2, 20, torch.float32)
-    layer.lam, layer.gam = layer.lam.to(kind), layer.gam.T.contiguous().T.to(kind)
-    bound = max(1e-6, torch.finfo(kind).eps)
-    want = assert_as_by_cpu_kernels(layer, "factored", "packed", device, bound, rms_error)
-    assert want["dlam"].dtype == want["dgam"].dtype == kind
-
-
-def test_views_change_nothing(device):
-    layer = make_layer(50, 37, 7, 0.07, 6, torch.float32)
-    want = run_linear(layer, "factored", "packed", device)
-    x, dy = layer.x, layer.dy
-    spread = torch.full((12, 100), torch.nan)
-    spread[::2, ::2] = x
-    for view, gradient in (
-        (x.T.contiguous().T, dy.T.contiguous().T), (spread[::2, ::2], dy),
-        (torch.cat([spread[:6], x], 1)[:, -50:], dy),
-    ):  # fmt: skip
-        layer.x, layer.dy = view, gradient
-        got = run_linear(layer, "factored", "packed", device)
-        assert all(same(got[n], want[n]) for n in NAMES)
-
-
-@cases("needs", [(True, False), (False, True)])
-@cases("path", ["factored", "delta", "merged"])
-def test_one_part_of_the_gradient(device, path, needs):
-    layer = make_layer(37, 50, 7, 0.2, 40, torch.float32)
-    all_of_it = run_linear(layer, path, "packed", device)
-
-    def part(x, weight, lam, gam, dy):
-        bases = operands(layer.basis, x.device, layer.scaling)
-        return ops.linear_backward(dy, x, weight, lam, gam, *bases, path, None, *needs)
-
-    got, _ = on_both(device, part, layer.x, layer.weight, layer.lam, layer.gam, layer.dy)
-    for value, name, wanted in zip(got, NAMES[1:], (needs[0], needs[1], needs[1]), strict=True):
-        assert same(value, all_of_it[name]) if wanted else value.numel() == 0, name
-
-
 # ---- delta_weight, merged_weight, scaled_basis
 
 

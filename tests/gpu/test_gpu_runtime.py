@@ -235,16 +235,6 @@ def test_a_card_that_is_not_current(card):
         assert all(same(got[n], want[n]) for n in NAMES), (basis, path, b_side)
 
 
-def test_tensors_on_two_devices_are_refused(card):
-    layer = make_layer(50, 37, 7, 0.07, 20, torch.float32)
-    x, lam, gam = layer.x.to(card), layer.lam, layer.gam
-    with pytest.raises((ValueError, RuntimeError), match="together|one device"):
-        linear(x, None, None, layer.basis, lam, gam)
-    bases = operands(layer.basis, "cpu")
-    with pytest.raises(RuntimeError, match="one device|is on"):
-        ops.linear(x, None, None, lam.to(card), gam.to(card), *bases, "factored", None)
-
-
 @pytest.mark.parametrize("basis", BASES)
 def test_more_than_2_to_the_31_activations(card, room, basis):
     room(45 << 30)

@@ -6,11 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layer_cases import CALLS, call, make_layer, ours
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from randlora_ext.ops.ternary import operands
-
-ops = torch.ops.randlora
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -62,23 +57,3 @@ def test_gradients(basis, path):
 @pytest.mark.parametrize("key", ["AutocastCPU", "AutocastCUDA"])
 def test_registered_at_the_dispatcher(name, key):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"randlora::{name}", key)
-
-
-def test_cuda_autocast_without_a_card():
-    layer = make_layer(50, 37, 7, 0.07, 20, torch.float32)
-    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        like = [torch.empty_like(t, device="cuda") for t in (layer.x, layer.weight, layer.bias)]
-        diagonals = [torch.empty_like(t, device="cuda") for t in (layer.lam, layer.gam)]
-        packed = [torch.empty_like(t, device="cuda") for t in layer.basis.packed()]
-        b_dense = torch.empty(50, layer.basis.K, device="cuda")
-        bases = operands(layer.basis, "cpu")._replace(packed=packed)
-        arguments = (*like, *diagonals, *bases, "factored", b_dense)
-        assert ops.linear(*arguments).dtype == torch.float32
-        try:  # torch.autocast("cuda") turns itself off where there is no card
-            torch.set_autocast_enabled("cuda", True)
-            torch.set_autocast_dtype("cuda", torch.float16)
-            assert ops.linear(*arguments).dtype == torch.float16
-        finally:
-            torch.set_autocast_enabled("cuda", enabled)
-            torch.set_autocast_dtype("cuda", dtype)

@@ -1,7 +1,7 @@
 """Every kernel set that this processor can run gives right results; an unknown one is refused.
 
 The set is chosen once a process by RANDLORA_ISA, so each runs in a child of a program that has not
-chosen any; the best one runs in all other tests.
+chosen any; the best one runs in all other tests. tests/cpp has float64 and what draws bases.
 """
 
 import os
@@ -12,11 +12,9 @@ from randlora_ext import _C, build_info
 
 CHECK = """
 import os
-import numpy as np, torch
+import torch
 import torch.distributed.tensor  # as autograd and assert_close do: here, once for every child
-from basis_reference import ternary
-from basis_vectors import from_planes
-from layer_cases import assert_rule, exact, largest_error, make_layer, ours, paths_of, plain
+from layer_cases import assert_rule, exact, make_layer, ours, paths_of, plain
 from randlora_ext import TernaryBasis, _C, build_info, explain, scaled_basis
 
 planes = torch.zeros(2, 1, 1, dtype=torch.int64)
@@ -47,22 +45,12 @@ wanted = isa or _C.available_isas()[0]  # empty means the default
 assert _C.isa() == explain(TernaryBasis(4, 4, 2, 0.5), 4).isa.split()[0] == wanted
 for kind in (1 / 3, 0.07, "hadamard"):
     for shape in ((157, 93, 9), (93, 157, 9), (20, 24, 32), (600, 530, 16), (3, 2, 2)):
-        for tokens in (1, 7, 100) if max(shape) < 600 else (33,):
-            layer = make_layer(*shape, kind, tokens)
-            oracle = exact(layer)
-            for path in paths_of(layer):
-                for name, value in ours(layer, path).items():
-                    assert largest_error(value, oracle[name]) <= 1e-12, (shape, tokens, path, name)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             layer = make_layer(*shape, kind, 33, dtype)
             simple, oracle = plain(layer), exact(layer)
             for path in {"factored", "delta"} & set(paths_of(layer)):
                 floor = 2 if kind == "hadamard" else 1
                 assert_rule(ours(layer, path), simple, oracle, dtype, floor=floor)
-for density in (1 / 3, 0.07):
-    basis = TernaryBasis(157, 93, 9, density, seed=5)
-    B = ternary(5, 1, np.arange(157)[:, None], np.arange(basis.K), density)
-    assert torch.equal(basis.dense()[1].sign(), torch.from_numpy(B).float())
 # Conversions to 16 bits: ties, subnormals, overflow, infinities and NaN as torch rounds them.
 values = torch.cat([torch.randn(4000) * 2.0 ** torch.randint(-30, 20, (4000,)), torch.tensor(
     [0.0, -0.0, 65504.0, 65519.0, 65520.0, 1e9, -1e9, 2.0**-24, 2.0**-25, 3 * 2.0**-25, 6e-5,
