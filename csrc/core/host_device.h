@@ -7,7 +7,8 @@
 // crash with an illegal instruction on a machine without AVX-512.
 #define RANDLORA_HD static RANDLORA_HD_MEMBER
 
-// For members that only the host calls, and for members, which cannot be `static`, that both call.
+// The same for members, which cannot be `static`: those that only the host calls, and those that
+// both call.
 #define RANDLORA_HOST_MEMBER inline __attribute__((always_inline))
 #if defined(__CUDACC__)
 #define RANDLORA_HD_MEMBER __host__ __device__ __forceinline__

@@ -132,7 +132,7 @@ struct LinearBackward {
   void *dlam, *dgam;  // compute type
 };
 
-// Fills the planes of a dense matrix with elements -a, 0, a only, and says whether it is one.
+// Packs a dense matrix into planes, and reports whether its elements are all -a, 0 or a.
 struct PackReport {
   double a;      // magnitude of the first element that is not zero; 0 if all are zero
   uint64_t bad;  // the first element that is none of -a, 0, a; rows * cols if there is none

@@ -33,8 +33,8 @@ struct InScratch {
   // One launch each; `transform` one for each middle pass. C is the compute type of z's `dtype`.
   void mix(const HadamardSizes& sizes, const void* z, DType dtype, int64_t T, C* mixed, int64_t t0,
            int64_t tokens);
-  // Before the low pass v becomes v times lam and col, if `up`; after it, otherwise, and mixed
-  // (unless null) becomes its product with v.
+  // The low pass. If `up`, lam and col multiply v before it; otherwise after it, once v has been
+  // multiplied into mixed (unless null).
   void low(bool up, const Diagonal<C>& diagonal, C* mixed, int64_t tokens);
   void transform(int edge, int64_t tokens);
 };
