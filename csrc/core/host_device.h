@@ -8,7 +8,7 @@
 #define RANDLORA_HD static RANDLORA_HD_MEMBER
 
 // The same for members, which cannot be `static`: those that only the host calls, and those that
-// both call.
+// both call. A function that only the host calls is `static RANDLORA_HOST_MEMBER`.
 #define RANDLORA_HOST_MEMBER inline __attribute__((always_inline))
 #if defined(__CUDACC__)
 #define RANDLORA_HD_MEMBER __host__ __device__ __forceinline__

@@ -1,7 +1,7 @@
 """A saved adapter, read without its model, and what it adds to each weight of a model folder."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,8 @@ from . import CliError, one_line, told_of
 from .checkpoint import Checkpoint, locate, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_CONV1D_MODELS = "gpt2", "openai-gpt", "imagegpt", "decision_transformer"  # of transformers
+# Of transformers, whose linear layers are Conv1D, except heads, which are not square.
+_CONV1D_MODELS = "gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"
 PREFIX = "base_model.model."  # of PEFT's keys
 LAMBDA, GAMMA = (f".{name}" for name in DIAGONALS)
 BASES = ("randlora_A", "randlora_B")
@@ -175,6 +176,7 @@ def shapes_in(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Shape]:
     if "quantization_config" in checkpoint.config:
         raise CliError(f"{checkpoint.folder} is quantized; its 16 or 32 bit original is needed")
     name_in = locate(adapter.diagonals, checkpoint)
+    conv1d = {kind in _CONV1D_MODELS for kind in _model_types(checkpoint.config)}
     shapes = {}
     for path, (_, gam) in adapter.diagonals.items():
         entry = checkpoint.tensors[name_in(f"{path}.weight")]
@@ -184,11 +186,12 @@ def shapes_in(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Shape]:
                 "matrix"
             )
         transposed = adapter.is_transposed(path)
-        may_be_conv1d = not adapter.plain and checkpoint.config.get("model_type") in _CONV1D_MODELS
-        if may_be_conv1d and not transposed and entry.shape[0] == entry.shape[1]:
+        is_square = entry.shape[0] == entry.shape[1]
+        if is_square and not adapter.plain and True in conv1d and conv1d != {transposed}:
             raise CliError(
-                f"{path}: PEFT saved the fan_in_fan_out of one layer only, an nn.Linear, and this "
-                "square weight may be a Conv1D's; merge in PEFT, with merge_and_unload()"
+                f"{path}: PEFT saved the fan_in_fan_out of one layer only, {transposed}, and this "
+                "square weight may be a Conv1D's or an nn.Linear's; merge in PEFT, with "
+                "merge_and_unload()"
             )
         sizes = entry.shape if transposed else entry.shape[::-1]
         if min(sizes) != gam.shape[1]:
@@ -203,6 +206,15 @@ def shapes_in(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Shape]:
             )
         shapes[path] = Shape(*sizes, entry.dtype)
     return shapes
+
+
+def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
+    """Of a model and of those it consists of, such as an encoder and a decoder."""
+    if "model_type" in config:
+        yield config["model_type"]
+    for value in config.values():
+        if isinstance(value, Mapping):
+            yield from _model_types(value)
 
 
 def changes_of(adapter: Adapter, shapes: Mapping[str, Shape]) -> dict[str, Change]:

@@ -17,8 +17,10 @@ def guard(model: nn.Module) -> None:
 
 
 def unguard(model: nn.Module) -> None:
+    """Undoes `guard` if the model holds no RandLoRA layer any more."""
     for key in _guards(model):
-        del model._load_state_dict_pre_hooks[key]
+        if not any(map(_is_adapted, model.modules())):
+            del model._load_state_dict_pre_hooks[key]
 
 
 def _guards(model: nn.Module) -> list[int]:
@@ -42,10 +44,14 @@ def refuse_misfit(module: nn.Module, state_dict: dict[str, Tensor], prefix: str,
         (
             problem
             for path, layer in module.named_modules(remove_duplicate=False)
-            if all(hasattr(layer, name) for name in (*DIAGONALS, "base_layer"))
+            if _is_adapted(layer)
             for problem in _misfits(layer, state_dict, f"{prefix}{path}." if path else prefix)
         ),
     )
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return all(hasattr(module, name) for name in (*DIAGONALS, "base_layer"))
 
 
 def refuse(module: nn.Module, problems: Iterable[str]) -> None:

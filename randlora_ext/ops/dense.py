@@ -34,11 +34,13 @@ class ScaledBasis(Operator):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+        A, lam, gam = inputs
+        ctx.save_for_backward(A, lam, gam)
 
     @staticmethod
     def backward(ctx, grad):
-        dlam, dgam = gradients(_ops.scaled_basis_backward.default, grad, *ctx.saved_tensors)
+        A, lam, gam = ctx.saved_tensors
+        dlam, dgam = gradients(_ops.scaled_basis_backward.default, grad, A, lam, gam)
         return None, dlam, dgam
 
 

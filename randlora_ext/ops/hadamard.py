@@ -95,10 +95,11 @@ class _Plain:
         self.r, self.n = lam.shape
         if tuple(col.shape) != (lam.numel(),):
             raise RuntimeError(f"randlora: col must be ({lam.numel()}), got {tuple(col.shape)}")
-        if first_row < 0 or not 0 <= first_column <= lam.numel() - self.d:
+        rows, columns = 2**32 - self.D, lam.numel() - self.d
+        if not (0 <= first_row <= rows and 0 <= first_column <= columns):
             raise RuntimeError(
-                f"randlora: first_row must not be negative and first_column in "
-                f"[0, {lam.numel() - self.d}], got {first_row} and {first_column}"
+                f"randlora: first_row must be in [0, {rows}] and first_column in [0, {columns}], "
+                f"got {first_row} and {first_column}"
             )
         self.dtype, self.expand, self.scale = dtype, expand, scale
         self.wide = torch.promote_types(dtype, torch.float32)

@@ -221,11 +221,11 @@ def _upload(stock: Callable, model: PeftModel, working_dir, repo_id: str, *args,
     return stock(model, working_dir, repo_id, *args, **kwargs)
 
 
-def _read_config(stock: Callable, cls, path, subfolder=None, **kwargs):
+def _read_config(stock: Callable, cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
     """The check of `RandLoraConfig.from_pretrained`, which transformers does not call."""
-    config = stock(cls, path, subfolder, **kwargs)
+    config = stock(cls, pretrained_model_name_or_path, subfolder, **kwargs)
     if isinstance(config, RandLoraConfig):
-        refuse_torn_save(os.path.join(path, subfolder or ""))
+        refuse_torn_save(os.path.join(pretrained_model_name_or_path, subfolder or ""))
     return config
 
 

@@ -146,6 +146,13 @@ def test_a_model_that_was_accelerated_without_enable(tmp_path):
         model.load_adapter(tmp_path, "default")
 
 
+def test_configurations_of_other_methods_pass_through(tmp_path):
+    peft.LoraConfig(r=3).save_pretrained(tmp_path)
+    accelerated.enable()
+    for kind in (peft.PeftConfig, peft.LoraConfig):
+        assert kind.from_pretrained(pretrained_model_name_or_path=str(tmp_path)).r == 3
+
+
 def test_models_on_other_layers_pass_through(tmp_path):
     """Stock PEFT's behaviour on stock models and on FourierFT stays, with our methods in force."""
     stock = stock_made(**KEY_ALONE)
@@ -327,6 +334,20 @@ def test_an_injected_model_is_loaded_as_a_whole_or_not_at_all():
     with pytest.raises(RuntimeError, match=r"1\.randlora_lambda\.default is \(3, 3\)"):
         peft.set_peft_model_state_dict(model, saved)
     assert not model[0].randlora_lambda["default"].any()
+
+
+def test_other_layers_keep_their_guard():
+    """unload() takes off our own layers; those of PEFT are still loaded all or not at all."""
+    accelerated.enable()
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    randlora_ext.apply_randlora(model, ["0"], r=2)
+    peft.inject_adapter_in_model(config(4, targets=["1", "2"], sparse=True), model)
+    randlora_ext.unload(model)
+    saved = {key: value + 5 for key, value in model.state_dict().items()}
+    saved["2.randlora_gamma.default"] = torch.zeros(3, 3)
+    with pytest.raises(RuntimeError, match=r"2\.randlora_gamma\.default is \(3, 3\)"):
+        model.load_state_dict(saved)
+    assert not model[1].randlora_lambda["default"].any()
 
 
 def test_a_merged_model_needs_none_of_ours():

@@ -195,9 +195,9 @@ void b_planes(const BSide& side, Device& device) {
              p.lines,
              aligned_rows(p.lines, kPerAccess<S>, to)};
     constexpr bool kTf32 = decltype(tf32)::value;
+    // Half a full tile if full ones would not fill the card twice.
     if (p.T <= 16) return run<S, kTf32, 16>(p, side.up, device);
-    if constexpr (kColumns<S> ==
-                  128)  // half a full tile if full ones would not fill the card twice
+    if constexpr (kColumns<S> == 128)
       if (ceil_div(p.lines, kLines) * ceil_div(p.T, 128) < 2 * device.multiprocessors)
         return run<S, kTf32, 64>(p, side.up, device);
     run<S, kTf32, kColumns<S>>(p, side.up, device);
