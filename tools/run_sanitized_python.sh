@@ -14,9 +14,9 @@ name=${kind//,/-}
 copy=$repo/build/sanitized-$name
 
 mkdir -p "$copy"
-cp -r --update setup.py pyproject.toml VERSION README.md LICENSE "$copy"
-cp -r --update csrc cmake tests tools benchmarks "$copy"
-cp -r --update --parents $(git ls-files randlora_ext) "$copy"
+rm -rf "$copy"/{csrc,cmake,tests,tools,benchmarks,randlora_ext}  # files that are gone since
+cp -rp setup.py pyproject.toml VERSION README.md LICENSE csrc cmake tests tools benchmarks "$copy"
+cp -rp --parents $(git ls-files randlora_ext) "$copy"
 cd "$copy"
 RANDLORA_CUDA=0 RANDLORA_SANITIZE=$kind python setup.py -q build_ext --inplace >build.log 2>&1 ||
   { tail -30 build.log; exit 1; }

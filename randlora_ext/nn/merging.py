@@ -127,7 +127,7 @@ class KeepsWeight(_Layer):
 
         try:
             write_all()
-        except BaseException:
+        except BaseException:  # it came between two lines; writing again is harmless
             write_all()
             raise
 

@@ -15,14 +15,7 @@ from torch import Tensor
 from ..basis import TernaryBasis
 from ..reference import scaled_basis_reference
 from .path import PATHS
-from .registration import (
-    Operator,
-    call_kernel,
-    entry,
-    fake,
-    gradients,
-    register_linear,
-)
+from .registration import Operator, call_kernel, entry, fake, gradients, register_linear
 
 _ops = torch.ops.randlora
 

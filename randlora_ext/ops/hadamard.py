@@ -16,14 +16,7 @@ from torch import Tensor
 from ..basis import TernaryBasis
 from ..basis.hadamard import sylvester
 from .dense import check_plain
-from .registration import (
-    Operator,
-    call_kernel,
-    entry,
-    fake,
-    gradients,
-    register_linear,
-)
+from .registration import Operator, call_kernel, entry, fake, gradients, register_linear
 
 _ops = torch.ops.randlora
 

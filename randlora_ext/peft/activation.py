@@ -5,8 +5,8 @@ PEFT has tables for tuners and configurations and calls methods of both, but onl
 from it over an existing adapter. These two, and ``from_pretrained``, are also where one rank of a
 model that transformers has sharded may fail alone. ``add_adapter`` is all that TRL calls to make a
 reference. ``push_to_hub`` writes the hub's empty card over PEFT's before it calls
-``_upload_modified_files``. Models on other layers pass through, and so does ``from_pretrained`` for
-unsharded ones.
+``_upload_modified_files``. transformers reads configurations by ``PeftConfig.from_pretrained``.
+Models on other layers pass through, and so does ``from_pretrained`` for unsharded ones.
 """
 
 import functools

