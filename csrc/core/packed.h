@@ -79,12 +79,12 @@ struct AnyLists : Runs {
   int64_t count = 0;  // total entries; with CUDA the host cannot read `offset`
   bool wide = false;  // positions are uint32, not uint16
 
-  // For loops that have much to do for each entry; others take `typed`.
+  // One position, for loops that have much to do for each; others take `typed`.
   RANDLORA_HOST_MEMBER int64_t at(int64_t entry) const {
     return wide ? int64_t{static_cast<const uint32_t*>(index)[entry]}
                 : int64_t{static_cast<const uint16_t*>(index)[entry]};
   }
-  // fn(the lists as what they are)
+  // Calls fn with the Lists of the right index type.
   template <class F>
   RANDLORA_HOST_MEMBER auto typed(const F& fn) const {
     return wide ? fn(Lists<uint32_t>{{offset}, static_cast<const uint32_t*>(index)})
