@@ -1,6 +1,6 @@
-// What the CUDA library needs from its host: a stream, scratch memory, a matrix product, and facts
-// about the GPU. The torch binding implements it with torch's allocator and cuBLAS; the tests that
-// run the kernels on the CPU use malloc and loops, so this file includes no CUDA header.
+// What the CUDA library needs from its host: a stream, scratch memory, and facts about the
+// GPU. The torch binding implements it with torch's allocator; the tests that run the kernels on the
+// CPU use malloc, so this file includes no CUDA header.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -9,23 +9,12 @@
 
 namespace randlora {
 
-// out (M, N) = left right^T [+ out], all row-major in `dtype`. With `right_rows_are_k`,
-// right is (K, N) and not transposed. Sums are in the compute type and rounded once.
-struct Gemm {
-  int64_t M, N, K;
-  const void *left, *right;
-  void* out;
-  DType dtype;
-  bool right_rows_are_k, accumulate;
-};
-
 class Device {
  public:
   virtual ~Device() = default;
   // Stream-ordered device memory: 256-byte aligned, not initialised, valid until the operator
   // returns.
   virtual void* scratch(size_t bytes) = 0;
-  virtual void gemm(const Gemm& g) = 0;
 
   void* stream = nullptr;  // a cudaStream_t
   int multiprocessors = 1;

@@ -1,17 +1,18 @@
 // The operators on Hadamard bases (docs/basis-spec.md, section 14) as plain structs.
 //
 //   H[a, b] = -1 if a & b has an odd number of ones, else +1
-//   A[j, k] = s[k] H[j, m]                m = (first_column + k) / n, the class of column k
-//   B[o, c] = row[o] H[first_row + o, c] col[c]                            c = j * n + i
+//   A[j, k] = s[k] H[j, m]                m = k / n, the class of column k
+//   B[o, c] = row[o] H[o, c] col[c]       c = j * n + i
 //
-// s, row and col hold -1 or +1. A product with A is one small matrix product for each class, which
-// torch's GEMM computes. The structs here are what surrounds these products. Between the two:
+// s, row and col are float32: -1 or +1, and on the layer's input side (s if d is that side, else
+// row) times the adapter's input scale. A product with A is one small matrix product for each
+// class, which torch's GEMM computes. The structs here are what surrounds these products. Between
+// the two:
 //
-//   z[m, t, i] = factor * sum over the columns k of class m of s[k] gam[i, k] x[t, k]
+//   z[m, t, i] = sum over the columns k of class m of s[k] gam[i, k] x[t, k]
 //   w[m, t, i] = the same numbers on the way back, from the D side
 //
-// Both are stored class by class, (classes, T, n), in the dtype of the activations. `factor` is a
-// power of two that keeps float16 in range.
+// Both are stored class by class, (classes, T, n), in the class dtype.
 #pragma once
 #include <cstdint>
 
@@ -20,18 +21,17 @@
 
 namespace randlora {
 
-// A layer, or the part of one that a rank of tensor parallelism holds: D and d are the part's, r
-// and n the layer's.
+// The dtype of z, w and of the class products: that of the activations, but float32 for float16,
+// whose range is too small for them.
+template <class S>
+using ClassOf = std::conditional_t<std::is_same_v<S, f16>, float, S>;
+RANDLORA_HD DType class_dtype(DType t) { return t == DType::f16 ? DType::f32 : t; }
+
 struct HadamardSizes {
   int64_t D, d, r, n;
-  int64_t first_row = 0, first_column = 0;  // where the part begins, in the layer's rows of B and
-                                            // columns of A
 
   RANDLORA_HD_MEMBER int64_t K() const { return r * n; }
-  RANDLORA_HD_MEMBER int64_t first_class() const { return first_column / n; }
-  RANDLORA_HD_MEMBER int64_t classes() const {
-    return (first_column + d - 1) / n + 1 - first_class();
-  }
+  RANDLORA_HD_MEMBER int64_t classes() const { return (d + n - 1) / n; }
   RANDLORA_HD_MEMBER static int64_t power_of_two(int64_t least) {
     int64_t p = 1;
     while (p < least) p *= 2;
@@ -51,37 +51,36 @@ RANDLORA_HD bool hadamard_minus(int64_t a, int64_t b) {
   return ones & 1;
 }
 
-// out[i, k] = scale * s[k] * gam[i, k]
+// out[i, k] = s[k] * gam[i, k]
 struct HadamardGamma {
   HadamardSizes sizes;
   const void* gam;  // (n, d) in the compute type
-  const int8_t* s;
-  void* out;  // (n, d) in `dtype`
+  const float* s;
+  void* out;  // (n, d) in the class dtype of `dtype`
   DType dtype;
-  double scale;
 };
 
 // dgam[i, k] = scale * s[k] * P[m, i, k'], with column k at place k' of its class m. The class
-// products give P (classes, n, n) in `dtype`; places of columns that the part does not hold are
-// never read. dlam[c] = scale * col[c] * the sum over slots q of sums[q, c].
+// products give P (classes, n, n) in the class dtype; places of columns from d on are never read.
+// dlam[c] = scale * col[c] * the sum over slots q of sums[q, c].
 struct HadamardDiagonals {
   HadamardSizes sizes;
   const void* P;
   const void* sums;  // (slots, K) in the compute type, from HadamardDown
   int64_t slots;
-  const int8_t *s, *col;
+  const float *s, *col;
   void *dlam, *dgam;  // compute type
   DType dtype;
-  double dlam_scale, dgam_scale;
+  double scale;
 };
 
 // y[t, o] += scale * row[o] * sum over c of H[o, c] v[c], or y = ... unless `accumulate`, with
 //   v[j * n + i] = col lam[j, i] * sum over m of H[j, m] z[m, t, i]
 struct HadamardUp {
   HadamardSizes sizes;
-  const void* z;    // (classes, T, n) in `dtype`
+  const void* z;    // (classes, T, n) in the class dtype
   const void* lam;  // (r, n) in the compute type
-  const int8_t *row, *col;
+  const float *row, *col;
   void* y;  // (T, D) in `dtype`
   DType dtype;
   int64_t T;
@@ -91,28 +90,27 @@ struct HadamardUp {
 
 // From y (T, D):
 //   u[t, c] = sum over o of row[o] H[o, c] y[t, o]
-//   w[m, t, i] = scale * sum over j of H[j, m] col lam[j, i] u[t, j * n + i]
+//   w[m, t, i] = sum over j of H[j, m] col lam[j, i] u[t, j * n + i]
 // and, if z is not null, for the tokens t of each slot q:
 //   sums[q, j * n + i] = sum over t of u[t, j * n + i] * sum over m of H[j, m] z[m, t, i]
 struct HadamardDown {
   HadamardSizes sizes;
   const void* y;
   const void* lam;
-  const int8_t *row, *col;
-  void* w;        // (classes, T, n) in `dtype`
-  const void* z;  // (classes, T, n) in `dtype`, or null
+  const float *row, *col;
+  void* w;        // (classes, T, n) in the class dtype
+  const void* z;  // likewise, or null
   void* sums;     // (slots, K) in the compute type
   int64_t slots;  // slot q has the tokens from q * T / slots to (q + 1) * T / slots
   DType dtype;
   int64_t T;
-  double scale;
 };
 
 // y[t, k] += scale * from[m, t, k'], or y = ... unless `accumulate`, with column k at place k' of
 // its class m. CPU only: torch's GEMM copies a result whose rows are not contiguous.
 struct HadamardAdd {
   HadamardSizes sizes;
-  const void* from;  // (classes, T, n) in `dtype`
+  const void* from;  // (classes, T, n) in the class dtype
   void* y;           // (T, d)
   DType dtype;
   int64_t T;
@@ -124,15 +122,12 @@ struct HadamardAdd {
 struct HadamardWeight {
   HadamardSizes sizes;
   const void *lam, *gam;  // compute type
-  const int8_t *s, *row, *col;
+  const float *s, *row, *col;
   const void* base;  // like out, or null
   void* out;         // (D, d), or (d, D) if `transposed`
   DType dtype;
   double scale;
   bool transposed;
-  // 16-bit outputs: round stochastically (core/stochastic.h) instead of to nearest.
-  bool stochastic = false;
-  uint64_t rounding_seed = 0;
 };
 
 }  // namespace randlora

@@ -23,8 +23,6 @@ struct Basis {
   Planes b_planes;  // (D, K)
   // CUDA, optional: the support_tables of `a`. Without them, every call computes the tables.
   const int32_t* a_tables = nullptr;
-  // CUDA, optional: dense unscaled B (D, K) in the dtype of x. Products with B are then GEMMs.
-  const void* b_dense = nullptr;
 
   RANDLORA_HD_MEMBER int64_t K() const { return r * n; }
   RANDLORA_HD_MEMBER bool has_planes() const { return b_planes.plus != nullptr; }
@@ -68,42 +66,6 @@ struct ScaledBasisBackward {
   DType dtype;
 };
 
-// out = base + delta, rounded once to the 16-bit `dtype`. Without a base it only rounds.
-struct AddRounded {
-  int64_t count;
-  const void* base;  // like out, or null
-  const float* delta;
-  void* out;
-  DType dtype;
-  // Round stochastically (core/stochastic.h) instead of to nearest.
-  bool stochastic;
-  uint64_t rounding_seed;
-};
-
-// out = base + scale * B @ A'  (D, d), or its transpose (d, D) when `transposed`.
-struct DeltaWeight {
-  Basis basis;
-  const void *lam, *gam;  // (r, n), (n, d) in the compute type
-  const void* base;       // like out, or null; added before the single rounding
-  void* out;
-  DType dtype;
-  double scale;
-  bool transposed;
-  // 16-bit outputs: round stochastically (core/stochastic.h) instead of to nearest.
-  bool stochastic = false;
-  uint64_t rounding_seed = 0;
-};
-
-struct DeltaWeightBackward {
-  Basis basis;
-  const void *lam, *gam;
-  const void* grad;  // (D, d), or (d, D) when `transposed`
-  DType dtype;
-  double scale;
-  bool transposed;
-  void *dlam, *dgam;  // compute type
-};
-
 // y (T, out) += scale * x (T, in) dW^T, or y = ... when not `accumulate`.
 //   expand  (d == in):  V = x A'^T (T, K);  y += scale * V B^T
 //   reduce  (d == out): U = x B    (T, K);  y += scale * U A'
@@ -132,7 +94,7 @@ struct LinearBackward {
   void *dlam, *dgam;  // compute type
 };
 
-// Packs a dense matrix into planes, and reports whether its elements are all -a, 0 or a.
+// Packs a dense matrix into planes, and reports whether its elements are all -a, 0 or a. CPU only.
 struct PackReport {
   double a;      // magnitude of the first element that is not zero; 0 if all are zero
   uint64_t bad;  // the first element that is none of -a, 0, a; rows * cols if there is none
@@ -179,7 +141,6 @@ struct ListsToDense {
 // The operators that CPU and CUDA both have, each with its struct. Every table of functions is made
 // from this list.
 #define RANDLORA_OPERATORS(X)                   \
-  X(pack_dense, PackDense)                      \
   X(count_lists, CountLists)                    \
   X(fill_lists, FillLists)                      \
   X(planes_to_dense, PlanesToDense)             \
@@ -187,9 +148,6 @@ struct ListsToDense {
   X(fill_planes, FillPlanes)                    \
   X(scaled_basis, ScaledBasis)                  \
   X(scaled_basis_backward, ScaledBasisBackward) \
-  X(add_rounded, AddRounded)                    \
-  X(delta_weight, DeltaWeight)                  \
-  X(delta_weight_backward, DeltaWeightBackward) \
   X(linear, Linear)                             \
   X(linear_backward, LinearBackward)            \
   X(hadamard_gamma, HadamardGamma)              \
@@ -208,7 +166,9 @@ struct Kernels {
 #define RANDLORA_MEMBER(name, Operator) void (*name)(const Operator&, Runtime&);
   RANDLORA_OPERATORS(RANDLORA_MEMBER)
 #undef RANDLORA_MEMBER
+  // Only the CPU has these.
   void (*hadamard_add)(const HadamardAdd&, Runtime&);
+  void (*pack_dense)(const PackDense&, Runtime&);
 };
 
 }  // namespace randlora

@@ -58,8 +58,7 @@ constexpr uint32_t kSpecVersion = 1;  // the fourth counter word
 enum Role : uint32_t {
   kRoleA = 0,         // row j (rank index), column k (feature of the smaller side)
   kRoleB = 1,         // row o (feature of the larger side), column c = j * n + i
-  kRoleRounding = 2,  // core/stochastic.h
-  // The signs of Hadamard bases, all in row 0: s, row and col.
+  // 2 is reserved. The signs of Hadamard bases, all in row 0: s, row and col.
   kRoleFeatures = 3,
   kRoleRows = 4,
   kRoleColumns = 5,
