@@ -7,7 +7,7 @@ from .shape import Shape
 
 
 class DenseMatrices:
-    """A (r, >= d) and B (>= D, >= K). A layer uses the leading part, a slice a part of that.
+    """A (r, >= d) and B (>= D, >= K). A layer uses the leading part.
 
     The methods are those of `TernaryMatrices`.
     """
@@ -24,7 +24,7 @@ class DenseMatrices:
     def check(self, shape: Shape) -> None:
         """Raises ValueError unless both are large enough for a layer of that shape."""
         A, B = tuple(self.A.shape), tuple(self.B.shape)
-        d, D = shape.layer_d, shape.layer_D
+        d, D = shape.d, shape.D
         if A[1] < d or B[0] < D or B[1] < shape.K:
             raise ValueError(
                 f"A must be (r, >= d) = ({shape.r}, >= {d}) and B (>= D, >= K) = "
@@ -35,8 +35,7 @@ class DenseMatrices:
         return "dense"
 
     def pack(self, shape: Shape, on: torch.device) -> list[Tensor]:
-        A = self.A[:, shape.first_column : shape.first_column + shape.d]
-        return [A.to(on), self._part_of_b(shape, on, self.B.dtype)]
+        return [self.A[:, : shape.d].to(on), self._part_of_b(shape, on, self.B.dtype)]
 
     def dense_a(self, shape: Shape, dtype: torch.dtype, packed: list[Tensor]) -> Tensor:
         return packed[0].to(dtype)
@@ -48,7 +47,7 @@ class DenseMatrices:
         """A view of B, or of one copy on another device or in another dtype."""
         if (on, dtype) not in self._copies:
             self._copies[on, dtype] = self.B.to(on, dtype)
-        return self._copies[on, dtype][shape.first_row : shape.first_row + shape.D, : shape.K]
+        return self._copies[on, dtype][: shape.D, : shape.K]
 
     def __reduce__(self):
         return DenseMatrices, (self.A, self.B)

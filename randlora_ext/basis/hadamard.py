@@ -11,12 +11,12 @@ from .ternary import generate_planes
 ROLE_FEATURES, ROLE_ROWS, ROLE_COLUMNS = 3, 4, 5  # of the specification: s, row and col
 
 
-def signs(seed: int, role: int, first: int, count: int, device: torch.device) -> Tensor:
-    """`count` signs of the infinite sequence of that role, from `first` on: int8, -1 or +1."""
+def signs(seed: int, role: int, count: int, device: torch.device) -> Tensor:
+    """The first `count` signs of the infinite sequence of that role: float32, -1 or +1."""
     on = device if devices.serve(device.type) else "cpu"
-    planes = generate_planes(seed, role, 0, 1, first, count, 1.0, on)
+    planes = generate_planes(seed, role, 0, 1, 0, count, 1.0, on)
     drawn = torch.ops.randlora.planes_to_dense(planes, count, 1.0, torch.float32)
-    return drawn.flatten().to(device, torch.int8)
+    return drawn.flatten().to(device)
 
 
 def sylvester(rows: Tensor, columns: Tensor) -> Tensor:
@@ -46,18 +46,18 @@ class HadamardMatrices:
     def pack(self, shape: Shape, on: torch.device) -> list[Tensor]:
         seed = self.description.seed
         return [
-            signs(seed, ROLE_FEATURES, shape.first_column, shape.d, on),
-            signs(seed, ROLE_ROWS, shape.first_row, shape.D, on),
-            signs(seed, ROLE_COLUMNS, 0, shape.K, on),
+            signs(seed, ROLE_FEATURES, shape.d, on),
+            signs(seed, ROLE_ROWS, shape.D, on),
+            signs(seed, ROLE_COLUMNS, shape.K, on),
         ]
 
     def dense_a(self, shape: Shape, dtype: torch.dtype, packed: list[Tensor]) -> Tensor:
         s = packed[0]
-        k = torch.arange(shape.d, device=s.device) + shape.first_column
+        k = torch.arange(shape.d, device=s.device)
         return (sylvester(torch.arange(shape.r, device=s.device), k // shape.n) * s).to(dtype)
 
     def dense_b(self, shape: Shape, dtype: torch.dtype, packed: list[Tensor]) -> Tensor:
         _, row, col = packed
-        o = torch.arange(shape.D, device=row.device) + shape.first_row
+        o = torch.arange(shape.D, device=row.device)
         c = torch.arange(shape.K, device=row.device)
         return (row[:, None] * sylvester(o, c) * col).to(dtype)

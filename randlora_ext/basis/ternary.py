@@ -18,7 +18,7 @@ _ops = torch.ops.randlora
 
 
 class TernaryMatrices:
-    """A and B of -1, 0 and +1 times a value, for a layer, or a slice of one, of any `shape`.
+    """A and B of -1, 0 and +1 times a value, for a layer of any `shape`.
 
     A subclass provides the elements, as bit planes.
     """
@@ -81,14 +81,14 @@ class GeneratedMatrices(TernaryMatrices):
         self.scale = 1.0 / density  # without the square root's rounding
 
     def a_planes(self, shape: Shape, device: torch.device) -> Tensor:
-        return self._planes(ROLE_A, 0, shape.r, shape.first_column, shape.d, device)
+        return self._planes(ROLE_A, shape.r, shape.d, device)
 
     def b_planes(self, shape: Shape, device: torch.device) -> Tensor:
-        return self._planes(ROLE_B, shape.first_row, shape.D, 0, shape.K, device)
+        return self._planes(ROLE_B, shape.D, shape.K, device)
 
-    def _planes(self, role: int, row: int, rows: int, column: int, columns: int, device) -> Tensor:
+    def _planes(self, role: int, rows: int, columns: int, device) -> Tensor:
         seed = self.description.seed  # type: ignore[union-attr]
-        return generate_planes(seed, role, row, rows, column, columns, self.density, device)
+        return generate_planes(seed, role, 0, rows, 0, columns, self.density, device)
 
 
 def generate_planes(
@@ -129,16 +129,10 @@ class ImportedMatrices(TernaryMatrices):
         self.density = max(int(counts @ ones) / (shape.D * shape.K), 2.0**-31)
 
     def a_planes(self, shape: Shape, device: torch.device) -> Tensor:
-        word, shift = divmod(shape.first_column, 64)
-        part = self._a[:, :, word:]
-        if shift:
-            upper = part[:, :, 1:] << (64 - shift)
-            part = (part >> shift) & ((1 << (64 - shift)) - 1)  # >> repeats the sign bit
-            part[:, :, :-1] |= upper
-        return _leading(part, shape.r, shape.d).to(device)
+        return _leading(self._a, shape.r, shape.d).to(device)
 
     def b_planes(self, shape: Shape, device: torch.device) -> Tensor:
-        return _leading(self._b[:, shape.first_row :], shape.D, shape.K).to(device)
+        return _leading(self._b, shape.D, shape.K).to(device)
 
 
 def _checked(name: str, planes: Tensor, rows: int, cols: int) -> Tensor:
@@ -177,7 +171,7 @@ def pack_layer(
         A = A.flatten(1)
     if A.dim() != 2 or len(A) == 0:
         raise ValueError(f"A must be (r, d) or (r, 1, d), got {tuple(A.shape)}")
-    shape = Shape.of(in_features, out_features, len(A))
+    shape = Shape(in_features, out_features, len(A))
     if A.shape[1] < shape.d:
         raise ValueError(f"A must have at least d = {shape.d} columns, got {tuple(A.shape)}")
     if B.dim() == 3:

@@ -58,10 +58,6 @@ class TernaryBasis:
     D: int
     expand: bool
     """Whether d is the input side."""
-    first_row: int
-    """The row of the layer's B with which a slice begins; 0 for a layer."""
-    first_column: int
-    """The column of the layer's A with which a slice begins; 0 for a layer."""
     kind: str
     """``"independent"``, ``"hadamard"``, ``"imported"`` or ``"dense"``."""
     density: float
@@ -86,14 +82,13 @@ class TernaryBasis:
         seed: int = 0,
         kind: str = "independent",
     ) -> None:
-        shape = Shape.of(in_features, out_features, r)
+        shape = Shape(in_features, out_features, r)
         generated = HadamardMatrices if kind == "hadamard" else GeneratedMatrices
         self._set(shape, generated(BasisDescription(kind, density, seed)))
 
     def _set(self, shape: Shape, source: _Matrices) -> None:
         # Attributes, not properties: a call reads a dozen of them.
-        for name in ("in_features", "out_features", "r", "n", "K", "d", "D", "expand",
-                     "first_row", "first_column"):  # fmt: skip
+        for name in ("in_features", "out_features", "r", "n", "K", "d", "D", "expand"):
             setattr(self, name, getattr(shape, name))
         self.kind, self.density, self.scale = source.kind, source.density, source.scale
         self.description = source.description
@@ -145,7 +140,7 @@ class TernaryBasis:
         """
         if a_planes.dim() != 3:
             raise ValueError(f"a_planes must be (2, r, words), got {tuple(a_planes.shape)}")
-        shape = Shape.of(in_features, out_features, a_planes.shape[1])
+        shape = Shape(in_features, out_features, a_planes.shape[1])
         return cls._of(shape, ImportedMatrices(a_planes, b_planes, a_value, b_value, shape))
 
     @classmethod
@@ -156,7 +151,7 @@ class TernaryBasis:
 
         Do not write to them afterwards. ValueError if one is too small.
         """
-        shape = Shape.of(in_features, out_features, matrices.A.shape[0])
+        shape = Shape(in_features, out_features, matrices.A.shape[0])
         matrices.check(shape)
         return cls._of(shape, matrices)
 
@@ -215,7 +210,7 @@ class TernaryBasis:
     def _warn_of_zeros(self, packed: list[Tensor]) -> None:
         lists = {"lists": {"A": 1, "B": 4}, "planes": {"A": 1}}.get(self.format, {})
         empty = [name for name, place in lists.items() if packed[place].numel() == 0]
-        if empty and not self._shape.is_slice:
+        if empty:
             warnings.warn(
                 f"{self!r} has no non-zero element in {empty[-1]}, so its adapter cannot learn "
                 "anything; take a larger density",
@@ -260,21 +255,6 @@ class TernaryBasis:
         """The same matrices for a layer with in and out swapped; packed tensors are shared."""
         return self._of(self._shape.transposed(), self._source)
 
-    def slice(self, inputs: range | None = None, outputs: range | None = None) -> "TernaryBasis":
-        """The part for a rank that holds these inputs and outputs of the layer; None means all.
-
-        It has the rows of B for the features on the D side, and the columns of A for those on the
-        d side. A rank generates them from the seed without communication; imported and dense bases
-        are cut from the whole. r, n, K and the orientation stay the layer's; lambda (r, n) is
-        complete, gamma (n, d) has the slice's d (docs/distributed.md).
-
-        Raises:
-            TypeError, ValueError: a range of another step, empty, or outside the layer.
-        """
-        inputs = range(self.in_features) if inputs is None else inputs
-        outputs = range(self.out_features) if outputs is None else outputs
-        return self._of(self._shape.part(inputs, outputs), self._source)
-
     def canonical(self) -> "TernaryBasis":
         """The first living basis equal to this one, which layers hold.
 
@@ -305,12 +285,9 @@ class TernaryBasis:
         origin = self.kind if self.description is None else f"seed={self.seed}, kind={self.kind!r}"
         if self.kind != "hadamard":
             origin = f"density={self.density:.6g}, {origin}"
-        part = ""
-        if self._shape.is_slice:
-            part = f", slice from row {self.first_row} of B and column {self.first_column} of A"
         return (
             f"TernaryBasis({self.in_features}, {self.out_features}, r={self.r}, {origin}, "
-            f"format={self.format!r}{part})"
+            f"format={self.format!r})"
         )
 
 
