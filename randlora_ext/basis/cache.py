@@ -1,4 +1,4 @@
-"""The cache of packed tensors, which layers of equal bases share."""
+"""The cache of what layers of equal bases share: packed tensors, and the bases themselves."""
 
 import functools
 import os
@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,8 @@ class PackedTensors:
             tensor.record_stream(stream)
 
 
-_cache: "weakref.WeakValueDictionary[tuple, PackedTensors]" = weakref.WeakValueDictionary()
+# What is alive, by what decides it: packed tensors, and objects that layers share.
+_cache: "weakref.WeakValueDictionary[tuple, Any]" = weakref.WeakValueDictionary()
 _cache_lock = threading.Lock()
 
 
@@ -65,6 +67,12 @@ def _new_lock() -> None:
 
 # A forked process (a DataLoader's worker) lacks the thread that may hold the lock.
 os.register_at_fork(after_in_child=_new_lock)
+
+
+def share(key: tuple, make: Callable[[], Any]) -> Any:
+    """The living object under `key`, or a new one."""
+    found = _cache.get(key)
+    return _cache.setdefault(key, make()) if found is None else found
 
 
 def get_or_make(

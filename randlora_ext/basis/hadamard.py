@@ -27,8 +27,27 @@ def sylvester(rows: Tensor, columns: Tensor) -> Tensor:
     return 1 - 2 * (ones & 1)
 
 
+def checked_scale(input_scale: Tensor | None, shape: Shape) -> Tensor | None:
+    """A copy, float32 on the CPU; TypeError or ValueError unless it fits a layer of that shape."""
+    if input_scale is None:
+        return None
+    if not isinstance(input_scale, Tensor) or not input_scale.is_floating_point():
+        raise TypeError(f"input_scale must be a floating tensor or None, got {input_scale!r}")
+    if tuple(input_scale.shape) != (shape.in_features,):
+        raise ValueError(
+            f"input_scale must be (in_features,) = ({shape.in_features},), got "
+            f"{tuple(input_scale.shape)}"
+        )
+    scale = input_scale.detach().to("cpu", torch.float32, copy=True)
+    if not bool(((scale > 0) & scale.isfinite()).all()):
+        raise ValueError("input_scale must be positive and finite in every feature")
+    return scale
+
+
 class HadamardMatrices:
     """A and B of a description; only the signs s (d), row (D) and col (K) are drawn and stored.
+
+    The signs on the layer's input side are multiplied by `input_scale`.
 
     The methods are those of `TernaryMatrices`.
     """
@@ -37,19 +56,22 @@ class HadamardMatrices:
     needs_kernels = False
     density = scale = b_value = 1.0
 
-    def __init__(self, description: BasisDescription) -> None:
-        self.description = description
+    def __init__(
+        self, description: BasisDescription, input_scale: Tensor | None = None
+    ) -> None:
+        self.description, self.input_scale = description, input_scale
+        self.key = description if input_scale is None else self
 
     def format(self, shape: Shape) -> str:
         return "hadamard"
 
     def pack(self, shape: Shape, on: torch.device) -> list[Tensor]:
         seed = self.description.seed
-        return [
-            signs(seed, ROLE_FEATURES, shape.d, on),
-            signs(seed, ROLE_ROWS, shape.D, on),
-            signs(seed, ROLE_COLUMNS, shape.K, on),
-        ]
+        s, row = signs(seed, ROLE_FEATURES, shape.d, on), signs(seed, ROLE_ROWS, shape.D, on)
+        if self.input_scale is not None:
+            of_inputs = s if shape.expand else row
+            of_inputs *= self.input_scale.to(on)
+        return [s, row, signs(seed, ROLE_COLUMNS, shape.K, on)]
 
     def dense_a(self, shape: Shape, dtype: torch.dtype, packed: list[Tensor]) -> Tensor:
         s = packed[0]

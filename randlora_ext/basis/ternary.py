@@ -1,6 +1,7 @@
 """Ternary matrices, generated or imported, packed as index lists or as bit planes."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class TernaryMatrices:
     needs_kernels = True  # the methods need a device that our kernels serve
     kind: str
     description: BasisDescription | None = None
+    input_scale = None
+    key: Any  # equal for equal matrices
     a_value: float  # what +1 stands for in A
     b_value: float
     density: float
@@ -76,7 +79,7 @@ class GeneratedMatrices(TernaryMatrices):
     def __init__(self, description: BasisDescription) -> None:
         density = description.density
         assert density is not None
-        self.description, self.density = description, density
+        self.description, self.density, self.key = description, density, description
         self.a_value = self.b_value = 1.0 / math.sqrt(density)
         self.scale = 1.0 / density  # without the square root's rounding
 
@@ -112,42 +115,32 @@ def generate_planes(
 
 
 class ImportedMatrices(TernaryMatrices):
-    """A and B of one layer as bit planes, as `TernaryBasis.from_planes` takes them."""
+    """The leading parts of given bit planes.
+
+    Args:
+        a_planes: (2, >= r, >= ceil(d / 64)) int64.  b_planes: (2, >= D, >= ceil(K / 64)).
+        columns: of B.
+        a_value, b_value: what +1 stands for.
+    """
 
     kind = "imported"
 
     def __init__(
-        self, a_planes: Tensor, b_planes: Tensor, a_value: float, b_value: float, shape: Shape
+        self, a_planes: Tensor, b_planes: Tensor, columns: int, a_value: float, b_value: float
     ) -> None:
-        self._a = _checked("a_planes", a_planes, shape.r, shape.d)
-        self._b = _checked("b_planes", b_planes, shape.D, shape.K)
+        self._a, self._b, self.key = a_planes, b_planes, self
         self.a_value, self.b_value, self.scale = a_value, b_value, a_value * b_value
-        # The share of non-zeros of B decides the packed format and the predicted cost. Eight bits
-        # at a time by a table: torch has no population count.
+        # The share of non-zeros of B decides the packed format. Eight bits at a time by a table:
+        # torch has no population count.
         ones = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.int64)
-        counts = torch.bincount(self._b.cpu().view(torch.uint8).flatten(), minlength=256)
-        self.density = max(int(counts @ ones) / (shape.D * shape.K), 2.0**-31)
+        counts = torch.bincount(b_planes.cpu().view(torch.uint8).flatten(), minlength=256)
+        self.density = max(int(counts @ ones) / (b_planes.shape[1] * columns), 2.0**-31)
 
     def a_planes(self, shape: Shape, device: torch.device) -> Tensor:
         return _leading(self._a, shape.r, shape.d).to(device)
 
     def b_planes(self, shape: Shape, device: torch.device) -> Tensor:
         return _leading(self._b, shape.D, shape.K).to(device)
-
-
-def _checked(name: str, planes: Tensor, rows: int, cols: int) -> Tensor:
-    """The part of imported planes that a layer uses; ValueError unless they are sound."""
-    words, size = -(-cols // 64), tuple(planes.shape)
-    if planes.dtype != torch.int64:
-        raise ValueError(f"{name} must be int64, got {planes.dtype}")
-    if len(size) != 3 or size[0] != 2 or size[1] < rows or size[2] < words:
-        raise ValueError(f"{name} must be (2, >= {rows}, >= {words}), got {size}")
-    part = _leading(planes, rows, cols)
-    if bool((part[0] & part[1]).any()):
-        raise ValueError(
-            f"{name} has elements that are +1 and -1 at once; its two planes must not share a bit"
-        )
-    return part
 
 
 def _leading(planes: Tensor, rows: int, cols: int) -> Tensor:
@@ -162,10 +155,8 @@ def _leading(planes: Tensor, rows: int, cols: int) -> Tensor:
     return part
 
 
-def pack_layer(
-    A: Tensor, B: Tensor, in_features: int, out_features: int
-) -> tuple[Tensor, Tensor, float, float]:
-    """Planes and values of A and B, which are given as `TernaryBasis.from_ternary` takes them."""
+def imported(A: Tensor, B: Tensor, in_features: int, out_features: int) -> ImportedMatrices:
+    """A and B, which are given as `TernaryBasis.from_ternary` takes them."""
     A, B = A.detach(), B.detach()
     if A.dim() == 3 and A.shape[1] == 1:
         A = A.flatten(1)
@@ -186,7 +177,7 @@ def pack_layer(
             f"B must be (D, K) = ({shape.D}, {shape.K}) or (D, n, r), got {tuple(B.shape)}"
         )
     (a, a_value), (b, b_value) = pack_dense("A", A[:, : shape.d]), pack_dense("B", B)
-    return a, b, a_value, b_value
+    return ImportedMatrices(a, b, shape.K, a_value, b_value)
 
 
 def pack_dense(name: str, matrix: Tensor) -> tuple[Tensor, float]:

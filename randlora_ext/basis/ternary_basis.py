@@ -2,19 +2,18 @@
 
 import itertools
 import warnings
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import devices
-from .cache import PackedTensors, get_or_make, with_index
+from .cache import PackedTensors, get_or_make, share, with_index
 from .dense import DenseMatrices
 from .description import BasisDescription
-from .hadamard import HadamardMatrices
+from .hadamard import HadamardMatrices, checked_scale
 from .shape import Shape
-from .ternary import GeneratedMatrices, ImportedMatrices, TernaryMatrices, pack_layer
+from .ternary import GeneratedMatrices, TernaryMatrices, imported
 
 _Matrices = TernaryMatrices | HadamardMatrices | DenseMatrices
 _tokens = itertools.count()
@@ -25,7 +24,7 @@ class TernaryBasis:
 
     A (r, d) and B (D, K) have the values -1 and +1 or, if independent, ``{-1, 0, +1} /
     sqrt(density)``. They are a pure function of the seed (docs/basis-spec.md), equal on every
-    device. `from_dense` makes a basis from any given matrices.
+    device. `from_ternary` and `from_dense` take given matrices.
 
     Args:
         in_features: of the base layer.
@@ -34,10 +33,13 @@ class TernaryBasis:
         density: share of non-zeros of independent bases, in (0, 1]. None means 1/3, PEFT's
             ``sparse``. Hadamard bases have no zeros and take none.
         seed: 0 <= seed < 2**64; PEFT's ``projection_prng_key``.
-        kind: "independent": every element is drawn independently, each sign with probability
-            ``density / 2``. "hadamard": A and B are parts of Hadamard matrices with random signs,
-            so that a product with A costs as many multiply-adds as gamma has elements, and one
-            with B only additions.
+        kind: "hadamard": A and B are parts of Hadamard matrices with random signs, so that a
+            product with A costs as many multiply-adds as gamma has elements, and one with B only
+            additions. "independent": every element is drawn independently, each sign with
+            probability ``density / 2``. None means "independent" if a density is given, else
+            "hadamard".
+        input_scale: (in_features,), positive: the layer's inputs are multiplied by it before they
+            meet the bases. Hadamard bases only (`randlora_ext.calibrate`). None means ones.
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what is allowed.
@@ -80,16 +82,24 @@ class TernaryBasis:
         r: int,
         density: float | None = None,
         seed: int = 0,
-        kind: str = "independent",
+        kind: str | None = None,
+        input_scale: Tensor | None = None,
     ) -> None:
+        kind = ("hadamard" if density is None else "independent") if kind is None else kind
         shape = Shape(in_features, out_features, r)
-        generated = HadamardMatrices if kind == "hadamard" else GeneratedMatrices
-        self._set(shape, generated(BasisDescription(kind, density, seed)))
+        description = BasisDescription(kind, density, seed)
+        if kind == "hadamard":
+            self._set(shape, HadamardMatrices(description, checked_scale(input_scale, shape)))
+        elif input_scale is not None:
+            raise ValueError(f"input_scale goes with Hadamard bases, got kind={kind!r}")
+        else:
+            self._set(shape, GeneratedMatrices(description))
 
     def _set(self, shape: Shape, source: _Matrices) -> None:
         # Attributes, not properties: a call reads a dozen of them.
-        for name in ("in_features", "out_features", "r", "n", "K", "d", "D", "expand"):
-            setattr(self, name, getattr(shape, name))
+        self.in_features, self.out_features = shape.in_features, shape.out_features
+        self.r, self.n, self.K, self.d, self.D = shape.r, shape.n, shape.K, shape.d, shape.D
+        self.expand = shape.expand
         self.kind, self.density, self.scale = source.kind, source.density, source.scale
         self.description = source.description
         self.seed = None if source.description is None else source.description.seed
@@ -112,36 +122,8 @@ class TernaryBasis:
             ValueError: a shape is too small, or a matrix is not ternary (PEFT's default bases are
                 uniform; they have no packed form).
         """
-        features = in_features, out_features
-        return cls.from_planes(*pack_layer(A, B, *features), *features)
-
-    @classmethod
-    def from_planes(
-        cls,
-        a_planes: Tensor,
-        b_planes: Tensor,
-        a_value: float,
-        b_value: float,
-        in_features: int,
-        out_features: int,
-    ) -> "TernaryBasis":
-        """Imports the first d columns of A and (D, K) elements of B from bit planes.
-
-        Do not write to the planes afterwards.
-
-        Args:
-            a_planes: (2, r, >= ceil(d / 64)) int64, all r rows.
-            b_planes: (2, >= D, >= ceil(K / 64)) int64.
-            a_value: what +1 stands for in A.
-            b_value: what +1 stands for in B.
-
-        Raises:
-            ValueError: a shape is too small, or an element is +1 and -1 at once.
-        """
-        if a_planes.dim() != 3:
-            raise ValueError(f"a_planes must be (2, r, words), got {tuple(a_planes.shape)}")
-        shape = Shape(in_features, out_features, a_planes.shape[1])
-        return cls._of(shape, ImportedMatrices(a_planes, b_planes, a_value, b_value, shape))
+        matrices = imported(A, B, in_features, out_features)
+        return cls.of(Shape(in_features, out_features, len(A)), matrices)
 
     @classmethod
     def from_dense(
@@ -153,13 +135,28 @@ class TernaryBasis:
         """
         shape = Shape(in_features, out_features, matrices.A.shape[0])
         matrices.check(shape)
-        return cls._of(shape, matrices)
+        return cls.of(shape, matrices)
 
     @classmethod
-    def _of(cls, shape: Shape, source: _Matrices) -> "TernaryBasis":
+    def of(cls, shape: Shape, source: _Matrices) -> "TernaryBasis":
+        """A basis of these matrices, which must be large enough."""
         self = cls.__new__(cls)
         self._set(shape, source)
         return self
+
+    @property
+    def input_scale(self) -> Tensor | None:
+        return self._source.input_scale
+
+    def with_input_scale(self, input_scale: Tensor | None) -> "TernaryBasis":
+        """The same bases for inputs that are multiplied by this vector, or by none.
+
+        Raises TypeError or ValueError, as the class.
+        """
+        if not isinstance(self._source, HadamardMatrices):
+            raise ValueError(f"input_scale goes with Hadamard bases, got kind={self.kind!r}")
+        scale = checked_scale(input_scale, self._shape)
+        return self.of(self._shape, HadamardMatrices(self._source.description, scale)).canonical()
 
     def packed(self, device: torch.device | str = "cpu") -> list[Tensor]:
         """The tensors of the bases that ``torch.ops.randlora`` takes, as `format` says.
@@ -201,7 +198,7 @@ class TernaryBasis:
                     return self._source.pack(self._shape, on)
                 return [self._source.dense_b(self._shape, dtype, packed)]
 
-            key = self._shape.of_matrices, self.description or self._source, on, dtype
+            key = self._shape.of_matrices, self._source.key, on, dtype
             found = self._packed[on, dtype] = get_or_make(key, on, make)
             if dtype is None and new and not elsewhere:
                 self._warn_of_zeros(found.tensors)
@@ -252,8 +249,11 @@ class TernaryBasis:
         return self._source.dense_a(self._shape, dtype, self.packed(device))
 
     def transposed(self) -> "TernaryBasis":
-        """The same matrices for a layer with in and out swapped; packed tensors are shared."""
-        return self._of(self._shape.transposed(), self._source)
+        """The same matrices for a layer with in and out swapped; packed tensors are shared.
+
+        Bases with an input scale have none.
+        """
+        return self.of(self._shape.transposed(), self._source)
 
     def canonical(self) -> "TernaryBasis":
         """The first living basis equal to this one, which layers hold.
@@ -261,10 +261,10 @@ class TernaryBasis:
         One object for all layers of a shape means one dictionary of packed tensors and one guard
         of torch.compile: what was compiled for one layer serves the others.
         """
-        return _by_key.setdefault(self._key(), self)
+        return share(self._key(), lambda: self)
 
     def _key(self) -> tuple:
-        return self._shape, self.description or self._source
+        return self._shape, self._source.key
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TernaryBasis) and self._key() == other._key()
@@ -289,6 +289,3 @@ class TernaryBasis:
             f"TernaryBasis({self.in_features}, {self.out_features}, r={self.r}, {origin}, "
             f"format={self.format!r})"
         )
-
-
-_by_key: "weakref.WeakValueDictionary[tuple, TernaryBasis]" = weakref.WeakValueDictionary()

@@ -238,11 +238,15 @@ def changes_of(adapter: Adapter, shapes: Mapping[str, Shape]) -> dict[str, Chang
 
 
 def _bases_of_peft(adapter: Adapter, shapes: Mapping[str, Shape]) -> dict[str, TernaryBasis]:
-    from ..peft.adapter_basis import largest, make_bases
-    from ..peft.bases import PackedBufferDict, layer_basis
+    from ..peft.bases import PackedBufferDict, drawn, generated, largest, layer_basis
+    from ..peft.config import description_of
 
     sizes = ((shape.in_features, shape.out_features) for shape in shapes.values())
-    bases = adapter.bases or make_bases(adapter.config, *largest(sizes))
+    config, description = adapter.config, description_of(vars(adapter.config))
+    if description is not None:
+        bases = generated(description, config.r, *largest(sizes))
+    else:
+        bases = adapter.bases or drawn(config, *largest(sizes))
     cast: dict[torch.dtype, PackedBufferDict] = {}
     for dtype in {shape.dtype for shape in shapes.values()}:
         held = PackedBufferDict()

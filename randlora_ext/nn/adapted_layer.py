@@ -12,7 +12,7 @@ from ..ops.path import explain
 from ..ranks import full_tensor, laid_out_like
 from .base_layer import is_plain_linear, matches
 from .merging import KeepsWeight
-from .state_dict import DIAGONALS
+from .state_dict import DIAGONALS, INPUT_SCALE
 
 _REPR_TOKENS = 512  # a printed layer shows its path for this many tokens
 
@@ -22,7 +22,8 @@ class AdaptedLayer(KeepsWeight):
 
     Classes that mix it in make the adapters, choose the active ones, and say which basis and which
     dtype each has. ``scaling``, ``randlora_lambda``, ``randlora_gamma`` and ``randlora_dropout``
-    hold the adapters by name.
+    hold the adapters by name. So does ``input_scales``, for those that `calibrate` has given one: a
+    plain dictionary, whose tensors no `.to` casts and no engine spreads over ranks.
     """
 
     base_layer: Any
@@ -30,6 +31,7 @@ class AdaptedLayer(KeepsWeight):
     out_features: int
     fan_in_fan_out: bool
     scaling: dict[str, float]
+    input_scales: dict[str, Tensor]
 
     def basis_of(self, adapter: str, device: torch.device) -> TernaryBasis:
         """The basis by which the adapter multiplies on that device."""
@@ -54,6 +56,43 @@ class AdaptedLayer(KeepsWeight):
     def _base_weight(self) -> Tensor:
         """Has the dtype, device and layout in which the base layer computes."""
         return self.get_base_layer().weight
+
+    # ---- the scale of the inputs ---------------------------------------------------------------
+
+    def set_input_scale(self, adapter: str, input_scale: Tensor | None) -> None:
+        """Multiplies the adapter's inputs by a vector (in_features,) from now on; None by none.
+
+        Equivalent to ``dW @ diag(input_scale)`` for dW. Raises TypeError or ValueError, as
+        `TernaryBasis`, if it does not fit; RuntimeError if the adapter is merged.
+        """
+        self._check_names("adapter", [adapter])
+        if adapter in self.merged_adapters:
+            raise RuntimeError(f"adapter {adapter!r} is merged; unmerge it first")
+        if input_scale is None and adapter not in self.input_scales:
+            return
+        device = self.randlora_lambda[adapter].device
+        basis = self.basis_of(adapter, device).with_input_scale(input_scale)
+        self.input_scales.pop(adapter, None)
+        if basis.input_scale is not None:
+            self.input_scales[adapter] = basis.input_scale
+        self._use_basis(adapter, basis)
+
+    def _use_basis(self, adapter: str, basis: TernaryBasis) -> None:
+        """`basis_of` gives the adapter this one from now on."""
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, scale in self.input_scales.items():
+            destination[f"{prefix}{INPUT_SCALE}.{name}"] = scale
+
+    def _load_from_state_dict(self, state_dict, prefix: str, *args) -> None:
+        for name in self.randlora_lambda:
+            scale = state_dict.pop(f"{prefix}{INPUT_SCALE}.{name}", None)
+            # A state with a lambda is whole: without a scale it was trained without.
+            if scale is not None or f"{prefix}{DIAGONALS[0]}.{name}" in state_dict:
+                self.set_input_scale(name, scale)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     # ---- forward -----------------------------------------------------------------------------
 

@@ -101,6 +101,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         self.scaling: dict[str, float] = {}
         self.num_bases: dict[str, int] = {}
         self.bases: dict[str, TernaryBasis] = {}
+        self.input_scales = {}
         self.merged_adapters = []
         self._active: list[str] = [adapter_name]
         self._disabled = False
@@ -151,6 +152,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         dropout = nn.Dropout(randlora_dropout) if randlora_dropout else nn.Identity()
 
         self.bases[adapter_name] = bases
+        self.input_scales.pop(adapter_name, None)
         self.r[adapter_name] = r
         self.num_bases[adapter_name] = bases.n
         alpha = DEFAULT_SCALING * r if randlora_alpha is None else randlora_alpha
@@ -211,6 +213,9 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
 
     def basis_of(self, adapter: str, device: torch.device) -> TernaryBasis:
         return self.bases[adapter]
+
+    def _use_basis(self, adapter: str, basis: TernaryBasis) -> None:
+        self.bases[adapter] = basis
 
     def forward(self, x: Tensor) -> Tensor:
         names = [] if self._disabled else [a for a in self._active if a not in self.merged_adapters]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .base_layer import is_conv1d
 
 DIAGONALS = ("randlora_lambda", "randlora_gamma")
+INPUT_SCALE = "randlora_input_scale"
 
 
 def guard(model: nn.Module) -> None:

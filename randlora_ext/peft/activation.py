@@ -31,8 +31,7 @@ from torch import nn
 from ..nn.merging import check_keep_weight
 from ..nn.state_dict import DIAGONALS, guard
 from ..ranks import failing_together
-from .adapter_basis import BASIS_NAMES
-from .bases import PackedBufferDict
+from .bases import BASIS_NAMES, PackedBufferDict
 from .config import RandLoraConfig, refuse_torn_save
 from .layer import AcceleratedLinear, layers_with
 from .loading import check_load_over, warn_of_misfits

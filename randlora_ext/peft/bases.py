@@ -1,24 +1,72 @@
-"""PEFT's bases, packed: the dictionary that holds them by adapter, and one layer's basis."""
+"""PEFT's bases A and B: how they are drawn, what holds them by adapter, and one layer's basis."""
 
+import copy
 import itertools
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
+from contextlib import suppress
+from typing import Any
 from weakref import ref
 
+import peft
 import torch
 from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.randlora.model import RandLoraModel
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
-from ..basis import TernaryBasis
-from ..basis.cache import ordinary_tensors
+from ..basis import BasisDescription, TernaryBasis
+from ..basis.cache import ordinary_tensors, share
 from ..basis.dense import DenseMatrices
+from ..basis.shape import Shape
+from ..basis.ternary import ImportedMatrices
 from ..nn.state_dict import misfit
-from .ternary_tensor import TernaryTensor
+from .basis_tensor import BasisTensor
+
+BASIS_NAMES = ("randlora_A", "randlora_B")  # PEFT's attributes of models and layers
 
 _tokens = itertools.count()
-# Bases that layers made from an A and a B (keys: their signs, or dense tensors), by features and r.
-_made: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def largest(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """(D, d) of the bases that PEFT shares among layers of these (in_features, out_features)."""
+    d, D = sorted(max(each) for each in zip(*sizes, strict=True))
+    return D, d
+
+
+def generated(description: BasisDescription, r: int, D: int, d: int) -> tuple[Tensor, Tensor]:
+    """What stands for A (r, 1, d) and B (D, n, r) of a new adapter."""
+    shapes = (r, 1, d), (D, -(-d // r), r)
+    A, B = (BasisTensor.generated(description, shape) for shape in shapes)
+    return A, B
+
+
+def drawn(config: peft.RandLoraConfig, D: int, d: int) -> tuple[Tensor, Tensor]:
+    """A (r, 1, d) and B (D, n, r) as stock PEFT draws them.
+
+    Raises ValueError if it leaves no non-zero in one of them.
+    """
+    model, name = _Drawing(D, d), "default"
+    with torch.device("cpu"):  # real values, also for a model on the meta device
+        model._pre_injection_hook(model, copy.copy(config), name)
+    A, B = (getattr(model, each)[name] for each in BASIS_NAMES)
+    for each, matrix in zip(BASIS_NAMES, (A, B), strict=True):
+        if not bool(matrix.isfinite().all()):  # PEFT divides by the standard deviation, 0
+            raise ValueError(
+                f"PEFT's sparse bases leave no non-zero in {each} {tuple(matrix.shape)}; the "
+                "layers are too small for them"
+            )
+    return A, B
+
+
+class _Drawing(RandLoraModel):
+    """PEFT's drawing, with the largest sizes instead of a model in which to look for them."""
+
+    def __init__(self, D: int, d: int) -> None:
+        nn.Module.__init__(self)
+        self.sizes = D, d
+
+    def _find_dim(self, config) -> tuple[int, int]:
+        return self.sizes
 
 
 class PackedBufferDict(MutableMapping, BufferDict):
@@ -28,9 +76,6 @@ class PackedBufferDict(MutableMapping, BufferDict):
     tensor is packed as it is put in; another (PEFT's default uniform basis) is kept as it is. Model
     and layers share one dictionary. A state dict holds its saved bases dense and once: under the
     model, or under the first layer if `inject_adapter_in_model` made no model.
-
-    A cast to 16 bits rounds the value of a saved ternary basis, as PEFT's. If no file holds the
-    basis, a new model draws it without that rounding, so the value stays what was drawn.
     """
 
     __hash__ = nn.Module.__hash__
@@ -64,7 +109,6 @@ class PackedBufferDict(MutableMapping, BufferDict):
         # Plain values, which torch.compile can guard on, beside tensors that it cannot look into.
         self.__dict__["token"] = next(_tokens)  # of this content, in this process
         self.__dict__["dtypes"] = {name: basis.dtype for name, basis in self._bases.items()}
-        self.__dict__["traced"] = _Traced()
 
     def warn_once(self, told: str) -> None:
         """Warns once per model."""
@@ -88,34 +132,22 @@ class PackedBufferDict(MutableMapping, BufferDict):
         return self._bases[key]
 
     def __setitem__(self, key: str, basis: Tensor) -> None:
-        if not isinstance(basis, TernaryTensor):
+        if not isinstance(basis, BasisTensor):
             if basis.is_meta:
                 if key in self._bases:  # PEFT moves bases with a weight; these would be lost
                     return
                 raise ValueError(f"the basis of adapter {key!r} is on the meta device: no values")
-            try:
-                basis = self._unless_known(TernaryTensor.of(basis))
-            except ValueError:
-                pass  # not ternary: layers multiply by it as it is
-        self._bases[key] = self._unrounded(key, basis)
+            with suppress(ValueError):  # not ternary: layers multiply by it as it is
+                basis = self._unless_known(BasisTensor.packed(basis))
+        self._bases[key] = basis
         self._changed()
 
-    def _unrounded(self, key: str, cast: Tensor) -> Tensor:
-        """`cast`, with the value from before the cast if the basis is ternary and not saved."""
-        old = self._bases.get(key)
-        if self.saved(key) or not isinstance(old, TernaryTensor):
-            return cast
-        if not isinstance(cast, TernaryTensor) or cast.signs is not old.signs:  # another basis
-            return cast
-        return TernaryTensor(cast.signs, old.value, cast.shape, cast.dtype, cast.device)
-
-    def _unless_known(self, new: TernaryTensor) -> TernaryTensor:
-        """`new`, sharing signs with an equal basis: every adapter's file holds its own copy."""
+    def _unless_known(self, new: BasisTensor) -> BasisTensor:
+        """`new`, sharing planes with an equal basis: every adapter's file holds its own copy."""
         for old in self._bases.values():
-            if isinstance(old, TernaryTensor) and old.shape == new.shape:
-                known, planes = old.signs.planes, new.signs.planes
-                if known is not None and planes is not None and torch.equal(known, planes):
-                    return TernaryTensor(old.signs, new.value, new.shape, new.dtype, new.device)
+            if isinstance(old, BasisTensor) and old.description is None and old.shape == new.shape:
+                if torch.equal(old.content, new.content):
+                    return BasisTensor(old.content, new.value, new.shape, new.dtype, new.device)
         return new
 
     def __delitem__(self, key: str) -> None:
@@ -133,8 +165,8 @@ class PackedBufferDict(MutableMapping, BufferDict):
         # Takes only device and dtype from `fn`: `to_empty` would leave arbitrary values.
         for key, basis in self._bases.items():
             probe = fn(torch.empty(0, dtype=basis.dtype, device=basis.device))
-            if isinstance(basis, TernaryTensor):
-                self._bases[key] = self._unrounded(key, basis.moved(probe.device, probe.dtype))
+            if isinstance(basis, BasisTensor):
+                self._bases[key] = basis.moved(probe.device, probe.dtype)
             elif not probe.is_meta:
                 self._bases[key] = basis.to(probe.device, probe.dtype)
         self._changed()
@@ -149,7 +181,7 @@ class PackedBufferDict(MutableMapping, BufferDict):
             pass
         for key, basis in self._bases.items():
             if self.saved(key):
-                dense = basis.dense() if isinstance(basis, TernaryTensor) else basis
+                dense = basis.dense() if isinstance(basis, BasisTensor) else basis
                 destination[prefix + key] = dense if keep_vars else dense.detach()
 
     def _load_from_state_dict(
@@ -167,7 +199,7 @@ class PackedBufferDict(MutableMapping, BufferDict):
             unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
 
     def __getstate__(self) -> dict:
-        made = ("_written", "token", "dtypes", "traced")
+        made = ("_written", "token", "dtypes")
         return {key: value for key, value in self.__dict__.items() if key not in made}
 
     def __setstate__(self, state: dict) -> None:
@@ -175,10 +207,7 @@ class PackedBufferDict(MutableMapping, BufferDict):
         self._changed()
 
 
-class _Traced:
-    """Bases of layers as attributes: Dynamo sees a new one, but no new entry of a dictionary."""
-
-
+@ordinary_tensors
 def layer_basis(
     A: Tensor, B: Tensor, in_features: int, out_features: int, r: int, served: bool = True
 ) -> TernaryBasis:
@@ -188,64 +217,43 @@ def layer_basis(
     are views of them.
 
     Args:
-        A: (>= r, 1, >= d).  B: (>= D, >= n, >= r). A layer uses the leading slices; in PEFT's
-            flat order those of B are its first K columns.
-        served: whether there are kernels for packed bases; otherwise ternary ones are made dense.
+        A: (r, 1, >= d).  B: (>= D, >= n, r). A layer uses the leading slices; in PEFT's flat order
+            those of B are its first K columns.
+        served: whether there are kernels for packed bases; otherwise PEFT's ternary ones are made
+            dense.
 
     Raises ValueError if they are too small.
     """
-    d, D = min(in_features, out_features), max(in_features, out_features)
-    n = -(-d // r)
-    if A.shape[0] < r or A.shape[-1] < d or B.shape[0] < D or B.shape[1] < n or B.shape[2] < r:
+    shape = Shape(in_features, out_features, r)
+    d, D, n = shape.d, shape.D, shape.n
+    if A.shape[0] != r or A.shape[-1] < d or B.shape[0] < D or B.shape[1] < n or B.shape[2] != r:
         raise ValueError(
-            f"randlora_A {tuple(A.shape)} and randlora_B {tuple(B.shape)} are too small for a "
-            f"layer of {in_features} -> {out_features} features at r={r}, which needs "
-            f"(>= {r}, 1, >= {d}) and (>= {D}, >= {n}, >= {r})"
+            f"randlora_A {tuple(A.shape)} and randlora_B {tuple(B.shape)} do not serve a layer of "
+            f"{in_features} -> {out_features} features at r={r}, which needs ({r}, 1, >= {d}) and "
+            f"(>= {D}, >= {n}, {r})"
         )
-    first, second = (t.signs if isinstance(t, TernaryTensor) else t for t in (A, B))
-    made = _made.setdefault(first, WeakIdKeyDictionary()).setdefault(second, {})
-    packed = served or (isinstance(A, TernaryTensor) and A.is_hadamard)
-    sizes, values = (in_features, out_features, r), (_value(A), _value(B), packed)
-    if (sizes, values) not in made:
-        turned = made.get(((out_features, in_features, r), values))
-        if turned is not None:
-            basis = turned.transposed()
-        elif packed and isinstance(A, TernaryTensor) and isinstance(B, TernaryTensor):
-            basis = _ternary_basis(A, B, *sizes)
-        else:
-            if (r, values) not in made:
-                made[r, values] = _dense_matrices(A, B, r)
-            basis = TernaryBasis.from_dense(made[r, values], in_features, out_features)
-        made[sizes, values] = basis
-    return made[sizes, values]
+    if isinstance(A, BasisTensor) and (made := A.description) is not None:
+        basis = TernaryBasis(in_features, out_features, r, made.density, made.seed, made.kind)
+    elif served and isinstance(A, BasisTensor) and isinstance(B, BasisTensor):
+        planes: Any = A.content, B.content
+        # The matrices keep what the key names alive.
+        key = "imported", *map(id, planes), A.value, B.value
+        basis = TernaryBasis.of(
+            shape, share(key, lambda: ImportedMatrices(*planes, B.columns, A.value, B.value))
+        )
+    else:
+        basis = TernaryBasis.of(shape, share(("dense", id(A), id(B)), lambda: _Dense(A, B)))
+    return basis.canonical()
 
 
-def _value(basis: Tensor) -> float | int:
-    """What may change while the key stays: the value of +1, or a dense tensor's version."""
-    if isinstance(basis, TernaryTensor):
-        return basis.value
-    return 0 if basis.is_inference() else basis._version
+class _Dense(DenseMatrices):
+    """Keeps PEFT's tensors alive, whose identities are its key."""
+
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        self.of = A, B
+        super().__init__(_flat(A), _flat(B))
 
 
-@ordinary_tensors
-def _dense_matrices(A: Tensor, B: Tensor, r: int) -> DenseMatrices:
-    # `data`, because the value must not keep the tensor that is its weak key alive.
-    A, B = (
-        t.moved("cpu", t.dtype).dense() if isinstance(t, TernaryTensor) else t.data for t in (A, B)
-    )
-    return DenseMatrices(A[:r].flatten(1), B[..., :r].flatten(1))
-
-
-@ordinary_tensors
-def _ternary_basis(
-    A: TernaryTensor, B: TernaryTensor, in_features: int, out_features: int, r: int
-) -> TernaryBasis:
-    features, described = (in_features, out_features), A.signs.description
-    A, B = (t.moved("cpu", t.dtype) if t.is_meta else t for t in (A, B))
-    if described is not None and described == B.signs.description:
-        density, seed, kind = described.density, described.seed, described.kind
-        return TernaryBasis(in_features, out_features, r, density, seed, kind)
-    if B.shape[2] != r:  # takes columns from inside every row: needs a dense B
-        return TernaryBasis.from_ternary(A.dense()[:r], B.dense()[:, :, :r], *features)
-    planes = A.signs.on(A.device)[:, :r], B.signs.on(B.device)
-    return TernaryBasis.from_planes(*planes, A.value, B.value, *features)
+def _flat(t: Tensor) -> Tensor:
+    t = t.moved("cpu", t.dtype).dense() if isinstance(t, BasisTensor) else t
+    return t.detach().flatten(1)

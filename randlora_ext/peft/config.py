@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,18 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from ..basis import BasisDescription
+from ..basis.description import SPECIFICATIONS, check_kind, check_seed
 from ..basis.shape import check_r
 from ..nn.linear import check_alpha, names_unknown
 from ..writing import appear_together
-from .adapter_basis import SPARSE, VERY_SPARSE, AdapterBasis, other_bases
 
+KINDS = ("peft", *SPECIFICATIONS)
 _FLAGS = (
     "save_projection", "sparse", "very_sparse", "fan_in_fan_out", "init_weights", "inference_mode"
 )  # fmt: skip
 _NEEDS = "; needs randlora_ext"  # after the task in files that stock PEFT cannot open
+_SPARSE = "sparse", "very_sparse"
 _BIASES = ("none", "all", "randlora_only")
 
 _METADATA = "randlora_ext"  # the entry of a safetensors header
@@ -40,16 +44,13 @@ class RandLoraConfig(peft.RandLoraConfig):
         basis: "peft" draws the bases that stock PEFT draws from ``projection_prng_key``.
             "hadamard" and "independent" generate those of docs/basis-spec.md on the device and
             save only the seed.
-        density: share of non-zeros in ternary bases, in (0, 1]. None leaves it to PEFT's flags;
-            without a flag it means 1/3 for basis="independent". Hadamard bases take none. With
-            basis="peft", PEFT's sparse bases are drawn with 1 / density as their ``sparsity``.
+        density: share of non-zeros in independent bases, in (0, 1]; None means 1/3. PEFT's own
+            bases have its flags ``sparse`` and ``very_sparse`` instead, Hadamard bases no zeros.
 
-    If PEFT's own fields cannot describe the bases, ``projection_prng_key`` becomes a text that
-    does, for example ``randlora_ext:independent-1:density=0.07:seed=42``. The text is complete: a
+    With "hadamard" and "independent", ``projection_prng_key`` becomes a text that describes the
+    bases, for example ``randlora_ext:independent-1:density=0.07:seed=42``. The text is complete: a
     configuration with this field alone has the same bases. Stock PEFT refuses the file: its
-    ``task_type`` also says what to type, and PEFT's error quotes that. A file that
-    brings bases of basis="peft" (``save_projection=True``) holds the number, so that stock PEFT
-    reads it. ``very_sparse`` with basis="independent" becomes a density when a model is made.
+    ``task_type`` also says what to type, and PEFT's error quotes that.
 
     Raises:
         TypeError, ValueError: a field is not allowed, or contradicts another.
@@ -57,7 +58,7 @@ class RandLoraConfig(peft.RandLoraConfig):
     """
 
     density: float | None = field(
-        default=None, metadata={"help": "Share of non-zeros in the ternary bases, in (0, 1]"}
+        default=None, metadata={"help": "Share of non-zeros in independent bases, in (0, 1]"}
     )
     basis: str = field(
         default="peft",
@@ -73,12 +74,12 @@ class RandLoraConfig(peft.RandLoraConfig):
             config.task_type = None if task == "none" else task
         check_r(self.r)
         check_alpha("randlora_alpha", self.randlora_alpha)
-        set_basis(self, AdapterBasis.of(vars(self)))
-        only_a_seed = self.basis != "peft"
-        if only_a_seed:
-            self.save_projection = False
+        generated = description_of(vars(self))
+        if generated is not None:
+            self.basis, self.density = generated.kind, generated.density
+            config.projection_prng_key, self.save_projection = generated.key(), False
         with warnings.catch_warnings():
-            if only_a_seed:  # PEFT warns that bases may be lost
+            if generated is not None:  # PEFT warns that bases may be lost
                 warnings.filterwarnings("ignore", message="Specified to not save")
             super().__post_init__()
         enabled = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] is RandLoraConfig
@@ -112,17 +113,12 @@ class RandLoraConfig(peft.RandLoraConfig):
 
     def to_dict(self) -> dict:
         """PEFT's dictionary, with our fields only if PEFT's cannot describe the bases."""
-        values, basis = super().to_dict(), AdapterBasis.of(vars(self))
-        for name in ("density", "basis"):
-            del values[name]
-        if basis.known_to_stock:
-            return values
-        values["density"] = self.density
-        if self.save_projection:
-            return values | {"projection_prng_key": basis.seed}
+        values = super().to_dict()
+        if self.basis == "peft":
+            return {k: v for k, v in values.items() if k not in ("basis", "density")}
         task = "none" if self.task_type is None else TaskType(self.task_type).value
         how = "import randlora_ext.peft; randlora_ext.peft.enable()"
-        return values | {"basis": self.basis, "task_type": f"{task}{_NEEDS}: {how}"}
+        return values | {"task_type": f"{task}{_NEEDS}: {how}"}
 
 
 RandLoraConfig.__init__ = names_unknown(RandLoraConfig.__init__)  # type: ignore[method-assign]
@@ -156,14 +152,61 @@ def _check_types(config: RandLoraConfig) -> None:
         raise ValueError(f"bias must be one of {_BIASES}, got {config.bias!r}")
 
 
-def set_basis(config: peft.RandLoraConfig, basis: AdapterBasis) -> None:
-    """Sets the fields that describe the bases, without redundant ones."""
-    ours: Any = config
-    late, stock = basis.density == VERY_SPARSE, basis.known_to_stock
-    ours.basis, ours.projection_prng_key = basis.kind, basis.key
-    ours.density = None if late or stock else basis.density
-    ours.sparse = stock and (ours.sparse or basis.density == SPARSE)
-    ours.very_sparse = late
+def description_of(fields: Mapping[str, Any]) -> BasisDescription | None:
+    """What generates an adapter's bases; None if PEFT draws them from its own fields.
+
+    Args:
+        fields: of a configuration, ours or PEFT's, from an object or a file. A text in
+            ``projection_prng_key`` is complete; the other fields may only agree with it.
+
+    Raises:
+        TypeError, ValueError: naming the field, what it was and what is allowed.
+    """
+    kind, density = fields.get("basis", "peft"), fields.get("density")
+    key, flags = fields["projection_prng_key"], [n for n in _SPARSE if fields.get(n)]
+    check_kind("basis", kind, KINDS)
+    if isinstance(key, str):
+        try:
+            made = BasisDescription.parse(key)
+        except ValueError as error:
+            raise ValueError(f"projection_prng_key: {error}") from error
+        if kind not in ("peft", made.kind) or density not in (None, made.density) or flags:
+            raise ValueError(
+                f"projection_prng_key={key!r} contradicts basis={kind!r}, density={density}, "
+                f"flags {flags}; the text says all, give it alone"
+            )
+        return made
+    if kind != "peft":
+        if flags:
+            raise ValueError(f"{flags[0]} is of PEFT's own bases; basis={kind!r} takes a density")
+        check_seed("projection_prng_key", key)
+        return BasisDescription(kind, density, key)
+    if density is not None:
+        raise ValueError(
+            f'density={density!r} needs basis="independent"; PEFT\'s own bases have the flags '
+            "sparse and very_sparse"
+        )
+    if isinstance(key, bool) or not isinstance(key, int):
+        raise TypeError(f"projection_prng_key must be an integer, got {key!r}")
+    if not -(2**63) <= key < 2**64:  # as torch takes it
+        raise ValueError(f"projection_prng_key must be in [-2**63, 2**64), got {key}")
+    return None
+
+
+def other_bases(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """How the bases of the configuration `saved` differ from those of `own`, in words."""
+    mine, theirs = _of_bases(own), _of_bases(saved)
+    return [f"{n} is {theirs[n]!r}, not {mine[n]!r}" for n in mine if mine[n] != theirs[n]]
+
+
+def _of_bases(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that decide the bases."""
+    made = description_of(fields)
+    if made is None:
+        values = {"basis": "peft", "projection_prng_key": fields["projection_prng_key"]}
+        return values | {name: bool(fields.get(name)) for name in _SPARSE} | {"density": None}
+    values = {"basis": made.kind, "projection_prng_key": made.seed}
+    return values | dict.fromkeys(_SPARSE, False) | {"density": made.density}
 
 
 # ---- tensors that record the configuration to which they belong ----------------------------------

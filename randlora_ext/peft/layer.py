@@ -18,7 +18,7 @@ from ..nn.adapted_layer import AdaptedLayer
 from ..nn.state_dict import refuse_misfit
 from ..ranks import is_dtensor
 from .bases import PackedBufferDict, layer_basis
-from .ternary_tensor import TernaryTensor
+from .basis_tensor import BasisTensor
 
 _STOCK = "on PEFT's own code: made without randlora_ext.peft.enable(); see accelerate()"
 
@@ -34,6 +34,8 @@ class AcceleratedLinear(AdaptedLayer, Linear):
 
     randlora_A: PackedBufferDict
     randlora_B: PackedBufferDict
+    bases: dict[str, tuple[tuple, TernaryBasis]]  # with what each was made of
+    other_param_names = (*Linear.other_param_names, "bases", "input_scales")  # PEFT deletes an adapter's entries
     # Of all layers; `enable` sets them.
     float32_products = False
     keep_weight = "host"
@@ -77,34 +79,38 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         return result
 
     def basis_of(self, adapter: str, device: torch.device) -> TernaryBasis:
-        A, B = self.randlora_A, self.randlora_B
+        # The tokens are of the contents: plain numbers on which compiled code guards.
+        tokens = self.randlora_A.token, self.randlora_B.token
         if torch.compiler.is_dynamo_compiling():
-            name = self._basis_while_tracing(adapter, device.type, A.token, B.token)
-            return getattr(A.traced, name)
-        return self._basis_on(device.type, adapter)
+            self._find_while_tracing(adapter, device.type, *tokens)
+            return self.bases[adapter][1]
+        made_of, basis = self.bases.get(adapter, (None, None))
+        return basis if made_of == (device.type, *tokens) else self._find(adapter, device.type)
 
-    def _basis_on(self, device_type: str, adapter: str) -> TernaryBasis:
+    def _find(self, adapter: str, device_type: str) -> TernaryBasis:
         A, B = self.randlora_A, self.randlora_B
         served = device_type == "meta" or serve(device_type)
-        basis = layer_basis(A[adapter], B[adapter], *self._sizes(adapter), served)
-        if not served and basis.kind == "dense" and isinstance(A[adapter], TernaryTensor):
+        sizes = self.in_features, self.out_features, self.r[adapter]
+        basis = layer_basis(A[adapter], B[adapter], *sizes, served)
+        if adapter in self.input_scales:
+            basis = basis.with_input_scale(self.input_scales[adapter])
+        if not served and basis.kind == "dense" and isinstance(A[adapter], BasisTensor):
             A.warn_once(
                 "RandLoRA layers of this model multiply by dense bases: there are no randlora_ext "
                 f"kernels for device type {device_type!r}"
             )
+        self.bases[adapter] = (device_type, A.token, B.token), basis
         return basis
 
     @torch.compiler.assume_constant_result  # Dynamo runs it while it traces
-    def _basis_while_tracing(
-        self, adapter: str, kind: str, token_of_A: int, token_of_B: int
-    ) -> str:
-        # The tokens are arguments so that compiled code guards on them: other bases have others.
-        name = "_".join(map(str, (adapter, kind, token_of_B, *self._sizes(adapter))))
-        setattr(self.randlora_A.traced, name, self._basis_on(kind, adapter))
-        return name
+    def _find_while_tracing(self, adapter: str, device_type: str, *tokens: int) -> None:
+        self._find(adapter, device_type)
 
-    def _sizes(self, adapter: str) -> tuple[int, int, int]:
-        return self.in_features, self.out_features, self.r[adapter]
+    def _use_basis(self, adapter: str, basis: TernaryBasis) -> None:
+        self.bases.pop(adapter, None)  # `_find` makes the same
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"bases": {}}  # found again
 
     def _widens(self, name: str, x: Tensor) -> bool:
         return self.float32_products and self._is_dense_in_16_bits(name, x)

@@ -14,8 +14,8 @@ from peft.utils.save_and_load import load_peft_weights
 
 from ..nn.linear import check_alpha
 from ..nn.state_dict import DIAGONALS, misfit
-from .adapter_basis import BASIS_NAMES, other_bases
-from .config import recorded_configuration, refuse_torn_save
+from .bases import BASIS_NAMES
+from .config import other_bases, recorded_configuration, refuse_torn_save
 from .layer import layers_with
 from .model import AcceleratedRandLoraModel
 

@@ -17,9 +17,8 @@ from ..nn.base_layer import disable_nested_tensors, features, force_module_call,
 from ..nn.linear import DEFAULT_SCALING, RandLoraLinear
 from ..nn.state_dict import guard, misfit, refuse, unguard
 from . import quantized
-from .adapter_basis import BASIS_NAMES, AdapterBasis, largest, make_bases
-from .bases import PackedBufferDict
-from .config import set_basis
+from .bases import BASIS_NAMES, PackedBufferDict, drawn, generated, largest
+from .config import description_of
 from .layer import AcceleratedLinear, adapter_per_row
 
 STOCK_QUANTIZED = "peft.tuners.randlora.bnb"
@@ -120,7 +119,6 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str) -> None:
         """Finds the adapter's bases among those of other adapters, or makes them."""
         A, B = self.randlora_A, self.randlora_B
-        basis = AdapterBasis.of(vars(config))
         targets = self._target_sizes(config)
         for name in targets:  # PEFT leaves out what lies inside its own layers
             if isinstance(self.model.get_submodule(name.rpartition(".")[0]), RandLoraLinear):
@@ -128,22 +126,26 @@ class AcceleratedRandLoraModel(RandLoraModel):
         if plans := parallel_plans(self.model):
             plans.check_plans(self.model, targets)
         D, d = largest(targets.values())
-        if basis.kind != "peft":  # from now on `very_sparse` is a number
-            basis = AdapterBasis(basis.kind, basis.description(d).density, basis.seed)
-            set_basis(config, basis)
-        for i, name in enumerate(A):
-            sizes = A[name].shape[-1], B[name].shape[0]
-            # PEFT lets all adapters share the first one's bases, whatever their flags.
-            fits = sizes == (d, D) or (i == 0 and sizes[0] >= d and sizes[1] >= D)
-            other: Any = self.peft_config.get(name)
-            key = config.r, config.projection_prng_key
-            if fits and (other.r, other.projection_prng_key) == key:
-                made = A[name], B[name]
-                break
+        description = description_of(vars(config))
+        if description is not None:
+            made = generated(description, config.r, D, d)
+        elif (other := self._alike(config, D, d)) is not None:
+            made = A[other], B[other]
         else:
-            made = make_bases(config, D, d)
+            made = drawn(config, D, d)
         for bases, matrix in zip((A, B), made, strict=True):
-            bases.add(adapter_name, matrix, config.save_projection and basis.kind == "peft")
+            bases.add(adapter_name, matrix, config.save_projection and description is None)
+
+    def _alike(self, config: peft.RandLoraConfig, D: int, d: int) -> str | None:
+        """The adapter whose bases an added one shares, as in stock PEFT, whatever their flags."""
+        key = config.r, config.projection_prng_key
+        for i, name in enumerate(self.randlora_A):
+            other = self.peft_config[name]
+            if (other.r, other.projection_prng_key) == key:
+                sizes = self.randlora_A[name].shape[-1], self.randlora_B[name].shape[0]
+                if sizes == (d, D) or (i == 0 and sizes[0] >= d and sizes[1] >= D):
+                    return name
+        return None
 
     def _target_sizes(self, config: peft.RandLoraConfig) -> dict[str, tuple[int, int]]:
         """(in_features, out_features) of the targets by their names."""
@@ -210,6 +212,7 @@ def accelerate_layer(layer: Any) -> Any:
     if type(layer) is Linear or type(layer).__module__ == STOCK_QUANTIZED:
         on_bits = quantized.is_bitsandbytes(layer.get_base_layer())
         layer.__class__ = quantized.BitsAndBytesLinear if on_bits else AcceleratedLinear
+        layer.bases, layer.input_scales = {}, {}
         force_module_call(layer)
     return layer
 

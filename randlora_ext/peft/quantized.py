@@ -160,6 +160,7 @@ def wrap(backend: Any, config: Any, A: Any, B: Any, name: str, base: Any, **kwar
     layer = RandLoraModel._create_new_module(config, A, B, name, like, **kwargs)
     layer.base_layer = base
     layer.__class__ = OtherQuantizedLinear
+    layer.bases, layer.input_scales = {}, {}
     layer.quantization_backend = backend
     force_module_call(layer)
     return layer

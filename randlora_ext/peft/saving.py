@@ -22,10 +22,10 @@ from torch import Tensor
 from ..basis import TernaryBasis
 from ..ranks import failing_together, full_tensor, is_dtensor
 from ..writing import SCRATCH, appear_together
-from .adapter_basis import BASIS_NAMES, AdapterBasis, largest, make_bases
-from .config import record_configurations
+from .bases import BASIS_NAMES, largest
+from .basis_tensor import BasisTensor
+from .config import description_of, record_configurations
 from .layer import layers_with, refuse_sharded
-from .ternary_tensor import TernaryTensor
 
 _BEGIN, _END = "<!-- opens with -->", "<!-- end of opens with -->"  # our part of a card
 _OURS = re.compile(f"{_BEGIN}.*?{_END}", re.DOTALL)
@@ -119,11 +119,8 @@ def _save_adapters(model: peft.PeftModel, folder: Path) -> None:
             for path, layer in layers_with(model, name).items()
         }
         A, B = (getattr(model.base_model, bases)[name] for bases in BASIS_NAMES)
-        if AdapterBasis.of(vars(config)).kind != "peft":
-            # Another adapter's may be larger, and PEFT's casts do not round generated ones.
-            A, B = make_bases(config, *largest(layers.values()))
-        stock[name] = stock_config(config, isinstance(A, TernaryTensor))
-        for bases, dense in zip(BASIS_NAMES, dense_bases(A, B, layers), strict=True):
+        stock[name] = stock_config(config, isinstance(A, BasisTensor))
+        for bases, dense in zip(BASIS_NAMES, dense_bases(config, A, B, layers), strict=True):
             state[f"base_model.{bases}.{name}"] = dense.detach()
     try:
         model.peft_config.update(stock)
@@ -133,35 +130,37 @@ def _save_adapters(model: peft.PeftModel, folder: Path) -> None:
 
 
 def dense_bases(
-    A: Tensor, B: Tensor, layers: Mapping[str, tuple[int, int]]
+    config: peft.RandLoraConfig, A: Tensor, B: Tensor, layers: Mapping[str, tuple[int, int]]
 ) -> tuple[Tensor, Tensor]:
     """A (r, 1, d) and B (D, n, r), dense, from which stock PEFT slices the bases of all layers.
 
     Args:
-        layers: (in_features, out_features) by name. Of Hadamard bases, B of a smaller layer is a
-            part of that of a larger one; A is so only if min(in, out) is equal, since it decides
-            the classes.
+        layers: (in_features, out_features) by name. Of generated bases, those of a smaller layer
+            are parts of those of a larger one, with one exception: A of Hadamard bases depends on
+            min(in, out), which decides the classes.
 
     Raises ValueError, naming two layers, if Hadamard bases belong to layers whose min(in, out)
     differ.
     """
-    if not (isinstance(A, TernaryTensor) and A.is_hadamard):
-        A, B = (t.dense() if isinstance(t, TernaryTensor) else t for t in (A, B))
+    description = description_of(vars(config))
+    if description is None:
+        A, B = (t.dense() if isinstance(t, BasisTensor) else t for t in (A, B))
         return A, B
     (first, sizes), *others = layers.items()
     for other, its in others:
-        if min(its) != min(sizes):
+        if description.kind == "hadamard" and min(its) != min(sizes):
             raise ValueError(
                 "stock PEFT has one pair of bases for all layers, and A of Hadamard bases depends "
                 f"on min(in, out): layer {first!r} has {sizes[0]} -> {sizes[1]} features, layer "
                 f"{other!r} {its[0]} -> {its[1]}; merge instead (export_to_peft(..., merged=True) "
                 "or `randlora merge`)"
             )
-    assert A.signs.description is not None
-    (r, _, d), (D, n, _), small = A.shape, B.shape, min(sizes)
-    A, B = TernaryBasis(small, D, r, None, A.signs.description.seed, "hadamard").dense()
-    A, B = F.pad(A, (0, d - small)), F.pad(B, (0, n * r - B.shape[1]))
-    return A.unsqueeze(1), B.unflatten(1, (n, r))
+    (D, d), r = largest(layers.values()), config.r
+    own_d = min(sizes) if description.kind == "hadamard" else d
+    made = description.density, description.seed, description.kind
+    A, B = TernaryBasis(own_d, D, r, *made).dense()
+    A, B = F.pad(A, (0, d - own_d)), F.pad(B, (0, -(-d // r) * r - B.shape[1]))
+    return A.unsqueeze(1), B.unflatten(1, (-1, r))
 
 
 def stock_config(config: peft.RandLoraConfig, packed: bool) -> peft.RandLoraConfig:
@@ -175,7 +174,8 @@ def stock_config(config: peft.RandLoraConfig, packed: bool) -> peft.RandLoraConf
         for field in dataclasses.fields(peft.RandLoraConfig)
         if field.init
     }
-    values["projection_prng_key"] = AdapterBasis.of(vars(config)).seed
+    if (description := description_of(vars(config))) is not None:
+        values["projection_prng_key"] = description.seed
     values["save_projection"] = True
     # Stock PEFT draws bases before it loads these over them. It keeps uniform ones in bfloat16,
     # which would round the value, and sparse ones in float32.

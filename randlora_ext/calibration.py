@@ -1,0 +1,197 @@
+"""`calibrate`: adapters that learn as much and forget a fraction, by the scale of their inputs."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .nn.adapted_layer import AdaptedLayer
+from .ranks import full_tensor
+
+EPSILON = 0.1  # in medians of rms: no feature is multiplied by more than 11 times the median's
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Measures the size of every input feature, and divides the adapters' inputs by it.
+
+    In a language model a few input features of a layer are very large at every token. An
+    uncalibrated adapter learns mostly from them, and what it learns reaches every text: that is
+    forgetting. Call this once, after adding the adapters and before training::
+
+        loader = torch.utils.data.DataLoader(texts, batch_size=8)  # batches as in training
+        randlora_ext.calibrate(model, itertools.islice(loader, 4))
+
+    A few hundred tokens of the training data suffice (docs/density.md). Every active adapter on
+    Hadamard bases gets the vector ``input_scale`` (in_features,), float32:
+
+        scale = 1 / (rms + 0.1 * rms.median())      rms = x.square().mean(0).sqrt(), x (tokens, in)
+        input_scale = scale / scale.square().mean().sqrt()
+
+    From then on the adapter computes ``F.linear(x * input_scale, dW)``. This costs no parameter and
+    no time, because the vector is a factor of the bases' signs, and it belongs to the adapter: files
+    and state dicts hold it as ``randlora_input_scale``. Called again, it replaces the vectors.
+
+    Args:
+        model: with adapters on Hadamard bases, by `apply_randlora` or PEFT. It runs in eval mode;
+            afterwards each module is in its old mode.
+        batches: what the model takes: a tensor, a tuple of arguments, or a mapping of keyword
+            arguments. Tensors are moved to the device of the model's first parameter. If the
+            mapping has an "attention_mask" (batch, tokens), its zeros leave out tokens in layers
+            that see as many tokens.
+
+    If torch.distributed is initialized, all ranks must call, each with its own batches: sums over
+    all ranks give all of them equal vectors.
+
+    Raises, and leaves every adapter as it was: ValueError if no active adapter is on Hadamard bases,
+    one has trained (its lambda is not zero) or is merged, no batch comes, or inputs hold NaN or
+    infinity. Warns of layers that see no token or only zeros, which stay as they are.
+
+    Source: ours. The same statistic serves quantization in AWQ and SmoothQuant; PEFT's EVA and
+    CorDA measure activations to initialize LoRA.
+    """
+    layers = {
+        module: (name, adapters)
+        for name, module in model.named_modules()
+        if isinstance(module, AdaptedLayer) and (adapters := _to_calibrate(name, module))
+    }
+    if not layers:
+        raise ValueError(
+            "model has no active adapter on Hadamard bases, which alone can scale their inputs; "
+            'add one with basis="hadamard"'
+        )
+    sums = {layer: _Sums(layer.in_features) for layer in layers}
+    error, count = None, 0
+    try:
+        with _observed(model, sums) as mask_of:
+            for batch in batches:
+                mask_of["batch"] = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                _call(model, batch)
+                count += 1
+    except Exception as raised:  # the other ranks wait for this one's sums
+        error = raised
+    first = torch.tensor([error is not None, count], dtype=torch.float64)
+    totals = _over_all_ranks(torch.cat([first, *(each.total for each in sums.values())]))
+    (failed, batches_seen), *parts = totals.split([2, *(len(s.total) for s in sums.values())])
+    if error is not None:
+        raise error
+    if failed:
+        raise RuntimeError("calibrate failed on another rank; no adapter has changed")
+    if not batches_seen:
+        raise ValueError("batches must hold at least one batch, got none")
+    scales = {}
+    for (layer, (name, adapters)), total in zip(layers.items(), parts, strict=True):
+        squares, tokens = total[:-1], total[-1]
+        if not bool(squares.isfinite().all()):
+            raise ValueError(f"the inputs of layer {name!r} hold NaN or infinity")
+        if bool(squares.any()):
+            scales[layer] = adapters, input_scale_of((squares / tokens).sqrt())
+        else:
+            seen = "only zeros" if tokens else "no token"
+            warnings.warn(f"layer {name!r} saw {seen} and stays as it was", stacklevel=3)
+    for layer, (adapters, scale) in scales.items():
+        for adapter in adapters:
+            layer.set_input_scale(adapter, scale)
+
+
+def input_scale_of(rms: Tensor) -> Tensor:
+    """The vector of features whose root mean squares are `rms`; in the units of `calibrate`.
+
+    If more than half of them are zero, the median is that of the others.
+    """
+    median = rms.median()
+    median = median if median > 0 else rms[rms > 0].median()
+    scale = 1 / (rms + EPSILON * median)
+    return (scale / scale.square().mean().sqrt()).float()
+
+
+def _to_calibrate(name: str, layer: AdaptedLayer) -> list[str]:
+    """The layer's active adapters on Hadamard bases; ValueError if one cannot be calibrated."""
+    if layer.disabled:
+        return []
+    chosen = []
+    for adapter in layer.active_adapters:
+        if adapter not in layer.randlora_lambda:
+            continue
+        lam = layer.randlora_lambda[adapter]
+        if layer.basis_of(adapter, lam.device).kind != "hadamard":
+            continue
+        if adapter in layer.merged_adapters:
+            raise ValueError(f"adapter {adapter!r} of layer {name!r} is merged; unmerge it first")
+        if bool(full_tensor((lam != 0).any())):
+            raise ValueError(
+                f"adapter {adapter!r} of layer {name!r} has trained (its lambda is not zero), and "
+                "another scale would change what it has learned; calibrate before training"
+            )
+        chosen.append(adapter)
+    return chosen
+
+
+class _Sums:
+    """The sums of squares by feature, and behind them the number of tokens."""
+
+    def __init__(self, features: int) -> None:
+        self.total = torch.zeros(features + 1, dtype=torch.float64)
+
+    def add(self, x: Tensor, mask: Tensor | None) -> None:
+        x = x.flatten(0, -2)
+        if mask is not None and mask.numel() == len(x):
+            x = x[mask.flatten().to(x.device) != 0]
+        self.total[:-1] += x.float().square().sum(0, dtype=torch.float64).cpu()
+        self.total[-1] += len(x)
+
+
+@contextmanager
+def _observed(model: nn.Module, sums: dict[Any, _Sums]):
+    """The model in eval mode, its layers' inputs summed; yields where a batch's mask goes."""
+    mask_of: dict[str, Tensor | None] = {}
+    modes = {module: module.training for module in model.modules()}
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs, of=of: of.add(
+                args[0] if args else next(iter(kwargs.values())), mask_of["batch"]
+            ),
+            with_kwargs=True,
+        )
+        for layer, of in sums.items()
+    ]
+    try:
+        model.eval()
+        yield mask_of
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _call(model: nn.Module, batch: Any) -> None:
+    device = next(model.parameters()).device
+    moved = _moved(batch, device)
+    if isinstance(moved, dict):
+        model(**moved)
+    elif isinstance(moved, (tuple, list)):
+        model(*moved)
+    else:
+        model(moved)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(each, device) for key, each in value.items()}
+    return type(value)(_moved(v, device) for v in value) if type(value) in (tuple, list) else value
+
+
+def _over_all_ranks(t: Tensor) -> Tensor:
+    """The sum."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return t
+    t = t.cuda() if dist.get_backend() == "nccl" else t  # which knows only cards
+    dist.all_reduce(t)
+    return t.cpu()
