@@ -1,18 +1,21 @@
-"""Does it learn as well, and what does it forget? RandLoRA beside LoRA, SHiRA, MiSS, full tuning.
+"""Does it learn as well, and what does it forget? RandLoRA beside LoRA, SHiRA, C3A, full tuning.
 
-    python benchmarks/finetune.py --methods lora,"randlora hadamard" --rates 3e-4,5e-4 --seeds 3
-    python benchmarks/finetune.py --methods "randlora hadamard" --gamma constant,signs
+    python benchmarks/finetune.py --methods "hadamard scaled,hadamard,lora" --rates 5e-4,8e-4
+    python benchmarks/finetune.py --task roman --methods "hadamard scaled" --model bf16
     python benchmarks/finetune.py --parity 100      ours and stock PEFT, loss by loss
 
-The task is that of examples/spelling.py: English spelling to phonemes, SmolLM2-135M. Every method
-is trained with every rate, scaling, model, start of gamma and seed. Each run is written to
-OUT.jsonl as it ends: a stopped benchmark continues where it was. The table has a row per setting,
-means over seeds.
+SmolLM2-135M learns a task of finetune_tasks.py. Every method is trained with every rate and seed.
+Each run is written to OUT.jsonl as it ends: a stopped benchmark continues where it was. The table
+has a row per setting, means over seeds.
 
-Forgetting is how much the loss on English text (Python's own documentation, 1,024 tokens) rises.
-The effective rank of dW is exp of the entropy of its squared singular values, in layers 3 and 15.
-The ranks of the other methods give them as many parameters as RandLoRA with r = 32. Limits: few
-steps, one small model, one task; differences below the spread over seeds mean nothing.
+"scaled" behind a method scales its inputs by the vectors of `randlora_ext.calibrate`, measured on 4
+batches of the task; "scaled:N" on N batches, "scaled:manual" on that text. Ours have them built
+in; for the other methods a wrapper computes base(x) + (layer(x * scale) - base(x * scale)).
+
+Forgetting is how much the loss on a text rises (1,024 tokens), "common" the share of dW's response
+to the text `manual` that is one vector for all tokens, by kind of layer. The ranks of the other
+methods give them as many parameters as RandLoRA with r = 32. Limits: few steps, one small model;
+differences below the spread over seeds mean nothing.
 """
 
 import argparse
@@ -20,26 +23,28 @@ import copy
 import json
 import statistics
 import sys
-from fractions import Fraction
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from itertools import product
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # spelling.py
 
-TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
-RANK, SCALING = 32, 20.0
+TARGETS = {
+    "four": ["q_proj", "v_proj", "o_proj", "down_proj"],
+    "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+SCALING = 20.0
 JUMP = 0.5  # a rise of the training loss over the mean of the five steps before
-METHODS = ["lora", "rslora", "shira", "miss", "full"]
-RANDLORA = ["hadamard", "1/3", "0.07", "very_sparse", "dense", "1/8"]
+OTHERS = ["lora", "rslora", "shira", "c3a", "miss", "full"]
+RANDLORA = ["hadamard", "1/3", "0.07", "very_sparse", "dense"]
 MODELS = ["fp32", "bf16"]
-GAMMAS = ["constant", "signs"]  # how gamma starts; signs are random ones of the constant's size
-MEASURED = 3, 15  # layers whose effective rank is told
-ANSWERED = 32  # held-out words whose phonemes are counted
-KEY = "method", "lr", "seed", "steps", "scaling", "model", "gamma"
+BATCH = 16
+KEY = "task", "method", "lr", "seed", "steps", "scaling", "r", "targets", "model"
 
 
-def adapted(base, method: str, seed: int, scaling: float = SCALING, gamma: str = "constant"):
+def adapted(base, method: str, seed: int, scaling: float, r: int, targets: list[str]):
     """The model, in which only the method's parameters require gradients."""
     import peft
 
@@ -47,12 +52,14 @@ def adapted(base, method: str, seed: int, scaling: float = SCALING, gamma: str =
 
     if method == "full":
         return base.requires_grad_(True)
-    common = {"target_modules": TARGETS, "task_type": "CAUSAL_LM"}
-    # 1.09, 1.09, 1.09 and 1.04 million parameters; RandLoRA has 1.03
+    common = {"target_modules": targets, "task_type": "CAUSAL_LM"}
+    # At r = 32: 1.09, 1.09, 1.09, 1.04 and 1.04 million parameters; RandLoRA has 1.03.
+    rank = max(1, round(7 * 32 / r))
     others = {
-        "lora": lambda: peft.LoraConfig(r=7, lora_alpha=16, **common),
-        "rslora": lambda: peft.LoraConfig(r=7, lora_alpha=16, use_rslora=True, **common),
-        "shira": lambda: peft.ShiraConfig(r=7, random_seed=seed, **common),
+        "lora": lambda: peft.LoraConfig(r=rank, lora_alpha=16, **common),
+        "rslora": lambda: peft.LoraConfig(r=rank, lora_alpha=16, use_rslora=True, **common),
+        "shira": lambda: peft.ShiraConfig(r=rank, random_seed=seed, **common),
+        "c3a": lambda: peft.C3AConfig(block_size=48 * r // 32, **common),
         "miss": lambda: peft.MissConfig(r=18, **common),
     }
     if method in others:
@@ -65,110 +72,133 @@ def adapted(base, method: str, seed: int, scaling: float = SCALING, gamma: str =
         "1/3": {"sparse": True},
         "very_sparse": {"very_sparse": True},
         "dense": {},
+        "0.07": {"basis": "independent", "density": 0.07},
     }
-    kind = kinds[bases] if bases in kinds else {"density": float(Fraction(bases))}
-    common |= {"r": RANK, "randlora_alpha": scaling * RANK, "projection_prng_key": seed}
-    tuned = peft.get_peft_model(base, config(save_projection=False, **kind, **common))
-    if gamma == "signs":
-        give_signs(tuned, seed)
-    return tuned
+    common |= {"r": r, "randlora_alpha": scaling * r, "projection_prng_key": seed}
+    return peft.get_peft_model(base, config(save_projection=False, **kinds[bases], **common))
 
 
-def give_signs(tuned, seed: int) -> None:
-    """Multiplies every gamma by random signs."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    for name, gamma in tuned.named_parameters():
-        if "randlora_gamma" in name:
-            signs = 2 * torch.randint(2, gamma.shape, generator=generator) - 1
-            gamma.detach().mul_(signs)
+# ---- the scale of the inputs ---------------------------------------------------------------------
 
 
-def effective_ranks(base, tuned) -> dict[str, list[float]]:
-    """By kind of layer, the effective rank of dW in the layers MEASURED."""
+def scale_inputs(tuned, base, method: str, on: str, batches: list, tokenizer, targets) -> None:
+    """Gives `tuned` the vectors of `calibrate`, measured as `on` says."""
+    import randlora_ext
+
+    if method == "hadamard":
+        randlora_ext.calibrate(tuned, inputs_of(on, batches, tokenizer))
+        return
+    ours = adapted(copy.deepcopy(base), "hadamard", 0, SCALING, 32, targets)
+    randlora_ext.calibrate(ours, inputs_of(on, batches, tokenizer))
+    layers = dict(tuned.named_modules())
+    for path, layer in ours.named_modules():
+        if scales := getattr(layer, "input_scales", None):
+            wrap(layers[path], scales["default"])
+
+
+def inputs_of(on: str, batches: list, tokenizer) -> Iterator[dict]:
+    import finetune_tasks
     import spelling
     import torch
 
-    def by_path(model) -> dict:  # without what PEFT puts before the path
-        return {name.removeprefix("base_model.model."): m for name, m in model.named_modules()}
+    if on in finetune_tasks.TEXTS:
+        tokens = tokenizer(finetune_tasks.TEXTS[on]()[-8192:])["input_ids"][-512:]
+        yield {"input_ids": torch.tensor([tokens])}
+        return
+    for examples in batches[: int(on or 4)]:
+        yield spelling.make_batch(tokenizer, examples).inputs
 
-    def outputs(layer):
-        layer = copy.deepcopy(layer).float()
-        with torch.no_grad():
-            return layer(torch.eye(layer.in_features))
 
-    before, after = by_path(base), by_path(tuned)
+def wrap(layer, scale) -> None:
+    base, stock = layer.get_base_layer(), layer.forward
+    layer.forward = lambda x: base(x) + (stock(x * scale) - base(x * scale))
 
-    def changed(path: str):
-        return torch.linalg.svdvals(outputs(after[path]) - outputs(before[path]))
 
-    return {
-        kind: [
-            round(spelling.effective_rank(changed(path)), 1)
-            for path in before
-            if path.endswith(kind) and any(f".layers.{i}." in path for i in MEASURED)
-        ]
-        for kind in TARGETS
-    }
+# ---- a run -------------------------------------------------------------------------------------
 
 
 @cache
 def loaded(dtype: str) -> tuple:
-    """The tokenizer, the model, and its loss on English text."""
+    """The tokenizer, the model, and its loss on every text."""
     import spelling
     import torch
 
     tokenizer, model = spelling.load_model()
     model.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
-    return tokenizer, model, text_loss(model, tokenizer)
+    return tokenizer, model, text_losses(model, tokenizer)
 
 
-def text_loss(model, tokenizer, rows: int = 2, columns: int = 512) -> float:
-    """Mean loss per token of English text that the task does not train: Python's own manual."""
-    from pydoc_data.topics import topics
-
+def text_losses(model, tokenizer, rows: int = 2, columns: int = 512) -> dict[str, float]:
+    """Mean loss per token of the first tokens of each text."""
+    import finetune_tasks
     import torch
 
     model.eval()
-    tokens = tokenizer("\n".join(topics.values())[: 8 * rows * columns])["input_ids"]
-    block = torch.tensor(tokens[: rows * columns]).view(rows, columns)
-    with torch.no_grad():
-        return sum(model(row[None], labels=row[None]).loss.item() for row in block) / rows
+    losses = {}
+    for name, text in finetune_tasks.TEXTS.items():
+        tokens = tokenizer(text()[: 8 * rows * columns])["input_ids"][: rows * columns]
+        block = torch.tensor(tokens).view(rows, columns)
+        with torch.no_grad():
+            each = [model(row[None], labels=row[None]).loss.item() for row in block]
+        losses[name] = statistics.fmean(each)
+    return losses
+
+
+@contextmanager
+def common_responses(tuned) -> Iterator[dict[str, list[float]]]:
+    """Shares of dW's response that are one vector for all tokens, by kind of layer."""
+    import torch
+
+    found: dict[str, list[float]] = {}
+
+    def watch(kind: str):
+        def hook(layer, inputs, y):
+            with torch.no_grad():
+                response = (y - layer.get_base_layer()(inputs[0])).float().flatten(0, -2)
+            energy = response.square().sum(1).mean()
+            if energy > 0:
+                found.setdefault(kind, []).append(float(response.mean(0).square().sum() / energy))
+
+        return hook
+
+    layers = [(n, m) for n, m in tuned.named_modules() if hasattr(m, "get_base_layer")]
+    hooks = [m.register_forward_hook(watch(name.rpartition(".")[2])) for name, m in layers]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def run_one(
-    method: str,
-    lr: float,
-    seed: int,
-    steps: int,
-    scaling: float = SCALING,
-    model: str = "fp32",
-    gamma: str = "constant",
-    answers: bool = False,
-    nudge: bool = False,
-) -> dict:
+    task: str, method: str, lr: float, seed: int, steps: int, scaling: float, r: int, targets: str,
+    model: str, nudge: bool = False,
+) -> dict:  # fmt: skip
     """One training run: what it learned, what it forgot and what it cost.
 
     With `nudge`, gamma of the first layer starts larger by a millionth.
     """
+    import finetune_tasks
     import spelling
     import torch
 
     torch.manual_seed(seed)
-    training, held_out = spelling.read_words()
-    tokenizer, base, loss_before = loaded(model)
-    tuned = adapted(copy.deepcopy(base), method, seed, scaling, gamma)
+    training, held_out = finetune_tasks.TASKS[task]()
+    tokenizer, base, before = loaded(model)
+    kind, _, on = method.partition(" scaled")
+    tuned = adapted(copy.deepcopy(base), kind, seed, scaling, r, TARGETS[targets])
     trained = [p for p in tuned.parameters() if p.requires_grad]
     if nudge:
         with torch.no_grad():
             next(p for name, p in tuned.named_parameters() if "randlora_gamma" in name).mul_(
                 1 + 1e-6
             )
-    batches = spelling.plan_batches(training, steps, 16, seed)
-    parameters = sum(p.numel() for p in trained)
-    result = dict(zip(KEY, (method, lr, seed, steps, scaling, model, gamma), strict=True))
-    result |= {"parameters": parameters}
+    batches = spelling.plan_batches(training, steps, BATCH, seed)
+    if method != kind:
+        scale_inputs(tuned, base, kind, on.strip(":"), batches, tokenizer, TARGETS[targets])
+    values = task, method, lr, seed, steps, scaling, r, targets, model
+    result = dict(zip(KEY, values, strict=True))
+    result |= {"parameters": sum(p.numel() for p in trained)}
     try:
         losses, seconds = zip(*spelling.train(tuned, tokenizer, batches, lr), strict=True)
     except FloatingPointError as error:  # a rate that diverges is a result
@@ -177,21 +207,19 @@ def run_one(
         "train_loss": [round(loss, 4) for loss in losses],
         "seconds_per_step": statistics.median(seconds),
         "held_out_loss": spelling.held_out_loss(tuned, tokenizer, held_out),
-        "forgetting": text_loss(tuned, tokenizer) - loss_before,
-        "effective_rank": effective_ranks(base, tuned),
     }
-    if answers:
-        asked = held_out[:ANSWERED]
-        given = spelling.answers(tuned, tokenizer, asked)
-        result["phoneme_error_rate"] = spelling.phoneme_error_rate(asked, given)
-    return result
+    with common_responses(tuned) as common:
+        after = text_losses(tuned, tokenizer)
+    return result | {
+        "forgetting": {name: after[name] - before[name] for name in after},
+        "common": {kind: round(statistics.fmean(shares), 3) for kind, shares in common.items()},
+    }
 
 
 def sweep(settings: list[dict], out: Path) -> list[dict]:
     """A row per setting, in their order; those that OUT has are not run again."""
     lines = out.read_text().splitlines() if out.exists() else []
-    rows = ({"gamma": "constant"} | json.loads(line) for line in lines)
-    done = {tuple(row[k] for k in KEY): row for row in rows}
+    done = {tuple(row[k] for k in KEY): row for row in map(json.loads, lines)}
     for setting in settings:
         key = tuple(setting[k] for k in KEY)
         if key in done:
@@ -210,33 +238,42 @@ def jumps(losses: list[float]) -> bool:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown, one row per setting: means over seeds, each seed's loss, effective ranks of dW."""
+    """Markdown, one row per setting: means over seeds, and each seed's."""
     lines = [
-        "| method | scaling | model | gamma | lr | held-out loss (seeds) | jumps | forgetting | "
-        + " | ".join(TARGETS)
-        + " |",
-        "|" + "---|" * (8 + len(TARGETS)),
+        "| task | method | model | steps | lr | held-out loss (seeds) | jumps | "
+        "forgetting: manual (seeds); code |",
+        "|" + "---|" * 8,
     ]
 
     def setting(row: dict) -> tuple:
-        return row["method"], row["scaling"], row["model"], row["gamma"], row["lr"]
+        return tuple(row[k] for k in KEY if k != "seed")
+
+    def told(values: list[float], digits: int) -> str:
+        each = ", ".join(f"{value:.{digits}f}" for value in values)
+        return f"{statistics.fmean(values):.{digits}f} ({each})"
 
     for these in dict.fromkeys(map(setting, rows)):
         mine = [row for row in rows if setting(row) == these]
-        losses = [row["held_out_loss"] for row in mine]
-        forgot = [row.get("forgetting", float("inf")) for row in mine]
+        first = mine[0]
+        forgot = [row["forgetting"] for row in mine if "forgetting" in row]
         jumped = sum(jumps(row.get("train_loss", [])) for row in mine)
-        method, scaling, model, gamma, lr = these
-        ranks = [row["effective_rank"] for row in mine if "effective_rank" in row]
-        told = (
-            round(statistics.fmean(sum((r[kind] for r in ranks), []))) if ranks else ""
-            for kind in TARGETS
+        texts = (
+            f"{told([f['manual'] for f in forgot], 2)}; "
+            f"{statistics.fmean(f['code'] for f in forgot):.2f}"
+            if forgot
+            else "failed"
         )
+        more = "".join(
+            f", {name} {first[key]:g}" if key != "targets" else ", all linear layers"
+            for key, name, usual in (
+                ("scaling", "scaling", SCALING), ("r", "r", 32), ("targets", "", "four"),
+            )
+            if first[key] != usual
+        )  # fmt: skip
         lines.append(
-            f"| {method} | {scaling:g} | {model} | {gamma} | {lr:g} | "
-            f"{statistics.fmean(losses):.3f} ({', '.join(f'{loss:.3f}' for loss in losses)}) | "
-            f"{jumped} of {len(mine)} | {statistics.fmean(forgot):.2f} | "
-            f"{' | '.join(map(str, told))} |"
+            f"| {first['task']} | {first['method']}{more} | {first['model']} | {first['steps']} | "
+            f"{first['lr']:g} | {told([row['held_out_loss'] for row in mine], 3)} | "
+            f"{jumped} of {len(mine)} | {texts} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -248,15 +285,14 @@ def parity(steps: int, lr: float) -> None:
     """
 
     def curve(method: str, nudge: bool = False) -> list[float]:
-        return run_one(method, lr, 0, steps, nudge=nudge)["train_loss"]
+        values = "spelling", method, lr, 0, steps, SCALING, 32, "four", "fp32", nudge
+        return run_one(*values)["train_loss"]
 
     def apart(a: list[float], b: list[float]) -> float:
         return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
-    stock = curve("peft randlora 1/3")
-    worst, control = (
-        apart(stock, c) for c in (curve("randlora 1/3"), curve("peft randlora 1/3", True))
-    )
+    stock = curve("peft 1/3")
+    worst, control = (apart(stock, c) for c in (curve("1/3"), curve("peft 1/3", True)))
     print(
         f"largest difference of the loss over {steps} steps at lr {lr:g}: {worst:.2e} (limit 1e-4)"
     )
@@ -271,14 +307,16 @@ def main() -> None:
     def of(kind):
         return lambda text: [kind(value) for value in text.split(",")]
 
-    everything = [*METHODS, *(f"randlora {d}" for d in RANDLORA), "peft randlora dense"]
+    known = [*OTHERS, *RANDLORA, "peft 1/3"]
+    parser.add_argument("--task", type=of(str), default=["spelling"], help="roman, dates, ...")
     parser.add_argument(
-        "--methods", type=of(str), default=["lora", "randlora hadamard"], help=f"{everything} ..."
+        "--methods", type=of(str), default=["lora", "hadamard scaled"], help=f"{known} [scaled]"
     )
     parser.add_argument("--rates", type=of(float), default=[5e-4], help="learning rates")
     parser.add_argument("--scalings", type=of(float), default=[SCALING], help="RandLoRA's alpha/r")
+    parser.add_argument("--r", type=of(int), default=[32])
+    parser.add_argument("--targets", type=of(str), default=["four"], help=f"of {[*TARGETS]}")
     parser.add_argument("--model", type=of(str), default=["fp32"], help=f"of {MODELS}")
-    parser.add_argument("--gamma", type=of(str), default=["constant"], help=f"of {GAMMAS}")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("finetune"), help="write OUT.jsonl")
@@ -290,11 +328,12 @@ def main() -> None:
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
     settings = [  # seeds outermost: a stopped benchmark has the first ones for every setting
-        dict(zip(KEY, (method, lr, seed, args.steps, scaling, model, gamma), strict=True))
-        for seed, method, scaling, model, gamma, lr in product(
-            range(args.seeds), args.methods, args.scalings, args.model, args.gamma, args.rates
+        dict(zip(KEY, (task, method, lr, seed, args.steps, *rest), strict=True))
+        for seed, task, method, lr, *rest in product(
+            range(args.seeds), args.task, args.methods, args.rates, args.scalings, args.r,
+            args.targets, args.model,
         )
-    ]
+    ]  # fmt: skip
     print(table(sweep(settings, args.out.with_suffix(".jsonl"))))
 
 

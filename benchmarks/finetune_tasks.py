@@ -1,0 +1,81 @@
+"""What finetune.py trains, and the texts whose loss tells what was forgotten.
+
+All of it is made by program or ships with Python. The tasks share no vocabulary.
+"""
+
+import random
+from collections.abc import Callable
+from datetime import date, timedelta
+from pathlib import Path
+
+import spelling
+from spelling import Example
+
+ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
+).split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+
+
+def in_words(number: int) -> str:
+    """English, for numbers below 10,000."""
+    for size, name in ((1000, "thousand"), (100, "hundred")):
+        if number >= size:
+            head, rest = divmod(number, size)
+            return f"{in_words(head)} {name}" + (f" {in_words(rest)}" if rest else "")
+    if number < 20:
+        return ONES[number]
+    return TENS[number // 10 - 2] + (f" {ONES[number % 10]}" if number % 10 else "")
+
+
+def roman(number: int) -> str:
+    values = (1000, 900, 500, 400, 100, 90, 50, 40, 10, 9, 5, 4, 1)
+    names = "M CM D CD C XC L XL X IX V IV I".split()
+    text = ""
+    for value, name in zip(values, names, strict=True):
+        count, number = divmod(number, value)
+        text += name * count
+    return text
+
+
+def _shuffled(examples: list[Example]) -> tuple[list[Example], list[Example]]:
+    """Examples to train on, and 128 held-out ones."""
+    random.Random(0).shuffle(examples)
+    return examples[128:], examples[:128]
+
+
+def roman_numerals() -> tuple[list[Example], list[Example]]:
+    """M M X L I V -> two thousand fifty four"""
+    return _shuffled([(" ".join(roman(n)), in_words(n)) for n in range(1, 4000)])
+
+
+def dates() -> tuple[list[Example], list[Example]]:
+    """1997 064 -> Wednesday 5 March: the day of a year, as digits, to its name."""
+    first = date(1970, 1, 1)
+    days = (first + timedelta(days=3 * k) for k in range(4000))
+    return _shuffled([(f"{d:%Y %j}", f"{d:%A} {d.day} {d:%B}") for d in days])
+
+
+TASKS: dict[str, Callable[[], tuple[list[Example], list[Example]]]] = {
+    "spelling": lambda: spelling.read_words(),
+    "roman": roman_numerals,
+    "dates": dates,
+}
+
+
+def manual() -> str:
+    """Python's own manual."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics.values())
+
+
+def code() -> str:
+    """The source of a module of Python."""
+    import argparse
+
+    return Path(argparse.__file__).read_text(encoding="utf-8")
+
+
+TEXTS = {"manual": manual, "code": code}
