@@ -1,0 +1,279 @@
+"""`calibrate`, and the vector that it gives: what it is, what it changes, and where it goes."""
+
+import copy
+import math
+
+import pytest
+import torch
+from layer_helpers import assert_right, inputs, pickled, randomize, relative
+from torch import nn
+
+import randlora_ext
+from randlora_ext import RandLoraLinear, TernaryBasis, calibrate, delta_weight
+
+def layer_of(in_features=24, out_features=40, **options):
+    torch.manual_seed(0)
+    return RandLoraLinear(nn.Linear(in_features, out_features), r=5, **options)
+
+
+class Net(nn.Module):
+    """Two layers, one of which is called twice, and dropout, which must not act."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(24, 40), nn.Linear(40, 24)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x, attention_mask=None):
+        return self.two(torch.tanh(self.one(self.two(self.drop(self.one(x))))))
+
+
+def net(**options):
+    return randlora_ext.apply_randlora(Net(), ["one", "two"], r=5, basis="hadamard", **options)
+
+
+def uneven(*lead, features=24, seed=0):
+    """Activations of which two features are large."""
+    x = torch.randn(*lead, features, generator=torch.Generator().manual_seed(seed))
+    return x * torch.where(torch.arange(features) < 2, 30.0, 1.0)
+
+
+def expected(*inputs):
+    """The docstring's formula, over the rows of all inputs."""
+    rows = torch.cat([x.flatten(0, -2) for x in inputs]).double()
+    rms = rows.square().mean(0).sqrt()
+    scale = 1 / (rms + 0.1 * rms.median())
+    return scale / scale.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("sizes", [(24, 40), (40, 24), (33, 33), (6, 90)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_layer_with_a_scale_is_one_whose_update_has_scaled_columns(sizes, dtype):
+    layer = randomize(RandLoraLinear(nn.Linear(*sizes).to(dtype), r=5, basis="hadamard"))
+    x, dy = inputs(layer, 2, 7, dtype=dtype)
+    before = layer.get_delta_weight("default")
+    scale = torch.rand(sizes[0]) + 0.1
+    layer.set_input_scale("default", scale)
+    after = layer.get_delta_weight("default")
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5}.get(dtype, 2e-2)
+    assert relative(after, before.double() * scale.double()) < max(tolerance, 1e-6)
+    assert_right(layer, x, dy, tolerance)
+    layer.set_input_scale("default", None)
+    assert torch.equal(layer.get_delta_weight("default"), before)
+
+
+def test_a_basis_takes_the_vector_directly():
+    scale = torch.rand(40) + 0.1
+    for sizes in ((40, 24), (40, 72)):
+        given = TernaryBasis(*sizes, 5, seed=3, input_scale=scale)
+        bare = TernaryBasis(*sizes, 5, seed=3)
+        lam, gam = torch.randn(5, given.n).double(), torch.randn(given.n, given.d).double()
+        want = delta_weight(bare, lam, gam) * scale.double()
+        assert relative(delta_weight(given, lam, gam), want) < 1e-12
+        assert given != bare and given.with_input_scale(None) == bare
+        assert torch.equal(pickled(given)[0].input_scale, scale)
+        A, B = given.dense(dtype=torch.float64)
+        assert relative(A if given.expand else B, (bare.dense()[not given.expand]).double()) > 0.1
+    layer = layer_of(basis="hadamard", input_scale=scale[:24])
+    assert torch.equal(layer.input_scales["default"], scale[:24])
+
+
+def test_the_vector_is_that_of_the_formula():
+    model, batches = net(), [uneven(3, 7), uneven(5, 7, seed=1)]
+    seen = {"one": [], "two": []}
+    hooks = [
+        getattr(model, name).register_forward_pre_hook(lambda _, x, at=seen[name]: at.append(x[0]))
+        for name in seen
+    ]
+    model.train()
+    model.one.eval()
+    modes = [module.training for module in model.modules()]
+    calibrate(model, iter(batches))
+    for hook in hooks:
+        hook.remove()
+    assert [module.training for module in model.modules()] == modes
+    assert len(seen["one"]) == 4  # twice a batch
+    for name, at in seen.items():
+        scale = getattr(model, name).input_scales["default"]
+        assert scale.dtype == torch.float32
+        assert relative(scale, expected(*at)) < 1e-6
+    assert math.isclose(float(model.one.input_scales["default"].square().mean()), 1, rel_tol=1e-5)
+    first = copy.deepcopy(model.one.input_scales)
+    calibrate(model, [batches[0]])  # replaces
+    assert not torch.equal(first["default"], model.one.input_scales["default"])
+
+
+@pytest.mark.parametrize("batch", ["tensor", "tuple", "mapping"])
+def test_what_a_batch_may_be(batch):
+    model, x = net(), uneven(3, 7)
+    given = {"tensor": x, "tuple": (x,), "mapping": {"x": x}}[batch]
+    calibrate(model, [given])
+    other = net()
+    calibrate(other, [x])
+    assert torch.equal(model.two.input_scales["default"], other.two.input_scales["default"])
+
+
+def test_padding_is_left_out():
+    layer = randlora_ext.apply_randlora(Masked(), ["one"], r=5)
+    x, mask = uneven(2, 7), torch.ones(2, 7, dtype=torch.long)
+    mask[0, :4] = 0
+    calibrate(layer, [{"x": x, "attention_mask": mask}])
+    assert relative(layer.one.input_scales["default"], expected(x[mask != 0])) < 1e-6
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(24, 40)
+
+    def forward(self, x, attention_mask):
+        return self.one(x)
+
+
+def test_only_active_hadamard_adapters_that_have_not_trained():
+    layer = layer_of(basis="hadamard")
+    layer.update_layer("sparse", r=5, density=0.3)
+    layer.update_layer("idle", r=5, basis="hadamard")
+    layer.set_adapter(["default", "sparse"])
+    calibrate(layer, [uneven(9)])
+    assert layer.input_scales.keys() == {"default"}
+
+
+def refusals():
+    sparse, merged = layer_of(density=0.3), layer_of(basis="hadamard")
+    merged.merge()
+    off = layer_of(basis="hadamard")
+    off.disable()
+    x = uneven(9)
+    return {
+        "no active adapter on Hadamard bases": [(sparse, [x]), (off, [x]), (nn.Linear(24, 2), [x])],
+        "adapter 'default' of layer '' is merged": [(merged, [x])],
+        "has trained .its lambda is not zero": [(randomize(layer_of(basis="hadamard")), [x])],
+        "at least one batch, got none": [(layer_of(basis="hadamard"), [])],
+        "the inputs of layer 'one' hold NaN or infinity": [(net(), [x, x.log()])],
+    }
+
+
+@pytest.mark.parametrize("message, cases", refusals().items())
+def test_what_is_refused_and_changes_nothing(message, cases):
+    for model, batches in cases:
+        with pytest.raises(ValueError, match=message):
+            calibrate(model, batches)
+        assert not any(getattr(m, "input_scales", {}) for m in model.modules())
+        assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_layers_without_tokens_or_with_zeros_alone_stay_as_they_are():
+    model = net()
+    with pytest.warns(UserWarning, match="layer 'one' saw only zeros and stays as it was"):
+        calibrate(model, [torch.zeros(3, 24)])
+    assert not model.one.input_scales and model.two.input_scales
+
+
+def test_most_features_are_zero():
+    scale = randlora_ext.calibration.input_scale_of(torch.tensor([0, 0, 0, 2.0, 4.0]).double())
+    assert scale.isfinite().all() and float(scale.max() / scale.min()) < 30
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (torch.ones(40), r"must be \(in_features,\) = \(24,\), got \(40,\)"),
+        (torch.zeros(24), "positive and finite"),
+        (torch.full((24,), math.nan), "positive and finite"),
+        ([1.0] * 24, "must be a floating tensor or None"),
+        (torch.ones(24, dtype=torch.long), "must be a floating tensor or None"),
+    ],
+    ids=str,
+)
+def test_vectors_that_do_not_fit(bad, message):
+    layer = layer_of(basis="hadamard")
+    with pytest.raises((TypeError, ValueError), match=message):
+        layer.set_input_scale("default", bad)
+    with pytest.raises((TypeError, ValueError), match=message):
+        TernaryBasis(24, 40, 5, input_scale=bad)
+    assert not layer.input_scales
+    with pytest.raises(ValueError, match="goes with Hadamard bases, got kind='independent'"):
+        layer_of(density=0.3).set_input_scale("default", torch.ones(24))
+    layer.merge()
+    with pytest.raises(RuntimeError, match="is merged; unmerge it first"):
+        layer.set_input_scale("default", torch.ones(24))
+
+
+def calibrated():
+    model = net()
+    calibrate(model, [uneven(9)])
+    return randomize(model)
+
+
+def copies(model, tmp_path):
+    """The same model by every way that takes an adapter along."""
+    yield copy.deepcopy(model)
+    yield pickled(model)[0]
+    other = net()
+    other.load_state_dict(model.state_dict())
+    yield other
+    randlora_ext.save_adapter(model, tmp_path / "adapter.safetensors")
+    yield randlora_ext.load_adapter(Net(), tmp_path / "adapter.safetensors")
+    other = net()
+    randlora_ext.load_adapter(other, tmp_path / "adapter.safetensors")
+    yield other
+
+
+def test_the_vector_goes_where_the_adapter_goes(tmp_path):
+    model, x = calibrated().eval(), uneven(9, seed=2)
+    want = model(x)
+    for other in copies(model, tmp_path):
+        assert torch.equal(other.eval()(x), want)
+    merged = copy.deepcopy(model)
+    kept = merged.one.base_layer.weight.clone()
+    for layer in (merged.one, merged.two):
+        layer.merge()
+    assert relative(merged(x), want) < 1e-5
+    merged.one.unmerge()
+    assert torch.equal(merged.one.base_layer.weight, kept)
+    half = copy.deepcopy(model).bfloat16().float()
+    assert torch.equal(half.one.input_scales["default"], model.one.input_scales["default"])
+
+
+def test_a_state_without_a_vector_takes_it_away_and_the_other_way_round(tmp_path):
+    bare, scaled, x = randomize(net()).eval(), calibrated().eval(), uneven(9, seed=2)
+    texts = tmp_path / "bare.safetensors", tmp_path / "scaled.safetensors"
+    for model, file in zip((bare, scaled), texts, strict=True):
+        randlora_ext.save_adapter(model, file)
+    for source, target, file in ((bare, scaled, texts[0]), (scaled, bare, texts[1])):
+        want = source(x)
+        for load in (
+            lambda model, source=source: model.load_state_dict(source.state_dict()),
+            lambda model, file=file: randlora_ext.load_adapter(model, file),
+        ):
+            other = copy.deepcopy(target)
+            load(other)
+            assert torch.equal(other(x), want)
+
+
+def test_a_vector_of_another_layer_is_refused_before_anything_changes():
+    model, state = calibrated(), calibrated().state_dict()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = {name: value + 1 for name, value in state.items()}
+    state["two.randlora_input_scale.default"] = torch.ones(24)
+    with pytest.raises(RuntimeError, match=r"two.randlora_input_scale.default is \(24,\), and must"):
+        model.load_state_dict(state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("mode", ["compile", "export", "vmap"])
+def test_compiled_exported_and_mapped(mode):
+    model, x = calibrated().eval(), uneven(9, seed=2)
+    want = model(x)
+    if mode == "compile":
+        torch._dynamo.reset()
+        fast = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.equal(fast(x), want)
+        model.one.set_input_scale("default", torch.ones(24))  # noticed
+        assert torch.equal(fast(x), model(x)) and not torch.equal(model(x), want)
+    elif mode == "export":
+        assert torch.equal(torch.export.export(model, (x,)).module()(x), want)
+    else:
+        assert relative(torch.vmap(model)(x[:, None])[:, 0], want) < 1e-6
