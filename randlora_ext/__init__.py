@@ -24,7 +24,6 @@ from .nn.adapter_file import load_adapter, save_adapter
 from .nn.apply import apply_randlora, merge_and_unload, unload
 from .nn.linear import RandLoraLinear
 from .ops.functional import delta_weight, linear, merged_weight, scaled_basis
-from .ops.path import PathChoice, explain
 
 __version__: str = _build_info()["version"]
 
@@ -35,14 +34,12 @@ def build_info() -> dict:
 
 
 __all__ = [
-    "PathChoice",
     "RandLoraLinear",
     "TernaryBasis",
     "__version__",
     "apply_randlora",
     "build_info",
     "delta_weight",
-    "explain",
     "linear",
     "load_adapter",
     "merge_and_unload",

@@ -3,10 +3,14 @@
 import os
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from . import _C
+
+if TYPE_CHECKING:
+    from .basis import TernaryBasis
 
 LIBRARY = Path(__file__).parent / "librandlora_cuda.so"
 # Tests load the kernels compiled for the CPU (docs/cuda-on-cpu.md).
@@ -38,18 +42,7 @@ def _load() -> str:
     return _C.cuda_build()
 
 
-def _cpu() -> str:
-    """The key of this CPU in `ops.path.LIMITS`."""
-    has = torch.cpu.get_capabilities()
-    if has.get("amx_tile"):
-        return "amx"
-    # Only AMD has SSE4a. Zen 4 lacks AVX-VNNI.
-    zen5 = has.get("sse4a") and has.get("avx512_f") and has.get("avx_vnni")
-    return "zen5" if zen5 else "other"
-
-
 CUDA_STATUS: str = _load()
-CPU = _cpu()
 
 
 def cuda_available() -> bool:
@@ -67,12 +60,21 @@ def serve(device_type: str) -> bool:
     return device_type == "cpu" or (device_type == "cuda" and cuda_available())
 
 
-def what_computes(kind: str, device_type: str) -> str:
-    """What multiplies by bases of this kind on this device type, in words."""
-    if kind == "dense":
+def what_computes(basis: "TernaryBasis", device: torch.device, dtype: torch.dtype) -> str:
+    """What multiplies by the basis there, as the end of "computed by"."""
+    kernels = device.type == "meta" or serve(device.type)
+    if basis.kind == "dense":
         return "torch's GEMMs"
-    if device_type == "meta" or serve(device_type):
-        return f"{_C.isa() if device_type == 'cpu' else device_type} kernels"
-    if kind == "hadamard":
+    if basis.kind == "hadamard" and (not kernels or not _fits(basis, device, dtype)):
         return "plain torch"
-    return f"no kernels of ours for {device_type}, which these bases need"
+    if not kernels:
+        return f"nothing: there are no kernels for {device.type}, which these bases need"
+    return f"{_C.isa() if device.type == 'cpu' else device.type} kernels"
+
+
+def _fits(basis: "TernaryBasis", device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a card's shared memory holds what the kernels of Hadamard bases need of it."""
+    if not cuda_serves(device.type):
+        return True
+    sizes = basis.D, basis.d, basis.r, basis.n
+    return _C.hadamard_fits(*sizes, dtype == torch.float64, device.index or 0)

@@ -5,7 +5,6 @@
 #pragma once
 #include "../core/hadamard.h"
 #include "../core/runtime.h"
-#include "../core/stochastic.h"
 #include "simd.h"
 
 namespace randlora::RANDLORA_ISA {
@@ -114,14 +113,14 @@ struct HadamardRow {
   // The logarithms of R and of N in vectors.
   int64_t mix_bits = __builtin_ctzll(uint64_t(s.R())), N_bits = __builtin_ctzll(uint64_t(N / L));
   C *lam, *row;  // lam * col (K), scale * row (D)
-  C *v, *mixed;  // (N), and behind it the first numbers again; (R, padded)
+  C *v, *mixed;  // (N); (R, padded)
 
   RANDLORA_HOST_MEMBER explicit HadamardRow(const HadamardSizes& sizes) : s(sizes) {}
 
   // Takes scratch memory for all threads, with `more` numbers for each.
-  RANDLORA_HOST_MEMBER void prepare(Runtime& rt, const void* lam_of, const int8_t* col,
-                                    const int8_t* row_of, double scale, int64_t more = 0) {
-    const int64_t v_length = (N > K ? N : K) + L;
+  RANDLORA_HOST_MEMBER void prepare(Runtime& rt, const void* lam_of, const float* col,
+                                    const float* row_of, double scale, int64_t more = 0) {
+    const int64_t v_length = N + L;  // `flatten` writes a vector past K
     of_thread_ = v_length + s.R() * padded + more;
     lam =
         static_cast<C*>(rt.scratch(size_t(K + s.D + 2 * L + rt.width() * of_thread_) * sizeof(C)));
@@ -146,15 +145,12 @@ struct HadamardRow {
   }
   RANDLORA_HOST_MEMBER C* more() const { return mixed + s.R() * padded; }
 
-  // mixed[j, i] = the sum over m of H[j, m] z[m, i]; z has the rows of the part's classes, `next`
-  // apart.
-  template <class S>
-  RANDLORA_HOST_MEMBER void mix(const S* z, int64_t next) const {
-    const int64_t first = s.first_class(), behind = first + s.classes();
+  // mixed[j, i] = the sum over m of H[j, m] z[m, i]; the rows of z are `next` apart.
+  template <class Z>
+  RANDLORA_HOST_MEMBER void mix(const Z* z, int64_t next) const {
     for (int64_t m = 0; m < s.R(); ++m)
       for (int64_t i = 0; i < padded; i += L)
-        store(mixed + m * padded + i,
-              m < first || m >= behind ? V{} : load_as<V>(z + (m - first) * next + i));
+        store(mixed + m * padded + i, m < s.classes() ? load_as<V>(z + m * next + i) : V{});
     transform<C, false>(mixed, mix_bits, padded / L);
   }
   // v[c] = lam mixed. In order, because a row's last vector reaches into the next row.
@@ -164,9 +160,9 @@ struct HadamardRow {
         store(v + j * s.n + i, load<V>(mixed + j * padded + i) * load<V>(lam + j * s.n + i));
     for (int64_t c = K; c < N; ++c) v[c] = 0;
   }
-  // w[m, i] = factor * the sum over j of H[m, j] lam v[j * n + i].
-  template <class S>
-  RANDLORA_HOST_MEMBER void unmix(C factor, S* w, int64_t next) const {
+  // w[m, i] = the sum over j of H[m, j] lam v[j * n + i].
+  template <class Z>
+  RANDLORA_HOST_MEMBER void unmix(Z* w, int64_t next) const {
     for (int64_t j = 0; j < s.R(); ++j)
       for (int64_t i = 0; i < padded; i += L) {
         const int64_t c = j * s.n + i;
@@ -175,30 +171,20 @@ struct HadamardRow {
     transform<C, false>(mixed, mix_bits, padded / L);
     for (int64_t m = 0; m < s.classes(); ++m)
       for (int64_t i = 0; i < s.n; i += L)
-        store_some(w + m * next + i, factor * load<V>(mixed + (s.first_class() + m) * padded + i),
-                   s.n - i);
+        store_some(w + m * next + i, load<V>(mixed + m * padded + i), s.n - i);
   }
 
-  // v = its transform. Row o of the part is at place(o), and a vector may begin at any place.
-  RANDLORA_HOST_MEMBER void up() const {
-    transform<C, true>(v, N_bits, 1);
-    store(v + N, load<V>(v));
-  }
-  RANDLORA_HOST_MEMBER int64_t place(int64_t o) const { return (s.first_row + o) & (N - 1); }
+  // v = its transform; row o of the layer is at place(o).
+  RANDLORA_HOST_MEMBER void up() const { transform<C, true>(v, N_bits, 1); }
+  RANDLORA_HOST_MEMBER int64_t place(int64_t o) const { return o & (N - 1); }
   // v = the transform of row * y.
   template <class S>
   RANDLORA_HOST_MEMBER void down(const S* y) const {
-    int64_t o = 0;
-    if (s.first_row == 0 && s.D >= N)
-      for (; o < N; o += L) store(v + o, load_as<V>(y + o) * load<V>(row + o));
-    else
-      for (int64_t c = 0; c < N; c += L) store(v + c, V{});
-    while (o < s.D) {
-      int64_t c = place(o);
-      const int64_t stop = o + N - c < s.D ? o + N - c : s.D;
-      for (; o + L <= stop; o += L, c += L)
-        store(v + c, fused(load_as<V>(y + o), load<V>(row + o), load<V>(v + c)));
-      for (; o < stop; ++o, ++c) v[c] += C(widen(y[o])) * row[o];
+    for (int64_t c = 0; c < N; c += L) {
+      V sum{};
+      for (int64_t o = c; o < s.D; o += N)
+        sum = fused(load_some<V>(y + o, s.D - o), load<V>(row + o), sum);
+      store(v + c, sum);
     }
     transform<C, true>(v, N_bits, 1);
   }
@@ -220,7 +206,7 @@ void hadamard_up_as(const HadamardUp& p, Runtime& rt) {
   const int64_t n = p.sizes.n, D = p.sizes.D;
   all.split(rt, p.T, [&](const Row& row, int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      row.mix(static_cast<const S*>(p.z) + t * n, p.T * n);
+      row.mix(static_cast<const ClassOf<S>*>(p.z) + t * n, p.T * n);
       row.flatten();
       row.up();
       S* y = static_cast<S*>(p.y) + t * D;
@@ -237,6 +223,7 @@ void hadamard_up_as(const HadamardUp& p, Runtime& rt) {
 template <class S>
 void hadamard_down_as(const HadamardDown& p, Runtime& rt) {
   using C = ComputeOf<S>;
+  using Z = ClassOf<S>;
   using Row = HadamardRow<C>;
   using V = typename Row::V;
   Row all(p.sizes);
@@ -250,9 +237,9 @@ void hadamard_down_as(const HadamardDown& p, Runtime& rt) {
       __builtin_memset(sum, 0, size_t(sums) * sizeof(C));
       for (int64_t t = slot * p.T / p.slots; t < (slot + 1) * p.T / p.slots; ++t) {
         row.down(static_cast<const S*>(p.y) + t * D);
-        row.unmix(C(p.scale), static_cast<S*>(p.w) + t * n, p.T * n);
+        row.unmix(static_cast<Z*>(p.w) + t * n, p.T * n);
         if (!p.z) continue;
-        row.mix(static_cast<const S*>(p.z) + t * n, p.T * n);
+        row.mix(static_cast<const Z*>(p.z) + t * n, p.T * n);
         for (int64_t j = 0; j < r; ++j)
           for (int64_t i = 0; i < n; i += Row::L) {
             const int64_t at = j * row.padded + i;
@@ -273,21 +260,18 @@ void hadamard_add_as(const HadamardAdd& p, Runtime& rt) {
   using C = ComputeOf<S>;
   using V = Vec<C>;
   constexpr int L = kVectorBytes / int(sizeof(C));
-  const int64_t n = p.sizes.n, d = p.sizes.d, first = p.sizes.first_column;
+  const int64_t n = p.sizes.n, d = p.sizes.d;
   rt.set_single(p.T * d < kHadamardOneThread);
   rt.split(p.T, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
-      for (int64_t k = 0; k < d;) {
-        const int64_t m = (first + k) / n, place = first + k - m * n;
-        const int64_t stop = k + n - place < d ? k + n - place : d;
-        const S* from =
-            static_cast<const S*>(p.from) + ((m - p.sizes.first_class()) * p.T + t) * n + place - k;
-        S* y = static_cast<S*>(p.y) + t * d;
-        for (; k < stop; k += L) {
-          const V sum = C(p.scale) * load_some<V>(from + k, stop - k);
-          store_some(y + k, p.accumulate ? sum + load_some<V>(y + k, stop - k) : sum, stop - k);
+      for (int64_t m = 0; m < p.sizes.classes(); ++m) {
+        const ClassOf<S>* from = static_cast<const ClassOf<S>*>(p.from) + (m * p.T + t) * n;
+        S* y = static_cast<S*>(p.y) + t * d + m * n;
+        const int64_t count = d - m * n < n ? d - m * n : n;
+        for (int64_t k = 0; k < count; k += L) {
+          const V sum = C(p.scale) * load_some<V>(from + k, count - k);
+          store_some(y + k, p.accumulate ? sum + load_some<V>(y + k, count - k) : sum, count - k);
         }
-        k = stop;
       }
   });
 }
@@ -311,16 +295,7 @@ void hadamard_weight_as(const HadamardWeight& p, Runtime& rt) {
   const S* base = static_cast<const S*>(p.base);
   S* out = static_cast<S*>(p.out);
   const auto put = [&](int64_t e, V delta, int64_t count) {
-    const V sum = base ? load_some<V>(base + e, count) + delta : delta;
-    if constexpr (sizeof(S) == 2) {
-      if (p.stochastic) {
-        RoundingWords draw(p.rounding_seed);
-        for (int64_t l = 0; l < L && l < count; ++l)
-          out[e + l] = round_stochastic(sum[l], draw(uint64_t(e + l)), S{});
-        return;
-      }
-    }
-    store_some(out + e, sum, count);
+    store_some(out + e, base ? load_some<V>(base + e, count) + delta : delta, count);
   };
   all.split(rt, (d + width - 1) / width, [&](const Row& row, int64_t begin, int64_t end) {
     C *gamma = row.more(), *tile = gamma + width * of_gamma;
@@ -330,7 +305,7 @@ void hadamard_weight_as(const HadamardWeight& p, Runtime& rt) {
         for (int64_t k = 0; k < columns; ++k)
           gamma[k * of_gamma + i] = gam[i * d + k0 + k] * C(p.s[k0 + k]);
       for (int64_t k = 0; k < columns; ++k) {
-        const int64_t m = (p.sizes.first_column + k0 + k) / n;
+        const int64_t m = (k0 + k) / n;
         for (int64_t j = 0; j < p.sizes.r; ++j)
           for (int64_t i = 0; i < n; i += L) {
             const V g = load<V>(gamma + k * of_gamma + i);
@@ -342,7 +317,7 @@ void hadamard_weight_as(const HadamardWeight& p, Runtime& rt) {
           for (int64_t o = 0; o < D; o += L)
             put((k0 + k) * D + o, load<V>(row.v + row.place(o)) * load<V>(row.row + o), D - o);
         } else {
-          __builtin_memcpy(tile + k * step, row.v, size_t(row.N + L) * sizeof(C));
+          __builtin_memcpy(tile + k * step, row.v, size_t(row.N) * sizeof(C));
         }
       }
       for (int64_t o = 0; o < D && !p.transposed; o += L)
@@ -362,46 +337,38 @@ void hadamard_weight_as(const HadamardWeight& p, Runtime& rt) {
 template <class S>
 void hadamard_gamma_as(const HadamardGamma& p, Runtime& rt) {
   using C = ComputeOf<S>;
-  using V = Vec<C>;
-  constexpr int L = kVectorBytes / int(sizeof(C));
   const C* gam = static_cast<const C*>(p.gam);
-  S* out = static_cast<S*>(p.out);
+  ClassOf<S>* out = static_cast<ClassOf<S>*>(p.out);
   const int64_t n = p.sizes.n, d = p.sizes.d;
   rt.set_single(n * d < kHadamardOneThread);
-  C* s = static_cast<C*>(rt.scratch(size_t(d) * sizeof(C)));
-  for (int64_t k = 0; k < d; ++k) s[k] = C(p.scale) * C(p.s[k]);
   rt.split(n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      for (int64_t k = 0; k < d; k += L) {
-        const int64_t at = i * d + k;
-        store_some(out + at, load_some<V>(gam + at, d - k) * load_some<V>(s + k, d - k), d - k);
-      }
+      for (int64_t k = 0; k < d; ++k) narrow(gam[i * d + k] * C(p.s[k]), out + i * d + k);
   });
 }
 
 template <class S>
 void hadamard_diagonals_as(const HadamardDiagonals& p, Runtime& rt) {
   using C = ComputeOf<S>;
-  const HadamardSizes& s = p.sizes;
-  const int64_t n = s.n, d = s.d, K = s.K();
-  const S* P = static_cast<const S*>(p.P);
-  const C* sums = static_cast<const C*>(p.sums);
+  const int64_t n = p.sizes.n, d = p.sizes.d, K = p.sizes.K();
+  const ClassOf<S>* P = static_cast<const ClassOf<S>*>(p.P);
+  const C *sums = static_cast<const C*>(p.sums), scale = C(p.scale);
   C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
   rt.set_single(n * d < kHadamardOneThread);
   rt.split(n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      for (int64_t k = 0; k < d;) {  // class by class
-        const int64_t m = (s.first_column + k) / n, place = s.first_column + k - m * n;
-        const int64_t stop = k + n - place < d ? k + n - place : d;
-        const S* from = P + ((m - s.first_class()) * n + i) * n + place - k;
-        for (; k < stop; ++k) dgam[i * d + k] = C(p.dgam_scale) * C(p.s[k]) * C(widen(from[k]));
+      for (int64_t m = 0; m < p.sizes.classes(); ++m) {
+        const int64_t first = m * n, count = d - first < n ? d - first : n;
+        const ClassOf<S>* from = P + (first + i) * n;
+        C* to = dgam + i * d + first;
+        for (int64_t k = 0; k < count; ++k) to[k] = scale * C(p.s[first + k]) * C(widen(from[k]));
       }
   });
   rt.split(K, 1024, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) dlam[c] = 0;
     for (int64_t slot = 0; slot < p.slots; ++slot)
       for (int64_t c = begin; c < end; ++c) dlam[c] += sums[slot * K + c];
-    for (int64_t c = begin; c < end; ++c) dlam[c] *= C(p.dlam_scale) * C(p.col[c]);
+    for (int64_t c = begin; c < end; ++c) dlam[c] *= scale * C(p.col[c]);
   });
 }
 

@@ -1,7 +1,6 @@
 // The table of one instruction set's kernels; dispatch.cpp chooses among these tables. isa_*.cpp
 // are compiled with the flags of their set: ISA_FLAGS in setup.py, ISAS in CMakeLists.txt.
 #pragma once
-#include "delta_weight.h"
 #include "dense.h"
 #include "dispatch.h"
 #include "fill_planes.h"
@@ -14,7 +13,8 @@ namespace randlora::RANDLORA_ISA {
 const Kernels& kernels() {
 #define RANDLORA_FUNCTION(name, Operator) name,
   static constexpr Kernels table = {RANDLORA_TEXT(RANDLORA_ISA),
-                                    RANDLORA_OPERATORS(RANDLORA_FUNCTION) hadamard_add};
+                                    RANDLORA_OPERATORS(RANDLORA_FUNCTION) hadamard_add,
+                                    pack_dense};
 #undef RANDLORA_FUNCTION
   return table;
 }

@@ -37,7 +37,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("load_cuda", &randlora::load_cuda, py::arg("path"), py::arg("serve_cpu_tensors") = false,
         "Loads the CUDA kernels. Raises RuntimeError with the reason where that cannot be.");
   m.def("cuda_build", &randlora::cuda_build, "Compiler and architectures; empty: not loaded.");
-  m.def("products", &randlora::products, "How many GEMMs the operators have asked torch for.");
+  m.def("products", &randlora::products, "How many GEMMs the operators have started on cards.");
+  m.def(
+      "hadamard_fits",
+      [](int64_t D, int64_t d, int64_t r, int64_t n, bool wide, int card) {
+        const auto dtype = wide ? randlora::DType::f64 : randlora::DType::f32;
+        return randlora::hadamard_fits({D, d, r, n}, dtype, card);
+      },
+      py::arg("D"), py::arg("d"), py::arg("r"), py::arg("n"), py::arg("wide"), py::arg("card"),
+      "Whether the CUDA kernels serve Hadamard bases of these sizes; elsewhere plain torch does.");
   m.def("philox4x32_10", [](Words4 counter, Words2 key) {
     const auto out =
         randlora::philox4x32_10({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);

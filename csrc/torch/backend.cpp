@@ -2,9 +2,11 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <mutex>
 #include <stdexcept>
 
 namespace randlora {
@@ -58,15 +60,40 @@ bool tf32_requested() {
   return value && std::string(value) == "1";
 }
 
-// All matrices, or matrix i alone.
-Tensor view(const MatrixBatch& m, const Tensor& like, DType dtype, std::optional<int64_t> i = {}) {
+// The matrices of `m` as a tensor; as a matrix, if there is one.
+Tensor view(const MatrixBatch& m, const Tensor& like, DType dtype) {
   const int64_t sizes[3] = {m.count, m.rows, m.cols}, strides[3] = {m.next, m.row, m.col};
-  const size_t skip = i ? 1 : 0;
-  char* data = static_cast<char*>(const_cast<void*>(m.data));
-  return torch::stable::from_blob(data + i.value_or(0) * m.next * bytes_of(dtype),
-                                  {sizes + skip, 3 - skip}, {strides + skip, 3 - skip},
-                                  like.device(), scalar_type(dtype));
+  const size_t skip = m.count == 1 ? 1 : 0;
+  return torch::stable::from_blob(const_cast<void*>(m.data), {sizes + skip, 3 - skip},
+                                  {strides + skip, 3 - skip}, like.device(), scalar_type(dtype));
 }
+
+// out = beta * out + alpha * left @ right by one call of torch's GEMM. The summand is the very
+// tensor `out`: torch would copy any other one to it.
+void multiply_once(const Products& torch_products, const MatrixBatch& out, const MatrixBatch& left,
+                   const MatrixBatch& right, double alpha, double beta, DType dtype,
+                   const Tensor& like) {
+  const Tensor to = view(out, like, dtype), a = view(left, like, dtype),
+               b = view(right, like, dtype);
+  TORCH_ERROR_CODE_CHECK((out.count == 1 ? torch_products.one : torch_products.batch)(
+      to.get(), to.get(), a.get(), b.get(), beta, alpha));
+}
+
+// How a product is cut for the CPU: into groups of matrices, or each matrix along its longer side.
+// By sizes alone, so that results do not depend on the number of threads.
+struct Cut {
+  int64_t groups, parts;
+
+  Cut(const MatrixBatch& out, int64_t depth) {
+    constexpr int64_t kLeast = int64_t{1} << 20, kMost = 64;  // multiply-adds of a slice; slices
+    const int64_t work = out.count * out.rows * out.cols * depth;
+    const int64_t slices = std::clamp<int64_t>(work / kLeast, 1, kMost);
+    groups = std::min(slices, out.count);
+    parts = std::min(slices / groups, (longer(out) + kLines - 1) / kLines);
+  }
+  static int64_t longer(const MatrixBatch& out) { return std::max(out.rows, out.cols); }
+  static constexpr int64_t kLines = 16;
+};
 
 // The CUDA version that the driver serves, such as 13000; 0 without a driver. Only asks: a process
 // that has started CUDA could not fork.
@@ -123,19 +150,50 @@ Operators::Operators(std::initializer_list<Operator> all) {
 
 void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
               double alpha, double beta, DType dtype, const Tensor& like) {
-  products_made.fetch_add(1, std::memory_order_relaxed);
-  // The summand is the very tensor `out`: torch would copy any other one to it.
-  // torch's batched 16-bit products on the CPU copy matrices that are not contiguous.
-  const bool each = out.count == 1 || (like.is_cpu() && bytes_of(dtype) == 2);
   const Products& torch_products = products_of(like.is_cpu());
-  for (int64_t i = 0; i < (each ? out.count : 1); ++i) {
-    const auto matrix = [&](const MatrixBatch& m) {
-      return each ? view(m, like, dtype, i) : view(m, like, dtype);
-    };
-    const Tensor to = matrix(out), a = matrix(left), b = matrix(right);
-    TORCH_ERROR_CODE_CHECK((each ? torch_products.one : torch_products.batch)(
-        to.get(), to.get(), a.get(), b.get(), beta, alpha));
+  if (!like.is_cpu()) {
+    products_made.fetch_add(1, std::memory_order_relaxed);
+    return multiply_once(torch_products, out, left, right, alpha, beta, dtype, like);
   }
+  if (out.count == 0 || out.rows == 0 || out.cols == 0) return;
+  const Cut cut(out, left.cols);
+  const bool by_row = out.rows >= out.cols;
+  std::exception_ptr failed;
+  std::mutex lock;
+  const auto slice = [&](int64_t s) {
+    const int64_t g = s / cut.parts, part = s % cut.parts, lines = Cut::longer(out);
+    const auto edge = [&](int64_t p) {
+      const int64_t steps = (lines + Cut::kLines - 1) / Cut::kLines;
+      return std::min(steps * p / cut.parts * Cut::kLines, lines);
+    };
+    const int64_t first = out.count * g / cut.groups, last = out.count * (g + 1) / cut.groups;
+    const int64_t begin = edge(part), end = edge(part + 1);
+    // torch's batched 16-bit products on the CPU copy matrices that are not contiguous.
+    const int64_t step = bytes_of(dtype) == 2 ? 1 : last - first;
+    for (int64_t i = first; i < last; i += step) {
+      MatrixBatch to = out.matrices(i, step, dtype), a = left.matrices(i, step, dtype),
+                  b = right.matrices(i, step, dtype);
+      if (by_row)
+        to = to.lines(begin, end, dtype), a = a.lines(begin, end, dtype);
+      else
+        to = to.transposed().lines(begin, end, dtype).transposed(),
+        b = b.transposed().lines(begin, end, dtype).transposed();
+      multiply_once(torch_products, to, a, b, alpha, beta, dtype, like);
+    }
+  };
+  TorchRuntime runtime;
+  const int64_t slices = cut.groups * cut.parts;
+  // At least two slots: in a parallel region, and only there, torch's GEMMs use one thread each.
+  runtime.each_slot(static_cast<int>(std::max<int64_t>(slices, 2)), [&](int64_t s) {
+    if (s >= slices) return;
+    try {
+      explained([&] { slice(s); });  // torch keeps its message for the thread that failed
+    } catch (...) {
+      const std::lock_guard<std::mutex> guard(lock);
+      failed = std::current_exception();
+    }
+  });
+  if (failed) std::rethrow_exception(failed);
 }
 
 void load_cuda(const std::string& path, bool serve_cpu_tensors) {
@@ -167,6 +225,14 @@ const CudaKernels& cuda_kernels() {
 
 bool runs_on_cuda(const Tensor& t) { return !t.is_cpu() || serves_cpu; }
 
+bool hadamard_fits(const HadamardSizes& sizes, DType dtype, int card) {
+  struct : Device {
+    void* scratch(size_t) override { return nullptr; }
+  } facts;
+  cuda_kernels().describe(card, facts);
+  return cuda_kernels().hadamard_fits(sizes, dtype, facts);
+}
+
 TorchDevice::TorchDevice(const Tensor& like) : like_(like) {
   const CudaKernels& kernels = cuda_kernels();
   const int index = like.is_cpu() ? 0 : like.get_device_index();
@@ -185,14 +251,6 @@ TorchDevice::TorchDevice(const Tensor& like) : like_(like) {
 void* TorchDevice::scratch(size_t bytes) {
   held_.push_back(allocate({static_cast<int64_t>(bytes)}, ScalarType::Byte, like_));
   return held_.back().mutable_data_ptr();
-}
-
-void TorchDevice::gemm(const Gemm& g) {
-  if (g.M == 0 || g.N == 0) return;
-  const MatrixBatch left{g.left, 1, g.M, g.K, 0, g.K, 1};
-  const MatrixBatch right = g.right_rows_are_k ? MatrixBatch{g.right, 1, g.K, g.N, 0, g.N, 1}
-                                               : MatrixBatch{g.right, 1, g.K, g.N, 0, 1, g.K};
-  multiply({g.out, 1, g.M, g.N, 0, g.N, 1}, left, right, 1, g.accumulate, g.dtype, like_);
 }
 
 #define RANDLORA_RUN(name, Operator)              \

@@ -31,13 +31,15 @@ struct Operators {
 const CudaKernels& cuda_kernels();
 bool runs_on_cuda(const Tensor& t);
 
-// Makes a tensor's device current while this object lives, and gives kernels its current stream,
-// torch's allocator and torch's matrix product.
+// Whether the rows of H fit into the shared memory of a card.
+bool hadamard_fits(const HadamardSizes& sizes, DType dtype, int card);
+
+// Makes a tensor's device current while this object lives, and gives kernels its current stream and
+// torch's allocator.
 class TorchDevice : public Device {
  public:
   explicit TorchDevice(const Tensor& like);
   void* scratch(size_t bytes) override;
-  void gemm(const Gemm& g) override;
 
  private:
   const Tensor& like_;
@@ -51,13 +53,24 @@ struct MatrixBatch {
   int64_t count, rows, cols, next, row, col;
 
   MatrixBatch transposed() const { return {data, count, cols, rows, next, col, row}; }
+  MatrixBatch matrices(int64_t first, int64_t number, DType dtype) const {
+    return {at(first * next, dtype), number, rows, cols, next, row, col};
+  }
+  MatrixBatch lines(int64_t begin, int64_t end, DType dtype) const {
+    return {at(begin * row, dtype), count, end - begin, cols, next, row, col};
+  }
+
+ private:
+  const void* at(int64_t element, DType dtype) const {
+    return static_cast<const char*>(data) + element * bytes_of(dtype);
+  }
 };
 
 // out = beta * out + alpha * left @ right by torch's GEMM, all in `dtype` on the device of `like`.
-// With beta = 0, out is not read.
+// With beta = 0, out is not read. On the CPU the result does not depend on the number of threads.
 void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
               double alpha, double beta, DType dtype, const Tensor& like);
-// How often `multiply` was called: a GEMM each on a card, which tests count.
+// How many GEMMs `multiply` has started on cards, which tests/gpu counts.
 int64_t products();
 
 // Runs operator `p` by the kernels for the device of `on`.

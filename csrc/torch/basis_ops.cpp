@@ -35,7 +35,7 @@ Tensor on_cpu(const Tensor& t) {
 void fill_planes_(Tensor planes, int64_t seed, int64_t role, int64_t row_start, int64_t col_start,
                   int64_t cols, int64_t threshold) {
   const int64_t rows = check_planes(planes, cols);
-  RANDLORA_CHECK(role >= 0 && role <= kRoleColumns && role != kRoleRounding,
+  RANDLORA_CHECK(role >= 0 && role <= kRoleColumns && role != 2,
                  "role must be 0 (A), 1 (B), or 3 to 5 (the signs of Hadamard bases), got ", role);
   RANDLORA_CHECK(row_start >= 0 && row_start <= kIndexLimit - rows, "row_start = ", row_start,
                  " with ", rows, " rows leaves the allowed range [0, 2^32)");
@@ -50,19 +50,18 @@ void fill_planes_(Tensor planes, int64_t seed, int64_t role, int64_t row_start, 
 }
 
 std::tuple<Tensor, Tensor> pack_dense_op(Tensor dense) {
-  RANDLORA_CHECK(dense.dim() == 2 && dense.numel() > 0,
-                 "dense must be (rows, cols) and not empty, got ", describe(dense));
+  RANDLORA_CHECK(dense.is_cpu() && dense.dim() == 2 && dense.numel() > 0,
+                 "dense must be (rows, cols) on the CPU and not empty, got ", describe(dense));
   const DType dtype = activation_dtype(dense, "dense");
   const Tensor x = as_contiguous(dense);
   const int64_t rows = x.size(0), cols = x.size(1), words = words_of(cols);
   Tensor planes = allocate({2, rows, words}, ScalarType::Long, x);
   Tensor value = torch::stable::empty({}, ScalarType::Double);
   auto* plus = static_cast<uint64_t*>(planes.mutable_data_ptr());
-  const Tensor there = allocate({sizeof(PackReport)}, ScalarType::Byte, x);
-  run(x, PackDense{x.const_data_ptr(), dtype, rows, cols, plus, plus + rows * words,
-                   static_cast<PackReport*>(there.mutable_data_ptr())});
-  const Tensor here = on_cpu(there);
-  const auto report = *static_cast<const PackReport*>(here.const_data_ptr());
+  PackReport report;
+  TorchRuntime runtime;
+  cpu_kernels().pack_dense(
+      {x.const_data_ptr(), dtype, rows, cols, plus, plus + rows * words, &report}, runtime);
   // If a is infinite and all else is right, we name element (0, 0).
   const int64_t count = rows * cols, bad = static_cast<int64_t>(report.bad) % count;
   RANDLORA_CHECK(

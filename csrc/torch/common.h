@@ -41,39 +41,21 @@ class TorchRuntime : public Runtime {
 // memory"), or rethrows `error` if it is ours.
 [[noreturn]] void throw_with_reason(const std::exception& error);
 
-// How TORCH_BOX passes an argument, and how a function gets its value. We take a str by its handle,
-// because torch before 2.14 leaks it in the conversion to std::string (pytorch#191340).
-template <class T>
-struct Argument {
-  using Boxed = T;
-  static T unbox(T value) { return value; }
-};
-template <>
-struct Argument<std::string> {
-  using Boxed = StringHandle;
-  static std::string unbox(StringHandle handle) {
-    size_t length;
-    const char* data;
-    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
-    std::string text(data, length);
-    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-    return text;
+template <class F>
+auto explained(const F& fn) {
+  try {
+    return fn();
+  } catch (const std::exception& error) {
+    throw_with_reason(error);
   }
-};
-
-// Wraps `function` for registration: if a call into torch fails, the wrapper throws torch's own
-// message.
+}
+// Wraps `function` for registration.
 template <auto function>
 struct Explained;
 template <class Result, class... Args, Result (*function)(Args...)>
 struct Explained<function> {
-  static Result call(typename Argument<Args>::Boxed... args) {
-    try {
-      return function(Argument<Args>::unbox(std::move(args))...);
-    } catch (const std::exception& error) {
-      throw_with_reason(error);
-    }
+  static Result call(Args... args) {
+    return explained([&] { return function(std::move(args)...); });
   }
   // g++ 12 does not compile `call` if its address is used only as a template argument.
   static constexpr auto address() { return &call; }
@@ -111,18 +93,5 @@ inline Tensor cast(const Tensor& t, ScalarType type) {
 // `t` contiguous in the type that `dtype` computes in.
 Tensor compute_copy(const Tensor& t, DType dtype);
 ScalarType compute_type(DType dtype);
-
-// The packed bases A (r, d) and B (D, K) of a layer, or of a slice of one; r and n are lam's, d is
-// gam's. Throws if anything disagrees.
-//   format "lists"   [a_offset, a_index, a_tables, b_row_offset, b_row_index, b_col_offset,
-//                     b_col_index]
-//   format "planes"  [a_offset, a_index, a_tables, b_planes]
-// a_tables are the support_tables of A, which CUDA kernels read; empty on the CPU.
-Basis basis_of(const std::vector<Tensor>& packed, const std::string& format, int64_t D,
-               const Tensor& lam, const Tensor& gam);
-// Throws if positions in the rows of B do not ascend; the CPU kernels that form dW rely on it.
-// Reads all of them: cheap next to forming dW, expensive next to a product of few tokens. basis_of
-// itself checks A, which has far fewer.
-void check_b_ascending(const Basis& b);
 
 }  // namespace randlora

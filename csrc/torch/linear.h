@@ -4,6 +4,8 @@
 
 namespace randlora {
 
+// Throws unless lam is (r, n) and gam (n, d), floating and on one device.
+void check_diagonals(const Tensor& lam, const Tensor& gam);
 // Throws unless the tensors are those of a layer (out, in) on the device of `lam`. Returns T.
 int64_t check_linear(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                      const Tensor& lam, int64_t in, int64_t out);
@@ -12,28 +14,12 @@ void check_weight(const Tensor& t, const char* name, int64_t out, int64_t in, co
 // Throws unless dy is like x with `out` features.
 void check_output_gradient(const Tensor& dy, const Tensor& x, int64_t out);
 
-// a @ b and F.linear; throw if the result has another dtype than the first argument.
-Tensor product(const Tensor& a, const Tensor& b);
-Tensor torch_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
+// What the adapter is added to: x W^T + bias, or dy W. Without a weight, uninitialised.
+Tensor base_output(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                   int64_t out);
+Tensor base_gradient(const Tensor& dy, const OptionalTensor& weight, const Tensor& x);
 
-// Uninitialised, shaped like x with `features` in the last dimension.
-Tensor like_output(const Tensor& x, int64_t features);
-
-// What decides dW (out, in).
-struct Adapter {
-  Basis basis;
-  const Tensor &lam, &gam;
-  double scale;
-  bool expand;  // d is the input side
-
-  int64_t in() const { return expand ? basis.d : basis.D; }
-  int64_t out() const { return expand ? basis.D : basis.d; }
-};
-// delta_weight.cpp: out (out, in) = dW, added to `base` (if given) before the single rounding to
-// the dtype of `out`.
-void form_delta(const Adapter& a, const OptionalTensor& base, std::optional<int64_t> rounding_seed,
-                Tensor& out);
-// (dlam, dgam) from the gradient of the result, in the types of lam and gam.
-std::tuple<Tensor, Tensor> contract_delta(const Adapter& a, const Tensor& grad);
+// dx, dlam and dgam; those that are not needed are absent.
+using Gradients = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor>;
 
 }  // namespace randlora

@@ -6,15 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ..basis import TernaryBasis
-from ..devices import serve
+from ..devices import what_computes
 from ..ops import functional
-from ..ops.path import explain
 from ..ranks import full_tensor, laid_out_like
 from .base_layer import is_plain_linear, matches
 from .merging import KeepsWeight
 from .state_dict import DIAGONALS, INPUT_SCALE
-
-_REPR_TOKENS = 512  # a printed layer shows its path for this many tokens
 
 
 class AdaptedLayer(KeepsWeight):
@@ -182,32 +179,22 @@ class AdaptedLayer(KeepsWeight):
 
     # ---- what a layer says of itself -----------------------------------------------------------
 
-    def describe(self, adapter: str, tokens: int) -> tuple[str, str]:
-        """(instruction set, basis and path for `tokens` rows of x), or ("", what runs and why)."""
-        weight, alone = self._base_weight(), len(self.active_adapters) == 1
-        basis, kind = self.basis_of(adapter, weight.device), weight.device.type
-        if kind != "meta" and not serve(kind):
-            why = f"there are no randlora_ext kernels for device type {kind!r}"
-            return "", f"plain torch on {basis.kind} bases: {why}"
-        alone = alone and type(self.get_base_layer()) is nn.Linear
-        dropped = self._dropped(adapter)
-        choice = explain(basis, tokens, weight.dtype, weight.device, alone, dropped)
-        told = f"r={basis.r} {basis.kind} {choice.path}"
-        if basis.kind == "dense":
-            told += " (basis='hadamard' costs about LoRA's)"
-        elif basis.kind != "hadamard":
-            # Drawn or loaded bases have about the density that was asked for.
-            counted = " (counted)" if basis.kind == "imported" else ""
-            told = f"r={basis.r} density {basis.density:.3g}{counted} {choice.path}"
-        return choice.isa.removesuffix(" kernels"), told
+    def describe(self, adapter: str) -> str:
+        """The adapter's basis, and what computes it."""
+        weight = self._base_weight()
+        basis = self.basis_of(adapter, weight.device)
+        by = what_computes(basis, weight.device, weight.dtype)
+        # Of drawn and loaded bases the density is the share of non-zeros that they have.
+        ternary = basis.kind in ("independent", "imported")
+        what = f"density {basis.density:.3g}" if ternary else basis.kind
+        hint = " (basis='hadamard' costs about LoRA's)" if basis.kind == "dense" else ""
+        return f"r={basis.r} {what} by {by}{hint}"
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_features}->{self.out_features}"]
         for name in self.randlora_lambda:
-            isa, told = self.describe(name, _REPR_TOKENS)
-            told = f"{told} at {_REPR_TOKENS} tokens" if isa else told.partition(":")[0]
             state = ", inactive" if name not in self.active_adapters else ""
             state = ", disabled" if self.disabled else state
             state = ", merged" if name in self.merged_adapters else state
-            parts.append(f"{name}: {told}{state}")
+            parts.append(f"{name}: {self.describe(name)}{state}")
         return "; ".join(parts)

@@ -1,1 +1,1 @@
-"""The operators as functions of tensors, their gradients, and the choice of a path."""
+"""The operators as functions of tensors, and their gradients."""

@@ -1,5 +1,5 @@
 """Dense bases, PEFT's default, in plain torch: the products are GEMMs of any A and B. A' =
-lambda * A * gamma (`scaled`) and `add_rounded` have our kernels.
+lambda * A * gamma (`scaled`) has our kernels.
 
 Forward keeps x, weight, lambda and gamma; backward computes everything else again. In float16,
 powers of two keep A', x A'^T and the gradient of A' in range: |lambda gamma A| may be up to about
@@ -14,8 +14,15 @@ from torch import Tensor
 
 from ..basis import TernaryBasis
 from ..reference import scaled_basis_reference
-from .path import PATHS
-from .registration import Operator, call_kernel, entry, fake, gradients, register_linear
+from .registration import (
+    Operator,
+    base_gradients,
+    call_kernel,
+    entry,
+    fake,
+    gradients,
+    linear_entry,
+)
 
 _ops = torch.ops.randlora
 
@@ -67,35 +74,27 @@ torch.library.impl("randlora::scaled_basis", "default", _plain_scaled_basis)
 torch.library.impl("randlora::scaled_basis_backward", "default", _plain_scaled_basis_backward)
 
 
-@fake
-def add_rounded(weight, delta, rounding_seed):
-    return torch.empty_like(weight, memory_format=torch.contiguous_format)
-
-
 def operands(
-    basis: TernaryBasis, device: torch.device, scaling: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, float, bool]:
+    basis: TernaryBasis, device: torch.device | str, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, bool, float]:
     """The operators' arguments that describe the bases."""
     A, B = basis.dense_a(device, dtype), basis.dense_b(device, dtype)
-    return A, B, float(scaling), basis.expand
+    return A, B, basis.expand, float(scaling)
 
 
 def delta(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float) -> Tensor:
-    """As `functional.delta_weight`; differentiable by torch."""
+    """As `functional.delta_weight`, for bases of any kind; differentiable by torch."""
     wide, kind = torch.promote_types(lam.dtype, torch.float32), lam.device.type
-    A, B, *_ = operands(basis, lam.device, scaling, wide)
+    A, B = basis.dense(lam.device, wide)
     with torch.autocast(kind if kind != "meta" else "cpu", enabled=False):
         product = (scaling * B) @ scaled(A, lam.to(wide), gam.to(wide))
     return (product if basis.expand else product.T).to(lam.dtype)
 
 
-def check_plain(x, weight, bias, lam, gam, r, d, D, expand, merged, dy=None) -> None:
+def check_plain(x, weight, bias, lam, gam, r, d, D, expand, dy=None) -> None:
     """Checks for plain torch what csrc/torch checks for the kernels; torch would broadcast."""
-    if weight is None and (bias is not None or merged):
-        what = "merge" if bias is None else "bias"
-        raise RuntimeError(
-            f"randlora: {what} was given without a weight; add it to the base output"
-        )
+    if weight is None and bias is not None:
+        raise RuntimeError("randlora: bias was given without a weight; add it to the base output")
     n = lam.shape[-1] if lam.dim() else 0
     ends = (d, D) if expand else (D, d)
     for name, t, shape in (
@@ -118,116 +117,142 @@ def check_plain(x, weight, bias, lam, gam, r, d, D, expand, merged, dy=None) -> 
 
 
 class _Products:
-    """The products of one call. A factor of A' or of its gradient is a power of two."""
+    """The products of one call, on x and dy as matrices (T, features)."""
 
-    def __init__(self, x, weight, bias, lam, gam, A, B, scale, expand, path, dy=None):
-        if path not in PATHS:
-            raise RuntimeError(f"randlora: path must be one of {PATHS}, got {path!r}")
-        sizes = len(A), A.shape[1], len(B)
-        check_plain(x, weight, bias, lam, gam, *sizes, expand, path == "merged", dy)
-        dtype = x.dtype
-        self.lam, self.gam, self.B, self.scale, self.expand = lam, gam, B, scale, expand
-        self.A, self.dtype = A.to(dtype), dtype
-        half = dtype == torch.float16
+    def __init__(self, x, weight, bias, lam, gam, A, B, expand, scale, dy=None):
+        (r, d), (D, K) = A.shape, B.shape
+        check_plain(x, weight, bias, lam, gam, r, d, D, expand, dy)
+        self.lam, self.gam, self.A, self.B = lam, gam, A.to(x.dtype), B
+        self.weight, self.scale, self.expand = weight, scale, expand
+        self.x = x.reshape(-1, x.shape[-1])
+        # W + dW, unless 16 bits would lose small changes.
+        self.merges = weight is not None and x.dtype.itemsize > 2
+        # dW is formed if that saves multiply-adds: large GEMMs take the time of 2 to 2.7 T for the
+        # 3 T that forming it counts. Below 256 tokens the overhead of more calls hides the saving.
+        factored = 3 * K / D + (2 if expand else 3) * K / d
+        T, saved = len(self.x), factored - (1 if self.merges else 3)
+        self.forms = T >= 256 and T * saved >= 2.5 * K
+        # Powers of two: of A', of x A'^T (a sum of d terms, of which small ones should not be
+        # subnormal, nor large ones infinite), and of the gradient of A'.
+        half = x.dtype == torch.float16
         self.factor = 2.0 ** round(math.log2(max(gam.shape))) if half else 1.0
-        # Of x A'^T, a sum of d terms: small ones should not be subnormal, nor large ones infinite.
-        self.inner = self.factor * 2.0 ** -math.ceil(math.log2(A.shape[1]) / 2) if half else 1.0
-        self.gradient = 2.0 ** -math.ceil(math.log2(len(B)) / 2) if half else 1.0
+        self.inner = self.factor * 2.0 ** -math.ceil(math.log2(d) / 2) if half else 1.0
+        self.gradient = 2.0 ** -math.ceil(math.log2(D) / 2) if half else 1.0
 
     def scaled(self) -> Tensor:
         """factor * A' (K, d)."""
         wide = self.lam.to(torch.promote_types(self.lam.dtype, torch.float32))
         return _ops.scaled_basis(self.A, wide * self.factor, self.gam)
 
-    def contract(self, P: Tensor) -> tuple[Tensor, Tensor]:
-        """(dlam, dgam) from gradient * P, the gradient of A' without the scale."""
-        op = _ops.scaled_basis_backward.default
-        dlam, dgam = op(P, self.A, self.lam, self.gam)
-        scale = self.scale / self.gradient
-        return dlam * scale, dgam * scale
-
-    def formed(self, base: Tensor | None) -> Tensor:
-        """base + dW, or dW: (out, in)."""
+    def formed(self) -> Tensor:
+        """W + dW if it merges, or dW: (out, in)."""
         left, right = self.B, self.scaled()
         if not self.expand:
             left, right = right.T, self.B.T
+        base = self.weight if self.merges else None
         return _product(left, right, self.scale / self.factor, base)
+
+    def up(self, small: Tensor, added: Tensor | None) -> Tensor:
+        """added + scale * small A'^T B^T"""
+        V = _product(small, self.scaled().T, self.inner / self.factor)
+        return _product(V, self.B.T, self.scale / self.inner, added)
+
+    def down(self, U: Tensor, added: Tensor | None) -> Tensor:
+        """added + scale * U A'"""
+        return _product(U, self.scaled(), self.scale / self.factor, added)
+
+    def output(self, bias: Tensor | None) -> Tensor:
+        if self.forms and self.merges:
+            return F.linear(self.x, self.formed(), bias)
+        y = None if self.weight is None else F.linear(self.x, self.weight, bias)
+        if self.forms:
+            return _product(self.x, self.formed().T, 1.0, y)
+        return self.up(self.x, y) if self.expand else self.down(self.x @ self.B, y)
+
+    def of_x(self, dy: Tensor, U: Tensor | None) -> Tensor:
+        """dx; U = dy B if that is known."""
+        if self.forms and self.merges:
+            return dy @ self.formed()
+        dx = None if self.weight is None else dy @ self.weight
+        if self.forms:
+            return _product(dy, self.formed(), 1.0, dx)
+        return self.up(dy, dx) if U is None else self.down(U, dx)
+
+    def of_diagonals(self, dy: Tensor, U: Tensor | None) -> tuple[Tensor, Tensor]:
+        """dlam and dgam from the gradient of A' (K, d): from U, or from dy^T x if that takes fewer
+        operations."""
+        small, large = (self.x, dy) if self.expand else (dy, self.x)
+        T, (D, K), d = len(small), self.B.shape, small.shape[1]
+        if self.forms and T * K * (D + d) > (T + K) * D * d:
+            P = self.B.T @ _product(large.T, small, self.gradient)
+        else:
+            P = _product((large @ self.B if U is None else U).T, small, self.gradient)
+        dlam, dgam = _ops.scaled_basis_backward(P, self.A, self.lam, self.gam)
+        scale = self.scale / self.gradient
+        return dlam * scale, dgam * scale
 
 
 def _product(left: Tensor, right: Tensor, alpha: float, added: Tensor | None = None) -> Tensor:
     """added + alpha * left @ right, rounded once."""
     if added is None:
-        added, beta = left.new_zeros(1, 1), 0
-    else:
-        beta = 1
-    return torch.addmm(added, left, right, beta=beta, alpha=alpha)
+        return torch.addmm(left.new_zeros(1, 1), left, right, beta=0, alpha=alpha)
+    return torch.addmm(added, left, right, alpha=alpha)
 
 
-def _dense_linear(x, weight, bias, lam, gam, A, B, scale, expand, path):
-    p = _Products(x, weight, bias, lam, gam, A, B, scale, expand, path)
-    flat = x.reshape(-1, x.shape[-1])
-    if path == "merged":
-        y = F.linear(flat, p.formed(weight), bias)
-    else:
-        y = None if weight is None else F.linear(flat, weight, bias)
-        if path == "delta":
-            y = _product(flat, p.formed(None).T, 1.0, y)
-        elif expand:
-            V = _product(flat, p.scaled().T, p.inner / p.factor)
-            y = _product(V, B.T, scale / p.inner, y)
-        else:
-            y = _product(flat @ B, p.scaled(), scale / p.factor, y)
+def _dense_linear(x, weight, bias, lam, gam, A, B, expand, scale):
+    y = _Products(x, weight, bias, lam, gam, A, B, expand, scale).output(bias)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
 def _dense_linear_backward(
-    dy, x, weight, lam, gam, A, B, scale, expand, path, need_x, need_diagonals
+    dy, x, weight, lam, gam, A, B, expand, scale, need_x, need_diagonals
 ):
-    p = _Products(x, weight, None, lam, gam, A, B, scale, expand, path, dy)
-    dx, dlam, dgam = x.new_empty(0), lam.new_empty(0), gam.new_empty(0)
-    flat, dflat = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    factored = path == "factored"
-    U = dflat @ B if expand and factored else None
-    if need_x:
-        if path == "merged":
-            dx = dflat @ p.formed(weight)
-        else:
-            dx = None if weight is None else dflat @ weight
-            if path == "delta":
-                dx = _product(dflat, p.formed(None), 1.0, dx)
-            elif expand:
-                dx = _product(U, p.scaled(), scale / p.factor, dx)
-            else:
-                V = _product(dflat, p.scaled().T, p.inner / p.factor)
-                dx = _product(V, B.T, scale / p.inner, dx)
-        dx = dx.view(x.shape)
-    if need_diagonals:
-        dlam, dgam = p.contract(_gradient_of_scaled(flat, dflat, U, p, factored))
-    return dx, dlam, dgam
+    p = _Products(x, weight, None, lam, gam, A, B, expand, scale, dy)
+    flat = dy.reshape(-1, dy.shape[-1])
+    U = flat @ B if expand and not p.forms else None
+    dx = p.of_x(flat, U).view(x.shape) if need_x else None
+    return dx, *(p.of_diagonals(flat, U) if need_diagonals else (None, None))
 
 
-def _gradient_of_scaled(x, dy, U, p: _Products, factored: bool) -> Tensor:
-    """gradient * P (K, d): from U, or from dy^T x if that takes fewer operations."""
-    small, large = (x, dy) if p.expand else (dy, x)
-    T, (D, K), d = len(x), p.B.shape, small.shape[1]
-    if not factored and T * K * (D + d) > (T + K) * D * d:
-        return _product(p.B.T, _product(large.T, small, p.gradient), 1.0)
-    U = large @ p.B if U is None else U
-    return _product(U.T, small, p.gradient)
-
-
-_BASES = "Tensor lam, Tensor gam, Tensor A, Tensor B, float scale, bool expand, str path"
+_BASIS = "Tensor lam, Tensor gam, Tensor A, Tensor B, bool expand, float scale"
 torch.library.define(
-    "randlora::dense_linear", f"(Tensor x, Tensor? weight, Tensor? bias, {_BASES}) -> Tensor"
+    "randlora::dense_linear", f"(Tensor x, Tensor? weight, Tensor? bias, {_BASIS}) -> Tensor"
 )
 torch.library.define(
     "randlora::dense_linear_backward",
-    f"(Tensor dy, Tensor x, Tensor? weight, {_BASES}, bool need_x, bool need_diagonals) -> "
-    "(Tensor, Tensor, Tensor)",
+    f"(Tensor dy, Tensor x, Tensor? weight, {_BASIS}, bool need_x, bool need_diagonals) -> "
+    "(Tensor?, Tensor?, Tensor?)",
 )
 torch.library.impl("randlora::dense_linear", "default", _dense_linear)
 torch.library.impl("randlora::dense_linear_backward", "default", _dense_linear_backward)
-linear = register_linear(
-    "dense_linear",
-    lambda gam, A, B, scale, expand, path: B.shape[0] if expand else A.shape[1],
-)
+
+
+class Linear(Operator):
+    @staticmethod
+    def forward(x, weight, bias, lam, gam, A, B, expand, scale):
+        op = _ops.dense_linear.default
+        return call_kernel(op, x, weight, bias, lam, gam, A, B, expand, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, lam, gam, *ctx.basis = inputs
+        ctx.save_for_backward(x, weight, lam, gam)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, lam, gam = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_lam, need_gam = ctx.needs_input_grad[:5]
+        dx, dlam, dgam = gradients(
+            _ops.dense_linear_backward.default, dy, x, weight, lam, gam, *ctx.basis, need_x,
+            need_lam or need_gam,
+        )  # fmt: skip
+        of_base = base_gradients(dy, x, need_weight, need_bias)
+        return dx, *of_base, dlam, dgam, *[None] * len(ctx.basis)
+
+
+@fake
+def dense_linear(x, weight, bias, lam, gam, A, B, expand, scale):
+    return x.new_empty((*x.shape[:-1], B.shape[0] if expand else A.shape[1]))
+
+
+linear = linear_entry("dense_linear", Linear)

@@ -22,32 +22,31 @@ _ops = torch.ops.randlora
 # ---- fake kernels: the shapes, dtypes and devices of results, for torch.compile ------------------
 
 
-def fake(function: Callable, name: str = "") -> Callable:
-    """Registers the fake kernel of the operator `name`, by default the one of the function's name.
+def fake(function: Callable) -> Callable:
+    """Registers the fake kernel of the operator that has the function's name.
 
     It repeats the check of csrc/torch/check.cpp that calls with a meta tensor never reach.
     """
-    name = name or function.__name__
-    names = [argument.name for argument in getattr(_ops, name).default._schema.arguments]
+    names = _argument_names(function.__name__)
 
     def checked(*args, **kwargs):
-        tensors = [
-            (argument, t)
-            for argument, value in (dict(zip(names, args, strict=False)) | kwargs).items()
-            for t in (value if isinstance(value, (list, tuple)) else [value])
-            if isinstance(t, Tensor)
-        ]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        tensors = [(name, t) for name, t in given.items() if isinstance(t, Tensor)]
         first, reference = tensors[0]
-        for argument, t in tensors[1:]:
+        for name, t in tensors[1:]:
             if t.device != reference.device:
                 raise RuntimeError(
-                    f"randlora: {argument} is on {t.device} but {first} on {reference.device}; "
+                    f"randlora: {name} is on {t.device} but {first} on {reference.device}; "
                     "they must be on one device"
                 )
         return function(*args, **kwargs)
 
-    torch.library.register_fake(f"randlora::{name}")(checked)
+    torch.library.register_fake(f"randlora::{function.__name__}")(checked)
     return function
+
+
+def _argument_names(operator: str) -> list[str]:
+    return [argument.name for argument in getattr(_ops, operator).default._schema.arguments]
 
 
 # ---- autocast ------------------------------------------------------------------------------------
@@ -58,15 +57,13 @@ def autocast_is_on(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def autocast(device_type: str, values: tuple) -> tuple:
-    """Casts floating tensors other than float64 to autocast's dtype; leaves all else as it is."""
+def autocast(device_type: str, *values: Tensor | None) -> list[Tensor | None]:
+    """Casts floating tensors other than float64 to autocast's dtype."""
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        v.to(dtype)
-        if isinstance(v, Tensor) and v.is_floating_point() and v.dtype is not torch.float64
-        else v
+    return [
+        v if v is None or v.dtype is torch.float64 or not v.is_floating_point() else v.to(dtype)
         for v in values
-    )
+    ]
 
 
 def _without_autocast(device_type: str, op, *inputs):
@@ -81,13 +78,17 @@ def _without_autocast(device_type: str, op, *inputs):
 def _register_autocast(name: str) -> None:
     """As torch has it for F.linear. torch.library.register_autocast would cast lambda and gamma as
     well, and always to one dtype."""
+    names = _argument_names(name)
+    places = [names.index(each) for each in ("x", "weight", "bias", "B") if each in names]
     forward = getattr(_ops, name).default
     backward = getattr(_ops, f"{name}_backward").default
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
-        def linear(x, weight, bias, lam, gam, *bases, device_type=device_type):
-            x, weight, bias, *bases = autocast(device_type, (x, weight, bias, *bases))  # a dense B
-            return _without_autocast(device_type, forward, x, weight, bias, lam, gam, *bases)
+        def linear(*inputs, device_type=device_type):
+            inputs = list(inputs)
+            for place in places:
+                inputs[place] = autocast(device_type, inputs[place])[0]
+            return _without_autocast(device_type, forward, *inputs)
 
         torch.library.impl(f"randlora::{name}", key, linear)
         # Keeps the dtypes of the forward.
@@ -99,8 +100,6 @@ def _register_autocast(name: str) -> None:
 
 
 def _element(value, dim, index: int):
-    if isinstance(value, (list, tuple)):
-        return [_element(v, d, index) for v, d in zip(value, dim, strict=True)]
     if dim is None:
         return value
     if value.shape[dim] == 0:  # an empty batch still needs the shapes of the results
@@ -110,22 +109,22 @@ def _element(value, dim, index: int):
 
 def _vmap(op, info, in_dims: tuple, *inputs) -> tuple:
     """The rule that torch.library.register_vmap asks for."""
-    results = [op(*_element(inputs, in_dims, i)) for i in range(max(info.batch_size, 1))]
+    results = [
+        op(*(_element(value, dim, i) for value, dim in zip(inputs, in_dims, strict=True)))
+        for i in range(max(info.batch_size, 1))
+    ]
 
     def stack(parts):
-        return torch.stack(parts)[: info.batch_size]
+        return None if parts[0] is None else torch.stack(parts)[: info.batch_size]
 
     if isinstance(results[0], Tensor):
         return stack(results), 0
-    return tuple(map(stack, zip(*results, strict=True))), (0,) * len(results[0])
-
-
-def _is_batched(dim) -> bool:
-    return any(map(_is_batched, dim)) if isinstance(dim, (list, tuple)) else dim is not None
+    stacked = tuple(map(stack, zip(*results, strict=True)))
+    return stacked, tuple(None if each is None else 0 for each in stacked)
 
 
 def _vmap_linear(op, info, in_dims: tuple, x: Tensor, *rest) -> tuple:
-    if any(_is_batched(dim) for dim in in_dims[1:]):
+    if any(dim is not None for dim in in_dims[1:]):
         return _vmap(op, info, in_dims, x, *rest)
     return op(x.movedim(in_dims[0], 0), *rest), 0  # more tokens
 
@@ -144,7 +143,11 @@ def call_kernel(op, *inputs):
 
 
 class Operator(Function):
-    """What the Functions of our operators share."""
+    """What the Functions of our operators share.
+
+    They keep the tensors of a basis as attributes of ctx: hooks of saved tensors, which move
+    activations to the CPU, would copy them in every layer.
+    """
 
     generate_vmap_rule = True
 
@@ -161,7 +164,7 @@ class _RefuseTwice(Operator):
 
     @staticmethod
     def forward(gradients, *inputs):
-        return tuple(g.view_as(g) for g in gradients)
+        return tuple(None if g is None else g.view_as(g) for g in gradients)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -179,6 +182,16 @@ def gradients(op, *inputs):
         tensors = [t for t in inputs if isinstance(t, Tensor)]
         return _RefuseTwice.apply(results, *tensors)
     return results
+
+
+def base_gradients(dy: Tensor, x: Tensor, need_weight: bool, need_bias: bool):
+    """Of weight and bias, which may train beside the adapter (PEFT's bias="all", say)."""
+    if not need_weight and not need_bias:
+        return None, None
+    tokens = math.prod(dy.shape[:-1])  # vmap over nothing could not tell what -1 is
+    flat = dy.reshape(tokens, dy.shape[-1])
+    weight = flat.T @ x.reshape(tokens, x.shape[-1]) if need_weight else None
+    return weight, flat.sum(0) if need_bias else None
 
 
 def entry(name: str, function: type[Function], vmap_rule: Callable = _vmap) -> Callable:
@@ -209,69 +222,19 @@ def entry(name: str, function: type[Function], vmap_rule: Callable = _vmap) -> C
     return call
 
 
-# ---- the operators of a linear layer -------------------------------------------------------------
-
-
-def register_linear(name: str, features: Callable[..., int]) -> Callable:
-    """Registers the operator of a linear layer, whatever its bases; returns what eager code calls.
-
-        ``NAME(x, weight, bias, lam, gam, *bases) -> y``
-        ``NAME_backward(dy, x, weight, lam, gam, *bases, need_x, need_diagonals) -> dx, dlam, dgam``
-
-    `bases` are constants. A gradient that is not needed comes back empty.
-
-    Args:
-        features: out_features of ``(gam, *bases)``.
-    """
-    forward_op = getattr(_ops, name).default
-    backward_op = getattr(_ops, f"{name}_backward").default
-
-    def fake_forward(x, weight, bias, lam, gam, *bases):
-        return x.new_empty((*x.shape[:-1], features(gam, *bases)))
+def linear_entry(name: str, function: type[Function]) -> Callable:
+    """As `entry`, of a linear layer: ``(x, weight, bias, lam, gam, ...) -> y``, and its backward
+    ``(dy, x, weight, lam, gam, ..., need_x, need_diagonals) -> (dx, dlam, dgam)``, each None if it
+    is not needed."""
 
     def fake_backward(dy, x, weight, lam, gam, *rest):
         *_, need_x, need_diagonals = rest
-        return (
-            x.new_empty(x.shape if need_x else (0,)),
-            lam.new_empty(lam.shape if need_diagonals else (0,)),
-            gam.new_empty(gam.shape if need_diagonals else (0,)),
-        )
+        dx, of_diagonals = x.new_empty(x.shape) if need_x else None, (None, None)
+        if need_diagonals:
+            of_diagonals = lam.new_empty(lam.shape), gam.new_empty(gam.shape)
+        return dx, *of_diagonals
 
-    class Linear(Operator):
-        @staticmethod
-        def forward(x, weight, bias, lam, gam, *bases):
-            return call_kernel(forward_op, x, weight, bias, lam, gam, *bases)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            x, weight, _, lam, gam, *ctx.bases = inputs
-            ctx.save_for_backward(x, weight, lam, gam)
-
-        @staticmethod
-        def backward(ctx, dy):
-            x, weight, lam, gam = ctx.saved_tensors
-            need_x, need_weight, need_bias, need_lam, need_gam = ctx.needs_input_grad[:5]
-            arguments = dy, x, weight, lam, gam, *ctx.bases, need_x, need_lam or need_gam
-            dx, dlam, dgam = gradients(backward_op, *arguments)
-            return (
-                dx if need_x else None,
-                *_base_gradients(dy, x, need_weight, need_bias),
-                dlam if need_lam else None,
-                dgam if need_gam else None,
-                *[None] * len(ctx.bases),
-            )
-
-    fake(fake_forward, name)
-    fake(fake_backward, f"{name}_backward")
+    fake_backward.__name__ = f"{name}_backward"
+    fake(fake_backward)
     _register_autocast(name)
-    return entry(name, Linear, _vmap_linear)
-
-
-def _base_gradients(dy, x, need_weight: bool, need_bias: bool):
-    """Of weight and bias, which may train beside the adapter (PEFT's bias="all", say)."""
-    if not need_weight and not need_bias:
-        return None, None
-    tokens = math.prod(dy.shape[:-1])  # vmap over nothing could not tell what -1 is
-    flat = dy.reshape(tokens, dy.shape[-1])
-    weight = flat.T @ x.reshape(tokens, x.shape[-1]) if need_weight else None
-    return weight, flat.sum(0) if need_bias else None
+    return entry(name, function, _vmap_linear)

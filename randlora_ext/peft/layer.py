@@ -159,36 +159,28 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def kernel_summary(model: nn.Module, tokens: int = 512) -> str:
-    """One line: how many layers run on our kernels, shapes, bases, instruction set and path.
+def kernel_summary(model: nn.Module) -> str:
+    """One line: the shapes and bases of RandLoRA layers, and what computes them.
 
-    Equal layers are counted together; others are named with the reason. "(counted)" marks the
-    share of non-zeros of bases that were drawn or loaded, which is near the density asked for.
+    Equal layers are counted together; those that stock PEFT computes are named with the reason.
 
     Args:
         model: a module that holds RandLoRA layers, of PEFT or `RandLoraLinear`.
-        tokens: rows of x for which the path is shown.
     """
     ours: Counter[str] = Counter()
-    others: Counter[str] = Counter()
-    isas = set()
+    stock = 0
     for layer in (m for m in model.modules() if isinstance(m, (RandLoraLayer, AdaptedLayer))):
         if not isinstance(layer, AdaptedLayer):
-            others[_STOCK] += 1
+            stock += 1
             continue
         for name in layer.active_adapters:
             if name in layer.randlora_lambda:
-                isa, told = layer.describe(name, tokens)
-                if isa:
-                    isas.add(isa)
-                    ours[f"{layer.in_features}->{layer.out_features} {told}"] += 1
-                else:
-                    others[f"by {told}"] += 1
-    parts = [f"{count} layers {what}" for what, count in others.items()]
+                shape = f"{layer.in_features}->{layer.out_features}"
+                ours[f"{shape} {layer.describe(name)}"] += 1
+    parts = [f"{stock} layers {_STOCK}"] if stock else []
     if ours:
         listed = ", ".join(f"{count}x {what}" for what, count in sorted(ours.items()))
-        kernels = f"{'/'.join(sorted(isas))} kernels at {tokens} tokens"
-        parts.insert(0, f"{ours.total()} RandLoRA layers on randlora_ext's {kernels}: {listed}")
+        parts.insert(0, f"{ours.total()} RandLoRA layers: {listed}")
     return "; ".join(parts) or "no RandLoRA layers"
 
 

@@ -1,0 +1,110 @@
+"""The operators on packed ternary bases, independent or imported (csrc/torch/independent.cpp), and
+those that make packed bases (basis_ops.cpp). They need our kernels."""
+
+import torch
+from torch import Tensor
+
+from .. import devices
+from ..basis import TernaryBasis
+from .registration import Operator, base_gradients, call_kernel, fake, gradients, linear_entry
+
+_ops = torch.ops.randlora
+
+
+def operands(basis: TernaryBasis, device: torch.device | str, scaling: float = 1.0) -> tuple:
+    """The operators' arguments that describe the bases, from `a_offset` to `scale`."""
+    a_offset, a_index, a_tables, *of_b = basis.packed(device)
+    tables = a_tables if a_tables.numel() else None  # CUDA's alone
+    planes: Tensor | None = None
+    lists: list[Tensor | None] = [None] * 4
+    if len(of_b) == 1:
+        (planes,) = of_b
+    else:
+        lists = of_b
+    scale = float(scaling * basis.scale)
+    return a_offset, a_index, tables, planes, *lists, basis.expand, scale
+
+
+class Linear(Operator):
+    @staticmethod
+    def forward(
+        x, weight, bias, lam, gam, a_offset, a_index, a_tables, b_planes, b_row_offset,
+        b_row_index, b_col_offset, b_col_index, expand, scale,
+    ):  # fmt: skip
+        return call_kernel(
+            _ops.independent_linear.default, x, weight, bias, lam, gam, a_offset, a_index, a_tables,
+            b_planes, b_row_offset, b_row_index, b_col_offset, b_col_index, expand, scale,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, lam, gam, *ctx.basis = inputs
+        ctx.save_for_backward(x, weight, lam, gam)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, lam, gam = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_lam, need_gam = ctx.needs_input_grad[:5]
+        dx, dlam, dgam = gradients(
+            _ops.independent_linear_backward.default, dy, x, weight, lam, gam, *ctx.basis, need_x,
+            need_lam or need_gam,
+        )  # fmt: skip
+        of_base = base_gradients(dy, x, need_weight, need_bias)
+        return dx, *of_base, dlam, dgam, *[None] * len(ctx.basis)
+
+
+@fake
+def independent_linear(
+    x, weight, bias, lam, gam, a_offset, a_index, a_tables, b_planes, b_row_offset, b_row_index,
+    b_col_offset, b_col_index, expand, scale,
+):  # fmt: skip
+    D = b_row_offset.shape[0] // 2 if b_planes is None else b_planes.shape[1]
+    return x.new_empty((*x.shape[:-1], D if expand else gam.shape[1]))
+
+
+linear = linear_entry("independent_linear", Linear)
+
+
+# ---- fake kernels of the operators that make bases, which have no gradient -----------------------
+
+
+@fake
+def fill_planes_(planes, seed, role, row_start, col_start, cols, threshold):
+    return None
+
+
+@fake
+def pack_dense(dense):
+    rows, cols = dense.shape
+    return (
+        dense.new_empty((2, rows, (cols + 63) // 64), dtype=torch.int64),
+        torch.empty((), dtype=torch.float64),  # the host reads it
+    )
+
+
+@fake
+def planes_to_lists(planes, cols, by_column, wide):
+    lines = cols if by_column else planes.shape[1]
+    entries = torch.library.get_ctx().new_dynamic_size()
+    return (
+        planes.new_empty((2 * lines + 1,), dtype=torch.int64),
+        planes.new_empty((entries,), dtype=torch.int32 if wide else torch.int16),
+    )
+
+
+@fake
+def planes_to_dense(planes, cols, value, dtype):
+    return planes.new_empty((planes.shape[1], cols), dtype=dtype)
+
+
+@fake
+def lists_to_dense(offset, index, cols, value, dtype):
+    return offset.new_empty((offset.shape[0] // 2, cols), dtype=dtype)
+
+
+@fake
+def support_tables(a_offset, a_index, d):
+    r, group = a_offset.shape[0] // 2, 32
+    entries = (a_index.shape[0] // group + r) * group
+    used = devices.cuda_serves(a_offset.device.type)
+    return a_offset.new_empty((entries + r * d if used else 0,), dtype=torch.int32)
