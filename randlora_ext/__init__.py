@@ -19,6 +19,7 @@ if importlib.util.find_spec("randlora_ext._C") is None:
 from ._C import build_info as _build_info
 from ._C import isa as _isa
 from .basis import TernaryBasis
+from .calibration import calibrate
 from .devices import CUDA_STATUS as _CUDA_STATUS
 from .nn.adapter_file import load_adapter, save_adapter
 from .nn.apply import apply_randlora, merge_and_unload, unload
@@ -39,6 +40,7 @@ __all__ = [
     "__version__",
     "apply_randlora",
     "build_info",
+    "calibrate",
     "delta_weight",
     "linear",
     "load_adapter",

@@ -33,8 +33,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         input_scale = scale / scale.square().mean().sqrt()
 
     From then on the adapter computes ``F.linear(x * input_scale, dW)``. This costs no parameter and
-    no time, because the vector is a factor of the bases' signs, and it belongs to the adapter: files
-    and state dicts hold it as ``randlora_input_scale``. Called again, it replaces the vectors.
+    no time, because the vector is a factor of the bases' signs, and it belongs to the adapter:
+    files and state dicts hold it as ``randlora_input_scale``. Called again, it replaces the vectors.
 
     Args:
         model: with adapters on Hadamard bases, by `apply_randlora` or PEFT. It runs in eval mode;
@@ -47,9 +47,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     If torch.distributed is initialized, all ranks must call, each with its own batches: sums over
     all ranks give all of them equal vectors.
 
-    Raises, and leaves every adapter as it was: ValueError if no active adapter is on Hadamard bases,
-    one has trained (its lambda is not zero) or is merged, no batch comes, or inputs hold NaN or
-    infinity. Warns of layers that see no token or only zeros, which stay as they are.
+    Raises, and leaves every adapter as it was: ValueError if no active adapter is on Hadamard
+    bases, one has trained (its lambda is not zero) or is merged, no batch comes, or inputs hold NaN
+    or infinity. Warns of layers that see no token or only zeros, which stay as they are.
 
     Source: ours. The same statistic serves quantization in AWQ and SmoothQuant; PEFT's EVA and
     CorDA measure activations to initialize LoRA.
@@ -69,7 +69,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     try:
         with _observed(model, sums) as mask_of:
             for batch in batches:
-                mask_of["batch"] = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                is_mapping = isinstance(batch, Mapping)
+                mask_of["batch"] = batch.get("attention_mask") if is_mapping else None
                 _call(model, batch)
                 count += 1
     except Exception as raised:  # the other ranks wait for this one's sums

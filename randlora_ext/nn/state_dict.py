@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .base_layer import is_conv1d
@@ -71,6 +72,8 @@ def _misfits(layer: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> It
         for diagonals in DIAGONALS
         for adapter, parameter in getattr(layer, diagonals).items()
     }
+    like = torch.empty(layer.in_features, device="meta")
+    own |= {f"{prefix}{INPUT_SCALE}.{adapter}": like for adapter in layer.randlora_lambda}
     of_merged = [f"{prefix}{diagonals}.{adapter}" for diagonals in DIAGONALS for adapter in merged]
     if any(key in state_dict for key in of_merged) or (
         merged and any(key.startswith(base_prefix) for key in state_dict)

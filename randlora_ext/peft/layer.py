@@ -35,7 +35,8 @@ class AcceleratedLinear(AdaptedLayer, Linear):
     randlora_A: PackedBufferDict
     randlora_B: PackedBufferDict
     bases: dict[str, tuple[tuple, TernaryBasis]]  # with what each was made of
-    other_param_names = (*Linear.other_param_names, "bases", "input_scales")  # PEFT deletes an adapter's entries
+    # Of these PEFT deletes an adapter's entries with it.
+    other_param_names = (*Linear.other_param_names, "bases", "input_scales")
     # Of all layers; `enable` sets them.
     float32_products = False
     keep_weight = "host"

@@ -170,7 +170,7 @@ def deltas(model):
 
 def runs_on_kernels(model):
     return all(
-        type(m) is AcceleratedLinear and m.describe(name, 1)[0]
+        type(m) is AcceleratedLinear and "plain" not in m.describe(name)
         for m in layers(model)
         for name in m.active_adapters
     )

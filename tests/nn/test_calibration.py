@@ -115,7 +115,7 @@ def test_what_a_batch_may_be(batch):
 
 
 def test_padding_is_left_out():
-    layer = randlora_ext.apply_randlora(Masked(), ["one"], r=5)
+    layer = randlora_ext.apply_randlora(Masked(), ["one"], r=5, basis="hadamard")
     x, mask = uneven(2, 7), torch.ones(2, 7, dtype=torch.long)
     mask[0, :4] = 0
     calibrate(layer, [{"x": x, "attention_mask": mask}])
@@ -161,14 +161,17 @@ def test_what_is_refused_and_changes_nothing(message, cases):
         with pytest.raises(ValueError, match=message):
             calibrate(model, batches)
         assert not any(getattr(m, "input_scales", {}) for m in model.modules())
-        assert not any(m._forward_pre_hooks for m in model.modules())
+        layers = [m for m in model.modules() if isinstance(m, RandLoraLinear)]
+        assert not any(layer._forward_pre_hooks for layer in layers)
 
 
 def test_layers_without_tokens_or_with_zeros_alone_stay_as_they_are():
-    model = net()
-    with pytest.warns(UserWarning, match="layer 'one' saw only zeros and stays as it was"):
-        calibrate(model, [torch.zeros(3, 24)])
-    assert not model.one.input_scales and model.two.input_scales
+    model = nn.Sequential(layer_of(basis="hadamard"), layer_of(40, 24, basis="hadamard"))
+    model[0].bias.data.zero_()
+    for batch, told in ((torch.zeros(3, 24), "only zeros"), (torch.zeros(0, 24), "no token")):
+        with pytest.warns(UserWarning, match=f"layer '0' saw {told} and stays as it was"):
+            calibrate(model, [batch])
+        assert not model[0].input_scales and not model[1].input_scales
 
 
 def test_most_features_are_zero():

@@ -10,7 +10,7 @@ from peft_helpers import accelerated, assert_close, config, opened, pair, peft, 
 from safetensors.torch import load_file
 from torch import nn
 
-from randlora_ext.peft.adapter_basis import BASIS_NAMES
+from randlora_ext.peft.bases import BASIS_NAMES
 
 
 class Stack(nn.Module):

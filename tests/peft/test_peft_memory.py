@@ -36,7 +36,7 @@ def step(model):
     model(torch.randn(3, IN)).square().sum().backward()
 
 
-KINDS = [{"sparse": True}, {"density": 0.1}, {"basis": "independent"}, {"basis": "hadamard"}]
+KINDS = [{"sparse": True}, {"very_sparse": True}, {"basis": "independent"}, {"basis": "hadamard"}]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

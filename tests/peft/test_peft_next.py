@@ -7,7 +7,7 @@ from peft_helpers import accelerated, edit_config, layers, made, opened, randomi
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from randlora_ext.peft.ternary_tensor import TernaryTensor
+from randlora_ext.peft.basis_tensor import BasisTensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:(Found missing|randlora_alpha)")
 
@@ -92,9 +92,9 @@ def test_files_with_bases_at_other_places(tmp_path, monkeypatch, places, low_cpu
         tensors |= {f"{place}.{name}": basis.clone() for name, basis in bases.items()}
     save_file(tensors, file)
     edit_config(tmp_path, projection_prng_key=9)
-    packed, of = [], TernaryTensor.of
+    packed, pack = [], BasisTensor.packed
     with monkeypatch.context() as patch:
-        patch.setattr(TernaryTensor, "of", lambda dense: packed.append(1) or of(dense))
+        patch.setattr(BasisTensor, "packed", lambda dense: packed.append(1) or pack(dense))
         loaded = opened(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert len(packed) == 4  # drawn from the key, and read: not once a layer
     assert torch.equal(loaded(x), model(x))
