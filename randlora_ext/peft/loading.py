@@ -13,7 +13,7 @@ from peft.utils import CONFIG_NAME
 from peft.utils.save_and_load import load_peft_weights
 
 from ..nn.linear import check_alpha
-from ..nn.state_dict import DIAGONALS, misfit
+from ..nn.state_dict import DIAGONALS, INPUT_SCALE, misfit
 from .bases import BASIS_NAMES
 from .config import other_bases, recorded_configuration, refuse_torn_save
 from .layer import layers_with
@@ -94,9 +94,11 @@ def _hotswap_errors(
     saves_bases = model.base_model.randlora_A.saved(adapter_name)
     if not (saves_bases and any(key.endswith(BASIS_NAMES) for key in saved)):
         errors += other_bases(vars(config), fields)
-    missing = [key for key in own if key not in saved and not key.endswith(BASIS_NAMES)]
+    # What a file may lack, or bring.
+    free = *BASIS_NAMES, INPUT_SCALE
+    missing = [key for key in own if key not in saved and not key.endswith(free)]
     # PEFT saves the base weights of a targeted lm_head, too.
-    passed = (key for key in saved if not key.endswith(BASIS_NAMES) and ".base_layer." not in key)
+    passed = (key for key in saved if not key.endswith(free) and ".base_layer." not in key)
     unexpected = [key for key in passed if key not in own]
     errors += [f"{key} is missing" for key in missing]
     errors += [f"{key} is not part of the adapter" for key in unexpected]

@@ -15,7 +15,7 @@ from ..basis.shape import check_r
 from ..nn.apply import check_is_called, check_not_nested, first
 from ..nn.base_layer import disable_nested_tensors, features, force_module_call, is_conv1d
 from ..nn.linear import DEFAULT_SCALING, RandLoraLinear
-from ..nn.state_dict import guard, misfit, refuse, unguard
+from ..nn.state_dict import INPUT_SCALE, guard, misfit, refuse, unguard
 from . import quantized
 from .bases import BASIS_NAMES, PackedBufferDict, drawn, generated, largest
 from .config import description_of
@@ -195,14 +195,22 @@ class AcceleratedRandLoraModel(RandLoraModel):
         )
 
     @classmethod
+    def _get_adapter_state_dict(cls, *args, adapter_name: str, state_dict: dict, **kwargs) -> dict:
+        # Newer PEFT takes parameters and buffers, and an input scale is neither.
+        kwargs |= {"adapter_name": adapter_name, "state_dict": state_dict}
+        found = super()._get_adapter_state_dict(*args, **kwargs)
+        end = f".{INPUT_SCALE}.{adapter_name}"
+        return found | {key: value for key, value in state_dict.items() if key.endswith(end)}
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict:
-        # Newer PEFT adds the adapter's name only to entries that the model would write itself; a
-        # file may hold bases elsewhere: also under every layer, or only there.
+        # Newer PEFT adds the adapter's name only to entries that the model would write itself. A
+        # file may hold bases elsewhere, also under every layer, and input scales that are new.
         remapped = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
         return {
-            f"{key}.{adapter_name}" if key.endswith(BASIS_NAMES) else key: value
+            f"{key}.{adapter_name}" if key.endswith((*BASIS_NAMES, INPUT_SCALE)) else key: value
             for key, value in remapped.items()
         }
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_model
 from torch import Tensor
 
 from ..basis import TernaryBasis
+from ..nn.state_dict import INPUT_SCALE
 from ..ranks import failing_together, full_tensor, is_dtensor
 from ..writing import SCRATCH, appear_together
 from .bases import BASIS_NAMES, largest
@@ -91,8 +92,9 @@ def export_to_peft(model: peft.PeftModel, folder: str | os.PathLike, merged: boo
             ``save_pretrained`` of the base model, or as model.safetensors if it has none. A copy
             is merged. 16-bit weights round the sum to 16 bits; ``model.float()`` first avoids it.
 
-    Raises TypeError if model is no PeftModel over RandLoRA layers, ValueError if Hadamard
-    bases belong to layers of different min(in, out), which it names.
+    Raises TypeError if model is no PeftModel over RandLoRA layers; ValueError if Hadamard bases
+    belong to layers of different min(in, out), or to a calibrated layer with more inputs than
+    outputs, which it names.
     """
     layers_with(model)
     if merged:
@@ -118,6 +120,7 @@ def _save_adapters(model: peft.PeftModel, folder: Path) -> None:
             path: (layer.in_features, layer.out_features)
             for path, layer in layers_with(model, name).items()
         }
+        _fold_scales(state, name, layers_with(model, name))
         A, B = (getattr(model.base_model, bases)[name] for bases in BASIS_NAMES)
         stock[name] = stock_config(config, isinstance(A, BasisTensor))
         for bases, dense in zip(BASIS_NAMES, dense_bases(config, A, B, layers), strict=True):
@@ -127,6 +130,25 @@ def _save_adapters(model: peft.PeftModel, folder: Path) -> None:
         model.save_pretrained(str(folder), state_dict=state)
     finally:
         model.peft_config.update(configs)
+
+
+def _fold_scales(state: dict[str, Tensor], name: str, layers: Mapping[str, Any]) -> None:
+    """Multiplies input scales into the gammas of `state`, and takes them out of it."""
+    for path, layer in layers.items():
+        scale = getattr(layer, "input_scales", {}).get(name)
+        if scale is None:
+            continue
+        if layer.in_features > layer.out_features:
+            raise ValueError(
+                f"layer {path!r} is calibrated and has more inputs ({layer.in_features}) than "
+                f"outputs ({layer.out_features}): its input scale belongs to B, which stock PEFT "
+                "shares among all layers; merge instead (export_to_peft(..., merged=True) or "
+                "`randlora merge`)"
+            )
+        key = f"base_model.model.{path}"
+        del state[f"{key}.{INPUT_SCALE}.{name}"]
+        gamma = f"{key}.randlora_gamma.{name}"
+        state[gamma] = state[gamma] * scale.to(state[gamma])
 
 
 def dense_bases(

@@ -1,0 +1,155 @@
+"""`calibrate` under PEFT: the vector goes wherever the adapter goes."""
+
+import copy
+
+import pytest
+import torch
+from peft_helpers import (
+    Deep,
+    accelerated,
+    adapted,
+    config,
+    layers,
+    made,
+    opened,
+    peft,
+    randomize,
+    relative,
+    t5,
+)
+from safetensors.torch import load_file
+from torch import nn
+
+import randlora_ext
+
+OPTIONS = {"basis": "hadamard", "projection_prng_key": 7}
+
+
+def uneven(seed=0):
+    x = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(seed))
+    return x * torch.where(torch.arange(24) < 2, 30.0, 1.0)
+
+
+def calibrated(seed=0, **options):
+    """A model with random diagonals, whose inputs are scaled."""
+    accelerated.enable()
+    model = peft.get_peft_model(
+        options.pop("base", Deep)(), config(5, accelerated.RandLoraConfig, **OPTIONS | options)
+    )
+    randlora_ext.calibrate(model, [uneven(seed)])
+    return randomize(model, seed, size=0.1)
+
+
+def scales(model, name="default"):
+    return [layer.input_scales.get(name) for layer in layers(model)]
+
+
+def test_every_door(tmp_path):
+    model, x = calibrated(), uneven(1)
+    want = model(x)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {k.rpartition(".")[2] for k in saved} == {
+        "randlora_lambda", "randlora_gamma", "randlora_input_scale"
+    }  # fmt: skip
+    bare = [made(seed=4, **OPTIONS) for _ in range(3)]
+    bare[0].load_adapter(tmp_path, "default")
+    accelerated.hotswap_adapter(bare[1], tmp_path)
+    bare[2].load_adapter(tmp_path, "two")
+    bare[2].set_adapter("two")
+    state = copy.deepcopy(model.state_dict())
+    doors = [opened(tmp_path), opened(tmp_path, low_cpu_mem_usage=True), *bare, copy.deepcopy(model)]
+    other = made(**OPTIONS)
+    other.load_state_dict(state)
+    again = made(**OPTIONS)
+    peft.set_peft_model_state_dict(again, peft.get_peft_model_state_dict(model))
+    for door in (*doors, other, again):
+        assert torch.equal(door(x), want)
+
+
+def test_a_file_without_a_vector_takes_it_away(tmp_path):
+    bare, x = made(**OPTIONS), uneven(1)
+    bare.save_pretrained(tmp_path)
+    for load in (
+        lambda model: model.load_adapter(tmp_path, "default"),
+        lambda model: accelerated.hotswap_adapter(model, tmp_path),
+    ):
+        model = calibrated()
+        load(model)
+        assert torch.equal(model(x), bare(x)) and scales(model) == [None] * 3
+
+
+def test_several_adapters_a_mixed_batch_and_deletion():
+    model, x = calibrated(), uneven(1)
+    with torch.no_grad():
+        model.add_adapter("two", config(5, accelerated.RandLoraConfig, **OPTIONS))
+        model.set_adapter("two")
+        with pytest.raises(ValueError, match="adapter 'two' .*has trained"):
+            randlora_ext.calibrate(randomize(model, 1, size=0.1), [uneven(2)])
+        model.set_adapter("default")
+        alone = model(x)
+        model.set_adapter("two")
+        both = [alone[:1], model(x)[1:]]
+        mixed = model.eval()(x, adapter_names=["default", "two"])
+    assert relative(mixed, torch.cat(both)) < 1e-6
+    assert scales(model, "two") == [None] * 3
+    model.delete_adapter("default")
+    assert scales(model) == [None] * 3
+
+
+def test_merging_and_what_comes_back():
+    model, x = calibrated(), uneven(1)
+    want, weight = model(x), layers(model)[0].base_layer.weight.clone()
+    model.merge_adapter()
+    assert relative(model(x), want) < 1e-5
+    model.unmerge_adapter()
+    assert torch.equal(layers(model)[0].base_layer.weight, weight)
+    with model.disable_adapter():
+        assert torch.equal(model(x), Deep()(x))
+    assert torch.equal(model(x), want)
+    assert relative(copy.deepcopy(model).merge_and_unload()(x), want) < 1e-5
+
+
+def test_stock_peft_opens_what_can_be_folded_into_gamma(tmp_path):
+    model, x = calibrated(targets="a"), uneven(1)
+    want = model(x)
+    accelerated.export_to_peft(model, tmp_path / "one")
+    wide = calibrated()
+    with pytest.raises(ValueError, match=r"layer 'b' is calibrated and has more inputs \(40\) than"):
+        accelerated.export_to_peft(wide, tmp_path / "two")
+    assert not (tmp_path / "two" / "adapter_config.json").exists()
+    accelerated.disable()
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        assert relative(opened(tmp_path / "one")(x), want) < 1e-5
+
+
+def test_a_language_model_with_padding_checkpointing_and_a_head():
+    base, adapt = t5()
+    accelerated.enable()
+    options = {"basis": "hadamard", "targets": adapt["targets"], "task_type": adapt["task_type"]}
+    model = peft.get_peft_model(base, config(4, accelerated.RandLoraConfig, **options))
+    model.gradient_checkpointing_enable()
+    tokens = torch.randint(1, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+    randlora_ext.calibrate(model, [batch])
+    assert all(s is not None and s.isfinite().all() for s in scales(model))
+    assert model.training and model(**batch).loss.isfinite()
+
+
+def test_a_conv1d_and_a_16_bit_base():
+    from transformers.pytorch_utils import Conv1D
+
+    for base in (lambda: nn.Sequential(Conv1D(40, 24)), lambda: nn.Sequential(nn.Linear(24, 40))):
+        for dtype in (torch.float32, torch.bfloat16):
+            model = adapted(base().to(dtype), "0", basis="hadamard")
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data.zero_() if parameter.shape[0] == 5 else None
+            randlora_ext.calibrate(model, [uneven().to(dtype)])
+            assert scales(model)[0].dtype == torch.float32
+            x = uneven(1).to(dtype)
+            delta = layers(randomize(model, size=0.1))[0].get_delta_weight("default")
+            W = layers(model)[0].base_layer.weight + delta
+            W = W.T if "Conv1D" in type(layers(model)[0].base_layer).__name__ else W
+            want = x.double() @ W.double().T + layers(model)[0].base_layer.bias.double()
+            assert relative(model(x), want) < (1e-5 if dtype == torch.float32 else 2e-2)
