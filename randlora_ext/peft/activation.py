@@ -36,7 +36,8 @@ from .bases import PackedBufferDict
 from .config import RandLoraConfig, refuse_torn_save
 from .layer import AcceleratedLinear, layers_with
 from .loading import check_load_over, warn_of_misfits
-from .model import STOCK_QUANTIZED, AcceleratedRandLoraModel, accelerate_layer, parallel_plans
+from .model import AcceleratedRandLoraModel, accelerate_layer, parallel_plans
+from .quantized import backend_of
 from .saving import save_together, write_card
 
 NEWEST_TRL = "1.16"  # as tests/peft/test_trl.py ran
@@ -103,7 +104,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     layers = [module for module in model.modules() if isinstance(module, RandLoraLayer)]
     if not layers:
         raise ValueError(f"model holds no RandLoRA layer of PEFT: {type(model).__qualname__}")
-    if any(layer.merged for layer in layers if type(layer).__module__ == STOCK_QUANTIZED):
+    stock = [layer for layer in layers if not isinstance(layer, AcceleratedLinear)]
+    if any(layer.merged and backend_of(layer.get_base_layer()) for layer in stock):
         raise ValueError(
             "model has quantized layers merged by stock PEFT; call unmerge_adapter() first"
         )

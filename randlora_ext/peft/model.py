@@ -6,7 +6,6 @@ from types import ModuleType
 from typing import Any
 
 import peft
-from peft.tuners.randlora.layer import Linear
 from peft.tuners.randlora.model import RandLoraModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import nn
@@ -21,8 +20,6 @@ from .adapter_basis import BASIS_NAMES, AdapterBasis, largest, make_bases
 from .bases import PackedBufferDict
 from .config import set_basis
 from .layer import AcceleratedLinear, adapter_per_row
-
-STOCK_QUANTIZED = "peft.tuners.randlora.bnb"
 
 
 class AcceleratedRandLoraModel(RandLoraModel):
@@ -41,12 +38,10 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     @staticmethod
     def _create_new_module(config, A, B, adapter_name, target, **kwargs) -> nn.Module:
-        if backend := quantized.backend_of(target):
-            return quantized.wrap(backend, config, A, B, adapter_name, target, **kwargs)
         kwargs |= {"loaded_in_8bit": False, "loaded_in_4bit": False}  # PEFT has a class for each
-        return accelerate_layer(
-            RandLoraModel._create_new_module(config, A, B, adapter_name, target, **kwargs)
-        )
+        refused = quantized.backend_of(target) and not isinstance(target, nn.Linear)
+        make = quantized.wrap if refused else RandLoraModel._create_new_module
+        return accelerate_layer(make(config, A, B, adapter_name, target, **kwargs))
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         if quantized.backend_of(new_module):  # unloading, where PEFT would set its weight
@@ -206,10 +201,11 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
 
 def accelerate_layer(layer: Any) -> Any:
-    """Gives a RandLoRA layer of PEFT its accelerated class, in place; others stay as they are."""
-    if type(layer) is Linear or type(layer).__module__ == STOCK_QUANTIZED:
-        on_bits = quantized.is_bitsandbytes(layer.get_base_layer())
-        layer.__class__ = quantized.BitsAndBytesLinear if on_bits else AcceleratedLinear
+    """Gives a RandLoRA layer of PEFT its accelerated class, in place; ours stay as they are."""
+    if not isinstance(layer, AcceleratedLinear):
+        backend = quantized.backend_of(layer.get_base_layer())
+        layer.__class__ = quantized.QuantizedLinear if backend else AcceleratedLinear
+        layer.quantization_backend = backend
         force_module_call(layer)
     return layer
 

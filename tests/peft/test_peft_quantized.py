@@ -26,7 +26,7 @@ from peft_helpers import (
 from torch import nn
 
 from randlora_ext.peft.layer import AcceleratedLinear
-from randlora_ext.peft.quantized import BitsAndBytesLinear
+from randlora_ext.peft.quantized import QuantizedLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of these packages
 
@@ -106,7 +106,7 @@ def rounded(layer, weight):
 )
 def test_forward_and_gradients_are_those_of_stock(bits, kind):
     stock, ours = quantized_pair(bits, **kind)
-    assert {type(layer) for layer in layers(ours)} == {BitsAndBytesLinear}
+    assert {type(layer) for layer in layers(ours)} == {QuantizedLinear}
     x, dy = torch.randn(5, 64), torch.randn(5, 64)
     assert_close(run(ours, x, dy), run(stock, x, dy), 1e-5)
 
@@ -257,7 +257,7 @@ def test_pickle_and_accelerate(tmp_path, bits):
     assert relative(torch.load(tmp_path / "model.pt", weights_only=False)(x), ours(x)) < 1e-6
     wanted = stock(x)
     accelerated.accelerate(stock)
-    assert type(layers(stock)[0]) is BitsAndBytesLinear
+    assert type(layers(stock)[0]) is QuantizedLinear
     assert relative(stock(x), wanted) < 1e-5
 
 
