@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
-from peft import PeftType, TaskType
+from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -22,7 +22,9 @@ from .adapter_basis import SPARSE, VERY_SPARSE, AdapterBasis, other_bases
 _FLAGS = (
     "save_projection", "sparse", "very_sparse", "fan_in_fan_out", "init_weights", "inference_mode"
 )  # fmt: skip
-_NEEDS = "; needs randlora_ext"  # after the task in files that stock PEFT cannot open
+# The type in files that stock PEFT cannot open: its error quotes a type that it does not know.
+NEEDS_OURS = "RANDLORA; needs randlora_ext: import randlora_ext.peft; randlora_ext.peft.enable()"
+PEFT_TYPES = (PeftType.RANDLORA.value, NEEDS_OURS)
 _BIASES = ("none", "all", "randlora_only")
 
 _METADATA = "randlora_ext"  # the entry of a safetensors header
@@ -47,9 +49,9 @@ class RandLoraConfig(peft.RandLoraConfig):
     If PEFT's own fields cannot describe the bases, ``projection_prng_key`` becomes a text that
     does, for example ``randlora_ext:independent-1:density=0.07:seed=42``. The text is complete: a
     configuration with this field alone has the same bases. Stock PEFT refuses the file: its
-    ``task_type`` also says what to type, and PEFT's error quotes that. A file that
-    brings bases of basis="peft" (``save_projection=True``) holds the number, so that stock PEFT
-    reads it. ``very_sparse`` with basis="independent" becomes a density when a model is made.
+    ``peft_type`` says what to type, and PEFT's error quotes that. A file that brings bases of
+    basis="peft" (``save_projection=True``) holds the number, so that stock PEFT reads it.
+    ``very_sparse`` with basis="independent" becomes a density when a model is made.
 
     Raises:
         TypeError, ValueError: a field is not allowed, or contradicts another.
@@ -67,10 +69,6 @@ class RandLoraConfig(peft.RandLoraConfig):
     def __post_init__(self) -> None:
         # A file may hold anything, and PEFT would fail on it halfway through changing a model.
         _check_types(self)
-        config: Any = self  # mypy cannot see the type of PEFT's field
-        if isinstance(config.task_type, str) and _NEEDS in config.task_type:
-            task = config.task_type.partition(_NEEDS)[0]
-            config.task_type = None if task == "none" else task
         check_r(self.r)
         check_alpha("randlora_alpha", self.randlora_alpha)
         set_basis(self, AdapterBasis.of(vars(self)))
@@ -120,9 +118,7 @@ class RandLoraConfig(peft.RandLoraConfig):
         values["density"] = self.density
         if self.save_projection:
             return values | {"projection_prng_key": basis.seed}
-        task = "none" if self.task_type is None else TaskType(self.task_type).value
-        how = "import randlora_ext.peft; randlora_ext.peft.enable()"
-        return values | {"basis": self.basis, "task_type": f"{task}{_NEEDS}: {how}"}
+        return values | {"basis": self.basis, "peft_type": NEEDS_OURS}
 
 
 RandLoraConfig.__init__ = names_unknown(RandLoraConfig.__init__)  # type: ignore[method-assign]
@@ -132,7 +128,7 @@ def _check_types(config: RandLoraConfig) -> None:
     """Raises TypeError or ValueError, naming the field, for a value that PEFT cannot use."""
 
     def check(name: str, allowed: str, *kinds: type, of: type = object) -> None:
-        value = getattr(config, name, None)  # older PEFT lacks peft_version
+        value = getattr(config, name)
         parts = value if isinstance(value, (list, tuple, set)) else ()
         # True is an int, but no index.
         is_bool = isinstance(value, bool) and bool not in kinds

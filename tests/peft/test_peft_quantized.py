@@ -301,7 +301,7 @@ def test_torchao():
     assert outcomes[0] == outcomes[1]  # whatever this version of torchao allows
 
 
-# ---- bases that are not nn.Linear ---------------------------------------------------------------------------
+# ---- bases that are not nn.Linear ----------------------------------------------------------------
 
 
 def hqq(linear):
