@@ -20,6 +20,7 @@ from .adapter_basis import BASIS_NAMES, AdapterBasis, largest, make_bases
 from .bases import PackedBufferDict
 from .config import set_basis
 from .layer import AcceleratedLinear, adapter_per_row
+from .saving import refuse_lora_files
 
 
 class AcceleratedRandLoraModel(RandLoraModel):
@@ -79,6 +80,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
             setattr(self, name, PackedBufferDict() if layer is None else getattr(layer, name))
         self._add_bases(config, adapter_name)
         guard(model)
+        refuse_lora_files(model)
 
     def _create_and_replace(
         self, randlora_config: peft.RandLoraConfig, adapter_name: str, *args, **kwargs

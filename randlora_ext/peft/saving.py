@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -170,6 +171,24 @@ def stock_config(config: peft.RandLoraConfig, packed: bool) -> peft.RandLoraConf
     # which would round the value, and sparse ones in float32.
     values["sparse"] = packed and not config.very_sparse
     return peft.RandLoraConfig(**values)
+
+
+def refuse_lora_files(model: Any) -> None:
+    """Has a model of diffusers refuse `save_lora_adapter` of RandLoRA, whose file nothing opens."""
+    if hasattr(model, "save_lora_adapter"):
+        model.save_lora_adapter = functools.partial(_save_lora_adapter, model)
+
+
+def _save_lora_adapter(
+    model: Any, save_directory, adapter_name: str = "default", *args, **kwargs
+) -> None:
+    if isinstance(model.peft_config.get(adapter_name), peft.RandLoraConfig):
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is RandLoRA, and nothing opens a file of "
+            "save_lora_adapter with it; save peft.get_peft_model_state_dict(model), or the nearest "
+            "LoRA by peft.save_as_lora(folder, model, rank=...)"
+        )
+    type(model).save_lora_adapter(model, save_directory, adapter_name, *args, **kwargs)
 
 
 # ---- model cards ---------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """randlora_ext.peft: a file over an adapter that is there (`load_adapter`, `hotswap_adapter`)."""
 
+import contextlib
 import copy
 import math
 import pickle
@@ -362,7 +363,7 @@ def test_adapters_of_peft_cannot_be_nested_in_ours():
         peft.get_peft_model(model, config(4, targets=["base_layer"], sparse=True))
     assert type(model[0].base_layer) is nn.Linear
     over = peft.get_peft_model(nn.Sequential(nn.Linear(24, 24)), config(4, targets=["0"]))
-    with pytest.raises(ValueError):
+    with contextlib.suppress(ValueError):  # of PEFT 0.21; PEFT 0.20 adds nothing
         over.add_adapter("two", config(4, targets=["base_layer"]))
     assert list(layers(over)[0].randlora_lambda) == ["default"] and len(layers(over)) == 1
     over.add_adapter("three", config(4, targets=["0", "base_layer"]))
