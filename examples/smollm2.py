@@ -125,11 +125,13 @@ print(f"opened again: largest difference of a logit {reloaded:.1e}")
 
 # %% What was learned: the singular values of each dW, and how many of them count
 ranks: dict[str, list[tuple[float, int]]] = {}
+LORA, kept, whole = 64, 0.0, 0.0  # the rank of the LoRA adapter below, and its share of |dW|^2
 plt.figure(figsize=(7, 4), layout="constrained")
 for path, layer in model.named_modules():
     if hasattr(layer, "get_delta_weight"):
         with torch.no_grad():
             values = torch.linalg.svdvals(layer.get_delta_weight("default").float()).cpu()
+        kept, whole = kept + values[:LORA].square().sum(), whole + values.square().sum()
         plt.semilogy(values / values[0], lw=1)
         found = ranks.setdefault(path.rpartition(".")[2], [])
         found.append((spelling.effective_rank(values), len(values)))
@@ -138,6 +140,7 @@ plt.savefig(out / "spectra.png", dpi=120)
 effective = {k: [statistics.fmean(each) for each in zip(*v, strict=True)] for k, v in ranks.items()}
 for name, (rank, full) in effective.items():
     print(f"{name}: effective rank of dW {rank:.0f} of {full:.0f}, mean over layers")
+print(f"a LoRA of rank {LORA} keeps {kept / whole:.2f} of |dW|^2")
 
 # %% Merge into a folder that any program opens, which knows nothing of randlora_ext
 shutil.rmtree(out / "merged", ignore_errors=True)
@@ -172,18 +175,19 @@ print(f"{results['seconds_per_step']:.2f} s a step, {results['total_seconds']:.0
 if not max(reloaded, merged) < 1e-3:
     sys.exit("error: the saved adapter or the merged model gives other logits")
 
-# %% Next: commands that open what was written
-generate = f"""
+# %% Next: a command that opens what was written, and makes a LoRA adapter of it for servers
+lora_rank = min(LORA, *(full for found in ranks.values() for _, full in found))
+program = f"""
 import peft, randlora_ext.peft, transformers
 randlora_ext.peft.enable()
 model = peft.AutoPeftModelForCausalLM.from_pretrained({json.dumps(str(adapter_folder))})
 tokenizer = transformers.AutoTokenizer.from_pretrained({json.dumps(str(base_folder))})
 tokens = tokenizer("f r i e n d ->", return_tensors="pt")
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=16)[0]))
+peft.save_as_lora({json.dumps(str(out / "lora"))}, model, rank={lora_rank})
 """
-lora = ["randlora", "convert", adapter_folder, out / "lora", "--to", "lora", "--energy", "0.9"]
 print("\nNext, text and a LoRA adapter for servers:")
-print(shlex.join(["python", "-c", generate]), shlex.join(map(str, lora)), sep="\n")
+print(shlex.join(["python", "-c", program]))
 
 # %% [markdown]
 # Servers that read the merged folder, other ways to serve, and many adapters in one batch are in

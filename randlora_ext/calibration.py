@@ -34,7 +34,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
 
     From then on the adapter computes ``F.linear(x * input_scale, dW)``. This costs no parameter and
     no time, because the vector is a factor of the bases' signs, and it belongs to the adapter:
-    files and state dicts hold it as ``randlora_input_scale``. Called again, it replaces the vectors.
+    files and state dicts hold it as ``randlora_input_scale``. Called again, it replaces the
+    vectors.
 
     Args:
         model: with adapters on Hadamard bases, by `apply_randlora` or PEFT. It runs in eval mode;

@@ -29,15 +29,11 @@ def one_thread(threads_restored):
 
 
 @pytest.fixture
-def stock_peft(monkeypatch):
+def stock_peft():
     """Starts from stock PEFT and leaves it behind, whatever the test enables."""
     pytest.importorskip("peft")
     from randlora_ext.peft import disable
 
-    # Older PEFT looks in torchao, for every layer of LoRA, for a name that is no longer there.
-    monkeypatch.setattr(
-        "peft.tuners.lora.torchao.is_torchao_available", lambda: False, raising=False
-    )
     disable()
     gc.freeze()  # enable() looks through all objects: now through the test's alone
     yield

@@ -1,7 +1,7 @@
 """What the commands of `randlora_cli` do: a module of that name, with a function of that name.
 
-`convert` and `merge` read an adapter without its model (adapter.py), and a model folder by the
-headers of its files or one tensor at a time (checkpoint.py).
+`merge` reads an adapter without its model (adapter.py), and a model folder by the headers of its
+files or one tensor at a time (checkpoint.py).
 """
 
 import sys

@@ -15,7 +15,7 @@ from ..basis import TernaryBasis
 from ..nn.adapter_file import SavedLayer, check_shapes, read_adapter_file
 from ..nn.merging import adapter_dtype
 from ..nn.state_dict import DIAGONALS
-from ..ops.functional import delta_weight, merged_weight
+from ..ops.functional import merged_weight
 from . import CliError, one_line, told_of
 from .checkpoint import Checkpoint, locate, read_json
 
@@ -37,10 +37,9 @@ class Adapter:
         plain: what a file of `save_adapter` says about each layer; None for a PEFT folder. Only a
             PEFT folder has the attributes below.
         config: the `RandLoraConfig`.
-        tensors: all but the bases, by PEFT's keys.
         bases: randlora_A (r, 1, d) and randlora_B (D, n, r) of the largest layers, if saved.
-        others: keys of what PEFT loads into the base model (modules_to_save, biases, base layers),
-            with the name there.
+        others: what PEFT loads into the base model (modules_to_save, biases, base layers), by the
+            name there.
         ignored: keys that PEFT would not load, since an adapted layer has no such parameter.
     """
 
@@ -48,9 +47,8 @@ class Adapter:
     diagonals: Mapping[str, tuple[Tensor, Tensor]]
     plain: Mapping[str, SavedLayer] | None = None
     config: Any = None
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
     bases: tuple[Tensor, Tensor] | None = None
-    others: Mapping[str, str] = field(default_factory=dict)
+    others: Mapping[str, Tensor] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
 
     def is_transposed(self, path: str) -> bool:
@@ -71,10 +69,11 @@ def read_adapter(source: Path) -> Adapter:
 
 def _read_folder(folder: Path) -> Adapter:
     from ..peft import RandLoraConfig, enable
+    from ..peft.config import PEFT_TYPES
 
     needed = "; an adapter has one, see PEFT's save_pretrained"
     settings, file = read_json(folder / CONFIG, needed), folder / WEIGHTS
-    if (kind := settings.get("peft_type")) != "RANDLORA":
+    if (kind := settings.get("peft_type")) not in PEFT_TYPES:
         raise CliError(f"{folder / CONFIG}: peft_type must be RANDLORA, got {kind!r}")
     enable()  # so that PEFT reads our fields
     # PEFT raises whatever the conversion of its fields raises.
@@ -104,18 +103,18 @@ def _read_folder(folder: Path) -> Adapter:
     if not diagonals:
         raise CliError(f"{file} holds no randlora_lambda: it is no RandLoRA adapter")
     others, ignored = {}, []
-    for key in tensors:
+    for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         layer = next((at for at in diagonals if name.startswith(f"{at}.")), "")
         inner = name.removeprefix(f"{layer}.")
         if not layer:
-            others[key] = name
+            others[name] = tensor
         elif inner.startswith("base_layer."):
-            others[key] = f"{layer}.{inner.removeprefix('base_layer.')}"
+            others[f"{layer}.{inner.removeprefix('base_layer.')}"] = tensor
         elif not name.endswith((LAMBDA, GAMMA)):
             ignored.append(key)
     bases = _saved_bases(file, saved, config.r, max(gam.shape[1] for _, gam in diagonals.values()))
-    return Adapter(folder, diagonals, None, config, tensors, bases, others, ignored)
+    return Adapter(folder, diagonals, None, config, bases, others, ignored)
 
 
 def _saved_bases(
@@ -148,7 +147,7 @@ class Shape(NamedTuple):
 
     in_features: int
     out_features: int
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype
 
 
 class Change(NamedTuple):
@@ -159,10 +158,6 @@ class Change(NamedTuple):
     gam: Tensor
     scaling: float
     transposed: bool  # the model stores the weight as (in, out), as Conv1D does
-
-    def delta(self) -> Tensor:
-        """dW (out, in)."""
-        return delta_weight(self.basis, self.lam, self.gam, self.scaling)
 
     def added_to(self, weight: Tensor, rounding_seed: int | None) -> Tensor:
         """W + dW in the dtype and layout of W."""

@@ -107,24 +107,6 @@ def _entries(file: Path) -> dict[str, Entry]:
     }
 
 
-def find_base(name: str | None) -> Checkpoint:
-    """The base model: a folder, or a name in the hub's cache. Nothing is downloaded."""
-    if not name:
-        raise CliError("the adapter names no base model; give its folder by --base")
-    if Path(name).is_dir():
-        return read_checkpoint(Path(name))
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(name, local_files_only=True)
-    except Exception as error:  # its own errors, and those of its check of names
-        raise CliError(
-            f"base model {name!r} is neither a folder nor in the hub's cache; give its folder by "
-            "--base"
-        ) from error
-    return read_checkpoint(Path(folder))
-
-
 def locate(paths: Iterable[str], checkpoint: Checkpoint) -> Callable[[str], str]:
     """Maps an adapter's names of tensors to the checkpoint's; `paths` are the adapter's layers.
 

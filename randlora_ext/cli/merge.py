@@ -33,7 +33,7 @@ def merge(model: Path, source: Path, out: Path, rounding_seed: int | None = None
     check_free(out)
     adapter, checkpoint = read_adapter(source), read_checkpoint(model)
     name_in = locate(adapter.diagonals, checkpoint)
-    replaced = {name_in(name): adapter.tensors[key] for key, name in adapter.others.items()}
+    replaced = {name_in(name): tensor for name, tensor in adapter.others.items()}
     changes = changes_of(adapter, shapes_in(adapter, checkpoint))
     path_of = {name_in(f"{path}.weight"): path for path in changes}
     for path, saved in (adapter.plain or {}).items():  # tied weights that the files hold twice

@@ -15,11 +15,11 @@ stock PEFT up to rounding. `accelerate` does the same to a model that exists alr
 import importlib
 import warnings
 
-OLDEST, NEWEST = "0.18", "0.21"  # as noxfile.py tests
+OLDEST, NEWEST = "0.20", "0.21"  # as noxfile.py tests
 
 
 def check_version() -> None:
-    """Raises ImportError, saying what to install, if PEFT is missing or older than 0.18.
+    """Raises ImportError, saying what to install, if PEFT is missing or too old.
 
     Warns if it is newer than what was tested.
     """
@@ -54,7 +54,6 @@ from .activation import accelerate, disable, enable  # noqa: E402
 from .config import RandLoraConfig  # noqa: E402
 from .layer import kernel_summary  # noqa: E402
 from .loading import hotswap_adapter  # noqa: E402
-from .lora import export_to_lora  # noqa: E402
 from .saving import export_to_peft  # noqa: E402
 
 __all__ = [
@@ -62,7 +61,6 @@ __all__ = [
     "accelerate",
     "disable",
     "enable",
-    "export_to_lora",
     "export_to_peft",
     "hotswap_adapter",
     "kernel_summary",

@@ -4,8 +4,7 @@ PEFT has tables for tuners and configurations and calls methods of both, but onl
 ``save_pretrained`` and ``load_adapter`` know the folder before tensors are written to it, or read
 from it over an existing adapter. These two, and ``from_pretrained``, are also where one rank of a
 model that transformers has sharded may fail alone. ``add_adapter`` is all that TRL calls to make a
-reference. ``push_to_hub`` writes the hub's empty card over PEFT's before it calls
-``_upload_modified_files``. transformers reads configurations by ``PeftConfig.from_pretrained``.
+reference. transformers reads configurations by ``PeftConfig.from_pretrained``.
 Models on other layers pass through, and so does ``from_pretrained`` for unsharded ones.
 """
 
@@ -15,7 +14,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -32,11 +30,12 @@ from ..nn.merging import check_keep_weight
 from ..nn.state_dict import DIAGONALS, guard
 from ..ranks import failing_together
 from .bases import BASIS_NAMES, PackedBufferDict
-from .config import RandLoraConfig, refuse_torn_save
+from .config import NEEDS_OURS, PEFT_TYPES, RandLoraConfig, refuse_torn_save
 from .layer import AcceleratedLinear, layers_with
 from .loading import check_load_over, warn_of_misfits
-from .model import STOCK_QUANTIZED, AcceleratedRandLoraModel, accelerate_layer, parallel_plans
-from .saving import save_together, write_card
+from .model import AcceleratedRandLoraModel, accelerate_layer, parallel_plans
+from .quantized import backend_of
+from .saving import save_together
 
 NEWEST_TRL = "1.16"  # as tests/peft/test_trl.py ran
 _patched: dict[tuple[type, str], tuple[Any, Any]] = {}  # (PEFT's, ours)
@@ -81,10 +80,11 @@ def disable() -> None:
     """Puts stock PEFT back for models made afterwards; those made in between keep our kernels."""
     _unpatch()
     _use(peft.RandLoraConfig, RandLoraModel)
+    PEFT_TYPE_TO_CONFIG_MAPPING.pop(NEEDS_OURS, None)
 
 
 def _use(config: type, tuner: type) -> None:
-    PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] = config
+    PEFT_TYPE_TO_CONFIG_MAPPING.update(dict.fromkeys(PEFT_TYPES, config))
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.RANDLORA] = tuner
 
 
@@ -102,7 +102,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     layers = [module for module in model.modules() if isinstance(module, RandLoraLayer)]
     if not layers:
         raise ValueError(f"model holds no RandLoRA layer of PEFT: {type(model).__qualname__}")
-    if any(layer.merged for layer in layers if type(layer).__module__ == STOCK_QUANTIZED):
+    stock = [layer for layer in layers if not isinstance(layer, AcceleratedLinear)]
+    if any(layer.merged and backend_of(layer.get_base_layer()) for layer in stock):
         raise ValueError(
             "model has quantized layers merged by stock PEFT; call unmerge_adapter() first"
         )
@@ -138,14 +139,13 @@ def _patch() -> None:
         (PeftModel, "save_pretrained", save_together),
         (PeftModel, "load_adapter", _load),
         (PeftModel, "add_adapter", _add),
-        (PeftModel, "_upload_modified_files", _upload),
         (PeftModel, "from_pretrained", _from_pretrained),
         (PeftConfigMixin, "from_pretrained", _read_config),
     ):
-        stock, key = owner.__dict__.get(name) or getattr(owner, name, None), (owner, name)
-        if key not in _patched and stock is not None:  # a private one may go
-            _patched[key] = stock, _wrapped(stock, around)
-            setattr(owner, name, _patched[key][1])
+        if (owner, name) not in _patched:
+            stock = owner.__dict__[name]
+            _patched[owner, name] = stock, _wrapped(stock, around)
+            setattr(owner, name, _patched[owner, name][1])
 
 
 def _wrapped(stock: Any, around: Callable) -> Any:
@@ -165,10 +165,7 @@ def _unpatch() -> None:
     """Puts PEFT's own back, unless somebody else has wrapped ours since."""
     for (owner, name), (stock, ours) in list(_patched.items()):
         if owner.__dict__.get(name) is ours:
-            if stock is getattr(super(owner, owner), name, None):  # was inherited
-                delattr(owner, name)
-            else:
-                setattr(owner, name, stock)
+            setattr(owner, name, stock)
             del _patched[owner, name]
 
 
@@ -212,12 +209,6 @@ def _add(stock: Callable, model: PeftModel, adapter_name, peft_config, *args, **
         for layer in layers_with(model, "ref").values():
             for diagonals in (getattr(layer, name) for name in DIAGONALS):
                 diagonals["ref"].copy_(diagonals["default"])
-
-
-def _upload(stock: Callable, model: PeftModel, working_dir, repo_id: str, *args, **kwargs):
-    model.create_or_update_model_card(str(working_dir))
-    write_card(Path(working_dir), repo_id, model)
-    return stock(model, working_dir, repo_id, *args, **kwargs)
 
 
 def _read_config(stock: Callable, cls, pretrained_model_name_or_path, subfolder=None, **kwargs):

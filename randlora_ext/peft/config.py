@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
-from peft import PeftType, TaskType
+from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -25,7 +25,9 @@ KINDS = ("peft", *SPECIFICATIONS)
 _FLAGS = (
     "save_projection", "sparse", "very_sparse", "fan_in_fan_out", "init_weights", "inference_mode"
 )  # fmt: skip
-_NEEDS = "; needs randlora_ext"  # after the task in files that stock PEFT cannot open
+# The type in files that stock PEFT cannot open: its error quotes a type that it does not know.
+NEEDS_OURS = "RANDLORA; needs randlora_ext: import randlora_ext.peft; randlora_ext.peft.enable()"
+PEFT_TYPES = (PeftType.RANDLORA.value, NEEDS_OURS)
 _SPARSE = "sparse", "very_sparse"
 _BIASES = ("none", "all", "randlora_only")
 
@@ -50,7 +52,7 @@ class RandLoraConfig(peft.RandLoraConfig):
     With "hadamard" and "independent", ``projection_prng_key`` becomes a text that describes the
     bases, for example ``randlora_ext:independent-1:density=0.07:seed=42``. The text is complete: a
     configuration with this field alone has the same bases. Stock PEFT refuses the file: its
-    ``task_type`` also says what to type, and PEFT's error quotes that.
+    ``peft_type`` says what to type, and PEFT's error quotes that.
 
     Raises:
         TypeError, ValueError: a field is not allowed, or contradicts another.
@@ -68,16 +70,13 @@ class RandLoraConfig(peft.RandLoraConfig):
     def __post_init__(self) -> None:
         # A file may hold anything, and PEFT would fail on it halfway through changing a model.
         _check_types(self)
-        config: Any = self  # mypy cannot see the type of PEFT's field
-        if isinstance(config.task_type, str) and _NEEDS in config.task_type:
-            task = config.task_type.partition(_NEEDS)[0]
-            config.task_type = None if task == "none" else task
         check_r(self.r)
         check_alpha("randlora_alpha", self.randlora_alpha)
         generated = description_of(vars(self))
         if generated is not None:
             self.basis, self.density = generated.kind, generated.density
-            config.projection_prng_key, self.save_projection = generated.key(), False
+            key: Any = generated.key()
+            self.projection_prng_key, self.save_projection = key, False
         with warnings.catch_warnings():
             if generated is not None:  # PEFT warns that bases may be lost
                 warnings.filterwarnings("ignore", message="Specified to not save")
@@ -116,9 +115,7 @@ class RandLoraConfig(peft.RandLoraConfig):
         values = super().to_dict()
         if self.basis == "peft":
             return {k: v for k, v in values.items() if k not in ("basis", "density")}
-        task = "none" if self.task_type is None else TaskType(self.task_type).value
-        how = "import randlora_ext.peft; randlora_ext.peft.enable()"
-        return values | {"task_type": f"{task}{_NEEDS}: {how}"}
+        return values | {"peft_type": NEEDS_OURS}
 
 
 RandLoraConfig.__init__ = names_unknown(RandLoraConfig.__init__)  # type: ignore[method-assign]
@@ -128,7 +125,7 @@ def _check_types(config: RandLoraConfig) -> None:
     """Raises TypeError or ValueError, naming the field, for a value that PEFT cannot use."""
 
     def check(name: str, allowed: str, *kinds: type, of: type = object) -> None:
-        value = getattr(config, name, None)  # older PEFT lacks peft_version
+        value = getattr(config, name)
         parts = value if isinstance(value, (list, tuple, set)) else ()
         # True is an int, but no index.
         is_bool = isinstance(value, bool) and bool not in kinds

@@ -8,14 +8,14 @@ from typing import Any
 
 import peft
 import torch
-from peft import PeftModel, PeftType
+from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from peft.utils.save_and_load import load_peft_weights
 
 from ..nn.linear import check_alpha
 from ..nn.state_dict import DIAGONALS, INPUT_SCALE, misfit
 from .bases import BASIS_NAMES
-from .config import other_bases, recorded_configuration, refuse_torn_save
+from .config import PEFT_TYPES, other_bases, recorded_configuration, refuse_torn_save
 from .layer import layers_with
 from .model import AcceleratedRandLoraModel
 
@@ -71,15 +71,10 @@ def hotswap_adapter(
 def _hotswap_errors(
     model: PeftModel, adapter_name: str, fields: dict, saved: dict[str, torch.Tensor]
 ) -> list[str]:
-    if fields["peft_type"] != PeftType.RANDLORA:
-        return [f"peft_type is {fields['peft_type']}, not {PeftType.RANDLORA.value}"]
-    # Before 0.20 PEFT also returns the tensors of the other adapters.
-    others = tuple(f".{name}" for name in model.peft_config if name != adapter_name)
-    state = {
-        k: v for k, v in model.state_dict().items() if not ("randlora_" in k and k.endswith(others))
-    }
+    if fields["peft_type"] not in PEFT_TYPES:
+        return [f"peft_type is {fields['peft_type']}, not {PEFT_TYPES[0]}"]
     own = peft.get_peft_model_state_dict(
-        model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False
+        model, adapter_name=adapter_name, save_embedding_layers=False
     )
     config = model.peft_config[adapter_name]
     errors = [

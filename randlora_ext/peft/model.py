@@ -6,7 +6,6 @@ from types import ModuleType
 from typing import Any
 
 import peft
-from peft.tuners.randlora.layer import Linear
 from peft.tuners.randlora.model import RandLoraModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import nn
@@ -20,8 +19,7 @@ from . import quantized
 from .bases import BASIS_NAMES, PackedBufferDict, drawn, generated, largest
 from .config import description_of
 from .layer import AcceleratedLinear, adapter_per_row
-
-STOCK_QUANTIZED = "peft.tuners.randlora.bnb"
+from .saving import refuse_lora_files
 
 
 class AcceleratedRandLoraModel(RandLoraModel):
@@ -40,12 +38,10 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     @staticmethod
     def _create_new_module(config, A, B, adapter_name, target, **kwargs) -> nn.Module:
-        if backend := quantized.backend_of(target):
-            return quantized.wrap(backend, config, A, B, adapter_name, target, **kwargs)
         kwargs |= {"loaded_in_8bit": False, "loaded_in_4bit": False}  # PEFT has a class for each
-        return accelerate_layer(
-            RandLoraModel._create_new_module(config, A, B, adapter_name, target, **kwargs)
-        )
+        refused = quantized.backend_of(target) and not isinstance(target, nn.Linear)
+        make = quantized.wrap if refused else RandLoraModel._create_new_module
+        return accelerate_layer(make(config, A, B, adapter_name, target, **kwargs))
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         if quantized.backend_of(new_module):  # unloading, where PEFT would set its weight
@@ -83,6 +79,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
             setattr(self, name, PackedBufferDict() if layer is None else getattr(layer, name))
         self._add_bases(config, adapter_name)
         guard(model)
+        refuse_lora_files(model)
 
     def _create_and_replace(
         self, randlora_config: peft.RandLoraConfig, adapter_name: str, *args, **kwargs
@@ -216,10 +213,11 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
 
 def accelerate_layer(layer: Any) -> Any:
-    """Gives a RandLoRA layer of PEFT its accelerated class, in place; others stay as they are."""
-    if type(layer) is Linear or type(layer).__module__ == STOCK_QUANTIZED:
-        on_bits = quantized.is_bitsandbytes(layer.get_base_layer())
-        layer.__class__ = quantized.BitsAndBytesLinear if on_bits else AcceleratedLinear
+    """Gives a RandLoRA layer of PEFT its accelerated class, in place; ours stay as they are."""
+    if not isinstance(layer, AcceleratedLinear):
+        backend = quantized.backend_of(layer.get_base_layer())
+        layer.__class__ = quantized.QuantizedLinear if backend else AcceleratedLinear
+        layer.quantization_backend = backend
         layer.bases, layer.input_scales = {}, {}
         force_module_call(layer)
     return layer

@@ -2,10 +2,10 @@
 
 import copy
 import dataclasses
+import functools
 import inspect
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -14,7 +14,8 @@ from typing import Any
 
 import peft
 import torch.nn.functional as F
-from huggingface_hub import ModelCard, ModelCardData
+import transformers
+from huggingface_hub import ModelCard
 from peft.utils import CONFIG_NAME
 from safetensors.torch import save_model
 from torch import Tensor
@@ -25,21 +26,10 @@ from ..ranks import failing_together, full_tensor, is_dtensor
 from ..writing import SCRATCH, appear_together
 from .bases import BASIS_NAMES, largest
 from .basis_tensor import BasisTensor
-from .config import description_of, record_configurations
+from .config import NEEDS_OURS, description_of, record_configurations
 from .layer import layers_with, refuse_sharded
 
 _BEGIN, _END = "<!-- opens with -->", "<!-- end of opens with -->"  # our part of a card
-_OURS = re.compile(f"{_BEGIN}.*?{_END}", re.DOTALL)
-# What the hub's template has at that place.
-_EMPTY = "Use the code below to get started with the model.\n\n[More Information Needed]"
-_AUTO = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 
 
 def save_together(stock: Callable, model: peft.PeftModel, save_directory, *args, **kwargs) -> None:
@@ -205,52 +195,25 @@ def stock_config(config: peft.RandLoraConfig, packed: bool) -> peft.RandLoraConf
     return peft.RandLoraConfig(**values)
 
 
-# ---- model cards: which package opens an adapter, and a snippet that does --------------------
+def refuse_lora_files(model: Any) -> None:
+    """Has a model of diffusers refuse `save_lora_adapter` of RandLoRA, whose file nothing opens."""
+    if hasattr(model, "save_lora_adapter"):
+        model.save_lora_adapter = functools.partial(_save_lora_adapter, model)
 
 
-def write_card(
-    folder: Path, name: str, model: peft.PeftModel | None = None, note: str = ""
+def _save_lora_adapter(
+    model: Any, save_directory, adapter_name: str = "default", *args, **kwargs
 ) -> None:
-    """Writes our part of README.md in `folder`, which holds saved adapters, and its metadata.
-
-    The card keeps what others have written; tags, base model and library are PEFT's.
-
-    Args:
-        name: what the snippet loads: the folder's name, or a repository.
-        model: what was saved; None knows only the configuration's ``task_type``.
-        note: another sentence.
-    """
-    configs = sorted(folder.rglob(CONFIG_NAME), key=lambda path: (len(path.parts), path))
-    if not configs:
-        return
-    fields = json.loads(configs[0].read_text())
-    subfolder = configs[0].parent.relative_to(folder).as_posix()
-    file = folder / "README.md"
-    card = ModelCard.load(file) if file.exists() else ModelCard.from_template(ModelCardData())
-    loads = _AUTO.get(fields.get("task_type") or "", ""), ""
-    if model is not None:
-        loads = _loader_of(model.get_base_model())
-    _write_metadata(card.data, fields, loads[0])
-    ours = _section(fields, name, "" if subfolder == "." else subfolder, *loads, note)
-    if _OURS.search(card.text):
-        card.text = _OURS.sub(lambda _: ours, card.text)
-    elif _EMPTY in card.text:
-        card.text = card.text.replace(_EMPTY, ours)
-    else:
-        card.text = f"{card.text.rstrip()}\n\n{ours}\n"
-    card.save(file)
+    if isinstance(model.peft_config.get(adapter_name), peft.RandLoraConfig):
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is RandLoRA, and nothing opens a file of "
+            "save_lora_adapter with it; save peft.get_peft_model_state_dict(model), or the nearest "
+            "LoRA by peft.save_as_lora(folder, model, rank=...)"
+        )
+    type(model).save_lora_adapter(model, save_directory, adapter_name, *args, **kwargs)
 
 
-def _loader_of(base: Any) -> tuple[str, str]:
-    """The class of transformers whose ``from_pretrained`` loads `base`, or "", and arguments."""
-    import transformers
-
-    name = type(base).__name__
-    if not isinstance(base, transformers.PreTrainedModel) or not hasattr(transformers, name):
-        return "", ""
-    # A base model's files do not know how many outputs a classifier has.
-    classifies = name.endswith("Classification")
-    return name, f", num_labels={base.config.num_labels}" if classifies else ""
+# ---- model cards ---------------------------------------------------------------------------------
 
 
 def copy_card(folder: str | os.PathLike, scratch: Path) -> None:
@@ -259,52 +222,45 @@ def copy_card(folder: str | os.PathLike, scratch: Path) -> None:
         shutil.copy(card, scratch)
 
 
-def _write_metadata(data: Any, fields: dict, loader: str) -> None:
-    tags = set(data.tags or [])
-    data.library_name = "peft"
-    if fields["peft_type"] == "LORA":
-        tags.add("lora")
-    if loader:
-        tags.add("transformers")
-    if path := fields.get("base_model_name_or_path"):
-        data.base_model = data.base_model or path
-        tags.add(f"base_model:adapter:{path}")
-    if fields.get("task_type") == "CAUSAL_LM":
-        data.pipeline_tag = data.pipeline_tag or "text-generation"
-    data.tags = sorted(tags)
+def write_card(folder: Path, name: str, model: peft.PeftModel) -> None:
+    """Begins PEFT's README.md in `folder` with the package that opens the adapter, and how.
 
+    Args:
+        folder: holds saved adapters; the snippet opens the first one.
+        name: what the snippet calls the folder.
+    """
+    file = folder / "README.md"
+    configs = sorted(folder.rglob(CONFIG_NAME), key=lambda path: (len(path.parts), path))
+    if not configs or not file.exists():
+        return
+    fields = json.loads(configs[0].read_text())
+    base, path = model.get_base_model(), fields["base_model_name_or_path"]
+    kind, at = type(base).__name__, configs[0].parent.relative_to(folder).as_posix()
+    loads, place = "...  # the model that the adapter was trained on", repr(name)
+    if path and hasattr(transformers, kind):
+        # A base model's files do not know how many outputs a classifier has.
+        labels = f", num_labels={base.config.num_labels}" if "Classification" in kind else ""
+        loads = f"transformers.{kind}.from_pretrained({path!r}{labels})"
+    if at != ".":
+        place += f", subfolder={at!r}"
+    told, ours = "Hugging Face PEFT opens this RandLoRA adapter:", ""
+    if fields["peft_type"] == NEEDS_OURS:
+        told = "Only `randlora-ext`, a package for Hugging Face PEFT, opens this RandLoRA adapter:"
+        ours = "import randlora_ext.peft\n\nrandlora_ext.peft.enable()\n"
+    text = f"""{_BEGIN}
+{told}
 
-def _section(
-    fields: dict, name: str, subfolder: str, loader: str, arguments: str, note: str
-) -> str:
-    needs_ours = isinstance(fields.get("projection_prng_key"), str)
-    if fields["peft_type"] == "LORA":
-        told = "This is a LoRA adapter of Hugging Face PEFT."
-    elif needs_ours:
-        told = (
-            "This is a RandLoRA adapter that holds its bases as a seed. Only `randlora-ext` opens "
-            "it, a package for Hugging Face PEFT."
-        )
-    else:
-        told = (
-            "This is a RandLoRA adapter of Hugging Face PEFT. With `randlora-ext` it runs on "
-            "compiled kernels: `import randlora_ext.peft` and `randlora_ext.peft.enable()` first."
-        )
-    lines = ["import peft"]
-    if needs_ours:
-        lines += ["import randlora_ext.peft"]
-    path = fields.get("base_model_name_or_path")
-    if loader and path:
-        load = [f"base = {loader}.from_pretrained({path!r}{arguments})"]
-        lines += [f"from transformers import {loader}"]
-    else:
-        load = ["base = ...  # the model that the adapter was trained on"]
-    lines += ["", *(["randlora_ext.peft.enable()"] if needs_ours else []), *load]
-    inside = f", subfolder={subfolder!r}" if subfolder else ""
-    lines += [f"model = peft.PeftModel.from_pretrained(base, {name!r}{inside})"]
-    packages = "randlora-ext[peft]" if needs_ours else "peft"
-    text = f"{told} {note}".strip()
-    return "\n".join(
-        [_BEGIN, text, "", "```bash", f'pip install "{packages}"', "```", "", "```python", *lines]
-        + ["```", _END]
-    )
+```python
+import peft
+import transformers
+{ours}
+base = {loads}
+model = peft.PeftModel.from_pretrained(base, {place})
+```
+{_END}
+"""
+    card = ModelCard.load(file)
+    before, _, rest = card.text.partition(_BEGIN)
+    others = (before + rest.partition(_END)[2]).strip("\n")
+    card.text = f"{text}\n{others}\n"
+    card.save(file)

@@ -13,14 +13,13 @@ import randlora_cli
 import randlora_ext
 from randlora_ext import diagnostics
 
-COMMANDS = ("check", "convert", "merge")
+COMMANDS = ("check", "merge")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--nonsense"], "unrecognized arguments: --nonsense (see randlora --help)"),
-        (["convert", "nowhere"], "the following arguments are required: OUT, --to"),
         (["merge"], "required: MODEL, ADAPTER, OUT (see randlora merge --help)"),
         (["merge", "a", "b", "c", "--rounding", "1"], "unrecognized"),  # nothing is abbreviated
     ],

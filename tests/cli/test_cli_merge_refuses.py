@@ -77,6 +77,11 @@ BROKEN = {
     "gamma's shape": (added(**{GAMMA: torch.zeros(3, 32)}), "(r, n) = (5, 7) and (n, d)"),
     "integers": (added(**{GAMMA: torch.zeros(7, 32, dtype=torch.int8)}), "floating point"),
     "not finite": (added(**{LAMBDA: torch.full((5, 7), torch.nan)}), "NaN or inf"),
+    "half a basis": (added("base_model.", randlora_A=torch.zeros(5, 1, 32)), "belong together"),
+    "small bases": (
+        added("base_model.", randlora_A=torch.zeros(5, 1, 9), randlora_B=torch.zeros(9, 2, 5)),
+        "is too small",
+    ),
     "lambda alone": (added(**{"x.randlora_lambda": torch.zeros(5, 7)}), "both lambda and gamma"),
     "unknown tensor": (added("", x=torch.zeros(1)), "must start with"),
     "a new head": (added(**{"score.weight": torch.zeros(2, 32)}), "merge by PEFT"),
@@ -114,16 +119,13 @@ def test_too_small_a_disk_is_told_before_anything_is_copied(whole, monkeypatch):
     assert "10 free" in refused("merge", whole / "model", whole / "adapter", whole / "out")
 
 
-@pytest.mark.parametrize(
-    "arguments", ["merge model adapter out", "convert adapter out --to peft --base model"]
-)
-def test_a_disk_that_is_full(whole, monkeypatch, arguments):
+def test_a_disk_that_is_full(whole, monkeypatch):
     """Writing more than 3,000 bytes fails, as on a full disk."""
     monkeypatch.chdir(whole)
     _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
     try:
-        line = refused(*arguments.split())
+        line = refused("merge", "model", "adapter", "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert line.startswith("error: out cannot be written: ") and "File too large" in line

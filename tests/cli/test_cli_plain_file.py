@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from cli_helpers import TARGETS, gpt2, llama, refused, run
-from peft_helpers import accelerated, opened, randomize, relative
+from peft_helpers import randomize, relative
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -87,36 +87,9 @@ def test_copies_of_tied_layers_are_merged(tmp_path):
 def test_hadamard_bases(sound, tmp_path):
     file, model = tmp_path / "a.safetensors", sound / "model"
     want = logits_of(adapted(llama(), TARGETS, file, basis="hadamard", density=None))
-    line = refused("convert", file, tmp_path / "peft", "--to", "peft")
-    assert "32 -> 16" in line and "merge instead" in line and not (tmp_path / "peft").exists()
     assert run("merge", model, file, tmp_path / "merged")[0] == 0
-    assert run("convert", file, tmp_path / "small", "--to", "compact")[0] == 0
-    assert run("convert", file, tmp_path / "lora", "--to", "lora", "--rank", 32)[0] == 0
-    accelerated.enable()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    for other in (merged, *(opened(tmp_path / name, llama) for name in ("small", "lora"))):
-        assert relative(logits_of(other), want) < 1e-5
-
-
-def test_conv1d_to_lora(tmp_path):
-    """Of layers with different options, and square ones whose weight is (in, out)."""
-    base = gpt2(tmp_path / "base", tie_word_embeddings=False)
-    apply_randlora(base, ["c_proj"], r=5)
-    want = logits_of(adapted(base, ["lm_head"], tmp_path / "a"))
-    convert = ("convert", tmp_path / "a", tmp_path / "lora", "--to", "lora", "--rank", 32)
-    assert run(*convert, "--base", tmp_path / "base")[0] == 0
-    plain = type(base).from_pretrained(tmp_path / "base")
-    with pytest.warns(UserWarning, match="fan_in_fan_out"):  # PEFT's, of lm_head
-        lora = opened(tmp_path / "lora", lambda: plain)
-    assert relative(logits_of(lora), want) < 1e-5
-
-
-def test_convert_to_a_folder_of_peft(saved, tmp_path):
-    want, file = saved
-    for to, switch in (("peft", accelerated.disable), ("compact", accelerated.enable)):
-        assert run("convert", file, tmp_path / to, "--to", to)[0] == 0
-        switch()
-        assert relative(logits_of(opened(tmp_path / to, llama)), want) < 1e-5
+    assert relative(logits_of(merged), want) < 1e-5
 
 
 def test_what_does_not_fit_is_told(saved, tmp_path):
@@ -125,10 +98,5 @@ def test_what_does_not_fit_is_told(saved, tmp_path):
     model.save_pretrained(tmp_path / "other")
     line = refused("merge", tmp_path / "other", file, tmp_path / "out")
     assert "up_proj: in_features and out_features are (32, 64), in the file (32, 48)" in line
-    apply_randlora(model, ["q_proj"], r=4)
-    apply_randlora(model, ["v_proj"], r=8)
-    save_adapter(model, tmp_path / "two")
-    convert = ("convert", tmp_path / "two", tmp_path / "out", "--to", "peft")
-    assert "layers of different options" in refused(*convert)
     file.write_bytes(file.read_bytes()[:-3])
-    assert "damaged" in refused("convert", file, tmp_path / "out", "--to", "compact")
+    assert "damaged" in refused("merge", tmp_path / "other", file, tmp_path / "out")

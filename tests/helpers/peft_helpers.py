@@ -21,8 +21,6 @@ PEFT = tuple(Version(peft.__version__).release)
 SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM" if PEFT >= (0, 21, 2) else None
 StockLinear = peft.tuners.randlora.layer.Linear
 RANDLORA = peft.PeftType.RANDLORA
-# Before 0.20 stock PEFT does not look at the task of RandLoRA, and refuses our key when it draws.
-CHECKS_TASK = PEFT >= (0, 20)
 
 
 class Net(nn.Module):
@@ -137,11 +135,6 @@ def assert_unchanged(model, before):
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in after.items())
-
-
-def without_model(state):
-    """A PeftModel's tensors by the names of `inject_adapter_in_model`, for PEFT before 0.20."""
-    return {name.removeprefix("base_model.model."): value for name, value in state.items()}
 
 
 def edit_config(folder, **changes):

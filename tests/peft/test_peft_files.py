@@ -115,7 +115,6 @@ WRITERS = {
     "configuration": lambda model, path: model.peft_config["default"].save_pretrained(path),
     "export_to_peft": lambda model, path: accelerated.export_to_peft(model, path),
     "merged": lambda model, path: accelerated.export_to_peft(model, path, merged=True),
-    "export_to_lora": lambda model, path: accelerated.export_to_lora(model, path, rank=2),
 }
 
 

@@ -1,14 +1,20 @@
 """randlora_ext.peft over quantized base layers: bitsandbytes, torchao, and HQQ, GPTQ and AWQ.
 
-The last three, which stock RandLoRA refuses, are skipped without hqq, gptqmodel and optimum.
+The last three, which stock RandLoRA refuses, are skipped without hqq, gptqmodel and optimum;
+`Rounded` stands in for them.
 """
 
 import copy
+import sys
 
 import pytest
 import torch
 from layer_helpers import interrupts
+from peft.tuners.randlora.model import RandLoraModel
+from peft.utils import quantization_utils
+from peft.utils.quantization_utils import HqqBackend
 from peft_helpers import (
+    StockLinear,
     accelerated,
     adapted,
     assert_close,
@@ -25,8 +31,9 @@ from peft_helpers import (
 )
 from torch import nn
 
+from randlora_ext.nn.base_layer import features
 from randlora_ext.peft.layer import AcceleratedLinear
-from randlora_ext.peft.quantized import BitsAndBytesLinear
+from randlora_ext.peft.quantized import QuantizedLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of these packages
 
@@ -106,7 +113,7 @@ def rounded(layer, weight):
 )
 def test_forward_and_gradients_are_those_of_stock(bits, kind):
     stock, ours = quantized_pair(bits, **kind)
-    assert {type(layer) for layer in layers(ours)} == {BitsAndBytesLinear}
+    assert {type(layer) for layer in layers(ours)} == {QuantizedLinear}
     x, dy = torch.randn(5, 64), torch.randn(5, 64)
     assert_close(run(ours, x, dy), run(stock, x, dy), 1e-5)
 
@@ -257,7 +264,7 @@ def test_pickle_and_accelerate(tmp_path, bits):
     assert relative(torch.load(tmp_path / "model.pt", weights_only=False)(x), ours(x)) < 1e-6
     wanted = stock(x)
     accelerated.accelerate(stock)
-    assert type(layers(stock)[0]) is BitsAndBytesLinear
+    assert type(layers(stock)[0]) is QuantizedLinear
     assert relative(stock(x), wanted) < 1e-5
 
 
@@ -294,7 +301,7 @@ def test_torchao():
     assert outcomes[0] == outcomes[1]  # whatever this version of torchao allows
 
 
-# ---- HQQ, GPTQ and AWQ ---------------------------------------------------------------------------
+# ---- bases that are not nn.Linear ----------------------------------------------------------------
 
 
 def hqq(linear):
@@ -326,7 +333,42 @@ def gptqmodel(linear, kind, sym):
     return layer.eval()
 
 
+class Rounded(nn.Module):
+    """Like those of HQQ: no nn.Linear, and another layer holds another weight."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        self.scale = linear.weight.detach().abs().max() / 127
+        self.register_buffer("codes", (linear.weight.detach() / self.scale).round().char())
+        self.bias = linear.bias
+
+    def dequantize(self):
+        return self.codes * self.scale
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.dequantize(), self.bias)
+
+
+class RoundedBackend(HqqBackend):
+    def set_base_weight(self, peft_layer, weight_data):
+        linear = nn.Linear(peft_layer.in_features, peft_layer.out_features, bias=False)
+        linear.weight = nn.Parameter(weight_data, False)
+        peft_layer.base_layer = Rounded(linear)
+
+
+@pytest.fixture(autouse=True)
+def rounded_is_known(monkeypatch):
+    def resolve(base, **kwargs):
+        return RoundedBackend() if isinstance(base, Rounded) else known(base, **kwargs)
+
+    known = quantization_utils.resolve_quantization_backend
+    for place in ("peft.utils.quantization_utils", "randlora_ext.peft.quantized"):
+        monkeypatch.setattr(f"{place}.resolve_quantization_backend", resolve)
+
+
 BASES = {
+    "rounded": Rounded,
     "hqq": hqq,
     "gptq": lambda linear: gptqmodel(linear, "gptq", True),
     "awq": lambda linear: gptqmodel(linear, "awq", False),
@@ -387,3 +429,53 @@ def test_merging(net):
         with pytest.raises(TypeError, match="Merging/unmerging is not available"):
             model.merge_adapter()
         assert torch.equal(model(x), before) and not layers(model)[0].merged
+
+
+# ---- the next PEFT, which has one class over all bases -------------------------------------------
+
+
+class NextLinear(StockLinear):
+    """PEFT's layer as its other methods have it, whose `merge` knows the base only by a backend."""
+
+    def merge(self, *_, **__):
+        self.merged_adapters.append("default")
+
+
+@pytest.fixture
+def next_peft(monkeypatch):
+    def make(config, A, B, name, target, **kwargs):
+        for gone in ("loaded_in_8bit", "loaded_in_4bit"):
+            kwargs.pop(gone, None)
+        like = target if isinstance(target, nn.Linear) else nn.Linear(*features(target))
+        layer = NextLinear(like, A, B, name, config=config, **kwargs)
+        layer.base_layer = target
+        return layer
+
+    monkeypatch.setattr(RandLoraModel, "_create_new_module", staticmethod(make))
+    monkeypatch.setattr(RandLoraModel, "_find_dim", lambda *_: (128, 128))  # of SIZES
+    monkeypatch.setitem(sys.modules, "peft.tuners.randlora.bnb", None)
+
+
+NEXT = {"8": lambda: quantized(8), "4": lambda: quantized(4), "rounded": lambda: Net(Rounded)}
+
+
+@pytest.mark.parametrize("make", NEXT.values(), ids=NEXT)
+def test_one_class_of_peft_over_all_bases(next_peft, make):
+    ours = adapted(make(), "abc", 8, sparse=True).eval()
+    assert {type(layer) for layer in layers(ours)} == {QuantizedLinear}
+    accelerated.disable()
+    x = torch.randn(5, 64)
+    stock = randomize(peft.get_peft_model(make(), config(8, sparse=True))).eval()
+    assert {type(layer) for layer in layers(stock)} == {NextLinear}
+    stock.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged by stock PEFT.*call unmerge_adapter\(\) first"):
+        accelerated.accelerate(stock)
+    for layer in layers(stock):
+        layer.merged_adapters.clear()
+    accelerated.accelerate(stock)
+    assert {type(layer) for layer in layers(stock)} == {QuantizedLinear}
+    assert relative(stock(x), ours(x)) < 1e-6
+    stock.merge_adapter()
+    assert 0 < relative(stock(x), ours(x)) < 0.3
+    stock.unmerge_adapter()
+    assert torch.equal(stock(x), ours(x))

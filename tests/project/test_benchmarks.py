@@ -18,8 +18,6 @@ import peft_llama
 import plots
 import pytest
 import record
-import spelling
-import to_lora
 import torch
 from cli_helpers import llama
 from methods import METHODS
@@ -113,22 +111,6 @@ def test_model_step(run, in_this_process):
     assert lora["over_first"] == 1.0
     assert ours["trained"] == hadamard["trained"] == stock["trained"] < lora["trained"]
     assert ours["peak_mib"] > 100
-
-
-def test_to_lora(monkeypatch, run):
-    fakes = {
-        "read_words": lambda: ([], []),
-        "plan_batches": lambda *_: [],
-        "load_model": lambda: (None, llama()),
-        "train": lambda tuned, *_: [randomize(tuned)],
-        "held_out_loss": lambda *_: 1.0,
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(spelling, name, fake)
-    rows = run(to_lora, "--ranks 8 48", "--method", "randlora hadamard")["rows"]
-    untuned, adapter, low, full, _ = rows
-    assert 0 < low["energy"] < full["energy"] == pytest.approx(1)
-    assert untuned["bytes"] == 0 < adapter["bytes"] < low["bytes"] < full["bytes"]
 
 
 def test_finetune_goes_on_where_it_was(monkeypatch, tmp_path):

@@ -12,8 +12,6 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-import randlora_cli
-
 WORDS = """
 ;;; a comment
 cat K AE T
@@ -107,11 +105,10 @@ def test_from_a_gguf_to_a_merged_model_and_the_printed_commands(
 
     # Split as by a shell, but run without new processes.
     script = shlex.split(printed.partition("Next, ")[2].partition("\n")[2])
-    assert script[:2] == ["python", "-c"] and script[3] == "randlora"
+    assert script[:2] == ["python", "-c"] and len(script) == 3
     exec(script[2], {})
-    assert randlora_cli.main(script[4:]) == 0
-    shown = capsys.readouterr().out
-    assert "f r i e n d ->" in shown and "of |dW|^2" in shown
+    assert "f r i e n d ->" in capsys.readouterr().out
+    assert "a LoRA of rank 64 keeps 1.00 of |dW|^2" in printed  # of 48 features at most
     load = transformers.AutoModelForCausalLM.from_pretrained
     assert (logits(load(out / "merged")) - logits(load(out / "base"))).abs().max() > 0.01
     fields = json.loads((out / "lora" / "adapter_config.json").read_text())
