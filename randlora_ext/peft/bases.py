@@ -139,8 +139,17 @@ class PackedBufferDict(MutableMapping, BufferDict):
                 raise ValueError(f"the basis of adapter {key!r} is on the meta device: no values")
             with suppress(ValueError):  # not ternary: layers multiply by it as it is
                 basis = self._unless_known(BasisTensor.packed(basis))
-        self._bases[key] = basis
+        self._bases[key] = self._unrounded(key, basis)
         self._changed()
+
+    def _unrounded(self, key: str, cast: Tensor) -> Tensor:
+        """`cast`; with the value from before the cast if no file holds it: it is drawn again."""
+        old = self._bases.get(key)
+        if self.saved(key) or not (isinstance(old, BasisTensor) and isinstance(cast, BasisTensor)):
+            return cast
+        if cast.content is not old.content:  # another basis
+            return cast
+        return BasisTensor(cast.content, old.value, cast.shape, cast.dtype, cast.device)
 
     def _unless_known(self, new: BasisTensor) -> BasisTensor:
         """`new`, sharing planes with an equal basis: every adapter's file holds its own copy."""
@@ -166,7 +175,7 @@ class PackedBufferDict(MutableMapping, BufferDict):
         for key, basis in self._bases.items():
             probe = fn(torch.empty(0, dtype=basis.dtype, device=basis.device))
             if isinstance(basis, BasisTensor):
-                self._bases[key] = basis.moved(probe.device, probe.dtype)
+                self._bases[key] = self._unrounded(key, basis.moved(probe.device, probe.dtype))
             elif not probe.is_meta:
                 self._bases[key] = basis.to(probe.device, probe.dtype)
         self._changed()

@@ -46,8 +46,9 @@ class RandLoraConfig(peft.RandLoraConfig):
         basis: "peft" draws the bases that stock PEFT draws from ``projection_prng_key``.
             "hadamard" and "independent" generate those of docs/basis-spec.md on the device and
             save only the seed.
-        density: share of non-zeros in independent bases, in (0, 1]; None means 1/3. PEFT's own
-            bases have its flags ``sparse`` and ``very_sparse`` instead, Hadamard bases no zeros.
+        density: share of non-zeros in independent bases, in (0, 1]; None means 1/3. Alone it means
+            basis="independent". PEFT's own bases have its flags ``sparse`` and ``very_sparse``
+            instead, Hadamard bases no zeros.
 
     With "hadamard" and "independent", ``projection_prng_key`` becomes a text that describes the
     bases, for example ``randlora_ext:independent-1:density=0.07:seed=42``. The text is complete: a
@@ -173,16 +174,12 @@ def description_of(fields: Mapping[str, Any]) -> BasisDescription | None:
                 f"flags {flags}; the text says all, give it alone"
             )
         return made
-    if kind != "peft":
+    if kind != "peft" or density is not None:
+        kind = "independent" if kind == "peft" else kind
         if flags:
             raise ValueError(f"{flags[0]} is of PEFT's own bases; basis={kind!r} takes a density")
         check_seed("projection_prng_key", key)
         return BasisDescription(kind, density, key)
-    if density is not None:
-        raise ValueError(
-            f'density={density!r} needs basis="independent"; PEFT\'s own bases have the flags '
-            "sparse and very_sparse"
-        )
     if isinstance(key, bool) or not isinstance(key, int):
         raise TypeError(f"projection_prng_key must be an integer, got {key!r}")
     if not -(2**63) <= key < 2**64:  # as torch takes it
@@ -201,7 +198,9 @@ def _of_bases(fields: Mapping[str, Any]) -> dict[str, Any]:
     made = description_of(fields)
     if made is None:
         values = {"basis": "peft", "projection_prng_key": fields["projection_prng_key"]}
-        return values | {name: bool(fields.get(name)) for name in _SPARSE} | {"density": None}
+        very = bool(fields.get("very_sparse"))  # which overrules the other flag
+        sparse = bool(fields.get("sparse")) and not very
+        return values | {"sparse": sparse, "very_sparse": very, "density": None}
     values = {"basis": made.kind, "projection_prng_key": made.seed}
     return values | dict.fromkeys(_SPARSE, False) | {"density": made.density}
 

@@ -16,7 +16,6 @@ KINDS = {
     "generated": {"basis": "independent", "density": 0.07, "projection_prng_key": 7},
     "generated third": {"basis": "independent"},
     "hadamard": {"basis": "hadamard", "projection_prng_key": 7},
-    "density": {"density": 0.2, "save_projection": False},
     "sparse": {"sparse": True, "save_projection": False},
     "sparse saved": {"sparse": True},
     "very_sparse": {"very_sparse": True, "save_projection": False},

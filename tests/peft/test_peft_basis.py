@@ -136,8 +136,7 @@ def test_a_configuration_holds_the_text_and_each_thing_once():
     made_of = accelerated.RandLoraConfig
     for chosen, key, basis, density in (
         (made_of(basis="independent"), KEY.format(1 / 3, 0), "independent", 1 / 3),
-        (made_of(basis="independent", density=0.2, projection_prng_key=9), KEY.format(0.2, 9),
-         "independent", 0.2),
+        (made_of(density=0.2, projection_prng_key=9), KEY.format(0.2, 9), "independent", 0.2),
         (made_of(basis="hadamard"), "randlora_ext:hadamard-1:seed=0", "hadamard", None),
         (made_of(sparse=True), 0, "peft", None),
     ):  # fmt: skip
@@ -152,7 +151,7 @@ BAD_OPTIONS = [
     ({"basis": "indep"}, "basis must be one of .*got 'indep'; did you mean 'independent'"),
     ({"basis": "independent", "density": 0.0}, r"density must be in \(0, 1\], got 0\.0"),
     ({"basis": "independent", "density": True}, r"density .*True"),
-    ({"density": 0.1}, 'density=0.1 needs basis="independent"; PEFT\'s own bases have the flags'),
+    ({"density": 0.1, "sparse": True}, "sparse is of PEFT's own bases; .* takes a density"),
     ({"basis": "independent", "projection_prng_key": -1}, r"projection_prng_key .*got -1"),
     ({"basis": "hadamard", "density": 0.3}, r"density must be None for Hadamard bases, got 0\.3"),
     ({"basis": "hadamard", "very_sparse": True}, "very_sparse is of PEFT's own bases"),

@@ -31,7 +31,6 @@ from torch import nn
 GENERATED = {
     "the largest key": {"basis": "independent", "density": 0.07, "projection_prng_key": 2**64 - 1},
     "hadamard, r > d": {"basis": "hadamard", "r": 30},
-    "generated very_sparse": {"basis": "independent", "very_sparse": True},
 }
 DRAWN = {name: kind for name, kind in KINDS.items() if "basis" not in kind}
 
