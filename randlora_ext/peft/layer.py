@@ -83,7 +83,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         # The tokens are of the contents: plain numbers on which compiled code guards.
         tokens = self.randlora_A.token, self.randlora_B.token
         if torch.compiler.is_dynamo_compiling():
-            self._find_while_tracing(adapter, device.type, *tokens)
+            self._find_while_tracing(device.type, *tokens)
             return self.bases[adapter][1]
         made_of, basis = self.bases.get(adapter, (None, None))
         return basis if made_of == (device.type, *tokens) else self._find(adapter, device.type)
@@ -104,8 +104,10 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         return basis
 
     @torch.compiler.assume_constant_result  # Dynamo runs it while it traces
-    def _find_while_tracing(self, adapter: str, device_type: str, *tokens: int) -> None:
-        self._find(adapter, device_type)
+    def _find_while_tracing(self, device_type: str, *tokens: int) -> None:
+        for adapter in self.randlora_lambda:  # all, since Dynamo looks into `bases` only once
+            if self.bases.get(adapter, (None,))[0] != (device_type, *tokens):
+                self._find(adapter, device_type)
 
     def _use_basis(self, adapter: str, basis: TernaryBasis) -> None:
         self.bases.pop(adapter, None)  # `_find` makes the same
