@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .base_layer import check_base_layer, disable_nested_tensors, is_conv1d
+from .base_layer import check_base_layer, check_no_plan, disable_nested_tensors, is_conv1d
 from .linear import RandLoraLinear, refuse_unknown
 from .state_dict import guard, unguard
 
@@ -30,7 +30,8 @@ def apply_randlora(
 
     Raises:
         ValueError: nothing matches, a match is ``out_proj`` of nn.MultiheadAttention, which torch
-            never calls, or it lies inside an adapted layer. TypeError: a match is not an nn.Linear
+            never calls, it lies inside an adapted layer, or tensor parallelism or fully_shard has
+            spread its weight over ranks. TypeError: a match is not an nn.Linear
             or Conv1D, or is adapted already; an option has another name. Also the errors of
             RandLoraLinear. In all cases the model is as it was.
     """
@@ -55,6 +56,7 @@ def apply_randlora(
     for name, module in matches.items():
         matched = f"module {name!r}, matched by target_modules {target_modules!r},"
         check_base_layer(module, matched)
+        check_no_plan(model, name, matched)
         check_is_called(model, name, matched)
         check_not_nested(model, name, matched)
     unique = {id(module): module for module in matches.values()}

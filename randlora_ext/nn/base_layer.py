@@ -1,5 +1,6 @@
 """Checks of the frozen base layer; turns off fast paths of torch that would skip the adapter."""
 
+import re
 import sys
 from typing import Any
 
@@ -9,6 +10,12 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import is_lazy
 
 from ..ops.registration import autocast_is_on
+from ..ranks import is_dtensor
+
+_NOT_CUT = (
+    "tensor parallelism is not supported beside adapters; DDP, DeepSpeed ZeRO and FSDP2 are, by "
+    "fully_shard after the adapters have been added"
+)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -19,7 +26,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def check_base_layer(module: Any, argument: str) -> None:
-    """Raises TypeError, naming `argument`, unless it is an nn.Linear or Conv1D with a weight."""
+    """Raises, naming `argument`, unless it is an nn.Linear or Conv1D with a whole weight."""
     if hasattr(module, "update_layer"):
         raise TypeError(
             f"{argument} is adapted already ({type(module).__name__}); its update_layer(name, ...) "
@@ -31,6 +38,39 @@ def check_base_layer(module: Any, argument: str) -> None:
             f"{argument} must be an nn.Linear or a transformers Conv1D with a weight, got "
             f"{kind.__module__}.{kind.__qualname__}"
         )
+    check_whole(module, argument)
+
+
+def check_whole(module: Any, argument: str) -> None:
+    """Raises ValueError, naming `argument`, if the weight is spread over ranks already."""
+    weight: Any = getattr(module, "weight", None)
+    if is_dtensor(weight):
+        raise ValueError(f"{argument} has a weight placed {weight.placements}: {_NOT_CUT}")
+
+
+def check_no_plan(model: Any, name: str, argument: str) -> None:
+    """The same if transformers has cut module `name`, of old versions into plain tensors."""
+    plan = getattr(model, "tp_plan", None) or {}
+    style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+    if style is not None and (getattr(model, "_tp_size", None) or 1) > 1:
+        raise ValueError(f"{argument} is cut over ranks ({style!r} in tp_plan): {_NOT_CUT}")
+
+
+def refuse_cut(base_layer: Any) -> None:
+    """Raises RuntimeError if the weight that forward sees is a part of it.
+
+    FSDP2 makes a weight whole before it calls the module that it has sharded.
+    """
+    weight: Any = getattr(base_layer, "weight", None)
+    if is_dtensor(weight):
+        from torch.distributed.fsdp import FSDPModule
+
+        cut = any(placement.is_shard() for placement in weight.placements)
+        if cut and not isinstance(base_layer, FSDPModule):
+            raise RuntimeError(
+                f"base_layer ({base_layer}) has a weight placed {weight.placements} in forward: "
+                f"{_NOT_CUT}"
+            )
 
 
 def features(base_layer: Any) -> tuple[int, int]:

@@ -33,8 +33,7 @@ def _check_types(basis: TernaryBasis, **tensors: Any) -> None:
                 placements = tuple(tensors[name].placements)
                 raise TypeError(
                     f"{name} must be a plain tensor, got a DTensor placed {placements}; in forward "
-                    "FSDP2 gives plain ones, for tensor parallelism there is "
-                    "randlora_ext.distributed, and elsewhere take t.to_local() or t.full_tensor()"
+                    "FSDP2 gives plain ones, and elsewhere take t.to_local() or t.full_tensor()"
                 )
     if torch.jit.is_tracing():
         raise RuntimeError(
