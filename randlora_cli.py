@@ -79,7 +79,5 @@ def _parser() -> argparse.ArgumentParser:
     option("--energy", metavar="X", type=float, help="of LoRA: the share of |dW|^2 to keep")
 
     told = "add an adapter to the weights of a model, file by file"
-    option = add("merge", told, "my-model my-adapter merged", "model", "source", "out")
-    told = "round 16-bit sums up or down at random, so that small changes count"
-    option("--rounding-seed", metavar="N", type=int, help=told)
+    add("merge", told, "my-model my-adapter merged", "model", "source", "out")
     return parser

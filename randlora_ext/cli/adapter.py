@@ -164,10 +164,10 @@ class Change(NamedTuple):
         """dW (out, in)."""
         return delta_weight(self.basis, self.lam, self.gam, self.scaling)
 
-    def added_to(self, weight: Tensor, rounding_seed: int | None) -> Tensor:
+    def added_to(self, weight: Tensor) -> Tensor:
         """W + dW in the dtype and layout of W."""
         W = weight.T.contiguous() if self.transposed else weight
-        total = merged_weight(self.basis, W, self.lam, self.gam, self.scaling, rounding_seed)
+        total = merged_weight(self.basis, W, self.lam, self.gam, self.scaling)
         return total.T if self.transposed else total
 
 
