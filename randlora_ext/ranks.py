@@ -22,6 +22,11 @@ def full_tensor(t: Any) -> Tensor:
     return t.full_tensor() if is_dtensor(t) else t
 
 
+def local_tensor(t: Any) -> Tensor:
+    """This rank's part of a DTensor; else `t`."""
+    return t.to_local() if is_dtensor(t) else t
+
+
 def laid_out_like(t: Tensor, weight: Any) -> Tensor:
     """`t` in the layout of `weight` if that is a DTensor; `t` must be equal on all ranks."""
     if not is_dtensor(weight):

@@ -7,8 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from .base_layer import check_base_layer, check_no_plan, disable_nested_tensors, is_conv1d
+from .base_layer import (
+    check_base_layer,
+    check_mergeable,
+    check_no_plan,
+    disable_nested_tensors,
+    is_conv1d,
+)
 from .linear import RandLoraLinear, refuse_unknown
+from .merging import merged_layers
 from .state_dict import guard, unguard
 
 
@@ -72,6 +79,7 @@ def apply_randlora(
         if id(parameter) not in adapters:
             parameter.requires_grad_(False)
     for name, module in matches.items():
+        wrapped[id(module)].path = name
         _put(model, name, wrapped[id(module)])
         disable_nested_tensors(model, name)
     guard(model)
@@ -146,8 +154,12 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         `model`, or its base layer if it is a `RandLoraLinear` itself.
 
     Raises:
-        TypeError, RuntimeError: as `RandLoraLinear.merge`, before anything changes.
+        TypeError, RuntimeError: as `RandLoraLinear.merge`, or two layers share a weight, before
+            anything changes.
     """
+    check_mergeable(
+        {path: layer for path, layer in model.named_modules() if isinstance(layer, RandLoraLinear)}
+    )
     for layer in _layers(model):
         layer._dense_weight()
     for layer in _layers(model):
@@ -170,6 +182,7 @@ def _layers(model: nn.Module) -> list[RandLoraLinear]:
 
 
 def _without(model: nn.Module) -> nn.Module:
+    merged_layers.difference_update(_layers(model))
     if isinstance(model, RandLoraLinear):
         return model.base_layer
     # Listed before anything is replaced; a tied layer has several names.

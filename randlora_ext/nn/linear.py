@@ -237,8 +237,10 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         Raises:
             ValueError: an adapter is unknown, repeated or merged already, keep_weight is none of
                 the three, or safe_merge finds NaN or inf.
-            TypeError: the weight is not floating point (quantized).
-            RuntimeError: the layer is disabled, or ZeRO-3 holds the weight elsewhere.
+            TypeError: the weight is not floating point (quantized), or is computed at every use
+                (parametrizations, weight_norm, spectral_norm, pruning).
+            RuntimeError: the layer is disabled, another layer is merged into the same weight, or
+                the weight is on the meta device or elsewhere (ZeRO-3).
                 After any of these nothing has changed.
         """
         chosen = self._active if adapter_names is None else adapter_names

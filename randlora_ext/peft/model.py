@@ -13,6 +13,7 @@ from torch import nn
 from ..basis.shape import check_r
 from ..nn.apply import check_is_called, check_not_nested, first
 from ..nn.base_layer import (
+    check_mergeable,
     check_no_plan,
     check_whole,
     disable_nested_tensors,
@@ -101,6 +102,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
         except ValueError as error:  # not raised: files of stock PEFT must load
             warnings.warn(str(error), stacklevel=2)
         super()._create_and_replace(randlora_config, adapter_name, *args, **kwargs)
+        layer = self.model.get_submodule(kwargs["current_key"])
+        layer.path = kwargs["current_key"]
         disable_nested_tensors(self.model, kwargs["current_key"])
 
     def _check_targets(self, config: peft.RandLoraConfig) -> None:
@@ -160,6 +163,11 @@ class AcceleratedRandLoraModel(RandLoraModel):
             if _is_linear(module):
                 sizes[name] = features(module)
         return sizes
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        modules = self.model.named_modules()
+        check_mergeable({path: m for path, m in modules if isinstance(m, AcceleratedLinear)})
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)

@@ -113,6 +113,9 @@ class OtherQuantizedLinear(AcceleratedLinear):
     def _base_weight(self) -> Tensor:
         return _stand_in(self.get_base_layer())
 
+    def _held_weight(self) -> None:
+        return None
+
     def _dense_weight(self) -> Tensor:
         """Raises PEFT's TypeError if this kind of base cannot be merged."""
         return self.quantization_backend.get_base_weight(self.get_base_layer())

@@ -123,10 +123,11 @@ def pickled(module):
     return torch.load(stream, weights_only=False), size
 
 
-def interrupts(call, watched="randlora"):
+def interrupts(call, watched="randlora", again=0):
     """Calls repeatedly, with Ctrl-C at the first, second, ... line of watched files.
 
-    Yields after each interrupt; the caller puts everything back for the next.
+    Yields after each interrupt; the caller puts everything back for the next. If `again` is given,
+    a second one comes that many lines later, where the code still runs.
     """
     done, at = False, 0
     while not done:
@@ -137,7 +138,7 @@ def interrupts(call, watched="randlora"):
             if watched not in frame.f_code.co_filename:
                 return None
             seen += event == "line"
-            if event == "line" and seen == at:
+            if event == "line" and (seen == at or (again and seen == at + again)):
                 raise KeyboardInterrupt
             return trace
 
