@@ -82,9 +82,11 @@ def check_mergeable(layers: Mapping[str, Any]) -> None:
     seen: dict[int, Any] = {}
     for path, layer in layers.items():
         layer.path = path
-        if not hasattr(layer.get_base_layer(), "_hf_hook"):  # accelerate may bring it later
-            check_writable(layer)
-            refuse_shared(seen.setdefault(_memory(layer), layer), layer)
+        weight = layer._held_weight()
+        if weight is not None and weight.is_meta and hasattr(layer.get_base_layer(), "_hf_hook"):
+            continue  # accelerate will bring it
+        check_writable(layer)
+        refuse_shared(seen.setdefault(_memory(layer), layer), layer)
 
 
 def check_writable(layer: Any) -> None:

@@ -192,3 +192,24 @@ def test_a_weight_that_cannot_be_written(how, with_peft):
             merge()
     assert torch.equal(layers[0].weight, before)
     assert not any(layer.merged for layer in layers)
+
+
+def test_weights_that_accelerate_has_put_elsewhere_are_merged():
+    """They are on the meta device until PEFT asks for them, one layer at a time."""
+    hooks, peft = map(pytest.importorskip, ("accelerate.hooks", "peft"))
+    from peft_helpers import accelerated, config
+    from peft_helpers import randomize as randomize_model
+
+    accelerated.enable()
+    base = nn.Sequential(make_base(24, 24), make_base(24, 24))
+    model = randomize_model(peft.get_peft_model(base, config(5, targets=["0", "1"], sparse=True)))
+    x = torch.randn(3, 24)
+    want = model(x)
+    for layer in base:
+        hook = hooks.AlignDevicesHook(execution_device="cpu", offload=True)
+        hooks.add_hook_to_module(layer.base_layer, hook)
+        assert layer.weight.is_meta
+    model.merge_adapter()
+    assert all(layer.merged for layer in base) and relative(model(x), want) < 1e-5
+    model.unmerge_adapter()
+    assert torch.equal(model(x), want)
