@@ -65,7 +65,5 @@ def _parser() -> argparse.ArgumentParser:
     add("check", "what a bug report needs, and a self-check (the default)")
 
     told = "add an adapter to the weights of a model, file by file"
-    option = add("merge", told, "my-model my-adapter merged", "model", "source", "out")
-    told = "round 16-bit sums up or down at random, so that small changes count"
-    option("--rounding-seed", metavar="N", type=int, help=told)
+    add("merge", told, "my-model my-adapter merged", "model", "source", "out")
     return parser

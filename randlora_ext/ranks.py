@@ -1,4 +1,4 @@
-"""Models spread over ranks: DTensor parameters, and ranks that agree or fail together.
+"""Models that FSDP2 spreads over ranks: DTensor parameters, and ranks that fail together.
 
 An error on one rank alone would leave the others waiting for it in the next collective.
 """
@@ -22,9 +22,14 @@ def full_tensor(t: Any) -> Tensor:
     return t.full_tensor() if is_dtensor(t) else t
 
 
+def local_tensor(t: Any) -> Tensor:
+    """This rank's part of a DTensor; else `t`."""
+    return t.to_local() if is_dtensor(t) else t
+
+
 def laid_out_like(t: Tensor, weight: Any) -> Tensor:
     """`t` in the layout of `weight` if that is a DTensor; `t` must be equal on all ranks."""
-    if not is_dtensor(weight) or is_dtensor(t):
+    if not is_dtensor(weight):
         return t
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -37,60 +42,31 @@ class OtherRankError(RuntimeError):
     """What a rank raises because another one has failed; its message has the other's error."""
 
 
-def same_on_all_ranks(mesh: DeviceMesh, values: dict[str, Any]) -> None:
-    """Raises ValueError on every rank unless each has the same `values` by name.
-
-    Every rank of `mesh` must call this or be in `failing_together`.
-    """
-    everyone = _exchanged(mesh, values)
-    for name in {name: None for _, its in everyone for name in its}:  # in order
-        told = {rank: repr(its.get(name))[:200] for rank, its in everyone}
-        if len(set(told.values())) > 1:
-            by_rank = ", ".join(f"{value} on rank {rank}" for rank, value in told.items())
-            raise _known(ValueError(f"{name} must be equal on all ranks, got {by_rank}"))
-
-
 @contextmanager
 def failing_together(mesh: DeviceMesh | None) -> Iterator[None]:
     """If the block raises on one rank, every rank raises at the end of it.
 
-    The others raise `OtherRankError`, or OSError if the first did; those in `same_on_all_ranks`
-    raise immediately. Code that may raise on one rank alone must not follow another collective in
-    the block. Without a mesh there is one process.
+    The others raise `OtherRankError`, or OSError if the first did. Code that may raise on one rank
+    alone must not follow another collective in the block. Without a mesh there is one process.
     """
-    if mesh is None:
-        yield
-        return
+    raised: Exception | None = None
     try:
         yield
     except Exception as error:
-        if not getattr(error, "known_to_all_ranks", False):
-            _exchange(mesh, None, _known(error))
-        raise
-    _exchanged(mesh, {})
+        raised = error
+    for rank, its in [] if mesh is None else _exchange(mesh, raised):
+        if raised is None and its is not None:
+            kind, text = its
+            raised = (OSError if kind == "OSError" else OtherRankError)(f"rank {rank}: {text}")
+    if raised is not None:
+        raise raised
 
 
-def _exchanged(mesh: DeviceMesh, values: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
-    """The values by rank; raises what a rank in `failing_together` has sent instead."""
-    everyone = _exchange(mesh, values, None)
-    for rank, its, error in everyone:
-        if its is None:
-            kind, text = error
-            raised = OSError if kind == "OSError" else OtherRankError
-            raise _known(raised(f"rank {rank}: {text}"))
-    return [(rank, its) for rank, its, _ in everyone]
-
-
-def _exchange(mesh: DeviceMesh, values: dict[str, Any] | None, error: Exception | None) -> list:
+def _exchange(mesh: DeviceMesh, error: Exception | None) -> list[tuple[int, tuple | None]]:
     kind = "OSError" if isinstance(error, OSError) else type(error).__name__
-    everyone = [(dist.get_rank(), values, (kind, str(error)))]
+    everyone = [(dist.get_rank(), None if error is None else (kind, str(error)))]
     for dim in range(mesh.ndim):
         parts: list[Any] = [None] * mesh.size(dim)
         dist.all_gather_object(parts, everyone, group=mesh.get_group(dim))
         everyone = [one for part in parts for one in part]
     return everyone
-
-
-def _known(error: Exception) -> Exception:
-    error.known_to_all_ranks = True  # type: ignore[attr-defined]
-    return error

@@ -159,10 +159,10 @@ class Change(NamedTuple):
     scaling: float
     transposed: bool  # the model stores the weight as (in, out), as Conv1D does
 
-    def added_to(self, weight: Tensor, rounding_seed: int | None) -> Tensor:
+    def added_to(self, weight: Tensor) -> Tensor:
         """W + dW in the dtype and layout of W."""
         W = weight.T.contiguous() if self.transposed else weight
-        total = merged_weight(self.basis, W, self.lam, self.gam, self.scaling, rounding_seed)
+        total = merged_weight(self.basis, W, self.lam, self.gam, self.scaling)
         return total.T if self.transposed else total
 
 

@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-import zlib
 from pathlib import Path
 
 import torch
@@ -17,19 +16,13 @@ from .checkpoint import Checkpoint, locate, read_checkpoint
 _NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
 
 
-def merge(model: Path, source: Path, out: Path, rounding_seed: int | None = None) -> int:
+def merge(model: Path, source: Path, out: Path) -> int:
     """Writes the model folder `out`: the files of `model` with the adapter in their weights.
 
     The tensors are those of ``PeftModel.from_pretrained(...).merge_and_unload(safe_merge=True)``.
     Every other byte of the files stays. Needs the memory of two copies of the adapter and of one
     layer, and the disk space of the model.
-
-    Args:
-        rounding_seed: in [0, 2**64): rounds 16-bit weights stochastically, see `merged_weight`. The
-            seed of a layer is ``rounding_seed ^ (zlib.crc32(path.encode()) << 32)``.
     """
-    if rounding_seed is not None and not 0 <= rounding_seed < 2**64:
-        raise CliError(f"--rounding-seed must be in [0, 2**64), got {rounding_seed}")
     check_free(out)
     adapter, checkpoint = read_adapter(source), read_checkpoint(model)
     name_in = locate(adapter.diagonals, checkpoint)
@@ -55,8 +48,7 @@ def merge(model: Path, source: Path, out: Path, rounding_seed: int | None = None
                     weight = replaced[name] if name in replaced else checkpoint.read(name)
                     weight = weight.to(entry.dtype)
                     if name in path_of:
-                        path = path_of[name]
-                        weight = _sum(path, changes[path], weight, rounding_seed)
+                        weight = _sum(path_of[name], changes[path_of[name]], weight)
                     copy.seek(entry.start)
                     _write(copy, weight)
         left = _copy_rest(checkpoint, folder)
@@ -71,12 +63,8 @@ def merge(model: Path, source: Path, out: Path, rounding_seed: int | None = None
     return 0
 
 
-def _sum(path: str, change: Change, weight: Tensor, seed: int | None) -> Tensor:
-    if seed is not None:
-        if weight.itemsize != 2:
-            raise CliError(f"{path}: --rounding-seed needs 16-bit weights; it is {weight.dtype}")
-        seed ^= zlib.crc32(path.encode()) << 32
-    total = change.added_to(weight, seed)
+def _sum(path: str, change: Change, weight: Tensor) -> Tensor:
+    total = change.added_to(weight)
     if not bool(torch.isfinite(total).all()):
         raise CliError(f"{path}: the merged weight would hold NaN or inf; nothing was written")
     return total

@@ -9,7 +9,7 @@ from ..basis import TernaryBasis
 from ..devices import what_computes
 from ..ops import functional
 from ..ranks import full_tensor, laid_out_like
-from .base_layer import is_plain_linear, matches
+from .base_layer import is_plain_linear, matches, refuse_cut
 from .merging import KeepsWeight
 from .state_dict import DIAGONALS, INPUT_SCALE
 
@@ -100,6 +100,8 @@ class AdaptedLayer(KeepsWeight):
         fuses = alone and not self._dropped(names[0]) and not self._widens(names[0], x)
         if fuses and self._can_fuse(names[0], x):
             return self._part(names[0], x, base.weight, base.bias)
+        if names:
+            refuse_cut(base)
         y = base(x, *args, **kwargs)
         for name in names:
             y = y + self._part(name, self.randlora_dropout[name](self._cast(name, x)))
@@ -172,10 +174,7 @@ class AdaptedLayer(KeepsWeight):
         lam, gam = (t.to(dtype) for t in self._diagonals(name, device))
         basis = self.basis_of(name, device)
         delta = functional.delta_weight(basis, lam, gam, self.scaling[name])
-        return self._laid_out(delta.T if self.fan_in_fan_out else delta)
-
-    def _laid_out(self, delta: Tensor) -> Tensor:
-        return laid_out_like(delta, self._base_weight())
+        return laid_out_like(delta.T if self.fan_in_fan_out else delta, self._base_weight())
 
     # ---- what a layer says of itself -----------------------------------------------------------
 

@@ -80,7 +80,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
     """Writes one adapter of a model of `RandLoraLinear` layers to one safetensors file.
 
     The file appears, or replaces an older one, when it is complete. Layers without that adapter
-    are left out. If parameters are sharded (FSDP2, tensor parallelism), all ranks must call: the
+    are left out. If parameters are sharded (FSDP2), all ranks must call: the
     first rank of the device mesh writes the file that one process would write.
 
     Args:

@@ -7,8 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from .base_layer import check_base_layer, disable_nested_tensors, is_conv1d
+from .base_layer import (
+    check_base_layer,
+    check_mergeable,
+    check_no_plan,
+    disable_nested_tensors,
+    is_conv1d,
+)
 from .linear import RandLoraLinear, refuse_unknown
+from .merging import merged_layers
 from .state_dict import guard, unguard
 
 
@@ -30,7 +37,8 @@ def apply_randlora(
 
     Raises:
         ValueError: nothing matches, a match is ``out_proj`` of nn.MultiheadAttention, which torch
-            never calls, or it lies inside an adapted layer. TypeError: a match is not an nn.Linear
+            never calls, it lies inside an adapted layer, or tensor parallelism or fully_shard has
+            spread its weight over ranks. TypeError: a match is not an nn.Linear
             or Conv1D, or is adapted already; an option has another name. Also the errors of
             RandLoraLinear. In all cases the model is as it was.
     """
@@ -55,6 +63,7 @@ def apply_randlora(
     for name, module in matches.items():
         matched = f"module {name!r}, matched by target_modules {target_modules!r},"
         check_base_layer(module, matched)
+        check_no_plan(model, name, matched)
         check_is_called(model, name, matched)
         check_not_nested(model, name, matched)
     unique = {id(module): module for module in matches.values()}
@@ -70,6 +79,7 @@ def apply_randlora(
         if id(parameter) not in adapters:
             parameter.requires_grad_(False)
     for name, module in matches.items():
+        wrapped[id(module)].path = name
         _put(model, name, wrapped[id(module)])
         disable_nested_tensors(model, name)
     guard(model)
@@ -144,8 +154,12 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         `model`, or its base layer if it is a `RandLoraLinear` itself.
 
     Raises:
-        TypeError, RuntimeError: as `RandLoraLinear.merge`, before anything changes.
+        TypeError, RuntimeError: as `RandLoraLinear.merge`, or two layers share a weight, before
+            anything changes.
     """
+    check_mergeable(
+        {path: layer for path, layer in model.named_modules() if isinstance(layer, RandLoraLinear)}
+    )
     for layer in _layers(model):
         layer._dense_weight()
     for layer in _layers(model):
@@ -168,6 +182,7 @@ def _layers(model: nn.Module) -> list[RandLoraLinear]:
 
 
 def _without(model: nn.Module) -> nn.Module:
+    merged_layers.difference_update(_layers(model))
     if isinstance(model, RandLoraLinear):
         return model.base_layer
     # Listed before anything is replaced; a tied layer has several names.

@@ -1,6 +1,8 @@
 """Checks of the frozen base layer; turns off fast paths of torch that would skip the adapter."""
 
+import re
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +11,12 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import is_lazy
 
 from ..ops.registration import autocast_is_on
+from ..ranks import is_dtensor, local_tensor
+
+_NOT_CUT = (
+    "tensor parallelism is not supported beside adapters; DDP, DeepSpeed ZeRO and FSDP2 are, by "
+    "fully_shard after the adapters have been added"
+)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -19,7 +27,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def check_base_layer(module: Any, argument: str) -> None:
-    """Raises TypeError, naming `argument`, unless it is an nn.Linear or Conv1D with a weight."""
+    """Raises, naming `argument`, unless it is an nn.Linear or Conv1D with a whole weight."""
     if hasattr(module, "update_layer"):
         raise TypeError(
             f"{argument} is adapted already ({type(module).__name__}); its update_layer(name, ...) "
@@ -31,6 +39,88 @@ def check_base_layer(module: Any, argument: str) -> None:
             f"{argument} must be an nn.Linear or a transformers Conv1D with a weight, got "
             f"{kind.__module__}.{kind.__qualname__}"
         )
+    check_whole(module, argument)
+
+
+def check_whole(module: Any, argument: str) -> None:
+    """Raises ValueError, naming `argument`, if the weight is spread over ranks already."""
+    weight: Any = getattr(module, "weight", None)
+    if is_dtensor(weight):
+        raise ValueError(f"{argument} has a weight placed {weight.placements}: {_NOT_CUT}")
+
+
+def check_no_plan(model: Any, name: str, argument: str) -> None:
+    """The same if transformers has cut module `name`, of old versions into plain tensors."""
+    plan = getattr(model, "tp_plan", None) or {}
+    style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+    if style is not None and (getattr(model, "_tp_size", None) or 1) > 1:
+        raise ValueError(f"{argument} is cut over ranks ({style!r} in tp_plan): {_NOT_CUT}")
+
+
+def refuse_cut(base_layer: Any) -> None:
+    """Raises RuntimeError if the weight that forward sees is a part of it.
+
+    FSDP2 makes a weight whole before it calls the module that it has sharded.
+    """
+    weight: Any = getattr(base_layer, "weight", None)
+    if is_dtensor(weight):
+        from torch.distributed.fsdp import FSDPModule
+
+        cut = any(placement.is_shard() for placement in weight.placements)
+        if cut and not isinstance(base_layer, FSDPModule):
+            raise RuntimeError(
+                f"base_layer ({base_layer}) has a weight placed {weight.placements} in forward: "
+                f"{_NOT_CUT}"
+            )
+
+
+# ---- weights that adapters are merged into -------------------------------------------------------
+
+
+def check_mergeable(layers: Mapping[str, Any]) -> None:
+    """Raises, before one of a model's adapted layers is merged, what another's weight forbids."""
+    seen: dict[int, Any] = {}
+    for path, layer in layers.items():
+        layer.path = path
+        weight = layer._held_weight()
+        if weight is not None and weight.is_meta and hasattr(layer.get_base_layer(), "_hf_hook"):
+            continue  # accelerate will bring it
+        check_writable(layer)
+        refuse_shared(seen.setdefault(_memory(layer), layer), layer)
+
+
+def check_writable(layer: Any) -> None:
+    """Raises TypeError or RuntimeError if what is written into the weight would be lost."""
+    if (weight := layer._held_weight()) is None:
+        return
+    base = layer.get_base_layer()
+    if not any(weight is t for t in (*base.parameters(recurse=False), *base.buffers(False))):
+        raise TypeError(
+            f"{_name(layer)}: base_layer.weight is computed at every use (by a parametrization, "
+            "weight_norm, spectral_norm or pruning) and cannot be merged into; remove that first"
+        )
+    if weight.is_meta:
+        raise RuntimeError(f"{_name(layer)}: base_layer.weight has no numbers (meta device)")
+
+
+def refuse_shared(first: Any, second: Any) -> None:
+    """Raises RuntimeError, naming both layers, if they have one weight: W can hold one dW."""
+    if first is not second and _memory(first) == _memory(second):
+        raise RuntimeError(
+            f"{_name(first)} and {_name(second)} share one weight, which can hold the change of "
+            "one of them only; use them unmerged"
+        )
+
+
+def _memory(layer: Any) -> int:
+    """Equal for layers of one weight."""
+    weight = layer._held_weight()
+    return id(layer) if weight is None else local_tensor(weight).data_ptr() or id(weight)
+
+
+def _name(layer: Any) -> str:
+    told = f"{type(layer).__name__}({layer.extra_repr()})"
+    return f"layer {layer.path!r}" if layer.path else told
 
 
 def features(base_layer: Any) -> tuple[int, int]:

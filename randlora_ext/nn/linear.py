@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from ..basis import TernaryBasis
 from ..basis.description import check_kind, check_seed, did_you_mean
-from ..ops.functional import merged_weight
-from ..ranks import full_tensor, laid_out_like
 from .adapted_layer import AdaptedLayer
 from .base_layer import check_base_layer, features, force_module_call, is_conv1d
 from .merging import adapter_dtype
@@ -227,7 +225,6 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         safe_merge: bool = False,
         adapter_names: str | Sequence[str] | None = None,
         keep_weight: str = "host",
-        rounding_seed: int | None = None,
     ) -> None:
         """Adds the adapters' weight changes to the base weight, in place.
 
@@ -241,14 +238,14 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
                 memory, "device" the weight's own device. An adapter that changes no bit of W
                 keeps nothing. "nothing" keeps nothing, and `unmerge` subtracts dW; a W that an
                 earlier merge has kept is used nevertheless.
-            rounding_seed: round a 16-bit W stochastically with this seed, so that changes below
-                half an ulp count on average (`randlora_ext.merged_weight`). One adapter at a time.
 
         Raises:
             ValueError: an adapter is unknown, repeated or merged already, keep_weight is none of
                 the three, or safe_merge finds NaN or inf.
-            TypeError: the weight is not floating point (quantized).
-            RuntimeError: the layer is disabled, or ZeRO-3 holds the weight elsewhere.
+            TypeError: the weight is not floating point (quantized), or is computed at every use
+                (parametrizations, weight_norm, spectral_norm, pruning).
+            RuntimeError: the layer is disabled, another layer is merged into the same weight, or
+                the weight is on the meta device or elsewhere (ZeRO-3).
                 After any of these nothing has changed.
         """
         chosen = self._active if adapter_names is None else adapter_names
@@ -262,12 +259,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
                 )
         if self._disabled:
             raise RuntimeError("merge() on a disabled layer; call enable() first")
-        if rounding_seed is None:
-            self._merge(names, safe_merge, keep_weight)
-            return
-        self._merge(
-            names, safe_merge, keep_weight, lambda W: self._weight_rounded(W, names, rounding_seed)
-        )
+        self._merge(names, safe_merge, keep_weight)
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         if self.merged:
@@ -278,19 +270,6 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
                 stacklevel=2,
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _weight_rounded(self, weight: Tensor, names: list[str], seed: int) -> Tensor:
-        if len(names) != 1 or weight.itemsize != 2:
-            raise ValueError(
-                f"rounding_seed rounds one adapter into a 16-bit weight, got adapters {names} and "
-                f"a weight of {weight.dtype}"
-            )
-        (name,) = names
-        lam, gam = self._diagonals(name, weight.device)
-        W = full_tensor(weight)
-        W = W.T.contiguous() if self.fan_in_fan_out else W
-        total = merged_weight(self.bases[name], W, lam, gam, self.scaling[name], seed)
-        return laid_out_like(total.T if self.fan_in_fan_out else total, weight)
 
     # ---- conveniences ------------------------------------------------------------------------
 

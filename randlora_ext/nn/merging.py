@@ -1,13 +1,15 @@
 """Merging adapters into the weight of a base layer, and taking them out again, bit for bit."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ranks import full_tensor, is_dtensor
+from ..ranks import full_tensor, is_dtensor, local_tensor
+from .base_layer import check_writable, refuse_shared
 
 KEEP_WEIGHT = ("host", "device", "nothing")
 
@@ -29,13 +31,14 @@ class KeepsWeight(_Layer):
     """Writes adapters into the base layer's weight and keeps W, so that `unmerge` restores it.
 
     Only W itself restores every bit whatever happens in between: a difference to the merged weight
-    would need that weight, or lambda and gamma, unchanged. It is kept as a plain attribute, so no
-    state dict holds it and no `.to()` moves or casts it. A layer copies its weight once, however
-    many adapters are merged one after another.
+    would need that weight, or lambda and gamma, unchanged. It is kept once, as a plain attribute,
+    so no state dict holds it and no `.to()` moves or casts it. Of layers that share a weight only
+    one may be merged: the other would compute with its change, too.
 
-    Quantized layers replace the methods from `_dense_weight` to `_restorer`.
+    Quantized layers replace the methods from `_held_weight` to `_restorer`.
     """
 
+    path: str | None = None  # in the model, for error messages
     merged_adapters: list[str]
     _kept: Any = None  # what `_restorer` takes; None: W is not kept, or was not changed
     # Merged adapters that are not in the kept weight, or changed nothing. The others, merged with
@@ -50,86 +53,81 @@ class KeepsWeight(_Layer):
     def unmerge(self) -> None:
         """Takes all merged adapters out of the base weight, and frees what was kept.
 
-        W comes back bit for bit, whatever has become of the adapters and of the merged weight. If
-        the layer has been moved or cast since, it comes back on the device and in the dtype of the
-        merged weight: ``.to`` and `unmerge` may change places.
+        W comes back bit for bit, whatever has become of the adapters and of the merged weight; if
+        the layer has been moved or cast since, on the device and in the dtype of the merged weight.
 
         After ``merge(keep_weight="nothing")`` dW is computed again and subtracted, so lambda and
         gamma must be those that were merged; two roundings bring W back to within one ulp of the
-        larger of W and W + dW.
-
-        Warns, as PEFT does, if nothing is merged.
+        larger of W and W + dW. Warns, as PEFT does, if nothing is merged.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        unknown = [name for name in self.merged_adapters if name not in self.randlora_lambda]
-        if lost := [name for name in unknown if name not in self._kept_without]:
+        rest = [name for name in self.merged_adapters if name not in self._kept_without]
+        if lost := [name for name in rest if name not in self.randlora_lambda]:
             warnings.warn(
                 f"the adapters {lost} were deleted while merged, and W was not kept: their dW "
                 "stays in it",
                 stacklevel=2,
             )
-        restored = {*self._kept_without, *unknown}  # a deleted adapter cannot be subtracted
-        rest = [name for name in self.merged_adapters if name not in restored]
+        rest = [name for name in rest if name not in lost]
         if self._kept is not None or not rest:
-            restore = (lambda: None) if self._kept is None else self._restorer(self._kept)
-            self._replace(restore, rest)
+            self._replace(_nothing if self._kept is None else self._restorer(self._kept), rest)
         if rest:
             self._replace(self._writer(self._plus(self._dense_weight(), rest, -1)), [])
 
-    def _merge(
-        self,
-        names: Sequence[str],
-        safe_merge: bool,
-        keep_weight: str,
-        add: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        """Merges adapters that are known and not merged yet.
-
-        Args:
-            add: makes W + dW of W; None adds in a wider dtype and rounds once.
-        """
+    def _merge(self, names: Sequence[str], safe_merge: bool, keep_weight: str) -> None:
+        """Merges adapters that are known and not merged yet."""
         check_keep_weight(keep_weight)
         weight = self._dense_weight()
-        total = self._plus(weight, names, +1) if add is None else add(weight)
+        for other in merged_layers:
+            refuse_shared(other, self)
+        total = self._plus(weight, names, +1)
         if safe_merge and not bool(full_tensor(torch.isfinite(total).all())):
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be "
                 "broken; safe_merge allows only finite values, and nothing was changed"
             )
-        merged = [*self.merged_adapters, *names]
         kept, without = (self._kept, self._kept_without) if self.merged else (None, ())
         keeps = keep_weight != "nothing"
-        if keeps and _equal(total, weight):  # a sum could still turn -0 into 0
-            self._replace(lambda: None, merged, kept, (*without, *names))
-            return
-        write = self._writer(total)
-        if keeps and kept is None:
+        # Ranks might disagree about their parts of DTensors. A sum could still turn -0 into 0.
+        same = keeps and not is_dtensor(total) and torch.equal(total, weight)
+        write = _nothing if same else self._writer(total)
+        if keeps and kept is None and not same:
             kept = self._keep(keep_weight)
-        if kept is not None:
+        if same or kept is not None:
             without = (*without, *names)
-        self._replace(write, merged, kept, without)
+        self._replace(write, [*self.merged_adapters, *names], kept, without)
 
     def _replace(
-        self,
-        write: Callable[[], Any],
-        merged: list[str],
-        kept: Any = None,
-        kept_without: tuple[str, ...] = (),
+        self, write: Callable, merged: list[str], kept: Any = None, without: tuple[str, ...] = ()
     ) -> None:
-        """Writes W and the attributes about it; Ctrl-C cannot leave only some of them written."""
+        """Writes W and the attributes about it; Ctrl-C, twice even, cannot leave a part of them."""
+        begun = False
 
         def write_all() -> None:
+            nonlocal begun
+            begun = True
             write()
-            self._kept, self._kept_without = kept, kept_without
+            self._kept, self._kept_without = kept, without
             self.merged_adapters = merged
+            (merged_layers.add if merged else merged_layers.discard)(self)
 
         try:
-            write_all()
-        except BaseException:  # it came between two lines; writing again is harmless
-            write_all()
+            try:
+                write_all()
+            except BaseException:  # it came between two lines; writing again is harmless
+                write_all()
+                raise
+        except BaseException:  # the second one, in the lines above
+            if begun:
+                write_all()
             raise
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if self.merged:  # a copy
+            merged_layers.add(self)
 
     def _plus(self, weight: Tensor, names: Iterable[str], sign: int) -> Tensor:
         names = list(names)
@@ -142,7 +140,12 @@ class KeepsWeight(_Layer):
 
     # ---- an ordinary weight --------------------------------------------------------------------
 
+    def _held_weight(self) -> Tensor | None:
+        """What merging writes into or replaces; None if it replaces the base layer."""
+        return self.get_base_layer().weight
+
     def _dense_weight(self) -> Tensor:
+        check_writable(self)
         weight = self.get_base_layer().weight
         if not weight.is_floating_point():
             raise TypeError(f"base_layer.weight must be floating point, got {weight.dtype}")
@@ -162,12 +165,11 @@ class KeepsWeight(_Layer):
     def _keep(self, keep_weight: str) -> Any:
         """The present weight; in a tuple if torch would register it as a parameter or module."""
         with torch.inference_mode(False):  # it is kept for longer
-            weight = _local(self._dense_weight().detach())
-            on_host = keep_weight == "host" and not weight.is_meta
-            return weight.to("cpu" if on_host else weight.device, copy=True)
+            weight = local_tensor(self._dense_weight().detach())
+            return weight.to("cpu" if keep_weight == "host" else weight.device, copy=True)
 
     def _restorer(self, kept: Any) -> Callable[[], Any]:
-        weight = _local(self._dense_weight())
+        weight = local_tensor(self._dense_weight())
         if weight.shape != kept.shape:
             raise RuntimeError(
                 f"base_layer.weight is {tuple(weight.shape)} on this rank, and was "
@@ -177,11 +179,9 @@ class KeepsWeight(_Layer):
         return lambda: weight.copy_(kept)
 
 
-def _local(t: Any) -> Tensor:
-    """This rank's part."""
-    return t.to_local() if is_dtensor(t) else t
+# Those in which an adapter is merged and could be unmerged: `_merge` looks for its weight there.
+merged_layers: "weakref.WeakSet[KeepsWeight]" = weakref.WeakSet()
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """False for DTensors, whose ranks might disagree."""
-    return not (a.is_meta or is_dtensor(a)) and torch.equal(a, b)
+def _nothing() -> None:
+    """Writes nothing."""

@@ -2,10 +2,9 @@
 
 PEFT has tables for tuners and configurations and calls methods of both, but only `PeftModel`'s
 ``save_pretrained`` and ``load_adapter`` know the folder before tensors are written to it, or read
-from it over an existing adapter. These two, and ``from_pretrained``, are also where one rank of a
-model that transformers has sharded may fail alone. ``add_adapter`` is all that TRL calls to make a
-reference. transformers reads configurations by ``PeftConfig.from_pretrained``.
-Models on other layers pass through, and so does ``from_pretrained`` for unsharded ones.
+from it over an existing adapter. ``add_adapter`` is all that TRL calls to make a reference.
+transformers reads configurations by ``PeftConfig.from_pretrained``. Models on other layers pass
+through.
 """
 
 import functools
@@ -26,14 +25,14 @@ from peft.tuners.randlora.layer import RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
 from torch import nn
 
+from ..nn.base_layer import check_no_plan
 from ..nn.merging import check_keep_weight
 from ..nn.state_dict import DIAGONALS, guard
-from ..ranks import failing_together
 from .bases import BASIS_NAMES, PackedBufferDict
 from .config import NEEDS_OURS, PEFT_TYPES, RandLoraConfig, refuse_torn_save
 from .layer import AcceleratedLinear, layers_with
 from .loading import check_load_over, warn_of_misfits
-from .model import AcceleratedRandLoraModel, accelerate_layer, parallel_plans
+from .model import AcceleratedRandLoraModel, accelerate_layer
 from .quantized import backend_of
 from .saving import save_together
 
@@ -96,7 +95,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     optimizer state stay as they are. Returns the model; calling it again changes nothing.
 
     Raises ValueError, and changes nothing, if the model holds no RandLoRA layer, if its bases are
-    on the meta device, if transformers has sharded a layer, or if a quantized layer is merged:
+    on the meta device, if tensor parallelism has cut a layer, or if a quantized layer is merged:
     stock PEFT has added another matrix than our unmerging would subtract.
     """
     layers = [module for module in model.modules() if isinstance(module, RandLoraLayer)]
@@ -108,8 +107,10 @@ def accelerate(model: nn.Module) -> nn.Module:
             "model has quantized layers merged by stock PEFT; call unmerge_adapter() first"
         )
     tuners: list[Any] = [module for module in model.modules() if type(module) is RandLoraModel]
-    if any(_is_sharded(tuner.model) for tuner in tuners):
-        raise ValueError("model is sharded by transformers; call enable() before adding adapters")
+    for tuner in tuners:
+        for name, module in tuner.model.named_modules():
+            if isinstance(module, RandLoraLayer):
+                check_no_plan(tuner.model, name, f"layer {name!r}")
     held = [(one, name, getattr(one, name)) for one in tuners + layers for name in BASIS_NAMES]
     different = {id(bases): bases for *_, bases in held}
     packed = {key: PackedBufferDict.of(bases) for key, bases in different.items()}
@@ -124,12 +125,6 @@ def accelerate(model: nn.Module) -> nn.Module:
     return model
 
 
-def _is_sharded(model: Any) -> bool:
-    plans = parallel_plans(model)
-    layers = (name for name, module in model.named_modules() if isinstance(module, RandLoraLayer))
-    return plans is not None and any(plans.plan_of(model, name) for name in layers)
-
-
 # ---- methods of PeftModel --------------------------------------------------------------
 
 
@@ -139,7 +134,6 @@ def _patch() -> None:
         (PeftModel, "save_pretrained", save_together),
         (PeftModel, "load_adapter", _load),
         (PeftModel, "add_adapter", _add),
-        (PeftModel, "from_pretrained", _from_pretrained),
         (PeftConfigMixin, "from_pretrained", _read_config),
     ):
         if (owner, name) not in _patched:
@@ -170,13 +164,10 @@ def _unpatch() -> None:
 
 
 def _load(stock: Callable, model: PeftModel, model_id, adapter_name, *args, **kwargs):
-    mesh = getattr(model.base_model.model, "_device_mesh", None)
-    with failing_together(mesh):
-        # A new adapter takes its configuration from the file; one that is there keeps its own.
-        if adapter_name in model.peft_config:
-            with failing_together(mesh):  # before any rank has changed
-                check_load_over(model, model_id, adapter_name, kwargs)
-        result = stock(model, model_id, adapter_name, *args, **kwargs)
+    # A new adapter takes its configuration from the file; one that is there keeps its own.
+    if adapter_name in model.peft_config:
+        check_load_over(model, model_id, adapter_name, kwargs)
+    result = stock(model, model_id, adapter_name, *args, **kwargs)
     warn_of_misfits(model_id, adapter_name, result)
     return result
 
@@ -217,8 +208,3 @@ def _read_config(stock: Callable, cls, pretrained_model_name_or_path, subfolder=
     if isinstance(config, RandLoraConfig):
         refuse_torn_save(os.path.join(pretrained_model_name_or_path, subfolder or ""))
     return config
-
-
-def _from_pretrained(stock: Callable, cls: type[PeftModel], model, *args, **kwargs) -> PeftModel:
-    with failing_together(getattr(model, "_device_mesh", None)):
-        return stock(cls, model, *args, **kwargs)

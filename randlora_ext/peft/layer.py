@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..basis import TernaryBasis
 from ..devices import serve
 from ..nn.adapted_layer import AdaptedLayer
+from ..nn.merging import merged_layers
 from ..nn.state_dict import refuse_misfit
 from ..ranks import is_dtensor
 from .bases import PackedBufferDict, layer_basis
@@ -155,6 +156,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         """What PEFT puts in the layer's place; nothing is kept, because nothing can unmerge it."""
         if merge:
             self.merge(safe_merge, adapter_names, keep_weight="nothing")
+        merged_layers.discard(self)
         return self.get_base_layer()
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:

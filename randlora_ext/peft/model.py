@@ -2,17 +2,25 @@
 
 import warnings
 from contextlib import nullcontext
-from types import ModuleType
 from typing import Any
 
 import peft
+from peft.tuners.randlora.layer import RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import nn
 
 from ..basis.shape import check_r
 from ..nn.apply import check_is_called, check_not_nested, first
-from ..nn.base_layer import disable_nested_tensors, features, force_module_call, is_conv1d
+from ..nn.base_layer import (
+    check_mergeable,
+    check_no_plan,
+    check_whole,
+    disable_nested_tensors,
+    features,
+    force_module_call,
+    is_conv1d,
+)
 from ..nn.linear import DEFAULT_SCALING, RandLoraLinear
 from ..nn.state_dict import INPUT_SCALE, guard, misfit, refuse, unguard
 from . import quantized
@@ -92,17 +100,18 @@ class AcceleratedRandLoraModel(RandLoraModel):
             warnings.warn(str(error), stacklevel=2)
         super()._create_and_replace(randlora_config, adapter_name, *args, **kwargs)
         layer = self.model.get_submodule(kwargs["current_key"])
-        if isinstance(layer, AcceleratedLinear):
-            if plans := parallel_plans(self.model):
-                plans.shard(layer, self.model, kwargs["current_key"], adapter_name)
+        layer.path = kwargs["current_key"]
         disable_nested_tensors(self.model, kwargs["current_key"])
 
     def _check_targets(self, config: peft.RandLoraConfig) -> None:
-        """Before anything is drawn: r, some linear layer, and equal configurations on all ranks."""
-        if plans := parallel_plans(self.model):
-            plans.check_ranks(self.model, config)
+        """Before anything is drawn: r, some linear layer, and that none is cut over ranks."""
         check_r(config.r)  # stock PEFT's configuration does not
-        if not self._target_sizes(config):
+        targets = self._target_sizes(config)
+        for name in targets:
+            check_no_plan(self.model, name, f"target {name!r}")
+            if not isinstance(module := self.model.get_submodule(name), RandLoraLayer):
+                check_whole(module, f"target {name!r}")
+        if not targets:
             linear = [
                 name
                 for name, module in self.model.named_modules()
@@ -120,8 +129,6 @@ class AcceleratedRandLoraModel(RandLoraModel):
         for name in targets:  # PEFT leaves out what lies inside its own layers
             if isinstance(self.model.get_submodule(name.rpartition(".")[0]), RandLoraLinear):
                 check_not_nested(self.model, name, f"target {name!r}")
-        if plans := parallel_plans(self.model):
-            plans.check_plans(self.model, targets)
         D, d = largest(targets.values())
         description = description_of(vars(config))
         if description is not None:
@@ -156,6 +163,11 @@ class AcceleratedRandLoraModel(RandLoraModel):
             if _is_linear(module):
                 sizes[name] = features(module)
         return sizes
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        modules = self.model.named_modules()
+        check_mergeable({path: m for path, m in modules if isinstance(m, AcceleratedLinear)})
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -225,15 +237,6 @@ def accelerate_layer(layer: Any) -> Any:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module) or bool(quantized.backend_of(module))
-
-
-def parallel_plans(model: nn.Module) -> ModuleType | None:
-    """The module `tensor_parallel` if transformers has spread the model over ranks."""
-    if getattr(model, "_device_mesh", None) is None:
-        return None
-    from . import tensor_parallel  # imports torch.distributed, as transformers has already
-
-    return tensor_parallel
 
 
 def _warn_of_scaling(config: peft.RandLoraConfig) -> None:

@@ -53,6 +53,9 @@ class QuantizedLinear(AcceleratedLinear):
     def _base_weight(self) -> Tensor:
         return _stand_in(self.get_base_layer())
 
+    def _held_weight(self) -> None:
+        return None
+
     def _dense_weight(self) -> Tensor:
         """Raises PEFT's TypeError if this kind of base cannot be merged."""
         base = self.get_base_layer()

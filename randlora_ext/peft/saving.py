@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from torch import Tensor
 
 from ..basis import TernaryBasis
 from ..nn.state_dict import INPUT_SCALE
-from ..ranks import failing_together, full_tensor, is_dtensor
 from ..writing import SCRATCH, appear_together
 from .bases import BASIS_NAMES, largest
 from .basis_tensor import BasisTensor
@@ -33,36 +31,19 @@ _BEGIN, _END = "<!-- opens with -->", "<!-- end of opens with -->"  # our part o
 
 
 def save_together(stock: Callable, model: peft.PeftModel, save_directory, *args, **kwargs) -> None:
-    """Has PeftModel's ``save_pretrained`` write into a scratch folder first, and adds our card.
-
-    If transformers has sharded the model, all ranks must call unless ``state_dict`` is whole, as
-    with stock PEFT. If the main process cannot write, all ranks raise.
-    """
+    """Has PeftModel's ``save_pretrained`` write into a scratch folder first, and adds our card."""
     call = inspect.signature(stock).bind(model, save_directory, *args, **kwargs)
     call.apply_defaults()
-    is_main_process = call.arguments["is_main_process"]
-    state: Any = kwargs.pop("state_dict", None)
-    mesh = getattr(model.base_model.model, "_device_mesh", None)
-    if mesh is not None and state is None:
-        state = model.state_dict()
-    with ExitStack() as stack:
-        if mesh is not None and any(map(is_dtensor, state.values())):
-            # PEFT would gather while it writes, and the others wait for a rank that cannot.
-            state = {k: full_tensor(v).cpu() if is_dtensor(v) else v for k, v in state.items()}
-            stack.enter_context(failing_together(mesh))
-            if not is_main_process:
-                return
-        folder = save_directory
-        writes = is_main_process and not os.path.isfile(folder)  # a file is PEFT's own error
-        if writes:
-            folder = stack.enter_context(appear_together(save_directory))
-            copy_card(save_directory, folder)
-        stock(model, str(folder), *args, state_dict=state, **kwargs)
-        if writes:
-            place = Path(save_directory).absolute()  # or a scratch folder in it
-            place = place.parent if place.name.startswith(SCRATCH) else place
-            write_card(folder, place.name, model)
-            record_configurations(folder)
+    if not call.arguments["is_main_process"] or os.path.isfile(save_directory):  # PEFT's own error
+        stock(model, save_directory, *args, **kwargs)
+        return
+    with appear_together(save_directory) as folder:
+        copy_card(save_directory, folder)
+        stock(model, str(folder), *args, **kwargs)
+        place = Path(save_directory).absolute()  # or a scratch folder in it
+        place = place.parent if place.name.startswith(SCRATCH) else place
+        write_card(folder, place.name, model)
+        record_configurations(folder)
 
 
 def export_to_peft(model: peft.PeftModel, folder: str | os.PathLike, merged: bool = False) -> None:

@@ -2,16 +2,13 @@
 
 import json
 import shutil
-import zlib
 
 import pytest
 import torch
 from cli_helpers import KINDS, Q0, added, edit, gpt2, llama, refused, run, save_adapter, sharded
-from peft_helpers import StockLinear, accelerated, basis_of, opened, shake
+from peft_helpers import accelerated, opened, shake
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-
-from randlora_ext import merged_weight
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "stock_peft"),
@@ -193,28 +190,3 @@ def test_conv1d_and_linear_layers_in_one_adapter(tmp_path):
     save_adapter(gpt2(model), tmp_path / "other", targets=["c_proj"], basis="independent")
     edit(model / "config.json", encoder={"model_type": "vit"})
     assert f"{told}True" in refused("merge", model, tmp_path / "other", tmp_path / "out")
-
-
-def test_stochastic_rounding(tmp_path, bf16, sound):
-    """Changes far below an ulp vanish when rounded to nearest, and count on average otherwise."""
-    save_adapter(llama(), tmp_path / "adapter", basis="independent", randlora_alpha=0.0005)
-    for name, seed in {"near": None, "s1": 1, "again": 1, "s2": 2}.items():
-        merge(tmp_path, name, *(("--rounding-seed", seed) if seed else ()), model=bf16)
-    folders = bf16, *(tmp_path / name for name in ("near", "s1", "again", "s2"))
-    before, near, s1, again, s2 = map(tensors_of, folders)
-    for name in (name for name in before if name.endswith(("up_proj.weight", "down_proj.weight"))):
-        assert torch.equal(s1[name], again[name]) and not torch.equal(s1[name], s2[name])
-        assert (near[name] != before[name]).sum() < (s1[name] != before[name]).sum()
-    accelerated.enable()
-    model = opened(tmp_path / "adapter", lambda: llama().bfloat16())
-    for path, layer in model.get_base_model().named_modules():
-        if not isinstance(layer, StockLinear):
-            continue
-        diagonals = layer.randlora_lambda["default"], layer.randlora_gamma["default"]
-        # Layers round by words of their own.
-        seed, scaling = 1 ^ (zlib.crc32(path.encode()) << 32), layer.scaling["default"]
-        args = (basis_of(layer), before[f"{path}.weight"], *diagonals, scaling, seed)
-        assert torch.equal(s1[f"{path}.weight"], merged_weight(*args))
-    for model, seed, told in ((sound / "model", 3, "float32"), (bf16, -1, "rounding-seed")):
-        merging = ("merge", model, tmp_path / "adapter", tmp_path / "o", "--rounding-seed", seed)
-        assert told in refused(*merging) and not (tmp_path / "o").exists()

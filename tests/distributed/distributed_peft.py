@@ -1,7 +1,9 @@
 """Checks of PEFT's models in several processes, run by test_distributed.py."""
 
 import peft
+import pytest
 import torch
+import torch.distributed as dist
 from distributed_ranks import (
     Place,
     RecordedCollectives,
@@ -16,6 +18,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import randlora_ext.peft as accelerated
 
@@ -81,3 +84,37 @@ def check_fsdp(place: Place):
         model.unmerge_adapter()
         for layer, weight in zip(layers, before, strict=True):
             assert torch.equal(layer.base_layer.weight.full_tensor(), weight)
+        model.add_adapter("two", model.peft_config["default"])  # changes nothing yet
+        model.set_adapter("two")
+        torch.testing.assert_close(model(x), model.get_base_model()(x))
+        with pytest.raises(ValueError, match="model is sharded over ranks; save the adapter"):
+            accelerated.export_to_peft(model, place.folder / "no", merged=True)
+
+
+@worlds(2)
+def check_tensor_parallelism_is_refused(place: Place):
+    """A model that transformers has cut, before anything has changed."""
+    configuration = pytest.importorskip("transformers.distributed").DistributedConfig
+    folder, chosen = place.folder / "llama", dict(r=4, target_modules=["up_proj"])
+    if place.rank == 0:
+        sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, vocab_size=64)
+        made = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)
+        AutoModelForCausalLM.from_config(made).save_pretrained(folder)
+    dist.barrier()
+    refused = "layers.0.mlp.up_proj' is cut over ranks .'colwise' in tp_plan.: tensor parallelism"
+    for size in (2, 1):
+        cut = configuration(tp_size=2) if size == 2 else None
+        model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=cut)
+        modules = [name for name, _ in model.named_modules()]
+        if size == 1:
+            fully_shard(model)
+            refused = r"layers.0.mlp.up_proj' has a weight placed .*after the adapters"
+        accelerated.enable()
+        with pytest.raises(ValueError, match=refused):
+            peft.get_peft_model(model, accelerated.RandLoraConfig(basis="hadamard", **chosen))
+        assert [name for name, _ in model.named_modules()] == modules
+        if size == 2:
+            accelerated.disable()
+            stock = peft.get_peft_model(model, peft.RandLoraConfig(**chosen))
+            with pytest.raises(ValueError, match=refused):
+                accelerated.accelerate(stock)

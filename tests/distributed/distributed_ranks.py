@@ -26,11 +26,9 @@ def importable(name: str) -> bool:
     return (not package or importable(package)) and importlib.util.find_spec(name) is not None
 
 
-MODULES = ["distributed_training", "distributed_layers"]
+MODULES = ["distributed_training"]
 if importable("peft"):
     MODULES += ["distributed_peft"]
-    if importable("transformers.distributed.tensor_parallel"):  # since 5.17
-        MODULES += ["distributed_tp_plan"]
 NUMBERS = (2, 4)  # of processes, in this order: 4 read the checkpoints of 2
 HANG = 120  # seconds in one collective
 
@@ -75,12 +73,6 @@ def bytes_of(parameters):
 
 def adam(model):
     return torch.optim.Adam(trained(model), lr=1e-2)
-
-
-def equal_on_all_ranks(t, world):
-    copies = [torch.empty_like(t) for _ in range(world)]
-    dist.all_gather(copies, t)
-    return all(torch.equal(t, other) for other in copies)
 
 
 def full_tensor(t):

@@ -1,4 +1,4 @@
-"""Checks of DDP, FSDP2 and tensor-parallel training, run by test_distributed.py."""
+"""Checks of DDP and FSDP2, and of what they refuse, run by test_distributed.py."""
 
 import pytest
 import torch
@@ -9,7 +9,6 @@ from distributed_ranks import (
     RecordedCollectives,
     adam,
     bytes_of,
-    equal_on_all_ranks,
     full_tensor,
     same_parameters,
     trained,
@@ -18,12 +17,11 @@ from distributed_ranks import (
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from randlora_ext import apply_randlora, delta_weight, load_adapter, save_adapter
-from randlora_ext.distributed import RandLoraColwise, RandLoraRowwise
+from randlora_ext import RandLoraLinear, apply_randlora, delta_weight, load_adapter, save_adapter
 
 ROWS, SIZES = 8, (24, 40)
 
@@ -45,12 +43,6 @@ def sharded(dtype=torch.float64, **options):
     for layer in (model[0], model[2]):
         fully_shard(layer, **options)
     return fully_shard(model, **options)
-
-
-def tensor_parallel(mesh, first=(), second=()):
-    """Hadamard bases, cut by inputs, after independent ones, cut by outputs."""
-    plan = {"0": RandLoraColwise(**dict(first)), "2": RandLoraRowwise(**dict(second))}
-    return parallelize_module(make(), mesh, plan)
 
 
 def batch(step, dtype=torch.float64):
@@ -177,68 +169,69 @@ def check_fsdp_outside_forward(place: Place):
     assert not layer.merged and torch.equal(full_tensor(layer.base_layer.weight), before)
 
 
-@worlds(4)
-def check_sequence_parallel(place: Place):
-    """Tokens sharded outside the pair of layers: gathered before, reduce-scattered after."""
-    tokens = {"input_layouts": Shard(0)}, {"output_layouts": Shard(0)}
-    reference, model = make(), tensor_parallel(place.mesh(), *tokens)
-    reference(batch(0)).square().sum().backward()
-    with RecordedCollectives() as collectives:
-        model(share(place, batch(0))).square().sum().backward()
-    assert collectives.sizes("reduce_scatter_tensor.default")
-    for ours, theirs in zip(trained(model), trained(reference), strict=True):
-        torch.testing.assert_close(full_tensor(ours.grad), theirs.grad, rtol=1e-9, atol=1e-9)
+@worlds(2)
+def check_a_file_that_one_rank_lacks(place: Place):
+    """Every rank raises, and all can go on."""
+    model, file = sharded(), place.folder / "one-rank"
+    here = file if place.rank else file / "no" / "folder"
+    with pytest.raises(OSError, match="rank 0: " if place.rank else "cannot be written"):
+        save_adapter(model, here)
+    assert not file.exists()
+    dist.barrier()
+    save_adapter(model, file)
+    before = full_tensor(model[0].randlora_gamma["default"].detach().clone())
+    with pytest.raises(OSError, match="rank 0: " if place.rank else "no.*folder"):
+        load_adapter(model, here)
+    other = file
+    if place.rank == 1:
+        other = place.folder / "one-rank-1"
+        save_adapter(apply_randlora(nn.Sequential(nn.Linear(*SIZES)), ["0"], r=4), other)
+    with pytest.raises(Exception, match="one-rank-1 does not fit"):
+        load_adapter(model, other)
+    load_adapter(model, file)
+    assert torch.equal(full_tensor(model[0].randlora_gamma["default"]), before)
+
+
+@worlds(2)
+def check_tensor_parallelism_is_refused(place: Place):
+    """Before an adapter is added and afterwards; FSDP2 cuts base layers alone, too."""
+    mesh, x = place.mesh(), batch(0)
+    cut = nn.Sequential(nn.Linear(*SIZES), nn.Tanh(), nn.Linear(*SIZES)).double()
+    parallelize_module(cut, mesh, {"2": ColwiseParallel()})
+    refused = r"has a weight placed \(Shard\(dim=0\),\).*: tensor parallelism is not supported"
+    with pytest.raises(ValueError, match=f"module '2'.* {refused}"):
+        apply_randlora(cut, ["0", "2"], r=4)
+    assert type(cut[0]) is nn.Linear and cut[0].weight.requires_grad
+    with pytest.raises(ValueError, match=f"base_layer {refused}"):
+        RandLoraLinear(cut[2], r=4)
+
+    model = make()
+    parallelize_module(model, mesh, {"0.base_layer": ColwiseParallel()})
+    with pytest.raises(RuntimeError, match=f"base_layer .*24.* {refused}"):
+        model(x)
+
+    reference, model = make(), make()
+    for layer in (model[0], model[2]):
+        fully_shard(layer.base_layer)
+    torch.testing.assert_close(model(x), reference(x))
 
 
 @worlds(2, 4)
 def check_training_and_checkpoints(place: Place):
-    """Adam as of one process; model and optimizer, saved by 2, are resumed by 2, by 4 and by one.
-
-    Replicas stay equal bit for bit.
-    """
-    reference, mesh = make(), place.mesh()
+    """Adam as of one process; what 2 processes save is resumed by 2, by 4 and by one."""
+    reference, path = make(), place.folder / "fsdp"
     train(reference, adam(reference), range(4))
-    for name, build, select in (
-        ("fsdp", sharded, lambda x: share(place, x)),
-        ("tensor-parallel", lambda: tensor_parallel(mesh), lambda x: x),
-    ):
-        path = place.folder / name
-        if place.world == 2:
-            model = build()
-            optimizer = adam(model)
-            train(model, optimizer, range(2), select)
-            dcp.save(states(model, optimizer), checkpoint_id=path)
-        for model, rows in ((make(), lambda x: x), (build(), select)):
-            optimizer = adam(model)
-            zero(model.parameters())
-            loaded = states(model, optimizer)
-            dcp.load(loaded, checkpoint_id=path)
-            set_state_dict(model, optimizer, **loaded)
-            train(model, optimizer, range(2, 4), rows)
-            same_parameters(model, reference)
-            assert list(model.state_dict()) == list(reference.state_dict())
-    for parameter in trained(model):
-        if parameter.placements == (Replicate(),):
-            assert equal_on_all_ranks(parameter.to_local().detach(), place.world)
-
-
-@worlds(4)
-def check_with_fsdp(place: Place):
-    """Two by two: tensor parallel within, FSDP2 over halves of the batch; one process's file."""
-    mesh = place.mesh(2, 2, names=("dp", "tp"))
-    reference, model = make(), tensor_parallel(mesh["tp"])
-    one, four = (place.folder / f"{name}.safetensors" for name in ("one", "sharded"))
-    if place.rank == 0:
-        save_adapter(reference, one)
-    dist.barrier()
-    for shard in (lambda: None, lambda: fully_shard(model, mesh=mesh["dp"])):
-        shard()
-        zero(trained(model))
-        load_adapter(model, one)
-        save_adapter(model, four)
-        dist.barrier()
-        assert one.read_bytes() == four.read_bytes()
-        dist.barrier()
-    train(reference, adam(reference), range(2))
-    train(model, adam(model), range(2), lambda x: x.chunk(2)[mesh["dp"].get_local_rank()])
-    same_parameters(model, reference)
+    if place.world == 2:
+        model = sharded()
+        optimizer = adam(model)
+        train(model, optimizer, range(2), lambda x: share(place, x))
+        dcp.save(states(model, optimizer), checkpoint_id=path)
+    for model, select in ((make(), lambda x: x), (sharded(), lambda x: share(place, x))):
+        optimizer = adam(model)
+        zero(model.parameters())
+        loaded = states(model, optimizer)
+        dcp.load(loaded, checkpoint_id=path)
+        set_state_dict(model, optimizer, **loaded)
+        train(model, optimizer, range(2, 4), select)
+        same_parameters(model, reference)
+        assert list(model.state_dict()) == list(reference.state_dict())

@@ -1,4 +1,4 @@
-"""DDP, FSDP2, tensor parallelism and their checkpoints on 2 and 4 gloo processes of the CPU.
+"""DDP, FSDP2 and their checkpoints on 2 and 4 gloo processes of the CPU.
 
 The checks are in the modules named in distributed_ranks.py. One test runs them all, so that
 pytest's workers do not each start the processes.
@@ -33,4 +33,4 @@ def test_all_checks(tmp_path):
     said = {output.name: output.read_text() for output in sorted(tmp_path.glob("*.txt"))}
     passed = sum(text.count(" passed in ") for text in said.values())
     tails = "\n".join(f"--- {name}\n{text[-3000:]}" for name, text in said.items())
-    assert ranks.returncode == 0 and passed > 40, tails
+    assert ranks.returncode == 0 and passed > 20, tails

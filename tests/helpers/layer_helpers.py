@@ -2,6 +2,7 @@
 
 import io
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -123,25 +124,33 @@ def pickled(module):
     return torch.load(stream, weights_only=False), size
 
 
-def interrupts(call, watched="randlora"):
+def interrupts(call, watched="randlora", again=0):
     """Calls repeatedly, with Ctrl-C at the first, second, ... line of watched files.
 
-    Yields after each interrupt; the caller puts everything back for the next.
+    Yields after each interrupt; the caller puts everything back for the next. If `again` is given,
+    a second one comes as many calls and returns later: one that raises ends the tracing of lines.
     """
     done, at = False, 0
     while not done:
-        at, seen = at + 1, 0
+        at += 1
+        count = Counter()
 
-        def trace(frame, event, argument, at=at):
-            nonlocal seen
+        def trace(frame, event, argument, at=at, count=count):
             if watched not in frame.f_code.co_filename:
                 return None
-            seen += event == "line"
-            if event == "line" and seen == at:
+            count[event] += 1
+            if event == "line" and count["line"] == at:
                 raise KeyboardInterrupt
             return trace
 
+        def profile(frame, event, argument, at=at, count=count):
+            count["later"] += count["line"] == at and watched in frame.f_code.co_filename
+            if count["later"] == again:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
         sys.settrace(trace)
+        sys.setprofile(profile if again else None)
         try:
             call()
             done = True
@@ -149,5 +158,6 @@ def interrupts(call, watched="randlora"):
             pass
         finally:
             sys.settrace(None)
+            sys.setprofile(None)
         if not done:
             yield at

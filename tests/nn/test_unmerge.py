@@ -169,15 +169,15 @@ def test_another_layout_of_the_weight_is_refused(kind):
 
 
 @pytest.mark.parametrize(
-    "kind, action, keep",
+    "kind, action, keep, again",
     [
-        (Ours, "merge", "host"),
-        (Ours, "unmerge", "nothing"),
-        (OfPeft, "merge", "nothing"),
-        (OfPeft, "unmerge", "host"),
+        (OfPeft, "merge", "nothing", 0),
+        (OfPeft, "unmerge", "host", 0),
+        *((Ours, "merge", "host", again) for again in range(9)),  # as many write again
+        *((Ours, "unmerge", "nothing", again) for again in range(9)),
     ],
 )
-def test_after_ctrl_c_weight_and_state_agree(kind, action, keep):
+def test_after_ctrl_c_weight_and_state_agree(kind, action, keep, again):
     fresh, states = kind(torch.bfloat16), set()
     W, merged = fresh.weight.detach().clone(), copy.deepcopy(fresh)
     merged.merge()
@@ -192,7 +192,7 @@ def test_after_ctrl_c_weight_and_state_agree(kind, action, keep):
         made.layer.unmerge() if action == "unmerge" else made.merge(keep_weight=keep)
 
     made = start()
-    for _ in interrupts(call, merging.__file__):
+    for _ in interrupts(call, merging.__file__, again):
         layer, weight = made.layer, made.weight
         states.add(layer.merged)
         assert not layer.merged or torch.equal(weight, merged.weight)

@@ -1,7 +1,7 @@
 """Hadamard bases: what only they have. Files beside this one try them with the other kinds.
 
 Sizes that are no powers of two, the range of float16, the operators' own checks, and plain torch
-for devices without kernels; tests/basis/test_slice.py has slices.
+for devices without kernels.
 """
 
 from dataclasses import replace

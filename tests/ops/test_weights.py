@@ -4,9 +4,8 @@ and types of the first."""
 import pytest
 import torch
 from layer_cases import BASES, SHAPES, SIXTEEN_BITS, largest_error, make_basis, make_layer
-from layer_helpers import make_base, randomize
 
-from randlora_ext import RandLoraLinear, delta_weight, merged_weight, scaled_basis
+from randlora_ext import delta_weight, merged_weight, scaled_basis
 from randlora_ext.reference import delta_weight_reference, scaled_basis_reference
 
 ALL_TYPES = [torch.float64, torch.float32, *SIXTEEN_BITS]
@@ -184,18 +183,3 @@ def test_errors_of_merged_weight(kind):
     for wrong, error in ((-1, ValueError), (2**64, ValueError), (1.5, TypeError)):
         with pytest.raises(error, match="rounding_seed must be"):
             merged_weight(basis, weight.bfloat16(), lam, gam, 1.0, wrong)
-
-
-@pytest.mark.parametrize("kind", ["linear", "conv1d"])
-def test_a_layer_merges_with_a_seed(kind):
-    layer = randomize(RandLoraLinear(make_base(24, 40, kind, dtype=torch.bfloat16), r=5))
-    before, delta = layer.weight.clone(), layer.get_delta_weight("default").detach()
-    layer.merge(rounding_seed=7)
-    error = (layer.weight.double() - (before.double() + delta.double())).abs()
-    assert error.max() <= torch.finfo(torch.bfloat16).eps * (before.abs() + delta.abs()).max()
-    layer.unmerge()
-    assert torch.equal(layer.weight, before)
-    layer.float()
-    with pytest.raises(ValueError, match="rounding_seed rounds one adapter into a 16-bit weight"):
-        layer.merge(rounding_seed=7)
-    assert not layer.merged and torch.equal(layer.weight, before.float())

@@ -3,17 +3,13 @@
 import functools
 import importlib
 import re
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 
 import cli_helpers
 import pytest
 import torch
-from layer_cases import run_python
 from safetensors.torch import load_file
-
-from randlora_ext.cli.adapter import read_adapter
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -64,34 +60,6 @@ def test_vision(tmp_path, run_example):
     assert before < 55 and after > 80  # of ten digits, of which the base has seen five
     assert difference(output, "reloaded") < 1e-5
     assert len(saved(tmp_path)) == 22 and sum("classifier" in key for key in saved(tmp_path)) == 2
-
-
-# As torchrun, which would import for each rank, but forked when all is imported.
-RANKS = """
-import os, runpy, sys
-import torch.distributed.tensor.parallel, transformers.models.llama.modeling_llama, randlora_ext
-os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": sys.argv[1]}
-del sys.argv[:2]
-rank = 0 if os.fork() else 1
-os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
-sys.exit(os.waitstatus_to_exitcode(os.wait()[1]) if rank == 0 else 0)
-"""
-
-
-def test_tensor_parallel(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
-    output = run_python("-c", RANKS, port, EXAMPLES / "tensor_parallel.py", "--toy")
-    assert losses(output)[-1] < losses(output)[0]
-    # Every weight divides by two ranks: 64 x 64, 32, 32, 64, 128, 128 and 64 x 128, two blocks.
-    weights = 2 * 4 * 64 * (64 + 32 + 32 + 64 + 3 * 128) // 2
-    assert f"2 ranks; each holds {weights:,} bytes of weights" in output
-    assert difference(output, "in one process") < 1e-4
-    file = tmp_path / "randlora-adapter" / "randlora.safetensors"
-    assert len(load_file(file)) == 28 and len(read_adapter(file).diagonals) == 14
 
 
 def trains_and_loads(model, load, folder):

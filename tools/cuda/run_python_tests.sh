@@ -38,7 +38,6 @@ cpu_only=(
   tests/ops/test_dense.py::test_float16_stays_in_range_at_full_size
   # Half a minute each; tests/gpu has smaller ones.
   tests/basis/test_packed.py::test_wide_lists
-  tests/basis/test_slice.py::test_transforms_of_more_than_65536
 )
 deselected=()
 for test in "${cpu_only[@]}"; do deselected+=(--deselect "$test"); done
