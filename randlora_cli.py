@@ -4,7 +4,7 @@ A module beside the package, so that --help need not wait for the package's impo
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,10 +13,6 @@ _OPERANDS = {
     "source": ("ADAPTER", "a folder of PEFT's save_pretrained, or a file of save_adapter"),
     "out": ("OUT", "the folder to write, new or empty"),
 }
-_BASE = (
-    "the base model, a folder or a name in the hub's cache, of which only shapes are read "
-    "(default: the one that the adapter names)"
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
 
-    def add(name: str, told: str, example: str = "", *operands: str) -> Callable:
+    def add(name: str, told: str, example: str = "", *operands: str) -> None:
         command = commands.add_parser(
             name,
             help=told,
@@ -64,22 +60,9 @@ def _parser() -> argparse.ArgumentParser:
         for operand in operands:
             metavar, meaning = _OPERANDS[operand]
             command.add_argument(operand, metavar=metavar, type=Path, help=meaning)
-        return command.add_argument
 
     add("check", "what a bug report needs, and a self-check (the default)")
 
-    told = "write an adapter with its bases, without them, or as LoRA"
-    option = add("convert", told, "my-adapter for-stock-peft --to peft", "source", "out")
-    told = "peft: with bases; compact: without; lora: the nearest"
-    option("--to", choices=("peft", "compact", "lora"), required=True, help=told)
-    option("--base", metavar="MODEL", help=_BASE)
-    told = "with --to compact: of generated bases, if it cannot be told from them"
-    option("--density", metavar="X", type=float, help=told)
-    option("--rank", metavar="N", type=int, help="of LoRA")
-    option("--energy", metavar="X", type=float, help="of LoRA: the share of |dW|^2 to keep")
-
     told = "add an adapter to the weights of a model, file by file"
-    option = add("merge", told, "my-model my-adapter merged", "model", "source", "out")
-    told = "round 16-bit sums up or down at random, so that small changes count"
-    option("--rounding-seed", metavar="N", type=int, help=told)
+    add("merge", told, "my-model my-adapter merged", "model", "source", "out")
     return parser

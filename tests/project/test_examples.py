@@ -13,7 +13,7 @@ import torch
 from layer_cases import run_python
 from safetensors.torch import load_file
 
-from randlora_ext.cli.adapter import read_adapter
+from randlora_ext.nn.adapter_file import read_adapter_file
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -91,7 +91,7 @@ def test_tensor_parallel(tmp_path, monkeypatch):
     assert f"2 ranks; each holds {weights:,} bytes of weights" in output
     assert difference(output, "in one process") < 1e-4
     file = tmp_path / "randlora-adapter" / "randlora.safetensors"
-    assert len(load_file(file)) == 28 and len(read_adapter(file).diagonals) == 14
+    assert len(load_file(file)) == 28 and len(read_adapter_file(file).layers) == 14
 
 
 def trains_and_loads(model, load, folder):

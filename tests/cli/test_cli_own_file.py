@@ -1,0 +1,119 @@
+"""Files of `save_adapter` on the command line."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from cli_helpers import TARGETS, gpt2, llama, refused, run
+from peft_helpers import randomize, relative
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from randlora_ext import apply_randlora, merge_and_unload, save_adapter
+
+pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
+OPTIONS = {"r": 5, "randlora_alpha": 100, "density": 0.3, "seed": 9, "basis": "independent"}
+TOKENS = torch.arange(12).view(2, 6)
+
+
+def adapted(base, targets, file, **options):
+    """`base` with an adapter, which `file` has too."""
+    model = randomize(apply_randlora(base, targets, **(OPTIONS | options)))
+    save_adapter(model, file)
+    return model
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """(logits, file) of a model like that of `sound` with an adapter."""
+    file = tmp_path / "a.safetensors"
+    return logits_of(adapted(llama(), TARGETS, file)), file
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+def test_merge_without_peft(saved, sound, tmp_path):
+    want, file = saved
+    program = (
+        "import runpy, sys; sys.modules['peft'] = None; "
+        "runpy.run_module('randlora_ext', run_name='__main__')"
+    )
+    arguments = ("merge", sound / "model", file, tmp_path / "out")
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert relative(logits_of(llama()), want) > 0.01
+    assert relative(logits_of(merged), want) < 1e-5
+
+
+def test_merge_of_square_conv1d(tmp_path):
+    """Whose weight is (in, out), which a square one's shape does not tell."""
+    base = gpt2(tmp_path / "base")
+    model = adapted(base, ["c_proj"], tmp_path / "a", modules_to_save=["ln_f"])
+    nn.init.normal_(model.transformer.ln_f.weight)
+    save_adapter(model, tmp_path / "a")
+    assert run("merge", tmp_path / "base", tmp_path / "a", tmp_path / "out")[0] == 0
+    got = load_file(tmp_path / "out" / "model.safetensors")
+    for name, weight in merge_and_unload(model).state_dict().items():
+        if name.endswith(("c_proj.weight", "ln_f.weight")):
+            torch.testing.assert_close(got[name], weight, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_tied_layers(tmp_path, copies):
+    """Of a bare model, whose layers have a longer name in the files."""
+    net = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in "ab"})
+    net["c"] = net["a"]
+    names = "abc" if copies else "ab"
+    before = {f"model.{name}.weight": net[name].weight.detach().clone() for name in names}
+    (tmp_path / "model").mkdir()
+    save_file(before, tmp_path / "model" / "model.safetensors")
+    adapted(net, [*"abc"], tmp_path / "a.safetensors")
+    merging = ("merge", tmp_path / "model", tmp_path / "a.safetensors", tmp_path / "out")
+    if copies:
+        assert "model.c.weight is a copy of a tied weight" in refused(*merging)
+        return
+    assert run(*merging)[0] == 0
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    merge_and_unload(net)
+    for name in names:
+        torch.testing.assert_close(after[f"model.{name}.weight"], net[name].weight)
+
+
+def test_hadamard_bases(sound, tmp_path):
+    file, model = tmp_path / "a.safetensors", sound / "model"
+    want = logits_of(adapted(llama(), TARGETS, file, basis="hadamard", density=None))
+    assert run("merge", model, file, tmp_path / "merged")[0] == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert relative(logits_of(merged), want) < 1e-5
+
+
+def test_what_does_not_fit_is_told(saved, sound, tmp_path):
+    _, file = saved
+    model = llama(intermediate_size=64)
+    model.save_pretrained(tmp_path / "other")
+    line = refused("merge", tmp_path / "other", file, tmp_path / "out")
+    assert "up_proj: in_features and out_features are (32, 64), in the file [32, 48]" in line
+    file.write_bytes(file.read_bytes()[:-3])
+    assert "damaged" in refused("merge", sound / "model", file, tmp_path / "out")
+
+
+def test_paths_are_checked_before_anything_is_imported(saved, sound, tmp_path, monkeypatch):
+    """Nobody waits for PEFT to be told of a misspelt path."""
+    monkeypatch.setitem(sys.modules, "randlora_ext.peft", None)
+    (tmp_path / "no-peft").mkdir()
+    for arguments, told in (
+        (("nowhere", saved[1], tmp_path / "out"), "nowhere is no folder"),
+        (("nowhere", "nor here", tmp_path / "no-peft"), "nowhere is no folder"),
+        (
+            (sound / "model", "nor here", tmp_path / "out"),
+            "nor here/adapter_config.json does not exist",
+        ),
+        ((sound / "model", tmp_path / "no-peft", tmp_path / "out"), "config.json does not"),
+    ):
+        assert told in refused("merge", *arguments)
