@@ -94,23 +94,20 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
     if not layers:
         known = sorted({name for layer in adapted.values() for name in layer.bases})
         raise ValueError(
-            f"adapter_name must be one of {known}, got {adapter_name!r}"
-            if adapted
-            else f"model must have layers of apply_randlora, and this {type(model).__name__} has "
-            "none; a model of PEFT has save_pretrained"
+            f"adapter_name must be one of those of apply_randlora, {known}, got {adapter_name!r}; "
+            "a model of PEFT has save_pretrained"
         )
-    said: dict[str, Any] = {"adapter_name": adapter_name, "options": {}, "layers": {}}
-    own = {name: p for name, p in _parameters(inner).items() if p.requires_grad}
-    first_paths = {layer: at for at, layer in reversed(layers.items())}
+    options = _options(next(iter(layers.values())), adapter_name)
     for at, layer in layers.items():
-        options = said["options"] = said["options"] or _options(layer, adapter_name)
-        if options != _options(layer, adapter_name):
+        if (other := _options(layer, adapter_name)) != options:
             raise ValueError(
-                f"adapter {adapter_name!r} has {_options(layer, adapter_name)} at {at} and "
-                f"{options} elsewhere; a file holds one set of options, so give them other names"
+                f"adapter {adapter_name!r} has {other} at {at} and {options} elsewhere; a file "
+                "holds one set of options, so give them adapters of other names"
             )
-        said["layers"][at] = [layer.in_features, layer.out_features, layer.fan_in_fan_out]
-        at = first_paths[layer]
+    sizes = {at: [m.in_features, m.out_features, m.fan_in_fan_out] for at, m in layers.items()}
+    said = {"adapter_name": adapter_name, "options": options, "layers": sizes}
+    own = {name: p for name, p in _parameters(inner).items() if p.requires_grad}
+    for layer, at in {layer: at for at, layer in reversed(layers.items())}.items():
         own |= {join(at, kind): getattr(layer, kind)[adapter_name] for kind in DIAGONALS}
     tensors, mesh = {}, _mesh(own.values())
     for name, parameter in own.items():

@@ -327,10 +327,10 @@ def test_a_file_cannot_nest_adapters(file):
 
 def test_what_has_no_adapter_is_not_saved(file):
     with pytest.raises(
-        ValueError, match="this Model has none; a model of PEFT has save_pretrained"
+        ValueError, match=r"apply_randlora, \[\], .*model of PEFT has save_pretrained"
     ):
         save_adapter(Model(), file)
-    with pytest.raises(ValueError, match=r"adapter_name must be one of \['default'\], got 'x'"):
+    with pytest.raises(ValueError, match=r"adapter_name must be one of .*\['default'\], got 'x'"):
         save_adapter(adapted(), file, adapter_name="x")
     with pytest.raises(ValueError, match="up.randlora_lambda has no numbers here"):
         save_adapter(adapted().to("meta"), file)
