@@ -156,9 +156,10 @@ def load_adapter(
             )
         parameters = _parameters(inner)
         own: dict[str, Any] = {key: parameters[key] for key in file.others}
-        options = file.options | {"adapter_name": name}
-        scaling, basis = options.pop("scaling"), BasisDescription.parse(options["basis"])
-        options |= {"basis": basis.kind, "density": basis.density, "seed": basis.seed}
+        basis = BasisDescription.parse(file.options["basis"])
+        options = {"adapter_name": name, "basis": basis.kind, "density": basis.density}
+        options |= {"seed": basis.seed, "r": file.options["r"]}
+        options["randlora_dropout"] = file.options["randlora_dropout"]
         modules = _modules(inner)
         targets = dict(modules[at] for at in file.layers)
         if not any(isinstance(module, RandLoraLinear) for module in targets.values()):
@@ -168,7 +169,7 @@ def load_adapter(
         layer: Any = modules[at][1]
         if name not in layer.bases:
             layer.update_layer(**options)
-        layer.scaling[name] = scaling
+        layer.scaling[name] = file.options["scaling"]
         own |= {join(at, kind): getattr(layer, kind)[name] for kind in DIAGONALS}
     with torch.no_grad():
         for key, parameter in own.items():
@@ -283,14 +284,14 @@ def _mesh(tensors: Iterable[Any]) -> Any:
     return next((tensor.device_mesh for tensor in tensors if is_dtensor(tensor)), None)
 
 
-def _plain(path: str) -> str:
+def _unwrapped(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
 def _modules(model: nn.Module) -> dict[str, tuple[str, Any]]:
     """(path, module) by the path without wrappers; of several the innermost."""
     named = model.named_modules(remove_duplicate=False)
-    return {_plain(path): (path, module) for path, module in named}
+    return {_unwrapped(path): (path, module) for path, module in named}
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -298,7 +299,7 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     layers = (m for m in model.modules() if isinstance(m, RandLoraLinear))
     adapters = {id(p) for layer in layers for p in layer.adapter_parameters()}
     return {
-        _plain(name).replace(".base_layer.", "."): parameter
+        _unwrapped(name).replace(".base_layer.", "."): parameter
         for name, parameter in model.named_parameters()
         if id(parameter) not in adapters
     }

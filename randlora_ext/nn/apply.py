@@ -45,7 +45,10 @@ def apply_randlora(
     whole: dict[str, nn.Module] = {}
     for name in modules_to_save:
         if isinstance(modules_to_save, str) or not (found := _matching(model, [name])):
-            raise ValueError(f"modules_to_save must be a list of modules' names, got {name!r}")
+            raise ValueError(
+                f"modules_to_save must list names of modules in the {type(model).__name__}, "
+                f"got {name!r}"
+            )
         whole |= found
     for name, module in whole.items():
         check_not_nested(model, name, f"{name!r} of modules_to_save")

@@ -47,8 +47,8 @@ def test_apply_by_suffix_and_by_pattern():
         (["k"], {}, ValueError, r"target_modules \['k'\] matches no module .*blocks\.0\.q"),
         ("q", {}, ValueError, r"'q' matches no module .* did you mean \['q'\]"),
         ("k", {}, ValueError, "matches no module of .* that is not adapted yet; its"),
-        (["q"], {"modules_to_save": ["head"]}, ValueError, "modules_to_save .*names, got 'head'"),
-        (["q"], {"modules_to_save": "norm"}, ValueError, "modules_to_save must be a list .* 'n'"),
+        (["q"], {"modules_to_save": ["head"]}, ValueError, "in the ModuleDict, got 'head'"),
+        (["q"], {"modules_to_save": "norm"}, ValueError, "modules_to_save must list .* 'n'"),
         (["q"], {"modules_to_save": ["q"]}, ValueError, "matches no module"),  # nothing is left
         (["q", "norm"], {}, TypeError, r"'blocks\.0\.norm', matched by target_modules .*LayerNorm"),
         (["q"], {"r": 0}, ValueError, "r must be"),
