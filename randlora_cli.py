@@ -4,7 +4,7 @@ A module beside the package, so that --help need not wait for the package's impo
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,6 +13,10 @@ _OPERANDS = {
     "source": ("ADAPTER", "a folder of PEFT's save_pretrained, or a file of save_adapter"),
     "out": ("OUT", "the folder to write, new or empty"),
 }
+_COMMANDS: tuple[tuple[str, str, str, Iterable[str]], ...] = (
+    ("check", "what a bug report needs, and a self-check (the default)", "", ()),
+    ("merge", "add an adapter to the weights of a model", "my-model my-adapter merged", _OPERANDS),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
 
-    def add(name: str, told: str, example: str = "", *operands: str) -> Callable:
+    for name, told, example, operands in _COMMANDS:
         command = commands.add_parser(
             name,
             help=told,
@@ -60,10 +64,4 @@ def _parser() -> argparse.ArgumentParser:
         for operand in operands:
             metavar, meaning = _OPERANDS[operand]
             command.add_argument(operand, metavar=metavar, type=Path, help=meaning)
-        return command.add_argument
-
-    add("check", "what a bug report needs, and a self-check (the default)")
-
-    told = "add an adapter to the weights of a model, file by file"
-    add("merge", told, "my-model my-adapter merged", "model", "source", "out")
     return parser

@@ -30,7 +30,7 @@ def base() -> nn.Sequential:
 def plain(model: nn.Module) -> nn.Module:
     from randlora_ext import apply_randlora
 
-    return apply_randlora(model, ["0", "2"], r=5, randlora_alpha=10)
+    return apply_randlora(model, ["0", "2"], r=5, randlora_alpha=10, basis="independent")
 
 
 def in_peft(model: nn.Module) -> nn.Module:

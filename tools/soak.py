@@ -59,7 +59,7 @@ class Trainer:
 
     def __init__(self) -> None:
         self.model = nn.Sequential(
-            RandLoraLinear(nn.Linear(48, 64), r=6, density=0.07),
+            RandLoraLinear(nn.Linear(48, 64), r=6, density=0.07, basis="independent"),
             nn.ReLU(),
             RandLoraLinear(nn.Linear(64, 32), r=6, basis="hadamard"),
         )
@@ -81,9 +81,9 @@ class Trainer:
     def visit(self, number: int) -> None:
         """A layer that lives for one step."""
         n_in, n_out, r, density = SHAPES[number // 5 % len(SHAPES)]
-        layer = RandLoraLinear(nn.Linear(n_in, n_out), r, density=density)
-        kind = {"density": 0.2} if number % 2 else {"basis": "hadamard"}
-        layer.update_layer("two", 3, projection_prng_key=number % 7, **kind)
+        layer = RandLoraLinear(nn.Linear(n_in, n_out), r, density=density, basis="independent")
+        kind = {"density": 0.2, "basis": "independent"} if number % 2 else {"basis": "hadamard"}
+        layer.update_layer("two", 3, seed=number % 7, **kind)
         layer.set_adapter(["default", "two"])
         with torch.autocast("cpu", torch.bfloat16, enabled=number % 2 == 0):
             layer(torch.randn(9, n_in, requires_grad=True)).float().sum().backward()

@@ -1,7 +1,7 @@
 """What the commands of `randlora_cli` do: a module of that name, with a function of that name.
 
 `merge` reads an adapter without its model (adapter.py), and a model folder by the headers of its
-files or one tensor at a time (checkpoint.py).
+files and one tensor at a time (checkpoint.py).
 """
 
 import sys
@@ -45,7 +45,8 @@ def run(command: str, **options: Any) -> int:
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    told = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    return " ".join(told.split()) or type(error).__name__
 
 
 @contextmanager

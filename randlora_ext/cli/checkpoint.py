@@ -1,7 +1,7 @@
 """A local model folder of safetensors files: which tensor lies where."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,10 +45,20 @@ class Checkpoint:
         with safe_open(self.tensors[name].file, framework="pt") as file:
             return file.get_tensor(name)
 
+    def configs(self) -> Iterator[dict]:
+        """Of the model and of those it consists of, such as an encoder and a decoder."""
+        waiting = [self.config]
+        for config in waiting:
+            yield config
+            waiting += [value for value in config.values() if isinstance(value, dict)]
+
     def is_tied(self, name: str) -> bool:
-        """Whether the model uses this tensor for its embeddings and for its head."""
-        tied = self.config.get("tie_word_embeddings", True)  # transformers 4 leaves a True out
-        return tied and self.tensors[name].shape[:1] == (self.config.get("vocab_size"),)
+        """Whether the model may use this tensor for its embeddings and for its head."""
+        rows = self.tensors[name].shape[:1]
+        owners = [config for config in self.configs() if rows == (config.get("vocab_size"),)]
+        # transformers 4 leaves a True out; a nested model may follow the outer one.
+        told = [c.get("tie_word_embeddings") for c in (self.config, *owners)]
+        return bool(owners) and (True in told or False not in told)
 
 
 def read_json(path: Path, needed: str = "") -> dict:

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from ..writing import appear_new
 from . import CliError, check_free
-from .adapter import Change, changes_of, read_adapter, shapes_in
-from .checkpoint import Checkpoint, locate, read_checkpoint
+from .adapter import Changes, read_changes
+from .checkpoint import Checkpoint, read_checkpoint
 
 # Weights in other formats would be those of the unmerged model.
 _NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
@@ -24,16 +25,10 @@ def merge(model: Path, source: Path, out: Path) -> int:
     layer, and the disk space of the model.
     """
     check_free(out)
-    adapter, checkpoint = read_adapter(source), read_checkpoint(model)
-    name_in = locate(adapter.diagonals, checkpoint)
-    replaced = {name_in(name): tensor for name, tensor in adapter.others.items()}
-    changes = changes_of(adapter, shapes_in(adapter, checkpoint))
-    path_of = {name_in(f"{path}.weight"): path for path in changes}
-    for path, saved in (adapter.plain or {}).items():  # tied weights that the files hold twice
-        copies = (name_in(f"{other}.weight") for other in saved.also_at)
-        path_of |= {name: path for name in copies if name in checkpoint.tensors}
-    written = path_of.keys() | replaced.keys()
-    _check_names(checkpoint, replaced, written)
+    checkpoint = read_checkpoint(model)
+    changes = read_changes(source, checkpoint)
+    written = changes.added.keys() | changes.replaced.keys()
+    _check_names(checkpoint, changes.replaced, written)
     _check_space(checkpoint, out)
     with appear_new(out) as folder:
         folder.mkdir()
@@ -43,19 +38,14 @@ def merge(model: Path, source: Path, out: Path) -> int:
             with open(folder / file.name, "r+b") as copy:
                 for name in written:
                     entry = checkpoint.tensors[name]
-                    if entry.file != file:
-                        continue
-                    weight = replaced[name] if name in replaced else checkpoint.read(name)
-                    weight = weight.to(entry.dtype)
-                    if name in path_of:
-                        weight = _sum(path_of[name], changes[path_of[name]], weight)
-                    copy.seek(entry.start)
-                    _write(copy, weight)
+                    if entry.file == file:
+                        copy.seek(entry.start)
+                        _write(copy, _changed(name, checkpoint, changes))
         left = _copy_rest(checkpoint, folder)
-    print(f"{len(path_of)} layers merged into {len(checkpoint.files)} files of {out}")
+    print(f"{len(changes.added)} layers merged into {len(checkpoint.files)} files of {out}")
     for names, told in (
-        (replaced, "replaced by the adapter's own"),
-        (adapter.ignored, "ignored, since PEFT would not load them"),
+        (changes.replaced, "replaced by the adapter's own"),
+        (changes.ignored, "ignored, since PEFT would not load them"),
         (left, "not copied, since they hold unmerged weights or are folders"),
     ):
         if names:
@@ -63,23 +53,29 @@ def merge(model: Path, source: Path, out: Path) -> int:
     return 0
 
 
-def _sum(path: str, change: Change, weight: Tensor) -> Tensor:
-    total = change.added_to(weight)
-    if not bool(torch.isfinite(total).all()):
-        raise CliError(f"{path}: the merged weight would hold NaN or inf; nothing was written")
-    return total
+def _changed(name: str, checkpoint: Checkpoint, changes: Changes) -> Tensor:
+    weight = changes.replaced.get(name)
+    weight = checkpoint.read(name) if weight is None else weight
+    weight = weight.to(checkpoint.tensors[name].dtype)
+    if name in changes.added:
+        weight = changes.added[name].added_to(weight)
+        if not bool(torch.isfinite(weight).all()):
+            raise CliError(f"{name} would hold NaN or inf after merging; nothing was written")
+    return weight
 
 
-def _check_names(checkpoint: Checkpoint, replaced: dict[str, Tensor], written: set[str]) -> None:
+def _check_names(
+    checkpoint: Checkpoint, replaced: dict[str, Tensor], written: Iterable[str]
+) -> None:
     for name, tensor in replaced.items():
         entry = checkpoint.tensors.get(name)
         if entry is None or entry.shape != tuple(tensor.shape) or entry.dtype is None:
             raise CliError(
                 f"the adapter holds {name} {tuple(tensor.shape)}, which {checkpoint.folder} does "
-                "not hold in that shape; merge by PEFT's merge_and_unload"
+                "not hold in that shape; merge by merge_and_unload"
             )
     if tied := next((name for name in written if checkpoint.is_tied(name)), None):
-        raise CliError(f"{tied} is tied to another weight of the model; merge by PEFT")
+        raise CliError(f"{tied} is tied to another weight of the model; merge by merge_and_unload")
 
 
 def _write(stream, tensor: Tensor) -> None:

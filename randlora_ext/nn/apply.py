@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -20,7 +20,10 @@ from .state_dict import guard, unguard
 
 
 def apply_randlora(
-    model: nn.Module, target_modules: Sequence[str] | str, **layer_options: Any
+    model: nn.Module,
+    target_modules: Sequence[str] | str,
+    modules_to_save: Sequence[str] = (),
+    **layer_options: Any,
 ) -> nn.Module:
     """Replaces the targeted linear layers of `model`, in place, by `RandLoraLinear`; returns it.
 
@@ -29,11 +32,14 @@ def apply_randlora(
             in ``.name``; or a regular expression that must match a module's whole name; or
             "all-linear", every nn.Linear and Conv1D except the output embeddings of a transformers
             model and the projection inside nn.MultiheadAttention.
-        **layer_options: r, randlora_alpha, density, projection_prng_key, randlora_dropout,
-            adapter_name, basis of `RandLoraLinear`.
+        modules_to_save: names, as in the list, of modules to train whole, such as a new head.
+            Nothing inside them is adapted, and `save_adapter` writes them, too.
+        **layer_options: r, randlora_alpha, density, seed, randlora_dropout, adapter_name, basis of
+            `RandLoraLinear`.
 
-    Everything but lambda and gamma is frozen. Layers of one shape share one packed basis. A second
-    call may give other layers other options; what the first made stays as it is.
+    Everything but lambda, gamma and `modules_to_save` is frozen. Layers of one shape share one
+    packed basis. A second call may give other layers other options; what the first made or left
+    trainable stays so.
 
     Raises:
         ValueError: nothing matches, a match is ``out_proj`` of nn.MultiheadAttention, which torch
@@ -42,52 +48,85 @@ def apply_randlora(
             or Conv1D, or is adapted already; an option has another name. Also the errors of
             RandLoraLinear. In all cases the model is as it was.
     """
-    known = inspect.signature(RandLoraLinear).parameters
-    refuse_unknown("apply_randlora", layer_options, [*known][1:])
+    options = [*inspect.signature(RandLoraLinear).parameters][1:]
+    refuse_unknown("apply_randlora", layer_options, [*options, "modules_to_save"])
+    whole: dict[str, nn.Module] = {}
+    for name in modules_to_save:
+        if isinstance(modules_to_save, str) or not (found := _matching(model, [name])):
+            raise ValueError(
+                f"modules_to_save must list names of modules in the {type(model).__name__}, "
+                f"got {name!r}"
+            )
+        whole |= found
+    for name, module in whole.items():
+        check_not_nested(model, name, f"{name!r} of modules_to_save")
+        if _layers(module) or not all(p.is_floating_point() for p in module.parameters()):
+            raise ValueError(f"{name!r} of modules_to_save is adapted or not floating point")
     # A module that is registered twice (tied) is visited twice, and must be wrapped once.
-    named = dict(model.named_modules(remove_duplicate=False))
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         matches = _all_linear(model)
     else:
-        is_target = _matcher(target_modules)
-        matches = {name: module for name, module in named.items() if name and is_target(name)}
+        matches = _matching(model, target_modules)
+    inside = tuple(f"{name}." for name in whole)
+    matches = {name: m for name, m in matches.items() if not f"{name}.".startswith(inside)}
     if not matches:
+        named = dict(model.named_modules(remove_duplicate=False))
         adapted = [name for name, module in named.items() if isinstance(module, RandLoraLinear)]
         linear = [name for name, module in named.items() if type(module) is nn.Linear]
         linear = [name for name in linear if name.rpartition(".")[0] not in adapted]
+        as_list = isinstance(target_modules, str) and _matching(model, [target_modules])
+        hint = f"; a text must match a whole name: did you mean [{target_modules!r}]?"
         raise ValueError(
             f"target_modules {target_modules!r} matches no module of {type(model).__name__} that "
-            f"is not adapted yet; its linear layers are called {first(linear)}, those that are "
-            f"adapted already {first(adapted)} (update_layer adds another adapter to one)"
+            f"is not adapted yet{hint if as_list else ''}; its linear layers are called "
+            f"{first(linear)}, those that are adapted already {first(adapted)} (update_layer adds "
+            "another adapter to one)"
         )
-    for name, module in matches.items():
-        matched = f"module {name!r}, matched by target_modules {target_modules!r},"
-        check_base_layer(module, matched)
-        check_no_plan(model, name, matched)
-        check_is_called(model, name, matched)
-        check_not_nested(model, name, matched)
-    unique = {id(module): module for module in matches.values()}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [p for module in whole.values() for p in module.parameters()]
+    why = f", matched by target_modules {target_modules!r},"
+    adapt(model, matches, parameters, why, **layer_options)
+    return model
+
+
+def adapt(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    trained: Iterable[nn.Parameter],
+    why: str,
+    **layer_options: Any,
+) -> None:
+    """As `apply_randlora`, for modules by their names; `why` follows these in error messages."""
+    for name, module in targets.items():
+        check_base_layer(module, f"module {name!r}{why}")
+        check_no_plan(model, name, f"module {name!r}{why}")
+        check_is_called(model, name, f"module {name!r}{why}")
+        check_not_nested(model, name, f"module {name!r}{why}")
+    unique = {id(module): module for module in targets.values()}
+    before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         wrapped = {key: RandLoraLinear(module, **layer_options) for key, module in unique.items()}
     except BaseException:  # the layers before have frozen their base layers
-        for parameter in trained:
+        for parameter in before:
             parameter.requires_grad_(True)
         raise
-    adapters = {id(p) for layer in _layers(model) for p in layer.adapter_parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in adapters:
-            parameter.requires_grad_(False)
-    for name, module in matches.items():
+    if not _layers(model):
+        model.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    for name, module in targets.items():
         wrapped[id(module)].path = name
         _put(model, name, wrapped[id(module)])
         disable_nested_tensors(model, name)
     guard(model)
-    return model
 
 
 def check_is_called(model: nn.Module, name: str, argument: str) -> None:
-    """Raises ValueError, naming `argument`, if torch only reads the weight of module `name`."""
+    """Raises ValueError, naming `argument`, if torch would not call what replaces module `name`."""
+    if name.rpartition(".")[2] == "_orig_mod":
+        raise ValueError(
+            f"{argument} would not be adapted: torch.compile keeps calling what it was given; "
+            "compile the layer afterwards, or the whole model"
+        )
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
         raise ValueError(
             f"{argument} would not be adapted: nn.MultiheadAttention reads its weight and never "
@@ -112,23 +151,21 @@ def first(names: list[str]) -> str:
     return f"{names[:10]}{' ...' if len(names) > 10 else ''}"
 
 
-def _matcher(target_modules: Sequence[str] | str) -> Callable[[str], bool]:
-    if isinstance(target_modules, str):
+def _matching(model: nn.Module, targets: Sequence[str] | str) -> dict[str, nn.Module]:
+    if isinstance(targets, str):
         try:
-            pattern = re.compile(target_modules)
+            is_target: Any = re.compile(targets).fullmatch
         except re.error as error:
             raise ValueError(
-                f"target_modules {target_modules!r} is no regular expression: {error}"
+                f"target_modules {targets!r} is no regular expression: {error}"
             ) from error
-        return lambda name: pattern.fullmatch(name) is not None
-    if not isinstance(target_modules, Iterable) or not all(
-        isinstance(name, str) for name in target_modules
-    ):
-        raise TypeError(
-            f"target_modules must be names or a regular expression, got {target_modules!r}"
-        )
-    exact, suffixes = set(target_modules), tuple("." + name for name in target_modules)
-    return lambda name: name in exact or name.endswith(suffixes)
+    elif isinstance(targets, Iterable) and all(isinstance(name, str) for name in targets):
+        suffixes = tuple(f".{name}" for name in targets)
+        is_target = lambda name: f".{name}".endswith(suffixes)  # noqa: E731
+    else:
+        raise TypeError(f"target_modules must be names or a regular expression, got {targets!r}")
+    named = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in named if name and is_target(name)}
 
 
 def _all_linear(model: nn.Module) -> dict[str, nn.Module]:

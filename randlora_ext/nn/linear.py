@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..basis import TernaryBasis
-from ..basis.description import check_kind, check_seed, did_you_mean
+from ..basis.description import check_kind, did_you_mean
 from .adapted_layer import AdaptedLayer
 from .base_layer import check_base_layer, features, force_module_call, is_conv1d
 from .merging import adapter_dtype
@@ -51,15 +51,18 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
 
     Args:
         base_layer: nn.Linear or transformers' Conv1D (which stores its weight as (in, out)).
-        r: rank of one base, at most 65,536; n = ceil(d / r).
+        r: rank of one base, at most 65,536; n = ceil(d / r). More than d = min(in, out) warns.
         randlora_alpha: scaling = randlora_alpha / r. None means 20 r, so a scaling of 20.
-        density: share of non-zeros in independent bases, in (0, 1]. None means 1/3, PEFT's
-            ``sparse``. Hadamard bases take none.
-        projection_prng_key: seed of the bases, 0 <= key < 2**64. They follow docs/basis-spec.md;
-            PEFT draws other bases from the same key.
+        density: share of non-zeros in independent bases, in (0, 1]; with basis="independent" None
+            means 1/3, PEFT's ``sparse``. An error for Hadamard bases, which have no zeros.
+        seed: of the bases, 0 <= seed < 2**64. They follow docs/basis-spec.md; PEFT draws others
+            from the same ``projection_prng_key``.
         randlora_dropout: probability in [0, 1) that an input of the adapter is dropped.
         adapter_name: name of the first adapter; `update_layer` adds more.
-        basis: kind of the bases, "independent" or "hadamard"; see `TernaryBasis`.
+        basis: kind of the bases, "hadamard" or "independent"; see `TernaryBasis`. None means
+            "independent" if a density is given, else "hadamard".
+        input_scale: (in_features,), by which the adapter multiplies its inputs, as `calibrate`
+            measures it; None means ones.
 
     Attributes, each by adapter name: ``randlora_lambda`` (r, n), initially zero, so a new adapter
     changes nothing; ``randlora_gamma`` (n, d), initially 1 / max(n, d); ``num_bases`` (n);
@@ -86,10 +89,11 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         r: int = 32,
         randlora_alpha: float | None = None,
         density: float | None = None,
-        projection_prng_key: int = 0,
+        seed: int = 0,
         randlora_dropout: float = 0.0,
         adapter_name: str = "default",
-        basis: str = "independent",
+        basis: str | None = None,
+        input_scale: Tensor | None = None,
     ) -> None:
         super().__init__()
         check_base_layer(base_layer, "base_layer")
@@ -112,9 +116,10 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
             r,
             randlora_alpha=randlora_alpha,
             density=density,
-            projection_prng_key=projection_prng_key,
+            seed=seed,
             randlora_dropout=randlora_dropout,
             basis=basis,
+            input_scale=input_scale,
         )
         base_layer.requires_grad_(False)
         self.train(base_layer.training)
@@ -128,9 +133,10 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         r: int = 32,
         randlora_alpha: float | None = None,
         density: float | None = None,
-        projection_prng_key: int = 0,
+        seed: int = 0,
         randlora_dropout: float = 0.0,
-        basis: str = "independent",
+        basis: str | None = None,
+        input_scale: Tensor | None = None,
     ) -> None:
         """Adds an adapter, or replaces the one of that name; arguments as for the class.
 
@@ -139,9 +145,19 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         check_adapter_name(adapter_name)
         if adapter_name in self.merged_adapters:
             raise ValueError(f"adapter_name {adapter_name!r} is merged; call unmerge() first")
-        _check_options(randlora_alpha, projection_prng_key, randlora_dropout)
-        check_kind("basis", basis)
-        bases = self._new_basis(r, density=density, seed=projection_prng_key, kind=basis)
+        if randlora_alpha is not None:
+            check_alpha("randlora_alpha", randlora_alpha)
+        check_dropout(randlora_dropout)
+        if basis is not None:
+            check_kind("basis", basis)
+        sizes = self.in_features, self.out_features, r
+        bases = TernaryBasis(*sizes, density, seed, basis, input_scale).canonical()
+        if r > bases.d:
+            warnings.warn(
+                f"r = {r} is more than min(in_features, out_features) = {bases.d}, with which dW "
+                "has full rank already: the rest costs time and parameters and adds nothing",
+                stacklevel=3,
+            )
 
         weight = self.base_layer.weight
         device, dtype = weight.device, adapter_dtype(weight.dtype)
@@ -151,6 +167,8 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
 
         self.bases[adapter_name] = bases
         self.input_scales.pop(adapter_name, None)
+        if bases.input_scale is not None:
+            self.input_scales[adapter_name] = bases.input_scale
         self.r[adapter_name] = r
         self.num_bases[adapter_name] = bases.n
         alpha = DEFAULT_SCALING * r if randlora_alpha is None else randlora_alpha
@@ -159,12 +177,6 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         self.randlora_lambda[adapter_name] = nn.Parameter(lam)
         self.randlora_gamma[adapter_name] = nn.Parameter(gam)
         self._mark_trained()
-
-    def _new_basis(self, r: int, density: float | None, seed: int, kind: str) -> TernaryBasis:
-        basis = TernaryBasis(
-            self.in_features, self.out_features, r, density=density, seed=seed, kind=kind
-        )
-        return basis.canonical()
 
     # ---- active adapters ---------------------------------------------------------------------
 
@@ -315,10 +327,7 @@ def check_alpha(name: str, alpha: float) -> None:
         raise ValueError(f"{name} must be a finite number, got {shown}")
 
 
-def _check_options(alpha: float | None, key: int, dropout: float) -> None:
-    if alpha is not None:
-        check_alpha("randlora_alpha", alpha)
-    check_seed("projection_prng_key", key)
+def check_dropout(dropout: float) -> None:
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
         raise TypeError(f"randlora_dropout must be a number in [0, 1), got {dropout!r}")
     if not 0.0 <= dropout < 1.0:

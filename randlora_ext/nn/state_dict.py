@@ -96,6 +96,7 @@ def misfit(key: str, saved: Any, own: Tensor) -> str:
         return f"{key} must be a tensor, got {type(saved).__name__}"
     if saved.shape != own.shape:
         return f"{key} is {tuple(saved.shape)}, and must be {tuple(own.shape)}"
-    return (
-        "" if saved.is_floating_point() else f"{key} is {saved.dtype}, and must be floating point"
-    )
+    if saved.is_floating_point() == own.is_floating_point():
+        return ""
+    kind = "floating point" if own.is_floating_point() else "an integer"
+    return f"{key} is {saved.dtype}, and must be {kind}"

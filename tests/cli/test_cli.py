@@ -20,8 +20,9 @@ COMMANDS = ("check", "merge")
     ("arguments", "message"),
     [
         (["--nonsense"], "unrecognized arguments: --nonsense (see randlora --help)"),
+        (["convert", "nowhere"], "invalid choice: 'convert'"),
         (["merge"], "required: MODEL, ADAPTER, OUT (see randlora merge --help)"),
-        (["merge", "a", "b", "c", "--rounding", "1"], "unrecognized"),  # nothing is abbreviated
+        (["--vers"], "unrecognized"),  # nothing is abbreviated
     ],
 )
 def test_arguments_that_make_no_command(arguments, message):

@@ -168,6 +168,23 @@ def test_a_tied_weight_is_refused(tmp_path):
     assert "lm_head.weight is tied" in refused("merge", model, adapter, tmp_path / "out")
 
 
+@pytest.mark.parametrize("where", ["outer", "inner", "neither"])
+def test_a_tied_weight_of_a_nested_configuration_is_refused(tmp_path, where):
+    """A model of images and text has vocab_size in its text_config, and the flag in either."""
+    model, adapter = tmp_path / "model", tmp_path / "adapter"
+    base = sharded(model, size="1GB", tie_word_embeddings=False, vocab_size=60)
+    save_adapter(base, adapter, targets=["lm_head"], basis="independent")
+    config = json.loads((model / "config.json").read_text())
+    tied, untied = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+    text = config | (tied if where == "inner" else untied)
+    outer = {"model_type": "x", "text_config": text} | (tied if where == "outer" else {})
+    (model / "config.json").write_text(json.dumps(outer))
+    if where == "neither":
+        merge(tmp_path)
+    else:
+        assert "lm_head.weight is tied" in refused("merge", model, adapter, tmp_path / "out")
+
+
 def test_weights_are_tied_where_the_configuration_does_not_say(tmp_path):
     """transformers 4 leaves out tie_word_embeddings=True, its default."""
     model, adapter = tmp_path / "model", tmp_path / "adapter"

@@ -1,11 +1,13 @@
 """``randlora merge`` of what is broken or hostile: one line, exit code 2, nothing written."""
 
+import json
 import resource
 import shutil
 
 import pytest
 import torch
 from cli_helpers import Q0, added, edit, refused, run, sharded
+from safetensors.torch import load_file, save_file
 
 import randlora_ext.cli.merge as merging
 
@@ -17,6 +19,21 @@ pytestmark = [
 
 def config(**changes):
     return lambda root: edit(root / "adapter" / "adapter_config.json", **changes)
+
+
+def without(field):
+    def remove(root):
+        file = root / "adapter" / "adapter_config.json"
+        file.write_text(
+            json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != field})
+        )
+
+    return remove
+
+
+def without_gamma(root):
+    file = root / WEIGHTS
+    save_file({k: v for k, v in load_file(file).items() if not k.endswith(GAMMA)}, file)
 
 
 def index(**weight_map):
@@ -66,25 +83,26 @@ BROKEN = {
     "lora": (config(peft_type="LORA"), "RANDLORA"),
     "bad density": (config(density=7), "density"),
     "r zero": (config(r=0), "r must be"),
-    "other r": (config(r=6), "r is 5, not 6"),
+    "other r": (config(r=6), "or the file was edited"),
+    "no key": (without("projection_prng_key"), "'projection_prng_key' is missing"),
     "alpha huge": (config(randlora_alpha=10**400), "randlora_alpha must be a finite number"),
     "other spec": (config(projection_prng_key="generated-99:1"), "generated-99"),
-    "other model": (another_model, "min(in, out) = 32"),
+    "other model": (another_model, "randlora_lambda is (5, 7), and must be (5, 10)"),
     "other names": (
         added(**{"x.randlora_lambda": torch.zeros(5, 7), "x.randlora_gamma": torch.zeros(7, 32)}),
         "has no tensor x.weight",
     ),
-    "gamma's shape": (added(**{GAMMA: torch.zeros(3, 32)}), "(r, n) = (5, 7) and (n, d)"),
+    "gamma's shape": (
+        added(**{GAMMA: torch.zeros(3, 32)}), "randlora_gamma is (3, 32), and must be (7, 32)"
+    ),
     "integers": (added(**{GAMMA: torch.zeros(7, 32, dtype=torch.int8)}), "floating point"),
     "not finite": (added(**{LAMBDA: torch.full((5, 7), torch.nan)}), "NaN or inf"),
-    "half a basis": (added("base_model.", randlora_A=torch.zeros(5, 1, 32)), "belong together"),
-    "small bases": (
-        added("base_model.", randlora_A=torch.zeros(5, 1, 9), randlora_B=torch.zeros(9, 2, 5)),
-        "is too small",
+    "lambda alone": (without_gamma, f"'{GAMMA}' is missing"),
+    "modules_to_save lacks one": (
+        config(modules_to_save=["norm"]), "lacks model.norm.weight, though modules_to_save has 'no",
     ),
-    "lambda alone": (added(**{"x.randlora_lambda": torch.zeros(5, 7)}), "both lambda and gamma"),
     "unknown tensor": (added("", x=torch.zeros(1)), "must start with"),
-    "a new head": (added(**{"score.weight": torch.zeros(2, 32)}), "merge by PEFT"),
+    "a new head": (added(**{"score.weight": torch.zeros(2, 32)}), "merge by merge_and_unload"),
 }  # fmt: skip
 
 

@@ -26,20 +26,22 @@ from randlora_ext import RandLoraLinear, apply_randlora, delta_weight, load_adap
 ROWS, SIZES = 8, (24, 40)
 
 
-def make(dtype=torch.float64):
+def make(dtype=torch.float64, alike=False):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(*SIZES, dtype=dtype), nn.Tanh(), nn.Linear(*reversed(SIZES), dtype=dtype)
     )
-    apply_randlora(model, ["0"], r=5, randlora_alpha=10, density=1 / 3)
-    apply_randlora(model, ["2"], r=5, randlora_alpha=10, basis="hadamard")
+    first = {} if alike else {"basis": "independent", "density": 1 / 3}
+    apply_randlora(model, ["0"], r=5, randlora_alpha=10, **first)
+    apply_randlora(model, ["2"], r=5, randlora_alpha=10)
+    model[2].base_layer.bias.requires_grad_(alike)
     for parameter in trained(model):
         nn.init.normal_(parameter)
     return model
 
 
-def sharded(dtype=torch.float64, **options):
-    model = make(dtype)
+def sharded(dtype=torch.float64, alike=False, **options):
+    model = make(dtype, alike)
     for layer in (model[0], model[2]):
         fully_shard(layer, **options)
     return fully_shard(model, **options)
@@ -121,13 +123,17 @@ def check_fsdp_16_bit(place: Place):
 
 @worlds(2)
 def check_adapter_file(place: Place):
-    """The file of a sharded model is that of one process, bit for bit, and goes back into it."""
-    reference, model, file = make(), sharded(), place.folder / "fsdp.safetensors"
+    """The file of a sharded model is that of one process, bit for bit, and goes back into it.
+
+    A parameter of the base is trained along.
+    """
+    reference, model = make(alike=True), sharded(alike=True)
+    file = place.folder / "fsdp.safetensors"
     save_adapter(model, file)
     dist.barrier()
     save_adapter(reference, alone := place.folder / f"alone-{place.rank}.safetensors")
     assert file.read_bytes() == alone.read_bytes()
-    ddp = DistributedDataParallel(make())
+    ddp = DistributedDataParallel(make(alike=True))
     for each in (model, ddp):
         zero(trained(each))
         load_adapter(each, file)

@@ -38,7 +38,7 @@ def trained(net, device, steps=6):
     return losses, [p.detach().cpu() for p in parameters]
 
 
-KINDS = [{"density": 1 / 3}, {"density": 0.07}, {"basis": "hadamard"}]
+KINDS = [*({"density": d, "basis": "independent"} for d in (1 / 3, 0.07)), {"basis": "hadamard"}]
 
 
 @cases("kind, b_side", [*((k, "packed") for k in KINDS), *((k, "dense") for k in KINDS[:2])])

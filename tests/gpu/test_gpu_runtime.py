@@ -27,7 +27,7 @@ DELAY = 20_000_000  # clock cycles: about 10 ms, longer than any launch here
 
 
 def adapter(base, basis, r=8):
-    kind = {"basis": basis} if basis == "hadamard" else {"density": basis}
+    kind = {"basis": basis} if basis == "hadamard" else {"density": basis, "basis": "independent"}
     return RandLoraLinear(base, r=r, **kind)
 
 

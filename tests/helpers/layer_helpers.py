@@ -99,7 +99,7 @@ def inputs(layer, *lead, dtype=torch.float32, seed=1):
 
 def small_net(kind=0.1, **options):
     """24 -> 40 -> 24 with adapters of rank 5 in both layers, of a density or "hadamard"."""
-    options |= {"basis": kind} if kind == "hadamard" else {"density": kind}
+    options |= {"basis": kind} if kind == "hadamard" else {"density": kind, "basis": "independent"}
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24))
     for i in (0, 2):
@@ -108,10 +108,10 @@ def small_net(kind=0.1, **options):
 
 
 def two_adapters(dtype=torch.float64, **second):
-    layer = RandLoraLinear(make_base(24, 40, dtype=dtype), r=5, projection_prng_key=1)
+    layer = RandLoraLinear(make_base(24, 40, dtype=dtype), r=5, seed=1, basis="independent")
     density = None if second.get("basis") == "hadamard" else 0.2
-    second = {"r": 7, "randlora_alpha": 70, "density": density} | second
-    layer.update_layer("two", projection_prng_key=2**64 - 1, **second)
+    second = {"r": 7, "randlora_alpha": 70, "density": density, "basis": "independent"} | second
+    layer.update_layer("two", seed=2**64 - 1, **second)
     return randomize(layer)
 
 

@@ -26,7 +26,9 @@ def adapted(model):
 
 
 def test_apply_by_suffix_and_by_pattern():
-    model = apply_randlora(small_model(), ["q"], r=3, density=0.2, adapter_name="mine")
+    model = apply_randlora(
+        small_model(), ["q"], r=3, density=0.2, basis="independent", adapter_name="mine"
+    )
     assert adapted(model) == ["blocks.0.q", "blocks.1.q"]
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained and all("randlora_" in name and name.endswith(".mine") for name in trained)
@@ -43,7 +45,11 @@ def test_apply_by_suffix_and_by_pattern():
     "targets,options,error,message",
     [
         (["k"], {}, ValueError, r"target_modules \['k'\] matches no module .*blocks\.0\.q"),
-        ("q", {}, ValueError, "target_modules 'q' matches no module"),
+        ("q", {}, ValueError, r"'q' matches no module .* did you mean \['q'\]"),
+        ("k", {}, ValueError, "matches no module of .* that is not adapted yet; its"),
+        (["q"], {"modules_to_save": ["head"]}, ValueError, "in the ModuleDict, got 'head'"),
+        (["q"], {"modules_to_save": "norm"}, ValueError, "modules_to_save must list .* 'n'"),
+        (["q"], {"modules_to_save": ["q"]}, ValueError, "matches no module"),  # nothing is left
         (["q", "norm"], {}, TypeError, r"'blocks\.0\.norm', matched by target_modules .*LayerNorm"),
         (["q"], {"r": 0}, ValueError, "r must be"),
         (["q"], {"rank": 4}, TypeError, "^apply_randlora got .*'rank'; did you mean 'r'\\?"),
@@ -167,3 +173,36 @@ def test_an_adapted_layer_is_not_wrapped_again():
         with pytest.raises(TypeError, match=r"is adapted already.*update_layer\(name"):
             call()
     assert model[0] is adapted and type(model[1]) is nn.Linear
+
+
+def test_modules_to_save_are_trained_whole():
+    model = small_model()
+    model["head"] = nn.Sequential(nn.Linear(12, 3), nn.LayerNorm(3))
+    apply_randlora(model, "all-linear", modules_to_save=["0.norm", "head"], r=2)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and "randlora" not in n}
+    whole = "blocks.0.norm.", "head.0.", "head.1."
+    assert trained == {f"{name}{kind}" for name in whole for kind in ("weight", "bias")}
+    assert len(adapted(model)) == 4 and type(model["head"][0]) is nn.Linear
+    with pytest.raises(ValueError, match="'blocks.0.q' of modules_to_save is adapted"):
+        apply_randlora(model, ["head.0"], modules_to_save=["q"], r=2)
+    apply_randlora(model, ["head.0"], r=2)  # which leaves the rest as it is
+    assert model["head"][1].weight.requires_grad and not model["head"][0].weight.requires_grad
+    nothing = small_model()
+    nothing["blocks"][0]["norm"].weight = nn.Parameter(torch.ones(12).int(), requires_grad=False)
+    with pytest.raises(ValueError, match="'blocks.0.norm' .* not floating point"):
+        apply_randlora(nothing, ["q"], modules_to_save=["norm"])
+
+
+def test_what_torch_compile_has_wrapped_already_is_refused():
+    """It keeps calling the layer that it was given, and the adapter would do nothing."""
+    model = nn.Sequential(torch.compile(nn.Linear(8, 8)))
+    with pytest.raises(ValueError, match=r"'0\._orig_mod'.* would not be adapted: torch.compile"):
+        apply_randlora(model, r".*_orig_mod", r=2)
+    assert adapted(model) == []
+
+
+def test_a_rank_beyond_the_features_warns():
+    with pytest.warns(
+        UserWarning, match=r"r = 9 is more than min\(in_features, .* = 8, with which"
+    ):
+        apply_randlora(nn.Sequential(nn.Linear(8, 12)), ["0"], r=9)

@@ -39,7 +39,7 @@ class Machine(RuleBasedStateMachine):
     def make(self, in_features, out_features, kind, bias, r, density, key):
         base = make_base(in_features, out_features, kind, bias, torch.float64)
         self.W = base.weight.detach().clone()
-        self.layer = RandLoraLinear(base, r, density=density, projection_prng_key=key)
+        self.layer = RandLoraLinear(base, r, density=density, seed=key, basis="independent")
         self.merged, self.active, self.disabled = [], ["default"], False
         self.x = torch.randn(5, in_features, dtype=torch.float64)
 

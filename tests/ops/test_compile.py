@@ -41,7 +41,7 @@ def x_of(tokens):
 
 @needs_compiler
 def test_inductor():
-    eager = mixed_net(projection_prng_key=77)  # of no other test: packed while it is traced
+    eager = mixed_net(seed=77)  # of no other test: packed while it is traced
     fast = torch.compile(eager, fullgraph=True)
     for tokens in (7, 9, 40):
         assert_steps_agree(fast, eager, x_of(tokens))
@@ -89,10 +89,7 @@ def test_dynamic_sizes_and_tokens_that_only_the_data_tell():
 def test_layers_of_one_shape_share_what_is_compiled():
     # Regional compilation: Dynamo gives up after 8 recompilations of one function.
     torch.manual_seed(0)
-    layers = [
-        randomize(RandLoraLinear(nn.Linear(24, 40), r=5, projection_prng_key=5), seed=k)
-        for k in range(12)
-    ]
+    layers = [randomize(RandLoraLinear(nn.Linear(24, 40), r=5, seed=5), seed=k) for k in range(12)]
     x = x_of(7)
     expected = [step(layer, x) for layer in layers]
     for layer in layers:
@@ -107,7 +104,7 @@ def test_another_basis_is_noticed():
     fast = compiled(eager)
     assert torch.equal(fast(x_of(7)), eager(x_of(7)))
     before = eager(x_of(7))
-    eager.update_layer("default", r=5, density=0.1, projection_prng_key=99)
+    eager.update_layer("default", r=5, density=0.1, seed=99, basis="independent")
     randomize(eager)
     assert torch.equal(fast(x_of(7)), eager(x_of(7)))
     assert not torch.equal(fast(x_of(7)), before)
@@ -116,7 +113,7 @@ def test_another_basis_is_noticed():
 @needs_guards
 def test_states_of_a_layer():
     layer, x = small_net(randlora_dropout=0.5)[0], x_of(7)
-    layer.update_layer("two", r=7, density=0.3)
+    layer.update_layer("two", r=7, density=0.3, basis="independent")
     layer.update_layer("three", r=6, basis="hadamard")
     randomize(layer)
     fast = compiled(layer)
@@ -203,7 +200,7 @@ def test_transforms_run_beside_the_graph():
 
 
 def test_a_compiled_model_holds_its_bases_no_longer_than_it_lives():
-    eager = small_net(projection_prng_key=123)
+    eager = small_net(seed=123)
     fast = compiled(eager)
     step(fast, x_of(7))
     packed = [

@@ -19,6 +19,7 @@ BASES = ({"density": 1 / 3}, {"density": 0.07}, {"basis": "hadamard"})
 
 
 def make_layer(**options):
+    options = {"basis": "independent"} | options
     return randomize(RandLoraLinear(make_base(130, 70), r=9, **options))
 
 

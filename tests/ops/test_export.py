@@ -41,7 +41,7 @@ def export(model, tokens, dim, strict=False):
 
 @pytest.mark.parametrize("density, strict", [(0.1, False), (1 / 3, True), ("hadamard", False)])
 def test_an_exported_program(density, strict):
-    model = small_net(density, projection_prng_key=55 + strict).eval()  # not packed yet
+    model = small_net(density, seed=55 + strict).eval()  # not packed yet
     program = export(model, 7, Dim.DYNAMIC, strict)
     assert paths(program) == ["factored", "factored"]  # base and adapter in one, for any T
     # The two layers' shapes are one turned around: their packed tensors are the same constants.
@@ -81,7 +81,7 @@ def test_the_path_can_be_chosen(monkeypatch):
 
 def test_several_adapters_and_autocast():
     model = small_net(0.2).eval()
-    model[0].update_layer("two", r=7, density=0.3)
+    model[0].update_layer("two", r=7, density=0.3, basis="independent")
     model[0].update_layer("three", r=6, basis="hadamard")
     model[0].set_adapter(["default", "two", "three"])
     randomize(model[0])

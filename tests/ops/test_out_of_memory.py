@@ -68,7 +68,7 @@ def fresh(options: dict, dtype=torch.float32) -> RandLoraLinear:
     """A layer whose basis is not packed yet."""
     assert not cache._cache, "somebody holds a basis"
     base = make_base(130, 70, dtype=dtype)
-    return randomize(RandLoraLinear(base, r=9, **options))
+    return randomize(RandLoraLinear(base, r=9, **({"basis": "independent"} | options)))
 
 
 def try_all(name: str, options: dict, action, prepare=lambda layer: None, dtype=torch.float32):
@@ -101,7 +101,7 @@ def step(layer):
 
 
 def full_machine() -> None:
-    layer = randomize(RandLoraLinear(make_base(256, 384), r=16, density=0.07))
+    layer = randomize(RandLoraLinear(make_base(256, 384), r=16, density=0.07, basis="independent"))
     small, large = inputs(layer, 40), inputs(layer, 20_000)
     expected = run(layer, *small)
     failed = 0
@@ -143,7 +143,11 @@ def main() -> None:
             f"merge {options}", lists, lambda layer, o=options: layer.merged or layer.merge(**o)
         )
     try_all("unmerge", lists, lambda layer: layer.unmerge(), lambda layer: layer.merge(**nothing))
-    try_all("another adapter", lists, lambda layer: layer.update_layer("two", 5, density=0.3))
+    try_all(
+        "another adapter",
+        lists,
+        lambda layer: layer.update_layer("two", 5, density=0.3, basis="independent"),
+    )
 
     def round_once(layer):
         basis = layer.bases["default"]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from randlora_ext import apply_randlora, merge_and_unload, save_adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
-OPTIONS = {"r": 5, "randlora_alpha": 100, "density": 0.3, "projection_prng_key": 9}
+OPTIONS = {"r": 5, "randlora_alpha": 100, "density": 0.3, "seed": 9, "basis": "independent"}
 TOKENS = torch.arange(12).view(2, 6)
 
 
@@ -53,29 +53,36 @@ def test_merge_without_peft(saved, sound, tmp_path):
 
 def test_merge_of_square_conv1d(tmp_path):
     """Whose weight is (in, out), which a square one's shape does not tell."""
-    model = adapted(gpt2(tmp_path / "base"), ["c_proj"], tmp_path / "a")
+    base = gpt2(tmp_path / "base")
+    model = adapted(base, ["c_proj"], tmp_path / "a", modules_to_save=["ln_f"])
+    nn.init.normal_(model.transformer.ln_f.weight)
+    save_adapter(model, tmp_path / "a")
     assert run("merge", tmp_path / "base", tmp_path / "a", tmp_path / "out")[0] == 0
     got = load_file(tmp_path / "out" / "model.safetensors")
     for name, weight in merge_and_unload(model).state_dict().items():
-        if name.endswith("c_proj.weight"):
+        if name.endswith(("c_proj.weight", "ln_f.weight")):
             torch.testing.assert_close(got[name], weight, rtol=1e-5, atol=1e-5)
 
 
-def test_copies_of_tied_layers_are_merged(tmp_path):
+@pytest.mark.parametrize("copies", [False, True])
+def test_tied_layers(tmp_path, copies):
     """Of a bare model, whose layers have a longer name in the files."""
     net = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in "ab"})
     net["c"] = net["a"]
-    before = {f"model.{name}.weight": net[name].weight.detach().clone() for name in "abc"}
+    names = "abc" if copies else "ab"
+    before = {f"model.{name}.weight": net[name].weight.detach().clone() for name in names}
     (tmp_path / "model").mkdir()
     save_file(before, tmp_path / "model" / "model.safetensors")
     adapted(net, [*"abc"], tmp_path / "a.safetensors")
     merging = ("merge", tmp_path / "model", tmp_path / "a.safetensors", tmp_path / "out")
+    if copies:
+        assert "model.c.weight is a copy of a tied weight" in refused(*merging)
+        return
     assert run(*merging)[0] == 0
     after = load_file(tmp_path / "out" / "model.safetensors")
     merge_and_unload(net)
-    for name in "abc":
+    for name in names:
         torch.testing.assert_close(after[f"model.{name}.weight"], net[name].weight)
-        assert not torch.equal(after[f"model.{name}.weight"], before[f"model.{name}.weight"])
 
 
 def test_hadamard_bases(sound, tmp_path):
@@ -86,11 +93,27 @@ def test_hadamard_bases(sound, tmp_path):
     assert relative(logits_of(merged), want) < 1e-5
 
 
-def test_what_does_not_fit_is_told(saved, tmp_path):
+def test_what_does_not_fit_is_told(saved, sound, tmp_path):
     _, file = saved
     model = llama(intermediate_size=64)
     model.save_pretrained(tmp_path / "other")
     line = refused("merge", tmp_path / "other", file, tmp_path / "out")
-    assert "up_proj: in_features and out_features are (32, 64), in the file (32, 48)" in line
+    assert "up_proj: in_features and out_features are (32, 64), in the file [32, 48]" in line
     file.write_bytes(file.read_bytes()[:-3])
-    assert "damaged" in refused("merge", tmp_path / "other", file, tmp_path / "out")
+    assert "damaged" in refused("merge", sound / "model", file, tmp_path / "out")
+
+
+def test_paths_are_checked_before_anything_is_imported(saved, sound, tmp_path, monkeypatch):
+    """Nobody waits for PEFT to be told of a misspelt path."""
+    monkeypatch.setitem(sys.modules, "randlora_ext.peft", None)
+    (tmp_path / "no-peft").mkdir()
+    for arguments, told in (
+        (("nowhere", saved[1], tmp_path / "out"), "nowhere is no folder"),
+        (("nowhere", "nor here", tmp_path / "no-peft"), "nowhere is no folder"),
+        (
+            (sound / "model", "nor here", tmp_path / "out"),
+            "nor here/adapter_config.json does not exist",
+        ),
+        ((sound / "model", tmp_path / "no-peft", tmp_path / "out"), "config.json does not"),
+    ):
+        assert told in refused("merge", *arguments)
