@@ -25,9 +25,8 @@ import torch
 from compare import compare
 from memory import peak_mib
 from methods import METHODS, paths_of
-from record import in_a_process, machine, show, write
-
 from randlora_ext.ops.path import PATHS
+from record import in_a_process, machine, show, write
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Case = tuple[tuple[int, int], int, str, str, int]  # (in, out), tokens, density, dtype, r

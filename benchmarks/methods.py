@@ -5,11 +5,11 @@ import math
 import warnings
 
 import torch
+from randlora_ext.ops.path import PATHS
 from torch import Tensor, nn
 
 from randlora_ext import TernaryBasis, linear
 from randlora_ext.basis.dense import DenseMatrices
-from randlora_ext.ops.path import PATHS
 
 SCALING = 20.0  # PEFT's default, alpha / r = 640 / 32
 # "peft" is PEFT's own RandLoRA, "full" full fine-tuning, "ours" the path that `auto` takes.

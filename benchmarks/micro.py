@@ -36,11 +36,11 @@ from pathlib import Path
 import torch
 from gpu import floors
 from methods import basis_of
+from randlora_ext.ops.ternary import operands
 from record import machine, write
 from torch.utils.benchmark import Timer
 
 from randlora_ext import _C, TernaryBasis
-from randlora_ext.ops.ternary import operands
 
 ops = torch.ops.randlora
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 from methods import basis_of
+from randlora_ext.ops.ternary import operands
 
 from randlora_ext import _C, TernaryBasis
-from randlora_ext.ops.ternary import operands
 
 from . import floors, rows
 from .card import Card

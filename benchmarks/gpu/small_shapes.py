@@ -7,9 +7,9 @@ an index beyond its row, which memcheck must report; otherwise it watched nothin
 import argparse
 
 import torch
+from randlora_ext.ops.ternary import operands
 
 from randlora_ext import _C, TernaryBasis
-from randlora_ext.ops.ternary import operands
 
 ops = torch.ops.randlora
 DTYPES = [torch.bfloat16, torch.float32, torch.float16, torch.float64]

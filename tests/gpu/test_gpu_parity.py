@@ -22,9 +22,9 @@ from gpu_helpers import (
     same,
 )
 from layer_cases import exact, largest_error, make_layer, plain, rms_error
+from randlora_ext.ops.ternary import operands
 
 from randlora_ext import merged_weight
-from randlora_ext.ops.ternary import operands
 
 pytestmark = pytest.mark.gpu
 FP64 = 1e-12

@@ -10,9 +10,9 @@ import pytest
 import torch
 from gpu_helpers import NAMES, PATHS, cases, moved, ops, run_linear, same
 from layer_cases import make_basis, make_layer, ours, rms_error, run_python
+from randlora_ext.ops.ternary import operands
 
 from randlora_ext import RandLoraLinear, TernaryBasis, linear
-from randlora_ext.ops.ternary import operands
 
 pytestmark = pytest.mark.gpu
 BASES = [1 / 3, 0.07, "hadamard"]

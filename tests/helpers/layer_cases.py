@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from randlora_ext.ops.ternary import operands
 from torch import Tensor
 
 from randlora_ext import TernaryBasis, linear
 from randlora_ext.basis.dense import DenseMatrices
-from randlora_ext.ops.ternary import operands
 from randlora_ext.reference import linear_reference
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)

@@ -11,6 +11,7 @@ from torch import nn
 import randlora_ext
 from randlora_ext import RandLoraLinear, TernaryBasis, calibrate, delta_weight
 
+
 def layer_of(in_features=24, out_features=40, **options):
     torch.manual_seed(0)
     return RandLoraLinear(nn.Linear(in_features, out_features), r=5, **options)

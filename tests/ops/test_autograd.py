@@ -6,9 +6,9 @@ import pytest
 import torch
 from layer_cases import CALLS, PATHS, call, kept_by, make_layer, with_operands
 from layer_cases import opcheck as check
+from randlora_ext.ops.ternary import operands
 
 from randlora_ext import TernaryBasis, delta_weight, linear, scaled_basis
-from randlora_ext.ops.ternary import operands
 
 ops = torch.ops.randlora
 BASES = {

@@ -16,6 +16,7 @@ from compile_helpers import (
 from compile_helpers import fresh_dynamo as fresh_dynamo
 from layer_cases import PATHS, make_layer
 from layer_helpers import randomize, small_net
+from randlora_ext.ops.path import formed_from
 from torch import nn
 
 from randlora_ext import (
@@ -26,7 +27,6 @@ from randlora_ext import (
     merged_weight,
     scaled_basis,
 )
-from randlora_ext.ops.path import formed_from
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from layer_cases import make_basis, make_layer
+from randlora_ext.ops.ternary import operands
 
 from randlora_ext import TernaryBasis, delta_weight, explain, linear, scaled_basis
-from randlora_ext.ops.ternary import operands
 
 ops = torch.ops.randlora
 ERRORS = (ValueError, TypeError, RuntimeError)

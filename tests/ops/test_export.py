@@ -5,10 +5,10 @@ import torch
 from compile_helpers import mixed_net, needs_compiler
 from layer_cases import run_python
 from layer_helpers import randomize, small_net
+from randlora_ext.ops.path import formed_from
 from torch.export import Dim
 
 from randlora_ext import devices
-from randlora_ext.ops.path import formed_from
 
 RUN = """
 import sys, torch

@@ -13,7 +13,6 @@ from peft_helpers import (
     layers,
     made,
     opened,
-    relative,
     stock_made,
 )
 from safetensors.torch import load_file
