@@ -107,7 +107,7 @@ struct HadamardRow {
   static constexpr int L = kVectorBytes / int(sizeof(C));
 
   HadamardSizes s;
-  int64_t K = s.K();
+  int64_t K = s.K(), classes = s.classes();
   int64_t N = s.N() < L ? L : s.N();  // rows of H repeat, so a larger power of two is right, too
   int64_t padded = (s.n + L - 1) / L * L;  // n in whole vectors
   // The logarithms of R and of N in vectors.
@@ -150,7 +150,7 @@ struct HadamardRow {
   RANDLORA_HOST_MEMBER void mix(const Z* z, int64_t next) const {
     for (int64_t m = 0; m < s.R(); ++m)
       for (int64_t i = 0; i < padded; i += L)
-        store(mixed + m * padded + i, m < s.classes() ? load_as<V>(z + m * next + i) : V{});
+        store(mixed + m * padded + i, m < classes ? load_as<V>(z + m * next + i) : V{});
     transform<C, false>(mixed, mix_bits, padded / L);
   }
   // v[c] = lam mixed. In order, because a row's last vector reaches into the next row.
@@ -169,7 +169,7 @@ struct HadamardRow {
         store(mixed + j * padded + i, j < s.r ? load<V>(v + c) * load<V>(lam + c) : V{});
       }
     transform<C, false>(mixed, mix_bits, padded / L);
-    for (int64_t m = 0; m < s.classes(); ++m)
+    for (int64_t m = 0; m < classes; ++m)
       for (int64_t i = 0; i < s.n; i += L)
         store_some(w + m * next + i, load<V>(mixed + m * padded + i), s.n - i);
   }
@@ -260,11 +260,11 @@ void hadamard_add_as(const HadamardAdd& p, Runtime& rt) {
   using C = ComputeOf<S>;
   using V = Vec<C>;
   constexpr int L = kVectorBytes / int(sizeof(C));
-  const int64_t n = p.sizes.n, d = p.sizes.d;
+  const int64_t n = p.sizes.n, d = p.sizes.d, classes = p.sizes.classes();
   rt.set_single(p.T * d < kHadamardOneThread);
   rt.split(p.T, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
-      for (int64_t m = 0; m < p.sizes.classes(); ++m) {
+      for (int64_t m = 0; m < classes; ++m) {
         const ClassOf<S>* from = static_cast<const ClassOf<S>*>(p.from) + (m * p.T + t) * n;
         S* y = static_cast<S*>(p.y) + t * d + m * n;
         const int64_t count = d - m * n < n ? d - m * n : n;
@@ -350,14 +350,14 @@ void hadamard_gamma_as(const HadamardGamma& p, Runtime& rt) {
 template <class S>
 void hadamard_diagonals_as(const HadamardDiagonals& p, Runtime& rt) {
   using C = ComputeOf<S>;
-  const int64_t n = p.sizes.n, d = p.sizes.d, K = p.sizes.K();
+  const int64_t n = p.sizes.n, d = p.sizes.d, K = p.sizes.K(), classes = p.sizes.classes();
   const ClassOf<S>* P = static_cast<const ClassOf<S>*>(p.P);
   const C *sums = static_cast<const C*>(p.sums), scale = C(p.scale);
   C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
   rt.set_single(n * d < kHadamardOneThread);
   rt.split(n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      for (int64_t m = 0; m < p.sizes.classes(); ++m) {
+      for (int64_t m = 0; m < classes; ++m) {
         const int64_t first = m * n, count = d - first < n ? d - first : n;
         const ClassOf<S>* from = P + (first + i) * n;
         C* to = dgam + i * d + first;

@@ -79,6 +79,37 @@ void multiply_once(const Products& torch_products, const MatrixBatch& out, const
       to.get(), to.get(), a.get(), b.get(), beta, alpha));
 }
 
+// In a parallel region torch's GEMMs use one thread each, but MKL and oneDNN cut a product as for
+// all of them, unless they are told otherwise. Both settings are those of the calling thread.
+class OneThread {
+ public:
+  OneThread()
+      : mkl_(settings().mkl ? settings().mkl(1) : 0),
+        omp_(settings().omp ? settings().omp_now() : 0) {
+    if (settings().omp) settings().omp(1);
+  }
+  ~OneThread() {
+    if (settings().mkl) settings().mkl(mkl_);
+    if (settings().omp) settings().omp(omp_);
+  }
+
+ private:
+  struct Settings {  // null where torch has another BLAS, or other threads
+    int (*mkl)(int);
+    void (*omp)(int);
+    int (*omp_now)();
+  };
+  static const Settings& settings() {
+    constexpr const char* library = "libtorch_cpu.so";
+    static const Settings found{
+        reinterpret_cast<int (*)(int)>(symbol(library, "MKL_Set_Num_Threads_Local")),
+        reinterpret_cast<void (*)(int)>(symbol(library, "omp_set_num_threads")),
+        reinterpret_cast<int (*)()>(symbol(library, "omp_get_max_threads"))};
+    return found;
+  }
+  int mkl_, omp_;
+};
+
 // How a product is cut for the CPU: into groups of matrices, or each matrix along its longer side.
 // By sizes alone, so that results do not depend on the number of threads.
 struct Cut {
@@ -183,13 +214,14 @@ void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch
   };
   TorchRuntime runtime;
   const int64_t slices = cut.groups * cut.parts;
-  // At least two slots: in a parallel region, and only there, torch's GEMMs use one thread each.
+  // At least two slots, because one would run outside of a parallel region.
   runtime.each_slot(static_cast<int>(std::max<int64_t>(slices, 2)), [&](int64_t s) {
     if (s >= slices) return;
+    const OneThread guard;
     try {
       explained([&] { slice(s); });  // torch keeps its message for the thread that failed
     } catch (...) {
-      const std::lock_guard<std::mutex> guard(lock);
+      const std::lock_guard<std::mutex> locked(lock);
       failed = std::current_exception();
     }
   });

@@ -56,9 +56,7 @@ class HadamardMatrices:
     needs_kernels = False
     density = scale = b_value = 1.0
 
-    def __init__(
-        self, description: BasisDescription, input_scale: Tensor | None = None
-    ) -> None:
+    def __init__(self, description: BasisDescription, input_scale: Tensor | None = None) -> None:
         self.description, self.input_scale = description, input_scale
         self.key = description if input_scale is None else self
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from randlora_ext.ops.ternary import operands
 from torch import Tensor
 
 from randlora_ext import TernaryBasis, linear
 from randlora_ext.basis.dense import DenseMatrices
+from randlora_ext.ops import dense, hadamard, independent
 from randlora_ext.reference import linear_reference
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -28,11 +28,9 @@ SHAPES = [
 DENSITIES = [1.0, 1 / 3, 0.07, 1 / 64]  # the first two are packed as planes, the others as lists
 # Independent bases by their density, others by their kind.
 BASES = [*DENSITIES, "hadamard", "dense"]
-PATHS = ["factored", "delta", "merged"]
-# What a call can be, with every way in which a basis is stored.
+# Every way in which a basis is stored.
 KINDS = [1 / 3, 0.07, "hadamard", "dense"]
-PAIRS = [(kind, path) for kind in KINDS for path in PATHS if (kind, path) != ("hadamard", "delta")]
-CALLS = pytest.mark.parametrize("basis, path", PAIRS)
+CALLS = pytest.mark.parametrize("basis", KINDS)
 
 
 @dataclass
@@ -111,8 +109,16 @@ def with_operands(
     layer = make_layer(*shape_and_basis, 3, dtype, lead=(1,), seed=4).to(device)
     for tensor in (layer.x, layer.weight, layer.bias, layer.lam, layer.gam, layer.dy):
         tensor.requires_grad_()
-    basis = layer.basis
-    return layer, basis.packed() if basis.kind == "dense" else operands(basis, device, 0.5)
+    return layer, operands(layer)
+
+
+def operands(layer: Layer) -> tuple:
+    """The basis as its operators take it."""
+    basis, device, scaling = layer.basis, layer.x.device, layer.scaling
+    if basis.kind == "dense":
+        return dense.operands(basis, device, scaling, layer.x.dtype)
+    module = hadamard if basis.kind == "hadamard" else independent
+    return module.operands(basis, device, scaling)
 
 
 def dense_basis(in_features: int, out_features: int, r: int, dtype: torch.dtype) -> TernaryBasis:
@@ -124,14 +130,6 @@ def dense_basis(in_features: int, out_features: int, r: int, dtype: torch.dtype)
         for shape in ((r, d + 3), (D + 5, -(-d // r) * r + 2))
     )
     return TernaryBasis.from_dense(DenseMatrices(A, B), in_features, out_features)
-
-
-def paths_of(layer: Layer) -> list[str]:
-    """The paths that a call can take."""
-    impossible = {"merged"} if layer.weight is None else set()
-    if layer.basis.kind == "hadamard":
-        impossible.add("delta")
-    return [path for path in PATHS if path not in impossible]
 
 
 @functools.lru_cache(8)
@@ -167,15 +165,15 @@ def opcheck(op, *arguments, fast=False) -> None:
     torch.library.opcheck(op.default, arguments, **options)
 
 
-def call(layer: Layer, path: str = "auto", **changes) -> Tensor:
+def call(layer: Layer, **changes) -> Tensor:
     """y of `linear`, with other arguments where some are given."""
     names = ("x", "weight", "bias", "basis", "lam", "gam", "scaling")
     values = vars(layer) | changes
-    return linear(*(values[name] for name in names), path)
+    return linear(*(values[name] for name in names))
 
 
-def ours(layer: Layer, path: str) -> dict[str, Tensor]:
-    return forward_backward(lambda x, lam, gam: call(layer, path, x=x, lam=lam, gam=gam), layer)
+def ours(layer: Layer) -> dict[str, Tensor]:
+    return forward_backward(lambda x, lam, gam: call(layer, x=x, lam=lam, gam=gam), layer)
 
 
 def plain(layer: Layer) -> dict[str, Tensor]:

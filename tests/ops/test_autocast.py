@@ -10,40 +10,40 @@ from layer_cases import CALLS, call, make_layer, ours
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @CALLS
-def test_ours_cast_as_linear_does(basis, path, dtype):
+def test_ours_cast_as_linear_does(basis, dtype):
     layer = make_layer(50, 37, 7, basis, 20, torch.float32)
     low = replace(layer.to(dtype), lam=layer.lam, gam=layer.gam)  # which autocast leaves alone
-    expected = call(low, path)
+    expected = call(low)
     with torch.autocast("cpu", dtype):
         assert F.linear(layer.x, layer.weight).dtype == expected.dtype == dtype
-        assert torch.equal(call(layer, path), expected)
+        assert torch.equal(call(layer), expected)
         # each input for itself
-        assert torch.equal(call(layer, path, bias=low.bias), expected)
+        assert torch.equal(call(layer, bias=low.bias), expected)
         with torch.autocast("cpu", enabled=False):
-            assert call(layer, path).dtype == torch.float32
+            assert call(layer).dtype == torch.float32
 
 
 @pytest.mark.parametrize("basis", [0.07, "hadamard"])
 def test_float64_is_left_alone(basis):
     layer = make_layer(50, 37, 7, basis, 20)
-    expected = call(layer, "factored")
+    expected = call(layer)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(call(layer, "factored"), expected)
+        assert torch.equal(call(layer), expected)
 
 
 @CALLS
-def test_gradients(basis, path):
+def test_gradients(basis):
     layer = make_layer(50, 37, 7, basis, 20, torch.float32)
     leaves = [t.requires_grad_() for t in (layer.x, layer.lam, layer.gam)]
     low = replace(layer.to(torch.bfloat16), lam=layer.lam, gam=layer.gam)
-    _, *expected = ours(low, path).values()
+    _, *expected = ours(low).values()
     with torch.autocast("cpu", torch.bfloat16):
-        y = call(layer, path)
+        y = call(layer)
     for gradient, wanted in zip(torch.autograd.grad(y, leaves, low.dy), expected, strict=True):
         assert gradient.dtype == torch.float32 and torch.equal(gradient, wanted.float())
     # Of a float32 forward, inside of autocast: torch's products inside the operator would be cast,
     # and our kernels read them as float32.
-    y = call(layer, path)
+    y = call(layer)
     expected = torch.autograd.grad(y, leaves, layer.dy, retain_graph=True)
     with torch.autocast("cpu", torch.bfloat16):
         gradients = torch.autograd.grad(y, leaves, layer.dy)
@@ -52,7 +52,11 @@ def test_gradients(basis, path):
 
 @pytest.mark.parametrize(
     "name",
-    [f"{kind}linear{end}" for kind in ("", "hadamard_", "dense_") for end in ("", "_backward")],
+    [
+        f"{kind}linear{end}"
+        for kind in ("independent_", "hadamard_", "dense_")
+        for end in ("", "_backward")
+    ],
 )
 @pytest.mark.parametrize("key", ["AutocastCPU", "AutocastCUDA"])
 def test_registered_at_the_dispatcher(name, key):

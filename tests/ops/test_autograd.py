@@ -4,11 +4,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from layer_cases import CALLS, PATHS, call, kept_by, make_layer, with_operands
+from layer_cases import CALLS, call, kept_by, make_layer, with_operands
 from layer_cases import opcheck as check
-from randlora_ext.ops.ternary import operands
 
 from randlora_ext import TernaryBasis, delta_weight, linear, scaled_basis
+from randlora_ext.ops import independent
 
 ops = torch.ops.randlora
 BASES = {
@@ -33,58 +33,37 @@ def detached(layer, names):
 # ---- opcheck: schema, fake kernel, autograd registration, AOT dispatch with dynamic shapes
 
 
-# AOT dispatch takes nearly all of the time: each path on independent and on dense bases.
-WITH_AOT = {
-    *zip(("lists", "planes reduce", "lists"), PATHS, strict=True),
-    *zip(("dense", "dense reduce", "dense"), PATHS, strict=True),
-}
+WITH_AOT = ("lists", "planes reduce")  # which takes nearly all of the time
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", BASES)
-def test_opcheck_linear(name, path):
+def test_opcheck_linear(name):
     t, bases = with_operands(BASES[name])
-    fast = (name, path) not in WITH_AOT
-    rest = t.lam, t.gam, *bases, path, None
-    check(ops.linear, t.x, t.weight, t.bias, *rest, fast=fast)
-    if path != "merged":
-        check(ops.linear, t.x.detach(), None, None, *rest, fast=True)
-    arguments = *detached(t, "dy x weight lam gam"), *bases, path, None
-    check(ops.linear_backward, *arguments, True, True, fast=fast)
+    fast = name not in WITH_AOT
+    check(ops.independent_linear, t.x, t.weight, t.bias, t.lam, t.gam, *bases, fast=fast)
+    check(ops.independent_linear, t.x.detach(), None, None, t.lam, t.gam, *bases, fast=True)
+    arguments = *detached(t, "dy x weight lam gam"), *bases
+    backward = ops.independent_linear_backward
+    check(backward, *arguments, True, True, fast=fast)
     for needs in ((True, False), (False, True)):
-        check(ops.linear_backward, *arguments, *needs, fast=True)
-
-
-@pytest.mark.parametrize("name", BASES)
-def test_opcheck_weights(name):
-    fast = name not in ("lists", "planes reduce")
-    t, bases = with_operands(BASES[name])
-    check(ops.delta_weight, t.lam, t.gam, *bases, fast=fast)
-    weight, *rest = *detached(t, "weight lam gam"), *bases
-    check(ops.delta_weight_backward, torch.ones_like(weight), *rest, fast=fast)
-    check(ops.merged_weight, weight, *rest, None, fast=True)
-    check(ops.merged_weight, weight.bfloat16(), *rest, 5, fast=fast)
+        check(backward, *arguments, *needs, fast=fast)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck_scaled_basis_and_add_rounded(dtype):
+def test_opcheck_scaled_basis(dtype):
     t, low = with_operands(BASES["planes"])[0], dtype == torch.bfloat16
     A = t.basis.dense(dtype=dtype)[0]
     check(ops.scaled_basis, A, t.lam, t.gam, fast=low)
     grad = torch.ones(t.basis.K, t.basis.d, dtype=dtype)
     check(ops.scaled_basis_backward, grad, A, *detached(t, "lam gam"), fast=low)
-    seed = 5 if low else None
-    check(ops.add_rounded, torch.ones(3, 5).bfloat16(), torch.randn(3, 5), seed, fast=not low)
 
 
 def test_opcheck_with_strided_inputs():
     t, bases = with_operands(BASES["lists"])
     lam, gam, dy, x = (v.mT.contiguous().mT for v in detached(t, "lam gam dy x"))
-    check(ops.linear, x, None, None, lam, gam, *bases, "factored", None, fast=True)
-    for path in ("factored", "delta"):
-        rest = *bases, path, None, True, True
-        check(ops.linear_backward, dy, x, None, lam, gam, *rest, fast=True)
-    check(ops.delta_weight_backward, torch.ones(5, 9), lam, gam, *bases, fast=True)
+    check(ops.independent_linear, x, None, None, lam, gam, *bases, fast=True)
+    rest = None, lam, gam, *bases, True, True
+    check(ops.independent_linear_backward, dy, x, *rest, fast=True)
     A = torch.ones(5, 2).T
     check(ops.scaled_basis, A, lam, gam, fast=True)
     check(ops.scaled_basis_backward, torch.ones(6, 5), A, lam, gam, fast=True)
@@ -112,15 +91,12 @@ def test_opcheck_packing():
 def test_opcheck_dense(name, dtype):
     t, bases = with_operands(OTHERS[name])
     x, weight, bias, dy = (v.to(dtype) for v in detached(t, "x weight bias dy"))
-    A, B = (m.to(dtype) for m in bases)
-    for path in PATHS:
-        fast = (name, path) not in WITH_AOT
-        rest = t.lam, t.gam, A, B, 0.5, t.basis.expand, path
-        check(ops.dense_linear, x.requires_grad_(), weight, bias, *rest, fast=fast)
-        rest = *detached(t, "lam gam"), *rest[2:]
-        for needs in ((True, True), (True, False), (False, True)):
-            arguments = dy, x.detach(), weight, *rest, *needs
-            check(ops.dense_linear_backward, *arguments, fast=fast or not all(needs))
+    A, B, expand, scale = bases
+    bases = A.to(dtype), B.to(dtype), expand, scale
+    check(ops.dense_linear, x.requires_grad_(), weight, bias, t.lam, t.gam, *bases)
+    rest = weight, *detached(t, "lam gam"), *bases
+    for needs in ((True, True), (True, False), (False, True)):
+        check(ops.dense_linear_backward, dy, x.detach(), *rest, *needs, fast=not all(needs))
 
 
 # ---- gradcheck
@@ -131,9 +107,7 @@ def test_gradcheck(name):
     t, _ = with_operands((BASES | OTHERS)[name], torch.float64)
     basis, leaves = t.basis, [t.x, t.weight, t.bias, t.lam, t.gam]
     gradcheck, diagonals = torch.autograd.gradcheck, leaves[3:]
-    for path in PATHS:
-        if (basis.kind, path) != ("hadamard", "delta"):
-            assert gradcheck(lambda x, W, b, *d, p=path: linear(x, W, b, basis, *d, 0.5, p), leaves)
+    assert gradcheck(lambda x, W, b, *d: linear(x, W, b, basis, *d, 0.5), leaves)
     assert gradcheck(lambda x, *d: linear(x, None, None, basis, *d), [leaves[0], *diagonals])
     assert gradcheck(lambda *d: delta_weight(basis, *d, 0.5), diagonals)
     assert gradcheck(lambda *d: scaled_basis(basis, *d), diagonals)
@@ -149,11 +123,11 @@ def storage(tensor):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @CALLS
 @pytest.mark.parametrize("shape", [(80, 44, 8), (44, 80, 8)], ids=str)
-def test_linear_keeps_nothing_new(shape, basis, path, dtype):
+def test_linear_keeps_nothing_new(shape, basis, dtype):
     layer = make_layer(*shape, basis, 20, dtype)
     basis, packed = layer.basis, layer.basis.packed("cpu")
     x, lam, gam = (leaf.requires_grad_() for leaf in (layer.x, layer.lam, layer.gam))
-    kept, y = kept_by(lambda: call(layer, path))
+    kept, y = kept_by(lambda: call(layer))
     allowed = {storage(t) for t in (x, layer.weight, lam, gam, *packed)}
     assert kept and all(storage(t) in allowed for t in kept)
     forbidden = {basis.K * basis.d, 20 * basis.K, basis.D * basis.d}
@@ -167,14 +141,14 @@ def test_linear_keeps_nothing_new(shape, basis, path, dtype):
 def test_scratch_does_not_grow_with_tokens(density):
     basis = TernaryBasis(50, 37, 7, density)
     lam, gam = torch.randn(7, basis.n), torch.randn(basis.n, 37)
-    rest = lam, gam, *operands(basis, "cpu"), "factored", None
+    rest = lam, gam, *independent.operands(basis, "cpu")
 
     def scratch(tokens):
         x, dy = torch.randn(tokens, 50), torch.randn(tokens, 37)
         torch.set_num_threads(2)
         with torch.profiler.profile(profile_memory=True) as profile:
-            results = [ops.linear(x, None, None, *rest)]
-            results += ops.linear_backward(dy, x, None, *rest, True, True)
+            results = [ops.independent_linear(x, None, None, *rest)]
+            results += ops.independent_linear_backward(dy, x, None, *rest, True, True)
         events = profile.profiler.kineto_results.events()
         allocated = sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]")
         return allocated - sum(t.nbytes for t in results)
@@ -190,10 +164,10 @@ def test_scratch_does_not_grow_with_tokens(density):
 
 
 @CALLS
-def test_backward_twice_through_a_kept_graph(basis, path):
+def test_backward_twice_through_a_kept_graph(basis):
     layer = make_layer(50, 37, 7, basis, 20)
     lam = layer.lam.requires_grad_()
-    y = call(layer, path)
+    y = call(layer)
     first = torch.autograd.grad(y, lam, layer.dy, retain_graph=True)[0]
     assert torch.equal(torch.autograd.grad(y, lam, layer.dy)[0], first)
 
@@ -202,7 +176,7 @@ def test_backward_twice_through_a_kept_graph(basis, path):
 def test_an_input_changed_in_place_is_noticed(kind):
     layer = make_layer(50, 37, 7, kind, 20)
     layer.gam.requires_grad_()
-    y = call(layer, "factored")
+    y = call(layer)
     layer.lam.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()

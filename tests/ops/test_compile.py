@@ -14,15 +14,13 @@ from compile_helpers import (
     step,
 )
 from compile_helpers import fresh_dynamo as fresh_dynamo
-from layer_cases import PATHS, make_layer
+from layer_cases import make_layer
 from layer_helpers import randomize, small_net
-from randlora_ext.ops.path import formed_from
 from torch import nn
 
 from randlora_ext import (
     RandLoraLinear,
     delta_weight,
-    devices,
     linear,
     merged_weight,
     scaled_basis,
@@ -48,21 +46,13 @@ def test_inductor():
     assert graphs() == 2  # one for 7 tokens, one for any number
 
 
-@pytest.mark.parametrize("basis", [1 / 3, "hadamard"])
-def test_graphs_over_changing_tokens_are_as_many_as_paths(basis, monkeypatch):
-    monkeypatch.setattr(devices, "CPU", "other")  # which forms dW of both
-    eager = small_net(basis)[0]
-    edge = formed_from(eager.bases["default"], torch.float32, True, "cpu")
-    assert edge < 10**4  # the test is of something
+@pytest.mark.parametrize("kind", [1 / 3, "hadamard"])
+def test_two_graphs_for_any_number_of_tokens(kind):
+    eager = small_net(kind)[0]
     fast = compiled(eager)
-    sizes = (2, 3, 17, edge - 1, edge, edge + 1)
-    for tokens in sizes:
+    for tokens in (2, 3, 17, 300, 5000, 4, 2):
         assert_steps_agree(fast, eager, x_of(tokens))
-    number = graphs()
-    assert number <= 3  # one for each path, and the first, static one
-    for tokens in (*reversed(sizes), 11, 2 * edge):
-        assert_steps_agree(fast, eager, x_of(tokens))
-    assert graphs() == number
+    assert graphs() == 2  # the first, static one, and that for any number
 
 
 def test_dynamic_sizes_and_tokens_that_only_the_data_tell():
@@ -161,7 +151,6 @@ def test_autocast():
 def test_every_function_of_every_kind_of_basis(shape, kind):
     layer = make_layer(*shape, kind, 7, torch.float32, seed=31)  # of no other test
     basis, x, W, dense_a = layer.basis, layer.x, layer.weight, layer.basis.dense()[0]
-    paths = [path for path in PATHS if (kind, path) != ("hadamard", "delta")]
 
     def everything(lam, gam):
         return [
@@ -169,7 +158,7 @@ def test_every_function_of_every_kind_of_basis(shape, kind):
             scaled_basis(dense_a, lam, gam),
             delta_weight(basis, lam, gam, 0.5),
             merged_weight(basis, W, lam.detach(), gam.detach(), 0.5),  # has no gradient
-            *(linear(x, W, None, basis, lam, gam, 0.5, path) for path in paths),
+            linear(x, W, None, basis, lam, gam, 0.5),
         ]
 
     def run(function):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from layer_cases import make_basis, make_layer
-from randlora_ext.ops.ternary import operands
 
-from randlora_ext import TernaryBasis, delta_weight, explain, linear, scaled_basis
+from randlora_ext import TernaryBasis, delta_weight, linear, scaled_basis
+from randlora_ext.ops.independent import operands
 
 ops = torch.ops.randlora
 ERRORS = (ValueError, TypeError, RuntimeError)
@@ -76,9 +76,6 @@ def test_diagonals(basis, change, expected):
         ({"bias": torch.ones(6).half()}, ["bias", "float16"]),
         ({"bias": torch.ones(6, device="meta")}, ["bias", "meta", "cpu"]),
         ({"weight": None}, ["weight"]),  # a bias of its own has no base output to go to
-        ({"weight": None, "bias": None, "path": "merged"}, ["merge", "weight"]),
-        ({"path": "Factored"}, ["path", "'Factored'", "'factored'", "'merged'"]),
-        ({"path": ""}, ["path", "''", "'factored'", "'merged'"]),
         ({"basis": None}, ["basis must be a TernaryBasis", "NoneType"]),
     ],
 )
@@ -86,17 +83,7 @@ def test_diagonals(basis, change, expected):
 def test_linear(basis, change, expected):
     if basis is not DENSE and expected[-1] == "float":
         expected = [*expected[:-1], "float32"]
-    for path in ("factored", "merged", "auto", *["delta"] * (basis is not HADAMARD)):
-        refuses(linear, {**arguments(basis), "path": path, **change}, *expected)
-
-
-def test_environment_path(monkeypatch):
-    monkeypatch.setenv("RANDLORA_PATH", "Merged")
-    names = "auto", "factored", "delta", "merged"
-    refuses(linear, arguments(), "RANDLORA_PATH", "Merged", *names)
-    with pytest.raises(ValueError, match="RANDLORA_PATH.*" + ".*".join(names)):
-        explain(LISTS, 1)
-    linear(**arguments(), path="delta")  # an explicit path does not ask the environment
+    refuses(linear, {**arguments(basis), **change}, *expected)
 
 
 @pytest.mark.parametrize(
@@ -122,8 +109,15 @@ def test_scaled_basis_of_a_dense_matrix(change, expected):
 # ---- raw operators: packed tensors that are not those of a basis
 
 
-def replaced(packed, position, tensor):
-    return [tensor if k == position else t for k, t in enumerate(packed)]
+NAMES = [
+    "a_offset", "a_index", "a_tables", "b_planes", "b_row_offset", "b_row_index", "b_col_offset",
+    "b_col_index", "expand", "scale",
+]  # fmt: skip
+
+
+def packed(basis, **changes):
+    """The operators' arguments that describe the bases, some of them replaced."""
+    return dict(zip(NAMES, operands(basis, "cpu"), strict=True)) | changes
 
 
 def shifted(offset, position, by):
@@ -133,15 +127,15 @@ def shifted(offset, position, by):
 
 
 def malformed():
-    lists, planes = LISTS.packed("cpu"), PLANES.packed("cpu")
-    yield "lists", lists[:6], "got 6", "7", "lists"
-    yield "planes", [], "got 0", "4", "planes"
-    yield "lists", planes, "got 4", "7", "lists"
-    yield "dense", planes, "format", "'lists' or 'planes'", "dense"
+    lists, planes = packed(LISTS), packed(PLANES)
+    yield {**planes, "b_planes": None}, "b_planes", "0 of the other four"
+    yield {**lists, "b_planes": planes["b_planes"]}, "b_planes", "4 of the other four"
+    yield {**lists, "b_col_index": None}, "b_planes", "3 of the other four"
     tables = torch.zeros(8, dtype=torch.int32)
-    yield "planes", replaced(planes, 2, tables), "support tables", "(8) int32"
-    for at, name in ((0, "a_offset"), (3, "b_row_offset"), (5, "b_col_offset")):
-        offset, few = lists[at], len(lists[at]) - 2
+    yield {**planes, "a_tables": tables}, "a_tables", "(8) int32"
+    for name in ("a_offset", "b_row_offset", "b_col_offset"):
+        offset = lists[name]
+        few = len(offset) - 2
         # Both lead out of memory; the steps of the second are positive modulo 2 ** 64.
         falls = torch.cat([offset[:1], offset[-1] + torch.arange(few).flip(0), offset[-1:]])
         wraps = torch.tensor([0, 2**62, -(2**63), -(2**62), *[0] * (few - 3), offset[-1]])
@@ -154,9 +148,9 @@ def malformed():
             (falls,),
             (wraps,),
         ):
-            yield "lists", replaced(lists, at, bad), name, *expected
-    for at, name in ((1, "a_index"), (4, "b_row_index"), (6, "b_col_index")):
-        index = lists[at]
+            yield {**lists, name: bad}, name, *expected
+    for name in ("a_index", "b_row_index", "b_col_index"):
+        index = lists[name]
         for bad, *expected in (
             (index.long(), name, "int64", "int16"),
             (index[:-1], name, str(len(index) - 1)),
@@ -164,80 +158,73 @@ def malformed():
             (index.to("meta"), "meta", "cpu"),
             (torch.stack([index, index], 1)[:, 0], name, "contiguous"),
         ):
-            yield "lists", replaced(lists, at, bad), *expected
-    of_b = planes[3]
+            yield {**lists, name: bad}, *expected
+    of_b = planes["b_planes"]
     for bad, *expected in (
-        (of_b.int(), "int32", "(2, 8, 1)"),
-        (of_b[:, :7].contiguous(), "(2, 7, 1)"),
+        (of_b.int(), "int32", "(2, D, 1)"),
+        (of_b[:, :0].contiguous(), "(2, 0, 1)"),
         (of_b[0], "(8, 1)"),
     ):
-        yield "planes", replaced(planes, 3, bad), "b_planes", *expected
+        yield {**planes, "b_planes": bad}, "b_planes", *expected
     # Of a larger layer of r = 3, and with one column past the end.
-    larger = TernaryBasis(16, 12, 3, 1 / 3).packed("cpu")
-    yield "planes", [*larger[:2], *planes[2:]], "a_index", "d = 6"
-    yield "lists", replaced(lists, 1, lists[1] + 6), "a_index", "d = 6"
-    yield "lists", replaced(lists, 4, lists[4] + 6), "b_row_index", "K = 6"
-    yield "lists", replaced(lists, 6, lists[6] + 8), "b_col_index", "D = 8"
+    larger = packed(TernaryBasis(16, 12, 3, 1 / 3))
+    of_a = {name: larger[name] for name in ("a_offset", "a_index")}
+    yield {**planes, **of_a}, "a_index", "d = 6"
+    yield {**planes, "b_planes": of_b[:, :7].contiguous()}, "x", "in_features = 7"
+    for name, by, size in (("a", 6, "d = 6"), ("b_row", 6, "K = 6"), ("b_col", 8, "D = 8")):
+        name = f"{name}_index"
+        yield {**lists, name: lists[name] + by}, name, size
 
 
-@pytest.mark.parametrize("case", malformed(), ids=lambda case: ", ".join(case[2:]))
+@pytest.mark.parametrize("case", malformed(), ids=lambda case: ", ".join(case[1:]))
 def test_malformed_packed(case):
-    format, packed, *expected = case
-    expected = expected if expected[0] == "format" else ["packed", *expected]
-    lam, gam, x, dy = torch.ones(3, 2), torch.ones(2, 6), torch.ones(4, 8), torch.ones(4, 6)
-    bases = packed, format, 8, False, 1.0
-    calls = {
-        ops.delta_weight: (lam, gam, *bases),
-        ops.delta_weight_backward: (torch.ones(6, 8), lam, gam, *bases),
-        ops.linear: (x, None, None, lam, gam, *bases, "factored", None),
-        ops.linear_backward: (dy, x, None, lam, gam, *bases, "factored", None, True, True),
+    bases, *expected = case
+    common = {
+        "x": torch.ones(4, 8),
+        "weight": None,
+        "lam": torch.ones(3, 2),
+        "gam": torch.ones(2, 6),
     }
-    for op, values in calls.items():
-        refuses(lambda op=op, values=values: op(*values), {}, *expected)
+    refuses(ops.independent_linear, {**common, "bias": None, **bases}, *expected)
+    last = {"dy": torch.ones(4, 6), "need_x": True, "need_diagonals": True}
+    refuses(ops.independent_linear_backward, {**common, **bases, **last}, *expected)
 
 
-@pytest.mark.parametrize("position, name", [(1, "a_index"), (4, "b_row_index")])
 @pytest.mark.parametrize("wide", [False, True])
-def test_positions_ascend(position, name, wide):
+def test_positions_of_a_ascend(wide):
     basis = TernaryBasis(96, 60, 4, 0.1)
-    packed = [t.int() if wide and t.dtype == torch.int16 else t for t in basis.packed("cpu")]
-    offset, index = packed[position - 1], packed[position].clone()
+    bases = packed(basis)
+    if wide:
+        bases = {
+            name: t.int() if name.endswith("_index") and t is not None else t
+            for name, t in bases.items()
+        }
+    offset, index = bases["a_offset"], bases["a_index"].clone()
     start = int(offset[int((offset.diff() > 1).nonzero()[0])])
     index[[start, start + 1]] = index[[start + 1, start]]
-    packed[position] = index
-    lam, gam, W = torch.ones(4, basis.n), torch.ones(basis.n, 60), torch.ones(60, 96)
-    x, dy = torch.ones(4, 96), torch.ones(4, 60)
-    bases = packed, "lists", 96, False, 1.0
-    calls = [
-        lambda: ops.delta_weight(lam, gam, *bases),
-        lambda: ops.delta_weight_backward(W, lam, gam, *bases),
-        lambda: ops.linear(x, W, None, lam, gam, *bases, "merged", None),
-    ]
-    if name == "a_index":  # B's are read in any order where dW is not formed
-        last = *bases, "factored", None
-        calls += [
-            lambda: ops.linear(x, W, None, lam, gam, *last),
-            lambda: ops.linear_backward(dy, x, W, lam, gam, *last, True, True),
-        ]
-    for call in calls:
-        refuses(call, {}, "packed", name, "ascend")
+    bases["a_index"] = index
+    common = {
+        "x": torch.ones(4, 96), "weight": torch.ones(60, 96), "lam": torch.ones(4, basis.n),
+        "gam": torch.ones(basis.n, 60),
+    }  # fmt: skip
+    refuses(ops.independent_linear, {**common, "bias": None, **bases}, "a_index", "ascend")
+    last = {"dy": torch.ones(4, 60), "need_x": True, "need_diagonals": True}
+    refuses(ops.independent_linear_backward, {**common, **bases, **last}, "a_index", "ascend")
 
 
 @pytest.mark.parametrize(
-    "lam, gam, D, expected",
+    "lam, gam, expected",
     [
-        ((3, 2), (2, 7), 8, ["gam", "K = r * n = 6", "(2, 7)"]),
-        ((3, 2), (3, 6), 8, ["gam", "n = 2", "(3, 6)"]),
-        ((3, 3), (3, 6), 8, ["packed", "b_col_offset"]),
-        ((4, 2), (2, 6), 8, ["packed", "a_offset"]),
-        ((3, 2), (2, 6), 9, ["packed", "b_row_offset"]),
-        ((3, 2), (2, 6), 0, ["D", "positive", "0"]),
-        ((3, 2), (2, 6), -8, ["D", "positive", "-8"]),
+        ((3, 2), (2, 7), ["gam", "K = r * n = 6", "(2, 7)"]),
+        ((3, 2), (3, 6), ["gam", "n = 2", "(3, 6)"]),
+        ((3, 3), (3, 6), ["b_col_offset"]),
+        ((4, 2), (2, 6), ["a_offset"]),
     ],
 )
-def test_wrong_sizes(lam, gam, D, expected):
-    bases = operands(LISTS, "cpu")._replace(D=D)
-    refuses(lambda: ops.delta_weight(torch.ones(lam), torch.ones(gam), *bases), {}, *expected)
+def test_wrong_sizes(lam, gam, expected):
+    diagonals = torch.ones(lam), torch.ones(gam)
+    inputs = torch.ones(4, 8), None, None, *diagonals, *operands(LISTS, "cpu")
+    refuses(lambda: ops.independent_linear(*inputs), {}, *expected)
 
 
 def wrong_lists(offset, index, *expected, device="cpu"):
@@ -252,8 +239,6 @@ def wrong_lists(offset, index, *expected, device="cpu"):
         ("pack_dense", (torch.ones(3),), ["dense", "(3)", "(rows, cols)"]),
         ("pack_dense", (torch.ones(0, 3),), ["dense", "(0, 3)", "empty"]),
         ("pack_dense", (torch.ones(3, 3, dtype=torch.int64),), ["dense", "int64", "float32"]),
-        ("add_rounded", (torch.ones(2, 3).half(), torch.ones(3, 2), None),
-         ["delta", "(2, 3)", "(3, 2)"]),
         ("planes_to_lists", (torch.zeros(2, 1, 1025).long(), 65537, False, False), ["65536"]),
         ("planes_to_lists", (torch.zeros(2, 1, 1).long(), 65, False, False), ["cols", "65"]),
         ("planes_to_lists", (torch.zeros(1, 1, 1).long(), 5, True, True), ["planes", "(1, 1, 1)"]),
@@ -284,16 +269,15 @@ def test_packing_operators(op, values, expected):
 def test_a_gradient_that_does_not_fit(dy, expected):
     good = arguments()
     inputs = dy, *(good[name] for name in ("x", "weight", "lam", "gam"))
-    last = *operands(LISTS, "cpu"), "factored", None, True, True
-    refuses(lambda: ops.linear_backward(*inputs, *last), {}, *expected)
+    last = *operands(LISTS, "cpu"), True, True
+    refuses(lambda: ops.independent_linear_backward(*inputs, *last), {}, *expected)
 
 
-@pytest.mark.parametrize("path", ["factored", "delta"])
-def test_planes_that_share_a_bit_stay_in_memory(path):
-    bases = operands(PLANES, "cpu")
-    both = bases._replace(packed=replaced(bases.packed, 3, torch.full_like(bases.packed[3], -1)))
+def test_planes_that_share_a_bit_stay_in_memory():
+    bases = packed(PLANES)
+    bases["b_planes"] = torch.full_like(bases["b_planes"], -1)
     lam, gam = torch.ones(3, 2), torch.ones(2, 6)
-    y = ops.linear(torch.ones(40, 8), None, None, lam, gam, *both, path, None)
+    y = ops.independent_linear(torch.ones(40, 8), None, None, lam, gam, **bases)
     assert y.isfinite().all() and y.abs().max() <= 8 * 6 * 3
 
 

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from compile_helpers import mixed_net
-from layer_cases import PATHS, make_basis, make_layer
+from layer_cases import make_basis, make_layer
 from layer_helpers import randomize
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 from torch.utils._pytree import tree_leaves
@@ -25,22 +25,18 @@ BASES = {
 NAMES = pytest.mark.parametrize("name", BASES)
 
 
-def paths_of(name):
-    return [path for path in PATHS if (BASES[name][3], path) != ("hadamard", "delta")]
-
-
 def normal(*shape):
     return torch.randn(shape, dtype=torch.float64)
 
 
-def setup(name, path="factored"):
+def setup(name):
     """(our function, the reference, inputs x, weight, bias, lam, gam; x with two leading dims)."""
     torch.manual_seed(0)
     layer = make_layer(*BASES[name], 3, lead=(4,))
     A, B = layer.basis.dense(dtype=torch.float64)
 
     def ours(x, weight, bias, lam, gam):
-        return linear(x, weight, bias, layer.basis, lam, gam, SCALING, path)
+        return linear(x, weight, bias, layer.basis, lam, gam, SCALING)
 
     def reference(x, weight, bias, lam, gam):
         return linear_reference(x, weight, bias, A, B, lam, gam, SCALING)
@@ -84,10 +80,7 @@ ENSEMBLES = {
 @NAMES
 @pytest.mark.parametrize("transform", [*TRANSFORMS, *ENSEMBLES])
 def test_linear(name, transform):
-    # Each transform meets each path on two names, each name each path on many transforms.
-    paths = paths_of(name)
-    at = [*BASES].index(name) + [*TRANSFORMS, *ENSEMBLES].index(transform)
-    ours, reference, (x, weight, bias, lam, gam) = setup(name, paths[at % len(paths)])
+    ours, reference, (x, weight, bias, lam, gam) = setup(name)
     if "all" in transform:
         weight, bias = normal(4, *weight.shape), normal(4, *bias.shape)
     if transform in ENSEMBLES:
@@ -116,21 +109,18 @@ def test_other_functions(name):
 
 @NAMES
 def test_vmap_over_nothing(name):
-    for path in paths_of(name):
-        ours, _, (x, weight, bias, lam, gam) = setup(name, path)
-        out = weight.shape[0]
-        assert vmap(ours, X)(x[:0], weight, bias, lam, gam).shape == (0, 3, out)
-        none = lam.new_zeros(lam.shape[0], 0, lam.shape[1]), gam.new_zeros(0, *gam.shape)
-        assert vmap(ours, DIAGONALS)(x, weight, bias, *none).shape == (0, 4, 3, out)
-        # Gradients of all, where x, the weight or everything has a batch of none.
-        values = x[0], weight, bias, lam, gam
-        for batched in ((0,), (1,), ALL):
-            dims = tuple(0 if k in batched else None for k in ALL)
-            inputs = [
-                v if dim is None else v[None][:0] for v, dim in zip(values, dims, strict=True)
-            ]
-            gradients = vmap(grad(loss(ours), ALL), dims)(*inputs)
-            assert [tuple(g.shape) for g in gradients] == [(0, *v.shape) for v in values]
+    ours, _, (x, weight, bias, lam, gam) = setup(name)
+    out = weight.shape[0]
+    assert vmap(ours, X)(x[:0], weight, bias, lam, gam).shape == (0, 3, out)
+    none = lam.new_zeros(lam.shape[0], 0, lam.shape[1]), gam.new_zeros(0, *gam.shape)
+    assert vmap(ours, DIAGONALS)(x, weight, bias, *none).shape == (0, 4, 3, out)
+    # Gradients of all, where x, the weight or everything has a batch of none.
+    values = x[0], weight, bias, lam, gam
+    for batched in ((0,), (1,), ALL):
+        dims = tuple(0 if k in batched else None for k in ALL)
+        inputs = [v if dim is None else v[None][:0] for v, dim in zip(values, dims, strict=True)]
+        gradients = vmap(grad(loss(ours), ALL), dims)(*inputs)
+        assert [tuple(g.shape) for g in gradients] == [(0, *v.shape) for v in values]
 
 
 # ---- layers

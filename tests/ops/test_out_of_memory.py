@@ -19,7 +19,7 @@ import torch
 from layer_cases import run_python
 from layer_helpers import inputs, make_base, randomize, run
 
-from randlora_ext import RandLoraLinear, TernaryBasis, merged_weight
+from randlora_ext import RandLoraLinear, TernaryBasis
 from randlora_ext.basis import cache
 
 FAULTS = ctypes.CDLL(None)
@@ -127,12 +127,7 @@ def main() -> None:
     torch.set_num_threads(2)
     full_machine()
     for kind, options in BASES.items():
-        for path in ("factored", "delta", "merged"):
-            if (kind, path) == ("hadamard", "delta"):
-                continue
-            os.environ["RANDLORA_PATH"] = path
-            try_all(f"step, {path}, {kind}", options, step)
-        del os.environ["RANDLORA_PATH"]
+        try_all(f"step, {kind}", options, step)
         try_all(f"bfloat16 step, {kind}", options, step, dtype=torch.bfloat16)
         try_all(f"delta weight, {kind}", options, lambda layer: layer.get_delta_weight("default"))
         try_all(f"dense bases, {kind}", options, lambda layer: layer.get_scaled_bases("default"))
@@ -149,13 +144,6 @@ def main() -> None:
         lambda layer: layer.update_layer("two", 5, density=0.3, basis="independent"),
     )
 
-    def round_once(layer):
-        basis = layer.bases["default"]
-        lam, gam = (p["default"].detach() for p in (layer.randlora_lambda, layer.randlora_gamma))
-        merged_weight(basis, layer.weight, lam, gam, 1.0, 5)
-
-    for kind in ("lists", "hadamard"):
-        try_all(f"stochastic rounding, {kind}", BASES[kind], round_once, dtype=torch.bfloat16)
     dense = TernaryBasis(130, 70, 9, 0.3).dense()
     try_all("import", lists, lambda layer: TernaryBasis.from_ternary(*dense, 130, 70).packed())
 

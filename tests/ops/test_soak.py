@@ -5,7 +5,7 @@ import gc
 import pytest
 import soak
 import torch
-from layer_cases import make_layer, ours, paths_of
+from layer_cases import make_layer, ours
 
 from randlora_ext import TernaryBasis, delta_weight, merged_weight, scaled_basis
 
@@ -24,11 +24,10 @@ def test_no_operator_keeps_memory(kind):
     leaves = [t.requires_grad_() for t in (layer.lam, layer.gam)]
 
     def call():
-        for path in paths_of(layer):
-            ours(layer, path)
+        ours(layer)
         for function in (delta_weight, scaled_basis):
             torch.autograd.grad(function(basis, *leaves).sum(), leaves)
-        merged_weight(basis, low, *leaves, 1.0, 7)
+        merged_weight(basis, low, *leaves)
         if isinstance(kind, float):
             TernaryBasis.from_ternary(*basis.dense(), 11, 70).packed()
             TernaryBasis(11, 70, 3, kind, seed=1).dense()

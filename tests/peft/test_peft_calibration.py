@@ -58,7 +58,12 @@ def test_every_door(tmp_path):
     bare[2].load_adapter(tmp_path, "two")
     bare[2].set_adapter("two")
     state = copy.deepcopy(model.state_dict())
-    doors = [opened(tmp_path), opened(tmp_path, low_cpu_mem_usage=True), *bare, copy.deepcopy(model)]
+    doors = [
+        opened(tmp_path),
+        opened(tmp_path, low_cpu_mem_usage=True),
+        *bare,
+        copy.deepcopy(model),
+    ]
     other = made(**OPTIONS)
     other.load_state_dict(state)
     again = made(**OPTIONS)
@@ -115,7 +120,9 @@ def test_stock_peft_opens_what_can_be_folded_into_gamma(tmp_path):
     want = model(x)
     accelerated.export_to_peft(model, tmp_path / "one")
     wide = calibrated()
-    with pytest.raises(ValueError, match=r"layer 'b' is calibrated and has more inputs \(40\) than"):
+    with pytest.raises(
+        ValueError, match=r"layer 'b' is calibrated and has more inputs \(40\) than"
+    ):
         accelerated.export_to_peft(wide, tmp_path / "two")
     assert not (tmp_path / "two" / "adapter_config.json").exists()
     accelerated.disable()
