@@ -84,12 +84,15 @@ class AdaptedLayer(KeepsWeight):
             destination[f"{prefix}{INPUT_SCALE}.{name}"] = scale
 
     def _load_from_state_dict(self, state_dict, prefix: str, *args) -> None:
-        for name in self.randlora_lambda:
-            scale = state_dict.pop(f"{prefix}{INPUT_SCALE}.{name}", None)
-            # A state with a lambda is whole: without a scale it was trained without.
-            if scale is not None or f"{prefix}{DIAGONALS[0]}.{name}" in state_dict:
-                self.set_input_scale(name, scale)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        # A state with a lambda is whole: without a scale it was trained without.
+        keys = {name: f"{prefix}{INPUT_SCALE}.{name}" for name in self.randlora_lambda}
+        whole = [n for n in keys if f"{prefix}{DIAGONALS[0]}.{n}" in state_dict]
+        scales = {
+            n: state_dict.pop(k, None) for n, k in keys.items() if k in state_dict or n in whole
+        }
+        super()._load_from_state_dict(state_dict, prefix, *args)  # first its checks
+        for name, scale in scales.items():
+            self.set_input_scale(name, scale)
 
     # ---- forward -----------------------------------------------------------------------------
 

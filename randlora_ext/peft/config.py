@@ -163,6 +163,7 @@ def description_of(fields: Mapping[str, Any]) -> BasisDescription | None:
     kind, density = fields.get("basis", "peft"), fields.get("density")
     key, flags = fields["projection_prng_key"], [n for n in _SPARSE if fields.get(n)]
     check_kind("basis", kind, KINDS)
+    BasisDescription("independent", density, 0)  # whether it is a density
     if isinstance(key, str):
         try:
             made = BasisDescription.parse(key)

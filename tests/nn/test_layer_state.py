@@ -60,7 +60,7 @@ BAD_OPTIONS = [
     *(({"r": r}, ValueError, f"r must be a positive integer, got {r}") for r in (0, -3)),
     ({"r": 2.0}, TypeError, r"r must be .*2\.0"),
     *((INDEPENDENT | {"density": v}, ValueError, rf"density must .* got {v}") for v in (0.0, 1.5)),
-    ({"density": 0.3}, ValueError, r"density = 0\.3 needs basis=\"independent\""),
+    ({"density": 0.3, "basis": "hadamard"}, ValueError, "density must be None for Hadamard bases"),
     ({"basis": "block"}, ValueError, "basis must be one of .*'hadamard'.*, got 'block'"),
     ({"basis": "indep"}, ValueError, "^basis must be .*'indep'; did you mean 'independent'"),
     (INDEPENDENT | {"density": float("nan")}, ValueError, r"density must be .*nan"),

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, and torch's of old 
 
 def same_module():
     base = make_base(24, 40)
-    return nn.ModuleList([RandLoraLinear(base, r=5, projection_prng_key=key) for key in (1, 2)])
+    return nn.ModuleList([RandLoraLinear(base, r=5, seed=key) for key in (1, 2)])
 
 
 def tied():
