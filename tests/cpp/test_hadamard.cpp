@@ -1,5 +1,5 @@
-// The kernels of Hadamard bases of the set that RANDLORA_ISA names: odd shapes, parts of layers,
-// every dtype, one thread and three. Exits 77 if the set cannot run.
+// The kernels of Hadamard bases of the set that RANDLORA_ISA names: odd shapes, every
+// dtype, one thread and three. Exits 77 if the set cannot run.
 #include "hadamard.h"
 
 using namespace randlora;
@@ -9,7 +9,7 @@ namespace {
 // The CPU's alone: class by class to rows.
 void check_add(CpuKernels& kernels, const HadamardProblem& p, DType dtype, bool accumulate) {
   set_case_of(kernels, p, dtype);
-  const Array z(dtype, normal(p.classes * p.T * p.n, 6), 0, kernels.kBehind),
+  const Array z(class_dtype(dtype), normal(p.classes * p.T * p.n, 6), 0, kernels.kBehind),
       y(dtype, normal(p.T * p.d, 7));
   const Values from = z.values(), before = y.values();
   cpu_kernels().hadamard_add({p.sizes, z.get(), y.get(), dtype, p.T, 0.5, accumulate},
@@ -32,11 +32,7 @@ int main() {
                                 {60, 50, 50},  // r > d
                                 {2, 33, 70},
                                 {32, 70, 150},
-                                {32, 260, 330},
-                                {16, 130, 45, 3, 0, 0, 130, 5, 45},  // parts
-                                {7, 61, 80, 3, 0, 20, 23, 13, 40},
-                                {4, 64, 30, 3, 1, 16, 9, 3, 20},
-                                {5, 40, 140, 3, 0, 11, 3, 90, 33}};
+                                {32, 260, 330}};
   for (const int threads : {1, 3})
     for (HadamardCase c : cases) {
       CpuKernels kernels(threads);
@@ -47,9 +43,6 @@ int main() {
         for (const DType dtype : kTypes)
           for (const bool accumulate : {false, true}) check_add(kernels, p, dtype, accumulate);
       }
-      for (const DType dtype : {DType::bf16, DType::f16})
-        for (const bool transposed : {false, true})
-          check_stochastic(kernels, HadamardProblem(c), dtype, transposed);
     }
   return finish();
 }

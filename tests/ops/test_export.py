@@ -38,7 +38,7 @@ def test_an_exported_program(density, strict):
     name = "hadamard_linear" if density == "hadamard" else "independent_linear"
     assert operators(program) == [name, name]  # base and adapter in one, for any T
     # The two layers' shapes are one turned around: their packed tensors are the same constants.
-    packed = model[0].bases["default"].packed()
+    packed = [t for t in model[0].bases["default"].packed() if t.numel()]  # without CUDA's tables
     assert len(program.constants) == len(packed)
     for constant, tensor in zip(program.constants.values(), packed, strict=True):
         assert torch.equal(constant, tensor)
