@@ -28,7 +28,7 @@ foreach(source ${cuda_tests})
     Threads::Threads)
   add_dependencies(cuda_tests test_cuda_${name})
   add_test(NAME cuda_${name} COMMAND test_cuda_${name})
-  if(name MATCHES "linear|delta")
+  if(name MATCHES linear)
     set_tests_properties(cuda_${name} PROPERTIES COST 100)  # the longest begin first
   endif()
   set_tests_properties(cuda_${name} PROPERTIES FIXTURES_SETUP cuda_kernels

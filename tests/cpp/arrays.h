@@ -136,9 +136,6 @@ inline const Values& normal(int64_t count, unsigned seed, double size = 1) {
   return v;
 }
 
-// What `values` become when stored in dtype.
-inline Values rounded(DType dtype, const Values& values) { return Array(dtype, values).values(); }
-
 inline Values sum(Values a, const Values& b) {
   for (size_t i = 0; i < a.size(); ++i) a[i] += b[i];
   return a;

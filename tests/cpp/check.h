@@ -36,19 +36,6 @@ inline int finish() {
     }                                                             \
   } while (0)
 
-// The value of a 16-bit number; for infinity, the power of two that follows the largest finite one.
-template <class S>
-double value_of(S x) {
-  constexpr int mantissa = std::is_same_v<S, bf16> ? 7 : 10;
-  constexpr int bias = std::is_same_v<S, bf16> ? 127 : 15;
-  const int magnitude = x.bits & 0x7fff, exponent = magnitude >> mantissa;
-  const int fraction = magnitude & ((1 << mantissa) - 1);
-  const double v = exponent == 0
-                       ? std::ldexp(fraction, 1 - bias - mantissa)
-                       : std::ldexp(fraction + (1 << mantissa), exponent - bias - mantissa);
-  return x.bits & 0x8000 ? -v : v;
-}
-
 // A random ternary matrix with its packed forms, in memory of exactly their size.
 struct Ternary {
   int64_t rows, cols;

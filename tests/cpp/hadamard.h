@@ -7,17 +7,19 @@
 namespace randlora {
 
 struct HadamardCase {
-  int64_t r, d, D;  // of the layer
+  int64_t r, d, D;
   int64_t T = 3;
   int64_t skip = 0;  // elements that take the alignment of every matrix away
-  int64_t first_column = 0, columns = 0, first_row = 0, rows = 0;  // a part; 0: all
 };
 
-using Signs = std::vector<int8_t>;
-inline Signs signs(int64_t count, unsigned seed) {
+// -1 and +1, or these times a scale for each feature.
+inline std::vector<float> signs(int64_t count, unsigned seed, bool scaled) {
   std::mt19937 random(seed);
-  Signs v(count);
-  for (int8_t& e : v) e = random() % 2 ? 1 : -1;
+  std::vector<float> v(count);
+  for (float& e : v) {
+    e = random() % 2 ? 1 : -1;
+    if (scaled) e *= 0.5f + float(random() % 64) / 64;
+  }
   return v;
 }
 
@@ -26,18 +28,13 @@ inline double h(int64_t a, int64_t b) { return __builtin_popcountll(a & b) % 2 ?
 struct HadamardProblem {
   HadamardCase c;
   HadamardSizes sizes;
-  int64_t D, d, r, n, K, T, classes, first_class;
-  Signs s, row, col;
+  int64_t D, d, r, n, K, T, classes;
+  std::vector<float> s, row, col;
   Values lam, gam, B;
 
   explicit HadamardProblem(const HadamardCase& c_)
       : c(c_),
-        sizes{c.rows ? c.rows : c.D,
-              c.columns ? c.columns : c.d,
-              c.r,
-              (c.d + c.r - 1) / c.r,
-              c.first_row,
-              c.first_column},
+        sizes{c.D, c.d, c.r, (c.d + c.r - 1) / c.r},
         D(sizes.D),
         d(sizes.d),
         r(sizes.r),
@@ -45,22 +42,19 @@ struct HadamardProblem {
         K(sizes.K()),
         T(c.T),
         classes(sizes.classes()),
-        first_class(sizes.first_class()),
-        s(signs(d, 1)),
-        row(signs(D, 2)),
-        col(signs(K, 3)),
+        s(signs(d, 1, true)),
+        row(signs(D, 2, true)),
+        col(signs(K, 3, false)),
         lam(normal(K, 4)),
         gam(normal(n * d, 5)),
         B(D * K) {
     for (int64_t o = 0; o < D; ++o)
-      for (int64_t k = 0; k < K; ++k) B[o * K + k] = row[o] * h(sizes.first_row + o, k) * col[k];
+      for (int64_t k = 0; k < K; ++k) B[o * K + k] = row[o] * h(o, k) * col[k];
   }
 
-  int64_t class_of(int64_t k) const { return (sizes.first_column + k) / n; }
   // Where column k of a row is, in a (classes, rows, n) matrix.
   int64_t place(int64_t row_, int64_t rows, int64_t k) const {
-    const int64_t m = class_of(k);
-    return ((m - first_class) * rows + row_) * n + sizes.first_column + k - m * n;
+    return (k / n * rows + row_) * n + k % n;
   }
 
   // (T, K): sum over m of H[j, m] z[m, t, i]
@@ -69,7 +63,7 @@ struct HadamardProblem {
     for (int64_t t = 0; t < T; ++t)
       for (int64_t k = 0; k < K; ++k)
         for (int64_t m = 0; m < classes; ++m)
-          v[t * K + k] += h(k / n, first_class + m) * z[(m * T + t) * n + k % n];
+          v[t * K + k] += h(k / n, m) * z[(m * T + t) * n + k % n];
     return v;
   }
   // dW (D, d), or (d, D)
@@ -77,7 +71,7 @@ struct HadamardProblem {
     Values scaled(K * d);
     for (int64_t c = 0; c < K; ++c)
       for (int64_t k = 0; k < d; ++k)
-        scaled[c * d + k] = lam[c] * h(c / n, class_of(k)) * s[k] * gam[c % n * d + k];
+        scaled[c * d + k] = lam[c] * h(c / n, k / n) * s[k] * gam[c % n * d + k];
     return transposed ? product(scaled, B, d, D, K, true, scale, true)
                       : product(B, scaled, D, d, K, false, scale);
   }
@@ -85,9 +79,8 @@ struct HadamardProblem {
 
 template <class Kernels>
 void set_case_of(const Kernels& kernels, const HadamardProblem& p, DType dtype) {
-  set_case("dtype %d r %ld d %ld of %ld D %ld of %ld T %ld skip %ld column %ld row %ld %s",
-           int(dtype), long(p.r), long(p.d), long(p.c.d), long(p.D), long(p.c.D), long(p.T),
-           long(p.c.skip), long(p.c.first_column), long(p.c.first_row), kernels.settings().c_str());
+  set_case("dtype %d r %ld d %ld D %ld T %ld skip %ld %s", int(dtype), long(p.r), long(p.d),
+           long(p.D), long(p.T), long(p.c.skip), kernels.settings().c_str());
 }
 
 // Results may differ by one rounding and, before it, by the rounding of sums of about `largest`.
@@ -108,7 +101,7 @@ template <class Kernels>
 void check_up(Kernels& kernels, const HadamardProblem& p, DType dtype, bool accumulate) {
   const double scale = 0.375;
   const int64_t skip = p.c.skip, behind = Kernels::kBehind;
-  const Array z(dtype, normal(p.classes * p.T * p.n, 6), skip, behind),
+  const Array z(class_dtype(dtype), normal(p.classes * p.T * p.n, 6), skip, behind),
       lam(compute_of(dtype), p.lam, skip, behind);
   const Array y =
       accumulate ? Array(dtype, normal(p.T * p.D, 7), skip) : Array(dtype, p.T * p.D, skip);
@@ -124,27 +117,25 @@ void check_up(Kernels& kernels, const HadamardProblem& p, DType dtype, bool accu
 template <class Kernels>
 void check_down(Kernels& kernels, const HadamardProblem& p, DType dtype, int64_t slots,
                 bool with_z = true) {
-  const double scale = 0.75;
   const int64_t skip = p.c.skip, behind = Kernels::kBehind, count = p.classes * p.T * p.n;
-  const DType compute = compute_of(dtype);
+  const DType compute = compute_of(dtype), between = class_dtype(dtype);
   const Array y(dtype, normal(p.T * p.D, 8), skip), lam(compute, p.lam, skip, behind);
-  const Array z(dtype, normal(count, 9), skip, behind), w(dtype, count, skip, behind),
+  const Array z(between, normal(count, 9), skip, behind), w(between, count, skip, behind),
       sums(compute, slots * p.K, skip);
   const Values mixed = p.mixed(z.values()), u = product(y.values(), p.B, p.T, p.K, p.D, false);
   kernels.hadamard_down({p.sizes, y.get(), lam.get(), p.row.data(), p.col.data(), w.get(),
                          with_z ? z.get() : nullptr, with_z ? sums.get() : nullptr, slots, dtype,
-                         p.T, scale});
+                         p.T});
   Values want(count, 0.0), want_sums(slots * p.K, 0.0);
   for (int64_t m = 0; m < p.classes; ++m)
     for (int64_t t = 0; t < p.T; ++t)
       for (int64_t k = 0; k < p.K; ++k)
-        want[(m * p.T + t) * p.n + k % p.n] +=
-            scale * h(k / p.n, p.first_class + m) * p.lam[k] * u[t * p.K + k];
+        want[(m * p.T + t) * p.n + k % p.n] += h(k / p.n, m) * p.lam[k] * u[t * p.K + k];
   for (int64_t q = 0; q < slots; ++q)
     for (int64_t t = q * p.T / slots; t < (q + 1) * p.T / slots; ++t)
       for (int64_t k = 0; k < p.K; ++k)  // without the signs of the columns
         want_sums[q * p.K + k] += p.col[k] * u[t * p.K + k] * mixed[t * p.K + k];
-  expect_close("w", dtype, w, want);
+  expect_close("w", between, w, want);
   if (with_z) expect_close("sums", compute, sums, want_sums);
 }
 
@@ -152,25 +143,25 @@ void check_down(Kernels& kernels, const HadamardProblem& p, DType dtype, int64_t
 template <class Kernels>
 void check_diagonals(Kernels& kernels, const HadamardProblem& p, DType dtype) {
   const int64_t skip = p.c.skip, slots = p.T;
-  const DType compute = compute_of(dtype);
-  const Array gam(compute, p.gam, skip), out(dtype, p.n * p.d, skip);
-  kernels.hadamard_gamma({p.sizes, gam.get(), p.s.data(), out.get(), dtype, 0.25});
+  const DType compute = compute_of(dtype), between = class_dtype(dtype);
+  const Array gam(compute, p.gam, skip), out(between, p.n * p.d, skip);
+  kernels.hadamard_gamma({p.sizes, gam.get(), p.s.data(), out.get(), dtype});
   Values want = p.gam;
-  for (int64_t e = 0; e < p.n * p.d; ++e) want[e] *= 0.25 * p.s[e % p.d];
-  expect_close("gamma", dtype, out, want);
+  for (int64_t e = 0; e < p.n * p.d; ++e) want[e] *= p.s[e % p.d];
+  expect_close("gamma", between, out, want);
 
-  // Places of columns that the part lacks are NaN.
+  // Places of columns from d on are NaN.
   Values P(p.classes * p.n * p.n, NAN), want_gam = normal(p.n * p.d, 10), want_lam(p.K, 0.0);
   for (int64_t e = 0; e < p.n * p.d; ++e) P[p.place(e / p.d, p.n, e % p.d)] = want_gam[e];
-  const Array products(dtype, P, skip), sums(compute, normal(slots * p.K, 11), skip),
+  const Array products(between, P, skip), sums(compute, normal(slots * p.K, 11), skip),
       dlam(compute, p.K, skip), dgam(compute, p.n * p.d, skip);
   const Values all = products.values(), of_slots = sums.values();
   kernels.hadamard_diagonals({p.sizes, products.get(), sums.get(), slots, p.s.data(), p.col.data(),
-                              dlam.get(), dgam.get(), dtype, 0.5, 3});
+                              dlam.get(), dgam.get(), dtype, 0.5});
   for (int64_t q = 0; q < slots; ++q)
     for (int64_t k = 0; k < p.K; ++k) want_lam[k] += 0.5 * p.col[k] * of_slots[q * p.K + k];
   for (int64_t e = 0; e < p.n * p.d; ++e)
-    want_gam[e] = 3.0 * p.s[e % p.d] * all[p.place(e / p.d, p.n, e % p.d)];
+    want_gam[e] = 0.5 * p.s[e % p.d] * all[p.place(e / p.d, p.n, e % p.d)];
   expect_close("dlam", compute, dlam, want_lam);
   expect_close("dgam", compute, dgam, want_gam);
 }
@@ -194,23 +185,6 @@ void check_weight(Kernels& kernels, const HadamardProblem& p, DType dtype, bool 
   call.base = call.out = out.get();
   kernels.hadamard_weight(call);
   EXPECT(out.raw() == merged.raw(), "in place,");
-}
-
-// Where all sums are exact, stochastic rounding is that of core/stochastic.h, bit for bit.
-template <class Kernels>
-void check_stochastic(Kernels& kernels, HadamardProblem p, DType dtype, bool transposed) {
-  set_case_of(kernels, p, dtype);
-  for (double& v : p.lam) v = v > 0 ? 0.5 : -2;
-  for (double& v : p.gam) v = v > 0 ? 1 : 0.25;
-  const int64_t size = p.D * p.d, skip = p.c.skip;
-  const double scale = 1.0 / 1024;
-  Values start = normal(size, 13, 4);
-  for (double& v : start) v = std::round(v * 256) / 256;
-  const Array lam(DType::f32, p.lam, 0, Kernels::kBehind), gam(DType::f32, p.gam),
-      base(dtype, start, skip), out(dtype, size, skip);
-  kernels.hadamard_weight({p.sizes, lam.get(), gam.get(), p.s.data(), p.row.data(), p.col.data(),
-                           base.get(), out.get(), dtype, scale, transposed, true, 99});
-  compare_stochastic(out, dtype, sum(base.values(), p.delta(scale, transposed)));
 }
 
 // Every `step`-th dtype from `first` on.

@@ -2,7 +2,6 @@
 // operators that the tests of the CPU and the CUDA kernels share.
 #pragma once
 #include "arrays.h"
-#include "core/stochastic.h"
 #include "thread_runtime.h"
 
 namespace randlora {
@@ -15,9 +14,8 @@ struct Layer {
   Ternary A, B;
   Values lam, gam;
 
-  Layer(int64_t D_, int64_t d_, int64_t r_, double density_A, double density_B)
-      : Layer(D_, d_, r_, density_A, density_B, ThreadRuntime(1)) {}
-  Layer(int64_t D_, int64_t d_, int64_t r_, double density) : Layer(D_, d_, r_, density, density) {}
+  Layer(int64_t D_, int64_t d_, int64_t r_, double density)
+      : Layer(D_, d_, r_, density, ThreadRuntime(1)) {}
 
   Basis basis(Form form, bool wide = false) const {
     Basis b;
@@ -59,14 +57,14 @@ struct Layer {
   }
 
  private:
-  Layer(int64_t D_, int64_t d_, int64_t r_, double density_A, double density_B, ThreadRuntime&& rt)
+  Layer(int64_t D_, int64_t d_, int64_t r_, double density, ThreadRuntime&& rt)
       : D(D_),
         d(d_),
         r(r_),
         n((d + r - 1) / r),
         K(r * n),
-        A(r, d, density_A, unsigned(d + r), rt),
-        B(D, K, density_B, unsigned(D + r), rt),
+        A(r, d, density, unsigned(d + r), rt),
+        B(D, K, density, unsigned(D + r), rt),
         lam(normal(K, 1)),
         gam(normal(n * d, 2)) {}
 };
@@ -74,9 +72,9 @@ struct Layer {
 template <class Kernels>
 void set_case_of(const Kernels& kernels, const Layer& L, const Basis& basis, DType dtype, int64_t T,
                  bool turned, int64_t skip) {
-  set_case("D %ld d %ld r %ld T %ld planes %d dense %d wide %d dtype %d turned %d skip %ld %s",
-           long(L.D), long(L.d), long(L.r), long(T), basis.has_planes(), basis.b_dense != nullptr,
-           basis.a.wide, int(dtype), turned, long(skip), kernels.settings().c_str());
+  set_case("D %ld d %ld r %ld T %ld planes %d wide %d dtype %d turned %d skip %ld %s", long(L.D),
+           long(L.d), long(L.r), long(T), basis.has_planes(), basis.a.wide, int(dtype), turned,
+           long(skip), kernels.settings().c_str());
 }
 
 // y, dx, dlam and dgam, also where only some of them are wanted.
@@ -117,72 +115,6 @@ void check_linear(Kernels& kernels, const Layer& L, const Basis& basis, DType dt
   EXPECT(dx_alone.raw() == dx.raw() && dlam_alone.raw() == dlam.raw() &&
              dgam_alone.raw() == dgam.raw(),
          "what is not wanted changes what is,");
-}
-
-// dW, W + dW, the same in place, and the adjoint.
-template <class Kernels>
-void check_delta(Kernels& kernels, const Layer& L, const Basis& basis, DType dtype, bool transposed,
-                 int64_t skip, double bound, double gradient_bound) {
-  set_case_of(kernels, L, basis, dtype, 0, transposed, skip);
-  const int64_t size = L.D * L.d;
-  const DType compute = compute_of(dtype);
-  const Array lam(compute, L.lam), gam(compute, L.gam), base(dtype, normal(size, 5), skip),
-      out(dtype, size, skip), merged(dtype, size, skip), dlam(compute, L.K),
-      dgam(compute, L.n * L.d);
-  const Values W = base.values(), dW = L.delta(transposed);
-  DeltaWeight call{basis, lam.get(), gam.get(), nullptr, out.get(), dtype, L.scale, transposed};
-  kernels.delta_weight(call);
-  compare("dW", out, dW, bound);
-  call.base = base.get(), call.out = merged.get();
-  kernels.delta_weight(call);
-  compare("W + dW", merged, sum(W, dW), bound);
-  std::memcpy(out.get(), base.get(), base.bytes());
-  call.base = call.out = out.get();
-  kernels.delta_weight(call);
-  EXPECT(out.raw() == merged.raw(), "in place,");
-
-  // Gradients are computed from what dtype holds, and come in the compute type.
-  kernels.delta_weight_backward({basis, lam.get(), gam.get(), base.get(), dtype, L.scale,
-                                 transposed, dlam.get(), dgam.get()});
-  const auto [want_dlam, want_dgam] = L.contract(W, transposed);
-  compare("dlam of dW", dlam, want_dlam, gradient_bound);
-  compare("dgam of dW", dgam, want_dgam, gradient_bound);
-}
-
-// Elements of out against sums that are exact in float, rounded as core/stochastic.h says with seed
-// 99. Nothing is rounded but in 16 bits.
-inline void compare_stochastic(const Array& out, DType dtype, const Values& sums) {
-  with_dtype(dtype, [&](auto s) {
-    using S = decltype(s);
-    const Values got = out.values();
-    for (size_t e = 0; e < sums.size(); ++e) {
-      double want = sums[e];
-      if constexpr (sizeof(S) == 2)
-        want = double_of(round_stochastic(float(sums[e]), rounding_word(99, e), S{}));
-      else
-        want = float(want);
-      EXPECT(got[e] == want, "stochastic [%zu],", e);
-    }
-  });
-}
-
-// lambda, gamma and scale are powers of two, so that the sums are exact.
-template <class Kernels>
-void check_stochastic(Kernels& kernels, Layer L, const Basis& basis, DType dtype, bool transposed,
-                      int64_t skip) {
-  set_case_of(kernels, L, basis, dtype, 0, transposed, skip);
-  for (double& v : L.lam) v = v > 0 ? 0.5 : -2;
-  for (double& v : L.gam) v = v > 0 ? 1 : 0.25;
-  L.scale = 1.0 / 1024;
-  const int64_t size = L.D * L.d;
-  const Array lam(DType::f32, L.lam), gam(DType::f32, L.gam), base(dtype, normal(size, 5), skip),
-      out(dtype, size, skip);
-  for (const bool with_base : {false, true}) {
-    kernels.delta_weight({basis, lam.get(), gam.get(), with_base ? base.get() : nullptr, out.get(),
-                          dtype, L.scale, transposed, true, 99});
-    const Values dW = L.delta(transposed);
-    compare_stochastic(out, dtype, with_base ? sum(dW, base.values()) : dW);
-  }
 }
 
 // A', which it returns, and its gradients; every matrix `skip` elements off alignment. A is dense.

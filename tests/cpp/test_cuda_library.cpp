@@ -21,7 +21,6 @@ void expect(bool condition, const char* what) {
 
 class NoDevice : public randlora::Device {
   void* scratch(size_t) override { return nullptr; }
-  void gemm(const randlora::Gemm&) override {}
 };
 
 }  // namespace
