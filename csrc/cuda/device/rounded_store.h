@@ -18,11 +18,12 @@ struct RoundedStore {
   __device__ __forceinline__ void one(int64_t e, C sum, S old) const {
     out[e] = narrow<S>(widen(old) + scale * sum);
   }
-  // The elements of 16 bytes from e on. out + e and base + e are 16-byte aligned.
+  // The same for the elements of 16 bytes from e on, where out + e and base + e are aligned.
+  using Run = Pack<S, kPerAccess<S>>;
   __device__ __forceinline__ void run(int64_t e, const C (&sum)[kPerAccess<S>]) const {
-    using Elements = Pack<S, kPerAccess<S>>;
-    Elements x = {};
-    if (base) x = *reinterpret_cast<const Elements*>(base + e);
+    run(e, sum, base ? *reinterpret_cast<const Run*>(base + e) : Run{});
+  }
+  __device__ __forceinline__ void run(int64_t e, const C (&sum)[kPerAccess<S>], Run x) const {
 #pragma unroll
     for (int v = 0; v < kPerAccess<S>; ++v) x.set(v, narrow<S>(widen(x.get(v)) + scale * sum[v]));
     x.store(out + e);

@@ -102,7 +102,7 @@ __device__ __forceinline__ void add_products(const C (&a)[kValues<C>], const C* 
 }
 
 template <class S, bool Aligned, class C = ComputeOf<S>>
-__global__ void __launch_bounds__(kThreads, Aligned ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, 2)
     hadamard_down_kernel(HadamardDown p, Diagonal<C> diagonal, int log, int64_t of_block) {
   using Z = ClassOf<S>;
   const int64_t K = p.sizes.K(), size = Rows<C>::bytes(of_block << log) / sizeof(C);

@@ -16,9 +16,9 @@
 #include <algorithm>
 
 #include "../device/launch.h"
-#include "../device/rounded_store.h"
 #include "../kernels.h"
 #include "mix.h"
+#include "write.h"
 
 namespace randlora::cuda {
 namespace {
@@ -43,17 +43,14 @@ struct SignsOfRow {
 // ---- by columns: like tokens --------------------------------------------------------------------
 
 template <class S, bool Aligned, class C = ComputeOf<S>>
-__global__ void __launch_bounds__(kThreads, Aligned ? 2 : 1)
-    hadamard_weight_rows_kernel(HadamardWeight p, RoundedStore<S> store, Diagonal<C> diagonal,
-                                int log, int64_t of_block) {
-  using At = Edge<S, Aligned>;
-  constexpr int V = At::V;
+__global__ void __launch_bounds__(kThreads, 2)
+    hadamard_weight_rows_kernel(HadamardWeight p, RowsOut<S> out, Diagonal<C> diagonal, int log,
+                                int64_t of_block) {
   const Rows<C> rows{reinterpret_cast<C*>(shared_memory())};
-  const int64_t k0 = blockIdx.x * of_block, d = p.sizes.d, D = p.sizes.D;
-  const int columns = static_cast<int>(min(of_block, d - k0)), count = columns << log, N = 1 << log;
+  const int64_t k0 = blockIdx.x * of_block, d = p.sizes.d;
+  const int columns = static_cast<int>(min(of_block, d - k0));
   const int n = static_cast<int>(p.sizes.n), r = static_cast<int>(p.sizes.r);
   const C* gam = static_cast<const C*>(p.gam);
-
   for (int item = threadIdx.x; item < columns * n; item += blockDim.x) {
     const int k = item % columns, i = item / columns;
     const SignsOfRow signs((k0 + k) / n);
@@ -66,44 +63,7 @@ __global__ void __launch_bounds__(kThreads, Aligned ? 2 : 1)
     }
   }
   __syncthreads();
-  low_pass(rows, count, [&](auto& v, int x) {
-    diagonal.apply(v, x & (N - 1));
-    hadamard<1>(v);
-  });
-  __syncwarp();  // as in hadamard_up
-  middle_passes(rows, log, kEdgeBits<S>, count);
-
-  for (int g = threadIdx.x; g < count >> kBits<C>; g += blockDim.x) {
-    const At at(g, log);
-    C v[kValues<C>];
-    at.load(rows, v);
-    hadamard<V>(v);
-    int64_t begin = (k0 + at.row) * D;
-    const float* row = p.row;
-#pragma unroll 1
-    for (int64_t left = D; left > 0; left -= N, begin += N, row += N) {
-      const int end = static_cast<int>(min(left, int64_t{N}));
-#pragma unroll
-      for (int e = 0; e < At::kCount; ++e) {
-        if constexpr (Aligned) {
-          const int o = at.at(e);
-          if (o >= end) continue;
-          float sign[V];
-          load_run<V>(row + o, sign);
-          C x[V];
-#pragma unroll
-          for (int u = 0; u < V; ++u) x[u] = v[e * V + u] * sign[u];
-          store.run(begin + o, x);
-        } else {
-#pragma unroll
-          for (int u = 0; u < V; ++u) {
-            const int o = at.at(e, u);
-            if (o < end) store.one(begin + o, v[e * V + u] * row[o]);
-          }
-        }
-      }
-    }
-  }
+  transform_and_write<Aligned>(diagonal, out, rows, log, k0, columns);
 }
 
 // ---- by rows ------------------------------------------------------------------------------------
@@ -212,14 +172,13 @@ void hadamard_weight(const HadamardWeight& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) {
     using S = decltype(s);
     using C = ComputeOf<S>;
-    const RoundedStore<S> store{static_cast<S*>(p.out), static_cast<const S*>(p.base),
-                                static_cast<C>(p.scale)};
+    const RowsOut<S> out(p, p.out, p.base);
     const Plan<S> plan(p.sizes, p.sizes.d / device.multiprocessors, device);
     if (p.transposed && plan.shared <= device.shared_bytes) {
-      const bool aligned = aligned_rows(p.sizes.D, kPerAccess<S>, store.out, store.base, p.row);
       launch(device, "hadamard_weight_rows",
-             aligned ? hadamard_weight_rows_kernel<S, true> : hadamard_weight_rows_kernel<S, false>,
-             ceil_div(p.sizes.d, plan.rows), plan.threads, plan.shared, p, store, Diagonal<C>(p),
+             out.aligned ? hadamard_weight_rows_kernel<S, true>
+                         : hadamard_weight_rows_kernel<S, false>,
+             ceil_div(p.sizes.d, plan.rows), plan.threads, plan.shared, p, out, Diagonal<C>(p),
              plan.log, plan.rows);
       return;
     }
@@ -233,7 +192,7 @@ void hadamard_weight(const HadamardWeight& p, Device& device) {
     const int threads = static_cast<int>(std::clamp<int64_t>(
         (int64_t{kColumns} << log) / kValues<C>, 32, std::min(device.max_threads, kThreads)));
     launch(device, "hadamard_weight", hadamard_weight_kernel<S>, tiles << (log_all - log), threads,
-           bytes(log), p, store, log, log_all, tiles, p.transposed ? 1 : p.sizes.d,
+           bytes(log), p, out.store, log, log_all, tiles, p.transposed ? 1 : p.sizes.d,
            p.transposed ? p.sizes.D : 1);
   });
 }
