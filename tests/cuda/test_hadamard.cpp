@@ -16,14 +16,15 @@ struct Way : TestDevice {
   }
 };
 
-// Rows of N numbers, 2048 and more, by several warps, in 16-byte accesses, several tokens a slot:
-// all barriers of up and down separate warps here. Rows of 8192 have two middle passes.
+// Rows of N numbers, 2048 and more, by several warps, in 16-byte accesses; slots of several tokens
+// and of none: all barriers of up and down separate warps here. Rows of 8192 have two middle passes.
 void several_warps(DType dtype) {
   Way device;
   for (const Case& c : {Case{40, 2040, 8, 4}, {40, 4200, 8, 3}}) {
     const HadamardProblem p(c);
     set_case_of(device, p, dtype);
-    check_up(device, p, dtype, false), check_down(device, p, dtype, 2);
+    check_up(device, p, dtype, false);
+    for (const int64_t slots : {2, 5}) check_down(device, p, dtype, slots);
   }
 }
 
