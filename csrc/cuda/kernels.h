@@ -8,8 +8,7 @@
 
 namespace randlora::cuda {
 
-// fill_planes.cu   scaled_basis.cu   add_rounded.cu
-// delta_planes*.cu B as planes; call the functions below if it is lists
+// fill_planes.cu   scaled_basis.cu
 // linear.cu        compositions of the products below
 // hadamard/*.cu    what surrounds the class products of Hadamard bases (core/hadamard.h)
 // packing/*.cu     the CPU's results, bit for bit
@@ -17,9 +16,9 @@ namespace randlora::cuda {
 RANDLORA_OPERATORS(RANDLORA_DECLARE)
 #undef RANDLORA_DECLARE
 
-// delta_lists.cu, delta_lists_backward.cu: density^2 of a GEMM's work
-void delta_weight_lists(const DeltaWeight& p, Device& device);
-void delta_weight_backward_lists(const DeltaWeightBackward& p, Device& device);
+// hadamard_down.cu: whether rows of N numbers fit shared memory, which hadamard_up and hadamard_down
+// need.
+bool hadamard_fits(const HadamardSizes& sizes, DType dtype, const Device& device);
 
 // device/context.cpp: facts about a card, and which card is current
 void describe(int index, Device& device);

@@ -13,9 +13,13 @@ extern "C" __attribute__((visibility("default"))) const randlora::CudaKernels*
 randlora_cuda_kernels() {
   using namespace randlora;
 #define RANDLORA_FUNCTION(name, Operator) cuda::name,
-  static constexpr CudaKernels table = {
-      kCudaInterface,     RANDLORA_COMPILER,    cuda::describe,
-      cuda::make_current, cuda::support_tables, RANDLORA_OPERATORS(RANDLORA_FUNCTION)};
+  static constexpr CudaKernels table = {kCudaInterface,
+                                        RANDLORA_COMPILER,
+                                        cuda::describe,
+                                        cuda::make_current,
+                                        cuda::support_tables,
+                                        cuda::hadamard_fits,
+                                        RANDLORA_OPERATORS(RANDLORA_FUNCTION)};
 #undef RANDLORA_FUNCTION
   return &table;
 }

@@ -1,4 +1,4 @@
-// Generation, packing and expansion on the card: bit for bit the CPU's.
+// Generation, lists and expansion on the card: bit for bit the CPU's.
 #include "core/ternary_spec.h"
 #include "test_device.h"
 #include "thread_runtime.h"
@@ -43,16 +43,6 @@ Packed pack(const Words& words, int64_t rows, int64_t cols, bool by_column, bool
   return packed;
 }
 
-// Planes of a dense matrix, from the card or the CPU.
-template <class Pack>
-Words planes_of(const Array& x, DType dtype, int64_t rows, int64_t cols, PackReport* report,
-                const Pack& pack_dense) {
-  Words words = unwritten<uint64_t>(2 * rows * words_of(cols));
-  pack_dense(PackDense{x.get(), dtype, rows, cols, words.data(),
-                       words.data() + rows * words_of(cols), report});
-  return words;
-}
-
 void generation() {
   ThreadRuntime rt(1);
   for (int threads : block_sizes())
@@ -90,7 +80,7 @@ void lists(int64_t rows, int64_t cols, double density, int threads) {
     }
 }
 
-// Planes and lists to dense and back, `skip` elements past an aligned address.
+// Planes and lists to dense, `skip` elements past an aligned address.
 void dense(int64_t rows, int64_t cols, double density, DType dtype, int threads, int64_t skip) {
   ThreadRuntime rt(3);
   const Ternary t(rows, cols, density, unsigned(rows * 5 + cols), rt);
@@ -112,51 +102,9 @@ void dense(int64_t rows, int64_t cols, double density, DType dtype, int threads,
            "lists (%ld, %ld) to dtype %d, wide %d, threads %d", long(rows), long(cols), int(dtype),
            wide, threads);
   }
-  PackReport report;
-  const Words again =
-      planes_of(out, dtype, rows, cols, &report, [&](const PackDense& p) { device.pack_dense(p); });
-  const bool empty = t.by_row.offset.back() == 0;
-  const double a = rounded(dtype, {value})[0];
-  EXPECT(again == t.bits, "packed (%ld, %ld) of dtype %d", long(rows), long(cols), int(dtype));
-  EXPECT(report.a == (empty ? 0 : a) && int64_t(report.bad) == rows * cols, "found %g, bad %ld",
-         report.a, long(report.bad));
 }
 
-// Whatever is not ternary is told as the CPU tells it, and leaves the same planes.
-void not_ternary() {
-  const double a = 0.5, inf = INFINITY;
-  const int64_t rows = 3, cols = 70;
-  const auto with = [&](std::vector<std::pair<int, double>> elements) {
-    std::vector<double> m(rows * cols, 0.0);
-    for (auto [e, v] : elements) m[e] = v;
-    return m;
-  };
-  for (const std::vector<double>& m :
-       {with({}), with({{0, a}}), with({{209, -a}}), with({{0, -0.0}, {7, -a}, {100, a}}),
-        with({{3, a}, {209, 0.25}}), with({{3, a}, {150, 1.0}, {80, 0.25}, {81, 0.25}}),
-        with({{0, NAN}}), with({{5, NAN}, {6, a}}), with({{5, a}, {190, NAN}}), with({{40, inf}}),
-        with({{40, inf}, {41, -inf}}), with({{40, -inf}, {139, a}}), with({{4, a}, {66, inf}}),
-        with({{69, a}, {70, a}, {139, -a}})})
-    for (DType dtype : kTypes) {
-      ThreadRuntime rt(1);
-      TestDevice device = device_with(32);  // so that the search takes several steps
-      const Array x(dtype, m);
-      PackReport got, cpu;
-      const Words words =
-          planes_of(x, dtype, rows, cols, &got, [&](const PackDense& p) { device.pack_dense(p); });
-      const Words want =
-          planes_of(x, dtype, rows, cols, &cpu, [&](const PackDense& p) { pack_dense(p, rt); });
-      const bool same_a = got.a == cpu.a || (std::isnan(got.a) && std::isnan(cpu.a));
-      EXPECT(same_a && got.bad == cpu.bad, "found %g, %ld instead of %g, %ld", got.a, long(got.bad),
-             cpu.a, long(cpu.bad));
-      EXPECT(words == want, "planes of a matrix with value %g, bad %ld", cpu.a, long(cpu.bad));
-    }
-}
-
-void few() {
-  lists(20, 300, 1.0 / 3, 64);
-  not_ternary();
-}
+void few() { lists(20, 300, 1.0 / 3, 64); }
 
 void tests() {
   generation();
@@ -178,7 +126,6 @@ void tests() {
     for (DType dtype : kTypes)
       for (double density : {0.0, 0.05, 1.0})
         for (int64_t skip : {0, 1}) dense(rows, cols, density, dtype, skip ? 32 : 128, skip);
-  not_ternary();
 }
 
 }  // namespace

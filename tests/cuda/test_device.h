@@ -24,9 +24,6 @@ class TestDevice : public Device {
     held_.emplace_back(new Poisoned(static_cast<int64_t>(bytes)));
     return held_.back()->get();
   }
-  void gemm(const Gemm& g) override {
-    with_dtype(g.dtype, [&](auto s) { loops(g, s); });
-  }
   std::string settings() const {
     return "threads " + std::to_string(max_threads) + " shared " + std::to_string(shared_bytes) +
            " multiprocessors " + std::to_string(multiprocessors) + " tf32 " + std::to_string(tf32);
@@ -37,24 +34,6 @@ class TestDevice : public Device {
 #undef RANDLORA_CALL
 
  private:
-  template <class S>
-  static void loops(const Gemm& g, S) {
-    using C = ComputeOf<S>;
-    const auto* left = static_cast<const S*>(g.left);
-    const auto* right = static_cast<const S*>(g.right);
-    auto* out = static_cast<S*>(g.out);
-    for (int64_t m = 0; m < g.M; ++m)
-      for (int64_t n = 0; n < g.N; ++n) {
-        C sum = 0;
-        for (int64_t k = 0; k < g.K; ++k)
-          sum += static_cast<C>(double_of(left[m * g.K + k])) *
-                 static_cast<C>(double_of(right[g.right_rows_are_k ? k * g.N + n : n * g.K + k]));
-        S* o = out + m * g.N + n;
-        if (g.accumulate) sum += static_cast<C>(double_of(*o));
-        store_rounded(sum, o);
-      }
-  }
-
   std::vector<std::unique_ptr<Poisoned>> held_;
 };
 

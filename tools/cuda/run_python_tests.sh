@@ -28,7 +28,7 @@ cpu_only=(
   # Products with gamma are torch's, which on the CPU may add token by token (hadamard.cpp);
   # tests/gpu has gradients of 8,192 tokens.
   'tests/ops/test_linear.py::test_error_rule_with_many_tokens[hadamard'
-  # Few tokens have kernels of their own, which add in another order.
+  # Few tokens have tiles of their own, whose sums have another order.
   tests/ops/test_determinism.py::test_a_token_does_not_depend_on_its_batch
   # Indices are trusted on a card: to look at them the host would have to wait.
   tests/ops/test_errors.py::test_packing_operators
@@ -36,17 +36,17 @@ cpu_only=(
   tests/ops/test_determinism.py::test_linear
   # Long, and torch's GEMMs alone.
   tests/ops/test_dense.py::test_float16_stays_in_range_at_full_size
-  # Half a minute each; tests/gpu has smaller ones.
+  # Half a minute; tests/gpu has a smaller one.
   tests/basis/test_packed.py::test_wide_lists
 )
 deselected=()
 for test in "${cpu_only[@]}"; do deselected+=(--deselect "$test"); done
 
-# The GPU tests, which have every path and B as a dense matrix; then what the CPU's tests have and
-# these lack. Not here: what tests Python alone, the CPU's instruction sets, and the CPU's memory.
+# The GPU tests; then what the CPU's tests have and these lack. Not here: what tests Python alone, the
+# CPU's instruction sets, and the CPU's memory.
 RANDLORA_GPU_RUN_DRY=1 python -m pytest -q -n 2 -p no:cacheprovider "${deselected[@]}" "$@" \
   tests/project/test_gpu_run_dry.py::test_the_whole_dry_run tests/gpu \
   tests/ops/test_linear.py::test_{float64_beyond_one_chunk_of_planes,error_rule_with_many_tokens} \
   tests/ops/test_{weights,hadamard,dense}.py \
-  tests/ops/test_{nonfinite,determinism,errors}.py tests/basis/test_{basis_spec,packed,slice}.py \
+  tests/ops/test_{nonfinite,determinism,errors}.py tests/basis/test_{basis_spec,packed}.py \
   tests/nn/test_layer.py tests/peft/test_{peft,peft_adapters}.py

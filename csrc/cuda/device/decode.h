@@ -16,7 +16,6 @@
 // elements; a code word of a column takes a transpose of 16 x 16 codes by four shuffles.
 #pragma once
 #include "../../core/packed.h"
-#include "../../core/stochastic.h"
 #include "element.h"
 
 namespace randlora {

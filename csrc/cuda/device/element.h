@@ -54,21 +54,6 @@ __device__ __forceinline__ f16 narrow<f16>(float x) {
 #endif
 }
 
-// Two 16-bit elements in one register, the lower first, as tensor cores take them.
-template <class S>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  return static_cast<uint32_t>(narrow<S>(low).bits) | static_cast<uint32_t>(narrow<S>(high).bits)
-                                                          << 16;
-}
-#if defined(__CUDA_ARCH__)
-template <>
-__device__ __forceinline__ uint32_t pack<bf16>(float low, float high) {
-  uint32_t r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
-}
-#endif
-
 // Calls fn(S{}, std::bool_constant): whether tensor cores multiply S as TF32, which they may for
 // float if `tf32`.
 template <class F>

@@ -1,5 +1,5 @@
-// Loads the operand of a TernaryTile (ternary_tile.h) and stores its results: to rows or, turned,
-// to columns of a matrix; rounded once (rounded_store.h).
+// Loads the operand of a TernaryTile (ternary_tile.h) and stores its results, rounded once
+// (rounded_store.h): lines of the tile are columns of the output.
 #pragma once
 #include "rounded_store.h"
 #include "ternary_tile.h"
@@ -7,9 +7,9 @@
 namespace randlora {
 
 // Copies elements (row0 .. + Rows, col0 .. + Cols) of a row-major matrix (rows, cols), zeros
-// outside it, to rows in shared memory; by_k if the rows are slots. Aligned rows are copied by
-// cp.async, for which the caller waits.
-template <Order O, int Rows, int Cols, class S>
+// outside it, to rows in shared memory. Aligned rows are copied by cp.async, for which the caller
+// waits.
+template <int Rows, int Cols, class S>
 __device__ __forceinline__ void load_operand(S* to, int stride, const S* from, int64_t rows,
                                              int64_t cols, int64_t row0, int64_t col0,
                                              bool aligned) {
@@ -21,8 +21,7 @@ __device__ __forceinline__ void load_operand(S* to, int stride, const S* from, i
 #pragma unroll
   for (int i = 0; i < kTurns; ++i) {
     constexpr int kRows = kTileThreads / kPacks;  // in one turn
-    const int row = first_row + i * kRows;
-    S* at = to + (O == Order::by_k ? row_of_slot(row) : row) * stride + col;
+    S* at = to + (first_row + i * kRows) * stride + col;
     const bool inside = i * kRows < rows_left;
     if (aligned) {
       const bool whole = inside && cols_left > 0;
@@ -48,7 +47,7 @@ struct Output {
   __device__ __forceinline__ void put(int64_t row, int64_t col,
                                       const typename Store::C (&v)[V]) const {
     if (row >= rows || col >= cols) return;
-    if (aligned) return store.template run<V>(row * cols + col, v);
+    if (aligned) return store.run(row * cols + col, v);
 #pragma unroll 1
     for (int e = 0; e < V && col + e < cols; ++e) {
       typename Store::C x = 0;
@@ -60,19 +59,17 @@ struct Output {
 };
 
 // Stores the tile at (line0, col0) of the product by way of shared memory, 16 columns of every warp
-// at a time. Rows of the output are lines or, if Turned, columns n.
-template <bool Turned, class Tile>
+// at a time.
+constexpr int kLinePitch = kLines + 4;  // no bank conflicts between lanes' fragments
+template <class Tile>
 constexpr int64_t store_bytes() {
-  constexpr int kCols = Tile::WN * 16;
-  return int64_t(sizeof(typename Tile::C)) * (Turned ? kCols * (kLines + 4) : kLines * (kCols + 8));
+  return int64_t(sizeof(typename Tile::C)) * Tile::WN * 16 * kLinePitch;
 }
-template <bool Turned, class Tile, class Out>
+template <class Tile, class Out>
 __device__ __forceinline__ void store_tile(const Tile& tile, unsigned char* shared, int64_t line0,
                                            int64_t col0, const Out& out) {
   using C = typename Tile::C;
   constexpr int V = kPerAccess<typename Out::S>;
-  constexpr int kCols = Tile::WN * 16, kInner = Turned ? kLines : kCols;
-  constexpr int kPitch = kInner + (Turned ? 4 : 8);  // no bank conflicts between lanes' fragments
   C* buffer = reinterpret_cast<C*>(shared);
 #pragma unroll
   for (int first = 0; first < Tile::NI; first += 2) {
@@ -84,19 +81,15 @@ __device__ __forceinline__ void store_tile(const Tile& tile, unsigned char* shar
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int line = Tile::line(m, e), col = Tile::warp_n() * 16 + Tile::Warp::col(n, e);
-          buffer[Turned ? col * kPitch + line : line * kPitch + col] =
-              tile.warp.acc[m][first + n][e];
+          buffer[col * kLinePitch + line] = tile.warp.acc[m][first + n][e];
         }
     __syncthreads();
 #pragma unroll 1
-    for (int at = threadIdx.x * V; at < kLines * kCols; at += kTileThreads * V) {
-      const int outer = at / kInner, inner = at % kInner;
+    for (int at = threadIdx.x * V; at < kLines * Tile::WN * 16; at += kTileThreads * V) {
+      const int col = at / kLines, line = at % kLines;
       C v[V];
-      load_run<V>(buffer + outer * kPitch + inner, v);
-      const int buffered = Turned ? outer : inner;
-      const int64_t line = line0 + (Turned ? inner : outer);
-      const int64_t col = col0 + buffered / 16 * Tile::NI * 8 + first * 8 + buffered % 16;
-      out.put(Turned ? col : line, Turned ? line : col, v);
+      load_run<V>(buffer + col * kLinePitch + line, v);
+      out.put(col0 + col / 16 * Tile::NI * 8 + first * 8 + col % 16, line0 + line, v);
     }
   }
 }

@@ -7,9 +7,8 @@
 // the contraction takes slots in an order of its own: lanes l with l % 4 == q hold slots
 // 16 q .. 16 q + 15, and the k-th mma of a step takes the slots with (slot % 16) / 4 == k.
 //
-// Code word q of a line lies at codes[q * kCodePitch + line]; the operand in one of two orders:
-//   by_line   (slot, n) at p[n * stride + slot]                 rows of x, V, A'^T, G^T
-//   by_k      (slot, n) at p[row_of_slot(slot) * stride + n]    rows of G
+// Code word q of a line lies at codes[q * kCodePitch + line]; element (slot, n) of the operand at
+// p[n * stride + slot]: its rows are rows of x or V.
 //
 // Three engines as in tile.h. FMA skips zeros of B, so NaN and inf do not pass through them.
 // Tensor cores multiply by the zeros, so a NaN or inf spoils its whole column n.
@@ -28,11 +27,6 @@ constexpr int kCodeWords = 4 * kCodePitch + 8;  // free of bank conflicts across
 // N of a full tile: its operand takes 18 KB of shared memory in every dtype.
 template <class S>
 constexpr int kColumns = 256 / int(sizeof(S));
-
-// slot = 16 q + 2 t + e: rows of an operand by_k lie in the order in which mma takes them.
-__device__ __forceinline__ constexpr int row_of_slot(int slot) {
-  return slot % 16 / 2 * 8 + slot / 16 * 2 + slot % 2;
-}
 
 template <class S_, int N_, bool Tf32 = false>
 struct TernaryTile {
@@ -57,19 +51,18 @@ struct TernaryTile {
     return warp_n() * NI * 8 + Warp::col(n, e);
   }
 
-  template <Order O>
   __device__ __forceinline__ void step(const uint32_t* codes, const S* operand, int stride) {
     codes += warp_m() * MI * 16;
-    operand += warp_n() * NI * 8 * (O == Order::by_line ? stride : 1);
+    operand += warp_n() * NI * 8 * stride;
     if constexpr (sizeof(S) > 2 && !Tf32) {
-      fma_step<O>(codes, operand, stride);
+      fma_step(codes, operand, stride);
     } else {
       uint32_t word[MI][2];
       load_codes(word, codes + threadIdx.x % 4 * kCodePitch);
       if constexpr (Tf32)
-        tf32_step<O>(word, operand, stride);
+        tf32_step(word, operand, stride);
       else
-        mma_step<O>(word, operand, stride);
+        mma_step(word, operand, stride);
     }
   }
 
@@ -92,50 +85,28 @@ struct TernaryTile {
     for (int h = 0; h < 4; ++h) fa[h] = decode_pair(word[h % 2], 2 * k + h / 2);
   }
 
-  template <Order O>
   __device__ __forceinline__ void mma_step(const uint32_t (&word)[MI][2], const S* operand,
                                            int stride) {
-    if constexpr (O == Order::by_k) {
+    operand += g() * stride + q() * 16;
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        uint32_t fb[NI][2];
-        warp.template load_b<O>(fb, operand + 16 * k * stride, stride);
+    for (int k = 0; k < 4; k += 2) {
+      Pack<S, 8> fb[NI];  // right fragments of two steps
+#pragma unroll
+      for (int n = 0; n < NI; ++n)
+        fb[n] = *reinterpret_cast<const Pack<S, 8>*>(operand + n * 8 * stride + k * 4);
+#pragma unroll
+      for (int s = 0; s < 2; ++s)
 #pragma unroll
         for (int m = 0; m < MI; ++m) {
           uint32_t fa[4];
-          decode(fa, word[m], k);
+          decode(fa, word[m], k + s);
 #pragma unroll
-          for (int n = 0; n < NI; ++n) mma(warp.acc[m][n], fa, fb[n], S{});
+          for (int n = 0; n < NI; ++n)
+            mma(warp.acc[m][n], fa, {fb[n].word[2 * s], fb[n].word[2 * s + 1]}, S{});
         }
-      }
-    } else {
-      operand += g() * stride + q() * 16;
-#pragma unroll
-      for (int k = 0; k < 4; k += 2) {
-        Pack<S, 8> fb[NI];  // right fragments of two steps
-#pragma unroll
-        for (int n = 0; n < NI; ++n)
-          fb[n] = *reinterpret_cast<const Pack<S, 8>*>(operand + n * 8 * stride + k * 4);
-#pragma unroll
-        for (int s = 0; s < 2; ++s)
-#pragma unroll
-          for (int m = 0; m < MI; ++m) {
-            uint32_t fa[4];
-            decode(fa, word[m], k + s);
-#pragma unroll
-            for (int n = 0; n < NI; ++n)
-              mma(warp.acc[m][n], fa, {fb[n].word[2 * s], fb[n].word[2 * s + 1]}, S{});
-          }
-      }
     }
   }
 
-  template <Order O>
-  static __device__ __forceinline__ S at(const S* p, int stride, int slot, int n) {
-    return O == Order::by_line ? p[n * stride + slot] : p[row_of_slot(slot) * stride + n];
-  }
-
-  template <Order O>
   __device__ __forceinline__ void tf32_step(const uint32_t (&word)[MI][2], const S* operand,
                                             int stride) {
 #pragma unroll
@@ -145,7 +116,7 @@ struct TernaryTile {
       for (int n = 0; n < NI; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e)
-          fb[n][e] = round_tf32(at<O>(operand, stride, q() * 16 + 2 * t + e, n * 8 + g()));
+          fb[n][e] = round_tf32(operand[(n * 8 + g()) * stride + q() * 16 + 2 * t + e]);
 #pragma unroll
       for (int m = 0; m < MI; ++m) {
         uint32_t fa[4];
@@ -159,7 +130,6 @@ struct TernaryTile {
 
   // Without tensor cores. Each thread computes the same elements of acc that mma would leave in its
   // registers, and sums over all slots by itself.
-  template <Order O>
   __device__ __forceinline__ void fma_step(const uint32_t* codes, const S* operand, int stride) {
 #pragma unroll 1
     for (int part = 0; part < 4; ++part) {
@@ -174,7 +144,7 @@ struct TernaryTile {
           for (int n = 0; n < NI; ++n)
 #pragma unroll
             for (int c = 0; c < 2; ++c)
-              vb[n][c] = at<O>(operand, stride, part * 16 + 2 * t + e, n * 8 + q() * 2 + c);
+              vb[n][c] = operand[(n * 8 + q() * 2 + c) * stride + part * 16 + 2 * t + e];
 #pragma unroll
           for (int m = 0; m < MI; ++m)
 #pragma unroll

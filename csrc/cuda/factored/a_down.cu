@@ -232,7 +232,7 @@ TileSize choose_tile(const Support& a, const Device& device, int warps) {
 }  // namespace
 
 void ASideCall::down(const void* U, int64_t T, void* out, bool accumulate) {
-  if (T == 0 || (few(T) && down_few(U, T, out, accumulate))) return;
+  if (T == 0) return;
   const Support& a = support();
   with_engine(p_.dtype, device_.tf32, [&](auto storage, auto tf32) {
     using S = decltype(storage);

@@ -244,23 +244,18 @@ void ASideCall::grad(const void* U, void* dlam, void* dgam, bool accumulate) {
                : start(grad_kernel<S, 4, 2, kTf32>, Grad<S, 4, 2, kTf32>{});
     }
   });
-  contract(partial_, splits, dlam, dgam, accumulate);
-}
-
-void ASideCall::contract(const void* P, int64_t parts, void* dlam, void* dgam, bool accumulate) {
-  const Support& a = support();
-  const auto start = [&](auto compute) {
+  const auto contract = [&](auto compute) {
     using C = decltype(compute);
     const int64_t columns = ceil_div(a.d, 32);
     if (!partial_lam_) partial_lam_ = scratch<C>(device_, columns * a.r * a.bases);
     const int threads = 128;
     launch(device_, "a_grad_contract", contract_kernel<C>,
-           ceil_div(columns * (a.bases / kBases), threads / 32), threads, 0, a, P, parts, p_.lam,
-           p_.gam, scale_, dgam, accumulate, partial_lam_);
+           ceil_div(columns * (a.bases / kBases), threads / 32), threads, 0, a, partial_, splits,
+           p_.lam, p_.gam, scale_, dgam, accumulate, partial_lam_);
     launch(device_, "a_grad_sum", sum_lambda<C>, a.r * ceil_div(a.n, 32), threads,
            threads * int64_t{sizeof(C)}, a, partial_lam_, columns, dlam, accumulate);
   };
-  p_.dtype == DType::f64 ? start(double{}) : start(float{});
+  p_.dtype == DType::f64 ? contract(double{}) : contract(float{});
 }
 
 }  // namespace randlora::cuda

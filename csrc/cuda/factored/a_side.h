@@ -7,8 +7,7 @@
 //
 // Here p is an entry of A, k_p its column, and G[p, i] = A[j, k_p] gam[i, k_p]. The products share
 // the entries of A as one array, the two compact value matrices (both a_support.cu), and z as token
-// panels, so that a gathered feature is a row of tokens. For a handful of tokens
-// a_few.cu does up and down from A's lists directly.
+// panels, so that a gathered feature is a row of tokens.
 //
 // `scale` goes into V and into the compact values rather than onto the results, because lam * gam
 // alone is near the smallest f16.
@@ -24,7 +23,7 @@ namespace randlora::cuda {
 // ---- tables -------------------------------------------------------------------------------------
 
 // Tables of the supports S_j. They depend only on the basis: made once and kept with the packed
-// basis, or made in every call if it has none. dW from lists uses them, too (delta_lists*.cu).
+// basis, or made in every call if it has none.
 constexpr int kGroup = kSupportGroup;  // the entries of a rank index are padded to whole groups
 
 struct Support {
@@ -53,8 +52,6 @@ struct Support {
   }
 };
 
-Support support_of(const Basis& b, Device& device);
-
 // ---- one operator call --------------------------------------------------------------------------
 
 struct ASide {
@@ -73,15 +70,9 @@ class ASideCall {
   void up(void* V);                            // (T, K)
   void grad(const void* U, void* dlam, void* dgam, bool accumulate);
   void down(const void* U, int64_t T, void* out, bool accumulate);
-  // dlam and dgam from P (parts, room, bases) in the compute type, as above; its parts are added.
-  // Behind n bases nothing need be there.
-  void contract(const void* P, int64_t parts, void* dlam, void* dgam, bool accumulate);
-  const Support& support();
 
  private:
-  bool few(int64_t T) const;
-  bool up_few(void* V);  // a_few.cu: false if shared memory is too small
-  bool down_few(const void* U, int64_t T, void* out, bool accumulate);
+  const Support& support();
   const void* values(bool with_lambda);  // (room, bases): scale lam G, or G
   // part_ tokens of z from t on, as panels: few enough that a part and its results stay in L2.
   const Panels& panels(int64_t t);

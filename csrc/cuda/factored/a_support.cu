@@ -82,20 +82,18 @@ ASideCall::ASideCall(const ASide& p, double scale, Device& device)
   part_ = min(p.T, max(tokens / 128, int64_t{1}) * 128);
 }
 
-Support support_of(const Basis& b, Device& device) {
+const Support& ASideCall::support() {
+  if (support_.entry) return support_;
+  const Basis& b = p_.basis;
   const int32_t* tables = b.a_tables;
   if (!tables) {
-    auto* made = scratch<int32_t>(device, support_numbers(b.a.count, b.r, b.d));
-    support_tables(b.a, b.r, b.d, made, device);
+    auto* made = scratch<int32_t>(device_, support_numbers(b.a.count, b.r, b.d));
+    support_tables(b.a, b.r, b.d, made, device_);
     tables = made;
   }
-  return {b.a.offset,           b.r,       b.n,    b.d,
-          ceil_div(b.n, 8) * 8, b.a.count, tables, tables + support_room(b.a.count, b.r)};
-}
-
-const Support& ASideCall::support() {
-  if (!support_.entry) support_ = support_of(p_.basis, device_);
-  return support_;
+  return support_ = {
+             b.a.offset,           b.r,       b.n,    b.d,
+             ceil_div(b.n, 8) * 8, b.a.count, tables, tables + support_room(b.a.count, b.r)};
 }
 
 const void* ASideCall::values(bool with_lambda) {

@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(128)
 }  // namespace
 
 void ASideCall::up(void* V) {
-  if (T_ == 0 || (few(T_) && up_few(V))) return;
+  if (T_ == 0) return;
   const Support& a = support();
   with_engine(p_.dtype, device_.tf32, [&](auto storage, auto tf32) {
     using S = decltype(storage);

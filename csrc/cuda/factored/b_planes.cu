@@ -10,8 +10,8 @@
 // their partial sums in order.
 //
 // Floor: D K / 4 bytes of planes, an eighth of a dense B in 16 bits, and the tokens; 2 T D K
-// operations. mma.sync does not reach the peak of wgmma, so for many tokens linear.cu prefers a
-// GEMM if the caller has B unpacked. f32 uses FMA, or tf32 if the device allows it.
+// operations, of which mma.sync does not reach the peak. f32 uses FMA, or tf32 if the device allows
+// it.
 //
 // NaN and inf (ternary_tile.h) stay within their token with every engine.
 #include <algorithm>
@@ -75,9 +75,9 @@ struct Product {
   const S* tokens;  // (T, depth)
   bool aligned;
   int64_t line_blocks, token_blocks;
-  int64_t splits, slots;               // blocks that share a tile, and the slots of each
-  C* partial;                          // (splits, T, lines), null if splits == 1
-  Output<RoundedStore<S, false>> out;  // (T, lines)
+  int64_t splits, slots;        // blocks that share a tile, and the slots of each
+  C* partial;                   // (splits, T, lines), null if splits == 1
+  Output<RoundedStore<S>> out;  // (T, lines)
 };
 
 // Steps of kSlots of the contraction that a thread block loads at a time: more if the tokens are
@@ -91,7 +91,7 @@ struct SharedMemory {
   static constexpr int kCodes = kTiles<S, N> * kCodeWords, kTokens = N * kStride;
   static int64_t bytes() {
     const int64_t loop = 2 * (kCodes * int64_t(sizeof(uint32_t)) + kTokens * int64_t(sizeof(S)));
-    return std::max(loop, store_bytes<true, TernaryTile<S, N>>());
+    return std::max(loop, store_bytes<TernaryTile<S, N>>());
   }
   static __device__ __forceinline__ uint32_t* codes(int64_t half) {
     return reinterpret_cast<uint32_t*>(shared_memory()) + half * kCodes;
@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(kTileThreads, 1) b_planes_kernel(Product<S> p)
   PlaneWords<Up, kTiles<S, N>> words;
   const auto load = [&](int64_t slot, int64_t half) {
     words.load(p.b, p.D, line0, slot);
-    load_operand<Order::by_line, N, kStep>(Shared::tokens(half), Shared::kStride, p.tokens, p.T,
-                                           p.depth, token0, slot, p.aligned);
+    load_operand<N, kStep>(Shared::tokens(half), Shared::kStride, p.tokens, p.T, p.depth, token0,
+                           slot, p.aligned);
     cp_async_commit();
   };
   TernaryTile<S, N, Tf32> tile;
@@ -129,26 +129,26 @@ __global__ void __launch_bounds__(kTileThreads, 1) b_planes_kernel(Product<S> p)
     if (more) load(slot + kStep, half ^ 1);
 #pragma unroll
     for (int i = 0; i < kTiles<S, N>; ++i)
-      tile.template step<Order::by_line>(Shared::codes(half) + i * kCodeWords,
-                                         Shared::tokens(half) + i * kSlots, Shared::kStride);
+      tile.step(Shared::codes(half) + i * kCodeWords, Shared::tokens(half) + i * kSlots,
+                Shared::kStride);
     if (more) words.store(Shared::codes(half ^ 1));
   }
 
   using C = ComputeOf<S>;
   if (p.partial) {
-    const Output<RoundedStore<C, false>> sums{{p.partial + split * p.T * p.lines, nullptr, C(1)},
-                                              p.T,
-                                              p.lines,
-                                              p.lines % kPerAccess<C> == 0};
-    store_tile<true>(tile, shared_memory(), line0, token0, sums);
+    const Output<RoundedStore<C>> sums{{p.partial + split * p.T * p.lines, nullptr, C(1)},
+                                       p.T,
+                                       p.lines,
+                                       p.lines % kPerAccess<C> == 0};
+    store_tile(tile, shared_memory(), line0, token0, sums);
   } else {
-    store_tile<true>(tile, shared_memory(), line0, token0, p.out);
+    store_tile(tile, shared_memory(), line0, token0, p.out);
   }
 }
 
 template <class S>
 __global__ void add_partial_kernel(const ComputeOf<S>* partial, int64_t splits, int64_t count,
-                                   RoundedStore<S, false> out) {
+                                   RoundedStore<S> out) {
   using C = ComputeOf<S>;
   const int64_t at = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
   if (at >= count) return;

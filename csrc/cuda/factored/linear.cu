@@ -9,10 +9,8 @@
 // Tokens are processed in chunks (Device::chunk_bytes of V or U), so scratch does not grow with T;
 // dlam and dgam accumulate chunk by chunk, in order. V and U have the dtype of x.
 //
-// The B side is a GEMM if the caller passes B unpacked (Basis::b_dense). The caller decides when
-// that pays.
-//
-// Floor: each B product is 2 T D K operations by GEMM, each A product 2 T n nnz(A).
+// Floor: each B product is 2 T D K operations if B is planes, T nnz(B) additions if it is lists;
+// each A product 2 T n nnz(A) operations.
 #include <vector>
 
 #include "a_side.h"
@@ -38,7 +36,6 @@ class ScratchReuse : public Device {
     if (block.bytes < bytes) block = {device_.scratch(bytes), bytes};
     return block.memory;
   }
-  void gemm(const Gemm& g) override { device_.gemm(g); }
   void next_chunk() { next_ = 0; }
 
  private:
@@ -61,13 +58,7 @@ int64_t chunk_of(const Basis& b, int64_t T, DType dtype, const Device& device) {
 // A product of the B side for a chunk of tokens, by the form of B.
 void b_side(const BSide& p, ScratchReuse& device) {
   device.next_chunk();
-  const Basis& b = p.basis;
-  const int64_t D = b.D, K = b.K();
-  if (b.b_dense)
-    device.gemm(
-        {p.T, p.up ? D : K, p.up ? K : D, p.from, b.b_dense, p.to, p.dtype, !p.up, p.accumulate});
-  else
-    (b.has_planes() ? b_planes : b_lists)(p, device);
+  (p.basis.has_planes() ? b_planes : b_lists)(p, device);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // What a step does with gamma before the class products, and with the gradients after them:
 //
-//   hadamard_gamma      out[i, k] = scale s[k] gam[i, k], rounded to the dtype of the activations
+//   hadamard_gamma      out[i, k] = s[k] gam[i, k], rounded to the class dtype
 //   hadamard_diagonals  dgam[i, k] = scale s[k] P[m, i, k']
 //                       dlam[c] = scale col[c] * sum over q of sums[q, c]
 //
@@ -10,7 +10,6 @@
 #include "../device/columns.h"
 #include "../device/launch.h"
 #include "../kernels.h"
-#include "transform.h"
 
 namespace randlora::cuda {
 namespace {
@@ -21,11 +20,10 @@ __global__ void hadamard_gamma_kernel(HadamardGamma p, int64_t col_blocks) {
   const int64_t d = p.sizes.d, i = blockIdx.x / col_blocks;
   const Columns<V, Aligned> c(blockIdx.x % col_blocks * blockDim.x * V, threadIdx.x, d);
   const Pack<C, V> gam = c.load(static_cast<const C*>(p.gam) + i * d);
-  const C scale = static_cast<C>(p.scale);
   Pack<S, V> out = {};
 #pragma unroll
   for (int v = 0; v < V; ++v)
-    if (c.inside(v)) out.set(v, narrow<S>(with_sign(scale * gam.get(v), p.s[c.at(v)])));
+    if (c.inside(v)) out.set(v, narrow<S>(gam.get(v) * p.s[c.at(v)]));
   c.store(static_cast<S*>(p.out) + i * d, out);
 }
 
@@ -39,10 +37,9 @@ __global__ void hadamard_diagonals_kernel(HadamardDiagonals p, int64_t gamma_blo
   if (blockIdx.x < gamma_blocks) {
     const int64_t e = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, i = e / d, k = e % d;
     if (i >= n) return;
-    const int64_t column = p.sizes.first_column + k, m = column / n;
-    const S x =
-        static_cast<const S*>(p.P)[((m - p.sizes.first_class()) * n + i) * n + (column - m * n)];
-    static_cast<C*>(p.dgam)[e] = with_sign(static_cast<C>(p.dgam_scale) * widen(x), p.s[k]);
+    const int64_t m = k / n;
+    const C x = widen(static_cast<const S*>(p.P)[(m * n + i) * n + (k - m * n)]);
+    static_cast<C*>(p.dgam)[e] = static_cast<C>(p.scale) * x * p.s[k];
     return;
   }
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -58,7 +55,7 @@ __global__ void hadamard_diagonals_kernel(HadamardDiagonals p, int64_t gamma_blo
   __syncthreads();
   if (warp != 0 || c >= K) return;
   for (int other = 1; other < warps; ++other) sum += of_warp[other * kAcross + lane];
-  static_cast<C*>(p.dlam)[c] = with_sign(static_cast<C>(p.dlam_scale) * sum, p.col[c]);
+  static_cast<C*>(p.dlam)[c] = static_cast<C>(p.scale) * sum * p.col[c];
 }
 
 }  // namespace
@@ -66,7 +63,7 @@ __global__ void hadamard_diagonals_kernel(HadamardDiagonals p, int64_t gamma_blo
 // One launch.
 void hadamard_gamma(const HadamardGamma& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) {
-    using S = decltype(s);
+    using S = ClassOf<decltype(s)>;
     constexpr int V = kPerAccess<S>;
     const int threads = std::min(device.max_threads, 256);
     const int64_t col_blocks = ceil_div(p.sizes.d, int64_t{threads} * V);
@@ -80,7 +77,7 @@ void hadamard_gamma(const HadamardGamma& p, Device& device) {
 // One launch.
 void hadamard_diagonals(const HadamardDiagonals& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) {
-    using S = decltype(s);
+    using S = ClassOf<decltype(s)>;
     const int threads = std::min(device.max_threads, 256);
     const int64_t gamma_blocks = ceil_div(p.sizes.n * p.sizes.d, threads);
     launch(device, "hadamard_diagonals", hadamard_diagonals_kernel<S>,

@@ -16,9 +16,9 @@
 #include <algorithm>
 
 #include "../device/launch.h"
-#include "../device/rounded_store.h"
 #include "../kernels.h"
 #include "mix.h"
+#include "write.h"
 
 namespace randlora::cuda {
 namespace {
@@ -43,22 +43,18 @@ struct SignsOfRow {
 // ---- by columns: like tokens --------------------------------------------------------------------
 
 template <class S, bool Aligned, class C = ComputeOf<S>>
-__global__ void __launch_bounds__(kThreads, Aligned ? 2 : 1)
-    hadamard_weight_rows_kernel(HadamardWeight p, RoundedStore<S> store, Diagonal<C> diagonal,
-                                int log, int64_t of_block) {
-  using At = Edge<S, Aligned>;
-  constexpr int V = At::V;
-  const Rows<C, false> rows{reinterpret_cast<C*>(shared_memory())};
-  const int64_t k0 = blockIdx.x * of_block, d = p.sizes.d, D = p.sizes.D;
-  const int N = 1 << log, first_row = static_cast<int>(p.sizes.first_row & (N - 1));
-  const int columns = static_cast<int>(min(of_block, d - k0)), count = columns << log;
+__global__ void __launch_bounds__(kThreads, 2)
+    hadamard_weight_rows_kernel(HadamardWeight p, RowsOut<S> out, Diagonal<C> diagonal, int log,
+                                int64_t of_block) {
+  const Rows<C> rows{reinterpret_cast<C*>(shared_memory())};
+  const int64_t k0 = blockIdx.x * of_block, d = p.sizes.d;
+  const int columns = static_cast<int>(min(of_block, d - k0));
   const int n = static_cast<int>(p.sizes.n), r = static_cast<int>(p.sizes.r);
   const C* gam = static_cast<const C*>(p.gam);
-
   for (int item = threadIdx.x; item < columns * n; item += blockDim.x) {
     const int k = item % columns, i = item / columns;
-    const SignsOfRow signs((p.sizes.first_column + k0 + k) / n);
-    const C g = with_sign(gam[i * d + k0 + k], p.s[k0 + k]);
+    const SignsOfRow signs((k0 + k) / n);
+    const C g = gam[i * d + k0 + k] * p.s[k0 + k];
     for (int from = 0; from < r; from += 32) {
       const uint32_t word = signs.word(from / 32);
       int c = (k << log) + from * n + i;
@@ -67,43 +63,7 @@ __global__ void __launch_bounds__(kThreads, Aligned ? 2 : 1)
     }
   }
   __syncthreads();
-  low_pass(rows, count, share_of_block(), [&](auto& v, int x) {
-    diagonal.apply(v, x & (N - 1));
-    hadamard<1>(v);
-  });
-  __syncthreads();
-  middle_passes(rows, log, kEdgeBits<S>, count);
-
-  for (int g = threadIdx.x; g < count >> kBits<C>; g += blockDim.x) {
-    const At at(g, log);
-    C v[kValues<C>];
-    at.load(rows, v);
-    hadamard<V>(v);
-    int64_t begin = (k0 + at.row) * D;
-    const int8_t* row = p.row;
-#pragma unroll 1
-    for (int64_t left = D; left > 0; left -= N, begin += N, row += N) {
-      const int end = static_cast<int>(min(left, int64_t{N}));
-#pragma unroll
-      for (int e = 0; e < At::kCount; ++e) {
-        if constexpr (Aligned) {
-          const int o = at.row_of(e, 0, first_row);
-          if (o >= end) continue;
-          const auto sign = *reinterpret_cast<const Piece<int8_t, V>*>(row + o);
-          C x[V];
-#pragma unroll
-          for (int u = 0; u < V; ++u) x[u] = with_sign(v[e * V + u], sign.v[u]);
-          store.template run<V>(begin + o, x);
-        } else {
-#pragma unroll
-          for (int u = 0; u < V; ++u) {
-            const int o = at.row_of(e, u, first_row);
-            if (o < end) store.one(begin + o, with_sign(v[e * V + u], row[o]));
-          }
-        }
-      }
-    }
-  }
+  transform_and_write<Aligned>(diagonal, out, rows, log, k0, columns);
 }
 
 // ---- by rows ------------------------------------------------------------------------------------
@@ -155,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
   {  // v, added
     const int k = threadIdx.x % kColumns, q0 = threadIdx.x / kColumns;
     const C *lam = static_cast<const C*>(p.lam), *gam = static_cast<const C*>(p.gam) + k0 + k;
-    const SignsOfRow signs((p.sizes.first_column + k0 + k) / n);
+    const SignsOfRow signs((k0 + k) / n);
     // c moves on by 1 << log; j and i follow without a division.
     const int64_t more_j = (int64_t{1} << log) / n, more_i = (int64_t{1} << log) % n;
     for (int q = q0; q < 1 << log; q += blockDim.x / kColumns) {
@@ -163,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
       int64_t j = q / n, i = q - j * n;
       for (int64_t c = q, above = 0; c < K && k < columns; c += int64_t{1} << log, ++above) {
         const bool negative = (signs.word(j >> 5) >> (j & 31) & 1) != minus(above, part);
-        const C x = with_sign(lam[c], p.col[c]) * gam[i * d];
+        const C x = lam[c] * p.col[c] * gam[i * d];
         sum += negative ? -x : x;
         j += more_j, i += more_i;
         if (i >= n) i -= n, ++j;
@@ -187,22 +147,20 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
   column_pass(numbers, bit, log - bit, log, [&](auto& v, int q, int step, int k) {
     constexpr int M = sizeof(v) / sizeof(C);
     if (k >= columns) return;
-    const int8_t s = p.s[k0 + k];
+    const C s = p.s[k0 + k];
 #pragma unroll 1
     for (int64_t turn = 0; turn < D; turn += int64_t{1} << log_all) {
-      const auto row = [&](int e) {
-        return turn +
-               (((part << log) + q + e * step - p.sizes.first_row) & ((int64_t{1} << log_all) - 1));
-      };
-      const auto element = [&](int64_t o) { return o * row_stride + (k0 + k) * column_stride; };
+      const int64_t first = turn + (part << log) + q;
+      const int64_t to = first * row_stride + (k0 + k) * column_stride, move = step * row_stride;
+      const float* row = p.row + first;
+      const int left = static_cast<int>(min(D - first, int64_t{1} << log_all));
       S old[M] = {};  // all loads before the first store
 #pragma unroll
       for (int e = 0; e < M; ++e)
-        if (store.base && row(e) < D) old[e] = store.base[element(row(e))];
+        if (store.base && e * step < left) old[e] = store.base[to + e * move];
 #pragma unroll
-      for (int e = 0; e < M; ++e)
-        if (row(e) < D)
-          store.one(element(row(e)), with_sign(with_sign(v[e], p.row[row(e)]), s), old[e]);
+      for (int e = 0; e < M; ++e, row += step)
+        if (e * step < left) store.one(to + e * move, v[e] * *row * s, old[e]);
     }
   });
 }
@@ -214,15 +172,13 @@ void hadamard_weight(const HadamardWeight& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) {
     using S = decltype(s);
     using C = ComputeOf<S>;
-    constexpr int V = kPerAccess<S>;
-    const auto store = RoundedStore<S>::of(p, p.scale);
+    const RowsOut<S> out(p, p.out, p.base);
     const Plan<S> plan(p.sizes, p.sizes.d / device.multiprocessors, device);
-    if (p.transposed && plan.fits(device)) {
-      const bool aligned = store.aligned(V) && p.sizes.D % V == 0 && p.sizes.first_row % V == 0 &&
-                           reinterpret_cast<uintptr_t>(p.row) % V == 0;
+    if (p.transposed && plan.shared <= device.shared_bytes) {
       launch(device, "hadamard_weight_rows",
-             aligned ? hadamard_weight_rows_kernel<S, true> : hadamard_weight_rows_kernel<S, false>,
-             ceil_div(p.sizes.d, plan.rows), plan.threads, plan.shared, p, store, Diagonal<C>(p),
+             out.aligned ? hadamard_weight_rows_kernel<S, true>
+                         : hadamard_weight_rows_kernel<S, false>,
+             ceil_div(p.sizes.d, plan.rows), plan.threads, plan.shared, p, out, Diagonal<C>(p),
              plan.log, plan.rows);
       return;
     }
@@ -236,7 +192,7 @@ void hadamard_weight(const HadamardWeight& p, Device& device) {
     const int threads = static_cast<int>(std::clamp<int64_t>(
         (int64_t{kColumns} << log) / kValues<C>, 32, std::min(device.max_threads, kThreads)));
     launch(device, "hadamard_weight", hadamard_weight_kernel<S>, tiles << (log_all - log), threads,
-           bytes(log), p, store, log, log_all, tiles, p.transposed ? 1 : p.sizes.d,
+           bytes(log), p, out.store, log, log_all, tiles, p.transposed ? 1 : p.sizes.d,
            p.transposed ? p.sizes.D : 1);
   });
 }

@@ -14,7 +14,7 @@ __device__ __forceinline__ bool minus(int64_t a, int64_t b) {
 }
 
 // Walks: numbers whose ranks follow each other. An address that moves on takes fewer registers than
-// one for each number.
+// one for each number. In global memory:
 template <class T>
 struct Walk {
   T* at;
@@ -29,52 +29,36 @@ struct Walk {
 // The numbers j * n + i of a row, for one i and the ranks j from 0 on.
 template <class C>
 struct RowWalk {
-  Rows<C, false> row;
+  Rows<C> row;
   int c, n;
   __device__ __forceinline__ void skip(int ranks) { c += ranks * n; }
   __device__ __forceinline__ C* next() {
-    C* here = row.in_row(c);
+    C* here = row.at(c);
     c += n;
     return here;
   }
 };
-template <class C>
-__device__ __forceinline__ RowWalk<C> walk_row(const Rows<C, false>& row, int i, int n) {
-  return {row, i, n};
-}
-template <class C>
-__device__ __forceinline__ Walk<C> walk_row(const Rows<C, true>& row, int i, int n) {
-  return {row.in_row(i), n};
-}
 
-// v[e] = sum over k of H[block * M + e, k] x[k], for begin <= k < end. `walk` has x from rank 0 on.
+// v[e] = sum over k < end of H[block * M + e, k] x[k]. `walk` has x from rank 0 on.
 template <int M, class C, class Numbers>
-__device__ __forceinline__ void mix(C (&v)[M], int block, int begin, int end, Numbers walk) {
-  int from = begin / M * M;
-  walk.skip(from);
-  if (from == begin && from + M <= end) {
+__device__ __forceinline__ void mix(C (&v)[M], int block, int end, Numbers walk) {
+  if (M <= end) {
 #pragma unroll
     for (int e = 0; e < M; ++e) v[e] = widen(*walk.next());
   } else {
 #pragma unroll
     for (int e = 0; e < M; ++e) {
       const auto* at = walk.next();
-      v[e] = from + e >= begin && from + e < end ? widen(*at) : C(0);
+      v[e] = e < end ? widen(*at) : C(0);
     }
   }
-  if (end > M) {  // several blocks of ranks
-    if (minus(block, from / M)) {
-#pragma unroll
-      for (int e = 0; e < M; ++e) v[e] = -v[e];
-    }
 #pragma unroll 1
-    for (from += M; from < end; from += M) {
-      const bool negative = minus(block, from / M);
+  for (int from = M; from < end; from += M) {
+    const bool negative = minus(block, from / M);
 #pragma unroll
-      for (int e = 0; e < M; ++e) {
-        const auto* at = walk.next();
-        if (from + e < end) v[e] += negative ? -widen(*at) : widen(*at);
-      }
+    for (int e = 0; e < M; ++e) {
+      const auto* at = walk.next();
+      if (from + e < end) v[e] += negative ? -widen(*at) : widen(*at);
     }
   }
   hadamard<1>(v);
@@ -91,26 +75,21 @@ __device__ __forceinline__ void with_ranks(int64_t r, const F& fn) {
 
 // rows[t - t0, j * n + i] = sum over m of H[j, m] z[m, t, i], for `tokens` tokens t from t0 on. In
 // z (classes, T, n), bases of successive tokens are adjacent.
-template <class S, bool Scratch, class C = ComputeOf<S>>
+template <class Z, class C = ComputeOf<Z>>
 __device__ __forceinline__ void write_mixed(const HadamardSizes& sizes, const void* z, int64_t T,
-                                            const Rows<C, Scratch>& rows, int log, int64_t t0,
-                                            int64_t tokens, const Share& share) {
-  using Index = typename Rows<C, Scratch>::Index;
+                                            const Rows<C>& rows, int log, int64_t t0, int tokens) {
   const int64_t stride = T * sizes.n;
-  const int first_class = static_cast<int>(sizes.first_class()),
-            end_class = first_class + static_cast<int>(sizes.classes());
-  const S* numbers = static_cast<const S*>(z) + t0 * sizes.n - first_class * stride;
-  const int n = static_cast<int>(sizes.n), r = static_cast<int>(sizes.r);
-  const Index columns = Index(tokens) * n;
+  const Z* numbers = static_cast<const Z*>(z) + t0 * sizes.n;
+  const int n = static_cast<int>(sizes.n), r = static_cast<int>(sizes.r), columns = tokens * n;
+  const int classes = static_cast<int>(sizes.classes());
   with_ranks<C>(sizes.r, [&](auto m) {
     constexpr int M = decltype(m)::value;
-    const Index items = columns * ((r + M - 1) / M);
-    for (Index item = Index(share.first); item < items; item += Index(share.step)) {
-      const int block = static_cast<int>(item / columns);
-      const Index q = item - block * columns, t = q / n;
+    const int items = columns * ((r + M - 1) / M);
+    for (int item = threadIdx.x; item < items; item += blockDim.x) {
+      const int block = item / columns, q = item - block * columns, t = q / n;
       C v[M];
-      mix(v, block, first_class, end_class, Walk<const S>{numbers + q, stride});
-      auto to = walk_row(rows.row(t, log), static_cast<int>(q - t * n), n);
+      mix(v, block, classes, Walk<const Z>{numbers + q, stride});
+      RowWalk<C> to{rows.row(t, log), q - t * n, n};
       to.skip(block * M);
 #pragma unroll
       for (int e = 0; e < M; ++e) {

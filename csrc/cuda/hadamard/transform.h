@@ -13,7 +13,7 @@
 //                                  accesses of 16 bytes
 //
 // In shared memory, 16 bytes are left free after every 128: without them all threads of the low
-// pass would meet in four banks. Rows too long for shared memory lie in scratch memory (scratch.h).
+// pass would meet in four banks.
 #pragma once
 #include <algorithm>
 
@@ -28,8 +28,7 @@ constexpr int kBits = sizeof(C) == 8 ? 4 : 5;
 template <class C>
 constexpr int kValues = 1 << kBits<C>;  // 128 bytes
 
-// The most threads of a block: for rows in shared memory, and for rows in scratch memory.
-constexpr int kThreads = 256, kScratchThreads = 128;
+constexpr int kThreads = 256;  // most of a block
 
 constexpr int log_of(int64_t power) {
   int log = 0;
@@ -55,49 +54,28 @@ __device__ __forceinline__ void hadamard(C (&v)[M]) {
       }
 }
 
+// Where the numbers of several rows lie in shared memory.
 template <class C>
-__device__ __forceinline__ C with_sign(C x, int8_t sign) {
-  return sign < 0 ? -x : x;
-}
-
-// Where the numbers of several rows lie.
-template <class C, bool Scratch>
 struct Rows {
-  using Index = std::conditional_t<Scratch, int64_t, int>;
-  static constexpr int kFree = Scratch ? 0 : kPerAccess<C>;
+  static constexpr int kFree = kPerAccess<C>;
   C* numbers;
 
   RANDLORA_HD_MEMBER static int64_t bytes(int64_t count) {
     return count / kValues<C> * (kValues<C> + kFree) * int64_t{sizeof(C)};
   }
-  __device__ __forceinline__ C* at(Index x) const { return numbers + x + x / kValues<C> * kFree; }
-  // Positions in one row are int.
-  __device__ __forceinline__ Rows row(int64_t number, int log) const {
-    return {at(Index(number) << log)};
-  }
-  __device__ __forceinline__ C* in_row(int x) const { return numbers + x + x / kValues<C> * kFree; }
+  __device__ __forceinline__ C* at(int x) const { return numbers + x + x / kValues<C> * kFree; }
+  __device__ __forceinline__ Rows row(int number, int log) const { return {at(number << log)}; }
   // at(x + (1 << bit)) - at(x), for bit >= kBits
-  __device__ __forceinline__ static Index step(int bit) {
-    return (Index{1} << bit) + (Index{1} << (bit - kBits<C>)) * kFree;
+  __device__ __forceinline__ static int step(int bit) {
+    return (1 << bit) + (1 << (bit - kBits<C>)) * kFree;
   }
 };
-
-// The work of one thread: items first, first + step, ... below a count.
-struct Share {
-  int64_t first, step;
-};
-__device__ __forceinline__ Share share_of_block() { return {threadIdx.x, blockDim.x}; }
-__device__ __forceinline__ Share share_of_grid() {
-  return {int64_t{blockIdx.x} * blockDim.x + threadIdx.x, int64_t{gridDim.x} * blockDim.x};
-}
 
 // Bits [0, kBits). work(v, x) transforms the numbers from position x on by hadamard<1>, and may
 // change them before and after.
-template <class C, bool Scratch, class Work>
-__device__ __forceinline__ void low_pass(const Rows<C, Scratch>& rows, int64_t count,
-                                         const Share& share, const Work& work) {
-  using Index = typename Rows<C, Scratch>::Index;
-  for (Index g = Index(share.first); g < Index(count / kValues<C>); g += Index(share.step)) {
+template <class C, class Work>
+__device__ __forceinline__ void low_pass(const Rows<C>& rows, int count, const Work& work) {
+  for (int g = threadIdx.x; g < count / kValues<C>; g += blockDim.x) {
     C v[kValues<C>];
     C* at = rows.at(g * kValues<C>);
     load_run<kValues<C>>(at, v);
@@ -111,7 +89,7 @@ __device__ __forceinline__ void low_pass(const Rows<C, Scratch>& rows, int64_t c
 template <class C>
 struct Diagonal {
   const C* lam;
-  const int8_t* col;
+  const float* col;
   int64_t K;
   bool aligned;
 
@@ -120,41 +98,36 @@ struct Diagonal {
       : lam(static_cast<const C*>(p.lam)),
         col(p.col),
         K(p.sizes.K()),
-        aligned(reinterpret_cast<uintptr_t>(lam) % 16 == 0 &&
-                reinterpret_cast<uintptr_t>(col) % 16 == 0) {}
+        aligned(aligned_to_16(lam, col)) {}
 
   __device__ __forceinline__ void apply(C (&v)[kValues<C>], int64_t c) const {
     constexpr int V = kPerAccess<C>;
     if (aligned && c + kValues<C> <= K) {
 #pragma unroll
-      for (int first = 0; first < kValues<C>; first += 16) {
-        const auto signs = *reinterpret_cast<const Piece<int8_t, 16>*>(col + c + first);
+      for (int e = 0; e < kValues<C>; e += V) {
+        const auto factors = *reinterpret_cast<const Piece<C, V>*>(lam + c + e);
+        const auto signs = *reinterpret_cast<const Piece<float, V>*>(col + c + e);
 #pragma unroll
-        for (int e = 0; e < 16; e += V) {
-          const auto factors = *reinterpret_cast<const Piece<C, V>*>(lam + c + first + e);
-#pragma unroll
-          for (int u = 0; u < V; ++u)
-            v[first + e + u] = with_sign(v[first + e + u] * factors.v[u], signs.v[e + u]);
-        }
+        for (int u = 0; u < V; ++u) v[e + u] *= factors.v[u] * signs.v[u];
+        // Not all loads at once: registers do not suffice.
+        if ((e + V) % 16 == 0) asm volatile("" ::: "memory");
       }
     } else {
 #pragma unroll
       for (int e = 0; e < kValues<C>; ++e)
-        v[e] = c + e < K ? with_sign(v[e] * lam[c + e], col[c + e]) : C(0);
+        v[e] = c + e < K ? v[e] * (lam[c + e] * col[c + e]) : C(0);
     }
   }
 };
 
 // Bits [bit, bit + K), bit >= kBits.
-template <int K, class C, bool Scratch>
-__device__ __forceinline__ void pass_of(const Rows<C, Scratch>& rows, int bit, int64_t count,
-                                        const Share& share) {
-  using Index = typename Rows<C, Scratch>::Index;
+template <int K, class C>
+__device__ __forceinline__ void pass_of(const Rows<C>& rows, int bit, int count) {
   constexpr int V = 1 << (kBits<C> - K);
-  const Index step = rows.step(bit);
-  for (Index g = Index(share.first); g < Index(count / kValues<C>); g += Index(share.step)) {
+  const int step = rows.step(bit);
+  for (int g = threadIdx.x; g < count / kValues<C>; g += blockDim.x) {
     C v[kValues<C>];
-    C* at = rows.at((g * V >> bit << (bit + K)) | (g * V & ((Index{1} << bit) - 1)));
+    C* at = rows.at((g * V >> bit << (bit + K)) | (g * V & ((1 << bit) - 1)));
     C* from = at;
 #pragma unroll
     for (int e = 0; e < 1 << K; ++e, from += step) load_run<V>(from, v + e * V);
@@ -164,36 +137,26 @@ __device__ __forceinline__ void pass_of(const Rows<C, Scratch>& rows, int bit, i
   }
 }
 
-template <class C, bool Scratch>
-__device__ __forceinline__ void middle_pass(const Rows<C, Scratch>& rows, int bit, int bits,
-                                            int64_t count, const Share& share) {
+template <class C>
+__device__ __forceinline__ void middle_pass(const Rows<C>& rows, int bit, int bits, int count) {
   switch (bits) {
-    case 1: return pass_of<1>(rows, bit, count, share);
-    case 2: return pass_of<2>(rows, bit, count, share);
-    case 3: return pass_of<3>(rows, bit, count, share);
-    case 4: return pass_of<4>(rows, bit, count, share);
+    case 1: return pass_of<1>(rows, bit, count);
+    case 2: return pass_of<2>(rows, bit, count);
+    case 3: return pass_of<3>(rows, bit, count);
+    case 4: return pass_of<4>(rows, bit, count);
     default:
-      if constexpr (kBits<C> == 5) pass_of<5>(rows, bit, count, share);
+      if constexpr (kBits<C> == 5) pass_of<5>(rows, bit, count);
   }
 }
 
-// How `log` bits are divided: middle pass `s` of `passes` has bits [begin(s), begin(s + 1)).
+// The bits between the low pass and the edge, in as few passes as hold them. Every pass ends with a
+// barrier.
 template <class C>
-struct Middle {
-  int bits, passes;
-  RANDLORA_HD_MEMBER Middle(int log, int edge)
-      : bits(log - kBits<C> - edge), passes((bits + kBits<C> - 1) / kBits<C>) {}
-  RANDLORA_HD_MEMBER int begin(int s) const { return kBits<C> + bits * s / passes; }
-};
-
-// For rows in shared memory. Every pass ends with a barrier.
-template <class C>
-__device__ __forceinline__ void middle_passes(const Rows<C, false>& rows, int log, int edge,
-                                              int64_t count) {
-  const Middle<C> middle(log, edge);
-  for (int s = 0; s < middle.passes; ++s) {
-    middle_pass(rows, middle.begin(s), middle.begin(s + 1) - middle.begin(s), count,
-                share_of_block());
+__device__ __forceinline__ void middle_passes(const Rows<C>& rows, int log, int edge, int count) {
+  const int bits = log - kBits<C> - edge, passes = (bits + kBits<C> - 1) / kBits<C>;
+  for (int s = 0; s < passes; ++s) {
+    const int begin = bits * s / passes, end = bits * (s + 1) / passes;
+    middle_pass(rows, kBits<C> + begin, end - begin, count);
     __syncthreads();
   }
 }
@@ -202,7 +165,7 @@ __device__ __forceinline__ void middle_passes(const Rows<C, false>& rows, int lo
 
 // The columns of a thread at the edge: it holds kValues numbers, V for each e < 1 << kEdgeBits,
 //
-//   v[e * V + u]  at position  row * N + column(u) + (e << (log - kEdgeBits))
+//   v[e * V + u]  at position  row * N + at(e, u)
 //
 // Its columns are adjacent if the matrix in global memory allows accesses of 16 bytes; otherwise
 // neighbouring threads have adjacent columns.
@@ -210,49 +173,42 @@ template <class S, bool Aligned>
 struct Edge {
   using C = ComputeOf<S>;
   static constexpr int V = kPerAccess<S>, kCount = 1 << kEdgeBits<S>;
-  int64_t row;
-  int first, apart, log;
+  int row, first, apart, log;
 
   // Item g of those that `count / kValues` numbers make.
-  __device__ __forceinline__ Edge(int64_t g, int log_) : log(log_) {
+  __device__ __forceinline__ Edge(int g, int log_) : log(log_) {
     const int of_row = log - kBits<C>;  // bits of items in a row
-    const int item = static_cast<int>(g & ((int64_t{1} << of_row) - 1));
+    const int item = g & ((1 << of_row) - 1);
     row = g >> of_row;
     apart = Aligned ? 1 : min(32, 1 << of_row);
     first = Aligned ? item * V : item / apart * apart * V + item % apart;
   }
-  __device__ __forceinline__ int column(int u) const { return first + u * apart; }
-  // Added for e.
-  __device__ __forceinline__ int place(int e) const { return e << (log - kEdgeBits<S>); }
-  // The first of the rows of B, counted from first_row, that meet the numbers (e, u): N apart.
-  __device__ __forceinline__ int row_of(int e, int u, int first_row) const {
-    return (column(u) + place(e) - first_row) & ((1 << log) - 1);
+  // The position of v[e * V + u] in its row.
+  __device__ __forceinline__ int at(int e, int u = 0) const {
+    return first + u * apart + (e << (log - kEdgeBits<S>));
   }
 
-  template <bool Scratch>
-  __device__ __forceinline__ void load(const Rows<C, Scratch>& rows, C (&v)[kValues<C>]) const {
+  __device__ __forceinline__ void load(const Rows<C>& rows, C (&v)[kValues<C>]) const {
     const auto from = rows.row(row, log);
 #pragma unroll
     for (int e = 0; e < kCount; ++e) {
       if constexpr (Aligned) {
-        load_run<V>(from.in_row(first + place(e)), v + e * V);
+        load_run<V>(from.at(at(e)), v + e * V);
       } else {
 #pragma unroll
-        for (int u = 0; u < V; ++u) v[e * V + u] = *from.in_row(column(u) + place(e));
+        for (int u = 0; u < V; ++u) v[e * V + u] = *from.at(at(e, u));
       }
     }
   }
-  template <bool Scratch>
-  __device__ __forceinline__ void store(const C (&v)[kValues<C>],
-                                        const Rows<C, Scratch>& rows) const {
+  __device__ __forceinline__ void store(const C (&v)[kValues<C>], const Rows<C>& rows) const {
     const auto to = rows.row(row, log);
 #pragma unroll
     for (int e = 0; e < kCount; ++e) {
       if constexpr (Aligned) {
-        store_run<V>(v + e * V, to.in_row(first + place(e)));
+        store_run<V>(v + e * V, to.at(at(e)));
       } else {
 #pragma unroll
-        for (int u = 0; u < V; ++u) *to.in_row(column(u) + place(e)) = v[e * V + u];
+        for (int u = 0; u < V; ++u) *to.at(at(e, u)) = v[e * V + u];
       }
     }
   }
@@ -266,7 +222,7 @@ struct Plan {
   int log;   // of N, at least what the low pass and the edge take
   int rows;  // of a block
   int threads;
-  int64_t shared;  // bytes; more than the device has: rows lie in scratch memory
+  int64_t shared;  // bytes
 
   // A block has `copies` of its rows, at most `most`.
   Plan(const HadamardSizes& sizes, int64_t most, const Device& device, int copies = 1)
@@ -276,10 +232,8 @@ struct Plan {
     while (rows * of_row < 128 && 2 * rows <= most) rows *= 2;  // short rows share a block
     threads = static_cast<int>(
         std::clamp<int64_t>(rows * of_row, 32, std::min(device.max_threads, kThreads)));
-    shared = copies * Rows<C, false>::bytes(numbers());
+    shared = copies * Rows<C>::bytes(int64_t{rows} << log);
   }
-  int64_t numbers() const { return int64_t{rows} << log; }
-  bool fits(const Device& device) const { return shared <= device.shared_bytes; }
 };
 
 }  // namespace randlora::cuda
