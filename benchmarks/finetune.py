@@ -128,20 +128,12 @@ def loaded(dtype: str) -> tuple:
     return tokenizer, model, text_losses(model, tokenizer)
 
 
-def text_losses(model, tokenizer, rows: int = 2, columns: int = 512) -> dict[str, float]:
-    """Mean loss per token of the first tokens of each text."""
+def text_losses(model, tokenizer) -> dict[str, float]:
     import finetune_tasks
-    import torch
+    import spelling
 
-    model.eval()
-    losses = {}
-    for name, text in finetune_tasks.TEXTS.items():
-        tokens = tokenizer(text()[: 8 * rows * columns])["input_ids"][: rows * columns]
-        block = torch.tensor(tokens).view(rows, columns)
-        with torch.no_grad():
-            each = [model(row[None], labels=row[None]).loss.item() for row in block]
-        losses[name] = statistics.fmean(each)
-    return losses
+    texts = finetune_tasks.TEXTS.items()
+    return {name: spelling.text_loss(model, tokenizer, text()) for name, text in texts}
 
 
 @contextmanager

@@ -3,10 +3,12 @@
 All of it is made by program or ships with Python. The tasks share no vocabulary.
 """
 
+import argparse
 import random
 from collections.abc import Callable
 from datetime import date, timedelta
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import spelling
 from spelling import Example
@@ -57,8 +59,8 @@ def dates() -> tuple[list[Example], list[Example]]:
     return _shuffled([(f"{d:%Y %j}", f"{d:%A} {d.day} {d:%B}") for d in days])
 
 
-TASKS: dict[str, Callable[[], tuple[list[Example], list[Example]]]] = {
-    "spelling": lambda: spelling.read_words(),
+TASKS: dict[str, Callable[..., tuple[list[Example], list[Example]]]] = {
+    "spelling": spelling.read_words,
     "roman": roman_numerals,
     "dates": dates,
 }
@@ -66,15 +68,11 @@ TASKS: dict[str, Callable[[], tuple[list[Example], list[Example]]]] = {
 
 def manual() -> str:
     """Python's own manual."""
-    from pydoc_data.topics import topics
-
     return "\n".join(topics.values())
 
 
 def code() -> str:
     """The source of a module of Python."""
-    import argparse
-
     return Path(argparse.__file__).read_text(encoding="utf-8")
 
 

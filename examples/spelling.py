@@ -129,9 +129,9 @@ def train(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-    model.train()
     for step, words in enumerate(batches, start=1):
         began = time.perf_counter()
+        model.train()  # whoever takes the steps may evaluate in between
         loss = answer_loss(model, make_batch(tokenizer, words, model.device))
         optimizer.zero_grad()
         loss.backward()
@@ -154,6 +154,24 @@ def held_out_loss(model, tokenizer, words: list[Example]) -> float:
         total += answer_loss(model, batch, reduction="sum").item()
         count += int((batch.labels != NO_LABEL).sum())
     return total / count
+
+
+@torch.no_grad()
+def text_loss(
+    model, tokenizer, text: str | None = None, rows: int = 2, columns: int = 512
+) -> float:
+    """Mean loss per token of the first tokens of a text, by default Python's own manual.
+
+    How much it rises in training is what the model has forgotten.
+    """
+    if text is None:
+        from pydoc_data.topics import topics
+
+        text = "\n".join(topics.values())
+    model.eval()
+    tokens = tokenizer(text[: 8 * rows * columns])["input_ids"][: rows * columns]
+    block = torch.tensor(tokens, device=model.device).unfold(0, columns, columns)
+    return sum(model(row[None], labels=row[None]).loss.item() for row in block) / len(block)
 
 
 @torch.no_grad()
