@@ -7,6 +7,7 @@ import platform
 import struct
 import sys
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from . import build_info
 from .basis import TernaryBasis
+from .basis.dense import DenseMatrices
 from .basis.description import SPECIFICATIONS
 from .basis.ternary import generate_planes
 from .devices import cuda_available
-from .ops.functional import linear
-from .reference import linear_reference
+from .ops.functional import delta_weight, linear, merged_weight
+from .reference import delta_weight_reference, linear_reference
 
 # Variables with these prefixes, ours and torch's, change what runs; misspelled ones show, too.
 _OVERRIDES = ("RANDLORA_", "OMP_", "MKL_", "KMP_", "CUDA_", "PYTORCH_", "TORCH_", "LD_PRELOAD")
@@ -31,8 +33,8 @@ _SLICE = (11, 1, 0, 576, 0, 576, 0.07)
 _DIGEST = "d0ab1e87028220f28b424b06ea873001782e923f6ac3a444a3048af672291547"
 # in, out, r, density of independent bases: wide, tall, an overhanging last base; lists and planes.
 _SHAPES = ((96, 160, 16, 0.07), (160, 96, 16, 1 / 3), (70, 70, 32, 0.3))
-_CHECKED = (("hadamard", "factored"), ("independent", "factored"), ("independent", "delta"))
-_TOKENS = 33
+_KINDS = ("hadamard", "independent", "dense")
+_TOKENS = (33, 300)  # of the second number dense bases form dW
 # Relative error of outputs and gradients against float64.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -75,17 +77,24 @@ def describe() -> list[str]:
 
 
 def self_check() -> list[tuple[str, float, float]]:
-    """(what, relative error, limit): bases, and the operator in every dtype, on every device."""
+    """(what, relative error, limit): bases, layers and merging in every dtype, on every device."""
     devices = [torch.device("cpu")]
     if cuda_available() and torch.cuda.is_available():
         devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    bases = [(f"{device} generated basis", _wrong_basis(device), 0.0) for device in devices]
-    return bases + [
-        (f"{device} {str(dtype)[6:]} {kind} {path}", _worst_error(device, dtype, kind, path), limit)
-        for device in devices
-        for dtype, limit in LIMITS.items()
-        for kind, path in _CHECKED
-    ]
+    checks = [(f"{device} generated basis", _wrong_basis(device), 0.0) for device in devices]
+    for device in devices:
+        for dtype, limit in LIMITS.items():
+            for kind in _KINDS:
+                name = f"{device} {str(dtype)[6:]} {kind}"
+                bases = [*_bases(kind)]
+                layer = max(
+                    relative_error(basis, tokens, dtype, device)
+                    for basis in bases
+                    for tokens in _TOKENS
+                )
+                merged = max(_merge_error(basis, dtype, device) for basis in bases)
+                checks += [(f"{name} layer", layer, limit), (f"{name} merge", merged, limit)]
+    return checks
 
 
 def _wrong_basis(device: torch.device) -> float:
@@ -95,12 +104,39 @@ def _wrong_basis(device: torch.device) -> float:
     return float(hashlib.sha256(words).hexdigest() != _DIGEST)
 
 
-def _worst_error(device: torch.device, dtype: torch.dtype, kind: str, path: str) -> float:
-    bases = (
-        TernaryBasis(n_in, n_out, r, density if kind == "independent" else None, 1, kind)
-        for n_in, n_out, r, density in _SHAPES
-    )
-    return max(relative_error(basis, _TOKENS, dtype, device, path) for basis in bases)
+def _bases(kind: str) -> Iterator[TernaryBasis]:
+    for n_in, n_out, r, density in _SHAPES:
+        drawn = TernaryBasis(n_in, n_out, r, density, 1)
+        if kind == "dense":
+            yield TernaryBasis.from_dense(DenseMatrices(*drawn.dense()), n_in, n_out)
+        else:
+            yield TernaryBasis(n_in, n_out, r, seed=1, kind=kind) if kind == "hadamard" else drawn
+
+
+def _normal(seed: int) -> Callable[..., Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=generator)
+
+
+def _error(mine: Tensor, true: Tensor) -> float:
+    return float((mine.detach().cpu().double() - true).norm() / true.norm())
+
+
+def _merge_error(basis: TernaryBasis, dtype: torch.dtype, device: torch.device) -> float:
+    """Largest relative error of dW, its gradients, and W + dW against the reference in float64."""
+    normal, sizes = _normal(basis.r), (basis.out_features, basis.in_features)
+    W, grad = normal(*sizes).to(dtype), normal(*sizes)
+    lam, gam = normal(basis.r, basis.n), normal(basis.n, basis.d) / basis.d
+    leaves = [t.to(device).requires_grad_() for t in (lam, gam)]
+    dW = delta_weight(basis, *leaves)
+    merged = merged_weight(basis, W.to(device), *leaves)
+    got = [merged, dW, *torch.autograd.grad(dW, leaves, grad.to(device))]
+
+    wide = [t.double().requires_grad_() for t in (lam, gam)]
+    want = delta_weight_reference(*basis.dense(dtype=torch.float64), *wide, 1.0, *sizes)
+    of_want = torch.autograd.grad(want, wide, grad.double())
+    want = want.detach()
+    return max(map(_error, got, (W.double() + want, want, *of_want)))
 
 
 def relative_error(
@@ -108,7 +144,6 @@ def relative_error(
     tokens: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    path: str = "auto",
 ) -> float:
     """Largest relative error of `linear` and its gradients against the reference in float64.
 
@@ -117,32 +152,24 @@ def relative_error(
         tokens: rows of x.
         dtype: of x, dy and the weight.
         device: on which `linear` runs.
-        path: as of `linear`.
 
     Returns:
         The largest over y, dx, dlam and dgam of |difference| / |reference|, Frobenius norms.
     """
-    generator = torch.Generator().manual_seed(basis.r)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
+    normal = _normal(basis.r)
     n_in, n_out = basis.in_features, basis.out_features
     x, dy = normal(tokens, n_in).to(dtype), normal(tokens, n_out).to(dtype)
     W = (normal(n_out, n_in) / n_in**0.5).to(dtype)
     lam, gam = normal(basis.r, basis.n), normal(basis.n, basis.d) / basis.d
     leaves = [t.to(device).requires_grad_() for t in (x, lam, gam)]
-    y = linear(leaves[0], W.to(device), None, basis, leaves[1], leaves[2], 1.0, path)
+    y = linear(leaves[0], W.to(device), None, basis, leaves[1], leaves[2])
     got = [y, *torch.autograd.grad(y, leaves, dy.to(device))]
 
     wide = [t.double().requires_grad_() for t in (x, lam, gam)]
     A, B = basis.dense(dtype=torch.float64)
     want_y = linear_reference(wide[0], W.double(), None, A, B, wide[1], wide[2], 1.0)
     want = [want_y, *torch.autograd.grad(want_y, wide, dy.double())]
-    return max(
-        float((mine.detach().cpu().double() - true).norm() / true.norm())
-        for mine, true in zip(got, (t.detach() for t in want), strict=True)
-    )
+    return max(map(_error, got, (t.detach() for t in want)))
 
 
 def _version(package: str) -> str | None:

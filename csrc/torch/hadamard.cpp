@@ -130,15 +130,15 @@ class Steps {
                                  runtime);
       return;
     }
+    // torch's GEMM adds to results of its own dtype alone.
     const bool direct = dtype_ == class_dtype_;
+    Tensor result = chunk_of(to, dtype_), sums = chunk_of(room.const_data_ptr(), class_dtype_);
+    if (!direct && accumulate) torch::stable::copy_(sums, result);
     each_part([&](const Part& p) {
-      multiply(columns(direct ? to : room.const_data_ptr(), p), at_classes(w, p), gamma(p),
-               b_.scale, direct && accumulate, class_dtype_, like_);
+      multiply(columns(direct ? to : sums.const_data_ptr(), p), at_classes(w, p), gamma(p),
+               b_.scale, accumulate, class_dtype_, like_);
     });
-    if (direct) return;
-    Tensor result = chunk_of(to, dtype_);
-    const Tensor added = chunk_of(room.const_data_ptr(), class_dtype_);
-    accumulate ? add_(result, added) : (void)torch::stable::copy_(result, added);
+    if (!direct) torch::stable::copy_(result, sums);
   }
   // The gradient of gamma from w and x (T, d), added to that of the chunks before in its span.
   void gradient(const Tensor& w, const Tensor& x, int64_t t) {
@@ -220,15 +220,6 @@ class Steps {
     if (widened_ != chunk_) torch::stable::copy_(to, chunk_of(from, dtype_));
     widened_ = chunk_;
     return wide_.const_data_ptr();
-  }
-  // y += x in the wider dtype, rounded once. The stable ABI has no add_.
-  static void add_(const Tensor& y, const Tensor& x) {
-    std::array<StableIValue, 3> stack{torch::stable::detail::from(y),
-                                      torch::stable::detail::from(x),
-                                      torch::stable::detail::from(1.0)};
-    TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::add_", "Tensor", stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);
   }
   template <class C>
   void sum_spans() const {

@@ -75,10 +75,8 @@ def test_wide_lists(shape, density):
     indices = packed[1:7:5] + packed[4:6:2] if basis.format == "lists" else packed[1:2]
     assert {t.dtype for t in indices} == {kind}
     oracle = exact(layer)
-    for path in ("factored", "delta", "merged"):
-        results = ours(layer, path)
-        for name, value in results.items():
-            assert largest_error(value, oracle[name]) <= 1e-12, (path, name)
+    for name, value in ours(layer).items():
+        assert largest_error(value, oracle[name]) <= 1e-12, name
     A, B = basis.dense(dtype=torch.float64)
     arguments = (A, B, layer.lam, layer.gam, 0.5, shape[1], shape[0])
     dW = delta_weight(basis, layer.lam, layer.gam, 0.5)
@@ -116,7 +114,7 @@ def test_equal_bases_share_one_copy_which_dies_with_the_last(density):
 def test_a_graph_keeps_its_packed_tensors_and_no_longer():
     basis = TernaryBasis(50, 37, 7, 0.07, seed=79)
     lam, gam = torch.randn(7, 6).requires_grad_(), torch.randn(6, 37)
-    y = linear(torch.randn(4, 50), None, None, basis, lam, gam, path="factored")
+    y = linear(torch.randn(4, 50), None, None, basis, lam, gam)
     watched = weakref.ref(basis.packed("cpu")[2])
     del basis
     y.sum().backward()  # still right after the basis itself is gone
@@ -144,10 +142,10 @@ def test_packed_in_any_grad_mode_serves_training_later(mode, kind):
     basis = make_basis(50, 37, 7, kind, seed=81)  # packed anew: the one before is gone
     lam, gam, x = torch.randn(7, 6), torch.randn(6, 37), torch.randn(4, 50)
     with mode():
-        y = linear(x, None, None, basis, lam, gam, path="factored")
+        y = linear(x, None, None, basis, lam, gam)
     assert y.is_inference() == (mode is torch.inference_mode)
     assert not any(t.is_inference() for t in basis.packed("cpu"))
-    again = linear(x, None, None, basis, lam.requires_grad_(), gam, path="factored")
+    again = linear(x, None, None, basis, lam.requires_grad_(), gam)
     assert torch.equal(again.detach(), y)
     again.sum().backward()
     assert lam.grad is not None

@@ -61,7 +61,7 @@ def test_the_module_reports_and_passes(monkeypatch, capsys):
     assert code == 0, out
     for needed in (randlora_ext.__version__, torch.__version__, "CUDA kernels", "all is well"):
         assert needed in out
-    assert out.count("cpu bfloat16") == 3 and str(Path(randlora_ext.__file__).parent) in out
+    assert out.count("cpu bfloat16") == 6 and str(Path(randlora_ext.__file__).parent) in out
 
 
 def test_an_error_of_ours_shows_where(monkeypatch, capsys):
@@ -74,13 +74,16 @@ def raises(*arguments):
     raise ValueError("bad")
 
 
-linear, planes = diagnostics.linear, diagnostics.generate_planes
+linear, planes, delta = (
+    getattr(diagnostics, name) for name in ("linear", "generate_planes", "delta_weight")
+)
 
 
 @pytest.mark.parametrize(
     "name, wrong, told",
     [
-        ("linear", lambda *a: linear(*a) * 1.001, "FAILED: cpu float32 hadamard factored"),
+        ("linear", lambda *a: linear(*a) * 1.001, "FAILED: cpu float32 hadamard layer"),
+        ("delta_weight", lambda *a: delta(*a) * 1.001, "FAILED: cpu float32 hadamard merge"),
         ("generate_planes", lambda *a: planes(*a) ^ 1, "FAILED: cpu generated basis"),
         ("linear", raises, "could not run"),
     ],

@@ -270,7 +270,7 @@ def test_a_basis_serves_as_the_dense_tensor(x):
         model(x)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_products_in_16_bits_or_as_stock(dtype):
     """Adapters, gradients and files stay float32; errors are those of 16-bit activations."""
     stock, ours = pair(Deep().to(dtype), lambda: config(5))
@@ -323,4 +323,5 @@ def test_a_device_without_kernels(monkeypatch, recwarn, kind, compiled):
     told = [each for each in recwarn if "no randlora_ext kernels for device type" in str(each)]
     assert len(told) == (1 if kind else 0)
     assert {layer.basis_of("default", x.device).kind for layer in layers(model)} == {"dense"}
-    assert "2x 24->40 r=5 dense by torch's GEMMs" in accelerated.kernel_summary(model)
+    told = "r=5 dense by torch's GEMMs"
+    assert told in accelerated.kernel_summary(model) and f"; default: {told}" in repr(model)

@@ -45,7 +45,6 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, torch_settings, stock_pe
     path = ROOT / page
     found = blocks(path.read_text())
     monkeypatch.chdir(tmp_path)  # a page may write files
-    monkeypatch.delenv("RANDLORA_PATH", raising=False)
     namespace: dict = {"__name__": "docs"}
     if page == "README.md":
         pytest.importorskip("peft")
