@@ -142,7 +142,7 @@ def test_what_a_model_says_of_its_kernels():
     assert "3 layers on PEFT's own code: made without" in accelerated.kernel_summary(stock)
     assert accelerated.kernel_summary(nn.Linear(2, 2)) == "no RandLoRA layers"
     layer = RandLoraLinear(nn.Linear(2, 2), r=1)
-    assert f": 1x 2->2 r=1 density 0.333 {kernels}" in accelerated.kernel_summary(layer)
+    assert f": 1x 2->2 r=1 hadamard {kernels}" in accelerated.kernel_summary(layer)
     independent.merge_adapter()
     assert f"default: r=5 density 0.2 {kernels}, merged" in repr(independent)
     dense = "r=5 dense by torch's GEMMs (basis='hadamard' costs about LoRA's)"
