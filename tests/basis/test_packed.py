@@ -1,8 +1,6 @@
 """The packed tensors of a basis: equal to the dense matrices, shared, and freed in time."""
 
-import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -104,19 +102,6 @@ def test_a_graph_keeps_its_packed_tensors_and_no_longer():
     assert lam.grad.isfinite().all()
     del y
     assert watched() is None
-
-
-def test_packing_from_many_threads_gives_one_copy():
-    start = threading.Barrier(4)
-
-    def use(_):
-        basis = TernaryBasis(800, 700, 9, 0.07, seed=80)
-        start.wait()
-        return basis, pointers(basis)
-
-    with ThreadPoolExecutor(4) as pool:
-        found = [*pool.map(use, range(4))]
-    assert all(p == found[0][1] for _, p in found)
 
 
 @pytest.mark.parametrize("kind", [0.07, "hadamard"])
