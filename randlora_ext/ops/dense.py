@@ -204,9 +204,7 @@ def _dense_linear(x, weight, bias, lam, gam, A, B, expand, scale):
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def _dense_linear_backward(
-    dy, x, weight, lam, gam, A, B, expand, scale, need_x, need_diagonals
-):
+def _dense_linear_backward(dy, x, weight, lam, gam, A, B, expand, scale, need_x, need_diagonals):
     p = _Products(x, weight, None, lam, gam, A, B, expand, scale, dy)
     flat = dy.reshape(-1, dy.shape[-1])
     U = flat @ B if expand and not p.forms else None

@@ -52,7 +52,11 @@ def test_gradients(basis):
 
 @pytest.mark.parametrize(
     "name",
-    [f"{kind}linear{end}" for kind in ("independent_", "hadamard_", "dense_") for end in ("", "_backward")],
+    [
+        f"{kind}linear{end}"
+        for kind in ("independent_", "hadamard_", "dense_")
+        for end in ("", "_backward")
+    ],
 )
 @pytest.mark.parametrize("key", ["AutocastCPU", "AutocastCUDA"])
 def test_registered_at_the_dispatcher(name, key):

@@ -179,7 +179,12 @@ def malformed():
 @pytest.mark.parametrize("case", malformed(), ids=lambda case: ", ".join(case[1:]))
 def test_malformed_packed(case):
     bases, *expected = case
-    common = {"x": torch.ones(4, 8), "weight": None, "lam": torch.ones(3, 2), "gam": torch.ones(2, 6)}
+    common = {
+        "x": torch.ones(4, 8),
+        "weight": None,
+        "lam": torch.ones(3, 2),
+        "gam": torch.ones(2, 6),
+    }
     refuses(ops.independent_linear, {**common, "bias": None, **bases}, *expected)
     last = {"dy": torch.ones(4, 6), "need_x": True, "need_diagonals": True}
     refuses(ops.independent_linear_backward, {**common, **bases, **last}, *expected)

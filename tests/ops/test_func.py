@@ -118,9 +118,7 @@ def test_vmap_over_nothing(name):
     values = x[0], weight, bias, lam, gam
     for batched in ((0,), (1,), ALL):
         dims = tuple(0 if k in batched else None for k in ALL)
-        inputs = [
-            v if dim is None else v[None][:0] for v, dim in zip(values, dims, strict=True)
-        ]
+        inputs = [v if dim is None else v[None][:0] for v, dim in zip(values, dims, strict=True)]
         gradients = vmap(grad(loss(ours), ALL), dims)(*inputs)
         assert [tuple(g.shape) for g in gradients] == [(0, *v.shape) for v in values]
 
