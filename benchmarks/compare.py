@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from methods import Ours, frozen_layer, make, paths_of
+from methods import Ours, frozen_layer, make
 from torch import Tensor, nn
 
-from randlora_ext import explain
 from randlora_ext.diagnostics import LIMITS, relative_error
 
 
@@ -31,8 +30,7 @@ def compare(
     Args:
         size: (in, out).
         density: as of `methods.density_of`.
-        methods: of `methods.METHODS`. With all our paths among them the result has "regret": what
-            the choice of `auto` loses against the best path.
+        methods: of `methods.METHODS`.
 
     Raises RuntimeError if one of ours disagrees with the float64 reference.
     """
@@ -53,24 +51,18 @@ def compare(
         "dtype": str(dtype).removeprefix("torch."),
     }
     if ours:
-        result |= {"path": explain(ours[0].basis, tokens, dtype).path, "error": error}
+        result["error"] = error
     result["frozen_ms"] = medians["frozen"] * 1e3
     result |= {name: medians[name] / medians["frozen"] for name in methods}
-    paths = paths_of(density, dtype)
-    if set(paths) <= set(methods):
-        result["regret"] = result[result["path"]] / min(result[path] for path in paths) - 1
     return result
 
 
 def verify(layers: Sequence[Ours], dtype: torch.dtype) -> float:
-    """The largest relative error of their paths against the float64 reference."""
-    errors = {
-        layer.path: relative_error(layer.basis, 64, dtype, path=layer.path) for layer in layers
-    }
-    for path, error in errors.items():
-        if not error <= LIMITS[dtype]:
-            raise RuntimeError(f"verification failed: relative error {error:.1e} by path {path}")
-    return max(errors.values())
+    """The largest relative error against the float64 reference."""
+    error = max(relative_error(layer.basis, 64, dtype) for layer in layers)
+    if not error <= LIMITS[dtype]:
+        raise RuntimeError(f"verification failed: relative error {error:.1e}")
+    return error
 
 
 def _time(methods: dict[str, nn.Module], x: Tensor, dy: Tensor, repeats: int) -> dict[str, float]:

@@ -2,11 +2,10 @@
 
     python benchmarks/layer.py                       the table of README (about five minutes)
     python benchmarks/layer.py --quick               a smaller grid
-    python benchmarks/layer.py --methods all         every method, and ours by each path
+    python benchmarks/layer.py --methods all         every method
     python benchmarks/layer.py --memory              with the peak of memory of each method
     python benchmarks/layer.py --densities hadamard,dense     on our bases and PEFT's default
-    python benchmarks/layer.py --hadamard            LoRA and both paths of Hadamard bases
-    python benchmarks/layer.py --paths               our paths alone, and what the choice loses
+    python benchmarks/layer.py --hadamard            LoRA and Hadamard bases, over more sizes
     python benchmarks/layer.py --append --out FILE   adds rows to those that FILE.json has
 
 A row is a process. In it every RandLoRA is first verified against the fp64 reference, outputs and
@@ -24,8 +23,7 @@ from pathlib import Path
 import torch
 from compare import compare
 from memory import peak_mib
-from methods import METHODS, paths_of
-from randlora_ext.ops.path import PATHS
+from methods import METHODS
 from record import in_a_process, machine, show, write
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,14 +47,10 @@ def measure(case: Case, methods: list[str], repeats: int, memory: bool) -> dict:
     return row
 
 
-def chosen(args, density: str, dtype: str) -> list[str]:
-    paths = list(paths_of(density, DTYPES[dtype]))
-    if args.paths or args.hadamard:
-        return ["lora"] * args.hadamard + paths
-    if args.methods == "all":
-        no_delta = paths_of(density, torch.float32)
-        return [method for method in METHODS if method not in PATHS or method in no_delta]
-    return args.methods.split(",")
+def chosen(args) -> list[str]:
+    if args.hadamard:
+        return ["lora", "ours"]
+    return list(METHODS) if args.methods == "all" else args.methods.split(",")
 
 
 def cases(args) -> list[Case]:
@@ -80,9 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--methods", default="lora,peft,ours", help=f"all, or of {METHODS}")
     parser.add_argument("--memory", action="store_true", help="a process a method for its peak")
     parser.add_argument("--quick", action="store_true", help="one size, two token counts")
-    told = "LoRA of the same r and both paths of Hadamard bases, the rows of docs/benchmarks.md"
+    told = "LoRA of the same r and Hadamard bases, the rows of docs/benchmarks.md"
     parser.add_argument("--hadamard", action="store_true", help=told)
-    parser.add_argument("--paths", action="store_true", help="our paths instead of other methods")
     parser.add_argument("--out", type=Path, help="write FILE.json")
     parser.add_argument("--append", action="store_true", help="keep the rows that FILE.json has")
     args = parser.parse_args(arguments)
@@ -96,17 +89,11 @@ def main(arguments: list[str] | None = None) -> None:
     before = args.out.with_suffix(".json") if args.out and args.append else None
     rows = json.loads(before.read_text())["rows"] if before and before.exists() else []
     for i, case in enumerate(cases(args)):
-        _, _, density, dtype, _ = case
-        row = measure(case, chosen(args, density, dtype), args.repeats, args.memory)
+        row = measure(case, chosen(args), args.repeats, args.memory)
         show(row, header=i == 0)
         rows.append(row)
         if args.out:  # now, so that a stopped run keeps its rows
             write(args.out, rows)
-    if args.paths:
-        worst = max(r["regret"] for r in rows)
-        near = sum(r["regret"] <= 0.05 for r in rows)
-        print(f"the choice is within 5% of the best path in {near} of {len(rows)} rows; "
-              f"at worst it loses {worst:.0%}")  # fmt: skip
 
 
 if __name__ == "__main__":

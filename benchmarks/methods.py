@@ -12,22 +12,22 @@ from randlora_ext import TernaryBasis, linear
 from randlora_ext.basis.dense import DenseMatrices
 
 SCALING = 20.0  # PEFT's default, alpha / r = 640 / 32
-# "peft" is PEFT's own RandLoRA, "full" full fine-tuning, "ours" the path that `auto` takes.
-METHODS = ("lora", "peft", "dora", "vera", "full", "ours", *PATHS)
+# "peft" is PEFT's own RandLoRA, "full" full fine-tuning.
+METHODS = ("lora", "peft", "dora", "vera", "full", "ours")
 
 
 class Ours(nn.Module):
-    """The fused operator on a frozen layer; the benchmark fixes the path where asked to."""
+    """The fused operator on a frozen layer."""
 
-    def __init__(self, base: nn.Linear, basis: TernaryBasis, path: str = "auto"):
+    def __init__(self, base: nn.Linear, basis: TernaryBasis):
         super().__init__()
-        self.base, self.basis, self.path = base, basis, path
+        self.base, self.basis = base, basis
         self.lam = nn.Parameter(torch.randn(basis.r, basis.n) * 0.1)
         self.gam = nn.Parameter(torch.full((basis.n, basis.d), 1 / max(basis.n, basis.d)))
 
     def forward(self, x: Tensor) -> Tensor:
         w, b = self.base.weight, self.base.bias
-        return linear(x, w, b, self.basis, self.lam, self.gam, SCALING, self.path)
+        return linear(x, w, b, self.basis, self.lam, self.gam, SCALING)
 
 
 def density_of(text: str, d: int) -> float:
@@ -38,12 +38,6 @@ def density_of(text: str, d: int) -> float:
         return 1 / math.sqrt(d)
     top, _, bottom = text.partition("/")
     return float(top) / float(bottom or 1)
-
-
-def paths_of(density: str, dtype: torch.dtype) -> tuple[str, ...]:
-    """The paths that `auto` may take; 16 bits would lose much of a dW that is merged."""
-    paths = PATHS if dtype.itemsize > 2 else PATHS[:2]
-    return tuple(path for path in paths if path != "delta" or density != "hadamard")
 
 
 def basis_of(text: str, size: tuple[int, int], rank: int, seed: int = 0) -> TernaryBasis:
@@ -80,9 +74,8 @@ def make(method: str, base: nn.Linear, rank: int, density: str) -> nn.Module:
         return base
     if method == "full":
         return copy.deepcopy(base).requires_grad_(True)
-    if method in ("ours", *PATHS):
-        basis = basis_of(density, (base.in_features, base.out_features), rank)
-        return Ours(base, basis, "auto" if method == "ours" else method)
+    if method == "ours":
+        return Ours(base, basis_of(density, (base.in_features, base.out_features), rank))
     return _of_peft(method, base, rank, density)
 
 

@@ -36,11 +36,12 @@ from pathlib import Path
 import torch
 from gpu import floors
 from methods import basis_of
-from randlora_ext.ops.ternary import operands
 from record import machine, write
 from torch.utils.benchmark import Timer
 
 from randlora_ext import _C, TernaryBasis
+from randlora_ext.ops import hadamard
+from randlora_ext.ops.independent import operands
 
 ops = torch.ops.randlora
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -102,38 +103,31 @@ def of_bases(b: TernaryBasis) -> Iterator[Op]:
 
 
 def of_weights(b: TernaryBasis, dtype: torch.dtype) -> Iterator[Op]:
-    """A', dW and W + dW, with their gradients."""
-    size, element = (b.out_features, b.in_features), dtype.itemsize
+    """A', with its gradients."""
     A = b.dense_a(torch.device("cpu"), dtype)
     lam, gam = (torch.randn(s, dtype=dtype) for s in ((b.r, b.n), (b.n, b.d)))
-    grad, G = torch.randn(b.K, b.d, dtype=dtype), torch.randn(size, dtype=dtype)
-    moved, entries = floors.scaled_basis(b, element).bytes, b.K * b.d
+    grad = torch.randn(b.K, b.d, dtype=dtype)
+    moved, entries = floors.scaled_basis(b, dtype.itemsize).bytes, b.K * b.d
     yield Op("scaled_basis", lambda: ops.scaled_basis(A, lam, gam), moved, entries)
     yield Op("scaled_basis backward",
              lambda: ops.scaled_basis_backward(grad, A, lam, gam), moved, 2 * entries)  # fmt: skip
-    moved, adds = floors.delta_weight(b, element).bytes, b.density**2 * b.K * b.D * b.d
-    last = (lam, gam, *operands(b, "cpu"))
-    yield Op("delta_weight", lambda: ops.delta_weight(*last), moved, adds)
-    yield Op("delta_weight backward", lambda: ops.delta_weight_backward(G, *last), moved, adds)
-    yield Op("merged_weight", lambda: ops.merged_weight(G, *last, None),
-             moved + element * b.D * b.d, adds)  # fmt: skip
 
 
 def of_layers(b: TernaryBasis, dtype: torch.dtype, tokens: int) -> Iterator[Op]:
     """The factored adapter without the base layer's GEMM, which is torch's."""
     x, dy = (torch.randn(tokens, n, dtype=dtype) for n in (b.in_features, b.out_features))
     lam, gam = torch.randn(b.r, b.n), torch.randn(b.n, b.d)
-    last = (lam, gam, *operands(b, "cpu"), "factored", None)
+    last = lam, gam, *operands(b, "cpu")
     a_side = b.density * b.K * b.d * tokens
     b_side = (0.25 if b.format == "planes" else b.density) * b.D * b.K * tokens
-    yield Op("linear", lambda: ops.linear(x, None, None, *last),
-             floors.linear(b, tokens, False, dtype.itemsize).bytes,
+    yield Op("independent_linear", lambda: ops.independent_linear(x, None, None, *last),
+             floors.linear(b, tokens, dtype.itemsize).bytes,
              a_side + b_side, tokens)  # fmt: skip
     # With d == out the V that dlam needs takes the B side once more.
     b_products = 1 if b.d == b.in_features else 2
-    yield Op("linear backward",
-             lambda: ops.linear_backward(dy, x, None, *last, True, True),
-             floors.linear_backward(b, tokens, False, dtype.itemsize).bytes,
+    yield Op("independent_linear backward",
+             lambda: ops.independent_linear_backward(dy, x, None, *last, True, True),
+             floors.linear_backward(b, tokens, dtype.itemsize).bytes,
              2 * a_side + b_products * b_side, tokens)  # fmt: skip
 
 
@@ -141,22 +135,20 @@ def of_hadamard(b: TernaryBasis, dtype: torch.dtype, tokens: list[int]) -> Itera
     """W + dW, and the adapter without the base layer's GEMM."""
     element, small = dtype.itemsize, 4 * (b.r * b.n + b.n * b.d)
     lam, gam = torch.randn(b.r, b.n), torch.randn(b.n, b.d)
-    bases = (lam, gam, *b.packed("cpu"), b.scale, 0, 0, b.expand)
+    bases = lam, gam, *hadamard.operands(b, "cpu")
     W = torch.randn(b.out_features, b.in_features, dtype=dtype)
     floor = floors.hadamard_weight(b, element)
-    yield Op(
-        "hadamard_weight", lambda: ops.hadamard_weight(W, *bases, None), floor.bytes, floor.fma
-    )
+    yield Op("hadamard_weight", lambda: ops.hadamard_weight(W, *bases), floor.bytes, floor.fma)
     for count in tokens:
         x, dy = (torch.randn(count, n, dtype=dtype) for n in W.shape[::-1])
         forward, backward = floors.hadamard(b, count, element)
         yield Op("hadamard_linear",
-                 lambda x=x: ops.hadamard_linear(x, None, None, *bases, False),
+                 lambda x=x: ops.hadamard_linear(x, None, None, *bases),
                  element * (x.numel() + dy.numel()) + small,
                  forward.matrix / 2 + forward.fma, count)  # fmt: skip
         yield Op("hadamard_linear backward",
                  lambda x=x, dy=dy: ops.hadamard_linear_backward(
-                     dy, x, None, *bases, False, True, True),
+                     dy, x, None, *bases, True, True),
                  element * (2 * x.numel() + dy.numel()) + 2 * small,
                  backward.matrix / 2 + backward.fma, count)  # fmt: skip
 

@@ -136,7 +136,7 @@ def compare(args: argparse.Namespace) -> dict:
     added = {b: ms - medians.get("frozen", 0) for b, ms in medians.items()}
     return {
         "added, ours over stock": added["ours"] / added["stock"] if args.added else None,
-        "kernels": randlora_ext.peft.kernel_summary(models["ours"], args.batch * args.tokens),
+        "kernels": randlora_ext.peft.kernel_summary(models["ours"]),
         "losses": losses,
         "largest difference of the losses": {"ours": differences.abs().max().item()},
         "step ms": medians,

@@ -30,7 +30,7 @@ def main() -> None:
     )
     model = peft.get_peft_model(base, config)
     model.print_trainable_parameters()
-    print(randlora_ext.peft.kernel_summary(model, args.batch_size * args.block))
+    print(randlora_ext.peft.kernel_summary(model))
 
     trainer = Trainer(
         model=model,
