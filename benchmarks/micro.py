@@ -21,8 +21,8 @@ multiply-add, one addition or one integer instruction on a vector's lane each co
 they share the processor's vector units. On Hadamard bases a product with A has K n T multiply-adds
 and one with B log2 N additions for each of N T numbers. On independent ones, per product: the A
 side density K d T, the B side from lists density D K T (a signed add for each non-zero), from bit
-planes D K T / 4 (b_planes.h adds a tabled sum for every four elements). For A' and its gradient two
-products an entry. For fill_planes_ Philox's
+planes D K T / 4 (b_planes.h adds a tabled sum for every four elements). For dW and its adjoint
+density^2 K D d. For A' and its gradient two products an entry. For fill_planes_ Philox's
 instructions; for planes_to_lists none.
 """
 
@@ -40,7 +40,8 @@ from record import machine, write
 from torch.utils.benchmark import Timer
 
 from randlora_ext import _C, TernaryBasis
-from randlora_ext.ops import hadamard, independent
+from randlora_ext.ops import hadamard
+from randlora_ext.ops.independent import operands
 
 ops = torch.ops.randlora
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -102,7 +103,7 @@ def of_bases(b: TernaryBasis) -> Iterator[Op]:
 
 
 def of_weights(b: TernaryBasis, dtype: torch.dtype) -> Iterator[Op]:
-    """A' and its gradient."""
+    """A', with its gradients."""
     A = b.dense_a(torch.device("cpu"), dtype)
     lam, gam = (torch.randn(s, dtype=dtype) for s in ((b.r, b.n), (b.n, b.d)))
     grad = torch.randn(b.K, b.d, dtype=dtype)
@@ -113,20 +114,20 @@ def of_weights(b: TernaryBasis, dtype: torch.dtype) -> Iterator[Op]:
 
 
 def of_layers(b: TernaryBasis, dtype: torch.dtype, tokens: int) -> Iterator[Op]:
-    """The adapter without the base layer's GEMM, which is torch's."""
+    """The factored adapter without the base layer's GEMM, which is torch's."""
     x, dy = (torch.randn(tokens, n, dtype=dtype) for n in (b.in_features, b.out_features))
     lam, gam = torch.randn(b.r, b.n), torch.randn(b.n, b.d)
-    last = (lam, gam, *independent.operands(b, "cpu"))
+    last = lam, gam, *operands(b, "cpu")
     a_side = b.density * b.K * b.d * tokens
     b_side = (0.25 if b.format == "planes" else b.density) * b.D * b.K * tokens
     yield Op("independent_linear", lambda: ops.independent_linear(x, None, None, *last),
-             floors.linear(b, tokens, False, dtype.itemsize).bytes,
+             floors.linear(b, tokens, dtype.itemsize).bytes,
              a_side + b_side, tokens)  # fmt: skip
     # With d == out the V that dlam needs takes the B side once more.
     b_products = 1 if b.d == b.in_features else 2
     yield Op("independent_linear backward",
              lambda: ops.independent_linear_backward(dy, x, None, *last, True, True),
-             floors.linear_backward(b, tokens, False, dtype.itemsize).bytes,
+             floors.linear_backward(b, tokens, dtype.itemsize).bytes,
              2 * a_side + b_products * b_side, tokens)  # fmt: skip
 
 
@@ -134,12 +135,10 @@ def of_hadamard(b: TernaryBasis, dtype: torch.dtype, tokens: list[int]) -> Itera
     """W + dW, and the adapter without the base layer's GEMM."""
     element, small = dtype.itemsize, 4 * (b.r * b.n + b.n * b.d)
     lam, gam = torch.randn(b.r, b.n), torch.randn(b.n, b.d)
-    bases = (lam, gam, *hadamard.operands(b, "cpu"))
+    bases = lam, gam, *hadamard.operands(b, "cpu")
     W = torch.randn(b.out_features, b.in_features, dtype=dtype)
     floor = floors.hadamard_weight(b, element)
-    yield Op(
-        "hadamard_weight", lambda: ops.hadamard_weight(W, *bases), floor.bytes, floor.fma
-    )
+    yield Op("hadamard_weight", lambda: ops.hadamard_weight(W, *bases), floor.bytes, floor.fma)
     for count in tokens:
         x, dy = (torch.randn(count, n, dtype=dtype) for n in W.shape[::-1])
         forward, backward = floors.hadamard(b, count, element)

@@ -32,9 +32,8 @@ def fp32_adapter(layer: Layer) -> dict[str, torch.Tensor]:
 def main() -> None:
     device = torch.device("cpu" if DRY else "cuda")
     ways = {"plain PyTorch in 16 bits": plain, "PEFT's fp32 adapter": fp32_adapter}
-    for path in ("factored", "delta"):
-        ways[f"CPU, {path}"] = lambda layer, path=path: run_linear_by_cpu_kernels(layer, path)
-        ways[f"CUDA, {path}"] = lambda layer, path=path: run_linear(layer, path, "packed", device)
+    ways["our CPU kernels"] = run_linear_by_cpu_kernels
+    ways["our CUDA kernels"] = lambda layer: run_linear(layer, device)
     print("| dtype | |", " | ".join(NAMES), "|")
     for dtype in (torch.bfloat16, torch.float16):
         layers = [make_layer(256, 192, 16, density, 256, dtype) for density in (1 / 3, 0.07)]

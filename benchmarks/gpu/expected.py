@@ -34,42 +34,19 @@ def of_size(size: tuple[int, int]) -> list[TernaryBasis]:
     return [TernaryBasis(*size, RANK, density, kind=kind) for density, kind in BASES.values()]
 
 
-def over_frozen(b: TernaryBasis, rates: Ceilings) -> dict[str, str]:
-    """By path, the floor of a layer's training step divided by the frozen layer's."""
-    gemm = Floor(0, matrix=2 * TOKENS * b.D * b.d).us(rates)
-    packed, dense = (
-        (floors.linear(b, TOKENS, of).us(rates) + floors.linear_backward(b, TOKENS, of).us(rates))
-        for of in (False, True)
-    )
-    formed, merged = floors.delta_weight(b).us(rates), floors.merged_weight(b).us(rates)
-    gradients = gemm + formed  # the gradient of dW is one GEMM, and is contracted
-    steps = {
-        "factored, packed B": 2 * gemm + packed,
-        "factored, dense B": 2 * gemm + dense,
-        "delta": 4 * gemm + 2 * formed + gradients,
-        "merged": 2 * gemm + 2 * merged + gradients,
-    }
-    return {path: f"{us / (2 * gemm):.2f}" for path, us in steps.items()}
-
-
 def lines(rates: Ceilings) -> list[list[str]]:
     bases, tall = of_size(SIZE), of_size((14336, 4096))
     rows = {
         "basis of 14336 x 4096 from a seed": [floors.whole_basis(b) for b in tall],
-        "dW formed, or its gradient contracted": [floors.delta_weight(b) for b in bases],
-        "W + dW": [floors.merged_weight(b) for b in bases],
-        "adapter forward, packed B": [floors.linear(b, TOKENS, False) for b in bases],
-        "adapter backward, packed B": [floors.linear_backward(b, TOKENS, False) for b in bases],
-        "adapter forward, dense B": [floors.linear(b, TOKENS, True) for b in bases],
-        "adapter backward, dense B": [floors.linear_backward(b, TOKENS, True) for b in bases],
-        "adapter forward, T = 16": [floors.linear(b, 16, False) for b in bases],
+        "adapter forward": [floors.linear(b, TOKENS) for b in bases],
+        "adapter backward": [floors.linear_backward(b, TOKENS) for b in bases],
+        "adapter forward, T = 16": [floors.linear(b, 16) for b in bases],
     }
     made = [[what, *(cell(floor, rates) for floor in row)] for what, row in rows.items()]
-    ratios = [over_frozen(b, rates) for b in bases]
-    return made + [
-        [f"step of a layer over frozen, {path}", *(ratio[path] for ratio in ratios)]
-        for path in ratios[0]
-    ]
+    frozen = 2 * Floor(0, matrix=2 * TOKENS * SIZE[0] * SIZE[1]).us(rates)
+    both = zip(rows["adapter forward"], rows["adapter backward"], strict=True)
+    over = [f"{1 + sum(floor.us(rates) for floor in pair) / frozen:.2f}" for pair in both]
+    return [*made, ["step of a layer over frozen", *over]]
 
 
 LAYERS = [(8192, 4096, 4096), (2048, 4096, 4096), (840, 3072, 3072), (8192, 4096, 14336),

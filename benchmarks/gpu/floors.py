@@ -107,47 +107,29 @@ def scaled_basis(b: TernaryBasis, element: int = 2) -> Floor:
     return Floor(element * (b.K + b.r) * b.d + 4 * (b.r * b.n + b.n * b.d))
 
 
-def delta_weight(b: TernaryBasis, element: int = 2) -> Floor:
-    """dW written; backward reads its gradient instead, and contracts with as many terms.
-
-    From lists density^2 * K additions an entry; from planes a product of (D, K) and (K, d).
-    """
-    move = Floor(element * b.D * b.d + packed_bytes(b) + small_bytes(b))
-    if b.format != "lists":
-        return move + Floor(0, matrix=2 * (b.D * b.K) * b.d)
-    return move + Floor(0, fma=b.density**2 * b.K * b.D * b.d)
-
-
-def merged_weight(b: TernaryBasis, element: int = 2) -> Floor:
-    """W read, W + dW written."""
-    return delta_weight(b, element) + Floor(element * b.D * b.d)
-
-
 def a_side(b: TernaryBasis, tokens: int) -> Floor:
     return Floor(0, matrix=2 * b.density * b.K * b.d * tokens)
 
 
-def b_side(b: TernaryBasis, tokens: int, dense: bool) -> Floor:
-    """One product with B: a GEMM on the dense one or on decoded planes; additions from lists."""
-    if dense:
-        return Floor(dense_bytes(b), matrix=2 * (b.D * b.K) * tokens)
+def b_side(b: TernaryBasis, tokens: int) -> Floor:
+    """One product with B: a GEMM on decoded planes; additions from lists."""
     if b.format != "lists":
         return Floor(planes_bytes(b), matrix=2 * (b.D * b.K) * tokens)
     return Floor(list_bytes(b), fma=b.density * b.D * b.K * tokens)
 
 
-def linear(b: TernaryBasis, tokens: int, dense: bool, element: int = 2) -> Floor:
-    """The adapter alone, factored: x read, y written, a product with either side."""
+def linear(b: TernaryBasis, tokens: int, element: int = 2) -> Floor:
+    """The adapter alone: x read, y written, a product with either side."""
     move = Floor(element * tokens * (b.in_features + b.out_features) + small_bytes(b))
-    return move + a_side(b, tokens) + b_side(b, tokens, dense)
+    return move + a_side(b, tokens) + b_side(b, tokens)
 
 
-def linear_backward(b: TernaryBasis, tokens: int, dense: bool, element: int = 2) -> Floor:
+def linear_backward(b: TernaryBasis, tokens: int, element: int = 2) -> Floor:
     """x and dy read, dx written; two products with A. With B one if d == in, otherwise two."""
     move = Floor(element * tokens * (2 * b.in_features + b.out_features) + small_bytes(b))
     move += Floor(4 * (b.r * b.n + b.n * b.d))  # their gradients
-    work = move + a_side(b, tokens) + a_side(b, tokens) + b_side(b, tokens, dense)
-    return work if b.d == b.in_features else work + b_side(b, tokens, dense)
+    work = move + a_side(b, tokens) + a_side(b, tokens) + b_side(b, tokens)
+    return work if b.d == b.in_features else work + b_side(b, tokens)
 
 
 def hadamard(

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 from methods import basis_of
-from randlora_ext.ops.ternary import operands
 
 from randlora_ext import _C, TernaryBasis
+from randlora_ext.ops import hadamard
+from randlora_ext.ops.independent import operands
 
 from . import floors, rows
 from .card import Card
@@ -24,7 +25,7 @@ BF16 = torch.bfloat16
 SIZES, TOKENS = [(4096, 4096), (4096, 14336)], [8192, 16]
 Op = tuple[str, int | None, Callable[[], object], Floor]  # name, tokens
 # They wait for the card, so no graph can capture them: their times include launch gaps.
-WAITING = ("whole basis", "planes_to_lists", "pack_dense")
+WAITING = ("whole basis", "planes_to_lists")
 
 
 def of_bases(b: TernaryBasis, device: torch.device) -> Iterator[Op]:
@@ -49,31 +50,15 @@ def of_bases(b: TernaryBasis, device: torch.device) -> Iterator[Op]:
     else:
         rows_of_b = b.packed(device)[3:5]
         yield "lists_to_dense", None, lambda: ops.lists_to_dense(*rows_of_b, b.K, 1.0, BF16), floor
-    dense = b.dense_b(device, BF16)
-    yield ("pack_dense", None, lambda: ops.pack_dense(dense),
-           Floor(floors.planes_bytes(b) + floors.dense_bytes(b)))  # fmt: skip
 
 
 def of_weights(b: TernaryBasis, device: torch.device) -> Iterator[Op]:
-    bases, size = operands(b, device), (b.out_features, b.in_features)
     lam, gam = diagonals(b, device)
-    G = torch.randn(*size, device=device).to(BF16)
     A, grad = b.dense_a(device, BF16), torch.randn(b.K, b.d, device=device).to(BF16)
     floor = floors.scaled_basis(b)
     yield "scaled_basis", None, lambda: ops.scaled_basis(A, lam, gam), floor
     backward = (grad, A, lam, gam)
     yield "scaled_basis backward", None, lambda: ops.scaled_basis_backward(*backward), floor
-    floor, low = floors.delta_weight(b), lam.to(BF16)
-    yield ("delta_weight", None,
-           lambda: ops.delta_weight(low, gam, *bases), floor)  # fmt: skip
-    yield ("delta_weight backward", None,
-           lambda: ops.delta_weight_backward(G, lam, gam, *bases), floor)  # fmt: skip
-    yield ("merged_weight", None,
-           lambda: ops.merged_weight(G, lam, gam, *bases, None),
-           floors.merged_weight(b))  # fmt: skip
-    yield ("merged_weight, stochastic", None,
-           lambda: ops.merged_weight(G, lam, gam, *bases, 1),
-           floors.merged_weight(b))  # fmt: skip
 
 
 def of_layers(b: TernaryBasis, device: torch.device, tokens: int) -> Iterator[Op]:
@@ -81,32 +66,28 @@ def of_layers(b: TernaryBasis, device: torch.device, tokens: int) -> Iterator[Op
     x, dy = (
         torch.randn(tokens, n, device=device).to(BF16) for n in (b.in_features, b.out_features)
     )
-    for dense in (False, True):
-        b_dense = b.dense_b(device, BF16) if dense else None
-        last = (*diagonals(b, device), *operands(b, device), "factored", b_dense)
-        side = "dense B" if dense else "packed B"
-        yield (f"linear, {side}", tokens,
-               lambda last=last: ops.linear(x, None, None, *last),
-               floors.linear(b, tokens, dense))  # fmt: skip
-        yield (f"linear backward, {side}", tokens,
-               lambda last=last: ops.linear_backward(dy, x, None, *last, True, True),
-               floors.linear_backward(b, tokens, dense))  # fmt: skip
+    last = *diagonals(b, device), *operands(b, device)
+    yield ("independent_linear", tokens, lambda: ops.independent_linear(x, None, None, *last),
+           floors.linear(b, tokens))  # fmt: skip
+    yield ("independent_linear backward", tokens,
+           lambda: ops.independent_linear_backward(dy, x, None, *last, True, True),
+           floors.linear_backward(b, tokens))  # fmt: skip
 
 
 def of_hadamard(b: TernaryBasis, device: torch.device, tokens: list[int]) -> Iterator[Op]:
     """The operators on Hadamard bases, without the base layer's GEMM."""
-    bases = (*diagonals(b, device), *b.packed(device), 1.0, 0, 0, b.expand)
+    bases = *diagonals(b, device), *hadamard.operands(b, device)
     W = torch.randn(b.out_features, b.in_features, device=device).to(BF16)
-    yield ("hadamard_weight", None, lambda: ops.hadamard_weight(W, *bases, None),
+    yield ("hadamard_weight", None, lambda: ops.hadamard_weight(W, *bases),
            floors.hadamard_weight(b))  # fmt: skip
     for count in tokens:
         x, dy = (torch.randn(count, n, device=device).to(BF16) for n in W.shape[::-1])
         forward, backward = floors.hadamard(b, count)
         yield ("hadamard_linear", count,
-               lambda x=x: ops.hadamard_linear(x, None, None, *bases, False), forward)  # fmt: skip
+               lambda x=x: ops.hadamard_linear(x, None, None, *bases), forward)  # fmt: skip
         yield ("hadamard_linear backward", count,
                lambda x=x, dy=dy: ops.hadamard_linear_backward(
-                   dy, x, None, *bases, False, True, True), backward)  # fmt: skip
+                   dy, x, None, *bases, True, True), backward)  # fmt: skip
 
 
 def diagonals(b: TernaryBasis, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,6 @@
 """One layer in bf16, forward and backward, by every method, over sizes, tokens and bases.
 
-Each of our paths is compared with float64 on the same card first. With --hadamard only what
+Each of ours is compared with float64 on the same card first. With --hadamard only what
 `hadamard_torch` asked: the frozen layer, LoRA, Hadamard bases. x needs a gradient, as inside a
 model. step_ms: forward and backward as a CUDA graph, L2 flushed before. forward_ms: the same
 without gradients. eager_ms: forward and backward launched by Python, as a training script does.
@@ -8,13 +8,11 @@ without gradients. eager_ms: forward and backward launched by Python, as a train
 
 import argparse
 import functools
-import os
 
 import torch
 from methods import SCALING, Ours, frozen_layer, make
 from torch import Tensor, nn
 
-from randlora_ext import explain
 from randlora_ext.reference import linear_reference
 
 from . import rows
@@ -28,23 +26,11 @@ RANK = 32
 LIMIT = 3e-2  # relative error of bf16 results, in the 2-norm
 BF16 = torch.bfloat16
 Key = tuple[str, str]  # a label, and bases if it has any
-# A label: the method of `make`; then how the factored path multiplies by B.
+# A label: the method of `make`.
 OTHERS = {"frozen": "frozen", "PEFT's LoRA": "lora", "PEFT's RandLoRA": "peft"}
-PACKED = "factored, packed B"
-OURS = {
-    PACKED: "factored packed",
-    "factored, dense B": "factored dense",
-    "delta": "delta",
-    "merged": "merged",
-}
-POSSIBLE = {"hadamard": (PACKED, "merged"), DENSE: ("factored, dense B", "delta", "merged")}
-ALL: list[Key] = [(label, "") for label in OTHERS] + [
-    (label, bases)
-    for bases in [*BASES, DENSE]
-    for label in OURS
-    if label in POSSIBLE.get(bases, OURS)
-]
-HADAMARD: list[Key] = [("frozen", ""), ("PEFT's LoRA", ""), (PACKED, "hadamard")]
+OURS = {"ours": "ours"}
+ALL: list[Key] = [(label, "") for label in OTHERS] + [("ours", bases) for bases in [*BASES, DENSE]]
+HADAMARD: list[Key] = [("frozen", ""), ("PEFT's LoRA", ""), ("ours", "hadamard")]
 
 
 def layers(
@@ -53,25 +39,12 @@ def layers(
     """The methods on one frozen layer; a row names those that cannot be made."""
     base, made = frozen_layer(size, BF16).to(device), {}
     for label, bases in keys:
-        method = (OTHERS | OURS)[label].partition(" ")[0]
+        method = (OTHERS | OURS)[label]
         try:
             made[label, bases] = make(method, base, rank, bases or "1/3").to(device)
         except Exception as error:
             rows.failed(f"{label} {bases} {size}", error)
     return made
-
-
-def choose_b_side(key: Key) -> None:
-    """Sets the B side of the calls that follow; a graph keeps that of its capture."""
-    os.environ["RANDLORA_B_SIDE"] = OURS.get(key[0], "").partition(" ")[2] or "auto"
-
-
-def is_chosen(key: Key, layer: Ours, tokens: int) -> bool:
-    """Whether `path="auto"` would take the path and B side of `key`."""
-    os.environ["RANDLORA_B_SIDE"] = "auto"
-    choice = explain(layer.basis, tokens, BF16, layer.lam.device)
-    path, _, b_side = OURS[key[0]].partition(" ")
-    return choice.path == path and b_side in ("", choice.b_side)
 
 
 def error_of(layer: Ours, tokens: int = 24) -> float:
@@ -95,7 +68,6 @@ def verify(made: dict[Key, nn.Module], size: str) -> None:
     for key, layer in list(made.items()):
         if not isinstance(layer, Ours):
             continue
-        choose_b_side(key)
         try:
             error = error_of(layer)
             if not error < LIMIT:  # true for NaN, too
@@ -117,7 +89,6 @@ def measure(card: Card, made: dict[Key, nn.Module], size: tuple[int, int], token
     about = {"size": f"{size[0]}x{size[1]}", "tokens": tokens}
     steps, forwards, eager = {}, {}, {}
     for key, layer in made.items():
-        choose_b_side(key)
         call = functools.partial(step, layer, x, dy)
         try:
             eager[key] = card.wall(call)
@@ -129,10 +100,8 @@ def measure(card: Card, made: dict[Key, nn.Module], size: tuple[int, int], token
             card.sync()
     times, without = card.medians(steps), card.medians(forwards)
     for key, ms in times.items():
-        chosen = isinstance(made[key], Ours) and is_chosen(key, made[key], tokens)
         rows.row(method=key[0], bases=key[1], **about, step_ms=ms, forward_ms=without[key],
-                 over_frozen=ms / times["frozen", ""], eager_ms=eager[key],
-                 chosen=chosen)  # fmt: skip
+                 over_frozen=ms / times["frozen", ""], eager_ms=eager[key])  # fmt: skip
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ y, dx and the gradients of lambda and gamma, in three dtypes.
 
 import argparse
 
-import torch
 from methods import basis_of
 
 from randlora_ext.diagnostics import LIMITS, relative_error
@@ -15,7 +14,7 @@ from .card import Card
 
 RANK, TOKENS = 32, 40
 # The most telling first. On a basis of dense matrices nothing but torch's GEMMs runs.
-KINDS = ("hadamard", "1/3", "dense", "0.07")
+BASES = ("hadamard", "1/3", "dense", "0.07")
 
 
 def main() -> None:
@@ -24,15 +23,15 @@ def main() -> None:
     card = Card(parser.parse_args().dry)
     sizes, rank = ([(64, 72)], 8) if card.dry else ([(4096, 4096), (4096, 1024)], RANK)
     for size in sizes:
-        bases = {kind: basis_of(kind, size, rank) for kind in KINDS}
+        bases = {kind: basis_of(kind, size, rank) for kind in BASES}
         for dtype, limit in LIMITS.items():
-            for kind, basis in bases.items():
+            for kind in BASES:
                 about = {"basis": kind, "dtype": str(dtype), "size": size}
                 if rows.seconds_left() < 10:
                     rows.skipped(str(about))
                     continue
                 try:
-                    error = relative_error(basis, TOKENS, dtype, card.device)
+                    error = relative_error(bases[kind], TOKENS, dtype, card.device)
                     rows.row(**about, error=error)
                     if not error < limit:  # true for NaN, too
                         raise ValueError(f"relative error {error:.1e}")

@@ -78,8 +78,8 @@ def by_tokens(rows: list[Row], show: Callable[[Row], str]) -> str:
 
 
 def over(row: Row, key: str) -> str:
-    """A time, that over the frozen layer's, * if `auto` takes this path."""
-    return f"{cell(row[key])} ({row['over_frozen']:.2f}x){' *' * row.get('chosen', False)}"
+    """A time, that over the frozen layer's."""
+    return f"{cell(row[key])} ({row['over_frozen']:.2f}x)"
 
 
 def figures(stage: str, rows: list[Row]) -> list[str]:
@@ -93,7 +93,7 @@ def figures(stage: str, rows: list[Row]) -> list[str]:
         ]
     if stage in ("layers", "hadamard"):
         return [
-            "Forward and backward, ms (over the frozen layer); *: taken by `auto`.\n",
+            "Forward and backward, ms (over the frozen layer).\n",
             by_tokens(timed, lambda row: over(row, "step_ms")),
             "Forward and backward as Python launches them, ms.\n",
             by_tokens(timed, lambda row: cell(row["eager_ms"])),

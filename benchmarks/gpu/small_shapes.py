@@ -7,9 +7,10 @@ an index beyond its row, which memcheck must report; otherwise it watched nothin
 import argparse
 
 import torch
-from randlora_ext.ops.ternary import operands
 
 from randlora_ext import _C, TernaryBasis
+from randlora_ext.ops import hadamard
+from randlora_ext.ops.independent import operands
 
 ops = torch.ops.randlora
 DTYPES = [torch.bfloat16, torch.float32, torch.float16, torch.float64]
@@ -37,8 +38,7 @@ def bases(basis: TernaryBasis, device: torch.device) -> int:
             lists = ops.planes_to_lists(planes, basis.K, by_column, wide)
             cols = basis.D if by_column else basis.K
             calls += 1 + finite(ops.lists_to_dense(*lists, cols, 0.5, torch.float32))
-    ops.pack_dense(dense)
-    return calls + 1
+    return calls
 
 
 def diagonals(basis: TernaryBasis, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
@@ -52,26 +52,20 @@ def diagonals(basis: TernaryBasis, dtype: torch.dtype, device: torch.device) -> 
 def operators(
     basis: TernaryBasis, dtype: torch.dtype, device: torch.device, tokens: list[int]
 ) -> int:
-    """scaled_basis, delta_weight and linear, forward and backward; returns how many calls."""
+    """scaled_basis and independent_linear, forward and backward; returns how many calls."""
     lam, gam = diagonals(basis, dtype, device)
     bases = operands(basis, device)
     out, into = basis.out_features, basis.in_features
     A = basis.dense_a(device, dtype)
     scaled = ops.scaled_basis(A, lam, gam)
     calls = finite(scaled) + finite(*ops.scaled_basis_backward(scaled, A, lam, gam))
-    low = [t.to(dtype) for t in (lam, gam)]
-    dW = ops.delta_weight(*low, *bases)
-    calls += finite(dW) + finite(*ops.delta_weight_backward(dW, lam, gam, *bases))
     weight = torch.randn(out, into, device=device).to(dtype)
-    b_dense = basis.dense_b(device, dtype)
     for count in tokens:
         x, dy = (torch.randn(count, f, device=device).to(dtype) for f in (into, out))
-        for path, given in (
-            ("factored", None), ("factored", b_dense), ("delta", None), ("merged", None),
-        ):  # fmt: skip
-            last = (lam, gam, *bases, path, given)
-            calls += finite(ops.linear(x, weight, None, *last))
-            calls += finite(*ops.linear_backward(dy, x, weight, *last, True, True))
+        last = lam, gam, *bases
+        calls += finite(ops.independent_linear(x, weight, None, *last))
+        backward = ops.independent_linear_backward
+        calls += finite(*backward(dy, x, weight, *last, True, True))
     return calls
 
 
@@ -79,15 +73,15 @@ def hadamard_operators(
     basis: TernaryBasis, dtype: torch.dtype, device: torch.device, tokens: list[int]
 ) -> int:
     """hadamard_weight and hadamard_linear, forward and backward; returns how many calls."""
-    bases = (*diagonals(basis, dtype, device), *basis.packed(device), 1.0, 0, 0, basis.expand)
+    bases = *diagonals(basis, dtype, device), *hadamard.operands(basis, device)
     weight = torch.randn(basis.out_features, basis.in_features, device=device).to(dtype)
-    calls = sum(finite(ops.hadamard_weight(w, *bases, None)) for w in (weight, None))
+    calls = sum(finite(ops.hadamard_weight(w, *bases)) for w in (weight, None))
     for count in tokens:
         x, dy = (torch.randn(count, n, device=device).to(dtype) for n in weight.shape[::-1])
         for base in (weight, None):
-            calls += finite(ops.hadamard_linear(x, base, None, *bases, False))
+            calls += finite(ops.hadamard_linear(x, base, None, *bases))
             backward = ops.hadamard_linear_backward
-            calls += finite(*backward(dy, x, base, *bases, False, True, True))
+            calls += finite(*backward(dy, x, base, *bases, True, True))
     return calls
 
 

@@ -68,15 +68,21 @@ Tensor view(const MatrixBatch& m, const Tensor& like, DType dtype) {
                                   {strides + skip, 3 - skip}, like.device(), scalar_type(dtype));
 }
 
-// out = beta * out + alpha * left @ right by one call of torch's GEMM. The summand is the very
-// tensor `out`: torch would copy any other one to it.
-void multiply_once(const Products& torch_products, const MatrixBatch& out, const MatrixBatch& left,
-                   const MatrixBatch& right, double alpha, double beta, DType dtype,
-                   const Tensor& like) {
-  const Tensor to = view(out, like, dtype), a = view(left, like, dtype),
-               b = view(right, like, dtype);
-  TORCH_ERROR_CODE_CHECK((out.count == 1 ? torch_products.one : torch_products.batch)(
-      to.get(), to.get(), a.get(), b.get(), beta, alpha));
+// `multiply` by one call of torch's GEMM or, in 16 bits on the CPU, where torch copies matrices of a
+// batch that are not contiguous, by one for each matrix.
+void multiply_at_once(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
+                      double alpha, double beta, DType dtype, const Tensor& like) {
+  const Products& products = products_of(like.is_cpu());
+  const int64_t step = like.is_cpu() && bytes_of(dtype) == 2 ? 1 : out.count;
+  for (int64_t i = 0; i < out.count; i += step) {
+    const auto matrix = [&](const MatrixBatch& m) {
+      return view(m.matrices(i, step, dtype), like, dtype);
+    };
+    // The summand is the very tensor `out`: torch would copy any other one to it.
+    const Tensor to = matrix(out), a = matrix(left), b = matrix(right);
+    TORCH_ERROR_CODE_CHECK((step == 1 ? products.one : products.batch)(to.get(), to.get(), a.get(),
+                                                                       b.get(), beta, alpha));
+  }
 }
 
 // In a parallel region torch's GEMMs use one thread each, but MKL and oneDNN cut a product as for
@@ -113,17 +119,22 @@ class OneThread {
 // How a product is cut for the CPU: into groups of matrices, or each matrix along its longer side.
 // By sizes alone, so that results do not depend on the number of threads.
 struct Cut {
-  int64_t groups, parts;
+  int64_t groups, parts, length;
+  bool by_row;
 
-  Cut(const MatrixBatch& out, int64_t depth) {
+  Cut(const MatrixBatch& out, int64_t depth)
+      : length(std::max(out.rows, out.cols)), by_row(out.rows >= out.cols) {
     constexpr int64_t kLeast = int64_t{1} << 20, kMost = 64;  // multiply-adds of a slice; slices
     const int64_t work = out.count * out.rows * out.cols * depth;
     const int64_t slices = std::clamp<int64_t>(work / kLeast, 1, kMost);
     groups = std::min(slices, out.count);
-    parts = std::min(slices / groups, (longer(out) + kLines - 1) / kLines);
+    parts = std::min(slices / groups, steps());
   }
-  static int64_t longer(const MatrixBatch& out) { return std::max(out.rows, out.cols); }
-  static constexpr int64_t kLines = 16;
+  int64_t steps() const { return (length + kStep - 1) / kStep; }
+  std::pair<int64_t, int64_t> lines(int64_t part) const {
+    return {steps() * part / parts * kStep, std::min(steps() * (part + 1) / parts * kStep, length)};
+  }
+  static constexpr int64_t kStep = 16;
 };
 
 // The CUDA version that the driver serves, such as 13000; 0 without a driver. Only asks: a process
@@ -181,36 +192,24 @@ Operators::Operators(std::initializer_list<Operator> all) {
 
 void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
               double alpha, double beta, DType dtype, const Tensor& like) {
-  const Products& torch_products = products_of(like.is_cpu());
-  if (!like.is_cpu()) {
+  if (runs_on_cuda(like)) {
     products_made.fetch_add(1, std::memory_order_relaxed);
-    return multiply_once(torch_products, out, left, right, alpha, beta, dtype, like);
+    return multiply_at_once(out, left, right, alpha, beta, dtype, like);
   }
-  if (out.count == 0 || out.rows == 0 || out.cols == 0) return;
   const Cut cut(out, left.cols);
-  const bool by_row = out.rows >= out.cols;
   std::exception_ptr failed;
   std::mutex lock;
-  const auto slice = [&](int64_t s) {
-    const int64_t g = s / cut.parts, part = s % cut.parts, lines = Cut::longer(out);
-    const auto edge = [&](int64_t p) {
-      const int64_t steps = (lines + Cut::kLines - 1) / Cut::kLines;
-      return std::min(steps * p / cut.parts * Cut::kLines, lines);
-    };
-    const int64_t first = out.count * g / cut.groups, last = out.count * (g + 1) / cut.groups;
-    const int64_t begin = edge(part), end = edge(part + 1);
-    // torch's batched 16-bit products on the CPU copy matrices that are not contiguous.
-    const int64_t step = bytes_of(dtype) == 2 ? 1 : last - first;
-    for (int64_t i = first; i < last; i += step) {
-      MatrixBatch to = out.matrices(i, step, dtype), a = left.matrices(i, step, dtype),
-                  b = right.matrices(i, step, dtype);
-      if (by_row)
-        to = to.lines(begin, end, dtype), a = a.lines(begin, end, dtype);
-      else
-        to = to.transposed().lines(begin, end, dtype).transposed(),
-        b = b.transposed().lines(begin, end, dtype).transposed();
-      multiply_once(torch_products, to, a, b, alpha, beta, dtype, like);
-    }
+  const auto slice = [&](int64_t group, int64_t part) {
+    const int64_t first = out.count * group / cut.groups,
+                  count = out.count * (group + 1) / cut.groups - first;
+    const auto [begin, end] = cut.lines(part);
+    MatrixBatch to = out.matrices(first, count, dtype), a = left.matrices(first, count, dtype),
+                b = right.matrices(first, count, dtype);
+    if (cut.by_row)
+      to = to.part_of_rows(begin, end, dtype), a = a.part_of_rows(begin, end, dtype);
+    else
+      to = to.part_of_cols(begin, end, dtype), b = b.part_of_cols(begin, end, dtype);
+    multiply_at_once(to, a, b, alpha, beta, dtype, like);
   };
   TorchRuntime runtime;
   const int64_t slices = cut.groups * cut.parts;
@@ -219,7 +218,8 @@ void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch
     if (s >= slices) return;
     const OneThread guard;
     try {
-      explained([&] { slice(s); });  // torch keeps its message for the thread that failed
+      // Here, because torch keeps its message for the thread that failed.
+      explained([&] { slice(s / cut.parts, s % cut.parts); });
     } catch (...) {
       const std::lock_guard<std::mutex> locked(lock);
       failed = std::current_exception();

@@ -56,8 +56,11 @@ struct MatrixBatch {
   MatrixBatch matrices(int64_t first, int64_t number, DType dtype) const {
     return {at(first * next, dtype), number, rows, cols, next, row, col};
   }
-  MatrixBatch lines(int64_t begin, int64_t end, DType dtype) const {
+  MatrixBatch part_of_rows(int64_t begin, int64_t end, DType dtype) const {
     return {at(begin * row, dtype), count, end - begin, cols, next, row, col};
+  }
+  MatrixBatch part_of_cols(int64_t begin, int64_t end, DType dtype) const {
+    return {at(begin * col, dtype), count, rows, end - begin, next, row, col};
   }
 
  private:

@@ -8,7 +8,6 @@ import functools
 import os
 from contextlib import contextmanager
 from itertools import product
-from unittest import mock
 
 import pytest
 import torch
@@ -22,10 +21,8 @@ ops = torch.ops.randlora
 DRY = os.environ.get("RANDLORA_CUDA_SERVES_CPU") == "1"
 ALL_TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LOW = [torch.float32, torch.bfloat16, torch.float16]
-# path, how the factored one multiplies by B
-PATHS = [("factored", "packed"), ("factored", "dense"), ("delta", "packed"), ("merged", "packed")]
 # As layer_cases.SHAPES, fewer: square, wide, tall, overhanging last base, r > d, n > 64, and sizes
-# beyond one tile of every kernel. So ordered that in turns each path meets wide and tall ones.
+# beyond one tile of every kernel.
 SHAPES = [
     (64, 64, 8), (50, 37, 7), (37, 50, 7), (136, 72, 8), (33, 130, 16), (72, 136, 8), (101, 67, 1),
     (20, 24, 32), (1, 1, 1),
@@ -87,32 +84,31 @@ def bits(t: Tensor) -> Tensor:
     return t.contiguous().view(kind)
 
 
-def run_linear(layer: Layer, path: str, b_side: str, device) -> dict[str, Tensor]:
+def run_linear(layer: Layer, device) -> dict[str, Tensor]:
     """y, dx, dlam and dgam on `device`, back on the CPU."""
-    with mock.patch.dict(os.environ, {"RANDLORA_B_SIDE": b_side}):
-        return {name: t.cpu() for name, t in ours(layer.to(device), path).items()}
+    return {name: t.cpu() for name, t in ours(layer.to(device)).items()}
 
 
-def run_linear_by_cpu_kernels(layer: Layer, path: str) -> dict[str, Tensor]:
+def run_linear_by_cpu_kernels(layer: Layer) -> dict[str, Tensor]:
     with cpu_kernels():
-        return run_linear(layer, path, "packed", "cpu")
+        return run_linear(layer, "cpu")
 
 
 def assert_as_by_cpu_kernels(
-    layer: Layer, path: str, b_side: str, device, bound: float, error=largest_error
+    layer: Layer, device, bound: float, error=largest_error
 ) -> dict[str, Tensor]:
     """Returns what the CPU kernels make of it."""
-    got, want = run_linear(layer, path, b_side, device), run_linear_by_cpu_kernels(layer, path)
+    got, want = run_linear(layer, device), run_linear_by_cpu_kernels(layer)
     for name in NAMES:
         assert got[name].dtype == want[name].dtype and got[name].shape == want[name].shape, name
         assert error(got[name], want[name]) <= bound, (name, len(layer.x))
     return want
 
 
-def assert_parity(layer: Layer, path: str, b_side: str, device, floor: float = 1.0) -> None:
+def assert_parity(layer: Layer, device, floor: float = 1.0) -> None:
     """The rule of the CPU tests, with the CPU kernels as a second measure: each result errs at most
     twice as much as plain PyTorch or the CPU kernels do, whichever more, plus `floor` eps."""
-    got, kernels = run_linear(layer, path, b_side, device), run_linear_by_cpu_kernels(layer, path)
+    got, kernels = run_linear(layer, device), run_linear_by_cpu_kernels(layer)
     oracle, simple = exact(layer), plain(layer)
     for name in NAMES:
         value = got[name]
@@ -120,4 +116,4 @@ def assert_parity(layer: Layer, path: str, b_side: str, device, floor: float = 1
         error = rms_error(value, oracle[name])
         allowed = max(rms_error(t[name], oracle[name]) for t in (simple, kernels))
         bound = 2 * allowed + floor * torch.finfo(layer.x.dtype).eps
-        assert error <= bound, f"{name} by {path} errs by {error:.3g}, allowed are {bound:.3g}"
+        assert error <= bound, f"{name} errs by {error:.3g}, allowed are {bound:.3g}"

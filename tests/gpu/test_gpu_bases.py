@@ -59,11 +59,8 @@ MATRICES = [(1, 1), (3, 64), (64, 3), (65, 127), (200, 1), (1, 200), (130, 700)]
 def test_packing_operators(device, shape, density):
     make = torch.Generator().manual_seed(shape[0] + 1000 * shape[1])
     signs = torch.randn(shape, generator=make).sign().double()
-    dense = signs * (torch.rand(shape, generator=make) < density) * 0.375  # exact in every dtype
-    for dtype in ALL_TYPES:
-        got, want = on_both(device, ops.pack_dense, dense.to(dtype))
-        assert same(got, want), dtype
-    planes = want[0]
+    dense = signs * (torch.rand(shape, generator=make) < density)
+    planes, _ = ops.pack_dense(dense)
     for dtype in ALL_TYPES:
         assert same(*on_both(device, ops.planes_to_dense, planes, shape[1], 0.1, dtype)), dtype
     for by_column in (False, True):
@@ -73,25 +70,6 @@ def test_packing_operators(device, shape, density):
             assert same(got, lists), (by_column, wide)
             for dtype in ALL_TYPES:
                 assert same(*on_both(device, ops.lists_to_dense, *lists, length, 0.1, dtype))
-
-
-def test_views_are_packed_as_what_they_show(device):
-    dense = TernaryBasis(50, 37, 7, 0.3).dense()[1]
-    for view in (dense.T, dense[::2, ::3], dense[1:, 1:], dense[:1].expand(9, -1)):
-        assert same(*on_both(device, ops.pack_dense, view))
-
-
-@cases("place, value", [((0, 0), 0.1), ((49, 41), float("nan")), ((20, 7), float("inf"))])
-def test_what_is_not_ternary_is_found_where_the_cpu_finds_it(device, place, value):
-    dense = TernaryBasis(50, 37, 7, 1.0).dense()[1]
-    dense[place] = value
-
-    def message(matrix):
-        with pytest.raises(RuntimeError, match="dense is not ternary") as raised:
-            ops.pack_dense(matrix)
-        return str(raised.value).splitlines()[0].split("randlora: ")[-1]
-
-    assert len(set(on_both(device, message, dense))) == 1
 
 
 def test_import_from_the_card(device):
@@ -114,5 +92,3 @@ def test_more_than_2_to_the_31_elements(card, room):
             want = ops.planes_to_dense(part, cols, 1.0, torch.bfloat16)
         assert same(planes[:, first : first + 3].cpu(), part)
         assert same(dense[first : first + 3].cpu(), want)
-    again, value = ops.pack_dense(dense)
-    assert value.item() == 1.0 and torch.equal(again, planes)

@@ -31,14 +31,14 @@ def reductions(request):
 def test_gradients_of_8192_tokens(device, reductions, shape, dtype):
     # Every element of gamma's and lambda's gradient is a sum over all tokens.
     layer = make_layer(*shape, "hadamard", 256 if DRY else 8192, dtype)
-    assert_parity(layer, "factored", "packed", device)
+    assert_parity(layer, device)
 
 
 def test_float16_does_not_overflow_in_a_sum_over_tokens(device, reductions):
     # Tokens that agree: sums grow with their number, not with its root.
     layer = make_layer(256, 256, 32, "hadamard", 64 if DRY else 8192, torch.float16)
     layer.x, layer.dy = (t[:1].expand_as(t).contiguous() for t in (layer.x, layer.dy))
-    assert_parity(layer, "factored", "packed", device)
+    assert_parity(layer, device)
 
 
 # in, out, r: N = 32,768. d of 16,500 with and without a class that is cut off, B's rows cut off and
@@ -59,10 +59,10 @@ def test_rows_of_32768_numbers(device, shape, dtype):
     lam = normal(basis.r, basis.n, like=torch.float32, std=basis.r**-0.5)
     gam = normal(basis.n, basis.d, like=torch.float32, std=basis.d**-0.5)
     leaves = [t.requires_grad_() for t in (x, lam, gam)]
-    y = linear(x, None, None, basis, lam, gam, 0.75, "factored")
+    y = linear(x, None, None, basis, lam, gam, 0.75)
     got = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
     wide = [t.detach().double() for t in (x, dy, lam, gam)]
-    last = (None, *wide[2:], *basis.packed(device), 0.75, 0, 0, basis.expand, False)
+    last = (None, *wide[2:], *hadamard.operands(basis, device, 0.75))
     want = [
         hadamard._plain_linear(wide[0], None, *last),
         *hadamard._plain_linear_backward(wide[1], wide[0], *last, True, True),
@@ -88,7 +88,7 @@ def test_peak_memory_is_that_of_z_and_w(card):
         return torch.cuda.max_memory_allocated(card) - before
 
     frozen = peak(lambda: torch.nn.functional.linear(layer.x, layer.weight), leaves[:1])
-    ours = peak(lambda: call(layer, "factored", bias=None), leaves)
+    ours = peak(lambda: call(layer, bias=None), leaves)
     chunk, slots, K = 2 * tokens * layer.basis.K, 512, layer.basis.K
     small = 2 * 2 * K * layer.basis.n + 4 * slots * K + 16 * layer.gam.numel()
     assert ours <= frozen + 2 * chunk + small + (1 << 20)

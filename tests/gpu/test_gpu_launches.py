@@ -50,7 +50,7 @@ def step(layer, device, frozen=False):
     def forward():
         if frozen:
             return torch.nn.functional.linear(layer.x, layer.weight)
-        return call(layer, "factored", bias=None)
+        return call(layer, bias=None)
 
     y = forward()
     return (

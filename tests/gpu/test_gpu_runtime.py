@@ -8,26 +8,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu_helpers import NAMES, PATHS, cases, moved, ops, run_linear, same
+from gpu_helpers import NAMES, moved, ops, run_linear, same
 from layer_cases import make_basis, make_layer, ours, rms_error, run_python
-from randlora_ext.ops.ternary import operands
 
 from randlora_ext import RandLoraLinear, TernaryBasis, linear
+from randlora_ext.ops.independent import operands
 
 pytestmark = pytest.mark.gpu
 BASES = [1 / 3, 0.07, "hadamard"]
-# Each with its paths, and how the factored one multiplies by B; Hadamard bases have one B side.
-CASES = [
-    (basis, path, b_side)
-    for basis in BASES
-    for path, b_side in PATHS
-    if basis != "hadamard" or (path != "delta" and b_side == "packed")
-]
 DELAY = 20_000_000  # clock cycles: about 10 ms, longer than any launch here
 
 
 def adapter(base, basis, r=8):
-    kind = {"basis": basis} if basis == "hadamard" else {"density": basis, "basis": "independent"}
+    kind = {"basis": basis} if basis == "hadamard" else {"density": basis}
     return RandLoraLinear(base, r=r, **kind)
 
 
@@ -41,39 +34,34 @@ def late_stream(card, delay=DELAY):
         yield
 
 
-@cases("basis, path, b_side", CASES)
-def test_everything_runs_on_the_current_stream(card, basis, path, b_side):
+@pytest.mark.parametrize("basis", BASES)
+def test_everything_runs_on_the_current_stream(card, basis):
     # x and dy become right only after a delay on that stream: work on any other reads NaN.
     layer = make_layer(136, 72, 8, basis, 40, torch.float32).to(card)  # no copy then waits
-    want = run_linear(layer, path, b_side, card)
+    want = run_linear(layer, card)
     x, dy = (torch.full_like(t, torch.nan) for t in (layer.x, layer.dy))
     with late_stream(card):
         x.copy_(layer.x)
         dy.copy_(layer.dy)
-        got = run_linear(replace(layer, x=x, dy=dy), path, b_side, card)
+        got = run_linear(replace(layer, x=x, dy=dy), card)
     assert all(same(got[n], want[n]) for n in NAMES)
 
 
 def test_packing_runs_on_the_current_stream(card):
     basis = TernaryBasis(300, 200, 8, 0.07, seed=5)
     right = basis._source.b_planes(basis._shape, card)
-    dense = ops.planes_to_dense(right, basis.K, 1.0, torch.float32)
 
-    def pack(planes, dense):
+    def pack(planes):
         lists = ops.planes_to_lists(planes, basis.K, True, False)
         again = ops.lists_to_dense(*lists, basis.D, 1.0, torch.float32)
-        return moved([*lists, again, ops.planes_to_dense(planes, basis.K, 1.0, torch.bfloat16),
-                      ops.pack_dense(dense)], "cpu")  # fmt: skip
+        dense = ops.planes_to_dense(planes, basis.K, 1.0, torch.bfloat16)
+        return moved([*lists, again, dense], "cpu")
 
-    want = pack(right, dense)
-    late = torch.zeros_like(right), torch.zeros_like(dense)
+    want, late = pack(right), torch.zeros_like(right)
     with late_stream(card):
-        late[0].copy_(right)
-        got = pack(late[0], dense)
-        torch.cuda._sleep(DELAY)
-        late[1].copy_(dense)
-        packed = moved(ops.pack_dense(late[1]), "cpu")
-    assert same(got, want) and same(packed, want[-1])
+        late.copy_(right)
+        got = pack(late)
+    assert same(got, want)
 
 
 @pytest.mark.parametrize("basis", BASES)
@@ -83,20 +71,19 @@ def test_a_basis_packed_on_one_stream_serves_all(card, basis):
     second = torch.cuda.Stream(card)
     for seed in range(3):
         basis = make(seed=seed)
-        want = [*basis.packed("cpu"), basis.dense("cpu")[1].sign()]
+        want = [*basis.packed("cpu")]
         with late_stream(card):
-            packed, dense = basis.packed(card), basis.dense_b(card, torch.float32)
+            packed = basis.packed(card)
         with torch.cuda.stream(second):
-            got = moved([*packed, dense], "cpu")
+            got = moved([*packed], "cpu")
         if basis.kind != "hadamard":
             del got[2], want[2]  # A's tables, which the CPU has none of
         assert same(got, want)
 
 
 @pytest.mark.parametrize("basis", [0.07, "hadamard"])
-def test_memory_of_a_dropped_basis_waits_for_other_streams(card, monkeypatch, basis):
+def test_memory_of_a_dropped_basis_waits_for_other_streams(card, basis):
     # Packed on one stream, used by one that is far behind, dropped, and its memory asked for again.
-    monkeypatch.setenv("RANDLORA_B_SIDE", "packed")
     layer = adapter(torch.nn.Linear(256, 256, device=card), basis)
     torch.nn.init.normal_(layer.randlora_lambda["default"])  # 0 would hide the bases
     x = torch.randn(64, 256, device=card)
@@ -132,7 +119,7 @@ def test_no_basis_is_packed_during_a_capture(card, basis):
 
 def test_two_streams_at_a_time(card):
     layers = [make_layer(136, 72, 8, basis, 130, torch.bfloat16) for basis in BASES]
-    wants = [run_linear(layer, "factored", "auto", card) for layer in layers]
+    wants = [run_linear(layer, card) for layer in layers]
     streams = [torch.cuda.Stream(card) for _ in layers]
     torch.cuda.synchronize(card)
     results = []
@@ -141,7 +128,7 @@ def test_two_streams_at_a_time(card):
             there = layer.to(card)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                results.append((there, ours(there, "factored"), want))
+                results.append((there, ours(there), want))
     torch.cuda.synchronize(card)
     for _, got, want in results:
         assert all(same(got[n].cpu(), want[n]) for n in NAMES)
@@ -155,9 +142,9 @@ def test_threads_that_start_one_kernel_with_different_needs(card):
             torch.randn(shape, device=card)
             for shape in ((basis.r, basis.n), (basis.n, basis.d), (2, features))
         )
-        last = (lam, gam, *operands(basis, card), "factored", None)
-        want = ops.linear(x, None, None, *last)
-        return all(torch.equal(ops.linear(x, None, None, *last), want) for _ in range(300))
+        inputs = x, None, None, lam, gam, *operands(basis, card)
+        want = ops.independent_linear(*inputs)
+        return all(torch.equal(ops.independent_linear(*inputs), want) for _ in range(300))
 
     with ThreadPoolExecutor(2) as pool:
         assert all(pool.map(repeat, (4096, 8192)))
@@ -167,10 +154,8 @@ def test_threads_that_start_one_kernel_with_different_needs(card):
 
 
 @pytest.mark.parametrize("tokens", [1, 130])
-@cases("basis, path, b_side", CASES)
-def test_a_training_step_in_a_graph(card, monkeypatch, basis, path, b_side, tokens):
-    monkeypatch.setenv("RANDLORA_B_SIDE", b_side)
-    monkeypatch.setenv("RANDLORA_PATH", path)
+@pytest.mark.parametrize("basis", BASES)
+def test_a_training_step_in_a_graph(card, basis, tokens):
     torch.manual_seed(0)
     base = torch.nn.Linear(136, 72, device=card, dtype=torch.bfloat16)
     layer = adapter(base, basis)
@@ -208,14 +193,14 @@ def test_a_training_step_in_a_graph(card, monkeypatch, basis, path, b_side, toke
         assert same(replayed, [y, x.grad, lam.grad, gam.grad])
 
 
-@cases("basis, path", dict.fromkeys(case[:2] for case in CASES))
-def test_waiting_for_the_card_is_nowhere_in_a_step(card, basis, path):
+@pytest.mark.parametrize("basis", BASES)
+def test_waiting_for_the_card_is_nowhere_in_a_step(card, basis):
     layer = make_layer(136, 72, 8, basis, 40, torch.bfloat16).to(card)
-    ours(layer, path)  # packs, which waits once
+    ours(layer)  # packs, which waits once
     torch.cuda.synchronize(card)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        ours(layer, path)
+        ours(layer)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -227,12 +212,12 @@ def test_a_card_that_is_not_current(card):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two cards")
     other = torch.device("cuda", (card.index + 1) % torch.cuda.device_count())
-    for basis, path, b_side in CASES:
+    for basis in BASES:
         layer = make_layer(50, 37, 7, basis, 20, torch.float32)
-        want = run_linear(layer, path, b_side, card)
-        got = run_linear(layer, path, b_side, other)
+        want = run_linear(layer, card)
+        got = run_linear(layer, other)
         assert torch.cuda.current_device() == card.index
-        assert all(same(got[n], want[n]) for n in NAMES), (basis, path, b_side)
+        assert all(same(got[n], want[n]) for n in NAMES), basis
 
 
 @pytest.mark.parametrize("basis", BASES)
@@ -246,7 +231,7 @@ def test_more_than_2_to_the_31_activations(card, room, basis):
     x = torch.randn(tokens, features, device=card, dtype=torch.bfloat16, requires_grad=True)
 
     def run(x):
-        return linear(x, None, None, basis, lam, gam, path="factored")
+        return linear(x, None, None, basis, lam, gam)
 
     y, eps = run(x), torch.finfo(torch.bfloat16).eps
     with torch.no_grad():
@@ -260,15 +245,15 @@ def test_more_than_2_to_the_31_activations(card, room, basis):
 
 
 def test_a_step_leaves_no_memory_behind(card):
-    for basis, path, b_side in CASES:
+    for basis in BASES:
         layer = make_layer(136, 72, 8, basis, 40, torch.bfloat16)
-        run_linear(layer, path, b_side, card)
+        run_linear(layer, card)
         torch.cuda.synchronize(card)
         gc.collect()  # what earlier tests left
         before = torch.cuda.memory_allocated(card)
         for _ in range(3):
-            run_linear(layer, path, b_side, card)
-        assert torch.cuda.memory_allocated(card) == before, (basis, path, b_side)
+            run_linear(layer, card)
+        assert torch.cuda.memory_allocated(card) == before, basis
 
 
 TF32 = """
@@ -278,7 +263,7 @@ from layer_cases import exact, make_layer, rms_error
 for basis in (1 / 3, 0.07, "hadamard"):
     layer = make_layer(136, 72, 8, basis, 70, torch.float32)
     want = exact(layer)
-    got = run_linear(layer, "factored", "packed", "cuda")
+    got = run_linear(layer, "cuda")
     errors = [rms_error(got[n], want[n]) for n in NAMES]
     assert max(errors) < 2e-3, errors
 """
