@@ -39,30 +39,34 @@ NEWEST_TRL = "1.16"  # as tests/peft/test_trl.py ran
 _patched: dict[tuple[type, str], tuple[Any, Any]] = {}  # (PEFT's, ours)
 
 
-def enable(float32_products: bool = False, keep_weight: str = "host") -> None:
+def enable(float32_products: bool | None = None, keep_weight: str | None = None) -> None:
     """From now on RandLoRA models made or loaded by PEFT run on the compiled kernels.
 
     Equivalent to editing PEFT's two tables, from the type RANDLORA to its tuner and its config:
     `get_peft_model`, `PeftModel.from_pretrained`, `inject_adapter_in_model` and transformers' own
     loading of adapters all look there. Models that exist already stay as they are, which a warning
-    says. Calling it again changes nothing else. ``PeftModel.save_pretrained`` and ``load_adapter``
-    are wrapped for models on our layers: a file appears when it is complete, and what is loaded
-    over an adapter must belong to its bases.
+    says. ``PeftModel.save_pretrained`` and ``load_adapter`` are wrapped for models on our layers: a
+    file appears when it is complete, and what is loaded over an adapter must belong to its bases.
 
     Args:
         float32_products: whether dense bases (PEFT's default) are multiplied in float32 in 16-bit
             models, as stock PEFT does at several times the cost, and not in 16 bits with float32
-            sums. It holds for all models.
-        keep_weight: where merged layers keep W, so that unmerging restores every bit: "host" is
-            CPU memory, "device" the weight's own device (docs/serve.md). "nothing" turns it off,
-            and unmerging subtracts dW as stock PEFT does. It holds for all models.
+            sums, the default.
+        keep_weight: where merged layers keep W, so that unmerging restores every bit: "host", the
+            default, is CPU memory, "device" the weight's own device (docs/serve.md). "nothing"
+            turns it off, and unmerging subtracts dW as stock PEFT does.
+
+    Both hold for all models, those that exist included, until a call gives another value: None
+    leaves them as they are. So a second `enable()`, a library's perhaps, changes nothing.
 
     Adapters are saved in PEFT's format, and stock PEFT loads them unless `RandLoraConfig` says
     otherwise.
     """
-    check_keep_weight(keep_weight)
-    AcceleratedLinear.keep_weight = keep_weight
-    AcceleratedLinear.float32_products = float32_products
+    if keep_weight is not None:
+        check_keep_weight(keep_weight)
+        AcceleratedLinear.keep_weight = keep_weight
+    if float32_products is not None:
+        AcceleratedLinear.float32_products = float32_products
     _patch()
     was_enabled = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] is RandLoraConfig
     _use(RandLoraConfig, AcceleratedRandLoraModel)

@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -111,7 +111,15 @@ class RandLoraConfig(peft.RandLoraConfig):
         return values | {"peft_type": NEEDS_OURS}
 
 
-RandLoraConfig.__init__ = names_unknown(RandLoraConfig.__init__)  # type: ignore[method-assign]
+# Of LoRA's options the nearest of ours would be another thing, but for these three.
+_OF_LORA = {each.name for each in fields(peft.LoraConfig)}
+_OF_LORA -= {"lora_alpha", "lora_dropout", "init_lora_weights"}
+_ANSWERS = dict.fromkeys(_OF_LORA, " of LoRA, which RandLoRA does not have")
+_ANSWERS["use_rslora"] = " of LoRA; RandLoRA scales dW by randlora_alpha / r"
+_ANSWERS["seed"] = "; did you mean 'projection_prng_key'?"
+RandLoraConfig.__init__ = names_unknown(  # type: ignore[method-assign]
+    RandLoraConfig.__init__, _ANSWERS
+)
 
 
 def _check_types(config: RandLoraConfig) -> None:

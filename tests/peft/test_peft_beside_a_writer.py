@@ -96,7 +96,9 @@ def merges_beside_a_writer(folder, merges):
     llama().save_pretrained(base)
     options = {"basis": "hadamard", "targets": ["q_proj"]}
     models = [
-        with_adapter(llama(), seed=seed, projection_prng_key=seed, randlora_alpha=90 * seed, **options)
+        with_adapter(
+            llama(), seed=seed, projection_prng_key=seed, randlora_alpha=90 * seed, **options
+        )
         for seed in (1, 2)
     ]
     wanted = []
