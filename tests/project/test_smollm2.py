@@ -89,8 +89,10 @@ def test_from_a_gguf_to_a_merged_model_and_the_printed_commands(
     for picture in ("loss.png", "spectra.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     saved = load_file(out / "adapter" / "adapter_model.safetensors")
-    assert {key.rpartition(".")[2] for key in saved} == {"randlora_lambda", "randlora_gamma"}
-    assert sum(tensor.numel() for tensor in saved.values()) == results["parameters"]["trained"]
+    trained = [t.numel() for key, t in saved.items() if not key.endswith("input_scale")]
+    assert len(saved) == 3 * len(trained) // 2  # of each layer one scale
+    assert sum(trained) == results["parameters"]["trained"]
+    assert results["forgetting"][0] == [0, 0] and len(results["forgetting"]) == 7
 
     # Split as by a shell, but run without new processes.
     script = shlex.split(printed.partition("Next, ")[2].partition("\n")[2])
