@@ -44,8 +44,8 @@ HadamardBasis check_basis(const Tensor& lam, const Tensor& gam, const Tensor& s,
 
 // Where the sizes do not fit, plain torch computes (randlora_ext/ops/hadamard.py).
 bool fits(const HadamardBasis& b, const Tensor& x) {
-  return !runs_on_cuda(x) || hadamard_fits(b.sizes, activation_dtype(x, "x"),
-                                           x.is_cpu() ? 0 : x.get_device_index());
+  return !runs_on_cuda(x) ||
+         hadamard_fits(b.sizes, activation_dtype(x, "x"), x.is_cpu() ? 0 : x.get_device_index());
 }
 
 template <class... Args>
@@ -125,9 +125,9 @@ class Steps {
         multiply(out, at_classes(w, p), gamma(p), 1, 0, class_dtype_, like_);
       });
       TorchRuntime runtime;
-      cpu_kernels().hadamard_add({s_, room.const_data_ptr(), const_cast<void*>(to), dtype_, tokens_,
-                                  b_.scale, accumulate},
-                                 runtime);
+      cpu_kernels().hadamard_add(
+          {s_, room.const_data_ptr(), const_cast<void*>(to), dtype_, tokens_, b_.scale, accumulate},
+          runtime);
       return;
     }
     // torch's GEMM adds to results of its own dtype alone.
@@ -164,9 +164,9 @@ class Steps {
     if (z)
       sums = static_cast<char*>(sums_.mutable_data_ptr()) +
              chunk_ * slots_ * s_.K() * (dtype_ == DType::f64 ? 8 : 4);
-    run(like_, HadamardDown{s_, element(y, t * s_.D, dtype_), lam_.const_data_ptr(),
-                            floats(b_.row), floats(b_.col), w.mutable_data_ptr(),
-                            z ? z->const_data_ptr() : nullptr, sums, slots_, dtype_, tokens_});
+    run(like_, HadamardDown{s_, element(y, t * s_.D, dtype_), lam_.const_data_ptr(), floats(b_.row),
+                            floats(b_.col), w.mutable_data_ptr(), z ? z->const_data_ptr() : nullptr,
+                            sums, slots_, dtype_, tokens_});
   }
   std::tuple<Tensor, Tensor> diagonals() const {
     const ScalarType type = compute_type(dtype_);
@@ -196,13 +196,17 @@ class Steps {
   }
   MatrixBatch at_classes(const Tensor& z, const Part& p) const {
     const int64_t each = tokens_ * s_.n;
-    return {element(z, p.first * each, class_dtype_), p.count, tokens_, s_.n, each,
-            s_.n, 1};
+    return {element(z, p.first * each, class_dtype_), p.count, tokens_, s_.n, each, s_.n, 1};
   }
   // Of a chunk (tokens, d).
   MatrixBatch columns(const void* x, const Part& p) const {
     return {static_cast<const char*>(x) + p.first * s_.n * bytes_of(class_dtype_),
-            p.count, tokens_, p.width, s_.n, s_.d, 1};
+            p.count,
+            tokens_,
+            p.width,
+            s_.n,
+            s_.d,
+            1};
   }
   MatrixBatch gamma(const Part& p) const {
     return {element(gam_, p.first * s_.n, class_dtype_), p.count, s_.n, p.width, s_.n, s_.d, 1};

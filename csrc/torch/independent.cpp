@@ -137,8 +137,7 @@ Gradients independent_linear_backward(Tensor dy, Tensor x, OptionalTensor weight
                                       OptionalTensor a_tables, OptionalTensor b_planes,
                                       OptionalTensor b_row_offset, OptionalTensor b_row_index,
                                       OptionalTensor b_col_offset, OptionalTensor b_col_index,
-                                      bool expand, double scale, bool need_x,
-                                      bool need_diagonals) {
+                                      bool expand, double scale, bool need_x, bool need_diagonals) {
   const Basis b = Packed{lam,      gam,          a_offset,    a_index,      a_tables,
                          b_planes, b_row_offset, b_row_index, b_col_offset, b_col_index}
                       .checked();
@@ -161,9 +160,9 @@ Gradients independent_linear_backward(Tensor dy, Tensor x, OptionalTensor weight
   return {dx, dlam, dgam};
 }
 
-#define RANDLORA_BASIS                                                                   \
-  "Tensor lam, Tensor gam, Tensor a_offset, Tensor a_index, Tensor? a_tables, "          \
-  "Tensor? b_planes, Tensor? b_row_offset, Tensor? b_row_index, Tensor? b_col_offset, "  \
+#define RANDLORA_BASIS                                                                  \
+  "Tensor lam, Tensor gam, Tensor a_offset, Tensor a_index, Tensor? a_tables, "         \
+  "Tensor? b_planes, Tensor? b_row_offset, Tensor? b_row_index, Tensor? b_col_offset, " \
   "Tensor? b_col_index, bool expand, float scale"
 const Operators operators{
     {"independent_linear(Tensor x, Tensor? weight, Tensor? bias, " RANDLORA_BASIS ") -> Tensor",

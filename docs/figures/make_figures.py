@@ -187,40 +187,11 @@ def b_side():
     return figure
 
 
-def paths():
-    """What the three paths compute."""
-    figure, axes = canvas(9, 4.2, (18, 8.4))
-    heads = ("factored", "delta", "merged")
-    steps = (
-        ("x Wᵀ by GEMM", "V = x A'ᵀ by the A side", "y += V Bᵀ by the B side"),
-        ("x Wᵀ by GEMM", "form dW", "y += x dWᵀ by GEMM"),
-        ("form dW", "W + dW, once", "y = x (W + dW)ᵀ by GEMM"),
-    )
-    costs = (
-        "no more GEMMs\nfew tokens, low density, 16 bits",
-        "3 more GEMMs, and forming dW\nmany tokens at high density",
-        "1 more GEMM, and forming dW\nmany tokens, float32, no dropout",
-    )
-    for column, (head, lines, cost) in enumerate(zip(heads, steps, costs, strict=True)):
-        x = 0.6 + 6 * column
-        note(axes, x + 2.4, 0.6, head, weight="bold", size=12)
-        for place, text in enumerate(lines):
-            ours = any(word in text for word in ("side", "form", "once"))
-            box(axes, x, 1.2 + 1.7 * place, 4.8, 1, TRAINED if ours else FIXED, text)
-            if place:
-                arrow(axes, (x + 2.4, 0.5 + 1.7 * place), (x + 2.4, 1.2 + 1.7 * place))
-        note(axes, x + 2.4, 6.6, cost, size=9)
-    told = "yellow: our kernels; grey: torch's GEMMs. Costs: a training step beyond the frozen one"
-    note(axes, 9, 7.8, told, size=9)
-    return figure
-
-
 FIGURES = {
     "update": update,
     "hadamard": hadamard,
     "a-side": a_side,
     "b-side": b_side,
-    "paths": paths,
 }
 
 

@@ -218,13 +218,13 @@ def _plain_weight(weight, lam, gam, s, row, col, expand, scale):
     return (delta if weight is None else weight.to(dtype) + delta).to(like.dtype).contiguous()
 
 
+torch.library.impl("randlora::hadamard_weight", "default", _plain_weight)
 for _name, _function in (
     ("hadamard_linear", _plain_linear),
     ("hadamard_linear_backward", _plain_linear_backward),
-    ("hadamard_weight", _plain_weight),
 ):
     torch.library.impl(f"randlora::{_name}", "default", _function)
-    # Under names of their own for csrc/torch/hadamard.cpp, on cards that the sizes do not fit.
+    # For csrc/torch/hadamard.cpp, which the dispatcher takes on cards that the sizes do not fit.
     _, _, _schema = str(getattr(_ops, _name).default._schema).partition("(")
     torch.library.define(f"randlora::{_name}_plain", f"({_schema}")
     torch.library.impl(f"randlora::{_name}_plain", "default", _function)

@@ -24,15 +24,9 @@ void check_add(CpuKernels& kernels, const HadamardProblem& p, DType dtype, bool 
 
 int main() {
   if (!kernels_can_run()) return 77;
-  const HadamardCase cases[] = {{1, 1, 1},
-                                {4, 1, 9},
-                                {8, 64, 64},
-                                {7, 61, 96},
-                                {3, 10, 11},
-                                {60, 50, 50},  // r > d
-                                {2, 33, 70},
-                                {32, 70, 150},
-                                {32, 260, 330}};
+  const HadamardCase cases[] = {{1, 1, 1},   {4, 1, 9},     {8, 64, 64},
+                                {7, 61, 96}, {3, 10, 11},   {60, 50, 50},  // r > d
+                                {2, 33, 70}, {32, 70, 150}, {32, 260, 330}};
   for (const int threads : {1, 3})
     for (HadamardCase c : cases) {
       CpuKernels kernels(threads);

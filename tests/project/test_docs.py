@@ -57,6 +57,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, torch_settings, stock_pe
 def test_every_operator_is_documented_and_no_other():
     schemas = [str(schema) for schema in torch._C._jit_get_all_schemas()]
     registered = {s[10 : s.index("(")]: s for s in schemas if s.startswith("randlora::")}
+    registered = {name: s for name, s in registered.items() if not name.endswith("_plain")}
     documented = dict(SECTION.findall((ROOT / "docs/ops.md").read_text()))
     assert sorted(documented) == sorted(registered)
     for name, text in documented.items():
