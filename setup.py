@@ -11,6 +11,7 @@ import os
 import platform
 import shlex
 import shutil
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,8 +56,18 @@ def kernel_library(isa: str) -> tuple[str, dict]:
     }
 
 
+# pip would give every editable install a new folder, and compile all of it again. Objects of other
+# flags or compilers lie in others.
+FLAGS = hashlib.sha256(" ".join([*COMMON, os.environ.get("CXX", "")]).encode()).hexdigest()[:8]
+BUILD = f"build/temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{FLAGS}"
+
+
 class BuildLibraries(build_clib):
     """Side by side: that for AVX-512 alone takes as long as the others together."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.build_temp = self.build_clib = BUILD
 
     def build_libraries(self, libraries):
         # First, because what is left over in build/ would let it fail at some later step.
@@ -72,6 +83,10 @@ class BuildLibraries(build_clib):
 
 
 class BuildKernels(BuildExtension):
+    def finalize_options(self):
+        super().finalize_options()
+        self.build_temp = BUILD
+
     def run(self):
         # `build_ext --inplace` and editable installs do not run build_clib by themselves.
         self.run_command("build_clib")
