@@ -14,7 +14,7 @@ def operands(basis: TernaryBasis, device: torch.device | str, scaling: float = 1
     """The operators' arguments that describe the bases, from `a_offset` to `scale`."""
     a_offset, a_index, a_tables, *of_b = basis.packed(device)
     tables = a_tables if a_tables.numel() else None  # CUDA's alone
-    planes = of_b.pop() if len(of_b) == 1 else None
+    planes = of_b[0] if len(of_b) == 1 else None
     lists = of_b if planes is None else [None] * 4
     scale = float(scaling * basis.scale)
     return a_offset, a_index, tables, planes, *lists, basis.expand, scale
