@@ -127,13 +127,14 @@ def _merge_error(basis: TernaryBasis, dtype: torch.dtype, device: torch.device) 
     normal, sizes = _normal(basis.r), (basis.out_features, basis.in_features)
     W, grad = normal(*sizes).to(dtype), normal(*sizes)
     lam, gam = normal(basis.r, basis.n), normal(basis.n, basis.d) / basis.d
-    leaves = [t.to(device).requires_grad_() for t in (lam, gam)]
-    dW = delta_weight(basis, *leaves)
-    merged = merged_weight(basis, W.to(device), *leaves)
+    leaves = lam.to(device).requires_grad_(), gam.to(device).requires_grad_()
+    dW = delta_weight(basis, leaves[0], leaves[1])
+    merged = merged_weight(basis, W.to(device), leaves[0], leaves[1])
     got = [merged, dW, *torch.autograd.grad(dW, leaves, grad.to(device))]
 
-    wide = [t.double().requires_grad_() for t in (lam, gam)]
-    want = delta_weight_reference(*basis.dense(dtype=torch.float64), *wide, 1.0, *sizes)
+    wide = lam.double().requires_grad_(), gam.double().requires_grad_()
+    A, B = basis.dense(dtype=torch.float64)
+    want = delta_weight_reference(A, B, wide[0], wide[1], 1.0, sizes[0], sizes[1])
     of_want = torch.autograd.grad(want, wide, grad.double())
     want = want.detach()
     return max(map(_error, got, (W.double() + want, want, *of_want)))

@@ -124,7 +124,7 @@ struct Cut {
 
   Cut(const MatrixBatch& out, int64_t depth)
       : length(std::max(out.rows, out.cols)), by_row(out.rows >= out.cols) {
-    constexpr int64_t kLeast = int64_t{1} << 20, kMost = 64;  // multiply-adds of a slice; slices
+    constexpr int64_t kLeast = int64_t{1} << 21, kMost = 64;  // multiply-adds of a slice; slices
     const int64_t work = out.count * out.rows * out.cols * depth;
     const int64_t slices = std::clamp<int64_t>(work / kLeast, 1, kMost);
     groups = std::min(slices, out.count);

@@ -25,8 +25,8 @@ Tensor allocate_on(const std::vector<int64_t>& sizes, ScalarType type, int32_t d
 }
 
 // Memory that a thread keeps for its next temporaries. malloc returns freed memory to the system,
-// and getting it back faults page by page: this took a fifth of a training step of SmolLM2 that
-// formed W + dW.
+// and getting it back faults page by page: this took up to a fifth of a training step of
+// SmolLM2.
 class KeptBlocks {
  public:
   // The smallest block that fits. If none does, a new block replaces the largest.

@@ -2,7 +2,6 @@
 those that make packed bases (basis_ops.cpp). They need our kernels."""
 
 import torch
-from torch import Tensor
 
 from .. import devices
 from ..basis import TernaryBasis
@@ -15,12 +14,8 @@ def operands(basis: TernaryBasis, device: torch.device | str, scaling: float = 1
     """The operators' arguments that describe the bases, from `a_offset` to `scale`."""
     a_offset, a_index, a_tables, *of_b = basis.packed(device)
     tables = a_tables if a_tables.numel() else None  # CUDA's alone
-    planes: Tensor | None = None
-    lists: list[Tensor | None] = [None] * 4
-    if len(of_b) == 1:
-        (planes,) = of_b
-    else:
-        lists = of_b
+    planes = of_b[0] if len(of_b) == 1 else None
+    lists = of_b if planes is None else [None] * 4
     scale = float(scaling * basis.scale)
     return a_offset, a_index, tables, planes, *lists, basis.expand, scale
 

@@ -110,7 +110,7 @@ def test_linear(shape, kind):
 @pytest.mark.parametrize("r", [1, 2, 3, 32])
 @pytest.mark.parametrize("sizes", [(300, 420), (420, 300)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_class_products_of_any_size(sizes, r, dtype):
+def test_linear_on_class_products_of_any_size(sizes, r, dtype):
     # The fewer the classes, the larger their products, which torch's GEMM would share out by
     # threads.
     layer = make_layer(*sizes, r, "hadamard", 200, dtype)

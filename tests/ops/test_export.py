@@ -40,8 +40,9 @@ def test_an_exported_program(density, strict):
     # The two layers' shapes are one turned around: their packed tensors are the same constants.
     packed = [t for t in model[0].bases["default"].packed() if t.numel()]  # without CUDA's tables
     assert len(program.constants) == len(packed)
-    for constant, tensor in zip(program.constants.values(), packed, strict=True):
-        assert torch.equal(constant, tensor)
+    for constant in program.constants.values():
+        alike = (t for t in packed if t.dtype == constant.dtype)
+        assert any(torch.equal(constant, t) for t in alike)
     for tokens in (1, 7, 300):
         x = torch.randn(tokens, 24)
         torch.testing.assert_close(program.module()(x), model(x))
