@@ -44,22 +44,17 @@ for version in sys.argv[1:]:
     has = torch._C._dispatch_has_kernel_for_dispatch_key("randlora::hadamard_linear", "CUDA")
     print("driver", version, has, randlora_ext.build_info()["cuda"], sep="|")
     print(*(warning.message for warning in told if "randlora" in str(warning.message)), sep="\\n")
-    if has:
-        break
-    from randlora_ext import TernaryBasis, diagnostics, explain, linear, scaled_basis
-
-    print(explain(TernaryBasis(64, 48, 8, kind="hadamard"), 16, device="cuda").isa)
-    basis = TernaryBasis(64, 48, 8, 0.07)
-    shapes = (16, 64), (48, 64), (basis.r, basis.n), (basis.n, basis.d)
-    with FakeTensorMode():
-        x, W, lam, gam = (torch.empty(shape, device="cuda") for shape in shapes)
-        for call in (lambda: linear(x, W, None, basis, lam, gam),
-                     lambda: scaled_basis(basis, lam, gam)):
+    if not has:
+        basis = randlora_ext.TernaryBasis(64, 48, 8, 0.07)
+        sizes = (16, 64), (basis.r, basis.n), (basis.n, basis.d)
+        with FakeTensorMode():
+            x, lam, gam = (torch.empty(size, device="cuda") for size in sizes)
             try:
-                call()
+                randlora_ext.linear(x, None, None, basis, lam, gam)
             except ValueError as error:
                 print(error)
-    print(*diagnostics.describe(), sep="\\n")
+        from randlora_ext import diagnostics
+        print(*diagnostics.describe(), sep="\\n")
     break
 """
 
@@ -85,12 +80,10 @@ def test_only_an_old_driver_leaves_plain_torch_and_randlora_says_so(tmp_path):
     assert done.returncode == 0, done.stderr
     old, *others = done.stdout.split("driver|")[1:]
     assert others == [f"{v}|True|nvcc 13.0: 900\n\n" for v in ("13000", "14000", "none")]
-    registered, warning, hadamard, independent, scaled, *checked = old.splitlines()
+    registered, warning, independent, *checked = old.splitlines()
     said = "not loaded: the NVIDIA driver is for CUDA 12.8, and the kernels, "
     assert registered.startswith("12080|False|not loaded: the NVIDIA driver is for CUDA 12.8")
     assert warning.startswith(f"randlora_ext: the CUDA kernels are {said}")
-    assert "need a driver for CUDA 13" in warning and hadamard == "plain torch"
+    assert "need a driver for CUDA 13" in warning
     assert "no kernels are loaded" in independent and "build_info()['cuda']" in independent
-    assert scaled == independent.replace("x is on", "lam is on")
-    (line,) = (line for line in checked if line.startswith("CUDA kernels"))
-    assert line.startswith("CUDA kernels: not loaded: the NVIDIA driver is for CUDA 12.8")
+    assert any(line.startswith(f"CUDA kernels: {said}") for line in checked)
