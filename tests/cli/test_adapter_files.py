@@ -27,6 +27,10 @@ class Victim:
         self.weights = (folder / WEIGHTS).read_bytes()
         self.config = json.loads((folder / CONFIG).read_text())
         self.state, self.y = numbers(self.model), self.model(self.x).detach()
+        # The adapter in use is to be replaced.
+        self.load_over = lambda: self.model.load_adapter(folder, "default")
+        self.load_beside = lambda: self.model.load_adapter(folder, "two")
+        self.load_anew = lambda: opened(folder)
 
     def write(self, weights=None, **changes):
         (self.folder / WEIGHTS).write_bytes(self.weights if weights is None else weights)
@@ -36,16 +40,6 @@ class Victim:
         assert_unchanged(self.model, self.state)
         assert self.model.active_adapters == ["default"]
         assert torch.equal(self.model(self.x), self.y)
-
-    def load_over(self):
-        """The adapter in use is to be replaced."""
-        return self.model.load_adapter(self.folder, "default")
-
-    def load_beside(self):
-        return self.model.load_adapter(self.folder, "two")
-
-    def load_anew(self):
-        return opened(self.folder)
 
 
 @pytest.fixture(scope="module")
@@ -179,31 +173,19 @@ def test_a_bad_config_raises_and_changes_nothing(victim, change):
         victim.assert_unchanged()
 
 
-ALLOWED = {
-    "density": (float, type(None)),
-    **dict.fromkeys(("r", "randlora_alpha", "randlora_dropout"), (int, float)),
-    **dict.fromkeys(("bias", "projection_prng_key", "basis"), (str, int)),
-    **dict.fromkeys(("sparse", "very_sparse", "save_projection", "fan_in_fan_out"), (bool,)),
-    **dict.fromkeys(("init_weights", "inference_mode"), (bool,)),
-    **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version"), (str, type(None))),
-    **dict.fromkeys(("target_modules", "layers_pattern"), (str, list, type(None))),
-    "modules_to_save": (list, type(None)),
-    "layers_to_transform": (int, list, type(None)),
-    "auto_mapping": (dict, type(None)),
-}
+FIELDS = [
+    *("density", "r", "randlora_alpha", "randlora_dropout", "bias", "projection_prng_key", "basis"),
+    *("sparse", "very_sparse", "save_projection", "fan_in_fan_out", "init_weights"),
+    *("inference_mode", "base_model_name_or_path", "revision", "peft_version", "target_modules"),
+    *("layers_pattern", "modules_to_save", "layers_to_transform"),
+]
 
 
 def test_a_field_of_a_wrong_type_is_named(victim):
-    for field, allowed in ALLOWED.items():
-        for value in (5, 1.5, "x", None, [[]], {"a": 1}, True):
-            if isinstance(value, allowed) and not isinstance(value, list):
-                if isinstance(value, bool) <= (bool in allowed):
-                    continue
+    for field in FIELDS:
+        for value in ({"a": 1}, [[]]):
             victim.write(**{field: value})
             for load in (victim.load_anew, victim.load_beside):
                 with pytest.raises((TypeError, ValueError), match=f"^{field}\\b.* must be "):
                     load()
     victim.assert_unchanged()
-    victim.write(projection_prng_key=KEY.format(1, "07"))
-    with pytest.raises(ValueError, match="^projection_prng_key: '.*' is no key"):
-        victim.load_anew()

@@ -27,6 +27,7 @@ COMMANDS = ("check", "merge")
 )
 def test_arguments_that_make_no_command(arguments, message):
     assert message in refused(*arguments)
+    assert run("--version") == (0, f"randlora_ext {randlora_ext.__version__}\n", "")
 
 
 def test_help_fits_a_screen_and_needs_no_torch(monkeypatch):
@@ -42,10 +43,6 @@ def test_help_fits_a_screen_and_needs_no_torch(monkeypatch):
         assert len(lines) <= 24 and max(map(len, lines)) <= 80
         example = lines[-1].removeprefix("example: randlora ").split()
         assert randlora_cli._parser().parse_args(example).command in (command or COMMANDS)
-
-
-def test_version():
-    assert run("--version") == (0, f"randlora_ext {randlora_ext.__version__}\n", "")
 
 
 def as_a_module(monkeypatch, capsys, *arguments):

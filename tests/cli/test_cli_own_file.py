@@ -25,20 +25,15 @@ def adapted(base, targets, file, **options):
     return model
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """(logits, file) of a model like that of `sound` with an adapter."""
-    file = tmp_path / "a.safetensors"
-    return logits_of(adapted(llama(), TARGETS, file)), file
-
-
 def logits_of(model):
     with torch.no_grad():
         return model.eval()(TOKENS).logits
 
 
-def test_merge_without_peft(saved, sound, tmp_path):
-    want, file = saved
+@pytest.mark.parametrize("kind", [{}, {"basis": "hadamard", "density": None}], ids=str)
+def test_merge_without_peft(sound, tmp_path, kind):
+    file = tmp_path / "a.safetensors"
+    want = logits_of(adapted(llama(), TARGETS, file, **kind))
     program = (
         "import runpy, sys; sys.modules['peft'] = None; "
         "runpy.run_module('randlora_ext', run_name='__main__')"
@@ -85,35 +80,19 @@ def test_tied_layers(tmp_path, copies):
         torch.testing.assert_close(after[f"model.{name}.weight"], net[name].weight)
 
 
-def test_hadamard_bases(sound, tmp_path):
-    file, model = tmp_path / "a.safetensors", sound / "model"
-    want = logits_of(adapted(llama(), TARGETS, file, basis="hadamard", density=None))
-    assert run("merge", model, file, tmp_path / "merged")[0] == 0
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert relative(logits_of(merged), want) < 1e-5
-
-
-def test_what_does_not_fit_is_told(saved, sound, tmp_path):
-    _, file = saved
-    model = llama(intermediate_size=64)
-    model.save_pretrained(tmp_path / "other")
-    line = refused("merge", tmp_path / "other", file, tmp_path / "out")
-    assert "up_proj: in_features and out_features are (32, 64), in the file [32, 48]" in line
-    file.write_bytes(file.read_bytes()[:-3])
-    assert "damaged" in refused("merge", sound / "model", file, tmp_path / "out")
-
-
-def test_paths_are_checked_before_anything_is_imported(saved, sound, tmp_path, monkeypatch):
-    """Nobody waits for PEFT to be told of a misspelt path."""
+def test_what_does_not_fit_is_told(sound, tmp_path, monkeypatch):
+    file, out = tmp_path / "a.safetensors", tmp_path / "out"
+    adapted(llama(), TARGETS, file)
+    llama(intermediate_size=64).save_pretrained(tmp_path / "other")
+    # Paths are checked first: nobody waits for PEFT to be told of a misspelt one.
     monkeypatch.setitem(sys.modules, "randlora_ext.peft", None)
-    (tmp_path / "no-peft").mkdir()
-    for arguments, told in (
-        (("nowhere", saved[1], tmp_path / "out"), "nowhere is no folder"),
-        (("nowhere", "nor here", tmp_path / "no-peft"), "nowhere is no folder"),
-        (
-            (sound / "model", "nor here", tmp_path / "out"),
-            "nor here/adapter_config.json does not exist",
-        ),
-        ((sound / "model", tmp_path / "no-peft", tmp_path / "out"), "config.json does not"),
+    for model, adapter, told in (
+        (tmp_path / "other", file, "up_proj: in_features and out_features are (32, 64), in the"),
+        ("nowhere", file, "nowhere is no folder"),
+        ("nowhere", "nor here", "nowhere is no folder"),
+        (sound / "model", "nor here", "nor here/adapter_config.json does not exist"),
+        (sound / "model", tmp_path, "adapter_config.json does not exist"),
     ):
-        assert told in refused("merge", *arguments)
+        assert told in refused("merge", model, adapter, out)
+    file.write_bytes(file.read_bytes()[:-3])
+    assert "damaged" in refused("merge", sound / "model", file, out)

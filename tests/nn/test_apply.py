@@ -39,7 +39,9 @@ def test_apply_by_suffix_and_by_pattern():
 def adapted_in_part():
     model = small_model()
     model["empty"], model["compiled"] = nn.Linear(8, 0), torch.compile(nn.Linear(8, 8))
-    return apply_randlora(model, ["0.down"], r=4)
+    apply_randlora(model, ["0.down"], r=4)
+    model["blocks"][1]["q"].weight.requires_grad_(True)
+    return model
 
 
 ERRORS = {

@@ -42,17 +42,13 @@ class Ours:
 
 class OfPeft(Ours):
     def __init__(self, dtype):
-        pytest.importorskip("peft")
-        from peft_helpers import accelerated, config, layers, peft
-        from peft_helpers import randomize as randomize_model
-
-        accelerated.enable()
+        peft_helpers = pytest.importorskip("peft_helpers")
         base = nn.Sequential(make_base(24, 40, dtype=dtype))
-        model = peft.get_peft_model(base, config(5, targets=["0"], sparse=True))
-        model.add_adapter("two", config(5, targets=["0"], sparse=True, randlora_alpha=50))
-        model.base_model.set_adapter(["default", "two"])
-        randomize_model(model)
-        self.model, (self.layer,) = model, layers(model)
+        self.model = peft_helpers.adapted(base, ["0"], sparse=True)
+        second = peft_helpers.config(5, targets=["0"], sparse=True, randlora_alpha=50)
+        self.model.add_adapter("two", second)
+        self.model.base_model.set_adapter(["default", "two"])
+        (self.layer,) = peft_helpers.layers(peft_helpers.randomize(self.model))
 
 
 KINDS = pytest.mark.parametrize("kind", [Ours, OfPeft])
@@ -124,12 +120,15 @@ def test_kept_and_subtracted_adapters_may_be_mixed(first, second):
 def test_a_copy_of_a_merged_layer_unmerges_too(kind):
     made = kind(torch.bfloat16)
     layer, W = made.layer, bits(made.weight)
-    made.merge()
+    with torch.inference_mode():  # what is kept there is no inference tensor
+        made.merge()
     for other in (copy.deepcopy(layer), pickled(layer)[0]):
         learn(other, 1)
         other.unmerge()
         assert torch.equal(bits(other.get_base_layer().weight), W)
         assert layer.merged and not torch.equal(bits(made.weight), W)
+    layer.unmerge()
+    assert torch.equal(bits(made.weight), W)
 
 
 @KINDS
@@ -144,17 +143,6 @@ def test_unmerging_and_casting_may_change_places(kind, dtype, then):
         layer.unmerge()
         W = W.to(target)
         assert torch.equal(made.weight, W)
-
-
-@KINDS
-def test_merging_under_inference_mode(kind):
-    made = kind(torch.bfloat16)
-    layer, W = made.layer, bits(made.weight)
-    with torch.inference_mode():
-        made.merge()
-    copy.deepcopy(layer).unmerge()
-    layer.unmerge()
-    assert torch.equal(bits(made.weight), W)
 
 
 @KINDS
@@ -210,40 +198,17 @@ def test_after_ctrl_c_weight_and_state_agree(kind, action, keep, again):
     assert states == {True, False}
 
 
-@pytest.mark.parametrize("action", ["merge_adapter", "unmerge_adapter"])
-def test_ctrl_c_leaves_a_model_that_unmerges(action):
-    pytest.importorskip("peft")
-    from peft_helpers import layers
-    from peft_helpers import made as make_model
-
-    model = make_model(sparse=True)
-    weights = [layer.get_base_layer().weight for layer in layers(model)]
-    before = [bits(weight) for weight in weights]
-    counts = set()
-    if action == "unmerge_adapter":
-        model.merge_adapter()
-    for _ in interrupts(getattr(model, action), "randlora_ext/nn/merging"):
-        counts.add(sum(layer.merged for layer in layers(model)))
-        model.unmerge_adapter()
-        assert all(map(torch.equal, map(bits, weights), before))
-        if action == "unmerge_adapter":
-            model.merge_adapter()
-    assert counts == {0, 1, 2, 3}
-    assert layers(model)[0].merged == (action == "merge_adapter")
-
-
 @pytest.mark.parametrize("keep", ["host", "nothing"])
 def test_a_merged_adapter_that_is_deleted(keep):
-    """PEFT up to 0.20 deletes it and leaves it in the weight; so it stays if nothing was kept."""
+    """As by PEFT up to 0.20; without a kept W it stays in the weight, and that is told."""
     made = OfPeft(torch.float32)
-    weight = made.weight
-    W = weight.detach().clone()
+    W = made.weight.detach().clone()
     made.merge(["two"], keep_weight=keep)
-    merged = weight.detach().clone()
+    merged = made.weight.detach().clone()
     del made.layer.randlora_lambda["two"], made.layer.randlora_gamma["two"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         made.layer.unmerge()
-    told = [str(w.message) for w in caught if "deleted while merged" in str(w.message)]
-    assert len(told) == (keep == "nothing") and all("'two'" in each for each in told)
-    assert torch.equal(weight, W if keep == "host" else merged) and not made.layer.merged
+    told = [str(w.message) for w in caught if "['two'] were deleted while merged" in str(w.message)]
+    assert len(told) == (keep == "nothing") and not made.layer.merged
+    assert torch.equal(made.weight, W if keep == "host" else merged)
