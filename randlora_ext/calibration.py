@@ -45,8 +45,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
             mapping has an "attention_mask" (batch, tokens), its zeros leave out tokens in layers
             that see as many tokens.
 
-    If torch.distributed is initialized, all ranks must call, each with its own batches: sums over
-    all ranks give all of them equal vectors.
+    If torch.distributed is initialized, all ranks must call, each with its own batches, equally
+    many if FSDP2 has sharded the model: sums over all ranks give all of them equal vectors.
 
     Raises, and leaves every adapter as it was: ValueError if no active adapter is on Hadamard
     bases, one has trained (its lambda is not zero) or is merged, no batch comes, or inputs hold NaN

@@ -1,5 +1,6 @@
 """What a layer with RandLoRA adapters computes: `RandLoraLinear` and PEFT's layers alike."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -78,10 +79,15 @@ class AdaptedLayer(KeepsWeight):
         """`basis_of` gives the adapter this one from now on."""
         raise NotImplementedError
 
+    @property
+    def randlora_input_scale(self) -> SimpleNamespace:
+        """Torch's functions for distributed state dicts look every key up as an attribute."""
+        return SimpleNamespace(**self.input_scales)
+
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, scale in self.input_scales.items():
-            destination[f"{prefix}{INPUT_SCALE}.{name}"] = scale
+        for name, scale in self.input_scales.items():  # copies: dcp.load writes into them
+            destination[f"{prefix}{INPUT_SCALE}.{name}"] = scale.clone()
 
     def _load_from_state_dict(self, state_dict, prefix: str, *args) -> None:
         # A state with a lambda is whole: without a scale it was trained without.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -277,32 +278,38 @@ def one_save(folder: str | os.PathLike, hub: dict[str, Any]) -> Iterator[str | o
     if isinstance(folder, Shown) or recorded_configuration(place) is None:
         yield folder
         return
-    with ExitStack() as held:
-        shown = Shown(held.enter_context(TemporaryDirectory()))
+    with TemporaryDirectory() as temporary, ExitStack() as held:
+        shown = Shown(temporary)
         shown.of = str(place)
-        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-            with suppress(FileNotFoundError):
-                file = held.enter_context(open(place / name, "rb"))
-                os.symlink(f"/proc/self/fd/{file.fileno()}", Path(shown, name))
-        _refuse_torn(shown)
+        for wait in (0.02, 0.2, 0):  # for a save that is between its files
+            for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+                link = Path(shown, name)
+                link.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):
+                    file = held.enter_context(open(place / name, "rb"))
+                    link.symlink_to(f"/proc/self/fd/{file.fileno()}")
+            if not (differences := _differences(shown)):
+                break
+            time.sleep(wait)
+        else:
+            raise ValueError(
+                f"{place / CONFIG_NAME} does not belong to the {SAFETENSORS_WEIGHTS_NAME} beside "
+                f"it, whose {', '.join(differences)}: a save was interrupted, or the file was "
+                "edited. Save the adapter again; to load it with other fields, pass config= "
+                "instead of editing the file"
+            )
         hub.pop("subfolder", None)
         yield shown
 
 
-def _refuse_torn(shown: Shown) -> None:
+def _differences(shown: Shown) -> list[str]:
     config, recorded = Path(shown, CONFIG_NAME), recorded_configuration(shown)
     if recorded is None or not config.exists():
-        return
+        return []
     own = json.loads(config.read_text())
     own = own if isinstance(own, dict) else {}
-    if differences := [
+    return [
         f"{name} is {recorded[name]!r}, not {own.get(name)!r}"
         for name in _RECORDED
         if recorded[name] != own.get(name)
-    ]:
-        raise ValueError(
-            f"{Path(shown.of, CONFIG_NAME)} does not belong to the {SAFETENSORS_WEIGHTS_NAME} "
-            f"beside it, whose {', '.join(differences)}: a save goes on or was interrupted, or the "
-            "file was edited. Save the adapter again; to load it with other fields, pass config= "
-            "instead of editing the file"
-        )
+    ]

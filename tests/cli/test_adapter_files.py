@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft_helpers import accelerated, assert_unchanged, made, numbers, opened
 from property_cases import DEEP
+from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -33,7 +34,10 @@ class Victim:
         self.load_anew = lambda: opened(folder)
 
     def write(self, weights=None, **changes):
+        """Without weights, but with changes, as another program: nothing is recorded."""
         (self.folder / WEIGHTS).write_bytes(self.weights if weights is None else weights)
+        if changes and weights is None:
+            save_file(load_file(self.folder / WEIGHTS), self.folder / WEIGHTS)
         (self.folder / CONFIG).write_text(json.dumps(self.config | changes))
 
     def assert_unchanged(self):

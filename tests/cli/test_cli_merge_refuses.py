@@ -89,7 +89,7 @@ BROKEN = {
     "lora": (config(peft_type="LORA"), "RANDLORA"),
     "bad density": (config(density=7), "density"),
     "r zero": (config(r=0), "r must be"),
-    "other r": (edited, "r is 5, not 6: a save goes on or was interrupted, or the file was edited"),
+    "other r": (edited, "r is 5, not 6: a save was interrupted, or the file was edited"),
     "no key": (without_key, "projection_prng_key is 'randlora_ext:independent-1"),
     "no record": (recording("{}"), "'randlora_ext' must be a JSON object with r, randlora_alpha"),
     "a list recorded": (recording("[]"), "as save_pretrained writes it, got '[]'"),

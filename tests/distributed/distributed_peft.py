@@ -4,6 +4,7 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from distributed_ranks import (
     Place,
     RecordedCollectives,
@@ -15,11 +16,16 @@ from distributed_ranks import (
 )
 from distributed_training import SIZES, batch, share, train
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import randlora_ext
 import randlora_ext.peft as accelerated
 
 LIMITS = dict(rtol=1e-4, atol=1e-5)  # PEFT keeps lambda and gamma in float32
@@ -89,6 +95,68 @@ def check_fsdp(place: Place):
         torch.testing.assert_close(model(x), model.get_base_model()(x))
         with pytest.raises(ValueError, match="model is sharded over ranks; save the adapter"):
             accelerated.export_to_peft(model, place.folder / "no", merged=True)
+
+
+def untrained():
+    model = make(basis="hadamard")
+    for name, parameter in model.named_parameters():
+        if "randlora_lambda" in name:
+            nn.init.zeros_(parameter)
+    return model
+
+
+def scales(model):
+    layers = (module for module in model.modules() if hasattr(module, "input_scales"))
+    return [layer.input_scales["default"] for layer in layers]
+
+
+@worlds(2)
+def check_calibration(place: Place):
+    """Before DDP and after `fully_shard`: every rank as one process that sees all batches."""
+    reference, ddp, model = (untrained() for _ in range(3))
+    batches = [batch(step, torch.float32) * 10**step for step in range(4)]
+    randlora_ext.calibrate(reference, batches)
+    randlora_ext.calibrate(ddp, (batches[:1], batches[1:])[place.rank])
+    fully_shard(model.base_model.model[0])
+    fully_shard(model)
+    randlora_ext.calibrate(model, batches[place.rank :: 2])
+    for each in (ddp, model):
+        for scale, want in zip(scales(each), scales(reference), strict=True):
+            torch.testing.assert_close(scale, want)
+            every = [torch.empty_like(scale) for _ in range(place.world)]
+            dist.all_gather(every, scale)
+            assert torch.equal(*every)
+
+
+@worlds(2)
+def check_states_of_calibrated_models(place: Place):
+    """By torch's functions for them, which look every key up as an attribute."""
+    reference, x = make(basis="hadamard"), batch(9, torch.float32)
+    for layer in (reference.base_model.model[0], reference.base_model.model[2]):
+        layer.set_input_scale("default", torch.arange(layer.in_features) + 1.0)
+    full, path = StateDictOptions(full_state_dict=True), place.folder / "calibrated"
+    for shard in (False, True):
+        model = untrained()
+        randlora_ext.calibrate(model, [x])
+        before = get_model_state_dict(model, options=full)
+        if shard:
+            fully_shard(model.base_model.model[0])
+            fully_shard(model)
+        set_model_state_dict(model, get_model_state_dict(reference, options=full), options=full)
+        torch.testing.assert_close(model(x), reference(x))
+        mine = peft.get_peft_model_state_dict(
+            model, state_dict=get_model_state_dict(model, options=full)
+        )
+        theirs = peft.get_peft_model_state_dict(reference)
+        assert place.rank or all(torch.equal(mine[key], theirs[key]) for key in theirs)
+        dcp.save(get_model_state_dict(model), checkpoint_id=path)
+        set_model_state_dict(model, before, options=full)
+        assert not torch.allclose(model(x), reference(x))
+        loaded = get_model_state_dict(model)
+        dcp.load(loaded, checkpoint_id=path)
+        set_model_state_dict(model, loaded)
+        torch.testing.assert_close(model(x), reference(x))
+        dist.barrier()
 
 
 @worlds(2)

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import transformers
+from cli_helpers import llama, run
 from peft_helpers import (
     Deep,
     accelerated,
@@ -120,9 +122,7 @@ def test_stock_peft_opens_what_can_be_folded_into_gamma(tmp_path):
     want = model(x)
     accelerated.export_to_peft(model, tmp_path / "one")
     wide = calibrated()
-    with pytest.raises(
-        ValueError, match=r"layer 'b' is calibrated and has more inputs \(40\)"
-    ):
+    with pytest.raises(ValueError, match=r"layer 'b' is calibrated and has more inputs \(40\)"):
         accelerated.export_to_peft(wide, tmp_path / "two")
     assert not (tmp_path / "two" / "adapter_config.json").exists()
     accelerated.disable()
@@ -160,3 +160,71 @@ def test_a_conv1d_and_a_16_bit_base():
             W = W.T if "Conv1D" in type(layers(model)[0].base_layer).__name__ else W
             want = x.double() @ W.double().T + layers(model)[0].base_layer.bias.double()
             assert relative(model(x), want) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def language_model(calibrate=True):
+    """A tiny Llama with an adapter whose lambda is zero."""
+    accelerated.enable()
+    options = {"targets": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM", **OPTIONS}
+    base = llama(initializer_range=0.3)
+    model = peft.get_peft_model(base, config(5, accelerated.RandLoraConfig, **options))
+    if calibrate:
+        randlora_ext.calibrate(model, [{"input_ids": tokens(3)}])
+        assert all(scale.max() > 1.2 for scale in scales(model))
+    return model
+
+
+def tokens(seed):
+    return torch.randint(1, 50, (4, 9), generator=torch.Generator().manual_seed(seed))
+
+
+def saved_with_its_base(folder):
+    """The model, whose base model and adapter are in the folder."""
+    model = randomize(language_model(), size=0.1).eval()
+    model.get_base_model().config.save_pretrained(folder / "base")
+    llama(initializer_range=0.3).save_pretrained(folder / "base")
+    model.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    model.save_pretrained(folder / "adapter")
+    return model
+
+
+@torch.no_grad()
+def test_opened_by_its_name_alone_and_merged_without_a_model(tmp_path):
+    model = saved_with_its_base(tmp_path)
+    want = model(tokens(1)).logits
+    opened = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(opened(tokens(1)).logits, want)
+    code, _, error = run("merge", *(tmp_path / name for name in ("base", "adapter", "out")))
+    assert code == 0, error
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert relative(merged(tokens(1)).logits, want) < 1e-5
+    for layer in layers(model):
+        layer.set_input_scale("default", None)
+    assert relative(model(tokens(1)).logits, want) > 0.01  # the vector matters
+
+
+def trainer(model, folder, steps):
+    about = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 1, "save_steps": 2}
+    examples = [{"input_ids": row, "labels": row} for seed in range(4) for row in tokens(seed)]
+    arguments = transformers.TrainingArguments(
+        str(folder), max_steps=steps, learning_rate=1e-2, per_device_train_batch_size=4, **about
+    )
+    return transformers.Trainer(model=model, args=arguments, train_dataset=examples)
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+@pytest.mark.parametrize("calibrate", [False, True], ids=["resumed bare", "resumed with another"])
+def test_a_checkpoint_of_the_trainer(tmp_path, calibrate):
+    model = language_model()
+    kept = copy.deepcopy(scales(model))
+    trainer(model, tmp_path, 4).train()
+    resumed = language_model(calibrate)
+    if calibrate:
+        randlora_ext.calibrate(resumed, [{"input_ids": tokens(8)}])
+        assert not any(map(torch.equal, scales(resumed), kept))
+    trainer(resumed, tmp_path, 4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(map(torch.equal, scales(resumed), kept))
+    numbers = zip(model.state_dict().items(), resumed.state_dict().values(), strict=True)
+    trained = [(mine, theirs) for (name, mine), theirs in numbers if "randlora_" in name]
+    assert all(torch.equal(mine, theirs) for mine, theirs in trained)
+    assert all(layer.randlora_lambda["default"].any() for layer in layers(model))

@@ -10,6 +10,7 @@ from peft_helpers import (
     Deep,
     accelerated,
     adapted,
+    config,
     layers,
     made,
     opened,
@@ -21,6 +22,8 @@ from peft_helpers import (
 from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+import randlora_ext
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, of fan_in_fan_out and tied weights
 TOKENS = torch.arange(12).view(2, 6)
@@ -56,6 +59,20 @@ def test_of_full_rank_nothing_is_lost(tmp_path, kind, dtype, x):
     with torch.no_grad():
         y, want = lora(x.to(dtype)), model(x.to(dtype))
     assert relative(y, want) < (5e-6 if dtype == torch.float32 else 0.02)
+
+
+def test_the_scale_of_the_inputs_is_in_it(tmp_path, x):
+    accelerated.enable()
+    chosen = config(5, accelerated.RandLoraConfig, basis="hadamard")
+    model = peft.get_peft_model(Deep(), chosen)
+    randlora_ext.calibrate(model, [x * torch.where(torch.arange(24) < 2, 30.0, 1.0)])
+    bare = made(basis="hadamard")
+    lora = converted(randomize(model), tmp_path, 24, Deep)
+    for layer, product, delta in zip(layers(model), changes(lora), changes(bare), strict=True):
+        want = delta * layer.input_scales["default"]
+        assert relative(product, want) < 2e-6 < 0.05 < relative(delta, want)
+    with torch.no_grad():
+        assert relative(lora(x), model(x)) < 5e-6
 
 
 @pytest.mark.parametrize("rank", [3, 0.9])

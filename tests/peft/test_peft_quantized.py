@@ -31,6 +31,7 @@ from peft_helpers import (
 )
 from torch import nn
 
+import randlora_ext
 from randlora_ext.nn.base_layer import features
 from randlora_ext.peft.layer import AcceleratedLinear
 from randlora_ext.peft.quantized import QuantizedLinear
@@ -144,6 +145,33 @@ def test_hadamard_bases(bits, tmp_path):
     x = torch.randn(5, 64)
     model.save_pretrained(tmp_path)
     assert relative(reopened(bits, tmp_path)(x), model(x)) < 0.01
+
+
+def test_scaled_inputs(bits, tmp_path):
+    """The adapter's inputs alone, whatever the base rounds; its file and merging take it along."""
+    model, bare = (made(bits, r=7, sparse=False, basis="hadamard") for _ in range(2))
+    randomize(model, size=0)
+    x = torch.randn(5, 64) * torch.where(torch.arange(64) < 2, 30.0, 1.0)
+    with torch.no_grad():
+        randlora_ext.calibrate(model, [x])
+        randomize(model)
+        for layer, other in zip(layers(model), layers(bare), strict=True):
+            scale = layer.input_scales["default"]
+            assert scale.max() > 1.2 * scale.min()
+            each = torch.randn(5, layer.in_features)
+            delta = other.get_delta_weight("default") * scale
+            assert relative(layer.get_delta_weight("default"), delta) < 1e-6
+            assert relative(layer(each), layer.base_layer(each) + each @ delta.T) < 1e-5
+        want = model(x)
+        model.save_pretrained(tmp_path)
+        assert relative(reopened(bits, tmp_path)(x), want) < 0.01
+        layer, other = layers(model)[0], layers(bare)[0]
+        total = rounded(other, dense(other) + layer.get_delta_weight("default"))
+        model.merge_adapter()
+        # Inference on the CPU has rounded the block scales of 4-bit weights to bfloat16.
+        assert relative(dense(layer), total) < {8: 1e-6, 4: 0.05}[bits]
+        model.unmerge_adapter()
+        assert relative(model(x), want) < 1e-5
 
 
 def test_dtype_is_that_of_the_input(bits):
