@@ -5,7 +5,6 @@ import math
 import warnings
 
 import torch
-from randlora_ext.ops.path import PATHS
 from torch import Tensor, nn
 
 from randlora_ext import TernaryBasis, linear
