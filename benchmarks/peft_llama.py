@@ -99,8 +99,8 @@ def bytes_of_bases(model: torch.nn.Module) -> int:
     tensors = []
     for bases in (model.base_model.randlora_A, model.base_model.randlora_B):
         for basis in bases.values():
-            signs = getattr(basis, "signs", None)
-            tensors += [basis] if signs is None else [signs.planes]
+            content = getattr(basis, "content", basis)  # a description has no bytes
+            tensors += [content] if isinstance(content, torch.Tensor) else []
     for layer in model.modules():
         if hasattr(layer, "basis_of"):
             device = next(layer.parameters()).device
