@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,14 +98,17 @@ def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
             "adapter_model.bin: open that in PEFT and save it again"
         )
     from ..peft import RandLoraConfig, enable
+    from ..peft.config import one_save
 
     enable()  # so that PEFT reads our fields
     # PEFT raises whatever the conversion of its fields raises.
-    with told_of(folder / CONFIG), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Specified to not save")
-        config = RandLoraConfig.from_pretrained(str(folder))
-    with told_of(file, (OSError, ValueError)):
-        saved, _ = read_safetensors(file)
+    with ExitStack() as held:
+        with told_of(folder / CONFIG), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Specified to not save")
+            shown = held.enter_context(one_save(folder, {}))
+            config = RandLoraConfig.from_pretrained(shown)
+        with told_of(file, (OSError, ValueError)):
+            saved, _ = read_safetensors(Path(shown, WEIGHTS))
     if alien := next((key for key in saved if not key.startswith("base_model.")), None):
         raise CliError(f"{file}: tensor {alien!r} must start with {_PREFIX!r}")
     bases = {key: saved.pop(key) for key in [*saved] if key.endswith(_BASES)}

@@ -4,7 +4,7 @@ import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,22 +21,25 @@ from .state_dict import refuse_misfit
 DEFAULT_SCALING = 20.0
 
 
-def refuse_unknown(called: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raises TypeError, naming the nearest of `known`, unless all of `given` are known."""
+def refuse_unknown(
+    called: str, given: Iterable[str], known: Iterable[str], answers: Mapping[str, str] = {}
+) -> None:
+    """Raises TypeError, with an answer or the nearest of `known`, unless all of `given` are."""
     known = list(known)
     for name in given:
         if name not in known:
-            told = did_you_mean(name, known) or f"; it takes {', '.join(known)}"
+            told = answers.get(name) or did_you_mean(name, known)
+            told = told or f"; it takes {', '.join(known)}"
             raise TypeError(f"{called} got an unexpected keyword argument {name!r}{told}")
 
 
-def names_unknown(method: Callable) -> Callable:
-    """`method`, whose error for an unknown argument names the nearest one that it has."""
+def names_unknown(method: Callable, answers: Mapping[str, str] = {}) -> Callable:
+    """`method`, whose error for an unknown argument is that of `refuse_unknown`."""
     called, known = method.__qualname__.removesuffix(".__init__"), inspect.signature(method)
 
     @functools.wraps(method)
     def checked(self, *args, **kwargs):
-        refuse_unknown(called, kwargs, [*known.parameters][1:])
+        refuse_unknown(called, kwargs, [*known.parameters][1:], answers)
         return method(self, *args, **kwargs)
 
     return checked

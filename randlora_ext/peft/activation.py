@@ -9,7 +9,6 @@ through.
 
 import functools
 import gc
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from ..nn.base_layer import check_no_plan
 from ..nn.merging import check_keep_weight
 from ..nn.state_dict import DIAGONALS, guard
 from .bases import BASIS_NAMES, PackedBufferDict
-from .config import NEEDS_OURS, PEFT_TYPES, RandLoraConfig, refuse_torn_save
+from .config import NEEDS_OURS, PEFT_TYPES, RandLoraConfig, name_of, one_save
 from .layer import AcceleratedLinear, layers_with
 from .loading import check_load_over, warn_of_misfits
 from .model import AcceleratedRandLoraModel, accelerate_layer
@@ -40,30 +39,34 @@ NEWEST_TRL = "1.16"  # as tests/peft/test_trl.py ran
 _patched: dict[tuple[type, str], tuple[Any, Any]] = {}  # (PEFT's, ours)
 
 
-def enable(float32_products: bool = False, keep_weight: str = "host") -> None:
+def enable(float32_products: bool | None = None, keep_weight: str | None = None) -> None:
     """From now on RandLoRA models made or loaded by PEFT run on the compiled kernels.
 
     Equivalent to editing PEFT's two tables, from the type RANDLORA to its tuner and its config:
     `get_peft_model`, `PeftModel.from_pretrained`, `inject_adapter_in_model` and transformers' own
     loading of adapters all look there. Models that exist already stay as they are, which a warning
-    says. Calling it again changes nothing else. ``PeftModel.save_pretrained`` and ``load_adapter``
-    are wrapped for models on our layers: a file appears when it is complete, and what is loaded
-    over an adapter must belong to its bases.
+    says. ``PeftModel.save_pretrained`` and ``load_adapter`` are wrapped for models on our layers: a
+    file appears when it is complete, and what is loaded over an adapter must belong to its bases.
 
     Args:
         float32_products: whether dense bases (PEFT's default) are multiplied in float32 in 16-bit
             models, as stock PEFT does at several times the cost, and not in 16 bits with float32
-            sums. It holds for all models.
-        keep_weight: where merged layers keep W, so that unmerging restores every bit: "host" is
-            CPU memory, "device" the weight's own device (docs/serve.md). "nothing" turns it off,
-            and unmerging subtracts dW as stock PEFT does. It holds for all models.
+            sums, the default.
+        keep_weight: where merged layers keep W, so that unmerging restores every bit: "host", the
+            default, is CPU memory, "device" the weight's own device (docs/serve.md). "nothing"
+            turns it off, and unmerging subtracts dW as stock PEFT does.
+
+    Both hold for all models, those that exist included, until a call gives another value: None
+    leaves them as they are. So a second `enable()`, a library's perhaps, changes nothing.
 
     Adapters are saved in PEFT's format, and stock PEFT loads them unless `RandLoraConfig` says
     otherwise.
     """
-    check_keep_weight(keep_weight)
-    AcceleratedLinear.keep_weight = keep_weight
-    AcceleratedLinear.float32_products = float32_products
+    if keep_weight is not None:
+        check_keep_weight(keep_weight)
+        AcceleratedLinear.keep_weight = keep_weight
+    if float32_products is not None:
+        AcceleratedLinear.float32_products = float32_products
     _patch()
     was_enabled = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] is RandLoraConfig
     _use(RandLoraConfig, AcceleratedRandLoraModel)
@@ -132,6 +135,7 @@ def _patch() -> None:
     """Wraps the methods, once."""
     for owner, name, around in (
         (PeftModel, "save_pretrained", save_together),
+        (PeftModel, "from_pretrained", _open),
         (PeftModel, "load_adapter", _load),
         (PeftModel, "add_adapter", _add),
         (PeftConfigMixin, "from_pretrained", _read_config),
@@ -163,11 +167,27 @@ def _unpatch() -> None:
             del _patched[owner, name]
 
 
+def _open(stock: Callable, cls, model, model_id, *args, **kwargs):
+    with one_save(model_id, kwargs) as place:
+        return stock(cls, model, place, *args, **kwargs)
+
+
 def _load(stock: Callable, model: PeftModel, model_id, adapter_name, *args, **kwargs):
     # A new adapter takes its configuration from the file; one that is there keeps its own.
-    if adapter_name in model.peft_config:
-        check_load_over(model, model_id, adapter_name, kwargs)
-    result = stock(model, model_id, adapter_name, *args, **kwargs)
+    is_new = adapter_name not in model.peft_config
+    with one_save(model_id, kwargs) as place:
+        if not is_new:
+            check_load_over(model, place, adapter_name, kwargs)
+        try:
+            result = stock(model, place, adapter_name, *args, **kwargs)
+        except BaseException as error:
+            if is_new and adapter_name in model.peft_config:
+                model.delete_adapter(adapter_name)
+            if isinstance(error, KeyError):  # PEFT's, of modules_to_save
+                raise ValueError(
+                    f"{name_of(model_id)} lacks {error}, which adapter {adapter_name!r} needs"
+                ) from error
+            raise
     warn_of_misfits(model_id, adapter_name, result)
     return result
 
@@ -203,8 +223,6 @@ def _add(stock: Callable, model: PeftModel, adapter_name, peft_config, *args, **
 
 
 def _read_config(stock: Callable, cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
-    """The check of `RandLoraConfig.from_pretrained`, which transformers does not call."""
-    config = stock(cls, pretrained_model_name_or_path, subfolder, **kwargs)
-    if isinstance(config, RandLoraConfig):
-        refuse_torn_save(os.path.join(pretrained_model_name_or_path, subfolder or ""))
-    return config
+    kwargs["subfolder"] = subfolder
+    with one_save(pretrained_model_name_or_path, kwargs) as place:
+        return stock(cls, place, **kwargs)

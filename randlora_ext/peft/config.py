@@ -3,16 +3,17 @@
 import json
 import os
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import peft
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..basis import BasisDescription
@@ -32,9 +33,9 @@ _SPARSE = "sparse", "very_sparse"
 _BIASES = ("none", "all", "randlora_only")
 
 _METADATA = "randlora_ext"  # the entry of a safetensors header
-_RECORDED = (
-    "projection_prng_key", "basis", "density", "sparse", "very_sparse", "save_projection", "r",
-    "randlora_alpha",
+_RECORDED = (  # a key says all of our own bases
+    "r", "randlora_alpha", "projection_prng_key", "sparse", "very_sparse", "save_projection",
+    "target_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias",
 )  # fmt: skip
 
 
@@ -95,15 +96,6 @@ class RandLoraConfig(peft.RandLoraConfig):
                 stacklevel=4,  # where the configuration is made
             )
 
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs
-    ):
-        """As PEFT's; ValueError if the tensors beside the file belong to another configuration."""
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        refuse_torn_save(os.path.join(pretrained_model_name_or_path, subfolder or ""))
-        return config
-
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As PEFT's, but the old file stays until the new one is complete."""
         if os.path.isfile(save_directory):
@@ -119,7 +111,15 @@ class RandLoraConfig(peft.RandLoraConfig):
         return values | {"peft_type": NEEDS_OURS}
 
 
-RandLoraConfig.__init__ = names_unknown(RandLoraConfig.__init__)  # type: ignore[method-assign]
+# Of LoRA's options the nearest of ours would be another thing, but for these three.
+_OF_LORA = {each.name for each in fields(peft.LoraConfig)}
+_OF_LORA -= {"lora_alpha", "lora_dropout", "init_lora_weights"}
+_ANSWERS = dict.fromkeys(_OF_LORA, " of LoRA, which RandLoRA does not have")
+_ANSWERS["use_rslora"] = " of LoRA; RandLoRA scales dW by randlora_alpha / r"
+_ANSWERS["seed"] = "; did you mean 'projection_prng_key'?"
+RandLoraConfig.__init__ = names_unknown(  # type: ignore[method-assign]
+    RandLoraConfig.__init__, _ANSWERS
+)
 
 
 def _check_types(config: RandLoraConfig) -> None:
@@ -219,39 +219,90 @@ def record_configurations(folder: Path) -> None:
         tensors = config.with_name(SAFETENSORS_WEIGHTS_NAME)
         if tensors.exists():
             fields = json.loads(config.read_text())
-            text = json.dumps({name: fields[name] for name in _RECORDED if name in fields})
+            text = json.dumps({name: fields[name] for name in _RECORDED})
             new = tensors.with_suffix(".recorded")
             save_file(load_file(tensors), new, metadata={"format": "pt", _METADATA: text})
             os.replace(new, tensors)
 
 
 def recorded_configuration(folder: str | os.PathLike) -> dict | None:
-    """What `record_configurations` wrote; None for other files, and for those of the hub."""
-    try:
-        with safe_open(Path(folder, SAFETENSORS_WEIGHTS_NAME), "pt") as file:
-            text = (file.metadata() or {}).get(_METADATA)
-    except (OSError, SafetensorError):  # reported by whoever reads the tensors
+    """What `record_configurations` wrote; None for other files, and for those of the hub.
+
+    Raises ValueError if something else wrote it.
+    """
+    path = Path(folder, SAFETENSORS_WEIGHTS_NAME)
+    try:  # safetensors' own reader opens the path twice
+        with open(path, "rb") as file:
+            length = min(int.from_bytes(file.read(8), "little"), 100_000_000)  # as safetensors
+            text = json.loads(file.read(length))["__metadata__"][_METADATA]
+    # Whoever reads the tensors reports more.
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return None if text is None else json.loads(text)
+    with suppress(ValueError, TypeError):
+        fields = json.loads(text)
+        if isinstance(fields, dict) and fields.keys() >= {*_RECORDED}:
+            return fields
+    raise ValueError(
+        f"{path}: its metadata {_METADATA!r} must be a JSON object with {', '.join(_RECORDED)}, as "
+        f"save_pretrained writes it, got {text!r}"
+    )
 
 
-def refuse_torn_save(folder: str | os.PathLike) -> None:
-    """Raises ValueError if tensors and configuration in `folder` are not from one save."""
-    config, recorded = Path(folder, CONFIG_NAME), recorded_configuration(folder)
+class Shown(str):
+    """A folder for reading, `of` the one that users know."""
+
+    of: str
+
+
+def name_of(folder: str | os.PathLike) -> str:
+    """Quoted, for messages."""
+    return repr(getattr(folder, "of", os.fspath(folder)))
+
+
+@contextmanager
+def one_save(folder: str | os.PathLike, hub: dict[str, Any]) -> Iterator[str | os.PathLike]:
+    """`Shown`, a folder with one save's configuration and tensors while other processes save.
+
+    Saving replaces files and writes into none, so an open file stays as it is, and its path under
+    /proc reads it again and again. Folders that we have not saved are given back, as are those of
+    the hub.
+
+    Args:
+        hub: arguments for PEFT's reading beside the folder. A subfolder is taken out of it if the
+            folder shown is that.
+
+    Raises ValueError if configuration and tensors are not from one save.
+    """
+    place = Path(folder, hub.get("subfolder") or "")
+    if isinstance(folder, Shown) or recorded_configuration(place) is None:
+        yield folder
+        return
+    with ExitStack() as held:
+        shown = Shown(held.enter_context(TemporaryDirectory()))
+        shown.of = str(place)
+        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+            with suppress(FileNotFoundError):
+                file = held.enter_context(open(place / name, "rb"))
+                os.symlink(f"/proc/self/fd/{file.fileno()}", Path(shown, name))
+        _refuse_torn(shown)
+        hub.pop("subfolder", None)
+        yield shown
+
+
+def _refuse_torn(shown: Shown) -> None:
+    config, recorded = Path(shown, CONFIG_NAME), recorded_configuration(shown)
     if recorded is None or not config.exists():
         return
     own = json.loads(config.read_text())
-    differences = [
-        f"{name} is {recorded[name]!r}, not {own[name]!r}"
-        for name in ("r", "randlora_alpha")
-        if recorded[name] != own[name]
-    ]
-    if not recorded.get("save_projection", True):
-        differences += other_bases(own, recorded)
-    if differences:
+    own = own if isinstance(own, dict) else {}
+    if differences := [
+        f"{name} is {recorded[name]!r}, not {own.get(name)!r}"
+        for name in _RECORDED
+        if recorded[name] != own.get(name)
+    ]:
         raise ValueError(
-            f"{config} does not belong to the {SAFETENSORS_WEIGHTS_NAME} beside it, whose "
-            + ", ".join(differences)
-            + ": a save was interrupted, or the file was edited. Save the adapter again; to load "
-            "it with other fields, pass config= instead of editing the file"
+            f"{Path(shown.of, CONFIG_NAME)} does not belong to the {SAFETENSORS_WEIGHTS_NAME} "
+            f"beside it, whose {', '.join(differences)}: a save goes on or was interrupted, or the "
+            "file was edited. Save the adapter again; to load it with other fields, pass config= "
+            "instead of editing the file"
         )

@@ -248,6 +248,8 @@ def adapter_per_row(tuner: nn.Module, names: list[str], call: dict) -> Iterator[
         inputs = args[0] if args else next(iter(kwargs.values()))
         repeated = len(inputs) == copies * len(names)
         each = [name for name in names for _ in range(copies)] if repeated else names
+        if isinstance(module, AuxiliaryTrainingWrapper):  # PEFT's, which wants all adapters
+            each = [name if name in module._adapters else "__base__" for name in each]
         return args, {**kwargs, "adapter_names": each}
 
     wrappers = [m for m in tuner.modules() if isinstance(m, AuxiliaryTrainingWrapper)]

@@ -15,7 +15,7 @@ from peft.utils.save_and_load import load_peft_weights
 from ..nn.linear import check_alpha
 from ..nn.state_dict import DIAGONALS, INPUT_SCALE, misfit
 from .bases import BASIS_NAMES
-from .config import PEFT_TYPES, other_bases, recorded_configuration, refuse_torn_save
+from .config import PEFT_TYPES, name_of, one_save, other_bases, recorded_configuration
 from .layer import layers_with
 from .model import AcceleratedRandLoraModel
 
@@ -56,9 +56,9 @@ def hotswap_adapter(
         raise ValueError(
             f"adapter {adapter_name!r} is merged into the weights; call unmerge_adapter() first"
         )
-    refuse_torn_save(Path(model_name_or_path, kwargs.get("subfolder") or ""))
-    fields = _saved_fields(model_name_or_path, **kwargs)
-    saved = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
+    with one_save(model_name_or_path, kwargs) as place:
+        fields = _saved_fields(place, **kwargs)
+        saved = load_peft_weights(place, device=torch_device or "cpu", **kwargs)
     if errors := _hotswap_errors(model, adapter_name, fields, saved):
         raise _does_not_fit(model_name_or_path, adapter_name, errors)
     scaling = fields["randlora_alpha"] / model.peft_config[adapter_name].r
@@ -123,7 +123,7 @@ def check_load_over(model: PeftModel, folder: str | os.PathLike, adapter_name: s
         raise _does_not_fit(folder, adapter_name, errors)
     if saved["randlora_alpha"] != config.randlora_alpha:
         warnings.warn(
-            f"randlora_alpha of {str(folder)!r} is {saved['randlora_alpha']}, adapter "
+            f"randlora_alpha of {name_of(folder)} is {saved['randlora_alpha']}, adapter "
             f"{adapter_name!r} keeps its own, {config.randlora_alpha}, as in stock PEFT; "
             "randlora_ext.peft.hotswap_adapter takes over the file's",
             stacklevel=4,
@@ -146,7 +146,7 @@ def warn_of_misfits(folder: str | os.PathLike, adapter_name: str, result: Any) -
     ]
     if parts:
         warnings.warn(
-            f"the file of {str(folder)!r} fits adapter {adapter_name!r} only in part; "
+            f"the file of {name_of(folder)} fits adapter {adapter_name!r} only in part; "
             + "; ".join(parts),
             stacklevel=4,
         )
@@ -171,6 +171,6 @@ def _saved_fields(folder: str | os.PathLike, **hub) -> dict:
 
 def _does_not_fit(folder: str | os.PathLike, adapter_name: str, errors: list[str]) -> ValueError:
     return ValueError(
-        f"the adapter of {str(folder)!r} does not fit {adapter_name!r}, which is unchanged:\n\t"
+        f"the adapter of {name_of(folder)} does not fit {adapter_name!r}, which is unchanged:\n\t"
         + "\n\t".join(errors)
     )

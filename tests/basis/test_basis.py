@@ -13,22 +13,23 @@ from torch.nn.functional import pad
 from randlora_ext import TernaryBasis, delta_weight, linear
 from randlora_ext.basis import BasisDescription
 
-DENSITIES = [1.0, 1 / 3, 0.07, 1 / 64]
+VALUES = pytest.mark.parametrize(
+    "density, dtype",
+    [(1.0, torch.float64), (1 / 3, torch.float32), (0.07, torch.bfloat16), (1 / 64, torch.float16)],
+)
 
 
 def test_sizes():
-    basis = TernaryBasis(50, 37, 7, 0.07, seed=9)
-    assert (basis.in_features, basis.out_features, basis.r) == (50, 37, 7)
-    assert (basis.d, basis.D, basis.n, basis.K) == (37, 50, 6, 42)
-    assert (basis.density, basis.seed) == (0.07, 9)
-    turned = TernaryBasis(37, 50, 7, 0.07, seed=9)
-    assert (turned.d, turned.D, turned.n, turned.K) == (37, 50, 6, 42)
+    for sizes in ((50, 37), (37, 50)):
+        basis = TernaryBasis(*sizes, 7, 0.07, seed=9)
+        assert (basis.in_features, basis.out_features, basis.r) == (*sizes, 7)
+        assert (basis.d, basis.D, basis.n, basis.K) == (37, 50, 6, 42)
+        assert (basis.density, basis.seed) == (0.07, 9)
     assert TernaryBasis(3, 5, 8, 1).n == 1  # r > d: one base
     assert TernaryBasis(1, 1, 2**16, 0.5).K == 2**16  # the largest r
 
 
-@pytest.mark.parametrize("density", DENSITIES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@VALUES
 def test_dense_is_the_specification_times_its_scale(density, dtype):
     basis = TernaryBasis(70, 37, 7, density, seed=2**64 - 1)
     A, B = basis.dense(dtype=dtype)
@@ -46,16 +47,14 @@ def test_dense_is_the_specification_times_its_scale(density, dtype):
 
 
 def test_equality_and_hash_are_those_of_the_description():
-    basis = TernaryBasis(50, 37, 7, 0.07, seed=9)
-    same = TernaryBasis(50, 37, 7, 0.07, seed=9)
-    others = [
-        TernaryBasis(*sizes)
-        for sizes in ((37, 50, 7, 0.07, 9), (50, 36, 7, 0.07, 9), (50, 37, 6, 0.07, 9),
-                      (50, 37, 7, 0.08, 9), (50, 37, 7, 0.07, 8))
-    ]  # fmt: skip
-    assert basis == same and hash(basis) == hash(same) and len({basis, same, *others}) == 6
-    assert all(basis != other for other in others)
-    assert basis != "a basis" and (basis == 1) is False
+    arguments = (50, 37, 7, 0.07, 9)
+    basis, same = TernaryBasis(*arguments), TernaryBasis(*arguments)
+    others = {
+        TernaryBasis(*arguments[:at], arguments[at] * 1.5 if at == 3 else 8, *arguments[at + 1 :])
+        for at in range(5)
+    }
+    assert basis == same and hash(basis) == hash(same) and len(others) == 5
+    assert basis not in others and basis != "a basis"
 
 
 def test_a_copy_is_equal_and_shares_the_packed_tensors():
@@ -77,15 +76,12 @@ def test_repr():
     text = repr(TernaryBasis(50, 37, 7, 1 / 3, seed=9))
     start = "TernaryBasis(50, 37, r=7, density=0.333333, seed=9, kind='independent', "
     assert text == start + "format='planes')"
-    imported = TernaryBasis.from_ternary(torch.eye(2, 4), torch.ones(4, 4), 4, 4)
-    assert "imported" in repr(imported) and "seed" not in repr(imported)
 
 
 # ---- import
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("density", DENSITIES)
+@VALUES
 def test_import_of_peft_is_exact(density, dtype):
     # A (r, 1, >= d) and B (>= D, >= n, r), as PEFT shares them over layers.
     generated = TernaryBasis(50, 37, 7, density, seed=1)
@@ -118,7 +114,7 @@ def test_a_basis_of_zeros():
     A, B = torch.zeros(3, 10), torch.zeros(12, 12)
     for a, b in ((A, B), (A, torch.ones(12, 12)), (torch.ones(3, 10), B)):
         basis = TernaryBasis.from_ternary(a, b, 12, 10)
-        assert torch.equal(basis.dense()[0], a) and torch.equal(basis.dense()[1], b)
+        assert all(map(torch.equal, basis.dense(), (a, b)))
         lam, gam = torch.randn(3, 4).requires_grad_(), torch.randn(4, 10).requires_grad_()
         assert not delta_weight(basis, lam, gam).any()
         y = linear(torch.randn(5, 12), None, None, basis, lam, gam)
@@ -129,10 +125,8 @@ def test_a_basis_of_zeros():
 def test_imported_bases_are_equal_by_identity():
     A, B = TernaryBasis(50, 37, 7, 0.3).dense()
     first, second = (TernaryBasis.from_ternary(A, B, 50, 37) for _ in range(2))
-    assert first == first and first == copy.copy(first) and first != second
-    assert first != TernaryBasis(50, 37, 7, 0.3)
-    loaded = pickle.loads(pickle.dumps(first))
-    assert all(torch.equal(a, b) for a, b in zip(loaded.dense(), first.dense(), strict=True))
+    assert first == copy.copy(first) and first != second != TernaryBasis(50, 37, 7, 0.3)
+    assert all(map(torch.equal, pickle.loads(pickle.dumps(first)).dense(), first.dense()))
 
 
 # ---- errors
@@ -143,15 +137,13 @@ GOOD = {"in_features": 50, "out_features": 37, "r": 7, "density": 0.07, "seed": 
 @pytest.mark.parametrize(
     "argument, value, error",
     [
-        *((name, 0, ValueError) for name in ("in_features", "out_features", "r")),
-        *((name, -3, ValueError) for name in ("in_features", "out_features", "r")),
-        *((name, 2.0, TypeError) for name in ("in_features", "out_features", "r", "seed")),
-        *((name, "7", TypeError) for name in GOOD),
-        *((name, True, TypeError) for name in GOOD),
+        *((name, value, ValueError) for name in [*GOOD][:3] for value in (0, -3)),
+        *((name, 2.0, TypeError) for name in GOOD if name != "density"),
+        *((name, value, TypeError) for name in GOOD for value in ("7", True)),
         *((name, None, TypeError) for name in GOOD if name != "density"),
         *(("density", value, ValueError) for value in (0, -0.1, 1.5, math.nan, math.inf)),
         *(("seed", value, ValueError) for value in (-1, 2**64)),
-        *(("r", value, ValueError) for value in (2**16 + 1, 2**31 - 1, 2**62 + 1)),
+        *(("r", value, ValueError) for value in (2**16 + 1, 2**62 + 1)),
     ],
 )
 def test_bad_arguments(argument, value, error):
@@ -160,7 +152,7 @@ def test_bad_arguments(argument, value, error):
     message = str(raised.value)
     assert message.startswith(argument) and str(value) in message
     allowed = {"density": "(0, 1]", "seed": "[0, 2**64)"}.get(argument, "positive integer")
-    assert ("at most 65536" if value in (2**16 + 1, 2**31 - 1, 2**62 + 1) else allowed) in message
+    assert ("at most 65536" if value in (2**16 + 1, 2**62 + 1) else allowed) in message
 
 
 def dense_pair():
@@ -171,7 +163,6 @@ def dense_pair():
 @pytest.mark.parametrize(
     "name, value",
     [
-        *(("A", torch.full((7, 37), value)) for value in (torch.nan, torch.inf)),
         *(("A", torch.ones(size)) for size in ((7, 36), (37,), (7, 2, 37), (0, 37))),
         *(("B", torch.ones(size)) for size in ((49, 42), (50, 41))),
         *(("B", torch.ones(size)) for size in ((49, 6, 7), (50, 5, 7), (50, 6, 8))),
@@ -179,7 +170,6 @@ def dense_pair():
         ("A", torch.ones(7, 37, dtype=torch.int64)),
         ("B", torch.ones(50, 42, dtype=torch.bool)),
         ("in_features", 0),
-        ("out_features", -37),
     ],
 )
 def test_bad_dense_bases(name, value):
@@ -197,21 +187,6 @@ def test_one_wrong_element_is_found_and_located(which, place):
         assert str(place) in str(raised.value)
 
 
-def test_an_element_of_planes_has_one_sign():
-    A, B = TernaryBasis(50, 37, 7, 0.3, seed=3).dense()
-    a, b = (torch.ops.randlora.pack_dense(matrix)[0] for matrix in (A, B))
-    signs = TernaryBasis.from_planes(a, b, 2.0, 3.0, 50, 37).dense()
-    assert torch.equal(signs[0], A.sign() * 2) and torch.equal(signs[1], B.sign() * 3)
-    for name, bad in (("a_planes", (a | 1, b)), ("b_planes", (a, b | 1))):
-        with pytest.raises(ValueError, match=rf"{name} has elements that are \+1 and -1 at once"):
-            TernaryBasis.from_planes(*bad, 1.0, 1.0, 50, 37)
-    for bad in (b.int(), b[:1]):
-        with pytest.raises(ValueError, match="b_planes must be"):
-            TernaryBasis.from_planes(a, bad, 1.0, 1.0, 50, 37)
-    with pytest.raises(ValueError, match=r"a_planes must be \(2, r, words\), got \(3,\)"):
-        TernaryBasis.from_planes(a[0, 0, :1].expand(3), b, 1.0, 1.0, 50, 37)
-
-
 def test_a_basis_without_a_non_zero_warns():
     with pytest.warns(UserWarning, match=r"no non-zero element in [AB].*cannot learn"):
         TernaryBasis(64, 64, 8, 1e-9, seed=12).packed()
@@ -226,21 +201,9 @@ def test_the_key_holds_all_that_decides_a_basis():
             description = TernaryBasis(8, 8, 2, density, seed).description
             text = f"randlora_ext:independent-1:density={float(density)!r}:seed={seed}"
             assert description.key() == text and BasisDescription.parse(text) == description
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("generated-1:3", "no key of a basis"), ("", "no key"), (3, "no key"),
-        ("randlora_ext:independent-2:density=0.1:seed=3", "specification independent-2.*knows"),
-        ("randlora_ext:independent-1:density=2:seed=3", "density must be in"),
-        ("randlora_ext:independent-1:density=nan:seed=3", "density must be in"),
-        (f"randlora_ext:independent-1:density=0.1:seed={2**64}", "seed must be"),
-    ],
-)  # fmt: skip
-def test_what_is_no_key(text, message):
-    with pytest.raises(ValueError, match=message):
-        BasisDescription.parse(text)
+    description = TernaryBasis(5, 7, 3, seed=42).description
+    assert description.key() == "randlora_ext:hadamard-1:seed=42"
+    assert BasisDescription.parse(description.key()) == description
 
 
 @pytest.mark.parametrize(
@@ -249,12 +212,14 @@ def test_what_is_no_key(text, message):
         ("0.25", ("0.250", ".25", "25e-2", "+0.25", " 0.25", "0.2_5", "1/4", "0,25", "x", "")),
         ("0.25", ("nan", "inf", "0.0", "1", "2.0", "-0.25")),
         ("=7", ("=07", "=+7", "=-7", "= 7", "=7 ", "=\u0667", "=" + "7" * 5000, "=7\n", "=")),
-        ("independent-1", ("lattice-1", "independent-01", "independent-\u0661", "INDEPENDENT-1")),
+        ("=7", (f"={2**64}",)),
+        ("independent-1", ("lattice-1", "independent-2", "independent-01", "independent-\u0661")),
+        ("independent-1", ("INDEPENDENT-1", "hadamard-1", "hadamard-2")),
         ("randlora_ext", ("peft", " randlora_ext")),
     ],
 )
 def test_what_key_does_not_write(part, others):
     text = BasisDescription("independent", 0.25, 7).key()
-    for other in others:
+    for other in (*(text.replace(part, other) for other in others), "", 3):
         with pytest.raises(ValueError, match="is no key of a basis|of basis specification"):
-            BasisDescription.parse(text.replace(part, other))
+            BasisDescription.parse(other)

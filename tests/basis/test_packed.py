@@ -1,8 +1,6 @@
 """The packed tensors of a basis: equal to the dense matrices, shared, and freed in time."""
 
-import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,18 +12,10 @@ from randlora_ext import TernaryBasis, delta_weight, linear
 from randlora_ext.basis.cache import _cache
 from randlora_ext.basis.ternary import PLANES_ABOVE_DENSITY
 from randlora_ext.devices import cuda_serves
-from randlora_ext.reference import delta_weight_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ops = torch.ops.randlora
 SHAPES = [(50, 37, 7), (37, 50, 7), (20, 24, 32), (1, 1, 1), (130, 200, 1), (3, 700, 2)]
-
-
-def assert_lists(packed, values, by_column=False):
-    offset, index = to_lists(values, by_column)
-    assert [t.dtype for t in packed] == [torch.int64, torch.int16]
-    assert np.array_equal(packed[0].numpy(), offset)
-    assert np.array_equal(packed[1].numpy().view(np.uint16), index)
 
 
 @pytest.mark.parametrize("density", [1.0, 1 / 3, 0.07, 1 / 64])
@@ -33,23 +23,18 @@ def assert_lists(packed, values, by_column=False):
 def test_packed_equals_dense(shape, density):
     generated = TernaryBasis(*shape, density, seed=8)
     for basis in (generated, TernaryBasis.from_ternary(*generated.dense(), *shape[:2])):
-        assert_packed_equals_dense(basis)
-
-
-def assert_packed_equals_dense(basis):
-    A, B = (m.sign().to(torch.int8).numpy() for m in basis.dense(dtype=torch.float64))
-    packed = basis.packed("cpu")
-    assert packed is basis.packed() is basis.packed(torch.device("cpu"))
-    tables, of_b = packed[2], packed[3:]
-    assert tables.dtype == torch.int32 and bool(tables.numel()) == cuda_serves("cpu")
-    assert_lists(packed[:2], A)
-    if basis.format == "planes":
-        assert np.array_equal(of_b[0].numpy(), to_planes(B)) and len(of_b) == 1
-    else:
-        assert_lists(of_b[:2], B)
-        assert_lists(of_b[2:], B, by_column=True)
-    assert all(t.is_contiguous() and not t.requires_grad for t in packed)
-    assert basis.packed_bytes("cpu") == sum(t.nbytes for t in packed)
+        A, B = (m.sign().to(torch.int8).numpy() for m in basis.dense(dtype=torch.float64))
+        packed = basis.packed("cpu")
+        assert packed is basis.packed() is basis.packed(torch.device("cpu"))
+        of_b = [to_planes(B)]
+        if basis.format == "lists":
+            of_b = [*to_lists(B, False), *to_lists(B, True)]
+        assert packed[2].dtype == torch.int32 and bool(packed[2].numel()) == cuda_serves("cpu")
+        wanted = *to_lists(A, False), *of_b
+        for found, want in zip(packed[:2] + packed[3:], wanted, strict=True):
+            assert found.dtype in (torch.int64, torch.int16)
+            found = found.numpy().view(np.uint16) if found.itemsize == 2 else found.numpy()
+            assert np.array_equal(found, want)
 
 
 def test_format_threshold():
@@ -77,10 +62,6 @@ def test_wide_lists(shape, density):
     oracle = exact(layer)
     for name, value in ours(layer).items():
         assert largest_error(value, oracle[name]) <= 1e-12, name
-    A, B = basis.dense(dtype=torch.float64)
-    arguments = (A, B, layer.lam, layer.gam, 0.5, shape[1], shape[0])
-    dW = delta_weight(basis, layer.lam, layer.gam, 0.5)
-    assert largest_error(dW, delta_weight_reference(*arguments)) <= 1e-12
     if density < PLANES_ABOVE_DENSITY:  # the last rows and columns are really used
         columns = packed[6].numpy().view(np.uint32 if wide else np.uint16)
         assert columns.max() > 65000
@@ -123,27 +104,12 @@ def test_a_graph_keeps_its_packed_tensors_and_no_longer():
     assert watched() is None
 
 
-def test_packing_from_many_threads_gives_one_copy():
-    start = threading.Barrier(4)
-
-    def use(_):
-        basis = TernaryBasis(800, 700, 9, 0.07, seed=80)
-        start.wait()
-        return basis, pointers(basis)
-
-    with ThreadPoolExecutor(4) as pool:
-        found = [*pool.map(use, range(4))]
-    assert all(p == found[0][1] for _, p in found)
-
-
 @pytest.mark.parametrize("kind", [0.07, "hadamard"])
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-def test_packed_in_any_grad_mode_serves_training_later(mode, kind):
+def test_packed_in_inference_mode_serves_training_later(kind):
     basis = make_basis(50, 37, 7, kind, seed=81)  # packed anew: the one before is gone
     lam, gam, x = torch.randn(7, 6), torch.randn(6, 37), torch.randn(4, 50)
-    with mode():
+    with torch.inference_mode():
         y = linear(x, None, None, basis, lam, gam)
-    assert y.is_inference() == (mode is torch.inference_mode)
     assert not any(t.is_inference() for t in basis.packed("cpu"))
     again = linear(x, None, None, basis, lam.requires_grad_(), gam)
     assert torch.equal(again.detach(), y)

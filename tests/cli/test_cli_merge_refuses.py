@@ -18,17 +18,28 @@ pytestmark = [
 
 
 def config(**changes):
-    return lambda root: edit(root / "adapter" / "adapter_config.json", **changes)
+    """As another program writes both files: the tensors do not record the configuration."""
+
+    def change(root):
+        edit(root / "adapter" / "adapter_config.json", **changes)
+        save_file(load_file(root / WEIGHTS), root / WEIGHTS)
+
+    return change
 
 
-def without(field):
-    def remove(root):
-        file = root / "adapter" / "adapter_config.json"
-        file.write_text(
-            json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != field})
-        )
+def edited(root):
+    edit(root / "adapter" / "adapter_config.json", r=6)
 
-    return remove
+
+def without_key(root):
+    file = root / "adapter" / "adapter_config.json"
+    fields = json.loads(file.read_text())
+    del fields["projection_prng_key"]
+    file.write_text(json.dumps(fields))
+
+
+def recording(text):
+    return lambda r: save_file(load_file(r / WEIGHTS), r / WEIGHTS, {"randlora_ext": text})
 
 
 def without_gamma(root):
@@ -83,8 +94,11 @@ BROKEN = {
     "lora": (config(peft_type="LORA"), "RANDLORA"),
     "bad density": (config(density=7), "density"),
     "r zero": (config(r=0), "r must be"),
-    "other r": (config(r=6), "or the file was edited"),
-    "no key": (without("projection_prng_key"), "'projection_prng_key' is missing"),
+    "other r": (edited, "r is 5, not 6: a save goes on or was interrupted, or the file was edited"),
+    "no key": (without_key, "projection_prng_key is 'randlora_ext:independent-1"),
+    "no record": (recording("{}"), "'randlora_ext' must be a JSON object with r, randlora_alpha"),
+    "a list recorded": (recording("[]"), "as save_pretrained writes it, got '[]'"),
+    "no JSON recorded": (recording("["), "as save_pretrained writes it, got '['"),
     "alpha huge": (config(randlora_alpha=10**400), "randlora_alpha must be a finite number"),
     "other spec": (config(projection_prng_key="generated-99:1"), "generated-99"),
     "other model": (another_model, "randlora_lambda is (5, 7), and must be (5, 10)"),

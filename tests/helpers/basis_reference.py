@@ -29,8 +29,6 @@ def philox4x32_10(counter: ArrayLike, key: tuple[int, int]) -> NDArray[np.uint32
 
 def threshold(density: float) -> int:
     """How many of the 2^32 words give +1; the same number gives -1."""
-    if not 0.0 < density <= 1.0:
-        raise ValueError(f"density is {density}; it must be in (0, 1]")
     return max(1, math.floor(density * 2.0**31 + 0.5))
 
 

@@ -15,65 +15,61 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def small_model():
     torch.manual_seed(0)
-    block = nn.ModuleDict(
-        {"q": nn.Linear(12, 12), "down": nn.Linear(12, 12), "norm": nn.LayerNorm(12)}
-    )
+    parts = {"q": nn.Linear(12, 12), "down": nn.Linear(12, 12), "norm": nn.LayerNorm(12)}
+    block = nn.ModuleDict(parts)
     return nn.ModuleDict({"blocks": nn.ModuleList([block, copy.deepcopy(block)])})
-
-
-def adapted(model):
-    return list(layers(model))
 
 
 def test_apply_by_suffix_and_by_pattern():
     model = apply_randlora(
         small_model(), ["q"], r=3, density=0.2, basis="independent", adapter_name="mine"
     )
-    assert adapted(model) == ["blocks.0.q", "blocks.1.q"]
+    assert [*layers(model)] == ["blocks.0.q", "blocks.1.q"]
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained and all("randlora_" in name and name.endswith(".mine") for name in trained)
     first, second = (block["q"].bases["mine"] for block in model["blocks"])
     assert first.density == 0.2 and first.packed()[0] is second.packed()[0]
 
     apply_randlora(model, r"blocks\.1\.d.*", r=4)
-    assert adapted(model) == ["blocks.0.q", "blocks.1.q", "blocks.1.down"]
+    assert [*layers(model)] == ["blocks.0.q", "blocks.1.q", "blocks.1.down"]
     assert model["blocks"][0]["q"].randlora_lambda["mine"].requires_grad
     assert not model["blocks"][0]["norm"].weight.requires_grad
 
 
-@pytest.mark.parametrize(
-    "targets,options,error,message",
-    [
-        (["k"], {}, ValueError, r"target_modules \['k'\] matches no module .*blocks\.0\.q"),
-        ("q", {}, ValueError, r"'q' matches no module .* did you mean \['q'\]"),
-        ("k", {}, ValueError, "matches no module of .* that is not adapted yet; its"),
-        (["q"], {"modules_to_save": ["head"]}, ValueError, "in the ModuleDict, got 'head'"),
-        (["q"], {"modules_to_save": "norm"}, ValueError, "modules_to_save must list .* 'n'"),
-        (["q"], {"modules_to_save": ["q"]}, ValueError, "matches no module"),  # nothing is left
-        (["q", "norm"], {}, TypeError, r"'blocks\.0\.norm', matched by target_modules .*LayerNorm"),
-        (["q"], {"r": 0}, ValueError, "r must be"),
-        (["q"], {"rank": 4}, TypeError, "^apply_randlora got .*'rank'; did you mean 'r'\\?"),
-        (["q"], {"xyz": 4}, TypeError, "argument 'xyz'; it takes r, randlora_alpha, density"),
-        (None, {}, TypeError, "target_modules must be names or a regular expression, got None"),
-        (["q", 2], {}, TypeError, r"target_modules must be names .* got \['q', 2\]"),
-        ("(", {}, ValueError, r"target_modules '\(' is no regular expression: missing \)"),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_apply_errors_change_nothing(targets, options, error, message):
+def adapted_in_part():
     model = small_model()
-    with pytest.raises(error, match=message):
+    model["empty"], model["compiled"] = nn.Linear(8, 0), torch.compile(nn.Linear(8, 8))
+    return apply_randlora(model, ["0.down"], r=4)
+
+
+ERRORS = {
+    "no such name": (["k"], {}, r"target_modules \['k'\] matches no module .*blocks\.0\.q"),
+    "a list is meant": ("q", {}, r"'q' matches no module .* did you mean \['q'\]"),
+    "None": (None, {}, "target_modules must be names or a regular expression, got None"),
+    "no expression": ("(", {}, r"target_modules '\(' is no regular expression: missing \)"),
+    "not linear": (["q", "norm"], {}, r"'blocks\.0\.norm', matched by target_modules .*LayerNorm"),
+    "no features": (["q", "empty"], {}, "out_features must be"),  # found when others are made
+    "bad r": (["q"], {"r": 0}, "r must be"),
+    "other name": (["q"], {"rank": 4}, "^apply_randlora got .*'rank'; did you mean 'r'\\?"),
+    "adapted": (["q", "down"], {}, r"'blocks.0.down', .* is adapted already.*update_layer\(name"),
+    "nested": (r".*base_layer", {}, "'blocks.0.down.base_layer'.* inside 'bl.*0.down'.*be nested"),
+    "compiled": (r".*_orig_mod", {}, r"'compiled\._orig_mod'.* would not be adapted: torch.com"),
+    "no module": (["q"], {"modules_to_save": ["head"]}, "in the ModuleDict, got 'head'"),
+    "no list": (["q"], {"modules_to_save": "norm"}, "modules_to_save must list .* 'n'"),
+    "nothing left": (["q"], {"modules_to_save": ["q"]}, "matches no module"),
+    "whole and adapted": (["q"], {"modules_to_save": ["blocks.0"]}, "modules_to_save is adapted"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_apply_errors_change_nothing(case):
+    targets, options, message = ERRORS[case]
+    model = adapted_in_part()
+    before, trained = [*layers(model)], [p.requires_grad for p in model.parameters()]
+    with pytest.raises((TypeError, ValueError), match=message):
         apply_randlora(model, targets, **options)
-    assert adapted(model) == []
-    assert all(p.requires_grad for p in model.parameters())
-
-
-def test_a_later_layer_that_fails_leaves_the_first_as_it_was():
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 0))
-    model[0].bias.requires_grad_(False)
-    with pytest.raises(ValueError, match="out_features"):
-        apply_randlora(model, ["0", "1"], r=2)
-    assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
+    assert [*layers(model)] == before
+    assert [p.requires_grad for p in model.parameters()] == trained
 
 
 def encoder(**options):
@@ -95,22 +91,11 @@ def test_an_encoder_of_torch_calls_the_layers_in_eval_mode_too(nested):
         assert (copy.deepcopy(model)(x) - encoder().train()(x)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("targets", [["base_layer"], r".*base_layer", ["0.q.base_layer"]], ids=str)
-def test_adapters_cannot_be_nested(targets):
-    model = apply_randlora(small_model(), ["0.q"], r=4)
-    before, outer = adapted(model), "blocks.0.q"
-    with pytest.raises(ValueError, match=f"'{outer}.base_layer'.* inside '{outer}'.*be nested"):
-        apply_randlora(model, targets, r=4)
-    assert adapted(model) == before
-    with pytest.raises(ValueError, match="inside 'the model'.*be nested"):
-        apply_randlora(model["blocks"][0]["q"], ["base_layer"], r=4)
-
-
 def test_a_layer_that_torch_never_calls_is_refused():
     model = encoder()
     with pytest.raises(ValueError, match=r"'layers\.0\.self_attn\.out_proj', matched by .* never"):
         apply_randlora(model, ["out_proj"])
-    assert adapted(model) == [] and all(p.requires_grad for p in model.parameters())
+    assert not layers(model) and all(p.requires_grad for p in model.parameters())
 
 
 def test_merge_and_unload_and_unload():
@@ -124,7 +109,7 @@ def test_merge_and_unload_and_unload():
     want = [block[name](x) for block in model for name in ("q", "down")]
     merged, bare = (f(copy.deepcopy(model)) for f in (merge_and_unload, unload))
     for result in (merged, bare):
-        assert adapted(result) == [] and result[0] is result[2]
+        assert not layers(result) and result[0] is result[2]
         assert b"randlora" not in pickle.dumps(result)
         names = [name for name, _ in plain.named_parameters()]
         assert [name for name, _ in result.named_parameters()] == names
@@ -142,7 +127,7 @@ def test_merge_and_unload_that_cannot_changes_nothing():
     second.base_layer.weight = nn.Parameter(second.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(TypeError, match="int8"):
         merge_and_unload(model)
-    assert torch.equal(first.weight, weight) and len(adapted(model)) == 2
+    assert torch.equal(first.weight, weight) and len(layers(model)) == 2
 
 
 def test_the_state_dict_of_a_merged_layer_warns():
@@ -165,16 +150,6 @@ def test_all_linear_leaves_out_what_peft_leaves_out():
         apply_randlora(model, "all-linear", r=2)  # nothing is left
 
 
-def test_an_adapted_layer_is_not_wrapped_again():
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    apply_randlora(model, ["0"], r=2)
-    adapted = model[0]
-    for call in (lambda: apply_randlora(model, ["0", "1"], r=2), lambda: RandLoraLinear(adapted)):
-        with pytest.raises(TypeError, match=r"is adapted already.*update_layer\(name"):
-            call()
-    assert model[0] is adapted and type(model[1]) is nn.Linear
-
-
 def test_modules_to_save_are_trained_whole():
     model = small_model()
     model["head"] = nn.Sequential(nn.Linear(12, 3), nn.LayerNorm(3))
@@ -182,23 +157,13 @@ def test_modules_to_save_are_trained_whole():
     trained = {n for n, p in model.named_parameters() if p.requires_grad and "randlora" not in n}
     whole = "blocks.0.norm.", "head.0.", "head.1."
     assert trained == {f"{name}{kind}" for name in whole for kind in ("weight", "bias")}
-    assert len(adapted(model)) == 4 and type(model["head"][0]) is nn.Linear
-    with pytest.raises(ValueError, match="'blocks.0.q' of modules_to_save is adapted"):
-        apply_randlora(model, ["head.0"], modules_to_save=["q"], r=2)
+    assert len(layers(model)) == 4 and type(model["head"][0]) is nn.Linear
     apply_randlora(model, ["head.0"], r=2)  # which leaves the rest as it is
     assert model["head"][1].weight.requires_grad and not model["head"][0].weight.requires_grad
     nothing = small_model()
     nothing["blocks"][0]["norm"].weight = nn.Parameter(torch.ones(12).int(), requires_grad=False)
     with pytest.raises(ValueError, match="'blocks.0.norm' .* not floating point"):
         apply_randlora(nothing, ["q"], modules_to_save=["norm"])
-
-
-def test_what_torch_compile_has_wrapped_already_is_refused():
-    """It keeps calling the layer that it was given, and the adapter would do nothing."""
-    model = nn.Sequential(torch.compile(nn.Linear(8, 8)))
-    with pytest.raises(ValueError, match=r"'0\._orig_mod'.* would not be adapted: torch.compile"):
-        apply_randlora(model, r".*_orig_mod", r=2)
-    assert adapted(model) == []
 
 
 def test_a_rank_beyond_the_features_warns():

@@ -262,9 +262,7 @@ def test_a_vector_of_another_layer_is_refused_before_anything_changes():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = {name: value + 1 for name, value in state.items()}
     state["two.randlora_input_scale.default"] = torch.ones(24)
-    with pytest.raises(
-        RuntimeError, match=r"two.randlora_input_scale.default is \(24,\)"
-    ):
+    with pytest.raises(RuntimeError, match=r"two.randlora_input_scale.default is \(24,\)"):
         model.load_state_dict(state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

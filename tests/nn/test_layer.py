@@ -1,6 +1,8 @@
-"""RandLoraLinear against the plain PyTorch reference on dense bases."""
+"""RandLoraLinear against plain PyTorch on dense bases: numbers, dtypes, state and errors."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from layer_helpers import (
     inputs,
     make_base,
     oracle,
+    pickled,
     randomize,
     relative,
+    run,
     two_adapters,
 )
 from torch import nn
@@ -33,7 +37,6 @@ BOTH = pytest.mark.parametrize("basis", [INDEPENDENT, HADAMARD], ids=["independe
     [
         (1 / 3, torch.float64, 1e-10),
         (0.07, torch.float32, 1e-5),
-        (1.0, torch.float32, 1e-5),
         ("hadamard", torch.float64, 1e-10),
     ],
 )
@@ -54,11 +57,14 @@ def test_agrees_with_reference(shape, kind, dtype, tolerance):
 def test_every_kind_of_base(kind, basis):
     base = make_base(24, 40, kind, bias=kind != "no bias", dtype=torch.float64)
     calls = []
+    layer = RandLoraLinear(base, **basis)
+    x, dy = inputs(layer, 11, dtype=torch.float64)
+    # A fresh adapter changes nothing.
+    torch.testing.assert_close(layer(x), base(x), rtol=0, atol=0)
+    assert not layer.get_delta_weight("default").any()
     if kind == "hook":
         base.register_forward_hook(lambda *_: calls.append(1))
-    layer = randomize(RandLoraLinear(base, **basis))
-    x, dy = inputs(layer, 11, dtype=torch.float64)
-    assert_right(layer, x, dy, 1e-10)
+    assert_right(randomize(layer), x, dy, 1e-10)
     assert len(calls) == (kind == "hook")
 
 
@@ -67,17 +73,6 @@ def test_replaced_forward_is_called():
     layer = RandLoraLinear(base, r=2)
     base.forward = lambda x: x.new_full((*x.shape[:-1], 6), 7.0)  # as accelerate's offloading does
     assert torch.equal(layer(torch.zeros(3, 8)), torch.full((3, 6), 7.0))
-
-
-@BOTH
-@pytest.mark.parametrize("kind", ["linear", "conv1d"])
-def test_a_fresh_adapter_changes_nothing(kind, basis):
-    base = make_base(24, 40, kind)
-    x = torch.randn(5, 24)
-    before = base(x)
-    layer = RandLoraLinear(base, **basis)
-    torch.testing.assert_close(layer(x), before, rtol=0, atol=0)
-    assert not layer.get_delta_weight("default").any()
 
 
 def test_initial_values_and_attributes():
@@ -96,34 +91,31 @@ def test_initial_values_and_attributes():
 
 @pytest.mark.parametrize("basis", [INDEPENDENT | {"density": 0.07}, INDEPENDENT, HADAMARD], ids=str)
 def test_shapes_on_the_meta_device(basis):
-    base = make_base(24, 40).to("meta")
-    layer = RandLoraLinear(base, **({"r": 8} | basis))
+    layer = RandLoraLinear(make_base(24, 40).to("meta"), **basis)
     x = torch.empty(3, 5, 24, device="meta", requires_grad=True)
     y = layer(x)
     assert y.shape == (3, 5, 40) and y.device.type == "meta"
     y.sum().backward()
-    lam, gam = layer.adapter_parameters()
-    assert [x.grad.shape, lam.grad.shape, gam.grad.shape] == [x.shape, lam.shape, gam.shape]
+    assert all(t.grad.shape == t.shape for t in (x, *layer.adapter_parameters()))
 
 
-def test_scaled_bases_and_delta_weight():
-    for kind, basis in (("linear", INDEPENDENT), ("conv1d", INDEPENDENT), ("conv1d", HADAMARD)):
-        for in_features, out_features in ((24, 40), (40, 24)):
-            base = make_base(in_features, out_features, kind, dtype=torch.float64)
-            layer = randomize(RandLoraLinear(base, randlora_alpha=128 * basis["r"], **basis))
-            lam, gam = layer.randlora_lambda["default"], layer.randlora_gamma["default"]
-            A, B = layer.bases["default"].dense(dtype=torch.float64)
-            expected = delta_weight_reference(A, B, lam, gam, 128.0, out_features, in_features)
-            delta = layer.get_delta_weight("default")
-            assert delta.shape == base.weight.shape
-            assert relative(delta.T if kind == "conv1d" else delta, expected) < 1e-12
-            first, second = layer.get_scaled_bases("default")
-            x = torch.randn(3, in_features, dtype=torch.float64)
-            part = 128.0 * F.linear(F.linear(x, first), second)
-            assert relative(part, F.linear(x, expected)) < 1e-12
-            (gradient,) = torch.autograd.grad(delta.sum(), lam)
-            (wanted,) = torch.autograd.grad(expected.sum(), lam)
-            assert relative(gradient, wanted) < 1e-12
+@pytest.mark.parametrize("features", [(24, 40), (40, 24)])
+@pytest.mark.parametrize("kind, basis", [("linear", INDEPENDENT), ("conv1d", HADAMARD)])
+def test_scaled_bases_and_delta_weight(kind, basis, features):
+    base = make_base(*features, kind, dtype=torch.float64)
+    layer = randomize(RandLoraLinear(base, randlora_alpha=128 * basis["r"], **basis))
+    lam, gam = layer.randlora_lambda["default"], layer.randlora_gamma["default"]
+    A, B = layer.bases["default"].dense(dtype=torch.float64)
+    expected = delta_weight_reference(A, B, lam, gam, 128.0, *features[::-1])
+    delta = layer.get_delta_weight("default")
+    assert delta.shape == base.weight.shape
+    assert relative(delta.T if kind == "conv1d" else delta, expected) < 1e-12
+    first, second = layer.get_scaled_bases("default")
+    x = torch.randn(3, features[0], dtype=torch.float64)
+    assert relative(128.0 * F.linear(F.linear(x, first), second), F.linear(x, expected)) < 1e-12
+    (gradient,) = torch.autograd.grad(delta.sum(), lam)
+    (wanted,) = torch.autograd.grad(expected.sum(), lam)
+    assert relative(gradient, wanted) < 1e-12
 
 
 @pytest.mark.parametrize("second", [{}, HADAMARD], ids=["independent", "hadamard"])
@@ -156,17 +148,16 @@ def test_dropout():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_merge_rounds_once_and_without_a_kept_weight_unmerge_nearly_restores(kind, dtype):
     base = make_base(24, 40, kind, dtype=dtype)
-    layer = randomize(RandLoraLinear(base, r=5, basis="independent"))
+    layer = RandLoraLinear(base, r=5, basis="independent")
     layer.update_layer("two", r=8)
-    randomize(layer)
-    layer.set_adapter(["default", "two"])
+    randomize(layer).set_adapter(["default", "two"])
     x, _ = inputs(layer, 9, dtype=dtype)
     before, adapted = base.weight.detach().clone(), oracle(layer, x)[0]
     total = before.to(torch.float32 if dtype.itemsize == 2 else torch.float64)
     for name in ("default", "two"):
         total = total + layer.get_delta_weight(name).detach()
     layer.merge(safe_merge=True, keep_weight="nothing")
-    assert layer.merged and layer.merged_adapters == ["default", "two"] and layer._kept is None
+    assert layer.merged_adapters == ["default", "two"] and layer._kept is None
     assert torch.equal(base.weight, total.to(dtype))
     assert torch.equal(layer(x), base(x))
     assert relative(layer(x), adapted) < 4 * torch.finfo(dtype).eps
@@ -182,31 +173,23 @@ def test_merge_rounds_once_and_without_a_kept_weight_unmerge_nearly_restores(kin
 def test_merging_errors_change_nothing():
     layer = two_adapters(torch.float32)
     layer.merge(adapter_names=["default"])
+    layer.randlora_lambda["two"].data[0, 0] = torch.nan
     before = copy.deepcopy(layer.state_dict())
-
-    def unchanged():
-        assert layer.merged_adapters == ["default"]
-        for key, value in layer.state_dict().items():
-            torch.testing.assert_close(value, before[key], rtol=0, atol=0, equal_nan=True)
-
     for names, keep_weight, message in (
         (None, "host", r"'default' is merged already.*'two'"),
         (["two", "default"], "host", r"'default' is merged already.*'two'"),
         (["two", "x"], "host", r"adapter_names: unknown adapter 'x'.*default.*two"),
         (["two", "two"], "host", "must not repeat"),
         (["two"], "disk", "keep_weight must be one of .*'host'.*got 'disk'"),
+        (["two"], "host", r"NaNs detected.* two seems"),
     ):
         with pytest.raises(ValueError, match=message):
-            layer.merge(adapter_names=names, keep_weight=keep_weight)
-        unchanged()
+            layer.merge(True, names, keep_weight)
+        assert layer.merged_adapters == ["default"]
+        for key, value in layer.state_dict().items():
+            torch.testing.assert_close(value, before[key], rtol=0, atol=0, equal_nan=True)
     with pytest.raises(ValueError, match="'default' is merged"):
         layer.update_layer("default")
-    with torch.no_grad():
-        layer.randlora_lambda["two"][0, 0] = float("nan")
-    before = copy.deepcopy(layer.state_dict())
-    with pytest.raises(ValueError, match=r"NaNs detected.* two seems"):
-        layer.merge(safe_merge=True, adapter_names=["two"])
-    unchanged()
     layer.unmerge()
     with pytest.warns(UserWarning, match="Nothing to do"):
         layer.unmerge()
@@ -220,15 +203,105 @@ def test_a_merged_layer_refuses_to_load_before_anything_is_taken(keep_weight):
     layer = randomize(RandLoraLinear(make_base(24, 40), r=5))
     state = {k: v.clone() for k, v in randomize(copy.deepcopy(layer)).state_dict().items()}
     W, lam = layer.weight.clone(), layer.randlora_lambda["default"].detach().clone()
-    model = nn.Sequential(layer)
     layer.merge(keep_weight=keep_weight)
     for strict in (True, False):
         with pytest.raises(RuntimeError, match=r"has merged \['default'\].*call unmerge\(\) first"):
             layer.load_state_dict(state, strict=strict)
         with pytest.raises(RuntimeError, match=r"0 has merged"):
-            model.load_state_dict({f"0.{k}": v for k, v in state.items()}, strict=strict)
+            nn.Sequential(layer).load_state_dict({f"0.{k}": v for k, v in state.items()}, strict)
     assert torch.equal(layer.randlora_lambda["default"], lam)
     layer.unmerge()
     torch.testing.assert_close(layer.weight, W)
     layer.load_state_dict(state)
-    assert torch.equal(layer.weight, state["base_layer.weight"])
+
+
+# ---- dtypes, copies, and what the layer says to bad input ---------------------------------------
+
+
+def test_dtype_moves():
+    layer = randomize(RandLoraLinear(make_base(24, 40, dtype=torch.bfloat16), r=5))
+    lam = layer.randlora_lambda["default"]
+    assert (layer.weight.dtype, lam.dtype) == (torch.bfloat16, torch.float32)
+    x, dy = inputs(layer, 9, dtype=torch.bfloat16)
+    assert [t.dtype for t in run(layer, x, dy)] == [torch.bfloat16] * 2 + [torch.float32] * 2
+    assert_right(layer, x, dy, 0.01)
+
+    layer.to(torch.float16)  # as documented: a cast of the module casts lambda and gamma too
+    assert {t.dtype for t in run(layer, x.half(), dy.half())} == {torch.float16}
+    assert_right(layer, x.half(), dy.half(), 0.01)
+
+    layer.double()
+    assert_right(layer, x.double(), dy.double(), 1e-10)
+    assert RandLoraLinear(layer.base_layer).randlora_lambda["default"].dtype == torch.float64
+    with pytest.raises(RuntimeError):  # as nn.Linear
+        layer(x)
+
+
+def test_copies_share_the_packed_basis():
+    layer = two_adapters(r=8, basis="hadamard", density=None)
+    layer.set_adapter(["default", "two"])
+    x, _ = inputs(layer, 9, dtype=torch.float64)
+    loaded, size = pickled(layer)
+    assert size < 30_000
+    for other in (copy.deepcopy(layer), loaded):
+        assert torch.equal(other(x), layer(x)) and other.weight is not layer.weight
+        for name, basis in layer.bases.items():
+            assert other.bases[name].packed()[0] is basis.packed()[0]
+
+
+def test_core_needs_torch_alone():
+    apart = {"peft", "transformers", "numpy.f2py"}
+    code = f"import sys, randlora_ext; assert not {apart} & {{*sys.modules}}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+BAD_OPTIONS = [
+    ({"alpha": 16}, TypeError, "got an .* argument 'alpha'; did you mean 'randlora_alpha'"),
+    ({"r": 0}, ValueError, "r must be a positive integer, got 0"),
+    ({"density": 1.5, "basis": "independent"}, ValueError, "density must .* got 1.5"),
+    ({"density": 0.3, "basis": "hadamard"}, ValueError, "density must be None for Hadamard bases"),
+    ({"basis": "indep"}, ValueError, "^basis must be .*'indep'; did you mean 'independent'"),
+    ({"seed": -1}, ValueError, r"seed must be an integer in \[0, 2\*\*64\).*-1"),
+    ({"randlora_dropout": 1.0}, ValueError, r"randlora_dropout must be in \[0, 1\), got 1\.0"),
+    ({"randlora_dropout": "x"}, TypeError, r"randlora_dropout .*'x'"),
+    *(
+        ({"randlora_alpha": value}, ValueError, "randlora_alpha must be a finite number")
+        for value in (float("inf"), float("nan"), -(10**400))
+    ),
+    ({"randlora_alpha": "640"}, TypeError, r"randlora_alpha .*'640'"),
+    *(({"adapter_name": n}, ValueError, f"adapter_name .*'{n}'") for n in ("", "a.b", "keys")),
+    ({"adapter_name": 3}, TypeError, r"adapter_name .*3"),
+]
+
+
+@pytest.mark.parametrize("options,error,message", BAD_OPTIONS, ids=lambda v: str(v)[:40])
+def test_bad_options_change_nothing(options, error, message):
+    base = nn.Linear(8, 8)
+    with pytest.raises(error, match=message):
+        RandLoraLinear(base, **options)
+    assert base.weight.requires_grad
+    layer = RandLoraLinear(base, r=2)
+    keys = set(layer.state_dict())
+    with pytest.raises(error, match=message):
+        layer.update_layer(**{"adapter_name": "other", **options})
+    assert set(layer.state_dict()) == keys and list(layer.bases) == ["default"]
+
+
+def test_bad_inputs_names_and_states():
+    layer = RandLoraLinear(nn.Linear(8, 6), r=2)
+    with pytest.raises(RuntimeError, match="dtype"):  # as nn.Linear
+        layer(torch.zeros(3, 8, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"in_features = 8, got \(3, 7\)"):
+        layer(torch.zeros(3, 7))
+    for call in (layer.set_adapter, layer.get_delta_weight, layer.get_scaled_bases):
+        with pytest.raises(ValueError, match=r"unknown adapter 'x'; known are \['default'\]"):
+            call("x")
+    with pytest.raises(ValueError, match="must not repeat"):
+        layer.set_adapter(["default", "default"])
+    assert layer.active_adapters == ["default"]
+    for module in (nn.Conv1d(4, 4, 1), nn.LazyLinear(4), None):
+        with pytest.raises(TypeError, match="base_layer must be an nn.Linear or a transformers"):
+            RandLoraLinear(module)
+    for key in layer.state_dict():
+        with pytest.raises(RuntimeError, match=f"{key} must be a tensor, got str"):
+            layer.load_state_dict({**layer.state_dict(), key: "text"})

@@ -27,6 +27,7 @@ from peft_helpers import (
 from torch import nn
 
 from randlora_ext import _C, RandLoraLinear
+from randlora_ext.peft.layer import AcceleratedLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore:RandLoRA layers of this model multiply by dense")
 
@@ -41,21 +42,37 @@ def tables():
     )
 
 
-def test_enable_says_what_merged_layers_keep():
+@pytest.fixture
+def settings_restored(monkeypatch):
+    for name in ("keep_weight", "float32_products"):
+        monkeypatch.setattr(AcceleratedLinear, name, getattr(AcceleratedLinear, name))
+
+
+def test_enable_says_what_merged_layers_keep(settings_restored):
     layer = layers(made(sparse=True))[0]
     weight = layer.get_base_layer().weight
     W = weight.detach().clone()
-    try:
-        with pytest.raises(ValueError, match="keep_weight must be one of .*got 'disk'"):
-            accelerated.enable(keep_weight="disk")
-        for keep, way in (("host", True), ("device", True), ("nothing", False)):
-            accelerated.enable(keep_weight=keep)
-            layer.merge()
-            assert (layer._kept is not None) == way
-            layer.unmerge()
-            assert torch.equal(weight, W) or not way
-    finally:
-        accelerated.enable()
+    with pytest.raises(ValueError, match="keep_weight must be one of .*got 'disk'"):
+        accelerated.enable(keep_weight="disk")
+    for keep, way in (("host", True), ("device", True), ("nothing", False)):
+        accelerated.enable(keep_weight=keep)
+        accelerated.enable()  # by somebody else
+        layer.merge()
+        assert (layer._kept is not None) == way
+        layer.unmerge()
+        assert torch.equal(weight, W) or not way
+
+
+def test_what_enable_is_not_told_stays(settings_restored):
+    model, x = made(base=lambda: Deep().bfloat16()), torch.randn(6, 24).bfloat16()
+    accelerated.enable(float32_products=True, keep_weight="nothing")
+    wide = model(x)
+    accelerated.enable()
+    accelerated.enable(keep_weight="device")
+    assert torch.equal(model(x), wide)
+    accelerated.enable(float32_products=False)
+    assert not torch.equal(model(x), wide)
+    assert AcceleratedLinear.keep_weight == "device"
 
 
 def test_enable_twice_and_disable():

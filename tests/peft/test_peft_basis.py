@@ -148,6 +148,13 @@ def test_a_configuration_holds_the_text_and_each_thing_once():
 
 BAD_OPTIONS = [
     ({"alpha": 16}, "RandLoraConfig got an .* argument 'alpha'; did you mean 'randlora_alpha'"),
+    ({"lora_alpha": 16}, "argument 'lora_alpha'; did you mean 'randlora_alpha'"),
+    ({"lora_dropout": 0.1}, "argument 'lora_dropout'; did you mean 'randlora_dropout'"),
+    ({"init_lora_weights": True}, "'init_lora_weights'; did you mean 'init_weights'"),
+    ({"use_dora": True}, "argument 'use_dora' of LoRA, which RandLoRA does not have$"),
+    ({"rank_pattern": {}}, "argument 'rank_pattern' of LoRA, which RandLoRA does not have$"),
+    ({"use_rslora": True}, "'use_rslora' of LoRA; RandLoRA scales dW by randlora_alpha / r$"),
+    ({"seed": 3}, "argument 'seed'; did you mean 'projection_prng_key'"),
     ({"basis": "indep"}, "basis must be one of .*got 'indep'; did you mean 'independent'"),
     ({"basis": "independent", "density": 0.0}, r"density must be in \(0, 1\], got 0\.0"),
     ({"basis": "independent", "density": True}, r"density .*True"),
@@ -289,7 +296,7 @@ def test_products_in_16_bits_or_as_stock(dtype):
     try:
         assert_close(run(ours, x, dy), theirs, eps)
     finally:
-        accelerated.enable()
+        accelerated.enable(float32_products=False)
     saved = {v.dtype for k, v in ours.state_dict().items() if "randlora" in k}
     assert saved == {torch.float32}
 

@@ -63,8 +63,9 @@ def killed_between(monkeypatch, model, folder):
 TORN = {
     "key": (KEY_ALONE, KEY_ALONE | {"projection_prng_key": 2}, "projection_prng_key is 2, not 0"),
     "alpha": ({"sparse": True}, {"sparse": True, "randlora_alpha": 9}, "randlora_alpha is 9, not"),
-    "seed": (DRAWN, {"basis": "independent"}, "density is 0.333"),
+    "seed": (DRAWN, {"basis": "independent"}, "independent-1:density=0.333"),
     "r": ({"r": 5, **KEY_ALONE}, {"r": 6, **KEY_ALONE}, "r is 6, not 5"),
+    "targets": ({"targets": "ab"}, {"targets": "a"}, r"target_modules is \['a'\], not \['"),
 }
 
 
@@ -78,6 +79,7 @@ def test_tensors_of_another_save(tmp_path, monkeypatch, old, new, message, x):
         lambda: opened(tmp_path, lambda: base),
         lambda: running.load_adapter(tmp_path, "two"),
         lambda: accelerated.hotswap_adapter(running, tmp_path),
+        lambda: accelerated.RandLoraConfig.from_pretrained(tmp_path),
     ):
         with pytest.raises(ValueError, match=f"adapter_config.json does not belong .*{message}"):
             door()

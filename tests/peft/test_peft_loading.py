@@ -26,6 +26,7 @@ from peft_helpers import (
     relative,
     stock_made,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -227,6 +228,49 @@ def test_hotswap_names_tensors_that_are_missing_too_many_or_wrong(tmp_path):
         r"point.*head.weight is \(4, 40\), and must be \(3, 40\)"
     )
     refuses_to_swap(made(seed=2, **SEED, **head), tmp_path, message)
+
+
+def test_a_file_without_a_tensor_of_modules_to_save(tmp_path, x):
+    head = {"base": Headed, "modules_to_save": ["head"]}
+    made(seed=3, **SEED, **head).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    state, metadata = load_file(file), safe_open(file, "pt").metadata()
+    del state["base_model.model.head.bias"]
+    save_file(state, file, metadata)
+    model, lacks = made(**SEED, **head), r"lacks 'base.*head\.bias', which adapter .* needs"
+    before = numbers(model)
+    for name in ("default", "two"):
+        with pytest.raises(ValueError, match=lacks):
+            model.load_adapter(tmp_path, name)
+    assert_unchanged(model, before)
+    assert list(model.peft_config) == ["default"]
+    with pytest.raises(ValueError, match=lacks):
+        opened(tmp_path, Headed)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "[", "null", '{"r": 5}'])
+def test_a_record_that_somebody_else_wrote(tmp_path, text):
+    model = made(**SEED)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file), file, {"randlora_ext": text})
+    for door in (load, accelerated.hotswap_adapter, lambda _, folder: opened(folder)):
+        with pytest.raises(ValueError, match="'randlora_ext' must be a JSON object with r, rand"):
+            door(model, tmp_path)
+
+
+def test_a_new_adapter_that_does_not_fit_leaves_nothing(tmp_path):
+    made(**SEED).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    state = load_file(file)
+    state["base_model.model.c.randlora_gamma"] = torch.ones(3, 24)
+    save_file(state, file)
+    model = made(**SEED)
+    before = numbers(model)
+    with pytest.raises(RuntimeError, match="c.randlora_gamma.two is"):
+        model.load_adapter(tmp_path, "two")
+    assert_unchanged(model, before)
+    assert list(model.peft_config) == ["default"] and model.active_adapter == "default"
 
 
 def test_what_cannot_be_swapped(tmp_path, x):

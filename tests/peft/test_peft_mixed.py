@@ -63,6 +63,18 @@ def test_modules_to_save_follow():
     torch.testing.assert_close(model(x, adapter_names=names), row_by_row(model, names, x))
 
 
+def test_modules_to_save_of_one_adapter_alone():
+    model = made(base=Headed, sparse=True, modules_to_save=["head"])
+    adapters(model, lambda i: config(5, sparse=True), ["two"])
+    shake(model)
+    names = ["default", "two", "__base__"]
+    x = torch.randn(3, 24)
+    want = row_by_row(model, names, x)
+    for active in ("default", "two"):  # whose head does not matter
+        model.set_adapter(active)
+        torch.testing.assert_close(model(x, adapter_names=names), want)
+
+
 def test_errors():
     model = adapters(made(sparse=True), lambda _: config(5))
     x = torch.randn(2, 24)

@@ -55,7 +55,6 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, torch_settings, stock_pe
 
 
 def test_every_operator_is_documented_and_no_other():
-    assert randlora_ext.__version__  # importing it registers them
     schemas = [str(schema) for schema in torch._C._jit_get_all_schemas()]
     registered = {s[10 : s.index("(")]: s for s in schemas if s.startswith("randlora::")}
     documented = dict(SECTION.findall((ROOT / "docs/ops.md").read_text()))
@@ -69,7 +68,6 @@ def test_every_operator_is_documented_and_no_other():
 
 def test_every_public_name_is_in_the_api_reference():
     peft = pytest.importorskip("randlora_ext.peft")
-
     pages = "\n".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
     named = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
     for module in (randlora_ext, peft):

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import signal
 
 import gguf
 import numpy as np
@@ -20,14 +19,10 @@ cat(2) K AH T
 dog D AO G
 bad B AE D
 tag T AE G
-god G AA D
-cab K AE B
 coat K OW T
 goat G OW T
 boat B OW T
 tab T AE B
-dab D AE B
-cot K AA T
 at AE T
 """
 HIDDEN, INNER, LAYERS = 32, 48, 2
@@ -51,31 +46,27 @@ def files(tmp_path_factory):
     for name, value in fields.items():
         getattr(writer, f"add_{name}")(value)
     shapes = {"token_embd": (len(tokens), HIDDEN), "output_norm": (HIDDEN,)}
-    for i in range(LAYERS):
-        for name, shape in {
-            "attn_norm": (HIDDEN,), "ffn_norm": (HIDDEN,),
-            "attn_q": (HIDDEN, HIDDEN), "attn_output": (HIDDEN, HIDDEN),
-            "attn_k": (HIDDEN // 2, HIDDEN), "attn_v": (HIDDEN // 2, HIDDEN),
-            "ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN), "ffn_down": (HIDDEN, INNER),
-        }.items():  # fmt: skip
-            shapes[f"blk.{i}.{name}"] = shape
+    block = {
+        "attn_norm": (HIDDEN,), "ffn_norm": (HIDDEN,),
+        "attn_q": (HIDDEN, HIDDEN), "attn_output": (HIDDEN, HIDDEN),
+        "attn_k": (HIDDEN // 2, HIDDEN), "attn_v": (HIDDEN // 2, HIDDEN),
+        "ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN), "ffn_down": (HIDDEN, INNER),
+    }  # fmt: skip
+    shapes |= {f"blk.{i}.{name}": shape for i in range(LAYERS) for name, shape in block.items()}
     generator = np.random.default_rng(0)
-    weights = {
-        name: np.float32(generator.normal(size=shape) * 0.2 + ("norm" in name))
-        for name, shape in shapes.items()
-    }
-    for name, weight in weights.items():
+    for name, shape in shapes.items():
+        weight = np.float32(generator.normal(size=shape) * 0.2 + ("norm" in name))
         writer.add_tensor(f"{name}.weight", weight)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     (folder / "words.dict").write_text(WORDS, encoding="utf-8")
-    return folder / "toy.gguf", folder / "words.dict", weights
+    return folder / "toy.gguf", folder / "words.dict"
 
 
 def arguments(files, *others) -> list:
-    model, words, _ = files
+    model, words = files
     small = ["--steps", 30, "--batch-size", 4, "--rank", 8, "--lr", 0.01]
     return ["--model", model, "--words", words, *small, *others]
 
@@ -98,10 +89,10 @@ def test_from_a_gguf_to_a_merged_model_and_the_printed_commands(
     for picture in ("loss.png", "spectra.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     saved = load_file(out / "adapter" / "adapter_model.safetensors")
-    assert {key.rpartition(".")[2] for key in saved} == {"randlora_lambda", "randlora_gamma"}
-    assert sum(tensor.numel() for tensor in saved.values()) == results["parameters"]["trained"]
-    down = load_file(out / "base" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
-    assert np.array_equal(down, files[2]["blk.1.ffn_down"])
+    trained = [t.numel() for key, t in saved.items() if not key.endswith("input_scale")]
+    assert len(saved) == 3 * len(trained) // 2  # of each layer one scale
+    assert sum(trained) == results["parameters"]["trained"]
+    assert results["forgetting"][0] == [0, 0] and len(results["forgetting"]) == 7
 
     # Split as by a shell, but run without new processes.
     script = shlex.split(printed.partition("Next, ")[2].partition("\n")[2])
@@ -121,16 +112,12 @@ def test_ctrl_c_ends_training_and_what_was_learned_is_kept(
     def interrupted(*arguments):
         for number, step in enumerate(train(*arguments)):
             if number == 3:
-                signal.raise_signal(signal.SIGINT)
+                raise KeyboardInterrupt
             yield step
 
     train = spelling.train
     monkeypatch.setattr(spelling, "train", interrupted)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist ignores it
-    try:
-        printed = run_example("smollm2.py", *arguments(files, "--steps", 100000))
-    finally:
-        signal.signal(signal.SIGINT, before)
+    printed = run_example("smollm2.py", *arguments(files, "--steps", 100000))
     assert "interrupted after 3 steps" in printed
     results = json.loads((tmp_path / "randlora-demo" / "results.json").read_text())
     assert len(results["train_loss"]) == 3 and results["reload_difference"] == 0
@@ -152,29 +139,22 @@ def test_the_loss_is_that_of_the_answers_alone(files):
     assert spelling.held_out_loss(model, tokenizer, rows) == pytest.approx(total / count, rel=1e-5)
 
 
-def test_a_file_that_is_no_dictionary(tmp_path):
-    (tmp_path / "short").write_text("cat K AE T\ndog\n")
-    with pytest.raises(SystemExit, match="has 1 lines of the form"):
-        spelling.read_words(tmp_path / "short")
-
-
-def test_phoneme_error_rate():
+def test_rates_and_ranks():
     right = [("c a t", "K AE T"), ("g o a t", "G OW T")]
     assert spelling.phoneme_error_rate(right, ["K AE T", "G OW T"]) == 0
     # A deletion, an insertion; a replacement.
     assert spelling.phoneme_error_rate(right, ["K T", "G OW T S"]) == pytest.approx(2 / 6)
     assert spelling.phoneme_error_rate(right, ["K AE T", "K OW T"]) == pytest.approx(1 / 6)
+    assert spelling.effective_rank(torch.tensor([2.0, 2, 2, 0])) == pytest.approx(3)
 
 
-def test_a_missing_package_is_named_with_the_command(monkeypatch):
-    monkeypatch.setattr(spelling.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="pocketsphinx is missing; pip install --no-deps"):
-        spelling.read_words()
-
-
-def test_bad_options_are_named(files, run_example, capsys):
+def test_what_is_missing_or_wrong_is_named(files, tmp_path, run_example, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         run_example("smollm2.py", *arguments(files, "--steps", 0))
     assert "--steps" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="^r must be"):
-        run_example("smollm2.py", *arguments(files, "--rank", 0))
+    (tmp_path / "short").write_text("cat K AE T\ndog\n")
+    with pytest.raises(SystemExit, match="has 1 lines of the form"):
+        spelling.read_words(tmp_path / "short")
+    monkeypatch.setattr(spelling.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pocketsphinx is missing; pip install --no-deps"):
+        spelling.read_words()
