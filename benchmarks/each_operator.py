@@ -1,4 +1,4 @@
-"""Every operator as a call with its floor: micro.py times them on a CPU, gpu/kernels.py on a card."""
+"""Every operator as a call with its floor, for micro.py (a CPU) and gpu/kernels.py (a card)."""
 
 import itertools
 from collections.abc import Callable, Iterator

@@ -39,7 +39,8 @@ def independent_lines(rates: Ceilings, size: int = 4096, tokens: int = 8192) -> 
         "adapter forward, T = 16": [floors.independent(b, 16)[0] for b in bases],
     }
     frozen = 2 * Floor(0, matrix=2 * tokens * size**2).us(rates)
-    over = [1 + (f.us(rates) + b.us(rates)) / frozen for f, b in zip(forward, backward, strict=True)]
+    both = zip(forward, backward, strict=True)
+    over = [1 + (one.us(rates) + two.us(rates)) / frozen for one, two in both]
     made = [[what, *(cell(floor, rates) for floor in row)] for what, row in rows.items()]
     return [*made, ["step of a layer over frozen", *(f"{ratio:.2f}" for ratio in over)]]
 

@@ -1,8 +1,8 @@
 """Every operator alone, L2 flushed, with the bytes and operations of its floor (floors.py).
 
 --once     each operator once, not timed: what Nsight Compute measures
---ragged   likewise on small shapes with ragged ends, in every dtype: what compute-sanitizer watches.
-           Results are only checked to be finite; tests/gpu compares them
+--ragged   likewise on small shapes with ragged ends, in every dtype: for compute-sanitizer. Results
+           are only checked to be finite; tests/gpu compares them
 --plant    an index beyond its row, which memcheck must report; otherwise it watched nothing
 """
 

@@ -26,7 +26,8 @@ from .layers import DENSE, RANK
 
 TARGETS = ["q_proj", "v_proj"]
 METHODS = [
-    "LoRA", "ours, hadamard", "frozen", "LoRA, again", "ours, dense", "PEFT's RandLoRA", "ours, 1/3",
+    "LoRA", "ours, hadamard", "frozen", "LoRA, again", "ours, dense", "PEFT's RandLoRA",
+    "ours, 1/3",
 ]  # fmt: skip
 
 
