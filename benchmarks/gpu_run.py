@@ -6,15 +6,14 @@ A card that is at hand for thirty minutes, in commands of at most ten:
     python benchmarks/gpu_run.py --stages memcheck,tests,layers
     python benchmarks/gpu_run.py --stages kernels,racecheck,ncu,slow
 
-    hadamard_torch  a step on Hadamard bases in plain torch beside LoRA. It needs torch alone, and
-                    runs while the processors build
-    build       the extension and the CUDA library in place, before every stage that needs them
+    build       the extension and the CUDA library in place, before every other stage
     parity      self-check; bases of every kind against float64 at 4096
-    hadamard    our kernels on Hadamard bases, for the same layers and tokens
-    model       training steps of a model of the shape of Llama-3.2-3B, 840 tokens
+    model       eager training steps of a model of the shape of Llama-3.2-3B, 840 tokens; host and
+                device time apart
+    hadamard    Hadamard bases beside LoRA: a layer, by size and tokens
     memcheck    compute-sanitizer on small shapes, and a fault that it must find
     tests       the GPU tests without the slowest
-    layers      a layer by every method and path: sizes, tokens, densities
+    layers      a layer by every method: sizes, tokens, densities
     kernels     every operator beside its floor
     racecheck   compute-sanitizer's racecheck on small shapes
     ncu         Nsight Compute: time, bytes and shared-memory wavefronts of each kernel
@@ -41,7 +40,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -50,23 +48,11 @@ ROOT = HERE.parent
 sys.path.insert(0, str(HERE))
 
 from gpu import report, rows  # noqa: E402
-from gpu.stages import DEFAULT, PACKAGES, STAGES, UNBUILT, Command, commands  # noqa: E402
+from gpu.stages import DEFAULT, PACKAGES, STAGES, Command, commands  # noqa: E402
 
 SETUPTOOLS = 77  # the first that reads pyproject.toml's license
 LEAST = 20.0  # seconds: with less left, a command is not started
 LAST_WORDS = 10.0  # seconds between Ctrl-C and the end of a command that takes too long
-
-
-@dataclass
-class Started:
-    """A process, and where what it prints begins in its log."""
-
-    process: subprocess.Popen
-    argv: list[str]
-    log: Path
-    at: int
-    began: float
-    seconds: float
 
 
 def environment(dry: bool) -> dict[str, str]:
@@ -123,7 +109,6 @@ class Run:
         self.stem = out / ("gpu-" + re.sub(r"[^a-z0-9]+", "-", "dry" if dry else name).strip("-"))
         self.card, self.dry, self.built = card, dry, built
         self.end = time.monotonic() + seconds
-        self.early: dict[str, Started] = {}  # by the command's name
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.add(stage="run", date=date, commit=commit(), **card)
 
@@ -137,11 +122,6 @@ class Run:
     def commands(self, stage: str) -> list[Command]:
         made = commands(stage, self.card, self.dry, self.file("-ncu.csv"))
         return [command for command in made if not (self.built and command.name == "build")]
-
-    def begin(self, stage: str) -> None:
-        """Starts the first command of a stage that `stage` runs later."""
-        first = self.commands(stage)[0]
-        self.early[first.name] = self.start(stage, first, self.seconds(first))
 
     def stage(self, name: str) -> str:
         """Runs the commands of a stage; returns its outcome."""
@@ -163,78 +143,58 @@ class Run:
         print(report.of_stage(name, found), flush=True)
         return report.outcome(name, found)
 
-    def seconds(self, command: Command) -> float:
-        return min(command.seconds, self.end - time.monotonic())
-
-    def start(self, stage: str, command: Command, seconds: float) -> Started:
-        argv = [*([] if self.dry else command.watched), *command.argv]
+    def command(self, stage: str, command: Command) -> None:
+        seconds = min(command.seconds, self.end - time.monotonic())
+        watched = [] if self.dry else command.watched
+        why = ""
+        if watched and not shutil.which(watched[0], path=environment(self.dry)["PATH"]):
+            why = f"{watched[0]} is not on PATH"
+        elif self.dry and command.card_only:
+            why = "only on a card"
+        elif seconds < LEAST:
+            why = rows.OUT_OF_TIME
+        if why:
+            self.add(stage=stage, skipped=command.name, why=why)
+            return
+        argv, began = [*watched, *command.argv], time.monotonic()
         settings = environment(self.dry) | command.settings
         settings |= rows.environment(str(self.file(".jsonl")), stage, seconds)
         path = self.file(f"-{stage}.log")
         with path.open("a", errors="replace") as log:
             print(f"\n==== {' '.join(argv)}", file=log, flush=True)
+            at = log.tell()
             process = subprocess.Popen(argv, cwd=ROOT, env=settings, stdout=log,
                                        stderr=log, start_new_session=True)  # fmt: skip
-            return Started(process, argv, path, log.tell(), time.monotonic(), seconds)
-
-    def command(self, stage: str, command: Command) -> None:
-        started = self.early.pop(command.name, None)
-        if started is None:
-            seconds, watched = self.seconds(command), [] if self.dry else command.watched
-            why = ""
-            if watched and not shutil.which(watched[0], path=environment(self.dry)["PATH"]):
-                why = f"{watched[0]} is not on PATH"
-            elif self.dry and command.card_only:
-                why = "only on a card"
-            elif seconds < LEAST:
-                why = rows.OUT_OF_TIME
-            if why:
-                self.add(stage=stage, skipped=command.name, why=why)
-                return
-            started = self.start(stage, command, seconds)
-        process = started.process
         try:
-            status = process.wait(max(0.0, started.began + started.seconds - time.monotonic()))
+            status = process.wait(seconds)
             verdict = "ok" if status == command.expected else f"exit status {status}"
         except subprocess.TimeoutExpired:
-            verdict = f"{report.STOPPED} {started.seconds:.0f} s"
+            verdict = f"{report.STOPPED} {seconds:.0f} s"
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, signal.SIGINT)  # pytest then says what has failed
                 process.wait(timeout=LAST_WORDS)
-        finally:
-            self.kill(started)
-        with started.log.open(errors="replace") as log:
-            log.seek(started.at)
+        finally:  # also what it leaves running, which would disturb the next
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        with path.open(errors="replace") as log:
+            log.seek(at)
             said = [line for line in log.read().splitlines() if not line.startswith('{"stage"')]
         self.add(stage=stage, command=command.name, verdict=verdict,
-                 seconds=round(time.monotonic() - started.began, 1),
+                 seconds=round(time.monotonic() - began, 1),
                  said=said[-1][:200] if said else "")  # fmt: skip
         if verdict != "ok":
             print("\n".join(f"   | {line[:200]}" for line in said[-20:]), flush=True)
 
-    @staticmethod
-    def kill(started: Started) -> None:
-        """Also what it leaves running, which would disturb the next."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(started.process.pid, signal.SIGKILL)
-        started.process.wait()
-
 
 def run_all(run: Run, names: list[str]) -> dict[str, str]:
-    """The outcome of each stage; they run in order, but for the build, which begins at once."""
+    """The outcome of each stage, in order."""
     outcomes: dict[str, str] = {}
-    if "build" in names and not run.built:
-        run.begin("build")
-    try:
-        for name in names:
-            built = outcomes.get("build", "ok")
-            if built != "ok" and name != UNBUILT:
-                outcomes[name] = run.leave_out(name, report.NOT_BUILT)
-            else:
-                outcomes[name] = run.stage(name)
-    finally:
-        for started in run.early.values():
-            run.kill(started)
+    for name in names:
+        if outcomes.get("build", "ok") == "ok":
+            outcomes[name] = run.stage(name)
+        else:
+            outcomes[name] = run.leave_out(name, report.NOT_BUILT)
     return outcomes
 
 
@@ -256,12 +216,10 @@ def main(arguments: list[str] | None = None) -> int:
     asked = set(STAGES if options.stages == "all" else options.stages.split(","))
     if unknown := asked - set(STAGES):
         parser.error(f"unknown stages {sorted(unknown)}; known are {', '.join(STAGES)}")
-    if asked != {UNBUILT}:  # a build that is up to date takes seconds; what is built must load
-        asked |= {"build"}
+    asked |= {"build"}  # one that is up to date takes seconds; what is built must load
     names = [name for name in STAGES if name in asked]
     if lacking := missing([name for name in names if name != "build" or not options.built]):
-        but = f" (--stages {UNBUILT} needs torch alone)" if "torch" not in lacking else ""
-        print(f"missing: pip install {' '.join(lacking)}{but}")
+        print(f"missing: pip install {' '.join(lacking)}")
         return 2
     card = card_at_hand(options.dry)
     no_card = f"torch {card['torch']} sees no CUDA card"

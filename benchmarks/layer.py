@@ -5,7 +5,7 @@
     python benchmarks/layer.py --methods all         every method
     python benchmarks/layer.py --memory              with the peak of memory of each method
     python benchmarks/layer.py --densities hadamard,dense     on our bases and PEFT's default
-    python benchmarks/layer.py --hadamard            LoRA and Hadamard bases, over more sizes
+    python benchmarks/layer.py --hadamard            LoRA and Hadamard bases
     python benchmarks/layer.py --append --out FILE   adds rows to those that FILE.json has
 
 A row is a process. In it every RandLoRA is first verified against the fp64 reference, outputs and
@@ -47,12 +47,6 @@ def measure(case: Case, methods: list[str], repeats: int, memory: bool) -> dict:
     return row
 
 
-def chosen(args) -> list[str]:
-    if args.hadamard:
-        return ["lora", "ours"]
-    return list(METHODS) if args.methods == "all" else args.methods.split(",")
-
-
 def cases(args) -> list[Case]:
     sizes = [tuple(int(n) for n in s.split("x")) for s in args.sizes.split(",")]
     tokens = [int(count) for count in args.tokens.split(",")]
@@ -81,15 +75,16 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.hadamard:
         args.sizes = "1024x1024,2048x2048,4096x4096,1024x4096,4096x1024"
-        args.tokens, args.densities = "16,256,1024,4096", "hadamard"
+        args.tokens, args.densities, args.methods = "16,256,1024,4096", "hadamard", "lora,ours"
     if args.quick:
         args.sizes, args.tokens, args.repeats = "1024x1024", "16,256", 5
 
     print(json.dumps(machine()))
     before = args.out.with_suffix(".json") if args.out and args.append else None
     rows = json.loads(before.read_text())["rows"] if before and before.exists() else []
+    methods = [*METHODS] if args.methods == "all" else args.methods.split(",")
     for i, case in enumerate(cases(args)):
-        row = measure(case, chosen(args), args.repeats, args.memory)
+        row = measure(case, methods, args.repeats, args.memory)
         show(row, header=i == 0)
         rows.append(row)
         if args.out:  # now, so that a stopped run keeps its rows

@@ -11,9 +11,9 @@ float32 matrix product. Bytes: STREAM's triad a = b + 3 c over working sets from
 caches are faster than memory; an operator is held to the fastest triad among those that are at
 least as large as its own bytes.
 
-*Bytes*: every operand read once and every result written once (benchmarks/gpu/floors.py); what lies
-between (V, U, partial sums) is not counted, nor the second reading of an input that forward or
-backward needs. A result is a new tensor at every call, as in training: where it is large, the first
+*Bytes*: every operand read once and every result written once (gpu/floors.py); what lies between
+(V, U, partial sums) is not counted, nor the second reading of an input that forward or backward
+needs. A result is a new tensor at every call, as in training: where it is large, the first
 touch of its pages is part of the time.
 
 *Operations* are those of our algorithm, not those of the dense product that it replaces: one
@@ -21,40 +21,26 @@ multiply-add, one addition or one integer instruction on a vector's lane each co
 they share the processor's vector units. On Hadamard bases a product with A has K n T multiply-adds
 and one with B log2 N additions for each of N T numbers. On independent ones, per product: the A
 side density K d T, the B side from lists density D K T (a signed add for each non-zero), from bit
-planes D K T / 4 (b_planes.h adds a tabled sum for every four elements). For dW and its adjoint
-density^2 K D d. For A' and its gradient two products an entry. For fill_planes_ Philox's
-instructions; for planes_to_lists none.
+planes D K T / 4 (b_planes.h adds a tabled sum for every four elements). For A' one product an
+entry, for its gradient two. For fill_planes_ Philox's instructions; for planes_to_lists none.
 """
 
 import argparse
-import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
-from gpu import floors
+from each_operator import Op, of_layers, that_make_bases
 from methods import basis_of
 from record import machine, write
 from torch.utils.benchmark import Timer
 
-from randlora_ext import _C, TernaryBasis
-from randlora_ext.ops import hadamard
-from randlora_ext.ops.independent import operands
-
-ops = torch.ops.randlora
+CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Op:
-    name: str
-    call: Callable[[], object]
-    bytes: float
-    operations: float
-    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,93 +74,20 @@ def measure_peaks(least: float, gemm: list[int], mib: list[int]) -> Peaks:
     return Peaks(operations, rates)
 
 
-def of_bases(b: TernaryBasis) -> Iterator[Op]:
-    """Generation and packing of B: integers, whatever the dtype of the layer."""
-    planes = torch.empty(2, b.D, -(-b.K // 64), dtype=torch.int64)
-    fill = (planes, b.seed, 1, 0, 0, b.K, _C.threshold(b.density))
-    floor = floors.fill_planes(b)
-    yield Op("fill_planes_", lambda: ops.fill_planes_(*fill), floor.bytes, floor.integer)
-    if b.format == "lists":
-        wide = max(b.D, b.K) > 65536
-        for by_column in (False, True):
-            yield Op(f"planes_to_lists, {'columns' if by_column else 'rows'}",
-                     lambda by_column=by_column: ops.planes_to_lists(planes, b.K, by_column, wide),
-                     floors.planes_to_lists(b, by_column).bytes, 0.0)  # fmt: skip
-
-
-def of_weights(b: TernaryBasis, dtype: torch.dtype) -> Iterator[Op]:
-    """A', with its gradients."""
-    A = b.dense_a(torch.device("cpu"), dtype)
-    lam, gam = (torch.randn(s, dtype=dtype) for s in ((b.r, b.n), (b.n, b.d)))
-    grad = torch.randn(b.K, b.d, dtype=dtype)
-    moved, entries = floors.scaled_basis(b, dtype.itemsize).bytes, b.K * b.d
-    yield Op("scaled_basis", lambda: ops.scaled_basis(A, lam, gam), moved, entries)
-    yield Op("scaled_basis backward",
-             lambda: ops.scaled_basis_backward(grad, A, lam, gam), moved, 2 * entries)  # fmt: skip
-
-
-def of_layers(b: TernaryBasis, dtype: torch.dtype, tokens: int) -> Iterator[Op]:
-    """The factored adapter without the base layer's GEMM, which is torch's."""
-    x, dy = (torch.randn(tokens, n, dtype=dtype) for n in (b.in_features, b.out_features))
-    lam, gam = torch.randn(b.r, b.n), torch.randn(b.n, b.d)
-    last = lam, gam, *operands(b, "cpu")
-    a_side = b.density * b.K * b.d * tokens
-    b_side = (0.25 if b.format == "planes" else b.density) * b.D * b.K * tokens
-    yield Op("independent_linear", lambda: ops.independent_linear(x, None, None, *last),
-             floors.linear(b, tokens, dtype.itemsize).bytes,
-             a_side + b_side, tokens)  # fmt: skip
-    # With d == out the V that dlam needs takes the B side once more.
-    b_products = 1 if b.d == b.in_features else 2
-    yield Op("independent_linear backward",
-             lambda: ops.independent_linear_backward(dy, x, None, *last, True, True),
-             floors.linear_backward(b, tokens, dtype.itemsize).bytes,
-             2 * a_side + b_products * b_side, tokens)  # fmt: skip
-
-
-def of_hadamard(b: TernaryBasis, dtype: torch.dtype, tokens: list[int]) -> Iterator[Op]:
-    """W + dW, and the adapter without the base layer's GEMM."""
-    element, small = dtype.itemsize, 4 * (b.r * b.n + b.n * b.d)
-    lam, gam = torch.randn(b.r, b.n), torch.randn(b.n, b.d)
-    bases = lam, gam, *hadamard.operands(b, "cpu")
-    W = torch.randn(b.out_features, b.in_features, dtype=dtype)
-    floor = floors.hadamard_weight(b, element)
-    yield Op("hadamard_weight", lambda: ops.hadamard_weight(W, *bases), floor.bytes, floor.fma)
-    for count in tokens:
-        x, dy = (torch.randn(count, n, dtype=dtype) for n in W.shape[::-1])
-        forward, backward = floors.hadamard(b, count, element)
-        yield Op("hadamard_linear",
-                 lambda x=x: ops.hadamard_linear(x, None, None, *bases),
-                 element * (x.numel() + dy.numel()) + small,
-                 forward.matrix / 2 + forward.fma, count)  # fmt: skip
-        yield Op("hadamard_linear backward",
-                 lambda x=x, dy=dy: ops.hadamard_linear_backward(
-                     dy, x, None, *bases, True, True),
-                 element * (2 * x.numel() + dy.numel()) + 2 * small,
-                 backward.matrix / 2 + backward.fma, count)  # fmt: skip
-
-
-def making(size: tuple[int, int], r: int) -> Op:
-    """Hadamard bases from their seed, another at every call."""
-    seeds = itertools.count(1)
-    b = TernaryBasis(*size, r, kind="hadamard")
-    signs = b.d + b.D + b.K
-    return Op("hadamard basis from a seed",
-              lambda: TernaryBasis(*size, r, None, next(seeds), "hadamard").packed("cpu"),
-              signs, floors.INTEGERS_PER_ELEMENT * signs)  # fmt: skip
-
-
 def row(op: Op, peaks: Peaks, least: float) -> dict:
     taken = seconds(op.call, least)
-    of_bytes = op.bytes / peaks.of_bytes(op.bytes) / taken
-    of_operations = op.operations / peaks.operations / taken
+    # They share the processor's vector units.
+    operations = op.floor.matrix / 2 + op.floor.fma + op.floor.integer
+    of_bytes = op.floor.bytes / peaks.of_bytes(op.floor.bytes) / taken
+    of_operations = operations / peaks.operations / taken
     return {
         "op": op.name,
         "tokens": op.tokens,
         "us": taken * 1e6,
-        "bytes": op.bytes,
-        "operations": op.operations,
-        "gb_per_s": op.bytes / taken / 1e9,
-        "gop_per_s": op.operations / taken / 1e9,
+        "bytes": op.floor.bytes,
+        "operations": operations,
+        "gb_per_s": op.floor.bytes / taken / 1e9,
+        "gop_per_s": operations / taken / 1e9,
         "byte_share": of_bytes,
         "operation_share": of_operations,
         "roofline": max(of_bytes, of_operations),
@@ -183,23 +96,16 @@ def row(op: Op, peaks: Peaks, least: float) -> dict:
 
 
 def measure(args, peaks: Peaks) -> Iterator[dict]:
-    for size in (tuple(int(n) for n in s.split("x")) for s in args.sizes.split(",")):
-        for density in args.densities.split(","):
-            basis = basis_of(density, size, args.rank)
-            about = {"in": size[0], "out": size[1], "density": density}
-            hadamard = basis.kind == "hadamard"
-            for op in [making(size, args.rank)] if hadamard else of_bases(basis):
-                yield {**about, "dtype": "", **row(op, peaks, args.least)}
-            tokens = [int(count) for count in args.tokens.split(",")]
-            for name, dtype in DTYPES.items():
-                if hadamard:
-                    cases = [*of_hadamard(basis, dtype, tokens)]
-                else:
-                    cases = [*of_weights(basis, dtype)]
-                    for count in tokens:
-                        cases += of_layers(basis, dtype, count)
-                for op in cases:
-                    yield {**about, "dtype": name, **row(op, peaks, args.least)}
+    tokens = [int(count) for count in args.tokens.split(",")]
+    sizes = [tuple(int(n) for n in size.split("x")) for size in args.sizes.split(",")]
+    for (n_in, n_out), density in product(sizes, args.densities.split(",")):
+        basis = basis_of(density, (n_in, n_out), args.rank)
+        cases = {"": that_make_bases(basis, CPU)}
+        cases |= {name: of_layers(basis, CPU, dtype, tokens) for name, dtype in DTYPES.items()}
+        for name, every in cases.items():
+            about = {"in": n_in, "out": n_out, "density": density, "dtype": name}
+            for op in every:
+                yield about | row(op, peaks, args.least)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -222,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = []
     for result in measure(args, peaks):
         print(
-            f"{result['op']:25} {result['in']:>5}x{result['out']:<5} {result['density']:11} "
+            f"{result['op']:27} {result['in']:>5}x{result['out']:<5} {result['density']:11} "
             f"{result['dtype']:5} {result['tokens'] or '':>5} {result['us']:>10.1f} us "
             f"{result['gb_per_s']:>7.1f} GB/s {result['gop_per_s']:>7.1f} Gop/s "
             f"{result['roofline']:>5.0%} of {result['bound']}",

@@ -3,9 +3,8 @@
 stages                  their order and commands
 card, rows, report      timing; results on disk; results as tables
 ceilings                what the card can do: copy rate, GEMM rates
-hadamard_torch          a step on Hadamard bases in plain torch; needs no extension
-parity                  bases of every kind against float64 at 4096
-layers, kernels, model  a layer by every method; every operator; a whole model
-floors, expected        the least work of an operator; the table of docs/cuda.md made of it
-small_shapes            what compute-sanitizer watches
+parity                  bases of every kind against float64, of the sizes that are timed
+model                   an eager step of a whole model; host and device apart
+layers, kernels         a layer by every method; every operator (../each_operator.py)
+floors, expected        the least work of an operator; the tables of docs/cuda.md made of it
 """

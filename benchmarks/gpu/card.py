@@ -2,12 +2,13 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 Call = Callable[[], object]
 _SMALLEST_FLUSH = 64 << 20
+_HELD = 100_000_000  # clock cycles: about 50 ms, longer than the host takes to launch a phase
 
 
 class Card:
@@ -99,3 +100,34 @@ class Card:
             call()
         self.sync()
         return (time.perf_counter() - start) / calls * 1e3
+
+    def apart(self, phases: Sequence[Call], rounds: int = 8) -> tuple[float, float]:
+        """Median milliseconds of the host and of the device for phases that follow one another.
+
+        Host: processor time of all threads until a phase's last launch returns, the card idle
+        before. Device: events around launches that wait behind a delay, so that the card never
+        waits for the host (it holds about a thousand launches: split a long step into phases).
+        """
+        host, device = [], []
+        for _ in range(1 if self.dry else rounds):
+            host.append(sum(map(self._launching, phases)))
+            device.append(sum(map(self._held, phases)))
+        return statistics.median(host), statistics.median(device)
+
+    def _launching(self, phase: Call) -> float:
+        self.sync()
+        start = time.process_time()
+        phase()
+        return (time.process_time() - start) * 1e3
+
+    def _held(self, phase: Call) -> float:
+        self.sync()
+        if self.dry:
+            return self._round({"": phase})[""]
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(_HELD)
+        start.record()
+        phase()
+        stop.record()
+        self.sync()
+        return start.elapsed_time(stop)

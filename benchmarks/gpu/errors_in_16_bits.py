@@ -12,13 +12,23 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests/gpu"), str(ROOT / "tests/helpers"), str(ROOT)]
 
 import torch  # noqa: E402
-from gpu_helpers import DRY, NAMES, run_linear, run_linear_by_cpu_kernels  # noqa: E402
-from layer_cases import Layer, exact, forward_backward, make_layer, plain, rms_error  # noqa: E402
+from gpu_helpers import DRY, cpu_kernels, run_linear  # noqa: E402
+from layer_cases import (  # noqa: E402
+    NAMES,
+    Layer,
+    exact,
+    forward_backward,
+    make_layer,
+    plain,
+    rms_error,
+)
 
 from randlora_ext.reference import linear_reference  # noqa: E402
 
+Results = dict[str, torch.Tensor]
 
-def fp32_adapter(layer: Layer) -> dict[str, torch.Tensor]:
+
+def fp32_adapter(layer: Layer) -> Results:
     """As PEFT does by default: x goes to fp32, and only the sum with the base output to 16 bits."""
     A, B = layer.basis.dense(dtype=torch.float32)
 
@@ -29,22 +39,28 @@ def fp32_adapter(layer: Layer) -> dict[str, torch.Tensor]:
     return forward_backward(forward, layer)
 
 
+def cpu(layer: Layer) -> Results:
+    with cpu_kernels():
+        return run_linear(layer, "cpu")
+
+
+def cuda(layer: Layer) -> Results:
+    return run_linear(layer, "cpu" if DRY else "cuda")
+
+
 def main() -> None:
-    device = torch.device("cpu" if DRY else "cuda")
     ways = {"plain PyTorch in 16 bits": plain, "PEFT's fp32 adapter": fp32_adapter}
-    ways["our CPU kernels"] = run_linear_by_cpu_kernels
-    ways["our CUDA kernels"] = lambda layer: run_linear(layer, device)
     print("| dtype | |", " | ".join(NAMES), "|")
     for dtype in (torch.bfloat16, torch.float16):
         layers = [make_layer(256, 192, 16, density, 256, dtype) for density in (1 / 3, 0.07)]
-        oracles = [exact(layer) for layer in layers]
-        for way, function in ways.items():
-            squares = dict.fromkeys(NAMES, 0.0)
-            for layer, oracle in zip(layers, oracles, strict=True):
-                results = function(layer)
-                for name in NAMES:
-                    squares[name] += rms_error(results[name], oracle[name]) ** 2 / len(layers)
-            errors = " | ".join(f"{squares[name] ** 0.5:.1e}" for name in NAMES)
+        pairs = [(layer, exact(layer)) for layer in layers]
+        for way, function in (ways | {"CPU": cpu, "CUDA": cuda}).items():
+            results = [(function(layer), oracle) for layer, oracle in pairs]
+            squares = [
+                sum(rms_error(got[name], want[name]) ** 2 / 2 for got, want in results)
+                for name in NAMES
+            ]
+            errors = " | ".join(f"{square**0.5:.1e}" for square in squares)
             print(f"| {str(dtype).removeprefix('torch.')} | {way} | {errors} |", flush=True)
 
 

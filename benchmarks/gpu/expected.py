@@ -17,12 +17,8 @@ from .floors import Ceilings, Floor
 # Measured on an H100 SXM by plain torch (a copy of 1 GiB, a product of 8192^3 in bf16), but for
 # fp32, which is the data sheet's.
 H100 = Ceilings(copy_bytes_per_s=3.0e12, bf16_flop_per_s=798e12, fp32_flop_per_s=67e12)
-BASES = {
-    "density 1/64": (1 / 64, "independent"),
-    "density 0.07": (0.07, "independent"),
-    "density 1/3": (1 / 3, "independent"),
-}
-SIZE, TOKENS, RANK = (4096, 4096), 8192, 32
+DENSITIES = {"density 1/64": 1 / 64, "density 0.07": 0.07, "density 1/3": 1 / 3}
+RANK = 32
 
 
 def cell(floor: Floor, rates: Ceilings) -> str:
@@ -30,23 +26,23 @@ def cell(floor: Floor, rates: Ceilings) -> str:
     return f"{floor.us(rates):.0f} ({bound})"
 
 
-def of_size(size: tuple[int, int]) -> list[TernaryBasis]:
-    return [TernaryBasis(*size, RANK, density, kind=kind) for density, kind in BASES.values()]
-
-
-def lines(rates: Ceilings) -> list[list[str]]:
-    bases, tall = of_size(SIZE), of_size((14336, 4096))
+def independent_lines(rates: Ceilings, size: int = 4096, tokens: int = 8192) -> list[list[str]]:
+    bases, tall = (
+        [TernaryBasis(n_in, size, RANK, density) for density in DENSITIES.values()]
+        for n_in in (size, 14336)
+    )
+    forward, backward = zip(*(floors.independent(b, tokens) for b in bases), strict=True)
     rows = {
-        "basis of 14336 x 4096 from a seed": [floors.whole_basis(b) for b in tall],
-        "adapter forward": [floors.linear(b, TOKENS) for b in bases],
-        "adapter backward": [floors.linear_backward(b, TOKENS) for b in bases],
-        "adapter forward, T = 16": [floors.linear(b, 16) for b in bases],
+        f"basis of 14336 x {size} from a seed": [floors.whole_basis(b) for b in tall],
+        "adapter forward": forward,
+        "adapter backward": backward,
+        "adapter forward, T = 16": [floors.independent(b, 16)[0] for b in bases],
     }
+    frozen = 2 * Floor(0, matrix=2 * tokens * size**2).us(rates)
+    both = zip(forward, backward, strict=True)
+    over = [1 + (one.us(rates) + two.us(rates)) / frozen for one, two in both]
     made = [[what, *(cell(floor, rates) for floor in row)] for what, row in rows.items()]
-    frozen = 2 * Floor(0, matrix=2 * TOKENS * SIZE[0] * SIZE[1]).us(rates)
-    both = zip(rows["adapter forward"], rows["adapter backward"], strict=True)
-    over = [f"{1 + sum(floor.us(rates) for floor in pair) / frozen:.2f}" for pair in both]
-    return [*made, ["step of a layer over frozen", *over]]
+    return [*made, ["step of a layer over frozen", *(f"{ratio:.2f}" for ratio in over)]]
 
 
 LAYERS = [(8192, 4096, 4096), (2048, 4096, 4096), (840, 3072, 3072), (8192, 4096, 14336),
@@ -89,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     names = [each.name for each in fields(Ceilings)]
     rates = Ceilings(*(cards[-1][name] for name in names)) if cards else H100
     print(report.table(HEAD, hadamard_lines(rates, rows)))
-    print(report.table(["at best, us", *BASES], lines(rates)), end="")
+    print(report.table(["at best, us", *DENSITIES], independent_lines(rates)), end="")
 
 
 if __name__ == "__main__":

@@ -97,39 +97,41 @@ def expansion(b: TernaryBasis) -> Floor:
 
 def whole_basis(b: TernaryBasis) -> Floor:
     """From the seed to the packed form."""
+    if b.kind == "hadamard":
+        signs = b.d + b.D + b.K
+        return Floor(4 * signs, integer=INTEGERS_PER_ELEMENT * signs)
     lists = list_bytes(b) + list_bytes(b, True)
     written = lists if b.format == "lists" else planes_bytes(b)
     return Floor(written, integer=INTEGERS_PER_ELEMENT * (b.D * b.K))
 
 
 def scaled_basis(b: TernaryBasis, element: int = 2) -> Floor:
-    """A' (K, d) written; backward reads its gradient instead."""
-    return Floor(element * (b.K + b.r) * b.d + 4 * (b.r * b.n + b.n * b.d))
+    """A' (K, d) written; backward reads its gradient instead, and multiplies twice."""
+    moved = element * (b.K + b.r) * b.d + 4 * (b.r * b.n + b.n * b.d)
+    return Floor(moved, fma=b.K * b.d)
 
 
-def a_side(b: TernaryBasis, tokens: int) -> Floor:
-    return Floor(0, matrix=2 * b.density * b.K * b.d * tokens)
+def independent(
+    b: TernaryBasis, tokens: int, element: int = 2, matrix_unit: bool = True
+) -> tuple[Floor, Floor]:
+    """Forward and backward of the adapter: x read, y written, a product with either side.
 
-
-def b_side(b: TernaryBasis, tokens: int) -> Floor:
-    """One product with B: a GEMM on decoded planes; additions from lists."""
-    if b.format != "lists":
-        return Floor(planes_bytes(b), matrix=2 * (b.D * b.K) * tokens)
-    return Floor(list_bytes(b), fma=b.density * b.D * b.K * tokens)
-
-
-def linear(b: TernaryBasis, tokens: int, element: int = 2) -> Floor:
-    """The adapter alone: x read, y written, a product with either side."""
-    move = Floor(element * tokens * (b.in_features + b.out_features) + small_bytes(b))
-    return move + a_side(b, tokens) + b_side(b, tokens)
-
-
-def linear_backward(b: TernaryBasis, tokens: int, element: int = 2) -> Floor:
-    """x and dy read, dx written; two products with A. With B one if d == in, otherwise two."""
-    move = Floor(element * tokens * (2 * b.in_features + b.out_features) + small_bytes(b))
-    move += Floor(4 * (b.r * b.n + b.n * b.d))  # their gradients
-    work = move + a_side(b, tokens) + a_side(b, tokens) + b_side(b, tokens)
-    return work if b.d == b.in_features else work + b_side(b, tokens)
+    Backward: x and dy read, dx and the diagonals' gradients written; two products with A, and with
+    B one if d == in, otherwise two. A product with B: a GEMM on decoded planes (without a matrix
+    unit a tabled sum for four elements), additions from lists.
+    """
+    a_side = Floor(0, matrix=2 * b.density * b.K * b.d * tokens)
+    if b.format == "lists":
+        b_side = Floor(list_bytes(b), fma=b.density * b.D * b.K * tokens)
+    elif matrix_unit:
+        b_side = Floor(planes_bytes(b), matrix=2 * (b.D * b.K) * tokens)
+    else:
+        b_side = Floor(planes_bytes(b), fma=b.D * b.K * tokens / 4)
+    x, y = (element * tokens * size for size in (b.in_features, b.out_features))
+    gradients = Floor(4 * (b.r * b.n + b.n * b.d))
+    forward = Floor(x + y + small_bytes(b)) + a_side + b_side
+    backward = Floor(x) + forward + gradients + a_side
+    return forward, backward if b.d == b.in_features else backward + b_side
 
 
 def hadamard(

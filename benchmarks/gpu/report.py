@@ -77,31 +77,23 @@ def by_tokens(rows: list[Row], show: Callable[[Row], str]) -> str:
     return "\n".join(parts)
 
 
-def over(row: Row, key: str) -> str:
-    """A time, that over the frozen layer's."""
-    return f"{cell(row[key])} ({row['over_frozen']:.2f}x)"
-
-
 def figures(stage: str, rows: list[Row]) -> list[str]:
     timed = [row for row in rows if "us" in row or "step_ms" in row]
     if not timed:
         return []
-    if stage == "hadamard_torch":
-        return [
-            "Microseconds (over the frozen layer).\n",
-            by_tokens(timed, lambda r: over(r, "us")),
-        ]
     if stage in ("layers", "hadamard"):
         return [
             "Forward and backward, ms (over the frozen layer).\n",
-            by_tokens(timed, lambda row: over(row, "step_ms")),
+            by_tokens(timed, lambda r: f"{cell(r['step_ms'])} ({r['over_frozen']:.2f}x)"),
             "Forward and backward as Python launches them, ms.\n",
-            by_tokens(timed, lambda row: cell(row["eager_ms"])),
+            by_tokens(timed, lambda r: cell(r["eager_ms"])),
         ]
     if stage == "kernels":
         keys = ("op", "size", "bases", "tokens", "us", "byte_us", "operation_us", "over_floor")
         return [flat(timed, *keys)]
-    return [flat(timed, "method", "tokens_per_s", "step_ms", "peak_bytes", "adapter_bytes")]
+    keys = ("method", "tokens_per_s", "step_ms", "host_ms", "device_ms", "peak_bytes",
+            "adapter_bytes")  # fmt: skip
+    return [flat(timed, *keys)]
 
 
 def of_stage(stage: str, rows: list[Row]) -> str:

@@ -8,16 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 STAGES = (
-    "hadamard_torch", "build", "parity", "hadamard", "model", "memcheck", "tests", "layers",
-    "kernels", "racecheck", "ncu", "slow",
+    "build", "parity", "model", "hadamard", "memcheck", "tests", "layers", "kernels", "racecheck",
+    "ncu", "slow",
 )  # fmt: skip
-DEFAULT = STAGES[:5]
-UNBUILT = "hadamard_torch"  # the stage that needs no build
+DEFAULT = STAGES[:4]
 PACKAGES = {
     "build": ("setuptools", "pybind11", "numpy", "ninja"),
-    **dict.fromkeys(
-        ("parity", "hadamard", "model", "layers", "kernels", "ncu"), ("peft", "transformers")
-    ),
+    **dict.fromkeys(("model", "hadamard", "layers"), ("peft", "transformers")),
     **dict.fromkeys(("tests", "slow"), ("pytest", "hypothesis")),
 }
 FINDING = 9  # exit status of compute-sanitizer if it found something
@@ -52,11 +49,12 @@ def commands(stage: str, card: dict, dry: bool, csv: Path) -> list[Command]:
         watched = ["compute-sanitizer", "--tool", *tool.split(), "--kernel-name",
                    "kernel_substring=randlora", "--print-limit", "20", "--launch-timeout", "120",
                    "--error-exitcode", str(FINDING)]  # fmt: skip
-        name = " ".join([tool.split()[0], *options])
+        name = tool.split()[0]
         apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        planted = bool(options)
-        return Command(name, gpu("small_shapes", *options), seconds, FINDING * planted, apart,
-                       watched, card_only=name != "memcheck")  # fmt: skip
+        plants = options == ("--plant",)
+        return Command(name + " --plant" * plants, gpu("kernels", *options), seconds,
+                       FINDING * plants, apart, watched,
+                       card_only=plants or name != "memcheck")  # fmt: skip
 
     def tests(which: str, seconds: float, card_only: bool = False) -> Command:
         workers = ["-n", "4"] if importlib.util.find_spec("xdist") and not dry else []
@@ -82,7 +80,6 @@ def commands(stage: str, card: dict, dry: bool, csv: Path) -> list[Command]:
            "--kernel-name-base", "demangled", "--kernel-name", "regex:randlora",
            "--metrics", METRICS, "--log-file", str(csv)]  # fmt: skip
     known = {
-        "hadamard_torch": [Command("hadamard_torch", gpu("hadamard_torch"), 150)],
         "build": [
             Command("build", build, 500, settings={} if dry else arch),
             Command("load", [python, "-c", load], 60),
@@ -91,13 +88,13 @@ def commands(stage: str, card: dict, dry: bool, csv: Path) -> list[Command]:
             Command("self-check", [python, "-m", "randlora_ext"], 60),
             Command("parity", gpu("parity"), 90),
         ],
-        "hadamard": [Command("hadamard", gpu("layers", "--hadamard"), 75)],
         "model": [Command("model", gpu("model"), 120)],
-        "memcheck": [sanitizer(memcheck, 90), sanitizer(memcheck, 30, "--plant")],
+        "hadamard": [Command("hadamard", gpu("layers", "--hadamard"), 75)],
+        "memcheck": [sanitizer(memcheck, 90, "--ragged"), sanitizer(memcheck, 30, "--plant")],
         "tests": [tests("not slow", 150)],
         "layers": [Command("layers", gpu("layers"), 240)],
         "kernels": [Command("kernels", gpu("kernels", "--rates", rates), 120)],
-        "racecheck": [sanitizer("racecheck --racecheck-report all", 150)],
+        "racecheck": [sanitizer("racecheck --racecheck-report all", 150, "--ragged")],
         "ncu": [Command("ncu", gpu("kernels", "--once"), 120, watched=ncu)],
         "slow": [tests("slow", 300, card_only=True)],
     }

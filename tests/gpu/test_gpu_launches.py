@@ -19,27 +19,25 @@ pytestmark = pytest.mark.gpu
 def launches(device, tmp_path, monkeypatch):
     """launches(function): the name of each kernel of ours that it launches, and how many products
     there were; on a card the names of all kernels, those of products among them."""
+    file = tmp_path / "launches"
 
-    def on_card(function):
+    def launches(function):
         function()
-        torch.cuda.synchronize(device)
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            function()
+        if not DRY:
             torch.cuda.synchronize(device)
-        every = [e for e in seen.events() if e.device_type is torch.autograd.DeviceType.CUDA]
-        return [event.name for event in every], 0
-
-    def in_dry_mode(function):
-        function()
-        file = tmp_path / "launches"
+            with profile(activities=[ProfilerActivity.CUDA]) as seen:
+                function()
+                torch.cuda.synchronize(device)
+            cuda = torch.autograd.DeviceType.CUDA
+            return [e.name for e in seen.events() if e.device_type is cuda], 0
         file.write_text("")
         before = _C.products()
-        monkeypatch.setenv("CUDA_ON_CPU_LAUNCHES", str(file))
-        function()
-        monkeypatch.delenv("CUDA_ON_CPU_LAUNCHES")
+        with monkeypatch.context() as during:
+            during.setenv("CUDA_ON_CPU_LAUNCHES", str(file))
+            function()
         return file.read_text().splitlines(), _C.products() - before
 
-    return in_dry_mode if DRY else on_card
+    return launches
 
 
 def step(layer, device, frozen=False):

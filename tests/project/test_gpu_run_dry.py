@@ -89,17 +89,8 @@ def test_torch_alone_gets_one_line(bare):
 
 def test_a_machine_without_a_card_says_so(monkeypatch, capsys):
     monkeypatch.setattr(gpu_run, "card_at_hand", lambda dry: {"torch": "2.11"})
-    assert gpu_run.main(["--stages", "hadamard_torch"]) == 2
+    assert gpu_run.main(["--built", "--stages", "parity"]) == 2
     assert "torch 2.11 sees no CUDA card" in capsys.readouterr().out
-
-
-def test_hadamard_bases_in_plain_torch_need_torch_alone(bare, tmp_path):
-    done = python(bare, "-W", "error", "benchmarks/gpu_run.py", "--dry", "--stages",
-                  "hadamard_torch", "--out", str(tmp_path))  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    kept = report.latest("hadamard_torch", report.read(tmp_path / "gpu-dry.jsonl"))
-    assert not any("failed" in row for row in kept) and any("error" in row for row in kept)
-    assert "Hadamard, plain torch" in {row["method"] for row in kept if "us" in row}
 
 
 def test_kernels_that_do_not_load_are_not_measured(tmp_path, monkeypatch, capsys):
@@ -137,5 +128,8 @@ def test_the_whole_dry_run(tmp_path):
     ran = set(gpu_run.STAGES) - {"racecheck", "slow"}
     assert all(report.outcome(name, kept) == "ok" for name in ran)
     tests = report.latest("tests", kept)
+    of_models = [row for row in report.latest("model", kept) if "step_ms" in row]
+    assert {"LoRA", "ours, hadamard"} <= {row["method"] for row in of_models}
+    assert all(row["host_ms"] > 0 and row["device_ms"] > 0 for row in of_models)
     (passed,) = (row["said"] for row in tests if row.get("command") == "GPU tests, not slow")
     assert int(passed.split(" passed")[0].split()[-1]) > 5, json.dumps(passed)
