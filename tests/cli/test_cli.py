@@ -1,6 +1,5 @@
 """The command line: arguments, help, and `randlora check`, which runs without arguments too."""
 
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -48,25 +47,17 @@ def test_version():
     assert run("--version") == (0, f"randlora_ext {randlora_ext.__version__}\n", "")
 
 
-def as_a_module(monkeypatch, capsys, *arguments):
-    """(exit code, stdout, stderr) of ``python -m randlora_ext arguments``, in this process."""
-    monkeypatch.setattr(sys, "argv", ["randlora", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_module("randlora_ext", run_name="__main__")
-    return stop.value.code, *capsys.readouterr()
-
-
-def test_the_module_reports_and_passes(monkeypatch, capsys):
-    code, out, _ = as_a_module(monkeypatch, capsys)
+def test_no_command_reports_and_passes():
+    code, out, _ = run()
     assert code == 0, out
     for needed in (randlora_ext.__version__, torch.__version__, "CUDA kernels", "all is well"):
         assert needed in out
     assert out.count("cpu bfloat16") == 6 and str(Path(randlora_ext.__file__).parent) in out
 
 
-def test_an_error_of_ours_shows_where(monkeypatch, capsys):
+def test_an_error_of_ours_shows_where(monkeypatch):
     monkeypatch.setattr(diagnostics, "describe", lambda: 1 // 0)
-    code, out, err = as_a_module(monkeypatch, capsys)
+    code, out, err = run()
     assert code == 2 and out == "" and "Traceback" in err and "please report it" in err
 
 
@@ -88,7 +79,7 @@ linear, planes, delta = (
         ("linear", raises, "could not run"),
     ],
 )
-def test_a_wrong_kernel_fails_the_check(monkeypatch, capsys, name, wrong, told):
+def test_a_wrong_kernel_fails_the_check(monkeypatch, name, wrong, told):
     monkeypatch.setattr(diagnostics, name, wrong)
-    code, out, _ = as_a_module(monkeypatch, capsys, "check")
+    code, out, _ = run("check")
     assert code == 1 and told in out

@@ -13,6 +13,7 @@ from gpu_helpers import (
     ops,
     same,
 )
+from layer_cases import imported_basis
 
 from randlora_ext import TernaryBasis
 from randlora_ext.basis.ternary import generate_planes
@@ -75,7 +76,7 @@ def test_packing_operators(device, shape, density):
 def test_import_from_the_card(device):
     with cpu_kernels():
         A, B = TernaryBasis(50, 37, 7, 0.3).dense(dtype=torch.float64)
-    imported = TernaryBasis.from_ternary(A.to(device), B.to(device), 50, 37)
+    imported = imported_basis(A.to(device), B.to(device), 50, 37)
     assert same(moved(imported.dense(device, torch.float64), "cpu"), (A, B))
 
 
