@@ -96,12 +96,13 @@ def _wrong_basis(device: torch.device) -> float:
 
 
 def _bases() -> dict[str, list[TernaryBasis]]:
-    drawn = {(n_in, n_out): TernaryBasis(n_in, n_out, *rest, 1) for n_in, n_out, *rest in _SHAPES}
-    return {
-        "hadamard": [TernaryBasis(*sizes, basis.r, seed=1) for sizes, basis in drawn.items()],
-        "independent": [*drawn.values()],
-        "dense": [TernaryBasis.from_dense(*b.dense(), *sizes) for sizes, b in drawn.items()],
-    }
+    bases: dict[str, list[TernaryBasis]] = {"hadamard": [], "independent": [], "dense": []}
+    for n_in, n_out, r, density in _SHAPES:
+        drawn = TernaryBasis(n_in, n_out, r, density, seed=1)
+        bases["hadamard"].append(TernaryBasis(n_in, n_out, r, seed=1))
+        bases["independent"].append(drawn)
+        bases["dense"].append(TernaryBasis.from_dense(*drawn.dense(), n_in, n_out))
+    return bases
 
 
 def relative_error(
