@@ -20,7 +20,7 @@ from torch.utils.checkpoint import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ops = torch.ops.randlora
-OURS = [ops.linear.default, ops.hadamard_linear.default]
+OURS = [ops.independent_linear.default, ops.hadamard_linear.default]
 
 
 def saves(ctx, op, *args, **kwargs):
@@ -78,7 +78,7 @@ def test_policies(policy, runs, density):
     expected = gradients(net, net, x)
     with Counting() as counting:
         results = gradients(checkpointed(net, policy), net, x)
-    backward = ops.linear_backward.default, ops.hadamard_linear_backward.default
+    backward = ops.independent_linear_backward.default, ops.hadamard_linear_backward.default
     assert sum(counting.count[op] for op in OURS) == runs
     assert sum(counting.count[op] for op in backward) == 1
     assert counting.count[torch.ops.aten.tanh.default] == 2
