@@ -113,7 +113,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
         own |= {join(at, kind): getattr(layer, kind)[adapter_name] for kind in DIAGONALS}
         if adapter_name in layer.input_scales:
             own[join(at, INPUT_SCALE)] = layer.input_scales[adapter_name]
-    mesh: Any = next((t.device_mesh for t in own.values() if is_dtensor(t)), None)  # type: ignore
+    parameters: list[Any] = [*own.values()]
+    mesh: Any = next((t.device_mesh for t in parameters if is_dtensor(t)), None)
     tensors = {}
     for name, parameter in own.items():
         if not _is_here(parameter):
