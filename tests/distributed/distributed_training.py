@@ -16,6 +16,7 @@ from distributed_ranks import (
 )
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -190,7 +191,7 @@ def check_a_file_that_one_rank_lacks(place: Place):
 @worlds(2)
 def check_tensor_parallelism_is_refused(place: Place):
     """Before an adapter is added and afterwards; FSDP2 cuts base layers alone, too."""
-    mesh, x = place.mesh(), batch(0)
+    mesh, x = init_device_mesh("cpu", (place.world,)), batch(0)
     cut = nn.Sequential(nn.Linear(*SIZES), nn.Tanh(), nn.Linear(*SIZES)).double()
     parallelize_module(cut, mesh, {"2": ColwiseParallel()})
     refused = r"has a weight placed \(Shard\(dim=0\),\).*: tensor parallelism is not supported"
