@@ -1,4 +1,4 @@
-"""The command line: ``randlora``, and ``python -m randlora_ext`` alike.
+"""The command line ``randlora``.
 
 A module beside the package, so that --help need not wait for the package's import of torch.
 """

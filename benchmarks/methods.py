@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from randlora_ext import TernaryBasis, linear
-from randlora_ext.basis.dense import DenseMatrices
 
 SCALING = 20.0  # PEFT's default, alpha / r = 640 / 32
 # "peft" is PEFT's own RandLoRA, "full" full fine-tuning.
@@ -51,7 +50,7 @@ def basis_of(text: str, size: tuple[int, int], rank: int, seed: int = 0) -> Tern
             3**0.5 * (2 * torch.rand(shape, generator=make) - 1)
             for shape in ((rank, d), (D, -(-d // rank) * rank))
         )
-        return TernaryBasis.from_dense(DenseMatrices(*matrices), *size)
+        return TernaryBasis.from_dense(*matrices, *size)
     if text == "hadamard":
         return TernaryBasis(*size, rank, seed=seed, kind="hadamard")
     return TernaryBasis(*size, rank, density_of(text, min(size)), seed)

@@ -2,20 +2,19 @@
 
 import hashlib
 import importlib.metadata
+import itertools
 import os
 import platform
-import struct
+import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch.autograd import grad
 
 from . import build_info
 from .basis import TernaryBasis
-from .basis.dense import DenseMatrices
 from .basis.description import SPECIFICATIONS
 from .basis.ternary import generate_planes
 from .devices import cuda_available
@@ -33,7 +32,6 @@ _SLICE = (11, 1, 0, 576, 0, 576, 0.07)
 _DIGEST = "d0ab1e87028220f28b424b06ea873001782e923f6ac3a444a3048af672291547"
 # in, out, r, density of independent bases: wide, tall, an overhanging last base; lists and planes.
 _SHAPES = ((96, 160, 16, 0.07), (160, 96, 16, 1 / 3), (70, 70, 32, 0.3))
-_KINDS = ("hadamard", "independent", "dense")
 _TOKENS = (33, 300)  # of the second number dense bases form dW
 # Relative error of outputs and gradients against float64.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -82,62 +80,29 @@ def self_check() -> list[tuple[str, float, float]]:
     if cuda_available() and torch.cuda.is_available():
         devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     checks = [(f"{device} generated basis", _wrong_basis(device), 0.0) for device in devices]
-    for device in devices:
-        for dtype, limit in LIMITS.items():
-            for kind in _KINDS:
-                name = f"{device} {str(dtype)[6:]} {kind}"
-                bases = [*_bases(kind)]
-                layer = max(
-                    relative_error(basis, tokens, dtype, device)
-                    for basis in bases
-                    for tokens in _TOKENS
-                )
-                merged = max(_merge_error(basis, dtype, device) for basis in bases)
-                checks += [(f"{name} layer", layer, limit), (f"{name} merge", merged, limit)]
+    kinds = _bases()
+    for device, (dtype, limit), kind in itertools.product(devices, LIMITS.items(), kinds):
+        cases = itertools.product(kinds[kind], _TOKENS)
+        error = max(relative_error(basis, tokens, dtype, device) for basis, tokens in cases)
+        checks.append((f"{device} {str(dtype)[6:]} {kind}", error, limit))
     return checks
 
 
 def _wrong_basis(device: torch.device) -> float:
     """1.0 if a generated slice differs in a bit from the specification's, else 0.0."""
     planes = generate_planes(*_SLICE, device).cpu()
-    words = struct.pack(f"<{planes.numel()}q", *planes.flatten().tolist())
-    return float(hashlib.sha256(words).hexdigest() != _DIGEST)
+    drawn = bytes(planes.view(torch.uint8).flatten().tolist())
+    return float(hashlib.sha256(drawn).hexdigest() != _DIGEST)
 
 
-def _bases(kind: str) -> Iterator[TernaryBasis]:
+def _bases() -> dict[str, list[TernaryBasis]]:
+    bases: dict[str, list[TernaryBasis]] = {"hadamard": [], "independent": [], "dense": []}
     for n_in, n_out, r, density in _SHAPES:
-        drawn = TernaryBasis(n_in, n_out, r, density, 1)
-        if kind == "dense":
-            yield TernaryBasis.from_dense(DenseMatrices(*drawn.dense()), n_in, n_out)
-        else:
-            yield TernaryBasis(n_in, n_out, r, seed=1, kind=kind) if kind == "hadamard" else drawn
-
-
-def _normal(seed: int) -> Callable[..., Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return lambda *shape: torch.randn(shape, generator=generator)
-
-
-def _error(mine: Tensor, true: Tensor) -> float:
-    return float((mine.detach().cpu().double() - true).norm() / true.norm())
-
-
-def _merge_error(basis: TernaryBasis, dtype: torch.dtype, device: torch.device) -> float:
-    """Largest relative error of dW, its gradients, and W + dW against the reference in float64."""
-    normal, sizes = _normal(basis.r), (basis.out_features, basis.in_features)
-    W, grad = normal(*sizes).to(dtype), normal(*sizes)
-    lam, gam = normal(basis.r, basis.n), normal(basis.n, basis.d) / basis.d
-    leaves = lam.to(device).requires_grad_(), gam.to(device).requires_grad_()
-    dW = delta_weight(basis, leaves[0], leaves[1])
-    merged = merged_weight(basis, W.to(device), leaves[0], leaves[1])
-    got = [merged, dW, *torch.autograd.grad(dW, leaves, grad.to(device))]
-
-    wide = lam.double().requires_grad_(), gam.double().requires_grad_()
-    A, B = basis.dense(dtype=torch.float64)
-    want = delta_weight_reference(A, B, wide[0], wide[1], 1.0, sizes[0], sizes[1])
-    of_want = torch.autograd.grad(want, wide, grad.double())
-    want = want.detach()
-    return max(map(_error, got, (W.double() + want, want, *of_want)))
+        drawn = TernaryBasis(n_in, n_out, r, density, seed=1)
+        bases["hadamard"].append(TernaryBasis(n_in, n_out, r, seed=1))
+        bases["independent"].append(drawn)
+        bases["dense"].append(TernaryBasis.from_dense(*drawn.dense(), n_in, n_out))
+    return bases
 
 
 def relative_error(
@@ -146,31 +111,40 @@ def relative_error(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> float:
-    """Largest relative error of `linear` and its gradients against the reference in float64.
+    """Largest relative error of the functions and their gradients against float64.
 
     Args:
-        basis: of the layer; weight, diagonals, x and dy are random.
+        basis: of the layer; all other operands are random.
         tokens: rows of x.
         dtype: of x, dy and the weight.
-        device: on which `linear` runs.
+        device: on which the functions run.
 
     Returns:
-        The largest over y, dx, dlam and dgam of |difference| / |reference|, Frobenius norms.
+        The largest |difference| / |reference|, Frobenius norms, over y and its gradients, dW and
+        its gradients, and W + dW.
     """
-    normal = _normal(basis.r)
-    n_in, n_out = basis.in_features, basis.out_features
-    x, dy = normal(tokens, n_in).to(dtype), normal(tokens, n_out).to(dtype)
-    W = (normal(n_out, n_in) / n_in**0.5).to(dtype)
-    lam, gam = normal(basis.r, basis.n), normal(basis.n, basis.d) / basis.d
-    leaves = [t.to(device).requires_grad_() for t in (x, lam, gam)]
-    y = linear(leaves[0], W.to(device), None, basis, leaves[1], leaves[2])
-    got = [y, *torch.autograd.grad(y, leaves, dy.to(device))]
+    generator = torch.Generator().manual_seed(basis.r)
+    n_in, n_out, r, n, d = basis.in_features, basis.out_features, basis.r, basis.n, basis.d
+    shapes = (tokens, n_in), (n_out, n_in), (r, n), (n, d), (tokens, n_out), (n_out, n_in)
+    x, W, lam, gam, dy, ddW = (torch.randn(shape, generator=generator) for shape in shapes)
+    given = x.to(dtype), (W / n_in**0.5).to(dtype), lam, gam / d, dy.to(dtype), ddW
 
-    wide = [t.double().requires_grad_() for t in (x, lam, gam)]
+    x, W, lam, gam, dy, ddW = (t.detach().to(device) for t in given)
+    leaves = [t.requires_grad_() for t in (x, lam, gam)]
+    y, dW = linear(x, W, None, basis, lam, gam), delta_weight(basis, lam, gam)
+    of_y, of_dW = grad(y, leaves, dy), grad(dW, leaves[1:], ddW)
+    got = y, *of_y, dW, *of_dW, merged_weight(basis, W, lam, gam)
+
     A, B = basis.dense(dtype=torch.float64)
-    want_y = linear_reference(wide[0], W.double(), None, A, B, wide[1], wide[2], 1.0)
-    want = [want_y, *torch.autograd.grad(want_y, wide, dy.double())]
-    return max(map(_error, got, (t.detach() for t in want)))
+    x, W, lam, gam, dy, ddW = (t.double() for t in given)
+    leaves = [t.requires_grad_() for t in (x, lam, gam)]
+    y = linear_reference(x, W, None, A, B, lam, gam)
+    dW = delta_weight_reference(A, B, lam, gam, 1.0, n_out, n_in)
+    of_y, of_dW = grad(y, leaves, dy), grad(dW, leaves[1:], ddW)
+    want = [t.detach() for t in (y, *of_y, dW, *of_dW, W + dW)]
+
+    pairs = zip([t.detach().cpu().double() for t in got], want, strict=True)
+    return max(float((mine - true).norm() / true.norm()) for mine, true in pairs)
 
 
 def _version(package: str) -> str | None:
@@ -183,12 +157,8 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as lines:
-            names = [line.split(":", 1)[1].strip() for line in lines if line[:10] == "model name"]
-        if names:
-            return f"{len(names)} x {names[0]}"
-    return platform.processor() or platform.machine()
+    names = re.findall("^model name\t: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return f"{len(names)} x {names[0]}" if names else platform.machine()
 
 
 def _cards() -> str:

@@ -18,29 +18,19 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 SCRATCH = ".randlora-writing-"
-
-
-class WritingError(OSError):
-    """``PATH cannot be written: REASON``: a full disk, no permission, a name that is none."""
-
-    reason = ""
-
-    @classmethod
-    def of(cls, path: str | os.PathLike, reason: str, number: int | None = None) -> "WritingError":
-        made = cls(f"{os.fspath(path) or repr('')} cannot be written: {reason}")
-        made.reason, made.errno = reason, number
-        return made
+_FAILED = " cannot be written: "
+# The writer of torch.save, in C++, has no class of errors.
+_OF_TORCH = "PytorchStreamWriter", "inline_container.cc", "iostream error"
 
 
 @contextmanager
 def appear(file: str | os.PathLike) -> Iterator[Path]:
     """A scratch path, renamed to `file` when the block ends. Its folder must exist.
 
-    If the block raises, nothing has changed. Raises `WritingError`.
+    If the block raises, nothing has changed. OSError, ``FILE cannot be written: REASON``, if that
+    is the reason.
     """
     place = _resolved(file)
-    if not place.name:
-        raise WritingError.of(file, "it names no file")
     with _scratch_in(place.parent, file) as scratch:
         yield scratch / place.name
         _put(scratch / place.name, place)
@@ -50,8 +40,8 @@ def appear(file: str | os.PathLike) -> Iterator[Path]:
 def appear_together(folder: str | os.PathLike) -> Iterator[Path]:
     """A scratch folder inside `folder`; its files are renamed into it when the block ends.
 
-    `folder` is made if it is missing. Configurations come last, since loading starts with them. If
-    the block raises, nothing in `folder` has changed. Raises `WritingError`.
+    `folder` is made if it is missing. Configurations come last, since loading starts with them.
+    Errors are those of `appear`.
     """
     place = _resolved(folder)
     with _scratch_in(place, folder, make=True) as scratch:
@@ -68,7 +58,7 @@ def appear_new(out: str | os.PathLike) -> Iterator[Path]:
     with _scratch_in(place.parent, out) as scratch:
         yield scratch / place.name
         if is_taken(place):
-            raise FileExistsError(errno.EEXIST, "it exists")
+            raise FileExistsError("it exists")
         os.rename(scratch / place.name, place)
 
 
@@ -78,9 +68,10 @@ def is_taken(out: Path) -> bool:
 
 
 def _resolved(path: str | os.PathLike) -> Path:
-    if not os.fspath(path):
-        raise WritingError.of(path, "the name is empty")
-    return Path(os.path.realpath(path))
+    place = Path(os.path.realpath(path))
+    if not os.fspath(path) or not place.name:
+        raise OSError(f"{os.fspath(path) or repr('')}{_FAILED}the name is empty")
+    return place
 
 
 def _put(scratch: Path, place: Path) -> None:
@@ -100,32 +91,16 @@ def _scratch_in(folder: Path, path: str | os.PathLike, make: bool = False) -> It
     try:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
-        with (
-            _locked(folder),
-            tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch,
-        ):
+        with _locked(folder), tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
             yield Path(scratch)
-    except Exception as error:
-        if reason := _reason(error):
-            number = error.errno if isinstance(error, OSError) else None
-            raise WritingError.of(path, reason, number) from error
-        raise
-
-
-def _reason(error: Exception) -> str:
-    """In one line, without the name of the scratch folder; "" if the error is not of writing."""
-    if isinstance(error, WritingError):  # of a file inside
-        return error.reason
-    # The writer of torch.save, in C++, has no class of errors.
-    names = "PytorchStreamWriter", "inline_container.cc", "iostream error"
-    if isinstance(error, RuntimeError) and any(name in str(error) for name in names):
-        return "torch.save could not write all of it, as on a full disk"
-    if not isinstance(error, (OSError, SafetensorError)):
-        return ""
-    text = (str(error) or repr(error)).splitlines()[0]
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror if error.filename is None or SCRATCH in text else text
-    return re.sub(rf"[^\s'\"]*{re.escape(SCRATCH)}[^/]*/", "", text)  # others only write text
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = (str(error) or repr(error)).splitlines()[0].rpartition(_FAILED)[2]
+        if isinstance(error, RuntimeError):
+            if not any(name in str(error) for name in _OF_TORCH):
+                raise
+            reason = "torch.save could not write all of it, as on a full disk"
+        reason = re.sub(rf"[^\s'\"]*{re.escape(SCRATCH)}[^\s'\"/]*/?", "", reason)
+        raise OSError(f"{os.fspath(path)}{_FAILED}{reason}") from error
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .shape import Shape
+from .description import Shape
 
 
 class DenseMatrices:
@@ -19,15 +19,6 @@ class DenseMatrices:
 
     def __init__(self, A: Tensor, B: Tensor) -> None:
         self.A, self.B, self.key = A, B, self
-
-    def check(self, shape: Shape) -> None:
-        """Raises ValueError unless both are large enough for a layer of that shape."""
-        A, B = tuple(self.A.shape), tuple(self.B.shape)
-        if A[1] < shape.d or B[0] < shape.D or B[1] < shape.K:
-            raise ValueError(
-                f"A must be (r, >= d) = ({shape.r}, >= {shape.d}) and B (>= D, >= K) = "
-                f"(>= {shape.D}, >= {shape.K}), got {A} and {B}"
-            )
 
     def format(self, shape: Shape) -> str:
         return "dense"

@@ -1,12 +1,14 @@
-"""What decides the elements of A and B, whatever the layer's shape, and its form in saved files."""
+"""What decides A and B: a description their elements, the layer's shape their sizes."""
 
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # The version of docs/basis-spec.md that defines each kind.
 SPECIFICATIONS = {"independent": 1, "hadamard": 1}
+# Memory and time grow with r, which a file may name. No layer needs r > d.
+MAX_R = 2**16
 _KEY = re.compile(r"randlora_ext:([a-z]+)-(\d+)(?::density=([^:]+))?:seed=(\d+)")
 
 
@@ -95,14 +97,61 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def check_integer(name: str, value: int, first: int, last: int, allowed: str = "") -> None:
+    """Raises TypeError or ValueError, naming `name`, unless `value` is an integer in that range."""
+    told = f"{name} must be an integer in {allowed or [first, last]}, got {value!r}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(told)
+    if not first <= value <= last:
+        raise ValueError(told)
+
+
 def check_seed(name: str, seed: int) -> None:
-    """Raises TypeError or ValueError, naming `name`, unless `seed` is an integer in [0, 2**64)."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"{name} must be an integer in [0, 2**64), got {seed!r}")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"{name} must be an integer in [0, 2**64), got {seed}")
+    check_integer(name, seed, 0, 2**64 - 1, "[0, 2**64)")
+
+
+def check_r(r: int) -> None:
+    check_integer("r", r, 1, MAX_R)
 
 
 def as_signed(seed: int) -> int:
     """The same 64 bits as the signed integer that an operator takes."""
     return seed - 2**64 if seed >= 2**63 else seed
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of an adapter's matrices: A (r, d), B (D, K), lambda (r, n), gamma (n, d).
+
+    Raises TypeError or ValueError unless the three given ones are integers in their ranges.
+    """
+
+    in_features: int
+    out_features: int
+    r: int
+    d: int = field(init=False)
+    D: int = field(init=False)
+    n: int = field(init=False)
+    K: int = field(init=False)
+    expand: bool = field(init=False)  # whether d is the input side
+
+    def __post_init__(self) -> None:
+        for name in ("in_features", "out_features"):
+            check_integer(name, getattr(self, name), 1, 2**63 - 1, "[1, 2**63)")
+        check_r(self.r)
+        d, D = sorted((self.in_features, self.out_features))
+        n = -(-d // self.r)
+        # Plain attributes: torch.compile cannot trace a cached_property.
+        for name, value in (("d", d), ("D", D), ("n", n), ("K", n * self.r)):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "expand", self.in_features <= self.out_features)
+
+    @property
+    def of_matrices(self) -> tuple[int, int, int]:
+        """The sizes that decide A and B; the layer's orientation does not."""
+        return self.D, self.d, self.r
+
+    @property
+    def wide(self) -> bool:
+        """Whether list positions need 32 bits."""
+        return max(self.D, self.d, self.K) > 65536

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import devices
-from .description import BasisDescription
-from .shape import Shape
+from .description import BasisDescription, Shape
 from .ternary import generate_planes
 
 ROLE_FEATURES, ROLE_ROWS, ROLE_COLUMNS = 3, 4, 5  # of the specification: s, row and col

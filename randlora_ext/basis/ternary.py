@@ -1,4 +1,4 @@
-"""Ternary matrices, generated or imported, packed as index lists or as bit planes."""
+"""Ternary matrices, generated or given, packed as index lists or as bit planes."""
 
 import math
 from typing import Any
@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .description import BasisDescription, as_signed
-from .shape import Shape
+from .description import BasisDescription, Shape, as_signed
 
 # Above this density B is kept as bit planes (2 bits an element), at or below it as index lists by
 # row and by column (32 * density bits an element): equal memory at 1/16. docs/formats.md.
@@ -153,31 +152,6 @@ def _leading(planes: Tensor, rows: int, cols: int) -> Tensor:
             part = part.clone() if part.data_ptr() == planes.data_ptr() else part
             part[:, :, -1] &= ~outside
     return part
-
-
-def imported(A: Tensor, B: Tensor, in_features: int, out_features: int) -> ImportedMatrices:
-    """A and B, which are given as `TernaryBasis.from_ternary` takes them."""
-    A, B = A.detach(), B.detach()
-    if A.dim() == 3 and A.shape[1] == 1:
-        A = A.flatten(1)
-    if A.dim() != 2 or len(A) == 0:
-        raise ValueError(f"A must be (r, d) or (r, 1, d), got {tuple(A.shape)}")
-    shape = Shape(in_features, out_features, len(A))
-    if A.shape[1] < shape.d:
-        raise ValueError(f"A must have at least d = {shape.d} columns, got {tuple(A.shape)}")
-    if B.dim() == 3:
-        if B.shape[0] < shape.D or B.shape[1] < shape.n or B.shape[2] != shape.r:
-            raise ValueError(
-                f"B must be (>= D, >= n, r) = (>= {shape.D}, >= {shape.n}, {shape.r}), "
-                f"got {tuple(B.shape)}"
-            )
-        B = B[: shape.D, : shape.n].flatten(1)
-    elif tuple(B.shape) != (shape.D, shape.K):
-        raise ValueError(
-            f"B must be (D, K) = ({shape.D}, {shape.K}) or (D, n, r), got {tuple(B.shape)}"
-        )
-    (a, a_value), (b, b_value) = pack_dense("A", A[:, : shape.d]), pack_dense("B", B)
-    return ImportedMatrices(a, b, shape.K, a_value, b_value)
 
 
 def pack_dense(name: str, matrix: Tensor) -> tuple[Tensor, float]:

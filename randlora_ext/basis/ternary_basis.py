@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from .. import devices
 from .cache import PackedTensors, get_or_make, share, with_index
 from .dense import DenseMatrices
-from .description import BasisDescription
+from .description import BasisDescription, Shape
 from .hadamard import HadamardMatrices, checked_scale
-from .shape import Shape
-from .ternary import GeneratedMatrices, TernaryMatrices, imported
+from .ternary import GeneratedMatrices, TernaryMatrices
 
 _Matrices = TernaryMatrices | HadamardMatrices | DenseMatrices
 _tokens = itertools.count()
@@ -24,7 +23,7 @@ class TernaryBasis:
 
     A (r, d) and B (D, K) have the values -1 and +1 or, if independent, ``{-1, 0, +1} /
     sqrt(density)``. They are a pure function of the seed (docs/basis-spec.md), equal on every
-    device. `from_ternary` and `from_dense` take given matrices.
+    device. `from_dense` takes given matrices.
 
     Args:
         in_features: of the base layer.
@@ -44,36 +43,17 @@ class TernaryBasis:
     Raises:
         TypeError, ValueError: naming the argument, what it was and what is allowed.
 
+    Attributes: the arguments; n, K, d, D; expand, whether d is the input side; kind, also "dense"
+    or "imported" (PEFT's ternary tensors); scale, by which the product of the unscaled matrices
+    must be multiplied; description and seed, None for dense and imported bases; format, "lists",
+    "planes", "hadamard" or "dense" (docs/formats.md).
+
     Bases of equal shape and description are equal; imported and dense ones compare the identity of
     their matrices. A basis never changes, so a deep copy is the same object. Pickling writes the
-    description or, for imported (`from_ternary`, `from_planes`) and dense ones, the matrices.
+    description or, for imported and dense ones, the matrices.
     Source: paper section 4.3 (sparse bases) and PEFT's ``_init_randlora_A_randlora_B_sparse``;
     Hadamard bases are ours.
     """
-
-    in_features: int
-    out_features: int
-    r: int
-    n: int
-    K: int
-    d: int
-    D: int
-    expand: bool
-    """Whether d is the input side."""
-    kind: str
-    """``"independent"``, ``"hadamard"``, ``"imported"`` or ``"dense"``."""
-    density: float
-    """Share of non-zeros, in (0, 1]."""
-    scale: float
-    """What the product of the unscaled matrices must be multiplied by."""
-    description: BasisDescription | None
-    """Kind, density and seed; None for an imported or dense basis."""
-    seed: int | None
-    """None for an imported or dense basis."""
-    format: str
-    """``"lists"``, ``"planes"``, ``"hadamard"`` or ``"dense"`` (docs/formats.md)."""
-    token: str  # of this object, in this process: compiled code guards on it
-    _packed: dict[tuple, PackedTensors]  # by device, and dtype of a dense B or None
 
     def __init__(
         self,
@@ -105,37 +85,27 @@ class TernaryBasis:
         self.seed = None if source.description is None else source.description.seed
         self.format = source.format(shape)
         self._shape, self._source = shape, source
-        self._packed, self.token = {}, str(next(_tokens))
-
-    @classmethod
-    def from_ternary(
-        cls, A: Tensor, B: Tensor, in_features: int, out_features: int
-    ) -> "TernaryBasis":
-        """Imports dense bases in PEFT's layout exactly.
-
-        Args:
-            A: (r, >= d) or (r, 1, >= d), values in {-a, 0, +a}.
-            B: (>= D, >= n, r) or (D, K), values in {-b, 0, +b}. PEFT's memory order is kept:
-                flat column c belongs to rank index c // n and base c % n.
-
-        Raises:
-            ValueError: a shape is too small, or a matrix is not ternary (PEFT's default bases are
-                uniform; they have no packed form).
-        """
-        matrices = imported(A, B, in_features, out_features)
-        return cls.of(Shape(in_features, out_features, len(A)), matrices)
+        self._packed: dict[tuple, PackedTensors] = {}  # by device, and dtype of a dense B or None
+        self.token = str(
+            next(_tokens)
+        )  # of this object, in this process: compiled code guards on it
 
     @classmethod
     def from_dense(
-        cls, matrices: DenseMatrices, in_features: int, out_features: int
+        cls, A: Tensor, B: Tensor, in_features: int, out_features: int
     ) -> "TernaryBasis":
-        """A basis of dense A and B of any values; products use the tensors themselves.
+        """A basis of A (r, >= d) and B (>= D, >= K) of any values, whose leading parts it uses.
 
-        Do not write to them afterwards. ValueError if one is too small.
+        Products use the tensors themselves: do not write to them afterwards. ValueError if one is
+        too small.
         """
-        shape = Shape(in_features, out_features, matrices.A.shape[0])
-        matrices.check(shape)
-        return cls.of(shape, matrices)
+        shape = Shape(in_features, out_features, A.shape[0])
+        if A.shape[1] < shape.d or B.shape[0] < shape.D or B.shape[1] < shape.K:
+            raise ValueError(
+                f"A must be (r, >= d) = ({shape.r}, >= {shape.d}) and B (>= D, >= K) = "
+                f"(>= {shape.D}, >= {shape.K}), got {tuple(A.shape)} and {tuple(B.shape)}"
+            )
+        return cls.of(shape, DenseMatrices(A, B))
 
     @classmethod
     def of(cls, shape: Shape, source: _Matrices) -> "TernaryBasis":
@@ -229,10 +199,6 @@ class TernaryBasis:
     # torch.compiler.assume_constant_result, without its import of torch._dynamo (1.5 s).
     _while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-    def packed_bytes(self, device: torch.device | str = "cpu") -> int:
-        """Bytes of the packed form on that device."""
-        return sum(t.nbytes for t in self.packed(device))
-
     def dense(
         self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
@@ -247,13 +213,6 @@ class TernaryBasis:
     def dense_a(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """A (r, d) alone, scaled."""
         return self._source.dense_a(self._shape, dtype, self.packed(device))
-
-    def transposed(self) -> "TernaryBasis":
-        """The same matrices for a layer with in and out swapped; packed tensors are shared.
-
-        Bases with an input scale have none.
-        """
-        return self.of(self._shape.transposed(), self._source)
 
     def canonical(self) -> "TernaryBasis":
         """The first living basis equal to this one, which layers hold.

@@ -16,7 +16,6 @@ from ..basis import TernaryBasis
 from ..reference import scaled_basis_reference
 from .registration import (
     Operator,
-    base_gradients,
     call_kernel,
     entry,
     fake,
@@ -225,32 +224,9 @@ torch.library.impl("randlora::dense_linear", "default", _dense_linear)
 torch.library.impl("randlora::dense_linear_backward", "default", _dense_linear_backward)
 
 
-class Linear(Operator):
-    @staticmethod
-    def forward(x, weight, bias, lam, gam, A, B, expand, scale):
-        op = _ops.dense_linear.default
-        return call_kernel(op, x, weight, bias, lam, gam, A, B, expand, scale)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, _, lam, gam, *ctx.basis = inputs
-        ctx.save_for_backward(x, weight, lam, gam)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, lam, gam = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_lam, need_gam = ctx.needs_input_grad[:5]
-        dx, dlam, dgam = gradients(
-            _ops.dense_linear_backward.default, dy, x, weight, lam, gam, *ctx.basis, need_x,
-            need_lam or need_gam,
-        )  # fmt: skip
-        of_base = base_gradients(dy, x, need_weight, need_bias)
-        return dx, *of_base, dlam, dgam, *[None] * len(ctx.basis)
-
-
 @fake
 def dense_linear(x, weight, bias, lam, gam, A, B, expand, scale):
     return x.new_empty((*x.shape[:-1], B.shape[0] if expand else A.shape[1]))
 
 
-linear = linear_entry("dense_linear", Linear)
+linear = linear_entry("dense_linear")

@@ -18,7 +18,6 @@ from ..basis.hadamard import sylvester
 from .dense import check_plain
 from .registration import (
     Operator,
-    base_gradients,
     call_kernel,
     entry,
     fake,
@@ -35,35 +34,12 @@ def operands(basis: TernaryBasis, device: torch.device | str, scaling: float = 1
     return s, row, col, basis.expand, float(scaling)
 
 
-class Linear(Operator):
-    @staticmethod
-    def forward(x, weight, bias, lam, gam, s, row, col, expand, scale):
-        op = _ops.hadamard_linear.default
-        return call_kernel(op, x, weight, bias, lam, gam, s, row, col, expand, scale)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, _, lam, gam, *ctx.basis = inputs
-        ctx.save_for_backward(x, weight, lam, gam)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, lam, gam = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_lam, need_gam = ctx.needs_input_grad[:5]
-        dx, dlam, dgam = gradients(
-            _ops.hadamard_linear_backward.default, dy, x, weight, lam, gam, *ctx.basis, need_x,
-            need_lam or need_gam,
-        )  # fmt: skip
-        of_base = base_gradients(dy, x, need_weight, need_bias)
-        return dx, *of_base, dlam, dgam, *[None] * len(ctx.basis)
-
-
 @fake
 def hadamard_linear(x, weight, bias, lam, gam, s, row, col, expand, scale):
     return x.new_empty((*x.shape[:-1], (row if expand else s).shape[0]))
 
 
-linear = linear_entry("hadamard_linear", Linear)
+linear = linear_entry("hadamard_linear")
 
 
 class Weight(Operator):

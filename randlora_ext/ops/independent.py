@@ -5,7 +5,7 @@ import torch
 
 from .. import devices
 from ..basis import TernaryBasis
-from .registration import Operator, base_gradients, call_kernel, fake, gradients, linear_entry
+from .registration import fake, linear_entry
 
 _ops = torch.ops.randlora
 
@@ -20,34 +20,6 @@ def operands(basis: TernaryBasis, device: torch.device | str, scaling: float = 1
     return a_offset, a_index, tables, planes, *lists, basis.expand, scale
 
 
-class Linear(Operator):
-    @staticmethod
-    def forward(
-        x, weight, bias, lam, gam, a_offset, a_index, a_tables, b_planes, b_row_offset,
-        b_row_index, b_col_offset, b_col_index, expand, scale,
-    ):  # fmt: skip
-        return call_kernel(
-            _ops.independent_linear.default, x, weight, bias, lam, gam, a_offset, a_index, a_tables,
-            b_planes, b_row_offset, b_row_index, b_col_offset, b_col_index, expand, scale,
-        )  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, _, lam, gam, *ctx.basis = inputs
-        ctx.save_for_backward(x, weight, lam, gam)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, lam, gam = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_lam, need_gam = ctx.needs_input_grad[:5]
-        dx, dlam, dgam = gradients(
-            _ops.independent_linear_backward.default, dy, x, weight, lam, gam, *ctx.basis, need_x,
-            need_lam or need_gam,
-        )  # fmt: skip
-        of_base = base_gradients(dy, x, need_weight, need_bias)
-        return dx, *of_base, dlam, dgam, *[None] * len(ctx.basis)
-
-
 @fake
 def independent_linear(
     x, weight, bias, lam, gam, a_offset, a_index, a_tables, b_planes, b_row_offset, b_row_index,
@@ -57,7 +29,7 @@ def independent_linear(
     return x.new_empty((*x.shape[:-1], D if expand else gam.shape[1]))
 
 
-linear = linear_entry("independent_linear", Linear)
+linear = linear_entry("independent_linear")
 
 
 # ---- fake kernels of the operators that make bases, which have no gradient -----------------------

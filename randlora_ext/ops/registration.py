@@ -222,10 +222,31 @@ def entry(name: str, function: type[Function], vmap_rule: Callable = _vmap) -> C
     return call
 
 
-def linear_entry(name: str, function: type[Function]) -> Callable:
-    """As `entry`, of a linear layer: ``(x, weight, bias, lam, gam, ...) -> y``, and its backward
-    ``(dy, x, weight, lam, gam, ..., need_x, need_diagonals) -> (dx, dlam, dgam)``, each None if it
-    is not needed."""
+def linear_entry(name: str) -> Callable:
+    """As `entry`, of a linear layer ``(x, weight, bias, lam, gam, *basis) -> y``; `basis` describes
+    the bases. Its backward is ``(dy, x, weight, lam, gam, *basis, need_x, need_diagonals) ->
+    (dx, dlam, dgam)``, each None if it is not needed."""
+    forward_op = getattr(_ops, name).default
+    backward_op = getattr(_ops, f"{name}_backward").default
+
+    class Linear(Operator):
+        @staticmethod
+        def forward(*inputs):
+            return call_kernel(forward_op, *inputs)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            x, weight, _, lam, gam, *ctx.basis = inputs
+            ctx.save_for_backward(x, weight, lam, gam)
+
+        @staticmethod
+        def backward(ctx, dy):
+            x, weight, lam, gam = ctx.saved_tensors
+            need_x, need_weight, need_bias, need_lam, need_gam = ctx.needs_input_grad[:5]
+            needs = need_x, need_lam or need_gam
+            dx, dlam, dgam = gradients(backward_op, dy, x, weight, lam, gam, *ctx.basis, *needs)
+            of_base = base_gradients(dy, x, need_weight, need_bias)
+            return dx, *of_base, dlam, dgam, *[None] * len(ctx.basis)
 
     def fake_backward(dy, x, weight, lam, gam, *rest):
         *_, need_x, need_diagonals = rest
@@ -237,4 +258,4 @@ def linear_entry(name: str, function: type[Function]) -> Callable:
     fake_backward.__name__ = f"{name}_backward"
     fake(fake_backward)
     _register_autocast(name)
-    return entry(name, function, _vmap_linear)
+    return entry(name, Linear, _vmap_linear)

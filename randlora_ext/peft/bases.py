@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..basis import BasisDescription, TernaryBasis
 from ..basis.cache import ordinary_tensors, share
 from ..basis.dense import DenseMatrices
-from ..basis.shape import Shape
+from ..basis.description import Shape
 from ..basis.ternary import ImportedMatrices
 from ..nn.state_dict import misfit
 from .basis_tensor import BasisTensor

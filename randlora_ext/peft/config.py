@@ -18,8 +18,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 
 from ..basis import BasisDescription
-from ..basis.description import SPECIFICATIONS, check_kind, check_seed
-from ..basis.shape import check_r
+from ..basis.description import SPECIFICATIONS, check_kind, check_r, check_seed
 from ..nn.linear import check_alpha, names_unknown
 from ..writing import appear_together
 

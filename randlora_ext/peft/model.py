@@ -10,7 +10,7 @@ from peft.tuners.randlora.model import RandLoraModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import nn
 
-from ..basis.shape import check_r
+from ..basis.description import check_r
 from ..nn.apply import check_is_called, check_not_nested, first
 from ..nn.base_layer import (
     check_mergeable,

@@ -88,7 +88,7 @@ def check_communication(place: Place):
     everything, gradients = bytes_of(model.parameters()), bytes_of(trained(model))
     assert starts.sizes("broadcast")[-1] == everything
     # Beside the parameters: their shapes, compared. All bases would be 10 times as much.
-    bases = sum(layer.bases["default"].packed_bytes() for layer in model[::2])
+    bases = sum(bytes_of(layer.bases["default"].packed()) for layer in model[::2])
     assert sum(starts.sizes()) - everything < 200 < bases
     assert step.sizes() == [gradients]
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from randlora_ext import TernaryBasis, linear
-from randlora_ext.basis.dense import DenseMatrices
+from randlora_ext.basis.description import Shape
+from randlora_ext.basis.ternary import ImportedMatrices, pack_dense
 from randlora_ext.ops import dense, hadamard, independent
 from randlora_ext.reference import linear_reference
 
@@ -129,7 +130,14 @@ def dense_basis(in_features: int, out_features: int, r: int, dtype: torch.dtype)
         (12**0.5 * (torch.rand(shape, generator=make, dtype=torch.float64) - 0.5)).to(dtype)
         for shape in ((r, d + 3), (D + 5, -(-d // r) * r + 2))
     )
-    return TernaryBasis.from_dense(DenseMatrices(A, B), in_features, out_features)
+    return TernaryBasis.from_dense(A, B, in_features, out_features)
+
+
+def imported_basis(A: Tensor, B: Tensor, in_features: int, out_features: int) -> TernaryBasis:
+    """Of ternary matrices A (r, d) and B (D, K), packed as PEFT's are."""
+    (a, a_value), (b, b_value) = pack_dense("A", A), pack_dense("B", B)
+    matrices = ImportedMatrices(a, b, B.shape[1], a_value, b_value)
+    return TernaryBasis.of(Shape(in_features, out_features, len(A)), matrices)
 
 
 @functools.lru_cache(8)

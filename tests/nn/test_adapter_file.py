@@ -325,7 +325,7 @@ DESCRIPTIONS = {
     "a layer more": (lambda said: said["layers"].update(x=[4, 4, 0]), "x: there is no such module"),
     "an option less": (lambda said: said["options"].pop("r"), "'r' is missing"),
     "r": (of(r=6), r"up.randlora_lambda is \(5, 4\), and must be \(6, 3\)"),
-    "r huge": (of(r=2**62 + 1, basis="randlora_ext:hadamard-1:seed=1"), "at most 65536"),
+    "r huge": (of(r=2**62 + 1, basis="randlora_ext:hadamard-1:seed=1"), "\\[1, 65536\\]"),
     "features": (lambda said: said["layers"].update(up=[8, 24, False]), "up.randlora_lambda is"),
     "features a text": (lambda said: said["layers"].update(up="abc"), "in_features must be"),
     "scaling": (of(scaling=float("nan")), "scaling must be a finite"),

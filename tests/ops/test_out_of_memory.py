@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layer_cases import run_python
+from layer_cases import imported_basis, run_python
 from layer_helpers import inputs, make_base, randomize, run
 
 from randlora_ext import RandLoraLinear, TernaryBasis
@@ -145,7 +145,7 @@ def main() -> None:
     )
 
     dense = TernaryBasis(130, 70, 9, 0.3).dense()
-    try_all("import", lists, lambda layer: TernaryBasis.from_ternary(*dense, 130, 70).packed())
+    try_all("import", lists, lambda layer: imported_basis(*dense, 130, 70).packed())
 
 
 def test_memory_that_runs_out(tmp_path):

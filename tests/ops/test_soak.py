@@ -5,7 +5,7 @@ import gc
 import pytest
 import soak
 import torch
-from layer_cases import make_layer, ours
+from layer_cases import imported_basis, make_layer, ours
 
 from randlora_ext import TernaryBasis, delta_weight, merged_weight, scaled_basis
 
@@ -29,7 +29,7 @@ def test_no_operator_keeps_memory(kind):
             torch.autograd.grad(function(basis, *leaves).sum(), leaves)
         merged_weight(basis, low, *leaves)
         if isinstance(kind, float):
-            TernaryBasis.from_ternary(*basis.dense(), 11, 70).packed()
+            imported_basis(*basis.dense(), 11, 70).packed()
             TernaryBasis(11, 70, 3, kind, seed=1).dense()
 
     growth = []
