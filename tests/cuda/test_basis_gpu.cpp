@@ -24,25 +24,6 @@ std::vector<int> block_sizes() {
   return cuda_on_cpu::kThreadSanitizer ? std::vector<int>{32, 128} : std::vector<int>{32, 128, 256};
 }
 
-struct Packed {
-  std::vector<int64_t> offset;
-  std::vector<uint32_t> index;
-};
-
-Packed pack(const Words& words, int64_t rows, int64_t cols, bool by_column, bool wide,
-            TestDevice& device) {
-  Packed packed{unwritten<int64_t>(2 * (by_column ? cols : rows) + 1), {}};
-  const Planes planes{words.data(), words.data() + rows * words_of(cols), words_of(cols)};
-  const CountLists lists{planes, rows, cols, by_column, packed.offset.data()};
-  device.count_lists(lists);
-  const int64_t total = packed.offset.back();
-  packed.index = unwritten<uint32_t>(total);
-  auto narrow = unwritten<uint16_t>(total);
-  device.fill_lists({lists, wide, wide ? static_cast<void*>(packed.index.data()) : narrow.data()});
-  if (!wide) packed.index.assign(narrow.begin(), narrow.end());
-  return packed;
-}
-
 void generation() {
   ThreadRuntime rt(1);
   for (int threads : block_sizes())
@@ -66,17 +47,20 @@ void generation() {
 void lists(int64_t rows, int64_t cols, double density, int threads) {
   ThreadRuntime rt(1);
   const Ternary t(rows, cols, density, unsigned(rows * 7 + cols), rt);
-  for (bool by_column : {false, true})
-    for (bool wide : {false, true}) {
+  for (const bool by_column : {false, true})
+    for (const bool wide : {false, true}) {
       if (cols > 65536 && (by_column || !wide)) continue;
       TestDevice device = device_with(threads);
       const auto& want = by_column ? t.by_column : t.by_row;
-      const Packed got = pack(t.bits, rows, cols, by_column, wide, device);
-      EXPECT(got.offset == want.offset, "offsets (%ld, %ld) at %g, by_column %d, threads %d",
-             long(rows), long(cols), density, by_column, threads);
-      EXPECT(got.index == want.wide,
-             "positions (%ld, %ld) at %g, by_column %d, wide %d, threads %d", long(rows),
-             long(cols), density, by_column, wide, threads);
+      auto offset = unwritten<int64_t>(want.offset.size());
+      const CountLists call{t.planes, rows, cols, by_column, offset.data()};
+      device.count_lists(call);
+      auto index = unwritten<uint32_t>(want.wide.size());
+      auto narrow = unwritten<uint16_t>(want.wide.size());
+      device.fill_lists({call, wide, wide ? static_cast<void*>(index.data()) : narrow.data()});
+      EXPECT(offset == want.offset && (wide ? index == want.wide : narrow == want.narrow),
+             "lists (%ld, %ld) at %g, by_column %d, wide %d, threads %d", long(rows), long(cols),
+             density, by_column, wide, threads);
     }
 }
 

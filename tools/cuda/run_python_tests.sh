@@ -34,6 +34,9 @@ cpu_only=(
   tests/ops/test_errors.py::test_packing_operators
   # Threads are nothing to a card; tests/gpu compares two runs.
   tests/ops/test_determinism.py::test_linear
+  tests/ops/test_determinism.py::test_class_products_of_any_size
+  # The CPU's memory.
+  tests/ops/test_autograd.py::test_scratch_does_not_grow_with_tokens
   # Long, and torch's GEMMs alone.
   tests/ops/test_dense.py::test_float16_stays_in_range_at_full_size
   # Half a minute; tests/gpu has a smaller one.
@@ -42,11 +45,9 @@ cpu_only=(
 deselected=()
 for test in "${cpu_only[@]}"; do deselected+=(--deselect "$test"); done
 
-# The GPU tests; then what the CPU's tests have and these lack. Not here: what tests Python alone, the
-# CPU's instruction sets, and the CPU's memory.
+# Not here: what tests Python alone or the CPU's instruction sets.
 RANDLORA_GPU_RUN_DRY=1 python -m pytest -q -n 2 -p no:cacheprovider "${deselected[@]}" "$@" \
   tests/project/test_gpu_run_dry.py::test_the_whole_dry_run tests/gpu \
-  tests/ops/test_linear.py::test_{float64_beyond_one_chunk_of_planes,error_rule_with_many_tokens} \
-  tests/ops/test_{weights,hadamard,dense}.py \
+  tests/ops/test_{linear,weights,autograd,hadamard,dense}.py \
   tests/ops/test_{nonfinite,determinism,errors}.py tests/basis/test_{basis_spec,packed}.py \
   tests/nn/test_layer.py tests/peft/test_{peft,peft_adapters}.py
