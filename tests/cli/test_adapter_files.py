@@ -189,11 +189,9 @@ ALLOWED = {
     **dict.fromkeys(("bias", "projection_prng_key", "basis"), (str, int)),
     **dict.fromkeys(("sparse", "very_sparse", "save_projection", "fan_in_fan_out"), (bool,)),
     **dict.fromkeys(("init_weights", "inference_mode"), (bool,)),
-    **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version"), (str, type(None))),
     **dict.fromkeys(("target_modules", "layers_pattern"), (str, list, type(None))),
     "modules_to_save": (list, type(None)),
     "layers_to_transform": (int, list, type(None)),
-    "auto_mapping": (dict, type(None)),
 }
 
 
