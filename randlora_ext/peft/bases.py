@@ -138,7 +138,7 @@ class PackedBufferDict(MutableMapping, BufferDict):
                     return
                 raise ValueError(f"the basis of adapter {key!r} is on the meta device: no values")
             with suppress(ValueError):  # not ternary: layers multiply by it as it is
-                basis = self._unless_known(BasisTensor.packed(basis))
+                basis = BasisTensor.packed(basis)
         self._bases[key] = self._unrounded(key, basis)
         self._changed()
 
@@ -150,14 +150,6 @@ class PackedBufferDict(MutableMapping, BufferDict):
         if cast.content is not old.content:  # another basis
             return cast
         return BasisTensor(cast.content, old.value, cast.shape, cast.dtype, cast.device)
-
-    def _unless_known(self, new: BasisTensor) -> BasisTensor:
-        """`new`, sharing planes with an equal basis: every adapter's file holds its own copy."""
-        for old in self._bases.values():
-            if isinstance(old, BasisTensor) and old.description is None and old.shape == new.shape:
-                if torch.equal(old.content, new.content):
-                    return BasisTensor(old.content, new.value, new.shape, new.dtype, new.device)
-        return new
 
     def __delitem__(self, key: str) -> None:
         del self._bases[key]

@@ -136,13 +136,10 @@ def _check_types(config: RandLoraConfig) -> None:
     none, several = type(None), (list, tuple, set)
     for name in _FLAGS:
         check(name, "True or False", bool)
-    for name in ("base_model_name_or_path", "revision", "peft_version"):
-        check(name, "a text or None", str, none)
     for name in ("target_modules", "layers_pattern"):
         check(name, "a text, several of them or None", str, none, *several, of=str)
     check("modules_to_save", "several texts or None", none, *several, of=str)
     check("layers_to_transform", "an integer, several of them or None", int, none, *several, of=int)
-    check("auto_mapping", "a dictionary or None", dict, none)
     check("randlora_dropout", "a number in [0, 1]", int, float)
     if not 0 <= config.randlora_dropout <= 1:
         raise ValueError(f"randlora_dropout must be in [0, 1], got {config.randlora_dropout}")
@@ -190,20 +187,16 @@ def description_of(fields: Mapping[str, Any]) -> BasisDescription | None:
 
 def other_bases(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """How the bases of the configuration `saved` differ from those of `own`, in words."""
-    mine, theirs = _of_bases(own), _of_bases(saved)
-    return [f"{n} is {theirs[n]!r}, not {mine[n]!r}" for n in mine if mine[n] != theirs[n]]
+    mine, theirs = _bases_in_words(own), _bases_in_words(saved)
+    return [] if mine == theirs else [f"its bases are {theirs}, not {mine}"]
 
 
-def _of_bases(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that decide the bases."""
-    made = description_of(fields)
-    if made is None:
-        values = {"basis": "peft", "projection_prng_key": fields["projection_prng_key"]}
-        very = bool(fields.get("very_sparse"))  # which overrules the other flag
-        sparse = bool(fields.get("sparse")) and not very
-        return values | {"sparse": sparse, "very_sparse": very, "density": None}
-    values = {"basis": made.kind, "projection_prng_key": made.seed}
-    return values | dict.fromkeys(_SPARSE, False) | {"density": made.density}
+def _bases_in_words(fields: Mapping[str, Any]) -> str:
+    if (made := description_of(fields)) is not None:
+        return made.key()
+    # very_sparse overrules the other flag
+    flag = next((name for name in reversed(_SPARSE) if fields.get(name)), "uniform")
+    return f"PEFT's, {flag}, of projection_prng_key={fields['projection_prng_key']}"
 
 
 # ---- tensors that record the configuration to which they belong ----------------------------------

@@ -17,7 +17,6 @@ from ..devices import serve
 from ..nn.adapted_layer import AdaptedLayer
 from ..nn.merging import merged_layers
 from ..nn.state_dict import refuse_misfit
-from ..ranks import is_dtensor
 from .bases import PackedBufferDict, layer_basis
 from .basis_tensor import BasisTensor
 
@@ -207,15 +206,6 @@ def layers_with(model: Any, adapter_name: str | None = None) -> dict[str, RandLo
             f"adapter_name must be one of {list(model.peft_config)}, got {adapter_name!r}"
         )
     return {path: m for path, m in layers.items() if adapter_name in m.randlora_lambda}
-
-
-def refuse_sharded(model: PeftModel) -> None:
-    """Raises ValueError if a rank holds only parts of the weights."""
-    if any(is_dtensor(parameter) for parameter in model.parameters()):
-        raise ValueError(
-            "model is sharded over ranks; save the adapter with save_pretrained and export it from "
-            "an unsharded model"
-        )
 
 
 @contextmanager

@@ -135,7 +135,7 @@ print(type(model.base_model.model[0]).__name__)
 def test_without_peft_and_imported_before_it():
     told = subprocess.run([sys.executable, "-c", OURS_FIRST], capture_output=True, text=True).stdout
     without, layer = told.splitlines()
-    assert "not installed; install it with `pip install 'peft>=0.20'`" in without
+    assert "`pip install -U 'peft>=0.20'`; it is not installed" in without
     assert layer == "AcceleratedLinear"
 
 
@@ -144,7 +144,7 @@ def test_old_or_newer_peft(monkeypatch):
     with pytest.warns(UserWarning, match=r"tested with PEFT 0\.20 to .*, found 0\.99\.0\.dev0"):
         accelerated.check_version()
     monkeypatch.setattr(peft, "__version__", "0.19.1")
-    with pytest.raises(ImportError, match=r"found 0\.19\.1.*pip install.*peft>=0\.20"):
+    with pytest.raises(ImportError, match=r"pip install.*peft>=0\.20.*found 0\.19\.1"):
         accelerated.check_version()
 
 
