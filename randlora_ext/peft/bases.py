@@ -236,12 +236,13 @@ def layer_basis(
     if isinstance(A, BasisTensor) and (made := A.description) is not None:
         basis = TernaryBasis(in_features, out_features, r, made.density, made.seed, made.kind)
     elif served and isinstance(A, BasisTensor) and isinstance(B, BasisTensor):
-        planes: Any = A.content, B.content
+        a: Any = A.content
+        b: Any = B.content
+        values = A.value, B.value
         # The matrices keep what the key names alive.
-        key = "imported", *map(id, planes), A.value, B.value
-        basis = TernaryBasis.of(
-            shape, share(key, lambda: ImportedMatrices(*planes, B.columns, A.value, B.value))
-        )
+        made_of = "imported", id(a), id(b), *values
+        matrices = share(made_of, lambda: ImportedMatrices(a, b, B.columns, *values))
+        basis = TernaryBasis.of(shape, matrices)
     else:
         basis = TernaryBasis.of(shape, share(("dense", id(A), id(B)), lambda: _Dense(A, B)))
     return basis.canonical()

@@ -85,8 +85,10 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         if torch.compiler.is_dynamo_compiling():
             self._find_while_tracing(device.type, *tokens)
             return self.bases[adapter][1]
-        made_of, basis = self.bases.get(adapter, (None, None))
-        return basis if made_of == (device.type, *tokens) else self._find(adapter, device.type)
+        found = self.bases.get(adapter)
+        if found is None or found[0] != (device.type, *tokens):
+            return self._find(adapter, device.type)
+        return found[1]
 
     def _find(self, adapter: str, device_type: str) -> TernaryBasis:
         A, B = self.randlora_A, self.randlora_B
