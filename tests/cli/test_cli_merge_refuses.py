@@ -112,6 +112,9 @@ BROKEN = {
         config(modules_to_save=["norm"]), "lacks model.norm.weight, though modules_to_save has 'no",
     ),
     "unknown tensor": (added("", x=torch.zeros(1)), "must start with"),
+    "not PEFT's": (
+        added(**{f"{Q0}.weight": torch.randn(32, 32)}), "which an adapted layer does not have"
+    ),
     "a new head": (added(**{"score.weight": torch.zeros(2, 32)}), "merge by merge_and_unload"),
 }  # fmt: skip
 
