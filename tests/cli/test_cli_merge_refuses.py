@@ -64,7 +64,6 @@ BROKEN = {
     "shard truncated": (written(SHARD, lambda data: data[:-5]), "damaged"),
     "index lies": (index(w="model-00001-of-00004.safetensors"), "it is not"),
     "index leads out": (index(w="../adapter/x"), "files of its folder"),
-    "index deep": (written(f"model/{INDEX}", DEEP), "no JSON"),
     "model config deep": (written("model/config.json", DEEP), "config.json is no JSON"),
     "quantized": (
         lambda r: edit(r / "model" / "config.json", quantization_config={"load_in_4bit": True}),
@@ -74,8 +73,6 @@ BROKEN = {
     "adapter pickled": (
         lambda r: (r / WEIGHTS).rename(r / "adapter" / "adapter_model.bin"), "never a pickle",
     ),
-    "config a list": (written(CONFIG, "[1]"), "JSON object"),
-    "lora": (config(peft_type="LORA"), "RANDLORA"),
     "bad density": (config(density=7), "density"),
     "other r": (config(r=6), "or the file was edited"),
     "no key": (without("projection_prng_key"), "'projection_prng_key' is missing"),
