@@ -74,7 +74,6 @@ BROKEN = {
     "shard missing": (lambda r: sorted(r.glob(SHARD))[0].unlink(), "does not exist"),
     "shard truncated": (written(SHARD, lambda data: data[:-5]), "damaged"),
     "index leads out": (index(w="../adapter/x"), "files of its folder"),
-    "index deep": (written(f"model/{INDEX}", DEEP), "no JSON"),
     "model config deep": (written("model/config.json", DEEP), "config.json is no JSON"),
     "quantized": (
         lambda r: edit(r / "model" / "config.json", quantization_config={"load_in_4bit": True}),
@@ -84,8 +83,6 @@ BROKEN = {
     "adapter pickled": (
         lambda r: (r / WEIGHTS).rename(r / "adapter" / "adapter_model.bin"), "never a pickle",
     ),
-    "config a list": (written(CONFIG, "[1]"), "JSON object"),
-    "lora": (config(peft_type="LORA"), "RANDLORA"),
     "bad density": (config(density=7), "density"),
     "r zero": (config(r=0), "r must be"),
     "other r": (edited, "r is 5, not 6: a save was interrupted, or the file was edited"),
