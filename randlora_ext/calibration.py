@@ -41,7 +41,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         model: with adapters on Hadamard bases, by `apply_randlora` or PEFT. It runs in eval mode;
             afterwards each module is in its old mode.
         batches: what the model takes: a tensor, a tuple of arguments, or a mapping of keyword
-            arguments. Tensors are moved to the device of the model's first parameter. If the
+            arguments. These are moved to the device of the model's first parameter. If the
             mapping has an "attention_mask" (batch, tokens), its zeros leave out tokens in layers
             that see as many tokens.
 
@@ -65,7 +65,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
             "model has no active adapter on Hadamard bases, which alone can scale their inputs; "
             'add one with basis="hadamard"'
         )
-    sums = {layer: _Sums(layer.in_features) for layer in layers}
+    # Of each layer the sums of squares by feature, and behind them the number of tokens.
+    sums = {layer: torch.zeros(layer.in_features + 1, dtype=torch.float64) for layer in layers}
     error, count = None, 0
     try:
         with _observed(model, sums) as mask_of:
@@ -77,8 +78,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     except Exception as raised:  # the other ranks wait for this one's sums
         error = raised
     first = torch.tensor([error is not None, count], dtype=torch.float64)
-    totals = _over_all_ranks(torch.cat([first, *(each.total for each in sums.values())]))
-    (failed, batches_seen), *parts = totals.split([2, *(len(s.total) for s in sums.values())])
+    totals = _over_all_ranks(torch.cat([first, *sums.values()]))
+    (failed, batches_seen), *parts = totals.split([2, *map(len, sums.values())])
     if error is not None:
         raise error
     if failed:
@@ -133,34 +134,21 @@ def _to_calibrate(name: str, layer: AdaptedLayer) -> list[str]:
     return chosen
 
 
-class _Sums:
-    """The sums of squares by feature, and behind them the number of tokens."""
-
-    def __init__(self, features: int) -> None:
-        self.total = torch.zeros(features + 1, dtype=torch.float64)
-
-    def add(self, x: Tensor, mask: Tensor | None) -> None:
-        x = x.flatten(0, -2)
-        if mask is not None and mask.numel() == len(x):
-            x = x[mask.flatten().to(x.device) != 0]
-        self.total[:-1] += x.float().square().sum(0, dtype=torch.float64).cpu()
-        self.total[-1] += len(x)
-
-
 @contextmanager
-def _observed(model: nn.Module, sums: dict[Any, _Sums]):
+def _observed(model: nn.Module, sums: Mapping[AdaptedLayer, Tensor]):
     """The model in eval mode, its layers' inputs summed; yields where a batch's mask goes."""
     mask_of: dict[str, Tensor | None] = {}
     modes = {module: module.training for module in model.modules()}
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda _, args, kwargs, of=of: of.add(
-                args[0] if args else next(iter(kwargs.values())), mask_of["batch"]
-            ),
-            with_kwargs=True,
-        )
-        for layer, of in sums.items()
-    ]
+
+    def add(layer, args, kwargs) -> None:
+        x = (args[0] if args else next(iter(kwargs.values()))).flatten(0, -2)
+        mask = mask_of["batch"]
+        if mask is not None and mask.numel() == len(x):
+            x = x[mask.flatten().to(x.device) != 0]
+        sums[layer][:-1] += x.float().square().sum(0, dtype=torch.float64).cpu()
+        sums[layer][-1] += len(x)
+
+    hooks = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in sums]
     try:
         model.eval()
         yield mask_of
@@ -173,21 +161,16 @@ def _observed(model: nn.Module, sums: dict[Any, _Sums]):
 
 def _call(model: nn.Module, batch: Any) -> None:
     device = next(model.parameters()).device
-    moved = _moved(batch, device)
-    if isinstance(moved, dict):
-        model(**moved)
-    elif isinstance(moved, (tuple, list)):
-        model(*moved)
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping):
+        model(**{name: moved(value) for name, value in batch.items()})
+    elif isinstance(batch, (tuple, list)):
+        model(*map(moved, batch))
     else:
-        model(moved)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _moved(each, device) for key, each in value.items()}
-    return type(value)(_moved(v, device) for v in value) if type(value) in (tuple, list) else value
+        model(moved(batch))
 
 
 def _over_all_ranks(t: Tensor) -> Tensor:

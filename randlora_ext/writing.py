@@ -53,18 +53,13 @@ def appear_together(folder: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def appear_new(out: str | os.PathLike) -> Iterator[Path]:
-    """As `appear`, for a new file or folder: `out` must be free, or an empty folder."""
+    """As `appear`, for a new folder: `out` must be free, or an empty folder."""
     place = _resolved(out)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise OSError(f"{os.fspath(out)} exists; choose another name or remove it first")
     with _scratch_in(place.parent, out) as scratch:
         yield scratch / place.name
-        if is_taken(place):
-            raise FileExistsError("it exists")
-        os.rename(scratch / place.name, place)
-
-
-def is_taken(out: Path) -> bool:
-    """Whether something is there that `appear_new` would have to replace."""
-    return out.exists() and (not out.is_dir() or any(out.iterdir()))
+        os.rename(scratch / place.name, place)  # fails if somebody has filled it meanwhile
 
 
 def _resolved(path: str | os.PathLike) -> Path:

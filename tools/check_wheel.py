@@ -6,7 +6,6 @@ Exit status 1 with the findings. auditwheel, told to leave torch's libraries out
 symbol of torch, which would bind the wheel to one version, nor torch in the CUDA library.
 """
 
-import email
 import re
 import subprocess
 import sys
@@ -16,6 +15,10 @@ from pathlib import Path
 
 # C++ names of torch would bind to one version; its stable C functions are called aoti_torch_...
 TORCH_CPP = re.compile(r"_Z\w*(?:2at|3c10|5torch)\d")
+OURS = re.compile(
+    r"randlora_cli\.py|randlora_ext/(.*\.(py|pyi|typed)|_C\.[\w-]+\.so|librandlora_cuda\.so)|"
+    r"randlora_ext-[^/]*\.dist-info/.*"
+)
 WANTED = ("__init__.py", "py.typed", "_C.pyi", "cli/__init__.py", "peft/__init__.py")
 
 
@@ -40,18 +43,12 @@ def wheel_findings(wheel: Path) -> list[str]:
         # auditwheel adds entries for folders.
         names = [name for name in archive.namelist() if not name.endswith("/")]
         archive.extractall(folder)
-        ours = re.compile(
-            r"randlora_cli\.py|"
-            r"randlora_ext/(.*\.(py|pyi|typed)|_C\.[\w-]+\.so|librandlora_cuda\.so)|"
-            r"randlora_ext-[^/]*\.dist-info/.*"
-        )
-        found = [f"{name} does not belong here" for name in names if not ours.fullmatch(name)]
+        found = [f"{name} does not belong here" for name in names if not OURS.fullmatch(name)]
         found += [f"{n} is missing" for n in WANTED if f"randlora_ext/{n}" not in names]
         (metadata,) = Path(folder).glob("*.dist-info/METADATA")
-        requires = email.message_from_string(metadata.read_text()).get_all("Requires-Dist", [])
-        core = [requirement for requirement in requires if "extra ==" not in requirement]
-        if core != ["torch>=2.11", "safetensors>=0.8"]:
-            found.append(f"requires {core} and not torch and safetensors alone")
+        requires = re.findall(r"^Requires-Dist: ([^;\n]*)$", metadata.read_text(), re.M)
+        if requires != ["torch>=2.11", "safetensors>=0.8"]:
+            found.append(f"requires {requires} and not torch and safetensors alone")
         for library in sorted(Path(folder).rglob("*.so")):
             found += library_findings(library)
     return found

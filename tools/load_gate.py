@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from check_wheel import library_findings
@@ -49,13 +48,9 @@ print("CPU tensors work")
 """
 
 
-def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> str:
-    """What the command printed; stops the gate if it fails."""
-    line, env = list(map(str, command)), os.environ | environment
-    done = subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=env)
-    if done.returncode:
-        sys.exit(f"{done.stdout}{done.stderr}\nload gate: failed: {' '.join(line)}")
-    return done.stdout
+def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> None:
+    print("$", *command[1:4], flush=True)
+    subprocess.run(command, cwd=cwd, env=os.environ | environment, check=True)
 
 
 def main() -> None:
@@ -63,16 +58,10 @@ def main() -> None:
     parser.add_argument("--python", type=Path, help="of an environment that has torch with CUDA")
     parser.add_argument("--install", default=str(ROOT), help="default: this checkout")
     args = parser.parse_args()
-    started = time.monotonic()
-
-    def step(text: str) -> None:
-        print(f"[{time.monotonic() - started:4.0f}s] {text}", flush=True)
-
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         python = args.python and args.python.absolute()
         if python is None:
-            step(f"{TORCH} into a new environment")
             run(sys.executable, "-m", "venv", work / "venv")
             python = work / "venv" / "bin" / "python"
             # Settings of pip may prefer a torch without CUDA.
@@ -81,22 +70,15 @@ def main() -> None:
         pip = [python, "-m", "pip", "install", "-q", "--target"]
         tools, site = work / "tools", work / "site"
         run(*pip, tools, "setuptools>=77,<82", "wheel", "pybind11", "ninja")
-
-        step(f"install {args.install}")
         # torch is the environment's own; its setuptools may be too old.
         build = {"PYTHONPATH": str(tools), "PATH": f"{tools / 'bin'}:{os.environ['PATH']}"}
         command = (*pip, site, "--no-build-isolation", "--no-deps", args.install)
         run(*command, RANDLORA_CUDA="1", **build)
-
-        library = site / "randlora_ext" / "librandlora_cuda.so"
-        step(f"{library.name}: {library.stat().st_size / 1e6:.1f} MB")
-        if findings := library_findings(library):
+        if findings := library_findings(site / "randlora_ext" / "librandlora_cuda.so"):
             sys.exit(f"load gate: failed: {findings}")
-
-        step("the package")
         binding = ROOT / "csrc" / "torch" / "backend.cpp"
-        print(run(python, "-c", USE, site, binding, cwd=work, PYTHONPATH=str(site)), end="")
-        step("load gate: passed")
+        run(python, "-c", USE, site, binding, cwd=work, PYTHONPATH=str(site))
+    print("load gate: passed")
 
 
 if __name__ == "__main__":

@@ -7,130 +7,77 @@
 
 Runs offline. Tests that need a model of the Hub fail on both sides and cancel out. The installed
 PEFT is tested; with --source that of the checkout. This file is also the plugin of those pytest
-runs: it puts our backend under the tests, and records outcomes.
+runs, which puts our backend under the tests and counts the calls of our kernels.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
+import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 RUNS = (  # (test file, -k)
-    ("tests/test_randlora.py", None),
+    ("tests/test_randlora.py", ""),
     ("tests/test_custom_models.py", "randlora"),
     ("tests/test_config.py", "randlora"),
 )
-# Variables for the plugin: the file to write; "stock" or "ours"; "1" if configs become sparse.
-OUTCOMES, BACKEND, SPARSE = (f"RANDLORA_SUITE_{n}" for n in ("OUTCOMES", "BACKEND", "SPARSE"))
-
-# ---- the plugin
-
-_outcomes: dict[str, str] = {}
-_calls = {"forward": 0, "kernels": 0}  # of our layers; those that ran on our kernels
+OURS, SPARSE = "RANDLORA_SUITE_OURS", "RANDLORA_SUITE_SPARSE"  # variables for the plugin
+_calls: Counter[str] = Counter()
 
 
-def _force_sparse() -> None:
-    """PEFT's tests mostly use uniform bases, which are not packed."""
-    import peft
+def pytest_configure() -> None:
+    """Of the plugin, before a test file is imported."""
+    if os.environ.get(SPARSE):  # PEFT's tests mostly use uniform bases, which are not packed
+        import peft
 
-    init = peft.RandLoraConfig.__post_init__
+        init = peft.RandLoraConfig.__post_init__
 
-    def post_init(self) -> None:
-        self.sparse = not self.very_sparse
-        init(self)
+        def post_init(self) -> None:
+            self.sparse = not self.very_sparse
+            init(self)
 
-    peft.RandLoraConfig.__post_init__ = post_init
+        peft.RandLoraConfig.__post_init__ = post_init
+    if os.environ.get(OURS):
+        import randlora_ext.peft
+        from randlora_ext.peft.layer import AcceleratedLinear
 
+        part = AcceleratedLinear._part
 
-def _enable_and_count() -> None:
-    """Counts calls to show that it was our layers that the tests ran."""
-    import randlora_ext.peft
-    from randlora_ext.peft.layer import AcceleratedLinear
+        def counted(*args, **kwargs):
+            _calls["kernels"] += 1
+            return part(*args, **kwargs)
 
-    def counting(name: str, method):
-        def call(*args, **kwargs):
-            _calls[name] += 1
-            return method(*args, **kwargs)
-
-        return call
-
-    randlora_ext.peft.enable()
-    AcceleratedLinear.forward = counting("forward", AcceleratedLinear.forward)
-    AcceleratedLinear._part = counting("kernels", AcceleratedLinear._part)
+        AcceleratedLinear._part = counted
+        randlora_ext.peft.enable()
 
 
-# At import, thus before any test file is collected.
-if os.environ.get(SPARSE) == "1":
-    _force_sparse()
-if os.environ.get(BACKEND) == "ours":
-    _enable_and_count()
+def pytest_terminal_summary(terminalreporter) -> None:
+    terminalreporter.write_line(f"calls of our kernels: {_calls['kernels']}")
 
 
-def pytest_runtest_logreport(report) -> None:
-    # Setup, call and teardown report one by one; the worst of them counts.
-    known = _outcomes.get(report.nodeid, "passed")
-    _outcomes[report.nodeid] = max(known, report.outcome, key=("passed", "skipped", "failed").index)
-
-
-def pytest_collectreport(report) -> None:
-    if report.failed:
-        _outcomes[f"collection of {report.nodeid}"] = "failed"
-
-
-def pytest_sessionfinish() -> None:
-    Path(os.environ[OUTCOMES]).write_text(json.dumps({"outcomes": _outcomes, "calls": _calls}))
-
-
-# ---- the runs
-
-
-def run_suite(checkout: Path, backend: str, sparse: bool, source: bool) -> tuple[dict, Counter]:
-    """Outcome ("passed", "failed", "skipped") of every test, and how often our layers ran."""
-    outcomes, calls = {}, Counter()
-    paths = [str(HERE), *([str(checkout / "src")] if source else [])]
+def outcomes(checkout: Path, variables: dict[str, str]) -> dict[str, str]:
+    """What became of every test: "passed", "skipped", "failure" or "error"."""
+    found = {}
     for file, keyword in RUNS:
         with tempfile.TemporaryDirectory() as folder:
-            record, ini = Path(folder, "outcomes.json"), Path(folder, "pytest.ini")
+            record, ini = Path(folder, "record.xml"), Path(folder, "pytest.ini")
             ini.write_text("[pytest]\n")  # PEFT's own asks for coverage
-            environment = {"OMP_NUM_THREADS": "1"} | os.environ
-            environment |= {
-                OUTCOMES: str(record),
-                BACKEND: backend,
-                SPARSE: "1" if sparse else "0",
-                "HF_HUB_OFFLINE": "1",
-                "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]),
-            }
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "run_peft_suite"]
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "run_peft_suite", file]
             command += ["-c", str(ini), "--rootdir", str(checkout), "-p", "no:cacheprovider"]
-            command += ["-W", "ignore", "--tb=line", file]
-            command += ["-k", keyword] if keyword else []
-            print(f"\n=== {backend}: {file}" + (f" -k {keyword}" if keyword else ""), flush=True)
-            subprocess.run(command, cwd=checkout, env=environment, check=False)
-            if not record.exists():
-                raise SystemExit(f"{file} did not run to its end on {backend}")
-            result = json.loads(record.read_text())
-        outcomes |= result["outcomes"]
-        calls.update(result["calls"])
-        if backend == "stock" and any(name.startswith("collection") for name in outcomes):
-            raise SystemExit(f"{file} cannot be imported: see above for what is missing")
-    return outcomes, calls
-
-
-def compare(stock: dict[str, str], ours: dict[str, str]) -> list[str]:
-    """What ours breaks: tests that stock passes or skips and ours does not."""
-    broken = []
-    for name in sorted(stock.keys() | ours.keys()):
-        before, after = stock.get(name, "not run"), ours.get(name, "not run")
-        if before != after:
-            print(f"{name}: {before} on stock, {after} on ours")
-            if before != "failed":
-                broken.append(name)
-    return broken
+            command += ["-k", keyword, "-W", "ignore", "--tb=line", f"--junitxml={record}"]
+            print(f"\n=== {'ours' if OURS in variables else 'stock'}: {file}", flush=True)
+            ended = subprocess.run(command, cwd=checkout, env=os.environ | variables)
+            if ended.returncode not in (0, 1):
+                raise SystemExit(f"{file} did not run to its end: see above")
+            for case in ET.parse(record).iter("testcase"):
+                name = f"{case.get('classname')}.{case.get('name')}"
+                told = {part.tag for part in case} & {"skipped", "failure", "error"}
+                found[name] = min(told, default="passed")
+    return found
 
 
 def main() -> None:
@@ -142,19 +89,15 @@ def main() -> None:
     checkout = options.checkout.resolve()
     if not (checkout / "tests/test_randlora.py").exists():
         parser.error(f"{checkout} has no tests/test_randlora.py")
-    stock, ours = (
-        run_suite(checkout, backend, options.sparse, options.source)
-        for backend in ("stock", "ours")
-    )
-    for backend, (outcomes, _) in (("\nstock", stock), ("ours", ours)):
-        counts = Counter(outcomes.values())
-        parts = [f"{counts[kind]} {kind}" for kind in ("passed", "failed", "skipped")]
-        print(f"{backend}: {', '.join(parts)}")
-    calls = ours[1]
-    print(f"our layers ran {calls['forward']} times, {calls['kernels']} of them on our kernels")
-    if not calls["forward"] or not calls["kernels"]:
-        raise SystemExit("so the tests did not test randlora_ext")
-    if broken := compare(stock[0], ours[0]):
+    paths = [HERE, *[checkout / "src"] * options.source, os.environ.get("PYTHONPATH", "")]
+    variables = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    variables |= {SPARSE: "1"} if options.sparse else {}
+    stock, ours = (outcomes(checkout, variables | more) for more in ({}, {OURS: "1"}))
+    for name, these in (("stock", stock), ("ours", ours)):
+        print(name, dict(Counter(these.values())))
+    changed = {n: (stock.get(n), ours.get(n)) for n in stock | ours if stock.get(n) != ours.get(n)}
+    print(*(f"{name}: {a} on stock, {b} on ours" for name, (a, b) in changed.items()), sep="\n")
+    if broken := [n for n, (before, _) in changed.items() if before not in ("failure", "error")]:
         raise SystemExit(f"{len(broken)} tests are broken by randlora_ext")
     print("nothing is broken by randlora_ext")
 

@@ -8,10 +8,7 @@ import sys
 import traceback
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
 from typing import Any
-
-from ..writing import is_taken
 
 
 class CliError(Exception):
@@ -56,11 +53,3 @@ def told_of(what: object, kinds: Any = Exception):
         yield
     except kinds as error:
         raise CliError(f"{what}: {one_line(error)}") from error
-
-
-def check_free(out: Path) -> None:
-    """Refuses what `appear_new` would refuse: to be called before long work."""
-    if is_taken(out):
-        raise CliError(f"{out} exists; choose another name or remove it first")
-    if not out.absolute().parent.is_dir():
-        raise CliError(f"{out.absolute().parent} does not exist")

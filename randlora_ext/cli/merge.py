@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..writing import appear_new
-from . import CliError, check_free
+from . import CliError
 from .adapter import Changes, read_changes
 from .checkpoint import Checkpoint, read_checkpoint
 
@@ -24,13 +24,11 @@ def merge(model: Path, source: Path, out: Path) -> int:
     Every other byte of the files stays. Needs the memory of two copies of the adapter and of one
     layer, and the disk space of the model.
     """
-    check_free(out)
     checkpoint = read_checkpoint(model)
-    changes = read_changes(source, checkpoint)
-    written = changes.added.keys() | changes.replaced.keys()
-    _check_names(checkpoint, changes.replaced, written)
-    _check_space(checkpoint, out)
     with appear_new(out) as folder:
+        changes = read_changes(source, checkpoint)
+        written = changes.added.keys() | changes.replaced.keys()
+        _check_names(checkpoint, changes.replaced, written)
         folder.mkdir()
         for file in checkpoint.files:
             print(f"merging {file.name}", file=sys.stderr)
@@ -80,13 +78,6 @@ def _check_names(
 
 def _write(stream, tensor: Tensor) -> None:
     stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _check_space(checkpoint: Checkpoint, out: Path) -> None:
-    needed = sum(file.stat().st_size for file in checkpoint.files)
-    free = shutil.disk_usage(out.absolute().parent).free
-    if needed > free:
-        raise CliError(f"{out} needs {needed:,} bytes; its disk has {free:,} free")
 
 
 def _copy_rest(checkpoint: Checkpoint, folder: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..basis.description import BasisDescription
 from ..basis.ternary_basis import TernaryBasis
-from ..ranks import failing_together, full_tensor, is_dtensor, laid_out_like
+from ..ranks import failing_together, full_tensor, is_dtensor
 from ..writing import appear
 from .apply import adapt
 from .base_layer import check_base_layer, features
@@ -90,7 +90,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
             process lacks values (meta device, DeepSpeed ZeRO-3).
         OSError: the file cannot be written, on all ranks; an older one stays as it was.
     """
-    inner = _inner(model)
+    inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
     adapted = {at: m for at, (_, m) in _modules(inner).items() if isinstance(m, RandLoraLinear)}
     layers = {at: layer for at, layer in adapted.items() if adapter_name in layer.bases}
     if not layers:
@@ -113,7 +113,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
         own |= {join(at, kind): getattr(layer, kind)[adapter_name] for kind in DIAGONALS}
         if adapter_name in layer.input_scales:
             own[join(at, INPUT_SCALE)] = layer.input_scales[adapter_name]
-    tensors, mesh = {}, _mesh(own.values())
+    parameters: list[Any] = [*own.values()]
+    mesh: Any = next((t.device_mesh for t in parameters if is_dtensor(t)), None)
+    tensors = {}
     for name, parameter in own.items():
         if not _is_here(parameter):
             raise ValueError(
@@ -133,12 +135,10 @@ def load_adapter(
 
     Linear layers become `RandLoraLinear`, and all else is frozen but the other parameters in the
     file, as by `apply_randlora`. Where the layers have adapters already, this one is added, neither
-    active nor trained until ``set_adapter`` names it. If they have one of that name with equal
-    options, its parameters take the file's values, so that training can go on with its optimizer.
+    active nor trained until ``set_adapter`` names it.
 
     Args:
-        model: the base model, with or without adapters. If it is sharded, the adapter must be
-            there already, and all ranks must call.
+        model: the base model, with or without other adapters; not sharded yet.
         path: of a file that `save_adapter` wrote.
         adapter_name: the adapter's name in the model; None means the name in the file.
 
@@ -148,38 +148,35 @@ def load_adapter(
             that the message lists. TypeError: a layer is not a linear layer.
             After any of these the model is as it was.
     """
-    inner = _inner(model)
-    with failing_together(_mesh(inner.parameters())):
-        file = read_adapter_file(path)
-        name = file.adapter_name if adapter_name is None else adapter_name
-        check_adapter_name(name)
-        if misfits := list(_misfits(inner, file, name)):
-            raise ValueError(
-                f"{os.fspath(path)} does not fit the {type(model).__name__}, which is unchanged:"
-                "\n\t" + "\n\t".join(misfits)
-            )
-        parameters = _parameters(inner)
-        own: dict[str, Any] = {key: parameters[key] for key in file.others}
-        basis = BasisDescription.parse(file.options["basis"])
-        options = {"adapter_name": name, "basis": basis.kind, "density": basis.density}
-        options |= {"seed": basis.seed, "r": file.options["r"]}
-        options["randlora_dropout"] = file.options["randlora_dropout"]
-        modules = _modules(inner)
-        targets = dict(modules[at] for at in file.layers)
-        if not any(isinstance(module, RandLoraLinear) for module in targets.values()):
-            adapt(inner, targets, own.values(), " of the adapter", **options)
-    modules = _modules(inner)
-    for at in filter(file.is_first, file.layers):
-        layer: Any = modules[at][1]
-        if name not in layer.bases:
-            layer.update_layer(**options)
-        layer.scaling[name] = file.options["scaling"]
-        layer.set_input_scale(name, file.basis_of(at).input_scale)
-        own |= {join(at, kind): getattr(layer, kind)[name] for kind in DIAGONALS}
+    file = read_adapter_file(path)
+    name = file.adapter_name if adapter_name is None else adapter_name
+    check_adapter_name(name)
+    if misfits := list(_misfits(model, file, name)):
+        raise ValueError(
+            f"{os.fspath(path)} does not fit the {type(model).__name__}, which is unchanged:"
+            "\n\t" + "\n\t".join(misfits)
+        )
+    basis = BasisDescription.parse(file.options["basis"])
+    options = {"adapter_name": name, "basis": basis.kind, "density": basis.density}
+    options |= {"seed": basis.seed, "r": file.options["r"]}
+    options["randlora_dropout"] = file.options["randlora_dropout"]
+    modules, parameters = _modules(model), _parameters(model)
+    others = {key: parameters[key] for key in file.others}
+    targets = dict(modules[at] for at in file.layers)
+    if not any(isinstance(module, RandLoraLinear) for module in targets.values()):
+        adapt(model, targets, others.values(), " of the adapter", **options)
+        modules = _modules(model)
     with torch.no_grad():
-        for key, parameter in own.items():
-            tensor = file.tensors[key].to(parameter.device, parameter.dtype)
-            parameter.copy_(laid_out_like(tensor, parameter))
+        for at in filter(file.is_first, file.layers):
+            layer: Any = modules[at][1]
+            if name not in layer.bases:
+                layer.update_layer(**options)
+            layer.scaling[name] = file.options["scaling"]
+            layer.set_input_scale(name, file.basis_of(at).input_scale)
+            for kind in DIAGONALS:
+                getattr(layer, kind)[name].copy_(file.tensors[join(at, kind)])
+        for key, parameter in others.items():
+            parameter.copy_(file.tensors[key])
     return model
 
 
@@ -211,9 +208,7 @@ def read_adapter_file(path: str | os.PathLike) -> AdapterFile:
         )
     try:
         return AdapterFile(**json.loads(metadata[_METADATA]), tensors=tensors)
-    except RecursionError as error:
-        raise ValueError(f"{path}: the JSON of its metadata is nested too deeply") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} is no sound file of save_adapter: {reason}") from error
 
@@ -230,44 +225,34 @@ def check_diagonals(at: str, tensors: Mapping[str, Tensor], r: int, d: int) -> N
 def _misfits(model: nn.Module, file: AdapterFile, name: str) -> Iterator[str]:
     """Why the file does not fit the model as adapter `name`; TypeError for what is no layer."""
     modules, parameters = _modules(model), _parameters(model)
-    for at in sorted(file.layers.keys() - modules.keys()):
-        yield f"{at}: there is no such module"
     adapted = {at: m for at, (_, m) in modules.items() if isinstance(m, RandLoraLinear)}
-    own = {at for at, layer in adapted.items() if name in layer.bases}
-    for at in sorted(own - file.layers.keys()):
-        yield f"{at}: it has an adapter {name!r}, and the file has none for it"
+    if taken := [at for at, layer in adapted.items() if name in layer.bases]:
+        yield f"{taken[0]}: it has an adapter {name!r} already; choose another adapter_name"
     bare = file.layers.keys() - adapted.keys()
     if bare and bare != file.layers.keys():
         yield f"{min(bare)}: it has no adapter yet, and other layers of the file have one"
-    present: dict[str, Any] = {at: modules[at][1] for at in file.layers if at in modules}
-    first_paths = {module: at for at, module in reversed(present.items())}
-    for at, module in present.items():
-        if (first_paths[module] == at) != file.is_first(at):
+    first_paths: dict[nn.Module, str] = {}
+    for at, (*sizes, _) in file.layers.items():
+        if at not in modules:
+            yield f"{at}: there is no such module"
+            continue
+        module = modules[at][1]
+        if (first_paths.setdefault(module, at) == at) != file.is_first(at):
             yield f"{at}: the file and the model differ in whether it is tied to another layer"
         if at in bare:
             check_base_layer(module, f"layer {at!r} of the adapter")
             if not at:
                 yield "the model is the layer itself, which cannot be replaced in place"
-            if is_dtensor(module.weight):
-                yield f"{at}: its weight is sharded; load the adapter before fully_shard"
-        sizes, in_file = features(module), (*file.layers[at][:2],)
-        if sizes != in_file:
-            yield f"{at}: in_features and out_features are {sizes}, in the file {in_file}"
-        tensors = [module.weight]
-        if at in own:
-            if (options := _options(module, name)) != file.options:
-                yield f"{at}: adapter {name!r} has {options}, the file {file.options}"
-            if name in module.merged_adapters:
-                yield f"{at}: adapter {name!r} is merged; unmerge() first"
-            tensors = [getattr(module, kind)[name] for kind in DIAGONALS]
-        if not all(map(_is_here, tensors)):
-            yield f"{at}: its parameters have no numbers here (meta device, DeepSpeed ZeRO-3)"
+        if [*features(module)] != sizes:
+            yield f"{at}: in_features and out_features are {features(module)}, in the file {sizes}"
+        if is_dtensor(module.weight) or not _is_here(module.weight):
+            yield f"{at}: its weight is not whole here (fully_shard, meta device, DeepSpeed ZeRO-3)"
     for key in file.others:
         if key not in parameters:
             yield f"{key}: there is no such parameter"
         elif error := misfit(key, file.tensors[key], parameters[key]):
             yield error
-        elif adapted and not own:
+        elif adapted:
             yield f"{key}: the model's other adapters use it, too"
 
 
@@ -279,14 +264,6 @@ def _options(layer: RandLoraLinear, adapter_name: str) -> dict[str, Any]:
         "randlora_dropout": getattr(layer.randlora_dropout[adapter_name], "p", 0.0),
         "basis": basis.key(),
     }
-
-
-def _inner(model: Any) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def _mesh(tensors: Iterable[Any]) -> Any:
-    return next((tensor.device_mesh for tensor in tensors if is_dtensor(tensor)), None)
 
 
 def _unwrapped(path: str) -> str:

@@ -1,6 +1,5 @@
 """RandLoRA on a whole model without PEFT: `apply_randlora`, `merge_and_unload`, `unload`."""
 
-import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from .base_layer import (
     disable_nested_tensors,
     is_conv1d,
 )
-from .linear import RandLoraLinear, refuse_unknown
+from .linear import RandLoraLinear
 from .merging import merged_layers
 from .state_dict import guard, unguard
 
@@ -48,8 +47,6 @@ def apply_randlora(
             or Conv1D, or is adapted already; an option has another name. Also the errors of
             RandLoraLinear. In all cases the model is as it was.
     """
-    options = [*inspect.signature(RandLoraLinear).parameters][1:]
-    refuse_unknown("apply_randlora", layer_options, [*options, "modules_to_save"])
     whole: dict[str, nn.Module] = {}
     for name in modules_to_save:
         if isinstance(modules_to_save, str) or not (found := _matching(model, [name])):
@@ -70,17 +67,13 @@ def apply_randlora(
     inside = tuple(f"{name}." for name in whole)
     matches = {name: m for name, m in matches.items() if not f"{name}.".startswith(inside)}
     if not matches:
-        named = dict(model.named_modules(remove_duplicate=False))
-        adapted = [name for name, module in named.items() if isinstance(module, RandLoraLinear)]
-        linear = [name for name, module in named.items() if type(module) is nn.Linear]
-        linear = [name for name in linear if name.rpartition(".")[0] not in adapted]
+        linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
         as_list = isinstance(target_modules, str) and _matching(model, [target_modules])
         hint = f"; a text must match a whole name: did you mean [{target_modules!r}]?"
         raise ValueError(
             f"target_modules {target_modules!r} matches no module of {type(model).__name__} that "
             f"is not adapted yet{hint if as_list else ''}; its linear layers are called "
-            f"{first(linear)}, those that are adapted already {first(adapted)} (update_layer adds "
-            "another adapter to one)"
+            f"{first(linear)}"
         )
     parameters = [p for module in whole.values() for p in module.parameters()]
     why = f", matched by target_modules {target_modules!r},"

@@ -4,7 +4,7 @@ import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,25 +21,18 @@ from .state_dict import refuse_misfit
 DEFAULT_SCALING = 20.0
 
 
-def refuse_unknown(
-    called: str, given: Iterable[str], known: Iterable[str], answers: Mapping[str, str] = {}
-) -> None:
-    """Raises TypeError, with an answer or the nearest of `known`, unless all of `given` are."""
-    known = list(known)
-    for name in given:
-        if name not in known:
-            told = answers.get(name) or did_you_mean(name, known)
-            told = told or f"; it takes {', '.join(known)}"
-            raise TypeError(f"{called} got an unexpected keyword argument {name!r}{told}")
-
-
 def names_unknown(method: Callable, answers: Mapping[str, str] = {}) -> Callable:
-    """`method`, whose error for an unknown argument is that of `refuse_unknown`."""
-    called, known = method.__qualname__.removesuffix(".__init__"), inspect.signature(method)
+    """`method`, whose error for an unknown argument has an answer or the nearest known name."""
+    called = method.__qualname__.removesuffix(".__init__")
+    known = [*inspect.signature(method).parameters][1:]
 
     @functools.wraps(method)
     def checked(self, *args, **kwargs):
-        refuse_unknown(called, kwargs, [*known.parameters][1:], answers)
+        for name in kwargs:
+            if name not in known:
+                told = answers.get(name) or did_you_mean(name, known)
+                told = told or f"; it takes {', '.join(known)}"
+                raise TypeError(f"{called} got an unexpected keyword argument {name!r}{told}")
         return method(self, *args, **kwargs)
 
     return checked
@@ -68,8 +61,9 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
             measures it; None means ones.
 
     Attributes, each by adapter name: ``randlora_lambda`` (r, n), initially zero, so a new adapter
-    changes nothing; ``randlora_gamma`` (n, d), initially 1 / max(n, d); ``num_bases`` (n);
-    ``scaling``; ``r``; ``bases`` (`TernaryBasis`).
+    changes nothing; ``randlora_gamma`` (n, d), initially 1 / max(n, d); ``scaling``;
+    ``r``; ``bases`` (`TernaryBasis`). ``active_adapters`` are those whose outputs are added, unless
+    the layer is ``disabled``.
 
     Dtypes: lambda and gamma start as float32 (float64 on a float64 base). ``.to(dtype)`` and
     ``.half()`` cast them with the base like any parameter. To train float32 adapters on a 16-bit
@@ -104,25 +98,17 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         self.fan_in_fan_out = is_conv1d(base_layer)
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
-        self.num_bases: dict[str, int] = {}
         self.bases: dict[str, TernaryBasis] = {}
         self.input_scales = {}
         self.merged_adapters = []
-        self._active: list[str] = [adapter_name]
-        self._disabled = False
+        self.active_adapters: list[str] = [adapter_name]
+        self.disabled = False
         self.base_layer: Any = base_layer
         self.randlora_dropout = nn.ModuleDict()
         self.randlora_lambda = nn.ParameterDict()
         self.randlora_gamma = nn.ParameterDict()
         self.update_layer(
-            adapter_name,
-            r,
-            randlora_alpha=randlora_alpha,
-            density=density,
-            seed=seed,
-            randlora_dropout=randlora_dropout,
-            basis=basis,
-            input_scale=input_scale,
+            adapter_name, r, randlora_alpha, density, seed, randlora_dropout, basis, input_scale
         )
         base_layer.requires_grad_(False)
         self.train(base_layer.training)
@@ -173,7 +159,6 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         if bases.input_scale is not None:
             self.input_scales[adapter_name] = bases.input_scale
         self.r[adapter_name] = r
-        self.num_bases[adapter_name] = bases.n
         alpha = DEFAULT_SCALING * r if randlora_alpha is None else randlora_alpha
         self.scaling[adapter_name] = alpha / r
         self.randlora_dropout[adapter_name] = dropout.train(self.training)
@@ -183,33 +168,24 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
 
     # ---- active adapters ---------------------------------------------------------------------
 
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the adapters whose outputs are added."""
-        return list(self._active)
-
-    @property
-    def disabled(self) -> bool:
-        return self._disabled
-
     def set_adapter(self, adapter_names: str | Sequence[str]) -> None:
         """Activates these adapters: their outputs are added and they alone are trained.
 
         Raises ValueError for an unknown or repeated name. A merged adapter stays merged.
         """
-        self._active = self._chosen("adapter_names", adapter_names)
+        self.active_adapters = self._chosen("adapter_names", adapter_names)
         self._mark_trained()
 
     def disable(self) -> None:
         """Turns all adapters off until `enable`, and unmerges merged ones."""
         if self.merged:
             self.unmerge()
-        self._disabled = True
+        self.disabled = True
         self._mark_trained()
 
     def enable(self) -> None:
         """Undoes `disable`: the active adapters are added and trained again."""
-        self._disabled = False
+        self.disabled = False
         self._mark_trained()
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
@@ -220,7 +196,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
     def _mark_trained(self) -> None:
         for diagonals in (self.randlora_lambda, self.randlora_gamma):
             for name, parameter in diagonals.items():
-                parameter.requires_grad_(name in self._active and not self._disabled)
+                parameter.requires_grad_(name in self.active_adapters and not self.disabled)
 
     # ---- the computation ---------------------------------------------------------------------
 
@@ -231,8 +207,8 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         self.bases[adapter] = basis
 
     def forward(self, x: Tensor) -> Tensor:
-        names = [] if self._disabled else [a for a in self._active if a not in self.merged_adapters]
-        return self._adapted(names, x)
+        active = [] if self.disabled else self.active_adapters
+        return self._adapted([name for name in active if name not in self.merged_adapters], x)
 
     @torch.no_grad()
     def merge(
@@ -263,16 +239,12 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
                 the weight is on the meta device or elsewhere (ZeRO-3).
                 After any of these nothing has changed.
         """
-        chosen = self._active if adapter_names is None else adapter_names
+        chosen = self.active_adapters if adapter_names is None else adapter_names
         names = self._chosen("adapter_names", chosen)
         for name in names:
             if name in self.merged_adapters:
-                rest = [a for a in self.bases if a not in self.merged_adapters]
-                choose = f", or choose from {rest}" if rest else ""
-                raise ValueError(
-                    f"adapter_names: {name!r} is merged already; unmerge() first{choose}"
-                )
-        if self._disabled:
+                raise ValueError(f"adapter_names: {name!r} is merged already; unmerge() first")
+        if self.disabled:
             raise RuntimeError("merge() on a disabled layer; call enable() first")
         self._merge(names, safe_merge, keep_weight)
 
@@ -285,8 +257,6 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
                 stacklevel=2,
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    # ---- conveniences ------------------------------------------------------------------------
 
     def get_base_layer(self) -> Any:
         """The frozen layer. Source: PEFT's method."""

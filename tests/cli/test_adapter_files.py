@@ -6,7 +6,6 @@ import os
 import pickle
 import random
 import struct
-import warnings
 
 import pytest
 import torch
@@ -108,30 +107,6 @@ def test_a_file_cut_off_anywhere(victim):
     victim.load_over()
     assert not torch.equal(victim.model(victim.x), victim.y)
     victim.model.load_state_dict(victim.state)
-
-
-def test_flipped_bits_in_the_header(victim):
-    # The format has no checksum: a flip in a number of a tensor is another number, and only what
-    # the header says can be found to be wrong.
-    (length,) = struct.unpack("<Q", victim.weights[:8])
-    flips = [(at, bit) for at in range(8 + length) for bit in range(8)]
-    flips = random.Random(1).sample(flips, 3000 if DEEP else 80)
-    loaded = 0
-    for at, bit in flips:
-        weights = bytearray(victim.weights)
-        weights[at] ^= 1 << bit
-        victim.write(bytes(weights))
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                victim.load_over()
-        except Exception:
-            victim.assert_unchanged()
-        else:  # a name was spoiled, or a space: all that fits was taken
-            loaded += 1
-            victim.model.load_state_dict(victim.state)
-            victim.assert_unchanged()
-    assert 0 < loaded < len(flips) / 2
 
 
 def test_nothing_of_a_pickle_runs(victim):

@@ -73,7 +73,6 @@ BROKEN = {
     "out exists": (lambda r: ((r / "out").mkdir(), (r / "out" / "a").touch()), "exists"),
     "shard missing": (lambda r: sorted(r.glob(SHARD))[0].unlink(), "does not exist"),
     "shard truncated": (written(SHARD, lambda data: data[:-5]), "damaged"),
-    "index lies": (index(w="model-00001-of-00004.safetensors"), "it is not"),
     "index leads out": (index(w="../adapter/x"), "files of its folder"),
     "index deep": (written(f"model/{INDEX}", DEEP), "no JSON"),
     "model config deep": (written("model/config.json", DEEP), "config.json is no JSON"),

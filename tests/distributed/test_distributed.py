@@ -1,7 +1,6 @@
 """DDP, FSDP2 and their checkpoints on 2 and 4 gloo processes of the CPU.
 
-The checks are in the modules named in distributed_ranks.py. One test runs them all, so that
-pytest's workers do not each start the processes.
+One test runs all checks, so that pytest's workers do not each start the processes.
 """
 
 import contextlib
@@ -22,9 +21,9 @@ LIMIT = 900  # seconds for all checks
 
 
 def test_all_checks(tmp_path):
+    modules = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(RANKS), str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
-    ranks = subprocess.Popen(command, env=environment, start_new_session=True)
+    ranks = subprocess.Popen(command, env=os.environ | modules, start_new_session=True)
     with contextlib.suppress(subprocess.TimeoutExpired):
         ranks.wait(LIMIT)
     with contextlib.suppress(ProcessLookupError):  # there is none left

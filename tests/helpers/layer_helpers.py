@@ -6,17 +6,12 @@ from collections import Counter
 
 import pytest
 import torch
+from layer_cases import SHAPES as SHAPES
 from torch import nn
 from torch.nn import functional as F
 
 from randlora_ext import RandLoraLinear
 from randlora_ext.reference import linear_reference
-
-# (in, out, r): square, wide, tall, overhanging last base, r > d, r = d, r = 1, a single feature
-SHAPES = [
-    (16, 16, 4), (24, 40, 4), (40, 24, 4), (24, 40, 5), (40, 24, 7), (20, 20, 6), (6, 10, 8),
-    (10, 6, 9), (64, 64, 64), (33, 65, 1), (130, 70, 32), (70, 130, 3), (1, 9, 2), (9, 1, 2),
-]  # fmt: skip
 
 
 def make_base(in_features, out_features, kind="linear", bias=True, dtype=torch.float32):

@@ -95,15 +95,6 @@ def test_the_file_says_what_it_belongs_to(file):
     }  # fmt: skip
 
 
-def test_an_adapter_in_use_takes_the_numbers_and_goes_on(file, x):
-    save_adapter(adapted(numbers=2), file)
-    model = adapted()
-    parameters = dict(model.named_parameters())
-    load_adapter(model, file)
-    assert all(parameters[name] is p for name, p in model.named_parameters())
-    assert torch.equal(model(x), adapted(numbers=2)(x))
-
-
 def test_several_adapters(file, x):
     model = adapted()
     alone = model(x)
@@ -143,7 +134,8 @@ def test_one_layer(file, kind, wrap):
     save_adapter(wrap(layer), file)
     assert load_file(file).keys() == {"randlora_lambda", "randlora_gamma"}
     other = RandLoraLinear(make_base(8, 12, kind), r=3)
-    load_adapter(wrap(other), file)
+    load_adapter(wrap(other), file, "two")
+    other.set_adapter("two")
     assert torch.equal(other(torch.ones(8)), layer(torch.ones(8)))
     with pytest.raises(ValueError, match="cannot be replaced"):
         load_adapter(nn.Linear(8, 12), file)
@@ -158,8 +150,9 @@ def test_a_layer_that_is_wrapped_alone(file, wrap):
     save_adapter(model, file)
     assert {name.count(".") for name in load_file(file)} == {1}  # no name of a wrapper
     assert torch.equal(load_adapter(base, file)(x), want)
-    nn.init.zeros_(model[1].randlora_lambda["default"])
-    load_adapter(model, file)
+    load_adapter(model, file, "two")
+    for layer in layers(model).values():
+        layer.set_adapter("two")
     assert torch.equal(model(x), want)
 
 
@@ -179,8 +172,6 @@ def test_modules_to_save_go_along(file, x):
     again = file.with_name("again")
     save_adapter(loaded, again)
     assert again.read_bytes() == file.read_bytes()
-    load_adapter(other := with_head(), file)
-    torch.testing.assert_close(other(x), model(x))
 
 
 def test_a_reader_beside_a_writer_never_mixes_two_files(file):
@@ -214,12 +205,6 @@ def test_a_reader_beside_a_writer_never_mixes_two_files(file):
 # ---- what is refused, before anything changes ---------------------------------------------------
 
 
-def merged():
-    model = adapted()
-    model.up.merge()
-    return model
-
-
 def replaced(path, module):
     model = Model()
     model.set_submodule(path, module)
@@ -249,17 +234,8 @@ MISFITS = {
         "layer 'block.up' of the adapter must be an nn.Linear",
     ),
     "gone": (adapted, two_squares, "block.up: there is no such module"),
-    "density": (adapted, lambda: adapted(density=0.2), "independent-1:density=0.2.*the file"),
-    "kind": (adapted, lambda: adapted(basis="hadamard", density=None), "_ext:hadamard-1:"),
-    "seed": (adapted, lambda: adapted(seed=1), "seed=1'}, the file"),
-    "rank": (adapted, lambda: adapted(r=4), "has {'r': 4,"),
-    "scaling": (adapted, lambda: adapted(randlora_alpha=3), "'scaling': 0.6,"),
-    "merged": (adapted, merged, "up: .* is merged; unmerge"),
-    "meta": (adapted, lambda: Model().to("meta"), "no numbers here"),
-    "other layers": (
-        adapted, lambda: apply_randlora(adapted(), "block.spare", **OPTIONS),
-        "block.spare: it has an adapter 'default', and the file has none",
-    ),
+    "taken": (adapted, adapted, "up: it has an adapter 'default' already"),
+    "meta": (adapted, lambda: Model().to("meta"), "not whole here"),
     "some layers": (
         adapted, lambda: apply_randlora(Model(), "down", **OPTIONS, adapter_name="first"),
         "block.up: it has no adapter yet, and other layers of the file have",
@@ -355,7 +331,7 @@ def test_files_that_are_none(file):
         (tensors, None, "does not say which bases .*PeftModel.from_pretrained"),
         (tensors, "{", "no sound file"),
         (tensors, "1", "no sound file"),
-        (tensors, "[" * 100_000, "nested too deeply"),
+        (tensors, "[" * 100_000, "no sound file.*recursion"),
     ):
         save_file(content, file, metadata=text and {"randlora_adapter": text})
         with pytest.raises(ValueError, match=message):

@@ -52,7 +52,7 @@ ERRORS = {
     "not linear": (["q", "norm"], {}, r"'blocks\.0\.norm', matched by target_modules .*LayerNorm"),
     "no features": (["q", "empty"], {}, "out_features must be"),  # found when others are made
     "bad r": (["q"], {"r": 0}, "r must be"),
-    "other name": (["q"], {"rank": 4}, "^apply_randlora got .*'rank'; did you mean 'r'\\?"),
+    "other name": (["q"], {"rank": 4}, "^RandLoraLinear got .*'rank'; did you mean 'r'\\?"),
     "adapted": (["q", "down"], {}, r"'blocks.0.down', .* is adapted already.*update_layer\(name"),
     "nested": (r".*base_layer", {}, "'blocks.0.down.base_layer'.* inside 'bl.*0.down'.*be nested"),
     "compiled": (r".*_orig_mod", {}, r"'compiled\._orig_mod'.* would not be adapted: torch.com"),
@@ -147,7 +147,7 @@ def test_all_linear_leaves_out_what_peft_leaves_out():
     apply_randlora(model, "all-linear", r=2)
     assert [type(m) is RandLoraLinear for m in (model["a"], model["head"])] == [True, False]
     assert not isinstance(model["mha"].out_proj, RandLoraLinear)
-    message = r"'all-linear' matches no module.* adapted already \['a'\] \(update_layer adds"
+    message = r"'all-linear' matches no module of ModuleDict that is not adapted yet"
     with pytest.raises(ValueError, match=message):
         apply_randlora(model, "all-linear", r=2)  # nothing is left
 

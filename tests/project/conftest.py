@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-if not all(map(importlib.util.find_spec, ("peft", "transformers", "matplotlib", "gguf"))):
+if not all(map(importlib.util.find_spec, ("peft", "transformers", "matplotlib"))):
     collect_ignore = ["test_benchmarks.py", "test_examples.py", "test_smollm2.py"]
 
 

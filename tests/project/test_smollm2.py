@@ -1,15 +1,16 @@
-"""examples/smollm2.py on a toy GGUF file: what it writes, and the commands that it prints."""
+"""examples/smollm2.py on a toy model: what it writes, and the commands that it prints."""
 
 import json
 import shlex
 
-import gguf
-import numpy as np
 import pytest
 import spelling
 import torch
 import transformers
+from cli_helpers import llama
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 WORDS = """
 ;;; a comment
@@ -25,44 +26,21 @@ boat B OW T
 tab T AE B
 at AE T
 """
-HIDDEN, INNER, LAYERS = 32, 48, 2
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A Llama of two layers over bytes, as a GGUF file, and a small dictionary."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
+    """A Llama of two layers over bytes, and a small dictionary."""
     folder = tmp_path_factory.mktemp("toy files")
-    tokens = ["<end>", *bytes_to_unicode().values(), "th"]
-    writer = gguf.GGUFWriter(folder / "toy.gguf", "llama")
-    fields = {
-        "context_length": 64, "embedding_length": HIDDEN, "block_count": LAYERS,
-        "feed_forward_length": INNER, "head_count": 4, "head_count_kv": 2,
-        "rope_dimension_count": HIDDEN // 4, "layer_norm_rms_eps": 1e-6,
-        "vocab_size": len(tokens), "tokenizer_model": "gpt2", "token_list": tokens,
-        "token_merges": ["t h"], "eos_token_id": 0,
-    }  # fmt: skip
-    for name, value in fields.items():
-        getattr(writer, f"add_{name}")(value)
-    shapes = {"token_embd": (len(tokens), HIDDEN), "output_norm": (HIDDEN,)}
-    block = {
-        "attn_norm": (HIDDEN,), "ffn_norm": (HIDDEN,),
-        "attn_q": (HIDDEN, HIDDEN), "attn_output": (HIDDEN, HIDDEN),
-        "attn_k": (HIDDEN // 2, HIDDEN), "attn_v": (HIDDEN // 2, HIDDEN),
-        "ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN), "ffn_down": (HIDDEN, INNER),
-    }  # fmt: skip
-    shapes |= {f"blk.{i}.{name}": shape for i in range(LAYERS) for name, shape in block.items()}
-    generator = np.random.default_rng(0)
-    for name, shape in shapes.items():
-        weight = np.float32(generator.normal(size=shape) * 0.2 + ("norm" in name))
-        writer.add_tensor(f"{name}.weight", weight)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    vocabulary = {char: i for i, char in enumerate(["<end>", *bytes_to_unicode().values()])}
+    bytewise = Tokenizer(models.BPE(vocabulary, []))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="<end>")
+    for saved in (tokenizer, llama(vocab_size=len(vocabulary))):
+        saved.save_pretrained(folder / "model")
     (folder / "words.dict").write_text(WORDS, encoding="utf-8")
-    return folder / "toy.gguf", folder / "words.dict"
+    return folder / "model", folder / "words.dict"
 
 
 def arguments(files, *others) -> list:
@@ -76,7 +54,7 @@ def logits(model, rows=((*range(1, 21),), (*range(21, 41),))) -> torch.Tensor:
     return model.eval()(torch.tensor(rows)).logits
 
 
-def test_from_a_gguf_to_a_merged_model_and_the_printed_commands(
+def test_from_a_model_to_a_merged_model_and_the_printed_commands(
     files, tmp_path, run_example, capsys
 ):
     printed = run_example("smollm2.py", *arguments(files, "--out", "an out"))
