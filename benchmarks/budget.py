@@ -99,10 +99,13 @@ def stock(setting: Setting, r: int) -> Costs:
 def ours(setting: Setting, r: int, density: float | None, label: str) -> Costs:
     """One basis for each shape: packed independent ones, or Hadamard ones, which have no density.
 
-    The latter's signs are a byte each.
+    The latter's signs are float32.
     """
     shapes = {layer.sizes(r) for layer in setting.layers}
-    bases = sum(sum(s) if density is None else packed_bytes(*s, r, density) for s in shapes)
+    bases = sum(
+        SINGLE * sum(shape) if density is None else packed_bytes(*shape, r, density)
+        for shape in shapes
+    )
     numbers = setting.total(lambda layer: diagonals(layer, r))
     return Costs(f"ours, r = {r}, {label}", numbers, bases, 0, SINGLE * numbers)
 

@@ -56,8 +56,8 @@ constexpr uint32_t kSpecVersion = 1;  // the fourth counter word
 
 // Not an enum class: the value itself goes into the counter.
 enum Role : uint32_t {
-  kRoleA = 0,         // row j (rank index), column k (feature of the smaller side)
-  kRoleB = 1,         // row o (feature of the larger side), column c = j * n + i
+  kRoleA = 0,  // row j (rank index), column k (feature of the smaller side)
+  kRoleB = 1,  // row o (feature of the larger side), column c = j * n + i
   // 2 is reserved. The signs of Hadamard bases, all in row 0: s, row and col.
   kRoleFeatures = 3,
   kRoleRows = 4,

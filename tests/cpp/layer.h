@@ -51,10 +51,6 @@ struct Layer {
       }
     return {dlam, dgam};
   }
-  // the same from the gradient of dW
-  std::pair<Values, Values> contract(const Values& G, bool transposed) const {
-    return gradients(product(B.dense, G, K, d, D, transposed, scale, true));
-  }
 
  private:
   Layer(int64_t D_, int64_t d_, int64_t r_, double density, ThreadRuntime&& rt)
@@ -96,8 +92,9 @@ void check_linear(Kernels& kernels, const Layer& L, const Basis& basis, DType dt
   const Values xs = x.values(), dys = dy.values(), dW = L.delta(!expand);
   Values want_y = product(xs, dW, T, out, in, true), want_dx = product(dys, dW, T, in, out, false);
   if (accumulate) want_y = sum(want_y, y.values()), want_dx = sum(want_dx, dx.values());
+  const Values of_dW = product(dys, xs, out, in, T, false, L.scale, true);
   const auto [want_dlam, want_dgam] =
-      L.contract(product(dys, xs, out, in, T, false, 1, true), !expand);
+      L.gradients(product(L.B.dense, of_dW, L.K, L.d, L.D, !expand, 1, true));
 
   kernels.linear(
       {basis, lam.get(), gam.get(), x.get(), y.get(), dtype, T, L.scale, expand, accumulate});

@@ -71,7 +71,7 @@ __global__ void uninitialised_read(float* out) {
 }
 __global__ void shuffle_from_outside_mask(float* out) {
   out[threadIdx.x] = 0;
-  if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_down_sync(0x0000ffffu, 1.f, 8);
+  if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_xor_sync(0x0000ffffu, 1.f, 16);
 }
 __global__ void cp_async_wait_too_few(float* out) {  // of two groups the second is not awaited
   auto* s = reinterpret_cast<float*>(shared_memory());

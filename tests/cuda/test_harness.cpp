@@ -18,18 +18,16 @@ int source_lane(int mode, int l, int by, int width) {
   const int begin = l / width * width;
   if (mode == 0) return begin + by % width;
   if (mode == 1) return l - by < begin ? l : l - by;
-  if (mode == 2) return l + by >= begin + width ? l : l + by;
   return l ^ by;
 }
 __global__ void shuffle_kernel(double* out, int mode, int by, int width) {
   const double v = 3.0 * threadIdx.x;
   out[threadIdx.x] = mode == 0   ? __shfl_sync(kWarp, v, by, width)
                      : mode == 1 ? __shfl_up_sync(kWarp, v, by, width)
-                     : mode == 2 ? __shfl_down_sync(kWarp, v, by, width)
                                  : __shfl_xor_sync(kWarp, v, by, width);
 }
 void shuffles() {
-  for (int mode = 0; mode < 4; ++mode)
+  for (int mode = 0; mode < 3; ++mode)
     for (int width : {32, 16, 4, 1})
       for (int by = 0; by < width; by += 3) {
         std::vector<double> out(64);

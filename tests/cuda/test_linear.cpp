@@ -26,31 +26,25 @@ void check(const Case& c, DType dtype, bool tf32) {
 }
 
 // Scratch does not grow with the number of chunks.
+struct Counting : TestDevice {
+  void* scratch(size_t bytes) override { return total += bytes, TestDevice::scratch(bytes); }
+  size_t total = 0;
+};
 void bounded_scratch() {
-  class Counting : public TestDevice {
-   public:
-    void* scratch(size_t bytes) override {
-      total += bytes;
-      return TestDevice::scratch(bytes);
-    }
-    size_t total = 0;
-  };
-  const DType dtype = DType::bf16;
   const Layer L(70, 33, 4, 0.3);
-  const auto bytes = [&](Form form, int64_t T, bool expand) {
-    Counting device;
-    device.chunk_bytes = 128 * L.K * bytes_of(dtype);
-    device.multiprocessors = 50;  // b_planes shares sums between blocks, through scratch
-    const Array lam(DType::f32, L.lam), gam(DType::f32, L.gam),
-        x(dtype, normal(T * (expand ? L.d : L.D), 3)), y(dtype, T * (expand ? L.D : L.d));
-    device.linear(
-        {L.basis(form), lam.get(), gam.get(), x.get(), y.get(), dtype, T, 1, expand, false});
-    return device.total;
-  };
   for (const Form form : {Form::lists, Form::planes})
-    for (const bool expand : {false, true})
-      EXPECT(bytes(form, 128, expand) == bytes(form, 500, expand),
-             "scratch grows with T: form %d expand %d", int(form), expand);
+    for (const bool expand : {false, true}) {
+      size_t totals[2];
+      for (const int i : {0, 1}) {
+        Counting device;
+        device.chunk_bytes = 128 * L.K * 2;
+        device.multiprocessors = 50;  // b_planes shares sums between blocks, through scratch
+        check_linear(device, L, L.basis(form), DType::bf16, i ? 500 : 128, expand, false, 0,
+                     tolerance(DType::bf16));
+        totals[i] = device.total;
+      }
+      EXPECT(totals[0] == totals[1], "scratch grows with T: %zu, %zu", totals[0], totals[1]);
+    }
 }
 
 void tests() {

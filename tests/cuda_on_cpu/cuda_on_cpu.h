@@ -3,7 +3,6 @@
 // the language and ptx_on_cpu.h the instructions; engine.cpp runs grids, fiber.h switches threads,
 // and schedule.h orders them.
 #pragma once
-#include <math.h>
 #include <string.h>
 
 #include <cstdint>
@@ -20,54 +19,21 @@
 
 using cudaStream_t = struct CUstream_st*;
 
-// ---- vectors, aligned as on a GPU (UBSan checks it) -------------------------------------------
-
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-
 // ---- arithmetic ---------------------------------------------------------------------------------
 
-template <class A, class B>
-constexpr std::common_type_t<A, B> min(A a, B b) {
-  using T = std::common_type_t<A, B>;
-  if constexpr (std::is_floating_point_v<T>)
-    return fmin(T(a), T(b));
-  else
-    return T(b) < T(a) ? T(b) : T(a);
+template <class A, class B, class T = std::common_type_t<A, B>>
+constexpr T min(A a, B b) {
+  static_assert(std::is_integral_v<T>, "NaN needs fmin");
+  return T(b) < T(a) ? T(b) : T(a);
 }
-template <class A, class B>
-constexpr std::common_type_t<A, B> max(A a, B b) {
-  using T = std::common_type_t<A, B>;
-  if constexpr (std::is_floating_point_v<T>)
-    return fmax(T(a), T(b));
-  else
-    return T(a) < T(b) ? T(b) : T(a);
+template <class A, class B, class T = std::common_type_t<A, B>>
+constexpr T max(A a, B b) {
+  static_assert(std::is_integral_v<T>, "NaN needs fmax");
+  return T(a) < T(b) ? T(b) : T(a);
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
-
-// ---- memory -------------------------------------------------------------------------------------
-
-// Relaxed, as on a GPU: an atomic orders no other memory access.
-template <class T>
-T atomicMin(T* p, std::common_type_t<T> v) {
-  T old = __atomic_load_n(p, __ATOMIC_RELAXED);
-  while (v < old &&
-         !__atomic_compare_exchange_n(p, &old, v, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-  }
-  return old;
-}
 
 // ---- barriers and warp collectives --------------------------------------------------------------
 
@@ -104,12 +70,6 @@ T __shfl_up_sync(unsigned mask, T v, unsigned delta, int width = 32, CUDA_ON_CPU
   const int l = cuda_on_cpu::lane(), from = l - static_cast<int>(delta);
   return cuda_on_cpu::shuffle_of({"__shfl_up_sync", file, line}, mask, v, from, width,
                                  from < (l & ~(width - 1)));
-}
-template <class T>
-T __shfl_down_sync(unsigned mask, T v, unsigned delta, int width = 32, CUDA_ON_CPU_SITE) {
-  const int l = cuda_on_cpu::lane(), from = l + static_cast<int>(delta);
-  return cuda_on_cpu::shuffle_of({"__shfl_down_sync", file, line}, mask, v, from, width,
-                                 from > (l | (width - 1)));
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T v, int lane_mask, int width = 32, CUDA_ON_CPU_SITE) {

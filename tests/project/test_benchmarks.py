@@ -62,7 +62,7 @@ def test_the_numbers_of_the_pages_are_those_of_the_programs(capsys):
     budget.main([])
     printed = capsys.readouterr().out
     page = (ROOT / "docs" / "distributed.md").read_text().split("## What it takes")[1]
-    numbers = re.findall(r"[\d.]+ [MGT]B", page)
+    numbers = re.findall(r"[\d.]+ [kMGT]B", page)
     assert len(numbers) >= 9 and all(number in printed for number in numbers)
 
 
