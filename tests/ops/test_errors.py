@@ -117,15 +117,10 @@ def test_scaled_basis_of_a_dense_matrix(change, expected):
 # ---- raw operators: packed tensors that are not those of a basis
 
 
-NAMES = [
-    "a_offset", "a_index", "a_tables", "b_planes", "b_row_offset", "b_row_index", "b_col_offset",
-    "b_col_index", "expand", "scale",
-]  # fmt: skip
-
-
-def packed(basis, **changes):
-    """The operators' arguments that describe the bases, some of them replaced."""
-    return dict(zip(NAMES, operands(basis, "cpu"), strict=True)) | changes
+def packed(basis):
+    """The operators' arguments that describe the bases."""
+    names = [argument.name for argument in ops.independent_linear.default._schema.arguments]
+    return dict(zip(names[5:], operands(basis, "cpu"), strict=True))
 
 
 def shifted(offset, position, by):
@@ -208,9 +203,8 @@ def test_malformed_packed(case):
     ],
 )
 def test_wrong_sizes(lam, gam, expected):
-    diagonals = torch.ones(lam), torch.ones(gam)
-    inputs = torch.ones(4, 8), None, None, *diagonals, *operands(LISTS, "cpu")
-    refuses(lambda: ops.independent_linear(*inputs), {}, *expected)
+    inputs = torch.ones(4, 8), None, None, torch.ones(lam), torch.ones(gam)
+    refuses(lambda: ops.independent_linear(*inputs, *operands(LISTS, "cpu")), {}, *expected)
 
 
 def wrong_lists(offset, index, *expected, device="cpu"):
