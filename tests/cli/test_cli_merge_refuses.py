@@ -86,7 +86,7 @@ BROKEN = {
     ),
     "adapter truncated": (written(WEIGHTS, lambda data: data[:-5]), "damaged"),
     "adapter pickled": (
-        lambda r: (r / WEIGHTS).rename(r / "adapter" / "adapter_model.bin"), "never a pickle",
+        lambda r: (r / WEIGHTS).rename(r / "adapter" / "adapter_model.bin"), "open adapter_model",
     ),
     "config no json": (written(CONFIG, "["), "JSON"),
     "config a list": (written(CONFIG, "[1]"), "JSON object"),
