@@ -1,7 +1,7 @@
 """A saved adapter, read without its model: what it adds to each weight of a model folder."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,7 +55,7 @@ def read_changes(source: Path, checkpoint: Checkpoint) -> Changes:
         raise CliError(f"{checkpoint.folder} is quantized; its 16 or 32 bit original is needed")
     if source.is_file():
         return _of_own_file(source, checkpoint)
-    with told_of(source / WEIGHTS, (KeyError, OSError, TypeError, ValueError)):
+    with told_of(source / WEIGHTS, (LookupError, OSError, TypeError, ValueError)):
         return _of_peft(source, checkpoint)
 
 
@@ -122,7 +122,7 @@ def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
                 "square weight may be a Conv1D's or an nn.Linear's; merge by merge_and_unload()"
             )
     dtypes = {at: checkpoint.tensors[name].dtype for at, name in names.items()}
-    made = _bases_of_peft(config, _saved_bases(bases, config.r, sizes.values()), sizes, dtypes)
+    made = _bases_of_peft(config, _saved_bases(bases), sizes, dtypes)
     scaling = config.randlora_alpha / config.r
     added = {}
     for at, name in names.items():
@@ -155,26 +155,12 @@ def _sizes(checkpoint: Checkpoint, name: str, transposed: bool) -> tuple[int, in
     return (rows, columns) if transposed else (columns, rows)
 
 
-def _saved_bases(
-    saved: Mapping[str, Tensor], r: int, sizes: Iterable[tuple[int, int]]
-) -> list[Tensor] | None:
+def _saved_bases(saved: Mapping[str, Tensor]) -> list[Tensor] | None:
     """randlora_A (r, 1, d) and randlora_B (D, n, r) of the largest layers, if they are there."""
     # The model's have the shortest keys; transformers writes only copies under a layer.
     keys = sorted(saved, key=len, reverse=True)
     found = {key.rpartition(".")[2]: saved[key] for key in keys}
-    if not found:
-        return None
-    A, B = (found[name] for name in _BASES)  # KeyError: both belong together
-    largest = max(min(size) for size in sizes)
-    d, D = A.shape[-1] if A.dim() else 0, B.shape[0] if B.dim() else 0
-    fit = A.shape == (r, 1, d) and B.shape == (D, -(-d // r), r) and D >= d >= largest
-    if not (fit and A.is_floating_point() and B.is_floating_point()):
-        raise ValueError(
-            f"randlora_A {A.dtype} {tuple(A.shape)} or randlora_B {B.dtype} {tuple(B.shape)} is "
-            f"too small or of another kind; they must be floating point, (r, 1, d) and (D, n, r) "
-            f"with r = {r} and D >= d >= {largest}"
-        )
-    return [A, B]
+    return [found[name] for name in _BASES] if found else None
 
 
 def _bases_of_peft(
