@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import sys
-import traceback
 from pathlib import Path
 
 import torch
@@ -38,15 +37,10 @@ LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 def check() -> int:
-    """Prints the report and the self-check; returns 1 if a check fails or cannot run."""
+    """Prints the report and the self-check; returns 1 if a check fails."""
     print("\n".join(describe()))
     print("self-check, relative error against the float64 reference (limit):")
-    try:
-        checks = self_check()
-    except Exception:
-        traceback.print_exc()
-        print("verdict: FAILED, the check could not run")
-        return 1
+    checks = self_check()
     wrong = [what for what, error, limit in checks if not error <= limit]
     for what, error, limit in checks:
         print(f"  {what:38} {error:8.1e} ({limit:.0e}){'  WRONG' if what in wrong else ''}")

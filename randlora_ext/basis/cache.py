@@ -15,9 +15,8 @@ from torch import Tensor
 def ordinary_tensors(function: Callable) -> Callable:
     """`function`, run so that it computes plain tensors, whatever the caller's context is.
 
-    What it makes outlives that context. Fake tensors of torch.export, wrappers of torch.func and
-    inference tensors (which cannot be saved for a later backward) must not get into a cache. All
-    of these are states of a thread, and a new thread has none.
+    Fake tensors of torch.export, wrappers of torch.func and inference tensors must not get into a
+    cache. All of these are states of a thread, and a new thread has none.
     """
 
     @functools.wraps(function)
@@ -80,8 +79,7 @@ def get_or_make(
 ) -> PackedTensors:
     """The packed tensors under `key`, made once and kept as long as something holds them.
 
-    `make` runs in a thread of its own while this one holds the cache's lock: if it called
-    `get_or_make`, both would wait for ever.
+    `make` must not call `get_or_make`: it runs in a thread of its own, and this one has the lock.
     """
     with _cache_lock:
         packed = _cache.get(key)

@@ -1,6 +1,7 @@
 """Ternary matrices, generated or given, packed as index lists or as bit planes."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ _ops = torch.ops.randlora
 class TernaryMatrices:
     """A and B of -1, 0 and +1 times a value, for a layer of any `shape`.
 
-    A subclass provides the elements, as bit planes.
+    Subclasses provide the elements as bit planes (2, r, ceil(d / 64)) and (2, D, ceil(K / 64)).
     """
 
     needs_kernels = True  # the methods need a device that our kernels serve
@@ -33,13 +34,8 @@ class TernaryMatrices:
     density: float
     scale: float  # a_value * b_value
 
-    def a_planes(self, shape: Shape, device: torch.device) -> Tensor:
-        """A of one layer as bit planes (2, r, ceil(d / 64))."""
-        raise NotImplementedError
-
-    def b_planes(self, shape: Shape, device: torch.device) -> Tensor:
-        """B of one layer as bit planes (2, D, ceil(K / 64))."""
-        raise NotImplementedError
+    a_planes: Callable[..., Tensor]  # (shape, device)
+    b_planes: Callable[..., Tensor]
 
     def format(self, shape: Shape) -> str:
         # Planes are decoded with 16-bit base numbers.

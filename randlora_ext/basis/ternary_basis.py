@@ -129,15 +129,10 @@ class TernaryBasis:
         return self.of(self._shape, HadamardMatrices(self._source.description, scale)).canonical()
 
     def packed(self, device: torch.device | str = "cpu") -> list[Tensor]:
-        """The tensors of the bases that ``torch.ops.randlora`` takes, as `format` says.
+        """The tensors of the bases that ``torch.ops.randlora`` takes (docs/formats.md).
 
-        Lists: ``[a_offset, a_index, a_tables, b_row_offset, b_row_index, b_col_offset,
-        b_col_index]``; planes: ``[a_offset, a_index, a_tables, b_planes]``; Hadamard: the signs
-        ``[s, row, col]``; dense: ``[A, B]`` (docs/formats.md).
         They are made on first use and shared by all layers of equal shape and description on that
-        device, as long as one of them lives.
-
-        Warns if A or B has no non-zero element at all: such an adapter cannot learn.
+        device, as long as one of them lives. Warns if A or B has no non-zero element at all.
         """
         return self._cached(device, None)
 

@@ -1,7 +1,7 @@
 """A saved adapter, read without its model: what it adds to each weight of a model folder."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +53,10 @@ def read_changes(source: Path, checkpoint: Checkpoint) -> Changes:
     """Reads an adapter as PEFT or `load_adapter` would; CliError if it does not fit the model."""
     if "quantization_config" in checkpoint.config:
         raise CliError(f"{checkpoint.folder} is quantized; its 16 or 32 bit original is needed")
-    return (_of_own_file if source.is_file() else _of_peft)(source, checkpoint)
+    if source.is_file():
+        return _of_own_file(source, checkpoint)
+    with told_of(source / WEIGHTS, (LookupError, OSError, TypeError, ValueError)):
+        return _of_peft(source, checkpoint)
 
 
 def _of_own_file(file: Path, checkpoint: Checkpoint) -> Changes:
@@ -81,16 +84,12 @@ def _of_own_file(file: Path, checkpoint: Checkpoint) -> Changes:
 
 
 def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
-    needed = "; an adapter has one, see PEFT's save_pretrained"
-    settings, file = read_json(folder / CONFIG, needed), folder / WEIGHTS
+    settings, file = read_json(folder / CONFIG), folder / WEIGHTS
     kind = settings.get("peft_type")
     if not isinstance(kind, str) or kind.partition(";")[0] != "RANDLORA":  # as config.PEFT_TYPES
         raise CliError(f"{folder / CONFIG}: peft_type must be RANDLORA, got {kind!r}")
     if not file.is_file():
-        raise CliError(
-            f"{file} does not exist; only safetensors are read, never a pickle such as "
-            "adapter_model.bin: open that in PEFT and save it again"
-        )
+        raise CliError(f"{file} does not exist; open adapter_model.bin in PEFT and save it again")
     from ..peft import RandLoraConfig, enable
     from ..peft.config import one_save
 
@@ -101,45 +100,47 @@ def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
             warnings.filterwarnings("ignore", message="Specified to not save")
             shown = held.enter_context(one_save(folder, {}))
             config = RandLoraConfig.from_pretrained(shown)
-        with told_of(file, (OSError, ValueError)):
-            saved, _ = read_safetensors(Path(shown, WEIGHTS))
+        saved, _ = read_safetensors(Path(shown, WEIGHTS))
     if alien := next((key for key in saved if not key.startswith("base_model.")), None):
-        raise CliError(f"{file}: tensor {alien!r} must start with {_PREFIX!r}")
+        raise ValueError(f"tensor {alien!r} must start with {_PREFIX!r}")
     bases = {key: saved.pop(key) for key in [*saved] if key.endswith(_BASES)}
     tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in saved.items()}
     ends = tuple(f".{kind}" for kind in DIAGONALS)
     paths = sorted({key.rpartition(".")[0] for key in tensors if key.endswith(ends)})
     if not paths:
-        raise CliError(f"{file} holds no randlora_lambda: it is no RandLoRA adapter")
+        raise ValueError("it holds no randlora_lambda: it is no RandLoRA adapter")
     name_in, transposed = locate(paths, checkpoint), config.fan_in_fan_out
     names = {at: name_in(f"{at}.weight") for at in paths}
     sizes = {at: _sizes(checkpoint, name, transposed) for at, name in names.items()}
+    types = [part["model_type"] for part in checkpoint.configs() if "model_type" in part]
+    conv1d = {kind in _CONV1D_MODELS for kind in types}
     for at in paths:
-        with told_of(file, (KeyError, ValueError)):
-            check_diagonals(at, tensors, config.r, min(sizes[at]))
-        _check_layout(at, sizes[at], transposed, checkpoint)
+        check_diagonals(at, tensors, config.r, min(sizes[at]))
+        if len({*sizes[at]}) == 1 and True in conv1d and conv1d != {transposed}:
+            raise ValueError(
+                f"{at}: PEFT saved the fan_in_fan_out of one layer only, {transposed}, and this "
+                "square weight may be a Conv1D's or an nn.Linear's; merge by merge_and_unload()"
+            )
     dtypes = {at: checkpoint.tensors[name].dtype for at, name in names.items()}
-    with told_of(file, ValueError):
-        made = _bases_of_peft(config, _saved_bases(bases, config.r, sizes.values()), sizes, dtypes)
+    made = _bases_of_peft(config, _saved_bases(bases), sizes, dtypes)
     scaling = config.randlora_alpha / config.r
     added = {}
     for at, name in names.items():
         lam, gam = (tensors.pop(f"{at}{end}") for end in ends)
         basis = made[at]
         if (scale := tensors.pop(f"{at}.{INPUT_SCALE}", None)) is not None:
-            with told_of(f"{file}: {at}", (TypeError, ValueError)):
-                basis = basis.with_input_scale(scale)
+            basis = basis.with_input_scale(scale)
         added[name] = Change(basis, lam, gam, scaling, transposed)
     replaced = {}
     for key, tensor in tensors.items():
         layer = next((at for at in paths if key.startswith(f"{at}.")), None)
         if layer is not None and not key.startswith(f"{layer}.base_layer."):
-            raise CliError(f"{file} has {key}, which an adapted layer does not have")
+            raise ValueError(f"it has {key}, which an adapted layer does not have")
         replaced[name_in(key.replace(".base_layer.", "."))] = tensor
     for name in checkpoint.tensors:
         whole = (module for module in config.modules_to_save or () if f".{module}." in f".{name}")
         if name not in replaced and (module := next(whole, None)):
-            raise CliError(f"{file} lacks {name}, though modules_to_save has {module!r}")
+            raise ValueError(f"it lacks {name}, though modules_to_save has {module!r}")
     return Changes(added, replaced)
 
 
@@ -154,40 +155,12 @@ def _sizes(checkpoint: Checkpoint, name: str, transposed: bool) -> tuple[int, in
     return (rows, columns) if transposed else (columns, rows)
 
 
-def _check_layout(
-    at: str, sizes: tuple[int, int], transposed: bool, checkpoint: Checkpoint
-) -> None:
-    types = [config["model_type"] for config in checkpoint.configs() if "model_type" in config]
-    conv1d = {kind in _CONV1D_MODELS for kind in types}
-    if sizes[0] == sizes[1] and True in conv1d and conv1d != {transposed}:
-        raise CliError(
-            f"{at}: PEFT saved the fan_in_fan_out of one layer only, {transposed}, and this square "
-            "weight may be a Conv1D's or an nn.Linear's; merge in PEFT, with merge_and_unload()"
-        )
-
-
-def _saved_bases(
-    saved: Mapping[str, Tensor], r: int, sizes: Iterable[tuple[int, int]]
-) -> list[Tensor] | None:
+def _saved_bases(saved: Mapping[str, Tensor]) -> list[Tensor] | None:
     """randlora_A (r, 1, d) and randlora_B (D, n, r) of the largest layers, if they are there."""
     # The model's have the shortest keys; transformers writes only copies under a layer.
     keys = sorted(saved, key=len, reverse=True)
     found = {key.rpartition(".")[2]: saved[key] for key in keys}
-    if not found:
-        return None
-    if len(found) == 1:
-        raise ValueError(f"it holds {next(iter(found))} alone; both bases belong together")
-    A, B = (found[name] for name in _BASES)
-    largest = max(min(size) for size in sizes)
-    d, D = A.shape[-1] if A.dim() else 0, B.shape[0] if B.dim() else 0
-    fit = A.shape == (r, 1, d) and B.shape == (D, -(-d // r), r) and D >= d >= largest
-    if not (fit and A.is_floating_point() and B.is_floating_point()):
-        raise ValueError(
-            f"randlora_A {A.dtype} {tuple(A.shape)} or randlora_B {B.dtype} {tuple(B.shape)} is "
-            f"too small or of another kind; they must be floating point, (r, 1, d) and (D, n, r) "
-            f"with r = {r} and D >= d >= {largest}"
-        )
-    return [A, B]
+    return [found[name] for name in _BASES] if found else None
 
 
 def _bases_of_peft(

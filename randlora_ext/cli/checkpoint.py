@@ -61,10 +61,10 @@ class Checkpoint:
         return bool(owners) and (True in told or False not in told)
 
 
-def read_json(path: Path, needed: str = "") -> dict:
-    """The JSON object in a file; `needed` says in the error why it must exist."""
+def read_json(path: Path) -> dict:
+    """The JSON object in a file."""
     if not path.is_file():
-        raise CliError(f"{path} does not exist{needed}")
+        raise CliError(f"{path} does not exist")
     with told_of(f"{path} is no JSON", (OSError, ValueError, RecursionError)):
         values = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):

@@ -29,19 +29,16 @@ _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What a file holds: tensors, and the rest as JSON in its metadata.
-
-    Attributes:
-        options: r, scaling, randlora_dropout, and basis, the key of a `BasisDescription`.
-        layers: [in_features, out_features, fan_in_fan_out] by the layer's path in the base model.
-        tensors: ``PATH.randlora_lambda`` (r, n), ``PATH.randlora_gamma`` (n, d) and, if calibrated,
-            ``PATH.randlora_input_scale`` (in_features,), of a tied layer by its first path alone;
-            and other parameters that were trained.
-    """
+    """What a file holds: tensors, and the rest as JSON in its metadata."""
 
     adapter_name: str
+    # r, scaling, randlora_dropout, and basis, the key of a `BasisDescription`.
     options: dict[str, Any]
+    # [in_features, out_features, fan_in_fan_out] by the layer's path in the base model.
     layers: dict[str, list]
+    # PATH.randlora_lambda (r, n), PATH.randlora_gamma (n, d) and, if calibrated,
+    # PATH.randlora_input_scale (in_features,), of a tied layer by its first path alone; and other
+    # parameters that were trained.
     tensors: dict[str, Tensor]
 
     def __post_init__(self) -> None:
@@ -98,13 +95,12 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
             f"adapter_name must be one of those of apply_randlora, {known}, got {adapter_name!r}; "
             "a model of PEFT has save_pretrained"
         )
-    options = _options(next(iter(layers.values())), adapter_name)
-    for at, layer in layers.items():
-        if (other := _options(layer, adapter_name)) != options:
-            raise ValueError(
-                f"adapter {adapter_name!r} has {other} at {at} and {options} elsewhere; a file "
-                "holds one set of options, so give them adapters of other names"
-            )
+    options, *others = (_options(layer, adapter_name) for layer in layers.values())
+    if any(other != options for other in others):
+        raise ValueError(
+            f"adapter {adapter_name!r} has layers of {[options, *others]}; a file holds one set of "
+            "options, so give them adapters of other names"
+        )
     sizes = {at: [m.in_features, m.out_features, m.fan_in_fan_out] for at, m in layers.items()}
     said = {"adapter_name": adapter_name, "options": options, "layers": sizes}
     own: dict[str, Tensor] = {n: p for n, p in _parameters(inner).items() if p.requires_grad}

@@ -40,12 +40,9 @@ def apply_randlora(
     packed basis. A second call may give other layers other options; what the first made or left
     trainable stays so.
 
-    Raises:
-        ValueError: nothing matches, a match is ``out_proj`` of nn.MultiheadAttention, which torch
-            never calls, it lies inside an adapted layer, or tensor parallelism or fully_shard has
-            spread its weight over ranks. TypeError: a match is not an nn.Linear
-            or Conv1D, or is adapted already; an option has another name. Also the errors of
-            RandLoraLinear. In all cases the model is as it was.
+    Raises, and leaves the model as it was: ValueError if nothing matches, or a match is never
+    called, lies inside an adapted layer, or is spread over ranks; TypeError if a match is not an
+    nn.Linear or Conv1D, or is adapted already. Also the errors of `RandLoraLinear`.
     """
     whole: dict[str, nn.Module] = {}
     for name in modules_to_save:
@@ -115,16 +112,14 @@ def adapt(
 
 def check_is_called(model: nn.Module, name: str, argument: str) -> None:
     """Raises ValueError, naming `argument`, if torch would not call what replaces module `name`."""
-    if name.rpartition(".")[2] == "_orig_mod":
-        raise ValueError(
-            f"{argument} would not be adapted: torch.compile keeps calling what it was given; "
-            "compile the layer afterwards, or the whole model"
-        )
-    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-        raise ValueError(
-            f"{argument} would not be adapted: nn.MultiheadAttention reads its weight and never "
-            "calls it"
-        )
+    above, _, own = name.rpartition(".")
+    why = ""
+    if own == "_orig_mod":
+        why = "torch.compile keeps calling what it was given; compile the layer afterwards"
+    elif isinstance(model.get_submodule(above), nn.MultiheadAttention):
+        why = "nn.MultiheadAttention reads its weight and never calls it"
+    if why:
+        raise ValueError(f"{argument} would not be adapted: {why}")
 
 
 def check_not_nested(model: nn.Module, name: str, argument: str) -> None:
@@ -134,8 +129,7 @@ def check_not_nested(model: nn.Module, name: str, argument: str) -> None:
         if hasattr(model.get_submodule(above), "update_layer"):
             raise ValueError(
                 f"{argument} lies inside {above or 'the model'!r}, which is adapted already, and "
-                "adapters cannot be nested; update_layer(name, ...) adds another one beside the "
-                "first"
+                "adapters cannot be nested; update_layer(name, ...) adds one beside the first"
             )
 
 
@@ -178,19 +172,13 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     """Merges the active adapters and replaces every `RandLoraLinear` by its base layer, in place.
 
     The model is then as it was before `apply_randlora`, with W + dW for W, and still frozen.
-    Adapters that are not active are dropped. Source: PEFT's method.
-
-    Returns:
-        `model`, or its base layer if it is a `RandLoraLinear` itself.
-
-    Raises:
-        TypeError, RuntimeError: as `RandLoraLinear.merge`, or two layers share a weight, before
-            anything changes.
+    Adapters that are not active are dropped. Returns `model`, or its base layer if it is a
+    `RandLoraLinear` itself. Raises as `RandLoraLinear.merge`, or RuntimeError if two layers share a
+    weight, before anything changes. Source: PEFT's method.
     """
-    check_mergeable(
-        {path: layer for path, layer in model.named_modules() if isinstance(layer, RandLoraLinear)}
-    )
-    for layer in _layers(model):
+    layers = {p: m for p, m in model.named_modules() if isinstance(m, RandLoraLinear)}
+    check_mergeable(layers)
+    for layer in layers.values():
         layer._dense_weight()
     for layer in _layers(model):
         names = [name for name in layer.active_adapters if name not in layer.merged_adapters]

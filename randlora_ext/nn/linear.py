@@ -213,7 +213,8 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
             safe_merge: raise instead of writing NaN or inf.
             adapter_names: the adapters to merge; None means the active ones.
             keep_weight: where W is kept, so that `unmerge` restores every bit: "host" is CPU
-                memory, "device" the weight's own device. With "nothing" `unmerge` subtracts dW.
+                memory, "device" the weight's own device. An adapter that changes no bit of W
+                keeps nothing. With "nothing" `unmerge` subtracts dW.
 
         Raises:
             ValueError: an argument is wrong, an adapter is merged already, or safe_merge finds NaN

@@ -20,8 +20,8 @@ def guard(model: nn.Module) -> None:
 
 def unguard(model: nn.Module) -> None:
     """Undoes `guard` if the model holds no RandLoRA layer any more."""
-    for key in _guards(model):
-        if not any(map(_is_adapted, model.modules())):
+    if not any(map(_is_adapted, model.modules())):
+        for key in _guards(model):
             del model._load_state_dict_pre_hooks[key]
 
 
@@ -62,7 +62,7 @@ def refuse(module: nn.Module, problems: Iterable[str]) -> None:
         )
 
 
-def _misfits(layer: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> Iterator[str]:
+def _misfits(layer: Any, state_dict: dict[str, Tensor], prefix: str) -> Iterator[str]:
     merged, base_prefix = getattr(layer, "merged_adapters", []), f"{prefix}base_layer."
     own = {
         f"{prefix}{diagonals}.{adapter}": parameter
@@ -79,7 +79,7 @@ def _misfits(layer: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> It
             f"{prefix.removesuffix('.') or 'the layer'} has merged {merged} into its weight; call "
             "unmerge() first"
         )
-    base: Any = layer.base_layer
+    base = layer.base_layer
     if type(base) is nn.Linear or is_conv1d(base):  # others may have a format of their own
         own |= {f"{base_prefix}{name}": value for name, value in base.named_parameters()}
     for key, parameter in own.items():

@@ -81,7 +81,7 @@ BROKEN = {
     ),
     "adapter truncated": (written(WEIGHTS, lambda data: data[:-5]), "damaged"),
     "adapter pickled": (
-        lambda r: (r / WEIGHTS).rename(r / "adapter" / "adapter_model.bin"), "never a pickle",
+        lambda r: (r / WEIGHTS).rename(r / "adapter" / "adapter_model.bin"), "open adapter_model",
     ),
     "bad density": (config(density=7), "density"),
     "r zero": (config(r=0), "r must be"),
