@@ -102,18 +102,26 @@ class KeepsWeight(_Layer):
     def _replace(
         self, write: Callable, merged: list[str], kept: Any = None, without: tuple[str, ...] = ()
     ) -> None:
-        """Writes W and the attributes about it."""
+        """Writes W and the attributes about it; Ctrl-C, twice even, cannot leave a part of them."""
+        begun = False
 
         def write_all() -> None:
+            nonlocal begun
+            begun = True
             write()
             self._kept, self._kept_without = kept, without
             self.merged_adapters = merged
             (merged_layers.add if merged else merged_layers.discard)(self)
 
         try:
-            write_all()
-        except BaseException:  # Ctrl-C came between two lines; writing again is harmless
-            write_all()
+            try:
+                write_all()
+            except BaseException:  # it came between two lines; writing again is harmless
+                write_all()
+                raise
+        except BaseException:  # the second one, in the lines above
+            if begun:
+                write_all()
             raise
 
     def __setstate__(self, state: dict) -> None:

@@ -161,8 +161,8 @@ def test_another_layout_of_the_weight_is_refused(kind):
     [
         (OfPeft, "merge", "nothing", 0),
         (OfPeft, "unmerge", "host", 0),
-        (Ours, "merge", "host", 0),
-        (Ours, "unmerge", "nothing", 0),
+        *((Ours, "merge", "host", again) for again in range(9)),  # as many write again
+        *((Ours, "unmerge", "nothing", again) for again in range(9)),
     ],
 )
 def test_after_ctrl_c_weight_and_state_agree(kind, action, keep, again):
