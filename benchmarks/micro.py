@@ -137,9 +137,7 @@ def of_hadamard(b: TernaryBasis, dtype: torch.dtype, tokens: list[int]) -> Itera
     bases = (lam, gam, *hadamard.operands(b, "cpu"))
     W = torch.randn(b.out_features, b.in_features, dtype=dtype)
     floor = floors.hadamard_weight(b, element)
-    yield Op(
-        "hadamard_weight", lambda: ops.hadamard_weight(W, *bases), floor.bytes, floor.fma
-    )
+    yield Op("hadamard_weight", lambda: ops.hadamard_weight(W, *bases), floor.bytes, floor.fma)
     for count in tokens:
         x, dy = (torch.randn(count, n, dtype=dtype) for n in W.shape[::-1])
         forward, backward = floors.hadamard(b, count, element)

@@ -120,9 +120,7 @@ def test_stock_peft_opens_what_can_be_folded_into_gamma(tmp_path):
     want = model(x)
     accelerated.export_to_peft(model, tmp_path / "one")
     wide = calibrated()
-    with pytest.raises(
-        ValueError, match=r"layer 'b' is calibrated and has more inputs \(40\)"
-    ):
+    with pytest.raises(ValueError, match=r"layer 'b' is calibrated and has more inputs \(40\)"):
         accelerated.export_to_peft(wide, tmp_path / "two")
     assert not (tmp_path / "two" / "adapter_config.json").exists()
     accelerated.disable()
