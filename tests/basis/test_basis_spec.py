@@ -120,13 +120,6 @@ def test_list_vectors():
         assert [",".join(map(str, part.tolist())) for part in got] == expected
 
 
-def test_fill_planes_empty():
-    for shape, cols in (((2, 0, 1), 5), ((2, 3, 0), 0), ((2, 0, 0), 0)):
-        planes = torch.empty(shape, dtype=torch.int64)
-        torch.ops.randlora.fill_planes_(planes, 0, 0, 0, 0, cols, 1)
-        assert planes.shape == shape
-
-
 @pytest.mark.parametrize(
     "argument, value",
     [

@@ -4,13 +4,11 @@ changes."""
 import json
 import os
 import pickle
-import random
 import struct
 
 import pytest
 import torch
 from peft_helpers import accelerated, assert_unchanged, made, numbers, opened
-from property_cases import DEEP
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
@@ -83,6 +81,7 @@ def spoiled(weights: bytes) -> dict[str, bytes]:
         "another tensor's place": with_first(**header[other]),
         "transposed": with_first(shape=first["shape"][::-1]),
         "a pickle": pickle.dumps({name: [1.0]}),
+        **{f"cut off at {cut}": weights[:cut] for cut in range(0, len(weights), len(weights) // 9)},
     }
 
 
@@ -96,14 +95,7 @@ def test_a_spoiled_file_raises_and_changes_nothing(victim):
             victim.assert_unchanged()
 
 
-def test_a_file_cut_off_anywhere(victim):
-    length = len(victim.weights)
-    for cut in range(length) if DEEP else random.Random(0).sample(range(length), 60):
-        victim.write(victim.weights[:cut])
-        with pytest.raises(Exception, match="(?i)header|safetensor|file|incomplete"):
-            victim.load_over()
-        victim.assert_unchanged()
-    victim.write()
+def test_a_sound_file_is_loaded(victim):
     victim.load_over()
     assert not torch.equal(victim.model(victim.x), victim.y)
     victim.model.load_state_dict(victim.state)

@@ -1,6 +1,7 @@
 """Layers with random diagonals, and their results by the plain PyTorch reference."""
 
 import io
+import itertools
 import sys
 from collections import Counter
 
@@ -35,14 +36,12 @@ def layers(model):
 def randomize(model, seed=0):
     """Random diagonals that make adapters and base equally important; exact in bfloat16."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in layers(model).values():
-            for name, basis in layer.bases.items():
-                lam, gam = layer.randlora_lambda[name], layer.randlora_gamma[name]
-                factor = basis.density * (basis.K * basis.density) ** -0.5 / layer.scaling[name]
-                for parameter, size in ((lam, factor), (gam, 1.0)):
-                    value = torch.randn(parameter.shape, generator=generator) * size
-                    parameter.copy_(value.bfloat16())
+    for layer in layers(model).values():
+        for name, basis in layer.bases.items():
+            size = (basis.density / basis.K) ** 0.5 / layer.scaling[name]
+            for diagonals, factor in ((layer.randlora_lambda, size), (layer.randlora_gamma, 1.0)):
+                value = torch.randn(diagonals[name].shape, generator=generator) * factor
+                diagonals[name].data.copy_(value.bfloat16())
     return model
 
 
@@ -125,9 +124,7 @@ def interrupts(call, watched="randlora", again=0):
     Yields after each interrupt; the caller puts everything back for the next. If `again` is given,
     a second one comes as many calls and returns later: one that raises ends the tracing of lines.
     """
-    done, at = False, 0
-    while not done:
-        at += 1
+    for at in itertools.count(1):
         count = Counter()
 
         def trace(frame, event, argument, at=at, count=count):
@@ -148,11 +145,10 @@ def interrupts(call, watched="randlora", again=0):
         sys.setprofile(profile if again else None)
         try:
             call()
-            done = True
+            return
         except KeyboardInterrupt:
             pass
         finally:
             sys.settrace(None)
             sys.setprofile(None)
-        if not done:
-            yield at
+        yield at

@@ -145,17 +145,6 @@ def test_unmerging_and_casting_may_change_places(kind, dtype, then):
         assert torch.equal(made.weight, W)
 
 
-@KINDS
-def test_another_layout_of_the_weight_is_refused(kind):
-    made = kind(torch.float32)
-    made.merge()
-    made.layer._kept = made.layer._kept[:3]
-    merged = made.weight.detach().clone()
-    with pytest.raises(RuntimeError, match=r"\(40, 24\) on this rank, and was \(3, 24\) when"):
-        made.layer.unmerge()
-    assert made.layer.merged and torch.equal(made.weight, merged)
-
-
 @pytest.mark.parametrize(
     "kind, action, keep, again",
     [

@@ -23,37 +23,33 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Runs a benchmark with the options of a line; returns the rows that it wrote."""
+SMALL = "--sizes 48x64 --tokens 4 --repeats 1 --densities"
+RUNS = [  # of each row these columns are positive
+    (layer, f"{SMALL} 0.2 --methods all", 1, METHODS),
+    (layer, f"{SMALL} hadamard --dtype bf16 --append --methods ours", 1, ["ours"]),
+    (micro, "--sizes 40x72,72x40 --densities 1/3,0.1,hadamard --tokens 3 --rank 8 --least 0.0001 "
+            "--gemm 64 --triads 1", 54, ["roofline", "us"]),
+    (approximate, "--size 32 --ranks 4,16 --steps 150 --seeds 1 --bases 1/3,hadamard", 12,
+     ["randlora", "parameters"]),
+    (merge, "--size 64 --layers 2 --rank 8 --cycles 3", len(merge.WAYS), ["merge", "unmerge"]),
+    (model_step, "--shape toy --batch 1 --tokens 4 --repeats 1 --methods lora,ours|0.07,"
+                 "ours|hadamard,peft|very_sparse", 4, ["over_first", "trained", "peak_mib"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "module, line, count, positive", RUNS, ids=lambda v: getattr(v, "__name__", "")
+)
+def test_what_is_measured_is_written(tmp_path, monkeypatch, module, line, count, positive):
     # The server that forks each measurement would import for seconds.
-    for module in (layer, model_step, record):
-        monkeypatch.setattr(module, "in_a_process", lambda function, *a, **k: function(*a, **k))
-
-    def run(module, line: str, *more: str) -> list[dict]:
-        out = tmp_path / module.__name__
-        module.main([*line.split(), *more, "--out", str(out)])
-        found = json.loads(out.with_suffix(".json").read_text())
-        about = {"date", "cpu", "threads", "torch", "peft", "commit", "version", "isa"}
-        assert about <= set(found["machine"])
-        return found["rows"]
-
-    return run
-
-
-def test_layer(run):
-    for case in ("0.2 --methods all", "hadamard --dtype bf16"):
-        rows = run(layer, f"--sizes 48x64 --tokens 4 --repeats 1 --append --densities {case}")
-    assert [row["density"] for row in rows] == ["0.2", "hadamard"]
-    assert (rows[0]["in"], rows[0]["out"], rows[0]["tokens"]) == (48, 64, 4)
-    assert rows[0]["error"] < 1e-5 and all(rows[0][method] > 0 for method in METHODS)
-
-
-def test_micro(run):
-    cases = "--sizes 40x72,72x40 --densities 1/3,0.1,hadamard --tokens 3 --rank 8"
-    rows = run(micro, f"{cases} --least 0.0001 --gemm 64 --triads 1")
-    assert {"independent_linear", "hadamard_linear backward"} < {row["op"] for row in rows}
-    assert all(row["roofline"] > 0 and row["us"] > 0 for row in rows)
+    for each in (layer, model_step, record):
+        monkeypatch.setattr(each, "in_a_process", lambda function, *a, **k: function(*a, **k))
+    out = tmp_path / "results"
+    module.main([*(word.replace("|", " ") for word in line.split()), "--out", str(out)])
+    found = json.loads(out.with_suffix(".json").read_text())
+    about = {"date", "cpu", "threads", "torch", "peft", "commit", "version", "isa"}
+    assert about <= set(found["machine"]) and len(found["rows"]) == count
+    assert all(row[column] > 0 for row in found["rows"] for column in positive)
 
 
 def test_the_numbers_of_the_pages_are_those_of_the_programs(capsys):
@@ -64,30 +60,6 @@ def test_the_numbers_of_the_pages_are_those_of_the_programs(capsys):
     page = (ROOT / "docs" / "distributed.md").read_text().split("## What it takes")[1]
     numbers = re.findall(r"[\d.]+ [kMGT]B", page)
     assert len(numbers) >= 9 and all(number in printed for number in numbers)
-
-
-def test_approximate(run):
-    line = "--size 32 --ranks 4,16 --steps 150 --seeds 1 --bases 1/3,hadamard"
-    rows = {(r["r"], r["bases"]): r for r in run(approximate, line)}
-    for bases in ("1/3", "hadamard"):
-        few, many = rows[16, bases], rows[4, bases]
-        assert many["parameters"] > few["parameters"] and many["randlora"] < few["randlora"] < 1
-
-
-def test_merge(run):
-    rows = {row["way"]: row for row in run(merge, "--size 64 --layers 2 --rank 8 --cycles 3")}
-    assert tuple(rows) == merge.WAYS
-    assert all(row["merge"] > 0 and row["unmerge"] > 0 for row in rows.values())
-    assert rows["host"]["drift"] == rows["device"]["drift"] == 0
-    assert min(rows[way]["drift"] for way in ("lora", "peft", "nothing")) > 0
-
-
-def test_model_step(run):
-    methods = "--methods", "lora,ours 0.07,ours hadamard,peft very_sparse"
-    rows = run(model_step, "--shape toy --batch 1 --tokens 4 --repeats 1", *methods)
-    lora, ours, hadamard, stock = rows
-    assert lora["over_first"] == 1.0 and ours["peak_mib"] > 100
-    assert ours["trained"] == hadamard["trained"] == stock["trained"] < lora["trained"]
 
 
 def test_finetune_goes_on_where_it_was(monkeypatch, tmp_path):
