@@ -67,24 +67,16 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         )
     # Of each layer the sums of squares by feature, and behind them the number of tokens.
     sums = {layer: torch.zeros(layer.in_features + 1, dtype=torch.float64) for layer in layers}
-    error, count = None, 0
-    try:
-        with _observed(model, sums) as mask_of:
-            for batch in batches:
-                is_mapping = isinstance(batch, Mapping)
-                mask_of["batch"] = batch.get("attention_mask") if is_mapping else None
-                _call(model, batch)
-                count += 1
-    except Exception as raised:  # the other ranks wait for this one's sums
-        error = raised
-    first = torch.tensor([error is not None, count], dtype=torch.float64)
-    totals = _over_all_ranks(torch.cat([first, *sums.values()]))
-    (failed, batches_seen), *parts = totals.split([2, *map(len, sums.values())])
-    if error is not None:
-        raise error
-    if failed:
-        raise RuntimeError("calibrate failed on another rank; no adapter has changed")
-    if not batches_seen:
+    count = torch.zeros(1, dtype=torch.float64)
+    with _observed(model, sums) as mask_of:
+        for batch in batches:
+            is_mapping = isinstance(batch, Mapping)
+            mask_of["batch"] = batch.get("attention_mask") if is_mapping else None
+            _call(model, batch)
+            count += 1
+    totals = _over_all_ranks(torch.cat([count, *sums.values()]))
+    total_count, *parts = totals.split([1, *map(len, sums.values())])
+    if not total_count:
         raise ValueError("batches must hold at least one batch, got none")
     scales = {}
     for (layer, (name, adapters)), total in zip(layers.items(), parts, strict=True):

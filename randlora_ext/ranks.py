@@ -1,7 +1,4 @@
-"""Models that FSDP2 spreads over ranks: DTensor parameters, and ranks that fail together.
-
-An error on one rank alone would leave the others waiting for it in the next collective.
-"""
+"""Models that FSDP2 spreads over ranks: DTensor parameters, and ranks that fail together."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,35 +35,20 @@ def laid_out_like(t: Tensor, weight: Any) -> Tensor:
     return replicated.redistribute(placements=weight.placements)
 
 
-class OtherRankError(RuntimeError):
-    """What a rank raises because another one has failed; its message has the other's error."""
-
-
 @contextmanager
 def failing_together(mesh: DeviceMesh | None) -> Iterator[None]:
-    """If the block raises on one rank, every rank raises at the end of it.
+    """If the block raises OSError on the mesh's first rank, all of its ranks raise it.
 
-    The others raise `OtherRankError`, or OSError if the first did. Code that may raise on one rank
-    alone must not follow another collective in the block. Without a mesh there is one process.
+    Without a mesh there is one process.
     """
-    raised: Exception | None = None
+    raised = None
     try:
         yield
-    except Exception as error:
+    except OSError as error:
         raised = error
-    for rank, its in [] if mesh is None else _exchange(mesh, raised):
-        if raised is None and its is not None:
-            kind, text = its
-            raised = (OSError if kind == "OSError" else OtherRankError)(f"rank {rank}: {text}")
-    if raised is not None:
-        raise raised
-
-
-def _exchange(mesh: DeviceMesh, error: Exception | None) -> list[tuple[int, tuple | None]]:
-    kind = "OSError" if isinstance(error, OSError) else type(error).__name__
-    everyone = [(dist.get_rank(), None if error is None else (kind, str(error)))]
-    for dim in range(mesh.ndim):
-        parts: list[Any] = [None] * mesh.size(dim)
-        dist.all_gather_object(parts, everyone, group=mesh.get_group(dim))
-        everyone = [one for part in parts for one in part]
-    return everyone
+    told = [raised and str(raised)]
+    if mesh is not None:
+        for dim in range(mesh.ndim):
+            dist.broadcast_object_list(told, group=mesh.get_group(dim), group_src=0)
+    if told[0] is not None:
+        raise raised or OSError(f"on the first rank: {told[0]}")

@@ -5,7 +5,6 @@ killed leaves the old file or the new one. If the place is a symbolic link, the 
 it leads to is written. Scratch folders of killed processes are removed by the next write.
 """
 
-import errno
 import fcntl
 import os
 import re
@@ -72,13 +71,7 @@ def _resolved(path: str | os.PathLike) -> Path:
 def _put(scratch: Path, place: Path) -> None:
     place = Path(os.path.realpath(place))  # a file of the folder may be a link, too
     place.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.replace(scratch, place)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=place.parent) as beside:
-            os.replace(shutil.copyfile(scratch, Path(beside, "file")), place)
+    os.replace(scratch, place)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 SPECIFICATIONS = {"independent": 1, "hadamard": 1}
 # Memory and time grow with r, which a file may name. No layer needs r > d.
 MAX_R = 2**16
-_KEY = re.compile(r"randlora_ext:([a-z]+)-(\d+)(?::density=([^:]+))?:seed=(\d+)")
+_KEY = re.compile(r"randlora_ext:([a-z]+)-\d+(?::density=([^:]+))?:seed=(\d+)")
 
 
 @dataclass(frozen=True)
@@ -63,23 +63,20 @@ class BasisDescription:
             ValueError: `text` is not such a key, or has a kind or specification that this version
                 does not know.
         """
-        example = cls("independent", 0.07, 42).key()
-        match = _KEY.fullmatch(text) if isinstance(text, str) else None
-        if match is None:
-            raise ValueError(f"{text!r} is no key of a basis, which looks like {example!r}")
-        kind, version, density, seed = match.groups()
-        if str(SPECIFICATIONS.get(kind)) != version:
-            known = ", ".join(f"{name}-{number}" for name, number in SPECIFICATIONS.items())
-            raise ValueError(
-                f"{text!r} is of basis specification {kind}-{version}; this version of "
-                f"randlora_ext knows {known}"
-            )
+        known = ", ".join(f"{kind}-{version}" for kind, version in SPECIFICATIONS.items())
+        told = (
+            f"{text!r} is no key of a basis that this version of randlora_ext knows ({known}), "
+            f"which looks like {cls('independent', 0.07, 42).key()!r}"
+        )
+        if not isinstance(text, str) or not (match := _KEY.fullmatch(text)):
+            raise ValueError(told)
+        kind, density, seed = match.groups()
         try:
             made = cls(kind, None if density is None else float(density), int(seed))
         except ValueError as error:
-            raise ValueError(f"{text!r} is no key of a basis: {error}") from error
-        if made.key() != text:  # such as 0.30 or 007
-            raise ValueError(f"{text!r} is no key of a basis; it must read {made.key()!r}")
+            raise ValueError(f"{told}: {error}") from error
+        if made.key() != text:  # such as another specification, 0.30 or 007
+            raise ValueError(f"{told}; the nearest is {made.key()!r}")
         return made
 
 

@@ -43,16 +43,10 @@ class Change(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """What an adapter does to the tensors of a model folder.
-
-    Attributes:
-        added, replaced: by the tensor's name there.
-        ignored: keys that PEFT would not load, since an adapted layer has no such parameter.
-    """
+    """What an adapter does to the tensors of a model folder, by their names there."""
 
     added: dict[str, Change]
     replaced: dict[str, Tensor]
-    ignored: list[str]
 
 
 def read_changes(source: Path, checkpoint: Checkpoint) -> Changes:
@@ -83,7 +77,7 @@ def _of_own_file(file: Path, checkpoint: Checkpoint) -> Changes:
             added[name] = Change(saved.basis_of(at), lam, gam, scaling, transposed)
         elif name in checkpoint.tensors:
             raise CliError(f"{name} is a copy of a tied weight; merge by merge_and_unload")
-    return Changes(added, {name_in(name): saved.tensors[name] for name in saved.others}, [])
+    return Changes(added, {name_in(name): saved.tensors[name] for name in saved.others})
 
 
 def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
@@ -136,18 +130,17 @@ def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
             with told_of(f"{file}: {at}", (TypeError, ValueError)):
                 basis = basis.with_input_scale(scale)
         added[name] = Change(basis, lam, gam, scaling, transposed)
-    replaced, ignored = {}, []
+    replaced = {}
     for key, tensor in tensors.items():
         layer = next((at for at in paths if key.startswith(f"{at}.")), None)
-        if layer is None or key.startswith(f"{layer}.base_layer."):
-            replaced[name_in(key.replace(".base_layer.", "."))] = tensor
-        else:
-            ignored.append(key)
+        if layer is not None and not key.startswith(f"{layer}.base_layer."):
+            raise CliError(f"{file} has {key}, which an adapted layer does not have")
+        replaced[name_in(key.replace(".base_layer.", "."))] = tensor
     for name in checkpoint.tensors:
         whole = (module for module in config.modules_to_save or () if f".{module}." in f".{name}")
         if name not in replaced and (module := next(whole, None)):
             raise CliError(f"{file} lacks {name}, though modules_to_save has {module!r}")
-    return Changes(added, replaced, ignored)
+    return Changes(added, replaced)
 
 
 def _sizes(checkpoint: Checkpoint, name: str, transposed: bool) -> tuple[int, int]:

@@ -43,7 +43,6 @@ def merge(model: Path, source: Path, out: Path) -> int:
     print(f"{len(changes.added)} layers merged into {len(checkpoint.files)} files of {out}")
     for names, told in (
         (changes.replaced, "replaced by the adapter's own"),
-        (changes.ignored, "ignored, since PEFT would not load them"),
         (left, "not copied, since they hold unmerged weights or are folders"),
     ):
         if names:

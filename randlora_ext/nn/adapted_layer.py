@@ -55,8 +55,6 @@ class AdaptedLayer(KeepsWeight):
         """Has the dtype, device and layout in which the base layer computes."""
         return self.get_base_layer().weight
 
-    # ---- the scale of the inputs ---------------------------------------------------------------
-
     def set_input_scale(self, adapter: str, input_scale: Tensor | None) -> None:
         """Multiplies the adapter's inputs by a vector (in_features,) from now on; None by none.
 
@@ -99,8 +97,6 @@ class AdaptedLayer(KeepsWeight):
         super()._load_from_state_dict(state_dict, prefix, *args)  # first its checks
         for name, scale in scales.items():
             self.set_input_scale(name, scale)
-
-    # ---- forward -----------------------------------------------------------------------------
 
     def _adapted(self, names: list[str], x: Tensor, *args, **kwargs) -> Tensor:
         """The base layer's output and those of these adapters, by one operator if that may be."""
@@ -149,8 +145,6 @@ class AdaptedLayer(KeepsWeight):
         dropout = self.randlora_dropout[name]
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
-    # ---- the change of the weight --------------------------------------------------------------
-
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``scaling * B @ A'`` in the shape of the base layer's weight.
 
@@ -184,8 +178,6 @@ class AdaptedLayer(KeepsWeight):
         basis = self.basis_of(name, device)
         delta = functional.delta_weight(basis, lam, gam, self.scaling[name])
         return laid_out_like(delta.T if self.fan_in_fan_out else delta, self._base_weight())
-
-    # ---- what a layer says of itself -----------------------------------------------------------
 
     def describe(self, adapter: str) -> str:
         """The adapter's basis, and what computes it."""

@@ -80,15 +80,14 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
     file that one process would write.
 
     Args:
-        model: as `apply_randlora` or `load_adapter` return it, or one layer; it may be wrapped by
-            DistributedDataParallel or torch.compile.
+        model: one layer or a model, also wrapped by DistributedDataParallel or torch.compile.
         path: of the file; its folder must exist.
         adapter_name: which adapter; layers without it are left out.
 
     Raises:
         ValueError: no layer has the adapter, or they differ in r, scaling, dropout or basis; this
             process lacks values (meta device, DeepSpeed ZeRO-3).
-        OSError: the file cannot be written, on all ranks; an older one stays as it was.
+        OSError: the file cannot be written; an older one stays as it was.
     """
     inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
     adapted = {at: m for at, (_, m) in _modules(inner).items() if isinstance(m, RandLoraLinear)}

@@ -74,9 +74,6 @@ def refuse_cut(base_layer: Any) -> None:
             )
 
 
-# ---- weights that adapters are merged into -------------------------------------------------------
-
-
 def check_mergeable(layers: Mapping[str, Any]) -> None:
     """Raises, before one of a model's adapted layers is merged, what another's weight forbids."""
     seen: dict[int, Any] = {}
@@ -134,12 +131,9 @@ def features(base_layer: Any) -> tuple[int, int]:
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether `module` is exactly an nn.Linear, without hooks and with its own forward."""
-    return type(module) is nn.Linear and "forward" not in module.__dict__ and not has_hooks(module)
-
-
-def has_hooks(module: nn.Module) -> bool:
     kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    return _has_any_global_hook() or any(getattr(module, kind) for kind in kinds)
+    hooked = _has_any_global_hook() or any(getattr(module, kind) for kind in kinds)
+    return type(module) is nn.Linear and "forward" not in module.__dict__ and not hooked
 
 
 def _do_nothing(*_) -> None:
@@ -149,9 +143,8 @@ def _do_nothing(*_) -> None:
 def force_module_call(layer: nn.Module) -> None:
     """Makes nn.TransformerEncoderLayer call `layer` in eval mode.
 
-    The encoder layer would otherwise pass ``layer.weight`` to one fused kernel and ignore the
-    adapter, unless a module inside it has a forward hook. The hook set here is on a dictionary of
-    `layer` that is never called, so it costs nothing.
+    The encoder layer would otherwise pass ``layer.weight`` to a fused kernel, unless a module
+    inside it has a forward hook. The hook set here is on a dictionary that is never called.
     """
     dictionary: Any = layer.randlora_dropout
     if _do_nothing not in dictionary._forward_pre_hooks.values():
@@ -159,9 +152,9 @@ def force_module_call(layer: nn.Module) -> None:
 
 
 def disable_nested_tensors(model: nn.Module, name: str) -> None:
-    """Makes an nn.TransformerEncoder around module `name` keep padded tensors in eval mode.
+    """Keeps an nn.TransformerEncoder around module `name` from nested tensors in eval mode.
 
-    The encoder would convert them to nested tensors, which only the fused kernel takes.
+    Only its fused kernel takes them.
     """
     parts = name.split(".")
     for depth in range(len(parts)):

@@ -47,28 +47,22 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
 
     Args:
         base_layer: nn.Linear or transformers' Conv1D (which stores its weight as (in, out)).
-        r: rank of one base, at most 65,536; n = ceil(d / r). More than d = min(in, out) warns.
+        r: rank of one base. More than d = min(in, out) warns.
         randlora_alpha: scaling = randlora_alpha / r. None means 20 r, so a scaling of 20.
-        density: share of non-zeros in independent bases, in (0, 1]; with basis="independent" None
-            means 1/3, PEFT's ``sparse``. An error for Hadamard bases, which have no zeros.
-        seed: of the bases, 0 <= seed < 2**64. They follow docs/basis-spec.md; PEFT draws others
-            from the same ``projection_prng_key``.
         randlora_dropout: probability in [0, 1) that an input of the adapter is dropped.
         adapter_name: name of the first adapter; `update_layer` adds more.
-        basis: kind of the bases, "hadamard" or "independent"; see `TernaryBasis`. None means
-            "independent" if a density is given, else "hadamard".
-        input_scale: (in_features,), by which the adapter multiplies its inputs, as `calibrate`
-            measures it; None means ones.
+        density, seed, basis, input_scale: of the bases, as density, seed, kind and input_scale of
+            `TernaryBasis`. PEFT draws others from the same ``projection_prng_key``.
 
     Attributes, each by adapter name: ``randlora_lambda`` (r, n), initially zero, so a new adapter
     changes nothing; ``randlora_gamma`` (n, d), initially 1 / max(n, d); ``scaling``;
     ``r``; ``bases`` (`TernaryBasis`). ``active_adapters`` are those whose outputs are added, unless
     the layer is ``disabled``.
 
-    Dtypes: lambda and gamma start as float32 (float64 on a float64 base). ``.to(dtype)`` and
-    ``.half()`` cast them with the base like any parameter. To train float32 adapters on a 16-bit
-    base, cast the base first, then wrap it. Any combination works; the operators accumulate in
-    float32 or better. As with nn.Linear, x must have the weight's dtype unless autocast is on.
+    Dtypes: lambda and gamma start as float32 (float64 on a float64 base), and ``.to(dtype)`` casts
+    them with the base: to train float32 adapters on a 16-bit base, cast it first, then wrap it.
+    The operators accumulate in float32 or better. As with nn.Linear, x must have the weight's dtype
+    unless autocast is on.
 
     ``state_dict`` holds the base layer, lambda and gamma, but no basis. ``load_state_dict`` raises
     before it copies anything if the state does not fit or an adapter is merged.
@@ -166,8 +160,6 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         self.randlora_gamma[adapter_name] = nn.Parameter(gam)
         self._mark_trained()
 
-    # ---- active adapters ---------------------------------------------------------------------
-
     def set_adapter(self, adapter_names: str | Sequence[str]) -> None:
         """Activates these adapters: their outputs are added and they alone are trained.
 
@@ -198,8 +190,6 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
             for name, parameter in diagonals.items():
                 parameter.requires_grad_(name in self.active_adapters and not self.disabled)
 
-    # ---- the computation ---------------------------------------------------------------------
-
     def basis_of(self, adapter: str, device: torch.device) -> TernaryBasis:
         return self.bases[adapter]
 
@@ -217,26 +207,19 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         adapter_names: str | Sequence[str] | None = None,
         keep_weight: str = "host",
     ) -> None:
-        """Adds the adapters' weight changes to the base weight, in place.
-
-        dW is computed in float32 (float64 for a float64 base). W + dW is computed in a wider dtype
-        than W and rounded once. A 16-bit W loses changes below half an ulp.
+        """Adds the adapters' dW to the base weight, in place: W + dW, rounded once to W's dtype.
 
         Args:
             safe_merge: raise instead of writing NaN or inf.
             adapter_names: the adapters to merge; None means the active ones.
             keep_weight: where W is kept, so that `unmerge` restores every bit: "host" is CPU
-                memory, "device" the weight's own device. An adapter that changes no bit of W
-                keeps nothing. "nothing" keeps nothing, and `unmerge` subtracts dW; a W that an
-                earlier merge has kept is used nevertheless.
+                memory, "device" the weight's own device. With "nothing" `unmerge` subtracts dW.
 
         Raises:
-            ValueError: an adapter is unknown, repeated or merged already, keep_weight is none of
-                the three, or safe_merge finds NaN or inf.
-            TypeError: the weight is not floating point (quantized), or is computed at every use
-                (parametrizations, weight_norm, spectral_norm, pruning).
-            RuntimeError: the layer is disabled, another layer is merged into the same weight, or
-                the weight is on the meta device or elsewhere (ZeRO-3).
+            ValueError: an argument is wrong, an adapter is merged already, or safe_merge finds NaN
+                or inf. TypeError: the weight is not floating point, or is computed at every use
+                (parametrizations, pruning). RuntimeError: the layer is disabled, another layer is
+                merged into the same weight, or that is on the meta device or elsewhere (ZeRO-3).
                 After any of these nothing has changed.
         """
         chosen = self.active_adapters if adapter_names is None else adapter_names

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ranks import full_tensor, is_dtensor, local_tensor
+from ..ranks import full_tensor, local_tensor
 from .base_layer import check_writable, refuse_shared
 
 KEEP_WEIGHT = ("host", "device", "nothing")
@@ -40,8 +40,8 @@ class KeepsWeight(_Layer):
 
     path: str | None = None  # in the model, for error messages
     merged_adapters: list[str]
-    _kept: Any = None  # what `_restorer` takes; None: W is not kept, or was not changed
-    # Merged adapters that are not in the kept weight, or changed nothing. The others, merged with
+    _kept: Any = None  # what `_restorer` takes; None: W is not kept
+    # Merged adapters that are not in the kept weight. The others, merged with
     # keep_weight="nothing" or by stock PEFT, are subtracted.
     _kept_without: tuple[str, ...] = ()
 
@@ -72,7 +72,8 @@ class KeepsWeight(_Layer):
             )
         rest = [name for name in rest if name not in lost]
         if self._kept is not None or not rest:
-            self._replace(_nothing if self._kept is None else self._restorer(self._kept), rest)
+            restore = (lambda: None) if self._kept is None else self._restorer(self._kept)
+            self._replace(restore, rest)
         if rest:
             self._replace(self._writer(self._plus(self._dense_weight(), rest, -1)), [])
 
@@ -89,39 +90,28 @@ class KeepsWeight(_Layer):
                 "broken; safe_merge allows only finite values, and nothing was changed"
             )
         kept, without = (self._kept, self._kept_without) if self.merged else (None, ())
-        keeps = keep_weight != "nothing"
-        # Ranks might disagree about their parts of DTensors. A sum could still turn -0 into 0.
-        same = keeps and not is_dtensor(total) and torch.equal(total, weight)
-        write = _nothing if same else self._writer(total)
-        if keeps and kept is None and not same:
+        write = self._writer(total)
+        if kept is None and keep_weight != "nothing":
             kept = self._keep(keep_weight)
-        if same or kept is not None:
+        if kept is not None:
             without = (*without, *names)
         self._replace(write, [*self.merged_adapters, *names], kept, without)
 
     def _replace(
         self, write: Callable, merged: list[str], kept: Any = None, without: tuple[str, ...] = ()
     ) -> None:
-        """Writes W and the attributes about it; Ctrl-C, twice even, cannot leave a part of them."""
-        begun = False
+        """Writes W and the attributes about it."""
 
         def write_all() -> None:
-            nonlocal begun
-            begun = True
             write()
             self._kept, self._kept_without = kept, without
             self.merged_adapters = merged
             (merged_layers.add if merged else merged_layers.discard)(self)
 
         try:
-            try:
-                write_all()
-            except BaseException:  # it came between two lines; writing again is harmless
-                write_all()
-                raise
-        except BaseException:  # the second one, in the lines above
-            if begun:
-                write_all()
+            write_all()
+        except BaseException:  # Ctrl-C came between two lines; writing again is harmless
+            write_all()
             raise
 
     def __setstate__(self, state: dict) -> None:
@@ -137,8 +127,6 @@ class KeepsWeight(_Layer):
         for name in names:
             total.add_(self._delta(name, adapter_dtype(weight.dtype)), alpha=sign)
         return total.to(weight.dtype)
-
-    # ---- an ordinary weight --------------------------------------------------------------------
 
     def _held_weight(self) -> Tensor | None:
         """What merging writes into or replaces; None if it replaces the base layer."""
@@ -181,7 +169,3 @@ class KeepsWeight(_Layer):
 
 # Those in which an adapter is merged and could be unmerged: `_merge` looks for its weight there.
 merged_layers: "weakref.WeakSet[KeepsWeight]" = weakref.WeakSet()
-
-
-def _nothing() -> None:
-    """Writes nothing."""

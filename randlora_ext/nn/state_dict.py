@@ -31,15 +31,12 @@ def _guards(model: nn.Module) -> list[int]:
 
 
 def refuse_misfit(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Pre-hook of ``load_state_dict`` for a `RandLoraLinear`, or for a model that holds some.
+    """Pre-hook of ``load_state_dict`` for a layer with adapters, or for a model that holds some.
 
-    torch copies what fits and then raises for the rest. That would leave half of one adapter mixed
-    with another.
-
-    Raises a RuntimeError that names every entry of a RandLoRA layer whose shape differs or that is
-    no floating point tensor, and every merged layer of which the state dict has entries: the new
-    lambda and gamma could not undo its merge. Missing and unknown keys are left to torch, which
-    alone knows whether loading is strict.
+    torch copies what fits and then raises for the rest, which would mix two adapters. This raises a
+    RuntimeError before, with every entry of such a layer whose shape differs or that is no floating
+    point tensor, and every merged layer that has entries: the new lambda and gamma could not undo
+    its merge. Missing and unknown keys are left to torch, which knows whether loading is strict.
     """
     refuse(
         module,

@@ -16,7 +16,6 @@ from typing import Any
 
 import peft
 import torch
-from packaging.version import Version
 from peft import PeftModel, PeftType
 from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -35,18 +34,14 @@ from .model import AcceleratedRandLoraModel, accelerate_layer
 from .quantized import backend_of
 from .saving import save_together
 
-NEWEST_TRL = "1.16"  # as tests/peft/test_trl.py ran
-_patched: dict[tuple[type, str], tuple[Any, Any]] = {}  # (PEFT's, ours)
-
 
 def enable(float32_products: bool | None = None, keep_weight: str | None = None) -> None:
     """From now on RandLoRA models made or loaded by PEFT run on the compiled kernels.
 
-    Equivalent to editing PEFT's two tables, from the type RANDLORA to its tuner and its config:
-    `get_peft_model`, `PeftModel.from_pretrained`, `inject_adapter_in_model` and transformers' own
-    loading of adapters all look there. Models that exist already stay as they are, which a warning
-    says. ``PeftModel.save_pretrained`` and ``load_adapter`` are wrapped for models on our layers: a
-    file appears when it is complete, and what is loaded over an adapter must belong to its bases.
+    Equivalent to editing PEFT's two tables, from the type RANDLORA to its tuner and its config,
+    where all of PEFT and transformers look. Models that exist already stay as they are, which a
+    warning says. Saving and loading of `PeftModel` are wrapped for models on our layers: a file
+    appears when it is complete, and what is loaded must belong together.
 
     Args:
         float32_products: whether dense bases (PEFT's default) are multiplied in float32 in 16-bit
@@ -80,7 +75,6 @@ def enable(float32_products: bool | None = None, keep_weight: str | None = None)
 
 def disable() -> None:
     """Puts stock PEFT back for models made afterwards; those made in between keep our kernels."""
-    _unpatch()
     _use(peft.RandLoraConfig, RandLoraModel)
     PEFT_TYPE_TO_CONFIG_MAPPING.pop(NEEDS_OURS, None)
 
@@ -131,8 +125,9 @@ def accelerate(model: nn.Module) -> nn.Module:
 # ---- methods of PeftModel --------------------------------------------------------------
 
 
+@functools.cache
 def _patch() -> None:
-    """Wraps the methods, once."""
+    """Wraps the methods, for good: what `disable` leaves alive is saved and loaded as before."""
     for owner, name, around in (
         (PeftModel, "save_pretrained", save_together),
         (PeftModel, "from_pretrained", _open),
@@ -140,10 +135,7 @@ def _patch() -> None:
         (PeftModel, "add_adapter", _add),
         (PeftConfigMixin, "from_pretrained", _read_config),
     ):
-        if (owner, name) not in _patched:
-            stock = owner.__dict__[name]
-            _patched[owner, name] = stock, _wrapped(stock, around)
-            setattr(owner, name, _patched[owner, name][1])
+        setattr(owner, name, _wrapped(owner.__dict__[name], around))
 
 
 def _wrapped(stock: Any, around: Callable) -> Any:
@@ -157,14 +149,6 @@ def _wrapped(stock: Any, around: Callable) -> Any:
         return function(self, *args, **kwargs)
 
     return method if function is stock else classmethod(method)
-
-
-def _unpatch() -> None:
-    """Puts PEFT's own back, unless somebody else has wrapped ours since."""
-    for (owner, name), (stock, ours) in list(_patched.items()):
-        if owner.__dict__.get(name) is ours:
-            setattr(owner, name, stock)
-            del _patched[owner, name]
 
 
 def _open(stock: Callable, cls, model, model_id, *args, **kwargs):
@@ -195,27 +179,15 @@ def _load(stock: Callable, model: PeftModel, model_id, adapter_name, *args, **kw
 def _add(stock: Callable, model: PeftModel, adapter_name, peft_config, *args, **kwargs) -> None:
     """Also copies "default" into an added adapter "ref" as TRL means to.
 
-    DPO, KTO, GRPO and RLOO add "ref" where they go on training an adapter that is there already,
-    and copy every parameter whose name contains ".default." into it. Names of LoRA do; those of
-    RandLoRA *end* in ".default", so the reference would silently be the base model. See
-    docs/upstream/trl-reference-adapter.md. TRL passes the configuration object of "default"
-    itself. If it copies the numbers, too, as a mended version would, they are the same.
+    DPO, KTO, GRPO and RLOO then copy every parameter whose name contains ".default." into "ref".
+    Names of RandLoRA *end* in ".default", so the reference would silently be the base model
+    (docs/upstream/trl-reference-adapter.md). TRL passes the configuration object of "default"
+    itself. If a mended version copies the numbers, too, they are the same.
     """
     stock(model, adapter_name, peft_config, *args, **kwargs)
-    if (
-        adapter_name != "ref"
-        or peft_config is not model.peft_config.get("default")
-        or "trl" not in sys.modules
-    ):
+    is_default = peft_config is model.peft_config.get("default")
+    if adapter_name != "ref" or not is_default or "trl" not in sys.modules:
         return
-    found = Version(sys.modules["trl"].__version__).release
-    if found[:2] > Version(NEWEST_TRL).release:
-        warnings.warn(
-            'TRL\'s reference adapter "ref" is made a copy of "default", as TRL up to '
-            f"{NEWEST_TRL} needs, and this is {'.'.join(map(str, found))}; the first loss of DPO "
-            "must be ln 2 = 0.6931",
-            stacklevel=3,
-        )
     with torch.no_grad():
         for layer in layers_with(model, "ref").values():
             for diagonals in (getattr(layer, name) for name in DIAGONALS):

@@ -138,7 +138,7 @@ class PackedBufferDict(MutableMapping, BufferDict):
                     return
                 raise ValueError(f"the basis of adapter {key!r} is on the meta device: no values")
             with suppress(ValueError):  # not ternary: layers multiply by it as it is
-                basis = self._unless_known(BasisTensor.packed(basis))
+                basis = BasisTensor.packed(basis)
         self._bases[key] = self._unrounded(key, basis)
         self._changed()
 
@@ -150,14 +150,6 @@ class PackedBufferDict(MutableMapping, BufferDict):
         if cast.content is not old.content:  # another basis
             return cast
         return BasisTensor(cast.content, old.value, cast.shape, cast.dtype, cast.device)
-
-    def _unless_known(self, new: BasisTensor) -> BasisTensor:
-        """`new`, sharing planes with an equal basis: every adapter's file holds its own copy."""
-        for old in self._bases.values():
-            if isinstance(old, BasisTensor) and old.description is None and old.shape == new.shape:
-                if torch.equal(old.content, new.content):
-                    return BasisTensor(old.content, new.value, new.shape, new.dtype, new.device)
-        return new
 
     def __delitem__(self, key: str) -> None:
         del self._bases[key]
@@ -244,12 +236,13 @@ def layer_basis(
     if isinstance(A, BasisTensor) and (made := A.description) is not None:
         basis = TernaryBasis(in_features, out_features, r, made.density, made.seed, made.kind)
     elif served and isinstance(A, BasisTensor) and isinstance(B, BasisTensor):
-        planes: Any = A.content, B.content
+        a: Any = A.content
+        b: Any = B.content
+        values = A.value, B.value
         # The matrices keep what the key names alive.
-        key = "imported", *map(id, planes), A.value, B.value
-        basis = TernaryBasis.of(
-            shape, share(key, lambda: ImportedMatrices(*planes, B.columns, A.value, B.value))
-        )
+        made_of = "imported", id(a), id(b), *values
+        matrices = share(made_of, lambda: ImportedMatrices(a, b, B.columns, *values))
+        basis = TernaryBasis.of(shape, matrices)
     else:
         basis = TernaryBasis.of(shape, share(("dense", id(A), id(B)), lambda: _Dense(A, B)))
     return basis.canonical()

@@ -67,10 +67,6 @@ class BasisTensor(Tensor):
         value = float(torch.tensor(self.value, dtype=dtype, device="cpu"))
         return BasisTensor(self.content, value, self.shape, dtype, device)
 
-    def data_ptr(self) -> int:
-        """That of the planes: equal for tensors that share them."""
-        return self.content.data_ptr() if isinstance(self.content, Tensor) else 0
-
     def __repr__(self, *, tensor_contents=None) -> str:  # type: ignore[override]
         about = f"dtype={self.dtype}, device={self.device}, value={self.value:.6g}"
         return f"BasisTensor({tuple(self.shape)}, {about})"

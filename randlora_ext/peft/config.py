@@ -29,6 +29,7 @@ _FLAGS = (
 # The type in files that stock PEFT cannot open: its error quotes a type that it does not know.
 NEEDS_OURS = "RANDLORA; needs randlora_ext: import randlora_ext.peft; randlora_ext.peft.enable()"
 PEFT_TYPES = (PeftType.RANDLORA.value, NEEDS_OURS)
+_TEXTS = "target_modules", "layers_pattern"
 _SPARSE = "sparse", "very_sparse"
 _BIASES = ("none", "all", "randlora_only")
 
@@ -125,25 +126,20 @@ RandLoraConfig.__init__ = names_unknown(  # type: ignore[method-assign]
 def _check_types(config: RandLoraConfig) -> None:
     """Raises TypeError or ValueError, naming the field, for a value that PEFT cannot use."""
 
-    def check(name: str, allowed: str, *kinds: type, of: type = object) -> None:
-        value = getattr(config, name)
-        parts = value if isinstance(value, (list, tuple, set)) else ()
-        # True is an int, but no index.
-        is_bool = isinstance(value, bool) and bool not in kinds
-        if is_bool or not isinstance(value, kinds) or not all(isinstance(p, of) for p in parts):
-            raise TypeError(f"{name} must be {allowed}, got {value!r}")
-
     none, several = type(None), (list, tuple, set)
-    for name in _FLAGS:
-        check(name, "True or False", bool)
-    for name in ("base_model_name_or_path", "revision", "peft_version"):
-        check(name, "a text or None", str, none)
-    for name in ("target_modules", "layers_pattern"):
-        check(name, "a text, several of them or None", str, none, *several, of=str)
-    check("modules_to_save", "several texts or None", none, *several, of=str)
-    check("layers_to_transform", "an integer, several of them or None", int, none, *several, of=int)
-    check("auto_mapping", "a dictionary or None", dict, none)
-    check("randlora_dropout", "a number in [0, 1]", int, float)
+    for names, allowed, kinds, of in (
+        (_FLAGS, "True or False", (bool,), object),
+        (_TEXTS, "a text, several of them or None", (str, none, *several), str),
+        (["modules_to_save"], "several texts or None", (none, *several), str),
+        (["layers_to_transform"], "an integer, several or None", (int, none, *several), int),
+        (["randlora_dropout"], "a number in [0, 1]", (int, float), object),
+    ):
+        for name in names:
+            value: Any = getattr(config, name)
+            parts = value if isinstance(value, several) else ()
+            is_bool = isinstance(value, bool) and bool not in kinds  # an int, but no index
+            if is_bool or not isinstance(value, kinds) or not all(isinstance(p, of) for p in parts):
+                raise TypeError(f"{name} must be {allowed}, got {value!r}")
     if not 0 <= config.randlora_dropout <= 1:
         raise ValueError(f"randlora_dropout must be in [0, 1], got {config.randlora_dropout}")
     if config.bias not in _BIASES:
@@ -190,20 +186,16 @@ def description_of(fields: Mapping[str, Any]) -> BasisDescription | None:
 
 def other_bases(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """How the bases of the configuration `saved` differ from those of `own`, in words."""
-    mine, theirs = _of_bases(own), _of_bases(saved)
-    return [f"{n} is {theirs[n]!r}, not {mine[n]!r}" for n in mine if mine[n] != theirs[n]]
+    mine, theirs = _bases_in_words(own), _bases_in_words(saved)
+    return [] if mine == theirs else [f"its bases are {theirs}, not {mine}"]
 
 
-def _of_bases(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that decide the bases."""
-    made = description_of(fields)
-    if made is None:
-        values = {"basis": "peft", "projection_prng_key": fields["projection_prng_key"]}
-        very = bool(fields.get("very_sparse"))  # which overrules the other flag
-        sparse = bool(fields.get("sparse")) and not very
-        return values | {"sparse": sparse, "very_sparse": very, "density": None}
-    values = {"basis": made.kind, "projection_prng_key": made.seed}
-    return values | dict.fromkeys(_SPARSE, False) | {"density": made.density}
+def _bases_in_words(fields: Mapping[str, Any]) -> str:
+    if (made := description_of(fields)) is not None:
+        return made.key()
+    # very_sparse overrules the other flag
+    flag = next((name for name in reversed(_SPARSE) if fields.get(name)), "uniform")
+    return f"PEFT's, {flag}, of projection_prng_key={fields['projection_prng_key']}"
 
 
 # ---- tensors that record the configuration to which they belong ----------------------------------

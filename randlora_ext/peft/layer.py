@@ -17,7 +17,6 @@ from ..devices import serve
 from ..nn.adapted_layer import AdaptedLayer
 from ..nn.merging import merged_layers
 from ..nn.state_dict import refuse_misfit
-from ..ranks import is_dtensor
 from .bases import PackedBufferDict, layer_basis
 from .basis_tensor import BasisTensor
 
@@ -86,8 +85,10 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         if torch.compiler.is_dynamo_compiling():
             self._find_while_tracing(device.type, *tokens)
             return self.bases[adapter][1]
-        made_of, basis = self.bases.get(adapter, (None, None))
-        return basis if made_of == (device.type, *tokens) else self._find(adapter, device.type)
+        found = self.bases.get(adapter)
+        if found is None or found[0] != (device.type, *tokens):
+            return self._find(adapter, device.type)
+        return found[1]
 
     def _find(self, adapter: str, device_type: str) -> TernaryBasis:
         A, B = self.randlora_A, self.randlora_B
@@ -207,15 +208,6 @@ def layers_with(model: Any, adapter_name: str | None = None) -> dict[str, RandLo
             f"adapter_name must be one of {list(model.peft_config)}, got {adapter_name!r}"
         )
     return {path: m for path, m in layers.items() if adapter_name in m.randlora_lambda}
-
-
-def refuse_sharded(model: PeftModel) -> None:
-    """Raises ValueError if a rank holds only parts of the weights."""
-    if any(is_dtensor(parameter) for parameter in model.parameters()):
-        raise ValueError(
-            "model is sharded over ranks; save the adapter with save_pretrained and export it from "
-            "an unsharded model"
-        )
 
 
 @contextmanager

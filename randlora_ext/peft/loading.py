@@ -9,7 +9,6 @@ from typing import Any
 import peft
 import torch
 from peft import PeftModel
-from peft.utils import CONFIG_NAME
 from peft.utils.save_and_load import load_peft_weights
 
 from ..nn.linear import check_alpha
@@ -40,10 +39,10 @@ def hotswap_adapter(
             ``load_adapter`` takes them (subfolder, revision, token).
         torch_device: where the file is read to; default the CPU.
 
-    Raises, and leaves the model as it was: TypeError for another model; ValueError if the adapter
-    is not there or merged, or, naming each thing, if the file has another type, r or dropout, an
-    alpha that is no finite number, other tensors or shapes, or brings no bases and belongs to
-    other ones (key, basis, density, flags).
+    Raises, and leaves the model as it was: TypeError for another model; RuntimeError if the adapter
+    is merged; ValueError if it is not there or, naming each thing, if the file has another type, r
+    or dropout, an alpha that is no finite number, other tensors or shapes, or brings no bases and
+    belongs to other ones.
     """
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, AcceleratedRandLoraModel):
@@ -52,10 +51,6 @@ def hotswap_adapter(
             "enable() and accelerate()"
         )
     layers = layers_with(model, adapter_name).values()
-    if any(adapter_name in layer.merged_adapters for layer in layers):
-        raise ValueError(
-            f"adapter {adapter_name!r} is merged into the weights; call unmerge_adapter() first"
-        )
     with one_save(model_name_or_path, kwargs) as place:
         fields = _saved_fields(place, **kwargs)
         saved = load_peft_weights(place, device=torch_device or "cpu", **kwargs)
@@ -105,17 +100,9 @@ def check_load_over(model: PeftModel, folder: str | os.PathLike, adapter_name: s
     """Checks what ``PeftModel.load_adapter`` does not before it writes into an adapter.
 
     PEFT then reads only the tensors. Raises ValueError if they belong to other bases than the
-    adapter's and do not bring their own. Warns if the bases are unknown, and if alpha differs.
+    adapter's and do not bring their own, or if nothing tells. Warns if alpha differs.
     """
-    place = Path(folder, hub.get("subfolder") or "")
-    saved = recorded_configuration(place)
-    if saved is None and place.is_dir() and not (place / CONFIG_NAME).exists():
-        warnings.warn(
-            f"{str(place)!r} has no {CONFIG_NAME}, so nothing tells whether its numbers belong to "
-            f"the bases of adapter {adapter_name!r}",
-            stacklevel=4,
-        )
-        return
+    saved = recorded_configuration(Path(folder, hub.get("subfolder") or ""))
     saved = _saved_fields(folder, **hub) if saved is None else saved
     config = model.peft_config[adapter_name]
     brings_bases = model.base_model.randlora_A.saved(adapter_name) and saved["save_projection"]
@@ -136,20 +123,16 @@ def warn_of_misfits(folder: str | os.PathLike, adapter_name: str, result: Any) -
     Args:
         result: of PEFT's ``load_adapter``, with missing_keys and unexpected_keys.
     """
-    parts = [
-        f"{len(keys)} {what}: {', '.join(keys[:10])}{', ...' * (len(keys) > 10)}"
-        for what, all_keys in (
-            ("of its tensors have no place in the model and are not used", result.unexpected_keys),
-            ("tensors of the adapter are not in it and stay as they were", result.missing_keys),
-        )
-        if (keys := [key for key in all_keys if any(f".{name}" in key for name in DIAGONALS)])
-    ]
-    if parts:
-        warnings.warn(
-            f"the file of {name_of(folder)} fits adapter {adapter_name!r} only in part; "
-            + "; ".join(parts),
-            stacklevel=4,
-        )
+    for keys, told in (
+        (result.unexpected_keys, "of its tensors have no place in the model and are not used"),
+        (result.missing_keys, "tensors of the adapter are not in it and stay as they were"),
+    ):
+        if ours := [key for key in keys if any(f".{name}" in key for name in DIAGONALS)]:
+            warnings.warn(
+                f"the file of {name_of(folder)} fits adapter {adapter_name!r} only in part: "
+                f"{len(ours)} {told}: {', '.join(ours[:10])}{', ...' * (len(ours) > 10)}",
+                stacklevel=4,
+            )
 
 
 class _Fields(peft.PeftConfig):

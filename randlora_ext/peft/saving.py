@@ -13,21 +13,32 @@ from typing import Any
 
 import peft
 import torch.nn.functional as F
-import transformers
 from huggingface_hub import ModelCard
 from peft.utils import CONFIG_NAME
-from safetensors.torch import save_model
 from torch import Tensor
 
 from ..basis import TernaryBasis
 from ..nn.state_dict import INPUT_SCALE
-from ..writing import SCRATCH, appear_together
+from ..writing import appear_together
 from .bases import BASIS_NAMES, largest
 from .basis_tensor import BasisTensor
 from .config import NEEDS_OURS, description_of, record_configurations
-from .layer import layers_with, refuse_sharded
+from .layer import layers_with
 
 _BEGIN, _END = "<!-- opens with -->", "<!-- end of opens with -->"  # our part of a card
+_OPENS = f"""{_BEGIN}
+Only `randlora-ext`, a package for Hugging Face PEFT, opens this RandLoRA adapter:
+
+```python
+import peft
+import randlora_ext.peft
+
+randlora_ext.peft.enable()
+model = peft.PeftModel.from_pretrained(base, {{place}})  # base: the model it was trained on
+```
+{_END}
+
+"""
 
 
 def save_together(stock: Callable, model: peft.PeftModel, save_directory, *args, **kwargs) -> None:
@@ -40,46 +51,27 @@ def save_together(stock: Callable, model: peft.PeftModel, save_directory, *args,
     with appear_together(save_directory) as folder:
         copy_card(save_directory, folder)
         stock(model, str(folder), *args, **kwargs)
-        place = Path(save_directory).absolute()  # or a scratch folder in it
-        place = place.parent if place.name.startswith(SCRATCH) else place
-        write_card(folder, place.name, model)
+        write_card(folder, Path(save_directory).absolute().name)
         record_configurations(folder)
 
 
-def export_to_peft(model: peft.PeftModel, folder: str | os.PathLike, merged: bool = False) -> None:
+def export_to_peft(model: peft.PeftModel, folder: str | os.PathLike) -> None:
     """Writes what stock PEFT opens with the same numbers, whatever the bases are.
 
     Equivalent to ``model.save_pretrained(folder)`` of a stock model with ``save_projection=True``
-    whose bases are these: generated ones and those of any density are written dense, and the
-    configuration has PEFT's fields only. Old files stay until the new ones are complete. Stock
-    PEFT shares one A and one B among all layers, so Hadamard bases can only be written for layers
-    of one min(in, out). PEFT up to 0.21.2 warns of "missing adapter keys", the copies
+    whose bases are these, dense, by a configuration with PEFT's fields alone. Each adapter is
+    written as by PEFT: "default" into the folder, others into folders of their name. Old files stay
+    until the new ones are complete. PEFT up to 0.21.2 warns of "missing adapter keys", the copies
     that its own files hold for every layer, but loads these files correctly.
 
-    Args:
-        model: a PeftModel. Each adapter is written as by PEFT: "default" into the folder, others
-            into folders of their name.
-        merged: write the base model with the active adapters merged into its weights instead, by
-            ``save_pretrained`` of the base model, or as model.safetensors if it has none. A copy
-            is merged. 16-bit weights round the sum to 16 bits; ``model.float()`` first avoids it.
-
     Raises TypeError if model is no PeftModel over RandLoRA layers; ValueError if Hadamard bases
-    belong to layers of different min(in, out), or to a calibrated layer with more inputs than
-    outputs, which it names.
+    belong to layers of different min(in, out), since stock PEFT shares one A and one B among all
+    layers, or to a calibrated layer with more inputs than outputs, which it names.
     """
     layers_with(model)
-    if merged:
-        refuse_sharded(model)
     with appear_together(folder) as scratch:
-        if not merged:
-            copy_card(folder, scratch)
-            _save_adapters(model, scratch)
-            return
-        plain = copy.deepcopy(model).merge_and_unload(safe_merge=True)
-        if hasattr(plain, "save_pretrained"):
-            plain.save_pretrained(scratch)
-        else:
-            save_model(plain, str(scratch / "model.safetensors"))
+        copy_card(folder, scratch)
+        _save_adapters(model, scratch)
 
 
 def _save_adapters(model: peft.PeftModel, folder: Path) -> None:
@@ -113,8 +105,7 @@ def _fold_scales(state: dict[str, Tensor], name: str, layers: Mapping[str, Any])
             raise ValueError(
                 f"layer {path!r} is calibrated and has more inputs ({layer.in_features}) than "
                 f"outputs ({layer.out_features}): its input scale belongs to B, which stock PEFT "
-                "shares among all layers; merge instead (export_to_peft(..., merged=True) or "
-                "`randlora merge`)"
+                "shares among all layers; merge instead (merge_and_unload or `randlora merge`)"
             )
         key = f"base_model.model.{path}"
         del state[f"{key}.{INPUT_SCALE}.{name}"]
@@ -145,8 +136,8 @@ def dense_bases(
             raise ValueError(
                 "stock PEFT has one pair of bases for all layers, and A of Hadamard bases depends "
                 f"on min(in, out): layer {first!r} has {sizes[0]} -> {sizes[1]} features, layer "
-                f"{other!r} {its[0]} -> {its[1]}; merge instead (export_to_peft(..., merged=True) "
-                "or `randlora merge`)"
+                f"{other!r} {its[0]} -> {its[1]}; merge instead (merge_and_unload or `randlora "
+                "merge`)"
             )
     (D, d), r = largest(layers.values()), config.r
     own_d = min(sizes) if description.kind == "hadamard" else d
@@ -203,45 +194,23 @@ def copy_card(folder: str | os.PathLike, scratch: Path) -> None:
         shutil.copy(card, scratch)
 
 
-def write_card(folder: Path, name: str, model: peft.PeftModel) -> None:
-    """Begins PEFT's README.md in `folder` with the package that opens the adapter, and how.
+def write_card(folder: Path, name: str) -> None:
+    """Begins PEFT's README.md in `folder` with how to open the adapter, if PEFT alone cannot.
 
     Args:
-        folder: holds saved adapters; the snippet opens the first one.
-        name: what the snippet calls the folder.
+        folder: holds saved adapters; the text opens the first one.
+        name: what the text calls the folder.
     """
     file = folder / "README.md"
     configs = sorted(folder.rglob(CONFIG_NAME), key=lambda path: (len(path.parts), path))
     if not configs or not file.exists():
         return
-    fields = json.loads(configs[0].read_text())
-    base, path = model.get_base_model(), fields["base_model_name_or_path"]
-    kind, at = type(base).__name__, configs[0].parent.relative_to(folder).as_posix()
-    loads, place = "...  # the model that the adapter was trained on", repr(name)
-    if path and hasattr(transformers, kind):
-        # A base model's files do not know how many outputs a classifier has.
-        labels = f", num_labels={base.config.num_labels}" if "Classification" in kind else ""
-        loads = f"transformers.{kind}.from_pretrained({path!r}{labels})"
-    if at != ".":
-        place += f", subfolder={at!r}"
-    told, ours = "Hugging Face PEFT opens this RandLoRA adapter:", ""
-    if fields["peft_type"] == NEEDS_OURS:
-        told = "Only `randlora-ext`, a package for Hugging Face PEFT, opens this RandLoRA adapter:"
-        ours = "import randlora_ext.peft\n\nrandlora_ext.peft.enable()\n"
-    text = f"""{_BEGIN}
-{told}
-
-```python
-import peft
-import transformers
-{ours}
-base = {loads}
-model = peft.PeftModel.from_pretrained(base, {place})
-```
-{_END}
-"""
     card = ModelCard.load(file)
     before, _, rest = card.text.partition(_BEGIN)
-    others = (before + rest.partition(_END)[2]).strip("\n")
-    card.text = f"{text}\n{others}\n"
+    text = (before + rest.partition(_END)[2]).strip("\n")
+    if json.loads(configs[0].read_text())["peft_type"] == NEEDS_OURS:
+        at = configs[0].parent.relative_to(folder).as_posix()
+        place = repr(name) if at == "." else f"{name!r}, subfolder={at!r}"
+        text = _OPENS.format(place=place) + text
+    card.text = text + "\n"
     card.save(file)

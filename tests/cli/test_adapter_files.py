@@ -155,8 +155,8 @@ def test_a_bad_config_raises_and_changes_nothing(victim, change):
 FIELDS = [
     *("density", "r", "randlora_alpha", "randlora_dropout", "bias", "projection_prng_key", "basis"),
     *("sparse", "very_sparse", "save_projection", "fan_in_fan_out", "init_weights"),
-    *("inference_mode", "base_model_name_or_path", "revision", "peft_version", "target_modules"),
-    *("layers_pattern", "modules_to_save", "layers_to_transform"),
+    *("inference_mode", "target_modules", "layers_pattern", "modules_to_save"),
+    "layers_to_transform",
 ]
 
 

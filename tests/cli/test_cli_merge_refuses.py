@@ -74,7 +74,6 @@ BROKEN = {
     "shard missing": (lambda r: sorted(r.glob(SHARD))[0].unlink(), "does not exist"),
     "shard truncated": (written(SHARD, lambda data: data[:-5]), "damaged"),
     "index leads out": (index(w="../adapter/x"), "files of its folder"),
-    "index deep": (written(f"model/{INDEX}", DEEP), "no JSON"),
     "model config deep": (written("model/config.json", DEEP), "config.json is no JSON"),
     "quantized": (
         lambda r: edit(r / "model" / "config.json", quantization_config={"load_in_4bit": True}),
@@ -84,8 +83,6 @@ BROKEN = {
     "adapter pickled": (
         lambda r: (r / WEIGHTS).rename(r / "adapter" / "adapter_model.bin"), "never a pickle",
     ),
-    "config a list": (written(CONFIG, "[1]"), "JSON object"),
-    "lora": (config(peft_type="LORA"), "RANDLORA"),
     "bad density": (config(density=7), "density"),
     "r zero": (config(r=0), "r must be"),
     "other r": (edited, "r is 5, not 6: a save was interrupted, or the file was edited"),
@@ -112,6 +109,9 @@ BROKEN = {
         config(modules_to_save=["norm"]), "lacks model.norm.weight, though modules_to_save has 'no",
     ),
     "unknown tensor": (added("", x=torch.zeros(1)), "must start with"),
+    "not PEFT's": (
+        added(**{f"{Q0}.weight": torch.randn(32, 32)}), "which an adapted layer does not have"
+    ),
     "a new head": (added(**{"score.weight": torch.zeros(2, 32)}), "merge by merge_and_unload"),
 }  # fmt: skip
 

@@ -42,12 +42,40 @@ void generation() {
     }
 }
 
+// Conversions to and from 16 bits: ties, subnormals, overflow, infinities and NaN.
+void conversions() {
+  Values all = normal(4000, 1);
+  for (size_t i = 0; i < all.size(); ++i) all[i] = std::ldexp(all[i], int(i % 50) - 30);
+  for (const double v : {0.0, 65504.0, 65519.0, 65520.0, 1e9, 0x1p-24, 0x1p-25, 0x3p-25, 6e-5,
+                         double{INFINITY}, double{NAN}, 1 + 0x1p-11, 1 + 0x3p-11, 3.4e38})
+    for (const double sign : {1, -1}) all.push_back(static_cast<float>(sign * v));
+  const int64_t count = static_cast<int64_t>(all.size());
+  const auto same = [](const Array& got, const Values& want) {
+    const Values values = got.values();
+    for (size_t i = 0; i < want.size(); ++i)
+      EXPECT(values[i] == want[i] || (std::isnan(values[i]) && std::isnan(want[i])),
+             "%g is converted to %g,", want[i], values[i]);
+  };
+  const Array wide(DType::f32, all), ones(DType::f32, Values(count, 1.0)), dlam(DType::f32, 1),
+      dgam(DType::f32, count);
+  CpuKernels kernels(1);
+  for (const DType dtype : {DType::bf16, DType::f16}) {
+    const Array low(dtype, all), out(dtype, count);
+    kernels.scaled_basis({1, 1, count, ones.get(), ones.get(), wide.get(), out.get(), dtype});
+    same(out, low.values());
+    kernels.scaled_basis_backward({1, 1, count, ones.get(), ones.get(), ones.get(), low.get(),
+                                   dlam.get(), dgam.get(), dtype});
+    same(dgam, low.values());
+  }
+}
+
 }  // namespace
 
 int main() {
   if (!kernels_can_run()) return 77;
   value_rule();
   generation();
+  conversions();
   struct Shape {
     int64_t in, out, r, T;
   };
@@ -61,7 +89,9 @@ int main() {
                       {Form::lists, DType::f64, 3, true},
                       {Form::planes, DType::f32, 3, true},
                       {Form::planes, DType::f64, 1, true},
-                      {Form::planes, DType::f64, 3, false}};
+                      {Form::planes, DType::f64, 3, false},
+                      {Form::lists, DType::bf16, 3, false},
+                      {Form::planes, DType::f16, 1, false}};
   for (const Shape s : {Shape{1, 1, 1, 1}, Shape{40, 40, 8, 33}, Shape{33, 70, 8, 5},
                         Shape{70, 33, 8, 17}, Shape{20, 30, 32, 3}, Shape{130, 65, 7, 40},
                         Shape{64, 64, 64, 70}, Shape{48, 96, 16, 0}, Shape{96, 600, 32, 150}})

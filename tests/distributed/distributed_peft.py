@@ -93,8 +93,6 @@ def check_fsdp(place: Place):
         model.add_adapter("two", model.peft_config["default"])  # changes nothing yet
         model.set_adapter("two")
         torch.testing.assert_close(model(x), model.get_base_model()(x))
-        with pytest.raises(ValueError, match="model is sharded over ranks; save the adapter"):
-            accelerated.export_to_peft(model, place.folder / "no", merged=True)
 
 
 def untrained():

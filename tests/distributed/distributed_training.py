@@ -180,7 +180,9 @@ def check_a_file_that_one_rank_lacks(place: Place):
     """Every rank raises, and all can go on."""
     model, file = sharded(alike=True), place.folder / "one-rank"
     here = file if place.rank else file / "no" / "folder"
-    with pytest.raises(OSError, match="rank 0: " if place.rank else "cannot be written"):
+    with pytest.raises(
+        OSError, match="first rank: .*cannot be" if place.rank else "cannot be written"
+    ):
         save_adapter(model, here)
     assert not file.exists()
     dist.barrier()

@@ -113,6 +113,11 @@ def with_operands(
     return layer, operands(layer)
 
 
+def operator(basis: TernaryBasis, end: str = "linear"):
+    """Of `torch.ops.randlora`, for that kind of basis."""
+    return getattr(torch.ops.randlora, f"{basis.kind}_{end}")
+
+
 def operands(layer: Layer) -> tuple:
     """The basis as its operators take it."""
     basis, device, scaling = layer.basis, layer.x.device, layer.scaling
@@ -166,13 +171,6 @@ def kept_by(function):
     return kept, result
 
 
-def opcheck(op, *arguments, fast=False) -> None:
-    """Schema, fake kernel, autograd; unless fast, AOT dispatch, which takes most of the time."""
-    fast_ones = ("test_schema", "test_autograd_registration", "test_faketensor")
-    options = {"test_utils": fast_ones} if fast else {}
-    torch.library.opcheck(op.default, arguments, **options)
-
-
 def call(layer: Layer, **changes) -> Tensor:
     """y of `linear`, with other arguments where some are given."""
     names = ("x", "weight", "bias", "basis", "lam", "gam", "scaling")
@@ -194,6 +192,18 @@ def plain(layer: Layer) -> dict[str, Tensor]:
         ),
         layer,
     )
+
+
+def by_plain_torch(layer: Layer, bases: tuple | None = None) -> dict[str, Tensor]:
+    """Of a Hadamard basis, by the functions for devices without kernels."""
+    inputs = layer.x, layer.weight, layer.bias, layer.lam, layer.gam
+    bases = operands(layer) if bases is None else bases
+    x, weight, _, lam, gam = inputs
+    gradients = hadamard._plain_linear_backward(layer.dy, x, weight, lam, gam, *bases, True, True)
+    return dict(zip(NAMES, (hadamard._plain_linear(*inputs, *bases), *gradients), strict=True))
+
+
+WAYS = {"kernels": ours, "plain torch": by_plain_torch}
 
 
 def exact(layer: Layer) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ def bases(draw, kinds: tuple[str, ...] = ("independent", "hadamard")) -> Ternary
 
 
 EVERY_KIND = ("independent", "hadamard", "dense")
-layouts = st.sampled_from(["plain", "transposed", "strided", "cut", "flipped", "first", "zero"])
+layouts = st.sampled_from(["plain", "transposed", "strided", "cut", "first", "zero"])
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
@@ -69,9 +69,6 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
         wide = torch.full((*t.shape[:-1], t.shape[-1] + 3), torch.nan, dtype=t.dtype)
         wide[..., 1:-2] = t
         return wide[..., 1:-2]
-    if layout == "flipped" and t.dim() >= 2:
-        order = tuple(reversed(range(t.dim())))
-        return t.permute(order).contiguous().permute(order)
     if layout == "first" and t.shape[0] > 0:
         return t[:1].expand(t.shape)
     return torch.zeros_like(t) if layout == "zero" else t
@@ -115,13 +112,8 @@ def assert_within(name: str, got: Tensor, want: Tensor, size: Tensor, dtype: tor
     info = torch.finfo(dtype)
     allowed = 16 * info.eps * size + 4000 * info.smallest_normal * info.eps
     error = (got.double() - want).abs()
-    if bool((error <= allowed).all()):
-        return
-    worst = (error / allowed).nan_to_num(torch.inf).argmax().item()
-    raise AssertionError(
-        f"{name} errs by {error.flatten()[worst]:.3g} at flat index {worst}, where "
-        f"{allowed.flatten()[worst]:.3g} is allowed: got {got.flatten()[worst]}"
-    )
+    wrong = ~(error <= allowed)  # true for NaN, too
+    assert not wrong.any(), f"{name} errs by {error[wrong]}, where {allowed[wrong]} are allowed"
 
 
 def assert_all_within(results: dict[str, Tensor], layer: Layer) -> None:

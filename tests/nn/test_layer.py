@@ -171,8 +171,8 @@ def test_merging_errors_change_nothing():
     layer.randlora_lambda["two"].data[0, 0] = torch.nan
     before = copy.deepcopy(layer.state_dict())
     for names, keep_weight, message in (
-        (None, "host", r"'default' is merged already.*'two'"),
-        (["two", "default"], "host", r"'default' is merged already.*'two'"),
+        (None, "host", "'default' is merged already"),
+        (["two", "default"], "host", "'default' is merged already"),
         (["two", "x"], "host", r"adapter_names: unknown adapter 'x'.*default.*two"),
         (["two", "two"], "host", "must not repeat"),
         (["two"], "disk", "keep_weight must be one of .*'host'.*got 'disk'"),

@@ -87,22 +87,6 @@ def test_every_bit_comes_back_after_the_adapters_have_changed(kind, dtype, keep)
         assert held() is None
 
 
-@KINDS
-def test_an_adapter_that_changes_nothing_keeps_nothing(kind):
-    made = kind(torch.bfloat16)
-    layer, weight = made.layer, made.weight
-    with torch.no_grad():
-        weight[0, 0] = -0.0
-        layer.randlora_lambda["two"].zero_()
-    W = bits(weight)
-    made.merge(["two"])
-    assert layer.merged_adapters == ["two"] and layer._kept is None
-    assert torch.equal(bits(weight), W)
-    nn.init.normal_(layer.randlora_lambda["two"])
-    layer.unmerge()  # the adapter has learned, and is not subtracted
-    assert torch.equal(bits(weight), W) and not layer.merged
-
-
 @pytest.mark.parametrize("first, second", [("host", "nothing"), ("nothing", "host")])
 def test_kept_and_subtracted_adapters_may_be_mixed(first, second):
     layer = two_adapters(torch.float32)
@@ -161,8 +145,8 @@ def test_another_layout_of_the_weight_is_refused(kind):
     [
         (OfPeft, "merge", "nothing", 0),
         (OfPeft, "unmerge", "host", 0),
-        *((Ours, "merge", "host", again) for again in range(9)),  # as many write again
-        *((Ours, "unmerge", "nothing", again) for again in range(9)),
+        (Ours, "merge", "host", 0),
+        (Ours, "unmerge", "nothing", 0),
     ],
 )
 def test_after_ctrl_c_weight_and_state_agree(kind, action, keep, again):

@@ -1,72 +1,60 @@
-"""Autograd of the operators: opcheck, gradcheck, what is kept for backward, double backward."""
+"""Autograd of the operators: opcheck, gradcheck, what is kept for backward."""
 
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from layer_cases import CALLS, call, kept_by, make_layer, with_operands
-from layer_cases import opcheck as check
+from layer_cases import CALLS, call, kept_by, make_layer, operator, with_operands
 
 from randlora_ext import TernaryBasis, delta_weight, linear, scaled_basis
 from randlora_ext.ops import independent
 
 ops = torch.ops.randlora
-BASES = {
-    "lists": (9, 5, 2, 0.12),
-    "lists reduce": (5, 9, 2, 0.12),
-    "planes": (9, 5, 2, 1 / 3),
-    "planes reduce": (5, 9, 2, 1 / 3),
-    "wide lists": (65537, 2, 2, 0.01),
-}
-OTHERS = {
-    "hadamard": (9, 5, 2, "hadamard"),
-    "hadamard reduce": (5, 9, 2, "hadamard"),
-    "dense": (9, 5, 2, "dense"),
-    "dense reduce": (5, 9, 2, "dense"),
-}
+LISTS, PLANES, WIDE = (9, 5, 2, 0.12), (5, 9, 2, 1 / 3), (65537, 2, 2, 0.01)
+HADAMARD, DENSE = ((9, 5, 2, kind) for kind in ("hadamard", "dense"))
 
 
-def detached(layer, names):
-    return [getattr(layer, name).detach() for name in names.split()]
+def check(op, *arguments, fast=False) -> None:
+    """Schema, fake kernel, autograd; unless fast, AOT dispatch, which takes most of the time."""
+    fast_ones = ("test_schema", "test_autograd_registration", "test_faketensor")
+    options = {"test_utils": fast_ones} if fast else {}
+    torch.library.opcheck(op.default, arguments, **options)
 
 
-# ---- opcheck: schema, fake kernel, autograd registration, AOT dispatch with dynamic shapes
-
-
-WITH_AOT = ("lists", "planes reduce")  # which takes nearly all of the time
-
-
-@pytest.mark.parametrize("name", BASES)
-def test_opcheck_linear(name):
-    t, bases = with_operands(BASES[name])
-    fast = name not in WITH_AOT
-    check(ops.independent_linear, t.x, t.weight, t.bias, t.lam, t.gam, *bases, fast=fast)
-    check(ops.independent_linear, t.x.detach(), None, None, t.lam, t.gam, *bases, fast=True)
-    arguments = *detached(t, "dy x weight lam gam"), *bases
-    backward = ops.independent_linear_backward
-    check(backward, *arguments, True, True, fast=fast)
-    for needs in ((True, False), (False, True)):
-        check(backward, *arguments, *needs, fast=fast)
+@pytest.mark.parametrize(
+    "case, dtype, fast",
+    [
+        (LISTS, torch.float32, False), ((5, 9, 2, 0.12), torch.bfloat16, True),
+        (PLANES, torch.float32, False), ((9, 5, 2, 1 / 3), torch.float16, True),
+        (WIDE, torch.float32, True),
+        (HADAMARD, torch.float32, False), ((5, 9, 2, "hadamard"), torch.float16, True),
+        (DENSE, torch.float32, False), ((5, 9, 2, "dense"), torch.bfloat16, False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_opcheck_linear(case, dtype, fast):
+    t, bases = with_operands(case, dtype)
+    rest = t.lam, t.gam, *bases
+    forward, backward = operator(t.basis), operator(t.basis, "linear_backward")
+    check(forward, t.x, t.weight, t.bias, *rest, fast=fast)
+    check(forward, t.x.detach().mT.contiguous().mT, None, None, *rest, fast=True)
+    dy, x, weight, lam, gam = (v.detach() for v in (t.dy, t.x, t.weight, t.lam, t.gam))
+    for needs in ((True, True), (True, False), (False, True)):
+        check(backward, dy, x, weight, lam, gam, *bases, *needs, fast=fast or not all(needs))
+    turned = (v.mT.contiguous().mT for v in (lam, gam))
+    check(backward, dy, x, None, *turned, *bases, True, True, fast=True)
+    if case[3] == "hadamard":
+        for base in (weight, None):
+            check(ops.hadamard_weight, base, *rest, fast=fast or base is None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_scaled_basis(dtype):
-    t, low = with_operands(BASES["planes"])[0], dtype == torch.bfloat16
-    A = t.basis.dense(dtype=dtype)[0]
-    check(ops.scaled_basis, A, t.lam, t.gam, fast=low)
-    grad = torch.ones(t.basis.K, t.basis.d, dtype=dtype)
-    check(ops.scaled_basis_backward, grad, A, *detached(t, "lam gam"), fast=low)
-
-
-def test_opcheck_with_strided_inputs():
-    t, bases = with_operands(BASES["lists"])
-    lam, gam, dy, x = (v.mT.contiguous().mT for v in detached(t, "lam gam dy x"))
-    check(ops.independent_linear, x, None, None, lam, gam, *bases, fast=True)
-    rest = None, lam, gam, *bases, True, True
-    check(ops.independent_linear_backward, dy, x, *rest, fast=True)
-    A = torch.ones(5, 2).T
-    check(ops.scaled_basis, A, lam, gam, fast=True)
-    check(ops.scaled_basis_backward, torch.ones(6, 5), A, lam, gam, fast=True)
+    t, low = with_operands(PLANES)[0], dtype == torch.bfloat16
+    A, grad = t.basis.dense(dtype=dtype)[0], torch.ones(t.basis.K, t.basis.d, dtype=dtype)
+    lam, gam = t.lam.detach(), t.gam.detach()
+    check(ops.scaled_basis, A.T.contiguous().T, t.lam, t.gam, fast=low)
+    check(ops.scaled_basis_backward, grad, A.T.contiguous().T, lam, gam, fast=low)
 
 
 def test_opcheck_packing():
@@ -76,8 +64,8 @@ def test_opcheck_packing():
     check(ops.pack_dense, basis.dense()[1])
     check(ops.fill_planes_, torch.zeros_like(planes), 1, 1, 0, 0, basis.K, 5)
     for wide in (False, True):
-        check(ops.planes_to_lists, planes, basis.K, True, wide, fast=True)
-        check(ops.planes_to_lists, planes, basis.K, False, wide, fast=wide)
+        for by_column in (True, False):
+            check(ops.planes_to_lists, planes, basis.K, by_column, wide, fast=wide or by_column)
         offset, index = ops.planes_to_lists(planes, basis.K, False, wide)
         check(ops.lists_to_dense, offset, index, basis.K, 0.5, torch.float32, fast=wide)
         tested = ("test_schema", "test_faketensor")  # entries between the tables are unset
@@ -85,35 +73,16 @@ def test_opcheck_packing():
         torch.library.opcheck(ops.support_tables.default, arguments, test_utils=tested)
 
 
-@pytest.mark.parametrize(
-    "name, dtype", [("dense", torch.float32), ("dense reduce", torch.bfloat16)], ids=str
-)
-def test_opcheck_dense(name, dtype):
-    t, bases = with_operands(OTHERS[name])
-    x, weight, bias, dy = (v.to(dtype) for v in detached(t, "x weight bias dy"))
-    A, B, expand, scale = bases
-    bases = A.to(dtype), B.to(dtype), expand, scale
-    check(ops.dense_linear, x.requires_grad_(), weight, bias, t.lam, t.gam, *bases)
-    rest = weight, *detached(t, "lam gam"), *bases
-    for needs in ((True, True), (True, False), (False, True)):
-        check(ops.dense_linear_backward, dy, x.detach(), *rest, *needs, fast=not all(needs))
-
-
-# ---- gradcheck
-
-
-@pytest.mark.parametrize("name", [name for name in BASES | OTHERS if "wide" not in name])
-def test_gradcheck(name):
-    t, _ = with_operands((BASES | OTHERS)[name], torch.float64)
+@CALLS
+@pytest.mark.parametrize("sizes", [(9, 5, 2), (5, 9, 2)], ids=str)
+def test_gradcheck(sizes, basis):
+    t, _ = with_operands((*sizes, basis), torch.float64)
     basis, leaves = t.basis, [t.x, t.weight, t.bias, t.lam, t.gam]
     gradcheck, diagonals = torch.autograd.gradcheck, leaves[3:]
     assert gradcheck(lambda x, W, b, *d: linear(x, W, b, basis, *d, 0.5), leaves)
     assert gradcheck(lambda x, *d: linear(x, None, None, basis, *d), [leaves[0], *diagonals])
     assert gradcheck(lambda *d: delta_weight(basis, *d, 0.5), diagonals)
     assert gradcheck(lambda *d: scaled_basis(basis, *d), diagonals)
-
-
-# ---- what is kept for backward
 
 
 def storage(tensor):
@@ -160,23 +129,13 @@ def test_scratch_does_not_grow_with_tokens(density):
     assert in_a_new_thread(4096) == in_a_new_thread(512) > 0
 
 
-# ---- limits that must not be silent
-
-
 @CALLS
-def test_backward_twice_through_a_kept_graph(basis):
+def test_backward_twice_through_a_kept_graph_but_not_after_a_change_in_place(basis):
     layer = make_layer(50, 37, 7, basis, 20)
-    lam = layer.lam.requires_grad_()
+    gam = layer.gam.requires_grad_()
     y = call(layer)
-    first = torch.autograd.grad(y, lam, layer.dy, retain_graph=True)[0]
-    assert torch.equal(torch.autograd.grad(y, lam, layer.dy)[0], first)
-
-
-@pytest.mark.parametrize("kind", [0.07, "hadamard", "dense"])
-def test_an_input_changed_in_place_is_noticed(kind):
-    layer = make_layer(50, 37, 7, kind, 20)
-    layer.gam.requires_grad_()
-    y = call(layer)
+    first, again = (torch.autograd.grad(y, gam, layer.dy, retain_graph=True)[0] for _ in "12")
+    assert torch.equal(again, first)
     layer.lam.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()

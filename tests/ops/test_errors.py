@@ -1,25 +1,28 @@
 """Bad input raises an exception that names the argument, what it was and what is allowed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from layer_cases import make_basis, make_layer
+from layer_cases import make_basis, make_layer, operator
+from layer_cases import operands as operands_of
 
-from randlora_ext import TernaryBasis, delta_weight, linear, scaled_basis
+from randlora_ext import TernaryBasis, delta_weight, linear, merged_weight, scaled_basis
 from randlora_ext.ops.independent import operands
 
 ops = torch.ops.randlora
 ERRORS = (ValueError, TypeError, RuntimeError)
 # in = 8, out = 6, r = 3: d = 6, D = 8, n = 2, K = 6
-LISTS, PLANES = (TernaryBasis(8, 6, 3, density) for density in (0.1, 0.5))
-HADAMARD, DENSE = (make_basis(8, 6, 3, kind, dtype=torch.float32) for kind in ("hadamard", "dense"))
-BASES = [LISTS, PLANES, HADAMARD, DENSE]
+LISTS, PLANES, HADAMARD, DENSE = BASES = [
+    make_basis(8, 6, 3, kind, dtype=torch.float32) for kind in (0.1, 0.5, "hadamard", "dense")
+]
 ALL = pytest.mark.parametrize("basis", BASES, ids=lambda b: b.format)
 
 
 def arguments(basis=LISTS):
     layer = make_layer(8, 6, 3, 0.5, 4, torch.float32)
-    layer.basis = basis
-    return {name: getattr(layer, name) for name in ("x", "weight", "bias", "basis", "lam", "gam")}
+    names = ("x", "weight", "bias", "basis", "lam", "gam")
+    return {name: getattr(layer, name) for name in names} | {"basis": basis}
 
 
 def refuses(function, arguments_, *expected):
@@ -54,6 +57,7 @@ def test_diagonals(basis, change, expected):
     good = {**arguments(basis), **change}
     refuses(linear, good, *expected)
     refuses(delta_weight, {k: good[k] for k in ("basis", "lam", "gam")}, *expected)
+    refuses(merged_weight, {k: good[k] for k in ("basis", "weight", "lam", "gam")}, *expected)
     shown = expected[:2]  # a dense A does not tell n
     refuses(scaled_basis, {"basis_or_A": basis, "lam": good["lam"], "gam": good["gam"]}, *shown)
 
@@ -83,7 +87,11 @@ def test_diagonals(basis, change, expected):
 def test_linear(basis, change, expected):
     if basis is not DENSE and expected[-1] == "float":
         expected = [*expected[:-1], "float32"]
-    refuses(linear, {**arguments(basis), **change}, *expected)
+    good = {**arguments(basis), **change}
+    refuses(linear, good, *expected)
+    if change.keys() == {"weight"} and expected[-1] == "(6, 8)":
+        del good["x"], good["bias"]
+        refuses(merged_weight, good, *expected)
 
 
 @pytest.mark.parametrize(
@@ -109,15 +117,10 @@ def test_scaled_basis_of_a_dense_matrix(change, expected):
 # ---- raw operators: packed tensors that are not those of a basis
 
 
-NAMES = [
-    "a_offset", "a_index", "a_tables", "b_planes", "b_row_offset", "b_row_index", "b_col_offset",
-    "b_col_index", "expand", "scale",
-]  # fmt: skip
-
-
-def packed(basis, **changes):
-    """The operators' arguments that describe the bases, some of them replaced."""
-    return dict(zip(NAMES, operands(basis, "cpu"), strict=True)) | changes
+def packed(basis):
+    """The operators' arguments that describe the bases."""
+    names = [argument.name for argument in ops.independent_linear.default._schema.arguments]
+    return dict(zip(names[5:], operands(basis, "cpu"), strict=True))
 
 
 def shifted(offset, position, by):
@@ -166,6 +169,10 @@ def malformed():
         (of_b[0], "(8, 1)"),
     ):
         yield {**planes, "b_planes": bad}, "b_planes", *expected
+    index = planes["a_index"].clone()
+    index[:2] = index[:2].flip(0)
+    for bad in (index, index.int()):
+        yield {**planes, "a_index": bad}, "a_index", "ascend"
     # Of a larger layer of r = 3, and with one column past the end.
     larger = packed(TernaryBasis(16, 12, 3, 1 / 3))
     of_a = {name: larger[name] for name in ("a_offset", "a_index")}
@@ -179,37 +186,11 @@ def malformed():
 @pytest.mark.parametrize("case", malformed(), ids=lambda case: ", ".join(case[1:]))
 def test_malformed_packed(case):
     bases, *expected = case
-    common = {
-        "x": torch.ones(4, 8),
-        "weight": None,
-        "lam": torch.ones(3, 2),
-        "gam": torch.ones(2, 6),
-    }
+    common = {k: v for k, v in arguments().items() if k not in ("bias", "basis")}
+    common["weight"] = None
     refuses(ops.independent_linear, {**common, "bias": None, **bases}, *expected)
     last = {"dy": torch.ones(4, 6), "need_x": True, "need_diagonals": True}
     refuses(ops.independent_linear_backward, {**common, **bases, **last}, *expected)
-
-
-@pytest.mark.parametrize("wide", [False, True])
-def test_positions_of_a_ascend(wide):
-    basis = TernaryBasis(96, 60, 4, 0.1)
-    bases = packed(basis)
-    if wide:
-        bases = {
-            name: t.int() if name.endswith("_index") and t is not None else t
-            for name, t in bases.items()
-        }
-    offset, index = bases["a_offset"], bases["a_index"].clone()
-    start = int(offset[int((offset.diff() > 1).nonzero()[0])])
-    index[[start, start + 1]] = index[[start + 1, start]]
-    bases["a_index"] = index
-    common = {
-        "x": torch.ones(4, 96), "weight": torch.ones(60, 96), "lam": torch.ones(4, basis.n),
-        "gam": torch.ones(basis.n, 60),
-    }  # fmt: skip
-    refuses(ops.independent_linear, {**common, "bias": None, **bases}, "a_index", "ascend")
-    last = {"dy": torch.ones(4, 60), "need_x": True, "need_diagonals": True}
-    refuses(ops.independent_linear_backward, {**common, **bases, **last}, "a_index", "ascend")
 
 
 @pytest.mark.parametrize(
@@ -222,9 +203,8 @@ def test_positions_of_a_ascend(wide):
     ],
 )
 def test_wrong_sizes(lam, gam, expected):
-    diagonals = torch.ones(lam), torch.ones(gam)
-    inputs = torch.ones(4, 8), None, None, *diagonals, *operands(LISTS, "cpu")
-    refuses(lambda: ops.independent_linear(*inputs), {}, *expected)
+    inputs = torch.ones(4, 8), None, None, torch.ones(lam), torch.ones(gam)
+    refuses(lambda: ops.independent_linear(*inputs, *operands(LISTS, "cpu")), {}, *expected)
 
 
 def wrong_lists(offset, index, *expected, device="cpu"):
@@ -257,6 +237,7 @@ def test_packing_operators(op, values, expected):
     refuses(lambda: getattr(ops, op)(*values), {}, *expected)
 
 
+@ALL
 @pytest.mark.parametrize(
     "dy, expected",
     [
@@ -266,11 +247,10 @@ def test_packing_operators(op, values, expected):
         (torch.ones(4, 6).double(), ["dy", "float64", "float32"]),
     ],
 )
-def test_a_gradient_that_does_not_fit(dy, expected):
-    good = arguments()
-    inputs = dy, *(good[name] for name in ("x", "weight", "lam", "gam"))
-    last = *operands(LISTS, "cpu"), True, True
-    refuses(lambda: ops.independent_linear_backward(*inputs, *last), {}, *expected)
+def test_a_gradient_that_does_not_fit(basis, dy, expected):
+    layer = replace(make_layer(8, 6, 3, 0.5, 4, torch.float32), basis=basis)
+    inputs = dy, layer.x, layer.weight, layer.lam, layer.gam, *operands_of(layer), True, True
+    refuses(lambda: operator(basis, "linear_backward")(*inputs), {}, *expected)
 
 
 def test_planes_that_share_a_bit_stay_in_memory():

@@ -9,6 +9,7 @@ from layer_cases import (
     NAMES,
     SHAPES,
     SIXTEEN_BITS,
+    WAYS,
     assert_rule,
     call,
     exact,
@@ -75,14 +76,49 @@ def test_one_dimensional_x_is_one_token(basis):
     assert y.shape == (37,) and torch.equal(y, call(layer)[0])
 
 
-@pytest.mark.parametrize("kind", ["hadamard", "dense"])
-def test_float16_keeps_small_diagonals(kind):
-    # lambda * gamma of 1e-7, as early in training, is about float16's smallest number.
-    layer = make_layer(256, 300, 16, kind, 40, torch.float16).without_weight()
-    layer.lam, layer.gam, layer.scaling = layer.lam * 1e-4, layer.gam / 16, 5e4
+SQUARE, WIDE, TALL = (4096, 4096), (1024, 1152), (1152, 1024)
+# Of a layer in float16: lambda, gamma, x, dy and the scaling.
+ADAM = [(1e-4, 1 / 4096, 1, dy, 20.0) for dy in (1e-2, 1e-3, 1e-4)]  # first steps, loss scale one
+UNEVEN = (1e-6, 1000 / 4096, 100, 1e-2, 20.0)  # diagonals that differ by nine powers of ten
+# Elements of dW of size 0.1 sqrt(K) = 3.2, a hundred times what training reaches.
+LARGE = (1, 0.1, 1, 1, 1.0)
+SMALL = (2.5e-5, 1 / 256, 1, 1, 5e4)  # lambda * gamma of about float16's smallest number
+
+
+@pytest.mark.parametrize("kind, sizes, r, tokens, how, numbers", [
+    *(("hadamard", sizes, 32, 64, how, numbers) for numbers in (*ADAM, UNEVEN)
+      for sizes in (SQUARE, WIDE, TALL) for how in WAYS if how == "kernels" or sizes != SQUARE),
+    *(("dense", (1024, 1024), r, tokens, "kernels", numbers)
+      for r, tokens in ((16, 64), (64, 300)) for numbers in (LARGE, SMALL)),
+], ids=str)  # fmt: skip
+def test_range_of_float16(kind, sizes, r, tokens, how, numbers):
+    with_weight = make_layer(*sizes, r, kind, tokens, torch.float16)
+    lam, gam, x, dy, with_weight.scaling = numbers
+    with_weight.lam, with_weight.gam = with_weight.lam.sign() * lam, with_weight.gam.sign() * gam
+    with_weight.x, with_weight.dy = with_weight.x * x, with_weight.dy * dy
+    for layer in (with_weight, with_weight.without_weight())[kind == "hadamard" :]:
+        oracle, results = exact(layer), WAYS[how](layer)
+        for which, want in oracle.items():
+            assert results[which].isfinite().all(), which
+            # dx itself may be smaller than what float16 holds.
+            subnormal = results[which].dtype == torch.float16 and want.abs().max() < 2.0**-14
+            bound = 2.0**-25 / want.square().mean().sqrt().item() if subnormal else 0.0
+            assert rms_error(results[which], want) < 0.003 + bound, which
+
+
+@pytest.mark.parametrize("sizes", [SQUARE, WIDE, TALL], ids=str)
+def test_a_large_activation_in_float16_stays_finite(sizes):
+    # Language models have activations of some thousands in a few features. lambda = 1 and
+    # gamma = 1 / d, as at the start: y is small, and so must be everything between.
+    layer = make_layer(*sizes, 32, "hadamard", 2, torch.float16).without_weight()
+    layer.x[0], layer.x[0, 7], layer.dy[1], layer.scaling = 0, 5000, 0, 1.0
+    layer.dy[0], layer.dy[1, 5] = layer.dy[0] / 100, 5000
+    layer.lam.fill_(1), layer.gam.fill_(1 / layer.basis.d)
     oracle = exact(layer)
-    for name, value in ours(layer).items():
-        assert rms_error(value, oracle[name]) < 2e-3, name
+    for how in [*WAYS][: 1 if sizes == SQUARE else 2]:
+        for name, value in WAYS[how](layer).items():
+            assert value.isfinite().all(), (how, name)
+            assert rms_error(value, oracle[name]) < 2e-3, (how, name)
 
 
 @pytest.mark.parametrize("wanted", ["x", "lam gam", "lam", "gam", "x gam", "weight", "bias"])

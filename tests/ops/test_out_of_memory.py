@@ -23,72 +23,57 @@ from randlora_ext import RandLoraLinear, TernaryBasis
 from randlora_ext.basis import cache
 
 FAULTS = ctypes.CDLL(None)
-BASES = {
-    "planes": {"density": 1 / 3},
-    "lists": {"density": 0.07},
-    "hadamard": {"basis": "hadamard"},
-}
+LISTS = {"basis": "independent", "density": 0.07}
+BASES = [LISTS, {"basis": "independent", "density": 1 / 3}, {"basis": "hadamard"}]
+NO_WEIGHT = {"keep_weight": "nothing"}  # putting a kept W back allocates nothing
 
 
-def with_failing_allocation(n: int, action) -> bool:
-    """Whether `action()` ended with an error because its n-th allocation failed."""
-    before = FAULTS.failures()
-    FAULTS.fail_at(ctypes.c_long(n))
+def fails(action) -> bool:
+    """Whether `action()` ended with an error, which must be about memory."""
     try:
         action()
-        raised = False
     except (RuntimeError, MemoryError) as error:
         assert "memory" in str(error).lower() or isinstance(error, MemoryError), error
-        raised = True
-    finally:
-        FAULTS.fail_at(ctypes.c_long(-1))
-    assert raised == (FAULTS.failures() > before), "an allocation failed and nothing was raised"
-    return raised
+        return True
+    return False
 
 
-def snapshot(layer: RandLoraLinear) -> list:
-    state = layer.state_dict()
-    return [sorted(state), layer.merged_adapters[:], [*layer.bases], layer.active_adapters] + [
-        state[name].clone() for name in sorted(state)
-    ]
+def bits(tensors) -> list[bytes]:
+    return [t.detach().float().numpy().tobytes() for t in tensors]
 
 
-def same(a: list, b: list) -> bool:
-    return len(a) == len(b) and all(
-        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
-        for x, y in zip(a, b, strict=True)
-    )
-
-
-def results(layer: RandLoraLinear, x: torch.Tensor, dy: torch.Tensor) -> list:
-    return [layer(x)] if layer.merged else run(layer, x, dy)
-
-
-def fresh(options: dict, dtype=torch.float32) -> RandLoraLinear:
-    """A layer whose basis is not packed yet."""
-    assert not cache._cache, "somebody holds a basis"
-    base = make_base(130, 70, dtype=dtype)
-    return randomize(RandLoraLinear(base, r=9, **({"basis": "independent"} | options)))
+def state(layer: RandLoraLinear) -> list:
+    tensors = layer.state_dict()
+    names = layer.merged_adapters[:], [*layer.bases], layer.active_adapters, [*tensors]
+    return [*names, bits(tensors.values())]
 
 
 def try_all(name: str, options: dict, action, prepare=lambda layer: None, dtype=torch.float32):
     """Prints how many allocations of `action(layer)` were made to fail."""
-    layer = fresh(options, dtype)
-    prepare(layer)
-    x, dy = inputs(layer, 33, dtype=dtype)
-    expected = results(layer, x, dy)
-    del layer
-    faults = 0
-    while True:
-        layer = fresh(options, dtype)
+
+    def fresh() -> RandLoraLinear:
+        assert not cache._cache, "somebody holds a basis"  # none is packed yet
+        layer = randomize(RandLoraLinear(make_base(130, 70, dtype=dtype), r=9, **options))
         prepare(layer)
-        before = snapshot(layer)
-        if not with_failing_allocation(faults, lambda layer=layer: action(layer)):
+        return layer
+
+    def results(layer) -> list[bytes]:
+        x, dy = inputs(layer, 33, dtype=dtype)
+        return bits([layer(x)] if layer.merged else run(layer, x, dy))
+
+    expected, faults = results(fresh()), 0
+    while True:
+        layer = fresh()
+        before, failed = state(layer), FAULTS.failures()
+        FAULTS.fail_at(ctypes.c_long(faults))
+        raised = fails(lambda layer=layer: action(layer))
+        FAULTS.fail_at(ctypes.c_long(-1))
+        assert raised == (FAULTS.failures() > failed), "an allocation failed and nothing was raised"
+        if not raised:
             break
         faults += 1
-        assert same(before, snapshot(layer)), f"{name}: fault {faults} left a change"
-        for got, want in zip(results(layer, x, dy), expected, strict=True):
-            assert torch.equal(got, want), f"{name}: fault {faults} changed a result"
+        assert before == state(layer), f"{name}: fault {faults} left a change"
+        assert results(layer) == expected, f"{name}: fault {faults} changed a result"
         action(layer)  # and what failed can be done
         del layer
     print(json.dumps([name, faults]), flush=True)
@@ -101,23 +86,16 @@ def step(layer):
 
 
 def full_machine() -> None:
-    layer = randomize(RandLoraLinear(make_base(256, 384), r=16, density=0.07, basis="independent"))
+    layer = randomize(RandLoraLinear(make_base(256, 384), r=16, **LISTS))
     small, large = inputs(layer, 40), inputs(layer, 20_000)
-    expected = run(layer, *small)
-    failed = 0
+    expected, failed = bits(run(layer, *small)), 0
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     for spare in range(0, 200 << 20, 20 << 20):
-        with open("/proc/self/statm") as statm:
-            used = int(statm.read().split()[0]) * resource.getpagesize()
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + spare, hard))
-        try:
-            run(layer, *large)
-        except (RuntimeError, MemoryError) as error:
-            assert "memory" in str(error) or isinstance(error, MemoryError), error
-            failed += 1
-        finally:
-            resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-        assert same(run(layer, *small), expected)
+        failed += fails(lambda: run(layer, *large))
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+        assert bits(run(layer, *small)) == expected
     run(layer, *large)
     print(json.dumps(["a full machine", failed]))
 
@@ -126,26 +104,18 @@ def main() -> None:
     FAULTS.failures.restype = ctypes.c_long
     torch.set_num_threads(2)
     full_machine()
-    for kind, options in BASES.items():
-        try_all(f"step, {kind}", options, step)
-        try_all(f"bfloat16 step, {kind}", options, step, dtype=torch.bfloat16)
-        try_all(f"delta weight, {kind}", options, lambda layer: layer.get_delta_weight("default"))
-        try_all(f"dense bases, {kind}", options, lambda layer: layer.get_scaled_bases("default"))
-    lists = BASES["lists"]
-    nothing = {"keep_weight": "nothing"}  # putting a kept W back allocates nothing
-    for options in ({}, nothing):
-        try_all(
-            f"merge {options}", lists, lambda layer, o=options: layer.merged or layer.merge(**o)
-        )
-    try_all("unmerge", lists, lambda layer: layer.unmerge(), lambda layer: layer.merge(**nothing))
-    try_all(
-        "another adapter",
-        lists,
-        lambda layer: layer.update_layer("two", 5, density=0.3, basis="independent"),
-    )
-
+    for kind in BASES:
+        try_all(f"step, {kind}", kind, step)
+        try_all(f"bfloat16 step, {kind}", kind, step, dtype=torch.bfloat16)
+        try_all(f"delta weight, {kind}", kind, lambda layer: layer.get_delta_weight("default"))
+        try_all(f"dense bases, {kind}", kind, lambda layer: layer.get_scaled_bases("default"))
+    for how in ({}, NO_WEIGHT):
+        try_all(f"merge {how}", LISTS, lambda layer, how=how: layer.merged or layer.merge(**how))
+    try_all("unmerge", LISTS, RandLoraLinear.unmerge, lambda layer: layer.merge(**NO_WEIGHT))
+    other = {"r": 5, "basis": "independent", "density": 0.3}
+    try_all("another adapter", LISTS, lambda layer: layer.update_layer("two", **other))
     dense = TernaryBasis(130, 70, 9, 0.3).dense()
-    try_all("import", lists, lambda layer: imported_basis(*dense, 130, 70).packed())
+    try_all("import", LISTS, lambda layer: imported_basis(*dense, 130, 70).packed())
 
 
 def test_memory_that_runs_out(tmp_path):

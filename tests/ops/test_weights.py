@@ -1,11 +1,24 @@
 """`delta_weight`, `scaled_basis` and `merged_weight`; test_properties.py tries more shapes, strides
 and types of the first."""
 
+import pickle
+from dataclasses import replace
+
 import pytest
 import torch
-from layer_cases import BASES, SHAPES, SIXTEEN_BITS, largest_error, make_basis, make_layer
+from layer_cases import (
+    BASES,
+    CALLS,
+    SHAPES,
+    SIXTEEN_BITS,
+    largest_error,
+    make_basis,
+    make_layer,
+    operands,
+)
 
-from randlora_ext import delta_weight, merged_weight, scaled_basis
+from randlora_ext import TernaryBasis, delta_weight, merged_weight, scaled_basis
+from randlora_ext.ops import hadamard
 from randlora_ext.reference import delta_weight_reference, scaled_basis_reference
 
 ALL_TYPES = [torch.float64, torch.float32, *SIXTEEN_BITS]
@@ -25,16 +38,12 @@ def run(function, lam, gam, grad):
     return dict(zip(("out", "dlam", "dgam"), (out.detach(), *gradients), strict=True))
 
 
-# ---- delta_weight
-
-
-def ours(basis, lam, gam, grad):
-    return run(lambda *diagonals: delta_weight(basis, *diagonals, SCALING), lam, gam, grad)
-
-
 def reference(basis, lam, gam, scaling=SCALING):
     A, B = basis.dense(dtype=torch.float64)
     return delta_weight_reference(A, B, lam, gam, scaling, basis.out_features, basis.in_features)
+
+
+# ---- delta_weight
 
 
 def case(shape, kind, dtype=torch.float64):
@@ -46,22 +55,23 @@ def case(shape, kind, dtype=torch.float64):
 @pytest.mark.parametrize("kind", [*BASES, 0.12, 0.13])
 @pytest.mark.parametrize("shape", [*SHAPES, (530, 640, 16), (1000, 129, 2)], ids=str)
 def test_delta_weight_in_float64(shape, kind):
-    basis, lam, gam, grad = case(shape, kind)
-    oracle = run(lambda *diagonals: reference(basis, *diagonals), lam, gam, grad)
-    results = ours(basis, lam, gam, grad)
+    basis, *rest = case(shape, kind)
+    oracle = run(lambda *diagonals: reference(basis, *diagonals), *rest)
+    results = run(lambda *diagonals: delta_weight(basis, *diagonals, SCALING), *rest)
     assert results["out"].shape == (shape[1], shape[0])
     for name, value in results.items():
         assert value.dtype == torch.float64 and value.shape == oracle[name].shape
         assert largest_error(value, oracle[name]) <= FP64, name
 
 
-def test_diagonals_of_two_types_give_the_type_of_lam():
-    basis, lam, gam, grad = case((50, 37, 7), 0.07, torch.float32)
+@CALLS
+def test_diagonals_of_two_types_give_the_type_of_lam(basis):
+    basis, lam, gam, grad = case((50, 37, 7), basis, torch.float32)
     lam = lam.bfloat16()
-    results = ours(basis, lam, gam, grad)
+    results = run(lambda *diagonals: delta_weight(basis, *diagonals), lam, gam, grad)
     assert results["out"].dtype == results["dlam"].dtype == torch.bfloat16
     assert results["dgam"].dtype == torch.float32
-    assert torch.equal(results["out"], delta_weight(basis, lam.float(), gam, SCALING).bfloat16())
+    assert torch.equal(results["out"], delta_weight(basis, lam.float(), gam).bfloat16())
 
 
 @pytest.mark.parametrize("kind", [1 / 3, 0.07, "hadamard"])
@@ -139,22 +149,38 @@ def test_one_rounding_of_the_sum(shape, kind, dtype):
     basis, weight, lam, gam = layer.basis, layer.weight, layer.lam, layer.gam
     if shape[0] > shape[1]:
         weight = weight.mT.contiguous().mT
-    got = merged_weight(basis, weight, lam, gam, 0.5)
+    results = [merged_weight(basis, weight, lam, gam, 0.5)]
+    if kind == "hadamard":
+        bases = operands(replace(layer, scaling=0.5))
+        results.append(hadamard._plain_weight(weight, lam, gam, *bases))
     want = weight.double() + reference(basis, lam.double(), gam.double(), 0.5)
-    assert got.dtype == dtype and got.shape == weight.shape
     ulp = torch.finfo(dtype).eps * want.abs()
     noise = (1e-12 if dtype == torch.float64 else 1e-5) * want.abs().max()
     if kind == "dense" and dtype.itemsize == 2:  # A' and B are rounded, too
         noise = noise + 4 * torch.finfo(dtype).eps * (want - weight.double()).square().mean().sqrt()
-    assert bool(((got.double() - want).abs() <= ulp / 2 + noise).all())
-    if dtype.itemsize > 2:
-        assert (got.double() - want).norm() < 4 * torch.finfo(dtype).eps * want.norm()
+    for got in results:
+        assert got.dtype == dtype and got.shape == weight.shape
+        error = got.double() - want
+        assert bool((error.abs() <= ulp / 2 + noise).all())
+        assert dtype.itemsize == 2 or error.norm() < 4 * torch.finfo(dtype).eps * want.norm()
 
 
-@pytest.mark.parametrize("kind", [1 / 3, "hadamard", "dense"])
-def test_errors_of_merged_weight(kind):
-    layer = make_layer(33, 70, 8, kind, 1, torch.float32)
-    basis, weight, lam, gam = layer.basis, layer.weight, layer.lam, layer.gam
-    wrong_shape = r"weight must be \(out, in\) = \(70, 33\), got \(33, 70\)"
-    with pytest.raises(ValueError, match=wrong_shape):
-        merged_weight(basis, weight.T, lam, gam)
+# ---- dense bases, PEFT's default
+
+
+def test_bases_are_views_of_the_matrices_and_one_copy_in_another_dtype():
+    A, B = torch.rand(4, 40), torch.rand(60, 40)
+    one, other = (TernaryBasis.from_dense(A, B, *sizes) for sizes in ((40, 60), (50, 20)))
+    for basis in (one, other):
+        a, b = basis.packed()
+        assert (a.shape, b.shape) == ((4, basis.d), (basis.D, basis.K))
+        assert a.data_ptr() == A.data_ptr() and b.data_ptr() == B.data_ptr()
+        assert basis.dense_b("cpu", torch.float32).data_ptr() == B.data_ptr()
+    assert one.dense_b("cpu", torch.bfloat16) is one.dense_b("cpu", torch.bfloat16)
+    drawn = one.dense()
+    assert torch.equal(drawn[0], A) and drawn[0].data_ptr() != A.data_ptr()
+    assert (one.kind, one.format, one.description, one.seed) == ("dense", "dense", None, None)
+    assert "dense" in repr(one)
+    assert torch.equal(pickle.loads(pickle.dumps(one)).packed()[1], B)
+    with pytest.raises(ValueError, match=r"A must be .*\(4, >= 41\) and B .*\(60, 40\)"):
+        TernaryBasis.from_dense(A, B, 41, 60)

@@ -24,6 +24,7 @@ from peft_helpers import (
     runs_on_kernels,
     stock_made,
 )
+from safetensors import safe_open
 from torch import nn
 
 from randlora_ext import _C, RandLoraLinear
@@ -37,8 +38,6 @@ def tables():
     return (
         mapping.PEFT_TYPE_TO_CONFIG_MAPPING[RANDLORA],
         mapping.PEFT_TYPE_TO_TUNER_MAPPING[RANDLORA],
-        peft.PeftModel.save_pretrained,
-        peft.PeftModel.load_adapter,
     )
 
 
@@ -75,14 +74,15 @@ def test_what_enable_is_not_told_stays(settings_restored):
     assert AcceleratedLinear.keep_weight == "device"
 
 
-def test_enable_twice_and_disable():
+def test_enable_twice_and_disable(tmp_path):
     stock = tables()
-    assert stock[:2] == (peft.RandLoraConfig, peft.tuners.randlora.RandLoraModel)
-    assert {method.__module__ for method in stock[2:]} == {"peft.peft_model"}
+    assert stock == (peft.RandLoraConfig, peft.tuners.randlora.RandLoraModel)
     accelerated.disable()
     accelerated.enable()
     accelerated.enable()
     assert all(one is not other for one, other in zip(stock, tables(), strict=True))
+    for method in (peft.PeftModel.save_pretrained, peft.PeftModel.load_adapter):
+        assert method.__wrapped__.__module__ == "peft.peft_model"  # once
     inside = peft.get_peft_model(Deep(), config(5, sparse=True))
     accelerated.disable()
     assert tables() == stock
@@ -91,6 +91,10 @@ def test_enable_twice_and_disable():
     assert {type(layer) for layer in layers(outside)} == {StockLinear}
     inside.add_adapter("two", config(5, sparse=True))
     assert runs_on_kernels(inside)
+    for model, records in ((inside, True), (outside, False)):
+        model.save_pretrained(tmp_path)
+        file = safe_open(tmp_path / "adapter_model.safetensors", "pt")
+        assert ("randlora_ext" in file.metadata()) == records
 
 
 @pytest.mark.filterwarnings("error")
@@ -135,7 +139,7 @@ print(type(model.base_model.model[0]).__name__)
 def test_without_peft_and_imported_before_it():
     told = subprocess.run([sys.executable, "-c", OURS_FIRST], capture_output=True, text=True).stdout
     without, layer = told.splitlines()
-    assert "not installed; install it with `pip install 'peft>=0.20'`" in without
+    assert "`pip install -U 'peft>=0.20'`; it is not installed" in without
     assert layer == "AcceleratedLinear"
 
 
@@ -144,7 +148,7 @@ def test_old_or_newer_peft(monkeypatch):
     with pytest.warns(UserWarning, match=r"tested with PEFT 0\.20 to .*, found 0\.99\.0\.dev0"):
         accelerated.check_version()
     monkeypatch.setattr(peft, "__version__", "0.19.1")
-    with pytest.raises(ImportError, match=r"found 0\.19\.1.*pip install.*peft>=0\.20"):
+    with pytest.raises(ImportError, match=r"pip install.*peft>=0\.20.*found 0\.19\.1"):
         accelerated.check_version()
 
 

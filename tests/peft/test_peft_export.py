@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from cli_helpers import KINDS, llama
+from cli_helpers import KINDS
 from peft_helpers import (
     PEFT,
     Deep,
@@ -78,11 +78,6 @@ def test_hadamard_bases_of_several_sizes_are_refused(tmp_path, x):
     with pytest.raises(ValueError, match=message):
         accelerated.export_to_peft(model, tmp_path)
     assert not list(tmp_path.iterdir())
-    wanted = model(x)
-    accelerated.export_to_peft(model, tmp_path, merged=True)
-    assert torch.equal(model(x), wanted) and len(layers(model)) == 3
-    plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
-    assert relative(plain(x), wanted) < 1e-5
 
 
 def test_the_model_stays_as_it_was_and_every_adapter_is_written(tmp_path, x):
@@ -114,17 +109,6 @@ def test_what_else_is_there_goes_along(tmp_path, x):
     assert relative(opened_by_stock(tmp_path, Headed)(x), model(x)) < 1e-6
     card = (tmp_path / "README.md").read_text()
     assert "# Our adapter" in card and "license: mit" in card and "library_name: peft" in card
-
-
-def test_merged_transformers_model(tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    model = adapted(llama(), ["q_proj", "down_proj"], 8, basis="independent").eval()
-    tokens = torch.randint(0, 50, (2, 6))
-    wanted = model(tokens).logits
-    accelerated.export_to_peft(model, tmp_path, merged=True)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert relative(plain(tokens).logits, wanted) < 1e-5
 
 
 def test_a_stock_model_and_no_peft_model(tmp_path, x):

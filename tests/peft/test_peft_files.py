@@ -103,7 +103,6 @@ WRITERS = {
     "a pickle": lambda model, path: model.save_pretrained(path, safe_serialization=False),
     "configuration": lambda model, path: model.peft_config["default"].save_pretrained(path),
     "export_to_peft": lambda model, path: accelerated.export_to_peft(model, path),
-    "merged": lambda model, path: accelerated.export_to_peft(model, path, merged=True),
 }
 
 

@@ -52,12 +52,12 @@ def plain_tensors(folder):
 
 
 MISFITS = {
-    "key": (KEY_ALONE, KEY_ALONE | {"projection_prng_key": 9}, "projection_prng_key is 9, not 0$"),
-    "flags": (KEY_ALONE, VERY_SPARSE, "sparse is False, not True\n\tvery_sparse is True, not"),
-    "uniform": (KEY_ALONE, {"save_projection": False}, "sparse is False, not True"),
-    "density": (DRAWN, DRAWN | {"density": 0.2}, r"density is 0\.2, not 0\.1$"),
-    "seed of signs": (HADAMARD, HADAMARD | {"projection_prng_key": 8}, "key is 8, not 7$"),
-    "kind of a seed": (HADAMARD, SEED, r"'independent', not 'hadamard'\n\tdensity is 0\.2, not"),
+    "key": (KEY_ALONE, KEY_ALONE | {"projection_prng_key": 9}, "sparse, .*_key=9, not .*_key=0$"),
+    "flags": (KEY_ALONE, VERY_SPARSE, "PEFT's, very_sparse, of .*, not PEFT's, sparse, of"),
+    "uniform": (KEY_ALONE, {"save_projection": False}, "uniform, of .*, not PEFT's, sparse"),
+    "density": (DRAWN, DRAWN | {"density": 0.2}, r"density=0\.2:.*, not .*density=0\.1:seed=0$"),
+    "seed of signs": (HADAMARD, HADAMARD | {"projection_prng_key": 8}, "seed=8, not .*seed=7$"),
+    "kind of a seed": (HADAMARD, SEED, r"independent-1:density=0\.2:seed=7, not .*hadamard-1:"),
 }
 
 
@@ -122,7 +122,7 @@ def test_load_adapter_keeps_alpha_as_stock_does_and_says_so(tmp_path, x):
 
 
 def test_a_file_without_a_configuration(tmp_path, x):
-    """Stock PEFT reads the tensors; so do we. Their header tells, or nobody does."""
+    """Stock PEFT reads the tensors; so do we if their header tells of which bases."""
     theirs = made(seed=3, **KEY_ALONE)
     theirs.save_pretrained(tmp_path / "sub" / "folder")
     (tmp_path / "sub/folder/adapter_config.json").unlink()
@@ -130,18 +130,18 @@ def test_a_file_without_a_configuration(tmp_path, x):
     model.load_adapter(tmp_path / "sub", "default", subfolder="folder")
     assert torch.equal(model(x), theirs(x))
     other = made(**KEY_ALONE, projection_prng_key=9)
-    with pytest.raises(ValueError, match="projection_prng_key is 0, not 9"):
+    with pytest.raises(ValueError, match="projection_prng_key=0, not .*=9"):
         other.load_adapter(tmp_path / "sub", "default", subfolder="folder")
     plain_tensors(tmp_path / "sub" / "folder")
-    with pytest.warns(UserWarning, match="has no adapter_config.json, so nothing tells"):
-        model.load_adapter(tmp_path / "sub", "default", subfolder="folder")
+    with pytest.raises(ValueError, match="Can't find 'adapter_config.json'"):
+        model.load_adapter(tmp_path / "sub" / "folder", "default")
 
 
 def test_a_model_that_was_accelerated_without_enable(tmp_path):
     """Stock PEFT's table is in force then, whose configuration drops the density."""
     made(seed=3, density=0.2, save_projection=False).save_pretrained(tmp_path)
     model = accelerated.accelerate(stock_made(save_projection=False))
-    with pytest.raises(ValueError, match=r"density is 0\.2, not None"):
+    with pytest.raises(ValueError, match=r"density=0\.2:seed=0, not PEFT's, uniform"):
         model.load_adapter(tmp_path, "default")
 
 
@@ -284,7 +284,7 @@ def test_what_cannot_be_swapped(tmp_path, x):
         accelerated.hotswap_adapter(model, tmp_path / "fourier")
     before = model(x)
     model.merge_adapter()
-    with pytest.raises(ValueError, match="'default' is merged"):
+    with pytest.raises(RuntimeError, match=r"has merged \['default'\] into its weight"):
         accelerated.hotswap_adapter(model, tmp_path)
     model.load_adapter(tmp_path, "two")  # but another adapter can be loaded
     model.unmerge_adapter()
@@ -362,8 +362,8 @@ def test_a_file_that_fits_in_part_is_told(tmp_path, recwarn, way):
         name = "two" if way == "new" else "default"
         assert not model.base_model.model[2]["q"].randlora_lambda[name].any()
     if way == "over":
-        _, (message,) = load_into(2, "v")
-        assert "4 of its tensors have no place" in message and "4 tensors of the" in message
+        _, (alone, missing) = load_into(2, "v")
+        assert "4 of its tensors have no place" in alone and "4 tensors of the" in missing
 
 
 def test_an_injected_model_is_loaded_as_a_whole_or_not_at_all():

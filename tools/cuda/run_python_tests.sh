@@ -34,11 +34,8 @@ cpu_only=(
   tests/ops/test_errors.py::test_packing_operators
   # Threads are nothing to a card; tests/gpu compares two runs.
   tests/ops/test_determinism.py::test_linear
-  tests/ops/test_determinism.py::test_class_products_of_any_size
   # The CPU's memory.
   tests/ops/test_autograd.py::test_scratch_does_not_grow_with_tokens
-  # Long, and torch's GEMMs alone.
-  tests/ops/test_dense.py::test_float16_stays_in_range_at_full_size
   # Half a minute; tests/gpu has a smaller one.
   tests/basis/test_packed.py::test_wide_lists
 )
@@ -48,6 +45,6 @@ for test in "${cpu_only[@]}"; do deselected+=(--deselect "$test"); done
 # Not here: what tests Python alone or the CPU's instruction sets.
 RANDLORA_GPU_RUN_DRY=1 python -m pytest -q -n 2 -p no:cacheprovider "${deselected[@]}" "$@" \
   tests/project/test_gpu_run_dry.py::test_the_whole_dry_run tests/gpu \
-  tests/ops/test_{linear,weights,autograd,hadamard,dense}.py \
+  tests/ops/test_{linear,weights,autograd,hadamard}.py \
   tests/ops/test_{nonfinite,determinism,errors}.py tests/basis/test_{basis_spec,packed}.py \
   tests/nn/test_layer.py tests/peft/test_{peft,peft_adapters}.py
