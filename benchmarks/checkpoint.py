@@ -9,18 +9,10 @@ from collections.abc import Callable
 
 import peft
 import torch
+from model_step import SHAPES
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import randlora_ext.peft
-
-LLAMA_3B = {
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}
 
 
 def saved_bytes(shape: dict, make_config: Callable[..., peft.PeftConfig], **options) -> int:
@@ -35,7 +27,7 @@ def saved_bytes(shape: dict, make_config: Callable[..., peft.PeftConfig], **opti
     return sum(value.numel() * value.element_size() for value in state.values())
 
 
-def sizes(rank: int = 32, shape: dict = LLAMA_3B) -> dict[str, int]:
+def sizes(rank: int = 32, shape: dict = SHAPES["llama-3.2-3b"]) -> dict[str, int]:
     """Bytes by method; PEFT's RandLoRA (0.21.2: a copy per layer) saves its bases, ours a seed."""
     randlora_ext.peft.disable()
     found = {
