@@ -49,6 +49,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, torch_settings, stock_pe
     if page == "README.md":
         pytest.importorskip("peft")
         namespace["model"] = importlib.import_module("cli_helpers").llama(hidden_size=128)
+        namespace["batches"] = [{"input_ids": torch.arange(8).view(2, 4)}]
     for line, source in found:
         # Padded with empty lines, so that a traceback names the line of the page.
         exec(compile("\n" * (line - 1) + source, str(path), "exec"), namespace)
