@@ -14,14 +14,7 @@ from torch import Tensor
 
 from ..basis import TernaryBasis
 from ..reference import scaled_basis_reference
-from .registration import (
-    Operator,
-    call_kernel,
-    entry,
-    fake,
-    gradients,
-    linear_entry,
-)
+from .registration import Operator, call_kernel, entry, fake, gradients, linear_entry
 
 _ops = torch.ops.randlora
 
@@ -73,10 +66,8 @@ torch.library.impl("randlora::scaled_basis", "default", _plain_scaled_basis)
 torch.library.impl("randlora::scaled_basis_backward", "default", _plain_scaled_basis_backward)
 
 
-def operands(
-    basis: TernaryBasis, device: torch.device | str, scaling: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, bool, float]:
-    """The operators' arguments that describe the bases."""
+def operands(basis: TernaryBasis, device, scaling: float, dtype: torch.dtype) -> tuple:
+    """The operators' arguments that describe the bases, from `A` to `scale`."""
     A, B = basis.dense_a(device, dtype), basis.dense_b(device, dtype)
     return A, B, basis.expand, float(scaling)
 

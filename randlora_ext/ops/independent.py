@@ -9,14 +9,12 @@ from .registration import fake, linear_entry
 _ops = torch.ops.randlora
 
 
-def operands(basis: TernaryBasis, device: torch.device | str, scaling: float = 1.0) -> tuple:
+def operands(basis: TernaryBasis, device, scaling: float = 1.0, dtype=None) -> tuple:
     """The operators' arguments that describe the bases, from `a_offset` to `scale`."""
     a_offset, a_index, a_tables, *of_b = basis.packed(device)
     tables = a_tables if a_tables.numel() else None  # CUDA's alone
-    planes = of_b[0] if len(of_b) == 1 else None
-    lists = of_b if planes is None else [None] * 4
-    scale = float(scaling * basis.scale)
-    return a_offset, a_index, tables, planes, *lists, basis.expand, scale
+    of_b = [*of_b, *[None] * 4] if len(of_b) == 1 else [None, *of_b]
+    return a_offset, a_index, tables, *of_b, basis.expand, float(scaling * basis.scale)
 
 
 @fake
