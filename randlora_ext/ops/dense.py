@@ -21,19 +21,17 @@ _ops = torch.ops.randlora
 
 class ScaledBasis(Operator):
     @staticmethod
-    def forward(A, lam, gam):
-        return call_kernel(_ops.scaled_basis.default, A, lam, gam)
+    def forward(*inputs):
+        return call_kernel(_ops.scaled_basis.default, *inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        A, lam, gam = inputs
-        ctx.save_for_backward(A, lam, gam)
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
-        A, lam, gam = ctx.saved_tensors
-        dlam, dgam = gradients(_ops.scaled_basis_backward.default, grad, A, lam, gam)
-        return None, dlam, dgam
+        op = _ops.scaled_basis_backward.default
+        return None, *gradients(op, grad, *ctx.saved_tensors)
 
 
 scaled = entry("scaled_basis", ScaledBasis)

@@ -13,8 +13,8 @@ def operands(basis: TernaryBasis, device, scaling: float = 1.0, dtype=None) -> t
     """The operators' arguments that describe the bases, from `a_offset` to `scale`."""
     a_offset, a_index, a_tables, *of_b = basis.packed(device)
     tables = a_tables if a_tables.numel() else None  # CUDA's alone
-    of_b = [*of_b, *[None] * 4] if len(of_b) == 1 else [None, *of_b]
-    return a_offset, a_index, tables, *of_b, basis.expand, float(scaling * basis.scale)
+    b: list = [*of_b, *[None] * 4] if len(of_b) == 1 else [None, *of_b]  # planes, or lists
+    return a_offset, a_index, tables, *b, basis.expand, float(scaling * basis.scale)
 
 
 @fake

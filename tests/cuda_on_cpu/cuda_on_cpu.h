@@ -20,21 +20,10 @@
 
 using cudaStream_t = struct CUstream_st*;
 
-// ---- vectors, aligned as on a GPU (UBSan checks it) -------------------------------------------
-
-struct alignas(16) float4 {
+struct alignas(16) float4 {  // as on a GPU: UBSan checks it
   float x, y, z, w;
 };
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-
-// ---- arithmetic ---------------------------------------------------------------------------------
 
 template <class A, class B>
 constexpr std::common_type_t<A, B> min(A a, B b) {
@@ -54,20 +43,7 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
-
-// ---- memory -------------------------------------------------------------------------------------
-
-// Relaxed, as on a GPU: an atomic orders no other memory access.
-template <class T>
-T atomicMin(T* p, std::common_type_t<T> v) {
-  T old = __atomic_load_n(p, __ATOMIC_RELAXED);
-  while (v < old &&
-         !__atomic_compare_exchange_n(p, &old, v, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-  }
-  return old;
-}
 
 // ---- barriers and warp collectives --------------------------------------------------------------
 
