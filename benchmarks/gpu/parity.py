@@ -5,6 +5,7 @@ y, dx and the gradients of lambda and gamma, on bases of every kind, in three dt
 
 import argparse
 
+import torch
 from methods import basis_of
 
 from randlora_ext.diagnostics import LIMITS, relative_error

@@ -14,33 +14,24 @@ from torch import Tensor
 
 from ..basis import TernaryBasis
 from ..reference import scaled_basis_reference
-from .registration import (
-    Operator,
-    call_kernel,
-    entry,
-    fake,
-    gradients,
-    linear_entry,
-)
+from .registration import Operator, call_kernel, entry, fake, gradients, linear_entry
 
 _ops = torch.ops.randlora
 
 
 class ScaledBasis(Operator):
     @staticmethod
-    def forward(A, lam, gam):
-        return call_kernel(_ops.scaled_basis.default, A, lam, gam)
+    def forward(*inputs):
+        return call_kernel(_ops.scaled_basis.default, *inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        A, lam, gam = inputs
-        ctx.save_for_backward(A, lam, gam)
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
-        A, lam, gam = ctx.saved_tensors
-        dlam, dgam = gradients(_ops.scaled_basis_backward.default, grad, A, lam, gam)
-        return None, dlam, dgam
+        op = _ops.scaled_basis_backward.default
+        return None, *gradients(op, grad, *ctx.saved_tensors)
 
 
 scaled = entry("scaled_basis", ScaledBasis)
@@ -73,10 +64,8 @@ torch.library.impl("randlora::scaled_basis", "default", _plain_scaled_basis)
 torch.library.impl("randlora::scaled_basis_backward", "default", _plain_scaled_basis_backward)
 
 
-def operands(
-    basis: TernaryBasis, device: torch.device | str, scaling: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, bool, float]:
-    """The operators' arguments that describe the bases."""
+def operands(basis: TernaryBasis, device, scaling: float, dtype: torch.dtype) -> tuple:
+    """The operators' arguments that describe the bases, from `A` to `scale`."""
     A, B = basis.dense_a(device, dtype), basis.dense_b(device, dtype)
     return A, B, basis.expand, float(scaling)
 

@@ -15,6 +15,7 @@ from . import dense, hadamard, independent
 from .registration import autocast, autocast_is_on
 
 _ops = torch.ops.randlora
+_MODULES = {"hadamard": hadamard, "dense": dense}
 _PLAIN = (Tensor, torch.nn.Parameter)  # subclasses are looked at more closely
 
 
@@ -139,20 +140,15 @@ def linear(
             f"x must be (..., in_features) with in_features = {basis.in_features}, "
             f"got {tuple(x.shape)}"
         )
-    device, kind = x.device, basis.kind
+    device = x.device
     if autocast_is_on(device.type):
         x, weight, bias = autocast(device.type, x, weight, bias)  # type: ignore[assignment]
-    if kind == "hadamard":
-        operands = hadamard.operands(basis, device, scaling)
-        return hadamard.linear(x, weight, bias, lam, gam, *operands)
-    if kind == "dense":
-        operands = dense.operands(basis, device, scaling, x.dtype)
-        return dense.linear(x, weight, bias, lam, gam, *operands)
-    if not (serve(device.type) or x.is_meta):
+    module = _MODULES.get(basis.kind, independent)
+    if module is independent and not (serve(device.type) or x.is_meta):
         raise ValueError(
             f"x is on {device}, for which no kernels are loaded here "
             "(randlora_ext.build_info()['cuda']); Hadamard and dense bases work without, in plain "
             "torch"
         )
-    operands = independent.operands(basis, device, scaling)
-    return independent.linear(x, weight, bias, lam, gam, *operands)
+    operands = module.operands(basis, device, scaling, x.dtype)
+    return module.linear(x, weight, bias, lam, gam, *operands)

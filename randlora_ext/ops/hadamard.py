@@ -16,22 +16,14 @@ from torch import Tensor
 from ..basis import TernaryBasis
 from ..basis.hadamard import sylvester
 from .dense import check_plain
-from .registration import (
-    Operator,
-    call_kernel,
-    entry,
-    fake,
-    gradients,
-    linear_entry,
-)
+from .registration import Operator, call_kernel, entry, fake, gradients, linear_entry
 
 _ops = torch.ops.randlora
 
 
-def operands(basis: TernaryBasis, device: torch.device | str, scaling: float = 1.0) -> tuple:
+def operands(basis: TernaryBasis, device, scaling: float = 1.0, dtype=None) -> tuple:
     """The operators' arguments that describe the bases, from `s` to `scale`."""
-    s, row, col = basis.packed(device)
-    return s, row, col, basis.expand, float(scaling)
+    return *basis.packed(device), basis.expand, float(scaling)
 
 
 @fake
@@ -46,9 +38,8 @@ class Weight(Operator):
     """Of W + dW; rounding counts as the identity."""
 
     @staticmethod
-    def forward(weight, lam, gam, s, row, col, expand, scale):
-        op = _ops.hadamard_weight.default
-        return call_kernel(op, weight, lam, gam, s, row, col, expand, scale)
+    def forward(*inputs):
+        return call_kernel(_ops.hadamard_weight.default, *inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -155,9 +146,8 @@ class _Plain:
 def _plain_linear(x, weight, bias, lam, gam, s, row, col, expand, scale):
     p = _Plain(x, weight, bias, lam, gam, s, row, col, expand, scale)
     flat = x.reshape(-1, x.shape[-1])
-    y = p.up(p.inner(flat)) if expand else p.outer(p.w(p.u(flat)))
-    if weight is not None:
-        y = y + F.linear(flat, weight, bias)
+    y = 0 if weight is None else F.linear(flat, weight, bias)
+    y = y + (p.up(p.inner(flat)) if expand else p.outer(p.w(p.u(flat))))
     return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -171,10 +161,8 @@ def _plain_linear_backward(
     w = p.w(u)
     dx = dlam = dgam = None
     if need_x:
-        dx = p.outer(w) if expand else p.up(z)
-        if weight is not None:
-            dx = dx + dflat @ weight
-        dx = dx.to(x.dtype).view(x.shape)
+        base = 0 if weight is None else dflat @ weight
+        dx = ((p.outer(w) if expand else p.up(z)) + base).to(x.dtype).view(x.shape)
     if need_diagonals:
         dlam, dgam = p.diagonals(small, z, u, w)
         dlam, dgam = dlam.to(lam.dtype), dgam.to(gam.dtype)

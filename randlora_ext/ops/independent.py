@@ -3,21 +3,18 @@ those that make packed bases (basis_ops.cpp). They need our kernels."""
 
 import torch
 
-from .. import devices
 from ..basis import TernaryBasis
 from .registration import fake, linear_entry
 
 _ops = torch.ops.randlora
 
 
-def operands(basis: TernaryBasis, device: torch.device | str, scaling: float = 1.0) -> tuple:
+def operands(basis: TernaryBasis, device, scaling: float = 1.0, dtype=None) -> tuple:
     """The operators' arguments that describe the bases, from `a_offset` to `scale`."""
     a_offset, a_index, a_tables, *of_b = basis.packed(device)
     tables = a_tables if a_tables.numel() else None  # CUDA's alone
-    planes = of_b[0] if len(of_b) == 1 else None
-    lists = of_b if planes is None else [None] * 4
-    scale = float(scaling * basis.scale)
-    return a_offset, a_index, tables, planes, *lists, basis.expand, scale
+    b: list = [*of_b, *[None] * 4] if len(of_b) == 1 else [None, *of_b]  # planes, or lists
+    return a_offset, a_index, tables, *b, basis.expand, float(scaling * basis.scale)
 
 
 @fake
@@ -32,31 +29,7 @@ def independent_linear(
 linear = linear_entry("independent_linear")
 
 
-# ---- fake kernels of the operators that make bases, which have no gradient -----------------------
-
-
-@fake
-def fill_planes_(planes, seed, role, row_start, col_start, cols, threshold):
-    return None
-
-
-@fake
-def pack_dense(dense):
-    rows, cols = dense.shape
-    return (
-        dense.new_empty((2, rows, (cols + 63) // 64), dtype=torch.int64),
-        torch.empty((), dtype=torch.float64),  # the host reads it
-    )
-
-
-@fake
-def planes_to_lists(planes, cols, by_column, wide):
-    lines = cols if by_column else planes.shape[1]
-    entries = torch.library.get_ctx().new_dynamic_size()
-    return (
-        planes.new_empty((2 * lines + 1,), dtype=torch.int64),
-        planes.new_empty((entries,), dtype=torch.int32 if wide else torch.int16),
-    )
+# Of the operators that make bases only these two are traced.
 
 
 @fake
@@ -67,11 +40,3 @@ def planes_to_dense(planes, cols, value, dtype):
 @fake
 def lists_to_dense(offset, index, cols, value, dtype):
     return offset.new_empty((offset.shape[0] // 2, cols), dtype=dtype)
-
-
-@fake
-def support_tables(a_offset, a_index, d):
-    r, group = a_offset.shape[0] // 2, 32
-    entries = (a_index.shape[0] // group + r) * group
-    used = devices.cuda_serves(a_offset.device.type)
-    return a_offset.new_empty((entries + r * d if used else 0,), dtype=torch.int32)

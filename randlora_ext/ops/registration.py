@@ -31,12 +31,11 @@ def fake(function: Callable) -> Callable:
 
     def checked(*args, **kwargs):
         given = dict(zip(names, args, strict=False)) | kwargs
-        tensors = [(name, t) for name, t in given.items() if isinstance(t, Tensor)]
-        first, reference = tensors[0]
-        for name, t in tensors[1:]:
-            if t.device != reference.device:
+        (first, like), *rest = ((k, t) for k, t in given.items() if isinstance(t, Tensor))
+        for name, t in rest:
+            if t.device != like.device:
                 raise RuntimeError(
-                    f"randlora: {name} is on {t.device} but {first} on {reference.device}; "
+                    f"randlora: {name} is on {t.device} but {first} on {like.device}; "
                     "they must be on one device"
                 )
         return function(*args, **kwargs)
@@ -79,15 +78,14 @@ def _register_autocast(name: str) -> None:
     """As torch has it for F.linear. torch.library.register_autocast would cast lambda and gamma as
     well, and always to one dtype."""
     names = _argument_names(name)
-    places = [names.index(each) for each in ("x", "weight", "bias", "B") if each in names]
+    cast = [each in ("x", "weight", "bias", "B") for each in names]
     forward = getattr(_ops, name).default
     backward = getattr(_ops, f"{name}_backward").default
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
         def linear(*inputs, device_type=device_type):
-            inputs = list(inputs)
-            for place in places:
-                inputs[place] = autocast(device_type, inputs[place])[0]
+            pairs = zip(inputs, cast, strict=True)
+            inputs = (autocast(device_type, v)[0] if which else v for v, which in pairs)
             return _without_autocast(device_type, forward, *inputs)
 
         torch.library.impl(f"randlora::{name}", key, linear)
@@ -250,10 +248,8 @@ def linear_entry(name: str) -> Callable:
 
     def fake_backward(dy, x, weight, lam, gam, *rest):
         *_, need_x, need_diagonals = rest
-        dx, of_diagonals = x.new_empty(x.shape) if need_x else None, (None, None)
-        if need_diagonals:
-            of_diagonals = lam.new_empty(lam.shape), gam.new_empty(gam.shape)
-        return dx, *of_diagonals
+        wanted = ((x, need_x), (lam, need_diagonals), (gam, need_diagonals))
+        return tuple(t.new_empty(t.shape) if need else None for t, need in wanted)
 
     fake_backward.__name__ = f"{name}_backward"
     fake(fake_backward)

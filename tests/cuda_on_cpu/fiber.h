@@ -32,7 +32,9 @@ extern "C" void AnnotateIgnoreWritesBegin(const char*, int);
 extern "C" void AnnotateIgnoreWritesEnd(const char*, int);
 #endif
 
-#if defined(__x86_64__)
+#if !defined(__x86_64__)
+#error "the CUDA kernels run on the CPU on x86-64 alone"
+#endif
 // void cuda_on_cpu_switch(void** save, void* to): registers that a callee keeps, and the stack.
 asm(R"(
 .pushsection .text.cuda_on_cpu_switch,"axG",@progbits,cuda_on_cpu_switch,comdat
@@ -59,9 +61,6 @@ cuda_on_cpu_switch:
 .popsection
 )");
 extern "C" void cuda_on_cpu_switch(void** save, void* to);
-#else
-#include <ucontext.h>
-#endif
 
 namespace cuda_on_cpu {
 
@@ -71,7 +70,6 @@ constexpr size_t kStack = 256 << 10;
 constexpr size_t kStack = 64 << 10;
 #endif
 
-#if defined(__x86_64__)
 using Context = void*;  // the stack pointer
 CUDA_ON_CPU_UNSEEN void switch_context(Context& from, Context& to) {
   cuda_on_cpu_switch(&from, to);
@@ -85,17 +83,6 @@ CUDA_ON_CPU_UNSEEN void make_context(Context& c, char* stack, void (*entry)()) {
   for (int r = 2; r <= 7; ++r) top[-r] = nullptr;
   c = top - 7;
 }
-#else
-using Context = ucontext_t;  // slower: a system call per switch
-CUDA_ON_CPU_UNSEEN void switch_context(Context& from, Context& to) { swapcontext(&from, &to); }
-CUDA_ON_CPU_UNSEEN void make_context(Context& c, char* stack, void (*entry)()) {
-  getcontext(&c);
-  c.uc_stack.ss_sp = stack;
-  c.uc_stack.ss_size = kStack;
-  c.uc_link = nullptr;
-  makecontext(&c, entry, 0);
-}
-#endif
 
 // The host's thread; every fiber returns to it.
 struct Host {

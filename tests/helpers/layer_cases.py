@@ -120,11 +120,8 @@ def operator(basis: TernaryBasis, end: str = "linear"):
 
 def operands(layer: Layer) -> tuple:
     """The basis as its operators take it."""
-    basis, device, scaling = layer.basis, layer.x.device, layer.scaling
-    if basis.kind == "dense":
-        return dense.operands(basis, device, scaling, layer.x.dtype)
-    module = hadamard if basis.kind == "hadamard" else independent
-    return module.operands(basis, device, scaling)
+    module = {"hadamard": hadamard, "dense": dense}.get(layer.basis.kind, independent)
+    return module.operands(layer.basis, layer.x.device, layer.scaling, layer.x.dtype)
 
 
 def dense_basis(in_features: int, out_features: int, r: int, dtype: torch.dtype) -> TernaryBasis:

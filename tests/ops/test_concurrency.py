@@ -50,19 +50,17 @@ def test_python_threads_get_the_bits_of_one(options, torch_threads):
 
 def test_threads_that_make_and_drop_layers():
     # The cache of packed bases is filled and emptied by all of them at once.
+    def drawn(seed):
+        return TernaryBasis(40, 30, 4, 0.3, seed % 3).dense()[1]
+
     torch.set_num_threads(1)
-    expected = {seed: TernaryBasis(40, 30, 4, 0.3, seed).dense()[1] for seed in range(3)}
+    expected = [drawn(seed) for seed in range(3)]
 
     def work(worker):
-        for k in range(60):
-            seed = (worker + k) % 3
-            basis = TernaryBasis(40, 30, 4, 0.3, seed)
-            if not torch.equal(basis.dense()[1], expected[seed]):
-                return f"worker {worker} got another basis at {k}"
-        return None
+        return all(torch.equal(drawn(k), expected[k % 3]) for k in range(worker, worker + 60))
 
     with ThreadPoolExecutor(6) as pool:
-        assert [*pool.map(work, range(6))] == [None] * 6
+        assert all(pool.map(work, range(6)))
 
 
 # ---- Processes, by this file run as a program: a child forked from pytest's process may wait for a
@@ -83,14 +81,12 @@ def fork_while_another_thread_packs():
     inside.wait()
     child = os.fork()
     if child == 0:
-        signal.alarm(20)
+        signal.alarm(20)  # in case it waits for a thread that it does not have
         TernaryBasis(16, 16, 4, 0.3).packed()
         os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert os.waitpid(child, 0)[1] == 0
     leave.set()
     thread.join()
-    assert code != -signal.SIGALRM, "the child waits for a thread that it does not have"
-    assert code == 0
 
 
 def data_loader_beside_and_with_a_layer_of_the_parent():
@@ -105,14 +101,9 @@ def data_loader_beside_and_with_a_layer_of_the_parent():
             return layer(torch.stack(rows))
 
     loader = DataLoader(
-        x,
-        batch_size=4,
-        collate_fn=in_a_worker,
-        num_workers=2,
-        multiprocessing_context="fork",
-        timeout=90,
+        x, 4, collate_fn=in_a_worker, num_workers=2, multiprocessing_context="fork", timeout=90,
         worker_init_fn=lambda worker: faulthandler.dump_traceback_later(60),  # where it hangs
-    )
+    )  # fmt: skip
     batches = []
     for batch in loader:
         batches.append(batch)

@@ -22,7 +22,7 @@ from layer_cases import (
     operands,
     ours,
     plain,
-)
+)  # fmt: skip
 from torch.nn import functional as F
 
 from randlora_ext import _C, TernaryBasis, devices

@@ -15,7 +15,7 @@ from layer_cases import (
     make_basis,
     make_layer,
     operands,
-)
+)  # fmt: skip
 
 from randlora_ext import TernaryBasis, delta_weight, merged_weight, scaled_basis
 from randlora_ext.ops import hadamard

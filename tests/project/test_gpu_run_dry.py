@@ -6,6 +6,7 @@ tools/cuda/run_python_tests.sh, which builds it, asks for them by RANDLORA_GPU_R
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
