@@ -4,7 +4,7 @@ import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from .state_dict import refuse_misfit
 DEFAULT_SCALING = 20.0
 
 
-def names_unknown(method: Callable, answers: Mapping[str, str] = {}) -> Callable:
-    """`method`, whose error for an unknown argument has an answer or the nearest known name."""
+def names_unknown(method: Callable) -> Callable:
+    """`method`, whose error for an unknown argument has the nearest known name."""
     called = method.__qualname__.removesuffix(".__init__")
     known = [*inspect.signature(method).parameters][1:]
 
@@ -30,8 +30,7 @@ def names_unknown(method: Callable, answers: Mapping[str, str] = {}) -> Callable
     def checked(self, *args, **kwargs):
         for name in kwargs:
             if name not in known:
-                told = answers.get(name) or did_you_mean(name, known)
-                told = told or f"; it takes {', '.join(known)}"
+                told = did_you_mean(name, known) or f"; it takes {', '.join(known)}"
                 raise TypeError(f"{called} got an unexpected keyword argument {name!r}{told}")
         return method(self, *args, **kwargs)
 

@@ -1,22 +1,18 @@
-"""Replacing PEFT's classes and methods by ours, and back.
+"""Replacing PEFT's classes by ours and back, and wrapping the methods that know a folder.
 
-PEFT has tables for tuners and configurations and calls methods of both, but only `PeftModel`'s
-``save_pretrained`` and ``load_adapter`` know the folder before tensors are written to it, or read
-from it over an existing adapter. ``add_adapter`` is all that TRL calls to make a reference.
-transformers reads configurations by ``PeftConfig.from_pretrained``. Models on other layers pass
-through.
+PEFT has tables for tuners and configurations, but only `PeftModel`'s ``save_pretrained`` and
+``load_adapter`` know the folder before tensors are written to it, or read from it over an adapter.
+``add_adapter`` is all that TRL calls to make a reference. transformers reads configurations by
+``PeftConfig.from_pretrained``.
 """
 
 import functools
-import gc
 import sys
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import peft
 import torch
-from packaging.version import Version
 from peft import PeftModel, PeftType
 from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -28,25 +24,22 @@ from ..nn.base_layer import check_no_plan
 from ..nn.merging import check_keep_weight
 from ..nn.state_dict import DIAGONALS, guard
 from .bases import BASIS_NAMES, PackedBufferDict
-from .config import NEEDS_OURS, PEFT_TYPES, RandLoraConfig, name_of, one_save
+from .config import NEEDS_OURS, PEFT_TYPES, RandLoraConfig, one_save
 from .layer import AcceleratedLinear, layers_with
 from .loading import check_load_over, warn_of_misfits
 from .model import AcceleratedRandLoraModel, accelerate_layer
 from .quantized import backend_of
 from .saving import save_together
 
-NEWEST_TRL = "1.16"  # as tests/peft/test_trl.py ran
-_patched: dict[tuple[type, str], tuple[Any, Any]] = {}  # (PEFT's, ours)
-
 
 def enable(float32_products: bool | None = None, keep_weight: str | None = None) -> None:
     """From now on RandLoRA models made or loaded by PEFT run on the compiled kernels.
 
-    Equivalent to editing PEFT's two tables, from the type RANDLORA to its tuner and its config:
-    `get_peft_model`, `PeftModel.from_pretrained`, `inject_adapter_in_model` and transformers' own
-    loading of adapters all look there. Models that exist already stay as they are, which a warning
-    says. ``PeftModel.save_pretrained`` and ``load_adapter`` are wrapped for models on our layers: a
-    file appears when it is complete, and what is loaded over an adapter must belong to its bases.
+    Equivalent to editing PEFT's two tables, from the type RANDLORA to its tuner and its config,
+    where every way to make or load a model looks. Models that exist already stay as they are: see
+    `accelerate`. ``PeftModel.save_pretrained`` and ``load_adapter`` are wrapped for models on our
+    layers: a file appears when it is complete, and what is loaded over an adapter must belong to
+    its bases.
 
     Args:
         float32_products: whether dense bases (PEFT's default) are multiplied in float32 in 16-bit
@@ -57,10 +50,9 @@ def enable(float32_products: bool | None = None, keep_weight: str | None = None)
             turns it off, and unmerging subtracts dW as stock PEFT does.
 
     Both hold for all models, those that exist included, until a call gives another value: None
-    leaves them as they are. So a second `enable()`, a library's perhaps, changes nothing.
+    leaves them as they are.
 
-    Adapters are saved in PEFT's format, and stock PEFT loads them unless `RandLoraConfig` says
-    otherwise.
+    Raises ValueError for another keep_weight.
     """
     if keep_weight is not None:
         check_keep_weight(keep_weight)
@@ -68,19 +60,11 @@ def enable(float32_products: bool | None = None, keep_weight: str | None = None)
     if float32_products is not None:
         AcceleratedLinear.float32_products = float32_products
     _patch()
-    was_enabled = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] is RandLoraConfig
     _use(RandLoraConfig, AcceleratedRandLoraModel)
-    if not was_enabled and any(type(each) is RandLoraModel for each in gc.get_objects()):
-        warnings.warn(
-            "a RandLoRA model was made before randlora_ext.peft.enable() and keeps PEFT's own "
-            "layers; randlora_ext.peft.accelerate(model) puts it on our kernels",
-            stacklevel=2,
-        )
 
 
 def disable() -> None:
     """Puts stock PEFT back for models made afterwards; those made in between keep our kernels."""
-    _unpatch()
     _use(peft.RandLoraConfig, RandLoraModel)
     PEFT_TYPE_TO_CONFIG_MAPPING.pop(NEEDS_OURS, None)
 
@@ -93,13 +77,12 @@ def _use(config: type, tuner: type) -> None:
 def accelerate(model: nn.Module) -> nn.Module:
     """Puts the RandLoRA layers of a model that PEFT made already on the compiled kernels, in place.
 
-    Equivalent to having called `enable` before the model was made: layers get their accelerated
-    class, ternary bases are packed and PEFT's dense ones dropped. Parameters, their names and
-    optimizer state stay as they are. Returns the model; calling it again changes nothing.
+    Equivalent to having called `enable` before the model was made. Parameters, their names and
+    optimizer state stay as they are. Returns the model.
 
     Raises ValueError, and changes nothing, if the model holds no RandLoRA layer, if its bases are
-    on the meta device, if tensor parallelism has cut a layer, or if a quantized layer is merged:
-    stock PEFT has added another matrix than our unmerging would subtract.
+    on the meta device, if tensor parallelism has cut a layer, or if stock PEFT has merged a
+    quantized layer: it added another matrix than our unmerging would subtract.
     """
     layers = [module for module in model.modules() if isinstance(module, RandLoraLayer)]
     if not layers:
@@ -115,8 +98,7 @@ def accelerate(model: nn.Module) -> nn.Module:
             if isinstance(module, RandLoraLayer):
                 check_no_plan(tuner.model, name, f"layer {name!r}")
     held = [(one, name, getattr(one, name)) for one in tuners + layers for name in BASIS_NAMES]
-    different = {id(bases): bases for *_, bases in held}
-    packed = {key: PackedBufferDict.of(bases) for key, bases in different.items()}
+    packed = {id(bases): PackedBufferDict.of(bases) for bases in {bases for *_, bases in held}}
     for one, name, bases in held:
         setattr(one, name, packed[id(bases)])
     for layer in layers:
@@ -128,11 +110,12 @@ def accelerate(model: nn.Module) -> nn.Module:
     return model
 
 
-# ---- methods of PeftModel --------------------------------------------------------------
+# ---- methods of PEFT ---------------------------------------------------------------------
 
 
+@functools.cache
 def _patch() -> None:
-    """Wraps the methods, once."""
+    """Wraps the methods, once and for good: models on other layers pass through."""
     for owner, name, around in (
         (PeftModel, "save_pretrained", save_together),
         (PeftModel, "from_pretrained", _open),
@@ -140,10 +123,7 @@ def _patch() -> None:
         (PeftModel, "add_adapter", _add),
         (PeftConfigMixin, "from_pretrained", _read_config),
     ):
-        if (owner, name) not in _patched:
-            stock = owner.__dict__[name]
-            _patched[owner, name] = stock, _wrapped(stock, around)
-            setattr(owner, name, _patched[owner, name][1])
+        setattr(owner, name, _wrapped(owner.__dict__[name], around))
 
 
 def _wrapped(stock: Any, around: Callable) -> Any:
@@ -159,14 +139,6 @@ def _wrapped(stock: Any, around: Callable) -> Any:
     return method if function is stock else classmethod(method)
 
 
-def _unpatch() -> None:
-    """Puts PEFT's own back, unless somebody else has wrapped ours since."""
-    for (owner, name), (stock, ours) in list(_patched.items()):
-        if owner.__dict__.get(name) is ours:
-            setattr(owner, name, stock)
-            del _patched[owner, name]
-
-
 def _open(stock: Callable, cls, model, model_id, *args, **kwargs):
     with one_save(model_id, kwargs) as place:
         return stock(cls, model, place, *args, **kwargs)
@@ -177,45 +149,28 @@ def _load(stock: Callable, model: PeftModel, model_id, adapter_name, *args, **kw
     is_new = adapter_name not in model.peft_config
     with one_save(model_id, kwargs) as place:
         if not is_new:
-            check_load_over(model, place, adapter_name, kwargs)
+            check_load_over(model, model_id, place, adapter_name, kwargs)
         try:
             result = stock(model, place, adapter_name, *args, **kwargs)
-        except BaseException as error:
+        except BaseException:
             if is_new and adapter_name in model.peft_config:
                 model.delete_adapter(adapter_name)
-            if isinstance(error, KeyError):  # PEFT's, of modules_to_save
-                raise ValueError(
-                    f"{name_of(model_id)} lacks {error}, which adapter {adapter_name!r} needs"
-                ) from error
             raise
-    warn_of_misfits(model_id, adapter_name, result)
+    warn_of_misfits(adapter_name, result)
     return result
 
 
 def _add(stock: Callable, model: PeftModel, adapter_name, peft_config, *args, **kwargs) -> None:
     """Also copies "default" into an added adapter "ref" as TRL means to.
 
-    DPO, KTO, GRPO and RLOO add "ref" where they go on training an adapter that is there already,
-    and copy every parameter whose name contains ".default." into it. Names of LoRA do; those of
-    RandLoRA *end* in ".default", so the reference would silently be the base model. See
-    docs/upstream/trl-reference-adapter.md. TRL passes the configuration object of "default"
-    itself. If it copies the numbers, too, as a mended version would, they are the same.
+    TRL copies every parameter whose name contains ".default.". Those of RandLoRA *end* in it, so
+    the reference would silently be the base model (docs/upstream/trl-reference-adapter.md).
     """
     stock(model, adapter_name, peft_config, *args, **kwargs)
-    if (
-        adapter_name != "ref"
-        or peft_config is not model.peft_config.get("default")
-        or "trl" not in sys.modules
-    ):
+    # TRL passes the configuration object of "default" itself.
+    is_trls = "trl" in sys.modules and peft_config is model.peft_config.get("default")
+    if adapter_name != "ref" or not is_trls:
         return
-    found = Version(sys.modules["trl"].__version__).release
-    if found[:2] > Version(NEWEST_TRL).release:
-        warnings.warn(
-            'TRL\'s reference adapter "ref" is made a copy of "default", as TRL up to '
-            f"{NEWEST_TRL} needs, and this is {'.'.join(map(str, found))}; the first loss of DPO "
-            "must be ln 2 = 0.6931",
-            stacklevel=3,
-        )
     with torch.no_grad():
         for layer in layers_with(model, "ref").values():
             for diagonals in (getattr(layer, name) for name in DIAGONALS):

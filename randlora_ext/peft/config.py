@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,22 +15,18 @@ import peft
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..basis import BasisDescription
 from ..basis.description import SPECIFICATIONS, check_kind, check_r, check_seed
-from ..nn.linear import check_alpha, names_unknown
-from ..writing import appear_together
+from ..nn.linear import check_alpha
 
 KINDS = ("peft", *SPECIFICATIONS)
-_FLAGS = (
-    "save_projection", "sparse", "very_sparse", "fan_in_fan_out", "init_weights", "inference_mode"
-)  # fmt: skip
 # The type in files that stock PEFT cannot open: its error quotes a type that it does not know.
 NEEDS_OURS = "RANDLORA; needs randlora_ext: import randlora_ext.peft; randlora_ext.peft.enable()"
 PEFT_TYPES = (PeftType.RANDLORA.value, NEEDS_OURS)
 _SPARSE = "sparse", "very_sparse"
-_BIASES = ("none", "all", "randlora_only")
 
 _METADATA = "randlora_ext"  # the entry of a safetensors header
 _RECORDED = (  # a key says all of our own bases
@@ -48,16 +44,16 @@ class RandLoraConfig(peft.RandLoraConfig):
             "hadamard" and "independent" generate those of docs/basis-spec.md on the device and
             save only the seed.
         density: share of non-zeros in independent bases, in (0, 1]; None means 1/3. Alone it means
-            basis="independent". PEFT's own bases have its flags ``sparse`` and ``very_sparse``
-            instead, Hadamard bases no zeros.
+            basis="independent".
 
     With "hadamard" and "independent", ``projection_prng_key`` becomes a text that describes the
-    bases, for example ``randlora_ext:independent-1:density=0.07:seed=42``. The text is complete: a
-    configuration with this field alone has the same bases. Stock PEFT refuses the file: its
-    ``peft_type`` says what to type, and PEFT's error quotes that.
+    bases, for example ``randlora_ext:independent-1:density=0.07:seed=42``. A configuration with
+    this field alone has the same bases. Stock PEFT refuses the file: its ``peft_type`` says what to
+    type, and PEFT's error quotes that.
 
     Raises:
-        TypeError, ValueError: a field is not allowed, or contradicts another.
+        TypeError, ValueError: r, randlora_alpha or a field of the bases is not allowed, or
+            contradicts another.
         RuntimeError: the key is a text, and `randlora_ext.peft.enable` has not been called.
     """
 
@@ -70,38 +66,28 @@ class RandLoraConfig(peft.RandLoraConfig):
     )
 
     def __post_init__(self) -> None:
-        # A file may hold anything, and PEFT would fail on it halfway through changing a model.
-        _check_types(self)
         check_r(self.r)
         check_alpha("randlora_alpha", self.randlora_alpha)
         generated = description_of(vars(self))
         if generated is not None:
-            self.basis, self.density = generated.kind, generated.density
+            self.save_projection = True  # else PEFT would warn that bases may be lost
+        super().__post_init__()
+        if generated is not None:
             key: Any = generated.key()
+            self.basis, self.density = generated.kind, generated.density
             self.projection_prng_key, self.save_projection = key, False
-        with warnings.catch_warnings():
-            if generated is not None:  # PEFT warns that bases may be lost
-                warnings.filterwarnings("ignore", message="Specified to not save")
-            super().__post_init__()
-        enabled = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] is RandLoraConfig
-        if isinstance(self.projection_prng_key, str) and not enabled:
+        if PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] is RandLoraConfig:
+            return
+        if generated is not None:
             raise RuntimeError(
-                f"basis={self.basis!r} needs "
-                "randlora_ext.peft.enable() to be called first; stock PEFT has no such bases"
+                f"basis={self.basis!r} needs randlora_ext.peft.enable() to be called first; stock "
+                "PEFT has no such bases"
             )
-        if not enabled:
-            warnings.warn(
-                "randlora_ext.peft.enable() has not been called: until it is, a model of this "
-                "configuration has PEFT's own layers, without our kernels",
-                stacklevel=4,  # where the configuration is made
-            )
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """As PEFT's, but the old file stays until the new one is complete."""
-        if os.path.isfile(save_directory):
-            return super().save_pretrained(save_directory, **kwargs)  # PEFT's own error
-        with appear_together(save_directory) as scratch:
-            super().save_pretrained(scratch, **kwargs)
+        warnings.warn(
+            "randlora_ext.peft.enable() has not been called: until it is, a model of this "
+            "configuration has PEFT's own layers, without our kernels",
+            stacklevel=3,  # where the configuration is made
+        )
 
     def to_dict(self) -> dict:
         """PEFT's dictionary, with our fields only if PEFT's cannot describe the bases."""
@@ -111,42 +97,6 @@ class RandLoraConfig(peft.RandLoraConfig):
         return values | {"peft_type": NEEDS_OURS}
 
 
-# Of LoRA's options the nearest of ours would be another thing, but for these three.
-_OF_LORA = {each.name for each in fields(peft.LoraConfig)}
-_OF_LORA -= {"lora_alpha", "lora_dropout", "init_lora_weights"}
-_ANSWERS = dict.fromkeys(_OF_LORA, " of LoRA, which RandLoRA does not have")
-_ANSWERS["use_rslora"] = " of LoRA; RandLoRA scales dW by randlora_alpha / r"
-_ANSWERS["seed"] = "; did you mean 'projection_prng_key'?"
-RandLoraConfig.__init__ = names_unknown(  # type: ignore[method-assign]
-    RandLoraConfig.__init__, _ANSWERS
-)
-
-
-def _check_types(config: RandLoraConfig) -> None:
-    """Raises TypeError or ValueError, naming the field, for a value that PEFT cannot use."""
-
-    def check(name: str, allowed: str, *kinds: type, of: type = object) -> None:
-        value = getattr(config, name)
-        parts = value if isinstance(value, (list, tuple, set)) else ()
-        # True is an int, but no index.
-        is_bool = isinstance(value, bool) and bool not in kinds
-        if is_bool or not isinstance(value, kinds) or not all(isinstance(p, of) for p in parts):
-            raise TypeError(f"{name} must be {allowed}, got {value!r}")
-
-    none, several = type(None), (list, tuple, set)
-    for name in _FLAGS:
-        check(name, "True or False", bool)
-    for name in ("target_modules", "layers_pattern"):
-        check(name, "a text, several of them or None", str, none, *several, of=str)
-    check("modules_to_save", "several texts or None", none, *several, of=str)
-    check("layers_to_transform", "an integer, several of them or None", int, none, *several, of=int)
-    check("randlora_dropout", "a number in [0, 1]", int, float)
-    if not 0 <= config.randlora_dropout <= 1:
-        raise ValueError(f"randlora_dropout must be in [0, 1], got {config.randlora_dropout}")
-    if config.bias not in _BIASES:
-        raise ValueError(f"bias must be one of {_BIASES}, got {config.bias!r}")
-
-
 def description_of(fields: Mapping[str, Any]) -> BasisDescription | None:
     """What generates an adapter's bases; None if PEFT draws them from its own fields.
 
@@ -154,8 +104,7 @@ def description_of(fields: Mapping[str, Any]) -> BasisDescription | None:
         fields: of a configuration, ours or PEFT's, from an object or a file. A text in
             ``projection_prng_key`` is complete; the other fields may only agree with it.
 
-    Raises:
-        TypeError, ValueError: naming the field, what it was and what is allowed.
+    Raises TypeError or ValueError, naming the field, what it was and what is allowed.
     """
     kind, density = fields.get("basis", "peft"), fields.get("density")
     key, flags = fields["projection_prng_key"], [n for n in _SPARSE if fields.get(n)]
@@ -178,10 +127,6 @@ def description_of(fields: Mapping[str, Any]) -> BasisDescription | None:
             raise ValueError(f"{flags[0]} is of PEFT's own bases; basis={kind!r} takes a density")
         check_seed("projection_prng_key", key)
         return BasisDescription(kind, density, key)
-    if isinstance(key, bool) or not isinstance(key, int):
-        raise TypeError(f"projection_prng_key must be an integer, got {key!r}")
-    if not -(2**63) <= key < 2**64:  # as torch takes it
-        raise ValueError(f"projection_prng_key must be in [-2**63, 2**64), got {key}")
     return None
 
 
@@ -219,42 +164,18 @@ def record_configurations(folder: Path) -> None:
 
 
 def recorded_configuration(folder: str | os.PathLike) -> dict | None:
-    """What `record_configurations` wrote; None for other files, and for those of the hub.
-
-    Raises ValueError if something else wrote it.
-    """
-    path = Path(folder, SAFETENSORS_WEIGHTS_NAME)
-    try:  # safetensors' own reader opens the path twice
-        with open(path, "rb") as file:
-            length = min(int.from_bytes(file.read(8), "little"), 100_000_000)  # as safetensors
-            text = json.loads(file.read(length))["__metadata__"][_METADATA]
-    # Whoever reads the tensors reports more.
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    """What `record_configurations` wrote; None for other files, and for those of the hub."""
+    try:
+        with safe_open(Path(folder, SAFETENSORS_WEIGHTS_NAME), "pt") as file:
+            text = (file.metadata() or {}).get(_METADATA)
+    except (OSError, SafetensorError):  # whoever reads the tensors reports more
         return None
-    with suppress(ValueError, TypeError):
-        fields = json.loads(text)
-        if isinstance(fields, dict) and fields.keys() >= {*_RECORDED}:
-            return fields
-    raise ValueError(
-        f"{path}: its metadata {_METADATA!r} must be a JSON object with {', '.join(_RECORDED)}, as "
-        f"save_pretrained writes it, got {text!r}"
-    )
-
-
-class Shown(str):
-    """A folder for reading, `of` the one that users know."""
-
-    of: str
-
-
-def name_of(folder: str | os.PathLike) -> str:
-    """Quoted, for messages."""
-    return repr(getattr(folder, "of", os.fspath(folder)))
+    return None if text is None else json.loads(text)
 
 
 @contextmanager
 def one_save(folder: str | os.PathLike, hub: dict[str, Any]) -> Iterator[str | os.PathLike]:
-    """`Shown`, a folder with one save's configuration and tensors while other processes save.
+    """A folder with one save's configuration and tensors while other processes save.
 
     Saving replaces files and writes into none, so an open file stays as it is, and its path under
     /proc reads it again and again. Folders that we have not saved are given back, as are those of
@@ -262,44 +183,37 @@ def one_save(folder: str | os.PathLike, hub: dict[str, Any]) -> Iterator[str | o
 
     Args:
         hub: arguments for PEFT's reading beside the folder. A subfolder is taken out of it if the
-            folder shown is that.
+            folder given is that.
 
     Raises ValueError if configuration and tensors are not from one save.
     """
     place = Path(folder, hub.get("subfolder") or "")
-    if isinstance(folder, Shown) or recorded_configuration(place) is None:
-        yield folder
-        return
     with TemporaryDirectory() as temporary, ExitStack() as held:
-        shown = Shown(temporary)
-        shown.of = str(place)
         for wait in (0.02, 0.2, 0):  # for a save that is between its files
             for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-                link = Path(shown, name)
+                link = Path(temporary, name)
                 link.unlink(missing_ok=True)
-                with suppress(FileNotFoundError):
+                with suppress(OSError):
                     file = held.enter_context(open(place / name, "rb"))
                     link.symlink_to(f"/proc/self/fd/{file.fileno()}")
-            if not (differences := _differences(shown)):
+            if (recorded := recorded_configuration(temporary)) is None:
+                yield folder
+                return
+            if not (differences := _differences(Path(temporary, CONFIG_NAME), recorded)):
                 break
             time.sleep(wait)
         else:
             raise ValueError(
                 f"{place / CONFIG_NAME} does not belong to the {SAFETENSORS_WEIGHTS_NAME} beside "
                 f"it, whose {', '.join(differences)}: a save was interrupted, or the file was "
-                "edited. Save the adapter again; to load it with other fields, pass config= "
-                "instead of editing the file"
+                "edited. Save the adapter again, or pass config= to load it with other fields"
             )
         hub.pop("subfolder", None)
-        yield shown
+        yield temporary
 
 
-def _differences(shown: Shown) -> list[str]:
-    config, recorded = Path(shown, CONFIG_NAME), recorded_configuration(shown)
-    if recorded is None or not config.exists():
-        return []
-    own = json.loads(config.read_text())
-    own = own if isinstance(own, dict) else {}
+def _differences(config: Path, recorded: dict) -> list[str]:
+    own = dict(json.loads(config.read_text())) if config.exists() else recorded
     return [
         f"{name} is {recorded[name]!r}, not {own.get(name)!r}"
         for name in _RECORDED

@@ -3,7 +3,6 @@
 import os
 import warnings
 from dataclasses import fields as dataclass_fields
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -11,10 +10,11 @@ import torch
 from peft import PeftModel
 from peft.utils.save_and_load import load_peft_weights
 
+from ..nn.apply import first
 from ..nn.linear import check_alpha
 from ..nn.state_dict import DIAGONALS, INPUT_SCALE, misfit
 from .bases import BASIS_NAMES
-from .config import PEFT_TYPES, name_of, one_save, other_bases, recorded_configuration
+from .config import PEFT_TYPES, one_save, other_bases, recorded_configuration
 from .layer import layers_with
 from .model import AcceleratedRandLoraModel
 
@@ -29,9 +29,8 @@ def hotswap_adapter(
     """Overwrites adapter `adapter_name` by a saved one, in the same parameters.
 
     Equivalent to ``peft.utils.hotswap.hotswap_adapter``, which supports only LoRA: no parameter is
-    replaced, so optimizers stay valid; the scaling becomes the file's.
-    ``model.load_adapter(folder, adapter_name)`` also writes into the parameters, but keeps the
-    adapter's own scaling, and accepts a file that lacks tensors.
+    replaced, so optimizers stay valid; the scaling becomes the file's. ``model.load_adapter`` keeps
+    the adapter's own scaling, and accepts a file that lacks tensors.
 
     Args:
         model: a PeftModel on our layers.
@@ -40,9 +39,9 @@ def hotswap_adapter(
         torch_device: where the file is read to; default the CPU.
 
     Raises, and leaves the model as it was: TypeError for another model; RuntimeError if the adapter
-    is merged; ValueError if it is not there or, naming each thing, if the file has another type, r
-    or dropout, an alpha that is no finite number, other tensors or shapes, or brings no bases and
-    belongs to other ones.
+    is merged; ValueError or TypeError if alpha is no finite number; ValueError if the adapter is
+    not there or, naming each thing, if the file has another type, r or dropout, other tensors or
+    shapes, or brings no bases and belongs to other ones.
     """
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, AcceleratedRandLoraModel):
@@ -56,6 +55,7 @@ def hotswap_adapter(
         saved = load_peft_weights(place, device=torch_device or "cpu", **kwargs)
     if errors := _hotswap_errors(model, adapter_name, fields, saved):
         raise _does_not_fit(model_name_or_path, adapter_name, errors)
+    check_alpha("randlora_alpha", fields["randlora_alpha"])
     scaling = fields["randlora_alpha"] / model.peft_config[adapter_name].r
     peft.set_peft_model_state_dict(model, saved, adapter_name=adapter_name)
     for layer in layers:
@@ -77,47 +77,43 @@ def _hotswap_errors(
         for name in ("r", "randlora_dropout")
         if fields[name] != getattr(config, name)
     ]
-    try:
-        check_alpha("randlora_alpha", fields["randlora_alpha"])
-    except (TypeError, ValueError) as error:
-        errors.append(str(error))
     saves_bases = model.base_model.randlora_A.saved(adapter_name)
     if not (saves_bases and any(key.endswith(BASIS_NAMES) for key in saved)):
         errors += other_bases(vars(config), fields)
-    # What a file may lack, or bring.
-    free = *BASIS_NAMES, INPUT_SCALE
-    missing = [key for key in own if key not in saved and not key.endswith(free)]
+    free = *BASIS_NAMES, INPUT_SCALE  # what a file may lack, or bring
+    different = [key for key in sorted(own.keys() ^ saved.keys()) if not key.endswith(free)]
+    errors += [f"{key} is missing" for key in different if key in own]
     # PEFT saves the base weights of a targeted lm_head, too.
-    passed = (key for key in saved if not key.endswith(free) and ".base_layer." not in key)
-    unexpected = [key for key in passed if key not in own]
-    errors += [f"{key} is missing" for key in missing]
+    unexpected = [key for key in different if key in saved and ".base_layer." not in key]
     errors += [f"{key} is not part of the adapter" for key in unexpected]
     errors += [e for key in own if key in saved and (e := misfit(key, saved[key], own[key]))]
     return errors
 
 
-def check_load_over(model: PeftModel, folder: str | os.PathLike, adapter_name: str, hub) -> None:
+def check_load_over(model: PeftModel, folder, place, adapter_name: str, hub: dict) -> None:
     """Checks what ``PeftModel.load_adapter`` does not before it writes into an adapter.
 
     PEFT then reads only the tensors. Raises ValueError if they belong to other bases than the
     adapter's and do not bring their own, or if nothing tells. Warns if alpha differs.
+
+    Args:
+        place: what `one_save` gives for `folder` and `hub`.
     """
-    saved = recorded_configuration(Path(folder, hub.get("subfolder") or ""))
-    saved = _saved_fields(folder, **hub) if saved is None else saved
+    saved = recorded_configuration(place) or _saved_fields(place, **hub)
     config = model.peft_config[adapter_name]
     brings_bases = model.base_model.randlora_A.saved(adapter_name) and saved["save_projection"]
     if not brings_bases and (errors := other_bases(vars(config), saved)):
         raise _does_not_fit(folder, adapter_name, errors)
     if saved["randlora_alpha"] != config.randlora_alpha:
         warnings.warn(
-            f"randlora_alpha of {name_of(folder)} is {saved['randlora_alpha']}, adapter "
+            f"randlora_alpha of '{folder}' is {saved['randlora_alpha']}, adapter "
             f"{adapter_name!r} keeps its own, {config.randlora_alpha}, as in stock PEFT; "
             "randlora_ext.peft.hotswap_adapter takes over the file's",
             stacklevel=4,
         )
 
 
-def warn_of_misfits(folder: str | os.PathLike, adapter_name: str, result: Any) -> None:
+def warn_of_misfits(adapter_name: str, result: Any) -> None:
     """Warns if a file has fitted only in part, as PEFT allows: it returns the keys, and few look.
 
     Args:
@@ -129,8 +125,8 @@ def warn_of_misfits(folder: str | os.PathLike, adapter_name: str, result: Any) -
     ):
         if ours := [key for key in keys if any(f".{name}" in key for name in DIAGONALS)]:
             warnings.warn(
-                f"the file of {name_of(folder)} fits adapter {adapter_name!r} only in part: "
-                f"{len(ours)} {told}: {', '.join(ours[:10])}{', ...' * (len(ours) > 10)}",
+                f"the file fits adapter {adapter_name!r} only in part: {len(ours)} {told}: "
+                f"{first(ours)}",
                 stacklevel=4,
             )
 
@@ -154,6 +150,6 @@ def _saved_fields(folder: str | os.PathLike, **hub) -> dict:
 
 def _does_not_fit(folder: str | os.PathLike, adapter_name: str, errors: list[str]) -> ValueError:
     return ValueError(
-        f"the adapter of {name_of(folder)} does not fit {adapter_name!r}, which is unchanged:\n\t"
+        f"the adapter of '{folder}' does not fit {adapter_name!r}, which is unchanged:\n\t"
         + "\n\t".join(errors)
     )

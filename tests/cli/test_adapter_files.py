@@ -150,21 +150,3 @@ def test_a_bad_config_raises_and_changes_nothing(victim, change):
         with pytest.raises((ValueError, TypeError, RuntimeError, KeyError)):
             load()
         victim.assert_unchanged()
-
-
-FIELDS = [
-    *("density", "r", "randlora_alpha", "randlora_dropout", "bias", "projection_prng_key", "basis"),
-    *("sparse", "very_sparse", "save_projection", "fan_in_fan_out", "init_weights"),
-    *("inference_mode", "target_modules", "layers_pattern", "modules_to_save"),
-    "layers_to_transform",
-]
-
-
-def test_a_field_of_a_wrong_type_is_named(victim):
-    for field in FIELDS:
-        for value in ({"a": 1}, [[]]):
-            victim.write(**{field: value})
-            for load in (victim.load_anew, victim.load_beside):
-                with pytest.raises((TypeError, ValueError), match=f"^{field}\\b.* must be "):
-                    load()
-    victim.assert_unchanged()

@@ -16,8 +16,6 @@ trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
 
-from randlora_ext.peft import activation  # noqa: E402
-
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 WORDS = [f"word{i}" for i in range(40)]
@@ -148,15 +146,6 @@ def test_other_added_adapters_stay_as_new(monkeypatch):
     monkeypatch.delitem(sys.modules, "trl")
     model.add_adapter("ref", config)
     assert is_new(model, "ref")
-
-
-def test_a_newer_trl_is_told():
-    model = trained()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(activation, "NEWEST_TRL", "0.1")
-        with pytest.warns(UserWarning, match=r"TRL up to 0\.1 needs.*must be ln 2"):
-            model.add_adapter("ref", model.peft_config["default"])
-    assert all(map(torch.equal, numbers(model).values(), numbers(model, "ref").values()))
 
 
 def test_weights_that_trl_sends_to_vllm():
