@@ -7,35 +7,28 @@
     model = peft.get_peft_model(model, peft.RandLoraConfig(sparse=True, target_modules=...))
 
 After `enable`, every RandLoRA model that PEFT makes or loads computes its layers with
-`torch.ops.randlora`. If its bases are ternary (``sparse``, ``very_sparse``, or a ``density`` of
-`RandLoraConfig`), they are kept packed in 2 bits an element or less, and the numbers are those of
-stock PEFT up to rounding. `accelerate` does the same to a model that exists already.
+`torch.ops.randlora`. `accelerate` does the same to a model that exists already.
 """
 
-import importlib
 import warnings
 
 OLDEST, NEWEST = "0.20", "0.21"  # as noxfile.py tests
+_WANTED = f"randlora_ext.peft needs PEFT {OLDEST} or newer: `pip install -U 'peft>={OLDEST}'`"
+try:
+    import peft
+    from packaging.version import Version  # PEFT depends on it
+except ModuleNotFoundError as error:
+    raise ImportError(_WANTED) from error
 
 
 def check_version() -> None:
-    """Raises ImportError, saying what to install, if PEFT is missing or too old; warns of newer."""
-    wanted = f"randlora_ext.peft needs PEFT {OLDEST} or newer: `pip install -U 'peft>={OLDEST}'`; "
-    try:
-        version = importlib.import_module("peft").__version__
-    except ModuleNotFoundError as error:
-        if error.name != "peft":
-            raise
-        raise ImportError(wanted + "it is not installed") from error
-    from packaging.version import Version  # PEFT depends on it
-
-    found = Version(version).release
+    """Raises ImportError, saying what to install, if PEFT is too old; warns of newer ones."""
+    found = Version(peft.__version__).release
     if found < Version(OLDEST).release:
-        raise ImportError(f"{wanted}found {version}")
+        raise ImportError(f"{_WANTED}; found {peft.__version__}")
     if found[:2] > Version(NEWEST).release:
         warnings.warn(
-            f"randlora_ext.peft is tested with PEFT {OLDEST} to {NEWEST}, found {version}; if it "
-            "fails or differs from stock PEFT, please tell us",
+            f"randlora_ext.peft is tested with PEFT {OLDEST} to {NEWEST}, found {peft.__version__}",
             stacklevel=3,
         )
 

@@ -8,9 +8,7 @@ through.
 """
 
 import functools
-import gc
 import sys
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -39,8 +37,8 @@ def enable(float32_products: bool | None = None, keep_weight: str | None = None)
     """From now on RandLoRA models made or loaded by PEFT run on the compiled kernels.
 
     Equivalent to editing PEFT's two tables, from the type RANDLORA to its tuner and its config,
-    where all of PEFT and transformers look. Models that exist already stay as they are, which a
-    warning says. Saving and loading of `PeftModel` are wrapped for models on our layers: a file
+    where all of PEFT and transformers look. Models that exist already stay as they are: see
+    `accelerate`. Saving and loading of `PeftModel` are wrapped for models on our layers: a file
     appears when it is complete, and what is loaded must belong together.
 
     Args:
@@ -63,14 +61,7 @@ def enable(float32_products: bool | None = None, keep_weight: str | None = None)
     if float32_products is not None:
         AcceleratedLinear.float32_products = float32_products
     _patch()
-    was_enabled = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] is RandLoraConfig
     _use(RandLoraConfig, AcceleratedRandLoraModel)
-    if not was_enabled and any(type(each) is RandLoraModel for each in gc.get_objects()):
-        warnings.warn(
-            "a RandLoRA model was made before randlora_ext.peft.enable() and keeps PEFT's own "
-            "layers; randlora_ext.peft.accelerate(model) puts it on our kernels",
-            stacklevel=2,
-        )
 
 
 def disable() -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import warnings
 from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import suppress
 from typing import Any
@@ -72,10 +71,9 @@ class _Drawing(RandLoraModel):
 class PackedBufferDict(MutableMapping, BufferDict):
     """PEFT's ``BufferDict`` of one basis (A or B) by adapter, with ternary ones packed.
 
-    The tensors are not registered buffers, so DistributedDataParallel does not send them. A ternary
-    tensor is packed as it is put in; another (PEFT's default uniform basis) is kept as it is. Model
-    and layers share one dictionary. A state dict holds its saved bases dense and once: under the
-    model, or under the first layer if `inject_adapter_in_model` made no model.
+    Model and layers share it. The tensors are not registered buffers, so DistributedDataParallel
+    does not send them. A state dict holds saved bases dense and once: under the model, or under the
+    first layer if `inject_adapter_in_model` made no model.
     """
 
     __hash__ = nn.Module.__hash__
@@ -83,8 +81,8 @@ class PackedBufferDict(MutableMapping, BufferDict):
 
     def __init__(self) -> None:
         super().__init__(persistent=True)
-        self.__dict__["_bases"] = {}
-        self.__dict__["_unsaved"] = set()  # adapters whose bases no file holds
+        self._bases: dict[str, Tensor] = {}
+        self._unsaved: set[str] = set()  # adapters whose bases no file holds
         self._changed()
 
     @classmethod
@@ -109,12 +107,6 @@ class PackedBufferDict(MutableMapping, BufferDict):
         # Plain values, which torch.compile can guard on, beside tensors that it cannot look into.
         self.__dict__["token"] = next(_tokens)  # of this content, in this process
         self.__dict__["dtypes"] = {name: basis.dtype for name, basis in self._bases.items()}
-
-    def warn_once(self, told: str) -> None:
-        """Warns once per model."""
-        if not self.__dict__.get("_warned"):
-            self.__dict__["_warned"] = True
-            warnings.warn(told, stacklevel=4)
 
     # In PEFT's dictionary buffers are attributes; transformers loads adapters through them.
 
@@ -220,8 +212,7 @@ def layer_basis(
     Args:
         A: (r, 1, >= d).  B: (>= D, >= n, r). A layer uses the leading slices; in PEFT's flat order
             those of B are its first K columns.
-        served: whether there are kernels for packed bases; otherwise PEFT's ternary ones are made
-            dense.
+        served: whether there are kernels for packed bases; without, PEFT's ternary ones are dense.
 
     Raises ValueError if they are too small.
     """

@@ -1,5 +1,6 @@
 """PEFT's RandLoRA layers with forward, merging and delta weight on the compiled kernels."""
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,16 +21,13 @@ from ..nn.state_dict import refuse_misfit
 from .bases import PackedBufferDict, layer_basis
 from .basis_tensor import BasisTensor
 
-_STOCK = "on PEFT's own code: made without randlora_ext.peft.enable(); see accelerate()"
-
 
 class AcceleratedLinear(AdaptedLayer, Linear):
     """Computes what PEFT's ``Linear`` of RandLoRA computes, by ``torch.ops.randlora``.
 
-    PEFT's class still does saving, adding, switching and the rest.
     A 16-bit x is multiplied by dense bases (PEFT's default) in 16 bits with float32 sums, unless
     ``float32_products`` is set. Devices without our kernels compute Hadamard bases in plain torch,
-    and ternary ones as dense bases, with one warning per model.
+    and ternary ones as dense bases, with a warning.
     """
 
     randlora_A: PackedBufferDict
@@ -98,9 +96,10 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         if adapter in self.input_scales:
             basis = basis.with_input_scale(self.input_scales[adapter])
         if not served and basis.kind == "dense" and isinstance(A[adapter], BasisTensor):
-            A.warn_once(
-                "RandLoRA layers of this model multiply by dense bases: there are no randlora_ext "
-                f"kernels for device type {device_type!r}"
+            warnings.warn(
+                "RandLoRA layers multiply by dense bases: there are no randlora_ext kernels for "
+                f"device type {device_type!r}",
+                stacklevel=2,
             )
         self.bases[adapter] = (device_type, A.token, B.token), basis
         return basis
@@ -168,26 +167,21 @@ class AcceleratedLinear(AdaptedLayer, Linear):
 def kernel_summary(model: nn.Module) -> str:
     """One line: the shapes and bases of RandLoRA layers, and what computes them.
 
-    Equal layers are counted together; those that stock PEFT computes are named with the reason.
-
     Args:
         model: a module that holds RandLoRA layers, of PEFT or `RandLoraLinear`.
     """
-    ours: Counter[str] = Counter()
-    stock = 0
-    for layer in (m for m in model.modules() if isinstance(m, (RandLoraLayer, AdaptedLayer))):
-        if not isinstance(layer, AdaptedLayer):
-            stock += 1
-            continue
-        for name in layer.active_adapters:
-            if name in layer.randlora_lambda:
-                shape = f"{layer.in_features}->{layer.out_features}"
-                ours[f"{shape} {layer.describe(name)}"] += 1
-    parts = [f"{stock} layers {_STOCK}"] if stock else []
-    if ours:
-        listed = ", ".join(f"{count}x {what}" for what, count in sorted(ours.items()))
-        parts.insert(0, f"{ours.total()} RandLoRA layers: {listed}")
-    return "; ".join(parts) or "no RandLoRA layers"
+    told: Counter[str] = Counter()
+    for layer in model.modules():
+        if isinstance(layer, AdaptedLayer):
+            shape = f"{layer.in_features}->{layer.out_features}"
+            names = [name for name in layer.active_adapters if name in layer.randlora_lambda]
+            told.update(f"{shape} {layer.describe(name)}" for name in names)
+        elif isinstance(layer, RandLoraLayer):
+            told[
+                "on PEFT's own code: made without randlora_ext.peft.enable(); see accelerate()"
+            ] += 1
+    listed = ", ".join(f"{count}x {what}" for what, count in sorted(told.items()))
+    return f"{told.total()} RandLoRA layers: {listed}" if told else "no RandLoRA layers"
 
 
 def layers_with(model: Any, adapter_name: str | None = None) -> dict[str, RandLoraLayer]:
@@ -214,8 +208,7 @@ def layers_with(model: Any, adapter_name: str | None = None) -> dict[str, RandLo
 def adapter_per_row(tuner: nn.Module, names: list[str], call: dict) -> Iterator[None]:
     """For ``model(..., adapter_names=[...])``: layers compute row b with adapter ``names[b]``.
 
-    Equivalent to running every row alone with its adapter active; "__base__" means none. PEFT has
-    this for LoRA. modules_to_save are switched as well.
+    "__base__" means none. PEFT has this for LoRA. modules_to_save are switched as well.
 
     Args:
         call: the keyword arguments of the model's call. ``generate`` repeats every input
@@ -230,11 +223,8 @@ def adapter_per_row(tuner: nn.Module, names: list[str], call: dict) -> Iterator[
     if unknown := sorted(set(names) - known - {"__base__"}):
         raise ValueError(f"adapter_names has unknown {unknown}; known are {sorted(known)}")
     config = call.get("generation_config")
-    counts = (
-        call.get(name, getattr(config, name, None))
-        for name in ("num_beams", "num_return_sequences")
-    )
-    copies = max((count for count in counts if isinstance(count, int)), default=1)
+    counted = "num_beams", "num_return_sequences"
+    copies = max(call.get(name, getattr(config, name, None)) or 1 for name in counted)
 
     def give_names(module, args, kwargs):
         inputs = args[0] if args else next(iter(kwargs.values()))

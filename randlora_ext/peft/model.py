@@ -8,7 +8,7 @@ import peft
 from peft.tuners.randlora.layer import RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
-from torch import nn
+from torch import Tensor, nn
 
 from ..basis.description import check_r
 from ..nn.apply import check_is_called, check_not_nested, first
@@ -33,11 +33,7 @@ from .saving import refuse_lora_files
 class AcceleratedRandLoraModel(RandLoraModel):
     """What `randlora_ext.peft.enable` puts in the place of ``peft.RandLoraModel``.
 
-    Beside the layers' class, these things differ. Bases are packed as soon as they are drawn. A
-    configuration may have ``basis`` and ``density``. An added adapter of another r or basis, or on
-    larger layers, has the bases that it would have alone (stock PEFT takes the first adapter's and
-    fails). Quantized layers take a second adapter. A file is checked before anything of it is
-    loaded. A forward call takes ``adapter_names``.
+    docs/peft.md says what differs.
     """
 
     peft_config: dict[str, peft.RandLoraConfig]
@@ -58,10 +54,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
             super()._replace_module(parent, child_name, new_module, child)
 
     def _check_new_adapter_config(self, config: peft.RandLoraConfig) -> None:
-        """PEFT's check, which requires one key and one ``save_projection`` for all adapters.
-
-        It sees only adapters without a text as key; the others each have their own bases.
-        """
+        """PEFT's check of one key and ``save_projection``, of adapters on PEFT's bases alone."""
         self._check_targets(config)
         everyone = self.peft_config
         self.peft_config = {
@@ -94,29 +87,29 @@ class AcceleratedRandLoraModel(RandLoraModel):
     ) -> None:
         if adapter_name not in self.randlora_A:
             self._add_bases(randlora_config, adapter_name)
+        path = kwargs["current_key"]
         try:
-            check_is_called(self.model, kwargs["current_key"], f"module {kwargs['current_key']!r}")
+            check_is_called(self.model, path, f"module {path!r}")
         except ValueError as error:  # not raised: files of stock PEFT must load
             warnings.warn(str(error), stacklevel=2)
         super()._create_and_replace(randlora_config, adapter_name, *args, **kwargs)
-        layer = self.model.get_submodule(kwargs["current_key"])
-        layer.path = kwargs["current_key"]
-        disable_nested_tensors(self.model, kwargs["current_key"])
+        self.model.get_submodule(path).path = path
+        disable_nested_tensors(self.model, path)
 
     def _check_targets(self, config: peft.RandLoraConfig) -> None:
-        """Before anything is drawn: r, some linear layer, and that none is cut over ranks."""
+        """Raises ValueError before anything is drawn."""
         check_r(config.r)  # stock PEFT's configuration does not
         targets = self._target_sizes(config)
         for name in targets:
             check_no_plan(self.model, name, f"target {name!r}")
             if not isinstance(module := self.model.get_submodule(name), RandLoraLayer):
                 check_whole(module, f"target {name!r}")
+            # PEFT leaves out what lies inside its own layers.
+            if isinstance(self.model.get_submodule(name.rpartition(".")[0]), RandLoraLinear):
+                check_not_nested(self.model, name, f"target {name!r}")
         if not targets:
-            linear = [
-                name
-                for name, module in self.model.named_modules()
-                if _is_linear(module) and not name.endswith(".base_layer")
-            ]
+            names = [name for name, module in self.model.named_modules() if _is_linear(module)]
+            linear = [name for name in names if not name.endswith(".base_layer")]
             raise ValueError(
                 f"target_modules {config.target_modules!r} matches no linear layer of "
                 f"{type(self.model).__name__}; its linear layers are called {first(linear)}"
@@ -125,30 +118,23 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str) -> None:
         """Finds the adapter's bases among those of other adapters, or makes them."""
         A, B = self.randlora_A, self.randlora_B
-        targets = self._target_sizes(config)
-        for name in targets:  # PEFT leaves out what lies inside its own layers
-            if isinstance(self.model.get_submodule(name.rpartition(".")[0]), RandLoraLinear):
-                check_not_nested(self.model, name, f"target {name!r}")
-        D, d = largest(targets.values())
+        D, d = largest(self._target_sizes(config).values())
         description = description_of(vars(config))
         if description is not None:
             made = generated(description, config.r, D, d)
-        elif (other := self._alike(config, D, d)) is not None:
-            made = A[other], B[other]
         else:
-            made = drawn(config, D, d)
+            made = self._alike(config, D, d) or drawn(config, D, d)
         for bases, matrix in zip((A, B), made, strict=True):
             bases.add(adapter_name, matrix, config.save_projection and description is None)
 
-    def _alike(self, config: peft.RandLoraConfig, D: int, d: int) -> str | None:
-        """The adapter whose bases an added one shares, as in stock PEFT, whatever their flags."""
-        key = config.r, config.projection_prng_key
-        for i, name in enumerate(self.randlora_A):
-            other = self.peft_config[name]
-            if (other.r, other.projection_prng_key) == key:
-                sizes = self.randlora_A[name].shape[-1], self.randlora_B[name].shape[0]
-                if sizes == (d, D) or (i == 0 and sizes[0] >= d and sizes[1] >= D):
-                    return name
+    def _alike(self, config: peft.RandLoraConfig, D: int, d: int) -> tuple[Tensor, Tensor] | None:
+        """The bases that an added adapter shares, as in stock PEFT, whatever their flags."""
+        for i, (name, A) in enumerate(self.randlora_A.items()):
+            other, B = self.peft_config[name], self.randlora_B[name]
+            same = (other.r, other.projection_prng_key) == (config.r, config.projection_prng_key)
+            sizes = A.shape[-1], B.shape[0]
+            if same and (sizes == (d, D) or (i == 0 and sizes[0] >= d and sizes[1] >= D)):
+                return A, B
         return None
 
     def _target_sizes(self, config: peft.RandLoraConfig) -> dict[str, tuple[int, int]]:
@@ -156,13 +142,11 @@ class AcceleratedRandLoraModel(RandLoraModel):
         # The user may have left the targets to PEFT.
         config = self._prepare_adapter_config(config, self.get_model_config(self.model))
         config = _maybe_include_all_linear_layers(config, self.model)
-        sizes = {}
-        for name, module in self.model.named_modules():
-            if not self._check_target_module_exists(config, name):
-                continue
-            if _is_linear(module):
-                sizes[name] = features(module)
-        return sizes
+        return {
+            name: features(module)
+            for name, module in self.model.named_modules()
+            if self._check_target_module_exists(config, name) and _is_linear(module)
+        }
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -205,7 +189,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     @classmethod
     def _get_adapter_state_dict(cls, *args, adapter_name: str, state_dict: dict, **kwargs) -> dict:
-        # Newer PEFT takes parameters and buffers, and an input scale is neither.
+        # PEFT takes parameters and buffers, and an input scale is neither.
         kwargs |= {"adapter_name": adapter_name, "state_dict": state_dict}
         found = super()._get_adapter_state_dict(*args, **kwargs)
         end = f".{INPUT_SCALE}.{adapter_name}"
@@ -213,8 +197,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict:
-        # Newer PEFT adds the adapter's name only to entries that the model would write itself. A
-        # file may hold bases elsewhere, also under every layer, and input scales that are new.
+        # PEFT adds the adapter's name only to entries that the model would write itself. A file may
+        # hold bases elsewhere, also under every layer, and input scales that are new.
         remapped = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
@@ -244,8 +228,8 @@ def _warn_of_scaling(config: peft.RandLoraConfig) -> None:
     scaling = config.randlora_alpha / config.r
     if abs(scaling) > DEFAULT_SCALING and not config.inference_mode:
         warnings.warn(
-            f"randlora_alpha={config.randlora_alpha} with r={config.r} scales dW by {scaling:g}. "
-            f"The paper and PEFT's examples train with 2 to {DEFAULT_SCALING:g}, which is "
+            f"randlora_alpha={config.randlora_alpha} with r={config.r} scales dW by {scaling:g}; "
+            f"examples train with at most {DEFAULT_SCALING:g}, which is "
             f"randlora_alpha={DEFAULT_SCALING * config.r:g}",
             stacklevel=2,
         )

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import functools
-import inspect
 import json
 import os
 import shutil
@@ -25,72 +24,80 @@ from .basis_tensor import BasisTensor
 from .config import NEEDS_OURS, description_of, record_configurations
 from .layer import layers_with
 
-_BEGIN, _END = "<!-- opens with -->", "<!-- end of opens with -->"  # our part of a card
-_OPENS = f"""{_BEGIN}
-Only `randlora-ext`, a package for Hugging Face PEFT, opens this RandLoRA adapter:
+_MERGE = "merge instead (merge_and_unload or `randlora merge`)"
+_OPENS = """Only `randlora-ext`, a package for Hugging Face PEFT, opens this RandLoRA adapter:
 
 ```python
 import peft
 import randlora_ext.peft
 
 randlora_ext.peft.enable()
-model = peft.PeftModel.from_pretrained(base, {{place}})  # base: the model it was trained on
+model = peft.PeftModel.from_pretrained(base, folder)  # base: the model it was trained on
 ```
-{_END}
 
 """
 
 
-def save_together(stock: Callable, model: peft.PeftModel, save_directory, *args, **kwargs) -> None:
+def save_together(
+    stock: Callable,
+    model: peft.PeftModel,
+    save_directory: str | os.PathLike,
+    safe_serialization: bool = True,
+    selected_adapters: list[str] | None = None,
+    save_embedding_layers: str | bool = "auto",
+    is_main_process: bool = True,
+    **kwargs: Any,
+) -> None:
     """Has PeftModel's ``save_pretrained`` write into a scratch folder first, and adds our card."""
-    call = inspect.signature(stock).bind(model, save_directory, *args, **kwargs)
-    call.apply_defaults()
-    if not call.arguments["is_main_process"] or os.path.isfile(save_directory):  # PEFT's own error
-        stock(model, save_directory, *args, **kwargs)
+    options = safe_serialization, selected_adapters, save_embedding_layers, is_main_process
+    if not is_main_process or os.path.isfile(save_directory):  # PEFT's own error
+        stock(model, save_directory, *options, **kwargs)
         return
     with appear_together(save_directory) as folder:
-        copy_card(save_directory, folder)
-        stock(model, str(folder), *args, **kwargs)
-        write_card(folder, Path(save_directory).absolute().name)
+        if (card := Path(save_directory, "README.md")).exists():
+            shutil.copy(card, folder)  # PEFT updates it and keeps its text
+        stock(model, str(folder), *options, **kwargs)
+        write_card(folder)
         record_configurations(folder)
+
+
+def write_card(folder: Path) -> None:
+    """Begins PEFT's README.md in `folder` with how to open the adapter, if PEFT alone cannot."""
+    configs = [json.loads(path.read_text()) for path in folder.rglob(CONFIG_NAME)]
+    if not (file := folder / "README.md").exists():
+        return
+    card = ModelCard.load(file)
+    needs_ours = any(config["peft_type"] == NEEDS_OURS for config in configs)
+    card.text = _OPENS * needs_ours + card.text.replace(_OPENS, "").lstrip("\n")
+    card.save(file)
 
 
 def export_to_peft(model: peft.PeftModel, folder: str | os.PathLike) -> None:
     """Writes what stock PEFT opens with the same numbers, whatever the bases are.
 
     Equivalent to ``model.save_pretrained(folder)`` of a stock model with ``save_projection=True``
-    whose bases are these, dense, by a configuration with PEFT's fields alone. Each adapter is
-    written as by PEFT: "default" into the folder, others into folders of their name. Old files stay
-    until the new ones are complete. PEFT up to 0.21.2 warns of "missing adapter keys", the copies
-    that its own files hold for every layer, but loads these files correctly.
+    whose bases are these, dense, by a configuration with PEFT's fields alone. PEFT up to 0.21.2
+    warns of "missing adapter keys", the copies that its own files hold for every layer, but loads
+    these files correctly.
 
     Raises TypeError if model is no PeftModel over RandLoRA layers; ValueError if Hadamard bases
     belong to layers of different min(in, out), since stock PEFT shares one A and one B among all
     layers, or to a calibrated layer with more inputs than outputs, which it names.
     """
     layers_with(model)
-    with appear_together(folder) as scratch:
-        copy_card(folder, scratch)
-        _save_adapters(model, scratch)
-
-
-def _save_adapters(model: peft.PeftModel, folder: Path) -> None:
     configs, stock = dict(model.peft_config), {}
     copies = tuple(f".{bases}." for bases in BASIS_NAMES)
     state = {k: v for k, v in model.state_dict().items() if not any(part in k for part in copies)}
     for name, config in configs.items():
-        layers = {
-            path: (layer.in_features, layer.out_features)
-            for path, layer in layers_with(model, name).items()
-        }
-        _fold_scales(state, name, layers_with(model, name))
+        layers = layers_with(model, name)
+        _fold_scales(state, name, layers)
         A, B = (getattr(model.base_model, bases)[name] for bases in BASIS_NAMES)
-        stock[name] = stock_config(config, isinstance(A, BasisTensor))
-        for bases, dense in zip(BASIS_NAMES, dense_bases(config, A, B, layers), strict=True):
+        stock[name] = _stock_config(config, isinstance(A, BasisTensor))
+        for bases, dense in zip(BASIS_NAMES, _dense_bases(config, A, B, layers), strict=True):
             state[f"base_model.{bases}.{name}"] = dense.detach()
     try:
         model.peft_config.update(stock)
-        model.save_pretrained(str(folder), state_dict=state)
+        model.save_pretrained(os.fspath(folder), state_dict=state)
     finally:
         model.peft_config.update(configs)
 
@@ -104,8 +111,7 @@ def _fold_scales(state: dict[str, Tensor], name: str, layers: Mapping[str, Any])
         if layer.in_features > layer.out_features:
             raise ValueError(
                 f"layer {path!r} is calibrated and has more inputs ({layer.in_features}) than "
-                f"outputs ({layer.out_features}): its input scale belongs to B, which stock PEFT "
-                "shares among all layers; merge instead (merge_and_unload or `randlora merge`)"
+                f"outputs ({layer.out_features}): stock PEFT shares B among all layers; {_MERGE}"
             )
         key = f"base_model.model.{path}"
         del state[f"{key}.{INPUT_SCALE}.{name}"]
@@ -113,58 +119,45 @@ def _fold_scales(state: dict[str, Tensor], name: str, layers: Mapping[str, Any])
         state[gamma] = state[gamma] * scale.to(state[gamma])
 
 
-def dense_bases(
-    config: peft.RandLoraConfig, A: Tensor, B: Tensor, layers: Mapping[str, tuple[int, int]]
+def _dense_bases(
+    config: peft.RandLoraConfig, A: Tensor, B: Tensor, layers: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """A (r, 1, d) and B (D, n, r), dense, from which stock PEFT slices the bases of all layers.
+    """A (r, 1, d) and B (D, n, r), dense, from which stock PEFT slices the bases of all `layers`.
 
-    Args:
-        layers: (in_features, out_features) by name. Of generated bases, those of a smaller layer
-            are parts of those of a larger one, with one exception: A of Hadamard bases depends on
-            min(in, out), which decides the classes.
-
-    Raises ValueError, naming two layers, if Hadamard bases belong to layers whose min(in, out)
-    differ.
+    Of generated bases, those of a smaller layer are parts of those of a larger one, with one
+    exception: A of Hadamard bases depends on min(in, out).
     """
     description = description_of(vars(config))
     if description is None:
         A, B = (t.dense() if isinstance(t, BasisTensor) else t for t in (A, B))
         return A, B
-    (first, sizes), *others = layers.items()
-    for other, its in others:
-        if description.kind == "hadamard" and min(its) != min(sizes):
+    sizes = {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}
+    (D, d), r = largest(sizes.values()), config.r
+    own_d = d
+    if description.kind == "hadamard":
+        layer_of = {min(its): path for path, its in reversed(sizes.items())}
+        if len(layer_of) > 1:
             raise ValueError(
                 "stock PEFT has one pair of bases for all layers, and A of Hadamard bases depends "
-                f"on min(in, out): layer {first!r} has {sizes[0]} -> {sizes[1]} features, layer "
-                f"{other!r} {its[0]} -> {its[1]}; merge instead (merge_and_unload or `randlora "
-                "merge`)"
+                f"on min(in, out), which differs (layers by it: {layer_of}); {_MERGE}"
             )
-    (D, d), r = largest(layers.values()), config.r
-    own_d = min(sizes) if description.kind == "hadamard" else d
+        (own_d,) = layer_of
     made = description.density, description.seed, description.kind
     A, B = TernaryBasis(own_d, D, r, *made).dense()
     A, B = F.pad(A, (0, d - own_d)), F.pad(B, (0, -(-d // r) * r - B.shape[1]))
     return A.unsqueeze(1), B.unflatten(1, (-1, r))
 
 
-def stock_config(config: peft.RandLoraConfig, packed: bool) -> peft.RandLoraConfig:
-    """PEFT's own configuration with the fields that it knows.
-
-    Args:
-        packed: whether the bases are ternary.
-    """
-    values = {
-        field.name: copy.deepcopy(getattr(config, field.name))
-        for field in dataclasses.fields(peft.RandLoraConfig)
-        if field.init
-    }
+def _stock_config(config: peft.RandLoraConfig, packed: bool) -> peft.RandLoraConfig:
+    """PEFT's own configuration with the fields that it knows, for bases that are ternary or not."""
+    fields = [field.name for field in dataclasses.fields(peft.RandLoraConfig) if field.init]
+    values = {name: copy.deepcopy(getattr(config, name)) for name in fields}
     if (description := description_of(vars(config))) is not None:
         values["projection_prng_key"] = description.seed
-    values["save_projection"] = True
     # Stock PEFT draws bases before it loads these over them. It keeps uniform ones in bfloat16,
     # which would round the value, and sparse ones in float32.
-    values["sparse"] = packed and not config.very_sparse
-    return peft.RandLoraConfig(**values)
+    sparse = packed and not config.very_sparse
+    return peft.RandLoraConfig(**values | {"save_projection": True, "sparse": sparse})
 
 
 def refuse_lora_files(model: Any) -> None:
@@ -183,34 +176,3 @@ def _save_lora_adapter(
             "LoRA by peft.save_as_lora(folder, model, rank=...)"
         )
     type(model).save_lora_adapter(model, save_directory, adapter_name, *args, **kwargs)
-
-
-# ---- model cards ---------------------------------------------------------------------------------
-
-
-def copy_card(folder: str | os.PathLike, scratch: Path) -> None:
-    """Copies the model card, because PEFT updates an existing card and keeps its text."""
-    if (card := Path(folder, "README.md")).exists():
-        shutil.copy(card, scratch)
-
-
-def write_card(folder: Path, name: str) -> None:
-    """Begins PEFT's README.md in `folder` with how to open the adapter, if PEFT alone cannot.
-
-    Args:
-        folder: holds saved adapters; the text opens the first one.
-        name: what the text calls the folder.
-    """
-    file = folder / "README.md"
-    configs = sorted(folder.rglob(CONFIG_NAME), key=lambda path: (len(path.parts), path))
-    if not configs or not file.exists():
-        return
-    card = ModelCard.load(file)
-    before, _, rest = card.text.partition(_BEGIN)
-    text = (before + rest.partition(_END)[2]).strip("\n")
-    if json.loads(configs[0].read_text())["peft_type"] == NEEDS_OURS:
-        at = configs[0].parent.relative_to(folder).as_posix()
-        place = repr(name) if at == "." else f"{name!r}, subfolder={at!r}"
-        text = _OPENS.format(place=place) + text
-    card.text = text + "\n"
-    card.save(file)

@@ -1,6 +1,5 @@
 """randlora_ext.peft: enable, disable and accelerate; which PEFT; what a model says of itself."""
 
-import gc
 import subprocess
 import sys
 
@@ -30,7 +29,7 @@ from torch import nn
 from randlora_ext import _C, RandLoraLinear
 from randlora_ext.peft.layer import AcceleratedLinear
 
-pytestmark = pytest.mark.filterwarnings("ignore:RandLoRA layers of this model multiply by dense")
+pytestmark = pytest.mark.filterwarnings("ignore:RandLoRA layers multiply by dense")
 
 
 def tables():
@@ -102,14 +101,8 @@ def test_what_was_made_too_early_is_told():
     with pytest.warns(UserWarning, match=r"enable\(\) has not been called: until it is") as caught:
         early = config(5, accelerated.RandLoraConfig, sparse=True)
     assert len(caught) == 1 and caught[0].filename == config.__code__.co_filename
-    gc.collect()  # models of other tests
-    accelerated.enable()  # without a warning
-    accelerated.disable()
     model = peft.get_peft_model(Deep(), early)
-    with pytest.warns(UserWarning, match=r"made before .*enable\(\) and keeps") as caught:
-        accelerated.enable()
-    assert len(caught) == 1 and caught[0].filename == __file__
-    accelerated.enable()  # told already
+    accelerated.enable()
     config(5, accelerated.RandLoraConfig, sparse=True)
     assert runs_on_kernels(accelerated.accelerate(model))
 
@@ -139,7 +132,7 @@ print(type(model.base_model.model[0]).__name__)
 def test_without_peft_and_imported_before_it():
     told = subprocess.run([sys.executable, "-c", OURS_FIRST], capture_output=True, text=True).stdout
     without, layer = told.splitlines()
-    assert "`pip install -U 'peft>=0.20'`; it is not installed" in without
+    assert "`pip install -U 'peft>=0.20'`" in without
     assert layer == "AcceleratedLinear"
 
 
@@ -160,7 +153,7 @@ def test_what_a_model_says_of_its_kernels():
     assert text.count(kernels) == 2
     independent = made(basis="independent", density=0.2)
     assert f"r=5 density 0.2 {kernels}" in accelerated.kernel_summary(independent)
-    assert "3 layers on PEFT's own code: made without" in accelerated.kernel_summary(stock)
+    assert "3x on PEFT's own code: made without" in accelerated.kernel_summary(stock)
     assert accelerated.kernel_summary(nn.Linear(2, 2)) == "no RandLoRA layers"
     layer = RandLoraLinear(nn.Linear(2, 2), r=1)
     assert f": 1x 2->2 r=1 hadamard {kernels}" in accelerated.kernel_summary(layer)

@@ -101,7 +101,6 @@ def test_the_scratch_folder_of_a_living_process_stays(tmp_path):
 WRITERS = {
     "save_pretrained": lambda model, path: model.save_pretrained(path),
     "a pickle": lambda model, path: model.save_pretrained(path, safe_serialization=False),
-    "configuration": lambda model, path: model.peft_config["default"].save_pretrained(path),
     "export_to_peft": lambda model, path: accelerated.export_to_peft(model, path),
 }
 
