@@ -1,9 +1,23 @@
 """randlora_ext.peft in transformers models with random weights, and in its Trainer."""
 
+import copy
+
+import peft
 import pytest
 import torch
 from cli_helpers import llama as tiny_llama
-from peft_helpers import adapted, config, layers, opened, pair, relative, runs_on_kernels, t5
+from peft_helpers import (
+    accelerated,
+    adapted,
+    config,
+    layers,
+    opened,
+    pair,
+    randomize,
+    relative,
+    runs_on_kernels,
+    t5,
+)
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -116,3 +130,31 @@ def test_multihead_attention():
         adapted(base, ["out_proj"], sparse=True)
     after = base["attn"](x, x, x)[0]
     assert torch.equal(after, before) and not after.requires_grad
+
+
+def test_zamba2_whose_attention_layers_share_a_weight():
+    sizes = dict(hidden_size=32, intermediate_size=48, vocab_size=64, num_attention_heads=4)
+    mamba = dict(mamba_d_state=8, n_mamba_heads=4, mamba_headdim=16, mamba_ngroups=1, chunk_size=8)
+    settings = transformers.Zamba2Config(
+        layers_block_type=["mamba", "hybrid"] * 2, num_hidden_layers=4, num_mem_blocks=1,
+        **sizes, **mamba,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_config(settings).eval()
+    x = torch.arange(8)[None]
+    untuned = base(x).logits
+    accelerated.enable()
+    chosen = accelerated.RandLoraConfig(
+        r=4, randlora_alpha=4, basis="hadamard", target_modules=["in_proj", "q_proj"]
+    )
+    model = randomize(peft.get_peft_model(base, chosen)).eval()
+    want, before = model(x).logits, copy.deepcopy(model.state_dict())
+    q_proj = r"layer 'model.layers.{}.shared_transformer.self_attn.q_proj'"
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(RuntimeError, match=f"{q_proj.format(1)} and {q_proj.format(3)} share"):
+            merge()
+    assert all(map(torch.equal, before.values(), model.state_dict().values()))
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(model(x).logits, untuned)
+    assert torch.equal(model(x).logits, want) and not torch.allclose(want, untuned, rtol=1e-3)
