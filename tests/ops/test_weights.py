@@ -9,6 +9,8 @@ import torch
 from layer_cases import (
     BASES,
     CALLS,
+    KINDS,
+    SCALED,
     SHAPES,
     SIXTEEN_BITS,
     largest_error,
@@ -52,7 +54,7 @@ def case(shape, kind, dtype=torch.float64):
     return layer.basis, layer.lam.to(dtype), layer.gam.to(dtype), normal(shape[1], shape[0])
 
 
-@pytest.mark.parametrize("kind", [*BASES, 0.12, 0.13])
+@pytest.mark.parametrize("kind", [*BASES, SCALED, 0.12, 0.13])
 @pytest.mark.parametrize("shape", [*SHAPES, (530, 640, 16), (1000, 129, 2)], ids=str)
 def test_delta_weight_in_float64(shape, kind):
     basis, *rest = case(shape, kind)
@@ -141,7 +143,7 @@ def test_scaled_basis_of_a_basis(kind):
 # ---- merged_weight: W + dW rounded once
 
 
-@pytest.mark.parametrize("kind", [0.05, 1 / 3, "hadamard", "dense"])
+@pytest.mark.parametrize("kind", [*KINDS, SCALED])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (40, 40, 8), (33, 70, 8), (70, 33, 7), (20, 30, 32)])
 @pytest.mark.parametrize("dtype", ALL_TYPES, ids=str)
 def test_one_rounding_of_the_sum(shape, kind, dtype):
@@ -150,7 +152,7 @@ def test_one_rounding_of_the_sum(shape, kind, dtype):
     if shape[0] > shape[1]:
         weight = weight.mT.contiguous().mT
     results = [merged_weight(basis, weight, lam, gam, 0.5)]
-    if kind == "hadamard":
+    if basis.kind == "hadamard":
         bases = operands(replace(layer, scaling=0.5))
         results.append(hadamard._plain_weight(weight, lam, gam, *bases))
     want = weight.double() + reference(basis, lam.double(), gam.double(), 0.5)
