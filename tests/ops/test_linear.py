@@ -20,7 +20,7 @@ from layer_cases import (
     plain,
     rms_error,
     ways,
-)  # fmt: skip
+)
 
 TOKENS = [0, 1, 3, 16, 33, 100, 257]  # 257 needs a second super-block of the backward on 2 threads
 FP64 = 1e-12  # relative; about 1e-13 is seen
