@@ -88,7 +88,7 @@ def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float =
 def merged_weight(
     basis: TernaryBasis, weight: Tensor, lam: Tensor, gam: Tensor, scaling: float = 1.0
 ) -> Tensor:
-    """W + dW: ``(weight.float() + delta_weight(...)).to(weight.dtype)``; no gradient.
+    """W + dW (out, in): ``(weight.float() + delta_weight(...)).to(weight.dtype)``; no gradient.
 
     The sum is computed in float32 (float64 for float64), rounded once.
     Raises ValueError, TypeError or RuntimeError, naming the argument.

@@ -114,14 +114,8 @@ def assert_within(name: str, got: Tensor, want: Tensor, size: Tensor, dtype: tor
     assert got.shape == want.shape, f"{name} is {tuple(got.shape)}, not {tuple(want.shape)}"
     info = torch.finfo(dtype)
     allowed = 16 * info.eps * size + 4000 * info.smallest_normal * info.eps
-    error = (got.double() - want).abs()
-    if bool((error <= allowed).all()):
-        return
-    worst = (error / allowed).nan_to_num(torch.inf).argmax().item()
-    raise AssertionError(
-        f"{name} errs by {error.flatten()[worst]:.3g} at flat index {worst}, where "
-        f"{allowed.flatten()[worst]:.3g} is allowed: got {got.flatten()[worst]}"
-    )
+    worst = ((got.double() - want).abs() / allowed).nan_to_num(torch.inf)
+    assert worst.numel() == 0 or worst.max() <= 1, f"{name} errs {worst.max():.3g} times that much"
 
 
 def assert_all_within(results: dict[str, Tensor], layer: Layer) -> None:
