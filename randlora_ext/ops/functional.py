@@ -62,8 +62,8 @@ def scaled_basis(basis_or_A: TernaryBasis | Tensor, lam: Tensor, gam: Tensor) ->
     Returns:
         (K, d) in the dtype of A; for a basis in the dtype of lam. Row c = j * n + i.
 
-    One pass forward, and one backward for lam and gam; neither makes another (K, d) tensor.
-    Source: PEFT's ``UniqueBaseGrad``. Raises TypeError or RuntimeError, naming the argument.
+    Backward makes no other (K, d) tensor. Source: PEFT's ``UniqueBaseGrad``.
+    Raises TypeError or RuntimeError, naming the argument.
     """
     if isinstance(basis_or_A, TernaryBasis):
         _check(basis_or_A, lam, gam)
@@ -74,10 +74,9 @@ def scaled_basis(basis_or_A: TernaryBasis | Tensor, lam: Tensor, gam: Tensor) ->
 def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float = 1.0) -> Tensor:
     """dW (out, in): ``scaling * B @ scaled_basis(A, lam, gam)``, transposed if d == out < in.
 
-    The result has the dtype of lam; sums are in float32 (float64 for float64). Hadamard bases have
-    a kernel for it; of the others a dense B is made, which lives as long as the call.
-    Source: PEFT's ``get_delta_weight``; paper equation 3. Raises TypeError or ValueError, naming
-    the argument.
+    The result has the dtype of lam; sums are in float32 (float64 for float64). Bases other than
+    Hadamard make a dense B, which lives as long as the call. Source: PEFT's ``get_delta_weight``;
+    paper equation 3. Raises TypeError or ValueError, naming the argument.
     """
     _check(basis, lam, gam)
     if basis.kind == "hadamard":
@@ -89,13 +88,10 @@ def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float =
 def merged_weight(
     basis: TernaryBasis, weight: Tensor, lam: Tensor, gam: Tensor, scaling: float = 1.0
 ) -> Tensor:
-    """W + dW: ``(weight.float() + delta_weight(...)).to(weight.dtype)``; no gradient.
+    """W + dW (out, in): ``(weight.float() + delta_weight(...)).to(weight.dtype)``; no gradient.
 
-    Args:
-        weight: (out, in). The sum is computed in float32 (float64 for float64), rounded once.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: naming the argument.
+    The sum is computed in float32 (float64 for float64), rounded once.
+    Raises ValueError, TypeError or RuntimeError, naming the argument.
     """
     _check(basis, lam, gam, weight=weight)
     if weight is None or tuple(weight.shape) != (basis.out_features, basis.in_features):

@@ -2,7 +2,6 @@
 // operators that the tests of the CPU and the CUDA kernels share.
 #pragma once
 #include "arrays.h"
-#include "thread_runtime.h"
 
 namespace randlora {
 

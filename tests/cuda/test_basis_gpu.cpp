@@ -1,7 +1,6 @@
 // Generation, lists and expansion on the card: bit for bit the CPU's.
 #include "core/ternary_spec.h"
 #include "test_device.h"
-#include "thread_runtime.h"
 
 using namespace randlora;
 

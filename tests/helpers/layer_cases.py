@@ -29,6 +29,7 @@ SHAPES = [
 DENSITIES = [1.0, 1 / 3, 0.07, 1 / 64]  # the first two are packed as planes, the others as lists
 # Independent bases by their density, others by their kind.
 BASES = [*DENSITIES, "hadamard", "dense"]
+SCALED = "scaled hadamard"
 # Every way in which a basis is stored.
 KINDS = [1 / 3, 0.07, "hadamard", "dense"]
 CALLS = pytest.mark.parametrize("basis", KINDS)
@@ -65,12 +66,14 @@ def make_basis(
     seed: int = 3,
     dtype: torch.dtype = torch.float64,
 ) -> TernaryBasis:
-    """`basis` is the density of independent bases, or the kind "hadamard" or "dense"."""
+    """Of the density of independent bases, or a kind; SCALED are Hadamard with an input scale."""
+    sizes = in_features, out_features, r
     if basis == "dense":
-        return dense_basis(in_features, out_features, r, dtype)
-    if basis == "hadamard":
-        return TernaryBasis(in_features, out_features, r, seed=seed, kind=basis)
-    return TernaryBasis(in_features, out_features, r, basis, seed)
+        return dense_basis(*sizes, dtype)
+    if isinstance(basis, float):
+        return TernaryBasis(*sizes, basis, seed)
+    scale = torch.linspace(0.1, 3, in_features) if basis == SCALED else None
+    return TernaryBasis(*sizes, seed=seed, kind="hadamard", input_scale=scale)
 
 
 def make_layer(
@@ -191,16 +194,20 @@ def plain(layer: Layer) -> dict[str, Tensor]:
     )
 
 
-def by_plain_torch(layer: Layer, bases: tuple | None = None) -> dict[str, Tensor]:
+def by_plain_torch(layer: Layer) -> dict[str, Tensor]:
     """Of a Hadamard basis, by the functions for devices without kernels."""
-    inputs = layer.x, layer.weight, layer.bias, layer.lam, layer.gam
-    bases = operands(layer) if bases is None else bases
-    x, weight, _, lam, gam = inputs
+    inputs = x, weight, _, lam, gam = layer.x, layer.weight, layer.bias, layer.lam, layer.gam
+    bases = operands(layer)
     gradients = hadamard._plain_linear_backward(layer.dy, x, weight, lam, gam, *bases, True, True)
     return dict(zip(NAMES, (hadamard._plain_linear(*inputs, *bases), *gradients), strict=True))
 
 
 WAYS = {"kernels": ours, "plain torch": by_plain_torch}
+
+
+def ways(layer: Layer) -> dict:
+    """Those that compute layers of this kind."""
+    return WAYS if layer.basis.kind == "hadamard" else {"kernels": ours}
 
 
 def exact(layer: Layer) -> dict[str, Tensor]:

@@ -1,102 +1,17 @@
 """Hadamard bases: what only they have. Files beside this one try them with the other kinds.
 
-Sizes that are no powers of two, the input scale, the operators' own checks, and plain torch for
-devices without kernels.
+The operators' own checks, and plain torch for devices without kernels.
 """
-
-from dataclasses import replace
 
 import pytest
 import torch
-from layer_cases import (
-    NAMES,
-    SIXTEEN_BITS,
-    WAYS,
-    Layer,
-    assert_rule,
-    by_plain_torch,
-    exact,
-    forward_backward,
-    largest_error,
-    make_layer,
-    operands,
-    ours,
-    plain,
-)  # fmt: skip
-from torch.nn import functional as F
+from layer_cases import Layer, by_plain_torch, make_layer, operands, ours
 
 from randlora_ext import _C, TernaryBasis, devices
 from randlora_ext.ops import hadamard as module
-from randlora_ext.reference import delta_weight_reference
 
 ops = torch.ops.randlora
-SIZES = [
-    (256, 256, 32), (96, 288, 16), (768, 288, 32), (64, 96, 8), (300, 420, 30), (61, 100, 6),
-    (50, 50, 7), (10, 11, 3), (1, 1, 4), (9, 7, 50), (130, 61, 7), (40, 512, 2), (1, 37, 1),
-    (5, 6, 1), (129, 131, 8), (17, 700, 3),
-]  # fmt: skip
-ODD = pytest.mark.parametrize("size", SIZES, ids=str)
-
-
-@ODD
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *SIXTEEN_BITS], ids=str)
-def test_odd_sizes(size, dtype):
-    one, some, many, none = (
-        make_layer(*size, "hadamard", tokens, dtype, lead)
-        for tokens, lead in ((1, ()), (5, (3,)), (130, ()), (0, (2,)))
-    )
-    some = replace(some, bias=None)
-    for layer in (one.without_weight(), some, many, many.without_weight(), none):
-        oracle = exact(layer)
-        for how, way in WAYS.items():
-            result = way(layer)
-            assert all(result[n].shape == oracle[n].shape for n in NAMES), how
-            if dtype == torch.float64:
-                worst = max(largest_error(result[n], oracle[n]) for n in NAMES)
-                assert worst < 1e-12, (how, worst)
-            else:
-                floor = 4 if dtype == torch.float32 else 2
-                if min(size[:2]) == 1:  # all of dlam is one sum, which may cancel
-                    floor = 64
-                assert_rule(result, plain(layer), oracle, dtype, floor)
-
-
-@ODD
-@pytest.mark.parametrize("how", WAYS)
-def test_input_scale(size, how):
-    # The vector of signs on the input side may hold signs times sigma > 0: dW becomes
-    # dW diag(sigma), in everything.
-    layer = make_layer(*size, "hadamard", 37)
-    s, row, col, expand, scale = operands(layer)
-    sigma = (torch.rand(size[0]) * 3 + 0.1).float()
-    bases = *((s * sigma, row) if expand else (s, row * sigma)), col, expand, scale
-    A, B = layer.basis.dense(dtype=torch.float64)
-    W, bias = layer.weight, layer.bias
-
-    def delta(lam, gam):
-        return delta_weight_reference(A, B, lam, gam, scale, size[1], size[0]) * sigma.double()
-
-    want = forward_backward(lambda x, *each: F.linear(x, W + delta(*each), bias), layer)
-    if how == "kernels":
-        got = forward_backward(lambda x, *each: module.linear(x, W, bias, *each, *bases), layer)
-    else:
-        got = by_plain_torch(layer, bases)
-    for name in NAMES:
-        assert largest_error(got[name], want[name]) < 1e-12, name
-
-    weight = module.weight if how == "kernels" else module._plain_weight
-    leaves = [t.detach().requires_grad_() for t in (layer.lam, layer.gam)]
-    dW, mine = delta(*leaves), weight(None, *leaves, *bases)
-    grad = torch.randn_like(dW)
-    values = ([t, *torch.autograd.grad(t, leaves, grad, retain_graph=True)] for t in (mine, dW))
-    for got, want in zip(*values, strict=True):
-        assert largest_error(got.detach(), want.detach()) < 1e-12
-    assert largest_error(weight(W, *leaves, *bases) - W, dW) < 1e-12
-
-
-# ---- the operators themselves; test_errors.py has what `linear` can be given
-
-
+# test_errors.py has what `linear` can be given.
 OPERATORS = ("hadamard_linear", "hadamard_linear_backward", "hadamard_weight")
 
 

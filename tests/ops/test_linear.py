@@ -7,6 +7,7 @@ from layer_cases import (
     CALLS,
     KINDS,
     NAMES,
+    SCALED,
     SHAPES,
     SIXTEEN_BITS,
     WAYS,
@@ -18,26 +19,36 @@ from layer_cases import (
     ours,
     plain,
     rms_error,
-)  # fmt: skip
+    ways,
+)
 
 TOKENS = [0, 1, 3, 16, 33, 100, 257]  # 257 needs a second super-block of the backward on 2 threads
 FP64 = 1e-12  # relative; about 1e-13 is seen
 
 
+# More of odd ones for Hadamard bases, whose transforms have sizes that are powers of two.
+ODD = [
+    (96, 288, 16), (768, 288, 32), (300, 420, 30), (61, 100, 6), (10, 11, 3), (1, 1, 4), (9, 7, 50),
+    (40, 512, 2), (1, 37, 1), (129, 131, 8), (17, 700, 3),
+]  # fmt: skip
+
+
 def assert_exact(layer):
-    oracle, results = exact(layer), ours(layer)
-    for name in NAMES:
-        assert results[name].shape == oracle[name].shape, name
-        assert results[name].dtype == oracle[name].dtype, name
-        error = largest_error(results[name], oracle[name])
-        assert error <= FP64, f"{name} is off by {error:.3g}"
+    oracle = exact(layer)
+    for how, way in ways(layer).items():
+        results = way(layer)
+        for name in NAMES:
+            assert results[name].shape == oracle[name].shape, (how, name)
+            assert results[name].dtype == oracle[name].dtype, (how, name)
+            error = largest_error(results[name], oracle[name])
+            assert error <= FP64, f"{name} of {how} is off by {error:.3g}"
 
 
-@pytest.mark.parametrize("basis", BASES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("basis", [*BASES, SCALED])
+@pytest.mark.parametrize("shape", [*SHAPES, *ODD], ids=str)
 def test_float64(shape, basis):
     for k, tokens in enumerate(TOKENS):
-        layer = make_layer(*shape, basis, tokens)
+        layer = make_layer(*shape, basis, tokens, lead=(2,) if k % 3 == 0 else ())
         assert_exact(layer.without_weight() if (k + shape[0]) % 2 else layer)
 
 
@@ -48,18 +59,22 @@ def test_float64_beyond_one_chunk_of_planes(shape, density):
     assert_exact(make_layer(*shape, density, 33))
 
 
-@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("basis", [*BASES, SCALED])
 @pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BITS], ids=str)
-@pytest.mark.parametrize("shape", [(64, 64, 8), (50, 37, 7), (37, 130, 16), (20, 24, 32)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(64, 64, 8), (50, 37, 7), (37, 130, 16), (20, 24, 32), (768, 288, 32)], ids=str
+)
 def test_error_rule(shape, dtype, basis):
     for tokens, has_weight in ((1, True), (33, False), (33, True), (257, False)):
         layer = make_layer(*shape, basis, tokens, dtype)
         layer = layer if has_weight else layer.without_weight()
-        results = ours(layer)
-        assert [results[n].dtype for n in NAMES] == [dtype, dtype, *[torch.float32] * 2]
-        # Dense bases may form W + dW: one GEMM on the sum rounds otherwise than the sum of two.
-        floor = 2 if basis == "dense" else 1
-        assert_rule(results, plain(layer), exact(layer), dtype, floor)
+        simple, oracle = plain(layer), exact(layer)
+        for way in ways(layer).values():
+            results = way(layer)
+            assert [results[n].dtype for n in NAMES] == [dtype, dtype, *[torch.float32] * 2]
+            # Dense bases may form W + dW: one GEMM on the sum rounds otherwise than the sum of two.
+            floor = 1 if isinstance(basis, float) else 2
+            assert_rule(results, simple, oracle, dtype, floor)
 
 
 @CALLS

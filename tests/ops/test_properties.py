@@ -21,7 +21,7 @@ from property_cases import (
     layers,
     layouts,
     seeds,
-)  # fmt: skip
+)
 
 from randlora_ext import delta_weight
 from randlora_ext.basis.ternary import generate_planes

@@ -3,19 +3,22 @@ and types of the first."""
 
 import pickle
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from layer_cases import (
     BASES,
     CALLS,
+    KINDS,
+    SCALED,
     SHAPES,
     SIXTEEN_BITS,
     largest_error,
     make_basis,
     make_layer,
     operands,
-)  # fmt: skip
+)
 
 from randlora_ext import TernaryBasis, delta_weight, merged_weight, scaled_basis
 from randlora_ext.ops import hadamard
@@ -46,40 +49,28 @@ def reference(basis, lam, gam, scaling=SCALING):
 # ---- delta_weight
 
 
-def case(shape, kind, dtype=torch.float64):
-    """A basis, lam, gam, and a gradient of dW."""
-    layer = make_layer(*shape, kind, 1)
-    return layer.basis, layer.lam.to(dtype), layer.gam.to(dtype), normal(shape[1], shape[0])
-
-
-@pytest.mark.parametrize("kind", [*BASES, 0.12, 0.13])
+@pytest.mark.parametrize("kind", [*BASES, SCALED, 0.12, 0.13])
 @pytest.mark.parametrize("shape", [*SHAPES, (530, 640, 16), (1000, 129, 2)], ids=str)
 def test_delta_weight_in_float64(shape, kind):
-    basis, *rest = case(shape, kind)
-    oracle = run(lambda *diagonals: reference(basis, *diagonals), *rest)
-    results = run(lambda *diagonals: delta_weight(basis, *diagonals, SCALING), *rest)
-    assert results["out"].shape == (shape[1], shape[0])
+    layer = make_layer(*shape, kind, 1)
+    rest = layer.lam, layer.gam, normal(shape[1], shape[0])
+    oracle = run(partial(reference, layer.basis), *rest)
+    results = run(partial(delta_weight, layer.basis, scaling=SCALING), *rest)
     for name, value in results.items():
         assert value.dtype == torch.float64 and value.shape == oracle[name].shape
         assert largest_error(value, oracle[name]) <= FP64, name
 
 
 @CALLS
-def test_diagonals_of_two_types_give_the_type_of_lam(basis):
-    basis, lam, gam, grad = case((50, 37, 7), basis, torch.float32)
-    lam = lam.bfloat16()
-    results = run(lambda *diagonals: delta_weight(basis, *diagonals), lam, gam, grad)
-    assert results["out"].dtype == results["dlam"].dtype == torch.bfloat16
-    assert results["dgam"].dtype == torch.float32
-    assert torch.equal(results["out"], delta_weight(basis, lam.float(), gam).bfloat16())
-
-
-@pytest.mark.parametrize("kind", [1 / 3, 0.07, "hadamard"])
-def test_16_bit_results_are_rounded_once(kind):
-    for dtype in SIXTEEN_BITS:
-        basis, lam, gam, _ = case((50, 37, 7), kind, dtype)
-        wide = delta_weight(basis, lam.float(), gam.float(), SCALING)
-        assert torch.equal(delta_weight(basis, lam, gam, SCALING), wide.to(dtype))
+def test_16_bit_results_are_rounded_once(basis):
+    low, wide = SIXTEEN_BITS, torch.float32
+    for lam_type, gam_type in (*zip(low, low, strict=True), (torch.bfloat16, wide)):
+        layer = make_layer(50, 37, 7, basis, 1)
+        lam, gam = layer.lam.to(lam_type), layer.gam.to(gam_type)
+        results = run(partial(delta_weight, layer.basis), lam, gam, layer.weight)
+        assert [t.dtype for t in results.values()] == [lam_type, lam_type, gam_type]
+        rounded = delta_weight(layer.basis, lam.float(), gam.float()).to(lam_type)
+        assert torch.equal(results["out"], rounded)
 
 
 # ---- scaled_basis: two multiplications an element, equal to the reference to the last bit
@@ -110,22 +101,14 @@ def test_scaled_basis_multiplies_in_32_or_64_bits_and_rounds_once(size, dtype):
 def test_gradients_have_the_types_of_the_diagonals(a_type, diagonal_type):
     A = normal(5, 33, dtype=a_type)
     lam, gam = normal(5, 7, dtype=diagonal_type), normal(7, 33, dtype=diagonal_type)
-    results = run(lambda *diagonals: scaled_basis(A, *diagonals), lam, gam, normal(35, 33))
-    assert results["out"].dtype == a_type
-    assert results["dlam"].dtype == results["dgam"].dtype == diagonal_type
-    grad, A = normal(35, 33).to(a_type).double(), A.double()
-    wide = lam.double(), gam.double(), grad
-    oracle = run(lambda *diagonals: scaled_basis_reference(A, *diagonals), *wide)
     bound = 4 * max(torch.finfo(t).eps for t in (a_type, diagonal_type))
-    assert all(largest_error(results[name], oracle[name]) <= bound for name in results)
-
-
-def test_a_dense_basis_gets_no_gradient():
-    A = normal(5, 33).requires_grad_()
-    lam, gam = normal(5, 7).requires_grad_(), normal(7, 33)
-    scaled_basis(A, lam, gam).sum().backward()  # an expanded scalar
-    assert A.grad is None and gam.grad is None
-    torch.testing.assert_close(lam.grad, (A[:, None] * gam).sum(2).detach())
+    for grad in (normal(35, 33), normal(1, 1).expand(35, 33)):
+        results = run(partial(scaled_basis, A), lam, gam, grad)
+        assert results["out"].dtype == a_type
+        assert results["dlam"].dtype == results["dgam"].dtype == diagonal_type
+        wide = lam.double(), gam.double(), grad.to(a_type).double()
+        oracle = run(partial(scaled_basis_reference, A.double()), *wide)
+        assert all(largest_error(results[name], oracle[name]) <= bound for name in results)
 
 
 @pytest.mark.parametrize("kind", [1.0, 0.07, "hadamard", "dense"])
@@ -141,7 +124,7 @@ def test_scaled_basis_of_a_basis(kind):
 # ---- merged_weight: W + dW rounded once
 
 
-@pytest.mark.parametrize("kind", [0.05, 1 / 3, "hadamard", "dense"])
+@pytest.mark.parametrize("kind", [*KINDS, SCALED])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (40, 40, 8), (33, 70, 8), (70, 33, 7), (20, 30, 32)])
 @pytest.mark.parametrize("dtype", ALL_TYPES, ids=str)
 def test_one_rounding_of_the_sum(shape, kind, dtype):
@@ -150,7 +133,7 @@ def test_one_rounding_of_the_sum(shape, kind, dtype):
     if shape[0] > shape[1]:
         weight = weight.mT.contiguous().mT
     results = [merged_weight(basis, weight, lam, gam, 0.5)]
-    if kind == "hadamard":
+    if basis.kind == "hadamard":
         bases = operands(replace(layer, scaling=0.5))
         results.append(hadamard._plain_weight(weight, lam, gam, *bases))
     want = weight.double() + reference(basis, lam.double(), gam.double(), 0.5)

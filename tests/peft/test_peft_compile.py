@@ -81,7 +81,7 @@ def test_a_language_model_in_one_graph():
 
 
 def test_an_exported_model(tmp_path):
-    """It holds operators and plain tensors alone; test_export.py loads such in a process."""
+    """It holds operators and plain tensors alone; test_compile.py loads such in a process."""
     model = made(projection_prng_key=23, sparse=True).eval()
     x = torch.randn(7, 24)
     program = torch.export.export(model.base_model.model, (x,), dynamic_shapes=({0: Dim.DYNAMIC},))
