@@ -35,7 +35,7 @@ def largest(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
 def generated(description: BasisDescription, r: int, D: int, d: int) -> tuple[Tensor, Tensor]:
     """What stands for A (r, 1, d) and B (D, n, r) of a new adapter."""
     shapes = (r, 1, d), (D, -(-d // r), r)
-    A, B = (BasisTensor.generated(description, shape) for shape in shapes)
+    A, B = (BasisTensor(description, 1.0, shape, torch.float32, "cpu") for shape in shapes)
     return A, B
 
 

@@ -17,8 +17,8 @@ from ..basis.ternary import pack_dense
 class BasisTensor(Tensor):
     """A matrix (rows, ...) of {-value, 0, value}, whose trailing dims are flattened into columns.
 
-    `content` has its signs: bit planes (2, rows, ceil(columns / 64)), or the description that
-    generates A and B of each layer. Of the latter there is no dense form here.
+    `content` has bit planes (2, rows, ceil(columns / 64)), or the description that generates A and
+    B of each layer, which has no dense form here.
     """
 
     content: Tensor | BasisDescription
@@ -35,10 +35,6 @@ class BasisTensor(Tensor):
         """Packs a dense tensor exactly. Raises ValueError if it is not ternary."""
         planes, value = pack_dense("the basis", dense.detach().reshape(len(dense), -1))
         return cls(planes, value, dense.shape, dense.dtype, dense.device)
-
-    @classmethod
-    def generated(cls, description: BasisDescription, shape) -> "BasisTensor":
-        return cls(description, 1.0, shape, torch.float32, "cpu")
 
     @property
     def description(self) -> BasisDescription | None:

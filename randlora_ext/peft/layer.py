@@ -60,7 +60,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         return self._adapted(names, x, *args, **kwargs).to(x.dtype)
 
     def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args, **kwargs) -> Tensor:
-        """Row b of the batch through adapter ``adapter_names[b]``; "__base__" means none."""
+        """Row b of the batch through adapter ``adapter_names[b]``."""
         if len(adapter_names) != len(x):
             raise ValueError(
                 f"adapter_names must have one name per input, got {len(adapter_names)} for {len(x)}"
@@ -208,11 +208,8 @@ def layers_with(model: Any, adapter_name: str | None = None) -> dict[str, RandLo
 def adapter_per_row(tuner: nn.Module, names: list[str], call: dict) -> Iterator[None]:
     """For ``model(..., adapter_names=[...])``: layers compute row b with adapter ``names[b]``.
 
-    "__base__" means none. PEFT has this for LoRA. modules_to_save are switched as well.
-
-    Args:
-        call: the keyword arguments of the model's call. ``generate`` repeats every input
-            max(num_beams, num_return_sequences) times, but not in the encoder of a T5.
+    "__base__" means none. `call` has the keyword arguments of the model's call: ``generate``
+    repeats every input max(num_beams, num_return_sequences) times, but not in the encoder of a T5.
 
     Raises ValueError in training mode and for unknown names, before anything is computed.
     """

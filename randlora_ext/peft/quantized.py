@@ -24,16 +24,11 @@ from .layer import AcceleratedLinear
 
 
 def backend_of(base: nn.Module) -> Any:
-    """PEFT's backend for a quantized layer.
-
-    None for other modules, and for an nn.Linear over a quantized tensor (torchao), which is called
-    as any other.
-    """
+    """PEFT's backend for a quantized layer; None for others, also an nn.Linear of torchao."""
     # PEFT 0.20 fails on any other layer beside a newer torchao, so it is not asked needlessly.
     others = nn.Linear, RandLoraLayer, ModulesToSaveWrapper
-    if isinstance(base, others) or is_conv1d(base) or not hasattr(base, "in_features"):
-        return resolve_quantization_backend(base) if _is_bitsandbytes(base) else None
-    return resolve_quantization_backend(base)
+    other = isinstance(base, others) or is_conv1d(base) or not hasattr(base, "in_features")
+    return resolve_quantization_backend(base) if _is_bitsandbytes(base) or not other else None
 
 
 def _is_bitsandbytes(base: nn.Module) -> bool:
@@ -42,11 +37,7 @@ def _is_bitsandbytes(base: nn.Module) -> bool:
 
 
 class QuantizedLinear(AcceleratedLinear):
-    """`AcceleratedLinear` over a quantized base.
-
-    Stock PEFT has a class for each of bitsandbytes' kinds, which merges A' B, another matrix, and
-    refuses bases that are not nn.Linear.
-    """
+    """`AcceleratedLinear` over a quantized base; PEFT's own classes merge A' B, not B A'."""
 
     quantization_backend: Any
 
@@ -57,7 +48,6 @@ class QuantizedLinear(AcceleratedLinear):
         return None
 
     def _dense_weight(self) -> Tensor:
-        """Raises PEFT's TypeError if this kind of base cannot be merged."""
         base = self.get_base_layer()
         state = getattr(getattr(base, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
@@ -93,10 +83,7 @@ class QuantizedLinear(AcceleratedLinear):
 
 
 def _with_weight(base: Any, weight: Tensor) -> Any:
-    """A layer of bitsandbytes like `base`, which stays as it is, with that weight.
-
-    PEFT's backends would write into the old parameter's flags, which bitsandbytes obeys.
-    """
+    """A layer of bitsandbytes like `base`, which PEFT's backends would change, with that weight."""
     from bitsandbytes.nn import Int8Params, Params4bit
 
     new, old = copy.copy(base), base.weight

@@ -76,9 +76,7 @@ def export_to_peft(model: peft.PeftModel, folder: str | os.PathLike) -> None:
     """Writes what stock PEFT opens with the same numbers, whatever the bases are.
 
     Equivalent to ``model.save_pretrained(folder)`` of a stock model with ``save_projection=True``
-    whose bases are these, dense, by a configuration with PEFT's fields alone. PEFT up to 0.21.2
-    warns of "missing adapter keys", the copies that its own files hold for every layer, but loads
-    these files correctly.
+    whose bases are these, dense, by a configuration with PEFT's fields alone.
 
     Raises TypeError if model is no PeftModel over RandLoRA layers; ValueError if Hadamard bases
     belong to layers of different min(in, out), since stock PEFT shares one A and one B among all
