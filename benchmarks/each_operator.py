@@ -9,7 +9,7 @@ import torch
 from gpu import floors
 from gpu.floors import Floor
 
-from randlora_ext import _C, TernaryBasis
+from randlora_ext import _C, Basis
 from randlora_ext.ops import hadamard, independent
 
 ops = torch.ops.randlora
@@ -24,13 +24,13 @@ class Op:
     waits: bool = False  # for the card, so no graph can capture it: times include launch gaps
 
 
-def that_make_bases(b: TernaryBasis, device: torch.device) -> Iterator[Op]:
+def that_make_bases(b: Basis, device: torch.device) -> Iterator[Op]:
     """Independent of the layer's dtype."""
     seeds = itertools.count(1)  # a new basis at every call: no cache has it
     density = None if b.kind == "hadamard" else b.density
 
     def from_seed() -> None:
-        TernaryBasis(b.in_features, b.out_features, b.r, density, next(seeds)).packed(device)
+        Basis(b.in_features, b.out_features, b.r, density, next(seeds)).packed(device)
 
     yield Op("basis from a seed", None, from_seed, floors.whole_basis(b), waits=True)
     if b.kind == "hadamard":
@@ -51,7 +51,7 @@ def that_make_bases(b: TernaryBasis, device: torch.device) -> Iterator[Op]:
 
 
 def of_layers(
-    b: TernaryBasis,
+    b: Basis,
     device: torch.device,
     dtype: torch.dtype,
     tokens: list[int],

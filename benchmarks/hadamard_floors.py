@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from record import show
 
-from randlora_ext import RandLoraLinear, TernaryBasis, delta_weight
+from randlora_ext import Basis, RandLoraLinear, delta_weight
 
 ELEMENT = {"float32": 4, "bfloat16": 2}
 
@@ -50,12 +50,12 @@ def seconds_of_calls() -> float:
 
 def seconds_of_an_addition() -> float:
     """In the transforms of dW of 2048 x 2048."""
-    basis = TernaryBasis(2048, 2048, 32, kind="hadamard")
+    basis = Basis(2048, 2048, 32, kind="hadamard")
     lam, gam = torch.randn(basis.r, basis.n), torch.randn(basis.n, basis.d)
     return seconds(lambda: delta_weight(basis, lam, gam)) / (basis.d * additions(basis, 1, 1))
 
 
-def additions(basis: TernaryBasis, transforms: int, mixes: int) -> float:
+def additions(basis: Basis, transforms: int, mixes: int) -> float:
     N = 1 << (basis.K - 1).bit_length()
     return transforms * N * math.log2(N) + mixes * basis.K * math.log2(basis.r)
 
@@ -78,7 +78,7 @@ def seconds_of_frozen(row: dict) -> float:
 
 def work(row: dict) -> tuple[float, float, float]:
     """Multiply-adds, additions and bytes of a step."""
-    basis = TernaryBasis(row["in"], row["out"], row["rank"], kind="hadamard")
+    basis = Basis(row["in"], row["out"], row["rank"], kind="hadamard")
     products = (4 if basis.expand else 3) * basis.K * basis.n
     added = additions(basis, 2 if basis.expand else 3, 3)
     elements = 4 * row["in"] + 3 * row["out"] + 6 * basis.K

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from randlora_ext import TernaryBasis, linear
+from randlora_ext import Basis, linear
 
 SCALING = 20.0  # PEFT's default, alpha / r = 640 / 32
 # "peft" is PEFT's own RandLoRA, "full" full fine-tuning.
@@ -17,7 +17,7 @@ METHODS = ("lora", "peft", "dora", "vera", "full", "ours")
 class Ours(nn.Module):
     """The fused operator on a frozen layer."""
 
-    def __init__(self, base: nn.Linear, basis: TernaryBasis):
+    def __init__(self, base: nn.Linear, basis: Basis):
         super().__init__()
         self.base, self.basis = base, basis
         self.lam = nn.Parameter(torch.randn(basis.r, basis.n) * 0.1)
@@ -38,7 +38,7 @@ def density_of(text: str, d: int) -> float:
     return float(top) / float(bottom or 1)
 
 
-def basis_of(text: str, size: tuple[int, int], rank: int, seed: int = 0) -> TernaryBasis:
+def basis_of(text: str, size: tuple[int, int], rank: int, seed: int = 0) -> Basis:
     """The bases that `text` names, for a layer of `size` = (in, out).
 
     A density (`density_of`) names independent ones, "hadamard" ours, "dense" uniform ones of unit
@@ -50,10 +50,10 @@ def basis_of(text: str, size: tuple[int, int], rank: int, seed: int = 0) -> Tern
             3**0.5 * (2 * torch.rand(shape, generator=make) - 1)
             for shape in ((rank, d), (D, -(-d // rank) * rank))
         )
-        return TernaryBasis.from_dense(*matrices, *size)
+        return Basis.from_dense(*matrices, *size)
     if text == "hadamard":
-        return TernaryBasis(*size, rank, seed=seed, kind="hadamard")
-    return TernaryBasis(*size, rank, density_of(text, min(size)), seed)
+        return Basis(*size, rank, seed=seed, kind="hadamard")
+    return Basis(*size, rank, density_of(text, min(size)), seed)
 
 
 def frozen_layer(size: tuple[int, int], dtype: torch.dtype) -> nn.Linear:

@@ -18,7 +18,7 @@ if importlib.util.find_spec("randlora_ext._C") is None:
 
 from ._C import build_info as _build_info
 from ._C import isa as _isa
-from .basis import TernaryBasis
+from .basis import Basis
 from .calibration import calibrate
 from .devices import CUDA_STATUS as _CUDA_STATUS
 from .nn.adapter_file import load_adapter, save_adapter
@@ -36,7 +36,7 @@ def build_info() -> dict:
 
 __all__ = [
     "RandLoraLinear",
-    "TernaryBasis",
+    "Basis",
     "__version__",
     "apply_randlora",
     "build_info",

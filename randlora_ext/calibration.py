@@ -113,7 +113,7 @@ def _to_calibrate(name: str, layer: AdaptedLayer) -> list[str]:
         if adapter not in layer.randlora_lambda:
             continue
         lam = layer.randlora_lambda[adapter]
-        if layer.basis_of(adapter, lam.device).kind != "hadamard":
+        if not layer.basis_of(adapter, lam.device).takes_input_scale:
             continue
         if adapter in layer.merged_adapters:
             raise ValueError(f"adapter {adapter!r} of layer {name!r} is merged; unmerge it first")

@@ -3,14 +3,10 @@
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from . import _C
-
-if TYPE_CHECKING:
-    from .basis import TernaryBasis
 
 LIBRARY = Path(__file__).parent / "librandlora_cuda.so"
 # Tests load the kernels compiled for the CPU (docs/cuda-on-cpu.md).
@@ -58,23 +54,3 @@ def cuda_serves(device_type: str) -> bool:
 def serve(device_type: str) -> bool:
     """Whether any of our kernels run on tensors of this device type."""
     return device_type == "cpu" or (device_type == "cuda" and cuda_available())
-
-
-def what_computes(basis: "TernaryBasis", device: torch.device, dtype: torch.dtype) -> str:
-    """What multiplies by the basis there, as the end of "computed by"."""
-    kernels = device.type == "meta" or serve(device.type)
-    if basis.kind == "dense":
-        return "torch's GEMMs"
-    if basis.kind == "hadamard" and (not kernels or not _fits(basis, device, dtype)):
-        return "plain torch"
-    if not kernels:
-        return f"nothing: there are no kernels for {device.type}, which these bases need"
-    return f"{_C.isa() if device.type == 'cpu' else device.type} kernels"
-
-
-def _fits(basis: "TernaryBasis", device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a card's shared memory holds what the kernels of Hadamard bases need of it."""
-    if not cuda_serves(device.type):
-        return True
-    sizes = basis.D, basis.d, basis.r, basis.n
-    return _C.hadamard_fits(*sizes, dtype == torch.float64, device.index or 0)

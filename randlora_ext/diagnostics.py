@@ -13,7 +13,7 @@ import torch
 from torch.autograd import grad
 
 from . import build_info
-from .basis import TernaryBasis
+from .basis import Basis
 from .basis.description import SPECIFICATIONS
 from .basis.ternary import generate_planes
 from .devices import cuda_available
@@ -89,18 +89,18 @@ def _wrong_basis(device: torch.device) -> float:
     return float(hashlib.sha256(drawn).hexdigest() != _DIGEST)
 
 
-def _bases() -> dict[str, list[TernaryBasis]]:
-    bases: dict[str, list[TernaryBasis]] = {"hadamard": [], "independent": [], "dense": []}
+def _bases() -> dict[str, list[Basis]]:
+    bases: dict[str, list[Basis]] = {"hadamard": [], "independent": [], "dense": []}
     for n_in, n_out, r, density in _SHAPES:
-        drawn = TernaryBasis(n_in, n_out, r, density, seed=1)
-        bases["hadamard"].append(TernaryBasis(n_in, n_out, r, seed=1))
+        drawn = Basis(n_in, n_out, r, density, seed=1)
+        bases["hadamard"].append(Basis(n_in, n_out, r, seed=1))
         bases["independent"].append(drawn)
-        bases["dense"].append(TernaryBasis.from_dense(*drawn.dense(), n_in, n_out))
+        bases["dense"].append(Basis.from_dense(*drawn.dense(), n_in, n_out))
     return bases
 
 
 def relative_error(
-    basis: TernaryBasis,
+    basis: Basis,
     tokens: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",

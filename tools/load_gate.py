@@ -36,7 +36,7 @@ assert len(wanted) >= 3, wanted
 for file, name in wanted:
     getattr(ctypes.CDLL(file), name)
 print("torch has", *(name for _, name in wanted))
-basis = randlora_ext.TernaryBasis(96, 130, 8, 1 / 3)
+basis = randlora_ext.Basis(96, 130, 8, 1 / 3)
 lam, gam = torch.randn(8, basis.n), torch.randn(basis.n, basis.d)
 want = delta_weight_reference(*basis.dense(), lam, gam, 1.0, 130, 96)
 torch.testing.assert_close(randlora_ext.delta_weight(basis, lam, gam), want)

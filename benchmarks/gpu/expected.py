@@ -9,7 +9,7 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from randlora_ext import TernaryBasis
+from randlora_ext import Basis
 
 from . import floors, report
 from .floors import Ceilings, Floor
@@ -28,7 +28,7 @@ def cell(floor: Floor, rates: Ceilings) -> str:
 
 def independent_lines(rates: Ceilings, size: int = 4096, tokens: int = 8192) -> list[list[str]]:
     bases, tall = (
-        [TernaryBasis(n_in, size, RANK, density) for density in DENSITIES.values()]
+        [Basis(n_in, size, RANK, density) for density in DENSITIES.values()]
         for n_in in (size, 14336)
     )
     forward, backward = zip(*(floors.independent(b, tokens) for b in bases), strict=True)
@@ -61,7 +61,7 @@ def hadamard_lines(rates: Ceilings, rows: list[report.Row]) -> list[list[str]]:
     }
     made = []
     for tokens, n_in, n_out in LAYERS:
-        b = TernaryBasis(n_in, n_out, RANK, kind="hadamard")
+        b = Basis(n_in, n_out, RANK, kind="hadamard")
         frozen = 2 * Floor(0, matrix=2 * tokens * b.D * b.d).us(rates)
         ways = [
             floors.hadamard(b, tokens),

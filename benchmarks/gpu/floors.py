@@ -8,7 +8,7 @@ unit and one elsewhere. Nsight Compute tells what each kernel does.
 
 from dataclasses import dataclass
 
-from randlora_ext import TernaryBasis
+from randlora_ext import Basis
 
 # Philox4x32-10 makes four elements: ten rounds of two 32 x 32 -> 64 bit products (two instructions
 # each), four exclusive ors and two additions to the key.
@@ -55,47 +55,47 @@ class Floor:
                 "over_floor": us / self.us(rates)}  # fmt: skip
 
 
-def index_bytes(b: TernaryBasis) -> int:
+def index_bytes(b: Basis) -> int:
     return 4 if max(b.D, b.K) > 65536 else 2
 
 
-def planes_bytes(b: TernaryBasis) -> float:
+def planes_bytes(b: Basis) -> float:
     return 2 * b.D * -(-b.K // 64) * 8
 
 
-def list_bytes(b: TernaryBasis, by_column: bool = False) -> float:
+def list_bytes(b: Basis, by_column: bool = False) -> float:
     lines = b.K if by_column else b.D
     return b.density * b.D * b.K * index_bytes(b) + (2 * lines + 1) * 8
 
 
-def packed_bytes(b: TernaryBasis) -> float:
+def packed_bytes(b: Basis) -> float:
     """B once, as one product reads it."""
     return list_bytes(b) if b.format == "lists" else planes_bytes(b)
 
 
-def dense_bytes(b: TernaryBasis) -> float:
+def dense_bytes(b: Basis) -> float:
     return 2 * (b.D * b.K)
 
 
-def small_bytes(b: TernaryBasis) -> float:
+def small_bytes(b: Basis) -> float:
     """A (lists), lambda and gamma."""
     return b.density * b.r * b.d * index_bytes(b) + 4 * (b.r * b.n + b.n * b.d)
 
 
-def fill_planes(b: TernaryBasis) -> Floor:
+def fill_planes(b: Basis) -> Floor:
     return Floor(planes_bytes(b), integer=INTEGERS_PER_ELEMENT * (b.D * b.K))
 
 
-def planes_to_lists(b: TernaryBasis, by_column: bool) -> Floor:
+def planes_to_lists(b: Basis, by_column: bool) -> Floor:
     return Floor(planes_bytes(b) + list_bytes(b, by_column))
 
 
-def expansion(b: TernaryBasis) -> Floor:
+def expansion(b: Basis) -> Floor:
     """Planes or lists to the dense B, or back."""
     return Floor(packed_bytes(b) + dense_bytes(b))
 
 
-def whole_basis(b: TernaryBasis) -> Floor:
+def whole_basis(b: Basis) -> Floor:
     """From the seed to the packed form."""
     if b.kind == "hadamard":
         signs = b.d + b.D + b.K
@@ -105,14 +105,14 @@ def whole_basis(b: TernaryBasis) -> Floor:
     return Floor(written, integer=INTEGERS_PER_ELEMENT * (b.D * b.K))
 
 
-def scaled_basis(b: TernaryBasis, element: int = 2) -> Floor:
+def scaled_basis(b: Basis, element: int = 2) -> Floor:
     """A' (K, d) written; backward reads its gradient instead, and multiplies twice."""
     moved = element * (b.K + b.r) * b.d + 4 * (b.r * b.n + b.n * b.d)
     return Floor(moved, fma=b.K * b.d)
 
 
 def independent(
-    b: TernaryBasis, tokens: int, element: int = 2, matrix_unit: bool = True
+    b: Basis, tokens: int, element: int = 2, matrix_unit: bool = True
 ) -> tuple[Floor, Floor]:
     """Forward and backward of the adapter: x read, y written, a product with either side.
 
@@ -134,9 +134,7 @@ def independent(
     return forward, backward if b.d == b.in_features else backward + b_side
 
 
-def hadamard(
-    b: TernaryBasis, tokens: int, fused: bool = False, element: int = 2
-) -> tuple[Floor, Floor]:
+def hadamard(b: Basis, tokens: int, fused: bool = False, element: int = 2) -> tuple[Floor, Floor]:
     """Forward and backward of the adapter on Hadamard bases, each in its separate kernels.
 
     The class products read or write a (T, d) tensor and z or w (T, K); the transform reads and
@@ -160,14 +158,14 @@ def hadamard(
     return forward, product + up + again + down + Floor(z) + diagonals
 
 
-def lora(b: TernaryBasis, tokens: int, rank: int, element: int = 2) -> tuple[Floor, Floor]:
+def lora(b: Basis, tokens: int, rank: int, element: int = 2) -> tuple[Floor, Floor]:
     """Forward and backward of LoRA at best: y and dx added to in the product that makes them."""
     x, y = (element * tokens * size for size in (b.in_features, b.out_features))
     work = 2 * tokens * rank * (b.in_features + b.out_features)
     return Floor(x + 2 * y, matrix=work), Floor(3 * x + 2 * y, matrix=2 * work)
 
 
-def hadamard_weight(b: TernaryBasis, element: int = 2) -> Floor:
+def hadamard_weight(b: Basis, element: int = 2) -> Floor:
     """W read, W + dW written, log2 N additions an element."""
     N = 1 << (b.K - 1).bit_length()
     return Floor(2 * element * b.D * b.d, fma=b.d * N * (N.bit_length() - 1))

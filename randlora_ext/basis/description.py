@@ -46,6 +46,11 @@ class BasisDescription:
             raise ValueError(f"density must be in (0, 1], got {density}")
         object.__setattr__(self, "density", float(density))
 
+    @property
+    def depends_on_layers(self) -> bool:
+        """Whether layers of other sizes have another A, not more or fewer columns of one A."""
+        return self.kind == "hadamard"
+
     def key(self) -> str:
         """The text that a saved file holds; `parse` reads it back exactly.
 

@@ -42,7 +42,7 @@ class TernaryMatrices:
         return "planes" if shape.n <= 65536 and self.density > PLANES_ABOVE_DENSITY else "lists"
 
     def pack(self, shape: Shape, on: torch.device) -> list[Tensor]:
-        """The tensors of `TernaryBasis.packed`."""
+        """The tensors of `Basis.packed`."""
         a_planes, b_planes = self.a_planes(shape, on), self.b_planes(shape, on)
         a_offset, a_index = _ops.planes_to_lists(a_planes, shape.d, False, shape.wide)
         of_b = [b_planes]
@@ -57,7 +57,7 @@ class TernaryMatrices:
         return _ops.lists_to_dense(*packed[:2], shape.d, self.a_value, dtype)
 
     def dense_b(self, shape: Shape, dtype: torch.dtype, packed: list[Tensor]) -> Tensor:
-        """The factor of GEMMs, as `TernaryBasis.dense_b`."""
+        """The factor of GEMMs, as `Basis.dense_b`."""
         if self.format(shape) == "lists":
             return _ops.lists_to_dense(*packed[3:5], shape.K, 1.0, dtype)
         return _ops.planes_to_dense(packed[3], shape.K, 1.0, dtype)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..basis import TernaryBasis
+from ..basis import Basis
 from ..nn.adapter_file import check_diagonals, join, read_adapter_file, read_safetensors
 from ..nn.merging import adapter_dtype
 from ..nn.state_dict import DIAGONALS, INPUT_SCALE
@@ -27,7 +27,7 @@ _BASES = ("randlora_A", "randlora_B")
 class Change(NamedTuple):
     """dW of one layer."""
 
-    basis: TernaryBasis
+    basis: Basis
     lam: Tensor
     gam: Tensor
     scaling: float
@@ -168,7 +168,7 @@ def _bases_of_peft(
     saved: list[Tensor] | None,
     sizes: Mapping[str, tuple[int, int]],
     dtypes: Mapping[str, Any],
-) -> dict[str, TernaryBasis]:
+) -> dict[str, Basis]:
     """The basis of each layer: of the saved tensors, or of those that the configuration makes."""
     from ..peft.bases import PackedBufferDict, drawn, generated, largest, layer_basis
     from ..peft.config import description_of

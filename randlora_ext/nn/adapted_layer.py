@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..basis import TernaryBasis
-from ..devices import what_computes
+from ..basis import Basis
 from ..ops import functional
 from ..ranks import full_tensor, laid_out_like
 from .base_layer import is_plain_linear, matches, refuse_cut
@@ -31,7 +30,7 @@ class AdaptedLayer(KeepsWeight):
     scaling: dict[str, float]
     input_scales: dict[str, Tensor]
 
-    def basis_of(self, adapter: str, device: torch.device) -> TernaryBasis:
+    def basis_of(self, adapter: str, device: torch.device) -> Basis:
         """The basis by which the adapter multiplies on that device."""
         raise NotImplementedError
 
@@ -59,7 +58,7 @@ class AdaptedLayer(KeepsWeight):
         """Multiplies the adapter's inputs by a vector (in_features,) from now on; None by none.
 
         Equivalent to ``dW @ diag(input_scale)`` for dW. Raises TypeError or ValueError, as
-        `TernaryBasis`, if it does not fit; RuntimeError if the adapter is merged.
+        `Basis`, if it does not fit; RuntimeError if the adapter is merged.
         """
         self._check_names("adapter", [adapter])
         if adapter in self.merged_adapters:
@@ -73,7 +72,7 @@ class AdaptedLayer(KeepsWeight):
             self.input_scales[adapter] = basis.input_scale
         self._use_basis(adapter, basis)
 
-    def _use_basis(self, adapter: str, basis: TernaryBasis) -> None:
+    def _use_basis(self, adapter: str, basis: Basis) -> None:
         """`basis_of` gives the adapter this one from now on."""
         raise NotImplementedError
 
@@ -183,12 +182,9 @@ class AdaptedLayer(KeepsWeight):
         """The adapter's basis, and what computes it."""
         weight = self._base_weight()
         basis = self.basis_of(adapter, weight.device)
-        by = what_computes(basis, weight.device, weight.dtype)
-        # Of drawn and loaded bases the density is the share of non-zeros that they have.
-        ternary = basis.kind in ("independent", "imported")
-        what = f"density {basis.density:.3g}" if ternary else basis.kind
-        hint = " (basis='hadamard' costs about LoRA's)" if basis.kind == "dense" else ""
-        return f"r={basis.r} {what} by {by}{hint}"
+        by = functional.what_computes(basis, weight.device, weight.dtype)
+        hint = " (basis='hadamard' costs about LoRA's)" if basis.is_dense else ""
+        return f"r={basis.r} {basis.name} by {by}{hint}"
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_features}->{self.out_features}"]

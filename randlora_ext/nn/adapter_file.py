@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..basis.basis import Basis
 from ..basis.description import BasisDescription
-from ..basis.ternary_basis import TernaryBasis
 from ..ranks import failing_together, full_tensor, is_dtensor
 from ..writing import appear
 from .apply import adapt
@@ -62,10 +62,10 @@ class AdapterFile:
         own = {join(at, kind) for at in self.layers for kind in (*DIAGONALS, INPUT_SCALE)}
         return [name for name in self.tensors if name not in own]
 
-    def basis_of(self, at: str) -> TernaryBasis:
+    def basis_of(self, at: str) -> Basis:
         (n_in, n_out, _), key = self.layers[at], BasisDescription.parse(self.options["basis"])
         scale = self.tensors.get(join(at, INPUT_SCALE))
-        return TernaryBasis(n_in, n_out, self.options["r"], key.density, key.seed, key.kind, scale)
+        return Basis(n_in, n_out, self.options["r"], key.density, key.seed, key.kind, scale)
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = "default") -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..basis import TernaryBasis
+from ..basis import Basis
 from ..basis.description import check_kind, did_you_mean
 from .adapted_layer import AdaptedLayer
 from .base_layer import check_base_layer, features, force_module_call, is_conv1d
@@ -52,11 +52,11 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         randlora_dropout: probability in [0, 1) that an input of the adapter is dropped.
         adapter_name: name of the first adapter; `update_layer` adds more.
         density, seed, basis, input_scale: of the bases, as density, seed, kind and input_scale of
-            `TernaryBasis`. PEFT draws others from the same ``projection_prng_key``.
+            `Basis`. PEFT draws others from the same ``projection_prng_key``.
 
     Attributes, each by adapter name: ``randlora_lambda`` (r, n), initially zero, so a new adapter
     changes nothing; ``randlora_gamma`` (n, d), initially 1 / max(n, d); ``scaling``;
-    ``r``; ``bases`` (`TernaryBasis`). ``active_adapters`` are those whose outputs are added, unless
+    ``r``; ``bases`` (`Basis`). ``active_adapters`` are those whose outputs are added, unless
     the layer is ``disabled``.
 
     Dtypes: lambda and gamma start as float32 (float64 on a float64 base), and ``.to(dtype)`` casts
@@ -92,7 +92,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         self.fan_in_fan_out = is_conv1d(base_layer)
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
-        self.bases: dict[str, TernaryBasis] = {}
+        self.bases: dict[str, Basis] = {}
         self.input_scales = {}
         self.merged_adapters = []
         self.active_adapters: list[str] = [adapter_name]
@@ -134,7 +134,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         if basis is not None:
             check_kind("basis", basis)
         sizes = self.in_features, self.out_features, r
-        bases = TernaryBasis(*sizes, density, seed, basis, input_scale).canonical()
+        bases = Basis(*sizes, density, seed, basis, input_scale).canonical()
         if r > bases.d:
             warnings.warn(
                 f"r = {r} is more than min(in_features, out_features) = {bases.d}, with which dW "
@@ -190,10 +190,10 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
             for name, parameter in diagonals.items():
                 parameter.requires_grad_(name in self.active_adapters and not self.disabled)
 
-    def basis_of(self, adapter: str, device: torch.device) -> TernaryBasis:
+    def basis_of(self, adapter: str, device: torch.device) -> Basis:
         return self.bases[adapter]
 
-    def _use_basis(self, adapter: str, basis: TernaryBasis) -> None:
+    def _use_basis(self, adapter: str, basis: Basis) -> None:
         self.bases[adapter] = basis
 
     def forward(self, x: Tensor) -> Tensor:

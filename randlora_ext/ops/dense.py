@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..basis import TernaryBasis
+from ..basis import Basis
 from ..reference import scaled_basis_reference
 from .registration import Operator, call_kernel, entry, fake, gradients, linear_entry
 
@@ -64,13 +64,13 @@ torch.library.impl("randlora::scaled_basis", "default", _plain_scaled_basis)
 torch.library.impl("randlora::scaled_basis_backward", "default", _plain_scaled_basis_backward)
 
 
-def operands(basis: TernaryBasis, device, scaling: float, dtype: torch.dtype) -> tuple:
+def operands(basis: Basis, device, scaling: float, dtype: torch.dtype) -> tuple:
     """The operators' arguments that describe the bases, from `A` to `scale`."""
     A, B = basis.dense_a(device, dtype), basis.dense_b(device, dtype)
     return A, B, basis.expand, float(scaling)
 
 
-def delta(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float) -> Tensor:
+def delta(basis: Basis, lam: Tensor, gam: Tensor, scaling: float) -> Tensor:
     """As `functional.delta_weight`, for bases of any kind; differentiable by torch."""
     wide, kind = torch.promote_types(lam.dtype, torch.float32), lam.device.type
     A, B = basis.dense(lam.device, wide)

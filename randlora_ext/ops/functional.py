@@ -1,4 +1,4 @@
-"""The operators as functions of a `TernaryBasis`, which layers and users call.
+"""The operators as functions of a `Basis`, which layers and users call.
 
 Each is differentiable with respect to lam, gam (and x); the bases are constants.
 """
@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..basis import TernaryBasis
-from ..devices import serve
+from .. import _C
+from ..basis import Basis
+from ..devices import cuda_serves, serve
 from ..ranks import is_dtensor
 from . import dense, hadamard, independent
 from .registration import autocast, autocast_is_on
@@ -19,10 +20,10 @@ _MODULES = {"hadamard": hadamard, "dense": dense}
 _PLAIN = (Tensor, torch.nn.Parameter)  # subclasses are looked at more closely
 
 
-def _check(basis: TernaryBasis, lam: Tensor, gam: Tensor, **others: Tensor | None) -> None:
+def _check(basis: Basis, lam: Tensor, gam: Tensor, **others: Tensor | None) -> None:
     """Checks what C++ cannot know; csrc/torch checks dtypes, devices and other shapes."""
-    if not isinstance(basis, TernaryBasis):
-        raise TypeError(f"basis must be a TernaryBasis, got {type(basis)}")
+    if not isinstance(basis, Basis):
+        raise TypeError(f"basis must be a Basis, got {type(basis)}")
     for name, value in (("lam", lam), ("gam", gam), *others.items()):
         if type(value) not in _PLAIN and (value is not None or name not in ("weight", "bias")):
             _check_tensor(name, value)
@@ -52,7 +53,7 @@ def _check_tensor(name: str, value: Any) -> None:
         )
 
 
-def scaled_basis(basis_or_A: TernaryBasis | Tensor, lam: Tensor, gam: Tensor) -> Tensor:
+def scaled_basis(basis_or_A: Basis | Tensor, lam: Tensor, gam: Tensor) -> Tensor:
     """A' (K, d): ``(lam[:, :, None] * A[:, None] * gam[None]).flatten(0, 1)``.
 
     Args:
@@ -65,13 +66,13 @@ def scaled_basis(basis_or_A: TernaryBasis | Tensor, lam: Tensor, gam: Tensor) ->
     Backward makes no other (K, d) tensor. Source: PEFT's ``UniqueBaseGrad``.
     Raises TypeError or RuntimeError, naming the argument.
     """
-    if isinstance(basis_or_A, TernaryBasis):
+    if isinstance(basis_or_A, Basis):
         _check(basis_or_A, lam, gam)
         basis_or_A = basis_or_A.dense_a(lam.device, lam.dtype)
     return dense.scaled(basis_or_A, lam, gam)
 
 
-def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float = 1.0) -> Tensor:
+def delta_weight(basis: Basis, lam: Tensor, gam: Tensor, scaling: float = 1.0) -> Tensor:
     """dW (out, in): ``scaling * B @ scaled_basis(A, lam, gam)``, transposed if d == out < in.
 
     The result has the dtype of lam; sums are in float32 (float64 for float64). Bases other than
@@ -86,7 +87,7 @@ def delta_weight(basis: TernaryBasis, lam: Tensor, gam: Tensor, scaling: float =
 
 @torch.no_grad()
 def merged_weight(
-    basis: TernaryBasis, weight: Tensor, lam: Tensor, gam: Tensor, scaling: float = 1.0
+    basis: Basis, weight: Tensor, lam: Tensor, gam: Tensor, scaling: float = 1.0
 ) -> Tensor:
     """W + dW (out, in): ``(weight.float() + delta_weight(...)).to(weight.dtype)``; no gradient.
 
@@ -110,7 +111,7 @@ def linear(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    basis: TernaryBasis,
+    basis: Basis,
     lam: Tensor,
     gam: Tensor,
     scaling: float = 1.0,
@@ -148,3 +149,23 @@ def linear(
         )
     operands = module.operands(basis, device, scaling, x.dtype)
     return module.linear(x, weight, bias, lam, gam, *operands)
+
+
+def what_computes(basis: Basis, device: torch.device, dtype: torch.dtype) -> str:
+    """What multiplies by the basis there, as the end of "computed by"."""
+    kernels = device.type == "meta" or serve(device.type)
+    if basis.kind == "dense":
+        return "torch's GEMMs"
+    if basis.kind == "hadamard" and (not kernels or not _fits(basis, device, dtype)):
+        return "plain torch"
+    if not kernels:
+        return f"nothing: there are no kernels for {device.type}, which these bases need"
+    return f"{_C.isa() if device.type == 'cpu' else device.type} kernels"
+
+
+def _fits(basis: Basis, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a card's shared memory holds what the kernels of Hadamard bases need of it."""
+    if not cuda_serves(device.type):
+        return True
+    sizes = basis.D, basis.d, basis.r, basis.n
+    return _C.hadamard_fits(*sizes, dtype == torch.float64, device.index or 0)

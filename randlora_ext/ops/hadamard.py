@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..basis import TernaryBasis
+from ..basis import Basis
 from ..basis.hadamard import sylvester
 from .dense import check_plain
 from .registration import Operator, call_kernel, entry, fake, gradients, linear_entry
@@ -21,7 +21,7 @@ from .registration import Operator, call_kernel, entry, fake, gradients, linear_
 _ops = torch.ops.randlora
 
 
-def operands(basis: TernaryBasis, device, scaling: float = 1.0, dtype=None) -> tuple:
+def operands(basis: Basis, device, scaling: float = 1.0, dtype=None) -> tuple:
     """The operators' arguments that describe the bases, from `s` to `scale`."""
     return *basis.packed(device), basis.expand, float(scaling)
 

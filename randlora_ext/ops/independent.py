@@ -3,13 +3,13 @@ those that make packed bases (basis_ops.cpp). They need our kernels."""
 
 import torch
 
-from ..basis import TernaryBasis
+from ..basis import Basis
 from .registration import fake, linear_entry
 
 _ops = torch.ops.randlora
 
 
-def operands(basis: TernaryBasis, device, scaling: float = 1.0, dtype=None) -> tuple:
+def operands(basis: Basis, device, scaling: float = 1.0, dtype=None) -> tuple:
     """The operators' arguments that describe the bases, from `a_offset` to `scale`."""
     a_offset, a_index, a_tables, *of_b = basis.packed(device)
     tables = a_tables if a_tables.numel() else None  # CUDA's alone

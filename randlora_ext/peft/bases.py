@@ -13,7 +13,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.randlora.model import RandLoraModel
 from torch import Tensor, nn
 
-from ..basis import BasisDescription, TernaryBasis
+from ..basis import Basis, BasisDescription
 from ..basis.cache import ordinary_tensors, share
 from ..basis.dense import DenseMatrices
 from ..basis.description import Shape
@@ -203,7 +203,7 @@ class PackedBufferDict(MutableMapping, BufferDict):
 @ordinary_tensors
 def layer_basis(
     A: Tensor, B: Tensor, in_features: int, out_features: int, r: int, served: bool = True
-) -> TernaryBasis:
+) -> Basis:
     """The basis of one layer shape, of kind "dense" if A or B is not ternary.
 
     Layers of equal shape get the same object, so they share what it packs. Bases of dense tensors
@@ -225,7 +225,7 @@ def layer_basis(
             f"(>= {D}, >= {n}, {r})"
         )
     if isinstance(A, BasisTensor) and (made := A.description) is not None:
-        basis = TernaryBasis(in_features, out_features, r, made.density, made.seed, made.kind)
+        basis = Basis(in_features, out_features, r, made.density, made.seed, made.kind)
     elif served and isinstance(A, BasisTensor) and isinstance(B, BasisTensor):
         a: Any = A.content
         b: Any = B.content
@@ -233,9 +233,9 @@ def layer_basis(
         # The matrices keep what the key names alive.
         made_of = "imported", id(a), id(b), *values
         matrices = share(made_of, lambda: ImportedMatrices(a, b, B.columns, *values))
-        basis = TernaryBasis.of(shape, matrices)
+        basis = Basis.of(shape, matrices)
     else:
-        basis = TernaryBasis.of(shape, share(("dense", id(A), id(B)), lambda: _Dense(A, B)))
+        basis = Basis.of(shape, share(("dense", id(A), id(B)), lambda: _Dense(A, B)))
     return basis.canonical()
 
 

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, check_adapters_to_merge
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..basis import TernaryBasis
+from ..basis import Basis
 from ..devices import serve
 from ..nn.adapted_layer import AdaptedLayer
 from ..nn.merging import merged_layers
@@ -32,7 +32,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
 
     randlora_A: PackedBufferDict
     randlora_B: PackedBufferDict
-    bases: dict[str, tuple[tuple, TernaryBasis]]  # with what each was made of
+    bases: dict[str, tuple[tuple, Basis]]  # with what each was made of
     # Of these PEFT deletes an adapter's entries with it.
     other_param_names = (*Linear.other_param_names, "bases", "input_scales")
     # Of all layers; `enable` sets them.
@@ -77,7 +77,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
             result = result.index_add(0, at, part.to(result.dtype))
         return result
 
-    def basis_of(self, adapter: str, device: torch.device) -> TernaryBasis:
+    def basis_of(self, adapter: str, device: torch.device) -> Basis:
         # The tokens are of the contents: plain numbers on which compiled code guards.
         tokens = self.randlora_A.token, self.randlora_B.token
         if torch.compiler.is_dynamo_compiling():
@@ -88,14 +88,14 @@ class AcceleratedLinear(AdaptedLayer, Linear):
             return self._find(adapter, device.type)
         return found[1]
 
-    def _find(self, adapter: str, device_type: str) -> TernaryBasis:
+    def _find(self, adapter: str, device_type: str) -> Basis:
         A, B = self.randlora_A, self.randlora_B
         served = device_type == "meta" or serve(device_type)
         sizes = self.in_features, self.out_features, self.r[adapter]
         basis = layer_basis(A[adapter], B[adapter], *sizes, served)
         if adapter in self.input_scales:
             basis = basis.with_input_scale(self.input_scales[adapter])
-        if not served and basis.kind == "dense" and isinstance(A[adapter], BasisTensor):
+        if not served and basis.is_dense and isinstance(A[adapter], BasisTensor):
             warnings.warn(
                 "RandLoRA layers multiply by dense bases: there are no randlora_ext kernels for "
                 f"device type {device_type!r}",
@@ -110,7 +110,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
             if self.bases.get(adapter, (None,))[0] != (device_type, *tokens):
                 self._find(adapter, device_type)
 
-    def _use_basis(self, adapter: str, basis: TernaryBasis) -> None:
+    def _use_basis(self, adapter: str, basis: Basis) -> None:
         self.bases.pop(adapter, None)  # `_find` makes the same
 
     def __getstate__(self) -> dict:
@@ -124,7 +124,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         return x if keeps else x.to(self._dtype_of(name, x.device))
 
     def _is_dense_in_16_bits(self, name: str, x: Tensor) -> bool:
-        return x.dtype.itemsize == 2 and self.basis_of(name, x.device).kind == "dense"
+        return x.dtype.itemsize == 2 and self.basis_of(name, x.device).is_dense
 
     def _dtype_of(self, adapter: str, device: torch.device) -> torch.dtype:
         dtype = self.randlora_B.dtypes[adapter]

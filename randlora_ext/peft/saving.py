@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from peft.utils import CONFIG_NAME
 from torch import Tensor
 
-from ..basis import TernaryBasis
+from ..basis import Basis
 from ..nn.state_dict import INPUT_SCALE
 from ..writing import appear_together
 from .bases import BASIS_NAMES, largest
@@ -132,7 +132,7 @@ def _dense_bases(
     sizes = {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}
     (D, d), r = largest(sizes.values()), config.r
     own_d = d
-    if description.kind == "hadamard":
+    if description.depends_on_layers:
         layer_of = {min(its): path for path, its in reversed(sizes.items())}
         if len(layer_of) > 1:
             raise ValueError(
@@ -141,7 +141,7 @@ def _dense_bases(
             )
         (own_d,) = layer_of
     made = description.density, description.seed, description.kind
-    A, B = TernaryBasis(own_d, D, r, *made).dense()
+    A, B = Basis(own_d, D, r, *made).dense()
     A, B = F.pad(A, (0, d - own_d)), F.pad(B, (0, -(-d // r) * r - B.shape[1]))
     return A.unsqueeze(1), B.unflatten(1, (-1, r))
 

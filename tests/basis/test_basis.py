@@ -1,4 +1,4 @@
-"""`TernaryBasis` as a description: sizes, values, equality, copies, import, bad arguments."""
+"""`Basis` as a description: sizes, values, equality, copies, import, bad arguments."""
 
 import copy
 import math
@@ -10,7 +10,7 @@ import torch
 from basis_reference import ternary
 from layer_cases import imported_basis
 
-from randlora_ext import TernaryBasis, delta_weight, linear
+from randlora_ext import Basis, delta_weight, linear
 from randlora_ext.basis import BasisDescription
 from randlora_ext.basis.ternary import pack_dense
 
@@ -22,17 +22,17 @@ VALUES = pytest.mark.parametrize(
 
 def test_sizes():
     for sizes in ((50, 37), (37, 50)):
-        basis = TernaryBasis(*sizes, 7, 0.07, seed=9)
+        basis = Basis(*sizes, 7, 0.07, seed=9)
         assert (basis.in_features, basis.out_features, basis.r) == (*sizes, 7)
         assert (basis.d, basis.D, basis.n, basis.K) == (37, 50, 6, 42)
         assert (basis.density, basis.seed) == (0.07, 9)
-    assert TernaryBasis(3, 5, 8, 1).n == 1  # r > d: one base
-    assert TernaryBasis(1, 1, 2**16, 0.5).K == 2**16  # the largest r
+    assert Basis(3, 5, 8, 1).n == 1  # r > d: one base
+    assert Basis(1, 1, 2**16, 0.5).K == 2**16  # the largest r
 
 
 @VALUES
 def test_dense_is_the_specification_times_its_scale(density, dtype):
-    basis = TernaryBasis(70, 37, 7, density, seed=2**64 - 1)
+    basis = Basis(70, 37, 7, density, seed=2**64 - 1)
     A, B = basis.dense(dtype=dtype)
     assert A.shape == (7, 37) and B.shape == (70, 42) and A.dtype == B.dtype == dtype
     value = torch.tensor(1 / math.sqrt(density), dtype=torch.float64).to(dtype)
@@ -49,18 +49,18 @@ def test_dense_is_the_specification_times_its_scale(density, dtype):
 
 def test_equality_and_hash_are_those_of_the_description():
     arguments = (50, 37, 7, 0.07, 9)
-    basis, same = TernaryBasis(*arguments), TernaryBasis(*arguments)
+    basis, same = Basis(*arguments), Basis(*arguments)
     others = {
-        TernaryBasis(*arguments[:at], arguments[at] * 1.5 if at == 3 else 8, *arguments[at + 1 :])
+        Basis(*arguments[:at], arguments[at] * 1.5 if at == 3 else 8, *arguments[at + 1 :])
         for at in range(5)
     }
     assert basis == same and hash(basis) == hash(same) and len(others) == 5
     assert basis not in others and basis != "a basis"
-    assert repr(basis).startswith("TernaryBasis(50, 37, r=7, density=0.07, seed=9, kind='indep")
+    assert repr(basis).startswith("Basis(50, 37, r=7, density=0.07, seed=9, kind='indep")
 
 
 def test_a_copy_is_equal_and_shares_the_packed_tensors():
-    basis = TernaryBasis(500, 370, 7, 0.07, seed=2**64 - 1)
+    basis = Basis(500, 370, 7, 0.07, seed=2**64 - 1)
     imported = imported_basis(*basis.dense(), 500, 370)
     assert len(pickle.dumps(basis)) < 1000 < sum(t.nbytes for t in basis.packed())
     for one, other in (
@@ -90,9 +90,9 @@ def test_a_basis_of_zeros():
 
 
 def test_imported_bases_are_equal_by_identity():
-    A, B = TernaryBasis(50, 37, 7, 0.3).dense()
+    A, B = Basis(50, 37, 7, 0.3).dense()
     first, second = (imported_basis(A, B, 50, 37) for _ in range(2))
-    assert first == copy.copy(first) and first != second != TernaryBasis(50, 37, 7, 0.3)
+    assert first == copy.copy(first) and first != second != Basis(50, 37, 7, 0.3)
     assert all(map(torch.equal, pickle.loads(pickle.dumps(first)).dense(), first.dense()))
 
 
@@ -115,7 +115,7 @@ GOOD = {"in_features": 50, "out_features": 37, "r": 7, "density": 0.07, "seed": 
 )
 def test_bad_arguments(argument, value, error):
     with pytest.raises(error) as raised:
-        TernaryBasis(**{**GOOD, argument: value})
+        Basis(**{**GOOD, argument: value})
     message = str(raised.value)
     assert message.startswith(argument) and str(value) in message
     allowed = {"density": "(0, 1]", "seed": "[0, 2**64)", "r": "[1, 65536]"}
@@ -125,7 +125,7 @@ def test_bad_arguments(argument, value, error):
 @pytest.mark.parametrize("which, place", [("A", (6, 36)), ("B", (49, 41))])
 def test_one_wrong_element_is_found_and_located(which, place):
     for value in (0.1, math.nan, -math.inf):
-        A, B = TernaryBasis(50, 37, 7, 0.3).dense()
+        A, B = Basis(50, 37, 7, 0.3).dense()
         matrix = A if which == "A" else B
         matrix[place] = value
         with pytest.raises(ValueError, match=which) as raised:
@@ -135,7 +135,7 @@ def test_one_wrong_element_is_found_and_located(which, place):
 
 def test_a_basis_without_a_non_zero_warns():
     with pytest.warns(UserWarning, match=r"no non-zero element in [AB].*cannot learn"):
-        TernaryBasis(64, 64, 8, 1e-9, seed=12).packed()
+        Basis(64, 64, 8, 1e-9, seed=12).packed()
 
 
 # ---- the text in saved files
@@ -144,10 +144,10 @@ def test_a_basis_without_a_non_zero_warns():
 def test_the_key_holds_all_that_decides_a_basis():
     for density in (0.07, 1 / 3, 1, 2.0**-31, 1e-9, 0.123456789):
         for seed in (0, 42, 2**64 - 1):
-            description = TernaryBasis(8, 8, 2, density, seed).description
+            description = Basis(8, 8, 2, density, seed).description
             text = f"randlora_ext:independent-1:density={float(density)!r}:seed={seed}"
             assert description.key() == text and BasisDescription.parse(text) == description
-    description = TernaryBasis(5, 7, 3, seed=42).description
+    description = Basis(5, 7, 3, seed=42).description
     assert description.key() == "randlora_ext:hadamard-1:seed=42"
     assert BasisDescription.parse(description.key()) == description
 

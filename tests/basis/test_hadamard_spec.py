@@ -1,4 +1,4 @@
-"""Specification hadamard-1: vectors, NumPy reference and TernaryBasis agree; dW has full rank."""
+"""Specification hadamard-1: vectors, NumPy reference and Basis agree; dW has full rank."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from basis_reference import hadamard, signs
 from basis_vectors import HADAMARD_FILE, planes_digest, read_vectors, to_planes, to_signs
 
-from randlora_ext import _C, TernaryBasis
+from randlora_ext import _C, Basis
 from randlora_ext.basis.hadamard import signs as compiled_signs
 from randlora_ext.reference import scaled_basis_reference
 
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def compiled(in_features, out_features, r, seed):
-    basis = TernaryBasis(in_features, out_features, r, seed=seed, kind="hadamard")
+    basis = Basis(in_features, out_features, r, seed=seed, kind="hadamard")
     return [matrix.to(torch.int8).numpy() for matrix in basis.dense(dtype=torch.float64)]
 
 
@@ -44,13 +44,13 @@ def test_matrix_vectors(source):
 
 
 def test_the_packed_form_holds_the_signs_and_nothing_else():
-    basis = TernaryBasis(61, 130, 7, seed=2**64 - 1, kind="hadamard")
+    basis = Basis(61, 130, 7, seed=2**64 - 1, kind="hadamard")
     for role, (packed, count) in enumerate(zip(basis.packed(), (61, 130, 63), strict=True), 3):
         assert packed.shape == (count,)
         assert np.array_equal(packed.numpy(), signs(2**64 - 1, role, 0, count))
     assert (basis.kind, basis.format, basis.density, basis.scale) == ("hadamard",) * 2 + (1.0, 1.0)
     with pytest.raises(ValueError, match="density must be None for Hadamard.*0.5"):
-        TernaryBasis(5, 7, 3, 0.5, kind="hadamard")
+        Basis(5, 7, 3, 0.5, kind="hadamard")
 
 
 def test_layers_of_all_sizes_share_the_signs(source):

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from randlora_ext import TernaryBasis, linear
+from randlora_ext import Basis, linear
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("RANDLORA_LARGE") != "1", reason="takes 16 GB: RANDLORA_LARGE=1 runs it"
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("density", [1 / 3, 0.07])
 def test_tensors_of_more_than_2_31_elements(density):
     tokens = 2**28 + 33
-    basis = TernaryBasis(8, 8, 4, density, seed=1)
+    basis = Basis(8, 8, 4, density, seed=1)
     make = torch.Generator().manual_seed(0)
     x = torch.randn(4096, 8, generator=make).bfloat16().repeat(tokens // 4096 + 1, 1)[:tokens]
     assert x.numel() > 2**31

@@ -8,7 +8,7 @@ import torch
 from basis_vectors import to_lists, to_planes
 from layer_cases import exact, imported_basis, largest_error, make_basis, make_layer, ours
 
-from randlora_ext import TernaryBasis, linear
+from randlora_ext import Basis, linear
 from randlora_ext.basis.cache import _cache
 from randlora_ext.basis.ternary import PLANES_ABOVE_DENSITY
 from randlora_ext.devices import cuda_serves
@@ -21,7 +21,7 @@ SHAPES = [(50, 37, 7), (37, 50, 7), (20, 24, 32), (1, 1, 1), (130, 200, 1), (3, 
 @pytest.mark.parametrize("density", [1.0, 1 / 3, 0.07, 1 / 64])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_packed_equals_dense(shape, density):
-    generated = TernaryBasis(*shape, density, seed=8)
+    generated = Basis(*shape, density, seed=8)
     for basis in (generated, imported_basis(*generated.dense(), *shape[:2])):
         A, B = (m.sign().to(torch.int8).numpy() for m in basis.dense(dtype=torch.float64))
         packed = basis.packed("cpu")
@@ -43,7 +43,7 @@ def test_format_threshold():
         (PLANES_ABOVE_DENSITY, 50 * 42 // 8, "lists"),
         (above, 50 * 42 // 8 + 1, "planes"),
     ):
-        assert TernaryBasis(50, 37, 7, density).format == form
+        assert Basis(50, 37, 7, density).format == form
         B = torch.zeros(50, 42)
         B.view(-1)[:non_zeros] = 1
         assert imported_basis(torch.ones(7, 37), B, 50, 37).format == form
@@ -77,23 +77,23 @@ def pointers(basis):
 @pytest.mark.parametrize("density", [1 / 3, 0.07])
 def test_equal_bases_share_one_copy_which_dies_with_the_last(density):
     before = set(_cache.keys())
-    first, second = (TernaryBasis(500, 370, 7, density, seed=77) for _ in range(2))
+    first, second = (Basis(500, 370, 7, density, seed=77) for _ in range(2))
     watched = [weakref.ref(t) for t in first.packed("cpu")]
     watched.append(weakref.ref(first.dense_b("cpu", torch.float32)))
     assert pointers(first) == pointers(second)
     assert second.dense_b("cpu", torch.float32) is watched[-1]()
     assert len(set(_cache.keys()) - before) == 2
-    other = TernaryBasis(500, 370, 7, density, seed=78)
+    other = Basis(500, 370, 7, density, seed=78)
     assert set(pointers(other)).isdisjoint(pointers(first))
     del first, other
-    third = TernaryBasis(500, 370, 7, density, seed=77)
+    third = Basis(500, 370, 7, density, seed=77)
     assert third.packed("cpu")[0] is watched[0]()
     del second, third
     assert all(ref() is None for ref in watched) and set(_cache.keys()) <= before
 
 
 def test_a_graph_keeps_its_packed_tensors_and_no_longer():
-    basis = TernaryBasis(50, 37, 7, 0.07, seed=79)
+    basis = Basis(50, 37, 7, 0.07, seed=79)
     lam, gam = torch.randn(7, 6).requires_grad_(), torch.randn(6, 37)
     y = linear(torch.randn(4, 50), None, None, basis, lam, gam)
     watched = weakref.ref(basis.packed("cpu")[2])

@@ -46,11 +46,12 @@ for version in sys.argv[1:]:
     print(*(warning.message for warning in told if "randlora" in str(warning.message)), sep="\\n")
     if has:
         break
-    from randlora_ext import TernaryBasis, devices, diagnostics, linear
+    from randlora_ext import Basis, diagnostics, linear
+    from randlora_ext.ops import functional
 
-    basis, card = TernaryBasis(64, 48, 8, kind="hadamard"), torch.device("cuda")
-    print(devices.what_computes(basis, card, torch.float32))
-    basis = TernaryBasis(64, 48, 8, 0.07)
+    basis, card = Basis(64, 48, 8, kind="hadamard"), torch.device("cuda")
+    print(functional.what_computes(basis, card, torch.float32))
+    basis = Basis(64, 48, 8, 0.07)
     shapes = (16, 64), (48, 64), (basis.r, basis.n), (basis.n, basis.d)
     with FakeTensorMode():
         x, W, lam, gam = (torch.empty(shape, device="cuda") for shape in shapes)

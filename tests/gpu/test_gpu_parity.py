@@ -21,7 +21,7 @@ from layer_cases import (
 )
 from torch import nn
 
-from randlora_ext import RandLoraLinear, TernaryBasis, delta_weight, linear, merged_weight
+from randlora_ext import Basis, RandLoraLinear, delta_weight, linear, merged_weight
 from randlora_ext.basis.ternary import generate_planes
 
 pytestmark = pytest.mark.gpu
@@ -38,7 +38,7 @@ TOKENS = 40 if DRY else 8192
 @cases("density", [*DENSITIES, 1e-3])
 def test_bases_are_those_of_the_cpu_bit_for_bit(device, density):
     for shape in [*SHAPES, (130, 200, 1), (3, 700, 2), (300, 520, 24)]:
-        basis, on_cpu = (TernaryBasis(*shape, density, seed=2**64 - 1) for _ in range(2))
+        basis, on_cpu = (Basis(*shape, density, seed=2**64 - 1) for _ in range(2))
         with cpu_kernels():
             # Not by the cache, which would share what the card makes.
             want = on_cpu._source.pack(on_cpu._shape, torch.device("cpu"))
@@ -162,7 +162,7 @@ def test_gradients_that_are_sums_over_many_tokens(device, reductions, dtype):
 @cases("dtype", [torch.float32, torch.bfloat16])
 def test_long_rows(device, shape, dtype):
     torch.manual_seed(0)
-    basis = TernaryBasis(*shape)
+    basis = Basis(*shape)
 
     def both(x, dy, lam, gam):
         leaves = [t.detach().requires_grad_() for t in (x, lam, gam)]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from randlora_ext import TernaryBasis, linear
+from randlora_ext import Basis, linear
 from randlora_ext.basis.description import Shape
 from randlora_ext.basis.ternary import ImportedMatrices, pack_dense
 from randlora_ext.ops import dense, hadamard, independent
@@ -39,7 +39,7 @@ CALLS = pytest.mark.parametrize("basis", KINDS)
 class Layer:
     """The arguments of one call of `linear`, and the gradient of its result."""
 
-    basis: TernaryBasis
+    basis: Basis
     x: Tensor
     weight: Tensor | None
     bias: Tensor | None
@@ -65,15 +65,15 @@ def make_basis(
     basis: float | str,
     seed: int = 3,
     dtype: torch.dtype = torch.float64,
-) -> TernaryBasis:
+) -> Basis:
     """Of the density of independent bases, or a kind; SCALED are Hadamard with an input scale."""
     sizes = in_features, out_features, r
     if basis == "dense":
         return dense_basis(*sizes, dtype)
     if isinstance(basis, float):
-        return TernaryBasis(*sizes, basis, seed)
+        return Basis(*sizes, basis, seed)
     scale = torch.linspace(0.1, 3, in_features) if basis == SCALED else None
-    return TernaryBasis(*sizes, seed=seed, kind="hadamard", input_scale=scale)
+    return Basis(*sizes, seed=seed, kind="hadamard", input_scale=scale)
 
 
 def make_layer(
@@ -116,7 +116,7 @@ def with_operands(
     return layer, operands(layer)
 
 
-def operator(basis: TernaryBasis, end: str = "linear"):
+def operator(basis: Basis, end: str = "linear"):
     """Of `torch.ops.randlora`, for that kind of basis."""
     return getattr(torch.ops.randlora, f"{basis.kind}_{end}")
 
@@ -127,7 +127,7 @@ def operands(layer: Layer) -> tuple:
     return module.operands(layer.basis, layer.x.device, layer.scaling, layer.x.dtype)
 
 
-def dense_basis(in_features: int, out_features: int, r: int, dtype: torch.dtype) -> TernaryBasis:
+def dense_basis(in_features: int, out_features: int, r: int, dtype: torch.dtype) -> Basis:
     """Uniform, of matrices larger than the layer needs, as PEFT shares them over layers."""
     d, D = sorted((in_features, out_features))
     make = torch.Generator().manual_seed(d + D + r)
@@ -135,18 +135,18 @@ def dense_basis(in_features: int, out_features: int, r: int, dtype: torch.dtype)
         (12**0.5 * (torch.rand(shape, generator=make, dtype=torch.float64) - 0.5)).to(dtype)
         for shape in ((r, d + 3), (D + 5, -(-d // r) * r + 2))
     )
-    return TernaryBasis.from_dense(A, B, in_features, out_features)
+    return Basis.from_dense(A, B, in_features, out_features)
 
 
-def imported_basis(A: Tensor, B: Tensor, in_features: int, out_features: int) -> TernaryBasis:
+def imported_basis(A: Tensor, B: Tensor, in_features: int, out_features: int) -> Basis:
     """Of ternary matrices A (r, d) and B (D, K), packed as PEFT's are."""
     (a, a_value), (b, b_value) = pack_dense("A", A), pack_dense("B", B)
     matrices = ImportedMatrices(a, b, B.shape[1], a_value, b_value)
-    return TernaryBasis.of(Shape(in_features, out_features, len(A)), matrices)
+    return Basis.of(Shape(in_features, out_features, len(A)), matrices)
 
 
 @functools.lru_cache(8)
-def matrices(basis: TernaryBasis, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def matrices(basis: Basis, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return basis.dense(dtype=dtype)
 
 

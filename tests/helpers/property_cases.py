@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from layer_cases import Layer, dense_basis, exact, forward_backward, make_layer
 from torch import Tensor
 
-from randlora_ext import TernaryBasis
+from randlora_ext import Basis
 from randlora_ext.reference import linear_reference
 
 DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
@@ -41,13 +41,13 @@ densities = st.one_of(
 
 
 @st.composite
-def bases(draw, kinds: tuple[str, ...] = ("independent", "hadamard")) -> TernaryBasis:
+def bases(draw, kinds: tuple[str, ...] = ("independent", "hadamard")) -> Basis:
     kind = draw(st.sampled_from(kinds))
     sizes = draw(features), draw(features), draw(st.integers(1, 40))
     if kind == "dense":
         return dense_basis(*sizes, torch.float64)
     density = draw(densities) if kind == "independent" else None
-    return TernaryBasis(*sizes, density, draw(seeds), kind)
+    return Basis(*sizes, density, draw(seeds), kind)
 
 
 EVERY_KIND = ("independent", "hadamard", "dense")

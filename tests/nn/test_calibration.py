@@ -8,7 +8,7 @@ from layer_helpers import assert_right, inputs, pickled, randomize, relative
 from torch import nn
 
 import randlora_ext
-from randlora_ext import RandLoraLinear, TernaryBasis, calibrate
+from randlora_ext import Basis, RandLoraLinear, calibrate
 
 
 def layer_of(in_features=24, out_features=40, **options):
@@ -161,7 +161,7 @@ def test_layers_without_tokens_or_with_zeros_alone_stay_as_they_are():
 def test_vectors_that_do_not_fit(bad, message):
     layer = layer_of(basis="hadamard")
     for take in (lambda v: layer.set_input_scale("default", v),
-                 lambda v: TernaryBasis(24, 40, 5, input_scale=v)):  # fmt: skip
+                 lambda v: Basis(24, 40, 5, input_scale=v)):  # fmt: skip
         with pytest.raises((TypeError, ValueError), match=message):
             take(bad)
     assert not layer.input_scales

@@ -6,7 +6,7 @@ import pytest
 import torch
 from layer_cases import CALLS, call, kept_by, make_layer, operator, with_operands
 
-from randlora_ext import TernaryBasis, delta_weight, linear, scaled_basis
+from randlora_ext import Basis, delta_weight, linear, scaled_basis
 from randlora_ext.ops import independent
 
 ops = torch.ops.randlora
@@ -58,7 +58,7 @@ def test_opcheck_scaled_basis(dtype):
 
 
 def test_opcheck_packing():
-    basis = TernaryBasis(11, 70, 3, 1 / 3)
+    basis = Basis(11, 70, 3, 1 / 3)
     planes = basis.packed("cpu")[3]
     check(ops.planes_to_dense, planes, basis.K, 0.5, torch.float16)
     for wide in (False, True):
@@ -101,7 +101,7 @@ def test_linear_keeps_nothing_new(shape, basis, dtype):
 
 @pytest.mark.parametrize("density", [1 / 3, 0.07])
 def test_scratch_does_not_grow_with_tokens(density):
-    basis = TernaryBasis(50, 37, 7, density)
+    basis = Basis(50, 37, 7, density)
     lam, gam = torch.randn(7, basis.n), torch.randn(basis.n, 37)
     rest = lam, gam, *independent.operands(basis, "cpu")
 

@@ -12,7 +12,7 @@ from layer_cases import run_python
 from layer_helpers import inputs, make_base, randomize, run
 from torch.utils.data import DataLoader
 
-from randlora_ext import RandLoraLinear, TernaryBasis
+from randlora_ext import Basis, RandLoraLinear
 from randlora_ext.basis import cache
 
 BASES = ({"density": 1 / 3}, {"density": 0.07}, {"basis": "hadamard"})
@@ -51,7 +51,7 @@ def test_python_threads_get_the_bits_of_one(options, torch_threads):
 def test_threads_that_make_and_drop_layers():
     # The cache of packed bases is filled and emptied by all of them at once.
     def drawn(seed):
-        return TernaryBasis(40, 30, 4, 0.3, seed % 3).dense()[1]
+        return Basis(40, 30, 4, 0.3, seed % 3).dense()[1]
 
     torch.set_num_threads(1)
     expected = [drawn(seed) for seed in range(3)]
@@ -82,7 +82,7 @@ def fork_while_another_thread_packs():
     child = os.fork()
     if child == 0:
         signal.alarm(20)  # in case it waits for a thread that it does not have
-        TernaryBasis(16, 16, 4, 0.3).packed()
+        Basis(16, 16, 4, 0.3).packed()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     leave.set()

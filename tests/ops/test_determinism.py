@@ -8,7 +8,7 @@ import pytest
 import torch
 from layer_cases import make_layer, ours
 
-from randlora_ext import TernaryBasis, delta_weight, merged_weight, scaled_basis
+from randlora_ext import Basis, delta_weight, merged_weight, scaled_basis
 
 ops = torch.ops.randlora
 FORMATS = pytest.mark.parametrize("density", [1 / 3, 0.07], ids=["planes", "lists"])
@@ -46,7 +46,7 @@ def same_for_any_threads(function):
 @FORMATS
 @pytest.mark.parametrize("wide", [False, True])
 def test_generation_and_packing(density, wide):
-    basis = TernaryBasis(301, 203, 17, density)
+    basis = Basis(301, 203, 17, density)
     dense = basis.dense()[1]
 
     def run():

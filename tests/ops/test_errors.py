@@ -7,7 +7,7 @@ import torch
 from layer_cases import make_basis, make_layer, operator
 from layer_cases import operands as operands_of
 
-from randlora_ext import TernaryBasis, delta_weight, linear, merged_weight, scaled_basis
+from randlora_ext import Basis, delta_weight, linear, merged_weight, scaled_basis
 from randlora_ext.ops.independent import operands
 
 ops = torch.ops.randlora
@@ -80,7 +80,7 @@ def test_diagonals(basis, change, expected):
         ({"bias": torch.ones(6).half()}, ["bias", "float16"]),
         ({"bias": torch.ones(6, device="meta")}, ["bias", "meta", "cpu"]),
         ({"weight": None}, ["weight"]),  # a bias of its own has no base output to go to
-        ({"basis": None}, ["basis must be a TernaryBasis", "NoneType"]),
+        ({"basis": None}, ["basis must be a Basis", "NoneType"]),
     ],
 )
 @ALL
@@ -174,7 +174,7 @@ def malformed():
     for bad in (index, index.int()):
         yield {**planes, "a_index": bad}, "a_index", "ascend"
     # Of a larger layer of r = 3, and with one column past the end.
-    larger = packed(TernaryBasis(16, 12, 3, 1 / 3))
+    larger = packed(Basis(16, 12, 3, 1 / 3))
     of_a = {name: larger[name] for name in ("a_offset", "a_index")}
     yield {**planes, **of_a}, "a_index", "d = 6"
     yield {**planes, "b_planes": of_b[:, :7].contiguous()}, "x", "in_features = 7"

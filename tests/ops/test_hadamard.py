@@ -7,7 +7,8 @@ import pytest
 import torch
 from layer_cases import Layer, by_plain_torch, make_layer, operands, ours
 
-from randlora_ext import _C, TernaryBasis, devices
+from randlora_ext import _C, Basis, devices
+from randlora_ext.ops import functional
 from randlora_ext.ops import hadamard as module
 
 ops = torch.ops.randlora
@@ -53,18 +54,18 @@ def test_one_wrong_argument(change, expected, by_both):
 def test_plain_torch_computes_what_a_card_cannot_hold(monkeypatch):
     # On the CUDA kernels compiled for the CPU (docs/cuda-on-cpu.md) this asks them: of these sizes
     # N is 65536.
-    basis = TernaryBasis(33024, 33024, 256, kind="hadamard")
+    basis = Basis(33024, 33024, 256, kind="hadamard")
     if devices.cuda_serves("cpu"):
-        assert devices.what_computes(basis, torch.device("cpu"), torch.float32) == "plain torch"
+        assert functional.what_computes(basis, torch.device("cpu"), torch.float32) == "plain torch"
         x, lam = torch.randn(2, 33024), torch.randn(256, 129)
         gam = torch.zeros(129, 33024).index_fill(1, torch.arange(0, 33024, 511), 1 / 33024)
         layer = Layer(basis, x, None, None, lam, gam, torch.randn(2, 33024))
         for name, value in ours(layer).items():
             assert torch.equal(value, by_plain_torch(layer)[name]), name
-    monkeypatch.setattr(devices, "cuda_serves", lambda device_type: True)
+    monkeypatch.setattr(functional, "cuda_serves", lambda device_type: True)
     for fits, told in ((False, "plain torch"), (True, f"{_C.isa()} kernels")):
         monkeypatch.setattr(_C, "hadamard_fits", lambda *sizes, fits=fits: fits)
-        assert devices.what_computes(basis, torch.device("cpu"), torch.float32) == told
+        assert functional.what_computes(basis, torch.device("cpu"), torch.float32) == told
 
 
 @pytest.mark.parametrize("name", OPERATORS)

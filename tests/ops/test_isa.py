@@ -12,13 +12,13 @@ from randlora_ext import _C, build_info
 
 CHECK = """
 import torch
-from randlora_ext import TernaryBasis, _C
+from randlora_ext import Basis, _C
 
 planes = torch.zeros(2, 1, 1, dtype=torch.int64)
 for call in (
     _C.isa,
     lambda: torch.ops.randlora.fill_planes_(planes, 0, 0, 0, 0, 64, 2**31),
-    lambda: TernaryBasis(4, 4, 2, 0.5).packed(),
+    lambda: Basis(4, 4, 2, 0.5).packed(),
 ):
     try:
         call()

@@ -19,7 +19,7 @@ import torch
 from layer_cases import imported_basis, run_python
 from layer_helpers import inputs, make_base, randomize, run
 
-from randlora_ext import RandLoraLinear, TernaryBasis
+from randlora_ext import Basis, RandLoraLinear
 from randlora_ext.basis import cache
 
 FAULTS = ctypes.CDLL(None)
@@ -114,7 +114,7 @@ def main() -> None:
     try_all("unmerge", LISTS, RandLoraLinear.unmerge, lambda layer: layer.merge(**NO_WEIGHT))
     other = {"r": 5, "basis": "independent", "density": 0.3}
     try_all("another adapter", LISTS, lambda layer: layer.update_layer("two", **other))
-    dense = TernaryBasis(130, 70, 9, 0.3).dense()
+    dense = Basis(130, 70, 9, 0.3).dense()
     try_all("import", LISTS, lambda layer: imported_basis(*dense, 130, 70).packed())
 
 

@@ -8,7 +8,7 @@ import soak
 import torch
 from layer_cases import KINDS, imported_basis, make_layer, ours
 
-from randlora_ext import TernaryBasis, delta_weight, merged_weight, scaled_basis
+from randlora_ext import Basis, delta_weight, merged_weight, scaled_basis
 
 
 def test_memory_does_not_grow():
@@ -31,7 +31,7 @@ def test_no_operator_keeps_memory(kind):
         merged_weight(basis, low, *leaves)
         if isinstance(kind, float):
             imported_basis(*basis.dense(), 11, 70).packed()
-            TernaryBasis(11, 70, 3, kind, seed=1).dense()
+            Basis(11, 70, 3, kind, seed=1).dense()
 
     growth = []
     gc.freeze()  # what other tests left behind need not be searched

@@ -20,7 +20,7 @@ from layer_cases import (
     operands,
 )
 
-from randlora_ext import TernaryBasis, delta_weight, merged_weight, scaled_basis
+from randlora_ext import Basis, delta_weight, merged_weight, scaled_basis
 from randlora_ext.ops import hadamard
 from randlora_ext.reference import delta_weight_reference, scaled_basis_reference
 
@@ -153,7 +153,7 @@ def test_one_rounding_of_the_sum(shape, kind, dtype):
 
 def test_bases_are_views_of_the_matrices_and_one_copy_in_another_dtype():
     A, B = torch.rand(4, 40), torch.rand(60, 40)
-    one, other = (TernaryBasis.from_dense(A, B, *sizes) for sizes in ((40, 60), (50, 20)))
+    one, other = (Basis.from_dense(A, B, *sizes) for sizes in ((40, 60), (50, 20)))
     for basis in (one, other):
         a, b = basis.packed()
         assert (a.shape, b.shape) == ((4, basis.d), (basis.D, basis.K))
@@ -166,4 +166,4 @@ def test_bases_are_views_of_the_matrices_and_one_copy_in_another_dtype():
     assert "dense" in repr(one)
     assert torch.equal(pickle.loads(pickle.dumps(one)).packed()[1], B)
     with pytest.raises(ValueError, match=r"A must be .*\(4, >= 41\) and B .*\(60, 40\)"):
-        TernaryBasis.from_dense(A, B, 41, 60)
+        Basis.from_dense(A, B, 41, 60)

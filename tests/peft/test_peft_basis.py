@@ -52,7 +52,7 @@ def test_bases_are_those_of_the_specification(tmp_path, options, density):
     assert runs_on_kernels(model)
     for layer in layers(model):
         sizes = layer.in_features, layer.out_features
-        assert basis_of(layer) == randlora_ext.TernaryBasis(*sizes, 5, density, seed=7)
+        assert basis_of(layer) == randlora_ext.Basis(*sizes, 5, density, seed=7)
         with pytest.raises(RuntimeError, match="no dense form here"):
             layer.randlora_A["default"].dense()
     model.save_pretrained(tmp_path)
@@ -76,7 +76,7 @@ def test_hadamard_bases_are_those_of_each_layer_alone():
     model = adapted(base, "012", 7, basis="hadamard", projection_prng_key=5)
     for layer in layers(model):
         sizes = layer.in_features, layer.out_features
-        A, B = randlora_ext.TernaryBasis(*sizes, 7, seed=5, kind="hadamard").dense()
+        A, B = randlora_ext.Basis(*sizes, 7, seed=5, kind="hadamard").dense()
         lam, gam = layer.randlora_lambda["default"], layer.randlora_gamma["default"]
         factors = (each.double() for each in (A, B, lam, gam))
         want = delta_weight_reference(*factors, 640 / 7, *sizes[::-1])

@@ -8,7 +8,7 @@ import torch
 from peft_helpers import accelerated, adapted, basis_of, config, layers, made, opened, peft
 from torch import nn
 
-from randlora_ext import TernaryBasis
+from randlora_ext import Basis
 
 IN, OUT, R = 200, 256, 16
 DENSE = OUT * 13 * R  # numbers of B: D * n * r, which no weight has
@@ -66,7 +66,7 @@ def test_accelerate_drops_the_dense_bases():
 def test_bases_go_with_their_model(options):
     def living() -> int:
         gc.collect()
-        return sum(isinstance(thing, TernaryBasis) for thing in gc.get_objects())
+        return sum(isinstance(thing, Basis) for thing in gc.get_objects())
 
     model = made(**options)
     model(torch.randn(2, 24))

@@ -1,4 +1,4 @@
-"""`TernaryBasis`: the random matrices A and B of a layer, and their packed form on a device."""
+"""`Basis`: the random matrices A and B of a layer, and their packed form on a device."""
 
 import itertools
 import warnings
@@ -18,8 +18,8 @@ _Matrices = TernaryMatrices | HadamardMatrices | DenseMatrices
 _tokens = itertools.count()
 
 
-class TernaryBasis:
-    """The pair of fixed ternary bases of one layer shape: a description, packed on first use.
+class Basis:
+    """The fixed bases A and B of one layer shape: a description, packed on first use.
 
     A (r, d) and B (D, K) have the values -1 and +1 or, if independent, ``{-1, 0, +1} /
     sqrt(density)``. They are a pure function of the seed (docs/basis-spec.md), equal on every
@@ -91,9 +91,7 @@ class TernaryBasis:
         )  # of this object, in this process: compiled code guards on it
 
     @classmethod
-    def from_dense(
-        cls, A: Tensor, B: Tensor, in_features: int, out_features: int
-    ) -> "TernaryBasis":
+    def from_dense(cls, A: Tensor, B: Tensor, in_features: int, out_features: int) -> "Basis":
         """A basis of A (r, >= d) and B (>= D, >= K) of any values, whose leading parts it uses.
 
         Products use the tensors themselves: do not write to them afterwards. ValueError if one is
@@ -108,17 +106,25 @@ class TernaryBasis:
         return cls.of(shape, DenseMatrices(A, B))
 
     @classmethod
-    def of(cls, shape: Shape, source: _Matrices) -> "TernaryBasis":
+    def of(cls, shape: Shape, source: _Matrices) -> "Basis":
         """A basis of these matrices, which must be large enough."""
         self = cls.__new__(cls)
         self._set(shape, source)
         return self
 
     @property
+    def is_dense(self) -> bool:
+        return self.kind == "dense"
+
+    @property
+    def takes_input_scale(self) -> bool:
+        return isinstance(self._source, HadamardMatrices)
+
+    @property
     def input_scale(self) -> Tensor | None:
         return self._source.input_scale
 
-    def with_input_scale(self, input_scale: Tensor | None) -> "TernaryBasis":
+    def with_input_scale(self, input_scale: Tensor | None) -> "Basis":
         """The same bases for inputs that are multiplied by this vector, or by none.
 
         Raises TypeError or ValueError, as the class.
@@ -209,7 +215,7 @@ class TernaryBasis:
         """A (r, d) alone, scaled."""
         return self._source.dense_a(self._shape, dtype, self.packed(device))
 
-    def canonical(self) -> "TernaryBasis":
+    def canonical(self) -> "Basis":
         """The first living basis equal to this one, which layers hold.
 
         One object for all layers of a shape means one dictionary of packed tensors and one guard
@@ -221,12 +227,12 @@ class TernaryBasis:
         return self._shape, self._source.key
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, TernaryBasis) and self._key() == other._key()
+        return isinstance(other, Basis) and self._key() == other._key()
 
     def __hash__(self) -> int:
         return hash(self._key())
 
-    def __deepcopy__(self, memo: dict) -> "TernaryBasis":
+    def __deepcopy__(self, memo: dict) -> "Basis":
         return self
 
     def __getstate__(self) -> dict:
@@ -235,11 +241,17 @@ class TernaryBasis:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._set(**state)
 
+    @property
+    def name(self) -> str:
+        """In a few words: the kind or, of ternary bases, the density that they have."""
+        ternary = isinstance(self._source, TernaryMatrices)
+        return f"density {self.density:.3g}" if ternary else self.kind
+
     def __repr__(self) -> str:
         origin = self.kind if self.description is None else f"seed={self.seed}, kind={self.kind!r}"
         if self.kind != "hadamard":
             origin = f"density={self.density:.6g}, {origin}"
         return (
-            f"TernaryBasis({self.in_features}, {self.out_features}, r={self.r}, {origin}, "
+            f"Basis({self.in_features}, {self.out_features}, r={self.r}, {origin}, "
             f"format={self.format!r})"
         )
