@@ -11,16 +11,21 @@ from layer_cases import (
     SHAPES,
     SIXTEEN_BITS,
     WAYS,
+    Layer,
     assert_rule,
+    by_plain_torch,
     call,
     exact,
     largest_error,
     make_layer,
+    operands,
     ours,
     plain,
     rms_error,
     ways,
 )
+
+from randlora_ext import _C, TernaryBasis, devices
 
 TOKENS = [0, 1, 3, 16, 33, 100, 257]  # 257 needs a second super-block of the backward on 2 threads
 FP64 = 1e-12  # relative; about 1e-13 is seen
@@ -151,3 +156,40 @@ def test_only_what_is_asked_for_gets_a_gradient(wanted):
             assert (leaf.grad is not None) == (name in wanted.split()), name
             if leaf.grad is not None:
                 assert largest_error(leaf.grad, oracle[f"d{name}"]) <= FP64, name
+
+
+# ---- Hadamard bases in plain torch, for devices without kernels
+
+
+def test_plain_torch_computes_what_a_card_cannot_hold(monkeypatch):
+    # On the CUDA kernels compiled for the CPU (docs/cuda-on-cpu.md) this asks them: of these sizes
+    # N is 65536.
+    basis = TernaryBasis(33024, 33024, 256, kind="hadamard")
+    if devices.cuda_serves("cpu"):
+        assert devices.what_computes(basis, torch.device("cpu"), torch.float32) == "plain torch"
+        x, lam = torch.randn(2, 33024), torch.randn(256, 129)
+        gam = torch.zeros(129, 33024).index_fill(1, torch.arange(0, 33024, 511), 1 / 33024)
+        layer = Layer(basis, x, None, None, lam, gam, torch.randn(2, 33024))
+        for name, value in ours(layer).items():
+            assert torch.equal(value, by_plain_torch(layer)[name]), name
+    monkeypatch.setattr(devices, "cuda_serves", lambda device_type: True)
+    for fits, told in ((False, "plain torch"), (True, f"{_C.isa()} kernels")):
+        monkeypatch.setattr(_C, "hadamard_fits", lambda *sizes, fits=fits: fits)
+        assert devices.what_computes(basis, torch.device("cpu"), torch.float32) == told
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_backward", "weight"])
+def test_plain_torch_is_registered_for_every_other_device(name):
+    has, name = torch._C._dispatch_has_kernel_for_dispatch_key, f"randlora::hadamard_{name}"
+    assert has(name, "CompositeExplicitAutograd") and has(name, "CPU")
+    table = torch._C._dispatch_dump_table(name).splitlines()
+    for key in ("XPU", "MPS", "PrivateUse1"):
+        (line,) = [line for line in table if line.startswith(f"{key}:")]
+        assert "default backend kernel" in line, line
+
+
+def test_the_weight_has_a_gradient():
+    layer = make_layer(9, 5, 2, "hadamard", 3)
+    W = layer.weight.clone().requires_grad_()
+    torch.ops.randlora.hadamard_weight(W, layer.lam, layer.gam, *operands(layer)).sum().backward()
+    assert torch.equal(W.grad, torch.ones_like(W))
