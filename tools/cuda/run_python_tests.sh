@@ -45,7 +45,7 @@ for test in "${cpu_only[@]}"; do deselected+=(--deselect "$test"); done
 RANDLORA_GPU_RUN_DRY=1 python -m pytest -q -n 2 -p no:cacheprovider "${deselected[@]}" "$@" \
   tests/project/test_gpu_run_dry.py::test_the_whole_dry_run tests/gpu \
   tests/ops/test_linear.py::test_{float64_beyond_one_chunk_of_planes,error_rule_with_many_tokens} \
-  tests/ops/test_linear.py::test_plain_torch_computes_what_a_card_cannot_hold \
+  tests/ops/test_linear.py::test_{plain_torch_computes_what_a_card_cannot_hold,hadamard_bases_of_odd_sizes} \
   tests/ops/test_linear.py::test_{range_of_float16,a_large_activation_in_float16_stays_finite} \
   tests/ops/test_{weights,nonfinite,determinism,errors}.py tests/basis/test_{basis_spec,packed}.py \
   tests/nn/test_layer.py tests/peft/test_{peft,peft_adapters}.py
