@@ -107,10 +107,13 @@ struct Ternary {
   } by_row, by_column;
 
   Ternary(int64_t r, int64_t c, double density, unsigned seed, Runtime& rt)
-      : Ternary(r, c, drawn(r * c, density, seed), rt) {}
-
-  Ternary(int64_t r, int64_t c, std::vector<double> elements, Runtime& rt)
-      : rows(r), cols(c), dense(std::move(elements)), bits(2 * r * words_of(c)) {
+      : rows(r), cols(c), dense(r * c), bits(2 * r * words_of(c)) {
+    std::mt19937 random(seed);
+    std::uniform_real_distribution<double> uniform;
+    for (double& v : dense) {
+      const double u = uniform(random);
+      v = u < density / 2 ? 1 : u < density ? -1 : 0;
+    }
     PackReport report;
     pack_dense({dense.data(), DType::f64, rows, cols, bits.data(),
                 bits.data() + rows * words_of(cols), &report},
@@ -126,18 +129,6 @@ struct Ternary {
       fill_lists({lists, false, l.narrow.data()}, rt);
       fill_lists({lists, true, l.wide.data()}, rt);
     }
-  }
-
- private:
-  static std::vector<double> drawn(int64_t count, double density, unsigned seed) {
-    std::mt19937 random(seed);
-    std::uniform_real_distribution<double> uniform;
-    std::vector<double> values(count);
-    for (double& v : values) {
-      const double u = uniform(random);
-      v = u < density / 2 ? 1 : u < density ? -1 : 0;
-    }
-    return values;
   }
 };
 

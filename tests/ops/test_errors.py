@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from layer_cases import make_basis, make_layer, operator
-from layer_cases import operands as operands_of
+from layer_cases import make_basis, make_layer, operands, operator
 
 from randlora_ext import Basis, delta_weight, linear, merged_weight, scaled_basis
-from randlora_ext.ops.independent import operands
+from randlora_ext.ops import hadamard, independent
 
 ops = torch.ops.randlora
 ERRORS = (ValueError, TypeError, RuntimeError)
@@ -119,8 +118,9 @@ def test_scaled_basis_of_a_dense_matrix(change, expected):
 
 def packed(basis):
     """The operators' arguments that describe the bases."""
-    names = [argument.name for argument in ops.independent_linear.default._schema.arguments]
-    return dict(zip(names[5:], operands(basis, "cpu"), strict=True))
+    names = [argument.name for argument in operator(basis).default._schema.arguments]
+    values = (hadamard if basis is HADAMARD else independent).operands(basis, "cpu")
+    return dict(zip(names[5:], values, strict=True))
 
 
 def shifted(offset, position, by):
@@ -194,6 +194,35 @@ def test_malformed_packed(case):
 
 
 @pytest.mark.parametrize(
+    "change, expected, by_both",
+    [
+        ({"lam": torch.ones(6)}, ["lam"], True),
+        ({"lam": torch.ones(4, 2)}, ["col", "8"], True),
+        ({"gam": torch.ones(2, 1)}, ["gam", "(2, 1)"], True),
+        ({"col": torch.ones(7)}, ["col", "6", "7"], True),
+        ({"s": torch.ones(6).char()}, ["s", "float32", "int8"], True),
+        ({"weight": torch.ones(1, 8)}, ["weight", "(6, 8)", "(1, 8)"], True),
+        # What plain torch finds itself, or need not know.
+        ({"s": torch.ones(5)}, ["s", "d = 6", "(5)"], False),
+        ({"s": torch.ones(12)[::2]}, ["s", "contiguous"], False),
+        ({"s": torch.ones(6).to("meta")}, ["s", "meta", "cpu"], False),
+        ({"row": torch.ones(0)}, ["row"], False),
+        ({"row": torch.ones(2, 4)}, ["row", "(2, 4)"], False),
+        ({"weight": torch.ones(6, 8).int()}, ["weight", "int32"], False),
+    ],
+)
+def test_hadamard_operators(change, expected, by_both):
+    good = {**arguments(HADAMARD), "dy": torch.ones(4, 6), "need_x": True, "need_diagonals": True}
+    good |= packed(HADAMARD) | change
+    for name in ("hadamard_linear", "hadamard_linear_backward", "hadamard_weight"):
+        op = getattr(ops, name)
+        inputs = {each.name: good[each.name] for each in op.default._schema.arguments}
+        refuses(op, inputs, "randlora: ", *expected)
+        if by_both:
+            refuses(getattr(hadamard, name.replace("hadamard", "_plain")), inputs, *expected[:2])
+
+
+@pytest.mark.parametrize(
     "lam, gam, expected",
     [
         ((3, 2), (2, 7), ["gam", "K = r * n = 6", "(2, 7)"]),
@@ -204,7 +233,7 @@ def test_malformed_packed(case):
 )
 def test_wrong_sizes(lam, gam, expected):
     inputs = torch.ones(4, 8), None, None, torch.ones(lam), torch.ones(gam)
-    refuses(lambda: ops.independent_linear(*inputs, *operands(LISTS, "cpu")), {}, *expected)
+    refuses(lambda: ops.independent_linear(*inputs, *packed(LISTS).values()), {}, *expected)
 
 
 def wrong_lists(offset, index, *expected, device="cpu"):
@@ -249,7 +278,7 @@ def test_packing_operators(op, values, expected):
 )
 def test_a_gradient_that_does_not_fit(basis, dy, expected):
     layer = replace(make_layer(8, 6, 3, 0.5, 4, torch.float32), basis=basis)
-    inputs = dy, layer.x, layer.weight, layer.lam, layer.gam, *operands_of(layer), True, True
+    inputs = dy, layer.x, layer.weight, layer.lam, layer.gam, *operands(layer), True, True
     refuses(lambda: operator(basis, "linear_backward")(*inputs), {}, *expected)
 
 

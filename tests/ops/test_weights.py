@@ -1,5 +1,4 @@
-"""`delta_weight`, `scaled_basis` and `merged_weight`; test_properties.py tries more shapes, strides
-and types of the first."""
+"""`delta_weight`, `scaled_basis`, `merged_weight`, and the matrices of a dense basis."""
 
 import pickle
 from dataclasses import replace
@@ -53,7 +52,8 @@ def reference(basis, lam, gam, scaling=SCALING):
 @pytest.mark.parametrize("shape", [*SHAPES, (530, 640, 16), (1000, 129, 2)], ids=str)
 def test_delta_weight_in_float64(shape, kind):
     layer = make_layer(*shape, kind, 1)
-    rest = layer.lam, layer.gam, normal(shape[1], shape[0])
+    lam, gam = (t.mT.contiguous().mT for t in (layer.lam, layer.gam))
+    rest = lam, gam, normal(*shape[:2]).T
     oracle = run(partial(reference, layer.basis), *rest)
     results = run(partial(delta_weight, layer.basis, scaling=SCALING), *rest)
     for name, value in results.items():

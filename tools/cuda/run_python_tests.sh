@@ -45,6 +45,6 @@ for test in "${cpu_only[@]}"; do deselected+=(--deselect "$test"); done
 # Not here: what tests Python alone or the CPU's instruction sets.
 RANDLORA_GPU_RUN_DRY=1 python -m pytest -q -n 2 -p no:cacheprovider "${deselected[@]}" "$@" \
   tests/project/test_gpu_run_dry.py::test_the_whole_dry_run tests/gpu \
-  tests/ops/test_{linear,weights,autograd,hadamard}.py \
+  tests/ops/test_{linear,weights,autograd}.py \
   tests/ops/test_{nonfinite,determinism,errors}.py tests/basis/test_{basis_spec,packed}.py \
   tests/nn/test_layer.py tests/peft/test_{peft,peft_adapters}.py
