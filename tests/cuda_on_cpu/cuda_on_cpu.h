@@ -48,11 +48,11 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, CUDA_ON_CPU_SITE) {
 namespace cuda_on_cpu {
 
 template <class T>
-T shuffle_of(Site site, unsigned mask, T value, int source, int width, bool out_of_segment) {
+T shuffle_of(Site site, unsigned mask, T value, int source) {
   static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "no such shuffle");
   uint64_t bits = 0;
   memcpy(&bits, &value, sizeof(T));
-  bits = shuffle(site, mask, bits, source, width, out_of_segment);
+  bits = shuffle(site, mask, bits, source);
   memcpy(&value, &bits, sizeof(T));
   return value;
 }
@@ -60,22 +60,17 @@ T shuffle_of(Site site, unsigned mask, T value, int source, int width, bool out_
 }  // namespace cuda_on_cpu
 
 template <class T>
-T __shfl_sync(unsigned mask, T v, int source, int width = 32, CUDA_ON_CPU_SITE) {
-  const int l = cuda_on_cpu::lane();
-  return cuda_on_cpu::shuffle_of({"__shfl_sync", file, line}, mask, v,
-                                 (l & ~(width - 1)) | (source & (width - 1)), width, false);
+T __shfl_sync(unsigned mask, T v, int source, CUDA_ON_CPU_SITE) {
+  return cuda_on_cpu::shuffle_of({"__shfl_sync", file, line}, mask, v, source & 31);
 }
 template <class T>
-T __shfl_up_sync(unsigned mask, T v, unsigned delta, int width = 32, CUDA_ON_CPU_SITE) {
-  const int l = cuda_on_cpu::lane(), from = l - static_cast<int>(delta);
-  return cuda_on_cpu::shuffle_of({"__shfl_up_sync", file, line}, mask, v, from, width,
-                                 from < (l & ~(width - 1)));
+T __shfl_up_sync(unsigned mask, T v, int by, CUDA_ON_CPU_SITE) {
+  return cuda_on_cpu::shuffle_of({"__shfl_up_sync", file, line}, mask, v, cuda_on_cpu::lane() - by);
 }
 template <class T>
-T __shfl_xor_sync(unsigned mask, T v, int lane_mask, int width = 32, CUDA_ON_CPU_SITE) {
-  const int l = cuda_on_cpu::lane(), from = l ^ lane_mask;
-  return cuda_on_cpu::shuffle_of({"__shfl_xor_sync", file, line}, mask, v, from, width,
-                                 from > (l | (width - 1)));
+T __shfl_xor_sync(unsigned mask, T v, int by, CUDA_ON_CPU_SITE) {
+  return cuda_on_cpu::shuffle_of({"__shfl_xor_sync", file, line}, mask, v,
+                                 cuda_on_cpu::lane() ^ by);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate, CUDA_ON_CPU_SITE) {
   return cuda_on_cpu::vote({"__ballot_sync", file, line}, mask, predicate != 0);

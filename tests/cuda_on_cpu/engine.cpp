@@ -157,11 +157,8 @@ CUDA_ON_CPU_UNSEEN static void shuffle_lanes(void* const* lane, unsigned mask) {
   }
 }
 
-uint64_t shuffle(Site site, unsigned mask, uint64_t value, int source, int width,
-                 bool out_of_segment) {
-  require(width > 0 && width <= 32 && (width & (width - 1)) == 0, site, "width is no power of two");
-  require(out_of_segment || (source >= 0 && source < 32), site, "no such lane");
-  Shuffle s{value, 0, out_of_segment ? lane() : source};
+uint64_t shuffle(Site site, unsigned mask, uint64_t value, int source) {
+  Shuffle s{value, 0, source >= 0 && source < 32 ? source : lane()};
   collective(site, mask, &s, shuffle_lanes);
   return s.out;
 }

@@ -49,8 +49,8 @@ void barrier(Site site);
 using Compute = void (*)(void* const* operand, unsigned mask);
 void collective(Site site, unsigned mask, void* operand, Compute compute,
                 bool orders_memory = false);
-uint64_t shuffle(Site site, unsigned mask, uint64_t value, int source, int width,
-                 bool out_of_segment);
+// Of a lane outside the warp, the calling lane's own value.
+uint64_t shuffle(Site site, unsigned mask, uint64_t value, int source);
 unsigned vote(Site site, unsigned mask, bool yes);
 
 // cp.async: copies that the thread has issued and not awaited. A push is false if there are too
