@@ -130,23 +130,6 @@ def test_each_reads_what_the_other_wrote(tmp_path, bits, save_projection):
         assert relative(loaded(x), model.eval()(x)) < 0.01
 
 
-def test_hadamard_bases(bits, tmp_path):
-    """Stock PEFT has none, so layers are compared with their base layer and their dW."""
-    model = made(bits, r=7, sparse=False, basis="hadamard")
-    for layer in layers(model):
-        x = torch.randn(5, layer.in_features, requires_grad=True)
-        delta = layer.get_delta_weight("default")
-        y, want = layer(x), layer.base_layer(x) + x @ delta.T
-        assert relative(y, want) < 1e-5 and relative(want, layer.base_layer(x)) > 0.1
-        leaves = [x, layer.randlora_lambda["default"], layer.randlora_gamma["default"]]
-        dy = torch.randn_like(y)
-        gradients = (torch.autograd.grad(each, leaves, dy, retain_graph=True) for each in (y, want))
-        assert_close(*gradients, 1e-5)
-    x = torch.randn(5, 64)
-    model.save_pretrained(tmp_path)
-    assert relative(reopened(bits, tmp_path)(x), model(x)) < 0.01
-
-
 def test_scaled_inputs(bits, tmp_path):
     """The adapter's inputs alone, whatever the base rounds; its file and merging take it along."""
     model, bare = (made(bits, r=7, sparse=False, basis="hadamard") for _ in range(2))
