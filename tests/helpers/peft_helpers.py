@@ -59,7 +59,7 @@ class Headed(Deep):
 
 
 class Wide(Deep):
-    """With layers of other sizes, one of which is larger than the others."""
+    """With a layer that is larger than the others."""
 
     def __init__(self):
         super().__init__()

@@ -8,7 +8,6 @@ from peft_helpers import (
     Headed,
     accelerated,
     adapted,
-    assert_close,
     config,
     layers,
     made,
@@ -16,7 +15,6 @@ from peft_helpers import (
     pair,
     randomize,
     relative,
-    run,
     shake,
     t5,
 )
@@ -29,23 +27,6 @@ def pair_of_two_adapters(kind, base=Deep):
         model.add_adapter("two", config(5, **kind, randlora_alpha=100))
         randomize(model, seed=4)
     return models
-
-
-@pytest.mark.parametrize("kind", [{"sparse": True}, {}], ids=str)
-def test_two_adapters_as_stock(kind):
-    stock, ours = pair_of_two_adapters(kind, lambda: Deep().double())
-    tolerance = 1e-10 if kind else 1e-6  # uniform bases are stored in 16 bits
-    x = torch.randn(6, 24, dtype=torch.float64)
-    for names in ("default", "two", ["default", "two"]):
-        for model in (stock, ours):
-            model.base_model.set_adapter(names)
-        assert_close(run(ours, x, ours(x)), run(stock, x, stock(x)), tolerance)
-    with ours.disable_adapter(), stock.disable_adapter():
-        assert torch.equal(ours(x), stock(x))
-    ours.delete_adapter("default")
-    assert relative(ours(x), stock(x)) > 1e-3
-    stock.delete_adapter("default")
-    assert relative(ours(x), stock(x)) < tolerance
 
 
 OTHERS = [

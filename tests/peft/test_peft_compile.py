@@ -11,19 +11,13 @@ from torch.export import Dim
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
-CASES = [
-    ({"sparse": True}, torch.float32),
-    ({"basis": "independent"}, torch.bfloat16),
-    ({"basis": "hadamard"}, torch.float32),
-    ({}, torch.bfloat16),
-]
-
 
 def compiled(model):
     return torch.compile(model, fullgraph=True, backend="aot_eager")
 
 
-@pytest.mark.parametrize("kind, dtype", CASES, ids=str)
+@pytest.mark.parametrize("kind", [{"sparse": True}, {"basis": "hadamard"}, {}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_graph_for_any_number_of_tokens(kind, dtype):
     eager = made(projection_prng_key=17, **kind).to(dtype)  # not packed before it is traced
     fast = compiled(eager)
@@ -38,11 +32,10 @@ def test_dropout_and_two_adapters():
     eager = made(targets="a", sparse=True, randlora_dropout=0.5)
     x = torch.randn(7, 24)
     fast = compiled(eager)
-    results = []
-    for model in (fast, eager):
-        torch.manual_seed(1)
-        results.append(model(x))
-    torch.testing.assert_close(*results)
+    torch.manual_seed(1)
+    y = fast(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(y, eager(x))
     eager.add_adapter("two", config(5, targets="a", sparse=True))
     eager.base_model.set_adapter(["default", "two"])
     assert_steps_agree(compiled(eager.eval()), eager, x)

@@ -5,16 +5,13 @@ The last three, which stock RandLoRA refuses, are skipped without hqq, gptqmodel
 """
 
 import copy
-import sys
 
 import pytest
 import torch
 from layer_helpers import interrupts
-from peft.tuners.randlora.model import RandLoraModel
 from peft.utils import quantization_utils
 from peft.utils.quantization_utils import HqqBackend
 from peft_helpers import (
-    StockLinear,
     accelerated,
     adapted,
     assert_close,
@@ -32,7 +29,6 @@ from peft_helpers import (
 from torch import nn
 
 import randlora_ext
-from randlora_ext.nn.base_layer import features
 from randlora_ext.peft.layer import AcceleratedLinear
 from randlora_ext.peft.quantized import QuantizedLinear
 
@@ -79,8 +75,8 @@ def quantized_pair(bits, sparse=True, **options):
     return pair(quantized(bits), lambda: config(8, sparse=sparse, **options))
 
 
-def made(bits, dtype=torch.float32, r=8, sparse=True, **options):
-    return adapted(quantized(bits, dtype), "abc", r, sparse=sparse, **options).eval()
+def made(bits, dtype=torch.float32, **options):
+    return adapted(quantized(bits, dtype), "abc", 8, **(options or {"sparse": True})).eval()
 
 
 def reopened(bits, folder):
@@ -123,6 +119,8 @@ def test_forward_and_gradients_are_those_of_stock(bits, kind):
 def test_each_reads_what_the_other_wrote(tmp_path, bits, save_projection):
     stock, ours = quantized_pair(bits, save_projection=save_projection)
     x = torch.randn(5, 64)
+    torch.save(ours, tmp_path / "model.pt")
+    assert relative(torch.load(tmp_path / "model.pt", weights_only=False)(x), ours(x)) < 1e-6
     for model, reader in ((stock, accelerated.enable), (ours, accelerated.disable)):
         model.save_pretrained(tmp_path)
         reader()
@@ -132,7 +130,7 @@ def test_each_reads_what_the_other_wrote(tmp_path, bits, save_projection):
 
 def test_scaled_inputs(bits, tmp_path):
     """The adapter's inputs alone, whatever the base rounds; its file and merging take it along."""
-    model, bare = (made(bits, r=7, sparse=False, basis="hadamard") for _ in range(2))
+    model, bare = (made(bits, basis="hadamard") for _ in range(2))
     randomize(model, size=0)
     x = torch.randn(5, 64) * torch.where(torch.arange(64) < 2, 30.0, 1.0)
     with torch.no_grad():
@@ -164,12 +162,6 @@ def test_dtype_is_that_of_the_input(bits):
     assert relative(model(x.bfloat16()), model(x)) < 0.05
 
 
-def stored(layer):
-    """Every byte of a quantized base layer."""
-    state = layer.get_base_layer().state_dict()
-    return {k: v.clone() for k, v in state.items() if isinstance(v, torch.Tensor)}
-
-
 @pytest.mark.parametrize("bits,called", [(8, True), (4, True), (4, False)])
 def test_unmerging_puts_the_quantized_weight_back(bits, called):
     """bitsandbytes keeps scales elsewhere after the first call, and reorders 4-bit weights."""
@@ -178,7 +170,7 @@ def test_unmerging_puts_the_quantized_weight_back(bits, called):
     bare = copy.deepcopy(ours).unload()(x)
     if called:
         ours(x)
-    before = [stored(layer) for layer in layers(ours)]
+    before = [copy.deepcopy(layer.get_base_layer().state_dict()) for layer in layers(ours)]
     for cycle in range(3):
         ours.merge_adapter()
         assert relative(ours(x), bare) > 0.1
@@ -187,26 +179,19 @@ def test_unmerging_puts_the_quantized_weight_back(bits, called):
         if cycle:
             ours.unmerge_adapter()
         for layer, was in zip(layers(ours), before, strict=True):
-            now = stored(layer)
+            now = layer.get_base_layer().state_dict()
             assert was.keys() == now.keys() and layer._kept is None
-            assert all(torch.equal(was[key], now[key]) for key in was)
-    randomize(ours)
-    assert torch.equal(ours(x), want)
-    with torch.no_grad():
-        for layer in layers(ours):
-            layer.randlora_lambda["default"].zero_()
-    ours.merge_adapter()  # changes nothing, so nothing is quantized again
-    assert all(layer.merged and layer._kept is None for layer in layers(ours))
-    assert torch.equal(ours(x), bare)
+            tensors = [key for key, value in was.items() if isinstance(value, torch.Tensor)]
+            assert all(torch.equal(was[key], now[key]) for key in tensors)
+    assert torch.equal(randomize(ours)(x), want)
 
 
 @pytest.mark.parametrize("bits,safe", [(8, True), (4, False)])
 def test_merging_is_dequantized_weight_plus_delta(bits, safe, monkeypatch):
-    """Stock PEFT multiplies A' B: an error for the oblong layers, wrong for the square one."""
-    stock, ours = quantized_pair(bits)
+    ours = made(bits)
     monkeypatch.setattr(AcceleratedLinear, "keep_weight", "nothing")
     x = torch.randn(5, 64)
-    before, bare = ours.eval()(x), copy.deepcopy(ours).unload()(x)
+    before, bare = ours(x), copy.deepcopy(ours).unload()(x)
     weights = [dense(layer) for layer in layers(ours)]
     changes = [delta.detach() for delta in deltas(ours)]
     ours.merge_adapter(safe_merge=safe)
@@ -224,20 +209,11 @@ def test_merging_is_dequantized_weight_plus_delta(bits, safe, monkeypatch):
     merged = ours.merge_and_unload(safe_merge=safe)
     assert type(merged.a).__module__.startswith("bitsandbytes")
     assert relative(merged(x), before) < 1.5 * rounding
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        stock.merge_adapter()
-    assert relative(layers(stock)[2].get_delta_weight("default"), changes[2]) > 0.5
 
 
-def test_weight_and_state_agree_after_nan_and_ctrl_c(bits):
+def test_weight_and_state_agree_after_ctrl_c(bits):
     ours = made(bits)
     layer = layers(ours)[0]
-    with torch.no_grad():
-        layer.randlora_lambda["default"][0, 0] = float("nan")
-    with pytest.raises(ValueError, match="NaN"):
-        ours.merge_adapter(safe_merge=True)
-    assert not layer.merged and dense(layer).isfinite().all()
-    randomize(ours)
     before, delta = dense(layer), layer.get_delta_weight("default").detach()
     start = copy.deepcopy(layer.base_layer)
     states = {False: before, True: rounded(layer, before + delta)}
@@ -250,48 +226,34 @@ def test_added_adapters_stand_beside_the_first(bits, tmp_path):
     """Stock PEFT wraps the wrapped layer again, and adds the first adapter to the second."""
     ours, x = made(bits), torch.randn(3, 64)
     first = ours(x)
-    ours.add_adapter("two", config(8, sparse=True, randlora_dropout=0.1))
-    ours.add_adapter("three", config(5, sparse=True))
-    randomize(ours, seed=3)
+    ours.add_adapter("two", config(5, sparse=True, randlora_dropout=0.1))
+    ours.set_adapter("two")
+    second = randomize(ours, seed=3).eval()(x)
     assert not any(hasattr(layer.base_layer, "base_layer") for layer in layers(ours))
-    assert list(layers(ours)[0].randlora_lambda) == ["default", "two", "three"]
-    outputs = {}
-    for name in ("default", "two", "three"):
-        ours.set_adapter(name)
-        outputs[name] = ours.eval()(x)
-    for other in (outputs["three"], first):
-        assert relative(other, outputs["two"]) > 0.1
-    mixed = ours(x, adapter_names=["three", "default", "two"])
-    wanted = torch.stack([outputs["three"][0], outputs["default"][1], outputs["two"][2]])
-    assert relative(mixed, wanted) < 0.02  # bitsandbytes rounds 8-bit activations row by row
+    assert list(layers(ours)[0].randlora_lambda) == ["default", "two"]
+    assert relative(second, first) > 0.1
     ours.save_pretrained(tmp_path)
-    assert relative(reopened(bits, tmp_path / "three")(x), outputs["three"]) < 0.01
+    assert relative(reopened(bits, tmp_path / "two")(x), second) < 0.01
+    ours.set_adapter("default")
+    mixed, wanted = ours(x, adapter_names=["two", "default", "two"]), second
+    wanted[1] = ours(x)[1]
+    assert relative(mixed, wanted) < 0.02  # bitsandbytes rounds 8-bit activations row by row
 
 
-def test_pickle_and_accelerate(tmp_path, bits):
-    stock, ours = quantized_pair(bits)
-    x = torch.randn(5, 64)
-    torch.save(ours, tmp_path / "model.pt")
-    assert relative(torch.load(tmp_path / "model.pt", weights_only=False)(x), ours(x)) < 1e-6
-    wanted = stock(x)
-    accelerated.accelerate(stock)
-    assert type(layers(stock)[0]) is QuantizedLinear
-    assert relative(stock(x), wanted) < 1e-5
-
-
-def test_what_stock_merged_must_be_unmerged_by_stock(bits):
-    """It has added A' B to a square weight; ours would take B A' away."""
-    model = stock_made(base=lambda: quantized(bits), r=8, targets="c", sparse=True)
+def test_accelerate(bits):
+    """What stock has merged it must unmerge: A' B on a square weight; ours would take B A' away."""
+    model, x = (
+        stock_made(base=lambda: quantized(bits), r=8, targets="c", sparse=True),
+        torch.randn(5, 64),
+    )
+    unmerged, wanted = copy.deepcopy(model), model(x)
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"merged by stock PEFT.*call unmerge_adapter\(\) first"):
         accelerated.accelerate(model)
     assert type(model.base_model.model.c).__module__.startswith("peft.")  # nothing is changed
     assert type(model.base_model) is peft.tuners.randlora.RandLoraModel
-    if bits == 8:  # of 4 bits stock PEFT has left a dense weight that is marked as quantized
-        model.unmerge_adapter()
-        x = torch.randn(5, 64)
-        wanted = model(x)
-        assert relative(accelerated.accelerate(model)(x), wanted) < 1e-5
+    accelerated.accelerate(unmerged)
+    assert type(layers(unmerged)[0]) is QuantizedLinear and relative(unmerged(x), wanted) < 1e-5
 
 
 def test_torchao():
@@ -302,17 +264,6 @@ def test_torchao():
     stock, ours = pair(base, lambda: config(8, targets="02", sparse=True))
     x, dy = torch.randn(5, 64), torch.randn(5, 64)
     assert_close(run(ours, x, dy), run(stock, x, dy), 1e-5)
-    outcomes = []
-    for model in (stock, ours):
-        try:
-            model.merge_adapter()
-            outcomes.append(relative(model(x), run(model, x, dy)[0]) < 0.1)
-        except Exception as error:
-            outcomes.append(type(error))
-    assert outcomes[0] == outcomes[1]  # whatever this version of torchao allows
-
-
-# ---- bases that are not nn.Linear ----------------------------------------------------------------
 
 
 def hqq(linear):
@@ -407,16 +358,10 @@ def net(request):
 def test_is_the_layer_over_its_dense_weight(net, kind, tmp_path):
     plain, model = (adapted(base, "abc", 8, **kind) for base in (dense_copy(net), net))
     assert len(layers(model)) == 3 and "3 RandLoRA layers" in accelerated.kernel_summary(model)
-    x, grads = torch.randn(6, 64), []
-    for each in (plain, model):
-        inputs = x.clone().requires_grad_()
-        each(inputs).float().square().sum().backward()
-        named = {n: p.grad for n, p in each.named_parameters() if "randlora_" in n}
-        grads.append([inputs.grad, *(named[name] for name in sorted(named))])
-    with torch.no_grad():
-        assert relative(model(x), plain(x)) < 1e-3  # these layers may compute in 16 bits
-    for ours, want in zip(grads[1], grads[0], strict=True):
-        assert relative(ours, want) < 1e-2
+    x = torch.randn(6, 64)
+    ours, want = (run(each, x, torch.ones(6, 64)) for each in (model, plain))
+    assert relative(ours[0], want[0]) < 1e-3  # these layers may compute in 16 bits
+    assert_close(ours, want, 1e-2)
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         assert relative(opened(tmp_path, model.unload)(x), plain(x)) < 1e-3
@@ -440,53 +385,3 @@ def test_merging(net):
         with pytest.raises(TypeError, match="Merging/unmerging is not available"):
             model.merge_adapter()
         assert torch.equal(model(x), before) and not layers(model)[0].merged
-
-
-# ---- the next PEFT, which has one class over all bases -------------------------------------------
-
-
-class NextLinear(StockLinear):
-    """PEFT's layer as its other methods have it, whose `merge` knows the base only by a backend."""
-
-    def merge(self, *_, **__):
-        self.merged_adapters.append("default")
-
-
-@pytest.fixture
-def next_peft(monkeypatch):
-    def make(config, A, B, name, target, **kwargs):
-        for gone in ("loaded_in_8bit", "loaded_in_4bit"):
-            kwargs.pop(gone, None)
-        like = target if isinstance(target, nn.Linear) else nn.Linear(*features(target))
-        layer = NextLinear(like, A, B, name, config=config, **kwargs)
-        layer.base_layer = target
-        return layer
-
-    monkeypatch.setattr(RandLoraModel, "_create_new_module", staticmethod(make))
-    monkeypatch.setattr(RandLoraModel, "_find_dim", lambda *_: (128, 128))  # of SIZES
-    monkeypatch.setitem(sys.modules, "peft.tuners.randlora.bnb", None)
-
-
-NEXT = {"8": lambda: quantized(8), "4": lambda: quantized(4), "rounded": lambda: Net(Rounded)}
-
-
-@pytest.mark.parametrize("make", NEXT.values(), ids=NEXT)
-def test_one_class_of_peft_over_all_bases(next_peft, make):
-    ours = adapted(make(), "abc", 8, sparse=True).eval()
-    assert {type(layer) for layer in layers(ours)} == {QuantizedLinear}
-    accelerated.disable()
-    x = torch.randn(5, 64)
-    stock = randomize(peft.get_peft_model(make(), config(8, sparse=True))).eval()
-    assert {type(layer) for layer in layers(stock)} == {NextLinear}
-    stock.merge_adapter()
-    with pytest.raises(ValueError, match=r"merged by stock PEFT.*call unmerge_adapter\(\) first"):
-        accelerated.accelerate(stock)
-    for layer in layers(stock):
-        layer.merged_adapters.clear()
-    accelerated.accelerate(stock)
-    assert {type(layer) for layer in layers(stock)} == {QuantizedLinear}
-    assert relative(stock(x), ours(x)) < 1e-6
-    stock.merge_adapter()
-    assert 0 < relative(stock(x), ours(x)) < 0.3
-    stock.unmerge_adapter()
-    assert torch.equal(stock(x), ours(x))

@@ -84,6 +84,7 @@ WRITERS = {
     "a pickle": lambda model, path: model.save_pretrained(path, safe_serialization=False),
     "export_to_peft": accelerated.export_to_peft,
     "configuration": lambda model, path: model.peft_config["default"].save_pretrained(path),
+    "save_adapter": lambda model, to: randlora_ext.save_adapter(model, to / "one.safetensors"),
 }
 SAVES = {
     "save_pretrained": of_several_adapters,
@@ -96,9 +97,8 @@ SAVES = {
 @pytest.mark.parametrize("name", SAVES)
 def test_killed_saves(tmp_path, name):
     """At every change of the file system that a save makes."""
-    write = WRITERS.get(name) or (lambda model, to: randlora_ext.save_adapter(model, to / "file"))
-    make = SAVES[name]
-    model, folder, first = make(), tmp_path / "folder", tmp_path / "first"
+    write, model = WRITERS[name], SAVES[name]()
+    folder, first = tmp_path / "folder", tmp_path / "first"
     folder.mkdir()
     write(randomize(model, 4), folder)
     old = contents(folder)
@@ -142,8 +142,8 @@ def test_a_file_in_float32_is_not_rounded_on_a_bf16_base(tmp_path, kind):
     for mine, theirs in zip(layers(loaded), layers(stock), strict=True):
         for name in ("randlora_A", "randlora_B"):
             assert torch.equal(getattr(mine, name)["default"] + 0, getattr(theirs, name)["default"])
-    loaded.save_pretrained(tmp_path / "again")
-    first, again = (load_file(tmp_path / each / TENSORS) for each in ("float32", "again"))
+    loaded.save_pretrained(tmp_path)
+    first, again = (load_file(tmp_path / each / TENSORS) for each in ("float32", ""))
     assert all(torch.equal(again[name], first[name]) for name in again)
 
 
@@ -181,13 +181,13 @@ def test_the_scratch_folder_of_a_living_process_stays(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
 
 
-@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+@pytest.mark.parametrize("write", list(WRITERS.values())[:-1], ids=list(WRITERS)[:-1])
 def test_what_cannot_be_written(tmp_path, monkeypatch, write):
     """A full disk and bad names: one kind of error, and the old files stay."""
     model = made(density=0.2)
     write(model, tmp_path / "folder")
     files = contents(tmp_path / "folder")
-    largest = max(map(len, files.values()))
+    largest = max(path.stat().st_size for path in (tmp_path / "folder").iterdir())
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for size in (100, largest - 100):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))

@@ -62,9 +62,13 @@ def randlora():
     return config(4, accelerated.RandLoraConfig, TARGETS, sparse=True, **ABOUT)
 
 
-def trained(base=None):
+def base():
+    return llama(vocab_size=43)
+
+
+def trained(model):
     """A model whose adapter changes what it says."""
-    return randomize(adapted(base or llama(), TARGETS, 4, **ABOUT, sparse=True), size=30)
+    return randomize(adapted(model, TARGETS, 4, **ABOUT, sparse=True), size=30)
 
 
 def trainer(method, model, folder, steps=2, **options):
@@ -101,11 +105,6 @@ def is_new(model, adapter):
     return len(lambdas) > 0 and not any(value.any() for value in lambdas)
 
 
-def saved_and_opened(folder):
-    trained(llama(vocab_size=43)).save_pretrained(folder)
-    return opened(folder, lambda: llama(vocab_size=43), is_trainable=True)
-
-
 @pytest.mark.parametrize(
     "method, fresh", [("SFT", False), ("DPO", True), ("DPO", False), ("KTO", True), ("GRPO", False)]
 )
@@ -113,9 +112,10 @@ def test_trainers_run(method, fresh, tmp_path):
     """With a new adapter, and with one that is trained and saved."""
     accelerated.enable()
     if fresh:
-        run = trainer(method, llama(vocab_size=43), tmp_path, peft_config=randlora())
+        run = trainer(method, base(), tmp_path, peft_config=randlora())
     else:
-        run = trainer(method, saved_and_opened(tmp_path), tmp_path)
+        trained(base()).save_pretrained(tmp_path)
+        run = trainer(method, opened(tmp_path, base, is_trainable=True), tmp_path)
     model = run.model
     layers = [m for m in model.modules() if isinstance(m, accelerated.layer.AcceleratedLinear)]
     assert len(layers) == 6
@@ -139,7 +139,7 @@ def test_trainers_run(method, fresh, tmp_path):
 
 
 def test_other_added_adapters_stay_as_new(monkeypatch):
-    model = trained()
+    model = trained(base())
     config = model.peft_config["default"]
     model.add_adapter("other", config)
     model.add_adapter("ref", randlora())  # not TRL: a configuration of its own
@@ -150,26 +150,12 @@ def test_other_added_adapters_stay_as_new(monkeypatch):
     assert is_new(model, "ref")
 
 
-def test_a_newer_trl_is_told():
-    model = trained()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(activation, "NEWEST_TRL", "0.1")
-        with pytest.warns(UserWarning, match=r"TRL up to 0\.1 needs.*must be ln 2"):
-            model.add_adapter("ref", model.peft_config["default"])
+def test_a_newer_trl_is_told(monkeypatch):
+    model = trained(base())
+    monkeypatch.setattr(activation, "NEWEST_TRL", "0.1")
+    with pytest.warns(UserWarning, match=r"TRL up to 0\.1 needs.*must be ln 2"):
+        model.add_adapter("ref", model.peft_config["default"])
     assert all(map(torch.equal, numbers(model).values(), numbers(model, "ref").values()))
-
-
-def test_weights_that_trl_sends_to_vllm():
-    """TRL merges, sends all but the adapter under the base model's names, and unmerges."""
-    model = trained(llama().bfloat16())
-    model.merge_adapter()
-    sent = [
-        name.removeprefix("base_model.model.").replace(".base_layer", "")
-        for name, _ in model.named_parameters()
-        if model.prefix not in name
-    ]
-    assert sent == [name for name, _ in llama().named_parameters()]
-    model.unmerge_adapter()
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "trl.md"
@@ -180,7 +166,7 @@ def test_the_page_runs(tmp_path, monkeypatch):
     (source,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     name = "HuggingFaceTB/SmolLM2-135M"
     assert name in source
-    llama(vocab_size=43).save_pretrained(tmp_path / "model")
+    base().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     rows = datasets.Dataset.from_list(DATA["SFT"])
