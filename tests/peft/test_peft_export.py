@@ -190,35 +190,6 @@ def test_conv1d(tmp_path):
     assert relative(lora(TOKENS).logits, model(TOKENS).logits) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"target_modules": ["q_proj", "lm_head"]},
-        {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["lm_head"]},
-        {"target_modules": r".*\.1\..*(v|down)_proj"},
-    ],
-    ids=["tied head", "modules_to_save", "regular expression"],
-)
-def test_targets(tmp_path, options):
-    def base():
-        return llama(tie_word_embeddings="lm_head" in options["target_modules"])
-
-    accelerated.enable()
-    chosen = accelerated.RandLoraConfig(r=5, basis="hadamard", **options)
-    model = randomize(peft.get_peft_model(base(), chosen)).eval()
-    shake(model)
-    lora = converted(model, tmp_path, 16, base)
-    with torch.no_grad():
-        assert relative(model(TOKENS).logits, base()(TOKENS).logits) > 0.01
-    for product, delta in zip(changes(lora), changes(model), strict=True):
-        assert relative(product, truncated(delta, 16)) < 1e-5
-    saved = load_file(tmp_path / "adapter_model.safetensors")
-    assert sum("lm_head.weight" in key for key in saved) == ("modules_to_save" in options)
-
-
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
 @pytest.fixture
 def model(tmp_path, monkeypatch):
     """The present folder is a new one."""
@@ -240,17 +211,22 @@ def same(model, other):
     assert torch.equal(model(tokens).logits, other(tokens).logits)
 
 
-def test_the_snippet_opens_what_was_saved(model, tmp_path):
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_the_snippet_opens_what_was_saved(model, tmp_path, name):
+    if name == "mine":
+        model.add_adapter(name, model.peft_config["default"])
+        model.delete_adapter("default")
+        model.set_adapter(name)
     (tmp_path / "adapter").mkdir()
     model.save_pretrained("adapter", is_main_process=False)
     model.save_pretrained("adapter", True, None, "auto", False)
     assert not (tmp_path / "adapter" / "README.md").exists()  # others write no card
-    model.save_pretrained("adapter")
+    randomize(model).save_pretrained("adapter")
     accelerated.disable()
-    card, _, loaded = run_snippet(tmp_path / "adapter")
+    card, source, loaded = run_snippet(tmp_path / "adapter")
     same(loaded, model)
     assert card.data.library_name == "peft"  # PEFT's own part
-    assert "Only `randlora-ext`" in card.text
+    assert "Only `randlora-ext`" in card.text and ("subfolder='mine'" in source) == (name == "mine")
 
 
 def test_what_stock_peft_opens_has_its_card(model, tmp_path):
@@ -274,14 +250,4 @@ def test_what_others_wrote_stays(model, tmp_path):
     model.save_pretrained("adapter")
     card, _, loaded = run_snippet(tmp_path / "adapter")
     assert card.data.license == "mit" and "\n# Mine alone\n" in card.text
-    same(loaded, model)
-
-
-def test_an_adapter_in_a_folder_of_its_name(model, tmp_path):
-    model.add_adapter("mine", model.peft_config["default"])
-    model.delete_adapter("default")
-    model.set_adapter("mine")
-    randomize(model).save_pretrained("adapter")
-    _, source, loaded = run_snippet(tmp_path / "adapter")
-    assert "subfolder='mine'" in source
     same(loaded, model)

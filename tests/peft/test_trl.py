@@ -20,7 +20,7 @@ from randlora_ext.peft import activation  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-WORDS = [f"word{i}" for i in range(40)]
+WORDS = ["<pad>", "<eos>", "<unk>", *(f"word{i}" for i in range(40))]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
@@ -28,7 +28,7 @@ def tokenizer():
     """Words by their number; nothing is downloaded."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
@@ -36,7 +36,7 @@ def tokenizer():
 
 
 def text(*numbers):
-    return " ".join(WORDS[n % len(WORDS)] for n in numbers)
+    return " ".join(f"word{n % 40}" for n in numbers)
 
 
 PAIRS = [
@@ -71,9 +71,9 @@ def trained(model):
     return randomize(adapted(model, TARGETS, 4, **ABOUT, sparse=True), size=30)
 
 
-def trainer(method, model, folder, steps=2, **options):
+def trainer(method, model, folder, **options):
     about = {"output_dir": str(folder), "save_strategy": "no", "report_to": [],
-             "max_steps": steps, "logging_steps": 1, "learning_rate": 1e-3,
+             "max_steps": 2, "logging_steps": 1, "learning_rate": 1e-3,
              "per_device_train_batch_size": 2, "gradient_checkpointing": False,
              "use_cpu": True, "bf16": False, "disable_tqdm": True}  # fmt: skip
     settings = getattr(trl, f"{method}Config")(**about, **OPTIONS[method])
