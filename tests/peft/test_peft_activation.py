@@ -37,13 +37,9 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def tables():
-    mapping = peft.mapping
-    return (
-        mapping.PEFT_TYPE_TO_CONFIG_MAPPING[RANDLORA],
-        mapping.PEFT_TYPE_TO_TUNER_MAPPING[RANDLORA],
-        peft.PeftModel.save_pretrained,
-        peft.PeftModel.load_adapter,
-    )
+    maps = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING
+    methods = peft.PeftModel.save_pretrained, peft.PeftModel.load_adapter
+    return *(each[RANDLORA] for each in maps), *methods
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -146,9 +142,8 @@ def test_what_a_model_says_of_its_kernels():
 
 
 def test_jit_trace_is_refused_by_name():
-    model, x = made(sparse=True), torch.randn(3, 24)
     with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record .* torch\.export"):
-        torch.jit.trace(model.base_model.model, (x,))
+        torch.jit.trace(made(sparse=True).base_model.model, (torch.randn(3, 24),))
 
 
 def train(model, optimizer, x, steps):
@@ -209,8 +204,8 @@ def test_accelerate_a_merged_and_an_injected_model(tmp_path, x):
 
 
 def test_what_cannot_be_accelerated():
-    fourier = peft.get_peft_model(Deep(), peft.FourierFTConfig(n_frequency=9, target_modules=["a"]))
-    for model in (Deep(), fourier):
+    lora = peft.get_peft_model(Deep(), peft.LoraConfig(target_modules=["a"]))
+    for model in (Deep(), lora):
         with pytest.raises(ValueError, match="holds no RandLoRA layer of PEFT"):
             accelerated.accelerate(model)
     with torch.device("meta"):

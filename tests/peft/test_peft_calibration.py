@@ -36,14 +36,9 @@ def uneven(seed=0):
 
 def calibrated(**options):
     """A model with random diagonals, whose inputs are scaled."""
-    model = zeroed(made(**OPTIONS | options))
+    model = randomize(made(**OPTIONS | options), size=0)
     randlora_ext.calibrate(model, [uneven()])
     return randomize(model, size=0.1)
-
-
-def zeroed(model):
-    """As a new adapter: lambda is zero."""
-    return randomize(model, size=0)
 
 
 def scales(model, name="default"):
@@ -121,7 +116,7 @@ def test_stock_peft_opens_what_can_be_folded_into_gamma(tmp_path):
 @pytest.mark.parametrize("base", [lambda: Conv1D(40, 24), lambda: nn.Linear(24, 40)])
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_a_conv1d_and_a_16_bit_base(base, dtype, limit):
-    model = zeroed(adapted(nn.Sequential(base()).to(dtype), "0", basis="hadamard"))
+    model = randomize(adapted(nn.Sequential(base()).to(dtype), "0", basis="hadamard"), size=0)
     randlora_ext.calibrate(model, [uneven().to(dtype)])
     (scale,), (layer,), x = scales(model), layers(randomize(model, size=0.1)), uneven(1).to(dtype)
     base = layer.get_base_layer()
@@ -133,7 +128,8 @@ def test_a_conv1d_and_a_16_bit_base(base, dtype, limit):
 def language_model(calibrate=True):
     """A tiny Llama with an adapter whose lambda is zero."""
     options = {"task_type": "CAUSAL_LM", **OPTIONS}
-    model = zeroed(adapted(llama(initializer_range=0.3), ["q_proj", "down_proj"], **options))
+    model = adapted(llama(initializer_range=0.3), ["q_proj", "down_proj"], **options)
+    randomize(model, size=0)
     if calibrate:
         randlora_ext.calibrate(model, [{"input_ids": tokens(3)}])
         assert all(scale.max() > 1.2 for scale in scales(model))

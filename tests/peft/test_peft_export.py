@@ -54,8 +54,6 @@ def opened_by_stock(folder, base=Deep, **options):
 def test_stock_opens_the_adapter(tmp_path, kind, x):
     model = made(**kind)
     accelerated.export_to_peft(model, tmp_path)
-    files = {path.name for path in tmp_path.iterdir()}
-    assert files == {"adapter_config.json", "README.md", "adapter_model.safetensors"}
     fields = json.loads((tmp_path / "adapter_config.json").read_text())
     assert not {"density", "basis"} & set(fields)
     saved = load_file(tmp_path / "adapter_model.safetensors")

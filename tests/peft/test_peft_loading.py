@@ -85,7 +85,6 @@ def test_other_bases_are_named_and_nothing_changes(tmp_path, own, other, message
 
 
 SAME = {
-    "both flags": (VERY_SPARSE, VERY_SPARSE | {"sparse": True}),
     "seed without a density": ({"basis": "independent"}, {"density": 1 / 3}),
     "hadamard": (HADAMARD, HADAMARD),
     "uniform, saved": ({}, {}),
@@ -178,10 +177,8 @@ def test_hotswap_one_of_several_by_a_file_of_stock(tmp_path, x):
 
 def test_hotswap_of_a_targeted_output_layer(tmp_path):
     """PEFT saves the base weight of a targeted lm_head with the adapter."""
-    first, second = (
-        adapted(llama(num_hidden_layers=1), ["lm_head"], 4, seed, basis="hadamard")
-        for seed in (1, 2)
-    )
+    kind = {"targets": ["lm_head"], "basis": "hadamard"}
+    first, second = (adapted(llama(num_hidden_layers=1), seed=s, **kind) for s in (1, 2))
     second.save_pretrained(tmp_path, save_embedding_layers=True)
     accelerated.hotswap_adapter(first, tmp_path)
     x = torch.arange(6).view(1, 6)
@@ -263,16 +260,12 @@ def test_what_cannot_be_swapped(tmp_path):
             accelerated.hotswap_adapter(other, tmp_path)
 
 
-def set_state(model, folder):
-    """As for an adapter that is injected without a PeftModel."""
-    state = load_file(folder / "adapter_model.safetensors")
-    peft.set_peft_model_state_dict(model.base_model.model, state)
-
-
 DOORS = {
     "load_adapter": load,
     "hotswap_adapter": accelerated.hotswap_adapter,
-    "set_peft_model_state_dict": set_state,
+    "set_peft_model_state_dict": lambda model, folder: peft.set_peft_model_state_dict(
+        model.base_model.model, load_file(folder / TENSORS)
+    ),
     "load_state_dict": lambda model, _: model.load_state_dict(model.state_dict()),
 }
 

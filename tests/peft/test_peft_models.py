@@ -1,6 +1,7 @@
 """randlora_ext.peft in models of transformers, compiled and exported; injected adapters."""
 
 import copy
+import functools
 import shutil
 
 import pytest
@@ -151,10 +152,7 @@ def test_a_second_injected_adapter_leaves_the_first(x):
 def test_targets_that_peft_chooses(targets):
     """By the type of the model, or all linear layers; a second adapter meets wrapped layers."""
     base, tokens = llama(num_hidden_layers=1), torch.randint(0, 50, (2, 6))
-
-    def chosen():
-        return peft.RandLoraConfig(r=8, sparse=True, target_modules=targets)
-
+    chosen = functools.partial(peft.RandLoraConfig, r=8, sparse=True, target_modules=targets)
     names, outputs = [], []
     for model in pair(base, chosen):
         model.add_adapter("two", chosen())
@@ -236,9 +234,8 @@ def test_one_graph_for_any_number_of_tokens(kind, dtype):
 def test_dropout_and_two_adapters():
     eager = made(targets="a", sparse=True, randlora_dropout=0.5)
     x = torch.randn(7, 24)
-    fast = compiled(eager)
     torch.manual_seed(1)
-    y = fast(x)
+    y = compiled(eager)(x)
     torch.manual_seed(1)
     torch.testing.assert_close(y, eager(x))
     eager.add_adapter("two", config(5, targets="a", sparse=True))

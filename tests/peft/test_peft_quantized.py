@@ -146,7 +146,7 @@ def test_scaled_inputs(bits, tmp_path):
         model.save_pretrained(tmp_path)
         assert relative(reopened(bits, tmp_path)(x), want) < 0.01
         model.merge_adapter()
-        assert relative(model(x), want) < {8: 0.05, 4: 0.3}[bits]
+        assert relative(model(x), want) < {8: 0.1, 4: 0.3}[bits]
         model.unmerge_adapter()
         assert relative(model(x), want) < 1e-5
 

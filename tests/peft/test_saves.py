@@ -176,8 +176,7 @@ def test_tensors_of_another_save(tmp_path, old, new, message, x):
 
 def test_the_scratch_folder_of_a_living_process_stays(tmp_path):
     with appear_together(tmp_path) as one, appear_together(tmp_path) as two:
-        for number, scratch in enumerate((one, two)):
-            (scratch / str(number)).touch()
+        (one / "0").touch(), (two / "1").touch()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
 
 
@@ -230,7 +229,6 @@ def test_a_round_trip_after_a_cast(tmp_path, options, save_projection, dtype, ba
 
 
 LOADS = 60  # of each door
-OTHER = {"key": {"projection_prng_key": 2, "randlora_alpha": 50}, "alpha": {"randlora_alpha": 50}}
 
 
 @contextlib.contextmanager
@@ -282,8 +280,9 @@ def merge(folder, model, x):
     return torch.cat([tensor.flatten() for tensor in merged.values()])
 
 
-# What differs between the adapters. `hotswap` and `over` want the same bases.
-DOORS = {anew: "key", new: "key", over: "key", hotswap: "alpha", merge: "key"}
+# What differs between the adapters: hotswap wants the same bases.
+KEY = {"projection_prng_key": 2, "randlora_alpha": 50}
+DOORS = {anew: KEY, new: KEY, over: KEY, hotswap: {"randlora_alpha": 50}, merge: KEY}
 
 
 @pytest.mark.filterwarnings("ignore:randlora_alpha of")
@@ -294,7 +293,7 @@ def test_no_load_is_mixed(tmp_path, door):
     if door is merge:
         options |= {"base": llama, "targets": ["q_proj"]}
         llama().save_pretrained(tmp_path / "base")
-    models = [made(1, **options), made(2, **options | OTHER[DOORS[door]])]
+    models = [made(1, **options), made(2, **options | DOORS[door])]
     reader, wanted, seen = made(1, **options), [], Counter()
     for model in models:
         model.save_pretrained(tmp_path)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_helpers import llama
-from peft_helpers import accelerated, adapted, config, opened, randomize
+from peft_helpers import accelerated, adapted, config, layers, opened, randomize, runs_on_kernels
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -117,8 +117,7 @@ def test_trainers_run(method, fresh, tmp_path):
         trained(base()).save_pretrained(tmp_path)
         run = trainer(method, opened(tmp_path, base, is_trainable=True), tmp_path)
     model = run.model
-    layers = [m for m in model.modules() if isinstance(m, accelerated.layer.AcceleratedLinear)]
-    assert len(layers) == 6
+    assert len(layers(model)) == 6 and runs_on_kernels(model)
     before, reference = numbers(model), numbers(model, "ref")
     if fresh or method == "SFT":
         assert not reference
