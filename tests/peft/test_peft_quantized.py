@@ -141,6 +141,7 @@ def test_scaled_inputs(bits, tmp_path):
         for layer, other in zip(layers(model), layers(bare), strict=True):
             each = torch.randn(5, layer.in_features)
             delta = other.get_delta_weight("default") * layer.input_scales["default"]
+            assert relative(delta, other.get_delta_weight("default")) > 0.1
             assert relative(layer(each), layer.base_layer(each) + each @ delta.T) < 1e-5
         want = model(x)
         model.save_pretrained(tmp_path)
