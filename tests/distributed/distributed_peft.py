@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from cli_helpers import llama
 from distributed_ranks import (
     Place,
     RecordedCollectives,
@@ -15,6 +16,7 @@ from distributed_ranks import (
     worlds,
 )
 from distributed_training import SIZES, batch, share, train
+from peft_helpers import layers, randomize
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -23,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 import randlora_ext
 import randlora_ext.peft as accelerated
@@ -65,8 +67,8 @@ def check_fsdp(place: Place):
     """Training and the adapter's file as of one process; merging, where stock PEFT fails."""
     for kind in ({}, {"basis": "hadamard"}):
         reference, model = make(**kind), make(**kind)
-        layers = [m for m in model.modules() if hasattr(m, "base_layer")]
-        for layer in layers:
+        parts = layers(model)
+        for layer in parts:
             fully_shard(layer)
         fully_shard(model)
         train(reference, adam(reference), range(3), lambda x: x.float())
@@ -80,15 +82,15 @@ def check_fsdp(place: Place):
 
         x = batch(0, torch.float32)
         wanted = model(x).detach()
-        before = [layer.base_layer.weight.full_tensor().clone() for layer in layers]
+        before = [layer.base_layer.weight.full_tensor().clone() for layer in parts]
         model.merge_adapter(safe_merge=True)
-        for layer, weight in zip(layers, before, strict=True):
+        for layer, weight in zip(parts, before, strict=True):
             merged = layer.base_layer.weight
             assert merged.to_local().numel() < weight.numel()  # sharded still
             assert (merged.full_tensor() - weight).abs().max() > 0.1
         torch.testing.assert_close(model(x).detach(), wanted, **LIMITS)
         model.unmerge_adapter()
-        for layer, weight in zip(layers, before, strict=True):
+        for layer, weight in zip(parts, before, strict=True):
             assert torch.equal(layer.base_layer.weight.full_tensor(), weight)
         model.add_adapter("two", model.peft_config["default"])  # changes nothing yet
         model.set_adapter("two")
@@ -96,16 +98,11 @@ def check_fsdp(place: Place):
 
 
 def untrained():
-    model = make(basis="hadamard")
-    for name, parameter in model.named_parameters():
-        if "randlora_lambda" in name:
-            nn.init.zeros_(parameter)
-    return model
+    return randomize(make(basis="hadamard"), size=0)
 
 
 def scales(model):
-    layers = (module for module in model.modules() if hasattr(module, "input_scales"))
-    return [layer.input_scales["default"] for layer in layers]
+    return [layer.input_scales["default"] for layer in layers(model)]
 
 
 @worlds(2)
@@ -130,7 +127,7 @@ def check_calibration(place: Place):
 def check_states_of_calibrated_models(place: Place):
     """By torch's functions for them, which look every key up as an attribute."""
     reference, x = make(basis="hadamard"), batch(9, torch.float32)
-    for layer in (reference.base_model.model[0], reference.base_model.model[2]):
+    for layer in layers(reference):
         layer.set_input_scale("default", torch.arange(layer.in_features) + 1.0)
     full, path = StateDictOptions(full_state_dict=True), place.folder / "calibrated"
     for shard in (False, True):
@@ -163,24 +160,17 @@ def check_tensor_parallelism_is_refused(place: Place):
     configuration = pytest.importorskip("transformers.distributed").DistributedConfig
     folder, chosen = place.folder / "llama", dict(r=4, target_modules=["up_proj"])
     if place.rank == 0:
-        sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, vocab_size=64)
-        made = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)
-        AutoModelForCausalLM.from_config(made).save_pretrained(folder)
+        llama(num_hidden_layers=1).save_pretrained(folder)
     dist.barrier()
     refused = "layers.0.mlp.up_proj' is cut over ranks .'colwise' in tp_plan.: tensor parallelism"
-    for size in (2, 1):
-        cut = configuration(tp_size=2) if size == 2 else None
-        model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=cut)
-        modules = [name for name, _ in model.named_modules()]
-        if size == 1:
-            fully_shard(model)
-            refused = r"layers.0.mlp.up_proj' has a weight placed .*after the adapters"
-        accelerated.enable()
-        with pytest.raises(ValueError, match=refused):
-            peft.get_peft_model(model, accelerated.RandLoraConfig(basis="hadamard", **chosen))
-        assert [name for name, _ in model.named_modules()] == modules
-        if size == 2:
-            accelerated.disable()
-            stock = peft.get_peft_model(model, peft.RandLoraConfig(**chosen))
-            with pytest.raises(ValueError, match=refused):
-                accelerated.accelerate(stock)
+    cut = configuration(tp_size=2)
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=cut)
+    modules = [name for name, _ in model.named_modules()]
+    accelerated.enable()
+    with pytest.raises(ValueError, match=refused):
+        peft.get_peft_model(model, accelerated.RandLoraConfig(basis="hadamard", **chosen))
+    assert [name for name, _ in model.named_modules()] == modules
+    accelerated.disable()
+    stock = peft.get_peft_model(model, peft.RandLoraConfig(**chosen))
+    with pytest.raises(ValueError, match=refused):
+        accelerated.accelerate(stock)

@@ -59,7 +59,7 @@ class Headed(Deep):
 
 
 class Wide(Deep):
-    """With layers of other sizes, one of which is larger than the others."""
+    """With a layer that is larger than the others."""
 
     def __init__(self):
         super().__init__()
@@ -78,6 +78,24 @@ def t5():
     more = {"vocab_size": 50, "decoder_start_token_id": 0, "dropout_rate": 0.0}
     adapt = {"targets": ["q", "v", "wi", "wo"], "task_type": SEQ_2_SEQ_LM}
     return T5ForConditionalGeneration(T5Config(**shape, **more)), adapt
+
+
+def small_llama():
+    from cli_helpers import llama
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    return llama(), {"targets": targets, "task_type": "CAUSAL_LM"}
+
+
+def trainer_of(model, folder, rows, **options):
+    """Transformers' Trainer for three steps, of which the second is saved."""
+    from transformers import Trainer, TrainingArguments
+
+    steps = {"max_steps": 3, "logging_steps": 1, "save_steps": 2, "learning_rate": 1e-2}
+    about = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 1}
+    options |= {"per_device_train_batch_size": 2, **steps, **about}
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    return Trainer(model=model, args=TrainingArguments(str(folder), **options), train_dataset=data)
 
 
 def config(r=4, cls=None, targets="abc", **options):

@@ -8,7 +8,6 @@ from peft_helpers import accelerated, config, layers, peft, randomize, relative,
 from safetensors.torch import load_file, save_file
 
 diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
 TARGETS = ["to_q", "to_v", "to_out.0"]
 
 
@@ -27,14 +26,8 @@ def chosen():
 @torch.no_grad()
 def image(model):
     torch.manual_seed(1)
-    shapes = {
-        "hidden_states": (1, 6, 4),
-        "encoder_hidden_states": (1, 5, 32),
-        "pooled_projections": (1, 32),
-        "timestep": (1,),
-        "img_ids": (6, 3),
-        "txt_ids": (5, 3),
-    }
+    shapes = {"hidden_states": (1, 6, 4), "encoder_hidden_states": (1, 5, 32), "timestep": (1,)}
+    shapes |= {"pooled_projections": (1, 32), "img_ids": (6, 3), "txt_ids": (5, 3)}
     return model(**{name: torch.randn(shape) for name, shape in shapes.items()}).sample
 
 

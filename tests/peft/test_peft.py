@@ -1,14 +1,32 @@
-"""randlora_ext.peft: the numbers of stock PEFT, forward and backward."""
+"""randlora_ext.peft: the numbers and files of stock PEFT, for every field of RandLoraConfig."""
 
+import contextlib
 import copy
+import json
 import warnings
 
 import pytest
 import torch
 from layer_helpers import SHAPES as ALL_SHAPES
-from layer_helpers import relative
-from peft_helpers import Net, assert_close, config, deltas, inputs, pair, run, runs_on_kernels
+from peft_helpers import (
+    Net,
+    accelerated,
+    assert_close,
+    config,
+    deltas,
+    inputs,
+    layers,
+    opened,
+    pair,
+    peft,
+    relative,
+    run,
+    runs_on_kernels,
+)
+from safetensors.torch import load_file
 from torch import nn
+
+from randlora_ext.peft.bases import BASIS_NAMES
 
 # Few numbers may all be zero, of which a warning tells.
 SHAPES = [shape for shape in ALL_SHAPES if 1 not in shape[:2]]
@@ -51,6 +69,12 @@ def test_adapters_err_at_most_twice_as_much_as_stock(shape, dtype, autocast_adap
     stock, ours = pair(
         base, lambda: config(r, sparse=True), autocast_adapter_dtype=autocast_adapter
     )
+    dtypes = [{name: p.dtype for name, p in each.named_parameters()} for each in (stock, ours)]
+    assert dtypes[0] == dtypes[1]
+    for name in BASIS_NAMES:
+        mine, theirs = (getattr(layers(m)[0], name)["default"] for m in (ours, stock))
+        assert mine.dtype is theirs.dtype is (torch.float32 if autocast_adapter else dtype)
+        assert torch.equal(mine + 0, theirs)
     x, dy = inputs(in_features, out_features, dtype, tokens=64)
     exact = run(copy.deepcopy(stock).double(), x.double(), dy.double())
     for mine, theirs, wanted in zip(run(ours, x, dy), run(stock, x, dy), exact, strict=True):
@@ -86,3 +110,106 @@ def test_autocast():
         theirs, mine = (run(model, x, dy) for model in models)
     assert mine[0].dtype == torch.float32
     assert_close(mine, theirs, 0.01)
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        sizes = {"up": (24, 40), "down": (40, 24)}
+        blocks = (nn.ModuleDict({k: nn.Linear(*v) for k, v in sizes.items()}) for _ in range(3))
+        self.body = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x):
+        for layer in self.body.layers:
+            x = x + layer["down"](torch.tanh(layer["up"](x)))
+        return self.head(x)
+
+
+VERY_SPARSE = {"sparse": False, "very_sparse": True}
+FIELDS = [
+    {"r": 7, "randlora_alpha": 33, "projection_prng_key": 1234567890123},
+    {"target_modules": r".*\.(1|2)\.down", "save_projection": False},
+    {"target_modules": "all-linear", **VERY_SPARSE},
+    {"init_weights": False, "save_projection": False, **VERY_SPARSE},
+    {"bias": "all", "save_projection": False, "sparse": False},
+    {"bias": "randlora_only", "randlora_dropout": 0.3, "sparse": False},
+    {"modules_to_save": ["head"], "randlora_dropout": 0.3},
+    {"fan_in_fan_out": True},  # which PEFT corrects
+    {"layers_to_transform": [0, 2]},
+    {"layers_to_transform": 1, "layers_pattern": "layers"},
+]
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=lambda field: ", ".join(field))
+def test_output_gradients_and_saved_file_are_those_of_stock(tmp_path, field, x):
+    fields = {"r": 5, "target_modules": ["up", "down"], "sparse": True} | field
+    stock, ours = pair(Stack().double(), lambda: peft.RandLoraConfig(**fields))
+    names = [name for name, p in stock.named_parameters() if p.requires_grad]
+    assert names == [name for name, p in ours.named_parameters() if p.requires_grad]
+    x, dy = x.double(), torch.randn(6, 5).double()
+    # uniform bases are stored in 16 bits
+    assert_close(run(ours, x, dy), run(stock, x, dy), 1e-6)
+
+    tensors, texts = [], []
+    for model, name in ((stock, "stock"), (ours, "ours")):
+        model.save_pretrained(tmp_path / name)
+        tensors.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+        texts.append(json.loads((tmp_path / name / "adapter_config.json").read_text()))
+    assert texts[0] == texts[1]
+    theirs, mine = tensors
+    copies = {key for key in theirs if ".model." in key and key.endswith(("_A", "_B"))}
+    assert mine.keys() == theirs.keys() - copies
+    for key, value in mine.items():
+        assert relative(value, theirs[key]) < 1e-12 and value.dtype == theirs[key].dtype
+    # each reads what the other wrote
+    want = ours.eval()(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="Specified to not save basis_A")
+        for writer in ("stock", "ours"):
+            assert relative(opened(tmp_path / writer, lambda: Stack().double())(x), want) < 1e-6
+        accelerated.disable()
+    with pytest.warns() if copies else contextlib.nullcontext():  # there is no copy in each layer
+        loaded = opened(tmp_path / "ours", lambda: Stack().double())
+    assert relative(loaded(x), want) < 1e-6
+
+
+@pytest.mark.parametrize("init_weights", [True, False])
+@pytest.mark.parametrize("kind", [{"sparse": True}, {"very_sparse": True}, {}], ids=str)
+def test_first_numbers_and_random_state_are_those_of_stock(kind, init_weights):
+    """A script that sets a seed goes on with the same data order and dropout."""
+    results = []
+    for enabled in (False, True):
+        accelerated.enable() if enabled else accelerated.disable()
+        base = Stack()
+        torch.manual_seed(4)
+        chosen = config(5, targets=["up", "down"], init_weights=init_weights, **kind)
+        model = peft.get_peft_model(base, chosen)
+        results.append(
+            {name: p.clone() for name, p in model.named_parameters()}
+            | {"random state": torch.get_rng_state()}
+            | {name: getattr(model.base_model, name)["default"] * 1 for name in BASIS_NAMES}
+        )
+    assert results[0].keys() == results[1].keys()
+    for name, wanted in results[0].items():
+        assert torch.equal(results[1][name], wanted), name
+    lambdas = [value for name, value in results[1].items() if "randlora_lambda" in name]
+    assert lambdas and all(bool(value.any()) == (not init_weights) for value in lambdas)
+
+
+def test_a_mistyped_r_and_a_scaling_beyond_what_was_trained():
+    accelerated.enable()
+    model, r = nn.Sequential(nn.Linear(40, 40)), 2**16 + 1
+    stock = config(r, targets=["0"])
+    for use in (lambda: accelerated.RandLoraConfig(r=r), lambda: peft.get_peft_model(model, stock)):
+        with pytest.raises(ValueError, match=rf"r must be an integer in \[1, 65536\], got {r}"):
+            use()
+    assert type(model[0]) is nn.Linear  # before anything is drawn
+    for r, alpha, warns in ((4, 640, True), (32, 640, False), (4, -81, True)):
+        told = rf"r={r} scales dW by {alpha / r:g}; .* is randlora_alpha=80"
+        with pytest.warns(UserWarning, match=told) if warns else warnings.catch_warnings():
+            warnings.simplefilter("always" if warns else "error")
+            settings = config(r, targets=["0"], randlora_alpha=alpha)
+            peft.get_peft_model(nn.Sequential(nn.Linear(40, 40)), settings)

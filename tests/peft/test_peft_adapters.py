@@ -1,11 +1,12 @@
-"""randlora_ext.peft: several adapters, and merging."""
+"""randlora_ext.peft: several adapters, merging, and one adapter per row of a batch."""
 
 import pytest
 import torch
 from peft_helpers import (
     Deep,
+    Headed,
     accelerated,
-    assert_close,
+    adapted,
     config,
     layers,
     made,
@@ -13,35 +14,11 @@ from peft_helpers import (
     pair,
     randomize,
     relative,
-    run,
+    shake,
+    small_llama,
+    t5,
 )
-
-
-def pair_of_two_adapters(kind, base=Deep):
-    """(stock PEFT's model, ours) with adapters "default" and "two"."""
-    models = pair(base(), lambda: config(5, **kind))
-    for model in models:
-        model.add_adapter("two", config(5, **kind, randlora_alpha=100))
-        randomize(model, seed=4)
-    return models
-
-
-@pytest.mark.parametrize("kind", [{"sparse": True}, {}], ids=str)
-def test_two_adapters_as_stock(kind):
-    stock, ours = pair_of_two_adapters(kind, lambda: Deep().double())
-    tolerance = 1e-10 if kind else 1e-6  # uniform bases are stored in 16 bits
-    x = torch.randn(6, 24, dtype=torch.float64)
-    for names in ("default", "two", ["default", "two"]):
-        for model in (stock, ours):
-            model.base_model.set_adapter(names)
-        assert_close(run(ours, x, ours(x)), run(stock, x, stock(x)), tolerance)
-    with ours.disable_adapter(), stock.disable_adapter():
-        assert torch.equal(ours(x), stock(x))
-    ours.delete_adapter("default")
-    assert relative(ours(x), stock(x)) > 1e-3
-    stock.delete_adapter("default")
-    assert relative(ours(x), stock(x)) < tolerance
-
+from transformers import GenerationConfig
 
 OTHERS = [
     (3, {"sparse": True}),
@@ -55,12 +32,8 @@ OTHERS = [
 def test_an_adapter_of_another_rank_key_or_kind_is_what_it_is_alone(tmp_path, r, kind, x):
     """Stock PEFT wants one key and one save_projection for all; it still does for its own bases."""
     model = made(sparse=True, save_projection="projection_prng_key" not in kind)
-    for name in ("two", "three"):
-        model.add_adapter(name, config(r, accelerated.RandLoraConfig, **kind))
+    model.add_adapter("two", config(r, accelerated.RandLoraConfig, **kind))
     randomize(model)
-    device = torch.device("cpu")
-    first, two, three = (layers(model)[0].basis_of(n, device) for n in ("default", "two", "three"))
-    assert two is three and two is not first
     outputs = {}
     for name in ("default", "two"):
         model.set_adapter(name)
@@ -81,7 +54,10 @@ def test_an_adapter_of_another_rank_key_or_kind_is_what_it_is_alone(tmp_path, r,
 @pytest.mark.parametrize("safe, kind", [(True, {"sparse": True}), (False, {})])
 @pytest.mark.parametrize("names", [["two"], ["default", "two"], ["two", "default"], None], ids=str)
 def test_merging_as_stock(names, kind, safe, x):
-    stock, ours = pair_of_two_adapters(kind)
+    stock, ours = pair(Deep(), lambda: config(5, **kind))
+    for model in (stock, ours):
+        model.add_adapter("two", config(5, **kind, randlora_alpha=100))
+        randomize(model, seed=4)
     ours.base_model.set_adapter(names or ["default"])
     before, weight = ours(x), layers(ours)[0].weight.clone()
     for model in (stock, ours):
@@ -98,3 +74,99 @@ def test_merging_as_stock(names, kind, safe, x):
         assert relative(ours(x), Deep()(x)) < 1e-5
     plain, wanted = (model.merge_and_unload(adapter_names=names) for model in (ours, stock))
     assert not layers(plain) and relative(plain(x), wanted(x)) < 1e-5
+
+
+def adapters(model, make, names=("two", "three")):
+    """A model in eval mode with "default" and more adapters, all of other numbers."""
+    for i, name in enumerate(names):
+        model.add_adapter(name, make(i))
+    return randomize(model).eval()
+
+
+def row_by_row(model, names, rows, call=None):
+    """Each row alone with its adapter active, by the model or by `call`."""
+    call, results = call or model, []
+    for name, row in zip(names, rows, strict=True):
+        if name == "__base__":
+            with model.disable_adapter():
+                results.append(call(row[None]))
+        else:
+            model.set_adapter(name)
+            results.append(call(row[None]))
+    return torch.cat(results)
+
+
+@pytest.mark.parametrize(
+    "kind, shape",
+    [({"sparse": True}, (6, 24)), ({"basis": "hadamard"}, (6, 7, 24)), ({}, (6, 7, 24))],
+)
+def test_each_row_is_that_of_its_adapter(kind, shape):
+    model = adapters(made(**kind), lambda i: config((5, 3)[i], sparse=True))
+    names = ["two", "default", "__base__", "three", "two", "__base__"]
+    x = torch.randn(shape)
+    mixed = model(x, adapter_names=names)
+    torch.testing.assert_close(mixed, row_by_row(model, names, x))
+    # and the next call is an ordinary one
+    model.set_adapter("two")
+    assert not torch.allclose(model(x), mixed)
+
+
+def test_adapters_of_other_layers_and_gradients():
+    model = made(targets="ab", sparse=True)
+    adapters(model, lambda i: config(5, targets=["c"], sparse=True), ["two"])
+    names = ["two", "default", "two"]
+    x = torch.randn(3, 24, requires_grad=True)
+    got = torch.autograd.grad(model(x, adapter_names=names).square().sum(), x)[0]
+    wanted = torch.autograd.grad(row_by_row(model, names, x).square().sum(), x)[0]
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("second", [{"modules_to_save": ["head"]}, {}], ids=["both", "one"])
+def test_modules_to_save_follow(second):
+    model = made(base=Headed, sparse=True, modules_to_save=["head"])
+    adapters(model, lambda i: config(5, sparse=True, **second), ["two"])
+    names, x = ["default", "two", "__base__"], torch.randn(3, 24)
+    for name in names[:2]:
+        model.set_adapter(name)
+        shake(model)
+    want = row_by_row(model, names, x)
+    for active in ("default", "two"):  # whose head does not matter
+        model.set_adapter(active)
+        torch.testing.assert_close(model(x, adapter_names=names), want)
+
+
+def test_errors():
+    model = adapters(made(sparse=True), lambda _: config(5))
+    x = torch.randn(2, 24)
+    known = r"\['default', 'three', 'two'\]"
+    with pytest.raises(ValueError, match=rf"unknown \['tow'\]; known are {known}"):
+        model(x, adapter_names=["tow", "default"])
+    with pytest.raises(ValueError, match="one name per input, got 3 for 2"):
+        model(x, adapter_names=["two"] * 3)
+    with pytest.raises(ValueError, match="training mode"):
+        model.train()(x, adapter_names=["two"] * 2)
+    model.eval().merge_adapter()
+    with pytest.raises(ValueError, match="needs unmerged adapters"):
+        model(x, adapter_names=["two"] * 2)
+
+
+BEAMS = {"num_beams": 4, "num_return_sequences": 2}
+
+
+@pytest.mark.parametrize("make, options", [(small_llama, {}), (small_llama, BEAMS), (t5, BEAMS)])
+def test_generation(make, options):
+    base, chosen = make()
+    model = adapted(base, r=8, sparse=True, **chosen)
+    adapters(model, lambda _: config(8, sparse=True, **chosen))
+    randomize(model, 1, size=30)  # far from each other, so that the adapters answer differently
+    names = ["two", "__base__", "default", "three"]
+    tokens = torch.randint(3, 50, (4, 6))
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **options}
+    mixed = model.generate(input_ids=tokens, adapter_names=names, **options)
+    alone = row_by_row(model, names, tokens, lambda row: model.generate(input_ids=row, **options))
+    assert mixed.tolist() == alone.tolist()
+    assert len(set(map(tuple, mixed.tolist()))) > len(names) // 2
+    if "num_beams" in options:
+        given = GenerationConfig(**options, decoder_start_token_id=0, pad_token_id=0)
+        again = model.generate(input_ids=tokens, adapter_names=names, generation_config=given)
+        assert again.tolist() == mixed.tolist()

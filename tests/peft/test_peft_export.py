@@ -1,11 +1,14 @@
-"""export_to_peft: stock PEFT, or nothing but the base model, gives the same numbers."""
+"""What others open: export_to_peft, PEFT's conversion to LoRA, model cards."""
 
+import functools
 import json
+import re
 import warnings
 
 import pytest
 import torch
-from cli_helpers import KINDS
+from cli_helpers import KINDS, gpt2, llama, with_adapter
+from huggingface_hub import ModelCard
 from peft_helpers import (
     PEFT,
     Deep,
@@ -20,6 +23,7 @@ from peft_helpers import (
     layers,
     made,
     opened,
+    peft,
     randomize,
     relative,
     shake,
@@ -27,12 +31,14 @@ from peft_helpers import (
 )
 from safetensors.torch import load_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-GENERATED = {
-    "the largest key": {"basis": "independent", "density": 0.07, "projection_prng_key": 2**64 - 1},
-    "hadamard, r > d": {"basis": "hadamard", "r": 30},
+import randlora_ext
+
+EXPORTED = KINDS | {
+    "generated": {"basis": "independent", "density": 0.07, "projection_prng_key": 2**64 - 1},
+    "hadamard": {"basis": "hadamard", "r": 30},  # larger than a layer
 }
-DRAWN = {name: kind for name, kind in KINDS.items() if "basis" not in kind}
 
 
 def opened_by_stock(folder, base=Deep, **options):
@@ -45,12 +51,10 @@ def opened_by_stock(folder, base=Deep, **options):
     return model
 
 
-@pytest.mark.parametrize("kind", [*GENERATED.values(), *DRAWN.values()], ids=[*GENERATED, *DRAWN])
+@pytest.mark.parametrize("kind", EXPORTED.values(), ids=EXPORTED)
 def test_stock_opens_the_adapter(tmp_path, kind, x):
     model = made(**kind)
     accelerated.export_to_peft(model, tmp_path)
-    files = {path.name for path in tmp_path.iterdir()}
-    assert files == {"adapter_config.json", "README.md", "adapter_model.safetensors"}
     fields = json.loads((tmp_path / "adapter_config.json").read_text())
     assert not {"density", "basis"} & set(fields)
     saved = load_file(tmp_path / "adapter_model.safetensors")
@@ -64,20 +68,16 @@ def test_stock_opens_the_adapter(tmp_path, kind, x):
 
 
 def test_hadamard_bases_of_one_size_among_others(tmp_path, x):
-    """Layers of other sizes that are no targets, and D of several sizes."""
+    """D of several sizes; one basis cannot serve two sizes of which neither is the larger."""
     model = adapted(Wide(), ["a", "b", "wide", "other"], 7, basis="hadamard")
-    accelerated.export_to_peft(model, tmp_path)
-    assert relative(opened_by_stock(tmp_path, Wide)(x), model(x)) < 1e-6
-
-
-def test_hadamard_bases_of_several_sizes_are_refused(tmp_path, x):
+    accelerated.export_to_peft(model, tmp_path / "one")
+    assert relative(opened_by_stock(tmp_path / "one", Wide)(x), model(x)) < 1e-6
     sizes = (24, 40), (40, 24), (24, 20)
-    base, plain = (nn.Sequential(*(nn.Linear(*each) for each in sizes)) for _ in range(2))
-    model = adapted(base, "012", basis="hadamard")
-    message = r"min\(in, out\), which differs .*24: '0', 20: '2'|20: '2', 24: '0'.*; merge instead"
+    model = adapted(nn.Sequential(*(nn.Linear(*each) for each in sizes)), "012", basis="hadamard")
+    message = "layer '.*0' has 24 -> 40 features, layer '.*2' 24 -> 20; merge instead"
     with pytest.raises(ValueError, match=message):
-        accelerated.export_to_peft(model, tmp_path)
-    assert not list(tmp_path.iterdir())
+        accelerated.export_to_peft(model, tmp_path / "two")
+    assert not list((tmp_path / "two").iterdir())
 
 
 def test_the_model_stays_as_it_was_and_every_adapter_is_written(tmp_path, x):
@@ -99,16 +99,12 @@ def test_generated_bases_of_a_bf16_model_are_not_rounded(tmp_path):
     assert_close(deltas(opened_by_stock(tmp_path)), deltas(model), 1e-6)
 
 
-def test_what_else_is_there_goes_along(tmp_path, x):
-    """Biases, modules_to_save, and what people wrote into the card, as save_pretrained keeps it."""
+def test_biases_and_modules_to_save_go_along(tmp_path, x):
     bias = "all" if PEFT >= (0, 21) else "none"  # PEFT 0.20 saves none of RandLoRA
     model = made(base=Headed, density=0.3, modules_to_save=["head"], bias=bias)
     shake(model)
-    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Our adapter\n")
     accelerated.export_to_peft(model, tmp_path)
     assert relative(opened_by_stock(tmp_path, Headed)(x), model(x)) < 1e-6
-    card = (tmp_path / "README.md").read_text()
-    assert "# Our adapter" in card and "license: mit" in card and "library_name: peft" in card
 
 
 def test_a_stock_model_and_no_peft_model(tmp_path, x):
@@ -117,3 +113,155 @@ def test_a_stock_model_and_no_peft_model(tmp_path, x):
     assert torch.equal(opened_by_stock(tmp_path)(x), stock(x))
     with pytest.raises(TypeError, match="must be a PeftModel with RandLoRA .*, got .*Deep"):
         accelerated.export_to_peft(Deep(), tmp_path)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, of fan_in_fan_out and tied weights
+TOKENS = torch.arange(12).view(2, 6)
+
+
+def changes(model):
+    """The product of the matrices of each LoRA layer, or dW."""
+    kinds = peft.tuners.lora.LoraLayer, peft.tuners.randlora.RandLoraLayer
+    found = (module for module in model.modules() if isinstance(module, kinds))
+    return [module.get_delta_weight("default").detach() for module in found]
+
+
+def truncated(delta, r):
+    U, S, Vh = torch.linalg.svd(delta.double(), full_matrices=False)
+    return U[:, :r] @ S[:r].diag() @ Vh[:r]
+
+
+def converted(model, folder, rank, base):
+    peft.save_as_lora(folder, model, rank=rank)
+    loaded = opened(folder, base)
+    assert isinstance(loaded.base_model, peft.tuners.lora.LoraModel)
+    return loaded.eval()
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_of_full_rank_nothing_is_lost(tmp_path, kind, dtype, x):
+    def base():
+        return Deep().to(dtype)
+
+    model = adapted(base(), "abc", 5, **kind)
+    lora = converted(model, tmp_path, 24, base)
+    for product, delta in zip(changes(lora), changes(model), strict=True):
+        assert product.dtype == delta.dtype == torch.float32
+        assert relative(product, delta) < 2e-6  # PEFT decomposes in float32
+    with torch.no_grad():
+        y, want = lora(x.to(dtype)), model(x.to(dtype))
+    assert relative(y, want) < (5e-6 if dtype == torch.float32 else 0.02)
+
+
+def test_the_scale_of_the_inputs_is_in_it(tmp_path, x):
+    model, bare = randomize(made(basis="hadamard"), size=0), made(basis="hadamard")
+    randlora_ext.calibrate(model, [x * torch.where(torch.arange(24) < 2, 30.0, 1.0)])
+    lora = converted(randomize(model), tmp_path, 24, Deep)
+    for layer, product, delta in zip(layers(model), changes(lora), changes(bare), strict=True):
+        want = delta * layer.input_scales["default"]
+        assert relative(product, want) < 2e-6 < 0.05 < relative(delta, want)
+    with torch.no_grad():
+        assert relative(lora(x), model(x)) < 5e-6
+
+
+@pytest.mark.parametrize("rank", [3, 0.9])
+def test_a_lower_rank_is_the_truncated_svd(tmp_path, rank, x):
+    """`rank` below 1 is the energy that each layer keeps; vLLM takes no such file."""
+    model = made(basis="hadamard", r=8)
+    lora = converted(model, tmp_path, rank, Deep)
+    ranks = json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]
+    for name, product, delta in zip("abc", changes(lora), changes(model), strict=True):
+        kept = torch.linalg.svdvals(delta.double()).square().cumsum(0)
+        r = ranks.get(name, rank)
+        assert (r == 3) if rank == 3 else (kept[r - 1] >= 0.9 * kept[-1] > kept[r - 2])
+        assert relative(product, truncated(delta, r)) < 1e-5
+
+
+def test_conv1d(tmp_path):
+    """Of which some are square, and the head, which is tied to the embedding, is no Conv1D."""
+    base = gpt2(tmp_path / "base")
+    load = type(base).from_pretrained
+    options = {"basis": "hadamard", "fan_in_fan_out": True}
+    model = adapted(base, ["c_attn", "c_proj"], 5, **options).eval()
+    lora = converted(model, tmp_path / "lora", 32, lambda: load(tmp_path / "base"))
+    assert {type(m.get_base_layer()) for m in layers(model)} == {Conv1D}
+    assert relative(lora(TOKENS).logits, model(TOKENS).logits) < 1e-5
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """The present folder is a new one."""
+    monkeypatch.chdir(tmp_path)
+    return with_adapter(llama(), r=4, basis="independent")
+
+
+def run_snippet(folder):
+    """(card, its snippet, the model that this makes)"""
+    card = ModelCard.load(folder / "README.md")
+    (source,) = re.findall(r"```python\n(.*?)```", card.text, re.S)
+    namespace = {"base": llama()}
+    exec(source, namespace)
+    return card, source, namespace["model"].eval()
+
+
+def same(model, other):
+    tokens = torch.arange(6)[None]
+    assert torch.equal(model(tokens).logits, other(tokens).logits)
+
+
+def test_the_snippet_opens_what_was_saved(model, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    model.save_pretrained("adapter", is_main_process=False)
+    model.save_pretrained("adapter", True, None, "auto", False)
+    assert not (tmp_path / "adapter" / "README.md").exists()  # others write no card
+    randomize(model).save_pretrained("adapter")
+    accelerated.disable()
+    card, _, loaded = run_snippet(tmp_path / "adapter")
+    same(loaded, model)
+    assert card.data.library_name == "peft"  # PEFT's own part
+    assert "Only `randlora-ext`" in card.text
+
+
+def test_what_stock_peft_opens_has_its_card(model, tmp_path):
+    model.save_pretrained("adapter")
+    accelerated.export_to_peft(model, "adapter")  # over the card that names us
+    with_adapter(llama(), r=4, sparse=True).save_pretrained("stock")
+    for folder in ("adapter", "stock"):
+        text = (tmp_path / folder / "README.md").read_text()
+        assert "randlora_ext" not in text
+        assert "# Model Card for Model ID" in text and "opens with" not in text
+
+
+def test_what_others_wrote_stays(model, tmp_path):
+    model.save_pretrained("adapter")
+    file = tmp_path / "adapter" / "README.md"
+    mine = file.read_text().replace("# Model Card for Model ID", "# Mine")
+    file.write_text(mine)
+    model.save_pretrained("adapter")
+    assert file.read_text() == mine
+    file.write_text("---\nlicense: mit\n---\n# Mine alone\n")
+    model.save_pretrained("adapter")
+    card, _, loaded = run_snippet(tmp_path / "adapter")
+    assert card.data.license == "mit" and "\n# Mine alone\n" in card.text
+    same(loaded, model)
+
+
+def test_over_quantized_bases(tmp_path):
+    """Of dW alone: the converted adapter stands over the same quantized base."""
+    bnb = pytest.importorskip("bitsandbytes")
+    eight = functools.partial(bnb.nn.Linear8bitLt, has_fp16_weights=False)
+    for kind in (bnb.nn.Linear4bit, eight):
+
+        def base(kind=kind):
+            torch.manual_seed(0)
+            net = nn.Sequential(kind(64, 96))
+            net.load_state_dict(nn.Sequential(nn.Linear(64, 96)).state_dict())
+            return net.to("cpu")  # quantizes
+
+        model = adapted(base(), "0", 8, basis="hadamard").eval()
+        lora = converted(model, tmp_path, 64, base)
+        assert relative(*(changes(each)[0] for each in (lora, model))) < 2e-6
+        x = torch.randn(3, 64)
+        with torch.no_grad():  # bitsandbytes keeps its state in 16 bits
+            assert relative(lora(x), model(x)) < 0.01 < 0.1 < relative(base()(x), model(x))

@@ -1,28 +1,44 @@
-"""randlora_ext.peft in transformers models with random weights, and in its Trainer."""
+"""randlora_ext.peft in models of transformers, compiled and exported; injected adapters."""
 
 import copy
+import functools
+import shutil
 
-import peft
 import pytest
 import torch
-from cli_helpers import llama as tiny_llama
+from cli_helpers import llama
+from compile_helpers import assert_steps_agree, graphs, needs_guards
+from compile_helpers import fresh_dynamo as fresh_dynamo
 from peft_helpers import (
+    Deep,
+    Wide,
     accelerated,
     adapted,
+    assert_close,
     config,
+    edit_config,
     layers,
+    made,
     opened,
     pair,
+    peft,
     randomize,
     relative,
     runs_on_kernels,
+    small_llama,
     t5,
+    trainer_of,
 )
+from safetensors.torch import load_file
 from torch import nn
+from torch.export import Dim
 
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(checkpointing|use_reentrant|pin_memory)")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore:.*(checkpointing|use_reentrant|pin_memory)"),
+]
 VOCAB = 50
 
 
@@ -33,11 +49,6 @@ def gpt2():
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **drops, **ends))
     return model, {"targets": ["c_attn", "c_fc"], "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}
-
-
-def llama():
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
-    return tiny_llama(vocab_size=VOCAB).train(), {"targets": targets, "task_type": "CAUSAL_LM"}
 
 
 def batch():
@@ -51,60 +62,31 @@ def models(make, seed=0):
     return pair(base, lambda: config(8, sparse=True, **chosen), seed)
 
 
-def loss_and_gradients(model, inputs):
+def loss_and_gradients(model):
+    """(loss, logits, gradients)"""
     model.zero_grad()
-    output = model(**inputs)
+    output = model(**batch())
     output.loss.backward()
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return output.loss, output.logits, gradients
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    return [output.loss, output.logits, *gradients]
 
 
-@pytest.mark.parametrize("make", [gpt2, llama, t5])
+@pytest.mark.parametrize("make", [gpt2, small_llama, t5])
 def test_forward_gradients_and_merging_are_those_of_stock(make):
     stock, ours = models(make)
     assert runs_on_kernels(ours)
-    inputs = batch()
-    (loss, logits, gradients), (loss0, logits0, gradients0) = (
-        loss_and_gradients(model, inputs) for model in (ours, stock)
-    )
-    assert abs(loss - loss0) < 1e-5
-    torch.testing.assert_close(logits, logits0, rtol=1e-4, atol=1e-5)
-    assert gradients and gradients.keys() == gradients0.keys()
-    for name, gradient in gradients.items():
-        assert relative(gradient, gradients0[name]) < 1e-4, name
-
+    assert_close(loss_and_gradients(ours), loss_and_gradients(stock), 1e-4)
     merged = [dict(m.eval().merge_and_unload().named_parameters()) for m in (ours, stock)]
     assert merged[0].keys() == merged[1].keys()
     assert all(relative(merged[0][name], merged[1][name]) < 1e-5 for name in merged[1])
 
 
-@pytest.mark.parametrize("make, reentrant", [(gpt2, True), (llama, False), (t5, False)])
-def test_gradient_checkpointing(make, reentrant):
-    _, model = models(make)
-    model.train()
-    wanted_loss, _, wanted = loss_and_gradients(model, batch())
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    calls = []
-    layers(model)[0].register_forward_hook(lambda *_: calls.append(1))
-    loss, _, gradients = loss_and_gradients(model, batch())
-    assert len(calls) >= 2  # computed again for backward
-    assert relative(loss, wanted_loss) < 1e-6
-    assert gradients.keys() == wanted.keys()
-    assert all(relative(gradients[name], wanted[name]) < 1e-5 for name in wanted)
-
-
 def test_trainer(tmp_path):
-    examples = [{"input_ids": row, "labels": row} for row in batch()["input_ids"]] * 2
     losses, resumed = [], []
-    for i, model in enumerate(models(llama)):
+    for i, model in enumerate(models(small_llama)):
         model.enable_input_require_grads()  # transformers 4 checkpoints reentrantly
-        folder = tmp_path / str(i)
-        steps = {"max_steps": 3, "logging_steps": 1, "save_steps": 2, "learning_rate": 1e-2}
-        about = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 1}
-        batches = {"per_device_train_batch_size": 2, "gradient_checkpointing": True}
-        arguments = transformers.TrainingArguments(str(folder), **steps, **about, **batches)
-        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=examples)
+        folder, rows = tmp_path / str(i), [*batch()["input_ids"]] * 2
+        trainer = trainer_of(model, folder, rows, gradient_checkpointing=True)
         # ours also from the checkpoint of stock: adapter, optimizer and scheduler
         for found, start in ((losses, None), (resumed, str(tmp_path / "0" / "checkpoint-2"))):
             trainer.train(resume_from_checkpoint=start)
@@ -113,16 +95,12 @@ def test_trainer(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert resumed[1][-1] == pytest.approx(resumed[0][-1], rel=1e-4)
     # a checkpoint is an adapter
-    assert runs_on_kernels(opened(folder / "checkpoint-2", lambda: llama()[0]))
+    assert runs_on_kernels(opened(folder / "checkpoint-2", lambda: small_llama()[0]))
 
 
 def test_multihead_attention():
     """torch reads the weights of its projections, fused or not, and never calls them."""
     base = nn.ModuleDict({"attn": nn.MultiheadAttention(32, 4)})
-    for fused in ("attn", "in_proj", "in_proj_weight"):
-        message = r"matches no linear layer of ModuleDict; .* called \['attn.out_proj'\]"
-        with pytest.raises(ValueError, match=message):
-            adapted(base, [fused], sparse=True)
     x = torch.randn(2, 5, 32)
     before = base["attn"](x, x, x)[0]
     message = "module 'attn.out_proj' would not be adapted: nn.MultiheadAttention reads"
@@ -130,6 +108,185 @@ def test_multihead_attention():
         adapted(base, ["out_proj"], sparse=True)
     after = base["attn"](x, x, x)[0]
     assert torch.equal(after, before) and not after.requires_grad
+
+
+def test_injected_adapters(x):
+    """Without a PeftModel, as diffusers and transformers use PEFT. Bases are written once: by ours
+    under the first layer, by PEFT after 0.21.2 (huggingface/peft#3714) under any.
+    """
+    states, outputs, ways = {}, [], (accelerated.disable, accelerated.enable)
+    for way in ways:
+        way()
+        model = randomize(peft.inject_adapter_in_model(config(5, sparse=True), Deep()))
+        states[way] = peft.get_peft_model_state_dict(model)
+        outputs.append(model(x))
+    assert relative(*outputs) < 1e-6
+    assert sum(key.endswith("randlora_A") for key in states[accelerated.enable]) == 1
+    for layer in "abc":
+        drop = [f"{name}.randlora_{basis}" for name in "abc" for basis in "AB" if name != layer]
+        states[layer] = {k: v for k, v in states[accelerated.disable].items() if k not in drop}
+    for state in states.values():
+        for way in ways:
+            way()
+            other = config(5, sparse=True, projection_prng_key=9)  # other bases at first
+            model = peft.inject_adapter_in_model(other, Deep())
+            peft.set_peft_model_state_dict(model, state)
+            assert relative(model(x), outputs[0]) < 1e-6
+
+
+def test_a_second_injected_adapter_leaves_the_first(x):
+    """Stock PEFT gives every layer a new dictionary of bases, without the first adapter's."""
+    accelerated.enable()
+    model = peft.inject_adapter_in_model(config(5, sparse=True), Deep())
+    first = randomize(model)(x)
+    peft.inject_adapter_in_model(config(3, sparse=True), model, adapter_name="two")
+    for layer in layers(model):
+        layer.set_adapter("default")
+    assert torch.equal(model(x), first)
+    for layer in layers(model):
+        layer.set_adapter("two")
+    assert relative(randomize(model, seed=2)(x), first) > 0.1
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"], ids=str)
+def test_targets_that_peft_chooses(targets):
+    """By the type of the model, or all linear layers; a second adapter meets wrapped layers."""
+    base, tokens = llama(num_hidden_layers=1), torch.randint(0, 50, (2, 6))
+    chosen = functools.partial(peft.RandLoraConfig, r=8, sparse=True, target_modules=targets)
+    names, outputs = [], []
+    for model in pair(base, chosen):
+        model.add_adapter("two", chosen())
+        model.base_model.set_adapter(["default", "two"])
+        outputs.append(randomize(model)(tokens).logits)
+        names.append([name for name, _ in model.named_parameters()])
+    assert names[0] == names[1] and any(name.endswith("_lambda.two") for name in names[1])
+    assert relative(outputs[1], outputs[0]) < 1e-5
+
+
+def test_transformers_integration(tmp_path, monkeypatch):
+    integration = pytest.importorskip("transformers.integrations.peft")
+    monkeypatch.setattr(integration, "MIN_PEFT_VERSION", "0.18.0")  # newer ones ask for 0.22
+    monkeypatch.setattr("transformers.utils.peft_utils.check_peft_version", lambda **_: None)
+    accelerated.enable()
+    tokens = torch.randint(0, 50, (2, 6))
+    model = llama()
+    model.add_adapter(config(8, targets=["q_proj", "down_proj"], sparse=True))
+    wanted = randomize(model)(tokens).logits
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum(key.endswith("randlora_A") for key in saved) == 1
+    edit_config(tmp_path, projection_prng_key=9)
+    loaded = llama()
+    loaded.load_adapter(tmp_path)
+    for model in (loaded, peft.PeftModel.from_pretrained(llama(), tmp_path)):
+        assert relative(model(tokens).logits, wanted) < 1e-6
+    for seed in (1, 2):
+        adapted(llama(), ["q_proj"], 4, basis="hadamard", projection_prng_key=seed).save_pretrained(
+            tmp_path / str(seed)
+        )
+    shutil.copy(tmp_path / "2" / "adapter_config.json", tmp_path / "1")  # a torn save
+    with pytest.raises(ValueError, match="does not belong to the adapter_model"):
+        llama().load_adapter(tmp_path / "1")
+
+
+def test_an_adapter_of_larger_layers(x):
+    """Stock PEFT refuses it and asks for the reverse order."""
+    larger = {"targets": ["other", "a"], "sparse": True}
+    model, alone = made(base=Wide, sparse=True), made(base=Wide, **larger)
+    model.add_adapter("two", config(5, **larger))
+    randomize(model)
+    model.set_adapter("two")
+    state = peft.get_peft_model_state_dict(model, adapter_name="two")
+    state = {k: v for k, v in state.items() if "base_model.randlora" not in k}
+    peft.set_peft_model_state_dict(alone, state)
+    assert torch.equal(model(x), alone(x))
+
+
+@pytest.mark.parametrize("targets", ["q_proj", ["q_proj", "d"], ["d.in_proj"]], ids=str)
+def test_wrong_targets_list_the_layers_that_exist(targets):
+    modules = {"c": nn.Linear(8, 8), "d": nn.MultiheadAttention(8, 2)}
+    message = r"target_modules .* matches no linear layer of ModuleDict; .* \['c', 'd.out_proj'\]"
+    base = nn.ModuleDict(modules)
+    model = adapted(copy.deepcopy(base), "c")
+    wrong = accelerated.RandLoraConfig(r=2, target_modules=targets)
+    for add in (lambda: peft.get_peft_model(base, wrong), lambda: model.add_adapter("two", wrong)):
+        with pytest.raises(ValueError, match=message):
+            add()
+    assert type(base.c) is nn.Linear and list(model.peft_config) == ["default"]
+
+
+def compiled(model):
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("kind", [{"sparse": True}, {"basis": "hadamard"}, {}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_graph_for_any_number_of_tokens(kind, dtype):
+    eager = made(projection_prng_key=17, **kind).to(dtype)  # not packed before it is traced
+    fast = compiled(eager)
+    for tokens in (7, 9, 30):
+        x = torch.randn(2, tokens, 24).to(dtype)
+        assert_steps_agree(fast, eager, x, 1e-5 if dtype == torch.float32 else 1e-2)
+    assert graphs() == 2  # one for 7 tokens, one for any number
+    assert runs_on_kernels(eager)
+
+
+def test_dropout_and_two_adapters():
+    eager = made(targets="a", sparse=True, randlora_dropout=0.5)
+    x = torch.randn(7, 24)
+    torch.manual_seed(1)
+    y = compiled(eager)(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(y, eager(x))
+    eager.add_adapter("two", config(5, targets="a", sparse=True))
+    eager.base_model.set_adapter(["default", "two"])
+    assert_steps_agree(compiled(eager.eval()), eager, x)
+
+
+@needs_guards
+def test_other_bases_are_noticed():
+    eager, other = (made(targets="a", projection_prng_key=key, sparse=True) for key in (0, 1))
+    x = torch.randn(7, 24)
+    fast = compiled(eager)
+    before = fast(x)
+    for name in ("randlora_A", "randlora_B"):
+        bases = getattr(eager.base_model, name)
+        bases["default"] = getattr(other.base_model, name)["default"].dense()
+        after = fast(x)
+        assert torch.equal(after, eager(x)) and not torch.equal(after, before)
+        before = after
+
+
+def test_blocks_of_one_shape_share_what_is_compiled():
+    torch.manual_seed(0)
+    base = nn.Sequential(*(layer for _ in range(12) for layer in (nn.Linear(24, 24), nn.Tanh())))
+    model = adapted(base, map(str, range(0, 24, 2)), density=0.2)
+    x = torch.randn(7, 24, requires_grad=True)  # as between blocks: without, the first differs
+    expected = model(x)
+    for block in layers(model):
+        block.compile(fullgraph=True, backend="aot_eager")
+    assert torch.equal(model(x), expected)
+    assert graphs() == 1
+
+
+def test_a_language_model_in_one_graph():
+    eager = adapted(llama(num_hidden_layers=1).train(), ["q_proj", "down_proj"], sparse=True)
+    assert_steps_agree(compiled(eager), eager, torch.randint(0, 50, (2, 7)))
+    assert graphs() == 1
+
+
+def test_an_exported_model(tmp_path):
+    """It holds operators and plain tensors alone; test_export.py loads such in a process."""
+    model = made(projection_prng_key=23, sparse=True).eval()
+    x = torch.randn(7, 24)
+    program = torch.export.export(model.base_model.model, (x,), dynamic_shapes=({0: Dim.DYNAMIC},))
+    assert all(type(t) is torch.Tensor for t in program.constants.values())
+    torch.export.save(program, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    for tokens in (1, 7, 90):
+        row = torch.randn(tokens, 24)
+        torch.testing.assert_close(loaded(row), model(row), rtol=1e-4, atol=1e-5)
+    model(x).sum().backward()  # the bases that the export packed serve training
 
 
 def test_zamba2_whose_attention_layers_share_a_weight():

@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from cli_helpers import llama
-from peft_helpers import accelerated, adapted, config, opened, randomize
+from peft_helpers import accelerated, adapted, config, layers, opened, randomize, runs_on_kernels
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
 
+from randlora_ext.peft import activation  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-WORDS = [f"word{i}" for i in range(40)]
+WORDS = ["<pad>", "<eos>", "<unk>", *(f"word{i}" for i in range(40))]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
@@ -27,7 +28,7 @@ def tokenizer():
     """Words by their number; nothing is downloaded."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
@@ -35,7 +36,7 @@ def tokenizer():
 
 
 def text(*numbers):
-    return " ".join(WORDS[n % len(WORDS)] for n in numbers)
+    return " ".join(f"word{n % 40}" for n in numbers)
 
 
 PAIRS = [
@@ -61,14 +62,18 @@ def randlora():
     return config(4, accelerated.RandLoraConfig, TARGETS, sparse=True, **ABOUT)
 
 
-def trained(base=None):
+def base():
+    return llama(vocab_size=43)
+
+
+def trained(model):
     """A model whose adapter changes what it says."""
-    return randomize(adapted(base or llama(), TARGETS, 4, **ABOUT, sparse=True), size=30)
+    return randomize(adapted(model, TARGETS, 4, **ABOUT, sparse=True), size=30)
 
 
-def trainer(method, model, folder, steps=2, **options):
+def trainer(method, model, folder, **options):
     about = {"output_dir": str(folder), "save_strategy": "no", "report_to": [],
-             "max_steps": steps, "logging_steps": 1, "learning_rate": 1e-3,
+             "max_steps": 2, "logging_steps": 1, "learning_rate": 1e-3,
              "per_device_train_batch_size": 2, "gradient_checkpointing": False,
              "use_cpu": True, "bf16": False, "disable_tqdm": True}  # fmt: skip
     settings = getattr(trl, f"{method}Config")(**about, **OPTIONS[method])
@@ -100,11 +105,6 @@ def is_new(model, adapter):
     return len(lambdas) > 0 and not any(value.any() for value in lambdas)
 
 
-def saved_and_opened(folder):
-    trained(llama(vocab_size=43)).save_pretrained(folder)
-    return opened(folder, lambda: llama(vocab_size=43), is_trainable=True)
-
-
 @pytest.mark.parametrize(
     "method, fresh", [("SFT", False), ("DPO", True), ("DPO", False), ("KTO", True), ("GRPO", False)]
 )
@@ -112,12 +112,12 @@ def test_trainers_run(method, fresh, tmp_path):
     """With a new adapter, and with one that is trained and saved."""
     accelerated.enable()
     if fresh:
-        run = trainer(method, llama(vocab_size=43), tmp_path, peft_config=randlora())
+        run = trainer(method, base(), tmp_path, peft_config=randlora())
     else:
-        run = trainer(method, saved_and_opened(tmp_path), tmp_path)
+        trained(base()).save_pretrained(tmp_path)
+        run = trainer(method, opened(tmp_path, base, is_trainable=True), tmp_path)
     model = run.model
-    layers = [m for m in model.modules() if isinstance(m, accelerated.layer.AcceleratedLinear)]
-    assert len(layers) == 6
+    assert len(layers(model)) == 6 and runs_on_kernels(model)
     before, reference = numbers(model), numbers(model, "ref")
     if fresh or method == "SFT":
         assert not reference
@@ -138,7 +138,7 @@ def test_trainers_run(method, fresh, tmp_path):
 
 
 def test_other_added_adapters_stay_as_new(monkeypatch):
-    model = trained()
+    model = trained(base())
     config = model.peft_config["default"]
     model.add_adapter("other", config)
     model.add_adapter("ref", randlora())  # not TRL: a configuration of its own
@@ -149,17 +149,12 @@ def test_other_added_adapters_stay_as_new(monkeypatch):
     assert is_new(model, "ref")
 
 
-def test_weights_that_trl_sends_to_vllm():
-    """TRL merges, sends all but the adapter under the base model's names, and unmerges."""
-    model = trained(llama().bfloat16())
-    model.merge_adapter()
-    sent = [
-        name.removeprefix("base_model.model.").replace(".base_layer", "")
-        for name, _ in model.named_parameters()
-        if model.prefix not in name
-    ]
-    assert sent == [name for name, _ in llama().named_parameters()]
-    model.unmerge_adapter()
+def test_a_newer_trl_is_told(monkeypatch):
+    model = trained(base())
+    monkeypatch.setattr(activation, "NEWEST_TRL", "0.1")
+    with pytest.warns(UserWarning, match=r"TRL up to 0\.1 needs.*must be ln 2"):
+        model.add_adapter("ref", model.peft_config["default"])
+    assert all(map(torch.equal, numbers(model).values(), numbers(model, "ref").values()))
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "trl.md"
@@ -170,7 +165,7 @@ def test_the_page_runs(tmp_path, monkeypatch):
     (source,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     name = "HuggingFaceTB/SmolLM2-135M"
     assert name in source
-    llama(vocab_size=43).save_pretrained(tmp_path / "model")
+    base().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     rows = datasets.Dataset.from_list(DATA["SFT"])

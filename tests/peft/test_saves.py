@@ -1,0 +1,312 @@
+"""Saves that are killed, torn, refused or read at the same time; what a file holds."""
+
+import contextlib
+import itertools
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from cli_helpers import llama, run
+from layer_helpers import small_net
+from peft_helpers import (
+    Deep,
+    accelerated,
+    assert_close,
+    config,
+    deltas,
+    layers,
+    made,
+    opened,
+    randomize,
+    stock_made,
+)
+from safetensors.torch import load_file
+
+import randlora_ext
+from randlora_ext.writing import appear_together
+
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+
+
+def killed_before(change, save):
+    """Forks a child that saves. It dies before that change of the file system, if there is one."""
+    child = os.fork()
+    if child:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, -signal.SIGKILL), f"the save failed: {code}"
+        return code != 0
+    seen, code = 0, 1
+
+    def watch(event, arguments):
+        nonlocal seen
+        writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if writes or event in CHANGES:
+            if seen == change:
+                os.kill(os.getpid(), signal.SIGKILL)
+            seen += 1
+
+    try:
+        signal.alarm(60)
+        sys.addaudithook(watch)
+        save()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def parsed(data, name):
+    """Equal for equal files; safetensors writes the entries of its header in any order."""
+    if name.suffix != ".safetensors":
+        return data
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:end]), data[end:]
+
+
+def contents(folder):
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {p.relative_to(folder): parsed(p.read_bytes(), p) for p in files}
+
+
+def of_several_adapters():
+    model = made(basis="independent", density=0.2)
+    model.add_adapter("two", config(5, accelerated.RandLoraConfig, density=0.1))
+    return model
+
+
+WRITERS = {
+    "save_pretrained": lambda model, path: model.save_pretrained(path),
+    "a pickle": lambda model, path: model.save_pretrained(path, safe_serialization=False),
+    "export_to_peft": accelerated.export_to_peft,
+    "configuration": lambda model, path: model.peft_config["default"].save_pretrained(path),
+    "save_adapter": lambda model, to: randlora_ext.save_adapter(model, to / "one.safetensors"),
+}
+SAVES = {
+    "save_pretrained": of_several_adapters,
+    "a pickle": lambda: made(sparse=True),
+    "export_to_peft": lambda: made(density=0.2),
+    "save_adapter": small_net,
+}
+
+
+@pytest.mark.parametrize("name", SAVES)
+def test_killed_saves(tmp_path, name):
+    """At every change of the file system that a save makes."""
+    write, model = WRITERS[name], SAVES[name]()
+    folder, first = tmp_path / "folder", tmp_path / "first"
+    folder.mkdir()
+    write(randomize(model, 4), folder)
+    old = contents(folder)
+    shutil.copytree(folder, first)
+    readers = {path: (folder / path).open("rb") for path in old}
+    write(randomize(model, 5), folder)
+    new = contents(folder)
+    for path, reader in readers.items():
+        with reader:
+            assert parsed(reader.read(), path) == old[path], "an old file is written to"
+    assert new.keys() == old.keys() and new != old  # nothing temporary stays
+
+    def killed(change):
+        shutil.rmtree(folder)
+        shutil.copytree(first, folder)
+        return killed_before(change, lambda: write(model, folder))
+
+    renamed = []
+    while killed(len(renamed)):
+        left = contents(folder)
+        assert all(left.get(path) in (old[path], new[path]) for path in old)
+        renamed.append(all(left[path] == new[path] for path in old))
+    assert not renamed[0] and renamed[-1]
+    assert killed(len(renamed) // 2)
+    write(model, folder)  # removes what is left over
+    assert contents(folder) == new
+
+
+TENSORS = "adapter_model.safetensors"
+KEY_ALONE = {"sparse": True, "save_projection": False}
+DRAWN = {"density": 0.07, "save_projection": False}
+
+
+@pytest.mark.parametrize("kind", [{"sparse": True}, {}], ids=["packed", "uniform"])
+def test_a_file_in_float32_is_not_rounded_on_a_bf16_base(tmp_path, kind):
+    stock = stock_made(**kind)
+    stock.save_pretrained(tmp_path / "float32")
+    accelerated.enable()
+    loaded = opened(tmp_path / "float32", lambda: Deep().bfloat16())
+    assert_close(deltas(loaded), deltas(stock), 1e-6)
+    for mine, theirs in zip(layers(loaded), layers(stock), strict=True):
+        for name in ("randlora_A", "randlora_B"):
+            assert torch.equal(getattr(mine, name)["default"] + 0, getattr(theirs, name)["default"])
+    loaded.save_pretrained(tmp_path)
+    first, again = (load_file(tmp_path / each / TENSORS) for each in ("float32", ""))
+    assert all(torch.equal(again[name], first[name]) for name in again)
+
+
+TORN = {
+    "key": (KEY_ALONE, KEY_ALONE | {"projection_prng_key": 2}, "projection_prng_key is 2, not 0"),
+    "alpha": ({"sparse": True}, {"sparse": True, "randlora_alpha": 9}, "randlora_alpha is 9, not"),
+    "seed": (DRAWN, {"basis": "independent"}, "independent-1:density=0.333"),
+    "r": ({"r": 5, **KEY_ALONE}, {"r": 6, **KEY_ALONE}, "r is 6, not 5"),
+    "targets": ({"targets": "ab"}, {"targets": "a"}, r"target_modules is \['a'\], not \['"),
+}
+
+
+@pytest.mark.parametrize("old,new,message", TORN.values(), ids=TORN)
+def test_tensors_of_another_save(tmp_path, old, new, message, x):
+    made(**old).save_pretrained(tmp_path)
+    made(seed=2, **new).save_pretrained(tmp_path / "new")
+    shutil.copy(tmp_path / "new" / TENSORS, tmp_path)
+    base, running = Deep(), made(seed=4, **old)
+    before = running(x)
+    for door in (
+        lambda: opened(tmp_path, lambda: base),
+        lambda: running.load_adapter(tmp_path, "two"),
+        lambda: accelerated.hotswap_adapter(running, tmp_path),
+        lambda: accelerated.RandLoraConfig.from_pretrained(tmp_path),
+    ):
+        with pytest.raises(ValueError, match=f"adapter_config.json does not belong .*{message}"):
+            door()
+    assert torch.equal(base(x), Deep()(x)) and torch.equal(running(x), before)
+
+
+def test_the_scratch_folder_of_a_living_process_stays(tmp_path):
+    with appear_together(tmp_path) as one, appear_together(tmp_path) as two:
+        (one / "0").touch(), (two / "1").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+
+
+@pytest.mark.parametrize("write", list(WRITERS.values())[:-1], ids=list(WRITERS)[:-1])
+def test_what_cannot_be_written(tmp_path, monkeypatch, write):
+    """A full disk and bad names: one kind of error, and the old files stay."""
+    model = made(density=0.2)
+    write(model, tmp_path / "folder")
+    files = contents(tmp_path / "folder")
+    largest = max(path.stat().st_size for path in (tmp_path / "folder").iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (100, largest - 100):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            with pytest.raises(OSError, match="/folder cannot be written: .*(large|full)") as told:
+                write(model, tmp_path / "folder")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert ".randlora" not in str(told.value)
+        assert contents(tmp_path / "folder") == files
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="^'' cannot be written: the name is empty"):
+        write(model, "")
+    (tmp_path / "link").symlink_to("target")
+    write(model, "link")
+    assert contents(tmp_path / "target").keys() == files.keys()
+    assert sorted(os.listdir()) == ["folder", "link", "target"]
+
+
+CASTS = [  # each pair of values once
+    ({"sparse": True}, True, torch.bfloat16, torch.bfloat16),
+    ({"sparse": True}, False, torch.float16, torch.float32),
+    ({"very_sparse": True}, True, torch.float16, torch.float32),
+    ({"density": 0.2}, False, torch.bfloat16, torch.float32),
+]
+
+
+@pytest.mark.parametrize("options,save_projection,dtype,back", CASTS, ids=str)
+def test_a_round_trip_after_a_cast(tmp_path, options, save_projection, dtype, back):
+    """The value of 16-bit bases is rounded only where a file holds the rounded one."""
+    model = made(save_projection=save_projection, **options).to(dtype).to(back)
+    model.save_pretrained(tmp_path)
+    new = opened(tmp_path, lambda: Deep().to(back))
+    over = made(save_projection=save_projection, **options).to(back)
+    over.load_adapter(tmp_path, "default")
+    for loaded in (new, over):
+        assert_close(deltas(loaded), deltas(model), 1e-6)
+        for ours, theirs in zip(layers(loaded), layers(model), strict=True):
+            assert_close(*(one.get_scaled_bases("default") for one in (ours, theirs)), 1e-6)
+
+
+LOADS = 60  # of each door
+
+
+@contextlib.contextmanager
+def saving(folder, models):
+    """Another process saves one model after the other, until the block ends."""
+    if not (child := os.fork()):
+        try:
+            signal.alarm(600)
+            for model in itertools.cycle(models):
+                model.save_pretrained(folder)
+        finally:
+            os._exit(1)
+    try:
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def anew(folder, model, x):
+    return opened(folder)(x)
+
+
+def new(folder, model, x):
+    if "new" in model.peft_config:
+        model.delete_adapter("new")
+    model.load_adapter(folder, "new")
+    model.set_adapter("new")
+    return model(x)
+
+
+def over(folder, model, x):
+    model.load_adapter(folder, "default")
+    return model(x)
+
+
+def hotswap(folder, model, x):
+    accelerated.hotswap_adapter(model, folder)
+    return model(x)
+
+
+def merge(folder, model, x):
+    """By the command line, without a model."""
+    code, _, error = run("merge", folder / "base", folder, folder / "out")
+    if code:
+        raise ValueError(error)
+    merged = load_file(folder / "out/model.safetensors")
+    shutil.rmtree(folder / "out")
+    return torch.cat([tensor.flatten() for tensor in merged.values()])
+
+
+# What differs between the adapters: hotswap wants the same bases.
+KEY = {"projection_prng_key": 2, "randlora_alpha": 50}
+DOORS = {anew: KEY, new: KEY, over: KEY, hotswap: {"randlora_alpha": 50}, merge: KEY}
+
+
+@pytest.mark.filterwarnings("ignore:randlora_alpha of")
+@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
+@torch.no_grad()
+def test_no_load_is_mixed(tmp_path, door):
+    options, x = {"basis": "hadamard", "randlora_alpha": 100}, torch.randn(6, 24)
+    if door is merge:
+        options |= {"base": llama, "targets": ["q_proj"]}
+        llama().save_pretrained(tmp_path / "base")
+    models = [made(1, **options), made(2, **options | DOORS[door])]
+    reader, wanted, seen = made(1, **options), [], Counter()
+    for model in models:
+        model.save_pretrained(tmp_path)
+        wanted.append(merge(tmp_path, model, x) if door is merge else model(x))
+    models[0].save_pretrained(tmp_path)
+    with saving(tmp_path, models):
+        for _ in range(LOADS // 2 if door is merge else LOADS):
+            try:
+                y = door(tmp_path, reader, x)
+            except ValueError as error:
+                assert "does not belong" in str(error) or "does not fit" in str(error)
+                seen["refused"] += 1
+                continue
+            (which,) = [i for i, want in enumerate(wanted) if torch.equal(y, want)] or ["mixed"]
+            seen[which] += 1
+    assert seen[0] and (seen[1] or door is over) and not seen["mixed"], seen
