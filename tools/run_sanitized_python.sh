@@ -36,6 +36,7 @@ case $kind in
 esac
 [ $# -gt 0 ] || set -- $tests -k "$choice"
 # libstdc++ with them: the sanitizer looks for its __cxa_throw when it starts.
-export LD_PRELOAD=$(for name in $libraries libstdc++; do g++ -print-file-name=$name.so; done | xargs)
+preload=$(for name in $libraries libstdc++; do g++ -print-file-name=$name.so; done | xargs)
+export LD_PRELOAD=$preload
 python -c "import randlora_ext; assert '/build/sanitized-' in randlora_ext._C.__file__"
 python -m pytest -p no:cacheprovider --capture=sys "$@"  # a report goes past Python's stderr

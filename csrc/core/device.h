@@ -1,6 +1,6 @@
-// What the CUDA library needs from its host: a stream, scratch memory, and facts about the
-// GPU. The torch binding implements it with torch's allocator; the tests that run the kernels on the
-// CPU use malloc, so this file includes no CUDA header.
+// What the CUDA library needs from its host: a stream, scratch memory, and facts about the GPU. The
+// torch binding implements it with torch's allocator; the tests that run the kernels on the CPU use
+// malloc, so this file includes no CUDA header.
 #pragma once
 #include <cstddef>
 #include <cstdint>

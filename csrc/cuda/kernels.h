@@ -16,8 +16,8 @@ namespace randlora::cuda {
 RANDLORA_OPERATORS(RANDLORA_DECLARE)
 #undef RANDLORA_DECLARE
 
-// hadamard_down.cu: whether rows of N numbers fit shared memory, which hadamard_up and hadamard_down
-// need.
+// hadamard_down.cu: whether rows of N numbers fit shared memory, which hadamard_up and
+// hadamard_down need.
 bool hadamard_fits(const HadamardSizes& sizes, DType dtype, const Device& device);
 
 // device/context.cpp: facts about a card, and which card is current

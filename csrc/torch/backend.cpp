@@ -68,8 +68,8 @@ Tensor view(const MatrixBatch& m, const Tensor& like, DType dtype) {
                                   {strides + skip, 3 - skip}, like.device(), scalar_type(dtype));
 }
 
-// `multiply` by one call of torch's GEMM or, in 16 bits on the CPU, where torch copies matrices of a
-// batch that are not contiguous, by one for each matrix.
+// `multiply` by one call of torch's GEMM or, in 16 bits on the CPU, where torch copies matrices of
+// a batch that are not contiguous, by one for each matrix.
 void multiply_at_once(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
                       double alpha, double beta, DType dtype, const Tensor& like) {
   const Products& products = products_of(like.is_cpu());

@@ -17,7 +17,8 @@ struct Way : TestDevice {
 };
 
 // Rows of N numbers, 2048 and more, by several warps, in 16-byte accesses; slots of several tokens
-// and of none: all barriers of up and down separate warps here. Rows of 8192 have two middle passes.
+// and of none: all barriers of up and down separate warps here. Rows of 8192 have two middle
+// passes.
 void several_warps(DType dtype) {
   Way device;
   for (const Case& c : {Case{40, 2040, 8, 4}, {40, 4200, 8, 3}}) {

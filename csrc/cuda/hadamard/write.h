@@ -1,8 +1,8 @@
 // From rows of v in shared memory to rows of a matrix (rows, D):
 //
 //   out[first + t, o] = base[first + t, o] + scale row[o] * sum over c of H[o, c] v'[t, c]
-// with v'[t, c] = col[c] lam[c] v[t, c]. Rows o and o + N of H are equal, so a sum serves every N-th
-// element.
+// with v'[t, c] = col[c] lam[c] v[t, c]. Rows o and o + N of H are equal, so a sum serves every
+// N-th element.
 #pragma once
 #include "../device/rounded_store.h"
 #include "transform.h"
