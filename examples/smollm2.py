@@ -172,7 +172,7 @@ for path, layer in tqdm(layers.items(), desc="singular values", unit="layer"):
     axis.semilogy(values / values[0], lw=0.8, color=color, label=None if kind in ranks else kind)
     ranks.setdefault(kind, []).append((spelling.effective_rank(values), len(values)))
 axis.axvline(7, color="k", ls=":", label="where LoRA of as many parameters ends (r = 7)")
-axis.set(title=f"Singular values of every dW: {name}, rate {options.lr:g}")
+axis.set(title=f"SmolLM2-135M, singular values of every dW: {name}, rate {options.lr:g}")
 axis.set(xlabel="index", ylabel="singular value / largest", ylim=(1e-4, 1.3))
 axis.title.set_fontsize("medium")
 axis.legend(fontsize="small", loc="upper right")

@@ -86,9 +86,8 @@ class Basis:
         self.format = source.format(shape)
         self._shape, self._source = shape, source
         self._packed: dict[tuple, PackedTensors] = {}  # by device, and dtype of a dense B or None
-        self.token = str(
-            next(_tokens)
-        )  # of this object, in this process: compiled code guards on it
+        # Of this object, in this process: compiled code guards on it.
+        self.token = str(next(_tokens))
 
     @classmethod
     def from_dense(cls, A: Tensor, B: Tensor, in_features: int, out_features: int) -> "Basis":

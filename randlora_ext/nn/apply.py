@@ -32,7 +32,8 @@ def apply_randlora(
             "all-linear", every nn.Linear and Conv1D except the output embeddings of a transformers
             model and the projection inside nn.MultiheadAttention.
         modules_to_save: names, as in the list, of modules to train whole, such as a new head.
-            Nothing inside them is adapted, and `save_adapter` writes them, too.
+            Nothing inside them is adapted, and `save_adapter` writes them, too. They must have no
+            buffers that a state dict holds (running statistics).
         **layer_options: r, randlora_alpha, density, seed, randlora_dropout, adapter_name, basis of
             `RandLoraLinear`.
 
@@ -56,6 +57,11 @@ def apply_randlora(
         check_not_nested(model, name, f"{name!r} of modules_to_save")
         if _layers(module) or not all(p.is_floating_point() for p in module.parameters()):
             raise ValueError(f"{name!r} of modules_to_save is adapted or not floating point")
+        if buffers := module.state_dict().keys() - dict(module.named_parameters()).keys():
+            raise ValueError(
+                f"{name!r} of modules_to_save has buffers, {first(sorted(buffers))}, and "
+                "`save_adapter` writes parameters only; train it beside and save it yourself"
+            )
     # A module that is registered twice (tied) is visited twice, and must be wrapped once.
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         matches = _all_linear(model)

@@ -21,6 +21,13 @@ from .state_dict import refuse_misfit
 DEFAULT_SCALING = 20.0
 
 
+def more_than_d(r: int, d: int) -> str:
+    return (
+        f"r = {r} is more than min(in_features, out_features) = {d}, with which dW has full rank "
+        "already: the rest costs time and parameters and adds nothing"
+    )
+
+
 def names_unknown(method: Callable, answers: Mapping[str, str] = {}) -> Callable:
     """`method`, whose error for an unknown argument has an answer or the nearest known name."""
     called = method.__qualname__.removesuffix(".__init__")
@@ -136,11 +143,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         sizes = self.in_features, self.out_features, r
         bases = Basis(*sizes, density, seed, basis, input_scale).canonical()
         if r > bases.d:
-            warnings.warn(
-                f"r = {r} is more than min(in_features, out_features) = {bases.d}, with which dW "
-                "has full rank already: the rest costs time and parameters and adds nothing",
-                stacklevel=3,
-            )
+            warnings.warn(more_than_d(r, bases.d), stacklevel=3)
 
         weight = self.base_layer.weight
         device, dtype = weight.device, adapter_dtype(weight.dtype)

@@ -33,7 +33,7 @@ class KeepsWeight(_Layer):
     Only W itself restores every bit whatever happens in between: a difference to the merged weight
     would need that weight, or lambda and gamma, unchanged. It is kept once, as a plain attribute,
     so no state dict holds it and no `.to()` moves or casts it. Of layers that share a weight only
-    one may be merged: the other would compute with its change, too.
+    one may be merged; the others then compute with its change, as everything that shares W does.
 
     Quantized layers replace the methods from `_held_weight` to `_restorer`.
     """

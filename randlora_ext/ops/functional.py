@@ -153,7 +153,9 @@ def linear(
 
 def what_computes(basis: Basis, device: torch.device, dtype: torch.dtype) -> str:
     """What multiplies by the basis there, as the end of "computed by"."""
-    kernels = device.type == "meta" or serve(device.type)
+    if device.type == "meta":
+        return "nothing on the meta device"
+    kernels = serve(device.type)
     if basis.kind == "dense":
         return "torch's GEMMs"
     if basis.kind == "hadamard" and (not kernels or not _fits(basis, device, dtype)):

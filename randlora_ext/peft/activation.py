@@ -30,7 +30,7 @@ from .layer import AcceleratedLinear, layers_with
 from .loading import check_load_over, warn_of_misfits
 from .model import AcceleratedRandLoraModel, accelerate_layer
 from .quantized import backend_of
-from .saving import save_together
+from .saving import refuse_lora_files, save_together
 
 
 def enable(float32_products: bool | None = None, keep_weight: str | None = None) -> None:
@@ -109,6 +109,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     for tuner in tuners:
         tuner.__class__ = AcceleratedRandLoraModel
         guard(tuner.model)
+    refuse_lora_files(model)
     _patch()
     return model
 

@@ -21,7 +21,8 @@ from ..nn.base_layer import (
     force_module_call,
     is_conv1d,
 )
-from ..nn.linear import DEFAULT_SCALING, RandLoraLinear
+from ..nn.linear import DEFAULT_SCALING, RandLoraLinear, more_than_d
+from ..nn.merging import merged_layers
 from ..nn.state_dict import INPUT_SCALE, guard, misfit, refuse, unguard
 from . import quantized
 from .bases import BASIS_NAMES, PackedBufferDict, drawn, generated, largest
@@ -107,6 +108,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
             # PEFT leaves out what lies inside its own layers.
             if isinstance(self.model.get_submodule(name.rpartition(".")[0]), RandLoraLinear):
                 check_not_nested(self.model, name, f"target {name!r}")
+        if targets and config.r > (d := largest(targets.values())[1]):
+            warnings.warn(more_than_d(config.r, d), stacklevel=2)
         if not targets:
             names = [name for name, module in self.model.named_modules() if _is_linear(module)]
             linear = [name for name in names if not name.endswith(".base_layer")]
@@ -216,6 +219,8 @@ def accelerate_layer(layer: Any) -> Any:
         layer.quantization_backend = backend
         layer.bases, layer.input_scales = {}, {}
         force_module_call(layer)
+        if layer.merged:  # by stock PEFT
+            merged_layers.add(layer)
     return layer
 
 

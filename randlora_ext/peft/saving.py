@@ -167,7 +167,7 @@ def refuse_lora_files(model: Any) -> None:
 def _save_lora_adapter(
     model: Any, save_directory, adapter_name: str = "default", *args, **kwargs
 ) -> None:
-    if isinstance(model.peft_config.get(adapter_name), peft.RandLoraConfig):
+    if isinstance(getattr(model, "peft_config", {}).get(adapter_name), peft.RandLoraConfig):
         raise ValueError(
             f"adapter_name={adapter_name!r} is RandLoRA, and nothing opens a file of "
             "save_lora_adapter with it; save peft.get_peft_model_state_dict(model), or the nearest "

@@ -123,7 +123,7 @@ def test_list_vectors():
 @pytest.mark.parametrize(
     "argument, value",
     [
-        *(("role", value) for value in (2, 6, -1)),  # 2 is of stochastic rounding
+        *(("role", value) for value in (2, 6, -1)),  # 2 is reserved
         *(("row_start", value) for value in (-1, LIMIT - 1, 2**63 - 1)),
         *(("col_start", value) for value in (-1, LIMIT - 69, 2**63 - 1)),
         *(("cols", value) for value in (64, 129, -1)),

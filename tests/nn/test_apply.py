@@ -39,6 +39,7 @@ def test_apply_by_suffix_and_by_pattern():
 def adapted_in_part():
     model = small_model()
     model["empty"], model["compiled"] = nn.Linear(8, 0), torch.compile(nn.Linear(8, 8))
+    model["batch"] = nn.BatchNorm1d(8)
     apply_randlora(model, ["0.down"], r=4)
     model["blocks"][1]["q"].weight.requires_grad_(True)
     return model
@@ -58,6 +59,7 @@ ERRORS = {
     "compiled": (r".*_orig_mod", {}, r"'compiled\._orig_mod'.* would not be adapted: torch.com"),
     "no module": (["q"], {"modules_to_save": ["head"]}, "in the ModuleDict, got 'head'"),
     "no list": (["q"], {"modules_to_save": "norm"}, "modules_to_save must list .* 'n'"),
+    "buffers": (["q"], {"modules_to_save": ["batch"]}, "'batch' .* has buffers, .*'running_mean'"),
     "nothing left": (["q"], {"modules_to_save": ["q"]}, "matches no module"),
     "whole and adapted": (["q"], {"modules_to_save": ["blocks.0"]}, "modules_to_save is adapted"),
 }

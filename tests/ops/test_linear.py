@@ -188,6 +188,7 @@ def test_plain_torch_computes_what_a_card_cannot_hold(monkeypatch):
     for fits, told in ((False, "plain torch"), (True, f"{_C.isa()} kernels")):
         monkeypatch.setattr(_C, "hadamard_fits", lambda *sizes, fits=fits: fits)
         assert functional.what_computes(basis, torch.device("cpu"), torch.float32) == told
+    assert "nothing" in functional.what_computes(basis, torch.device("meta"), torch.float32)
 
 
 @pytest.mark.parametrize("name", ["linear", "linear_backward", "weight"])

@@ -207,6 +207,8 @@ def test_a_mistyped_r_and_a_scaling_beyond_what_was_trained():
         with pytest.raises(ValueError, match=rf"r must be an integer in \[1, 65536\], got {r}"):
             use()
     assert type(model[0]) is nn.Linear  # before anything is drawn
+    with pytest.warns(UserWarning, match=r"r = 50 is more than min\(in_.*\) = 40, with which"):
+        peft.get_peft_model(nn.Sequential(nn.Linear(40, 60)), config(50, targets=["0"]))
     for r, alpha, warns in ((4, 640, True), (32, 640, False), (4, -81, True)):
         told = rf"r={r} scales dW by {alpha / r:g}; .* is randlora_alpha=80"
         with pytest.warns(UserWarning, match=told) if warns else warnings.catch_warnings():

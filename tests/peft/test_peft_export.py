@@ -146,6 +146,10 @@ def test_of_full_rank_nothing_is_lost(tmp_path, kind, dtype, x):
 
     model = adapted(base(), "abc", 5, **kind)
     lora = converted(model, tmp_path, 24, base)
+    _, tensors = peft.convert_to_lora(model, rank=24)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert tensors.keys() == saved.keys()
+    assert all(torch.equal(tensors[key], saved[key]) for key in saved)
     for product, delta in zip(changes(lora), changes(model), strict=True):
         assert product.dtype == delta.dtype == torch.float32
         assert relative(product, delta) < 2e-6  # PEFT decomposes in float32
