@@ -34,10 +34,7 @@ def logits_of(model):
 def test_merge_without_peft(sound, tmp_path, kind):
     file = tmp_path / "a.safetensors"
     want = logits_of(adapted(llama(), TARGETS, file, **kind))
-    program = (
-        "import runpy, sys; sys.modules['peft'] = None; "
-        "runpy.run_module('randlora_ext', run_name='__main__')"
-    )
+    program = "import sys; sys.modules['peft'] = None; import randlora_cli; randlora_cli.main()"
     arguments = ("merge", sound / "model", file, tmp_path / "out")
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True)
     assert done.returncode == 0, done.stderr
