@@ -58,8 +58,10 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         randlora_alpha: scaling = randlora_alpha / r. None means 20 r, so a scaling of 20.
         randlora_dropout: probability in [0, 1) that an input of the adapter is dropped.
         adapter_name: name of the first adapter; `update_layer` adds more.
-        density, seed, basis, input_scale: of the bases, as density, seed, kind and input_scale of
-            `Basis`. PEFT draws others from the same ``projection_prng_key``.
+        density: as all that follow, of the bases (`Basis`).
+        seed: likewise; PEFT draws others from an equal ``projection_prng_key``.
+        basis: the `kind` of `Basis`.
+        input_scale: likewise.
 
     Attributes, each by adapter name: ``randlora_lambda`` (r, n), initially zero, so a new adapter
     changes nothing; ``randlora_gamma`` (n, d), initially 1 / max(n, d); ``scaling``;
