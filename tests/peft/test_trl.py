@@ -16,7 +16,6 @@ trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
 
-from randlora_ext.peft import activation  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -147,14 +146,6 @@ def test_other_added_adapters_stay_as_new(monkeypatch):
     monkeypatch.delitem(sys.modules, "trl")
     model.add_adapter("ref", config)
     assert is_new(model, "ref")
-
-
-def test_a_newer_trl_is_told(monkeypatch):
-    model = trained(base())
-    monkeypatch.setattr(activation, "NEWEST_TRL", "0.1")
-    with pytest.warns(UserWarning, match=r"TRL up to 0\.1 needs.*must be ln 2"):
-        model.add_adapter("ref", model.peft_config["default"])
-    assert all(map(torch.equal, numbers(model).values(), numbers(model, "ref").values()))
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "trl.md"
