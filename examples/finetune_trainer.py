@@ -29,6 +29,7 @@ def main() -> None:
         task_type="CAUSAL_LM",
     )
     model = peft.get_peft_model(base, config)
+    randlora_ext.calibrate(model, blocks[:8].to(model.device).split(2))  # to forget less
     model.print_trainable_parameters()
     print(randlora_ext.peft.kernel_summary(model))
 

@@ -9,7 +9,7 @@ transformers only provides the model here; any `nn.Module` with linear layers wi
 import torch
 from causal_lm import TARGETS, load_blocks, load_model, parse, parser
 
-from randlora_ext import apply_randlora, load_adapter, merge_and_unload, save_adapter
+from randlora_ext import apply_randlora, calibrate, load_adapter, merge_and_unload, save_adapter
 
 SCALING = 20
 
@@ -20,6 +20,7 @@ def main() -> None:
     options = {"r": args.rank, "randlora_alpha": SCALING * args.rank, "basis": "hadamard"}
     model = apply_randlora(load_model(args), TARGETS, **options).to(device).train()
     blocks = load_blocks(args).to(device)
+    calibrate(model, blocks[:8].split(2))  # to forget less
     trained = [p for p in model.parameters() if p.requires_grad]
     print(f"{sum(p.numel() for p in trained):,} parameters are trained")
 

@@ -24,7 +24,8 @@ def difference(output: str, what: str) -> float:
 def saved(folder: Path, name: str = "adapter_model") -> list[str]:
     """The names of the tensors in an adapter."""
     names = list(load_file(folder / "randlora-adapter" / f"{name}.safetensors"))
-    assert all(name.endswith(("_lambda", "_gamma")) or "classifier" in name for name in names)
+    own = "_lambda", "_gamma", "_input_scale"
+    assert all(name.endswith(own) or "classifier" in name for name in names)
     return names
 
 
@@ -32,20 +33,20 @@ def test_finetune_trainer(tmp_path, run_example):
     output = run_example("finetune_trainer.py", "--toy")
     first, last = map(float, re.search(r"^loss (\S+) -> (\S+)$", output, re.M).groups())
     assert last < first and "14 RandLoRA layers: " in output
-    assert difference(output, "reloaded") < 1e-5 and len(saved(tmp_path)) == 28
+    assert difference(output, "reloaded") < 1e-5 and len(saved(tmp_path)) == 42
 
 
 def test_plain_pytorch(tmp_path, run_example):
     output = run_example("plain_pytorch.py", "--toy")
     assert losses(output)[-1] < losses(output)[0]
     assert difference(output, "reloaded") == 0 and difference(output, "merged") < 1e-4
-    assert len(saved(tmp_path, "randlora")) == 28
+    assert len(saved(tmp_path, "randlora")) == 42
 
 
 def test_quantized_base(tmp_path, run_example):
     pytest.importorskip("bitsandbytes")
     output = run_example("quantized_base.py", "--toy")
-    assert losses(output)[-1] < losses(output)[0] and len(saved(tmp_path)) == 28
+    assert losses(output)[-1] < losses(output)[0] and len(saved(tmp_path)) == 42
     assert "14 layers of 4 bits; 14 RandLoRA layers: " in output
 
 
