@@ -166,7 +166,7 @@ def _call(model: nn.Module, batch: Any) -> None:
 
 
 def _over_all_ranks(t: Tensor) -> Tensor:
-    """The sum."""
+    """The sum of every rank's `t`, on the CPU; `t` itself if there is one process."""
     if not (dist.is_available() and dist.is_initialized()):
         return t
     t = t.cuda() if dist.get_backend() == "nccl" else t  # which knows only cards

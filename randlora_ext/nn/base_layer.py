@@ -50,7 +50,7 @@ def check_whole(module: Any, argument: str) -> None:
 
 
 def check_no_plan(model: Any, name: str, argument: str) -> None:
-    """The same if transformers has cut module `name`, of old versions into plain tensors."""
+    """Raises ValueError if transformers has cut module `name` over ranks by a plan of its own."""
     plan = getattr(model, "tp_plan", None) or {}
     style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
     if style is not None and (getattr(model, "_tp_size", None) or 1) > 1:
@@ -58,7 +58,7 @@ def check_no_plan(model: Any, name: str, argument: str) -> None:
 
 
 def refuse_cut(base_layer: Any) -> None:
-    """Raises RuntimeError if the weight that forward sees is a part of it.
+    """Raises RuntimeError if forward sees only this rank's part of the weight.
 
     FSDP2 makes a weight whole before it calls the module that it has sharded.
     """
