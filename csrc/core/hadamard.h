@@ -130,4 +130,22 @@ struct HadamardWeight {
   bool transposed;
 };
 
+// dlam and dgam from `grad`, the gradient of HadamardWeight's out:
+// with u[c] = sum over o of row[o] H[o, c] grad[o, k] and m the class of column k,
+//   dgam[i, k] = scale * s[k] * sum over j of H[j, m] col lam[j, i] u[j * n + i]
+//   dlam[j, i] = scale * col * sum over k of H[j, m] s[k] gam[i, k] u[j * n + i]
+// CPU only: cards take plain torch.
+struct HadamardWeightBackward {
+  HadamardSizes sizes;
+  const void *lam, *gam;  // compute type
+  const float *s, *row, *col;
+  const void* grad;   // as HadamardWeight's out
+  void *dlam, *dgam;  // compute type
+  void* sums;         // (slots, K) in the compute type: scratch
+  int64_t slots;      // slot q has the columns from q * d / slots to (q + 1) * d / slots
+  DType dtype;
+  double scale;
+  bool transposed;
+};
+
 }  // namespace randlora

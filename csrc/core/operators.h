@@ -168,6 +168,7 @@ struct Kernels {
 #undef RANDLORA_MEMBER
   // Only the CPU has these.
   void (*hadamard_add)(const HadamardAdd&, Runtime&);
+  void (*hadamard_weight_backward)(const HadamardWeightBackward&, Runtime&);
   void (*pack_dense)(const PackDense&, Runtime&);
 };
 

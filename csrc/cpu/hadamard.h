@@ -335,6 +335,76 @@ void hadamard_weight_as(const HadamardWeight& p, Runtime& rt) {
 }
 
 template <class S>
+void hadamard_weight_backward_as(const HadamardWeightBackward& p, Runtime& rt) {
+  using C = ComputeOf<S>;
+  using Row = HadamardRow<C>;
+  using V = typename Row::V;
+  constexpr int L = Row::L;
+  Row all(p.sizes);
+  const int64_t n = p.sizes.n, r = p.sizes.r, D = p.sizes.D, d = p.sizes.d;
+  // As in hadamard_weight_as; here a tile's rows are columns of grad.
+  const int64_t of_gamma = n + L, step = p.transposed ? 0 : D + 2 * L, numbers = r * all.padded;
+  const int64_t kB = D * int64_t(sizeof(C)) >> 10, width = p.transposed || kB > 16 ? L
+                                                           : kB > 8                ? 2 * L
+                                                                                   : 4 * L;
+  rt.set_single(d * all.N < kHadamardOneThread);
+  all.prepare(rt, p.lam, p.col, p.row, p.scale, numbers + width * (of_gamma + step));
+  const C* gam = static_cast<const C*>(p.gam);
+  const S* grad = static_cast<const S*>(p.grad);
+  C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
+  all.split(rt, p.slots, [&](const Row& row, int64_t begin, int64_t end) {
+    C *sum = row.more(), *gamma = sum + numbers, *tile = gamma + width * of_gamma;
+    for (int64_t slot = begin; slot < end; ++slot) {
+      __builtin_memset(sum, 0, size_t(numbers) * sizeof(C));
+      const int64_t last = (slot + 1) * d / p.slots;
+      for (int64_t k0 = slot * d / p.slots; k0 < last; k0 += width) {
+        const int64_t columns = last - k0 < width ? last - k0 : width;
+        for (int64_t i = 0; i < n; ++i)
+          for (int64_t k = 0; k < columns; ++k)
+            gamma[k * of_gamma + i] = gam[i * d + k0 + k] * C(p.s[k0 + k]);
+        for (int64_t o = 0; o < D && !p.transposed; o += L)
+          for (int64_t k = 0; k < columns; k += L) {
+            V m[L];
+            unrolled<L>([&](auto q) {
+              m[q] = o + q < D ? load_some<V>(grad + (o + q) * d + k0 + k, columns - k) : V{};
+            });
+            transpose<L>(m);
+            unrolled<L>([&](auto q) { store(tile + (k + q) * step + o, m[q]); });
+          }
+        for (int64_t k = 0; k < columns; ++k) {
+          p.transposed ? row.down(grad + (k0 + k) * D) : row.down(tile + k * step);
+          const int64_t m = (k0 + k) / n;
+          for (int64_t i = 0; i < n; i += L) {
+            C* at = gamma + k * of_gamma + i;
+            const V g = load<V>(at);
+            V w{};
+            for (int64_t j = 0; j < r; ++j) {
+              const V v = load<V>(row.v + j * n + i), u = hadamard_minus(j, m) ? -v : v;
+              w = fused(u, load<V>(row.lam + j * n + i), w);
+              C* to = sum + j * row.padded + i;
+              store(to, fused(u, g, load<V>(to)));
+            }
+            store(at, w);
+          }
+        }
+        for (int64_t i = 0; i < n; ++i)
+          for (int64_t k = 0; k < columns; ++k)
+            dgam[i * d + k0 + k] = gamma[k * of_gamma + i] * C(p.s[k0 + k]);
+      }
+      C* to = static_cast<C*>(p.sums) + slot * r * n;
+      for (int64_t j = 0; j < r; ++j)
+        __builtin_memcpy(to + j * n, sum + j * row.padded, size_t(n) * sizeof(C));
+    }
+  });
+  for (int64_t c = 0; c < r * n; ++c) {
+    C total = 0;
+    for (int64_t slot = 0; slot < p.slots; ++slot)
+      total += static_cast<const C*>(p.sums)[slot * r * n + c];
+    dlam[c] = total * C(p.col[c]);
+  }
+}
+
+template <class S>
 void hadamard_gamma_as(const HadamardGamma& p, Runtime& rt) {
   using C = ComputeOf<S>;
   const C* gam = static_cast<const C*>(p.gam);
@@ -376,6 +446,7 @@ RANDLORA_BY_DTYPE(hadamard_up, HadamardUp)
 RANDLORA_BY_DTYPE(hadamard_down, HadamardDown)
 RANDLORA_BY_DTYPE(hadamard_add, HadamardAdd)
 RANDLORA_BY_DTYPE(hadamard_weight, HadamardWeight)
+RANDLORA_BY_DTYPE(hadamard_weight_backward, HadamardWeightBackward)
 RANDLORA_BY_DTYPE(hadamard_gamma, HadamardGamma)
 RANDLORA_BY_DTYPE(hadamard_diagonals, HadamardDiagonals)
 

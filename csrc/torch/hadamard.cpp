@@ -305,19 +305,96 @@ Gradients hadamard_linear_backward(Tensor dy, Tensor x, OptionalTensor weight, T
   return {dx, dlam, dgam};
 }
 
+// Experts that share the bases: lam (experts, r, n) and gam (experts, n, d), or one without that
+// dimension.
+class Experts {
+ public:
+  Experts(const Tensor& lam, const Tensor& gam, const Tensor& s, const Tensor& row,
+          const Tensor& col, bool expand, double scale)
+      : stacked(lam.dim() == 3),
+        count(stacked ? lam.size(0) : 1),
+        lam_(first(lam)),
+        gam_(first(gam)),
+        basis(check_basis(lam_, gam_, s, row, col, expand, scale)) {
+    RANDLORA_CHECK(gam.dim() == lam.dim() && (!stacked || gam.size(0) == count),
+                   "gam must have as many experts as lam ", describe(lam), ", got ", describe(gam));
+  }
+  // As check_weight, of each expert's weight.
+  void check(const Tensor& t, const char* name) const {
+    RANDLORA_CHECK(!stacked || (t.dim() == 3 && t.size(0) == count), name,
+                   " must be (experts, out, in) = (", count, ", ", basis.out(), ", ", basis.in(),
+                   "), got ", describe(t));
+    check_weight(first(t), name, basis.out(), basis.in(), lam_);
+  }
+  // As many tensors of these sizes.
+  Tensor allocate_each(std::vector<int64_t> sizes, ScalarType type) const {
+    if (stacked) sizes.insert(sizes.begin(), count);
+    return allocate(sizes, type, lam_);
+  }
+  // The part of expert e.
+  void* at(const Tensor& t, int64_t e) const {
+    const int64_t bytes = t.numel() / count * bytes_of(*dtype_of(t.scalar_type()));
+    return static_cast<char*>(const_cast<void*>(t.const_data_ptr())) + e * bytes;
+  }
+
+  const bool stacked;
+  const int64_t count;
+
+ private:
+  Tensor first(const Tensor& t) const {
+    return stacked && t.dim() == 3 && t.size(0) > 0 ? torch::stable::select(t, 0, 0) : t;
+  }
+  const Tensor lam_, gam_;
+
+ public:
+  const HadamardBasis basis;
+};
+
 // W + dW, or dW without a weight.
 Tensor hadamard_weight(OptionalTensor weight, Tensor lam, Tensor gam, Tensor s, Tensor row,
                        Tensor col, bool expand, double scale) {
-  const HadamardBasis b = check_basis(lam, gam, s, row, col, expand, scale);
+  const Experts all(lam, gam, s, row, col, expand, scale);
+  const HadamardBasis& b = all.basis;
   const DType dtype = activation_dtype(weight ? *weight : lam, weight ? "weight" : "lam");
-  if (weight) check_weight(*weight, "weight", b.out(), b.in(), lam);
-  const Tensor out = allocate({b.out(), b.in()}, scalar_type(dtype), lam);
+  if (weight) all.check(*weight, "weight");
+  const Tensor out = all.allocate_each({b.out(), b.in()}, scalar_type(dtype));
   const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
   const Tensor base = weight ? as_contiguous(*weight) : out;
-  run(lam, HadamardWeight{b.sizes, l.const_data_ptr(), g.const_data_ptr(), floats(s), floats(row),
-                          floats(col), weight ? base.const_data_ptr() : nullptr,
-                          out.mutable_data_ptr(), dtype, scale, /*transposed=*/!expand});
+  for (int64_t e = 0; e < all.count; ++e)
+    run(lam, HadamardWeight{b.sizes, all.at(l, e), all.at(g, e), floats(s), floats(row),
+                            floats(col), weight ? all.at(base, e) : nullptr, all.at(out, e), dtype,
+                            scale, /*transposed=*/!expand});
   return out;
+}
+
+std::tuple<Tensor, Tensor> hadamard_weight_backward(Tensor grad, Tensor lam, Tensor gam, Tensor s,
+                                                    Tensor row, Tensor col, bool expand,
+                                                    double scale) {
+  const Experts all(lam, gam, s, row, col, expand, scale);
+  const HadamardSizes& sizes = all.basis.sizes;
+  const DType dtype = activation_dtype(grad, "grad");
+  all.check(grad, "grad");
+  if (runs_on_cuda(lam)) {
+    const auto results = in_plain_torch("randlora::hadamard_weight_backward_plain", grad, lam, gam,
+                                        s, row, col, expand, scale);
+    return {torch::stable::detail::to<Tensor>(results[0]),
+            torch::stable::detail::to<Tensor>(results[1])};
+  }
+  const ScalarType type = compute_type(dtype);
+  const Tensor dlam = all.allocate_each({sizes.r, sizes.n}, type);
+  const Tensor dgam = all.allocate_each({sizes.n, sizes.d}, type);
+  const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype), y = as_contiguous(grad);
+  const int64_t slots = std::min<int64_t>((sizes.d + 63) / 64, 16);
+  const Tensor sums = allocate({slots, sizes.K()}, type, lam);
+  for (int64_t e = 0; e < all.count; ++e) {
+    TorchRuntime runtime;
+    cpu_kernels().hadamard_weight_backward(
+        {sizes, all.at(l, e), all.at(g, e), floats(s), floats(row), floats(col), all.at(y, e),
+         all.at(dlam, e), all.at(dgam, e), all.at(sums, 0), slots, dtype, scale,
+         /*transposed=*/!expand},
+        runtime);
+  }
+  return {cast(dlam, lam.scalar_type()), cast(dgam, gam.scalar_type())};
 }
 
 #define RANDLORA_BASIS \
@@ -330,6 +407,8 @@ const Operators operators{
      RANDLORA_BOX(hadamard_linear_backward)},
     {"hadamard_weight(Tensor? weight, " RANDLORA_BASIS ") -> Tensor",
      RANDLORA_BOX(hadamard_weight)},
+    {"hadamard_weight_backward(Tensor grad, " RANDLORA_BASIS ") -> (Tensor, Tensor)",
+     RANDLORA_BOX(hadamard_weight_backward)},
 };
 
 }  // namespace

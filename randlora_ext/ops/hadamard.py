@@ -48,21 +48,26 @@ class Weight(Operator):
 
     @staticmethod
     def backward(ctx, grad):
-        # <grad, dW> is the layer's output for the tokens of an identity matrix, weighted by grad.
         lam, gam = ctx.saved_tensors
-        s, _, _, expand, _ = ctx.basis
-        one = torch.eye(s.shape[0], dtype=grad.dtype, device=grad.device)
-        dy, x = (grad.T.contiguous(), one) if expand else (one, grad)
-        op = _ops.hadamard_linear_backward.default
-        _, dlam, dgam = gradients(op, dy, x, None, lam, gam, *ctx.basis, False, True)
+        s, row, col, expand, scale = ctx.basis
         of_weight = grad if ctx.needs_input_grad[0] else None
-        return of_weight, dlam, dgam, *[None] * len(ctx.basis)
+        if grad.mT.is_contiguous():  # as the experts of transformers make it; a copy is a stack
+            grad, expand = grad.mT, not expand
+        op = _ops.hadamard_weight_backward.default
+        diagonals = gradients(op, grad, lam, gam, s, row, col, expand, scale)
+        return of_weight, *diagonals, *[None] * len(ctx.basis)
 
 
 @fake
 def hadamard_weight(weight, lam, gam, s, row, col, expand, scale):
     D, d = row.shape[0], s.shape[0]
-    return (lam if weight is None else weight).new_empty((D, d) if expand else (d, D))
+    sizes = *lam.shape[:-2], *((D, d) if expand else (d, D))
+    return (lam if weight is None else weight).new_empty(sizes)
+
+
+@fake
+def hadamard_weight_backward(grad, lam, gam, s, row, col, expand, scale):
+    return lam.new_empty(lam.shape), gam.new_empty(gam.shape)
 
 
 weight = entry("hadamard_weight", Weight)
@@ -170,6 +175,10 @@ def _plain_linear_backward(
 
 
 def _plain_weight(weight, lam, gam, s, row, col, expand, scale):
+    if lam.dim() == 3:
+        weights = [None] * len(lam) if weight is None else weight
+        parts = zip(weights, lam, gam, strict=True)
+        return torch.stack([_plain_weight(*part, s, row, col, expand, scale) for part in parts])
     like = lam if weight is None else weight
     sizes = (len(row), len(s)) if expand else (len(s), len(row))
     if weight is not None and tuple(weight.shape) != sizes:
@@ -182,10 +191,27 @@ def _plain_weight(weight, lam, gam, s, row, col, expand, scale):
     return (delta if weight is None else weight.to(dtype) + delta).to(like.dtype).contiguous()
 
 
+def _plain_weight_backward(grad, lam, gam, s, row, col, expand, scale):
+    if lam.dim() == 3:
+        parts = zip(grad, lam, gam, strict=True)
+        each = [_plain_weight_backward(*part, s, row, col, expand, scale) for part in parts]
+        dlam, dgam = map(torch.stack, zip(*each, strict=True))
+        return dlam, dgam
+    columns = grad.T if expand else grad  # (d, D), of B (lambda * A * gamma)
+    p = _Plain(columns, None, None, lam, gam, s, row, col, False, scale)
+    j, k = (torch.arange(count, device=s.device) for count in (p.r, p.d))
+    # Column k has one number of each row of A: that of its class.
+    u = p.u(columns) * sylvester(k // p.n, j).to(p.wide)[:, :, None]  # (d, r, n)
+    dlam = torch.einsum("kji,ik->ji", u, gam.to(p.wide) * p.s) * p.col.view(p.r, p.n)
+    dgam = torch.einsum("kji,ji->ik", u, p.lam) * p.s
+    return (dlam * p.scale).to(lam.dtype), (dgam * p.scale).to(gam.dtype)
+
+
 torch.library.impl("randlora::hadamard_weight", "default", _plain_weight)
 for _name, _function in (
     ("hadamard_linear", _plain_linear),
     ("hadamard_linear_backward", _plain_linear_backward),
+    ("hadamard_weight_backward", _plain_weight_backward),
 ):
     torch.library.impl(f"randlora::{_name}", "default", _function)
     # For csrc/torch/hadamard.cpp, which the dispatcher takes on cards that the sizes do not fit.
