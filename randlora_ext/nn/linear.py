@@ -147,7 +147,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         if r > bases.d:
             warnings.warn(more_than_d(r, bases.d), stacklevel=3)
 
-        weight = self.base_layer.weight
+        weight = self._base_weight()
         device, dtype = weight.device, adapter_dtype(weight.dtype)
         lam = torch.zeros(bases.r, bases.n, device=device, dtype=dtype)
         gam = torch.full((bases.n, bases.d), 1 / max(bases.n, bases.d), device=device, dtype=dtype)

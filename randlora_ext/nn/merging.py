@@ -140,14 +140,14 @@ class KeepsWeight(_Layer):
 
     def _held_weight(self) -> Tensor | None:
         """What merging writes into or replaces; None if it replaces the base layer."""
-        return self.get_base_layer().weight
+        return self._base_weight()
 
     def _dense_weight(self) -> Tensor:
         check_writable(self)
-        weight = self.get_base_layer().weight
+        weight: Any = self._held_weight()
         if not weight.is_floating_point():
             raise TypeError(f"base_layer.weight must be floating point, got {weight.dtype}")
-        if weight.numel() != self.in_features * self.out_features:
+        if weight.numel() != self.in_features * self.out_features * getattr(self, "experts", 1):
             raise RuntimeError(
                 f"base_layer.weight is {tuple(weight.shape)} here and lies elsewhere (DeepSpeed "
                 "ZeRO-3?); merge inside deepspeed.zero.GatheredParameters(layer.parameters(), "
@@ -157,7 +157,7 @@ class KeepsWeight(_Layer):
 
     def _writer(self, total: Tensor) -> Callable[[], Any]:
         """Prepares everything that can fail; the result only writes, and may be called twice."""
-        weight = self.get_base_layer().weight
+        weight: Any = self._held_weight()
         return lambda: weight.copy_(total)
 
     def _keep(self, keep_weight: str) -> Any:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from ..basis import BasisDescription
 from ..basis.description import SPECIFICATIONS, check_kind, check_r, check_seed
+from ..nn.experts import check_options
 from ..nn.linear import check_alpha, names_unknown
 from ..writing import appear_together
 
@@ -31,6 +32,7 @@ NEEDS_OURS = "RANDLORA; needs randlora_ext: import randlora_ext.peft; randlora_e
 PEFT_TYPES = (PeftType.RANDLORA.value, NEEDS_OURS)
 _TEXTS = "target_modules", "layers_pattern"
 _SPARSE = "sparse", "very_sparse"
+_OURS = "basis", "density", "target_parameters"
 _BIASES = ("none", "all", "randlora_only")
 
 _METADATA = "randlora_ext"  # the entry of a safetensors header
@@ -42,7 +44,7 @@ _RECORDED = (  # a key says all of our own bases
 
 @dataclass
 class RandLoraConfig(peft.RandLoraConfig):
-    """PEFT's ``RandLoraConfig`` with all its fields, and two more.
+    """PEFT's ``RandLoraConfig`` with all its fields, and three more.
 
     Args:
         basis: "peft" draws the bases that stock PEFT draws from ``projection_prng_key``.
@@ -51,6 +53,9 @@ class RandLoraConfig(peft.RandLoraConfig):
         density: share of non-zeros in independent bases, in (0, 1]; None means 1/3. Alone it means
             basis="independent". PEFT's own bases have its flags ``sparse`` and ``very_sparse``
             instead, Hadamard bases no zeros.
+        target_parameters: as in PEFT's ``LoraConfig``, names of parameters to adapt, such as
+            "experts.gate_up_proj": (experts, out, in), (experts, in, out) or (out, in). Only with
+            basis="hadamard" and without dropout.
 
     With "hadamard" and "independent", ``projection_prng_key`` becomes a text that describes the
     bases, for example ``randlora_ext:independent-1:density=0.07:seed=42``. The text is complete: a
@@ -69,6 +74,9 @@ class RandLoraConfig(peft.RandLoraConfig):
         default="peft",
         metadata={"help": '"peft": as PEFT draws them; "hadamard", "independent": only a seed'},
     )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Names of parameters to adapt, as in LoraConfig"}
+    )
 
     def __post_init__(self) -> None:
         # A file may hold anything, and PEFT would fail on it halfway through changing a model.
@@ -76,6 +84,9 @@ class RandLoraConfig(peft.RandLoraConfig):
         check_r(self.r)
         check_alpha("randlora_alpha", self.randlora_alpha)
         generated = description_of(vars(self))
+        if self.target_parameters:
+            check_options(generated.kind if generated else self.basis, self.density, 0.0)
+            check_options(None, None, self.randlora_dropout)
         if generated is not None:
             self.basis, self.density = generated.kind, generated.density
             key: Any = generated.key()
@@ -108,7 +119,7 @@ class RandLoraConfig(peft.RandLoraConfig):
         """PEFT's dictionary, with our fields only if PEFT's cannot describe the bases."""
         values = super().to_dict()
         if self.basis == "peft":
-            return {k: v for k, v in values.items() if k not in ("basis", "density")}
+            return {k: v for k, v in values.items() if k not in _OURS}
         return values | {"peft_type": NEEDS_OURS}
 
 
@@ -131,6 +142,7 @@ def _check_types(config: RandLoraConfig) -> None:
         (_FLAGS, "True or False", (bool,), object),
         (_TEXTS, "a text, several of them or None", (str, none, *several), str),
         (["modules_to_save"], "several texts or None", (none, *several), str),
+        (["target_parameters"], "a list of texts or None", (none, *several), str),
         (["layers_to_transform"], "an integer, several or None", (int, none, *several), int),
         (["randlora_dropout"], "a number in [0, 1]", (int, float), object),
     ):

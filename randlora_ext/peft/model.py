@@ -21,6 +21,7 @@ from ..nn.base_layer import (
     force_module_call,
     is_conv1d,
 )
+from ..nn.experts import matching_parameters, sizes_of
 from ..nn.linear import DEFAULT_SCALING, RandLoraLinear, more_than_d
 from ..nn.merging import merged_layers
 from ..nn.state_dict import INPUT_SCALE, guard, misfit, refuse, unguard
@@ -28,6 +29,7 @@ from . import quantized
 from .bases import BASIS_NAMES, PackedBufferDict, drawn, generated, largest
 from .config import description_of
 from .layer import AcceleratedLinear, adapter_per_row
+from .param_wrapper import ParamWrapper
 from .saving import refuse_lora_files
 
 
@@ -49,7 +51,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
         return accelerate_layer(make(config, A, B, adapter_name, target, **kwargs))
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
-        if quantized.backend_of(new_module):  # unloading, where PEFT would set its weight
+        # Where PEFT would set the weight of what it unloads.
+        if quantized.backend_of(new_module) or isinstance(child, ParamWrapper):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -57,7 +60,13 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _check_new_adapter_config(self, config: peft.RandLoraConfig) -> None:
         """PEFT's check of one key and ``save_projection``, of adapters on PEFT's bases alone."""
         self._check_targets(config)
-        everyone = self.peft_config
+        everyone, wanted = self.peft_config, _target_parameters(config)
+        for name, other in everyone.items():
+            if wanted and (others := _target_parameters(other)) not in ([], wanted):
+                raise ValueError(
+                    f"target_parameters must be {others}, those of adapter {name!r}, got {wanted}: "
+                    "the names of saved tensors depend on the order of nested layers"
+                )
         self.peft_config = {
             name: other
             for name, other in everyone.items()
@@ -88,6 +97,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
     ) -> None:
         if adapter_name not in self.randlora_A:
             self._add_bases(randlora_config, adapter_name)
+        if "parameter_name" in kwargs:
+            return self._wrap_parameter(randlora_config, adapter_name, *args, **kwargs)
         path = kwargs["current_key"]
         try:
             check_is_called(self.model, path, f"module {path!r}")
@@ -97,10 +108,31 @@ class AcceleratedRandLoraModel(RandLoraModel):
         self.model.get_submodule(path).path = path
         disable_nested_tensors(self.model, path)
 
+    def _wrap_parameter(
+        self, config, adapter_name, target, target_name, parent, current_key, parameter_name
+    ) -> None:
+        A, B = self.randlora_A, self.randlora_B
+        if isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
+            target.update_layer(adapter_name, A, B, config.r, config=config)
+            return
+        wrapper = ParamWrapper(target, parameter_name, A, B, adapter_name, config)
+        wrapper.path = current_key
+        if adapter_name not in self.active_adapters:
+            wrapper.requires_grad_(False)
+        self._replace_module(parent, target_name, wrapper, target)
+
+    def _prepare_adapter_config(self, config, model_config):
+        # As PEFT's LoRA: the model's usual modules, or none of a model that PEFT does not know.
+        known = model_config.get("model_type") in self.target_module_mapping
+        only_parameters = config.target_modules is None and _target_parameters(config) and not known
+        return config if only_parameters else super()._prepare_adapter_config(config, model_config)
+
     def _check_targets(self, config: peft.RandLoraConfig) -> None:
         """Raises ValueError before anything is drawn."""
         check_r(config.r)  # stock PEFT's configuration does not
-        targets = self._target_sizes(config)
+        targets, parameters = self._target_sizes(config), self._parameter_sizes(config)
+        for name in parameters:
+            check_no_plan(self.model, name, f"target {name!r}")
         for name in targets:
             check_no_plan(self.model, name, f"target {name!r}")
             if not isinstance(module := self.model.get_submodule(name), RandLoraLayer):
@@ -108,9 +140,10 @@ class AcceleratedRandLoraModel(RandLoraModel):
             # PEFT leaves out what lies inside its own layers.
             if isinstance(self.model.get_submodule(name.rpartition(".")[0]), RandLoraLinear):
                 check_not_nested(self.model, name, f"target {name!r}")
-        if targets and config.r > (d := largest(targets.values())[1]):
+        both = targets | parameters
+        if both and config.r > (d := largest(both.values())[1]):
             warnings.warn(more_than_d(config.r, d), stacklevel=2)
-        if not targets:
+        if not targets and not (parameters and not config.target_modules):
             names = [name for name, module in self.model.named_modules() if _is_linear(module)]
             linear = [name for name in names if not name.endswith(".base_layer")]
             raise ValueError(
@@ -121,7 +154,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str) -> None:
         """Finds the adapter's bases among those of other adapters, or makes them."""
         A, B = self.randlora_A, self.randlora_B
-        D, d = largest(self._target_sizes(config).values())
+        D, d = largest((self._target_sizes(config) | self._parameter_sizes(config)).values())
         description = description_of(vars(config))
         if description is not None:
             made = generated(description, config.r, D, d)
@@ -150,6 +183,18 @@ class AcceleratedRandLoraModel(RandLoraModel):
             for name, module in self.model.named_modules()
             if self._check_target_module_exists(config, name) and _is_linear(module)
         }
+
+    def _parameter_sizes(self, config: peft.RandLoraConfig) -> dict[str, tuple[int, int]]:
+        """(in_features, out_features) of the ``target_parameters`` by their names."""
+        targets = matching_parameters(self.model, wanted := _target_parameters(config))
+        if wanted and not targets:
+            names = [name for name, p in self.model.named_parameters() if p.dim() == 3]
+            raise ValueError(
+                f"target_parameters {wanted!r} matches no parameter of "
+                f"{type(self.model).__name__}; those of three dimensions are {first(names)}"
+            )
+        get = self.model.get_submodule
+        return {key: sizes_of(get(path), own)[1:3] for key, (path, own) in targets.items()}
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -222,6 +267,10 @@ def accelerate_layer(layer: Any) -> Any:
         if layer.merged:  # by stock PEFT
             merged_layers.add(layer)
     return layer
+
+
+def _target_parameters(config: peft.RandLoraConfig) -> list[str]:
+    return sorted(getattr(config, "target_parameters", None) or ())  # stock's have none
 
 
 def _is_linear(module: nn.Module) -> bool:

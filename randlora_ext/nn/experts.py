@@ -1,0 +1,176 @@
+"""Adapters of a parameter, such as the stacked experts of a mixture model, not of a linear layer."""
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..ops import hadamard
+from ..ranks import is_dtensor, laid_out_like
+from .adapted_layer import AdaptedLayer
+from .linear import RandLoraLinear
+from .state_dict import DIAGONALS
+
+
+class AdaptedParameter(AdaptedLayer):
+    """The module `base_layer`, which computes with W + dW where it has the parameter W.
+
+    W is (experts, out, in), (experts, in, out) if the module says ``is_transposed = True``, as
+    those of transformers do, or (out, in), one expert. Every expert has a lambda and a gamma:
+    ``randlora_lambda`` (experts, r, n) and ``randlora_gamma`` (experts, n, d). All share the bases.
+
+    The layers of several parameters of one module are nested. Only lambda and gamma are kept for
+    backward; W + dW lives as long as the module needs it. Source: PEFT's ``lora.ParamWrapper``.
+    """
+
+    parameter_name: str
+    experts: int
+    transposed: bool
+
+    def _set_sizes(self, base_layer: Any, parameter_name: str) -> nn.Linear:
+        """Finds them; returns what stands for `base_layer` where a linear layer is expected."""
+        self.parameter_name = parameter_name
+        base = innermost(base_layer)
+        self.experts, n_in, n_out, self.transposed = sizes_of(base, parameter_name)
+        like = nn.Linear(n_in, n_out, bias=False, device="meta")
+        setattr(like, parameter_name, getattr(base, parameter_name))
+        return like
+
+    def _stack(self, adapter: str) -> None:
+        """Gives every expert a copy of the adapter's lambda and gamma."""
+        for diagonals in (getattr(self, name) for name in DIAGONALS):
+            one = diagonals[adapter]
+            stack = one.detach().repeat(self.experts, 1, 1)
+            diagonals[adapter] = nn.Parameter(stack, one.requires_grad)
+
+    def get_base_layer(self) -> Any:
+        """The module that has the parameter."""
+        return innermost(self.base_layer)
+
+    def _base_weight(self) -> Any:
+        return getattr(self.get_base_layer(), self.parameter_name)
+
+    def _adapted(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
+        if not names:
+            return self.base_layer(*args, **kwargs)
+        weight = self._whole_weight()
+        for name in names:
+            weight = self._plus_delta(name, weight, *self._diagonals(name, weight.device))
+        path, base = self.parameter_name, self.base_layer
+        while isinstance(base, AdaptedParameter):
+            path, base = f"base_layer.{path}", base.base_layer
+        return functional_call(self.base_layer, {path: weight}, args, kwargs)
+
+    def _whole_weight(self) -> Tensor:
+        """W; RuntimeError if it cannot be adapted here."""
+        weight = self._base_weight()
+        if torch.jit.is_tracing():
+            raise RuntimeError("torch.jit.trace cannot record adapted experts; merge them first")
+        if is_dtensor(weight) or weight.numel() == 0:
+            raise RuntimeError(
+                f"{self.parameter_name} is not whole on this rank before its module runs: let "
+                "fully_shard take a module around this one, such as the block; DeepSpeed ZeRO-3 "
+                "and tensor parallelism are not supported for target_parameters"
+            )
+        return weight
+
+    def _plus_delta(self, name: str, weight: Tensor | None, lam: Tensor, gam: Tensor) -> Tensor:
+        """W + dW in the dtype of W, or dW in that of lambda, in the shape of W."""
+        basis, shape = self.basis_of(name, lam.device), self._base_weight().shape
+        stack = None if weight is None else weight.reshape(self.experts, *shape[-2:])
+        *signs, expand, scale = hadamard.operands(basis, lam.device, self.scaling[name])
+        operands = *signs, expand != self.transposed, scale
+        return hadamard.weight(stack, lam, gam, *operands).view(shape)
+
+    def _delta(self, name: str, dtype: torch.dtype) -> Tensor:
+        diagonals = self._diagonals(name, self.randlora_lambda[name].device)
+        delta = self._plus_delta(name, None, *(t.to(dtype) for t in diagonals))
+        return laid_out_like(delta, self._base_weight())
+
+    def describe(self, adapter: str) -> str:
+        return f"{self.parameter_name} of {self.experts} experts, {super().describe(adapter)}"
+
+
+class RandLoraParameter(AdaptedParameter, RandLoraLinear):
+    """`RandLoraLinear` of a parameter of any module: what `apply_randlora` makes of experts.
+
+    Args:
+        base_layer: the module, or a `RandLoraParameter` of another parameter of it.
+        parameter_name: of a parameter as `AdaptedParameter` has it.
+        **options: r, randlora_alpha, seed and adapter_name of `RandLoraLinear`.
+
+    Raises TypeError or ValueError, naming the argument.
+    """
+
+    def __init__(self, base_layer: nn.Module, parameter_name: str, **options: Any) -> None:
+        super().__init__(self._set_sizes(base_layer, parameter_name), **options)
+        self.base_layer = base_layer
+        self.train(base_layer.training)
+
+    def update_layer(self, adapter_name: str, *args: Any, **options: Any) -> None:
+        update = super().update_layer
+        given = inspect.signature(update).bind_partial(adapter_name, *args, **options).arguments
+        check_options(given.get("basis"), given.get("density"), given.get("randlora_dropout"))
+        if given.get("input_scale") is not None:
+            raise ValueError("input_scale must be None for target_parameters")
+        update(adapter_name, *args, **options)
+        self._stack(adapter_name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        active = [] if self.disabled else self.active_adapters
+        names = [name for name in active if name not in self.merged_adapters]
+        return self._adapted(names, *args, **kwargs)
+
+
+def innermost(module: Any) -> Any:
+    """The module itself below all `AdaptedParameter`."""
+    while isinstance(module, AdaptedParameter):
+        module = module.base_layer
+    return module
+
+
+def sizes_of(module: Any, name: str) -> tuple[int, int, int, bool]:
+    """(experts, in_features, out_features, transposed) of a parameter.
+
+    TypeError or ValueError, naming it, if it cannot be adapted.
+    """
+    weight = getattr(module, name)
+    told = f"target_parameters: {type(module).__name__}.{name}"
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        raise TypeError(f"{told} must be a floating point parameter, got {weight.dtype}")
+    if is_dtensor(weight):
+        raise ValueError(f"{told} is spread over ranks already; call fully_shard afterwards")
+    shape = getattr(weight, "ds_shape", weight.shape)  # of ZeRO-3
+    if len(shape) not in (2, 3) or 0 in shape:
+        raise ValueError(f"{told} must have two or three dimensions, got {tuple(shape)}")
+    transposed = len(shape) == 3 and bool(getattr(module, "is_transposed", False))
+    n_out, n_in = shape[-2:][:: -1 if transposed else 1]
+    return (shape[0] if len(shape) == 3 else 1), n_in, n_out, transposed
+
+
+def matching_parameters(model: nn.Module, targets: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """(path of the module, name in it) by the name of each parameter that ``target_parameters``
+    match, as in PEFT: one of them, or ending in ``.`` and one of them."""
+    if isinstance(targets, str) or not all(isinstance(name, str) for name in targets):
+        raise TypeError(f"target_parameters must be several names, got {targets!r}")
+    ends, found = tuple(f".{name}" for name in targets), {}
+    for path, module in model.named_modules():
+        for own, _ in module.named_parameters(recurse=False):
+            name = f"{path.replace('.base_layer', '')}.{own}"
+            if path and f".{name}".endswith(ends):
+                found[name] = path, own
+    return found
+
+
+def check_options(basis: str | None, density: float | None, dropout: float | None) -> None:
+    """Raises ValueError for what adapters of parameters cannot have."""
+    if basis not in (None, "hadamard") or density is not None:
+        raise ValueError(
+            'target_parameters need basis="hadamard", whose kernels form W + dW, got '
+            f"basis={basis!r}, density={density}"
+        )
+    if dropout:
+        raise ValueError(f"randlora_dropout must be 0 for target_parameters, got {dropout}")
