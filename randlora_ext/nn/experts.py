@@ -1,4 +1,4 @@
-"""Adapters of a parameter, such as the stacked experts of a mixture model, not of a linear layer."""
+"""Adapters of a parameter of any module, such as the stacked experts of a mixture model."""
 
 import inspect
 from collections.abc import Iterable
@@ -36,7 +36,7 @@ class AdaptedParameter(AdaptedLayer):
         base = innermost(base_layer)
         self.experts, n_in, n_out, self.transposed = sizes_of(base, parameter_name)
         like = nn.Linear(n_in, n_out, bias=False, device="meta")
-        setattr(like, parameter_name, getattr(base, parameter_name))
+        like.__dict__[parameter_name] = getattr(base, parameter_name)  # not registered twice
         return like
 
     def _stack(self, adapter: str) -> None:
@@ -108,6 +108,7 @@ class RandLoraParameter(AdaptedParameter, RandLoraLinear):
     def __init__(self, base_layer: nn.Module, parameter_name: str, **options: Any) -> None:
         super().__init__(self._set_sizes(base_layer, parameter_name), **options)
         self.base_layer = base_layer
+        self._base_weight().requires_grad_(False)
         self.train(base_layer.training)
 
     def update_layer(self, adapter_name: str, *args: Any, **options: Any) -> None:

@@ -73,7 +73,7 @@ def _misfits(layer: Any, state_dict: dict[str, Tensor], prefix: str) -> Iterator
     own |= {f"{prefix}{INPUT_SCALE}.{adapter}": like for adapter in layer.randlora_lambda}
     of_merged = [f"{prefix}{diagonals}.{adapter}" for diagonals in DIAGONALS for adapter in merged]
     if any(key in state_dict for key in of_merged) or (
-        merged and any(key.startswith(base_prefix) for key in state_dict)
+        merged and any(_is_below(key, base_prefix) for key in state_dict)
     ):
         yield (
             f"{prefix.removesuffix('.') or 'the layer'} has merged {merged} into its weight; call "
@@ -85,6 +85,11 @@ def _misfits(layer: Any, state_dict: dict[str, Tensor], prefix: str) -> Iterator
     for key, parameter in own.items():
         if (saved := state_dict.get(key)) is not None and (error := misfit(key, saved, parameter)):
             yield error
+
+
+def _is_below(key: str, base_prefix: str) -> bool:
+    """Whether it is the base layer's, not of an adapter of another parameter of it."""
+    return key.startswith(base_prefix) and ".randlora_" not in key
 
 
 def misfit(key: str, saved: Any, own: Tensor) -> str:

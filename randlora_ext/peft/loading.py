@@ -88,7 +88,8 @@ def _hotswap_errors(
     free = *BASIS_NAMES, INPUT_SCALE
     missing = [key for key in own if key not in saved and not key.endswith(free)]
     # PEFT saves the base weights of a targeted lm_head, too.
-    passed = (key for key in saved if not key.endswith(free) and ".base_layer." not in key)
+    is_base = lambda key: ".base_layer." in key and ".randlora_" not in key  # noqa: E731
+    passed = (key for key in saved if not key.endswith(free) and not is_base(key))
     unexpected = [key for key in passed if key not in own]
     errors += [f"{key} is missing" for key in missing]
     errors += [f"{key} is not part of the adapter" for key in unexpected]

@@ -80,10 +80,16 @@ def export_to_peft(model: peft.PeftModel, folder: str | os.PathLike) -> None:
 
     Raises TypeError if model is no PeftModel over RandLoRA layers; ValueError if Hadamard bases
     belong to layers of different min(in, out), since stock PEFT shares one A and one B among all
-    layers, or to a calibrated layer with more inputs than outputs, which it names.
+    layers, or to a calibrated layer with more inputs than outputs, which it names, or if an adapter
+    has target_parameters.
     """
     layers_with(model)
     configs, stock = dict(model.peft_config), {}
+    for name, config in configs.items():
+        if getattr(config, "target_parameters", None):
+            raise ValueError(
+                f"adapter {name!r} has target_parameters, which stock PEFT lacks; {_MERGE}"
+            )
     copies = tuple(f".{bases}." for bases in BASIS_NAMES)
     state = {k: v for k, v in model.state_dict().items() if not any(part in k for part in copies)}
     for name, config in configs.items():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from expert_models import EXPERTS, MODELS, batch, logits, make, train
 from peft_helpers import accelerated, adapted, assert_unchanged, config, numbers, peft, randomize
+from peft_helpers import relative as relative
 from safetensors.torch import load_file
 
 from randlora_ext.reference import delta_weight_reference
@@ -36,8 +37,8 @@ def oracle(layer):
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_numbers(name, tmp_path):
-    base = make(name)
-    plain, model = logits(base), moe(name)
+    model, base = moe(name), make(name)
+    plain = logits(base)
     told = accelerated.kernel_summary(model)
     assert "gate_up_proj of 4 experts" in told and "plain" not in told
     y, by_hand = logits(model), copy.deepcopy(model)
@@ -55,9 +56,9 @@ def test_numbers(name, tmp_path):
     model.unmerge_adapter()
     assert_unchanged(model, before)
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(peft.PeftModel.from_pretrained(base, tmp_path)), y)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(make(name), tmp_path)), y)
     unloaded = model.merge_and_unload()
-    assert type(unloaded.model.layers[-1].mlp.experts) is type(make(name).model.layers[-1].mlp.experts)
+    assert unloaded.state_dict().keys() == base.state_dict().keys()
     assert (logits(unloaded) - y).abs().max() < 1e-5 * y.abs().max()
 
 
@@ -77,3 +78,138 @@ def test_training(name):
     losses = train(model)
     assert losses[-1] < losses[0] / 3
     assert train(checkpointed, 3) == pytest.approx(losses[:3], rel=1e-5)
+
+
+def test_several_adapters(tmp_path):
+    model = moe(seed=1)
+    one = logits(model)
+    model.save_pretrained(tmp_path)
+    bases = dict(basis="hadamard", projection_prng_key=7, target_parameters=EXPERTS[::-1])
+    model.add_adapter("two", config(8, accelerated.RandLoraConfig, [], **bases))
+    assert torch.equal(logits(model), one)
+    model.set_adapter("two")
+    assert torch.equal(logits(model), logits(make("Mixtral")))
+    randomize(model, 2)
+    two = logits(model)
+    model.set_adapter("default")
+    assert not torch.equal(logits(model), one)
+    model.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(model), one)
+    model.base_model.set_adapter(["default", "two"])
+    both = logits(model)
+    model.merge_adapter()
+    assert (logits(model) - both).abs().max() < 1e-5 * both.abs().max()
+    with pytest.raises(RuntimeError, match="has merged .* into its weight"):
+        model.load_adapter(tmp_path, "default")
+    model.unmerge_adapter()
+    model.load_adapter(tmp_path, "three")
+    model.set_adapter("three")
+    assert torch.equal(logits(model), one)
+    accelerated.hotswap_adapter(model, tmp_path, "three")
+    with pytest.raises(ValueError, match="does not fit 'two'"):
+        accelerated.hotswap_adapter(model, tmp_path, "two")
+    model.delete_adapter("default")
+    model.set_adapter("two")
+    assert torch.equal(logits(model), two)
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_beside_linear_layers_and_opened_by_transformers_classes(tmp_path, low):
+    model = moe("Qwen3Moe", targets=["q_proj"], task_type="CAUSAL_LM")
+    y = logits(model)
+    make("Qwen3Moe").save_pretrained(tmp_path / "base")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    by_class = peft.AutoPeftModelForCausalLM.from_pretrained
+    opened = by_class(tmp_path / "adapter", low_cpu_mem_usage=low)
+    assert torch.equal(logits(opened), y)
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    shapes = {key.split("mlp.")[1]: value.shape for key, value in saved.items() if "0.mlp" in key}
+    assert shapes == {  # as PEFT's LoRA: the parameter found first is inside
+        "experts.base_layer.randlora_lambda": (4, 4, 8),
+        "experts.base_layer.randlora_gamma": (4, 8, 32),
+        "experts.randlora_lambda": (4, 4, 6),
+        "experts.randlora_gamma": (4, 6, 24),
+    }
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
+def test_gradients(name, implementation):
+    model = moe(name)
+    model.base_model.model.config._experts_implementation = implementation
+    merged, token = copy.deepcopy(model), torch.tensor([[3]])
+    merged.merge_adapter()
+    for one in (model, merged):
+        for layer in wrappers(merged):
+            layer._base_weight().requires_grad_(True)
+        one(input_ids=token).logits.square().sum().backward()
+    for layer, of in zip(wrappers(model), wrappers(merged), strict=True):
+        diagonals = layer.randlora_lambda["default"], layer.randlora_gamma["default"]
+        wanted = torch.autograd.grad(oracle(layer), diagonals, of._base_weight().grad.double())
+        for parameter, want in zip(diagonals, wanted, strict=True):
+            assert relative(parameter.grad, want) < 1e-5
+            visited = parameter.grad.flatten(1).any(1)
+            assert visited.sum() == 2  # of four experts
+
+
+ERRORS = [
+    ({"basis": "independent"}, ValueError, 'need basis="hadamard".*got basis=.independent'),
+    ({"basis": "peft"}, ValueError, 'need basis="hadamard".*got basis=.peft'),
+    ({"randlora_dropout": 0.1}, ValueError, "randlora_dropout must be 0"),
+    ({"target_parameters": "experts"}, TypeError, "target_parameters must be a list of texts"),
+    (
+        {"target_parameters": ["expert.up"]},
+        ValueError,
+        "expert.up.* matches no parameter .*gate_up",
+    ),
+    ({"target_parameters": ["norm.weight"]}, ValueError, r"RMSNorm.weight must have two or three"),
+    ({"targets": ["nothing"]}, ValueError, "target_modules .*nothing.* matches no linear layer"),
+]
+
+
+@pytest.mark.parametrize("options, error, told", ERRORS)
+def test_refused_configurations(options, error, told):
+    with pytest.raises(error, match=told):
+        moe(**options)
+
+
+def test_refused_uses(tmp_path):
+    model, more = moe(), {"basis": "hadamard", "target_parameters": EXPERTS[:1]}
+    with pytest.raises(ValueError, match="target_parameters must be .*down_proj.* of adapter"):
+        model.add_adapter("two", config(4, accelerated.RandLoraConfig, [], **more))
+    with pytest.raises(ValueError, match="stock PEFT lacks; merge instead"):
+        accelerated.export_to_peft(model, tmp_path)
+    with pytest.raises(TypeError, match="do not support LoRA conversion.*ParamWrapper"):
+        peft.convert_to_lora(model, rank=4)
+    with pytest.raises(ValueError, match="adapter_names cannot choose among adapters of target_p"):
+        model.eval()(**batch(), adapter_names=["default"] * 2)
+    with pytest.raises(RuntimeError, match="torch.jit.trace cannot record"):
+        torch.jit.trace(wrappers(model)[0], torch.ones(2, 32))
+
+
+def test_a_matrix_and_a_module_of_ones_own():
+    """(out, in) is one expert; a module that says nothing stores (experts, out, in)."""
+
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = torch.nn.Parameter(torch.randn(3, 24, 24, dtype=torch.bfloat16))
+            self.matrix = torch.nn.Parameter(torch.randn(8, 24, dtype=torch.bfloat16))
+
+        def forward(self, x):
+            return torch.einsum("ti,eoi->to", x, self.experts) @ self.matrix.T
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(Own())
+    chosen = {"basis": "hadamard", "target_parameters": ["0.matrix", "0.experts"]}
+    model, x = adapted(net, [], 4, **chosen), torch.randn(5, 24, dtype=torch.bfloat16)
+    y, (outer, inner) = model(x), (net[0], net[0].base_layer)
+    assert (outer.experts, inner.experts) == (1, 3)
+    own = outer.get_base_layer()
+    with torch.no_grad():
+        for layer in (outer, inner):
+            weight = layer._base_weight()
+            assert layer.randlora_lambda["default"].dtype == torch.float32
+            weight.copy_(weight.double() + oracle(layer).view(weight.shape))
+    assert relative(y, own(x)) < 1e-2
