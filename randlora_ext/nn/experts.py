@@ -22,8 +22,9 @@ class AdaptedParameter(AdaptedLayer):
     those of transformers do, or (out, in), one expert. Every expert has a lambda and a gamma:
     ``randlora_lambda`` (experts, r, n) and ``randlora_gamma`` (experts, n, d). All share the bases.
 
-    The layers of several parameters of one module are nested. Only lambda and gamma are kept for
-    backward; W + dW lives as long as the module needs it. Source: PEFT's ``lora.ParamWrapper``.
+    The layers of several parameters of one module are nested; the outermost calls the module. Only
+    lambda and gamma are kept for backward, and W + dW by the module itself. Source: PEFT's
+    ``lora.ParamWrapper``.
     """
 
     parameter_name: str
@@ -53,19 +54,19 @@ class AdaptedParameter(AdaptedLayer):
     def _base_weight(self) -> Any:
         return getattr(self.get_base_layer(), self.parameter_name)
 
-    def _adapted(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
-        if not names:
-            return self.base_layer(*args, **kwargs)
-        weight = self._whole_weight()
-        for name in names:
-            weight = self._plus_delta(name, weight, *self._diagonals(name, weight.device))
-        path, base = self.parameter_name, self.base_layer
-        while isinstance(base, AdaptedParameter):
-            path, base = f"base_layer.{path}", base.base_layer
-        return functional_call(self.base_layer, {path: weight}, args, kwargs)
+    def _names(self) -> list[str]:
+        """The adapters to add now."""
+        raise NotImplementedError
 
-    def _whole_weight(self) -> Tensor:
-        """W; RuntimeError if it cannot be adapted here."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        layer, changed = self, {}
+        while isinstance(layer, AdaptedParameter):
+            if names := layer._names():
+                changed[layer.parameter_name] = layer._adapted_weight(names)
+            layer = layer.base_layer
+        return functional_call(layer, changed, args, kwargs) if changed else layer(*args, **kwargs)
+
+    def _adapted_weight(self, names: list[str]) -> Tensor:
         weight = self._base_weight()
         if torch.jit.is_tracing():
             raise RuntimeError("torch.jit.trace cannot record adapted experts; merge them first")
@@ -75,6 +76,8 @@ class AdaptedParameter(AdaptedLayer):
                 "fully_shard take a module around this one, such as the block; DeepSpeed ZeRO-3 "
                 "and tensor parallelism are not supported for target_parameters"
             )
+        for name in names:
+            weight = self._plus_delta(name, weight, *self._diagonals(name, weight.device))
         return weight
 
     def _plus_delta(self, name: str, weight: Tensor | None, lam: Tensor, gam: Tensor) -> Tensor:
@@ -120,10 +123,9 @@ class RandLoraParameter(AdaptedParameter, RandLoraLinear):
         update(adapter_name, *args, **options)
         self._stack(adapter_name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _names(self) -> list[str]:
         active = [] if self.disabled else self.active_adapters
-        names = [name for name in active if name not in self.merged_adapters]
-        return self._adapted(names, *args, **kwargs)
+        return [name for name in active if name not in self.merged_adapters]
 
 
 def innermost(module: Any) -> Any:

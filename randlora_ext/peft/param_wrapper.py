@@ -47,11 +47,13 @@ class ParamWrapper(AdaptedParameter, AcceleratedLinear):
                 "adapter_names cannot choose among adapters of target_parameters: one W + dW "
                 "serves the whole batch"
             )
+        return super().forward(*args, **kwargs)
+
+    def _names(self) -> list[str]:
         if self.disable_adapters and self.merged:
             self.unmerge()
         off = self.disable_adapters or self.merged
-        names = [] if off else [a for a in self.active_adapters if a in self.randlora_lambda]
-        return self._adapted(names, *args, **kwargs)
+        return [] if off else [a for a in self.active_adapters if a in self.randlora_lambda]
 
     def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
         if isinstance(self.base_layer, ParamWrapper):
