@@ -16,7 +16,10 @@ from distributed_ranks import (
     worlds,
 )
 from distributed_training import SIZES, batch, share, train
-from peft_helpers import layers, randomize
+from expert_models import EXPERTS
+from expert_models import batch as experts_batch
+from expert_models import make as make_experts
+from peft_helpers import adapted, layers, randomize
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -174,3 +177,32 @@ def check_tensor_parallelism_is_refused(place: Place):
     stock = peft.get_peft_model(model, peft.RandLoraConfig(**chosen))
     with pytest.raises(ValueError, match=refused):
         accelerated.accelerate(stock)
+
+
+@worlds(2)
+def check_experts(place: Place):
+    """Training, the adapter's file and merging of ``target_parameters`` as of one process."""
+    chosen = {"basis": "hadamard", "targets": [], "target_parameters": EXPERTS}
+    reference, model = (adapted(make_experts("Mixtral"), r=4, **chosen) for _ in range(2))
+    for block in model.base_model.model.model.layers:
+        fully_shard(block)
+    fully_shard(model)
+    data = experts_batch()
+    for each, rows in ((reference, slice(None)), (model, slice(place.rank, place.rank + 1))):
+        optimizer = adam(each)
+        for _ in range(3):
+            each(**{name: value[rows] for name, value in data.items()}).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    same_parameters(model, reference, **LIMITS)
+    wanted, before = model(**data).logits, get_model_state_dict(model)
+    before = {name: value.full_tensor().clone() for name, value in before.items()}
+    model.merge_adapter()
+    torch.testing.assert_close(model(**data).logits, wanted, **LIMITS)
+    model.unmerge_adapter()
+    after = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    assert place.rank or all(torch.equal(after[name], before[name]) for name in before)
+    cut = adapted(make_experts("Mixtral"), r=4, **chosen)
+    fully_shard(cut.base_model.model.model.layers[0].mlp.experts.get_base_layer())
+    with pytest.raises(RuntimeError, match="let fully_shard take a module around this one"):
+        cut(**data)
