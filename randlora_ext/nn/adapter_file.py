@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ..ranks import failing_together, full_tensor, is_dtensor
 from ..writing import appear
 from .apply import adapt
 from .base_layer import check_base_layer, features
+from .experts import RandLoraParameter, sizes_of
 from .linear import RandLoraLinear, check_adapter_name, check_alpha, check_dropout
 from .state_dict import DIAGONALS, INPUT_SCALE, misfit
 
@@ -34,11 +36,12 @@ class AdapterFile:
     adapter_name: str
     # r, scaling, randlora_dropout, and basis, the key of a `BasisDescription`.
     options: dict[str, Any]
-    # [in_features, out_features, fan_in_fan_out] by the layer's path in the base model.
+    # [in_features, out_features, fan_in_fan_out] by the layer's path in the base model; of stacked
+    # experts [in_features, out_features, transposed, experts] by the parameter's name.
     layers: dict[str, list]
     # PATH.randlora_lambda (r, n), PATH.randlora_gamma (n, d) and, if calibrated,
-    # PATH.randlora_input_scale (in_features,), of a tied layer by its first path alone; and other
-    # parameters that were trained.
+    # PATH.randlora_input_scale (in_features,), of a tied layer by its first path alone; of experts
+    # (experts, r, n) and (experts, n, d); and other parameters that were trained.
     tensors: dict[str, Tensor]
 
     def __post_init__(self) -> None:
@@ -48,7 +51,7 @@ class AdapterFile:
         for at in self.layers:
             basis = self.basis_of(at)
             if self.is_first(at):
-                check_diagonals(at, self.tensors, basis.r, basis.d)
+                check_diagonals(at, self.tensors, basis.r, basis.d, self.layers[at][3:])
         if not any(map(self.is_first, self.layers)):
             raise ValueError("there are 0 layers")
 
@@ -63,7 +66,7 @@ class AdapterFile:
         return [name for name in self.tensors if name not in own]
 
     def basis_of(self, at: str) -> Basis:
-        (n_in, n_out, _), key = self.layers[at], BasisDescription.parse(self.options["basis"])
+        (n_in, n_out, *_), key = self.layers[at], BasisDescription.parse(self.options["basis"])
         scale = self.tensors.get(join(at, INPUT_SCALE))
         return Basis(n_in, n_out, self.options["r"], key.density, key.seed, key.kind, scale)
 
@@ -101,7 +104,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
             f"adapter {adapter_name!r} has layers of {[options, *others]}; a file holds one set of "
             "options, so give them adapters of other names"
         )
-    sizes = {at: [m.in_features, m.out_features, m.fan_in_fan_out] for at, m in layers.items()}
+    sizes: dict[str, list] = {}
+    for at, m in layers.items():
+        stacked = isinstance(m, RandLoraParameter)
+        last = [m.transposed, m.experts] if stacked else [m.fan_in_fan_out]
+        sizes[at] = [m.in_features, m.out_features, *last]
     said = {"adapter_name": adapter_name, "options": options, "layers": sizes}
     own: dict[str, Tensor] = {n: p for n, p in _parameters(inner).items() if p.requires_grad}
     for layer, at in {layer: at for at, layer in reversed(layers.items())}.items():
@@ -157,9 +164,11 @@ def load_adapter(
     options["randlora_dropout"] = file.options["randlora_dropout"]
     modules, parameters = _modules(model), _parameters(model)
     others = {key: parameters[key] for key in file.others}
-    targets = dict(modules[at] for at in file.layers)
-    if not any(isinstance(module, RandLoraLinear) for module in targets.values()):
-        adapt(model, targets, others.values(), " of the adapter", **options)
+    if not any(isinstance(modules[at][1], RandLoraLinear) for at in file.layers if at in modules):
+        targets = dict(modules[at] for at in file.layers if at in modules)
+        pairs = {at: at.rpartition(".")[::2] for at in file.layers if at not in modules}
+        stacks = {at: (modules[path][0], own) for at, (path, own) in pairs.items()}
+        adapt(model, targets, others.values(), " of the adapter", stacks, **options)
         modules = _modules(model)
     with torch.no_grad():
         for at in filter(file.is_first, file.layers):
@@ -208,10 +217,13 @@ def read_adapter_file(path: str | os.PathLike) -> AdapterFile:
         raise ValueError(f"{path} is no sound file of save_adapter: {reason}") from error
 
 
-def check_diagonals(at: str, tensors: Mapping[str, Tensor], r: int, d: int) -> None:
-    """KeyError or ValueError unless lambda (r, n) and gamma (n, d) are there, floating point."""
+def check_diagonals(
+    at: str, tensors: Mapping[str, Tensor], r: int, d: int, experts: Sequence[int] = ()
+) -> None:
+    """KeyError or ValueError unless lambda (*experts, r, n) and gamma (*experts, n, d) are there,
+    floating point."""
     n = -(-d // r)
-    for kind, shape in zip(DIAGONALS, ((r, n), (n, d)), strict=True):
+    for kind, shape in zip(DIAGONALS, ((*experts, r, n), (*experts, n, d)), strict=True):
         key = join(at, kind)
         if error := misfit(key, tensors[key], torch.empty(shape, device="meta")):
             raise ValueError(error)
@@ -228,6 +240,9 @@ def _misfits(model: nn.Module, file: AdapterFile, name: str) -> Iterator[str]:
         yield f"{min(bare)}: it has no adapter yet, and other layers of the file have one"
     first_paths: dict[nn.Module, str] = {}
     for at, (*sizes, _) in file.layers.items():
+        if len(sizes) == 3:
+            yield from _stack_misfits(modules, at, file.layers[at])
+            continue
         if at not in modules:
             yield f"{at}: there is no such module"
             continue
@@ -251,6 +266,20 @@ def _misfits(model: nn.Module, file: AdapterFile, name: str) -> Iterator[str]:
             yield f"{key}: the model's other adapters use it, too"
 
 
+def _stack_misfits(modules: Mapping[str, tuple], at: str, saved: list) -> Iterator[str]:
+    path, _, own = at.rpartition(".")
+    module = modules[at][1].get_base_layer() if at in modules else modules.get(path, [None])[-1]
+    if not hasattr(module, own):
+        yield f"{at}: there is no such parameter"
+        return
+    experts, *sizes = sizes_of(module, own)
+    if [*sizes, experts] != saved:
+        told = "in_features, out_features, transposed and experts are"
+        yield f"{at}: {told} {[*sizes, experts]}, in the file {saved}"
+    if not _is_here(getattr(module, own)):
+        yield f"{at}: it is not whole here (meta device, DeepSpeed ZeRO-3)"
+
+
 def _options(layer: RandLoraLinear, adapter_name: str) -> dict[str, Any]:
     basis: Any = layer.bases[adapter_name].description
     return {
@@ -266,9 +295,17 @@ def _unwrapped(path: str) -> str:
 
 
 def _modules(model: nn.Module) -> dict[str, tuple[str, Any]]:
-    """(path, module) by the path without wrappers; of several the innermost."""
+    """(path, module) by the path without wrappers, of several the innermost; layers of parameters
+    by the names of these."""
     named = model.named_modules(remove_duplicate=False)
-    return {_unwrapped(path): (path, module) for path, module in named}
+    return {_name(path, module): (path, module) for path, module in named}
+
+
+def _name(path: str, module: nn.Module) -> str:
+    path = _unwrapped(path)
+    if not isinstance(module, RandLoraParameter):
+        return path
+    return join(path.replace(".base_layer", ""), module.parameter_name)
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -276,7 +313,7 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     layers = (m for m in model.modules() if isinstance(m, RandLoraLinear))
     adapters = {id(p) for layer in layers for p in layer.adapter_parameters()}
     return {
-        _unwrapped(name).replace(".base_layer.", "."): parameter
+        re.sub(r"(\.base_layer)+\.", ".", _unwrapped(name)): parameter
         for name, parameter in model.named_parameters()
         if id(parameter) not in adapters
     }

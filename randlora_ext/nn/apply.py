@@ -13,6 +13,7 @@ from .base_layer import (
     disable_nested_tensors,
     is_conv1d,
 )
+from .experts import RandLoraParameter, matching_parameters
 from .linear import RandLoraLinear
 from .merging import merged_layers
 from .state_dict import guard, unguard
@@ -20,8 +21,9 @@ from .state_dict import guard, unguard
 
 def apply_randlora(
     model: nn.Module,
-    target_modules: Sequence[str] | str,
+    target_modules: Sequence[str] | str = (),
     modules_to_save: Sequence[str] = (),
+    target_parameters: Sequence[str] = (),
     **layer_options: Any,
 ) -> nn.Module:
     """Replaces the targeted linear layers of `model`, in place, by `RandLoraLinear`; returns it.
@@ -34,6 +36,8 @@ def apply_randlora(
         modules_to_save: names, as in the list, of modules to train whole, such as a new head.
             Nothing inside them is adapted, and `save_adapter` writes them, too. They must have no
             buffers that a state dict holds (running statistics).
+        target_parameters: names, as in the list, of parameters to adapt, such as the fused experts
+            "experts.gate_up_proj" (`RandLoraParameter`).
         **layer_options: r, randlora_alpha, density, seed, randlora_dropout, adapter_name, basis of
             `RandLoraLinear`.
 
@@ -69,7 +73,15 @@ def apply_randlora(
         matches = _matching(model, target_modules)
     inside = tuple(f"{name}." for name in whole)
     matches = {name: m for name, m in matches.items() if not f"{name}.".startswith(inside)}
-    if not matches:
+    stacks = matching_parameters(model, target_parameters)
+    stacks = {name: at for name, at in stacks.items() if not name.startswith(inside)}
+    if target_parameters and not stacks:
+        names = [name for name, p in model.named_parameters() if p.dim() == 3]
+        raise ValueError(
+            f"target_parameters {target_parameters!r} matches no parameter of "
+            f"{type(model).__name__}; those of three dimensions are {first(names)}"
+        )
+    if not matches and (target_modules or not stacks):
         linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
         as_list = isinstance(target_modules, str) and _matching(model, [target_modules])
         hint = f"; a text must match a whole name: did you mean [{target_modules!r}]?"
@@ -80,7 +92,7 @@ def apply_randlora(
         )
     parameters = [p for module in whole.values() for p in module.parameters()]
     why = f", matched by target_modules {target_modules!r},"
-    adapt(model, matches, parameters, why, **layer_options)
+    adapt(model, matches, parameters, why, stacks, **layer_options)
     return model
 
 
@@ -89,18 +101,30 @@ def adapt(
     targets: Mapping[str, nn.Module],
     trained: Iterable[nn.Parameter],
     why: str,
+    stacks: Mapping[str, tuple[str, str]] = {},
     **layer_options: Any,
 ) -> None:
-    """As `apply_randlora`, for modules by their names; `why` follows these in error messages."""
+    """As `apply_randlora`, for modules and parameters (`matching_parameters`) by their names; `why`
+    follows those of modules in error messages."""
     for name, module in targets.items():
         check_base_layer(module, f"module {name!r}{why}")
         check_no_plan(model, name, f"module {name!r}{why}")
         check_is_called(model, name, f"module {name!r}{why}")
         check_not_nested(model, name, f"module {name!r}{why}")
+    for name, (path, _) in stacks.items():
+        check_no_plan(model, name, f"parameter {name!r}")
+        check_not_nested(model, name, f"parameter {name!r}")
+        if path in targets:
+            raise ValueError(f"parameter {name!r} is of module {path!r}, which is matched, too")
     unique = {id(module): module for module in targets.values()}
     before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         wrapped = {key: RandLoraLinear(module, **layer_options) for key, module in unique.items()}
+        outermost: dict[str, Any] = {}
+        for name, (path, own) in stacks.items():
+            base = outermost.get(path) or model.get_submodule(path)
+            outermost[path] = RandLoraParameter(base, own, **layer_options)
+            outermost[path].path = name
     except BaseException:  # the layers before have frozen their base layers
         for parameter in before:
             parameter.requires_grad_(True)
@@ -113,6 +137,8 @@ def adapt(
         wrapped[id(module)].path = name
         _put(model, name, wrapped[id(module)])
         disable_nested_tensors(model, name)
+    for path, layer in outermost.items():
+        _put(model, path, layer)
     guard(model)
 
 
@@ -208,9 +234,9 @@ def _layers(model: nn.Module) -> list[RandLoraLinear]:
 def _without(model: nn.Module) -> nn.Module:
     merged_layers.difference_update(_layers(model))
     if isinstance(model, RandLoraLinear):
-        return model.base_layer
-    # Listed before anything is replaced; a tied layer has several names.
-    for name, module in list(model.named_modules(remove_duplicate=False)):
+        return model.get_base_layer()
+    # Listed before anything is replaced, inner ones first; a tied layer has several names.
+    for name, module in reversed(list(model.named_modules(remove_duplicate=False))):
         if isinstance(module, RandLoraLinear):
             _put(model, name, module.base_layer)
     unguard(model)

@@ -1,6 +1,7 @@
 """Adapters of a parameter of any module, such as the stacked experts of a mixture model."""
 
 import inspect
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -156,15 +157,25 @@ def sizes_of(module: Any, name: str) -> tuple[int, int, int, bool]:
 
 def matching_parameters(model: nn.Module, targets: Iterable[str]) -> dict[str, tuple[str, str]]:
     """(path of the module, name in it) by the name of each parameter that ``target_parameters``
-    match, as in PEFT: one of them, or ending in ``.`` and one of them."""
+    match, as in PEFT: one of them, or ending in ``.`` and one of them.
+
+    Raises TypeError if they are no names, ValueError for a parameter that has several.
+    """
     if isinstance(targets, str) or not all(isinstance(name, str) for name in targets):
-        raise TypeError(f"target_parameters must be several names, got {targets!r}")
+        raise TypeError(f"target_parameters must be a list of names, got {targets!r}")
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     ends, found = tuple(f".{name}" for name in targets), {}
     for path, module in model.named_modules():
-        for own, _ in module.named_parameters(recurse=False):
+        for own, parameter in module.named_parameters(recurse=False):
             name = f"{path.replace('.base_layer', '')}.{own}"
-            if path and f".{name}".endswith(ends):
-                found[name] = path, own
+            if not path or not f".{name}".endswith(ends):
+                continue
+            if uses[id(parameter)] > 1:
+                raise ValueError(
+                    f"target_parameters: {name} is used under several names, of which one would be "
+                    "adapted"
+                )
+            found[name] = path, own
     return found
 
 

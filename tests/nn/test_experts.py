@@ -1,0 +1,131 @@
+"""`apply_randlora(target_parameters=...)` and its files, without PEFT."""
+
+import copy
+
+import pytest
+import torch
+from expert_models import EXPERTS, MODELS, batch, logits, make, train
+from torch import nn
+
+from randlora_ext import (
+    apply_randlora,
+    load_adapter,
+    merge_and_unload,
+    save_adapter,
+    unload,
+)
+from randlora_ext.nn.experts import RandLoraParameter
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def applied(name="Mixtral", **options):
+    options = {"r": 4, "seed": 1, "target_parameters": EXPERTS} | options
+    return apply_randlora(make(name), **options)
+
+
+def layers(model):
+    return [m for m in model.modules() if isinstance(m, RandLoraParameter)]
+
+
+def randomize(model):
+    torch.manual_seed(2)
+    for layer in layers(model):
+        for name in layer.scaling:
+            nn.init.normal_(layer.randlora_lambda[name], std=1e-3)
+            nn.init.normal_(layer.randlora_gamma[name])
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model(name, tmp_path):
+    base, model = make(name), applied(name, target_modules=["o_proj"])
+    plain = logits(base)
+    assert torch.equal(logits(model), plain)
+    losses = train(model)
+    assert losses[-1] < losses[0] / 3
+    assert {p.shape[0] for p in model.parameters() if p.requires_grad and p.dim() == 3} == {4}
+    y, before = logits(model), copy.deepcopy(model.state_dict())
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    opened = load_adapter(base, tmp_path / "adapter.safetensors")
+    assert torch.equal(logits(opened), y)
+    for layer in layers(model):
+        layer.merge()
+    assert (logits(model) - y).abs().max() < 1e-5 * y.abs().max()
+    for layer in layers(model):
+        layer.disable()
+    after = model.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    for layer in layers(model):
+        layer.enable()
+    model.load_state_dict(before)
+    assert torch.equal(logits(model), y)
+    merged = merge_and_unload(model)
+    assert merged.state_dict().keys() == make(name).state_dict().keys()
+    assert (logits(merged) - y).abs().max() < 1e-5 * y.abs().max()
+    unloaded = unload(opened)
+    assert not layers(unloaded) and torch.equal(logits(unloaded), plain)
+
+
+def test_a_second_adapter(tmp_path):
+    model = randomize(applied())
+    y = logits(model)
+    save_adapter(model, tmp_path / "one")
+    for layer in layers(model):
+        layer.update_layer("two", 8)
+        layer.set_adapter("two")
+    assert torch.equal(logits(model), logits(make("Mixtral")))
+    load_adapter(model, tmp_path / "one", "three")
+    for layer in layers(model):
+        layer.set_adapter("three")
+    assert torch.equal(logits(model), y)
+    with pytest.raises(RuntimeError, match="does not fit"):
+        model.load_state_dict({k: v[..., :1] for k, v in model.state_dict().items()})
+    assert torch.equal(logits(model), y)
+
+
+class Own(nn.Module):
+    def __init__(self, *shape, dtype=torch.float32):
+        super().__init__()
+        self.experts, self.tied = nn.Parameter(torch.ones(shape, dtype=dtype)), nn.Identity()
+
+
+def shared():
+    own = Own(2, 3, 4)
+    return nn.ModuleList([own, own])
+
+
+ERRORS = [
+    (lambda: nn.ModuleList([Own(2, 3, 4, 5)]), {}, ValueError, r"two or three dim.*\(2, 3, 4, 5\)"),
+    (lambda: nn.ModuleList([Own(4)]), {}, ValueError, r"Own.experts must have two or three dimens"),
+    (lambda: nn.ModuleList([Own(2, 3, dtype=torch.float16)]), {"density": 0.1}, ValueError, "need"),
+    (lambda: nn.ModuleList([Own(2, 3)]), {"basis": "independent"}, ValueError, "need basis="),
+    (lambda: nn.ModuleList([Own(2, 3)]), {"randlora_dropout": 0.1}, ValueError, "must be 0"),
+    (lambda: nn.ModuleList([Own(2, 3)]), {"rank": 3}, TypeError, "unexpected keyword .*'rank'"),
+    (lambda: nn.ModuleList([nn.Linear(2, 3)]), {}, ValueError, "matches no parameter"),
+    (shared, {}, ValueError, "0.experts is used under several names"),
+]
+
+
+@pytest.mark.parametrize("make_model, options, error, told", ERRORS)
+def test_errors_change_nothing(make_model, options, error, told):
+    model = make_model()
+    modules, trained = [*model.modules()], [p.requires_grad for p in model.parameters()]
+    with pytest.raises(error, match=told):
+        apply_randlora(model, target_parameters=["experts"], **options)
+    assert [*model.modules()] == modules
+    assert [p.requires_grad for p in model.parameters()] == trained
+
+
+def test_refused(tmp_path):
+    model = applied()
+    with pytest.raises(ValueError, match="experts' is adapted already|adapted already"):
+        apply_randlora(model, target_parameters=EXPERTS[:1])
+    with pytest.raises(ValueError, match="is of module .*q_proj', which is matched, too"):
+        apply_randlora(make("Mixtral"), ["q_proj"], target_parameters=["q_proj.weight"])
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="transposed and experts are .*, in the file"):
+        load_adapter(make("GptOss"), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="there is no such parameter"):
+        load_adapter(nn.Sequential(nn.Linear(2, 2)), tmp_path / "adapter")
+    model(**batch())
