@@ -174,6 +174,13 @@ struct HadamardRow {
         store_some(w + m * next + i, load<V>(mixed + m * padded + i), s.n - i);
   }
 
+  // mixed[j] = H[j, m], if it is not there already.
+  RANDLORA_HOST_MEMBER void set_class(int64_t m, int64_t* held) const {
+    if (*held != m)
+      for (int64_t j = 0; j < s.r; ++j) mixed[j] = hadamard_minus(j, m) ? C(-1) : C(1);
+    *held = m;
+  }
+
   // v = its transform; row o of the layer is at place(o).
   RANDLORA_HOST_MEMBER void up() const { transform<C, true>(v, N_bits, 1); }
   RANDLORA_HOST_MEMBER int64_t place(int64_t o) const { return o & (N - 1); }
@@ -299,19 +306,20 @@ void hadamard_weight_as(const HadamardWeight& p, Runtime& rt) {
   };
   all.split(rt, (d + width - 1) / width, [&](const Row& row, int64_t begin, int64_t end) {
     C *gamma = row.more(), *tile = gamma + width * of_gamma;
+    int64_t m = -1;
     for (int64_t k0 = begin * width; k0 < end * width; k0 += width) {
       const int64_t columns = d - k0 < width ? d - k0 : width;
       for (int64_t i = 0; i < n; ++i)
         for (int64_t k = 0; k < columns; ++k)
           gamma[k * of_gamma + i] = gam[i * d + k0 + k] * C(p.s[k0 + k]);
       for (int64_t k = 0; k < columns; ++k) {
-        const int64_t m = (k0 + k) / n;
-        for (int64_t j = 0; j < p.sizes.r; ++j)
+        row.set_class((k0 + k) / n, &m);
+        for (int64_t j = 0; j < p.sizes.r; ++j)  // in order, as flatten
           for (int64_t i = 0; i < n; i += L) {
-            const V g = load<V>(gamma + k * of_gamma + i);
-            store(row.mixed + j * row.padded + i, hadamard_minus(j, m) ? -g : g);
+            const V g = load<V>(gamma + k * of_gamma + i) * row.mixed[j];
+            store(row.v + j * n + i, g * load<V>(row.lam + j * n + i));
           }
-        row.flatten();
+        for (int64_t c = row.K; c < row.N; ++c) row.v[c] = 0;
         row.up();
         if (p.transposed) {
           for (int64_t o = 0; o < D; o += L)
@@ -322,11 +330,11 @@ void hadamard_weight_as(const HadamardWeight& p, Runtime& rt) {
       }
       for (int64_t o = 0; o < D && !p.transposed; o += L)
         for (int64_t k = 0; k < columns; k += L) {
-          V m[L];
-          unrolled<L>([&](auto q) { m[q] = load<V>(tile + (k + q) * step + row.place(o)); });
-          transpose<L>(m);
+          V t[L];
+          unrolled<L>([&](auto q) { t[q] = load<V>(tile + (k + q) * step + row.place(o)); });
+          transpose<L>(t);
           C rows[L * L];
-          unrolled<L>([&](auto q) { store(rows + q * L, m[q]); });
+          unrolled<L>([&](auto q) { store(rows + q * L, t[q]); });
           for (int64_t q = 0; q < L && o + q < D; ++q)
             put((o + q) * d + k0 + k, row.row[o + q] * load<V>(rows + q * L), columns - k);
         }
@@ -354,6 +362,7 @@ void hadamard_weight_backward_as(const HadamardWeightBackward& p, Runtime& rt) {
   C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
   all.split(rt, p.slots, [&](const Row& row, int64_t begin, int64_t end) {
     C *sum = row.more(), *gamma = sum + numbers, *tile = gamma + width * of_gamma;
+    int64_t m = -1;
     for (int64_t slot = begin; slot < end; ++slot) {
       __builtin_memset(sum, 0, size_t(numbers) * sizeof(C));
       const int64_t last = (slot + 1) * d / p.slots;
@@ -364,22 +373,22 @@ void hadamard_weight_backward_as(const HadamardWeightBackward& p, Runtime& rt) {
             gamma[k * of_gamma + i] = gam[i * d + k0 + k] * C(p.s[k0 + k]);
         for (int64_t o = 0; o < D && !p.transposed; o += L)
           for (int64_t k = 0; k < columns; k += L) {
-            V m[L];
+            V t[L];
             unrolled<L>([&](auto q) {
-              m[q] = o + q < D ? load_some<V>(grad + (o + q) * d + k0 + k, columns - k) : V{};
+              t[q] = o + q < D ? load_some<V>(grad + (o + q) * d + k0 + k, columns - k) : V{};
             });
-            transpose<L>(m);
-            unrolled<L>([&](auto q) { store(tile + (k + q) * step + o, m[q]); });
+            transpose<L>(t);
+            unrolled<L>([&](auto q) { store(tile + (k + q) * step + o, t[q]); });
           }
         for (int64_t k = 0; k < columns; ++k) {
           p.transposed ? row.down(grad + (k0 + k) * D) : row.down(tile + k * step);
-          const int64_t m = (k0 + k) / n;
+          row.set_class((k0 + k) / n, &m);
           for (int64_t i = 0; i < n; i += L) {
             C* at = gamma + k * of_gamma + i;
             const V g = load<V>(at);
             V w{};
             for (int64_t j = 0; j < r; ++j) {
-              const V v = load<V>(row.v + j * n + i), u = hadamard_minus(j, m) ? -v : v;
+              const V u = load<V>(row.v + j * n + i) * row.mixed[j];
               w = fused(u, load<V>(row.lam + j * n + i), w);
               C* to = sum + j * row.padded + i;
               store(to, fused(u, g, load<V>(to)));
