@@ -3,9 +3,8 @@
     python benchmarks/experts.py [--out benchmarks/results/experts-NAME] [--repeats 7] [--rank 32]
 
 32 experts of which a token takes 4, 1024 to 512 features and back, 1,024 tokens; LoRA has as many
-parameters. Times are medians of the step, divided by the frozen block's, of methods that take turns;
-peaks of memory are of a process for each method, in stacks of W (both parameters) over the frozen
-block's.
+parameters. Times are medians of the step by the frozen block's, and methods take turns; peaks of
+memory are of a process for each method, in stacks of W (both parameters) over the frozen block's.
 """
 
 import argparse

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .nn.adapted_layer import AdaptedLayer
+from .nn.experts import NO_INPUT_SCALE, AdaptedParameter
 from .ranks import full_tensor
 
 EPSILON = 0.1  # in medians of rms: no feature is multiplied by more than 11 times the median's
@@ -50,7 +51,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
 
     Raises, and leaves every adapter as it was: ValueError if no active adapter is on Hadamard
     bases, one has trained (its lambda is not zero) or is merged, no batch comes, or inputs hold NaN
-    or infinity. Warns of layers that see no token or only zeros, which stay as they are.
+    or infinity. Warns of layers that see no token or only zeros, and of adapters of
+    ``target_parameters``, which stay as they are.
 
     Source: ours. The same statistic serves quantization in AWQ and SmoothQuant; PEFT's EVA and
     CorDA measure activations to initialize LoRA.
@@ -62,9 +64,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     }
     if not layers:
         raise ValueError(
-            "model has no active adapter on Hadamard bases, which alone can scale their inputs; "
-            'add one with basis="hadamard"'
+            "model has no active adapter on Hadamard bases in a linear layer, which alone can scale "
+            'their inputs; add one with basis="hadamard"'
         )
+    if any(isinstance(module, AdaptedParameter) for module in model.modules()):
+        warnings.warn(f"target_parameters stay as they are: {NO_INPUT_SCALE}", stacklevel=3)
     # Of each layer the sums of squares by feature, and behind them the number of tokens.
     sums = {layer: torch.zeros(layer.in_features + 1, dtype=torch.float64) for layer in layers}
     count = torch.zeros(1, dtype=torch.float64)
@@ -106,7 +110,7 @@ def input_scale_of(rms: Tensor) -> Tensor:
 
 def _to_calibrate(name: str, layer: AdaptedLayer) -> list[str]:
     """The layer's active adapters on Hadamard bases; ValueError if one cannot be calibrated."""
-    if layer.disabled:
+    if layer.disabled or isinstance(layer, AdaptedParameter):
         return []
     chosen = []
     for adapter in layer.active_adapters:

@@ -11,6 +11,7 @@ from .base_layer import (
     check_mergeable,
     check_no_plan,
     disable_nested_tensors,
+    first,
     is_conv1d,
 )
 from .experts import RandLoraParameter, matching_parameters
@@ -75,12 +76,6 @@ def apply_randlora(
     matches = {name: m for name, m in matches.items() if not f"{name}.".startswith(inside)}
     stacks = matching_parameters(model, target_parameters)
     stacks = {name: at for name, at in stacks.items() if not name.startswith(inside)}
-    if target_parameters and not stacks:
-        names = [name for name, p in model.named_parameters() if p.dim() == 3]
-        raise ValueError(
-            f"target_parameters {target_parameters!r} matches no parameter of "
-            f"{type(model).__name__}; those of three dimensions are {first(names)}"
-        )
     if not matches and (target_modules or not stacks):
         linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
         as_list = isinstance(target_modules, str) and _matching(model, [target_modules])
@@ -163,11 +158,6 @@ def check_not_nested(model: nn.Module, name: str, argument: str) -> None:
                 f"{argument} lies inside {above or 'the model'!r}, which is adapted already, and "
                 "adapters cannot be nested; update_layer(name, ...) adds one beside the first"
             )
-
-
-def first(names: list[str]) -> str:
-    """At most ten of them, for an error message."""
-    return f"{names[:10]}{' ...' if len(names) > 10 else ''}"
 
 
 def _matching(model: nn.Module, targets: Sequence[str] | str) -> dict[str, nn.Module]:

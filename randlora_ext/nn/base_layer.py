@@ -136,6 +136,11 @@ def is_plain_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear and "forward" not in module.__dict__ and not hooked
 
 
+def first(names: list[str]) -> str:
+    """At most ten of them, for an error message."""
+    return f"{names[:10]}{' ...' if len(names) > 10 else ''}"
+
+
 def _do_nothing(*_) -> None:
     pass
 

@@ -12,8 +12,12 @@ from torch.func import functional_call
 from ..ops import hadamard
 from ..ranks import is_dtensor, laid_out_like
 from .adapted_layer import AdaptedLayer
+from .base_layer import first
 from .linear import RandLoraLinear
 from .state_dict import DIAGONALS
+
+REFUSED = "basis", "density", "randlora_dropout", "input_scale"
+NO_INPUT_SCALE = "every expert would need a vector of its own, from inputs that no hook sees"
 
 
 class AdaptedParameter(AdaptedLayer):
@@ -94,6 +98,9 @@ class AdaptedParameter(AdaptedLayer):
         delta = self._plus_delta(name, None, *(t.to(dtype) for t in diagonals))
         return laid_out_like(delta, self._base_weight())
 
+    def set_input_scale(self, adapter: str, input_scale: Tensor | None) -> None:
+        check_options(input_scale=input_scale)
+
     def describe(self, adapter: str) -> str:
         return f"{self.parameter_name} of {self.experts} experts, {super().describe(adapter)}"
 
@@ -118,9 +125,7 @@ class RandLoraParameter(AdaptedParameter, RandLoraLinear):
     def update_layer(self, adapter_name: str, *args: Any, **options: Any) -> None:
         update = super().update_layer
         given = inspect.signature(update).bind_partial(adapter_name, *args, **options).arguments
-        check_options(given.get("basis"), given.get("density"), given.get("randlora_dropout"))
-        if given.get("input_scale") is not None:
-            raise ValueError("input_scale must be None for target_parameters")
+        check_options(**{name: given[name] for name in REFUSED if name in given})
         update(adapter_name, *args, **options)
         self._stack(adapter_name)
 
@@ -159,7 +164,8 @@ def matching_parameters(model: nn.Module, targets: Iterable[str]) -> dict[str, t
     """(path of the module, name in it) by the name of each parameter that ``target_parameters``
     match, as in PEFT: one of them, or ending in ``.`` and one of them.
 
-    Raises TypeError if they are no names, ValueError for a parameter that has several.
+    Raises TypeError if they are no names, ValueError if nothing matches, or a parameter that has
+    several names.
     """
     if isinstance(targets, str) or not all(isinstance(name, str) for name in targets):
         raise TypeError(f"target_parameters must be a list of names, got {targets!r}")
@@ -176,15 +182,30 @@ def matching_parameters(model: nn.Module, targets: Iterable[str]) -> dict[str, t
                     "adapted"
                 )
             found[name] = path, own
+    if ends and not found:
+        names = [name for name, p in model.named_parameters() if p.dim() == 3]
+        raise ValueError(
+            f"target_parameters {targets!r} matches no parameter of {type(model).__name__}; those "
+            f"of three dimensions are {first(names)}"
+        )
     return found
 
 
-def check_options(basis: str | None, density: float | None, dropout: float | None) -> None:
+def check_options(
+    basis: str | None = None,
+    density: float | None = None,
+    randlora_dropout: float = 0.0,
+    input_scale: Tensor | None = None,
+) -> None:
     """Raises ValueError for what adapters of parameters cannot have."""
     if basis not in (None, "hadamard") or density is not None:
         raise ValueError(
             'target_parameters need basis="hadamard", whose kernels form W + dW, got '
             f"basis={basis!r}, density={density}"
         )
-    if dropout:
-        raise ValueError(f"randlora_dropout must be 0 for target_parameters, got {dropout}")
+    if randlora_dropout:  # W + dW has met every input
+        raise ValueError(
+            f"randlora_dropout must be 0 for target_parameters, got {randlora_dropout}"
+        )
+    if input_scale is not None:
+        raise ValueError(f"input_scale must be None for target_parameters: {NO_INPUT_SCALE}")

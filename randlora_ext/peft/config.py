@@ -86,8 +86,8 @@ class RandLoraConfig(peft.RandLoraConfig):
         check_alpha("randlora_alpha", self.randlora_alpha)
         generated = description_of(vars(self))
         if self.target_parameters:
-            check_options(generated.kind if generated else self.basis, self.density, 0.0)
-            check_options(None, None, self.randlora_dropout)
+            kind = generated.kind if generated else self.basis
+            check_options(kind, self.density, self.randlora_dropout)
         if generated is not None:
             self.basis, self.density = generated.kind, generated.density
             key: Any = generated.key()

@@ -11,13 +11,14 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
 from ..basis.description import check_r
-from ..nn.apply import check_is_called, check_not_nested, first
+from ..nn.apply import check_is_called, check_not_nested
 from ..nn.base_layer import (
     check_mergeable,
     check_no_plan,
     check_whole,
     disable_nested_tensors,
     features,
+    first,
     force_module_call,
     is_conv1d,
 )
@@ -186,13 +187,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     def _parameter_sizes(self, config: peft.RandLoraConfig) -> dict[str, tuple[int, int]]:
         """(in_features, out_features) of the ``target_parameters`` by their names."""
-        targets = matching_parameters(self.model, wanted := _target_parameters(config))
-        if wanted and not targets:
-            names = [name for name, p in self.model.named_parameters() if p.dim() == 3]
-            raise ValueError(
-                f"target_parameters {wanted!r} matches no parameter of "
-                f"{type(self.model).__name__}; those of three dimensions are {first(names)}"
-            )
+        targets = matching_parameters(self.model, _target_parameters(config))
         get = self.model.get_submodule
         return {key: sizes_of(get(path), own)[1:3] for key, (path, own) in targets.items()}
 

@@ -5,17 +5,28 @@ import copy
 import pytest
 import torch
 from expert_models import EXPERTS, MODELS, batch, logits, make, train
-from peft_helpers import accelerated, adapted, assert_unchanged, config, numbers, peft, randomize
-from peft_helpers import relative as relative
+from peft_helpers import (
+    accelerated,
+    adapted,
+    assert_unchanged,
+    config,
+    layers,
+    numbers,
+    peft,
+    randomize,
+    relative,
+)
 from safetensors.torch import load_file
 
+from randlora_ext import calibrate
 from randlora_ext.reference import delta_weight_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(checkpointing|use_reentrant)")
 
 
 def moe(name="Mixtral", seed=0, **options):
-    options = {"basis": "hadamard", "target_parameters": EXPERTS, "targets": []} | options
+    default = {"basis": "hadamard", "target_parameters": EXPERTS, "targets": []}
+    options = default | options
     return adapted(make(name), r=4, seed=seed, **options)
 
 
@@ -184,6 +195,11 @@ def test_refused_uses(tmp_path):
         peft.convert_to_lora(model, rank=4)
     with pytest.raises(ValueError, match="adapter_names cannot choose among adapters of target_p"):
         model.eval()(**batch(), adapter_names=["default"] * 2)
+    with pytest.raises(ValueError, match="no active adapter on Hadamard bases"):
+        calibrate(model, [batch()])
+    with pytest.warns(UserWarning, match="target_parameters stay as they are: every expert would"):
+        calibrate(both := randomize(moe(targets=["q_proj"]), size=0), [batch()])
+    assert [bool(layer.input_scales) for layer in layers(both)] == [True, False, False] * 2
     with pytest.raises(RuntimeError, match="torch.jit.trace cannot record"):
         torch.jit.trace(wrappers(model)[0], torch.ones(2, 32))
 
