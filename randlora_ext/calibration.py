@@ -64,7 +64,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     }
     if not layers:
         raise ValueError(
-            "model has no active adapter on Hadamard bases in a linear layer, which alone can scale "
+            "model has no active adapter on Hadamard bases in a linear layer; only such can scale "
             'their inputs; add one with basis="hadamard"'
         )
     if any(isinstance(module, AdaptedParameter) for module in model.modules()):

@@ -1,7 +1,7 @@
 """A saved adapter, read without its model: what it adds to each weight of a model folder."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +13,10 @@ from ..basis import Basis
 from ..nn.adapter_file import check_diagonals, join, read_adapter_file, read_safetensors
 from ..nn.merging import adapter_dtype
 from ..nn.state_dict import DIAGONALS, INPUT_SCALE
-from ..ops.functional import merged_weight
+from ..ops.functional import delta_weight, merged_weight
 from . import CliError, one_line, told_of
 from .checkpoint import Checkpoint, locate, read_json
+from .experts import TRANSPOSED_MODELS, sizes_of, spread, tensors_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Of transformers, whose linear layers are Conv1D, except heads, which are not square.
@@ -25,17 +26,25 @@ _BASES = ("randlora_A", "randlora_B")
 
 
 class Change(NamedTuple):
-    """dW of one layer."""
+    """dW of one layer, or of stacked experts with a lambda and a gamma each."""
 
     basis: Basis
     lam: Tensor
     gam: Tensor
     scaling: float
     transposed: bool  # the model stores the weight as (in, out), as Conv1D does
+    rows: slice | None = None  # those of dW that the weight has
 
     def added_to(self, weight: Tensor) -> Tensor:
         """W + dW in the dtype and layout of W."""
+        if weight.dim() == 3:
+            diagonals = zip(self.lam, self.gam, strict=True)
+            each = (self._replace(lam=lam, gam=gam) for lam, gam in diagonals)
+            return torch.stack([one.added_to(W) for one, W in zip(each, weight, strict=True)])
         dtype = adapter_dtype(weight.dtype)
+        if self.rows is not None:
+            delta = delta_weight(self.basis, self.lam.to(dtype), self.gam.to(dtype), self.scaling)
+            return (weight.to(dtype) + delta[self.rows]).to(weight.dtype)
         W = weight.T.contiguous() if self.transposed else weight
         lam, gam = self.lam.to(dtype), self.gam.to(dtype)
         total = merged_weight(self.basis, W, lam, gam, self.scaling)
@@ -65,9 +74,18 @@ def _of_own_file(file: Path, checkpoint: Checkpoint) -> Changes:
     except (ValueError, OSError) as error:
         raise CliError(one_line(error)) from error
     first_paths = [at for at in saved.layers if saved.is_first(at)]
-    name_in = locate(first_paths, checkpoint)
-    added = {}
-    for at, (*features, transposed) in saved.layers.items():
+    stacks = {at: tensors_of(at, checkpoint) for at in saved.layers if len(saved.layers[at]) > 3}
+    name_in = locate(_probes(first_paths, stacks), checkpoint)
+    added: dict[str, Change] = {}
+    for at, (n_in, n_out, transposed, *_) in saved.layers.items():
+        features = [n_in, n_out]
+        if at in stacks:
+            if [*sizes_of(stacks[at], name_in, checkpoint, transposed)] != features:
+                raise CliError(f"{at}: the model's sizes are others than the file's")
+            lam, gam = (saved.tensors[join(at, kind)] for kind in DIAGONALS)
+            change = Change(saved.basis_of(at), lam, gam, saved.options["scaling"], transposed)
+            added |= dict(spread(change, stacks[at], name_in, checkpoint))
+            continue
         name = name_in(f"{at}.weight")
         if at in first_paths:
             sizes = _sizes(checkpoint, name, transposed)
@@ -109,13 +127,24 @@ def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
     paths = sorted({key.rpartition(".")[0] for key in tensors if key.endswith(ends)})
     if not paths:
         raise ValueError("it holds no randlora_lambda: it is no RandLoRA adapter")
-    name_in, transposed = locate(paths, checkpoint), config.fan_in_fan_out
-    names = {at: name_in(f"{at}.weight") for at in paths}
-    sizes = {at: _sizes(checkpoint, name, transposed) for at, name in names.items()}
+    named = _parameters_of_peft(config, [p for p in paths if tensors[f"{p}{ends[0]}"].dim() == 3])
+    stacks = {at: tensors_of(name, checkpoint) for at, name in named.items()}
+    name_in, transposed = locate(_probes(paths, stacks), checkpoint), config.fan_in_fan_out
+    names = {at: name_in(_probes([at], stacks)[0]) for at in paths}
     types = [part["model_type"] for part in checkpoint.configs() if "model_type" in part]
     conv1d = {kind in _CONV1D_MODELS for kind in types}
+    turned = any(kind in TRANSPOSED_MODELS for kind in types)
+    sizes = {
+        at: sizes_of(stacks[at], name_in, checkpoint, turned)
+        if at in stacks
+        else _sizes(checkpoint, name, transposed)
+        for at, name in names.items()
+    }
     for at in paths:
-        check_diagonals(at, tensors, config.r, min(sizes[at]))
+        experts = tensors[f"{at}{ends[0]}"].shape[:1] if at in stacks else ()
+        check_diagonals(at, tensors, config.r, min(sizes[at]), experts)
+        if at in stacks:
+            continue
         if len({*sizes[at]}) == 1 and True in conv1d and conv1d != {transposed}:
             raise ValueError(
                 f"{at}: PEFT saved the fan_in_fan_out of one layer only, {transposed}, and this "
@@ -124,13 +153,17 @@ def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
     dtypes = {at: checkpoint.tensors[name].dtype for at, name in names.items()}
     made = _bases_of_peft(config, _saved_bases(bases), sizes, dtypes)
     scaling = config.randlora_alpha / config.r
-    added = {}
+    added: dict[str, Change] = {}
     for at, name in names.items():
         lam, gam = (tensors.pop(f"{at}{end}") for end in ends)
         basis = made[at]
         if (scale := tensors.pop(f"{at}.{INPUT_SCALE}", None)) is not None:
             basis = basis.with_input_scale(scale)
-        added[name] = Change(basis, lam, gam, scaling, transposed)
+        if at in stacks:
+            change = Change(basis, lam, gam, scaling, turned)
+            added |= dict(spread(change, stacks[at], name_in, checkpoint))
+        else:
+            added[name] = Change(basis, lam, gam, scaling, transposed)
     replaced = {}
     for key, tensor in tensors.items():
         layer = next((at for at in paths if key.startswith(f"{at}.")), None)
@@ -142,6 +175,28 @@ def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
         if name not in replaced and (module := next(whole, None)):
             raise ValueError(f"it lacks {name}, though modules_to_save has {module!r}")
     return Changes(added, replaced)
+
+
+def _probes(paths: Iterable[str], stacks: Mapping[str, list[str]]) -> list[str]:
+    """For every layer the name of a tensor that it changes."""
+    return [stacks[at][0].format(0) if at in stacks else f"{at}.weight" for at in paths]
+
+
+def _parameters_of_peft(config: Any, paths: Iterable[str]) -> dict[str, str]:
+    """The parameter of each layer of experts. The layers of one module are nested in the order of
+    ``target_parameters``, the first one innermost."""
+    layers: dict[str, list[str]] = {}
+    for at in sorted(paths, key=len, reverse=True):
+        layers.setdefault(at.replace(".base_layer", ""), []).append(at)
+    named: dict[str, str] = {}
+    for path, nested in layers.items():
+        all_names = [f"{path}.{t.rpartition('.')[2]}" for t in config.target_parameters or ()]
+        targets = zip(all_names, config.target_parameters or (), strict=True)
+        names = [name for name, target in targets if f".{name}".endswith(f".{target}")]
+        if len(names) != len(nested):
+            raise ValueError(f"{path} has {len(nested)} layers for target_parameters {names}")
+        named |= dict(zip(nested, names, strict=True))
+    return named
 
 
 def _sizes(checkpoint: Checkpoint, name: str, transposed: bool) -> tuple[int, int]:

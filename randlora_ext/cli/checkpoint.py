@@ -114,26 +114,26 @@ def _entries(file: Path) -> dict[str, Entry]:
     }
 
 
-def locate(paths: Iterable[str], checkpoint: Checkpoint) -> Callable[[str], str]:
-    """Maps an adapter's names of tensors to the checkpoint's; `paths` are the adapter's layers.
+def locate(names: Iterable[str], checkpoint: Checkpoint) -> Callable[[str], str]:
+    """Maps an adapter's names of tensors to the checkpoint's; `names` are those that it changes.
 
     An adapter of a bare LlamaModel has "layers.0...", the file of a LlamaForCausalLM
     "model.layers.0...", and the reverse: one prefix may be added to all names, or removed.
     """
-    paths, tensors = sorted(paths), checkpoint.tensors
-    last = f".{paths[0]}.weight"
+    names, tensors = sorted(names), checkpoint.tensors
+    last = f".{names[0]}"
     longer = sorted((n.removesuffix(last[1:]) for n in tensors if n.endswith(last)), key=len)
-    parts = paths[0].split(".")
+    parts = names[0].split(".")
     shorter = [".".join(parts[:k]) + "." for k in range(1, len(parts))]
     for add, take in [("", ""), *((p, "") for p in longer), *(("", p) for p in shorter)]:
 
         def rename(name: str, add: str = add, take: str = take) -> str:
             return add + name.removeprefix(take)
 
-        if all(rename(f"{path}.weight") in tensors for path in paths):
+        if all(rename(name) in tensors for name in names):
             return rename
-    missing = next((path for path in paths if f"{path}.weight" not in tensors), paths[0])
+    missing = next((name for name in names if name not in tensors), names[0])
     raise CliError(
-        f"{checkpoint.folder} has no tensor {missing}.weight: the adapter is of another model, or "
+        f"{checkpoint.folder} has no tensor {missing}: the adapter is of another model, or "
         "that weight is tied to another"
     )

@@ -134,6 +134,10 @@ class AcceleratedRandLoraModel(RandLoraModel):
         targets, parameters = self._target_sizes(config), self._parameter_sizes(config)
         for name in parameters:
             check_no_plan(self.model, name, f"target {name!r}")
+        if parameters:  # in the order of nesting, innermost first, which `randlora merge` reads
+            names = [f".{name}" for name in parameters]
+            place = {t: [n.endswith(f".{t}") for n in names] for t in config.target_parameters}
+            config.target_parameters = sorted(place, key=lambda t: place[t], reverse=True)
         for name in targets:
             check_no_plan(self.model, name, f"target {name!r}")
             if not isinstance(module := self.model.get_submodule(name), RandLoraLayer):

@@ -1,0 +1,46 @@
+"""`randlora merge` of adapters of experts, into files that hold them fused or one by one."""
+
+import pytest
+import torch
+from cli_helpers import refused, run
+from expert_models import EXPERTS, MODELS, make
+from peft_helpers import adapted, randomize
+from safetensors.torch import load_file, save_file
+
+from randlora_ext import apply_randlora, merge_and_unload, save_adapter
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_merge(name, own, tmp_path):
+    base = make(name).to(torch.bfloat16 if own else torch.float32)
+    base.save_pretrained(tmp_path / "base")
+    if own:
+        model = randomize(apply_randlora(base, ["o_proj"], target_parameters=EXPERTS, r=4))
+        save_adapter(model, tmp_path / "adapter")
+        wanted = merge_and_unload(model)
+    else:
+        chosen = {"basis": "hadamard", "target_parameters": EXPERTS[::-1]}
+        model = adapted(base, [], 4, **chosen)
+        model.save_pretrained(tmp_path / "adapter")
+        wanted = model.merge_and_unload()
+    code, _, err = run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert code == 0, err
+    opened = type(wanted).from_pretrained(tmp_path / "merged", dtype="auto")
+    state = opened.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in wanted.state_dict().items())
+
+
+def test_refused(tmp_path):
+    make("Mixtral").save_pretrained(tmp_path / "base")
+    chosen = {"basis": "hadamard", "target_parameters": EXPERTS}
+    adapted(make("Mixtral"), [], 4, **chosen).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors, last = load_file(file), "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    save_file({key: value for key, value in tensors.items() if key != last}, file)
+    told = refused("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert f"has no tensor {last}" in told
+    save_file({key: value for key, value in tensors.items() if ".w" not in key}, file)
+    told = refused("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert "experts.gate_up_proj, nor what it is made of; merge_and_unload" in told
+    assert not (tmp_path / "merged").exists()
