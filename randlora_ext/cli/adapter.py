@@ -1,7 +1,7 @@
 """A saved adapter, read without its model: what it adds to each weight of a model folder."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +16,16 @@ from ..nn.state_dict import DIAGONALS, INPUT_SCALE
 from ..ops.functional import delta_weight, merged_weight
 from . import CliError, one_line, told_of
 from .checkpoint import Checkpoint, locate, read_json
-from .experts import TRANSPOSED_MODELS, sizes_of, spread, tensors_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Of transformers, whose linear layers are Conv1D, except heads, which are not square.
 _CONV1D_MODELS = "gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"
+_TRANSPOSED_EXPERTS = "gpt_oss", "openai_privacy_filter"
+# Of what transformers fuses an expert's parameter when it reads a file: rows below rows.
+_FUSED = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
 _PREFIX = "base_model.model."  # of PEFT's keys
 _BASES = ("randlora_A", "randlora_B")
 
@@ -33,16 +38,15 @@ class Change(NamedTuple):
     gam: Tensor
     scaling: float
     transposed: bool  # the model stores the weight as (in, out), as Conv1D does
-    rows: slice | None = None  # those of dW that the weight has
+    rows: slice = slice(None)  # those of dW that the weight has
 
     def added_to(self, weight: Tensor) -> Tensor:
         """W + dW in the dtype and layout of W."""
         if weight.dim() == 3:
-            diagonals = zip(self.lam, self.gam, strict=True)
-            each = (self._replace(lam=lam, gam=gam) for lam, gam in diagonals)
-            return torch.stack([one.added_to(W) for one, W in zip(each, weight, strict=True)])
+            each = zip(weight, self.lam, self.gam, strict=True)
+            return torch.stack([self._replace(lam=e[1], gam=e[2]).added_to(e[0]) for e in each])
         dtype = adapter_dtype(weight.dtype)
-        if self.rows is not None:
+        if self.rows != slice(None):
             delta = delta_weight(self.basis, self.lam.to(dtype), self.gam.to(dtype), self.scaling)
             return (weight.to(dtype) + delta[self.rows]).to(weight.dtype)
         W = weight.T.contiguous() if self.transposed else weight
@@ -74,28 +78,21 @@ def _of_own_file(file: Path, checkpoint: Checkpoint) -> Changes:
     except (ValueError, OSError) as error:
         raise CliError(one_line(error)) from error
     first_paths = [at for at in saved.layers if saved.is_first(at)]
-    stacks = {at: tensors_of(at, checkpoint) for at in saved.layers if len(saved.layers[at]) > 3}
-    name_in = locate(_probes(first_paths, stacks), checkpoint)
+    names = {at: _tensors(at, len(its) > 3, checkpoint) for at, its in saved.layers.items()}
+    name_in = locate([names[at][0].format(0) for at in first_paths], checkpoint)
     added: dict[str, Change] = {}
-    for at, (n_in, n_out, transposed, *_) in saved.layers.items():
-        features = [n_in, n_out]
-        if at in stacks:
-            if [*sizes_of(stacks[at], name_in, checkpoint, transposed)] != features:
-                raise CliError(f"{at}: the model's sizes are others than the file's")
-            lam, gam = (saved.tensors[join(at, kind)] for kind in DIAGONALS)
-            change = Change(saved.basis_of(at), lam, gam, saved.options["scaling"], transposed)
-            added |= dict(spread(change, stacks[at], name_in, checkpoint))
-            continue
-        name = name_in(f"{at}.weight")
+    for at, (*features, transposed) in ((at, its[:3]) for at, its in saved.layers.items()):
+        name = name_in(names[at][0])
         if at in first_paths:
-            sizes = _sizes(checkpoint, name, transposed)
+            sizes = _sizes(names[at], name_in, checkpoint, transposed)
             if [*sizes] != features:
                 raise CliError(
                     f"{at}: in_features and out_features are {sizes}, in the file {features}"
                 )
             lam, gam = (saved.tensors[join(at, kind)] for kind in DIAGONALS)
             scaling = saved.options["scaling"]
-            added[name] = Change(saved.basis_of(at), lam, gam, scaling, transposed)
+            change = Change(saved.basis_of(at), lam, gam, scaling, transposed)
+            added |= _spread(change, names[at], name_in, checkpoint)
         elif name in checkpoint.tensors:
             raise CliError(f"{name} is a copy of a tied weight; merge by merge_and_unload")
     return Changes(added, {name_in(name): saved.tensors[name] for name in saved.others})
@@ -127,43 +124,39 @@ def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
     paths = sorted({key.rpartition(".")[0] for key in tensors if key.endswith(ends)})
     if not paths:
         raise ValueError("it holds no randlora_lambda: it is no RandLoRA adapter")
-    named = _parameters_of_peft(config, [p for p in paths if tensors[f"{p}{ends[0]}"].dim() == 3])
-    stacks = {at: tensors_of(name, checkpoint) for at, name in named.items()}
-    name_in, transposed = locate(_probes(paths, stacks), checkpoint), config.fan_in_fan_out
-    names = {at: name_in(_probes([at], stacks)[0]) for at in paths}
+    stacks = {at: _parameter(at, config) for at in paths if tensors[at + ends[0]].dim() == 3}
+    names = {at: _tensors(stacks.get(at, at), at in stacks, checkpoint) for at in paths}
+    name_in = locate(firsts := [its[0].format(0) for its in names.values()], checkpoint)
     types = [part["model_type"] for part in checkpoint.configs() if "model_type" in part]
-    conv1d = {kind in _CONV1D_MODELS for kind in types}
-    turned = any(kind in TRANSPOSED_MODELS for kind in types)
-    sizes = {
-        at: sizes_of(stacks[at], name_in, checkpoint, turned)
-        if at in stacks
-        else _sizes(checkpoint, name, transposed)
-        for at, name in names.items()
-    }
+    conv1d, transposed = {kind in _CONV1D_MODELS for kind in types}, config.fan_in_fan_out
+    turned = any(kind in _TRANSPOSED_EXPERTS for kind in types)
+    turns = {at: turned if at in stacks else transposed for at in paths}
+    sizes = {at: _sizes(names[at], name_in, checkpoint, turns[at]) for at in paths}
     for at in paths:
-        experts = tensors[f"{at}{ends[0]}"].shape[:1] if at in stacks else ()
+        experts = tensors[at + ends[0]].shape[:-2]
         check_diagonals(at, tensors, config.r, min(sizes[at]), experts)
-        if at in stacks:
-            continue
-        if len({*sizes[at]}) == 1 and True in conv1d and conv1d != {transposed}:
+        if (
+            at not in stacks
+            and len({*sizes[at]}) == 1
+            and True in conv1d
+            and conv1d != {transposed}
+        ):
             raise ValueError(
                 f"{at}: PEFT saved the fan_in_fan_out of one layer only, {transposed}, and this "
                 "square weight may be a Conv1D's or an nn.Linear's; merge by merge_and_unload()"
             )
-    dtypes = {at: checkpoint.tensors[name].dtype for at, name in names.items()}
+    pairs = zip(names, firsts, strict=True)
+    dtypes = {at: checkpoint.tensors[name_in(name)].dtype for at, name in pairs}
     made = _bases_of_peft(config, _saved_bases(bases), sizes, dtypes)
     scaling = config.randlora_alpha / config.r
     added: dict[str, Change] = {}
-    for at, name in names.items():
+    for at in paths:
         lam, gam = (tensors.pop(f"{at}{end}") for end in ends)
         basis = made[at]
         if (scale := tensors.pop(f"{at}.{INPUT_SCALE}", None)) is not None:
             basis = basis.with_input_scale(scale)
-        if at in stacks:
-            change = Change(basis, lam, gam, scaling, turned)
-            added |= dict(spread(change, stacks[at], name_in, checkpoint))
-        else:
-            added[name] = Change(basis, lam, gam, scaling, transposed)
+        change = Change(basis, lam, gam, scaling, turns[at])
+        added |= _spread(change, names[at], name_in, checkpoint)
     replaced = {}
     for key, tensor in tensors.items():
         layer = next((at for at in paths if key.startswith(f"{at}.")), None)
@@ -177,37 +170,63 @@ def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
     return Changes(added, replaced)
 
 
-def _probes(paths: Iterable[str], stacks: Mapping[str, list[str]]) -> list[str]:
-    """For every layer the name of a tensor that it changes."""
-    return [stacks[at][0].format(0) if at in stacks else f"{at}.weight" for at in paths]
+def _parameter(at: str, config: Any) -> str:
+    """The name of the parameter to which a layer of experts belongs. Those of one module are nested
+    in the order of ``target_parameters``, the first one innermost."""
+    path, depth = at.replace(".base_layer", ""), at.count(".base_layer")
+    names = ((f"{path}.{t.rpartition('.')[2]}", f".{t}") for t in config.target_parameters or ())
+    found = [name for name, end in names if f".{name}".endswith(end)]
+    if depth >= len(found):
+        raise ValueError(f"{at} is no layer of target_parameters {config.target_parameters}")
+    return found[-1 - depth]
 
 
-def _parameters_of_peft(config: Any, paths: Iterable[str]) -> dict[str, str]:
-    """The parameter of each layer of experts. The layers of one module are nested in the order of
-    ``target_parameters``, the first one innermost."""
-    layers: dict[str, list[str]] = {}
-    for at in sorted(paths, key=len, reverse=True):
-        layers.setdefault(at.replace(".base_layer", ""), []).append(at)
-    named: dict[str, str] = {}
-    for path, nested in layers.items():
-        all_names = [f"{path}.{t.rpartition('.')[2]}" for t in config.target_parameters or ()]
-        targets = zip(all_names, config.target_parameters or (), strict=True)
-        names = [name for name, target in targets if f".{name}".endswith(f".{target}")]
-        if len(names) != len(nested):
-            raise ValueError(f"{path} has {len(nested)} layers for target_parameters {names}")
-        named |= dict(zip(nested, names, strict=True))
-    return named
+def _tensors(name: str, stacked: bool, checkpoint: Checkpoint) -> list[str]:
+    """The tensors that a layer changes, with "{}" for the number of the expert if files hold them
+    one by one, in the names of the adapter."""
+    if not stacked:
+        return [f"{name}.weight"]
+    path, _, own = name.rpartition(".")
+    paths = path, path.replace(".mlp.", ".block_sparse_moe.")  # Mixtral's
+    forms = [[f"{p}.{{}}.{part}.weight" for part in f] for p in paths for f in _FUSED.get(own, ())]
+    for form in ([name], *forms):
+        first = form[0].format(0)
+        if any(t.endswith(first) or first.endswith(t) for t in checkpoint.tensors):
+            return form
+    raise CliError(f"{checkpoint.folder} has no {name}, nor what it is made of; merge_and_unload")
 
 
-def _sizes(checkpoint: Checkpoint, name: str, transposed: bool) -> tuple[int, int]:
+def _sizes(
+    names: Sequence[str], name_in: Callable, checkpoint: Checkpoint, transposed: bool
+) -> tuple[int, int]:
     """(in_features, out_features)"""
-    entry = checkpoint.tensors[name]
-    if entry.dtype is None or len(entry.shape) != 2:
-        raise CliError(
-            f"{entry.file}: {name} must be a float64, float32, float16 or bfloat16 matrix"
-        )
-    rows, columns = entry.shape
+    entries = {(n := name_in(name.format(0))): checkpoint.tensors[n] for name in names}
+    for name, entry in entries.items():
+        if entry.dtype is None or len(entry.shape) not in (2, 3):
+            raise CliError(
+                f"{entry.file}: {name} must be a float64, float32, float16 or bfloat16 matrix"
+            )
+    columns = entry.shape[-1]
+    rows = sum(entry.shape[-2] for entry in entries.values())
     return (rows, columns) if transposed else (columns, rows)
+
+
+def _spread(
+    change: Change, names: Sequence[str], name_in: Callable, checkpoint: Checkpoint
+) -> dict[str, Change]:
+    """What a layer's change is to each tensor."""
+    if "{}" not in names[0]:
+        return {name_in(names[0]): change}
+    changes = {}
+    for e, (lam, gam) in enumerate(zip(change.lam, change.gam, strict=True)):
+        start = 0
+        for name in (name_in(name.format(e)) for name in names):
+            if name not in checkpoint.tensors:
+                raise CliError(f"{checkpoint.folder} has no tensor {name}")
+            rows = slice(start, start + checkpoint.tensors[name].shape[0])
+            changes[name] = change._replace(lam=lam, gam=gam, rows=rows)
+            start = rows.stop
+    return changes
 
 
 def _saved_bases(saved: Mapping[str, Tensor]) -> list[Tensor] | None:

@@ -42,5 +42,5 @@ def test_refused(tmp_path):
     assert f"has no tensor {last}" in told
     save_file({key: value for key, value in tensors.items() if ".w" not in key}, file)
     told = refused("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
-    assert "experts.gate_up_proj, nor what it is made of; merge_and_unload" in told
+    assert "experts.down_proj, nor what it is made of; merge_and_unload" in told
     assert not (tmp_path / "merged").exists()
