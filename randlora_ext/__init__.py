@@ -23,6 +23,7 @@ from .calibration import calibrate
 from .devices import CUDA_STATUS as _CUDA_STATUS
 from .nn.adapter_file import load_adapter, save_adapter
 from .nn.apply import apply_randlora, merge_and_unload, unload
+from .nn.experts import RandLoraParameter
 from .nn.linear import RandLoraLinear
 from .ops.functional import delta_weight, linear, merged_weight, scaled_basis
 
@@ -36,6 +37,7 @@ def build_info() -> dict:
 
 __all__ = [
     "RandLoraLinear",
+    "RandLoraParameter",
     "Basis",
     "__version__",
     "apply_randlora",

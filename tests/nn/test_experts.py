@@ -8,13 +8,13 @@ from expert_models import EXPERTS, MODELS, batch, logits, make, train
 from torch import nn
 
 from randlora_ext import (
+    RandLoraParameter,
     apply_randlora,
     load_adapter,
     merge_and_unload,
     save_adapter,
     unload,
 )
-from randlora_ext.nn.experts import RandLoraParameter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
