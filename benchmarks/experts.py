@@ -1,10 +1,11 @@
 """A training step of one block of fused experts, frozen, with PEFT's LoRA and with ours.
 
-    python benchmarks/experts.py [--out benchmarks/results/experts-NAME] [--repeats 7] [--rank 32]
+    python benchmarks/experts.py [--out benchmarks/results/experts-NAME] [--repeats 9] [--rank 32]
 
 32 experts of which a token takes 4, 1024 to 512 features and back, 1,024 tokens; LoRA has as many
-parameters. Times are medians of the step by the frozen block's, and methods take turns; peaks of
-memory are of a process for each method, in stacks of W (both parameters) over the frozen block's.
+parameters. Times are medians of a step's processor time on one thread, which other programs disturb
+less, by the frozen block's; the methods take turns. Peaks of memory are of a process for each
+method, in stacks of W (both parameters) over the frozen block's.
 """
 
 import argparse
@@ -68,15 +69,16 @@ def inputs(dtype: torch.dtype) -> torch.Tensor:
 
 
 def times(dtype: torch.dtype, rank: int, repeats: int) -> dict:
+    torch.set_num_threads(1)
     blocks, x = {method: block(method, dtype, rank) for method in METHODS}, inputs(dtype)
     spent: dict[str, list[float]] = {method: [] for method in METHODS}
     for repeat in range(repeats + 1):
         for method, layer in blocks.items():
             step(layer, x)  # warms the caches
-            start = time.perf_counter()
+            start = time.process_time()
             step(layer, x)
             if repeat:
-                spent[method].append(time.perf_counter() - start)
+                spent[method].append(time.process_time() - start)
     medians = {method: statistics.median(each) for method, each in spent.items()}
     row = {f"{method} parameters": count(blocks[method]) for method in METHODS[1:]}
     row |= {"frozen ms": medians["frozen"] * 1e3}
@@ -97,7 +99,7 @@ def peak(method: str, dtype: torch.dtype, rank: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--rank", type=int, default=32)
     options = parser.parse_args()
     rows = []

@@ -34,6 +34,7 @@ cpu_only=(
   tests/ops/test_errors.py::test_packing_operators
   # Threads are nothing to a card; tests/gpu compares two runs.
   tests/ops/test_determinism.py::test_linear
+  tests/ops/test_experts.py::test_the_same_for_any_number_of_threads
   # The CPU's memory.
   tests/ops/test_autograd.py::test_scratch_does_not_grow_with_tokens
   # Half a minute; tests/gpu has a smaller one.
@@ -45,6 +46,6 @@ for test in "${cpu_only[@]}"; do deselected+=(--deselect "$test"); done
 # Not here: what tests Python alone or the CPU's instruction sets.
 RANDLORA_GPU_RUN_DRY=1 python -m pytest -q -n 2 -p no:cacheprovider "${deselected[@]}" "$@" \
   tests/project/test_gpu_run_dry.py::test_the_whole_dry_run tests/gpu \
-  tests/ops/test_{linear,weights,autograd}.py \
+  tests/ops/test_{linear,weights,autograd,experts}.py \
   tests/ops/test_{nonfinite,determinism,errors}.py tests/basis/test_{basis_spec,packed}.py \
   tests/nn/test_layer.py tests/peft/test_{peft,peft_adapters}.py
