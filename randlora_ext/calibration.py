@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .nn.adapted_layer import AdaptedLayer
-from .nn.experts import NO_INPUT_SCALE, AdaptedParameter
+from .nn.experts import AdaptedParameter
 from .ranks import full_tensor
 
 EPSILON = 0.1  # in medians of rms: no feature is multiplied by more than 11 times the median's
@@ -68,7 +68,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
             'their inputs; add one with basis="hadamard"'
         )
     if any(isinstance(module, AdaptedParameter) for module in model.modules()):
-        warnings.warn(f"target_parameters stay as they are: {NO_INPUT_SCALE}", stacklevel=3)
+        warnings.warn(
+            "adapters of target_parameters stay as they are: every expert would need a vector of "
+            "its own, from inputs that no hook sees",
+            stacklevel=3,
+        )
     # Of each layer the sums of squares by feature, and behind them the number of tokens.
     sums = {layer: torch.zeros(layer.in_features + 1, dtype=torch.float64) for layer in layers}
     count = torch.zeros(1, dtype=torch.float64)

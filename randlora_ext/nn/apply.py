@@ -116,7 +116,9 @@ def adapt(
     try:
         wrapped = {key: RandLoraLinear(module, **layer_options) for key, module in unique.items()}
         outermost: dict[str, Any] = {}
-        for name, (path, own) in stacks.items():
+        # Nested in the model's order, whoever asks, since the keys of state dicts say no more.
+        order = {key: place for place, (key, _) in enumerate(model.named_parameters())}
+        for name, (path, own) in sorted(stacks.items(), key=lambda s: order[".".join(s[1])]):
             base = outermost.get(path) or model.get_submodule(path)
             outermost[path] = RandLoraParameter(base, own, **layer_options)
             outermost[path].path = name

@@ -16,9 +16,6 @@ from .base_layer import first
 from .linear import RandLoraLinear
 from .state_dict import DIAGONALS
 
-REFUSED = "basis", "density", "randlora_dropout", "input_scale"
-NO_INPUT_SCALE = "every expert would need a vector of its own, from inputs that no hook sees"
-
 
 class AdaptedParameter(AdaptedLayer):
     """The module `base_layer`, which computes with W + dW where it has the parameter W.
@@ -98,9 +95,6 @@ class AdaptedParameter(AdaptedLayer):
         delta = self._plus_delta(name, None, *(t.to(dtype) for t in diagonals))
         return laid_out_like(delta, self._base_weight())
 
-    def set_input_scale(self, adapter: str, input_scale: Tensor | None) -> None:
-        check_options(input_scale=input_scale)
-
     def describe(self, adapter: str) -> str:
         return f"{self.parameter_name} of {self.experts} experts, {super().describe(adapter)}"
 
@@ -111,7 +105,8 @@ class RandLoraParameter(AdaptedParameter, RandLoraLinear):
     Args:
         base_layer: the module, or a `RandLoraParameter` of another parameter of it.
         parameter_name: of a parameter as `AdaptedParameter` has it.
-        **options: r, randlora_alpha, seed and adapter_name of `RandLoraLinear`.
+        **options: r, randlora_alpha, seed, adapter_name and input_scale, which all experts share,
+            of `RandLoraLinear`.
 
     Raises TypeError or ValueError, naming the argument.
     """
@@ -125,7 +120,7 @@ class RandLoraParameter(AdaptedParameter, RandLoraLinear):
     def update_layer(self, adapter_name: str, *args: Any, **options: Any) -> None:
         update = super().update_layer
         given = inspect.signature(update).bind_partial(adapter_name, *args, **options).arguments
-        check_options(**{name: given[name] for name in REFUSED if name in given})
+        check_options(given.get("basis"), given.get("density"), given.get("randlora_dropout", 0))
         update(adapter_name, *args, **options)
         self._stack(adapter_name)
 
@@ -192,10 +187,7 @@ def matching_parameters(model: nn.Module, targets: Iterable[str]) -> dict[str, t
 
 
 def check_options(
-    basis: str | None = None,
-    density: float | None = None,
-    randlora_dropout: float = 0.0,
-    input_scale: Tensor | None = None,
+    basis: str | None = None, density: float | None = None, randlora_dropout: float = 0.0
 ) -> None:
     """Raises ValueError for what adapters of parameters cannot have."""
     if basis not in (None, "hadamard") or density is not None:
@@ -203,9 +195,7 @@ def check_options(
             'target_parameters need basis="hadamard", whose kernels form W + dW, got '
             f"basis={basis!r}, density={density}"
         )
-    if randlora_dropout:  # W + dW has met every input
+    if randlora_dropout:  # W + dW meets every input
         raise ValueError(
             f"randlora_dropout must be 0 for target_parameters, got {randlora_dropout}"
         )
-    if input_scale is not None:
-        raise ValueError(f"input_scale must be None for target_parameters: {NO_INPUT_SCALE}")

@@ -84,6 +84,23 @@ def test_a_second_adapter(tmp_path):
     assert torch.equal(logits(model), y)
 
 
+@pytest.mark.parametrize("name", ["Qwen3Moe", "GptOss"])
+def test_all_experts_may_share_an_input_scale(name, tmp_path):
+    model = randomize(applied(name, target_parameters=EXPERTS[::-1]))
+    for layer in layers(model):
+        plain, scale = layer.get_delta_weight("default"), torch.rand(layer.in_features) + 0.5
+        layer.set_input_scale("default", scale)
+        by_hand = plain * (scale[:, None] if layer.transposed else scale)
+        torch.testing.assert_close(layer.get_delta_weight("default"), by_hand)
+    y = logits(model)
+    save_adapter(model, tmp_path / "adapter")
+    opened = load_adapter(make(name), tmp_path / "adapter")
+    assert torch.equal(logits(opened), y)
+    opened.load_state_dict((other := randomize(applied(name))).state_dict())
+    assert not any(layer.input_scales for layer in layers(opened))
+    assert torch.equal(logits(opened), logits(other))  # layers are nested in one order
+
+
 class Own(nn.Module):
     def __init__(self, *shape, dtype=torch.float32):
         super().__init__()
