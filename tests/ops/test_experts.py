@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from layer_cases import kept_by
 from layer_helpers import relative
 
 from randlora_ext import Basis
@@ -59,6 +60,12 @@ def test_as_torch_wants_it(one_thread):
     torch.library.opcheck(ops.hadamard_weight_backward.default, arguments)
     weight = lambda W, lam, gam: hadamard.weight(W, lam, gam, *operands)  # noqa: E731
     assert torch.autograd.gradcheck(weight, (W.requires_grad_(), lam, gam))
+
+
+def test_only_lambda_and_gamma_are_kept():
+    _, W, lam, gam, operands = problem((37, 300, 5), torch.float32)
+    kept, _ = kept_by(lambda: hadamard.weight(W, lam, gam, *operands))
+    assert {t.data_ptr() for t in kept} == {lam.data_ptr(), gam.data_ptr()}
 
 
 def test_the_same_for_any_number_of_threads():

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from compile_helpers import assert_steps_agree, graphs, needs_compiler
+from compile_helpers import fresh_dynamo as fresh_dynamo
 from expert_models import EXPERTS, MODELS, batch, logits, make, train
 from peft_helpers import (
     accelerated,
@@ -162,6 +164,15 @@ def test_gradients(name, implementation):
             assert relative(parameter.grad, want) < 1e-5
             visited = parameter.grad.flatten(1).any(1)
             assert visited.sum() == 2  # of four experts
+
+
+@needs_compiler
+def test_compiled_in_one_graph(fresh_dynamo):
+    model = moe("GptOss").train()
+    eager = copy.deepcopy(model)
+    tokens = batch()["input_ids"]
+    assert_steps_agree(torch.compile(model), eager, tokens, 1e-4)
+    assert graphs() == 1
 
 
 ERRORS = [
