@@ -198,9 +198,15 @@ def description_of(fields: Mapping[str, Any]) -> BasisDescription | None:
 
 
 def other_bases(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
-    """How the bases of the configuration `saved` differ from those of `own`, in words."""
-    mine, theirs = _bases_in_words(own), _bases_in_words(saved)
-    return [] if mine == theirs else [f"its bases are {theirs}, not {mine}"]
+    """How the bases of the configuration `saved`, and the parameters whose layers have no names of
+    their own in files, differ from those of `own`, in words."""
+    bases = [_bases_in_words(fields) for fields in (own, saved)]
+    names = [sorted(fields.get("target_parameters") or ()) for fields in (own, saved)]
+    return [
+        f"its {what} are {theirs}, not {mine}"
+        for what, (mine, theirs) in (("bases", bases), ("target_parameters", names))
+        if mine != theirs
+    ]
 
 
 def _bases_in_words(fields: Mapping[str, Any]) -> str:

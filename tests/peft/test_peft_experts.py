@@ -196,6 +196,25 @@ def test_refused_configurations(options, error, told):
         moe(**options)
 
 
+def test_names_of_tensors_alone_do_not_say_the_parameter(tmp_path):
+    one, other = (moe(target_parameters=[name]) for name in EXPERTS)  # of equal shapes
+    one.save_pretrained(tmp_path)
+    before = numbers(other)
+    for load in (other.load_adapter, lambda *a: accelerated.hotswap_adapter(other, *a)):
+        with pytest.raises(ValueError, match="its target_parameters are .*gate_up.*, not .*down"):
+            load(tmp_path, "default")
+    assert_unchanged(other, before)
+
+
+def test_without_target_modules():
+    """As PEFT's LoRA: a model that PEFT does not know has experts alone, others the usual ones."""
+    accelerated.enable()
+    for name, count in (("Qwen3Moe", 4), ("Mixtral", 8)):
+        chosen = {"basis": "hadamard", "target_parameters": EXPERTS}
+        model = peft.get_peft_model(make(name), accelerated.RandLoraConfig(r=4, **chosen))
+        assert len(layers(model)) == count
+
+
 def test_refused_uses(tmp_path):
     model, more = moe(), {"basis": "hadamard", "target_parameters": EXPERTS[:1]}
     with pytest.raises(ValueError, match="target_parameters must be .*down_proj.* of adapter"):
