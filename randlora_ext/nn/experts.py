@@ -144,7 +144,8 @@ def sizes_of(module: Any, name: str) -> tuple[int, int, int, bool]:
     weight = getattr(module, name)
     told = f"target_parameters: {type(module).__name__}.{name}"
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
-        raise TypeError(f"{told} must be a floating point parameter, got {weight.dtype}")
+        kind = getattr(weight, "dtype", type(weight))
+        raise TypeError(f"{told} must be a floating point parameter, got {kind}")
     if is_dtensor(weight):
         raise ValueError(f"{told} is spread over ranks already; call fully_shard afterwards")
     shape = getattr(weight, "ds_shape", weight.shape)  # of ZeRO-3

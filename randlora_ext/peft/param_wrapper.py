@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from peft.tuners.randlora.layer import RandLoraLayer
 from torch import nn
 
@@ -32,14 +31,8 @@ class ParamWrapper(AdaptedParameter, AcceleratedLinear):
         if not config.init_weights:  # PEFT's random lambdas, for each expert
             nn.init.normal_(self.randlora_lambda[adapter_name])
 
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
-        weight = self._base_weight()
-        for diagonals in (self.randlora_lambda, self.randlora_gamma):
-            if not diagonals[adapter_name].is_meta:
-                moved = diagonals[adapter_name].to(device or weight.device, weight.dtype)
-                diagonals[adapter_name] = moved
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple:
+        return self._base_weight().device, self._base_weight().dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.pop("adapter_names", None) is not None:
