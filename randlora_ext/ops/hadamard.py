@@ -192,19 +192,22 @@ def _plain_weight(weight, lam, gam, s, row, col, expand, scale):
 
 
 def _plain_weight_backward(grad, lam, gam, s, row, col, expand, scale):
-    if lam.dim() == 3:
-        parts = zip(grad, lam, gam, strict=True)
-        each = [_plain_weight_backward(*part, s, row, col, expand, scale) for part in parts]
-        dlam, dgam = map(torch.stack, zip(*each, strict=True))
-        return dlam, dgam
-    columns = grad.T if expand else grad  # (d, D), of B (lambda * A * gamma)
-    p = _Plain(columns, None, None, lam, gam, s, row, col, False, scale)
+    """A few experts at a time: cards take this, and launches cost more than memory."""
+    columns = (grad.mT if expand else grad).reshape(-1, len(s), len(row))
+    lams, gams = lam.reshape(-1, *lam.shape[-2:]), gam.reshape(-1, *gam.shape[-2:])
+    p = _Plain(columns[0], None, None, lams[0], gams[0], s, row, col, False, scale)
     j, k = (torch.arange(count, device=s.device) for count in (p.r, p.d))
-    # Column k has one number of each row of A: that of its class.
-    u = p.u(columns) * sylvester(k // p.n, j).to(p.wide)[:, :, None]  # (d, r, n)
-    dlam = torch.einsum("kji,ik->ji", u, gam.to(p.wide) * p.s) * p.col.view(p.r, p.n)
-    dgam = torch.einsum("kji,ji->ik", u, p.lam) * p.s
-    return (dlam * p.scale).to(lam.dtype), (dgam * p.scale).to(gam.dtype)
+    # Column k of B (lambda * A * gamma) meets one column of H: that of its class.
+    of_class = sylvester(k // p.n, j).to(p.wide)[:, :, None]
+    signs, results = p.col.view(p.r, p.n), []
+    few = max(1, 2**24 // (p.d * p.N))
+    for y, lam_of, gam_of in zip(*(t.split(few) for t in (columns, lams, gams)), strict=True):
+        u = p.u(y.flatten(0, 1)).unflatten(0, (-1, p.d)) * of_class  # (experts, d, r, n)
+        dlam = torch.einsum("ekji,eik->eji", u, gam_of.to(p.wide) * p.s) * signs
+        dgam = torch.einsum("ekji,eji->eik", u, lam_of.to(p.wide) * signs) * p.s
+        results.append((dlam * p.scale, dgam * p.scale))
+    dlam, dgam = map(torch.cat, zip(*results, strict=True))
+    return dlam.to(lam.dtype).view(lam.shape), dgam.to(gam.dtype).view(gam.shape)
 
 
 torch.library.impl("randlora::hadamard_weight", "default", _plain_weight)
