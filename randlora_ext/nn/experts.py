@@ -2,7 +2,7 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -156,7 +156,7 @@ def sizes_of(module: Any, name: str) -> tuple[int, int, int, bool]:
     return (shape[0] if len(shape) == 3 else 1), n_in, n_out, transposed
 
 
-def matching_parameters(model: nn.Module, targets: Iterable[str]) -> dict[str, tuple[str, str]]:
+def matching_parameters(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[str, str]]:
     """(path of the module, name in it) by the name of each parameter that ``target_parameters``
     match, as in PEFT: one of them, or ending in ``.`` and one of them.
 
@@ -165,6 +165,8 @@ def matching_parameters(model: nn.Module, targets: Iterable[str]) -> dict[str, t
     """
     if isinstance(targets, str) or not all(isinstance(name, str) for name in targets):
         raise TypeError(f"target_parameters must be a list of names, got {targets!r}")
+    if not targets:
+        return {}
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     ends, found = tuple(f".{name}" for name in targets), {}
     for path, module in model.named_modules():
@@ -178,7 +180,7 @@ def matching_parameters(model: nn.Module, targets: Iterable[str]) -> dict[str, t
                     "adapted"
                 )
             found[name] = path, own
-    if ends and not found:
+    if not found:
         names = [name for name, p in model.named_parameters() if p.dim() == 3]
         raise ValueError(
             f"target_parameters {targets!r} matches no parameter of {type(model).__name__}; those "
