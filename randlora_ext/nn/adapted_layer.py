@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..basis import Basis
 from ..ops import functional
 from ..ranks import full_tensor, laid_out_like
-from .base_layer import is_plain_linear, matches, refuse_cut
+from .base_layer import plain_weight, refuse_cut
 from .merging import KeepsWeight
 from .state_dict import DIAGONALS, INPUT_SCALE
 
@@ -24,6 +24,7 @@ class AdaptedLayer(KeepsWeight):
     """
 
     base_layer: Any
+    _modules: dict[str, Any]
     in_features: int
     out_features: int
     fan_in_fan_out: bool
@@ -47,8 +48,12 @@ class AdaptedLayer(KeepsWeight):
 
     def _diagonals(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """Lambda and gamma, gathered if FSDP2 has sharded them."""
-        lam, gam = (full_tensor(getattr(self, each)[name]).to(device) for each in DIAGONALS)
-        return lam, gam
+        modules = self._modules
+        lam = getattr(modules["randlora_lambda"], name)
+        gam = getattr(modules["randlora_gamma"], name)
+        if type(lam) is nn.Parameter and lam.device == device == gam.device:
+            return lam, gam
+        return full_tensor(lam).to(device), full_tensor(gam).to(device)
 
     def _base_weight(self) -> Tensor:
         """Has the dtype, device and layout in which the base layer computes."""
@@ -99,11 +104,12 @@ class AdaptedLayer(KeepsWeight):
 
     def _adapted(self, names: list[str], x: Tensor, *args, **kwargs) -> Tensor:
         """The base layer's output and those of these adapters, by one operator if that may be."""
-        base = self.base_layer
-        alone = len(names) == 1 and not args and not kwargs
-        fuses = alone and not self._dropped(names[0]) and not self._widens(names[0], x)
-        if fuses and self._can_fuse(names[0], x):
-            return self._part(names[0], x, base.weight, base.bias)
+        base = self._modules["base_layer"]  # nn.Module's __getattr__ takes half a microsecond
+        if len(names) == 1 and not args and not kwargs:
+            name = names[0]
+            if not self._dropped(name) and not self._widens(name, x):
+                if (weight := plain_weight(base, x)) is not None:
+                    return self._part(name, x, weight, base.bias)
         if names:
             refuse_cut(base)
         y = base(x, *args, **kwargs)
@@ -115,21 +121,10 @@ class AdaptedLayer(KeepsWeight):
         self, name: str, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
         """The adapter's output, added to that of the base layer if its weight is given."""
-        basis, (lam, gam) = self.basis_of(name, x.device), self._diagonals(name, x.device)
+        device = x.device
+        lam, gam = self._diagonals(name, device)
+        basis = self.basis_of(name, device)
         return functional.linear(x, weight, bias, basis, lam, gam, self.scaling[name])
-
-    def _can_fuse(self, name: str, x: Tensor) -> bool:
-        """Whether base_layer(x) is F.linear(x, weight, bias) and nothing else.
-
-        A subclass, a hook, a replaced forward (accelerate's offloading) or a quantized or
-        distributed weight needs the layer's own call.
-        """
-        if not is_plain_linear(self.base_layer):
-            return False
-        weight = self.base_layer.weight
-        # While torch.export traces, parameters are FakeTensors, which have a fake_mode.
-        plain = type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "fake_mode")
-        return plain and matches(weight, x)
 
     def _widens(self, name: str, x: Tensor) -> bool:
         """Whether the adapter multiplies in a wider dtype than the base layer."""
@@ -141,7 +136,7 @@ class AdaptedLayer(KeepsWeight):
 
     def _dropped(self, name: str) -> float:
         """The probability that an input of the adapter is dropped now."""
-        dropout = self.randlora_dropout[name]
+        dropout = self._modules["randlora_dropout"]._modules[name]
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
     def get_delta_weight(self, adapter: str) -> Tensor:
