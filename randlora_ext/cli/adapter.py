@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..basis import Basis
-from ..nn.adapter_file import check_diagonals, join, read_adapter_file, read_safetensors
+from ..nn.adapter_file import check_diagonals, read_adapter_file, read_safetensors
 from ..nn.merging import adapter_dtype
 from ..nn.state_dict import DIAGONALS, INPUT_SCALE
 from ..ops.functional import merged_weight
@@ -64,23 +64,16 @@ def _of_own_file(file: Path, checkpoint: Checkpoint) -> Changes:
         saved = read_adapter_file(file)
     except (ValueError, OSError) as error:
         raise CliError(one_line(error)) from error
-    first_paths = [at for at in saved.layers if saved.is_first(at)]
-    name_in = locate(first_paths, checkpoint)
-    added = {}
+    name_in, added = locate(saved.layers, checkpoint), {}
     for at, (*features, transposed) in saved.layers.items():
         name = name_in(f"{at}.weight")
-        if at in first_paths:
-            sizes = _sizes(checkpoint, name, transposed)
-            if [*sizes] != features:
-                raise CliError(
-                    f"{at}: in_features and out_features are {sizes}, in the file {features}"
-                )
-            lam, gam = (saved.tensors[join(at, kind)] for kind in DIAGONALS)
-            scaling = saved.options["scaling"]
-            added[name] = Change(saved.basis_of(at), lam, gam, scaling, transposed)
-        elif name in checkpoint.tensors:
-            raise CliError(f"{name} is a copy of a tied weight; merge by merge_and_unload")
-    return Changes(added, {name_in(name): saved.tensors[name] for name in saved.others})
+        if [*(sizes := _sizes(checkpoint, name, transposed))] != features:
+            raise CliError(
+                f"{at}: in_features and out_features are {sizes}, in the file {features}"
+            )
+        lam, gam = (saved.tensors[f"{at}.{kind}"] for kind in DIAGONALS)
+        added[name] = Change(saved.basis_of(at), lam, gam, saved.scaling, transposed)
+    return Changes(added, {name_in(name): tensor for name, tensor in saved.others.items()})
 
 
 def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:

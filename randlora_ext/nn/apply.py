@@ -97,10 +97,9 @@ def adapt(
         check_no_plan(model, name, f"module {name!r}{why}")
         check_is_called(model, name, f"module {name!r}{why}")
         check_not_nested(model, name, f"module {name!r}{why}")
-    unique = {id(module): module for module in targets.values()}
     before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        wrapped = {key: RandLoraLinear(module, **layer_options) for key, module in unique.items()}
+        wrapped = {m: RandLoraLinear(m, **layer_options) for m in dict.fromkeys(targets.values())}
     except BaseException:  # the layers before have frozen their base layers
         for parameter in before:
             parameter.requires_grad_(True)
@@ -110,8 +109,8 @@ def adapt(
     for parameter in trained:
         parameter.requires_grad_(True)
     for name, module in targets.items():
-        wrapped[id(module)].path = name
-        _put(model, name, wrapped[id(module)])
+        wrapped[module].path = name
+        _put(model, name, wrapped[module])
         disable_nested_tensors(model, name)
     guard(model)
 
@@ -120,7 +119,9 @@ def check_is_called(model: nn.Module, name: str, argument: str) -> None:
     """Raises ValueError, naming `argument`, if torch would not call what replaces module `name`."""
     above, _, own = name.rpartition(".")
     why = ""
-    if own == "_orig_mod":
+    if not name:
+        why = "the model is the layer itself, which cannot be replaced in place"
+    elif own == "_orig_mod":
         why = "torch.compile keeps calling what it was given; compile the layer afterwards"
     elif isinstance(model.get_submodule(above), nn.MultiheadAttention):
         why = "nn.MultiheadAttention reads its weight and never calls it"
