@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..writing import appear_new
+from ..writing import appear
 from . import CliError
 from .adapter import Changes, read_changes
 from .checkpoint import Checkpoint, read_checkpoint
@@ -25,7 +25,9 @@ def merge(model: Path, source: Path, out: Path) -> int:
     layer, and the disk space of the model.
     """
     checkpoint = read_checkpoint(model)
-    with appear_new(out) as folder:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CliError(f"{out} exists; choose another name or remove it first")
+    with appear(out) as folder:
         added, replaced = changes = read_changes(source, checkpoint)
         _check_names(checkpoint, replaced, written := added.keys() | replaced.keys())
         folder.mkdir()
