@@ -73,12 +73,9 @@ const char *kDisagree = kThread ? "ThreadSanitizer: data race" : "schedules disa
            *kOverflow = kAddress ? "heap-buffer-overflow" : "";
 #define FAULT(name, want) {#name, name, want}
 const Fault kFaults[] = {
-    FAULT(missing_barrier, kDisagree),
-    FAULT(missing_syncwarp, kRace),
-    FAULT(out_of_bounds, kOverflow),
-    FAULT(divergent_barrier, "is divergent"),
-    FAULT(uninitialised_read, kNaN),
-    FAULT(cp_async_wait_too_few, kNaN),
+    FAULT(missing_barrier, kDisagree), FAULT(missing_syncwarp, kRace),
+    FAULT(out_of_bounds, kOverflow),   FAULT(divergent_barrier, "is divergent"),
+    FAULT(uninitialised_read, kNaN),   FAULT(cp_async_wait_too_few, kNaN),
 };
 
 // One block of 128 threads over an array of zeros, in all schedules.

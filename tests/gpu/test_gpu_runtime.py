@@ -155,18 +155,6 @@ def test_peak_memory_is_that_of_z_and_w(card):
     assert adapted <= frozen + 2 * chunk + small + (1 << 20)
 
 
-def test_a_card_that_is_not_current(card):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two cards")
-    other = torch.device("cuda", (card.index + 1) % torch.cuda.device_count())
-    for basis in BASES:
-        layer = make_layer(50, 37, 7, basis, 20, torch.float32)
-        want = run_linear(layer, card)
-        got = run_linear(layer, other)
-        assert torch.cuda.current_device() == card.index
-        assert same(got, want), basis
-
-
 @pytest.mark.slow
 @cases("basis", BASES)
 def test_more_than_2_to_the_31_activations(card, room, basis):
