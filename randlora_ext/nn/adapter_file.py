@@ -214,7 +214,7 @@ def _misfits(file: AdapterFile, model: nn.Module, name: str) -> Iterator[str]:
     first: dict[nn.Module, str] = {}
     for at, (*sizes, _) in file.layers.items():
         if (module := modules.get(at)) is None:
-            yield f"{at}: there is no such module"
+            yield f"{at}: there is no such module (load before torch.compile and other wrappers)"
             continue
         if at in bare:
             check_base_layer(module, f"layer {at!r} of the adapter")
