@@ -6,11 +6,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..basis import Basis
-from ..nn.adapter_file import check_diagonals, join, read_adapter_file, read_safetensors
+from ..nn.adapter_file import check_diagonals, read_adapter_file, read_safetensors
 from ..nn.merging import adapter_dtype
 from ..nn.state_dict import DIAGONALS, INPUT_SCALE
 from ..ops.functional import merged_weight
@@ -42,11 +41,8 @@ class Change(NamedTuple):
         return total.T if self.transposed else total
 
 
-class Changes(NamedTuple):
-    """What an adapter does to the tensors of a model folder, by their names there."""
-
-    added: dict[str, Change]
-    replaced: dict[str, Tensor]
+# What an adapter adds to tensors of a model folder, and what it replaces, by their names there.
+Changes = tuple[dict[str, Change], dict[str, Tensor]]
 
 
 def read_changes(source: Path, checkpoint: Checkpoint) -> Changes:
@@ -64,23 +60,16 @@ def _of_own_file(file: Path, checkpoint: Checkpoint) -> Changes:
         saved = read_adapter_file(file)
     except (ValueError, OSError) as error:
         raise CliError(one_line(error)) from error
-    first_paths = [at for at in saved.layers if saved.is_first(at)]
-    name_in = locate(first_paths, checkpoint)
-    added = {}
+    name_in, added = locate(saved.layers, checkpoint), {}
     for at, (*features, transposed) in saved.layers.items():
         name = name_in(f"{at}.weight")
-        if at in first_paths:
-            sizes = _sizes(checkpoint, name, transposed)
-            if [*sizes] != features:
-                raise CliError(
-                    f"{at}: in_features and out_features are {sizes}, in the file {features}"
-                )
-            lam, gam = (saved.tensors[join(at, kind)] for kind in DIAGONALS)
-            scaling = saved.options["scaling"]
-            added[name] = Change(saved.basis_of(at), lam, gam, scaling, transposed)
-        elif name in checkpoint.tensors:
-            raise CliError(f"{name} is a copy of a tied weight; merge by merge_and_unload")
-    return Changes(added, {name_in(name): saved.tensors[name] for name in saved.others})
+        if [*(sizes := _sizes(checkpoint, name, transposed))] != features:
+            raise CliError(
+                f"{at}: in_features and out_features are {sizes}, in the file {features}"
+            )
+        lam, gam = (saved.tensors[f"{at}.{kind}"] for kind in DIAGONALS)
+        added[name] = Change(saved.basis_of(at), lam, gam, saved.scaling, transposed)
+    return added, {name_in(name): tensor for name, tensor in saved.others.items()}
 
 
 def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
@@ -122,16 +111,12 @@ def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
                 "square weight may be a Conv1D's or an nn.Linear's; merge by merge_and_unload()"
             )
     dtypes = {at: checkpoint.tensors[name].dtype for at, name in names.items()}
-    made = _bases_of_peft(config, _saved_bases(bases), sizes, dtypes)
-    scaling = config.randlora_alpha / config.r
-    added = {}
-    for at, name in names.items():
+    scaling, added, replaced = config.randlora_alpha / config.r, {}, {}
+    for at, basis in _bases_of_peft(config, bases, sizes, dtypes).items():
         lam, gam = (tensors.pop(f"{at}{end}") for end in ends)
-        basis = made[at]
         if (scale := tensors.pop(f"{at}.{INPUT_SCALE}", None)) is not None:
             basis = basis.with_input_scale(scale)
-        added[name] = Change(basis, lam, gam, scaling, transposed)
-    replaced = {}
+        added[names[at]] = Change(basis, lam, gam, scaling, transposed)
     for key, tensor in tensors.items():
         layer = next((at for at in paths if key.startswith(f"{at}.")), None)
         if layer is not None and not key.startswith(f"{layer}.base_layer."):
@@ -141,7 +126,7 @@ def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
         whole = (module for module in config.modules_to_save or () if f".{module}." in f".{name}")
         if name not in replaced and (module := next(whole, None)):
             raise ValueError(f"it lacks {name}, though modules_to_save has {module!r}")
-    return Changes(added, replaced)
+    return added, replaced
 
 
 def _sizes(checkpoint: Checkpoint, name: str, transposed: bool) -> tuple[int, int]:
@@ -155,17 +140,9 @@ def _sizes(checkpoint: Checkpoint, name: str, transposed: bool) -> tuple[int, in
     return (rows, columns) if transposed else (columns, rows)
 
 
-def _saved_bases(saved: Mapping[str, Tensor]) -> list[Tensor] | None:
-    """randlora_A (r, 1, d) and randlora_B (D, n, r) of the largest layers, if they are there."""
-    # The model's have the shortest keys; transformers writes only copies under a layer.
-    keys = sorted(saved, key=len, reverse=True)
-    found = {key.rpartition(".")[2]: saved[key] for key in keys}
-    return [found[name] for name in _BASES] if found else None
-
-
 def _bases_of_peft(
     config: Any,
-    saved: list[Tensor] | None,
+    saved: Mapping[str, Tensor],
     sizes: Mapping[str, tuple[int, int]],
     dtypes: Mapping[str, Any],
 ) -> dict[str, Basis]:
@@ -173,19 +150,20 @@ def _bases_of_peft(
     from ..peft.bases import PackedBufferDict, drawn, generated, largest, layer_basis
     from ..peft.config import description_of
 
-    bases: Any = saved
+    # The model's have the shortest keys; transformers writes only copies under a layer.
+    keys = sorted(saved, key=len, reverse=True)
+    bases: Any = {key.rpartition(".")[2]: saved[key] for key in keys}
     if (description := description_of(vars(config))) is not None:
-        bases = generated(description, config.r, *largest(sizes.values()))
-    elif saved is None:
-        bases = drawn(config, *largest(sizes.values()))
-    cast: dict[torch.dtype, PackedBufferDict] = {}
+        bases = zip(_BASES, generated(description, config.r, *largest(sizes.values())), strict=True)
+    elif not saved:
+        bases = zip(_BASES, drawn(config, *largest(sizes.values())), strict=True)
+    bases, cast = dict(bases), {}
     for dtype in set(dtypes.values()):
         held = PackedBufferDict()
-        for name, basis in zip(_BASES, bases, strict=True):
-            held.add(name, basis, saved is not None)
+        for name in _BASES:
+            held.add(name, bases[name], bool(saved))
         cast[dtype] = held.to(dtype)  # as PEFT does, to the dtype of the weights
-    made = {}
-    for at, size in sizes.items():
-        A, B = (cast[dtypes[at]][name] for name in _BASES)
-        made[at] = layer_basis(A, B, *size, config.r)
-    return made
+    return {
+        at: layer_basis(*(cast[dtypes[at]][name] for name in _BASES), *size, config.r)
+        for at, size in sizes.items()
+    }

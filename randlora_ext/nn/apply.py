@@ -46,11 +46,11 @@ def apply_randlora(
     nn.Linear or Conv1D, or is adapted already. Also the errors of `RandLoraLinear`.
     """
     whole: dict[str, nn.Module] = {}
+    kind = type(model).__name__
     for name in modules_to_save:
         if isinstance(modules_to_save, str) or not (found := _matching(model, [name])):
             raise ValueError(
-                f"modules_to_save must list names of modules in the {type(model).__name__}, "
-                f"got {name!r}"
+                f"modules_to_save must list names of modules in the {kind}, got {name!r}"
             )
         whole |= found
     for name, module in whole.items():
@@ -74,9 +74,8 @@ def apply_randlora(
         as_list = isinstance(target_modules, str) and _matching(model, [target_modules])
         hint = f"; a text must match a whole name: did you mean [{target_modules!r}]?"
         raise ValueError(
-            f"target_modules {target_modules!r} matches no module of {type(model).__name__} that "
-            f"is not adapted yet{hint if as_list else ''}; its linear layers are called "
-            f"{first(linear)}"
+            f"target_modules {target_modules!r} matches no module of {kind} that is not adapted "
+            f"yet{hint if as_list else ''}; its linear layers are called {first(linear)}"
         )
     parameters = [p for module in whole.values() for p in module.parameters()]
     why = f", matched by target_modules {target_modules!r},"
@@ -97,10 +96,9 @@ def adapt(
         check_no_plan(model, name, f"module {name!r}{why}")
         check_is_called(model, name, f"module {name!r}{why}")
         check_not_nested(model, name, f"module {name!r}{why}")
-    unique = {id(module): module for module in targets.values()}
     before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        wrapped = {key: RandLoraLinear(module, **layer_options) for key, module in unique.items()}
+        wrapped = {m: RandLoraLinear(m, **layer_options) for m in dict.fromkeys(targets.values())}
     except BaseException:  # the layers before have frozen their base layers
         for parameter in before:
             parameter.requires_grad_(True)
@@ -110,8 +108,8 @@ def adapt(
     for parameter in trained:
         parameter.requires_grad_(True)
     for name, module in targets.items():
-        wrapped[id(module)].path = name
-        _put(model, name, wrapped[id(module)])
+        wrapped[module].path = name
+        _put(model, name, wrapped[module])
         disable_nested_tensors(model, name)
     guard(model)
 
@@ -119,13 +117,15 @@ def adapt(
 def check_is_called(model: nn.Module, name: str, argument: str) -> None:
     """Raises ValueError, naming `argument`, if torch would not call what replaces module `name`."""
     above, _, own = name.rpartition(".")
-    why = ""
-    if own == "_orig_mod":
+    if not name:
+        why = "the model is the layer itself, which cannot be replaced in place"
+    elif own == "_orig_mod":
         why = "torch.compile keeps calling what it was given; compile the layer afterwards"
     elif isinstance(model.get_submodule(above), nn.MultiheadAttention):
         why = "nn.MultiheadAttention reads its weight and never calls it"
-    if why:
-        raise ValueError(f"{argument} would not be adapted: {why}")
+    else:
+        return
+    raise ValueError(f"{argument} would not be adapted: {why}")
 
 
 def check_not_nested(model: nn.Module, name: str, argument: str) -> None:
@@ -196,8 +196,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 def unload(model: nn.Module) -> nn.Module:
     """Like `merge_and_unload`, but drops all adapters; merged ones are unmerged first."""
     for layer in _layers(model):
-        if layer.merged:
-            layer.unmerge()
+        layer.disable()
     return _without(model)
 
 

@@ -222,20 +222,6 @@ def test_hadamard_operators(change, expected, by_both):
             refuses(getattr(hadamard, name.replace("hadamard", "_plain")), inputs, *expected[:2])
 
 
-@pytest.mark.parametrize(
-    "lam, gam, expected",
-    [
-        ((3, 2), (2, 7), ["gam", "K = r * n = 6", "(2, 7)"]),
-        ((3, 2), (3, 6), ["gam", "n = 2", "(3, 6)"]),
-        ((3, 3), (3, 6), ["b_col_offset"]),
-        ((4, 2), (2, 6), ["a_offset"]),
-    ],
-)
-def test_wrong_sizes(lam, gam, expected):
-    inputs = torch.ones(4, 8), None, None, torch.ones(lam), torch.ones(gam)
-    refuses(lambda: ops.independent_linear(*inputs, *packed(LISTS).values()), {}, *expected)
-
-
 def wrong_lists(offset, index, *expected, device="cpu"):
     offset = torch.tensor(offset, device=device)
     return "lists_to_dense", (offset, index, 3, 1.0, torch.half), expected
