@@ -274,3 +274,9 @@ def test_planes_that_share_a_bit_stay_in_memory():
     lam, gam = torch.ones(3, 2), torch.ones(2, 6)
     y = ops.independent_linear(torch.ones(40, 8), None, None, lam, gam, **bases)
     assert y.isfinite().all() and y.abs().max() <= 8 * 6 * 3
+
+
+def test_torch_jit_trace_is_refused_by_name():
+    layer = make_layer(8, 8, 2, 0.5, 3, torch.float32)
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record .* torch\.export"):
+        torch.jit.trace(lambda x: linear(x, None, None, layer.basis, layer.lam, layer.gam), layer.x)
