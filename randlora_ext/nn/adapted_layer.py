@@ -11,7 +11,7 @@ from ..ops import functional
 from ..ranks import full_tensor, laid_out_like
 from .base_layer import plain_weight, refuse_cut
 from .merging import KeepsWeight
-from .state_dict import DIAGONALS, INPUT_SCALE
+from .state_dict import DIAGONALS, INPUT_SCALE, no_scale, refuse_misfit
 
 
 class AdaptedLayer(KeepsWeight):
@@ -84,23 +84,36 @@ class AdaptedLayer(KeepsWeight):
     @property
     def randlora_input_scale(self) -> SimpleNamespace:
         """Torch's functions for distributed state dicts look every key up as an attribute."""
-        return SimpleNamespace(**self.input_scales)
+        return SimpleNamespace(**self._scales())
+
+    def _scales(self) -> dict[str, Tensor]:
+        """What state dicts hold: ones for an adapter that could have a scale and has none.
+
+        torch.distributed loads only keys that the model's own state dict has. Copies, because
+        dcp.load writes into them.
+        """
+        return {
+            name: self.input_scales.get(name, torch.ones(self.in_features)).clone()
+            for name, lam in self.randlora_lambda.items()
+            if self.basis_of(name, lam.device).takes_input_scale
+        }
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, scale in self.input_scales.items():  # copies: dcp.load writes into them
-            destination[f"{prefix}{INPUT_SCALE}.{name}"] = scale.clone()
+        for name, scale in self._scales().items():
+            destination[f"{prefix}{INPUT_SCALE}.{name}"] = scale
 
     def _load_from_state_dict(self, state_dict, prefix: str, *args) -> None:
+        refuse_misfit(self, state_dict, prefix)
         # A state with a lambda is whole: without a scale it was trained without.
         keys = {name: f"{prefix}{INPUT_SCALE}.{name}" for name in self.randlora_lambda}
         whole = [n for n in keys if f"{prefix}{DIAGONALS[0]}.{n}" in state_dict]
         scales = {
             n: state_dict.pop(k, None) for n, k in keys.items() if k in state_dict or n in whole
         }
-        super()._load_from_state_dict(state_dict, prefix, *args)  # first its checks
+        super()._load_from_state_dict(state_dict, prefix, *args)
         for name, scale in scales.items():
-            self.set_input_scale(name, scale)
+            self.set_input_scale(name, None if no_scale(scale) else scale)
 
     def _adapted(self, names: list[str], x: Tensor, *args, **kwargs) -> Tensor:
         """The base layer's output and those of these adapters, by one operator if that may be."""

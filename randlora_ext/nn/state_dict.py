@@ -87,3 +87,8 @@ def misfit(key: str, saved: Any, own: Tensor) -> str:
         return ""
     kind = "floating point" if own.is_floating_point() else "an integer"
     return f"{key} is {saved.dtype}, and must be {kind}"
+
+
+def no_scale(scale: Any) -> bool:
+    """Whether the entry of an input scale stands for none."""
+    return isinstance(scale, Tensor) and not bool((scale != 1).any())

@@ -17,7 +17,6 @@ from ..basis import Basis
 from ..devices import serve
 from ..nn.adapted_layer import AdaptedLayer
 from ..nn.merging import merged_layers
-from ..nn.state_dict import refuse_misfit
 from .bases import PackedBufferDict, layer_basis
 from .basis_tensor import BasisTensor
 
@@ -153,10 +152,6 @@ class AcceleratedLinear(AdaptedLayer, Linear):
             self.merge(safe_merge, adapter_names, keep_weight="nothing")
         merged_layers.discard(self)
         return self.get_base_layer()
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        refuse_misfit(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def kernel_summary(model: nn.Module) -> str:

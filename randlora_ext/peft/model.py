@@ -23,7 +23,7 @@ from ..nn.base_layer import (
 )
 from ..nn.linear import DEFAULT_SCALING, RandLoraLinear, more_than_d
 from ..nn.merging import merged_layers
-from ..nn.state_dict import INPUT_SCALE, guard, misfit, refuse, unguard
+from ..nn.state_dict import INPUT_SCALE, guard, misfit, no_scale, refuse, unguard
 from . import quantized
 from .bases import BASIS_NAMES, PackedBufferDict, drawn, generated, largest
 from .config import description_of
@@ -196,7 +196,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
         kwargs |= {"adapter_name": adapter_name, "state_dict": state_dict}
         found = super()._get_adapter_state_dict(*args, **kwargs)
         end = f".{INPUT_SCALE}.{adapter_name}"
-        return found | {key: value for key, value in state_dict.items() if key.endswith(end)}
+        scales = {key: value for key, value in state_dict.items() if key.endswith(end)}
+        return found | {key: scale for key, scale in scales.items() if not no_scale(scale)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict:
