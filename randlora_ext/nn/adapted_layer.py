@@ -192,7 +192,8 @@ class AdaptedLayer(KeepsWeight):
         basis = self.basis_of(adapter, weight.device)
         by = functional.what_computes(basis, weight.device, weight.dtype)
         hint = " (basis='hadamard' costs about LoRA's)" if basis.is_dense else ""
-        return f"r={basis.r} {basis.name} by {by}{hint}"
+        scaled = " with scaled inputs" if adapter in self.input_scales else ""
+        return f"r={basis.r} {basis.name}{scaled} by {by}{hint}"
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_features}->{self.out_features}"]
