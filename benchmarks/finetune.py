@@ -3,6 +3,7 @@
     python benchmarks/finetune.py --methods "hadamard scaled,hadamard,lora" --rates 5e-4,8e-4
     python benchmarks/finetune.py --task roman --methods "hadamard scaled" --model bf16
     python benchmarks/finetune.py --parity 100      ours and stock PEFT, loss by loss
+    python benchmarks/finetune.py --inputs          what the inputs of each kind of layer are made of
 
 SmolLM2-135M learns a task of finetune_tasks.py. Every method is trained with every rate and seed.
 Each run is written to OUT.jsonl as it ends: a stopped benchmark continues where it was. The table
@@ -162,6 +163,48 @@ def common_responses(tuned) -> Iterator[dict[str, list[float]]]:
             hook.remove()
 
 
+def inputs_table() -> str:
+    """Markdown, by kind of layer and text: how much of the inputs' energy lies in few directions."""
+    import finetune_tasks
+    import spelling
+    import torch
+
+    tokenizer, model, _ = loaded("fp32")
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+
+    def watch(kind: str, text: str):
+        def hook(layer, inputs):
+            x = inputs[0].flatten(0, -2)
+            energy = x.square().mean(0)
+            few = energy.sort(descending=True).values[: max(1, round(0.02 * len(energy)))]
+            shares = few.sum() / energy.sum(), x.mean(0).square().sum() / energy.sum()
+            found.setdefault((kind, text), []).append(tuple(map(float, shares)))
+
+        return hook
+
+    texts = {name: text() for name, text in finetune_tasks.TEXTS.items()}
+    for task, make in finetune_tasks.TASKS.items():
+        texts[task] = "\n".join(f"{asked} -> {answer}" for asked, answer in make()[0][:100])
+    for text, content in texts.items():
+        layers = [(n.rpartition(".")[2], m) for n, m in model.named_modules()]
+        hooks = [
+            m.register_forward_pre_hook(watch(kind, text))
+            for kind, m in layers
+            if kind in TARGETS["all"]
+        ]
+        with torch.no_grad():
+            model(torch.tensor([tokenizer(content[-8192:])["input_ids"][-512:]]))
+        for hook in hooks:
+            hook.remove()
+    head = f"| layers | {' | '.join(texts)} |\n|{'---|' * (len(texts) + 1)}"
+    lines = [head]
+    for kind in TARGETS["all"]:
+        means = (map(statistics.fmean, zip(*found[kind, text], strict=True)) for text in texts)
+        cells = (f"{few:.0%}, {mean:.0%}" for few, mean in means)
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def run_one(
     task: str, method: str, lr: float, seed: int, steps: int, scaling: float, r: int, targets: str,
     model: str, nudge: bool = False,
@@ -313,8 +356,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("finetune"), help="write OUT.jsonl")
     parser.add_argument("--parity", type=int, metavar="STEPS")
+    parser.add_argument("--inputs", action="store_true", help="shares of energy, by kind of layer")
     parser.add_argument("--lr", type=float, default=3e-4, help="of --parity")
     args = parser.parse_args()
+    if args.inputs:
+        print(inputs_table())
+        return
     if args.parity:
         parity(args.parity, args.lr)
         return

@@ -4,6 +4,7 @@
 
     bench-tokens.png     layer-NAME.json      layer.py with several numbers of tokens
     bench-density.png    density-NAME.json    layer.py with many densities, at one size
+    forgetting.png       forgetting-NAME.jsonl   finetune.py, a task a panel, a curve a method
 
 Only float32 rows are drawn, so that no line mixes types.
 """
@@ -109,6 +110,49 @@ def by_density(result: dict):
     return with_conditions(figure, result)
 
 
+METHODS = {
+    "hadamard scaled": ("tab:red", "o-", "Hadamard, calibrated"),
+    "hadamard": ("tab:orange", "o-", "Hadamard"),
+    "shira": ("tab:green", "s-", "SHiRA"),
+    "shira scaled": ("tab:green", "s:", "SHiRA, inputs scaled"),
+    "lora": ("k", "^-", "LoRA"),
+    "lora scaled": ("k", "^:", "LoRA, inputs scaled"),
+    "very_sparse": ("tab:purple", "v-", "very_sparse"),
+    "c3a": ("tab:brown", "D-", "C3A"),
+}
+
+
+def by_forgetting(rows: list[dict]):
+    """Forgetting over what was learned, if anything: a point a rate, the mean over its seeds."""
+    usual = {"steps": 40, "r": 32, "targets": "four", "model": "fp32"}
+    rows = [r for r in rows if usual.items() <= r.items() and r["held_out_loss"] < 2]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(10, 4), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for method, (color, style, label) in METHODS.items():
+            mine = [r for r in rows if r["task"] == task and r["method"] == method]
+            points = []
+            for rate in sorted({r["lr"] for r in mine}):
+                each = [
+                    (r["held_out_loss"], r["forgetting"]["manual"])
+                    for r in mine
+                    if r["lr"] == rate
+                ]
+                points.append(tuple(sum(v) / len(each) for v in zip(*each, strict=True)))
+            if points:
+                axis.plot(*zip(*points, strict=True), style, color=color, markersize=4, label=label)
+        axis.set(yscale="log", title=task, xlabel="held-out loss of the task")
+        axis.yaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.5, 1, 2, 4]))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("rise of the loss on Python's manual")
+    lines, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, ncols=4, loc="upper center", fontsize=8)
+    figure.tight_layout(rect=(0, 0, 1, 0.87))
+    return figure
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", help="the machine's name in the names of the results")
@@ -122,6 +166,10 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"no {path.name}: bench-{name}.png stays as it is")
             continue
         draw(json.loads(path.read_text())).savefig(args.out / f"bench-{name}.png", dpi=110)
+    path = ROOT / "results" / f"forgetting-{args.name}.jsonl"
+    if path.exists():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        by_forgetting(rows).savefig(args.out / "forgetting.png", dpi=110)
 
 
 if __name__ == "__main__":

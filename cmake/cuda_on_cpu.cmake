@@ -2,9 +2,6 @@
 # tests/cuda/test_NAME.cpp as a test cuda_NAME that runs them on the CPU.
 file(GLOB_RECURSE cuda_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/*.cu)
 file(GLOB cuda_tests CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/tests/cuda/test_*.cpp)
-if(RANDLORA_SANITIZE MATCHES thread)  # it starts the kernels of test_a_side and test_b_side
-  list(FILTER cuda_tests EXCLUDE REGEX test_linear)
-endif()
 set_source_files_properties(${cuda_sources} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++")
 set_source_files_properties(csrc/cuda/table.cu PROPERTIES
   COMPILE_DEFINITIONS ${RANDLORA_CUDA_INTERFACE})
@@ -28,9 +25,6 @@ foreach(source ${cuda_tests})
     Threads::Threads)
   add_dependencies(cuda_tests test_cuda_${name})
   add_test(NAME cuda_${name} COMMAND test_cuda_${name})
-  if(name MATCHES linear)
-    set_tests_properties(cuda_${name} PROPERTIES COST 100)  # the longest begin first
-  endif()
   set_tests_properties(cuda_${name} PROPERTIES FIXTURES_SETUP cuda_kernels
     ENVIRONMENT CUDA_ON_CPU_KERNELS=${CMAKE_CURRENT_BINARY_DIR}/kernels/${name}.txt)
 endforeach()

@@ -70,9 +70,8 @@ def describe() -> list[str]:
 
 def self_check() -> list[tuple[str, float, float]]:
     """(what, relative error, limit): bases, layers and merging in every dtype, on every device."""
-    devices = [torch.device("cpu")]
-    if cuda_available() and torch.cuda.is_available():
-        devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    cards = torch.cuda.device_count() if cuda_available() else 0
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(cards))]
     checks = [(f"{device} generated basis", _wrong_basis(device), 0.0) for device in devices]
     kinds = _bases()
     for device, (dtype, limit), kind in itertools.product(devices, LIMITS.items(), kinds):
@@ -105,17 +104,9 @@ def relative_error(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> float:
-    """Largest relative error of the functions and their gradients against float64.
+    """The largest |difference| / |reference|, Frobenius norms, to float64 on random operands.
 
-    Args:
-        basis: of the layer; all other operands are random.
-        tokens: rows of x.
-        dtype: of x, dy and the weight.
-        device: on which the functions run.
-
-    Returns:
-        The largest |difference| / |reference|, Frobenius norms, over y and its gradients, dW and
-        its gradients, and W + dW.
+    Of y and its gradients, dW and its gradients, and W + dW; x (tokens, in), W and dy in `dtype`.
     """
     generator = torch.Generator().manual_seed(basis.r)
     n_in, n_out, r, n, d = basis.in_features, basis.out_features, basis.r, basis.n, basis.d

@@ -26,8 +26,8 @@ _OF_TORCH = "PytorchStreamWriter", "inline_container.cc", "iostream error"
 def appear(file: str | os.PathLike) -> Iterator[Path]:
     """A scratch path, renamed to `file` when the block ends. Its folder must exist.
 
-    If the block raises, nothing has changed. OSError, ``FILE cannot be written: REASON``, if that
-    is the reason.
+    `file` may be a folder, which then must be empty or missing. If the block raises, nothing has
+    changed. OSError, ``FILE cannot be written: REASON``, if that is the reason.
     """
     place = _resolved(file)
     with _scratch_in(place.parent, file) as scratch:
@@ -48,17 +48,6 @@ def appear_together(folder: str | os.PathLike) -> Iterator[Path]:
         files = [path for path in scratch.rglob("*") if path.is_file()]
         for path in sorted(files, key=lambda path: (path.suffix == ".json", path)):
             _put(path, place / path.relative_to(scratch))
-
-
-@contextmanager
-def appear_new(out: str | os.PathLike) -> Iterator[Path]:
-    """As `appear`, for a new folder: `out` must be free, or an empty folder."""
-    place = _resolved(out)
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise OSError(f"{os.fspath(out)} exists; choose another name or remove it first")
-    with _scratch_in(place.parent, out) as scratch:
-        yield scratch / place.name
-        os.rename(scratch / place.name, place)  # fails if somebody has filled it meanwhile
 
 
 def _resolved(path: str | os.PathLike) -> Path:

@@ -68,9 +68,9 @@ class Steps {
         T_(T) {
     lam_ = compute_copy(b.lam, dtype_);
     const Tensor gam = compute_copy(b.gam, dtype_);
-    gam_ = temporary({s_.n, s_.d}, class_dtype_, like);
+    gam_ = Temporary(s_.n * s_.d, class_dtype_, like);
     run(like,
-        HadamardGamma{s_, gam.const_data_ptr(), floats(b.s), gam_.mutable_data_ptr(), dtype_});
+        HadamardGamma{s_, gam.const_data_ptr(), floats(b.s), gam_.data(), dtype_});
     const int64_t bytes = s_.classes() * s_.n * bytes_of(class_dtype_);
     const int64_t limit = (in_caches() ? int64_t{1} : int64_t{64}) << 20;
     int64_t most = std::max(limit / bytes, kFewest);
@@ -82,7 +82,7 @@ class Steps {
     largest_ = chunks_ ? (T + chunks_ - 1) / chunks_ : 0;
     slots_ = runs_on_cuda(like) ? std::min<int64_t>(largest_, 512)
                                 : std::min<int64_t>((largest_ + 15) / 16, 64);
-    if (dtype_ != class_dtype_) wide_ = temporary({largest_, s_.d}, class_dtype_, like);
+    if (dtype_ != class_dtype_) wide_ = Temporary(largest_ * s_.d, class_dtype_, like);
   }
 
   // fn(first token) for chunks of about equally many tokens.
@@ -96,18 +96,23 @@ class Steps {
   }
 
   // (classes, tokens, n), with room for a vector behind it.
-  Tensor for_classes() const {
-    return temporary({s_.classes() * largest_ * s_.n + 64}, class_dtype_, like_);
+  Temporary for_classes() const {
+    return Temporary(s_.classes() * largest_ * s_.n + 64, class_dtype_, like_);
   }
   void reserve_gradients() {
     if (in_spans()) spans_ = std::min((T_ + kSpan - 1) / kSpan, chunks_);
-    P_ = temporary({std::max<int64_t>(spans_, 1), s_.classes(), s_.n, s_.n}, class_dtype_, like_);
-    sums_ = allocate({chunks_ * slots_, s_.K()}, compute_type(dtype_), like_);
-    if (T_ == 0) torch::stable::zero_(P_);
+    const int64_t numbers = std::max<int64_t>(spans_, 1) * s_.classes() * s_.n * s_.n;
+    P_ = Temporary(numbers, class_dtype_, like_);
+    sums_ = Temporary(chunks_ * slots_ * s_.K(), compute_dtype(), like_);
+    if (T_ == 0) {
+      Tensor P = torch::stable::from_blob(P_.data(), {numbers}, {1}, like_.device(),
+                                          scalar_type(class_dtype_));
+      torch::stable::zero_(P);
+    }
   }
 
   // z = the class products with x (T, d).
-  void inner(const Tensor& x, int64_t t, const Tensor& z) {
+  void inner(const Tensor& x, int64_t t, const Temporary& z) {
     const void* from = widened(x, t);
     each_part([&](const Part& p) {
       multiply(at_classes(z, p), columns(from, p), gamma(p).transposed(), 1, 0, class_dtype_,
@@ -115,8 +120,8 @@ class Steps {
     });
   }
   // Adds the class products with w to y (T, d), or sets y unless `accumulate`. `room` is scratch.
-  void outer(const Tensor& w, const Tensor& y, int64_t t, bool accumulate,
-             const Tensor& room) const {
+  void outer(const Temporary& w, const Tensor& y, int64_t t, bool accumulate,
+             const Temporary& room) const {
     const void* to = element(y, t * s_.d, dtype_);
     if (in_caches()) {
       each_part([&](const Part& p) {
@@ -126,53 +131,53 @@ class Steps {
       });
       TorchRuntime runtime;
       cpu_kernels().hadamard_add(
-          {s_, room.const_data_ptr(), const_cast<void*>(to), dtype_, tokens_, b_.scale, accumulate},
+          {s_, room.data(), const_cast<void*>(to), dtype_, tokens_, b_.scale, accumulate},
           runtime);
       return;
     }
     // torch's GEMM adds to results of its own dtype alone.
     const bool direct = dtype_ == class_dtype_;
-    Tensor result = chunk_of(to, dtype_), sums = chunk_of(room.const_data_ptr(), class_dtype_);
+    Tensor result = chunk_of(to, dtype_), sums = chunk_of(room.data(), class_dtype_);
     if (!direct && accumulate) torch::stable::copy_(sums, result);
     each_part([&](const Part& p) {
-      multiply(columns(direct ? to : sums.const_data_ptr(), p), at_classes(w, p), gamma(p),
+      multiply(columns(direct ? to : room.data(), p), at_classes(w, p), gamma(p),
                b_.scale, accumulate, class_dtype_, like_);
     });
     if (!direct) torch::stable::copy_(result, sums);
   }
   // The gradient of gamma from w and x (T, d), added to that of the chunks before in its span.
-  void gradient(const Tensor& w, const Tensor& x, int64_t t) {
+  void gradient(const Temporary& w, const Tensor& x, int64_t t) {
     const auto span_of = [&](int64_t chunk) { return chunk * spans_ / chunks_; };
     const int64_t span = span_of(chunk_), first_class = span * s_.classes();
     const bool add = chunk_ > 0 && span_of(chunk_ - 1) == span;
     const void* from = widened(x, t);
     each_part([&](const Part& p) {
-      const void* P = element(P_, (first_class + p.first) * s_.n * s_.n, class_dtype_);
+      const void* P = at(P_.data(), (first_class + p.first) * s_.n * s_.n, class_dtype_);
       const MatrixBatch out{P, p.count, s_.n, p.width, s_.n * s_.n, s_.n, 1};
       multiply(out, at_classes(w, p).transposed(), columns(from, p), 1, add, class_dtype_, like_);
     });
   }
   // Adds to y (T, D) what z gives by mix and transform, or sets y unless `accumulate`.
-  void up(const Tensor& z, const Tensor& y, int64_t t, bool accumulate) const {
-    run(like_, HadamardUp{s_, z.const_data_ptr(), lam_.const_data_ptr(), floats(b_.row),
+  void up(const Temporary& z, const Tensor& y, int64_t t, bool accumulate) const {
+    run(like_, HadamardUp{s_, z.data(), lam_.const_data_ptr(), floats(b_.row),
                           floats(b_.col), const_cast<void*>(element(y, t * s_.D, dtype_)), dtype_,
                           tokens_, b_.scale, accumulate});
   }
   // w from y (T, D); with z, also the sums for the gradient of lambda.
-  void down(const Tensor& y, int64_t t, const Tensor& w, const Tensor* z) const {
+  void down(const Tensor& y, int64_t t, const Temporary& w, const Temporary* z) const {
     void* sums = nullptr;
     if (z)
-      sums = static_cast<char*>(sums_.mutable_data_ptr()) +
-             chunk_ * slots_ * s_.K() * (dtype_ == DType::f64 ? 8 : 4);
+      sums = static_cast<char*>(sums_.data()) +
+             chunk_ * slots_ * s_.K() * bytes_of(compute_dtype());
     run(like_, HadamardDown{s_, element(y, t * s_.D, dtype_), lam_.const_data_ptr(), floats(b_.row),
-                            floats(b_.col), w.mutable_data_ptr(), z ? z->const_data_ptr() : nullptr,
+                            floats(b_.col), w.data(), z ? z->data() : nullptr,
                             sums, slots_, dtype_, tokens_});
   }
   std::tuple<Tensor, Tensor> diagonals() const {
     const ScalarType type = compute_type(dtype_);
     Tensor dlam = allocate({s_.r, s_.n}, type, like_), dgam = allocate({s_.n, s_.d}, type, like_);
     class_dtype_ == DType::f64 ? sum_spans<double>() : sum_spans<float>();
-    run(like_, HadamardDiagonals{s_, P_.const_data_ptr(), sums_.const_data_ptr(), chunks_ * slots_,
+    run(like_, HadamardDiagonals{s_, P_.data(), sums_.data(), chunks_ * slots_,
                                  floats(b_.s), floats(b_.col), dlam.mutable_data_ptr(),
                                  dgam.mutable_data_ptr(), dtype_, b_.scale});
     return {cast(dlam, b_.lam.scalar_type()), cast(dgam, b_.gam.scalar_type())};
@@ -191,16 +196,19 @@ class Steps {
     if (rest > 0) fn(Part{whole, 1, rest});
   }
 
-  static const void* element(const Tensor& t, int64_t e, DType dtype) {
-    return static_cast<const char*>(t.const_data_ptr()) + e * bytes_of(dtype);
+  static const void* at(const void* data, int64_t e, DType dtype) {
+    return static_cast<const char*>(data) + e * bytes_of(dtype);
   }
-  MatrixBatch at_classes(const Tensor& z, const Part& p) const {
+  static const void* element(const Tensor& t, int64_t e, DType dtype) {
+    return at(t.const_data_ptr(), e, dtype);
+  }
+  MatrixBatch at_classes(const Temporary& z, const Part& p) const {
     const int64_t each = tokens_ * s_.n;
-    return {element(z, p.first * each, class_dtype_), p.count, tokens_, s_.n, each, s_.n, 1};
+    return {at(z.data(), p.first * each, class_dtype_), p.count, tokens_, s_.n, each, s_.n, 1};
   }
   // Of a chunk (tokens, d).
   MatrixBatch columns(const void* x, const Part& p) const {
-    return {static_cast<const char*>(x) + p.first * s_.n * bytes_of(class_dtype_),
+    return {at(x, p.first * s_.n, class_dtype_),
             p.count,
             tokens_,
             p.width,
@@ -209,27 +217,28 @@ class Steps {
             1};
   }
   MatrixBatch gamma(const Part& p) const {
-    return {element(gam_, p.first * s_.n, class_dtype_), p.count, s_.n, p.width, s_.n, s_.d, 1};
+    return {at(gam_.data(), p.first * s_.n, class_dtype_), p.count, s_.n, p.width, s_.n, s_.d, 1};
   }
 
   Tensor chunk_of(const void* data, DType dtype) const {
     return torch::stable::from_blob(const_cast<void*>(data), {tokens_, s_.d}, {s_.d, 1},
                                     like_.device(), scalar_type(dtype));
   }
+  DType compute_dtype() const { return dtype_ == DType::f64 ? DType::f64 : DType::f32; }
   // The chunk of x (T, d) in the class dtype. A call has one such x.
   const void* widened(const Tensor& x, int64_t t) {
     const void* from = element(x, t * s_.d, dtype_);
     if (dtype_ == class_dtype_) return from;
-    Tensor to = chunk_of(wide_.const_data_ptr(), class_dtype_);
+    Tensor to = chunk_of(wide_.data(), class_dtype_);
     if (widened_ != chunk_) torch::stable::copy_(to, chunk_of(from, dtype_));
     widened_ = chunk_;
-    return wide_.const_data_ptr();
+    return wide_.data();
   }
   template <class C>
   void sum_spans() const {
     if (spans_ == 1) return;
     const int64_t size = s_.classes() * s_.n * s_.n;
-    C* P = static_cast<C*>(P_.mutable_data_ptr());
+    C* P = static_cast<C*>(P_.data());
     for (int64_t e = size; e < spans_ * size; ++e) P[e % size] += P[e];
   }
 
@@ -246,7 +255,8 @@ class Steps {
   const HadamardSizes& s_;
   const Tensor& like_;
   DType dtype_, class_dtype_;
-  Tensor lam_, gam_, P_, sums_, wide_;
+  Tensor lam_;
+  Temporary gam_, P_, sums_, wide_;
   int64_t T_, chunks_, largest_, slots_, spans_ = 1, chunk_ = 0, tokens_ = 0, widened_ = -1;
 };
 
@@ -260,7 +270,8 @@ Tensor hadamard_linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Ten
                                                             expand, scale)[0]);
   const Tensor xc = as_contiguous(x), y = base_output(xc, weight, bias, b.out());
   Steps steps(b, xc, T);
-  const Tensor z = steps.for_classes(), room = expand ? z : steps.for_classes();
+  const Temporary z = steps.for_classes();
+  const Temporary room = expand ? Temporary() : steps.for_classes();
   steps.each_chunk([&](int64_t t) {
     if (expand) {
       steps.inner(xc, t, z);
@@ -292,7 +303,7 @@ Gradients hadamard_linear_backward(Tensor dy, Tensor x, OptionalTensor weight, T
   if (need_x) dx = base_gradient(dyc, weight, xc);
   Steps steps(b, xc, T);
   if (need_diagonals) steps.reserve_gradients();
-  const Tensor z = steps.for_classes(), w = steps.for_classes();
+  const Temporary z = steps.for_classes(), w = steps.for_classes();
   const Tensor &of_d = expand ? xc : dyc, &of_D = expand ? dyc : xc;
   steps.each_chunk([&](int64_t t) {
     if (need_diagonals || !expand) steps.inner(of_d, t, z);

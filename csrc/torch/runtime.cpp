@@ -72,19 +72,12 @@ Tensor allocate(const std::vector<int64_t>& sizes, ScalarType type, const Tensor
   return allocate_on(sizes, type, device_type, like.get_device_index());
 }
 
-Tensor temporary(const std::vector<int64_t>& sizes, DType dtype, const Tensor& like) {
-  if (!like.is_cpu()) return allocate(sizes, scalar_type(dtype), like);
-  const std::vector<int64_t> strides = strides_of(sizes);
-  int64_t count = 1;
-  for (const int64_t size : sizes) count *= size;
-  const Tensor block = kept_blocks.take(count * bytes_of(dtype));
-  return torch::stable::from_blob(
-      block.mutable_data_ptr(), {sizes.data(), sizes.size()}, {strides.data(), strides.size()},
-      block.device(), scalar_type(dtype), [block](void*) { kept_blocks.give_back(block); });
-}
+Temporary::Temporary(int64_t count, DType dtype, const Tensor& like)
+    : block_(like.is_cpu() ? kept_blocks.take(count * bytes_of(dtype))
+                           : allocate({count}, scalar_type(dtype), like)) {}
 
-TorchRuntime::~TorchRuntime() {
-  if (block_) kept_blocks.give_back(*block_);
+Temporary::~Temporary() {
+  if (block_ && block_->is_cpu()) kept_blocks.give_back(*block_);
 }
 
 void TorchRuntime::run(int slots, void (*task)(void*, int), void* arg) {
@@ -97,6 +90,10 @@ void TorchRuntime::run(int slots, void (*task)(void*, int), void* arg) {
 void* TorchRuntime::scratch(size_t bytes) {
   block_ = kept_blocks.take(static_cast<int64_t>(bytes));
   return block_->mutable_data_ptr();
+}
+
+TorchRuntime::~TorchRuntime() {
+  if (block_) kept_blocks.give_back(*block_);
 }
 
 }  // namespace randlora

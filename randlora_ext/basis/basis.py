@@ -80,6 +80,7 @@ class Basis:
         self.in_features, self.out_features = shape.in_features, shape.out_features
         self.r, self.n, self.K, self.d, self.D = shape.r, shape.n, shape.K, shape.d, shape.D
         self.expand = shape.expand
+        self.of_diagonals = (shape.r, shape.n), (shape.n, shape.d)  # the shapes of lam and gam
         self.kind, self.density, self.scale = source.kind, source.density, source.scale
         self.description = source.description
         self.seed = None if source.description is None else source.description.seed

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..writing import appear_new
+from ..writing import appear
 from . import CliError
 from .adapter import Changes, read_changes
 from .checkpoint import Checkpoint, read_checkpoint
@@ -25,10 +25,11 @@ def merge(model: Path, source: Path, out: Path) -> int:
     layer, and the disk space of the model.
     """
     checkpoint = read_checkpoint(model)
-    with appear_new(out) as folder:
-        changes = read_changes(source, checkpoint)
-        written = changes.added.keys() | changes.replaced.keys()
-        _check_names(checkpoint, changes.replaced, written)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CliError(f"{out} exists; choose another name or remove it first")
+    with appear(out) as folder:
+        added, replaced = changes = read_changes(source, checkpoint)
+        _check_names(checkpoint, replaced, written := added.keys() | replaced.keys())
         folder.mkdir()
         for file in checkpoint.files:
             print(f"merging {file.name}", file=sys.stderr)
@@ -40,9 +41,9 @@ def merge(model: Path, source: Path, out: Path) -> int:
                         copy.seek(entry.start)
                         _write(copy, _changed(name, checkpoint, changes))
         left = _copy_rest(checkpoint, folder)
-    print(f"{len(changes.added)} layers merged into {len(checkpoint.files)} files of {out}")
+    print(f"{len(added)} layers merged into {len(checkpoint.files)} files of {out}")
     for names, told in (
-        (changes.replaced, "replaced by the adapter's own"),
+        (replaced, "replaced by the adapter's own"),
         (left, "not copied, since they hold unmerged weights or are folders"),
     ):
         if names:
@@ -51,11 +52,11 @@ def merge(model: Path, source: Path, out: Path) -> int:
 
 
 def _changed(name: str, checkpoint: Checkpoint, changes: Changes) -> Tensor:
-    weight = changes.replaced.get(name)
-    weight = checkpoint.read(name) if weight is None else weight
+    added, replaced = changes
+    weight = replaced[name] if name in replaced else checkpoint.read(name)
     weight = weight.to(checkpoint.tensors[name].dtype)
-    if name in changes.added:
-        weight = changes.added[name].added_to(weight)
+    if name in added:
+        weight = added[name].added_to(weight)
         if not bool(torch.isfinite(weight).all()):
             raise CliError(f"{name} would hold NaN or inf after merging; nothing was written")
     return weight

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from ..basis import Basis
 from ..ops import functional
 from ..ranks import full_tensor, laid_out_like
-from .base_layer import is_plain_linear, matches, refuse_cut
+from .base_layer import plain_weight, refuse_cut
 from .merging import KeepsWeight
-from .state_dict import DIAGONALS, INPUT_SCALE
+from .state_dict import DIAGONALS, INPUT_SCALE, no_scale, refuse_misfit
 
 
 class AdaptedLayer(KeepsWeight):
@@ -24,6 +24,7 @@ class AdaptedLayer(KeepsWeight):
     """
 
     base_layer: Any
+    _modules: dict[str, Any]
     in_features: int
     out_features: int
     fan_in_fan_out: bool
@@ -47,8 +48,12 @@ class AdaptedLayer(KeepsWeight):
 
     def _diagonals(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """Lambda and gamma, gathered if FSDP2 has sharded them."""
-        lam, gam = (full_tensor(getattr(self, each)[name]).to(device) for each in DIAGONALS)
-        return lam, gam
+        modules = self._modules
+        lam = getattr(modules["randlora_lambda"], name)
+        gam = getattr(modules["randlora_gamma"], name)
+        if type(lam) is nn.Parameter and lam.device == device == gam.device:
+            return lam, gam
+        return full_tensor(lam).to(device), full_tensor(gam).to(device)
 
     def _base_weight(self) -> Tensor:
         """Has the dtype, device and layout in which the base layer computes."""
@@ -79,31 +84,45 @@ class AdaptedLayer(KeepsWeight):
     @property
     def randlora_input_scale(self) -> SimpleNamespace:
         """Torch's functions for distributed state dicts look every key up as an attribute."""
-        return SimpleNamespace(**self.input_scales)
+        return SimpleNamespace(**self._scales())
+
+    def _scales(self) -> dict[str, Tensor]:
+        """What state dicts hold: ones for an adapter that could have a scale and has none.
+
+        torch.distributed loads only keys that the model's own state dict has. Copies, because
+        dcp.load writes into them.
+        """
+        return {
+            name: self.input_scales.get(name, torch.ones(self.in_features)).clone()
+            for name, lam in self.randlora_lambda.items()
+            if self.basis_of(name, lam.device).takes_input_scale
+        }
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, scale in self.input_scales.items():  # copies: dcp.load writes into them
-            destination[f"{prefix}{INPUT_SCALE}.{name}"] = scale.clone()
+        for name, scale in self._scales().items():
+            destination[f"{prefix}{INPUT_SCALE}.{name}"] = scale
 
     def _load_from_state_dict(self, state_dict, prefix: str, *args) -> None:
+        refuse_misfit(self, state_dict, prefix)
         # A state with a lambda is whole: without a scale it was trained without.
         keys = {name: f"{prefix}{INPUT_SCALE}.{name}" for name in self.randlora_lambda}
         whole = [n for n in keys if f"{prefix}{DIAGONALS[0]}.{n}" in state_dict]
         scales = {
             n: state_dict.pop(k, None) for n, k in keys.items() if k in state_dict or n in whole
         }
-        super()._load_from_state_dict(state_dict, prefix, *args)  # first its checks
+        super()._load_from_state_dict(state_dict, prefix, *args)
         for name, scale in scales.items():
-            self.set_input_scale(name, scale)
+            self.set_input_scale(name, None if no_scale(scale) else scale)
 
     def _adapted(self, names: list[str], x: Tensor, *args, **kwargs) -> Tensor:
         """The base layer's output and those of these adapters, by one operator if that may be."""
-        base = self.base_layer
-        alone = len(names) == 1 and not args and not kwargs
-        fuses = alone and not self._dropped(names[0]) and not self._widens(names[0], x)
-        if fuses and self._can_fuse(names[0], x):
-            return self._part(names[0], x, base.weight, base.bias)
+        base = self._modules["base_layer"]  # nn.Module's __getattr__ takes half a microsecond
+        if len(names) == 1 and not args and not kwargs:
+            name = names[0]
+            if not self._dropped(name) and not self._widens(name, x):
+                if (weight := plain_weight(base, x)) is not None:
+                    return self._part(name, x, weight, base.bias)
         if names:
             refuse_cut(base)
         y = base(x, *args, **kwargs)
@@ -115,21 +134,10 @@ class AdaptedLayer(KeepsWeight):
         self, name: str, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
         """The adapter's output, added to that of the base layer if its weight is given."""
-        basis, (lam, gam) = self.basis_of(name, x.device), self._diagonals(name, x.device)
+        device = x.device
+        lam, gam = self._diagonals(name, device)
+        basis = self.basis_of(name, device)
         return functional.linear(x, weight, bias, basis, lam, gam, self.scaling[name])
-
-    def _can_fuse(self, name: str, x: Tensor) -> bool:
-        """Whether base_layer(x) is F.linear(x, weight, bias) and nothing else.
-
-        A subclass, a hook, a replaced forward (accelerate's offloading) or a quantized or
-        distributed weight needs the layer's own call.
-        """
-        if not is_plain_linear(self.base_layer):
-            return False
-        weight = self.base_layer.weight
-        # While torch.export traces, parameters are FakeTensors, which have a fake_mode.
-        plain = type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "fake_mode")
-        return plain and matches(weight, x)
 
     def _widens(self, name: str, x: Tensor) -> bool:
         """Whether the adapter multiplies in a wider dtype than the base layer."""
@@ -141,7 +149,7 @@ class AdaptedLayer(KeepsWeight):
 
     def _dropped(self, name: str) -> float:
         """The probability that an input of the adapter is dropped now."""
-        dropout = self.randlora_dropout[name]
+        dropout = self._modules["randlora_dropout"]._modules[name]
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -184,7 +192,8 @@ class AdaptedLayer(KeepsWeight):
         basis = self.basis_of(adapter, weight.device)
         by = functional.what_computes(basis, weight.device, weight.dtype)
         hint = " (basis='hadamard' costs about LoRA's)" if basis.is_dense else ""
-        return f"r={basis.r} {basis.name} by {by}{hint}"
+        scaled = " with scaled inputs" if adapter in self.input_scales else ""
+        return f"r={basis.r} {basis.name}{scaled} by {by}{hint}"
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_features}->{self.out_features}"]

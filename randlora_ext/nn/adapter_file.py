@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..basis.basis import Basis
-from ..basis.description import BasisDescription
+from ..basis import Basis, BasisDescription
 from ..ranks import failing_together, full_tensor, is_dtensor
 from ..writing import appear
 from .apply import adapt
 from .base_layer import check_base_layer, features
-from .experts import RandLoraParameter, sizes_of
+from .experts import RandLoraParameter, innermost, matching_parameters, sizes_of
 from .linear import RandLoraLinear, check_adapter_name, check_alpha, check_dropout
 from .state_dict import DIAGONALS, INPUT_SCALE, misfit
 
@@ -34,41 +33,37 @@ class AdapterFile:
     """What a file holds: tensors, and the rest as JSON in its metadata."""
 
     adapter_name: str
-    # r, scaling, randlora_dropout, and basis, the key of a `BasisDescription`.
-    options: dict[str, Any]
-    # [in_features, out_features, fan_in_fan_out] by the layer's path in the base model; of stacked
-    # experts [in_features, out_features, transposed, experts] by the parameter's name.
+    r: int
+    scaling: float
+    randlora_dropout: float
+    basis: str  # the key of a `BasisDescription`
+    # [in_features, out_features, fan_in_fan_out] by the layer's path in the base model; of experts
+    # [in_features, out_features, transposed, experts] by the parameter's name.
     layers: dict[str, list]
     # PATH.randlora_lambda (r, n), PATH.randlora_gamma (n, d) and, if calibrated,
-    # PATH.randlora_input_scale (in_features,), of a tied layer by its first path alone; of experts
-    # (experts, r, n) and (experts, n, d); and other parameters that were trained.
+    # PATH.randlora_input_scale (in_features,), of experts (experts, r, n) and (experts, n, d); and
+    # other parameters that were trained.
     tensors: dict[str, Tensor]
 
     def __post_init__(self) -> None:
-        check_adapter_name(self.adapter_name)
-        check_alpha("scaling", self.options["scaling"])
-        check_dropout(self.options["randlora_dropout"])
+        check_alpha("scaling", self.scaling)
+        check_dropout(self.randlora_dropout)
+        if not self.layers:
+            raise ValueError("there are 0 layers")
         for at in self.layers:
             basis = self.basis_of(at)
-            if self.is_first(at):
-                check_diagonals(at, self.tensors, basis.r, basis.d, self.layers[at][3:])
-        if not any(map(self.is_first, self.layers)):
-            raise ValueError("there are 0 layers")
-
-    def is_first(self, at: str) -> bool:
-        """False for a further path of a tied layer."""
-        return any(join(at, kind) in self.tensors for kind in DIAGONALS)
-
-    @property
-    def others(self) -> list[str]:
-        """Names of the parameters outside of adapters."""
-        own = {join(at, kind) for at in self.layers for kind in (*DIAGONALS, INPUT_SCALE)}
-        return [name for name in self.tensors if name not in own]
+            check_diagonals(at, self.tensors, basis.r, basis.d, self.layers[at][3:])
 
     def basis_of(self, at: str) -> Basis:
-        (n_in, n_out, *_), key = self.layers[at], BasisDescription.parse(self.options["basis"])
-        scale = self.tensors.get(join(at, INPUT_SCALE))
-        return Basis(n_in, n_out, self.options["r"], key.density, key.seed, key.kind, scale)
+        (n_in, n_out, *_), key = self.layers[at], BasisDescription.parse(self.basis)
+        scale = self.tensors.get(f"{at}.{INPUT_SCALE}")
+        return Basis(n_in, n_out, self.r, key.density, key.seed, key.kind, scale)
+
+    @property
+    def others(self) -> dict[str, Tensor]:
+        """Parameters outside of adapters."""
+        own = {f"{at}.{kind}" for at in self.layers for kind in (*DIAGONALS, INPUT_SCALE)}
+        return {name: tensor for name, tensor in self.tensors.items() if name not in own}
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = "default") -> None:
@@ -76,21 +71,21 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
 
     Parameters outside of adapters that require a gradient, as those of ``modules_to_save``, are
     written, too; buffers are not. The file appears, or replaces an older one, when it is complete.
-    If parameters are sharded (FSDP2), all ranks must call: the first rank of the mesh writes the
-    file that one process would write.
 
     Args:
-        model: one layer or a model, also wrapped by DistributedDataParallel or torch.compile.
+        model: one layer or a model, also wrapped by DistributedDataParallel or torch.compile. If it
+            is sharded (FSDP2), all ranks must call, and the first rank writes the file that one
+            process would write.
         path: of the file; its folder must exist.
         adapter_name: which adapter; layers without it are left out.
 
     Raises:
-        ValueError: no layer has the adapter, or they differ in r, scaling, dropout or basis; this
-            process lacks values (meta device, DeepSpeed ZeRO-3).
+        ValueError: no layer has the adapter, layers differ in its r, scaling, dropout or basis, or
+            this process lacks values (meta device, DeepSpeed ZeRO-3).
         OSError: the file cannot be written; an older one stays as it was.
     """
     inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
-    adapted = {at: m for at, (_, m) in _modules(inner).items() if isinstance(m, RandLoraLinear)}
+    adapted = _adapted(inner)
     layers = {at: layer for at, layer in adapted.items() if adapter_name in layer.bases}
     if not layers:
         known = sorted({name for layer in adapted.values() for name in layer.bases})
@@ -99,35 +94,35 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
             "a model of PEFT has save_pretrained"
         )
     options, *others = (_options(layer, adapter_name) for layer in layers.values())
-    if any(other != options for other in others):
+    if another := next((other for other in others if other != options), None):
         raise ValueError(
-            f"adapter {adapter_name!r} has layers of {[options, *others]}; a file holds one set of "
-            "options, so give them adapters of other names"
+            f"adapter {adapter_name!r} has layers of {options} and of {another}; a file holds one "
+            "set of options, so give them adapters of other names"
         )
-    sizes: dict[str, list] = {}
-    for at, m in layers.items():
-        stacked = isinstance(m, RandLoraParameter)
-        last = [m.transposed, m.experts] if stacked else [m.fan_in_fan_out]
-        sizes[at] = [m.in_features, m.out_features, *last]
-    said = {"adapter_name": adapter_name, "options": options, "layers": sizes}
-    own: dict[str, Tensor] = {n: p for n, p in _parameters(inner).items() if p.requires_grad}
-    for layer, at in {layer: at for at, layer in reversed(layers.items())}.items():
-        own |= {join(at, kind): getattr(layer, kind)[adapter_name] for kind in DIAGONALS}
+    own: dict[str, Any] = {
+        re.sub(r"(\.base_layer)+\.", ".", _unwrapped(name)): parameter
+        for name, parameter in inner.named_parameters()
+        if parameter.requires_grad and not any(f"{kind}." in name for kind in DIAGONALS)
+    }
+    for at, layer in layers.items():
+        own |= {f"{at}.{kind}": getattr(layer, kind)[adapter_name] for kind in DIAGONALS}
         if adapter_name in layer.input_scales:
-            own[join(at, INPUT_SCALE)] = layer.input_scales[adapter_name]
-    parameters: list[Any] = [*own.values()]
-    mesh: Any = next((t.device_mesh for t in parameters if is_dtensor(t)), None)
-    tensors = {}
-    for name, parameter in own.items():
-        if not _is_here(parameter):
-            raise ValueError(
-                f"{name} has no numbers here: it is {tuple(parameter.shape)} on {parameter.device}"
-            )
-        tensors[name] = full_tensor(parameter.detach()).contiguous()
+            own[f"{at}.{INPUT_SCALE}"] = layer.input_scales[adapter_name]
+    if lost := next((name for name, tensor in own.items() if not _is_here(tensor)), None):
+        raise ValueError(f"{lost} has no numbers here (meta device, DeepSpeed ZeRO-3)")
+    # Cloned, since safetensors refuses one tensor under two names, those of a tied layer.
+    tensors = {name: full_tensor(t.detach()).contiguous().clone() for name, t in own.items()}
+    sizes = {
+        at: [m.in_features, m.out_features]
+        + ([m.transposed, m.experts] if isinstance(m, RandLoraParameter) else [m.fan_in_fan_out])
+        for at, m in layers.items()
+    }
+    said = json.dumps({"adapter_name": adapter_name, **options, "layers": sizes})
+    mesh = next((t.device_mesh for t in own.values() if is_dtensor(t)), None)
     with failing_together(mesh):
         if mesh is None or not any(mesh.get_coordinate()):
             with appear(path) as scratch:
-                safetensors.torch.save_file(tensors, scratch, {_METADATA: json.dumps(said)})
+                safetensors.torch.save_file(tensors, scratch, {_METADATA: said})
 
 
 def load_adapter(
@@ -140,47 +135,46 @@ def load_adapter(
     active nor trained until ``set_adapter`` names it.
 
     Args:
-        model: the base model, with or without other adapters; not sharded yet.
+        model: the base model, with or without other adapters, before torch.compile, activation
+            checkpointing and fully_shard.
         path: of a file that `save_adapter` wrote.
         adapter_name: the adapter's name in the model; None means the name in the file.
 
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is damaged, not of `save_adapter`, or does not fit the model, for reasons
-            that the message lists. TypeError: a layer is not a linear layer.
-            After any of these the model is as it was.
+    Raises, and leaves the model as it was:
+        OSError: the file cannot be read. TypeError: a layer is not a linear layer.
+        ValueError: the file is damaged, not of `save_adapter`, or does not fit the model, for
+            reasons that the message lists.
     """
     file = read_adapter_file(path)
     name = file.adapter_name if adapter_name is None else adapter_name
     check_adapter_name(name)
-    if misfits := list(_misfits(model, file, name)):
+    if misfits := list(_misfits(file, model, name)):
         raise ValueError(
             f"{os.fspath(path)} does not fit the {type(model).__name__}, which is unchanged:"
             "\n\t" + "\n\t".join(misfits)
         )
-    basis = BasisDescription.parse(file.options["basis"])
-    options = {"adapter_name": name, "basis": basis.kind, "density": basis.density}
-    options |= {"seed": basis.seed, "r": file.options["r"]}
-    options["randlora_dropout"] = file.options["randlora_dropout"]
-    modules, parameters = _modules(model), _parameters(model)
-    others = {key: parameters[key] for key in file.others}
-    if not any(isinstance(modules[at][1], RandLoraLinear) for at in file.layers if at in modules):
-        targets = dict(modules[at] for at in file.layers if at in modules)
-        pairs = {at: at.rpartition(".")[::2] for at in file.layers if at not in modules}
-        stacks = {at: (modules[path][0], own) for at, (path, own) in pairs.items()}
+    basis = BasisDescription.parse(file.basis)
+    options = {"adapter_name": name, "r": file.r, "randlora_dropout": file.randlora_dropout}
+    options |= {"basis": basis.kind, "density": basis.density, "seed": basis.seed}
+    others = {key: model.get_parameter(key) for key in file.others}
+    if not file.layers.keys() & _adapted(model).keys():
+        of_experts = [at for at, its in file.layers.items() if len(its) > 3]
+        found = matching_parameters(model, of_experts)
+        stacks = {at: place for at, place in found.items() if at in of_experts}
+        targets = {at: model.get_submodule(at) for at in file.layers if at not in stacks}
         adapt(model, targets, others.values(), " of the adapter", stacks, **options)
-        modules = _modules(model)
+    layers = _adapted(model)
     with torch.no_grad():
-        for at in filter(file.is_first, file.layers):
-            layer: Any = modules[at][1]
+        for at in file.layers:
+            layer: Any = layers[at]
             if name not in layer.bases:
                 layer.update_layer(**options)
-            layer.scaling[name] = file.options["scaling"]
+            layer.scaling[name] = file.scaling
             layer.set_input_scale(name, file.basis_of(at).input_scale)
             for kind in DIAGONALS:
-                getattr(layer, kind)[name].copy_(file.tensors[join(at, kind)])
-        for key, parameter in others.items():
-            parameter.copy_(file.tensors[key])
+                getattr(layer, kind)[name].copy_(file.tensors[f"{at}.{kind}"])
+        for other, parameter in others.items():
+            parameter.copy_(file.tensors[other])
     return model
 
 
@@ -201,83 +195,69 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[s
 
 def read_adapter_file(path: str | os.PathLike) -> AdapterFile:
     """OSError: it cannot be read. ValueError: it is damaged, or no file of `save_adapter`."""
-    of_peft = "PEFT's PeftModel.from_pretrained(model, folder) opens an adapter of PEFT"
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"{path} is a folder, not a file of save_adapter; {of_peft}")
     tensors, metadata = read_safetensors(path)
-    if _METADATA not in metadata:
-        raise ValueError(
-            f"{path} does not say which bases it belongs to: it has no metadata {_METADATA!r}, "
-            f"which save_adapter writes; {of_peft}"
-        )
     try:
         return AdapterFile(**json.loads(metadata[_METADATA]), tensors=tensors)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is no sound file of save_adapter: {reason}") from error
+        raise ValueError(
+            f"{path} is no sound file of save_adapter: {reason}; PeftModel.from_pretrained(model, "
+            "folder) opens those of PEFT"
+        ) from error
 
 
 def check_diagonals(
-    at: str, tensors: Mapping[str, Tensor], r: int, d: int, experts: Sequence[int] = ()
+    at: str, tensors: dict[str, Tensor], r: int, d: int, experts: Sequence[int] = ()
 ) -> None:
     """KeyError or ValueError unless lambda (*experts, r, n) and gamma (*experts, n, d) are there,
     floating point."""
     n = -(-d // r)
     for kind, shape in zip(DIAGONALS, ((*experts, r, n), (*experts, n, d)), strict=True):
-        key = join(at, kind)
+        key = f"{at}.{kind}"
         if error := misfit(key, tensors[key], torch.empty(shape, device="meta")):
             raise ValueError(error)
 
 
-def _misfits(model: nn.Module, file: AdapterFile, name: str) -> Iterator[str]:
+def _misfits(file: AdapterFile, model: nn.Module, name: str) -> Iterator[str]:
     """Why the file does not fit the model as adapter `name`; TypeError for what is no layer."""
-    modules, parameters = _modules(model), _parameters(model)
-    adapted = {at: m for at, (_, m) in modules.items() if isinstance(m, RandLoraLinear)}
-    if taken := [at for at, layer in adapted.items() if name in layer.bases]:
-        yield f"{taken[0]}: it has an adapter {name!r} already; choose another adapter_name"
+    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    adapted = _adapted(model)
     bare = file.layers.keys() - adapted.keys()
     if bare and bare != file.layers.keys():
         yield f"{min(bare)}: it has no adapter yet, and other layers of the file have one"
-    first_paths: dict[nn.Module, str] = {}
-    for at, (*sizes, _) in file.layers.items():
-        if len(sizes) == 3:
-            yield from _stack_misfits(modules, at, file.layers[at])
+    first: dict[Any, str] = {}
+    for at, its in file.layers.items():
+        stacked = len(its) > 3
+        path, _, own = at.rpartition(".") if stacked else (at, "", "weight")
+        module = innermost(modules.get(path))
+        if module is None or stacked and not hasattr(module, own):
+            kind = "parameter" if stacked else "module"
+            yield f"{at}: there is no such {kind} (load before torch.compile and other wrappers)"
             continue
-        if at not in modules:
-            yield f"{at}: there is no such module"
-            continue
-        module = modules[at][1]
-        if (first_paths.setdefault(module, at) == at) != file.is_first(at):
-            yield f"{at}: the file and the model differ in whether it is tied to another layer"
-        if at in bare:
+        if at not in bare and name in adapted[at].bases:
+            yield f"{at}: it has an adapter {name!r} already; choose another adapter_name"
+        if at in bare and not stacked:
             check_base_layer(module, f"layer {at!r} of the adapter")
-            if not at:
-                yield "the model is the layer itself, which cannot be replaced in place"
-        if [*features(module)] != sizes:
-            yield f"{at}: in_features and out_features are {features(module)}, in the file {sizes}"
-        if is_dtensor(module.weight) or not _is_here(module.weight):
-            yield f"{at}: its weight is not whole here (fully_shard, meta device, DeepSpeed ZeRO-3)"
-    for key in file.others:
-        if key not in parameters:
-            yield f"{key}: there is no such parameter"
-        elif error := misfit(key, file.tensors[key], parameters[key]):
-            yield error
-        elif adapted:
-            yield f"{key}: the model's other adapters use it, too"
-
-
-def _stack_misfits(modules: Mapping[str, tuple], at: str, saved: list) -> Iterator[str]:
-    path, _, own = at.rpartition(".")
-    module = modules[at][1].get_base_layer() if at in modules else modules.get(path, [None])[-1]
-    if not hasattr(module, own):
-        yield f"{at}: there is no such parameter"
-        return
-    experts, *sizes = sizes_of(module, own)
-    if [*sizes, experts] != saved:
         told = "in_features, out_features, transposed and experts are"
-        yield f"{at}: {told} {[*sizes, experts]}, in the file {saved}"
-    if not _is_here(getattr(module, own)):
-        yield f"{at}: it is not whole here (meta device, DeepSpeed ZeRO-3)"
+        told = told if stacked else "in_features and out_features are"
+        sizes = sizes_of(module, own) if stacked else features(module)
+        if [*sizes] != its[: len(sizes)]:
+            yield f"{at}: {told} {sizes}, in the file {its[: len(sizes)]}"
+        weight = getattr(module, own)
+        if is_dtensor(weight) or not _is_here(weight):
+            yield f"{at}: its weight is not whole here (fully_shard, meta device, DeepSpeed ZeRO-3)"
+        other = first.setdefault((module, own), at)
+        pair = ([file.tensors[f"{path}.{kind}"] for kind in DIAGONALS] for path in (at, other))
+        if at != other and not all(map(torch.equal, *pair)):
+            yield f"{at}: it is tied to {other}, whose lambda and gamma differ in the file"
+    parameters = dict(model.named_parameters())
+    for key, tensor in file.others.items():
+        if adapted:
+            yield f"{key}: the model's other adapters use it, too"
+        elif key not in parameters:
+            yield f"{key}: there is no such parameter"
+        elif error := misfit(key, tensor, parameters[key]):
+            yield error
 
 
 def _options(layer: RandLoraLinear, adapter_name: str) -> dict[str, Any]:
@@ -290,38 +270,19 @@ def _options(layer: RandLoraLinear, adapter_name: str) -> dict[str, Any]:
     }
 
 
+def _adapted(model: nn.Module) -> dict[str, Any]:
+    """The adapted layers by their paths, those of parameters by the names of these."""
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, RandLoraParameter):
+            path = re.sub(r"(^|\.)base_layer\b", "", path) + f".{module.parameter_name}"
+        if isinstance(module, RandLoraLinear):
+            found[_unwrapped(path)] = module
+    return found
+
+
 def _unwrapped(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
-
-
-def _modules(model: nn.Module) -> dict[str, tuple[str, Any]]:
-    """(path, module) by the path without wrappers, of several the innermost; layers of parameters
-    by the names of these."""
-    named = model.named_modules(remove_duplicate=False)
-    return {_name(path, module): (path, module) for path, module in named}
-
-
-def _name(path: str, module: nn.Module) -> str:
-    path = _unwrapped(path)
-    if not isinstance(module, RandLoraParameter):
-        return path
-    return join(path.replace(".base_layer", ""), module.parameter_name)
-
-
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Those outside of adapters, by their names in the base model."""
-    layers = (m for m in model.modules() if isinstance(m, RandLoraLinear))
-    adapters = {id(p) for layer in layers for p in layer.adapter_parameters()}
-    return {
-        re.sub(r"(\.base_layer)+\.", ".", _unwrapped(name)): parameter
-        for name, parameter in model.named_parameters()
-        if id(parameter) not in adapters
-    }
-
-
-def join(path: str, kind: str) -> str:
-    """The name of a layer's tensor; the path is empty if the model itself is the layer."""
-    return f"{path}.{kind}" if path else kind
 
 
 def _is_here(tensor: Tensor) -> bool:

@@ -8,6 +8,7 @@ from torch import nn
 
 from .base_layer import (
     check_base_layer,
+    check_is_called,
     check_mergeable,
     check_no_plan,
     disable_nested_tensors,
@@ -51,11 +52,11 @@ def apply_randlora(
     nn.Linear or Conv1D, or is adapted already. Also the errors of `RandLoraLinear`.
     """
     whole: dict[str, nn.Module] = {}
+    kind = type(model).__name__
     for name in modules_to_save:
         if isinstance(modules_to_save, str) or not (found := _matching(model, [name])):
             raise ValueError(
-                f"modules_to_save must list names of modules in the {type(model).__name__}, "
-                f"got {name!r}"
+                f"modules_to_save must list names of modules in the {kind}, got {name!r}"
             )
         whole |= found
     for name, module in whole.items():
@@ -81,9 +82,8 @@ def apply_randlora(
         as_list = isinstance(target_modules, str) and _matching(model, [target_modules])
         hint = f"; a text must match a whole name: did you mean [{target_modules!r}]?"
         raise ValueError(
-            f"target_modules {target_modules!r} matches no module of {type(model).__name__} that "
-            f"is not adapted yet{hint if as_list else ''}; its linear layers are called "
-            f"{first(linear)}"
+            f"target_modules {target_modules!r} matches no module of {kind} that is not adapted "
+            f"yet{hint if as_list else ''}; its linear layers are called {first(linear)}"
         )
     parameters = [p for module in whole.values() for p in module.parameters()]
     why = f", matched by target_modules {target_modules!r},"
@@ -99,26 +99,22 @@ def adapt(
     stacks: Mapping[str, tuple[str, str]] = {},
     **layer_options: Any,
 ) -> None:
-    """As `apply_randlora`, for modules and parameters (`matching_parameters`) by their names; `why`
-    follows those of modules in error messages."""
+    """As `apply_randlora`, for modules by their names, which `why` follows in error messages, and
+    for parameters as `matching_parameters` gives them."""
     for name, module in targets.items():
         check_base_layer(module, f"module {name!r}{why}")
         check_no_plan(model, name, f"module {name!r}{why}")
         check_is_called(model, name, f"module {name!r}{why}")
         check_not_nested(model, name, f"module {name!r}{why}")
     for name, (path, _) in stacks.items():
-        check_no_plan(model, name, f"parameter {name!r}")
         check_not_nested(model, name, f"parameter {name!r}")
         if path in targets:
             raise ValueError(f"parameter {name!r} is of module {path!r}, which is matched, too")
-    unique = {id(module): module for module in targets.values()}
     before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        wrapped = {key: RandLoraLinear(module, **layer_options) for key, module in unique.items()}
+        wrapped = {m: RandLoraLinear(m, **layer_options) for m in dict.fromkeys(targets.values())}
         outermost: dict[str, Any] = {}
-        # Nested in the model's order, whoever asks, since the keys of state dicts say no more.
-        order = {key: place for place, (key, _) in enumerate(model.named_parameters())}
-        for name, (path, own) in sorted(stacks.items(), key=lambda s: order[".".join(s[1])]):
+        for name, (path, own) in stacks.items():
             base = outermost.get(path) or model.get_submodule(path)
             outermost[path] = RandLoraParameter(base, own, **layer_options)
             outermost[path].path = name
@@ -131,24 +127,12 @@ def adapt(
     for parameter in trained:
         parameter.requires_grad_(True)
     for name, module in targets.items():
-        wrapped[id(module)].path = name
-        _put(model, name, wrapped[id(module)])
+        wrapped[module].path = name
+        _put(model, name, wrapped[module])
         disable_nested_tensors(model, name)
     for path, layer in outermost.items():
         _put(model, path, layer)
     guard(model)
-
-
-def check_is_called(model: nn.Module, name: str, argument: str) -> None:
-    """Raises ValueError, naming `argument`, if torch would not call what replaces module `name`."""
-    above, _, own = name.rpartition(".")
-    why = ""
-    if own == "_orig_mod":
-        why = "torch.compile keeps calling what it was given; compile the layer afterwards"
-    elif isinstance(model.get_submodule(above), nn.MultiheadAttention):
-        why = "nn.MultiheadAttention reads its weight and never calls it"
-    if why:
-        raise ValueError(f"{argument} would not be adapted: {why}")
 
 
 def check_not_nested(model: nn.Module, name: str, argument: str) -> None:
@@ -214,8 +198,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 def unload(model: nn.Module) -> nn.Module:
     """Like `merge_and_unload`, but drops all adapters; merged ones are unmerged first."""
     for layer in _layers(model):
-        if layer.merged:
-            layer.unmerge()
+        layer.disable()
     return _without(model)
 
 

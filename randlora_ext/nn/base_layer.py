@@ -57,6 +57,20 @@ def check_no_plan(model: Any, name: str, argument: str) -> None:
         raise ValueError(f"{argument} is cut over ranks ({style!r} in tp_plan): {_NOT_CUT}")
 
 
+def check_is_called(model: nn.Module, name: str, argument: str) -> None:
+    """Raises ValueError, naming `argument`, if torch would not call what replaces module `name`."""
+    above, _, own = name.rpartition(".")
+    if not name:
+        why = "the model is the layer itself, which cannot be replaced in place"
+    elif own == "_orig_mod":
+        why = "torch.compile keeps calling what it was given; compile the layer afterwards"
+    elif isinstance(model.get_submodule(above), nn.MultiheadAttention):
+        why = "nn.MultiheadAttention reads its weight and never calls it"
+    else:
+        return
+    raise ValueError(f"{argument} would not be adapted: {why}")
+
+
 def refuse_cut(base_layer: Any) -> None:
     """Raises RuntimeError if forward sees only this rank's part of the weight.
 
@@ -129,11 +143,32 @@ def features(base_layer: Any) -> tuple[int, int]:
     return base_layer.in_features, base_layer.out_features
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether `module` is exactly an nn.Linear, without hooks and with its own forward."""
-    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    hooked = _has_any_global_hook() or any(getattr(module, kind) for kind in kinds)
-    return type(module) is nn.Linear and "forward" not in module.__dict__ and not hooked
+def plain_weight(module: Any, x: Tensor) -> Tensor | None:
+    """The weight if ``module(x)`` is ``F.linear(x, weight, bias)`` and nothing else.
+
+    A subclass, a hook, a replaced forward (accelerate's offloading), a quantized or distributed
+    weight or one on another device needs the module's own call.
+    """
+    if (
+        type(module) is not nn.Linear
+        or "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+    ):
+        return None
+    weight: Any = module.weight
+    # While torch.export traces, parameters are FakeTensors, which have a fake_mode.
+    plain = type(weight) in (nn.Parameter, Tensor) or hasattr(weight, "fake_mode")
+    if not plain or x.device != weight.device:
+        return None
+    # Mixed dtypes are an error unless autocast casts both; it does not cast float64.
+    same = x.dtype is weight.dtype or (
+        autocast_is_on(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+    )
+    return weight if same else None
 
 
 def first(names: list[str]) -> str:
@@ -166,13 +201,3 @@ def disable_nested_tensors(model: nn.Module, name: str) -> None:
         outer = model.get_submodule(".".join(parts[:depth]))
         if isinstance(outer, nn.TransformerEncoder):
             outer.use_nested_tensor = False
-
-
-def matches(weight: Tensor, x: Tensor) -> bool:
-    """Whether F.linear takes x and weight together."""
-    if x.device != weight.device:
-        return False
-    # Mixed dtypes are an error unless autocast casts both; it does not cast float64.
-    return x.dtype == weight.dtype or (
-        autocast_is_on(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
-    )

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from ..ops import hadamard
 from ..ranks import is_dtensor, laid_out_like
 from .adapted_layer import AdaptedLayer
-from .base_layer import first
+from .base_layer import check_is_called, check_no_plan, first
 from .linear import RandLoraLinear
 from .state_dict import DIAGONALS
 
@@ -37,7 +37,7 @@ class AdaptedParameter(AdaptedLayer):
         """Finds them; returns what stands for `base_layer` where a linear layer is expected."""
         self.parameter_name = parameter_name
         base = innermost(base_layer)
-        self.experts, n_in, n_out, self.transposed = sizes_of(base, parameter_name)
+        n_in, n_out, self.transposed, self.experts = sizes_of(base, parameter_name)
         like = nn.Linear(n_in, n_out, bias=False, device="meta")
         like.__dict__[parameter_name] = getattr(base, parameter_name)  # not registered twice
         return like
@@ -136,8 +136,8 @@ def innermost(module: Any) -> Any:
     return module
 
 
-def sizes_of(module: Any, name: str) -> tuple[int, int, int, bool]:
-    """(experts, in_features, out_features, transposed) of a parameter.
+def sizes_of(module: Any, name: str) -> tuple[int, int, bool, int]:
+    """(in_features, out_features, transposed, experts) of a parameter.
 
     TypeError or ValueError, naming it, if it cannot be adapted.
     """
@@ -153,15 +153,16 @@ def sizes_of(module: Any, name: str) -> tuple[int, int, int, bool]:
         raise ValueError(f"{told} must have two or three dimensions, got {tuple(shape)}")
     transposed = len(shape) == 3 and bool(getattr(module, "is_transposed", False))
     n_out, n_in = shape[-2:][:: -1 if transposed else 1]
-    return (shape[0] if len(shape) == 3 else 1), n_in, n_out, transposed
+    return n_in, n_out, transposed, shape[0] if len(shape) == 3 else 1
 
 
 def matching_parameters(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[str, str]]:
     """(path of the module, name in it) by the name of each parameter that ``target_parameters``
-    match, as in PEFT: one of them, or ending in ``.`` and one of them.
+    match, as in PEFT: one of them, or ending in ``.`` and one of them. In the model's order, which
+    is that of nesting.
 
-    Raises TypeError if they are no names, ValueError if nothing matches, or a parameter that has
-    several names.
+    Raises TypeError if they are no names; ValueError if nothing matches, or a parameter that has
+    several names, is cut over ranks, or whose module is never called.
     """
     if isinstance(targets, str) or not all(isinstance(name, str) for name in targets):
         raise TypeError(f"target_parameters must be a list of names, got {targets!r}")
@@ -172,12 +173,13 @@ def matching_parameters(model: nn.Module, targets: Sequence[str]) -> dict[str, t
     for path, module in model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):
             name = f"{path.replace('.base_layer', '')}.{own}"
-            if not path or not f".{name}".endswith(ends):
+            if not f".{name}".endswith(ends):
                 continue
+            check_no_plan(model, name, told := f"target_parameters: {name!r}")
+            check_is_called(model, path, told)
             if uses[id(parameter)] > 1:
                 raise ValueError(
-                    f"target_parameters: {name} is used under several names, of which one would be "
-                    "adapted"
+                    f"{told} is used under several names, of which one would be adapted"
                 )
             found[name] = path, own
     if not found:

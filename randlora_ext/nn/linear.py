@@ -15,7 +15,6 @@ from ..basis.description import check_kind, did_you_mean
 from .adapted_layer import AdaptedLayer
 from .base_layer import check_base_layer, features, force_module_call, is_conv1d
 from .merging import adapter_dtype
-from .state_dict import refuse_misfit
 
 # The largest scaling that the authors and PEFT's examples train with.
 DEFAULT_SCALING = 20.0
@@ -115,7 +114,6 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         )
         base_layer.requires_grad_(False)
         self.train(base_layer.training)
-        self.register_load_state_dict_pre_hook(refuse_misfit)
         force_module_call(self)
 
     @names_unknown

@@ -38,15 +38,11 @@ def refuse_misfit(module: nn.Module, state_dict: dict[str, Tensor], prefix: str,
     point tensor, and every merged layer that has entries: the new lambda and gamma could not undo
     its merge. Missing and unknown keys are left to torch, which knows whether loading is strict.
     """
-    refuse(
-        module,
-        (
-            problem
-            for path, layer in module.named_modules(remove_duplicate=False)
-            if _is_adapted(layer)
-            for problem in _misfits(layer, state_dict, f"{prefix}{path}." if path else prefix)
-        ),
-    )
+    problems: list[str] = []
+    for path, layer in module.named_modules(remove_duplicate=False):
+        if _is_adapted(layer):
+            problems += _misfits(layer, state_dict, f"{prefix}{path}." if path else prefix)
+    refuse(module, problems)
 
 
 def _is_adapted(module: nn.Module) -> bool:
@@ -63,33 +59,24 @@ def refuse(module: nn.Module, problems: Iterable[str]) -> None:
 
 
 def _misfits(layer: Any, state_dict: dict[str, Tensor], prefix: str) -> Iterator[str]:
-    merged, base_prefix = getattr(layer, "merged_adapters", []), f"{prefix}base_layer."
-    own = {
-        f"{prefix}{diagonals}.{adapter}": parameter
-        for diagonals in DIAGONALS
-        for adapter, parameter in getattr(layer, diagonals).items()
-    }
+    merged, base = getattr(layer, "merged_adapters", []), layer.base_layer
+    own: dict[str, Tensor] = {}
     like = torch.empty(layer.in_features, device="meta")
-    own |= {f"{prefix}{INPUT_SCALE}.{adapter}": like for adapter in layer.randlora_lambda}
-    of_merged = [f"{prefix}{diagonals}.{adapter}" for diagonals in DIAGONALS for adapter in merged]
-    if any(key in state_dict for key in of_merged) or (
-        merged and any(_is_below(key, base_prefix) for key in state_dict)
-    ):
-        yield (
-            f"{prefix.removesuffix('.') or 'the layer'} has merged {merged} into its weight; call "
-            "unmerge() first"
-        )
-    base = layer.base_layer
+    for name in layer.randlora_lambda:
+        own |= {f"{prefix}{kind}.{name}": getattr(layer, kind)[name] for kind in DIAGONALS}
+        own[f"{prefix}{INPUT_SCALE}.{name}"] = like
+    forbidden = {f"{prefix}{kind}.{name}" for kind in DIAGONALS for name in merged}
+    based = f"{prefix}base_layer."
+    # Below an outer layer of experts lie the adapters of an inner one.
+    bases = [key for key in state_dict if key.startswith(based) and ".randlora_" not in key]
+    if merged and (bases or forbidden & state_dict.keys()):
+        at = prefix.removesuffix(".") or "the layer"
+        yield f"{at} has merged {merged} into its weight; call unmerge() first"
     if type(base) is nn.Linear or is_conv1d(base):  # others may have a format of their own
-        own |= {f"{base_prefix}{name}": value for name, value in base.named_parameters()}
+        own |= {f"{based}{name}": value for name, value in base.named_parameters()}
     for key, parameter in own.items():
         if (saved := state_dict.get(key)) is not None and (error := misfit(key, saved, parameter)):
             yield error
-
-
-def _is_below(key: str, base_prefix: str) -> bool:
-    """Whether it is the base layer's, not of an adapter of another parameter of it."""
-    return key.startswith(base_prefix) and ".randlora_" not in key
 
 
 def misfit(key: str, saved: Any, own: Tensor) -> str:
@@ -102,3 +89,8 @@ def misfit(key: str, saved: Any, own: Tensor) -> str:
         return ""
     kind = "floating point" if own.is_floating_point() else "an integer"
     return f"{key} is {saved.dtype}, and must be {kind}"
+
+
+def no_scale(scale: Any) -> bool:
+    """Whether the entry of an input scale stands for none."""
+    return isinstance(scale, Tensor) and not bool((scale != 1).any())

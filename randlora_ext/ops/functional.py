@@ -17,29 +17,28 @@ from .registration import autocast, autocast_is_on
 
 _ops = torch.ops.randlora
 _MODULES = {"hadamard": hadamard, "dense": dense}
-_PLAIN = (Tensor, torch.nn.Parameter)  # subclasses are looked at more closely
+_USUAL = (Tensor, torch.nn.Parameter)  # other types are looked at more closely
 
 
-def _check(basis: Basis, lam: Tensor, gam: Tensor, **others: Tensor | None) -> None:
+def _check(basis: Basis, lam: Tensor, gam: Tensor) -> None:
     """Checks what C++ cannot know; csrc/torch checks dtypes, devices and other shapes."""
     if not isinstance(basis, Basis):
         raise TypeError(f"basis must be a Basis, got {type(basis)}")
-    for name, value in (("lam", lam), ("gam", gam), *others.items()):
-        if type(value) not in _PLAIN and (value is not None or name not in ("weight", "bias")):
-            _check_tensor(name, value)
+    if not (type(lam) in _USUAL and type(gam) in _USUAL):
+        _check_tensor("lam", lam)
+        _check_tensor("gam", gam)
     if torch.jit.is_tracing():
         raise RuntimeError(
-            "randlora_ext does not support torch.jit.trace; use torch.export or torch.compile"
+            "torch.jit.trace cannot record the kernels of randlora_ext; use torch.export or "
+            "torch.compile, or merge the adapters first"
         )
-    for name, value, letters, shape in (
-        ("lam", lam, "(r, n)", (basis.r, basis.n)),
-        ("gam", gam, "(n, d)", (basis.n, basis.d)),
-    ):
-        if tuple(value.shape) != shape or not value.is_floating_point():
-            raise ValueError(
-                f"{name} must be {letters} = {shape} of a floating dtype, got "
-                f"{tuple(value.shape)} {value.dtype}"
-            )
+    given, floating = (lam.shape, gam.shape), lam.is_floating_point() and gam.is_floating_point()
+    if given != basis.of_diagonals or not floating:
+        (r, n), (_, d) = basis.of_diagonals
+        raise ValueError(
+            f"lam must be (r, n) = ({r}, {n}) and gam (n, d) = ({n}, {d}), of floating dtypes, got "
+            f"{tuple(lam.shape)} {lam.dtype} and {tuple(gam.shape)} {gam.dtype}"
+        )
 
 
 def _check_tensor(name: str, value: Any) -> None:
@@ -94,11 +93,12 @@ def merged_weight(
     The sum is computed in float32 (float64 for float64), rounded once.
     Raises ValueError, TypeError or RuntimeError, naming the argument.
     """
-    _check(basis, lam, gam, weight=weight)
-    if weight is None or tuple(weight.shape) != (basis.out_features, basis.in_features):
+    _check(basis, lam, gam)
+    _check_tensor("weight", weight)
+    if tuple(weight.shape) != (basis.out_features, basis.in_features):
         raise ValueError(
             f"weight must be (out, in) = ({basis.out_features}, {basis.in_features}), "
-            f"got {weight if weight is None else tuple(weight.shape)}"
+            f"got {tuple(weight.shape)}"
         )
     if basis.kind == "hadamard":
         operands = hadamard.operands(basis, lam.device, scaling)
@@ -131,7 +131,13 @@ def linear(
     Raises:
         ValueError, TypeError: naming the argument. RuntimeError: from the operator's own checks.
     """
-    _check(basis, lam, gam, x=x, weight=weight, bias=bias)
+    _check(basis, lam, gam)
+    if type(x) not in _USUAL:
+        _check_tensor("x", x)
+    if weight is not None and type(weight) not in _USUAL:
+        _check_tensor("weight", weight)
+    if bias is not None and type(bias) not in _USUAL:
+        _check_tensor("bias", bias)
     if x.dim() == 0 or x.shape[-1] != basis.in_features:
         raise ValueError(
             f"x must be (..., in_features) with in_features = {basis.in_features}, "

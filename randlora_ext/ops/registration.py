@@ -175,7 +175,11 @@ class _RefuseTwice(Operator):
 
 def gradients(op, *inputs):
     """Calls the backward operator `op`; differentiating its results raises."""
-    results = call_kernel(op, *inputs)
+    return once(call_kernel(op, *inputs), inputs)
+
+
+def once(results: tuple, inputs: tuple):
+    """`results`; differentiating them with respect to `inputs` raises."""
     if torch.is_grad_enabled():  # create_graph=True, or a torch.func transform around this one
         tensors = [t for t in inputs if isinstance(t, Tensor)]
         return _RefuseTwice.apply(results, *tensors)
@@ -184,8 +188,6 @@ def gradients(op, *inputs):
 
 def base_gradients(dy: Tensor, x: Tensor, need_weight: bool, need_bias: bool):
     """Of weight and bias, which may train beside the adapter (PEFT's bias="all", say)."""
-    if not need_weight and not need_bias:
-        return None, None
     tokens = math.prod(dy.shape[:-1])  # vmap over nothing could not tell what -1 is
     flat = dy.reshape(tokens, dy.shape[-1])
     weight = flat.T @ x.reshape(tokens, x.shape[-1]) if need_weight else None
@@ -195,7 +197,14 @@ def base_gradients(dy: Tensor, x: Tensor, need_weight: bool, need_bias: bool):
 def entry(name: str, function: type[Function], vmap_rule: Callable = _vmap) -> Callable:
     """Registers gradient and vmap of the operator `name`; returns what eager code calls."""
     op = getattr(_ops, name)
-    torch.library.impl(f"randlora::{name}", "Autograd", function.apply)
+
+    def differentiable(*inputs):
+        if torch.is_grad_enabled():
+            return function.apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():  # compiled code calls the operator like this
+            return op.default(*inputs)
+
+    torch.library.impl(f"randlora::{name}", "Autograd", differentiable)
     torch.library.register_vmap(f"randlora::{name}", partial(vmap_rule, op.default))
     if backward := getattr(_ops, f"{name}_backward", None):
         rule = partial(_vmap, backward.default)
@@ -226,25 +235,32 @@ def linear_entry(name: str) -> Callable:
     (dx, dlam, dgam)``, each None if it is not needed."""
     forward_op = getattr(_ops, name).default
     backward_op = getattr(_ops, f"{name}_backward").default
+    of_basis = [None] * (len(_argument_names(name)) - 5)  # their gradients
 
     class Linear(Operator):
         @staticmethod
         def forward(*inputs):
-            return call_kernel(forward_op, *inputs)
+            # Under autocast its key comes next, see `_register_autocast`.
+            with torch._C._AutoDispatchBelowAutograd():
+                return forward_op(*inputs)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            x, weight, _, lam, gam, *ctx.basis = inputs
-            ctx.save_for_backward(x, weight, lam, gam)
+            ctx.basis = inputs[5:]
+            ctx.save_for_backward(inputs[0], inputs[1], inputs[3], inputs[4])
 
         @staticmethod
         def backward(ctx, dy):
             x, weight, lam, gam = ctx.saved_tensors
-            need_x, need_weight, need_bias, need_lam, need_gam = ctx.needs_input_grad[:5]
-            needs = need_x, need_lam or need_gam
-            dx, dlam, dgam = gradients(backward_op, dy, x, weight, lam, gam, *ctx.basis, *needs)
-            of_base = base_gradients(dy, x, need_weight, need_bias)
-            return dx, *of_base, dlam, dgam, *[None] * len(ctx.basis)
+            need_x, need_weight, need_bias, need_lam, need_gam, *_ = ctx.needs_input_grad
+            inputs = dy, x, weight, lam, gam
+            with torch._C._AutoDispatchBelowAutograd():
+                results = backward_op(*inputs, *ctx.basis, need_x, need_lam or need_gam)
+            dx, dlam, dgam = once(results, inputs)
+            dweight, dbias = None, None
+            if need_weight or need_bias:
+                dweight, dbias = base_gradients(dy, x, need_weight, need_bias)
+            return dx, dweight, dbias, dlam, dgam, *of_basis
 
     def fake_backward(dy, x, weight, lam, gam, *rest):
         *_, need_x, need_diagonals = rest

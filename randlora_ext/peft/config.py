@@ -38,9 +38,9 @@ _BIASES = ("none", "all", "randlora_only")
 _METADATA = "randlora_ext"  # the entry of a safetensors header
 _RECORDED = (  # a key says all of our own bases
     "r", "randlora_alpha", "projection_prng_key", "sparse", "very_sparse", "save_projection",
-    "target_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias",
+    "target_modules", "target_parameters", "layers_to_transform", "layers_pattern",
+    "modules_to_save", "bias",
 )  # fmt: skip
-_SINCE = ("target_parameters",)  # recorded, too, but not in older files
 
 
 @dataclass
@@ -230,7 +230,7 @@ def record_configurations(folder: Path) -> None:
         tensors = config.with_name(SAFETENSORS_WEIGHTS_NAME)
         if tensors.exists():
             fields = json.loads(config.read_text())
-            text = json.dumps({name: fields.get(name) for name in (*_RECORDED, *_SINCE)})
+            text = json.dumps({name: fields.get(name) for name in _RECORDED})
             new = tensors.with_suffix(".recorded")
             save_file(load_file(tensors), new, metadata={"format": "pt", _METADATA: text})
             os.replace(new, tensors)
@@ -319,7 +319,7 @@ def _differences(shown: Shown) -> list[str]:
     own = json.loads(config.read_text())
     own = own if isinstance(own, dict) else {}
     return [
-        f"{name} is {recorded.get(name)!r}, not {own.get(name)!r}"
-        for name in (*_RECORDED, *_SINCE)
-        if recorded.get(name) != own.get(name)
+        f"{name} is {recorded[name]!r}, not {own.get(name)!r}"
+        for name in _RECORDED
+        if recorded[name] != own.get(name)
     ]

@@ -17,7 +17,6 @@ from ..basis import Basis
 from ..devices import serve
 from ..nn.adapted_layer import AdaptedLayer
 from ..nn.merging import merged_layers
-from ..nn.state_dict import refuse_misfit
 from .bases import PackedBufferDict, layer_basis
 from .basis_tensor import BasisTensor
 
@@ -50,14 +49,10 @@ class AcceleratedLinear(AdaptedLayer, Linear):
                 self.unmerge()
         elif adapter_names is not None:
             return self._mixed_batch(x, adapter_names, *args, **kwargs)
-        off = self.disable_adapters or self.merged
-        names = [] if off else [a for a in self.active_adapters if a in self.randlora_lambda]
-        if names and torch.jit.is_tracing():
-            raise RuntimeError(
-                "torch.jit.trace cannot record the kernels of randlora_ext; use torch.export or "
-                "torch.compile, or merge the adapters first"
-            )
-        return self._adapted(names, x, *args, **kwargs).to(x.dtype)
+        off, own = self.disable_adapters or self.merged_adapters, self._modules["randlora_lambda"]
+        names = [] if off else [name for name in self.active_adapters if name in own]
+        y = self._adapted(names, x, *args, **kwargs)
+        return y if y.dtype is x.dtype else y.to(x.dtype)
 
     def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args, **kwargs) -> Tensor:
         """Row b of the batch through adapter ``adapter_names[b]``."""
@@ -79,14 +74,13 @@ class AcceleratedLinear(AdaptedLayer, Linear):
 
     def basis_of(self, adapter: str, device: torch.device) -> Basis:
         # The tokens are of the contents: plain numbers on which compiled code guards.
-        tokens = self.randlora_A.token, self.randlora_B.token
+        held = self._modules
+        key = device.type, held["randlora_A"].token, held["randlora_B"].token
         if torch.compiler.is_dynamo_compiling():
-            self._find_while_tracing(device.type, *tokens)
+            self._find_while_tracing(*key)
             return self.bases[adapter][1]
         found = self.bases.get(adapter)
-        if found is None or found[0] != (device.type, *tokens):
-            return self._find(adapter, device.type)
-        return found[1]
+        return found[1] if found and found[0] == key else self._find(adapter, device.type)
 
     def _find(self, adapter: str, device_type: str) -> Basis:
         A, B = self.randlora_A, self.randlora_B
@@ -158,10 +152,6 @@ class AcceleratedLinear(AdaptedLayer, Linear):
             self.merge(safe_merge, adapter_names, keep_weight="nothing")
         merged_layers.discard(self)
         return self.get_base_layer()
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        refuse_misfit(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def kernel_summary(model: nn.Module) -> str:

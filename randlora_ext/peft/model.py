@@ -11,8 +11,9 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
 from ..basis.description import check_r
-from ..nn.apply import check_is_called, check_not_nested
+from ..nn.apply import check_not_nested
 from ..nn.base_layer import (
+    check_is_called,
     check_mergeable,
     check_no_plan,
     check_whole,
@@ -25,7 +26,7 @@ from ..nn.base_layer import (
 from ..nn.experts import matching_parameters, sizes_of
 from ..nn.linear import DEFAULT_SCALING, RandLoraLinear, more_than_d
 from ..nn.merging import merged_layers
-from ..nn.state_dict import INPUT_SCALE, guard, misfit, refuse, unguard
+from ..nn.state_dict import INPUT_SCALE, guard, misfit, no_scale, refuse, unguard
 from . import quantized
 from .bases import BASIS_NAMES, PackedBufferDict, drawn, generated, largest
 from .config import description_of
@@ -132,8 +133,6 @@ class AcceleratedRandLoraModel(RandLoraModel):
         """Raises ValueError before anything is drawn."""
         check_r(config.r)  # stock PEFT's configuration does not
         targets, parameters = self._target_sizes(config), self._parameter_sizes(config)
-        for name in parameters:
-            check_no_plan(self.model, name, f"target {name!r}")
         if parameters:  # in the order of nesting, innermost first, which `randlora merge` reads
             names = [f".{name}" for name in parameters]
             place = {t: [n.endswith(f".{t}") for n in names] for t in config.target_parameters}
@@ -193,7 +192,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
         """(in_features, out_features) of the ``target_parameters`` by their names."""
         targets = matching_parameters(self.model, _target_parameters(config))
         get = self.model.get_submodule
-        return {key: sizes_of(get(path), own)[1:3] for key, (path, own) in targets.items()}
+        return {key: sizes_of(get(path), own)[:2] for key, (path, own) in targets.items()}
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -240,7 +239,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
         kwargs |= {"adapter_name": adapter_name, "state_dict": state_dict}
         found = super()._get_adapter_state_dict(*args, **kwargs)
         end = f".{INPUT_SCALE}.{adapter_name}"
-        return found | {key: value for key, value in state_dict.items() if key.endswith(end)}
+        scales = {key: value for key, value in state_dict.items() if key.endswith(end)}
+        return found | {key: scale for key, scale in scales.items() if not no_scale(scale)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict:

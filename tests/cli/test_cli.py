@@ -44,10 +44,6 @@ def test_help_fits_a_screen_and_needs_no_torch(monkeypatch):
         assert randlora_cli._parser().parse_args(example).command in (command or COMMANDS)
 
 
-def test_version():
-    assert run("--version") == (0, f"randlora_ext {randlora_ext.__version__}\n", "")
-
-
 def test_no_command_reports_and_passes():
     code, out, _ = run()
     assert code == 0, out

@@ -135,24 +135,6 @@ def test_only_what_peft_loads_is_applied(whole):
         torch.testing.assert_close(got[name], tensor)
 
 
-def test_the_key_decides_the_bases(tmp_path, sound):
-    """The other fields may be gone, as after a program that knows PEFT's alone."""
-    model, adapter = sound / "model", tmp_path / "adapter"
-    save_adapter(llama(), adapter, **KINDS["generated"])
-    merge(tmp_path, "before", model=model)
-    file = adapter / "adapter_config.json"
-    fields = json.loads(file.read_text())
-    kept = {key: value for key, value in fields.items() if key not in ("density", "basis")}
-    file.write_text(json.dumps(kept | {"task_type": None}))
-    merge(tmp_path, "after", model=model)
-    before, after = tensors_of(tmp_path / "before"), tensors_of(tmp_path / "after")
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    weights = adapter / "adapter_model.safetensors"
-    save_file(load_file(weights), weights)  # which does not record the fields
-    edit(file, density=0.5)
-    assert "contradicts" in refused("merge", model, adapter, tmp_path / "out")
-
-
 YES, NO = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 
 

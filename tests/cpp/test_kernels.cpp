@@ -154,7 +154,7 @@ void ternary() {
         CpuKernels kernels(way.threads);
         const Basis basis = L.basis(way.form, way.wide);
         const double bound = tolerance(dtype);
-        check_linear(kernels, L, basis, dtype, s.T, expand, false, 0, bound);
+        check_linear(kernels, L, basis, dtype, s.T, expand, bound);
         check_scaled_basis(kernels, L, dtype, 0);
       }
     }

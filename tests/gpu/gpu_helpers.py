@@ -15,7 +15,6 @@ from torch import Tensor
 
 from randlora_ext import _C
 
-ops = torch.ops.randlora
 DRY = os.environ.get("RANDLORA_CUDA_SERVES_CPU") == "1"
 
 cases = functools.partial(pytest.mark.parametrize, ids=str)

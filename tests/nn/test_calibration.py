@@ -58,6 +58,7 @@ def test_a_layer_with_a_scale_is_one_whose_update_has_scaled_columns(sizes, dtyp
     before = layer.get_delta_weight("default")
     scale = torch.rand(sizes[0]) + 0.1
     layer.set_input_scale("default", scale)
+    assert "hadamard with scaled inputs by" in repr(layer)
     after = layer.get_delta_weight("default")
     assert relative(after, before.double() * scale.double()) < max(LIMITS[dtype], 1e-6)
     assert_right(layer, x, dy, LIMITS[dtype])

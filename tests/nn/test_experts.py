@@ -120,7 +120,7 @@ ERRORS = [
     (lambda: nn.ModuleList([Own(2, 3)]), {"randlora_dropout": 0.1}, ValueError, "must be 0"),
     (lambda: nn.ModuleList([Own(2, 3)]), {"rank": 3}, TypeError, "unexpected keyword .*'rank'"),
     (lambda: nn.ModuleList([nn.Linear(2, 3)]), {}, ValueError, "matches no parameter"),
-    (shared, {}, ValueError, "0.experts is used under several names"),
+    (shared, {}, ValueError, "0.experts' is used under several names"),
 ]
 
 

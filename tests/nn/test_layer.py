@@ -84,16 +84,6 @@ def test_initial_values_and_attributes():
     assert trained == {"randlora_lambda.mine", "randlora_gamma.mine"}
 
 
-@pytest.mark.parametrize("basis", [INDEPENDENT | {"density": 0.07}, INDEPENDENT, HADAMARD], ids=str)
-def test_shapes_on_the_meta_device(basis):
-    layer = RandLoraLinear(make_base(24, 40).to("meta"), **basis)
-    x = torch.empty(3, 5, 24, device="meta", requires_grad=True)
-    y = layer(x)
-    assert y.shape == (3, 5, 40) and y.device.type == "meta"
-    y.sum().backward()
-    assert all(t.grad.shape == t.shape for t in (x, *layer.adapter_parameters()))
-
-
 @pytest.mark.parametrize("features", [(24, 40), (40, 24)])
 @pytest.mark.parametrize("kind, basis", [("linear", INDEPENDENT), ("conv1d", HADAMARD)])
 def test_scaled_bases_and_delta_weight(kind, basis, features):
@@ -111,15 +101,6 @@ def test_scaled_bases_and_delta_weight(kind, basis, features):
     (gradient,) = torch.autograd.grad(delta.sum(), lam)
     (wanted,) = torch.autograd.grad(expected.sum(), lam)
     assert relative(gradient, wanted) < 1e-12
-
-
-@pytest.mark.parametrize("second", [{}, HADAMARD], ids=["independent", "hadamard"])
-def test_two_adapters_add_up(second):
-    layer = two_adapters(**second)
-    x, dy = inputs(layer, 9, dtype=torch.float64)
-    for names in ("default", ["two"], ["default", "two"]):
-        layer.set_adapter(names)
-        assert_right(layer, x, dy, 1e-10)
 
 
 def test_dropout():

@@ -6,11 +6,11 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from layer_helpers import make_base, pickled, randomize, relative
+from layer_helpers import make_base, randomize, relative
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from randlora_ext import RandLoraLinear, apply_randlora, merge_and_unload, unload
+from randlora_ext import RandLoraLinear, apply_randlora, merge_and_unload
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, and torch's of old weight_norm
 
@@ -83,30 +83,6 @@ def test_every_order_of_merging_and_unmerging_two_layers_of_one_weight(shared, k
     named = "layer 'a' and layer 'b'" if shared[1].path else r"RandLoraLinear\(.* and Ra.*\(24->40"
     with pytest.raises(RuntimeError, match=named):
         shared[1].merge()
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickled(model)[0]])
-def test_copies_of_merged_layers(copied):
-    model = tied()
-    W = model[0].weight.detach().clone()
-    model[0].merge()
-    other = copied(model)
-    with pytest.raises(RuntimeError, match="share one weight"):
-        other[1].merge()
-    other[0].unmerge()
-    other[1].merge()  # the first model's weight is another one
-    other[1].unmerge()
-    assert torch.equal(other[0].weight, W) and model[0].merged
-
-
-def test_who_has_left_the_weight_does_not_hinder():
-    model = tied()
-    first = model[0]
-    unload(model)
-    second = randomize(apply_randlora(model, ["a"], r=5))[0]
-    merge_and_unload(model)
-    apply_randlora(model, ["a"], r=5)[0].merge()
-    assert not first.merged and second.merged
 
 
 @pytest.mark.parametrize("with_peft", [False, True])

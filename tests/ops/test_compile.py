@@ -220,19 +220,6 @@ def test_an_exported_program(density, strict):
     model(x).sum().backward()
 
 
-def test_several_adapters_and_autocast():
-    model = small_net(0.2).eval()
-    model[0].update_layer("two", r=7, density=0.3, basis="independent")
-    model[0].update_layer("three", r=6, basis="hadamard")
-    model[0].set_adapter(["default", "two", "three"])
-    randomize(model[0])
-    x = torch.randn(7, 24)
-    assert torch.equal(export(model, Dim.DYNAMIC).module()(x), model(x))
-    with torch.autocast("cpu", torch.bfloat16):
-        y = model(x)
-        assert torch.equal(export(model, None).module()(x), y)
-
-
 @needs_compiler
 def test_a_program_and_an_aotinductor_package_in_another_process(tmp_path):
     model = mixed_net().eval()

@@ -63,15 +63,6 @@ def test_generation_and_packing(density, wide):
     same_for_any_threads(run)
 
 
-def test_dense_bases_in_deterministic_mode():
-    for tokens in (70, 300):  # dW is formed for many
-        layer = make_layer(157, 93, 9, "dense", tokens, torch.float32)
-        expected = ours(layer)
-        with deterministic_mode():
-            results = ours(layer)
-        assert all(torch.equal(results[name], expected[name]) for name in expected)
-
-
 @SHAPES
 @DTYPES
 def test_weights_and_the_scaled_basis(shape, dtype):

@@ -222,20 +222,6 @@ def test_hadamard_operators(change, expected, by_both):
             refuses(getattr(hadamard, name.replace("hadamard", "_plain")), inputs, *expected[:2])
 
 
-@pytest.mark.parametrize(
-    "lam, gam, expected",
-    [
-        ((3, 2), (2, 7), ["gam", "K = r * n = 6", "(2, 7)"]),
-        ((3, 2), (3, 6), ["gam", "n = 2", "(3, 6)"]),
-        ((3, 3), (3, 6), ["b_col_offset"]),
-        ((4, 2), (2, 6), ["a_offset"]),
-    ],
-)
-def test_wrong_sizes(lam, gam, expected):
-    inputs = torch.ones(4, 8), None, None, torch.ones(lam), torch.ones(gam)
-    refuses(lambda: ops.independent_linear(*inputs, *packed(LISTS).values()), {}, *expected)
-
-
 def wrong_lists(offset, index, *expected, device="cpu"):
     offset = torch.tensor(offset, device=device)
     return "lists_to_dense", (offset, index, 3, 1.0, torch.half), expected
@@ -292,6 +278,5 @@ def test_planes_that_share_a_bit_stay_in_memory():
 
 def test_torch_jit_trace_is_refused_by_name():
     layer = make_layer(8, 8, 2, 0.5, 3, torch.float32)
-    with pytest.raises(RuntimeError, match="does not support torch.jit.trace; use torch.export"):
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record .* torch\.export"):
         torch.jit.trace(lambda x: linear(x, None, None, layer.basis, layer.lam, layer.gam), layer.x)
-    assert not torch.jit.is_tracing()

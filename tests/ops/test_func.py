@@ -4,10 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from compile_helpers import mixed_net
 from layer_cases import call, make_basis, make_layer, matrices
-from layer_helpers import randomize
-from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
+from torch.func import grad, hessian, jacrev, jvp, vmap
 from torch.utils._pytree import tree_leaves
 
 from randlora_ext import delta_weight, linear, scaled_basis
@@ -104,33 +102,6 @@ def test_other_functions(name):
         assert_same(lambda f: vmap(f), ours, reference, (lam, gam))
         assert_same(lambda f: vmap(grad(loss(f), (0, 1))), ours, reference, (lam, gam))
         assert_same(lambda f: jacrev(f, (0, 1)), ours, reference, (lam[0], gam[0]))
-
-
-@NAMES
-def test_vmap_over_nothing(name):
-    ours, _, (x, weight, bias, lam, gam) = setup(name)
-    out = weight.shape[0]
-    assert vmap(ours, X)(x[:0], weight, bias, lam, gam).shape == (0, 3, out)
-    none = lam.new_zeros(lam.shape[0], 0, lam.shape[1]), gam.new_zeros(0, *gam.shape)
-    assert vmap(ours, DIAGONALS)(x, weight, bias, *none).shape == (0, 4, 3, out)
-    # Gradients of all, where x, the weight or everything has a batch of none.
-    values = x[0], weight, bias, lam, gam
-    for batched in ((0,), (1,), ALL):
-        dims = tuple(0 if k in batched else None for k in ALL)
-        inputs = [v if dim is None else v[None][:0] for v, dim in zip(values, dims, strict=True)]
-        gradients = vmap(grad(loss(ours), ALL), dims)(*inputs)
-        assert [tuple(g.shape) for g in gradients] == [(0, *v.shape) for v in values]
-
-
-def test_model_ensembling():
-    nets = [mixed_net(0.2).double() for _ in range(3)]  # of equal frozen weights
-    for k, net in enumerate(nets):
-        randomize(net[0], seed=k)
-        randomize(net[2], seed=k)
-    x = normal(7, 24)
-    parameters, buffers = stack_module_state(nets)
-    results = vmap(lambda p, b: functional_call(nets[0], (p, b), (x,)))(parameters, buffers)
-    torch.testing.assert_close(results, torch.stack([net(x) for net in nets]))
 
 
 @pytest.mark.parametrize("kind", [0.2, "hadamard"])

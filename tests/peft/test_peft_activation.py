@@ -133,11 +133,6 @@ def test_what_a_model_says_of_its_kernels():
         assert f"24->40; default: {told}" in repr(model)
 
 
-def test_jit_trace_is_refused_by_name():
-    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record .* torch\.export"):
-        torch.jit.trace(made(sparse=True).base_model.model, (torch.randn(3, 24),))
-
-
 def train(model, optimizer, x, steps):
     for _ in range(steps):
         optimizer.zero_grad()

@@ -18,7 +18,12 @@ from peft_helpers import (
     small_llama,
     t5,
 )
+from torch import nn
 from transformers import GenerationConfig
+
+import randlora_ext
+from randlora_ext.peft.bases import generated
+from randlora_ext.reference import delta_weight_reference
 
 OTHERS = [
     (3, {"sparse": True}),
@@ -170,3 +175,64 @@ def test_generation(make, options):
         given = GenerationConfig(**options, decoder_start_token_id=0, pad_token_id=0)
         again = model.generate(input_ids=tokens, adapter_names=names, generation_config=given)
         assert again.tolist() == mixed.tolist()
+
+
+def test_every_change_shows_in_the_next_call():
+    """What a call may reuse from the one before is dropped by whatever makes it wrong."""
+    model = adapted(nn.Sequential(nn.Linear(24, 40)), "0", basis="hadamard", projection_prng_key=1)
+    model.add_adapter("two", config(3, accelerated.RandLoraConfig, "0", density=0.3))
+    randomize(model)
+    (layer,) = layers(model)
+    base, x, factor = layer.base_layer, torch.randn(7, 24), 1
+    bases = {
+        "default": randlora_ext.Basis(24, 40, 5, seed=1),
+        "two": randlora_ext.Basis(24, 40, 3, 0.3, seed=0),
+    }
+    active = ["default"]
+
+    def replace_bases():
+        new = randlora_ext.Basis(24, 40, 5, seed=bases["default"].seed + 1)
+        A, B = generated(new.description, 5, 40, 24)
+        layer.randlora_A["default"], layer.randlora_B["default"] = A, B
+        bases["default"] = new.with_input_scale(layer.input_scales.get("default"))
+
+    def scale_inputs():
+        layer.set_input_scale("default", torch.rand(24) + 0.5)
+        bases["default"] = bases["default"].with_input_scale(layer.input_scales["default"])
+
+    def choose(*names):
+        model.base_model.set_adapter([*names])
+        active[:] = names
+
+    def replace_base():
+        nonlocal base
+        base = layer.base_layer = nn.Linear(24, 40, bias=False)
+
+    def replace_gamma():
+        layer.randlora_gamma["default"] = nn.Parameter(layer.randlora_gamma["default"].detach() / 3)
+
+    def wide():
+        nonlocal x
+        model.double()
+        x = x.double()
+
+    def hook():
+        nonlocal factor
+        factor = 2
+        base.register_forward_hook(lambda module, inputs, y: 2 * y)
+
+    for change in (
+        lambda: None, replace_bases, scale_inputs, lambda: layer.scaling.update(default=3.0),
+        lambda: layer.randlora_lambda["default"].data.mul_(-2), replace_gamma, replace_base,
+        lambda: choose("two"), lambda: choose("default", "two"), lambda: choose("default"),
+        lambda: base.weight.data.mul_(2), wide, replace_bases, hook,
+    ):  # fmt: skip
+        change()
+        y = factor * nn.functional.linear(x.double(), base.weight.double())
+        y = y if base.bias is None else y + factor * base.bias.double()
+        for name in active:
+            diagonals = (getattr(layer, f"randlora_{each}")[name] for each in ("lambda", "gamma"))
+            factors = *bases[name].dense(dtype=torch.float64), *(t.double() for t in diagonals)
+            dW = delta_weight_reference(*factors, layer.scaling[name], 40, 24)
+            y = y + x.double() @ dW.T
+        assert relative(model(x), y) < 1e-6

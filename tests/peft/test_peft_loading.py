@@ -236,16 +236,6 @@ def test_a_file_that_does_not_fit_leaves_nothing(tmp_path, x):
     assert list(model.peft_config) == ["default"] and model.active_adapter == "default"
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "[", '{"r": 5}'])
-def test_a_record_that_somebody_else_wrote(tmp_path, text):
-    model = made(**SEED)
-    model.save_pretrained(tmp_path)
-    plain_tensors(tmp_path, {"randlora_ext": text})
-    for door in (load, accelerated.hotswap_adapter, lambda _, folder: opened(folder)):
-        with pytest.raises(ValueError, match="'randlora_ext' must be a JSON object with r, rand"):
-            door(model, tmp_path)
-
-
 def test_what_cannot_be_swapped(tmp_path):
     model = made(sparse=True)
     model.save_pretrained(tmp_path)

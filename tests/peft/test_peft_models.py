@@ -231,18 +231,6 @@ def test_one_graph_for_any_number_of_tokens(kind, dtype):
     assert runs_on_kernels(eager)
 
 
-def test_dropout_and_two_adapters():
-    eager = made(targets="a", sparse=True, randlora_dropout=0.5)
-    x = torch.randn(7, 24)
-    torch.manual_seed(1)
-    y = compiled(eager)(x)
-    torch.manual_seed(1)
-    torch.testing.assert_close(y, eager(x))
-    eager.add_adapter("two", config(5, targets="a", sparse=True))
-    eager.base_model.set_adapter(["default", "two"])
-    assert_steps_agree(compiled(eager.eval()), eager, x)
-
-
 @needs_guards
 def test_other_bases_are_noticed():
     eager, other = (made(targets="a", projection_prng_key=key, sparse=True) for key in (0, 1))
@@ -255,18 +243,6 @@ def test_other_bases_are_noticed():
         after = fast(x)
         assert torch.equal(after, eager(x)) and not torch.equal(after, before)
         before = after
-
-
-def test_blocks_of_one_shape_share_what_is_compiled():
-    torch.manual_seed(0)
-    base = nn.Sequential(*(layer for _ in range(12) for layer in (nn.Linear(24, 24), nn.Tanh())))
-    model = adapted(base, map(str, range(0, 24, 2)), density=0.2)
-    x = torch.randn(7, 24, requires_grad=True)  # as between blocks: without, the first differs
-    expected = model(x)
-    for block in layers(model):
-        block.compile(fullgraph=True, backend="aot_eager")
-    assert torch.equal(model(x), expected)
-    assert graphs() == 1
 
 
 def test_a_language_model_in_one_graph():
@@ -287,31 +263,3 @@ def test_an_exported_model(tmp_path):
         row = torch.randn(tokens, 24)
         torch.testing.assert_close(loaded(row), model(row), rtol=1e-4, atol=1e-5)
     model(x).sum().backward()  # the bases that the export packed serve training
-
-
-def test_zamba2_whose_attention_layers_share_a_weight():
-    sizes = dict(hidden_size=32, intermediate_size=48, vocab_size=64, num_attention_heads=4)
-    mamba = dict(mamba_d_state=8, n_mamba_heads=4, mamba_headdim=16, mamba_ngroups=1, chunk_size=8)
-    settings = transformers.Zamba2Config(
-        layers_block_type=["mamba", "hybrid"] * 2, num_hidden_layers=4, num_mem_blocks=1,
-        **sizes, **mamba,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    base = transformers.AutoModelForCausalLM.from_config(settings).eval()
-    x = torch.arange(8)[None]
-    untuned = base(x).logits
-    accelerated.enable()
-    chosen = accelerated.RandLoraConfig(
-        r=4, randlora_alpha=4, basis="hadamard", target_modules=["in_proj", "q_proj"]
-    )
-    model = randomize(peft.get_peft_model(base, chosen)).eval()
-    want, before = model(x).logits, copy.deepcopy(model.state_dict())
-    q_proj = r"layer 'model.layers.{}.shared_transformer.self_attn.q_proj'"
-    for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(RuntimeError, match=f"{q_proj.format(1)} and {q_proj.format(3)} share"):
-            merge()
-    assert all(map(torch.equal, before.values(), model.state_dict().values()))
-    model.unmerge_adapter()
-    with model.disable_adapter():
-        assert torch.equal(model(x).logits, untuned)
-    assert torch.equal(model(x).logits, want) and not torch.allclose(want, untuned, rtol=1e-3)

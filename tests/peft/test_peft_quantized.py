@@ -5,16 +5,13 @@ The last three, which stock RandLoRA refuses, are skipped without hqq, gptqmodel
 """
 
 import copy
-import sys
 
 import pytest
 import torch
 from layer_helpers import interrupts
-from peft.tuners.randlora.model import RandLoraModel
 from peft.utils import quantization_utils
 from peft.utils.quantization_utils import HqqBackend
 from peft_helpers import (
-    StockLinear,
     accelerated,
     adapted,
     assert_close,
@@ -32,7 +29,6 @@ from peft_helpers import (
 from torch import nn
 
 import randlora_ext
-from randlora_ext.nn.base_layer import features
 from randlora_ext.peft.layer import AcceleratedLinear
 from randlora_ext.peft.quantized import QuantizedLinear
 
@@ -128,23 +124,6 @@ def test_each_reads_what_the_other_wrote(tmp_path, bits, save_projection):
         reader()
         loaded = reopened(bits, tmp_path)
         assert relative(loaded(x), model.eval()(x)) < 0.01
-
-
-def test_hadamard_bases(bits, tmp_path):
-    """Stock PEFT has none, so layers are compared with their base layer and their dW."""
-    model = made(bits, r=7, sparse=False, basis="hadamard")
-    for layer in layers(model):
-        x = torch.randn(5, layer.in_features, requires_grad=True)
-        delta = layer.get_delta_weight("default")
-        y, want = layer(x), layer.base_layer(x) + x @ delta.T
-        assert relative(y, want) < 1e-5 and relative(want, layer.base_layer(x)) > 0.1
-        leaves = [x, layer.randlora_lambda["default"], layer.randlora_gamma["default"]]
-        dy = torch.randn_like(y)
-        gradients = (torch.autograd.grad(each, leaves, dy, retain_graph=True) for each in (y, want))
-        assert_close(*gradients, 1e-5)
-    x = torch.randn(5, 64)
-    model.save_pretrained(tmp_path)
-    assert relative(reopened(bits, tmp_path)(x), model(x)) < 0.01
 
 
 def test_scaled_inputs(bits, tmp_path):
@@ -457,53 +436,3 @@ def test_merging(net):
         with pytest.raises(TypeError, match="Merging/unmerging is not available"):
             model.merge_adapter()
         assert torch.equal(model(x), before) and not layers(model)[0].merged
-
-
-# ---- the next PEFT, which has one class over all bases -------------------------------------------
-
-
-class NextLinear(StockLinear):
-    """PEFT's layer as its other methods have it, whose `merge` knows the base only by a backend."""
-
-    def merge(self, *_, **__):
-        self.merged_adapters.append("default")
-
-
-@pytest.fixture
-def next_peft(monkeypatch):
-    def make(config, A, B, name, target, **kwargs):
-        for gone in ("loaded_in_8bit", "loaded_in_4bit"):
-            kwargs.pop(gone, None)
-        like = target if isinstance(target, nn.Linear) else nn.Linear(*features(target))
-        layer = NextLinear(like, A, B, name, config=config, **kwargs)
-        layer.base_layer = target
-        return layer
-
-    monkeypatch.setattr(RandLoraModel, "_create_new_module", staticmethod(make))
-    monkeypatch.setattr(RandLoraModel, "_find_dim", lambda *_: (128, 128))  # of SIZES
-    monkeypatch.setitem(sys.modules, "peft.tuners.randlora.bnb", None)
-
-
-NEXT = {"8": lambda: quantized(8), "4": lambda: quantized(4), "rounded": lambda: Net(Rounded)}
-
-
-@pytest.mark.parametrize("make", NEXT.values(), ids=NEXT)
-def test_one_class_of_peft_over_all_bases(next_peft, make):
-    ours = adapted(make(), "abc", 8, sparse=True).eval()
-    assert {type(layer) for layer in layers(ours)} == {QuantizedLinear}
-    accelerated.disable()
-    x = torch.randn(5, 64)
-    stock = randomize(peft.get_peft_model(make(), config(8, sparse=True))).eval()
-    assert {type(layer) for layer in layers(stock)} == {NextLinear}
-    stock.merge_adapter()
-    with pytest.raises(ValueError, match=r"merged by stock PEFT.*call unmerge_adapter\(\) first"):
-        accelerated.accelerate(stock)
-    for layer in layers(stock):
-        layer.merged_adapters.clear()
-    accelerated.accelerate(stock)
-    assert {type(layer) for layer in layers(stock)} == {QuantizedLinear}
-    assert relative(stock(x), ours(x)) < 1e-6
-    stock.merge_adapter()
-    assert 0 < relative(stock(x), ours(x)) < 0.3
-    stock.unmerge_adapter()
-    assert torch.equal(stock(x), ours(x))

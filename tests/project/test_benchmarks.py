@@ -7,7 +7,6 @@ from pathlib import Path
 import approximate
 import budget
 import checkpoint
-import finetune
 import hadamard_floors
 import layer
 import merge
@@ -60,28 +59,6 @@ def test_the_numbers_of_the_pages_are_those_of_the_programs(capsys):
     page = (ROOT / "docs" / "distributed.md").read_text().split("## What it takes")[1]
     numbers = re.findall(r"[\d.]+ [kMGT]B", page)
     assert len(numbers) >= 9 and all(number in printed for number in numbers)
-
-
-def test_finetune_goes_on_where_it_was(monkeypatch, tmp_path):
-    asked = []
-
-    def run(**setting):
-        asked.append(setting["seed"])
-        losses = [2.0] * 11 + [2.6 if setting["seed"] else 2.0]  # the second jumps
-        done = {"held_out_loss": 1.0 + setting["seed"], "train_loss": losses}
-        return setting | done | {"forgetting": {"manual": 2.0, "code": 3.0}}
-
-    def settings(seeds):
-        each = [("spelling", "lora", 5e-4, seed, 12, 20.0, 32, "four", "fp32")
-                for seed in range(seeds)]  # fmt: skip
-        return [dict(zip(finetune.KEY, values, strict=True)) for values in each]
-
-    monkeypatch.setattr(finetune, "run_one", run)
-    finetune.sweep(settings(1), tmp_path / "runs.jsonl")
-    rows = finetune.sweep(settings(2), tmp_path / "runs.jsonl")
-    assert asked == [0, 1]
-    row = "| 12 | 0.0005 | 1.500 (1.000, 2.000) | 1 of 2 | 2.00 (2.00, 2.00); 3.00 |"
-    assert row in finetune.table(rows)
 
 
 @pytest.mark.skipif(not (ROOT / "benchmarks/results").is_dir(), reason="an sdist has no results")

@@ -115,24 +115,3 @@ def test_the_loss_is_that_of_the_answers_alone(files):
         for position, token in enumerate(answer, start=len(prompt) - 1):
             total, count = total - log_p[position, token].item(), count + 1
     assert spelling.held_out_loss(model, tokenizer, rows) == pytest.approx(total / count, rel=1e-5)
-
-
-def test_rates_and_ranks():
-    right = [("c a t", "K AE T"), ("g o a t", "G OW T")]
-    assert spelling.phoneme_error_rate(right, ["K AE T", "G OW T"]) == 0
-    # A deletion, an insertion; a replacement.
-    assert spelling.phoneme_error_rate(right, ["K T", "G OW T S"]) == pytest.approx(2 / 6)
-    assert spelling.phoneme_error_rate(right, ["K AE T", "K OW T"]) == pytest.approx(1 / 6)
-    assert spelling.effective_rank(torch.tensor([2.0, 2, 2, 0])) == pytest.approx(3)
-
-
-def test_what_is_missing_or_wrong_is_named(files, tmp_path, run_example, capsys, monkeypatch):
-    with pytest.raises(SystemExit):
-        run_example("smollm2.py", *arguments(files, "--steps", 0))
-    assert "--steps" in capsys.readouterr().err
-    (tmp_path / "short").write_text("cat K AE T\ndog\n")
-    with pytest.raises(SystemExit, match="has 1 lines of the form"):
-        spelling.read_words(tmp_path / "short")
-    monkeypatch.setattr(spelling.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="pocketsphinx is missing; pip install --no-deps"):
-        spelling.read_words()

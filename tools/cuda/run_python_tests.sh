@@ -37,7 +37,7 @@ cpu_only=(
   tests/ops/test_experts.py::test_the_same_for_any_number_of_threads
   # The CPU's memory.
   tests/ops/test_autograd.py::test_scratch_does_not_grow_with_tokens
-  # Half a minute; tests/gpu has a smaller one.
+  # Half a minute; tests/cuda has smaller ones.
   tests/basis/test_packed.py::test_wide_lists
 )
 deselected=()
