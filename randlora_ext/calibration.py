@@ -69,8 +69,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         )
     if any(isinstance(module, AdaptedParameter) for module in model.modules()):
         warnings.warn(
-            "adapters of target_parameters stay as they are: every expert would need a vector of "
-            "its own, from inputs that no hook sees",
+            "adapters of target_parameters stay as they are: no hook sees their experts' inputs",
             stacklevel=3,
         )
     # Of each layer the sums of squares by feature, and behind them the number of tokens.

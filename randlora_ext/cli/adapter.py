@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,14 +76,14 @@ def _of_own_file(file: Path, checkpoint: Checkpoint) -> Changes:
         saved = read_adapter_file(file)
     except (ValueError, OSError) as error:
         raise CliError(one_line(error)) from error
-    names = {at: (at, tuple(its[3:])) for at, its in saved.layers.items()}
+    names = {at: (at, its[3:]) for at, its in saved.layers.items()}
     places, name_in = _places(names, checkpoint)
     added: dict[str, Change] = {}
-    for at, (*features, transposed) in ((at, its[:3]) for at, its in saved.layers.items()):
-        sizes = _sizes(checkpoint, places[at], names[at][1], transposed)
-        if [*sizes] != features:
+    for at, (n_in, n_out, transposed, *experts) in saved.layers.items():
+        sizes = _sizes(checkpoint, places[at], experts, transposed)
+        if sizes != (n_in, n_out):
             raise CliError(
-                f"{at}: in_features and out_features are {sizes}, in the file {features}"
+                f"{at}: in_features and out_features are {sizes}, in the file {[n_in, n_out]}"
             )
         lam, gam = (saved.tensors[f"{at}.{kind}"] for kind in DIAGONALS)
         change = Change(saved.basis_of(at), lam, gam, saved.scaling, transposed)
@@ -117,7 +117,7 @@ def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
     paths = sorted({key.rpartition(".")[0] for key in tensors if key.endswith(ends)})
     if not paths:
         raise ValueError("it holds no randlora_lambda: it is no RandLoRA adapter")
-    stacks = {at: tuple(tensors[at + ends[0]].shape[:-2]) for at in paths}
+    stacks = {at: tensors[at + ends[0]].shape[:-2] for at in paths}
     names = {at: (_parameter(at, config) if stacks[at] else at, stacks[at]) for at in paths}
     places, name_in = _places(names, checkpoint)
     types, transposed = _types(checkpoint), config.fan_in_fan_out
@@ -174,16 +174,15 @@ def _parameter(at: str, config: Any) -> str:
 
 
 def _places(
-    names: Mapping[str, tuple[str, tuple[int, ...]]], checkpoint: Checkpoint
+    names: Mapping[str, tuple[str, Sequence[int]]], checkpoint: Checkpoint
 ) -> tuple[dict[str, Places], Callable[[str], str]]:
     """The tensors of layers, given by their names and numbers of experts, and `locate`'s answer."""
     here = {at: _named(name, experts, checkpoint) for at, (name, experts) in names.items()}
-    every = (name for places in here.values() for rows in places for name in rows)
-    name_in = locate(every, checkpoint)
+    name_in = locate((n for its in here.values() for rows in its for n in rows), checkpoint)
     return {at: [[*map(name_in, rows)] for rows in its] for at, its in here.items()}, name_in
 
 
-def _named(name: str, experts: tuple[int, ...], checkpoint: Checkpoint) -> Places:
+def _named(name: str, experts: Sequence[int], checkpoint: Checkpoint) -> Places:
     """As the adapter would call them."""
     if not experts:
         return [[f"{name}.weight"]]
@@ -204,7 +203,7 @@ def _named(name: str, experts: tuple[int, ...], checkpoint: Checkpoint) -> Place
 
 
 def _sizes(
-    checkpoint: Checkpoint, places: Places, experts: tuple[int, ...], transposed: bool
+    checkpoint: Checkpoint, places: Places, experts: Sequence[int], transposed: bool
 ) -> tuple[int, int]:
     """(in_features, out_features)"""
     entries = {name: checkpoint.tensors[name] for name in places[0]}
@@ -212,7 +211,7 @@ def _sizes(
         fits = 2 <= len(entry.shape) <= 2 + len(experts)
         fits &= len(places) * math.prod(entry.shape[:-2]) == math.prod(experts)
         if entry.dtype is None or not fits:
-            each = "".join(f" for each of {count} experts" for count in experts)
+            each = f" for each of {experts[0]} experts" if experts else ""
             raise CliError(
                 f"{entry.file}: {name} must be a float64, float32, float16 or bfloat16 matrix{each}"
             )

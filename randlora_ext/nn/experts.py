@@ -32,6 +32,7 @@ class AdaptedParameter(AdaptedLayer):
     parameter_name: str
     experts: int
     transposed: bool
+    _names: Any  # gives the adapters to add now
 
     def _set_sizes(self, base_layer: Any, parameter_name: str) -> nn.Linear:
         """Finds them; returns what stands for `base_layer` where a linear layer is expected."""
@@ -55,10 +56,6 @@ class AdaptedParameter(AdaptedLayer):
 
     def _base_weight(self) -> Any:
         return getattr(self.get_base_layer(), self.parameter_name)
-
-    def _names(self) -> list[str]:
-        """The adapters to add now."""
-        raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         layer, changed = self, {}
@@ -178,9 +175,7 @@ def matching_parameters(model: nn.Module, targets: Sequence[str]) -> dict[str, t
             check_no_plan(model, name, told := f"target_parameters: {name!r}")
             check_is_called(model, path, told)
             if uses[id(parameter)] > 1:
-                raise ValueError(
-                    f"{told} is used under several names, of which one would be adapted"
-                )
+                raise ValueError(f"{told} is used under several names, and one would be adapted")
             found[name] = path, own
     if not found:
         names = [name for name, p in model.named_parameters() if p.dim() == 3]
@@ -195,12 +190,8 @@ def check_options(
     basis: str | None = None, density: float | None = None, randlora_dropout: float = 0.0
 ) -> None:
     """Raises ValueError for what adapters of parameters cannot have."""
-    if basis not in (None, "hadamard") or density is not None:
+    if basis not in (None, "hadamard") or density is not None or randlora_dropout:
         raise ValueError(
-            'target_parameters need basis="hadamard", whose kernels form W + dW, got '
-            f"basis={basis!r}, density={density}"
-        )
-    if randlora_dropout:  # W + dW meets every input
-        raise ValueError(
-            f"randlora_dropout must be 0 for target_parameters, got {randlora_dropout}"
+            'target_parameters need basis="hadamard" and randlora_dropout=0, got '
+            f"basis={basis!r}, density={density}, randlora_dropout={randlora_dropout}"
         )

@@ -85,11 +85,8 @@ def export_to_peft(model: peft.PeftModel, folder: str | os.PathLike) -> None:
     """
     layers_with(model)
     configs, stock = dict(model.peft_config), {}
-    for name, config in configs.items():
-        if getattr(config, "target_parameters", None):
-            raise ValueError(
-                f"adapter {name!r} has target_parameters, which stock PEFT lacks; {_MERGE}"
-            )
+    if any(getattr(config, "target_parameters", None) for config in configs.values()):
+        raise ValueError(f"model has target_parameters, which stock PEFT lacks; {_MERGE}")
     copies = tuple(f".{bases}." for bases in BASIS_NAMES)
     state = {k: v for k, v in model.state_dict().items() if not any(part in k for part in copies)}
     for name, config in configs.items():

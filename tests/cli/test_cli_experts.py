@@ -1,5 +1,8 @@
 """`randlora merge` of adapters of experts, into files that hold them fused or one by one."""
 
+import json
+import re
+
 import pytest
 import torch
 from cli_helpers import refused, run
@@ -43,4 +46,15 @@ def test_refused(tmp_path):
     save_file({key: value for key, value in tensors.items() if ".w" not in key}, file)
     told = refused("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert "experts.down_proj, nor what it is made of; merge_and_unload" in told
+    for name, told in (("Mixtral", r"experts.4.* and the adapter 4"), ("GptOss", "each of 4 exp")):
+        make(name, num_local_experts=5).save_pretrained(tmp_path / name)
+        error = refused("merge", tmp_path / name, tmp_path / "adapter", tmp_path / "merged")
+        assert re.search(told, error)
+    config = json.loads((tmp_path / name / "config.json").read_text())
+    for field, told in (
+        ({"auto_map": {}}, "only the model's code"),
+        ({"model_type": "qwen3_vl_moe"}, "experts of qwen3_vl_moe"),
+    ):
+        (tmp_path / name / "config.json").write_text(json.dumps(config | field))
+        assert told in refused("merge", tmp_path / name, tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

@@ -178,7 +178,7 @@ def test_compiled_in_one_graph(fresh_dynamo):
 ERRORS = [
     ({"basis": "independent"}, ValueError, 'need basis="hadamard".*got basis=.independent'),
     ({"basis": "peft"}, ValueError, 'need basis="hadamard".*got basis=.peft'),
-    ({"randlora_dropout": 0.1}, ValueError, "randlora_dropout must be 0"),
+    ({"randlora_dropout": 0.1}, ValueError, "and randlora_dropout=0, got .*=0.1"),
     ({"target_parameters": "experts"}, TypeError, "target_parameters must be a list of texts"),
     (
         {"target_parameters": ["expert.up"]},

@@ -117,9 +117,15 @@ ERRORS = [
     (lambda: nn.ModuleList([Own(4)]), {}, ValueError, r"Own.experts must have two or three dimens"),
     (lambda: nn.ModuleList([Own(2, 3, dtype=torch.float16)]), {"density": 0.1}, ValueError, "need"),
     (lambda: nn.ModuleList([Own(2, 3)]), {"basis": "independent"}, ValueError, "need basis="),
-    (lambda: nn.ModuleList([Own(2, 3)]), {"randlora_dropout": 0.1}, ValueError, "must be 0"),
+    (
+        lambda: nn.ModuleList([Own(2, 3)]),
+        {"randlora_dropout": 0.1},
+        ValueError,
+        "randlora_dropout=0.1",
+    ),
     (lambda: nn.ModuleList([Own(2, 3)]), {"rank": 3}, TypeError, "unexpected keyword .*'rank'"),
     (lambda: nn.ModuleList([nn.Linear(2, 3)]), {}, ValueError, "matches no parameter"),
+    (lambda: Own(2, 3, 4), {}, ValueError, "'.experts' would not be adapted: the model is the lay"),
     (shared, {}, ValueError, "0.experts' is used under several names"),
 ]
 
@@ -141,6 +147,8 @@ def test_refused(tmp_path):
     with pytest.raises(ValueError, match="is of module .*q_proj', which is matched, too"):
         apply_randlora(make("Mixtral"), ["q_proj"], target_parameters=["q_proj.weight"])
     save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="has an adapter 'default' already"):
+        load_adapter(model, tmp_path / "adapter")
     with pytest.raises(ValueError, match="transposed and experts are .*, in the file"):
         load_adapter(make("GptOss"), tmp_path / "adapter")
     with pytest.raises(ValueError, match="there is no such parameter"):
