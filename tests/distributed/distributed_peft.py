@@ -194,12 +194,13 @@ def check_experts(place: Place):
             optimizer.step()
             optimizer.zero_grad()
     same_parameters(model, reference, **LIMITS)
-    wanted, before = model(**data).logits, get_model_state_dict(model)
-    before = {name: value.full_tensor().clone() for name, value in before.items()}
+    full = StateDictOptions(full_state_dict=True)
+    wanted, before = model(**data).logits, get_model_state_dict(model, options=full)
+    before = {name: value.clone() for name, value in before.items()}
     model.merge_adapter()
     torch.testing.assert_close(model(**data).logits, wanted, **LIMITS)
     model.unmerge_adapter()
-    after = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    after = get_model_state_dict(model, options=full)
     assert place.rank or all(torch.equal(after[name], before[name]) for name in before)
     cut = adapted(make_experts("Mixtral"), r=4, **chosen)
     fully_shard(cut.base_model.model.model.layers[0].mlp.experts.get_base_layer())
