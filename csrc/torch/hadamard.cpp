@@ -69,8 +69,7 @@ class Steps {
     lam_ = compute_copy(b.lam, dtype_);
     const Tensor gam = compute_copy(b.gam, dtype_);
     gam_ = Temporary(s_.n * s_.d, class_dtype_, like);
-    run(like,
-        HadamardGamma{s_, gam.const_data_ptr(), floats(b.s), gam_.data(), dtype_});
+    run(like, HadamardGamma{s_, gam.const_data_ptr(), floats(b.s), gam_.data(), dtype_});
     const int64_t bytes = s_.classes() * s_.n * bytes_of(class_dtype_);
     const int64_t limit = (in_caches() ? int64_t{1} : int64_t{64}) << 20;
     int64_t most = std::max(limit / bytes, kFewest);
@@ -131,8 +130,7 @@ class Steps {
       });
       TorchRuntime runtime;
       cpu_kernels().hadamard_add(
-          {s_, room.data(), const_cast<void*>(to), dtype_, tokens_, b_.scale, accumulate},
-          runtime);
+          {s_, room.data(), const_cast<void*>(to), dtype_, tokens_, b_.scale, accumulate}, runtime);
       return;
     }
     // torch's GEMM adds to results of its own dtype alone.
@@ -140,8 +138,8 @@ class Steps {
     Tensor result = chunk_of(to, dtype_), sums = chunk_of(room.data(), class_dtype_);
     if (!direct && accumulate) torch::stable::copy_(sums, result);
     each_part([&](const Part& p) {
-      multiply(columns(direct ? to : room.data(), p), at_classes(w, p), gamma(p),
-               b_.scale, accumulate, class_dtype_, like_);
+      multiply(columns(direct ? to : room.data(), p), at_classes(w, p), gamma(p), b_.scale,
+               accumulate, class_dtype_, like_);
     });
     if (!direct) torch::stable::copy_(result, sums);
   }
@@ -159,27 +157,27 @@ class Steps {
   }
   // Adds to y (T, D) what z gives by mix and transform, or sets y unless `accumulate`.
   void up(const Temporary& z, const Tensor& y, int64_t t, bool accumulate) const {
-    run(like_, HadamardUp{s_, z.data(), lam_.const_data_ptr(), floats(b_.row),
-                          floats(b_.col), const_cast<void*>(element(y, t * s_.D, dtype_)), dtype_,
-                          tokens_, b_.scale, accumulate});
+    run(like_, HadamardUp{s_, z.data(), lam_.const_data_ptr(), floats(b_.row), floats(b_.col),
+                          const_cast<void*>(element(y, t * s_.D, dtype_)), dtype_, tokens_,
+                          b_.scale, accumulate});
   }
   // w from y (T, D); with z, also the sums for the gradient of lambda.
   void down(const Tensor& y, int64_t t, const Temporary& w, const Temporary* z) const {
     void* sums = nullptr;
     if (z)
-      sums = static_cast<char*>(sums_.data()) +
-             chunk_ * slots_ * s_.K() * bytes_of(compute_dtype());
+      sums =
+          static_cast<char*>(sums_.data()) + chunk_ * slots_ * s_.K() * bytes_of(compute_dtype());
     run(like_, HadamardDown{s_, element(y, t * s_.D, dtype_), lam_.const_data_ptr(), floats(b_.row),
-                            floats(b_.col), w.data(), z ? z->data() : nullptr,
-                            sums, slots_, dtype_, tokens_});
+                            floats(b_.col), w.data(), z ? z->data() : nullptr, sums, slots_, dtype_,
+                            tokens_});
   }
   std::tuple<Tensor, Tensor> diagonals() const {
     const ScalarType type = compute_type(dtype_);
     Tensor dlam = allocate({s_.r, s_.n}, type, like_), dgam = allocate({s_.n, s_.d}, type, like_);
     class_dtype_ == DType::f64 ? sum_spans<double>() : sum_spans<float>();
-    run(like_, HadamardDiagonals{s_, P_.data(), sums_.data(), chunks_ * slots_,
-                                 floats(b_.s), floats(b_.col), dlam.mutable_data_ptr(),
-                                 dgam.mutable_data_ptr(), dtype_, b_.scale});
+    run(like_, HadamardDiagonals{s_, P_.data(), sums_.data(), chunks_ * slots_, floats(b_.s),
+                                 floats(b_.col), dlam.mutable_data_ptr(), dgam.mutable_data_ptr(),
+                                 dtype_, b_.scale});
     return {cast(dlam, b_.lam.scalar_type()), cast(dgam, b_.gam.scalar_type())};
   }
 
@@ -208,13 +206,7 @@ class Steps {
   }
   // Of a chunk (tokens, d).
   MatrixBatch columns(const void* x, const Part& p) const {
-    return {at(x, p.first * s_.n, class_dtype_),
-            p.count,
-            tokens_,
-            p.width,
-            s_.n,
-            s_.d,
-            1};
+    return {at(x, p.first * s_.n, class_dtype_), p.count, tokens_, p.width, s_.n, s_.d, 1};
   }
   MatrixBatch gamma(const Part& p) const {
     return {at(gam_.data(), p.first * s_.n, class_dtype_), p.count, s_.n, p.width, s_.n, s_.d, 1};

@@ -69,10 +69,11 @@ class AdaptedParameter(AdaptedLayer):
         weight = self._base_weight()
         if torch.jit.is_tracing():
             raise RuntimeError("torch.jit.trace cannot record adapted experts; merge them first")
-        if is_dtensor(weight) or weight.numel() == 0:
+        offloaded = weight.is_meta and hasattr(self.get_base_layer(), "_hf_hook")  # accelerate's
+        if is_dtensor(weight) or weight.numel() == 0 or offloaded:
             raise RuntimeError(
-                f"{self.parameter_name} is not whole on this rank before its module runs: let "
-                "fully_shard take a module around this one, such as the block; DeepSpeed ZeRO-3 "
+                f"{self.parameter_name} is not whole here before its module runs: let fully_shard "
+                "take a module around this one, such as the block; offloading, DeepSpeed ZeRO-3 "
                 "and tensor parallelism are not supported for target_parameters"
             )
         for name in names:
