@@ -3,7 +3,7 @@
     python benchmarks/finetune.py --methods "hadamard scaled,hadamard,lora" --rates 5e-4,8e-4
     python benchmarks/finetune.py --task roman --methods "hadamard scaled" --model bf16
     python benchmarks/finetune.py --parity 100      ours and stock PEFT, loss by loss
-    python benchmarks/finetune.py --inputs          what the inputs of each kind of layer are made of
+    python benchmarks/finetune.py --inputs          what the inputs of each kind of layer consist of
 
 SmolLM2-135M learns a task of finetune_tasks.py. Every method is trained with every rate and seed.
 Each run is written to OUT.jsonl as it ends: a stopped benchmark continues where it was. The table
@@ -164,9 +164,8 @@ def common_responses(tuned) -> Iterator[dict[str, list[float]]]:
 
 
 def inputs_table() -> str:
-    """Markdown, by kind of layer and text: how much of the inputs' energy lies in few directions."""
+    """Markdown, by kind of layer and text: shares of energy of 2% of the features, and of the mean."""
     import finetune_tasks
-    import spelling
     import torch
 
     tokenizer, model, _ = loaded("fp32")

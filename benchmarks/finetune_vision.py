@@ -1,4 +1,4 @@
-"""Does calibration help a vision model? Upright digits learned, then rotated ones: what is forgotten.
+"""Does calibration help a vision model? Upright digits learned, then turned ones: what is lost.
 
     pip install scikit-learn
     python benchmarks/finetune_vision.py --seeds 3

@@ -149,7 +149,7 @@ def parts(turns: int) -> list[dict]:
     return [{"part": name, "us": t} for name, t in times.items()]
 
 
-# ---- compiled --------------------------------------------------------------------------------------
+# ---- compiled ------------------------------------------------------------------------------------
 
 
 def compiled(turns: int) -> list[dict]:

@@ -85,9 +85,8 @@ def tiny_model(folder: Path) -> None:
 
     words = Tokenizer(models.WordLevel({"?": 0, "the": 1, "is": 2, "step": 3, "</s>": 4}, "?"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", eos_token="</s>").save_pretrained(
-        folder
-    )
+    named = {"unk_token": "?", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **named).save_pretrained(folder)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 5}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 4}
     LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(folder)

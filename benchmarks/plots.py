@@ -134,9 +134,7 @@ def by_forgetting(rows: list[dict]):
             points = []
             for rate in sorted({r["lr"] for r in mine}):
                 each = [
-                    (r["held_out_loss"], r["forgetting"]["manual"])
-                    for r in mine
-                    if r["lr"] == rate
+                    (r["held_out_loss"], r["forgetting"]["manual"]) for r in mine if r["lr"] == rate
                 ]
                 points.append(tuple(sum(v) / len(each) for v in zip(*each, strict=True)))
             if points:
