@@ -164,7 +164,7 @@ def common_responses(tuned) -> Iterator[dict[str, list[float]]]:
 
 
 def inputs_table() -> str:
-    """Markdown, by kind of layer and text: shares of energy of 2% of the features, and of the mean."""
+    """By kind of layer and text: shares of energy of 2% of the features, and of the mean."""
     import finetune_tasks
     import torch
 
