@@ -64,24 +64,20 @@ __device__ __forceinline__ void read_y(const HadamardDown& p, const Rows<C>& row
 template <class Z, class C = ComputeOf<Z>>
 __device__ __forceinline__ void write_w(const HadamardDown& p, const Rows<C>& rows, int log,
                                         int64_t t0, int tokens) {
-  const int n = static_cast<int>(p.sizes.n), r = static_cast<int>(p.sizes.r), columns = tokens * n;
+  const int n = static_cast<int>(p.sizes.n), r = static_cast<int>(p.sizes.r);
   const int classes = static_cast<int>(p.sizes.classes());
-  const int64_t stride = p.T * p.sizes.n;
-  Z* w = static_cast<Z*>(p.w) + t0 * p.sizes.n;
-  with_ranks<C>(p.sizes.r, [&](auto m) {
+  Z* w = static_cast<Z*>(p.w) + t0 * n;
+  each_mix<C>(p.sizes, classes, tokens, [&](auto m, auto whole, int block, int t, int i) {
     constexpr int M = decltype(m)::value;
-    const int items = columns * ((classes + M - 1) / M);
-    for (int item = threadIdx.x; item < items; item += blockDim.x) {
-      const int block = item / columns, q = item - block * columns, t = q / n;
-      C v[M];
-      mix(v, block, r, RowWalk<C>{rows.row(t, log), q - t * n, n});
-      Walk<Z> to{w + q, stride};
-      to.skip(block * M);
+    constexpr bool Whole = decltype(whole)::value;
+    C v[M];
+    mix<Whole>(v, block, r, walk_row<Whole>(rows.row(t, log), i, n));
+    Walk<Z, int64_t> to{w + t * n + i, p.T * n};
+    to.skip(block * M);
 #pragma unroll
-      for (int e = 0; e < M; ++e) {
-        Z* at = to.next();
-        if (block * M + e < classes) *at = narrow<Z>(v[e]);
-      }
+    for (int e = 0; e < M; ++e) {
+      Z* at = to.next();
+      if (Whole || block * M + e < classes) *at = narrow<Z>(v[e]);
     }
   });
 }

@@ -63,7 +63,7 @@ struct Rows {
   RANDLORA_HD_MEMBER static int64_t bytes(int64_t count) {
     return count / kValues<C> * (kValues<C> + kFree) * int64_t{sizeof(C)};
   }
-  __device__ __forceinline__ C* at(int x) const { return numbers + x + x / kValues<C> * kFree; }
+  __device__ __forceinline__ C* at(int x) const { return numbers + x + (x >> kBits<C>)*kFree; }
   __device__ __forceinline__ Rows row(int number, int log) const { return {at(number << log)}; }
   // at(x + (1 << bit)) - at(x), for bit >= kBits
   __device__ __forceinline__ static int step(int bit) {
@@ -120,9 +120,10 @@ struct Diagonal {
   }
 };
 
-// Bits [bit, bit + K), bit >= kBits.
-template <int K, class C>
+// Bits [bit, bit + K), bit >= kBits. First: bit = kBits, which makes steps constant.
+template <int K, bool First, class C>
 __device__ __forceinline__ void pass_of(const Rows<C>& rows, int bit, int count) {
+  if (First) bit = kBits<C>;
   constexpr int V = 1 << (kBits<C> - K);
   const int step = rows.step(bit);
   for (int g = threadIdx.x; g < count / kValues<C>; g += blockDim.x) {
@@ -137,15 +138,15 @@ __device__ __forceinline__ void pass_of(const Rows<C>& rows, int bit, int count)
   }
 }
 
-template <class C>
+template <bool First, class C>
 __device__ __forceinline__ void middle_pass(const Rows<C>& rows, int bit, int bits, int count) {
   switch (bits) {
-    case 1: return pass_of<1>(rows, bit, count);
-    case 2: return pass_of<2>(rows, bit, count);
-    case 3: return pass_of<3>(rows, bit, count);
-    case 4: return pass_of<4>(rows, bit, count);
+    case 1: return pass_of<1, First>(rows, bit, count);
+    case 2: return pass_of<2, First>(rows, bit, count);
+    case 3: return pass_of<3, First>(rows, bit, count);
+    case 4: return pass_of<4, First>(rows, bit, count);
     default:
-      if constexpr (kBits<C> == 5) pass_of<5>(rows, bit, count);
+      if constexpr (kBits<C> == 5) pass_of<5, First>(rows, bit, count);
   }
 }
 
@@ -156,7 +157,10 @@ __device__ __forceinline__ void middle_passes(const Rows<C>& rows, int log, int 
   const int bits = log - kBits<C> - edge, passes = (bits + kBits<C> - 1) / kBits<C>;
   for (int s = 0; s < passes; ++s) {
     const int begin = bits * s / passes, end = bits * (s + 1) / passes;
-    middle_pass(rows, kBits<C> + begin, end - begin, count);
+    if (s == 0)
+      middle_pass<true>(rows, kBits<C>, end, count);
+    else
+      middle_pass<false>(rows, kBits<C> + begin, end - begin, count);
     __syncthreads();
   }
 }
