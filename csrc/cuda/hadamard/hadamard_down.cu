@@ -21,21 +21,20 @@ namespace {
 
 template <class S, bool Aligned, class C = ComputeOf<S>>
 __device__ __forceinline__ void read_y(const HadamardDown& p, const Rows<C>& rows, int log,
-                                       int64_t t0, int tokens) {
+                                       int t0, int tokens) {
   using At = Edge<S, Aligned>;
   constexpr int V = At::V;
-  const int64_t D = p.sizes.D;
-  const int N = 1 << log;
+  const int D = static_cast<int>(p.sizes.D), N = 1 << log;
   for (int g = threadIdx.x; g < tokens << log >> kBits<C>; g += blockDim.x) {
     const At at(g, log);
-    const S* y = static_cast<const S*>(p.y) + (t0 + at.row) * D;
+    const S* y = static_cast<const S*>(p.y) + int64_t{t0 + at.row} * D;
     const float* row = p.row;
     C v[kValues<C>];
 #pragma unroll
     for (int e = 0; e < kValues<C>; ++e) v[e] = C(0);
 #pragma unroll 1
-    for (int64_t left = D; left > 0; left -= N, y += N, row += N) {
-      const int end = static_cast<int>(min(left, int64_t{N}));
+    for (int left = D; left > 0; left -= N, y += N, row += N) {
+      const int end = min(left, N);
 #pragma unroll
       for (int e = 0; e < At::kCount; ++e) {
         if constexpr (Aligned) {
@@ -61,24 +60,16 @@ __device__ __forceinline__ void read_y(const HadamardDown& p, const Rows<C>& row
 }
 
 // From u times lam and col in rows.
-template <class Z, class C = ComputeOf<Z>>
+template <bool Aligned, class Z, class C = ComputeOf<Z>>
 __device__ __forceinline__ void write_w(const HadamardDown& p, const Rows<C>& rows, int log,
-                                        int64_t t0, int tokens) {
+                                        int t0, int tokens) {
   const int n = static_cast<int>(p.sizes.n), r = static_cast<int>(p.sizes.r);
-  const int classes = static_cast<int>(p.sizes.classes());
-  Z* w = static_cast<Z*>(p.w) + t0 * n;
-  each_mix<C>(p.sizes, classes, tokens, [&](auto m, auto whole, int block, int t, int i) {
-    constexpr int M = decltype(m)::value;
-    constexpr bool Whole = decltype(whole)::value;
-    C v[M];
-    mix<Whole>(v, block, r, walk_row<Whole>(rows.row(t, log), i, n));
-    Walk<Z, int64_t> to{w + t * n + i, p.T * n};
-    to.skip(block * M);
-#pragma unroll
-    for (int e = 0; e < M; ++e) {
-      Z* at = to.next();
-      if (Whole || block * M + e < classes) *at = narrow<Z>(v[e]);
-    }
+  Z* w = static_cast<Z*>(p.w) + int64_t{t0} * n;
+  each_share<Aligned, Z>(p.sizes, true, tokens, [&](const auto& of) {
+    using Of = std::decay_t<decltype(of)>;
+    C v[Of::M * Of::W];
+    mix(v, of, r, walk_row<Of::Whole>(rows.row(of.t, log), of.i, n));
+    write_share(v, of, of.classes(p.sizes), Walk<Z, int64_t>{w + of.t * n + of.i, p.T * n});
   });
 }
 
@@ -99,35 +90,36 @@ __device__ __forceinline__ void add_products(const C (&a)[kValues<C>], const C* 
 
 template <class S, bool Aligned, class C = ComputeOf<S>>
 __global__ void __launch_bounds__(kThreads, 2)
-    hadamard_down_kernel(HadamardDown p, Diagonal<C> diagonal, int log, int64_t of_block) {
+    hadamard_down_kernel(HadamardDown p, Diagonal<C> diagonal, int log, int of_block) {
   using Z = ClassOf<S>;
-  const int64_t K = p.sizes.K(), size = Rows<C>::bytes(of_block << log) / sizeof(C);
+  const int K = static_cast<int>(p.sizes.K());
+  const int size = static_cast<int>(Rows<C>::bytes(of_block << log) / sizeof(C));
   const Rows<C> rows{reinterpret_cast<C*>(shared_memory())}, mixed{rows.numbers + size},
       sums{mixed.numbers + size};
-  const int64_t begin = p.z ? blockIdx.x * p.T / p.slots : blockIdx.x * of_block;
-  const int64_t end = p.z ? (blockIdx.x + 1) * p.T / p.slots : min(begin + of_block, p.T);
-  const int N = 1 << log;
+  const int64_t q = blockIdx.x;  // the host's chunks have less than 2^31 tokens
+  const int begin = static_cast<int>(p.z ? q * p.T / p.slots : q * of_block);
+  const int end = static_cast<int>(p.z ? (q + 1) * p.T / p.slots : min(q * of_block + of_block, p.T));
   if (p.z) {
     for (int e = threadIdx.x; e < size; e += blockDim.x) sums.numbers[e] = C(0);
     __syncthreads();  // for a slot without tokens
   }
-  for (int64_t t0 = begin; t0 < end; t0 += of_block) {
-    const int tokens = static_cast<int>(min(of_block, end - t0));
+  for (int t0 = begin; t0 < end; t0 += of_block) {
+    const int tokens = min(of_block, end - t0);
     read_y<S, Aligned>(p, rows, log, t0, tokens);
-    if (p.z) write_mixed<Z>(p.sizes, p.z, p.T, mixed, log, t0, tokens);
+    if (p.z) write_mixed<Aligned, Z>(p.sizes, p.z, p.T, mixed, log, t0, tokens);
     __syncthreads();
     middle_passes(rows, log, kEdgeBits<S>, tokens << log);
-    low_pass(rows, tokens << log, [&](auto& v, int x) {
+    low_pass(rows, log, tokens, K, [&](auto& v, int x, int c) {
       hadamard<1>(v);
       if (p.z) add_products(v, mixed.at(x), sums.at(x));
-      diagonal.apply(v, x & (N - 1));
+      diagonal.apply(v, c);
     });
     __syncthreads();
-    write_w<Z>(p, rows, log, t0, tokens);
+    write_w<Aligned, Z>(p, rows, log, t0, tokens);
     __syncthreads();
   }
   if (!p.z) return;
-  C* out = static_cast<C*>(p.sums) + blockIdx.x * K;
+  C* out = static_cast<C*>(p.sums) + q * K;
   for (int c = threadIdx.x; c < K; c += blockDim.x) {
     C sum = *sums.at(c);
     for (int t = 1; t < of_block; ++t) sum += *sums.at((t << log) + c);
@@ -155,7 +147,7 @@ void hadamard_down(const HadamardDown& p, Device& device) {
     const int64_t blocks = p.z ? p.slots : device.multiprocessors;
     const Plan<S> plan(p.sizes, p.T / blocks, device, parts(p.z));
     launch(device, "hadamard_down",
-           aligned_rows(p.sizes.D, kPerAccess<S>, p.y, p.row) ? hadamard_down_kernel<S, true>
+           aligned_rows(p.sizes.D, kPerAccess<S>, p.y, p.row, p.z, p.w) ? hadamard_down_kernel<S, true>
                                                               : hadamard_down_kernel<S, false>,
            p.z ? p.slots : ceil_div(p.T, plan.rows), plan.threads, plan.shared, p,
            Diagonal<ComputeOf<S>>(p), plan.log, plan.rows);

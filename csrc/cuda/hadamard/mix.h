@@ -46,13 +46,54 @@ __device__ __forceinline__ auto walk_row(const Rows<C>& row, int i, int n) {
     return RowWalk<C>{row, i, n};
 }
 
-// v[e] = sum over k < end of H[block * M + e, k] x[k]. `walk` has x from rank 0 on. Whole: M divides
-// `end`.
-template <bool Whole, int M, class C, class Numbers>
-__device__ __forceinline__ void mix(C (&v)[M], int block, int end, Numbers walk) {
-  if (Whole || M <= end) {
+// W adjacent elements to and from numbers.
+template <int W, class S, class C>
+__device__ __forceinline__ void load_wide(const S* from, C* to) {
+  if constexpr (W == 1) {
+    *to = widen(*from);
+  } else if constexpr (std::is_same_v<S, C>) {
+    load_run<W>(from, to);
+  } else {
+    const auto pack = *reinterpret_cast<const Pack<S, W>*>(from);
 #pragma unroll
-    for (int e = 0; e < M; ++e) v[e] = widen(*walk.next());
+    for (int u = 0; u < W; ++u) to[u] = widen(pack.get(u));
+  }
+}
+template <int W, class S, class C>
+__device__ __forceinline__ void store_wide(const C* from, S* to) {
+  if constexpr (W == 1) {
+    *to = narrow<S>(*from);
+  } else if constexpr (std::is_same_v<S, C>) {
+    store_run<W>(from, to);
+  } else {
+    Pack<S, W> pack = {};
+#pragma unroll
+    for (int u = 0; u < W; ++u) pack.set(u, narrow<S>(from[u]));
+    *reinterpret_cast<Pack<S, W>*>(to) = pack;
+  }
+}
+
+// The share of a thread: M ranks of W adjacent bases, two where z has 16 bits: there this kernel has
+// fewer bytes than instructions, and more numbers than these do not fit the registers.
+template <class Z, int M_, bool Whole_>
+struct Share {
+  static constexpr int M = M_, W = Whole_ && sizeof(Z) == 2 ? 2 : 1;
+  static constexpr bool Whole = Whole_;
+  int block, t, i;
+  // Without a division if Whole.
+  __device__ __forceinline__ static int classes(const HadamardSizes& sizes) {
+    const int n = static_cast<int>(sizes.n);
+    return Whole ? static_cast<int>(sizes.r) : (static_cast<int>(sizes.d) + n - 1) / n;
+  }
+};
+
+// v[e * W + u] = sum over k < end of H[block * M + e, k] x[k, u]. `walk` has x from rank 0 on.
+template <class C, class Of, class Numbers>
+__device__ __forceinline__ void mix(C (&v)[Of::M * Of::W], const Of& of, int end, Numbers walk) {
+  constexpr int M = Of::M, W = Of::W;
+  if (Of::Whole || M <= end) {
+#pragma unroll
+    for (int e = 0; e < M; ++e) load_wide<W>(walk.next(), v + e * W);
   } else {
 #pragma unroll
     for (int e = 0; e < M; ++e) {
@@ -62,37 +103,57 @@ __device__ __forceinline__ void mix(C (&v)[M], int block, int end, Numbers walk)
   }
 #pragma unroll 1
   for (int from = M; from < end; from += M) {
-    const bool negative = minus(block, from / M);
+    const bool negative = minus(of.block, from / M);
 #pragma unroll
     for (int e = 0; e < M; ++e) {
       const auto* at = walk.next();
-      if (Whole || from + e < end) v[e] += negative ? -widen(*at) : widen(*at);
+      if (!Of::Whole && from + e >= end) continue;
+      C x[W];
+      load_wide<W>(at, x);
+#pragma unroll
+      for (int u = 0; u < W; ++u) v[e * W + u] += negative ? -x[u] : x[u];
     }
   }
-  hadamard<1>(v);
+  hadamard<W>(v);
 }
 
-// Calls fn(M, Whole, block, t, i) for every base i of `tokens` tokens t and every block of M ranks,
-// of `ranks`. Whole: all blocks have M ranks and classes, and rows no gap within a warp's bases.
-template <class C, class F>
-__device__ __forceinline__ void each_mix(const HadamardSizes& sizes, int64_t ranks, int tokens,
-                                         const F& fn) {
-  const int n = static_cast<int>(sizes.n), columns = tokens * n;
-  const auto each = [&](auto m, auto whole) {
-    constexpr int M = decltype(m)::value;
-    const int items = columns * ((static_cast<int>(ranks) + M - 1) / M);
+// The ranks of a share, of `end`, to `walk`.
+template <class C, class Of, class Numbers>
+__device__ __forceinline__ void write_share(const C (&v)[Of::M * Of::W], const Of& of, int end,
+                                            Numbers walk) {
+  walk.skip(of.block * Of::M);
+#pragma unroll
+  for (int e = 0; e < Of::M; ++e) {
+    auto* at = walk.next();
+    if (Of::Whole || of.block * Of::M + e < end) store_wide<Of::W>(v + e * Of::W, at);
+  }
+}
+
+// Calls fn for each share of the ranks, or classes, of the bases of `tokens` tokens. If `Aligned`, in which
+// case z and w are, too, and all shares have M ranks and classes, they are Whole.
+template <bool Aligned, class Z, class F>
+__device__ __forceinline__ void each_share(const HadamardSizes& sizes, bool of_classes, int tokens,
+                                           const F& fn) {
+  using C = ComputeOf<Z>;
+  const int n = static_cast<int>(sizes.n), r = static_cast<int>(sizes.r);
+  const auto each = [&](auto of) {
+    constexpr int M = decltype(of)::M, W = decltype(of)::W;
+    const int columns = tokens * n / W;
+    const int items = columns * (((of_classes ? of.classes(sizes) : r) + M - 1) / M);
     for (int item = threadIdx.x; item < items; item += blockDim.x) {
-      const int block = items > columns ? item / columns : 0, q = item - block * columns;
-      const int t = tokens > 1 ? q / n : 0;
-      fn(m, whole, block, t, q - t * n);
+      of.block = items > columns ? item / columns : 0;
+      const int q = (item - of.block * columns) * W;
+      of.t = tokens > 1 ? q / n : 0;
+      of.i = q - of.t * n;
+      fn(of);
     }
   };
   const auto with = [&](auto m) {
     constexpr int M = decltype(m)::value;
-    if (sizes.r % M == 0 && sizes.classes() == sizes.r && n % kValues<C> == 0)
-      each(m, std::true_type{});
-    else
-      each(m, std::false_type{});
+    if constexpr (Aligned)
+      if (r % M == 0 && sizes.d > (r - 1) * n && n % kValues<C> == 0)
+        return each(Share<Z, M, true>{});
+    each(Share<Z, M, false>{});
   };
   if (kValues<C> == 16 || sizes.r <= 16)
     with(std::integral_constant<int, 16>{});
@@ -102,24 +163,16 @@ __device__ __forceinline__ void each_mix(const HadamardSizes& sizes, int64_t ran
 
 // rows[t - t0, j * n + i] = sum over m of H[j, m] z[m, t, i], for `tokens` tokens t from t0 on. In
 // z (classes, T, n), bases of successive tokens are adjacent.
-template <class Z, class C = ComputeOf<Z>>
+template <bool Aligned, class Z, class C = ComputeOf<Z>>
 __device__ __forceinline__ void write_mixed(const HadamardSizes& sizes, const void* z, int64_t T,
                                             const Rows<C>& rows, int log, int64_t t0, int tokens) {
   const int n = static_cast<int>(sizes.n), r = static_cast<int>(sizes.r);
-  const int classes = static_cast<int>(sizes.classes());
   const Z* numbers = static_cast<const Z*>(z) + t0 * n;
-  each_mix<C>(sizes, r, tokens, [&](auto m, auto whole, int block, int t, int i) {
-    constexpr int M = decltype(m)::value;
-    constexpr bool Whole = decltype(whole)::value;
-    C v[M];
-    mix<Whole>(v, block, classes, Walk<const Z, int64_t>{numbers + t * n + i, T * n});
-    auto to = walk_row<Whole>(rows.row(t, log), i, n);
-    to.skip(block * M);
-#pragma unroll
-    for (int e = 0; e < M; ++e) {
-      C* at = to.next();
-      if (Whole || block * M + e < r) *at = v[e];
-    }
+  each_share<Aligned, Z>(sizes, false, tokens, [&](const auto& of) {
+    using Of = std::decay_t<decltype(of)>;
+    C v[Of::M * Of::W];
+    mix(v, of, of.classes(sizes), Walk<const Z, int64_t>{numbers + of.t * n + of.i, T * n});
+    write_share(v, of, r, walk_row<Of::Whole>(rows.row(of.t, log), of.i, n));
   });
 }
 

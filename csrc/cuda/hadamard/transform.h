@@ -71,15 +71,19 @@ struct Rows {
   }
 };
 
-// Bits [0, kBits). work(v, x) transforms the numbers from position x on by hadamard<1>, and may
-// change them before and after.
+// Bits [0, kBits). work(v, x, c) transforms the numbers from position x on, c in their row, by
+// hadamard<1>, and may change them before and after. Past the K columns of B they become zero.
 template <class C, class Work>
-__device__ __forceinline__ void low_pass(const Rows<C>& rows, int count, const Work& work) {
-  for (int g = threadIdx.x; g < count / kValues<C>; g += blockDim.x) {
-    C v[kValues<C>];
-    C* at = rows.at(g * kValues<C>);
-    load_run<kValues<C>>(at, v);
-    work(v, g * kValues<C>);
+__device__ __forceinline__ void low_pass(const Rows<C>& rows, int log, int count, int64_t K,
+                                         const Work& work) {
+  for (int g = threadIdx.x; g < count << log >> kBits<C>; g += blockDim.x) {
+    const int x = g * kValues<C>, c = x & ((1 << log) - 1);
+    C v[kValues<C>] = {};
+    C* at = rows.at(x);
+    if (c < K) {
+      load_run<kValues<C>>(at, v);
+      work(v, x, c);
+    }
     store_run<kValues<C>>(v, at);
   }
 }

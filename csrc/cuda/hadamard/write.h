@@ -41,8 +41,8 @@ __device__ __forceinline__ void write_rows(const RowsOut<S>& out, const Rows<C>&
     int64_t begin = (first + at.row) * out.D;
     const float* row = out.row;
 #pragma unroll 1
-    for (int64_t left = out.D; left > 0; left -= N, begin += N, row += N) {
-      const int end = static_cast<int>(min(left, int64_t{N}));
+    for (int left = static_cast<int>(out.D); left > 0; left -= N, begin += N, row += N) {
+      const int end = min(left, N);
       // All loads before the first store, which the compiler cannot know to be elsewhere.
       if constexpr (Aligned) {
         Pack<S, V> old[At::kCount] = {};
@@ -83,8 +83,8 @@ template <bool Aligned, class S, class C = ComputeOf<S>>
 __device__ __forceinline__ void transform_and_write(const Diagonal<C>& diagonal,
                                                     const RowsOut<S>& out, const Rows<C>& rows,
                                                     int log, int64_t first, int count) {
-  low_pass(rows, count << log, [&](auto& v, int x) {
-    diagonal.apply(v, x & ((1 << log) - 1));
+  low_pass(rows, log, count, diagonal.K, [&](auto& v, int, int c) {
+    diagonal.apply(v, c);
     hadamard<1>(v);
   });
   __syncwarp();  // the next pass takes the bits that follow: each warp reads what it has written
