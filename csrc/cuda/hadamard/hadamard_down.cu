@@ -20,8 +20,8 @@ namespace randlora::cuda {
 namespace {
 
 template <class S, bool Aligned, class C = ComputeOf<S>>
-__device__ __forceinline__ void read_y(const HadamardDown& p, const Rows<C>& rows, int log,
-                                       int t0, int tokens) {
+__device__ __forceinline__ void read_y(const HadamardDown& p, const Rows<C>& rows, int log, int t0,
+                                       int tokens) {
   using At = Edge<S, Aligned>;
   constexpr int V = At::V;
   const int D = static_cast<int>(p.sizes.D), N = 1 << log;
@@ -59,20 +59,6 @@ __device__ __forceinline__ void read_y(const HadamardDown& p, const Rows<C>& row
   }
 }
 
-// From u times lam and col in rows.
-template <bool Aligned, class Z, class C = ComputeOf<Z>>
-__device__ __forceinline__ void write_w(const HadamardDown& p, const Rows<C>& rows, int log,
-                                        int t0, int tokens) {
-  const int n = static_cast<int>(p.sizes.n), r = static_cast<int>(p.sizes.r);
-  Z* w = static_cast<Z*>(p.w) + int64_t{t0} * n;
-  each_share<Aligned, Z>(p.sizes, true, tokens, [&](const auto& of) {
-    using Of = std::decay_t<decltype(of)>;
-    C v[Of::M * Of::W];
-    mix(v, of, r, walk_row<Of::Whole>(rows.row(of.t, log), of.i, n));
-    write_share(v, of, of.classes(p.sizes), Walk<Z, int64_t>{w + of.t * n + of.i, p.T * n});
-  });
-}
-
 // sum[e] += a[e] b[e], for kValues numbers.
 template <class C>
 __device__ __forceinline__ void add_products(const C (&a)[kValues<C>], const C* b, C* sum) {
@@ -98,7 +84,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       sums{mixed.numbers + size};
   const int64_t q = blockIdx.x;  // the host's chunks have less than 2^31 tokens
   const int begin = static_cast<int>(p.z ? q * p.T / p.slots : q * of_block);
-  const int end = static_cast<int>(p.z ? (q + 1) * p.T / p.slots : min(q * of_block + of_block, p.T));
+  const int end =
+      static_cast<int>(p.z ? (q + 1) * p.T / p.slots : min(q * of_block + of_block, p.T));
   if (p.z) {
     for (int e = threadIdx.x; e < size; e += blockDim.x) sums.numbers[e] = C(0);
     __syncthreads();  // for a slot without tokens
@@ -106,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int t0 = begin; t0 < end; t0 += of_block) {
     const int tokens = min(of_block, end - t0);
     read_y<S, Aligned>(p, rows, log, t0, tokens);
-    if (p.z) write_mixed<Aligned, Z>(p.sizes, p.z, p.T, mixed, log, t0, tokens);
+    if (p.z) mix<Aligned>(p.sizes, static_cast<const Z*>(p.z), p.T, mixed, log, t0, tokens);
     __syncthreads();
     middle_passes(rows, log, kEdgeBits<S>, tokens << log);
     low_pass(rows, log, tokens, K, [&](auto& v, int x, int c) {
@@ -115,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       diagonal.apply(v, c);
     });
     __syncthreads();
-    write_w<Aligned, Z>(p, rows, log, t0, tokens);
+    mix<Aligned>(p.sizes, static_cast<Z*>(p.w), p.T, rows, log, t0, tokens);
     __syncthreads();
   }
   if (!p.z) return;
@@ -147,8 +134,9 @@ void hadamard_down(const HadamardDown& p, Device& device) {
     const int64_t blocks = p.z ? p.slots : device.multiprocessors;
     const Plan<S> plan(p.sizes, p.T / blocks, device, parts(p.z));
     launch(device, "hadamard_down",
-           aligned_rows(p.sizes.D, kPerAccess<S>, p.y, p.row, p.z, p.w) ? hadamard_down_kernel<S, true>
-                                                              : hadamard_down_kernel<S, false>,
+           aligned_rows(p.sizes.D, kPerAccess<S>, p.y, p.row, p.z, p.w)
+               ? hadamard_down_kernel<S, true>
+               : hadamard_down_kernel<S, false>,
            p.z ? p.slots : ceil_div(p.T, plan.rows), plan.threads, plan.shared, p,
            Diagonal<ComputeOf<S>>(p), plan.log, plan.rows);
   });

@@ -84,6 +84,30 @@ constexpr int64_t numbers_of(int log) {
   return ((int64_t{1} << log) + (int64_t{1} << log >> 3)) * kColumns;
 }
 
+// The columns of a thread: W, adjacent and aligned, if `whole`; else some, `apart`.
+template <int W>
+struct Some {
+  int count;
+  bool whole;
+  int64_t apart;
+  template <class S>
+  __device__ __forceinline__ Pack<S, W> load(const S* from) const {
+    if (whole) return *reinterpret_cast<const Pack<S, W>*>(from);
+    Pack<S, W> pack = {};
+#pragma unroll
+    for (int u = 0; u < W; ++u)
+      if (u < count) pack.set(u, from[u * apart]);
+    return pack;
+  }
+  template <class S>
+  __device__ __forceinline__ void store(const Pack<S, W>& pack, S* to) const {
+    if (whole) *reinterpret_cast<Pack<S, W>*>(to) = pack;
+#pragma unroll
+    for (int u = 0; u < W; ++u)
+      if (!whole && u < count) to[u * apart] = pack.get(u);
+  }
+};
+
 // put(v, q, step) takes rows q + e * step, from `numbers`, where the thread's columns begin.
 template <int K, class C, class Put>
 __device__ __forceinline__ void column_pass(C* numbers, int bit, int log, const Put& put) {
@@ -114,12 +138,11 @@ __global__ void __launch_bounds__(kThreads, 2)
                            int64_t row_stride, int64_t column_stride, bool aligned) {
   using C = ComputeOf<S>;
   constexpr int W = kWide<C>, kAcross = kColumns / W;
-  using Wide = Pack<S, W>;
   const int d = static_cast<int>(p.sizes.d), K = static_cast<int>(p.sizes.K());
   const int n = static_cast<int>(p.sizes.n), part = blockIdx.x / tiles;
   const int from_k = threadIdx.x % kAcross * W, k = blockIdx.x % tiles * kColumns + from_k;
-  const int columns = min(W, d - k);           // none if negative
-  const bool whole = aligned && columns == W;  // then accesses are wide
+  const bool whole = aligned && k + W <= d;
+  const Some<W> some{d - k, whole, column_stride}, of_gamma{d - k, whole, 1};
   C* numbers = reinterpret_cast<C*>(shared_memory()) + from_k;
 
   {  // v, added
@@ -141,19 +164,12 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int c = q, above = 0; c < K; c += 1 << log, ++above) {
         const C x = lam[c] * p.col[c];
         const bool turned = minus(above, part);
-        C g[W] = {};
-        if (whole) {
-          load_run<W>(gam + int64_t{i} * d, g);
-        } else {
-#pragma unroll
-          for (int u = 0; u < W; ++u)
-            if (u < columns) g[u] = gam[int64_t{i} * d + u];
-        }
+        const auto g = of_gamma.load(gam + int64_t{i} * d);
 #pragma unroll
         for (int u = 0; u < W; ++u) {
           bool negative = (low[u] >> (j & 31) & 1) != turned;
           if (high[u]) negative ^= minus(high[u], j >> 5);
-          sum[u] += negative ? -(x * g[u]) : x * g[u];
+          sum[u] += negative ? -(x * g.get(u)) : x * g.get(u);
         }
         j += more_j, i += more_i;
         if (i >= n) i -= n, ++j;
@@ -175,42 +191,27 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   column_pass(numbers, bit, log - bit, log, [&](auto& v, int q, int step) {
     constexpr int M = sizeof(v) / sizeof(C) / W;
-    if (columns <= 0) return;
     C s[W];
 #pragma unroll
-    for (int u = 0; u < W; ++u) s[u] = u < columns ? p.s[k + u] : 0;
+    for (int u = 0; u < W; ++u) s[u] = k + u < d ? p.s[k + u] : 0;
 #pragma unroll 1
     for (int64_t turn = 0; turn < p.sizes.D; turn += int64_t{1} << log_all) {
       const int64_t first = turn + (int64_t{part} << log) + q;
       const int64_t to = first * row_stride + k * column_stride, move = step * row_stride;
       const float* row = p.row + first;
       const int left = static_cast<int>(min(p.sizes.D - first, int64_t{1} << log_all));
-      if (whole) {
-        Wide old[M] = {};  // all loads before the first store
-        if (store.base) {
-          const S* base = store.base + to;
+      Pack<S, W> old[M] = {};  // all loads before the first store
+      if (store.base)
 #pragma unroll
-          for (int e = 0; e < M; ++e, base += move)
-            if (e * step < left) old[e] = *reinterpret_cast<const Wide*>(base);
-        }
-        S* out = store.out + to;
+        for (int e = 0; e < M; ++e)
+          if (e * step < left) old[e] = some.load(store.base + to + e * move);
 #pragma unroll
-        for (int e = 0; e < M; ++e, row += step, out += move) {
-          if (e * step >= left) continue;
+      for (int e = 0; e < M; ++e, row += step) {
+        if (e * step >= left) continue;
 #pragma unroll
-          for (int u = 0; u < W; ++u)
-            old[e].set(u, store.rounded(v[e * W + u] * *row * s[u], old[e].get(u)));
-          *reinterpret_cast<Wide*>(out) = old[e];
-        }
-      } else {
-#pragma unroll
-        for (int e = 0; e < M; ++e, row += step) {
-          if (e * step >= left) continue;
-#pragma unroll
-          for (int u = 0; u < W; ++u)
-            if (u < columns)
-              store.one(to + e * move + u * column_stride, v[e * W + u] * *row * s[u]);
-        }
+        for (int u = 0; u < W; ++u)
+          old[e].set(u, store.rounded(v[e * W + u] * *row * s[u], old[e].get(u)));
+        some.store(old[e], store.out + to + e * move);
       }
     }
   });
@@ -240,8 +241,7 @@ void hadamard_weight(const HadamardWeight& p, Device& device) {
     const int tiles = static_cast<int>(ceil_div(p.sizes.d, kColumns));
     const int threads = static_cast<int>(std::clamp<int64_t>(
         (int64_t{kColumns} << log) / (8 * kWide<C>), 32, std::min(device.max_threads, kThreads)));
-    const bool aligned =
-        !p.transposed && aligned_rows(p.sizes.d, kWide<C>, p.gam, p.base, p.out);
+    const bool aligned = !p.transposed && aligned_rows(p.sizes.d, kWide<C>, p.gam, p.base, p.out);
     launch(device, "hadamard_weight", hadamard_weight_kernel<S>, tiles << (log_all - log), threads,
            numbers_of(log) * int64_t{sizeof(C)}, p, out.store, log, log_all, tiles,
            p.transposed ? 1 : p.sizes.d, p.transposed ? p.sizes.D : 1, aligned);

@@ -9,20 +9,20 @@
 
 namespace randlora::cuda {
 
-__device__ __forceinline__ bool minus(int64_t a, int64_t b) {
-  return __popcll(static_cast<unsigned long long>(a & b)) & 1;
-}
+__device__ __forceinline__ bool minus(int a, int b) { return __popc(a & b) & 1; }
 
 // Walks: numbers whose ranks follow each other. An address that moves on takes fewer registers than
-// one for each number.
+// one for each number; even and odd ranks have their own.
 template <class T, class Step>
 struct Walk {
-  T* at;
-  Step step;
-  __device__ __forceinline__ void skip(int ranks) { at += ranks * step; }
+  T *at, *other;
+  Step step;  // of two ranks
+  __device__ __forceinline__ void skip_even(int ranks) {
+    at += ranks / 2 * step, other += ranks / 2 * step;
+  }
   __device__ __forceinline__ T* next() {
     T* here = at;
-    at += step;
+    at = other, other = here + step;
     return here;
   }
 };
@@ -30,84 +30,58 @@ template <class C>
 struct RowWalk {
   Rows<C> row;
   int c, n;
-  __device__ __forceinline__ void skip(int ranks) { c += ranks * n; }
+  __device__ __forceinline__ void skip_even(int ranks) { c += ranks * n; }
   __device__ __forceinline__ C* next() {
     C* here = row.at(c);
     c += n;
     return here;
   }
 };
-// The numbers j * n + i of a row, for one i and the ranks j from 0 on.
-template <bool Whole, class C>
-__device__ __forceinline__ auto walk_row(const Rows<C>& row, int i, int n) {
-  if constexpr (Whole)
-    return Walk<C, int>{row.at(i), n + n / kValues<C> * Rows<C>::kFree};
-  else
-    return RowWalk<C>{row, i, n};
-}
 
-// W adjacent elements to and from numbers.
+// W adjacent elements, two of 16 bits in a word.
 template <int W, class S, class C>
 __device__ __forceinline__ void load_wide(const S* from, C* to) {
-  if constexpr (W == 1) {
-    *to = widen(*from);
-  } else if constexpr (std::is_same_v<S, C>) {
-    load_run<W>(from, to);
-  } else {
+  if constexpr (W == 2 && sizeof(S) == 2) {
     const auto pack = *reinterpret_cast<const Pack<S, W>*>(from);
+    to[0] = widen(pack.get(0)), to[1] = widen(pack.get(1));
+  } else {
+    const auto piece = *reinterpret_cast<const Piece<S, W>*>(from);
 #pragma unroll
-    for (int u = 0; u < W; ++u) to[u] = widen(pack.get(u));
+    for (int u = 0; u < W; ++u) to[u] = widen(piece.v[u]);
   }
 }
 template <int W, class S, class C>
 __device__ __forceinline__ void store_wide(const C* from, S* to) {
-  if constexpr (W == 1) {
-    *to = narrow<S>(*from);
-  } else if constexpr (std::is_same_v<S, C>) {
-    store_run<W>(from, to);
-  } else {
+  if constexpr (W == 2 && sizeof(S) == 2) {
     Pack<S, W> pack = {};
-#pragma unroll
-    for (int u = 0; u < W; ++u) pack.set(u, narrow<S>(from[u]));
+    pack.set(0, narrow<S>(from[0])), pack.set(1, narrow<S>(from[1]));
     *reinterpret_cast<Pack<S, W>*>(to) = pack;
+  } else {
+#pragma unroll
+    for (int u = 0; u < W; ++u) to[u] = narrow<S>(from[u]);
   }
 }
 
-// The share of a thread: M ranks of W adjacent bases, two where z has 16 bits: there this kernel has
-// fewer bytes than instructions, and more numbers than these do not fit the registers.
-template <class Z, int M_, bool Whole_>
-struct Share {
-  static constexpr int M = M_, W = Whole_ && sizeof(Z) == 2 ? 2 : 1;
-  static constexpr bool Whole = Whole_;
-  int block, t, i;
-  // Without a division if Whole.
-  __device__ __forceinline__ static int classes(const HadamardSizes& sizes) {
-    const int n = static_cast<int>(sizes.n);
-    return Whole ? static_cast<int>(sizes.r) : (static_cast<int>(sizes.d) + n - 1) / n;
-  }
-};
-
-// v[e * W + u] = sum over k < end of H[block * M + e, k] x[k, u]. `walk` has x from rank 0 on.
-template <class C, class Of, class Numbers>
-__device__ __forceinline__ void mix(C (&v)[Of::M * Of::W], const Of& of, int end, Numbers walk) {
-  constexpr int M = Of::M, W = Of::W;
-  if (Of::Whole || M <= end) {
+// to[k] = sum over l < end of H[k, l] from[l] for the ranks k < to_end of a block of M, and for W
+// adjacent bases. Whole: M divides both ends.
+template <bool Whole, int M, int W, class C, class From, class To>
+__device__ __forceinline__ void mix_block(int block, From from, int end, To to, int to_end) {
+  C v[M * W];
 #pragma unroll
-    for (int e = 0; e < M; ++e) load_wide<W>(walk.next(), v + e * W);
-  } else {
-#pragma unroll
-    for (int e = 0; e < M; ++e) {
-      const auto* at = walk.next();
-      v[e] = e < end ? widen(*at) : C(0);
-    }
+  for (int e = 0; e < M; ++e) {
+    const auto* at = from.next();
+    if (Whole || e < end)
+      load_wide<W>(at, v + e * W);
+    else
+      v[e * W] = C(0);
   }
 #pragma unroll 1
-  for (int from = M; from < end; from += M) {
-    const bool negative = minus(of.block, from / M);
+  for (int first = M; first < end; first += M) {
+    const bool negative = minus(block, first / M);
 #pragma unroll
     for (int e = 0; e < M; ++e) {
-      const auto* at = walk.next();
-      if (!Of::Whole && from + e >= end) continue;
+      const auto* at = from.next();
+      if (!Whole && first + e >= end) continue;
       C x[W];
       load_wide<W>(at, x);
 #pragma unroll
@@ -115,65 +89,60 @@ __device__ __forceinline__ void mix(C (&v)[Of::M * Of::W], const Of& of, int end
     }
   }
   hadamard<W>(v);
-}
-
-// The ranks of a share, of `end`, to `walk`.
-template <class C, class Of, class Numbers>
-__device__ __forceinline__ void write_share(const C (&v)[Of::M * Of::W], const Of& of, int end,
-                                            Numbers walk) {
-  walk.skip(of.block * Of::M);
+  to.skip_even(block * M);
 #pragma unroll
-  for (int e = 0; e < Of::M; ++e) {
-    auto* at = walk.next();
-    if (Of::Whole || of.block * Of::M + e < end) store_wide<Of::W>(v + e * Of::W, at);
+  for (int e = 0; e < M; ++e) {
+    auto* at = to.next();
+    if (Whole || block * M + e < to_end) store_wide<W>(v + e * W, at);
   }
 }
 
-// Calls fn for each share of the ranks, or classes, of the bases of `tokens` tokens. If `Aligned`, in which
-// case z and w are, too, and all shares have M ranks and classes, they are Whole.
-template <bool Aligned, class Z, class F>
-__device__ __forceinline__ void each_share(const HadamardSizes& sizes, bool of_classes, int tokens,
-                                           const F& fn) {
-  using C = ComputeOf<Z>;
+// For `tokens` tokens t from t0 on
+//
+//   rows[t - t0, j * n + i] = sum over m of H[j, m] z[m, t, i]    if Z is const
+//   z[m, t, i] = sum over j of H[j, m] rows[t - t0, j * n + i]    otherwise
+//
+// In z (classes, T, n), bases of successive tokens are adjacent. If `Aligned`, z is. Whole blocks of
+// ranks and classes need no checks, and the gaps in a row repeat every second rank if n is a multiple
+// of kValues / 2. There a thread takes two bases in 16 bits, where instructions outlast bytes.
+template <bool Aligned, class Z, class C = ComputeOf<std::remove_const_t<Z>>>
+__device__ __forceinline__ void mix(const HadamardSizes& sizes, Z* z, int64_t T,
+                                    const Rows<C>& rows, int log, int64_t t0, int tokens) {
   const int n = static_cast<int>(sizes.n), r = static_cast<int>(sizes.r);
-  const auto each = [&](auto of) {
-    constexpr int M = decltype(of)::M, W = decltype(of)::W;
-    const int columns = tokens * n / W;
-    const int items = columns * (((of_classes ? of.classes(sizes) : r) + M - 1) / M);
+  const int d = static_cast<int>(sizes.d);
+  const auto with = [&](auto m, auto whole) {
+    constexpr bool Whole = decltype(whole)::value, kUp = std::is_const_v<Z>;
+    constexpr int M = decltype(m)::value, W = Whole && sizeof(Z) == 2 ? 2 : 1;
+    const int classes = Whole ? r : (d + n - 1) / n, columns = tokens * n / W;
+    const int items = columns * (((kUp ? r : classes) + M - 1) / M);
     for (int item = threadIdx.x; item < items; item += blockDim.x) {
-      of.block = items > columns ? item / columns : 0;
-      const int q = (item - of.block * columns) * W;
-      of.t = tokens > 1 ? q / n : 0;
-      of.i = q - of.t * n;
-      fn(of);
+      const int block = items > columns ? item / columns : 0, q = (item - block * columns) * W;
+      const int t = tokens > 1 ? q / n : 0, i = q - t * n;
+      Z* from = z + t0 * n + q;
+      const Walk<Z, int64_t> at_z{from, from + T * n, 2 * T * n};
+      const auto at_row = [&] {
+        const auto row = rows.row(t, log);
+        if constexpr (Whole)
+          return Walk<C, int>{row.at(i), row.at(i + n), 2 * n + 2 * n / kValues<C> * row.kFree};
+        else
+          return RowWalk<C>{row, i, n};
+      }();
+      if constexpr (kUp)
+        mix_block<Whole, M, W, C>(block, at_z, classes, at_row, r);
+      else
+        mix_block<Whole, M, W, C>(block, at_row, r, at_z, classes);
     }
   };
-  const auto with = [&](auto m) {
-    constexpr int M = decltype(m)::value;
-    if constexpr (Aligned)
-      if (r % M == 0 && sizes.d > (r - 1) * n && n % kValues<C> == 0)
-        return each(Share<Z, M, true>{});
-    each(Share<Z, M, false>{});
+  const auto with_ranks = [&](auto m) {
+    if (Aligned && r % decltype(m)::value == 0 && d > (r - 1) * n && n % (kValues<C> / 2) == 0)
+      with(m, std::bool_constant<Aligned>{});
+    else
+      with(m, std::false_type{});
   };
-  if (kValues<C> == 16 || sizes.r <= 16)
-    with(std::integral_constant<int, 16>{});
+  if (kValues<C> == 16 || r <= 16)
+    with_ranks(std::integral_constant<int, 16>{});
   else
-    with(std::integral_constant<int, kValues<C>>{});
-}
-
-// rows[t - t0, j * n + i] = sum over m of H[j, m] z[m, t, i], for `tokens` tokens t from t0 on. In
-// z (classes, T, n), bases of successive tokens are adjacent.
-template <bool Aligned, class Z, class C = ComputeOf<Z>>
-__device__ __forceinline__ void write_mixed(const HadamardSizes& sizes, const void* z, int64_t T,
-                                            const Rows<C>& rows, int log, int64_t t0, int tokens) {
-  const int n = static_cast<int>(sizes.n), r = static_cast<int>(sizes.r);
-  const Z* numbers = static_cast<const Z*>(z) + t0 * n;
-  each_share<Aligned, Z>(sizes, false, tokens, [&](const auto& of) {
-    using Of = std::decay_t<decltype(of)>;
-    C v[Of::M * Of::W];
-    mix(v, of, of.classes(sizes), Walk<const Z, int64_t>{numbers + of.t * n + of.i, T * n});
-    write_share(v, of, r, walk_row<Of::Whole>(rows.row(of.t, log), of.i, n));
-  });
+    with_ranks(std::integral_constant<int, kValues<C>>{});
 }
 
 }  // namespace randlora::cuda
