@@ -84,12 +84,13 @@ bool aligned_rows(int64_t cols, int V, const P*... matrix) {
 // the end load as zero and are not stored.
 template <int V, bool Aligned>
 struct Columns {
-  int64_t first, cols;
+  int first, cols, apart = 32;
 
   __device__ __forceinline__ Columns(int64_t from, int t, int64_t cols_)
-      : first(from + (Aligned ? t * V : t / 32 * 32 * V + t % 32)), cols(cols_) {}
+      : first(static_cast<int>(from) + (Aligned ? t * V : t / 32 * 32 * V + t % 32)),
+        cols(static_cast<int>(cols_)) {}
 
-  __device__ __forceinline__ int64_t at(int v) const { return first + (Aligned ? v : v * 32); }
+  __device__ __forceinline__ int at(int v) const { return first + (Aligned ? v : v * apart); }
   __device__ __forceinline__ bool inside(int v) const { return (Aligned ? first : at(v)) < cols; }
 
   template <class S>

@@ -37,21 +37,12 @@ __device__ __forceinline__ void read_y(const HadamardDown& p, const Rows<C>& row
       const int end = min(left, N);
 #pragma unroll
       for (int e = 0; e < At::kCount; ++e) {
-        if constexpr (Aligned) {
-          const int o = at.at(e);
-          if (o >= end) continue;
-          float sign[V];
-          load_run<V>(row + o, sign);
-          const auto from = *reinterpret_cast<const Pack<S, V>*>(y + o);
+        const auto c = at.columns(e, end);
+        if (!c.inside(0)) continue;
+        const auto sign = c.load(row);
+        const auto from = c.load(y);
 #pragma unroll
-          for (int u = 0; u < V; ++u) v[e * V + u] += widen(from.get(u)) * sign[u];
-        } else {
-#pragma unroll
-          for (int u = 0; u < V; ++u) {
-            const int o = at.at(e, u);
-            if (o < end) v[e * V + u] += widen(y[o]) * row[o];
-          }
-        }
+        for (int u = 0; u < V; ++u) v[e * V + u] += widen(from.get(u)) * sign.get(u);
       }
     }
     hadamard<V>(v);

@@ -24,20 +24,19 @@
 namespace randlora::cuda {
 namespace {
 
-// The signs of row m of H by j, from a word for 32 of them.
+// The signs of row m of H by j: a word has 32 of them.
 struct SignsOfRow {
   uint32_t low = 0;
   int high;
-  __device__ __forceinline__ explicit SignsOfRow(int m) : high(m >> 5) {
+  __device__ __forceinline__ explicit SignsOfRow(int m = 0) : high(m >> 5) {
     constexpr uint32_t kHaveBit[] = {0xaaaaaaaau, 0xccccccccu, 0xf0f0f0f0u, 0xff00ff00u,
                                      0xffff0000u};
 #pragma unroll
     for (int bit = 0; bit < 5; ++bit)
       if (m >> bit & 1) low ^= kHaveBit[bit];
   }
-  // Of j = 32 * block and following, as bits.
-  __device__ __forceinline__ uint32_t word(int block) const {
-    return high && minus(high, block) ? ~low : low;
+  __device__ __forceinline__ bool negative(int j) const {
+    return (low >> (j & 31) & 1) != (high && minus(high, j >> 5));
   }
 };
 
@@ -56,12 +55,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int k = item % columns, i = item / columns;
     const SignsOfRow signs(static_cast<int>(k0 + k) / n);
     const C g = gam[i * d + k0 + k] * p.s[k0 + k];
-    for (int from = 0; from < r; from += 32) {
-      const uint32_t word = signs.word(from / 32);
-      int c = (k << log) + from * n + i;
+    int c = (k << log) + i;
 #pragma unroll 8
-      for (int e = 0; e < 32 && from + e < r; ++e, c += n) *rows.at(c) = word >> e & 1 ? -g : g;
-    }
+    for (int j = 0; j < r; ++j, c += n) *rows.at(c) = signs.negative(j) ? -g : g;
   }
   __syncthreads();
   transform_and_write<Aligned>(diagonal, out, rows, log, k0, columns);
@@ -69,10 +65,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // ---- by rows ------------------------------------------------------------------------------------
 
-constexpr int kColumns = 8;
-// Of them, a thread has those that make 16 bytes of C.
-template <class C>
-constexpr int kWide = kPerAccess<C>;
+constexpr int kColumns = 8;  // of a block; a thread has kPerAccess of them
 
 // Row q of kColumns numbers in shared memory: 8 numbers left free after every 8 rows keep rows in
 // different banks that are 8 apart.
@@ -108,10 +101,13 @@ struct Some {
   }
 };
 
-// put(v, q, step) takes rows q + e * step, from `numbers`, where the thread's columns begin.
-template <int K, class C, class Put>
+// K bits from `bit` on, or fewer if less are left. put(v, q, step) takes rows q + e * step, from
+// `numbers`, where the thread's columns begin.
+template <int K = 3, class C, class Put>
 __device__ __forceinline__ void column_pass(C* numbers, int bit, int log, const Put& put) {
-  constexpr int W = kWide<C>, kAcross = kColumns / W;
+  if constexpr (K > 0)
+    if (log - bit < K) return column_pass<K - 1>(numbers, bit, log, put);
+  constexpr int W = kPerAccess<C>, kAcross = kColumns / W;
   for (int g = threadIdx.x / kAcross; g < 1 << (log - K); g += blockDim.x / kAcross) {
     const int first = (g >> bit << (bit + K)) | (g & ((1 << bit) - 1));
     C v[W << K];
@@ -121,23 +117,13 @@ __device__ __forceinline__ void column_pass(C* numbers, int bit, int log, const 
     put(v, first, 1 << bit);
   }
 }
-template <class C, class Put>
-__device__ __forceinline__ void column_pass(C* numbers, int bit, int bits, int log,
-                                            const Put& put) {
-  switch (bits) {
-    case 0: return column_pass<0>(numbers, bit, log, put);
-    case 1: return column_pass<1>(numbers, bit, log, put);
-    case 2: return column_pass<2>(numbers, bit, log, put);
-    default: return column_pass<3>(numbers, bit, log, put);
-  }
-}
 
 template <class S>
 __global__ void __launch_bounds__(kThreads, 2)
     hadamard_weight_kernel(HadamardWeight p, RoundedStore<S> store, int log, int log_all, int tiles,
                            int64_t row_stride, int64_t column_stride, bool aligned) {
   using C = ComputeOf<S>;
-  constexpr int W = kWide<C>, kAcross = kColumns / W;
+  constexpr int W = kPerAccess<C>, kAcross = kColumns / W;
   const int d = static_cast<int>(p.sizes.d), K = static_cast<int>(p.sizes.K());
   const int n = static_cast<int>(p.sizes.n), part = blockIdx.x / tiles;
   const int from_k = threadIdx.x % kAcross * W, k = blockIdx.x % tiles * kColumns + from_k;
@@ -147,13 +133,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   {  // v, added
     const C *lam = static_cast<const C*>(p.lam), *gam = static_cast<const C*>(p.gam) + k;
-    uint32_t low[W];
-    int high[W];
+    SignsOfRow signs[W];
 #pragma unroll
-    for (int u = 0; u < W; ++u) {
-      const SignsOfRow signs((k + u) / n);
-      low[u] = signs.low, high[u] = signs.high;
-    }
+    for (int u = 0; u < W; ++u) signs[u] = SignsOfRow((k + u) / n);
     // c moves on by 1 << log, q by the threads; j and i follow without a division.
     const int move_q = blockDim.x / kAcross, more_j = (1 << log) / n, more_i = (1 << log) % n;
     const int q0 = threadIdx.x / kAcross, next_j = move_q / n, next_i = move_q % n;
@@ -166,11 +148,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         const bool turned = minus(above, part);
         const auto g = of_gamma.load(gam + int64_t{i} * d);
 #pragma unroll
-        for (int u = 0; u < W; ++u) {
-          bool negative = (low[u] >> (j & 31) & 1) != turned;
-          if (high[u]) negative ^= minus(high[u], j >> 5);
-          sum[u] += negative ? -(x * g.get(u)) : x * g.get(u);
-        }
+        for (int u = 0; u < W; ++u)
+          sum[u] += signs[u].negative(j) != turned ? -(x * g.get(u)) : x * g.get(u);
         j += more_j, i += more_i;
         if (i >= n) i -= n, ++j;
       }
@@ -182,14 +161,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   __syncthreads();
   int bit = 0;
   for (; log - bit > 3; bit += 3) {
-    column_pass<3>(numbers, bit, log, [&](auto& v, int q, int step) {
+    column_pass(numbers, bit, log, [&](auto& v, int q, int step) {
 #pragma unroll
       for (int e = 0; e < int(sizeof(v) / sizeof(C)) / W; ++e)
         store_run<W>(v + e * W, row_at(numbers, q + e * step));
     });
     __syncthreads();
   }
-  column_pass(numbers, bit, log - bit, log, [&](auto& v, int q, int step) {
+  column_pass(numbers, bit, log, [&](auto& v, int q, int step) {
     constexpr int M = sizeof(v) / sizeof(C) / W;
     C s[W];
 #pragma unroll
@@ -239,9 +218,11 @@ void hadamard_weight(const HadamardWeight& p, Device& device) {
     while (numbers_of(log) * int64_t{sizeof(C)} > std::min(device.shared_bytes, int64_t{72} << 10))
       --log;
     const int tiles = static_cast<int>(ceil_div(p.sizes.d, kColumns));
-    const int threads = static_cast<int>(std::clamp<int64_t>(
-        (int64_t{kColumns} << log) / (8 * kWide<C>), 32, std::min(device.max_threads, kThreads)));
-    const bool aligned = !p.transposed && aligned_rows(p.sizes.d, kWide<C>, p.gam, p.base, p.out);
+    const int threads =
+        static_cast<int>(std::clamp<int64_t>((int64_t{kColumns} << log) / (8 * kPerAccess<C>), 32,
+                                             std::min(device.max_threads, kThreads)));
+    const bool aligned =
+        !p.transposed && aligned_rows(p.sizes.d, kPerAccess<C>, p.gam, p.base, p.out);
     launch(device, "hadamard_weight", hadamard_weight_kernel<S>, tiles << (log_all - log), threads,
            numbers_of(log) * int64_t{sizeof(C)}, p, out.store, log, log_all, tiles,
            p.transposed ? 1 : p.sizes.d, p.transposed ? p.sizes.D : 1, aligned);

@@ -124,9 +124,11 @@ struct Diagonal {
   }
 };
 
-// Bits [bit, bit + K), bit >= kBits. First: bit = kBits, which makes steps constant.
-template <int K, bool First, class C>
-__device__ __forceinline__ void pass_of(const Rows<C>& rows, int bit, int count) {
+// Bits [bit, bit + bits), bit >= kBits, by at most K bits. First: bit = kBits, so steps are constant.
+template <bool First, class C, int K = kBits<C>>
+__device__ __forceinline__ void middle_pass(const Rows<C>& rows, int bit, int bits, int count) {
+  if constexpr (K > 1)
+    if (bits < K) return middle_pass<First, C, K - 1>(rows, bit, bits, count);
   if (First) bit = kBits<C>;
   constexpr int V = 1 << (kBits<C> - K);
   const int step = rows.step(bit);
@@ -139,18 +141,6 @@ __device__ __forceinline__ void pass_of(const Rows<C>& rows, int bit, int count)
     hadamard<V>(v);
 #pragma unroll
     for (int e = 0; e < 1 << K; ++e, at += step) store_run<V>(v + e * V, at);
-  }
-}
-
-template <bool First, class C>
-__device__ __forceinline__ void middle_pass(const Rows<C>& rows, int bit, int bits, int count) {
-  switch (bits) {
-    case 1: return pass_of<1, First>(rows, bit, count);
-    case 2: return pass_of<2, First>(rows, bit, count);
-    case 3: return pass_of<3, First>(rows, bit, count);
-    case 4: return pass_of<4, First>(rows, bit, count);
-    default:
-      if constexpr (kBits<C> == 5) pass_of<5, First>(rows, bit, count);
   }
 }
 
@@ -194,6 +184,12 @@ struct Edge {
   // The position of v[e * V + u] in its row.
   __device__ __forceinline__ int at(int e, int u = 0) const {
     return first + u * apart + (e << (log - kEdgeBits<S>));
+  }
+  // v[e * V + u] for all u, in rows of which these `end` are left.
+  __device__ __forceinline__ Columns<V, Aligned> columns(int e, int end) const {
+    Columns<V, Aligned> c(0, 0, end);
+    c.first = at(e), c.apart = apart;
+    return c;
   }
 
   __device__ __forceinline__ void load(const Rows<C>& rows, C (&v)[kValues<C>]) const {
