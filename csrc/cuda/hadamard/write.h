@@ -43,22 +43,35 @@ __device__ __forceinline__ void write_rows(const RowsOut<S>& out, const Rows<C>&
 #pragma unroll 1
     for (int left = static_cast<int>(out.D); left > 0; left -= N, begin += N, row += N) {
       const int end = min(left, N);
-      // All loads before the first store, which the compiler cannot know to be elsewhere, if
-      // registers suffice.
-      Pack<S, V> x[At::kCount] = {};
+      // All loads before the first store, which the compiler cannot know to be elsewhere.
+      if constexpr (Aligned) {
+        Pack<S, V> x[At::kCount] = {};
 #pragma unroll
-      for (int e = 0; e < At::kCount; ++e)
-        if (Aligned && store.base) x[e] = at.columns(e, end).load(store.base + begin);
+        for (int e = 0; e < At::kCount; ++e)
+          if (store.base) x[e] = at.columns(e, end).load(store.base + begin);
 #pragma unroll
-      for (int e = 0; e < At::kCount; ++e) {
-        const auto c = at.columns(e, end);
-        if (!c.inside(0)) continue;
-        if (!Aligned && store.base) x[e] = c.load(store.base + begin);
-        const auto sign = c.load(row);
+        for (int e = 0; e < At::kCount; ++e) {
+          const auto c = at.columns(e, end);
+          if (!c.inside(0)) continue;
+          const auto sign = c.load(row);
 #pragma unroll
-        for (int u = 0; u < V; ++u)
-          x[e].set(u, store.rounded(v[e * V + u] * sign.get(u), x[e].get(u)));
-        c.store(store.out + begin, x[e]);
+          for (int u = 0; u < V; ++u)
+            x[e].set(u, store.rounded(v[e * V + u] * sign.get(u), x[e].get(u)));
+          c.store(store.out + begin, x[e]);
+        }
+      } else {
+#pragma unroll
+        for (int e = 0; e < At::kCount; ++e) {
+          S old[V] = {};
+#pragma unroll
+          for (int u = 0; u < V; ++u)
+            if (store.base && at.at(e, u) < end) old[u] = store.base[begin + at.at(e, u)];
+#pragma unroll
+          for (int u = 0; u < V; ++u) {
+            const int o = at.at(e, u);
+            if (o < end) store.out[begin + o] = store.rounded(v[e * V + u] * row[o], old[u]);
+          }
+        }
       }
     }
   }
