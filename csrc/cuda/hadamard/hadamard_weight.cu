@@ -24,22 +24,6 @@
 namespace randlora::cuda {
 namespace {
 
-// The signs of row m of H by j: a word has 32 of them.
-struct SignsOfRow {
-  uint32_t low = 0;
-  int high;
-  __device__ __forceinline__ explicit SignsOfRow(int m = 0) : high(m >> 5) {
-    constexpr uint32_t kHaveBit[] = {0xaaaaaaaau, 0xccccccccu, 0xf0f0f0f0u, 0xff00ff00u,
-                                     0xffff0000u};
-#pragma unroll
-    for (int bit = 0; bit < 5; ++bit)
-      if (m >> bit & 1) low ^= kHaveBit[bit];
-  }
-  __device__ __forceinline__ bool negative(int j) const {
-    return (low >> (j & 31) & 1) != (high && minus(high, j >> 5));
-  }
-};
-
 // ---- by columns: like tokens --------------------------------------------------------------------
 
 template <class S, bool Aligned, class C = ComputeOf<S>>
@@ -53,11 +37,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   const C* gam = static_cast<const C*>(p.gam);
   for (int item = threadIdx.x; item < columns * n; item += blockDim.x) {
     const int k = item % columns, i = item / columns;
-    const SignsOfRow signs(static_cast<int>(k0 + k) / n);
+    const int m = static_cast<int>(k0 + k) / n;
     const C g = gam[i * d + k0 + k] * p.s[k0 + k];
     int c = (k << log) + i;
 #pragma unroll 8
-    for (int j = 0; j < r; ++j, c += n) *rows.at(c) = signs.negative(j) ? -g : g;
+    for (int j = 0; j < r; ++j, c += n) *rows.at(c) = minus(m, j) ? -g : g;
   }
   __syncthreads();
   transform_and_write<Aligned>(diagonal, out, rows, log, k0, columns);
@@ -133,9 +117,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   {  // v, added
     const C *lam = static_cast<const C*>(p.lam), *gam = static_cast<const C*>(p.gam) + k;
-    SignsOfRow signs[W];
+    int m[W];
 #pragma unroll
-    for (int u = 0; u < W; ++u) signs[u] = SignsOfRow((k + u) / n);
+    for (int u = 0; u < W; ++u) m[u] = (k + u) / n;
     // c moves on by 1 << log, q by the threads; j and i follow without a division.
     const int move_q = blockDim.x / kAcross, more_j = (1 << log) / n, more_i = (1 << log) % n;
     const int q0 = threadIdx.x / kAcross, next_j = move_q / n, next_i = move_q % n;
@@ -149,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         const auto g = of_gamma.load(gam + int64_t{i} * d);
 #pragma unroll
         for (int u = 0; u < W; ++u)
-          sum[u] += signs[u].negative(j) != turned ? -(x * g.get(u)) : x * g.get(u);
+          sum[u] += minus(m[u], j) != turned ? -(x * g.get(u)) : x * g.get(u);
         j += more_j, i += more_i;
         if (i >= n) i -= n, ++j;
       }
