@@ -1,4 +1,5 @@
-"""The tables of docs/cuda.md: estimates, the least time that the card's rates allow.
+"""The tables of docs/cuda.md: estimates, the least time that the card's rates allow. Kernels of
+Hadamard bases also take the time of their instructions, counted in tools/cuda/instructions.json.
 
 python -m gpu.expected                             in benchmarks/; for an H100
 python -m gpu.expected results/gpu-CARD.jsonl      by the rates that gpu_run.py measured on a
@@ -6,6 +7,7 @@ python -m gpu.expected results/gpu-CARD.jsonl      by the rates that gpu_run.py 
 """
 
 import argparse
+import json
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from .floors import Ceilings, Floor
 H100 = Ceilings(copy_bytes_per_s=3.0e12, bf16_flop_per_s=798e12, fp32_flop_per_s=67e12)
 DENSITIES = {"density 1/64": 1 / 64, "density 0.07": 0.07, "density 1/3": 1 / 3}
 RANK = 32
+COUNTED = json.loads((Path(__file__).parents[2] / "tools/cuda/instructions.json").read_text())
 
 
 def cell(floor: Floor, rates: Ceilings) -> str:
@@ -48,12 +51,12 @@ def independent_lines(rates: Ceilings, size: int = 4096, tokens: int = 8192) -> 
 LAYERS = [(8192, 4096, 4096), (2048, 4096, 4096), (840, 3072, 3072), (8192, 4096, 14336),
           (8192, 4096, 1024)]  # fmt: skip
 HEAD = ["tokens, layer", "adapter forward, us", "backward, us", "step over frozen",
-        "class product and transform in one kernel (not written)", f"LoRA, r = {RANK}, at best",
-        "measured"]  # fmt: skip
+        f"LoRA, r = {RANK}, at best", "measured"]  # fmt: skip
 
 
 def hadamard_lines(rates: Ceilings, rows: list[report.Row]) -> list[list[str]]:
-    """For each layer the floors of the adapter on Hadamard bases, and of a step over frozen."""
+    """For each layer the times of the adapter on Hadamard bases, kernel after kernel, and of a
+    step over frozen."""
     measured = {
         (row["tokens"], row["size"]): f"{row['over_frozen']:.2f}"
         for row in report.latest("hadamard", rows)
@@ -63,16 +66,13 @@ def hadamard_lines(rates: Ceilings, rows: list[report.Row]) -> list[list[str]]:
     for tokens, n_in, n_out in LAYERS:
         b = Basis(n_in, n_out, RANK, kind="hadamard")
         frozen = 2 * Floor(0, matrix=2 * tokens * b.D * b.d).us(rates)
-        ways = [
-            floors.hadamard(b, tokens),
-            floors.hadamard(b, tokens, fused=True),
-            floors.lora(b, tokens, RANK),
-        ]
-        us = [[floor.us(rates) for floor in way] for way in ways]
-        over = [f"{1 + sum(each) / frozen:.2f}" for each in us]
-        times = [f"{each:.0f}" for each in us[0]]
+        layer = f"{tokens}, {n_in} to {n_out}"
+        kernels = floors.hadamard_kernels(b, tokens, counted=COUNTED["layers"][layer])
+        us = [sum(kernel.us(rates) for kernel in part) for part in kernels]
+        lora = [floor.us(rates) for floor in floors.lora(b, tokens, RANK)]
+        over = [f"{1 + sum(each) / frozen:.2f}" for each in (us, lora)]
         seen = measured.get((tokens, f"{n_in}x{n_out}"), "")
-        made.append([f"{tokens}, {n_in} to {n_out}", *times, *over, seen])
+        made.append([layer, *(f"{each:.0f}" for each in us), *over, seen])
     return made
 
 

@@ -6,19 +6,23 @@ stay on the chip and is not counted. Letters as in docs/math.md; activations, A'
 unit and one elsewhere. Nsight Compute tells what each kernel does.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from randlora_ext import Basis
 
 # Philox4x32-10 makes four elements: ten rounds of two 32 x 32 -> 64 bit products (two instructions
 # each), four exclusive ors and two additions to the key.
 INTEGERS_PER_ELEMENT = 10 * (2 * 2 + 4 + 2) / 4
+# Of the slots in which a card issues instructions, those that a kernel can be expected to fill.
+ISSUED = 0.7
 
 
 @dataclass(frozen=True)
 class Ceilings:
     """Rates of a card per second. Additions run at half the flop rate of fp32, integer operations
-    at a quarter (64 of 128 lanes)."""
+    at a quarter (64 of 128 lanes). An instruction of a warp takes the slot of 32 multiply-adds."""
 
     copy_bytes_per_s: float
     bf16_flop_per_s: float
@@ -31,10 +35,12 @@ class Floor:
     matrix: float = 0.0  # operations on matrix units, bf16
     fma: float = 0.0  # fp32 additions or multiply-adds
     integer: float = 0.0
+    instructions: float = 0.0  # of warps, counted
 
     def __add__(self, other: "Floor") -> "Floor":
         return Floor(self.bytes + other.bytes, self.matrix + other.matrix, self.fma + other.fma,
-                     self.integer + other.integer)  # fmt: skip
+                     self.integer + other.integer,
+                     self.instructions + other.instructions)  # fmt: skip
 
     def byte_us(self, rates: Ceilings) -> float:
         return self.bytes / rates.copy_bytes_per_s * 1e6
@@ -45,6 +51,7 @@ class Floor:
             self.matrix / rates.bf16_flop_per_s,
             self.fma / (rates.fp32_flop_per_s / 2),
             self.integer / (rates.fp32_flop_per_s / 4),
+            self.instructions / (rates.fp32_flop_per_s / 64 * ISSUED),
         )
 
     def us(self, rates: Ceilings) -> float:
@@ -134,28 +141,38 @@ def independent(
     return forward, backward if b.d == b.in_features else backward + b_side
 
 
-def hadamard(b: Basis, tokens: int, fused: bool = False, element: int = 2) -> tuple[Floor, Floor]:
-    """Forward and backward of the adapter on Hadamard bases, each in its separate kernels.
+def hadamard_kernels(
+    b: Basis, tokens: int, element: int = 2, counted: Mapping[str, float] = MappingProxyType({})
+) -> tuple[list[Floor], list[Floor]]:
+    """Forward and backward of the adapter on Hadamard bases, kernel by kernel, with the
+    instructions of each as `counted`.
 
     The class products read or write a (T, d) tensor and z or w (T, K); the transform reads and
-    writes y. Additions: log2 r + log2 N for each of K and N numbers. `fused`: a transform and the
-    class product that follows or precedes it are one kernel, which keeps z or w on the chip.
+    writes y. Additions: log2 r + log2 N for each of K and N numbers.
     """
     x, y, z = (element * tokens * size for size in (b.d, b.D, b.K))
     N = 1 << (b.K - 1).bit_length()
     adds = tokens * (b.K * (b.r - 1).bit_length() + N * (N.bit_length() - 1))
-    between = 0 if fused else z  # written by one kernel, read by the next
-    product = Floor(x + between, matrix=2 * tokens * b.K * b.n)
-    added = Floor(2 * x, matrix=2 * tokens * b.K * b.n)  # dx or y of d features
-    up, down = Floor(between + 2 * y, fma=adds), Floor(y, fma=adds)
-    diagonals = Floor(x + z, matrix=2 * tokens * b.K * b.n)
-    # For gamma's gradient w is written in any case; z is read, or made again, for lambda's.
+    sums = 4 * min(tokens, 512) * b.K  # of slots, for the gradient of lambda
+
+    def kernel(name: str, moved: float, fma: float = 0) -> Floor:
+        return Floor(moved, fma=fma, instructions=counted.get(name, 0))
+
+    gamma = kernel("gamma", (4 + element) * b.n * b.d)
+    product = Floor(x + z, matrix=2 * tokens * b.K * b.n)
+    added = Floor(2 * x + z, matrix=2 * tokens * b.K * b.n)  # dx or y of d features
+    up = kernel("up", z + 2 * y, adds)
+    down = kernel("down_with_sums", y + 2 * z + sums, adds + tokens * b.K * (b.r - 1).bit_length())
+    diagonals = kernel("diagonals", (4 + element) * b.n * b.d + sums)
     if b.expand:
-        backward = product + Floor(between) + down + Floor(z) + Floor(z) + added + diagonals
-        return product + up, backward
-    again = product if fused else Floor(z)
-    forward = down + Floor(2 * between) + added
-    return forward, product + up + again + down + Floor(z) + diagonals
+        return [gamma, product, up], [gamma, product, down, added, product, diagonals]
+    forward = [gamma, kernel("down", y + z, adds), added]
+    return forward, [gamma, product, up, down, product, diagonals]
+
+
+def hadamard(b: Basis, tokens: int, element: int = 2) -> tuple[Floor, Floor]:
+    forward, backward = hadamard_kernels(b, tokens, element)
+    return sum(forward, Floor(0)), sum(backward, Floor(0))
 
 
 def lora(b: Basis, tokens: int, rank: int, element: int = 2) -> tuple[Floor, Floor]:

@@ -21,7 +21,7 @@ struct Way : TestDevice {
 // passes.
 void several_warps(DType dtype) {
   Way device;
-  for (const Case& c : {Case{40, 2040, 8, 4}, {40, 4200, 8, 3}}) {
+  for (const Case& c : {Case{40, 2040, 8, 4}, {40, 4200, 8, 3}, {64, 2048, 8, 3}}) {
     const HadamardProblem p(c);
     set_case_of(device, p, dtype);
     check_up(device, p, dtype, false);
@@ -58,6 +58,7 @@ void tests() {
                         {12, 48, 64, 33},    {20, 64, 700, 2},  // rows that repeat
                         {32, 64, 24, 4, 1},                     // D below K
                         {45, 100, 72, 3},                       // several blocks of ranks
+                        {16, 512, 24, 5},                       // a whole one
                         {16, 256, 264, 2, 3}};
   Way plain, one(32, 227 << 10, 1);
   size_t turn = 0;

@@ -10,8 +10,8 @@ namespace randlora {
 // N elements that move together, kept as words: unpacking 16-bit elements would make a kernel wait
 // for a load that it issued ahead. (may_alias lets g++ keep any type in words.)
 template <class S, int N>
-struct alignas(16) [[gnu::may_alias]] Pack {
-  static_assert(sizeof(S) * N % 16 == 0, "whole accesses");
+struct alignas(sizeof(S) * N < 16 ? sizeof(S) * N : 16) [[gnu::may_alias]] Pack {
+  static_assert(sizeof(S) * N % 4 == 0, "whole words");
   uint32_t word[sizeof(S) * N / 4];
 
   __device__ __forceinline__ S get(int e) const {
@@ -30,7 +30,7 @@ struct alignas(16) [[gnu::may_alias]] Pack {
       memcpy(word + e * (sizeof(S) / 4), &x, sizeof(S));
     }
   }
-  // To global memory.
+  // 16 bytes at a time, to global memory.
   __device__ __forceinline__ void store(S* to) const {
 #pragma unroll
     for (int w = 0; w < int(sizeof(word) / 4); w += 4)
@@ -84,12 +84,13 @@ bool aligned_rows(int64_t cols, int V, const P*... matrix) {
 // the end load as zero and are not stored.
 template <int V, bool Aligned>
 struct Columns {
-  int64_t first, cols;
+  int first, cols, apart = 32;
 
   __device__ __forceinline__ Columns(int64_t from, int t, int64_t cols_)
-      : first(from + (Aligned ? t * V : t / 32 * 32 * V + t % 32)), cols(cols_) {}
+      : first(static_cast<int>(from) + (Aligned ? t * V : t / 32 * 32 * V + t % 32)),
+        cols(static_cast<int>(cols_)) {}
 
-  __device__ __forceinline__ int64_t at(int v) const { return first + (Aligned ? v : v * 32); }
+  __device__ __forceinline__ int at(int v) const { return first + (Aligned ? v : v * apart); }
   __device__ __forceinline__ bool inside(int v) const { return (Aligned ? first : at(v)) < cols; }
 
   template <class S>

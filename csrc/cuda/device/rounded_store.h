@@ -13,19 +13,18 @@ struct RoundedStore {
   const S* base;  // null for none; may be `out` itself
   C scale;
 
-  __device__ __forceinline__ void one(int64_t e, C sum) const { one(e, sum, base ? base[e] : S{}); }
-  // The same with the element of the base that the caller has loaded, or zero.
-  __device__ __forceinline__ void one(int64_t e, C sum, S old) const {
-    out[e] = narrow<S>(widen(old) + scale * sum);
+  __device__ __forceinline__ S rounded(C sum, S old) const {
+    return narrow<S>(widen(old) + scale * sum);
+  }
+  __device__ __forceinline__ void one(int64_t e, C sum) const {
+    out[e] = rounded(sum, base ? base[e] : S{});
   }
   // The same for the elements of 16 bytes from e on, where out + e and base + e are aligned.
-  using Run = Pack<S, kPerAccess<S>>;
   __device__ __forceinline__ void run(int64_t e, const C (&sum)[kPerAccess<S>]) const {
-    run(e, sum, base ? *reinterpret_cast<const Run*>(base + e) : Run{});
-  }
-  __device__ __forceinline__ void run(int64_t e, const C (&sum)[kPerAccess<S>], Run x) const {
+    using Run = Pack<S, kPerAccess<S>>;
+    Run x = base ? *reinterpret_cast<const Run*>(base + e) : Run{};
 #pragma unroll
-    for (int v = 0; v < kPerAccess<S>; ++v) x.set(v, narrow<S>(widen(x.get(v)) + scale * sum[v]));
+    for (int v = 0; v < kPerAccess<S>; ++v) x.set(v, rounded(sum[v], x.get(v)));
     x.store(out + e);
   }
 };

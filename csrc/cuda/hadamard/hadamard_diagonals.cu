@@ -28,22 +28,27 @@ __global__ void hadamard_gamma_kernel(HadamardGamma p, int64_t col_blocks) {
 }
 
 constexpr int kAcross = 32;  // columns c of a block that sums slots
+constexpr int kEach = 4;     // elements of dgam of a thread
 
-// The first `gamma_blocks` blocks make dgam, an element a thread; the others dlam. There a warp
-// adds every warps-th slot, and the first warp adds the results of all.
+// The first `gamma_blocks` blocks make dgam, `row_blocks` each of its rows; the others dlam. There a
+// warp adds every warps-th slot, and the first warp adds the results of all.
 template <class S, class C = ComputeOf<S>>
-__global__ void hadamard_diagonals_kernel(HadamardDiagonals p, int64_t gamma_blocks) {
-  const int64_t n = p.sizes.n, d = p.sizes.d;
-  if (blockIdx.x < gamma_blocks) {
-    const int64_t e = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, i = e / d, k = e % d;
-    if (i >= n) return;
-    const int64_t m = k / n;
-    const C x = widen(static_cast<const S*>(p.P)[(m * n + i) * n + (k - m * n)]);
-    static_cast<C*>(p.dgam)[e] = static_cast<C>(p.scale) * x * p.s[k];
+__global__ void hadamard_diagonals_kernel(HadamardDiagonals p, int gamma_blocks, int row_blocks) {
+  const int block = blockIdx.x, d = static_cast<int>(p.sizes.d), n = static_cast<int>(p.sizes.n);
+  if (block < gamma_blocks) {
+    const int i = block / row_blocks, k0 = (block - i * row_blocks) * kEach * blockDim.x;
+    const S* P = static_cast<const S*>(p.P) + int64_t{i} * n;
+    C* dgam = static_cast<C*>(p.dgam) + int64_t{i} * d;
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const int k = k0 + e * blockDim.x + threadIdx.x, m = k / n;
+      if (k < d)
+        dgam[k] = static_cast<C>(p.scale) * widen(P[int64_t{m} * n * (n - 1) + k]) * p.s[k];
+    }
     return;
   }
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int64_t K = p.sizes.K(), c = (blockIdx.x - gamma_blocks) * kAcross + lane;
+  const int K = static_cast<int>(p.sizes.K()), c = (block - gamma_blocks) * kAcross + lane;
   C* of_warp = reinterpret_cast<C*>(shared_memory());
   C sum = C(0);
   if (c < K) {
@@ -79,10 +84,11 @@ void hadamard_diagonals(const HadamardDiagonals& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) {
     using S = ClassOf<decltype(s)>;
     const int threads = std::min(device.max_threads, 256);
-    const int64_t gamma_blocks = ceil_div(p.sizes.n * p.sizes.d, threads);
+    const int row_blocks = static_cast<int>(ceil_div(p.sizes.d, threads * kEach));
+    const int gamma_blocks = row_blocks * static_cast<int>(p.sizes.n);
     launch(device, "hadamard_diagonals", hadamard_diagonals_kernel<S>,
            gamma_blocks + ceil_div(p.sizes.K(), kAcross), threads,
-           threads * int64_t{sizeof(ComputeOf<S>)}, p, gamma_blocks);
+           threads * int64_t{sizeof(ComputeOf<S>)}, p, gamma_blocks, row_blocks);
   });
 }
 

@@ -20,70 +20,34 @@ namespace randlora::cuda {
 namespace {
 
 template <class S, bool Aligned, class C = ComputeOf<S>>
-__device__ __forceinline__ void read_y(const HadamardDown& p, const Rows<C>& rows, int log,
-                                       int64_t t0, int tokens) {
+__device__ __forceinline__ void read_y(const HadamardDown& p, const Rows<C>& rows, int log, int t0,
+                                       int tokens) {
   using At = Edge<S, Aligned>;
   constexpr int V = At::V;
-  const int64_t D = p.sizes.D;
-  const int N = 1 << log;
+  const int D = static_cast<int>(p.sizes.D), N = 1 << log;
   for (int g = threadIdx.x; g < tokens << log >> kBits<C>; g += blockDim.x) {
     const At at(g, log);
-    const S* y = static_cast<const S*>(p.y) + (t0 + at.row) * D;
+    const S* y = static_cast<const S*>(p.y) + int64_t{t0 + at.row} * D;
     const float* row = p.row;
     C v[kValues<C>];
 #pragma unroll
     for (int e = 0; e < kValues<C>; ++e) v[e] = C(0);
 #pragma unroll 1
-    for (int64_t left = D; left > 0; left -= N, y += N, row += N) {
-      const int end = static_cast<int>(min(left, int64_t{N}));
+    for (int left = D; left > 0; left -= N, y += N, row += N) {
+      const int end = min(left, N);
 #pragma unroll
       for (int e = 0; e < At::kCount; ++e) {
-        if constexpr (Aligned) {
-          const int o = at.at(e);
-          if (o >= end) continue;
-          float sign[V];
-          load_run<V>(row + o, sign);
-          const auto from = *reinterpret_cast<const Pack<S, V>*>(y + o);
+        const auto c = at.columns(e, end);
+        if (!c.inside(0)) continue;
+        const auto sign = c.load(row);
+        const auto from = c.load(y);
 #pragma unroll
-          for (int u = 0; u < V; ++u) v[e * V + u] += widen(from.get(u)) * sign[u];
-        } else {
-#pragma unroll
-          for (int u = 0; u < V; ++u) {
-            const int o = at.at(e, u);
-            if (o < end) v[e * V + u] += widen(y[o]) * row[o];
-          }
-        }
+        for (int u = 0; u < V; ++u) v[e * V + u] += widen(from.get(u)) * sign.get(u);
       }
     }
     hadamard<V>(v);
     at.store(v, rows);
   }
-}
-
-// From u times lam and col in rows.
-template <class Z, class C = ComputeOf<Z>>
-__device__ __forceinline__ void write_w(const HadamardDown& p, const Rows<C>& rows, int log,
-                                        int64_t t0, int tokens) {
-  const int n = static_cast<int>(p.sizes.n), r = static_cast<int>(p.sizes.r), columns = tokens * n;
-  const int classes = static_cast<int>(p.sizes.classes());
-  const int64_t stride = p.T * p.sizes.n;
-  Z* w = static_cast<Z*>(p.w) + t0 * p.sizes.n;
-  with_ranks<C>(p.sizes.r, [&](auto m) {
-    constexpr int M = decltype(m)::value;
-    const int items = columns * ((classes + M - 1) / M);
-    for (int item = threadIdx.x; item < items; item += blockDim.x) {
-      const int block = item / columns, q = item - block * columns, t = q / n;
-      C v[M];
-      mix(v, block, r, RowWalk<C>{rows.row(t, log), q - t * n, n});
-      Walk<Z> to{w + q, stride};
-      to.skip(block * M);
-#pragma unroll
-      for (int e = 0; e < M; ++e) {
-        Z* at = to.next();
-        if (block * M + e < classes) *at = narrow<Z>(v[e]);
-      }
-    }
-  });
 }
 
 // sum[e] += a[e] b[e], for kValues numbers.
@@ -103,35 +67,37 @@ __device__ __forceinline__ void add_products(const C (&a)[kValues<C>], const C* 
 
 template <class S, bool Aligned, class C = ComputeOf<S>>
 __global__ void __launch_bounds__(kThreads, 2)
-    hadamard_down_kernel(HadamardDown p, Diagonal<C> diagonal, int log, int64_t of_block) {
+    hadamard_down_kernel(HadamardDown p, Diagonal<C> diagonal, int log, int of_block) {
   using Z = ClassOf<S>;
-  const int64_t K = p.sizes.K(), size = Rows<C>::bytes(of_block << log) / sizeof(C);
+  const int K = static_cast<int>(p.sizes.K());
+  const int size = static_cast<int>(Rows<C>::bytes(of_block << log) / sizeof(C));
   const Rows<C> rows{reinterpret_cast<C*>(shared_memory())}, mixed{rows.numbers + size},
       sums{mixed.numbers + size};
-  const int64_t begin = p.z ? blockIdx.x * p.T / p.slots : blockIdx.x * of_block;
-  const int64_t end = p.z ? (blockIdx.x + 1) * p.T / p.slots : min(begin + of_block, p.T);
-  const int N = 1 << log;
+  const int64_t q = blockIdx.x;  // the host's chunks have less than 2^31 tokens
+  const int begin = static_cast<int>(p.z ? q * p.T / p.slots : q * of_block);
+  const int end =
+      static_cast<int>(p.z ? (q + 1) * p.T / p.slots : min(q * of_block + of_block, p.T));
   if (p.z) {
     for (int e = threadIdx.x; e < size; e += blockDim.x) sums.numbers[e] = C(0);
     __syncthreads();  // for a slot without tokens
   }
-  for (int64_t t0 = begin; t0 < end; t0 += of_block) {
-    const int tokens = static_cast<int>(min(of_block, end - t0));
+  for (int t0 = begin; t0 < end; t0 += of_block) {
+    const int tokens = min(of_block, end - t0);
     read_y<S, Aligned>(p, rows, log, t0, tokens);
-    if (p.z) write_mixed<Z>(p.sizes, p.z, p.T, mixed, log, t0, tokens);
+    if (p.z) mix<Aligned>(p.sizes, static_cast<const Z*>(p.z), p.T, mixed, log, t0, tokens);
     __syncthreads();
     middle_passes(rows, log, kEdgeBits<S>, tokens << log);
-    low_pass(rows, tokens << log, [&](auto& v, int x) {
+    low_pass(rows, log, tokens, K, [&](auto& v, int x, int c) {
       hadamard<1>(v);
       if (p.z) add_products(v, mixed.at(x), sums.at(x));
-      diagonal.apply(v, x & (N - 1));
+      diagonal.apply(v, c);
     });
     __syncthreads();
-    write_w<Z>(p, rows, log, t0, tokens);
+    mix<Aligned>(p.sizes, static_cast<Z*>(p.w), p.T, rows, log, t0, tokens);
     __syncthreads();
   }
   if (!p.z) return;
-  C* out = static_cast<C*>(p.sums) + blockIdx.x * K;
+  C* out = static_cast<C*>(p.sums) + q * K;
   for (int c = threadIdx.x; c < K; c += blockDim.x) {
     C sum = *sums.at(c);
     for (int t = 1; t < of_block; ++t) sum += *sums.at((t << log) + c);
@@ -159,8 +125,9 @@ void hadamard_down(const HadamardDown& p, Device& device) {
     const int64_t blocks = p.z ? p.slots : device.multiprocessors;
     const Plan<S> plan(p.sizes, p.T / blocks, device, parts(p.z));
     launch(device, "hadamard_down",
-           aligned_rows(p.sizes.D, kPerAccess<S>, p.y, p.row) ? hadamard_down_kernel<S, true>
-                                                              : hadamard_down_kernel<S, false>,
+           aligned_rows(p.sizes.D, kPerAccess<S>, p.y, p.row, p.z, p.w)
+               ? hadamard_down_kernel<S, true>
+               : hadamard_down_kernel<S, false>,
            p.z ? p.slots : ceil_div(p.T, plan.rows), plan.threads, plan.shared, p,
            Diagonal<ComputeOf<S>>(p), plan.log, plan.rows);
   });

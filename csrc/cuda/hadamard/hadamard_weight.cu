@@ -8,11 +8,12 @@
 // short, as hadamard_up makes a token. Otherwise neighbouring threads have neighbouring columns,
 // and a thread block makes kColumns of them, for as many rows of H as fit shared memory: rows
 // [part << log, (part + 1) << log). It adds the v of all c that are equal in their last `log` bits,
-// with the signs that H has for the bits above, and transforms the sums.
+// with the signs that H has for the bits above, and transforms the sums, in passes of three bits.
 //
-// Floor: W read and W' written once. In 16 bits the kColumns of a row are half a sector, so L2,
-// where the neighbouring block's half meets it, moves twice the bytes; more columns would leave
-// fewer rows, and each block forms all v of its columns.
+// Floor: W read and W' written once; the instructions take twice as long, a third of them for v. In
+// 16 bits the kColumns of a row are half a sector, so L2, where the neighbouring block's half meets
+// it, moves twice the bytes; more columns would leave fewer rows, and each block forms all v of its
+// columns.
 #include <algorithm>
 
 #include "../device/launch.h"
@@ -22,23 +23,6 @@
 
 namespace randlora::cuda {
 namespace {
-
-// The signs of row m of H by j, from a word for 32 of them.
-struct SignsOfRow {
-  int64_t m;
-  uint32_t low = 0;
-  __device__ __forceinline__ explicit SignsOfRow(int64_t m_) : m(m_) {
-    constexpr uint32_t kHaveBit[] = {0xaaaaaaaau, 0xccccccccu, 0xf0f0f0f0u, 0xff00ff00u,
-                                     0xffff0000u};
-#pragma unroll
-    for (int bit = 0; bit < 5; ++bit)
-      if (m >> bit & 1) low ^= kHaveBit[bit];
-  }
-  // Of j = 32 * block and following, as bits.
-  __device__ __forceinline__ uint32_t word(int64_t block) const {
-    return minus(m >> 5, block) ? ~low : low;
-  }
-};
 
 // ---- by columns: like tokens --------------------------------------------------------------------
 
@@ -53,14 +37,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   const C* gam = static_cast<const C*>(p.gam);
   for (int item = threadIdx.x; item < columns * n; item += blockDim.x) {
     const int k = item % columns, i = item / columns;
-    const SignsOfRow signs((k0 + k) / n);
+    const int m = static_cast<int>(k0 + k) / n;
     const C g = gam[i * d + k0 + k] * p.s[k0 + k];
-    for (int from = 0; from < r; from += 32) {
-      const uint32_t word = signs.word(from / 32);
-      int c = (k << log) + from * n + i;
+    int c = (k << log) + i;
 #pragma unroll 8
-      for (int e = 0; e < 32 && from + e < r; ++e, c += n) *rows.at(c) = word >> e & 1 ? -g : g;
-    }
+    for (int j = 0; j < r; ++j, c += n) *rows.at(c) = minus(m, j) ? -g : g;
   }
   __syncthreads();
   transform_and_write<Aligned>(diagonal, out, rows, log, k0, columns);
@@ -68,99 +49,133 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // ---- by rows ------------------------------------------------------------------------------------
 
-constexpr int kColumns = 8;
+constexpr int kColumns = 8;  // of a block; a thread has kPerAccess of them
 
-// Row q of kColumns numbers in shared memory. In the first pass a warp has four rows, kValues
-// apart, at a time: 8 numbers left free after every kValues rows keep them in different banks.
+// Row q of kColumns numbers in shared memory: 8 numbers left free after every 8 rows keep rows in
+// different banks that are 8 apart.
 template <class C>
 __device__ __forceinline__ C* row_at(C* numbers, int q) {
-  return numbers + (q + q / kValues<C>)*kColumns;
+  return numbers + (q + (q >> 3)) * kColumns;
+}
+constexpr int64_t numbers_of(int log) {
+  return ((int64_t{1} << log) + (int64_t{1} << log >> 3)) * kColumns;
 }
 
-// put(v, q, step, k) takes rows q + e * step of column k.
-template <int K, class C, class Put>
-__device__ __forceinline__ void column_pass(C* numbers, int bit, int log, const Put& put) {
-  const int k = threadIdx.x % kColumns;
-  for (int g = threadIdx.x / kColumns; g < 1 << (log - K); g += blockDim.x / kColumns) {
-    const int first = (g >> bit << (bit + K)) | (g & ((1 << bit) - 1));
-    C v[1 << K];
+// The columns of a thread: W, adjacent and aligned, if `whole`; else some, `apart`.
+template <int W>
+struct Some {
+  int count;
+  bool whole;
+  int64_t apart;
+  template <class S>
+  __device__ __forceinline__ Pack<S, W> load(const S* from) const {
+    if (whole) return *reinterpret_cast<const Pack<S, W>*>(from);
+    Pack<S, W> pack = {};
 #pragma unroll
-    for (int e = 0; e < 1 << K; ++e) v[e] = row_at(numbers, first + (e << bit))[k];
-    hadamard<1>(v);
-    put(v, first, 1 << bit, k);
+    for (int u = 0; u < W; ++u)
+      if (u < count) pack.set(u, from[u * apart]);
+    return pack;
   }
-}
-template <class C, class Put>
-__device__ __forceinline__ void column_pass(C* numbers, int bit, int bits, int log,
-                                            const Put& put) {
-  switch (bits) {
-    case 0: return column_pass<0>(numbers, bit, log, put);
-    case 1: return column_pass<1>(numbers, bit, log, put);
-    case 2: return column_pass<2>(numbers, bit, log, put);
-    case 3: return column_pass<3>(numbers, bit, log, put);
-    default: return column_pass<4>(numbers, bit, log, put);
+  template <class S>
+  __device__ __forceinline__ void store(const Pack<S, W>& pack, S* to) const {
+    if (whole) *reinterpret_cast<Pack<S, W>*>(to) = pack;
+#pragma unroll
+    for (int u = 0; u < W; ++u)
+      if (!whole && u < count) to[u * apart] = pack.get(u);
+  }
+};
+
+// K bits from `bit` on, or fewer if less are left. put(v, q, step) takes rows q + e * step, from
+// `numbers`, where the thread's columns begin.
+template <int K = 3, class C, class Put>
+__device__ __forceinline__ void column_pass(C* numbers, int bit, int log, const Put& put) {
+  if constexpr (K > 0)
+    if (log - bit < K) return column_pass<K - 1>(numbers, bit, log, put);
+  constexpr int W = kPerAccess<C>, kAcross = kColumns / W;
+  for (int g = threadIdx.x / kAcross; g < 1 << (log - K); g += blockDim.x / kAcross) {
+    const int first = (g >> bit << (bit + K)) | (g & ((1 << bit) - 1));
+    C v[W << K];
+#pragma unroll
+    for (int e = 0; e < 1 << K; ++e) load_run<W>(row_at(numbers, first + (e << bit)), v + e * W);
+    hadamard<W>(v);
+    put(v, first, 1 << bit);
   }
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
-    hadamard_weight_kernel(HadamardWeight p, RoundedStore<S> store, int log, int log_all,
-                           int64_t tiles, int64_t row_stride, int64_t column_stride) {
+__global__ void __launch_bounds__(kThreads, 2)
+    hadamard_weight_kernel(HadamardWeight p, RoundedStore<S> store, int log, int log_all, int tiles,
+                           int64_t row_stride, int64_t column_stride, bool aligned) {
   using C = ComputeOf<S>;
-  C* numbers = reinterpret_cast<C*>(shared_memory());
-  const int64_t d = p.sizes.d, D = p.sizes.D, K = p.sizes.K(), n = p.sizes.n;
-  const int64_t k0 = blockIdx.x % tiles * kColumns, part = blockIdx.x / tiles;
-  const int columns = static_cast<int>(min(int64_t{kColumns}, d - k0));
+  constexpr int W = kPerAccess<C>, kAcross = kColumns / W;
+  const int d = static_cast<int>(p.sizes.d), K = static_cast<int>(p.sizes.K());
+  const int n = static_cast<int>(p.sizes.n), part = blockIdx.x / tiles;
+  const int from_k = threadIdx.x % kAcross * W, k = blockIdx.x % tiles * kColumns + from_k;
+  const bool whole = aligned && k + W <= d;
+  const Some<W> some{d - k, whole, column_stride}, of_gamma{d - k, whole, 1};
+  C* numbers = reinterpret_cast<C*>(shared_memory()) + from_k;
 
   {  // v, added
-    const int k = threadIdx.x % kColumns, q0 = threadIdx.x / kColumns;
-    const C *lam = static_cast<const C*>(p.lam), *gam = static_cast<const C*>(p.gam) + k0 + k;
-    const SignsOfRow signs((k0 + k) / n);
-    // c moves on by 1 << log; j and i follow without a division.
-    const int64_t more_j = (int64_t{1} << log) / n, more_i = (int64_t{1} << log) % n;
-    for (int q = q0; q < 1 << log; q += blockDim.x / kColumns) {
-      C sum = C(0);
-      int64_t j = q / n, i = q - j * n;
-      for (int64_t c = q, above = 0; c < K && k < columns; c += int64_t{1} << log, ++above) {
-        const bool negative = (signs.word(j >> 5) >> (j & 31) & 1) != minus(above, part);
-        const C x = lam[c] * p.col[c] * gam[i * d];
-        sum += negative ? -x : x;
+    const C *lam = static_cast<const C*>(p.lam), *gam = static_cast<const C*>(p.gam) + k;
+    int m[W];
+#pragma unroll
+    for (int u = 0; u < W; ++u) m[u] = (k + u) / n;
+    // c moves on by 1 << log, q by the threads; j and i follow without a division.
+    const int move_q = blockDim.x / kAcross, more_j = (1 << log) / n, more_i = (1 << log) % n;
+    const int q0 = threadIdx.x / kAcross, next_j = move_q / n, next_i = move_q % n;
+    int j0 = q0 / n, i0 = q0 % n;
+    for (int q = q0; q < 1 << log; q += move_q) {
+      C sum[W] = {};
+      int j = j0, i = i0;
+      for (int c = q, above = 0; c < K; c += 1 << log, ++above) {
+        const C x = lam[c] * p.col[c];
+        const bool turned = minus(above, part);
+        const auto g = of_gamma.load(gam + int64_t{i} * d);
+#pragma unroll
+        for (int u = 0; u < W; ++u)
+          sum[u] += minus(m[u], j) != turned ? -(x * g.get(u)) : x * g.get(u);
         j += more_j, i += more_i;
         if (i >= n) i -= n, ++j;
       }
-      row_at(numbers, q)[k] = sum;
+      store_run<W>(sum, row_at(numbers, q));
+      j0 += next_j, i0 += next_i;
+      if (i0 >= n) i0 -= n, ++j0;
     }
   }
   __syncthreads();
-  const int passes = (log + 3) / 4;
-  for (int s = 0; s + 1 < passes; ++s) {
-    const int bit = log * s / passes;
-    column_pass(numbers, bit, log * (s + 1) / passes - bit, log,
-                [&](auto& v, int q, int step, int k) {
-                  constexpr int M = sizeof(v) / sizeof(C);
+  int bit = 0;
+  for (; log - bit > 3; bit += 3) {
+    column_pass(numbers, bit, log, [&](auto& v, int q, int step) {
 #pragma unroll
-                  for (int e = 0; e < M; ++e) row_at(numbers, q + e * step)[k] = v[e];
-                });
+      for (int e = 0; e < int(sizeof(v) / sizeof(C)) / W; ++e)
+        store_run<W>(v + e * W, row_at(numbers, q + e * step));
+    });
     __syncthreads();
   }
-  const int bit = passes ? log * (passes - 1) / passes : 0;
-  column_pass(numbers, bit, log - bit, log, [&](auto& v, int q, int step, int k) {
-    constexpr int M = sizeof(v) / sizeof(C);
-    if (k >= columns) return;
-    const C s = p.s[k0 + k];
+  column_pass(numbers, bit, log, [&](auto& v, int q, int step) {
+    constexpr int M = sizeof(v) / sizeof(C) / W;
+    C s[W];
+#pragma unroll
+    for (int u = 0; u < W; ++u) s[u] = k + u < d ? p.s[k + u] : 0;
 #pragma unroll 1
-    for (int64_t turn = 0; turn < D; turn += int64_t{1} << log_all) {
-      const int64_t first = turn + (part << log) + q;
-      const int64_t to = first * row_stride + (k0 + k) * column_stride, move = step * row_stride;
+    for (int64_t turn = 0; turn < p.sizes.D; turn += int64_t{1} << log_all) {
+      const int64_t first = turn + (int64_t{part} << log) + q;
+      const int64_t to = first * row_stride + k * column_stride, move = step * row_stride;
       const float* row = p.row + first;
-      const int left = static_cast<int>(min(D - first, int64_t{1} << log_all));
-      S old[M] = {};  // all loads before the first store
+      const int left = static_cast<int>(min(p.sizes.D - first, int64_t{1} << log_all));
+      Pack<S, W> old[M] = {};  // all loads before the first store
+      if (store.base)
 #pragma unroll
-      for (int e = 0; e < M; ++e)
-        if (store.base && e * step < left) old[e] = store.base[to + e * move];
+        for (int e = 0; e < M; ++e)
+          if (e * step < left) old[e] = some.load(store.base + to + e * move);
 #pragma unroll
-      for (int e = 0; e < M; ++e, row += step)
-        if (e * step < left) store.one(to + e * move, v[e] * *row * s, old[e]);
+      for (int e = 0; e < M; ++e, row += step) {
+        if (e * step >= left) continue;
+#pragma unroll
+        for (int u = 0; u < W; ++u)
+          old[e].set(u, store.rounded(v[e * W + u] * *row * s[u], old[e].get(u)));
+        some.store(old[e], store.out + to + e * move);
+      }
     }
   });
 }
@@ -183,17 +198,18 @@ void hadamard_weight(const HadamardWeight& p, Device& device) {
       return;
     }
     const int log_all = log_of(p.sizes.N());
-    const auto bytes = [](int log) {
-      return ((int64_t{1} << log) + (int64_t{1} << log) / kValues<C>)*kColumns * int64_t{sizeof(C)};
-    };
     int log = log_all;
-    while (bytes(log) > std::min(device.shared_bytes, int64_t{72} << 10)) --log;
-    const int64_t tiles = ceil_div(p.sizes.d, kColumns);
-    const int threads = static_cast<int>(std::clamp<int64_t>(
-        (int64_t{kColumns} << log) / kValues<C>, 32, std::min(device.max_threads, kThreads)));
+    while (numbers_of(log) * int64_t{sizeof(C)} > std::min(device.shared_bytes, int64_t{72} << 10))
+      --log;
+    const int tiles = static_cast<int>(ceil_div(p.sizes.d, kColumns));
+    const int threads =
+        static_cast<int>(std::clamp<int64_t>((int64_t{kColumns} << log) / (8 * kPerAccess<C>), 32,
+                                             std::min(device.max_threads, kThreads)));
+    const bool aligned =
+        !p.transposed && aligned_rows(p.sizes.d, kPerAccess<C>, p.gam, p.base, p.out);
     launch(device, "hadamard_weight", hadamard_weight_kernel<S>, tiles << (log_all - log), threads,
-           bytes(log), p, out.store, log, log_all, tiles, p.transposed ? 1 : p.sizes.d,
-           p.transposed ? p.sizes.D : 1);
+           numbers_of(log) * int64_t{sizeof(C)}, p, out.store, log, log_all, tiles,
+           p.transposed ? 1 : p.sizes.d, p.transposed ? p.sizes.D : 1, aligned);
   });
 }
 

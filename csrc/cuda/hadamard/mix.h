@@ -9,29 +9,28 @@
 
 namespace randlora::cuda {
 
-__device__ __forceinline__ bool minus(int64_t a, int64_t b) {
-  return __popcll(static_cast<unsigned long long>(a & b)) & 1;
-}
+__device__ __forceinline__ bool minus(int a, int b) { return __popc(a & b) & 1; }
 
 // Walks: numbers whose ranks follow each other. An address that moves on takes fewer registers than
-// one for each number. In global memory:
-template <class T>
+// one for each number; even and odd ranks have their own.
+template <class T, class Step>
 struct Walk {
-  T* at;
-  int64_t step;
-  __device__ __forceinline__ void skip(int64_t ranks) { at += ranks * step; }
+  T *at, *other;
+  Step step;  // of two ranks
+  __device__ __forceinline__ void skip_even(int ranks) {
+    at += ranks / 2 * step, other += ranks / 2 * step;
+  }
   __device__ __forceinline__ T* next() {
     T* here = at;
-    at += step;
+    at = other, other = here + step;
     return here;
   }
 };
-// The numbers j * n + i of a row, for one i and the ranks j from 0 on.
 template <class C>
 struct RowWalk {
   Rows<C> row;
   int c, n;
-  __device__ __forceinline__ void skip(int ranks) { c += ranks * n; }
+  __device__ __forceinline__ void skip_even(int ranks) { c += ranks * n; }
   __device__ __forceinline__ C* next() {
     C* here = row.at(c);
     c += n;
@@ -39,65 +38,111 @@ struct RowWalk {
   }
 };
 
-// v[e] = sum over k < end of H[block * M + e, k] x[k]. `walk` has x from rank 0 on.
-template <int M, class C, class Numbers>
-__device__ __forceinline__ void mix(C (&v)[M], int block, int end, Numbers walk) {
-  if (M <= end) {
+// W adjacent elements, two of 16 bits in a word.
+template <int W, class S, class C>
+__device__ __forceinline__ void load_wide(const S* from, C* to) {
+  if constexpr (W == 2 && sizeof(S) == 2) {
+    const auto pack = *reinterpret_cast<const Pack<S, W>*>(from);
+    to[0] = widen(pack.get(0)), to[1] = widen(pack.get(1));
+  } else {
+    const auto piece = *reinterpret_cast<const Piece<S, W>*>(from);
 #pragma unroll
-    for (int e = 0; e < M; ++e) v[e] = widen(*walk.next());
+    for (int u = 0; u < W; ++u) to[u] = widen(piece.v[u]);
+  }
+}
+template <int W, class S, class C>
+__device__ __forceinline__ void store_wide(const C* from, S* to) {
+  if constexpr (W == 2 && sizeof(S) == 2) {
+    Pack<S, W> pack = {};
+    pack.set(0, narrow<S>(from[0])), pack.set(1, narrow<S>(from[1]));
+    *reinterpret_cast<Pack<S, W>*>(to) = pack;
   } else {
 #pragma unroll
-    for (int e = 0; e < M; ++e) {
-      const auto* at = walk.next();
-      v[e] = e < end ? widen(*at) : C(0);
-    }
+    for (int u = 0; u < W; ++u) to[u] = narrow<S>(from[u]);
+  }
+}
+
+// to[k] = sum over l < end of H[k, l] from[l] for the ranks k < to_end of a block of M, and for W
+// adjacent bases. Whole: M divides both ends.
+template <bool Whole, int M, int W, class C, class From, class To>
+__device__ __forceinline__ void mix_block(int block, From from, int end, To to, int to_end) {
+  C v[M * W];
+#pragma unroll
+  for (int e = 0; e < M; ++e) {
+    const auto* at = from.next();
+    if (Whole || e < end)
+      load_wide<W>(at, v + e * W);
+    else
+      v[e * W] = C(0);
   }
 #pragma unroll 1
-  for (int from = M; from < end; from += M) {
-    const bool negative = minus(block, from / M);
+  for (int first = M; first < end; first += M) {
+    const bool negative = minus(block, first / M);
 #pragma unroll
     for (int e = 0; e < M; ++e) {
-      const auto* at = walk.next();
-      if (from + e < end) v[e] += negative ? -widen(*at) : widen(*at);
+      const auto* at = from.next();
+      if (!Whole && first + e >= end) continue;
+      C x[W];
+      load_wide<W>(at, x);
+#pragma unroll
+      for (int u = 0; u < W; ++u) v[e * W + u] += negative ? -x[u] : x[u];
     }
   }
-  hadamard<1>(v);
-}
-
-// Calls fn with a constant M, the ranks of a block.
-template <class C, class F>
-__device__ __forceinline__ void with_ranks(int64_t r, const F& fn) {
-  if (kValues<C> == 16 || r <= 16)
-    fn(std::integral_constant<int, 16>{});
-  else
-    fn(std::integral_constant<int, kValues<C>>{});
-}
-
-// rows[t - t0, j * n + i] = sum over m of H[j, m] z[m, t, i], for `tokens` tokens t from t0 on. In
-// z (classes, T, n), bases of successive tokens are adjacent.
-template <class Z, class C = ComputeOf<Z>>
-__device__ __forceinline__ void write_mixed(const HadamardSizes& sizes, const void* z, int64_t T,
-                                            const Rows<C>& rows, int log, int64_t t0, int tokens) {
-  const int64_t stride = T * sizes.n;
-  const Z* numbers = static_cast<const Z*>(z) + t0 * sizes.n;
-  const int n = static_cast<int>(sizes.n), r = static_cast<int>(sizes.r), columns = tokens * n;
-  const int classes = static_cast<int>(sizes.classes());
-  with_ranks<C>(sizes.r, [&](auto m) {
-    constexpr int M = decltype(m)::value;
-    const int items = columns * ((r + M - 1) / M);
-    for (int item = threadIdx.x; item < items; item += blockDim.x) {
-      const int block = item / columns, q = item - block * columns, t = q / n;
-      C v[M];
-      mix(v, block, classes, Walk<const Z>{numbers + q, stride});
-      RowWalk<C> to{rows.row(t, log), q - t * n, n};
-      to.skip(block * M);
+  hadamard<W>(v);
+  to.skip_even(block * M);
 #pragma unroll
-      for (int e = 0; e < M; ++e) {
-        C* at = to.next();
-        if (block * M + e < r) *at = v[e];
-      }
+  for (int e = 0; e < M; ++e) {
+    auto* at = to.next();
+    if (Whole || block * M + e < to_end) store_wide<W>(v + e * W, at);
+  }
+}
+
+// For `tokens` tokens t from t0 on
+//
+//   rows[t - t0, j * n + i] = sum over m of H[j, m] z[m, t, i]    if Z is const
+//   z[m, t, i] = sum over j of H[j, m] rows[t - t0, j * n + i]    otherwise
+//
+// In z (classes, T, n), bases of successive tokens are adjacent. If `Aligned`, z is. Whole blocks of
+// ranks and classes need no checks, and the gaps in a row repeat every second rank if n is a multiple
+// of kValues / 2. There a thread takes two bases in 16 bits, where instructions outlast bytes.
+template <bool Aligned, class Z, class C = ComputeOf<std::remove_const_t<Z>>>
+__device__ __forceinline__ void mix(const HadamardSizes& sizes, Z* z, int64_t T,
+                                    const Rows<C>& rows, int log, int64_t t0, int tokens) {
+  const int n = static_cast<int>(sizes.n), r = static_cast<int>(sizes.r);
+  const int d = static_cast<int>(sizes.d);
+  const auto with = [&](auto m, auto whole) {
+    constexpr bool Whole = decltype(whole)::value, kUp = std::is_const_v<Z>;
+    constexpr int M = decltype(m)::value, W = Whole && sizeof(Z) == 2 ? 2 : 1;
+    const int classes = Whole ? r : (d + n - 1) / n, columns = tokens * n / W;
+    const int items = columns * (((kUp ? r : classes) + M - 1) / M);
+    for (int item = threadIdx.x; item < items; item += blockDim.x) {
+      const int block = items > columns ? item / columns : 0, q = (item - block * columns) * W;
+      const int t = tokens > 1 ? q / n : 0, i = q - t * n;
+      Z* from = z + t0 * n + q;
+      const Walk<Z, int64_t> at_z{from, from + T * n, 2 * T * n};
+      const auto at_row = [&] {
+        const auto row = rows.row(t, log);
+        if constexpr (Whole)
+          return Walk<C, int>{row.at(i), row.at(i + n), 2 * n + 2 * n / kValues<C> * row.kFree};
+        else
+          return RowWalk<C>{row, i, n};
+      }();
+      if constexpr (kUp)
+        mix_block<Whole, M, W, C>(block, at_z, classes, at_row, r);
+      else
+        mix_block<Whole, M, W, C>(block, at_row, r, at_z, classes);
     }
-  });
+  };
+  const auto with_ranks = [&](auto m) {
+    if (Aligned && r % decltype(m)::value == 0 && d > (r - 1) * n && n % (kValues<C> / 2) == 0)
+      with(m, std::bool_constant<Aligned>{});
+    else
+      with(m, std::false_type{});
+  };
+  if (kValues<C> == 16 || r <= 16)
+    with_ranks(std::integral_constant<int, 16>{});
+  else
+    with_ranks(std::integral_constant<int, kValues<C>>{});
 }
 
 }  // namespace randlora::cuda

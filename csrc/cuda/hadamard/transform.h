@@ -63,7 +63,7 @@ struct Rows {
   RANDLORA_HD_MEMBER static int64_t bytes(int64_t count) {
     return count / kValues<C> * (kValues<C> + kFree) * int64_t{sizeof(C)};
   }
-  __device__ __forceinline__ C* at(int x) const { return numbers + x + x / kValues<C> * kFree; }
+  __device__ __forceinline__ C* at(int x) const { return numbers + x + (x >> kBits<C>)*kFree; }
   __device__ __forceinline__ Rows row(int number, int log) const { return {at(number << log)}; }
   // at(x + (1 << bit)) - at(x), for bit >= kBits
   __device__ __forceinline__ static int step(int bit) {
@@ -71,15 +71,19 @@ struct Rows {
   }
 };
 
-// Bits [0, kBits). work(v, x) transforms the numbers from position x on by hadamard<1>, and may
-// change them before and after.
+// Bits [0, kBits). work(v, x, c) transforms the numbers from position x on, c in their row, by
+// hadamard<1>, and may change them before and after. Past the K columns of B they become zero.
 template <class C, class Work>
-__device__ __forceinline__ void low_pass(const Rows<C>& rows, int count, const Work& work) {
-  for (int g = threadIdx.x; g < count / kValues<C>; g += blockDim.x) {
-    C v[kValues<C>];
-    C* at = rows.at(g * kValues<C>);
-    load_run<kValues<C>>(at, v);
-    work(v, g * kValues<C>);
+__device__ __forceinline__ void low_pass(const Rows<C>& rows, int log, int count, int64_t K,
+                                         const Work& work) {
+  for (int g = threadIdx.x; g < count << log >> kBits<C>; g += blockDim.x) {
+    const int x = g * kValues<C>, c = x & ((1 << log) - 1);
+    C v[kValues<C>] = {};
+    C* at = rows.at(x);
+    if (c < K) {
+      load_run<kValues<C>>(at, v);
+      work(v, x, c);
+    }
     store_run<kValues<C>>(v, at);
   }
 }
@@ -120,9 +124,12 @@ struct Diagonal {
   }
 };
 
-// Bits [bit, bit + K), bit >= kBits.
-template <int K, class C>
-__device__ __forceinline__ void pass_of(const Rows<C>& rows, int bit, int count) {
+// Bits [bit, bit + bits), bit >= kBits, by at most K bits. First: bit = kBits, so steps are constant.
+template <bool First, class C, int K = kBits<C>>
+__device__ __forceinline__ void middle_pass(const Rows<C>& rows, int bit, int bits, int count) {
+  if constexpr (K > 1)
+    if (bits < K) return middle_pass<First, C, K - 1>(rows, bit, bits, count);
+  if (First) bit = kBits<C>;
   constexpr int V = 1 << (kBits<C> - K);
   const int step = rows.step(bit);
   for (int g = threadIdx.x; g < count / kValues<C>; g += blockDim.x) {
@@ -137,18 +144,6 @@ __device__ __forceinline__ void pass_of(const Rows<C>& rows, int bit, int count)
   }
 }
 
-template <class C>
-__device__ __forceinline__ void middle_pass(const Rows<C>& rows, int bit, int bits, int count) {
-  switch (bits) {
-    case 1: return pass_of<1>(rows, bit, count);
-    case 2: return pass_of<2>(rows, bit, count);
-    case 3: return pass_of<3>(rows, bit, count);
-    case 4: return pass_of<4>(rows, bit, count);
-    default:
-      if constexpr (kBits<C> == 5) pass_of<5>(rows, bit, count);
-  }
-}
-
 // The bits between the low pass and the edge, in as few passes as hold them. Every pass ends with a
 // barrier.
 template <class C>
@@ -156,7 +151,10 @@ __device__ __forceinline__ void middle_passes(const Rows<C>& rows, int log, int 
   const int bits = log - kBits<C> - edge, passes = (bits + kBits<C> - 1) / kBits<C>;
   for (int s = 0; s < passes; ++s) {
     const int begin = bits * s / passes, end = bits * (s + 1) / passes;
-    middle_pass(rows, kBits<C> + begin, end - begin, count);
+    if (s == 0)
+      middle_pass<true>(rows, kBits<C>, end, count);
+    else
+      middle_pass<false>(rows, kBits<C> + begin, end - begin, count);
     __syncthreads();
   }
 }
@@ -186,6 +184,12 @@ struct Edge {
   // The position of v[e * V + u] in its row.
   __device__ __forceinline__ int at(int e, int u = 0) const {
     return first + u * apart + (e << (log - kEdgeBits<S>));
+  }
+  // v[e * V + u] for all u, in rows of which these `end` are left.
+  __device__ __forceinline__ Columns<V, Aligned> columns(int e, int end) const {
+    Columns<V, Aligned> c(0, 0, end);
+    c.first = at(e), c.apart = apart;
+    return c;
   }
 
   __device__ __forceinline__ void load(const Rows<C>& rows, C (&v)[kValues<C>]) const {

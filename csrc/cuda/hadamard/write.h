@@ -41,25 +41,23 @@ __device__ __forceinline__ void write_rows(const RowsOut<S>& out, const Rows<C>&
     int64_t begin = (first + at.row) * out.D;
     const float* row = out.row;
 #pragma unroll 1
-    for (int64_t left = out.D; left > 0; left -= N, begin += N, row += N) {
-      const int end = static_cast<int>(min(left, int64_t{N}));
+    for (int left = static_cast<int>(out.D); left > 0; left -= N, begin += N, row += N) {
+      const int end = min(left, N);
       // All loads before the first store, which the compiler cannot know to be elsewhere.
       if constexpr (Aligned) {
-        Pack<S, V> old[At::kCount] = {};
+        Pack<S, V> x[At::kCount] = {};
 #pragma unroll
         for (int e = 0; e < At::kCount; ++e)
-          if (store.base && at.at(e) < end)
-            old[e] = *reinterpret_cast<const Pack<S, V>*>(store.base + begin + at.at(e));
+          if (store.base) x[e] = at.columns(e, end).load(store.base + begin);
 #pragma unroll
         for (int e = 0; e < At::kCount; ++e) {
-          const int o = at.at(e);
-          if (o >= end) continue;
-          float sign[V];
-          load_run<V>(row + o, sign);
-          C x[V];
+          const auto c = at.columns(e, end);
+          if (!c.inside(0)) continue;
+          const auto sign = c.load(row);
 #pragma unroll
-          for (int u = 0; u < V; ++u) x[u] = v[e * V + u] * sign[u];
-          store.run(begin + o, x, old[e]);
+          for (int u = 0; u < V; ++u)
+            x[e].set(u, store.rounded(v[e * V + u] * sign.get(u), x[e].get(u)));
+          c.store(store.out + begin, x[e]);
         }
       } else {
 #pragma unroll
@@ -71,7 +69,7 @@ __device__ __forceinline__ void write_rows(const RowsOut<S>& out, const Rows<C>&
 #pragma unroll
           for (int u = 0; u < V; ++u) {
             const int o = at.at(e, u);
-            if (o < end) store.one(begin + o, v[e * V + u] * row[o], old[u]);
+            if (o < end) store.out[begin + o] = store.rounded(v[e * V + u] * row[o], old[u]);
           }
         }
       }
@@ -83,8 +81,8 @@ template <bool Aligned, class S, class C = ComputeOf<S>>
 __device__ __forceinline__ void transform_and_write(const Diagonal<C>& diagonal,
                                                     const RowsOut<S>& out, const Rows<C>& rows,
                                                     int log, int64_t first, int count) {
-  low_pass(rows, count << log, [&](auto& v, int x) {
-    diagonal.apply(v, x & ((1 << log) - 1));
+  low_pass(rows, log, count, diagonal.K, [&](auto& v, int, int c) {
+    diagonal.apply(v, c);
     hadamard<1>(v);
   });
   __syncwarp();  // the next pass takes the bits that follow: each warp reads what it has written
