@@ -344,7 +344,10 @@ def main() -> None:
     known = [*OTHERS, *RANDLORA, "peft 1/3"]
     parser.add_argument("--task", type=of(str), default=["spelling"], help="roman, dates, ...")
     parser.add_argument(
-        "--methods", type=of(str), default=["lora", "hadamard scaled"], help=f"{known} [scaled]"
+        "--methods",
+        type=of(str),
+        default=["lora", "hadamard scaled"],
+        help=f"{known} [scaled[:N|:manual]]",
     )
     parser.add_argument("--rates", type=of(float), default=[5e-4], help="learning rates")
     parser.add_argument("--scalings", type=of(float), default=[SCALING], help="RandLoRA's alpha/r")

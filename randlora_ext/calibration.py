@@ -49,14 +49,16 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     If torch.distributed is initialized, all ranks must call, each with its own batches, equally
     many if FSDP2 has sharded the model: sums over all ranks give all of them equal vectors.
 
-    Raises, and leaves every adapter as it was: ValueError if no active adapter is on Hadamard
-    bases, one has trained (its lambda is not zero) or is merged, no batch comes, or inputs hold NaN
-    or infinity. Warns of layers that see no token or only zeros, and of adapters of
-    ``target_parameters``, which stay as they are.
+    Raises, and leaves every adapter as it was: TypeError if batches is a single batch; ValueError
+    if no active adapter of a linear layer is on Hadamard bases, one has trained (its lambda is not
+    zero) or is merged, no batch comes, or inputs hold NaN or infinity. Warns of layers that see no
+    token or only zeros, and of adapters of ``target_parameters``, which stay as they are.
 
     Source: ours. The same statistic serves quantization in AWQ and SmoothQuant; PEFT's EVA and
     CorDA measure activations to initialize LoRA.
     """
+    if isinstance(batches, (Tensor, Mapping)):
+        raise TypeError(f"batches must be several, such as [batch], got one {type(batches)}")
     layers = {
         module: (name, adapters)
         for name, module in model.named_modules()
@@ -64,8 +66,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     }
     if not layers:
         raise ValueError(
-            "model has no active adapter on Hadamard bases in a linear layer; only such can scale "
-            'their inputs; add one with basis="hadamard"'
+            "model has no active adapter on Hadamard bases of a linear layer; only these can scale "
+            'their inputs, and experts cannot; add one with basis="hadamard"'
         )
     if any(isinstance(module, AdaptedParameter) for module in model.modules()):
         warnings.warn(

@@ -32,8 +32,9 @@ def one_thread(threads_restored):
 def stock_peft():
     """Starts from stock PEFT and leaves it behind, whatever the test enables."""
     pytest.importorskip("peft")
-    from randlora_ext.peft import disable
+    from randlora_ext.peft import disable, enable
 
+    enable(float32_products=False, keep_weight="host")  # the defaults
     disable()
     gc.freeze()  # enable() looks through all objects: now through the test's alone
     yield

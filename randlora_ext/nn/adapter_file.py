@@ -184,6 +184,8 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[s
     It is opened once; safetensors' own readers open it twice, for the header and for the tensors.
     OSError if it cannot be read, ValueError if it is damaged.
     """
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path} is a folder, and must be a file of save_adapter")
     data = Path(path).read_bytes()
     try:
         tensors = safetensors.torch.load(data)

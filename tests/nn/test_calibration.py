@@ -123,13 +123,14 @@ def refusals():
         "has trained .its lambda is not zero": [(randomize(layer_of(basis="hadamard")), [x])],
         "at least one batch, got none": [(layer_of(basis="hadamard"), [])],
         "the inputs of layer 'one' hold NaN or infinity": [(net(), [x, x.log()])],
+        "batches must be several": [(net(), x), (net(), {"x": x})],
     }
 
 
 @pytest.mark.parametrize("message, cases", refusals().items())
 def test_what_is_refused_and_changes_nothing(message, cases):
     for model, batches in cases:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             calibrate(model, batches)
         assert not any(getattr(m, "input_scales", {}) for m in model.modules())
         layers = [m for m in model.modules() if isinstance(m, RandLoraLinear)]
