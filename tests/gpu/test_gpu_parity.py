@@ -83,11 +83,11 @@ def test_weights(device, basis, dtype):
             gradients = torch.autograd.grad(dW, leaves, weight.to(dW.dtype))
             return merged_weight(basis, weight, lam, gam, 1e-3), dW.detach(), *gradients
 
-        for got, want in zip(
-            *on_both(device, both, layer.weight, layer.lam, layer.gam), strict=True
-        ):
+        results = on_both(device, both, layer.weight, layer.lam, layer.gam)
+        # On cards plain torch computes the gradients of Hadamard bases.
+        for eps, got, want in zip((2, 2, 4, 4), *results, strict=True):
             assert got.dtype == want.dtype
-            assert rms_error(got, want) <= 2 * torch.finfo(got.dtype).eps, shape
+            assert rms_error(got, want) <= eps * torch.finfo(got.dtype).eps, shape
 
 
 @cases("dtype", SIXTEEN_BITS)
