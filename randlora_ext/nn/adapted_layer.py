@@ -51,7 +51,7 @@ class AdaptedLayer(KeepsWeight):
         modules = self._modules
         lam = getattr(modules["randlora_lambda"], name)
         gam = getattr(modules["randlora_gamma"], name)
-        if type(lam) is nn.Parameter and lam.device == device == gam.device:
+        if type(lam) is type(gam) is nn.Parameter and lam.device == device == gam.device:
             return lam, gam
         return full_tensor(lam).to(device), full_tensor(gam).to(device)
 

@@ -30,8 +30,8 @@ __global__ void hadamard_gamma_kernel(HadamardGamma p, int64_t col_blocks) {
 constexpr int kAcross = 32;  // columns c of a block that sums slots
 constexpr int kEach = 4;     // elements of dgam of a thread
 
-// The first `gamma_blocks` blocks make dgam, `row_blocks` each of its rows; the others dlam. There a
-// warp adds every warps-th slot, and the first warp adds the results of all.
+// The first `gamma_blocks` blocks make dgam, `row_blocks` each of its rows; the others dlam. There
+// a warp adds every warps-th slot, and the first warp adds the results of all.
 template <class S, class C = ComputeOf<S>>
 __global__ void hadamard_diagonals_kernel(HadamardDiagonals p, int gamma_blocks, int row_blocks) {
   const int block = blockIdx.x, d = static_cast<int>(p.sizes.d), n = static_cast<int>(p.sizes.n);

@@ -102,9 +102,10 @@ __device__ __forceinline__ void mix_block(int block, From from, int end, To to, 
 //   rows[t - t0, j * n + i] = sum over m of H[j, m] z[m, t, i]    if Z is const
 //   z[m, t, i] = sum over j of H[j, m] rows[t - t0, j * n + i]    otherwise
 //
-// In z (classes, T, n), bases of successive tokens are adjacent. If `Aligned`, z is. Whole blocks of
-// ranks and classes need no checks, and the gaps in a row repeat every second rank if n is a multiple
-// of kValues / 2. There a thread takes two bases in 16 bits, where instructions outlast bytes.
+// In z (classes, T, n), bases of successive tokens are adjacent. `Aligned` says that z is. Whole
+// blocks of ranks and classes need no checks, and the gaps in a row repeat every second rank if n
+// is a multiple of kValues / 2. There a thread takes two bases in 16 bits: it is bound by
+// instructions, not by bytes.
 template <bool Aligned, class Z, class C = ComputeOf<std::remove_const_t<Z>>>
 __device__ __forceinline__ void mix(const HadamardSizes& sizes, Z* z, int64_t T,
                                     const Rows<C>& rows, int log, int64_t t0, int tokens) {

@@ -124,7 +124,7 @@ struct Diagonal {
   }
 };
 
-// Bits [bit, bit + bits), bit >= kBits, by at most K bits. First: bit = kBits, so steps are constant.
+// Bits [bit, bit + bits), bit >= kBits, by at most K bits. With `First` bit is kBits, a constant.
 template <bool First, class C, int K = kBits<C>>
 __device__ __forceinline__ void middle_pass(const Rows<C>& rows, int bit, int bits, int count) {
   if constexpr (K > 1)
