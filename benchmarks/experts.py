@@ -1,6 +1,7 @@
 """A training step of one block of fused experts, frozen, with PEFT's LoRA and with ours.
 
     python benchmarks/experts.py [--out benchmarks/results/experts-NAME] [--repeats 9] [--rank 32]
+    python benchmarks/experts.py --vectors    do the experts' inputs have the same large features?
 
 32 experts of which a token takes 4, 1024 to 512 features and back, 1,024 tokens; LoRA has as many
 parameters. Times are medians of a step's processor time on one thread, which other programs disturb
@@ -18,7 +19,7 @@ import torch
 from memory import MIB, free_unused, status
 from record import in_a_process, show, write
 from torch import nn
-from transformers import Qwen3MoeConfig
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 import randlora_ext.peft
@@ -96,12 +97,36 @@ def peak(method: str, dtype: torch.dtype, rank: int) -> float:
     return (status("VmHWM") - before) / MIB
 
 
+def vectors() -> None:
+    """The correlation between the experts' vectors of `calibrate`, in a tiny random model."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32}
+    experts = {"num_experts": 8, "num_experts_per_tok": 2}
+    base = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=50, **sizes, **heads, **experts))
+    for parameter in base.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.2)
+    randlora_ext.peft.enable()
+    chosen = {"basis": "hadamard", "target_modules": [], "target_parameters": EXPERTS}
+    model = peft.get_peft_model(base, randlora_ext.peft.RandLoraConfig(r=8, **chosen))
+    randlora_ext.calibrate(model, [torch.randint(50, (32, 64))])
+    for name, layer in model.named_modules():
+        if isinstance(layer, randlora_ext.peft.param_wrapper.ParamWrapper):
+            between = torch.corrcoef(layer.input_scales["default"].log())
+            others = between[~torch.eye(len(between), dtype=torch.bool)]
+            print(f"{name.split('layers.')[1]:30} {layer.parameter_name:13} {others.mean():6.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--vectors", action="store_true")
     options = parser.parse_args()
+    if options.vectors:
+        return vectors()
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         row = {"dtype": str(dtype).removeprefix("torch.")}

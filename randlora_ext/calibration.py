@@ -3,17 +3,20 @@
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .nn.adapted_layer import AdaptedLayer
 from .nn.experts import AdaptedParameter
 from .ranks import full_tensor
 
 EPSILON = 0.1  # in medians of rms: no feature is multiplied by more than 11 times the median's
+FEW_TOKENS = 32  # of an expert that saw fewer, the vector is that of all experts
 
 
 @torch.no_grad()
@@ -36,7 +39,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     From then on the adapter computes ``F.linear(x * input_scale, dW)``. This costs no parameter and
     no time, because the vector is a factor of the bases' signs, and it belongs to the adapter:
     files and state dicts hold it as ``randlora_input_scale``. Called again, it replaces the
-    vectors.
+    vectors. Of adapters of ``target_parameters`` every expert gets a vector of its own,
+    ``input_scale`` (experts, in_features); one that sees fewer than 32 tokens gets that of all.
 
     Args:
         model: with adapters on Hadamard bases, by `apply_randlora` or PEFT. It runs in eval mode;
@@ -44,15 +48,16 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         batches: what the model takes: a tensor, a tuple of arguments, or a mapping of keyword
             arguments. These are moved to the device of the model's first parameter. If the
             mapping has an "attention_mask" (batch, tokens), its zeros leave out tokens in layers
-            that see as many tokens.
+            that see as many tokens; experts do not.
 
     If torch.distributed is initialized, all ranks must call, each with its own batches, equally
     many if FSDP2 has sharded the model: sums over all ranks give all of them equal vectors.
 
     Raises, and leaves every adapter as it was: TypeError if batches is a single batch; ValueError
-    if no active adapter of a linear layer is on Hadamard bases, one has trained (its lambda is not
-    zero) or is merged, no batch comes, or inputs hold NaN or infinity. Warns of layers that see no
-    token or only zeros, and of adapters of ``target_parameters``, which stay as they are.
+    if no active adapter is on Hadamard bases, one has trained (its lambda is not zero) or is
+    merged, no batch comes, or inputs hold NaN or infinity. Warns of layers that see no token or
+    only zeros, which stay as they are. Experts must multiply by their parameter or a part of it, as
+    those of transformers do unless ``experts_implementation`` is "batched_mm".
 
     Source: ours. The same statistic serves quantization in AWQ and SmoothQuant; PEFT's EVA and
     CorDA measure activations to initialize LoRA.
@@ -66,16 +71,14 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     }
     if not layers:
         raise ValueError(
-            "model has no active adapter on Hadamard bases of a linear layer; only these can scale "
-            'their inputs, and experts cannot; add one with basis="hadamard"'
+            "model has no active adapter on Hadamard bases; only these can scale their inputs; add "
+            'one with basis="hadamard"'
         )
-    if any(isinstance(module, AdaptedParameter) for module in model.modules()):
-        warnings.warn(
-            "adapters of target_parameters stay as they are: no hook sees their experts' inputs",
-            stacklevel=3,
-        )
-    # Of each layer the sums of squares by feature, and behind them the number of tokens.
-    sums = {layer: torch.zeros(layer.in_features + 1, dtype=torch.float64) for layer in layers}
+    # Of each layer or expert the sums of squares by feature, and behind them the number of tokens.
+    sums = {
+        layer: torch.zeros(*layer.experts, layer.in_features + 1, dtype=torch.float64)
+        for layer in layers
+    }
     count = torch.zeros(1, dtype=torch.float64)
     with _observed(model, sums) as mask_of:
         for batch in batches:
@@ -83,19 +86,23 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
             mask_of["batch"] = batch.get("attention_mask") if is_mapping else None
             _call(model, batch)
             count += 1
-    totals = _over_all_ranks(torch.cat([count, *sums.values()]))
-    total_count, *parts = totals.split([1, *map(len, sums.values())])
+    flat = [count, *(each.flatten() for each in sums.values())]
+    total_count, *parts = _over_all_ranks(torch.cat(flat)).split([*map(len, flat)])
     if not total_count:
         raise ValueError("batches must hold at least one batch, got none")
     scales = {}
     for (layer, (name, adapters)), total in zip(layers.items(), parts, strict=True):
-        squares, tokens = total[:-1], total[-1]
-        if not bool(squares.isfinite().all()):
+        rows = total.view(-1, layer.in_features + 1)
+        if not bool(rows.isfinite().all()):
             raise ValueError(f"the inputs of layer {name!r} hold NaN or infinity")
-        if bool(squares.any()):
-            scales[layer] = adapters, input_scale_of((squares / tokens).sqrt())
+        of_all = rows.sum(0)
+        if bool(of_all[:-1].any()):
+            enough = (rows[:, -1] >= FEW_TOKENS) & rows[:, :-1].any(1)
+            used = [row if own else of_all for row, own in zip(rows, enough, strict=True)]
+            each = [input_scale_of((row[:-1] / row[-1]).sqrt()) for row in used]
+            scales[layer] = adapters, torch.stack(each).view(*layer.experts, -1)
         else:
-            seen = "only zeros" if tokens else "no token"
+            seen = "only zeros" if of_all[-1] else "no token"
             warnings.warn(f"layer {name!r} saw {seen} and stays as it was", stacklevel=3)
     for layer, (adapters, scale) in scales.items():
         for adapter in adapters:
@@ -115,7 +122,7 @@ def input_scale_of(rms: Tensor) -> Tensor:
 
 def _to_calibrate(name: str, layer: AdaptedLayer) -> list[str]:
     """The layer's active adapters on Hadamard bases; ValueError if one cannot be calibrated."""
-    if layer.disabled or isinstance(layer, AdaptedParameter):
+    if layer.disabled:
         return []
     chosen = []
     for adapter in layer.active_adapters:
@@ -140,24 +147,76 @@ def _observed(model: nn.Module, sums: Mapping[AdaptedLayer, Tensor]):
     """The model in eval mode, its layers' inputs summed; yields where a batch's mask goes."""
     mask_of: dict[str, Tensor | None] = {}
     modes = {module: module.training for module in model.modules()}
+    stacks = _Products(sums)
 
     def add(layer, args, kwargs) -> None:
+        if isinstance(layer, AdaptedParameter):
+            stacks.enter(layer)
+            return
         x = (args[0] if args else next(iter(kwargs.values()))).flatten(0, -2)
         mask = mask_of["batch"]
         if mask is not None and mask.numel() == len(x):
             x = x[mask.flatten().to(x.device) != 0]
-        sums[layer][:-1] += x.float().square().sum(0, dtype=torch.float64).cpu()
-        sums[layer][-1] += len(x)
+        _add_rows(sums[layer], x)
 
-    hooks = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in sums]
+    # Of nested layers of parameters only the outermost is called.
+    watched = {*sums, *(m for m in model.modules() if isinstance(m, AdaptedParameter))}
+    hooks = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in watched]
     try:
         model.eval()
-        yield mask_of
+        with stacks:
+            yield mask_of
     finally:
         for hook in hooks:
             hook.remove()
         for module, mode in modes.items():
             module.training = mode
+
+
+class _Products(TorchFunctionMode):
+    """Sums what the experts of adapted parameters multiply: the first factor of each product whose
+    second is the parameter or a part of it, also transposed."""
+
+    def __init__(self, sums: Mapping[AdaptedLayer, Tensor]) -> None:
+        super().__init__()
+        self.sums = sums
+        self.now: list[tuple[AdaptedLayer, Tensor]] = []  # of the module that runs
+
+    def enter(self, layer: Any) -> None:
+        self.now = []
+        while isinstance(layer, AdaptedParameter):
+            if layer in self.sums:
+                self.now.append((layer, layer._base_weight()))
+            layer = layer.base_layer
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.randlora.hadamard_weight.default:
+            return args[0]  # W, since lambda is zero: its address tells that it is W
+        for x, w in pairwise(args):
+            if isinstance(x, Tensor) and isinstance(w, Tensor) and w.dim() in (2, 3):
+                for layer, stack in self.now:
+                    own, at = (t.data_ptr() - stack.data_ptr() for t in (x, w))
+                    is_product = not 0 <= own < stack.nbytes and 0 <= at < stack.nbytes
+                    if is_product and x.shape[-1:] == (layer.in_features,):
+                        first = at * layer.experts[0] // stack.nbytes
+                        self._add(self.sums[layer][first:], x, w, kwargs.get("offs"))
+        return func(*args, **kwargs)
+
+    def _add(self, sums: Tensor, x: Tensor, w: Tensor, ends: Tensor | None) -> None:
+        if w.dim() == 2:
+            parts = [x.flatten(0, -2)]
+        elif ends is None:  # for each expert, or the same for all
+            parts = x.expand(len(w), *x.shape[-2:])
+        else:  # where the rows of each expert end
+            parts = x.tensor_split(ends.cpu().long())[: len(ends)]
+        for of_expert, rows in zip(sums, parts, strict=False):
+            _add_rows(of_expert, rows)
+
+
+def _add_rows(to: Tensor, x: Tensor) -> None:
+    to[:-1] += x.float().square().sum(0, dtype=torch.float64).cpu()
+    to[-1] += len(x)
 
 
 def _call(model: nn.Module, batch: Any) -> None:

@@ -124,14 +124,17 @@ class Basis:
     def input_scale(self) -> Tensor | None:
         return self._source.input_scale
 
-    def with_input_scale(self, input_scale: Tensor | None) -> "Basis":
+    def with_input_scale(
+        self, input_scale: Tensor | None, experts: tuple[int, ...] = ()
+    ) -> "Basis":
         """The same bases for inputs that are multiplied by this vector, or by none.
 
+        Experts may have one each, (experts, in_features); then `dense` gives A or B of each.
         Raises TypeError or ValueError, as the class.
         """
         if not isinstance(self._source, HadamardMatrices):
             raise ValueError(f"input_scale goes with Hadamard bases, got kind={self.kind!r}")
-        scale = checked_scale(input_scale, self._shape)
+        scale = checked_scale(input_scale, self._shape, experts)
         return self.of(self._shape, HadamardMatrices(self._source.description, scale)).canonical()
 
     def packed(self, device: torch.device | str = "cpu") -> list[Tensor]:

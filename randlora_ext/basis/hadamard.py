@@ -26,18 +26,22 @@ def sylvester(rows: Tensor, columns: Tensor) -> Tensor:
     return 1 - 2 * (ones & 1)
 
 
-def checked_scale(input_scale: Tensor | None, shape: Shape) -> Tensor | None:
-    """A copy, float32 on the CPU; TypeError or ValueError unless it fits a layer of that shape."""
+def checked_scale(
+    input_scale: Tensor | None, shape: Shape, experts: tuple[int, ...] = ()
+) -> Tensor | None:
+    """A copy (*experts, in_features), float32 on the CPU, of one for each expert or for all.
+
+    TypeError or ValueError unless it fits a layer of that shape.
+    """
     if input_scale is None:
         return None
     if not isinstance(input_scale, Tensor) or not input_scale.is_floating_point():
         raise TypeError(f"input_scale must be a floating tensor or None, got {input_scale!r}")
-    if tuple(input_scale.shape) != (shape.in_features,):
-        raise ValueError(
-            f"input_scale must be (in_features,) = ({shape.in_features},), got "
-            f"{tuple(input_scale.shape)}"
-        )
-    scale = input_scale.detach().to("cpu", torch.float32, copy=True)
+    sizes = *experts, shape.in_features
+    if tuple(input_scale.shape) not in (sizes, sizes[-1:]):
+        named = "(experts, in_features)" if experts else "(in_features,)"
+        raise ValueError(f"input_scale must be {named} = {sizes}, got {tuple(input_scale.shape)}")
+    scale = input_scale.detach().to("cpu", torch.float32).expand(sizes).clone()
     if not bool(((scale > 0) & scale.isfinite()).all()):
         raise ValueError("input_scale must be positive and finite in every feature")
     return scale
@@ -66,17 +70,18 @@ class HadamardMatrices:
         seed = self.description.seed
         s, row = signs(seed, ROLE_FEATURES, shape.d, on), signs(seed, ROLE_ROWS, shape.D, on)
         if self.input_scale is not None:
-            of_inputs = s if shape.expand else row
-            of_inputs *= self.input_scale.to(on)
+            scale = self.input_scale.to(on)  # of experts with a dimension more
+            s, row = (s * scale, row) if shape.expand else (s, row * scale)
         return [s, row, signs(seed, ROLE_COLUMNS, shape.K, on)]
 
     def dense_a(self, shape: Shape, dtype: torch.dtype, packed: list[Tensor]) -> Tensor:
         s = packed[0]
         k = torch.arange(shape.d, device=s.device)
-        return (sylvester(torch.arange(shape.r, device=s.device), k // shape.n) * s).to(dtype)
+        H = sylvester(torch.arange(shape.r, device=s.device), k // shape.n)
+        return (H * s.unsqueeze(-2)).to(dtype)
 
     def dense_b(self, shape: Shape, dtype: torch.dtype, packed: list[Tensor]) -> Tensor:
         _, row, col = packed
         o = torch.arange(shape.D, device=row.device)
         c = torch.arange(shape.K, device=row.device)
-        return (row[:, None] * sylvester(o, c) * col).to(dtype)
+        return (row.unsqueeze(-1) * sylvester(o, c) * col).to(dtype)

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,13 +46,19 @@ class Change(NamedTuple):
     def added_to(self, weight: Tensor) -> Tensor:
         """W + dW in the dtype and layout of W."""
         if self.lam.dim() == 3:
-            each = zip(weight.view(-1, *weight.shape[-2:]), self.lam, self.gam, strict=True)
-            sums = [self._replace(lam=lam, gam=gam).added_to(W) for W, lam, gam in each]
-            return torch.stack(sums).view(weight.shape)
+            each = zip(weight.view(-1, *weight.shape[-2:]), self.of_experts(), strict=True)
+            return torch.stack([change.added_to(W) for W, change in each]).view(weight.shape)
         dtype = adapter_dtype(weight.dtype)
         delta = delta_weight(self.basis, self.lam.to(dtype), self.gam.to(dtype), self.scaling)
         delta = (delta.T if self.transposed else delta)[self.rows]
         return (weight.to(dtype) + delta).to(weight.dtype)
+
+    def of_experts(self) -> Iterator["Change"]:
+        """One of each."""
+        scales, basis = self.basis.input_scale, self.basis
+        for e, (lam, gam) in enumerate(zip(self.lam, self.gam, strict=True)):
+            own = basis if scales is None else basis.with_input_scale(scales[e])
+            yield self._replace(basis=own, lam=lam, gam=gam)
 
 
 # Of a layer: its tensor, or those of each expert, whose rows lie below one another.
@@ -144,7 +150,7 @@ def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
     for at, basis in _bases_of_peft(config, bases, sizes, dtypes).items():
         lam, gam = (tensors.pop(f"{at}{end}") for end in ends)
         if (scale := tensors.pop(f"{at}.{INPUT_SCALE}", None)) is not None:
-            basis = basis.with_input_scale(scale)
+            basis = basis.with_input_scale(scale, tuple(stacks[at]))
         added |= _spread(Change(basis, lam, gam, scaling, turns[at]), places[at], checkpoint)
     for key, tensor in tensors.items():
         layer = next((at for at in paths if key.startswith(f"{at}.")), None)
@@ -229,11 +235,11 @@ def _spread(change: Change, places: Places, checkpoint: Checkpoint) -> dict[str,
     if len(places) == len(places[0]) == 1:
         return {places[0][0]: change}
     changes = {}
-    for lam, gam, names in zip(change.lam, change.gam, places, strict=True):
+    for of_expert, names in zip(change.of_experts(), places, strict=True):
         end = 0
         for name in names:
             rows = slice(end, end := end + checkpoint.tensors[name].shape[0])
-            changes[name] = change._replace(lam=lam, gam=gam, rows=rows)
+            changes[name] = of_expert._replace(rows=rows)
     return changes
 
 

@@ -27,6 +27,7 @@ class AdaptedLayer(KeepsWeight):
     _modules: dict[str, Any]
     in_features: int
     out_features: int
+    experts: tuple[int, ...] = ()  # how many, if the weight is a stack
     fan_in_fan_out: bool
     scaling: dict[str, float]
     input_scales: dict[str, Tensor]
@@ -62,8 +63,9 @@ class AdaptedLayer(KeepsWeight):
     def set_input_scale(self, adapter: str, input_scale: Tensor | None) -> None:
         """Multiplies the adapter's inputs by a vector (in_features,) from now on; None by none.
 
-        Equivalent to ``dW @ diag(input_scale)`` for dW. Raises TypeError or ValueError, as
-        `Basis`, if it does not fit; RuntimeError if the adapter is merged.
+        A stack of experts also takes one for each, (experts, in_features). Equivalent to
+        ``dW @ diag(input_scale)`` for dW. Raises TypeError or ValueError, as `Basis`, if it does
+        not fit; RuntimeError if the adapter is merged.
         """
         self._check_names("adapter", [adapter])
         if adapter in self.merged_adapters:
@@ -71,7 +73,7 @@ class AdaptedLayer(KeepsWeight):
         if input_scale is None and adapter not in self.input_scales:
             return
         device = self.randlora_lambda[adapter].device
-        basis = self.basis_of(adapter, device).with_input_scale(input_scale)
+        basis = self.basis_of(adapter, device).with_input_scale(input_scale, self.experts)
         self.input_scales.pop(adapter, None)
         if basis.input_scale is not None:
             self.input_scales[adapter] = basis.input_scale
@@ -93,7 +95,7 @@ class AdaptedLayer(KeepsWeight):
         dcp.load writes into them.
         """
         return {
-            name: self.input_scales.get(name, torch.ones(self.in_features)).clone()
+            name: self.input_scales.get(name, torch.ones(*self.experts, self.in_features)).clone()
             for name, lam in self.randlora_lambda.items()
             if self.basis_of(name, lam.device).takes_input_scale
         }

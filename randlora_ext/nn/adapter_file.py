@@ -41,8 +41,8 @@ class AdapterFile:
     # [in_features, out_features, transposed, experts] by the parameter's name.
     layers: dict[str, list]
     # PATH.randlora_lambda (r, n), PATH.randlora_gamma (n, d) and, if calibrated,
-    # PATH.randlora_input_scale (in_features,), of experts (experts, r, n) and (experts, n, d); and
-    # other parameters that were trained.
+    # PATH.randlora_input_scale (in_features,), each with a first dimension `experts` if it has
+    # any; and other parameters that were trained.
     tensors: dict[str, Tensor]
 
     def __post_init__(self) -> None:
@@ -55,9 +55,10 @@ class AdapterFile:
             check_diagonals(at, self.tensors, basis.r, basis.d, self.layers[at][3:])
 
     def basis_of(self, at: str) -> Basis:
-        (n_in, n_out, *_), key = self.layers[at], BasisDescription.parse(self.basis)
+        (n_in, n_out, _, *experts), key = self.layers[at], BasisDescription.parse(self.basis)
+        basis = Basis(n_in, n_out, self.r, key.density, key.seed, key.kind)
         scale = self.tensors.get(f"{at}.{INPUT_SCALE}")
-        return Basis(n_in, n_out, self.r, key.density, key.seed, key.kind, scale)
+        return basis if scale is None else basis.with_input_scale(scale, (*experts,))
 
     @property
     def others(self) -> dict[str, Tensor]:
@@ -114,7 +115,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
     tensors = {name: full_tensor(t.detach()).contiguous().clone() for name, t in own.items()}
     sizes = {
         at: [m.in_features, m.out_features]
-        + ([m.transposed, m.experts] if isinstance(m, RandLoraParameter) else [m.fan_in_fan_out])
+        + ([m.transposed, *m.experts] if isinstance(m, RandLoraParameter) else [m.fan_in_fan_out])
         for at, m in layers.items()
     }
     said = json.dumps({"adapter_name": adapter_name, **options, "layers": sizes})

@@ -30,7 +30,6 @@ class AdaptedParameter(AdaptedLayer):
     """
 
     parameter_name: str
-    experts: int
     transposed: bool
     _names: Any  # gives the adapters to add now
 
@@ -38,7 +37,8 @@ class AdaptedParameter(AdaptedLayer):
         """Finds them; returns what stands for `base_layer` where a linear layer is expected."""
         self.parameter_name = parameter_name
         base = innermost(base_layer)
-        n_in, n_out, self.transposed, self.experts = sizes_of(base, parameter_name)
+        n_in, n_out, self.transposed, count = sizes_of(base, parameter_name)
+        self.experts = (count,)
         like = nn.Linear(n_in, n_out, bias=False, device="meta")
         like.__dict__[parameter_name] = getattr(base, parameter_name)  # not registered twice
         return like
@@ -47,7 +47,7 @@ class AdaptedParameter(AdaptedLayer):
         """Gives every expert a copy of the adapter's lambda and gamma."""
         for diagonals in (getattr(self, name) for name in DIAGONALS):
             one = diagonals[adapter]
-            stack = one.detach().repeat(self.experts, 1, 1)
+            stack = one.detach().repeat(*self.experts, 1, 1)
             diagonals[adapter] = nn.Parameter(stack, one.requires_grad)
 
     def get_base_layer(self) -> Any:
@@ -83,7 +83,7 @@ class AdaptedParameter(AdaptedLayer):
     def _plus_delta(self, name: str, weight: Tensor | None, lam: Tensor, gam: Tensor) -> Tensor:
         """W + dW in the dtype of W, or dW in that of lambda, in the shape of W."""
         basis, shape = self.basis_of(name, lam.device), self._base_weight().shape
-        stack = None if weight is None else weight.reshape(self.experts, *shape[-2:])
+        stack = None if weight is None else weight.reshape(*self.experts, *shape[-2:])
         *signs, expand, scale = hadamard.operands(basis, lam.device, self.scaling[name])
         operands = *signs, expand != self.transposed, scale
         return hadamard.weight(stack, lam, gam, *operands).view(shape)
@@ -94,7 +94,7 @@ class AdaptedParameter(AdaptedLayer):
         return laid_out_like(delta, self._base_weight())
 
     def describe(self, adapter: str) -> str:
-        return f"{self.parameter_name} of {self.experts} experts, {super().describe(adapter)}"
+        return f"{self.parameter_name} of {self.experts[0]} experts, {super().describe(adapter)}"
 
 
 class RandLoraParameter(AdaptedParameter, RandLoraLinear):
@@ -103,8 +103,8 @@ class RandLoraParameter(AdaptedParameter, RandLoraLinear):
     Args:
         base_layer: the module, or a `RandLoraParameter` of another parameter of it.
         parameter_name: of a parameter as `AdaptedParameter` has it.
-        **options: r, randlora_alpha, seed, adapter_name and input_scale, which all experts share,
-            of `RandLoraLinear`.
+        **options: r, randlora_alpha, seed, adapter_name and input_scale (in_features,) or
+            (experts, in_features) of `RandLoraLinear`.
 
     Raises TypeError or ValueError, naming the argument.
     """

@@ -141,7 +141,10 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         if basis is not None:
             check_kind("basis", basis)
         sizes = self.in_features, self.out_features, r
-        bases = Basis(*sizes, density, seed, basis, input_scale).canonical()
+        bases = Basis(*sizes, density, seed, basis)
+        if input_scale is not None:
+            bases = bases.with_input_scale(input_scale, self.experts)
+        bases = bases.canonical()
         if r > bases.d:
             warnings.warn(more_than_d(r, bases.d), stacklevel=3)
 

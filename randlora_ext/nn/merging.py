@@ -1,5 +1,6 @@
 """Merging adapters into the weight of a base layer, and taking them out again, bit for bit."""
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -147,7 +148,7 @@ class KeepsWeight(_Layer):
         weight: Any = self._held_weight()
         if not weight.is_floating_point():
             raise TypeError(f"base_layer.weight must be floating point, got {weight.dtype}")
-        if weight.numel() != self.in_features * self.out_features * getattr(self, "experts", 1):
+        if weight.numel() != math.prod((*self.experts, self.in_features, self.out_features)):
             raise RuntimeError(
                 f"base_layer.weight is {tuple(weight.shape)} here and lies elsewhere (DeepSpeed "
                 "ZeRO-3?); merge inside deepspeed.zero.GatheredParameters(layer.parameters(), "

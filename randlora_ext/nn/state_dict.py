@@ -61,7 +61,7 @@ def refuse(module: nn.Module, problems: Iterable[str]) -> None:
 def _misfits(layer: Any, state_dict: dict[str, Tensor], prefix: str) -> Iterator[str]:
     merged, base = getattr(layer, "merged_adapters", []), layer.base_layer
     own: dict[str, Tensor] = {}
-    like = torch.empty(layer.in_features, device="meta")
+    like = torch.empty(*getattr(layer, "experts", ()), layer.in_features, device="meta")
     for name in layer.randlora_lambda:
         own |= {f"{prefix}{kind}.{name}": getattr(layer, kind)[name] for kind in DIAGONALS}
         own[f"{prefix}{INPUT_SCALE}.{name}"] = like

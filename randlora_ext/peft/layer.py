@@ -88,7 +88,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         sizes = self.in_features, self.out_features, self.r[adapter]
         basis = layer_basis(A[adapter], B[adapter], *sizes, served)
         if adapter in self.input_scales:
-            basis = basis.with_input_scale(self.input_scales[adapter])
+            basis = basis.with_input_scale(self.input_scales[adapter], self.experts)
         if not served and basis.is_dense and isinstance(A[adapter], BasisTensor):
             warnings.warn(
                 "RandLoRA layers multiply by dense bases: there are no randlora_ext kernels for "

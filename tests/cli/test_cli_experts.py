@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from cli_helpers import refused, run
-from expert_models import EXPERTS, MODELS, make
+from expert_models import EXPERTS, MODELS, make, with_scales
 from peft_helpers import adapted, randomize
 from safetensors.torch import load_file, save_file
 
@@ -20,11 +20,12 @@ def test_merge(name, own, tmp_path):
     base.save_pretrained(tmp_path / "base")
     if own:
         model = randomize(apply_randlora(base, ["o_proj"], target_parameters=EXPERTS, r=4))
+        with_scales(model)
         save_adapter(model, tmp_path / "adapter")
         wanted = merge_and_unload(model)
     else:
         chosen = {"basis": "hadamard", "target_parameters": EXPERTS[::-1]}
-        model = adapted(base, [], 4, **chosen)
+        model = with_scales(adapted(base, [], 4, **chosen))
         model.save_pretrained(tmp_path / "adapter")
         wanted = model.merge_and_unload()
     code, _, err = run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")

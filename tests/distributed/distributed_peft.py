@@ -182,18 +182,31 @@ def check_tensor_parallelism_is_refused(place: Place):
 def check_experts(place: Place):
     """Training, the adapter's file and merging of ``target_parameters`` as of one process."""
     chosen = {"basis": "hadamard", "targets": [], "target_parameters": EXPERTS}
-    reference, model = (adapted(make_experts("Mixtral"), r=4, **chosen) for _ in range(2))
+    reference, model, ddp = (
+        randomize(adapted(make_experts("Mixtral"), r=4, **chosen), size=0) for _ in range(3)
+    )
+    data = experts_batch()
+    own, both = slice(place.rank, place.rank + 1), slice(None)
+    of = lambda rows: {name: value[rows] for name, value in data.items()}  # noqa: E731
+    randlora_ext.calibrate(reference, [of(both)] * 4)
+    randlora_ext.calibrate(ddp, [of(own)] * 4)
+    ddp = DistributedDataParallel(ddp)
     for block in model.base_model.model.model.layers:
         fully_shard(block)
     fully_shard(model)
-    data = experts_batch()
-    for each, rows in ((reference, slice(None)), (model, slice(place.rank, place.rank + 1))):
+    randlora_ext.calibrate(model, [of(own)] * 4)
+    for each in (ddp, model):
+        for scale, want in zip(scales(each), scales(reference), strict=True):
+            assert scale.shape[0] == 4
+            torch.testing.assert_close(scale, want)
+    for each, rows in ((reference, both), (model, own), (ddp, own)):
         optimizer = adam(each)
         for _ in range(3):
-            each(**{name: value[rows] for name, value in data.items()}).loss.backward()
+            each(**of(rows)).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    same_parameters(model, reference, **LIMITS)
+    for each in (model, ddp.module):
+        same_parameters(each, reference, **LIMITS)
     full = StateDictOptions(full_state_dict=True)
     wanted, before = model(**data).logits, get_model_state_dict(model, options=full)
     before = {name: value.clone() for name, value in before.items()}

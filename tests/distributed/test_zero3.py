@@ -8,7 +8,7 @@ import torch
 from layer_helpers import make_base
 from torch import nn
 
-from randlora_ext import RandLoraLinear
+from randlora_ext import RandLoraLinear, apply_randlora
 
 SIZES = 24, 40
 
@@ -56,3 +56,24 @@ def test_merging_wants_the_weight():
     torch.testing.assert_close(made(x), want)
     made.unmerge()
     torch.testing.assert_close(made(x), want)
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(3, 16, 24))
+
+    def forward(self, x):
+        return torch.einsum("ti,eoi->teo", x, self.experts)
+
+
+def test_experts_wait_for_their_weight():
+    model, x = nn.Sequential(Experts()), torch.randn(2, 24)
+    want = model(x)
+    held = {model[0].experts: partition(model[0].experts)}
+    apply_randlora(model, target_parameters=["0.experts"], r=5)
+    assert model[0].randlora_lambda["default"].shape == (3, 5, 4)
+    with pytest.raises(RuntimeError, match="experts is not whole here .* DeepSpeed ZeRO-3"):
+        model(x)
+    gather(held)
+    torch.testing.assert_close(model(x), want)

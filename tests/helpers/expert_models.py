@@ -44,6 +44,17 @@ def logits(model):
         return model.eval()(**batch()).logits
 
 
+def with_scales(model, own=True):
+    """The model, whose layers of experts have random input scales: one each, or one for all."""
+    generator = torch.Generator().manual_seed(2)
+    for layer in model.modules():
+        if hasattr(layer, "input_scales") and layer.experts:
+            sizes = *(layer.experts if own else ()), layer.in_features
+            scale = torch.rand(sizes, generator=generator) + 0.5
+            layer.set_input_scale("default", scale)
+    return model
+
+
 def train(model, steps=20):
     """The losses of these steps."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

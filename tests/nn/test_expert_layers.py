@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from expert_models import EXPERTS, MODELS, batch, logits, make, train
+from expert_models import EXPERTS, MODELS, batch, logits, make, train, with_scales
 from torch import nn
 
 from randlora_ext import (
@@ -84,14 +84,18 @@ def test_a_second_adapter(tmp_path):
     assert torch.equal(logits(model), y)
 
 
+@pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("name", ["Qwen3Moe", "GptOss"])
-def test_all_experts_may_share_an_input_scale(name, tmp_path):
+def test_experts_have_input_scales_of_their_own_or_one_for_all(name, own, tmp_path):
     model = randomize(applied(name, target_parameters=EXPERTS[::-1]))
-    for layer in layers(model):
-        plain, scale = layer.get_delta_weight("default"), torch.rand(layer.in_features) + 0.5
-        layer.set_input_scale("default", scale)
-        by_hand = plain * (scale[:, None] if layer.transposed else scale)
+    plain = [layer.get_delta_weight("default") for layer in layers(model)]
+    for layer, delta in zip(layers(with_scales(model, own)), plain, strict=True):
+        scale = layer.input_scales["default"]
+        assert scale.shape == (4, layer.in_features) and own != torch.equal(scale[0], scale[1])
+        by_hand = delta * (scale[..., None] if layer.transposed else scale[..., None, :])
         torch.testing.assert_close(layer.get_delta_weight("default"), by_hand)
+        with pytest.raises(ValueError, match=r"must be \(experts, in_features\) = \(4, "):
+            layer.set_input_scale("default", scale[:3])
     y = logits(model)
     save_adapter(model, tmp_path / "adapter")
     opened = load_adapter(make(name), tmp_path / "adapter")

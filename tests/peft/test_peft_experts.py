@@ -225,13 +225,70 @@ def test_refused_uses(tmp_path):
         peft.convert_to_lora(model, rank=4)
     with pytest.raises(ValueError, match="adapter_names cannot choose among adapters of target_p"):
         model.eval()(**batch(), adapter_names=["default"] * 2)
-    with pytest.raises(ValueError, match="no active adapter on Hadamard bases"):
-        calibrate(model, [batch()])
-    with pytest.warns(UserWarning, match="target_parameters stay as they are"):
-        calibrate(both := randomize(moe(targets=["q_proj"]), size=0), [batch()])
-    assert [bool(layer.input_scales) for layer in layers(both)] == [True, False, False] * 2
     with pytest.raises(RuntimeError, match="torch.jit.trace cannot record"):
         torch.jit.trace(wrappers(model)[0], torch.ones(2, 32))
+
+
+def scales(model):
+    return [layer.input_scales["default"] for layer in layers(model)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_calibrated(name, tmp_path):
+    """A vector for each expert, the same however the experts are computed."""
+    model = randomize(moe(name, targets=["q_proj"] if name == "Mixtral" else []), size=0)
+    model.set_experts_implementation("eager")
+    many = {"input_ids": batch()["input_ids"].repeat(8, 1)}
+    calibrate(model, [many])
+    found = scales(model)
+    model.set_experts_implementation("grouped_mm")
+    calibrate(model, [many])
+    for one, other, layer in zip(found, scales(model), layers(model), strict=True):
+        assert one.shape == (*layer.experts, layer.in_features)
+        assert not layer.experts or not torch.equal(one[0], one[1])
+        torch.testing.assert_close(one, other)
+    model.set_experts_implementation("batched_mm")  # copies the matrices that it multiplies by
+    with pytest.warns(UserWarning, match="experts.*saw no token and stays as it was"):
+        calibrate(model, [many])
+    plain = {layer: layer.get_delta_weight("default") for layer in layers(randomize(model))}
+    for layer, before in plain.items():
+        scale = layer.input_scales["default"]
+        layer.set_input_scale("default", None)
+        without = layer.get_delta_weight("default")
+        stored = scale[..., None] if getattr(layer, "transposed", False) else scale[..., None, :]
+        torch.testing.assert_close(before, (without * stored).view(before.shape))
+        layer.set_input_scale("default", scale)
+    y = logits(model)
+    model.save_pretrained(tmp_path)
+    opened = peft.PeftModel.from_pretrained(make(name), tmp_path)
+    assert all(map(torch.equal, scales(opened), scales(model)))
+    torch.testing.assert_close(logits(opened), y)
+    with pytest.raises(ValueError, match=r"has trained .its lambda is not zero"):
+        calibrate(model, [many])
+
+
+def test_an_expert_that_sees_few_tokens_takes_the_vector_of_all():
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = torch.nn.Parameter(torch.randn(3, 16, 24))
+
+        def forward(self, *rows):
+            return [x @ w.T for x, w in zip(rows, self.up, strict=True)]
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(Own())
+    randomize(adapted(net, [], 4, basis="hadamard", target_parameters=["0.up"]), size=0)
+    rows = [torch.randn(count, 24) * torch.rand(24) for count in (40, 50, 31)]
+    calibrate(net[0], [tuple(rows)])
+
+    def expected(x):
+        rms = x.double().square().mean(0).sqrt()
+        scale = 1 / (rms + 0.1 * rms.median())
+        return (scale / scale.square().mean().sqrt()).float()
+
+    want = torch.stack([*map(expected, rows[:2]), expected(torch.cat(rows))])
+    torch.testing.assert_close(net[0].input_scales["default"], want)
 
 
 def test_a_matrix_and_a_module_of_ones_own():
@@ -251,7 +308,7 @@ def test_a_matrix_and_a_module_of_ones_own():
     chosen = {"basis": "hadamard", "target_parameters": ["0.matrix", "0.experts"]}
     model, x = adapted(net, [], 4, **chosen), torch.randn(5, 24, dtype=torch.bfloat16)
     y, (outer, inner) = model(x), (net[0], net[0].base_layer)
-    assert (outer.experts, inner.experts) == (1, 3)
+    assert (outer.experts, inner.experts) == ((1,), (3,))
     own = outer.get_base_layer()
     with torch.no_grad():
         for layer in (outer, inner):
