@@ -118,34 +118,60 @@ struct HadamardAdd {
   bool accumulate;
 };
 
-// out = base + scale * dW, or scale * dW without a base, rounded once to `dtype`.
-struct HadamardWeight {
+// Experts that share the signs col and the sizes: their matrices lie one behind the other, and
+// those of s and row too, `next_s` and `next_row` numbers apart, or 0 if all have the same.
+struct HadamardExperts {
   HadamardSizes sizes;
+  int64_t experts;
   const void *lam, *gam;  // compute type
   const float *s, *row, *col;
-  const void* base;  // like out, or null
-  void* out;         // (D, d), or (d, D) if `transposed`
+  int64_t next_s, next_row;
   DType dtype;
   double scale;
-  bool transposed;
+  bool transposed;  // dW is (d, D) instead of (D, d)
+
+  RANDLORA_HD_MEMBER DType compute() const { return dtype == DType::f64 ? dtype : DType::f32; }
+  RANDLORA_HD_MEMBER void select(int64_t e) {
+    lam = moved(lam, e * sizes.K(), compute()), gam = moved(gam, e * sizes.n * sizes.d, compute());
+    s += e * next_s, row += e * next_row, experts = 1;
+  }
+  template <class P>
+  RANDLORA_HD_MEMBER static P* moved(P* p, int64_t elements, DType dtype) {
+    using Bytes = std::conditional_t<std::is_const_v<P>, const char, char>;
+    return p ? static_cast<Bytes*>(p) + elements * bytes_of(dtype) : nullptr;
+  }
+};
+
+// out = base + scale * dW, or scale * dW without a base, rounded once to `dtype`.
+struct HadamardWeight : HadamardExperts {
+  const void* base;  // like out, or null
+  void* out;
+
+  RANDLORA_HD_MEMBER HadamardWeight expert(int64_t e) const {
+    HadamardWeight p = *this;
+    p.select(e);
+    p.base = moved(base, e * sizes.D * sizes.d, dtype);
+    p.out = moved(out, e * sizes.D * sizes.d, dtype);
+    return p;
+  }
 };
 
 // dlam and dgam from `grad`, the gradient of HadamardWeight's out:
 // with u[c] = sum over o of row[o] H[o, c] grad[o, k] and m the class of column k,
 //   dgam[i, k] = scale * s[k] * sum over j of H[j, m] col lam[j, i] u[j * n + i]
 //   dlam[j, i] = scale * col * sum over k of H[j, m] s[k] gam[i, k] u[j * n + i]
-// CPU only: cards take plain torch.
-struct HadamardWeightBackward {
-  HadamardSizes sizes;
-  const void *lam, *gam;  // compute type
-  const float *s, *row, *col;
-  const void* grad;   // as HadamardWeight's out
+struct HadamardWeightBackward : HadamardExperts {
+  const void* grad;
   void *dlam, *dgam;  // compute type
-  void* sums;         // (slots, K) in the compute type: scratch
-  int64_t slots;      // slot q has the columns from q * d / slots to (q + 1) * d / slots
-  DType dtype;
-  double scale;
-  bool transposed;
+
+  RANDLORA_HD_MEMBER HadamardWeightBackward expert(int64_t e) const {
+    HadamardWeightBackward p = *this;
+    p.select(e);
+    p.grad = moved(grad, e * sizes.D * sizes.d, dtype);
+    p.dlam = moved(dlam, e * sizes.K(), compute());
+    p.dgam = moved(dgam, e * sizes.n * sizes.d, compute());
+    return p;
+  }
 };
 
 }  // namespace randlora

@@ -154,7 +154,8 @@ struct ListsToDense {
   X(hadamard_diagonals, HadamardDiagonals)      \
   X(hadamard_up, HadamardUp)                    \
   X(hadamard_down, HadamardDown)                \
-  X(hadamard_weight, HadamardWeight)
+  X(hadamard_weight, HadamardWeight)            \
+  X(hadamard_weight_backward, HadamardWeightBackward)
 
 // What a macro stands for, as text.
 #define RANDLORA_TEXT_OF(...) #__VA_ARGS__
@@ -168,7 +169,6 @@ struct Kernels {
 #undef RANDLORA_MEMBER
   // Only the CPU has these.
   void (*hadamard_add)(const HadamardAdd&, Runtime&);
-  void (*hadamard_weight_backward)(const HadamardWeightBackward&, Runtime&);
   void (*pack_dense)(const PackDense&, Runtime&);
 };
 

@@ -117,19 +117,22 @@ struct HadamardRow {
 
   RANDLORA_HOST_MEMBER explicit HadamardRow(const HadamardSizes& sizes) : s(sizes) {}
 
-  // Takes scratch memory for all threads, with `more` numbers for each.
-  RANDLORA_HOST_MEMBER void prepare(Runtime& rt, const void* lam_of, const float* col,
-                                    const float* row_of, double scale, int64_t more = 0) {
+  // Takes scratch memory for all threads, with `more` numbers for each and `shared` at the end,
+  // which it returns.
+  RANDLORA_HOST_MEMBER C* prepare(Runtime& rt, const void* lam_of, const float* col,
+                                  const float* row_of, double scale, int64_t more = 0,
+                                  int64_t shared = 0) {
     const int64_t v_length = N + L;  // `flatten` writes a vector past K
     of_thread_ = v_length + s.R() * padded + more;
-    lam =
-        static_cast<C*>(rt.scratch(size_t(K + s.D + 2 * L + rt.width() * of_thread_) * sizeof(C)));
+    const int64_t count = K + s.D + 2 * L + rt.width() * of_thread_;
+    lam = static_cast<C*>(rt.scratch(size_t(count + shared) * sizeof(C)));
     row = lam + K + L;
     v = row + s.D + L;
     mixed = v + v_length;
     for (int64_t c = 0; c < K; ++c) lam[c] = static_cast<const C*>(lam_of)[c] * C(col[c]);
     for (int64_t o = 0; o < s.D; ++o) row[o] = C(scale) * C(row_of[o]);
     for (int64_t l = 0; l < L; ++l) lam[K + l] = row[s.D + l] = 0;
+    return lam + count;
   }
   // fn(row with its own memory, begin, end) over shares of [0, count), one for each thread.
   template <class F>
@@ -283,20 +286,26 @@ void hadamard_add_as(const HadamardAdd& p, Runtime& rt) {
   });
 }
 
+// Columns of a tile, a few vectors. The wider it is, the more of a page of W is read at once; it
+// should stay in the L2 cache. `rows` is their length.
+template <class C>
+RANDLORA_INLINE int64_t tile_width(bool transposed, int64_t rows) {
+  constexpr int L = kVectorBytes / int(sizeof(C));
+  const int64_t kB = rows * int64_t(sizeof(C)) >> 10;
+  return transposed || kB > 16 ? L : kB > 8 ? 2 * L : 4 * L;
+}
+
 template <class S>
-void hadamard_weight_as(const HadamardWeight& p, Runtime& rt) {
+void weight_of_expert(const HadamardWeight& p, Runtime& rt) {
   using C = ComputeOf<S>;
   using Row = HadamardRow<C>;
   using V = typename Row::V;
   constexpr int L = Row::L;
   Row all(p.sizes);
   const int64_t n = p.sizes.n, D = p.sizes.D, d = p.sizes.d;
-  // A tile holds a few vectors of columns k of M as its rows, which are not a power of two apart.
-  // The wider it is, the more of a page of W is read at once; it should stay in the L2 cache.
-  const int64_t of_gamma = n + L, step = all.N + 2 * L;
-  const int64_t kB = all.N * int64_t(sizeof(C)) >> 10, width = p.transposed || kB > 16 ? L
-                                                               : kB > 8                ? 2 * L
-                                                                                       : 4 * L;
+  // A tile holds columns k of M as its rows, which are not a power of two apart.
+  const int64_t of_gamma = n + L, step = all.N + 2 * L,
+                width = tile_width<C>(p.transposed, all.N);
   all.prepare(rt, p.lam, p.col, p.row, p.scale, width * (of_gamma + step));
   const C* gam = static_cast<const C*>(p.gam);
   const S* base = static_cast<const S*>(p.base);
@@ -343,30 +352,30 @@ void hadamard_weight_as(const HadamardWeight& p, Runtime& rt) {
 }
 
 template <class S>
-void hadamard_weight_backward_as(const HadamardWeightBackward& p, Runtime& rt) {
+void weight_backward_of_expert(const HadamardWeightBackward& p, Runtime& rt) {
   using C = ComputeOf<S>;
   using Row = HadamardRow<C>;
   using V = typename Row::V;
   constexpr int L = Row::L;
   Row all(p.sizes);
   const int64_t n = p.sizes.n, r = p.sizes.r, D = p.sizes.D, d = p.sizes.d;
-  // As in hadamard_weight_as; here a tile's rows are columns of grad.
-  const int64_t of_gamma = n + L, step = p.transposed ? 0 : D + 2 * L, numbers = r * all.padded;
-  const int64_t kB = D * int64_t(sizeof(C)) >> 10, width = p.transposed || kB > 16 ? L
-                                                           : kB > 8                ? 2 * L
-                                                                                   : 4 * L;
+  // As in weight_of_expert; here a tile's rows are columns of grad. A slot has the columns from
+  // slot * d / slots to (slot + 1) * d / slots.
+  const int64_t of_gamma = n + L, step = p.transposed ? 0 : D + 2 * L, numbers = r * all.padded,
+                width = tile_width<C>(p.transposed, D), slots = d < 1024 ? (d + 63) / 64 : 16;
   rt.set_single(d * all.N < kHadamardOneThread);
-  all.prepare(rt, p.lam, p.col, p.row, p.scale, numbers + width * (of_gamma + step));
+  C* sums = all.prepare(rt, p.lam, p.col, p.row, p.scale, numbers + width * (of_gamma + step),
+                        slots * r * n);
   const C* gam = static_cast<const C*>(p.gam);
   const S* grad = static_cast<const S*>(p.grad);
   C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
-  all.split(rt, p.slots, [&](const Row& row, int64_t begin, int64_t end) {
+  all.split(rt, slots, [&](const Row& row, int64_t begin, int64_t end) {
     C *sum = row.more(), *gamma = sum + numbers, *tile = gamma + width * of_gamma;
     int64_t m = -1;
     for (int64_t slot = begin; slot < end; ++slot) {
       __builtin_memset(sum, 0, size_t(numbers) * sizeof(C));
-      const int64_t last = (slot + 1) * d / p.slots;
-      for (int64_t k0 = slot * d / p.slots; k0 < last; k0 += width) {
+      const int64_t last = (slot + 1) * d / slots;
+      for (int64_t k0 = slot * d / slots; k0 < last; k0 += width) {
         const int64_t columns = last - k0 < width ? last - k0 : width;
         for (int64_t i = 0; i < n; ++i)
           for (int64_t k = 0; k < columns; ++k)
@@ -400,17 +409,25 @@ void hadamard_weight_backward_as(const HadamardWeightBackward& p, Runtime& rt) {
           for (int64_t k = 0; k < columns; ++k)
             dgam[i * d + k0 + k] = gamma[k * of_gamma + i] * C(p.s[k0 + k]);
       }
-      C* to = static_cast<C*>(p.sums) + slot * r * n;
+      C* to = sums + slot * r * n;
       for (int64_t j = 0; j < r; ++j)
         __builtin_memcpy(to + j * n, sum + j * row.padded, size_t(n) * sizeof(C));
     }
   });
   for (int64_t c = 0; c < r * n; ++c) {
     C total = 0;
-    for (int64_t slot = 0; slot < p.slots; ++slot)
-      total += static_cast<const C*>(p.sums)[slot * r * n + c];
+    for (int64_t slot = 0; slot < slots; ++slot) total += sums[slot * r * n + c];
     dlam[c] = total * C(p.col[c]);
   }
+}
+
+template <class S>
+void hadamard_weight_as(const HadamardWeight& p, Runtime& rt) {
+  for (int64_t e = 0; e < p.experts; ++e) weight_of_expert<S>(p.expert(e), rt);
+}
+template <class S>
+void hadamard_weight_backward_as(const HadamardWeightBackward& p, Runtime& rt) {
+  for (int64_t e = 0; e < p.experts; ++e) weight_backward_of_expert<S>(p.expert(e), rt);
 }
 
 template <class S>

@@ -13,8 +13,7 @@ namespace randlora::RANDLORA_ISA {
 const Kernels& kernels() {
 #define RANDLORA_FUNCTION(name, Operator) name,
   static constexpr Kernels table = {RANDLORA_TEXT(RANDLORA_ISA),
-                                    RANDLORA_OPERATORS(RANDLORA_FUNCTION) hadamard_add,
-                                    hadamard_weight_backward, pack_dense};
+                                    RANDLORA_OPERATORS(RANDLORA_FUNCTION) hadamard_add, pack_dense};
 #undef RANDLORA_FUNCTION
   return table;
 }

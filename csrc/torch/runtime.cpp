@@ -88,6 +88,7 @@ void TorchRuntime::run(int slots, void (*task)(void*, int), void* arg) {
 }
 
 void* TorchRuntime::scratch(size_t bytes) {
+  if (block_) kept_blocks.give_back(*std::exchange(block_, std::nullopt));
   block_ = kept_blocks.take(static_cast<int64_t>(bytes));
   return block_->mutable_data_ptr();
 }

@@ -9,6 +9,8 @@ input side. Devices without our kernels, and cards with too little shared memory
 the same steps in plain torch.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -60,7 +62,7 @@ class Weight(Operator):
 
 @fake
 def hadamard_weight(weight, lam, gam, s, row, col, expand, scale):
-    D, d = row.shape[0], s.shape[0]
+    D, d = row.shape[-1], s.shape[-1]
     sizes = *lam.shape[:-2], *((D, d) if expand else (d, D))
     return (lam if weight is None else weight).new_empty(sizes)
 
@@ -174,11 +176,17 @@ def _plain_linear_backward(
     return dx, dlam, dgam
 
 
+def _each(lam: Tensor, *tensors: Tensor | None) -> Iterator[tuple]:
+    """Every expert's part of these tensors; None and vectors are for all."""
+    for_all = (t is None or t.dim() == 1 for t in tensors)
+    parts = ([t] * len(lam) if one else t for t, one in zip(tensors, for_all, strict=True))
+    return zip(*parts, strict=True)
+
+
 def _plain_weight(weight, lam, gam, s, row, col, expand, scale):
     if lam.dim() == 3:
-        weights = [None] * len(lam) if weight is None else weight
-        parts = zip(weights, lam, gam, strict=True)
-        return torch.stack([_plain_weight(*part, s, row, col, expand, scale) for part in parts])
+        parts = _each(lam, weight, lam, gam, s, row)
+        return torch.stack([_plain_weight(*part, col, expand, scale) for part in parts])
     like = lam if weight is None else weight
     sizes = (len(row), len(s)) if expand else (len(s), len(row))
     if weight is not None and tuple(weight.shape) != sizes:
@@ -192,22 +200,18 @@ def _plain_weight(weight, lam, gam, s, row, col, expand, scale):
 
 
 def _plain_weight_backward(grad, lam, gam, s, row, col, expand, scale):
-    """A few experts at a time: cards take this, and launches cost more than memory."""
-    columns = (grad.mT if expand else grad).reshape(-1, len(s), len(row))
-    lams, gams = lam.reshape(-1, *lam.shape[-2:]), gam.reshape(-1, *gam.shape[-2:])
-    p = _Plain(columns[0], None, None, lams[0], gams[0], s, row, col, False, scale)
-    j, k = (torch.arange(count, device=s.device) for count in (p.r, p.d))
+    if lam.dim() == 3:
+        parts = _each(lam, grad, lam, gam, s, row)
+        results = [_plain_weight_backward(*part, col, expand, scale) for part in parts]
+        return tuple(map(torch.stack, zip(*results, strict=True)))
+    y = grad.T if expand else grad
+    p = _Plain(y, None, None, lam, gam, s, row, col, False, scale)
     # Column k of B (lambda * A * gamma) meets one column of H: that of its class.
-    of_class = sylvester(k // p.n, j).to(p.wide)[:, :, None]
-    signs, results = p.col.view(p.r, p.n), []
-    few = max(1, 2**24 // (p.d * p.N))
-    for y, lam_of, gam_of in zip(*(t.split(few) for t in (columns, lams, gams)), strict=True):
-        u = p.u(y.flatten(0, 1)).unflatten(0, (-1, p.d)) * of_class  # (experts, d, r, n)
-        dlam = torch.einsum("ekji,eik->eji", u, gam_of.to(p.wide) * p.s) * signs
-        dgam = torch.einsum("ekji,eji->eik", u, lam_of.to(p.wide) * signs) * p.s
-        results.append((dlam * p.scale, dgam * p.scale))
-    dlam, dgam = map(torch.cat, zip(*results, strict=True))
-    return dlam.to(lam.dtype).view(lam.shape), dgam.to(gam.dtype).view(gam.shape)
+    j, k = (torch.arange(count, device=s.device) for count in (p.r, p.d))
+    u = p.u(y) * sylvester(k // p.n, j).to(p.wide)[:, :, None]  # (d, r, n)
+    dlam = torch.einsum("kji,ik->ji", u, gam.to(p.wide) * p.s) * p.col.view(p.r, p.n)
+    dgam = torch.einsum("kji,ji->ik", u, p.lam) * p.s
+    return (dlam * p.scale).to(lam.dtype), (dgam * p.scale).to(gam.dtype)
 
 
 torch.library.impl("randlora::hadamard_weight", "default", _plain_weight)

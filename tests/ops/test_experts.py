@@ -13,27 +13,36 @@ ops = torch.ops.randlora
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
 
-def problem(shape, dtype, transposed=False, experts=3):
+def problem(shape, dtype, transposed=False, experts=3, own="none"):
+    """Of every expert, its bases; then the operands. `own`: which signs each expert has itself."""
     torch.manual_seed(0)
     n_in, n_out, r = shape
-    basis = Basis(*shape, seed=3, input_scale=torch.rand(n_in) + 0.5)
+    scales = torch.rand(1 if own == "none" else experts, n_in) + 0.5
+    bases = [Basis(*shape, seed=3, input_scale=scale) for scale in scales.expand(experts, -1)]
+    basis = bases[0]
     wide = torch.promote_types(dtype, torch.float32)
     lam, gam = torch.randn(experts, r, basis.n), torch.randn(experts, basis.n, basis.d)
     lam, gam = (t.to(wide).requires_grad_() for t in (lam, gam))
     W = torch.randn(experts, *((n_in, n_out) if transposed else (n_out, n_in))).to(dtype)
-    *signs, expand, scale = hadamard.operands(basis, W.device, 2.0)
-    return basis, W, lam, gam, (*signs, expand != transposed, scale)
+    s, row, col, expand, scale = hadamard.operands(basis, W.device, 2.0)
+    if own == "both" or (own == "input" and expand):
+        s = torch.stack([b.packed()[0] for b in bases])
+    if own == "both" or (own == "input" and not expand):
+        row = torch.stack([b.packed()[1] for b in bases])
+    return bases, W, lam, gam, (s, row, col, expand != transposed, scale)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("own", ["none", "input", "both"])
 @pytest.mark.parametrize("shape", [(9, 5, 2), (5, 9, 2), (16, 16, 3), (37, 300, 5), (700, 100, 8)])
-def test_against_the_reference(shape, dtype, transposed):
-    basis, W, lam, gam, operands = problem(shape, dtype, transposed)
-    A, B = basis.dense(dtype=torch.float64)
+def test_against_the_reference(shape, own, dtype, transposed):
+    bases, W, lam, gam, operands = problem(shape, dtype, transposed, own=own)
     leaves = [t.detach().double().requires_grad_() for t in (lam, gam)]
-    each = zip(*leaves, strict=True)
-    dW = torch.stack([delta_weight_reference(A, B, *e, 2.0, shape[1], shape[0]) for e in each])
+    dense = [basis.dense(dtype=torch.float64) for basis in bases]
+    each = zip(dense, *leaves, strict=True)
+    dW = [delta_weight_reference(*AB, *of, 2.0, shape[1], shape[0]) for AB, *of in each]
+    dW = torch.stack(dW)
     want = W.double() + (dW.mT if transposed else dW)
     grad = torch.randn_like(W)
     grad[1] = 0  # no token has visited this expert
@@ -54,7 +63,7 @@ def test_against_the_reference(shape, dtype, transposed):
 
 
 def test_as_torch_wants_it(one_thread):
-    _, W, lam, gam, operands = problem((5, 9, 2), torch.float64)
+    _, W, lam, gam, operands = problem((5, 9, 2), torch.float64, own="both")
     torch.library.opcheck(ops.hadamard_weight.default, (W, lam, gam, *operands))
     arguments = W, lam.detach(), gam.detach(), *operands
     torch.library.opcheck(ops.hadamard_weight_backward.default, arguments)
@@ -77,6 +86,16 @@ def test_the_same_for_any_number_of_threads():
     assert all(map(torch.equal, *results))
 
 
+def test_stacks_that_are_not_contiguous():
+    _, W, lam, gam, operands = problem((37, 30, 5), torch.float32, own="both")
+    apart = [t.detach().mT.contiguous().mT for t in (W, lam, gam)]
+    assert not any(t.is_contiguous() for t in apart)
+    together = [t.contiguous() for t in apart]
+    assert torch.equal(*(ops.hadamard_weight(*each, *operands) for each in (apart, together)))
+    results = (ops.hadamard_weight_backward(*each, *operands) for each in (apart, together))
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize(
     "name, shape, told",
     [
@@ -85,11 +104,26 @@ def test_the_same_for_any_number_of_threads():
         ("weight", (3, 5, 9), "weight must be (out, in) = (9, 5), got (5, 9)"),
         ("weight", (2, 9, 5), "weight must be (experts, out, in) = (3, 9, 5), got (2, 9, 5)"),
         ("weight", (9, 5), "weight must be (experts, out, in) = (3, 9, 5), got (9, 5)"),
+        ("s", (2, 5), "s must be (d), or contiguous (experts, d) with experts = 3, got (2, 5)"),
+        ("row", (2, 9), "row must be (D), or contiguous (experts, D) with experts = 3, got (2, 9)"),
+        ("s", (3, 4), "s must have d = 5 numbers for gam (3, 5) float32 on cpu, got (4)"),
+        ("row", (1, 3, 9), "row must be a contiguous float32 tensor (D), got (1, 3, 9)"),
+        ("col", (3, 6), "col must be a contiguous float32 tensor (K), got (3, 6)"),
     ],
 )
 def test_errors(name, shape, told):
     _, W, lam, gam, operands = problem((5, 9, 2), torch.float32)
-    arguments = {"weight": W, "lam": lam, "gam": gam} | {name: torch.ones(shape)}
+    s, row, col, *rest = operands
+    arguments = {"weight": W, "lam": lam, "gam": gam, "s": s, "row": row, "col": col}
+    arguments[name] = torch.ones(shape)
     with pytest.raises(RuntimeError) as error:
-        ops.hadamard_weight(*arguments.values(), *operands)
+        ops.hadamard_weight(*arguments.values(), *rest)
     assert told in str(error.value)
+
+
+def test_a_layer_alone_takes_vectors():
+    _, W, lam, gam, (s, row, *rest) = problem((5, 9, 2), torch.float32, own="both")
+    with pytest.raises(RuntimeError, match=r"s must be a contiguous float32 tensor \(d\), got \(3"):
+        ops.hadamard_weight(W[0], lam[0], gam[0], s, row[0], *rest)
+    with pytest.raises(RuntimeError, match=r"row must be .*\(D\), got \(3, 9\)"):
+        ops.hadamard_linear(torch.ones(1, 5), W[0], None, lam[0], gam[0], s[0], row, *rest)

@@ -71,12 +71,12 @@ __device__ __forceinline__ void store_run(const C* from, C* to) {
 }
 
 template <class... P>
-bool aligned_to_16(const P*... p) {
+RANDLORA_HD bool aligned_to_16(const P*... p) {
   return ((reinterpret_cast<uintptr_t>(p) % 16 == 0) && ...);
 }
 // Whether all these matrices allow aligned access to V elements of rows of `cols` at a time.
 template <class... P>
-bool aligned_rows(int64_t cols, int V, const P*... matrix) {
+RANDLORA_HD bool aligned_rows(int64_t cols, int V, const P*... matrix) {
   return cols % V == 0 && aligned_to_16(matrix...);
 }
 

@@ -1,4 +1,4 @@
-// W + dW in one pass: column k of dW is the transform of
+// W + dW in one pass, all experts in one launch: column k of dW is the transform of
 //
 //   v[c] = col[c] lam[c] H[j, m] s[k] gam[i, k],   c = j * n + i,   m the class of column k
 //
@@ -28,8 +28,8 @@ namespace {
 
 template <class S, bool Aligned, class C = ComputeOf<S>>
 __global__ void __launch_bounds__(kThreads, 2)
-    hadamard_weight_rows_kernel(HadamardWeight p, RowsOut<S> out, Diagonal<C> diagonal, int log,
-                                int64_t of_block) {
+    hadamard_weight_rows_kernel(HadamardWeight all, int log, int64_t of_block) {
+  const HadamardWeight p = all.expert(blockIdx.y);
   const Rows<C> rows{reinterpret_cast<C*>(shared_memory())};
   const int64_t k0 = blockIdx.x * of_block, d = p.sizes.d;
   const int columns = static_cast<int>(min(of_block, d - k0));
@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int j = 0; j < r; ++j, c += n) *rows.at(c) = minus(m, j) ? -g : g;
   }
   __syncthreads();
-  transform_and_write<Aligned>(diagonal, out, rows, log, k0, columns);
+  transform_and_write<Aligned>(Diagonal<C>(p), RowsOut<S>(p, p.out, p.base), rows, log, k0,
+                               columns);
 }
 
 // ---- by rows ------------------------------------------------------------------------------------
@@ -104,9 +105,11 @@ __device__ __forceinline__ void column_pass(C* numbers, int bit, int log, const 
 
 template <class S>
 __global__ void __launch_bounds__(kThreads, 2)
-    hadamard_weight_kernel(HadamardWeight p, RoundedStore<S> store, int log, int log_all, int tiles,
-                           int64_t row_stride, int64_t column_stride, bool aligned) {
+    hadamard_weight_kernel(HadamardWeight all, int log, int log_all, int tiles, int64_t row_stride,
+                           int64_t column_stride, bool aligned) {
   using C = ComputeOf<S>;
+  const HadamardWeight p = all.expert(blockIdx.y);
+  const RoundedStore<S> store = RowsOut<S>(p, p.out, p.base).store;
   constexpr int W = kPerAccess<C>, kAcross = kColumns / W;
   const int d = static_cast<int>(p.sizes.d), K = static_cast<int>(p.sizes.K());
   const int n = static_cast<int>(p.sizes.n), part = blockIdx.x / tiles;
@@ -187,29 +190,29 @@ void hadamard_weight(const HadamardWeight& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) {
     using S = decltype(s);
     using C = ComputeOf<S>;
-    const RowsOut<S> out(p, p.out, p.base);
-    const Plan<S> plan(p.sizes, p.sizes.d / device.multiprocessors, device);
+    const int64_t d = p.sizes.d;
+    const Plan<S> plan(p.sizes, p.experts * d / device.multiprocessors, device);
     if (p.transposed && plan.shared <= device.shared_bytes) {
       launch(device, "hadamard_weight_rows",
-             out.aligned ? hadamard_weight_rows_kernel<S, true>
-                         : hadamard_weight_rows_kernel<S, false>,
-             ceil_div(p.sizes.d, plan.rows), plan.threads, plan.shared, p, out, Diagonal<C>(p),
-             plan.log, plan.rows);
+             RowsOut<S>(p, p.out, p.base).aligned ? hadamard_weight_rows_kernel<S, true>
+                                                  : hadamard_weight_rows_kernel<S, false>,
+             Grid(ceil_div(d, plan.rows), p.experts), plan.threads, plan.shared, p, plan.log,
+             plan.rows);
       return;
     }
     const int log_all = log_of(p.sizes.N());
     int log = log_all;
     while (numbers_of(log) * int64_t{sizeof(C)} > std::min(device.shared_bytes, int64_t{72} << 10))
       --log;
-    const int tiles = static_cast<int>(ceil_div(p.sizes.d, kColumns));
+    const int tiles = static_cast<int>(ceil_div(d, kColumns));
     const int threads =
         static_cast<int>(std::clamp<int64_t>((int64_t{kColumns} << log) / (8 * kPerAccess<C>), 32,
                                              std::min(device.max_threads, kThreads)));
-    const bool aligned =
-        !p.transposed && aligned_rows(p.sizes.d, kPerAccess<C>, p.gam, p.base, p.out);
-    launch(device, "hadamard_weight", hadamard_weight_kernel<S>, tiles << (log_all - log), threads,
-           numbers_of(log) * int64_t{sizeof(C)}, p, out.store, log, log_all, tiles,
-           p.transposed ? 1 : p.sizes.d, p.transposed ? p.sizes.D : 1, aligned);
+    const bool aligned = !p.transposed && aligned_rows(d, kPerAccess<C>, p.gam, p.base, p.out);
+    launch(device, "hadamard_weight", hadamard_weight_kernel<S>,
+           Grid(tiles << (log_all - log), p.experts), threads,
+           numbers_of(log) * int64_t{sizeof(C)}, p, log, log_all, tiles, p.transposed ? 1 : d,
+           p.transposed ? p.sizes.D : 1, aligned);
   });
 }
 

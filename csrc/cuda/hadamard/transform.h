@@ -98,7 +98,7 @@ struct Diagonal {
   bool aligned;
 
   template <class P>
-  Diagonal(const P& p)
+  RANDLORA_HD_MEMBER explicit Diagonal(const P& p)
       : lam(static_cast<const C*>(p.lam)),
         col(p.col),
         K(p.sizes.K()),

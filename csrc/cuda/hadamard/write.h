@@ -17,7 +17,7 @@ struct RowsOut {
   bool aligned;
 
   template <class P>
-  RowsOut(const P& p, void* out, const void* base)
+  RANDLORA_HD_MEMBER RowsOut(const P& p, void* out, const void* base)
       : store{static_cast<S*>(out), static_cast<const S*>(base),
               static_cast<ComputeOf<S>>(p.scale)},
         row(p.row),
