@@ -173,8 +173,8 @@ def _add(stock: Callable, model: PeftModel, adapter_name, peft_config, *args, **
 
     DPO, KTO, GRPO and RLOO then copy every parameter whose name contains ".default." into "ref".
     Names of RandLoRA *end* in ".default", so the reference would silently be the base model
-    (docs/upstream/trl-reference-adapter.md). TRL passes the configuration object of "default"
-    itself. If a mended version copies the numbers, too, they are the same.
+    (docs/trl.md). TRL passes the configuration object of "default" itself. If a mended version
+    copies the numbers, too, they are the same.
     """
     stock(model, adapter_name, peft_config, *args, **kwargs)
     is_default = peft_config is model.peft_config.get("default")

@@ -64,7 +64,7 @@ def test_every_operator_is_documented_and_no_other():
     for name, text in documented.items():
         shown = [line for line in text.splitlines() if line.startswith("randlora::")]
         assert shown == [registered[name]]
-        for part in ("**Equivalent.**", "**Errors.**", "```python\n"):
+        for part in ("**Equivalent.**", "```python\n"):
             assert part in text, f"the section of {name} has no {part!r}"
 
 
