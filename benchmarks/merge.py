@@ -5,7 +5,8 @@
 Each row is a process: a model of equal linear layers, and cycles of merge_adapter, an optimizer's
 step on lambda and gamma (or on LoRA's factors), and unmerge_adapter. Times are medians over the
 cycles in ms a layer, memory is in MiB a layer above the unmerged model, `drift` is the change of W
-after all cycles over the norm of dW. "lora" and "peft" are stock PEFT.
+after all cycles over the norm of dW. "lora" and "peft" are stock PEFT. Bases are PEFT's `sparse`
+ones, or those named behind "host".
 """
 
 import argparse
@@ -25,7 +26,7 @@ from torch import nn
 
 import randlora_ext.peft
 
-WAYS = ("lora", "peft", "host", "device", "nothing")
+WAYS = ("lora", "peft", "host", "device", "nothing", "host 0.07", "host hadamard")
 
 
 def adapted(way: str, size: int, layers: int, rank: int) -> peft.PeftModel:
@@ -35,11 +36,17 @@ def adapted(way: str, size: int, layers: int, rank: int) -> peft.PeftModel:
     if way == "lora":
         config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
     else:
-        config = peft.RandLoraConfig(
-            r=rank, randlora_alpha=20 * rank, sparse=True, target_modules=targets
-        )
-    if way not in ("lora", "peft"):
-        randlora_ext.peft.enable(keep_weight=way)
+        keep_weight, _, bases = way.partition(" ")
+        if way != "peft":
+            randlora_ext.peft.enable(keep_weight=keep_weight)
+        kinds: dict[str, dict] = {
+            "": {"sparse": True},
+            "0.07": {"density": 0.07},
+            "hadamard": {"basis": "hadamard"},
+        }
+        make = randlora_ext.peft.RandLoraConfig if bases else peft.RandLoraConfig
+        scaled = {"r": rank, "randlora_alpha": 20 * rank}
+        config = make(**scaled, target_modules=targets, **kinds[bases])
     model = peft.get_peft_model(base, config)
     learn(model, 1e-3)
     return model

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -164,7 +164,10 @@ def _observed(model: nn.Module, sums: Mapping[AdaptedLayer, Tensor]):
     hooks = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in watched]
     try:
         model.eval()
-        with stacks:
+        with ExitStack() as held:
+            if any(layer.experts for layer in sums):
+                held.enter_context(stacks)
+                held.enter_context(torch.compiler.set_stance("force_eager"))
             yield mask_of
     finally:
         for hook in hooks:

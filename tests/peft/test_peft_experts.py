@@ -280,7 +280,7 @@ def test_an_expert_that_sees_few_tokens_takes_the_vector_of_all():
     net = torch.nn.Sequential(Own())
     randomize(adapted(net, [], 4, basis="hadamard", target_parameters=["0.up"]), size=0)
     rows = [torch.randn(count, 24) * torch.rand(24) for count in (40, 50, 31)]
-    calibrate(net[0], [tuple(rows)])
+    calibrate(torch.compile(net[0]), [tuple(rows)])
 
     def expected(x):
         rms = x.double().square().mean(0).sqrt()
