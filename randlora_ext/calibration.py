@@ -208,7 +208,7 @@ class _Products(TorchFunctionMode):
 
     def _add(self, sums: Tensor, x: Tensor, w: Tensor, ends: Tensor | None) -> None:
         if w.dim() == 2:
-            parts = [x.flatten(0, -2)]
+            parts: Iterable[Tensor] = [x.flatten(0, -2)]
         elif ends is None:  # for each expert, or the same for all
             parts = x.expand(len(w), *x.shape[-2:])
         else:  # where the rows of each expert end
