@@ -13,6 +13,9 @@ has a row per setting, means over seeds.
 batches of the task; "scaled:N" on N batches, "scaled:manual" on that text. Ours have them built
 in; for the other methods a wrapper computes base(x) + (layer(x * scale) - base(x * scale)).
 
+With `--model experts --targets experts` each MLP becomes four equal experts, and a random router
+gives every token two of them: the same function (sparse upcycling, arXiv 2212.05055).
+
 Forgetting is how much the loss on a text rises (1,024 tokens), "common" the share of dW's response
 to the text `manual` that is one vector for all tokens, by kind of layer. The ranks of the other
 methods give them as many parameters as RandLoRA with r = 32. Limits: few steps, one small model;
@@ -35,12 +38,13 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))  # spelling.py
 TARGETS = {
     "four": ["q_proj", "v_proj", "o_proj", "down_proj"],
     "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "experts": ["experts.gate_up_proj", "experts.down_proj"],
 }
 SCALING = 20.0
 JUMP = 0.5  # a rise of the training loss over the mean of the five steps before
 OTHERS = ["lora", "rslora", "shira", "c3a", "miss", "full"]
 RANDLORA = ["hadamard", "1/3", "0.07", "very_sparse", "dense"]
-MODELS = ["fp32", "bf16"]
+MODELS = ["fp32", "bf16", "experts"]
 BATCH = 16
 KEY = "task", "method", "lr", "seed", "steps", "scaling", "r", "targets", "model"
 
@@ -54,8 +58,10 @@ def adapted(base, method: str, seed: int, scaling: float, r: int, targets: list[
     if method == "full":
         return base.requires_grad_(True)
     common = {"target_modules": targets, "task_type": "CAUSAL_LM"}
+    if targets == TARGETS["experts"]:
+        common |= {"target_modules": [], "target_parameters": targets}
     # At r = 32: 1.09, 1.09, 1.09, 1.04 and 1.04 million parameters; RandLoRA has 1.03.
-    rank = max(1, round(7 * 32 / r))
+    rank = max(1, round((4 if targets == TARGETS["experts"] else 7) * 32 / r))
     others = {
         "lora": lambda: peft.LoraConfig(r=rank, lora_alpha=16, **common),
         "rslora": lambda: peft.LoraConfig(r=rank, lora_alpha=16, use_rslora=True, **common),
@@ -125,8 +131,27 @@ def loaded(dtype: str) -> tuple:
     import torch
 
     tokenizer, model = spelling.load_model()
+    model = mixture(model) if dtype == "experts" else model
     model.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
     return tokenizer, model, text_losses(model, tokenizer)
+
+
+def mixture(model):
+    """The model with four copies of every MLP as the experts of a Mixtral."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)  # the routers
+    own = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "head_dim")}
+    made = MixtralForCausalLM(MixtralConfig(**own, num_local_experts=4, num_experts_per_tok=2))
+    state = made.state_dict() | {k: v for k, v in model.state_dict().items() if ".mlp." not in k}
+    for i, layer in enumerate(model.model.layers):
+        mlp, experts = layer.mlp, f"model.layers.{i}.mlp.experts"
+        rows = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+        state[f"{experts}.gate_up_proj"] = rows.detach().expand(4, -1, -1)
+        state[f"{experts}.down_proj"] = mlp.down_proj.weight.detach().expand(4, -1, -1)
+    made.load_state_dict(state)
+    return made
 
 
 def text_losses(model, tokenizer) -> dict[str, float]:
@@ -154,7 +179,8 @@ def common_responses(tuned) -> Iterator[dict[str, list[float]]]:
 
         return hook
 
-    layers = [(n, m) for n, m in tuned.named_modules() if hasattr(m, "get_base_layer")]
+    adapted = [(n, m) for n, m in tuned.named_modules() if hasattr(m, "get_base_layer")]
+    layers = [(n, m) for n, m in adapted if not hasattr(m, "parameter_name")]  # not of experts
     hooks = [m.register_forward_hook(watch(name.rpartition(".")[2])) for name, m in layers]
     try:
         yield found
