@@ -65,13 +65,14 @@ struct HadamardGamma {
 // dlam[c] = scale * col[c] * the sum over slots q of sums[q, c].
 struct HadamardDiagonals {
   HadamardSizes sizes;
-  const void* P;
+  const void* P;     // CUDA: may be null, and then dgam is not wanted
   const void* sums;  // (slots, K) in the compute type, from HadamardDown
   int64_t slots;
   const float *s, *col;
   void *dlam, *dgam;  // compute type
   DType dtype;
   double scale;
+  int64_t experts = 1;  // CUDA, without P: as many sums and dlam, one behind the other
 };
 
 // y[t, o] += scale * row[o] * sum over c of H[o, c] v[c], or y = ... unless `accumulate`, with

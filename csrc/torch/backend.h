@@ -36,8 +36,7 @@ bool hadamard_fits(const HadamardSizes& sizes, DType dtype, int card);
 // The same of the device of `on`. Where they do not, plain torch computes
 // (randlora_ext/ops/hadamard.py).
 inline bool hadamard_fits(const HadamardSizes& sizes, DType dtype, const Tensor& on) {
-  return !runs_on_cuda(on) ||
-         hadamard_fits(sizes, dtype, on.is_cpu() ? 0 : on.get_device_index());
+  return !runs_on_cuda(on) || hadamard_fits(sizes, dtype, on.is_cpu() ? 0 : on.get_device_index());
 }
 template <class... Args>
 std::array<StableIValue, sizeof...(Args)> in_plain_torch(const char* name, const Args&... args) {

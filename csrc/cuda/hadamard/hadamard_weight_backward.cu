@@ -1,0 +1,206 @@
+// The gradients of lambda and gamma from G, that of W + dW. For column k, with m its class and
+//
+//   u[c] = sum over o of row[o] H[o, c] G[o, k],   c = j * n + i,
+//   dgam[i, k] = scale s[k] sum over j of H[j, m] col[c] lam[c] u[c]
+//   dlam[c] = scale col[c] sum over k of H[j, m] s[k] gam[i, k] u[c]
+//
+// A block takes the tiles of a slot, kColumns columns each, of one expert, and keeps the slot's sums
+// for dlam in shared memory, where always the same thread adds to a number; hadamard_diagonals adds
+// the slots. Rows o and o + N of H are equal, so their elements of G are added as they are read. If
+// the rows do not fit shared memory, parts of 1 << log rows follow each other: each gives its
+// transform to every u[c], with the sign that H has for the bits above.
+//
+// Floor: G read once; the instructions take longer, some 25 for an element and 7 more for each part
+// after the first. The sums of slots are 2 / d of G's numbers for each.
+#include "../device/launch.h"
+#include "../kernels.h"
+#include "column_tile.h"
+#include "mix.h"
+
+namespace randlora::cuda {
+namespace {
+
+struct Tiling {
+  int log, log_all;  // of the rows of a part, and of all
+  int parts, tiles;
+  int split;  // 1 << split lanes share the ranks of one base
+  bool aligned_grad, aligned_gam;
+};
+
+// Part `part` of the thread's columns, from k on, after the first three bits of the transform. If G
+// is stored by columns a thread reads 8 rows of each, else its columns of 8 rows.
+template <bool Transposed, class S, class C = ComputeOf<S>>
+__device__ __forceinline__ void read_part(const HadamardWeightBackward& p, const Tiling& tiling,
+                                          int part, int k, C* numbers) {
+  constexpr int W = kPerAccess<C>, kAcross = kColumns / W;
+  const S* grad = static_cast<const S*>(p.grad);
+  const int64_t d = p.sizes.d, D = p.sizes.D;
+  for (int g = threadIdx.x / kAcross; g < 1 << (tiling.log - 3); g += blockDim.x / kAcross) {
+    C v[8 * W] = {};
+#pragma unroll 1
+    for (int64_t o = (part << tiling.log) + 8 * g; o < D; o += int64_t{1} << tiling.log_all) {
+      const int left = static_cast<int>(min(D - o, int64_t{8}));
+      const auto add = [&](int e, int u, S x) {
+        if (e < left) v[e * W + u] += widen(x) * p.row[o + e];
+      };
+      if constexpr (Transposed) {
+        const Some<8> some{left, tiling.aligned_grad && left == 8, 1};
+        Pack<S, 8> x[W] = {};
+#pragma unroll
+        for (int u = 0; u < W; ++u)
+          if (k + u < d) x[u] = some.load(grad + (k + u) * D + o);
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+#pragma unroll
+          for (int u = 0; u < W; ++u) add(e, u, x[u].get(e));
+      } else {
+        const Some<W> some{static_cast<int>(d) - k, tiling.aligned_grad && k + W <= d, 1};
+        Pack<S, W> x[8] = {};
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+          if (e < left) x[e] = some.load(grad + (o + e) * d + k);
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+#pragma unroll
+          for (int u = 0; u < W; ++u) add(e, u, x[e].get(u));
+      }
+    }
+    hadamard<W>(v);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) store_run<W>(v + e * W, row_at(numbers, 8 * g + e));
+  }
+}
+
+// Bit b says whether H[first + b, m] is negative, `first` a multiple of 32.
+__device__ __forceinline__ uint32_t sign_word(int m, int first) {
+  constexpr uint32_t kOfBit[] = {0xaaaaaaaau, 0xccccccccu, 0xf0f0f0f0u, 0xff00ff00u, 0xffff0000u};
+  uint32_t word = minus(m, first) ? ~0u : 0u;
+#pragma unroll
+  for (int bit = 0; bit < 5; ++bit)
+    if (m >> bit & 1) word ^= kOfBit[bit];
+  return word;
+}
+
+// dgam of the thread's columns, and their part of the slot's sums. A warp takes a few bases; its
+// lanes share columns and, if bases are few, ranks.
+template <class C>
+__device__ __forceinline__ void mix_part(const HadamardWeightBackward& p, const Tiling& tiling,
+                                         int part, int k, C* numbers, C* sums) {
+  constexpr int W = kPerAccess<C>, kAcross = kColumns / W;
+  const int n = static_cast<int>(p.sizes.n), r = static_cast<int>(p.sizes.r);
+  const int d = static_cast<int>(p.sizes.d), lane = threadIdx.x % 32 / kAcross;
+  const int of_warp = 32 / kAcross >> tiling.split, share = lane / of_warp;
+  const int ranks = (r + (kAcross << tiling.split) - 1) / (kAcross << tiling.split) * kAcross;
+  const C *lam = static_cast<const C*>(p.lam), *gam = static_cast<const C*>(p.gam);
+  C* dgam = static_cast<C*>(p.dgam);
+  const Some<W> some{d - k, tiling.aligned_gam && k + W <= d, 1};
+  int m[W];
+  C s[W];
+#pragma unroll
+  for (int u = 0; u < W; ++u) m[u] = (k + u) / n, s[u] = k + u < d ? p.s[k + u] : 0;
+  for (int i0 = threadIdx.x / 32 * of_warp; i0 < n; i0 += blockDim.x / 32 * of_warp) {
+    const int i = i0 + lane % of_warp;
+    const int64_t at = int64_t{i} * d + k;
+    const Pack<C, W> of_base = i < n ? some.load(gam + at) : Pack<C, W>{};
+    C g[W], of_gam[W] = {};
+    uint32_t signs[W] = {};
+#pragma unroll
+    for (int u = 0; u < W; ++u) g[u] = of_base.get(u) * s[u];
+    for (int j = share * ranks; j < (share + 1) * ranks; j += kAcross) {
+      if (j == share * ranks || j % 32 == 0)
+#pragma unroll
+        for (int u = 0; u < W; ++u) signs[u] = sign_word(m[u], j & ~31);
+      C of_lam[kAcross] = {};
+#pragma unroll
+      for (int b = 0; b < kAcross; ++b) {
+        const int c = (j + b) * n + i;
+        if (i >= n || j + b >= r) continue;
+        const C sign = minus(c >> tiling.log, part) ? C(-1) : C(1), x = sign * (lam[c] * p.col[c]);
+        C v[W];
+        load_run<W>(row_at(numbers, c & ((1 << tiling.log) - 1)), v);
+#pragma unroll
+        for (int u = 0; u < W; ++u) {
+          const C turned = signs[u] >> ((j + b) % 32) & 1 ? -v[u] : v[u];
+          of_gam[u] += x * turned;
+          of_lam[b] += g[u] * turned;
+        }
+        of_lam[b] *= sign;
+      }
+      const C sum = warp_sums<kAcross, 1, kAcross>(of_lam);
+      const int own = j + threadIdx.x % kAcross;
+      if (i < n && own < r) sums[own * n + i] += sum;
+    }
+    for (int bit = 16; bit >= kAcross * of_warp; bit /= 2)
+#pragma unroll
+      for (int u = 0; u < W; ++u) of_gam[u] += __shfl_xor_sync(kWarp, of_gam[u], bit);
+    if (i >= n || share > 0) continue;
+    Pack<C, W> out = part > 0 ? some.load(dgam + at) : Pack<C, W>{};
+#pragma unroll
+    for (int u = 0; u < W; ++u) out.set(u, out.get(u) + static_cast<C>(p.scale) * s[u] * of_gam[u]);
+    some.store(out, dgam + at);
+  }
+}
+
+template <class S, bool Transposed, class C = ComputeOf<S>>
+__global__ void __launch_bounds__(kThreads, 2)
+    hadamard_weight_backward_kernel(HadamardWeightBackward all, Tiling tiling, C* of_slots) {
+  constexpr int W = kPerAccess<C>;
+  const HadamardWeightBackward p = all.expert(blockIdx.y);
+  const int K = static_cast<int>(p.sizes.K()), slots = gridDim.x, slot = blockIdx.x;
+  const int from_k = threadIdx.x % (kColumns / W) * W;
+  C *sums = reinterpret_cast<C*>(shared_memory()) + numbers_of(tiling.log),
+    *numbers = reinterpret_cast<C*>(shared_memory()) + from_k;
+  for (int c = threadIdx.x; c < K; c += blockDim.x) sums[c] = C(0);
+  const int last = static_cast<int>((slot + 1) * int64_t{tiling.tiles} / slots);
+  for (int tile = static_cast<int>(slot * int64_t{tiling.tiles} / slots); tile < last; ++tile)
+    for (int part = 0; part < tiling.parts; ++part) {
+      const int k = tile * kColumns + from_k;
+      read_part<Transposed, S>(p, tiling, part, k, numbers);
+      __syncthreads();
+      for (int bit = 3; bit < tiling.log; bit += 3) {
+        column_pass_in_place(numbers, bit, tiling.log);
+        __syncthreads();
+      }
+      mix_part(p, tiling, part, k, numbers, sums);
+      __syncthreads();
+    }
+  C* out = of_slots + (int64_t{blockIdx.y} * slots + slot) * K;
+  for (int c = threadIdx.x; c < K; c += blockDim.x) out[c] = sums[c];
+}
+
+}  // namespace
+
+// Two launches.
+void hadamard_weight_backward(const HadamardWeightBackward& p, Device& device) {
+  with_dtype(p.dtype, [&](auto element) {
+    using S = decltype(element);
+    using C = ComputeOf<S>;
+    constexpr int W = kPerAccess<C>, kLanes = 32 / (kColumns / W);
+    const int64_t d = p.sizes.d, D = p.sizes.D, n = p.sizes.n, r = p.sizes.r, K = p.sizes.K();
+    Tiling t{};
+    t.log_all = t.log = std::max(log_of(p.sizes.N()), 3);
+    const auto shared = [&] { return (numbers_of(t.log) + K) * int64_t{sizeof(C)}; };
+    while (t.log > 3 && shared() > std::min(device.shared_bytes, int64_t{110} << 10)) --t.log;
+    t.parts = static_cast<int>(ceil_div(std::min(D, int64_t{1} << t.log_all), int64_t{1} << t.log));
+    t.tiles = static_cast<int>(ceil_div(d, kColumns));
+    const int threads = threads_of<C>(t.log, device);
+    while (1 << t.split < kLanes && n << (t.split + 1) <= threads / 32 * kLanes &&
+           kColumns / W << t.split < r)
+      ++t.split;
+    t.aligned_grad =
+        p.transposed ? aligned_rows(D, kPerAccess<S>, p.grad) : aligned_rows(d, W, p.grad);
+    t.aligned_gam = aligned_rows(d, W, p.gam, p.dgam);
+    const int64_t slots =
+        std::min(ceil_div(t.tiles, 2), ceil_div(4 * device.multiprocessors, p.experts));
+    C* sums = scratch<C>(device, p.experts * slots * K);
+    launch(device, "hadamard_weight_backward",
+           p.transposed ? hadamard_weight_backward_kernel<S, true>
+                        : hadamard_weight_backward_kernel<S, false>,
+           Grid(slots, p.experts), threads, shared(), p, t, sums);
+    hadamard_diagonals(
+        {p.sizes, nullptr, sums, slots, p.s, p.col, p.dlam, nullptr, p.dtype, p.scale, p.experts},
+        device);
+  });
+}
+
+}  // namespace randlora::cuda
