@@ -25,6 +25,11 @@ struct Tiling {
   int parts, tiles;
   int split;  // 1 << split lanes share the ranks of one base
   bool aligned_grad, aligned_gam;
+
+  // Of a lane, a multiple of `step`.
+  RANDLORA_HD_MEMBER int ranks(int r, int step) const {
+    return (r + (step << split) - 1) / (step << split) * step;
+  }
 };
 
 // Part `part` of the thread's columns, from k on, after the first three bits of the transform. If G
@@ -33,38 +38,37 @@ template <bool Transposed, class S, class C = ComputeOf<S>>
 __device__ __forceinline__ void read_part(const HadamardWeightBackward& p, const Tiling& tiling,
                                           int part, int k, C* numbers) {
   constexpr int W = kPerAccess<C>, kAcross = kColumns / W;
-  const S* grad = static_cast<const S*>(p.grad);
-  const int64_t d = p.sizes.d, D = p.sizes.D;
+  const int64_t d = p.sizes.d, D = p.sizes.D, next = Transposed ? D : d;
   for (int g = threadIdx.x / kAcross; g < 1 << (tiling.log - 3); g += blockDim.x / kAcross) {
     C v[8 * W] = {};
-#pragma unroll 1
-    for (int64_t o = (part << tiling.log) + 8 * g; o < D; o += int64_t{1} << tiling.log_all) {
-      const int left = static_cast<int>(min(D - o, int64_t{8}));
-      const auto add = [&](int e, int u, S x) {
-        if (e < left) v[e * W + u] += widen(x) * p.row[o + e];
-      };
-      if constexpr (Transposed) {
-        const Some<8> some{left, tiling.aligned_grad && left == 8, 1};
-        Pack<S, 8> x[W] = {};
+    const auto add = [&](auto whole, int64_t o) {
+      constexpr bool Whole = decltype(whole)::value;
+      const int rows = static_cast<int>(D - o), columns = static_cast<int>(d) - k;
+      float sign[8];
+      if constexpr (Whole) load_run<8>(p.row + o, sign);
+#pragma unroll
+      for (int e = 0; e < 8 && !Whole; ++e) sign[e] = e < rows ? p.row[o + e] : 0;
+      // Lines of G: `kLines` columns of 8 rows, or 8 rows of W columns.
+      constexpr int kLines = Transposed ? W : 8, kAlong = Transposed ? 8 : W;
+      const int lines = Transposed ? columns : rows;
+      const Some<kAlong> some{Transposed ? rows : columns, Whole, 1};
+      const S* from = static_cast<const S*>(p.grad) + (Transposed ? k * D + o : o * d + k);
+      Pack<S, kAlong> x[kLines] = {};  // all loads before the first use
+#pragma unroll
+      for (int l = 0; l < kLines; ++l, from += next)
+        if (Whole || l < lines) x[l] = some.load(from);
+#pragma unroll
+      for (int e = 0; e < 8; ++e)
 #pragma unroll
         for (int u = 0; u < W; ++u)
-          if (k + u < d) x[u] = some.load(grad + (k + u) * D + o);
-#pragma unroll
-        for (int e = 0; e < 8; ++e)
-#pragma unroll
-          for (int u = 0; u < W; ++u) add(e, u, x[u].get(e));
-      } else {
-        const Some<W> some{static_cast<int>(d) - k, tiling.aligned_grad && k + W <= d, 1};
-        Pack<S, W> x[8] = {};
-#pragma unroll
-        for (int e = 0; e < 8; ++e)
-          if (e < left) x[e] = some.load(grad + (o + e) * d + k);
-#pragma unroll
-        for (int e = 0; e < 8; ++e)
-#pragma unroll
-          for (int u = 0; u < W; ++u) add(e, u, x[e].get(u));
-      }
-    }
+          v[e * W + u] += widen(Transposed ? x[u].get(e) : x[e].get(u)) * sign[e];
+    };
+#pragma unroll 1
+    for (int64_t o = (part << tiling.log) + 8 * g; o < D; o += int64_t{1} << tiling.log_all)
+      if (tiling.aligned_grad && o + 8 <= D && k + W <= d)
+        add(std::true_type{}, o);
+      else
+        add(std::false_type{}, o);
     hadamard<W>(v);
 #pragma unroll
     for (int e = 0; e < 8; ++e) store_run<W>(v + e * W, row_at(numbers, 8 * g + e));
@@ -82,58 +86,61 @@ __device__ __forceinline__ uint32_t sign_word(int m, int first) {
 }
 
 // dgam of the thread's columns, and their part of the slot's sums. A warp takes a few bases; its
-// lanes share columns and, if bases are few, ranks.
-template <class C>
+// lanes share columns and, if bases are few, ranks. `Whole`: the thread's columns have one class,
+// and lanes whole numbers of ranks. x[c] is lam col.
+template <bool Whole, class C>
 __device__ __forceinline__ void mix_part(const HadamardWeightBackward& p, const Tiling& tiling,
-                                         int part, int k, C* numbers, C* sums) {
+                                         int part, int k, const C* numbers, const C* x, C* sums) {
   constexpr int W = kPerAccess<C>, kAcross = kColumns / W;
   const int n = static_cast<int>(p.sizes.n), r = static_cast<int>(p.sizes.r);
   const int d = static_cast<int>(p.sizes.d), lane = threadIdx.x % 32 / kAcross;
   const int of_warp = 32 / kAcross >> tiling.split, share = lane / of_warp;
-  const int ranks = (r + (kAcross << tiling.split) - 1) / (kAcross << tiling.split) * kAcross;
-  const C *lam = static_cast<const C*>(p.lam), *gam = static_cast<const C*>(p.gam);
+  const int ranks = tiling.ranks(r, kAcross), last = (share + 1) * ranks;
   C* dgam = static_cast<C*>(p.dgam);
   const Some<W> some{d - k, tiling.aligned_gam && k + W <= d, 1};
-  int m[W];
   C s[W];
 #pragma unroll
-  for (int u = 0; u < W; ++u) m[u] = (k + u) / n, s[u] = k + u < d ? p.s[k + u] : 0;
+  for (int u = 0; u < W; ++u) s[u] = k + u < d ? p.s[k + u] : 0;
   for (int i0 = threadIdx.x / 32 * of_warp; i0 < n; i0 += blockDim.x / 32 * of_warp) {
-    const int i = i0 + lane % of_warp;
+    const bool inside = i0 + lane % of_warp < n;
+    const int i = inside ? i0 + lane % of_warp : 0;  // others work for nothing
     const int64_t at = int64_t{i} * d + k;
-    const Pack<C, W> of_base = i < n ? some.load(gam + at) : Pack<C, W>{};
+    const Pack<C, W> gam = some.load(static_cast<const C*>(p.gam) + at);
     C g[W], of_gam[W] = {};
-    uint32_t signs[W] = {};
 #pragma unroll
-    for (int u = 0; u < W; ++u) g[u] = of_base.get(u) * s[u];
-    for (int j = share * ranks; j < (share + 1) * ranks; j += kAcross) {
-      if (j == share * ranks || j % 32 == 0)
+    for (int u = 0; u < W; ++u) g[u] = gam.get(u) * s[u];
+    for (int j = share * ranks, end; j < last; j = end) {
+      end = min((j | 31) + 1, last);
+      uint32_t signs[W] = {};
 #pragma unroll
-        for (int u = 0; u < W; ++u) signs[u] = sign_word(m[u], j & ~31);
-      C of_lam[kAcross] = {};
+      for (int u = 0; u < (Whole ? 1 : W); ++u) signs[u] = sign_word((k + u) / n, j & ~31);
+      for (; j < end; j += kAcross) {
+        C of_lam[kAcross] = {};
 #pragma unroll
-      for (int b = 0; b < kAcross; ++b) {
-        const int c = (j + b) * n + i;
-        if (i >= n || j + b >= r) continue;
-        const C sign = minus(c >> tiling.log, part) ? C(-1) : C(1), x = sign * (lam[c] * p.col[c]);
-        C v[W];
-        load_run<W>(row_at(numbers, c & ((1 << tiling.log) - 1)), v);
+        for (int b = 0; b < kAcross; ++b) {
+          if (!Whole && j + b >= r) continue;
+          const int c = (j + b) * n + i, bit = (j + b) % 32;
+          const bool negative = (signs[0] >> bit ^ __popc(c >> tiling.log & part)) & 1;
+          const C sign = negative ? C(-1) : C(1), factor = sign * x[c];
+          C v[W];
+          load_run<W>(row_at(numbers, c & ((1 << tiling.log) - 1)), v);
 #pragma unroll
-        for (int u = 0; u < W; ++u) {
-          const C turned = signs[u] >> ((j + b) % 32) & 1 ? -v[u] : v[u];
-          of_gam[u] += x * turned;
-          of_lam[b] += g[u] * turned;
+          for (int u = 0; u < W; ++u) {
+            if (!Whole && (signs[u] ^ signs[0]) >> bit & 1) v[u] = -v[u];
+            of_gam[u] += factor * v[u];
+            of_lam[b] += g[u] * v[u];
+          }
+          of_lam[b] *= sign;
         }
-        of_lam[b] *= sign;
+        const C sum = warp_sums<kAcross, 1, kAcross>(of_lam);
+        const int own = j + threadIdx.x % kAcross;
+        if (inside && (Whole || own < r)) sums[own * n + i] += sum;
       }
-      const C sum = warp_sums<kAcross, 1, kAcross>(of_lam);
-      const int own = j + threadIdx.x % kAcross;
-      if (i < n && own < r) sums[own * n + i] += sum;
     }
     for (int bit = 16; bit >= kAcross * of_warp; bit /= 2)
 #pragma unroll
       for (int u = 0; u < W; ++u) of_gam[u] += __shfl_xor_sync(kWarp, of_gam[u], bit);
-    if (i >= n || share > 0) continue;
+    if (!inside || share > 0) continue;
     Pack<C, W> out = part > 0 ? some.load(dgam + at) : Pack<C, W>{};
 #pragma unroll
     for (int u = 0; u < W; ++u) out.set(u, out.get(u) + static_cast<C>(p.scale) * s[u] * of_gam[u]);
@@ -148,9 +155,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   const HadamardWeightBackward p = all.expert(blockIdx.y);
   const int K = static_cast<int>(p.sizes.K()), slots = gridDim.x, slot = blockIdx.x;
   const int from_k = threadIdx.x % (kColumns / W) * W;
-  C *sums = reinterpret_cast<C*>(shared_memory()) + numbers_of(tiling.log),
-    *numbers = reinterpret_cast<C*>(shared_memory()) + from_k;
-  for (int c = threadIdx.x; c < K; c += blockDim.x) sums[c] = C(0);
+  const int n = static_cast<int>(p.sizes.n), r = static_cast<int>(p.sizes.r);
+  C* numbers = reinterpret_cast<C*>(shared_memory());
+  C *sums = numbers + numbers_of(tiling.log), *x = sums + K;
+  numbers += from_k;
+  for (int c = threadIdx.x; c < K; c += blockDim.x)
+    sums[c] = C(0), x[c] = static_cast<const C*>(p.lam)[c] * p.col[c];
+  const bool whole_ranks = r == tiling.ranks(r, kColumns / W) << tiling.split;
   const int last = static_cast<int>((slot + 1) * int64_t{tiling.tiles} / slots);
   for (int tile = static_cast<int>(slot * int64_t{tiling.tiles} / slots); tile < last; ++tile)
     for (int part = 0; part < tiling.parts; ++part) {
@@ -161,7 +172,11 @@ __global__ void __launch_bounds__(kThreads, 2)
         column_pass_in_place(numbers, bit, tiling.log);
         __syncthreads();
       }
-      mix_part(p, tiling, part, k, numbers, sums);
+      // All threads of a warp take the same way: they meet in shuffles.
+      if (whole_ranks && tile * kColumns / n == (tile * kColumns + kColumns - 1) / n)
+        mix_part<true>(p, tiling, part, k, numbers, x, sums);
+      else
+        mix_part<false>(p, tiling, part, k, numbers, x, sums);
       __syncthreads();
     }
   C* out = of_slots + (int64_t{blockIdx.y} * slots + slot) * K;
@@ -179,16 +194,17 @@ void hadamard_weight_backward(const HadamardWeightBackward& p, Device& device) {
     const int64_t d = p.sizes.d, D = p.sizes.D, n = p.sizes.n, r = p.sizes.r, K = p.sizes.K();
     Tiling t{};
     t.log_all = t.log = std::max(log_of(p.sizes.N()), 3);
-    const auto shared = [&] { return (numbers_of(t.log) + K) * int64_t{sizeof(C)}; };
-    while (t.log > 3 && shared() > std::min(device.shared_bytes, int64_t{110} << 10)) --t.log;
+    const auto shared = [&] { return (numbers_of(t.log) + 2 * K) * int64_t{sizeof(C)}; };
+    // Two blocks on a multiprocessor, unless that leaves few rows.
+    while (t.log > 3 && shared() > device.shared_bytes / (t.log > 10 ? 2 : 1) - 1024) --t.log;
     t.parts = static_cast<int>(ceil_div(std::min(D, int64_t{1} << t.log_all), int64_t{1} << t.log));
     t.tiles = static_cast<int>(ceil_div(d, kColumns));
     const int threads = threads_of<C>(t.log, device);
     while (1 << t.split < kLanes && n << (t.split + 1) <= threads / 32 * kLanes &&
            kColumns / W << t.split < r)
       ++t.split;
-    t.aligned_grad =
-        p.transposed ? aligned_rows(D, kPerAccess<S>, p.grad) : aligned_rows(d, W, p.grad);
+    t.aligned_grad = aligned_to_16(p.row) && p.next_row % 4 == 0 &&
+                     aligned_rows(p.transposed ? D : d, p.transposed ? kPerAccess<S> : W, p.grad);
     t.aligned_gam = aligned_rows(d, W, p.gam, p.dgam);
     const int64_t slots =
         std::min(ceil_div(t.tiles, 2), ceil_div(4 * device.multiprocessors, p.experts));
