@@ -15,6 +15,8 @@ template <class C>
 __device__ __forceinline__ C* row_at(C* numbers, int q) {
   return numbers + (q + (q >> 3)) * kColumns;
 }
+// From row q to row q + (1 << bit), for a bit that starts a pass: 0, 3, 6, ...
+__device__ __forceinline__ int rows_apart(int bit) { return bit > 0 ? 9 << bit : kColumns; }
 RANDLORA_HD int64_t numbers_of(int log) {
   return ((int64_t{1} << log) + (int64_t{1} << log >> 3)) * kColumns;
 }
@@ -53,8 +55,9 @@ __device__ __forceinline__ void column_pass(C* numbers, int bit, int log, const 
   for (int g = threadIdx.x / kAcross; g < 1 << (log - K); g += blockDim.x / kAcross) {
     const int first = (g >> bit << (bit + K)) | (g & ((1 << bit) - 1));
     C v[W << K];
+    const C* from = row_at(numbers, first);
 #pragma unroll
-    for (int e = 0; e < 1 << K; ++e) load_run<W>(row_at(numbers, first + (e << bit)), v + e * W);
+    for (int e = 0; e < 1 << K; ++e, from += rows_apart(bit)) load_run<W>(from, v + e * W);
     hadamard<W>(v);
     put(v, first, 1 << bit);
   }
@@ -62,10 +65,11 @@ __device__ __forceinline__ void column_pass(C* numbers, int bit, int log, const 
 template <class C>
 __device__ __forceinline__ void column_pass_in_place(C* numbers, int bit, int log) {
   constexpr int W = kPerAccess<C>;
-  column_pass(numbers, bit, log, [&](auto& v, int q, int step) {
+  column_pass(numbers, bit, log, [&](auto& v, int q, int) {
+    C* to = row_at(numbers, q);
 #pragma unroll
-    for (int e = 0; e < int(sizeof(v) / sizeof(C)) / W; ++e)
-      store_run<W>(v + e * W, row_at(numbers, q + e * step));
+    for (int e = 0; e < int(sizeof(v) / sizeof(C)) / W; ++e, to += rows_apart(bit))
+      store_run<W>(v + e * W, to);
   });
 }
 

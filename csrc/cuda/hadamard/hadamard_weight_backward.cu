@@ -38,12 +38,12 @@ template <bool Transposed, class S, class C = ComputeOf<S>>
 __device__ __forceinline__ void read_part(const HadamardWeightBackward& p, const Tiling& tiling,
                                           int part, int k, C* numbers) {
   constexpr int W = kPerAccess<C>, kAcross = kColumns / W;
-  const int64_t d = p.sizes.d, D = p.sizes.D, next = Transposed ? D : d;
+  const int d = static_cast<int>(p.sizes.d), D = static_cast<int>(p.sizes.D);
   for (int g = threadIdx.x / kAcross; g < 1 << (tiling.log - 3); g += blockDim.x / kAcross) {
     C v[8 * W] = {};
-    const auto add = [&](auto whole, int64_t o) {
+    const auto add = [&](auto whole, int o) {
       constexpr bool Whole = decltype(whole)::value;
-      const int rows = static_cast<int>(D - o), columns = static_cast<int>(d) - k;
+      const int rows = D - o, columns = d - k, next = Transposed ? D : d;
       float sign[8];
       if constexpr (Whole) load_run<8>(p.row + o, sign);
 #pragma unroll
@@ -52,7 +52,8 @@ __device__ __forceinline__ void read_part(const HadamardWeightBackward& p, const
       constexpr int kLines = Transposed ? W : 8, kAlong = Transposed ? 8 : W;
       const int lines = Transposed ? columns : rows;
       const Some<kAlong> some{Transposed ? rows : columns, Whole, 1};
-      const S* from = static_cast<const S*>(p.grad) + (Transposed ? k * D + o : o * d + k);
+      const S* from = static_cast<const S*>(p.grad);
+      from += Transposed ? int64_t{k} * D + o : int64_t{o} * d + k;
       Pack<S, kAlong> x[kLines] = {};  // all loads before the first use
 #pragma unroll
       for (int l = 0; l < kLines; ++l, from += next)
@@ -64,25 +65,16 @@ __device__ __forceinline__ void read_part(const HadamardWeightBackward& p, const
           v[e * W + u] += widen(Transposed ? x[u].get(e) : x[e].get(u)) * sign[e];
     };
 #pragma unroll 1
-    for (int64_t o = (part << tiling.log) + 8 * g; o < D; o += int64_t{1} << tiling.log_all)
+    for (int o = (part << tiling.log) + 8 * g; o < D; o += 1 << tiling.log_all)
       if (tiling.aligned_grad && o + 8 <= D && k + W <= d)
         add(std::true_type{}, o);
       else
         add(std::false_type{}, o);
     hadamard<W>(v);
+    C* to = row_at(numbers, 8 * g);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) store_run<W>(v + e * W, row_at(numbers, 8 * g + e));
+    for (int e = 0; e < 8; ++e) store_run<W>(v + e * W, to + e * kColumns);
   }
-}
-
-// Bit b says whether H[first + b, m] is negative, `first` a multiple of 32.
-__device__ __forceinline__ uint32_t sign_word(int m, int first) {
-  constexpr uint32_t kOfBit[] = {0xaaaaaaaau, 0xccccccccu, 0xf0f0f0f0u, 0xff00ff00u, 0xffff0000u};
-  uint32_t word = minus(m, first) ? ~0u : 0u;
-#pragma unroll
-  for (int bit = 0; bit < 5; ++bit)
-    if (m >> bit & 1) word ^= kOfBit[bit];
-  return word;
 }
 
 // dgam of the thread's columns, and their part of the slot's sums. A warp takes a few bases; its
@@ -98,9 +90,10 @@ __device__ __forceinline__ void mix_part(const HadamardWeightBackward& p, const 
   const int ranks = tiling.ranks(r, kAcross), last = (share + 1) * ranks;
   C* dgam = static_cast<C*>(p.dgam);
   const Some<W> some{d - k, tiling.aligned_gam && k + W <= d, 1};
+  int m[W];
   C s[W];
 #pragma unroll
-  for (int u = 0; u < W; ++u) s[u] = k + u < d ? p.s[k + u] : 0;
+  for (int u = 0; u < W; ++u) m[u] = (k + u) / n, s[u] = k + u < d ? p.s[k + u] : 0;
   for (int i0 = threadIdx.x / 32 * of_warp; i0 < n; i0 += blockDim.x / 32 * of_warp) {
     const bool inside = i0 + lane % of_warp < n;
     const int i = inside ? i0 + lane % of_warp : 0;  // others work for nothing
@@ -109,33 +102,27 @@ __device__ __forceinline__ void mix_part(const HadamardWeightBackward& p, const 
     C g[W], of_gam[W] = {};
 #pragma unroll
     for (int u = 0; u < W; ++u) g[u] = gam.get(u) * s[u];
-    for (int j = share * ranks, end; j < last; j = end) {
-      end = min((j | 31) + 1, last);
-      uint32_t signs[W] = {};
+    for (int j = share * ranks; j < last; j += kAcross) {
+      C of_lam[kAcross] = {};
 #pragma unroll
-      for (int u = 0; u < (Whole ? 1 : W); ++u) signs[u] = sign_word((k + u) / n, j & ~31);
-      for (; j < end; j += kAcross) {
-        C of_lam[kAcross] = {};
+      for (int b = 0; b < kAcross; ++b) {
+        if (!Whole && j + b >= r) continue;
+        const int c = (j + b) * n + i, above = c >> tiling.log;
+        const C sign = minus((above & part) ^ (m[0] & (j + b)), ~0) ? C(-1) : C(1);
+        const C factor = sign * x[c];
+        C v[W];
+        load_run<W>(row_at(numbers, c & ((1 << tiling.log) - 1)), v);
 #pragma unroll
-        for (int b = 0; b < kAcross; ++b) {
-          if (!Whole && j + b >= r) continue;
-          const int c = (j + b) * n + i, bit = (j + b) % 32;
-          const bool negative = (signs[0] >> bit ^ __popc(c >> tiling.log & part)) & 1;
-          const C sign = negative ? C(-1) : C(1), factor = sign * x[c];
-          C v[W];
-          load_run<W>(row_at(numbers, c & ((1 << tiling.log) - 1)), v);
-#pragma unroll
-          for (int u = 0; u < W; ++u) {
-            if (!Whole && (signs[u] ^ signs[0]) >> bit & 1) v[u] = -v[u];
-            of_gam[u] += factor * v[u];
-            of_lam[b] += g[u] * v[u];
-          }
-          of_lam[b] *= sign;
+        for (int u = 0; u < W; ++u) {
+          if (!Whole && minus(m[u] ^ m[0], j + b)) v[u] = -v[u];
+          of_gam[u] += factor * v[u];
+          of_lam[b] += g[u] * v[u];
         }
-        const C sum = warp_sums<kAcross, 1, kAcross>(of_lam);
-        const int own = j + threadIdx.x % kAcross;
-        if (inside && (Whole || own < r)) sums[own * n + i] += sum;
+        of_lam[b] *= sign;
       }
+      const C sum = warp_sums<kAcross, 1, kAcross>(of_lam);
+      const int own = j + threadIdx.x % kAcross;
+      if (inside && (Whole || own < r)) sums[own * n + i] += sum;
     }
     for (int bit = 16; bit >= kAcross * of_warp; bit /= 2)
 #pragma unroll
