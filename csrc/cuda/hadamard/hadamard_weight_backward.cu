@@ -10,8 +10,8 @@
 // the rows do not fit shared memory, parts of 1 << log rows follow each other: each gives its
 // transform to every u[c], with the sign that H has for the bits above.
 //
-// Floor: G read once; the instructions take longer, some 25 for an element and 7 more for each part
-// after the first. The sums of slots are 2 / d of G's numbers for each.
+// Floor: G read once, 15 us for 4096 x 4096 in bf16; the instructions, 42 for an element and 9 more
+// for each part after the first, and shared memory take twice as long.
 #include "../device/launch.h"
 #include "../kernels.h"
 #include "column_tile.h"
