@@ -4,11 +4,11 @@
 //   dgam[i, k] = scale s[k] sum over j of H[j, m] col[c] lam[c] u[c]
 //   dlam[c] = scale col[c] sum over k of H[j, m] s[k] gam[i, k] u[c]
 //
-// A block takes the tiles of a slot, kColumns columns each, of one expert, and keeps the slot's sums
-// for dlam in shared memory, where always the same thread adds to a number; hadamard_diagonals adds
-// the slots. Rows o and o + N of H are equal, so their elements of G are added as they are read. If
-// the rows do not fit shared memory, parts of 1 << log rows follow each other: each gives its
-// transform to every u[c], with the sign that H has for the bits above.
+// A block takes the tiles of a slot, kColumns columns each, and keeps the slot's sums for dlam in
+// shared memory, where always the same thread adds to a number; hadamard_diagonals adds the slots.
+// Elements of rows o and o + N of G, whose rows of H are equal, are added as they are read. If rows
+// do not fit, parts of 1 << log follow each other: each gives its transform to every u[c], with the
+// sign that H has for the bits above.
 //
 // Floor: G read once, 15 us for 4096 x 4096 in bf16; the instructions, 42 for an element and 9 more
 // for each part after the first, and shared memory take twice as long.
@@ -23,13 +23,8 @@ namespace {
 struct Tiling {
   int log, log_all;  // of the rows of a part, and of all
   int parts, tiles;
-  int split;  // 1 << split lanes share the ranks of one base
+  int split, ranks;  // 1 << split lanes share the ranks of one base; so many each
   bool aligned_grad, aligned_gam;
-
-  // Of a lane, a multiple of `step`.
-  RANDLORA_HD_MEMBER int ranks(int r, int step) const {
-    return (r + (step << split) - 1) / (step << split) * step;
-  }
 };
 
 // Part `part` of the thread's columns, from k on, after the first three bits of the transform. If G
@@ -87,7 +82,7 @@ __device__ __forceinline__ void mix_part(const HadamardWeightBackward& p, const 
   const int n = static_cast<int>(p.sizes.n), r = static_cast<int>(p.sizes.r);
   const int d = static_cast<int>(p.sizes.d), lane = threadIdx.x % 32 / kAcross;
   const int of_warp = 32 / kAcross >> tiling.split, share = lane / of_warp;
-  const int ranks = tiling.ranks(r, kAcross), last = (share + 1) * ranks;
+  const int first = share * tiling.ranks, last = first + tiling.ranks;
   C* dgam = static_cast<C*>(p.dgam);
   const Some<W> some{d - k, tiling.aligned_gam && k + W <= d, 1};
   int m[W];
@@ -102,7 +97,7 @@ __device__ __forceinline__ void mix_part(const HadamardWeightBackward& p, const 
     C g[W], of_gam[W] = {};
 #pragma unroll
     for (int u = 0; u < W; ++u) g[u] = gam.get(u) * s[u];
-    for (int j = share * ranks; j < last; j += kAcross) {
+    for (int j = first; j < last; j += kAcross) {
       C of_lam[kAcross] = {};
 #pragma unroll
       for (int b = 0; b < kAcross; ++b) {
@@ -140,15 +135,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     hadamard_weight_backward_kernel(HadamardWeightBackward all, Tiling tiling, C* of_slots) {
   constexpr int W = kPerAccess<C>;
   const HadamardWeightBackward p = all.expert(blockIdx.y);
-  const int K = static_cast<int>(p.sizes.K()), slots = gridDim.x, slot = blockIdx.x;
+  const int slots = gridDim.x, slot = blockIdx.x;
+  const int K = static_cast<int>(p.sizes.K()), n = static_cast<int>(p.sizes.n);
   const int from_k = threadIdx.x % (kColumns / W) * W;
-  const int n = static_cast<int>(p.sizes.n), r = static_cast<int>(p.sizes.r);
-  C* numbers = reinterpret_cast<C*>(shared_memory());
-  C *sums = numbers + numbers_of(tiling.log), *x = sums + K;
-  numbers += from_k;
+  C* numbers = reinterpret_cast<C*>(shared_memory()) + from_k;
+  C *sums = numbers - from_k + numbers_of(tiling.log), *x = sums + K;
   for (int c = threadIdx.x; c < K; c += blockDim.x)
     sums[c] = C(0), x[c] = static_cast<const C*>(p.lam)[c] * p.col[c];
-  const bool whole_ranks = r == tiling.ranks(r, kColumns / W) << tiling.split;
   const int last = static_cast<int>((slot + 1) * int64_t{tiling.tiles} / slots);
   for (int tile = static_cast<int>(slot * int64_t{tiling.tiles} / slots); tile < last; ++tile)
     for (int part = 0; part < tiling.parts; ++part) {
@@ -159,8 +152,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         column_pass_in_place(numbers, bit, tiling.log);
         __syncthreads();
       }
-      // All threads of a warp take the same way: they meet in shuffles.
-      if (whole_ranks && tile * kColumns / n == (tile * kColumns + kColumns - 1) / n)
+      // The block takes one way: lanes meet in shuffles.
+      if (p.sizes.r == tiling.ranks << tiling.split && tile * kColumns % n + kColumns <= n)
         mix_part<true>(p, tiling, part, k, numbers, x, sums);
       else
         mix_part<false>(p, tiling, part, k, numbers, x, sums);
@@ -177,7 +170,7 @@ void hadamard_weight_backward(const HadamardWeightBackward& p, Device& device) {
   with_dtype(p.dtype, [&](auto element) {
     using S = decltype(element);
     using C = ComputeOf<S>;
-    constexpr int W = kPerAccess<C>, kLanes = 32 / (kColumns / W);
+    constexpr int W = kPerAccess<C>, kAcross = kColumns / W, kLanes = 32 / kAcross;
     const int64_t d = p.sizes.d, D = p.sizes.D, n = p.sizes.n, r = p.sizes.r, K = p.sizes.K();
     Tiling t{};
     t.log_all = t.log = std::max(log_of(p.sizes.N()), 3);
@@ -188,8 +181,9 @@ void hadamard_weight_backward(const HadamardWeightBackward& p, Device& device) {
     t.tiles = static_cast<int>(ceil_div(d, kColumns));
     const int threads = threads_of<C>(t.log, device);
     while (1 << t.split < kLanes && n << (t.split + 1) <= threads / 32 * kLanes &&
-           kColumns / W << t.split < r)
+           kAcross << t.split < r)
       ++t.split;
+    t.ranks = static_cast<int>(ceil_div(r, kAcross << t.split)) * kAcross;
     t.aligned_grad = aligned_to_16(p.row) && p.next_row % 4 == 0 &&
                      aligned_rows(p.transposed ? D : d, p.transposed ? kPerAccess<S> : W, p.grad);
     t.aligned_gam = aligned_rows(d, W, p.gam, p.dgam);
