@@ -339,19 +339,11 @@ class Experts {
   // `lam` and `gam` are contiguous copies in the compute type.
   HadamardExperts all(const Tensor& lam, const Tensor& gam, const Tensor& s, const Tensor& row,
                       DType dtype) const {
-    const auto& [sizes, lam_of, gam_of, s_of, row_of, col, expand, scale] = basis;
-    return {sizes,
-            count,
-            lam.const_data_ptr(),
-            gam.const_data_ptr(),
-            floats(s),
-            floats(row),
-            floats(col),
-            s.dim() == 2 ? sizes.d : 0,
-            row.dim() == 2 ? sizes.D : 0,
-            dtype,
-            scale,
-            /*transposed=*/!expand};
+    const HadamardSizes& sizes = basis.sizes;
+    const int64_t next_s = s.dim() == 2 ? sizes.d : 0, next_row = row.dim() == 2 ? sizes.D : 0;
+    return {sizes,     count,       lam.const_data_ptr(), gam.const_data_ptr(),
+            floats(s), floats(row), floats(basis.col),    next_s,
+            next_row,  dtype,       basis.scale,          !basis.expand};
   }
 
   const bool stacked;
