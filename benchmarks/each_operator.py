@@ -72,6 +72,8 @@ def of_layers(
         for weight in (W, None) if with_weight else (W,):
             yield Op("hadamard_weight", None, partial(ops.hadamard_weight, weight, *bases),
                      floors.hadamard_weight(b, element))  # fmt: skip
+        yield Op("hadamard_weight backward", None, partial(ops.hadamard_weight_backward, W, *bases),
+                 floors.hadamard_weight_backward(b, element))  # fmt: skip
     else:
         A, floor = b.dense_a(device, dtype), floors.scaled_basis(b, element)
         yield Op("scaled_basis", None, partial(ops.scaled_basis, A, lam, gam), floor)

@@ -186,3 +186,11 @@ def hadamard_weight(b: Basis, element: int = 2) -> Floor:
     """W read, W + dW written, log2 N additions an element."""
     N = 1 << (b.K - 1).bit_length()
     return Floor(2 * element * b.D * b.d, fma=b.d * N * (N.bit_length() - 1))
+
+
+def hadamard_weight_backward(b: Basis, element: int = 2) -> Floor:
+    """The gradient of W + dW read, those of lambda and gamma written; the transform, and two
+    multiply-adds for each of K numbers a column."""
+    N = 1 << (b.K - 1).bit_length()
+    small = 4 * (b.r * b.n + b.n * b.d)
+    return Floor(element * b.D * b.d + 2 * small, fma=b.d * (N * (N.bit_length() - 1) + 2 * b.K))

@@ -65,13 +65,14 @@ struct HadamardGamma {
 // dlam[c] = scale * col[c] * the sum over slots q of sums[q, c].
 struct HadamardDiagonals {
   HadamardSizes sizes;
-  const void* P;
+  const void* P;     // CUDA: may be null, and then dgam is not wanted
   const void* sums;  // (slots, K) in the compute type, from HadamardDown
   int64_t slots;
   const float *s, *col;
   void *dlam, *dgam;  // compute type
   DType dtype;
   double scale;
+  int64_t experts = 1;  // CUDA, without P: as many sums and dlam, one behind the other
 };
 
 // y[t, o] += scale * row[o] * sum over c of H[o, c] v[c], or y = ... unless `accumulate`, with
@@ -131,6 +132,7 @@ struct HadamardExperts {
   bool transposed;  // dW is (d, D) instead of (D, d)
 
   RANDLORA_HD_MEMBER DType compute() const { return dtype == DType::f64 ? dtype : DType::f32; }
+  // Leaves expert e alone.
   RANDLORA_HD_MEMBER void select(int64_t e) {
     lam = moved(lam, e * sizes.K(), compute()), gam = moved(gam, e * sizes.n * sizes.d, compute());
     s += e * next_s, row += e * next_row, experts = 1;
@@ -148,10 +150,9 @@ struct HadamardWeight : HadamardExperts {
   void* out;
 
   RANDLORA_HD_MEMBER HadamardWeight expert(int64_t e) const {
-    HadamardWeight p = *this;
+    const int64_t first = e * sizes.D * sizes.d;
+    HadamardWeight p{*this, moved(base, first, dtype), moved(out, first, dtype)};
     p.select(e);
-    p.base = moved(base, e * sizes.D * sizes.d, dtype);
-    p.out = moved(out, e * sizes.D * sizes.d, dtype);
     return p;
   }
 };
@@ -165,11 +166,10 @@ struct HadamardWeightBackward : HadamardExperts {
   void *dlam, *dgam;  // compute type
 
   RANDLORA_HD_MEMBER HadamardWeightBackward expert(int64_t e) const {
-    HadamardWeightBackward p = *this;
+    HadamardWeightBackward p{*this, moved(grad, e * sizes.D * sizes.d, dtype),
+                             moved(dlam, e * sizes.K(), compute()),
+                             moved(dgam, e * sizes.n * sizes.d, compute())};
     p.select(e);
-    p.grad = moved(grad, e * sizes.D * sizes.d, dtype);
-    p.dlam = moved(dlam, e * sizes.K(), compute());
-    p.dgam = moved(dgam, e * sizes.n * sizes.d, compute());
     return p;
   }
 };

@@ -304,8 +304,7 @@ void weight_of_expert(const HadamardWeight& p, Runtime& rt) {
   Row all(p.sizes);
   const int64_t n = p.sizes.n, D = p.sizes.D, d = p.sizes.d;
   // A tile holds columns k of M as its rows, which are not a power of two apart.
-  const int64_t of_gamma = n + L, step = all.N + 2 * L,
-                width = tile_width<C>(p.transposed, all.N);
+  const int64_t of_gamma = n + L, step = all.N + 2 * L, width = tile_width<C>(p.transposed, all.N);
   all.prepare(rt, p.lam, p.col, p.row, p.scale, width * (of_gamma + step));
   const C* gam = static_cast<const C*>(p.gam);
   const S* base = static_cast<const S*>(p.base);

@@ -33,18 +33,6 @@ bool runs_on_cuda(const Tensor& t);
 
 // Whether the rows of H fit into the shared memory of a card.
 bool hadamard_fits(const HadamardSizes& sizes, DType dtype, int card);
-// The same of the device of `on`. Where they do not, plain torch computes
-// (randlora_ext/ops/hadamard.py).
-inline bool hadamard_fits(const HadamardSizes& sizes, DType dtype, const Tensor& on) {
-  return !runs_on_cuda(on) ||
-         hadamard_fits(sizes, dtype, on.is_cpu() ? 0 : on.get_device_index());
-}
-template <class... Args>
-std::array<StableIValue, sizeof...(Args)> in_plain_torch(const char* name, const Args&... args) {
-  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-  return stack;
-}
 
 // Makes a tensor's device current while this object lives, and gives kernels its current stream and
 // torch's allocator.

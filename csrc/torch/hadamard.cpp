@@ -20,9 +20,39 @@ struct HadamardBasis {
   int64_t out() const { return expand ? sizes.D : sizes.d; }
 };
 
+const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
+
 HadamardBasis check_basis(const Tensor& lam, const Tensor& gam, const Tensor& s, const Tensor& row,
                           const Tensor& col, bool expand, double scale) {
-  return {check_hadamard(lam, gam, s, row, col), lam, gam, s, row, col, expand, scale};
+  check_diagonals(lam, gam);
+  const int64_t r = lam.size(0), n = lam.size(1);
+  const auto check_signs = [&](const Tensor& t, const char* name, const char* size) {
+    RANDLORA_CHECK(
+        t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.is_contiguous() && t.numel() > 0,
+        name, " must be a contiguous float32 tensor (", size, "), got ", describe(t));
+    check_same_device(t, name, lam, "lam");
+  };
+  check_signs(s, "s", "d");
+  check_signs(row, "row", "D");
+  check_signs(col, "col", "K");
+  RANDLORA_CHECK(s.numel() == gam.size(1), "s must have d = ", gam.size(1), " numbers for gam ",
+                 describe(gam), ", got ", describe(s));
+  RANDLORA_CHECK(col.numel() == r * n, "col must have K = r * n = ", r * n, " numbers for lam ",
+                 describe(lam), ", got ", describe(col));
+  return {{row.numel(), s.numel(), r, n}, lam, gam, s, row, col, expand, scale};
+}
+
+// Where the sizes do not fit, plain torch computes (randlora_ext/ops/hadamard.py).
+bool fits(const HadamardBasis& b, const Tensor& x) {
+  return !runs_on_cuda(x) ||
+         hadamard_fits(b.sizes, activation_dtype(x, "x"), x.is_cpu() ? 0 : x.get_device_index());
+}
+
+template <class... Args>
+std::array<StableIValue, sizeof...(Args)> in_plain_torch(const char* name, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  return stack;
 }
 
 // The steps of one call, for one chunk of tokens at a time. x and y have d features in inner, outer
@@ -226,7 +256,7 @@ Tensor hadamard_linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Ten
                        Tensor s, Tensor row, Tensor col, bool expand, double scale) {
   const HadamardBasis b = check_basis(lam, gam, s, row, col, expand, scale);
   const int64_t T = check_linear(x, weight, bias, lam, b.in(), b.out());
-  if (!hadamard_fits(b.sizes, activation_dtype(x, "x"), x))
+  if (!fits(b, x))
     return torch::stable::detail::to<Tensor>(in_plain_torch("randlora::hadamard_linear_plain", x,
                                                             weight, bias, lam, gam, s, row, col,
                                                             expand, scale)[0]);
@@ -253,7 +283,7 @@ Gradients hadamard_linear_backward(Tensor dy, Tensor x, OptionalTensor weight, T
   const int64_t T = check_linear(x, weight, {}, lam, b.in(), b.out());
   check_output_gradient(dy, x, b.out());
   if (!need_x && !need_diagonals) return {};
-  if (!hadamard_fits(b.sizes, activation_dtype(x, "x"), x)) {
+  if (!fits(b, x)) {
     const auto results =
         in_plain_torch("randlora::hadamard_linear_backward_plain", dy, x, weight, lam, gam, s, row,
                        col, expand, scale, need_x, need_diagonals);
@@ -278,12 +308,112 @@ Gradients hadamard_linear_backward(Tensor dy, Tensor x, OptionalTensor weight, T
   return {dx, dlam, dgam};
 }
 
+// Experts that share the bases: lam (experts, r, n) and gam (experts, n, d), or one without that
+// dimension. s and row may have it, too.
+class Experts {
+ public:
+  Experts(const Tensor& lam, const Tensor& gam, const Tensor& s, const Tensor& row,
+          const Tensor& col, bool expand, double scale)
+      : stacked(lam.dim() == 3),
+        count(stacked ? lam.size(0) : 1),
+        lam_(first(lam)),
+        gam_(first(gam)),
+        s_(first_signs(s, "s", "d")),
+        row_(first_signs(row, "row", "D")),
+        basis(check_basis(lam_, gam_, s_, row_, col, expand, scale)) {
+    RANDLORA_CHECK(gam.dim() == lam.dim() && (!stacked || gam.size(0) == count),
+                   "gam must have as many experts as lam ", describe(lam), ", got ", describe(gam));
+  }
+  // As check_weight, of each expert's weight.
+  void check(const Tensor& t, const char* name) const {
+    RANDLORA_CHECK(!stacked || (t.dim() == 3 && t.size(0) == count), name,
+                   " must be (experts, out, in) = (", count, ", ", basis.out(), ", ", basis.in(),
+                   "), got ", describe(t));
+    check_weight(first(t), name, basis.out(), basis.in(), lam_);
+  }
+  // As many tensors of these sizes.
+  Tensor allocate_each(std::vector<int64_t> sizes, ScalarType type) const {
+    if (stacked) sizes.insert(sizes.begin(), count);
+    return allocate(sizes, type, lam_);
+  }
+  // `lam` and `gam` are contiguous copies in the compute type.
+  HadamardExperts all(const Tensor& lam, const Tensor& gam, const Tensor& s, const Tensor& row,
+                      DType dtype) const {
+    const HadamardSizes& sizes = basis.sizes;
+    const int64_t next_s = s.dim() == 2 ? sizes.d : 0, next_row = row.dim() == 2 ? sizes.D : 0;
+    return {sizes,     count,       lam.const_data_ptr(), gam.const_data_ptr(),
+            floats(s), floats(row), floats(basis.col),    next_s,
+            next_row,  dtype,       basis.scale,          !basis.expand};
+  }
+
+  const bool stacked;
+  const int64_t count;
+
+ private:
+  Tensor first(const Tensor& t) const {
+    return stacked && t.dim() == 3 && t.size(0) > 0 ? torch::stable::select(t, 0, 0) : t;
+  }
+  Tensor first_signs(const Tensor& t, const char* name, const char* size) const {
+    if (!stacked || t.dim() != 2) return t;
+    RANDLORA_CHECK(t.size(0) == count && t.is_contiguous(), name, " must be (", size,
+                   "), or contiguous (experts, ", size, ") with experts = ", count, ", got ",
+                   describe(t));
+    return count > 0 ? torch::stable::select(t, 0, 0) : t;
+  }
+  const Tensor lam_, gam_, s_, row_;
+
+ public:
+  const HadamardBasis basis;
+};
+
+// W + dW, or dW without a weight.
+Tensor hadamard_weight(OptionalTensor weight, Tensor lam, Tensor gam, Tensor s, Tensor row,
+                       Tensor col, bool expand, double scale) {
+  const Experts experts(lam, gam, s, row, col, expand, scale);
+  const HadamardBasis& b = experts.basis;
+  const DType dtype = activation_dtype(weight ? *weight : lam, weight ? "weight" : "lam");
+  if (weight) experts.check(*weight, "weight");
+  const Tensor out = experts.allocate_each({b.out(), b.in()}, scalar_type(dtype));
+  const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
+  const Tensor base = weight ? as_contiguous(*weight) : out;
+  run(lam, HadamardWeight{experts.all(l, g, s, row, dtype),
+                          weight ? base.const_data_ptr() : nullptr, out.mutable_data_ptr()});
+  return out;
+}
+
+std::tuple<Tensor, Tensor> hadamard_weight_backward(Tensor grad, Tensor lam, Tensor gam, Tensor s,
+                                                    Tensor row, Tensor col, bool expand,
+                                                    double scale) {
+  const Experts experts(lam, gam, s, row, col, expand, scale);
+  const HadamardSizes& sizes = experts.basis.sizes;
+  const DType dtype = activation_dtype(grad, "grad");
+  experts.check(grad, "grad");
+  if (!fits(experts.basis, grad)) {
+    const auto results = in_plain_torch("randlora::hadamard_weight_backward_plain", grad, lam, gam,
+                                        s, row, col, expand, scale);
+    return {torch::stable::detail::to<Tensor>(results[0]),
+            torch::stable::detail::to<Tensor>(results[1])};
+  }
+  const Tensor dlam = experts.allocate_each({sizes.r, sizes.n}, compute_type(dtype)),
+               dgam = experts.allocate_each({sizes.n, sizes.d}, compute_type(dtype));
+  const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype), y = as_contiguous(grad);
+  run(lam, HadamardWeightBackward{experts.all(l, g, s, row, dtype), y.const_data_ptr(),
+                                  dlam.mutable_data_ptr(), dgam.mutable_data_ptr()});
+  return {cast(dlam, lam.scalar_type()), cast(dgam, gam.scalar_type())};
+}
+
+#define RANDLORA_BASIS \
+  "Tensor lam, Tensor gam, Tensor s, Tensor row, Tensor col, bool expand, float scale"
 const Operators operators{
-    {"hadamard_linear(Tensor x, Tensor? weight, Tensor? bias, " RANDLORA_HADAMARD ") -> Tensor",
+    {"hadamard_linear(Tensor x, Tensor? weight, Tensor? bias, " RANDLORA_BASIS ") -> Tensor",
      RANDLORA_BOX(hadamard_linear)},
-    {"hadamard_linear_backward(Tensor dy, Tensor x, Tensor? weight, " RANDLORA_HADAMARD
+    {"hadamard_linear_backward(Tensor dy, Tensor x, Tensor? weight, " RANDLORA_BASIS
      ", bool need_x, bool need_diagonals) -> (Tensor?, Tensor?, Tensor?)",
      RANDLORA_BOX(hadamard_linear_backward)},
+    {"hadamard_weight(Tensor? weight, " RANDLORA_BASIS ") -> Tensor",
+     RANDLORA_BOX(hadamard_weight)},
+    {"hadamard_weight_backward(Tensor grad, " RANDLORA_BASIS ") -> (Tensor, Tensor)",
+     RANDLORA_BOX(hadamard_weight_backward)},
 };
 
 }  // namespace

@@ -24,26 +24,6 @@ void check_diagonals(const Tensor& lam, const Tensor& gam) {
                  describe(gam), " with lam ", describe(lam));
 }
 
-HadamardSizes check_hadamard(const Tensor& lam, const Tensor& gam, const Tensor& s,
-                             const Tensor& row, const Tensor& col) {
-  check_diagonals(lam, gam);
-  const int64_t r = lam.size(0), n = lam.size(1);
-  const auto check_signs = [&](const Tensor& t, const char* name, const char* size) {
-    RANDLORA_CHECK(
-        t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.is_contiguous() && t.numel() > 0,
-        name, " must be a contiguous float32 tensor (", size, "), got ", describe(t));
-    check_same_device(t, name, lam, "lam");
-  };
-  check_signs(s, "s", "d");
-  check_signs(row, "row", "D");
-  check_signs(col, "col", "K");
-  RANDLORA_CHECK(s.numel() == gam.size(1), "s must have d = ", gam.size(1), " numbers for gam ",
-                 describe(gam), ", got ", describe(s));
-  RANDLORA_CHECK(col.numel() == r * n, "col must have K = r * n = ", r * n, " numbers for lam ",
-                 describe(lam), ", got ", describe(col));
-  return {row.numel(), s.numel(), r, n};
-}
-
 void check_weight(const Tensor& t, const char* name, int64_t out, int64_t in, const Tensor& lam) {
   RANDLORA_CHECK(t.dim() == 2 && t.size(0) == out && t.size(1) == in, name,
                  " must be (out, in) = (", out, ", ", in, "), got ", describe(t));

@@ -6,9 +6,6 @@ namespace randlora {
 
 // Throws unless lam is (r, n) and gam (n, d), floating and on one device.
 void check_diagonals(const Tensor& lam, const Tensor& gam);
-// Throws unless they are those of Hadamard bases, too: s (d), row (D) and col (K).
-HadamardSizes check_hadamard(const Tensor& lam, const Tensor& gam, const Tensor& s,
-                             const Tensor& row, const Tensor& col);
 // Throws unless the tensors are those of a layer (out, in) on the device of `lam`. Returns T.
 int64_t check_linear(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                      const Tensor& lam, int64_t in, int64_t out);
@@ -21,14 +18,6 @@ void check_output_gradient(const Tensor& dy, const Tensor& x, int64_t out);
 Tensor base_output(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                    int64_t out);
 Tensor base_gradient(const Tensor& dy, const OptionalTensor& weight, const Tensor& x);
-
-inline const float* floats(const Tensor& t) {
-  return static_cast<const float*>(t.const_data_ptr());
-}
-
-// The arguments that describe Hadamard bases.
-#define RANDLORA_HADAMARD \
-  "Tensor lam, Tensor gam, Tensor s, Tensor row, Tensor col, bool expand, float scale"
 
 // dx, dlam and dgam; those that are not needed are absent.
 using Gradients = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor>;

@@ -10,6 +10,8 @@ struct HadamardCase {
   int64_t r, d, D;
   int64_t T = 3;
   int64_t skip = 0;  // elements that take the alignment of every matrix away
+  int64_t experts = 1;
+  bool own = false;  // signs of each expert
 };
 
 // -1 and +1, or these times a scale for each feature.
@@ -28,8 +30,8 @@ inline double h(int64_t a, int64_t b) { return __builtin_popcountll(a & b) % 2 ?
 struct HadamardProblem {
   HadamardCase c;
   HadamardSizes sizes;
-  int64_t D, d, r, n, K, T, classes;
-  std::vector<float> s, row, col;
+  int64_t D, d, r, n, K, T, classes, experts;
+  std::vector<float> s, row, col;  // those of the experts, one behind the other, as lam and gam
   Values lam, gam, B;
 
   explicit HadamardProblem(const HadamardCase& c_)
@@ -42,14 +44,26 @@ struct HadamardProblem {
         K(sizes.K()),
         T(c.T),
         classes(sizes.classes()),
-        s(signs(d, 1, true)),
-        row(signs(D, 2, true)),
+        experts(c.experts),
+        s(signs(d * experts, 1, true)),
+        row(signs(D * experts, 2, true)),
         col(signs(K, 3, false)),
-        lam(normal(K, 4)),
-        gam(normal(n * d, 5)),
-        B(D * K) {
+        lam(normal(K * experts, 4)),
+        gam(normal(n * d * experts, 5)),
+        B(B_of(0)) {}
+
+  const float* s_of(int64_t e) const { return s.data() + c.own * e * d; }
+  const float* row_of(int64_t e) const { return row.data() + c.own * e * D; }
+  Values B_of(int64_t e) const {
+    Values all(D * K);
     for (int64_t o = 0; o < D; ++o)
-      for (int64_t k = 0; k < K; ++k) B[o * K + k] = row[o] * h(o, k) * col[k];
+      for (int64_t k = 0; k < K; ++k) all[o * K + k] = row_of(e)[o] * h(o, k) * col[k];
+    return all;
+  }
+  HadamardExperts operands(const Array& lam_, const Array& gam_, DType dtype, double scale,
+                           bool transposed) const {
+    return {sizes,      experts,   lam_.get(), gam_.get(), s.data(), row.data(),
+            col.data(), c.own * d, c.own * D,  dtype,      scale,    transposed};
   }
 
   // Where column k of a row is, in a (classes, rows, n) matrix.
@@ -66,21 +80,28 @@ struct HadamardProblem {
           v[t * K + k] += h(k / n, m) * z[(m * T + t) * n + k % n];
     return v;
   }
-  // dW (D, d), or (d, D)
-  Values delta(double scale, bool transposed) const {
-    Values scaled(K * d);
-    for (int64_t c = 0; c < K; ++c)
+  // dW (D, d), or (d, D), of every expert
+  Values deltas(double scale, bool transposed) const {
+    Values all;
+    for (int64_t e = 0; e < experts; ++e) {
+      Values scaled(K * d);
       for (int64_t k = 0; k < d; ++k)
-        scaled[c * d + k] = lam[c] * h(c / n, k / n) * s[k] * gam[c % n * d + k];
-    return transposed ? product(scaled, B, d, D, K, true, scale, true)
-                      : product(B, scaled, D, d, K, false, scale);
+        for (int64_t q = 0; q < K; ++q)
+          scaled[q * d + k] =
+              lam[e * K + q] * h(q / n, k / n) * s_of(e)[k] * gam[(e * n + q % n) * d + k];
+      const Values dW = transposed ? product(scaled, B_of(e), d, D, K, true, scale, true)
+                                   : product(B_of(e), scaled, D, d, K, false, scale);
+      all.insert(all.end(), dW.begin(), dW.end());
+    }
+    return all;
   }
 };
 
 template <class Kernels>
 void set_case_of(const Kernels& kernels, const HadamardProblem& p, DType dtype) {
-  set_case("dtype %d r %ld d %ld D %ld T %ld skip %ld %s", int(dtype), long(p.r), long(p.d),
-           long(p.D), long(p.T), long(p.c.skip), kernels.settings().c_str());
+  set_case("dtype %d r %ld d %ld D %ld T %ld skip %ld experts %ld own %d %s", int(dtype), long(p.r),
+           long(p.d), long(p.D), long(p.T), long(p.c.skip), long(p.experts), p.c.own,
+           kernels.settings().c_str());
 }
 
 // Results may differ by one rounding and, before it, by the rounding of sums of about `largest`.
@@ -144,9 +165,9 @@ template <class Kernels>
 void check_diagonals(Kernels& kernels, const HadamardProblem& p, DType dtype) {
   const int64_t skip = p.c.skip, slots = p.T;
   const DType compute = compute_of(dtype), between = class_dtype(dtype);
-  const Array gam(compute, p.gam, skip), out(between, p.n * p.d, skip);
+  Values want(p.gam.begin(), p.gam.begin() + p.n * p.d);
+  const Array gam(compute, want, skip), out(between, p.n * p.d, skip);
   kernels.hadamard_gamma({p.sizes, gam.get(), p.s.data(), out.get(), dtype});
-  Values want = p.gam;
   for (int64_t e = 0; e < p.n * p.d; ++e) want[e] *= p.s[e % p.d];
   expect_close("gamma", between, out, want);
 
@@ -169,22 +190,48 @@ void check_diagonals(Kernels& kernels, const HadamardProblem& p, DType dtype) {
 template <class Kernels>
 void check_weight(Kernels& kernels, const HadamardProblem& p, DType dtype, bool transposed) {
   const double scale = 0.01;
-  const int64_t skip = p.c.skip, size = p.D * p.d;
+  const int64_t skip = p.c.skip, size = p.experts * p.D * p.d;
   const Array lam(compute_of(dtype), p.lam, skip, Kernels::kBehind),
       gam(compute_of(dtype), p.gam, skip), base(dtype, normal(size, 12), skip),
       out(dtype, size, skip), merged(dtype, size, skip);
-  HadamardWeight call{p.sizes, lam.get(), gam.get(), p.s.data(), p.row.data(), p.col.data(),
-                      nullptr, out.get(), dtype,     scale,      transposed};
+  HadamardWeight call{p.operands(lam, gam, dtype, scale, transposed), nullptr, out.get()};
   kernels.hadamard_weight(call);
   call.base = base.get(), call.out = merged.get();
   kernels.hadamard_weight(call);
-  const Values want = p.delta(scale, transposed);
+  const Values want = p.deltas(scale, transposed);
   expect_close("dW", dtype, out, want);
   expect_close("W + dW", dtype, merged, sum(want, base.values()));
   std::memcpy(out.get(), base.get(), base.bytes());
   call.base = call.out = out.get();
   kernels.hadamard_weight(call);
   EXPECT(out.raw() == merged.raw(), "in place,");
+}
+
+template <class Kernels>
+void check_weight_backward(Kernels& kernels, const HadamardProblem& p, DType dtype,
+                           bool transposed) {
+  const DType compute = compute_of(dtype);
+  const int64_t skip = p.c.skip, each = p.D * p.d;
+  const Array lam(compute, p.lam, skip), gam(compute, p.gam, skip),
+      grad(dtype, normal(p.experts * each, 13), skip), dlam(compute, p.experts * p.K, skip),
+      dgam(compute, p.experts * p.n * p.d, skip);
+  kernels.hadamard_weight_backward(
+      {p.operands(lam, gam, dtype, 0.5, transposed), grad.get(), dlam.get(), dgam.get()});
+  const Values of = grad.values();
+  Values want_lam(p.experts * p.K, 0.0), want_gam(p.experts * p.n * p.d, 0.0);
+  for (int64_t e = 0; e < p.experts; ++e) {
+    const Values one(of.begin() + e * each, of.begin() + (e + 1) * each);
+    const Values u = product(one, p.B_of(e), p.d, p.K, p.D, false, 0.5, !transposed);
+    for (int64_t k = 0; k < p.d; ++k)
+      for (int64_t c = 0; c < p.K; ++c) {
+        const double x = u[k * p.K + c] * h(c / p.n, k / p.n) * p.s_of(e)[k];
+        const int64_t at = (e * p.n + c % p.n) * p.d + k;
+        want_lam[e * p.K + c] += x * p.gam[at];
+        want_gam[at] += x * p.lam[e * p.K + c];
+      }
+  }
+  expect_close("dlam", compute, dlam, want_lam);
+  expect_close("dgam", compute, dgam, want_gam);
 }
 
 // Every `step`-th dtype from `first` on.
@@ -206,7 +253,10 @@ void check_weights(Kernels& kernels, const HadamardCase& c, size_t first = 0, si
     const DType dtype = kTypes[i];
     set_case_of(kernels, p, dtype);
     check_diagonals(kernels, p, dtype);
-    for (const bool transposed : {false, true}) check_weight(kernels, p, dtype, transposed);
+    for (const bool transposed : {false, true}) {
+      check_weight(kernels, p, dtype, transposed);
+      check_weight_backward(kernels, p, dtype, transposed);
+    }
   }
 }
 

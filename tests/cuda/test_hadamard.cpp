@@ -72,6 +72,9 @@ void tests() {
   Way small(64, 1 << 10);  // columns of dW in parts
   for (const Case& c : {Case{32, 512, 48}, {7, 61, 100, 3, 1}, {4, 90, 150}})
     check_weights(small, c);
+  for (const Case& c :
+       {Case{7, 61, 100, 1, 1, 3, true}, {16, 64, 24, 1, 0, 2}, {40, 90, 700, 1, 0, 2, true}})
+    for (Way* way : {&plain, &one, &small}) check_weights(*way, c);
   check_weights(plain, {30, 1050, 5});
   for (const int64_t T : {0, 1}) check_products(plain, {5, 33, 20, T});
   few();

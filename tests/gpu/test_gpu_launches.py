@@ -76,6 +76,18 @@ def test_three_launches_forward_and_seven_backward(device, launches, shape, more
             assert (len(ours), products) == (kernels, parts), ours
 
 
+@cases("transposed", [False, True])
+def test_as_many_launches_for_a_stack_of_experts(device, launches, transposed):
+    basis = make_layer(64, 96, 8, "hadamard", 1, torch.float32).basis
+    lam, gam = torch.randn(5, 8, basis.n), torch.randn(5, basis.n, basis.d)
+    W = torch.randn(5, *((64, 96) if transposed else (96, 64)))
+    operands = [t.to(device) for t in (W, lam, gam, *basis.packed())]
+    for op, limit in (("hadamard_weight", 1), ("hadamard_weight_backward", 2)):
+        op = getattr(torch.ops.randlora, op)
+        ours, products = launches(lambda op=op: op(*operands, not transposed, 1.0))
+        assert (len(ours), products) == (limit, 0), ours
+
+
 @pytest.mark.skipif(not DRY, reason="counts calls of torch's operators on the CPU")
 @cases("shape", [(64, 96, 8), (96, 64, 8)])
 def test_nothing_is_cast_or_copied(device, shape):

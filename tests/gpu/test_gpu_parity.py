@@ -84,10 +84,30 @@ def test_weights(device, basis, dtype):
             return merged_weight(basis, weight, lam, gam, 1e-3), dW.detach(), *gradients
 
         results = on_both(device, both, layer.weight, layer.lam, layer.gam)
-        # On cards plain torch computes the gradients of Hadamard bases.
         for eps, got, want in zip((2, 2, 4, 4), *results, strict=True):
             assert got.dtype == want.dtype
             assert rms_error(got, want) <= eps * torch.finfo(got.dtype).eps, shape
+
+
+@cases("dtype", ALL_TYPES)
+@cases("shape", [(61, 70, 7), (72, 136, 8), (300, 64, 16), *([] if DRY else [(2880, 5000, 32)])])
+def test_experts(device, shape, dtype):
+    torch.manual_seed(0)
+    basis, experts, wide = Basis(*shape, seed=1), 3, torch.promote_types(dtype, torch.float32)
+    lam, gam = torch.randn(experts, basis.r, basis.n), torch.randn(experts, basis.n, basis.d)
+    s, row, col = basis.packed()
+    s, row = (t * (torch.rand(experts, len(t)) + 0.5) for t in (s, row))
+    for expand in (True, False):
+
+        def both(*tensors, expand=expand):
+            forward = torch.ops.randlora.hadamard_weight(*tensors, expand, 0.01)
+            return forward, *torch.ops.randlora.hadamard_weight_backward(*tensors, expand, 0.01)
+
+        sizes = (basis.D, basis.d) if expand else (basis.d, basis.D)
+        W = torch.randn(experts, *sizes).to(dtype)
+        results = on_both(device, both, W, lam.to(wide), gam.to(wide), s, row, col)
+        for eps, got, want in zip((2, 8, 8), *results, strict=True):
+            assert rms_error(got, want) <= eps * torch.finfo(got.dtype).eps
 
 
 @cases("dtype", SIXTEEN_BITS)

@@ -52,7 +52,7 @@ __global__ void hadamard_diagonals_kernel(HadamardDiagonals p, int gamma_blocks,
   C* of_warp = reinterpret_cast<C*>(shared_memory());
   C sum = C(0);
   if (c < K) {
-    const C* sums = static_cast<const C*>(p.sums) + c;
+    const C* sums = static_cast<const C*>(p.sums) + blockIdx.y * p.slots * K + c;
 #pragma unroll 8
     for (int64_t q = warp; q < p.slots; q += warps) sum += sums[q * K];
   }
@@ -60,7 +60,7 @@ __global__ void hadamard_diagonals_kernel(HadamardDiagonals p, int gamma_blocks,
   __syncthreads();
   if (warp != 0 || c >= K) return;
   for (int other = 1; other < warps; ++other) sum += of_warp[other * kAcross + lane];
-  static_cast<C*>(p.dlam)[c] = static_cast<C>(p.scale) * sum * p.col[c];
+  static_cast<C*>(p.dlam)[int64_t{blockIdx.y} * K + c] = static_cast<C>(p.scale) * sum * p.col[c];
 }
 
 }  // namespace
@@ -85,9 +85,9 @@ void hadamard_diagonals(const HadamardDiagonals& p, Device& device) {
     using S = ClassOf<decltype(s)>;
     const int threads = std::min(device.max_threads, 256);
     const int row_blocks = static_cast<int>(ceil_div(p.sizes.d, threads * kEach));
-    const int gamma_blocks = row_blocks * static_cast<int>(p.sizes.n);
+    const int gamma_blocks = p.P ? row_blocks * static_cast<int>(p.sizes.n) : 0;
     launch(device, "hadamard_diagonals", hadamard_diagonals_kernel<S>,
-           gamma_blocks + ceil_div(p.sizes.K(), kAcross), threads,
+           Grid(gamma_blocks + ceil_div(p.sizes.K(), kAcross), p.experts), threads,
            threads * int64_t{sizeof(ComputeOf<S>)}, p, gamma_blocks, row_blocks);
   });
 }

@@ -18,6 +18,7 @@
 
 #include "../device/launch.h"
 #include "../kernels.h"
+#include "column_tile.h"
 #include "mix.h"
 #include "write.h"
 
@@ -49,59 +50,6 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // ---- by rows ------------------------------------------------------------------------------------
-
-constexpr int kColumns = 8;  // of a block; a thread has kPerAccess of them
-
-// Row q of kColumns numbers in shared memory: 8 numbers left free after every 8 rows keep rows in
-// different banks that are 8 apart.
-template <class C>
-__device__ __forceinline__ C* row_at(C* numbers, int q) {
-  return numbers + (q + (q >> 3)) * kColumns;
-}
-constexpr int64_t numbers_of(int log) {
-  return ((int64_t{1} << log) + (int64_t{1} << log >> 3)) * kColumns;
-}
-
-// The columns of a thread: W, adjacent and aligned, if `whole`; else some, `apart`.
-template <int W>
-struct Some {
-  int count;
-  bool whole;
-  int64_t apart;
-  template <class S>
-  __device__ __forceinline__ Pack<S, W> load(const S* from) const {
-    if (whole) return *reinterpret_cast<const Pack<S, W>*>(from);
-    Pack<S, W> pack = {};
-#pragma unroll
-    for (int u = 0; u < W; ++u)
-      if (u < count) pack.set(u, from[u * apart]);
-    return pack;
-  }
-  template <class S>
-  __device__ __forceinline__ void store(const Pack<S, W>& pack, S* to) const {
-    if (whole) *reinterpret_cast<Pack<S, W>*>(to) = pack;
-#pragma unroll
-    for (int u = 0; u < W; ++u)
-      if (!whole && u < count) to[u * apart] = pack.get(u);
-  }
-};
-
-// K bits from `bit` on, or fewer if less are left. put(v, q, step) takes rows q + e * step, from
-// `numbers`, where the thread's columns begin.
-template <int K = 3, class C, class Put>
-__device__ __forceinline__ void column_pass(C* numbers, int bit, int log, const Put& put) {
-  if constexpr (K > 0)
-    if (log - bit < K) return column_pass<K - 1>(numbers, bit, log, put);
-  constexpr int W = kPerAccess<C>, kAcross = kColumns / W;
-  for (int g = threadIdx.x / kAcross; g < 1 << (log - K); g += blockDim.x / kAcross) {
-    const int first = (g >> bit << (bit + K)) | (g & ((1 << bit) - 1));
-    C v[W << K];
-#pragma unroll
-    for (int e = 0; e < 1 << K; ++e) load_run<W>(row_at(numbers, first + (e << bit)), v + e * W);
-    hadamard<W>(v);
-    put(v, first, 1 << bit);
-  }
-}
 
 template <class S>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -148,11 +96,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   __syncthreads();
   int bit = 0;
   for (; log - bit > 3; bit += 3) {
-    column_pass(numbers, bit, log, [&](auto& v, int q, int step) {
-#pragma unroll
-      for (int e = 0; e < int(sizeof(v) / sizeof(C)) / W; ++e)
-        store_run<W>(v + e * W, row_at(numbers, q + e * step));
-    });
+    column_pass_in_place(numbers, bit, log);
     __syncthreads();
   }
   column_pass(numbers, bit, log, [&](auto& v, int q, int step) {
@@ -205,14 +149,11 @@ void hadamard_weight(const HadamardWeight& p, Device& device) {
     while (numbers_of(log) * int64_t{sizeof(C)} > std::min(device.shared_bytes, int64_t{72} << 10))
       --log;
     const int tiles = static_cast<int>(ceil_div(d, kColumns));
-    const int threads =
-        static_cast<int>(std::clamp<int64_t>((int64_t{kColumns} << log) / (8 * kPerAccess<C>), 32,
-                                             std::min(device.max_threads, kThreads)));
+    const int threads = threads_of<C>(log, device);
     const bool aligned = !p.transposed && aligned_rows(d, kPerAccess<C>, p.gam, p.base, p.out);
     launch(device, "hadamard_weight", hadamard_weight_kernel<S>,
-           Grid(tiles << (log_all - log), p.experts), threads,
-           numbers_of(log) * int64_t{sizeof(C)}, p, log, log_all, tiles, p.transposed ? 1 : d,
-           p.transposed ? p.sizes.D : 1, aligned);
+           Grid(tiles << (log_all - log), p.experts), threads, numbers_of(log) * int64_t{sizeof(C)},
+           p, log, log_all, tiles, p.transposed ? 1 : d, p.transposed ? p.sizes.D : 1, aligned);
   });
 }
 
