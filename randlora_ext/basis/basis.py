@@ -9,10 +9,34 @@ from torch import Tensor, nn
 
 from .. import devices
 from .cache import PackedTensors, get_or_make, share, with_index
-from .dense import DenseMatrices
 from .description import BasisDescription, Shape
 from .hadamard import HadamardMatrices, checked_scale
 from .ternary import GeneratedMatrices, TernaryMatrices
+
+
+class DenseMatrices:
+    """A (r, >= d) and B (>= D, >= K) of any values; the methods are those of `TernaryMatrices`."""
+
+    kind = "dense"
+    description = input_scale = None
+    needs_kernels = False
+    density = scale = b_value = 1.0
+
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        self.A, self.B, self.key = A, B, self
+
+    def format(self, shape: Shape) -> str:
+        return "dense"
+
+    def pack(self, shape: Shape, on: torch.device) -> list[Tensor]:
+        return [self.A[:, : shape.d].to(on), self.B[: shape.D, : shape.K].to(on)]
+
+    def dense_a(self, shape: Shape, dtype: torch.dtype, packed: list[Tensor]) -> Tensor:
+        return packed[0].to(dtype)
+
+    def dense_b(self, shape: Shape, dtype: torch.dtype, packed: list[Tensor]) -> Tensor:
+        return packed[1].to(dtype)
+
 
 _Matrices = TernaryMatrices | HadamardMatrices | DenseMatrices
 _tokens = itertools.count()
@@ -113,10 +137,6 @@ class Basis:
         return self
 
     @property
-    def is_dense(self) -> bool:
-        return self.kind == "dense"
-
-    @property
     def takes_input_scale(self) -> bool:
         return isinstance(self._source, HadamardMatrices)
 
@@ -172,7 +192,7 @@ class Basis:
                     return self._source.pack(self._shape, on)
                 return [self._source.dense_b(self._shape, dtype, packed)]
 
-            key = self._shape.of_matrices, self._source.key, on, dtype
+            key = self.D, self.d, self.r, self._source.key, on, dtype  # of any orientation
             found = self._packed[on, dtype] = get_or_make(key, on, make)
             if dtype is None and new and not elsewhere:
                 self._warn_of_zeros(found.tensors)

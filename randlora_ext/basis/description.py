@@ -16,15 +16,7 @@ _KEY = re.compile(r"randlora_ext:([a-z]+)-\d+(?::density=([^:]+))?:seed=(\d+)")
 class BasisDescription:
     """The values from which A and B of any layer are generated: equal descriptions, equal elements.
 
-    Args:
-        kind: "hadamard", Sylvester's matrix with random signs; "independent", every element drawn
-            independently (docs/basis-spec.md).
-        density: share of non-zeros of independent bases, in (0, 1]; None means 1/3, PEFT's
-            ``sparse``. Hadamard bases have none.
-        seed: 0 <= seed < 2**64.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what it was and what is allowed.
+    Arguments and errors are those of `Basis`. The density of Hadamard bases is None.
     """
 
     kind: str
@@ -45,11 +37,6 @@ class BasisDescription:
         if not 0.0 < density <= 1.0:
             raise ValueError(f"density must be in (0, 1], got {density}")
         object.__setattr__(self, "density", float(density))
-
-    @property
-    def depends_on_layers(self) -> bool:
-        """Whether layers of other sizes have another A, not more or fewer columns of one A."""
-        return self.kind == "hadamard"
 
     def key(self) -> str:
         """The text that a saved file holds; `parse` reads it back exactly.
@@ -147,11 +134,6 @@ class Shape:
         for name, value in (("d", d), ("D", D), ("n", n), ("K", n * self.r)):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "expand", self.in_features <= self.out_features)
-
-    @property
-    def of_matrices(self) -> tuple[int, int, int]:
-        """The sizes that decide A and B; the layer's orientation does not."""
-        return self.D, self.d, self.r
 
     @property
     def wide(self) -> bool:

@@ -193,7 +193,7 @@ class AdaptedLayer(KeepsWeight):
         weight = self._base_weight()
         basis = self.basis_of(adapter, weight.device)
         by = functional.what_computes(basis, weight.device, weight.dtype)
-        hint = " (basis='hadamard' costs about LoRA's)" if basis.is_dense else ""
+        hint = " (basis='hadamard' costs about LoRA's)" if basis.kind == "dense" else ""
         scaled = " with scaled inputs" if adapter in self.input_scales else ""
         return f"r={basis.r} {basis.name}{scaled} by {by}{hint}"
 

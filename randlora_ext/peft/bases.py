@@ -14,8 +14,8 @@ from peft.tuners.randlora.model import RandLoraModel
 from torch import Tensor, nn
 
 from ..basis import Basis, BasisDescription
+from ..basis.basis import DenseMatrices
 from ..basis.cache import ordinary_tensors, share
-from ..basis.dense import DenseMatrices
 from ..basis.description import Shape
 from ..basis.ternary import ImportedMatrices
 from ..nn.state_dict import misfit
@@ -204,17 +204,11 @@ class PackedBufferDict(MutableMapping, BufferDict):
 def layer_basis(
     A: Tensor, B: Tensor, in_features: int, out_features: int, r: int, served: bool = True
 ) -> Basis:
-    """The basis of one layer shape, of kind "dense" if A or B is not ternary.
+    """The basis of one layer shape of A (r, 1, >= d) and B (>= D, >= n, r), of kind "dense" if one
+    is not ternary, or if no kernels are there for packed bases (`served`).
 
-    Layers of equal shape get the same object, so they share what it packs. Bases of dense tensors
-    are views of them.
-
-    Args:
-        A: (r, 1, >= d).  B: (>= D, >= n, r). A layer uses the leading slices; in PEFT's flat order
-            those of B are its first K columns.
-        served: whether there are kernels for packed bases; without, PEFT's ternary ones are dense.
-
-    Raises ValueError if they are too small.
+    A layer uses the leading slices; in PEFT's flat order those of B are its first K columns. Raises
+    ValueError if they are too small.
     """
     shape = Shape(in_features, out_features, r)
     d, D, n = shape.d, shape.D, shape.n

@@ -89,7 +89,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         basis = layer_basis(A[adapter], B[adapter], *sizes, served)
         if adapter in self.input_scales:
             basis = basis.with_input_scale(self.input_scales[adapter], self.experts)
-        if not served and basis.is_dense and isinstance(A[adapter], BasisTensor):
+        if not served and basis.kind == "dense" and isinstance(A[adapter], BasisTensor):
             warnings.warn(
                 "RandLoRA layers multiply by dense bases: there are no randlora_ext kernels for "
                 f"device type {device_type!r}",
@@ -118,7 +118,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         return x if keeps else x.to(self._dtype_of(name, x.device))
 
     def _is_dense_in_16_bits(self, name: str, x: Tensor) -> bool:
-        return x.dtype.itemsize == 2 and self.basis_of(name, x.device).is_dense
+        return x.dtype.itemsize == 2 and self.basis_of(name, x.device).kind == "dense"
 
     def _dtype_of(self, adapter: str, device: torch.device) -> torch.dtype:
         dtype = self.randlora_B.dtypes[adapter]

@@ -135,7 +135,7 @@ def _dense_bases(
     sizes = {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}
     (D, d), r = largest(sizes.values()), config.r
     own_d = d
-    if description.depends_on_layers:
+    if description.kind == "hadamard":
         layer_of = {min(its): path for path, its in reversed(sizes.items())}
         if len(layer_of) > 1:
             raise ValueError(
