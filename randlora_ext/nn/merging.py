@@ -9,15 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..basis.description import check_kind
 from ..ranks import full_tensor, is_dtensor, local_tensor
 from .base_layer import check_writable, refuse_shared
 
 KEEP_WEIGHT = ("host", "device", "nothing")
-
-
-def check_keep_weight(keep_weight: str) -> None:
-    if keep_weight not in KEEP_WEIGHT:
-        raise ValueError(f"keep_weight must be one of {KEEP_WEIGHT}, got {keep_weight!r}")
 
 
 def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -79,7 +75,7 @@ class KeepsWeight(_Layer):
 
     def _merge(self, names: Sequence[str], safe_merge: bool, keep_weight: str) -> None:
         """Merges adapters that are known and not merged yet."""
-        check_keep_weight(keep_weight)
+        check_kind("keep_weight", keep_weight, KEEP_WEIGHT)
         weight = self._dense_weight()
         for other in merged_layers:
             refuse_shared(other, self)

@@ -111,8 +111,6 @@ class RandLoraConfig(peft.RandLoraConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As PEFT's, but the old file stays until the new one is complete."""
-        if os.path.isfile(save_directory):
-            return super().save_pretrained(save_directory, **kwargs)  # PEFT's own error
         with appear_together(save_directory) as scratch:
             super().save_pretrained(scratch, **kwargs)
 
@@ -155,8 +153,7 @@ def _check_types(config: RandLoraConfig) -> None:
                 raise TypeError(f"{name} must be {allowed}, got {value!r}")
     if not 0 <= config.randlora_dropout <= 1:
         raise ValueError(f"randlora_dropout must be in [0, 1], got {config.randlora_dropout}")
-    if config.bias not in _BIASES:
-        raise ValueError(f"bias must be one of {_BIASES}, got {config.bias!r}")
+    check_kind("bias", config.bias, _BIASES)
 
 
 def description_of(fields: Mapping[str, Any]) -> BasisDescription | None:

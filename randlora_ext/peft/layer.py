@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..basis import Basis
 from ..devices import serve
 from ..nn.adapted_layer import AdaptedLayer
+from ..nn.experts import AdaptedParameter
 from ..nn.merging import merged_layers
 from .bases import PackedBufferDict, layer_basis
 from .basis_tensor import BasisTensor
@@ -44,15 +45,17 @@ class AcceleratedLinear(AdaptedLayer, Linear):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-        elif adapter_names is not None:
+        if adapter_names is not None and not self.disable_adapters:
             return self._mixed_batch(x, adapter_names, *args, **kwargs)
-        off, own = self.disable_adapters or self.merged_adapters, self._modules["randlora_lambda"]
-        names = [] if off else [name for name in self.active_adapters if name in own]
-        y = self._adapted(names, x, *args, **kwargs)
+        y = self._adapted(self._names(), x, *args, **kwargs)
         return y if y.dtype is x.dtype else y.to(x.dtype)
+
+    def _names(self) -> list[str]:
+        """The adapters to add now."""
+        if self.disable_adapters and self.merged_adapters:
+            self.unmerge()
+        off, own = self.disable_adapters or self.merged_adapters, self._modules["randlora_lambda"]
+        return [] if off else [name for name in self.active_adapters if name in own]
 
     def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args, **kwargs) -> Tensor:
         """Row b of the batch through adapter ``adapter_names[b]``."""
@@ -152,6 +155,48 @@ class AcceleratedLinear(AdaptedLayer, Linear):
             self.merge(safe_merge, adapter_names, keep_weight="nothing")
         merged_layers.discard(self)
         return self.get_base_layer()
+
+
+class ParamWrapper(AdaptedParameter, AcceleratedLinear):
+    """What PEFT's ``lora.ParamWrapper`` is for LoRA; PEFT finds those layers by this name."""
+
+    base_layer: Any
+
+    def __init__(
+        self, base_layer: Any, parameter_name: str, A: Any, B: Any, adapter_name: str, config: Any
+    ) -> None:
+        nn.Module.__init__(self)
+        RandLoraLayer.__init__(self, self._set_sizes(base_layer, parameter_name))
+        self.base_layer = base_layer
+        self.fan_in_fan_out = False
+        self.bases, self.input_scales = {}, {}
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, A, B, config.r, config=config)
+
+    def update_layer(self, adapter_name: str, A: Any, B: Any, r: int, config: Any, **kwargs: Any):
+        super().update_layer(adapter_name, A, B, r, config=config, **kwargs)
+        self._stack(adapter_name)
+        if not config.init_weights:  # PEFT's random lambdas, for each expert
+            nn.init.normal_(self.randlora_lambda[adapter_name])
+
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple:
+        return self._base_weight().device, self._base_weight().dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError(
+                "adapter_names cannot choose among adapters of target_parameters: one W + dW "
+                "serves the whole batch"
+            )
+        return super().forward(*args, **kwargs)
+
+    def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
+        if isinstance(self.base_layer, ParamWrapper):
+            self.base_layer.unload_and_optionally_merge_module(*args, **kwargs)
+        return super().unload_and_optionally_merge_module(*args, **kwargs)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False  # PEFT converts matrices
 
 
 def kernel_summary(model: nn.Module) -> str:

@@ -86,22 +86,18 @@ def _hotswap_errors(
         errors += other_bases(vars(config), fields)
     # What a file may lack, or bring.
     free = *BASIS_NAMES, INPUT_SCALE
-    missing = [key for key in own if key not in saved and not key.endswith(free)]
+    errors += [f"{key} is missing" for key in own if key not in saved and not key.endswith(free)]
     # PEFT saves the base weights of a targeted lm_head, too.
     is_base = lambda key: ".base_layer." in key and ".randlora_" not in key  # noqa: E731
     passed = (key for key in saved if not key.endswith(free) and not is_base(key))
-    unexpected = [key for key in passed if key not in own]
-    errors += [f"{key} is missing" for key in missing]
-    errors += [f"{key} is not part of the adapter" for key in unexpected]
+    errors += [f"{key} is not part of the adapter" for key in passed if key not in own]
     errors += [e for key in own if key in saved and (e := misfit(key, saved[key], own[key]))]
     return errors
 
 
 def check_load_over(model: PeftModel, folder: str | os.PathLike, adapter_name: str, hub) -> None:
-    """Checks what ``PeftModel.load_adapter`` does not before it writes into an adapter.
-
-    PEFT then reads only the tensors. Raises ValueError if they belong to other bases than the
-    adapter's and do not bring their own, or if nothing tells. Warns if alpha differs.
+    """ValueError if tensors that ``PeftModel.load_adapter`` writes into an adapter belong to other
+    bases, and do not bring these; a warning if alpha differs.
     """
     saved = recorded_configuration(Path(folder, hub.get("subfolder") or ""))
     saved = _saved_fields(folder, **hub) if saved is None else saved
@@ -119,11 +115,7 @@ def check_load_over(model: PeftModel, folder: str | os.PathLike, adapter_name: s
 
 
 def warn_of_misfits(folder: str | os.PathLike, adapter_name: str, result: Any) -> None:
-    """Warns if a file has fitted only in part, as PEFT allows: it returns the keys, and few look.
-
-    Args:
-        result: of PEFT's ``load_adapter``, with missing_keys and unexpected_keys.
-    """
+    """Warns if a file has fitted only in part; PEFT returns the keys as `result`, and few look."""
     for keys, told in (
         (result.unexpected_keys, "of its tensors have no place in the model and are not used"),
         (result.missing_keys, "tensors of the adapter are not in it and stay as they were"),

@@ -30,8 +30,7 @@ from ..nn.state_dict import INPUT_SCALE, guard, misfit, no_scale, refuse, unguar
 from . import quantized
 from .bases import BASIS_NAMES, PackedBufferDict, drawn, generated, largest
 from .config import description_of
-from .layer import AcceleratedLinear, adapter_per_row
-from .param_wrapper import ParamWrapper
+from .layer import AcceleratedLinear, ParamWrapper, adapter_per_row
 from .saving import refuse_lora_files
 
 

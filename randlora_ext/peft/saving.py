@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import inspect
 import json
 import os
 import shutil
@@ -42,21 +43,18 @@ def save_together(
     stock: Callable,
     model: peft.PeftModel,
     save_directory: str | os.PathLike,
-    safe_serialization: bool = True,
-    selected_adapters: list[str] | None = None,
-    save_embedding_layers: str | bool = "auto",
-    is_main_process: bool = True,
+    *args: Any,
     **kwargs: Any,
 ) -> None:
     """Has PeftModel's ``save_pretrained`` write into a scratch folder first, and adds our card."""
-    options = safe_serialization, selected_adapters, save_embedding_layers, is_main_process
-    if not is_main_process or os.path.isfile(save_directory):  # PEFT's own error
-        stock(model, save_directory, *options, **kwargs)
+    given = inspect.signature(stock).bind(model, save_directory, *args, **kwargs).arguments
+    if not given.get("is_main_process", True):
+        stock(model, save_directory, *args, **kwargs)
         return
     with appear_together(save_directory) as folder:
         if (card := Path(save_directory, "README.md")).exists():
             shutil.copy(card, folder)  # PEFT updates it and keeps its text
-        stock(model, str(folder), *options, **kwargs)
+        stock(model, str(folder), *args, **kwargs)
         write_card(folder)
         record_configurations(folder)
 
