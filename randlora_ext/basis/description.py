@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 # The version of docs/basis-spec.md that defines each kind.
 SPECIFICATIONS = {"independent": 1, "hadamard": 1}
@@ -108,34 +108,21 @@ def as_signed(seed: int) -> int:
     return seed - 2**64 if seed >= 2**63 else seed
 
 
-@dataclass(frozen=True)
 class Shape:
     """The sizes of an adapter's matrices: A (r, d), B (D, K), lambda (r, n), gamma (n, d).
 
     Raises TypeError or ValueError unless the three given ones are integers in their ranges.
     """
 
-    in_features: int
-    out_features: int
-    r: int
-    d: int = field(init=False)
-    D: int = field(init=False)
-    n: int = field(init=False)
-    K: int = field(init=False)
-    expand: bool = field(init=False)  # whether d is the input side
-
-    def __post_init__(self) -> None:
-        for name in ("in_features", "out_features"):
-            check_integer(name, getattr(self, name), 1, 2**63 - 1, "[1, 2**63)")
-        check_r(self.r)
-        d, D = sorted((self.in_features, self.out_features))
-        n = -(-d // self.r)
-        # Plain attributes: torch.compile cannot trace a cached_property.
-        for name, value in (("d", d), ("D", D), ("n", n), ("K", n * self.r)):
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "expand", self.in_features <= self.out_features)
-
-    @property
-    def wide(self) -> bool:
-        """Whether list positions need 32 bits."""
-        return max(self.D, self.d, self.K) > 65536
+    def __init__(self, in_features: int, out_features: int, r: int) -> None:
+        for name, value in (("in_features", in_features), ("out_features", out_features)):
+            check_integer(name, value, 1, 2**63 - 1, "[1, 2**63)")
+        check_r(r)
+        # Attributes, not properties: a call reads a dozen of them.
+        self.in_features, self.out_features, self.r = in_features, out_features, r
+        self.d, self.D = sorted((in_features, out_features))
+        self.n = -(-self.d // r)
+        self.K = self.n * r
+        self.expand = in_features <= out_features  # whether d is the input side
+        self.of_diagonals = (r, self.n), (self.n, self.d)  # the shapes of lam and gam
+        self.wide = max(self.D, self.K) > 65536  # whether list positions need 32 bits

@@ -210,7 +210,8 @@ def layer_basis(
     A layer uses the leading slices; in PEFT's flat order those of B are its first K columns. Raises
     ValueError if they are too small.
     """
-    shape = Shape(in_features, out_features, r)
+    sizes = in_features, out_features, r
+    shape = Shape(*sizes)
     d, D, n = shape.d, shape.D, shape.n
     if A.shape[0] != r or A.shape[-1] < d or B.shape[0] < D or B.shape[1] < n or B.shape[2] != r:
         raise ValueError(
@@ -219,7 +220,7 @@ def layer_basis(
             f"(>= {D}, >= {n}, {r})"
         )
     if isinstance(A, BasisTensor) and (made := A.description) is not None:
-        basis = Basis(in_features, out_features, r, made.density, made.seed, made.kind)
+        basis = Basis(*sizes, made.density, made.seed, made.kind)
     elif served and isinstance(A, BasisTensor) and isinstance(B, BasisTensor):
         a: Any = A.content
         b: Any = B.content
@@ -227,9 +228,9 @@ def layer_basis(
         # The matrices keep what the key names alive.
         made_of = "imported", id(a), id(b), *values
         matrices = share(made_of, lambda: ImportedMatrices(a, b, B.columns, *values))
-        basis = Basis.of(shape, matrices)
+        basis = Basis.of(*sizes, matrices)
     else:
-        basis = Basis.of(shape, share(("dense", id(A), id(B)), lambda: _Dense(A, B)))
+        basis = Basis.of(*sizes, share(("dense", id(A), id(B)), lambda: _Dense(A, B)))
     return basis.canonical()
 
 
