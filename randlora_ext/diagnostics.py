@@ -89,13 +89,12 @@ def _wrong_basis(device: torch.device) -> float:
 
 
 def _bases() -> dict[str, list[Basis]]:
-    bases: dict[str, list[Basis]] = {"hadamard": [], "independent": [], "dense": []}
-    for n_in, n_out, r, density in _SHAPES:
-        drawn = Basis(n_in, n_out, r, density, seed=1)
-        bases["hadamard"].append(Basis(n_in, n_out, r, seed=1))
-        bases["independent"].append(drawn)
-        bases["dense"].append(Basis.from_dense(*drawn.dense(), n_in, n_out))
-    return bases
+    drawn = [Basis(*shape, seed=1) for shape in _SHAPES]
+    return {
+        "hadamard": [Basis(n_in, n_out, r, seed=1) for n_in, n_out, r, _ in _SHAPES],
+        "independent": drawn,
+        "dense": [Basis.from_dense(*b.dense(), b.in_features, b.out_features) for b in drawn],
+    }
 
 
 def relative_error(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import devices
-from .cache import PackedTensors, get_or_make, share, with_index
+from .cache import PackedTensors, get_or_make, share
 from .description import BasisDescription, Shape
 from .hadamard import HadamardMatrices, checked_scale
 from .ternary import GeneratedMatrices, TernaryMatrices
@@ -177,7 +177,9 @@ class Basis(Shape):
             return getattr(self, self._while_tracing(self.token, torch.device(device), dtype))
         found = self._packed.get((device, dtype))  # found at once for a tensor's device
         if found is None:
-            on = with_index(torch.device(device))
+            on = torch.device(device)
+            if on.type == "cuda" and on.index is None:  # "cuda" and "cuda:0" share one entry
+                on = torch.device("cuda", torch.cuda.current_device())
             new = (on, dtype) not in self._packed
             # "meta" needs the CPU's, too: the lengths of lists depend on the elements.
             elsewhere = self._source.needs_kernels and not devices.serve(on.type)

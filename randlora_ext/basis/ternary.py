@@ -105,13 +105,7 @@ def generate_planes(
 
 
 class ImportedMatrices(TernaryMatrices):
-    """The leading parts of given bit planes.
-
-    Args:
-        a_planes: (2, >= r, >= ceil(d / 64)) int64.  b_planes: (2, >= D, >= ceil(K / 64)).
-        columns: of B.
-        a_value, b_value: what +1 stands for.
-    """
+    """The leading parts of given bit planes, those of B of a matrix with so many `columns`."""
 
     kind = "imported"
 

@@ -4,7 +4,7 @@ import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -185,11 +185,6 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         """Undoes `disable`: the active adapters are added and trained again."""
         self.disabled = False
         self._mark_trained()
-
-    def adapter_parameters(self) -> Iterator[nn.Parameter]:
-        """Lambda and gamma of all adapters, active or not."""
-        yield from self.randlora_lambda.values()
-        yield from self.randlora_gamma.values()
 
     def _mark_trained(self) -> None:
         for diagonals in (self.randlora_lambda, self.randlora_gamma):

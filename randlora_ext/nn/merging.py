@@ -21,6 +21,7 @@ def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+_write_nothing = lambda: None  # noqa: E731
 _Layer: Any = object  # mypy: this is mixed into layers
 
 
@@ -69,7 +70,8 @@ class KeepsWeight(_Layer):
             )
         rest = [name for name in rest if name not in lost]
         if self._kept is not None or not rest:
-            self._replace(_nothing if self._kept is None else self._restorer(self._kept), rest)
+            kept = self._kept
+            self._replace(_write_nothing if kept is None else self._restorer(kept), rest)
         if rest:
             self._replace(self._writer(self._plus(self._dense_weight(), rest, -1)), [])
 
@@ -89,7 +91,7 @@ class KeepsWeight(_Layer):
         keeps = keep_weight != "nothing"
         # Ranks might disagree about their parts of DTensors. A sum could still turn -0 into 0.
         same = keeps and not is_dtensor(total) and torch.equal(total, weight)
-        write = _nothing if same else self._writer(total)
+        write = _write_nothing if same else self._writer(total)
         if keeps and kept is None and not same:
             kept = self._keep(keep_weight)
         if same or kept is not None:
@@ -176,7 +178,3 @@ class KeepsWeight(_Layer):
 
 # Those in which an adapter is merged and could be unmerged: `_merge` looks for its weight there.
 merged_layers: "weakref.WeakSet[KeepsWeight]" = weakref.WeakSet()
-
-
-def _nothing() -> None:
-    """Writes nothing."""

@@ -44,7 +44,10 @@ def drawn(config: peft.RandLoraConfig, D: int, d: int) -> tuple[Tensor, Tensor]:
 
     Raises ValueError if it leaves no non-zero in one of them.
     """
-    model, name = _Drawing(D, d), "default"
+    model: Any = RandLoraModel.__new__(RandLoraModel)
+    nn.Module.__init__(model)
+    model._find_dim = lambda config: (D, d)  # instead of a model in which to look for them
+    name = "default"
     with torch.device("cpu"):  # real values, also for a model on the meta device
         model._pre_injection_hook(model, copy.copy(config), name)
     A, B = (getattr(model, each)[name] for each in BASIS_NAMES)
@@ -55,17 +58,6 @@ def drawn(config: peft.RandLoraConfig, D: int, d: int) -> tuple[Tensor, Tensor]:
                 "layers are too small for them"
             )
     return A, B
-
-
-class _Drawing(RandLoraModel):
-    """PEFT's drawing, with the largest sizes instead of a model in which to look for them."""
-
-    def __init__(self, D: int, d: int) -> None:
-        nn.Module.__init__(self)
-        self.sizes = D, d
-
-    def _find_dim(self, config) -> tuple[int, int]:
-        return self.sizes
 
 
 class PackedBufferDict(MutableMapping, BufferDict):
@@ -168,10 +160,8 @@ class PackedBufferDict(MutableMapping, BufferDict):
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         if self.__dict__.get("_written", lambda: None)() is destination:
             return
-        try:
+        with suppress(TypeError):  # a plain dict; then every layer writes, as with stock PEFT
             self.__dict__["_written"] = ref(destination)
-        except TypeError:  # a plain dict; then every layer writes, as with stock PEFT
-            pass
         for key, basis in self._bases.items():
             if self.saved(key):
                 dense = basis.dense() if isinstance(basis, BasisTensor) else basis

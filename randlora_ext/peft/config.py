@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from ..basis import BasisDescription
 from ..basis.description import SPECIFICATIONS, check_kind, check_r, check_seed
 from ..nn.experts import check_options
-from ..nn.linear import check_alpha, names_unknown
+from ..nn.linear import check_alpha, check_dropout, names_unknown
 from ..writing import appear_together
 
 KINDS = ("peft", *SPECIFICATIONS)
@@ -31,9 +31,9 @@ _FLAGS = (
 NEEDS_OURS = "RANDLORA; needs randlora_ext: import randlora_ext.peft; randlora_ext.peft.enable()"
 PEFT_TYPES = (PeftType.RANDLORA.value, NEEDS_OURS)
 _TEXTS = "target_modules", "layers_pattern"
+_LISTS = "modules_to_save", "target_parameters"
 _SPARSE = "sparse", "very_sparse"
 _OURS = "basis", "density", "target_parameters"
-_BIASES = ("none", "all", "randlora_only")
 
 _METADATA = "randlora_ext"  # the entry of a safetensors header
 _RECORDED = (  # a key says all of our own bases
@@ -135,15 +135,12 @@ RandLoraConfig.__init__ = names_unknown(  # type: ignore[method-assign]
 
 def _check_types(config: RandLoraConfig) -> None:
     """Raises TypeError or ValueError, naming the field, for a value that PEFT cannot use."""
-
     none, several = type(None), (list, tuple, set)
     for names, allowed, kinds, of in (
         (_FLAGS, "True or False", (bool,), object),
-        (_TEXTS, "a text, several of them or None", (str, none, *several), str),
-        (["modules_to_save"], "several texts or None", (none, *several), str),
-        (["target_parameters"], "a list of texts or None", (none, *several), str),
+        (_TEXTS, "a text, a list of texts or None", (str, none, *several), str),
+        (_LISTS, "a list of texts or None", (none, *several), str),
         (["layers_to_transform"], "an integer, several or None", (int, none, *several), int),
-        (["randlora_dropout"], "a number in [0, 1]", (int, float), object),
     ):
         for name in names:
             value: Any = getattr(config, name)
@@ -151,20 +148,15 @@ def _check_types(config: RandLoraConfig) -> None:
             is_bool = isinstance(value, bool) and bool not in kinds  # an int, but no index
             if is_bool or not isinstance(value, kinds) or not all(isinstance(p, of) for p in parts):
                 raise TypeError(f"{name} must be {allowed}, got {value!r}")
-    if not 0 <= config.randlora_dropout <= 1:
-        raise ValueError(f"randlora_dropout must be in [0, 1], got {config.randlora_dropout}")
-    check_kind("bias", config.bias, _BIASES)
+    check_dropout(config.randlora_dropout)
+    check_kind("bias", config.bias, ("none", "all", "randlora_only"))
 
 
 def description_of(fields: Mapping[str, Any]) -> BasisDescription | None:
-    """What generates an adapter's bases; None if PEFT draws them from its own fields.
+    """What generates an adapter's bases by the fields of its configuration, ours or PEFT's; None if
+    PEFT draws them. TypeError or ValueError, naming the field, for what is not allowed.
 
-    Args:
-        fields: of a configuration, ours or PEFT's, from an object or a file. A text in
-            ``projection_prng_key`` is complete; the other fields may only agree with it.
-
-    Raises:
-        TypeError, ValueError: naming the field, what it was and what is allowed.
+    A text in ``projection_prng_key`` is complete; the other fields may only agree with it.
     """
     kind, density = fields.get("basis", "peft"), fields.get("density")
     key, flags = fields["projection_prng_key"], [n for n in _SPARSE if fields.get(n)]
@@ -273,11 +265,8 @@ def one_save(folder: str | os.PathLike, hub: dict[str, Any]) -> Iterator[str | o
 
     Saving replaces files and writes into none, so an open file stays as it is, and its path under
     /proc reads it again and again. Folders that we have not saved are given back, as are those of
-    the hub.
-
-    Args:
-        hub: arguments for PEFT's reading beside the folder. A subfolder is taken out of it if the
-            folder shown is that.
+    the hub. `hub` has PEFT's arguments for reading beside the folder; if the folder shown is the
+    subfolder, that is taken out of it.
 
     Raises ValueError if configuration and tensors are not from one save.
     """

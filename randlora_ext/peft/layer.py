@@ -3,7 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -137,11 +137,8 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         adapter_names: list[str] | None = None,
         keep_weight: str | None = None,
     ) -> None:
-        """As PEFT's, but all adapters are added before the sum is rounded, and W is kept.
-
-        Args:
-            keep_weight: "host", "device" or "nothing", as for `RandLoraLinear.merge`; None means
-                what `enable` was told. Quantized weights are kept on their own device.
+        """As PEFT's, but all adapters are added before the sum is rounded, and W is kept, as by
+        `RandLoraLinear.merge` and, for None, as `enable` was told; if quantized on its own device.
         """
         chosen = check_adapters_to_merge(self, adapter_names) or []
         if names := [name for name in dict.fromkeys(chosen) if name in self.randlora_lambda]:
@@ -250,8 +247,10 @@ def adapter_per_row(tuner: nn.Module, names: list[str], call: dict) -> Iterator[
     """
     if tuner.training:
         raise ValueError("adapter_names cannot be given in training mode; call model.eval()")
-    layers = [module for module in tuner.modules() if isinstance(module, AcceleratedLinear)]
-    known = {name for layer in layers for name in layer.randlora_lambda}
+    modules = [
+        m for m in tuner.modules() if isinstance(m, (AcceleratedLinear, AuxiliaryTrainingWrapper))
+    ]
+    known = {name for m in modules for name in getattr(m, "randlora_lambda", ())}
     if unknown := sorted(set(names) - known - {"__base__"}):
         raise ValueError(f"adapter_names has unknown {unknown}; known are {sorted(known)}")
     config = call.get("generation_config")
@@ -266,13 +265,7 @@ def adapter_per_row(tuner: nn.Module, names: list[str], call: dict) -> Iterator[
             each = [name if name in module._adapters else "__base__" for name in each]
         return args, {**kwargs, "adapter_names": each}
 
-    wrappers = [m for m in tuner.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-    hooks = [
-        module.register_forward_pre_hook(give_names, with_kwargs=True)
-        for module in layers + wrappers
-    ]
-    try:
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(give_names, with_kwargs=True))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -254,16 +254,14 @@ class AcceleratedRandLoraModel(RandLoraModel):
         }
 
 
-def change_class(module: Any, to: type) -> None:
-    """Makes ours of a layer or a model that PEFT has made: its functions choose among its own."""
-    module.__class__ = to
-
-
 def accelerate_layer(layer: Any) -> Any:
-    """Gives a RandLoRA layer of PEFT its accelerated class, in place; ours stay as they are."""
+    """Gives a RandLoRA layer of PEFT its accelerated class, in place; ours stay as they are.
+
+    PEFT's own functions make layers, and choose among its classes.
+    """
     if not isinstance(layer, AcceleratedLinear):
         backend = quantized.backend_of(layer.get_base_layer())
-        change_class(layer, quantized.QuantizedLinear if backend else AcceleratedLinear)
+        layer.__class__ = quantized.QuantizedLinear if backend else AcceleratedLinear
         layer.quantization_backend = backend
         layer.bases, layer.input_scales = {}, {}
         force_module_call(layer)
