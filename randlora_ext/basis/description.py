@@ -75,15 +75,9 @@ class BasisDescription:
 def check_kind(name: str, kind: str, known: Iterable[str] = SPECIFICATIONS) -> None:
     """Raises ValueError, naming `name` and the nearest of `known`, unless `kind` is one of them."""
     if not isinstance(kind, str) or kind not in known:
-        raise ValueError(
-            f"{name} must be one of {[*known]}, got {kind!r}{did_you_mean(kind, known)}"
-        )
-
-
-def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """The end of an error message: the nearest of `known`, if one is near."""
-    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.4)
-    return f"; did you mean {near[0]!r}?" if near else ""
+        near = difflib.get_close_matches(str(kind), known, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name} must be one of {[*known]}, got {kind!r}{hint}")
 
 
 def check_integer(name: str, value: int, first: int, last: int, allowed: str = "") -> None:

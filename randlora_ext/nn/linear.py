@@ -1,17 +1,15 @@
 """`RandLoraLinear`: a frozen linear layer with one or more RandLoRA adapters, without PEFT."""
 
-import functools
-import inspect
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..basis import Basis
-from ..basis.description import check_kind, did_you_mean
+from ..basis.description import check_kind
 from .adapted_layer import AdaptedLayer
 from .base_layer import check_base_layer, features, force_module_call, is_conv1d
 from .merging import adapter_dtype
@@ -25,23 +23,6 @@ def more_than_d(r: int, d: int) -> str:
         f"r = {r} is more than min(in_features, out_features) = {d}, with which dW has full rank "
         "already: the rest costs time and parameters and adds nothing"
     )
-
-
-def names_unknown(method: Callable, answers: Mapping[str, str] = {}) -> Callable:
-    """`method`, whose error for an unknown argument has an answer or the nearest known name."""
-    called = method.__qualname__.removesuffix(".__init__")
-    known = [*inspect.signature(method).parameters][1:]
-
-    @functools.wraps(method)
-    def checked(self, *args, **kwargs):
-        for name in kwargs:
-            if name not in known:
-                told = answers.get(name) or did_you_mean(name, known)
-                told = told or f"; it takes {', '.join(known)}"
-                raise TypeError(f"{called} got an unexpected keyword argument {name!r}{told}")
-        return method(self, *args, **kwargs)
-
-    return checked
 
 
 class RandLoraLinear(AdaptedLayer, nn.Module):
@@ -81,7 +62,6 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
     Source: PEFT's ``randlora.layer.Linear``, which has the same names.
     """
 
-    @names_unknown
     def __init__(
         self,
         base_layer: nn.Module,
@@ -116,7 +96,6 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         self.train(base_layer.training)
         force_module_call(self)
 
-    @names_unknown
     def update_layer(
         self,
         adapter_name: str,

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from ..basis import BasisDescription
 from ..basis.description import SPECIFICATIONS, check_kind, check_r, check_seed
 from ..nn.experts import check_options
-from ..nn.linear import check_alpha, check_dropout, names_unknown
+from ..nn.linear import check_alpha, check_dropout
 from ..writing import appear_together
 
 KINDS = ("peft", *SPECIFICATIONS)
@@ -120,17 +120,6 @@ class RandLoraConfig(peft.RandLoraConfig):
         if self.basis == "peft":
             return {k: v for k, v in values.items() if k not in _OURS}
         return values | {"peft_type": NEEDS_OURS}
-
-
-# Of LoRA's options the nearest of ours would be another thing, but for these three.
-_OF_LORA = {each.name for each in fields(peft.LoraConfig)}
-_OF_LORA -= {"lora_alpha", "lora_dropout", "init_lora_weights"}
-_ANSWERS = dict.fromkeys(_OF_LORA, " of LoRA, which RandLoRA does not have")
-_ANSWERS["use_rslora"] = " of LoRA; RandLoRA scales dW by randlora_alpha / r"
-_ANSWERS["seed"] = "; did you mean 'projection_prng_key'?"
-RandLoraConfig.__init__ = names_unknown(  # type: ignore[method-assign]
-    RandLoraConfig.__init__, _ANSWERS
-)
 
 
 def _check_types(config: RandLoraConfig) -> None:

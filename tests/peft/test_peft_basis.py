@@ -120,10 +120,7 @@ def test_a_configuration_holds_the_text_and_each_thing_once():
 
 
 BAD_OPTIONS = [
-    ({"alpha": 16}, "RandLoraConfig got an .* argument 'alpha'; did you mean 'randlora_alpha'"),
-    ({"use_dora": True}, "argument 'use_dora' of LoRA, which RandLoRA does not have$"),
-    ({"use_rslora": True}, "'use_rslora' of LoRA; RandLoRA scales dW by randlora_alpha / r$"),
-    ({"seed": 3}, "argument 'seed'; did you mean 'projection_prng_key'"),
+    ({"alpha": 16}, "RandLoraConfig.* got an .* argument 'alpha'"),
     ({"basis": "indep"}, "basis must be one of .*got 'indep'; did you mean 'independent'"),
     ({"density": 0.1, "sparse": True}, "sparse is of PEFT's own bases; .* takes a density"),
     ({"basis": "independent", "projection_prng_key": -1}, r"projection_prng_key .*got -1"),
