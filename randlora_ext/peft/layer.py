@@ -18,8 +18,7 @@ from ..devices import serve
 from ..nn.adapted_layer import AdaptedLayer
 from ..nn.experts import AdaptedParameter
 from ..nn.merging import merged_layers
-from .bases import PackedBufferDict, layer_basis
-from .basis_tensor import BasisTensor
+from .bases import BasisTensor, PackedBufferDict, layer_basis
 
 
 class AcceleratedLinear(AdaptedLayer, Linear):

@@ -20,8 +20,7 @@ from torch import Tensor
 from ..basis import Basis
 from ..nn.state_dict import INPUT_SCALE
 from ..writing import appear_together
-from .bases import BASIS_NAMES, largest
-from .basis_tensor import BasisTensor
+from .bases import BASIS_NAMES, BasisTensor, as_dense, largest
 from .config import NEEDS_OURS, description_of, record_configurations
 from .layer import layers_with
 
@@ -128,8 +127,7 @@ def _dense_bases(
     """
     description = description_of(vars(config))
     if description is None:
-        A, B = (t.dense() if isinstance(t, BasisTensor) else t for t in (A, B))
-        return A, B
+        return as_dense(A), as_dense(B)
     sizes = {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}
     (D, d), r = largest(sizes.values()), config.r
     own_d = d
