@@ -74,14 +74,13 @@ class AdaptedLayer(KeepsWeight):
             return
         device = self.randlora_lambda[adapter].device
         basis = self.basis_of(adapter, device).with_input_scale(input_scale, self.experts)
-        self.input_scales.pop(adapter, None)
-        if basis.input_scale is not None:
-            self.input_scales[adapter] = basis.input_scale
         self._use_basis(adapter, basis)
 
     def _use_basis(self, adapter: str, basis: Basis) -> None:
         """`basis_of` gives the adapter this one from now on."""
-        raise NotImplementedError
+        self.input_scales.pop(adapter, None)
+        if basis.input_scale is not None:
+            self.input_scales[adapter] = basis.input_scale
 
     @property
     def randlora_input_scale(self) -> SimpleNamespace:

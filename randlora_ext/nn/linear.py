@@ -119,11 +119,9 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         check_dropout(randlora_dropout)
         if basis is not None:
             check_kind("basis", basis)
-        sizes = self.in_features, self.out_features, r
-        bases = Basis(*sizes, density, seed, basis)
+        bases = Basis(self.in_features, self.out_features, r, density, seed, basis).canonical()
         if input_scale is not None:
             bases = bases.with_input_scale(input_scale, self.experts)
-        bases = bases.canonical()
         if r > bases.d:
             warnings.warn(more_than_d(r, bases.d), stacklevel=3)
 
@@ -133,10 +131,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         gam = torch.full((bases.n, bases.d), 1 / max(bases.n, bases.d), device=device, dtype=dtype)
         dropout = nn.Dropout(randlora_dropout) if randlora_dropout else nn.Identity()
 
-        self.bases[adapter_name] = bases
-        self.input_scales.pop(adapter_name, None)
-        if bases.input_scale is not None:
-            self.input_scales[adapter_name] = bases.input_scale
+        self._use_basis(adapter_name, bases)
         self.r[adapter_name] = r
         alpha = DEFAULT_SCALING * r if randlora_alpha is None else randlora_alpha
         self.scaling[adapter_name] = alpha / r
@@ -174,6 +169,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         return self.bases[adapter]
 
     def _use_basis(self, adapter: str, basis: Basis) -> None:
+        super()._use_basis(adapter, basis)
         self.bases[adapter] = basis
 
     def forward(self, x: Tensor) -> Tensor:

@@ -85,10 +85,6 @@ class BasisTensor(Tensor):
         return cls(planes, value, dense.shape, dense.dtype, dense.device)
 
     @property
-    def description(self) -> BasisDescription | None:
-        return self.content if isinstance(self.content, BasisDescription) else None
-
-    @property
     def columns(self) -> int:
         return self.shape[1:].numel()
 
@@ -290,7 +286,7 @@ def layer_basis(
             f"{in_features} -> {out_features} features at r={r}, which needs ({r}, 1, >= {d}) and "
             f"(>= {D}, >= {n}, {r})"
         )
-    if isinstance(A, BasisTensor) and (made := A.description) is not None:
+    if isinstance(A, BasisTensor) and isinstance(made := A.content, BasisDescription):
         basis = Basis(*sizes, made.density, made.seed, made.kind)
     elif served and isinstance(A, BasisTensor) and isinstance(B, BasisTensor):
         a: Any = A.content

@@ -107,6 +107,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
                 self._find(adapter, device_type)
 
     def _use_basis(self, adapter: str, basis: Basis) -> None:
+        super()._use_basis(adapter, basis)
         self.bases.pop(adapter, None)  # `_find` makes the same
 
     def __getstate__(self) -> dict:

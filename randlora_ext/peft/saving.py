@@ -60,10 +60,10 @@ def save_together(
 
 def write_card(folder: Path) -> None:
     """Begins PEFT's README.md in `folder` with how to open the adapter, if PEFT alone cannot."""
-    configs = [json.loads(path.read_text()) for path in folder.rglob(CONFIG_NAME)]
     if not (file := folder / "README.md").exists():
         return
     card = ModelCard.load(file)
+    configs = (json.loads(path.read_text()) for path in folder.rglob(CONFIG_NAME))
     needs_ours = any(config["peft_type"] == NEEDS_OURS for config in configs)
     card.text = _OPENS * needs_ours + card.text.replace(_OPENS, "").lstrip("\n")
     card.save(file)
