@@ -102,11 +102,8 @@ class KeepsWeight(_Layer):
         self, write: Callable, merged: list[str], kept: Any = None, without: tuple[str, ...] = ()
     ) -> None:
         """Writes W and the attributes about it; Ctrl-C, twice even, cannot leave a part of them."""
-        begun = False
 
         def write_all() -> None:
-            nonlocal begun
-            begun = True
             write()
             self._kept, self._kept_without = kept, without
             self.merged_adapters = merged
@@ -119,8 +116,7 @@ class KeepsWeight(_Layer):
                 write_all()
                 raise
         except BaseException:  # the second one, in the lines above
-            if begun:
-                write_all()
+            write_all()
             raise
 
     def __setstate__(self, state: dict) -> None:
