@@ -2,8 +2,9 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 # The version of docs/basis-spec.md that defines each kind.
 SPECIFICATIONS = {"independent": 1, "hadamard": 1}
@@ -32,10 +33,7 @@ class BasisDescription:
                 raise ValueError(f"density must be None for Hadamard bases, got {density!r}")
             return
         density = 1 / 3 if density is None else density
-        if isinstance(density, bool) or not isinstance(density, (int, float)):
-            raise TypeError(f"density must be a number in (0, 1], got {density!r}")
-        if not 0.0 < density <= 1.0:
-            raise ValueError(f"density must be in (0, 1], got {density}")
+        check_number("density", density, "a number in (0, 1]", lambda v: 0 < v <= 1)
         object.__setattr__(self, "density", float(density))
 
     def key(self) -> str:
@@ -80,13 +78,21 @@ def check_kind(name: str, kind: str, known: Iterable[str] = SPECIFICATIONS) -> N
         raise ValueError(f"{name} must be one of {[*known]}, got {kind!r}{hint}")
 
 
+def check_number(
+    name: str, value: Any, allowed: str, fits: Callable[[Any], bool], kinds: Any = (int, float)
+) -> None:
+    """Raises TypeError or ValueError, naming `name`, unless `value` is a number that fits."""
+    is_number = isinstance(value, kinds) and not isinstance(value, bool)
+    if not is_number or not fits(value):
+        is_huge = isinstance(value, int) and value.bit_length() > 1000
+        shown = f"an integer of {value.bit_length()} bits" if is_huge else repr(value)
+        kind = ValueError if is_number else TypeError
+        raise kind(f"{name} must be {allowed}, got {shown}")
+
+
 def check_integer(name: str, value: int, first: int, last: int, allowed: str = "") -> None:
-    """Raises TypeError or ValueError, naming `name`, unless `value` is an integer in that range."""
-    told = f"{name} must be an integer in {allowed or [first, last]}, got {value!r}"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(told)
-    if not first <= value <= last:
-        raise ValueError(told)
+    allowed = f"an integer in {allowed or [first, last]}"
+    check_number(name, value, allowed, lambda v: first <= v <= last, int)
 
 
 def check_seed(name: str, seed: int) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..basis import Basis
+from ..basis.description import check_kind
 from ..ops import functional
 from ..ranks import full_tensor, laid_out_like
 from .base_layer import plain_weight, refuse_cut
@@ -40,13 +41,6 @@ class AdaptedLayer(KeepsWeight):
         """The dtype of dW and of its factors."""
         return self.randlora_lambda[adapter].dtype
 
-    def _check_names(self, argument: str, names: list[str]) -> None:
-        for name in names:
-            if name not in self.randlora_lambda:
-                raise ValueError(
-                    f"{argument}: unknown adapter {name!r}; known are {[*self.randlora_lambda]}"
-                )
-
     def _diagonals(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """Lambda and gamma, gathered if FSDP2 has sharded them."""
         modules = self._modules
@@ -67,7 +61,7 @@ class AdaptedLayer(KeepsWeight):
         ``dW @ diag(input_scale)`` for dW. Raises TypeError or ValueError, as `Basis`, if it does
         not fit; RuntimeError if the adapter is merged.
         """
-        self._check_names("adapter", [adapter])
+        check_kind("adapter", adapter, self.randlora_lambda)
         if adapter in self.merged_adapters:
             raise RuntimeError(f"adapter {adapter!r} is merged; unmerge it first")
         if input_scale is None and adapter not in self.input_scales:
@@ -161,7 +155,7 @@ class AdaptedLayer(KeepsWeight):
         DTensor placed like its weight; all ranks must call. Raises ValueError for an unknown
         adapter. Source: PEFT's method.
         """
-        self._check_names("adapter", [adapter])
+        check_kind("adapter", adapter, self.randlora_lambda)
         device = self.randlora_lambda[adapter].device
         return self._delta(adapter, self._dtype_of(adapter, device))
 
@@ -173,7 +167,7 @@ class AdaptedLayer(KeepsWeight):
         They are (A', B) if d == in, otherwise (B^T, A'^T), in the dtype of `get_delta_weight`. For
         study and export; forward forms neither. Source: PEFT's method.
         """
-        self._check_names("adapter", [adapter])
+        check_kind("adapter", adapter, self.randlora_lambda)
         device = device or self.randlora_lambda[adapter].device
         basis = self.basis_of(adapter, device)
         A, B = basis.dense(device, self._dtype_of(adapter, device))

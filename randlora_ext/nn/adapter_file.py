@@ -21,7 +21,7 @@ from .apply import adapt
 from .base_layer import check_base_layer, features
 from .experts import RandLoraParameter, innermost, matching_parameters, sizes_of
 from .linear import RandLoraLinear, check_adapter_name, check_alpha, check_dropout
-from .state_dict import DIAGONALS, INPUT_SCALE, misfit
+from .state_dict import DIAGONALS, INPUT_SCALE, misfit, refuse
 
 _METADATA = "randlora_adapter"
 # Names that torch.compile and activation checkpointing put into the paths of modules.
@@ -147,11 +147,7 @@ def load_adapter(
     file = read_adapter_file(path)
     name = file.adapter_name if adapter_name is None else adapter_name
     check_adapter_name(name)
-    if misfits := list(_misfits(file, model, name)):
-        raise ValueError(
-            f"{os.fspath(path)} does not fit the {type(model).__name__}, which is unchanged:"
-            "\n\t" + "\n\t".join(misfits)
-        )
+    refuse(_misfits(file, model, name), os.fspath(path), f"the {type(model).__name__}")
     basis = BasisDescription.parse(file.basis)
     options = {"adapter_name": name, "r": file.r, "randlora_dropout": file.randlora_dropout}
     options |= {"basis": basis.kind, "density": basis.density, "seed": basis.seed}

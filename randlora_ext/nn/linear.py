@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..basis import Basis
-from ..basis.description import check_kind
+from ..basis.description import check_kind, check_number
 from .adapted_layer import AdaptedLayer
 from .base_layer import check_base_layer, features, force_module_call, is_conv1d
 from .merging import adapter_dtype
@@ -233,7 +233,8 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
 
     def _chosen(self, argument: str, names: str | Sequence[str]) -> list[str]:
         names = [names] if isinstance(names, str) else list(names)
-        self._check_names(argument, names)
+        for name in names:
+            check_kind(argument, name, self.randlora_lambda)
         if len(set(names)) != len(names):
             raise ValueError(f"{argument} must not repeat a name, got {names}")
         return names
@@ -252,16 +253,9 @@ def check_adapter_name(name: str) -> None:
 
 
 def check_alpha(name: str, alpha: float) -> None:
-    """Raises TypeError or ValueError, naming `name`, unless `alpha` is a finite number."""
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise TypeError(f"{name} must be a finite number, got {alpha!r}")
-    if not abs(alpha) <= sys.float_info.max:  # an int may be larger than any float
-        shown = alpha if isinstance(alpha, float) else f"an integer of {alpha.bit_length()} bits"
-        raise ValueError(f"{name} must be a finite number, got {shown}")
+    # An int may be larger than any float.
+    check_number(name, alpha, "a finite number", lambda v: abs(v) <= sys.float_info.max)
 
 
 def check_dropout(dropout: float) -> None:
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
-        raise TypeError(f"randlora_dropout must be a number in [0, 1), got {dropout!r}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"randlora_dropout must be in [0, 1), got {dropout}")
+    check_number("randlora_dropout", dropout, "a number in [0, 1)", lambda v: 0 <= v < 1)

@@ -18,7 +18,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 
 from ..basis import BasisDescription
-from ..basis.description import SPECIFICATIONS, check_kind, check_r, check_seed
+from ..basis.description import SPECIFICATIONS, check_integer, check_kind, check_r, check_seed
 from ..nn.experts import check_options
 from ..nn.linear import check_alpha, check_dropout
 from ..writing import appear_together
@@ -168,10 +168,8 @@ def description_of(fields: Mapping[str, Any]) -> BasisDescription | None:
             raise ValueError(f"{flags[0]} is of PEFT's own bases; basis={kind!r} takes a density")
         check_seed("projection_prng_key", key)
         return BasisDescription(kind, density, key)
-    if isinstance(key, bool) or not isinstance(key, int):
-        raise TypeError(f"projection_prng_key must be an integer, got {key!r}")
-    if not -(2**63) <= key < 2**64:  # as torch takes it
-        raise ValueError(f"projection_prng_key must be in [-2**63, 2**64), got {key}")
+    # As torch takes it.
+    check_integer("projection_prng_key", key, -(2**63), 2**64 - 1, "[-2**63, 2**64)")
     return None
 
 

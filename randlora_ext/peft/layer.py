@@ -14,6 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..basis import Basis
+from ..basis.description import check_kind
 from ..devices import serve
 from ..nn.adapted_layer import AdaptedLayer
 from ..nn.experts import AdaptedParameter
@@ -229,10 +230,7 @@ def layers_with(model: Any, adapter_name: str | None = None) -> dict[str, RandLo
         raise TypeError(f"model must be a PeftModel with RandLoRA layers, got {type(model)}")
     if adapter_name is None:
         return layers
-    if adapter_name not in model.peft_config:
-        raise ValueError(
-            f"adapter_name must be one of {list(model.peft_config)}, got {adapter_name!r}"
-        )
+    check_kind("adapter_name", adapter_name, model.peft_config)
     return {path: m for path, m in layers.items() if adapter_name in m.randlora_lambda}
 
 

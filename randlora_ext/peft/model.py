@@ -222,7 +222,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
             for adapter, basis in getattr(self, name).items()
             if getattr(self, name).saved(adapter)
         }
-        refuse(self, (misfit(key, state_dict[key], own[key]) for key in own if key in state_dict))
+        misfits = (misfit(key, state_dict[key], own[key]) for key in own if key in state_dict)
+        refuse(misfits, "the state dict", f"the {type(self).__name__}", RuntimeError)
         # Stock PEFT's files hold a copy under every layer, and packing each would take long.
         copied = tuple("." + key.removeprefix(prefix) for key in own if key in state_dict)
         for key in [key for key in state_dict if key.endswith(copied) and key not in own]:
