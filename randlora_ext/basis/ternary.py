@@ -79,28 +79,17 @@ class GeneratedMatrices(TernaryMatrices):
         self.scale = 1.0 / density  # without the square root's rounding
 
     def planes(self, shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
-        seed, of_all = self.seed, (self.density, device)
-        A = generate_planes(seed, ROLE_A, 0, shape.r, 0, shape.d, *of_all)
-        return A, generate_planes(seed, ROLE_B, 0, shape.D, 0, shape.K, *of_all)
+        A = generate_planes(self.seed, ROLE_A, shape.r, shape.d, self.density, device)
+        return A, generate_planes(self.seed, ROLE_B, shape.D, shape.K, self.density, device)
 
 
 def generate_planes(
-    seed: int,
-    role: int,
-    row_start: int,
-    rows: int,
-    col_start: int,
-    cols: int,
-    density: float,
-    device: torch.device | str = "cpu",
+    seed: int, role: int, rows: int, cols: int, density: float, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Bit planes (2, rows, ceil(cols / 64)) of any slice of the infinite matrix of that role.
-
-    Equivalent to slicing the infinite matrix of docs/basis-spec.md; independent of layer shapes.
-    """
+    """Bit planes (2, rows, ceil(cols / 64)) of the infinite matrix of that role
+    (docs/basis-spec.md), which does not depend on layer shapes."""
     planes = torch.empty((2, rows, -(-cols // 64)), dtype=torch.int64, device=device)
-    limit = _C.threshold(density)
-    _ops.fill_planes_(planes, as_signed(seed), role, row_start, col_start, cols, limit)
+    _ops.fill_planes_(planes, as_signed(seed), role, 0, 0, cols, _C.threshold(density))
     return planes
 
 
