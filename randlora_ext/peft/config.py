@@ -106,7 +106,7 @@ class RandLoraConfig(peft.RandLoraConfig):
             warnings.warn(
                 "randlora_ext.peft.enable() has not been called: until it is, a model of this "
                 "configuration has PEFT's own layers, without our kernels",
-                stacklevel=4,  # where the configuration is made
+                stacklevel=3,  # where the configuration is made
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
