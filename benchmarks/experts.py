@@ -112,7 +112,7 @@ def vectors() -> None:
     model = peft.get_peft_model(base, randlora_ext.peft.RandLoraConfig(r=8, **chosen))
     randlora_ext.calibrate(model, [torch.randint(50, (32, 64))])
     for name, layer in model.named_modules():
-        if isinstance(layer, randlora_ext.peft.param_wrapper.ParamWrapper):
+        if isinstance(layer, randlora_ext.peft.layer.ParamWrapper):
             between = torch.corrcoef(layer.input_scales["default"].log())
             others = between[~torch.eye(len(between), dtype=torch.bool)]
             print(f"{name.split('layers.')[1]:30} {layer.parameter_name:13} {others.mean():6.2f}")

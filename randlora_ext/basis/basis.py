@@ -2,23 +2,46 @@
 
 import itertools
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import devices
-from .cache import PackedTensors, get_or_make, share, with_index
-from .dense import DenseMatrices
+from .cache import PackedTensors, get_or_make, share
 from .description import BasisDescription, Shape
 from .hadamard import HadamardMatrices, checked_scale
 from .ternary import GeneratedMatrices, TernaryMatrices
+
+
+class DenseMatrices:
+    """A (r, >= d) and B (>= D, >= K) of any values; the methods are those of `TernaryMatrices`."""
+
+    kind = "dense"
+    description = input_scale = None
+    needs_kernels = False
+    density = scale = b_value = 1.0
+
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        self.A, self.B, self.key = A, B, self
+
+    def format(self, shape: Shape) -> str:
+        return "dense"
+
+    def pack(self, shape: Shape, on: torch.device) -> list[Tensor]:
+        return [self.A[:, : shape.d].to(on), self.B[: shape.D, : shape.K].to(on)]
+
+    def dense_a(self, shape: Shape, dtype: torch.dtype, packed: list[Tensor]) -> Tensor:
+        return packed[0].to(dtype)
+
+    def dense_b(self, shape: Shape, dtype: torch.dtype, packed: list[Tensor]) -> Tensor:
+        return packed[1].to(dtype)
+
 
 _Matrices = TernaryMatrices | HadamardMatrices | DenseMatrices
 _tokens = itertools.count()
 
 
-class Basis:
+class Basis(Shape):
     """The fixed bases A and B of one layer shape: a description, packed on first use.
 
     A (r, d) and B (D, K) have the values -1 and +1 or, if independent, ``{-1, 0, +1} /
@@ -66,26 +89,21 @@ class Basis:
         input_scale: Tensor | None = None,
     ) -> None:
         kind = ("hadamard" if density is None else "independent") if kind is None else kind
-        shape = Shape(in_features, out_features, r)
+        super().__init__(in_features, out_features, r)
         description = BasisDescription(kind, density, seed)
         if kind == "hadamard":
-            self._set(shape, HadamardMatrices(description, checked_scale(input_scale, shape)))
+            self._use(HadamardMatrices(description, checked_scale(input_scale, self)))
         elif input_scale is not None:
             raise ValueError(f"input_scale goes with Hadamard bases, got kind={kind!r}")
         else:
-            self._set(shape, GeneratedMatrices(description))
+            self._use(GeneratedMatrices(description))
 
-    def _set(self, shape: Shape, source: _Matrices) -> None:
-        # Attributes, not properties: a call reads a dozen of them.
-        self.in_features, self.out_features = shape.in_features, shape.out_features
-        self.r, self.n, self.K, self.d, self.D = shape.r, shape.n, shape.K, shape.d, shape.D
-        self.expand = shape.expand
-        self.of_diagonals = (shape.r, shape.n), (shape.n, shape.d)  # the shapes of lam and gam
+    def _use(self, source: _Matrices) -> None:
         self.kind, self.density, self.scale = source.kind, source.density, source.scale
         self.description = source.description
         self.seed = None if source.description is None else source.description.seed
-        self.format = source.format(shape)
-        self._shape, self._source = shape, source
+        self.format = source.format(self)
+        self._source = source
         self._packed: dict[tuple, PackedTensors] = {}  # by device, and dtype of a dense B or None
         # Of this object, in this process: compiled code guards on it.
         self.token = str(next(_tokens))
@@ -97,24 +115,25 @@ class Basis:
         Products use the tensors themselves: do not write to them afterwards. ValueError if one is
         too small.
         """
-        shape = Shape(in_features, out_features, A.shape[0])
-        if A.shape[1] < shape.d or B.shape[0] < shape.D or B.shape[1] < shape.K:
+        self = cls.of(in_features, out_features, A.shape[0], DenseMatrices(A, B))
+        if A.shape[1] < self.d or B.shape[0] < self.D or B.shape[1] < self.K:
             raise ValueError(
-                f"A must be (r, >= d) = ({shape.r}, >= {shape.d}) and B (>= D, >= K) = "
-                f"(>= {shape.D}, >= {shape.K}), got {tuple(A.shape)} and {tuple(B.shape)}"
+                f"A must be (r, >= d) = ({self.r}, >= {self.d}) and B (>= D, >= K) = "
+                f"(>= {self.D}, >= {self.K}), got {tuple(A.shape)} and {tuple(B.shape)}"
             )
-        return cls.of(shape, DenseMatrices(A, B))
+        return self
 
     @classmethod
-    def of(cls, shape: Shape, source: _Matrices) -> "Basis":
+    def of(cls, in_features: int, out_features: int, r: int, source: _Matrices) -> "Basis":
         """A basis of these matrices, which must be large enough."""
         self = cls.__new__(cls)
-        self._set(shape, source)
+        Shape.__init__(self, in_features, out_features, r)
+        self._use(source)
         return self
 
     @property
-    def is_dense(self) -> bool:
-        return self.kind == "dense"
+    def _sizes(self) -> tuple[int, int, int]:
+        return self.in_features, self.out_features, self.r
 
     @property
     def takes_input_scale(self) -> bool:
@@ -134,8 +153,8 @@ class Basis:
         """
         if not isinstance(self._source, HadamardMatrices):
             raise ValueError(f"input_scale goes with Hadamard bases, got kind={self.kind!r}")
-        scale = checked_scale(input_scale, self._shape, experts)
-        return self.of(self._shape, HadamardMatrices(self._source.description, scale)).canonical()
+        scale = checked_scale(input_scale, self, experts)
+        return self.of(*self._sizes, HadamardMatrices(self._source.description, scale)).canonical()
 
     def packed(self, device: torch.device | str = "cpu") -> list[Tensor]:
         """The tensors of the bases that ``torch.ops.randlora`` takes (docs/formats.md).
@@ -158,7 +177,9 @@ class Basis:
             return getattr(self, self._while_tracing(self.token, torch.device(device), dtype))
         found = self._packed.get((device, dtype))  # found at once for a tensor's device
         if found is None:
-            on = with_index(torch.device(device))
+            on = torch.device(device)
+            if on.type == "cuda" and on.index is None:  # "cuda" and "cuda:0" share one entry
+                on = torch.device("cuda", torch.cuda.current_device())
             new = (on, dtype) not in self._packed
             # "meta" needs the CPU's, too: the lengths of lists depend on the elements.
             elsewhere = self._source.needs_kernels and not devices.serve(on.type)
@@ -169,10 +190,10 @@ class Basis:
                 if elsewhere:
                     return [t.to(on) for t in ready]
                 if dtype is None:
-                    return self._source.pack(self._shape, on)
-                return [self._source.dense_b(self._shape, dtype, packed)]
+                    return self._source.pack(self, on)
+                return [self._source.dense_b(self, dtype, packed)]
 
-            key = self._shape.of_matrices, self._source.key, on, dtype
+            key = self.D, self.d, self.r, self._source.key, on, dtype  # of any orientation
             found = self._packed[on, dtype] = get_or_make(key, on, make)
             if dtype is None and new and not elsewhere:
                 self._warn_of_zeros(found.tensors)
@@ -211,12 +232,12 @@ class Basis:
         if self._source.needs_kernels and not devices.serve(on.type):
             A, B = self.dense("cpu", dtype)
             return A.to(on), B.to(on)
-        B = self._source.dense_b(self._shape, dtype, self.packed(on))
+        B = self._source.dense_b(self, dtype, self.packed(on))
         return self.dense_a(on, dtype).clone(), B * self._source.b_value
 
     def dense_a(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """A (r, d) alone, scaled."""
-        return self._source.dense_a(self._shape, dtype, self.packed(device))
+        return self._source.dense_a(self, dtype, self.packed(device))
 
     def canonical(self) -> "Basis":
         """The first living basis equal to this one, which layers hold.
@@ -227,7 +248,7 @@ class Basis:
         return share(self._key(), lambda: self)
 
     def _key(self) -> tuple:
-        return self._shape, self._source.key
+        return *self._sizes, self._source.key
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Basis) and self._key() == other._key()
@@ -238,11 +259,8 @@ class Basis:
     def __deepcopy__(self, memo: dict) -> "Basis":
         return self
 
-    def __getstate__(self) -> dict:
-        return {"shape": self._shape, "source": self._source}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._set(**state)
+    def __reduce__(self) -> tuple:
+        return Basis.of, (*self._sizes, self._source)
 
     @property
     def name(self) -> str:

@@ -109,10 +109,3 @@ def _made_for_every_stream(device: torch.device, make: Callable[[], list[Tensor]
         tensors = make_on_stream()
         stream.synchronize()
         return tensors
-
-
-def with_index(device: torch.device) -> torch.device:
-    """`device` with its index, so that "cuda" and "cuda:0" share one entry."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device

@@ -2,8 +2,9 @@
 
 import difflib
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 # The version of docs/basis-spec.md that defines each kind.
 SPECIFICATIONS = {"independent": 1, "hadamard": 1}
@@ -16,15 +17,7 @@ _KEY = re.compile(r"randlora_ext:([a-z]+)-\d+(?::density=([^:]+))?:seed=(\d+)")
 class BasisDescription:
     """The values from which A and B of any layer are generated: equal descriptions, equal elements.
 
-    Args:
-        kind: "hadamard", Sylvester's matrix with random signs; "independent", every element drawn
-            independently (docs/basis-spec.md).
-        density: share of non-zeros of independent bases, in (0, 1]; None means 1/3, PEFT's
-            ``sparse``. Hadamard bases have none.
-        seed: 0 <= seed < 2**64.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what it was and what is allowed.
+    Arguments and errors are those of `Basis`. The density of Hadamard bases is None.
     """
 
     kind: str
@@ -40,16 +33,8 @@ class BasisDescription:
                 raise ValueError(f"density must be None for Hadamard bases, got {density!r}")
             return
         density = 1 / 3 if density is None else density
-        if isinstance(density, bool) or not isinstance(density, (int, float)):
-            raise TypeError(f"density must be a number in (0, 1], got {density!r}")
-        if not 0.0 < density <= 1.0:
-            raise ValueError(f"density must be in (0, 1], got {density}")
+        check_number("density", density, "a number in (0, 1]", lambda v: 0 < v <= 1)
         object.__setattr__(self, "density", float(density))
-
-    @property
-    def depends_on_layers(self) -> bool:
-        """Whether layers of other sizes have another A, not more or fewer columns of one A."""
-        return self.kind == "hadamard"
 
     def key(self) -> str:
         """The text that a saved file holds; `parse` reads it back exactly.
@@ -88,24 +73,26 @@ class BasisDescription:
 def check_kind(name: str, kind: str, known: Iterable[str] = SPECIFICATIONS) -> None:
     """Raises ValueError, naming `name` and the nearest of `known`, unless `kind` is one of them."""
     if not isinstance(kind, str) or kind not in known:
-        raise ValueError(
-            f"{name} must be one of {[*known]}, got {kind!r}{did_you_mean(kind, known)}"
-        )
+        near = difflib.get_close_matches(str(kind), known, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name} must be one of {[*known]}, got {kind!r}{hint}")
 
 
-def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """The end of an error message: the nearest of `known`, if one is near."""
-    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.4)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def check_number(
+    name: str, value: Any, allowed: str, fits: Callable[[Any], bool], kinds: Any = (int, float)
+) -> None:
+    """Raises TypeError or ValueError, naming `name`, unless `value` is a number that fits."""
+    is_number = isinstance(value, kinds) and not isinstance(value, bool)
+    if not is_number or not fits(value):
+        is_huge = isinstance(value, int) and value.bit_length() > 1000
+        shown = f"an integer of {value.bit_length()} bits" if is_huge else repr(value)
+        kind = ValueError if is_number else TypeError
+        raise kind(f"{name} must be {allowed}, got {shown}")
 
 
 def check_integer(name: str, value: int, first: int, last: int, allowed: str = "") -> None:
-    """Raises TypeError or ValueError, naming `name`, unless `value` is an integer in that range."""
-    told = f"{name} must be an integer in {allowed or [first, last]}, got {value!r}"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(told)
-    if not first <= value <= last:
-        raise ValueError(told)
+    allowed = f"an integer in {allowed or [first, last]}"
+    check_number(name, value, allowed, lambda v: first <= v <= last, int)
 
 
 def check_seed(name: str, seed: int) -> None:
@@ -121,39 +108,21 @@ def as_signed(seed: int) -> int:
     return seed - 2**64 if seed >= 2**63 else seed
 
 
-@dataclass(frozen=True)
 class Shape:
     """The sizes of an adapter's matrices: A (r, d), B (D, K), lambda (r, n), gamma (n, d).
 
     Raises TypeError or ValueError unless the three given ones are integers in their ranges.
     """
 
-    in_features: int
-    out_features: int
-    r: int
-    d: int = field(init=False)
-    D: int = field(init=False)
-    n: int = field(init=False)
-    K: int = field(init=False)
-    expand: bool = field(init=False)  # whether d is the input side
-
-    def __post_init__(self) -> None:
-        for name in ("in_features", "out_features"):
-            check_integer(name, getattr(self, name), 1, 2**63 - 1, "[1, 2**63)")
-        check_r(self.r)
-        d, D = sorted((self.in_features, self.out_features))
-        n = -(-d // self.r)
-        # Plain attributes: torch.compile cannot trace a cached_property.
-        for name, value in (("d", d), ("D", D), ("n", n), ("K", n * self.r)):
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "expand", self.in_features <= self.out_features)
-
-    @property
-    def of_matrices(self) -> tuple[int, int, int]:
-        """The sizes that decide A and B; the layer's orientation does not."""
-        return self.D, self.d, self.r
-
-    @property
-    def wide(self) -> bool:
-        """Whether list positions need 32 bits."""
-        return max(self.D, self.d, self.K) > 65536
+    def __init__(self, in_features: int, out_features: int, r: int) -> None:
+        for name, value in (("in_features", in_features), ("out_features", out_features)):
+            check_integer(name, value, 1, 2**63 - 1, "[1, 2**63)")
+        check_r(r)
+        # Attributes, not properties: a call reads a dozen of them.
+        self.in_features, self.out_features, self.r = in_features, out_features, r
+        self.d, self.D = sorted((in_features, out_features))
+        self.n = -(-self.d // r)
+        self.K = self.n * r
+        self.expand = in_features <= out_features  # whether d is the input side
+        self.of_diagonals = (r, self.n), (self.n, self.d)  # the shapes of lam and gam
+        self.wide = max(self.D, self.K) > 65536  # whether list positions need 32 bits

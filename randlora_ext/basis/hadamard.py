@@ -13,7 +13,7 @@ ROLE_FEATURES, ROLE_ROWS, ROLE_COLUMNS = 3, 4, 5  # of the specification: s, row
 def signs(seed: int, role: int, count: int, device: torch.device) -> Tensor:
     """The first `count` signs of the infinite sequence of that role: float32, -1 or +1."""
     on = device if devices.serve(device.type) else "cpu"
-    planes = generate_planes(seed, role, 0, 1, 0, count, 1.0, on)
+    planes = generate_planes(seed, role, 1, count, 1.0, on)
     drawn = torch.ops.randlora.planes_to_dense(planes, count, 1.0, torch.float32)
     return drawn.flatten().to(device)
 

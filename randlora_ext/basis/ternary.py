@@ -34,8 +34,7 @@ class TernaryMatrices:
     density: float
     scale: float  # a_value * b_value
 
-    a_planes: Callable[..., Tensor]  # (shape, device)
-    b_planes: Callable[..., Tensor]
+    planes: Callable[..., tuple[Tensor, Tensor]]  # of A and B: (shape, device)
 
     def format(self, shape: Shape) -> str:
         # Planes are decoded with 16-bit base numbers.
@@ -43,7 +42,7 @@ class TernaryMatrices:
 
     def pack(self, shape: Shape, on: torch.device) -> list[Tensor]:
         """The tensors of `Basis.packed`."""
-        a_planes, b_planes = self.a_planes(shape, on), self.b_planes(shape, on)
+        a_planes, b_planes = self.planes(shape, on)
         a_offset, a_index = _ops.planes_to_lists(a_planes, shape.d, False, shape.wide)
         of_b = [b_planes]
         if self.format(shape) == "lists":
@@ -74,49 +73,28 @@ class GeneratedMatrices(TernaryMatrices):
     def __init__(self, description: BasisDescription) -> None:
         density = description.density
         assert density is not None
-        self.description, self.density, self.key = description, density, description
+        self.description = self.key = description
+        self.seed, self.density = description.seed, density
         self.a_value = self.b_value = 1.0 / math.sqrt(density)
         self.scale = 1.0 / density  # without the square root's rounding
 
-    def a_planes(self, shape: Shape, device: torch.device) -> Tensor:
-        return self._planes(ROLE_A, shape.r, shape.d, device)
-
-    def b_planes(self, shape: Shape, device: torch.device) -> Tensor:
-        return self._planes(ROLE_B, shape.D, shape.K, device)
-
-    def _planes(self, role: int, rows: int, columns: int, device) -> Tensor:
-        seed = self.description.seed  # type: ignore[union-attr]
-        return generate_planes(seed, role, 0, rows, 0, columns, self.density, device)
+    def planes(self, shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
+        A = generate_planes(self.seed, ROLE_A, shape.r, shape.d, self.density, device)
+        return A, generate_planes(self.seed, ROLE_B, shape.D, shape.K, self.density, device)
 
 
 def generate_planes(
-    seed: int,
-    role: int,
-    row_start: int,
-    rows: int,
-    col_start: int,
-    cols: int,
-    density: float,
-    device: torch.device | str = "cpu",
+    seed: int, role: int, rows: int, cols: int, density: float, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Bit planes (2, rows, ceil(cols / 64)) of any slice of the infinite matrix of that role.
-
-    Equivalent to slicing the infinite matrix of docs/basis-spec.md; independent of layer shapes.
-    """
+    """Bit planes (2, rows, ceil(cols / 64)) of the infinite matrix of that role
+    (docs/basis-spec.md), which does not depend on layer shapes."""
     planes = torch.empty((2, rows, -(-cols // 64)), dtype=torch.int64, device=device)
-    limit = _C.threshold(density)
-    _ops.fill_planes_(planes, as_signed(seed), role, row_start, col_start, cols, limit)
+    _ops.fill_planes_(planes, as_signed(seed), role, 0, 0, cols, _C.threshold(density))
     return planes
 
 
 class ImportedMatrices(TernaryMatrices):
-    """The leading parts of given bit planes.
-
-    Args:
-        a_planes: (2, >= r, >= ceil(d / 64)) int64.  b_planes: (2, >= D, >= ceil(K / 64)).
-        columns: of B.
-        a_value, b_value: what +1 stands for.
-    """
+    """The leading parts of given bit planes, those of B of a matrix with so many `columns`."""
 
     kind = "imported"
 
@@ -131,11 +109,9 @@ class ImportedMatrices(TernaryMatrices):
         counts = torch.bincount(b_planes.cpu().view(torch.uint8).flatten(), minlength=256)
         self.density = max(int(counts @ ones) / (b_planes.shape[1] * columns), 2.0**-31)
 
-    def a_planes(self, shape: Shape, device: torch.device) -> Tensor:
-        return _leading(self._a, shape.r, shape.d).to(device)
-
-    def b_planes(self, shape: Shape, device: torch.device) -> Tensor:
-        return _leading(self._b, shape.D, shape.K).to(device)
+    def planes(self, shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
+        A, B = _leading(self._a, shape.r, shape.d), _leading(self._b, shape.D, shape.K)
+        return A.to(device), B.to(device)
 
 
 def _leading(planes: Tensor, rows: int, cols: int) -> Tensor:

@@ -136,7 +136,6 @@ def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
     turns = {at: at in fused and turned if stacks[at] else transposed for at in paths}
     sizes = {at: _sizes(checkpoint, places[at], stacks[at], turns[at]) for at in paths}
     for at in paths:
-        check_diagonals(at, tensors, config.r, min(sizes[at]), stacks[at])
         square = len({*sizes[at]}) == 1 and not stacks[at]
         if square and True in conv1d and conv1d != {transposed}:
             raise ValueError(
@@ -148,6 +147,7 @@ def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
     added: dict[str, Change] = {}
     replaced = {}
     for at, basis in _bases_of_peft(config, bases, sizes, dtypes).items():
+        check_diagonals(at, tensors, basis, stacks[at])
         lam, gam = (tensors.pop(f"{at}{end}") for end in ends)
         if (scale := tensors.pop(f"{at}.{INPUT_SCALE}", None)) is not None:
             basis = basis.with_input_scale(scale, tuple(stacks[at]))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..basis import Basis
+from ..basis.description import check_kind
 from ..ops import functional
 from ..ranks import full_tensor, laid_out_like
 from .base_layer import plain_weight, refuse_cut
@@ -40,13 +41,6 @@ class AdaptedLayer(KeepsWeight):
         """The dtype of dW and of its factors."""
         return self.randlora_lambda[adapter].dtype
 
-    def _check_names(self, argument: str, names: list[str]) -> None:
-        for name in names:
-            if name not in self.randlora_lambda:
-                raise ValueError(
-                    f"{argument}: unknown adapter {name!r}; known are {[*self.randlora_lambda]}"
-                )
-
     def _diagonals(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """Lambda and gamma, gathered if FSDP2 has sharded them."""
         modules = self._modules
@@ -67,21 +61,20 @@ class AdaptedLayer(KeepsWeight):
         ``dW @ diag(input_scale)`` for dW. Raises TypeError or ValueError, as `Basis`, if it does
         not fit; RuntimeError if the adapter is merged.
         """
-        self._check_names("adapter", [adapter])
+        check_kind("adapter", adapter, self.randlora_lambda)
         if adapter in self.merged_adapters:
             raise RuntimeError(f"adapter {adapter!r} is merged; unmerge it first")
         if input_scale is None and adapter not in self.input_scales:
             return
         device = self.randlora_lambda[adapter].device
         basis = self.basis_of(adapter, device).with_input_scale(input_scale, self.experts)
-        self.input_scales.pop(adapter, None)
-        if basis.input_scale is not None:
-            self.input_scales[adapter] = basis.input_scale
         self._use_basis(adapter, basis)
 
     def _use_basis(self, adapter: str, basis: Basis) -> None:
         """`basis_of` gives the adapter this one from now on."""
-        raise NotImplementedError
+        self.input_scales.pop(adapter, None)
+        if basis.input_scale is not None:
+            self.input_scales[adapter] = basis.input_scale
 
     @property
     def randlora_input_scale(self) -> SimpleNamespace:
@@ -162,7 +155,7 @@ class AdaptedLayer(KeepsWeight):
         DTensor placed like its weight; all ranks must call. Raises ValueError for an unknown
         adapter. Source: PEFT's method.
         """
-        self._check_names("adapter", [adapter])
+        check_kind("adapter", adapter, self.randlora_lambda)
         device = self.randlora_lambda[adapter].device
         return self._delta(adapter, self._dtype_of(adapter, device))
 
@@ -174,7 +167,7 @@ class AdaptedLayer(KeepsWeight):
         They are (A', B) if d == in, otherwise (B^T, A'^T), in the dtype of `get_delta_weight`. For
         study and export; forward forms neither. Source: PEFT's method.
         """
-        self._check_names("adapter", [adapter])
+        check_kind("adapter", adapter, self.randlora_lambda)
         device = device or self.randlora_lambda[adapter].device
         basis = self.basis_of(adapter, device)
         A, B = basis.dense(device, self._dtype_of(adapter, device))
@@ -193,7 +186,7 @@ class AdaptedLayer(KeepsWeight):
         weight = self._base_weight()
         basis = self.basis_of(adapter, weight.device)
         by = functional.what_computes(basis, weight.device, weight.dtype)
-        hint = " (basis='hadamard' costs about LoRA's)" if basis.is_dense else ""
+        hint = " (basis='hadamard' costs about LoRA's)" if basis.kind == "dense" else ""
         scaled = " with scaled inputs" if adapter in self.input_scales else ""
         return f"r={basis.r} {basis.name}{scaled} by {by}{hint}"
 

@@ -21,7 +21,7 @@ from .apply import adapt
 from .base_layer import check_base_layer, features
 from .experts import RandLoraParameter, innermost, matching_parameters, sizes_of
 from .linear import RandLoraLinear, check_adapter_name, check_alpha, check_dropout
-from .state_dict import DIAGONALS, INPUT_SCALE, misfit
+from .state_dict import DIAGONALS, INPUT_SCALE, misfit, refuse
 
 _METADATA = "randlora_adapter"
 # Names that torch.compile and activation checkpointing put into the paths of modules.
@@ -50,9 +50,8 @@ class AdapterFile:
         check_dropout(self.randlora_dropout)
         if not self.layers:
             raise ValueError("there are 0 layers")
-        for at in self.layers:
-            basis = self.basis_of(at)
-            check_diagonals(at, self.tensors, basis.r, basis.d, self.layers[at][3:])
+        for at, its in self.layers.items():
+            check_diagonals(at, self.tensors, self.basis_of(at), its[3:])
 
     def basis_of(self, at: str) -> Basis:
         (n_in, n_out, _, *experts), key = self.layers[at], BasisDescription.parse(self.basis)
@@ -114,8 +113,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
     # Cloned, since safetensors refuses one tensor under two names, those of a tied layer.
     tensors = {name: full_tensor(t.detach()).contiguous().clone() for name, t in own.items()}
     sizes = {
-        at: [m.in_features, m.out_features]
-        + ([m.transposed, *m.experts] if isinstance(m, RandLoraParameter) else [m.fan_in_fan_out])
+        at: [m.in_features, m.out_features, getattr(m, "transposed", m.fan_in_fan_out), *m.experts]
         for at, m in layers.items()
     }
     said = json.dumps({"adapter_name": adapter_name, **options, "layers": sizes})
@@ -149,11 +147,7 @@ def load_adapter(
     file = read_adapter_file(path)
     name = file.adapter_name if adapter_name is None else adapter_name
     check_adapter_name(name)
-    if misfits := list(_misfits(file, model, name)):
-        raise ValueError(
-            f"{os.fspath(path)} does not fit the {type(model).__name__}, which is unchanged:"
-            "\n\t" + "\n\t".join(misfits)
-        )
+    refuse(_misfits(file, model, name), os.fspath(path), f"the {type(model).__name__}")
     basis = BasisDescription.parse(file.basis)
     options = {"adapter_name": name, "r": file.r, "randlora_dropout": file.randlora_dropout}
     options |= {"basis": basis.kind, "density": basis.density, "seed": basis.seed}
@@ -210,14 +204,12 @@ def read_adapter_file(path: str | os.PathLike) -> AdapterFile:
 
 
 def check_diagonals(
-    at: str, tensors: dict[str, Tensor], r: int, d: int, experts: Sequence[int] = ()
+    at: str, tensors: dict[str, Tensor], basis: Basis, experts: Sequence[int]
 ) -> None:
-    """KeyError or ValueError unless lambda (*experts, r, n) and gamma (*experts, n, d) are there,
-    floating point."""
-    n = -(-d // r)
-    for kind, shape in zip(DIAGONALS, ((*experts, r, n), (*experts, n, d)), strict=True):
+    """KeyError or ValueError unless lambda and gamma are there and fit, one of each per expert."""
+    for kind, shape in zip(DIAGONALS, basis.of_diagonals, strict=True):
         key = f"{at}.{kind}"
-        if error := misfit(key, tensors[key], torch.empty(shape, device="meta")):
+        if error := misfit(key, tensors[key], torch.empty(*experts, *shape, device="meta")):
             raise ValueError(error)
 
 
@@ -241,11 +233,10 @@ def _misfits(file: AdapterFile, model: nn.Module, name: str) -> Iterator[str]:
             yield f"{at}: it has an adapter {name!r} already; choose another adapter_name"
         if at in bare and not stacked:
             check_base_layer(module, f"layer {at!r} of the adapter")
-        told = "in_features, out_features, transposed and experts are"
-        told = told if stacked else "in_features and out_features are"
+        told = "in_features, out_features" + ", transposed, experts" * stacked
         sizes = sizes_of(module, own) if stacked else features(module)
         if [*sizes] != its[: len(sizes)]:
-            yield f"{at}: {told} {sizes}, in the file {its[: len(sizes)]}"
+            yield f"{at}: {told} are {sizes}, in the file {its[: len(sizes)]}"
         weight = getattr(module, own)
         if is_dtensor(weight) or not _is_here(weight):
             yield f"{at}: its weight is not whole here (fully_shard, meta device, DeepSpeed ZeRO-3)"
@@ -263,13 +254,12 @@ def _misfits(file: AdapterFile, model: nn.Module, name: str) -> Iterator[str]:
             yield error
 
 
-def _options(layer: RandLoraLinear, adapter_name: str) -> dict[str, Any]:
-    basis: Any = layer.bases[adapter_name].description
+def _options(layer: Any, adapter_name: str) -> dict[str, Any]:
     return {
         "r": layer.r[adapter_name],
         "scaling": layer.scaling[adapter_name],
         "randlora_dropout": getattr(layer.randlora_dropout[adapter_name], "p", 0.0),
-        "basis": basis.key(),
+        "basis": layer.bases[adapter_name].description.key(),
     }
 
 

@@ -180,15 +180,13 @@ def _do_nothing(*_) -> None:
     pass
 
 
-def force_module_call(layer: nn.Module) -> None:
+def force_module_call(layer: Any) -> None:
     """Makes nn.TransformerEncoderLayer call `layer` in eval mode.
 
     The encoder layer would otherwise pass ``layer.weight`` to a fused kernel, unless a module
     inside it has a forward hook. The hook set here is on a dictionary that is never called.
     """
-    dictionary: Any = layer.randlora_dropout
-    if _do_nothing not in dictionary._forward_pre_hooks.values():
-        dictionary.register_forward_pre_hook(_do_nothing)
+    layer.randlora_dropout.register_forward_pre_hook(_do_nothing)
 
 
 def disable_nested_tensors(model: nn.Module, name: str) -> None:

@@ -1,17 +1,15 @@
 """`RandLoraLinear`: a frozen linear layer with one or more RandLoRA adapters, without PEFT."""
 
-import functools
-import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..basis import Basis
-from ..basis.description import check_kind, did_you_mean
+from ..basis.description import check_kind, check_number
 from .adapted_layer import AdaptedLayer
 from .base_layer import check_base_layer, features, force_module_call, is_conv1d
 from .merging import adapter_dtype
@@ -25,23 +23,6 @@ def more_than_d(r: int, d: int) -> str:
         f"r = {r} is more than min(in_features, out_features) = {d}, with which dW has full rank "
         "already: the rest costs time and parameters and adds nothing"
     )
-
-
-def names_unknown(method: Callable, answers: Mapping[str, str] = {}) -> Callable:
-    """`method`, whose error for an unknown argument has an answer or the nearest known name."""
-    called = method.__qualname__.removesuffix(".__init__")
-    known = [*inspect.signature(method).parameters][1:]
-
-    @functools.wraps(method)
-    def checked(self, *args, **kwargs):
-        for name in kwargs:
-            if name not in known:
-                told = answers.get(name) or did_you_mean(name, known)
-                told = told or f"; it takes {', '.join(known)}"
-                raise TypeError(f"{called} got an unexpected keyword argument {name!r}{told}")
-        return method(self, *args, **kwargs)
-
-    return checked
 
 
 class RandLoraLinear(AdaptedLayer, nn.Module):
@@ -81,7 +62,6 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
     Source: PEFT's ``randlora.layer.Linear``, which has the same names.
     """
 
-    @names_unknown
     def __init__(
         self,
         base_layer: nn.Module,
@@ -116,7 +96,6 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         self.train(base_layer.training)
         force_module_call(self)
 
-    @names_unknown
     def update_layer(
         self,
         adapter_name: str,
@@ -140,11 +119,9 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         check_dropout(randlora_dropout)
         if basis is not None:
             check_kind("basis", basis)
-        sizes = self.in_features, self.out_features, r
-        bases = Basis(*sizes, density, seed, basis)
+        bases = Basis(self.in_features, self.out_features, r, density, seed, basis).canonical()
         if input_scale is not None:
             bases = bases.with_input_scale(input_scale, self.experts)
-        bases = bases.canonical()
         if r > bases.d:
             warnings.warn(more_than_d(r, bases.d), stacklevel=3)
 
@@ -154,10 +131,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         gam = torch.full((bases.n, bases.d), 1 / max(bases.n, bases.d), device=device, dtype=dtype)
         dropout = nn.Dropout(randlora_dropout) if randlora_dropout else nn.Identity()
 
-        self.bases[adapter_name] = bases
-        self.input_scales.pop(adapter_name, None)
-        if bases.input_scale is not None:
-            self.input_scales[adapter_name] = bases.input_scale
+        self._use_basis(adapter_name, bases)
         self.r[adapter_name] = r
         alpha = DEFAULT_SCALING * r if randlora_alpha is None else randlora_alpha
         self.scaling[adapter_name] = alpha / r
@@ -186,11 +160,6 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         self.disabled = False
         self._mark_trained()
 
-    def adapter_parameters(self) -> Iterator[nn.Parameter]:
-        """Lambda and gamma of all adapters, active or not."""
-        yield from self.randlora_lambda.values()
-        yield from self.randlora_gamma.values()
-
     def _mark_trained(self) -> None:
         for diagonals in (self.randlora_lambda, self.randlora_gamma):
             for name, parameter in diagonals.items():
@@ -200,6 +169,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         return self.bases[adapter]
 
     def _use_basis(self, adapter: str, basis: Basis) -> None:
+        super()._use_basis(adapter, basis)
         self.bases[adapter] = basis
 
     def forward(self, x: Tensor) -> Tensor:
@@ -263,7 +233,8 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
 
     def _chosen(self, argument: str, names: str | Sequence[str]) -> list[str]:
         names = [names] if isinstance(names, str) else list(names)
-        self._check_names(argument, names)
+        for name in names:
+            check_kind(argument, name, self.randlora_lambda)
         if len(set(names)) != len(names):
             raise ValueError(f"{argument} must not repeat a name, got {names}")
         return names
@@ -282,16 +253,9 @@ def check_adapter_name(name: str) -> None:
 
 
 def check_alpha(name: str, alpha: float) -> None:
-    """Raises TypeError or ValueError, naming `name`, unless `alpha` is a finite number."""
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise TypeError(f"{name} must be a finite number, got {alpha!r}")
-    if not abs(alpha) <= sys.float_info.max:  # an int may be larger than any float
-        shown = alpha if isinstance(alpha, float) else f"an integer of {alpha.bit_length()} bits"
-        raise ValueError(f"{name} must be a finite number, got {shown}")
+    # An int may be larger than any float.
+    check_number(name, alpha, "a finite number", lambda v: abs(v) <= sys.float_info.max)
 
 
 def check_dropout(dropout: float) -> None:
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
-        raise TypeError(f"randlora_dropout must be a number in [0, 1), got {dropout!r}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"randlora_dropout must be in [0, 1), got {dropout}")
+    check_number("randlora_dropout", dropout, "a number in [0, 1)", lambda v: 0 <= v < 1)

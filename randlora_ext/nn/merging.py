@@ -9,15 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..basis.description import check_kind
 from ..ranks import full_tensor, is_dtensor, local_tensor
 from .base_layer import check_writable, refuse_shared
 
 KEEP_WEIGHT = ("host", "device", "nothing")
-
-
-def check_keep_weight(keep_weight: str) -> None:
-    if keep_weight not in KEEP_WEIGHT:
-        raise ValueError(f"keep_weight must be one of {KEEP_WEIGHT}, got {keep_weight!r}")
 
 
 def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -25,6 +21,7 @@ def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+_write_nothing = lambda: None  # noqa: E731
 _Layer: Any = object  # mypy: this is mixed into layers
 
 
@@ -73,13 +70,14 @@ class KeepsWeight(_Layer):
             )
         rest = [name for name in rest if name not in lost]
         if self._kept is not None or not rest:
-            self._replace(_nothing if self._kept is None else self._restorer(self._kept), rest)
+            kept = self._kept
+            self._replace(_write_nothing if kept is None else self._restorer(kept), rest)
         if rest:
             self._replace(self._writer(self._plus(self._dense_weight(), rest, -1)), [])
 
     def _merge(self, names: Sequence[str], safe_merge: bool, keep_weight: str) -> None:
         """Merges adapters that are known and not merged yet."""
-        check_keep_weight(keep_weight)
+        check_kind("keep_weight", keep_weight, KEEP_WEIGHT)
         weight = self._dense_weight()
         for other in merged_layers:
             refuse_shared(other, self)
@@ -93,7 +91,7 @@ class KeepsWeight(_Layer):
         keeps = keep_weight != "nothing"
         # Ranks might disagree about their parts of DTensors. A sum could still turn -0 into 0.
         same = keeps and not is_dtensor(total) and torch.equal(total, weight)
-        write = _nothing if same else self._writer(total)
+        write = _write_nothing if same else self._writer(total)
         if keeps and kept is None and not same:
             kept = self._keep(keep_weight)
         if same or kept is not None:
@@ -104,11 +102,8 @@ class KeepsWeight(_Layer):
         self, write: Callable, merged: list[str], kept: Any = None, without: tuple[str, ...] = ()
     ) -> None:
         """Writes W and the attributes about it; Ctrl-C, twice even, cannot leave a part of them."""
-        begun = False
 
         def write_all() -> None:
-            nonlocal begun
-            begun = True
             write()
             self._kept, self._kept_without = kept, without
             self.merged_adapters = merged
@@ -121,8 +116,7 @@ class KeepsWeight(_Layer):
                 write_all()
                 raise
         except BaseException:  # the second one, in the lines above
-            if begun:
-                write_all()
+            write_all()
             raise
 
     def __setstate__(self, state: dict) -> None:
@@ -180,7 +174,3 @@ class KeepsWeight(_Layer):
 
 # Those in which an adapter is merged and could be unmerged: `_merge` looks for its weight there.
 merged_layers: "weakref.WeakSet[KeepsWeight]" = weakref.WeakSet()
-
-
-def _nothing() -> None:
-    """Writes nothing."""

@@ -42,20 +42,19 @@ def refuse_misfit(module: nn.Module, state_dict: dict[str, Tensor], prefix: str,
     for path, layer in module.named_modules(remove_duplicate=False):
         if _is_adapted(layer):
             problems += _misfits(layer, state_dict, f"{prefix}{path}." if path else prefix)
-    refuse(module, problems)
+    refuse(problems, "the state dict", f"the {type(module).__name__}", RuntimeError)
 
 
 def _is_adapted(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in (*DIAGONALS, "base_layer"))
 
 
-def refuse(module: nn.Module, problems: Iterable[str]) -> None:
-    """Raises RuntimeError if a state dict for `module` has any problem."""
+def refuse(
+    problems: Iterable[str], what: str, place: str, kind: type[Exception] = ValueError
+) -> None:
+    """Raises `kind` with all problems, if there are any, of putting `what` into `place`."""
     if told := [problem for problem in problems if problem]:
-        raise RuntimeError(
-            f"the state dict does not fit the {type(module).__name__}, which is unchanged:\n\t"
-            + "\n\t".join(told)
-        )
+        raise kind(f"{what} does not fit {place}, which is unchanged:\n\t" + "\n\t".join(told))
 
 
 def _misfits(layer: Any, state_dict: dict[str, Tensor], prefix: str) -> Iterator[str]:
@@ -75,8 +74,8 @@ def _misfits(layer: Any, state_dict: dict[str, Tensor], prefix: str) -> Iterator
     if type(base) is nn.Linear or is_conv1d(base):  # others may have a format of their own
         own |= {f"{based}{name}": value for name, value in base.named_parameters()}
     for key, parameter in own.items():
-        if (saved := state_dict.get(key)) is not None and (error := misfit(key, saved, parameter)):
-            yield error
+        if key in state_dict:
+            yield misfit(key, state_dict[key], parameter)
 
 
 def misfit(key: str, saved: Any, own: Tensor) -> str:

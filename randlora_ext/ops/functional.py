@@ -138,11 +138,6 @@ def linear(
         _check_tensor("weight", weight)
     if bias is not None and type(bias) not in _USUAL:
         _check_tensor("bias", bias)
-    if x.dim() == 0 or x.shape[-1] != basis.in_features:
-        raise ValueError(
-            f"x must be (..., in_features) with in_features = {basis.in_features}, "
-            f"got {tuple(x.shape)}"
-        )
     device = x.device
     if autocast_is_on(device.type):
         x, weight, bias = autocast(device.type, x, weight, bias)  # type: ignore[assignment]
@@ -161,19 +156,14 @@ def what_computes(basis: Basis, device: torch.device, dtype: torch.dtype) -> str
     """What multiplies by the basis there, as the end of "computed by"."""
     if device.type == "meta":
         return "nothing on the meta device"
-    kernels = serve(device.type)
+    kernels = fits = serve(device.type)
     if basis.kind == "dense":
         return "torch's GEMMs"
-    if basis.kind == "hadamard" and (not kernels or not _fits(basis, device, dtype)):
+    if cuda_serves(device.type) and basis.kind == "hadamard":  # in the card's shared memory
+        sizes = basis.D, basis.d, basis.r, basis.n
+        fits = kernels and _C.hadamard_fits(*sizes, dtype == torch.float64, device.index or 0)
+    if basis.kind == "hadamard" and not fits:
         return "plain torch"
     if not kernels:
         return f"nothing: there are no kernels for {device.type}, which these bases need"
     return f"{_C.isa() if device.type == 'cpu' else device.type} kernels"
-
-
-def _fits(basis: Basis, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a card's shared memory holds what the kernels of Hadamard bases need of it."""
-    if not cuda_serves(device.type):
-        return True
-    sizes = basis.D, basis.d, basis.r, basis.n
-    return _C.hadamard_fits(*sizes, dtype == torch.float64, device.index or 0)

@@ -149,13 +149,6 @@ class Operator(Function):
 
     generate_vmap_rule = True
 
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise NotImplementedError(
-            "randlora operators have no forward-mode derivative (torch.func.jvp, jacfwd, hessian); "
-            "reverse mode works: torch.func.grad, vjp, jacrev"
-        )
-
 
 class _RefuseTwice(Operator):
     """Hands gradients on. Without it a second derivative would silently be that of a constant."""
@@ -184,14 +177,6 @@ def once(results: tuple, inputs: tuple):
         tensors = [t for t in inputs if isinstance(t, Tensor)]
         return _RefuseTwice.apply(results, *tensors)
     return results
-
-
-def base_gradients(dy: Tensor, x: Tensor, need_weight: bool, need_bias: bool):
-    """Of weight and bias, which may train beside the adapter (PEFT's bias="all", say)."""
-    tokens = math.prod(dy.shape[:-1])  # vmap over nothing could not tell what -1 is
-    flat = dy.reshape(tokens, dy.shape[-1])
-    weight = flat.T @ x.reshape(tokens, x.shape[-1]) if need_weight else None
-    return weight, flat.sum(0) if need_bias else None
 
 
 def entry(name: str, function: type[Function], vmap_rule: Callable = _vmap) -> Callable:
@@ -258,9 +243,12 @@ def linear_entry(name: str) -> Callable:
             with torch._C._AutoDispatchBelowAutograd():  # as in forward
                 results = backward_op(*inputs, *ctx.basis, need_x, need_lam or need_gam)
             dx, dlam, dgam = once(results, inputs)
-            dweight, dbias = None, None
-            if need_weight or need_bias:
-                dweight, dbias = base_gradients(dy, x, need_weight, need_bias)
+            dweight = dbias = None
+            if need_weight or need_bias:  # they may train beside the adapter (PEFT's bias="all")
+                tokens = math.prod(dy.shape[:-1])  # vmap over nothing could not tell what -1 is
+                flat = dy.reshape(tokens, dy.shape[-1])
+                dweight = flat.T @ x.reshape(tokens, x.shape[-1]) if need_weight else None
+                dbias = flat.sum(0) if need_bias else None
             return dx, dweight, dbias, dlam, dgam, *of_basis
 
     def fake_backward(dy, x, weight, lam, gam, *rest):

@@ -21,14 +21,15 @@ from peft.tuners.randlora.layer import RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
 from torch import nn
 
+from ..basis.description import check_kind
 from ..nn.base_layer import check_no_plan
-from ..nn.merging import check_keep_weight
+from ..nn.merging import KEEP_WEIGHT
 from ..nn.state_dict import DIAGONALS, guard
 from .bases import BASIS_NAMES, PackedBufferDict
 from .config import NEEDS_OURS, PEFT_TYPES, RandLoraConfig, name_of, one_save
 from .layer import AcceleratedLinear, layers_with
 from .loading import check_load_over, warn_of_misfits
-from .model import AcceleratedRandLoraModel, accelerate_layer, change_class
+from .model import AcceleratedRandLoraModel, accelerate_layer
 from .quantized import backend_of
 from .saving import refuse_lora_files, save_together
 
@@ -56,7 +57,7 @@ def enable(float32_products: bool | None = None, keep_weight: str | None = None)
     otherwise.
     """
     if keep_weight is not None:
-        check_keep_weight(keep_weight)
+        check_kind("keep_weight", keep_weight, KEEP_WEIGHT)
         AcceleratedLinear.keep_weight = keep_weight
     if float32_products is not None:
         AcceleratedLinear.float32_products = float32_products
@@ -107,7 +108,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     for layer in layers:
         accelerate_layer(layer)
     for tuner in tuners:
-        change_class(tuner, AcceleratedRandLoraModel)
+        tuner.__class__ = AcceleratedRandLoraModel
         guard(tuner.model)
     refuse_lora_files(model)
     _patch()

@@ -1,4 +1,4 @@
-"""PEFT's bases A and B: how they are drawn, what holds them by adapter, and one layer's basis."""
+"""PEFT's bases A and B: how they are drawn, what stands for them, and one layer's basis."""
 
 import copy
 import itertools
@@ -14,12 +14,11 @@ from peft.tuners.randlora.model import RandLoraModel
 from torch import Tensor, nn
 
 from ..basis import Basis, BasisDescription
+from ..basis.basis import DenseMatrices
 from ..basis.cache import ordinary_tensors, share
-from ..basis.dense import DenseMatrices
 from ..basis.description import Shape
-from ..basis.ternary import ImportedMatrices
+from ..basis.ternary import ImportedMatrices, pack_dense
 from ..nn.state_dict import misfit
-from .basis_tensor import BasisTensor
 
 BASIS_NAMES = ("randlora_A", "randlora_B")  # PEFT's attributes of models and layers
 
@@ -44,7 +43,10 @@ def drawn(config: peft.RandLoraConfig, D: int, d: int) -> tuple[Tensor, Tensor]:
 
     Raises ValueError if it leaves no non-zero in one of them.
     """
-    model, name = _Drawing(D, d), "default"
+    model: Any = RandLoraModel.__new__(RandLoraModel)
+    nn.Module.__init__(model)
+    model._find_dim = lambda config: (D, d)  # instead of a model in which to look for them
+    name = "default"
     with torch.device("cpu"):  # real values, also for a model on the meta device
         model._pre_injection_hook(model, copy.copy(config), name)
     A, B = (getattr(model, each)[name] for each in BASIS_NAMES)
@@ -57,15 +59,82 @@ def drawn(config: peft.RandLoraConfig, D: int, d: int) -> tuple[Tensor, Tensor]:
     return A, B
 
 
-class _Drawing(RandLoraModel):
-    """PEFT's drawing, with the largest sizes instead of a model in which to look for them."""
+class BasisTensor(Tensor):
+    """A matrix (rows, ...) of {-value, 0, value}, whose trailing dims are flattened into columns.
 
-    def __init__(self, D: int, d: int) -> None:
-        nn.Module.__init__(self)
-        self.sizes = D, d
+    PEFT reads the shapes of its bases, moves, casts and saves them. Here shape, dtype, device and
+    moves cost nothing, and any other operation works on a dense copy that is made for it.
 
-    def _find_dim(self, config) -> tuple[int, int]:
-        return self.sizes
+    `content` has bit planes (2, rows, ceil(columns / 64)), or the description that generates A and
+    B of each layer, which has no dense form here.
+    """
+
+    content: Tensor | BasisDescription
+    value: float
+
+    @staticmethod
+    def __new__(cls, content, value: float, shape, dtype, device) -> "BasisTensor":
+        self = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
+        self.content, self.value = content, value
+        return self
+
+    @classmethod
+    def packed(cls, dense: Tensor) -> "BasisTensor":
+        """Packs a dense tensor exactly. Raises ValueError if it is not ternary."""
+        planes, value = pack_dense("the basis", dense.detach().reshape(len(dense), -1))
+        return cls(planes, value, dense.shape, dense.dtype, dense.device)
+
+    @property
+    def columns(self) -> int:
+        return self.shape[1:].numel()
+
+    def dense(self) -> Tensor:
+        """A new dense tensor with the same values. Raises RuntimeError if they are generated."""
+        if not isinstance(self.content, Tensor):
+            raise RuntimeError(
+                "randlora_A and randlora_B have no dense form here, because each layer generates "
+                "its own: layer.basis_of(adapter, device).dense()"
+            )
+        if self.is_meta:
+            return torch.empty(self.shape, dtype=self.dtype, device="meta")
+        make = torch.ops.randlora.planes_to_dense
+        dense = make(self.content, self.columns, self.value, self.dtype)
+        return dense.view(self.shape).to(self.device)
+
+    def moved(self, device: torch.device | str, dtype: torch.dtype) -> "BasisTensor":
+        """The same elements on another device, meta included, or in another dtype; not copied."""
+        # A narrower dtype rounds `value`, as it would round the elements of a dense tensor.
+        value = float(torch.tensor(self.value, dtype=dtype, device="cpu"))
+        return BasisTensor(self.content, value, self.shape, dtype, device)
+
+    def __repr__(self, *, tensor_contents=None) -> str:  # type: ignore[override]
+        about = f"dtype={self.dtype}, device={self.device}, value={self.value:.6g}"
+        return f"BasisTensor({tuple(self.shape)}, {about})"
+
+    def __reduce_ex__(self, protocol):
+        parts = self.content, self.value, tuple(self.shape), self.dtype, self.device
+        return BasisTensor, parts
+
+    def __deepcopy__(self, memo: dict) -> "BasisTensor":
+        return self  # constant, and copies of a model should share it
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs, t, name = kwargs or {}, args[0], func.overloadpacket.__name__
+        if name in ("detach", "alias", "clone"):
+            return cls(t.content, t.value, t.shape, t.dtype, t.device)
+        if name == "_to_copy":
+            return t.moved(kwargs.get("device") or t.device, kwargs.get("dtype") or t.dtype)
+        if (name.endswith("_") and isinstance(t, cls)) or isinstance(kwargs.get("out"), cls):
+            raise RuntimeError(f"a basis is constant, but {func} would write to it")
+        return func(*map(as_dense, args), **{k: as_dense(v) for k, v in kwargs.items()})
+
+
+def as_dense(argument: Any) -> Any:
+    """A tensor, or an operator's other argument, with dense tensors for those of bases."""
+    if isinstance(argument, (list, tuple)):
+        return [as_dense(each) for each in argument]
+    return argument.dense() if isinstance(argument, BasisTensor) else argument
 
 
 class PackedBufferDict(MutableMapping, BufferDict):
@@ -168,14 +237,12 @@ class PackedBufferDict(MutableMapping, BufferDict):
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         if self.__dict__.get("_written", lambda: None)() is destination:
             return
-        try:
+        with suppress(TypeError):  # a plain dict; then every layer writes, as with stock PEFT
             self.__dict__["_written"] = ref(destination)
-        except TypeError:  # a plain dict; then every layer writes, as with stock PEFT
-            pass
         for key, basis in self._bases.items():
             if self.saved(key):
-                dense = basis.dense() if isinstance(basis, BasisTensor) else basis
-                destination[prefix + key] = dense if keep_vars else dense.detach()
+                basis = as_dense(basis)
+                destination[prefix + key] = basis if keep_vars else basis.detach()
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -204,19 +271,14 @@ class PackedBufferDict(MutableMapping, BufferDict):
 def layer_basis(
     A: Tensor, B: Tensor, in_features: int, out_features: int, r: int, served: bool = True
 ) -> Basis:
-    """The basis of one layer shape, of kind "dense" if A or B is not ternary.
+    """The basis of one layer shape of A (r, 1, >= d) and B (>= D, >= n, r), of kind "dense" if one
+    is not ternary, or if no kernels are there for packed bases (`served`).
 
-    Layers of equal shape get the same object, so they share what it packs. Bases of dense tensors
-    are views of them.
-
-    Args:
-        A: (r, 1, >= d).  B: (>= D, >= n, r). A layer uses the leading slices; in PEFT's flat order
-            those of B are its first K columns.
-        served: whether there are kernels for packed bases; without, PEFT's ternary ones are dense.
-
-    Raises ValueError if they are too small.
+    A layer uses the leading slices; in PEFT's flat order those of B are its first K columns. Raises
+    ValueError if they are too small.
     """
-    shape = Shape(in_features, out_features, r)
+    sizes = in_features, out_features, r
+    shape = Shape(*sizes)
     d, D, n = shape.d, shape.D, shape.n
     if A.shape[0] != r or A.shape[-1] < d or B.shape[0] < D or B.shape[1] < n or B.shape[2] != r:
         raise ValueError(
@@ -224,8 +286,8 @@ def layer_basis(
             f"{in_features} -> {out_features} features at r={r}, which needs ({r}, 1, >= {d}) and "
             f"(>= {D}, >= {n}, {r})"
         )
-    if isinstance(A, BasisTensor) and (made := A.description) is not None:
-        basis = Basis(in_features, out_features, r, made.density, made.seed, made.kind)
+    if isinstance(A, BasisTensor) and isinstance(made := A.content, BasisDescription):
+        basis = Basis(*sizes, made.density, made.seed, made.kind)
     elif served and isinstance(A, BasisTensor) and isinstance(B, BasisTensor):
         a: Any = A.content
         b: Any = B.content
@@ -233,9 +295,9 @@ def layer_basis(
         # The matrices keep what the key names alive.
         made_of = "imported", id(a), id(b), *values
         matrices = share(made_of, lambda: ImportedMatrices(a, b, B.columns, *values))
-        basis = Basis.of(shape, matrices)
+        basis = Basis.of(*sizes, matrices)
     else:
-        basis = Basis.of(shape, share(("dense", id(A), id(B)), lambda: _Dense(A, B)))
+        basis = Basis.of(*sizes, share(("dense", id(A), id(B)), lambda: _Dense(A, B)))
     return basis.canonical()
 
 
@@ -248,5 +310,5 @@ class _Dense(DenseMatrices):
 
 
 def _flat(t: Tensor) -> Tensor:
-    t = t.moved("cpu", t.dtype).dense() if isinstance(t, BasisTensor) else t
+    t = as_dense(t.moved("cpu", t.dtype) if isinstance(t, BasisTensor) else t)
     return t.detach().flatten(1)

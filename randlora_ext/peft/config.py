@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,9 +18,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 
 from ..basis import BasisDescription
-from ..basis.description import SPECIFICATIONS, check_kind, check_r, check_seed
+from ..basis.description import SPECIFICATIONS, check_integer, check_kind, check_r, check_seed
 from ..nn.experts import check_options
-from ..nn.linear import check_alpha, names_unknown
+from ..nn.linear import check_alpha, check_dropout
 from ..writing import appear_together
 
 KINDS = ("peft", *SPECIFICATIONS)
@@ -31,9 +31,9 @@ _FLAGS = (
 NEEDS_OURS = "RANDLORA; needs randlora_ext: import randlora_ext.peft; randlora_ext.peft.enable()"
 PEFT_TYPES = (PeftType.RANDLORA.value, NEEDS_OURS)
 _TEXTS = "target_modules", "layers_pattern"
+_LISTS = "modules_to_save", "target_parameters"
 _SPARSE = "sparse", "very_sparse"
 _OURS = "basis", "density", "target_parameters"
-_BIASES = ("none", "all", "randlora_only")
 
 _METADATA = "randlora_ext"  # the entry of a safetensors header
 _RECORDED = (  # a key says all of our own bases
@@ -106,13 +106,11 @@ class RandLoraConfig(peft.RandLoraConfig):
             warnings.warn(
                 "randlora_ext.peft.enable() has not been called: until it is, a model of this "
                 "configuration has PEFT's own layers, without our kernels",
-                stacklevel=4,  # where the configuration is made
+                stacklevel=3,  # where the configuration is made
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As PEFT's, but the old file stays until the new one is complete."""
-        if os.path.isfile(save_directory):
-            return super().save_pretrained(save_directory, **kwargs)  # PEFT's own error
         with appear_together(save_directory) as scratch:
             super().save_pretrained(scratch, **kwargs)
 
@@ -124,28 +122,14 @@ class RandLoraConfig(peft.RandLoraConfig):
         return values | {"peft_type": NEEDS_OURS}
 
 
-# Of LoRA's options the nearest of ours would be another thing, but for these three.
-_OF_LORA = {each.name for each in fields(peft.LoraConfig)}
-_OF_LORA -= {"lora_alpha", "lora_dropout", "init_lora_weights"}
-_ANSWERS = dict.fromkeys(_OF_LORA, " of LoRA, which RandLoRA does not have")
-_ANSWERS["use_rslora"] = " of LoRA; RandLoRA scales dW by randlora_alpha / r"
-_ANSWERS["seed"] = "; did you mean 'projection_prng_key'?"
-RandLoraConfig.__init__ = names_unknown(  # type: ignore[method-assign]
-    RandLoraConfig.__init__, _ANSWERS
-)
-
-
 def _check_types(config: RandLoraConfig) -> None:
     """Raises TypeError or ValueError, naming the field, for a value that PEFT cannot use."""
-
     none, several = type(None), (list, tuple, set)
     for names, allowed, kinds, of in (
         (_FLAGS, "True or False", (bool,), object),
-        (_TEXTS, "a text, several of them or None", (str, none, *several), str),
-        (["modules_to_save"], "several texts or None", (none, *several), str),
-        (["target_parameters"], "a list of texts or None", (none, *several), str),
+        (_TEXTS, "a text, a list of texts or None", (str, none, *several), str),
+        (_LISTS, "a list of texts or None", (none, *several), str),
         (["layers_to_transform"], "an integer, several or None", (int, none, *several), int),
-        (["randlora_dropout"], "a number in [0, 1]", (int, float), object),
     ):
         for name in names:
             value: Any = getattr(config, name)
@@ -153,21 +137,15 @@ def _check_types(config: RandLoraConfig) -> None:
             is_bool = isinstance(value, bool) and bool not in kinds  # an int, but no index
             if is_bool or not isinstance(value, kinds) or not all(isinstance(p, of) for p in parts):
                 raise TypeError(f"{name} must be {allowed}, got {value!r}")
-    if not 0 <= config.randlora_dropout <= 1:
-        raise ValueError(f"randlora_dropout must be in [0, 1], got {config.randlora_dropout}")
-    if config.bias not in _BIASES:
-        raise ValueError(f"bias must be one of {_BIASES}, got {config.bias!r}")
+    check_dropout(config.randlora_dropout)
+    check_kind("bias", config.bias, ("none", "all", "randlora_only"))
 
 
 def description_of(fields: Mapping[str, Any]) -> BasisDescription | None:
-    """What generates an adapter's bases; None if PEFT draws them from its own fields.
+    """What generates an adapter's bases by the fields of its configuration, ours or PEFT's; None if
+    PEFT draws them. TypeError or ValueError, naming the field, for what is not allowed.
 
-    Args:
-        fields: of a configuration, ours or PEFT's, from an object or a file. A text in
-            ``projection_prng_key`` is complete; the other fields may only agree with it.
-
-    Raises:
-        TypeError, ValueError: naming the field, what it was and what is allowed.
+    A text in ``projection_prng_key`` is complete; the other fields may only agree with it.
     """
     kind, density = fields.get("basis", "peft"), fields.get("density")
     key, flags = fields["projection_prng_key"], [n for n in _SPARSE if fields.get(n)]
@@ -190,10 +168,8 @@ def description_of(fields: Mapping[str, Any]) -> BasisDescription | None:
             raise ValueError(f"{flags[0]} is of PEFT's own bases; basis={kind!r} takes a density")
         check_seed("projection_prng_key", key)
         return BasisDescription(kind, density, key)
-    if isinstance(key, bool) or not isinstance(key, int):
-        raise TypeError(f"projection_prng_key must be an integer, got {key!r}")
-    if not -(2**63) <= key < 2**64:  # as torch takes it
-        raise ValueError(f"projection_prng_key must be in [-2**63, 2**64), got {key}")
+    # As torch takes it.
+    check_integer("projection_prng_key", key, -(2**63), 2**64 - 1, "[-2**63, 2**64)")
     return None
 
 
@@ -276,11 +252,8 @@ def one_save(folder: str | os.PathLike, hub: dict[str, Any]) -> Iterator[str | o
 
     Saving replaces files and writes into none, so an open file stays as it is, and its path under
     /proc reads it again and again. Folders that we have not saved are given back, as are those of
-    the hub.
-
-    Args:
-        hub: arguments for PEFT's reading beside the folder. A subfolder is taken out of it if the
-            folder shown is that.
+    the hub. `hub` has PEFT's arguments for reading beside the folder; if the folder shown is the
+    subfolder, that is taken out of it.
 
     Raises ValueError if configuration and tensors are not from one save.
     """

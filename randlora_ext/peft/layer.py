@@ -3,7 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..basis import Basis
+from ..basis.description import check_kind
 from ..devices import serve
 from ..nn.adapted_layer import AdaptedLayer
+from ..nn.experts import AdaptedParameter
 from ..nn.merging import merged_layers
-from .bases import PackedBufferDict, layer_basis
-from .basis_tensor import BasisTensor
+from .bases import BasisTensor, PackedBufferDict, layer_basis
 
 
 class AcceleratedLinear(AdaptedLayer, Linear):
@@ -44,15 +45,17 @@ class AcceleratedLinear(AdaptedLayer, Linear):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-        elif adapter_names is not None:
+        if adapter_names is not None and not self.disable_adapters:
             return self._mixed_batch(x, adapter_names, *args, **kwargs)
-        off, own = self.disable_adapters or self.merged_adapters, self._modules["randlora_lambda"]
-        names = [] if off else [name for name in self.active_adapters if name in own]
-        y = self._adapted(names, x, *args, **kwargs)
+        y = self._adapted(self._names(), x, *args, **kwargs)
         return y if y.dtype is x.dtype else y.to(x.dtype)
+
+    def _names(self) -> list[str]:
+        """The adapters to add now."""
+        if self.disable_adapters and self.merged_adapters:
+            self.unmerge()
+        off, own = self.disable_adapters or self.merged_adapters, self._modules["randlora_lambda"]
+        return [] if off else [name for name in self.active_adapters if name in own]
 
     def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args, **kwargs) -> Tensor:
         """Row b of the batch through adapter ``adapter_names[b]``."""
@@ -89,7 +92,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         basis = layer_basis(A[adapter], B[adapter], *sizes, served)
         if adapter in self.input_scales:
             basis = basis.with_input_scale(self.input_scales[adapter], self.experts)
-        if not served and basis.is_dense and isinstance(A[adapter], BasisTensor):
+        if not served and basis.kind == "dense" and isinstance(A[adapter], BasisTensor):
             warnings.warn(
                 "RandLoRA layers multiply by dense bases: there are no randlora_ext kernels for "
                 f"device type {device_type!r}",
@@ -105,6 +108,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
                 self._find(adapter, device_type)
 
     def _use_basis(self, adapter: str, basis: Basis) -> None:
+        super()._use_basis(adapter, basis)
         self.bases.pop(adapter, None)  # `_find` makes the same
 
     def __getstate__(self) -> dict:
@@ -118,7 +122,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         return x if keeps else x.to(self._dtype_of(name, x.device))
 
     def _is_dense_in_16_bits(self, name: str, x: Tensor) -> bool:
-        return x.dtype.itemsize == 2 and self.basis_of(name, x.device).is_dense
+        return x.dtype.itemsize == 2 and self.basis_of(name, x.device).kind == "dense"
 
     def _dtype_of(self, adapter: str, device: torch.device) -> torch.dtype:
         dtype = self.randlora_B.dtypes[adapter]
@@ -134,11 +138,8 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         adapter_names: list[str] | None = None,
         keep_weight: str | None = None,
     ) -> None:
-        """As PEFT's, but all adapters are added before the sum is rounded, and W is kept.
-
-        Args:
-            keep_weight: "host", "device" or "nothing", as for `RandLoraLinear.merge`; None means
-                what `enable` was told. Quantized weights are kept on their own device.
+        """As PEFT's, but all adapters are added before the sum is rounded, and W is kept, as by
+        `RandLoraLinear.merge` and, for None, as `enable` was told; if quantized on its own device.
         """
         chosen = check_adapters_to_merge(self, adapter_names) or []
         if names := [name for name in dict.fromkeys(chosen) if name in self.randlora_lambda]:
@@ -152,6 +153,48 @@ class AcceleratedLinear(AdaptedLayer, Linear):
             self.merge(safe_merge, adapter_names, keep_weight="nothing")
         merged_layers.discard(self)
         return self.get_base_layer()
+
+
+class ParamWrapper(AdaptedParameter, AcceleratedLinear):
+    """What PEFT's ``lora.ParamWrapper`` is for LoRA; PEFT finds those layers by this name."""
+
+    base_layer: Any
+
+    def __init__(
+        self, base_layer: Any, parameter_name: str, A: Any, B: Any, adapter_name: str, config: Any
+    ) -> None:
+        nn.Module.__init__(self)
+        RandLoraLayer.__init__(self, self._set_sizes(base_layer, parameter_name))
+        self.base_layer = base_layer
+        self.fan_in_fan_out = False
+        self.bases, self.input_scales = {}, {}
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, A, B, config.r, config=config)
+
+    def update_layer(self, adapter_name: str, A: Any, B: Any, r: int, config: Any, **kwargs: Any):
+        super().update_layer(adapter_name, A, B, r, config=config, **kwargs)
+        self._stack(adapter_name)
+        if not config.init_weights:  # PEFT's random lambdas, for each expert
+            nn.init.normal_(self.randlora_lambda[adapter_name])
+
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple:
+        return self._base_weight().device, self._base_weight().dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError(
+                "adapter_names cannot choose among adapters of target_parameters: one W + dW "
+                "serves the whole batch"
+            )
+        return super().forward(*args, **kwargs)
+
+    def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
+        if isinstance(self.base_layer, ParamWrapper):
+            self.base_layer.unload_and_optionally_merge_module(*args, **kwargs)
+        return super().unload_and_optionally_merge_module(*args, **kwargs)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False  # PEFT converts matrices
 
 
 def kernel_summary(model: nn.Module) -> str:
@@ -187,10 +230,7 @@ def layers_with(model: Any, adapter_name: str | None = None) -> dict[str, RandLo
         raise TypeError(f"model must be a PeftModel with RandLoRA layers, got {type(model)}")
     if adapter_name is None:
         return layers
-    if adapter_name not in model.peft_config:
-        raise ValueError(
-            f"adapter_name must be one of {list(model.peft_config)}, got {adapter_name!r}"
-        )
+    check_kind("adapter_name", adapter_name, model.peft_config)
     return {path: m for path, m in layers.items() if adapter_name in m.randlora_lambda}
 
 
@@ -205,8 +245,10 @@ def adapter_per_row(tuner: nn.Module, names: list[str], call: dict) -> Iterator[
     """
     if tuner.training:
         raise ValueError("adapter_names cannot be given in training mode; call model.eval()")
-    layers = [module for module in tuner.modules() if isinstance(module, AcceleratedLinear)]
-    known = {name for layer in layers for name in layer.randlora_lambda}
+    modules = [
+        m for m in tuner.modules() if isinstance(m, (AcceleratedLinear, AuxiliaryTrainingWrapper))
+    ]
+    known = {name for m in modules for name in getattr(m, "randlora_lambda", ())}
     if unknown := sorted(set(names) - known - {"__base__"}):
         raise ValueError(f"adapter_names has unknown {unknown}; known are {sorted(known)}")
     config = call.get("generation_config")
@@ -221,13 +263,7 @@ def adapter_per_row(tuner: nn.Module, names: list[str], call: dict) -> Iterator[
             each = [name if name in module._adapters else "__base__" for name in each]
         return args, {**kwargs, "adapter_names": each}
 
-    wrappers = [m for m in tuner.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-    hooks = [
-        module.register_forward_pre_hook(give_names, with_kwargs=True)
-        for module in layers + wrappers
-    ]
-    try:
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(give_names, with_kwargs=True))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from peft import PeftModel
 from peft.utils.save_and_load import load_peft_weights
 
 from ..nn.linear import check_alpha
-from ..nn.state_dict import DIAGONALS, INPUT_SCALE, misfit
+from ..nn.state_dict import DIAGONALS, INPUT_SCALE, misfit, refuse
 from .bases import BASIS_NAMES
 from .config import PEFT_TYPES, name_of, one_save, other_bases, recorded_configuration
 from .layer import layers_with
@@ -54,8 +55,8 @@ def hotswap_adapter(
     with one_save(model_name_or_path, kwargs) as place:
         fields = _saved_fields(place, **kwargs)
         saved = load_peft_weights(place, device=torch_device or "cpu", **kwargs)
-    if errors := _hotswap_errors(model, adapter_name, fields, saved):
-        raise _does_not_fit(model_name_or_path, adapter_name, errors)
+    errors = _hotswap_errors(model, adapter_name, fields, saved)
+    _refuse(errors, model_name_or_path, adapter_name)
     scaling = fields["randlora_alpha"] / model.peft_config[adapter_name].r
     peft.set_peft_model_state_dict(model, saved, adapter_name=adapter_name)
     for layer in layers:
@@ -65,50 +66,47 @@ def hotswap_adapter(
 
 def _hotswap_errors(
     model: PeftModel, adapter_name: str, fields: dict, saved: dict[str, torch.Tensor]
-) -> list[str]:
+) -> Iterator[str]:
     if fields["peft_type"] not in PEFT_TYPES:
-        return [f"peft_type is {fields['peft_type']}, not {PEFT_TYPES[0]}"]
+        yield f"peft_type is {fields['peft_type']}, not {PEFT_TYPES[0]}"
+        return
     own = peft.get_peft_model_state_dict(
         model, adapter_name=adapter_name, save_embedding_layers=False
     )
     config = model.peft_config[adapter_name]
-    errors = [
-        f"{name} is {fields[name]!r}, not {getattr(config, name)!r}"
-        for name in ("r", "randlora_dropout")
-        if fields[name] != getattr(config, name)
-    ]
+    for name in ("r", "randlora_dropout"):
+        if fields[name] != getattr(config, name):
+            yield f"{name} is {fields[name]!r}, not {getattr(config, name)!r}"
     try:
         check_alpha("randlora_alpha", fields["randlora_alpha"])
     except (TypeError, ValueError) as error:
-        errors.append(str(error))
+        yield str(error)
     saves_bases = model.base_model.randlora_A.saved(adapter_name)
     if not (saves_bases and any(key.endswith(BASIS_NAMES) for key in saved)):
-        errors += other_bases(vars(config), fields)
+        yield from other_bases(vars(config), fields)
     # What a file may lack, or bring.
     free = *BASIS_NAMES, INPUT_SCALE
-    missing = [key for key in own if key not in saved and not key.endswith(free)]
+    for key in own:
+        if key in saved:
+            yield misfit(key, saved[key], own[key])
+        elif not key.endswith(free):
+            yield f"{key} is missing"
     # PEFT saves the base weights of a targeted lm_head, too.
     is_base = lambda key: ".base_layer." in key and ".randlora_" not in key  # noqa: E731
     passed = (key for key in saved if not key.endswith(free) and not is_base(key))
-    unexpected = [key for key in passed if key not in own]
-    errors += [f"{key} is missing" for key in missing]
-    errors += [f"{key} is not part of the adapter" for key in unexpected]
-    errors += [e for key in own if key in saved and (e := misfit(key, saved[key], own[key]))]
-    return errors
+    yield from (f"{key} is not part of the adapter" for key in passed if key not in own)
 
 
 def check_load_over(model: PeftModel, folder: str | os.PathLike, adapter_name: str, hub) -> None:
-    """Checks what ``PeftModel.load_adapter`` does not before it writes into an adapter.
-
-    PEFT then reads only the tensors. Raises ValueError if they belong to other bases than the
-    adapter's and do not bring their own, or if nothing tells. Warns if alpha differs.
+    """ValueError if tensors that ``PeftModel.load_adapter`` writes into an adapter belong to other
+    bases, and do not bring these; a warning if alpha differs.
     """
     saved = recorded_configuration(Path(folder, hub.get("subfolder") or ""))
     saved = _saved_fields(folder, **hub) if saved is None else saved
     config = model.peft_config[adapter_name]
     brings_bases = model.base_model.randlora_A.saved(adapter_name) and saved["save_projection"]
-    if not brings_bases and (errors := other_bases(vars(config), saved)):
-        raise _does_not_fit(folder, adapter_name, errors)
+    if not brings_bases:
+        _refuse(other_bases(vars(config), saved), folder, adapter_name)
     if saved["randlora_alpha"] != config.randlora_alpha:
         warnings.warn(
             f"randlora_alpha of {name_of(folder)} is {saved['randlora_alpha']}, adapter "
@@ -119,11 +117,7 @@ def check_load_over(model: PeftModel, folder: str | os.PathLike, adapter_name: s
 
 
 def warn_of_misfits(folder: str | os.PathLike, adapter_name: str, result: Any) -> None:
-    """Warns if a file has fitted only in part, as PEFT allows: it returns the keys, and few look.
-
-    Args:
-        result: of PEFT's ``load_adapter``, with missing_keys and unexpected_keys.
-    """
+    """Warns if a file has fitted only in part; PEFT returns the keys as `result`, and few look."""
     for keys, told in (
         (result.unexpected_keys, "of its tensors have no place in the model and are not used"),
         (result.missing_keys, "tensors of the adapter are not in it and stay as they were"),
@@ -153,8 +147,5 @@ def _saved_fields(folder: str | os.PathLike, **hub) -> dict:
     return defaults | _Fields.from_pretrained(folder, **hub)
 
 
-def _does_not_fit(folder: str | os.PathLike, adapter_name: str, errors: list[str]) -> ValueError:
-    return ValueError(
-        f"the adapter of {name_of(folder)} does not fit {adapter_name!r}, which is unchanged:\n\t"
-        + "\n\t".join(errors)
-    )
+def _refuse(errors: Iterable[str], folder: str | os.PathLike, adapter_name: str) -> None:
+    refuse(errors, f"the adapter of {name_of(folder)}", repr(adapter_name))

@@ -30,8 +30,7 @@ from ..nn.state_dict import INPUT_SCALE, guard, misfit, no_scale, refuse, unguar
 from . import quantized
 from .bases import BASIS_NAMES, PackedBufferDict, drawn, generated, largest
 from .config import description_of
-from .layer import AcceleratedLinear, adapter_per_row
-from .param_wrapper import ParamWrapper
+from .layer import AcceleratedLinear, ParamWrapper, adapter_per_row
 from .saving import refuse_lora_files
 
 
@@ -223,7 +222,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
             for adapter, basis in getattr(self, name).items()
             if getattr(self, name).saved(adapter)
         }
-        refuse(self, (misfit(key, state_dict[key], own[key]) for key in own if key in state_dict))
+        misfits = (misfit(key, state_dict[key], own[key]) for key in own if key in state_dict)
+        refuse(misfits, "the state dict", f"the {type(self).__name__}", RuntimeError)
         # Stock PEFT's files hold a copy under every layer, and packing each would take long.
         copied = tuple("." + key.removeprefix(prefix) for key in own if key in state_dict)
         for key in [key for key in state_dict if key.endswith(copied) and key not in own]:
@@ -255,16 +255,14 @@ class AcceleratedRandLoraModel(RandLoraModel):
         }
 
 
-def change_class(module: Any, to: type) -> None:
-    """Makes ours of a layer or a model that PEFT has made: its functions choose among its own."""
-    module.__class__ = to
-
-
 def accelerate_layer(layer: Any) -> Any:
-    """Gives a RandLoRA layer of PEFT its accelerated class, in place; ours stay as they are."""
+    """Gives a RandLoRA layer of PEFT its accelerated class, in place; ours stay as they are.
+
+    PEFT's own functions make layers, and choose among its classes.
+    """
     if not isinstance(layer, AcceleratedLinear):
         backend = quantized.backend_of(layer.get_base_layer())
-        change_class(layer, quantized.QuantizedLinear if backend else AcceleratedLinear)
+        layer.__class__ = quantized.QuantizedLinear if backend else AcceleratedLinear
         layer.quantization_backend = backend
         layer.bases, layer.input_scales = {}, {}
         force_module_call(layer)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import inspect
 import json
 import os
 import shutil
@@ -19,8 +20,7 @@ from torch import Tensor
 from ..basis import Basis
 from ..nn.state_dict import INPUT_SCALE
 from ..writing import appear_together
-from .bases import BASIS_NAMES, largest
-from .basis_tensor import BasisTensor
+from .bases import BASIS_NAMES, BasisTensor, as_dense, largest
 from .config import NEEDS_OURS, description_of, record_configurations
 from .layer import layers_with
 
@@ -42,31 +42,28 @@ def save_together(
     stock: Callable,
     model: peft.PeftModel,
     save_directory: str | os.PathLike,
-    safe_serialization: bool = True,
-    selected_adapters: list[str] | None = None,
-    save_embedding_layers: str | bool = "auto",
-    is_main_process: bool = True,
+    *args: Any,
     **kwargs: Any,
 ) -> None:
     """Has PeftModel's ``save_pretrained`` write into a scratch folder first, and adds our card."""
-    options = safe_serialization, selected_adapters, save_embedding_layers, is_main_process
-    if not is_main_process or os.path.isfile(save_directory):  # PEFT's own error
-        stock(model, save_directory, *options, **kwargs)
+    given = inspect.signature(stock).bind(model, save_directory, *args, **kwargs).arguments
+    if not given.get("is_main_process", True):
+        stock(model, save_directory, *args, **kwargs)
         return
     with appear_together(save_directory) as folder:
         if (card := Path(save_directory, "README.md")).exists():
             shutil.copy(card, folder)  # PEFT updates it and keeps its text
-        stock(model, str(folder), *options, **kwargs)
+        stock(model, str(folder), *args, **kwargs)
         write_card(folder)
         record_configurations(folder)
 
 
 def write_card(folder: Path) -> None:
     """Begins PEFT's README.md in `folder` with how to open the adapter, if PEFT alone cannot."""
-    configs = [json.loads(path.read_text()) for path in folder.rglob(CONFIG_NAME)]
     if not (file := folder / "README.md").exists():
         return
     card = ModelCard.load(file)
+    configs = (json.loads(path.read_text()) for path in folder.rglob(CONFIG_NAME))
     needs_ours = any(config["peft_type"] == NEEDS_OURS for config in configs)
     card.text = _OPENS * needs_ours + card.text.replace(_OPENS, "").lstrip("\n")
     card.save(file)
@@ -130,12 +127,11 @@ def _dense_bases(
     """
     description = description_of(vars(config))
     if description is None:
-        A, B = (t.dense() if isinstance(t, BasisTensor) else t for t in (A, B))
-        return A, B
+        return as_dense(A), as_dense(B)
     sizes = {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}
     (D, d), r = largest(sizes.values()), config.r
     own_d = d
-    if description.depends_on_layers:
+    if description.kind == "hadamard":
         layer_of = {min(its): path for path, its in reversed(sizes.items())}
         if len(layer_of) > 1:
             raise ValueError(

@@ -39,9 +39,9 @@ def test_bases_are_those_of_the_cpu_bit_for_bit(device, density):
         basis, on_cpu = (Basis(*shape, density, seed=2**64 - 1) for _ in range(2))
         with cpu_kernels():
             # Not by the cache, which would share what the card makes.
-            want = on_cpu._source.pack(on_cpu._shape, torch.device("cpu"))
+            want = on_cpu._source.pack(on_cpu, torch.device("cpu"))
             dense = [on_cpu.dense(dtype=dtype) for dtype in ALL_TYPES]
-        got = moved(basis._source.pack(basis._shape, device), "cpu")
+        got = moved(basis._source.pack(basis, device), "cpu")
         tables, none = got.pop(2), want.pop(2)
         assert same(got, want) and tables.dtype == torch.int32 and none.numel() == 0, shape
         assert same([moved(basis.dense(device, dtype), "cpu") for dtype in ALL_TYPES], dense), shape

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from randlora_ext import Basis, linear
-from randlora_ext.basis.description import Shape
 from randlora_ext.basis.ternary import ImportedMatrices, pack_dense
 from randlora_ext.ops import dense, hadamard, independent
 from randlora_ext.reference import linear_reference
@@ -142,7 +141,7 @@ def imported_basis(A: Tensor, B: Tensor, in_features: int, out_features: int) ->
     """Of ternary matrices A (r, d) and B (D, K), packed as PEFT's are."""
     (a, a_value), (b, b_value) = pack_dense("A", A), pack_dense("B", B)
     matrices = ImportedMatrices(a, b, B.shape[1], a_value, b_value)
-    return Basis.of(Shape(in_features, out_features, len(A)), matrices)
+    return Basis.of(in_features, out_features, len(A), matrices)
 
 
 @functools.lru_cache(8)

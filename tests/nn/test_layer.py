@@ -154,7 +154,7 @@ def test_merging_errors_change_nothing():
     for names, keep_weight, message in (
         (None, "host", "'default' is merged already"),
         (["two", "default"], "host", "'default' is merged already"),
-        (["two", "x"], "host", r"adapter_names: unknown adapter 'x'.*default.*two"),
+        (["two", "x"], "host", r"adapter_names must be one of .*default.*two.*got 'x'"),
         (["two", "two"], "host", "must not repeat"),
         (["two"], "disk", "keep_weight must be one of .*'host'.*got 'disk'"),
         (["two"], "host", r"NaNs detected.* two seems"),
@@ -232,13 +232,13 @@ def test_core_needs_torch_alone():
 
 
 BAD_OPTIONS = [
-    ({"alpha": 16}, TypeError, "got an .* argument 'alpha'; did you mean 'randlora_alpha'"),
+    ({"alpha": 16}, TypeError, "got an .* argument 'alpha'"),
     ({"r": 0}, ValueError, "r must be an integer in \\[1, 65536\\], got 0"),
     ({"density": 1.5, "basis": "independent"}, ValueError, "density must .* got 1.5"),
     ({"density": 0.3, "basis": "hadamard"}, ValueError, "density must be None for Hadamard bases"),
     ({"basis": "indep"}, ValueError, "^basis must be .*'indep'; did you mean 'independent'"),
     ({"seed": -1}, ValueError, r"seed must be an integer in \[0, 2\*\*64\).*-1"),
-    ({"randlora_dropout": 1.0}, ValueError, r"randlora_dropout must be in \[0, 1\), got 1\.0"),
+    ({"randlora_dropout": 1.0}, ValueError, r"randlora_dropout must .* in \[0, 1\), got 1\.0"),
     ({"randlora_dropout": "x"}, TypeError, r"randlora_dropout .*'x'"),
     *(
         ({"randlora_alpha": value}, ValueError, "randlora_alpha must be a finite number")
@@ -267,10 +267,10 @@ def test_bad_inputs_names_and_states():
     layer = RandLoraLinear(nn.Linear(8, 6), r=2)
     with pytest.raises(RuntimeError, match="dtype"):  # as nn.Linear
         layer(torch.zeros(3, 8, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"in_features = 8, got \(3, 7\)"):
+    with pytest.raises(RuntimeError, match=r"in_features = 8, got \(3, 7\)"):
         layer(torch.zeros(3, 7))
     for call in (layer.set_adapter, layer.get_delta_weight, layer.get_scaled_bases):
-        with pytest.raises(ValueError, match=r"unknown adapter 'x'; known are \['default'\]"):
+        with pytest.raises(ValueError, match=r"adapter.* must be one of \['default'\], got 'x'"):
             call("x")
     with pytest.raises(ValueError, match="must not repeat"):
         layer.set_adapter(["default", "default"])

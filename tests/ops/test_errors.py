@@ -66,8 +66,8 @@ def test_diagonals(basis, change, expected):
     [
         ({"x": torch.ones(4, 8, dtype=torch.int64)}, ["x", "int64", "float"]),
         ({"x": torch.ones(4, 8, dtype=torch.complex64)}, ["x", "complex64", "float"]),
-        ({"x": torch.ones(4, 7)}, ["x", "(4, 7)", "in_features", "8"]),
-        ({"x": torch.ones(())}, ["x", "()", "in_features", "8"]),
+        ({"x": torch.ones(4, 7)}, ["x", "(4, 7)", "8"]),
+        ({"x": torch.ones(())}, ["x", "()", "8"]),
         ({"x": [1.0]}, ["x", "list", "tensor"]),
         ({"x": torch.ones(4, 8, device="meta")}, ["x", "meta", "cpu"]),
         ({"weight": torch.ones(8, 6)}, ["weight", "(8, 6)", "(6, 8)"]),

@@ -17,7 +17,8 @@ from property_cases import (
     seeds,
 )
 
-from randlora_ext.basis.ternary import generate_planes
+from randlora_ext._C import threshold
+from randlora_ext.basis.description import as_signed
 
 ops = torch.ops.randlora
 
@@ -44,7 +45,8 @@ def test_linear(layer, threads):
     density=densities,
 )
 def test_any_slice_is_the_specification(seed, role, row, col, rows, cols, density):
-    planes = generate_planes(seed, role, row, rows, col, cols, density)
+    planes = torch.empty(2, rows, -(-cols // 64), dtype=torch.int64)
+    ops.fill_planes_(planes, as_signed(seed), role, row, col, cols, threshold(density))
     got = ops.planes_to_dense(planes, cols, 1.0, torch.float32).numpy()
     at = np.arange(row, row + rows)[:, None], np.arange(col, col + cols)
     assert (got == basis_reference.ternary(seed, role, *at, density)).all()
