@@ -7,6 +7,7 @@ from basis_reference import hadamard, signs
 from basis_vectors import HADAMARD_FILE, planes_digest, read_vectors, to_planes, to_signs
 
 from randlora_ext import _C, Basis
+from randlora_ext.basis.description import as_signed
 from randlora_ext.basis.hadamard import signs as compiled_signs
 from randlora_ext.reference import scaled_basis_reference
 
@@ -29,8 +30,13 @@ def test_sign_vectors():
     for record in VECTORS["signs"]:
         seed, role, first, count = map(int, record[:4])
         assert to_signs(signs(seed, role, first, count)) == record[4]
-        drawn = compiled_signs(seed, role, first + count, CPU)[first:]
+        planes = torch.empty((2, 1, -(-count // 64)), dtype=torch.int64)
+        torch.ops.randlora.fill_planes_(planes, as_signed(seed), role, 0, first, count, t)
+        drawn = torch.ops.randlora.planes_to_dense(planes, count, 1.0, torch.float32)[0]
         assert to_signs(drawn.to(torch.int8).numpy()) == record[4]
+        if first < 2**31:
+            drawn = compiled_signs(seed, role, first + count, CPU)[first:]
+            assert to_signs(drawn.to(torch.int8).numpy()) == record[4]
         single = [_C.element(seed, role, 0, e, t) for e in range(first, first + count)]
         assert to_signs(np.array(single)) == record[4]
 
