@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -56,8 +57,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     Raises, and leaves every adapter as it was: TypeError if batches is a single batch; ValueError
     if no active adapter is on Hadamard bases, one has trained (its lambda is not zero) or is
     merged, no batch comes, or inputs hold NaN or infinity. Warns of layers that see no token or
-    only zeros, which stay as they are. Experts must multiply by their parameter or a part of it, as
-    those of transformers do unless ``experts_implementation`` is "batched_mm".
+    only zeros, which stay as they are. Experts must multiply by their parameter or a part of it, by
+    torch's functions for products (not einsum), as those of transformers do unless
+    ``experts_implementation`` is "batched_mm".
 
     Source: ours. The same statistic serves quantization in AWQ and SmoothQuant; PEFT's EVA and
     CorDA measure activations to initialize LoRA.
@@ -66,8 +68,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         raise TypeError(f"batches must be several, such as [batch], got one {type(batches)}")
     layers = {
         module: (name, adapters)
-        for name, module in model.named_modules()
-        if isinstance(module, AdaptedLayer) and (adapters := _to_calibrate(name, module))
+        for path, module in model.named_modules()
+        if isinstance(module, AdaptedLayer)
+        and (adapters := _to_calibrate(name := module.name_at(path), module))
     }
     if not layers:
         raise ValueError(
@@ -80,12 +83,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         for layer in layers
     }
     count = torch.zeros(1, dtype=torch.float64)
-    with _observed(model, sums) as mask_of:
-        for batch in batches:
-            is_mapping = isinstance(batch, Mapping)
-            mask_of["batch"] = batch.get("attention_mask") if is_mapping else None
+    for batch in batches:  # which may be made by other models, or by this one
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        with _observed(model, sums, mask):
             _call(model, batch)
-            count += 1
+        count += 1
     flat = [count, *(each.flatten() for each in sums.values())]
     total_count, *parts = _over_all_ranks(torch.cat(flat)).split([*map(len, flat)])
     if not total_count:
@@ -143,78 +145,99 @@ def _to_calibrate(name: str, layer: AdaptedLayer) -> list[str]:
 
 
 @contextmanager
-def _observed(model: nn.Module, sums: Mapping[AdaptedLayer, Tensor]):
-    """The model in eval mode, its layers' inputs summed; yields where a batch's mask goes."""
-    mask_of: dict[str, Tensor | None] = {}
+def _observed(model: nn.Module, sums: Mapping[AdaptedLayer, Tensor], mask: Tensor | None):
+    """The model in eval mode, the inputs of its layers added to `sums`."""
     modes = {module: module.training for module in model.modules()}
-    stacks = _Products(sums)
+    products = _Products(sums)
 
     def add(layer, args, kwargs) -> None:
-        if isinstance(layer, AdaptedParameter):
-            stacks.enter(layer)
-            return
         x = (args[0] if args else next(iter(kwargs.values()))).flatten(0, -2)
-        mask = mask_of["batch"]
         if mask is not None and mask.numel() == len(x):
             x = x[mask.flatten().to(x.device) != 0]
         _add_rows(sums[layer], x)
 
-    # Of nested layers of parameters only the outermost is called.
-    watched = {*sums, *(m for m in model.modules() if isinstance(m, AdaptedParameter))}
-    hooks = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in watched]
-    try:
-        model.eval()
-        with ExitStack() as held:
-            if any(layer.experts for layer in sums):
-                held.enter_context(stacks)
-                held.enter_context(torch.compiler.set_stance("force_eager"))
-            yield mask_of
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
+    with ExitStack() as held:
+        for layer in modes:
+            # Of nested layers of parameters only the outermost is called.
+            if isinstance(layer, AdaptedParameter):
+                held.enter_context(layer.register_forward_pre_hook(products.enter))
+                held.enter_context(layer.register_forward_hook(products.leave, always_call=True))
+            elif layer in sums:
+                held.enter_context(layer.register_forward_pre_hook(add, with_kwargs=True))
+        if any(layer.experts for layer in sums):
+            held.enter_context(products)
+            held.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+_PRODUCTS = {
+    "linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "grouped_mm", "_grouped_mm",
+    "grouped_mm_fallback",
+}  # fmt: skip
 
 
 class _Products(TorchFunctionMode):
     """Sums what the experts of adapted parameters multiply: the first factor of each product whose
-    second is the parameter or a part of it, also transposed."""
+    second is the parameter or a part of it, by its place in memory and its strides."""
 
     def __init__(self, sums: Mapping[AdaptedLayer, Tensor]) -> None:
         super().__init__()
         self.sums = sums
-        self.now: list[tuple[AdaptedLayer, Tensor]] = []  # of the module that runs
+        self.running: list[list[tuple[Any, Tensor]]] = []  # layers and W of modules in forward
 
-    def enter(self, layer: Any) -> None:
-        self.now = []
+    def enter(self, layer: Any, args: Any) -> None:
+        self.running.append(stacks := [])
         while isinstance(layer, AdaptedParameter):
             if layer in self.sums:
-                self.now.append((layer, layer._base_weight()))
+                stacks.append((layer, layer._base_weight()))
             layer = layer.base_layer
+
+    def leave(self, *_: Any) -> None:
+        self.running.pop()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         if func is torch.ops.randlora.hadamard_weight.default:
-            return args[0]  # W, since lambda is zero: its address tells that it is W
-        for x, w in pairwise(args):
-            if isinstance(x, Tensor) and isinstance(w, Tensor) and w.dim() in (2, 3):
-                for layer, stack in self.now:
-                    own, at = (t.data_ptr() - stack.data_ptr() for t in (x, w))
-                    is_product = not 0 <= own < stack.nbytes and 0 <= at < stack.nbytes
-                    if is_product and x.shape[-1:] == (layer.in_features,):
-                        first = at * layer.experts[0] // stack.nbytes
-                        self._add(self.sums[layer][first:], x, w, kwargs.get("offs"))
+            if any(_offset(args[0], W) == 0 for stacks in self.running for _, W in stacks):
+                return args[0]  # lambda is zero, so this is W + dW, where W lies
+        elif getattr(func, "__name__", "").partition(".")[0] in _PRODUCTS:
+            for layer, W in (pair for stacks in self.running for pair in stacks):
+                for x, w in pairwise(given):
+                    contracted = -1 if func is F.linear else -2
+                    in_W = -2 if layer.transposed else -1
+                    fits = w.dim() in (2, 3) and x.shape[-1:] == (layer.in_features,)
+                    if fits and w.stride(contracted) == W.stride(in_W):
+                        if (at := _offset(w, W)) is not None:
+                            first = at * layer.experts[0] // W.nbytes
+                            ends = next((t for t in given if not t.is_floating_point()), None)
+                            self._add(self.sums[layer][first:], x, w, ends)
         return func(*args, **kwargs)
 
     def _add(self, sums: Tensor, x: Tensor, w: Tensor, ends: Tensor | None) -> None:
-        if w.dim() == 2:
-            parts: Iterable[Tensor] = [x.flatten(0, -2)]
-        elif ends is None:  # for each expert, or the same for all
-            parts = x.expand(len(w), *x.shape[-2:])
-        else:  # where the rows of each expert end
-            parts = x.tensor_split(ends.cpu().long())[: len(ends)]
+        flat = x.reshape(-1, x.shape[-1])
+        if ends is not None:  # where the rows of each expert end
+            parts: Iterable[Tensor] = flat.tensor_split(ends.cpu().long())[: len(ends)]
+        elif w.dim() == 3 and x.dim() >= 3 and x.shape[-3] == len(w):
+            parts = x.movedim(-3, 0).flatten(1, -2)
+        else:
+            parts = [flat] * (len(w) if w.dim() == 3 else 1)
         for of_expert, rows in zip(sums, parts, strict=False):
-            _add_rows(of_expert, rows)
+            _add_rows(of_expert, rows[(rows != 0).any(1)])  # zeros fill up the tokens of an expert
+
+
+def _offset(part: Tensor, whole: Tensor) -> int | None:
+    """How many bytes `part` begins behind `whole`; None if it is not a part of it."""
+    try:
+        start, place = whole.data_ptr(), part.data_ptr()
+    except RuntimeError:  # of vmap, or sparse
+        return None
+    return place - start if start and 0 <= place - start < whole.nbytes else None
 
 
 def _add_rows(to: Tensor, x: Tensor) -> None:

@@ -85,7 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
     names = [each.name for each in fields(Ceilings)]
     rates = Ceilings(*(cards[-1][name] for name in names)) if cards else H100
     print(report.table(HEAD, hadamard_lines(rates, rows)))
-    print(report.table(["us at best, 4096 x 4096, T = 8192", *DENSITIES], independent_lines(rates)), end="")
+    head = ["us at best, 4096 x 4096, T = 8192", *DENSITIES]
+    print(report.table(head, independent_lines(rates)), end="")
 
 
 if __name__ == "__main__":

@@ -323,6 +323,8 @@ class Experts {
         basis(check_basis(lam_, gam_, s_, row_, col, expand, scale)) {
     RANDLORA_CHECK(gam.dim() == lam.dim() && (!stacked || gam.size(0) == count),
                    "gam must have as many experts as lam ", describe(lam), ", got ", describe(gam));
+    RANDLORA_CHECK(count <= 65535 || !runs_on_cuda(lam), "lam must have at most 65535 experts on ",
+                   "CUDA, got ", describe(lam));
   }
   // As check_weight, of each expert's weight.
   void check(const Tensor& t, const char* name) const {

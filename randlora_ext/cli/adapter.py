@@ -22,7 +22,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Of transformers, whose linear layers are Conv1D, except heads, which are not square.
 _CONV1D_MODELS = "gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"
 # Those that store experts as (in, out), and one whose experts transformers may transpose.
-_TRANSPOSED_EXPERTS = "gpt_oss", "openai_privacy_filter", "aria_text"
+_TRANSPOSED_EXPERTS = "gpt_oss", "openai_privacy_filter", "aria_text", "llama4_text"
 _TURNED_EXPERTS = "qwen3_vl_moe"
 # Of what transformers fuses an expert's parameter when it reads a file: rows below rows.
 _FUSED = {

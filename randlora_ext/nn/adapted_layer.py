@@ -168,6 +168,8 @@ class AdaptedLayer(KeepsWeight):
         study and export; forward forms neither. Source: PEFT's method.
         """
         check_kind("adapter", adapter, self.randlora_lambda)
+        if self.experts:
+            raise NotImplementedError("experts have no get_scaled_bases; call get_delta_weight")
         device = device or self.randlora_lambda[adapter].device
         basis = self.basis_of(adapter, device)
         A, B = basis.dense(device, self._dtype_of(adapter, device))
@@ -189,6 +191,10 @@ class AdaptedLayer(KeepsWeight):
         hint = " (basis='hadamard' costs about LoRA's)" if basis.kind == "dense" else ""
         scaled = " with scaled inputs" if adapter in self.input_scales else ""
         return f"r={basis.r} {basis.name}{scaled} by {by}{hint}"
+
+    def name_at(self, path: str) -> str:
+        """What messages call the layer at that path of a model."""
+        return path
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_features}->{self.out_features}"]

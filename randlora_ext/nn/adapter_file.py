@@ -268,7 +268,7 @@ def _adapted(model: nn.Module) -> dict[str, Any]:
     found = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, RandLoraParameter):
-            path = re.sub(r"(^|\.)base_layer\b", "", path) + f".{module.parameter_name}"
+            path = module.name_at(path)
         if isinstance(module, RandLoraLinear):
             found[_unwrapped(path)] = module
     return found

@@ -130,7 +130,7 @@ def adapt(
         wrapped[module].path = name
         _put(model, name, wrapped[module])
         disable_nested_tensors(model, name)
-    for path, layer in outermost.items():
+    for path, layer in reversed(outermost.items()):  # inner modules first
         _put(model, path, layer)
     guard(model)
 

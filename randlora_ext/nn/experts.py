@@ -1,6 +1,7 @@
 """Adapters of a parameter of any module, such as the stacked experts of a mixture model."""
 
 import inspect
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -16,13 +17,16 @@ from .base_layer import check_is_called, check_no_plan, first
 from .linear import RandLoraLinear
 from .state_dict import DIAGONALS
 
+_TRANSPOSED = {"Llama4TextExperts"}  # classes that store (experts, in, out) and do not say so
+
 
 class AdaptedParameter(AdaptedLayer):
     """The module `base_layer`, which computes with W + dW where it has the parameter W.
 
     W is (experts, out, in), (experts, in, out) if the module says ``is_transposed = True``, as
-    those of transformers do, or (out, in), one expert. Every expert has a lambda and a gamma:
-    ``randlora_lambda`` (experts, r, n) and ``randlora_gamma`` (experts, n, d). All share the bases.
+    those of transformers do but Llama 4's, which is known by name, or (out, in), one expert. Every
+    expert has a lambda and a gamma: ``randlora_lambda`` (experts, r, n) and ``randlora_gamma``
+    (experts, n, d). All share the bases.
 
     The layers of several parameters of one module are nested; the outermost calls the module. Only
     lambda and gamma are kept for backward, and W + dW by the module itself. Source: PEFT's
@@ -93,6 +97,9 @@ class AdaptedParameter(AdaptedLayer):
         delta = self._plus_delta(name, None, *(t.to(dtype) for t in diagonals))
         return laid_out_like(delta, self._base_weight())
 
+    def name_at(self, path: str) -> str:
+        return re.sub(r"(^|\.)base_layer\b", "", path) + f".{self.parameter_name}"
+
     def describe(self, adapter: str) -> str:
         return f"{self.parameter_name} of {self.experts[0]} experts, {super().describe(adapter)}"
 
@@ -118,13 +125,10 @@ class RandLoraParameter(AdaptedParameter, RandLoraLinear):
     def update_layer(self, adapter_name: str, *args: Any, **options: Any) -> None:
         update = super().update_layer
         given = inspect.signature(update).bind_partial(adapter_name, *args, **options).arguments
-        check_options(given.get("basis"), given.get("density"), given.get("randlora_dropout", 0))
+        chosen = given.get("basis"), given.get("density"), given.get("randlora_dropout", 0)
+        check_options(self.parameter_name, *chosen)
         update(adapter_name, *args, **options)
         self._stack(adapter_name)
-
-    def _names(self) -> list[str]:
-        active = [] if self.disabled else self.active_adapters
-        return [name for name in active if name not in self.merged_adapters]
 
 
 def innermost(module: Any) -> Any:
@@ -149,7 +153,10 @@ def sizes_of(module: Any, name: str) -> tuple[int, int, bool, int]:
     shape = getattr(weight, "ds_shape", weight.shape)  # of ZeRO-3
     if len(shape) not in (2, 3) or 0 in shape:
         raise ValueError(f"{told} must have two or three dimensions, got {tuple(shape)}")
-    transposed = len(shape) == 3 and bool(getattr(module, "is_transposed", False))
+    transposed = type(module).__name__ in _TRANSPOSED or bool(
+        getattr(module, "is_transposed", False)
+    )
+    transposed &= len(shape) == 3
     n_out, n_in = shape[-2:][:: -1 if transposed else 1]
     return n_in, n_out, transposed, shape[0] if len(shape) == 3 else 1
 
@@ -188,11 +195,11 @@ def matching_parameters(model: nn.Module, targets: Sequence[str]) -> dict[str, t
 
 
 def check_options(
-    basis: str | None = None, density: float | None = None, randlora_dropout: float = 0.0
+    parameters: Any, basis: str | None, density: float | None, randlora_dropout: float
 ) -> None:
     """Raises ValueError for what adapters of parameters cannot have."""
     if basis not in (None, "hadamard") or density is not None or randlora_dropout:
         raise ValueError(
-            'target_parameters need basis="hadamard" and randlora_dropout=0, got '
+            f'target_parameters {parameters!r} need basis="hadamard" and randlora_dropout=0, got '
             f"basis={basis!r}, density={density}, randlora_dropout={randlora_dropout}"
         )

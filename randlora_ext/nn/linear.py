@@ -173,8 +173,12 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         self.bases[adapter] = basis
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._adapted(self._names(), x)
+
+    def _names(self) -> list[str]:
+        """The adapters to add now."""
         active = [] if self.disabled else self.active_adapters
-        return self._adapted([name for name in active if name not in self.merged_adapters], x)
+        return [name for name in active if name not in self.merged_adapters]
 
     @torch.no_grad()
     def merge(

@@ -87,7 +87,7 @@ class RandLoraConfig(peft.RandLoraConfig):
         generated = description_of(vars(self))
         if self.target_parameters:
             kind = generated.kind if generated else self.basis
-            check_options(kind, self.density, self.randlora_dropout)
+            check_options(self.target_parameters, kind, self.density, self.randlora_dropout)
         if generated is not None:
             self.basis, self.density = generated.kind, generated.density
             key: Any = generated.key()

@@ -190,6 +190,16 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _parameter_sizes(self, config: peft.RandLoraConfig) -> dict[str, tuple[int, int]]:
         """(in_features, out_features) of the ``target_parameters`` by their names."""
         targets = matching_parameters(self.model, _target_parameters(config))
+        paths = {path for path, _ in targets.values()}
+        for key, (path, _) in targets.items():  # PEFT would look for it in the wrong place
+            if above := next(
+                (other for other in paths if f"{path}.".startswith(f"{other}.") and path != other),
+                None,
+            ):
+                raise ValueError(
+                    f"target_parameters: {key!r} lies inside {above!r}, of which a parameter is a "
+                    "target, too; apply_randlora takes both"
+                )
         get = self.model.get_submodule
         return {key: sizes_of(get(path), own)[:2] for key, (path, own) in targets.items()}
 

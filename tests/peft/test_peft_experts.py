@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from compile_helpers import assert_steps_agree, graphs, needs_compiler
 from compile_helpers import fresh_dynamo as fresh_dynamo
 from expert_models import EXPERTS, MODELS, batch, logits, make, train
@@ -20,7 +21,7 @@ from peft_helpers import (
 )
 from safetensors.torch import load_file
 
-from randlora_ext import calibrate
+from randlora_ext import apply_randlora, calibrate
 from randlora_ext.reference import delta_weight_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(checkpointing|use_reentrant)")
@@ -267,6 +268,105 @@ def test_calibrated(name, tmp_path):
         calibrate(model, [many])
 
 
+class Mixture(torch.nn.Module):
+    """Experts that multiply in the given way, over a linear layer of their own."""
+
+    def __init__(self, multiply):
+        super().__init__()
+        self.multiply, self.up = multiply, torch.nn.Parameter(torch.randn(3, 24, 24))
+        self.linear = torch.nn.Linear(24, 24)
+
+    def forward(self, x):
+        return self.multiply(self.linear(x), self.up)
+
+
+def mixture(multiply):
+    torch.manual_seed(0)
+    chosen = {"basis": "hadamard", "target_parameters": ["0.up"]}
+    return randomize(
+        adapted(torch.nn.Sequential(Mixture(multiply)), ["linear"], 4, **chosen), size=0
+    )
+
+
+def halves(h, up):
+    return [h @ up[e, rows].T for e in range(3) for rows in (slice(0, 12), slice(12, 24))]
+
+
+def padded(h, up):
+    return torch.bmm(F.pad(h, (0, 0, 0, 9)).expand(3, -1, -1), up.mT)
+
+
+WAYS = {
+    "matmul": lambda h, up: h @ up.mT,
+    "four dimensions": lambda h, up: h[None, :, None].transpose(1, 2) @ up.mT,
+    "vectors": lambda h, up: [[F.linear(row, w) for row in h] for w in up],
+    "keywords": lambda h, up: [F.linear(input=h, weight=w) for w in up],
+    "halves": halves,
+    "padded": padded,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_however_experts_multiply(way):
+    model, x = mixture(WAYS[way]), torch.randn(50, 24) * (torch.rand(24) + 0.1)
+    calibrate(model, [(x,)])
+    layer = model.base_model.model[0]
+    h = layer.get_base_layer().linear.base_layer(x)
+    for scale in layer.input_scales["default"]:
+        torch.testing.assert_close(scale, vector(h))
+    assert layer.get_base_layer().linear.input_scales
+
+
+@pytest.mark.parametrize(
+    "multiply",
+    [
+        lambda h, up: h @ up,  # by the other side of a square parameter
+        lambda h, up: torch.func.vmap(torch.matmul)(h[:, None], up[:1].expand(len(h), -1, -1)),
+        lambda h, up: torch.einsum("ti,eoi->teo", h, up),
+        lambda h, up: h[0] * up,
+    ],
+    ids=["other side", "vmap", "einsum", "elementwise"],
+)
+def test_what_is_no_product_with_the_parameter_is_told(multiply):
+    model = mixture(multiply)
+    with pytest.warns(UserWarning, match="layer 'base_model.model.0.up' saw no token and stays"):
+        calibrate(model, [(torch.randn(50, 24),)])
+
+
+def test_a_parameter_inside_a_module_with_another():
+    net, both = torch.nn.Sequential(Mixture(WAYS["matmul"])), ["0.up", "0.linear.weight"]
+    with pytest.raises(ValueError, match="'0.linear.weight' lies inside '0', of which a parameter"):
+        adapted(net, [], 4, basis="hadamard", target_parameters=both)
+    assert not layers(net)
+    apply_randlora(net, target_parameters=both, r=4)
+    randomize(net)
+    net(torch.randn(5, 24)).sum().backward()
+    grads = [p.grad for name, p in net.named_parameters() if "randlora_" in name]
+    assert len(grads) == 4 and all(bool(grad.any()) for grad in grads)
+
+
+def test_batches_may_be_made_by_other_mixtures():
+    model, other = mixture(WAYS["matmul"]), randomize(mixture(WAYS["matmul"]))
+    x = torch.randn(50, 24)
+    want = other(x)
+
+    def batches():
+        assert torch.equal(other(x), want)
+        model(torch.randn(50, 24) * 100)  # is not counted
+        yield (x,)
+
+    calibrate(model, batches())
+    layer = model.base_model.model[0]
+    h = layer.get_base_layer().linear.base_layer(x)
+    torch.testing.assert_close(layer.input_scales["default"][0], vector(h))
+
+
+def vector(x):
+    rms = x.detach().double().square().mean(0).sqrt()
+    scale = 1 / (rms + 0.1 * rms.median())
+    return (scale / scale.square().mean().sqrt()).float()
+
+
 def test_an_expert_that_sees_few_tokens_takes_the_vector_of_all():
     class Own(torch.nn.Module):
         def __init__(self):
@@ -282,12 +382,7 @@ def test_an_expert_that_sees_few_tokens_takes_the_vector_of_all():
     rows = [torch.randn(count, 24) * torch.rand(24) for count in (40, 50, 31)]
     calibrate(torch.compile(net[0]), [tuple(rows)])
 
-    def expected(x):
-        rms = x.double().square().mean(0).sqrt()
-        scale = 1 / (rms + 0.1 * rms.median())
-        return (scale / scale.square().mean().sqrt()).float()
-
-    want = torch.stack([*map(expected, rows[:2]), expected(torch.cat(rows))])
+    want = torch.stack([*map(vector, rows[:2]), vector(torch.cat(rows))])
     torch.testing.assert_close(net[0].input_scales["default"], want)
 
 
