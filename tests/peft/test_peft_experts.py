@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from compile_helpers import assert_steps_agree, graphs, needs_compiler
 from compile_helpers import fresh_dynamo as fresh_dynamo
-from expert_models import EXPERTS, MODELS, batch, logits, make, train
+from expert_models import EXPERTS, MODELS, SIZES, batch, logits, make, train, transformers
 from peft_helpers import (
     accelerated,
     adapted,
@@ -331,6 +331,21 @@ def test_what_is_no_product_with_the_parameter_is_told(multiply):
     model = mixture(multiply)
     with pytest.warns(UserWarning, match="layer 'base_model.model.0.up' saw no token and stays"):
         calibrate(model, [(torch.randn(50, 24),)])
+
+
+def test_llama_4_stores_experts_transposed_and_does_not_say_so():
+    config = transformers.Llama4TextConfig(
+        **SIZES | {"intermediate_size": 16, "num_experts_per_tok": 1},
+        intermediate_size_mlp=32, num_local_experts=4, head_dim=8, interleave_moe_layer_step=1,
+    )  # fmt: skip
+    base = transformers.Llama4ForCausalLM(config)
+    chosen = {"basis": "hadamard", "target_parameters": EXPERTS}
+    model = randomize(adapted(base, [], 4, **chosen), size=0)
+    calibrate(model, [{"input_ids": batch()["input_ids"].repeat(8, 1)}])
+    sizes = [(each.transposed, *each.input_scales["default"].shape) for each in layers(model)]
+    assert sizes == [(True, 4, 16), (True, 4, 32)] * 2
+    y = logits(randomize(model))
+    torch.testing.assert_close(logits(model.merge_and_unload()), y, rtol=0, atol=1e-4)
 
 
 def test_a_parameter_inside_a_module_with_another():
