@@ -27,7 +27,7 @@ RUNS = [  # of each row these columns are positive
     (layer, f"{SMALL} 0.2 --methods all", 1, METHODS),
     (layer, f"{SMALL} hadamard --dtype bf16 --append --methods ours", 1, ["ours"]),
     (micro, "--sizes 40x72,72x40 --densities 1/3,0.1,hadamard --tokens 3 --rank 8 --least 0.0001 "
-            "--gemm 64 --triads 1", 62, ["roofline", "us"]),
+            "--gemm 64 --triads 1", 66, ["roofline", "us"]),
     (approximate, "--size 32 --ranks 4,16 --steps 150 --seeds 1 --bases 1/3,hadamard", 12,
      ["randlora", "parameters"]),
     (merge, "--size 64 --layers 2 --rank 8 --cycles 3", len(merge.WAYS), ["merge", "unmerge"]),
