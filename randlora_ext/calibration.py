@@ -182,8 +182,8 @@ _PRODUCTS = {
 
 
 class _Products(TorchFunctionMode):
-    """Sums what the experts of adapted parameters multiply: the first factor of each product whose
-    second is the parameter or a part of it, by its place in memory and its strides."""
+    """Adds up the inputs of experts: the first factor of each product whose second factor lies in
+    the memory of an adapted parameter. Strides tell whether the product is over its input side."""
 
     def __init__(self, sums: Mapping[AdaptedLayer, Tensor]) -> None:
         super().__init__()
@@ -228,7 +228,8 @@ class _Products(TorchFunctionMode):
         else:
             parts = [flat] * (len(w) if w.dim() == 3 else 1)
         for of_expert, rows in zip(sums, parts, strict=False):
-            _add_rows(of_expert, rows[(rows != 0).any(1)])  # zeros fill up the tokens of an expert
+            # Llama 4 gives every expert all tokens, zero where they belong to another.
+            _add_rows(of_expert, rows[(rows != 0).any(1)])
 
 
 def _offset(part: Tensor, whole: Tensor) -> int | None:

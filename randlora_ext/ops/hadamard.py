@@ -178,8 +178,12 @@ def _plain_linear_backward(
 
 def _each(lam: Tensor, *tensors: Tensor | None) -> Iterator[tuple]:
     """Every expert's part of these tensors; None and vectors are for all."""
-    for_all = (t is None or t.dim() == 1 for t in tensors)
-    parts = ([t] * len(lam) if one else t for t, one in zip(tensors, for_all, strict=True))
+    parts: list = []
+    for t in tensors:
+        for_all = t is None or t.dim() == 1
+        if not for_all and len(t) != len(lam):
+            raise RuntimeError(f"randlora: lam has {len(lam)} experts, beside {tuple(t.shape)}")
+        parts.append([t] * len(lam) if for_all else t)
     return zip(*parts, strict=True)
 
 
