@@ -180,10 +180,12 @@ def _each(lam: Tensor, *tensors: Tensor | None) -> Iterator[tuple]:
     """Every expert's part of these tensors; None and vectors are for all."""
     parts: list = []
     for t in tensors:
-        for_all = t is None or t.dim() == 1
-        if not for_all and len(t) != len(lam):
+        if t is None or t.dim() == 1:
+            parts.append([t] * len(lam))
+        elif len(t) == len(lam):
+            parts.append(t)
+        else:
             raise RuntimeError(f"randlora: lam has {len(lam)} experts, beside {tuple(t.shape)}")
-        parts.append([t] * len(lam) if for_all else t)
     return zip(*parts, strict=True)
 
 
