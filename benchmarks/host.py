@@ -125,7 +125,7 @@ def parts(turns: int) -> list[dict]:
     dy = torch.ones(TOKENS, SIZE)
     basis, scaling = layer.basis_of("default", x.device), layer.scaling["default"]
     given = (x, base.weight, base.bias)
-    operands = (*given, lam, gam, *hadamard.operands(basis, x.device, scaling))
+    operands = (*given, lam, gam, *hadamard.operands(basis, x.device, scaling).values())
     op = torch.ops.randlora.hadamard_linear.default
     back = torch.ops.randlora.hadamard_linear_backward.default
     of_back = (dy, x, base.weight, lam, gam, *operands[5:], True, True)

@@ -159,23 +159,6 @@ class AdaptedLayer(KeepsWeight):
         device = self.randlora_lambda[adapter].device
         return self._delta(adapter, self._dtype_of(adapter, device))
 
-    def get_scaled_bases(
-        self, adapter: str, device: torch.device | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The dense factors (P, Q) of ``scaling * F.linear(F.linear(x, P), Q)``, the adapter.
-
-        They are (A', B) if d == in, otherwise (B^T, A'^T), in the dtype of `get_delta_weight`. For
-        study and export; forward forms neither. Source: PEFT's method.
-        """
-        check_kind("adapter", adapter, self.randlora_lambda)
-        if self.experts:
-            raise NotImplementedError("experts have no get_scaled_bases; call get_delta_weight")
-        device = device or self.randlora_lambda[adapter].device
-        basis = self.basis_of(adapter, device)
-        A, B = basis.dense(device, self._dtype_of(adapter, device))
-        scaled = functional.scaled_basis(A, *self._diagonals(adapter, device))
-        return (scaled, B) if basis.expand else (B.T, scaled.T)
-
     def _delta(self, name: str, dtype: torch.dtype) -> Tensor:
         device = self.randlora_lambda[name].device
         lam, gam = (t.to(dtype) for t in self._diagonals(name, device))

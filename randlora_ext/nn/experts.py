@@ -88,9 +88,9 @@ class AdaptedParameter(AdaptedLayer):
         """W + dW in the dtype of W, or dW in that of lambda, in the shape of W."""
         basis, shape = self.basis_of(name, lam.device), self._base_weight().shape
         stack = None if weight is None else weight.reshape(*self.experts, *shape[-2:])
-        *signs, expand, scale = hadamard.operands(basis, lam.device, self.scaling[name])
-        operands = *signs, expand != self.transposed, scale
-        return hadamard.weight(stack, lam, gam, *operands).view(shape)
+        operands = hadamard.operands(basis, lam.device, self.scaling[name])
+        operands["expand"] ^= self.transposed
+        return hadamard.weight(stack, lam, gam, **operands).view(shape)
 
     def _delta(self, name: str, dtype: torch.dtype) -> Tensor:
         diagonals = self._diagonals(name, self.randlora_lambda[name].device)

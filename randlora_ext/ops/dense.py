@@ -7,6 +7,7 @@ powers of two keep A', x A'^T and the gradient of A' in range: |lambda gamma A| 
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,10 +65,10 @@ torch.library.impl("randlora::scaled_basis", "default", _plain_scaled_basis)
 torch.library.impl("randlora::scaled_basis_backward", "default", _plain_scaled_basis_backward)
 
 
-def operands(basis: Basis, device, scaling: float, dtype: torch.dtype) -> tuple:
-    """The operators' arguments that describe the bases, from `A` to `scale`."""
+def operands(basis: Basis, device, scaling: float, dtype: torch.dtype) -> dict[str, Any]:
+    """The operators' arguments that describe the bases, in their order."""
     A, B = basis.dense_a(device, dtype), basis.dense_b(device, dtype)
-    return A, B, basis.expand, float(scaling)
+    return {"A": A, "B": B, "expand": basis.expand, "scale": float(scaling)}
 
 
 def delta(basis: Basis, lam: Tensor, gam: Tensor, scaling: float) -> Tensor:

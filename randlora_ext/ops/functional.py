@@ -15,7 +15,6 @@ from ..ranks import is_dtensor
 from . import dense, hadamard, independent
 from .registration import autocast, autocast_is_on
 
-_ops = torch.ops.randlora
 _MODULES = {"hadamard": hadamard, "dense": dense}
 _USUAL = (Tensor, torch.nn.Parameter)  # other types are looked at more closely
 
@@ -80,7 +79,7 @@ def delta_weight(basis: Basis, lam: Tensor, gam: Tensor, scaling: float = 1.0) -
     """
     _check(basis, lam, gam)
     if basis.kind == "hadamard":
-        return hadamard.weight(None, lam, gam, *hadamard.operands(basis, lam.device, scaling))
+        return hadamard.weight(None, lam, gam, **hadamard.operands(basis, lam.device, scaling))
     return dense.delta(basis, lam, gam, scaling)
 
 
@@ -101,8 +100,7 @@ def merged_weight(
             f"got {tuple(weight.shape)}"
         )
     if basis.kind == "hadamard":
-        operands = hadamard.operands(basis, lam.device, scaling)
-        return _ops.hadamard_weight(weight, lam, gam, *operands)
+        return hadamard.weight(weight, lam, gam, **hadamard.operands(basis, lam.device, scaling))
     wide = torch.promote_types(weight.dtype, torch.float32)
     return (weight.to(wide) + dense.delta(basis, lam.to(wide), gam, scaling)).to(weight.dtype)
 
@@ -149,7 +147,7 @@ def linear(
             "torch"
         )
     operands = module.operands(basis, device, scaling, x.dtype)
-    return module.linear(x, weight, bias, lam, gam, *operands)
+    return module.linear(x, weight, bias, lam, gam, **operands)
 
 
 def what_computes(basis: Basis, device: torch.device, dtype: torch.dtype) -> str:

@@ -10,6 +10,7 @@ the same steps in plain torch.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,10 @@ from .registration import Operator, call_kernel, entry, fake, gradients, linear_
 _ops = torch.ops.randlora
 
 
-def operands(basis: Basis, device, scaling: float = 1.0, dtype=None) -> tuple:
-    """The operators' arguments that describe the bases, from `s` to `scale`."""
-    return *basis.packed(device), basis.expand, float(scaling)
+def operands(basis: Basis, device, scaling: float = 1.0, dtype=None) -> dict[str, Any]:
+    """The operators' arguments that describe the bases, in their order."""
+    s, row, col = basis.packed(device)
+    return {"s": s, "row": row, "col": col, "expand": basis.expand, "scale": float(scaling)}
 
 
 @fake

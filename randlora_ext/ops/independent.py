@@ -1,6 +1,8 @@
 """The operators on packed ternary bases, independent or imported (csrc/torch/independent.cpp), and
 those that make packed bases (basis_ops.cpp). They need our kernels."""
 
+from typing import Any
+
 import torch
 
 from ..basis import Basis
@@ -9,12 +11,22 @@ from .registration import fake, linear_entry
 _ops = torch.ops.randlora
 
 
-def operands(basis: Basis, device, scaling: float = 1.0, dtype=None) -> tuple:
-    """The operators' arguments that describe the bases, from `a_offset` to `scale`."""
+def operands(basis: Basis, device, scaling: float = 1.0, dtype=None) -> dict[str, Any]:
+    """The operators' arguments that describe the bases, in their order."""
     a_offset, a_index, a_tables, *of_b = basis.packed(device)
-    tables = a_tables if a_tables.numel() else None  # CUDA's alone
-    b: list = [*of_b, *[None] * 4] if len(of_b) == 1 else [None, *of_b]  # planes, or lists
-    return a_offset, a_index, tables, *b, basis.expand, float(scaling * basis.scale)
+    planes, lists = (of_b[0], [None] * 4) if len(of_b) == 1 else (None, of_b)
+    return {
+        "a_offset": a_offset,
+        "a_index": a_index,
+        "a_tables": a_tables if a_tables.numel() else None,  # CUDA's alone
+        "b_planes": planes,
+        "b_row_offset": lists[0],
+        "b_row_index": lists[1],
+        "b_col_offset": lists[2],
+        "b_col_index": lists[3],
+        "expand": basis.expand,
+        "scale": float(scaling * basis.scale),
+    }
 
 
 @fake

@@ -180,7 +180,8 @@ def once(results: tuple, inputs: tuple):
 
 
 def entry(name: str, function: type[Function], vmap_rule: Callable = _vmap) -> Callable:
-    """Registers gradient and vmap of the operator `name`; returns what eager code calls."""
+    """Registers gradient and vmap of the operator `name`; returns what eager code calls, with the
+    arguments that describe the bases by name, in the operator's order."""
     op = getattr(_ops, name)
 
     def differentiable(*inputs):
@@ -198,18 +199,18 @@ def entry(name: str, function: type[Function], vmap_rule: Callable = _vmap) -> C
     # a call, a tenth of a training step of 16 tokens. This is the C++ method under it.
     apply_eager = super(Function, function).apply  # type: ignore[misc]
 
-    def call(*inputs):
+    def call(*inputs, **bases):
         if torch._C._are_functorch_transforms_active():
             if torch.compiler.is_dynamo_compiling():
                 torch._dynamo.graph_break(
                     "randlora_ext runs uncompiled under torch.func transforms"
                 )
             if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it is slow
-                return torch.compiler.disable(function.apply)(*inputs)
-            return function.apply(*inputs)
+                return torch.compiler.disable(function.apply)(*inputs, *bases.values())
+            return function.apply(*inputs, *bases.values())
         if torch.compiler.is_compiling():
-            return op(*inputs)
-        return apply_eager(*inputs)
+            return op(*inputs, **bases)
+        return apply_eager(*inputs, *bases.values())
 
     return call
 

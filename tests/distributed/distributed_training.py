@@ -144,7 +144,6 @@ def check_fsdp_outside_forward(place: Place):
     delta = layer.get_delta_weight("default")
     assert delta.placements == layer.base_layer.weight.placements
     torch.testing.assert_close(full_tensor(delta), want, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(layer.get_scaled_bases("default"), plain.get_scaled_bases("default"))
     with pytest.raises(TypeError, match="must be a plain tensor, got a DTensor"):
         delta_weight(layer.bases["default"], *trained(layer))
 

@@ -123,7 +123,8 @@ def operator(basis: Basis, end: str = "linear"):
 def operands(layer: Layer) -> tuple:
     """The basis as its operators take it."""
     module = {"hadamard": hadamard, "dense": dense}.get(layer.basis.kind, independent)
-    return module.operands(layer.basis, layer.x.device, layer.scaling, layer.x.dtype)
+    named = module.operands(layer.basis, layer.x.device, layer.scaling, layer.x.dtype)
+    return tuple(named.values())
 
 
 def dense_basis(in_features: int, out_features: int, r: int, dtype: torch.dtype) -> Basis:

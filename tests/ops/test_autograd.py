@@ -103,7 +103,7 @@ def test_linear_keeps_nothing_new(shape, basis, dtype):
 def test_scratch_does_not_grow_with_tokens(density):
     basis = Basis(50, 37, 7, density)
     lam, gam = torch.randn(7, basis.n), torch.randn(basis.n, 37)
-    rest = lam, gam, *independent.operands(basis, "cpu")
+    rest = lam, gam, *independent.operands(basis, "cpu").values()
 
     def scratch(tokens):
         x, dy = torch.randn(tokens, 50), torch.randn(tokens, 37)

@@ -24,7 +24,7 @@ def problem(shape, dtype, transposed=False, experts=3, own="none"):
     lam, gam = torch.randn(experts, r, basis.n), torch.randn(experts, basis.n, basis.d)
     lam, gam = (t.to(wide).requires_grad_() for t in (lam, gam))
     W = torch.randn(experts, *((n_in, n_out) if transposed else (n_out, n_in))).to(dtype)
-    s, row, col, expand, scale = hadamard.operands(basis, W.device, 2.0)
+    s, row, col, expand, scale = hadamard.operands(basis, W.device, 2.0).values()
     if own == "both" or (own == "input" and expand):
         s = torch.stack([b.packed()[0] for b in bases])
     if own == "both" or (own == "input" and not expand):

@@ -108,7 +108,7 @@ def main() -> None:
         try_all(f"step, {kind}", kind, step)
         try_all(f"bfloat16 step, {kind}", kind, step, dtype=torch.bfloat16)
         try_all(f"delta weight, {kind}", kind, lambda layer: layer.get_delta_weight("default"))
-        try_all(f"dense bases, {kind}", kind, lambda layer: layer.get_scaled_bases("default"))
+        try_all(f"dense bases, {kind}", kind, lambda layer: layer.bases["default"].dense())
     for how in ({}, NO_WEIGHT):
         try_all(f"merge {how}", LISTS, lambda layer, how=how: layer.merged or layer.merge(**how))
     try_all("unmerge", LISTS, RandLoraLinear.unmerge, lambda layer: layer.merge(**NO_WEIGHT))
