@@ -1,6 +1,6 @@
 """One layer, forward and backward: frozen, LoRA, PEFT's RandLoRA and ours; DoRA, VeRA, full tuning.
 
-    python benchmarks/layer.py                       the table of README (about five minutes)
+    python benchmarks/layer.py                       the table of docs/benchmarks.md (five minutes)
     python benchmarks/layer.py --quick               a smaller grid
     python benchmarks/layer.py --methods all         every method
     python benchmarks/layer.py --memory              with the peak of memory of each method

@@ -1,7 +1,7 @@
 """RandLoRA, full-rank fine-tuning, on compiled kernels for PyTorch and PEFT.
 
-`y = x W^T + bias + scaling * x (B (lambda * A * gamma))^T` with fixed random ternary bases A and B
-and trained diagonals lambda and gamma. See README.md, docs/math.md and docs/ops.md.
+`y = x W^T + bias + scaling * x (B (lambda * A * gamma))^T` with fixed random bases A and B and
+trained diagonals lambda and gamma. See README.md, docs/math.md and docs/ops.md.
 """
 
 import importlib.util
