@@ -99,8 +99,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
             raise ValueError(f"the inputs of layer {name!r} hold NaN or infinity")
         of_all = rows.sum(0)
         if bool(of_all[:-1].any()):
-            enough = (rows[:, -1] >= FEW_TOKENS) & rows[:, :-1].any(1)
-            used = [row if own else of_all for row, own in zip(rows, enough, strict=True)]
+            enough = (rows[:, -1:] >= FEW_TOKENS) & rows[:, :-1].any(1, keepdim=True)
+            used = torch.where(enough, rows, of_all)
             each = [input_scale_of((row[:-1] / row[-1]).sqrt()) for row in used]
             scales[layer] = adapters, torch.stack(each).view(*layer.experts, -1)
         else:
@@ -148,7 +148,6 @@ def _to_calibrate(name: str, layer: AdaptedLayer) -> list[str]:
 def _observed(model: nn.Module, sums: Mapping[AdaptedLayer, Tensor], mask: Tensor | None):
     """The model in eval mode, the inputs of its layers added to `sums`."""
     modes = {module: module.training for module in model.modules()}
-    products = _Products(sums)
 
     def add(layer, args, kwargs) -> None:
         x = (args[0] if args else next(iter(kwargs.values()))).flatten(0, -2)
@@ -157,16 +156,13 @@ def _observed(model: nn.Module, sums: Mapping[AdaptedLayer, Tensor], mask: Tenso
         _add_rows(sums[layer], x)
 
     with ExitStack() as held:
+        held.enter_context(torch.compiler.set_stance("force_eager"))
         for layer in modes:
-            # Of nested layers of parameters only the outermost is called.
             if isinstance(layer, AdaptedParameter):
-                held.enter_context(layer.register_forward_pre_hook(products.enter))
-                held.enter_context(layer.register_forward_hook(products.leave, always_call=True))
+                layer.instead = _Products(layer, sums)
+                held.callback(delattr, layer, "instead")
             elif layer in sums:
                 held.enter_context(layer.register_forward_pre_hook(add, with_kwargs=True))
-        if any(layer.experts for layer in sums):
-            held.enter_context(products)
-            held.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             model.eval()
             yield
@@ -182,54 +178,45 @@ _PRODUCTS = {
 
 
 class _Products(TorchFunctionMode):
-    """Adds up the inputs of experts: the first factor of each product whose second factor lies in
-    the memory of an adapted parameter. Strides tell whether the product is over its input side."""
+    """Calls the module of experts, W alone since dW is zero, and adds up what they multiply: the
+    first factor of each product whose second lies in the memory of an adapted parameter."""
 
-    def __init__(self, sums: Mapping[AdaptedLayer, Tensor]) -> None:
+    def __init__(self, layer: AdaptedParameter, sums: Mapping[AdaptedLayer, Tensor]) -> None:
         super().__init__()
-        self.sums = sums
-        self.running: list[list[tuple[Any, Tensor]]] = []  # layers and W of modules in forward
+        self.module = layer.get_base_layer()
+        self.sums = {at: sums[at] for at in sums if at.get_base_layer() is self.module}
 
-    def enter(self, layer: Any, args: Any) -> None:
-        self.running.append(stacks := [])
-        while isinstance(layer, AdaptedParameter):
-            if layer in self.sums:
-                stacks.append((layer, layer._base_weight()))
-            layer = layer.base_layer
-
-    def leave(self, *_: Any) -> None:
-        self.running.pop()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self:
+            return self.module(*args, **kwargs)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        if func is torch.ops.randlora.hadamard_weight.default:
-            if any(_offset(args[0], W) == 0 for stacks in self.running for _, W in stacks):
-                return args[0]  # lambda is zero, so this is W + dW, where W lies
-        elif getattr(func, "__name__", "").partition(".")[0] in _PRODUCTS:
-            for layer, W in (pair for stacks in self.running for pair in stacks):
-                for x, w in pairwise(given):
-                    contracted = -1 if func is F.linear else -2
-                    in_W = -2 if layer.transposed else -1
-                    fits = w.dim() in (2, 3) and x.shape[-1:] == (layer.in_features,)
-                    if fits and w.stride(contracted) == W.stride(in_W):
-                        if (at := _offset(w, W)) is not None:
-                            first = at * layer.experts[0] // W.nbytes
-                            ends = next((t for t in given if not t.is_floating_point()), None)
-                            self._add(self.sums[layer][first:], x, w, ends)
+        if getattr(func, "__name__", "").partition(".")[0] in _PRODUCTS:
+            given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+            ends = next((t for t in given if not t.is_floating_point()), None)
+            for x, w in pairwise(given):
+                self._add(x, w, -1 if func is F.linear else -2, ends)
         return func(*args, **kwargs)
 
-    def _add(self, sums: Tensor, x: Tensor, w: Tensor, ends: Tensor | None) -> None:
-        flat = x.reshape(-1, x.shape[-1])
-        if ends is not None:  # where the rows of each expert end
-            parts: Iterable[Tensor] = flat.tensor_split(ends.cpu().long())[: len(ends)]
-        elif w.dim() == 3 and x.dim() >= 3 and x.shape[-3] == len(w):
-            parts = x.movedim(-3, 0).flatten(1, -2)
-        else:
-            parts = [flat] * (len(w) if w.dim() == 3 else 1)
-        for of_expert, rows in zip(sums, parts, strict=False):
-            # Llama 4 gives every expert all tokens, zero where they belong to another.
-            _add_rows(of_expert, rows[(rows != 0).any(1)])
+    def _add(self, x: Tensor, w: Tensor, contracted: int, ends: Tensor | None) -> None:
+        for layer, sums in self.sums.items():
+            W, n_in = layer._base_weight(), layer.in_features
+            if w.dim() not in (2, 3) or x.shape[-1:] != (n_in,) or (at := _offset(w, W)) is None:
+                continue
+            if w.stride(contracted) != W.stride(-2 if layer.transposed else -1):
+                continue  # a product over the other side
+            flat, experts = x.reshape(-1, n_in), len(w) if w.dim() == 3 else 1
+            if ends is not None:  # where the rows of each expert end
+                parts = flat.tensor_split(ends.cpu().long())
+            elif w.dim() == 3 and x.dim() >= 3 and x.shape[-3] == experts:
+                parts = x.movedim(-3, 0).flatten(1, -2)
+            else:
+                parts = [flat] * experts
+            first = at * len(sums) // W.nbytes
+            for of_expert, rows in zip(sums[first : first + experts], parts, strict=False):
+                # Llama 4 gives every expert all tokens, zero where they belong to another.
+                _add_rows(of_expert, rows[(rows != 0).any(1)])
 
 
 def _offset(part: Tensor, whole: Tensor) -> int | None:
@@ -238,7 +225,7 @@ def _offset(part: Tensor, whole: Tensor) -> int | None:
         start, place = whole.data_ptr(), part.data_ptr()
     except RuntimeError:  # of vmap, or sparse
         return None
-    return place - start if start and 0 <= place - start < whole.nbytes else None
+    return place - start if 0 <= place - start < whole.nbytes else None
 
 
 def _add_rows(to: Tensor, x: Tensor) -> None:
