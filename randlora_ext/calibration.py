@@ -88,13 +88,13 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         with _observed(model, sums, mask):
             _call(model, batch)
         count += 1
-    flat = [count, *(each.flatten() for each in sums.values())]
-    total_count, *parts = _over_all_ranks(torch.cat(flat)).split([*map(len, flat)])
-    if not total_count:
+    for total in (count, *sums.values()):
+        _add_over_ranks(total)
+    if not count:
         raise ValueError("batches must hold at least one batch, got none")
     scales = {}
-    for (layer, (name, adapters)), total in zip(layers.items(), parts, strict=True):
-        rows = total.view(-1, layer.in_features + 1)
+    for layer, (name, adapters) in layers.items():
+        rows = sums[layer].view(-1, layer.in_features + 1)
         if not bool(rows.isfinite().all()):
             raise ValueError(f"the inputs of layer {name!r} hold NaN or infinity")
         of_all = rows.sum(0)
@@ -124,23 +124,18 @@ def input_scale_of(rms: Tensor) -> Tensor:
 
 def _to_calibrate(name: str, layer: AdaptedLayer) -> list[str]:
     """The layer's active adapters on Hadamard bases; ValueError if one cannot be calibrated."""
-    if layer.disabled:
-        return []
-    chosen = []
-    for adapter in layer.active_adapters:
-        if adapter not in layer.randlora_lambda:
-            continue
-        lam = layer.randlora_lambda[adapter]
-        if not layer.basis_of(adapter, lam.device).takes_input_scale:
-            continue
+    active = [] if layer.disabled else layer.active_adapters
+    lambdas = layer.randlora_lambda
+    own = [adapter for adapter in active if adapter in lambdas]
+    chosen = [a for a in own if layer.basis_of(a, lambdas[a].device).takes_input_scale]
+    for adapter in chosen:
         if adapter in layer.merged_adapters:
             raise ValueError(f"adapter {adapter!r} of layer {name!r} is merged; unmerge it first")
-        if bool(full_tensor((lam != 0).any())):
+        if bool(full_tensor((lambdas[adapter] != 0).any())):
             raise ValueError(
                 f"adapter {adapter!r} of layer {name!r} has trained (its lambda is not zero), and "
                 "another scale would change what it has learned; calibrate before training"
             )
-        chosen.append(adapter)
     return chosen
 
 
@@ -207,6 +202,7 @@ class _Products(TorchFunctionMode):
             if w.stride(contracted) != W.stride(-2 if layer.transposed else -1):
                 continue  # a product over the other side
             flat, experts = x.reshape(-1, n_in), len(w) if w.dim() == 3 else 1
+            parts: Iterable[Tensor]
             if ends is not None:  # where the rows of each expert end
                 parts = flat.tensor_split(ends.cpu().long())
             elif w.dim() == 3 and x.dim() >= 3 and x.shape[-3] == experts:
@@ -241,16 +237,13 @@ def _call(model: nn.Module, batch: Any) -> None:
 
     if isinstance(batch, Mapping):
         model(**{name: moved(value) for name, value in batch.items()})
-    elif isinstance(batch, (tuple, list)):
-        model(*map(moved, batch))
     else:
-        model(moved(batch))
+        model(*map(moved, batch if isinstance(batch, (tuple, list)) else [batch]))
 
 
-def _over_all_ranks(t: Tensor) -> Tensor:
-    """The sum of every rank's `t`, on the CPU; `t` itself if there is one process."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return t
-    t = t.cuda() if dist.get_backend() == "nccl" else t  # which knows only cards
-    dist.all_reduce(t)
-    return t.cpu()
+def _add_over_ranks(total: Tensor) -> None:
+    """Makes it the sum of every rank's, if there are several."""
+    if dist.is_available() and dist.is_initialized():
+        own = total.cuda() if dist.get_backend() == "nccl" else total  # which knows only cards
+        dist.all_reduce(own)
+        total.copy_(own)

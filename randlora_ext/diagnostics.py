@@ -1,12 +1,13 @@
 """What a bug report needs, and a self-check against the plain PyTorch reference."""
 
 import hashlib
-import importlib.metadata
 import itertools
 import os
 import platform
 import re
 import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -22,9 +23,7 @@ from .reference import delta_weight_reference, linear_reference
 
 # Variables with these prefixes, ours and torch's, change what runs; misspelled ones show, too.
 _OVERRIDES = ("RANDLORA_", "OMP_", "MKL_", "KMP_", "CUDA_", "PYTORCH_", "TORCH_", "LD_PRELOAD")
-_PACKAGES = (
-    "torch", "peft", "transformers", "accelerate", "bitsandbytes", "safetensors", "numpy",
-)  # fmt: skip
+_PACKAGES = "peft", "transformers", "accelerate", "bitsandbytes", "safetensors", "numpy"
 # The first of B (seed, role, rows, columns, density), and the SHA-256 of its planes
 # that tests/data/basis_v1.txt has for it.
 _SLICE = (11, 1, 576, 576, 0.07)
@@ -51,7 +50,10 @@ def check() -> int:
 def describe() -> list[str]:
     """Lines of versions, instruction sets, cards and overrides."""
     build = build_info()
-    packages = ", ".join(f"{name} {version}" for name in _PACKAGES if (version := _version(name)))
+    packages = [f"torch {torch.__version__}"]
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            packages.append(f"{name} {version(name)}")
     set_here = sorted((k, v) for k, v in os.environ.items() if k.startswith(_OVERRIDES))
     overrides = ", ".join(f"{name}={value}" for name, value in set_here)
     return [
@@ -59,7 +61,7 @@ def describe() -> list[str]:
         f"basis specifications {', '.join(f'{k}-{v}' for k, v in SPECIFICATIONS.items())}",
         f"installed in {Path(__file__).parent}",
         f"python {sys.version.split()[0]} on {platform.platform()}, {_processor()}",
-        f"packages: {packages}",
+        f"packages: {', '.join(packages)}",
         f"CPU kernels: {build['isa']} of {', '.join(build['built_isas'])}; "
         f"{torch.get_num_threads()} threads",
         f"CUDA kernels: {build['cuda']}",
@@ -129,15 +131,6 @@ def relative_error(
 
     pairs = zip([t.detach().cpu().double() for t in got], want, strict=True)
     return max(float((mine - true).norm() / true.norm()) for mine, true in pairs)
-
-
-def _version(package: str) -> str | None:
-    if package == "torch":
-        return torch.__version__  # with its build, as "+cu130", which the metadata may lack
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

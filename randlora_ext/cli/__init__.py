@@ -48,8 +48,9 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def told_of(what: object, kinds: Any = Exception):
-    """Raises the block's error as a CliError that begins with `what`."""
+    """Raises the block's error as a CliError that names `what`."""
     try:
         yield
     except kinds as error:
-        raise CliError(f"{what}: {one_line(error)}") from error
+        told = one_line(error)
+        raise CliError(told if str(what) in told else f"{what}: {told}") from error

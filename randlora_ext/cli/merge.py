@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -29,18 +28,12 @@ def merge(model: Path, source: Path, out: Path) -> int:
         raise CliError(f"{out} exists; choose another name or remove it first")
     with appear(out) as folder:
         added, replaced = changes = read_changes(source, checkpoint)
-        _check_names(checkpoint, replaced, written := added.keys() | replaced.keys())
-        folder.mkdir()
-        for file in checkpoint.files:
-            print(f"merging {file.name}", file=sys.stderr)
-            shutil.copyfile(file, folder / file.name)
-            with open(folder / file.name, "r+b") as copy:
-                for name in written:
-                    entry = checkpoint.tensors[name]
-                    if entry.file == file:
-                        copy.seek(entry.start)
-                        _write(copy, _changed(name, checkpoint, changes))
-        left = _copy_rest(checkpoint, folder)
+        written = sorted(added.keys() | replaced.keys())
+        _check_names(checkpoint, replaced, written)
+        left = _copy(checkpoint, folder)
+        for name in written:
+            print(f"merging {name}", file=sys.stderr)
+            checkpoint.write(folder, name, _changed(name, checkpoint, changes))
     print(f"{len(added)} layers merged into {len(checkpoint.files)} files of {out}")
     for names, told in (
         (replaced, "replaced by the adapter's own"),
@@ -54,7 +47,7 @@ def merge(model: Path, source: Path, out: Path) -> int:
 def _changed(name: str, checkpoint: Checkpoint, changes: Changes) -> Tensor:
     added, replaced = changes
     weight = replaced[name] if name in replaced else checkpoint.read(name)
-    weight = weight.to(checkpoint.tensors[name].dtype)
+    weight = weight.to(checkpoint.parameters[name].dtype)
     if name in added:
         weight = added[name].added_to(weight)
         if not bool(torch.isfinite(weight).all()):
@@ -62,12 +55,10 @@ def _changed(name: str, checkpoint: Checkpoint, changes: Changes) -> Tensor:
     return weight
 
 
-def _check_names(
-    checkpoint: Checkpoint, replaced: dict[str, Tensor], written: Iterable[str]
-) -> None:
+def _check_names(checkpoint: Checkpoint, replaced: dict[str, Tensor], written: list[str]) -> None:
     for name, tensor in replaced.items():
-        entry = checkpoint.tensors.get(name)
-        if entry is None or entry.shape != tuple(tensor.shape) or entry.dtype is None:
+        its = checkpoint.parameters.get(name)
+        if its is None or its.shape != tuple(tensor.shape) or its.dtype is None:
             raise CliError(
                 f"the adapter holds {name} {tuple(tensor.shape)}, which {checkpoint.folder} does "
                 "not hold in that shape; merge by merge_and_unload"
@@ -76,17 +67,12 @@ def _check_names(
         raise CliError(f"{tied} is tied to another weight of the model; merge by merge_and_unload")
 
 
-def _write(stream, tensor: Tensor) -> None:
-    stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _copy_rest(checkpoint: Checkpoint, folder: Path) -> list[str]:
-    """Configuration, tokenizer and the like; returns what was left out."""
-    left = []
-    for path in sorted(checkpoint.folder.iterdir()):
-        if path.name.startswith(".") or path in checkpoint.files:
-            continue
-        if path.is_file() and path.suffix not in _NOT_COPIED:
+def _copy(checkpoint: Checkpoint, folder: Path) -> list[str]:
+    """Tensors, configuration, tokenizer and the like; returns what was left out."""
+    folder.mkdir()
+    files, left = checkpoint.files, []
+    for path in sorted(p for p in checkpoint.folder.iterdir() if not p.name.startswith(".")):
+        if path in files or (path.is_file() and path.suffix not in _NOT_COPIED):
             shutil.copyfile(path, folder / path.name)
         else:
             left.append(path.name)
