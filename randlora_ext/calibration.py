@@ -1,7 +1,7 @@
 """`calibrate`: adapters that learn as much and forget a fraction, by the scale of their inputs."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import Any
@@ -190,29 +190,31 @@ class _Products(TorchFunctionMode):
         if getattr(func, "__name__", "").partition(".")[0] in _PRODUCTS:
             given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
             ends = next((t for t in given if not t.is_floating_point()), None)
+            if func is F.linear:
+                given = [given[0], given[1].mT]
             for x, w in pairwise(given):
-                self._add(x, w, -1 if func is F.linear else -2, ends)
+                self._add(x, w, ends)
         return func(*args, **kwargs)
 
-    def _add(self, x: Tensor, w: Tensor, contracted: int, ends: Tensor | None) -> None:
-        for layer, sums in self.sums.items():
-            W, n_in = layer._base_weight(), layer.in_features
-            if w.dim() not in (2, 3) or x.shape[-1:] != (n_in,) or (at := _offset(w, W)) is None:
-                continue
-            if w.stride(contracted) != W.stride(-2 if layer.transposed else -1):
-                continue  # a product over the other side
-            flat, experts = x.reshape(-1, n_in), len(w) if w.dim() == 3 else 1
-            parts: Iterable[Tensor]
+    def _add(self, x: Tensor, w: Tensor, ends: Tensor | None = None) -> None:
+        """The product of x (..., in) and w (in, out), or a stack of these."""
+        if w.dim() == 3:
+            parts: Sequence[Tensor] = [x] * len(w)
             if ends is not None:  # where the rows of each expert end
-                parts = flat.tensor_split(ends.cpu().long())
-            elif w.dim() == 3 and x.dim() >= 3 and x.shape[-3] == experts:
-                parts = x.movedim(-3, 0).flatten(1, -2)
-            else:
-                parts = [flat] * experts
-            first = at * len(sums) // W.nbytes
-            for of_expert, rows in zip(sums[first : first + experts], parts, strict=False):
+                parts = x.tensor_split(ends.cpu().long())
+            elif x.dim() >= 3 and x.shape[-3] == len(w):
+                parts = x.unbind(-3)
+            for part, own in zip(parts, w, strict=False):
+                self._add(part, own)
+            return
+        for layer, sums in self.sums.items():
+            W, at = layer._base_weight(), _offset(w, layer._base_weight())
+            along = W.stride(-2 if layer.transposed else -1)  # the input side
+            fits = w.dim() == 2 and x.shape[-1:] == (layer.in_features,)
+            if fits and at is not None and w.stride(0) == along:
+                rows = x.reshape(-1, layer.in_features)
                 # Llama 4 gives every expert all tokens, zero where they belong to another.
-                _add_rows(of_expert, rows[(rows != 0).any(1)])
+                _add_rows(sums[at * len(sums) // W.nbytes], rows[(rows != 0).any(1)])
 
 
 def _offset(part: Tensor, whole: Tensor) -> int | None:

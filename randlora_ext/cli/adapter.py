@@ -68,7 +68,7 @@ def _of_own_file(file: Path, checkpoint: Checkpoint) -> Changes:
     added: dict[str, Change] = {}
     for at, (n_in, n_out, turned, *experts) in saved.layers.items():
         name = name_in(names[at])
-        transposed = turned and name in checkpoint.tensors
+        transposed = turned and len(checkpoint.parameters[name].places) == 1
         sizes = _sizes(checkpoint, name, experts, transposed)
         if sizes != (n_in, n_out):
             raise ValueError(
@@ -118,7 +118,7 @@ def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
     if alien := next((key for key in tensors if key.rpartition(".")[0] in paths), None):
         raise ValueError(f"it has {alien}, which an adapted layer does not have")
     others = {name_in(key.replace(".base_layer.", ".")): each for key, each in tensors.items()}
-    for name in checkpoint.tensors.keys() - others.keys():
+    for name in checkpoint.parameters.keys() - others.keys():
         whole = [module for module in config.modules_to_save or () if f".{module}." in f".{name}"]
         if whole:
             raise ValueError(f"it lacks {name}, though modules_to_save has {whole[0]!r}")
@@ -138,9 +138,10 @@ def _parameter(at: str, config: Any) -> str:
 
 def _is_transposed(checkpoint: Checkpoint, name: str, experts: Sequence[int], config: Any) -> bool:
     """Whether PEFT's layer stores its weight as (in, out)."""
-    types, shape = checkpoint.types(), checkpoint.parameters[name].shape
+    types = [each["model_type"] for each in checkpoint.configs() if "model_type" in each]
+    _, shape, places = checkpoint.parameters[name]
     if experts:
-        if len(shape) == 2 or name not in checkpoint.tensors:
+        if len(shape) == 2 or len(places) > 1:
             return False
         if not types or "auto_map" in checkpoint.config or _TURNED_EXPERTS in types:
             raise ValueError(
@@ -161,7 +162,7 @@ def _sizes(
     checkpoint: Checkpoint, name: str, experts: Sequence[int], transposed: bool
 ) -> tuple[int, int]:
     """(in_features, out_features)"""
-    _, dtype, shape = checkpoint.parameters[name]
+    dtype, shape, _ = checkpoint.parameters[name]
     if dtype is None or len(shape) < 2 or math.prod(shape[:-2]) != math.prod(experts):
         each = f" for each of {experts[0]} experts" if experts else ""
         raise CliError(

@@ -20,60 +20,45 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-# Experts that lie one by one, and the parameters that transformers makes of them: expert by expert
-# the rows of the tensors, in the order of their names.
-_EXPERT = re.compile(r"(.+)\.(\d+)\.(\w+)\.weight")
-_FUSED = {
-    **dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj"),
-    **dict.fromkeys(("down_proj", "w2"), "down_proj"),
-}
-
-
-class Entry(NamedTuple):
-    """One tensor: its dtype (None unless it is in _DTYPES), shape, file, and bytes there."""
-
-    dtype: torch.dtype | None
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-    size: int
+# Experts that lie one by one: path, number, and whether it is a part of gate_up_proj.
+_EXPERT = re.compile(r"(.+)\.(\d+)\.(?:(gate_proj|up_proj|w1|w3)|down_proj|w2)\.weight")
 
 
 class Parameter(NamedTuple):
-    """What the model has: a tensor of the folder, or the experts of some, as one."""
+    """A tensor of the folder, or experts that lie one by one, as transformers stacks them."""
 
-    names: list[str]  # of the tensors, whose rows follow one another
-    dtype: torch.dtype | None
+    dtype: torch.dtype | None  # None unless it is in _DTYPES
     shape: tuple[int, ...]
+    places: list[tuple[Path, int, int]]  # of the parts: file, first byte, number of bytes
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     folder: Path
     config: dict  # config.json; empty if there is none
-    tensors: dict[str, Entry]
     parameters: dict[str, Parameter]
 
     @property
-    def files(self) -> list[Path]:
-        return sorted({entry.file for entry in self.tensors.values()})
+    def files(self) -> set[Path]:
+        return {file for each in self.parameters.values() for file, *_ in each.places}
 
     def read(self, name: str) -> Tensor:
-        """One parameter; nothing else of its files is read."""
-        tensors = []
-        for part in self.parameters[name].names:
-            with safe_open(self.tensors[part].file, framework="pt") as file:
-                tensors.append(file.get_tensor(part))
-        return torch.cat(tensors).view(self.parameters[name].shape)
+        dtype, shape, places = self.parameters[name]
+        parts = [torch.empty(size, dtype=torch.uint8) for *_, size in places]
+        for (file, start, _), part in zip(places, parts, strict=True):
+            with open(file, "rb") as stream:
+                stream.seek(start)
+                stream.readinto(part.numpy().data)
+        return torch.cat(parts).view(dtype).view(shape)
 
     def write(self, folder: Path, name: str, value: Tensor) -> None:
-        """One parameter, into copies of its files."""
-        entries = [self.tensors[part] for part in self.parameters[name].names]
-        parts = value.reshape(-1).view(torch.uint8).split([entry.size for entry in entries])
-        for entry, part in zip(entries, parts, strict=True):
-            with open(folder / entry.file.name, "r+b") as file:
-                file.seek(entry.start)
-                file.write(part.numpy().data)
+        """Into copies of the files."""
+        places = self.parameters[name].places
+        parts = value.reshape(-1).view(torch.uint8).split([size for *_, size in places])
+        for (file, start, _), part in zip(places, parts, strict=True):
+            with open(folder / file.name, "r+b") as stream:
+                stream.seek(start)
+                stream.write(part.numpy().data)
 
     def configs(self) -> Iterator[dict]:
         """Of the model and of those it consists of, such as an encoder and a decoder."""
@@ -81,10 +66,6 @@ class Checkpoint:
         for config in waiting:
             yield config
             waiting += [value for value in config.values() if isinstance(value, dict)]
-
-    def types(self) -> list[str]:
-        """Of these models, as transformers calls them."""
-        return [config["model_type"] for config in self.configs() if "model_type" in config]
 
     def is_tied(self, name: str) -> bool:
         """Whether the model may use this tensor for its embeddings and for its head."""
@@ -116,29 +97,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} is no folder with {SINGLE} or {INDEX}; other formats are not read: save the "
             "model by transformers' save_pretrained first"
         )
-    tensors: dict[str, Entry] = {}
+    tensors: dict[str, Parameter] = {}
     for name in sorted(files):
-        tensors |= _entries(folder / name)
-    return Checkpoint(folder, config, tensors, _parameters(tensors))
+        tensors |= _tensors(folder / name)
+    return Checkpoint(folder, config, _experts(tensors) | tensors)
 
 
-def _parameters(tensors: dict[str, Entry]) -> dict[str, Parameter]:
-    found = {name: Parameter([name], *entry[:2]) for name, entry in tensors.items()}
-    experts = [m for m in map(_EXPERT.fullmatch, tensors) if m and m[3] in _FUSED]
-    fused: dict[str, list[re.Match]] = {}
-    for match in sorted(experts, key=lambda match: (int(match[2]), match[3])):
-        path = match[1].replace(".block_sparse_moe.", ".mlp.")  # Mixtral's
-        fused.setdefault(f"{path}.{_FUSED[match[3]]}", []).append(match)
-    for name, parts in fused.items():
-        kinds = {tensors[match[0]][:2] for match in parts}
-        count, (dtype, shape) = len({match[2] for match in parts}), kinds.pop()
-        if not kinds and len(shape) == 2 and len(parts) % count == 0:
-            rows = len(parts) // count * shape[0]
-            found[name] = Parameter([m[0] for m in parts], dtype, (count, rows, shape[1]))
-    return found
-
-
-def _entries(file: Path) -> dict[str, Entry]:
+def _tensors(file: Path) -> dict[str, Parameter]:
     with told_of(f"{file} cannot be read", (SafetensorError, OSError)):
         with safe_open(file, framework="pt"):  # checks header, offsets and length
             pass
@@ -146,10 +111,31 @@ def _entries(file: Path) -> dict[str, Entry]:
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
     found = {}
-    for name in header.keys() - {"__metadata__"}:
-        dtype, shape, (start, end) = (header[name][k] for k in ("dtype", "shape", "data_offsets"))
-        found[name] = Entry(_DTYPES.get(dtype), tuple(shape), file, 8 + length + start, end - start)
+    for name, its in header.items():
+        start, end = its["data_offsets"]
+        place = file, 8 + length + start, end - start
+        found[name] = Parameter(_DTYPES.get(its["dtype"]), tuple(its["shape"]), [place])
+    return found
+
+
+def _experts(tensors: dict[str, Parameter]) -> dict[str, Parameter]:
+    """The stacks, by their names in the model: expert by expert all rows, gate above up."""
+    matches = [match for match in map(_EXPERT.fullmatch, tensors) if match]
+    stacks: dict[str, list[re.Match]] = {}
+    for match in sorted(matches, key=lambda match: (int(match[2]), match[0])):
+        path = match[1].replace(".block_sparse_moe.", ".mlp.")  # Mixtral's
+        own = "gate_up_proj" if match[3] else "down_proj"
+        stacks.setdefault(f"{path}.{own}", []).append(match)
+    found = {}
+    for name, its in stacks.items():
+        parts, count = [tensors[match[0]] for match in its], len({match[2] for match in its})
+        dtype, shape, _ = parts[0]
+        alike = all(part[:2] == (dtype, shape) for part in parts)
+        if alike and len(shape) == 2 and len(parts) % count == 0:
+            rows, places = len(parts) // count * shape[0], [part.places[0] for part in parts]
+            found[name] = Parameter(dtype, (count, rows, shape[1]), places)
     return found
 
 
