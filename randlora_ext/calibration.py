@@ -1,5 +1,6 @@
 """`calibrate`: adapters that learn as much and forget a fraction, by the scale of their inputs."""
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -166,12 +167,6 @@ def _observed(model: nn.Module, sums: Mapping[AdaptedLayer, Tensor], mask: Tenso
                 module.training = mode
 
 
-_PRODUCTS = {
-    "linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "grouped_mm", "_grouped_mm",
-    "grouped_mm_fallback",
-}  # fmt: skip
-
-
 class _Products(TorchFunctionMode):
     """Calls the module of experts, W alone since dW is zero, and adds up what they multiply: the
     first factor of each product whose second lies in the memory of an adapted parameter."""
@@ -187,7 +182,7 @@ class _Products(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "").partition(".")[0] in _PRODUCTS:
+        if re.search("linear|matmul|mm", getattr(func, "__name__", "")):
             given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
             ends = next((t for t in given if not t.is_floating_point()), None)
             if func is F.linear:

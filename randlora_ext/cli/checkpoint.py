@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,7 +49,8 @@ class Checkpoint:
             with open(file, "rb") as stream:
                 stream.seek(start)
                 stream.readinto(part.numpy().data)
-        return torch.cat(parts).view(dtype).view(shape)
+        values: Any = torch.cat(parts)
+        return values.view(dtype).view(shape)
 
     def write(self, folder: Path, name: str, value: Tensor) -> None:
         """Into copies of the files."""

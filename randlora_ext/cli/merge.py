@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..writing import appear
 from . import CliError
-from .adapter import Changes, read_changes
+from .adapter import read_changes
 from .checkpoint import Checkpoint, read_checkpoint
 
 # Weights in other formats would be those of the unmerged model.
@@ -27,32 +27,25 @@ def merge(model: Path, source: Path, out: Path) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CliError(f"{out} exists; choose another name or remove it first")
     with appear(out) as folder:
-        added, replaced = changes = read_changes(source, checkpoint)
+        added, replaced = read_changes(source, checkpoint)
         written = sorted(added.keys() | replaced.keys())
         _check_names(checkpoint, replaced, written)
         left = _copy(checkpoint, folder)
         for name in written:
             print(f"merging {name}", file=sys.stderr)
-            checkpoint.write(folder, name, _changed(name, checkpoint, changes))
+            weight = replaced[name] if name in replaced else checkpoint.read(name)
+            weight = weight.to(checkpoint.parameters[name].dtype)
+            if name in added:
+                weight = added[name].added_to(weight)
+                if not bool(torch.isfinite(weight).all()):
+                    raise CliError(f"{name} would hold NaN or inf after merging")
+            checkpoint.write(folder, name, weight)
     print(f"{len(added)} layers merged into {len(checkpoint.files)} files of {out}")
-    for names, told in (
-        (replaced, "replaced by the adapter's own"),
-        (left, "not copied, since they hold unmerged weights or are folders"),
-    ):
-        if names:
-            print(f"{told}: {', '.join(names)}")
+    if replaced:
+        print("replaced by the adapter's own:", ", ".join(replaced))
+    if left:
+        print("not copied, since they hold unmerged weights or are folders:", ", ".join(left))
     return 0
-
-
-def _changed(name: str, checkpoint: Checkpoint, changes: Changes) -> Tensor:
-    added, replaced = changes
-    weight = replaced[name] if name in replaced else checkpoint.read(name)
-    weight = weight.to(checkpoint.parameters[name].dtype)
-    if name in added:
-        weight = added[name].added_to(weight)
-        if not bool(torch.isfinite(weight).all()):
-            raise CliError(f"{name} would hold NaN or inf after merging; nothing was written")
-    return weight
 
 
 def _check_names(checkpoint: Checkpoint, replaced: dict[str, Tensor], written: list[str]) -> None:
