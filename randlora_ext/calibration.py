@@ -25,9 +25,8 @@ FEW_TOKENS = 32  # of an expert that saw fewer, the vector is that of all expert
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     """Measures the size of every input feature, and divides the adapters' inputs by it.
 
-    In a language model a few input features of a layer are very large at every token. An
-    uncalibrated adapter learns mostly from them, and what it learns reaches every text: that is
-    forgetting. Call this once, after adding the adapters and before training::
+    An uncalibrated adapter learns mostly from a few input features that are large at every token
+    (docs/how-it-works.md). Call this once, after adding the adapters and before training::
 
         loader = torch.utils.data.DataLoader(texts, batch_size=8)  # batches as in training
         randlora_ext.calibrate(model, itertools.islice(loader, 4))

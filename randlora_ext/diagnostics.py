@@ -107,7 +107,7 @@ def relative_error(
 ) -> float:
     """The largest |difference| / |reference|, Frobenius norms, to float64 on random operands.
 
-    Of y and its gradients, dW and its gradients, and W + dW; x (tokens, in), W and dy in `dtype`.
+    Of y, dW, the gradients of both together, and W + dW; x (tokens, in), W and dy in `dtype`.
     """
     generator = torch.Generator().manual_seed(basis.r)
     n_in, n_out, r, n, d = basis.in_features, basis.out_features, basis.r, basis.n, basis.d
@@ -118,18 +118,16 @@ def relative_error(
     x, W, lam, gam, dy, ddW = (t.detach().to(device) for t in given)
     leaves = [t.requires_grad_() for t in (x, lam, gam)]
     y, dW = linear(x, W, None, basis, lam, gam), delta_weight(basis, lam, gam)
-    of_y, of_dW = grad(y, leaves, dy), grad(dW, leaves[1:], ddW)
-    got = y, *of_y, dW, *of_dW, merged_weight(basis, W, lam, gam)
+    got = y, dW, *grad((y, dW), leaves, (dy, ddW)), merged_weight(basis, W, lam, gam)
 
     A, B = basis.dense(dtype=torch.float64)
     x, W, lam, gam, dy, ddW = (t.double() for t in given)
     leaves = [t.requires_grad_() for t in (x, lam, gam)]
     y = linear_reference(x, W, None, A, B, lam, gam)
     dW = delta_weight_reference(A, B, lam, gam, 1.0, n_out, n_in)
-    of_y, of_dW = grad(y, leaves, dy), grad(dW, leaves[1:], ddW)
-    want = [t.detach() for t in (y, *of_y, dW, *of_dW, W + dW)]
+    want = y, dW, *grad((y, dW), leaves, (dy, ddW)), W + dW
 
-    pairs = zip([t.detach().cpu().double() for t in got], want, strict=True)
+    pairs = zip(*([t.detach().cpu().double() for t in ts] for ts in (got, want)), strict=True)
     return max(float((mine - true).norm() / true.norm()) for mine, true in pairs)
 
 

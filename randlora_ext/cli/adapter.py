@@ -39,14 +39,14 @@ class Change(NamedTuple):
     def added_to(self, weight: Tensor) -> Tensor:
         """W + dW in the dtype and layout of W."""
         basis, scales = self.basis, self.basis.input_scale
-        dtype, sum = adapter_dtype(weight.dtype), weight.clone()
-        each = (t.view(-1, *t.shape[-2:]) for t in (sum, self.lam, self.gam))
+        dtype, merged = adapter_dtype(weight.dtype), weight.clone()
+        each = (t.view(-1, *t.shape[-2:]) for t in (merged, self.lam, self.gam))
         for e, (W, lam, gam) in enumerate(zip(*each, strict=True)):
             if scales is not None and scales.dim() == 2:
                 basis = self.basis.with_input_scale(scales[e])
             delta = delta_weight(basis, lam.to(dtype), gam.to(dtype), self.scaling)
             W.copy_(W.to(dtype) + (delta.T if self.transposed else delta))
-        return sum
+        return merged
 
 
 # What an adapter adds to parameters of a model folder, and what it replaces, by their names there.
@@ -71,9 +71,7 @@ def _of_own_file(file: Path, checkpoint: Checkpoint) -> Changes:
         transposed = turned and len(checkpoint.parameters[name].places) == 1
         sizes = _sizes(checkpoint, name, experts, transposed)
         if sizes != (n_in, n_out):
-            raise ValueError(
-                f"{at}: in_features and out_features are {sizes}, in the file {(n_in, n_out)}"
-            )
+            raise ValueError(f"{at}: in_features and out_features are {sizes}, not {n_in, n_out}")
         lam, gam = (saved.tensors[f"{at}.{kind}"] for kind in DIAGONALS)
         added[name] = Change(saved.basis_of(at), lam, gam, saved.scaling, transposed)
     return added, {name_in(name): tensor for name, tensor in saved.others.items()}
@@ -151,9 +149,8 @@ def _is_transposed(checkpoint: Checkpoint, name: str, experts: Sequence[int], co
     conv1d = {kind in _CONV1D_MODELS for kind in types}
     if len({*shape}) == 1 and True in conv1d and conv1d != {config.fan_in_fan_out}:
         raise ValueError(
-            f"{name}: PEFT saved the fan_in_fan_out of one layer only, {config.fan_in_fan_out}, "
-            "and this square weight may be a Conv1D's or an nn.Linear's; merge by "
-            "merge_and_unload()"
+            f"{name} may be a Conv1D's or an nn.Linear's, since PEFT saved the fan_in_fan_out of "
+            f"one layer only, {config.fan_in_fan_out}; merge by merge_and_unload()"
         )
     return config.fan_in_fan_out
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -44,12 +45,8 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         dtype, shape, places = self.parameters[name]
-        parts = [torch.empty(size, dtype=torch.uint8) for *_, size in places]
-        for (file, start, _), part in zip(places, parts, strict=True):
-            with open(file, "rb") as stream:
-                stream.seek(start)
-                stream.readinto(part.numpy().data)
-        values: Any = torch.cat(parts)
+        parts = [np.fromfile(file, np.uint8, size, offset=start) for file, start, size in places]
+        values: Any = torch.from_numpy(np.concatenate(parts))
         return values.view(dtype).view(shape)
 
     def write(self, folder: Path, name: str, value: Tensor) -> None:
@@ -93,11 +90,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if (folder / INDEX).is_file():
         with told_of(folder / INDEX, (LookupError, AttributeError, TypeError)):
             files = {Path(name).name for name in read_json(folder / INDEX)["weight_map"].values()}
-    elif not (folder / SINGLE).is_file():
-        raise CliError(
-            f"{folder} is no folder with {SINGLE} or {INDEX}; other formats are not read: save the "
-            "model by transformers' save_pretrained first"
-        )
     tensors: dict[str, Parameter] = {}
     for name in sorted(files):
         tensors |= _tensors(folder / name)
@@ -105,7 +97,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _tensors(file: Path) -> dict[str, Parameter]:
-    with told_of(f"{file} cannot be read", (SafetensorError, OSError)):
+    needed = f"{file} must be a sound safetensors file, as transformers' save_pretrained writes it"
+    with told_of(needed, (SafetensorError, OSError)):
         with safe_open(file, framework="pt"):  # checks header, offsets and length
             pass
     # The library does not give offsets. Eight bytes of length, a JSON header, then the data.

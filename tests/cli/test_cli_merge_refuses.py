@@ -67,12 +67,12 @@ SHARD, WEIGHTS = "model/model-*.safetensors", "adapter/adapter_model.safetensors
 LAMBDA, GAMMA = f"{Q0}.randlora_lambda", f"{Q0}.randlora_gamma"
 DEEP = "[" * 100_000
 BROKEN = {
-    "no model": (lambda r: shutil.rmtree(r / "model"), "is no folder with model.safetensors"),
+    "no model": (lambda r: shutil.rmtree(r / "model"), "model.safetensors must be a sound"),
     "no adapter": (lambda r: shutil.rmtree(r / "adapter"), "No such file or directory"),
     "out exists": (lambda r: ((r / "out").mkdir(), (r / "out" / "a").touch()), "exists"),
     "shard missing": (lambda r: sorted(r.glob(SHARD))[0].unlink(), "No such file or directory"),
-    "shard truncated": (written(SHARD, lambda data: data[:-5]), "cannot be read"),
-    "index leads out": (index(w="../adapter/x"), "model/x cannot be read"),
+    "shard truncated": (written(SHARD, lambda data: data[:-5]), "must be a sound"),
+    "index leads out": (index(w="../adapter/x"), "model/x must be a sound"),
     "model config deep": (written("model/config.json", DEEP), "config.json: maximum recursion"),
     "quantized": (
         lambda r: edit(r / "model" / "config.json", quantization_config={"load_in_4bit": True}),
