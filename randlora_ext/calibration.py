@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
 
@@ -84,9 +84,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     }
     count = torch.zeros(1, dtype=torch.float64)
     for batch in batches:  # which may be made by other models, or by this one
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        with _observed(model, sums, mask):
-            _call(model, batch)
+        _observe(model, batch, sums)
         count += 1
     for total in (count, *sums.values()):
         _add_over_ranks(total)
@@ -139,10 +137,10 @@ def _to_calibrate(name: str, layer: AdaptedLayer) -> list[str]:
     return chosen
 
 
-@contextmanager
-def _observed(model: nn.Module, sums: Mapping[AdaptedLayer, Tensor], mask: Tensor | None):
-    """The model in eval mode, the inputs of its layers added to `sums`."""
-    modes = {module: module.training for module in model.modules()}
+def _observe(model: nn.Module, batch: Any, sums: Mapping[AdaptedLayer, Tensor]) -> None:
+    """Calls the model in eval mode, and adds the inputs of its layers to `sums`."""
+    device = next(model.parameters()).device
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
     def add(layer, args, kwargs) -> None:
         x = (args[0] if args else next(iter(kwargs.values()))).flatten(0, -2)
@@ -150,20 +148,23 @@ def _observed(model: nn.Module, sums: Mapping[AdaptedLayer, Tensor], mask: Tenso
             x = x[mask.flatten().to(x.device) != 0]
         _add_rows(sums[layer], x)
 
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
     with ExitStack() as held:
         held.enter_context(torch.compiler.set_stance("force_eager"))
-        for layer in modes:
+        for layer in model.modules():
+            held.callback(setattr, layer, "training", layer.training)
             if isinstance(layer, AdaptedParameter):
                 layer.instead = _Products(layer, sums)
                 held.callback(delattr, layer, "instead")
             elif layer in sums:
                 held.enter_context(layer.register_forward_pre_hook(add, with_kwargs=True))
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        model.eval()
+        if isinstance(batch, Mapping):
+            model(**{name: moved(value) for name, value in batch.items()})
+        else:
+            model(*map(moved, batch if isinstance(batch, (tuple, list)) else [batch]))
 
 
 class _Products(TorchFunctionMode):
@@ -204,8 +205,7 @@ class _Products(TorchFunctionMode):
         for layer, sums in self.sums.items():
             W, at = layer._base_weight(), _offset(w, layer._base_weight())
             along = W.stride(-2 if layer.transposed else -1)  # the input side
-            fits = w.dim() == 2 and x.shape[-1:] == (layer.in_features,)
-            if fits and at is not None and w.stride(0) == along:
+            if at is not None and w.shape[:-1] == (layer.in_features,) and w.stride(0) == along:
                 rows = x.reshape(-1, layer.in_features)
                 # Llama 4 gives every expert all tokens, zero where they belong to another.
                 _add_rows(sums[at * len(sums) // W.nbytes], rows[(rows != 0).any(1)])
@@ -214,27 +214,15 @@ class _Products(TorchFunctionMode):
 def _offset(part: Tensor, whole: Tensor) -> int | None:
     """How many bytes `part` begins behind `whole`; None if it is not a part of it."""
     try:
-        start, place = whole.data_ptr(), part.data_ptr()
+        at = part.data_ptr() - whole.data_ptr()
     except RuntimeError:  # of vmap, or sparse
         return None
-    return place - start if 0 <= place - start < whole.nbytes else None
+    return at if 0 <= at < whole.nbytes else None
 
 
 def _add_rows(to: Tensor, x: Tensor) -> None:
     to[:-1] += x.float().square().sum(0, dtype=torch.float64).cpu()
     to[-1] += len(x)
-
-
-def _call(model: nn.Module, batch: Any) -> None:
-    device = next(model.parameters()).device
-
-    def moved(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    if isinstance(batch, Mapping):
-        model(**{name: moved(value) for name, value in batch.items()})
-    else:
-        model(*map(moved, batch if isinstance(batch, (tuple, list)) else [batch]))
 
 
 def _add_over_ranks(total: Tensor) -> None:

@@ -75,7 +75,12 @@ def self_check() -> list[tuple[str, float, float]]:
     cards = torch.cuda.device_count() if cuda_available() else 0
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(cards))]
     checks = [(f"{device} generated basis", _wrong_basis(device), 0.0) for device in devices]
-    kinds = _bases()
+    drawn = [Basis(*shape, seed=1) for shape in _SHAPES]
+    kinds = {
+        "hadamard": [Basis(n_in, n_out, r, seed=1) for n_in, n_out, r, _ in _SHAPES],
+        "independent": drawn,
+        "dense": [Basis.from_dense(*b.dense(), b.in_features, b.out_features) for b in drawn],
+    }
     for device, (dtype, limit), kind in itertools.product(devices, LIMITS.items(), kinds):
         cases = itertools.product(kinds[kind], _TOKENS)
         error = max(relative_error(basis, tokens, dtype, device) for basis, tokens in cases)
@@ -88,15 +93,6 @@ def _wrong_basis(device: torch.device) -> float:
     planes = generate_planes(*_SLICE, device).cpu()
     drawn = bytes(planes.view(torch.uint8).flatten().tolist())
     return float(hashlib.sha256(drawn).hexdigest() != _DIGEST)
-
-
-def _bases() -> dict[str, list[Basis]]:
-    drawn = [Basis(*shape, seed=1) for shape in _SHAPES]
-    return {
-        "hadamard": [Basis(n_in, n_out, r, seed=1) for n_in, n_out, r, _ in _SHAPES],
-        "independent": drawn,
-        "dense": [Basis.from_dense(*b.dense(), b.in_features, b.out_features) for b in drawn],
-    }
 
 
 def relative_error(

@@ -20,10 +20,8 @@ from .checkpoint import Checkpoint, locate, read_json
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Of transformers, whose linear layers are Conv1D, except heads, which are not square.
 _CONV1D_MODELS = "gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"
-# Those that store experts as (in, out), and one whose experts transformers may transpose.
+# Those that store experts as (in, out).
 _TRANSPOSED_EXPERTS = "gpt_oss", "openai_privacy_filter", "aria_text", "llama4_text"
-_TURNED_EXPERTS = "qwen3_vl_moe"
-_PREFIX = "base_model.model."  # of PEFT's keys
 _BASES = ("randlora_A", "randlora_B")
 
 
@@ -93,7 +91,7 @@ def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
         saved, _ = read_safetensors(Path(shown, WEIGHTS))
     # PEFT up to 0.21.2 saves them again under every layer.
     bases = {key.rpartition(".")[2]: saved.pop(key) for key in [*saved] if key.endswith(_BASES)}
-    tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in saved.items()}
+    tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in saved.items()}
     ends = tuple(f".{kind}" for kind in DIAGONALS)
     paths = sorted({key.rpartition(".")[0] for key in tensors if key.endswith(ends)})
     if not paths:
@@ -141,7 +139,8 @@ def _is_transposed(checkpoint: Checkpoint, name: str, experts: Sequence[int], co
     if experts:
         if len(shape) == 2 or len(places) > 1:
             return False
-        if not types or "auto_map" in checkpoint.config or _TURNED_EXPERTS in types:
+        # Of qwen3_vl_moe transformers may transpose them.
+        if not types or "auto_map" in checkpoint.config or "qwen3_vl_moe" in types:
             raise ValueError(
                 "only the model's code says which way its experts lie; merge by merge_and_unload()"
             )
