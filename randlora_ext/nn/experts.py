@@ -153,12 +153,14 @@ def sizes_of(module: Any, name: str) -> tuple[int, int, bool, int]:
         raise TypeError(f"{told} must be a floating point parameter, got {kind}")
     if is_dtensor(weight):
         raise ValueError(f"{told} is spread over ranks already; call fully_shard afterwards")
-    if weight.dim() not in (2, 3) or weight.numel() == 0:
-        raise ValueError(f"{told} must have two or three dimensions, got {tuple(weight.shape)}")
+    shape = getattr(weight, "ds_shape", weight.shape)  # of ZeRO-3
+    if len(shape) not in (2, 3) or 0 in shape:
+        raise ValueError(f"{told} must have two or three dimensions, got {tuple(shape)}")
+    *stack, n_out, n_in = shape
     says_so = type(module).__name__ in _TRANSPOSED or getattr(module, "is_transposed", False)
-    transposed = weight.dim() == 3 and bool(says_so)
-    n_out, n_in = weight.mT.shape[-2:] if transposed else weight.shape[-2:]
-    return n_in, n_out, transposed, len(weight) if weight.dim() == 3 else 1
+    if transposed := bool(stack and says_so):
+        n_in, n_out = n_out, n_in
+    return n_in, n_out, transposed, stack[0] if stack else 1
 
 
 def matching_parameters(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[str, str]]:
