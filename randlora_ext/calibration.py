@@ -1,8 +1,9 @@
 """`calibrate`: adapters that learn as much and forget a fraction, by the scale of their inputs."""
 
+import re
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
 
@@ -24,9 +25,8 @@ FEW_TOKENS = 32  # of an expert that saw fewer, the vector is that of all expert
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     """Measures the size of every input feature, and divides the adapters' inputs by it.
 
-    In a language model a few input features of a layer are very large at every token. An
-    uncalibrated adapter learns mostly from them, and what it learns reaches every text: that is
-    forgetting. Call this once, after adding the adapters and before training::
+    An uncalibrated adapter learns mostly from a few input features that are large at every token
+    (docs/how-it-works.md). Call this once, after adding the adapters and before training::
 
         loader = torch.utils.data.DataLoader(texts, batch_size=8)  # batches as in training
         randlora_ext.calibrate(model, itertools.islice(loader, 4))
@@ -84,23 +84,21 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     }
     count = torch.zeros(1, dtype=torch.float64)
     for batch in batches:  # which may be made by other models, or by this one
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        with _observed(model, sums, mask):
-            _call(model, batch)
+        _observe(model, batch, sums)
         count += 1
-    flat = [count, *(each.flatten() for each in sums.values())]
-    total_count, *parts = _over_all_ranks(torch.cat(flat)).split([*map(len, flat)])
-    if not total_count:
+    for total in (count, *sums.values()):
+        _add_over_ranks(total)
+    if not count:
         raise ValueError("batches must hold at least one batch, got none")
     scales = {}
-    for (layer, (name, adapters)), total in zip(layers.items(), parts, strict=True):
-        rows = total.view(-1, layer.in_features + 1)
+    for layer, (name, adapters) in layers.items():
+        rows = sums[layer].view(-1, layer.in_features + 1)
         if not bool(rows.isfinite().all()):
             raise ValueError(f"the inputs of layer {name!r} hold NaN or infinity")
         of_all = rows.sum(0)
         if bool(of_all[:-1].any()):
-            enough = (rows[:, -1] >= FEW_TOKENS) & rows[:, :-1].any(1)
-            used = [row if own else of_all for row, own in zip(rows, enough, strict=True)]
+            enough = (rows[:, -1:] >= FEW_TOKENS) & rows[:, :-1].any(1, keepdim=True)
+            used = torch.where(enough, rows, of_all)
             each = [input_scale_of((row[:-1] / row[-1]).sqrt()) for row in used]
             scales[layer] = adapters, torch.stack(each).view(*layer.experts, -1)
         else:
@@ -124,31 +122,25 @@ def input_scale_of(rms: Tensor) -> Tensor:
 
 def _to_calibrate(name: str, layer: AdaptedLayer) -> list[str]:
     """The layer's active adapters on Hadamard bases; ValueError if one cannot be calibrated."""
-    if layer.disabled:
-        return []
-    chosen = []
-    for adapter in layer.active_adapters:
-        if adapter not in layer.randlora_lambda:
-            continue
-        lam = layer.randlora_lambda[adapter]
-        if not layer.basis_of(adapter, lam.device).takes_input_scale:
-            continue
+    active = [] if layer.disabled else layer.active_adapters
+    lambdas = layer.randlora_lambda
+    own = [adapter for adapter in active if adapter in lambdas]
+    chosen = [a for a in own if layer.basis_of(a, lambdas[a].device).takes_input_scale]
+    for adapter in chosen:
         if adapter in layer.merged_adapters:
             raise ValueError(f"adapter {adapter!r} of layer {name!r} is merged; unmerge it first")
-        if bool(full_tensor((lam != 0).any())):
+        if bool(full_tensor((lambdas[adapter] != 0).any())):
             raise ValueError(
                 f"adapter {adapter!r} of layer {name!r} has trained (its lambda is not zero), and "
                 "another scale would change what it has learned; calibrate before training"
             )
-        chosen.append(adapter)
     return chosen
 
 
-@contextmanager
-def _observed(model: nn.Module, sums: Mapping[AdaptedLayer, Tensor], mask: Tensor | None):
-    """The model in eval mode, the inputs of its layers added to `sums`."""
-    modes = {module: module.training for module in model.modules()}
-    products = _Products(sums)
+def _observe(model: nn.Module, batch: Any, sums: Mapping[AdaptedLayer, Tensor]) -> None:
+    """Calls the model in eval mode, and adds the inputs of its layers to `sums`."""
+    device = next(model.parameters()).device
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
     def add(layer, args, kwargs) -> None:
         x = (args[0] if args else next(iter(kwargs.values()))).flatten(0, -2)
@@ -156,89 +148,76 @@ def _observed(model: nn.Module, sums: Mapping[AdaptedLayer, Tensor], mask: Tenso
             x = x[mask.flatten().to(x.device) != 0]
         _add_rows(sums[layer], x)
 
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
     with ExitStack() as held:
-        for layer in modes:
-            # Of nested layers of parameters only the outermost is called.
+        held.enter_context(torch.compiler.set_stance("force_eager"))
+        for layer in model.modules():
+            held.callback(setattr, layer, "training", layer.training)
             if isinstance(layer, AdaptedParameter):
-                held.enter_context(layer.register_forward_pre_hook(products.enter))
-                held.enter_context(layer.register_forward_hook(products.leave, always_call=True))
+                layer.instead = _Products(layer, sums)
+                held.callback(delattr, layer, "instead")
             elif layer in sums:
                 held.enter_context(layer.register_forward_pre_hook(add, with_kwargs=True))
-        if any(layer.experts for layer in sums):
-            held.enter_context(products)
-            held.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-
-
-_PRODUCTS = {
-    "linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "grouped_mm", "_grouped_mm",
-    "grouped_mm_fallback",
-}  # fmt: skip
+        model.eval()
+        if isinstance(batch, Mapping):
+            model(**{name: moved(value) for name, value in batch.items()})
+        else:
+            model(*map(moved, batch if isinstance(batch, (tuple, list)) else [batch]))
 
 
 class _Products(TorchFunctionMode):
-    """Adds up the inputs of experts: the first factor of each product whose second factor lies in
-    the memory of an adapted parameter. Strides tell whether the product is over its input side."""
+    """Calls the module of experts, W alone since dW is zero, and adds up what they multiply: the
+    first factor of each product whose second lies in the memory of an adapted parameter."""
 
-    def __init__(self, sums: Mapping[AdaptedLayer, Tensor]) -> None:
+    def __init__(self, layer: AdaptedParameter, sums: Mapping[AdaptedLayer, Tensor]) -> None:
         super().__init__()
-        self.sums = sums
-        self.running: list[list[tuple[Any, Tensor]]] = []  # layers and W of modules in forward
+        self.module = layer.get_base_layer()
+        self.sums = {at: sums[at] for at in sums if at.get_base_layer() is self.module}
 
-    def enter(self, layer: Any, args: Any) -> None:
-        self.running.append(stacks := [])
-        while isinstance(layer, AdaptedParameter):
-            if layer in self.sums:
-                stacks.append((layer, layer._base_weight()))
-            layer = layer.base_layer
-
-    def leave(self, *_: Any) -> None:
-        self.running.pop()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self:
+            return self.module(*args, **kwargs)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        if func is torch.ops.randlora.hadamard_weight.default:
-            if any(_offset(args[0], W) == 0 for stacks in self.running for _, W in stacks):
-                return args[0]  # lambda is zero, so this is W + dW, where W lies
-        elif getattr(func, "__name__", "").partition(".")[0] in _PRODUCTS:
-            for layer, W in (pair for stacks in self.running for pair in stacks):
-                for x, w in pairwise(given):
-                    contracted = -1 if func is F.linear else -2
-                    in_W = -2 if layer.transposed else -1
-                    fits = w.dim() in (2, 3) and x.shape[-1:] == (layer.in_features,)
-                    if fits and w.stride(contracted) == W.stride(in_W):
-                        if (at := _offset(w, W)) is not None:
-                            first = at * layer.experts[0] // W.nbytes
-                            ends = next((t for t in given if not t.is_floating_point()), None)
-                            self._add(self.sums[layer][first:], x, w, ends)
+        if re.search("linear|matmul|mm", getattr(func, "__name__", "")):
+            given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+            ends = next((t for t in given if not t.is_floating_point()), None)
+            if func is F.linear:
+                given = [given[0], given[1].mT]
+            for x, w in pairwise(given):
+                self._add(x, w, ends)
         return func(*args, **kwargs)
 
-    def _add(self, sums: Tensor, x: Tensor, w: Tensor, ends: Tensor | None) -> None:
-        flat = x.reshape(-1, x.shape[-1])
-        if ends is not None:  # where the rows of each expert end
-            parts: Iterable[Tensor] = flat.tensor_split(ends.cpu().long())[: len(ends)]
-        elif w.dim() == 3 and x.dim() >= 3 and x.shape[-3] == len(w):
-            parts = x.movedim(-3, 0).flatten(1, -2)
-        else:
-            parts = [flat] * (len(w) if w.dim() == 3 else 1)
-        for of_expert, rows in zip(sums, parts, strict=False):
-            # Llama 4 gives every expert all tokens, zero where they belong to another.
-            _add_rows(of_expert, rows[(rows != 0).any(1)])
+    def _add(self, x: Tensor, w: Tensor, ends: Tensor | None = None) -> None:
+        """The product of x (..., in) and w (in, out), or a stack of these."""
+        if w.dim() == 3:
+            parts: Sequence[Tensor] = [x] * len(w)
+            if ends is not None:  # where the rows of each expert end
+                parts = x.tensor_split(ends.cpu().long())
+            elif x.dim() >= 3 and x.shape[-3] == len(w):
+                parts = x.unbind(-3)
+            for part, own in zip(parts, w, strict=False):
+                self._add(part, own)
+            return
+        for layer, sums in self.sums.items():
+            W, at = layer._base_weight(), _offset(w, layer._base_weight())
+            along = W.stride(-2 if layer.transposed else -1)  # the input side
+            if at is not None and w.shape[:-1] == (layer.in_features,) and w.stride(0) == along:
+                rows = x.reshape(-1, layer.in_features)
+                # Llama 4 gives every expert all tokens, zero where they belong to another.
+                _add_rows(sums[at * len(sums) // W.nbytes], rows[(rows != 0).any(1)])
 
 
 def _offset(part: Tensor, whole: Tensor) -> int | None:
     """How many bytes `part` begins behind `whole`; None if it is not a part of it."""
     try:
-        start, place = whole.data_ptr(), part.data_ptr()
+        at = part.data_ptr() - whole.data_ptr()
     except RuntimeError:  # of vmap, or sparse
         return None
-    return place - start if start and 0 <= place - start < whole.nbytes else None
+    return at if 0 <= at < whole.nbytes else None
 
 
 def _add_rows(to: Tensor, x: Tensor) -> None:
@@ -246,24 +225,9 @@ def _add_rows(to: Tensor, x: Tensor) -> None:
     to[-1] += len(x)
 
 
-def _call(model: nn.Module, batch: Any) -> None:
-    device = next(model.parameters()).device
-
-    def moved(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    if isinstance(batch, Mapping):
-        model(**{name: moved(value) for name, value in batch.items()})
-    elif isinstance(batch, (tuple, list)):
-        model(*map(moved, batch))
-    else:
-        model(moved(batch))
-
-
-def _over_all_ranks(t: Tensor) -> Tensor:
-    """The sum of every rank's `t`, on the CPU; `t` itself if there is one process."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return t
-    t = t.cuda() if dist.get_backend() == "nccl" else t  # which knows only cards
-    dist.all_reduce(t)
-    return t.cpu()
+def _add_over_ranks(total: Tensor) -> None:
+    """Makes it the sum of every rank's, if there are several."""
+    if dist.is_available() and dist.is_initialized():
+        own = total.cuda() if dist.get_backend() == "nccl" else total  # which knows only cards
+        dist.all_reduce(own)
+        total.copy_(own)

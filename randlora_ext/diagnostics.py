@@ -1,12 +1,13 @@
 """What a bug report needs, and a self-check against the plain PyTorch reference."""
 
 import hashlib
-import importlib.metadata
 import itertools
 import os
 import platform
 import re
 import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -22,9 +23,7 @@ from .reference import delta_weight_reference, linear_reference
 
 # Variables with these prefixes, ours and torch's, change what runs; misspelled ones show, too.
 _OVERRIDES = ("RANDLORA_", "OMP_", "MKL_", "KMP_", "CUDA_", "PYTORCH_", "TORCH_", "LD_PRELOAD")
-_PACKAGES = (
-    "torch", "peft", "transformers", "accelerate", "bitsandbytes", "safetensors", "numpy",
-)  # fmt: skip
+_PACKAGES = "peft", "transformers", "accelerate", "bitsandbytes", "safetensors", "numpy"
 # The first of B (seed, role, rows, columns, density), and the SHA-256 of its planes
 # that tests/data/basis_v1.txt has for it.
 _SLICE = (11, 1, 576, 576, 0.07)
@@ -51,7 +50,10 @@ def check() -> int:
 def describe() -> list[str]:
     """Lines of versions, instruction sets, cards and overrides."""
     build = build_info()
-    packages = ", ".join(f"{name} {version}" for name in _PACKAGES if (version := _version(name)))
+    packages = [f"torch {torch.__version__}"]
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            packages.append(f"{name} {version(name)}")
     set_here = sorted((k, v) for k, v in os.environ.items() if k.startswith(_OVERRIDES))
     overrides = ", ".join(f"{name}={value}" for name, value in set_here)
     return [
@@ -59,7 +61,7 @@ def describe() -> list[str]:
         f"basis specifications {', '.join(f'{k}-{v}' for k, v in SPECIFICATIONS.items())}",
         f"installed in {Path(__file__).parent}",
         f"python {sys.version.split()[0]} on {platform.platform()}, {_processor()}",
-        f"packages: {packages}",
+        f"packages: {', '.join(packages)}",
         f"CPU kernels: {build['isa']} of {', '.join(build['built_isas'])}; "
         f"{torch.get_num_threads()} threads",
         f"CUDA kernels: {build['cuda']}",
@@ -73,7 +75,12 @@ def self_check() -> list[tuple[str, float, float]]:
     cards = torch.cuda.device_count() if cuda_available() else 0
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(cards))]
     checks = [(f"{device} generated basis", _wrong_basis(device), 0.0) for device in devices]
-    kinds = _bases()
+    drawn = [Basis(*shape, seed=1) for shape in _SHAPES]
+    kinds = {
+        "hadamard": [Basis(n_in, n_out, r, seed=1) for n_in, n_out, r, _ in _SHAPES],
+        "independent": drawn,
+        "dense": [Basis.from_dense(*b.dense(), b.in_features, b.out_features) for b in drawn],
+    }
     for device, (dtype, limit), kind in itertools.product(devices, LIMITS.items(), kinds):
         cases = itertools.product(kinds[kind], _TOKENS)
         error = max(relative_error(basis, tokens, dtype, device) for basis, tokens in cases)
@@ -88,15 +95,6 @@ def _wrong_basis(device: torch.device) -> float:
     return float(hashlib.sha256(drawn).hexdigest() != _DIGEST)
 
 
-def _bases() -> dict[str, list[Basis]]:
-    drawn = [Basis(*shape, seed=1) for shape in _SHAPES]
-    return {
-        "hadamard": [Basis(n_in, n_out, r, seed=1) for n_in, n_out, r, _ in _SHAPES],
-        "independent": drawn,
-        "dense": [Basis.from_dense(*b.dense(), b.in_features, b.out_features) for b in drawn],
-    }
-
-
 def relative_error(
     basis: Basis,
     tokens: int,
@@ -105,7 +103,7 @@ def relative_error(
 ) -> float:
     """The largest |difference| / |reference|, Frobenius norms, to float64 on random operands.
 
-    Of y and its gradients, dW and its gradients, and W + dW; x (tokens, in), W and dy in `dtype`.
+    Of y, dW, the gradients of both together, and W + dW; x (tokens, in), W and dy in `dtype`.
     """
     generator = torch.Generator().manual_seed(basis.r)
     n_in, n_out, r, n, d = basis.in_features, basis.out_features, basis.r, basis.n, basis.d
@@ -116,28 +114,17 @@ def relative_error(
     x, W, lam, gam, dy, ddW = (t.detach().to(device) for t in given)
     leaves = [t.requires_grad_() for t in (x, lam, gam)]
     y, dW = linear(x, W, None, basis, lam, gam), delta_weight(basis, lam, gam)
-    of_y, of_dW = grad(y, leaves, dy), grad(dW, leaves[1:], ddW)
-    got = y, *of_y, dW, *of_dW, merged_weight(basis, W, lam, gam)
+    got = y, dW, *grad((y, dW), leaves, (dy, ddW)), merged_weight(basis, W, lam, gam)
 
     A, B = basis.dense(dtype=torch.float64)
     x, W, lam, gam, dy, ddW = (t.double() for t in given)
     leaves = [t.requires_grad_() for t in (x, lam, gam)]
     y = linear_reference(x, W, None, A, B, lam, gam)
     dW = delta_weight_reference(A, B, lam, gam, 1.0, n_out, n_in)
-    of_y, of_dW = grad(y, leaves, dy), grad(dW, leaves[1:], ddW)
-    want = [t.detach() for t in (y, *of_y, dW, *of_dW, W + dW)]
+    want = y, dW, *grad((y, dW), leaves, (dy, ddW)), W + dW
 
-    pairs = zip([t.detach().cpu().double() for t in got], want, strict=True)
+    pairs = zip(*([t.detach().cpu().double() for t in ts] for ts in (got, want)), strict=True)
     return max(float((mine - true).norm() / true.norm()) for mine, true in pairs)
-
-
-def _version(package: str) -> str | None:
-    if package == "torch":
-        return torch.__version__  # with its build, as "+cu130", which the metadata may lack
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

@@ -32,7 +32,7 @@ def appear(file: str | os.PathLike) -> Iterator[Path]:
     place = _resolved(file)
     with _scratch_in(place.parent, file) as scratch:
         yield scratch / place.name
-        _put(scratch / place.name, place)
+        os.replace(scratch / place.name, place)
 
 
 @contextmanager
@@ -47,7 +47,9 @@ def appear_together(folder: str | os.PathLike) -> Iterator[Path]:
         yield scratch
         files = [path for path in scratch.rglob("*") if path.is_file()]
         for path in sorted(files, key=lambda path: (path.suffix == ".json", path)):
-            _put(path, place / path.relative_to(scratch))
+            at = Path(os.path.realpath(place / path.relative_to(scratch)))  # may be a link, too
+            at.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, at)
 
 
 def _resolved(path: str | os.PathLike) -> Path:
@@ -55,12 +57,6 @@ def _resolved(path: str | os.PathLike) -> Path:
     if not os.fspath(path) or not place.name:
         raise OSError(f"{os.fspath(path) or repr('')}{_FAILED}the name is empty")
     return place
-
-
-def _put(scratch: Path, place: Path) -> None:
-    place = Path(os.path.realpath(place))  # a file of the folder may be a link, too
-    place.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(scratch, place)
 
 
 @contextmanager

@@ -16,19 +16,12 @@ class CliError(Exception):
 
 
 def run(command: str, **options: Any) -> int:
-    """Runs one command; returns the exit code.
-
-    0: done; 1: a check failed; 2: something to fix, named in one line, with nothing
-    half-written.
-    """
+    """Runs one command; returns the exit code (docs/cli.md). After an error nothing is written."""
     place = "..diagnostics" if command == "check" else f".{command}"
     try:
         return getattr(import_module(place, __package__), command)(**options)
     except ImportError as error:
-        told = (
-            f"{command} needs another package: {one_line(error)}; "
-            'pip install "randlora-ext[peft]" brings all'
-        )
+        told = f'{one_line(error)}; pip install "randlora-ext[peft]" brings what is needed'
     except (CliError, OSError) as error:
         told = one_line(error)
     except KeyboardInterrupt:
@@ -47,9 +40,10 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def told_of(what: object, kinds: Any = Exception):
-    """Raises the block's error as a CliError that begins with `what`."""
+def told_of(what: object, kinds: Any):
+    """Raises the block's error as a CliError that names `what`."""
     try:
         yield
     except kinds as error:
-        raise CliError(f"{what}: {one_line(error)}") from error
+        told = one_line(error)
+        raise CliError(told if str(what) in told else f"{what}: {told}") from error

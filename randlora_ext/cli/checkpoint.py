@@ -1,10 +1,13 @@
 """A local model folder of safetensors files: which tensor lies where."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -18,32 +21,42 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+# Experts that lie one by one: path, number, and whether it is a part of gate_up_proj.
+_EXPERT = re.compile(r"(.+)\.(\d+)\.(?:(gate_proj|up_proj|w1|w3)|down_proj|w2)\.weight")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One tensor: its file, dtype (None unless it is in _DTYPES), shape, and first byte."""
+class Parameter(NamedTuple):
+    """A tensor of the folder, or experts that lie one by one, as transformers stacks them."""
 
-    file: Path
-    dtype: torch.dtype | None
+    dtype: torch.dtype | None  # None unless it is in _DTYPES
     shape: tuple[int, ...]
-    start: int
+    places: list[tuple[Path, int, int]]  # of the parts: file, first byte, number of bytes
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     folder: Path
     config: dict  # config.json; empty if there is none
-    tensors: dict[str, Entry]
+    parameters: dict[str, Parameter]
 
     @property
-    def files(self) -> list[Path]:
-        return sorted({entry.file for entry in self.tensors.values()})
+    def files(self) -> set[Path]:
+        return {file for each in self.parameters.values() for file, *_ in each.places}
 
     def read(self, name: str) -> Tensor:
-        """One tensor; nothing else of its file is read."""
-        with safe_open(self.tensors[name].file, framework="pt") as file:
-            return file.get_tensor(name)
+        dtype, shape, places = self.parameters[name]
+        parts = [np.fromfile(file, np.uint8, size, offset=start) for file, start, size in places]
+        values: Any = torch.from_numpy(np.concatenate(parts))
+        return values.view(dtype).view(shape)
+
+    def write(self, folder: Path, name: str, value: Tensor) -> None:
+        """Into copies of the files."""
+        places = self.parameters[name].places
+        parts = value.reshape(-1).view(torch.uint8).split([size for *_, size in places])
+        for (file, start, _), part in zip(places, parts, strict=True):
+            with open(folder / file.name, "r+b") as stream:
+                stream.seek(start)
+                stream.write(part.numpy().data)
 
     def configs(self) -> Iterator[dict]:
         """Of the model and of those it consists of, such as an encoder and a decoder."""
@@ -54,7 +67,7 @@ class Checkpoint:
 
     def is_tied(self, name: str) -> bool:
         """Whether the model may use this tensor for its embeddings and for its head."""
-        rows = self.tensors[name].shape[:1]
+        rows = self.parameters[name].shape[:1]
         owners = [config for config in self.configs() if rows == (config.get("vocab_size"),)]
         # transformers 4 leaves a True out; a nested model may follow the outer one.
         told = [c.get("tie_word_embeddings") for c in (self.config, *owners)]
@@ -63,77 +76,77 @@ class Checkpoint:
 
 def read_json(path: Path) -> dict:
     """The JSON object in a file."""
-    if not path.is_file():
-        raise CliError(f"{path} does not exist")
-    with told_of(f"{path} is no JSON", (OSError, ValueError, RecursionError)):
+    with told_of(path, (OSError, ValueError, RecursionError)):
         values = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise CliError(f"{path} must hold a JSON object, got {type(values).__name__}")
+        if not isinstance(values, dict):
+            raise ValueError(f"must hold a JSON object, got {type(values).__name__}")
     return values
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Reads only headers. CliError if the folder has no sound safetensors files."""
-    if not folder.is_dir():
-        raise CliError(f"{folder} is no folder; a model folder has config.json and safetensors")
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if not (folder / INDEX).is_file():
-        if not (folder / SINGLE).is_file():
-            raise CliError(
-                f"{folder} has neither {SINGLE} nor {INDEX}; other formats are not read: save the "
-                "model by transformers' save_pretrained first"
-            )
-        return Checkpoint(folder, config, _entries(folder / SINGLE))
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in weight_map.values()
-    ):
-        raise CliError(f"{folder / INDEX} must map tensors to files of its folder")
-    tensors: dict[str, Entry] = {}
-    for name in sorted(set(weight_map.values())):
-        tensors |= _entries(folder / name)
-    return Checkpoint(folder, config, tensors)
+    files = {SINGLE}
+    if (folder / INDEX).is_file():
+        with told_of(folder / INDEX, (LookupError, AttributeError, TypeError)):
+            files = {Path(name).name for name in read_json(folder / INDEX)["weight_map"].values()}
+    tensors: dict[str, Parameter] = {}
+    for name in sorted(files):
+        tensors |= _tensors(folder / name)
+    return Checkpoint(folder, config, _experts(tensors) | tensors)
 
 
-def _entries(file: Path) -> dict[str, Entry]:
-    if not file.is_file():
-        raise CliError(f"{file} does not exist")
-    with told_of(f"{file} is damaged or no safetensors file", (SafetensorError, OSError)):
+def _tensors(file: Path) -> dict[str, Parameter]:
+    needed = f"{file} must be a sound safetensors file, as transformers' save_pretrained writes it"
+    with told_of(needed, (SafetensorError, OSError)):
         with safe_open(file, framework="pt"):  # checks header, offsets and length
             pass
     # The library does not give offsets. Eight bytes of length, a JSON header, then the data.
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
-    return {
-        name: Entry(
-            file, _DTYPES.get(at["dtype"]), tuple(at["shape"]), 8 + length + at["data_offsets"][0]
-        )
-        for name, at in header.items()
-        if name != "__metadata__"
-    }
+    header.pop("__metadata__", None)
+    found = {}
+    for name, its in header.items():
+        start, end = its["data_offsets"]
+        place = file, 8 + length + start, end - start
+        found[name] = Parameter(_DTYPES.get(its["dtype"]), tuple(its["shape"]), [place])
+    return found
 
 
-def locate(names: Iterable[str], checkpoint: Checkpoint) -> Callable[[str], str]:
-    """Maps an adapter's names of tensors to the checkpoint's; `names` are those that it changes.
+def _experts(tensors: dict[str, Parameter]) -> dict[str, Parameter]:
+    """The stacks, by their names in the model: expert by expert all rows, gate above up."""
+    matches = [match for match in map(_EXPERT.fullmatch, tensors) if match]
+    stacks: dict[str, list[re.Match]] = {}
+    for match in sorted(matches, key=lambda match: (int(match[2]), match[0])):
+        path = match[1].replace(".block_sparse_moe.", ".mlp.")  # Mixtral's
+        own = "gate_up_proj" if match[3] else "down_proj"
+        stacks.setdefault(f"{path}.{own}", []).append(match)
+    found = {}
+    for name, its in stacks.items():
+        parts, count = [tensors[match[0]] for match in its], len({match[2] for match in its})
+        dtype, shape, _ = parts[0]
+        alike = all(part[:2] == (dtype, shape) for part in parts)
+        if alike and len(shape) == 2 and len(parts) % count == 0:
+            rows, places = len(parts) // count * shape[0], [part.places[0] for part in parts]
+            found[name] = Parameter(dtype, (count, rows, shape[1]), places)
+    return found
+
+
+def locate(names: list[str], checkpoint: Checkpoint) -> Callable[[str], str]:
+    """Maps an adapter's names of parameters to the checkpoint's; `names` are those that it changes.
 
     An adapter of a bare LlamaModel has "layers.0...", the file of a LlamaForCausalLM
     "model.layers.0...", and the reverse: one prefix may be added to all names, or removed.
     """
-    names, tensors = sorted(names), checkpoint.tensors
-    last = f".{names[0]}"
-    longer = sorted((n.removesuffix(last[1:]) for n in tensors if n.endswith(last)), key=len)
-    parts = names[0].split(".")
-    shorter = [".".join(parts[:k]) + "." for k in range(1, len(parts))]
-    for add, take in [("", ""), *((p, "") for p in longer), *(("", p) for p in shorter)]:
-
-        def rename(name: str, add: str = add, take: str = take) -> str:
-            return add + name.removeprefix(take)
-
-        if all(rename(name) in tensors for name in names):
-            return rename
-    missing = next((name for name in names if name not in tensors), names[0])
+    known, first = checkpoint.parameters, names[0]
+    for name in sorted(known, key=lambda name: abs(len(name) - len(first))):
+        if f".{name}".endswith(f".{first}") or f".{first}".endswith(f".{name}"):
+            add, take = name[: -len(first)], first[: -len(name)]
+            if all(add + name.removeprefix(take) in known for name in names):
+                return lambda name: add + name.removeprefix(take)
+    missing = next((name for name in names if name not in known), first)
     raise CliError(
-        f"{checkpoint.folder} has no tensor {missing}: the adapter is of another model, or "
-        "that weight is tied to another"
+        f"{checkpoint.folder} has no tensor {missing}, nor what it is made of: the adapter is of "
+        "another model, or that weight is tied to another; merge by merge_and_unload()"
     )

@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from ..writing import appear
 from . import CliError
-from .adapter import Changes, read_changes
+from .adapter import read_changes
 from .checkpoint import Checkpoint, read_checkpoint
 
 # Weights in other formats would be those of the unmerged model.
@@ -28,46 +27,31 @@ def merge(model: Path, source: Path, out: Path) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CliError(f"{out} exists; choose another name or remove it first")
     with appear(out) as folder:
-        added, replaced = changes = read_changes(source, checkpoint)
-        _check_names(checkpoint, replaced, written := added.keys() | replaced.keys())
-        folder.mkdir()
-        for file in checkpoint.files:
-            print(f"merging {file.name}", file=sys.stderr)
-            shutil.copyfile(file, folder / file.name)
-            with open(folder / file.name, "r+b") as copy:
-                for name in written:
-                    entry = checkpoint.tensors[name]
-                    if entry.file == file:
-                        copy.seek(entry.start)
-                        _write(copy, _changed(name, checkpoint, changes))
-        left = _copy_rest(checkpoint, folder)
+        added, replaced = read_changes(source, checkpoint)
+        written = sorted(added.keys() | replaced.keys())
+        _check_names(checkpoint, replaced, written)
+        left = _copy(checkpoint, folder)
+        for name in written:
+            print(f"merging {name}", file=sys.stderr)
+            weight = replaced[name] if name in replaced else checkpoint.read(name)
+            weight = weight.to(checkpoint.parameters[name].dtype)
+            if name in added:
+                weight = added[name].added_to(weight)
+                if not bool(torch.isfinite(weight).all()):
+                    raise CliError(f"{name} would hold NaN or inf after merging")
+            checkpoint.write(folder, name, weight)
     print(f"{len(added)} layers merged into {len(checkpoint.files)} files of {out}")
-    for names, told in (
-        (replaced, "replaced by the adapter's own"),
-        (left, "not copied, since they hold unmerged weights or are folders"),
-    ):
-        if names:
-            print(f"{told}: {', '.join(names)}")
+    if replaced:
+        print("replaced by the adapter's own:", ", ".join(replaced))
+    if left:
+        print("not copied, since they hold unmerged weights or are folders:", ", ".join(left))
     return 0
 
 
-def _changed(name: str, checkpoint: Checkpoint, changes: Changes) -> Tensor:
-    added, replaced = changes
-    weight = replaced[name] if name in replaced else checkpoint.read(name)
-    weight = weight.to(checkpoint.tensors[name].dtype)
-    if name in added:
-        weight = added[name].added_to(weight)
-        if not bool(torch.isfinite(weight).all()):
-            raise CliError(f"{name} would hold NaN or inf after merging; nothing was written")
-    return weight
-
-
-def _check_names(
-    checkpoint: Checkpoint, replaced: dict[str, Tensor], written: Iterable[str]
-) -> None:
+def _check_names(checkpoint: Checkpoint, replaced: dict[str, Tensor], written: list[str]) -> None:
     for name, tensor in replaced.items():
-        entry = checkpoint.tensors.get(name)
-        if entry is None or entry.shape != tuple(tensor.shape) or entry.dtype is None:
+        its = checkpoint.parameters.get(name)
+        if its is None or its.shape != tuple(tensor.shape) or its.dtype is None:
             raise CliError(
                 f"the adapter holds {name} {tuple(tensor.shape)}, which {checkpoint.folder} does "
                 "not hold in that shape; merge by merge_and_unload"
@@ -76,17 +60,12 @@ def _check_names(
         raise CliError(f"{tied} is tied to another weight of the model; merge by merge_and_unload")
 
 
-def _write(stream, tensor: Tensor) -> None:
-    stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _copy_rest(checkpoint: Checkpoint, folder: Path) -> list[str]:
-    """Configuration, tokenizer and the like; returns what was left out."""
-    left = []
-    for path in sorted(checkpoint.folder.iterdir()):
-        if path.name.startswith(".") or path in checkpoint.files:
-            continue
-        if path.is_file() and path.suffix not in _NOT_COPIED:
+def _copy(checkpoint: Checkpoint, folder: Path) -> list[str]:
+    """Tensors, configuration, tokenizer and the like; returns what was left out."""
+    folder.mkdir()
+    files, left = checkpoint.files, []
+    for path in sorted(p for p in checkpoint.folder.iterdir() if not p.name.startswith(".")):
+        if path in files or (path.is_file() and path.suffix not in _NOT_COPIED):
             shutil.copyfile(path, folder / path.name)
         else:
             left.append(path.name)

@@ -35,6 +35,7 @@ class AdaptedParameter(AdaptedLayer):
 
     parameter_name: str
     transposed: bool
+    instead: Any = None  # of forward, while `calibrate` runs
     _names: Any  # gives the adapters to add now
 
     def _set_sizes(self, base_layer: Any, parameter_name: str) -> nn.Linear:
@@ -62,6 +63,8 @@ class AdaptedParameter(AdaptedLayer):
         return getattr(self.get_base_layer(), self.parameter_name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.instead is not None:
+            return self.instead(*args, **kwargs)
         layer, changed = self, {}
         while isinstance(layer, AdaptedParameter):
             if names := layer._names():
@@ -153,12 +156,11 @@ def sizes_of(module: Any, name: str) -> tuple[int, int, bool, int]:
     shape = getattr(weight, "ds_shape", weight.shape)  # of ZeRO-3
     if len(shape) not in (2, 3) or 0 in shape:
         raise ValueError(f"{told} must have two or three dimensions, got {tuple(shape)}")
-    transposed = type(module).__name__ in _TRANSPOSED or bool(
-        getattr(module, "is_transposed", False)
-    )
-    transposed &= len(shape) == 3
-    n_out, n_in = shape[-2:][:: -1 if transposed else 1]
-    return n_in, n_out, transposed, shape[0] if len(shape) == 3 else 1
+    *stack, n_out, n_in = shape
+    says_so = type(module).__name__ in _TRANSPOSED or getattr(module, "is_transposed", False)
+    if transposed := bool(stack and says_so):
+        n_in, n_out = n_out, n_in
+    return n_in, n_out, transposed, stack[0] if stack else 1
 
 
 def matching_parameters(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[str, str]]:

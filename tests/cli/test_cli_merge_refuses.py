@@ -8,7 +8,7 @@ import torch
 from cli_helpers import Q0, added, edit, refused, run, sharded
 from safetensors.torch import load_file, save_file
 
-import randlora_ext.cli.merge as merging
+from randlora_ext.cli.checkpoint import Checkpoint
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "stock_peft"),
@@ -67,13 +67,13 @@ SHARD, WEIGHTS = "model/model-*.safetensors", "adapter/adapter_model.safetensors
 LAMBDA, GAMMA = f"{Q0}.randlora_lambda", f"{Q0}.randlora_gamma"
 DEEP = "[" * 100_000
 BROKEN = {
-    "no model": (lambda r: shutil.rmtree(r / "model"), "no folder"),
-    "no adapter": (lambda r: shutil.rmtree(r / "adapter"), "adapter_config.json does not exist"),
+    "no model": (lambda r: shutil.rmtree(r / "model"), "model.safetensors must be a sound"),
+    "no adapter": (lambda r: shutil.rmtree(r / "adapter"), "No such file or directory"),
     "out exists": (lambda r: ((r / "out").mkdir(), (r / "out" / "a").touch()), "exists"),
-    "shard missing": (lambda r: sorted(r.glob(SHARD))[0].unlink(), "does not exist"),
-    "shard truncated": (written(SHARD, lambda data: data[:-5]), "damaged"),
-    "index leads out": (index(w="../adapter/x"), "files of its folder"),
-    "model config deep": (written("model/config.json", DEEP), "config.json is no JSON"),
+    "shard missing": (lambda r: sorted(r.glob(SHARD))[0].unlink(), "No such file or directory"),
+    "shard truncated": (written(SHARD, lambda data: data[:-5]), "must be a sound"),
+    "index leads out": (index(w="../adapter/x"), "model/x must be a sound"),
+    "model config deep": (written("model/config.json", DEEP), "config.json: maximum recursion"),
     "quantized": (
         lambda r: edit(r / "model" / "config.json", quantization_config={"load_in_4bit": True}),
         "quantized",
@@ -107,7 +107,7 @@ BROKEN = {
     "modules_to_save lacks one": (
         config(modules_to_save=["norm"]), "lacks model.norm.weight, though modules_to_save has 'no",
     ),
-    "unknown tensor": (added("", x=torch.zeros(1)), "must start with"),
+    "unknown tensor": (added("", x=torch.zeros(1)), "the adapter holds x (1,), which"),
     "not PEFT's": (
         added(**{f"{Q0}.weight": torch.randn(32, 32)}), "which an adapted layer does not have"
     ),
@@ -134,7 +134,7 @@ def test_a_failure_half_way_leaves_nothing(whole, monkeypatch, error):
         if len(written) == 5:
             raise error
 
-    monkeypatch.setattr(merging, "_write", fail_late)
+    monkeypatch.setattr(Checkpoint, "write", fail_late)
     code, out, err = run("merge", whole / "model", whole / "adapter", whole / "out")
     assert code in (2, 130) and out == "" and len(written) == 5
     assert sorted(p.name for p in whole.iterdir()) == ["adapter", "model"]

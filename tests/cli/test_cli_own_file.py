@@ -82,11 +82,15 @@ def test_what_does_not_fit_is_told(sound, tmp_path, monkeypatch):
     # Paths are checked first: nobody waits for PEFT to be told of a misspelt one.
     monkeypatch.setitem(sys.modules, "randlora_ext.peft", None)
     for model, adapter, told in (
-        (tmp_path / "other", file, "up_proj: in_features and out_features are (32, 64), in the"),
-        ("nowhere", file, "nowhere is no folder"),
-        ("nowhere", "nor here", "nowhere is no folder"),
-        (sound / "model", "nor here", "nor here/adapter_config.json does not exist"),
-        (sound / "model", tmp_path, "adapter_config.json does not exist"),
+        (
+            tmp_path / "other",
+            file,
+            "up_proj: in_features and out_features are (32, 64), not (32, 48)",
+        ),
+        ("nowhere", file, "nowhere/model.safetensors must be a sound safetensors file"),
+        ("nowhere", "nor here", "nowhere/model.safetensors must be a sound safetensors file"),
+        (sound / "model", "nor here", "No such file or directory: 'nor here/adapter_config.json'"),
+        (sound / "model", tmp_path, "adapter_config.json"),
     ):
         assert told in refused("merge", model, adapter, out)
     file.write_bytes(file.read_bytes()[:-3])
