@@ -22,6 +22,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _CONV1D_MODELS = "gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"
 # Those that store experts as (in, out).
 _TRANSPOSED_EXPERTS = "gpt_oss", "openai_privacy_filter", "aria_text", "llama4_text"
+_UNKNOWN_LAYOUT = "only the model's code says which way its experts lie; merge_and_unload() merges"
 _BASES = ("randlora_A", "randlora_B")
 
 
@@ -87,7 +88,8 @@ def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
     enable()  # so that PEFT reads our fields
     with warnings.catch_warnings(), one_save(folder, {}) as shown:
         warnings.filterwarnings("ignore", message="Specified to not save")
-        config = RandLoraConfig.from_pretrained(shown)
+        with told_of(folder / CONFIG, Exception):  # whatever PEFT's conversion raises
+            config = RandLoraConfig.from_pretrained(shown)
         saved, _ = read_safetensors(Path(shown, WEIGHTS))
     # PEFT up to 0.21.2 saves them again under every layer.
     bases = {key.rpartition(".")[2]: saved.pop(key) for key in [*saved] if key.endswith(_BASES)}
@@ -121,6 +123,10 @@ def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
     return added, others
 
 
+def _types(checkpoint: Checkpoint) -> list[str]:
+    return [each["model_type"] for each in checkpoint.configs() if "model_type" in each]
+
+
 def _parameter(at: str, config: Any) -> str:
     """The name of the parameter to which a layer of experts belongs. Those of one module are nested
     in the order of ``target_parameters``, the first one innermost."""
@@ -134,16 +140,13 @@ def _parameter(at: str, config: Any) -> str:
 
 def _is_transposed(checkpoint: Checkpoint, name: str, experts: Sequence[int], config: Any) -> bool:
     """Whether PEFT's layer stores its weight as (in, out)."""
-    types = [each["model_type"] for each in checkpoint.configs() if "model_type" in each]
+    types = _types(checkpoint)
     _, shape, places = checkpoint.parameters[name]
     if experts:
         if len(shape) == 2 or len(places) > 1:
             return False
-        # Of qwen3_vl_moe transformers may transpose them.
-        if not types or "auto_map" in checkpoint.config or "qwen3_vl_moe" in types:
-            raise ValueError(
-                "only the model's code says which way its experts lie; merge by merge_and_unload()"
-            )
+        if not types or "auto_map" in checkpoint.config:
+            raise ValueError(_UNKNOWN_LAYOUT)
         return not {*types}.isdisjoint(_TRANSPOSED_EXPERTS)
     conv1d = {kind in _CONV1D_MODELS for kind in types}
     if len({*shape}) == 1 and True in conv1d and conv1d != {config.fan_in_fan_out}:
@@ -158,7 +161,9 @@ def _sizes(
     checkpoint: Checkpoint, name: str, experts: Sequence[int], transposed: bool
 ) -> tuple[int, int]:
     """(in_features, out_features)"""
-    dtype, shape, _ = checkpoint.parameters[name]
+    dtype, shape, places = checkpoint.parameters[name]
+    if experts and len(places) == 1 and "qwen3_vl_moe" in _types(checkpoint):
+        raise ValueError(_UNKNOWN_LAYOUT)  # transformers may transpose them
     if dtype is None or len(shape) < 2 or math.prod(shape[:-2]) != math.prod(experts):
         each = f" for each of {experts[0]} experts" if experts else ""
         raise CliError(
