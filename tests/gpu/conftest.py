@@ -49,17 +49,3 @@ def exact_products():
     torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision(before)
-
-
-@pytest.fixture
-def room(card):
-    """Skips where fewer than `room(bytes)` bytes of the card are free."""
-
-    def need(size: int) -> None:
-        torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(card)[0]
-        if free < size:
-            pytest.skip(f"needs {size >> 30} GiB of free device memory, {free >> 30} GiB are")
-
-    yield need
-    torch.cuda.empty_cache()

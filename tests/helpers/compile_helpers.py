@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 
 import pytest
 import torch
@@ -16,11 +15,6 @@ needs_compiler = pytest.mark.skipif(
     or not any(shutil.which(c) for c in (os.environ.get("CXX") or "g++", "clang++")),
     reason="torch.compile's and AOTInductor's code needs a C++ compiler (set CXX, or install g++), "
     "and a torch in a path without spaces, which it does not quote",
-)
-
-needs_guards = pytest.mark.skipif(
-    sys.version_info[:3] == (3, 13, 0),
-    reason="torch.compile misses changed attributes on Python 3.13.0; torch asks for 3.13.1",
 )
 
 

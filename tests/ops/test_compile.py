@@ -11,7 +11,6 @@ from compile_helpers import (
     graphs,
     mixed_net,
     needs_compiler,
-    needs_guards,
     step,
 )
 from compile_helpers import fresh_dynamo as fresh_dynamo
@@ -89,7 +88,6 @@ def test_layers_of_one_shape_share_what_is_compiled():
     assert graphs() == 1
 
 
-@needs_guards
 def test_states_of_a_layer():
     layer, x = small_net(randlora_dropout=0.5)[0], x_of(7)
     layer.update_layer("two", r=7, density=0.3, basis="independent")

@@ -1,10 +1,8 @@
 """randlora_ext.peft: enable, disable and accelerate; which PEFT; what a model says of itself."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from layer_cases import run_python
 from peft.tuners.tuners_utils import BaseTuner
 from peft_helpers import (
     RANDLORA,
@@ -105,8 +103,7 @@ print(type(model.base_model.model[0]).__name__)
 
 
 def test_without_peft_and_imported_before_it():
-    told = subprocess.run([sys.executable, "-c", OURS_FIRST], capture_output=True, text=True).stdout
-    without, layer = told.splitlines()
+    without, layer = run_python("-c", OURS_FIRST).splitlines()
     assert "`pip install -U 'peft>=0.20'`" in without
     assert layer == "AcceleratedLinear"
 

@@ -1,6 +1,5 @@
 """What others open: export_to_peft, PEFT's conversion to LoRA, model cards."""
 
-import functools
 import json
 import re
 import warnings
@@ -249,23 +248,3 @@ def test_what_others_wrote_stays(model, tmp_path):
     card, _, loaded = run_snippet(tmp_path / "adapter")
     assert card.data.license == "mit" and "\n# Mine alone\n" in card.text
     same(loaded, model)
-
-
-def test_over_quantized_bases(tmp_path):
-    """Of dW alone: the converted adapter stands over the same quantized base."""
-    bnb = pytest.importorskip("bitsandbytes")
-    eight = functools.partial(bnb.nn.Linear8bitLt, has_fp16_weights=False)
-    for kind in (bnb.nn.Linear4bit, eight):
-
-        def base(kind=kind):
-            torch.manual_seed(0)
-            net = nn.Sequential(kind(64, 96))
-            net.load_state_dict(nn.Sequential(nn.Linear(64, 96)).state_dict())
-            return net.to("cpu")  # quantizes
-
-        model = adapted(base(), "0", 8, basis="hadamard").eval()
-        lora = converted(model, tmp_path, 64, base)
-        assert relative(*(changes(each)[0] for each in (lora, model))) < 2e-6
-        x = torch.randn(3, 64)
-        with torch.no_grad():  # bitsandbytes keeps its state in 16 bits
-            assert relative(lora(x), model(x)) < 0.01 < 0.1 < relative(base()(x), model(x))
