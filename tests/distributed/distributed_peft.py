@@ -67,7 +67,7 @@ def check_ddp(place: Place):
 
 @worlds(2)
 def check_fsdp(place: Place):
-    """Training and the adapter's file as of one process; merging, where stock PEFT fails."""
+    """Training and the adapter's file as of one process, and one more adapter."""
     for kind in ({}, {"basis": "hadamard"}):
         reference, model = make(**kind), make(**kind)
         parts = layers(model)
@@ -83,20 +83,9 @@ def check_fsdp(place: Place):
             theirs = peft.get_peft_model_state_dict(reference)
             torch.testing.assert_close(mine, theirs, **LIMITS)
 
-        x = batch(0, torch.float32)
-        wanted = model(x).detach()
-        before = [layer.base_layer.weight.full_tensor().clone() for layer in parts]
-        model.merge_adapter(safe_merge=True)
-        for layer, weight in zip(parts, before, strict=True):
-            merged = layer.base_layer.weight
-            assert merged.to_local().numel() < weight.numel()  # sharded still
-            assert (merged.full_tensor() - weight).abs().max() > 0.1
-        torch.testing.assert_close(model(x).detach(), wanted, **LIMITS)
-        model.unmerge_adapter()
-        for layer, weight in zip(parts, before, strict=True):
-            assert torch.equal(layer.base_layer.weight.full_tensor(), weight)
         model.add_adapter("two", model.peft_config["default"])  # changes nothing yet
         model.set_adapter("two")
+        x = batch(0, torch.float32)
         torch.testing.assert_close(model(x), model.get_base_model()(x))
 
 
