@@ -235,7 +235,7 @@ def test_weight_and_state_agree_after_nan_and_ctrl_c(bits):
         layer.base_layer, layer.merged_adapters = copy.deepcopy(start), []
 
 
-def test_added_adapters_stand_beside_the_first(bits, tmp_path):
+def test_added_adapters_stand_beside_the_first(bits):
     """Stock PEFT wraps the wrapped layer again, and adds the first adapter to the second."""
     ours, x = made(bits), torch.randn(3, 64)
     first = ours(x)
@@ -253,8 +253,6 @@ def test_added_adapters_stand_beside_the_first(bits, tmp_path):
     mixed = ours(x, adapter_names=["three", "default", "two"])
     wanted = torch.stack([outputs["three"][0], outputs["default"][1], outputs["two"][2]])
     assert relative(mixed, wanted) < 0.02  # bitsandbytes rounds 8-bit activations row by row
-    ours.save_pretrained(tmp_path)
-    assert relative(reopened(bits, tmp_path / "three")(x), outputs["three"]) < 0.01
 
 
 def test_pickle_and_accelerate(tmp_path, bits):
