@@ -89,13 +89,10 @@ def test_threshold_refuses():
 @pytest.mark.parametrize("record", VECTORS["elements"], ids=lambda r: " ".join(r[:6]))
 def test_element_vectors(record):
     seed, role, row, col, count, density = place_of(record[:6])
-    expected = record[6]
-    assert to_signs(values(seed, role, row, col, 1, count, density)[0]) == expected
-    assert (
-        to_signs(from_planes(fill(seed, role, row, col, 1, count, density), count)[0]) == expected
-    )
+    place = seed, role, row, col, 1, count, density
     single = [_C.element(seed, role, row, c, threshold(density)) for c in range(col, col + count)]
-    assert to_signs(np.array(single)) == expected
+    for way in (values(*place)[0], from_planes(fill(*place), count)[0], np.array(single)):
+        assert to_signs(way) == record[6]
 
 
 SLICES = [(*r[:7], *n[7:], r[7]) for r, n in zip(VECTORS["planes"], VECTORS["counts"], strict=True)]
@@ -160,16 +157,15 @@ def source(request):
 def test_sign_vectors():
     for record in HADAMARD_VECTORS["signs"]:
         seed, role, first, count = map(int, record[:4])
-        ways = [signs(seed, role, first, count)]
-        ways.append(from_planes(fill(seed, role, 0, first, 1, count, 1.0), count)[0])
-        ways.append(
-            _C.element(seed, role, 0, e, threshold(1.0)) for e in range(first, first + count)
-        )
+        planes = fill(seed, role, 0, first, 1, count, 1.0)
+        places = range(first, first + count)
+        single = [_C.element(seed, role, 0, e, threshold(1.0)) for e in places]
+        ways = [signs(seed, role, first, count), from_planes(planes, count)[0], np.array(single)]
         if first < 2**31:
             drawn = compiled_signs(seed, role, first + count, torch.device("cpu"))[first:]
             ways.append(drawn.to(torch.int8).numpy())
         for way in ways:
-            assert to_signs(np.fromiter(way, np.int8)) == record[4]
+            assert to_signs(way) == record[4]
 
 
 def test_matrix_vectors(source):
