@@ -192,10 +192,10 @@ def test_unmerging_puts_the_quantized_weight_back(bits, called):
 @pytest.mark.parametrize("bits,safe", [(8, True), (4, False)])
 def test_merging_is_dequantized_weight_plus_delta(bits, safe, monkeypatch):
     """Stock PEFT multiplies A' B: an error for the oblong layers, wrong for the square one."""
-    stock, ours = quantized_pair(bits)
+    ours = made(bits)
     monkeypatch.setattr(AcceleratedLinear, "keep_weight", "nothing")
     x = torch.randn(5, 64)
-    before, bare = ours.eval()(x), copy.deepcopy(ours).unload()(x)
+    before, bare = ours(x), copy.deepcopy(ours).unload()(x)
     weights = [dense(layer) for layer in layers(ours)]
     changes = [delta.detach() for delta in deltas(ours)]
     ours.merge_adapter(safe_merge=safe)
@@ -213,9 +213,6 @@ def test_merging_is_dequantized_weight_plus_delta(bits, safe, monkeypatch):
     merged = ours.merge_and_unload(safe_merge=safe)
     assert type(merged.a).__module__.startswith("bitsandbytes")
     assert relative(merged(x), before) < 1.5 * rounding
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        stock.merge_adapter()
-    assert relative(layers(stock)[2].get_delta_weight("default"), changes[2]) > 0.5
 
 
 def test_weight_and_state_agree_after_nan_and_ctrl_c(bits):
