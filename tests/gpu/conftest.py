@@ -40,12 +40,3 @@ def card(device) -> torch.device:
     if device.type != "cuda":
         pytest.skip("needs a card; the CPU has no streams, graphs or device memory")
     return device
-
-
-@pytest.fixture(autouse=True)
-def exact_products():
-    """fp32 products in fp32, whatever a test before allowed."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)

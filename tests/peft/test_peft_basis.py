@@ -18,7 +18,7 @@ from peft_helpers import (
     basis_of,
     config,
     deltas,
-    edit_config,
+    edit,
     inputs,
     layers,
     made,
@@ -72,7 +72,7 @@ def test_the_text_alone_decides_the_bases_at_every_door(tmp_path, options, x):
     accelerated.disable()
     with pytest.raises(KeyError):
         peft.PeftConfig.from_pretrained(tmp_path)
-    edit_config(tmp_path, peft_type="RANDLORA")
+    edit(tmp_path / "adapter_config.json", peft_type="RANDLORA")
     with pytest.warns(UserWarning, match="'basis', 'density'"):
         read_by_stock = peft.PeftConfig.from_pretrained(tmp_path)
     read_by_stock.save_pretrained(tmp_path)

@@ -16,7 +16,7 @@ from peft_helpers import (
     adapted,
     assert_close,
     config,
-    edit_config,
+    edit,
     layers,
     made,
     opened,
@@ -32,8 +32,6 @@ from peft_helpers import (
 from safetensors.torch import load_file
 from torch import nn
 from torch.export import Dim
-
-transformers = pytest.importorskip("transformers")
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
@@ -164,7 +162,7 @@ def test_transformers_integration(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert sum(key.endswith("randlora_A") for key in saved) == 1
-    edit_config(tmp_path, projection_prng_key=9)
+    edit(tmp_path / "adapter_config.json", projection_prng_key=9)
     loaded = llama()
     loaded.load_adapter(tmp_path)
     for model in (loaded, peft.PeftModel.from_pretrained(llama(), tmp_path)):
