@@ -116,13 +116,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, of fan_in_fan_out a
 TOKENS = torch.arange(12).view(2, 6)
 
 
-def changes(model):
-    """The product of the matrices of each LoRA layer, or dW."""
-    kinds = peft.tuners.lora.LoraLayer, peft.tuners.randlora.RandLoraLayer
-    found = (module for module in model.modules() if isinstance(module, kinds))
-    return [module.get_delta_weight("default").detach() for module in found]
-
-
 def converted(model, folder, rank, base):
     peft.save_as_lora(folder, model, rank=rank)
     loaded = opened(folder, base)
@@ -138,9 +131,6 @@ def test_of_full_rank_nothing_is_lost(tmp_path, kind, dtype, x):
 
     model = adapted(base(), "abc", 5, **kind)
     lora = converted(model, tmp_path, 24, base)
-    for product, delta in zip(changes(lora), changes(model), strict=True):
-        assert product.dtype == delta.dtype == torch.float32
-        assert relative(product, delta) < 2e-6  # PEFT decomposes in float32
     with torch.no_grad():
         y, want = lora(x.to(dtype)), model(x.to(dtype))
     assert relative(y, want) < (5e-6 if dtype == torch.float32 else 0.02)
