@@ -27,11 +27,7 @@ def blocks(text: str) -> list[tuple[int, str]]:
     ]
 
 
-def runnable() -> list[str]:
-    return [page for page in PAGES if blocks((ROOT / page).read_text())]
-
-
-@pytest.mark.parametrize("page", runnable())
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks((ROOT / p).read_text())])
 def test_python_blocks_run(page, tmp_path, monkeypatch, stock_peft):
     path = ROOT / page
     found = blocks(path.read_text())
