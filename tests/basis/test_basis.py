@@ -21,7 +21,6 @@ def test_sizes():
         assert (basis.in_features, basis.out_features, basis.r) == (*sizes, 7)
         assert (basis.d, basis.D, basis.n, basis.K) == (37, 50, 6, 42)
         assert (basis.density, basis.seed) == (0.07, 9)
-    assert Basis(3, 5, 8, 1).n == 1  # r > d: one base
     assert Basis(1, 1, 2**16, 0.5).K == 2**16  # the largest r
 
 

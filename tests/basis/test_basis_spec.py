@@ -182,8 +182,6 @@ def test_the_packed_form_holds_the_signs_and_nothing_else():
         assert packed.shape == (count,)
         assert np.array_equal(packed.numpy(), signs(2**64 - 1, role, 0, count))
     assert (basis.kind, basis.format, basis.density, basis.scale) == ("hadamard",) * 2 + (1.0, 1.0)
-    with pytest.raises(ValueError, match="density must be None for Hadamard.*0.5"):
-        Basis(5, 7, 3, 0.5, kind="hadamard")
 
 
 def test_layers_of_all_sizes_share_the_signs(source):

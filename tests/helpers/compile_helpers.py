@@ -27,6 +27,10 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
+def compiled(model, dynamic=None):
+    return torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+
+
 def graphs() -> int:
     """Graphs compiled so far, including recompilations; fails on a graph break."""
     assert not counters["graph_break"], dict(counters["graph_break"])

@@ -104,12 +104,10 @@ def make_layer(
     )
 
 
-def with_operands(
-    shape_and_basis: tuple, dtype: torch.dtype = torch.float32
-) -> tuple[Layer, tuple]:
+def with_operands(case: tuple, dtype: torch.dtype = torch.float32) -> tuple[Layer, tuple]:
     """A small layer, each of whose tensors wants a gradient, and its basis as operators take it."""
     # Of this seed neither A nor B is without elements.
-    layer = make_layer(*shape_and_basis, 3, dtype, lead=(1,), seed=4)
+    layer = make_layer(*case, 3, dtype, lead=(1,), seed=4)
     for tensor in (layer.x, layer.weight, layer.bias, layer.lam, layer.gam, layer.dy):
         tensor.requires_grad_()
     return layer, operands(layer)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from compile_helpers import (
     assert_steps_agree,
+    compiled,
     graphs,
     mixed_net,
     needs_compiler,
@@ -22,10 +23,6 @@ from torch.export import Dim
 from randlora_ext import RandLoraLinear, delta_weight, merged_weight, scaled_basis
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-
-
-def compiled(model, dynamic=None):
-    return torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
 
 
 def x_of(tokens):

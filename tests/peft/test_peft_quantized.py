@@ -146,6 +146,13 @@ def test_scaled_inputs(bits, tmp_path):
         assert relative(reopened(bits, tmp_path)(x), want) < 0.01
 
 
+def test_dtype_is_that_of_the_input(bits):
+    """Stock PEFT answers float32 to a bfloat16 input where it upcast the adapter."""
+    model, x = made(bits, torch.bfloat16), torch.randn(5, 64)
+    assert model(x.bfloat16()).dtype == torch.bfloat16
+    assert relative(model(x.bfloat16()), model(x)) < 0.05
+
+
 def stored(layer):
     """Every byte of a quantized base layer."""
     state = layer.get_base_layer().state_dict()
