@@ -5,8 +5,8 @@
     RANDLORA_CUDA=1 pip install --no-build-isolation . && python tools/load_gate.py
 
 Checks that the CUDA library exports one symbol and links neither torch nor a CUDA runtime; that the
-package loads it and registers its operators under the CUDA key; that torch has the functions which
-operators look up by name; and that CPU tensors still work.
+package loads it and registers its operators under the CUDA key; and that torch has the functions
+which operators look up by name.
 """
 
 import ctypes
@@ -17,7 +17,6 @@ import torch
 from check_wheel import library_findings
 
 import randlora_ext
-from randlora_ext.reference import delta_weight_reference
 
 BINDING = Path(__file__).resolve().parents[1] / "csrc" / "torch" / "backend.cpp"
 
@@ -36,8 +35,4 @@ assert len(wanted) >= 3, wanted
 for file, name in wanted:
     getattr(ctypes.CDLL(file), name)
 print("torch has", *(name for _, name in wanted))
-basis = randlora_ext.Basis(96, 130, 8, 1 / 3)
-lam, gam = torch.randn(8, basis.n), torch.randn(basis.n, basis.d)
-want = delta_weight_reference(*basis.dense(), lam, gam, 1.0, 130, 96)
-torch.testing.assert_close(randlora_ext.delta_weight(basis, lam, gam), want)
 print("load gate: passed")

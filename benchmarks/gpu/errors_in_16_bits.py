@@ -20,7 +20,7 @@ from layer_cases import (  # noqa: E402
     forward_backward,
     make_layer,
     plain,
-    rms_error,
+    relative,
 )
 
 from randlora_ext.reference import linear_reference  # noqa: E402
@@ -57,7 +57,7 @@ def main() -> None:
         for way, function in (ways | {"CPU": cpu, "CUDA": cuda}).items():
             results = [(function(layer), oracle) for layer, oracle in pairs]
             squares = [
-                sum(rms_error(got[name], want[name]) ** 2 / 2 for got, want in results)
+                sum(relative(got[name], want[name]) ** 2 / 2 for got, want in results)
                 for name in NAMES
             ]
             errors = " | ".join(f"{square**0.5:.1e}" for square in squares)

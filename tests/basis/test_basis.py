@@ -14,11 +14,6 @@ from randlora_ext import Basis, delta_weight, linear
 from randlora_ext.basis import BasisDescription
 from randlora_ext.basis.ternary import pack_dense
 
-VALUES = pytest.mark.parametrize(
-    "density, dtype",
-    [(1.0, torch.float64), (1 / 3, torch.float32), (0.07, torch.bfloat16), (1 / 64, torch.float16)],
-)
-
 
 def test_sizes():
     for sizes in ((50, 37), (37, 50)):
@@ -26,11 +21,13 @@ def test_sizes():
         assert (basis.in_features, basis.out_features, basis.r) == (*sizes, 7)
         assert (basis.d, basis.D, basis.n, basis.K) == (37, 50, 6, 42)
         assert (basis.density, basis.seed) == (0.07, 9)
-    assert Basis(3, 5, 8, 1).n == 1  # r > d: one base
     assert Basis(1, 1, 2**16, 0.5).K == 2**16  # the largest r
 
 
-@VALUES
+@pytest.mark.parametrize(
+    "density, dtype",
+    [(1.0, torch.float64), (1 / 3, torch.float32), (0.07, torch.bfloat16), (1 / 64, torch.float16)],
+)
 def test_dense_is_the_specification_times_its_scale(density, dtype):
     basis = Basis(70, 37, 7, density, seed=2**64 - 1)
     A, B = basis.dense(dtype=dtype)

@@ -1,4 +1,5 @@
-"""Basis specification, version 1: vectors, NumPy reference and compiled code agree bit for bit."""
+"""Basis specifications 1 and hadamard-1: vectors, NumPy reference and compiled code agree bit for
+bit."""
 
 import hashlib
 import math
@@ -7,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from basis_reference import philox4x32_10, ternary, threshold
+from basis_reference import hadamard, philox4x32_10, signs, ternary, threshold
 from basis_vectors import (
     HADAMARD_FILE,
     VECTOR_FILE,
@@ -19,10 +20,11 @@ from basis_vectors import (
     to_signs,
 )
 
-from randlora_ext import _C
+from randlora_ext import _C, Basis
 from randlora_ext.basis.description import as_signed
+from randlora_ext.basis.hadamard import signs as compiled_signs
 
-VECTORS = read_vectors()
+VECTORS, HADAMARD_VECTORS = read_vectors(VECTOR_FILE), read_vectors(HADAMARD_FILE)
 LIMIT = 2**32
 
 
@@ -87,11 +89,10 @@ def test_threshold_refuses():
 @pytest.mark.parametrize("record", VECTORS["elements"], ids=lambda r: " ".join(r[:6]))
 def test_element_vectors(record):
     seed, role, row, col, count, density = place_of(record[:6])
-    signs = record[6]
-    assert to_signs(values(seed, role, row, col, 1, count, density)[0]) == signs
-    assert to_signs(from_planes(fill(seed, role, row, col, 1, count, density), count)[0]) == signs
+    place = seed, role, row, col, 1, count, density
     single = [_C.element(seed, role, row, c, threshold(density)) for c in range(col, col + count)]
-    assert to_signs(np.array(single)) == signs
+    for way in (values(*place)[0], from_planes(fill(*place), count)[0], np.array(single)):
+        assert to_signs(way) == record[6]
 
 
 SLICES = [(*r[:7], *n[7:], r[7]) for r, n in zip(VECTORS["planes"], VECTORS["counts"], strict=True)]
@@ -138,3 +139,56 @@ def test_fill_planes_refuses_and_names_the_argument(argument, value):
     with pytest.raises((RuntimeError, ValueError), match=argument):
         torch.ops.randlora.fill_planes_(**arguments)
     assert not arguments["planes"].any()  # nothing is changed
+
+
+# ---- hadamard-1
+
+
+def compiled(in_features, out_features, r, seed):
+    basis = Basis(in_features, out_features, r, seed=seed, kind="hadamard")
+    return [matrix.to(torch.int8).numpy() for matrix in basis.dense(dtype=torch.float64)]
+
+
+@pytest.fixture(params=[hadamard, compiled], ids=["reference", "compiled"])
+def source(request):
+    return request.param
+
+
+def test_sign_vectors():
+    for record in HADAMARD_VECTORS["signs"]:
+        seed, role, first, count = map(int, record[:4])
+        planes = fill(seed, role, 0, first, 1, count, 1.0)
+        places = range(first, first + count)
+        single = [_C.element(seed, role, 0, e, threshold(1.0)) for e in places]
+        ways = [signs(seed, role, first, count), from_planes(planes, count)[0], np.array(single)]
+        if first < 2**31:
+            drawn = compiled_signs(seed, role, first + count, torch.device("cpu"))[first:]
+            ways.append(drawn.to(torch.int8).numpy())
+        for way in ways:
+            assert to_signs(way) == record[4]
+
+
+def test_matrix_vectors(source):
+    for *layer, name, digest in HADAMARD_VECTORS["matrix_planes"]:
+        matrix = source(*map(int, layer))["AB".index(name)]
+        assert planes_digest(to_planes(matrix)) == digest, (layer, name)
+    for *layer, name, row, expected in HADAMARD_VECTORS["matrix_row"]:
+        assert to_signs(source(*map(int, layer))["AB".index(name)][int(row)]) == expected
+
+
+def test_the_packed_form_holds_the_signs_and_nothing_else():
+    basis = Basis(61, 130, 7, seed=2**64 - 1, kind="hadamard")
+    for role, (packed, count) in enumerate(zip(basis.packed(), (61, 130, 63), strict=True), 3):
+        assert packed.shape == (count,)
+        assert np.array_equal(packed.numpy(), signs(2**64 - 1, role, 0, count))
+    assert (basis.kind, basis.format, basis.density, basis.scale) == ("hadamard",) * 2 + (1.0, 1.0)
+
+
+def test_layers_of_all_sizes_share_the_signs(source):
+    _, B = source(300, 420, 30, 6)
+    for layer in ((61, 130, 7), (130, 300, 31), (9, 8, 20), (1, 1, 1)):
+        a, b = source(*layer, 6)
+        assert np.array_equal(b, B[: b.shape[0], : b.shape[1]])
+        assert np.array_equal(a[0], signs(6, 3, 0, min(layer[:2])))  # row 0 of H is all +1
+    assert not np.array_equal(source(300, 420, 30, 7)[1], B)
+    assert all(map(np.array_equal, source(64, 96, 16, 9), source(96, 64, 16, 9)))

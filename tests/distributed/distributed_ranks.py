@@ -3,7 +3,7 @@
     python tests/distributed/distributed_ranks.py FOLDER
 
 A check is a function ``check_NAME(place)`` of one of `MODULES`; `worlds` says for which numbers of
-processes. The first that fails ends all. What rank 1 of 4 says is in FOLDER/4-1.txt.
+processes. The first that fails ends all.
 """
 
 import importlib.util
@@ -17,12 +17,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 MODULES = ["distributed_training"]
 if importlib.util.find_spec("peft"):
     MODULES += ["distributed_peft"]
+if importlib.util.find_spec("deepspeed"):
+    MODULES += ["distributed_deepspeed"]
 NUMBERS = (2, 4)  # of processes, in this order: 4 read the checkpoints of 2
 HANG = 120  # seconds in one collective
 
@@ -86,41 +89,30 @@ def worlds(*sizes: int):
 
 
 def main(folder: Path) -> None:
-    """Forks the ranks when all is imported, and waits for them; after one failed not for long."""
+    """Forks the ranks when all is imported, and waits for them."""
     torch.set_num_threads(1)
     modules = [importlib.import_module(name) for name in MODULES]
     everything = [value for module in modules for value in vars(module).values()]
     for world in NUMBERS:
         checks = [value for value in everything if world in getattr(value, "worlds", ())]
-        children = set()
-        for rank in range(world):
-            if (child := os.fork()) == 0:
-                with (folder / f"{world}-{rank}.txt").open("w") as out:
-                    os.dup2(out.fileno(), 1)
-                    os.dup2(out.fileno(), 2)
-                run_rank(Place(rank, world, folder), checks)
-            children.add(child)
-        while children:
-            child, status = os.wait()
-            children.remove(child)
-            if status:
-                time.sleep(5)  # the others wait in vain
-                sys.exit(1)
+        start_processes(run_rank, (world, folder, checks), world, start_method="fork")
 
 
-def run_rank(place: Place, checks: list) -> None:
+def run_rank(rank: int, world: int, folder: Path, checks: list) -> None:
+    sys.stdout.reconfigure(write_through=True)  # whole lines, among those of other ranks
     try:
-        store = f"file://{place.folder / f'{place.world}.store'}"
-        sizes = {"rank": place.rank, "world_size": place.world}
+        store = f"file://{folder / f'{world}.store'}"
+        sizes = {"rank": rank, "world_size": world}
         dist.init_process_group("gloo", store, timedelta(seconds=HANG), **sizes)
         for check in checks:
-            began = time.perf_counter()
-            print(f"{check.__module__}.{check.__name__}", flush=True)
-            check(place)
-            print(f"  passed in {time.perf_counter() - began:.2f} s", flush=True)
+            name = f"rank {rank} of {world}: {check.__module__}.{check.__name__}"
+            sys.stdout.write(f"{name}\n")
+            check(Place(rank, world, folder))
+            sys.stdout.write(f"{name} passed\n")
             dist.barrier()
     except BaseException:
-        traceback.print_exc()
+        sys.stdout.write(f"rank {rank} of {world}: {traceback.format_exc()}")
+        time.sleep(5)  # until the others have told what they wait for
         os._exit(1)
     os._exit(0)  # taking the gloo group down at exit hangs now and then
 

@@ -1,6 +1,6 @@
 """Weights that lie elsewhere, as DeepSpeed's ZeRO-3 leaves them, imitated in one process.
 
-DeepSpeed itself: tools/run_deepspeed.py.
+DeepSpeed itself: distributed_deepspeed.py.
 """
 
 import pytest

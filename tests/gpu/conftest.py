@@ -40,26 +40,3 @@ def card(device) -> torch.device:
     if device.type != "cuda":
         pytest.skip("needs a card; the CPU has no streams, graphs or device memory")
     return device
-
-
-@pytest.fixture(autouse=True)
-def exact_products():
-    """fp32 products in fp32, whatever a test before allowed."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-@pytest.fixture
-def room(card):
-    """Skips where fewer than `room(bytes)` bytes of the card are free."""
-
-    def need(size: int) -> None:
-        torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(card)[0]
-        if free < size:
-            pytest.skip(f"needs {size >> 30} GiB of free device memory, {free >> 30} GiB are")
-
-    yield need
-    torch.cuda.empty_cache()

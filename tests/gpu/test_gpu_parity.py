@@ -16,7 +16,7 @@ from layer_cases import (
     largest_error,
     make_layer,
     plain,
-    rms_error,
+    relative,
 )
 from torch import nn
 
@@ -86,7 +86,7 @@ def test_weights(device, basis, dtype):
         results = on_both(device, both, layer.weight, layer.lam, layer.gam)
         for eps, got, want in zip((2, 2, 4, 4), *results, strict=True):
             assert got.dtype == want.dtype
-            assert rms_error(got, want) <= eps * torch.finfo(got.dtype).eps, shape
+            assert relative(got, want) <= eps * torch.finfo(got.dtype).eps, shape
 
 
 @cases("dtype", ALL_TYPES)
@@ -107,7 +107,7 @@ def test_experts(device, shape, dtype):
         W = torch.randn(experts, *sizes).to(dtype)
         results = on_both(device, both, W, lam.to(wide), gam.to(wide), s, row, col)
         for eps, got, want in zip((2, 8, 8), *results, strict=True):
-            assert rms_error(got, want) <= eps * torch.finfo(got.dtype).eps
+            assert relative(got, want) <= eps * torch.finfo(got.dtype).eps
 
 
 @cases("dtype", SIXTEEN_BITS)
@@ -137,7 +137,7 @@ def test_long_rows(device, shape, dtype):
     lam, gam = torch.randn(basis.r, basis.n), torch.randn(basis.n, basis.d) / basis.d
     bound = 1e-5 if dtype is torch.float32 else 2 * torch.finfo(dtype).eps
     for got, want in zip(*on_both(device, both, x, dy, lam, gam), strict=True):
-        assert rms_error(got, want) <= bound
+        assert relative(got, want) <= bound
 
 
 def test_run_to_run_equality(device):
@@ -169,6 +169,6 @@ def test_a_layer_that_moves_trains_and_merges(device, kind):
     there = ours.to(device)
     for step in (lambda: None, there.merge, there.unmerge):
         step()
-        assert rms_error(there(x.to(device)).detach().cpu(), y) <= 1e-5
+        assert relative(there(x.to(device)).detach().cpu(), y) <= 1e-5
     there.load_state_dict(start)
     assert losses(there, device) == pytest.approx(want, rel=1e-4) and want[-1] < want[0]

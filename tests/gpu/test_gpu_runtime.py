@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from gpu_helpers import cases, moved, run_linear, same
-from layer_cases import call, make_basis, make_layer, ours, rms_error, run_python
+from layer_cases import call, make_basis, make_layer, ours, relative, run_python
 
 from randlora_ext import RandLoraLinear, linear
 
@@ -157,8 +157,10 @@ def test_peak_memory_is_that_of_z_and_w(card):
 
 @pytest.mark.slow
 @cases("basis", BASES)
-def test_more_than_2_to_the_31_activations(card, room, basis):
-    room(45 << 30)
+def test_more_than_2_to_the_31_activations(card, basis):
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info(card)[0] < 45 << 30:
+        pytest.skip("needs 45 GiB of free device memory")
     torch.manual_seed(0)
     tokens, features = (1 << 20) + 8, 2048 + 8
     basis = make_basis(features, features, 32, basis)
@@ -172,22 +174,22 @@ def test_more_than_2_to_the_31_activations(card, room, basis):
     y, eps = run(x), torch.finfo(torch.bfloat16).eps
     with torch.no_grad():
         for rows in (slice(0, 40), slice(tokens - 40, tokens)):
-            assert rms_error(y[rows], run(x[rows])) <= 2 * eps
+            assert relative(y[rows], run(x[rows])) <= 2 * eps
     dx, dlam, dgam = torch.autograd.grad(y, [x, lam, gam], y.detach())
     assert dlam.isfinite().all() and dgam.isfinite().all()
     few = x[-40:].detach().requires_grad_()
     (want,) = torch.autograd.grad(run(few), few, y[-40:].detach())
-    assert rms_error(dx[-40:], want) <= 2 * eps
+    assert relative(dx[-40:], want) <= 2 * eps
 
 
 TF32 = """
 import torch
 from gpu_helpers import run_linear
-from layer_cases import exact, make_layer, rms_error
+from layer_cases import exact, make_layer, relative
 for basis in (1 / 3, 0.07, "hadamard"):
     layer = make_layer(136, 72, 8, basis, 70, torch.float32)
     want = exact(layer)
-    errors = [rms_error(t, want[name]) for name, t in run_linear(layer, "cuda").items()]
+    errors = [relative(t, want[name]) for name, t in run_linear(layer, "cuda").items()]
     assert max(errors) < 2e-3, errors
 """
 

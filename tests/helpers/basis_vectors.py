@@ -12,7 +12,7 @@ VECTOR_FILE, HADAMARD_FILE = DATA / "basis_v1.txt", DATA / "hadamard_v1.txt"
 SYMBOLS = np.array(list("-0+"))
 
 
-def read_vectors(path: Path = VECTOR_FILE) -> dict[str, list[list[str]]]:
+def read_vectors(path: Path) -> dict[str, list[list[str]]]:
     """Records by keyword, each a list of its fields as text."""
     records: dict[str, list[list[str]]] = defaultdict(list)
     for line in path.read_text(encoding="ascii").splitlines():

@@ -2,10 +2,10 @@
 
 import contextlib
 import io
-import json
 
 import torch
 from peft_helpers import adapted
+from peft_helpers import edit as edit
 from safetensors.torch import load_file, save_file
 
 from randlora_cli import main
@@ -82,11 +82,6 @@ def sharded(folder, dtype=torch.float32, size="20KB", **changes):
     base.save_pretrained(folder, max_shard_size=size)
     (folder / "tokenizer.json").write_text("{}")
     return base
-
-
-def edit(file, **changes):
-    """Changes fields of a JSON file."""
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def added(prefix="base_model.model.", **changes):

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 
 import pytest
 import torch
@@ -18,11 +17,6 @@ needs_compiler = pytest.mark.skipif(
     "and a torch in a path without spaces, which it does not quote",
 )
 
-needs_guards = pytest.mark.skipif(
-    sys.version_info[:3] == (3, 13, 0),
-    reason="torch.compile misses changed attributes on Python 3.13.0; torch asks for 3.13.1",
-)
-
 
 @pytest.fixture
 def fresh_dynamo():
@@ -31,6 +25,10 @@ def fresh_dynamo():
     counters.clear()
     yield
     torch._dynamo.reset()
+
+
+def compiled(model, dynamic=None):
+    return torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
 
 
 def graphs() -> int:

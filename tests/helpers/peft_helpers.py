@@ -3,7 +3,6 @@
 import copy
 import json
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -155,10 +154,9 @@ def assert_unchanged(model, before):
     assert all(torch.equal(value, before[name]) for name, value in after.items())
 
 
-def edit_config(folder, **changes):
-    """Changes fields of a saved configuration."""
-    path = Path(folder) / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def edit(file, **changes):
+    """Changes fields of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def pair(base, make_config, seed=0, **options):

@@ -319,12 +319,3 @@ def test_what_cannot_be_written(file):
             save_adapter(adapted(), path)
         assert ".randlora" not in str(caught.value)
     assert file.read_bytes() == before and os.listdir(file.parent) == [file.name]
-
-
-def test_a_link_stays_and_its_target_is_written(file, x):
-    file.symlink_to("target")  # which is not there yet
-    for seed in (1, 2):
-        save_adapter(adapted(numbers=seed), file)
-        assert os.readlink(file) == "target"
-        assert sorted(os.listdir(file.parent)) == [file.name, "target"]
-        assert torch.equal(load_adapter(Model(), file)(x), adapted(numbers=seed)(x))

@@ -1,63 +1,33 @@
 """RandLoraLinear against plain PyTorch on dense bases: numbers, dtypes, state and errors."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
-from layer_cases import make_basis
+from layer_cases import run_python
 from layer_helpers import (
-    SHAPES,
     assert_right,
     inputs,
     make_base,
     oracle,
-    pickled,
     randomize,
     relative,
-    run,
     two_adapters,
 )
 from torch import nn
 from torch.nn import functional as F
 
 from randlora_ext import RandLoraLinear
-from randlora_ext.nn.merging import KEEP_WEIGHT
-from randlora_ext.reference import delta_weight_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-INDEPENDENT = {"r": 5, "basis": "independent"}
-HADAMARD = {"r": 7, "basis": "hadamard", "density": None}
-BOTH = pytest.mark.parametrize("basis", [INDEPENDENT, HADAMARD], ids=["independent", "hadamard"])
 
 
-@pytest.mark.parametrize(
-    "kind, dtype, tolerance",
-    [
-        (1 / 3, torch.float64, 1e-10),
-        (0.07, torch.float32, 1e-5),
-        ("hadamard", torch.float64, 1e-10),
-    ],
-)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_agrees_with_reference(shape, kind, dtype, tolerance):
-    *features, r = shape
-    options = {} if kind == "hadamard" else {"density": kind, "basis": "independent"}
-    base = make_base(*features, dtype=dtype)
-    layer = randomize(RandLoraLinear(base, r=r, seed=5, **options))
-    assert layer.bases["default"] == make_basis(*shape, kind, seed=5)
-    x, dy = inputs(layer, 3, 7, dtype=dtype)
-    assert layer(x).dtype == dtype
-    assert_right(layer, x, dy, tolerance)
-
-
-@BOTH
+@pytest.mark.parametrize("basis", ["independent", "hadamard"])
 @pytest.mark.parametrize("kind", ["linear", "no bias", "subclass", "hook", "replaced", "conv1d"])
 def test_every_kind_of_base(kind, basis):
     base = make_base(24, 40, kind, bias=kind != "no bias", dtype=torch.float64)
     calls = []
-    layer = RandLoraLinear(base, **basis)
+    layer = RandLoraLinear(base, r=7, basis=basis)
     x, dy = inputs(layer, 11, dtype=torch.float64)
     # A fresh adapter changes nothing.
     torch.testing.assert_close(layer(x), base(x), rtol=0, atol=0)
@@ -68,6 +38,9 @@ def test_every_kind_of_base(kind, basis):
         base.forward = lambda x, forward=base.forward: calls.append(1) or forward(x)
     assert_right(randomize(layer), x, dy, 1e-10)
     assert len(calls) == (kind in ("hook", "replaced"))
+    delta = layer.get_delta_weight("default")
+    weight = (base.weight + delta).T if kind == "conv1d" else base.weight + delta
+    assert delta.requires_grad and relative(layer(x), F.linear(x, weight, base.bias)) < 1e-10
 
 
 def test_initial_values_and_attributes():
@@ -82,22 +55,6 @@ def test_initial_values_and_attributes():
     assert (layer.weight, layer.bias) == (layer.base_layer.weight, layer.base_layer.bias)
     trained = {n for n, p in layer.named_parameters() if p.requires_grad}
     assert trained == {"randlora_lambda.mine", "randlora_gamma.mine"}
-
-
-@pytest.mark.parametrize("features", [(24, 40), (40, 24)])
-@pytest.mark.parametrize("kind, basis", [("linear", INDEPENDENT), ("conv1d", HADAMARD)])
-def test_delta_weight(kind, basis, features):
-    base = make_base(*features, kind, dtype=torch.float64)
-    layer = randomize(RandLoraLinear(base, randlora_alpha=128 * basis["r"], **basis))
-    lam, gam = layer.randlora_lambda["default"], layer.randlora_gamma["default"]
-    A, B = layer.bases["default"].dense(dtype=torch.float64)
-    expected = delta_weight_reference(A, B, lam, gam, 128.0, *features[::-1])
-    delta = layer.get_delta_weight("default")
-    assert delta.shape == base.weight.shape
-    assert relative(delta.T if kind == "conv1d" else delta, expected) < 1e-12
-    (gradient,) = torch.autograd.grad(delta.sum(), lam)
-    (wanted,) = torch.autograd.grad(expected.sum(), lam)
-    assert relative(gradient, wanted) < 1e-12
 
 
 def test_dropout():
@@ -124,6 +81,7 @@ def test_merge_rounds_once_and_without_a_kept_weight_unmerge_nearly_restores(kin
     layer = RandLoraLinear(base, r=5, basis="independent")
     layer.update_layer("two", r=8)
     randomize(layer).set_adapter(["default", "two"])
+    assert layer.randlora_lambda["two"].dtype == torch.promote_types(dtype, torch.float32)
     x, _ = inputs(layer, 9, dtype=dtype)
     before, adapted = base.weight.detach().clone(), oracle(layer, x)[0]
     total = before.to(torch.float32 if dtype.itemsize == 2 else torch.float64)
@@ -171,61 +129,12 @@ def test_merging_errors_change_nothing():
         layer.merge()
 
 
-@pytest.mark.parametrize("keep_weight", KEEP_WEIGHT)
-def test_a_merged_layer_refuses_to_load_before_anything_is_taken(keep_weight):
-    layer = randomize(RandLoraLinear(make_base(24, 40), r=5))
-    state = {k: v.clone() for k, v in randomize(copy.deepcopy(layer)).state_dict().items()}
-    W, lam = layer.weight.clone(), layer.randlora_lambda["default"].detach().clone()
-    layer.merge(keep_weight=keep_weight)
-    for strict in (True, False):
-        with pytest.raises(RuntimeError, match=r"has merged \['default'\].*call unmerge\(\) first"):
-            layer.load_state_dict(state, strict=strict)
-        with pytest.raises(RuntimeError, match=r"0 has merged"):
-            nn.Sequential(layer).load_state_dict({f"0.{k}": v for k, v in state.items()}, strict)
-    assert torch.equal(layer.randlora_lambda["default"], lam)
-    layer.unmerge()
-    torch.testing.assert_close(layer.weight, W)
-    layer.load_state_dict(state)
-
-
-# ---- dtypes, copies, and what the layer says to bad input ---------------------------------------
-
-
-def test_dtype_moves():
-    layer = randomize(RandLoraLinear(make_base(24, 40, dtype=torch.bfloat16), r=5))
-    lam = layer.randlora_lambda["default"]
-    assert (layer.weight.dtype, lam.dtype) == (torch.bfloat16, torch.float32)
-    x, dy = inputs(layer, 9, dtype=torch.bfloat16)
-    assert [t.dtype for t in run(layer, x, dy)] == [torch.bfloat16] * 2 + [torch.float32] * 2
-    assert_right(layer, x, dy, 0.01)
-
-    layer.to(torch.float16)  # as documented: a cast of the module casts lambda and gamma too
-    assert {t.dtype for t in run(layer, x.half(), dy.half())} == {torch.float16}
-    assert_right(layer, x.half(), dy.half(), 0.01)
-
-    layer.double()
-    assert_right(layer, x.double(), dy.double(), 1e-10)
-    assert RandLoraLinear(layer.base_layer).randlora_lambda["default"].dtype == torch.float64
-    with pytest.raises(RuntimeError):  # as nn.Linear
-        layer(x)
-
-
-def test_copies_share_the_packed_basis():
-    layer = two_adapters(r=8, basis="hadamard", density=None)
-    layer.set_adapter(["default", "two"])
-    x, _ = inputs(layer, 9, dtype=torch.float64)
-    loaded, size = pickled(layer)
-    assert size < 30_000
-    for other in (copy.deepcopy(layer), loaded):
-        assert torch.equal(other(x), layer(x)) and other.weight is not layer.weight
-        for name, basis in layer.bases.items():
-            assert other.bases[name].packed()[0] is basis.packed()[0]
+# ---- what the layer says to bad input ------------------------------------------------------------
 
 
 def test_core_needs_torch_alone():
     apart = {"peft", "transformers", "numpy.f2py"}
-    code = f"import sys, randlora_ext; assert not {apart} & {{*sys.modules}}"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_python("-c", f"import sys, randlora_ext; assert not {apart} & {{*sys.modules}}")
 
 
 BAD_OPTIONS = [

@@ -111,12 +111,15 @@ class Machine(RuleBasedStateMachine):
         other.load_state_dict(self.layer.state_dict())
         self.layer = other
 
-    @rule(way=st.sampled_from(["shape", "dtype"]), at=st.integers(0, 9))
+    @rule(way=st.sampled_from(["shape", "dtype", "merged"]), at=st.integers(0, 9))
     def load_a_bad_state(self, way, at):
         state = {k: torch.full_like(v, 7.0) for k, v in self.layer.state_dict().items()}
         name = sorted(k for k in state if k.startswith("randlora_"))[at % (2 * len(self.layer.r))]
-        bad = state[name][..., None] if way == "shape" else state[name].long()
-        with pytest.raises(RuntimeError, match="which is unchanged"):
+        if way == "merged" and not self.merged:
+            return
+        bad = {"shape": state[name][..., None], "dtype": state[name].long()}.get(way, state[name])
+        told = r"has merged .*call unmerge\(\) first" if way == "merged" else "which is unchanged"
+        with pytest.raises(RuntimeError, match=told):
             self.layer.load_state_dict(state | {name: bad})
 
     # ---- what holds at any time -------------------------------------------------------------

@@ -18,10 +18,9 @@ from layer_cases import (
     exact,
     largest_error,
     make_layer,
-    operands,
     ours,
     plain,
-    rms_error,
+    relative,
     ways,
 )
 
@@ -135,7 +134,7 @@ def test_range_of_float16(kind, sizes, r, tokens, how, numbers):
             # dx itself may be smaller than what float16 holds.
             subnormal = results[which].dtype == torch.float16 and want.abs().max() < 2.0**-14
             bound = 2.0**-25 / want.square().mean().sqrt().item() if subnormal else 0.0
-            assert rms_error(results[which], want) < 0.003 + bound, which
+            assert relative(results[which], want) < 0.003 + bound, which
 
 
 @pytest.mark.parametrize("sizes", [SQUARE, WIDE, TALL], ids=str)
@@ -150,7 +149,7 @@ def test_a_large_activation_in_float16_stays_finite(sizes):
     for how in [*WAYS][: 1 if sizes == SQUARE else 2]:
         for name, value in WAYS[how](layer).items():
             assert value.isfinite().all(), (how, name)
-            assert rms_error(value, oracle[name]) < 2e-3, (how, name)
+            assert relative(value, oracle[name]) < 2e-3, (how, name)
 
 
 @pytest.mark.parametrize("wanted", ["x", "lam gam", "lam", "gam", "x gam", "weight", "bias"])
@@ -199,10 +198,3 @@ def test_plain_torch_is_registered_for_every_other_device(name):
     for key in ("XPU", "MPS", "PrivateUse1"):
         (line,) = [line for line in table if line.startswith(f"{key}:")]
         assert "default backend kernel" in line, line
-
-
-def test_the_weight_has_a_gradient():
-    layer = make_layer(9, 5, 2, "hadamard", 3)
-    W = layer.weight.clone().requires_grad_()
-    torch.ops.randlora.hadamard_weight(W, layer.lam, layer.gam, *operands(layer)).sum().backward()
-    assert torch.equal(W.grad, torch.ones_like(W))

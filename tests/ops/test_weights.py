@@ -14,7 +14,6 @@ from layer_cases import (
     SHAPES,
     SIXTEEN_BITS,
     largest_error,
-    make_basis,
     make_layer,
     operands,
 )
@@ -109,16 +108,6 @@ def test_gradients_have_the_types_of_the_diagonals(a_type, diagonal_type):
         wide = lam.double(), gam.double(), grad.to(a_type).double()
         oracle = run(partial(scaled_basis_reference, A.double()), *wide)
         assert all(largest_error(results[name], oracle[name]) <= bound for name in results)
-
-
-@pytest.mark.parametrize("kind", [1.0, 0.07, "hadamard", "dense"])
-def test_scaled_basis_of_a_basis(kind):
-    basis = make_basis(50, 37, 7, kind)
-    for dtype in ALL_TYPES:
-        lam, gam = normal(basis.r, basis.n, dtype=dtype), normal(basis.n, basis.d, dtype=dtype)
-        out = scaled_basis(basis, lam, gam)
-        assert out.dtype == dtype and out.shape == (basis.K, basis.d)
-        assert torch.equal(out, scaled_basis(basis.dense(dtype=dtype)[0], lam, gam))
 
 
 # ---- merged_weight: W + dW rounded once

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from layer_helpers import SHAPES as ALL_SHAPES
+from layer_cases import SHAPES as ALL_SHAPES
 from peft_helpers import (
     Net,
     accelerated,

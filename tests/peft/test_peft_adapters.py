@@ -21,7 +21,7 @@ from peft_helpers import (
 from torch import nn
 from transformers import GenerationConfig
 
-import randlora_ext
+from randlora_ext import Basis
 from randlora_ext.peft.bases import generated
 from randlora_ext.reference import delta_weight_reference
 
@@ -181,17 +181,11 @@ def test_every_change_shows_in_the_next_call():
     """What a call may reuse from the one before is dropped by whatever makes it wrong."""
     model = adapted(nn.Sequential(nn.Linear(24, 40)), "0", basis="hadamard", projection_prng_key=1)
     model.add_adapter("two", config(3, accelerated.RandLoraConfig, "0", density=0.3))
-    randomize(model)
-    (layer,) = layers(model)
-    base, x, factor = layer.base_layer, torch.randn(7, 24), 1
-    bases = {
-        "default": randlora_ext.Basis(24, 40, 5, seed=1),
-        "two": randlora_ext.Basis(24, 40, 3, 0.3, seed=0),
-    }
-    active = ["default"]
+    (layer,) = layers(randomize(model))
+    bases = {"default": Basis(24, 40, 5, seed=1), "two": Basis(24, 40, 3, 0.3, seed=0)}
 
     def replace_bases():
-        new = randlora_ext.Basis(24, 40, 5, seed=bases["default"].seed + 1)
+        new = Basis(24, 40, 5, seed=bases["default"].seed + 1)
         A, B = generated(new.description, 5, 40, 24)
         layer.randlora_A["default"], layer.randlora_B["default"] = A, B
         bases["default"] = new.with_input_scale(layer.input_scales.get("default"))
@@ -200,37 +194,24 @@ def test_every_change_shows_in_the_next_call():
         layer.set_input_scale("default", torch.rand(24) + 0.5)
         bases["default"] = bases["default"].with_input_scale(layer.input_scales["default"])
 
-    def choose(*names):
-        model.base_model.set_adapter([*names])
-        active[:] = names
-
-    def replace_base():
-        nonlocal base
-        base = layer.base_layer = nn.Linear(24, 40, bias=False)
-
     def replace_gamma():
         layer.randlora_gamma["default"] = nn.Parameter(layer.randlora_gamma["default"].detach() / 3)
 
-    def wide():
-        nonlocal x
-        model.double()
-        x = x.double()
-
-    def hook():
-        nonlocal factor
-        factor = 2
-        base.register_forward_hook(lambda module, inputs, y: 2 * y)
+    def choose(*names):
+        return lambda: model.base_model.set_adapter([*names])
 
     for change in (
         lambda: None, replace_bases, scale_inputs, lambda: layer.scaling.update(default=3.0),
-        lambda: layer.randlora_lambda["default"].data.mul_(-2), replace_gamma, replace_base,
-        lambda: choose("two"), lambda: choose("default", "two"), lambda: choose("default"),
-        lambda: base.weight.data.mul_(2), wide, replace_bases, hook,
+        lambda: layer.randlora_lambda["default"].data.mul_(-2), replace_gamma,
+        lambda: setattr(layer, "base_layer", nn.Linear(24, 40, bias=False)),
+        choose("two"), choose("default", "two"), choose("default"),
+        lambda: layer.base_layer.weight.data.mul_(2), model.double, replace_bases,
+        lambda: layer.base_layer.register_forward_hook(lambda module, inputs, out: 2 * out),
     ):  # fmt: skip
         change()
-        y = factor * nn.functional.linear(x.double(), base.weight.double())
-        y = y if base.bias is None else y + factor * base.bias.double()
-        for name in active:
+        x = torch.randn(7, 24, dtype=layer.base_layer.weight.dtype)
+        y = layer.base_layer(x).double()
+        for name in layer.active_adapters:
             diagonals = (getattr(layer, f"randlora_{each}")[name] for each in ("lambda", "gamma"))
             factors = *bases[name].dense(dtype=torch.float64), *(t.double() for t in diagonals)
             dW = delta_weight_reference(*factors, layer.scaling[name], 40, 24)

@@ -13,7 +13,7 @@ from peft_helpers import (
     adapted,
     assert_unchanged,
     config,
-    edit_config,
+    edit,
     layers,
     made,
     numbers,
@@ -201,7 +201,7 @@ def test_what_hotswap_asks_more_than_load_adapter(tmp_path):
         refuses_to_swap(made(**SEED), tmp_path, rf"(?s)does not fit 'default'.*:\n\t.*{message}")
     plain_tensors(tmp_path)
     for alpha in ("64", None, True, 10**400, math.nan):
-        edit_config(tmp_path, randlora_alpha=alpha)
+        edit(tmp_path / "adapter_config.json", randlora_alpha=alpha)
         refuses_to_swap(made(**SEED), tmp_path, "randlora_alpha must be a finite number, got ")
     head = {"base": Headed, "modules_to_save": ["head"]}
     made(**SEED, **head).save_pretrained(tmp_path)
@@ -268,7 +268,7 @@ def test_nothing_is_loaded_into_a_merged_layer(tmp_path, door, x):
     weights = [layer.weight.clone() for layer in layers(model)]
     before = model(x)
     model.merge_adapter()
-    with pytest.raises(RuntimeError, match=r"has merged \['default'\] into its weight"):
+    with pytest.raises(RuntimeError, match=r"\ba has merged \['default'\] into"):
         door(model, tmp_path)
     assert relative(model(x), before) < 1e-5
     model.load_adapter(tmp_path, "two")  # but another adapter can be loaded

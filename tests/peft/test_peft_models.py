@@ -2,12 +2,11 @@
 
 import copy
 import functools
-import shutil
 
 import pytest
 import torch
 from cli_helpers import llama
-from compile_helpers import assert_steps_agree, graphs, needs_guards
+from compile_helpers import assert_steps_agree, compiled, graphs
 from compile_helpers import fresh_dynamo as fresh_dynamo
 from peft_helpers import (
     Deep,
@@ -16,7 +15,7 @@ from peft_helpers import (
     adapted,
     assert_close,
     config,
-    edit_config,
+    edit,
     layers,
     made,
     opened,
@@ -33,33 +32,20 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.export import Dim
 
-transformers = pytest.importorskip("transformers")
-
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
     pytest.mark.filterwarnings("ignore:.*(checkpointing|use_reentrant|pin_memory)"),
 ]
-VOCAB = 50
-
-
-# Dropout is drawn in other amounts by fused and unfused code, so there is none.
-def gpt2():
-    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB, "n_positions": 32}
-    drops = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    ends = {"bos_token_id": 0, "eos_token_id": 0}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **drops, **ends))
-    return model, {"targets": ["c_attn", "c_fc"], "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}
 
 
 def batch():
-    tokens = torch.randint(1, VOCAB, (3, 10), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(1, 50, (3, 10), generator=torch.Generator().manual_seed(1))
     return {"input_ids": tokens, "labels": tokens}
 
 
-def models(make, seed=0):
-    torch.manual_seed(seed)
+def models(make):
     base, chosen = make()
-    return pair(base, lambda: config(8, sparse=True, **chosen), seed)
+    return pair(base, lambda: config(8, sparse=True, **chosen))
 
 
 def loss_and_gradients(model):
@@ -71,7 +57,7 @@ def loss_and_gradients(model):
     return [output.loss, output.logits, *gradients]
 
 
-@pytest.mark.parametrize("make", [gpt2, small_llama, t5])
+@pytest.mark.parametrize("make", [small_llama, t5])
 def test_forward_gradients_and_merging_are_those_of_stock(make):
     stock, ours = models(make)
     assert runs_on_kernels(ours)
@@ -175,18 +161,11 @@ def test_transformers_integration(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert sum(key.endswith("randlora_A") for key in saved) == 1
-    edit_config(tmp_path, projection_prng_key=9)
+    edit(tmp_path / "adapter_config.json", projection_prng_key=9)
     loaded = llama()
     loaded.load_adapter(tmp_path)
     for model in (loaded, peft.PeftModel.from_pretrained(llama(), tmp_path)):
         assert relative(model(tokens).logits, wanted) < 1e-6
-    for seed in (1, 2):
-        adapted(llama(), ["q_proj"], 4, basis="hadamard", projection_prng_key=seed).save_pretrained(
-            tmp_path / str(seed)
-        )
-    shutil.copy(tmp_path / "2" / "adapter_config.json", tmp_path / "1")  # a torn save
-    with pytest.raises(ValueError, match="does not belong to the adapter_model"):
-        llama().load_adapter(tmp_path / "1")
 
 
 def test_an_adapter_of_larger_layers(x):
@@ -215,10 +194,6 @@ def test_wrong_targets_list_the_layers_that_exist(targets):
     assert type(base.c) is nn.Linear and list(model.peft_config) == ["default"]
 
 
-def compiled(model):
-    return torch.compile(model, fullgraph=True, backend="aot_eager")
-
-
 @pytest.mark.parametrize("kind", [{"sparse": True}, {"basis": "hadamard"}, {}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_graph_for_any_number_of_tokens(kind, dtype):
@@ -231,7 +206,6 @@ def test_one_graph_for_any_number_of_tokens(kind, dtype):
     assert runs_on_kernels(eager)
 
 
-@needs_guards
 def test_other_bases_are_noticed():
     eager, other = (made(targets="a", projection_prng_key=key, sparse=True) for key in (0, 1))
     x = torch.randn(7, 24)

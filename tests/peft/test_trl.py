@@ -16,7 +16,6 @@ trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
 
-
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"word{i}" for i in range(40))]

@@ -27,21 +27,8 @@ def blocks(text: str) -> list[tuple[int, str]]:
     ]
 
 
-@pytest.fixture
-def torch_settings():
-    """Pages may set seed and default dtype; the next test gets them back."""
-    dtype, state = torch.get_default_dtype(), torch.get_rng_state()
-    yield
-    torch.set_default_dtype(dtype)
-    torch.set_rng_state(state)
-
-
-def runnable() -> list[str]:
-    return [page for page in PAGES if blocks((ROOT / page).read_text())]
-
-
-@pytest.mark.parametrize("page", runnable())
-def test_python_blocks_run(page, tmp_path, monkeypatch, torch_settings, stock_peft):
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks((ROOT / p).read_text())])
+def test_python_blocks_run(page, tmp_path, monkeypatch, stock_peft):
     path = ROOT / page
     found = blocks(path.read_text())
     monkeypatch.chdir(tmp_path)  # a page may write files

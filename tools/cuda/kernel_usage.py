@@ -72,14 +72,8 @@ def instructions_by_name(ptx: str) -> dict[str, set[str]]:
 
 def short_name(demangled: str) -> str:
     """`fill<float, 4>` of `void randlora::cuda::(anonymous namespace)::fill<float, 4>(float*)`."""
-    name = demangled.strip().removeprefix("void ")
-    if name.endswith(")"):
-        depth = 0
-        for at in range(len(name) - 1, -1, -1):
-            depth += (name[at] == ")") - (name[at] == "(")
-            if depth == 0:
-                name = name[:at]
-                break
+    parameters = r"\((?:[^()]|\([^()]*\))*\)$"  # nested once: (anonymous namespace)
+    name = re.sub(parameters, "", demangled.strip().removeprefix("void "))
     name = re.sub(r"\(anonymous namespace\)::|<unnamed>::|_GLOBAL__N__\w+::", "", name)
     return re.sub(r"randlora::(cuda::)?|\((int|bool|long|unsigned int)\)", "", name)
 

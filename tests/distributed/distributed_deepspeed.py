@@ -1,0 +1,82 @@
+"""DeepSpeed ZeRO-3 itself, where it is installed, run by test_distributed.py."""
+
+import os
+
+import deepspeed
+import peft
+import pytest
+import torch
+from distributed_ranks import Place, adam, trained, worlds
+from distributed_training import SIZES, batch, share, train
+from torch import nn
+
+import randlora_ext.peft as accelerated
+from randlora_ext import apply_randlora
+
+CONFIG = {
+    "train_micro_batch_size_per_gpu": 4,
+    # Every parameter is partitioned, the smallest too.
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero_force_ds_cpu_optimizer": False,
+    "zero_allow_untested_optimizer": True,
+    "gradient_clipping": 0.0,  # by default 1.0, which one process would have to use, too
+}
+
+
+def base():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(*SIZES), nn.Tanh(), nn.Linear(*reversed(SIZES)))
+
+
+def plain(model):
+    return apply_randlora(model, ["0", "2"], r=5, randlora_alpha=10, basis="independent")
+
+
+def in_peft(model):
+    accelerated.enable()
+    options = {"r": 5, "randlora_alpha": 10, "target_modules": ["0", "2"], "basis": "hadamard"}
+    return peft.get_peft_model(model, accelerated.RandLoraConfig(**options))
+
+
+@worlds(2)
+def check_zero3(place: Place):
+    """Trains like one process, and merges what it gathers."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(place.rank)}
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    for built_partitioned in (False, True):
+        for adapt in (plain, in_peft):
+            compare(place, adapt, built_partitioned)
+
+
+def compare(place, adapt, built_partitioned):
+    reference = adapt(base())
+    for parameter in trained(reference):
+        nn.init.normal_(parameter, std=0.3)
+    # As transformers does for a large model: its weights are never whole, on any rank.
+    with deepspeed.zero.Init(config_dict_or_path=CONFIG, enabled=built_partitioned):
+        model = base()
+    model = adapt(model)
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        with deepspeed.zero.GatheredParameters([ours], 0, enabled=hasattr(ours, "ds_id")):
+            ours.data.copy_(theirs.data)
+    engine, *_ = deepspeed.initialize(model=model, config=CONFIG, optimizer=adam(model))
+    assert all(p.numel() == 0 for p in model.parameters()), "nothing is partitioned"
+    train(reference, adam(reference), range(3), lambda x: x.float())
+    for step in range(3):
+        engine.backward(engine(share(place, batch(step)).float()).square().mean())
+        engine.step()
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        with deepspeed.zero.GatheredParameters([ours]):
+            torch.testing.assert_close(ours.data, theirs.data, rtol=1e-5, atol=1e-6)
+
+    layer = next(m for m in model.modules() if hasattr(m, "randlora_lambda"))
+    if adapt is plain:
+        with pytest.raises(RuntimeError, match="GatheredParameters"):
+            layer.merge()
+    x = batch(0).float()
+    want = reference(x)
+    for act, merged in (layer.merge, True), (layer.unmerge, False):
+        with deepspeed.zero.GatheredParameters(list(layer.parameters()), modifier_rank=0):
+            act()
+        assert layer.merged == merged
+        torch.testing.assert_close(engine(x), want, rtol=1e-4, atol=1e-4)
