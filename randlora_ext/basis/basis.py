@@ -104,7 +104,7 @@ class Basis(Shape):
         self.seed = None if source.description is None else source.description.seed
         self.format = source.format(self)
         self._source = source
-        self._packed: dict[tuple, PackedTensors] = {}  # by device, and dtype of a dense B or None
+        self._packed: dict[tuple, PackedTensors] = {}  # by device and dtype or None
         # Of this object, in this process: compiled code guards on it.
         self.token = str(next(_tokens))
 
@@ -156,23 +156,15 @@ class Basis(Shape):
         scale = checked_scale(input_scale, self, experts)
         return self.of(*self._sizes, HadamardMatrices(self._source.description, scale)).canonical()
 
-    def packed(self, device: torch.device | str = "cpu") -> list[Tensor]:
+    def packed(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> list[Tensor]:
         """The tensors of the bases that ``torch.ops.randlora`` takes (docs/formats.md).
 
         They are made on first use and shared by all layers of equal shape and description on that
-        device, as long as one of them lives. Warns if A or B has no non-zero element at all.
+        device, as long as one of them lives. Those of dense bases may be asked for in a dtype.
+        Warns if A or B has no non-zero element at all.
         """
-        return self._cached(device, None)
-
-    def dense_b(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """B unscaled (-1, 0, +1) as a factor of GEMMs, made once and shared like `packed`.
-
-        (D, K); dense bases give B itself.
-        """
-        return self._cached(device, dtype)[0]
-
-    def _cached(self, device: torch.device | str, dtype: torch.dtype | None) -> list[Tensor]:
-        """The packed form or, for a dtype, the dense B."""
         if torch.compiler.is_dynamo_compiling():
             return getattr(self, self._while_tracing(self.token, torch.device(device), dtype))
         found = self._packed.get((device, dtype))  # found at once for a tensor's device
@@ -183,19 +175,15 @@ class Basis(Shape):
             new = (on, dtype) not in self._packed
             # "meta" needs the CPU's, too: the lengths of lists depend on the elements.
             elsewhere = self._source.needs_kernels and not devices.serve(on.type)
-            packed = [] if dtype is None else self.packed(on)
-            ready = self._cached("cpu", dtype) if elsewhere else []
+            ready = self.packed() if elsewhere else None
 
             def make() -> list[Tensor]:
-                if elsewhere:
-                    return [t.to(on) for t in ready]
-                if dtype is None:
-                    return self._source.pack(self, on)
-                return [self._source.dense_b(self, dtype, packed)]
+                made = ready or self._source.pack(self, on)
+                return [t.to(on, dtype or t.dtype) for t in made]
 
             key = self.D, self.d, self.r, self._source.key, on, dtype  # of any orientation
             found = self._packed[on, dtype] = get_or_make(key, on, make)
-            if dtype is None and new and not elsewhere:
+            if new and not elsewhere:
                 self._warn_of_zeros(found.tensors)
         return found.on_current_stream()
 
@@ -206,7 +194,7 @@ class Basis(Shape):
             warnings.warn(
                 f"{self!r} has no non-zero element in {empty[-1]}, so its adapter cannot learn "
                 "anything; take a larger density",
-                stacklevel=4,  # the caller of `packed`
+                stacklevel=3,  # the caller of `packed`
             )
 
     # Dynamo calls this with constants while it traces (torch 2.11 takes no object as an argument)
@@ -214,8 +202,8 @@ class Basis(Shape):
     # graph would live as long as it does, and no guard could tell that a model has moved. As
     # parameters they have no symbolic sizes, and CUDA graphs need not copy them.
     def _while_tracing(self, token: str, device: torch.device, dtype: torch.dtype | None) -> str:
-        name = f"_cached_{device}_{str(dtype).removeprefix('torch.')}"  # Dynamo refuses the dot
-        made = self._cached(device, dtype)
+        name = f"_packed_{device}_{str(dtype).removeprefix('torch.')}"  # Dynamo refuses the dot
+        made = self.packed(device, dtype)
         if not torch.compiler.is_exporting():  # which knows the parameters of modules alone
             made = [nn.Parameter(t, requires_grad=False) for t in made]
         setattr(self, name, made)

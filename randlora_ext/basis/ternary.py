@@ -56,7 +56,7 @@ class TernaryMatrices:
         return _ops.lists_to_dense(*packed[:2], shape.d, self.a_value, dtype)
 
     def dense_b(self, shape: Shape, dtype: torch.dtype, packed: list[Tensor]) -> Tensor:
-        """The factor of GEMMs, as `Basis.dense_b`."""
+        """B (D, K), not scaled."""
         if self.format(shape) == "lists":
             return _ops.lists_to_dense(*packed[3:5], shape.K, 1.0, dtype)
         return _ops.planes_to_dense(packed[3], shape.K, 1.0, dtype)

@@ -67,7 +67,7 @@ torch.library.impl("randlora::scaled_basis_backward", "default", _plain_scaled_b
 
 def operands(basis: Basis, device, scaling: float, dtype: torch.dtype) -> dict[str, Any]:
     """The operators' arguments that describe the bases, in their order."""
-    A, B = basis.dense_a(device, dtype), basis.dense_b(device, dtype)
+    A, B = basis.packed(device, dtype)
     return {"A": A, "B": B, "expand": basis.expand, "scale": float(scaling)}
 
 
