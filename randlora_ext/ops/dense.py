@@ -15,16 +15,12 @@ from torch import Tensor
 
 from ..basis import Basis
 from ..reference import scaled_basis_reference
-from .registration import Operator, call_kernel, entry, fake, gradients, linear_entry
+from .registration import Operator, entry, fake, gradients, linear_entry
 
 _ops = torch.ops.randlora
 
 
 class ScaledBasis(Operator):
-    @staticmethod
-    def forward(*inputs):
-        return call_kernel(_ops.scaled_basis.default, *inputs)
-
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs)

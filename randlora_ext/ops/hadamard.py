@@ -19,7 +19,7 @@ from torch import Tensor
 from ..basis import Basis
 from ..basis.hadamard import sylvester
 from .dense import check_plain
-from .registration import Operator, call_kernel, entry, fake, gradients, linear_entry
+from .registration import Operator, entry, fake, gradients, linear_entry
 
 _ops = torch.ops.randlora
 
@@ -40,10 +40,6 @@ linear = linear_entry("hadamard_linear")
 
 class Weight(Operator):
     """Of W + dW; rounding counts as the identity."""
-
-    @staticmethod
-    def forward(*inputs):
-        return call_kernel(_ops.hadamard_weight.default, *inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
