@@ -119,6 +119,8 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         check_dropout(randlora_dropout)
         if basis is not None:
             check_kind("basis", basis)
+        if self.experts:
+            check_options(self.parameter_name, basis, density, randlora_dropout)
         bases = Basis(self.in_features, self.out_features, r, density, seed, basis).canonical()
         if input_scale is not None:
             bases = bases.with_input_scale(input_scale, self.experts)
@@ -127,8 +129,9 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
 
         weight = self._base_weight()
         device, dtype = weight.device, adapter_dtype(weight.dtype)
-        lam = torch.zeros(bases.r, bases.n, device=device, dtype=dtype)
-        gam = torch.full((bases.n, bases.d), 1 / max(bases.n, bases.d), device=device, dtype=dtype)
+        of_lam, of_gam = ((*self.experts, *shape) for shape in bases.of_diagonals)
+        lam = torch.zeros(of_lam, device=device, dtype=dtype)
+        gam = torch.full(of_gam, 1 / max(bases.n, bases.d), device=device, dtype=dtype)
         dropout = nn.Dropout(randlora_dropout) if randlora_dropout else nn.Identity()
 
         self._use_basis(adapter_name, bases)
@@ -263,3 +266,14 @@ def check_alpha(name: str, alpha: float) -> None:
 
 def check_dropout(dropout: float) -> None:
     check_number("randlora_dropout", dropout, "a number in [0, 1)", lambda v: 0 <= v < 1)
+
+
+def check_options(
+    parameters: Any, basis: str | None, density: float | None, randlora_dropout: float
+) -> None:
+    """Raises ValueError for what adapters of parameters cannot have."""
+    if basis not in (None, "hadamard") or density is not None or randlora_dropout:
+        raise ValueError(
+            f'target_parameters {parameters!r} need basis="hadamard" and randlora_dropout=0, got '
+            f"basis={basis!r}, density={density}, randlora_dropout={randlora_dropout}"
+        )
