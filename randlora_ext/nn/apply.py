@@ -191,10 +191,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     `RandLoraLinear` itself. Raises as `RandLoraLinear.merge`, or RuntimeError if two layers share a
     weight, before anything changes. Source: PEFT's method.
     """
-    layers = {p: m for p, m in model.named_modules() if isinstance(m, RandLoraLinear)}
-    check_mergeable(layers)
-    for layer in layers.values():
-        layer._dense_weight()
+    check_mergeable({p: m for p, m in model.named_modules() if isinstance(m, RandLoraLinear)})
     for layer in _layers(model):
         names = [name for name in layer.active_adapters if name not in layer.merged_adapters]
         if names and not layer.disabled:

@@ -1,6 +1,5 @@
 """Merging adapters into the weight of a base layer, and taking them out again, bit for bit."""
 
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -136,18 +135,9 @@ class KeepsWeight(_Layer):
         """What merging writes into or replaces; None if it replaces the base layer."""
         return self._base_weight()
 
-    def _dense_weight(self) -> Tensor:
+    def _dense_weight(self) -> Any:
         check_writable(self)
-        weight: Any = self._held_weight()
-        if not weight.is_floating_point():
-            raise TypeError(f"base_layer.weight must be floating point, got {weight.dtype}")
-        if weight.numel() != math.prod((*self.experts, self.in_features, self.out_features)):
-            raise RuntimeError(
-                f"base_layer.weight is {tuple(weight.shape)} here and lies elsewhere (DeepSpeed "
-                "ZeRO-3?); merge inside deepspeed.zero.GatheredParameters(layer.parameters(), "
-                "modifier_rank=0)"
-            )
-        return weight
+        return self._held_weight()
 
     def _writer(self, total: Tensor) -> Callable[[], Any]:
         """Prepares everything that can fail; the result only writes, and may be called twice."""
