@@ -19,7 +19,7 @@ class DenseMatrices:
     kind = "dense"
     description = input_scale = None
     needs_kernels = False
-    density = scale = b_value = 1.0
+    density = scale = 1.0
 
     def __init__(self, A: Tensor, B: Tensor) -> None:
         self.A, self.B, self.key = A, B, self
@@ -30,11 +30,9 @@ class DenseMatrices:
     def pack(self, shape: Shape, on: torch.device) -> list[Tensor]:
         return [self.A[:, : shape.d].to(on), self.B[: shape.D, : shape.K].to(on)]
 
-    def dense_a(self, shape: Shape, dtype: torch.dtype, packed: list[Tensor]) -> Tensor:
-        return packed[0].to(dtype)
-
-    def dense_b(self, shape: Shape, dtype: torch.dtype, packed: list[Tensor]) -> Tensor:
-        return packed[1].to(dtype)
+    def dense(self, shape: Shape, dtype: torch.dtype, packed: list) -> tuple[Tensor, Tensor]:
+        A, B = packed
+        return A.to(dtype, copy=True), B.to(dtype, copy=True)
 
 
 _Matrices = TernaryMatrices | HadamardMatrices | DenseMatrices
@@ -220,12 +218,7 @@ class Basis(Shape):
         if self._source.needs_kernels and not devices.serve(on.type):
             A, B = self.dense("cpu", dtype)
             return A.to(on), B.to(on)
-        B = self._source.dense_b(self, dtype, self.packed(on))
-        return self.dense_a(on, dtype).clone(), B * self._source.b_value
-
-    def dense_a(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """A (r, d) alone, scaled."""
-        return self._source.dense_a(self, dtype, self.packed(device))
+        return self._source.dense(self, dtype, self.packed(on))
 
     def canonical(self) -> "Basis":
         """The first living basis equal to this one, which layers hold.
