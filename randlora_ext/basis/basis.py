@@ -58,16 +58,14 @@ class Basis(Shape):
             additions. "independent": every element is drawn independently, each sign with
             probability ``density / 2``. None means "independent" if a density is given, else
             "hadamard".
-        input_scale: (in_features,), positive: the layer's inputs are multiplied by it before they
-            meet the bases. Hadamard bases only (`randlora_ext.calibrate`). None means ones.
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what is allowed.
 
     Attributes: the arguments; n, K, d, D; expand, whether d is the input side; kind, also "dense"
     or "imported" (PEFT's ternary tensors); scale, by which the product of the unscaled matrices
-    must be multiplied; description and seed, None for dense and imported bases; format, "lists",
-    "planes", "hadamard" or "dense" (docs/formats.md).
+    must be multiplied; input_scale (`with_input_scale`) or None; description and seed, None for
+    dense and imported bases; format, "lists", "planes", "hadamard" or "dense" (docs/formats.md).
 
     Bases of equal shape and description are equal; imported and dense ones compare the identity of
     their matrices. A basis never changes, so a deep copy is the same object. Pickling writes the
@@ -84,17 +82,12 @@ class Basis(Shape):
         density: float | None = None,
         seed: int = 0,
         kind: str | None = None,
-        input_scale: Tensor | None = None,
     ) -> None:
         kind = ("hadamard" if density is None else "independent") if kind is None else kind
         super().__init__(in_features, out_features, r)
         description = BasisDescription(kind, density, seed)
-        if kind == "hadamard":
-            self._use(HadamardMatrices(description, checked_scale(input_scale, self)))
-        elif input_scale is not None:
-            raise ValueError(f"input_scale goes with Hadamard bases, got kind={kind!r}")
-        else:
-            self._use(GeneratedMatrices(description))
+        make = HadamardMatrices if kind == "hadamard" else GeneratedMatrices
+        self._use(make(description))
 
     def _use(self, source: _Matrices) -> None:
         self.kind, self.density, self.scale = source.kind, source.density, source.scale
@@ -144,10 +137,11 @@ class Basis(Shape):
     def with_input_scale(
         self, input_scale: Tensor | None, experts: tuple[int, ...] = ()
     ) -> "Basis":
-        """The same bases for inputs that are multiplied by this vector, or by none.
+        """The same bases for inputs that are multiplied by this vector first, or by none.
 
-        Experts may have one each, (experts, in_features); then `dense` gives A or B of each.
-        Raises TypeError or ValueError, as the class.
+        It is (in_features,), positive. Experts may have one each, (experts, in_features); then
+        `dense` gives A or B of each. Raises TypeError or ValueError, also for bases other than
+        Hadamard ones. Source: ours (`randlora_ext.calibrate`).
         """
         if not isinstance(self._source, HadamardMatrices):
             raise ValueError(f"input_scale goes with Hadamard bases, got kind={self.kind!r}")

@@ -112,8 +112,7 @@ class RandLoraParameter(AdaptedParameter, RandLoraLinear):
     Args:
         base_layer: the module, or a `RandLoraParameter` of another parameter of it.
         parameter_name: of a parameter as `AdaptedParameter` has it.
-        **options: r, randlora_alpha, seed, adapter_name and input_scale (in_features,) or
-            (experts, in_features) of `RandLoraLinear`.
+        **options: r, randlora_alpha, seed and adapter_name of `RandLoraLinear`.
 
     Raises TypeError or ValueError, naming the argument.
     """
