@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..basis import Basis, BasisDescription
+from ..basis.description import check_kind
 from ..ranks import failing_together, full_tensor, is_dtensor
 from ..writing import appear
 from .apply import adapting
@@ -85,13 +86,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
     """
     inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
     adapted = _adapted(inner)
+    known = {name: at for at, layer in adapted.items() for name in layer.bases}
+    check_kind("adapter_name (PEFT's have save_pretrained)", adapter_name, known)
     layers = {at: layer for at, layer in adapted.items() if adapter_name in layer.bases}
-    if not layers:
-        known = sorted({name for layer in adapted.values() for name in layer.bases})
-        raise ValueError(
-            f"adapter_name must be one of those of apply_randlora, {known}, got {adapter_name!r}; "
-            "a model of PEFT has save_pretrained"
-        )
     options, *others = (_options(layer, adapter_name) for layer in layers.values())
     if another := next((other for other in others if other != options), None):
         raise ValueError(
@@ -155,8 +152,8 @@ def load_adapter(
     targets = {at: modules[at] for at in file.layers if is_bare and at in modules}
     # The model's other adapters use other parameters, too.
     filled = {} if adapted else {at: parameters[at] for at in file.others if at in parameters}
-    trained = [*filled.values()]
-    with adapting(model, targets, trained, " of the adapter", stacks, **options) as made:
+    trained, why = [*filled.values()], " of the adapter"
+    with adapting(model, targets, trained, why, stacks, **options) as made:
         misfits = _misfits(file, name, adapted, made, filled)
         refuse(misfits, os.fspath(path), f"the {type(model).__name__}")
         for at in file.layers:
@@ -178,8 +175,6 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[s
     It is opened once; safetensors' own readers open it twice, for the header and for the tensors.
     OSError if it cannot be read, ValueError if it is damaged.
     """
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"{path} is a folder, and must be a file of save_adapter")
     data = Path(path).read_bytes()
     try:
         tensors = safetensors.torch.load(data)

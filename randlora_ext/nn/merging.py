@@ -20,7 +20,6 @@ def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-_write_nothing = lambda: None  # noqa: E731
 _Layer: Any = object  # mypy: this is mixed into layers
 
 
@@ -60,11 +59,10 @@ class KeepsWeight(_Layer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        if self._unchanged:
-            write = _write_nothing
-        elif self._kept is not None:
+        write = None
+        if self._kept is not None:
             write = self._restorer(self._kept)
-        else:
+        elif not self._unchanged:
             known = [name for name in self.merged_adapters if name in self.randlora_lambda]
             if lost := [name for name in self.merged_adapters if name not in known]:
                 warnings.warn(
@@ -91,18 +89,19 @@ class KeepsWeight(_Layer):
         keeps = keep_weight != "nothing"
         # Ranks might disagree about their parts of DTensors. A sum could still turn -0 into 0.
         same = keeps and not is_dtensor(total) and torch.equal(total, weight)
-        write = _write_nothing if same else self._writer(total)
+        write = None if same else self._writer(total)
         if intact and keeps and not same:
             kept = self._keep(keep_weight)
         self._replace(write, [*self.merged_adapters, *names], kept, intact and same)
 
     def _replace(
-        self, write: Callable, merged: list[str], kept: Any = None, unchanged: bool = False
+        self, write: Callable | None, merged: list[str], kept: Any = None, unchanged: bool = False
     ) -> None:
         """Writes W and the attributes about it; Ctrl-C, twice even, cannot leave a part of them."""
 
         def write_all() -> None:
-            write()
+            if write is not None:
+                write()
             self._kept, self._unchanged = kept, unchanged
             self.merged_adapters = merged
             (merged_layers.add if merged else merged_layers.discard)(self)

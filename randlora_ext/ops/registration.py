@@ -31,13 +31,9 @@ def fake(function: Callable) -> Callable:
 
     def checked(*args, **kwargs):
         given = dict(zip(names, args, strict=False)) | kwargs
-        (first, like), *rest = ((k, t) for k, t in given.items() if isinstance(t, Tensor))
-        for name, t in rest:
-            if t.device != like.device:
-                raise RuntimeError(
-                    f"randlora: {name} is on {t.device} but {first} on {like.device}; "
-                    "they must be on one device"
-                )
+        on = {name: str(t.device) for name, t in given.items() if isinstance(t, Tensor)}
+        if len({*on.values()}) > 1:
+            raise RuntimeError(f"randlora: arguments must be on one device, got {on}")
         return function(*args, **kwargs)
 
     torch.library.register_fake(f"randlora::{function.__name__}")(checked)
