@@ -75,7 +75,7 @@ def of_layers(
         yield Op("hadamard_weight backward", None, partial(ops.hadamard_weight_backward, W, *bases),
                  floors.hadamard_weight_backward(b, element))  # fmt: skip
     else:
-        A, floor = b.dense_a(device, dtype), floors.scaled_basis(b, element)
+        A, floor = b.dense(device, dtype)[0], floors.scaled_basis(b, element)
         yield Op("scaled_basis", None, partial(ops.scaled_basis, A, lam, gam), floor)
         backward = partial(ops.scaled_basis_backward, normal(b.K, b.d), A, lam, gam)
         yield Op("scaled_basis backward", None, backward, replace(floor, fma=2 * floor.fma))

@@ -19,7 +19,7 @@ class DenseMatrices:
     kind = "dense"
     description = input_scale = None
     needs_kernels = False
-    density = scale = b_value = 1.0
+    density = scale = 1.0
 
     def __init__(self, A: Tensor, B: Tensor) -> None:
         self.A, self.B, self.key = A, B, self
@@ -30,11 +30,9 @@ class DenseMatrices:
     def pack(self, shape: Shape, on: torch.device) -> list[Tensor]:
         return [self.A[:, : shape.d].to(on), self.B[: shape.D, : shape.K].to(on)]
 
-    def dense_a(self, shape: Shape, dtype: torch.dtype, packed: list[Tensor]) -> Tensor:
-        return packed[0].to(dtype)
-
-    def dense_b(self, shape: Shape, dtype: torch.dtype, packed: list[Tensor]) -> Tensor:
-        return packed[1].to(dtype)
+    def dense(self, shape: Shape, dtype: torch.dtype, packed: list) -> tuple[Tensor, Tensor]:
+        A, B = packed
+        return A.to(dtype, copy=True), B.to(dtype, copy=True)
 
 
 _Matrices = TernaryMatrices | HadamardMatrices | DenseMatrices
@@ -60,16 +58,14 @@ class Basis(Shape):
             additions. "independent": every element is drawn independently, each sign with
             probability ``density / 2``. None means "independent" if a density is given, else
             "hadamard".
-        input_scale: (in_features,), positive: the layer's inputs are multiplied by it before they
-            meet the bases. Hadamard bases only (`randlora_ext.calibrate`). None means ones.
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what is allowed.
 
     Attributes: the arguments; n, K, d, D; expand, whether d is the input side; kind, also "dense"
     or "imported" (PEFT's ternary tensors); scale, by which the product of the unscaled matrices
-    must be multiplied; description and seed, None for dense and imported bases; format, "lists",
-    "planes", "hadamard" or "dense" (docs/formats.md).
+    must be multiplied; input_scale (`with_input_scale`) or None; description and seed, None for
+    dense and imported bases; format, "lists", "planes", "hadamard" or "dense" (docs/formats.md).
 
     Bases of equal shape and description are equal; imported and dense ones compare the identity of
     their matrices. A basis never changes, so a deep copy is the same object. Pickling writes the
@@ -86,17 +82,12 @@ class Basis(Shape):
         density: float | None = None,
         seed: int = 0,
         kind: str | None = None,
-        input_scale: Tensor | None = None,
     ) -> None:
         kind = ("hadamard" if density is None else "independent") if kind is None else kind
         super().__init__(in_features, out_features, r)
         description = BasisDescription(kind, density, seed)
-        if kind == "hadamard":
-            self._use(HadamardMatrices(description, checked_scale(input_scale, self)))
-        elif input_scale is not None:
-            raise ValueError(f"input_scale goes with Hadamard bases, got kind={kind!r}")
-        else:
-            self._use(GeneratedMatrices(description))
+        make = HadamardMatrices if kind == "hadamard" else GeneratedMatrices
+        self._use(make(description))
 
     def _use(self, source: _Matrices) -> None:
         self.kind, self.density, self.scale = source.kind, source.density, source.scale
@@ -104,7 +95,7 @@ class Basis(Shape):
         self.seed = None if source.description is None else source.description.seed
         self.format = source.format(self)
         self._source = source
-        self._packed: dict[tuple, PackedTensors] = {}  # by device, and dtype of a dense B or None
+        self._packed: dict[tuple, PackedTensors] = {}  # by device and dtype or None
         # Of this object, in this process: compiled code guards on it.
         self.token = str(next(_tokens))
 
@@ -146,33 +137,26 @@ class Basis(Shape):
     def with_input_scale(
         self, input_scale: Tensor | None, experts: tuple[int, ...] = ()
     ) -> "Basis":
-        """The same bases for inputs that are multiplied by this vector, or by none.
+        """The same bases for inputs that are multiplied by this vector first, or by none.
 
-        Experts may have one each, (experts, in_features); then `dense` gives A or B of each.
-        Raises TypeError or ValueError, as the class.
+        It is (in_features,), positive. Experts may have one each, (experts, in_features); then
+        `dense` gives A or B of each. Raises TypeError or ValueError, also for bases other than
+        Hadamard ones. Source: ours (`randlora_ext.calibrate`).
         """
         if not isinstance(self._source, HadamardMatrices):
             raise ValueError(f"input_scale goes with Hadamard bases, got kind={self.kind!r}")
         scale = checked_scale(input_scale, self, experts)
         return self.of(*self._sizes, HadamardMatrices(self._source.description, scale)).canonical()
 
-    def packed(self, device: torch.device | str = "cpu") -> list[Tensor]:
+    def packed(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> list[Tensor]:
         """The tensors of the bases that ``torch.ops.randlora`` takes (docs/formats.md).
 
         They are made on first use and shared by all layers of equal shape and description on that
-        device, as long as one of them lives. Warns if A or B has no non-zero element at all.
+        device, as long as one of them lives. Those of dense bases may be asked for in a dtype.
+        Warns if A or B has no non-zero element at all.
         """
-        return self._cached(device, None)
-
-    def dense_b(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """B unscaled (-1, 0, +1) as a factor of GEMMs, made once and shared like `packed`.
-
-        (D, K); dense bases give B itself.
-        """
-        return self._cached(device, dtype)[0]
-
-    def _cached(self, device: torch.device | str, dtype: torch.dtype | None) -> list[Tensor]:
-        """The packed form or, for a dtype, the dense B."""
         if torch.compiler.is_dynamo_compiling():
             return getattr(self, self._while_tracing(self.token, torch.device(device), dtype))
         found = self._packed.get((device, dtype))  # found at once for a tensor's device
@@ -183,19 +167,15 @@ class Basis(Shape):
             new = (on, dtype) not in self._packed
             # "meta" needs the CPU's, too: the lengths of lists depend on the elements.
             elsewhere = self._source.needs_kernels and not devices.serve(on.type)
-            packed = [] if dtype is None else self.packed(on)
-            ready = self._cached("cpu", dtype) if elsewhere else []
+            ready = self.packed() if elsewhere else None
 
             def make() -> list[Tensor]:
-                if elsewhere:
-                    return [t.to(on) for t in ready]
-                if dtype is None:
-                    return self._source.pack(self, on)
-                return [self._source.dense_b(self, dtype, packed)]
+                made = ready or self._source.pack(self, on)
+                return [t.to(on, dtype or t.dtype) for t in made]
 
             key = self.D, self.d, self.r, self._source.key, on, dtype  # of any orientation
             found = self._packed[on, dtype] = get_or_make(key, on, make)
-            if dtype is None and new and not elsewhere:
+            if new and not elsewhere:
                 self._warn_of_zeros(found.tensors)
         return found.on_current_stream()
 
@@ -206,7 +186,7 @@ class Basis(Shape):
             warnings.warn(
                 f"{self!r} has no non-zero element in {empty[-1]}, so its adapter cannot learn "
                 "anything; take a larger density",
-                stacklevel=4,  # the caller of `packed`
+                stacklevel=3,  # the caller of `packed`
             )
 
     # Dynamo calls this with constants while it traces (torch 2.11 takes no object as an argument)
@@ -214,8 +194,8 @@ class Basis(Shape):
     # graph would live as long as it does, and no guard could tell that a model has moved. As
     # parameters they have no symbolic sizes, and CUDA graphs need not copy them.
     def _while_tracing(self, token: str, device: torch.device, dtype: torch.dtype | None) -> str:
-        name = f"_cached_{device}_{str(dtype).removeprefix('torch.')}"  # Dynamo refuses the dot
-        made = self._cached(device, dtype)
+        name = f"_packed_{device}_{str(dtype).removeprefix('torch.')}"  # Dynamo refuses the dot
+        made = self.packed(device, dtype)
         if not torch.compiler.is_exporting():  # which knows the parameters of modules alone
             made = [nn.Parameter(t, requires_grad=False) for t in made]
         setattr(self, name, made)
@@ -232,12 +212,7 @@ class Basis(Shape):
         if self._source.needs_kernels and not devices.serve(on.type):
             A, B = self.dense("cpu", dtype)
             return A.to(on), B.to(on)
-        B = self._source.dense_b(self, dtype, self.packed(on))
-        return self.dense_a(on, dtype).clone(), B * self._source.b_value
-
-    def dense_a(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """A (r, d) alone, scaled."""
-        return self._source.dense_a(self, dtype, self.packed(device))
+        return self._source.dense(self, dtype, self.packed(on))
 
     def canonical(self) -> "Basis":
         """The first living basis equal to this one, which layers hold.

@@ -97,7 +97,7 @@ def _made_for_every_stream(device: torch.device, make: Callable[[], list[Tensor]
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "randlora: a basis cannot be packed while a CUDA graph is captured; call the layer "
-                "once before, or Basis.packed(device) and .dense_b(device, dtype)"
+                "once before, or Basis.packed(device)"
             )
         stream = torch.cuda.current_stream()
 

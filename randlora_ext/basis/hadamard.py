@@ -57,7 +57,7 @@ class HadamardMatrices:
 
     kind = "hadamard"
     needs_kernels = False
-    density = scale = b_value = 1.0
+    density = scale = 1.0
 
     def __init__(self, description: BasisDescription, input_scale: Tensor | None = None) -> None:
         self.description, self.input_scale = description, input_scale
@@ -74,14 +74,10 @@ class HadamardMatrices:
             s, row = (s * scale, row) if shape.expand else (s, row * scale)
         return [s, row, signs(seed, ROLE_COLUMNS, shape.K, on)]
 
-    def dense_a(self, shape: Shape, dtype: torch.dtype, packed: list[Tensor]) -> Tensor:
-        s = packed[0]
-        k = torch.arange(shape.d, device=s.device)
-        H = sylvester(torch.arange(shape.r, device=s.device), k // shape.n)
-        return (H * s.unsqueeze(-2)).to(dtype)
-
-    def dense_b(self, shape: Shape, dtype: torch.dtype, packed: list[Tensor]) -> Tensor:
-        _, row, col = packed
-        o = torch.arange(shape.D, device=row.device)
-        c = torch.arange(shape.K, device=row.device)
-        return (row.unsqueeze(-1) * sylvester(o, c) * col).to(dtype)
+    def dense(self, shape: Shape, dtype: torch.dtype, packed: list) -> tuple[Tensor, Tensor]:
+        s, row, col = packed
+        sizes = shape.r, shape.d, shape.D, shape.K
+        j, k, o, c = (torch.arange(size, device=s.device) for size in sizes)
+        A = sylvester(j, k // shape.n) * s.unsqueeze(-2)
+        B = row.unsqueeze(-1) * sylvester(o, c) * col
+        return A.to(dtype), B.to(dtype)

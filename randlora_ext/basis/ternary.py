@@ -51,15 +51,12 @@ class TernaryMatrices:
         a_tables = _ops.support_tables(a_offset, a_index, shape.d)  # empty but on CUDA
         return [a_offset, a_index, a_tables, *of_b]
 
-    def dense_a(self, shape: Shape, dtype: torch.dtype, packed: list[Tensor]) -> Tensor:
-        """A (r, d), scaled, of what `pack` has made."""
-        return _ops.lists_to_dense(*packed[:2], shape.d, self.a_value, dtype)
-
-    def dense_b(self, shape: Shape, dtype: torch.dtype, packed: list[Tensor]) -> Tensor:
-        """The factor of GEMMs, as `Basis.dense_b`."""
+    def dense(self, shape: Shape, dtype: torch.dtype, packed: list) -> tuple[Tensor, Tensor]:
+        """`Basis.dense` of what `pack` has made."""
+        A = _ops.lists_to_dense(*packed[:2], shape.d, self.a_value, dtype)
         if self.format(shape) == "lists":
-            return _ops.lists_to_dense(*packed[3:5], shape.K, 1.0, dtype)
-        return _ops.planes_to_dense(packed[3], shape.K, 1.0, dtype)
+            return A, _ops.lists_to_dense(*packed[3:5], shape.K, self.b_value, dtype)
+        return A, _ops.planes_to_dense(packed[3], shape.K, self.b_value, dtype)
 
 
 class GeneratedMatrices(TernaryMatrices):

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..basis import Basis, BasisDescription
+from ..basis.description import check_kind
 from ..ranks import failing_together, full_tensor, is_dtensor
 from ..writing import appear
-from .apply import adapt
-from .base_layer import check_base_layer, features
-from .experts import RandLoraParameter, innermost, matching_parameters, sizes_of
+from .apply import adapting
+from .experts import RandLoraParameter, matching_parameters
 from .linear import RandLoraLinear, check_adapter_name, check_alpha, check_dropout
 from .state_dict import DIAGONALS, INPUT_SCALE, misfit, refuse
 
@@ -86,13 +86,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
     """
     inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
     adapted = _adapted(inner)
+    known = {name: at for at, layer in adapted.items() for name in layer.bases}
+    check_kind("adapter_name (PEFT's have save_pretrained)", adapter_name, known)
     layers = {at: layer for at, layer in adapted.items() if adapter_name in layer.bases}
-    if not layers:
-        known = sorted({name for layer in adapted.values() for name in layer.bases})
-        raise ValueError(
-            f"adapter_name must be one of those of apply_randlora, {known}, got {adapter_name!r}; "
-            "a model of PEFT has save_pretrained"
-        )
     options, *others = (_options(layer, adapter_name) for layer in layers.values())
     if another := next((other for other in others if other != options), None):
         raise ValueError(
@@ -112,10 +108,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
         raise ValueError(f"{lost} has no numbers here (meta device, DeepSpeed ZeRO-3)")
     # Cloned, since safetensors refuses one tensor under two names, those of a tied layer.
     tensors = {name: full_tensor(t.detach()).contiguous().clone() for name, t in own.items()}
-    sizes = {
-        at: [m.in_features, m.out_features, getattr(m, "transposed", m.fan_in_fan_out), *m.experts]
-        for at, m in layers.items()
-    }
+    sizes = {at: _sizes(layer) for at, layer in layers.items()}
     said = json.dumps({"adapter_name": adapter_name, **options, "layers": sizes})
     mesh = next((t.device_mesh for t in own.values() if is_dtensor(t)), None)
     with failing_together(mesh):
@@ -147,29 +140,32 @@ def load_adapter(
     file = read_adapter_file(path)
     name = file.adapter_name if adapter_name is None else adapter_name
     check_adapter_name(name)
-    refuse(_misfits(file, model, name), os.fspath(path), f"the {type(model).__name__}")
     basis = BasisDescription.parse(file.basis)
     options = {"adapter_name": name, "r": file.r, "randlora_dropout": file.randlora_dropout}
     options |= {"basis": basis.kind, "density": basis.density, "seed": basis.seed}
-    others = {key: model.get_parameter(key) for key in file.others}
-    if not file.layers.keys() & _adapted(model).keys():
-        of_experts = [at for at, its in file.layers.items() if len(its) > 3]
-        found = matching_parameters(model, of_experts)
-        stacks = {at: place for at, place in found.items() if at in of_experts}
-        targets = {at: model.get_submodule(at) for at in file.layers if at not in stacks}
-        adapt(model, targets, others.values(), " of the adapter", stacks, **options)
-    layers = _adapted(model)
-    with torch.no_grad():
+    adapted, parameters = _adapted(model), dict(model.named_parameters())
+    modules = dict(model.named_modules(remove_duplicate=False))
+    is_bare = adapted.keys().isdisjoint(file.layers)
+    named = [at for at in file.layers if is_bare and at in parameters]
+    found = matching_parameters(model, named)
+    stacks = {at: place for at, place in found.items() if at in named}
+    targets = {at: modules[at] for at in file.layers if is_bare and at in modules}
+    # The model's other adapters use other parameters, too.
+    filled = {} if adapted else {at: parameters[at] for at in file.others if at in parameters}
+    trained, why = [*filled.values()], " of the adapter"
+    with adapting(model, targets, trained, why, stacks, **options) as made:
+        misfits = _misfits(file, name, adapted, made, filled)
+        refuse(misfits, os.fspath(path), f"the {type(model).__name__}")
         for at in file.layers:
-            layer: Any = layers[at]
+            layer: Any = made.get(at) or adapted[at]
             if name not in layer.bases:
                 layer.update_layer(**options)
             layer.scaling[name] = file.scaling
             layer.set_input_scale(name, file.basis_of(at).input_scale)
-            for kind in DIAGONALS:
-                getattr(layer, kind)[name].copy_(file.tensors[f"{at}.{kind}"])
-        for other, parameter in others.items():
-            parameter.copy_(file.tensors[other])
+            filled |= {f"{at}.{kind}": getattr(layer, kind)[name] for kind in DIAGONALS}
+        with torch.no_grad():
+            for key, parameter in filled.items():
+                parameter.copy_(file.tensors[key])
     return model
 
 
@@ -179,8 +175,6 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[s
     It is opened once; safetensors' own readers open it twice, for the header and for the tensors.
     OSError if it cannot be read, ValueError if it is damaged.
     """
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"{path} is a folder, and must be a file of save_adapter")
     data = Path(path).read_bytes()
     try:
         tensors = safetensors.torch.load(data)
@@ -213,45 +207,39 @@ def check_diagonals(
             raise ValueError(error)
 
 
-def _misfits(file: AdapterFile, model: nn.Module, name: str) -> Iterator[str]:
-    """Why the file does not fit the model as adapter `name`; TypeError for what is no layer."""
-    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
-    adapted = _adapted(model)
-    bare = file.layers.keys() - adapted.keys()
-    if bare and bare != file.layers.keys():
-        yield f"{min(bare)}: it has no adapter yet, and other layers of the file have one"
+def _misfits(
+    file: AdapterFile, name: str, adapted: dict, made: dict, others: dict
+) -> Iterator[str]:
+    """Why the file does not fit the model's layers, adapted before or just made, and parameters."""
     first: dict[Any, str] = {}
     for at, its in file.layers.items():
-        stacked = len(its) > 3
-        path, _, own = at.rpartition(".") if stacked else (at, "", "weight")
-        module = innermost(modules.get(path))
-        if module is None or stacked and not hasattr(module, own):
-            kind = "parameter" if stacked else "module"
-            yield f"{at}: there is no such {kind} (load before torch.compile and other wrappers)"
+        if (layer := made.get(at) or adapted.get(at)) is None:
+            yield (
+                f"{at}: there is no such module or parameter (load before torch.compile and other "
+                "wrappers), or it has no adapter and other layers of the file have one"
+            )
             continue
-        if at not in bare and name in adapted[at].bases:
+        if at in adapted and name in layer.bases:
             yield f"{at}: it has an adapter {name!r} already; choose another adapter_name"
-        if at in bare and not stacked:
-            check_base_layer(module, f"layer {at!r} of the adapter")
-        told = "in_features, out_features" + ", transposed, experts" * stacked
-        sizes = sizes_of(module, own) if stacked else features(module)
-        if [*sizes] != its[: len(sizes)]:
-            yield f"{at}: {told} are {sizes}, in the file {its[: len(sizes)]}"
-        weight = getattr(module, own)
+        if (sizes := _sizes(layer)) != its:
+            told = "in_features, out_features, transposed" + ", experts" * (len(sizes) > 3)
+            yield f"{at}: {told} are {sizes}, in the file {its}"
+        weight = layer._base_weight()
         if is_dtensor(weight) or not _is_here(weight):
             yield f"{at}: its weight is not whole here (fully_shard, meta device, DeepSpeed ZeRO-3)"
-        other = first.setdefault((module, own), at)
+        other = first.setdefault(layer, at)
         pair = ([file.tensors[f"{path}.{kind}"] for kind in DIAGONALS] for path in (at, other))
         if at != other and not all(map(torch.equal, *pair)):
             yield f"{at}: it is tied to {other}, whose lambda and gamma differ in the file"
-    parameters = dict(model.named_parameters())
     for key, tensor in file.others.items():
-        if adapted:
-            yield f"{key}: the model's other adapters use it, too"
-        elif key not in parameters:
-            yield f"{key}: there is no such parameter"
-        elif error := misfit(key, tensor, parameters[key]):
-            yield error
+        none = f"{key}: there is no such parameter, or the model's other adapters use it, too"
+        yield misfit(key, tensor, others[key]) if key in others else none
+
+
+def _sizes(layer: Any) -> list:
+    """As `AdapterFile.layers` has them."""
+    transposed = getattr(layer, "transposed", layer.fan_in_fan_out)
+    return [layer.in_features, layer.out_features, transposed, *layer.experts]
 
 
 def _options(layer: Any, adapter_name: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """RandLoRA on a whole model without PEFT: `apply_randlora`, `merge_and_unload`, `unload`."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -87,20 +88,24 @@ def apply_randlora(
         )
     parameters = [p for module in whole.values() for p in module.parameters()]
     why = f", matched by target_modules {target_modules!r},"
-    adapt(model, matches, parameters, why, stacks, **layer_options)
-    return model
+    with adapting(model, matches, parameters, why, stacks, **layer_options):
+        return model
 
 
-def adapt(
+@contextmanager
+def adapting(
     model: nn.Module,
     targets: Mapping[str, nn.Module],
     trained: Iterable[nn.Parameter],
     why: str,
-    stacks: Mapping[str, tuple[str, str]] = {},
+    stacks: Mapping[str, tuple[str, str]],
     **layer_options: Any,
-) -> None:
-    """As `apply_randlora`, for modules by their names, which `why` follows in error messages, and
-    for parameters as `matching_parameters` gives them."""
+) -> Iterator[dict[str, RandLoraLinear]]:
+    """Makes adapted layers, which take their places in the model when the block ends.
+
+    If it raises, the model is as it was. Otherwise as `apply_randlora`, for modules by their names,
+    which `why` follows in error messages, and for parameters as `matching_parameters` gives them.
+    """
     for name, module in targets.items():
         check_base_layer(module, f"module {name!r}{why}")
         check_no_plan(model, name, f"module {name!r}{why}")
@@ -113,12 +118,13 @@ def adapt(
     before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         wrapped = {m: RandLoraLinear(m, **layer_options) for m in dict.fromkeys(targets.values())}
+        made = {name: wrapped[module] for name, module in targets.items()}
         outermost: dict[str, Any] = {}
         for name, (path, own) in stacks.items():
             base = outermost.get(path) or model.get_submodule(path)
-            outermost[path] = RandLoraParameter(base, own, **layer_options)
-            outermost[path].path = name
-    except BaseException:  # the layers before have frozen their base layers
+            made[name] = outermost[path] = RandLoraParameter(base, own, **layer_options)
+        yield made
+    except BaseException:  # the layers have frozen their base layers
         for parameter in before:
             parameter.requires_grad_(True)
         raise
@@ -126,9 +132,10 @@ def adapt(
         model.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
-    for name, module in targets.items():
-        wrapped[module].path = name
-        _put(model, name, wrapped[module])
+    for name, layer in made.items():
+        layer.path = name
+    for name in targets:
+        _put(model, name, made[name])
         disable_nested_tensors(model, name)
     for path, layer in reversed(outermost.items()):  # inner modules first
         _put(model, path, layer)
@@ -184,10 +191,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     `RandLoraLinear` itself. Raises as `RandLoraLinear.merge`, or RuntimeError if two layers share a
     weight, before anything changes. Source: PEFT's method.
     """
-    layers = {p: m for p, m in model.named_modules() if isinstance(m, RandLoraLinear)}
-    check_mergeable(layers)
-    for layer in layers.values():
-        layer._dense_weight()
+    check_mergeable({p: m for p, m in model.named_modules() if isinstance(m, RandLoraLinear)})
     for layer in _layers(model):
         names = [name for name in layer.active_adapters if name not in layer.merged_adapters]
         if names and not layer.disabled:

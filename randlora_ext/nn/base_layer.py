@@ -1,5 +1,6 @@
 """Checks of the frozen base layer; turns off fast paths of torch that would skip the adapter."""
 
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -101,7 +102,7 @@ def check_mergeable(layers: Mapping[str, Any]) -> None:
 
 
 def check_writable(layer: Any) -> None:
-    """Raises TypeError or RuntimeError if what is written into the weight would be lost."""
+    """Raises TypeError or RuntimeError if dW cannot be written into the weight or would be lost."""
     if (weight := layer._held_weight()) is None:
         return
     base = layer.get_base_layer()
@@ -112,6 +113,14 @@ def check_writable(layer: Any) -> None:
         )
     if weight.is_meta:
         raise RuntimeError(f"{_name(layer)}: base_layer.weight has no numbers (meta device)")
+    if not weight.is_floating_point():
+        raise TypeError(f"base_layer.weight must be floating point, got {weight.dtype}")
+    if weight.numel() != math.prod((*layer.experts, layer.in_features, layer.out_features)):
+        raise RuntimeError(
+            f"base_layer.weight is {tuple(weight.shape)} here and lies elsewhere (DeepSpeed "
+            "ZeRO-3?); merge inside deepspeed.zero.GatheredParameters(layer.parameters(), "
+            "modifier_rank=0)"
+        )
 
 
 def refuse_shared(first: Any, second: Any) -> None:

@@ -1,6 +1,5 @@
 """Adapters of a parameter of any module, such as the stacked experts of a mixture model."""
 
-import inspect
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -113,8 +112,7 @@ class RandLoraParameter(AdaptedParameter, RandLoraLinear):
     Args:
         base_layer: the module, or a `RandLoraParameter` of another parameter of it.
         parameter_name: of a parameter as `AdaptedParameter` has it.
-        **options: r, randlora_alpha, seed, adapter_name and input_scale (in_features,) or
-            (experts, in_features) of `RandLoraLinear`.
+        **options: r, randlora_alpha, seed and adapter_name of `RandLoraLinear`.
 
     Raises TypeError or ValueError, naming the argument.
     """
@@ -124,14 +122,6 @@ class RandLoraParameter(AdaptedParameter, RandLoraLinear):
         self.base_layer = base_layer
         self._base_weight().requires_grad_(False)
         self.train(base_layer.training)
-
-    def update_layer(self, adapter_name: str, *args: Any, **options: Any) -> None:
-        update = super().update_layer
-        given = inspect.signature(update).bind_partial(adapter_name, *args, **options).arguments
-        chosen = given.get("basis"), given.get("density"), given.get("randlora_dropout", 0)
-        check_options(self.parameter_name, *chosen)
-        update(adapter_name, *args, **options)
-        self._stack(adapter_name)
 
 
 def innermost(module: Any) -> Any:
@@ -194,14 +184,3 @@ def matching_parameters(model: nn.Module, targets: Sequence[str]) -> dict[str, t
             f"of three dimensions are {first(names)}"
         )
     return found
-
-
-def check_options(
-    parameters: Any, basis: str | None, density: float | None, randlora_dropout: float
-) -> None:
-    """Raises ValueError for what adapters of parameters cannot have."""
-    if basis not in (None, "hadamard") or density is not None or randlora_dropout:
-        raise ValueError(
-            f'target_parameters {parameters!r} need basis="hadamard" and randlora_dropout=0, got '
-            f"basis={basis!r}, density={density}, randlora_dropout={randlora_dropout}"
-        )

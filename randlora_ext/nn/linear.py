@@ -41,7 +41,6 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         density: as all that follow, of the bases (`Basis`).
         seed: likewise; PEFT draws others from an equal ``projection_prng_key``.
         basis: the `kind` of `Basis`.
-        input_scale: likewise.
 
     Attributes, each by adapter name: ``randlora_lambda`` (r, n), initially zero, so a new adapter
     changes nothing; ``randlora_gamma`` (n, d), initially 1 / max(n, d); ``scaling``;
@@ -72,7 +71,6 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         randlora_dropout: float = 0.0,
         adapter_name: str = "default",
         basis: str | None = None,
-        input_scale: Tensor | None = None,
     ) -> None:
         super().__init__()
         check_base_layer(base_layer, "base_layer")
@@ -89,9 +87,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         self.randlora_dropout = nn.ModuleDict()
         self.randlora_lambda = nn.ParameterDict()
         self.randlora_gamma = nn.ParameterDict()
-        self.update_layer(
-            adapter_name, r, randlora_alpha, density, seed, randlora_dropout, basis, input_scale
-        )
+        self.update_layer(adapter_name, r, randlora_alpha, density, seed, randlora_dropout, basis)
         base_layer.requires_grad_(False)
         self.train(base_layer.training)
         force_module_call(self)
@@ -105,7 +101,6 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         seed: int = 0,
         randlora_dropout: float = 0.0,
         basis: str | None = None,
-        input_scale: Tensor | None = None,
     ) -> None:
         """Adds an adapter, or replaces the one of that name; arguments as for the class.
 
@@ -119,16 +114,17 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         check_dropout(randlora_dropout)
         if basis is not None:
             check_kind("basis", basis)
+        if self.experts:
+            check_options(self.parameter_name, basis, density, randlora_dropout)
         bases = Basis(self.in_features, self.out_features, r, density, seed, basis).canonical()
-        if input_scale is not None:
-            bases = bases.with_input_scale(input_scale, self.experts)
         if r > bases.d:
             warnings.warn(more_than_d(r, bases.d), stacklevel=3)
 
         weight = self._base_weight()
         device, dtype = weight.device, adapter_dtype(weight.dtype)
-        lam = torch.zeros(bases.r, bases.n, device=device, dtype=dtype)
-        gam = torch.full((bases.n, bases.d), 1 / max(bases.n, bases.d), device=device, dtype=dtype)
+        of_lam, of_gam = ((*self.experts, *shape) for shape in bases.of_diagonals)
+        lam = torch.zeros(of_lam, device=device, dtype=dtype)
+        gam = torch.full(of_gam, 1 / max(bases.n, bases.d), device=device, dtype=dtype)
         dropout = nn.Dropout(randlora_dropout) if randlora_dropout else nn.Identity()
 
         self._use_basis(adapter_name, bases)
@@ -263,3 +259,14 @@ def check_alpha(name: str, alpha: float) -> None:
 
 def check_dropout(dropout: float) -> None:
     check_number("randlora_dropout", dropout, "a number in [0, 1)", lambda v: 0 <= v < 1)
+
+
+def check_options(
+    parameters: Any, basis: str | None, density: float | None, randlora_dropout: float
+) -> None:
+    """Raises ValueError for what adapters of parameters cannot have."""
+    if basis not in (None, "hadamard") or density is not None or randlora_dropout:
+        raise ValueError(
+            f'target_parameters {parameters!r} need basis="hadamard" and randlora_dropout=0, got '
+            f"basis={basis!r}, density={density}, randlora_dropout={randlora_dropout}"
+        )

@@ -15,16 +15,12 @@ from torch import Tensor
 
 from ..basis import Basis
 from ..reference import scaled_basis_reference
-from .registration import Operator, call_kernel, entry, fake, gradients, linear_entry
+from .registration import Operator, entry, fake, gradients, linear_entry
 
 _ops = torch.ops.randlora
 
 
 class ScaledBasis(Operator):
-    @staticmethod
-    def forward(*inputs):
-        return call_kernel(_ops.scaled_basis.default, *inputs)
-
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
@@ -67,7 +63,7 @@ torch.library.impl("randlora::scaled_basis_backward", "default", _plain_scaled_b
 
 def operands(basis: Basis, device, scaling: float, dtype: torch.dtype) -> dict[str, Any]:
     """The operators' arguments that describe the bases, in their order."""
-    A, B = basis.dense_a(device, dtype), basis.dense_b(device, dtype)
+    A, B = basis.packed(device, dtype)
     return {"A": A, "B": B, "expand": basis.expand, "scale": float(scaling)}
 
 

@@ -66,7 +66,7 @@ def scaled_basis(basis_or_A: Basis | Tensor, lam: Tensor, gam: Tensor) -> Tensor
     """
     if isinstance(basis_or_A, Basis):
         _check(basis_or_A, lam, gam)
-        basis_or_A = basis_or_A.dense_a(lam.device, lam.dtype)
+        basis_or_A, _ = basis_or_A.dense(lam.device, lam.dtype)
     return dense.scaled(basis_or_A, lam, gam)
 
 

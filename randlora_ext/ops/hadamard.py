@@ -19,7 +19,7 @@ from torch import Tensor
 from ..basis import Basis
 from ..basis.hadamard import sylvester
 from .dense import check_plain
-from .registration import Operator, call_kernel, entry, fake, gradients, linear_entry
+from .registration import Operator, entry, fake, gradients, linear_entry
 
 _ops = torch.ops.randlora
 
@@ -40,10 +40,6 @@ linear = linear_entry("hadamard_linear")
 
 class Weight(Operator):
     """Of W + dW; rounding counts as the identity."""
-
-    @staticmethod
-    def forward(*inputs):
-        return call_kernel(_ops.hadamard_weight.default, *inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -199,12 +195,10 @@ def _plain_weight(weight, lam, gam, s, row, col, expand, scale):
     sizes = (len(row), len(s)) if expand else (len(s), len(row))
     if weight is not None and tuple(weight.shape) != sizes:
         raise RuntimeError(f"randlora: weight must be {sizes}, got {tuple(weight.shape)}")
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    one = torch.eye(len(s), dtype=dtype, device=lam.device)
-    p = _Plain(one, None, None, lam, gam, s, row, col, True, scale)
-    delta = p.up(p.inner(one))  # row k is column k of B (lambda * A * gamma)
+    # Row k is column k of B (lambda * A * gamma).
+    delta = _plain_linear(_identity(like, s), None, None, lam, gam, s, row, col, True, scale)
     delta = delta.T if expand else delta
-    return (delta if weight is None else weight.to(dtype) + delta).to(like.dtype).contiguous()
+    return (delta if weight is None else weight.to(delta) + delta).to(like.dtype).contiguous()
 
 
 def _plain_weight_backward(grad, lam, gam, s, row, col, expand, scale):
@@ -212,14 +206,14 @@ def _plain_weight_backward(grad, lam, gam, s, row, col, expand, scale):
         parts = _each(lam, grad, lam, gam, s, row)
         results = [_plain_weight_backward(*part, col, expand, scale) for part in parts]
         return tuple(map(torch.stack, zip(*results, strict=True)))
-    y = grad.T if expand else grad
-    p = _Plain(y, None, None, lam, gam, s, row, col, False, scale)
-    # Column k of B (lambda * A * gamma) meets one column of H: that of its class.
-    j, k = (torch.arange(count, device=s.device) for count in (p.r, p.d))
-    u = p.u(y) * sylvester(k // p.n, j).to(p.wide)[:, :, None]  # (d, r, n)
-    dlam = torch.einsum("kji,ik->ji", u, gam.to(p.wide) * p.s) * p.col.view(p.r, p.n)
-    dgam = torch.einsum("kji,ji->ik", u, p.lam) * p.s
-    return (dlam * p.scale).to(lam.dtype), (dgam * p.scale).to(gam.dtype)
+    one = _identity(grad, s)
+    inputs = (grad.T if expand else grad).to(one), one, None, lam, gam, s, row, col, True, scale
+    return _plain_linear_backward(*inputs, need_x=False, need_diagonals=True)[1:]
+
+
+def _identity(like: Tensor, s: Tensor) -> Tensor:
+    """x (d, d) in the compute type, for which y is dW or its transpose."""
+    return torch.eye(len(s), dtype=torch.promote_types(like.dtype, torch.float32), device=s.device)
 
 
 torch.library.impl("randlora::hadamard_weight", "default", _plain_weight)

@@ -7,7 +7,7 @@ lambda and gamma; nothing of size (K, d), (T, K) or (D, d).
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 import torch
@@ -31,13 +31,9 @@ def fake(function: Callable) -> Callable:
 
     def checked(*args, **kwargs):
         given = dict(zip(names, args, strict=False)) | kwargs
-        (first, like), *rest = ((k, t) for k, t in given.items() if isinstance(t, Tensor))
-        for name, t in rest:
-            if t.device != like.device:
-                raise RuntimeError(
-                    f"randlora: {name} is on {t.device} but {first} on {like.device}; "
-                    "they must be on one device"
-                )
+        on = {name: str(t.device) for name, t in given.items() if isinstance(t, Tensor)}
+        if len({*on.values()}) > 1:
+            raise RuntimeError(f"randlora: arguments must be on one device, got {on}")
         return function(*args, **kwargs)
 
     torch.library.register_fake(f"randlora::{function.__name__}")(checked)
@@ -74,27 +70,27 @@ def _without_autocast(device_type: str, op, *inputs):
         torch.set_autocast_enabled(device_type, True)
 
 
-def _register_autocast(name: str) -> None:
-    """As torch has it for F.linear. torch.library.register_autocast would cast lambda and gamma as
-    well, and always to one dtype."""
-    names = _argument_names(name)
-    cast = [each in ("x", "weight", "bias", "B") for each in names]
+def _register_autocast(name: str, cast: Collection[str]) -> None:
+    """Casts the arguments `cast`, as torch those of F.linear; inside autocast is off, since the
+    kernels read what torch's GEMM returns in the dtype of x. torch.library.register_autocast would
+    cast lambda and gamma as well, and always to one dtype."""
+    is_cast = [each in cast for each in _argument_names(name)]
     forward = getattr(_ops, name).default
     backward = getattr(_ops, f"{name}_backward").default
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
-        def linear(*inputs, device_type=device_type):
-            pairs = zip(inputs, cast, strict=True)
+        def casting(*inputs, device_type=device_type):
+            pairs = zip(inputs, is_cast, strict=True)
             inputs = (autocast(device_type, v)[0] if which else v for v, which in pairs)
             return _without_autocast(device_type, forward, *inputs)
 
-        torch.library.impl(f"randlora::{name}", key, linear)
+        torch.library.impl(f"randlora::{name}", key, casting)
         # Keeps the dtypes of the forward.
         without = partial(_without_autocast, device_type, backward)
         torch.library.impl(f"randlora::{name}_backward", key, without)
 
 
-# ---- vmap: one call per element; one for a linear layer if only x varies -------------------------
+# ---- vmap: one call per element ------------------------------------------------------------------
 
 
 def _element(value, dim, index: int):
@@ -121,27 +117,11 @@ def _vmap(op, info, in_dims: tuple, *inputs) -> tuple:
     return stacked, tuple(None if each is None else 0 for each in stacked)
 
 
-def _vmap_linear(op, info, in_dims: tuple, x: Tensor, *rest) -> tuple:
-    if any(dim is not None for dim in in_dims[1:]):
-        return _vmap(op, info, in_dims, x, *rest)
-    return op(x.movedim(in_dims[0], 0), *rest), 0  # more tokens
-
-
 # ---- gradients -----------------------------------------------------------------------------------
 
 
-def call_kernel(op, *inputs):
-    """Calls `op` where neither autograd nor autocast act again: the kernels read what torch's GEMM
-    returns inside in the dtype of x."""
-    device_type = (inputs[1] if inputs[0] is None else inputs[0]).device.type
-    with torch._C._AutoDispatchBelowAutograd():
-        if autocast_is_on(device_type):
-            return _without_autocast(device_type, op, *inputs)
-        return op(*inputs)
-
-
 class Operator(Function):
-    """What the Functions of our operators share.
+    """What the Functions of our operators share; `entry` gives them their forward.
 
     They keep the tensors of a basis as attributes of ctx: hooks of saved tensors, which move
     activations to the CPU, would copy them in every layer.
@@ -168,33 +148,33 @@ class _RefuseTwice(Operator):
 
 def gradients(op, *inputs):
     """Calls the backward operator `op`; differentiating its results raises."""
-    return once(call_kernel(op, *inputs), inputs)
-
-
-def once(results: tuple, inputs: tuple):
-    """`results`; differentiating them with respect to `inputs` raises."""
+    with torch._C._AutoDispatchBelowAutograd():
+        results = op(*inputs)
     if torch.is_grad_enabled():  # create_graph=True, or a torch.func transform around this one
         tensors = [t for t in inputs if isinstance(t, Tensor)]
         return _RefuseTwice.apply(results, *tensors)
     return results
 
 
-def entry(name: str, function: type[Function], vmap_rule: Callable = _vmap) -> Callable:
-    """Registers gradient and vmap of the operator `name`; returns what eager code calls, with the
-    arguments that describe the bases by name, in the operator's order."""
+def entry(name: str, function: type[Function], cast: Collection[str] = ()) -> Callable:
+    """Registers gradient, vmap and autocast, of the arguments `cast`, of the operator `name`;
+    returns what eager code calls, with the arguments that describe the bases by name, in the
+    operator's order."""
     op = getattr(_ops, name)
 
-    def differentiable(*inputs):
-        if torch.is_grad_enabled():
-            return function.apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():  # compiled code calls the operator like this
+    def forward(*inputs):
+        with torch._C._AutoDispatchBelowAutograd():
             return op.default(*inputs)
 
+    def differentiable(*inputs):  # compiled code calls the operator without gradients, too
+        return function.apply(*inputs) if torch.is_grad_enabled() else forward(*inputs)
+
+    function.forward = staticmethod(forward)  # type: ignore[method-assign]
     torch.library.impl(f"randlora::{name}", "Autograd", differentiable)
-    torch.library.register_vmap(f"randlora::{name}", partial(vmap_rule, op.default))
-    if backward := getattr(_ops, f"{name}_backward", None):
-        rule = partial(_vmap, backward.default)
-        torch.library.register_vmap(f"randlora::{name}_backward", rule)
+    for each in (name, f"{name}_backward"):
+        rule = partial(_vmap, getattr(_ops, each).default)
+        torch.library.register_vmap(f"randlora::{each}", rule)
+    _register_autocast(name, cast)
     # Function.apply binds default arguments by inspect.signature if there is a setup_context: 50 us
     # a call, a tenth of a training step of 16 tokens. This is the C++ method under it.
     apply_eager = super(Function, function).apply  # type: ignore[misc]
@@ -219,18 +199,10 @@ def linear_entry(name: str) -> Callable:
     """As `entry`, of a linear layer ``(x, weight, bias, lam, gam, *basis) -> y``; `basis` describes
     the bases. Its backward is ``(dy, x, weight, lam, gam, *basis, need_x, need_diagonals) ->
     (dx, dlam, dgam)``, each None if it is not needed."""
-    forward_op = getattr(_ops, name).default
     backward_op = getattr(_ops, f"{name}_backward").default
     of_basis = [None] * (len(_argument_names(name)) - 5)  # their gradients
 
     class Linear(Operator):
-        @staticmethod
-        def forward(*inputs):
-            # Not by `call_kernel`, which takes 3 us more: under autocast its key comes next, as
-            # `_register_autocast` has it.
-            with torch._C._AutoDispatchBelowAutograd():
-                return forward_op(*inputs)
-
         @staticmethod
         def setup_context(ctx, inputs, output):
             ctx.basis = inputs[5:]
@@ -240,10 +212,8 @@ def linear_entry(name: str) -> Callable:
         def backward(ctx, dy):
             x, weight, lam, gam = ctx.saved_tensors
             need_x, need_weight, need_bias, need_lam, need_gam, *_ = ctx.needs_input_grad
-            inputs = dy, x, weight, lam, gam
-            with torch._C._AutoDispatchBelowAutograd():  # as in forward
-                results = backward_op(*inputs, *ctx.basis, need_x, need_lam or need_gam)
-            dx, dlam, dgam = once(results, inputs)
+            inputs = dy, x, weight, lam, gam, *ctx.basis, need_x, need_lam or need_gam
+            dx, dlam, dgam = gradients(backward_op, *inputs)
             dweight = dbias = None
             if need_weight or need_bias:  # they may train beside the adapter (PEFT's bias="all")
                 tokens = math.prod(dy.shape[:-1])  # vmap over nothing could not tell what -1 is
@@ -259,5 +229,4 @@ def linear_entry(name: str) -> Callable:
 
     fake_backward.__name__ = f"{name}_backward"
     fake(fake_backward)
-    _register_autocast(name)
-    return entry(name, Linear, _vmap_linear)
+    return entry(name, Linear, cast=("x", "weight", "bias", "B"))

@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from ..basis import BasisDescription
 from ..basis.description import SPECIFICATIONS, check_integer, check_kind, check_r, check_seed
-from ..nn.experts import check_options
-from ..nn.linear import check_alpha, check_dropout
+from ..nn.linear import check_alpha, check_dropout, check_options
 from ..writing import appear_together
 
 KINDS = ("peft", *SPECIFICATIONS)

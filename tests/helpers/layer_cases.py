@@ -72,7 +72,7 @@ def make_basis(
     if isinstance(basis, float):
         return Basis(*sizes, basis, seed)
     scale = torch.linspace(0.1, 3, in_features) if basis == SCALED else None
-    return Basis(*sizes, seed=seed, kind="hadamard", input_scale=scale)
+    return Basis(*sizes, seed=seed, kind="hadamard").with_input_scale(scale)
 
 
 def make_layer(

@@ -189,18 +189,18 @@ def squares():
 
 
 MISFITS = {
-    "wider": (adapted, lambda: Model(hidden=32), r"up: in_features, out_features are \(16, 32"),
+    "wider": (adapted, lambda: Model(hidden=32), r"up: .*transposed are \[16, 32, "),
     "tied": (lambda: randomize(squares()), one_twice, "1: it is tied to 0, whose lambda and gamma"),
     "not linear": (
         adapted, lambda: replaced("block.up", nn.Conv1d(16, 16, 1)),
-        "layer 'block.up' of the adapter must be an nn.Linear",
+        "module 'block.up' of the adapter must be an nn.Linear",
     ),
     "gone": (adapted, two_squares, "block.up: there is no such module"),
     "taken": (adapted, adapted, "up: it has an adapter 'default' already"),
     "meta": (adapted, lambda: Model().to("meta"), "not whole here"),
     "some layers": (
         adapted, lambda: apply_randlora(Model(), "down", **OPTIONS, adapter_name="first"),
-        "block.up: it has no adapter yet, and other layers of the file have",
+        "block.up: .*it has no adapter and other layers of the file have",
     ),
     "nested": (
         nested, lambda: apply_randlora(nn.Sequential(nn.Linear(24, 40)), ["0"], adapter_name="a"),
@@ -235,8 +235,8 @@ def test_a_model_that_does_not_fit(file, case):
 
 def test_what_has_no_adapter_is_not_saved(file):
     for model, name, told in (
-        (Model(), "default", r"apply_randlora, \[\], .*model of PEFT has save_pretrained"),
-        (adapted(), "x", r"adapter_name must be one of .*\['default'\], got 'x'"),
+        (Model(), "default", r"save_pretrained\) must be one of \[\], got 'default'"),
+        (adapted(), "x", r"^adapter_name .* must be one of \['default'\], got 'x'"),
         (adapted().to("meta"), "default", "randlora_lambda has no numbers here"),
     ):
         with pytest.raises(ValueError, match=told):

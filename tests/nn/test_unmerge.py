@@ -82,7 +82,7 @@ def test_every_bit_comes_back_after_the_adapters_have_changed(kind, dtype, keep)
         learn(layer, seed)
         layer.unmerge()
         assert torch.equal(bits(made.weight), W), steps
-        assert not layer.merged and layer._kept is None and not layer._kept_without
+        assert not layer.merged and layer._kept is None
         assert held() is None
 
 

@@ -18,13 +18,13 @@ def problem(shape, dtype, transposed=False, experts=3, own="none"):
     torch.manual_seed(0)
     n_in, n_out, r = shape
     scales = torch.rand(1 if own == "none" else experts, n_in) + 0.5
-    bases = [Basis(*shape, seed=3, input_scale=scale) for scale in scales.expand(experts, -1)]
-    basis = bases[0]
+    basis = Basis(*shape, seed=3)
+    bases = [basis.with_input_scale(scale) for scale in scales.expand(experts, -1)]
     wide = torch.promote_types(dtype, torch.float32)
     lam, gam = torch.randn(experts, r, basis.n), torch.randn(experts, basis.n, basis.d)
     lam, gam = (t.to(wide).requires_grad_() for t in (lam, gam))
     W = torch.randn(experts, *((n_in, n_out) if transposed else (n_out, n_in))).to(dtype)
-    s, row, col, expand, scale = hadamard.operands(basis, W.device, 2.0).values()
+    s, row, col, expand, scale = hadamard.operands(bases[0], W.device, 2.0).values()
     if own == "both" or (own == "input" and expand):
         s = torch.stack([b.packed()[0] for b in bases])
     if own == "both" or (own == "input" and not expand):

@@ -147,8 +147,8 @@ def test_bases_are_views_of_the_matrices_and_one_copy_in_another_dtype():
         a, b = basis.packed()
         assert (a.shape, b.shape) == ((4, basis.d), (basis.D, basis.K))
         assert a.data_ptr() == A.data_ptr() and b.data_ptr() == B.data_ptr()
-        assert basis.dense_b("cpu", torch.float32).data_ptr() == B.data_ptr()
-    assert one.dense_b("cpu", torch.bfloat16) is one.dense_b("cpu", torch.bfloat16)
+        assert basis.packed("cpu", torch.float32)[1].data_ptr() == B.data_ptr()
+    assert one.packed("cpu", torch.bfloat16)[1] is one.packed("cpu", torch.bfloat16)[1]
     drawn = one.dense()
     assert torch.equal(drawn[0], A) and drawn[0].data_ptr() != A.data_ptr()
     assert (one.kind, one.format, one.description, one.seed) == ("dense", "dense", None, None)
